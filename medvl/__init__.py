@@ -1,0 +1,1 @@
+"""medvl: medical vision-language systems composed from small pure functions."""

@@ -1,0 +1,175 @@
+"""Experiment records: strict TOML or JSON in, frozen attrs records out. The only file that imports cattrs."""
+
+import hashlib
+import json
+import os
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import attrs
+import cattrs
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A record that cannot be used; the message names the file and the path inside it."""
+
+
+def load(path: str | os.PathLike, record: type[T], overrides: tuple[str, ...] = ()) -> T:
+    """Structure a `.toml` or `.json` file into the attrs class `record`.
+
+    Args:
+        overrides: `"key.path=value"` strings, value in TOML syntax (a bare word counts as a string); `stages.1.lr=3e-5` walks lists.
+    Raises:
+        ConfigError: unreadable file, bad syntax, unknown key, wrong type or refused value; names the file and `$.path`.
+    """
+    return structure(override(read(path), overrides, where=str(path)), record, where=str(path))
+
+
+def read(path: str | os.PathLike) -> dict[str, Any]:
+    """The raw dict of a `.toml` or `.json` file."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path}: cannot be read as text ({e})") from e
+    try:
+        raw = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except ValueError as e:
+        raise ConfigError(f"{path}: not valid {'JSON' if path.suffix == '.json' else 'TOML'}: {e}") from e
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: must hold a table of settings, found {type(raw).__name__}")
+    return raw
+
+
+def override(raw: dict[str, Any], overrides: tuple[str, ...], where: str = "record") -> dict[str, Any]:
+    """A copy of `raw` with each `"key.path=value"` set. New keys are allowed here; `structure` refuses unknown ones."""
+    raw = json.loads(json.dumps(raw))
+    for item in overrides:
+        path, sep, text = item.partition("=")
+        if not sep or not path.strip():
+            raise ConfigError(f"{where}: --set needs key.path=value, got {item!r}")
+        *parents, last = path.strip().split(".")
+        node: Any = raw
+        for depth, key in enumerate(parents):
+            node = _step(node, key, where, ".".join(parents[: depth + 1]))
+        if isinstance(node, list):
+            node[_index(node, last, where, path)] = _value(text)
+        elif isinstance(node, dict):
+            node[last] = _value(text)
+        else:
+            raise ConfigError(f"{where}: --set {path}: {'.'.join(parents)} is a {type(node).__name__}, it has no keys")
+    return raw
+
+
+def structure(raw: Any, record: type[T], where: str = "record") -> T:
+    """Build `record` from plain data; unknown keys, wrong types and refused values are one ConfigError."""
+    try:
+        return _converter.structure(raw, record)
+    except cattrs.BaseValidationError as e:
+        raise ConfigError(f"{where}: " + "; ".join(cattrs.transform_error(e, format_exception=_say))) from e
+    except (ValueError, TypeError, KeyError) as e:
+        raise ConfigError(f"{where}: {_say(e, None)}") from e
+
+
+def unstructure(record: Any) -> Any:
+    """Plain dicts, lists and scalars of an attrs record (JSON-ready)."""
+    return json.loads(json.dumps(_converter.unstructure(record)))
+
+
+def digest(record: Any) -> str:
+    """Eight hex digits that identify a record (or plain data) by its content."""
+    plain = unstructure(record) if attrs.has(type(record)) else record
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:8]
+
+
+def differences(a: Any, b: Any, path: str = "$") -> list[str]:
+    """`["$.shape: [64, 64] / [32, 32]"]` for every leaf in which two plain values differ."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return [d for k in sorted({*a, *b}) for d in differences(a.get(k, "(absent)"), b.get(k, "(absent)"), f"{path}.{k}")]
+    return [] if a == b else [f"{path}: {a} / {b}"]
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        return text.strip()
+
+
+def _step(node: Any, key: str, where: str, path: str) -> Any:
+    if isinstance(node, list):
+        return node[_index(node, key, where, path)]
+    if isinstance(node, dict):
+        return node.setdefault(key, {})
+    raise ConfigError(f"{where}: --set {path}: {type(node).__name__} has no keys")
+
+
+def _index(node: list, key: str, where: str, path: str) -> int:
+    if not key.isdigit() or int(key) >= len(node):
+        raise ConfigError(f"{where}: --set {path}: must be an index below {len(node)}, got {key!r}")
+    return int(key)
+
+
+def _say(e: BaseException, kind: type | None) -> str:
+    if isinstance(e, cattrs.ForbiddenExtraKeysError):
+        known = [a.name for a in attrs.fields(e.cl)] if attrs.has(e.cl) else []
+        return f"unknown key {', '.join(sorted(map(repr, e.extra_fields)))}; {e.cl.__name__} has {', '.join(known)}"
+    if isinstance(e, KeyError):
+        return f"required key {e} is missing"
+    return str(e) or type(e).__name__
+
+
+def _exact(kind: type):
+    def hook(value: Any, _: Any) -> Any:
+        if kind is float and type(value) is int:
+            return float(value)
+        if type(value) is not kind:
+            raise TypeError(f"expected {kind.__name__}, got {value!r}")
+        return value
+
+    return hook
+
+
+def _one_of(kind: Any):
+    choices = get_args(kind)
+
+    def hook(value: Any, _: Any) -> Any:
+        if not any(type(value) is type(c) and value == c for c in choices):
+            raise ValueError(f"must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        return value
+
+    return hook
+
+
+def _array(kind: Any):
+    """Tuples from arrays only: cattrs alone would turn the string "abc" into ("a", "b", "c")."""
+    kinds = get_args(kind)
+
+    def hook(value: Any, _: Any) -> tuple:
+        if not isinstance(value, list | tuple):
+            raise TypeError(f"expected an array, got {value!r}")
+        each = kinds[:1] * len(value) if kinds[1:] == (Ellipsis,) else kinds
+        if len(each) != len(value):
+            raise ValueError(f"expected an array of {len(each)}, got {value!r}")
+        out, errors = [], []
+        for i, (item, k) in enumerate(zip(value, each, strict=True)):
+            try:
+                out.append(_converter.structure(item, k))
+            except (ValueError, TypeError, KeyError, cattrs.BaseValidationError) as e:
+                e.add_note(cattrs.IterableValidationNote(f"Structuring {kind} @ index {i}", i, k))
+                errors.append(e)
+        if errors:
+            raise cattrs.IterableValidationError(f"While structuring {kind}", errors, kind)
+        return tuple(out)
+
+    return hook
+
+
+_converter = cattrs.Converter(forbid_extra_keys=True)
+for _kind in (int, float, bool, str):
+    _converter.register_structure_hook(_kind, _exact(_kind))
+_converter.register_structure_hook_factory(lambda k: get_origin(k) is tuple, _array)
+_converter.register_structure_hook_factory(lambda k: get_origin(k) is Literal, _one_of)

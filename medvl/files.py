@@ -1,0 +1,79 @@
+"""Files that are there whole or not at all, and tables whose columns are checked."""
+
+import csv
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PathLike = str | os.PathLike
+
+
+@contextmanager
+def atomic(path: PathLike) -> Iterator[Path]:
+    """A temporary path beside `path` to write to; it replaces `path` when the block ends well and is removed when not."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    tmp = Path(name)
+    try:
+        yield tmp
+        with open(tmp, "rb") as f:
+            os.fsync(f.fileno())
+        tmp.chmod(0o666 & ~_umask())
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def write_text(path: PathLike, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    with atomic(path) as tmp:
+        tmp.write_text(text, encoding="utf-8")
+
+
+def read_csv(path: PathLike, columns: Iterable[str] = ()) -> list[dict[str, str]]:
+    """The rows of a CSV with a header line, as dicts of strings.
+
+    Raises:
+        ValueError: no such file, not UTF-8 text, no rows, a missing or repeated column, or a row with more or fewer cells than the
+            header; says which line.
+    """
+    path = Path(path)
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as f:
+            reader = csv.reader(f, strict=True)
+            header = next(reader, [])
+            rows = [(reader.line_num, row) for row in reader if row]
+    except FileNotFoundError as e:
+        raise ValueError(f"{path}: no such file") from e
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise ValueError(f"{path}: not a readable UTF-8 CSV ({e})") from e
+    missing = [c for c in columns if c not in header]
+    if missing:
+        raise ValueError(f"{path}: must have the column {', '.join(map(repr, missing))}, found {', '.join(map(repr, header)) or 'an empty file'}")
+    repeated = sorted({c for c in header if header.count(c) > 1})
+    if repeated:
+        raise ValueError(f"{path}: the column {', '.join(map(repr, repeated))} is there more than once")
+    for line, row in rows:
+        if len(row) != len(header):
+            raise ValueError(f"{path}, line {line}: must have {len(header)} cells like the header, found {len(row)}")
+    if not rows:
+        raise ValueError(f"{path}: has a header and no rows")
+    return [dict(zip(header, row, strict=True)) for _, row in rows]
+
+
+def write_csv(path: PathLike, rows: Iterable[dict], columns: Iterable[str]) -> None:
+    """Write dict rows atomically; every row must have exactly these columns."""
+    with atomic(path) as tmp, open(tmp, "w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, list(columns), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

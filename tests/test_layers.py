@@ -1,0 +1,50 @@
+"""The import rule: a file imports only from lower layers, never from its own. This table is the map of the house."""
+
+import ast
+from pathlib import Path
+
+LAYERS = [
+    ["config", "tree", "files", "results"],
+    ["layers", "losses", "optim", "metrics", "data.scans", "data.order", "data.reports"],
+    ["hub", "encode", "fuse", "text", "data.ct", "data.store", "data.phantoms"],
+    ["train", "evaluate", "plots", "report", "data.ingest"],
+    ["systems.ct_clip"],
+    ["systems.run"],
+]
+ONLY = {"transformers": "hub", "cattrs": "config", "nibabel": None, "invoke": "tasks"}
+ROOT = Path(__file__).resolve().parents[1]
+LEVEL = {f"medvl.{name}": level for level, names in enumerate(LAYERS) for name in names}
+
+
+def _imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module} | {f"{node.module}.{a.name}" for a in node.names}
+    return found
+
+
+def test_every_file_imports_only_from_lower_layers():
+    wrong = []
+    for path in sorted((ROOT / "medvl").rglob("*.py")):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        if path.name == "__init__.py":
+            continue
+        assert module in LEVEL, f"{module} has no layer: add it to LAYERS"
+        wrong += [f"{module} imports {m}" for m in _imports(path) if m in LEVEL and LEVEL[m] >= LEVEL[module]]
+    assert not wrong, wrong
+
+
+def test_heavy_packages_have_one_door():
+    for path in [*sorted((ROOT / "medvl").rglob("*.py")), ROOT / "tasks.py"]:
+        for name in _imports(path):
+            top = name.split(".")[0]
+            if ONLY.get(top) is not None:
+                assert path.stem == ONLY[top], f"{path.relative_to(ROOT)} imports {top}; only {ONLY[top]}.py may"
+
+
+def test_every_room_is_on_the_map():
+    missing = [m for m in LEVEL if not (ROOT / (m.replace(".", "/") + ".py")).exists()]
+    assert not missing, missing
