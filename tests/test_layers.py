@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 LAYERS = [
-    ["config", "tree", "files", "results"],
+    ["config", "tree", "files", "results", "data.names"],
     ["layers", "losses", "optim", "metrics", "data.scans", "data.order", "data.reports"],
     ["hub", "encode", "fuse", "text", "data.ct", "data.store", "data.phantoms"],
     ["train", "evaluate", "plots", "report", "data.ingest"],
