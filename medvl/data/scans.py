@@ -1,0 +1,221 @@
+"""Read NIfTI scans: the stored voxels in file order, the affine and the scale. No float copy, no reorientation, no guess.
+
+x y z are the voxel axes as the file stores them; a `.gz` is told by its first bytes, not by its name.
+"""
+
+import io
+import itertools
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from attrs import frozen
+from isal import isal_zlib
+from isal.igzip_lib import IsalError
+from nibabel.nifti1 import Nifti1Header
+from nibabel.nifti2 import Nifti2Header
+from nibabel.spatialimages import HeaderDataError
+
+from medvl.data import names
+from medvl.files import PathLike
+
+log = logging.getLogger(__name__)
+
+CHUNK = 1 << 17  # compressed bytes per inflate call; its output stays in the cache: 1.15x faster than inflating the file in one call
+_MAX_RATIO = 1100  # deflate cannot shrink further than 1032:1
+
+
+class ScanError(ValueError):
+    """A file that cannot be used as a scan; the message names the file, what must hold and what was found."""
+
+
+@frozen(kw_only=True)
+class Header:
+    """What the first bytes of a scan say. `scaled`: scl_slope is usable (finite and not 0); `placed`: a qform or sform is set."""
+
+    name: str
+    shape: tuple[int, int, int]  # x y z
+    dtype: np.dtype  # as stored, native byte order
+    affine: np.ndarray  # [4, 4] float64: voxel index -> mm, to the patient's right, anterior, superior growing
+    spacing_mm: tuple[float, float, float]  # x y z, the lengths of the affine's columns
+    slope: float
+    intercept: float
+    scaled: bool
+    placed: bool
+
+
+@frozen(kw_only=True, eq=False)
+class Scan:
+    """A scan in memory; `voxels` [x, y, z] is a Fortran-ordered view of the file's bytes, stored dtype, not scaled."""
+
+    header: Header
+    voxels: np.ndarray
+
+    @property
+    def name(self) -> str:
+        return self.header.name
+
+
+def read_scan(path: PathLike) -> Scan:
+    """Read a NIfTI-1 or -2 single file (`.nii`, `.nii.gz`), any byte order, any real scalar type.
+
+    The affine follows nibabel's rule (sform, else qform, else pixdim alone). Memory: the stored voxels and one chunk.
+
+    Raises:
+        ScanError: not a readable file, not NIfTI, no 3-D scalar volume of at least two slices, no usable affine or spacing, truncated, or
+            damaged (gzip checksum).
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as f:
+            header, stored, head, chunks = _start(f, path)
+            voxels = np.empty(int(np.prod(header.shape)), stored.dtype)
+            _fill(voxels.data.cast("B"), head, chunks, stored.offset, path)
+    except (OSError, IsalError) as e:
+        raise _broken(path, e) from e
+    if not voxels.dtype.isnative:
+        voxels = voxels.byteswap(inplace=True).view(header.dtype)
+    return Scan(header=header, voxels=voxels.reshape(header.shape, order="F"))
+
+
+def read_header(path: PathLike) -> Header:
+    """The header alone, from the first KBs of the file; raises `ScanError` like `read_scan`, but cannot see damaged voxels."""
+    path = Path(path)
+    try:
+        with open(path, "rb") as f:
+            return _start(f, path)[0]
+    except (OSError, IsalError) as e:
+        raise _broken(path, e) from e
+
+
+@frozen
+class _Stored:
+    dtype: np.dtype  # in the file's byte order
+    offset: int
+
+
+def _start(f: Any, path: Path) -> tuple[Header, _Stored, bytes, Iterator[bytes]]:
+    size = f.seek(0, io.SEEK_END)
+    f.seek(0)
+    zipped = f.read(2) == b"\x1f\x8b"
+    f.seek(0)
+    chunks = _inflate(f, path) if zipped else iter(lambda: f.read(CHUNK), b"")
+    head = b""
+    while len(head) < 540 and (chunk := next(chunks, b"")):
+        head += chunk
+    header, stored = _parse(head, path)
+    need = stored.offset + int(np.prod(header.shape)) * stored.dtype.itemsize
+    if need > size * (_MAX_RATIO if zipped else 1):
+        raise ScanError(f"{path}: is truncated: its header asks for {need} bytes{' inflated' * zipped}, the file has {size}")
+    return header, stored, head, chunks
+
+
+def _inflate(f: Any, path: Path) -> Iterator[bytes]:
+    """Inflated chunks of a gzip file of one or more members; every member's checksum is verified."""
+    inflater, rest = isal_zlib.decompressobj(wbits=31), b""
+    while rest or (rest := f.read(CHUNK)):
+        if inflater.eof:
+            if not rest.strip(b"\0"):
+                rest = b""  # zero padding after the last member is allowed by gzip
+                continue
+            inflater = isal_zlib.decompressobj(wbits=31)
+        if out := inflater.decompress(rest):
+            yield out
+        rest = inflater.unused_data
+    if not inflater.eof:
+        raise ScanError(f"{path}: is truncated: the gzip stream ends early; copy the file again")
+
+
+def _fill(out: memoryview, head: bytes, chunks: Iterator[bytes], offset: int, path: Path) -> None:
+    """Bytes from `offset` on into `out`; what follows is read too, so that the checksum is verified."""
+    at = -offset
+    for chunk in itertools.chain([head], chunks):
+        start = max(0, -at)
+        piece = chunk[start : len(out) - at] if at < len(out) else b""
+        out[at + start : at + start + len(piece)] = piece
+        at += len(chunk)
+    if at < len(out):
+        raise ScanError(f"{path}: is truncated: holds {max(0, at)} of the {len(out)} voxel bytes its header asks for")
+
+
+def _parse(head: bytes, path: Path) -> tuple[Header, _Stored]:
+    raw = _raw_header(head, path)
+    shape = _shape(raw, path)
+    try:
+        dtype = raw.get_data_dtype()
+        placed = bool(raw["sform_code"] > 0 or raw["qform_code"] > 0)
+        if raw["sform_code"] <= 0:
+            _positive(raw["pixdim"][1:4], path)
+        raw.check_fix(logger=log)
+        affine = np.asarray(raw.get_best_affine(), np.float64)
+    except HeaderDataError as e:
+        raise ScanError(f"{path}: is not usable NIfTI: {e}") from e
+    if dtype.kind not in "iuf" or dtype.itemsize > 8:
+        raise ScanError(f"{path}: must hold one real number of at most 64 bits per voxel, found {_kind(dtype)}")
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        raise ScanError(f"{path}: must have a finite affine that can be inverted, found {affine[:3].tolist()}")
+    spacing = np.sqrt((affine[:3, :3] ** 2).sum(0))
+    _positive(spacing, path)
+    slope, intercept = float(raw["scl_slope"]), float(raw["scl_inter"])
+    scaled = bool(np.isfinite(slope) and slope != 0)
+    if scaled and not np.isfinite(intercept):
+        raise ScanError(f"{path}: has scl_slope {slope} with scl_inter {intercept}; both must be finite")
+    offset = int(raw["vox_offset"])
+    if offset < len(raw.binaryblock):
+        raise ScanError(f"{path}: its voxels must start after the header at byte {len(raw.binaryblock)}, found vox_offset {offset}")
+    header = Header(
+        name=names.volume_name(path),
+        shape=shape,
+        dtype=dtype.newbyteorder("="),
+        affine=affine,
+        spacing_mm=tuple(spacing.tolist()),
+        slope=slope if scaled else 1.0,
+        intercept=intercept if scaled else 0.0,
+        scaled=scaled,
+        placed=placed,
+    )
+    return header, _Stored(dtype, offset)
+
+
+def _raw_header(head: bytes, path: Path) -> Any:
+    size = {int.from_bytes(head[:4], order) for order in ("little", "big")}
+    kind, magic = (Nifti2Header, b"n+2") if 540 in size else (Nifti1Header, b"n+1")
+    if not head:
+        raise ScanError(f"{path}: is empty")
+    if not size & {348, 540} or len(head) < kind.sizeof_hdr:
+        raise ScanError(f"{path}: is not NIfTI (must begin with a header of 348 or 540 bytes, begins with {head[:4].hex(' ')})")
+    raw = kind(head[: kind.sizeof_hdr], check=False)
+    if not bytes(raw["magic"]).startswith(magic):
+        raise ScanError(
+            f"{path}: must be a single-file NIfTI (magic {magic.decode()}), found {bytes(raw['magic'])!r}; convert .hdr/.img pairs"
+        )
+    return raw
+
+
+def _shape(raw: Any, path: Path) -> tuple[int, int, int]:
+    """x y z; trailing axes of length 1 are dropped."""
+    rank = int(raw["dim"][0])
+    dims = [int(d) for d in raw["dim"][1 : max(1, rank) + 1]] if 1 <= rank <= 7 else []
+    while len(dims) > 3 and dims[-1] == 1:
+        dims.pop()
+    if len(dims) != 3 or min(dims) < 2:
+        found = dims or raw["dim"].tolist()
+        raise ScanError(f"{path}: must be one volume [x, y, z] of at least 2 voxels along each axis, found {found}")
+    return dims[0], dims[1], dims[2]
+
+
+def _positive(spacing: np.ndarray, path: Path) -> None:
+    if not (np.isfinite(spacing).all() and (spacing > 0).all()):
+        raise ScanError(f"{path}: must have a positive voxel spacing in mm, found {np.asarray(spacing).tolist()}")
+
+
+def _kind(dtype: np.dtype) -> str:
+    return f"colours {dtype.names}" if dtype.names else str(dtype)
+
+
+def _broken(path: Path, e: Exception) -> ScanError:
+    if isinstance(e, OSError) and e.errno is not None:
+        return ScanError(f"{path}: cannot be read ({e.strerror})")
+    return ScanError(f"{path}: is damaged: {e}; copy the file again")
