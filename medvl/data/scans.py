@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 CHUNK = 1 << 17  # compressed bytes per inflate call; its output stays in the cache: 1.15x faster than inflating the file in one call
 _MAX_RATIO = 1100  # deflate cannot shrink further than 1032:1
+_DAMAGED: Any = (OSError, IsalError)
 
 
 class ScanError(ValueError):
@@ -73,7 +74,7 @@ def read_scan(path: PathLike) -> Scan:
             header, stored, head, chunks = _start(f, path)
             voxels = np.empty(int(np.prod(header.shape)), stored.dtype)
             _fill(voxels.data.cast("B"), head, chunks, stored.offset, path)
-    except (OSError, IsalError) as e:
+    except _DAMAGED as e:
         raise _broken(path, e) from e
     if not voxels.dtype.isnative:
         voxels = voxels.byteswap(inplace=True).view(header.dtype)
@@ -86,7 +87,7 @@ def read_header(path: PathLike) -> Header:
     try:
         with open(path, "rb") as f:
             return _start(f, path)[0]
-    except (OSError, IsalError) as e:
+    except _DAMAGED as e:
         raise _broken(path, e) from e
 
 
