@@ -53,7 +53,9 @@ def read_csv(path: PathLike, columns: Iterable[str] = ()) -> list[dict[str, str]
         raise ValueError(f"{path}: not a readable UTF-8 CSV ({e})") from e
     missing = [c for c in columns if c not in header]
     if missing:
-        raise ValueError(f"{path}: must have the column {', '.join(map(repr, missing))}, found {', '.join(map(repr, header)) or 'an empty file'}")
+        raise ValueError(
+            f"{path}: must have the column {', '.join(map(repr, missing))}, found {', '.join(map(repr, header)) or 'an empty file'}"
+        )
     repeated = sorted({c for c in header if header.count(c) > 1})
     if repeated:
         raise ValueError(f"{path}: the column {', '.join(map(repr, repeated))} is there more than once")
