@@ -1,0 +1,48 @@
+import time
+
+import pytest
+
+from medvl.data.names import patient_of, scan_of, volume_name
+from medvl.data.order import batch_indices, prefetch
+
+NAMES = [f"train_{p}_{s}_{r}" for p in range(9) for s in "ab" for r in (1, 2, 3)[: 1 + p % 3]]
+GROUPS = [scan_of(n) for n in NAMES]
+
+
+def test_no_batch_holds_two_reconstructions_of_a_scan():
+    for i in range(40):
+        batch = batch_indices(GROUPS, 6, 3, i)
+        assert len({GROUPS[j] for j in batch}) == 6
+
+
+def test_an_epoch_visits_every_scan_once_and_all_volumes_come_up():
+    per = len(set(GROUPS)) // 6
+    epoch = [GROUPS[j] for i in range(per) for j in batch_indices(GROUPS, 6, 0, i)]
+    assert len(epoch) == len(set(epoch)) == per * 6
+    assert {j for i in range(60) for j in batch_indices(GROUPS, 6, 0, i)} == set(range(len(NAMES)))
+
+
+def test_pure_in_seed_and_i():
+    assert batch_indices(GROUPS, 6, 1, 17) == batch_indices(GROUPS, 6, 1, 17)
+    assert batch_indices(GROUPS, 6, 1, 17) != batch_indices(GROUPS, 6, 2, 17)
+    with pytest.raises(ValueError, match="as many different scans, found 18"):
+        batch_indices(GROUPS, 19, 0, 0)
+
+
+def test_prefetch_keeps_order_and_hands_errors_on():
+    def at(i):
+        time.sleep(0.001 * (i % 3))
+        if i == 8:
+            raise ValueError("volume 8 is gone")
+        return i * i
+
+    assert list(prefetch(at, 2, 6)) == [(i, i * i) for i in range(2, 6)]
+    assert list(prefetch(at, 3, 3)) == []
+    with pytest.raises(ValueError, match="volume 8"):
+        list(prefetch(at, 6, 10))
+
+
+def test_names():
+    assert volume_name("/data/x/valid_1_a_1.nii.gz") == volume_name("valid_1_a_1") == "valid_1_a_1"
+    assert (scan_of("train_12_b_3"), patient_of("train_12_b_3")) == ("train_12_b", "train_12")
+    assert scan_of("liver.CT-7") == patient_of("liver.CT-7") == "liver.CT-7"
