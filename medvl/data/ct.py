@@ -1,11 +1,14 @@
 """From a CT scan file to a volume on a fixed grid, in Hounsfield units: `preprocess`.
 
-Output axes are [z, y, x]; `Volume.axes` says where each index grows to ("SAR": superior, anterior, right). Every preset is separable and
-linear, so each is one table of taps and weights per axis, and one resampler serves all.
+Output axes are [z, y, x] (preset `ctclip`: [z, x, y], as its network reads them); `Volume.axes` says where each index grows to ("SAR":
+superior, anterior, right). Every preset is separable and linear, so each is one table of taps and weights per axis, and one resampler
+serves all.
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import numpy as np
@@ -15,6 +18,7 @@ from attrs import fields, frozen
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from torch import Tensor
 
+from medvl import config
 from medvl.data import scans
 from medvl.data.scans import ScanError
 from medvl.files import PathLike
@@ -27,6 +31,7 @@ RESCALE = ("RescaleSlope", "RescaleIntercept")  # metadata columns, DICOM's name
 SPACING = ("XYSpacing", "ZSpacing")
 _SIZES = {"mm": (160, 224, 224), "reference": (160, 224, 224), "ctclip": (240, 480, 480), "merlin": (160, 224, 224)}
 _SPACINGS = {"mm": (3.0, 1.75, 1.75), "reference": (), "ctclip": (1.5, 0.75, 0.75), "merlin": (3.0, 1.5, 1.5)}
+_THREADS = threading.Lock()  # the thread count is the whole process's
 _PADDING = -1500.0  # stored values below are padding outside the scanner's field of view, not tissue or air
 
 
@@ -36,8 +41,8 @@ class CtConfig:
 
     preset: `mm` a physical grid centred on the scan; `reference` one scale for all axes in voxel counts (peterhan91/clip_3d_ct);
         `ctclip` (ibrahimethemhamamci/CT-CLIP, data_inference_nii.py); `merlin` (StanfordMIMI/Merlin, MONAI transforms).
-    size, spacing_mm: (z, y, x); () is the preset's own; only `mm` takes another spacing. `mm` covers 480 x 392 x 392 mm: a chest CT's field
-        of view is 350-400 mm (CT-RATE: median 0.68 mm x 512), and 480 mm hold a chest from neck to below the adrenals.
+    size, spacing_mm: of the output's axes; () is the preset's own; only `mm` takes another spacing. `mm` covers 480 x 392 x 392 mm: a chest
+        CT's field of view is 350-400 mm (CT-RATE: median 0.68 mm x 512), and 480 mm hold a chest from neck to below the adrenals.
     antialias: when shrinking, average what an output voxel covers (triangle filter) instead of reading two samples. auto: on for `mm`,
         off for the other presets, whose authors did not. Measured on a real chest: two reconstructions of one scan (0.75 mm noisy, 5 mm
         smooth) differ by 25 HU on average with it and by 47 HU without; see docs/ct_preprocess.md.
@@ -62,9 +67,9 @@ class CtConfig:
             if get_origin(f.type) is Literal and value not in allowed:
                 raise ValueError(f"CtConfig: {f.name} must be one of {', '.join(allowed)}, got {value!r}")
         if self.size and (len(self.size) != 3 or min(self.size) < 1):
-            raise ValueError(f"CtConfig: size must be () or three positive numbers (z, y, x), got {self.size}")
+            raise ValueError(f"CtConfig: size must be () or three positive numbers, got {self.size}")
         if self.spacing_mm and (len(self.spacing_mm) != 3 or not all(0 < s < np.inf for s in self.spacing_mm)):
-            raise ValueError(f"CtConfig: spacing_mm must be () or three positive numbers (z, y, x) in mm, got {self.spacing_mm}")
+            raise ValueError(f"CtConfig: spacing_mm must be () or three positive numbers of mm, got {self.spacing_mm}")
         if self.preset != "mm" and (self.spacing_mm or self.antialias == "on"):
             what = "spacing_mm" if self.spacing_mm else "antialias"
             raise ValueError(f"CtConfig: {what} belongs to preset 'mm'; preset {self.preset!r} has its own arithmetic. Leave it out")
@@ -74,11 +79,11 @@ class CtConfig:
 
 @frozen(kw_only=True, eq=False)
 class Volume:
-    """A preprocessed scan. Tuples are (z, y, x) in the order of `axes`."""
+    """A preprocessed scan. Tuples of three are in the order of `axes`."""
 
     name: str
-    voxels: np.ndarray  # [z, y, x] uint8 or int16
-    axes: str  # where each index grows to, e.g. "SAR"
+    voxels: np.ndarray  # [z, y, x] uint8 or int16; preset ctclip [z, x, y]
+    axes: str  # where each index grows to: "SAR", "SPR" (flip) or "SLP" (ctclip)
     spacing_mm: tuple[float, float, float]
     source_spacing_mm: tuple[float, float, float]
     source_shape: tuple[int, int, int]
@@ -94,7 +99,7 @@ def preprocess(path: PathLike, cfg: CtConfig = CtConfig(), metadata: Mapping[str
     Args:
         metadata: the scan's row of a metadata table, for `hu` and `spacing_from`; RescaleSlope, RescaleIntercept, XYSpacing, ZSpacing.
     Returns:
-        the volume [z, y, x]; where the scan does not reach it is -1000 HU. The 48 axis orders of one scan give the same bits.
+        the volume; where the scan does not reach it is -1000 HU. The 48 axis orders of one scan give the same bits.
     Raises:
         ScanError: unreadable scan (`scans.read_scan`), no clear way to HU, no usable spacing, or a volume that came out as one value.
     """
@@ -110,7 +115,8 @@ def preprocess(path: PathLike, cfg: CtConfig = CtConfig(), metadata: Mapping[str
     taps = tuple(g.flipped(n) if flip else g for g, n, flip in zip(grids, zyx.shape, flips, strict=True))
     out = np.full(size_of(cfg), 0 if cfg.dtype == "uint8" else HU[0], cfg.dtype)
     box = out[tuple(slice(g.first, g.stop) for g in grids)]
-    _resample(zyx, taps, slope, intercept, cfg, box)
+    with _one_thread():
+        _resample(zyx, taps, slope, intercept, cfg, box)
     if box.min() == box.max():
         at = to_hu(box[:1, :1, :1]).item()
         raise ScanError(
@@ -146,13 +152,23 @@ def to_hu(voxels: Any) -> Any:
 
 
 def size_of(cfg: CtConfig) -> tuple[int, int, int]:
-    """(z, y, x) of what `preprocess` returns."""
+    """The shape of what `preprocess` returns."""
     return _three(cfg.size or _SIZES[cfg.preset])
 
 
 def axes_of(cfg: CtConfig) -> str:
-    """Where the indices z, y, x grow to: letters of R L A P S I."""
+    """Where the output's indices grow to: letters of R L A P S I."""
     return "SLP" if cfg.preset == "ctclip" else "SPR" if cfg.flip else "SAR"
+
+
+def settings_of(cfg: CtConfig) -> dict[str, Any]:
+    """Plain data that says how volumes are made: the record with what its () stand for. Stores and checkpoints keep and compare it."""
+    own = {"size": list(size_of(cfg)), "spacing_mm": list(cfg.spacing_mm or _SPACINGS[cfg.preset]), "antialias": _antialias(cfg)}
+    return config.unstructure(cfg) | own | {"axes": axes_of(cfg), "hu_range": list(HU)}
+
+
+def _antialias(cfg: CtConfig) -> str:
+    return cfg.antialias if cfg.antialias != "auto" else "on" if cfg.preset == "mm" else "off"
 
 
 def _three(values: Iterable[T]) -> tuple[T, T, T]:
@@ -264,15 +280,15 @@ class _Grid:
 def _grids(cfg: CtConfig, shape: tuple[int, ...], spacing: tuple[float, ...]) -> list[_Grid]:
     size, target = size_of(cfg), cfg.spacing_mm or _SPACINGS[cfg.preset]
     if cfg.preset == "mm":
-        aa = cfg.antialias != "off"
-        return [_mm(n, s, k, t, aa) for n, s, k, t in zip(shape, spacing, size, target, strict=True)]
+        return [_mm(n, s, k, t, _antialias(cfg) == "on") for n, s, k, t in zip(shape, spacing, size, target, strict=True)]
     if cfg.preset == "merlin":
         return [_monai(n, s, k, t) for n, s, k, t in zip(shape, spacing, size, target, strict=True)]
     if cfg.preset == "reference":
         scale = min(k / n for k, n in zip(size, shape, strict=True))
         new = [round(n * scale) for n in shape]
     else:
-        new = [int(n * (s / t)) for n, s, t in zip(shape, spacing, target, strict=True)]
+        # rounded: 0.7 mm as float32 is 0.69999999, and the floor would lose a voxel against CT-CLIP's own 0.7 from the metadata
+        new = [int(n * (round(s, 6) / t)) for n, s, t in zip(shape, spacing, target, strict=True)]
     if min(new) < 1:
         raise ScanError(f"is too flat for preset {cfg.preset!r}: {shape} voxels of {spacing} mm become {tuple(new)}")
     return [_scaled(n, m, k, s) for n, m, k, s in zip(shape, new, size, spacing, strict=True)]
@@ -337,6 +353,18 @@ def _resample(zyx: np.ndarray, grids: tuple[_Grid, ...], slope: float, intercept
         for i, w in wanted.items():
             hu.add_(planes[i], alpha=w)
         out[k] = _encode(hu, cfg).numpy().T
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Thousands of operations of 0.1 ms gain nothing from threads, and on busy cores wait for them: measured 30 to 90 times slower."""
+    with _THREADS:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
 
 def _to_hu_(plane: Tensor, slope: float, intercept: float, clip: bool) -> Tensor:
