@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -11,6 +12,7 @@ import attrs
 import cattrs
 
 T = TypeVar("T")
+Hook = Callable[[Any, Any], Any]
 
 
 class ConfigError(ValueError):
@@ -122,7 +124,7 @@ def _say(e: BaseException, kind: type | None) -> str:
     return str(e) or type(e).__name__
 
 
-def _exact(kind: type):
+def _exact(kind: type) -> Hook:
     def hook(value: Any, _: Any) -> Any:
         if kind is float and type(value) is int:
             return float(value)
@@ -133,7 +135,7 @@ def _exact(kind: type):
     return hook
 
 
-def _one_of(kind: Any):
+def _one_of(kind: Any) -> Hook:
     choices = get_args(kind)
 
     def hook(value: Any, _: Any) -> Any:
@@ -144,7 +146,7 @@ def _one_of(kind: Any):
     return hook
 
 
-def _array(kind: Any):
+def _array(kind: Any) -> Hook:
     """Tuples from arrays only: cattrs alone would turn the string "abc" into ("a", "b", "c")."""
     kinds = get_args(kind)
 

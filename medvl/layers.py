@@ -4,6 +4,8 @@ The letters of all shapes in medvl: b batch, s slices, n tokens in, m tokens kep
 k adapters, r rank, l layers, v vocabulary, c findings, x y z voxel axes.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -49,7 +51,14 @@ def init_block(width: int, depth: int, gen: Generator, mlp: int = 4) -> Tree:
 
 
 def block(
-    p: Tree, x: Tensor, heads: int, *, keep: Tensor | None = None, rope: Rope | None = None, causal: bool = False, act=F.gelu
+    p: Tree,
+    x: Tensor,
+    heads: int,
+    *,
+    keep: Tensor | None = None,
+    rope: Rope | None = None,
+    causal: bool = False,
+    act: Callable[[Tensor], Tensor] = F.gelu,
 ) -> Tensor:
     """A pre-norm transformer block, [b, n, d] -> [b, n, d].
 

@@ -44,8 +44,8 @@ def write(path: files.PathLike, results: Iterable[Result]) -> None:
 
 def read(path: files.PathLike) -> list[Result]:
     """Read what `write` wrote."""
-    rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    return [Result(**{k: math.nan if v is None else v for k, v in row.items()}) for row in rows]
+    rows: list[dict[str, Any]] = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    return [Result(**{k: _fill(v) for k, v in row.items()}) for row in rows]
 
 
 def environment() -> dict[str, Any]:
@@ -107,6 +107,10 @@ def _cell(v: Any) -> str:
 
 def _is_number(text: str) -> bool:
     return text == "–" or text.replace(".", "", 1).replace("-", "", 1).isdigit()
+
+
+def _fill(v: Any) -> Any:
+    return math.nan if v is None else v
 
 
 def _isnan(v: Any) -> bool:

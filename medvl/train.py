@@ -1,0 +1,317 @@
+"""The loop: gradients inside one binding, exact large batches from small chunks, steps that survive a kill."""
+
+import json
+import logging
+import pickle
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from attrs import evolve, field, frozen
+from torch import Tensor
+
+from medvl import files
+from medvl.data.order import prefetch
+from medvl.optim import Optimizer, clip_by_norm
+from medvl.tree import Tree, flatten, map_leaves, unflatten
+
+_log = logging.getLogger("medvl")
+Batch = dict[str, Tensor]
+Loss = Callable[[Tree, Any], tuple[Tensor, "Aux"]]
+Grad = Callable[[Tree, Any], tuple[Tensor, "Aux", Tree]]
+
+
+@frozen(kw_only=True)
+class Aux:
+    """What a loss tells besides its value: numbers to log, and batch means that the state follows with running means."""
+
+    metrics: dict[str, Tensor] = field(factory=dict)
+    means: Tree = field(factory=dict)
+
+
+@frozen(kw_only=True)
+class State:
+    """All that a step changes."""
+
+    params: Tree  # only what this stage trains
+    opt: Tree
+    means: Tree = field(factory=dict)  # running means of Aux.means
+    step: int = 0
+    best: float = -float("inf")  # highest validation score so far
+
+
+class Stopped(SystemExit):
+    """The run was asked to stop (SIGTERM) and has saved its state; the exit status is that of a terminated process."""
+
+
+def value_and_grad(loss: Loss, *, precision: str = "float32", reduce: bool = True) -> Grad:
+    """`(params, batch) -> (loss, aux, gradient of the loss by every leaf of params)`.
+
+    The only place that takes gradients, sets autocast (`precision="bfloat16"`) and averages over processes (`reduce`). A leaf that the
+    loss does not touch gets zeros. Forward and gradient run inside one call, so that whatever binds weights during the forward pass
+    (`torch.func.functional_call`) still binds them when checkpointed activations are computed again.
+    """
+
+    def run(params: Tree, batch: Any) -> tuple[Tensor, Aux, Tree]:
+        leaves = {n: t.detach().requires_grad_() for n, t in flatten(params).items()}
+        with torch.enable_grad(), _autocast(params, precision):
+            value, aux = loss(unflatten(leaves), batch)
+        grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        if reduce and _world() > 1:
+            for g in grads:
+                dist.all_reduce(g.div_(_world()))
+        aux = Aux(metrics={k: v.detach() for k, v in aux.metrics.items()}, means=map_leaves(Tensor.detach, aux.means))
+        return value.detach(), aux, unflatten(dict(zip(leaves, grads, strict=True)))
+
+    return run
+
+
+def cached_value_and_grad(embed: Callable[[Tree, Batch], Batch], contrast: Loss, *, chunk: int, precision: str = "float32") -> Grad:
+    """The gradient of `contrast(params, embed(params, batch))`, exact for the whole batch, with activations of `chunk` rows at a time.
+
+    Embed all chunks without gradients, take the loss over the whole batch (of all processes) and its gradient by the embeddings, then
+    embed each chunk again and pull that gradient through it: twice the forward passes, the memory of one chunk. A batch that is one
+    chunk of one process goes straight through.
+
+    Args:
+        embed: rows of a batch -> {name: [rows, ...]}; a row's embedding must not depend on the other rows. Runs in `precision`.
+        contrast: (params, {name: [all rows, ...]}) -> loss over the whole batch; runs in full precision.
+    Source: Gao et al. 2021 (GradCache), arXiv:2101.06983, section 3.
+    """
+
+    def whole(p: Tree, batch: Batch) -> tuple[Tensor, Aux]:
+        rows = embed(p, batch)
+        with _autocast(p, "float32"):
+            return contrast(p, {k: _wide(t) for k, t in rows.items()})
+
+    def head(p: Tree, _: None) -> tuple[Tensor, Aux]:
+        return contrast(p["params"], p["rows"])
+
+    def tail(p: Tree, piece: tuple[Batch, Batch]) -> tuple[Tensor, Aux]:
+        rows, pull = embed(p, piece[0]), piece[1]
+        return torch.stack([(rows[k].to(g.dtype) * g).sum() for k, g in pull.items()]).sum(), Aux()
+
+    whole_grad = value_and_grad(whole, precision=precision, reduce=False)
+    head_grad = value_and_grad(head, reduce=False)
+    tail_grad = value_and_grad(tail, precision=precision, reduce=False)
+
+    def run(params: Tree, batch: Batch) -> tuple[Tensor, Aux, Tree]:
+        n = len(next(iter(batch.values())))
+        if n <= chunk and _world() == 1:
+            return whole_grad(params, batch)
+        spans = [slice(i, min(i + chunk, n)) for i in range(0, n, chunk)]
+        with torch.no_grad(), _autocast(params, precision):
+            parts = [embed(params, _rows(batch, span)) for span in spans]
+        rows = {k: _gather(_wide(torch.cat([part[k] for part in parts]))) for k in parts[0]}
+        value, aux, grads = head_grad({"params": params, "rows": rows}, None)
+        total = {k: torch.zeros_like(t) for k, t in flatten(params).items()}
+        mine = slice(_rank() * n, (_rank() + 1) * n)
+        for span in spans:
+            pull = {k: g[mine][span] for k, g in grads["rows"].items()}
+            for k, g in flatten(tail_grad(params, (_rows(batch, span), pull))[2]).items():
+                total[k] += g
+        if _world() > 1:
+            for g in total.values():
+                dist.all_reduce(g)
+        return value, aux, unflatten({k: total[k] + g for k, g in flatten(grads["params"]).items()})
+
+    return run
+
+
+def make_step(grad: Grad, optimizer: Optimizer, *, clip: float = 0.0, follow: float = 0.05) -> Callable[[State, Any], tuple[State, Batch]]:
+    """One optimiser step, `(state, batch) -> (state, metrics)`; the state that goes in must not be used again.
+
+    Args:
+        clip: upper bound of the gradients' common norm, 0 = none.
+        follow: how far a running mean moves to the batch's mean (further in the first steps).
+    """
+
+    def step(state: State, batch: Any) -> tuple[State, Batch]:
+        loss, aux, grads = grad(state.params, batch)
+        grads, norm = clip_by_norm(grads, clip)
+        params, opt = optimizer.update(grads, state.opt, state.params, state.step)
+        rate = max(follow, 1 / (state.step + 1))
+        old = flatten(state.means)
+        means = unflatten({k: torch.lerp(old.get(k, new), new, rate) for k, new in flatten(aux.means).items()})
+        return evolve(state, params=params, opt=opt, means=means, step=state.step + 1), {"loss": loss, "grad_norm": norm} | aux.metrics
+
+    return step
+
+
+@frozen(kw_only=True)
+class Every:
+    """How often, in optimiser steps; 0 = only at the end."""
+
+    log: int = 10
+    save: int = 100
+    validate: int = 0
+
+
+def fit(
+    step: Callable[[State, Any], tuple[State, Batch]],
+    state: State,
+    batch_at: Callable[[int], Any],
+    *,
+    steps: int,
+    folder: files.PathLike,
+    every: Every = Every(),
+    validate: Callable[[State], dict[str, float]] | None = None,
+    log: Callable[[dict[str, float]], None] = lambda line: None,
+) -> State:
+    """Train to `steps`, or go on from `folder/last.pt` to the same bits that an undisturbed run ends with.
+
+    Writes `metrics.jsonl` (a line per logged step), `last.pt`, and `best.pt` (the state with the highest `score` that `validate` gave).
+    On SIGTERM the state is saved and `Stopped` is raised; the same call goes on from there.
+
+    Args:
+        batch_at: step -> batch; a pure function, so that nothing about the data needs saving.
+        validate: state -> numbers, "score" among them: higher is better.
+    Raises:
+        FloatingPointError: the loss is not finite; the last good state stays on disk.
+    """
+    folder = Path(folder)
+    state = resume(folder, state)
+    if state.step > steps:
+        raise ValueError(f"{folder / 'last.pt'}: is at step {state.step}, past the {steps} asked for; remove it to train anew")
+    journal = _journal(folder / "metrics.jsonl", state.step)
+    with _Terminated() as stop:
+        for i, batch in prefetch(batch_at, state.step, steps):
+            state, metrics = step(state, batch)
+            due = {k: state.step == steps or (n and state.step % n == 0) for k, n in (("log", every.log), ("save", every.save))}
+            check = validate is not None and (state.step == steps or (every.validate and state.step % every.validate == 0))
+            if any(due.values()) or check or stop:
+                if not torch.isfinite(metrics["loss"]):
+                    raise FloatingPointError(
+                        f"fit: the loss is {float(metrics['loss'])} at step {i + 1}; the last good state is {folder / 'last.pt'}"
+                    )
+                line = {"step": state.step} | {k: float(v) for k, v in metrics.items()}
+            if check:
+                assert validate is not None
+                scores = validate(state)
+                line |= {f"valid_{k}": v for k, v in scores.items()}
+                if scores["score"] > state.best:
+                    state = evolve(state, best=scores["score"])
+                    save(folder / "best.pt", state)
+            if due["log"] or check:
+                journal(line)
+                log(line)
+            if due["save"] or stop:
+                save(folder / "last.pt", state)
+            if stop and state.step < steps:
+                _log.warning("stopped at step %d of %d; the same command goes on from %s", state.step, steps, folder / "last.pt")
+                raise Stopped(128 + signal.SIGTERM)
+    return state
+
+
+def save(path: files.PathLike, state: State) -> None:
+    """Write a state atomically (process 0 only); `read_state` reads it back without unpickling code."""
+    if _rank() == 0:
+        with files.atomic(path) as tmp:
+            torch.save({"params": state.params, "opt": state.opt, "means": state.means, "step": state.step, "best": state.best}, tmp)
+
+
+def read_state(path: files.PathLike, device: str | torch.device = "cpu") -> State:
+    """The state that `save` wrote.
+
+    Raises:
+        ValueError: not there, cut short, or not such a file.
+    """
+    try:
+        raw = torch.load(path, map_location=device, weights_only=True)
+        return State(**raw)
+    except FileNotFoundError as e:
+        raise ValueError(f"{path}: no such checkpoint; train first, or name a run folder that has one") from e
+    except (RuntimeError, TypeError, EOFError, OSError, ValueError, KeyError, AttributeError, pickle.UnpicklingError) as e:
+        said = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise ValueError(f"{path}: not a whole checkpoint of medvl ({said}); remove it to train from the start") from e
+
+
+def resume(folder: Path, state: State) -> State:
+    """The state of `folder/last.pt` where there is one, checked against the names and shapes of `state`, which is returned otherwise."""
+    path = folder / "last.pt"
+    if not path.exists():
+        return state
+    found = read_state(path, next(iter(flatten(state.params).values())).device)
+    shapes = [{n: tuple(t.shape) for n, t in flatten(s.params).items()} for s in (state, found)]
+    wrong = sorted(n for n in {*shapes[0], *shapes[1]} if shapes[0].get(n) != shapes[1].get(n))
+    if wrong:
+        name, (model, held) = wrong[0], (str(kind.get(wrong[0], "absent")) for kind in shapes)
+        raise ValueError(f"{path}: {len(wrong)} parameters differ from the model, e.g. {name}: {held} in the file, {model} in the model")
+    return found
+
+
+def _journal(path: Path, step: int) -> Callable[[dict[str, float]], None]:
+    """An appender to `path`, after dropping lines past `step` (written by a run that was killed before it saved) and broken ones."""
+    if _rank() != 0:
+        return lambda line: None
+    kept = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            if json.loads(text)["step"] <= step:
+                kept.append(text)
+        except (ValueError, KeyError, TypeError):
+            continue  # half a line of a killed run: its step is run again
+    files.write_text(path, "".join(t + "\n" for t in kept))
+
+    def append(line: dict[str, float]) -> None:
+        with open(path, "a", encoding="utf-8") as f:
+            f.write(json.dumps(line) + "\n")
+
+    return append
+
+
+class _Terminated:
+    """True once SIGTERM came in, while the block lasts (main thread only: elsewhere Python cannot catch signals)."""
+
+    def __init__(self) -> None:
+        self._came = False
+
+    def __bool__(self) -> bool:
+        return self._came
+
+    def __enter__(self) -> "_Terminated":
+        self._main = threading.current_thread() is threading.main_thread()
+        if self._main:
+            self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._main:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._came = True
+
+
+def _autocast(params: Tree, precision: str) -> torch.autocast:
+    device = next(iter(flatten(params).values())).device.type
+    return torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
+
+
+def _rows(batch: Batch, span: slice) -> Batch:
+    return {k: t[span] for k, t in batch.items()}
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _rank() -> int:
+    return dist.get_rank() if _world() > 1 else 0
+
+
+def _gather(t: Tensor) -> Tensor:
+    if _world() == 1:
+        return t
+    parts = [torch.empty_like(t) for _ in range(_world())]
+    dist.all_gather(parts, t.contiguous())
+    return torch.cat(parts)
