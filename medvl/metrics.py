@@ -4,6 +4,7 @@ Scores and labels are `[n, c]`: n volumes, c findings. Each metric also takes `w
 weights are r samples at once, a bootstrap replicate being whole-number weights. Without weights it gives `[c]`. All arithmetic is float64.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -88,7 +89,7 @@ def at_threshold(scores: Any, labels: Any, thresholds: Any, weights: Any = None)
     if t.shape != (s.shape[1],):
         raise ValueError(f"at_threshold: thresholds must be [{s.shape[1]}], one per finding, got {t.shape}")
     called, total = s >= t, w.sum(0)[:, None]
-    tp, fp, pos = w.T @ (called & y), w.T @ (called & ~y), w.T @ y
+    tp, fp, pos = np.split(w.T @ np.hstack([called & y, called & ~y, y]).astype(float), 3, axis=1)
     fn, neg = pos - tp, total - pos
     tn = neg - fp
     out = {
@@ -225,13 +226,20 @@ def _average_precision(s: Array, y: Array, w: Array) -> Array:
 
 def _sorted(s: Array, keep: Array) -> Array:
     rows = np.flatnonzero(keep)
-    return rows[np.argsort(s[rows], kind="stable")]
+    return rows[np.argsort(s[rows])]
 
 
 def _cumulative(w: Array) -> Array:
-    out = np.zeros((len(w) + 1, w.shape[1]))
-    np.cumsum(w, axis=0, out=out[1:])
-    return out
+    """[n, r] -> [n + 1, r], sums of the first 0 to n rows. In blocks: numpy's cumsum along this axis takes five times as long."""
+    n, r = w.shape
+    size = math.isqrt(n) + 1
+    padded = np.zeros((1 + size * (n // size + 1), r))
+    padded[1 : n + 1] = w
+    blocks = padded[1:].reshape(-1, size, r)
+    for i in range(1, size):
+        blocks[:, i] += blocks[:, i - 1]
+    blocks[1:] += np.cumsum(blocks[:-1, -1], 0)[:, None]
+    return padded[: n + 1]
 
 
 def _ratio(a: Array, b: Array) -> Array:
