@@ -1,0 +1,538 @@
+"""hub: transformers itself is the peer; checkpoints are tiny, random and in the real formats."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+import threading
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from medvl import hub
+
+VISION = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+TEXT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96, "vocab_size": 99}
+TINY = {
+    "dinov2": {"model_type": "dinov2", **VISION},
+    "giant": {"model_type": "dinov2", **VISION, "use_swiglu_ffn": True},
+    "registers": {"model_type": "dinov2_with_registers", **VISION, "num_register_tokens": 4},
+    "dinov3": {"model_type": "dinov3_vit", **VISION, "intermediate_size": 96, "num_register_tokens": 4},
+    "vit": {"model_type": "vit", **VISION, "intermediate_size": 96},
+    "clip_vision": {"model_type": "clip_vision_model", **VISION, "intermediate_size": 96},
+    "clip_text": {"model_type": "clip_text_model", **TEXT, "bos_token_id": 1, "eos_token_id": 2},
+    "bert": {"model_type": "bert", **TEXT},
+}
+REPORTS = ["The heart is normal in size.", "No pleural effusion; the heart is  NORMAL.", "Nodule of 12 mm in the left upper lobe."] * 4
+
+
+def model_of(kind):
+    """transformers' own module with every parameter random (its initialisation leaves many at 0 or 1)."""
+    from transformers import AutoConfig, AutoModel
+
+    config = dict(TINY[kind])
+    torch.manual_seed(0)
+    model = AutoModel.from_config(AutoConfig.for_model(config.pop("model_type"), **config)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) * 0.2)
+    return model
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """{kind: folder that transformers wrote}."""
+    where = tmp_path_factory.mktemp("models")
+    for kind in TINY:
+        model_of(kind).save_pretrained(where / kind)
+    return {kind: where / kind for kind in TINY}
+
+
+def inputs_of(kind, px=32):
+    gen = torch.Generator().manual_seed(1)
+    return torch.randint(5, 90, (2, 9), generator=gen) if kind in ("clip_text", "bert") else torch.randn(2, 3, px, px, generator=gen)
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_equals_transformers_on_one_checkpoint(folders, kind):
+    from transformers import AutoModel
+
+    peer = AutoModel.from_pretrained(folders[kind]).eval()
+    skeleton, params = hub.load(folders[kind])
+    assert all(p.is_meta for p in skeleton.module.parameters())
+    sizes = (32, 48) if kind in ("dinov2", "giant", "registers", "dinov3") else (32,)  # 48: positions are interpolated
+    for px in sizes:
+        x = inputs_of(kind, px)
+        with torch.no_grad():
+            torch.testing.assert_close(
+                skeleton(params, x).last_hidden_state, peer(x).last_hidden_state, rtol=0, atol=1e-5, msg=f"{kind} at {px} px"
+            )
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_save_writes_the_checkpoint_that_was_loaded(folders, kind, tmp_path):
+    skeleton, params = hub.load(folders[kind])
+    hub.save(skeleton, params, tmp_path / "out")
+    before, after = load_file(folders[kind] / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    before = {k: t for k, t in before.items() if "pooler" not in k}  # the plain encoder has none
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert json.loads((tmp_path / "out/config.json").read_text())["architectures"] == [type(skeleton.module).__name__]
+
+
+def test_a_shared_weight_stays_shared(tmp_path, gen):
+    config = {"model_type": "t5", "d_model": 32, "d_kv": 16, "num_heads": 2, "num_layers": 1, "d_ff": 32, "vocab_size": 50}
+    skeleton, params = hub.init_skeleton(config, gen)
+    hub.save(skeleton, params, tmp_path / "t5")
+    skeleton, loaded = hub.load(tmp_path / "t5")
+    assert loaded.keys() == params.keys()
+    assert not any("embed_tokens" in n for n in loaded)
+    ids = {"input_ids": torch.tensor([[3, 4]]), "decoder_input_ids": torch.tensor([[5]])}
+    zero = loaded | {"shared.weight": torch.zeros_like(loaded["shared.weight"])}
+    assert skeleton(loaded, **ids).encoder_last_hidden_state.abs().max() > 0
+    assert skeleton(zero, **ids).encoder_last_hidden_state.abs().max() == 0
+
+
+def test_a_classifier_checkpoint_gives_its_encoder(tmp_path):
+    from transformers import AutoConfig, AutoModelForImageClassification
+
+    for kind in ("dinov2", "vit"):
+        config = dict(TINY[kind])
+        model = AutoModelForImageClassification.from_config(AutoConfig.for_model(config.pop("model_type"), **config)).eval()
+        model.save_pretrained(tmp_path / kind)
+        assert any(k.startswith(f"{kind}.") for k in load_file(tmp_path / kind / "model.safetensors"))
+        skeleton, params = hub.load(tmp_path / kind)
+        x = inputs_of(kind)
+        with torch.no_grad():
+            assert torch.equal(skeleton(params, x).last_hidden_state, getattr(model, kind)(x).last_hidden_state)
+
+
+def test_one_tower_of_clip(tmp_path):
+    from transformers import CLIPConfig, CLIPModel
+
+    text, vision = ({k: v for k, v in TINY[f"clip_{t}"].items() if k != "model_type"} for t in ("text", "vision"))
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision)).eval()
+    model.save_pretrained(tmp_path / "clip")
+    for part, x in (("text", inputs_of("clip_text")), ("vision", inputs_of("clip_vision"))):
+        skeleton, params = hub.load(tmp_path / "clip", part=part)
+        with torch.no_grad():
+            want = getattr(model, f"{part}_model")(x).pooler_output
+            torch.testing.assert_close(skeleton(params, x).pooler_output, want, rtol=0, atol=1e-5)
+    hub.save(skeleton, params, tmp_path / "vision")
+    with pytest.raises(ValueError, match="has no text tower"):
+        hub.load(tmp_path / "vision", part="text")
+
+
+def test_shards_and_plain_pickles_are_the_same_weights(folders, tmp_path):
+    model, want = model_of("dinov2"), hub.digest(hub.load(folders["dinov2"])[1])
+    model.save_pretrained(tmp_path / "shards", max_shard_size="50KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    assert hub.digest(hub.load(tmp_path / "shards")[1]) == want
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/config.json").write_text((folders["dinov2"] / "config.json").read_text())
+    torch.save(load_file(folders["dinov2"] / "model.safetensors"), tmp_path / "bin/pytorch_model.bin")
+    assert hub.digest(hub.load(tmp_path / "bin")[1]) == want
+
+
+def test_loads_in_the_wanted_dtype(folders):
+    skeleton, params = hub.load(folders["dinov3"], dtype=torch.bfloat16)
+    _, whole = hub.load(folders["dinov3"])
+    assert all(torch.equal(params[n], whole[n].bfloat16()) for n in whole)
+    assert skeleton.module.get_buffer("rope_embeddings.inv_freq").dtype == torch.float32
+    assert skeleton(params, inputs_of("dinov3").bfloat16()).last_hidden_state.dtype == torch.bfloat16
+
+
+def test_reads_the_hub_cache(folders, tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--someone--tiny/snapshots/abc"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--someone--tiny/refs").mkdir()
+    (tmp_path / "models--someone--tiny/refs/main").write_text("abc")
+    for name in ("config.json", "model.safetensors"):
+        os.link(folders["dinov2"] / name, snapshot / name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    skeleton, params = hub.load("someone/tiny")
+    assert skeleton.name == "someone/tiny"
+    assert hub.digest(params) == hub.digest(hub.load(folders["dinov2"])[1])
+
+
+def test_what_is_nowhere_stops_at_once(tmp_path, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("a download was tried")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", never)
+    with pytest.raises(ValueError, match=rf"someone/nothing is no folder.*{tmp_path}/cache.*HF_HUB_OFFLINE.*hf download someone/nothing"):
+        hub.load("someone/nothing")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    for read in (hub.load, hub.tokenizer):
+        with pytest.raises(ValueError, match=r"127.0.0.1:9 cannot be reached .*refused.*hf download someone/nothing"):
+            read("someone/nothing")
+    with pytest.raises(ValueError, match="no file or folder /no/such/folder"):
+        hub.load("/no/such/folder")
+    with pytest.raises(ValueError, match=r"must hold config.json, found none"):
+        hub.load(tmp_path)
+
+
+def break_truncated(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def break_json(folder):
+    (folder / "config.json").write_text('{"model_type": "dinov2"')
+
+
+def break_model_type(folder):
+    (folder / "config.json").write_text('{"model_type": "cxr-bert", "auto_map": {"AutoModel": "modeling.Own"}}')
+
+
+def break_config(folder):
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"hidden_size": 64', '"hidden_size": "64"'))
+
+
+def break_shard(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"layernorm.weight": "model-00001-of-00002.safetensors"}}')
+
+
+def break_with(change):
+    def damage(folder):
+        state = load_file(folder / "model.safetensors")
+        change(state)
+        save_file(state, folder / "model.safetensors", {"format": "pt"})
+
+    return damage
+
+
+BROKEN = [
+    (break_truncated, "model.safetensors is broken or cut off"),
+    (break_json, "config.json is not JSON"),
+    (break_model_type, "found 'cxr-bert'; it needs code of its own, which is never run"),
+    (break_config, "not a dinov2.*'hidden_size' expected int"),
+    (break_shard, "model-00001-of-00002.safetensors is missing"),
+    (lambda f: (f / "model.safetensors").unlink(), "must hold model.safetensors or .* found config.json"),
+    (break_with(lambda s: s.pop("layernorm.weight")), "missing layernorm.weight"),
+    (break_with(lambda s: s.update(foo=torch.zeros(2))), "unexpected foo"),
+    (break_with(lambda s: s.update({"layernorm.bias": torch.zeros(3)})), r"of another shape layernorm.bias \[3\] instead of \[64\]"),
+    (
+        break_with(lambda s: s.update({"layernorm.bias": torch.zeros(64).char()})),
+        r"found layernorm.bias \(int8\); quantised files are not read",
+    ),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), BROKEN, ids=[m[:24] for _, m in BROKEN])
+def test_broken_checkpoints_say_what_is_wrong(folders, tmp_path, damage, message):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((folders["dinov2"] / name).read_bytes())
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        hub.load(tmp_path)
+
+
+def test_all_faults_are_one_error_and_unused_keys_are_none(folders):
+    config, state = json.loads((folders["dinov2"] / "config.json").read_text()), load_file(folders["dinov2"] / "model.safetensors")
+    del state["embeddings.mask_token"]
+    _, params = hub.bind(config, state | {"classifier.weight": torch.zeros(2, 64), "pooler.dense.bias": torch.zeros(64)})
+    assert torch.equal(params["embeddings.mask_token"], torch.zeros(1, 64))
+    state = {k: t for k, t in state.items() if k != "layernorm.weight"} | {"foo": torch.zeros(2), "layernorm.bias": torch.zeros(3)}
+    with pytest.raises(ValueError, match=r"missing layernorm.weight; unexpected foo; of another shape layernorm.bias"):
+        hub.bind(config, state)
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("/nonexistent/bomb",)
+
+
+def test_a_pickle_is_never_run(tmp_path):
+    torch.save({"a": Bomb()}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="not a file of plain tensors"):
+        hub.load(tmp_path / "x.pth")
+    torch.save({"model": {"a": torch.zeros(1)}}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="one flat dict of tensors"):
+        hub.load(tmp_path / "x.pth")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"must be an original DINOv2 checkpoint .* found a"):
+        hub.load(tmp_path / "x.pth")
+
+
+# Skeletons ------------------------------------------------------------------------------------------------------------------------------
+def test_init_is_a_function_of_the_generator():
+    seeded = [hub.init_skeleton(TINY["dinov2"], torch.Generator().manual_seed(s))[1] for s in (0, 0, 1)]
+    assert hub.digest(seeded[0]) == hub.digest(seeded[1]) != hub.digest(seeded[2])
+    torch.manual_seed(5)
+    want = torch.rand(3)
+    torch.manual_seed(5)
+    hub.init_skeleton(TINY["dinov2"], torch.Generator().manual_seed(0))
+    assert torch.equal(torch.rand(3), want)
+
+
+def test_init_follows_transformers_initialisation(gen):
+    _, params = hub.init_skeleton(TINY["dinov2"], gen)
+    assert torch.equal(params["layernorm.weight"], torch.ones(64))
+    weights = torch.cat([t.flatten() for n, t in params.items() if n.endswith("proj.weight")])
+    assert weights.std() == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hiden_size": 96}, "a dinov2 config has no hiden_size; it has .*hidden_size"),
+        ({"hidden_size": "96"}, "'hidden_size' expected int"),
+        ({"model_type": "dinov9"}, "found 'dinov9'"),
+    ],
+)
+def test_init_refuses_typos(gen, change, message):
+    with pytest.raises(ValueError, match=message):
+        hub.init_skeleton(TINY["dinov2"] | change, gen)
+
+
+def test_a_stored_config_builds_the_same_skeleton(folders, gen):
+    skeleton, params = hub.load(folders["registers"])
+    again, random = hub.init_skeleton(skeleton.config, gen)
+    assert {n: t.shape for n, t in random.items()} == {n: t.shape for n, t in params.items()}
+    assert again.config == skeleton.config | {"_name_or_path": again.config["_name_or_path"], "dtype": again.config["dtype"]}
+
+
+def test_calls_are_pure_and_carry_gradients(folders):
+    skeleton, params = hub.load(folders["dinov2"])
+    x, before = inputs_of("dinov2"), hub.digest(params)
+    with torch.no_grad():
+        first = skeleton(params, x).last_hidden_state
+        other = skeleton({n: t * 0.5 for n, t in params.items()}, x).last_hidden_state
+        assert not torch.allclose(first, other)
+        assert torch.equal(skeleton(params, x).last_hidden_state, first)
+    assert hub.digest(params) == before
+    leaf = params["layernorm.bias"].clone().requires_grad_()
+    (grad,) = torch.autograd.grad(skeleton(params | {"layernorm.bias": leaf}, x).last_hidden_state.sum(), leaf)
+    torch.testing.assert_close(grad, torch.full((64,), 2.0 * 17))
+    assert all(p.is_meta and not p.requires_grad for p in skeleton.module.parameters())
+
+
+def test_threads_with_their_own_copy_are_exact(folders):
+    skeleton, params = hub.load(folders["dinov3"])
+    x, scales, wrong = inputs_of("dinov3"), (1.0, 0.5), []
+    variants = [{n: t * s for n, t in params.items()} for s in scales]
+    with torch.no_grad():
+        want = [skeleton(v, x).last_hidden_state for v in variants]
+
+    def work(i):
+        mine = copy.deepcopy(skeleton)
+        with torch.no_grad():
+            wrong.extend(i for _ in range(20) if not torch.equal(mine(variants[i], x).last_hidden_state, want[i]))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert not wrong
+
+
+def test_calls_refuse_other_names_and_inner_checkpointing(folders):
+    skeleton, params = hub.load(folders["dinov2"])
+    x = inputs_of("dinov2")
+    with pytest.raises(ValueError, match=r"must be exactly its .* missing layernorm.bias, unknown layernorm.bais"):
+        skeleton({n.replace("layernorm.bias", "layernorm.bais"): t for n, t in params.items()}, x)
+    turn_on = "activation_checkpointing_enable"  # transformers 5.17 has it under its older name only
+    getattr(skeleton.module, turn_on if hasattr(skeleton.module, turn_on) else "gradient_checkpointing_enable")()
+    with pytest.raises(ValueError, match=r"put torch.utils.checkpoint around the call"):
+        skeleton(params, x)
+
+
+def test_save_leaves_a_whole_folder_or_none(folders, tmp_path, monkeypatch):
+    skeleton, params = hub.load(folders["dinov2"])
+    hub.save(skeleton, params, tmp_path / "a")
+    with pytest.raises(ValueError, match="is there already"):
+        hub.save(skeleton, params, tmp_path / "a")
+    with pytest.raises(ValueError, match="save: params must be"):
+        hub.save(skeleton, {}, tmp_path / "b")
+
+    def full_disk(*args, **kwargs):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(type(skeleton.module), "save_pretrained", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        hub.save(skeleton, params, tmp_path / "b")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_digest_is_of_content():
+    a = {"x": torch.arange(6.0), "y": torch.zeros(2, dtype=torch.bfloat16)}
+    same = {"y": a["y"].clone(), "x": torch.arange(12.0)[::2] / 2}
+    assert hub.digest(a) == hub.digest(same)
+    others = [
+        a | {"x": torch.arange(6.0).view(2, 3)},
+        a | {"x": torch.arange(6)},
+        a | {"x": torch.arange(6.0) + torch.eye(6)[5] * 1e-6},
+        {"z": a["x"], "y": a["y"]},
+        {"x": a["x"]},
+    ]
+    assert len({hub.digest(t) for t in [a, *others]}) == 6
+    assert hub.digest({"a": {"b": torch.tensor(1)}}) != hub.digest({"a": {"b": torch.tensor(2)}})
+
+
+def test_importing_hub_does_not_import_transformers():
+    code = "import sys, medvl, medvl.hub; print('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+# Original DINOv2 ------------------------------------------------------------------------------------------------------------------------
+def original(swiglu=False, registers=0, d=128, depth=2, grid=4):
+    """A random state dict with the names and shapes of the original DINOv2 checkpoints."""
+    shapes = {"cls_token": (1, 1, d), "mask_token": (1, d), "pos_embed": (1, grid**2 + 1, d), "patch_embed.proj.weight": (d, 3, 14, 14)}
+    shapes |= {"patch_embed.proj.bias": (d,), "norm.weight": (d,), "norm.bias": (d,)}
+    shapes |= {"register_tokens": (1, registers, d)} if registers else {}
+    hidden = (int(4 * d * 2 / 3) + 7) // 8 * 8
+    mlp = {"w12": (2 * hidden, d), "w3": (d, hidden)} if swiglu else {"fc1": (4 * d, d), "fc2": (d, 4 * d)}
+    for i in range(depth):
+        linear = {"attn.qkv": (3 * d, d), "attn.proj": (d, d)} | {f"mlp.{k}": s for k, s in mlp.items()}
+        shapes |= {f"blocks.{i}.{n}.{leaf}": s[: 2 - (leaf == "bias")] for n, s in linear.items() for leaf in ("weight", "bias")}
+        shapes |= {f"blocks.{i}.{n}.{leaf}": (d,) for n in ("norm1", "norm2") for leaf in ("weight", "bias")}
+        shapes |= {f"blocks.{i}.ls{k}.gamma": (d,) for k in (1, 2)}
+    gen = torch.Generator().manual_seed(0)
+    return {n: torch.randn(s, generator=gen) * 0.2 for n, s in shapes.items()}
+
+
+def naive_dinov2(p, x):
+    """Oquab et al. 2023, arXiv:2304.07193; registers of Darcet et al. 2023, arXiv:2309.16588. x [b, 3, y, x] of the trained size."""
+    d = p["norm.weight"].numel()
+
+    def norm(z, name):
+        return F.layer_norm(z, (d,), p[f"{name}.weight"], p[f"{name}.bias"], 1e-6)
+
+    def linear(z, name):
+        return z @ p[f"{name}.weight"].T + p[f"{name}.bias"]
+
+    z = F.conv2d(x, p["patch_embed.proj.weight"], p["patch_embed.proj.bias"], stride=14).flatten(2).mT
+    z = torch.cat([p["cls_token"].expand(len(z), 1, d), z], 1) + p["pos_embed"]
+    if "register_tokens" in p:
+        z = torch.cat([z[:, :1], p["register_tokens"].expand(len(z), -1, -1), z[:, 1:]], 1)
+    for i in range(2):
+        b = f"blocks.{i}."
+        q, k, v = linear(norm(z, b + "norm1"), b + "attn.qkv").unflatten(-1, (3, d // 64, 64)).permute(2, 0, 3, 1, 4)
+        heads = (q @ k.mT / 8).softmax(-1) @ v
+        z = z + p[b + "ls1.gamma"] * linear(heads.transpose(1, 2).flatten(2), b + "attn.proj")
+        h = norm(z, b + "norm2")
+        if b + "mlp.w12.weight" in p:
+            gate, up = linear(h, b + "mlp.w12").chunk(2, -1)
+            h = linear(F.silu(gate) * up, b + "mlp.w3")
+        else:
+            h = linear(F.gelu(linear(h, b + "mlp.fc1")), b + "mlp.fc2")
+        z = z + p[b + "ls2.gamma"] * h
+    return norm(z, "norm")
+
+
+@pytest.mark.parametrize(("swiglu", "registers"), [(False, 0), (False, 4), (True, 0), (True, 4)])
+def test_original_dinov2(tmp_path, swiglu, registers):
+    state = original(swiglu, registers)
+    torch.save(state, tmp_path / "dinov2_vitx14_pretrain.pth")
+    skeleton, params = hub.load(tmp_path / "dinov2_vitx14_pretrain.pth")
+    assert skeleton.name == "dinov2_vitx14_pretrain"
+    assert (skeleton.config["image_size"], skeleton.config["num_attention_heads"]) == (56, 2)
+    x = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        torch.testing.assert_close(skeleton(params, x).last_hidden_state, naive_dinov2(state, x), rtol=1e-4, atol=1e-4)
+    for names in (params, hub.from_dinov2(state)):
+        back = hub.to_dinov2(names)
+        assert back.keys() == state.keys()
+        assert all(torch.equal(back[k], state[k]) for k in state)
+
+
+def test_original_dinov2_of_published_shapes():
+    """facebookresearch/dinov2: ViT-S/14 has 12 blocks of 384 (176 keys with registers), ViT-g/14 40 of 1536 and a SwiGLU of 4096."""
+    with torch.device("meta"):
+        small = {k: torch.empty(v.shape) for k, v in original(registers=4, d=384, depth=12, grid=37).items()}
+        giant = {k: torch.empty(v.shape) for k, v in original(swiglu=True, d=192, depth=3).items()}
+    assert len(small) == 176
+    config = hub._dinov2_config(small, "x")
+    assert (config["model_type"], config["hidden_size"], config["num_hidden_layers"]) == ("dinov2_with_registers", 384, 12)
+    assert (config["num_attention_heads"], config["image_size"], config["num_register_tokens"]) == (6, 518, 4)
+    assert hub._dinov2_config(giant, "x")["use_swiglu_ffn"]
+
+
+def test_original_dinov2_refuses_other_keys():
+    with pytest.raises(ValueError, match=r"'blocks.0.attn.rel_pos' is no key of an original DINOv2"):
+        hub.from_dinov2({"blocks.0.attn.rel_pos": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"'encoder.layer.0.foo' is no key of a Hugging Face DINOv2"):
+        hub.to_dinov2({"encoder.layer.0.foo": torch.zeros(1)})
+    state = {k: v[:100] if k == "patch_embed.proj.weight" else v for k, v in original().items()}
+    with pytest.raises(ValueError, match=r"multiple of 64 .* found 100"):
+        hub._dinov2_config(state, "x")
+
+
+# Tokenizers -----------------------------------------------------------------------------------------------------------------------------
+def test_real_clip_tokenizer(shared_data):
+    folder = shared_data / "tokenizers/clip"
+    tok = hub.tokenizer(folder)
+    texts = ["The heart is normal.", "Nodule " * 100, ""]
+    with pytest.warns(UserWarning, match="longer than 77 tokens lose their tail"):
+        ids, mask = hub.tokenize(tok, texts, 77)
+    want = tok(texts, truncation=True, max_length=77, padding=True, return_tensors="pt")
+    assert torch.equal(ids, want["input_ids"])
+    assert torch.equal(mask, want["attention_mask"].bool())
+    assert (ids[:, 0] == 49406).all()
+    assert [int(row[keep][-1]) for row, keep in zip(ids, mask, strict=True)] == [49407] * 3
+    assert mask.sum(1).tolist() == [7, 77, 2]
+    assert hub.truncated(tok, texts, 77) == 1
+    bare = hub.tokenizer(folder / "tokenizer.json")
+    assert torch.equal(hub.tokenize(bare, texts[:1], 77)[0], ids[:1, :7])
+
+
+def test_trained_bpe(tmp_path):
+    tok = hub.train_bpe(REPORTS, 300, tmp_path / "bpe")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ids, mask = hub.tokenize(tok, ["  The HEART\nis normal ", "Nodule"], 64)
+    assert ids.dtype == torch.int64
+    assert mask.dtype == torch.bool
+    start, end, pad = (tok.convert_tokens_to_ids(t) for t in (hub.START, hub.END, hub.PAD))
+    assert ids[0, 0] == ids[1, 0] == start
+    assert [int(row[keep][-1]) for row, keep in zip(ids, mask, strict=True)] == [end, end]
+    assert (ids[~mask] == pad).all()
+    assert (~mask).any()
+    assert tok.decode(ids[0], skip_special_tokens=True).strip() == "the heart is normal"
+    assert len(hub.tokenize(tok, ["the heart is normal"], 64)[0][0]) < 12  # learnt words are few tokens
+    again = hub.tokenizer(tmp_path / "bpe")
+    assert torch.equal(hub.tokenize(again, REPORTS[:3], 64)[0], hub.tokenize(tok, REPORTS[:3], 64)[0])
+    assert (again.bos_token_id, again.eos_token_id, again.pad_token_id) == (start, end, pad)
+
+
+def test_trained_bpe_is_deterministic_and_loses_no_character():
+    a, b = (hub.train_bpe(REPORTS, 300) for _ in range(2))
+    assert a.get_vocab() == b.get_vocab()
+    assert len(a) <= 300
+    odd = "größe 3×4 µm 结节 🫁 <b>"
+    assert a.decode(hub.tokenize(a, [odd], 200)[0][0], skip_special_tokens=True).strip() == odd
+
+
+def test_truncation_keeps_the_end_token():
+    tok = hub.train_bpe(REPORTS, 300)
+    whole = hub.tokenize(tok, [REPORTS[0]], 64)[0][0]
+    with pytest.warns(UserWarning, match="lose their tail"):
+        ids, mask = hub.tokenize(tok, [REPORTS[0], "no"], 6)
+    assert ids[0].tolist() == [*whole[:5].tolist(), tok.eos_token_id]
+    assert ids.shape == mask.shape == (2, 6)
+    assert hub.truncated(tok, [REPORTS[0], "no"], 6) == 1
+
+
+def test_tokenizer_errors(tmp_path, shared_data):
+    with pytest.raises(ValueError, match="vocab_size >= 259"):
+        hub.train_bpe(REPORTS, 100)
+    with pytest.raises(ValueError, match="0 texts"):
+        hub.train_bpe([], 300)
+    tok = hub.train_bpe(REPORTS, 300)
+    for texts in ([], [float("nan")], "one text"):
+        with pytest.raises(ValueError, match="needs a list of texts"):
+            hub.tokenize(tok, texts, 64)
+    with pytest.raises(ValueError, match="must put an end token behind every text"):
+        hub.tokenize(hub.tokenizer(shared_data / "tokenizers/qwen3"), ["a"], 64)
+    (tmp_path / "tokenizer.json").write_text("{")
+    for name in (tmp_path, tmp_path / "tokenizer.json"):
+        with pytest.raises(ValueError, match="is not JSON"):
+            hub.tokenizer(name)
