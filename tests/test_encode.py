@@ -1,0 +1,286 @@
+"""encode: transformers' own forward and naive formulas are the peers; hub only builds the tiny encoders."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from attrs import evolve
+from torch import Tensor
+
+from medvl import hub
+from medvl.encode import WINDOWS, EncodeConfig, chunk_size, encode_slices, width, windows
+
+CPU = torch.device("cpu")
+BASE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+TINY = {
+    "dinov2": {"model_type": "dinov2", **BASE},
+    "giant": {"model_type": "dinov2", **BASE, "use_swiglu_ffn": True},
+    "registers": {"model_type": "dinov2_with_registers", **BASE, "num_register_tokens": 4},
+    "dinov3": {"model_type": "dinov3_vit", **BASE, "intermediate_size": 128, "num_register_tokens": 4},
+    "vit": {"model_type": "vit", **BASE, "intermediate_size": 128},
+    "clip": {"model_type": "clip_vision_model", **BASE, "intermediate_size": 128},
+}
+MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]], dtype=torch.bool)  # 9 of 15 slices
+
+
+def vit_of(kind="dinov2"):
+    skeleton, params = hub.init_skeleton(TINY[kind], torch.Generator().manual_seed(0))
+    gen = torch.Generator().manual_seed(1)
+    return skeleton, {n: t + 0.2 * torch.randn(t.shape, generator=gen) for n, t in params.items()}
+
+
+def volumes(px=32, dtype=torch.uint8):
+    low, high = (0, 256) if dtype == torch.uint8 else (-1024, 2000)
+    size = (px, px) if isinstance(px, int) else px
+    return torch.randint(low, high, (3, 5, *size), generator=torch.Generator().manual_seed(2), dtype=dtype)
+
+
+# Windows --------------------------------------------------------------------------------------------------------------------------------
+def naive_window(hu, centre, size, mean, std):
+    return (min(1.0, max(0.0, (hu - centre) / size + 0.5)) - mean) / std
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16])
+def test_fixed_windows_equal_the_formula(dtype):
+    cfg = EncodeConfig()
+    values = list(range(256)) if dtype == torch.uint8 else list(range(-1100, 3000, 16))
+    hus = [v / 255 * 2000 - 1000 for v in values] if dtype == torch.uint8 else values
+    want = [[naive_window(h, *w, m, s) for h in hus] for w, m, s in zip(WINDOWS, cfg.mean, cfg.std, strict=True)]
+    got = windows(cfg, torch.tensor(values, dtype=dtype).view(1, -1))
+    assert got.shape == (3, 1, len(values))
+    torch.testing.assert_close(got[:, 0], torch.tensor(want))
+
+
+def test_uint8_and_int16_of_one_volume_agree():
+    stored = volumes()
+    hu = (stored.double() / 255 * 2000 - 1000).round().to(torch.int16)
+    a, b = windows(EncodeConfig(), stored), windows(EncodeConfig(), hu)
+    assert a.shape == b.shape == (3, 5, 3, 32, 32)
+    assert (a - b).abs().max() < 0.5 / 400 / 0.224 * 1.01  # half a HU in the narrowest window
+
+
+def test_known_tissues_stand_where_radiologists_put_them():
+    cfg = EncodeConfig(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    air, water, bone = windows(cfg, torch.tensor([[-1000, 0, 1000]], dtype=torch.int16))[:, 0].T
+    torch.testing.assert_close(air, torch.tensor([350 / 1500, 0, 0]))
+    torch.testing.assert_close(water, torch.tensor([1350 / 1500, 160 / 400, 500 / 1800]))
+    torch.testing.assert_close(bone, torch.tensor([1, 1, 1500 / 1800]))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16])
+def test_minmax_equals_the_formula(dtype):
+    cfg = EncodeConfig(window="minmax")
+    v = volumes(dtype=dtype)[0]
+    v[1] = 7  # a constant slice has nothing to stretch
+    got = windows(cfg, v)
+    for s in (0, 1, 4):
+        flat = v[s].double()
+        unit = (flat - flat.min()) / (flat.max() - flat.min()) if s != 1 else torch.zeros(32, 32).double()
+        for c in range(3):
+            torch.testing.assert_close(got[s, c].double(), (unit - cfg.mean[c]) / cfg.std[c], rtol=1e-5, atol=1e-5)
+
+
+def test_windows_refuse_other_dtypes():
+    with pytest.raises(ValueError, match=r"uint8 or int16 \[..., y, x\], got torch.float32"):
+        windows(EncodeConfig(), torch.zeros(2, 8, 8))
+
+
+# Equality with transformers -------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", TINY)
+def test_equals_transformers_on_one_checkpoint(kind, tmp_path):
+    from transformers import AutoModel
+
+    hub.save(*vit_of(kind), tmp_path / kind)
+    peer = AutoModel.from_pretrained(tmp_path / kind).eval()
+    skeleton, params = hub.load(tmp_path / kind)
+    for px in (32, 48) if kind != "clip" else (32,):
+        v, cfg = volumes(px), EncodeConfig()
+        how = {"interpolate_pos_encoding": True} if kind == "vit" and px != 32 else {}
+        with torch.no_grad():
+            got = encode_slices(cfg, params, v, MASK, vit=skeleton)
+            out = peer(windows(cfg, v.flatten(0, 1)), **how)
+        want = out.pooler_output if kind == "clip" else out.last_hidden_state[:, 0]
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got[MASK], want.unflatten(0, (3, 5))[MASK], rtol=0, atol=1e-5)
+        assert (got[~MASK] == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "registers"])
+def test_pools(kind):
+    skeleton, params = vit_of(kind)
+    prefix = 1 + TINY[kind].get("num_register_tokens", 0)
+    v = volumes()
+    with torch.no_grad():
+        tokens = skeleton(params, windows(EncodeConfig(), v[1])).last_hidden_state
+        assert tokens.shape == (5, prefix + 16, 64)
+        patches = tokens[:, prefix:]
+        want = {"cls": tokens[:, 0], "mean": patches.mean(1), "max": patches.max(1).values}
+        want["cls+mean"] = torch.cat([want["cls"], want["mean"]], 1)
+        for pool, target in want.items():
+            cfg = EncodeConfig(pool=pool)
+            got = encode_slices(cfg, params, v, MASK, vit=skeleton)
+            assert got.shape == (3, 5, width(cfg, skeleton))
+            torch.testing.assert_close(got[1], target, rtol=1e-5, atol=1e-5)
+
+
+def test_resize_is_bilinear_after_the_windows():
+    skeleton, params = vit_of()
+    cfg, v = EncodeConfig(resize=32), volumes((40, 56))
+    small = F.interpolate(windows(cfg, v[1]), (32, 32), mode="bilinear", antialias=True)
+    with torch.no_grad():
+        want = skeleton(params, small).last_hidden_state[:, 0]
+        torch.testing.assert_close(encode_slices(cfg, params, v, MASK, vit=skeleton)[1], want, rtol=1e-5, atol=1e-5)
+        assert encode_slices(EncodeConfig(), params, v, MASK, vit=skeleton).shape == (3, 5, 64)  # 40x56 are multiples of 8 as well
+
+
+# Chunks, padding and gradients ----------------------------------------------------------------------------------------------------------
+def counting(skeleton):
+    seen = []
+
+    def call(params, pixels, **kwargs):
+        seen.append(len(pixels))
+        return skeleton(params, pixels, **kwargs)
+
+    class Counted(SimpleNamespace):
+        __call__ = staticmethod(call)
+
+    return Counted(module=skeleton.module, config=skeleton.config), seen
+
+
+def test_chunks_and_padding_change_nothing(monkeypatch):
+    skeleton, params = vit_of()
+    counted, seen = counting(skeleton)
+    v, cfg = volumes(), EncodeConfig(dtype="float64")
+    with torch.no_grad():
+        whole = encode_slices(cfg, params, v, MASK, vit=counted)
+        assert seen == [9]
+        monkeypatch.setattr("medvl.encode._LARGEST_ON_CPU", 2 * 17 * 256 * 8)
+        parts = encode_slices(cfg, params, v, MASK, vit=counted)
+        assert seen == [9, 2, 2, 2, 2, 1]
+        torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
+        junk = torch.where(MASK[..., None, None], v, 255 - v)
+        longer = torch.cat([junk, torch.full_like(v, 9)], 1)
+        padded = encode_slices(cfg, params, longer, F.pad(MASK, (0, 5)), vit=counted)
+        torch.testing.assert_close(padded[:, :5], whole, rtol=1e-12, atol=1e-12)
+        assert (padded[:, 5:] == 0).all()
+        n = len(seen)
+        nothing = encode_slices(cfg, params, v, torch.zeros_like(MASK), vit=counted)
+        assert len(seen) == n
+        assert torch.equal(nothing, torch.zeros(3, 5, 64).double())
+
+
+def gradients(cfg, skeleton, params, v) -> dict[str, Tensor]:
+    leaves = {n: t.double().requires_grad_() for n, t in params.items() if "mask_token" not in n}
+    rest = {n: t.double() for n, t in params.items() if "mask_token" in n}
+    out = encode_slices(cfg, leaves | rest, v, MASK, vit=skeleton)
+    weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    return dict(zip(leaves, torch.autograd.grad((out * weight).sum(), list(leaves.values())), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "dinov3"])
+def test_gradients_with_checkpoint_equal_those_without(kind, monkeypatch):
+    skeleton, params = vit_of(kind)
+    plain = EncodeConfig(dtype="float64")
+    want = gradients(plain, skeleton, params, volumes())
+    tokens = 1 + TINY[kind].get("num_register_tokens", 0) + 16
+    hidden = TINY[kind].get("intermediate_size", 256)
+    monkeypatch.setattr("medvl.encode._LARGEST_ON_CPU", 4 * tokens * hidden * 8)  # chunks of 4, 4 and 1
+    counted, seen = counting(skeleton)
+    got = gradients(evolve(plain, checkpoint=True), counted, params, volumes())
+    assert seen[:3] == [4, 4, 1]
+    assert len(seen) == 6  # every chunk once more
+    assert all(t.abs().max() > 0 for t in want.values())
+    for n in want:
+        torch.testing.assert_close(got[n], want[n], rtol=1e-10, atol=1e-12)
+
+
+def test_recomputation_binds_the_same_weights():
+    """Two sets of weights through one skeleton before the gradient is taken: HF's own checkpointing would recompute with the wrong one."""
+    skeleton, params = vit_of()
+    cfg, v = EncodeConfig(dtype="float64"), volumes()
+    sets = [{n: (t * s).double() for n, t in params.items()} for s in (1.0, 0.7)]
+
+    def grads(cfg):
+        leaves = [p["layernorm.weight"].requires_grad_() for p in sets]
+        total = sum(encode_slices(cfg, p, v, MASK, vit=skeleton).square().sum() for p in sets)
+        return torch.autograd.grad(total, leaves)
+
+    for got, want in zip(grads(evolve(cfg, checkpoint=True)), grads(cfg), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+def kept_bytes(cfg, skeleton, params, v) -> int:
+    """Bytes that autograd holds for the gradient, the weights not counted."""
+    blocks = {}
+
+    def pack(t):
+        blocks[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    leaves = {n: t.requires_grad_() for n, t in params.items()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = encode_slices(cfg, leaves, v, MASK, vit=skeleton)
+    assert out.requires_grad
+    for t in params.values():
+        blocks.pop(t.untyped_storage().data_ptr(), None)
+    return sum(blocks.values())
+
+
+def test_the_estimate_of_what_a_gradient_keeps_is_true():
+    skeleton, params = vit_of()
+    v = volumes()
+    plain = kept_bytes(EncodeConfig(), skeleton, params, v)
+    estimate = 9 * 17 * 4 * 2 * (10 * 64 + 2 * 256)  # slices, tokens, bytes, blocks, values per token
+    assert 0.75 < estimate / plain < 1.35
+    assert kept_bytes(EncodeConfig(checkpoint=True), skeleton, params, v) < 0.05 * plain
+
+
+def test_chunks_follow_the_budget():
+    skeleton, _ = vit_of()
+    small, large = (chunk_size(EncodeConfig(budget_mib=m), skeleton, (32, 32), torch.device("cuda")) for m in (64, 256))
+    assert large == pytest.approx(4 * small, rel=0.05)
+    cfg = EncodeConfig(budget_mib=64)
+    assert chunk_size(evolve(cfg, dtype="bfloat16"), skeleton, (32, 32), torch.device("cuda")) > 1.5 * small
+    assert chunk_size(evolve(cfg, checkpoint=True), skeleton, (32, 32), torch.device("cuda")) < 0.6 * small
+    assert chunk_size(cfg, skeleton, (32, 32), CPU) <= small
+    assert chunk_size(EncodeConfig(budget_mib=1), skeleton, (3200, 3200), CPU) == 1
+
+
+# Precision ------------------------------------------------------------------------------------------------------------------------------
+def test_bfloat16_is_near_float32_and_autocast_works():
+    skeleton, params = vit_of()
+    v = volumes()
+    leaf = {n: t.requires_grad_("mask_token" not in n) for n, t in params.items()}
+    want = encode_slices(EncodeConfig(), leaf, v, MASK, vit=skeleton).detach()
+    half = encode_slices(EncodeConfig(dtype="bfloat16"), leaf, v, MASK, vit=skeleton)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = encode_slices(EncodeConfig(checkpoint=True), leaf, v, MASK, vit=skeleton)
+    for got in (half, mixed):
+        assert got.dtype == torch.float32
+        assert F.cosine_similarity(got[MASK], want[MASK], dim=-1).min() > 0.99
+        assert not torch.equal(got, want)
+        grad = torch.autograd.grad(got.square().sum(), leaf["encoder.layer.0.norm1.weight"])[0]
+        assert grad.dtype == torch.float32
+        assert grad.abs().max() > 0
+    stored = {n: t.detach().bfloat16() for n, t in leaf.items()}
+    assert torch.equal(encode_slices(EncodeConfig(dtype="bfloat16"), stored, v, MASK, vit=skeleton), half)
+
+
+# Errors ---------------------------------------------------------------------------------------------------------------------------------
+def test_errors():
+    skeleton, params = vit_of()
+    cfg, v = EncodeConfig(), volumes()
+    for voxels, mask in ((v[0], MASK[0]), (v, MASK[:2]), (v, MASK.long())):
+        with pytest.raises(ValueError, match=r"voxels must be \[b, s, y, x\] and mask bool \[b, s\], got"):
+            encode_slices(cfg, params, voxels, mask, vit=skeleton)
+    with pytest.raises(ValueError, match=r"multiples of the patch size 8, got 36x32; nearest are 32, 40: set EncodeConfig.resize"):
+        encode_slices(cfg, params, volumes((36, 32)), MASK, vit=skeleton)
+    with pytest.raises(ValueError, match=r"got 60x60; nearest are 56, 64"):
+        encode_slices(EncodeConfig(resize=60), params, v, MASK, vit=skeleton)
+    with pytest.raises(ValueError, match="uint8 or int16"):
+        encode_slices(cfg, params, v.float(), MASK, vit=skeleton)
+    with pytest.raises(ValueError, match=r"mean and std must be 3 numbers, std positive"):
+        EncodeConfig(std=(1.0, 1.0, 0.0))
+    with pytest.raises(ValueError, match="budget_mib >= 1"):
+        EncodeConfig(budget_mib=0)
