@@ -13,6 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,7 +73,7 @@ def preprocess_folder(
         source: a folder, searched with all its subfolders for `.nii` and `.nii.gz`, or a CSV with a column `path` (or `VolumeName`),
             relative to the CSV.
         metadata_csv: table with a column `VolumeName`; a scan without a row in it is rejected.
-        workers: 1 works in this process; more are started anew (spawn), so a script needs `if __name__ == "__main__":`. A scan whose
+        workers: 1 works in this process; more are fresh processes, so a script needs `if __name__ == "__main__":`. A scan whose
             worker dies (out of memory) is then rejected and the run goes on.
     Raises:
         ValueError: no scans, two scans of one name, an unusable CSV, a store made with other settings, or another run at work on it.
@@ -189,7 +190,7 @@ def _parallel(jobs: list[_Job], one: Callable, out: Path, workers: int) -> Itera
     while queue or suspects:
         alone = bool(suspects)
         held: dict[Future, _Job] = {}
-        with ProcessPoolExecutor(1 if alone else workers, multiprocessing.get_context("spawn"), _start_worker) as pool:
+        with ProcessPoolExecutor(1 if alone else workers, _context(), _start_worker) as pool:
             try:
                 while held or (suspects if alone else queue):
                     while (suspects if alone else queue) and len(held) < (1 if alone else 2 * workers):
@@ -208,6 +209,13 @@ def _parallel(jobs: list[_Job], one: Callable, out: Path, workers: int) -> Itera
                         yield job, ("its worker process died, most likely out of memory; preprocess it where there is more", "")
                     else:
                         suspects.append(job)
+
+
+def _context() -> Any:
+    """Workers fork from a server that has imported this and run nothing: fresh processes for the price of a fork, safe for h5py."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 def _start_worker() -> None:

@@ -21,7 +21,8 @@ from nibabel.spatialimages import HeaderDataError
 from medvl.data import names
 from medvl.files import PathLike
 
-log = logging.getLogger(__name__)
+_QUIET = logging.Logger("quiet")  # nibabel logs what it also raises
+_QUIET.addHandler(logging.NullHandler())
 
 CHUNK = 1 << 17  # compressed bytes per inflate call; its output stays in the cache: 1.15x faster than inflating the file in one call
 _MAX_RATIO = 1100  # deflate cannot shrink further than 1032:1
@@ -121,6 +122,8 @@ def _inflate(f: Any, path: Path) -> Iterator[bytes]:
             if not rest.strip(b"\0"):
                 rest = b""  # zero padding after the last member is allowed by gzip
                 continue
+            if not b"\x1f\x8b".startswith(rest[:2]):
+                raise ScanError(f"{path}: is damaged: other bytes follow the gzip stream; copy the file again")
             inflater = isal_zlib.decompressobj(wbits=31)
         if out := inflater.decompress(rest):
             yield out
@@ -144,28 +147,27 @@ def _fill(out: memoryview, head: bytes, chunks: Iterator[bytes], offset: int, pa
 def _parse(head: bytes, path: Path) -> tuple[Header, _Stored]:
     raw = _raw_header(head, path)
     shape = _shape(raw, path)
+    dtype, offset = _dtype(raw, path), float(raw["vox_offset"])
+    if not (np.isfinite(offset) and offset >= len(raw.binaryblock)):
+        raise ScanError(f"{path}: its voxels must start after the header of {len(raw.binaryblock)} bytes, found vox_offset {offset:g}")
+    if raw["sform_code"] <= 0:
+        _positive(raw["pixdim"][1:4], path)  # before nibabel mends it
+    placed = bool(raw["sform_code"] > 0 or raw["qform_code"] > 0)
     try:
-        dtype = raw.get_data_dtype()
-        placed = bool(raw["sform_code"] > 0 or raw["qform_code"] > 0)
-        if raw["sform_code"] <= 0:
-            _positive(raw["pixdim"][1:4], path)
-        raw.check_fix(logger=log)
+        raw.check_fix(logger=_QUIET)
         affine = np.asarray(raw.get_best_affine(), np.float64)
     except HeaderDataError as e:
         raise ScanError(f"{path}: is not usable NIfTI: {e}") from e
-    if dtype.kind not in "iuf" or dtype.itemsize > 8:
-        raise ScanError(f"{path}: must hold one real number of at most 64 bits per voxel, found {_kind(dtype)}")
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise ScanError(f"{path}: must have a finite affine that can be inverted, found {affine[:3].tolist()}")
+    if not np.isfinite(affine).all():
+        raise ScanError(f"{path}: must have a finite affine, found {affine[:3].tolist()}")
     spacing = np.sqrt((affine[:3, :3] ** 2).sum(0))
     _positive(spacing, path)
+    if abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-6:
+        raise ScanError(f"{path}: must have an affine that can be inverted, found {affine[:3].tolist()}")
     slope, intercept = float(raw["scl_slope"]), float(raw["scl_inter"])
     scaled = bool(np.isfinite(slope) and slope != 0)
     if scaled and not np.isfinite(intercept):
         raise ScanError(f"{path}: has scl_slope {slope} with scl_inter {intercept}; both must be finite")
-    offset = int(raw["vox_offset"])
-    if offset < len(raw.binaryblock):
-        raise ScanError(f"{path}: its voxels must start after the header at byte {len(raw.binaryblock)}, found vox_offset {offset}")
     header = Header(
         name=names.volume_name(path),
         shape=shape,
@@ -177,7 +179,7 @@ def _parse(head: bytes, path: Path) -> tuple[Header, _Stored]:
         scaled=scaled,
         placed=placed,
     )
-    return header, _Stored(dtype, offset)
+    return header, _Stored(dtype, int(offset))
 
 
 def _raw_header(head: bytes, path: Path) -> Any:
@@ -189,9 +191,8 @@ def _raw_header(head: bytes, path: Path) -> Any:
         raise ScanError(f"{path}: is not NIfTI (must begin with a header of 348 or 540 bytes, begins with {head[:4].hex(' ')})")
     raw = kind(head[: kind.sizeof_hdr], check=False)
     if not bytes(raw["magic"]).startswith(magic):
-        raise ScanError(
-            f"{path}: must be a single-file NIfTI (magic {magic.decode()}), found {bytes(raw['magic'])!r}; convert .hdr/.img pairs"
-        )
+        found = bytes(raw["magic"])
+        raise ScanError(f"{path}: must be NIfTI in one file (magic {magic.decode()}), found {found!r}; .hdr/.img pairs are not read")
     return raw
 
 
@@ -212,8 +213,15 @@ def _positive(spacing: np.ndarray, path: Path) -> None:
         raise ScanError(f"{path}: must have a positive voxel spacing in mm, found {np.asarray(spacing).tolist()}")
 
 
-def _kind(dtype: np.dtype) -> str:
-    return f"colours {dtype.names}" if dtype.names else str(dtype)
+def _dtype(raw: Any, path: Path) -> np.dtype:
+    try:
+        dtype = raw.get_data_dtype()
+    except KeyError as e:
+        raise ScanError(f"{path}: has the unknown data type {e}") from e
+    if dtype.kind not in "iuf" or dtype.itemsize > 8:
+        found = f"colours {dtype.names}" if dtype.names else dtype
+        raise ScanError(f"{path}: must hold one real number of at most 64 bits per voxel, found {found}")
+    return dtype
 
 
 def _broken(path: Path, e: Exception) -> ScanError:
