@@ -262,6 +262,17 @@ def test_padding_outside_the_field_of_view_does_not_pass_for_hu(tmp_path):
     assert preprocess(_write(tmp_path / "b.nii", voxels - np.int16(1024), np.diag([-4, -4, 4, 1.0])), SMALL, ROW).hu_rule == "stored"
 
 
+def test_raw_values_padded_with_zeros_keep_their_scale(tmp_path):
+    """Intercept -8192 (some Siemens): air is stored as 7192, the corners outside the field of view as 0."""
+    path = _drawn(tmp_path / "a.nii", (30, 30, 20), (4, 4, 4), low=-1000, high=400)
+    image = nib.load(path)
+    raw = np.asanyarray(image.dataobj) + np.int16(8192)
+    raw[:6] = 0
+    v = preprocess(_write(tmp_path / "b.nii", raw, image.affine), SMALL, ROW | {"RescaleIntercept": "-8192"})
+    hu = np.where(raw == 0, -1000, np.asanyarray(image.dataobj)).astype(np.int16)
+    np.testing.assert_array_equal(v.voxels, preprocess(_write(tmp_path / "c.nii", hu, image.affine), SMALL).voxels)
+
+
 def test_float_and_wide_scans_equal_int16(tmp_path):
     path = _drawn(tmp_path / "a.nii", (24, 22, 20), (4, 4, 4))
     image = nib.load(path)

@@ -32,6 +32,7 @@ SPACING = ("XYSpacing", "ZSpacing")
 _SIZES = {"mm": (160, 224, 224), "reference": (160, 224, 224), "ctclip": (240, 480, 480), "merlin": (160, 224, 224)}
 _SPACINGS = {"mm": (3.0, 1.75, 1.75), "reference": (), "ctclip": (1.5, 0.75, 0.75), "merlin": (3.0, 1.5, 1.5)}
 _THREADS = threading.Lock()  # the thread count is the whole process's
+_TISSUE = (-1100.0, 300.0)
 _PADDING = -1500.0  # stored values below are padding outside the scanner's field of view, not tissue or air
 
 
@@ -202,10 +203,12 @@ def _scale(cfg: CtConfig, scan: scans.Scan, metadata: Mapping[str, str] | None) 
             "give it, or set hu='none' if they are HU"
         )
     slope, intercept = (_number(metadata, column, header.name) for column in RESCALE)
-    if slope * lowest + intercept < _PADDING:
+    without, scaled = _plausible(scan, 1.0, 0.0), _plausible(scan, slope, intercept)
+    if scaled < without:
         raise ScanError(
-            f"{header.name}: the metadata's scale {slope:g} * stored + {intercept:g} would put the lowest value {lowest:g} to "
-            f"{slope * lowest + intercept:g} HU: stored values are HU already; set hu='none' or 'auto'"
+            f"{header.name}: the metadata's scale {slope:g} * stored + {intercept:g} was applied before, or is another scan's: with it "
+            f"{scaled:.0%} of the voxels lie between {_TISSUE[0]:g} and {_TISSUE[1]:g} HU, without it {without:.0%}; "
+            "set hu='none' if stored values are HU"
         )
     return "metadata", slope, intercept
 
@@ -220,6 +223,13 @@ def _lowest(scan: scans.Scan) -> float:
         return float(low)
     rest = [part[part >= _PADDING] for part in np.array_split(flat, scan.header.shape[2])]
     return float(min((part.min() for part in rest if part.size), default=low))
+
+
+def _plausible(scan: scans.Scan, slope: float, intercept: float) -> float:
+    """The share of voxels that become air, lung, fat, water or soft tissue; from at most a million of them."""
+    flat = scan.voxels.ravel(order="K")
+    hu = flat[:: max(1, flat.size // 1_000_000)] * slope + intercept
+    return float(((hu >= _TISSUE[0]) & (hu <= _TISSUE[1])).mean())
 
 
 def _number(metadata: Mapping[str, str], column: str, name: str, at: int = 0) -> float:

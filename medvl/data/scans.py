@@ -183,13 +183,14 @@ def _parse(head: bytes, path: Path) -> tuple[Header, _Stored]:
 
 
 def _raw_header(head: bytes, path: Path) -> Any:
-    size = {int.from_bytes(head[:4], order) for order in ("little", "big")}
-    kind, magic = (Nifti2Header, b"n+2") if 540 in size else (Nifti1Header, b"n+1")
     if not head:
         raise ScanError(f"{path}: is empty")
-    if not size & {348, 540} or len(head) < kind.sizeof_hdr:
+    order: Any = "little" if int.from_bytes(head[:4], "little") in (348, 540) else "big"
+    size = int.from_bytes(head[:4], order)
+    kind, magic = (Nifti2Header, b"n+2") if size == 540 else (Nifti1Header, b"n+1")
+    if size != kind.sizeof_hdr or len(head) < size:
         raise ScanError(f"{path}: is not NIfTI (must begin with a header of 348 or 540 bytes, begins with {head[:4].hex(' ')})")
-    raw = kind(head[: kind.sizeof_hdr], check=False)
+    raw = kind(head[:size], order, check=False)
     if not bytes(raw["magic"]).startswith(magic):
         found = bytes(raw["magic"])
         raise ScanError(f"{path}: must be NIfTI in one file (magic {magic.decode()}), found {found!r}; .hdr/.img pairs are not read")
@@ -203,7 +204,7 @@ def _shape(raw: Any, path: Path) -> tuple[int, int, int]:
     while len(dims) > 3 and dims[-1] == 1:
         dims.pop()
     if len(dims) != 3 or min(dims) < 2:
-        found = dims or raw["dim"].tolist()
+        found = dims or f"dim {raw['dim'].tolist()}"
         raise ScanError(f"{path}: must be one volume [x, y, z] of at least 2 voxels along each axis, found {found}")
     return dims[0], dims[1], dims[2]
 
