@@ -59,12 +59,12 @@ def value_and_grad(loss: Loss, *, precision: str = "float32", reduce: bool = Tru
 
     def run(params: Tree, batch: Any) -> tuple[Tensor, Aux, Tree]:
         leaves = {n: t.detach().requires_grad_() for n, t in flatten(params).items()}
-        with torch.enable_grad(), _autocast(params, precision):
+        with torch.enable_grad(), autocast(params, precision):
             value, aux = loss(unflatten(leaves), batch)
         grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
-        if reduce and _world() > 1:
+        if reduce and world() > 1:
             for g in grads:
-                dist.all_reduce(g.div_(_world()))
+                dist.all_reduce(g.div_(world()))
         aux = Aux(metrics={k: v.detach() for k, v in aux.metrics.items()}, means=map_leaves(Tensor.detach, aux.means))
         return value.detach(), aux, unflatten(dict(zip(leaves, grads, strict=True)))
 
@@ -86,7 +86,7 @@ def cached_value_and_grad(embed: Callable[[Tree, Batch], Batch], contrast: Loss,
 
     def whole(p: Tree, batch: Batch) -> tuple[Tensor, Aux]:
         rows = embed(p, batch)
-        with _autocast(p, "float32"):
+        with autocast(p, "float32"):
             return contrast(p, {k: _wide(t) for k, t in rows.items()})
 
     def head(p: Tree, _: None) -> tuple[Tensor, Aux]:
@@ -102,20 +102,20 @@ def cached_value_and_grad(embed: Callable[[Tree, Batch], Batch], contrast: Loss,
 
     def run(params: Tree, batch: Batch) -> tuple[Tensor, Aux, Tree]:
         n = len(next(iter(batch.values())))
-        if n <= chunk and _world() == 1:
+        if n <= chunk and world() == 1:
             return whole_grad(params, batch)
         spans = [slice(i, min(i + chunk, n)) for i in range(0, n, chunk)]
-        with torch.no_grad(), _autocast(params, precision):
+        with torch.no_grad(), autocast(params, precision):
             parts = [embed(params, _rows(batch, span)) for span in spans]
         rows = {k: _gather(_wide(torch.cat([part[k] for part in parts]))) for k in parts[0]}
         value, aux, grads = head_grad({"params": params, "rows": rows}, None)
         total = {k: torch.zeros_like(t) for k, t in flatten(params).items()}
-        mine = slice(_rank() * n, (_rank() + 1) * n)
+        mine = slice(rank() * n, (rank() + 1) * n)
         for span in spans:
             pull = {k: g[mine][span] for k, g in grads["rows"].items()}
             for k, g in flatten(tail_grad(params, (_rows(batch, span), pull))[2]).items():
                 total[k] += g
-        if _world() > 1:
+        if world() > 1:
             for g in total.values():
                 dist.all_reduce(g)
         return value, aux, unflatten({k: total[k] + g for k, g in flatten(grads["params"]).items()})
@@ -123,12 +123,15 @@ def cached_value_and_grad(embed: Callable[[Tree, Batch], Batch], contrast: Loss,
     return run
 
 
-def make_step(grad: Grad, optimizer: Optimizer, *, clip: float = 0.0, follow: float = 0.05) -> Callable[[State, Any], tuple[State, Batch]]:
+def make_step(
+    grad: Grad, optimizer: Optimizer, *, clip: float = 0.0, follow: float = 0.05, bound: Callable[[Tree], Tree] = lambda p: p
+) -> Callable[[State, Any], tuple[State, Batch]]:
     """One optimiser step, `(state, batch) -> (state, metrics)`; the state that goes in must not be used again.
 
     Args:
         clip: upper bound of the gradients' common norm, 0 = none.
         follow: how far a running mean moves to the batch's mean (further in the first steps).
+        bound: puts parameters back into their range after the update.
     """
 
     def step(state: State, batch: Any) -> tuple[State, Batch]:
@@ -138,7 +141,10 @@ def make_step(grad: Grad, optimizer: Optimizer, *, clip: float = 0.0, follow: fl
         rate = max(follow, 1 / (state.step + 1))
         old = flatten(state.means)
         means = unflatten({k: torch.lerp(old.get(k, new), new, rate) for k, new in flatten(aux.means).items()})
-        return evolve(state, params=params, opt=opt, means=means, step=state.step + 1), {"loss": loss, "grad_norm": norm} | aux.metrics
+        return evolve(state, params=bound(params), opt=opt, means=means, step=state.step + 1), {
+            "loss": loss,
+            "grad_norm": norm,
+        } | aux.metrics
 
     return step
 
@@ -210,7 +216,7 @@ def fit(
 
 def save(path: files.PathLike, state: State) -> None:
     """Write a state atomically (process 0 only); `read_state` reads it back without unpickling code."""
-    if _rank() == 0:
+    if rank() == 0:
         with files.atomic(path) as tmp:
             torch.save({"params": state.params, "opt": state.opt, "means": state.means, "step": state.step, "best": state.best}, tmp)
 
@@ -247,7 +253,7 @@ def resume(folder: Path, state: State) -> State:
 
 def _journal(path: Path, step: int) -> Callable[[dict[str, float]], None]:
     """An appender to `path`, after dropping lines past `step` (written by a run that was killed before it saved) and broken ones."""
-    if _rank() != 0:
+    if rank() != 0:
         return lambda line: None
     kept = []
     for text in path.read_text().splitlines() if path.exists() else []:
@@ -288,7 +294,8 @@ class _Terminated:
         self._came = True
 
 
-def _autocast(params: Tree, precision: str) -> torch.autocast:
+def autocast(params: Tree, precision: str) -> torch.autocast:
+    """Mixed precision on the device of `params`; does nothing unless `precision` is "bfloat16"."""
     device = next(iter(flatten(params).values())).device.type
     return torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16")
 
@@ -301,17 +308,28 @@ def _rows(batch: Batch, span: slice) -> Batch:
     return {k: t[span] for k, t in batch.items()}
 
 
-def _world() -> int:
+def device(wanted: str = "auto") -> torch.device:
+    """Where to compute: "auto" is this process's GPU if there is one."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda' was asked for and torch finds no GPU; set train.device to 'auto' or 'cpu'")
+    return (
+        torch.device("cuda", rank() % torch.cuda.device_count()) if wanted != "cpu" and torch.cuda.is_available() else torch.device("cpu")
+    )
+
+
+def world() -> int:
+    """Number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _rank() -> int:
-    return dist.get_rank() if _world() > 1 else 0
+def rank() -> int:
+    """Which of them this is."""
+    return dist.get_rank() if world() > 1 else 0
 
 
 def _gather(t: Tensor) -> Tensor:
-    if _world() == 1:
+    if world() == 1:
         return t
-    parts = [torch.empty_like(t) for _ in range(_world())]
+    parts = [torch.empty_like(t) for _ in range(world())]
     dist.all_gather(parts, t.contiguous())
     return torch.cat(parts)

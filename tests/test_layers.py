@@ -7,8 +7,9 @@ LAYERS = [
     ["config", "tree", "files", "results", "data.names"],
     ["layers", "losses", "optim", "metrics", "data.scans", "data.order", "data.reports"],
     ["hub", "encode", "fuse", "text", "data.ct", "data.store", "data.phantoms"],
-    ["train", "evaluate", "plots", "report", "data.ingest"],
+    ["train", "evaluate", "plots", "report", "data.ingest", "data.pairs"],
     ["systems.ct_clip"],
+    ["systems.ct_clip_run"],
     ["systems.run"],
 ]
 ONLY = {"transformers": "hub", "cattrs": "config", "nibabel": None, "invoke": "tasks"}

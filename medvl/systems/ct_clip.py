@@ -1,0 +1,237 @@
+"""ct_clip: CT volumes and reports in one space; findings named in words, never trained for, are read off by comparison.
+
+slices -> `encode_slices` (a ViT) -> `fuse` (a transformer over slices) -> centre, project, normalise -> contrast <- the same of the report.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from attrs import field, frozen
+from torch import Tensor
+
+from medvl import encode, fuse, hub, layers, losses, text, train
+from medvl.data.ct import CtConfig
+from medvl.data.phantom_case import PhantomConfig
+from medvl.encode import EncodeConfig
+from medvl.fuse import FuseConfig
+from medvl.text import TextConfig
+from medvl.tree import Tree, merge
+
+
+@frozen(kw_only=True)
+class DataConfig:
+    """Where volumes, reports and labels are; `{split}` stands for train, valid and test, `{folder}` for the folder."""
+
+    source: Literal["files", "phantoms"] = "files"
+    folder: str = "data/ct_rate"
+    phantoms: PhantomConfig = PhantomConfig(patients=1, seed=0)
+    store: str = "{folder}/{split}.h5"  # made by `invoke preprocess`; phantoms are preprocessed by the run itself
+    reports: str = "{folder}/{split}_reports.csv"
+    labels: str = "{folder}/{split}_labels.csv"
+    metadata: str = "{folder}/{split}_metadata.csv"
+    text: Literal["findings", "impression", "both"] = "impression"
+    missing: Literal["error", "empty", "drop"] = "drop"  # reports without text
+    sentences: float = 1.0  # share of a report's sentences shown in a training step
+    shuffle: bool = False  # give every training scan another scan's report: the control that must learn nothing
+    cache: str = "cache"  # slice features of frozen encoders
+    workers: int = 2
+
+
+@frozen(kw_only=True)
+class VitConfig:
+    """The slice encoder: a hub name, folder or .pth file; or, without a name, a Hugging Face config built from scratch."""
+
+    name: str = ""
+    config: dict[str, Any] = field(factory=dict)
+
+
+@frozen(kw_only=True)
+class WordsConfig:
+    """Tokenizer and text encoder; without names, byte-level BPE trained on the reports and CLIP's tower from scratch."""
+
+    tokenizer: str = ""
+    encoder: str = ""
+    pool: Literal["first", "last", "mean"] = "first"  # of a named encoder
+    tower: TextConfig = TextConfig()  # its context and (for BPE) vocabulary hold with a named encoder too
+
+
+@frozen(kw_only=True)
+class ContrastConfig:
+    """What is compared, and how."""
+
+    loss: Literal["clip", "siglip"] = "clip"
+    dim: int = 512
+    centre: bool = True  # subtract the batch mean (running mean when not training): without it all volumes start nearly parallel
+    scale: float = 1 / 0.07
+    scale_max: float = 100.0
+    bias: float = -10.0  # siglip only
+
+
+@frozen(kw_only=True)
+class Speed:
+    """Another rate for the parameters that a regex matches."""
+
+    match: str
+    lr: float
+    weight_decay: float
+
+
+@frozen(kw_only=True)
+class Stage:
+    """What is trained, how long and how fast; steps are optimiser steps."""
+
+    name: str
+    steps: int
+    lr: float
+    weight_decay: float = 0.2
+    warmup: int = 0
+    train: tuple[str, ...] = (".*",)
+    speeds: tuple[Speed, ...] = ()
+
+
+@frozen(kw_only=True)
+class TrainConfig:
+    """The loop. `batch` is what the loss contrasts; `chunk` only bounds memory."""
+
+    stages: tuple[Stage, ...]
+    batch: int = 128
+    chunk: int = 4
+    precision: Literal["float32", "bfloat16"] = "float32"
+    clip: float = 1.0
+    log: int = 10
+    save: int = 100
+    validate: int = 200
+    keep: Literal["best", "last"] = "best"  # by mean AUROC on the validation split
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+@frozen(kw_only=True)
+class EvaluateConfig:
+    """Zero-shot findings on the test split, thresholds from the validation split."""
+
+    findings: tuple[str, ...] = ()  # () = all columns of the label table
+    prompts: Literal["reference", "ctclip", "ensemble"] = "ensemble"
+    rule: Literal["youden", "f1", "corner"] = "youden"
+    bootstrap: int = 1000
+    batch: int = 8
+
+
+@frozen(kw_only=True)
+class Config:
+    """A ct_clip experiment."""
+
+    system: Literal["ct_clip"]
+    about: str = ""
+    seed: int = 0
+    data: DataConfig = DataConfig()
+    ct: CtConfig = CtConfig()
+    vit: VitConfig = VitConfig()
+    encode: EncodeConfig = EncodeConfig()
+    fuse: FuseConfig = FuseConfig()
+    words: WordsConfig = WordsConfig()
+    contrast: ContrastConfig = ContrastConfig()
+    train: TrainConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    def __attrs_post_init__(self) -> None:
+        if bool(self.vit.name) == bool(self.vit.config):
+            raise ValueError("vit must have either a name (hub, folder or .pth) or a config to build from scratch")
+        if not self.train.stages:
+            raise ValueError("train.stages must hold at least one stage")
+
+
+@frozen(kw_only=True, eq=False)
+class Model:
+    """Everything of a trained system that is not a weight."""
+
+    cfg: Config
+    vit: hub.Skeleton
+    writer: hub.Skeleton | None  # a named text encoder
+    tokenizer: Any
+
+
+def init(cfg: Config, folder: Path, texts: Sequence[str] = ()) -> tuple[Model, Tree]:
+    """Skeletons, tokenizer and starting weights: a pure function of the record, of the named checkpoints and of `texts`.
+
+    Args:
+        folder: of the run; a tokenizer trained on `texts` is kept there and taken from there the next time.
+    """
+    gen = torch.Generator().manual_seed(cfg.seed)
+    vit, weights = hub.load(cfg.vit.name) if cfg.vit.name else hub.init_skeleton(cfg.vit.config, gen)
+    if (got := encode.width(cfg.encode, vit)) != cfg.fuse.dim:
+        raise ValueError(
+            f"fuse.dim must be the width of the slice encoder, {got}, found {cfg.fuse.dim}; set fuse.dim={got} (and fuse.heads)"
+        )
+    tok, tower = _tokenizer(cfg, folder, texts), cfg.words.tower
+    if len(tok) > tower.vocabulary:
+        raise ValueError(f"words.tower.vocabulary must hold the tokenizer's {len(tok)} tokens, found {tower.vocabulary}")
+    params: Tree = {"vit": weights, "fuse": fuse.init_fuse(cfg.fuse, gen)}
+    writer, width = None, tower.dim
+    if cfg.words.encoder:
+        writer, params["text"] = hub.load(cfg.words.encoder)
+        width = writer.config["hidden_size"]
+    else:
+        params["text"] = text.init_text(tower, gen)
+    params["project"] = {
+        "image": layers.init_linear(cfg.fuse.dim, cfg.contrast.dim, gen, std=cfg.fuse.dim**-0.5, bias=False),
+        "text": layers.init_linear(width, cfg.contrast.dim, gen, std=width**-0.5, bias=False),
+    }
+    params["contrast"] = {"log_scale": torch.tensor(math.log(cfg.contrast.scale)), "bias": torch.tensor(cfg.contrast.bias)}
+    return Model(cfg=cfg, vit=vit, writer=writer, tokenizer=tok), params
+
+
+def embed_volumes(model: Model, params: Tree, batch: Mapping[str, Tensor]) -> Tensor:
+    """[b, d] before centring and projection, from "slices" (voxels uint8 or int16 [b, s, y, x], or features [b, s, d]), "mask" [b, s] and
+    "position_mm" [b, s]."""
+    device = params["fuse"]["norm"]["weight"].device
+    mask, z = batch["mask"].to(device), batch["slices"]
+    z = encode.encode_slices(model.cfg.encode, params["vit"], z, mask, vit=model.vit) if z.dim() == 4 else z.to(device).float()
+    return fuse.fuse(model.cfg.fuse, params["fuse"], z, mask, batch["position_mm"].to(device))
+
+
+def embed_texts(model: Model, params: Tree, batch: Mapping[str, Tensor]) -> Tensor:
+    """[b, d] before centring and projection, from "ids" and "words" (their mask) [b, t]."""
+    device = params["project"]["text"]["weight"].device
+    ids, mask = batch["ids"].to(device), batch["words"].to(device)
+    if model.writer is not None:
+        return text.encode_text_with(params["text"], ids, mask, model=model.writer, pool=model.cfg.words.pool)
+    return text.encode_text(model.cfg.words.tower, params["text"], ids, mask)
+
+
+def place(params: Tree, side: Literal["image", "text"], rows: Tensor, mean: Tensor | None) -> Tensor:
+    """Rows of a tower in the common space: centred, projected, L2-normalised [b, d]."""
+    rows = rows.float() if mean is None else rows.float() - mean
+    return F.normalize(layers.linear(params["project"][side], rows), dim=-1)
+
+
+def contrast(cfg: ContrastConfig, params: Tree, rows: Mapping[str, Tensor]) -> tuple[Tensor, train.Aux]:
+    """The loss over {"image" [b, d], "text" [b, d]} of a whole batch, centred over that batch."""
+    means = {side: x.float().mean(0) for side, x in rows.items()} if cfg.centre else {}
+    image, words = (place(params, side, rows[side], means.get(side)) for side in ("image", "text"))
+    scale = params["contrast"]["log_scale"].exp()
+    if cfg.loss == "clip":
+        loss = losses.clip_loss(image, words, scale)
+    else:
+        loss = losses.siglip_loss(image, words, scale, params["contrast"]["bias"])
+    return loss, train.Aux(metrics={"scale": scale}, means=means)
+
+
+def bound(cfg: ContrastConfig, params: Tree) -> Tree:
+    """Trained leaves after a step, the logit scale at most `scale_max`."""
+    found = params.get("contrast", {}).get("log_scale")
+    return params if found is None else merge(params, {"contrast": {"log_scale": found.clamp(max=math.log(cfg.scale_max))}})
+
+
+def _tokenizer(cfg: Config, folder: Path, texts: Sequence[str]) -> Any:
+    if cfg.words.tokenizer or cfg.words.encoder:
+        return hub.tokenizer(cfg.words.tokenizer or cfg.words.encoder)
+    kept = folder / "tokenizer"
+    if not kept.exists():
+        if not texts:
+            raise ValueError(f"{kept}: the run has no tokenizer yet; train it first")
+        hub.train_bpe(texts, cfg.words.tower.vocabulary, kept)
+    return hub.tokenizer(kept)

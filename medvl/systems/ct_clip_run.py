@@ -1,0 +1,348 @@
+"""How ct_clip runs: its data put in place, its stages trained, its findings scored, one scan looked at."""
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from attrs import evolve
+from torch import Tensor
+from tqdm import tqdm
+
+from medvl import config, encode, evaluate, files, hub, metrics, plots, report, train
+from medvl.data import ct, ingest, names, order, pairs, phantoms, reports, store
+from medvl.optim import Rate, adamw, warmup_cosine
+from medvl.results import Result
+from medvl.systems import ct_clip
+from medvl.systems.ct_clip import Config, Model, Stage
+from medvl.tree import Tree, count, flatten, map_leaves, matching, merge, split
+
+_log = logging.getLogger("medvl")
+SPLITS = ("train", "valid", "test")
+
+
+def prepare(cfg: Config, log: Callable[[str], None] = print) -> Config:
+    """The record with its data in place: phantoms are drawn and preprocessed, files must be there.
+
+    Raises:
+        ValueError: lists every file that is missing and how to make it.
+    """
+    if cfg.data.source == "phantoms":
+        folder = Path(cfg.data.folder) / f"phantoms-{config.digest(cfg.data.phantoms)}"
+        cfg = evolve(
+            cfg, data=evolve(cfg.data, folder=str(folder), store="{folder}/{split}-" + config.digest(ct.settings_of(cfg.ct)) + ".h5")
+        )
+        drawn = phantoms.draw(cfg.data.phantoms, folder, cfg.data.workers)
+        log(f"{sum(drawn.values())} chests drawn in {folder}: " + ", ".join(f"{n} {split}" for split, n in drawn.items()))
+        for name in SPLITS:
+            done = ingest.preprocess_folder(folder / name, path(cfg, "store", name), cfg.ct, path(cfg, "metadata", name), cfg.data.workers)
+            if done.rejected:
+                raise ValueError(
+                    f"{folder / name}: {len(done.rejected)} drawn scans were rejected, e.g. {next(iter(done.rejected.items()))}"
+                )
+    missing = [path(cfg, kind, name) for name in SPLITS for kind in ("store", "reports", "labels") if not path(cfg, kind, name).exists()]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} files are missing: {', '.join(map(str, missing))}. `invoke preprocess --source SCANS --out STORE.h5` "
+            "makes the stores; reports and labels are CSVs in CT-RATE's columns; "
+            "data.store, data.reports and data.labels say where they are"
+        )
+    return cfg
+
+
+def path(cfg: Config, kind: Literal["store", "reports", "labels", "metadata"], name: str) -> Path:
+    """Where a split's file is."""
+    return Path(getattr(cfg.data, kind).format(folder=cfg.data.folder, split=name))
+
+
+def volumes(cfg: Config, name: str) -> store.Store:
+    """The store of a split; refuses one made with other settings than the record's."""
+    return store.open_store(path(cfg, "store", name), expect=ct.settings_of(cfg.ct))
+
+
+def paired(cfg: Config, name: str, of: store.Store) -> pairs.Pairs:
+    """A split's volumes (or features) with their reports."""
+    found = pairs.join(of, reports.read_reports(path(cfg, "reports", name), cfg.data.text, cfg.data.missing))
+    if not (cfg.data.shuffle and name == "train"):
+        return found
+    scans = sorted(set(found.scans))
+    turn = torch.randperm(len(scans), generator=torch.Generator().manual_seed(cfg.seed)).tolist()
+    said = {scan: t for scan, t in zip(found.scans, found.texts, strict=True)}
+    given = {scan: said[scans[turn[i]]] for i, scan in enumerate(scans)}
+    return evolve(found, texts=tuple(given[s] for s in found.scans))
+
+
+def cached_features(model: Model, params: Tree, of: store.Store, folder: Path, progress: Callable = iter) -> store.Store:
+    """Slice features of every volume, computed once: a store keyed by the weights, the settings and the volumes' file.
+
+    Rows hold float16 [s, d] and what the volume's row holds; a row that no longer describes its volume is refused.
+    """
+    settings = {
+        "weights": hub.digest(params["vit"]),
+        "encode": {k: v for k, v in config.unstructure(model.cfg.encode).items() if k not in ("budget_mib", "checkpoint")},
+        "volumes": {"path": str(of.path.resolve()), "settings": of.settings},
+    }
+    out = folder / f"features-{config.digest(settings)}.h5"
+    shape = (of.shape[0], encode.width(model.cfg.encode, model.vit))
+    if not out.exists():
+        store.create(out, of.names, shape, "float16", settings, ingest.FIELDS)
+    store.grow(out, of.names)
+    have = store.open_store(out, expect=settings)
+    known = set(have.names)
+    stale = [n for n in of.names if n in known and have.row(n) != of.row(n)]
+    if stale:
+        raise ValueError(f"{out}: {len(stale)} volumes have changed since their features were computed, e.g. {stale[0]}; remove this file")
+    for name in progress([n for n in of.names if n not in known]):
+        batch = pairs.read_slices(of, [name])
+        with torch.no_grad():
+            z = encode.encode_slices(model.cfg.encode, params["vit"], batch["slices"], batch["mask"], vit=model.vit)[0]
+        row, whole = of.row(name), np.zeros(shape, np.float16)
+        whole[slice(*row["occupied"])] = z.cpu().numpy()
+        store.put(out, name, whole, row)
+    return store.open_store(out, expect=settings)
+
+
+def batches(model: Model, data: pairs.Pairs, size: int, seed: int) -> Callable[[int], dict[str, Tensor]]:
+    """i -> batch: this process's rows of `size` pairs from different scans."""
+    cfg, scans, tok = model.cfg, data.scans, model.tokenizer
+    rank, world = train.rank(), train.world()
+
+    def batch_at(i: int) -> dict[str, Tensor]:
+        chosen = order.batch_indices(scans, size, seed, i)[rank * size // world : (rank + 1) * size // world]
+        gen = torch.Generator().manual_seed(seed * 1_000_003 + i)
+        said = [pairs.some_sentences(data.texts[j], cfg.data.sentences, gen) for j in chosen]
+        ids, words = hub.tokenize(tok, said, cfg.words.tower.context)
+        return pairs.read_slices(data.store, [data.names[j] for j in chosen]) | {"ids": ids, "words": words}
+
+    return batch_at
+
+
+# Training -------------------------------------------------------------------------------------------------------------------------------
+
+
+def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[Model, Tree, Tree]:
+    """Train (or go on with) all stages in the run folder; returns the model, its weights and the running means of the chosen state."""
+    data = paired(cfg, "train", volumes(cfg, "train"))
+    model, params = ct_clip.init(cfg, folder, data.texts)
+    cut = hub.truncated(model.tokenizer, data.texts, cfg.words.tower.context)
+    log(f"{len(data.names)} volumes of {len(set(data.scans))} scans; {cut} reports are longer than {cfg.words.tower.context} tokens")
+    params = map_leaves(lambda t: t.to(train.device(cfg.train.device)), params)
+    means: Tree = {}
+    for i, stage in enumerate(cfg.train.stages):
+        params, means = _fit_stage(model, params, means, stage, data, folder / f"{i}-{stage.name}", folder, log)
+    return model, params, means
+
+
+def _fit_stage(
+    model: Model, params: Tree, means: Tree, stage: Stage, data: pairs.Pairs, folder: Path, run: Path, log: Callable[[str], None]
+) -> tuple[Tree, Tree]:
+    cfg = model.cfg
+    trained, frozen = split(params, stage.train)
+    log(f"stage {stage.name}: {stage.steps} steps train {count(trained):,} of {count(params):,} parameters")
+    valid = volumes(cfg, "valid")
+    if not any(n.startswith("vit/") for n in flatten(trained)):
+        cache = Path(cfg.data.cache)
+        data = evolve(data, store=cached_features(model, params, data.store, cache))
+        valid = cached_features(model, params, valid, cache)
+    everything = lambda p: merge(frozen, p)
+    grad = train.cached_value_and_grad(
+        lambda p, rows: {
+            "image": ct_clip.embed_volumes(model, everything(p), rows),
+            "text": ct_clip.embed_texts(model, everything(p), rows),
+        },
+        lambda p, rows: ct_clip.contrast(cfg.contrast, everything(p), rows),
+        chunk=cfg.train.chunk,
+        precision=cfg.train.precision,
+    )
+    optimizer = adamw(_rates(stage, list(flatten(trained))), warmup_cosine(stage.steps, stage.warmup))
+    step = train.make_step(grad, optimizer, clip=cfg.train.clip, bound=lambda p: ct_clip.bound(cfg.contrast, p))
+
+    def validate(state: train.State) -> dict[str, float]:
+        return {"score": _mean_auroc(model, everything(state.params), state.means, valid)}
+
+    state = train.State(params=trained, opt=optimizer.init(trained), means=means)
+    state = train.fit(
+        step,
+        state,
+        batches(model, data, cfg.train.batch, cfg.seed),
+        steps=stage.steps,
+        folder=folder,
+        every=train.Every(log=cfg.train.log, save=cfg.train.save, validate=cfg.train.validate),
+        validate=validate,
+        log=lambda line: log("  " + "  ".join(f"{k} {v:.4g}" for k, v in line.items())),
+    )
+    if cfg.train.keep == "best":
+        state = train.read_state(folder / "best.pt", train.device(cfg.train.device))
+    return everything(state.params), state.means
+
+
+def _rates(stage: Stage, names: list[str]) -> Callable[[str], Rate]:
+    rates = dict.fromkeys(names, Rate(lr=stage.lr, weight_decay=stage.weight_decay))
+    for speed in stage.speeds:
+        rates |= dict.fromkeys(matching(names, [speed.match]), Rate(lr=speed.lr, weight_decay=speed.weight_decay))
+    return rates.__getitem__
+
+
+def load(folder: Path) -> tuple[Model, Tree, Tree]:
+    """Model, weights and running means of a trained run, as `fit` returned them."""
+    cfg = config.load(folder / "config.json", Config)
+    model, params = ct_clip.init(cfg, folder)
+    means: Tree = {}
+    for i, stage in enumerate(cfg.train.stages):
+        state = train.read_state(folder / f"{i}-{stage.name}" / f"{cfg.train.keep}.pt")
+        params, means = merge(params, state.params), state.means
+    device = train.device(cfg.train.device)
+    return model, map_leaves(lambda t: t.to(device), params), map_leaves(lambda t: t.to(device), means)
+
+
+# Evaluation -----------------------------------------------------------------------------------------------------------------------------
+
+
+def images(model: Model, params: Tree, means: Tree, of: store.Store, wanted: Sequence[str], show: bool = False) -> Tensor:
+    """Volumes in the common space, [n, d] float32 on the CPU; each is encoded once."""
+    size, rows = model.cfg.evaluate.batch, []
+    for i in tqdm(range(0, len(wanted), size), desc="embed volumes", disable=not show, leave=False):
+        with torch.no_grad(), train.autocast(params, model.cfg.train.precision):
+            z = ct_clip.embed_volumes(model, params, pairs.read_slices(of, wanted[i : i + size]))
+        rows.append(ct_clip.place(params, "image", z, means.get("image")).detach().cpu())
+    return torch.cat(rows)
+
+
+def sentences(model: Model, params: Tree, means: Tree, said: Sequence[str]) -> Tensor:
+    """Texts in the common space, [n, d] float32 on the CPU."""
+    rows = []
+    for i in range(0, len(said), 64):
+        ids, words = hub.tokenize(model.tokenizer, said[i : i + 64], model.cfg.words.tower.context)
+        with torch.no_grad(), train.autocast(params, model.cfg.train.precision):
+            z = ct_clip.embed_texts(model, params, {"ids": ids, "words": words})
+        rows.append(ct_clip.place(params, "text", z, means.get("text")).detach().cpu())
+    return torch.cat(rows)
+
+
+def probabilities(model: Model, params: Tree, means: Tree, image: Tensor, findings: Sequence[str]) -> Tensor:
+    """Zero-shot probability [n, c] of each finding for embedded volumes [n, d]."""
+    pairs_of = [reports.prompts_for(f, model.cfg.evaluate.prompts) for f in findings]
+    sides = [sentences(model, params, means, [t for pair in pairs_of for t in pair[k]]).unflatten(0, (len(findings), -1)) for k in (0, 1)]
+    return evaluate.zero_shot(image, sides[0], sides[1], params["contrast"]["log_scale"].exp().cpu())
+
+
+def score_split(model: Model, params: Tree, means: Tree, name: str, of: store.Store | None = None) -> dict[str, Any]:
+    """{"names", "findings", "labels" [n, c], "scores" [n, c], "image" [n, d]} of a split's labelled volumes."""
+    cfg = model.cfg
+    of = of or volumes(cfg, name)
+    listed, findings, labels = reports.read_labels(path(cfg, "labels", name), cfg.evaluate.findings)
+    have = set(of.names)
+    keep = [i for i, n in enumerate(listed) if n in have]
+    if not keep:
+        raise ValueError(f"{path(cfg, 'labels', name)}: has labels for none of the {len(have)} volumes of {of.path}")
+    if len(keep) < len(listed) or len(keep) < len(have):
+        _log.warning(
+            "%s: %d labelled volumes; %d labels have no volume, %d volumes no label",
+            name,
+            len(keep),
+            len(listed) - len(keep),
+            len(have) - len(keep),
+        )
+    found = tuple(listed[i] for i in keep)
+    image = images(model, params, means, of, found)
+    scores = probabilities(model, params, means, image, findings).numpy()
+    return {"names": found, "findings": findings, "labels": labels[keep], "scores": scores, "image": image}
+
+
+def _mean_auroc(model: Model, params: Tree, means: Tree, of: store.Store) -> float:
+    found = score_split(model, params, means, "valid", of)
+    return float(np.nanmean(metrics.auroc(found["scores"], found["labels"])))
+
+
+def assess(model: Model, params: Tree, means: Tree, folder: Path, experiment: str) -> tuple[list[Result], Path]:
+    """Score the test split with thresholds from the validation split; writes results, scores, plots and the report into `folder`."""
+    cfg = model.cfg
+    valid, test = (score_split(model, params, means, name) for name in ("valid", "test"))
+    cuts = metrics.best_thresholds(valid["scores"], valid["labels"], cfg.evaluate.rule)
+    rows = evaluate.evaluate_findings(
+        test["scores"],
+        test["labels"],
+        test["names"],
+        test["findings"],
+        cuts,
+        experiment=experiment,
+        split="test",
+        n_bootstrap=cfg.evaluate.bootstrap,
+        seed=cfg.seed,
+    )
+    rows += _retrieval(model, params, means, test, experiment)
+    for name, found in (("valid", valid), ("test", test)):
+        table = [
+            {"VolumeName": n} | dict(zip(found["findings"], s, strict=True))
+            for n, s in zip(found["names"], found["scores"].tolist(), strict=True)
+        ]
+        files.write_csv(folder / f"scores_{name}.csv", table, ["VolumeName", *found["findings"]])
+    files.write_text(folder / "thresholds.json", json.dumps(dict(zip(test["findings"], cuts.tolist(), strict=True)), indent=1) + "\n")
+    sheet = folder / "volumes.png"
+    ingest.contact_sheet(volumes(cfg, "test"), sheet, test["names"][:9])
+    last = folder.parent / f"{len(cfg.train.stages) - 1}-{cfg.train.stages[-1].name}" / "metrics.jsonl"
+    findings_only = [r for r in rows if r.what == "auroc"]
+    figures = {
+        "AUROC with 95 % intervals": plots.intervals(findings_only),
+        "ROC curves of the test split": plots.roc(test["scores"], test["labels"], test["findings"]),
+        "Training": plots.curves(last),
+        "Middle slices of nine test volumes as the model sees them": sheet.read_bytes(),
+    }
+    notes = (
+        f"Zero-shot with the prompt set {cfg.evaluate.prompts!r}; thresholds by {cfg.evaluate.rule!r} on the validation split "
+        f"({len(valid['names'])} volumes). No label was used in training.",
+    )
+    return rows, report.write_report(folder, f"{experiment}: zero-shot findings", rows, figures, notes)
+
+
+def _retrieval(model: Model, params: Tree, means: Tree, test: dict[str, Any], experiment: str) -> list[Result]:
+    """Report -> volume recall over the test split; any reconstruction of the report's scan is a hit."""
+    told = reports.read_reports(path(model.cfg, "reports", "test"), model.cfg.data.text, model.cfg.data.missing)
+    gallery = list(test["names"])
+    queries = {names.scan_of(n): told[n] for n in gallery if n in told}
+    words = sentences(model, params, means, list(queries.values()))
+    ks = [k for k in (1, 5, 10, 50) if k <= len(gallery)]
+    recall = metrics.recall_at(words @ test["image"].T, list(queries), [names.scan_of(n) for n in gallery], ks)
+    like: dict[str, Any] = {
+        "split": "test",
+        "n": len(queries),
+        "experiment": experiment,
+        "subject": f"report to one of {len(gallery)} volumes",
+    }
+    return [Result(what=f"recall_at_{k}", value=v, **like) for k, v in recall.items()]
+
+
+# One scan -------------------------------------------------------------------------------------------------------------------------------
+
+
+def look(folder: Path, scan: files.PathLike, findings: Sequence[str] = ()) -> dict[str, Any]:
+    """Preprocess, embed and classify one scan with a trained run.
+
+    Returns:
+        {"volume": ct.Volume, "embedding" [d] float32, "probability" {finding: p}, "threshold" {finding: from validation, where known}}.
+    """
+    model, params, means = load(Path(folder))
+    volume = ct.preprocess(scan, model.cfg.ct)
+    first, stop = volume.occupied
+    z = np.arange(first, stop)
+    batch = {
+        "slices": torch.from_numpy(volume.voxels[None, first:stop]),
+        "mask": torch.ones(1, stop - first, dtype=torch.bool),
+        "position_mm": torch.from_numpy((z * volume.spacing_mm[0]).astype(np.float32))[None],
+    }
+    with torch.no_grad(), train.autocast(params, model.cfg.train.precision):
+        rows = ct_clip.embed_volumes(model, params, batch)
+    image = ct_clip.place(params, "image", rows, means.get("image")).detach().cpu()
+    kept = Path(folder) / "results" / "thresholds.json"
+    cuts = json.loads(kept.read_text()) if kept.exists() else {}
+    asked = tuple(findings) or tuple(cuts) or model.cfg.evaluate.findings or reports.FINDINGS
+    p = probabilities(model, params, means, image, asked)[0].tolist()
+    return {
+        "volume": volume,
+        "embedding": image[0],
+        "probability": dict(zip(asked, p, strict=True)),
+        "threshold": {f: cuts[f] for f in asked if f in cuts},
+    }

@@ -1,0 +1,164 @@
+"""Any system from a record: experiments by name, run folders, training, evaluation."""
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from medvl import config, files, report, results, train
+from medvl.data import ct, ingest, reports, store
+from medvl.data import names as volume_names
+from medvl.results import Result
+from medvl.systems import ct_clip, ct_clip_run
+
+SYSTEMS: dict[str, tuple[type, ModuleType]] = {"ct_clip": (ct_clip.Config, ct_clip_run)}
+EXPERIMENTS = Path("experiments")
+RUNS = Path("runs")
+
+
+def names() -> dict[str, str]:
+    """{experiment: its line of description} of the folder `experiments`."""
+    return {p.stem: str(config.read(p).get("about", "")) for p in sorted(EXPERIMENTS.glob("*.toml"))}
+
+
+def resolve(exp: str, overrides: Sequence[str] = ()) -> tuple[Any, Path]:
+    """(record, run folder) of an experiment: a name in `experiments/`, or the path of a `.toml` or of a run's `config.json`.
+
+    Raises:
+        ConfigError: no such experiment (lists those there are), unknown system, or a record that is not valid.
+    """
+    path = Path(exp) if exp.endswith((".toml", ".json")) else EXPERIMENTS / f"{exp}.toml"
+    if not path.exists():
+        raise config.ConfigError(f"{path}: no such experiment; there are {', '.join(names()) or 'none (run this in the project folder)'}")
+    raw = config.override(config.read(path), tuple(overrides), where=str(path))
+    if raw.get("system") not in SYSTEMS:
+        raise config.ConfigError(f"{path}: system must be one of {', '.join(SYSTEMS)}, found {raw.get('system')!r} @ $.system")
+    cfg: Any = config.structure(raw, SYSTEMS[raw["system"]][0], where=str(path))
+    name = path.stem if path.suffix == ".toml" else path.parent.name.rpartition("-")[0]
+    return cfg, RUNS / f"{name}-{config.digest(cfg)}"
+
+
+def run(exp: str, overrides: Sequence[str] = (), log: Callable[[str], None] = print) -> list[Result]:
+    """Train (or go on with) an experiment, then evaluate it; the same call after a stop goes on where that was."""
+    cfg, folder = resolve(exp, overrides)
+    _join_processes()
+    log = log if train.rank() == 0 else (lambda _: None)
+    start = time.monotonic()
+    log(f"{folder}")
+    _, system = SYSTEMS[cfg.system]
+    cfg = _first(lambda: system.prepare(cfg, log))
+    _describe(folder, cfg)
+    log(f"data in place after {_minutes(start)}")
+    model, params, means = system.fit(cfg, folder, log)
+    log(f"trained after {_minutes(start)}")
+    rows = _assess(system, model, params, means, folder, log) if train.rank() == 0 else []
+    log(f"done after {_minutes(start)}")
+    return rows
+
+
+def evaluate(exp: str, overrides: Sequence[str] = (), log: Callable[[str], None] = print) -> list[Result]:
+    """Evaluate a trained experiment again; evaluation settings may differ from those it was trained with, the run folder may not."""
+    cfg, folder = resolve(exp, overrides)
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder}: no such run; `invoke train --exp {exp}` makes it (the same --set must be given)")
+    _, system = SYSTEMS[cfg.system]
+    model, params, means = system.load(folder)
+    return _assess(system, model, params, means, folder, log)
+
+
+def _assess(system: ModuleType, model: Any, params: Any, means: Any, folder: Path, log: Callable[[str], None]) -> list[Result]:
+    rows, page = system.assess(model, params, means, folder / "results", folder.name)
+    results.write(folder / "results.jsonl", rows)
+    log(page.with_suffix(".md").read_text().split("\n\nIntervals are")[0])
+    log(f"report: {page}")
+    return rows
+
+
+def _describe(folder: Path, cfg: Any) -> None:
+    if train.rank() == 0:
+        files.write_text(folder / "config.json", json.dumps(config.unstructure(cfg), indent=1) + "\n")
+        files.write_text(folder / "environment.json", json.dumps(results.environment(), indent=1) + "\n")
+
+
+def _join_processes() -> None:
+    """Under torchrun, meet the other processes."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def _first(make: Callable[[], Any]) -> Any:
+    """Process 0 makes what all need, the others then find it made."""
+    if train.world() == 1:
+        return make()
+    made = make() if train.rank() == 0 else None
+    dist.barrier()
+    return made if made is not None else make()
+
+
+def _minutes(start: float) -> str:
+    seconds = round(time.monotonic() - start)
+    return f"{seconds // 60} min {seconds % 60:02d} s"
+
+
+# What tasks call besides ------------------------------------------------------------------------------------------------------------------
+
+
+def preprocess(source: str, out: str, exp: str, overrides: Sequence[str], metadata: str, workers: int, sheet: str) -> int:
+    """Fill a store; returns the exit status: 0, or 3 when scans were rejected."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    base = config.unstructure(resolve(exp)[0].ct) if exp else {}
+    cfg = config.structure(config.override(base, tuple(overrides), "preprocess"), ct.CtConfig, "preprocess")
+    done = ingest.preprocess_folder(source, out, cfg, metadata, workers)
+    print(f"{out}: {done.done} volumes written, {done.skipped} were there, {len(done.rejected)} rejected")
+    if done.rejected:
+        print(f"rejected scans and reasons: {ingest.rejected_csv(out)}")
+    if sheet and (of := store.open_store(out)).names:
+        ingest.contact_sheet(of, sheet, of.names[:36])
+        print(f"contact sheet of {min(36, len(of.names))} volumes: {sheet}")
+    return 3 if done.rejected else 0
+
+
+def embed(folder: str, scan: str, out: str) -> None:
+    """Write one scan's embedding, float32 [d], L2-normalised, to a .npy."""
+    found = ct_clip_run.look(Path(folder), scan)
+    with files.atomic(out) as tmp, open(tmp, "wb") as f:
+        np.save(f, found["embedding"].numpy(), allow_pickle=False)
+    print(f"{out}: {len(found['embedding'])} numbers")
+
+
+def classify(folder: str, scan: str, findings: Sequence[str]) -> None:
+    """Print a table of zero-shot probabilities of one scan."""
+    found = ct_clip_run.look(Path(folder), scan, findings)
+    v, cuts = found["volume"], found["threshold"]
+    print(
+        f"{v.name}: HU by {v.hu_rule}, {v.source_shape} voxels of {tuple(round(s, 2) for s in v.source_spacing_mm)} mm, slices {v.occupied}"
+    )
+    rows = [
+        (f, p, cuts.get(f, math.nan), "" if f not in cuts else "yes" if p >= cuts[f] else "no") for f, p in found["probability"].items()
+    ]
+    print(results.markdown_table(("Finding", "Probability", "Threshold", "Called"), rows) + report.NOTICE)
+
+
+def split(labels: str, out: str, sizes: str, seed: int) -> None:
+    """Write `{name}_labels.csv` for each part of a label table, patients kept whole."""
+    found, findings, y = reports.read_labels(labels)
+    try:
+        wanted = {k: float(v) for k, v in (part.split("=") for part in sizes.split(","))}
+    except ValueError as e:
+        raise ValueError(f"split: sizes must be name=number,name=number, got {sizes!r}") from e
+    for name, rows in reports.split_patients(found, y, wanted, seed).items():
+        table = [{"VolumeName": f"{found[i]}.nii.gz"} | dict(zip(findings, y[i].tolist(), strict=True)) for i in rows]
+        files.write_csv(Path(out) / f"{name}_labels.csv", table, ("VolumeName", *findings))
+        people = len({volume_names.patient_of(found[i]) for i in rows})
+        print(f"{name}: {len(rows)} volumes of {people} patients, mean prevalence {y[rows].mean():.3f} (all: {y.mean():.3f})")

@@ -1,0 +1,88 @@
+"""Command line: `invoke --list`. Each task parses, calls and prints; everything heavy is imported inside."""
+
+import sys
+
+from invoke import task
+
+
+def _call(f, *args, **kwargs):
+    """Run `f`; what a user can cause is one line on stderr and status 2, not a traceback."""
+    try:
+        return f(*args, **kwargs)
+    except (ValueError, FloatingPointError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+SET = {"exp": "name in experiments/, or a path", "set_": "key.path=value in TOML syntax, repeatable"}
+
+
+@task(iterable=["set_"], help=SET)
+def train(c, exp, set_=None):
+    """Train an experiment, or go on with it, and evaluate it."""
+    from medvl.systems import run
+
+    _call(run.run, exp, set_ or ())
+
+
+@task(iterable=["set_"], help=SET)
+def evaluate(c, exp, set_=None):
+    """Evaluate a trained experiment again."""
+    from medvl.systems import run
+
+    _call(run.evaluate, exp, set_ or ())
+
+
+@task
+def experiments(c):
+    """List the experiments with a line each."""
+    from medvl.systems import run
+
+    for name, about in _call(run.names).items():
+        print(f"{name:24} {about}")
+
+
+@task(
+    help={
+        "source": "folder of scans, or CSV with a column path or VolumeName",
+        "out": "the store to make or go on with, e.g. data/train.h5",
+        "exp": "take the CT settings of this experiment instead of the defaults",
+        "set_": "setting of CtConfig, e.g. preset=reference, repeatable",
+        "metadata": "CSV with RescaleSlope and RescaleIntercept by VolumeName",
+        "workers": "processes",
+        "sheet": "also write a contact sheet of middle slices to this PNG",
+    },
+    iterable=["set_"],
+)
+def preprocess(c, source, out, exp="", set_=None, metadata="", workers=1, sheet=""):
+    """Bring a folder of CT scans into a store; exit status 3 when scans were rejected."""
+    from medvl.systems import run
+
+    sys.exit(_call(run.preprocess, source, out, exp, set_ or (), metadata, workers, sheet))
+
+
+@task(help={"run": "run folder", "scan": "NIfTI file", "out": "write the embedding [d] to this .npy"})
+def embed(c, run, scan, out):
+    """Embed one scan with a trained run."""
+    from medvl.systems import run as runs
+
+    _call(runs.embed, run, scan, out)
+
+
+@task(
+    help={"run": "run folder", "scan": "NIfTI file", "finding": "any finding in words, repeatable; default: those of the run"},
+    iterable=["finding"],
+)
+def classify(c, run, scan, finding=None):
+    """Zero-shot findings of one scan with a trained run. Research use, not for diagnosis."""
+    from medvl.systems import run as runs
+
+    _call(runs.classify, run, scan, finding or ())
+
+
+@task(help={"labels": "CSV of labels by VolumeName", "sizes": "name=size,...: volumes or shares", "out": "folder for {name}_labels.csv"})
+def split(c, labels, out, sizes="valid=550,test=2489", seed=0):
+    """Split a label table by patient, prevalence of every finding kept."""
+    from medvl.systems import run
+
+    _call(run.split, labels, out, sizes, seed)
