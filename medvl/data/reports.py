@@ -179,7 +179,7 @@ def _place(burden: np.ndarray, share: np.ndarray, rng: np.random.Generator) -> n
     for p in order:
         placed += burden[p]
         off = have - share[:, None] * placed
-        cost = ((2 * off + burden[p]) * burden[p]).sum(1) / share  # change of the squared deviation, relative to the split's size
+        cost = ((2 * off + burden[p]) * burden[p]).sum(1)  # the growth of the squared deviation
         place[p] = k = int(np.argmin(cost))
         have[k] += burden[p]
     return place
