@@ -4,13 +4,8 @@ import copy
 import hashlib
 import inspect
 import json
-import os
-import pickle
 import re
-import shutil
 import tempfile
-import urllib.error
-import urllib.request
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,10 +14,13 @@ from typing import Any, Literal
 
 import torch
 from attrs import field, frozen
-from safetensors import SafetensorError, safe_open
 from torch import Generator, Tensor, nn
 
 from medvl import files, tree
+from medvl.checkpoints import few, find, new_folder, read_json, read_pickle, read_weights
+from medvl.dinov2 import config_of
+from medvl.dinov2 import from_dinov2 as from_dinov2
+from medvl.dinov2 import to_dinov2 as to_dinov2
 
 Params = dict[str, Tensor]  # flat: {module name: tensor}
 
@@ -48,6 +46,7 @@ class Skeleton:
     _names: frozenset[str] = field(init=False, repr=False)
     _buffers: tuple[str, ...] = field(init=False, repr=False)
     _layers: tuple[nn.Module, ...] = field(init=False, repr=False)
+    _tied: bool = field(init=False, repr=False)
 
     @_names.default
     def _its_names(self) -> frozenset[str]:
@@ -61,11 +60,15 @@ class Skeleton:
     def _its_layers(self) -> tuple[nn.Module, ...]:
         return tuple(m for m in self.module.modules() if hasattr(m, "gradient_checkpointing"))
 
+    @_tied.default
+    def _if_tied(self) -> bool:
+        return len(list(self.module.named_parameters(remove_duplicate=False))) > len(self._names)
+
     def __call__(self, params: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         if params.keys() != self._names:
             missing, extra = sorted(self._names - params.keys()), sorted(params.keys() - self._names)
             raise ValueError(
-                f"{self.name}: params must be exactly its {len(self._names)} weights; missing {_few(missing)}, unknown {_few(extra)}"
+                f"{self.name}: params must be exactly its {len(self._names)} weights; missing {few(missing)}, unknown {few(extra)}"
             )
         if any(m.gradient_checkpointing for m in self._layers):
             raise ValueError(
@@ -74,7 +77,7 @@ class Skeleton:
             )
         device = next(iter(params.values())).device
         buffers = {n: self.module.get_buffer(n).to(device) for n in self._buffers}
-        return torch.func.functional_call(self.module, {**buffers, **params}, args, kwargs)
+        return torch.func.functional_call(self.module, {**buffers, **params}, args, kwargs, tie_weights=self._tied)
 
 
 def load(
@@ -98,11 +101,11 @@ def load(
     """
     path = Path(name)
     if path.is_file():
-        state = _read_pickle(path)
-        config = _dinov2_config(state, str(path))
+        state = read_pickle(path)
+        config = config_of(state, str(path))
         return bind(config, from_dinov2(state), name=path.stem, dtype=dtype, device=device)
-    config = _read_json(_find(str(name), ("config.json",)))
-    state = _read_weights(_find(str(name), _WEIGHTS), str(name))
+    config = read_json(find(str(name), ("config.json",)))
+    state = read_weights(find(str(name), _WEIGHTS), str(name))
     if part:
         if f"{part}_config" not in config:
             raise ValueError(f"load: {name} has no {part} tower (its config.json has no {part}_config); leave part empty")
@@ -129,7 +132,7 @@ def bind(
     wrong = [f"{k} ({str(t.dtype)[6:]})" for k, t in state.items() if t.dtype not in _FLOATS and not k.endswith("position_ids")]
     if wrong:
         raise ValueError(
-            f"load: {name}: weights must be float16, bfloat16, float32 or float64, found {_few(wrong)}; quantised files are not read"
+            f"load: {name}: weights must be float16, bfloat16, float32 or float64, found {few(wrong)}; quantised files are not read"
         )
     options: dict[str, Any] = {"dtype": dtype, "ignore_mismatched_sizes": True, "output_loading_info": True}
     with _quiet():
@@ -142,7 +145,7 @@ def bind(
     shapes = sorted(f"{k} {list(found)} instead of {list(needed)}" for k, found, needed in info["mismatched_keys"])
     if missing or extra or shapes or info["error_msgs"]:
         parts = (("missing", missing), ("unexpected", extra), ("of another shape", shapes), ("broken", info["error_msgs"]))
-        raise ValueError(f"load: {name} is no {kind.__name__} of this config: " + "; ".join(f"{w} {_few(ks)}" for w, ks in parts if ks))
+        raise ValueError(f"load: {name} is no {kind.__name__} of this config: " + "; ".join(f"{w} {few(ks)}" for w, ks in parts if ks))
     return _split(module, name, device)
 
 
@@ -157,7 +160,8 @@ def init_skeleton(config: dict[str, Any], gen: Generator) -> tuple[Skeleton, Par
     kind, cfg = _architecture(config)
     known = {*type(cfg)().to_dict(), *cfg.attribute_map, "model_type"}
     if unknown := sorted(config.keys() - known):
-        raise ValueError(f"init_skeleton: a {config['model_type']} config has no {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+        has = ", ".join(sorted(k for k in known if not k.startswith("_")))
+        raise ValueError(f"init_skeleton: a {config['model_type']} config has no {', '.join(unknown)}; it has {has}")
     seed = int(torch.randint(2**62, (), generator=gen))
     with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(seed)
@@ -174,12 +178,12 @@ def save(skeleton: Skeleton, params: Mapping[str, Tensor], folder: files.PathLik
     """
     if params.keys() != skeleton._names:
         raise ValueError(
-            f"save: params must be the {len(skeleton._names)} weights of {skeleton.name}, got {len(params)}: {_few(sorted(params))}"
+            f"save: params must be the {len(skeleton._names)} weights of {skeleton.name}, got {len(params)}: {few(sorted(params))}"
         )
     module: Any = copy.deepcopy(skeleton.module)
     module.load_state_dict({n: t.detach() for n, t in params.items()}, strict=False, assign=True)
     module.tie_weights()
-    with _new_folder(folder) as tmp, _quiet():
+    with new_folder(folder) as tmp, _quiet():
         module.save_pretrained(tmp)
 
 
@@ -190,107 +194,6 @@ def digest(params: tree.Tree) -> str:
         whole.update(f"{name} {t.dtype} {tuple(t.shape)}\n".encode())
         whole.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return whole.hexdigest()[:16]
-
-
-# Original DINOv2 checkpoints ------------------------------------------------------------------------------------------------------------
-# Source of the names: github.com/facebookresearch/dinov2, and the published checkpoints facebook/dinov2-*.
-_OUTER = {
-    "cls_token": "embeddings.cls_token",
-    "mask_token": "embeddings.mask_token",
-    "register_tokens": "embeddings.register_tokens",
-    "pos_embed": "embeddings.position_embeddings",
-    "patch_embed.proj": "embeddings.patch_embeddings.projection",
-    "norm": "layernorm",
-}
-_BLOCK = {
-    "norm1": "norm1",
-    "attn.proj": "attention.output.dense",
-    "ls1.gamma": "layer_scale1.lambda1",
-    "norm2": "norm2",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
-    "mlp.w12": "mlp.weights_in",
-    "mlp.w3": "mlp.weights_out",
-    "ls2.gamma": "layer_scale2.lambda1",
-}
-_QKV = ("query", "key", "value")
-_BACK = {v: k for k, v in (_OUTER | _BLOCK).items()}
-# Names inside the transformers module where they differ from those of the published checkpoints.
-_MODULE = {f"attention.{p}_proj": f"attention.attention.{q}" for p, q in zip("qkv", _QKV, strict=True)}
-_MODULE |= {"attention.o_proj": "attention.output.dense", "mlp.down_proj": "mlp.weights_out"}
-
-
-def from_dinov2(state: Mapping[str, Tensor]) -> Params:
-    """An original DINOv2 state dict with the names of the published Hugging Face checkpoints (for `bind`).
-
-    Raises:
-        ValueError: a key that is not DINOv2's.
-    """
-    out: Params = {}
-    for key, t in state.items():
-        block, stem, leaf = _parse(key, r"blocks\.(\d+)\.")
-        prefix = f"encoder.layer.{block}." if block else ""
-        if block and stem == "attn.qkv":
-            out |= {f"{prefix}attention.attention.{q}{leaf}": p.contiguous() for q, p in zip(_QKV, t.chunk(3), strict=True)}
-        elif stem in (names := _BLOCK if block else _OUTER):
-            out[f"{prefix}{names[stem]}{leaf}"] = t
-        else:
-            raise ValueError(f"from_dinov2: {key!r} is no key of an original DINOv2 checkpoint (like 'blocks.0.attn.qkv.weight')")
-    return out
-
-
-def to_dinov2(params: Mapping[str, Tensor]) -> Params:
-    """The inverse of `from_dinov2`; takes the names of the published checkpoints or of the module (the params of a skeleton).
-
-    Raises:
-        ValueError: a key that is not DINOv2's.
-    """
-    out: Params = {}
-    rows: dict[str, dict[str, Tensor]] = {}  # pieces that the original keeps in one tensor, {key: {piece: tensor}}
-    for key, t in params.items():
-        block, stem, leaf = _parse(key, r"encoder\.layer\.(\d+)\.")
-        prefix = f"blocks.{block}." if block else ""
-        stem = _MODULE.get(stem, stem) if block else stem
-        if stem.startswith("attention.attention."):
-            rows.setdefault(f"{prefix}attn.qkv{leaf}", {})[stem.rpartition(".")[2]] = t
-        elif stem in ("mlp.gate_proj", "mlp.up_proj"):
-            rows.setdefault(f"{prefix}mlp.w12{leaf}", {})[stem] = t
-        elif stem in _BACK:
-            out[f"{prefix}{_BACK[stem]}{leaf}"] = t
-        else:
-            raise ValueError(f"to_dinov2: {key!r} is no key of a Hugging Face DINOv2 (like 'encoder.layer.0.norm1.weight')")
-    order = (*_QKV, "mlp.gate_proj", "mlp.up_proj")
-    return out | {key: torch.cat([parts[p] for p in order if p in parts]) for key, parts in rows.items()}
-
-
-def _parse(key: str, block: str) -> tuple[str, str, str]:
-    hit = re.fullmatch(rf"(?:{block})?(.+?)(\.weight|\.bias)?", key)
-    assert hit
-    return hit[1] or "", hit[2], hit[3] or ""
-
-
-def _dinov2_config(state: Mapping[str, Tensor], where: str) -> dict[str, Any]:
-    """The config of an original DINOv2 checkpoint, from its shapes; DINOv2's heads are 64 wide."""
-    if not {"pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight"} <= state.keys():
-        raise ValueError(
-            f"load: {where} must be an original DINOv2 checkpoint (pos_embed, blocks.0..., patch_embed...), found {_few(list(state))}"
-        )
-    width, channels, _, patch = state["patch_embed.proj.weight"].shape
-    swiglu = "blocks.0.mlp.w12.weight" in state
-    registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
-    if width % 64:
-        raise ValueError(f"load: {where}: the width of a DINOv2 must be a multiple of 64 (its heads are 64 wide), found {width}")
-    return {
-        "model_type": "dinov2_with_registers" if registers else "dinov2",
-        "hidden_size": width,
-        "num_hidden_layers": 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
-        "num_attention_heads": width // 64,
-        "num_channels": channels,
-        "patch_size": patch,
-        "image_size": patch * round((state["pos_embed"].shape[1] - 1) ** 0.5),
-        "mlp_ratio": 4 if swiglu else state["blocks.0.mlp.fc1.weight"].shape[0] // width,
-        "use_swiglu_ffn": swiglu,
-    } | ({"num_register_tokens": registers} if registers else {})
 
 
 # Tokenizers -----------------------------------------------------------------------------------------------------------------------------
@@ -306,15 +209,15 @@ def tokenizer(name: files.PathLike) -> Any:
     from transformers import AutoTokenizer
 
     if (path := Path(name)).is_file():
-        _read_json(path)
+        read_json(path)
         return _wrap(path)
-    main = _find(str(name), ("tokenizer.json", "vocab.json", "vocab.txt"))
+    main = find(str(name), ("tokenizer.json", "vocab.json", "vocab.txt"))
     if not path.is_dir():  # a hub name: AutoTokenizer finds all files in the snapshot folder
-        _find(str(name), ("tokenizer_config.json",))
+        find(str(name), ("tokenizer_config.json",))
         if main.name == "vocab.json":
-            _find(str(name), ("merges.txt",))
+            find(str(name), ("merges.txt",))
     if main.suffix == ".json":
-        _read_json(main)
+        read_json(main)
     if main.name == "tokenizer.json" and not (main.parent / "tokenizer_config.json").is_file():
         return _wrap(main)
     try:
@@ -354,7 +257,7 @@ def train_bpe(texts: Sequence[str], vocab_size: int, folder: files.PathLike | No
         tok.save(f"{tmp}/tokenizer.json")
         fast = _wrap(Path(tmp) / "tokenizer.json", bos_token=START, eos_token=END, pad_token=PAD)
     if folder is not None:
-        with _new_folder(folder) as new:
+        with new_folder(folder) as new:
             fast.save_pretrained(new)
     return fast
 
@@ -390,7 +293,7 @@ def _encode(tok: Any, texts: Sequence[str], context: int) -> list[list[int]]:
     bad = [type(t).__name__ for t in texts if not isinstance(t, str)]
     if isinstance(texts, str) or not len(texts) or bad or context < 3:
         raise ValueError(
-            f"tokenize: needs a list of texts and context >= 3, got {len(texts)} texts, context {context}, other types {_few(bad)}"
+            f"tokenize: needs a list of texts and context >= 3, got {len(texts)} texts, context {context}, other types {few(bad)}"
         )
     empty = tok("", truncation=False)["input_ids"]
     if not empty or empty[-1] not in tok.all_special_ids:
@@ -407,117 +310,6 @@ def _wrap(path: Path, **special: str) -> Any:
         if ends:
             fast.eos_token = fast.convert_ids_to_tokens(ends[-1])
     return fast
-
-
-# Files ----------------------------------------------------------------------------------------------------------------------------------
-def _find(name: str, choices: tuple[str, ...]) -> Path:
-    """The first of `choices` that is in the folder `name`, in the hub cache, or on the hub; never waits for a network that is not there."""
-    from huggingface_hub import constants, try_to_load_from_cache
-
-    folder, wanted = Path(name), " or ".join(choices)
-    if folder.is_dir():
-        if found := [folder / c for c in choices if (folder / c).is_file()]:
-            return found[0]
-        raise ValueError(f"hub: the folder {folder} must hold {wanted}, found {_few(sorted(p.name for p in folder.iterdir()))}")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise ValueError(f"hub: there is no file or folder {name}")
-    cached = [hit for c in choices if isinstance(hit := try_to_load_from_cache(name, c), str)]
-    if cached:
-        return Path(cached[0])
-    looked = f"hub: {name} is no folder here, and the cache {constants.HF_HUB_CACHE} has no {wanted} of it"
-    advice = f"on a connected machine run `hf download {name} --local-dir DIR`, bring DIR here and give its path as the name"
-    if constants.HF_HUB_OFFLINE:
-        raise ValueError(f"{looked}; HF_HUB_OFFLINE is set, so nothing is downloaded: {advice}")
-    if reason := _unreachable(constants.ENDPOINT):
-        raise ValueError(f"{looked}; {constants.ENDPOINT} cannot be reached ({reason}): {advice}")
-    return _download(name, choices, looked)
-
-
-def _download(name: str, choices: tuple[str, ...], looked: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError
-
-    for choice in choices:
-        try:
-            return Path(hf_hub_download(name, choice))
-        except RemoteEntryNotFoundError:
-            continue
-        except (HfHubHTTPError, OSError) as e:
-            raise ValueError(f"{looked}; the download failed ({e}). Check the name; a gated model needs `hf auth login`") from e
-    raise ValueError(f"{looked}; the hub has none either")
-
-
-def _unreachable(url: str) -> str:
-    """Why one short request fails, "" if any answer comes; the hub's own client would retry for half a minute."""
-    try:
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=1.5).close()
-    except urllib.error.HTTPError:
-        return ""
-    except OSError as e:  # URLError and timeouts
-        return str(getattr(e, "reason", e))
-    return ""
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise ValueError(f"load: {path} is not JSON ({e})") from e
-    if not isinstance(raw, dict):
-        raise ValueError(f"load: {path} must hold a JSON object, found {type(raw).__name__}")
-    return raw
-
-
-def _read_weights(path: Path, name: str) -> Params:
-    """The state dict of a weight file or of all shards an index names."""
-    if path.suffix == ".bin":
-        return _read_pickle(path)
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    shards = sorted(set(_read_json(path).get("weight_map", {}).values()))
-    if not shards:
-        raise ValueError(f"load: {path} names no shards (it must have a weight_map)")
-    state: Params = {}
-    for shard in shards:
-        state |= _read_safetensors(path.parent / shard if Path(name).is_dir() else _find(name, (shard,)))
-    return state
-
-
-def _read_safetensors(path: Path) -> Params:
-    """Tensors that lie in the mapped file until they are cast and moved."""
-    try:
-        with safe_open(path, framework="pt") as f:
-            return {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (not a dict)
-    except FileNotFoundError as e:
-        raise ValueError(f"load: {path} is missing, its index names it; download the folder again") from e
-    except (SafetensorError, OSError) as e:
-        raise ValueError(f"load: {path} is broken or cut off ({e}); download it again") from e
-
-
-def _read_pickle(path: Path) -> Params:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as e:
-        raise ValueError(f"load: {path} is not a file of plain tensors, or broken ({str(e).splitlines()[0]})") from e
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise ValueError(f"load: {path} must hold one flat dict of tensors")
-    return state
-
-
-@contextmanager
-def _new_folder(folder: files.PathLike) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its name when the block ends well and vanishes when not."""
-    folder = Path(folder)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise ValueError(f"save: {folder} is there already; give a new folder or remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        yield tmp
-        tmp.chmod(0o755)
-        os.replace(tmp, folder)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
 
 
 # Architectures --------------------------------------------------------------------------------------------------------------------------
@@ -575,7 +367,3 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-def _few(items: Sequence[Any], k: int = 6) -> str:
-    return (", ".join(map(str, items[:k])) + (f" and {len(items) - k} more" if len(items) > k else "")) or "none"

@@ -1,5 +1,6 @@
 """encode: transformers' own forward and naive formulas are the peers; hub only builds the tiny encoders."""
 
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -25,6 +26,12 @@ MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]], dtype=t
 
 
 def vit_of(kind="dinov2"):
+    skeleton, params = _built(kind)
+    return skeleton, {n: t.clone() for n, t in params.items()}
+
+
+@cache
+def _built(kind):
     skeleton, params = hub.init_skeleton(TINY[kind], torch.Generator().manual_seed(0))
     gen = torch.Generator().manual_seed(1)
     return skeleton, {n: t + 0.2 * torch.randn(t.shape, generator=gen) for n, t in params.items()}

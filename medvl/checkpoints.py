@@ -1,0 +1,137 @@
+"""The files of checkpoints: found in a folder, in the hub's cache or on the hub, read without running anything in them, written whole."""
+
+import json
+import os
+import pickle
+import re
+import shutil
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from medvl import files
+
+
+def find(name: str, choices: tuple[str, ...]) -> Path:
+    """The first of `choices` that is in the folder `name`, in the hub cache, or on the hub; never waits for a network that is not there."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    folder, wanted = Path(name), " or ".join(choices)
+    if folder.is_dir():
+        if found := [folder / c for c in choices if (folder / c).is_file()]:
+            return found[0]
+        raise ValueError(f"hub: the folder {folder} must hold {wanted}, found {few(sorted(p.name for p in folder.iterdir()))}")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise ValueError(f"hub: there is no file or folder {name}")
+    cached = [hit for c in choices if isinstance(hit := try_to_load_from_cache(name, c), str)]
+    if cached:
+        return Path(cached[0])
+    looked = f"hub: {name} is no folder here, and the cache {constants.HF_HUB_CACHE} has no {wanted} of it"
+    advice = f"on a connected machine run `hf download {name} --local-dir DIR`, bring DIR here and give its path as the name"
+    if constants.HF_HUB_OFFLINE:
+        raise ValueError(f"{looked}; HF_HUB_OFFLINE is set, so nothing is downloaded: {advice}")
+    if reason := _unreachable(constants.ENDPOINT):
+        raise ValueError(f"{looked}; {constants.ENDPOINT} cannot be reached ({reason}): {advice}")
+    return _download(name, choices, looked)
+
+
+def _download(name: str, choices: tuple[str, ...], looked: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError
+
+    for choice in choices:
+        try:
+            return Path(hf_hub_download(name, choice))
+        except RemoteEntryNotFoundError:
+            continue
+        except (HfHubHTTPError, OSError) as e:
+            raise ValueError(f"{looked}; the download failed ({e}). Check the name; a gated model needs `hf auth login`") from e
+    raise ValueError(f"{looked}; the hub has none either")
+
+
+def _unreachable(url: str) -> str:
+    """Why one short request fails, "" if any answer comes; the hub's own client would retry for half a minute."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=1.5).close()
+    except urllib.error.HTTPError:
+        return ""
+    except OSError as e:  # URLError and timeouts
+        return str(getattr(e, "reason", e))
+    return ""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise ValueError(f"load: {path} is not JSON ({e})") from e
+    if not isinstance(raw, dict):
+        raise ValueError(f"load: {path} must hold a JSON object, found {type(raw).__name__}")
+    return raw
+
+
+def read_weights(path: Path, name: str) -> dict[str, Tensor]:
+    """The state dict of a weight file or of all shards an index names."""
+    if path.suffix == ".bin":
+        return read_pickle(path)
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    shards = sorted(set(read_json(path).get("weight_map", {}).values()))
+    if not shards:
+        raise ValueError(f"load: {path} names no shards (it must have a weight_map)")
+    state: dict[str, Tensor] = {}
+    for shard in shards:
+        state |= _read_safetensors(path.parent / shard if Path(name).is_dir() else find(name, (shard,)))
+    return state
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Tensors that lie in the mapped file until they are cast and moved."""
+    try:
+        with safe_open(path, framework="pt") as f:
+            return {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (not a dict)
+    except FileNotFoundError as e:
+        raise ValueError(f"load: {path} is missing, its index names it; download the folder again") from e
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"load: {path} is broken or cut off ({e}); download it again") from e
+
+
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """A flat dict of tensors that torch.save wrote; nothing in the file is run."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as e:
+        raise ValueError(f"load: {path} is not a file of plain tensors, or broken ({str(e).splitlines()[0]})") from e
+    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise ValueError(f"load: {path} must hold one flat dict of tensors")
+    return state
+
+
+@contextmanager
+def new_folder(folder: files.PathLike) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its name when the block ends well and vanishes when not."""
+    folder = Path(folder)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise ValueError(f"save: {folder} is there already; give a new folder or remove it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield tmp
+        tmp.chmod(0o755)
+        os.replace(tmp, folder)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+
+
+def few(items: Sequence[Any], k: int = 6) -> str:
+    """The first of the items as text, and how many more there are."""
+    return (", ".join(map(str, items[:k])) + (f" and {len(items) - k} more" if len(items) > k else "")) or "none"
