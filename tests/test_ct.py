@@ -1,6 +1,7 @@
 """Volumes must equal a naive implementation of each preset, whatever the axis order of the file."""
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import nibabel as nib
 import numpy as np
@@ -294,16 +295,24 @@ def test_spacing_from_metadata(tmp_path):
         preprocess(tmp_path / "b.nii", SMALL)
 
 
-def test_threads_and_small_bright_structures(tmp_path):
+def test_antialias_keeps_small_bright_structures(tmp_path):
     voxels = np.full((96, 96, 60), -800, np.int16)
     at = np.random.default_rng(0).integers(8, 50, (60, 3))
     voxels[tuple(at.T)] = 1000
     path = _write(tmp_path / "a.nii", voxels, np.diag([-0.7, -0.7, 1.0, 1.0]))
     cfg = CtConfig(size=(32, 44, 44), spacing_mm=(3.0, 1.75, 1.75), dtype="int16")
-    before = torch.get_num_threads()
     seen = {aa: (preprocess(path, evolve(cfg, antialias=aa)).voxels > -780).sum() for aa in ("on", "off")}
-    assert torch.get_num_threads() == before
     assert seen["on"] > 2 * seen["off"]
+
+
+def test_calls_at_once_give_the_same_and_leave_the_thread_count(tmp_path):
+    paths = [_drawn(tmp_path / f"{i}.nii.gz", (40, 40, 30), (3, 3, 3), i) for i in range(4)]
+    expected = [preprocess(p, SMALL).voxels for p in paths]
+    before = torch.get_num_threads()
+    with ThreadPoolExecutor(4) as pool:
+        for k, v in enumerate(pool.map(lambda p: preprocess(p, SMALL), paths * 5)):
+            np.testing.assert_array_equal(v.voxels, expected[k % 4])
+    assert torch.get_num_threads() == before
 
 
 def test_settings_say_what_the_empty_values_stand_for():

@@ -5,9 +5,11 @@ superior, anterior, right). Every preset is separable and linear, so each is one
 serves all.
 """
 
+import itertools
 import logging
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -31,7 +33,8 @@ RESCALE = ("RescaleSlope", "RescaleIntercept")  # metadata columns, DICOM's name
 SPACING = ("XYSpacing", "ZSpacing")
 _SIZES = {"mm": (160, 224, 224), "reference": (160, 224, 224), "ctclip": (240, 480, 480), "merlin": (160, 224, 224)}
 _SPACINGS = {"mm": (3.0, 1.75, 1.75), "reference": (), "ctclip": (1.5, 0.75, 0.75), "merlin": (3.0, 1.5, 1.5)}
-_THREADS = threading.Lock()  # the thread count is the whole process's
+_LOCK = threading.Lock()
+_before: list[int] = []  # of each call at work, torch's thread count before the first
 _TISSUE = (-1100.0, 300.0)
 _PADDING = -1500.0  # stored values below are padding outside the scanner's field of view, not tissue or air
 
@@ -104,20 +107,19 @@ def preprocess(path: PathLike, cfg: CtConfig = CtConfig(), metadata: Mapping[str
     Raises:
         ScanError: unreadable scan (`scans.read_scan`), no clear way to HU, no usable spacing, or a volume that came out as one value.
     """
-    scan = scans.read_scan(path)
-    header = scan.header
-    rule, slope, intercept = _scale(cfg, scan, metadata)
-    perm, flips = _order(header.affine, "SAR" if cfg.flip else axes_of(cfg))
-    zyx, spacing = scan.voxels.transpose(perm), _three(_spacing(cfg, header, metadata)[p] for p in perm)
-    try:
-        grids = _grids(cfg, zyx.shape, spacing)
-    except ScanError as e:
-        raise ScanError(f"{path}: {e}") from e
-    taps = tuple(g.flipped(n) if flip else g for g, n, flip in zip(grids, zyx.shape, flips, strict=True))
-    out = np.full(size_of(cfg), 0 if cfg.dtype == "uint8" else HU[0], cfg.dtype)
-    box = out[tuple(slice(g.first, g.stop) for g in grids)]
-    with _one_thread():
-        _resample(zyx, taps, slope, intercept, cfg, box)
+    with scans.open_scan(path) as (header, found):
+        perm, flips = _order(header.affine, "SAR" if cfg.flip else axes_of(cfg))
+        shape, spacing = _three(header.shape[p] for p in perm), _three(_spacing(cfg, header, metadata)[p] for p in perm)
+        try:
+            grids = _grids(cfg, shape, spacing)
+        except ScanError as e:
+            raise ScanError(f"{path}: {e}") from e
+        rule, slope, intercept, slices = _scale(cfg, header, _finite(header, _along(header, found, perm)), metadata)
+        out = np.full(size_of(cfg), 0 if cfg.dtype == "uint8" else HU[0], cfg.dtype)
+        box = out[tuple(slice(g.first, g.stop) for g in grids)]
+        turned = [g.flipped(n) if flip else g for g, n, flip in zip(grids, shape, flips, strict=True)]
+        with _one_thread():
+            _resample(slices, turned, lambda stored: _to_hu_(stored, slope, intercept, clip=cfg.preset != "merlin"), cfg, box)
     if box.min() == box.max():
         at = to_hu(box[:1, :1, :1]).item()
         raise ScanError(
@@ -130,7 +132,7 @@ def preprocess(path: PathLike, cfg: CtConfig = CtConfig(), metadata: Mapping[str
         axes=axes_of(cfg),
         spacing_mm=_three(g.spacing_mm for g in grids),
         source_spacing_mm=spacing,
-        source_shape=_three(zyx.shape),
+        source_shape=shape,
         occupied=(grids[0].first, grids[0].stop),
         hu_rule=rule,
         slope=slope,
@@ -177,21 +179,41 @@ def _three(values: Iterable[T]) -> tuple[T, T, T]:
     return z, y, x
 
 
-def _scale(cfg: CtConfig, scan: scans.Scan, metadata: Mapping[str, str] | None) -> tuple[str, float, float]:
-    """(rule, slope, intercept) so that HU = slope * stored + intercept. Exactly one source is used, never two.
+def _along(header: scans.Header, slices: Iterator[np.ndarray], perm: list[int]) -> Iterator[np.ndarray]:
+    """Slices [perm[1], perm[2]] along file axis perm[0]. Scans are stored along z as a rule; only others have to be read whole."""
+    if perm[0] != 2:
+        return iter(scans.whole(header, slices).transpose(perm))
+    return (s.transpose(perm[1:]) for s in slices)
+
+
+def _finite(header: scans.Header, slices: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    for i, s in enumerate(slices):
+        if s.dtype.kind == "f" and not np.isfinite(s.min() + s.max()):
+            raise ScanError(f"{header.name}: slice {i} has {int((~np.isfinite(s)).sum())} voxels that are not finite numbers")
+        yield s
+
+
+def _scale(
+    cfg: CtConfig, header: scans.Header, slices: Iterator[np.ndarray], metadata: Mapping[str, str] | None
+) -> tuple[str, float, float, Iterator[np.ndarray]]:
+    """(rule, slope, intercept, slices) so that HU = slope * stored + intercept. Exactly one source is used, never two.
 
     auto: the header's scale where it has one that is not the identity; else stored values that reach -200 are HU already (air is -1000) and
     the metadata is left alone; else values from 0 up are raw and need the metadata's scale; what lies between is refused.
+    Slices are taken until that is certain (as a rule the first is enough) and given back in front of the rest.
     """
-    header, lowest = scan.header, _lowest(scan)
     if cfg.hu == "none":
-        return "none", 1.0, 0.0
+        return "none", 1.0, 0.0, slices
     if cfg.hu == "header" and not header.scaled:
         raise ScanError(f"{header.name}: hu='header' needs scl_slope in the header, it has none; use hu='none', 'metadata' or 'auto'")
     if cfg.hu == "header" or (cfg.hu == "auto" and header.scaled and (header.slope, header.intercept) != (1.0, 0.0)):
-        return "header", header.slope, header.intercept
-    if cfg.hu == "auto" and lowest <= -200:
-        return "stored", 1.0, 0.0
+        return "header", header.slope, header.intercept, slices
+    seen, lowest = [], np.inf
+    for s in slices:
+        seen.append(s)
+        lowest = min(lowest, _lowest(s))
+        if cfg.hu == "auto" and lowest <= -200:
+            return "stored", 1.0, 0.0, itertools.chain(seen, slices)
     if cfg.hu == "auto" and lowest < 0:
         raise ScanError(
             f"{header.name}: cannot tell whether stored values are HU: the lowest is {lowest:g} (HU reach -200, raw values start at 0); "
@@ -203,32 +225,28 @@ def _scale(cfg: CtConfig, scan: scans.Scan, metadata: Mapping[str, str] | None) 
             "give it, or set hu='none' if they are HU"
         )
     slope, intercept = (_number(metadata, column, header.name) for column in RESCALE)
-    without, scaled = _plausible(scan, 1.0, 0.0), _plausible(scan, slope, intercept)
+    without, scaled = _plausible(seen, 1.0, 0.0), _plausible(seen, slope, intercept)
     if scaled < without:
         raise ScanError(
             f"{header.name}: the metadata's scale {slope:g} * stored + {intercept:g} was applied before, or is another scan's: with it "
             f"{scaled:.0%} of the voxels lie between {_TISSUE[0]:g} and {_TISSUE[1]:g} HU, without it {without:.0%}; "
             "set hu='none' if stored values are HU"
         )
-    return "metadata", slope, intercept
+    return "metadata", slope, intercept, iter(seen)
 
 
-def _lowest(scan: scans.Scan) -> float:
-    """The lowest stored value that is not padding; refuses voxels that are not numbers."""
-    flat = scan.voxels.ravel(order="K")
-    low, high = flat.min(), flat.max() if flat.dtype.kind == "f" else 0
-    if not (np.isfinite(low) and np.isfinite(high)):
-        raise ScanError(f"{scan.name}: has {int((~np.isfinite(flat)).sum())} voxels that are not finite numbers")
+def _lowest(plane: np.ndarray) -> float:
+    """The lowest stored value that is not padding; inf where all is."""
+    low = float(plane.min())
     if low >= _PADDING:
-        return float(low)
-    rest = [part[part >= _PADDING] for part in np.array_split(flat, scan.header.shape[2])]
-    return float(min((part.min() for part in rest if part.size), default=low))
+        return low
+    rest = plane[plane >= _PADDING]
+    return float(rest.min()) if rest.size else np.inf
 
 
-def _plausible(scan: scans.Scan, slope: float, intercept: float) -> float:
-    """The share of voxels that become air, lung, fat, water or soft tissue; from at most a million of them."""
-    flat = scan.voxels.ravel(order="K")
-    hu = flat[:: max(1, flat.size // 1_000_000)] * slope + intercept
+def _plausible(slices: list[np.ndarray], slope: float, intercept: float) -> float:
+    """The share of voxels that become air, lung, fat, water or soft tissue; every 8th voxel of every row."""
+    hu = np.stack([s[:, ::8] * slope + intercept for s in slices[::2]])
     return float(((hu >= _TISSUE[0]) & (hu <= _TISSUE[1])).mean())
 
 
@@ -345,48 +363,53 @@ def _linear(at: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
     return np.stack([low, np.minimum(low + 1, n - 1)], 1), np.stack([1 - high, high], 1)
 
 
-def _resample(zyx: np.ndarray, grids: tuple[_Grid, ...], slope: float, intercept: float, cfg: CtConfig, out: np.ndarray) -> None:
-    """Fill `out` [z, y, x]. Each source slice that an output slice needs is scaled, clipped and resampled in its plane once."""
+def _resample(slices: Iterable[np.ndarray], grids: list[_Grid], to_hu_: Callable[[Tensor], Tensor], cfg: CtConfig, out: np.ndarray) -> None:
+    """Fill `out` [z, y, x] from source slices in the order of the file: along y once per slice that is needed, then z, then x."""
     gz, gy, gx = grids
     ty, tx = ((torch.from_numpy(g.taps), torch.from_numpy(g.weights)) for g in (gy, gx))
-    buffer = torch.empty(zyx.shape[1:])
+    rows = zip(gz.taps.tolist(), gz.weights.tolist(), strict=True)
+    wanted = [{i: w for i, w in zip(*row, strict=True) if w} for row in rows]
+    uses = Counter(i for sources in wanted for i in sources)
+    due = defaultdict(list)  # source slice -> the output slices it completes
+    for k, sources in enumerate(wanted):
+        due[max(sources)].append(k)
     planes: dict[int, Tensor] = {}
+    for i, stored in enumerate(slices):
+        if i in uses:
+            planes[i] = _bag(ty, to_hu_(torch.from_numpy(stored.astype(np.float32, order="C"))))
+        for k in due[i]:
+            hu = torch.zeros(len(gy.taps), stored.shape[1])
+            for j, w in wanted[k].items():
+                hu.add_(planes[j], alpha=w)
+                uses[j] -= 1
+            out[k] = _encode(_bag(tx, hu.t().contiguous()), cfg).numpy().T
+        planes = {j: p for j, p in planes.items() if uses[j]}
 
-    def plane(i: int) -> Tensor:
-        np.copyto(buffer.numpy(), zyx[i], casting="unsafe")
-        return _in_plane(_to_hu_(buffer, slope, intercept, clip=cfg.preset != "merlin"), ty, tx)
 
-    for k, (taps, weights) in enumerate(zip(gz.taps.tolist(), gz.weights.tolist(), strict=True)):
-        wanted = {i: w for i, w in zip(taps, weights, strict=True) if w}
-        planes = {i: planes[i] if i in planes else plane(i) for i in wanted}
-        hu = torch.zeros(len(gx.taps), len(gy.taps))
-        for i, w in wanted.items():
-            hu.add_(planes[i], alpha=w)
-        out[k] = _encode(hu, cfg).numpy().T
+def _bag(taps: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
+    """Each row of the result is a weighted sum of rows of the input: an embedding bag."""
+    return F.embedding_bag(taps[0], rows, per_sample_weights=taps[1], mode="sum")
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
     """Thousands of operations of 0.1 ms gain nothing from threads, and on busy cores wait for them: measured 30 to 90 times slower."""
-    with _THREADS:
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
+    with _LOCK:
+        _before.append(_before[0] if _before else torch.get_num_threads())  # the count is the process's: the last call out restores it
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        with _LOCK:
+            count = _before.pop()
+            if not _before:
+                torch.set_num_threads(count)
 
 
 def _to_hu_(plane: Tensor, slope: float, intercept: float, clip: bool) -> Tensor:
     if (slope, intercept) != (1.0, 0.0):
         plane.mul_(slope).add_(intercept)
     return plane.clamp_(*HU) if clip else plane
-
-
-def _in_plane(plane: Tensor, ty: tuple[Tensor, Tensor], tx: tuple[Tensor, Tensor]) -> Tensor:
-    """[y, x] -> resampled [x, y]. A row of the output is a weighted sum of rows of the input: an embedding bag."""
-    rows = F.embedding_bag(ty[0], plane, per_sample_weights=ty[1], mode="sum")
-    return F.embedding_bag(tx[0], rows.t().contiguous(), per_sample_weights=tx[1], mode="sum")
 
 
 def _encode(hu: Tensor, cfg: CtConfig) -> Tensor:

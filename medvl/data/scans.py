@@ -6,7 +6,9 @@ x y z are the voxel axes as the file stores them; a `.gz` is told by its first b
 import io
 import itertools
 import logging
+from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,33 +65,46 @@ class Scan:
 def read_scan(path: PathLike) -> Scan:
     """Read a NIfTI-1 or -2 single file (`.nii`, `.nii.gz`), any byte order, any real scalar type.
 
-    The affine follows nibabel's rule (sform, else qform, else pixdim alone). Memory: the stored voxels and one chunk.
+    The affine follows nibabel's rule (sform, else qform, else pixdim alone).
 
     Raises:
         ScanError: not a readable file, not NIfTI, no 3-D scalar volume of at least two slices, no usable affine or spacing, truncated, or
             damaged (gzip checksum).
     """
+    with open_scan(path) as (header, slices):
+        return Scan(header=header, voxels=whole(header, slices))
+
+
+@contextmanager
+def open_scan(path: PathLike) -> Iterator[tuple[Header, Iterator[np.ndarray]]]:
+    """The header, and the slices [x, y] of a scan one by one, z growing as in the file, inflated as they are asked for.
+
+    A volume that is used slice by slice never has to be in memory. The last slice comes only when the file's checksum is right.
+    Raises `ScanError` like `read_scan`, here or while slices are taken.
+    """
     path = Path(path)
     try:
-        with open(path, "rb") as f:
-            header, stored, head, chunks = _start(f, path)
-            voxels = np.empty(int(np.prod(header.shape)), stored.dtype)
-            _fill(voxels.data.cast("B"), head, chunks, stored.offset, path)
-    except _DAMAGED as e:
+        f = open(path, "rb")  # noqa: SIM115 (closed below; the caller's own OSError must not pass for ours)
+    except OSError as e:
         raise _broken(path, e) from e
-    if not voxels.dtype.isnative:
-        voxels = voxels.byteswap(inplace=True).view(header.dtype)
-    return Scan(header=header, voxels=voxels.reshape(header.shape, order="F"))
+    with f:
+        header, stored, chunks = _start(f, path)
+        yield header, _slices(header, stored, chunks, path)
+
+
+def whole(header: Header, slices: Iterator[np.ndarray]) -> np.ndarray:
+    """All slices of `open_scan` as voxels [x, y, z], Fortran-ordered as in the file."""
+    x, y, z = header.shape
+    voxels = np.empty((z, y, x), header.dtype)
+    for i, plane in enumerate(slices):
+        voxels[i] = plane.T
+    return voxels.T
 
 
 def read_header(path: PathLike) -> Header:
     """The header alone, from the first KBs of the file; raises `ScanError` like `read_scan`, but cannot see damaged voxels."""
-    path = Path(path)
-    try:
-        with open(path, "rb") as f:
-            return _start(f, path)[0]
-    except _DAMAGED as e:
-        raise _broken(path, e) from e
+    with open_scan(path) as (header, _):
+        return header
 
 
 @frozen
@@ -98,12 +113,12 @@ class _Stored:
     offset: int
 
 
-def _start(f: Any, path: Path) -> tuple[Header, _Stored, bytes, Iterator[bytes]]:
+def _start(f: Any, path: Path) -> tuple[Header, _Stored, Iterator[bytes]]:
     size = f.seek(0, io.SEEK_END)
     f.seek(0)
     zipped = f.read(2) == b"\x1f\x8b"
     f.seek(0)
-    chunks = _inflate(f, path) if zipped else iter(lambda: f.read(CHUNK), b"")
+    chunks = _chunks(f, zipped, path)
     head = b""
     while len(head) < 540 and (chunk := next(chunks, b"")):
         head += chunk
@@ -111,7 +126,37 @@ def _start(f: Any, path: Path) -> tuple[Header, _Stored, bytes, Iterator[bytes]]
     need = stored.offset + int(np.prod(header.shape)) * stored.dtype.itemsize
     if need > size * (_MAX_RATIO if zipped else 1):
         raise ScanError(f"{path}: is truncated: its header asks for {need} bytes{' inflated' * zipped}, the file has {size}")
-    return header, stored, head, chunks
+    return header, stored, itertools.chain([head], chunks)
+
+
+def _slices(header: Header, stored: _Stored, chunks: Iterator[bytes], path: Path) -> Iterator[np.ndarray]:
+    x, y, z = header.shape
+    rest = memoryview(b"")
+    skip = stored.offset
+    for i in range(z):
+        plane = np.empty(y * x, stored.dtype)
+        view, at = plane.data.cast("B"), 0
+        while at < len(view):
+            if not rest:
+                rest = memoryview(next(chunks, b""))
+                if not rest:
+                    raise ScanError(f"{path}: is truncated: holds {i} of the {z} slices its header asks for")
+                skipped = min(skip, len(rest))
+                rest, skip = rest[skipped:], skip - skipped
+            piece = rest[: len(view) - at]
+            view[at : at + len(piece)] = piece
+            rest, at = rest[len(piece) :], at + len(piece)
+        if i == z - 1:
+            deque(chunks, maxlen=0)  # what follows the voxels is inflated too: the checksum is at the end
+        plane = plane if plane.dtype.isnative else plane.byteswap(inplace=True).view(header.dtype)
+        yield plane.reshape(y, x).T
+
+
+def _chunks(f: Any, zipped: bool, path: Path) -> Iterator[bytes]:
+    try:
+        yield from _inflate(f, path) if zipped else iter(lambda: f.read(CHUNK), b"")
+    except _DAMAGED as e:
+        raise _broken(path, e) from e
 
 
 def _inflate(f: Any, path: Path) -> Iterator[bytes]:
@@ -130,18 +175,6 @@ def _inflate(f: Any, path: Path) -> Iterator[bytes]:
         rest = inflater.unused_data
     if not inflater.eof:
         raise ScanError(f"{path}: is truncated: the gzip stream ends early; copy the file again")
-
-
-def _fill(out: memoryview, head: bytes, chunks: Iterator[bytes], offset: int, path: Path) -> None:
-    """Bytes from `offset` on into `out`; what follows is read too, so that the checksum is verified."""
-    at = -offset
-    for chunk in itertools.chain([head], chunks):
-        start = max(0, -at)
-        piece = chunk[start : len(out) - at] if at < len(out) else b""
-        out[at + start : at + start + len(piece)] = piece
-        at += len(chunk)
-    if at < len(out):
-        raise ScanError(f"{path}: is truncated: holds {max(0, at)} of the {len(out)} voxel bytes its header asks for")
 
 
 def _parse(head: bytes, path: Path) -> tuple[Header, _Stored]:
