@@ -80,9 +80,17 @@ def classify(c, run, scan, finding=None):
     _call(runs.classify, run, scan, finding or ())
 
 
-@task(help={"labels": "CSV of labels by VolumeName", "sizes": "name=size,...: volumes or shares", "out": "folder for {name}_labels.csv"})
-def split(c, labels, out, sizes="valid=550,test=2489", seed=0):
+@task(
+    help={
+        "labels": "CSV of labels by VolumeName",
+        "out": "folder for {part}_*.csv",
+        "sizes": "part=size,...: volumes or shares",
+        "table": "another CSV to cut the same way (reports, metadata), repeatable",
+    },
+    iterable=["table"],
+)
+def split(c, labels, out, sizes="valid=550,test=2489", seed=0, table=None):
     """Split a label table by patient, prevalence of every finding kept."""
     from medvl.systems import run
 
-    _call(run.split, labels, out, sizes, seed)
+    _call(run.split, labels, out, sizes, seed, table or ())

@@ -19,6 +19,7 @@ class TextConfig:
     dim: int = 512
     depth: int = 12
     heads: int = 8
+    pool: Literal["last", "mean", "max"] = "last"  # CLIP reads the end token; mean and max over tokens learn from fewer reports
 
     def __attrs_post_init__(self) -> None:
         if min(self.vocabulary, self.context, self.dim, self.depth, self.heads) < 1 or self.dim % self.heads:
@@ -36,7 +37,7 @@ def init_text(cfg: TextConfig, gen: Generator) -> Tree:
 
 
 def encode_text(cfg: TextConfig, p: Tree, ids: Tensor, mask: Tensor) -> Tensor:
-    """Embed token ids with a causal transformer, read at the last kept token (the end token).
+    """Embed token ids with a causal transformer, read at the last kept token (the end token) or pooled over the kept ones.
 
     Args:
         p: from `init_text`.
@@ -59,7 +60,7 @@ def encode_text(cfg: TextConfig, p: Tree, ids: Tensor, mask: Tensor) -> Tensor:
     x = p["token"][ids] + p["position"][: ids.shape[1]]
     for i in range(cfg.depth):
         x = layers.block(p["blocks"][str(i)], x, cfg.heads, causal=True, act=layers.quick_gelu)
-    return layers.norm(p["norm"], pool_tokens("last", x, mask))
+    return pool_tokens(cfg.pool, layers.norm(p["norm"], x), mask)
 
 
 def encode_text_with(params: Tree, ids: Tensor, mask: Tensor, *, model: Any, pool: Literal["first", "last", "mean"] = "first") -> Tensor:
@@ -73,10 +74,12 @@ def encode_text_with(params: Tree, ids: Tensor, mask: Tensor, *, model: Any, poo
     return pool_tokens(pool, hidden, mask)
 
 
-def pool_tokens(pool: Literal["first", "last", "mean"], x: Tensor, mask: Tensor) -> Tensor:
-    """One vector per row of [b, t, d]: the first token, the last kept one, or the mean of the kept ones."""
+def pool_tokens(pool: Literal["first", "last", "mean", "max"], x: Tensor, mask: Tensor) -> Tensor:
+    """One vector per row of [b, t, d]: the first token, the last kept one, or the mean or maximum of the kept ones."""
     if pool == "first":
         return x[:, 0]
     if pool == "last":
         return x[torch.arange(len(x), device=x.device), mask.sum(1).clamp(min=1) - 1]
+    if pool == "max":
+        return x.masked_fill(~mask[..., None], -torch.inf).amax(1).nan_to_num(neginf=0.0)
     return torch.einsum("bt,btd->bd", (mask / mask.sum(1, keepdim=True).clamp(min=1)).to(x.dtype), x)

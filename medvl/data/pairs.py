@@ -61,16 +61,14 @@ def read_slices(store: Store, wanted: Sequence[str]) -> dict[str, Tensor]:
     }
 
 
-def some_sentences(text: str, share: float, gen: torch.Generator) -> str:
-    """Each sentence of a report kept with probability `share`, at least one, in random order; the text itself where share is 1.
+def some_sentences(text: str, most: int, gen: torch.Generator) -> str:
+    """One to `most` sentences of a report, drawn at random, in random order; the text itself where `most` is 0.
 
-    A report is a set of statements: leaving some out keeps it true and stops the text tower from knowing reports by heart.
+    A report is a set of statements: leaving some out keeps it true, says which words belong to which finding, and stops the text tower
+    from knowing reports by heart.
     """
-    if share >= 1:
-        return text
-    sentences = [s for s in re.split(r"(?<=[.;])\s+", text.strip()) if s]
+    sentences = [s for s in re.split(r"(?<=[.;])\s+", text.strip()) if s] if most else []
     if len(sentences) < 2:
         return text
-    order = torch.randperm(len(sentences), generator=gen).tolist()
-    kept = [i for i in order if float(torch.rand((), generator=gen)) < share] or order[:1]
-    return " ".join(sentences[i] for i in kept)
+    k = int(torch.randint(1, min(most, len(sentences)) + 1, (), generator=gen))
+    return " ".join(sentences[i] for i in torch.randperm(len(sentences), generator=gen)[:k].tolist())

@@ -24,7 +24,8 @@ from medvl.tree import Tree, merge
 
 @frozen(kw_only=True)
 class DataConfig:
-    """Where volumes, reports and labels are; `{split}` stands for train, valid and test, `{folder}` for the folder."""
+    """Where volumes, reports and labels are; `{split}` stands for train, valid and test, `{folder}` for the folder,
+    `{ct}` for a digest of the CT settings."""
 
     source: Literal["files", "phantoms"] = "files"
     folder: str = "data/ct_rate"
@@ -35,7 +36,7 @@ class DataConfig:
     metadata: str = "{folder}/{split}_metadata.csv"
     text: Literal["findings", "impression", "both"] = "impression"
     missing: Literal["error", "empty", "drop"] = "drop"  # reports without text
-    sentences: float = 1.0  # share of a report's sentences shown in a training step
+    sentences: int = 0  # show 1 to this many sentences of a report in a training step; 0 = all, in order
     shuffle: bool = False  # give every training scan another scan's report: the control that must learn nothing
     cache: str = "cache"  # slice features of frozen encoders
     workers: int = 2

@@ -22,40 +22,40 @@ from medvl.tree import Tree, count, flatten, map_leaves, matching, merge, split
 
 _log = logging.getLogger("medvl")
 SPLITS = ("train", "valid", "test")
+_TABLES: tuple[Literal["store", "reports", "labels"], ...] = ("store", "reports", "labels")
 
 
-def prepare(cfg: Config, log: Callable[[str], None] = print) -> Config:
-    """The record with its data in place: phantoms are drawn and preprocessed, files must be there.
+def prepare(cfg: Config, log: Callable[[str], None] = print) -> None:
+    """Put the data in place: phantoms are drawn and preprocessed, files must be there.
 
     Raises:
         ValueError: lists every file that is missing and how to make it.
     """
     if cfg.data.source == "phantoms":
-        folder = Path(cfg.data.folder) / f"phantoms-{config.digest(cfg.data.phantoms)}"
-        cfg = evolve(
-            cfg, data=evolve(cfg.data, folder=str(folder), store="{folder}/{split}-" + config.digest(ct.settings_of(cfg.ct)) + ".h5")
-        )
-        drawn = phantoms.draw(cfg.data.phantoms, folder, cfg.data.workers)
-        log(f"{sum(drawn.values())} chests drawn in {folder}: " + ", ".join(f"{n} {split}" for split, n in drawn.items()))
+        drawn = phantoms.draw(cfg.data.phantoms, folder_of(cfg), cfg.data.workers)
+        log(f"{sum(drawn.values())} chests drawn in {folder_of(cfg)}: " + ", ".join(f"{n} {split}" for split, n in drawn.items()))
         for name in SPLITS:
-            done = ingest.preprocess_folder(folder / name, path(cfg, "store", name), cfg.ct, path(cfg, "metadata", name), cfg.data.workers)
+            scans, out = folder_of(cfg) / name, path(cfg, "store", name)
+            done = ingest.preprocess_folder(scans, out, cfg.ct, path(cfg, "metadata", name), cfg.data.workers)
             if done.rejected:
-                raise ValueError(
-                    f"{folder / name}: {len(done.rejected)} drawn scans were rejected, e.g. {next(iter(done.rejected.items()))}"
-                )
-    missing = [path(cfg, kind, name) for name in SPLITS for kind in ("store", "reports", "labels") if not path(cfg, kind, name).exists()]
+                raise ValueError(f"{scans}: {len(done.rejected)} drawn scans were rejected, e.g. {next(iter(done.rejected.items()))}")
+    missing = [path(cfg, kind, name) for name in SPLITS for kind in _TABLES if not path(cfg, kind, name).exists()]
     if missing:
         raise ValueError(
-            f"{len(missing)} files are missing: {', '.join(map(str, missing))}. `invoke preprocess --source SCANS --out STORE.h5` "
-            "makes the stores; reports and labels are CSVs in CT-RATE's columns; "
-            "data.store, data.reports and data.labels say where they are"
+            f"{len(missing)} files are missing: {', '.join(map(str, missing))}. `invoke preprocess --source SCANS --out STORE.h5` makes "
+            "the stores; reports and labels are CSVs in CT-RATE's columns; data.store, data.reports and data.labels say where they are"
         )
-    return cfg
+
+
+def folder_of(cfg: Config) -> Path:
+    """The folder that `{folder}` stands for; phantoms of one PhantomConfig share one."""
+    drawn = cfg.data.source == "phantoms"
+    return Path(cfg.data.folder) / f"phantoms-{config.digest(cfg.data.phantoms)}" if drawn else Path(cfg.data.folder)
 
 
 def path(cfg: Config, kind: Literal["store", "reports", "labels", "metadata"], name: str) -> Path:
-    """Where a split's file is."""
-    return Path(getattr(cfg.data, kind).format(folder=cfg.data.folder, split=name))
+    """Where a split's file is; `{ct}` stands for the digest of the CT settings."""
+    return Path(getattr(cfg.data, kind).format(folder=folder_of(cfg), split=name, ct=config.digest(ct.settings_of(cfg.ct))))
 
 
 def volumes(cfg: Config, name: str) -> store.Store:

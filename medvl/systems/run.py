@@ -55,7 +55,7 @@ def run(exp: str, overrides: Sequence[str] = (), log: Callable[[str], None] = pr
     start = time.monotonic()
     log(f"{folder}")
     _, system = SYSTEMS[cfg.system]
-    cfg = _first(lambda: system.prepare(cfg, log))
+    _first(lambda: system.prepare(cfg, log))
     _describe(folder, cfg)
     log(f"data in place after {_minutes(start)}")
     model, params, means = system.fit(cfg, folder, log)
@@ -77,7 +77,7 @@ def evaluate(exp: str, overrides: Sequence[str] = (), log: Callable[[str], None]
 
 def _assess(system: ModuleType, model: Any, params: Any, means: Any, folder: Path, log: Callable[[str], None]) -> list[Result]:
     rows, page = system.assess(model, params, means, folder / "results", folder.name)
-    results.write(folder / "results.jsonl", rows)
+    results.write(folder / "results" / "results.jsonl", rows)
     log(page.with_suffix(".md").read_text().split("\n\nIntervals are")[0])
     log(f"report: {page}")
     return rows
@@ -97,13 +97,13 @@ def _join_processes() -> None:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 
 
-def _first(make: Callable[[], Any]) -> Any:
-    """Process 0 makes what all need, the others then find it made."""
-    if train.world() == 1:
-        return make()
-    made = make() if train.rank() == 0 else None
-    dist.barrier()
-    return made if made is not None else make()
+def _first(make: Callable[[], None]) -> None:
+    """Process 0 makes what all need; the others wait, then find it made."""
+    if train.rank() == 0:
+        make()
+    if train.world() > 1:
+        dist.barrier()
+        make()
 
 
 def _minutes(start: float) -> str:
@@ -150,15 +150,18 @@ def classify(folder: str, scan: str, findings: Sequence[str]) -> None:
     print(results.markdown_table(("Finding", "Probability", "Threshold", "Called"), rows) + report.NOTICE)
 
 
-def split(labels: str, out: str, sizes: str, seed: int) -> None:
-    """Write `{name}_labels.csv` for each part of a label table, patients kept whole."""
-    found, findings, y = reports.read_labels(labels)
+def split(labels: str, out: str, sizes: str, seed: int, tables: Sequence[str] = ()) -> None:
+    """Cut a label table and others (reports, metadata) into parts by patient: `valid_reports.csv` -> `out/{part}_reports.csv`."""
+    found, _, y = reports.read_labels(labels)
     try:
         wanted = {k: float(v) for k, v in (part.split("=") for part in sizes.split(","))}
     except ValueError as e:
         raise ValueError(f"split: sizes must be name=number,name=number, got {sizes!r}") from e
     for name, rows in reports.split_patients(found, y, wanted, seed).items():
-        table = [{"VolumeName": f"{found[i]}.nii.gz"} | dict(zip(findings, y[i].tolist(), strict=True)) for i in rows]
-        files.write_csv(Path(out) / f"{name}_labels.csv", table, ("VolumeName", *findings))
-        people = len({volume_names.patient_of(found[i]) for i in rows})
+        chosen = {found[i] for i in rows}
+        for path in (labels, *tables):
+            table = files.read_csv(path, ("VolumeName",))
+            kept = [r for r in table if volume_names.volume_name(r["VolumeName"]) in chosen]
+            files.write_csv(Path(out) / f"{name}_{Path(path).name.partition('_')[2] or Path(path).name}", kept, list(table[0]))
+        people = len({volume_names.patient_of(n) for n in chosen})
         print(f"{name}: {len(rows)} volumes of {people} patients, mean prevalence {y[rows].mean():.3f} (all: {y.mean():.3f})")

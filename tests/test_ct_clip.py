@@ -1,0 +1,244 @@
+"""The whole chain on a handful of drawn chests, and what users see when something is missing."""
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from attrs import evolve
+
+from medvl import config, encode, files, hub, results, train
+from medvl.data import pairs, store
+from medvl.systems import ct_clip, ct_clip_run, run
+from medvl.tree import flatten
+
+ROOT = Path(__file__).resolve().parents[1]
+SET = (
+    "data.phantoms.patients=26",
+    "data.phantoms.valid=8",
+    "data.phantoms.test=8",
+    "data.workers=1",
+    "ct.size=[6, 32, 32]",
+    "ct.spacing_mm=[50.0, 12.0, 12.0]",
+    "vit.config={model_type='dinov2', hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16}",
+    "encode={}",
+    "fuse={dim=16, depth=1, heads=2}",
+    "words.tower={vocabulary=300, context=64, dim=16, depth=1, heads=2}",
+    "contrast.dim=8",
+    "train={batch=6, chunk=4, log=1, save=2, validate=2, stages=[{name='contrast', steps=4, lr=1e-3}]}",
+    "evaluate={bootstrap=20, batch=3}",
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A working folder with the experiments, in which one tiny run was trained."""
+    folder = tmp_path_factory.mktemp("project")
+    (folder / "experiments").symlink_to(ROOT / "experiments")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        said = []
+        rows = run.run("ctclip_phantom", SET, said.append)
+        yield folder, rows, said
+
+
+@pytest.fixture
+def trained(place, monkeypatch):
+    monkeypatch.chdir(place[0])
+    return run.resolve("ctclip_phantom", SET)
+
+
+def test_a_run_leaves_everything_that_made_it(place, trained):
+    cfg, folder = trained
+    kept = config.load(folder / "config.json", ct_clip.Config)
+    assert folder.name == f"ctclip_phantom-{config.digest(cfg)}"
+    assert kept.train == cfg.train
+    environment = json.loads((folder / "environment.json").read_text())
+    assert {"python", "torch", "cuda", "gpu", "packages", "commit"} <= environment.keys()
+    for name in ("report.md", "report.html", "results.csv", "results.jsonl", "scores_test.csv", "thresholds.json", "volumes.png"):
+        assert (folder / "results" / name).stat().st_size > 0
+    for name in ("last.pt", "best.pt", "metrics.jsonl"):
+        assert (folder / "0-contrast" / name).stat().st_size > 0
+    rows = results.read(folder / "results/results.jsonl")
+    assert {"auroc", "auprc", "f1", "accuracy", "balanced_accuracy", "precision", "recall_at_1"} <= {r.what for r in rows}
+    assert {r.experiment for r in rows} == {folder.name}
+
+
+def test_the_same_command_again_trains_nothing(place, trained):
+    before = (trained[1] / "0-contrast/last.pt").read_bytes()
+    said = []
+    rows = run.run("ctclip_phantom", SET, said.append)
+    assert before == (trained[1] / "0-contrast/last.pt").read_bytes()
+    numbers = lambda results: [(r.what, r.subject, r.value) for r in results if not np.isnan(r.value)]
+    assert numbers(rows) == numbers(place[1])
+    assert not [line for line in said if "step 2" in line]
+
+
+def test_one_scan_is_what_the_split_says(trained):
+    folder = trained[1]
+    scan = next(Path("data").glob("phantoms-*/test/*.nii.gz"))
+    found = ct_clip_run.look(folder, scan)
+    table = (folder / "results/scores_test.csv").read_text().splitlines()
+    row = next(line for line in table if line.startswith(scan.name.removesuffix(".nii.gz") + ","))
+    np.testing.assert_allclose(list(found["probability"].values()), [float(v) for v in row.split(",")[1:]], rtol=1e-4)
+    assert found["embedding"].shape == (8,)
+    assert abs(found["embedding"].norm() - 1) < 1e-5
+    other = ct_clip_run.look(folder, scan, ["Pneumothorax"])
+    assert list(other["probability"]) == ["Pneumothorax"]
+    assert other["threshold"] == {}
+
+
+def test_volumes_do_not_depend_on_their_neighbours(trained):
+    model, params, means = ct_clip_run.load(trained[1])
+    of = ct_clip_run.volumes(model.cfg, "test")
+    whole = ct_clip_run.images(model, params, means, of, of.names)
+    single = torch.cat([ct_clip_run.images(model, params, means, of, [n]) for n in of.names])
+    torch.testing.assert_close(whole, single, atol=1e-5, rtol=1e-5)
+
+
+def test_cached_features_are_the_slices_and_follow_the_weights(trained, tmp_path):
+    model, params, _ = ct_clip_run.load(trained[1])
+    of = ct_clip_run.volumes(model.cfg, "valid")
+    cache = ct_clip_run.cached_features(model, params, of, tmp_path)
+    name = of.names[0]
+    want = pairs.read_slices(of, [name])
+    z = encode.encode_slices(model.cfg.encode, params["vit"], want["slices"], want["mask"], vit=model.vit)
+    torch.testing.assert_close(pairs.read_slices(cache, [name])["slices"].float(), z.detach(), atol=2e-3, rtol=2e-3)
+    before = cache.path.stat().st_mtime_ns
+    assert ct_clip_run.cached_features(model, params, of, tmp_path).path.stat().st_mtime_ns == before
+    other = params | {"vit": {k: t + 0.1 for k, t in params["vit"].items()}}
+    assert ct_clip_run.cached_features(model, other, of, tmp_path).path != cache.path
+
+
+def test_a_frozen_encoder_trains_from_the_cache(trained, monkeypatch):
+    stages = (
+        "{name='words', steps=2, lr=1e-3, train=['(fuse|text|project|contrast)/.*']}",
+        "{name='all', steps=2, lr=1e-3, speeds=[{match='vit/.*', lr=1e-5, weight_decay=0.0}]}",
+    )
+    stage = f"train.stages=[{', '.join(stages)}]"
+    cfg, folder = run.resolve("ctclip_phantom", (*SET, stage))
+    asked, read = [], store.Store.read
+    monkeypatch.setattr(store.Store, "read", lambda self, *a: asked.append(self.path.name) or read(self, *a))
+    _, params, _ = ct_clip_run.fit(cfg, folder, log=lambda line: None)
+    first = ct_clip.init(cfg, folder)[1]
+    state = train.read_state(folder / "0-words/last.pt")
+    assert not [n for n in flatten(state.params) if n.startswith("vit/")]
+    assert any(not torch.equal(params["vit"][n], t) for n, t in first["vit"].items())
+    assert any(n.startswith("features-") for n in asked)
+
+
+def test_the_shuffled_control_keeps_scans_together(trained):
+    plain = trained[0]
+    cfg = evolve(plain, data=evolve(plain.data, shuffle=True))
+    of = ct_clip_run.volumes(cfg, "train")
+    shuffled, true = ct_clip_run.paired(cfg, "train", of), ct_clip_run.paired(plain, "train", of)
+    assert sorted(set(shuffled.texts)) == sorted(set(true.texts))
+    assert sum(a != b for a, b in zip(shuffled.texts, true.texts, strict=True)) > len(true.texts) // 2
+    assert len({(s, t) for s, t in zip(shuffled.scans, shuffled.texts, strict=True)}) == len(set(shuffled.scans))
+
+
+@pytest.mark.parametrize("loss", ["clip", "siglip"])
+def test_gradients_reach_every_part(loss, trained):
+    cfg, folder = trained
+    cfg = evolve(cfg, contrast=evolve(cfg.contrast, loss=loss))
+    model, params = ct_clip.init(cfg, folder)
+    data = ct_clip_run.paired(cfg, "train", ct_clip_run.volumes(cfg, "train"))
+    rows = ct_clip_run.batches(model, data, 6, 0)(0)
+    embed = lambda p, b: {"image": ct_clip.embed_volumes(model, p, b), "text": ct_clip.embed_texts(model, p, b)}
+    _, _, grads = train.cached_value_and_grad(embed, lambda p, r: ct_clip.contrast(cfg.contrast, p, r), chunk=6)(params, rows)
+    still = {n for n, g in flatten(grads).items() if not g.abs().max() > 0}
+    assert still - {"contrast/bias"} == {"vit/embeddings.mask_token"}
+
+
+def test_scale_is_bounded_after_a_step():
+    cfg = ct_clip.ContrastConfig(scale_max=20.0)
+    assert ct_clip.bound(cfg, {"contrast": {"log_scale": torch.tensor(9.0)}})["contrast"]["log_scale"].exp().item() == pytest.approx(20.0)
+    assert ct_clip.bound(cfg, {"fuse": {}}) == {"fuse": {}}
+
+
+@pytest.mark.parametrize("name", [p.stem for p in sorted((ROOT / "experiments").glob("*.toml"))])
+def test_every_experiment_is_a_valid_record(name, place, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    cfg, folder = run.resolve(name)
+    assert folder.name.startswith(name)
+    assert cfg.about
+    assert config.structure(config.unstructure(cfg), ct_clip.Config) == cfg
+
+
+BROKEN = {
+    "unknown key": ("train.bath=3", r"ctclip_phantom.toml: unknown key 'bath'; TrainConfig has .*batch.* @ \$.train"),
+    "wrong type": ("train.batch=7.5", r"expected int, got 7.5 @ \$.train.batch"),
+    "text for a number": ("train.stages.0.lr=fast", r"expected float, got 'fast' @ \$.train.stages\[0\].lr"),
+    "unknown choice": ("contrast.loss=triplet", r"must be one of 'clip', 'siglip', got 'triplet' @ \$.contrast.loss"),
+    "unknown system": ("system=ct_clap", r"system must be one of ct_clip, found 'ct_clap'"),
+    "heads do not divide": ("fuse.heads=5", r"dim must be a multiple of 2 x heads"),
+    "preset with spacing": ("ct.preset=reference", r"spacing_mm belongs to preset 'mm'"),
+    "index out of range": ("train.stages.3.lr=1", r"must be an index below 1, got '3'"),
+    "no equals sign": ("train.batch", r"--set needs key.path=value"),
+    "unknown pattern": ("train.stages.0.train=['loar/.*']", r"pattern 'loar/\.\*' matches no parameter; the \d+ names look like"),
+    "fuse of another width": ("fuse.dim=32", r"fuse.dim must be the width of the slice encoder, 16, found 32"),
+    "unknown vit setting": ("vit.config.hiden_size=8", r"has no hiden_size"),
+    "batch above the scans": ("train.batch=1000", r"a batch of 1000 needs as many different scans"),
+    "patch does not divide": ("vit.config.patch_size=5", r"multiples of the patch size 5"),
+    "both name and config": ("vit.name=facebook/dinov2-base", r"either a name .* or a config"),
+    "unknown finding": ("evaluate.findings=['Pneumothorax']", r"must have the column 'Pneumothorax'"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_record_is_one_clear_error(case, trained):
+    setting, said = BROKEN[case]
+    with pytest.raises(ValueError, match=said):
+        run.run("ctclip_phantom", (*SET, setting), lambda line: None)
+
+
+def test_missing_things_are_named_with_what_to_do(trained, tmp_path):
+    with pytest.raises(ValueError, match=r"no such experiment; there are ctclip_phantom, ctclip_vitb"):
+        run.resolve("ctclip_vitx")
+    with pytest.raises(ValueError, match=r"9 files are missing: data/ct_rate/train.h5, .*`invoke preprocess"):
+        run.run("ctclip_vitb", (), lambda line: None)
+    with pytest.raises(ValueError, match=r"no such run; `invoke train --exp ctclip_vitb`"):
+        run.evaluate("ctclip_vitb")
+    other = tmp_path / "run"
+    other.mkdir()
+    (other / "config.json").write_text((trained[1] / "config.json").read_text())
+    with pytest.raises(ValueError, match=r"has no tokenizer yet; train it first"):
+        ct_clip_run.load(other)
+
+
+def test_weights_that_are_nowhere_stop_the_run_at_once(trained):
+    with pytest.raises(ValueError, match=r"facebook/dinov2-with-registers-base.*hf download"):
+        hub.load("facebook/dinov2-with-registers-base")
+
+
+def test_a_store_of_other_settings_is_refused(trained):
+    cfg = trained[0]
+    made = str(ct_clip_run.path(cfg, "store", "train"))
+    other = evolve(cfg, ct=evolve(cfg.ct, antialias="off"), data=evolve(cfg.data, store=made))
+    with pytest.raises(ValueError, match=r"made with other settings \(wanted / found\).*antialias"):
+        ct_clip_run.volumes(other, "train")
+
+
+def test_labels_without_volumes_are_counted(trained, caplog, tmp_path):
+    model, params, means = ct_clip_run.load(trained[1])
+    cfg = model.cfg
+    table = ct_clip_run.path(cfg, "labels", "test").read_text()
+    first = table.splitlines()[1]
+    (tmp_path / "test_labels.csv").write_text(table + "test_999_a_1.nii.gz" + first[first.index(",") :] + "\n")
+    model = evolve(model, cfg=evolve(cfg, data=evolve(cfg.data, labels=str(tmp_path / "{split}_labels.csv"))))
+    with caplog.at_level(logging.WARNING):
+        ct_clip_run.score_split(model, params, means, "test")
+    assert "1 labels have no volume, 0 volumes no label" in caplog.text
+
+
+def test_split_cuts_all_tables_alike(place, trained, tmp_path, capsys):
+    source = next(Path("data").glob("phantoms-*"))
+    run.split(str(source / "train_labels.csv"), str(tmp_path), "a=0.5,b=0.5", 0, [str(source / "train_reports.csv")])
+    read = lambda part: [r["VolumeName"] for r in files.read_csv(tmp_path / f"{part}.csv")]
+    names = {part: read(part) for part in ("a_labels", "a_reports", "b_labels")}
+    assert names["a_labels"] == names["a_reports"]
+    assert not {n.split("_")[1] for n in names["a_labels"]} & {n.split("_")[1] for n in names["b_labels"]}
+    with pytest.raises(ValueError, match="sizes must be name=number"):
+        run.split(str(source / "train_labels.csv"), str(tmp_path), "half", 0)
