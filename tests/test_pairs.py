@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from medvl.data import ingest, store
-from medvl.data.pairs import join, read_slices, some_sentences
+from medvl.data.pairs import draw_text, join, read_slices, some_sentences
 
 ROW = {
     "spacing_mm": (3.0, 2.0, 2.0),
@@ -28,15 +28,18 @@ def volumes(tmp_path, rng=np.random.default_rng(0)):
 
 
 def test_join_is_by_name_and_counts_what_is_alone(volumes, caplog):
-    said = {"train_2_a_1": "two", "train_1_a_2": "one", "train_1_a_1": "one", "train_9_a_1": "nine"}
+    said = {
+        "findings": {"train_2_a_1": "two", "train_1_a_2": "one", "train_9_a_1": "nine"},
+        "impression": {"train_1_a_2": "I", "train_1_a_1": "I"},
+    }
     with caplog.at_level(logging.WARNING):
         pairs = join(volumes, said)
     assert pairs.names == ("train_1_a_1", "train_1_a_2", "train_2_a_1")
-    assert pairs.texts == ("one", "one", "two")
+    assert pairs.texts == ({"impression": "I"}, {"findings": "one", "impression": "I"}, {"findings": "two"})
     assert pairs.scans == ["train_1_a", "train_1_a", "train_2_a"]
     assert "1 volumes have no report, 1 reports have no volume" in caplog.text
     with pytest.raises(ValueError, match="none of its 4 volumes has one of the 1 reports"):
-        join(volumes, {"valid_1_a_1": "other"})
+        join(volumes, {"both": {"valid_1_a_1": "other"}})
 
 
 def test_slices_are_cut_to_what_any_volume_has(volumes):
@@ -60,3 +63,10 @@ def test_some_sentences_are_sentences_of_the_report(gen):
     assert all(sum(s in d for s in whole) in (1, 2) for d in drawn)
     again = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
     assert some_sentences(text, 3, again[0]) == some_sentences(text, 3, again[1])
+
+
+def test_a_part_of_the_report_is_drawn_by_its_share(gen):
+    parts, shares = {"findings": "Long.", "impression": "Short."}, {"findings": 0.25, "impression": 0.75}
+    drawn = [draw_text(parts, shares, 0, gen) for _ in range(2000)]
+    assert abs(drawn.count("Short.") / 2000 - 0.75) < 0.05
+    assert draw_text({"findings": "Long."}, {"findings": 0.0, "impression": 1.0}, 0, gen) == "Long."

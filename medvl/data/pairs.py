@@ -21,7 +21,7 @@ class Pairs:
 
     store: Store
     names: tuple[str, ...]
-    texts: tuple[str, ...]
+    texts: tuple[dict[str, str], ...]  # of each volume, the parts of its report that have text: {"findings": ..., "impression": ...}
 
     @property
     def scans(self) -> list[str]:
@@ -29,12 +29,19 @@ class Pairs:
         return [names.scan_of(n) for n in self.names]
 
 
-def join(store: Store, reports: Mapping[str, str]) -> Pairs:
+def join(store: Store, parts: Mapping[str, Mapping[str, str]]) -> Pairs:
     """Join by name. What is on one side only is counted in a warning.
+
+    Args:
+        parts: {part of the report: {volume name: text}}; a volume needs one of them.
 
     Raises:
         ValueError: no name is on both sides.
     """
+    reports: dict[str, dict[str, str]] = {}
+    for part, texts in parts.items():
+        for name, text in texts.items():
+            reports.setdefault(name, {})[part] = text
     both = tuple(sorted(n for n in store.names if n in reports))
     if not both:
         some = f"{store.names[0] if store.names else 'nothing'} / {next(iter(reports), 'nothing')}"
@@ -59,6 +66,14 @@ def read_slices(store: Store, wanted: Sequence[str]) -> dict[str, Tensor]:
         "mask": torch.from_numpy(np.stack([(r["occupied"][0] <= index) & (index < r["occupied"][1]) for r in rows])),
         "position_mm": torch.from_numpy(np.stack([index * r["spacing_mm"][0] for r in rows]).astype(np.float32)),
     }
+
+
+def draw_text(parts: Mapping[str, str], shares: Mapping[str, float], most: int, gen: torch.Generator) -> str:
+    """What a training step shows of a report: one part, drawn by `shares` from those that have text, then `some_sentences` of it."""
+    have = list(parts)
+    weights = torch.tensor([shares[p] for p in have])
+    part = have[int(torch.multinomial(weights, 1, generator=gen))] if len(have) > 1 and weights.sum() > 0 else have[0]
+    return some_sentences(parts[part], most, gen)
 
 
 def some_sentences(text: str, most: int, gen: torch.Generator) -> str:

@@ -34,7 +34,8 @@ class DataConfig:
     reports: str = "{folder}/{split}_reports.csv"
     labels: str = "{folder}/{split}_labels.csv"
     metadata: str = "{folder}/{split}_metadata.csv"
-    text: Literal["findings", "impression", "both"] = "impression"
+    text: Literal["findings", "impression", "both", "either"] = "both"  # both joined, or one of the two drawn for each training step
+    impressions: float = 0.5  # text = "either": how often it is the impression
     missing: Literal["error", "empty", "drop"] = "drop"  # reports without text
     sentences: int = 0  # show 1 to this many sentences of a report in a training step; 0 = all, in order
     shuffle: bool = False  # give every training scan another scan's report: the control that must learn nothing

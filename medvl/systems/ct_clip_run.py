@@ -63,14 +63,21 @@ def volumes(cfg: Config, name: str) -> store.Store:
     return store.open_store(path(cfg, "store", name), expect=ct.settings_of(cfg.ct))
 
 
+def report_parts(cfg: Config, name: str) -> dict[str, dict[str, str]]:
+    """{part: {volume: text}} of a split's reports, as `data.text` says."""
+    kinds: tuple[reports.Text, ...] = ("findings", "impression") if cfg.data.text == "either" else (cfg.data.text,)
+    missing = "drop" if cfg.data.text == "either" else cfg.data.missing  # a report needs one of its two parts
+    return {kind: reports.read_reports(path(cfg, "reports", name), kind, missing) for kind in kinds}
+
+
 def paired(cfg: Config, name: str, of: store.Store) -> pairs.Pairs:
     """A split's volumes (or features) with their reports."""
-    found = pairs.join(of, reports.read_reports(path(cfg, "reports", name), cfg.data.text, cfg.data.missing))
+    found = pairs.join(of, report_parts(cfg, name))
     if not (cfg.data.shuffle and name == "train"):
         return found
     scans = sorted(set(found.scans))
     turn = torch.randperm(len(scans), generator=torch.Generator().manual_seed(cfg.seed)).tolist()
-    said = {scan: t for scan, t in zip(found.scans, found.texts, strict=True)}
+    said = dict(zip(found.scans, found.texts, strict=True))
     given = {scan: said[scans[turn[i]]] for i, scan in enumerate(scans)}
     return evolve(found, texts=tuple(given[s] for s in found.scans))
 
@@ -109,11 +116,12 @@ def batches(model: Model, data: pairs.Pairs, size: int, seed: int) -> Callable[[
     """i -> batch: this process's rows of `size` pairs from different scans."""
     cfg, scans, tok = model.cfg, data.scans, model.tokenizer
     rank, world = train.rank(), train.world()
+    shares = {"findings": 1 - cfg.data.impressions, "impression": cfg.data.impressions, "both": 1.0}
 
     def batch_at(i: int) -> dict[str, Tensor]:
         chosen = order.batch_indices(scans, size, seed, i)[rank * size // world : (rank + 1) * size // world]
         gen = torch.Generator().manual_seed(seed * 1_000_003 + i)
-        said = [pairs.some_sentences(data.texts[j], cfg.data.sentences, gen) for j in chosen]
+        said = [pairs.draw_text(data.texts[j], shares, cfg.data.sentences, gen) for j in chosen]
         ids, words = hub.tokenize(tok, said, cfg.words.tower.context)
         return pairs.read_slices(data.store, [data.names[j] for j in chosen]) | {"ids": ids, "words": words}
 
@@ -126,9 +134,12 @@ def batches(model: Model, data: pairs.Pairs, size: int, seed: int) -> Callable[[
 def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[Model, Tree, Tree]:
     """Train (or go on with) all stages in the run folder; returns the model, its weights and the running means of the chosen state."""
     data = paired(cfg, "train", volumes(cfg, "train"))
-    model, params = ct_clip.init(cfg, folder, data.texts)
-    cut = hub.truncated(model.tokenizer, data.texts, cfg.words.tower.context)
-    log(f"{len(data.names)} volumes of {len(set(data.scans))} scans; {cut} reports are longer than {cfg.words.tower.context} tokens")
+    texts = [t for parts in data.texts for t in parts.values()]
+    model, params = ct_clip.init(cfg, folder, texts)
+    cut = hub.truncated(model.tokenizer, texts, cfg.words.tower.context)
+    log(
+        f"{len(data.names)} volumes of {len(set(data.scans))} scans; {cut} of {len(texts)} texts are longer than {cfg.words.tower.context} tokens"
+    )
     params = map_leaves(lambda t: t.to(train.device(cfg.train.device)), params)
     means: Tree = {}
     for i, stage in enumerate(cfg.train.stages):
@@ -300,7 +311,7 @@ def assess(model: Model, params: Tree, means: Tree, folder: Path, experiment: st
 
 def _retrieval(model: Model, params: Tree, means: Tree, test: dict[str, Any], experiment: str) -> list[Result]:
     """Report -> volume recall over the test split; any reconstruction of the report's scan is a hit."""
-    told = reports.read_reports(path(model.cfg, "reports", "test"), model.cfg.data.text, model.cfg.data.missing)
+    told = {n: " ".join(parts.values()) for n, parts in _texts_by_name(model.cfg).items()}
     gallery = list(test["names"])
     queries = {names.scan_of(n): told[n] for n in gallery if n in told}
     words = sentences(model, params, means, list(queries.values()))
@@ -313,6 +324,11 @@ def _retrieval(model: Model, params: Tree, means: Tree, test: dict[str, Any], ex
         "subject": f"report to one of {len(gallery)} volumes",
     }
     return [Result(what=f"recall_at_{k}", value=v, **like) for k, v in recall.items()]
+
+
+def _texts_by_name(cfg: Config) -> dict[str, dict[str, str]]:
+    pair = paired(cfg, "test", volumes(cfg, "test"))
+    return dict(zip(pair.names, pair.texts, strict=True))
 
 
 # One scan -------------------------------------------------------------------------------------------------------------------------------
