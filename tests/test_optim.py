@@ -7,7 +7,10 @@ from medvl.tree import flatten
 
 
 def _tree(gen):
-    return {"vit": {"w": torch.randn(4, 3, generator=gen), "b": torch.randn(4, generator=gen)}, "text": {"w": torch.randn(2, 2, generator=gen)}}
+    return {
+        "vit": {"w": torch.randn(4, 3, generator=gen), "b": torch.randn(4, generator=gen)},
+        "text": {"w": torch.randn(2, 2, generator=gen)},
+    }
 
 
 def test_bit_equal_to_torch(gen):
