@@ -60,7 +60,7 @@ class _Job:
 def preprocess_folder(
     source: PathLike,
     out: PathLike,
-    cfg: CtConfig = CtConfig(),  # noqa: B008 (frozen)
+    cfg: CtConfig = CtConfig(),
     metadata_csv: PathLike = "",
     workers: int = 1,
     progress: bool = True,

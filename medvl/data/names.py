@@ -7,7 +7,7 @@ _CT_RATE = re.compile(r"(?P<scan>(?P<patient>.+_\d+)_[a-z]+)_\d+")
 
 
 def volume_name(path: object) -> str:
-    """The name of a volume: its file name without `.nii`, `.nii.gz` or `.npz` ("valid_1_a_1.nii.gz" -> "valid_1_a_1"); of a folder, its name."""
+    """The name of a volume: its file name without `.nii`, `.nii.gz` or `.npz` ("valid_1_a_1.nii.gz" -> "valid_1_a_1")."""
     name = PurePath(str(path)).name
     return re.sub(r"(\.nii(\.gz)?|\.npz)$", "", name, flags=re.IGNORECASE)
 
