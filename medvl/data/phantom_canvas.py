@@ -2,8 +2,10 @@
 
 import numpy as np
 from attrs import frozen
+from numpy.typing import ArrayLike
 
 Array = np.ndarray
+Box = tuple[slice, slice, slice]
 
 
 @frozen(kw_only=True)
@@ -16,13 +18,14 @@ class Canvas:
     y: Array  # [1, y, 1]
     x: Array  # [1, 1, x]
     step: tuple[float, float, float]
-    field: Array  # smooth unit noise [z, y, x]: makes edges irregular
+    rough: Array  # smooth noise [z, y, x] that makes edges irregular
 
 
-def stretch(a: Array, shape: tuple[int, ...]) -> Array:
-    """Linear interpolation of a coarse grid to `shape`; the slowest axis last, where it is cheapest."""
-    for axis in (2, 1, 0):
-        at = np.linspace(0, a.shape[axis] - 1.001, shape[axis], dtype=np.float32)
+def smooth_noise(places: tuple[Array, Array, Array], cell: float, gen: np.random.Generator) -> Array:
+    """Noise [z, y, x] at places (z, y, x) in mm, fixed in the patient: unit normal at points `cell` mm apart, linear between them."""
+    a = gen.standard_normal([int(n / cell) + 2 for n in (380, 480, 480)], dtype=np.float32)
+    for axis in (2, 1, 0):  # the slowest axis last, where it is cheapest
+        at = np.clip((places[axis].ravel() + (190, 240, 240)[axis]) / np.float32(cell), 0, a.shape[axis] - 1.001)
         i = at.astype(int)
         part = (at - i).reshape([-1 if k == axis else 1 for k in range(3)])
         low = np.take(a, i, axis)
@@ -38,7 +41,8 @@ def soft(distance: Array, width: float) -> Array:
     return np.clip(distance / np.float32(width) + np.float32(0.5), 0, 1)
 
 
-def blend(hu: Array, share: Array, value) -> None:
+def blend(hu: Array, share: Array, value: ArrayLike) -> None:
+    """Replace this share of each voxel, in place."""
     hu += share * (value - hu)
 
 
@@ -64,7 +68,7 @@ def splat(c: Canvas, points: Array, volume: Array) -> Array:
     return np.bincount(where.ravel(), part.ravel(), minlength=nz * ny * nx).astype(np.float32).reshape(nz, ny, nx)
 
 
-def touched(c: Canvas, low: Array, high: Array) -> tuple[slice, slice, slice]:
+def touched(c: Canvas, low: Array, high: Array) -> Box:
     """Index slices (z y x) of the voxels that touch low..high (x y z, mm)."""
     first = (c.z.flat[0], c.y.flat[0], c.x.flat[0])
     ends = zip(low[::-1], high[::-1], first, c.step, c.hu.shape, strict=True)
@@ -72,7 +76,8 @@ def touched(c: Canvas, low: Array, high: Array) -> tuple[slice, slice, slice]:
     return z, y, x
 
 
-def tube(c: Canvas, start, end, radius: float, hu: float) -> None:
+def tube(c: Canvas, start: ArrayLike, end: ArrayLike, radius: float, hu: float) -> None:
+    """A straight rod with round ends that displaces what was there."""
     p, q = np.asarray(start, np.float32), np.asarray(end, np.float32)
     z, y, x = box = touched(c, np.minimum(p, q) - radius - 2, np.maximum(p, q) + radius + 2)
     dx, dy, dz = c.x[:, :, x] - p[0], c.y[:, y] - p[1], c.z[z] - p[2]
@@ -84,14 +89,14 @@ def tube(c: Canvas, start, end, radius: float, hu: float) -> None:
     c.lung[box] *= 1 - share
 
 
-def fill(c: Canvas, at, radii, hu: float) -> None:
+def fill(c: Canvas, at: ArrayLike, radii: ArrayLike, hu: float) -> None:
     """An ellipsoid that displaces what was there."""
     box, share = cover(c, at, radii)
     blend(c.hu[box], share, np.float32(hu))
     c.lung[box] *= 1 - share
 
 
-def cover(c: Canvas, at, radii, tilt: tuple[float, float] = (0.0, 0.0)) -> tuple[tuple[slice, slice, slice], Array]:
+def cover(c: Canvas, at: ArrayLike, radii: ArrayLike, tilt: tuple[float, float] = (0.0, 0.0)) -> tuple[Box, Array]:
     """The voxels an ellipsoid touches and the share of each it fills, from 3 x 3 x 4 points per voxel; `tilt`: rise per mm along x, y."""
     at, radii = np.asarray(at, np.float32), np.asarray(radii, np.float32)
     reach = radii + np.array([0, 0, abs(tilt[0]) * radii[0] + abs(tilt[1]) * radii[1]], np.float32)

@@ -4,9 +4,11 @@ Patient coordinates: x to the right, y to the front, z to the head, in mm, 0 at 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from attrs import field, frozen
+from numpy.typing import ArrayLike
 
 Gen = np.random.Generator
 Array = np.ndarray
@@ -27,7 +29,7 @@ FINDINGS = (  # CT-RATE's names, in its order
 )
 
 
-def _share(_, attribute, value: float) -> None:
+def _share(_: Any, attribute: Any, value: float) -> None:
     if not 0 <= value <= 1:
         raise ValueError(f"PhantomConfig: {attribute.name} must lie in 0..1, got {value}")
 
@@ -62,6 +64,10 @@ class Lesion:
     size_mm: float = 0.0
     at: tuple[float, float, float] = (0.0, 0.0, 0.0)
     hu: float = 0.0
+    severity: float = 0.0  # emphysema: 0..1; hernia: gas where above 0.35, fat or food where above -0.2
+
+
+Lesions = tuple[Lesion, ...]
 
 
 @frozen(kw_only=True)
@@ -71,7 +77,8 @@ class Case:
     age: int
     sex: str  # "M" or "F"
     body: Body
-    findings: dict[str, tuple[Lesion, ...]]
+    findings: dict[str, Lesions]
+    texture: int  # seed of what is peculiar to the patient and in no report: vessels, ribs, folds
 
     @property
     def labels(self) -> dict[str, int]:
@@ -100,7 +107,8 @@ def draw_case(cfg: PhantomConfig, gen: Gen) -> Case:
     present = [name for name in FINDINGS if gen.random() < 1 / (1 + np.exp(-log_odds[name]))]
     if "Cardiomegaly" in present:
         body["heart"] = gen.uniform(0.53, 0.64)
-    return Case(age=age, sex="FM"[gen.integers(2)], body=body, findings={name: _LESIONS[name](body, gen) for name in present})
+    sex, texture = "FM"[gen.integers(2)], int(gen.integers(2**32))
+    return Case(age=age, sex=sex, body=body, texture=texture, findings={name: _LESIONS[name](body, gen) for name in present})
 
 
 def _draw_body(cfg: PhantomConfig, gen: Gen) -> Body:
@@ -130,7 +138,7 @@ def _draw_body(cfg: PhantomConfig, gen: Gen) -> Body:
 
 
 def heart_shape(body: Body) -> tuple[Array, Array]:
-    """Centre and radii in mm."""
+    """Centre [3] and radii [3] of the heart in mm."""
     radius = body["heart"] * body["ta"]
     radii = radius * np.array([1.0, 0.80, 0.84])
     return np.array([body["heart_x"], body["heart_y"], min(body["dome_right"], body["dome_left"]) + 0.72 * radii[2]]), radii
@@ -144,19 +152,19 @@ def _in_lung(body: Body, gen: Gen, low: float, high: float, depth: tuple[float, 
     """A side and a place in that lung, z within low..high, at this depth (0 axis of the lung, 1 its wall)."""
     sign = 1 if gen.random() < 0.5 else -1
     z = gen.uniform(low, high)
-    width, r, turn = taper(body, z), gen.uniform(*depth), gen.uniform(0, 2 * np.pi)
+    width, r, turn = float(taper(body, z)), gen.uniform(*depth), gen.uniform(0, 2 * np.pi)
     outer, inner = body["ta"] * width, body["gap"] + 12
     x = (outer + inner) / 2 + (outer - inner) / 2 * r * np.cos(turn)
     return ("right" if sign > 0 else "left"), sign * x, 0.82 * body["tb"] * width * r * np.sin(turn), z
 
 
-def taper(body: Body, z):
-    """How much narrower than its base the inner chest is at height z."""
+def taper(body: Body, z: ArrayLike) -> Array:
+    """How much narrower than its base the inner chest is at height z in mm (1 = as wide)."""
     t = np.clip((np.asarray(z) + 20) / (body["apex"] + 20), 0, 1)
     return np.sqrt(np.clip(1 - t**2.6, 1e-3, None))
 
 
-def _spots(body: Body, gen: Gen, count: int, size: Callable[[], float], hu: Callable[[], float], **where) -> tuple[Lesion, ...]:
+def _spots(body: Body, gen: Gen, count: int, size: Callable[[], float], hu: Callable[[], float], **where: Any) -> Lesions:
     found = []
     for _ in range(count):
         side, x, y, z = _in_lung(body, gen, **where)
@@ -164,72 +172,72 @@ def _spots(body: Body, gen: Gen, count: int, size: Callable[[], float], hu: Call
     return tuple(found)
 
 
-def _nodules(body, gen):
-    def size():
+def _nodules(body: Body, gen: Gen) -> Lesions:
+    def size() -> float:
         return float(np.clip(np.exp(gen.normal(2.4, 0.35)), 6, 25))
 
     count = 1 + gen.poisson(0.9)
     return _spots(body, gen, count, size, lambda: gen.uniform(0, 80), low=-40, high=85, depth=(0.2, 0.8))
 
 
-def _opacities(body, gen):
+def _opacities(body: Body, gen: Gen) -> Lesions:
     return _spots(body, gen, 1 + gen.poisson(1.2), lambda: gen.uniform(30, 85), lambda: gen.uniform(-680, -540), low=-60, high=80)
 
 
-def _consolidations(body, gen):
+def _consolidations(body: Body, gen: Gen) -> Lesions:
     count = 1 + (gen.random() < 0.35)
     return _spots(body, gen, count, lambda: gen.uniform(30, 75), lambda: gen.uniform(0, 50), low=-60, high=60, depth=(0.4, 0.9))
 
 
-def _plates(body, gen):
+def _plates(body: Body, gen: Gen) -> Lesions:
     count = 1 + (gen.random() < 0.4)
     return _spots(body, gen, count, lambda: gen.uniform(45, 85), lambda: gen.uniform(10, 50), low=-50, high=-15, depth=(0.1, 0.6))
 
 
-def _effusions(body, gen):
+def _effusions(body: Body, gen: Gen) -> Lesions:
     sides = (("right",), ("left",), ("right", "left"))[gen.choice(3, p=(0.35, 0.3, 0.35))]
     return tuple(Lesion(side=s, zone="lower", size_mm=round(gen.uniform(14, 65), 1), hu=round(gen.uniform(-2, 18), 1)) for s in sides)
 
 
-def _emphysema(body, gen):
-    return (Lesion(zone=("upper", "")[gen.integers(2)], size_mm=round(gen.uniform(6, 16), 1), hu=round(gen.uniform(0.35, 1.0), 2)),)
+def _emphysema(body: Body, gen: Gen) -> Lesions:
+    return (Lesion(zone=("upper", "")[gen.integers(2)], size_mm=round(gen.uniform(6, 16), 1), severity=round(gen.uniform(0.35, 1.0), 2)),)
 
 
-def _hernia(body, gen):
+def _hernia(body: Body, gen: Gen) -> Lesions:
     size, low = gen.uniform(34, 70), min(body["dome_right"], body["dome_left"])
     at = (gen.uniform(-16, 4), -0.32 * body["tb"], low + gen.uniform(0.1, 0.5) * size)
-    return (Lesion(size_mm=round(size, 1), at=at, hu=round(gen.uniform(-1, 1), 2)),)
+    return (Lesion(size_mm=round(size, 1), at=at, severity=round(gen.uniform(-1, 1), 2)),)
 
 
-def _pericardial(body, gen):
+def _pericardial(body: Body, gen: Gen) -> Lesions:
     return (Lesion(size_mm=round(gen.uniform(8, 22), 1), hu=round(gen.uniform(0, 16), 1)),)
 
 
-def _large_heart(body, gen):
+def _large_heart(body: Body, gen: Gen) -> Lesions:
     return (Lesion(size_mm=round(2 * heart_shape(body)[1][0], 1)),)
 
 
-def _coronary(body, gen):
+def _coronary(body: Body, gen: Gen) -> Lesions:
     """Calcium along three arteries on the heart's surface."""
     centre, radii = heart_shape(body)
     paths = (((-0.1, 0.7, 0.7), (-0.65, 0.75, -0.1)), ((0.5, 0.6, 0.6), (0.95, 0.1, -0.3)), ((-0.6, 0.2, 0.75), (-0.95, -0.3, 0.0)))
     found = []
-    for _ in range(1 + gen.poisson(2.4)):
+    for _ in range(2 + gen.poisson(2.0)):
         start, end = map(np.array, paths[gen.choice(3, p=(0.6, 0.2, 0.2))])
         toward = start + gen.random() * (end - start) + gen.normal(0, 0.04, 3)
-        at = centre + radii * toward / np.linalg.norm(toward) + body["rim"] * 0.5
-        found.append(Lesion(size_mm=round(gen.uniform(3.0, 7.5), 1), at=tuple(at), hu=round(gen.uniform(450, 1100), 0)))
+        at = centre + (radii - 2.5) * toward / np.linalg.norm(toward)
+        found.append(Lesion(size_mm=round(gen.uniform(4.0, 8.0), 1), at=tuple(at), hu=round(gen.uniform(500, 1200), 0)))
     return tuple(found)
 
 
-def _arterial(body, gen):
+def _arterial(body: Body, gen: Gen) -> Lesions:
     """Calcium in the wall of the thoracic aorta."""
     path, found = aorta_path(body), []
     for _ in range(2 + gen.poisson(3.0)):
         i = gen.choice(len(path) - 1, p=_lengths(path) / _lengths(path).sum())
         middle, around = path[i] + gen.random() * (path[i + 1] - path[i]), gen.uniform(0, 2 * np.pi)
         at = middle + body["aorta"] * np.array([np.cos(around), np.sin(around), 0.0])
-        found.append(Lesion(size_mm=round(gen.uniform(3.5, 9.0), 1), at=tuple(at), hu=round(gen.uniform(400, 1000), 0)))
+        found.append(Lesion(size_mm=round(gen.uniform(4.0, 9.0), 1), at=tuple(at), hu=round(gen.uniform(450, 1100), 0)))
     return tuple(found)
 
 
@@ -244,7 +252,7 @@ def _lengths(path: Array) -> Array:
     return np.linalg.norm(np.diff(path, axis=0), axis=1)
 
 
-_LESIONS: dict[str, Callable[[Body, Gen], tuple[Lesion, ...]]] = {
+_LESIONS: dict[str, Callable[[Body, Gen], Lesions]] = {
     "Arterial wall calcification": _arterial,
     "Cardiomegaly": _large_heart,
     "Pericardial effusion": _pericardial,

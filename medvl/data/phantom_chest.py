@@ -10,7 +10,7 @@ import nibabel as nib
 import numpy as np
 from attrs import frozen
 
-from medvl.data.phantom_canvas import Array, Canvas, blend, columns, cover, fill, oval, soft, splat, stretch, touched, tube
+from medvl.data.phantom_canvas import Array, Canvas, blend, columns, cover, fill, oval, smooth_noise, soft, splat, touched, tube
 from medvl.data.phantom_case import Body, Case, Gen, Lesion, PhantomConfig, aorta_path, heart_shape, taper
 
 
@@ -36,16 +36,16 @@ class View:
 
 
 def render(cfg: PhantomConfig, case: Case, gen: Gen) -> Volume:
-    """Draw the case as one scanner would see it; anatomy not in the case (vessels, texture, view, noise) comes from `gen`."""
-    view = draw_view(cfg, gen)
-    c = _blank(view, gen)
-    _paint_body(c, case, gen)
-    _paint_lungs(c, case.body, gen)
-    _paint_skeleton(c, case.body, gen)
-    _paint_mediastinum(c, case, gen)
+    """Draw the case as one scanner would see it: view and noise come from `gen`, the patient from the case alone."""
+    view, own = draw_view(cfg, gen), np.random.default_rng(case.texture)
+    c = _blank(view, own)
+    _paint_body(c, case, own)
+    _paint_lungs(c, case.body, own)
+    _paint_skeleton(c, case.body, own)
+    _paint_mediastinum(c, case, own)
     for name, painter in _PAINTERS.items():
         for lesion in case.findings.get(name, ()):
-            painter(c, case.body, lesion, gen)
+            painter(c, case.body, lesion, own)
     hu = np.clip(np.rint(_expose(c.hu, view, gen)), -1024, 3071).astype(np.int16)
     return _store(hu, view)
 
@@ -67,10 +67,8 @@ def draw_view(cfg: PhantomConfig, gen: Gen) -> View:
 
 def _blank(view: View, gen: Gen) -> Canvas:
     z, y, x = (np.arange(n, dtype=np.float32) * s + o for o, s, n in zip(view.origin, view.step, view.shape, strict=True))
-    extent = [n * s for n, s in zip(view.shape, view.step, strict=True)]
-    coarse = gen.standard_normal([int(e / 16) + 2 for e in extent], dtype=np.float32)
-    hu, lung, smooth = np.zeros(view.shape, np.float32), np.zeros(view.shape, np.float32), stretch(coarse * 1.8, view.shape)
-    return Canvas(hu=hu, lung=lung, z=z[:, None, None], y=y[None, :, None], x=x[None, None, :], step=view.step, field=smooth)
+    hu, lung, rough = np.zeros(view.shape, np.float32), np.zeros(view.shape, np.float32), 1.8 * smooth_noise((z, y, x), 16, gen)
+    return Canvas(hu=hu, lung=lung, z=z[:, None, None], y=y[None, :, None], x=x[None, None, :], step=view.step, rough=rough)
 
 
 def _paint_body(c: Canvas, case: Case, gen: Gen) -> None:
@@ -111,9 +109,9 @@ def _paint_lungs(c: Canvas, b: Body, gen: Gen) -> None:
     gap = b["gap"] + 14 * np.clip((c.z - 40) / 80, 0, 1) + gen.uniform(0, 8) * (c.y < 0)
     np.minimum(inside, np.abs(c.x + gen.uniform(-4, 4)) - gap, out=inside)
     np.minimum(inside, c.z - _dome(c, b), out=inside)
-    inside *= c.z < b["apex"]
+    np.minimum(inside, b["apex"] - c.z, out=inside)
     c.lung[:] = soft(inside, c.step[1])
-    tissue = np.float32(b["lung"]) - np.float32(gen.uniform(10, 45)) * (c.y / b["tb"]) + np.float32(gen.uniform(6, 16)) * c.field
+    tissue = np.float32(b["lung"]) - np.float32(gen.uniform(10, 45)) * (c.y / b["tb"]) + np.float32(gen.uniform(6, 16)) * c.rough
     blend(c.hu, c.lung, tissue)
     blend(c.hu, np.minimum(_vessels(c, b, gen), 1) * c.lung, np.float32(b["blood"]))
 
@@ -227,13 +225,11 @@ def _paint_calcium(c: Canvas, b: Body, lesion: Lesion, gen: Gen) -> None:
 
 def _paint_emphysema(c: Canvas, b: Body, lesion: Lesion, gen: Gen) -> None:
     """Holes of air as large as the lesion says, most in the upper lungs unless they are everywhere."""
-    cells = [int(n * s / lesion.size_mm / 1.6) + 2 for n, s in zip(c.hu.shape, c.step, strict=True)]
-    holes = gen.standard_normal(cells, dtype=np.float32)
-    holes = stretch(holes, c.hu.shape)
+    holes = smooth_noise((c.z, c.y, c.x), lesion.size_mm * 1.6, gen)
     high = soft(c.z + (30 if lesion.zone else 140), 70)
-    cut = np.float32(0.85 - 0.55 * lesion.hu)
-    share = np.clip((holes - cut) * 4, 0, 1) * c.lung * high
-    blend(c.hu, share * np.float32(0.85), np.float32(-985))
+    cut = np.float32(0.85 - 0.55 * lesion.severity)
+    share = np.clip((holes - cut) * 4, 0, 1) * c.lung * high * (c.hu < -650)  # vessels stay
+    blend(c.hu, share * np.float32(0.9), np.float32(-985))
 
 
 def _paint_nodule(c: Canvas, b: Body, lesion: Lesion, gen: Gen) -> None:
@@ -247,7 +243,7 @@ def _blob(c: Canvas, lesion: Lesion, ragged: float) -> tuple[tuple[slice, slice,
     z, y, x = box = touched(c, np.array(at) - 1.4 * r, np.array(at) + 1.4 * r)
     distance = np.sqrt((c.x[:, :, x] - at[0]) ** 2 + (c.y[:, y] - at[1]) ** 2 + (c.z[z] - at[2]) ** 2)
     side = c.x[:, :, x] > 0 if at[0] > 0 else c.x[:, :, x] < 0
-    return box, soft(r - distance + np.float32(ragged * r) * c.field[box], 8) * c.lung[box] * side
+    return box, soft(r - distance + np.float32(ragged * r) * c.rough[box], 8) * c.lung[box] * side
 
 
 def _paint_opacity(c: Canvas, b: Body, lesion: Lesion, gen: Gen) -> None:
@@ -257,7 +253,7 @@ def _paint_opacity(c: Canvas, b: Body, lesion: Lesion, gen: Gen) -> None:
 
 def _paint_consolidation(c: Canvas, b: Body, lesion: Lesion, gen: Gen) -> None:
     box, share = _blob(c, lesion, 0.35)
-    air = gen.random(share.shape, dtype=np.float32) < 0.08  # air bronchograms
+    air = np.random.default_rng(gen.integers(2**32)).random(share.shape, dtype=np.float32) < 0.08  # air bronchograms
     c.hu[box] += share * np.maximum(np.float32(lesion.hu) - 350 * air - c.hu[box], 0)
     c.lung[box] *= 1 - share
 
@@ -289,9 +285,9 @@ def _paint_hernia(c: Canvas, b: Body, lesion: Lesion, gen: Gen) -> None:
     """Stomach behind the heart: a wall, and gas over fluid or food."""
     r = lesion.size_mm / 2
     fill(c, lesion.at, (r, 0.85 * r, r), 42)
-    if lesion.hu > -0.2:
+    if lesion.severity > -0.2:
         x, y, z = lesion.at
-        fill(c, (x, y + 0.2 * r, z), (0.62 * r, 0.5 * r, 0.62 * r), -900 if lesion.hu > 0.35 else -60)
+        fill(c, (x, y + 0.2 * r, z), (0.62 * r, 0.5 * r, 0.62 * r), -900 if lesion.severity > 0.35 else -60)
 
 
 _PAINTERS: dict[str, Callable[[Canvas, Body, Lesion, Gen], None]] = {  # in this order; the heart's are painted with the heart

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from medvl.data.phantom_case import FINDINGS, Case, Gen, Lesion
+from medvl.data.phantom_case import FINDINGS, Case, Gen, Lesions
 
 # {side}: right, left, bilateral; {zone}: upper, middle, lower; {size}: mm; {term}: the finding; {amount}: small, moderate, large
 _SEEN = {
@@ -165,7 +165,7 @@ def _term(name: str, gen: Gen) -> str:
     return usual if gen.random() < 0.7 else other
 
 
-def _seen(name: str, lesions: tuple[Lesion, ...], gen: Gen) -> str:
+def _seen(name: str, lesions: Lesions, gen: Gen) -> str:
     largest = max(lesions, key=lambda lesion: lesion.size_mm)
     sides = {lesion.side for lesion in lesions}
     words = {

@@ -20,8 +20,20 @@ from medvl.data.phantom_chest import View, Volume, draw_view, render
 from medvl.data.phantom_report import write_report
 
 REPORT_COLUMNS = ("VolumeName", "ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN")
-METADATA_COLUMNS = ("VolumeName", "Manufacturer", "PatientSex", "PatientAge", "ConvolutionKernel", "Rows", "Columns", "NumberofSlices")
-METADATA_COLUMNS += ("XYSpacing", "ZSpacing", "RescaleIntercept", "RescaleSlope")
+METADATA_COLUMNS = (
+    "VolumeName",
+    "Manufacturer",
+    "PatientSex",
+    "PatientAge",
+    "ConvolutionKernel",
+    "Rows",
+    "Columns",
+    "NumberofSlices",
+    "XYSpacing",
+    "ZSpacing",
+    "RescaleIntercept",
+    "RescaleSlope",
+)
 SPLITS = ("train", "valid", "test")
 
 
