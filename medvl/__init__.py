@@ -1,1 +1,35 @@
-"""medvl: medical vision-language systems composed from small pure functions."""
+"""medvl: medical vision-language systems composed from small pure functions.
+
+The public names; each is loaded when it is first used, so `import medvl` is quick.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "data.ct": ("CtConfig", "Volume", "preprocess", "to_hu"),
+    "data.store": ("Store", "open_store"),
+    "data.ingest": ("preprocess_folder", "contact_sheet"),
+    "data.phantoms": ("draw",),
+    "data.reports": ("read_reports", "read_labels", "split_patients"),
+    "hub": ("load", "save", "init_skeleton", "tokenizer", "train_bpe", "tokenize"),
+    "encode": ("EncodeConfig", "encode_slices"),
+    "fusion": ("FuseConfig", "init_fuse", "fuse"),
+    "text": ("TextConfig", "init_text", "encode_text"),
+    "losses": ("clip_loss", "siglip_loss"),
+    "train": ("value_and_grad", "cached_value_and_grad"),
+    "evaluate": ("zero_shot", "evaluate_findings"),
+    "systems.ct_clip_run": ("look",),
+}
+_WHERE = {name: module for module, names in _HOME.items() for name in names}
+__all__ = sorted(_WHERE)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'medvl' has no attribute {name!r}")
+    return getattr(import_module(f"medvl.{_WHERE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -6,7 +6,7 @@ from pathlib import Path
 LAYERS = [
     ["config", "tree", "files", "data.names", "data.phantom_canvas", "data.phantom_case"],
     ["results", "layers", "losses", "optim", "metrics", "checkpoints", "dinov2", "data.scans", "data.order", "data.reports"],
-    ["hub", "encode", "fuse", "text", "data.ct", "data.store", "data.phantom_chest", "data.phantom_report"],
+    ["hub", "encode", "fusion", "text", "data.ct", "data.store", "data.phantom_chest", "data.phantom_report"],
     ["train", "evaluate", "plots", "report", "data.ingest", "data.pairs", "data.phantoms"],
     ["systems.ct_clip"],
     ["systems.ct_clip_run"],

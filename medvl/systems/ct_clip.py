@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from attrs import field, frozen
 from torch import Tensor
 
-from medvl import encode, fuse, hub, layers, losses, text, train
+from medvl import encode, fusion, hub, layers, losses, text, train
 from medvl.data.ct import CtConfig
 from medvl.data.phantom_case import PhantomConfig
 from medvl.encode import EncodeConfig
-from medvl.fuse import FuseConfig
+from medvl.fusion import FuseConfig
 from medvl.text import TextConfig
 from medvl.tree import Tree, merge
 
@@ -171,7 +171,7 @@ def init(cfg: Config, folder: Path, texts: Sequence[str] = ()) -> tuple[Model, T
     tok, tower = _tokenizer(cfg, folder, texts), cfg.words.tower
     if len(tok) > tower.vocabulary:
         raise ValueError(f"words.tower.vocabulary must hold the tokenizer's {len(tok)} tokens, found {tower.vocabulary}")
-    params: Tree = {"vit": weights, "fuse": fuse.init_fuse(cfg.fuse, gen)}
+    params: Tree = {"vit": weights, "fuse": fusion.init_fuse(cfg.fuse, gen)}
     writer, width = None, tower.dim
     if cfg.words.encoder:
         writer, params["text"] = hub.load(cfg.words.encoder)
@@ -192,7 +192,7 @@ def embed_volumes(model: Model, params: Tree, batch: Mapping[str, Tensor]) -> Te
     device = params["fuse"]["norm"]["weight"].device
     mask, z = batch["mask"].to(device), batch["slices"]
     z = encode.encode_slices(model.cfg.encode, params["vit"], z, mask, vit=model.vit) if z.dim() == 4 else z.to(device).float()
-    return fuse.fuse(model.cfg.fuse, params["fuse"], z, mask, batch["position_mm"].to(device))
+    return fusion.fuse(model.cfg.fuse, params["fuse"], z, mask, batch["position_mm"].to(device))
 
 
 def embed_texts(model: Model, params: Tree, batch: Mapping[str, Tensor]) -> Tensor:

@@ -3,7 +3,7 @@ import torch
 from attrs import evolve
 
 from medvl import layers
-from medvl.fuse import FuseConfig, fuse, init_fuse
+from medvl.fusion import FuseConfig, fuse, init_fuse
 from medvl.tree import map_leaves
 
 CFG = FuseConfig(dim=24, depth=2, heads=3)
