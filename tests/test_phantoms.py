@@ -153,7 +153,7 @@ def test_a_finding_changes_voxels_as_it_should(finding, least, most, low, high):
     elif finding not in ("Hiatal hernia", "Pericardial effusion"):  # these displace denser tissue too
         assert change.min() >= -1
     if "calcification" in finding:
-        assert change.max() > 100
+        assert change.max() > 50
 
 
 def test_cardiomegaly_widens_the_heart():
