@@ -1,27 +1,22 @@
 """From a CT scan file to a volume on a fixed grid, in Hounsfield units: `preprocess`.
 
 Output axes are [z, y, x] (preset `ctclip`: [z, x, y], as its network reads them); `Volume.axes` says where each index grows to ("SAR":
-superior, anterior, right). Every preset is separable and linear, so each is one table of taps and weights per axis, and one resampler
-serves all.
+superior, anterior, right). Here are the presets, the orientation and the way to HU; `grids` has their arithmetic.
 """
 
 import itertools
 import logging
-import threading
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from attrs import fields, frozen
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from torch import Tensor
 
 from medvl import config
-from medvl.data import scans
+from medvl.data import grids, scans
 from medvl.data.scans import ScanError
 from medvl.files import PathLike
 
@@ -33,8 +28,6 @@ RESCALE = ("RescaleSlope", "RescaleIntercept")  # metadata columns, DICOM's name
 SPACING = ("XYSpacing", "ZSpacing")
 _SIZES = {"mm": (160, 224, 224), "reference": (160, 224, 224), "ctclip": (240, 480, 480), "merlin": (160, 224, 224)}
 _SPACINGS = {"mm": (3.0, 1.75, 1.75), "reference": (), "ctclip": (1.5, 0.75, 0.75), "merlin": (3.0, 1.5, 1.5)}
-_LOCK = threading.Lock()
-_before: list[int] = []  # of each call at work, torch's thread count before the first
 _TISSUE = (-1100.0, 300.0)
 _PADDING = -1500.0  # stored values below are padding outside the scanner's field of view, not tissue or air
 
@@ -111,15 +104,15 @@ def preprocess(path: PathLike, cfg: CtConfig = CtConfig(), metadata: Mapping[str
         perm, flips = _order(header.affine, "SAR" if cfg.flip else axes_of(cfg))
         shape, spacing = _three(header.shape[p] for p in perm), _three(_spacing(cfg, header, metadata)[p] for p in perm)
         try:
-            grids = _grids(cfg, shape, spacing)
-        except ScanError as e:
+            grid = _grid(cfg, shape, spacing)
+        except ValueError as e:
             raise ScanError(f"{path}: {e}") from e
         rule, slope, intercept, slices = _scale(cfg, header, _finite(header, _along(header, found, perm)), metadata)
         out = np.full(size_of(cfg), 0 if cfg.dtype == "uint8" else HU[0], cfg.dtype)
-        box = out[tuple(slice(g.first, g.stop) for g in grids)]
-        turned = [g.flipped(n) if flip else g for g, n, flip in zip(grids, shape, flips, strict=True)]
-        with _one_thread():
-            _resample(slices, turned, lambda stored: _to_hu_(stored, slope, intercept, clip=cfg.preset != "merlin"), cfg, box)
+        box = out[tuple(slice(a.first, a.stop) for a in grid)]
+        turned = [a.flipped(n) if flip else a for a, n, flip in zip(grid, shape, flips, strict=True)]
+        clip = cfg.preset != "merlin"
+        grids.resample(turned, slices, lambda stored: _to_hu_(stored, slope, intercept, clip), lambda hu: _encode_(hu, cfg), box)
     if box.min() == box.max():
         at = to_hu(box[:1, :1, :1]).item()
         raise ScanError(
@@ -130,10 +123,10 @@ def preprocess(path: PathLike, cfg: CtConfig = CtConfig(), metadata: Mapping[str
         name=header.name,
         voxels=np.ascontiguousarray(out[:, ::-1]) if cfg.flip else out,
         axes=axes_of(cfg),
-        spacing_mm=_three(g.spacing_mm for g in grids),
+        spacing_mm=_three(a.spacing_mm for a in grid),
         source_spacing_mm=spacing,
         source_shape=shape,
-        occupied=(grids[0].first, grids[0].stop),
+        occupied=(grid[0].first, grid[0].stop),
         hu_rule=rule,
         slope=slope,
         intercept=intercept,
@@ -288,29 +281,12 @@ def _order(affine: np.ndarray, axes: str) -> tuple[list[int], list[bool]]:
     return perm, [bool(moves[p, 1] < 0) for p in perm]
 
 
-@frozen
-class _Grid:
-    """One axis: output `first + i` is the sum over t of weights[i, t] * source[taps[i, t]]."""
-
-    first: int
-    taps: np.ndarray  # [i, t] int64
-    weights: np.ndarray  # [i, t] float32
-    spacing_mm: float
-
-    @property
-    def stop(self) -> int:
-        return self.first + len(self.taps)
-
-    def flipped(self, n: int) -> "_Grid":
-        return _Grid(self.first, n - 1 - self.taps, self.weights, self.spacing_mm)
-
-
-def _grids(cfg: CtConfig, shape: tuple[int, ...], spacing: tuple[float, ...]) -> list[_Grid]:
+def _grid(cfg: CtConfig, shape: tuple[int, ...], spacing: tuple[float, ...]) -> list[grids.Axis]:
     size, target = size_of(cfg), cfg.spacing_mm or _SPACINGS[cfg.preset]
     if cfg.preset == "mm":
-        return [_mm(n, s, k, t, _antialias(cfg) == "on") for n, s, k, t in zip(shape, spacing, size, target, strict=True)]
+        return [grids.centred(*a, _antialias(cfg) == "on") for a in zip(shape, spacing, size, target, strict=True)]
     if cfg.preset == "merlin":
-        return [_monai(n, s, k, t) for n, s, k, t in zip(shape, spacing, size, target, strict=True)]
+        return [grids.anchored(*a) for a in zip(shape, spacing, size, target, strict=True)]
     if cfg.preset == "reference":
         scale = min(k / n for k, n in zip(size, shape, strict=True))
         new = [round(n * scale) for n in shape]
@@ -318,92 +294,8 @@ def _grids(cfg: CtConfig, shape: tuple[int, ...], spacing: tuple[float, ...]) ->
         # rounded: 0.7 mm as float32 is 0.69999999, and the floor would lose a voxel against CT-CLIP's own 0.7 from the metadata
         new = [int(n * (round(s, 6) / t)) for n, s, t in zip(shape, spacing, target, strict=True)]
     if min(new) < 1:
-        raise ScanError(f"is too flat for preset {cfg.preset!r}: {shape} voxels of {spacing} mm become {tuple(new)}")
-    return [_scaled(n, m, k, s) for n, m, k, s in zip(shape, new, size, spacing, strict=True)]
-
-
-def _mm(n: int, spacing: float, size: int, target: float, antialias: bool) -> _Grid:
-    """Output voxels of `target` mm, both volumes centred; those whose centre lies in the scan (its voxels are boxes)."""
-    at = (np.arange(size) - (size - 1) / 2) * (target / spacing) + (n - 1) / 2
-    inside = np.flatnonzero((at > -0.5 - 1e-6) & (at < n - 0.5 + 1e-6))
-    if not len(inside):
-        raise ScanError(f"is smaller than one output voxel: {n} voxels of {spacing:g} mm against {target:g} mm")
-    at = at[inside]
-    if not antialias or target <= spacing:
-        return _Grid(int(inside[0]), *_linear(at, n), target)
-    # triangle filter as in torch's antialias=True (aten UpSampleKernel): support = the step, weights normalised over what exists
-    step = target / spacing
-    taps = np.floor(at + 1 - step).astype(np.int64)[:, None] + np.arange(int(np.ceil(2 * step)) + 1)
-    weights = np.maximum(1 - np.abs(taps - at[:, None]) / step, 0) * ((taps >= 0) & (taps < n))
-    weights /= weights.sum(1, keepdims=True)
-    return _Grid(int(inside[0]), taps.clip(0, n - 1), weights.astype(np.float32), target)
-
-
-def _scaled(n: int, new: int, size: int, spacing: float) -> _Grid:
-    """F.interpolate(size=new, align_corners=False) in its float32 arithmetic, then centre crop or pad to `size`."""
-    crop, pad = max(new - size, 0) // 2, max(size - new, 0) // 2
-    scale = np.float32(n) / np.float32(new)
-    at = scale * (np.arange(new, dtype=np.float32) + np.float32(0.5)) - np.float32(0.5)
-    return _Grid(pad, *_linear(at[crop : crop + min(new, size)], n), spacing * n / new)
-
-
-def _monai(n: int, spacing: float, size: int, target: float) -> _Grid:
-    """MONAI Spacing (first voxels coincide, border), then SpatialPad and CenterSpatialCrop."""
-    new = int(np.round((n - 1) * spacing / target + 1))
-    pad, padded = max(size - new, 0) // 2, max(new, size)
-    crop = padded // 2 - size // 2
-    at = np.arange(new) * (target / spacing)
-    return _Grid(pad, *_linear(at[crop : crop + size], n), target)
-
-
-def _linear(at: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-    at = at.clip(0, n - 1)
-    low = at.astype(np.int64)
-    high = (at - low).astype(np.float32)
-    return np.stack([low, np.minimum(low + 1, n - 1)], 1), np.stack([1 - high, high], 1)
-
-
-def _resample(slices: Iterable[np.ndarray], grids: list[_Grid], to_hu_: Callable[[Tensor], Tensor], cfg: CtConfig, out: np.ndarray) -> None:
-    """Fill `out` [z, y, x] from source slices in the order of the file: along y once per slice that is needed, then z, then x."""
-    gz, gy, gx = grids
-    ty, tx = ((torch.from_numpy(g.taps), torch.from_numpy(g.weights)) for g in (gy, gx))
-    rows = zip(gz.taps.tolist(), gz.weights.tolist(), strict=True)
-    wanted = [{i: w for i, w in zip(*row, strict=True) if w} for row in rows]
-    uses = Counter(i for sources in wanted for i in sources)
-    due = defaultdict(list)  # source slice -> the output slices it completes
-    for k, sources in enumerate(wanted):
-        due[max(sources)].append(k)
-    planes: dict[int, Tensor] = {}
-    for i, stored in enumerate(slices):
-        if i in uses:
-            planes[i] = _bag(ty, to_hu_(torch.from_numpy(stored.astype(np.float32, order="C"))))
-        for k in due[i]:
-            hu = torch.zeros(len(gy.taps), stored.shape[1])
-            for j, w in wanted[k].items():
-                hu.add_(planes[j], alpha=w)
-                uses[j] -= 1
-            out[k] = _encode(_bag(tx, hu.t().contiguous()), cfg).numpy().T
-        planes = {j: p for j, p in planes.items() if uses[j]}
-
-
-def _bag(taps: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
-    """Each row of the result is a weighted sum of rows of the input: an embedding bag."""
-    return F.embedding_bag(taps[0], rows, per_sample_weights=taps[1], mode="sum")
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Thousands of operations of 0.1 ms gain nothing from threads, and on busy cores wait for them: measured 30 to 90 times slower."""
-    with _LOCK:
-        _before.append(_before[0] if _before else torch.get_num_threads())  # the count is the process's: the last call out restores it
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        with _LOCK:
-            count = _before.pop()
-            if not _before:
-                torch.set_num_threads(count)
+        raise ValueError(f"is too flat for preset {cfg.preset!r}: {shape} voxels of {spacing} mm become {tuple(new)}")
+    return [grids.stretched(*a) for a in zip(shape, spacing, size, new, strict=True)]
 
 
 def _to_hu_(plane: Tensor, slope: float, intercept: float, clip: bool) -> Tensor:
@@ -412,7 +304,7 @@ def _to_hu_(plane: Tensor, slope: float, intercept: float, clip: bool) -> Tensor
     return plane.clamp_(*HU) if clip else plane
 
 
-def _encode(hu: Tensor, cfg: CtConfig) -> Tensor:
+def _encode_(hu: Tensor, cfg: CtConfig) -> Tensor:
     hu = hu.clamp_(*HU)
     if cfg.dtype == "int16":
         return hu.round_().to(torch.int16)
