@@ -90,7 +90,7 @@ def grow(path: PathLike, names: Iterable[str]) -> None:
     everything = [*old._index, *sorted(set(names) - set(old._index))]
     if len(everything) == len(old._index):
         return
-    fields = np.dtype([_described(old._row_dtype, n) for n in (old._row_dtype.names or ())[1:-1]])
+    fields = np.dtype([_described(old._row_dtype, n) for n in _fields(old._row_dtype)])
     with files.atomic(path) as tmp:
         _write_empty(tmp, everything, old.shape, old.dtype, json.dumps(old.settings), _row_dtype(everything, fields, path))
         new = open_store(tmp)
@@ -171,6 +171,11 @@ def _described(dtype: np.dtype, name: str) -> tuple:
     return (name, kind.base, kind.shape) if kind.shape else (name, kind)
 
 
+def _fields(row_dtype: np.dtype) -> tuple[str, ...]:
+    """The caller's: all but `name`, the first, and `done`, the last."""
+    return (row_dtype.names or ())[1:-1]
+
+
 def _row_dtype(names: Sequence[str], fields: np.dtype, path: PathLike) -> np.dtype:
     if not names or len(set(names)) != len(names) or "" in names:
         raise ValueError(f"{path}: a store needs names, each once and none empty; got {len(names)}, {len(set(names))} different")
@@ -204,7 +209,7 @@ def _check_format(f: h5py.File, path: Path) -> None:
 
 def _record(dtype: np.dtype, name: str, row: Mapping[str, Any], path: PathLike) -> np.ndarray:
     """[1] of `dtype`, not done; a text that does not fit is refused, not cut."""
-    wanted = set((dtype.names or ())[1:-1])
+    wanted = set(_fields(dtype))
     if set(row) != wanted:
         raise ValueError(f"{path}: the row of {name!r} must have {', '.join(sorted(wanted))}, got {', '.join(sorted(row))}")
     record = np.zeros(1, dtype)
@@ -239,7 +244,7 @@ def _read_row(store: Store, f: BinaryIO, name: str) -> dict[str, Any]:
     _read_into(f, store._rows_offset + store._index[name] * record.itemsize, record)
     if not record["done"][0]:
         raise ValueError(f"{store.path}: {name!r} is not written (yet)")
-    return {key: _plain(record[key][0]) for key in (record.dtype.names or ())[1:-1]}
+    return {key: _plain(record[key][0]) for key in _fields(record.dtype)}
 
 
 def _plain(value: Any) -> Any:
@@ -249,7 +254,7 @@ def _plain(value: Any) -> Any:
 
 
 def _read_into(f: BinaryIO, offset: int, out: np.ndarray) -> None:
-    view, at = memoryview(out.reshape(-1).view(np.uint8)), 0  # type: ignore[arg-type]
+    view, at = _bytes(out), 0
     f.seek(offset)
     while at < len(view):
         got = f.readinto(view[at:])  # type: ignore[attr-defined]
@@ -259,6 +264,10 @@ def _read_into(f: BinaryIO, offset: int, out: np.ndarray) -> None:
 
 
 def _write(fd: int, offset: int, data: np.ndarray) -> None:
-    view, at = memoryview(data.reshape(-1).view(np.uint8)), 0  # type: ignore[arg-type]
+    view, at = _bytes(data), 0
     while at < len(view):
         at += os.pwrite(fd, view[at:], offset + at)
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    return memoryview(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
