@@ -44,6 +44,7 @@ class PhantomConfig:
     test: int = 0
     second_recon: float = field(default=0.2, validator=_share)  # share of scans reconstructed twice
     contrast: float = field(default=0.35, validator=_share)  # share of scans with enhanced blood
+    variation: float = field(default=1.0, validator=_share)  # how much bodies differ: 1 as people do, 0 all the same
     columns: tuple[int, int] = (64, 96)  # in-plane voxels, drawn evenly from this range
     slices: tuple[int, int] = (28, 40)
 
@@ -112,27 +113,31 @@ def draw_case(cfg: PhantomConfig, gen: Gen) -> Case:
 
 
 def _draw_body(cfg: PhantomConfig, gen: Gen) -> Body:
-    a = gen.uniform(148, 186)
-    fat = gen.uniform(6, 30)
+    def draw(low: float, high: float) -> float:
+        middle = (low + high) / 2
+        return middle + cfg.variation * (gen.uniform(low, high) - middle)
+
+    a = draw(148, 186)
+    fat = draw(6, 30)
     blood = gen.uniform(120, 240) if gen.random() < cfg.contrast else gen.uniform(36, 52)
     return {
         "a": a,  # half width of the body
-        "b": a * gen.uniform(0.64, 0.76),
+        "b": a * draw(0.64, 0.76),
         "fat": fat,
-        "ta": a - fat - gen.uniform(14, 20),  # half width and depth of the inner chest
-        "tb": a * 0.70 - 0.7 * fat - gen.uniform(6, 14),
-        "apex": gen.uniform(112, 138),
-        "dome_right": gen.uniform(-74, -54),
-        "dome_left": gen.uniform(-88, -66),
-        "gap": gen.uniform(17, 24),  # half width of the mediastinum
-        "lung": gen.normal(-862, 16),
+        "ta": a - fat - draw(14, 20),  # half width and depth of the inner chest
+        "tb": a * 0.70 - 0.7 * fat - draw(6, 14),
+        "apex": draw(112, 138),
+        "dome_right": draw(-74, -54),
+        "dome_left": draw(-88, -66),
+        "gap": draw(17, 24),  # half width of the mediastinum
+        "lung": gen.normal(-862, 16 * cfg.variation),
         "blood": blood,
-        "heart": gen.uniform(0.38, 0.485),
-        "heart_x": gen.uniform(-20, -8),
-        "heart_y": gen.uniform(12, 24),
-        "rim": gen.uniform(2.5, 6.0),  # fat on the heart
-        "aorta": gen.uniform(11.0, 15.5),
-        "bone": gen.uniform(130, 260),
+        "heart": draw(0.38, 0.485),
+        "heart_x": draw(-20, -8),
+        "heart_y": draw(12, 24),
+        "rim": draw(2.5, 6.0),  # fat on the heart
+        "aorta": draw(11.0, 15.5),
+        "bone": draw(130, 260),
         "stomach": gen.uniform(-1, 1),  # gas where positive
     }
 

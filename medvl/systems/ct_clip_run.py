@@ -138,7 +138,8 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
     model, params = ct_clip.init(cfg, folder, texts)
     cut = hub.truncated(model.tokenizer, texts, cfg.words.tower.context)
     log(f"{len(data.names)} volumes of {len(set(data.scans))} scans")
-    log(f"{cut} of {len(texts)} texts are longer than {cfg.words.tower.context} tokens: what lies beyond is not read")
+    if cut and not cfg.data.sentences:
+        log(f"{cut} of {len(texts)} texts are longer than {cfg.words.tower.context} tokens: what lies beyond is not read")
     params = map_leaves(lambda t: t.to(train.device(cfg.train.device)), params)
     means: Tree = {}
     for i, stage in enumerate(cfg.train.stages):
