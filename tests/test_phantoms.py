@@ -302,3 +302,12 @@ def test_two_configs_never_share_a_folder(tmp_path):
 def test_config_refuses(wrong, says):
     with pytest.raises(ValueError, match=says):
         PhantomConfig(patients=10, seed=0, **wrong)
+
+
+def test_variation_says_how_much_bodies_differ():
+    def spread(variation: float) -> float:
+        cfg = phantoms.PhantomConfig(patients=40, seed=3, variation=variation)
+        return float(np.std([phantoms.case_of(cfg, v).body["a"] for v in phantoms.volume_names(cfg, "train")]))
+
+    assert spread(0.0) == 0
+    assert 0.2 * spread(1.0) < spread(0.3) < 0.4 * spread(1.0)
