@@ -223,15 +223,13 @@ def test_running_means_follow_the_batches(tmp_path):
 SCRIPT = """
 import sys; sys.path.insert(0, {tests!r})
 from test_train import _run
-_run(sys.argv[1], slow=0.02)
+_run(sys.argv[1], steps=int(sys.argv[2]), slow=0.02)
 """
 
 
-def _process(folder):
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT.format(tests=str(ROOT / "tests")), folder], env=env, stderr=subprocess.PIPE, text=True
-    )
+def _process(folder, steps=40):
+    env, code = os.environ | {"PYTHONPATH": str(ROOT)}, SCRIPT.format(tests=str(ROOT / "tests"))
+    return subprocess.Popen([sys.executable, "-c", code, folder, str(steps)], env=env, stderr=subprocess.PIPE, text=True)
 
 
 def test_sigterm_saves_and_the_next_run_goes_on(tmp_path):
@@ -249,19 +247,22 @@ def test_sigterm_saves_and_the_next_run_goes_on(tmp_path):
 
 def test_killed_at_random_moments_ends_in_the_same_bits(tmp_path):
     """MEDVL_KILLS sets how many times the run is killed with SIGKILL."""
-    whole, moments = _run(tmp_path / "whole"), torch.Generator().manual_seed(int(time.time()))
-    for _ in range(int(os.environ.get("MEDVL_KILLS", "2"))):
-        before = read_state(tmp_path / "cut/last.pt").step if (tmp_path / "cut/last.pt").exists() else 0
-        run = _process(tmp_path / "cut")
-        while run.poll() is None and not (tmp_path / "cut/last.pt").exists():
-            time.sleep(0.01)
-        while run.poll() is None and read_state(tmp_path / "cut/last.pt").step == before < 36:
+    kills = int(os.environ.get("MEDVL_KILLS", "2"))
+    steps, moments, done = 20 + 14 * kills, torch.Generator().manual_seed(int(time.time())), []
+    whole, last = _run(tmp_path / "whole", steps=steps), tmp_path / "cut/last.pt"
+    for _ in range(kills):
+        before = read_state(last).step if last.exists() else 0
+        run = _process(tmp_path / "cut", steps)
+        while run.poll() is None and (read_state(last).step if last.exists() else 0) == before:
             time.sleep(0.01)
         time.sleep(float(torch.rand(1, generator=moments)) * 0.1)
+        assert run.poll() is None, "it ended before it could be killed"
         run.kill()
         run.wait()
-        assert not [p for p in (tmp_path / "cut").iterdir() if p.suffix == ".pt" and not read_state(p)]
-    assert _same(whole, _run(tmp_path / "cut"))
+        done.append(read_state(last).step)
+    assert done == sorted(set(done))
+    assert done[-1] < steps
+    assert _same(whole, _run(tmp_path / "cut", steps=steps))
     assert (tmp_path / "whole/metrics.jsonl").read_text() == (tmp_path / "cut/metrics.jsonl").read_text()
 
 
