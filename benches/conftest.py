@@ -45,7 +45,12 @@ def measure(benchmark, request):
         wait = torch.cuda.synchronize if KIND == "cuda" else lambda: None
         out, peak = peak_memory(lambda: fn(*args))
         benchmark.pedantic(lambda: (fn(*args), wait()), rounds=rounds, warmup_rounds=1)  # without the wait we would time the launch
-        now = {"device": results.device(), "threads": torch.get_num_threads(), "peak_mib": round(peak, 3), "shape": shape}
+        now = {
+            "device": results.device(),
+            "threads": torch.get_num_threads(),
+            "peak_mib": round(peak, 3),
+            "shape": json.loads(json.dumps(shape)),
+        }  # as the baseline reads it
         benchmark.extra_info |= now
         if wrong := regression(request.config, benchmark.fullname, now):
             pytest.fail(wrong, pytrace=False)
