@@ -143,12 +143,12 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
     params = map_leaves(lambda t: t.to(train.device(cfg.train.device)), params)
     means: Tree = {}
     for i, stage in enumerate(cfg.train.stages):
-        params, means = _fit_stage(model, params, means, stage, data, folder / f"{i}-{stage.name}", folder, log)
+        params, means = _fit_stage(model, params, means, stage, data, folder / f"{i}-{stage.name}", log)
     return model, params, means
 
 
 def _fit_stage(
-    model: Model, params: Tree, means: Tree, stage: Stage, data: pairs.Pairs, folder: Path, run: Path, log: Callable[[str], None]
+    model: Model, params: Tree, means: Tree, stage: Stage, data: pairs.Pairs, folder: Path, log: Callable[[str], None]
 ) -> tuple[Tree, Tree]:
     cfg = model.cfg
     trained, frozen = split(params, stage.train)
@@ -304,7 +304,7 @@ def assess(model: Model, params: Tree, means: Tree, folder: Path, experiment: st
     }
     notes = (
         f"Zero-shot with the prompt set {cfg.evaluate.prompts!r}; thresholds by {cfg.evaluate.rule!r} on the validation split "
-        f"({len(valid['names'])} volumes). No label was used in training.",
+        f"({len(valid['names'])} volumes). Labels were not trained on; validation labels chose checkpoint and thresholds.",
     )
     return rows, report.write_report(folder, f"{experiment}: zero-shot findings", rows, figures, notes)
 
