@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol
 import torch
 import torch.nn.functional as F
 from attrs import frozen
+from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -34,7 +35,10 @@ class EncodeConfig:
     resize: int = 0  # pixels of a side, bilinear; 0 keeps the size
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    pool: Literal["cls", "mean", "max", "cls+mean"] = "cls"
+    pool: Literal["cls", "mean", "max", "cls+mean", "mean+max"] = "cls"
+    grid: int = (
+        1  # "mean" and "max" over each cell of a grid x grid partition, side by side: 1 the whole slice, more keeps where things are
+    )
     budget_mib: int = 2048  # for the activations of one chunk
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     checkpoint: bool = False  # keep only the pixels of a chunk for the gradient and compute it again
@@ -42,13 +46,15 @@ class EncodeConfig:
     def __attrs_post_init__(self) -> None:
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError(f"EncodeConfig: mean and std must be 3 numbers, std positive, got mean={self.mean}, std={self.std}")
+        if self.grid < 1 or (self.grid > 1 and "cls" in self.pool):
+            raise ValueError(f"EncodeConfig: grid must be >= 1, and 1 for a pool with the class token, got {self.grid} and {self.pool!r}")
         if self.resize < 0 or self.budget_mib < 1:
             raise ValueError(f"EncodeConfig: resize must be >= 0 and budget_mib >= 1, got {self.resize}, {self.budget_mib}")
 
 
 def width(cfg: EncodeConfig, vit: Vit) -> int:
     """The length d of a slice embedding."""
-    return vit.config["hidden_size"] * (2 if cfg.pool == "cls+mean" else 1)
+    return vit.config["hidden_size"] * len(cfg.pool.split("+")) * cfg.grid**2
 
 
 def windows(cfg: EncodeConfig, voxels: Tensor) -> Tensor:
@@ -90,7 +96,8 @@ def encode_slices(cfg: EncodeConfig, params: Mapping[str, Tensor], voxels: Tenso
         vit: skeleton of the encoder.
     Returns:
         float32 [b, s, d] (float64 for dtype="float64") on the device of the weights, 0 where mask is false, d = `width(cfg, vit)`. Chunks
-        and padding do not change it. "cls" is the class token after the last norm, "mean" and "max" go over patch tokens only.
+        and padding do not change it. "cls" is the class token after the last norm, "mean" and "max" go over patch tokens only, per cell of
+        the grid: [cell rows, cell columns, (mean and max,) width] flattened (He et al. 2014, arXiv:1406.4729, one level).
     Raises:
         ValueError: shapes or dtypes are others, or y, x (after resize) are no multiples of the patch size.
     """
@@ -100,6 +107,8 @@ def encode_slices(cfg: EncodeConfig, params: Mapping[str, Tensor], voxels: Tenso
         )
     size = (cfg.resize, cfg.resize) if cfg.resize else (voxels.shape[2], voxels.shape[3])
     _check_size(size, vit)
+    if any(n // _patch(vit) % cfg.grid for n in size):
+        raise ValueError(f"encode_slices: grid {cfg.grid} must divide the {size[0] // _patch(vit)} x {size[1] // _patch(vit)} patches")
     dtype, extra = getattr(torch, cfg.dtype), _extra(size, vit)
     weights = {n: t if t.dtype == dtype else t.to(dtype) for n, t in params.items()}
     device = next(iter(weights.values())).device
@@ -108,7 +117,7 @@ def encode_slices(cfg: EncodeConfig, params: Mapping[str, Tensor], voxels: Tenso
         pixels = windows(cfg, v.to(device, non_blocking=True))
         if size != v.shape[-2:]:
             pixels = F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=True)
-        return _pool(cfg, vit, vit(weights, pixels.to(dtype), **extra))
+        return _pool(cfg, vit, size, vit(weights, pixels.to(dtype), **extra))
 
     wanted = mask.flatten().nonzero()[:, 0].to(voxels.device)
     slices, parts = voxels.flatten(0, 1), []
@@ -120,6 +129,33 @@ def encode_slices(cfg: EncodeConfig, params: Mapping[str, Tensor], voxels: Tenso
     if parts:
         out = out.index_copy(0, wanted.to(device), torch.cat(parts).to(out.dtype))
     return out.unflatten(0, mask.shape)
+
+
+def whiten(cfg: EncodeConfig, params: Mapping[str, Tensor], voxels: Tensor, *, shrink: float = 0.01) -> dict[str, Tensor]:
+    """Weights of an untrained encoder whose patch embedding is whitened: over the patches of these slices its outputs have mean 0,
+    variance 1 and no correlation, so that gradients do not spend their first epochs on the body's outline.
+
+    Args:
+        params: weights of an encoder, flat; the patch embedding is its one convolution.
+        voxels: uint8 or int16 [n, y, x], slices to take the statistics of.
+        shrink: share of the mean variance added to each variance, so that noise is not blown up.
+    Returns:
+        params with a new patch embedding: its first rows are the principal directions of a patch, most variance first; rows beyond the
+        number of values in a patch stay as they are.
+    Source: the whitened first layer of Page 2018, "How to train your ResNet" part 8, and Jordan 2024, arXiv:2404.00498, for patches.
+    """
+    names = [n for n, t in params.items() if t.dim() == 4]
+    if len(names) != 1 or voxels.dim() != 3 or not len(voxels):
+        raise ValueError(f"whiten: needs one patch embedding and slices [n, y, x], got {names} and {list(voxels.shape)}")
+    weight, bias = params[names[0]], names[0].removesuffix("weight") + "bias"
+    patches = F.unfold(windows(cfg, voxels).to(weight.device), weight.shape[-2:], stride=weight.shape[-2:]).mT.flatten(0, 1).double()
+    mean = patches.mean(0)
+    variance, directions = torch.linalg.eigh((patches - mean).mT @ (patches - mean) / len(patches))
+    rows = (directions / (variance + shrink * variance.mean()).sqrt()).mT.flip(0)[: len(weight)]
+    new = weight.flatten(1).double().clone()
+    new[: len(rows)] = rows
+    out = dict(params) | {names[0]: new.view_as(weight).to(weight.dtype)}
+    return out | {bias: -(new @ mean).to(weight.dtype)} if bias in params else out
 
 
 def chunk_size(cfg: EncodeConfig, vit: Vit, size: tuple[int, int], device: torch.device) -> int:
@@ -164,13 +200,14 @@ def _extra(size: tuple[int, int], vit: Vit) -> dict[str, bool]:
     return {"interpolate_pos_encoding": True} if asked else {}
 
 
-def _pool(cfg: EncodeConfig, vit: Vit, out: Any) -> Tensor:
+def _pool(cfg: EncodeConfig, vit: Vit, size: tuple[int, int], out: Any) -> Tensor:
     tokens = out.last_hidden_state
     patches = tokens[:, 1 + vit.config.get("num_register_tokens", 0) :]
-    if cfg.pool == "mean":
-        return patches.mean(1)
-    if cfg.pool == "max":
-        return patches.amax(1)
-    # CLIP's last norm is on the class token only
-    cls = out.pooler_output if vit.config["model_type"] == "clip_vision_model" else tokens[:, 0]
-    return torch.cat([cls, patches.mean(1)], -1) if cfg.pool == "cls+mean" else cls
+    cells = rearrange(patches, "n (r y c x) d -> n (r c) (y x) d", r=cfg.grid, c=cfg.grid, y=size[0] // _patch(vit) // cfg.grid)
+    found = {
+        # CLIP's last norm is on the class token only
+        "cls": lambda: (out.pooler_output if vit.config["model_type"] == "clip_vision_model" else tokens[:, 0])[:, None],
+        "mean": lambda: cells.mean(2),
+        "max": lambda: cells.amax(2),
+    }
+    return torch.cat([found[kind]() for kind in cfg.pool.split("+")], -1).flatten(1)

@@ -23,10 +23,12 @@ SET = (
     "ct.size=[6, 32, 32]",
     "ct.spacing_mm=[50.0, 12.0, 12.0]",
     "vit.config={model_type='dinov2', hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16}",
+    "vit.whiten=false",
     "encode={}",
     "fuse={dim=16, depth=1, heads=2}",
     "words.tower={vocabulary=300, context=64, dim=16, depth=1, heads=2}",
-    "contrast.dim=8",
+    "contrast={dim=8}",
+    "data.draws=1",
     "train={batch=6, chunk=4, log=1, save=2, validate=2, stages=[{name='contrast', steps=4, lr=1e-3}]}",
     "evaluate={bootstrap=20, batch=3}",
 )
@@ -153,6 +155,58 @@ def test_gradients_reach_every_part(loss, trained):
     assert still - {"contrast/bias"} == {"vit/embeddings.mask_token"}
 
 
+def test_several_texts_of_a_scan_are_several_contrasts(trained):
+    cfg, folder = trained
+    cfg = evolve(cfg, data=evolve(cfg.data, draws=3, sentences=1), contrast=evolve(cfg.contrast, normalise="none"))
+    model, params = ct_clip.init(cfg, folder)
+    data = ct_clip_run.paired(cfg, "train", ct_clip_run.volumes(cfg, "train"))
+    batch = ct_clip_run.batches(model, data, 5, 0)(0)
+    assert batch["ids"].shape[:2] == (5, 3)
+    image, words = ct_clip.embed_volumes(model, params, batch), ct_clip.embed_texts(model, params, batch)
+    one = [ct_clip.embed_texts(model, params, {k: batch[k][:, j : j + 1] for k in ("ids", "words")}) for j in range(3)]
+    torch.testing.assert_close(words, torch.cat(one, 1))
+    loss = lambda t: ct_clip.contrast(cfg.contrast, params, {"image": image, "text": t})[0]
+    torch.testing.assert_close(loss(words), torch.stack([loss(t) for t in one]).mean())
+    assert not torch.equal(loss(one[0]), loss(one[1]))
+
+
+@pytest.mark.parametrize(("normalise", "mean", "spread"), [("none", 3.0, 2.0), ("centre", 0.0, 2.0), ("standardise", 0.0, 1.0)])
+def test_rows_are_normalised_over_the_batch(normalise, mean, spread, gen):
+    cfg, rows = ct_clip.ContrastConfig(normalise=normalise), 3 + 2 * torch.randn(4000, 2, 8, generator=gen)
+    seen = []
+    params = {"project": {"image": {"weight": torch.eye(8)}}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ct_clip.F, "normalize", lambda t, dim: seen.append(t) or t)
+        ct_clip.place(params, "image", rows, ct_clip.statistics(cfg, rows))
+    torch.testing.assert_close(seen[0].flatten(0, 1).mean(0), torch.full((8,), mean), atol=0.1, rtol=0)
+    torch.testing.assert_close(seen[0].flatten(0, 1).std(0), torch.full((8,), spread), atol=0.1, rtol=0)
+
+
+def test_a_speed_of_muon_takes_the_matrices_that_match(trained):
+    cfg, folder = trained
+    _, params = ct_clip.init(cfg, folder)
+    fast = ct_clip.Speed(match="fuse/blocks/.*", lr=0.03, weight_decay=0.1, optimizer="muon")
+    opt = ct_clip_run._optimizer(ct_clip.Stage(name="a", steps=4, lr=1e-3, speeds=(fast,)), params)
+    state = flatten(opt.init(params))
+    moved = {n for n, t in flatten(params).items() if n.startswith("fuse/blocks/") and t.dim() > 1}
+    assert moved == {n.removeprefix("muon/mean/") for n in state if n.startswith("muon/")}
+    assert {n.removeprefix("adamw/mean/") for n in state if n.startswith("adamw/mean/")} == flatten(params).keys() - moved
+
+
+def test_whitening_starts_the_run_and_is_kept_by_it(trained, tmp_path):
+    cfg, _ = trained
+    cfg = evolve(cfg, vit=evolve(cfg.vit, whiten=True), train=evolve(cfg.train, stages=(evolve(cfg.train.stages[0], steps=1, lr=1e-9),)))
+    (tmp_path / "config.json").write_text(json.dumps(config.unstructure(cfg)))
+    model, params, _ = ct_clip_run.fit(cfg, tmp_path, log=lambda line: None)
+    name = "embeddings.patch_embeddings.projection.weight"
+    assert not torch.allclose(params["vit"][name], ct_clip.init(cfg, tmp_path)[1]["vit"][name], atol=0.01)
+    _, again, _ = ct_clip_run.load(tmp_path)
+    assert torch.equal(again["vit"][name], params["vit"][name])
+    frozen = evolve(cfg, train=evolve(cfg.train, stages=(evolve(cfg.train.stages[0], train=("fuse/.*",)),)))
+    with pytest.raises(ValueError, match="vit.whiten: a stage must train vit/embeddings.patch"):
+        ct_clip_run.fit(frozen, tmp_path, log=lambda line: None)
+
+
 def test_scale_is_bounded_after_a_step():
     cfg = ct_clip.ContrastConfig(scale_max=20.0)
     assert ct_clip.bound(cfg, {"contrast": {"log_scale": torch.tensor(9.0)}})["contrast"]["log_scale"].exp().item() == pytest.approx(20.0)
@@ -183,6 +237,7 @@ BROKEN = {
     "unknown vit setting": ("vit.config.hiden_size=8", r"has no hiden_size"),
     "batch above the scans": ("train.batch=1000", r"a batch of 1000 needs as many different scans"),
     "patch does not divide": ("vit.config.patch_size=5", r"multiples of the patch size 5"),
+    "whitening of trained weights": ("vit={name='facebook/dinov2-base', whiten=true}", r"whiten is for encoders built from scratch"),
     "both name and config": ("vit.name=facebook/dinov2-base", r"either a name .* or a config"),
     "unknown finding": ("evaluate.findings=['Pneumothorax']", r"must have the column 'Pneumothorax'"),
 }

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from attrs import evolve
 from torch import Tensor
 
-from medvl import hub
+from medvl import encode, hub
 from medvl.encode import WINDOWS, EncodeConfig, chunk_size, encode_slices, width, windows
 
 CPU = torch.device("cpu")
@@ -124,11 +124,51 @@ def test_pools(kind):
         patches = tokens[:, prefix:]
         want = {"cls": tokens[:, 0], "mean": patches.mean(1), "max": patches.max(1).values}
         want["cls+mean"] = torch.cat([want["cls"], want["mean"]], 1)
+        want["mean+max"] = torch.cat([want["mean"], want["max"]], 1)
         for pool, target in want.items():
             cfg = EncodeConfig(pool=pool)
             got = encode_slices(cfg, params, v, MASK, vit=skeleton)
             assert got.shape == (3, 5, width(cfg, skeleton))
             torch.testing.assert_close(got[1], target, rtol=1e-5, atol=1e-5)
+
+
+def test_a_grid_pools_every_cell_by_itself():
+    skeleton, params = vit_of()
+    v = volumes()
+    with torch.no_grad():
+        patches = skeleton(params, windows(EncodeConfig(), v[1])).last_hidden_state[:, 1:].view(5, 4, 4, 64)
+        for grid, step in ((2, 2), (4, 1)):
+            cfg = EncodeConfig(pool="mean+max", grid=grid)
+            cells = [patches[:, y : y + step, x : x + step].flatten(1, 2) for y in range(0, 4, step) for x in range(0, 4, step)]
+            want = torch.cat([torch.cat([c.mean(1), c.amax(1)], 1) for c in cells], 1)
+            got = encode_slices(cfg, params, v, MASK, vit=skeleton)
+            assert got.shape == (3, 5, width(cfg, skeleton))
+            torch.testing.assert_close(got[1], want, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="grid 3 must divide the 4 x 4 patches"):
+        encode_slices(EncodeConfig(pool="max", grid=3), params, v, MASK, vit=skeleton)
+    with pytest.raises(ValueError, match="1 for a pool with the class token"):
+        EncodeConfig(pool="cls+mean", grid=2)
+
+
+def test_whitened_patches_are_white(gen):
+    """Mean 0; variance v / (v + 1 % of the mean) and no correlation, so 1 where there is much of it; nothing else changes."""
+    skeleton, params = vit_of()
+    name = next(n for n, t in params.items() if t.dim() == 4)
+    smooth = torch.nn.functional.interpolate(torch.randn(400, 1, 8, 8, generator=gen), (32, 32), mode="bicubic")[:, 0]
+    slices = (400 * smooth - 200 + 30 * torch.randn(400, 32, 32, generator=gen)).clamp(-1000, 1000).to(torch.int16)
+    new = encode.whiten(EncodeConfig(), params, slices)
+    assert {n for n in params if not torch.equal(params[n], new[n])} == {name, name.replace("weight", "bias")}
+    out = torch.nn.functional.conv2d(windows(EncodeConfig(), slices), new[name], new[name.replace("weight", "bias")], stride=8)
+    rows = out.movedim(1, -1).flatten(0, 2).double()
+    torch.testing.assert_close(rows.mean(0), torch.zeros(64).double(), atol=1e-4, rtol=0)
+    cov = rows.T @ rows / len(rows)
+    torch.testing.assert_close(cov, cov.diag().diag(), atol=1e-3, rtol=0)
+    assert (cov.diag().diff() < 1e-6).all()
+    assert cov[0, 0] == pytest.approx(1, abs=0.02)
+    old = torch.nn.functional.conv2d(windows(EncodeConfig(), slices), params[name], stride=8).movedim(1, -1).flatten(0, 2).double()
+    assert torch.corrcoef(old.T).fill_diagonal_(0).abs().max() > 0.5  # the untrained encoder's are not
+    with pytest.raises(ValueError, match="one patch embedding"):
+        encode.whiten(EncodeConfig(), {"a": torch.zeros(2)}, slices)
 
 
 def test_resize_is_bilinear_after_the_windows():

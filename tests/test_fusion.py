@@ -3,11 +3,11 @@ import torch
 from attrs import evolve
 
 from medvl import layers
-from medvl.fusion import FuseConfig, fuse, init_fuse
+from medvl.fusion import FuseConfig, fuse, init_fuse, width
 from medvl.tree import map_leaves
 
 CFG = FuseConfig(dim=24, depth=2, heads=3)
-POOLS = ["cls", "mean", "max", "attention"]
+POOLS = ["cls", "mean", "max", "mean+max", "attention"]
 
 
 def _case(pool, gen, b=3, s=7):
@@ -64,7 +64,7 @@ def test_padding_changes_nothing(pool, gen):
         torch.nn.functional.pad(mm, (4, 4), value=1e4),
     )
     torch.testing.assert_close(wide, want)
-    assert want.shape == (3, cfg.dim)
+    assert want.shape == (3, width(cfg))
 
 
 @pytest.mark.parametrize("pool", POOLS)
@@ -84,6 +84,26 @@ def test_samples_do_not_mix(pool, gen):
     whole = fuse(cfg, p, z, mask, mm)
     for i in range(3):
         torch.testing.assert_close(fuse(cfg, p, z[i : i + 1], mask[i : i + 1], mm[i : i + 1])[0], whole[i])
+
+
+def test_inputs_are_projected_and_skip_shows_them_to_the_end(gen):
+    plain, p, _, mask, mm = _case("mean+max", gen)
+    mask[1, 4:] = False
+    cfg = evolve(plain, inputs=10, skip=True)
+    p = {"into": {"weight": torch.randn(24, 10, generator=gen).double(), "bias": torch.randn(24, generator=gen).double()}} | p
+    p["skip"] = {"weight": torch.rand(10, generator=gen).double(), "bias": torch.rand(10, generator=gen).double()}
+    assert init_fuse(cfg, gen).keys() == p.keys()
+    z = torch.randn(3, 7, 10, generator=gen, dtype=torch.float64)
+    got = fuse(cfg, p, z, mask, mm)
+    assert got.shape == (3, width(cfg)) == (3, 2 * 24 + 2 * 10)
+    torch.testing.assert_close(got[:, :48], fuse(plain, p, layers.linear(p["into"], z), mask, mm))
+    seen = torch.nn.functional.layer_norm(z, (10,), p["skip"]["weight"], p["skip"]["bias"])
+    want = torch.stack([torch.cat([v[m].mean(0), v[m].amax(0)]) for v, m in zip(seen, mask, strict=True)])
+    torch.testing.assert_close(got[:, 48:], want)
+    with pytest.raises(ValueError, match=r"set fuse\.dim \(or fuse\.inputs\)"):
+        fuse(cfg, p, z[..., :8], mask, mm)
+    with pytest.raises(ValueError, match="skip needs pool"):
+        FuseConfig(skip=True)
 
 
 def test_wrong_shapes_name_the_setting(gen):

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from medvl.optim import Rate, adamw, clip_by_norm, warmup_cosine
-from medvl.tree import flatten
+from medvl.optim import Rate, adamw, clip_by_norm, muon, orthogonal, routed, warmup_cosine
+from medvl.tree import flatten, map_leaves
 
 
 def _tree(gen):
@@ -37,6 +37,69 @@ def test_bit_equal_to_torch(gen):
         mine, state = ours.update(grads, state, mine, step)
     for n, t in flatten(mine).items():
         assert torch.equal(t, peer[n].data), n
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4)])
+def test_orthogonal_is_the_polynomial_on_singular_values(shape, gen):
+    m = torch.randn(shape, generator=gen, dtype=torch.float64)
+    u, s, v = torch.linalg.svd(m, full_matrices=False)
+    s = s / (s.norm() + 1e-7)
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    torch.testing.assert_close(orthogonal(m), u @ s.diag() @ v)
+    found = torch.linalg.svdvals(orthogonal(torch.randn(64, 96, generator=gen)))
+    assert 0.6 < found.min() < found.max() < 1.3
+
+
+def test_muon_is_torch_s(gen):
+    """torch turns its steps in bfloat16, which is worth about three digits."""
+    params = {"tall": torch.randn(24, 8, generator=gen), "wide": torch.randn(8, 24, generator=gen)}
+    peer = {n: torch.nn.Parameter(t.clone()) for n, t in params.items()}
+    start = {n: t.clone() for n, t in params.items()}
+    other = torch.optim.Muon(list(peer.values()), lr=0.02, weight_decay=0.1, momentum=0.95, nesterov=True)
+    ours = muon(lambda n: Rate(lr=0.02, weight_decay=0.1))
+    state = ours.init(params)
+    for step in range(10):
+        grads = {n: torch.randn(t.shape, generator=gen) for n, t in params.items()}
+        for n, p in peer.items():
+            p.grad = grads[n].clone()
+        other.step()
+        params, state = ours.update(grads, state, params, step)
+    for n, t in params.items():
+        moved, wanted = t - start[n], peer[n].data - start[n]
+        assert (moved - wanted).norm() < 0.03 * wanted.norm(), n
+
+
+def test_a_convolution_moves_as_its_matrix_and_vectors_are_refused(gen):
+    kernel, grad = torch.randn(8, 3, 2, 2, generator=gen), torch.randn(8, 3, 2, 2, generator=gen)
+    ours = muon(lambda n: Rate(lr=0.1))
+    a, _ = ours.update({"k": grad}, ours.init({"k": kernel}), {"k": kernel.clone()}, 0)
+    b, _ = ours.update({"k": grad.flatten(1)}, ours.init({"k": kernel.flatten(1)}), {"k": kernel.flatten(1).clone()}, 0)
+    assert torch.equal(a["k"].flatten(1), b["k"])
+    with pytest.raises(ValueError, match=r"1 parameters are none, e\.g\. bias"):
+        ours.init({"bias": torch.zeros(3)})
+
+
+def test_routed_is_each_optimiser_alone(gen):
+    params, grads = _tree(gen), _tree(gen)
+    rate, copy = lambda n: Rate(lr=0.01, weight_decay=0.1), lambda t: map_leaves(torch.clone, t)
+    both = routed(lambda n: "muon" if n == "vit/w" else "adamw", {"adamw": adamw(rate), "muon": muon(rate)})
+    state = both.init(params)
+    assert flatten(state).keys() == {
+        "adamw/mean/vit/b",
+        "adamw/square/vit/b",
+        "adamw/mean/text/w",
+        "adamw/square/text/w",
+        "muon/mean/vit/w",
+    }
+    got, state = both.update(grads, state, copy(params), 0)
+    turned = muon(rate).update(
+        {"vit": {"w": grads["vit"]["w"]}}, muon(rate).init({"vit": {"w": params["vit"]["w"]}}), copy({"vit": {"w": params["vit"]["w"]}}), 0
+    )
+    rest, kept = adamw(rate), {"vit": {"b": params["vit"]["b"]}, "text": params["text"]}
+    moved = rest.update({"vit": {"b": grads["vit"]["b"]}, "text": grads["text"]}, rest.init(kept), copy(kept), 0)
+    for name, t in (flatten(turned[0]) | flatten(moved[0])).items():
+        assert torch.equal(flatten(got)[name], t), name
 
 
 def test_warmup_cosine_counts_optimiser_steps():

@@ -10,7 +10,7 @@ from sklearn.metrics import roc_auc_score
 from medvl import files
 from medvl.data import names, phantoms
 from medvl.data.phantom_canvas import Canvas, cover, smooth_noise, splat
-from medvl.data.phantom_case import FINDINGS, Case, Lesion, PhantomConfig, draw_case, heart_shape
+from medvl.data.phantom_case import FINDINGS, Case, Lesion, PhantomConfig, aorta_path, draw_case, heart_shape
 from medvl.data.phantom_chest import draw_view, render
 from medvl.data.phantom_report import _TERMS, write_report
 
@@ -129,7 +129,7 @@ def test_tissues_have_their_hounsfield_units():
 @pytest.mark.parametrize(
     ("finding", "least", "most", "low", "high"),
     [
-        ("Pericardial effusion", 5e-4, 0.03, -100, 60),
+        ("Pericardial effusion", 5e-4, 0.04, -100, 60),
         ("Hiatal hernia", 3e-4, 0.01, -920, 70),
         ("Emphysema", 1e-3, 0.1, -1000, -900),
         ("Atelectasis", 1e-4, 0.01, -780, 60),
@@ -172,6 +172,35 @@ def test_a_nodule_weighs_what_its_diameter_says(size):
     lung = np.median(without[(with_it - without) > 20])
     volume = (with_it - without).sum() * step.prod() / (lesion.hu - lung)
     assert volume == pytest.approx(np.pi / 6 * size**3, rel=0.25)
+
+
+@pytest.mark.parametrize("to", [(-8.0, -50.0, 40.0), (6.0, -42.0, 22.0)])
+def test_a_plaque_weighs_what_its_length_and_thickness_say(to):
+    at = (-8.0, -50.0, 20.0)
+    length = float(np.linalg.norm(np.subtract(to, at)))
+    case, lesion = _case(), Lesion(size_mm=length, at=at, to=to, thick_mm=5.0, hu=860.0)
+    with_it, without, step = _pair(evolve(case, findings={"Arterial wall calcification": (lesion,)}))
+    change = with_it - without
+    volume = change.sum() * step.prod() / (lesion.hu - 60)
+    assert volume == pytest.approx(np.pi * 2.5**2 * (length + 4 / 3 * 2.5), rel=0.1)
+    far = np.linalg.norm(np.argwhere(change > 40) * step - np.argwhere(change == change.max())[0] * step, axis=1)
+    assert far.max() > 0.5 * length  # it is a rod, not a ball
+
+
+def test_plaques_lie_along_their_vessel():
+    """Ends of aortic plaques are as far from the aorta's centre line as its wall, those of coronary plaques on the heart's surface."""
+    for seed in range(5):
+        case = _case("Arterial wall calcification", "Coronary artery wall calcification", seed=seed)
+        path, b = aorta_path(case.body), case.body
+        line = np.concatenate([np.linspace(p, q, 60) for p, q in zip(path[:-1], path[1:], strict=True)])
+        for plaque in case.findings["Arterial wall calcification"]:
+            middle = (np.array(plaque.at) + plaque.to) / 2
+            assert np.linalg.norm(line - middle, axis=1).min() < b["aorta"] + 1
+            assert plaque.size_mm == pytest.approx(np.linalg.norm(np.subtract(plaque.to, plaque.at)), abs=0.1)
+        centre, radii = heart_shape(b)
+        for plaque in case.findings["Coronary artery wall calcification"]:
+            for end in (plaque.at, plaque.to):
+                assert np.linalg.norm((np.array(end) - centre) / (radii - 2.5)) == pytest.approx(1, abs=0.01)
 
 
 def test_fluid_lies_in_the_costophrenic_angle_of_its_side():

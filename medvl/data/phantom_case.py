@@ -64,6 +64,8 @@ class Lesion:
     zone: str = ""  # "upper", "middle", "lower" or ""
     size_mm: float = 0.0
     at: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    to: tuple[float, float, float] = (0.0, 0.0, 0.0)  # calcification: a plaque runs from `at` to here
+    thick_mm: float = 0.0  # calcification
     hu: float = 0.0
     severity: float = 0.0  # emphysema: 0..1; hernia: gas where above 0.35, fat or food where above -0.2
 
@@ -179,7 +181,7 @@ def _spots(body: Body, gen: Gen, count: int, size: Callable[[], float], hu: Call
 
 def _nodules(body: Body, gen: Gen) -> Lesions:
     def size() -> float:
-        return float(np.clip(np.exp(gen.normal(2.4, 0.35)), 6, 25))
+        return float(np.clip(np.exp(gen.normal(2.7, 0.35)), 8, 30))
 
     count = 1 + gen.poisson(0.9)
     return _spots(body, gen, count, size, lambda: gen.uniform(0, 80), low=-40, high=85, depth=(0.2, 0.8))
@@ -229,9 +231,10 @@ def _coronary(body: Body, gen: Gen) -> Lesions:
     found = []
     for _ in range(2 + gen.poisson(2.0)):
         start, end = map(np.array, paths[gen.choice(3, p=(0.6, 0.2, 0.2))])
-        toward = start + gen.random() * (end - start) + gen.normal(0, 0.04, 3)
-        at = centre + (radii - 2.5) * toward / np.linalg.norm(toward)
-        found.append(Lesion(size_mm=round(gen.uniform(4.0, 8.0), 1), at=tuple(at), hu=round(gen.uniform(500, 1200), 0)))
+        length, first = gen.uniform(6, 25), gen.random()
+        share = length / np.linalg.norm((end - start) * radii)
+        ends = [start + np.clip(t, 0, 1) * (end - start) for t in (first - share / 2, first + share / 2)]
+        found.append(_plaque([centre + (radii - 2.5) * e / np.linalg.norm(e) for e in ends], gen))
     return tuple(found)
 
 
@@ -240,10 +243,18 @@ def _arterial(body: Body, gen: Gen) -> Lesions:
     path, found = aorta_path(body), []
     for _ in range(2 + gen.poisson(3.0)):
         i = gen.choice(len(path) - 1, p=_lengths(path) / _lengths(path).sum())
+        along = (path[i + 1] - path[i]) / _lengths(path)[i]
         middle, around = path[i] + gen.random() * (path[i + 1] - path[i]), gen.uniform(0, 2 * np.pi)
-        at = middle + body["aorta"] * np.array([np.cos(around), np.sin(around), 0.0])
-        found.append(Lesion(size_mm=round(gen.uniform(4.0, 9.0), 1), at=tuple(at), hu=round(gen.uniform(450, 1100), 0)))
+        middle = middle + body["aorta"] * np.array([np.cos(around), np.sin(around), 0.0])
+        half = along * gen.uniform(4, 15)
+        found.append(_plaque([middle - half, middle + half], gen))
     return tuple(found)
+
+
+def _plaque(ends: list[Array], gen: Gen) -> Lesion:
+    at, to = (tuple(e.tolist()) for e in ends)
+    length = float(np.linalg.norm(ends[1] - ends[0]))
+    return Lesion(size_mm=round(length, 1), at=at, to=to, thick_mm=round(gen.uniform(3, 6), 1), hu=round(gen.uniform(450, 1200), 0))
 
 
 def aorta_path(body: Body) -> Array:

@@ -136,7 +136,7 @@ def _tree(b: Body, sign: int, gen: Gen) -> tuple[Array, Array]:
     ends = fork + (_ends(b, sign, second, gen) - fork) * gen.uniform(0.4, 0.9, (second, 1, 1))
     minor = bend(fork, ends, 10)
     width = np.linspace(1, 0.25, 22)
-    radius = np.concatenate([gen.uniform(3.0, 5.2, (first, 1)) * width, gen.uniform(1.2, 2.4, (second, 1)) * width]).ravel()
+    radius = np.concatenate([gen.uniform(2.6, 4.2, (first, 1)) * width, gen.uniform(1.0, 2.0, (second, 1)) * width]).ravel()
     line = np.concatenate([major, minor])
     length = np.linalg.norm(np.diff(line, axis=1, append=line[:, -1:]), axis=2).ravel()
     spread = line.reshape(1, -1, 3) + gen.uniform(-0.8, 0.8, (2, len(radius), 3)) * radius[None, :, None]
@@ -219,8 +219,14 @@ def _store(hu: Array, view: View) -> Volume:
 
 
 def _paint_calcium(c: Canvas, b: Body, lesion: Lesion, gen: Gen) -> None:
-    box, share = cover(c, lesion.at, np.array([0.5, 0.5, 0.5]) * lesion.size_mm * gen.uniform(0.75, 1, 3))
-    c.hu[box] += share * np.float32(lesion.hu - 60)
+    """A rod from end to end of the plaque, as a row of balls that together have its volume."""
+    start, end, ball = np.array(lesion.at), np.array(lesion.to), lesion.thick_mm / 2
+    count = int(np.ceil(lesion.size_mm / ball)) + 1
+    volume = np.pi * ball**2 * (lesion.size_mm + 4 / 3 * ball)
+    part = np.float32(volume / count / (4 / 3 * np.pi * ball**3) * (lesion.hu - 60))
+    for t in np.linspace(0, 1, count):
+        box, share = cover(c, start + t * (end - start), np.full(3, ball))
+        c.hu[box] += share * part
 
 
 def _paint_emphysema(c: Canvas, b: Body, lesion: Lesion, gen: Gen) -> None:

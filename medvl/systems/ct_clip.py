@@ -38,6 +38,7 @@ class DataConfig:
     impressions: float = 0.5  # text = "either": how often it is the impression
     missing: Literal["error", "empty", "drop"] = "drop"  # reports without text
     sentences: int = 0  # show 1 to this many sentences of a report in a training step; 0 = all, in order
+    draws: int = 1  # texts of a scan in a training step, each contrasted by itself; worth it where images cost more than texts
     shuffle: bool = False  # give every training scan another scan's report: the control that must learn nothing
     cache: str = "cache"  # slice features of frozen encoders
     workers: int = 2
@@ -49,6 +50,7 @@ class VitConfig:
 
     name: str = ""
     config: dict[str, Any] = field(factory=dict)
+    whiten: bool = False  # start from a patch embedding whitened over training slices; only for encoders built from scratch
 
 
 @frozen(kw_only=True)
@@ -67,7 +69,9 @@ class ContrastConfig:
 
     loss: Literal["clip", "siglip"] = "clip"
     dim: int = 512
-    centre: bool = True  # subtract the batch mean (running mean when not training): without it all volumes start nearly parallel
+    # of a tower's rows, over the batch (running values when not training): without `centre` all volumes start nearly parallel,
+    # with `standardise` rare directions count as much as frequent ones
+    normalise: Literal["none", "centre", "standardise"] = "centre"
     scale: float = 1 / 0.07
     scale_max: float = 100.0
     bias: float = -10.0  # siglip only
@@ -75,11 +79,12 @@ class ContrastConfig:
 
 @frozen(kw_only=True)
 class Speed:
-    """Another rate for the parameters that a regex matches."""
+    """Another rate or optimiser for the parameters that a regex matches; `muon` takes the matrices among them."""
 
     match: str
     lr: float
     weight_decay: float
+    optimizer: Literal["adamw", "muon"] = "adamw"
 
 
 @frozen(kw_only=True)
@@ -142,6 +147,8 @@ class Config:
     def __attrs_post_init__(self) -> None:
         if bool(self.vit.name) == bool(self.vit.config):
             raise ValueError("vit must have either a name (hub, folder or .pth) or a config to build from scratch")
+        if self.vit.whiten and self.vit.name:
+            raise ValueError(f"vit.whiten is for encoders built from scratch; the weights of {self.vit.name!r} would be lost")
         if not self.train.stages:
             raise ValueError("train.stages must hold at least one stage")
 
@@ -164,9 +171,10 @@ def init(cfg: Config, folder: Path, texts: Sequence[str] = ()) -> tuple[Model, T
     """
     gen = torch.Generator().manual_seed(cfg.seed)
     vit, weights = hub.load(cfg.vit.name) if cfg.vit.name else hub.init_skeleton(cfg.vit.config, gen)
-    if (got := encode.width(cfg.encode, vit)) != cfg.fuse.dim:
+    if (got := encode.width(cfg.encode, vit)) != (taken := cfg.fuse.inputs or cfg.fuse.dim):
         raise ValueError(
-            f"fuse.dim must be the width of the slice encoder, {got}, found {cfg.fuse.dim}; set fuse.dim={got} (and fuse.heads)"
+            f"fuse.dim must be the width of the slice encoder, {got}, found {taken}; set fuse.dim={got} (and fuse.heads), or "
+            f"fuse.inputs={got} to project it to fuse.dim"
         )
     tok, tower = _tokenizer(cfg, folder, texts), cfg.words.tower
     if len(tok) > tower.vocabulary:
@@ -179,15 +187,15 @@ def init(cfg: Config, folder: Path, texts: Sequence[str] = ()) -> tuple[Model, T
     else:
         params["text"] = text.init_text(tower, gen)
     params["project"] = {
-        "image": layers.init_linear(cfg.fuse.dim, cfg.contrast.dim, gen, std=cfg.fuse.dim**-0.5, bias=False),
-        "text": layers.init_linear(width, cfg.contrast.dim, gen, std=width**-0.5, bias=False),
+        side: layers.init_linear(size, cfg.contrast.dim, gen, std=size**-0.5, bias=False)
+        for side, size in (("image", fusion.width(cfg.fuse)), ("text", width))
     }
     params["contrast"] = {"log_scale": torch.tensor(math.log(cfg.contrast.scale)), "bias": torch.tensor(cfg.contrast.bias)}
     return Model(cfg=cfg, vit=vit, writer=writer, tokenizer=tok), params
 
 
 def embed_volumes(model: Model, params: Tree, batch: Mapping[str, Tensor]) -> Tensor:
-    """[b, d] before centring and projection, from "slices" (voxels uint8 or int16 [b, s, y, x], or features [b, s, d]), "mask" [b, s] and
+    """[b, d] before normalisation and projection, from "slices" (voxels uint8 or int16 [b, s, y, x], or features [b, s, d]), "mask" [b, s] and
     "position_mm" [b, s]."""
     device = params["fuse"]["norm"]["weight"].device
     mask, z = batch["mask"].to(device), batch["slices"]
@@ -196,30 +204,44 @@ def embed_volumes(model: Model, params: Tree, batch: Mapping[str, Tensor]) -> Te
 
 
 def embed_texts(model: Model, params: Tree, batch: Mapping[str, Tensor]) -> Tensor:
-    """[b, d] before centring and projection, from "ids" and "words" (their mask) [b, t]."""
+    """[b, k, d] before normalisation and projection, from "ids" and "words" (their mask) [b, k, t], k texts of each volume."""
     device = params["project"]["text"]["weight"].device
-    ids, mask = batch["ids"].to(device), batch["words"].to(device)
+    ids, mask = batch["ids"].to(device).flatten(0, 1), batch["words"].to(device).flatten(0, 1)
     if model.writer is not None:
-        return text.encode_text_with(params["text"], ids, mask, model=model.writer, pool=model.cfg.words.pool)
-    return text.encode_text(model.cfg.words.tower, params["text"], ids, mask)
+        rows = text.encode_text_with(params["text"], ids, mask, model=model.writer, pool=model.cfg.words.pool)
+    else:
+        rows = text.encode_text(model.cfg.words.tower, params["text"], ids, mask)
+    return rows.unflatten(0, batch["ids"].shape[:2])
 
 
-def place(params: Tree, side: Literal["image", "text"], rows: Tensor, mean: Tensor | None) -> Tensor:
-    """Rows of a tower in the common space: centred, projected, L2-normalised [b, d]."""
-    rows = rows.float() if mean is None else rows.float() - mean
+def statistics(cfg: ContrastConfig, rows: Tensor) -> Tree:
+    """What `place` normalises rows [..., d] with: {"mean" [d]} and, to standardise, {"variance" [d]} over the batch."""
+    if cfg.normalise == "none":
+        return {}
+    rows = rows.float().flatten(0, -2)
+    return {"mean": rows.mean(0)} | ({"variance": rows.var(0, correction=0)} if cfg.normalise == "standardise" else {})
+
+
+def place(params: Tree, side: Literal["image", "text"], rows: Tensor, of: Tree) -> Tensor:
+    """Rows [..., d] of a tower in the common space: normalised by the statistics `of` a batch or the running ones, projected, L2 norm 1."""
+    rows = rows.float()
+    if "mean" in of:
+        rows = rows - of["mean"]
+    if "variance" in of:
+        rows = rows * torch.rsqrt(of["variance"] + 1e-5)
     return F.normalize(layers.linear(params["project"][side], rows), dim=-1)
 
 
 def contrast(cfg: ContrastConfig, params: Tree, rows: Mapping[str, Tensor]) -> tuple[Tensor, train.Aux]:
-    """The loss over {"image" [b, d], "text" [b, d]} of a whole batch, centred over that batch."""
-    means = {side: x.float().mean(0) for side, x in rows.items()} if cfg.centre else {}
-    image, words = (place(params, side, rows[side], means.get(side)) for side in ("image", "text"))
+    """The loss over {"image" [b, d], "text" [b, k, d]} of a whole batch, normalised over that batch; the mean over the k texts."""
+    means = {side: statistics(cfg, x) for side, x in rows.items()}
+    image, words = (place(params, side, rows[side], means[side]) for side in ("image", "text"))
     scale = params["contrast"]["log_scale"].exp()
     if cfg.loss == "clip":
-        loss = losses.clip_loss(image, words, scale)
+        each = [losses.clip_loss(image, w, scale) for w in words.unbind(1)]
     else:
-        loss = losses.siglip_loss(image, words, scale, params["contrast"]["bias"])
-    return loss, train.Aux(metrics={"scale": scale}, means=means)
+        each = [losses.siglip_loss(image, w, scale, params["contrast"]["bias"]) for w in words.unbind(1)]
+    return torch.stack(each).mean(), train.Aux(metrics={"scale": scale}, means=means)
 
 
 def bound(cfg: ContrastConfig, params: Tree) -> Tree:

@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 from medvl import config, encode, evaluate, files, hub, metrics, plots, report, train
 from medvl.data import ct, ingest, names, order, pairs, phantoms, reports, store
-from medvl.optim import Rate, adamw, warmup_cosine
+from medvl.optim import Optimizer, Rate, adamw, muon, routed, warmup_cosine
 from medvl.results import Result
 from medvl.systems import ct_clip
-from medvl.systems.ct_clip import Config, Model, Stage
+from medvl.systems.ct_clip import Config, Model, Speed, Stage
 from medvl.tree import Tree, count, flatten, map_leaves, matching, merge, split
 
 _log = logging.getLogger("medvl")
@@ -121,9 +121,12 @@ def batches(model: Model, data: pairs.Pairs, size: int, seed: int) -> Callable[[
     def batch_at(i: int) -> dict[str, Tensor]:
         chosen = order.batch_indices(scans, size, seed, i)[rank * size // world : (rank + 1) * size // world]
         gen = torch.Generator().manual_seed(seed * 1_000_003 + i)
-        said = [pairs.draw_text(data.texts[j], shares, cfg.data.sentences, gen) for j in chosen]
+        said = [pairs.draw_text(data.texts[j], shares, cfg.data.sentences, gen) for j in chosen for _ in range(cfg.data.draws)]
         ids, words = hub.tokenize(tok, said, cfg.words.tower.context)
-        return pairs.read_slices(data.store, [data.names[j] for j in chosen]) | {"ids": ids, "words": words}
+        return pairs.read_slices(data.store, [data.names[j] for j in chosen]) | {
+            "ids": ids.unflatten(0, (len(chosen), -1)),
+            "words": words.unflatten(0, (len(chosen), -1)),
+        }
 
     return batch_at
 
@@ -140,6 +143,8 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
     log(f"{len(data.names)} volumes of {len(set(data.scans))} scans")
     if cut and not cfg.data.sentences:
         log(f"{cut} of {len(texts)} texts are longer than {cfg.words.tower.context} tokens: what lies beyond is not read")
+    if cfg.vit.whiten:
+        params["vit"] = _whitened(model, params, data)
     params = map_leaves(lambda t: t.to(train.device(cfg.train.device)), params)
     means: Tree = {}
     for i, stage in enumerate(cfg.train.stages):
@@ -168,7 +173,7 @@ def _fit_stage(
         chunk=cfg.train.chunk,
         precision=cfg.train.precision,
     )
-    optimizer = adamw(_rates(stage, list(flatten(trained))), warmup_cosine(stage.steps, stage.warmup))
+    optimizer = _optimizer(stage, trained)
     step = train.make_step(grad, optimizer, clip=cfg.train.clip, bound=lambda p: ct_clip.bound(cfg.contrast, p))
 
     def validate(state: train.State) -> dict[str, float]:
@@ -190,11 +195,30 @@ def _fit_stage(
     return everything(state.params), state.means
 
 
-def _rates(stage: Stage, names: list[str]) -> Callable[[str], Rate]:
-    rates = dict.fromkeys(names, Rate(lr=stage.lr, weight_decay=stage.weight_decay))
+def _optimizer(stage: Stage, trained: Tree) -> Optimizer:
+    """A later speed wins over an earlier one; muon takes matrices only, so a pattern may name whole blocks."""
+    flat, schedule = flatten(trained), warmup_cosine(stage.steps, stage.warmup)
+    chosen = dict.fromkeys(flat, Speed(match=".*", lr=stage.lr, weight_decay=stage.weight_decay))
     for speed in stage.speeds:
-        rates |= dict.fromkeys(matching(names, [speed.match]), Rate(lr=speed.lr, weight_decay=speed.weight_decay))
-    return rates.__getitem__
+        hits = matching(list(flat), [speed.match])
+        chosen |= dict.fromkeys([n for n in hits if speed.optimizer == "adamw" or flat[n].dim() > 1], speed)
+    rate = lambda n: Rate(lr=chosen[n].lr, weight_decay=chosen[n].weight_decay)
+    return routed(lambda n: chosen[n].optimizer, {"adamw": adamw(rate, schedule), "muon": muon(rate, schedule)})
+
+
+def _whitened(model: Model, params: Tree, data: pairs.Pairs, scans: int = 200) -> Tree:
+    """The slice encoder with its patch embedding whitened over slices of scans that are spread over the training split.
+
+    Raises:
+        ValueError: no stage trains the patch embedding, so that checkpoints would not hold it.
+    """
+    trained = {n for stage in model.cfg.train.stages for n in flatten(split(params, stage.train)[0])}
+    patch = [n for n, t in flatten(params).items() if n.startswith("vit/") and t.dim() == 4]
+    if not trained.issuperset(patch):
+        raise ValueError(f"vit.whiten: a stage must train {', '.join(patch)}, or the checkpoints would not hold it")
+    chosen = data.names[:: max(1, len(data.names) // scans)]
+    batch = pairs.read_slices(data.store, chosen)
+    return encode.whiten(model.cfg.encode, params["vit"], batch["slices"][batch["mask"]])
 
 
 def load(folder: Path) -> tuple[Model, Tree, Tree]:
@@ -218,7 +242,7 @@ def images(model: Model, params: Tree, means: Tree, of: store.Store, wanted: Seq
     for i in tqdm(range(0, len(wanted), size), desc="embed volumes", disable=not show, leave=False):
         with torch.no_grad(), train.autocast(params, model.cfg.train.precision):
             z = ct_clip.embed_volumes(model, params, pairs.read_slices(of, wanted[i : i + size]))
-        rows.append(ct_clip.place(params, "image", z, means.get("image")).detach().cpu())
+        rows.append(ct_clip.place(params, "image", z, means.get("image", {})).detach().cpu())
     return torch.cat(rows)
 
 
@@ -228,8 +252,8 @@ def sentences(model: Model, params: Tree, means: Tree, said: Sequence[str]) -> T
     for i in range(0, len(said), 64):
         ids, words = hub.tokenize(model.tokenizer, said[i : i + 64], model.cfg.words.tower.context)
         with torch.no_grad(), train.autocast(params, model.cfg.train.precision):
-            z = ct_clip.embed_texts(model, params, {"ids": ids, "words": words})
-        rows.append(ct_clip.place(params, "text", z, means.get("text")).detach().cpu())
+            z = ct_clip.embed_texts(model, params, {"ids": ids[:, None], "words": words[:, None]})[:, 0]
+        rows.append(ct_clip.place(params, "text", z, means.get("text", {})).detach().cpu())
     return torch.cat(rows)
 
 
@@ -351,7 +375,7 @@ def look(folder: Path, scan: files.PathLike, findings: Sequence[str] = ()) -> di
     }
     with torch.no_grad(), train.autocast(params, model.cfg.train.precision):
         rows = ct_clip.embed_volumes(model, params, batch)
-    image = ct_clip.place(params, "image", rows, means.get("image")).detach().cpu()
+    image = ct_clip.place(params, "image", rows, means.get("image", {})).detach().cpu()
     kept = Path(folder) / "results" / "thresholds.json"
     cuts = json.loads(kept.read_text()) if kept.exists() else {}
     asked = tuple(findings) or tuple(cuts) or model.cfg.evaluate.findings or reports.FINDINGS
