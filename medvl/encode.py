@@ -36,9 +36,7 @@ class EncodeConfig:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     pool: Literal["cls", "mean", "max", "cls+mean", "mean+max"] = "cls"
-    grid: int = (
-        1  # "mean" and "max" over each cell of a grid x grid partition, side by side: 1 the whole slice, more keeps where things are
-    )
+    grid: int = 1  # "mean" and "max" over each cell of a grid x grid partition, side by side: more than 1 keeps where things are
     budget_mib: int = 2048  # for the activations of one chunk
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     checkpoint: bool = False  # keep only the pixels of a chunk for the gradient and compute it again

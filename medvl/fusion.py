@@ -74,8 +74,8 @@ def fuse(cfg: FuseConfig, p: Tree, z: Tensor, mask: Tensor, position_mm: Tensor)
     """
     if z.dim() != 3 or z.shape[-1] != (cfg.inputs or cfg.dim) or not (z.shape[:2] == mask.shape == position_mm.shape):
         raise ValueError(
-            f"fuse: z must be [b, s, {cfg.inputs or cfg.dim}], mask and position_mm [b, s], got z {tuple(z.shape)}, mask {tuple(mask.shape)}, "
-            f"position_mm {tuple(position_mm.shape)}; set fuse.dim (or fuse.inputs) to the width of the slice encoder"
+            f"fuse: z must be [b, s, {cfg.inputs or cfg.dim}], mask and position_mm [b, s], got z {tuple(z.shape)}, "
+            f"mask {tuple(mask.shape)}, position_mm {tuple(position_mm.shape)}; set fuse.dim (or fuse.inputs) to the slice encoder's width"
         )
     weight = mask.float()
     middle = (position_mm * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)

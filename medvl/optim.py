@@ -92,7 +92,7 @@ def muon(
     layer belong to AdamW: see `routed`.
     Raises:
         ValueError: a parameter is no matrix.
-    Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon; Nesterov momentum, and steps of tall matrices scaled by sqrt(rows / columns).
+    Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon: Nesterov momentum, steps of tall matrices times sqrt(rows / columns).
     """
 
     def init(params: Tree) -> Tree:

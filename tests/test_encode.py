@@ -152,7 +152,7 @@ def test_a_grid_pools_every_cell_by_itself():
 
 def test_whitened_patches_are_white(gen):
     """Mean 0; variance v / (v + 1 % of the mean) and no correlation, so 1 where there is much of it; nothing else changes."""
-    skeleton, params = vit_of()
+    _, params = vit_of()
     name = next(n for n, t in params.items() if t.dim() == 4)
     smooth = torch.nn.functional.interpolate(torch.randn(400, 1, 8, 8, generator=gen), (32, 32), mode="bicubic")[:, 0]
     slices = (400 * smooth - 200 + 30 * torch.randn(400, 32, 32, generator=gen)).clamp(-1000, 1000).to(torch.int16)

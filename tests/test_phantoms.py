@@ -1,4 +1,5 @@
 import json
+from itertools import pairwise
 
 import nibabel as nib
 import numpy as np
@@ -192,7 +193,7 @@ def test_plaques_lie_along_their_vessel():
     for seed in range(5):
         case = _case("Arterial wall calcification", "Coronary artery wall calcification", seed=seed)
         path, b = aorta_path(case.body), case.body
-        line = np.concatenate([np.linspace(p, q, 60) for p, q in zip(path[:-1], path[1:], strict=True)])
+        line = np.concatenate([np.linspace(p, q, 60) for p, q in pairwise(path)])
         for plaque in case.findings["Arterial wall calcification"]:
             middle = (np.array(plaque.at) + plaque.to) / 2
             assert np.linalg.norm(line - middle, axis=1).min() < b["aorta"] + 1

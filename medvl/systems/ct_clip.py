@@ -195,8 +195,8 @@ def init(cfg: Config, folder: Path, texts: Sequence[str] = ()) -> tuple[Model, T
 
 
 def embed_volumes(model: Model, params: Tree, batch: Mapping[str, Tensor]) -> Tensor:
-    """[b, d] before normalisation and projection, from "slices" (voxels uint8 or int16 [b, s, y, x], or features [b, s, d]), "mask" [b, s] and
-    "position_mm" [b, s]."""
+    """[b, d] before normalisation and projection, from "slices" (voxels uint8 or int16 [b, s, y, x], or features [b, s, d]),
+    "mask" and "position_mm" [b, s]."""
     device = params["fuse"]["norm"]["weight"].device
     mask, z = batch["mask"].to(device), batch["slices"]
     z = encode.encode_slices(model.cfg.encode, params["vit"], z, mask, vit=model.vit) if z.dim() == 4 else z.to(device).float()
