@@ -112,9 +112,7 @@ def encode_slices(cfg: EncodeConfig, params: Mapping[str, Tensor], voxels: Tenso
     device = next(iter(weights.values())).device
 
     def chunk(v: Tensor) -> Tensor:
-        pixels = windows(cfg, v.to(device, non_blocking=True))
-        if size != v.shape[-2:]:
-            pixels = F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=True)
+        pixels = _resize(windows(cfg, v.to(device, non_blocking=True)), size)
         return _pool(cfg, vit, size, vit(weights, pixels.to(dtype), **extra))
 
     wanted = mask.flatten().nonzero()[:, 0].to(voxels.device)
@@ -146,7 +144,8 @@ def whiten(cfg: EncodeConfig, params: Mapping[str, Tensor], voxels: Tensor, *, s
     if len(names) != 1 or voxels.dim() != 3 or not len(voxels):
         raise ValueError(f"whiten: needs one patch embedding and slices [n, y, x], got {names} and {list(voxels.shape)}")
     weight, bias = params[names[0]], names[0].removesuffix("weight") + "bias"
-    patches = F.unfold(windows(cfg, voxels).to(weight.device), weight.shape[-2:], stride=weight.shape[-2:]).mT.flatten(0, 1).double()
+    pixels = _resize(windows(cfg, voxels), (cfg.resize, cfg.resize) if cfg.resize else voxels.shape[-2:]).to(weight.device)
+    patches = F.unfold(pixels, weight.shape[-2:], stride=weight.shape[-2:]).mT.flatten(0, 1).double()
     mean = patches.mean(0)
     variance, directions = torch.linalg.eigh((patches - mean).mT @ (patches - mean) / len(patches))
     rows = (directions / (variance + shrink * variance.mean()).sqrt()).mT.flip(0)[: len(weight)]
@@ -173,6 +172,10 @@ def chunk_size(cfg: EncodeConfig, vit: Vit, size: tuple[int, int], device: torch
     if device.type == "cpu":
         most = min(most, _LARGEST_ON_CPU // (tokens * h * item))
     return max(1, most)
+
+
+def _resize(pixels: Tensor, size: tuple[int, ...]) -> Tensor:
+    return pixels if size == pixels.shape[-2:] else F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=True)
 
 
 def _check_size(size: tuple[int, int], vit: Vit) -> None:

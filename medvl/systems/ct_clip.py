@@ -147,6 +147,8 @@ class Config:
     def __attrs_post_init__(self) -> None:
         if bool(self.vit.name) == bool(self.vit.config):
             raise ValueError("vit must have either a name (hub, folder or .pth) or a config to build from scratch")
+        if self.data.draws < 1:
+            raise ValueError(f"data.draws must be at least 1, got {self.data.draws}")
         if self.vit.whiten and self.vit.name:
             raise ValueError(f"vit.whiten is for encoders built from scratch; the weights of {self.vit.name!r} would be lost")
         if not self.train.stages:

@@ -218,7 +218,9 @@ def _whitened(model: Model, params: Tree, data: pairs.Pairs, scans: int = 200) -
         raise ValueError(f"vit.whiten: a stage must train {', '.join(patch)}, or the checkpoints would not hold it")
     chosen = data.names[:: max(1, len(data.names) // scans)]
     batch = pairs.read_slices(data.store, chosen)
-    return encode.whiten(model.cfg.encode, params["vit"], batch["slices"][batch["mask"]])
+    slices = batch["slices"][batch["mask"]]
+    few = slices[:: -(-slices.numel() // 2**24)]  # at most 16 million pixels: some 400 MiB of statistics
+    return encode.whiten(model.cfg.encode, params["vit"], few)
 
 
 def load(folder: Path) -> tuple[Model, Tree, Tree]:
