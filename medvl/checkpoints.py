@@ -8,16 +8,19 @@ import shutil
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from attrs import frozen
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from medvl import files
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I8": torch.int8}
 
 
 def find(name: str, choices: tuple[str, ...]) -> Path:
@@ -79,30 +82,51 @@ def read_json(path: Path) -> dict[str, Any]:
     return raw
 
 
-def read_weights(path: Path, name: str) -> dict[str, Tensor]:
-    """The state dict of a weight file or of all shards an index names."""
+@frozen(kw_only=True)
+class Entry:
+    """A tensor of a checkpoint that has not been read yet."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]  # gives it a memory of its own only when it is cast or moved; the file may be mapped
+
+
+def entries_of(state: Mapping[str, Tensor]) -> dict[str, Entry]:
+    """A state dict in memory as entries."""
+    return {k: Entry(shape=tuple(t.shape), dtype=t.dtype, read=lambda t=t: t.detach().clone()) for k, t in state.items()}
+
+
+def open_weights(path: Path, name: str) -> dict[str, Entry]:
+    """The tensors of a weight file or of all shards an index names; only shapes and dtypes are read."""
     if path.suffix == ".bin":
-        return read_pickle(path)
+        return entries_of(read_pickle(path))
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+        return _open_safetensors(path)
     shards = sorted(set(read_json(path).get("weight_map", {}).values()))
     if not shards:
         raise ValueError(f"load: {path} names no shards (it must have a weight_map)")
-    state: dict[str, Tensor] = {}
+    held: dict[str, Entry] = {}
     for shard in shards:
-        state |= _read_safetensors(path.parent / shard if Path(name).is_dir() else find(name, (shard,)))
-    return state
+        held |= _open_safetensors(path.parent / shard if Path(name).is_dir() else find(name, (shard,)))
+    return held
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Tensors that lie in the mapped file until they are cast and moved."""
+def _open_safetensors(path: Path) -> dict[str, Entry]:
+    """The file is opened again for each tensor, so that pages of one are given back before the next is read."""
+
+    def read(key: str) -> Tensor:
+        with safe_open(path, framework="pt") as f:
+            return f.get_tensor(key).clone()
+
     try:
         with safe_open(path, framework="pt") as f:
-            return {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (not a dict)
+            slices = {k: f.get_slice(k) for k in f.keys()}  # noqa: SIM118 (not a dict)
+            about = {k: (tuple(s.get_shape()), _DTYPES.get(s.get_dtype(), torch.uint8)) for k, s in slices.items()}
     except FileNotFoundError as e:
         raise ValueError(f"load: {path} is missing, its index names it; download the folder again") from e
     except (SafetensorError, OSError) as e:
         raise ValueError(f"load: {path} is broken or cut off ({e}); download it again") from e
+    return {k: Entry(shape=s, dtype=d, read=lambda k=k: read(k)) for k, (s, d) in about.items()}
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Hugging Face encoders as skeletons whose weights are values; checkpoints and tokenizers. Only this file imports transformers."""
+"""Hugging Face architectures as skeletons whose weights are values; checkpoints and tokenizers. Only this file imports transformers."""
 
 import copy
 import hashlib
@@ -6,28 +6,32 @@ import inspect
 import json
 import re
 import tempfile
+import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 from torch import Generator, Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from medvl import files, tree
-from medvl.checkpoints import few, find, new_folder, read_json, read_pickle, read_weights
+from medvl import files, quant, tree
+from medvl.checkpoints import Entry, entries_of, few, find, new_folder, open_weights, read_json, read_pickle
 from medvl.dinov2 import config_of
 from medvl.dinov2 import from_dinov2 as from_dinov2
 from medvl.dinov2 import to_dinov2 as to_dinov2
 
 Params = dict[str, Tensor]  # flat: {module name: tensor}
+Each = Callable[[str, Tensor], Tensor]  # (name, weight) -> weight
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 # Keys a checkpoint may have that the plain encoder does not: heads of a task, poolers, the temperature of a contrastive pair.
 _HEADS = re.compile(r"(^|\.)(pooler|classifier|head|lm_head|cls|qa_outputs|score|visual_projection|text_projection|logit_scale)(\.|$)")
 _UNUSED = re.compile(r"(^|\.)mask_token$")  # only masked pre-training reads it
+_BUFFERS = re.compile(r"(^|\.)(position_ids|inv_freq|masked_bias|attn\.bias)$")  # old files hold these constants
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -37,7 +41,7 @@ class Skeleton:
 
     `module` has its parameters on the meta device and real buffers, in evaluation mode (no dropout, no stochastic depth). A call binds
     `params` to the module while it runs, so one skeleton serves one thread: give each its own `copy.deepcopy(skeleton)`, which holds no
-    weights. `params` must have exactly the names of the module's parameters (ValueError).
+    weights. `params` must have exactly the names of the module's parameters (ValueError); each may be any kind of weight, see `weights`.
     """
 
     module: nn.Module = field(repr=False)
@@ -70,32 +74,76 @@ class Skeleton:
             raise ValueError(
                 f"{self.name}: params must be exactly its {len(self._names)} weights; missing {few(missing)}, unknown {few(extra)}"
             )
-        if any(m.gradient_checkpointing for m in self._layers):
+        if any(m.gradient_checkpointing and getattr(m, "_gradient_checkpointing_func", None) is not _recompute for m in self._layers):
             raise ValueError(
                 f"{self.name}: gradient checkpointing inside the module would recompute with other weights; "
-                "turn it off and put torch.utils.checkpoint around the call (EncodeConfig.checkpoint)"
+                "turn it off and use checkpointed(skeleton)"
             )
         device = next(iter(params.values())).device
         buffers = {n: self.module.get_buffer(n).to(device) for n in self._buffers}
         return torch.func.functional_call(self.module, {**buffers, **params}, args, kwargs, tie_weights=self._tied)
 
 
+def checkpointed(skeleton: Skeleton) -> Skeleton:
+    """The same skeleton whose layers keep only their inputs for the backward pass and compute the rest again.
+
+    A layer takes the weights that were bound to it during the forward pass along, so the gradient is right wherever it is taken, also after
+    the call has returned. Of use under training only; do not give it a cache.
+    Raises:
+        ValueError: the architecture has no layers that transformers can checkpoint.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    module: Any = copy.deepcopy(skeleton.module)
+    layers: list[Any] = [m for m in module.modules() if isinstance(m, GradientCheckpointingLayer)]
+    inner = {id(k) for m in layers for k in m.modules() if k is not m}
+    layers = [m for m in layers if id(m) not in inner]
+    if not layers:
+        raise ValueError(f"checkpointed: {skeleton.name} has no layers that can be checkpointed")
+    for layer in layers:
+        layer.gradient_checkpointing = layer.training = True  # of the layer alone: what is inside stays in evaluation mode
+        layer._gradient_checkpointing_func = _recompute
+    return evolve(skeleton, module=module)
+
+
+class _Bound(nn.Module):
+    """A layer and a function that runs it, so that weights can be bound to the layer while the function runs."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, run: Callable, *args: Any) -> Any:
+        return run(*args)
+
+
+def _recompute(run: Any, *args: Any) -> Any:
+    layer = run.args[0] if run.args else run.func.__self__
+    weights = {f"layer.{n}": t for n, t in layer.named_parameters()}  # those of this call, not what the skeleton holds later
+    return checkpoint(lambda *a: torch.func.functional_call(_Bound(layer), weights, (run, *a)), *args, use_reentrant=False)
+
+
 def load(
     name: files.PathLike,
     *,
     part: Literal["", "text", "vision"] = "",
+    head: Literal["", "language"] = "",
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    each: Each | None = None,
 ) -> tuple[Skeleton, Params]:
-    """An encoder and its weights.
+    """An architecture and its weights; one weight at a time is read, cast, moved and given to `each`.
 
     Args:
         name: a folder with config.json and model.safetensors (or shards with their index, or pytorch_model.bin); a name on the Hugging Face
             hub, read from its cache and downloaded only if it is not there; or an original DINOv2 file (`dinov2_vitb14_pretrain.pth`).
         part: of a checkpoint that holds two towers (CLIP), the one to take.
+        head: "" takes the plain encoder or decoder, "language" the model that predicts tokens, with its vision tower if it has one.
+        each: (name, weight) -> what to keep of it, such as `quant.quantizer(cfg)`: then the whole model is never held in `dtype`.
     Returns:
         skeleton and params {module name: tensor}, detached, of `dtype` on `device`. Pickled files are read with weights_only=True.
-        Left out are task heads and poolers; a `mask_token` that is missing is zeros (only pre-training reads it).
+        Left out are task heads and poolers; a `mask_token` that is missing is zeros (only pre-training reads it). 4-bit weights that
+        transformers and bitsandbytes wrote come as `quant.FourBit`.
     Raises:
         ValueError: nothing there (says what was looked for, and where), a broken file, keys missing, unexpected or of another shape.
     """
@@ -105,13 +153,13 @@ def load(
         config = config_of(state, str(path))
         return bind(config, from_dinov2(state), name=path.stem, dtype=dtype, device=device)
     config = read_json(find(str(name), ("config.json",)))
-    state = read_weights(find(str(name), _WEIGHTS), str(name))
+    held = open_weights(find(str(name), _WEIGHTS), str(name))
     if part:
         if f"{part}_config" not in config:
             raise ValueError(f"load: {name} has no {part} tower (its config.json has no {part}_config); leave part empty")
         config = {"model_type": f"{config['model_type']}_{part}_model"} | config[f"{part}_config"]
-        state = {k: t for k, t in state.items() if k.startswith(f"{part}_model.")}
-    return bind(config, state, name=str(name), dtype=dtype, device=device)
+        held = {k: e for k, e in held.items() if k.startswith(f"{part}_model.")}
+    return _bind(config, held, str(name), head, dtype, torch.device(device), each)
 
 
 def bind(
@@ -119,6 +167,7 @@ def bind(
     state: Mapping[str, Tensor],
     *,
     name: str = "",
+    head: Literal["", "language"] = "",
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> tuple[Skeleton, Params]:
@@ -127,37 +176,19 @@ def bind(
     Raises:
         ValueError: as `load`.
     """
-    kind, cfg = _architecture(config)
-    name = name or str(config["model_type"])
-    wrong = [f"{k} ({str(t.dtype)[6:]})" for k, t in state.items() if t.dtype not in _FLOATS and not k.endswith("position_ids")]
-    if wrong:
-        raise ValueError(
-            f"load: {name}: weights must be float16, bfloat16, float32 or float64, found {few(wrong)}; quantised files are not read"
-        )
-    options: dict[str, Any] = {"dtype": dtype, "ignore_mismatched_sizes": True, "output_loading_info": True}
-    with _quiet():
-        try:
-            module, info = kind.from_pretrained(None, config=cfg, state_dict=dict(state), **options, **_plain(kind))
-        except RuntimeError as e:
-            raise ValueError(f"load: {name}: its weights do not fit a {kind.__name__}: {e}") from e
-    missing = sorted(k for k in info["missing_keys"] if not _UNUSED.search(k))
-    extra = sorted(k for k in info["unexpected_keys"] if not _HEADS.search(k) and not _UNUSED.search(k))
-    shapes = sorted(f"{k} {list(found)} instead of {list(needed)}" for k, found, needed in info["mismatched_keys"])
-    if missing or extra or shapes or info["error_msgs"]:
-        parts = (("missing", missing), ("unexpected", extra), ("of another shape", shapes), ("broken", info["error_msgs"]))
-        raise ValueError(f"load: {name} is no {kind.__name__} of this config: " + "; ".join(f"{w} {few(ks)}" for w, ks in parts if ks))
-    return _split(module, name, device)
+    return _bind(config, entries_of(state), name or str(config["model_type"]), head, dtype, torch.device(device), None)
 
 
-def init_skeleton(config: dict[str, Any], gen: Generator) -> tuple[Skeleton, Params]:
+def init_skeleton(config: dict[str, Any], gen: Generator, *, head: Literal["", "language"] = "") -> tuple[Skeleton, Params]:
     """An architecture with transformers' own random initialisation, float32 on CPU, a pure function of `gen`.
 
     Args:
         config: such as {"model_type": "dinov2", "hidden_size": 96, ...}; what is left out has transformers' default.
+        head: as in `load`.
     Raises:
         ValueError: unknown model_type or key, or a value of the wrong type.
     """
-    kind, cfg = _architecture(config)
+    kind, cfg = _architecture(config, head)
     known = {*type(cfg)().to_dict(), *cfg.attribute_map, "model_type"}
     if unknown := sorted(config.keys() - known):
         has = ", ".join(sorted(k for k in known if not k.startswith("_")))
@@ -167,6 +198,12 @@ def init_skeleton(config: dict[str, Any], gen: Generator) -> tuple[Skeleton, Par
         torch.manual_seed(seed)
         module = kind._from_config(cfg, dtype=torch.float32, **_plain(kind)).eval()
     return _split(module, str(config["model_type"]), "cpu")
+
+
+def empty_skeleton(config: dict[str, Any], *, head: Literal["", "language"] = "") -> Skeleton:
+    """The architecture alone, of any size, in no time: what `load` binds weights to."""
+    kind, cfg = _architecture(config, head)
+    return _skeleton(_weightless(kind, cfg), str(config["model_type"]))
 
 
 def save(skeleton: Skeleton, params: Mapping[str, Tensor], folder: files.PathLike) -> None:
@@ -313,26 +350,151 @@ def _wrap(path: Path, **special: str) -> Any:
 
 
 # Architectures --------------------------------------------------------------------------------------------------------------------------
-def _architecture(config: dict[str, Any]) -> tuple[Any, Any]:
-    """(transformers class, its config) of the plain encoder a config dict describes; never code from the checkpoint."""
+def _architecture(config: dict[str, Any], head: str = "") -> tuple[Any, Any]:
+    """(transformers class, its config) that a config dict describes; never code from the checkpoint."""
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import CONFIG_MAPPING, MODEL_MAPPING
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING
 
+    tables: Any = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING) if head else (MODEL_MAPPING,)
     kind = str(config.get("model_type"))
-    if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_MAPPING:
+    table = next((t for t in tables if kind in CONFIG_MAPPING and CONFIG_MAPPING[kind] in t), None)
+    if table is None:
         own = "; it needs code of its own, which is never run" if "auto_map" in config else ""
-        raise ValueError(
-            f"config: model_type must be an encoder that transformers has (dinov2, dinov3_vit, vit, bert...), found {kind!r}{own}"
-        )
+        what = "a language model that transformers has (qwen2, qwen3, phi3, qwen2_5_vl...)" if head else "an encoder that transformers has"
+        raise ValueError(f"config: model_type must be {what}{'' if head else ' (dinov2, dinov3_vit, vit, bert...)'}, found {kind!r}{own}")
+    config = {k: v for k, v in config.items() if k != "quantization_config"}  # 4-bit weights are recognised by their own keys
     try:
         cfg = CONFIG_MAPPING[kind].from_dict(config)
     except (StrictDataclassError, TypeError, ValueError) as e:
         raise ValueError(f"config: not a {kind}: {' '.join(str(e).split())}") from e
-    return MODEL_MAPPING[type(cfg)], cfg
+    return table[type(cfg)], cfg
 
 
 def _plain(kind: Any) -> dict[str, bool]:
     return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(kind.__init__).parameters else {}
+
+
+_patching = threading.Lock()
+
+
+def _weightless(kind: Any, cfg: Any) -> Any:
+    """The module with parameters on meta and real buffers: a parameter goes to meta as soon as a module gets it, its memory never touched."""
+    register = nn.Module.register_parameter
+
+    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(torch.empty_like(param, device="meta"), requires_grad=False)
+        register(self, name, param)
+
+    with _patching, torch.random.fork_rng(devices=[]), _quiet():
+        nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+        try:
+            module = kind._from_config(cfg, dtype=torch.float32, **_plain(kind)).eval()
+        finally:
+            nn.Module.register_parameter = register  # type: ignore[method-assign]
+    module.tie_weights()
+    return module
+
+
+def _bind(
+    config: dict[str, Any], held: dict[str, Entry], name: str, head: str, dtype: torch.dtype, device: torch.device, each: Each | None
+) -> tuple[Skeleton, Params]:
+    """Find each checkpoint tensor its parameter, see that all fit, and only then read them, one at a time."""
+    kind, cfg = _architecture(config, head)
+    held = _unpacked(held)
+    wrong = [f"{k} ({str(e.dtype)[6:]})" for k, e in held.items() if e.dtype not in _FLOATS and not _BUFFERS.search(k)]
+    if wrong:
+        raise ValueError(
+            f"load: {name}: weights must be float16, bfloat16, float32, float64 or bitsandbytes' 4-bit, found {few(wrong)}; "
+            "other quantised files are not read"
+        )
+    module = _weightless(kind, cfg)
+    shapes = {n: tuple(p.shape) for n, p in module.named_parameters()}
+    plan, extra = _plan(module, held)
+    _join_tied(module, plan, name)
+    missing = sorted(n for n in shapes.keys() - plan.keys() if not _UNUSED.search(n))
+    extra = sorted(k for k in extra if not (_HEADS.search(k) or _UNUSED.search(k) or _BUFFERS.search(k)))
+    misfit = sorted(f"{n} {list(e.shape)} instead of {list(shapes[n])}" for n, e in plan.items() if e.shape and e.shape != shapes[n])
+    if missing or extra or misfit:
+        parts = (("missing", missing), ("unexpected", extra), ("of another shape", misfit))
+        raise ValueError(f"load: {name} is no {kind.__name__} of this config: " + "; ".join(f"{w} {few(ks)}" for w, ks in parts if ks))
+    params: Params = {}
+    for n, shape in shapes.items():
+        t = plan.pop(n).read().to(device, dtype) if n in plan else torch.zeros(shape, dtype=dtype, device=device)
+        if tuple(t.shape) != shape:
+            raise ValueError(f"load: {name}: {n} must be {list(shape)}, the file's parts make {list(t.shape)}")
+        params[n] = (each(n, t) if each else t).detach()
+    return _skeleton(module, name, device), params
+
+
+def _plan(module: Any, held: Mapping[str, Entry]) -> tuple[dict[str, Entry], list[str]]:
+    """({parameter: where its values come from}, names that have no parameter), by transformers' own rules for old and split layouts."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    rules = get_model_conversion_mapping(module)
+    renamings = [r for r in rules if isinstance(r, WeightRenaming)]
+    converters = [r for r in rules if isinstance(r, WeightConverter)]
+    by_pattern = {p: c for c in converters for p in c.source_patterns}
+    meta, prefix = module.state_dict(), module.base_model_prefix
+    known = {n for n, _ in module.named_parameters(remove_duplicate=False)}
+    plan: dict[str, Entry] = {}
+    groups: dict[str, Any] = {}
+    extra = []
+    for key in sorted(held, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, prefix, meta)
+        if name not in meta and key in meta:
+            name, pattern = rename_source_key(key, [], [], prefix, meta)
+        if name not in known:
+            extra += [] if name in meta else [key]
+        elif pattern is None:
+            plan[name] = held[key]
+        else:
+            rule = groups.setdefault(name, copy.deepcopy(by_pattern[pattern]))
+            rule.add_tensor(name, key, pattern, held[key].read)
+    for name, rule in groups.items():
+        made = _once(lambda name=name, rule=rule: _convert(rule, name, module))
+        for target in rule.target_patterns:
+            one = name.replace(rule.target_patterns[0], target) if len(rule.target_patterns) > 1 else name
+            plan[one] = Entry(shape=(), dtype=torch.float32, read=lambda one=one, made=made: made()[one])
+    module._weight_conversions = [r for r in rules if r.was_used()]  # what `save` turns back
+    return plan, extra
+
+
+def _convert(rule: Any, name: str, module: Any) -> dict[str, Tensor]:
+    made = rule.convert(name, model=module, config=module.config)
+    return {k: t[0] if isinstance(t, list) else t for k, t in made.items()}
+
+
+def _once(f: Callable[[], Any]) -> Callable[[], Any]:
+    kept: list[Any] = []
+    return lambda: kept[0] if kept else (kept.append(f()), kept[0])[1]
+
+
+def _join_tied(module: Any, plan: dict[str, Entry], name: str) -> None:
+    """A tied weight may be in a file under either of its names, or under both."""
+    first = {id(p): n for n, p in module.named_parameters()}
+    for n, p in module.named_parameters(remove_duplicate=False):
+        one = first[id(p)]
+        if n == one or n not in plan:
+            continue
+        if one in plan and not torch.equal(plan[n].read(), plan[one].read()):
+            raise ValueError(f"load: {name}: {n} and {one} are one weight by its config, but differ in the file")
+        plan.setdefault(one, plan[n])
+        del plan[n]
+
+
+def _unpacked(held: dict[str, Entry]) -> dict[str, Entry]:
+    """The same entries, those of each 4-bit weight as one."""
+    quantised = {k.partition(".quant_state.")[0] for k in held if ".quant_state.bitsandbytes__" in k}
+    parts = {w: {k[len(w) :]: e for k, e in held.items() if k == w or k.startswith(f"{w}.")} for w in quantised}
+    taken = {w + suffix for w, of in parts.items() for suffix in of}
+    out = {k: e for k, e in held.items() if k not in taken}
+    for w, of in parts.items():
+        about = quant.header({k: e.read() for k, e in of.items() if k.startswith(".quant_state.")})
+        read = lambda of=of: quant.unpack({k: e.read() for k, e in of.items()})
+        out[w] = Entry(shape=tuple(about["shape"]), dtype=getattr(torch, about["dtype"]), read=read)
+    return out
 
 
 def _split(module: Any, name: str, device: str | torch.device) -> tuple[Skeleton, Params]:
@@ -348,9 +510,14 @@ def _split(module: Any, name: str, device: str | torch.device) -> tuple[Skeleton
                 metas[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
                 params[where[id(p)]] = p.detach().to(device, copy=True)
             part._parameters[key] = metas[id(p)]
+    return _skeleton(module, name, torch.device(device)), params
+
+
+def _skeleton(module: Any, name: str, device: torch.device = torch.device("cpu")) -> Skeleton:
+    for part in module.modules():
         for key, b in part._buffers.items():
             part._buffers[key] = b if b is None else b.to(device)
-    return Skeleton(module=module, name=name, config=json.loads(json.dumps(module.config.to_dict(), default=str))), params
+    return Skeleton(module=module, name=name, config=json.loads(json.dumps(module.config.to_dict(), default=str)))
 
 
 @contextmanager

@@ -5,14 +5,15 @@ from pathlib import Path
 
 LAYERS = [
     ["config", "tree", "files", "data.names", "data.phantom_canvas", "data.phantom_case"],
-    ["results", "layers", "losses", "optim", "metrics", "checkpoints", "dinov2", "data.scans", "data.grids", "data.order", "data.reports"],
-    ["hub", "encode", "fusion", "text", "data.ct", "data.store", "data.phantom_chest", "data.phantom_report"],
-    ["train", "evaluate", "plots", "report", "data.ingest", "data.pairs", "data.phantoms"],
+    ["results", "layers", "losses", "optim", "metrics", "checkpoints", "dinov2", "data.scans", "data.grids", "data.order", "data.reports", "weights"],
+    ["quant", "lora", "qwen_vl", "data.conversations"],
+    ["hub", "compose", "adapter_files", "encode", "fusion", "text", "data.ct", "data.store", "data.phantom_chest", "data.phantom_report"],
+    ["train", "vlm", "generate", "evaluate", "plots", "report", "data.ingest", "data.pairs", "data.phantoms"],
     ["systems.ct_clip"],
     ["systems.ct_clip_run"],
     ["systems.run"],
 ]
-ONLY = {"transformers": "hub", "cattrs": "config", "invoke": "tasks"}
+ONLY = {"transformers": "hub", "bitsandbytes": "quant", "cattrs": "config", "invoke": "tasks"}
 ROOT = Path(__file__).resolve().parents[1]
 LEVEL = {f"medvl.{name}": level for level, names in enumerate(LAYERS) for name in names}
 

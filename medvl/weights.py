@@ -1,0 +1,288 @@
+"""Weights that are not plain tensors: low-rank corrections, shards, stand-ins. A forward pass uses them like any weight and knows of none.
+
+A lazy weight is a tensor subclass without storage. It answers `F.linear` and `F.embedding` (and the `addmm` of GPT-2's Conv1D) by what it
+holds; any other arithmetic is an error. Kinds nest: a low-rank correction over a 4-bit weight (`quant.FourBit`) is QLoRA.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_aten = torch.ops.aten
+_COPIES = (_aten.detach.default, _aten.alias.default, _aten._to_copy.default, _aten.clone.default, _aten.view.default)
+
+
+class Lazy(Tensor):
+    """A weight that knows how to be used in a layer. The tensors it holds are its `parts`; it has the shape of the weight it stands for."""
+
+    _parts: tuple[str, ...] = ()  # attributes that hold tensors (lazy ones among them) or None
+
+    @classmethod
+    def like(cls, shape: torch.Size, dtype: torch.dtype, device: torch.device, **held: Any) -> "Lazy":
+        w = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        w.__dict__.update(held)
+        return w
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`x W^T + bias`, x [..., in] -> [..., out]."""
+        return F.linear(x, self.dense(), bias)
+
+    def embedding(self, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The rows `ids` of the weight [v, d]."""
+        return F.embedding(ids, self.dense(), *args, **kwargs)
+
+    def product(self, x: Tensor, bias: Tensor) -> Tensor:
+        """`x W + bias` for a weight that lies as [in, out] (GPT-2's Conv1D)."""
+        return torch.addmm(bias, x, self.dense())
+
+    def dense(self) -> Tensor:
+        """The weight as a plain tensor, where it is one."""
+        raise ValueError(f"{self!r} has no plain tensor")
+
+    def mapped(self, f: Callable[[Tensor], Tensor]) -> "Lazy":
+        """The same weight with `f` applied to every tensor it holds."""
+        held = {k: f(v) if k in self._parts and v is not None else v for k, v in self.__dict__.items()}
+        first = held[self._parts[0]]
+        return type(self).like(self.shape, first.dtype if first.is_floating_point() else self.dtype, first.device, **held)
+
+    def moved(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> "Lazy":
+        """The same weight elsewhere or in another precision."""
+        return self.mapped(lambda t: _moved(t, dtype, device))
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.linear and isinstance(args[1], Lazy):
+            return args[1].linear(args[0], args[2] if len(args) > 2 else kwargs.get("bias"))
+        if func is F.embedding and isinstance(args[1], Lazy):
+            return args[1].embedding(args[0], *args[2:], **kwargs)
+        if func is torch.addmm and len(args) == 3 and isinstance(args[2], Lazy) and not kwargs:
+            return args[2].product(args[1], args[0])
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _COPIES and isinstance(args[0], Lazy) and (func is not _aten.view.default or args[0].shape == torch.Size(args[1])):
+            if func is _aten.clone.default:
+                return args[0].mapped(_cloned)
+            return args[0].moved(kwargs.get("dtype"), kwargs.get("device"))
+        raise NotImplementedError(
+            f"{func} meets {next(a for a in _lazies(args, kwargs))!r}, which answers only linear, embedding and addmm; "
+            "weights.dense(w) makes a plain tensor of it"
+        )
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"{type(self).__name__}({self._about()})"
+
+    def _about(self) -> str:
+        return f"{list(self.shape)}, {str(self.dtype)[6:]}"
+
+    def __deepcopy__(self, memo: dict) -> "Lazy":
+        return self.mapped(lambda t: copy.deepcopy(t, memo))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(f"{self!r} is not saved as it is: write adapters with adapter_files.write, models with hub.save")
+
+
+class LowRank(Lazy):
+    """`W + B diag(gate) A`: what an adapter, or many at once, add to a base weight. Made by `low_rank`."""
+
+    _parts = ("base", "a", "b", "gate", "router", "rows")
+
+    base: Tensor
+    a: Tensor
+    b: Tensor
+    gate: Tensor | None
+    router: Tensor | None
+    rows: Tensor | None
+    scale: float
+    kind: str
+    dropout: float
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        y = F.linear(x, self.base, bias)
+        return y if self.kind == "embedding" else self._add(y, x)
+
+    def product(self, x: Tensor, bias: Tensor) -> Tensor:
+        return self._add(torch.addmm(bias, x, self.base), x)
+
+    def embedding(self, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = F.embedding(ids, self.base, *args, **kwargs)
+        if self.kind != "embedding":
+            return y
+        h = F.embedding(ids, self.a.t())
+        return (y + F.linear(self._gated(h, h), self.b)).to(y.dtype)
+
+    def dense(self) -> Tensor:
+        if self.router is not None or (self.gate is not None and self.gate.dim() > 1):
+            raise ValueError(f"{self!r} has no plain tensor: its correction depends on the {'token' if self.router is not None else 'sample'}")
+        base, gate = dense(self.base), self.scale if self.gate is None else self.gate * self.scale
+        change = (self.b * gate) @ self.a
+        return (base + (change if self.kind == "linear" else change.t())).to(base.dtype)
+
+    def _add(self, y: Tensor, x: Tensor) -> Tensor:
+        """`y` and the correction for `x`, added in the wider precision of the two and rounded once."""
+        x = F.dropout(x, self.dropout) if self.dropout else x
+        mixed = torch.is_autocast_enabled(x.device.type)
+        h = self._gated(F.linear(x if mixed else x.to(self.a.dtype), self.a), x)
+        if h.dtype == y.dtype == self.b.dtype and not mixed:
+            return torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), self.b.t()).view(y.shape)
+        return (y + F.linear(h, self.b)).to(y.dtype)
+
+    def _gated(self, h: Tensor, x: Tensor) -> Tensor:
+        if self.router is not None:
+            share = F.linear(x.to(self.router.dtype), self.router).softmax(-1)
+            h = h * share.repeat_interleave(h.shape[-1] // share.shape[-1], -1).to(h.dtype)
+        if self.gate is not None:
+            h = h * (self.gate if self.gate.dim() == 1 else self._per_row(h)).to(h.dtype)
+        return h if self.scale == 1.0 else h * self.scale
+
+    def _per_row(self, h: Tensor) -> Tensor:
+        """The gate [b, r] of each row's sample, shaped to multiply h: [b, t, r], or rows of several samples one after the other."""
+        gate, n = self.gate, h.shape[0]
+        assert gate is not None
+        if self.rows is not None:  # sample of each visual token; a tower sees tokens, patches (more) or tiles (fewer) in the same order
+            total = len(self.rows)
+            if n % total and total % n:
+                raise ValueError(f"{self!r}: {n} rows do not belong to {total} visual tokens; visual must count the tokens of this batch")
+            of = self.rows.repeat_interleave(n // total) if n >= total else self.rows[:: total // n]
+            gate = gate[of]
+        elif n != len(gate):
+            if n % len(gate) or h.dim() != 2:
+                raise ValueError(f"{self!r}: weights for {len(gate)} samples meet {n} rows; give weights for every sample of the batch")
+            gate = gate.repeat_interleave(n // len(gate), 0)
+        return gate[:, None, :] if h.dim() == 3 else gate
+
+    def _about(self) -> str:
+        how = "routed" if self.router is not None else "per sample" if self.gate is not None and self.gate.dim() > 1 else ""
+        base = repr(self.base) if isinstance(self.base, Lazy) else str(self.base.dtype)[6:]
+        return f"{list(self.shape)}, {self.kind}, rank {len(self.a)}{' ' + how if how else ''} over {base}"
+
+
+class Sharded(Lazy):
+    """A weight whose parts lie on several processes (`torch.distributed.tensor.DTensor`): gathered when used, its gradient scattered."""
+
+    _parts = ("shard",)
+    shard: Any
+
+    def dense(self) -> Tensor:
+        from torch.distributed.tensor import Partial
+
+        return self.shard.full_tensor(grad_placements=[Partial("sum")] * self.shard.device_mesh.ndim)
+
+    def _about(self) -> str:
+        return f"{list(self.shape)}, {str(self.dtype)[6:]}, {self.shard.placements} on {self.shard.device_mesh.size()} processes"
+
+
+class Passed(Lazy):
+    """A head that hands its input on: logits become the hidden states before it. Looked up as an embedding it is its base (tied weights)."""
+
+    _parts = ("base",)
+    base: Tensor
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return x
+
+    def embedding(self, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return F.embedding(ids, self.base, *args, **kwargs)
+
+
+def low_rank(
+    base: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    scale: float = 1.0,
+    gate: Tensor | None = None,
+    router: Tensor | None = None,
+    rows: Tensor | None = None,
+    kind: str = "linear",
+    dropout: float = 0.0,
+) -> Tensor:
+    """A weight that acts as `base + scale B diag(gate) A`, where the gate may differ by sample or by token.
+
+    Args:
+        base: [out, in], of any kind of weight; [in, out] with kind "conv1d" (GPT-2), [v, d] with kind "embedding".
+        a, b: [r, in] and [out, r]; [r, v] and [d, r] with kind "embedding". Adapters side by side are one with the sum of their ranks.
+        gate: [r], or [b, r] with a row for each sample of the batch that will come; ones if left out.
+        router: [n, in]; softmax over n experts of `x router^T` gates r / n ranks each, per token (H-LoRA).
+        rows: int64 [tokens], which sample each visual token belongs to: needed with a gate per sample where the layer is in a vision tower.
+        kind: an embedding's correction is not seen by a head that shares its weight, nor the other way round.
+        dropout: of the input of A, for training; drawn from torch's default generator.
+    Raises:
+        ValueError: shapes that do not fit.
+    Source: Hu et al. 2021 (LoRA), arXiv:2106.09685; gates after Lin et al. 2025 (HealthGPT), arXiv:2502.09838, eq. 9.
+    """
+    r, ends = len(a), (b.shape[0], a.shape[1])
+    if a.dim() != 2 or b.dim() != 2 or b.shape[1] != r or base.shape != (ends if kind == "linear" else ends[::-1]):
+        sizes = f"{list(a.shape)} and {list(b.shape)} for {list(base.shape)} of kind {kind}"
+        raise ValueError(f"low_rank: A [r, in] and B [out, r] must fit the weight, got {sizes}")
+    if gate is not None and (gate.dim() > 2 or gate.shape[-1] != r):
+        raise ValueError(f"low_rank: the gate must be [{r}] or [b, {r}], got {list(gate.shape)}")
+    if router is not None and (router.shape[-1] != a.shape[1] or r % len(router)):
+        raise ValueError(f"low_rank: the router must be [n, {a.shape[1]}] with n dividing rank {r}, got {list(router.shape)}")
+    held = {"base": base, "a": a, "b": b, "gate": gate, "router": router, "rows": rows}
+    return LowRank.like(base.shape, base.dtype, base.device, **held, scale=float(scale), kind=kind, dropout=dropout)
+
+
+def sharded(shard: Any) -> Tensor:
+    """A weight from a DTensor, gathered at each use; the gradient it passes back is the sum over processes, scattered as the shard is."""
+    return Sharded.like(shard.shape, shard.dtype, shard.device, shard=shard)
+
+
+def passed(base: Tensor) -> Tensor:
+    """In the place of a language head's weight: the model returns the hidden states [.., d] that the head would have got."""
+    return Passed.like(base.shape, base.dtype, base.device, base=base)
+
+
+def dense(w: Tensor) -> Tensor:
+    """`w` as a plain tensor; low-rank corrections are added in, 4-bit values written out.
+
+    Raises:
+        ValueError: a correction that differs by sample or token has no plain tensor.
+    """
+    return w.dense() if isinstance(w, Lazy) else w
+
+
+def leaves(w: Tensor) -> Iterator[Tensor]:
+    """The plain tensors that a weight holds; of a plain tensor, itself."""
+    if not isinstance(w, Lazy):
+        yield w
+        return
+    for name in w._parts:
+        if (part := getattr(w, name)) is not None:
+            yield from leaves(part)
+
+
+def nbytes(params: Mapping[str, Tensor]) -> int:
+    """Bytes of memory that the weights hold on this process; what several share counts once."""
+    held = {}
+    for w in params.values():
+        for t in leaves(w):
+            t = t.to_local() if hasattr(t, "to_local") else t
+            held[t.untyped_storage().data_ptr() or id(t)] = t.untyped_storage().nbytes() if t.device.type != "meta" else t.nbytes
+    return sum(held.values())
+
+
+def _moved(t: Tensor, dtype: torch.dtype | None, device: torch.device | None) -> Tensor:
+    if isinstance(t, Lazy):
+        return t.moved(dtype, device)
+    return t.to(device=device, dtype=dtype if t.is_floating_point() else None)
+
+
+def _cloned(t: Tensor) -> Tensor:
+    return t.mapped(_cloned) if isinstance(t, Lazy) else t.clone()
+
+
+def _lazies(args: Any, kwargs: Any) -> Iterator[Lazy]:
+    for a in (*args, *kwargs.values()):
+        if isinstance(a, Lazy):
+            yield a
+        elif isinstance(a, list | tuple):
+            yield from _lazies(a, {})
