@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,11 @@ class Entry:
 
 def entries_of(state: Mapping[str, Tensor]) -> dict[str, Entry]:
     """A state dict in memory as entries."""
-    return {k: Entry(shape=tuple(t.shape), dtype=t.dtype, read=lambda t=t: t.detach().clone()) for k, t in state.items()}
+    return {k: Entry(shape=tuple(t.shape), dtype=t.dtype, read=partial(_copy, t)) for k, t in state.items()}
+
+
+def _copy(t: Tensor) -> Tensor:
+    return t.detach().clone()
 
 
 def open_weights(path: Path, name: str) -> dict[str, Entry]:
@@ -126,7 +131,7 @@ def _open_safetensors(path: Path) -> dict[str, Entry]:
         raise ValueError(f"load: {path} is missing, its index names it; download the folder again") from e
     except (SafetensorError, OSError) as e:
         raise ValueError(f"load: {path} is broken or cut off ({e}); download it again") from e
-    return {k: Entry(shape=s, dtype=d, read=lambda k=k: read(k)) for k, (s, d) in about.items()}
+    return {k: Entry(shape=s, dtype=d, read=partial(read, k)) for k, (s, d) in about.items()}
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:

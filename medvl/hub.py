@@ -10,11 +10,14 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from attrs import evolve, field, frozen
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,6 +26,7 @@ from medvl.checkpoints import Entry, entries_of, few, find, new_folder, open_wei
 from medvl.dinov2 import config_of
 from medvl.dinov2 import from_dinov2 as from_dinov2
 from medvl.dinov2 import to_dinov2 as to_dinov2
+from medvl.weights import LowRank, dense
 
 Params = dict[str, Tensor]  # flat: {module name: tensor}
 Each = Callable[[str, Tensor], Tensor]  # (name, weight) -> weight
@@ -206,22 +210,66 @@ def empty_skeleton(config: dict[str, Any], *, head: Literal["", "language"] = ""
     return _skeleton(_weightless(kind, cfg), str(config["model_type"]))
 
 
-def save(skeleton: Skeleton, params: Mapping[str, Tensor], folder: files.PathLike) -> None:
+def save(skeleton: Skeleton, params: Mapping[str, Tensor], folder: files.PathLike, *, shard_gb: float = 5.0) -> None:
     """Write config.json and model.safetensors, with the names of published checkpoints, that transformers' from_pretrained reads.
 
-    The folder is there whole or not at all.
+    4-bit weights are written in the layout of bitsandbytes; sharded ones are gathered (every process must call this, process 0 writes). A
+    model above `shard_gb` (10^9 bytes) is split into files with an index. The folder is there whole or not at all.
     Raises:
-        ValueError: the folder exists and is not empty, or params are not the skeleton's.
+        ValueError: the folder exists and is not empty, params are not the skeleton's, or adapters are still on them.
     """
     if params.keys() != skeleton._names:
         raise ValueError(
             f"save: params must be the {len(skeleton._names)} weights of {skeleton.name}, got {len(params)}: {few(sorted(params))}"
         )
-    module: Any = copy.deepcopy(skeleton.module)
-    module.load_state_dict({n: t.detach() for n, t in params.items()}, strict=False, assign=True)
-    module.tie_weights()
+    if adapted := [n for n, w in params.items() if isinstance(w, LowRank)]:
+        raise ValueError(f"save: adapters are on {few(adapted, 2)}; merge them (lora.merge) or write them apart (write_adapter)")
+    packed = {n: w for n, w in params.items() if isinstance(w, quant.FourBit)}
+    plain = {n: w.packed if isinstance(w, quant.FourBit) else dense(w).detach().contiguous() for n, w in params.items()}
+    state = _published(skeleton.module, plain, packed)
     with new_folder(folder) as tmp, _quiet():
-        module.save_pretrained(tmp)
+        _save_config(skeleton.module, tmp, plain, packed)
+        split = split_torch_state_dict_into_shards(state, max_shard_size=int(shard_gb * 1e9), filename_pattern="model{suffix}.safetensors")
+        for file, names in split.filename_to_tensors.items():
+            save_file({n: state[n] for n in names}, tmp / file, {"format": "pt"})
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            files.write_text(tmp / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
+
+
+def _published(module: Any, plain: dict[str, Tensor], packed: Mapping[str, quant.FourBit]) -> dict[str, Tensor]:
+    """The state dict under the names of published checkpoints; each 4-bit weight with its scales."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    codes = {id(w.packed): n for n, w in packed.items()}
+    state: dict[str, Tensor] = {}
+    for name, t in revert_weight_conversion(module, plain).items():
+        old = codes.pop(id(t), None)
+        state |= {name: t} if old is None else {name + suffix: part for suffix, part in quant.pack(packed[old]).items()}
+    if codes:
+        raise ValueError(f"save: {few(sorted(codes.values()))} are stored split or joined; they cannot be saved in 4 bits")
+    return state
+
+
+def _save_config(module: Any, folder: Path, plain: Mapping[str, Tensor], packed: Mapping[str, quant.FourBit]) -> None:
+    config = copy.deepcopy(module.config)
+    config.architectures = [type(module).__name__]
+    config.dtype = next((t.dtype for t in plain.values() if t.is_floating_point()), torch.float32)
+    if packed:
+        one = next(iter(packed.values()))
+        whole = [n for n, m in module.named_modules() if isinstance(m, nn.Linear) and f"{n}.weight" not in packed]
+        config.quantization_config = {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": one.kind,
+            "bnb_4bit_use_double_quant": one.nested is not None,
+            "bnb_4bit_compute_dtype": str(one.dtype)[6:],
+            "bnb_4bit_quant_storage": "uint8",
+            "llm_int8_skip_modules": whole,
+        }
+    config.save_pretrained(folder)
+    if module.can_generate() and module.generation_config is not None:
+        module.generation_config.save_pretrained(folder)
 
 
 def digest(params: tree.Tree) -> str:
@@ -378,7 +426,7 @@ _patching = threading.Lock()
 
 
 def _weightless(kind: Any, cfg: Any) -> Any:
-    """The module with parameters on meta and real buffers: a parameter goes to meta as soon as a module gets it, its memory never touched."""
+    """The module with parameters on meta and real buffers: a parameter goes to meta when a module gets it, its memory never touched."""
     register = nn.Module.register_parameter
 
     def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
@@ -420,11 +468,18 @@ def _bind(
         raise ValueError(f"load: {name} is no {kind.__name__} of this config: " + "; ".join(f"{w} {few(ks)}" for w, ks in parts if ks))
     params: Params = {}
     for n, shape in shapes.items():
-        t = plan.pop(n).read().to(device, dtype) if n in plan else torch.zeros(shape, dtype=dtype, device=device)
+        t = _read(plan.pop(n), n, name).to(device, dtype) if n in plan else torch.zeros(shape, dtype=dtype, device=device)
         if tuple(t.shape) != shape:
             raise ValueError(f"load: {name}: {n} must be {list(shape)}, the file's parts make {list(t.shape)}")
         params[n] = (each(n, t) if each else t).detach()
     return _skeleton(module, name, device), params
+
+
+def _read(entry: Entry, name: str, of: str) -> Tensor:
+    try:
+        return entry.read()
+    except ValueError as e:
+        raise ValueError(f"load: {of}: {name}: {e}") from e
 
 
 def _plan(module: Any, held: Mapping[str, Entry]) -> tuple[dict[str, Entry], list[str]]:
@@ -453,10 +508,10 @@ def _plan(module: Any, held: Mapping[str, Entry]) -> tuple[dict[str, Entry], lis
             rule = groups.setdefault(name, copy.deepcopy(by_pattern[pattern]))
             rule.add_tensor(name, key, pattern, held[key].read)
     for name, rule in groups.items():
-        made = _once(lambda name=name, rule=rule: _convert(rule, name, module))
+        made: dict[str, Tensor] = {}
         for target in rule.target_patterns:
             one = name.replace(rule.target_patterns[0], target) if len(rule.target_patterns) > 1 else name
-            plan[one] = Entry(shape=(), dtype=torch.float32, read=lambda one=one, made=made: made()[one])
+            plan[one] = _entry(made, rule, name, module, one)
     module._weight_conversions = [r for r in rules if r.was_used()]  # what `save` turns back
     return plan, extra
 
@@ -466,9 +521,15 @@ def _convert(rule: Any, name: str, module: Any) -> dict[str, Tensor]:
     return {k: t[0] if isinstance(t, list) else t for k, t in made.items()}
 
 
-def _once(f: Callable[[], Any]) -> Callable[[], Any]:
-    kept: list[Any] = []
-    return lambda: kept[0] if kept else (kept.append(f()), kept[0])[1]
+def _entry(made: dict[str, Tensor], rule: Any, name: str, module: Any, target: str) -> Entry:
+    """One of the weights that a rule makes of its parts; all are made when the first is read."""
+
+    def read() -> Tensor:
+        if not made:
+            made.update(_convert(rule, name, module))
+        return made[target]
+
+    return Entry(shape=(), dtype=torch.float32, read=read)
 
 
 def _join_tied(module: Any, plan: dict[str, Entry], name: str) -> None:
@@ -491,10 +552,13 @@ def _unpacked(held: dict[str, Entry]) -> dict[str, Entry]:
     taken = {w + suffix for w, of in parts.items() for suffix in of}
     out = {k: e for k, e in held.items() if k not in taken}
     for w, of in parts.items():
-        about = quant.header({k: e.read() for k, e in of.items() if k.startswith(".quant_state.")})
-        read = lambda of=of: quant.unpack({k: e.read() for k, e in of.items()})
-        out[w] = Entry(shape=tuple(about["shape"]), dtype=getattr(torch, about["dtype"]), read=read)
+        about = quant.header({k: e.read() for k, e in of.items() if k.startswith(".quant_state.")}, w)
+        out[w] = Entry(shape=tuple(about["shape"]), dtype=getattr(torch, about["dtype"]), read=partial(_unpack, of))
     return out
+
+
+def _unpack(parts: dict[str, Entry]) -> Tensor:
+    return quant.unpack({k: e.read() for k, e in parts.items()})
 
 
 def _split(module: Any, name: str, device: str | torch.device) -> tuple[Skeleton, Params]:

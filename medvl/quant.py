@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from attrs import frozen
 from torch import Tensor
 
+from medvl.optim import Packing
 from medvl.weights import Lazy, nbytes
 
 # What stays as it is unless asked for: tables, heads, towers and projectors, routers.
@@ -167,14 +168,16 @@ def unpack(held: Mapping[str, Tensor]) -> Tensor:
     return _of_state(held[""], _functional().QuantState.from_dict(parts, device=held[""].device))
 
 
-def header(held: Mapping[str, Tensor]) -> dict[str, Any]:
+def header(held: Mapping[str, Tensor], name: str = "a 4-bit weight") -> dict[str, Any]:
     """What the quant_state of a stored 4-bit weight says: shape, dtype, quant_type, blocksize, nested_offset."""
     state = next(t for k, t in held.items() if k.startswith(".quant_state."))
     try:
         about = json.loads(bytes(state.cpu().tolist()).decode())
-        return about if about["quant_type"] in ("nf4", "fp4") and about["shape"] and about["dtype"] and about["blocksize"] else {}["shape"]
+        if about["quant_type"] not in ("nf4", "fp4"):
+            raise ValueError(f"quant_type is {about['quant_type']!r}")
+        return {"shape": list(about["shape"]), "dtype": str(about["dtype"]), "blocksize": int(about["blocksize"]), **about}
     except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"quant: a 4-bit weight's quant_state cannot be read ({e!r})") from e
+        raise ValueError(f"quant: the quant_state of {name} cannot be read ({e!r})") from e
 
 
 def bits_per_weight(params: Mapping[str, Tensor]) -> float:
@@ -233,3 +236,24 @@ def _functional() -> Any:
     except ImportError as e:
         raise ValueError("quantize: 4-bit weights need bitsandbytes; pip install 'medvl[quant]'") from e
     return functional
+
+
+# Optimiser states -----------------------------------------------------------------------------------------------------------------------
+def eight_bit() -> Packing:
+    """Moments of `optim.adamw` in 8 bits, with a scale for every 256 values, exactly as bitsandbytes keeps them.
+
+    Source: Dettmers et al. 2022, arXiv:2110.02861 (blockwise dynamic quantisation).
+    """
+    functional = _functional()
+    maps = {signed: functional.create_dynamic_map(signed=signed) for signed in (True, False)}
+    ops = torch.ops.bitsandbytes
+
+    def pack(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+        maps[signed] = maps[signed].to(values.device)
+        return ops.quantize_blockwise.default(values, maps[signed], 256)
+
+    def unpack(codes: Tensor, scale: Tensor, signed: bool) -> Tensor:
+        maps[signed] = maps[signed].to(codes.device)
+        return ops.dequantize_blockwise.default(codes, scale, maps[signed], 256, torch.float32)
+
+    return Packing(pack=pack, unpack=unpack, block=256)

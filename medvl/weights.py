@@ -5,7 +5,7 @@ holds; any other arithmetic is an error. Kinds nest: a low-rank correction over 
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ class Lazy(Tensor):
     _parts: tuple[str, ...] = ()  # attributes that hold tensors (lazy ones among them) or None
 
     @classmethod
-    def like(cls, shape: torch.Size, dtype: torch.dtype, device: torch.device, **held: Any) -> "Lazy":
+    def like(cls, shape: Sequence[int], dtype: torch.dtype, device: torch.device, **held: Any) -> "Lazy":
         w = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         w.__dict__.update(held)
         return w
@@ -66,7 +66,7 @@ class Lazy(Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         if func in _COPIES and isinstance(args[0], Lazy) and (func is not _aten.view.default or args[0].shape == torch.Size(args[1])):
             if func is _aten.clone.default:
@@ -77,7 +77,7 @@ class Lazy(Tensor):
             "weights.dense(w) makes a plain tensor of it"
         )
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"{type(self).__name__}({self._about()})"
 
     def _about(self) -> str:
@@ -121,7 +121,9 @@ class LowRank(Lazy):
 
     def dense(self) -> Tensor:
         if self.router is not None or (self.gate is not None and self.gate.dim() > 1):
-            raise ValueError(f"{self!r} has no plain tensor: its correction depends on the {'token' if self.router is not None else 'sample'}")
+            raise ValueError(
+                f"{self!r} has no plain tensor: its correction depends on the {'token' if self.router is not None else 'sample'}"
+            )
         base, gate = dense(self.base), self.scale if self.gate is None else self.gate * self.scale
         change = (self.b * gate) @ self.a
         return (base + (change if self.kind == "linear" else change.t())).to(base.dtype)
@@ -181,7 +183,7 @@ class Sharded(Lazy):
 
 
 class Passed(Lazy):
-    """A head that hands its input on: logits become the hidden states before it. Looked up as an embedding it is its base (tied weights)."""
+    """A head that hands its input on: logits become the hidden states before it. As an embedding it is its base (tied weights)."""
 
     _parts = ("base",)
     base: Tensor

@@ -9,12 +9,13 @@ import warnings
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tokenizers import processors
 
-from medvl import hub
+from medvl import hub, weights
 from medvl.dinov2 import config_of
 
 VISION = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
@@ -265,6 +266,94 @@ def test_a_pickle_is_never_run(tmp_path):
         hub.load(tmp_path / "x.pth")
 
 
+# Language models ------------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", tiny.CONFIGS)
+def test_language_models_equal_transformers_on_one_checkpoint(kind, tmp_path):
+    skeleton, params = tiny.model(kind)
+    tiny.peer(skeleton, params).save_pretrained(tmp_path / "theirs")
+    skeleton, loaded = hub.load(tmp_path / "theirs", head="language")
+    x = tiny.batch(kind)
+    with torch.no_grad():
+        assert torch.equal(skeleton(loaded, **x).logits, tiny.peer(skeleton, params)(**x).logits)
+    assert all(p.is_meta for p in skeleton.module.parameters())
+    hub.save(skeleton, loaded, tmp_path / "ours", shard_gb=4e-5)
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    auto = AutoModelForImageTextToText if kind in tiny.VLM else AutoModelForCausalLM
+    again = auto.from_pretrained(tmp_path / "ours")
+    assert len(list((tmp_path / "ours").glob("model-*.safetensors"))) > 1
+    with torch.no_grad():
+        assert torch.equal(again.eval()(**x).logits, skeleton(loaded, **x).logits)
+    before, after = ({k for f in (tmp_path / d).glob("*.safetensors") for k in load_file(f)} for d in ("theirs", "ours"))
+    assert before == after
+
+
+def test_layouts_of_before_transformers_5_are_mapped(tmp_path):
+    """Qwen2-VL before 4.52 (visual.*, model.*) and the in-memory names of today (model.visual.*, model.language_model.*) are one model."""
+    for kind in ("qwen2_vl", "qwen2_5_vl"):
+        skeleton, params = tiny.model(kind)
+        old = {n.replace("model.language_model.", "model.").replace("model.visual.", "visual."): t for n, t in params.items()}
+        for state in (old, params):
+            _, loaded = hub.bind(skeleton.config, state, head="language")
+            assert hub.digest(loaded) == hub.digest(params)
+    skeleton, params = tiny.model("internvl")
+    old = {"language_model." + n.removeprefix("model.language_model."): t for n, t in params.items() if "model.language_model" in n}
+    old = {n.replace("language_model.", "language_model.model.", 1): t for n, t in old.items()}
+    old |= {n.removeprefix("model."): t for n, t in params.items() if "model.language_model" not in n and n != "lm_head.weight"}
+    _, loaded = hub.bind(skeleton.config, old | {"language_model.lm_head.weight": params["lm_head.weight"]}, head="language")
+    assert hub.digest(loaded) == hub.digest(params)
+
+
+def test_a_tied_head_under_either_name():
+    skeleton, params = tiny.model("qwen3")
+    assert "lm_head.weight" not in params
+    both = params | {"lm_head.weight": params["model.embed_tokens.weight"].clone()}
+    for state in (both, {n: t for n, t in both.items() if n != "model.embed_tokens.weight"}):
+        assert hub.digest(hub.bind(skeleton.config, state, head="language")[1]) == hub.digest(params)
+    with pytest.raises(ValueError, match=r"lm_head.weight and model.embed_tokens.weight are one weight by its config, but differ"):
+        hub.bind(skeleton.config, both | {"lm_head.weight": torch.zeros(160, 32)}, head="language")
+
+
+def test_a_headless_decoder_and_a_head_that_is_missing():
+    skeleton, params = tiny.model("qwen2")
+    _, bare = hub.bind(skeleton.config, params)
+    assert bare.keys() == {n.removeprefix("model.") for n in params} - {"lm_head.weight"}
+    with pytest.raises(ValueError, match=r"missing lm_head.weight"):
+        hub.bind(skeleton.config, {n: t for n, t in params.items() if n != "lm_head.weight"}, head="language")
+    with pytest.raises(ValueError, match=r"must be a language model that transformers has .* found 'dinov2'"):
+        hub.init_skeleton(TINY["dinov2"], torch.Generator(), head="language")
+
+
+def test_weights_are_read_one_at_a_time_after_all_are_known_to_fit(tmp_path, monkeypatch):
+    skeleton, params = tiny.model("qwen2")
+    hub.save(skeleton, params, tmp_path / "m", shard_gb=4e-5)
+    seen: list[str] = []
+    hub.load(tmp_path / "m", head="language", each=lambda n, t: (seen.append(n), t)[1])
+    assert sorted(seen) == sorted(params)
+    shard = sorted((tmp_path / "m").glob("model-*.safetensors"))[-1]
+    state = load_file(shard)
+    state[sorted(state)[-1]] = torch.zeros(1)
+    save_file(state, shard)
+    seen.clear()
+    with pytest.raises(ValueError, match="of another shape"):
+        hub.load(tmp_path / "m", head="language", each=lambda n, t: (seen.append(n), t)[1])
+    assert seen == []
+
+
+def test_an_empty_skeleton_costs_nothing():
+    skeleton = hub.empty_skeleton({"model_type": "qwen2_5_vl"}, head="language")  # transformers' default has 76 billion parameters
+    assert sum(p.numel() for p in skeleton.module.parameters()) > 7e10
+
+
+def test_adapted_weights_are_not_saved_unmerged(tmp_path):
+    skeleton, params = tiny.model("qwen3")
+    name = "model.layers.0.mlp.up_proj.weight"
+    lazy = weights.low_rank(params[name], torch.ones(2, 32), torch.ones(48, 2))
+    with pytest.raises(ValueError, match=f"save: adapters are on {name}; merge them"):
+        hub.save(skeleton, params | {name: lazy}, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
 # Skeletons ------------------------------------------------------------------------------------------------------------------------------
 def test_init_is_a_function_of_the_generator():
     seeded = [hub.init_skeleton(TINY["dinov2"], torch.Generator().manual_seed(s))[1] for s in (0, 0, 1)]
@@ -358,7 +447,7 @@ def test_save_leaves_a_whole_folder_or_none(folders, tmp_path, monkeypatch):
     def full_disk(*args, **kwargs):
         raise OSError("no space left")
 
-    monkeypatch.setattr(type(skeleton.module), "save_pretrained", full_disk)
+    monkeypatch.setattr(hub, "save_file", full_disk)
     with pytest.raises(OSError, match="no space"):
         hub.save(skeleton, params, tmp_path / "b")
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
