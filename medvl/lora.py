@@ -116,6 +116,8 @@ def init_lora(cfg: LoraConfig, skeleton: Any, gen: Generator, *, device: str | t
     for name, kind in kinds.items():
         shape = skeleton.module.get_parameter(f"{name}.weight").shape
         out, into = (shape[0], shape[1]) if kind == "linear" else (shape[1], shape[0])
+        if cfg.experts and kind == "embedding":
+            raise ValueError(f"lora: {name} is an embedding, which has no hidden state to route by; experts need linear layers")
         r = _first(cfg.rank_pattern, name, cfg.rank)
         alpha = _first(cfg.alpha_pattern, name, cfg.alpha)
         if kind == "embedding":
@@ -180,12 +182,19 @@ class Merged:
     lost: dict[str, float]  # |rounded - exact| / |s B A|: how much of the correction the dtype of the result rounds away
 
 
-def merge(params: Mapping[str, Tensor], adapter: Adapter, *, dtype: torch.dtype | None = None) -> Merged:
+def merge(params: Mapping[str, Tensor], adapter: Adapter, *, dtype: torch.dtype | None = None, also_head: bool = False) -> Merged:
     """Add an adapter into its weights, for export: 4-bit weights are written out, the sum is rounded to `dtype` (default: the weight's).
 
+    Args:
+        also_head: let an embedding that is tied to the head take its correction along; unmerged, the head does not see it.
     Raises:
-        ValueError: a gate per sample or token cannot be merged, or the adapter does not fit.
+        ValueError: a gate per sample or token cannot be merged, the adapter does not fit, or an embedding may be tied to the head.
     """
+    tied = [m for m, k in adapter.kinds.items() if k == "embedding"] if "lm_head.weight" not in params and not also_head else []
+    if tied:
+        raise ValueError(
+            f"merge: {tied[0]} may be tied to the head, which its adapter does not correct; keep the adapter apart, or say also_head=True"
+        )
     merged, change, lost = dict(apply_lora(params, adapter)), {}, {}
     for name in adapter.factors:
         where = _parameter(params, name)

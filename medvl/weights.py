@@ -227,7 +227,7 @@ def low_rank(
         raise ValueError(f"low_rank: A [r, in] and B [out, r] must fit the weight, got {sizes}")
     if gate is not None and (gate.dim() > 2 or gate.shape[-1] != r):
         raise ValueError(f"low_rank: the gate must be [{r}] or [b, {r}], got {list(gate.shape)}")
-    if router is not None and (router.shape[-1] != a.shape[1] or r % len(router)):
+    if router is not None and (kind == "embedding" or router.shape[-1] != a.shape[1] or r % len(router)):
         raise ValueError(f"low_rank: the router must be [n, {a.shape[1]}] with n dividing rank {r}, got {list(router.shape)}")
     held = {"base": base, "a": a, "b": b, "gate": gate, "router": router, "rows": rows}
     return LowRank.like(base.shape, base.dtype, base.device, **held, scale=float(scale), kind=kind, dropout=dropout)
