@@ -1,5 +1,6 @@
 """The files of checkpoints: found in a folder, in the hub's cache or on the hub, read without running anything in them, written whole."""
 
+import ctypes
 import json
 import os
 import pickle
@@ -89,7 +90,7 @@ class Entry:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    read: Callable[[], Tensor]  # gives it a memory of its own only when it is cast or moved; the file may be mapped
+    read: Callable[[], Tensor]  # gives a tensor of its own each time
 
 
 def entries_of(state: Mapping[str, Tensor]) -> dict[str, Entry]:
@@ -117,21 +118,43 @@ def open_weights(path: Path, name: str) -> dict[str, Entry]:
 
 
 def _open_safetensors(path: Path) -> dict[str, Entry]:
-    """The file is opened again for each tensor, so that pages of one are given back before the next is read."""
-
-    def read(key: str) -> Tensor:
-        with safe_open(path, framework="pt") as f:
-            return f.get_tensor(key).clone()
-
+    """Each tensor is read into memory of its own: mapped pages would count as much again as long as the file is open."""
     try:
-        with safe_open(path, framework="pt") as f:
+        with safe_open(path, framework="pt") as f:  # checks the whole header
             slices = {k: f.get_slice(k) for k in f.keys()}  # noqa: SIM118 (not a dict)
-            about = {k: (tuple(s.get_shape()), _DTYPES.get(s.get_dtype(), torch.uint8)) for k, s in slices.items()}
+            shapes = {k: tuple(s.get_shape()) for k, s in slices.items()}
+        with open(path, "rb") as raw:
+            length = int.from_bytes(raw.read(8), "little")
+            header = json.loads(raw.read(length))
     except FileNotFoundError as e:
         raise ValueError(f"load: {path} is missing, its index names it; download the folder again") from e
     except (SafetensorError, OSError) as e:
         raise ValueError(f"load: {path} is broken or cut off ({e}); download it again") from e
-    return {k: Entry(shape=s, dtype=d, read=partial(read, k)) for k, (s, d) in about.items()}
+    held = {}
+    for k, shape in shapes.items():
+        dtype, (start, stop) = _DTYPES.get(header[k]["dtype"], torch.uint8), header[k]["data_offsets"]
+        held[k] = Entry(shape=shape, dtype=dtype, read=partial(_read_at, path, 8 + length + start, stop - start, dtype, shape))
+    return held
+
+
+def _read_at(path: Path, start: int, size: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    held = torch.empty(size, dtype=torch.uint8)
+    with open(path, "rb", buffering=0) as f:
+        f.seek(start)
+        view, done = memoryview(held.numpy()), 0
+        while done < size:
+            n = f.readinto(view[done:])
+            if not n:
+                raise ValueError(f"{path} was cut off while it was read")
+            done += n
+    return held.view(dtype).view(shape)
+
+
+def give_back() -> None:
+    """Hand freed memory back to the system, where the C library can; glibc keeps what lies below a small tensor that lives on."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:

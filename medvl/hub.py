@@ -8,7 +8,7 @@ import re
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from medvl import files, quant, tree
-from medvl.checkpoints import Entry, entries_of, few, find, new_folder, open_weights, read_json, read_pickle
+from medvl.checkpoints import Entry, entries_of, few, find, give_back, new_folder, open_weights, read_json, read_pickle
 from medvl.dinov2 import config_of
 from medvl.dinov2 import from_dinov2 as from_dinov2
 from medvl.dinov2 import to_dinov2 as to_dinov2
@@ -472,6 +472,9 @@ def _bind(
         if tuple(t.shape) != shape:
             raise ValueError(f"load: {name}: {n} must be {list(shape)}, the file's parts make {list(t.shape)}")
         params[n] = (each(n, t) if each else t).detach()
+        del t
+        if each:
+            give_back()
     return _skeleton(module, name, device), params
 
 
@@ -598,3 +601,28 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+def rename(skeleton: Skeleton, names: Iterable[str]) -> dict[str, str]:
+    """{name: the skeleton's name} of those of `names` that are one of its weights, by today's names or, by transformers' rules, older ones.
+
+    Left out is what the model does not have, or only as part of a weight (experts that are fused now). A tied weight has all its names.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    module: Any = skeleton.module
+    names, known = list(names), {n for n, _ in module.named_parameters(remove_duplicate=False)}
+    if known.issuperset(names):
+        return {n: n for n in names}
+    rules = get_model_conversion_mapping(module)
+    renamings = [r for r in rules if isinstance(r, WeightRenaming)]
+    converters = [r for r in rules if isinstance(r, WeightConverter)]
+    meta, found = module.state_dict(), {}
+    for old in names:
+        new, converted = rename_source_key(old, renamings, converters, module.base_model_prefix, meta)
+        if new in known and converted is None:
+            found[old] = new
+        elif old in known:
+            found[old] = old
+    return found
