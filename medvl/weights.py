@@ -152,7 +152,7 @@ class LowRank(Lazy):
         if self.rows is not None:  # sample of each visual token; a tower sees tokens, patches (more) or tiles (fewer) in the same order
             total = len(self.rows)
             if n % total and total % n:
-                raise ValueError(f"{self!r}: {n} rows do not belong to {total} visual tokens; visual must count the tokens of this batch")
+                raise ValueError(f"{self!r}: {n} rows do not belong to {total} visual tokens; rows must be of the ids of this batch")
             of = self.rows.repeat_interleave(n // total) if n >= total else self.rows[:: total // n]
             gate = gate[of]
         elif n != len(gate):
