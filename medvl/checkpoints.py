@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -141,7 +142,7 @@ def _read_at(path: Path, start: int, size: int, dtype: torch.dtype, shape: tuple
     held = torch.empty(size, dtype=torch.uint8)
     with open(path, "rb", buffering=0) as f:
         f.seek(start)
-        view, done = memoryview(held.numpy()), 0
+        view, done = memoryview(held.numpy().data), 0
         while done < size:
             n = f.readinto(view[done:])
             if not n:
@@ -160,7 +161,7 @@ def give_back() -> None:
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """A flat dict of tensors that torch.save wrote; nothing in the file is run."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as e:
         raise ValueError(f"load: {path} is not a file of plain tensors, or broken ({str(e).splitlines()[0]})") from e
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):

@@ -144,6 +144,11 @@ def apply_lora(params: Mapping[str, Tensor], adapter: Adapter, *, rows: Tensor |
         ValueError: a layer that the params do not have, factors that do not fit, or `rows` missing.
     """
     done = dict(params)
+    for where, t in adapter.full.items():
+        if where not in params or params[where].shape != t.shape:
+            held = list(params[where].shape) if where in params else "nothing"
+            raise ValueError(f"apply_lora: {adapter} replaces {where} {list(t.shape)}, the model has {held} there")
+        done[where] = t.to(params[where].device)
     for name, f in adapter.factors.items():
         where, gate = _parameter(params, name), adapter.gate.get(name)
         seen = VISION.search(name) is not None and gate is not None and gate.dim() == 2
@@ -165,11 +170,6 @@ def apply_lora(params: Mapping[str, Tensor], adapter: Adapter, *, rows: Tensor |
             )
         except ValueError as e:
             raise ValueError(f"apply_lora: {name} of {adapter}: {e}; was the adapter made for another model?") from e
-    for where, t in adapter.full.items():
-        if where not in params or params[where].shape != t.shape:
-            held = list(params[where].shape) if where in params else "nothing"
-            raise ValueError(f"apply_lora: {adapter} replaces {where} {list(t.shape)}, the model has {held} there")
-        done[where] = t.to(params[where].device)
     return done
 
 

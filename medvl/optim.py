@@ -1,14 +1,26 @@
-"""Optimisers as pairs of functions, learning-rate schedules and gradient clipping."""
+"""Optimisers as pairs of functions, learning-rate schedules and gradient clipping.
 
+16-bit weights lose steps smaller than half their spacing (at a rate of 1e-5 most of them), so either a float32 master takes the steps
+(`with_master`) or weights are rounded up or down at random (`adamw(rounding="stochastic")`). Moments of 16-bit weights are float32: a
+running mean that moves by 1 % a step stands still in bfloat16, whose numbers lie 0.4-0.8 % apart. `state_bytes` says what a choice costs.
+"""
+
+import hashlib
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from attrs import frozen
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.optim.adamw import adamw as _adamw
 
 from medvl.tree import Tree, flatten, map_leaves, merge, unflatten
+
+_HALF = (torch.bfloat16, torch.float16)
+_PIECE = 2**24  # values that are widened to float32 at a time; a multiple of any block
 
 
 @frozen
@@ -27,6 +39,16 @@ class Rate:
     weight_decay: float = 0.0
 
 
+@frozen(kw_only=True)
+class Packing:
+    """How moments are kept in 8 bits: `pack(values, signed) -> (codes uint8, scale [blocks])` and `unpack(codes, scale, signed)`."""
+
+    pack: Callable[[Tensor, bool], tuple[Tensor, Tensor]]
+    unpack: Callable[[Tensor, Tensor, bool], Tensor]
+    block: int = 256  # values that share a scale
+    least: int = 4096  # smaller tensors (norms, biases) keep float32
+
+
 def adamw(
     rate: Callable[[str], Rate],
     schedule: Callable[[int], float] = lambda step: 1.0,
@@ -34,21 +56,65 @@ def adamw(
     beta1: float = 0.9,
     beta2: float = 0.98,
     eps: float = 1e-6,
+    rounding: Literal["nearest", "stochastic"] = "nearest",
+    seed: int = 0,
+    packing: Packing | None = None,
 ) -> Optimizer:
-    """AdamW over a tree; bit-equal to `torch.optim.AdamW` with the same groups.
+    """AdamW over a tree; bit-equal to `torch.optim.AdamW` with the same groups where parameters are float32.
+
+    16-bit parameters are computed in float32, 2**24 values at a time, and rounded once. Shards (`DTensor`) are moved where they lie.
 
     Args:
         rate: parameter name -> Rate. Scalars and vectors (norms, biases, temperatures) are never decayed.
         schedule: optimiser step (from 0) -> factor on every lr.
+        rounding: of bfloat16 parameters: "stochastic" goes up or down with the odds of the distance, so that small steps add up on
+            average; a pure function of `seed`, the step and the parameter's name.
+        packing: keeps both moments in 8 bits (`quant.eight_bit()`), the values of `torch.optim`'s arithmetic in between.
+    State: 8 bytes a parameter, packed 2.03.
+    Raises:
+        ValueError: stochastic rounding of float16, 8-bit moments of shards.
     Source: Loshchilov & Hutter 2019, arXiv:1711.05101; torch's functional kernel does the arithmetic. The defaults are CLIP's.
+        Dettmers et al. 2022, arXiv:2110.02861 (8-bit moments); Zamirai et al. 2021, arXiv:2010.06192 (stochastic rounding).
     """
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(f"adamw: rounding must be 'nearest' or 'stochastic', got {rounding!r}")
+
+    def packs(t: Tensor) -> bool:
+        return packing is not None and t.numel() >= packing.least
+
+    def zeros(t: Tensor) -> Any:
+        if not packs(t):
+            return _zeros(t)
+        assert packing is not None
+        blocks = -(-t.numel() // packing.block)
+        codes = torch.zeros(t.shape, dtype=torch.uint8, device=t.device)
+        return {"codes": codes, "scale": torch.zeros(blocks, device=t.device)}
 
     def init(params: Tree) -> Tree:
         flat = flatten(params)
-        return {
-            "mean": unflatten({n: torch.zeros_like(t) for n, t in flat.items()}),
-            "square": unflatten({n: torch.zeros_like(t) for n, t in flat.items()}),
-        }
+        if rounding == "stochastic" and (wrong := [n for n, t in flat.items() if t.dtype == torch.float16]):
+            raise ValueError(f"adamw: stochastic rounding is for bfloat16, {len(wrong)} parameters are float16, e.g. {wrong[0]}")
+        if packing is not None and (wrong := [n for n, t in flat.items() if _is_shard(t)]):
+            raise ValueError(f"adamw: 8-bit moments need whole parameters, {len(wrong)} are sharded, e.g. {wrong[0]}; leave packing out")
+        return {key: unflatten({n: zeros(t) for n, t in flat.items()}) for key in ("mean", "square")}
+
+    def kernel(p: list[Tensor], g: list[Tensor], mean: list[Tensor], square: list[Tensor], r: Rate, step: int) -> None:
+        _adamw(
+            p,
+            g,
+            mean,
+            square,
+            [],
+            [torch.tensor(float(step)) for _ in p],
+            foreach=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=r.lr * schedule(step),
+            weight_decay=r.weight_decay,
+            eps=eps,
+            maximize=False,
+        )
 
     def update(grads: Tree, state: Tree, params: Tree, step: int) -> tuple[Tree, Tree]:
         flat, g = flatten(params), flatten(grads)
@@ -56,27 +122,66 @@ def adamw(
         groups: dict[Rate, list[str]] = {}
         for name, t in flat.items():
             r = rate(name)
-            groups.setdefault(r if t.dim() > 1 else Rate(lr=r.lr), []).append(name)
+            r = r if t.dim() > 1 else Rate(lr=r.lr)
+            if packs(t) or t.dtype in _HALF or g[name].dtype != t.dtype or t.numel() > _PIECE:
+                held = [{k: m[f"{name}/{k}"] for k in ("codes", "scale")} if packs(t) else m[name] for m in (mean, square)]
+                gen = seeded(t.device, seed, step, name, _place(t)) if rounding == "stochastic" and t.dtype in _HALF else None
+                _in_pieces(partial(kernel, r=r, step=step), _local(t), _local(g[name]), held, packing, gen)
+            else:
+                groups.setdefault(r, []).append(name)
         for r, names in groups.items():
-            _adamw(
-                [flat[n] for n in names],
-                [g[n] for n in names],
-                [mean[n] for n in names],
-                [square[n] for n in names],
-                [],
-                [torch.tensor(float(step)) for _ in names],
-                foreach=True,
-                amsgrad=False,
-                beta1=beta1,
-                beta2=beta2,
-                lr=r.lr * schedule(step),
-                weight_decay=r.weight_decay,
-                eps=eps,
-                maximize=False,
-            )
+            for few in _bunches({n: flat[n].numel() for n in names}):
+                p, of, m, v = ([_local(tree[n]) for n in few] for tree in (flat, g, mean, square))
+                kernel(p, of, m, v, r, step)
         return params, state
 
     return Optimizer(init, update)
+
+
+def with_master(optimizer: Optimizer) -> Optimizer:
+    """The same optimiser on a float32 copy of every 16-bit parameter, kept in the state; the parameter is the copy, rounded.
+
+    What `bound` in `train.make_step` does to a 16-bit parameter does not reach its copy.
+    State: 4 bytes a parameter on top.
+    Source: Micikevicius et al. 2018, arXiv:1710.03740, section 3.1.
+    """
+
+    def init(params: Tree) -> Tree:
+        master = unflatten({n: t.float() for n, t in flatten(params).items() if t.dtype in _HALF})
+        return {"master": master, "inner": optimizer.init(merge(params, master))}
+
+    def update(grads: Tree, state: Tree, params: Tree, step: int) -> tuple[Tree, Tree]:
+        held = state.get("master", {})
+        moved, inner = optimizer.update(grads, state["inner"], merge(params, held), step)
+        flat, low = flatten(moved), flatten(params)
+        master = {n: flat[n] for n in flatten(held)}
+        for n, t in master.items():
+            _local(low[n]).copy_(_local(t))
+        return merge(moved, unflatten({n: low[n] for n in master})), {"master": unflatten(master), "inner": inner}
+
+    return Optimizer(init, update)
+
+
+def round_stochastic(values: Tensor, gen: Generator) -> Tensor:
+    """float32 -> bfloat16, to one of the two neighbours with the odds of the distance, so that the mean is exact; inf and nan stay."""
+    noise = torch.randint(2**16, values.shape, dtype=torch.int32, device=values.device, generator=gen)
+    bits = values.contiguous().view(torch.int32) + noise  # carries into the upper half as often as the lower half is large
+    return torch.where(values.isfinite(), (bits & -(2**16)).view(torch.float32), values).bfloat16()
+
+
+def seeded(device: torch.device, *key: Any) -> Generator:
+    """A generator whose draws are a function of `key` alone (numbers and names)."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def state_bytes(optimizer: Optimizer, params: Tree) -> int:
+    """Bytes of the state that `optimizer` keeps for `params` on this process; computed without memory, `params` may be on meta.
+
+    Per parameter: adamw 8, with 8-bit moments 2.03, muon 4, `with_master` 4 more; for float64 twice as much.
+    """
+    meta = map_leaves(lambda t: torch.empty_like(t, device="meta"), params)
+    return sum(_local(t).nbytes for t in flatten(optimizer.init(meta)).values())
 
 
 def muon(
@@ -91,7 +196,7 @@ def muon(
     Made for weight matrices inside a network; a convolution's weight is the matrix [out, the rest]. Norms, biases, embeddings and the last
     layer belong to AdamW: see `routed`.
     Raises:
-        ValueError: a parameter is no matrix.
+        ValueError: a parameter is no matrix, or sharded: a step needs the whole matrix.
     Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon: Nesterov momentum, steps of tall matrices times sqrt(rows / columns).
     """
 
@@ -99,7 +204,9 @@ def muon(
         wrong = [n for n, t in flatten(params).items() if t.dim() < 2]
         if wrong:
             raise ValueError(f"muon: needs matrices, {len(wrong)} parameters are none, e.g. {wrong[0]}; leave them to adamw")
-        return {"mean": map_leaves(torch.zeros_like, params)}
+        if wrong := [n for n, t in flatten(params).items() if _is_shard(t)]:
+            raise ValueError(f"muon: needs whole matrices, {len(wrong)} are sharded, e.g. {wrong[0]}; leave them to adamw")
+        return {"mean": map_leaves(_zeros, params)}
 
     def update(grads: Tree, state: Tree, params: Tree, step: int) -> tuple[Tree, Tree]:
         g, mean = flatten(grads), flatten(state["mean"])
@@ -166,10 +273,95 @@ def warmup_cosine(steps: int, warmup: int, floor: float = 0.0) -> Callable[[int]
 
 
 def clip_by_norm(grads: Tree, limit: float) -> tuple[Tree, Tensor]:
-    """(grads scaled so that their common L2 norm is at most `limit`, the norm before); `limit` 0 leaves them as they are."""
+    """(grads scaled so that their common L2 norm is at most `limit`, the norm before); `limit` 0 leaves them as they are.
+
+    Of sharded gradients the norm is that of all shards together; every process must call it.
+    """
     flat = flatten(grads)
-    total = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(flat.values()))))
+    mine = [_local(t) for t in flat.values()]
+    norms = list(torch._foreach_norm(mine, 2, torch.float32) if any(t.dtype in _HALF for t in mine) else torch._foreach_norm(mine))
+    if parts := [t for t in flat.values() if _is_shard(t)]:
+        own = torch.stack([n for n, t in zip(norms, flat.values(), strict=True) if _is_shard(t)]).square().sum()
+        dist.all_reduce(own, group=parts[0].device_mesh.get_group())
+        norms = [own.sqrt(), *(n for n, t in zip(norms, flat.values(), strict=True) if not _is_shard(t))]
+    total = torch.linalg.vector_norm(torch.stack(norms))
     if limit <= 0:
         return grads, total
     factor = (limit / (total + 1e-6)).clamp(max=1.0)
-    return unflatten(dict(zip(flat, torch._foreach_mul(list(flat.values()), factor), strict=True))), total
+    scaled = zip(flat.items(), torch._foreach_mul(mine, factor), strict=True)
+    return unflatten({n: _shard_like(t, own) for (n, t), own in scaled}), total
+
+
+def _zeros(t: Tensor) -> Tensor:
+    """A moment of `t`, in order, so that it can be walked in pieces."""
+    dtype = torch.float32 if t.dtype in _HALF else t.dtype
+    return torch.zeros_like(t, dtype=dtype) if _is_shard(t) else torch.zeros(t.shape, dtype=dtype, device=t.device)
+
+
+def _bunches(sizes: dict[str, int]) -> list[list[str]]:
+    """The names in bunches of about `_PIECE` values: the kernel's scratch is as large as what it is given at once."""
+    bunches: list[list[str]] = []
+    room = 0
+    for name, size in sizes.items():
+        if size > room:
+            bunches.append([])
+            room = _PIECE
+        bunches[-1].append(name)
+        room -= size
+    return bunches
+
+
+def _in_pieces(
+    kernel: Callable[..., None], t: Tensor, g: Tensor, moments: list[Any], packing: Packing | None, gen: Generator | None
+) -> None:
+    """Run `kernel` on one parameter, in float32 or wider, a piece at a time; round what is kept in fewer bits."""
+    p, g = t.contiguous().view(-1), g.reshape(-1)
+    for i in range(0, len(p), _PIECE):
+        span = slice(i, i + _PIECE)
+        wide = p[span].float() if p.dtype in _HALF else p[span]
+        opened = [_opened(m, packing, span, signed).to(wide.dtype) for m, signed in zip(moments, (True, False), strict=True)]
+        kernel([wide], [g[span].to(wide.dtype)], *([m] for m in opened))
+        for m, values, signed in zip(moments, opened, (True, False), strict=True):
+            _closed(m, packing, span, signed, values)
+        if p.dtype in _HALF:
+            p[span] = wide if gen is None else round_stochastic(wide, gen)
+    if p.data_ptr() != t.data_ptr():
+        t.copy_(p.view(t.shape))
+
+
+def _opened(held: Any, packing: Packing | None, span: slice, signed: bool) -> Tensor:
+    """The float32 values of a moment that lie in `span`: of a plain one a view, of a packed one a copy."""
+    if not isinstance(held, dict):
+        return _local(held).view(-1)[span]
+    assert packing is not None
+    blocks = slice(span.start // packing.block, span.stop // packing.block)
+    return packing.unpack(held["codes"].view(-1)[span], held["scale"][blocks], signed)
+
+
+def _closed(held: Any, packing: Packing | None, span: slice, signed: bool, values: Tensor) -> None:
+    if isinstance(held, dict):
+        assert packing is not None
+        blocks = slice(span.start // packing.block, span.stop // packing.block)
+        held["codes"].view(-1)[span], held["scale"][blocks] = packing.pack(values.float(), signed)
+
+
+# Shards ---------------------------------------------------------------------------------------------------------------------------------
+def _is_shard(t: Any) -> bool:
+    return hasattr(t, "to_local")  # a DTensor, without importing it
+
+
+def _local(t: Any) -> Tensor:
+    return t.to_local() if _is_shard(t) else t
+
+
+def _place(t: Any) -> list[int]:
+    """Where in the mesh a shard lies; replicated parameters are alike on all processes and must stay so."""
+    return list(t.device_mesh.get_coordinate()) if _is_shard(t) else []
+
+
+def _shard_like(t: Any, own: Tensor) -> Tensor:
+    if not _is_shard(t):
+        return own
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(own, t.device_mesh, t.placements, run_check=False, shape=t.shape, stride=t.stride())

@@ -5,7 +5,8 @@ import logging
 import pickle
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,15 +16,16 @@ import torch.distributed as dist
 from attrs import evolve, field, frozen
 from torch import Tensor
 
-from medvl import files
+from medvl import files, shards
 from medvl.data.order import prefetch
-from medvl.optim import Optimizer, clip_by_norm
+from medvl.optim import Optimizer, clip_by_norm, seeded
 from medvl.tree import Tree, flatten, map_leaves, unflatten
 
 _log = logging.getLogger("medvl")
 Batch = dict[str, Tensor]
 Loss = Callable[[Tree, Any], tuple[Tensor, "Aux"]]
 Grad = Callable[[Tree, Any], tuple[Tensor, "Aux", Tree]]
+LossSum = Callable[[Tree, Any], tuple[Tensor, Tensor | int, "Aux"]]
 
 
 @frozen(kw_only=True)
@@ -55,16 +57,18 @@ def value_and_grad(loss: Loss, *, precision: str = "float32", reduce: bool = Tru
     The only place that takes gradients, sets autocast (`precision="bfloat16"`) and averages over processes (`reduce`). A leaf that the
     loss does not touch gets zeros. Forward and gradient run inside one call, so that whatever binds weights during the forward pass
     (`torch.func.functional_call`) still binds them when checkpointed activations are computed again.
+
+    Sharded leaves (`shards.shard`) get their part of the gradient, summed over processes where it arises: with reduce=False it stays that
+    sum, while other leaves have this process's own gradient.
     """
 
     def run(params: Tree, batch: Any) -> tuple[Tensor, Aux, Tree]:
         leaves = {n: t.detach().requires_grad_() for n, t in flatten(params).items()}
         with torch.enable_grad(), autocast(params, precision):
             value, aux = loss(unflatten(leaves), batch)
-        grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        grads = list(torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True))
         if reduce and world() > 1:
-            for g in grads:
-                dist.all_reduce(g.div_(world()))
+            grads = _summed(grads, world())
         aux = Aux(metrics={k: v.detach() for k, v in aux.metrics.items()}, means=map_leaves(Tensor.detach, aux.means))
         return value.detach(), aux, unflatten(dict(zip(leaves, grads, strict=True)))
 
@@ -102,6 +106,8 @@ def cached_value_and_grad(embed: Callable[[Tree, Batch], Batch], contrast: Loss,
 
     def run(params: Tree, batch: Batch) -> tuple[Tensor, Aux, Tree]:
         n = len(next(iter(batch.values())))
+        if shards.any_sharded(params):
+            raise ValueError("cached_value_and_grad: needs whole parameters, got shards; leave small towers whole")
         if n <= chunk and world() == 1:
             return whole_grad(params, batch)
         spans = [slice(i, min(i + chunk, n)) for i in range(0, n, chunk)]
@@ -123,8 +129,81 @@ def cached_value_and_grad(embed: Callable[[Tree, Batch], Batch], contrast: Loss,
     return run
 
 
+def token_value_and_grad(
+    loss_sum: LossSum,
+    *,
+    chunk: int,
+    precision: str = "float32",
+    cut: Callable[[Any, slice], Any] | None = None,
+    rows: Callable[[Any], int] | None = None,
+) -> Grad:
+    """The mean loss over all trained tokens of all micro-batches and processes, and its exact gradient, `chunk` rows at a time.
+
+    A mean of the micro-batches' means would weigh a token more, the fewer tokens its micro-batch trains.
+
+    Args:
+        loss_sum: (params, micro-batch) -> sum of the token losses, count of trained tokens, Aux whose metrics and means are sums over
+            these tokens, too. Metrics come out as means per token, with "tokens", the count.
+        cut: (batch, span of rows) -> micro-batch; needed where a tensor's first axis is not the batch, such as an image's patches.
+        rows: batch -> its number of rows; the length of its first tensor if left out.
+    16-bit gradients of several micro-batches are added up in float32. Where parameters are sharded, every process needs the same number
+    of micro-batches, since each of them gathers weights.
+    Raises:
+        ValueError: no trained token in the whole batch; rows of unequal number and no `cut`; micro-batches of unequal number over shards.
+    """
+    if chunk < 1:
+        raise ValueError(f"token_value_and_grad: chunk must be at least one row, got {chunk}")
+
+    def counted(p: Tree, piece: Any) -> tuple[Tensor, Aux]:
+        value, count, aux = loss_sum(p, piece)
+        return value, evolve(aux, metrics=aux.metrics | {"tokens": torch.as_tensor(count, device=value.device)})
+
+    grad = value_and_grad(counted, precision=precision, reduce=False)
+
+    def run(params: Tree, batch: Any) -> tuple[Tensor, Aux, Tree]:
+        n = rows(batch) if rows else len(next(iter(batch.values())))
+        spans = [slice(i, min(i + chunk, n)) for i in range(0, n, chunk)]
+        _same_number(params, len(spans))
+        pieces = (batch if len(spans) == 1 else cut(batch, span) if cut else _equal_rows(batch, n, span) for span in spans)
+        numbers, total = _added(grad, params, pieces, len(spans))
+        if world() > 1:
+            for v in numbers.values():
+                dist.all_reduce(v)
+        count = float(numbers["metrics/tokens"])
+        if not count:
+            raise ValueError(f"token_value_and_grad: no token of the batch ({n} rows) is trained; see that the context holds the answers")
+        mean = unflatten({k: v if k == "metrics/tokens" else v / count for k, v in numbers.items()})
+        grads = dict(zip(total, _summed(list(total.values()), count), strict=True))
+        return mean["loss"], Aux(metrics=mean["metrics"], means=mean.get("means", {})), unflatten(grads)
+
+    return run
+
+
+def _added(grad: Grad, params: Tree, pieces: Iterable[Any], n: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(loss, metrics and means; gradients) of n pieces, added up."""
+    numbers: dict[str, Tensor] = {}
+    total: dict[str, Tensor] = {}
+    for piece in pieces:
+        value, aux, grads = grad(params, piece)
+        new = flatten({"loss": value, "metrics": aux.metrics, "means": aux.means})
+        numbers = {k: v.double() + numbers.get(k, 0.0) for k, v in new.items()}
+        if n == 1:
+            return numbers, flatten(grads)
+        for k, g in flatten(grads).items():
+            if k not in total:
+                total[k] = torch.zeros_like(g, dtype=torch.float32 if g.dtype in (torch.bfloat16, torch.float16) else g.dtype)
+            total[k].add_(g)
+    return numbers, total
+
+
 def make_step(
-    grad: Grad, optimizer: Optimizer, *, clip: float = 0.0, follow: float = 0.05, bound: Callable[[Tree], Tree] = lambda p: p
+    grad: Grad,
+    optimizer: Optimizer,
+    *,
+    clip: float = 0.0,
+    follow: float = 0.05,
+    bound: Callable[[Tree], Tree] = lambda p: p,
+    seed: int | None = None,
 ) -> Callable[[State, Any], tuple[State, Batch]]:
     """One optimiser step, `(state, batch) -> (state, metrics)`; the state that goes in must not be used again.
 
@@ -132,10 +211,13 @@ def make_step(
         clip: upper bound of the gradients' common norm, 0 = none.
         follow: how far a running mean moves to the batch's mean (further in the first steps).
         bound: puts parameters back into their range after the update.
+        seed: torch's default generator is seeded with (seed, step, process) while the gradient is taken and put back afterwards, so that
+            dropout (`weights.low_rank`) draws the same masks when a run is resumed; left out, the generator is left alone.
     """
 
     def step(state: State, batch: Any) -> tuple[State, Batch]:
-        loss, aux, grads = grad(state.params, batch)
+        with _drawing(seed, state):
+            loss, aux, grads = grad(state.params, batch)
         grads, norm = clip_by_norm(grads, clip)
         params, opt = optimizer.update(grads, state.opt, state.params, state.step)
         rate = max(follow, 1 / (state.step + 1))
@@ -172,7 +254,8 @@ def fit(
     """Train to `steps`, or go on from `folder/last.pt` to the same bits that an undisturbed run ends with.
 
     Writes `metrics.jsonl` (a line per logged step), `last.pt`, and `best.pt` (the state with the highest `score` that `validate` gave).
-    On SIGTERM the state is saved and `Stopped` is raised; the same call goes on from there.
+    On SIGTERM, in whichever process, the state is saved and `Stopped` is raised; the same call goes on from there. Shards are saved whole,
+    so that any number of processes can go on.
 
     Args:
         batch_at: step -> batch; a pure function, so that nothing about the data needs saving.
@@ -188,9 +271,10 @@ def fit(
     with _Terminated() as stop:
         for i, batch in prefetch(batch_at, state.step, steps):
             state, metrics = step(state, batch)
+            halt = _in_any(bool(stop), metrics["loss"].device)
             due = {k: state.step == steps or (n and state.step % n == 0) for k, n in (("log", every.log), ("save", every.save))}
             check = validate is not None and (state.step == steps or (every.validate and state.step % every.validate == 0))
-            if any(due.values()) or check or stop:
+            if any(due.values()) or check or halt:
                 if not torch.isfinite(metrics["loss"]):
                     raise FloatingPointError(
                         f"fit: the loss is {float(metrics['loss'])} at step {i + 1}; the last good state is {folder / 'last.pt'}"
@@ -199,36 +283,42 @@ def fit(
             if check:
                 assert validate is not None
                 scores = validate(state)
+                halt = _in_any(bool(stop), metrics["loss"].device)
                 line |= {f"valid_{k}": v for k, v in scores.items()}
-                if scores["score"] > state.best:
-                    state = evolve(state, best=scores["score"])
+                if (score := _of_first(scores["score"], metrics["loss"].device)) > state.best:
+                    state = evolve(state, best=score)
                     save(folder / "best.pt", state)
             if due["log"] or check:
                 journal(line)
                 log(line)
-            if due["save"] or stop:
+            if due["save"] or halt:
                 save(folder / "last.pt", state)
-            if stop and state.step < steps:
+            if halt and state.step < steps:
                 _log.warning("stopped at step %d of %d; the same command goes on from %s", state.step, steps, folder / "last.pt")
                 raise Stopped(128 + signal.SIGTERM)
     return state
 
 
 def save(path: files.PathLike, state: State) -> None:
-    """Write a state atomically (process 0 only); `read_state` reads it back without unpickling code."""
+    """Write a state atomically; `read_state` reads it back without unpickling code.
+
+    Process 0 writes. Shards are gathered for it, one at a time, so with these every process must call.
+    """
+    trees = shards.gather({"params": state.params, "opt": state.opt, "means": state.means})
     if rank() == 0:
+        held = {k: trees.get(k, {}) for k in ("params", "opt", "means")}
         with files.atomic(path) as tmp:
-            torch.save({"params": state.params, "opt": state.opt, "means": state.means, "step": state.step, "best": state.best}, tmp)
+            torch.save(held | {"step": state.step, "best": state.best}, tmp)
 
 
-def read_state(path: files.PathLike, device: str | torch.device = "cpu") -> State:
-    """The state that `save` wrote.
+def read_state(path: files.PathLike, device: str | torch.device = "cpu", *, mapped: bool = False) -> State:
+    """The state that `save` wrote, of whole tensors; `mapped` leaves them in the file until they are used.
 
     Raises:
         ValueError: not there, cut short, or not such a file.
     """
     try:
-        raw = torch.load(path, map_location=device, weights_only=True)
+        raw = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
         return State(**raw)
     except FileNotFoundError as e:
         raise ValueError(f"{path}: no such checkpoint; train first, or name a run folder that has one") from e
@@ -238,17 +328,25 @@ def read_state(path: files.PathLike, device: str | torch.device = "cpu") -> Stat
 
 
 def resume(folder: Path, state: State) -> State:
-    """The state of `folder/last.pt` where there is one, checked against the names and shapes of `state`, which is returned otherwise."""
+    """The state of `folder/last.pt` where there is one, checked against the names and shapes of `state`, which is returned otherwise.
+
+    What is sharded in `state` is sharded again, over whatever number of processes there is now; each reads its own part.
+    """
     path = folder / "last.pt"
     if not path.exists():
         return state
-    found = read_state(path, next(iter(flatten(state.params).values())).device)
-    shapes = [{n: tuple(t.shape) for n, t in flatten(s.params).items()} for s in (state, found)]
-    wrong = sorted(n for n in {*shapes[0], *shapes[1]} if shapes[0].get(n) != shapes[1].get(n))
-    if wrong:
-        name, (model, held) = wrong[0], (str(kind.get(wrong[0], "absent")) for kind in shapes)
-        raise ValueError(f"{path}: {len(wrong)} parameters differ from the model, e.g. {name}: {held} in the file, {model} in the model")
-    return found
+    device, parted = next(iter(flatten(state.params).values())).device, shards.any_sharded(state.params)
+    found = read_state(path, "cpu" if parted else device, mapped=parted)
+    for what, of in (("parameters differ from the model", "params"), ("optimiser moments differ from this stage's", "opt")):
+        shapes = [{n: tuple(t.shape) for n, t in flatten(getattr(s, of)).items()} for s in (state, found)]
+        wrong = sorted(n for n in {*shapes[0], *shapes[1]} if shapes[0].get(n) != shapes[1].get(n))
+        if wrong:
+            name, (now, held) = wrong[0], (str(kind.get(wrong[0], "absent")) for kind in shapes)
+            raise ValueError(f"{path}: {len(wrong)} {what}, e.g. {name}: {held} in the file, {now} in the model")
+    if not parted:
+        return found
+    means = map_leaves(lambda t: t.to(device, copy=True), found.means)
+    return evolve(found, params=shards.placed(found.params, state.params), opt=shards.placed(found.opt, state.opt), means=means)
 
 
 def _journal(path: Path, step: int) -> Callable[[dict[str, float]], None]:
@@ -298,6 +396,61 @@ def autocast(params: Tree, precision: str) -> torch.autocast:
     """Mixed precision on the device of `params`; does nothing unless `precision` is "bfloat16"."""
     device = next(iter(flatten(params).values())).device.type
     return torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+@contextmanager
+def _drawing(seed: int | None, state: State) -> Iterator[None]:
+    """Torch's default generator as a function of (seed, step, process) while the block lasts."""
+    if seed is None:
+        yield
+        return
+    at = next(iter(flatten(state.params).values())).device
+    with torch.random.fork_rng(devices=[at] if at.type == "cuda" else []):
+        torch.manual_seed(seeded(torch.device("cpu"), seed, state.step, rank()).initial_seed())
+        yield
+
+
+def _summed(grads: list[Tensor], parts: float) -> list[Tensor]:
+    """The gradients divided by `parts` and summed over processes; those of shards were summed where their weight was gathered."""
+    for i, g in enumerate(grads):  # not in place: two leaves may have one gradient
+        grads[i] = g / parts
+        if world() > 1 and not shards.is_shard(g):
+            dist.all_reduce(grads[i])
+    return grads
+
+
+def _in_any(flag: bool, at: torch.device) -> bool:
+    """Whether the flag is up in any process; they must all ask."""
+    if world() == 1:
+        return flag
+    up = torch.tensor(int(flag), device=at)
+    dist.all_reduce(up)
+    return bool(up)
+
+
+def _of_first(number: float, at: torch.device) -> float:
+    """The number that process 0 has, so that all decide alike."""
+    if world() == 1:
+        return number
+    first = torch.tensor(number, dtype=torch.float64, device=at)
+    dist.broadcast(first, 0)
+    return float(first)
+
+
+def _same_number(params: Tree, n: int) -> None:
+    if world() == 1 or not shards.any_sharded(params):
+        return
+    each = _gather(torch.tensor([n], device=next(iter(flatten(params).values())).device)).tolist()
+    if len(set(each)) > 1:
+        raise ValueError(f"token_value_and_grad: with sharded parameters every process needs as many micro-batches, got {each}")
+
+
+def _equal_rows(batch: Batch, n: int, span: slice) -> Batch:
+    if wrong := [f"{k} has {len(t)}" for k, t in batch.items() if len(t) != n]:
+        raise ValueError(
+            f"token_value_and_grad: every tensor must have the batch's {n} rows, {', '.join(wrong)}; say how to cut it with `cut`"
+        )
+    return _rows(batch, span)
 
 
 def _wide(t: Tensor) -> Tensor:

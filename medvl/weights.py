@@ -87,7 +87,7 @@ class Lazy(Tensor):
         return self.mapped(lambda t: copy.deepcopy(t, memo))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError(f"{self!r} is not saved as it is: write adapters with adapter_files.write, models with hub.save")
+        raise TypeError(f"{self!r} is not saved as it is: write adapters with write_adapter, models with hub.save")
 
 
 class LowRank(Lazy):

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -13,9 +12,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from medvl import weights
 from medvl.losses import clip_loss, siglip_loss
 from medvl.optim import Rate, adamw, warmup_cosine
-from medvl.train import Aux, Every, State, cached_value_and_grad, fit, make_step, read_state, save, value_and_grad
+from medvl.train import (
+    Aux,
+    Every,
+    State,
+    cached_value_and_grad,
+    fit,
+    make_step,
+    read_state,
+    save,
+    token_value_and_grad,
+    value_and_grad,
+)
 from medvl.tree import flatten
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -112,32 +123,174 @@ def test_autocast_covers_embed_and_not_the_loss(gen):
         assert seen == {"embed": torch.bfloat16, "loss": torch.float32}
 
 
-def test_two_processes_equal_one(tmp_path, gen):
-    code = """
-        import sys, torch, torch.distributed as dist
-        sys.path.insert(0, {tests!r})
-        from test_train import _params, _batch, embed, contrast
-        from medvl.train import cached_value_and_grad
-        dist.init_process_group("gloo", init_method="file://{store}", rank=int(sys.argv[1]), world_size=2)
-        gen = torch.Generator().manual_seed(0)
-        params, batch = _params(gen), _batch(gen)
-        mine = {{k: v[int(sys.argv[1]) * 8 :][:8] for k, v in batch.items()}}
-        value, aux, grads = cached_value_and_grad(embed, contrast, chunk=3)(params, mine)
-        torch.save({{"value": value, "grads": grads, "means": aux.means}}, sys.argv[2])
-        dist.destroy_process_group()
-    """
-    script = tmp_path / "two.py"
-    script.write_text(textwrap.dedent(code.format(tests=str(ROOT / "tests"), store=tmp_path / "store")))
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    runs = [subprocess.Popen([sys.executable, script, str(r), tmp_path / f"{r}.pt"], env=env) for r in range(2)]
+PAIR = """
+import os, signal, sys, torch, torch.distributed as dist
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_train import _params, _batch, _tokens, _token_params, token_loss, embed, contrast
+from medvl.optim import Rate, adamw
+from medvl.train import Aux, State, Stopped, cached_value_and_grad, fit, make_step, token_value_and_grad, value_and_grad
+
+rank, out = int(sys.argv[1]), Path(sys.argv[2])
+dist.init_process_group("gloo", init_method=f"file://{{out}}/store", rank=rank, world_size=2)
+gen = torch.Generator().manual_seed(0)
+params, batch = _params(gen), _batch(gen)
+mine = {{k: v[rank * 8 :][:8] for k, v in batch.items()}}
+value, aux, grads = cached_value_and_grad(embed, contrast, chunk=3)(params, mine)
+torch.save({{"value": value, "grads": grads, "means": aux.means}}, out / f"{{rank}}.pt")
+
+batch = {{k: v[:2] if rank == 0 else v[2:] for k, v in _tokens().items()}}  # unequal rows, too
+value, aux, grads = token_value_and_grad(token_loss, chunk=1)(_token_params(), batch)
+torch.save({{"value": value, "grads": grads, "metrics": aux.metrics}}, out / f"tokens{{rank}}.pt")
+
+params, optimizer = {{"w": torch.ones(3)}}, adamw(lambda n: Rate(lr=0.1))
+step = make_step(value_and_grad(lambda p, x: ((p["w"] * x).sum(), Aux())), optimizer)
+
+def seen(state, batch):
+    if state.step == 4 and rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(state, batch)
+
+try:
+    fit(seen, State(params=params, opt=optimizer.init(params)), lambda i: torch.ones(3), steps=20, folder=out / "run")
+except Stopped as stopped:
+    (out / f"stopped{{rank}}").write_text(str(stopped.code))
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """What two processes leave in a folder, where they train together."""
+    out = tmp_path_factory.mktemp("pair")
+    env, code = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, PAIR.format(tests=str(ROOT / "tests"))
+    runs = [subprocess.Popen([sys.executable, "-c", code, str(r), out], env=env) for r in range(2)]
     assert [r.wait() for r in runs] == [0, 0]
+    return out
+
+
+def test_two_processes_equal_one(pair, gen):
     params, batch = _params(gen), _batch(gen)
     value, aux, want = cached_value_and_grad(embed, contrast, chunk=16)(params, batch)
     for r in range(2):
-        got = torch.load(tmp_path / f"{r}.pt", weights_only=True)
+        got = torch.load(pair / f"{r}.pt", weights_only=True)
         assert abs(got["value"] - value) < 1e-12
         assert _worst(got["grads"], want) < 1e-9
         assert _worst(got["means"], aux.means) < 1e-12
+
+
+def test_tokens_of_two_processes_count_alike(pair):
+    value, want = _whole_batch()
+    for r in range(2):
+        got = torch.load(pair / f"tokens{r}.pt", weights_only=True)
+        assert abs(got["value"] - value) < 1e-12
+        assert _worst(got["grads"], want) < 1e-12
+        assert got["metrics"]["tokens"] == sum(TRAINED)
+
+
+def test_sigterm_to_one_process_stops_both_at_the_same_step(pair):
+    assert [(pair / f"stopped{r}").read_text() for r in range(2)] == ["143", "143"]
+    assert read_state(pair / "run/last.pt").step == 5
+
+
+# Token losses ---------------------------------------------------------------------------------------------------------------------------
+TRAINED = (1, 40, 0, 3, 17)  # tokens of each row that have a label
+
+
+def _tokens():
+    gen = torch.Generator().manual_seed(1)
+    labels = torch.randint(7, (5, 40), generator=gen)
+    labels[torch.arange(40) >= torch.tensor(TRAINED)[:, None]] = -100
+    return {"x": torch.randn(5, 40, 4, generator=gen, dtype=torch.float64), "labels": labels}
+
+
+def _token_params():
+    gen = torch.Generator().manual_seed(2)
+    return {"w": torch.randn(7, 4, generator=gen, dtype=torch.float64), "in": {"w": torch.randn(4, 4, generator=gen, dtype=torch.float64)}}
+
+
+def token_loss(p, batch):
+    logits = torch.tanh(batch["x"] @ p["in"]["w"]) @ p["w"].t()
+    kept = batch["labels"] >= 0
+    right = (logits.argmax(-1) == batch["labels"])[kept].sum()
+    return F.cross_entropy(logits[kept], batch["labels"][kept], reduction="sum"), kept.sum(), Aux(metrics={"accuracy": right})
+
+
+def _whole_batch():
+    leaves = {k: v.requires_grad_() for k, v in flatten(_token_params()).items()}
+    logits = torch.tanh(_tokens()["x"] @ leaves["in/w"]) @ leaves["w"].t()
+    value = F.cross_entropy(logits.flatten(0, 1), _tokens()["labels"].flatten(), ignore_index=-100)
+    return value.detach(), dict(zip(leaves, torch.autograd.grad(value, list(leaves.values())), strict=True))
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5, 9])
+def test_micro_batches_of_unequal_tokens_equal_one_batch(chunk):
+    value, want = _whole_batch()
+    got, aux, grads = token_value_and_grad(token_loss, chunk=chunk)(_token_params(), _tokens())
+    assert abs(got - value) < 1e-12
+    assert _worst(grads, want) < 1e-12
+    labels = _tokens()["labels"]
+    found = (torch.tanh(_tokens()["x"] @ _token_params()["in"]["w"]) @ _token_params()["w"].t()).argmax(-1)
+    assert aux.metrics["tokens"] == 61
+    assert aux.metrics["accuracy"] == pytest.approx(int((found == labels).sum()) / 61)
+
+
+def test_a_mean_of_means_is_another_gradient():
+    value, want = _whole_batch()
+    mean = value_and_grad(lambda p, b: ((s := token_loss(p, b))[0] / s[1], Aux()))
+    pieces = [mean(_token_params(), {k: v[i : i + 1] for k, v in _tokens().items()}) for i, n in enumerate(TRAINED) if n]
+    assert abs(sum(p[0] for p in pieces) / 4 - value) > 0.1
+    assert _worst({k: sum(flatten(p[2])[k] for p in pieces) / 4 for k in want}, want) > 0.05
+
+
+def test_two_leaves_of_one_gradient_are_both_right():
+    """Autograd hands out one tensor for both; adding or dividing in place would count it twice."""
+    params = {k: torch.zeros(4, dtype=torch.float64) for k in ("a", "b")}
+    loss = lambda p, batch: (((p["a"] + p["b"]) * batch["x"]).sum(), len(batch["x"]), Aux())
+    x = torch.arange(12.0, dtype=torch.float64).view(3, 4)
+    for chunk in (1, 3):
+        grads = token_value_and_grad(loss, chunk=chunk)(params, {"x": x})[2]
+        for g in grads.values():
+            torch.testing.assert_close(g, x.mean(0))
+
+
+def test_many_16_bit_micro_batches_are_added_up_in_float32():
+    params = {"w": torch.ones(3, dtype=torch.bfloat16)}
+    loss = lambda p, batch: ((p["w"] * batch["x"]).sum(), len(batch["x"]), Aux())
+    batch = {"x": torch.full((1000, 3), 1.0, dtype=torch.bfloat16)}
+    grads = token_value_and_grad(loss, chunk=1)(params, batch)[2]
+    assert grads["w"].dtype == torch.float32
+    assert torch.equal(grads["w"], torch.ones(3))
+
+
+def test_what_has_no_row_per_sample_is_cut_by_the_caller():
+    """Five samples with 2, 0, 1, 3 and 1 patches, all patches in one tensor."""
+    per = torch.tensor([2, 0, 1, 3, 1])
+    patches = torch.arange(7.0, dtype=torch.float64)[:, None]
+    batch = {"pixel_values": patches, "per": per, "labels": torch.ones(5)}
+
+    def loss(p, b):
+        assert len(b["pixel_values"]) == int(b["per"].sum())
+        return (b["pixel_values"] * p["w"]).sum(), len(b["labels"]), Aux()
+
+    def cut(b, span):
+        ends = F.pad(b["per"].cumsum(0), (1, 0))
+        mine = slice(int(ends[span.start]), int(ends[span.stop]))
+        return {k: v[mine if k == "pixel_values" else span] for k, v in b.items()}
+
+    grad = token_value_and_grad(loss, chunk=2, cut=cut, rows=lambda b: len(b["labels"]))
+    assert grad({"w": torch.ones(1, dtype=torch.float64)}, batch)[2]["w"] == patches.sum() / 5
+    with pytest.raises(ValueError, match="must have the batch's 5 rows, pixel_values has 7; say how to cut it with `cut`"):
+        token_value_and_grad(loss, chunk=2, rows=lambda b: 5)({"w": torch.ones(1)}, batch)
+
+
+def test_token_errors_say_what_to_do():
+    nothing = {k: v[2:3] for k, v in _tokens().items()}
+    with pytest.raises(ValueError, match=r"no token of the batch \(1 rows\) is trained"):
+        token_value_and_grad(token_loss, chunk=1)(_token_params(), nothing)
+    with pytest.raises(ValueError, match="at least one row, got 0"):
+        token_value_and_grad(token_loss, chunk=0)
 
 
 # The loop -----------------------------------------------------------------------------------------------------------------------------
@@ -287,3 +440,45 @@ def test_errors_say_what_to_do(tmp_path, gen):
         _run(tmp_path)
     with pytest.raises(ValueError, match="no such checkpoint"):
         read_state(tmp_path / "nothing.pt")
+
+
+def test_a_resume_with_another_optimiser_says_so(tmp_path):
+    _run(tmp_path, steps=3)
+    step, state = _start(torch.Generator().manual_seed(0))
+    other = State(params=state.params, opt={"momentum": state.params})
+    with pytest.raises(
+        ValueError, match=r"12 optimiser moments differ from this stage's, e\.g\. mean/image/w: \(6, 6\) in the file, absent"
+    ):
+        fit(step, other, _batch_at, steps=9, folder=tmp_path)
+
+
+# Dropout --------------------------------------------------------------------------------------------------------------------------------
+def _lora_run(folder, steps, stop=None, **seed):
+    """A run whose loss goes through a low-rank weight with dropout; the state it ends with."""
+    gen = torch.Generator().manual_seed(0)
+    base, params = torch.randn(6, 5, generator=gen), {"a": torch.randn(2, 5, generator=gen), "b": torch.randn(6, 2, generator=gen)}
+
+    def loss(p, x):
+        return F.linear(x, weights.low_rank(base, p["a"], p["b"], dropout=0.5)).square().mean(), Aux()
+
+    def batch_at(i):
+        if i == stop:
+            raise KeyboardInterrupt
+        return torch.randn(4, 5, generator=torch.Generator().manual_seed(i))
+
+    optimizer = adamw(lambda n: Rate(lr=1e-2))
+    step = make_step(value_and_grad(loss), optimizer, **seed)
+    return fit(step, State(params=params, opt=optimizer.init(params)), batch_at, steps=steps, folder=folder, every=Every(save=2))
+
+
+def test_a_resumed_run_draws_the_same_dropout(tmp_path):
+    whole = _lora_run(tmp_path / "whole", 10, seed=3)
+    with pytest.raises(KeyboardInterrupt):
+        _lora_run(tmp_path / "cut", 10, stop=5, seed=3)
+    torch.manual_seed(99)  # another process would start with another generator
+    before = torch.get_rng_state()
+    assert _same(whole, _lora_run(tmp_path / "cut", 10, seed=3))
+    assert torch.equal(before, torch.get_rng_state())
+    assert not _same(whole, _lora_run(tmp_path / "other", 10, seed=4))
+    first = _lora_run(tmp_path / "unseeded", 10)
+    assert not _same(first, _lora_run(tmp_path / "again", 10))
