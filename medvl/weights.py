@@ -133,8 +133,9 @@ class LowRank(Lazy):
         x = F.dropout(x, self.dropout) if self.dropout else x
         mixed = torch.is_autocast_enabled(x.device.type)
         h = self._gated(F.linear(x if mixed else x.to(self.a.dtype), self.a), x)
-        if h.dtype == y.dtype == self.b.dtype and not mixed:
-            return torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), self.b.t()).view(y.shape)
+        if h.dtype == y.dtype == self.b.dtype and y.is_contiguous() and y is not x and not mixed:
+            y.view(-1, y.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), self.b.t())  # y is fresh: no layer's backward pass reads its output
+            return y
         return (y + F.linear(h, self.b)).to(y.dtype)
 
     def _gated(self, h: Tensor, x: Tensor) -> Tensor:

@@ -1,0 +1,512 @@
+"""Conversations with images: JSON lines to messages, messages to token ids of which only the answers are trained."""
+
+import json
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from attrs import evolve, field, frozen
+from torch import Tensor
+
+from medvl import files
+
+_log = logging.getLogger(__name__)
+IGNORE = -100  # label of a token that is not trained
+Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+
+
+@frozen(kw_only=True)
+class Placeholder:
+    """How an image stands in a sequence: the user's `tag` becomes `before`, then `token` once per visual token, then `after`.
+
+    `token` may be any token that no text needs, e.g. Phi-3's "<|placeholder1|>": its embeddings are replaced.
+    """
+
+    tag: str = "<image>"
+    token: str
+    before: str = ""
+    after: str = ""
+
+
+QWEN_VL = Placeholder(token="<|image_pad|>", before="<|vision_start|>", after="<|vision_end|>")
+INTERN_VL = Placeholder(token="<IMG_CONTEXT>", before="<img>", after="</img>")
+
+
+def _template(before: str, after: str, end: str, system: str = "") -> str:
+    """A Jinja chat template: `before` role `after` content `end`, with a system turn of its own where the messages have none."""
+    first = "{% if messages[0].role != 'system' %}{{ " + repr(f"{before}system{after}{system}{end}") + " }}{% endif %}" if system else ""
+    turns = f"{{% for m in messages %}}{{{{ {before!r} + m.role + {after!r} + m.content + {end!r} }}}}{{% endfor %}}"
+    return first + turns + "{% if add_generation_prompt %}{{ " + repr(f"{before}assistant{after}") + " }}{% endif %}"
+
+
+TEMPLATES = {
+    "chatml": _template("<|im_start|>", "\n", "<|im_end|>\n"),
+    "qwen2": _template("<|im_start|>", "\n", "<|im_end|>\n", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
+    "phi3": _template("<|", "|>\n", "<|end|>\n", "You are a helpful AI assistant."),
+    "phi4": _template(
+        "<|im_start|>", "<|im_sep|>\n", "<|im_end|>\n", "You are a medieval knight and must provide explanations to modern people."
+    ),
+}
+"""Named templates. "chatml" is that of Qwen3's instruct models without thinking; the others are those HealthGPT was trained with (its phi4
+took the system turn from Phi-4's model card: give a system message to have another)."""
+
+
+@frozen(kw_only=True, eq=False)
+class Sample:
+    """One tokenised conversation. `labels` are not shifted: labels[i] belongs to ids[i], the loss compares it with the logits at i - 1."""
+
+    ids: Tensor  # int64 [t]
+    labels: Tensor  # int64 [t], IGNORE where not trained
+    trained: tuple[tuple[int, int], ...] = ()  # [start, stop) of every answer with its end token
+    visual: tuple[tuple[int, int], ...] = ()  # [start, stop) of every image's visual tokens
+
+
+class TooLong(ValueError):
+    """A sample's last trained or visual token (a prompt's last token) lies past the context: `needed` tokens, `context` allowed."""
+
+    def __init__(self, needed: int, context: int) -> None:
+        super().__init__(needed, context)  # both in args: it must survive pickling in a data loader
+        self.needed, self.context = needed, context
+
+    def __str__(self) -> str:
+        return (
+            f"encode: answers and visual tokens must fit the context, need {self.needed} tokens, context is {self.context}; "
+            "make the images smaller, shorten the text or raise the context"
+        )
+
+
+def encode(
+    tok: Any,
+    messages: Sequence[Message],
+    *,
+    placeholder: Placeholder | None = None,
+    visual: Sequence[int] = (),
+    context: int | None = None,
+    template: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    allow: Collection[str] = (),
+) -> Sample:
+    """Token ids of a conversation, and labels of every assistant turn: its answer and end token, nothing else.
+
+    The text is cut where answers start and end and the pieces are tokenised one by one, so the ids before an answer are those of
+    `encode_prompt`, whatever characters the answer starts with. Only what follows the last end token is ever truncated.
+
+    Args:
+        tok: a fast Hugging Face tokenizer; one that puts a start token before texts gets exactly one here.
+        messages: optional system, then user and assistant in turn, ending with assistant.
+        visual: number of visual tokens of every image, in the order of the tags in the user's texts.
+        context: longest sequence, in tokens.
+        template: a name in `TEMPLATES` or a Jinja chat template; the tokenizer's own when None.
+        options: variables of the template, such as {"enable_thinking": False}.
+        allow: special tokens that answers may hold, such as those of image codes; elsewhere special tokens in a text are refused.
+    Raises:
+        TooLong: a trained or a visual token would be cut.
+        ValueError: wrong roles or order, contents that are no strings, special tokens in a text, tags that do not match `visual`, or a
+            template in which an answer does not follow the prompt that generation sees, or has no end token.
+    """
+    how = _How(placeholder=placeholder, context=context, template=template, options=options or {}, allow=allow)
+    return _encode(_look(tok), how, messages, visual, "assistant")
+
+
+def encode_prompt(
+    tok: Any,
+    messages: Sequence[Message],
+    *,
+    placeholder: Placeholder | None = None,
+    visual: Sequence[int] = (),
+    context: int | None = None,
+    template: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    allow: Collection[str] = (),
+) -> Sample:
+    """What generation starts from: messages that end with the user's, and the header of the answer; no token is trained.
+
+    Args and errors as `encode`; a prompt longer than `context` is always TooLong. The ids are the first ones of the whole conversation's.
+    """
+    how = _How(placeholder=placeholder, context=context, template=template, options=options or {}, allow=allow)
+    return _encode(_look(tok), how, messages, visual, "user")
+
+
+def encode_all(
+    tok: Any,
+    conversations: Sequence[Sequence[Message]],
+    *,
+    placeholder: Placeholder | None = None,
+    visual: Sequence[Sequence[int]] | None = None,
+    context: int | None = None,
+    template: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    allow: Collection[str] = (),
+) -> tuple[list[Sample], list[tuple[int, TooLong]]]:
+    """Samples of the conversations that fit, in order, and (index, reason) of those that are too long; a warning says how many.
+
+    Args:
+        visual: as for `encode`, one sequence per conversation.
+    Raises:
+        ValueError: as `encode`, with the index; or no conversation fits.
+    """
+    how = _How(placeholder=placeholder, context=context, template=template, options=options or {}, allow=allow)
+    kit, samples, refused = _look(tok), list[Sample](), list[tuple[int, TooLong]]()
+    counts = [()] * len(conversations) if visual is None else visual
+    if len(counts) != len(conversations):
+        raise ValueError(f"encode_all: visual must have one row per conversation, got {len(counts)} for {len(conversations)}")
+    for i, (messages, n) in enumerate(zip(conversations, counts, strict=True)):
+        try:
+            samples.append(_encode(kit, how, messages, n, "assistant"))
+        except TooLong as e:
+            refused.append((i, e))
+        except ValueError as e:
+            raise ValueError(f"conversation {i}: {e}") from e
+    if refused:
+        longest = max(e.needed for _, e in refused)
+        said = (
+            f"{len(refused)} of {len(conversations)} conversations do not fit the context of {context} tokens (the longest needs {longest})"
+        )
+        if not samples:
+            raise ValueError(f"encode_all: {said}; make the images smaller or raise the context")
+        _log.warning("%s and are left out", said)
+    return samples, refused
+
+
+def collate(samples: Sequence[Sample], pad_id: int, *, side: Literal["right", "left"] = "right", multiple_of: int = 1) -> dict[str, Tensor]:
+    """Samples as rows of one length.
+
+    Args:
+        pad_id: any id; `mask` tells padding from tokens.
+        side: where padding goes: right for training, left for generation (new tokens must follow the last one).
+        multiple_of: the length is rounded up to a multiple of this.
+    Returns:
+        "ids" int64 [b, t], "mask" bool [b, t], "labels" int64 [b, t] (not shifted, IGNORE at padding), "visual" bool [b, t], true at visual
+        tokens (Qwen's `mm_token_type_ids` as integers).
+    """
+    if not samples or side not in ("right", "left") or multiple_of < 1:
+        raise ValueError(
+            f"collate: needs samples, side right or left and multiple_of >= 1, got {len(samples)} samples, {side!r}, {multiple_of}"
+        )
+    length = -(-max(len(s.ids) for s in samples) // multiple_of) * multiple_of
+    out = {
+        "ids": torch.full((len(samples), length), pad_id),
+        "mask": torch.zeros(len(samples), length, dtype=torch.bool),
+        "labels": torch.full((len(samples), length), IGNORE),
+        "visual": torch.zeros(len(samples), length, dtype=torch.bool),
+    }
+    for row, s in enumerate(samples):
+        start = 0 if side == "right" else length - len(s.ids)
+        span = slice(start, start + len(s.ids))
+        out["ids"][row, span], out["labels"][row, span], out["mask"][row, span] = s.ids, s.labels, True
+        for a, b in s.visual:
+            out["visual"][row, start + a : start + b] = True
+    return out
+
+
+def show(tok: Any, sample: Sample, marks: tuple[str, str] = ("«", "»")) -> str:
+    """A sample as text for people: trained tokens between `marks`, visual tokens as "<|image_pad|> x 256", counts in the last line.
+
+    Args:
+        marks: such as ("\\033[32m", "\\033[0m") for green on a terminal.
+    """
+    trained, visual = (sample.labels != IGNORE).tolist(), [False] * len(sample.ids)
+    for a, b in sample.visual:
+        visual[a:b] = [True] * (b - a)
+    starts = {a for span in (*sample.trained, *sample.visual) for a in span if a < len(visual)} | {0}
+    starts |= {i for i in range(1, len(visual)) if trained[i] != trained[i - 1]}  # what the labels say, should the spans differ
+    edges, parts = [*sorted(starts), len(visual)], []
+    for a, b in pairwise(edges):
+        ids = sample.ids[a:b].tolist()
+        text = f"{tok.convert_ids_to_tokens(ids[0])} x {b - a}" if visual[a] else tok.decode(ids, clean_up_tokenization_spaces=False)
+        parts.append(f"{marks[0]}{text}{marks[1]}" if trained[a] else text)
+    counts = f"{len(trained)} tokens, {sum(visual)} visual in {len(sample.visual)} images"
+    return "".join(parts) + f"\n[{counts}, {sum(trained)} trained in {len(sample.trained)} turns]"
+
+
+# Tokens ---------------------------------------------------------------------------------------------------------------------------------
+@frozen(kw_only=True, eq=False)
+class _Kit:
+    """What has to be known of a tokenizer."""
+
+    tok: Any
+    special: frozenset[int]
+    start: tuple[int, ...]  # what it puts before every text
+    anchor: str = ""  # a special token to put before a piece that does not start the text, "" where it makes no difference
+    spaces: bool = False  # it puts a space before every piece behind a special token
+
+
+@frozen(kw_only=True, eq=False)
+class _How:
+    """The options of `encode`."""
+
+    placeholder: Placeholder | None
+    context: int | None
+    template: str | None
+    options: Mapping[str, Any]
+    allow: Collection[str]
+
+    @property
+    def name(self) -> str:
+        given = f"the template {self.template!r}" if self.template in TEMPLATES else "the given template"
+        return given if self.template else "the tokenizer's chat template"
+
+
+def _look(tok: Any) -> _Kit:
+    added = tok.added_tokens_decoder
+    named = {tok.bos_token_id, tok.eos_token_id, tok.pad_token_id} - {None}
+    special = frozenset({i for i, t in added.items() if t.special} - {tok.unk_token_id} | named)
+    start = (tok.bos_token_id,) if tok("")["input_ids"][:1] == [tok.bos_token_id] else ()
+    marks = sorted((added[i].rstrip, i) for i in special if i in added)
+    if not marks:
+        raise ValueError("encode: the tokenizer has no special token, so answers could not end")
+    swallows, anchor = marks[0][0], added[marks[0][1]].content
+    kit = _Kit(tok=tok, special=special, start=start)
+    if _ids(kit, f"{anchor}a")[1:] == _ids(kit, "a"):
+        return evolve(kit, spaces=_ids(kit, "\na")[len(_ids(kit, "\n")) :] != _ids(kit, "a"))
+    if swallows:  # it would eat the white space that answers start with
+        raise ValueError("encode: the tokenizer starts texts with a space, and all its special tokens swallow the space behind them")
+    return evolve(kit, anchor=anchor)
+
+
+def _ids(kit: _Kit, text: str, *, first: bool = False) -> list[int]:
+    """Ids of a piece of text as they are in the middle of a text, or at its start (sentencepiece puts a space before the first word)."""
+    anchor = "" if first else kit.anchor
+    ids = kit.tok(anchor + text, add_special_tokens=False, truncation=False, padding=False, verbose=False)["input_ids"] if text else []
+    return ids[1:] if anchor and text else ids
+
+
+def _encode(kit: _Kit, how: _How, messages: Sequence[Message], visual: Sequence[int], last: str) -> Sample:
+    _check_order(messages, last, "encode")
+    pad = _check_visual(kit, how.placeholder, visual)
+    _check_texts(kit, how, messages, visual, pad)
+    text, answers = _render(kit.tok, how, messages)
+    ids = [] if kit.start and text.startswith(kit.tok.bos_token) else [*kit.start]
+    trained, runs, counts = list[tuple[int, int]](), list[tuple[int, int]](), iter(visual)
+    at = begin = 0
+    for start, stop in [*answers, (len(text), len(text))]:
+        piece, found = _plain(kit, how.placeholder, text[at:start], pad, counts, first=not at)
+        if at:
+            trained.append((begin, len(ids) + _end(kit, how, piece)))
+        runs += [(len(ids) + a, len(ids) + b) for a, b in found]
+        ids += piece
+        if kit.spaces and stop > start and ids[-1] not in kit.special:
+            raise ValueError(f"encode: a tokenizer with a space before every piece needs answers behind a special token, not so {how.name}")
+        begin, at = len(ids), stop
+        ids += _ids(kit, text[start:stop])
+    if last == "user":  # what was answered before is part of the prompt
+        trained = []
+    needed = max((b for _, b in (*trained, *runs)), default=0) if trained else len(ids)
+    if how.context is not None and needed > how.context:
+        raise TooLong(needed, how.context)
+    whole = torch.tensor(ids[: how.context])
+    labels = torch.full_like(whole, IGNORE)
+    for a, b in trained:
+        labels[a:b] = whole[a:b]
+    return Sample(ids=whole, labels=labels, trained=tuple(trained), visual=tuple(runs))
+
+
+def _plain(
+    kit: _Kit, holder: Placeholder | None, text: str, pad: int, counts: Iterator[int], *, first: bool
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids of what lies between answers, and where its visual tokens are."""
+    parts, ids, runs = text.split(holder.tag) if holder else [text], list[int](), list[tuple[int, int]]()
+    for k, part in enumerate(parts):
+        if holder and k:
+            runs.append((len(ids), len(ids) + next(counts)))
+            ids += [pad] * (runs[-1][1] - runs[-1][0])
+            part = holder.after + part
+        if holder and k < len(parts) - 1:
+            part += holder.before
+        ids += _ids(kit, part, first=first and not k)
+    return ids, runs
+
+
+def _end(kit: _Kit, how: _How, ids: Sequence[int]) -> int:
+    """How many of the ids after an answer belong to its end token (templates may put white space before it)."""
+    k = next((i for i, t in enumerate(ids) if t in kit.special), None)
+    if k is None or kit.tok.decode(list(ids[:k])).strip():
+        raise ValueError(
+            f"encode: {how.name} must end every answer with a special token, after an answer stands {kit.tok.decode(ids[:8])!r}"
+        )
+    return k + 1
+
+
+def _render(tok: Any, how: _How, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
+    """The conversation as text, and where in it the answers are: each right after the prompt that generation sees."""
+    plain = [{"role": m["role"], "content": m["content"]} for m in messages]
+    text, spans = _apply(tok, how, plain, plain[-1]["role"] == "user"), list[tuple[int, int]]()
+    for i, m in enumerate(plain):
+        if m["role"] != "assistant":
+            continue
+        prompt = _apply(tok, how, plain[:i], True)
+        if not text.startswith(prompt) or not text.startswith(m["content"], len(prompt)):
+            same = next((k for k, (a, b) in enumerate(zip(text, prompt, strict=False)) if a != b), len(prompt))
+            near = slice(max(same - 20, 0), same + 40)
+            raise ValueError(
+                f"encode: {how.name} must put answer {len(spans) + 1} unchanged behind the prompt of generation, but where the prompt "
+                f'has {prompt[near]!r} the conversation has {text[near]!r}; give another template ("chatml"), '
+                'options={"enable_thinking": False} for one turn of a thinking model, or strip the answers'
+            )
+        spans.append((len(prompt), len(prompt) + len(m["content"])))
+    if how.placeholder and text.count(how.placeholder.tag) != (n := sum(m["content"].count(how.placeholder.tag) for m in plain)):
+        raise ValueError(f"encode: {how.name} must keep the {n} tags {how.placeholder.tag!r} as they are, its text is {_short(text)}")
+    return text, spans
+
+
+def _apply(tok: Any, how: _How, messages: list[dict[str, str]], answer: bool) -> str:
+    import jinja2  # comes with torch
+
+    template = TEMPLATES.get(how.template or "", how.template or getattr(tok, "chat_template", None))
+    if not template or (how.template and "{" not in template):
+        found = f"got {how.template!r}" if how.template else "the tokenizer has none"
+        raise ValueError(f"encode: needs a chat template, {found}; give one of {', '.join(TEMPLATES)} or a Jinja template")
+    try:
+        return tok.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=answer, **how.options)
+    except jinja2.TemplateError as e:
+        raise ValueError(f"encode: {how.name} does not take these messages: {e}") from e
+
+
+def _check_order(messages: Sequence[Message], last: str, where: str) -> None:
+    for i, m in enumerate(messages):
+        if not isinstance(m, Mapping) or not isinstance(m.get("content"), str) or not isinstance(m.get("role"), str):
+            raise ValueError(f'{where}: message {i} must be {{"role": text, "content": text}}, got {_short(m)}')
+    roles = [m["role"] for m in messages]
+    if "assistant" not in roles and last == "assistant":
+        raise ValueError(f"{where}: needs a turn of the assistant, got {' '.join(roles) or 'no messages'}")
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    if not turns or turns != [("user", "assistant")[i % 2] for i in range(len(turns))] or turns[-1] != last:
+        raise ValueError(
+            f"{where}: roles must be user and assistant in turn after an optional system, ending with {last}, got {' '.join(roles)}"
+        )
+
+
+def _check_visual(kit: _Kit, holder: Placeholder | None, visual: Sequence[int]) -> int:
+    """The id of the token that stands for images."""
+    if holder is None:
+        if visual:
+            raise ValueError(f"encode: {len(visual)} images were given and no placeholder; give one, such as QWEN_VL")
+        return -1
+    if any(n < 1 for n in visual):
+        raise ValueError(f"encode: every image must have at least one visual token, got {list(visual)}")
+    ids = _ids(kit, holder.token)
+    if len(ids) != 1:
+        raise ValueError(
+            f"encode: the placeholder {holder.token!r} must be one token of the tokenizer, it is {len(ids)}; add it or take another"
+        )
+    return ids[0]
+
+
+def _check_texts(kit: _Kit, how: _How, messages: Sequence[Message], visual: Sequence[int], pad: int) -> None:
+    """Raise where a text holds what only the template may write."""
+    tag = how.placeholder.tag if how.placeholder else None
+    for i, m in enumerate(messages):
+        parts = m["content"].split(tag) if tag else [m["content"]]
+        held = {kit.tok.convert_ids_to_tokens(t) for part in parts for t in _ids(kit, part) if t in kit.special or t == pad}
+        if held := held - {*how.allow} if m["role"] == "assistant" else held:
+            found = ", ".join(sorted(held))
+            raise ValueError(
+                f"encode: message {i} ({m['role']}) must not hold special tokens of the tokenizer, found {found}; rewrite them"
+            )
+    if tag:
+        _check_tags(messages, tag, len(visual), "encode")
+
+
+def _check_tags(messages: Sequence[Message], tag: str, images: int, where: str) -> None:
+    for m in messages:
+        if m["role"] != "user" and tag in m["content"]:
+            raise ValueError(f"{where}: only the user's texts may hold the tag {tag!r}, found it in one of the {m['role']}")
+    if (n := sum(m["content"].count(tag) for m in messages)) != images:
+        raise ValueError(f"{where}: every tag {tag!r} needs its image, got {n} tags and {images} images")
+
+
+# Files ----------------------------------------------------------------------------------------------------------------------------------
+@frozen(kw_only=True)
+class Conversation:
+    """One line of a file."""
+
+    messages: tuple[dict[str, str], ...]
+    images: tuple[Path, ...] = ()  # in the order of the tags
+    id: str = ""
+    line: int = 0  # from 1
+    extra: dict[str, Any] = field(factory=dict)  # keys that are not read here
+
+
+def read_conversations(path: files.PathLike, *, tag: str = "<image>", root: files.PathLike | None = None) -> list[Conversation]:
+    """Conversations from JSON lines, each in one of three shapes, checked to the last line.
+
+    {"query": text, "response": text}, {"conversations": [{"from": "user" or "human" ..., "value": text}, ...]} or
+    {"messages": [{"role": "user" ..., "content": text}, ...]}, with "images" (a list; or "image", one name), "system", and "id" or
+    "episode_id" where wanted. The user's texts hold one `tag` per image; images are taken from left to right.
+
+    Args:
+        root: where relative image paths ("./../x" too) start; the file's own folder when None.
+    Raises:
+        ValueError: with file and line: no UTF-8, no JSON, another shape, wrong roles or order, no turn of the assistant, contents that are
+            no strings, tags that do not match the images, an image that is not there; or the file is empty or absent.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    found, folder = list[Conversation](), path.parent if root is None else Path(root)
+    for line, raw in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        if not raw.strip():
+            continue
+        try:
+            record = json.loads(raw.decode("utf-8"))
+        except ValueError as e:  # of both
+            raise ValueError(f"{path}, line {line}: not a line of JSON in UTF-8 ({e})") from e
+        found.append(_conversation(record, f"{path}, line {line}", line, tag, folder))
+    if not found:
+        raise ValueError(f"{path}: holds no conversation")
+    return found
+
+
+_SHAPES = {"query": {"query", "response"}, "conversations": {"conversations"}, "messages": {"messages"}}
+_ROLES = {"human": "user", "gpt": "assistant"}
+
+
+def _conversation(record: Any, where: str, line: int, tag: str, folder: Path) -> Conversation:
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: must be a JSON object, one per line, got {_short(record)}")
+    rest = dict(record)
+    messages = tuple(_messages(rest, where))
+    _check_order(messages, "assistant", where)
+    named = [rest.pop(key) for key in ("images", "image") if key in rest]
+    images = [named[0]] if named and isinstance(named[0], str) else named[0] if named else []
+    if len(named) > 1 or not isinstance(images, list) or not all(isinstance(name, str) for name in images):
+        raise ValueError(f'{where}: "images" must be a list of file names (or "image" one), got {_short(record.get("images"))}')
+    _check_tags(messages, tag, len(images), where)
+    paths = tuple(folder / name for name in images)
+    for name, file in zip(images, paths, strict=True):
+        if not file.is_file():
+            raise ValueError(f"{where}: image {name!r} is not there (relative names start from {folder}; give another root)")
+    name = str(rest.pop("id" if "id" in rest else "episode_id", ""))
+    return Conversation(messages=messages, images=paths, id=name, line=line, extra=rest)
+
+
+def _messages(rest: dict[str, Any], where: str) -> Iterator[dict[str, str]]:
+    """Takes the messages out of a record."""
+    shapes = [keys for key, keys in _SHAPES.items() if key in rest]
+    if len(shapes) != 1 or not shapes[0] <= rest.keys() or "history" in rest:
+        raise ValueError(
+            f'{where}: must have "messages", or "conversations", or "query" and "response" (and no "history": put it into messages), '
+            f"found {', '.join(rest) or 'nothing'}"
+        )
+    if "system" in rest:
+        yield {"role": "system", "content": rest.pop("system")}
+    if "query" in rest:
+        yield {"role": "user", "content": rest.pop("query")}
+        yield {"role": "assistant", "content": rest.pop("response")}
+        return
+    key = "messages" if "messages" in rest else "conversations"
+    role, content = ("role", "content") if key == "messages" else ("from", "value")
+    turns = rest.pop(key)
+    for i, turn in enumerate(turns if isinstance(turns, list) else [turns]):
+        if not isinstance(turn, dict) or turn.keys() != {role, content}:
+            raise ValueError(f'{where}: message {i} must be {{"{role}": text, "{content}": text}}, got {_short(turn)}')
+        name = str(turn[role])
+        yield {"role": _ROLES.get(name, name), "content": turn[content]}
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,513 @@
+"""Conversations to ids and labels: the peers are the tokenizers' own templates and a scanner over ids that knows only ChatML."""
+
+import json
+import logging
+import pickle
+import random
+
+import pytest
+import torch
+from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers
+
+from medvl import hub
+from medvl.data import conversations as conv
+from medvl.data.conversations import INTERN_VL, QWEN_VL, TEMPLATES, Placeholder, TooLong, encode, encode_all, encode_prompt
+
+WORDS = [
+    "nodule",
+    "8 mm",
+    "Ödem",
+    "肺结节",
+    "🫁",
+    "the heart is normal.",
+    "no effusion;",
+    "½",
+    "a  b",
+    "x\ny",
+    "\n\n",
+    "- liver",
+    "\ttab",
+    "é",
+]
+ENDS = {"chatml": "<|im_end|>", "qwen2": "<|im_end|>", "phi3": "<|end|>", "phi4": "<|im_end|>"}
+MARKS = ("<|im_start|>", "<|im_end|>", "<|im_sep|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|system|>", "<|end|>")
+
+
+def turns(*texts, system=None):
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return first + [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(texts)]
+
+
+def small(strips=False, start=True):
+    """A byte-level BPE tokenizer that keeps texts as they are, puts a start token first and, where asked, strips around special tokens."""
+    tok = hub.train_bpe(["the heart is normal. no effusion; nodule 8 mm user assistant system " * 3], 400)
+    tok.backend_tokenizer.normalizer = None
+    tok.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    marks = (*MARKS, "<|user|>", "<|assistant|>")
+    tok.add_tokens([AddedToken(m, special=True, normalized=False, lstrip=strips, rstrip=strips) for m in marks], special_tokens=True)
+    tok.chat_template = TEMPLATES["chatml"]
+    if not start:
+        tok.bos_token = None
+    return tok
+
+
+def spaced(every_piece):
+    """The same with sentencepiece's space before the first word, of the text or of every piece between special tokens."""
+    tok = small(start=False, strips=every_piece)
+    back = tok.backend_tokenizer
+    pre = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if every_piece:
+        back.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        pre = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(prepend_scheme="first", split=False), pre])
+    back.pre_tokenizer = pre
+    back.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)])
+    return tok
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return small()
+
+
+@pytest.fixture(scope="module")
+def real(shared_data):
+    """{name: (tokenizer, template)}; Phi-3 both as transformers loads the folder and as its file says."""
+    folder = shared_data / "tokenizers"
+    qwen2, qwen3, phi = (hub.tokenizer(folder / n) for n in ("qwen2.5", "qwen3", "phi-3-mini"))
+    file = hub.tokenizer(folder / "phi-3-mini" / "tokenizer.json")
+    return {"qwen2.5": (qwen2, None), "qwen3": (qwen3, "chatml"), "phi": (phi, None), "phi3": (phi, "phi3"), "phi file": (file, "phi3")}
+
+
+def cases(bpe):
+    strict = small(strips=True, start=False)
+    return {"bpe": (bpe, None), "phi4": (strict, "phi4"), "first": (spaced(False), "phi3"), "each": (spaced(True), "phi3")}
+
+
+@pytest.fixture(scope="module")
+def every(bpe, request):
+    """All tokenizers there are."""
+    try:
+        return cases(bpe) | request.getfixturevalue("real")
+    except pytest.skip.Exception:
+        return cases(bpe)
+
+
+def end_of(tok, template):
+    return ENDS.get(template, "<|end|>" if "<|end|>" in (tok.chat_template or "") else "<|im_end|>")
+
+
+def exact(tok, ids):
+    """Text of ids in the middle of a text (decoders drop the first space of sentencepiece)."""
+    mark = conv._look(tok).anchor
+    lead = tok.convert_tokens_to_ids(mark) if mark else None
+    text = tok.decode([lead, *ids] if mark else ids, clean_up_tokenization_spaces=False)
+    return text.removeprefix(mark)
+
+
+def whole(tok, messages, template, answer=False):
+    """Ids of the rendered text at once, as transformers makes them."""
+    text = tok.apply_chat_template(messages, chat_template=TEMPLATES.get(template, template), tokenize=False, add_generation_prompt=answer)
+    start = [tok.bos_token_id] if tok("")["input_ids"][:1] == [tok.bos_token_id] else []
+    return start + tok(text, add_special_tokens=False)["input_ids"]
+
+
+def check(tok, template, messages):
+    """Every answer and its end token are trained and nothing else; before each stand the ids of its prompt."""
+    sample = encode(tok, messages, template=template)
+    answers = [m["content"] for m in messages if m["role"] == "assistant"]
+    labels = torch.full_like(sample.ids, -100)
+    assert len(sample.trained) == len(answers)
+    places = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    for (a, b), answer, i in zip(sample.trained, answers, places, strict=True):
+        end = end_of(tok, template)
+        assert tok.convert_ids_to_tokens(int(sample.ids[b - 1])) == end
+        assert exact(tok, sample.ids[a : b - 1].tolist()) == answer
+        labels[a:b] = sample.ids[a:b]
+        prompt = encode_prompt(tok, messages[:i], template=template)
+        assert prompt.ids.tolist() == sample.ids[:a].tolist()
+        assert (prompt.labels == -100).all()
+        assert not prompt.trained
+    assert torch.equal(sample.labels, labels)
+    return sample
+
+
+CHAT = [turns("Is there a nodule?", "Yes, 8 mm."), turns("What is it?", "CT.", "And this?", "An MR image.", "Thanks", "You are welcome.")]
+CHAT += [turns("Describe.", "The heart is normal.\nNo effusion.", "Erklären Sie?", "肺结节 🫁", system="You are a radiologist.")]
+
+
+def test_ids_are_those_of_the_whole_text_and_labels_those_of_the_answers(every):
+    for name, (tok, template) in every.items():
+        for messages in CHAT:
+            sample = check(tok, template, messages)
+            assert sample.ids.tolist() == whole(tok, messages, template), name
+            prompt = encode_prompt(tok, messages[:-1], template=template)
+            assert prompt.ids.tolist() == whole(tok, messages[:-1], template, answer=True), name
+
+
+def test_answers_of_any_shape(every):
+    for tok, template in every.values():
+        for answer in ["", " ", "\n", "\n\n", " yes", "\nyes", "yes\n", "yes \n ", "\n\n - a\n - b\n\n", "é́", "🫁", "\r\n", "a\tb"]:
+            check(tok, template, turns("q", answer, "r", "s"))
+            check(tok, template, turns("q", "s", "r", answer))
+            sample = encode(tok, turns("q", answer), template=template)
+            assert (sample.labels != -100).sum() == 1 if not answer else (sample.labels != -100).sum() >= 2
+
+
+def test_a_hundred_random_conversations(every):
+    dice = random.Random(0)
+    for _ in range(100):
+        texts = ["".join(dice.choices([*WORDS, " ", " "], k=dice.randrange(12))) for _ in range(2 * dice.randint(1, 4))]
+        messages = turns(*texts, system=dice.choice([None, "Be brief."]))
+        for name, (tok, template) in every.items():
+            sample = check(tok, template, messages)
+            if name in ("bpe", "qwen2.5", "qwen3"):  # the others' special tokens swallow white space
+                jinja = TEMPLATES.get(template, template)
+                text = tok.apply_chat_template(messages, chat_template=jinja, tokenize=False)
+                assert tok.decode(sample.ids).removeprefix(hub.START) == text
+
+
+def test_labels_are_those_of_a_scanner_over_ids(real):
+    """The answer starts behind <|im_start|>assistant\\n and goes through <|im_end|>."""
+    for name in ("qwen2.5", "qwen3"):
+        tok, template = real[name]
+        for messages in CHAT:
+            sample = encode(tok, messages, template=template)
+            ids, keep = sample.ids.tolist(), torch.zeros(len(sample.ids), dtype=torch.bool)
+            for i in range(len(ids)):
+                if ids[i : i + 3] == [151644, 77091, 198]:
+                    keep[i + 3 : ids.index(151645, i) + 1] = True
+            assert torch.equal(sample.labels, torch.where(keep, sample.ids, -100))
+
+
+def test_one_start_token_whether_the_template_or_the_tokenizer_writes_it(bpe):
+    messages = turns("q", "a")
+    ids = encode(bpe, messages).ids.tolist()
+    assert ids[0] == bpe.bos_token_id
+    assert ids.count(bpe.bos_token_id) == 1
+    assert bpe.eos_token_id not in ids
+    assert encode(bpe, messages, template="{{ bos_token }}" + TEMPLATES["chatml"]).ids.tolist() == ids
+    assert encode(small(start=False), messages).ids.tolist() == ids[1:]
+
+
+def test_named_templates_are_those_of_the_checkpoints(bpe, real):
+    def text(name, *texts, answer=True):
+        return bpe.apply_chat_template(turns(*texts), chat_template=TEMPLATES[name], tokenize=False, add_generation_prompt=answer)
+
+    assert text("phi3", "Q") == "<|system|>\nYou are a helpful AI assistant.<|end|>\n<|user|>\nQ<|end|>\n<|assistant|>\n"
+    knight = "<|im_start|>system<|im_sep|>\nYou are a medieval knight and must provide explanations to modern people.<|im_end|>\n"
+    assert text("phi4", "Q") == knight + "<|im_start|>user<|im_sep|>\nQ<|im_end|>\n<|im_start|>assistant<|im_sep|>\n"
+    assert text("chatml", "Q") == "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"
+    for messages in [*CHAT, turns("q")]:
+        for name, own in (("qwen2.5", "qwen2"), ("phi", "phi3")):
+            tok = real[name][0]
+            system = [] if name == "qwen2.5" or messages[0]["role"] == "system" else turns(system="You are a helpful AI assistant.")
+            want = tok.apply_chat_template(system + messages, tokenize=False, add_generation_prompt=True)
+            got = tok.apply_chat_template(messages, chat_template=TEMPLATES[own], tokenize=False, add_generation_prompt=True)
+            assert got == want
+    assert real["qwen3"][0].apply_chat_template(turns("q"), tokenize=False, add_generation_prompt=True) == text("chatml", "q")
+
+
+def test_a_template_that_shows_training_another_prompt_is_refused(real):
+    tok = real["qwen3"][0]  # a thinking model: its template writes <think> before the last answer only
+    with pytest.raises(ValueError, match=r"the tokenizer's chat template must put answer 1 unchanged behind the prompt.*enable_thinking"):
+        encode(tok, turns("q", "a"))
+    with pytest.raises(ValueError, match="must end every answer with a special token"):
+        encode(tok, turns("q", ""))
+    with pytest.raises(ValueError, match=r"answer 1 unchanged.*<think>.*chatml"):
+        encode(tok, turns("q", "a", "r", "b"), options={"enable_thinking": False})
+    sample = encode(tok, turns("q", "a"), options={"enable_thinking": False})
+    assert tok.decode(sample.ids[sample.labels != -100]) == "a<|im_end|>"
+    assert tok.decode(sample.ids).endswith("<think>\n\n</think>\n\na<|im_end|>\n")
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_images_become_runs_of_visual_tokens(bpe, system):
+    messages = turns("<image>\n<image>\nNew?", "Yes.", "And <image>?", "No.", system=system)
+    sample = encode(bpe, messages, placeholder=QWEN_VL, visual=[3, 1, 2])
+    text = "<|vision_start|>{}<|vision_end|>"
+    filled = [dict(m) for m in messages]
+    for n in (3, 1, 2):
+        m = next(m for m in filled if "<image>" in m["content"])
+        m["content"] = m["content"].replace("<image>", text.format("<|image_pad|>" * n), 1)
+    assert sample.ids.tolist() == whole(bpe, filled, None)
+    assert [b - a for a, b in sample.visual] == [3, 1, 2]
+    pad = bpe.convert_tokens_to_ids("<|image_pad|>")
+    assert [i for a, b in sample.visual for i in range(a, b)] == (sample.ids == pad).nonzero()[:, 0].tolist()
+    assert exact(bpe, sample.ids[sample.labels != -100].tolist()) == "Yes.<|im_end|>No.<|im_end|>"
+    prompt = encode_prompt(bpe, messages[:-1], placeholder=QWEN_VL, visual=[3, 1, 2])
+    assert prompt.ids.tolist() == sample.ids[: len(prompt.ids)].tolist()
+    assert prompt.visual == sample.visual
+
+
+def test_images_with_real_tokenizers(real):
+    messages, n = turns("<image>\nWhat is it?", "CT."), 256
+    tok = real["qwen2.5"][0]
+    sample = encode(tok, messages, placeholder=QWEN_VL, visual=[n])
+    filled = turns(f"<|vision_start|>{'<|image_pad|>' * n}<|vision_end|>\nWhat is it?", "CT.")
+    assert sample.ids.tolist() == whole(tok, filled, None)
+    assert (sample.ids == 151655).sum() == n
+    tok = real["phi"][0]  # its tokens swallow the line break behind them; the one behind an image is the user's and stays
+    sample = encode(tok, messages, placeholder=Placeholder(token="<|placeholder1|>"), visual=[n], template="phi3")
+    a, b = sample.visual[0]
+    assert sample.ids[a:b].tolist() == [32002] * n
+    assert tok.decode(sample.ids[:a]) == "<|system|>You are a helpful AI assistant.<|end|><|user|>"
+    assert exact(tok, sample.ids[b:].tolist()) == "\nWhat is it?<|end|><|assistant|>CT.<|end|>"
+
+
+def test_codes_that_answers_may_hold(bpe):
+    tok = small()
+    codes = ["<start_index>", *(f"<idx_{i}>" for i in range(8)), "<end_index>"]
+    tok.add_tokens([AddedToken(c, special=True, normalized=False) for c in codes], special_tokens=True)
+    messages = turns("Reconstruct the image.", "<start_index><idx_3><idx_7><end_index>")
+    with pytest.raises(ValueError, match=r"message 1 \(assistant\) must not hold special tokens .*<idx_3>, <idx_7>"):
+        encode(tok, messages)
+    sample = encode(tok, messages, allow=set(codes))
+    assert tok.decode(sample.ids[sample.labels != -100]) == "<start_index><idx_3><idx_7><end_index><|im_end|>"
+    with pytest.raises(ValueError, match=r"message 0 \(user\) must not hold special tokens .*<idx_3>"):
+        encode(tok, turns("<idx_3>", "a"), allow=set(codes))
+
+
+def test_a_placeholder_that_is_no_special_token_is_refused_in_texts_too():
+    tok = small()
+    tok.add_tokens([AddedToken("<|fim_pad|>", special=False, normalized=False)])
+    holder = Placeholder(token="<|fim_pad|>")
+    assert encode(tok, turns("<image> q", "a"), placeholder=holder, visual=[2]).visual[0][1] > 0
+    with pytest.raises(ValueError, match=r"message 0 \(user\) .*found <\|fim_pad\|>"):
+        encode(tok, turns("<image> <|fim_pad|>", "a"), placeholder=holder, visual=[2])
+
+
+def test_only_what_follows_the_last_end_token_is_cut(bpe):
+    messages = turns("<image> q", "the heart is normal.")
+    sample = encode(bpe, messages, placeholder=QWEN_VL, visual=[5])
+    stop = sample.trained[-1][1]
+    assert stop < len(sample.ids)
+    cut = encode(bpe, messages, placeholder=QWEN_VL, visual=[5], context=stop)
+    assert cut.ids.tolist() == sample.ids[:stop].tolist()
+    assert cut.labels.tolist() == sample.labels[:stop].tolist()
+    with pytest.raises(TooLong, match=f"need {stop} tokens, context is {stop - 1}") as e:
+        encode(bpe, messages, placeholder=QWEN_VL, visual=[5], context=stop - 1)
+    again = pickle.loads(pickle.dumps(e.value))
+    assert (again.needed, again.context, str(again)) == (stop, stop - 1, str(e.value))
+    prompt = encode_prompt(bpe, messages[:1], placeholder=QWEN_VL, visual=[5], context=stop)
+    with pytest.raises(TooLong):
+        encode_prompt(bpe, messages[:1], placeholder=QWEN_VL, visual=[5], context=len(prompt.ids) - 1)
+
+
+def test_what_is_refused_is_counted(bpe, caplog):
+    many = [turns("<image> q", "a" * 10), turns("<image> q", "a" * 90), turns("<image> q", "b"), turns("<image> q", "b")]
+    visual = [[4], [4], [99], [4]]
+    with caplog.at_level(logging.WARNING):
+        samples, refused = encode_all(bpe, many, placeholder=QWEN_VL, visual=visual, context=60)
+    assert [i for i, _ in refused] == [1, 2]
+    assert max(e.needed for _, e in refused) == 117
+    assert "2 of 4 conversations do not fit the context of 60 tokens (the longest needs 117) and are left out" in caplog.text
+    for got, i in zip(samples, (0, 3), strict=True):
+        assert torch.equal(got.ids, encode(bpe, many[i], placeholder=QWEN_VL, visual=[4]).ids)
+    caplog.clear()
+    assert encode_all(bpe, many, placeholder=QWEN_VL, visual=visual)[1] == []
+    assert not caplog.records
+    with pytest.raises(ValueError, match="4 of 4 conversations do not fit the context of 5 tokens"):
+        encode_all(bpe, many, placeholder=QWEN_VL, visual=visual, context=5)
+    with pytest.raises(ValueError, match="conversation 3: encode: every tag '<image>' needs its image, got 1 tags and 0 images"):
+        encode_all(bpe, many, placeholder=QWEN_VL, visual=[*visual[:3], []])
+    with pytest.raises(ValueError, match="one row per conversation, got 1 for 4"):
+        encode_all(bpe, many, placeholder=QWEN_VL, visual=[[4]])
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_collate(bpe, side):
+    samples = [encode(bpe, turns("<image> q", "a" * n), placeholder=QWEN_VL, visual=[n]) for n in (1, 9, 4)]
+    batch = conv.collate(samples, 7, side=side, multiple_of=16)
+    length = max(len(s.ids) for s in samples)
+    assert {k: (v.dtype, v.shape[0]) for k, v in batch.items()} == {
+        "ids": (torch.int64, 3),
+        "mask": (torch.bool, 3),
+        "labels": (torch.int64, 3),
+        "visual": (torch.bool, 3),
+    }
+    assert length <= batch["ids"].shape[1] < length + 16
+    assert batch["ids"].shape[1] % 16 == 0
+    for i, s in enumerate(samples):
+        assert torch.equal(batch["ids"][i][batch["mask"][i]], s.ids)
+        assert torch.equal(batch["labels"][i][batch["mask"][i]], s.labels)
+        assert (batch["ids"][i][~batch["mask"][i]] == 7).all()
+        assert (batch["labels"][i][~batch["mask"][i]] == -100).all()
+        assert torch.equal(batch["visual"][i], batch["ids"][i] == bpe.convert_tokens_to_ids("<|image_pad|>"))
+        assert bool(batch["mask"][i, 0 if side == "right" else -1])
+    assert conv.collate(samples[1:2], 0)["ids"].shape == (1, length)
+
+
+def test_collate_errors(bpe):
+    sample = encode(bpe, turns("q", "a"))
+    for bad in ({"samples": []}, {"side": "up"}, {"multiple_of": 0}):
+        with pytest.raises(ValueError, match="needs samples, side right or left and multiple_of >= 1"):
+            conv.collate(**({"samples": [sample], "pad_id": 0} | bad))
+
+
+def test_show(bpe):
+    sample = encode(bpe, turns("<image><image>\nq «x»", "a\n", "r", ""), placeholder=QWEN_VL, visual=[256, 2])
+    images = "<|vision_start|><|image_pad|> x 256<|vision_end|><|vision_start|><|image_pad|> x 2<|vision_end|>"
+    assert conv.show(bpe, sample) == (
+        f"<|startoftext|><|im_start|>user\n{images}\n"
+        "q «x»<|im_end|>\n<|im_start|>assistant\n«a\n<|im_end|>»\n<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n«<|im_end|>»\n"
+        f"\n[{len(sample.ids)} tokens, 258 visual in 2 images, 4 trained in 2 turns]"
+    )
+    assert "\033[32ma\n<|im_end|>\033[0m" in conv.show(bpe, sample, ("\033[32m", "\033[0m"))
+
+
+def test_show_follows_the_labels(bpe):
+    sample = encode(bpe, turns("q", "abc"))
+    wrong = conv.Sample(ids=sample.ids, labels=torch.where(sample.ids == sample.ids[-1], sample.ids, -100), trained=sample.trained)
+    assert "assistant«\n»abc<|im_end|>«\n»" in conv.show(bpe, wrong)
+
+
+BAD = {
+    "no messages": ({"messages": []}, "needs a turn of the assistant, got no messages"),
+    "no assistant": ({"messages": turns("q")}, "needs a turn of the assistant, got user"),
+    "ends with user": ({"messages": turns("q", "a", "r")}, "ending with assistant, got user assistant user"),
+    "two users": ({"messages": [*turns("q"), *turns("r", "a")]}, "got user user assistant"),
+    "system last": ({"messages": [*turns("q", "a"), *turns(system="s")]}, "got user assistant system"),
+    "unknown role": ({"messages": [{"role": "tool", "content": "x"}, *turns("q", "a")]}, "got tool user assistant"),
+    "list content": ({"messages": [{"role": "user", "content": [{"type": "text"}]}, *turns("q", "a")[1:]]}, "message 0 must be"),
+    "no content": ({"messages": [{"role": "user"}, *turns("q", "a")[1:]]}, "message 0 must be"),
+    "end token in a text": ({"messages": turns("x <|im_end|>", "a")}, r"message 0 \(user\) .*found <\|im_end\|>"),
+    "in an answer": ({"messages": turns("x", "a<|im_start|>")}, r"message 1 \(assistant\) .*found <\|im_start\|>"),
+    "placeholder in a text": ({"messages": turns("<|image_pad|>", "a")}, r"message 0 \(user\) .*found <\|image_pad\|>"),
+    "start token in system": ({"messages": turns("x", "a", system="<|startoftext|>")}, r"message 0 \(system\)"),
+    "more tags": ({"messages": turns("<image><image>", "a"), "visual": [3]}, "got 2 tags and 1 images"),
+    "fewer tags": ({"messages": turns("x", "a"), "visual": [3]}, "got 0 tags and 1 images"),
+    "tag in an answer": ({"messages": turns("<image>", "<image>"), "visual": [3, 3]}, "only the user's texts may hold the tag '<image>'"),
+    "no visual tokens": ({"messages": turns("<image>", "a"), "visual": [0]}, "at least one visual token"),
+    "no placeholder": ({"messages": turns("<image>", "a"), "visual": [3], "placeholder": None}, "1 images were given and no placeholder"),
+    "no such token": ({"messages": turns("<image>", "a"), "visual": [3], "placeholder": INTERN_VL}, "'<IMG_CONTEXT>' must be one token"),
+    "no such template": ({"messages": turns("q", "a"), "template": "chatlm"}, "got 'chatlm'; give one of chatml, qwen2, phi3"),
+    "broken template": ({"messages": turns("q", "a"), "template": "{% for %}"}, "does not take these messages"),
+    "template refuses": ({"messages": turns("q", "a"), "template": "{{ raise_exception('no') }}"}, "does not take these messages: no"),
+    "template trims": (
+        {"messages": turns("q", " a"), "template": TEMPLATES["chatml"].replace("m.content", "m.content | trim")},
+        "must put answer 1 unchanged",
+    ),
+    "template drops": (
+        {"messages": turns("q <image>", "a"), "visual": [1], "template": TEMPLATES["chatml"].replace("m.content", "m.content[-1:]")},
+        "must keep the 1 tags",
+    ),
+    "no end token": (
+        {"messages": turns("q", "a"), "template": "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+         "{% if add_generation_prompt %}assistant: {% endif %}"},
+        "must end every answer with a special token",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_conversations(bpe, name):
+    given, said = BAD[name]
+    with pytest.raises(ValueError, match=said):
+        encode(bpe, **({"placeholder": QWEN_VL} | given))
+
+
+def test_bad_prompts_and_tokenizers(bpe):
+    with pytest.raises(ValueError, match="ending with user, got user assistant"):
+        encode_prompt(bpe, turns("q", "a"))
+    tok = small()
+    tok.chat_template = None
+    with pytest.raises(ValueError, match="the tokenizer has none; give one of chatml, qwen2, phi3, phi4"):
+        encode(tok, turns("q", "a"))
+    with pytest.raises(ValueError, match="a space before every piece needs answers behind a special token"):
+        encode(spaced(True), turns("q", "a"), template=conv._template("<|im_start|>", ": ", "<|im_end|>"))
+    assert encode(tok, turns("q", "a"), template="chatml").ids.tolist() == encode(bpe, turns("q", "a")).ids.tolist()
+
+
+# Files ----------------------------------------------------------------------------------------------------------------------------------
+def write(path, *records):
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r, ensure_ascii=False)) + "\n" for r in records), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("data/images/a.png", "data/b.png", "c.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    return tmp_path / "data"
+
+
+def test_the_three_shapes_are_one(folder):
+    two, two_images = "<image>\n<image>\nWas ist neu? é", {"images": ["images/a.png", "./../c.png"]}
+    path = write(
+        folder / "x.jsonl",
+        two_images | {"query": two, "response": "Nichts.", "episode_id": "000058", "year": 2024},
+        two_images | {"conversations": [{"from": "human", "value": two}, {"from": "gpt", "value": "Nichts."}]},
+        "",
+        two_images | {"conversations": [{"from": "user", "value": two}, {"from": "assistant", "value": "Nichts."}]},
+        two_images | {"messages": turns(two, "Nichts."), "id": 7},
+        {"image": "b.png", "messages": turns("<image>", "a", "b", "", system="Kurz."), "id": "z"},
+        {"query": "q", "response": "", "system": "s"},
+    )  # fmt: skip
+    found = conv.read_conversations(path)
+    assert [c.line for c in found] == [1, 2, 4, 5, 6, 7]
+    assert [c.id for c in found] == ["000058", "", "", "7", "z", ""]
+    assert all(c.messages == tuple(turns(two, "Nichts.")) for c in found[:4])
+    assert all(c.images == (folder / "images/a.png", folder / "../c.png") for c in found[:4])
+    assert found[0].extra == {"year": 2024}
+    assert found[4].images == (folder / "b.png",)
+    assert found[4].messages == tuple(turns("<image>", "a", "b", "", system="Kurz."))
+    assert found[5].messages == tuple(turns("q", "", system="s"))
+    assert conv.read_conversations(write(folder.parent / "y.jsonl", {"image": "b.png", "query": "<image>", "response": "a"}), root=folder)
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_read(folder):
+    path = folder / "x.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"query": "a\xe2\x80\xa8b", "response": "c"}\r\n\r\n{"query": "d", "response": "e"}')
+    assert [(c.line, c.messages[0]["content"]) for c in conv.read_conversations(path)] == [(1, "a\u2028b"), (3, "d")]
+
+
+GOOD = {"query": "q", "response": "a"}
+WRONG = {
+    "bad JSON": ('{"query": ', "not a line of JSON in UTF-8"),
+    "an array": ("[", "not a line of JSON"),
+    "not an object": ("[1, 2]", r"must be a JSON object, one per line, got \[1, 2\]"),
+    "unknown shape": ({"text": "q"}, 'must have "messages", or "conversations", or "query" and "response".*found text'),
+    "no response": ({"query": "q"}, "found query"),
+    "two shapes": (GOOD | {"messages": turns("q", "a")}, "found query, response, messages"),
+    "history": (GOOD | {"history": [["a", "b"]]}, '"history"'),
+    "empty": ({}, "found nothing"),
+    "no assistant": ({"messages": turns("q")}, "needs a turn of the assistant"),
+    "wrong order": ({"messages": turns("q", "a")[::-1]}, "got assistant user"),
+    "two systems": ({"messages": turns("q", "a", system="s"), "system": "t"}, "got system system user assistant"),
+    "unknown role": ({"conversations": [{"from": "bot", "value": "x"}, {"from": "gpt", "value": "x"}]}, "got bot assistant"),
+    "list content": ({"messages": [{"role": "user", "content": []}, *turns("q", "a")[1:]]}, "message 0 must be .*got"),
+    "number": ({"query": 3, "response": "a"}, "message 0 must be"),
+    "null": ({"query": "q", "response": None}, "message 1 must be"),
+    "not messages": ({"messages": "q"}, "message 0 must be"),
+    "other keys": ({"messages": [turns("q")[0] | {"loss": False}, *turns("q", "a")[1:]]}, 'message 0 must be .*"loss"'),
+    "more tags": ({"query": "<image>", "response": "a"}, "got 1 tags and 0 images"),
+    "fewer tags": (GOOD | {"images": ["b.png"]}, "got 0 tags and 1 images"),
+    "tag in an answer": ({"query": "q", "response": "<image>", "images": ["b.png"]}, "found it in one of the assistant"),
+    "images no list": (GOOD | {"images": {"a": 1}}, '"images" must be a list of file names'),
+    "images no names": (GOOD | {"images": [None]}, '"images" must be a list of file names'),
+    "images twice": (GOOD | {"images": [], "image": "b.png"}, '"images" must be a list of file names'),
+    "missing image": ({"query": "<image>", "response": "a", "image": "no.png"}, "image 'no.png' is not there"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_lines_are_named(folder, name):
+    line, said = WRONG[name]
+    path = write(folder / "x.jsonl", GOOD, "", line)
+    with pytest.raises(ValueError, match=said) as e:
+        conv.read_conversations(path)
+    assert str(e.value).startswith(f"{path}, line 3: ")
+
+
+def test_wrong_files(folder):
+    with pytest.raises(ValueError, match=r"x.jsonl: no such file"):
+        conv.read_conversations(folder / "x.jsonl")
+    for text in ("", "\n\n"):
+        (folder / "x.jsonl").write_text(text)
+        with pytest.raises(ValueError, match=r"x.jsonl: holds no conversation"):
+            conv.read_conversations(folder / "x.jsonl")
+    (folder / "x.jsonl").write_bytes(b'{"query": "\xff", "response": "a"}')
+    with pytest.raises(ValueError, match=r"x.jsonl, line 1: not a line of JSON in UTF-8"):
+        conv.read_conversations(folder / "x.jsonl")
