@@ -33,6 +33,22 @@ def evaluate(c, exp, set_=None):
     _call(run.evaluate, exp, set_ or ())
 
 
+@task(iterable=["set_"], help=SET | {"sample": "which training conversation, from 0"})
+def labels(c, exp, set_=None, sample=0):
+    """Print one training conversation with the trained tokens marked."""
+    from medvl.systems import run
+
+    _call(run.labels, exp, set_ or (), sample)
+
+
+@task(iterable=["set_"], help=SET)
+def estimate(c, exp, set_=None):
+    """Print the memory that training an experiment will need, by part."""
+    from medvl.systems import run
+
+    _call(run.estimate, exp, set_ or ())
+
+
 @task
 def experiments(c):
     """List the experiments with a line each."""

@@ -1,4 +1,4 @@
-"""Adapters as files: peft's folders and HealthGPT's H-LoRA files. A key without a place is an error, and so is a layer without its keys."""
+"""Adapters as files: peft's folders. A key without a place is an error, and so is a layer without its keys."""
 
 import json
 import math
@@ -9,19 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from medvl import files, hub, lora
-from medvl.checkpoints import Entry, few, find, new_folder, open_weights, read_json
+from medvl.checkpoints import Entry, few, find, new_folder, open_weights, read_finite, read_json, save_finite
 from medvl.lora import Adapter, LoraConfig
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _FACTOR = re.compile(  # the name of the adapter may stand in the key, as in a state dict saved as it is
     r"(?P<module>.+?)\.lora_(?:(?P<linear>[AB])(?:\.[^.]+)?\.weight|embedding_(?P<embedding>[AB])(?:\.[^.]+)?)"
 )
-_ROUTED = re.compile(r"(?P<module>.+)\.(?P<part>lora_route|lora_A|lora_B)\.weight")
-_PARTS = {"lora_route": "router", "lora_A": "a", "lora_B": "b"}
 _RESIZED = re.compile(r"(^|\.)(embed_tokens|lm_head|wte|word_embeddings|embed_in|embed_out)\.weight$")
 # Read here; or said nothing of the forward pass by, or only together with what is refused.
 _KNOWN = re.compile(
@@ -43,7 +40,6 @@ _REFUSED = {
 }
 
 
-# peft's folders -------------------------------------------------------------------------------------------------------------------------
 def read_adapter(
     name: files.PathLike, skeleton: Any = None, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> Adapter:
@@ -74,17 +70,17 @@ def read_adapter(
         own = lora.targets(LoraConfig(pattern=".*"), skeleton)
         names, whole = _renamed(skeleton, pairs, whole, held, config, path)
         for m, p in pairs.items():
-            _check_fit(skeleton, own, names[m], kinds[m], held[p["a"]].shape, held[p["b"]].shape, f"read_adapter: {path}")
+            check_fit(skeleton, own, names[m], kinds[m], held[p["a"]].shape, held[p["b"]].shape, f"read_adapter: {path}")
         if missing := [m for m in _demanded(config, own, names) if m not in names.values()]:
             raise ValueError(
                 f"read_adapter: {path} lacks {few(missing)}, which target_modules in its config name; is it cut or for another model?"
             )
         kinds = {m: own[names[m]] for m in pairs}
     return Adapter(
-        factors={names[m]: {k: _read(held[key], key, path, dtype, device) for k, key in p.items()} for m, p in pairs.items()},
+        factors={names[m]: {k: read_finite(held[key], key, path, dtype, device) for k, key in p.items()} for m, p in pairs.items()},
         scale={names[m]: _strength(config, m)[1] for m in pairs},
         kinds={names[m]: kinds[m] for m in pairs},
-        full={n: _read(held[key], key, path, dtype, device) for n, key in whole.items()},
+        full={n: read_finite(held[key], key, path, dtype, device) for n, key in whole.items()},
         dropout=config.get("lora_dropout") or 0.0,
         name=Path(name).name if Path(name).is_dir() else str(name),
         config=config,
@@ -114,13 +110,13 @@ def write_adapter(
     state: dict[str, Tensor] = {}
     for m, f in adapter.factors.items():
         a, b = ("lora_embedding_A", "lora_embedding_B") if adapter.kinds[m] == "embedding" else ("lora_A.weight", "lora_B.weight")
-        state |= {f"{_PREFIX}{m}.{a}": f["a"], f"{_PREFIX}{m}.{b}": _folded(adapter, m, "write_adapter")}
+        state |= {f"{PREFIX}{m}.{a}": f["a"], f"{PREFIX}{m}.{b}": folded(adapter, m, "write_adapter")}
     for n, t in adapter.full.items():
         module, _, leaf = n.rpartition(".")
-        state[f"{_PREFIX}{module}.base_layer.{leaf}" if module in adapter.factors else _PREFIX + n] = t
+        state[f"{PREFIX}{module}.base_layer.{leaf}" if module in adapter.factors else PREFIX + n] = t
     config = _config_of(adapter, base, task, targets if targets is None or isinstance(targets, str) else list(targets))
     with new_folder(folder) as tmp:
-        _save(state, tmp / "adapter_model.safetensors", f"write_adapter: {adapter}")
+        save_finite(state, tmp / "adapter_model.safetensors", f"write_adapter: {adapter}")
         (tmp / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
@@ -188,7 +184,7 @@ def _sorted_out(
     kinds: dict[str, str] = {}
     unexpected = []
     for key in held:
-        name = key.removeprefix(_PREFIX)
+        name = key.removeprefix(PREFIX)
         if hit := _FACTOR.fullmatch(name):
             m, part = hit["module"], hit["linear"] or hit["embedding"]
             kind = "embedding" if hit["embedding"] else "conv1d" if config.get("fan_in_fan_out") else "linear"
@@ -268,7 +264,7 @@ def _renamed(
     return names, out
 
 
-def _check_fit(skeleton: Any, own: Mapping[str, str], module: str, kind: str, a: tuple[int, ...], b: tuple[int, ...], where: str) -> None:
+def check_fit(skeleton: Any, own: Mapping[str, str], module: str, kind: str, a: tuple[int, ...], b: tuple[int, ...], where: str) -> None:
     """The factors [r, in] and [out, r] must suit the module: its kind and its shape."""
     if module not in own or (kind == "embedding") != (own[module] == "embedding"):
         raise ValueError(
@@ -366,130 +362,7 @@ def _strengths(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-# H-LoRA of HealthGPT ---------------------------------------------------------------------------------------------------------------------
-def read_hlora(
-    path: files.PathLike,
-    *,
-    rank: int,
-    alpha: float,
-    experts: int = 4,
-    skeleton: Any = None,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-) -> tuple[Adapter, dict[str, Tensor]]:
-    """An H-LoRA adapter in HealthGPT's format, and the other tensors of its file.
-
-    Args:
-        path: a .bin (read with weights_only) or .safetensors file; it does not say how strong its corrections are.
-        rank: of all experts together; each has rank / experts.
-        alpha: the correction is alpha / (rank / experts) B diag(gates) A; of all published files, alpha = 2 rank.
-        skeleton: `hub.Skeleton` of the language model: then the file must correct each of its linear layers but the head, and only these.
-    Returns:
-        (adapter, rest): rest by names without `base_model.model.`, such as the projector's, the embedding's and the head's weights; all
-        in `dtype` on `device`.
-    Raises:
-        ValueError: no such file, a broken one, a layer with one or two of its three tensors, shapes that do not fit, layers missing or
-            unexpected, numbers that are not finite.
-    Source: Lin et al. 2025 (HealthGPT), arXiv:2502.09838, eq. 9; key names of its public code.
-    """
-    path = Path(path)
-    if not path.is_file() or path.suffix not in (".bin", ".safetensors"):
-        raise ValueError(
-            f"read_hlora: {path} must be a .bin or .safetensors file, {'it has another name' if path.is_file() else 'nothing is there'}"
-        )
-    if rank < 1 or experts < 1 or rank % experts:
-        raise ValueError(f"read_hlora: experts must divide the rank of all of them together, got rank {rank} and {experts} experts")
-    return _routed(open_weights(path, str(path)), path, rank, alpha, experts, skeleton, dtype, device)
-
-
-def _routed(
-    held: Mapping[str, Entry], path: Path, rank: int, alpha: float, experts: int, skeleton: Any, dtype: torch.dtype, device: Any
-) -> tuple[Adapter, dict[str, Tensor]]:
-    layers: dict[str, dict[str, str]] = {}
-    others: dict[str, str] = {}
-    for key in held:
-        if hit := _ROUTED.fullmatch(key.removeprefix(_PREFIX)):
-            layers.setdefault(hit["module"], {})[_PARTS[hit["part"]]] = key
-        else:
-            others[key.removeprefix(_PREFIX)] = key
-    odd = [k for k in held if not k.startswith(_PREFIX) or (k in others.values() and ".lora_" in k)]
-    if odd or not layers:
-        what = f"unexpected {few(odd)}" if odd else f"no layers, only {few(list(others))}"
-        raise ValueError(f"read_hlora: {path} must hold {_PREFIX}LAYER.lora_route|lora_A|lora_B.weight, found {what}")
-    own = {} if skeleton is None else lora.targets(LoraConfig(pattern="all-linear"), skeleton)
-    if skeleton is not None and own.keys() != layers.keys():
-        missing, extra = [m for m in own if m not in layers], [m for m in layers if m not in own]
-        raise ValueError(f"read_hlora: {path} is not for {skeleton.name}: missing {few(missing)}, unexpected {few(extra)}")
-    for m, keys in layers.items():
-        if lacks := [name for name, part in _PARTS.items() if part not in keys]:
-            raise ValueError(f"read_hlora: {path}: {m} lacks {few(lacks)}")
-        a, b, router = (held[keys[k]].shape for k in ("a", "b", "router"))
-        if not len(a) == len(b) == 2 or a[0] != rank or b[1] != rank or router != (experts, a[1]):
-            raise ValueError(
-                f"read_hlora: {path}: {m} must have lora_A [{rank}, in], lora_B [out, {rank}] and lora_route [{experts}, in], "
-                f"got {list(a)}, {list(b)} and {list(router)}"
-            )
-        if skeleton is not None:
-            _check_fit(skeleton, own, m, "linear", a, b, f"read_hlora: {path}")
-    adapter = Adapter(
-        factors={m: {k: _read(held[key], key, path, dtype, device) for k, key in keys.items()} for m, keys in layers.items()},
-        scale=dict.fromkeys(layers, alpha / rank * experts),
-        kinds=dict.fromkeys(layers, "linear"),
-        name=path.stem,
-    )
-    return adapter, {n: _read(held[key], key, path, dtype, device) for n, key in others.items()}
-
-
-def write_hlora(adapter: Adapter, path: files.PathLike, rest: Mapping[str, Tensor] | None = None) -> None:
-    """Write an H-LoRA adapter as one file in HealthGPT's format, whole or not at all; a file of that name is replaced.
-
-    The format has no place for the scale: whoever reads the file must know rank and alpha = scale x rank / experts.
-
-    Args:
-        path: ends in .bin or .safetensors.
-        rest: other tensors to put into the file, as `read_hlora` gives them; the adapter's `full` ones are put there too.
-    Raises:
-        ValueError: another ending; a layer that is not linear or has no router; ranks, numbers of experts or scales that differ; a gate
-            per sample; numbers that are not finite.
-    """
-    path = Path(path)
-    if path.suffix not in (".bin", ".safetensors"):
-        raise ValueError(f"write_hlora: the file must end in .bin or .safetensors, got {path.name}")
-    state = _hlora_state(adapter, rest or {})
-    with files.atomic(path) as tmp:
-        _save(state, tmp, f"write_hlora: {adapter}", pickled=path.suffix == ".bin")
-
-
-def _hlora_state(adapter: Adapter, rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    plain = [m for m, f in adapter.factors.items() if "router" not in f or adapter.kinds[m] != "linear"]
-    if plain or not adapter.factors:
-        raise ValueError(f"write_hlora: every layer of {adapter} must be linear and have a router, not so {few(plain)}; use write_adapter")
-    alike = {(len(f["a"]), len(f["router"]), adapter.scale[m]) for m, f in adapter.factors.items()}
-    if len(alike) > 1:
-        raise ValueError(f"write_hlora: layers must have one rank, number of experts and scale, got {few(sorted(alike))}")
-    state: dict[str, Tensor] = {}
-    for m, f in adapter.factors.items():
-        parts = {"lora_route": f["router"], "lora_A": f["a"], "lora_B": _folded(adapter, m, "write_hlora")}
-        state |= {f"{_PREFIX}{m}.{name}.weight": t for name, t in parts.items()}
-    return state | {_PREFIX + n: t for n, t in {**adapter.full, **rest}.items()}
-
-
-# Tensors --------------------------------------------------------------------------------------------------------------------------------
-def _read(entry: Entry, key: str, path: Path, dtype: torch.dtype, device: str | torch.device) -> Tensor:
-    if not entry.dtype.is_floating_point:
-        raise ValueError(f"read: {path}: {key} must hold floating point numbers")
-    t = entry.read().to(device, dtype)
-    if not _finite(t):
-        raise ValueError(f"read: {path}: {key} must be finite in {str(dtype)[6:]}, but holds NaN or infinity")
-    return t
-
-
-def _finite(t: Tensor) -> bool:
-    """One pass without a mask: ten times faster than isfinite."""
-    return not t.numel() or bool(torch.stack(t.aminmax()).isfinite().all())
-
-
-def _folded(adapter: Adapter, module: str, where: str) -> Tensor:
+def folded(adapter: Adapter, module: str, where: str) -> Tensor:
     """B with the module's gate multiplied in."""
     b, gate = adapter.factors[module]["b"], adapter.gate.get(module)
     if gate is not None and gate.dim() > 1:
@@ -497,14 +370,3 @@ def _folded(adapter: Adapter, module: str, where: str) -> Tensor:
             f"{where}: {module} of {adapter} differs by sample (gate {list(gate.shape)}); a file holds one adapter, give a gate [r]"
         )
     return b if gate is None else b * gate.to(b)
-
-
-def _save(state: Mapping[str, Tensor], path: Path, where: str, pickled: bool = False) -> None:
-    """Each tensor with a memory of its own, on the CPU."""
-    if wrong := [n for n, t in state.items() if not _finite(t)]:
-        raise ValueError(f"{where}: {few(wrong)} must be finite")
-    own = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in state.items()}
-    if pickled:
-        torch.save(own, path)
-    else:
-        save_file(own, path, {"format": "pt"})

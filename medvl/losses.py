@@ -84,7 +84,7 @@ def token_cross_entropy(
     if chunk < 1 or reduction not in ("sum", "none"):
         raise ValueError(f"token_cross_entropy: chunk must be >= 1 and reduction sum or none, got {chunk}, {reduction!r}")
     keep = trained(labels)
-    rows, targets = hidden[:, :-1][keep[:, 1:]], labels[keep]
+    rows, targets = hidden[:, :-1][keep[:, 1:].nonzero(as_tuple=True)], labels[keep]  # places, so that only labels need values
     if reduction == "sum" and type(head) in (Tensor, nn.Parameter) and torch.is_grad_enabled():
         return _DenseLoss.apply(rows, head, bias, targets, chunk), keep.sum()
 
@@ -151,7 +151,7 @@ class _DenseLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, chunk: int) -> Tensor:
         _check_range(targets, len(head))
-        kind, like = rows.device.type, torch.empty_like
+        kind, like = "cpu" if rows.is_meta else rows.device.type, torch.empty_like
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.dtype
         by_rows = like(rows) if ctx.needs_input_grad[0] else None
         by_head = torch.zeros_like(head) if ctx.needs_input_grad[1] else None

@@ -17,10 +17,8 @@ from attrs import frozen
 from torch import Generator, Tensor
 from torch.optim.adamw import adamw as _adamw
 
+from medvl.rounding import HALF, Packing, bunches, in_pieces, is_large
 from medvl.tree import Tree, flatten, map_leaves, merge, unflatten
-
-_HALF = (torch.bfloat16, torch.float16)
-_PIECE = 2**24  # values that are widened to float32 at a time; a multiple of any block
 
 
 @frozen
@@ -37,16 +35,6 @@ class Rate:
 
     lr: float
     weight_decay: float = 0.0
-
-
-@frozen(kw_only=True)
-class Packing:
-    """How moments are kept in 8 bits: `pack(values, signed) -> (codes uint8, scale [blocks])` and `unpack(codes, scale, signed)`."""
-
-    pack: Callable[[Tensor, bool], tuple[Tensor, Tensor]]
-    unpack: Callable[[Tensor, Tensor, bool], Tensor]
-    block: int = 256  # values that share a scale
-    least: int = 4096  # smaller tensors (norms, biases) keep float32
 
 
 def adamw(
@@ -84,7 +72,7 @@ def adamw(
 
     def zeros(t: Tensor) -> Any:
         if not packs(t):
-            return _zeros(t)
+            return zero_moment(t)
         assert packing is not None
         blocks = -(-t.numel() // packing.block)
         codes = torch.zeros(t.shape, dtype=torch.uint8, device=t.device)
@@ -123,14 +111,14 @@ def adamw(
         for name, t in flat.items():
             r = rate(name)
             r = r if t.dim() > 1 else Rate(lr=r.lr)
-            if packs(t) or t.dtype in _HALF or g[name].dtype != t.dtype or t.numel() > _PIECE:
-                held = [{k: m[f"{name}/{k}"] for k in ("codes", "scale")} if packs(t) else m[name] for m in (mean, square)]
-                gen = seeded(t.device, seed, step, name, _place(t)) if rounding == "stochastic" and t.dtype in _HALF else None
-                _in_pieces(partial(kernel, r=r, step=step), _local(t), _local(g[name]), held, packing, gen)
+            if packs(t) or t.dtype in HALF or g[name].dtype != t.dtype or is_large(t):
+                held = [{k: m[f"{name}/{k}"] for k in ("codes", "scale")} if packs(t) else _local(m[name]) for m in (mean, square)]
+                gen = seeded(t.device, seed, step, name, _place(t)) if rounding == "stochastic" and t.dtype in HALF else None
+                in_pieces(partial(kernel, r=r, step=step), _local(t), _local(g[name]), held, packing, gen)
             else:
                 groups.setdefault(r, []).append(name)
         for r, names in groups.items():
-            for few in _bunches({n: flat[n].numel() for n in names}):
+            for few in bunches({n: flat[n].numel() for n in names}):
                 p, of, m, v = ([_local(tree[n]) for n in few] for tree in (flat, g, mean, square))
                 kernel(p, of, m, v, r, step)
         return params, state
@@ -147,7 +135,7 @@ def with_master(optimizer: Optimizer) -> Optimizer:
     """
 
     def init(params: Tree) -> Tree:
-        master = unflatten({n: t.float() for n, t in flatten(params).items() if t.dtype in _HALF})
+        master = unflatten({n: t.float() for n, t in flatten(params).items() if t.dtype in HALF})
         return {"master": master, "inner": optimizer.init(merge(params, master))}
 
     def update(grads: Tree, state: Tree, params: Tree, step: int) -> tuple[Tree, Tree]:
@@ -162,78 +150,19 @@ def with_master(optimizer: Optimizer) -> Optimizer:
     return Optimizer(init, update)
 
 
-def round_stochastic(values: Tensor, gen: Generator) -> Tensor:
-    """float32 -> bfloat16, to one of the two neighbours with the odds of the distance, so that the mean is exact; inf and nan stay."""
-    noise = torch.randint(2**16, values.shape, dtype=torch.int32, device=values.device, generator=gen)
-    bits = values.contiguous().view(torch.int32) + noise  # carries into the upper half as often as the lower half is large
-    return torch.where(values.isfinite(), (bits & -(2**16)).view(torch.float32), values).bfloat16()
-
-
 def seeded(device: torch.device, *key: Any) -> Generator:
     """A generator whose draws are a function of `key` alone (numbers and names)."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.Generator("cpu" if device.type == "meta" else device).manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 def state_bytes(optimizer: Optimizer, params: Tree) -> int:
     """Bytes of the state that `optimizer` keeps for `params` on this process; computed without memory, `params` may be on meta.
 
-    Per parameter: adamw 8, with 8-bit moments 2.03, muon 4, `with_master` 4 more; for float64 twice as much.
+    Per parameter: adamw 8, with 8-bit moments 2.03, `muon.muon` 4, `with_master` 4 more; for float64 twice as much.
     """
     meta = map_leaves(lambda t: torch.empty_like(t, device="meta"), params)
     return sum(_local(t).nbytes for t in flatten(optimizer.init(meta)).values())
-
-
-def muon(
-    rate: Callable[[str], Rate], schedule: Callable[[int], float] = lambda step: 1.0, *, momentum: float = 0.95, iterations: int = 5
-) -> Optimizer:
-    """Momentum whose step on every matrix has all singular values near 1, so that no direction of the input waits for another.
-
-    Args:
-        rate: parameter name -> Rate; lr is the size of a step per singular value (0.02-0.05), about ten times AdamW's.
-        schedule: optimiser step (from 0) -> factor on every lr.
-        iterations: of the polynomial that brings singular values between 0.7 and 1.2.
-    Made for weight matrices inside a network; a convolution's weight is the matrix [out, the rest]. Norms, biases, embeddings and the last
-    layer belong to AdamW: see `routed`.
-    Raises:
-        ValueError: a parameter is no matrix, or sharded: a step needs the whole matrix.
-    Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon: Nesterov momentum, steps of tall matrices times sqrt(rows / columns).
-    """
-
-    def init(params: Tree) -> Tree:
-        wrong = [n for n, t in flatten(params).items() if t.dim() < 2]
-        if wrong:
-            raise ValueError(f"muon: needs matrices, {len(wrong)} parameters are none, e.g. {wrong[0]}; leave them to adamw")
-        if wrong := [n for n, t in flatten(params).items() if _is_shard(t)]:
-            raise ValueError(f"muon: needs whole matrices, {len(wrong)} are sharded, e.g. {wrong[0]}; leave them to adamw")
-        return {"mean": map_leaves(_zeros, params)}
-
-    def update(grads: Tree, state: Tree, params: Tree, step: int) -> tuple[Tree, Tree]:
-        g, mean = flatten(grads), flatten(state["mean"])
-        for name, t in flatten(params).items():
-            r = rate(name)
-            m = mean[name].mul_(momentum).add_(g[name])
-            turn = orthogonal(torch.add(g[name], m, alpha=momentum).flatten(1), iterations)
-            lr = r.lr * schedule(step)
-            t.mul_(1 - lr * r.weight_decay).add_(turn.view_as(t), alpha=-lr * max(1.0, turn.shape[0] / turn.shape[1]) ** 0.5)
-        return params, state
-
-    return Optimizer(init, update)
-
-
-def orthogonal(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """About U V^T of the matrix U S V^T [n, m]: an odd polynomial, applied again and again, drives singular values to 0.7-1.2.
-
-    Runs in bfloat16 on a GPU, where that is enough and fast, and in the matrix's own precision elsewhere.
-    Source: Jordan et al. 2024, coefficients 3.4445, -4.7750, 2.0315.
-    """
-    x = matrix.bfloat16() if matrix.is_cuda else matrix
-    x = x.mT if matrix.shape[0] > matrix.shape[1] else x
-    x = x / (x.norm() + 1e-7)
-    for _ in range(iterations):
-        square = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return (x.mT if matrix.shape[0] > matrix.shape[1] else x).to(matrix.dtype)
 
 
 def routed(choose: Callable[[str], str], optimizers: Mapping[str, Optimizer]) -> Optimizer:
@@ -279,7 +208,7 @@ def clip_by_norm(grads: Tree, limit: float) -> tuple[Tree, Tensor]:
     """
     flat = flatten(grads)
     mine = [_local(t) for t in flat.values()]
-    norms = list(torch._foreach_norm(mine, 2, torch.float32) if any(t.dtype in _HALF for t in mine) else torch._foreach_norm(mine))
+    norms = list(torch._foreach_norm(mine, 2, torch.float32) if any(t.dtype in HALF for t in mine) else torch._foreach_norm(mine))
     if parts := [t for t in flat.values() if _is_shard(t)]:
         own = torch.stack([n for n, t in zip(norms, flat.values(), strict=True) if _is_shard(t)]).square().sum()
         dist.all_reduce(own, group=parts[0].device_mesh.get_group())
@@ -292,57 +221,10 @@ def clip_by_norm(grads: Tree, limit: float) -> tuple[Tree, Tensor]:
     return unflatten({n: _shard_like(t, own) for (n, t), own in scaled}), total
 
 
-def _zeros(t: Tensor) -> Tensor:
-    """A moment of `t`, in order, so that it can be walked in pieces."""
-    dtype = torch.float32 if t.dtype in _HALF else t.dtype
+def zero_moment(t: Tensor) -> Tensor:
+    """Where a moment of `t` starts; float32 or wider and in order, so that it can be walked in pieces."""
+    dtype = torch.float32 if t.dtype in HALF else t.dtype
     return torch.zeros_like(t, dtype=dtype) if _is_shard(t) else torch.zeros(t.shape, dtype=dtype, device=t.device)
-
-
-def _bunches(sizes: dict[str, int]) -> list[list[str]]:
-    """The names in bunches of about `_PIECE` values: the kernel's scratch is as large as what it is given at once."""
-    bunches: list[list[str]] = []
-    room = 0
-    for name, size in sizes.items():
-        if size > room:
-            bunches.append([])
-            room = _PIECE
-        bunches[-1].append(name)
-        room -= size
-    return bunches
-
-
-def _in_pieces(
-    kernel: Callable[..., None], t: Tensor, g: Tensor, moments: list[Any], packing: Packing | None, gen: Generator | None
-) -> None:
-    """Run `kernel` on one parameter, in float32 or wider, a piece at a time; round what is kept in fewer bits."""
-    p, g = t.contiguous().view(-1), g.reshape(-1)
-    for i in range(0, len(p), _PIECE):
-        span = slice(i, i + _PIECE)
-        wide = p[span].float() if p.dtype in _HALF else p[span]
-        opened = [_opened(m, packing, span, signed).to(wide.dtype) for m, signed in zip(moments, (True, False), strict=True)]
-        kernel([wide], [g[span].to(wide.dtype)], *([m] for m in opened))
-        for m, values, signed in zip(moments, opened, (True, False), strict=True):
-            _closed(m, packing, span, signed, values)
-        if p.dtype in _HALF:
-            p[span] = wide if gen is None else round_stochastic(wide, gen)
-    if p.data_ptr() != t.data_ptr():
-        t.copy_(p.view(t.shape))
-
-
-def _opened(held: Any, packing: Packing | None, span: slice, signed: bool) -> Tensor:
-    """The float32 values of a moment that lie in `span`: of a plain one a view, of a packed one a copy."""
-    if not isinstance(held, dict):
-        return _local(held).view(-1)[span]
-    assert packing is not None
-    blocks = slice(span.start // packing.block, span.stop // packing.block)
-    return packing.unpack(held["codes"].view(-1)[span], held["scale"][blocks], signed)
-
-
-def _closed(held: Any, packing: Packing | None, span: slice, signed: bool, values: Tensor) -> None:
-    if isinstance(held, dict):
-        assert packing is not None
-        blocks = slice(span.start // packing.block, span.stop // packing.block)
-        held["codes"].view(-1)[span], held["scale"][blocks] = packing.pack(values.float(), signed)
 
 
 # Shards ---------------------------------------------------------------------------------------------------------------------------------

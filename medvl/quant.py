@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from attrs import frozen
 from torch import Tensor
 
-from medvl.optim import Packing
+from medvl.rounding import Packing
 from medvl.weights import Lazy, nbytes
 
 # What stays as it is unless asked for: tables, heads, towers and projectors, routers.
@@ -35,6 +35,8 @@ class QuantConfig:
             raise ValueError(f"QuantConfig: blocksize must be a power of two from 32 to 4096, got {self.blocksize}")
         if self.kind not in ("nf4", "fp4"):
             raise ValueError(f"QuantConfig: kind must be 'nf4' or 'fp4', got {self.kind!r}")
+        if isinstance(self.skip, str):
+            raise ValueError(f"QuantConfig: skip is a tuple of regexes, got {self.skip!r}")
         for pattern in self.skip:
             try:
                 re.compile(pattern)
@@ -56,7 +58,7 @@ class FourBit(Lazy):
     blocksize: int
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
             bias = bias if bias is None else bias.to(x.dtype)
         return _Product.apply(x, bias, self)
@@ -79,7 +81,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, w: FourBit) -> Tensor:
         ctx.weight, ctx.biased = w, bias is not None
-        if w.blocksize < 64 or x.device.type == "cpu" or w.packed.numel() * 2 != w.numel():
+        if w.blocksize < 64 or not x.is_cuda or w.packed.numel() * 2 != w.numel():
             return F.linear(x, _dequantize(w, x.dtype), bias)
         import bitsandbytes  # noqa: F401 (registers the kernels)
 
@@ -130,12 +132,13 @@ def four_bit(t: Tensor, cfg: QuantConfig = QuantConfig()) -> Tensor:
     Raises:
         ValueError: not a float16, bfloat16 or float32 matrix, or values that are not finite.
     """
-    functional = _functional()
     if t.dtype not in (torch.float16, torch.bfloat16, torch.float32) or t.dim() != 2 or not t.numel():
         raise ValueError(f"quantize: needs a matrix of 16- or 32-bit floats, got {list(t.shape)} {str(t.dtype)[6:]}")
+    if t.is_meta:
+        return _shaped(t, cfg)
     if not torch.isfinite(t).all():
         raise ValueError(f"quantize: the weight {list(t.shape)} holds values that are not finite")
-    packed, state = functional.quantize_4bit(
+    packed, state = _functional().quantize_4bit(
         t.detach().contiguous(), blocksize=cfg.blocksize, compress_statistics=cfg.double, quant_type=cfg.kind
     )
     return _of_state(packed, state)
@@ -196,6 +199,19 @@ def _dequantize(w: FourBit, dtype: torch.dtype) -> Tensor:
         absmax = ops.dequantize_blockwise.default(w.absmax, w.nested, w.nested_code, 256, torch.float32) + w.offset
     near = dtype if dtype in (torch.float16, torch.bfloat16, torch.float32) else torch.float32
     return ops.dequantize_4bit.default(w.packed, absmax, w.blocksize, w.kind, w.shape, near).to(dtype)
+
+
+def _shaped(t: Tensor, cfg: QuantConfig) -> Tensor:
+    """A weight without values, of the size that `t` would have."""
+    blocks, like = -(-t.numel() // cfg.blocksize), lambda n, dtype: torch.empty(n, dtype=dtype, device="meta")
+    held = {"packed": like((-(-t.numel() // 2), 1), torch.uint8), "absmax": like(blocks, torch.uint8 if cfg.double else torch.float32)}
+    nested: dict[str, Any] = {
+        "offset": like((), torch.float32),
+        "nested": like(-(-blocks // 256), torch.float32),
+        "nested_code": like(256, torch.float32),
+    }
+    nested = nested if cfg.double else dict.fromkeys(nested)
+    return FourBit.like(t.shape, t.dtype, t.device, **held, **nested, kind=cfg.kind, blocksize=cfg.blocksize)
 
 
 def _of_state(packed: Tensor, state: Any) -> Tensor:

@@ -1,29 +1,20 @@
 """The image side of Qwen2-VL, Qwen2.5-VL and Qwen3-VL: from an image to patches, from token ids to three-axis rotary positions."""
 
-import io
 import math
-import struct
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from attrs import frozen
 from einops import rearrange
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from medvl.files import PathLike
+from medvl.data.images import Picture, to_rgb
 
 Grid = tuple[int, int, int]  # patches in time, height, width
-Picture = Image.Image | np.ndarray | Tensor
-LARGEST = (
-    89_478_485  # pixels of a file that is opened: where Pillow starts to warn of decompression bombs; an A4 page at 600 dpi has 35 million
-)
 
-_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # no EPS: it would start another program
-_BROKEN = (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, OverflowError, struct.error)  # what Pillow's decoders raise
 _SIZES = {"patch": "patch_size", "merge": "merge_size", "temporal": "temporal_patch_size", "mean": "image_mean", "std": "image_std"}
 _FIXED = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "rescale_factor": 1 / 255, "resample": 3}
 _FIXED |= {"do_center_crop": False, "do_pad": False}
@@ -120,7 +111,7 @@ def patchify(cfg: ImageConfig, image: Picture) -> tuple[Tensor, Grid]:
 
     Args:
         image: a PIL image of any mode (what is transparent becomes white), or uint8 [y, x, 3], array or tensor. A PIL image is taken as it
-            lies; its EXIF orientation is honoured by `open_image`.
+            lies; its EXIF orientation is honoured by `images.open_image`.
     Returns:
         patches float32 [p, 3 x temporal x patch x patch] on CPU, columns in that order; rows go by visual token (left to right, top to
         bottom), and in it by patch. And the grid (1, h, w) with p = h w.
@@ -130,7 +121,7 @@ def patchify(cfg: ImageConfig, image: Picture) -> tuple[Tensor, Grid]:
     Source: bit-equal to Qwen2VLImageProcessorPil of transformers 5.23 (5.17 drops transparency) with the same Pillow (13.0 resizes a
         little differently from 12).
     """
-    rgb = _rgb(image)
+    rgb = to_rgb(image, "patchify")
     grid = _grid(cfg, rgb)
     out = torch.empty(grid[1] * grid[2], 3 * cfg.temporal * cfg.patch**2)
     _fill(cfg, rgb, out)
@@ -146,7 +137,7 @@ def patchify_all(cfg: ImageConfig, images: Sequence[Picture]) -> tuple[Tensor, T
     rgbs, grids = [], []
     for i, image in enumerate(images):
         try:
-            rgbs.append(_rgb(image))
+            rgbs.append(to_rgb(image, "patchify"))
             grids.append(_grid(cfg, rgbs[-1]))
         except ValueError as e:
             raise ValueError(f"patchify_all: image {i}: {e}") from e
@@ -172,87 +163,6 @@ def _fill(cfg: ImageConfig, rgb: Image.Image, out: Tensor) -> None:
     for row, band in zip(rows, torch.from_numpy(np.array(rgb)).split(unit), strict=True):  # a row of tokens at a time stays in the cache
         patches = rearrange(band, "(my py) (gx mx px) c -> (gx my mx) c 1 (py px)", **names)
         row.copy_(patches.float().div_(255).sub_(mean).div_(std).expand_as(row))
-
-
-def _rgb(image: Picture) -> Image.Image:
-    if isinstance(image, Tensor):
-        image = image.detach().cpu().numpy()
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
-            raise ValueError(f"patchify: an array must be uint8 [y, x, 3] and not empty, got {image.dtype} {list(image.shape)}")
-        return Image.fromarray(image)
-    if not isinstance(image, Image.Image):
-        raise ValueError(f"patchify: image must be a PIL image, an array or a tensor, got {type(image).__name__}; open_image reads files")
-    with _reading("patchify: the image"):
-        image.load()
-    if image.mode[0] in "IF":
-        raise ValueError(
-            f"patchify: greys of more than 8 bits (mode {image.mode}) need a window: open_image(path, window=(black, white)), or scale them"
-        )
-    with _reading(f"patchify: the image (mode {image.mode})"):
-        if not image.has_transparency_data:
-            return image if image.mode == "RGB" else image.convert("RGB")
-        image = image.convert({"La": "LA"}.get(image.mode, image.mode)).convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-
-
-def open_image(source: PathLike | bytes, *, page: int | None = None, window: tuple[float, float] | None = None) -> Image.Image:
-    """Read an image file upright (EXIF orientation applied), whole, as RGB with what is transparent white.
-
-    Args:
-        source: a path, or the content of a file. PNG, JPEG, JPEG 2000, TIFF, WebP, BMP, GIF or PPM; the content decides, not the name.
-        page: of a file with several pages or frames, counted from 0.
-        window: (black, white): the greys shown as 0 and 255, linear between them. Files with greys of more than 8 bits need one.
-    Raises:
-        ValueError: no such file, none of these formats, broken, truncated or empty; more than `LARGEST` pixels (refused before they are
-            decoded); several pages and no `page`; deep greys and no window, or a window for colours.
-    """
-    name = f"open_image: {f'image of {len(source)} bytes' if isinstance(source, bytes) else source}"
-    with _reading(name):
-        image: Image.Image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS)
-    with image:
-        with _reading(name):
-            pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a phone's MPO holds a preview behind its photograph
-        if (page is None and pages > 1) or not 0 <= (page or 0) < pages:
-            raise ValueError(f"{name}: has {pages} pages or frames, got page={page}; give one from 0 to {pages - 1}")
-        with _reading(name):
-            image.seek(page or 0)
-        if image.width * image.height > LARGEST:
-            raise ValueError(f"{name}: must have at most {LARGEST} pixels, got {image.width} x {image.height}; make it smaller")
-        with _reading(name):
-            image.load()
-            image = ImageOps.exif_transpose(image)
-    if window is not None or image.mode[0] in "IF":
-        image = _windowed(name, image, window)
-    return _rgb(image)
-
-
-def _windowed(name: str, image: Image.Image, window: tuple[float, float] | None) -> Image.Image:
-    if len(image.getbands()) > 1 or image.mode == "P":
-        raise ValueError(f"{name}: a window is for greys, got mode {image.mode}; leave it out")
-    grey = np.asarray(image).astype(np.float64)
-    if window is None or not window[0] < window[1] or not np.isfinite(grey).all():
-        raise ValueError(
-            f"{name}: greys of more than 8 bits must be finite and need window=(black, white) with black < white, "
-            f"got values from {grey.min():g} to {grey.max():g} and window={window}"
-        )
-    black, white = window
-    return Image.fromarray((((grey - black) / (white - black)).clip(0, 1) * 255).round().astype(np.uint8))
-
-
-@contextmanager
-def _reading(name: str) -> Iterator[None]:
-    """What Pillow raises, as one kind of error."""
-    try:
-        yield
-    except FileNotFoundError as e:
-        raise ValueError(f"{name}: no such file") from e
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
-        raise ValueError(f"{name}: must have at most {LARGEST} pixels ({e}); make it smaller") from e
-    except UnidentifiedImageError as e:
-        raise ValueError(f"{name}: must be an image ({', '.join(_FORMATS)}), found none of these; empty or broken at its start?") from e
-    except _BROKEN as e:
-        raise ValueError(f"{name}: cannot be read, broken or truncated ({e})") from e
 
 
 def visual_tokens(cfg: ImageConfig, grid: Sequence[int] | Tensor) -> int:

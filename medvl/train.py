@@ -66,7 +66,12 @@ def value_and_grad(loss: Loss, *, precision: str = "float32", reduce: bool = Tru
         leaves = {n: t.detach().requires_grad_() for n, t in flatten(params).items()}
         with torch.enable_grad(), autocast(params, precision):
             value, aux = loss(unflatten(leaves), batch)
-        grads = list(torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True))
+        found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True) if value.requires_grad else ()
+        if leaves and not any(g is not None for g in found):
+            raise ValueError(
+                "value_and_grad: the loss depends on none of the parameters; put what uses them (apply_lora...) inside the loss"
+            )
+        grads = [torch.zeros_like(t) if g is None else g for g, t in zip(found, leaves.values(), strict=True)]
         if reduce and world() > 1:
             grads = _summed(grads, world())
         aux = Aux(metrics={k: v.detach() for k, v in aux.metrics.items()}, means=map_leaves(Tensor.detach, aux.means))
@@ -145,7 +150,7 @@ def token_value_and_grad(
         loss_sum: (params, micro-batch) -> sum of the token losses, count of trained tokens, Aux whose metrics and means are sums over
             these tokens, too. Metrics come out as means per token, with "tokens", the count.
         cut: (batch, span of rows) -> micro-batch; needed where a tensor's first axis is not the batch, such as an image's patches.
-        rows: batch -> its number of rows; the length of its first tensor if left out.
+        rows: batch -> its number of rows; the length of "ids", else of its first tensor, if left out.
     16-bit gradients of several micro-batches are added up in float32. Where parameters are sharded, every process needs the same number
     of micro-batches, since each of them gathers weights.
     Raises:
@@ -156,12 +161,13 @@ def token_value_and_grad(
 
     def counted(p: Tree, piece: Any) -> tuple[Tensor, Aux]:
         value, count, aux = loss_sum(p, piece)
-        return value, evolve(aux, metrics=aux.metrics | {"tokens": torch.as_tensor(count, device=value.device)})
+        count = count if isinstance(count, Tensor) else torch.tensor(count, device=value.device)
+        return value, evolve(aux, metrics=aux.metrics | {"tokens": count})
 
     grad = value_and_grad(counted, precision=precision, reduce=False)
 
     def run(params: Tree, batch: Any) -> tuple[Tensor, Aux, Tree]:
-        n = rows(batch) if rows else len(next(iter(batch.values())))
+        n = rows(batch) if rows else len(batch["ids"] if "ids" in batch else next(iter(batch.values())))
         spans = [slice(i, min(i + chunk, n)) for i in range(0, n, chunk)]
         _same_number(params, len(spans))
         pieces = (batch if len(spans) == 1 else cut(batch, span) if cut else _equal_rows(batch, n, span) for span in spans)
@@ -395,7 +401,7 @@ class _Terminated:
 def autocast(params: Tree, precision: str) -> torch.autocast:
     """Mixed precision on the device of `params`; does nothing unless `precision` is "bfloat16"."""
     device = next(iter(flatten(params).values())).device.type
-    return torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16")
+    return torch.autocast("cpu" if device == "meta" else device, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 @contextmanager

@@ -92,7 +92,7 @@ def arguments(skeleton: Skeleton, batch: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         batch: "ids" [b, t] or "inputs_embeds" [b, t, d] (from `splice`; then "ids" are optional); "mask" [b, t], 1 where a token exists
             (all do if left out); "position_ids" [b, t] or [3, b, t]; "mm_token_type_ids" [b, t]; "pixel_values", "image_grid_thw" and
-            whatever else the architecture takes. "labels" are left out.
+            whatever else the architecture takes. "labels", "visual" and "images" are left out.
     Raises:
         ValueError: a row without tokens, ids outside the table, images without placeholders or the other way round, another number of
             placeholders than the images need, positions that cannot be known, unknown names.
@@ -109,7 +109,7 @@ def arguments(skeleton: Skeleton, batch: Mapping[str, Any]) -> dict[str, Any]:
     mask = mask.long()
     _check_rows(skeleton, ids if embeds is None else None, mask)
     _check_images(skeleton, batch, ids)
-    given = {k: v for k, v in batch.items() if k not in ("ids", "mask", "labels", "position_ids") and v is not None}
+    given = {k: v for k, v in batch.items() if k not in ("ids", "mask", "labels", "visual", "images", "position_ids") and v is not None}
     takes = inspect.signature(skeleton.module.forward).parameters
     if unknown := sorted(given.keys() - takes.keys() - {"mm_token_type_ids"}):
         raise ValueError(f"vlm: {skeleton.name} takes no {', '.join(unknown)}; it takes {', '.join(sorted(takes.keys() - {'kwargs'}))}")

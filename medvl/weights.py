@@ -46,8 +46,9 @@ class Lazy(Tensor):
     def mapped(self, f: Callable[[Tensor], Tensor]) -> "Lazy":
         """The same weight with `f` applied to every tensor it holds."""
         held = {k: f(v) if k in self._parts and v is not None else v for k, v in self.__dict__.items()}
-        first = held[self._parts[0]]
-        return type(self).like(self.shape, first.dtype if first.is_floating_point() else self.dtype, first.device, **held)
+        parts = [held[k] for k in self._parts if held[k] is not None]
+        dtype = next((t.dtype for t in parts if t.is_floating_point()), self.dtype)
+        return type(self).like(self.shape, dtype, parts[0].device, **held)
 
     def moved(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> "Lazy":
         """The same weight elsewhere or in another precision."""
@@ -76,6 +77,14 @@ class Lazy(Tensor):
             f"{func} meets {next(a for a in _lazies(args, kwargs))!r}, which answers only linear, embedding and addmm; "
             "weights.dense(w) makes a plain tensor of it"
         )
+
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]
+        """Bytes of all that it holds."""
+        return sum(t.nbytes for t in leaves(self))
+
+    def requires_grad_(self, requires_grad: bool = True) -> "Lazy":
+        raise TypeError(f"{self!r} has no gradient of its own; its parts may have")
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"{type(self).__name__}({self._about()})"
@@ -131,11 +140,13 @@ class LowRank(Lazy):
     def _add(self, y: Tensor, x: Tensor) -> Tensor:
         """`y` and the correction for `x`, added in the wider precision of the two and rounded once."""
         x = F.dropout(x, self.dropout) if self.dropout else x
-        mixed = torch.is_autocast_enabled(x.device.type)
+        mixed = not x.is_meta and torch.is_autocast_enabled(x.device.type)
         h = self._gated(F.linear(x if mixed else x.to(self.a.dtype), self.a), x)
-        if h.dtype == y.dtype == self.b.dtype and y.is_contiguous() and y is not x and not mixed:
-            y.view(-1, y.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), self.b.t())  # y is fresh: no layer's backward pass reads its output
-            return y
+        if h.dtype == y.dtype == self.b.dtype and not mixed:
+            flat, h = y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1])
+            if torch.is_grad_enabled() or y is x:
+                return torch.addmm(flat, h, self.b.t()).view(y.shape)
+            return flat.addmm_(h, self.b.t()).view(y.shape)  # y is fresh, nobody else has it
         return (y + F.linear(h, self.b)).to(y.dtype)
 
     def _gated(self, h: Tensor, x: Tensor) -> Tensor:
@@ -156,10 +167,10 @@ class LowRank(Lazy):
                 raise ValueError(f"{self!r}: {n} rows do not belong to {total} visual tokens; rows must be of the ids of this batch")
             of = self.rows.repeat_interleave(n // total) if n >= total else self.rows[:: total // n]
             gate = gate[of]
-        elif n != len(gate):
-            if n % len(gate) or h.dim() != 2:
-                raise ValueError(f"{self!r}: weights for {len(gate)} samples meet {n} rows; give weights for every sample of the batch")
-            gate = gate.repeat_interleave(n // len(gate), 0)
+        elif n != len(gate) and len(gate) > 1:
+            flat = "; this layer flattens its batch, so it cannot have weights per sample" if h.dim() == 2 else ""
+            what = flat or "; give weights for every sample of the batch"
+            raise ValueError(f"{self!r}: weights for {len(gate)} samples meet {n} rows{what}")
         return gate[:, None, :] if h.dim() == 3 else gate
 
     def _about(self) -> str:
@@ -251,6 +262,11 @@ def dense(w: Tensor) -> Tensor:
         ValueError: a correction that differs by sample or token has no plain tensor.
     """
     return w.dense() if isinstance(w, Lazy) else w
+
+
+def to(params: Mapping[str, Tensor], device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The params elsewhere or in another precision; codes and scales of 4-bit weights keep theirs."""
+    return {n: _moved(w, dtype, None if device is None else torch.device(device)) for n, w in params.items()}
 
 
 def leaves(w: Tensor) -> Iterator[Tensor]:

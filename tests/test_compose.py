@@ -306,7 +306,7 @@ def test_mixture_per_sample_is_pefts_cat_per_sample():
 
 
 def test_mixture_of_every_kind_of_layer_per_sample():
-    adapters = make((2, 4, 6), modules=[["up", "out", "conv"], ["embed", "up"], ["conv", "embed"]])
+    adapters = make((2, 4, 6), modules=[["up", "out"], ["embed", "up"], ["out", "embed"]])
     weights = [[0.5, -0.3, 0.9], [0, 0, 0], [1, 2, 3], [-1, 0, 0]]
     got = logits(compose_adapters(adapters, weights))
     for i, row in enumerate(weights):
@@ -317,6 +317,13 @@ def test_mixture_of_every_kind_of_layer_per_sample():
     torch.testing.assert_close(
         got[3], logits(evolve(adapters[0], scale={m: -s for m, s in adapters[0].scale.items()}))[3], rtol=0, atol=1e-6
     )
+
+
+def test_a_layer_that_flattens_its_batch_refuses_weights_per_sample():
+    """GPT-2's Conv1D: which row is whose could only be guessed."""
+    with pytest.raises(ValueError, match=r"weights for 4 samples meet 20 rows; this layer flattens its batch"):
+        logits(compose_adapters(make(), [W3] * 4))
+    torch.testing.assert_close(logits(compose_adapters(make(), [W3])), logits(compose_adapters(make(), W3)), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -333,7 +340,7 @@ def test_weights_of_any_type(as_):
 def test_one_adapter_and_fusion_by_cat_of_samples_are_mixtures():
     adapters = make()
     torch.testing.assert_close(logits(compose_adapters(adapters[:1], [1.0])), logits(adapters[0]), rtol=0, atol=1e-6)
-    rows = [W3, [1.0, 0, 0], [0, 0, 0], [0, 2.0, 1]]
+    rows, adapters = [W3, [1.0, 0, 0], [0, 0, 0], [0, 2.0, 1]], make(modules=[["embed", "up", "out"]] * 3)
     torch.testing.assert_close(
         logits(compose_adapters(adapters, rows, mode="fusion")), logits(compose_adapters(adapters, rows)), rtol=0, atol=0
     )

@@ -5,7 +5,6 @@ import copy
 import json
 import os
 import threading
-import warnings
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ import tiny
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from tokenizers import processors
 
 from medvl import hub, weights
 from medvl.dinov2 import config_of
@@ -30,7 +28,6 @@ TINY = {
     "clip_text": {"model_type": "clip_text_model", **TEXT, "bos_token_id": 1, "eos_token_id": 2},
     "bert": {"model_type": "bert", **TEXT},
 }
-REPORTS = ["The heart is normal in size.", "No pleural effusion; the heart is  NORMAL.", "Nodule of 12 mm in the left upper lobe."] * 4
 
 
 def model_of(kind):
@@ -172,9 +169,8 @@ def test_what_is_nowhere_stops_at_once(tmp_path, monkeypatch):
         hub.load("someone/nothing")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    for read in (hub.load, hub.tokenizer):
-        with pytest.raises(ValueError, match=r"127.0.0.1:9 cannot be reached .*refused.*hf download someone/nothing"):
-            read("someone/nothing")
+    with pytest.raises(ValueError, match=r"127.0.0.1:9 cannot be reached .*refused.*hf download someone/nothing"):
+        hub.load("someone/nothing")
     with pytest.raises(ValueError, match="no file or folder /no/such/folder"):
         hub.load("/no/such/folder")
     with pytest.raises(ValueError, match=r"must hold config.json, found none"):
@@ -368,7 +364,7 @@ def test_init_is_a_function_of_the_generator():
 def test_init_follows_transformers_initialisation(gen):
     _, params = hub.init_skeleton(TINY["dinov2"], gen)
     assert torch.equal(params["layernorm.weight"], torch.ones(64))
-    weights = torch.cat([t.flatten() for n, t in params.items() if n.endswith("proj.weight")])
+    weights = torch.cat([t.flatten() for n, t in params.items() if t.dim() == 2 and n.endswith(".weight")])
     assert weights.std() == pytest.approx(0.02, rel=0.05)
 
 
@@ -560,76 +556,3 @@ def test_original_dinov2_refuses_other_keys():
     state = {k: v[:100] if k == "patch_embed.proj.weight" else v for k, v in original().items()}
     with pytest.raises(ValueError, match=r"multiple of 64 .* found 100"):
         config_of(state, "x")
-
-
-# Tokenizers -----------------------------------------------------------------------------------------------------------------------------
-def test_real_clip_tokenizer(shared_data):
-    folder = shared_data / "tokenizers/clip"
-    tok = hub.tokenizer(folder)
-    texts = ["The heart is normal.", "Nodule " * 100, ""]
-    with pytest.warns(UserWarning, match="longer than 77 tokens lose their tail"):
-        ids, mask = hub.tokenize(tok, texts, 77)
-    want = tok(texts, truncation=True, max_length=77, padding=True, return_tensors="pt")
-    assert torch.equal(ids, want["input_ids"])
-    assert torch.equal(mask, want["attention_mask"].bool())
-    assert (ids[:, 0] == 49406).all()
-    assert [int(row[keep][-1]) for row, keep in zip(ids, mask, strict=True)] == [49407] * 3
-    assert mask.sum(1).tolist() == [7, 77, 2]
-    assert hub.truncated(tok, texts, 77) == 1
-    bare = hub.tokenizer(folder / "tokenizer.json")
-    assert torch.equal(hub.tokenize(bare, texts[:1], 77)[0], ids[:1, :7])
-
-
-def test_trained_bpe(tmp_path):
-    tok = hub.train_bpe(REPORTS, 300, tmp_path / "bpe")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        ids, mask = hub.tokenize(tok, ["  The HEART\nis normal ", "Nodule"], 64)
-    assert ids.dtype == torch.int64
-    assert mask.dtype == torch.bool
-    start, end, pad = (tok.convert_tokens_to_ids(t) for t in (hub.START, hub.END, hub.PAD))
-    assert ids[0, 0] == ids[1, 0] == start
-    assert [int(row[keep][-1]) for row, keep in zip(ids, mask, strict=True)] == [end, end]
-    assert (ids[~mask] == pad).all()
-    assert (~mask).any()
-    assert tok.decode(ids[0], skip_special_tokens=True).strip() == "the heart is normal"
-    assert len(hub.tokenize(tok, ["the heart is normal"], 64)[0][0]) < 12  # learnt words are few tokens
-    again = hub.tokenizer(tmp_path / "bpe")
-    assert torch.equal(hub.tokenize(again, REPORTS[:3], 64)[0], hub.tokenize(tok, REPORTS[:3], 64)[0])
-    assert (again.bos_token_id, again.eos_token_id, again.pad_token_id) == (start, end, pad)
-
-
-def test_trained_bpe_is_deterministic_and_loses_no_character():
-    a, b = (hub.train_bpe(REPORTS, 300) for _ in range(2))
-    assert a.get_vocab() == b.get_vocab()
-    assert len(a) <= 300
-    odd = "größe 3×4 µm 结节 🫁 <b>"
-    assert a.decode(hub.tokenize(a, [odd], 200)[0][0], skip_special_tokens=True).strip() == odd
-
-
-def test_truncation_keeps_the_end_token():
-    tok = hub.train_bpe(REPORTS, 300)
-    whole = hub.tokenize(tok, [REPORTS[0]], 64)[0][0]
-    with pytest.warns(UserWarning, match="lose their tail"):
-        ids, mask = hub.tokenize(tok, [REPORTS[0], "no"], 6)
-    assert ids[0].tolist() == [*whole[:5].tolist(), tok.eos_token_id]
-    assert ids.shape == mask.shape == (2, 6)
-    assert hub.truncated(tok, [REPORTS[0], "no"], 6) == 1
-
-
-def test_tokenizer_errors(tmp_path):
-    with pytest.raises(ValueError, match="vocab_size >= 259"):
-        hub.train_bpe(REPORTS, 100)
-    with pytest.raises(ValueError, match="0 texts"):
-        hub.train_bpe([], 300)
-    tok = hub.train_bpe(REPORTS, 300)
-    for texts in ([], [float("nan")], "one text"):
-        with pytest.raises(ValueError, match="needs a list of texts"):
-            hub.tokenize(tok, texts, 64)
-    tok.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
-    with pytest.raises(ValueError, match="must put an end token behind every text"):
-        hub.tokenize(tok, ["a"], 64)
-    (tmp_path / "tokenizer.json").write_text("{")
-    for name in (tmp_path, tmp_path / "tokenizer.json"):
-        with pytest.raises(ValueError, match="is not JSON"):
-            hub.tokenizer(name)

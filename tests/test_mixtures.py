@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from medvl import compose, generate, lora, quant, vlm
+from medvl import compose, generation, lora, quant, vlm
 
 W = torch.tensor([[0.6, -0.3, 0.5], [0.2, 0.9, 0.0]])  # a row for each sample, one weight negative, one zero
 COUNTS = (1, 2)  # images of each sample
@@ -74,14 +74,14 @@ def house(x):
 def test_greedy_answers_of_a_batch_are_those_of_each_sample(joined, base):
     kind, skeleton, params, _, pool = joined
     params = quant.quantize(params) if base == "nf4" else params
-    cfg = generate.Sampling(max_tokens=8)
+    cfg = generation.Sampling(max_tokens=8)
     x = tiny.batch(kind, COUNTS)
-    together = generate.generate(cfg, skeleton, mixed(params, pool, x["input_ids"]), house(x))
+    together = generation.generate(cfg, skeleton, mixed(params, pool, x["input_ids"]), house(x))
     for b in range(2):
         one = tiny.sample(kind, x, b, COUNTS)
-        alone = generate.generate(cfg, skeleton, mixed(params, pool, one["input_ids"], W[b : b + 1]), house(one))
+        alone = generation.generate(cfg, skeleton, mixed(params, pool, one["input_ids"], W[b : b + 1]), house(one))
         assert together.ids[b] == alone.ids[0]
-    bare = generate.generate(cfg, skeleton, params, house(x))
+    bare = generation.generate(cfg, skeleton, params, house(x))
     assert bare.ids != together.ids
 
 

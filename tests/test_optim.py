@@ -1,12 +1,11 @@
-import math
-
 import pytest
 import torch
 from tiny import TEXT
 from torch.optim.lr_scheduler import LambdaLR
 
-from medvl import hub, optim, train
-from medvl.optim import Rate, adamw, clip_by_norm, muon, orthogonal, round_stochastic, routed, state_bytes, warmup_cosine, with_master
+from medvl import hub, rounding, train
+from medvl.muon import muon
+from medvl.optim import Rate, adamw, clip_by_norm, routed, state_bytes, warmup_cosine, with_master
 from medvl.quant import eight_bit
 from medvl.tree import count, flatten, map_leaves, split
 
@@ -44,47 +43,6 @@ def test_bit_equal_to_torch(gen):
         mine, state = ours.update(grads, state, mine, step)
     for n, t in flatten(mine).items():
         assert torch.equal(t, peer[n].data), n
-
-
-@pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4)])
-def test_orthogonal_is_the_polynomial_on_singular_values(shape, gen):
-    m = torch.randn(shape, generator=gen, dtype=torch.float64)
-    u, s, v = torch.linalg.svd(m, full_matrices=False)
-    s = s / (s.norm() + 1e-7)
-    for _ in range(5):
-        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
-    torch.testing.assert_close(orthogonal(m), u @ s.diag() @ v)
-    found = torch.linalg.svdvals(orthogonal(torch.randn(64, 96, generator=gen)))
-    assert 0.6 < found.min() < found.max() < 1.3
-
-
-def test_muon_is_torch_s(gen):
-    """torch turns its steps in bfloat16, which is worth about three digits."""
-    params = {"tall": torch.randn(24, 8, generator=gen), "wide": torch.randn(8, 24, generator=gen)}
-    peer = {n: torch.nn.Parameter(t.clone()) for n, t in params.items()}
-    start = {n: t.clone() for n, t in params.items()}
-    other = torch.optim.Muon(list(peer.values()), lr=0.02, weight_decay=0.1, momentum=0.95, nesterov=True)
-    ours = muon(lambda n: Rate(lr=0.02, weight_decay=0.1))
-    state = ours.init(params)
-    for step in range(10):
-        grads = {n: torch.randn(t.shape, generator=gen) for n, t in params.items()}
-        for n, p in peer.items():
-            p.grad = grads[n].clone()
-        other.step()
-        params, state = ours.update(grads, state, params, step)
-    for n, t in params.items():
-        moved, wanted = t - start[n], peer[n].data - start[n]
-        assert (moved - wanted).norm() < 0.03 * wanted.norm(), n
-
-
-def test_a_convolution_moves_as_its_matrix_and_vectors_are_refused(gen):
-    kernel, grad = torch.randn(8, 3, 2, 2, generator=gen), torch.randn(8, 3, 2, 2, generator=gen)
-    ours = muon(lambda n: Rate(lr=0.1))
-    a, _ = ours.update({"k": grad}, ours.init({"k": kernel}), {"k": kernel.clone()}, 0)
-    b, _ = ours.update({"k": grad.flatten(1)}, ours.init({"k": kernel.flatten(1)}), {"k": kernel.flatten(1).clone()}, 0)
-    assert torch.equal(a["k"].flatten(1), b["k"])
-    with pytest.raises(ValueError, match=r"1 parameters are none, e\.g\. bias"):
-        ours.init({"bias": torch.zeros(3)})
 
 
 def test_routed_is_each_optimiser_alone(gen):
@@ -153,7 +111,7 @@ def _half(gen):
 
 @pytest.mark.parametrize("piece", [2**24, 256])
 def test_16_bit_parameters_step_in_float32_and_are_rounded_once(piece, gen, monkeypatch):
-    monkeypatch.setattr(optim, "_PIECE", piece)
+    monkeypatch.setattr(rounding, "PIECE", piece)
     params = _half(gen) | {"turned": torch.randn(33, 40, generator=gen).bfloat16().t()}
     got, state = _walk(adamw(lambda n: Rate(lr=1e-2, weight_decay=0.1)), params)
     peer = {n: torch.nn.Parameter(t.float()) for n, t in params.items()}
@@ -196,20 +154,6 @@ def test_a_master_walks_as_float32_does(kind, gen):
     for n, t in moments.items():
         assert torch.equal(got[n], t.to(params[n].dtype)), n
         assert n == "wide" or torch.equal(state["master"][n], t), n
-
-
-def test_stochastic_rounding_is_right_on_average_and_takes_neighbours(gen):
-    x = torch.randn(50, generator=gen) * 10 ** torch.linspace(-30, 30, 50)
-    near = x.bfloat16()
-    up, down = ((near.view(torch.int16) + i).view(BF16).float() for i in (1, -1))
-    rounds = torch.stack([round_stochastic(x, gen).float() for _ in range(4000)])
-    assert ((rounds == near.float()) | (rounds == up) | (rounds == down)).all()
-    gap = (up - near.float()).abs()
-    assert ((rounds.mean(0) - x).abs() < 5 * gap / 2 / 4000**0.5).all()
-    assert ((rounds.std(0) > 0.05 * gap).float().mean()) > 0.8
-    exact = torch.tensor([0.0, -0.0, 1.0, -1.5, math.inf, -math.inf, 2.0**-130])
-    assert torch.equal(round_stochastic(exact, gen).view(torch.int16), exact.bfloat16().view(torch.int16))
-    assert round_stochastic(torch.tensor([math.nan]), gen).isnan().all()
 
 
 def test_stochastic_rounding_is_a_function_of_seed_step_and_name(gen):
@@ -269,7 +213,7 @@ def test_a_language_model_in_bfloat16_moves_as_in_float32_at_a_small_rate(gen):
 @pytest.mark.parametrize("piece", [2**24, 1024])
 def test_8_bit_moments_are_bitsandbytes(dtype, piece, gen, monkeypatch):
     bnb = pytest.importorskip("bitsandbytes")
-    monkeypatch.setattr(optim, "_PIECE", piece)
+    monkeypatch.setattr(rounding, "PIECE", piece)
     params = {"w": torch.randn(65, 99, generator=gen).to(dtype), "small": torch.randn(30, 40, generator=gen).to(dtype)}
     peer = {n: torch.nn.Parameter(t.clone()) for n, t in params.items()}
     other = bnb.optim.AdamW8bit(list(peer.values()), lr=1e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
@@ -307,7 +251,7 @@ def test_float64_parameters_keep_their_precision_over_8_bit_moments(gen):
 def test_large_float32_trees_are_walked_in_pieces_to_the_same_bits(piece, gen, monkeypatch):
     params = {str(i): torch.randn(i + 1, 100, generator=gen) for i in range(12)}
     want, _ = _walk(adamw(lambda n: Rate(lr=1e-2, weight_decay=0.1)), params)
-    monkeypatch.setattr(optim, "_PIECE", piece)
+    monkeypatch.setattr(rounding, "PIECE", piece)
     got, _ = _walk(adamw(lambda n: Rate(lr=1e-2, weight_decay=0.1)), params)
     assert all(torch.equal(got[n], want[n]) for n in params)
 

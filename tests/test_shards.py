@@ -76,7 +76,7 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_shards as t
 from medvl import shards, train, weights
-from medvl.optim import adamw, muon, clip_by_norm, Rate, state_bytes, with_master
+from medvl.muon import muon; from medvl.optim import adamw, clip_by_norm, Rate, state_bytes, with_master
 from medvl.quant import eight_bit
 from medvl.tree import flatten
 

@@ -38,7 +38,6 @@ def test_a_gate_per_sample_belongs_to_its_rows():
     want = torch.stack([F.linear(x, d) for x, d in zip(X, each, strict=True)])
     lazy = weights.low_rank(w, a, b, gate=gate)
     torch.testing.assert_close(F.linear(X, lazy), want, rtol=0, atol=1e-12)
-    torch.testing.assert_close(F.linear(X.flatten(0, 1), lazy), want.flatten(0, 1), rtol=0, atol=1e-12)  # rows flattened, as Conv1D does
     torch.testing.assert_close(F.linear(X[:, -1], lazy), want[:, -1], rtol=0, atol=1e-12)  # the last token only
 
 
@@ -136,6 +135,9 @@ def test_moving_copying_counting():
     assert torch.equal(twin.a, lazy.a)
     assert lazy.shape == (12, 10)
     assert not lazy.requires_grad
+    assert lazy.base.nbytes == 60 + 2 + 4 + 4 + 1024
+    moved = weights.to({"x": lazy, "w": w}, dtype=torch.bfloat16)
+    assert [moved["x"].dtype, moved["w"].dtype, moved["x"].base.absmax.dtype] == [torch.bfloat16] * 2 + [torch.uint8]
     held = weights.nbytes({"x": lazy})
     assert held == 60 + 2 + 4 + 4 + 256 * 4 + 4 * (40 + 48 + 8) + 16  # codes, scales, offset, nested, its code, A, B, gate, rows
     assert weights.nbytes({"x": w, "tied": w, "view": w[:3]}) == w.nbytes
@@ -147,6 +149,8 @@ def test_what_a_lazy_weight_cannot_do_is_said():
     for call in (lambda: lazy + 1, lambda: lazy @ X[0].T, lambda: torch.stack([lazy, lazy]), lambda: lazy.sum(), lambda: F.conv1d(X, lazy)):
         with pytest.raises(NotImplementedError, match=r"LowRank\(\[12, 10\], linear, rank 4 over float64\), which answers only linear"):
             call()
+    with pytest.raises(TypeError, match="has no gradient of its own; its parts may have"):
+        lazy.requires_grad_()
     with pytest.raises(TypeError, match="is not saved as it is"):
         torch.save({"w": lazy}, "/dev/null")
     for gate, router, what in ((torch.ones(2, 4), None, "sample"), (None, torch.ones(2, 10), "token")):
@@ -160,7 +164,14 @@ BAD = [
     (lambda w, a, b: weights.low_rank(w.T, a, b), r"for \[10, 12\] of kind linear"),
     (lambda w, a, b: weights.low_rank(w, a, b, gate=torch.ones(3)), r"the gate must be \[4\] or \[b, 4\], got \[3\]"),
     (lambda w, a, b: weights.low_rank(w, a, b, router=torch.ones(3, 10)), r"the router must be \[n, 10\] with n dividing rank 4"),
-    (lambda w, a, b: F.linear(X, weights.low_rank(w, a, b, gate=torch.ones(2, 4))), "weights for 2 samples meet 3 rows"),
+    (
+        lambda w, a, b: F.linear(X, weights.low_rank(w, a, b, gate=torch.ones(2, 4))),
+        "weights for 2 samples meet 3 rows; give weights for every",
+    ),
+    (
+        lambda w, a, b: F.linear(X.flatten(0, 1), weights.low_rank(w, a, b, gate=torch.ones(3, 4))),
+        "3 samples meet 15 rows; this layer flattens its batch, so it cannot have weights per sample",
+    ),
     (
         lambda w, a, b: F.linear(X[:, 0], weights.low_rank(w, a, b, gate=torch.ones(2, 4), rows=torch.tensor([0, 1]))),
         "3 rows do not belong to 2 visual tokens",

@@ -1,6 +1,10 @@
-"""Tiny random language and vision-language models in transformers' own architectures, with a peer module of the same weights."""
+"""Tiny random language and vision-language models in transformers' own architectures with a peer module; messages and pictures."""
 
+import io
+
+import numpy as np
 import torch
+from PIL import Image, ImageDraw
 
 from medvl import hub
 
@@ -143,3 +147,26 @@ def sample(kind, inputs, b, counts):
         "pixel_values": inputs["pixel_values"][start : start + n],
         "image_grid_thw": inputs["image_grid_thw"][before : before + counts[b]],
     }
+
+
+def turns(*texts, system=None):
+    """Messages of user and assistant in turn."""
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return first + [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(texts)]
+
+
+def drawn(size, mode="RGB", seed=0) -> Image.Image:
+    """Noise, lines and text: what shows every difference in resampling."""
+    rng = np.random.default_rng(seed)
+    image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 4), dtype=np.uint8))
+    pen = ImageDraw.Draw(image)
+    pen.line((0, 0, *size), fill=(255, 0, 0, 90), width=3)
+    pen.text((2, 2), "HbA1c 8.4 %", fill=(0, 0, 0, 255))
+    return image if mode == "RGBA" else image.convert("RGB").convert(mode) if mode not in ("LA", "PA", "RGBa") else image.convert(mode)
+
+
+def saved(image, format, **kwargs) -> bytes:
+    """The content of an image file."""
+    held = io.BytesIO()
+    image.save(held, format, **kwargs)
+    return held.getvalue()

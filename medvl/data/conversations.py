@@ -1,17 +1,14 @@
-"""Conversations with images: JSON lines to messages, messages to token ids of which only the answers are trained."""
+"""Conversations with images: messages to token ids of which only the answers are trained."""
 
 import json
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from attrs import evolve, field, frozen
+from attrs import evolve, frozen
 from torch import Tensor
-
-from medvl import files
 
 _log = logging.getLogger(__name__)
 IGNORE = -100  # label of a token that is not trained
@@ -275,7 +272,7 @@ def _ids(kit: _Kit, text: str, *, first: bool = False) -> list[int]:
 
 
 def _encode(kit: _Kit, how: _How, messages: Sequence[Message], visual: Sequence[int], last: str) -> Sample:
-    _check_order(messages, last, "encode")
+    check_order(messages, last, "encode")
     pad = _check_visual(kit, how.placeholder, visual)
     _check_texts(kit, how, messages, visual, pad)
     text, answers = _render(kit.tok, how, messages)
@@ -348,7 +345,7 @@ def _render(tok: Any, how: _How, messages: Sequence[Message]) -> tuple[str, list
             )
         spans.append((len(prompt), len(prompt) + len(m["content"])))
     if how.placeholder and text.count(how.placeholder.tag) != (n := sum(m["content"].count(how.placeholder.tag) for m in plain)):
-        raise ValueError(f"encode: {how.name} must keep the {n} tags {how.placeholder.tag!r} as they are, its text is {_short(text)}")
+        raise ValueError(f"encode: {how.name} must keep the {n} tags {how.placeholder.tag!r} as they are, its text is {short(text)}")
     return text, spans
 
 
@@ -365,10 +362,11 @@ def _apply(tok: Any, how: _How, messages: list[dict[str, str]], answer: bool) ->
         raise ValueError(f"encode: {how.name} does not take these messages: {e}") from e
 
 
-def _check_order(messages: Sequence[Message], last: str, where: str) -> None:
+def check_order(messages: Sequence[Message], last: str, where: str) -> None:
+    """Raise unless roles and contents are those of a conversation that ends with the role `last`."""
     for i, m in enumerate(messages):
         if not isinstance(m, Mapping) or not isinstance(m.get("content"), str) or not isinstance(m.get("role"), str):
-            raise ValueError(f'{where}: message {i} must be {{"role": text, "content": text}}, got {_short(m)}')
+            raise ValueError(f'{where}: message {i} must be {{"role": text, "content": text}}, got {short(m)}')
     roles = [m["role"] for m in messages]
     if "assistant" not in roles and last == "assistant":
         raise ValueError(f"{where}: needs a turn of the assistant, got {' '.join(roles) or 'no messages'}")
@@ -407,10 +405,11 @@ def _check_texts(kit: _Kit, how: _How, messages: Sequence[Message], visual: Sequ
                 f"encode: message {i} ({m['role']}) must not hold special tokens of the tokenizer, found {found}; rewrite them"
             )
     if tag:
-        _check_tags(messages, tag, len(visual), "encode")
+        check_tags(messages, tag, len(visual), "encode")
 
 
-def _check_tags(messages: Sequence[Message], tag: str, images: int, where: str) -> None:
+def check_tags(messages: Sequence[Message], tag: str, images: int, where: str) -> None:
+    """Raise unless the user's texts hold one tag per image, and no other text holds any."""
     for m in messages:
         if m["role"] != "user" and tag in m["content"]:
             raise ValueError(f"{where}: only the user's texts may hold the tag {tag!r}, found it in one of the {m['role']}")
@@ -418,95 +417,7 @@ def _check_tags(messages: Sequence[Message], tag: str, images: int, where: str) 
         raise ValueError(f"{where}: every tag {tag!r} needs its image, got {n} tags and {images} images")
 
 
-# Files ----------------------------------------------------------------------------------------------------------------------------------
-@frozen(kw_only=True)
-class Conversation:
-    """One line of a file."""
-
-    messages: tuple[dict[str, str], ...]
-    images: tuple[Path, ...] = ()  # in the order of the tags
-    id: str = ""
-    line: int = 0  # from 1
-    extra: dict[str, Any] = field(factory=dict)  # keys that are not read here
-
-
-def read_conversations(path: files.PathLike, *, tag: str = "<image>", root: files.PathLike | None = None) -> list[Conversation]:
-    """Conversations from JSON lines, each in one of three shapes, checked to the last line.
-
-    {"query": text, "response": text}, {"conversations": [{"from": "user" or "human" ..., "value": text}, ...]} or
-    {"messages": [{"role": "user" ..., "content": text}, ...]}, with "images" (a list; or "image", one name), "system", and "id" or
-    "episode_id" where wanted. The user's texts hold one `tag` per image; images are taken from left to right.
-
-    Args:
-        root: where relative image paths ("./../x" too) start; the file's own folder when None.
-    Raises:
-        ValueError: with file and line: no UTF-8, no JSON, another shape, wrong roles or order, no turn of the assistant, contents that are
-            no strings, tags that do not match the images, an image that is not there; or the file is empty or absent.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    found, folder = list[Conversation](), path.parent if root is None else Path(root)
-    for line, raw in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        if not raw.strip():
-            continue
-        try:
-            record = json.loads(raw.decode("utf-8"))
-        except ValueError as e:  # of both
-            raise ValueError(f"{path}, line {line}: not a line of JSON in UTF-8 ({e})") from e
-        found.append(_conversation(record, f"{path}, line {line}", line, tag, folder))
-    if not found:
-        raise ValueError(f"{path}: holds no conversation")
-    return found
-
-
-_SHAPES = {"query": {"query", "response"}, "conversations": {"conversations"}, "messages": {"messages"}}
-_ROLES = {"human": "user", "gpt": "assistant"}
-
-
-def _conversation(record: Any, where: str, line: int, tag: str, folder: Path) -> Conversation:
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: must be a JSON object, one per line, got {_short(record)}")
-    rest = dict(record)
-    messages = tuple(_messages(rest, where))
-    _check_order(messages, "assistant", where)
-    named = [rest.pop(key) for key in ("images", "image") if key in rest]
-    images = [named[0]] if named and isinstance(named[0], str) else named[0] if named else []
-    if len(named) > 1 or not isinstance(images, list) or not all(isinstance(name, str) for name in images):
-        raise ValueError(f'{where}: "images" must be a list of file names (or "image" one), got {_short(record.get("images"))}')
-    _check_tags(messages, tag, len(images), where)
-    paths = tuple(folder / name for name in images)
-    for name, file in zip(images, paths, strict=True):
-        if not file.is_file():
-            raise ValueError(f"{where}: image {name!r} is not there (relative names start from {folder}; give another root)")
-    name = str(rest.pop("id" if "id" in rest else "episode_id", ""))
-    return Conversation(messages=messages, images=paths, id=name, line=line, extra=rest)
-
-
-def _messages(rest: dict[str, Any], where: str) -> Iterator[dict[str, str]]:
-    """Takes the messages out of a record."""
-    shapes = [keys for key, keys in _SHAPES.items() if key in rest]
-    if len(shapes) != 1 or not shapes[0] <= rest.keys() or "history" in rest:
-        raise ValueError(
-            f'{where}: must have "messages", or "conversations", or "query" and "response" (and no "history": put it into messages), '
-            f"found {', '.join(rest) or 'nothing'}"
-        )
-    if "system" in rest:
-        yield {"role": "system", "content": rest.pop("system")}
-    if "query" in rest:
-        yield {"role": "user", "content": rest.pop("query")}
-        yield {"role": "assistant", "content": rest.pop("response")}
-        return
-    key = "messages" if "messages" in rest else "conversations"
-    role, content = ("role", "content") if key == "messages" else ("from", "value")
-    turns = rest.pop(key)
-    for i, turn in enumerate(turns if isinstance(turns, list) else [turns]):
-        if not isinstance(turn, dict) or turn.keys() != {role, content}:
-            raise ValueError(f'{where}: message {i} must be {{"{role}": text, "{content}": text}}, got {_short(turn)}')
-        name = str(turn[role])
-        yield {"role": _ROLES.get(name, name), "content": turn[content]}
-
-
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value as the text of an error."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from attrs import field, frozen
 from torch import Tensor
 
-from medvl import encode, fusion, hub, layers, losses, text, train
+from medvl import encode, fusion, hub, layers, losses, text, tokens, train
 from medvl.data.ct import CtConfig
 from medvl.data.phantom_case import PhantomConfig
 from medvl.encode import EncodeConfig
@@ -254,10 +254,10 @@ def bound(cfg: ContrastConfig, params: Tree) -> Tree:
 
 def _tokenizer(cfg: Config, folder: Path, texts: Sequence[str]) -> Any:
     if cfg.words.tokenizer or cfg.words.encoder:
-        return hub.tokenizer(cfg.words.tokenizer or cfg.words.encoder)
+        return tokens.tokenizer(cfg.words.tokenizer or cfg.words.encoder)
     kept = folder / "tokenizer"
     if not kept.exists():
         if not texts:
             raise ValueError(f"{kept}: the run has no tokenizer yet; train it first")
-        hub.train_bpe(texts, cfg.words.tower.vocabulary, kept)
-    return hub.tokenizer(kept)
+        tokens.train_bpe(texts, cfg.words.tower.vocabulary, kept)
+    return tokens.tokenizer(kept)

@@ -12,9 +12,10 @@ from attrs import evolve
 from torch import Tensor
 from tqdm import tqdm
 
-from medvl import config, encode, evaluate, files, hub, metrics, plots, report, train
+from medvl import config, encode, evaluate, files, hub, metrics, plots, report, tokens, train
 from medvl.data import ct, ingest, names, order, pairs, phantoms, reports, store
-from medvl.optim import Optimizer, Rate, adamw, muon, routed, warmup_cosine
+from medvl.muon import muon
+from medvl.optim import Optimizer, Rate, adamw, routed, warmup_cosine
 from medvl.results import Result
 from medvl.systems import ct_clip
 from medvl.systems.ct_clip import Config, Model, Speed, Stage
@@ -122,7 +123,7 @@ def batches(model: Model, data: pairs.Pairs, size: int, seed: int) -> Callable[[
         chosen = order.batch_indices(scans, size, seed, i)[rank * size // world : (rank + 1) * size // world]
         gen = torch.Generator().manual_seed(seed * 1_000_003 + i)
         said = [pairs.draw_text(data.texts[j], shares, cfg.data.sentences, gen) for j in chosen for _ in range(cfg.data.draws)]
-        ids, words = hub.tokenize(tok, said, cfg.words.tower.context)
+        ids, words = tokens.tokenize(tok, said, cfg.words.tower.context)
         return pairs.read_slices(data.store, [data.names[j] for j in chosen]) | {
             "ids": ids.unflatten(0, (len(chosen), -1)),
             "words": words.unflatten(0, (len(chosen), -1)),
@@ -139,7 +140,7 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
     data = paired(cfg, "train", volumes(cfg, "train"))
     texts = [t for parts in data.texts for t in parts.values()]
     model, params = ct_clip.init(cfg, folder, texts)
-    cut = hub.truncated(model.tokenizer, texts, cfg.words.tower.context)
+    cut = tokens.truncated(model.tokenizer, texts, cfg.words.tower.context)
     log(f"{len(data.names)} volumes of {len(set(data.scans))} scans")
     if cut and not cfg.data.sentences:
         log(f"{cut} of {len(texts)} texts are longer than {cfg.words.tower.context} tokens: what lies beyond is not read")
@@ -252,7 +253,7 @@ def sentences(model: Model, params: Tree, means: Tree, said: Sequence[str]) -> T
     """Texts in the common space, [n, d] float32 on the CPU."""
     rows = []
     for i in range(0, len(said), 64):
-        ids, words = hub.tokenize(model.tokenizer, said[i : i + 64], model.cfg.words.tower.context)
+        ids, words = tokens.tokenize(model.tokenizer, said[i : i + 64], model.cfg.words.tower.context)
         with torch.no_grad(), train.autocast(params, model.cfg.train.precision):
             z = ct_clip.embed_texts(model, params, {"ids": ids[:, None], "words": words[:, None]})[:, 0]
         rows.append(ct_clip.place(params, "text", z, means.get("text", {})).detach().cpu())

@@ -18,9 +18,9 @@ from medvl import config, files, report, results, train
 from medvl.data import ct, ingest, reports, store
 from medvl.data import names as volume_names
 from medvl.results import Result
-from medvl.systems import ct_clip, ct_clip_run
+from medvl.systems import ct_clip, ct_clip_run, tune, tune_run
 
-SYSTEMS: dict[str, tuple[type, ModuleType]] = {"ct_clip": (ct_clip.Config, ct_clip_run)}
+SYSTEMS: dict[str, tuple[type, ModuleType]] = {"ct_clip": (ct_clip.Config, ct_clip_run), "tune": (tune.Config, tune_run)}
 EXPERIMENTS = Path("experiments")
 RUNS = Path("runs")
 
@@ -112,6 +112,30 @@ def _minutes(start: float) -> str:
 
 
 # What tasks call besides ------------------------------------------------------------------------------------------------------------------
+
+
+def labels(exp: str, overrides: Sequence[str] = (), number: int = 0) -> None:
+    """Print one training sample as the model gets it, the trained tokens between marks."""
+    cfg, folder, system = _language(exp, overrides, "labels")
+    system.prepare(cfg, lambda _: None)
+    print(system.labels(cfg, folder, number))
+
+
+def estimate(exp: str, overrides: Sequence[str] = ()) -> None:
+    """Print the memory that each stage of a run will need, by part."""
+    cfg, folder, system = _language(exp, overrides, "estimate")
+    for stage, parts in system.memory(cfg, folder).items():
+        rows = [(part, f"{n / 1e9:.3f}") for part, n in sorted(parts.items(), key=lambda p: -p[1])]
+        print(f"stage {stage}, one process:")
+        print(results.markdown_table(("Part", "GB"), [*rows, ("at the peak", f"{sum(parts.values()) / 1e9:.3f}")]))
+
+
+def _language(exp: str, overrides: Sequence[str], task: str) -> tuple[Any, Path, ModuleType]:
+    cfg, folder = resolve(exp, overrides)
+    system = SYSTEMS[cfg.system][1]
+    if not hasattr(system, task if task == "labels" else "memory"):
+        raise ValueError(f"{task}: {exp} is a {cfg.system} experiment; only systems that train a language model have {task}")
+    return cfg, folder, system
 
 
 def preprocess(source: str, out: str, exp: str, overrides: Sequence[str], metadata: str, workers: int, sheet: str) -> int:

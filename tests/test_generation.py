@@ -9,9 +9,9 @@ import tiny
 import torch
 import torch.nn.functional as F
 
-from medvl import generate as g
-from medvl import hub, lora, quant, qwen_vl, vlm, weights
-from medvl.generate import Sampling, generate, only, phases, score_options
+from medvl import generation as g
+from medvl import hub, lora, quant, qwen_vl, tokens, vlm, weights
+from medvl.generation import Sampling, generate, only, phases, score_options
 
 NAMES = {"input_ids": "ids", "attention_mask": "mask"}
 COUNTS = (1, 2)
@@ -308,7 +308,7 @@ def test_masks_that_cannot_be_are_refused(mask, message, temperature):
 @functools.cache
 def writer():
     """(tokenizer of single bytes and a few words, model with its vocabulary)."""
-    tok = hub.train_bpe(["the heart is normal. no nodule, no effusion."] * 4, 290)
+    tok = tokens.train_bpe(["the heart is normal. no nodule, no effusion."] * 4, 290)
     skeleton, params = hub.init_skeleton(
         tiny.CONFIGS["qwen2"] | {"vocab_size": len(tok) + 3}, torch.Generator().manual_seed(0), head="language"
     )
@@ -406,7 +406,7 @@ def test_texts_without_a_listener():
 
 @pytest.mark.parametrize(("name", "size"), [("phi-3-mini", 32064), ("qwen3", 151669)])
 def test_real_tokenizers_are_told_in_pieces(shared_data, name, size):
-    tok = hub.tokenizer(shared_data / "tokenizers" / name)
+    tok = tokens.tokenizer(shared_data / "tokenizers" / name)
     config = tiny.CONFIGS["qwen2"] | {"vocab_size": size, "hidden_size": 8, "num_hidden_layers": 1}
     skeleton, params = hub.init_skeleton(config, torch.Generator().manual_seed(0), head="language")
     text = "No 8 mm nodule;  größe 结节 🫁,\n\n- HbA1c 8.4 % .\nAnswer: B"
@@ -529,7 +529,7 @@ def test_sampling_refuses(wrong, message):
         ("qwen2", {"ids": torch.ones(2, 6)}, {}, r"ids must be whole numbers \[b, t\], got float32 \[2, 6\]"),
         ("qwen2", {"ids": torch.ones(2, 4, dtype=torch.int64)}, {}, r"ids must be of the mask's rows and tokens \[2, 6\], got \[2, 4\]"),
         ("qwen2", {"mask": torch.tensor([[1] * 6, [0] * 6])}, {}, r"rows \[1\] have none"),
-        ("qwen2", {}, {"on_token": print}, r"need a tokenizer \(tok=hub.tokenizer\(...\)\)"),
+        ("qwen2", {}, {"on_token": print}, r"need a tokenizer \(tok=tokens.tokenizer\(...\)\)"),
         ("qwen2", {}, {"cfg": Sampling(stop=("x",))}, r"need a tokenizer .*, got stop \('x',\)"),
         ("qwen2", {}, {"cfg": Sampling(end=(160,))}, r"end ids must be below the vocabulary's 160, got \[160\]"),
         ("qwen2", {}, {"cfg": Sampling(max_tokens=600)}, "prompt of 6 tokens and max_tokens 600 are more than the 512 positions of qwen2"),

@@ -371,7 +371,9 @@ def _heard(cfg: Sampling, tok: Any, ids: list[int], said: str, reason: str) -> t
 
 def _check_text(cfg: Sampling, tok: Any, on_token: Any) -> None:
     if tok is None and (cfg.stop or on_token is not None):
-        raise ValueError(f"generate: stop strings and on_token need a tokenizer (tok=hub.tokenizer(...)), got stop {cfg.stop} and tok None")
+        raise ValueError(
+            f"generate: stop strings and on_token need a tokenizer (tok=tokens.tokenizer(...)), got stop {cfg.stop} and tok None"
+        )
     if tok is not None and (special := sorted({*cfg.stop} & {*tok.all_special_tokens})):
         ids = tok.convert_tokens_to_ids(special)
         raise ValueError(f"generate: {few(special)} are tokens, not text; give their ids {ids} as end")

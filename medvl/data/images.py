@@ -1,0 +1,106 @@
+"""Pictures: image files opened whole and upright, and whatever is a picture as RGB."""
+
+import io
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from medvl.files import PathLike
+
+Picture = Image.Image | np.ndarray | Tensor
+# Pixels of a file that is opened: where Pillow starts to warn of decompression bombs. An A4 page at 600 dpi has 35 million.
+LARGEST = 89_478_485
+_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # no EPS: it would start another program
+_BROKEN = (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, OverflowError, struct.error)  # what Pillow's decoders raise
+
+
+def open_image(source: PathLike | bytes, *, page: int | None = None, window: tuple[float, float] | None = None) -> Image.Image:
+    """Read an image file upright (EXIF orientation applied), whole, as RGB with what is transparent white.
+
+    Args:
+        source: a path, or the content of a file. PNG, JPEG, JPEG 2000, TIFF, WebP, BMP, GIF or PPM; the content decides, not the name.
+        page: of a file with several pages or frames, counted from 0.
+        window: (black, white): the greys shown as 0 and 255, linear between them. Files with greys of more than 8 bits need one.
+    Raises:
+        ValueError: no such file, none of these formats, broken, truncated or empty; more than `LARGEST` pixels (refused before they are
+            decoded); several pages and no `page`; deep greys and no window, or a window for colours.
+    """
+    name = f"open_image: {f'image of {len(source)} bytes' if isinstance(source, bytes) else source}"
+    with _reading(name):
+        image: Image.Image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS)
+    with image:
+        with _reading(name):
+            pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a phone's MPO holds a preview behind its photograph
+        if (page is None and pages > 1) or not 0 <= (page or 0) < pages:
+            raise ValueError(f"{name}: has {pages} pages or frames, got page={page}; give one from 0 to {pages - 1}")
+        with _reading(name):
+            image.seek(page or 0)
+        if image.width * image.height > LARGEST:
+            raise ValueError(f"{name}: must have at most {LARGEST} pixels, got {image.width} x {image.height}; make it smaller")
+        with _reading(name):
+            image.load()
+            image = ImageOps.exif_transpose(image)
+    if window is not None or image.mode[0] in "IF":
+        image = _windowed(name, image, window)
+    return to_rgb(image, name)
+
+
+def to_rgb(image: Picture, where: str) -> Image.Image:
+    """An image of any mode, or uint8 [y, x, 3], as RGB with what is transparent white.
+
+    Args:
+        where: what errors begin with.
+    Raises:
+        ValueError: greys of more than 8 bits, arrays of another type or shape, a broken image.
+    """
+    if isinstance(image, Tensor):
+        image = image.detach().cpu().numpy()
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
+            raise ValueError(f"{where}: an array must be uint8 [y, x, 3] and not empty, got {image.dtype} {list(image.shape)}")
+        return Image.fromarray(image)
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"{where}: image must be a PIL image, an array or a tensor, got {type(image).__name__}; open_image reads files")
+    with _reading(f"{where}: the image"):
+        image.load()
+    if image.mode[0] in "IF":
+        raise ValueError(
+            f"{where}: greys of more than 8 bits (mode {image.mode}) need a window: open_image(path, window=(black, white)), or scale them"
+        )
+    with _reading(f"{where}: the image (mode {image.mode})"):
+        if not image.has_transparency_data:
+            return image if image.mode == "RGB" else image.convert("RGB")
+        image = image.convert({"La": "LA"}.get(image.mode, image.mode)).convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _windowed(name: str, image: Image.Image, window: tuple[float, float] | None) -> Image.Image:
+    if len(image.getbands()) > 1 or image.mode == "P":
+        raise ValueError(f"{name}: a window is for greys, got mode {image.mode}; leave it out")
+    grey = np.asarray(image).astype(np.float64)
+    if window is None or not window[0] < window[1] or not np.isfinite(grey).all():
+        raise ValueError(
+            f"{name}: greys of more than 8 bits must be finite and need window=(black, white) with black < white, "
+            f"got values from {grey.min():g} to {grey.max():g} and window={window}"
+        )
+    black, white = window
+    return Image.fromarray((((grey - black) / (white - black)).clip(0, 1) * 255).round().astype(np.uint8))
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """What Pillow raises, as one kind of error."""
+    try:
+        yield
+    except FileNotFoundError as e:
+        raise ValueError(f"{name}: no such file") from e
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+        raise ValueError(f"{name}: must have at most {LARGEST} pixels ({e}); make it smaller") from e
+    except UnidentifiedImageError as e:
+        raise ValueError(f"{name}: must be an image ({', '.join(_FORMATS)}), found none of these; empty or broken at its start?") from e
+    except _BROKEN as e:
+        raise ValueError(f"{name}: cannot be read, broken or truncated ({e})") from e

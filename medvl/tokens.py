@@ -1,0 +1,127 @@
+"""Tokenizers, of Hugging Face or learnt from texts, and texts as token ids."""
+
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from medvl import files
+from medvl.checkpoints import few, find, new_folder, read_json
+
+START, END, PAD = "<|startoftext|>", "<|endoftext|>", "<|pad|>"
+
+
+def tokenizer(name: files.PathLike) -> Any:
+    """A fast Hugging Face tokenizer: a folder, a `tokenizer.json`, or a name on the hub (cache first).
+
+    Raises:
+        ValueError: nothing there, or not a tokenizer; says what was looked for.
+    """
+    from transformers import AutoTokenizer
+
+    if (path := Path(name)).is_file():
+        read_json(path)
+        return _wrap(path)
+    main = find(str(name), ("tokenizer.json", "vocab.json", "vocab.txt"))
+    if not path.is_dir():  # a hub name: AutoTokenizer finds all files in the snapshot folder
+        find(str(name), ("tokenizer_config.json",))
+        if main.name == "vocab.json":
+            find(str(name), ("merges.txt",))
+    if main.suffix == ".json":
+        read_json(main)
+    if main.name == "tokenizer.json" and not (main.parent / "tokenizer_config.json").is_file():
+        return _wrap(main)
+    try:
+        return AutoTokenizer.from_pretrained(main.parent, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"tokenizer: {main.parent} does not hold a tokenizer that transformers reads ({e})") from e
+
+
+def train_bpe(texts: Sequence[str], vocab_size: int, folder: files.PathLike | None = None) -> Any:
+    """A byte-level BPE tokenizer learnt from texts: lower case and single spaces as CLIP's, start and end token around every text.
+
+    Deterministic. Every text can be encoded, there is no unknown token. Written to `folder` (must be new) if one is given.
+    Source: Sennrich et al. 2016, arXiv:1508.07909; bytes as in Radford et al. 2019 (GPT-2).
+    Raises:
+        ValueError: vocab_size cannot hold the 256 bytes and the 3 special tokens, or there is no text.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    if vocab_size < 259 or not texts:
+        raise ValueError(
+            f"train_bpe: needs texts and vocab_size >= 259 (256 bytes, 3 special tokens), got {len(texts)} texts, {vocab_size}"
+        )
+    tok: Any = Tokenizer(models.BPE())
+    tok.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip(), normalizers.Lowercase()]
+    )
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tok.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[START, END, PAD], initial_alphabet=sorted(alphabet), min_frequency=2, show_progress=False
+    )
+    tok.train_from_iterator(texts, trainer)
+    ids = [(t, tok.token_to_id(t)) for t in (START, END)]
+    tok.post_processor = processors.TemplateProcessing(single=f"{START} $A {END}", special_tokens=ids)
+    with tempfile.TemporaryDirectory() as tmp:
+        tok.save(f"{tmp}/tokenizer.json")
+        fast = _wrap(Path(tmp) / "tokenizer.json", bos_token=START, eos_token=END, pad_token=PAD)
+    if folder is not None:
+        with new_folder(folder) as new:
+            fast.save_pretrained(new)
+    return fast
+
+
+def tokenize(tok: Any, texts: Sequence[str], context: int) -> tuple[Tensor, Tensor]:
+    """Token ids of texts, padded to the longest of them.
+
+    Args:
+        tok: from `tokenizer` or `train_bpe`.
+        context: longest sequence; a longer text loses its tail and keeps its end token. The first time one does, a warning says so;
+            `truncated` counts them.
+    Returns:
+        ids int64 [b, t] and mask bool [b, t], true at real tokens (CLIP pads with its end token, so ids do not tell).
+    Raises:
+        ValueError: no texts, not texts, or a tokenizer that puts no end token behind a text.
+    """
+    rows = _encode(tok, texts, context)
+    if any(len(r) > context for r in rows):
+        warnings.warn(f"tokenize: texts longer than {context} tokens lose their tail (count them with tokens.truncated)", stacklevel=2)
+    rows = [r if len(r) <= context else [*r[: context - 1], r[-1]] for r in rows]
+    longest = max(map(len, rows))
+    pad = tok.eos_token_id if tok.pad_token_id is None else tok.pad_token_id
+    ids = torch.tensor([r + [pad or 0] * (longest - len(r)) for r in rows])
+    return ids, torch.arange(longest) < torch.tensor([len(r) for r in rows])[:, None]
+
+
+def truncated(tok: Any, texts: Sequence[str], context: int) -> int:
+    """How many of the texts are longer than `context` tokens."""
+    return sum(len(r) > context for r in _encode(tok, texts, context))
+
+
+def _encode(tok: Any, texts: Sequence[str], context: int) -> list[list[int]]:
+    bad = [type(t).__name__ for t in texts if not isinstance(t, str)]
+    if isinstance(texts, str) or not len(texts) or bad or context < 3:
+        raise ValueError(
+            f"tokenize: needs a list of texts and context >= 3, got {len(texts)} texts, context {context}, other types {few(bad)}"
+        )
+    empty = tok("", truncation=False)["input_ids"]
+    if not empty or empty[-1] not in tok.all_special_ids:
+        raise ValueError(f"tokenize: the tokenizer must put an end token behind every text, but an empty text gives {empty}")
+    return tok(list(texts), truncation=False, padding=False, verbose=False)["input_ids"]
+
+
+def _wrap(path: Path, **special: str) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    fast = PreTrainedTokenizerFast(tokenizer_file=str(path), **special)
+    if not special:  # a bare file does not say which of its tokens end or pad a text: take them from its own template
+        ends = fast("")["input_ids"]
+        if ends:
+            fast.eos_token = fast.convert_ids_to_tokens(ends[-1])
+    return fast

@@ -1,0 +1,252 @@
+"""tune: conversations with pictures, from a record to trained weights, labels, memory and scored answers, at toy size."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from attrs import evolve
+from PIL import Image
+
+from medvl import config, hub, lora, train, weights
+from medvl.config import ConfigError
+from medvl.data import phantom_pictures
+from medvl.systems import run, tune, tune_run
+from medvl.systems.tune import Config
+from medvl.tree import flatten, merge, split
+
+VISION = tiny.CONFIGS["qwen2_5_vl"]
+MODEL = {
+    "model_type": "qwen2_5_vl",
+    "text_config": VISION["text_config"] | {"max_position_embeddings": 512},
+    "vision_config": VISION["vision_config"] | {"patch_size": 14, "window_size": 56},
+}
+SIZES = {"train": 12, "valid": 4, "test": 6, "size": 56}
+
+
+def record(tmp_path, **change):
+    raw = {
+        "system": "tune",
+        "model": {"config": MODEL, "dtype": "float32"},
+        "data": {"source": "phantoms", "folder": str(tmp_path / "data"), "phantoms": SIZES, "context": 96},
+        "lora": {"rank": 2, "targets": ["q_proj", "v_proj"]},
+        "train": {
+            "batch": 4,
+            "chunk": 2,
+            "log": 1,
+            "save": 2,
+            "validate": 0,
+            "stages": [
+                {"name": "whole", "steps": 3, "lr": 1e-3, "train": ["model/.*"]},
+                {"name": "lora", "steps": 3, "lr": 1e-3, "train": ["lora/.*"]},
+            ],
+        },
+        "evaluate": {"max_tokens": 4, "batch": 3, "bootstrap": 20},
+    }
+    raw = copy.deepcopy(raw)
+    for key, value in change.items():
+        *parents, last = key.split("__")
+        node = raw
+        for p in parents:
+            node = node.setdefault(p, {})
+        node[last] = value
+    return raw
+
+
+def built(tmp_path, **change):
+    cfg = config.structure(record(tmp_path, **change), Config, "test")
+    tune_run.prepare(cfg, lambda _: None)
+    return cfg
+
+
+def started(tmp_path, **change):
+    cfg = built(tmp_path, **change)
+    held = tune_run.read(cfg, "train")
+    model, params = tune.init(cfg, tmp_path / "run", [m["content"] for c in held for m in c.messages])
+    return model, params, tune_run.encode(model, held)
+
+
+# A run ----------------------------------------------------------------------------------------------------------------------------------
+def test_a_run_from_pictures_to_a_report(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "RUNS", tmp_path / "runs")
+    (tmp_path / "toy.json").write_text(json.dumps(record(tmp_path)))
+    rows = run.run(str(tmp_path / "toy.json"))
+    said = capsys.readouterr().out
+    assert "stage whole: 3 steps train" in said
+    assert "% of" in said  # trainable share, before training
+    (folder,) = (tmp_path / "runs").iterdir()
+    answers = [json.loads(line) for line in (folder / "results/answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 6
+    assert {r.what for r in rows} == {"accuracy", "accuracy_of_the_usual_answer", "token_loss"}
+    assert "Research use only, not for diagnosis" in (folder / "results/report.html").read_text()
+    losses = [json.loads(line)["loss"] for line in (folder / "0-whole/metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0]
+    before = [hub.digest(train.read_state(folder / s / "last.pt").params) for s in ("0-whole", "1-lora")]
+    (folder / "1-lora/last.pt").unlink()
+    again = run.run(str(tmp_path / "toy.json"), log=lambda _: None)
+    assert [hub.digest(train.read_state(folder / s / "last.pt").params) for s in ("0-whole", "1-lora")] == before
+    assert [(r.what, r.subject, r.value) for r in again] == [(r.what, r.subject, r.value) for r in rows]
+
+
+def test_labels_and_estimate_of_an_experiment(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "RUNS", tmp_path / "runs")
+    (tmp_path / "toy.json").write_text(json.dumps(record(tmp_path)))
+    run.labels(str(tmp_path / "toy.json"), number=2)
+    said = capsys.readouterr().out
+    answer = json.loads((next((tmp_path / "data").iterdir()) / "train.jsonl").read_text().splitlines()[2])["messages"][1]["content"]
+    assert f"« {answer.lower()}<|im_end|>»" in said
+    assert "<|image_pad|> x 4" in said
+    run.estimate(str(tmp_path / "toy.json"))
+    said = capsys.readouterr().out
+    assert said.count("at the peak") == 2
+    assert "frozen weights" in said
+    with pytest.raises(ValueError, match="labels: sample must be below 12, got 12"):
+        run.labels(str(tmp_path / "toy.json"), number=12)
+
+
+# Pieces ---------------------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("chunk", [1, 2, 4])
+def test_micro_batches_give_the_gradient_of_the_whole(tmp_path, chunk):
+    model, params, data = started(tmp_path, train__chunk=4)
+    trained, frozen = split(params, ("model/.*proj.*", "lora/.*"))
+    batch = tune_run.collate(model, data, [0, 1, 2, 3])
+
+    def gradient(m):
+        return tune_run.gradient_of(m, lambda p: merge(frozen, p))(trained, batch)
+
+    loss, aux, want = gradient(model)
+    assert int(aux.metrics["tokens"]) == int((batch["labels"] != -100).sum())
+    for keep in (False, True):
+        cfg = evolve(model.cfg, train=evolve(model.cfg.train, chunk=chunk, checkpoint=keep))
+        got_loss, _, got = gradient(evolve(model, cfg=cfg))
+        assert float(got_loss) == pytest.approx(float(loss), abs=1e-6)
+        for n, g in flatten(got).items():
+            torch.testing.assert_close(g, flatten(want)[n], rtol=1e-3, atol=1e-6, msg=n)
+
+
+def test_images_go_with_their_rows(tmp_path):
+    model, _, data = started(tmp_path)
+    rows = [2, 0, 1]
+    plain = evolve(data.conversations[0], images=())
+    data = evolve(data, conversations=(plain, *data.conversations[1:]))  # row 1 of the batch has no image
+    batch = tune_run.collate(model, data, rows)
+    assert batch["images"].tolist() == [1, 0, 1]
+    parts = [tune.cut(batch, slice(i, i + 1)) for i in range(3)]
+    assert "pixel_values" not in parts[1]
+    assert torch.equal(torch.cat([parts[0]["pixel_values"], parts[2]["pixel_values"]]), batch["pixel_values"])
+    assert torch.equal(parts[2]["ids"][0], data.samples[1].ids)
+
+
+def test_answers_are_compared_as_people_would():
+    assert tune_run.same_answer(" Two  nodules. ", "two nodules")
+    assert not tune_run.same_answer("no effusion", "effusion")
+    assert not tune_run.same_answer("left", "right")
+
+
+def test_quantised_base_and_adapter(tmp_path):
+    stage = [{"name": "lora", "steps": 1, "lr": 1e-3, "train": ["lora/.*"]}]
+    model, params, data = started(tmp_path, model__quantize="nf4", train__stages=stage)
+    trained, frozen = split(params, ("lora/.*",))
+    before = hub.digest({f"{n}/{i}": t for n, w in params["model"].items() for i, t in enumerate(weights.leaves(w))})
+    _, _, grads = tune_run.gradient_of(model, lambda p: merge(frozen, p))(trained, tune_run.collate(model, data, [0, 1]))
+    assert max(float(g.abs().max()) for n, g in flatten(grads).items() if n.endswith("/b")) > 0
+    assert hub.digest({f"{n}/{i}": t for n, w in params["model"].items() for i, t in enumerate(weights.leaves(w))}) == before
+
+
+def test_a_model_from_a_folder(tmp_path, shared_data):
+    """The real loading path: a checkpoint in the published layout with the published tokenizer and preprocessor."""
+    tok = shared_data / "tokenizers/qwen2.5"
+    skeleton, params = hub.init_skeleton(
+        MODEL
+        | {"image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652, "vision_end_token_id": 151653}
+        | {"text_config": MODEL["text_config"] | {"vocab_size": 151672}},
+        torch.Generator().manual_seed(0),
+        head="language",
+    )
+    hub.save(skeleton, params, tmp_path / "qwen")
+    for f in tok.iterdir():
+        (tmp_path / "qwen" / f.name).write_bytes(f.read_bytes())
+    (tmp_path / "qwen/preprocessor_config.json").write_bytes((shared_data / "configs/qwen2.5-vl_preprocessor_config.json").read_bytes())
+    stage = [{"name": "lora", "steps": 1, "lr": 1e-3, "train": ["lora/.*"]}]
+    model, loaded, data = started(tmp_path, model={"name": str(tmp_path / "qwen")}, data__max_pixels=3136, train__stages=stage)
+    assert loaded["model"]["lm_head.weight"].dtype == torch.bfloat16
+    said = tune_run.labels(model.cfg, tmp_path / "run", 0)
+    answer = data.conversations[0].messages[1]["content"]
+    assert f"«{answer}<|im_end|>»" in said
+    assert "<|vision_start|><|image_pad|> x 4<|vision_end|>" in said
+
+
+# Errors ---------------------------------------------------------------------------------------------------------------------------------
+BAD = [
+    ({"model": {}}, "model must have either a name .* or a config"),
+    ({"model__quantize": "nf4", "train__stages": [{"name": "a", "steps": 1, "lr": 1.0, "train": ["model/.*"]}]}, "freezes the model"),
+    ({"model__quantize": "int4"}, "must be one of 'none', 'nf4', 'fp4', got 'int4'"),
+    ({"train__chunk": 3}, "train.chunk must divide train.batch, got 3 and 4"),
+    ({"train__stages": []}, "at least one stage"),
+    ({"lora__experts": 3}, "3 experts must divide the rank"),
+    ({"lora__targets": []}, "give either targets"),
+    ({"data__phantoms__size": 10}, "size >= 56"),
+    ({"train__lr": 3}, "unknown key 'lr'"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD, ids=[m[:24] for _, m in BAD])
+def test_bad_records(tmp_path, change, message):
+    with pytest.raises(ConfigError, match=message):
+        config.structure(record(tmp_path, **change), Config, "test")
+
+
+def test_what_a_stage_cannot_train(tmp_path):
+    stage = lambda pattern: [{"name": "x", "steps": 1, "lr": 1.0, "train": [pattern]}]
+    with pytest.raises(ValueError, match=r"stage x: pattern 'model/visual' matches no parameter"):
+        started(tmp_path, train__stages=stage("model/visual"))
+    with pytest.raises(ValueError, match=r"stage x: model/.*q_proj.weight has 4 bits and cannot be trained"):
+        started(tmp_path, model__quantize="nf4", train__stages=[*stage("lora/.*"), *stage("model/.*")])
+    with pytest.raises(ValueError, match="no layer ends in it"):
+        started(tmp_path, lora__targets=["query"])
+
+
+def test_data_that_is_not_there_or_does_not_fit(tmp_path):
+    cfg = config.structure(record(tmp_path, data={"folder": str(tmp_path / "none")}), Config, "test")
+    with pytest.raises(ValueError, match=r"3 files are missing: .*train.jsonl, .*JSON lines of conversations"):
+        tune_run.prepare(cfg)
+    blind = {"config": tiny.CONFIGS["qwen3"], "dtype": "float32"}
+    with pytest.raises(ValueError, match="12 conversations have images, and qwen3 has no eyes"):
+        started(tmp_path, model=blind)
+    with pytest.raises(ValueError, match="12 of 12 conversations do not fit the context of 10 tokens"):
+        started(tmp_path, data__context=10)
+    with pytest.raises(ValueError, match="ct_clip experiment; only systems that train a language model have labels"):
+        run.labels(str(Path(__file__).parents[1] / "experiments/ctclip_phantom.toml"))
+
+
+# Drawn pictures -------------------------------------------------------------------------------------------------------------------------
+def test_pictures_show_what_is_said(tmp_path):
+    cfg = phantom_pictures.PictureConfig(train=40, valid=1, test=1)
+    for i in range(40):
+        picture, question, answer, kind = phantom_pictures.draw_picture(cfg, "train", i)
+        bright = torch.from_numpy(picture[..., 0].copy()).float() > 125
+        assert picture.shape == (112, 112, 3)
+        if kind == "side":
+            left = bright[:, :56].sum() > bright[:, 56:].sum()
+            assert answer == ("On the right." if left else "On the left.")  # the patient's right is on the left of the picture
+        elif kind == "zone":
+            assert answer == ("In the upper zone." if bright[:56].sum() > bright[56:].sum() else "In the lower zone.")
+        else:
+            quarters = sum(int(bright[y : y + 56, x : x + 56].sum() > 20) for y in (0, 56) for x in (0, 56))
+            assert ("no", "one", "two", "three")[quarters] in answer
+        assert question.endswith("?")
+    phantom_pictures.draw_pictures(cfg, tmp_path / "a")
+    phantom_pictures.draw_pictures(cfg, tmp_path / "b")
+    names = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
+    assert len(names) == 45
+    assert all((tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in names)
+    assert Image.open(tmp_path / "a/train/0.png").size == (112, 112)
+
+
+def test_counts_are_told_before_training(tmp_path):
+    model, params, _ = started(tmp_path)
+    own, base, share = lora.count(model.adapter, params["model"])
+    assert own == sum(t.numel() for t in flatten(params["lora"]).values())
+    assert share == pytest.approx(100 * own / (own + base))
