@@ -9,11 +9,14 @@ Latency is compared for reading, and fails only where --benchmark-compare-fail s
 
 import gc
 import json
+import os
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin for each other make a loaded machine's figures worthless
 
 import pytest
 import torch

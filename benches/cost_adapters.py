@@ -1,6 +1,7 @@
 """What adapters cost: `python benches/cost_adapters.py [mixture|growth|experts ...]`.
 
-Variants take turns in one run and medians are compared, so that a busy machine slows all alike. peft's ways stand beside ours.
+Each variant takes turns with the first one and the medians of both are compared, so that a busy machine slows them alike; peft's ways stand
+beside ours.
 """
 
 import copy
@@ -42,18 +43,22 @@ def adapters(skeleton: hub.Skeleton, k: int, r: int, experts: int = 0) -> list[l
     return made
 
 
-def rounds(calls: dict[str, Callable[[], object]], n: int) -> dict[str, float]:
-    """{name: median seconds}, the calls taking turns."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(n + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if i:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(t) for name, t in times.items()}
+def rounds(calls: dict[str, Callable[[], object]], n: int) -> dict[str, tuple[float, float]]:
+    """{name: (median seconds, its ratio to the first call's median)}, each call taking turns with the first."""
+    first, found = next(iter(calls.values())), {}
+    for name, call in calls.items():
+        times: tuple[list[float], list[float]] = ([], [])
+        for i in range(n + 1):
+            for which, kept in zip((first, call), times, strict=True):
+                start = time.perf_counter()
+                which()
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                if i:
+                    kept.append(time.perf_counter() - start)
+        bare, own = map(statistics.median, times)
+        found[name] = (own, own / bare)
+    return found
 
 
 def peer(skeleton: hub.Skeleton, params: dict, made: list[lora.Adapter], r: int):
@@ -80,7 +85,7 @@ def peer(skeleton: hub.Skeleton, params: dict, made: list[lora.Adapter], r: int)
 def mixture(n: int = 9) -> dict[str, float]:
     """Per-sample mixtures over the bare model; batch 8, r = 8."""
     found = {}
-    for hidden, layers, t in ((1024, 4, 64), (4096, 1, 64)):
+    for hidden, layers, t in ((1024, 4, 64), (4096, 1, 32)):
         skeleton, params = model(hidden, layers)
         ids = torch.randint(0, 1000, (8, t), generator=GEN)
         made = adapters(skeleton, 16, 8)
@@ -102,9 +107,9 @@ def mixture(n: int = 9) -> dict[str, float]:
         calls["peft, adapter_names"] = lambda m=theirs, ids=ids, names=names: m(input_ids=ids, use_cache=False, adapter_names=names).logits
         with torch.no_grad():
             seconds = rounds(calls, n)
-        for name, s in seconds.items():
-            found[f"{hidden} {name}"] = s / seconds["bare"]
-            print(f"hidden {hidden:5d}  {name:20s} {1e3 * s:8.1f} ms   {s / seconds['bare']:.2f} x bare")
+        for name, (s, ratio) in seconds.items():
+            found[f"{hidden} {name}"] = ratio
+            print(f"hidden {hidden:5d}  {name:20s} {1e3 * s:8.1f} ms   {ratio:.2f} x bare")
     return found
 
 
@@ -182,9 +187,9 @@ def experts(n: int = 15) -> dict[str, float]:
             return lambda: torch.autograd.grad(way().square().mean(), leaves, allow_unused=True)
 
         seconds = rounds({name: trained(way) for name, way in ways.items()}, n)
-        for name, s in seconds.items():
-            found[f"n={k} {name}"] = s / seconds["lora"]
-            print(f"n = {k:2d}  {name:14s} {1e3 * s:7.1f} ms   {s / seconds['lora']:.2f} x lora")
+        for name, (s, ratio) in seconds.items():
+            found[f"n={k} {name}"] = ratio
+            print(f"n = {k:2d}  {name:14s} {1e3 * s:7.1f} ms   {ratio:.2f} x lora")
     return found
 
 

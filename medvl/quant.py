@@ -1,6 +1,7 @@
 """Four-bit weights: NF4 and FP4 with doubly quantised scales, by the kernels of bitsandbytes. Only this file imports it."""
 
 import json
+import logging
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -247,10 +248,15 @@ def _state_of(w: FourBit) -> Any:
 
 
 def _functional() -> Any:
+    log = logging.getLogger("bitsandbytes.backends.cpu.ops")  # it warns of a kernel that it would download and that is not used here
+    level = log.level
+    log.setLevel(logging.ERROR)
     try:
         import bitsandbytes.functional as functional
     except ImportError as e:
         raise ValueError("quantize: 4-bit weights need bitsandbytes; pip install 'medvl[quant]'") from e
+    finally:
+        log.setLevel(level)
     return functional
 
 

@@ -481,6 +481,12 @@ def world() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def meet() -> None:
+    """Wait until all processes are here."""
+    if world() > 1:
+        dist.barrier()
+
+
 def rank() -> int:
     """Which of them this is."""
     return dist.get_rank() if world() > 1 else 0

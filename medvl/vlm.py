@@ -146,8 +146,10 @@ def answer_loss(skeleton: Skeleton, params: Mapping[str, Tensor], batch: Mapping
     labels = batch.get("labels")
     if labels is None:
         raise ValueError(f"answer_loss: the batch must have labels [b, t], got only {', '.join(sorted(batch))}")
-    hidden = hidden_states(skeleton, params, **batch)
-    return losses.token_cross_entropy(hidden, params[name], labels, bias=None if bias is None else params[bias], chunk=chunk)
+    hidden, head = hidden_states(skeleton, params, **batch), params[name]
+    if isinstance(head, weights.Sharded):  # gathered once: processes have different numbers of chunks
+        head = weights.dense(head)
+    return losses.token_cross_entropy(hidden, head, labels, bias=None if bias is None else params[bias], chunk=chunk)
 
 
 # Checks ---------------------------------------------------------------------------------------------------------------------------------

@@ -189,6 +189,10 @@ BAD = [
     ({"lora__targets": []}, "give either targets"),
     ({"data__phantoms__size": 10}, "size >= 56"),
     ({"train__lr": 3}, "unknown key 'lr'"),
+    (
+        {"model__dtype": "bfloat16", "train__stages": [{"name": "a", "steps": 1, "lr": 1.0, "muon": 0.02, "train": ["model/.*"]}]},
+        "a stage's muon needs whole float32 weights",
+    ),
 ]
 
 
@@ -243,6 +247,18 @@ def test_pictures_show_what_is_said(tmp_path):
     assert len(names) == 45
     assert all((tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in names)
     assert Image.open(tmp_path / "a/train/0.png").size == (112, 112)
+
+
+def test_muon_moves_the_matrices_inside_layers(tmp_path):
+    stage = {"name": "a", "steps": 2, "lr": 1e-9, "muon": 0.05, "train": ["model/.*"]}
+    model, params, data = started(tmp_path, train__stages=[stage])
+    before = {n: t.clone() for n, t in params["model"].items()}
+    optimizer = tune_run.optimizer_of(model.cfg, model.cfg.train.stages[0], params)
+    step = train.make_step(tune_run.gradient_of(model, lambda p: p), optimizer)
+    state, _ = step(train.State(params=params, opt=optimizer.init(params)), tune_run.collate(model, data, [0, 1]))
+    moved = {n for n, t in state.params["model"].items() if (t - before[n]).abs().max() > 1e-4}
+    inner = {n for n, t in before.items() if t.dim() > 1 and "embed_tokens" not in n and "lm_head" not in n}
+    assert moved == inner
 
 
 def test_counts_are_told_before_training(tmp_path):

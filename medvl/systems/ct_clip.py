@@ -256,8 +256,9 @@ def _tokenizer(cfg: Config, folder: Path, texts: Sequence[str]) -> Any:
     if cfg.words.tokenizer or cfg.words.encoder:
         return tokens.tokenizer(cfg.words.tokenizer or cfg.words.encoder)
     kept = folder / "tokenizer"
-    if not kept.exists():
-        if not texts:
-            raise ValueError(f"{kept}: the run has no tokenizer yet; train it first")
+    if not kept.exists() and not texts:
+        raise ValueError(f"{kept}: the run has no tokenizer yet; train it first")
+    if train.rank() == 0 and not kept.exists():
         tokens.train_bpe(texts, cfg.words.tower.vocabulary, kept)
+    train.meet()
     return tokens.tokenizer(kept)

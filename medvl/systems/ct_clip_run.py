@@ -192,6 +192,7 @@ def _fit_stage(
         log=lambda line: log("  " + "  ".join(f"{k} {v:.4g}" for k, v in line.items())),
     )
     if cfg.train.keep == "best":
+        train.meet()  # process 0 has written it
         state = train.read_state(folder / "best.pt", train.device(cfg.train.device))
     return everything(state.params), state.means
 

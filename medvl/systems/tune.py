@@ -62,6 +62,7 @@ class Stage:
     lr: float
     weight_decay: float = 0.0
     warmup: int = 0
+    muon: float = 0.0  # rate of Muon for the matrices inside layers, 0 = AdamW moves them too; worth it for models from scratch
     train: tuple[str, ...] = ("lora/.*",)
 
 
@@ -113,6 +114,8 @@ class Config:
             raise ValueError("model must have either a name (hub or folder) or a config to build from scratch")
         if not self.train.stages:
             raise ValueError("train.stages must hold at least one stage")
+        if any(stage.muon for stage in self.train.stages) and (self.train.shard or self.model.dtype != "float32"):
+            raise ValueError("a stage's muon needs whole float32 weights: model.dtype = 'float32' and train.shard = false")
         if self.train.batch % self.train.chunk:
             raise ValueError(f"train.chunk must divide train.batch, got {self.train.chunk} and {self.train.batch}")
         if self.model.quantize != "none" and not self.adapted:
@@ -237,14 +240,15 @@ def tokenizer_of(cfg: Config, folder: Path, texts: Sequence[str]) -> Any:
     if cfg.model.name or cfg.model.tokenizer:
         return tokens.tokenizer(cfg.model.tokenizer or cfg.model.name)
     kept = folder / "tokenizer"
-    if not kept.exists():
-        if not texts:
-            raise ValueError(f"{kept}: the run has no tokenizer yet; train it first")
+    if not kept.exists() and not texts:
+        raise ValueError(f"{kept}: the run has no tokenizer yet; train it first")
+    if train.rank() == 0 and not kept.exists():
         tok = tokens.train_bpe(texts, 600)
         tok.add_special_tokens({"additional_special_tokens": list(_CHAT)})
         tok.chat_template = conversations.TEMPLATES["chatml"]
         with new_folder(kept) as tmp:
             tok.save_pretrained(tmp)
+    train.meet()
     return tokens.tokenizer(kept)
 
 

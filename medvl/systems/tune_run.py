@@ -17,7 +17,8 @@ from medvl.data import conversations, images, order, phantom_pictures
 from medvl.data.conversation_files import Conversation, read_conversations
 from medvl.data.conversations import Sample
 from medvl.generation import Sampling
-from medvl.optim import Optimizer, Rate, adamw, warmup_cosine, with_master
+from medvl.muon import muon
+from medvl.optim import Optimizer, Rate, adamw, routed, warmup_cosine, with_master
 from medvl.quant import eight_bit
 from medvl.results import Result
 from medvl.systems import tune
@@ -151,8 +152,9 @@ def _fit_stage(model: Model, params: Tree, stage: Stage, data: tuple[Encoded, En
         validate=validate,
         log=lambda line: log("  " + "  ".join(f"{k} {v:.4g}" for k, v in line.items())),
     )
-    if cfg.train.keep == "best":
-        state = train.read_state(folder / "best.pt", train.device(cfg.train.device))
+    if cfg.train.keep == "best" or cfg.train.shard:
+        train.meet()  # process 0 has written it
+        state = train.read_state(folder / f"{cfg.train.keep}.pt", train.device(cfg.train.device))
     return everything(state.params)
 
 
@@ -177,7 +179,12 @@ def optimizer_of(cfg: Config, stage: Stage, trained: Tree) -> Optimizer:
         seed=cfg.seed,
         packing=eight_bit() if cfg.train.moments == "8bit" else None,
     )
-    return with_master(made) if low and cfg.train.rounding == "master" else made
+    made = with_master(made) if low and cfg.train.rounding == "master" else made
+    if not stage.muon:
+        return made
+    inner = {n for n, t in flatten(trained).items() if t.dim() > 1 and not re.search(r"(embed_tokens|lm_head|pos_embed)\.", n)}
+    turned = muon(lambda name: Rate(lr=stage.muon, weight_decay=stage.weight_decay), warmup_cosine(stage.steps, stage.warmup))
+    return routed(lambda n: "muon" if n in inner else "adamw", {"adamw": made, "muon": turned})
 
 
 def _mean_loss(model: Model, params: Tree, data: Encoded) -> float:
