@@ -152,7 +152,7 @@ class LowRank(Lazy):
     def _gated(self, h: Tensor, x: Tensor) -> Tensor:
         if self.router is not None:
             share = F.linear(x.to(self.router.dtype), self.router).softmax(-1)
-            h = h * share.repeat_interleave(h.shape[-1] // share.shape[-1], -1).to(h.dtype)
+            h = (h.unflatten(-1, (share.shape[-1], -1)) * share.unsqueeze(-1).to(h.dtype)).flatten(-2)
         if self.gate is not None:
             h = h * (self.gate if self.gate.dim() == 1 else self._per_row(h)).to(h.dtype)
         return h if self.scale == 1.0 else h * self.scale
