@@ -76,6 +76,30 @@ def stack_adapters(adapters: Sequence[Adapter]) -> Pool:
     return Pool(names=names, factors=factors, kinds=kinds, layout=layout, layouts=tuple(layouts))
 
 
+def select(pool: Pool, chosen: Sequence[int]) -> Pool:
+    """The pool of only these adapters, in this order: a mixture pays for the ranks that it holds, also where a weight is 0.
+
+    Raises:
+        ValueError: none chosen, one twice, or one that the pool does not have.
+    """
+    chosen, k = [int(j) for j in chosen], len(pool)
+    if not chosen or len({*chosen}) < len(chosen) or not all(0 <= j < k for j in chosen):
+        raise ValueError(f"select: choose some of the {k} adapters 0..{k - 1}, each once, got {chosen}")
+    names = tuple(pool.names[j] for j in chosen)
+    if pool.alone:
+        return pool
+    layouts, columns = [], []
+    for l in pool.layouts:
+        starts = [sum(l.ranks[:j]) for j in range(k)]
+        ranks, scales = tuple(l.ranks[j] for j in chosen), tuple(l.scales[j] for j in chosen)
+        owner = torch.arange(len(chosen)).repeat_interleave(torch.tensor(ranks)).to(l.owner.device)
+        layouts.append(Layout(ranks=ranks, scales=scales, owner=owner, scale=l.scale[chosen]))
+        columns.append(torch.tensor([c for j in chosen for c in range(starts[j], starts[j] + l.ranks[j])], device=l.owner.device))
+    held = {m: i for m, i in pool.layout.items() if sum(layouts[i].ranks)}
+    factors = {m: {"a": pool.factors[m]["a"][columns[i]], "b": pool.factors[m]["b"][:, columns[i]]} for m, i in held.items()}
+    return Pool(names=names, factors=factors, kinds={m: pool.kinds[m] for m in held}, layout=held, layouts=tuple(layouts))
+
+
 def compose_adapters(
     adapters: Sequence[Adapter] | Pool,
     weights: Sequence[float] | Sequence[Sequence[float]] | Tensor,
@@ -108,7 +132,7 @@ def compose_adapters(
       takes a dense SVD: seconds for each wide module.
 
     Args:
-        adapters: a `Pool` when composing more than once.
+        adapters: a `Pool` when composing more than once; `select` takes some of many.
         weights: [k], or [b, k] with a row for each sample of the batch that will come; any finite numbers, not normalised here.
         density: in (0, 1]; "ties", "dare" and "magnitude_prune" need it.
         majority_sign: of the sum of values, or of the count of signs ("ties").

@@ -11,7 +11,7 @@ import torch
 from attrs import evolve
 from torch import nn
 
-from medvl.compose import compose_adapters, fusion_error, stack_adapters
+from medvl.compose import compose_adapters, fusion_error, select, stack_adapters
 from medvl.lora import Adapter, apply_lora
 
 peft = pytest.importorskip("peft")
@@ -317,6 +317,21 @@ def test_mixture_of_every_kind_of_layer_per_sample():
     torch.testing.assert_close(
         got[3], logits(evolve(adapters[0], scale={m: -s for m, s in adapters[0].scale.items()}))[3], rtol=0, atol=1e-6
     )
+
+
+def test_some_of_a_pool_are_a_pool_of_these():
+    adapters = make((2, 4, 6), modules=[["up", "out"], ["embed", "up"], ["out"]])
+    pool = stack_adapters(adapters)
+    for chosen in ([2, 0], [1], [0, 1, 2], [2]):
+        some, want = select(pool, chosen), stack_adapters([adapters[j] for j in chosen])
+        assert some.names == want.names
+        assert some.factors.keys() == want.factors.keys()
+        w = [0.5, -2.0, 1.5][: len(chosen)]
+        torch.testing.assert_close(logits(compose_adapters(some, [w] * 4)), logits(compose_adapters(want, [w] * 4)), rtol=0, atol=1e-6)
+        assert max(fusion_error(some, w, compose_adapters(some, w, mode="fusion")).values()) < 1e-6
+    for wrong in ([], [0, 0], [3], [-1]):
+        with pytest.raises(ValueError, match=r"select: choose some of the 3 adapters 0..2, each once"):
+            select(pool, wrong)
 
 
 def test_a_layer_that_flattens_its_batch_refuses_weights_per_sample():

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from medvl import hub, weights
+from medvl import hub, quant, weights
 from medvl.dinov2 import config_of
 
 VISION = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
@@ -339,6 +339,27 @@ def test_weights_are_read_one_at_a_time_after_all_are_known_to_fit(tmp_path, mon
 def test_an_empty_skeleton_costs_nothing():
     skeleton = hub.empty_skeleton({"model_type": "qwen2_5_vl"}, head="language")  # transformers' default has 76 billion parameters
     assert sum(p.numel() for p in skeleton.module.parameters()) > 7e10
+
+
+PUBLISHED = {
+    "qwen2-1.5b_config": 1_543_714_304,
+    "qwen2.5-7b-instruct_config": 7_615_616_512,
+    "qwen3-8b_config": 8_190_735_360,
+    "qwen2.5-vl-7b_config": 8_292_166_656,
+    "phi-4_config": 14_659_507_200,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_real_configs_have_their_published_size(shared_data, name):
+    skeleton = hub.empty_skeleton(json.loads((shared_data / f"configs/{name}.json").read_text()), head="language")
+    params = {n: torch.empty(p.shape, dtype=torch.bfloat16, device="meta") for n, p in skeleton.module.named_parameters()}
+    assert sum(p.numel() for p in params.values()) == PUBLISHED[name]
+    assert weights.nbytes(params) == 2 * PUBLISHED[name]
+    four = quant.quantize(params)
+    assert quant.bits_per_weight(four) == pytest.approx(4.127, abs=0.001)
+    if name.startswith("qwen2.5-vl"):
+        assert weights.nbytes(four) == pytest.approx(6.90e9, rel=0.001)  # tower, table and head stay in bfloat16
 
 
 def test_adapted_weights_are_not_saved_unmerged(tmp_path):
