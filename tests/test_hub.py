@@ -357,7 +357,7 @@ def test_real_configs_have_their_published_size(shared_data, name):
     assert sum(p.numel() for p in params.values()) == PUBLISHED[name]
     assert weights.nbytes(params) == 2 * PUBLISHED[name]
     four = quant.quantize(params)
-    assert quant.bits_per_weight(four) == pytest.approx(4.127, abs=0.001)
+    assert quant.bits_per_weight(four) == pytest.approx(4.127, abs=0.002)
     if name.startswith("qwen2.5-vl"):
         assert weights.nbytes(four) == pytest.approx(6.90e9, rel=0.001)  # tower, table and head stay in bfloat16
 
