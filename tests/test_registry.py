@@ -1,0 +1,106 @@
+"""registry: round trips, the reference's records, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from medvl.config import ConfigError
+from medvl.data import registry
+from medvl.data.registry import Record, Registry
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A folder with two adapters and vectors, and the path of a registry in it."""
+    for name, base in (("ct", "Qwen/Qwen2-VL-7B-Instruct"), ("xray", "Qwen/Qwen2-VL-7B-Instruct")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    return tmp_path / "registry.toml"
+
+
+def filled(place):
+    registry.add(
+        place, Record(name="ct", path="ct", vector="ct.npy", samples=20, embedder="tfidf", description='chest "CT" é\n2'), [3.0, 4.0]
+    )
+    return registry.add(place, Record(name="xray", path="xray", vector="xray.npy", samples=20, embedder="tfidf"), torch.tensor([0.0, 2.0]))
+
+
+@pytest.mark.parametrize("name", ["registry.toml", "registry.json"])
+def test_what_is_added_is_read_back(place, name):
+    made = filled(place.with_name(name))
+    assert registry.read_registry(place.with_name(name)) == made
+    torch.testing.assert_close(registry.vectors(place.with_name(name), made), torch.tensor([[0.6, 0.8], [0.0, 1.0]]))
+    registry.check(place.with_name(name), made)
+
+
+def test_the_records_of_the_reference(place):
+    np.save(place.with_name("m.npy"), np.array([[0.3, 0.4]]))  # a raw mean of unit vectors, of length 0.5, kept as one row
+    records = [{"lora_name": "ct", "lora_path": "ct", "embedding_path": "m.npy", "description": "CT"}]
+    place.with_suffix(".json").write_text(json.dumps(records))
+    made = registry.read_registry(place.with_suffix(".json"))
+    assert made.adapters == (Record(name="ct", path="ct", vector="m.npy", description="CT"),)
+    torch.testing.assert_close(registry.vectors(place.with_suffix(".json"), made), torch.tensor([[0.6, 0.8]]))
+
+
+def test_a_refused_adapter_changes_nothing(place):
+    filled(place)
+    before = {p.name: p.read_bytes() for p in place.parent.iterdir() if p.is_file()}
+    for record, vector, message in (
+        (Record(name="ct", path="ct", vector="new.npy"), [1.0, 0.0], "'ct' is there 2 times"),
+        (Record(name="us", path="us", vector="new.npy"), [1.0, 0.0], "us holds no adapter_config.json"),
+        (Record(name="us", path="ct", vector="new.npy"), [1.0, 0.0, 0.0], "a vector of 3 numbers, the others 2"),
+        (Record(name="us", path="ct", vector="new.npy"), [0.0, 0.0], "finite and not zero"),
+        (Record(name=" ", path="ct", vector="new.npy"), [1.0, 0.0], "every adapter needs a name"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            registry.add(place, record, vector)
+    assert {p.name: p.read_bytes() for p in place.parent.iterdir() if p.is_file()} == before
+
+
+def broken_vector(value):
+    return lambda place: np.save(place.with_name("ct.npy"), value)
+
+
+BAD = [
+    (lambda p: p.with_name("ct.npy").unlink(), "ct: .*ct.npy is not there"),
+    (lambda p: p.with_name("ct.npy").write_bytes(b"nonsense"), "ct.npy is not a .npy of numbers"),
+    (broken_vector(np.array([1.0, np.nan])), r"one finite vector \[d\] that is not zero"),
+    (broken_vector(np.zeros(2)), r"one finite vector \[d\] that is not zero"),
+    (broken_vector(np.ones((2, 2))), r"got float64 \[2, 2\]"),
+    (broken_vector(np.ones(3)), "xray has 2 numbers, ct 3; one embedder made all"),
+    (lambda p: p.with_name("ct").joinpath("adapter_config.json").unlink(), "ct: .*adapter_config.json cannot be read"),
+    (
+        lambda p: p.with_name("ct").joinpath("adapter_config.json").write_text('{"base_model_name_or_path": "other"}'),
+        "adapters of different models: ct of other, xray of Qwen/Qwen2-VL-7B-Instruct",
+    ),
+    (lambda p: p.write_text('base = "other"\n' + p.read_text()), "ct was trained on Qwen/.*, the registry is of other"),
+    (lambda p: p.write_text(p.read_text().replace('embedder = "tfidf"', 'embedder = "jina"', 1)), "different embedders .* got jina, tfidf"),
+    (lambda p: p.write_text(""), "the registry has no adapter"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), BAD, ids=[m[:24] for _, m in BAD])
+def test_what_does_not_fit_is_named(place, damage, message):
+    filled(place)
+    damage(place)
+    with pytest.raises(ValueError, match=message):
+        registry.check(place, registry.read_registry(place))
+
+
+def test_files_that_are_no_registry(place):
+    for text, message in (
+        ("adapters = 3", r"expected an array, got 3 @ \$.adapters"),
+        ("adapter = []", "unknown key 'adapter'"),
+        ("x", "not valid TOML"),
+    ):
+        place.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            registry.read_registry(place)
+    with pytest.raises(ConfigError, match="cannot be read as JSON"):
+        registry.read_registry(place.with_name("none.json"))
+    place.with_suffix(".json").write_text('[{"lora_name": "a", "lora_path": "b"}]')
+    with pytest.raises(ConfigError, match="required key 'vector' is missing"):
+        registry.read_registry(place.with_suffix(".json"))
+    assert Registry() == Registry(adapters=())
