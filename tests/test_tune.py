@@ -139,6 +139,24 @@ def test_images_go_with_their_rows(tmp_path):
     assert torch.equal(parts[2]["ids"][0], data.samples[1].ids)
 
 
+def test_a_model_that_sees_tiles(tmp_path):
+    config_ = tiny.CONFIGS["internvl"] | {
+        "vision_config": tiny.CONFIGS["internvl"]["vision_config"] | {"image_size": [56, 56], "patch_size": [14, 14]}
+    }
+    model, params, data = started(tmp_path, model__config=config_, train__chunk=4, data__phantoms=SIZES | {"size": 112})
+    assert sum(b - a for a, b in data.samples[0].visual) == 20  # four tiles and a thumbnail, each of 4 x 4 patches joined two by two
+    trained, frozen = split(params, ("model/.*q_proj.*", "lora/.*"))
+    batch = tune_run.collate(model, data, [0, 1, 2, 3])
+    _, _, want = tune_run.gradient_of(model, lambda p: merge(frozen, p))(trained, batch)
+    cfg = evolve(model.cfg, train=evolve(model.cfg.train, chunk=1))
+    _, _, got = tune_run.gradient_of(evolve(model, cfg=cfg), lambda p: merge(frozen, p))(trained, batch)
+    for n, g in flatten(got).items():
+        torch.testing.assert_close(g, flatten(want)[n], rtol=1e-3, atol=1e-6, msg=n)
+    assert torch.equal(torch.cat([tune.cut(batch, slice(i, i + 1))["pixel_values"] for i in range(4)]), batch["pixel_values"])
+    said = tune_run.answer(model, params, tune_run.encode(model, tune_run.read(model.cfg, "test"), prompt=True))
+    assert len(said) == 6
+
+
 def test_answers_are_compared_as_people_would():
     assert tune_run.same_answer(" Two  nodules. ", "two nodules")
     assert not tune_run.same_answer("no effusion", "effusion")

@@ -12,7 +12,7 @@ import torch
 from attrs import evolve, field, frozen
 from torch import Tensor
 
-from medvl import hub, lora, quant, qwen_vl, shards, tokens, train, vlm
+from medvl import hub, intern_vl, lora, quant, qwen_vl, shards, tokens, train, vlm
 from medvl.checkpoints import find, new_folder, read_json
 from medvl.data import conversations
 from medvl.data.conversations import Placeholder
@@ -24,6 +24,7 @@ _log = logging.getLogger("medvl")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _QWEN_VL = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 _CHAT = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+_TILES = ("<img>", "</img>", "<IMG_CONTEXT>")
 
 
 @frozen(kw_only=True)
@@ -136,7 +137,7 @@ class Model:
     tokenizer: Any
     adapter: lora.Adapter | None  # names, kinds and scales; the factors are in the params
     placeholder: Placeholder | None = None
-    images: qwen_vl.ImageConfig | None = None
+    images: qwen_vl.ImageConfig | intern_vl.TileConfig | None = None
 
 
 def init(cfg: Config, folder: Path, texts: Sequence[str] = (), *, device: torch.device = torch.device("cpu")) -> tuple[Model, Tree]:
@@ -164,7 +165,7 @@ def init(cfg: Config, folder: Path, texts: Sequence[str] = (), *, device: torch.
     tree: Tree = {"model": params} | ({"lora": adapter.factors} if adapter else {})
     for stage in cfg.train.stages:
         check_stage(stage, tree)
-    holder, images = _sight(cfg, skeleton, tok)
+    holder, images = _sight(cfg, skeleton)
     return Model(cfg=cfg, skeleton=skeleton, tokenizer=tok, adapter=adapter, placeholder=holder, images=images), tree
 
 
@@ -188,6 +189,8 @@ def config_of(cfg: Config, tok: Any) -> dict[str, Any]:
     size = -(-len(tok) // 8) * 8
     if "text_config" in raw:
         raw["text_config"] = {**raw["text_config"], "vocab_size": size}
+        if raw["model_type"] == "internvl":
+            return raw | {"image_token_id": tok.convert_tokens_to_ids(conversations.INTERN_VL.token)}
         at = {"image_token_id": 4, "video_token_id": 5, "vision_start_token_id": 2, "vision_end_token_id": 3}
         return raw | {key: tok.convert_tokens_to_ids(_CHAT[i]) for key, i in at.items()}
     return raw | {"vocab_size": size}
@@ -227,6 +230,11 @@ def cut(batch: Mapping[str, Tensor], span: slice) -> dict[str, Tensor]:
     out = {k: t[:, first:last] if t.dim() > 1 else t for k, t in rows.items()}
     if "pixel_values" not in batch:
         return out
+    if "image_grid_thw" not in batch:  # tiles, each of as many visual tokens
+        seen = batch["visual"].sum(1)
+        each = int(seen.sum()) // len(batch["pixel_values"])
+        a, b = (int(seen[:n].sum()) // each for n in (span.start, span.stop))
+        return out | ({"pixel_values": batch["pixel_values"][a:b]} if b > a else {})
     before, upto = (int(batch["images"][:n].sum()) for n in (span.start, span.stop))
     if upto == before:
         return out
@@ -244,7 +252,7 @@ def tokenizer_of(cfg: Config, folder: Path, texts: Sequence[str]) -> Any:
         raise ValueError(f"{kept}: the run has no tokenizer yet; train it first")
     if train.rank() == 0 and not kept.exists():
         tok = tokens.train_bpe(texts, 600)
-        tok.add_special_tokens({"additional_special_tokens": list(_CHAT)})
+        tok.add_special_tokens({"additional_special_tokens": [*_CHAT, *_TILES]})
         tok.chat_template = conversations.TEMPLATES["chatml"]
         with new_folder(kept) as tmp:
             tok.save_pretrained(tmp)
@@ -252,14 +260,18 @@ def tokenizer_of(cfg: Config, folder: Path, texts: Sequence[str]) -> Any:
     return tokens.tokenizer(kept)
 
 
-def _sight(cfg: Config, skeleton: hub.Skeleton, tok: Any) -> tuple[Placeholder | None, qwen_vl.ImageConfig | None]:
+def _sight(cfg: Config, skeleton: hub.Skeleton) -> tuple[Placeholder | None, qwen_vl.ImageConfig | intern_vl.TileConfig | None]:
     """How images come into the model, where it can see."""
     kind = skeleton.config["model_type"]
-    if kind not in _QWEN_VL:
+    if kind not in (*_QWEN_VL, "internvl"):
         return None, None
     vision = skeleton.config["vision_config"]
-    own = {"patch": vision["patch_size"], "merge": vision["spatial_merge_size"], "temporal": vision["temporal_patch_size"]}
     raw = read_json(find(cfg.model.name, ("preprocessor_config.json", "processor_config.json"))) if cfg.model.name else None
+    if kind == "internvl":
+        tokens_of = {"tokens": skeleton.config["image_seq_length"]}
+        side = vision["image_size"][0] if isinstance(vision["image_size"], list) else vision["image_size"]
+        return conversations.INTERN_VL, evolve(intern_vl.tile_config(raw) if raw else intern_vl.TileConfig(size=side), **tokens_of)
+    own = {"patch": vision["patch_size"], "merge": vision["spatial_merge_size"], "temporal": vision["temporal_patch_size"]}
     images = qwen_vl.image_config(raw) if raw else qwen_vl.ImageConfig(**own)
     if cfg.data.max_pixels:
         images = evolve(images, max_pixels=cfg.data.max_pixels)

@@ -12,7 +12,7 @@ from attrs import frozen
 from torch import Tensor
 from tqdm import tqdm
 
-from medvl import config, estimate, files, generation, hub, lora, plots, qwen_vl, report, shards, train
+from medvl import config, estimate, files, generation, hub, intern_vl, lora, plots, qwen_vl, report, shards, train
 from medvl.data import conversations, images, order, phantom_pictures
 from medvl.data.conversation_files import Conversation, read_conversations
 from medvl.data.conversations import Sample
@@ -76,7 +76,7 @@ def encode(model: Model, held: Sequence[Conversation], *, prompt: bool = False) 
     cfg = model.cfg
     if model.images is None and (sees := [c for c in held if c.images]):
         raise ValueError(f"{len(sees)} conversations have images, and {model.skeleton.name} has no eyes; choose a vision-language model")
-    visual = [[qwen_vl.visual_tokens(model.images, _grid(model.images, p)) for p in c.images] if model.images else [] for c in held]
+    visual = [[_tokens(model.images, p) for p in c.images] if model.images else [] for c in held]
     how: dict[str, Any] = {"placeholder": model.placeholder, "context": cfg.data.context, "template": cfg.data.template or None}
     if prompt:
         samples = [
@@ -98,7 +98,10 @@ def collate(model: Model, data: Encoded, chosen: Sequence[int], side: str = "rig
     batch["images"] = torch.tensor([len(data.conversations[i].images) for i in chosen])
     if not paths or model.images is None:
         return batch
-    patches, grid = qwen_vl.patchify_all(model.images, [images.open_image(p) for p in paths])
+    opened = [images.open_image(p) for p in paths]
+    if isinstance(model.images, intern_vl.TileConfig):
+        return batch | {"pixel_values": intern_vl.tile_all(model.images, opened)[0]}
+    patches, grid = qwen_vl.patchify_all(model.images, opened)
     return batch | {"pixel_values": patches, "image_grid_thw": grid}
 
 
@@ -312,7 +315,11 @@ def _memory_of(model: Model, stage: Stage, trained: Tree, frozen_: Tree, batch: 
     return estimate.peak_of(lambda: step(state, batch), {"frozen weights": frozen_, "trained weights": trained, "optimiser": state.opt})
 
 
-def _grid(cfg: qwen_vl.ImageConfig, image: Path) -> tuple[int, int, int]:
-    width, height = images.open_image(image).size
+def _tokens(cfg: qwen_vl.ImageConfig | intern_vl.TileConfig, path: Path) -> int:
+    """Visual tokens of an image."""
+    width, height = images.open_image(path).size
+    if isinstance(cfg, intern_vl.TileConfig):
+        columns, rows = intern_vl.grid_of(cfg, height, width)
+        return intern_vl.visual_tokens(cfg, columns * rows + (cfg.thumbnail and columns * rows > 1))
     h, w = qwen_vl.smart_resize(cfg, height, width)
-    return 1, h // cfg.patch, w // cfg.patch
+    return qwen_vl.visual_tokens(cfg, (1, h // cfg.patch, w // cfg.patch))
