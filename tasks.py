@@ -77,6 +77,49 @@ def preprocess(c, source, out, exp="", set_=None, metadata="", workers=1, sheet=
     sys.exit(_call(run.preprocess, source, out, exp, set_ or (), metadata, workers, sheet))
 
 
+@task(
+    positional=["action"],
+    help={
+        "action": "build, add, list or show",
+        "registry": "the registry's .toml (or .json)",
+        "path": "build: adapter folders, e.g. 'adapters/{task}'; add: one folder",
+        "samples": "JSONL of conversations the adapter was trained on; build: with {task} in it",
+        "name": "of the adapter",
+        "vector": "add: a .npy [d] instead of samples",
+        "embedder": "build: hub name or folder of a text or image-text encoder; default: fitted on the samples, no download",
+        "set_": "build: setting of EmbedConfig, e.g. dims=256, repeatable",
+    },
+    iterable=["set_"],
+)
+def adapters(
+    c, action, registry="registry.toml", path="", samples="", name="", vector="", description="", category="", embedder="", set_=None
+):
+    """A registry of adapters: build it from folders, add to it, list it, show one of it."""
+    from medvl.systems import ask
+
+    _call(ask.manage, action, registry, path, samples, name, vector, description, category, embedder, set_ or ())
+
+
+@task(
+    help={
+        "adapters": "a registry of adapters (.toml or .json)",
+        "question": "in words",
+        "image": "image file, repeatable",
+        "mode": "bare, selection, mixture, fusion or oracle",
+        "k": "how many adapters at most",
+        "own": "the adapter of mode oracle",
+        "base": "the model, if the registry does not say it",
+        "set_": "settings, e.g. retrieve.threshold=0.3, fusion.rule=linear, chat.max_pixels=100000, repeatable",
+    },
+    iterable=["image", "set_"],
+)
+def ask(c, adapters, question, image=None, mode="mixture", k=3, own="", base="", max_tokens=256, set_=None):
+    """Ask the adapters that fit a question and its images. Research use, not for diagnosis."""
+    from medvl.systems import ask
+
+    _call(ask.ask, adapters, question, image or (), mode, k, own, base, max_tokens, set_ or ())
+
+
 @task(help={"run": "run folder", "scan": "NIfTI file", "out": "write the embedding [d] to this .npy"})
 def embed(c, run, scan, out):
     """Embed one scan with a trained run."""

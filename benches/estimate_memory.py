@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from medvl import config, train
+from medvl import chat, config, train, tuning
 from medvl.systems import tune, tune_run
 from medvl.systems.tune import Config
 from medvl.tree import merge, split
@@ -52,7 +52,8 @@ def experiment(variant: str, change: dict | None = None) -> Config:
     raw = {
         "system": "tune",
         "model": {"config": MODEL | (change or {}), "quantize": how.get("quantize", "none")},
-        "data": {"folder": "nowhere", "context": 512},
+        "data": {"folder": "nowhere"},
+        "chat": {"context": 512},
         "lora": {"rank": 16, "pattern": "all-linear"},
         "train": {"batch": 4, "chunk": 2, "rounding": how.get("rounding", "master"), "stages": [stage]},
     }
@@ -76,8 +77,9 @@ def _steps(cfg: Config) -> dict:
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")  # the high water starts again: making random weights took more
-    optimizer = tune_run.optimizer_of(cfg, stage, trained)
-    step = train.make_step(tune_run.gradient_of(model, lambda p: merge(frozen, p)), optimizer, clip=1.0, seed=0)
+    loss = tune.loss_of(model)
+    optimizer = tuning.optimizer_of(cfg.train, stage, trained)
+    step = train.make_step(tuning.gradient_of(cfg.train, lambda p, b: loss(merge(frozen, p), b), chat.cut), optimizer, clip=1.0, seed=0)
     state = train.State(params=trained, opt=optimizer.init(trained))
     del trained
     for _ in range(2):
@@ -91,7 +93,7 @@ def status(key: str) -> int:
 
 
 if __name__ == "__main__":
-    tune.tokenizer_of = lambda *_: Words()
+    tune.tokenizer_of = lambda *_, **__: Words()
     if sys.argv[1:2] == ["--measure"]:
         print(json.dumps(measured(sys.argv[2])))
         sys.exit()

@@ -85,6 +85,13 @@ def tile_config(raw: Mapping[str, Any]) -> TileConfig:
     )
 
 
+def to_raw(cfg: TileConfig) -> dict[str, Any]:
+    """The preprocessor_config.json of a record, as `tile_config` and transformers read it."""
+    own = {"size": {"height": cfg.size, "width": cfg.size}, "min_patches": cfg.least, "max_patches": cfg.most}
+    look = {"image_mean": list(cfg.mean), "image_std": list(cfg.std), "image_seq_length": cfg.tokens}
+    return {"image_processor_type": "GotOcr2ImageProcessor", "crop_to_patches": True} | own | look | _FIXED
+
+
 def grid_of(cfg: TileConfig, height: int, width: int) -> tuple[int, int]:
     """The (columns, rows) of tiles an image of height x width pixels is cut into, its thumbnail not counted.
 

@@ -84,6 +84,13 @@ def image_config(raw: Mapping[str, Any]) -> ImageConfig:
     return ImageConfig(**found)
 
 
+def to_raw(cfg: ImageConfig) -> dict[str, Any]:
+    """The preprocessor_config.json of a record, as `image_config` and transformers read it."""
+    own = {theirs: list(v) if isinstance(v := getattr(cfg, ours), tuple) else v for ours, theirs in _SIZES.items()}
+    size = {"shortest_edge": cfg.min_pixels, "longest_edge": cfg.max_pixels}
+    return {"image_processor_type": "Qwen2VLImageProcessor"} | own | {"size": size} | _FIXED
+
+
 def smart_resize(cfg: ImageConfig, height: int, width: int) -> tuple[int, int]:
     """The (height, width) in pixels an image is resized to: multiples of patch x merge, within the bounds, nearly the same shape.
 

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ NOTICE = "Research use only, not for diagnosis."
 
 _COLUMNS = ("auprc", "f1", "f1_weighted", "accuracy", "balanced_accuracy", "precision", "recall")
 _TITLES = {"auroc": "AUROC", "auprc": "AUPRC", "f1": "F1", "balanced_accuracy": "Balanced accuracy", "f1_weighted": "Weighted F1"}
+_ALL = "All results"
 _FACTS = ("experiment", "split", "commit", "device")
 _DEFINITIONS = (
     "Intervals are 95 % percentile bootstrap intervals that resample patients. F1, precision and recall are of the positive class; "
@@ -27,8 +28,17 @@ _DEFINITIONS = (
 )
 
 
+Table = tuple[Sequence[str], Sequence[Sequence[Any]]]
+
+
 def write_report(
-    folder: files.PathLike, title: str, rows: Sequence[Result], figures: Mapping[str, bytes] | None = None, notes: Sequence[str] = ()
+    folder: files.PathLike,
+    title: str,
+    rows: Sequence[Result],
+    figures: Mapping[str, bytes] | None = None,
+    notes: Sequence[str] = (),
+    tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[Any]]]] = (),
+    summary: bool = False,
 ) -> Path:
     """Write `report.html` (self-contained), `report.md`, `results.csv` and `figures/*.png` into `folder`; returns the path of the HTML.
 
@@ -37,20 +47,26 @@ def write_report(
             finding, one line per metric otherwise.
         figures: caption -> PNG bytes, as `plots` makes them.
         notes: paragraphs below the tables, plain text.
+        tables: (caption, columns, lines), as `(caption, *pivot(...))`, shown in this order before those of the rows.
+        summary: also write `summary.md`, the short page: title, notice, `tables` and notes.
     Raises:
-        ValueError: no rows, two rows of one metric and subject in one table, a figure that is no PNG, or two captions with one file name.
+        ValueError: no rows, two rows of one metric and subject in one table, a figure that is no PNG, two captions with one file name, a
+            table without caption or with a line of another length than its columns, or a summary without tables.
     """
     if not rows:
         raise ValueError("write_report: needs at least one result")
+    _check_tables(tables, summary)
     named = _named(figures or {})
-    tables = [(facts, columns, body) for facts, part in _parts(rows) for columns, body in _tables(part)]
+    generic = [(facts, columns, body) for facts, part in _parts(rows) for columns, body in _tables(part)]
     folder = Path(folder)
     for name, (_, png) in named.items():
         with files.atomic(folder / "figures" / name) as tmp:
             tmp.write_bytes(png)
     write_results(folder / "results.csv", rows)
-    files.write_text(folder / "report.md", _markdown(title, tables, named, notes))
-    files.write_text(folder / "report.html", _html(title, tables, named, notes))
+    files.write_text(folder / "report.md", _markdown(title, tables, generic, named, notes))
+    files.write_text(folder / "report.html", _html(title, tables, generic, named, notes))
+    if summary:
+        files.write_text(folder / "summary.md", _markdown(title, tables, [], {}, notes))
     return folder / "report.html"
 
 
@@ -60,7 +76,80 @@ def write_results(path: files.PathLike, rows: Sequence[Result]) -> None:
     files.write_csv(path, [{k: _plain(v) for k, v in attrs.asdict(r).items()} for r in rows], columns)
 
 
-Table = tuple[tuple[str, ...], list[list[Any]]]
+def pivot(
+    rows: Sequence[Result],
+    *,
+    down: str | Callable[[Result], Any],
+    across: str | Callable[[Result], Any],
+    what: str | None = None,
+    corner: str | None = None,
+) -> Table:
+    """Results as a table of two keys, as modes down and tasks across: cells "0.812 [0.790, 0.830]", value and 95 % interval.
+
+    n is written where it says enough: as a column where all cells of a line have the same, else in the heads where all of a column have,
+    else in every cell; nowhere if no row has one. Lines and columns come in the order in which they are first met.
+
+    Args:
+        down, across: what makes a line and a column: a field of `Result`, a key of its `extra`, or a function of the row.
+        what: the metric to show; None takes all rows, as with across="what".
+        corner: head of the first column; None is `down` if it is a name.
+    Returns:
+        (columns, lines). A cell without interval is the number itself, one without a row nan; `write_report` shows nan as a dash.
+    Raises:
+        ValueError: no row of that metric, a row without the key, or two rows of one cell.
+    """
+    chosen = [r for r in rows if what in (None, r.what)]
+    if not chosen:
+        raise ValueError(f"pivot: needs rows of {what or 'any metric'!r}, found {sorted({r.what for r in rows})}")
+    cells: dict[tuple[str, str], Result] = {}
+    for r in chosen:
+        key = _key(r, down), _key(r, across)
+        if key in cells:
+            raise ValueError(f"pivot: each cell must be one row, found two for {key}: {_called(cells[key])} and {_called(r)}")
+        cells[key] = r
+    lines, heads = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
+    by_line, by_head = ([{r.n for key, r in cells.items() if key[i] == name} for name in some] for i, some in ((0, lines), (1, heads)))
+    first = corner if corner is not None else _title(down) if isinstance(down, str) else ""
+    fill = lambda each=False: [[line, *(_said(cells.get((line, head)), each) for head in heads)] for line in lines]
+    if not any(r.n for r in chosen):
+        return (first, *heads), fill()
+    if all(len(n) == 1 for n in by_line):
+        return (first, "n", *heads), [[line[0], *n, *line[1:]] for line, n in zip(fill(), by_line, strict=True)]
+    if all(len(n) == 1 for n in by_head):
+        return (first, *(f"{head} (n = {max(n):,})" for head, n in zip(heads, by_head, strict=True))), fill()
+    return (first, *heads), fill(each=True)
+
+
+def _key(r: Result, key: str | Callable[[Result], Any]) -> str:
+    if callable(key):
+        return str(key(r))
+    known = attrs.asdict(r, recurse=False)
+    if key not in known and key not in r.extra:
+        raise ValueError(f"pivot: each row must have {key!r}, a field or in extra, but {_called(r)} has extra {sorted(r.extra)}")
+    return str(known[key] if key in known else r.extra[key])
+
+
+def _called(r: Result) -> str:
+    return " ".join(filter(None, (r.what, r.subject and f"of {r.subject}", r.split and f"in {r.split}", r.experiment)))
+
+
+def _said(r: Result | None, with_n: bool) -> Any:
+    if r is None or math.isnan(r.value):
+        return math.nan
+    interval = "" if math.isnan(r.low) else f" [{r.low:.3f}, {r.high:.3f}]"
+    return f"{r.value:.3f}{interval}" + (f" (n = {r.n:,})" if with_n else "") if interval or with_n else r.value
+
+
+def _check_tables(tables: Sequence[tuple], summary: bool) -> None:
+    if summary and not tables:
+        raise ValueError("write_report: a summary needs tables, got none")
+    for caption, columns, body in tables:
+        lengths = sorted({len(line) for line in body} - {len(columns)})
+        if not caption.strip() or lengths:
+            raise ValueError(
+                f"write_report: a table must have a caption and lines as long as its columns, got {caption!r} with {len(columns)} columns"
+                + (f", lines of {lengths}" if lengths else "")
+            )
 
 
 def _parts(rows: Sequence[Result]) -> list[tuple[dict[str, str], list[Result]]]:
@@ -107,8 +196,15 @@ def _metric_table(rows: list[Result]) -> Table:
     return head, [[_title(r.what), r.subject, r.n, r.value, _interval(r), *t] for r, t in zip(rows, tail, strict=True)]
 
 
-def _markdown(title: str, tables: Sequence[tuple], figures: dict[str, tuple[str, bytes]], notes: Sequence[str]) -> str:
+def _markdown(
+    title: str, captioned: Sequence[tuple], tables: Sequence[tuple], figures: dict[str, tuple[str, bytes]], notes: Sequence[str]
+) -> str:
     lines = [f"# {_line(title)}", f"**{NOTICE}**"]
+    for caption, columns, body in captioned:
+        cells = [[_in_cell(v) if isinstance(v, str) else v for v in row] for row in body]
+        heads = [_in_cell(c).replace("|", "\\|") for c in columns]
+        lines += [f"## {_line(caption)}", results.markdown_table(heads, cells).rstrip()]
+    lines += [f"## {_ALL}"] if captioned and tables else []
     said = None
     for facts, columns, body in tables:
         if facts is not said:
@@ -121,8 +217,13 @@ def _markdown(title: str, tables: Sequence[tuple], figures: dict[str, tuple[str,
     return "\n\n".join(line for line in lines if line) + "\n"
 
 
-def _html(title: str, tables: Sequence[tuple], figures: dict[str, tuple[str, bytes]], notes: Sequence[str]) -> str:
+def _html(
+    title: str, captioned: Sequence[tuple], tables: Sequence[tuple], figures: dict[str, tuple[str, bytes]], notes: Sequence[str]
+) -> str:
     parts, said = [], None
+    for caption, columns, body in captioned:
+        parts.append(f'<h2>{html.escape(caption)}</h2><div class="wide pivot">{results.html_table(columns, body)}</div>')
+    parts += [f"<h2>{_ALL}</h2>"] if captioned else []
     for facts, columns, body in tables:
         if facts is not said:
             pairs = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in facts.items())
@@ -170,6 +271,11 @@ def _line(text: str) -> str:
     return re.sub(r"([\\`*_\[\]|])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
+def _in_cell(text: str) -> str:
+    """Text that stays one cell and holds neither HTML nor a link; "|" is left to the table."""
+    return re.sub(r"[\\`*]|(?<![^\W_])_|_(?![^\W_])|\](?=[(\[])", r"\\\g<0>", html.escape(" ".join(text.split()), quote=False))
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return json.dumps(value, sort_keys=True)
@@ -182,6 +288,7 @@ _STYLE = """
 body { margin: 0 auto; max-width: 74rem; padding: 1.25rem; font: 16px/1.5 system-ui, sans-serif;
   color: var(--ink); background: var(--paper); }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .5rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; line-height: 1.3; margin: 1.75rem 0 .25rem; overflow-wrap: anywhere; }
 .notice { color: var(--warn); font-weight: 600; margin: 0 0 1rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: 1.25rem 0 .75rem; font-size: .9rem; }
 dt { opacity: .7; } dd { margin: 0; overflow-wrap: anywhere; }

@@ -41,6 +41,30 @@ def tokenizer(name: files.PathLike) -> Any:
         raise ValueError(f"tokenizer: {main.parent} does not hold a tokenizer that transformers reads ({e})") from e
 
 
+def image_processor(name: files.PathLike) -> Any:
+    """The image processor of a checkpoint, on Pillow: `processor(images=[...], return_tensors="pt")["pixel_values"]`.
+
+    Args:
+        name: a folder or a name on the hub (cache first) with preprocessor_config.json, or processor_config.json.
+    Raises:
+        ValueError: nothing there, or no image processor that transformers has on Pillow; says what was looked for.
+    """
+    import transformers
+
+    main = find(str(name), ("preprocessor_config.json", "processor_config.json"))
+    about = read_json(main)
+    about = about.get("image_processor", about)
+    said = str(about.get("image_processor_type") or about.get("feature_extractor_type"))
+    base = said.removesuffix("Fast").replace("FeatureExtractor", "ImageProcessor")
+    kind = getattr(transformers, f"{base}Pil", None) if base.endswith("ImageProcessor") else None
+    if kind is None:  # AutoImageProcessor would ask for torchvision
+        raise ValueError(f"image_processor: {main} must name one that transformers has on Pillow (CLIPImageProcessor...), found {said!r}")
+    try:
+        return kind.from_pretrained(main.parent, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"image_processor: {main} is not one that transformers reads ({e})") from e
+
+
 def train_bpe(texts: Sequence[str], vocab_size: int, folder: files.PathLike | None = None) -> Any:
     """A byte-level BPE tokenizer learnt from texts: lower case and single spaces as CLIP's, start and end token around every text.
 

@@ -1,11 +1,13 @@
 """Files of conversations: the three shapes are one, and a wrong line is named."""
 
 import json
+import logging
+from pathlib import Path
 
 import pytest
 from tiny import turns
 
-from medvl.data.conversation_files import read_conversations
+from medvl.data.conversation_files import Conversation, limit_images, read_conversations, read_tasks
 
 
 def write(path, *records):
@@ -99,3 +101,131 @@ def test_wrong_files(folder):
     (folder / "x.jsonl").write_bytes(b'{"query": "\xff", "response": "a"}')
     with pytest.raises(ValueError, match=r"x.jsonl, line 1: not a line of JSON in UTF-8"):
         read_conversations(folder / "x.jsonl")
+
+
+def test_relative_images_start_from_the_root(tmp_path):
+    """As LoraRetriever's do: "x.png" in the project's folder, "./../x.png" beside it, wherever the file of conversations lies."""
+    for name in ("project/in.png", "project/sub/in.png", "beside.png", "data/lines.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    names = ["in.png", "./in.png", "sub/in.png", "./../beside.png", "../beside.png", str(tmp_path / "beside.png")]
+    path = write(tmp_path / "data/lines.jsonl", *({"query": "<image>", "response": "a", "images": [n]} for n in names))
+    wanted = ["project/in.png", "project/in.png", "project/sub/in.png", "beside.png", "beside.png", "beside.png"]
+    assert [c.images[0].resolve() for c in read_conversations(path, root=tmp_path / "project")] == [
+        (tmp_path / name).resolve() for name in wanted
+    ]
+    with pytest.raises(ValueError, match=r"line 1: image 'in.png' is not there \(relative names start from"):
+        read_conversations(path)
+
+
+def held(*contents, images=()):
+    return Conversation(messages=tuple(turns(*contents)), images=tuple(map(Path, images)), id="7", line=3, extra={"year": 2024})
+
+
+def test_the_last_images_of_a_turn_are_kept():
+    c = held("<image>\n<image>\n<image>\nWhat is new?", "Nothing.", "And <image> to <image>?", "No.", "Sure?", "Yes.", images="abcde")
+    got = limit_images(c, 1)
+    assert got.images == (Path("c"), Path("e"))
+    assert [m["content"] for m in got.messages] == ["<image>\nWhat is new?", "Nothing.", "And  to <image>?", "No.", "Sure?", "Yes."]
+    assert (got.id, got.line, got.extra) == (c.id, c.line, c.extra)
+    got = limit_images(c, 2)
+    assert got.images == tuple(map(Path, "bcde"))
+    assert got.messages[0]["content"] == "<image>\n<image>\nWhat is new?"
+    assert got.messages[1:] == c.messages[1:]
+    assert c.images == tuple(map(Path, "abcde"))  # untouched
+    for most in (0, 3, 12):
+        assert limit_images(c, most) is c
+
+
+def test_other_tags_and_line_ends():
+    c = held("[i.*]\r\n[i.*]\n\n<image>[i.*]x", "", images="abc")
+    assert [m["content"] for m in limit_images(c, 1, tag="[i.*]").messages] == ["\n<image>[i.*]x", ""]
+    assert limit_images(c, 1, tag="[i.*]").images == (Path("c"),)
+    system = Conversation(messages=tuple(turns("<image><image>q", "a", system="s")), images=(Path("a"), Path("b")))
+    assert limit_images(system, 1).messages == tuple(turns("<image>q", "a", system="s"))
+
+
+def test_limits_that_are_none():
+    with pytest.raises(ValueError, match="limit_images: most must be at least 1 image, or 0 for no limit, got -1"):
+        limit_images(held("q", "a"), -1)
+    with pytest.raises(ValueError, match="limit_images: every tag '<image>' needs its image, got 2 tags and 1 images"):
+        limit_images(held("<image><image>", "a", images="a"), 1)
+
+
+def test_a_file_is_limited_with_one_warning(folder, caplog):
+    three = {"query": "<image>" * 3 + "q", "response": "a", "images": ["b.png", "b.png", "images/a.png"]}
+    path = write(folder / "x.jsonl", three, three | {"query": "<image> <image>\n<image>"}, {"query": "q", "response": "a"})
+    with caplog.at_level(logging.WARNING):
+        found = read_conversations(path, max_images=3)
+    assert found == read_conversations(path)
+    assert not caplog.messages
+    with caplog.at_level(logging.WARNING):
+        found = read_conversations(path, max_images=1)
+    assert [[p.name for p in c.images] for c in found] == [["a.png"], ["a.png"], []]
+    assert [c.messages[0]["content"] for c in found] == ["<image>q", " <image>", "q"]
+    assert caplog.messages == [f"{path}: 4 images of 2 of 3 conversations are left out: a turn of the user may have 1, its last"]
+
+
+def test_tasks_from_one_file_each(folder):
+    for task in ("mri", "ct", "chest x-ray"):
+        (folder / task).mkdir()
+        write(folder / task / "train.jsonl", {"query": f"{task} 1", "response": "a"}, GOOD | {"task": task, "category": "pos"})
+    write(folder / "ct" / "test.jsonl", GOOD)
+    (folder / "mri" / "deep").mkdir()
+    write(folder / "mri" / "deep" / "train.jsonl", GOOD)
+    found = read_tasks(folder / "{task}" / "{split}.jsonl", "train")
+    assert [c.extra["task"] for c in found] == ["chest x-ray"] * 2 + ["ct"] * 2 + ["mri"] * 2
+    assert [c.messages[0]["content"] for c in found[::2]] == ["chest x-ray 1", "ct 1", "mri 1"]
+    assert [c.line for c in found] == [1, 2] * 3
+    assert found[1].extra == {"task": "chest x-ray", "category": "pos"}
+    assert [c.extra["task"] for c in read_tasks(folder / "{task}" / "{split}.jsonl", "test")] == ["ct"]
+    with pytest.raises(ValueError, match=r"\{task\}/valid.jsonl: no file is called so, whatever the task"):
+        read_tasks(folder / "{task}" / "{split}.jsonl", "valid")
+    write(folder / "mri" / "train.jsonl", GOOD, "", GOOD | {"task": "ct"})
+    with pytest.raises(ValueError, match=r'mri/train.jsonl, line 3: "task" must be "mri" like the file\'s, or not be there, got "ct"'):
+        read_tasks(folder / "{task}" / "{split}.jsonl", "train")
+
+
+def test_patterns_are_taken_literally(folder):
+    odd = folder / "a[b]*{x}"
+    odd.mkdir()
+    (folder / "a*").mkdir()
+    for name in ("ct_train.jsonl", "us_ct_train.jsonl", "train.jsonl", "_train.jsonl", "ct_train_old.jsonl"):
+        write(odd / name, GOOD)
+        write(folder / "a*" / name, GOOD)
+    assert [c.extra["task"] for c in read_tasks(f"{odd}/{{task}}_{{split}}.jsonl", "train")] == ["ct", "us_ct"]
+    for task, name in (("ct", "ct"), ("us", "mri")):
+        (folder / task).mkdir()
+        write(folder / task / f"{name}.jsonl", GOOD)
+    assert [c.extra["task"] for c in read_tasks(f"{folder}/{{task}}/{{task}}.jsonl", "train")] == ["ct"]
+
+
+def test_tasks_from_the_lines_of_one_file(folder):
+    lines = [{"query": str(i), "response": "a", "task": t} for i, t in enumerate(("mri", "ct", "mri"))]
+    write(folder / "train.jsonl", *lines)
+    found = read_tasks(folder / "{split}.jsonl", "train")
+    assert [c.extra["task"] for c in found] == ["mri", "ct", "mri"]
+    assert [c.messages[0]["content"] for c in found] == ["0", "1", "2"]
+    write(folder / "organs.jsonl", GOOD | {"organ": "chest"})
+    assert read_tasks(folder / "organs.jsonl", "any", key="organ")[0].extra == {"organ": "chest", "task": "chest"}
+    with pytest.raises(ValueError, match=r"test.jsonl: no such file"):
+        read_tasks(folder / "{split}.jsonl", "test")
+    for line, said in (
+        (GOOD, "only what every line has"),
+        (GOOD | {"year": 1}, "only year"),
+        (GOOD | {"task": 3}, "3"),
+        (GOOD | {"task": " "}, '" "'),
+    ):
+        path = write(folder / "train.jsonl", lines[0], "", line)
+        with pytest.raises(ValueError, match=f'line 3: "task" must be there and be text, got {said}$') as e:
+            read_tasks(folder / "{split}.jsonl", "train")
+        assert str(e.value).startswith(f"{path}, line 3: ")
+
+
+def test_what_reading_may_be_told_reaches_every_task(folder):
+    line = {"query": "[i][i]", "response": "a", "images": ["images/a.png", "b.png"]}
+    for task in ("ct", "mri"):
+        (folder / task).mkdir()
+        write(folder / task / "train.jsonl", line)
+    found = read_tasks(folder / "{task}/train.jsonl", "", tag="[i]", root=folder, max_images=1)
+    assert [(c.messages[0]["content"], c.images) for c in found] == [("[i]", (folder / "b.png",))] * 2

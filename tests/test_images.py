@@ -1,5 +1,6 @@
 """Image files: transformers is the peer; broken ones are one kind of error."""
 
+import math
 import random
 import struct
 import zlib
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 from tiny import drawn, saved
 
-from medvl.data.images import LARGEST, open_image, to_rgb
+from medvl.data.images import LARGEST, cap_pixels, open_image, to_rgb
 
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF", "WEBP"])
@@ -116,3 +117,39 @@ def test_what_is_a_picture_already():
     assert np.array_equal(np.array(to_rgb(np.array(image), "here")), np.array(image))
     with pytest.raises(ValueError, match=r"^here: an array must be uint8 \[y, x, 3\] and not empty, got uint8 \[5, 9\]"):
         to_rgb(np.array(image)[..., 0], "here")
+
+
+def test_pixels_are_capped_as_the_plain_formula_says():
+    for size, most in (((400, 300), 30_000), ((300, 400), 100_000), ((640, 481), 100_000), ((333, 97), 5_000), ((90, 60), 5_399)):
+        image = drawn(size)
+        got = cap_pixels(image, most)
+        scale = math.sqrt(most / (size[0] * size[1]))
+        want = image.resize((math.floor(size[0] * scale + 1e-9), math.floor(size[1] * scale + 1e-9)), Image.Resampling.BICUBIC)
+        assert got.size == want.size
+        assert np.array_equal(np.array(got), np.array(want))
+        assert got.width * got.height <= most
+    assert cap_pixels(drawn((400, 300)), 30_000).size == (200, 150)
+
+
+def test_small_enough_images_stay_themselves():
+    image = drawn((40, 30))
+    for most in (0, 1200, 1201, 10**9):
+        assert cap_pixels(image, most) is image
+    assert cap_pixels(image, 1199).size == (39, 29)
+    assert image.size == (40, 30)
+    with pytest.raises(ValueError, match=r"cap_pixels: most must be at least 1 pixel, or 0 for no limit, got -1"):
+        cap_pixels(image, -1)
+
+
+def test_no_strip_is_too_thin():
+    rng = random.Random(0)
+    for _ in range(400):
+        size = (rng.choice((1, 2, 3, rng.randint(1, 2000))), rng.choice((1, 2, 5, rng.randint(1, 2000))))
+        most = rng.randint(1, 400)
+        got = cap_pixels(Image.new("RGB", size), most)
+        assert 1 <= got.width * got.height <= most
+        assert got.width <= size[0]
+        assert got.height <= size[1]
+    assert cap_pixels(Image.new("RGB", (1000, 1)), 10).size == (10, 1)
+    assert cap_pixels(Image.new("RGB", (1, 1000)), 10).size == (1, 10)
+    assert cap_pixels(Image.new("RGB", (7, 9)), 1).size == (1, 1)

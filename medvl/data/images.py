@@ -1,6 +1,7 @@
 """Pictures: image files opened whole and upright, and whatever is a picture as RGB."""
 
 import io
+import math
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,6 +77,25 @@ def to_rgb(image: Picture, where: str) -> Image.Image:
             return image if image.mode == "RGB" else image.convert("RGB")
         image = image.convert({"La": "LA"}.get(image.mode, image.mode)).convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def cap_pixels(image: Image.Image, most: int) -> Image.Image:
+    """An RGB image with at most `most` pixels: bicubic, its aspect ratio kept to the pixel, never enlarged, never without a pixel.
+
+    Args:
+        most: largest width * height; 0 = no limit. An image within it is returned itself.
+    Raises:
+        ValueError: most < 0.
+    Source: MAX_PIXELS of ms-swift, which a model's own resizing to whole patches follows.
+    """
+    if most < 0:
+        raise ValueError(f"cap_pixels: most must be at least 1 pixel, or 0 for no limit, got {most}")
+    width, height = image.size
+    if not most or width * height <= most:
+        return image
+    wide = min(max(1, math.isqrt(most * width // height)), most)
+    high = min(max(1, math.isqrt(most * height // width)), most // wide)  # of a long strip one side stays 1 and the other gives way
+    return image.resize((wide, high), Image.Resampling.BICUBIC)
 
 
 def _windowed(name: str, image: Image.Image, window: tuple[float, float] | None) -> Image.Image:

@@ -31,7 +31,8 @@ class Registry:
     """What a registry's file says."""
 
     adapters: tuple[Record, ...] = ()
-    base: str = ""  # the model all were trained on, "" = as their adapter_config.json say
+    base: str = ""  # the model all were trained on (a folder relative to this file, or a hub name), "" = as their adapter_config.json say
+    embedder: str = ""  # folder of what made the vectors (`embed.read_embedder`), "" = only the vectors are there
 
     def __attrs_post_init__(self) -> None:
         names = [r.name for r in self.adapters]
@@ -86,7 +87,7 @@ def vectors(path: files.PathLike, registry: Registry) -> Tensor:
     if len(made) > 1:
         raise ValueError(f"{path}: vectors of different embedders cannot be compared, got {', '.join(made)}")
     if not rows:
-        raise ValueError(f"{path}: the registry has no adapter; `invoke adapters.add` adds one")
+        raise ValueError(f"{path}: the registry has no adapter; `invoke adapters add` adds one")
     return torch.from_numpy(np.stack(rows))
 
 
@@ -97,19 +98,25 @@ def check(path: files.PathLike, registry: Registry) -> None:
         ValueError: what is missing or differs, with the adapter's name.
     """
     vectors(path, registry)
-    bases: dict[str, str] = {}
-    for r in registry.adapters:
-        file = Path(path).parent / r.path / "adapter_config.json"
-        try:
-            about = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as e:
-            raise ValueError(f"{path}: {r.name}: {file} cannot be read ({e})") from e
-        bases[r.name] = registry.base or str(about.get("base_model_name_or_path") or "")
-        own = str(about.get("base_model_name_or_path") or "")
-        if registry.base and own and own != registry.base:
-            raise ValueError(f"{path}: {r.name} was trained on {own}, the registry is of {registry.base}")
-    if len({*bases.values()} - {""}) > 1:
+    bases = {r.name: _base(path, r) for r in registry.adapters}
+    if not registry.base and len({*bases.values()} - {""}) > 1:
         raise ValueError(f"{path}: adapters of different models: " + ", ".join(f"{n} of {b}" for n, b in bases.items()))
+    if wrong := [n for n, b in bases.items() if registry.base and b and b != registry.base]:
+        raise ValueError(f"{path}: {wrong[0]} was trained on {bases[wrong[0]]}, the registry is of {registry.base}")
+
+
+def base_of(path: files.PathLike, registry: Registry) -> str:
+    """The base model: a folder, or a name on the hub; "" where nothing says it."""
+    name = registry.base or next((b for r in registry.adapters if (b := _base(path, r))), "")
+    return str(Path(path).parent / name) if name and (Path(path).parent / name).is_dir() else name
+
+
+def _base(path: files.PathLike, record: Record) -> str:
+    file = Path(path).parent / record.path / "adapter_config.json"
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path") or "")
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{path}: {record.name}: {file} cannot be read ({e})") from e
 
 
 def add(path: files.PathLike, record: Record, vector: Tensor | np.ndarray | Sequence[float]) -> Registry:
@@ -143,7 +150,8 @@ def write_registry(path: files.PathLike, registry: Registry) -> None:
     if Path(path).suffix == ".json":
         files.write_text(path, json.dumps(config.unstructure(registry), indent=1, ensure_ascii=False) + "\n")
         return
-    lines = [f"base = {json.dumps(registry.base)}\n"] if registry.base else []
+    head = {"base": registry.base, "embedder": registry.embedder}
+    lines = [f"{k} = {json.dumps(v)}\n" for k, v in head.items() if v]
     for r in registry.adapters:
         given = {k: v for k, v in asdict(r).items() if v not in ("", 0)}
         lines += ["\n[[adapters]]\n", *(f"{k} = {json.dumps(v)}\n" for k, v in given.items())]

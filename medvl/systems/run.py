@@ -18,9 +18,16 @@ from medvl import config, files, report, results, train
 from medvl.data import ct, ingest, reports, store
 from medvl.data import names as volume_names
 from medvl.results import Result
-from medvl.systems import ct_clip, ct_clip_run, tune, tune_run
+from medvl.systems import adapters, adapters_run, ct_clip, ct_clip_run, tune, tune_run
 
-SYSTEMS: dict[str, tuple[type, ModuleType]] = {"ct_clip": (ct_clip.Config, ct_clip_run), "tune": (tune.Config, tune_run)}
+SYSTEMS: dict[str, tuple[type, ModuleType]] = {
+    "ct_clip": (ct_clip.Config, ct_clip_run),
+    "tune": (tune.Config, tune_run),
+    "adapters": (adapters.Config, adapters_run),
+}
+# Variables that other tools read for the same settings; they become part of the record.
+ENVIRONMENT = {"adapters": {"MAX_PIXELS": "chat.max_pixels", "MAX_NUM": "chat.max_images"}}
+_log = logging.getLogger("medvl")
 EXPERIMENTS = Path("experiments")
 RUNS = Path("runs")
 
@@ -39,7 +46,12 @@ def resolve(exp: str, overrides: Sequence[str] = ()) -> tuple[Any, Path]:
     path = Path(exp) if exp.endswith((".toml", ".json")) else EXPERIMENTS / f"{exp}.toml"
     if not path.exists():
         raise config.ConfigError(f"{path}: no such experiment; there are {', '.join(names()) or 'none (run this in the project folder)'}")
-    raw = config.override(config.read(path), tuple(overrides), where=str(path))
+    raw = config.read(path)
+    given = {v: f"{key}={os.environ[v]}" for v, key in ENVIRONMENT.get(str(raw.get("system")), {}).items() if os.environ.get(v)}
+    if given and path.suffix == ".toml":
+        _log.warning("%s: from the environment: %s", path, ", ".join(f"{v} -> {said}" for v, said in given.items()))
+        raw = config.override(raw, tuple(given.values()), where="the environment")
+    raw = config.override(raw, tuple(overrides), where=str(path))
     if raw.get("system") not in SYSTEMS:
         raise config.ConfigError(f"{path}: system must be one of {', '.join(SYSTEMS)}, found {raw.get('system')!r} @ $.system")
     cfg: Any = config.structure(raw, SYSTEMS[raw["system"]][0], where=str(path))

@@ -1,0 +1,309 @@
+"""A language or vision-language model with its tokenizer and its eyes: conversations with images in, losses and answers out."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from attrs import evolve, field, frozen
+from PIL import Image
+from torch import Generator, Tensor
+
+from medvl import generation, hub, intern_vl, quant, qwen_vl, shards, tokens, vlm
+from medvl.checkpoints import find, new_folder, read_json
+from medvl.data import conversations, images
+from medvl.data.conversation_files import Conversation
+from medvl.data.conversations import Placeholder, Sample
+from medvl.files import PathLike, write_text
+from medvl.generation import Generated, Sampling
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Eyes = qwen_vl.ImageConfig | intern_vl.TileConfig
+_QWEN_VL = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+_CHAT = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+_TILES = ("<img>", "</img>", "<IMG_CONTEXT>")
+_ENDS = ("<|im_end|>", "<|end|>", "<|endoftext|>")
+
+
+@frozen(kw_only=True)
+class ModelConfig:
+    """The model: a hub name or folder; or, without a name, a Hugging Face config built from scratch with a tokenizer of its own."""
+
+    name: str = ""
+    config: dict[str, Any] = field(factory=dict)
+    tokenizer: str = ""  # another than the model's own
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    quantize: Literal["none", "nf4", "fp4"] = "none"
+
+    def __attrs_post_init__(self) -> None:
+        if bool(self.name) == bool(self.config):
+            raise ValueError("model must have either a name (hub or folder) or a config to build from scratch")
+
+
+@frozen(kw_only=True)
+class ChatConfig:
+    """How conversations become tokens and pixels."""
+
+    context: int = 2048  # tokens
+    template: str = ""  # "" = the tokenizer's own
+    max_pixels: int = 0  # of an image (MAX_PIXELS elsewhere); 0 = what the checkpoint says
+    min_pixels: int = 0
+    max_images: int = 0  # of a user's turn, the last ones; 0 = all. (MAX_NUM elsewhere means this for some models and tiles for others)
+
+
+@frozen(kw_only=True, eq=False)
+class Chat:
+    """Everything of a model that talks but its weights."""
+
+    skeleton: hub.Skeleton
+    tokenizer: Any
+    cfg: ChatConfig
+    dtype: torch.dtype
+    placeholder: Placeholder | None = None
+    eyes: Eyes | None = None
+
+
+@frozen(kw_only=True, eq=False)
+class Encoded:
+    """Conversations as token ids; images are opened when they are needed."""
+
+    conversations: tuple[Conversation, ...]
+    samples: tuple[Sample, ...]
+    refused: int  # too long for the context
+
+
+def open_chat(
+    model: ModelConfig, cfg: ChatConfig, tok: Any, gen: Generator, *, device: torch.device = torch.device("cpu"), shard: bool = False
+) -> tuple[Chat, hub.Params]:
+    """The model and its weights: read, or drawn from `gen` where the record has no name.
+
+    Args:
+        tok: from `tokenizer_of`.
+        device: where the weights are; "meta" makes none, for an estimate.
+        shard: matrices lie in parts on all processes.
+    Raises:
+        ValueError: as `hub.load` and `hub.init_skeleton`.
+    """
+    dtype = DTYPES[model.dtype]
+    each = None if model.quantize == "none" else quant.quantizer(quant.QuantConfig(kind=model.quantize))
+    if model.name and device.type != "meta":
+        cut_ = shards.sharder(shards.mesh(device)) if shard else None
+        skeleton, params = hub.load(model.name, head="language", dtype=dtype, device=device, each=each or cut_)
+    else:
+        skeleton = hub.empty_skeleton(config_of(model, tok), head="language")
+        if device.type == "meta":
+            params = {n: torch.empty(p.shape, dtype=dtype, device="meta") for n, p in skeleton.module.named_parameters()}
+        else:
+            skeleton, params = hub.init_skeleton(skeleton.config, gen, head="language")
+            params = {n: t.to(device, dtype) for n, t in params.items()}
+        params = {n: each(n, t) if each else t for n, t in params.items()}
+    holder, eyes = _sight(model, cfg, skeleton)
+    return Chat(skeleton=skeleton, tokenizer=tok, cfg=cfg, dtype=dtype, placeholder=holder, eyes=eyes), params
+
+
+def tokenizer_of(
+    cfg: ModelConfig, folder: Path, texts: Sequence[str] = (), *, first: bool = True, meet: Callable[[], None] = lambda: None
+) -> Any:
+    """The named tokenizer; or one trained on `texts` with the tokens of ChatML and of images, kept in `folder` and found there again.
+
+    Args:
+        first: whether this process trains and writes it; the others wait in `meet`.
+    """
+    if cfg.name or cfg.tokenizer:
+        return tokens.tokenizer(cfg.tokenizer or cfg.name)
+    kept = folder / "tokenizer"
+    if not kept.exists() and not texts:
+        raise ValueError(f"{kept}: the run has no tokenizer yet; train it first")
+    if first and not kept.exists():
+        tok = tokens.train_bpe(texts, 600)
+        tok.add_special_tokens({"additional_special_tokens": [*_CHAT, *_TILES]})
+        tok.chat_template = conversations.TEMPLATES["chatml"]
+        with new_folder(kept) as tmp:
+            tok.save_pretrained(tmp)
+    meet()
+    return tokens.tokenizer(kept)
+
+
+def config_of(cfg: ModelConfig, tok: Any) -> dict[str, Any]:
+    """The Hugging Face config; of a model built from scratch with the tokenizer's size and ids."""
+    if cfg.name:
+        return read_json(find(cfg.name, ("config.json",)))
+    raw = {**cfg.config}
+    size = -(-len(tok) // 8) * 8
+    if "text_config" in raw:
+        raw["text_config"] = {**raw["text_config"], "vocab_size": size}
+        if raw["model_type"] == "internvl":
+            return raw | {"image_token_id": tok.convert_tokens_to_ids(conversations.INTERN_VL.token)}
+        at = {"image_token_id": 4, "video_token_id": 5, "vision_start_token_id": 2, "vision_end_token_id": 3}
+        return raw | {key: tok.convert_tokens_to_ids(_CHAT[i]) for key, i in at.items()}
+    return raw | {"vocab_size": size}
+
+
+# Conversations --------------------------------------------------------------------------------------------------------------------------
+def encode(chat: Chat, held: Sequence[Conversation], *, prompt: bool = False) -> Encoded:
+    """Token ids of conversations; those that do not fit the context are left out and counted (a warning says so).
+
+    Args:
+        prompt: without the last answer and of any length, for `answer`.
+    Raises:
+        ValueError: images for a model without eyes; as `conversations.encode`.
+    """
+    if chat.eyes is None and (sees := [c for c in held if c.images]):
+        raise ValueError(f"{len(sees)} conversations have images, and {chat.skeleton.name} has no eyes; choose a vision-language model")
+    visual = [[_tokens(chat, p) for p in c.images] if chat.eyes else [] for c in held]
+    how: dict[str, Any] = {"placeholder": chat.placeholder, "context": chat.cfg.context, "template": chat.cfg.template or None}
+    if prompt:
+        how["context"] = None
+        samples = [
+            conversations.encode_prompt(
+                chat.tokenizer, c.messages[:-1] if c.messages[-1]["role"] == "assistant" else c.messages, visual=v, **how
+            )
+            for c, v in zip(held, visual, strict=True)
+        ]
+        return Encoded(conversations=tuple(held), samples=tuple(samples), refused=0)
+    found, refused = conversations.encode_all(chat.tokenizer, [c.messages for c in held], visual=visual, **how)
+    out = {i for i, _ in refused}
+    return Encoded(conversations=tuple(c for i, c in enumerate(held) if i not in out), samples=tuple(found), refused=len(refused))
+
+
+def collate(chat: Chat, data: Encoded, chosen: Sequence[int], side: Literal["right", "left"] = "right") -> dict[str, Tensor]:
+    """A batch of `loss_sum`: ids, mask, labels, visual [b, t], images [b] (how many of each row), and their patches or tiles."""
+    tok = chat.tokenizer
+    pad = tok.pad_token_id if tok.pad_token_id is not None else tok.eos_token_id or 0
+    batch = conversations.collate([data.samples[i] for i in chosen], pad, side=side)
+    paths = [p for i in chosen for p in data.conversations[i].images]
+    batch["images"] = torch.tensor([len(data.conversations[i].images) for i in chosen])
+    if not paths or chat.eyes is None:
+        return batch
+    opened = [_opened(chat, p) for p in paths]
+    if isinstance(chat.eyes, intern_vl.TileConfig):
+        return batch | {"pixel_values": intern_vl.tile_all(chat.eyes, opened)[0]}
+    patches, grid = qwen_vl.patchify_all(chat.eyes, opened)
+    return batch | {"pixel_values": patches, "image_grid_thw": grid}
+
+
+def cut(batch: Mapping[str, Tensor], span: slice) -> dict[str, Tensor]:
+    """The rows of a batch in `span` with their images, without columns that are padding in all of them."""
+    rows = {k: batch[k][span] for k in ("ids", "mask", "labels", "visual", "images")}
+    used = rows["mask"].any(0).nonzero()
+    first, last = int(used[0]), int(used[-1]) + 1
+    out = {k: t[:, first:last] if t.dim() > 1 else t for k, t in rows.items()}
+    if "pixel_values" not in batch:
+        return out
+    if "image_grid_thw" not in batch:  # tiles, each of as many visual tokens
+        seen = batch["visual"].sum(1)
+        each = int(seen.sum()) // len(batch["pixel_values"])
+        a, b = (int(seen[:n].sum()) // each for n in (span.start, span.stop))
+        return out | ({"pixel_values": batch["pixel_values"][a:b]} if b > a else {})
+    before, upto = (int(batch["images"][:n].sum()) for n in (span.start, span.stop))
+    if upto == before:
+        return out
+    sizes = batch["image_grid_thw"].prod(1)
+    a, b = int(sizes[:before].sum()), int(sizes[:upto].sum())
+    return out | {"image_grid_thw": batch["image_grid_thw"][before:upto], "pixel_values": batch["pixel_values"][a:b]}
+
+
+def arguments(chat: Chat, batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """What of a batch the model is called with, on its device and in its dtype."""
+    real = torch.device("cpu") if device.type == "meta" else device  # an estimate counts, but must know lengths and masks
+    inputs = {k: t.to(device if t.is_floating_point() else real) for k, t in batch.items() if k not in ("images", "visual")}
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].to(chat.dtype)
+    return inputs
+
+
+# Losses and answers ---------------------------------------------------------------------------------------------------------------------
+def loss_sum(
+    chat: Chat, skeleton: hub.Skeleton, weights: Mapping[str, Tensor], batch: Mapping[str, Tensor], *, logits: int = 256
+) -> tuple[Tensor, Tensor]:
+    """Sum of the losses of the trained tokens of a (micro-)batch, and their number.
+
+    Args:
+        skeleton: the chat's, or `hub.checkpointed` of it.
+        logits: tokens whose logits exist at a time.
+    """
+    return vlm.answer_loss(skeleton, weights, arguments(chat, batch, _device(weights)), chunk=logits)
+
+
+def mean_loss(chat: Chat, weights: Mapping[str, Tensor], data: Encoded, size: int) -> float:
+    """Mean loss over all trained tokens, `size` conversations at a time."""
+    total, n = 0.0, 0
+    for i in range(0, len(data.samples), size):
+        with torch.no_grad():
+            value, count = loss_sum(chat, chat.skeleton, weights, collate(chat, data, range(i, min(i + size, len(data.samples)))))
+        total, n = total + float(value), n + int(count)
+    return total / n
+
+
+def answer(chat: Chat, weights: Mapping[str, Tensor], batch: Mapping[str, Tensor], max_tokens: int) -> Generated:
+    """Greedy answers to the prompts of a batch.
+
+    Args:
+        weights: also with adapters of weights per sample, which must be for the rows of this batch.
+        batch: from `collate(..., side="left")`.
+    """
+    tok = chat.tokenizer
+    end = {tok.convert_tokens_to_ids(t) for t in _ENDS if t in tok.get_vocab()} | {tok.eos_token_id}
+    how = Sampling(max_tokens=max_tokens, end=tuple(sorted(e for e in end if e is not None)))
+    inputs = {k: t for k, t in arguments(chat, batch, _device(weights)).items() if k != "labels"}
+    return generation.generate(how, chat.skeleton, weights, inputs, tok=tok)
+
+
+def _device(weights: Mapping[str, Tensor]) -> torch.device:
+    return next(iter(weights.values())).device
+
+
+# Images ---------------------------------------------------------------------------------------------------------------------------------
+def _sight(model: ModelConfig, cfg: ChatConfig, skeleton: hub.Skeleton) -> tuple[Placeholder | None, Eyes | None]:
+    """How images come into the model, where it can see."""
+    kind = skeleton.config["model_type"]
+    if kind not in (*_QWEN_VL, "internvl"):
+        return None, None
+    vision = skeleton.config["vision_config"]
+    raw = read_json(find(model.name, ("preprocessor_config.json", "processor_config.json"))) if model.name else None
+    if kind == "internvl":
+        seen = {"tokens": skeleton.config["image_seq_length"]}
+        side = vision["image_size"][0] if isinstance(vision["image_size"], list) else vision["image_size"]
+        return conversations.INTERN_VL, evolve(intern_vl.tile_config(raw) if raw else intern_vl.TileConfig(size=side), **seen)
+    own = {"patch": vision["patch_size"], "merge": vision["spatial_merge_size"], "temporal": vision["temporal_patch_size"]}
+    eyes = qwen_vl.image_config(raw) if raw else qwen_vl.ImageConfig(**own)
+    if cfg.max_pixels:
+        eyes = evolve(eyes, max_pixels=cfg.max_pixels)
+    if cfg.min_pixels:
+        eyes = evolve(eyes, min_pixels=cfg.min_pixels)
+    return conversations.QWEN_VL, eyes
+
+
+def _opened(chat: Chat, path: Path) -> Image.Image:
+    """An image as the eyes want it: tiles know no most of pixels, so it is made smaller before."""
+    image = images.open_image(path)
+    return images.cap_pixels(image, chat.cfg.max_pixels) if isinstance(chat.eyes, intern_vl.TileConfig) else image
+
+
+def _tokens(chat: Chat, path: Path) -> int:
+    """Visual tokens of an image."""
+    image = _opened(chat, path)
+    (width, height), cfg = image.size, chat.eyes
+    if isinstance(cfg, intern_vl.TileConfig):
+        columns, rows = intern_vl.grid_of(cfg, height, width)
+        return intern_vl.visual_tokens(cfg, columns * rows + (cfg.thumbnail and columns * rows > 1))
+    assert cfg is not None
+    h, w = qwen_vl.smart_resize(cfg, height, width)
+    return qwen_vl.visual_tokens(cfg, (1, h // cfg.patch, w // cfg.patch))
+
+
+# Files ----------------------------------------------------------------------------------------------------------------------------------
+def save_chat(chat: Chat, params: Mapping[str, Tensor], folder: PathLike) -> None:
+    """Write weights, config, tokenizer and image settings as transformers has them; `ModelConfig(name=folder)` opens it again.
+
+    Raises:
+        ValueError: as `hub.save`.
+    """
+    with new_folder(folder) as tmp:
+        hub.save(chat.skeleton, params, tmp)
+        chat.tokenizer.save_pretrained(tmp)
+        if isinstance(chat.eyes, qwen_vl.ImageConfig):
+            write_text(tmp / "preprocessor_config.json", json.dumps(qwen_vl.to_raw(chat.eyes), indent=1) + "\n")
+        elif isinstance(chat.eyes, intern_vl.TileConfig):
+            write_text(tmp / "preprocessor_config.json", json.dumps(intern_vl.to_raw(chat.eyes), indent=1) + "\n")

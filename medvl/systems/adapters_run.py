@@ -1,0 +1,288 @@
+"""How adapters runs: its data put in place, its base and adapters trained, the registry made, the answers of every mode scored."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from attrs import evolve
+from torch import Generator, Tensor
+
+from medvl import chat, config, embed, hub, lora, retrieve, retriever, train, tuning
+from medvl.adapter_files import write_adapter
+from medvl.chat import Chat, Encoded
+from medvl.data import conversations, order, phantom_modalities, registry, vqa_rad
+from medvl.data.conversation_files import Conversation, read_conversations, read_tasks
+from medvl.data.registry import Record, Registry
+from medvl.results import Result
+from medvl.systems import adapters, adapters_report
+from medvl.systems.adapters import Config, Model
+from medvl.tree import Tree, map_leaves
+
+SPLITS = ("train", "valid", "test")
+
+
+# Data -----------------------------------------------------------------------------------------------------------------------------------
+def prepare(cfg: Config, log: Callable[[str], None] = print) -> None:
+    """Put the data in place: pictures are drawn, VQA-RAD is cut by case, files must be there.
+
+    Raises:
+        ValueError: what is missing, or not as it must be, with file and line.
+    """
+    folder = folder_of(cfg)
+    if cfg.data.source == "phantoms":
+        drawn = phantom_modalities.draw_modalities(cfg.data.phantoms, folder)
+        log(f"{sum(drawn.values())} pictures and cases drawn in {folder}: " + ", ".join(f"{n} {split}" for split, n in drawn.items()))
+    if cfg.data.source == "vqa_rad" and not (folder / "test.jsonl").exists():
+        published = Path(cfg.data.vqa_rad)
+        cut = vqa_rad.convert_vqa_rad(published / "vqa_rad_share.json", published / "images", folder, group=cfg.data.group, seed=cfg.seed)
+        log(f"VQA-RAD in {folder}: " + ", ".join(f"{n} {what}" for what, n in cut.items()))
+    wanted = SPLITS if cfg.train or cfg.base else ("test",)
+    for split in wanted:
+        tasks = sorted({c.extra["task"] for c in read(cfg, split)})
+        log(f"{split}: {len(tasks)} tasks: {', '.join(tasks)}")
+
+
+def folder_of(cfg: Config) -> Path:
+    """The folder that `{folder}` stands for; what is drawn or cut by one record has a folder of its own."""
+    made = {"phantoms": cfg.data.phantoms, "vqa_rad": (cfg.data.vqa_rad, cfg.data.group, cfg.seed)}.get(cfg.data.source)
+    return Path(cfg.data.folder) / (f"{cfg.data.source}-{config.digest(made)}" if made else "")
+
+
+def read(cfg: Config, split: str) -> list[Conversation]:
+    """The conversations of a split, each with its task."""
+    pattern = cfg.data.conversations.replace("{folder}", str(folder_of(cfg)))
+    return read_tasks(pattern, split, key=cfg.data.task, root=cfg.data.root or None, max_images=cfg.chat.max_images)
+
+
+def read_general(cfg: Config, split: str) -> list[Conversation]:
+    """What the base model is trained on."""
+    if not cfg.data.general:
+        return read(cfg, split)
+    path = cfg.data.general.format(folder=folder_of(cfg), split=split)
+    return read_conversations(path, root=cfg.data.root or None, max_images=cfg.chat.max_images)
+
+
+# Training -------------------------------------------------------------------------------------------------------------------------------
+def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[Model, Tree, Tree]:
+    """Train (or go on with) the base model and an adapter for each task, and make the registry."""
+    general = read_general(cfg, "train") if cfg.base else []
+    held = read(cfg, "train") if cfg.train else []
+    model, params = adapters.init(cfg, folder, [m["content"] for c in (*general, *held) for m in c.messages], device=_device(cfg))
+    if cfg.base is not None:
+        parts = _parts(model.chat, general, read_general(cfg, "valid"), cfg.base, "base", log)
+        loss = _loss(model.chat, cfg.base, lambda p, train: p["model"])
+        params = _fit_stages(cfg, cfg.base, model.chat, params, loss, lambda p: p["model"], parts, folder / "base", log)
+        if not (folder / "model").exists() and train.rank() == 0:
+            chat.save_chat(model.chat, params["model"], folder / "model")
+    if cfg.train is not None:
+        _fit_adapters(model, params, held, read(cfg, "valid"), folder, log)
+        if train.rank() == 0 and not model.registry.exists():
+            make_registry(cfg, held, folder, log)
+        train.meet()
+    return model, params, {}
+
+
+def load(folder: Path) -> tuple[Model, Tree, Tree]:
+    """Model and base weights of a run, as `fit` returned them."""
+    cfg = config.load(folder / "config.json", Config)
+    model, params = adapters.init(cfg, folder, [], device=_device(cfg))
+    for i, stage in enumerate(cfg.base.stages if cfg.base else ()):
+        assert cfg.base is not None
+        params = tuning.read_stage(cfg.base, params, folder / "base" / f"{i}-{stage.name}")
+    return model, params, {}
+
+
+def _fit_adapters(
+    model: Model, params: Tree, held: Sequence[Conversation], valid: Sequence[Conversation], folder: Path, log: Callable[[str], None]
+) -> None:
+    """One adapter for each task, written in peft's format."""
+    cfg = model.cfg
+    assert cfg.train is not None
+    for i, task in enumerate(_tasks(held)):
+        out = folder / "adapters" / task
+        if out.exists():
+            continue
+        own = [[c for c in part if c.extra["task"] == task] for part in (held, valid)]
+        parts = _parts(model.chat, own[0], own[1], cfg.train, f"adapter {task}", log)
+        adapter = adapters.new_adapter(cfg, model.chat, i, _device(cfg))
+        with_it = _with(params["model"], adapter)
+        factors = _fit_stages(
+            cfg,
+            cfg.train,
+            model.chat,
+            {"lora": adapter.factors},
+            _loss(model.chat, cfg.train, with_it),
+            partial(with_it, train=False),
+            parts,
+            folder / "training" / task,
+            log,
+        )
+        if train.rank() == 0:
+            done = evolve(adapter, factors=map_leaves(lambda t: t.cpu(), factors["lora"]), name=task)
+            write_adapter(done, out, base=cfg.model.name or "model")
+        train.meet()
+
+
+def _with(base: dict[str, Tensor], adapter: lora.Adapter) -> Callable[..., dict[str, Tensor]]:
+    return lambda p, train: lora.apply_lora(base, evolve(adapter, factors=p["lora"]), train=train)
+
+
+def _fit_stages(
+    cfg: Config,
+    how: tuning.TrainConfig,
+    talks: Chat,
+    params: Tree,
+    loss: train.LossSum,
+    weights: Callable[[Tree], dict[str, Tensor]],
+    parts: tuple[Encoded, Encoded],
+    folder: Path,
+    log: Callable[[str], None],
+) -> Tree:
+    for i, stage in enumerate(how.stages):
+        params = tuning.fit_stage(
+            how,
+            stage,
+            params,
+            loss,
+            batches(talks, parts[0], how.batch, cfg.seed),
+            folder / f"{i}-{stage.name}",
+            cut=chat.cut,
+            validate=lambda p: chat.mean_loss(talks, weights(p), parts[1], cfg.evaluate.batch),
+            seed=cfg.seed,
+            log=log,
+        )
+    return params
+
+
+def _parts(
+    talks: Chat, held: Sequence[Conversation], valid: Sequence[Conversation], how: tuning.TrainConfig, name: str, log: Callable[[str], None]
+) -> tuple[Encoded, Encoded]:
+    parts = chat.encode(talks, held), chat.encode(talks, valid[: how.valid or None])
+    log(f"{name}: {len(parts[0].samples)} conversations, {parts[0].refused} more are longer than the context and left out")
+    return parts
+
+
+def batches(talks: Chat, data: Encoded, size: int, seed: int) -> Callable[[int], dict[str, Tensor]]:
+    """i -> batch: this process's share of `size` conversations."""
+    names, r, n = [str(i) for i in range(len(data.samples))], train.rank(), train.world()
+
+    def batch_at(i: int) -> dict[str, Tensor]:
+        return chat.collate(talks, data, order.batch_indices(names, size, seed, i)[r * size // n : (r + 1) * size // n])
+
+    return batch_at
+
+
+def _loss(talks: Chat, how: tuning.TrainConfig, weights: Callable[..., dict[str, Tensor]]) -> train.LossSum:
+    skeleton = hub.checkpointed(talks.skeleton) if how.checkpoint else talks.skeleton
+    return lambda p, batch: (*chat.loss_sum(talks, skeleton, weights(p, train=True), batch, logits=how.logits), train.Aux())
+
+
+# The registry ---------------------------------------------------------------------------------------------------------------------------
+def make_registry(cfg: Config, held: Sequence[Conversation], folder: Path, log: Callable[[str], None] = print) -> Path:
+    """Fit or open the embedder, and write the registry with a vector for each adapter of `folder`/adapters."""
+    samples = {task: [c for c in held if c.extra["task"] == task] for task in _tasks(held)}
+    categories = {task: str(of[0].extra.get(cfg.data.category, "")) for task, of in samples.items()}
+    return build_registry(
+        folder / "registry.toml",
+        {task: f"adapters/{task}" for task in samples},
+        samples,
+        cfg.embed,
+        base=cfg.model.name or "model",
+        categories=categories,
+        m=cfg.pool.samples,
+        retriever_cfg=cfg.retriever,
+        seed=cfg.seed,
+        log=log,
+    )
+
+
+def build_registry(
+    path: Path,
+    paths: dict[str, str],
+    samples: dict[str, list[Conversation]],
+    cfg: embed.EmbedConfig,
+    *,
+    base: str = "",
+    categories: dict[str, str] | None = None,
+    m: int = 20,
+    retriever_cfg: retriever.RetrieverConfig | None = None,
+    seed: int = 0,
+    log: Callable[[str], None] = print,
+) -> Path:
+    """A registry of adapters, from samples of what each was trained on.
+
+    Args:
+        paths: {adapter: its folder, relative to the registry's}.
+        samples: {adapter: conversations of its training split}; `m` of them, drawn at random, are embedded.
+        cfg: "local" is fitted on these samples; anything else is opened.
+        retriever_cfg: with steps, a map on the embeddings is trained to bring samples of one adapter together.
+    Raises:
+        ValueError: an adapter without samples, or none at all.
+    """
+    if missing := [name for name in paths if not samples.get(name)]:
+        raise ValueError(f"{path}: no samples for {', '.join(missing)}; every adapter needs some of what it was trained on")
+    chosen = {name: drawn(samples[name], m, seed + i) for i, name in enumerate(paths)}
+    queries = [query_of(c) for of in chosen.values() for c in of]
+    texts, pictures = [q[0] for q in queries], [q[1] for q in queries]
+    made = embed.fit_local(cfg, texts, pictures) if cfg.kind == "local" else embed.open_embedder(cfg)
+    vectors, tasks = embed.embed(made, texts, pictures), [name for name, of in chosen.items() for _ in of]
+    if retriever_cfg is not None and retriever_cfg.steps:
+        made = embed.with_head(made, retriever.train_retriever(retriever_cfg, vectors, tasks))
+        vectors = embed.embed(made, texts, pictures)
+    embed.save_embedder(made, path.parent / "embedder")
+    registry.write_registry(path.with_suffix(".part.toml"), Registry(base=base, embedder="embedder"))
+    part = path.with_suffix(".part.toml")
+    for name, folder in paths.items():
+        mean = retrieve.adapter_vector(vectors[[i for i, t in enumerate(tasks) if t == name]])
+        about = Record(
+            name=name,
+            path=folder,
+            vector=f"vectors/{name}.npy",
+            category=(categories or {}).get(name, ""),
+            samples=len(chosen[name]),
+            embedder=made.name,
+        )
+        registry.add(part, about, mean)
+    part.rename(path)
+    log(f"registry of {len(paths)} adapters: {path}; vectors by {made.name}")
+    return path
+
+
+def drawn(samples: Sequence[Conversation], m: int, seed: int) -> list[Conversation]:
+    """`m` of the samples at random, or all of them where there are no more."""
+    picked = torch.randperm(len(samples), generator=Generator().manual_seed(seed))[:m]
+    return [samples[i] for i in sorted(picked.tolist())]
+
+
+def query_of(conversation: Conversation) -> tuple[str, tuple[Path, ...]]:
+    """What is embedded of a conversation: the user's first text, and its images."""
+    first = next(m["content"] for m in conversation.messages if m["role"] == "user")
+    return first, conversation.images[: first.count("<image>")]
+
+
+def _tasks(held: Sequence[Conversation]) -> list[str]:
+    return sorted({c.extra["task"] for c in held})
+
+
+def _device(cfg: Config) -> torch.device:
+    how = cfg.train or cfg.base
+    return train.device(how.device if how else "auto")
+
+
+# Evaluation -----------------------------------------------------------------------------------------------------------------------------
+def assess(model: Model, params: Tree, means: Tree, folder: Path, experiment: str) -> tuple[list[Result], Path]:
+    """Score every mode on the test conversations; see `adapters_report`."""
+    return adapters_report.assess(model, params["model"], read(model.cfg, "test"), folder, experiment)
+
+
+# Before a run ---------------------------------------------------------------------------------------------------------------------------
+def labels(cfg: Config, folder: Path, number: int = 0) -> str:
+    """One training conversation of an adapter as the model gets it, the trained tokens marked."""
+    held = read(cfg, "train")
+    if not 0 <= number < len(held):
+        raise ValueError(f"labels: sample must be below {len(held)}, got {number}")
+    general = read_general(cfg, "train") if cfg.base else []
+    texts = [m["content"] for c in (*general, *held) for m in c.messages]
+    model, _ = adapters.init(cfg, folder, texts, device=torch.device("meta"))
+    return conversations.show(model.chat.tokenizer, chat.encode(model.chat, held[number : number + 1]).samples[0])

@@ -1,0 +1,205 @@
+"""The answers that adapters is judged by: every turn of the test conversations, in every mode, in and out of domain; resumable."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import evolve, frozen
+from torch import Tensor
+
+from medvl import answers, chat, config, embed, experts
+from medvl.data import registry
+from medvl.data.conversation_files import Conversation
+from medvl.experts import Experts, Mode
+from medvl.progress import Line, resumed
+from medvl.retrieve import Retrieved
+from medvl.systems.adapters import Config
+
+_log = logging.getLogger("medvl")
+
+
+@frozen(kw_only=True)
+class Step:
+    """One question: a turn of the assistant with all that stands before it."""
+
+    talk: Conversation  # ends with the written answer
+    task: str
+    category: str
+    episode: str
+    turn: int  # of the episode's conversation, from 0
+
+    @property
+    def gold(self) -> str:
+        """The written answer."""
+        return self.talk.messages[-1]["content"]
+
+    @property
+    def query(self) -> tuple[str, tuple[Path, ...]]:
+        """What adapters are found by: the question; its images, or those of earlier turns where it has none."""
+        asked = self.talk.messages[-2]["content"]
+        return asked, self.talk.images[len(self.talk.images) - asked.count("<image>") :] if "<image>" in asked else self.talk.images
+
+
+@frozen(kw_only=True)
+class Run:
+    """One column of the table: a mode, in or out of domain, with k adapters."""
+
+    mode: Mode
+    domain: str
+    k: int
+
+    def name(self, cfg: Config) -> str:
+        return f"{self.mode}{f' of {self.k}' if self.k != cfg.retrieve.k else ''}"
+
+
+def steps_of(held: Sequence[Conversation], cfg: Config) -> list[Step]:
+    """Every turn of the assistant as a step; conversations without an episode are one each."""
+    found, taken = list[Step](), dict[str, int]()
+    for c in held:
+        task = str(c.extra["task"])
+        taken[task] = taken.get(task, 0) + 1
+        if cfg.evaluate.limit and taken[task] > cfg.evaluate.limit:
+            continue
+        episode = str(c.extra.get("episode_id") or c.id or f"line {c.line}")
+        about: dict[str, Any] = {"task": task, "category": str(c.extra.get(cfg.data.category, "")), "episode": f"{task}: {episode}"}
+        ends = [i for i, m in enumerate(c.messages) if m["role"] == "assistant"]
+        for turn, i in enumerate(ends):
+            said = c.messages[: i + 1]
+            seen = sum(m["content"].count("<image>") for m in said)
+            found.append(Step(talk=evolve(c, messages=said, images=c.images[:seen]), turn=turn, **about))
+    return found
+
+
+def runs_of(cfg: Config) -> list[Run]:
+    """What is run; modes that know no domain are run once."""
+    found, k = list[Run](), cfg.retrieve.k
+    for mode in cfg.evaluate.modes:
+        domains = cfg.evaluate.domains[:1] if mode in ("bare", "oracle") else cfg.evaluate.domains
+        found += [Run(mode=mode, domain=d, k=k) for d in domains]
+    found += [Run(mode="mixture", domain=d, k=n) for d in cfg.evaluate.domains for n in cfg.evaluate.by_k if n != k]
+    return found
+
+
+def queries_of(of: Experts, steps: Sequence[Step], cfg: Config) -> Tensor:
+    """The embedding of every step, or of the first step of its episode, float32 [n, d]; nan where nothing can be embedded (a warning says so)."""
+    first = dict[str, int]()
+    place = [first.setdefault(s.episode, i) if cfg.evaluate.per == "episode" else i for i, s in enumerate(steps)]
+    asked = {i: n for n, i in enumerate(sorted({*place}))}
+    if of.embedder is None:
+        raise ValueError("the registry has vectors but no embedder, so questions have none; `invoke adapters build` fits one")
+    vectors = _embedded(of.embedder, [steps[i].query for i in asked])
+    if lost := int(vectors.isnan().any(1).sum()):
+        _log.warning("%d of %d questions have no word that the embedder knows and no image: the bare model answers them", lost, len(asked))
+    return vectors[[asked[i] for i in place]]
+
+
+def _embedded(maker: embed.Embedder, queries: Sequence[tuple[str, tuple[Path, ...]]]) -> Tensor:
+    try:
+        return embed.embed(maker, [q[0] for q in queries], [q[1] for q in queries])
+    except embed.Nothing as e:
+        rows = [i for i in range(len(queries)) if i not in e.rows]
+        if not rows:
+            raise
+        known = embed.embed(maker, [queries[i][0] for i in rows], [queries[i][1] for i in rows])
+        return torch.full((len(queries), known.shape[1]), torch.nan).index_copy(0, torch.tensor(rows), known)
+
+
+def chosen(run: Run, of: Experts, steps: Sequence[Step], queries: Tensor, cfg: Config) -> Retrieved:
+    """Which adapters each step gets; out of domain not its own."""
+    own = torch.tensor([of.names.index(s.task) if s.task in of.names else -1 for s in steps])
+    barred = (
+        torch.arange(len(of.names)) == own[:, None] if run.domain == "out" else torch.zeros(len(steps), len(of.names), dtype=torch.bool)
+    )
+    lost = queries.isnan().any(1)
+    safe = queries.masked_fill(lost[:, None], 1.0)  # nothing is chosen for them
+    return experts.choose(run.mode, evolve(cfg.retrieve, k=run.k), safe, of.vectors, own=own, exclude=barred | lost[:, None])
+
+
+def answer_all(of: Experts, steps: Sequence[Step], found: Retrieved, mode: Mode, cfg: Config, path: Path) -> list[Line]:
+    """A line for each step: the answer, whether it is right, or why there is none (which counts as wrong); in the order of the steps.
+
+    Raises:
+        ValueError: no step at all could be answered.
+    """
+    said = dict[int, str]()
+    same = answers.same_answer if cfg.evaluate.rule == "strict" else answers.same_by_tfidf
+
+    def work(rows: Sequence[int]) -> list[Line]:
+        lines = []
+        for row, (text, error) in zip(
+            rows, _tried(of, [_asked(steps, i, said, cfg) for i in rows], _of(found, rows), mode, cfg), strict=True
+        ):
+            said[row] = text
+            line: Line = {"episode": steps[row].episode, "task": steps[row].task, "answer": text, "gold": steps[row].gold}
+            names = {
+                of.names[i]: round(w, 4) for i, w in zip(*(t[row].tolist() for t in (found.indices, found.weights)), strict=True) if i >= 0
+            }
+            lines.append(
+                line | {"right": not error and same(text, steps[row].gold), "adapters": names} | ({"error": error} if error else {})
+            )
+        return lines
+
+    rounds = [[i for i, s in enumerate(steps) if s.turn == t] for t in range(max(s.turn for s in steps) + 1)]
+    rounds = rounds if cfg.evaluate.history == "own" else [list(range(len(steps)))]
+    size = cfg.evaluate.batch
+    batches = [r[i : i + size] for r in rounds for i in range(0, len(r), size)]
+    kept = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    said |= {line["row"]: line["answer"] for raw in kept if raw.endswith("\n") for line in [json.loads(raw)]}
+    lines = sorted(resumed(path, batches, work, title=path.stem.rpartition("-")[0]), key=lambda line: line["row"])
+    if all("error" in line for line in lines):
+        raise ValueError(f"{path.stem}: none of {len(lines)} questions could be answered; the first: {lines[0]['error']}")
+    return lines
+
+
+def _asked(steps: Sequence[Step], i: int, said: dict[int, str], cfg: Config) -> Conversation:
+    """The conversation before answer i, with the written answers of earlier turns or the model's own."""
+    talk = steps[i].talk
+    if cfg.evaluate.history == "given":
+        return talk
+    own = iter([said[j] for j, s in enumerate(steps[:i]) if s.episode == steps[i].episode and s.talk.line == talk.line])
+    last = len(talk.messages) - 1
+    return evolve(
+        talk,
+        messages=tuple(m | {"content": next(own)} if m["role"] == "assistant" and n < last else m for n, m in enumerate(talk.messages)),
+    )
+
+
+def _tried(of: Experts, talks: Sequence[Conversation], found: Retrieved, mode: Mode, cfg: Config) -> list[tuple[str, str]]:
+    """(answer, error) of each; where a batch fails, its rows are tried one by one, so that only the faulty one is lost."""
+    try:
+        data = chat.encode(of.chat, talks, prompt=True)
+        return [(text, "") for text in experts.answers(of, data, range(len(talks)), found, mode, cfg.evaluate.max_tokens)]
+    except (ValueError, FloatingPointError) as e:
+        if len(talks) == 1:
+            _log.warning("not answered, counts as wrong: %s", e)
+            return [("", str(e))]
+        return [_tried(of, [t], _of(found, [i]), mode, cfg)[0] for i, t in enumerate(talks)]
+
+
+def _of(found: Retrieved, rows: Sequence[int]) -> Retrieved:
+    rows = list(rows)
+    return Retrieved(
+        indices=found.indices[rows], similarity=found.similarity[rows], weights=found.weights[rows], abstained=found.abstained[rows]
+    )
+
+
+def stamp(cfg: Config, path: Path, steps: Sequence[Step]) -> str:
+    """Eight hex digits of all that decides answers beside mode, domain and k."""
+    whole = hashlib.sha256()
+    parts: list[Any] = [cfg.model, cfg.chat, cfg.base, cfg.retrieve, cfg.fusion, cfg.embed, cfg.retriever]
+    parts += [(cfg.seed, cfg.evaluate.history, cfg.evaluate.per, cfg.evaluate.rule, cfg.evaluate.max_tokens, cfg.evaluate.batch)]
+    whole.update(json.dumps([config.unstructure(p) for p in parts], sort_keys=True, default=str).encode())
+    for s in steps:
+        images = [(p.name, p.stat().st_size) for p in s.talk.images]
+        whole.update(json.dumps([s.talk.messages, images, s.task, s.episode], ensure_ascii=False).encode())
+    held = registry.read_registry(path)
+    folders = [r.path for r in held.adapters] + ([held.embedder] if held.embedder else [])
+    kept = [path, *(path.parent / r.vector for r in held.adapters)]
+    kept += [p for folder in folders for p in sorted((path.parent / folder).iterdir()) if p.suffix in (".safetensors", ".bin", ".json")]
+    for file in kept:
+        whole.update(file.read_bytes())
+    return whole.hexdigest()[:8]

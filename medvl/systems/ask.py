@@ -1,0 +1,152 @@
+"""What `invoke ask` and `invoke adapters` do: a registry made, looked at, and asked."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from attrs import asdict, frozen
+
+from medvl import config, embed, experts, report, results, retrieve, train
+from medvl.adapter_files import read_adapter
+from medvl.chat import ChatConfig
+from medvl.checkpoints import find, read_json
+from medvl.data import registry
+from medvl.data.conversation_files import read_conversations
+from medvl.data.registry import Record
+from medvl.embed import EmbedConfig
+from medvl.experts import FusionConfig, HoldConfig, Mode
+from medvl.retrieve import RetrieveConfig
+from medvl.systems.adapters_run import build_registry, drawn, query_of
+
+ACTIONS = ("build", "add", "list", "show")
+
+
+@frozen(kw_only=True)
+class AskConfig:
+    """Settings of one question."""
+
+    dtype: str = "bfloat16"
+    quantize: str = "none"
+    chat: ChatConfig = ChatConfig()
+    retrieve: RetrieveConfig = RetrieveConfig()
+    fusion: FusionConfig = FusionConfig()
+    hold: HoldConfig = HoldConfig()
+    device: str = "auto"
+    max_tokens: int = 256
+
+
+def ask(
+    path: str, question: str, images: Sequence[str], mode: Mode, k: int, own: str, base: str, max_tokens: int, overrides: Sequence[str]
+) -> None:
+    """Print an answer and which adapters gave it."""
+    raw = {"retrieve": {"k": k}, "max_tokens": max_tokens}
+    cfg = config.structure(config.override(raw, tuple(overrides), "ask"), AskConfig, "ask")
+    how = {"dtype": cfg.dtype, "quantize": cfg.quantize, "cfg": cfg.chat, "fusion": cfg.fusion, "hold": cfg.hold}
+    of = experts.open_experts(path, base=base, device=train.device(cfg.device), **how)  # type: ignore[arg-type]
+    said = experts.ask(of, question, images, mode=mode, cfg=cfg.retrieve, own=own, max_tokens=cfg.max_tokens)
+    print(said.text)
+    print()
+    rows = [(name, similarity, weight) for name, similarity, weight in said.adapters]
+    print(results.markdown_table(("Adapter", "Similarity", "Weight"), rows) if rows else "no adapter: the bare model answered")
+    print(report.NOTICE)
+
+
+def manage(
+    action: str,
+    path: str,
+    folder: str,
+    samples: str,
+    name: str,
+    vector: str,
+    description: str,
+    category: str,
+    embedder: str,
+    overrides: Sequence[str],
+) -> None:
+    """Do what `action` says with the registry at `path`, and print the result.
+
+    Raises:
+        ValueError: an unknown action, a missing or superfluous argument, and what the registry refuses.
+    """
+    if action == "build":
+        _build(Path(path), folder, samples, embedder, overrides)
+    elif action == "add":
+        _add(Path(path), folder, samples, name, vector, description, category)
+    elif action not in ACTIONS:
+        raise ValueError(f"adapters: the action must be one of {', '.join(ACTIONS)}, got {action!r}")
+    print(_list(path) if action != "show" else _show(path, name))
+
+
+def _build(path: Path, folder: str, samples: str, embedder: str, overrides: Sequence[str]) -> None:
+    if path.exists():
+        raise ValueError(f"adapters build: {path} is there; remove it, or add to it")
+    if "{task}" not in folder or "{task}" not in samples:
+        raise ValueError(f"adapters build: path and samples must hold {{task}}, got {folder!r} and {samples!r}; e.g. 'adapters/{{task}}'")
+    before, _, after = folder.partition("{task}")
+    inside = sorted(Path(before or ".").iterdir()) if Path(before or ".").is_dir() else []
+    found = {p.name: p for p in inside if (p / after.strip("/") / "adapter_config.json").is_file()}
+    if not found:
+        raise ValueError(f"adapters build: no folder {folder} with an adapter_config.json")
+    cfg = config.structure(config.override({"name": embedder, "kind": _kind(embedder)}, tuple(overrides), "build"), EmbedConfig, "build")
+    places = {n: os.path.relpath(p / after.strip("/"), path.parent) for n, p in found.items()}
+    build_registry(path, places, {n: read_conversations(samples.replace("{task}", n)) for n in found}, cfg)
+
+
+def _add(path: Path, folder: str, samples: str, name: str, vector: str, description: str, category: str) -> None:
+    if not name or not folder or bool(samples) == bool(vector):
+        raise ValueError("adapters add: needs name, path (the adapter's folder), and either samples (JSONL) or vector (.npy)")
+    held = registry.read_registry(path) if path.exists() else registry.Registry()
+    if vector:
+        mean, count, made = np.load(vector, allow_pickle=False), 0, ""
+    elif not held.embedder:
+        raise ValueError(f"adapters add: {path} has no embedder, so samples cannot be embedded; give vector, or build the registry")
+    else:
+        maker = embed.read_embedder(path.parent / held.embedder)
+        chosen = drawn(read_conversations(samples), 20, 0)
+        vectors = embed.embed(maker, [query_of(c)[0] for c in chosen], [query_of(c)[1] for c in chosen])
+        mean, count, made = retrieve.adapter_vector(vectors).numpy(), len(chosen), maker.name
+    about = Record(
+        name=name,
+        path=os.path.relpath(folder, path.parent),
+        vector=f"vectors/{name}.npy",
+        description=description,
+        category=category,
+        samples=count,
+        embedder=made,
+    )
+    registry.add(path, about, mean)
+
+
+def _list(path: str) -> str:
+    held = registry.read_registry(path)
+    registry.check(path, held)
+    rows = []
+    for r in held.adapters:
+        adapter = read_adapter(Path(path).parent / r.path)
+        ranks = sorted({adapter.rank(m) for m in adapter.factors})
+        rows.append((r.name, r.category, "/".join(map(str, ranks)), len(adapter.factors), r.samples, r.description))
+    made = next((r.embedder for r in held.adapters if r.embedder), "an embedder that is not named")
+    head = f"base model {registry.base_of(path, held) or 'not named'}, vectors by {made}"
+    return head + "\n" + results.markdown_table(("Adapter", "Category", "Rank", "Layers", "Samples", "Description"), rows)
+
+
+def _show(path: str, name: str) -> str:
+    held = registry.read_registry(path)
+    found = {r.name: r for r in held.adapters}
+    if name not in found:
+        raise ValueError(f"adapters show: no adapter {name!r} in {path}; there are {', '.join(found)}")
+    adapter, vectors = read_adapter(Path(path).parent / found[name].path), registry.vectors(path, held)
+    near = vectors @ vectors[[*found].index(name)]
+    about = [f"{k}: {v}" for k, v in asdict(found[name]).items() if v not in ("", 0)]
+    numbers = sum(t.numel() for f in adapter.factors.values() for t in f.values())
+    about.append(f"layers: {len(adapter.factors)}, ranks {sorted({adapter.rank(m) for m in adapter.factors})}, {numbers:,} numbers")
+    rows = sorted(((n, float(v)) for n, v in zip(found, near, strict=True) if n != name), key=lambda r: -r[1])
+    return "\n".join(about) + "\n\n" + results.markdown_table(("Most like it", "Cosine"), rows[:5])
+
+
+def _kind(embedder: str) -> str:
+    """The kind of an encoder by its config: one with two towers, or of text alone."""
+    if not embedder:
+        return "local"
+    return "image_text" if "vision_config" in read_json(find(embedder, ("config.json",))) else "text"

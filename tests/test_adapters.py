@@ -1,0 +1,391 @@
+"""adapters: drawn modalities, from a record to a base model, an adapter each, a registry and the table of modes, at toy size."""
+
+import copy
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from attrs import evolve
+
+from medvl import config, experts
+from medvl.config import ConfigError
+from medvl.data import registry
+from medvl.data.conversation_files import Conversation
+from medvl.systems import adapters_report, adapters_run, adapters_score, ask, run
+from medvl.systems.adapters import Config
+
+VISION = tiny.CONFIGS["qwen2_5_vl"]
+MODEL = {
+    "model_type": "qwen2_5_vl",
+    "text_config": VISION["text_config"] | {"max_position_embeddings": 512},
+    "vision_config": VISION["vision_config"] | {"patch_size": 14, "window_size": 56},
+}
+PICTURES = {"modalities": ["ct", "xray", "fundus"], "base": 12, "base_valid": 4, "train": 4, "valid": 1, "test": 2, "size": 56}
+STAGE = {"batch": 4, "chunk": 4, "log": 1, "save": 2, "validate": 0, "checkpoint": False}
+
+
+def record(tmp_path, **change):
+    raw = {
+        "system": "adapters",
+        "model": {"config": MODEL, "dtype": "float32"},
+        "data": {
+            "source": "phantoms",
+            "folder": str(tmp_path / "data"),
+            "general": "{folder}/base_{split}.jsonl",
+            "phantoms": {
+                "modalities": ["ct", "xray", "fundus"],
+                "base": 12,
+                "base_valid": 4,
+                "train": 4,
+                "valid": 1,
+                "test": 2,
+                "size": 56,
+            },
+        },
+        "chat": {"context": 96},
+        "base": STAGE | {"stages": [{"name": "whole", "steps": 2, "lr": 1e-3, "train": ["model/.*"]}]},
+        "lora": {"rank": 2, "pattern": "all-linear", "vision": True},
+        "train": STAGE | {"stages": [{"name": "lora", "steps": 2, "lr": 0.1, "train": ["lora/.*"]}]},
+        "pool": {"samples": 6},
+        "retrieve": {"k": 2},
+        "evaluate": {"max_tokens": 4, "batch": 4, "bootstrap": 20, "by_k": [1], "recall": [1, 3]},
+    }
+    raw = copy.deepcopy(raw)
+    for key, value in change.items():
+        *parents, last = key.split("__")
+        node = raw
+        for p in parents:
+            node = node.setdefault(p, {})
+        node[last] = value
+    return raw
+
+
+def build(raw):
+    return config.structure(raw, Config, "test")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(place, run folder, results) of a whole run."""
+    place = tmp_path_factory.mktemp("adapters")
+    (place / "toy.json").write_text(json.dumps(record(place)))
+    before, run.RUNS = run.RUNS, place / "runs"
+    rows = run.run(str(place / "toy.json"), log=lambda _: None)
+    run.RUNS = before
+    (folder,) = (place / "runs").iterdir()
+    return place, folder, rows
+
+
+# A run ----------------------------------------------------------------------------------------------------------------------------------
+def test_a_run_from_pictures_to_a_table(trained):
+    _, folder, rows = trained
+    assert sorted(p.name for p in (folder / "adapters").iterdir()) == ["ct", "fundus", "xray"]
+    held = registry.read_registry(folder / "registry.toml")
+    assert [(r.name, r.category, r.samples) for r in held.adapters] == [
+        ("ct", "radiology", 6),
+        ("fundus", "ophthalmology", 6),
+        ("xray", "radiology", 6),
+    ]
+    found = {(r.subject, r.split): r for r in rows if r.what == "step_accuracy"}
+    assert {s for s, _ in found} == {"bare", "selection", "mixture", "mixture of 1", "fusion", "oracle"}
+    assert found["bare", "in domain"].value == found["bare", "out of domain"].value
+    assert all(r.n == 18 for r in found.values())
+    assert {r.n for r in rows if r.what == "episode_accuracy"} == {6}
+    page = (folder / "results/summary.md").read_text()
+    assert "Research use only, not for diagnosis" in page
+    for said in ("Step accuracy", "Episode accuracy", "mixture - bare", "Retrieval of a step's own adapter", "Step accuracy of each task"):
+        assert said in page
+    assert (folder / "results/report.html").stat().st_size > 20_000
+    lines = [json.loads(x) for x in next((folder / "results/answers").glob("mixture-out-2-*")).read_text().splitlines()]
+    assert all(line["task"] not in line["adapters"] and len(line["adapters"]) == 2 for line in lines)
+    lines = [json.loads(x) for x in next((folder / "results/answers").glob("oracle-*")).read_text().splitlines()]
+    assert all(line["adapters"] == {line["task"]: 1.0} for line in lines)
+
+
+def test_adapters_learnt_something_and_are_as_peft_reads_them(trained):
+    _, folder, _ = trained
+    model, params, _ = adapters_run.load(folder)
+    of = experts.gather(model.chat, params["model"], folder / "registry.toml")
+    experts.check_adapters(of)
+    pool = of.pool([0, 1, 2])
+    assert all(float(f["b"].abs().max()) > 0 for f in pool.factors.values())
+    about = json.loads((folder / "adapters/ct/adapter_config.json").read_text())
+    assert (about["peft_type"], about["r"], about["base_model_name_or_path"]) == ("LORA", 2, "model")
+
+
+def test_the_saved_model_is_the_trained_one(trained):
+    _, folder, _ = trained
+    model, params, _ = adapters_run.load(folder)
+    again = experts.open_experts(folder / "registry.toml", dtype="float32")
+    assert all(torch.equal(t, again.params[n]) for n, t in params["model"].items())
+    assert again.chat.eyes == model.chat.eyes
+    picture = next((folder.parent.parent / "data").rglob("test/*.png"))
+    for mode in ("bare", "selection", "mixture", "fusion"):
+        said = experts.ask(again, "How many lesions are there?", [picture], mode=mode, max_tokens=3)
+        assert len(said.adapters) == {"bare": 0, "selection": 1}.get(mode, 3)
+    said = experts.ask(again, "How many lesions are there?", [picture], mode="oracle", own="ct", max_tokens=3)
+    assert [(n, w) for n, _, w in said.adapters] == [("ct", 1.0)]
+
+
+def test_the_same_again_and_from_kept_answers(trained, monkeypatch):
+    place, folder, rows = trained
+    monkeypatch.setattr(run, "RUNS", place / "runs")
+    kept = {p.name: p.read_bytes() for p in (folder / "results/answers").iterdir()}
+    calls = []
+    monkeypatch.setattr(experts, "answers", lambda *a, **k: calls.append(a))
+    again = run.evaluate(str(place / "toy.json"), log=lambda _: None)  # from the lines that are there: no model is asked
+    assert not calls
+    assert [(r.what, r.subject, r.split, r.value, r.low) for r in again if r.low == r.low] == [
+        (r.what, r.subject, r.split, r.value, r.low) for r in rows if r.low == r.low
+    ]
+    assert {p.name: p.read_bytes() for p in (folder / "results/answers").iterdir()} == kept
+
+
+def test_answers_go_on_where_they_stopped(trained, tmp_path):
+    """Cut anywhere, also inside a line: the file ends with the same bytes."""
+    _, folder, _ = trained
+    model, params, _ = adapters_run.load(folder)
+    cfg, of = model.cfg, experts.gather(model.chat, params["model"], model.registry)
+    steps = adapters_score.steps_of(adapters_run.read(cfg, "test"), cfg)
+    found = adapters_score.chosen(
+        adapters_score.Run(mode="mixture", domain="in", k=2), of, steps, adapters_score.queries_of(of, steps, cfg), cfg
+    )
+    whole = next((folder / "results/answers").glob("mixture-in-2-*")).read_bytes()
+    gen = torch.Generator().manual_seed(0)
+    for i in range(6):
+        path = tmp_path / f"{i}.jsonl"
+        path.write_bytes(whole[: int(torch.randint(len(whole), (), generator=gen))])
+        adapters_score.answer_all(of, steps, found, "mixture", cfg, path)
+        assert path.read_bytes() == whole
+
+
+def test_an_evaluation_killed_at_random_moments(trained, tmp_path):
+    """The table is the same to the last digit (MEDVL_KILLS=10 for more than two)."""
+    place, folder, _ = trained
+    want = (folder / "results/summary.md").read_text()
+    kept = {p.name: p.read_bytes() for p in (folder / "results/answers").iterdir()}
+    for p in (folder / "results/answers").iterdir():
+        p.unlink()
+    code = f"from pathlib import Path; from medvl.systems import run; run.RUNS = Path({str(folder.parent)!r})\n"
+    code += f"run.evaluate({str(place / 'toy.json')!r}, log=lambda _: None)"
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    gen = torch.Generator().manual_seed(1)
+    for _ in range(int(os.environ.get("MEDVL_KILLS", "2"))):
+        had = sum(p.stat().st_size for p in (folder / "results/answers").iterdir())
+        work = subprocess.Popen([sys.executable, "-c", code], env=env, cwd=Path(__file__).parents[1])
+        while work.poll() is None and sum(p.stat().st_size for p in (folder / "results/answers").iterdir()) == had:
+            time.sleep(0.02)  # until it has begun to write
+        time.sleep(float(torch.rand((), generator=gen)) * 0.5)
+        work.send_signal(signal.SIGKILL)
+        work.wait()
+    subprocess.run([sys.executable, "-c", code], env=env, check=True, cwd=Path(__file__).parents[1])
+    assert {p.name: p.read_bytes() for p in (folder / "results/answers").iterdir()} == kept
+    assert (folder / "results/summary.md").read_text() == want
+
+
+# Steps ----------------------------------------------------------------------------------------------------------------------------------
+def talk(*turns, **extra):
+    roles = ("user", "assistant")
+    return Conversation(messages=tuple({"role": roles[i % 2], "content": t} for i, t in enumerate(turns)), extra={"task": "ct"} | extra)
+
+
+def test_every_turn_is_a_step(tmp_path):
+    cfg = build(record(tmp_path))
+    a, b = Path("a.png"), Path("b.png")
+    held = evolve(talk("<image>\nq1", "a1", "q2", "a2", "<image>\nq3", "a3", episode_id="7"), images=(a, b))
+    steps = adapters_score.steps_of([held, evolve(talk("q", "a"), line=4)], cfg)
+    assert [s.gold for s in steps] == ["a1", "a2", "a3", "a"]
+    assert [s.turn for s in steps] == [0, 1, 2, 0]
+    assert [s.episode for s in steps] == ["ct: 7"] * 3 + ["ct: line 4"]
+    assert [s.talk.images for s in steps] == [(a,), (a,), (a, b), ()]
+    assert [s.query for s in steps[:3]] == [("<image>\nq1", (a,)), ("q2", (a,)), ("<image>\nq3", (b,))]
+
+
+def test_its_own_answers_as_history(trained, monkeypatch, tmp_path):
+    _, folder, _ = trained
+    model, params, _ = adapters_run.load(folder)
+    cfg = evolve(model.cfg, evaluate=evolve(model.cfg.evaluate, history="own", per="episode", batch=2))
+    of = experts.gather(model.chat, params["model"], model.registry)
+    steps = adapters_score.steps_of([talk("q1", "a1", "q2", "a2", episode_id="1"), talk("r1", "b1", "r2", "b2", episode_id="2")], cfg)
+    asked = []
+
+    def answers(of, data, rows, found, mode, max_tokens):
+        asked.extend([m["content"] for m in data.conversations[i].messages[:-1]] for i in rows)
+        return [f"said {len(asked) - len(rows) + n}" for n, _ in enumerate(rows)]
+
+    monkeypatch.setattr(experts, "answers", answers)
+    found = experts.choose("selection", cfg.retrieve, torch.ones(4, of.vectors.shape[1]), of.vectors)
+    lines = adapters_score.answer_all(of, steps, found, "selection", cfg, tmp_path / "x.jsonl")
+    assert asked == [["q1"], ["r1"], ["q1", "said 0", "q2"], ["r1", "said 1", "r2"]]
+    assert [line["answer"] for line in lines] == ["said 0", "said 2", "said 1", "said 3"]
+
+
+def test_a_question_without_a_known_word_is_the_bare_models(trained, caplog):
+    _, folder, _ = trained
+    model, params, _ = adapters_run.load(folder)
+    of = experts.gather(model.chat, params["model"], model.registry)
+    steps = adapters_score.steps_of([talk("How many lesions are there?", "a", id="1"), talk("qqq zzz", "a", id="2")], model.cfg)
+    queries = adapters_score.queries_of(of, steps, model.cfg)
+    assert "1 of 2 questions have no word that the embedder knows" in caplog.text
+    found = adapters_score.chosen(adapters_score.Run(mode="mixture", domain="in", k=2), of, steps, queries, model.cfg)
+    assert found.abstained.tolist() == [False, True]
+    assert found.weights.sum(1).tolist() == [1.0, 0.0]
+    with pytest.raises(ValueError, match="nothing to embed"):
+        adapters_score.queries_of(of, steps[1:], model.cfg)
+
+
+def test_one_step_that_fails_is_one_that_is_wrong(trained, tmp_path, caplog):
+    _, folder, _ = trained
+    model, params, _ = adapters_run.load(folder)
+    of = experts.gather(model.chat, params["model"], model.registry)
+    steps = adapters_score.steps_of([talk("q", "a", id="1"), talk("word " * 600, "a", id="2"), talk("q", "a", id="3")], model.cfg)
+    found = experts.choose("bare", model.cfg.retrieve, torch.ones(3, of.vectors.shape[1]), of.vectors)
+    lines = adapters_score.answer_all(of, steps, found, "bare", model.cfg, tmp_path / "x.jsonl")
+    assert [("error" in line) for line in lines] == [False, True, False]
+    assert "positions" in lines[1]["error"]
+    assert not lines[1]["right"]
+    assert "counts as wrong" in caplog.text
+    with pytest.raises(ValueError, match="none of 1 questions could be answered"):
+        adapters_score.answer_all(of, steps[1:2], adapters_score._of(found, [1]), "bare", model.cfg, tmp_path / "y.jsonl")
+
+
+# Tasks ----------------------------------------------------------------------------------------------------------------------------------
+def test_a_registry_built_from_a_folder(trained, tmp_path, capsys):
+    place, folder, _ = trained
+    held = [json.loads(x) for x in next((place / "data").rglob("train.jsonl")).read_text().splitlines()]
+    root = next((place / "data").rglob("train.jsonl")).parent
+    for task in ("ct", "xray", "fundus"):
+        own = [x | {"images": [str(root / i) for i in x["images"]]} for x in held if x["task"] == task]
+        (tmp_path / f"{task}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in own))
+    new = str(tmp_path / "new.toml")
+    ask.manage("build", new, str(folder / "adapters/{task}"), str(tmp_path / "{task}.jsonl"), "", "", "", "", "", ("dims=8",))
+    said = capsys.readouterr().out
+    assert re.search(r"\| xray +\| +\| 2 \|", said) or "xray" in said
+    ask.manage("add", new, str(folder / "adapters/ct"), str(tmp_path / "ct.jsonl"), "ct again", "", "the same", "radiology", "", ())
+    ask.manage("show", new, "", "", "ct again", "", "", "", "", ())
+    said = capsys.readouterr().out
+    assert "category: radiology" in said
+    assert re.search(r"\| ct \| 0\.9|\| ct \| 1\.0", said)
+    picture = next((place / "data").rglob("test/*.png"))
+    ask.ask(new, "Where is the lesion?", [str(picture)], "mixture", 2, "", str(folder / "model"), 3, ('dtype="float32"',))
+    said = capsys.readouterr().out
+    assert "Similarity" in said
+    assert "Research use only, not for diagnosis" in said
+
+
+def test_the_environment_of_other_tools_becomes_part_of_the_record(tmp_path, monkeypatch):
+    (tmp_path / "toy.toml").write_text('system = "adapters"\n[model]\nname = "x"\n[pool]\nregistry = "r.toml"\n')
+    monkeypatch.setenv("MAX_PIXELS", "100000")
+    monkeypatch.setenv("MAX_NUM", "12")
+    cfg, _ = run.resolve(str(tmp_path / "toy.toml"))
+    assert (cfg.chat.max_pixels, cfg.chat.max_images) == (100000, 12)
+    cfg, _ = run.resolve(str(tmp_path / "toy.toml"), ("chat.max_pixels=5000",))
+    assert cfg.chat.max_pixels == 5000
+
+
+# What is refused ------------------------------------------------------------------------------------------------------------------------
+ONE = {"name": "x", "steps": 1, "lr": 1.0}
+BAD = {
+    "neither adapters nor training": ({"train": None}, "either pool.registry names adapters that are there, or"),
+    "both": ({"pool__registry": "r.toml"}, "either pool.registry names adapters that are there, or"),
+    "an adapter in the base": ({"base__stages": [ONE | {"train": ["lora/.*"]}]}, "base.stages train the model"),
+    "the model in the adapters": ({"train__stages": [ONE | {"train": ["model/.*"]}]}, "train.stages train adapters"),
+    "own history by turn": ({"evaluate__history": "own"}, 'goes with evaluate.per = "episode"'),
+    "an unknown mode": ({"evaluate__modes": ["bare", "blend"]}, "blend"),
+    "an unknown domain": ({"evaluate__domains": ["inside"]}, "inside"),
+    "recall at 0": ({"evaluate__recall": [0]}, "k >= 1"),
+    "no modes": ({"evaluate__modes": []}, "needs modes"),
+    "an unknown key": ({"evaluate__mode": "bare"}, "mode"),
+    "an unknown rule": ({"fusion__rule": "blend"}, "blend"),
+    "k as a word": ({"retrieve__k": "three"}, "k"),
+    "a weighting": ({"retrieve__weighting": "best"}, "best"),
+    "an embedder of its own": ({"embed__kind": "jina"}, "jina"),
+    "a text embedder without a name": ({"embed__kind": "text"}, "need a name"),
+    "a modality": ({"data__phantoms": {"modalities": ["pet"]}}, "pet"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_records(tmp_path, change, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        build(record(tmp_path, **change))
+
+
+REFUSED = {
+    "an action": (("bake", "r.toml"), "the action must be one of build, add, list, show, got 'bake'"),
+    "a registry that is not there": (("list", "nowhere.toml"), "nowhere.toml"),
+    "build without {task}": (("build", "new.toml", "adapters", "x.jsonl"), "must hold {task}"),
+    "build of nothing": (("build", "new.toml", "{tmp}/none/{task}", "{tmp}/{task}.jsonl"), "none"),
+    "add without a name": (("add", "r.toml", "x", "y.jsonl"), "needs name, path"),
+    "show of another": (("show", "{run}/registry.toml", "", "", "pet"), "no adapter 'pet'"),
+    "add of a taken name": (("add", "{run}/registry.toml", "{run}/adapters/ct", "", "ct", "{run}/vectors/ct.npy"), "'ct' is there 2 times"),
+    "add of no adapter": (("add", "{run}/registry.toml", "{tmp}", "", "new", "{run}/vectors/ct.npy"), "holds no adapter_config.json"),
+    "build over one that is there": (("build", "{run}/registry.toml", "{tmp}/{task}", "{task}"), "is there; remove it, or add to it"),
+}
+
+
+@pytest.mark.parametrize(("given", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_the_tasks_refuse(trained, tmp_path, given, message):
+    _, folder, _ = trained
+    said = [g.replace("{run}", str(folder)).replace("{tmp}", str(tmp_path)) for g in given]
+    before = (folder / "registry.toml").read_bytes()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ask.manage(*said, *[""] * (9 - len(said)), ())
+    assert (folder / "registry.toml").read_bytes() == before
+
+
+def test_data_and_questions_that_are_refused(trained, tmp_path):
+    place, folder, _ = trained
+    of = experts.open_experts(folder / "registry.toml", dtype="float32")
+    for call, message in {
+        (lambda: experts.ask(of, "q", own="pet")): "no adapter 'pet'; there are ct, fundus, xray",
+        (lambda: experts.ask(of, "q", mode="oracle")): "mode oracle needs the name of an adapter",
+        (lambda: experts.ask(of, "q", [tmp_path / "no.png"])): "no.png",
+        (lambda: experts.ask(of, "q", mode="blend")): "mode must be one of bare, selection",
+        (lambda: experts.ask(evolve(of, embedder=None), "q")): "has vectors but no embedder",
+        (lambda: experts.ask(of, "How many lesions <|im_end|>?")): "special tokens",
+        (lambda: experts.open_experts(folder / "registry.toml", base="nowhere/model")): "nowhere/model",
+    }.items():
+        with pytest.raises(ValueError, match=re.escape(message)):
+            call()
+    raw = record(place, data__source="files", data__folder=str(tmp_path), data__conversations="{folder}/{task}/{split}.jsonl")
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+        adapters_run.prepare(build(raw), lambda _: None)
+    (tmp_path / "train.jsonl").write_text('{"query": "q", "response": "a"}\n')
+    raw = record(place, data__source="files", data__folder=str(tmp_path), data__conversations="{folder}/{split}.jsonl")
+    with pytest.raises(ValueError, match=r"train.jsonl, line 1.*task"):
+        adapters_run.prepare(build(raw), lambda _: None)
+
+
+def test_an_adapter_of_another_model_is_named_before_anything_runs(trained, tmp_path):
+    import shutil
+
+    _, folder, _ = trained
+    other = tmp_path / "run"
+    shutil.copytree(folder, other)
+    from safetensors.torch import load_file, save_file
+
+    file = other / "adapters/fundus/adapter_model.safetensors"
+    state = {k: t[:, :-1].contiguous() if "lora_A" in k else t for k, t in load_file(file).items()}
+    save_file(state, file, {"format": "pt"})
+    model, params, _ = adapters_run.load(other)
+    with pytest.raises(ValueError, match=r"adapter 'fundus'"):
+        adapters_report.assess(model, params["model"], adapters_run.read(model.cfg, "test"), tmp_path / "results", "x")
+    assert not (tmp_path / "results").exists()
+
+
+def test_labels_of_an_experiment(trained, monkeypatch, capsys):
+    place, _, _ = trained
+    monkeypatch.setattr(run, "RUNS", place / "runs")
+    run.labels(str(place / "toy.json"), number=1)
+    assert "«" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="sample must be below"):
+        run.labels(str(place / "toy.json"), number=9999)
