@@ -85,7 +85,7 @@ def runs_of(cfg: Config) -> list[Run]:
 
 
 def queries_of(of: Experts, steps: Sequence[Step], cfg: Config) -> Tensor:
-    """The embedding of every step, or of the first step of its episode, float32 [n, d]; nan where nothing can be embedded (a warning says so)."""
+    """Embeddings of the steps, or of the first of their episodes, float32 [n, d]; nan where there is nothing to embed (it warns)."""
     first = dict[str, int]()
     place = [first.setdefault(s.episode, i) if cfg.evaluate.per == "episode" else i for i, s in enumerate(steps)]
     asked = {i: n for n, i in enumerate(sorted({*place}))}
@@ -111,9 +111,7 @@ def _embedded(maker: embed.Embedder, queries: Sequence[tuple[str, tuple[Path, ..
 def chosen(run: Run, of: Experts, steps: Sequence[Step], queries: Tensor, cfg: Config) -> Retrieved:
     """Which adapters each step gets; out of domain not its own."""
     own = torch.tensor([of.names.index(s.task) if s.task in of.names else -1 for s in steps])
-    barred = (
-        torch.arange(len(of.names)) == own[:, None] if run.domain == "out" else torch.zeros(len(steps), len(of.names), dtype=torch.bool)
-    )
+    barred = (torch.arange(len(of.names)) == own[:, None]) & (run.domain == "out")
     lost = queries.isnan().any(1)
     safe = queries.masked_fill(lost[:, None], 1.0)  # nothing is chosen for them
     return experts.choose(run.mode, evolve(cfg.retrieve, k=run.k), safe, of.vectors, own=own, exclude=barred | lost[:, None])
