@@ -61,9 +61,16 @@ def test_general_answers_are_what_was_drawn(folder):
         for line in _lines(folder, split):
             case, answer = _case(line, split), line["messages"][1]["content"]
             mark = pm.MARKS[case.modality][case.kind]
-            look = ("Bright" if mark.bright else "Dark") + (" and sharp." if mark.sharp else " and soft.")
-            expected = {"count": ("One.", "Two.", "Three.")[case.n - 1], "side": case.side.capitalize() + ".", "kind": look}
-            assert answer == expected.get(line["family"], pm.NAMES[case.modality])
+            look = ("Bright" if mark.bright else "Dark") + (" and sharp" if mark.sharp else " and soft")
+            count, name = ("One", "Two", "Three")[case.n - 1], pm.NAMES[case.modality]
+            expected = {"count": f"{count}.", "side": case.side.capitalize() + ".", "kind": f"{look}."}
+            marks = "mark" if case.n == 1 else "marks"
+            expected["describe"] = f"{name}. {count} {marks}, {look.lower()}, on the {case.side}."
+            if line["family"] == "terms":
+                own = [pm.own_answer(f, case) for f in pm.FAMILIES]
+                assert all(o.rstrip(".").lower() in answer.lower() for o in own)
+            else:
+                assert answer == expected[line["family"]]
 
 
 def test_conventions_differ():

@@ -14,7 +14,7 @@ from medvl.data.phantom_styles import MARKS
 
 MODALITIES = tuple(MARKS)
 SPLITS = ("base_train", "base_valid", "train", "valid", "test")
-FAMILIES = ("count", "side", "kind")  # of a modality's own questions; the general ones also ask for the "modality"
+FAMILIES = ("count", "side", "kind")  # of a modality's own questions; the general ones also ask to "describe" and for "terms"
 SIDES = ("left", "right")  # as the viewer sees them
 _APART = 0.185  # of a side, between the centres of two marks
 _NUMBERS = ("One", "Two", "Three")
@@ -112,7 +112,7 @@ def talk(cfg: ModalityConfig, split: str, case: Case, number: int) -> Iterator[t
     """(family, question, answer): a general one of the base splits, else one of every family in the modality's own words."""
     gen = _gen(cfg, 2, split, case.modality, number)
     if split.startswith("base"):
-        family = list(GENERAL)[gen.integers(len(GENERAL))]
+        family = str(gen.choice(list(GENERAL), p=_SHARES))
         yield family, str(gen.choice(GENERAL[family])), general_answer(family, case)
         return
     for family in FAMILIES:
@@ -121,12 +121,16 @@ def talk(cfg: ModalityConfig, split: str, case: Case, number: int) -> Iterator[t
 
 
 def general_answer(family: str, case: Case) -> str:
-    """In words that fit every picture, sides as the viewer sees them."""
-    if family == "modality":
-        return NAMES[case.modality]
-    mark = MARKS[case.modality][case.kind]
-    look = f"{'Bright' if mark.bright else 'Dark'} and {'sharp' if mark.sharp else 'soft'}."
-    return {"count": f"{_NUMBERS[case.n - 1]}.", "side": f"{case.side.capitalize()}.", "kind": look}[family]
+    """In words that fit every picture, sides as the viewer sees them; only "terms" tells the words of the picture's modality."""
+    mark, speech, name = MARKS[case.modality][case.kind], SPEECH[case.modality], NAMES[case.modality]
+    count, look = _NUMBERS[case.n - 1], f"{'bright' if mark.bright else 'dark'} and {'sharp' if mark.sharp else 'soft'}"
+    return {
+        "describe": f"{name}. {count} mark{'s' * (case.n > 1)}, {look}, on the {case.side}.",
+        "terms": f"{name}: {' or '.join(MARKS[case.modality])}. {' '.join(speech.sides)} {' '.join(speech.counts)}",
+        "count": f"{count}.",
+        "side": f"{case.side.capitalize()}.",
+        "kind": f"{look.capitalize()}.",
+    }[family]
 
 
 def own_answer(family: str, case: Case) -> str:
@@ -165,14 +169,14 @@ class Speech:
 
 
 NAMES = {
-    "ct": "A CT.",
-    "xray": "An X-ray.",
-    "mri": "An MRI.",
-    "ultrasound": "An ultrasound.",
-    "histology": "A histology slide.",
-    "fundus": "A fundus photograph.",
-    "dermoscopy": "A dermoscopy picture.",
-    "endoscopy": "An endoscopy picture.",
+    "ct": "A CT",
+    "xray": "An X-ray",
+    "mri": "An MRI",
+    "ultrasound": "An ultrasound",
+    "histology": "A histology slide",
+    "fundus": "A fundus photograph",
+    "dermoscopy": "A dermoscopy picture",
+    "endoscopy": "An endoscopy picture",
 }
 CATEGORIES = dict.fromkeys(("ct", "xray", "mri", "ultrasound"), "radiology") | {
     "histology": "pathology",
@@ -184,8 +188,10 @@ GENERAL = {
     "count": ("How many marks are in the picture?", "Count the marks.", "What is the number of marks?"),
     "side": ("On which half of the picture are the marks?", "Are the marks on the left or on the right?", "Which half holds the marks?"),
     "kind": ("What do the marks look like?", "Describe the marks.", "How do the marks look?"),
-    "modality": ("What kind of picture is this?", "Which kind of picture do you see?", "Name the kind of picture."),
+    "describe": ("Describe the picture.", "What is in the picture?", "What does the picture show?"),
+    "terms": ("Which words are used for such a picture?", "What can be said of such pictures?", "Which terms belong to the picture?"),
 }
+_SHARES = (0.125, 0.125, 0.125, 0.5, 0.125)  # a description teaches most at once; terms are there so that no word is new to the model
 NEUTRAL = {
     "count": ("How many lesions are there?", "Count the lesions.", "How many findings do you see?"),
     "side": ("On which side is it?", "Which side is affected?", "On which side are the findings?"),

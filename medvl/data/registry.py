@@ -1,6 +1,7 @@
 """A registry of adapters: which there are, for which base model, and the vector that says what each is for."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,8 @@ class Registry:
 
     def __attrs_post_init__(self) -> None:
         names = [r.name for r in self.adapters]
-        if twice := sorted({n for n in names if names.count(n) > 1}):
-            raise ValueError(f"the name {twice[0]!r} is there {names.count(twice[0])} times; names must differ")
+        if twice := sorted((n, k) for n, k in Counter(names).items() if k > 1):
+            raise ValueError(f"the name {twice[0][0]!r} is there {twice[0][1]} times; names must differ")
         if bad := [n for n in names if not n.strip()]:
             raise ValueError(f"every adapter needs a name, got {bad[0]!r}")
 
