@@ -3,6 +3,7 @@
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from math import isfinite
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,10 @@ Encode = Callable[[Tree, Tensor], Tensor]  # (params, rows int64 [b]) -> [b, e]
 
 @frozen(kw_only=True)
 class RetrieverConfig:
-    """How long and how fast a retriever is trained, and on what batches."""
+    """How a head behind an embedder is made, how long and how fast it is trained, and on what batches."""
 
+    kind: Literal["none", "contrast", "whiten"] = "contrast"  # "whiten": `whiten_tasks`, which takes `shrink` and nothing else
+    shrink: float = 0.1
     steps: int = 1000
     lr: float = 3e-3  # its highest; falls along a half cosine
     weight_decay: float = 0.0  # of a head towards the embedder itself, of an encoder's matrices towards 0
@@ -37,6 +40,8 @@ class RetrieverConfig:
         for name, low in least.items():
             if isinstance(v := getattr(self, name), bool) or not isinstance(v, int) or v < low:
                 raise ValueError(f"RetrieverConfig: {name} must be a whole number >= {low}, got {v!r}")
+        if self.kind not in ("none", "contrast", "whiten") or not isfinite(self.shrink) or self.shrink <= 0:
+            raise ValueError(f"RetrieverConfig: kind must be none, contrast or whiten and shrink > 0, got {self.kind!r}, {self.shrink}")
         if not isfinite(self.temperature) or self.temperature <= 0:
             raise ValueError(f"RetrieverConfig: temperature must be finite and above 0, got {self.temperature}")
         if not (isfinite(self.lr) and self.lr > 0 and isfinite(self.weight_decay) and self.weight_decay >= 0):
@@ -50,6 +55,13 @@ class Pairs:
     anchors: Tensor  # [b]
     positives: Tensor  # [b], of the anchor's task, never the anchor itself
     negatives: Tensor  # [b, p], of other tasks
+
+
+def head_of(cfg: RetrieverConfig, vectors: Tensor, tasks: Sequence[Hashable]) -> Tensor | None:
+    """The head [d, e] of cfg.kind; args and errors as `train_retriever` and `whiten_tasks`."""
+    if cfg.kind == "whiten":
+        return whiten_tasks(vectors, tasks, cfg.shrink)
+    return train_retriever(cfg, vectors, tasks) if cfg.kind == "contrast" and cfg.steps else None
 
 
 def task_contrast(anchor: Tensor, positive: Tensor, negatives: Tensor, temperature: float) -> Tensor:

@@ -105,10 +105,12 @@ def test_every_family_and_answer_is_there(folder):
     assert 0.4 < neutral < 0.6
     base = _lines(folder, "base_train")
     assert Counter(line["task"] for line in base) == dict.fromkeys(pm.MODALITIES, 12)
-    assert min(Counter(line["family"] for line in base).values()) >= 12
+    families = Counter(line["family"] for line in base)
+    assert min(families.values()) >= 5
+    assert families["describe"] >= 30
     answers = {line["messages"][1]["content"] for line in base}
     assert {"One.", "Two.", "Three.", "Left.", "Right."} <= answers
-    assert {f"{a} and {b}." for a in ("Bright", "Dark") for b in ("sharp", "soft")} <= answers
+    assert all(any(f"{a} and {b}" in x.lower() for x in answers) for a in ("bright", "dark") for b in ("sharp", "soft"))
 
 
 def test_own_words_are_not_shared():

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from attrs import evolve
 
-from medvl import hub, lora
+from medvl import hub, lora, retriever
 from medvl.data.phantom_tasks import TaskConfig
 from medvl.retriever import RetrieverConfig, draw_pairs, fit_encoder, task_contrast, task_recall, train_retriever, whiten_tasks
 from medvl.text import pool_tokens
@@ -384,3 +384,14 @@ def test_of_drawn_imaging_tasks_it_finds_those_it_has_not_seen():
         mean, low, high = found["unseen"][1][f"{way} - untrained"]
         assert 0 < low < mean < high
         assert found["unseen"][1][way][0] - found["unseen"][1]["untrained"][0] == pytest.approx(mean)
+
+
+def test_the_head_of_each_kind(gen):
+    x, tasks = torch.randn(12, 4, generator=gen), [i % 3 for i in range(12)]
+    assert retriever.head_of(RetrieverConfig(kind="none"), x, tasks) is None
+    assert retriever.head_of(RetrieverConfig(steps=0), x, tasks) is None
+    assert torch.equal(retriever.head_of(RetrieverConfig(kind="whiten", shrink=0.3), x, tasks), retriever.whiten_tasks(x, tasks, 0.3))
+    cfg = RetrieverConfig(steps=2, batch=4, negatives=2)
+    assert torch.equal(retriever.head_of(cfg, x, tasks), retriever.train_retriever(cfg, x, tasks))
+    with pytest.raises(ValueError, match="kind must be none, contrast or whiten and shrink > 0, got 'whiten', 0"):
+        RetrieverConfig(kind="whiten", shrink=0)

@@ -83,7 +83,7 @@ class Config:
     train: TrainConfig | None = None  # stages of each task's adapter
     pool: PoolConfig = PoolConfig()
     embed: EmbedConfig = EmbedConfig()
-    retriever: RetrieverConfig = RetrieverConfig(steps=0)  # training of a map on the embeddings; 0 steps = none
+    retriever: RetrieverConfig = RetrieverConfig(kind="none")  # a map on the embeddings that brings samples of a task together
     retrieve: RetrieveConfig = RetrieveConfig()
     fusion: FusionConfig = FusionConfig()
     evaluate: EvaluateConfig = field(default=EvaluateConfig())

@@ -15,6 +15,7 @@ from medvl.data import conversations, order, phantom_modalities, registry, vqa_r
 from medvl.data.conversation_files import Conversation, read_conversations, read_tasks
 from medvl.data.registry import Record, Registry
 from medvl.results import Result
+from medvl.retriever import RetrieverConfig
 from medvl.systems import adapters, adapters_report
 from medvl.systems.adapters import Config, Model
 from medvl.tree import Tree, map_leaves
@@ -206,7 +207,7 @@ def build_registry(
     base: str = "",
     categories: dict[str, str] | None = None,
     m: int = 20,
-    retriever_cfg: retriever.RetrieverConfig | None = None,
+    retriever_cfg: RetrieverConfig = RetrieverConfig(kind="none"),
     seed: int = 0,
     log: Callable[[str], None] = print,
 ) -> Path:
@@ -216,7 +217,7 @@ def build_registry(
         paths: {adapter: its folder, relative to the registry's}.
         samples: {adapter: conversations of its training split}; `m` of them, drawn at random, are embedded.
         cfg: "local" is fitted on these samples; anything else is opened.
-        retriever_cfg: with steps, a map on the embeddings is trained to bring samples of one adapter together.
+        retriever_cfg: the map on the embeddings that brings samples of one adapter together.
     Raises:
         ValueError: an adapter without samples, or none at all.
     """
@@ -227,8 +228,8 @@ def build_registry(
     texts, pictures = [q[0] for q in queries], [q[1] for q in queries]
     made = embed.fit_local(cfg, texts, pictures) if cfg.kind == "local" else embed.open_embedder(cfg)
     vectors, tasks = embed.embed(made, texts, pictures), [name for name, of in chosen.items() for _ in of]
-    if retriever_cfg is not None and retriever_cfg.steps:
-        made = embed.with_head(made, retriever.train_retriever(retriever_cfg, vectors, tasks))
+    if (head := retriever.head_of(retriever_cfg, vectors, tasks)) is not None:
+        made = embed.with_head(made, head)
         vectors = embed.embed(made, texts, pictures)
     embed.save_embedder(made, path.parent / "embedder")
     registry.write_registry(path.with_suffix(".part.toml"), Registry(base=base, embedder="embedder"))
