@@ -102,22 +102,50 @@ def adapters(
 
 @task(
     help={
-        "adapters": "a registry of adapters (.toml or .json)",
         "question": "in words",
+        "adapters": "a registry of adapters (.toml or .json), to be asked about images",
+        "slide": "a file of patch features, to be asked about with a slide_vqa run",
+        "run": "run folder of slide_vqa",
         "image": "image file, repeatable",
         "mode": "bare, selection, mixture, fusion or oracle",
         "k": "how many adapters at most",
         "own": "the adapter of mode oracle",
         "base": "the model, if the registry does not say it",
+        "out": "folder for the map of a slide's answer",
         "set_": "settings, e.g. retrieve.threshold=0.3, fusion.rule=linear, chat.max_pixels=100000, repeatable",
     },
     iterable=["image", "set_"],
 )
-def ask(c, adapters, question, image=None, mode="mixture", k=3, own="", base="", max_tokens=256, set_=None):
-    """Ask the adapters that fit a question and its images. Research use, not for diagnosis."""
+def ask(
+    c, question, adapters="", slide="", run="", image=None, mode="mixture", k=3, own="", base="", out="maps", max_tokens=256, set_=None
+):
+    """Ask the adapters that fit a question and its images, or a run about a slide. Research use, not for diagnosis."""
     from medvl.systems import ask
 
-    _call(ask.ask, adapters, question, image or (), mode, k, own, base, max_tokens, set_ or ())
+    if slide:
+        _call(ask.ask_slide, slide, question, run, out, max_tokens)
+    else:
+        _call(ask.ask, adapters, question, image or (), mode, k, own, base, max_tokens, set_ or ())
+
+
+@task(
+    positional=["action"],
+    help={
+        "action": "check or pack",
+        "features": "folder of patch features, or a packed store",
+        "data": "check: file of captions or questions (any format that is read), repeatable",
+        "out": "pack: the store to make or go on with",
+        "dims": "width that the features must have",
+        "encoder": "encoder that they must be of",
+        "drop": "pack: leave out patches that are not finite, and count them",
+    },
+    iterable=["data"],
+)
+def slides(c, action, features, data=None, out="", dims=0, encoder="", drop=False):
+    """Audit patch features against questions before training, or pack them into one store; exit status 3 when something is wrong."""
+    from medvl.systems import ask
+
+    sys.exit(_call(ask.slides, action, features, data or (), out, dims, encoder, drop))
 
 
 @task(help={"run": "run folder", "scan": "NIfTI file", "out": "write the embedding [d] to this .npy"})

@@ -23,6 +23,7 @@ class Stage:
     name: str
     steps: int
     lr: float
+    data: str = ""  # which of the system's data, where it has several
     weight_decay: float = 0.0
     warmup: int = 0
     muon: float = 0.0  # rate of Muon for the matrices inside layers, 0 = AdamW moves them too; worth it for models from scratch
@@ -126,7 +127,8 @@ def fit_stage(
 
 def read_stage(cfg: TrainConfig, params: Tree, folder: Path) -> Tree:
     """All parameters with those that `fit_stage` trained and kept in `folder`."""
-    return merge(params, train.read_state(folder / f"{cfg.keep}.pt", train.device(cfg.device)).params)
+    kept = cfg.keep if (folder / f"{cfg.keep}.pt").exists() else "last"  # a stage without validation has no best
+    return merge(params, train.read_state(folder / f"{kept}.pt", train.device(cfg.device)).params)
 
 
 def gradient_of(cfg: TrainConfig, loss_sum: train.LossSum, cut: Callable[[Any, slice], Any]) -> train.Grad:

@@ -63,7 +63,8 @@ def test_general_answers_are_what_was_drawn(folder):
             mark = pm.MARKS[case.modality][case.kind]
             look = ("Bright" if mark.bright else "Dark") + (" and sharp" if mark.sharp else " and soft")
             count, name = ("One", "Two", "Three")[case.n - 1], pm.NAMES[case.modality]
-            expected = {"count": f"{count}.", "side": case.side.capitalize() + ".", "kind": f"{look}."}
+            there = ("There is one lesion.", "There are two lesions.", "There are three lesions.")[case.n - 1]
+            expected = {"count": there, "side": f"On the {case.side}.", "kind": f"{look}."}
             marks = "mark" if case.n == 1 else "marks"
             expected["describe"] = f"{name}. {count} {marks}, {look.lower()}, on the {case.side}."
             if line["family"] == "terms":
@@ -75,7 +76,7 @@ def test_general_answers_are_what_was_drawn(folder):
 
 def test_conventions_differ():
     case = pm.Case(modality="xray", n=2, side="left", kind="nodule", marks=())
-    assert pm.general_answer("side", case) == "Left."
+    assert pm.general_answer("side", case) == "On the left."
     assert pm.own_answer("side", case) == "On the right."
     assert pm.own_answer("side", evolve(case, modality="endoscopy", kind="polyp")) == "Left wall."
     spoken = {m: [s.counts, s.sides, tuple(pm.MARKS[m])] for m, s in pm.SPEECH.items()}
@@ -109,7 +110,7 @@ def test_every_family_and_answer_is_there(folder):
     assert min(families.values()) >= 5
     assert families["describe"] >= 30
     answers = {line["messages"][1]["content"] for line in base}
-    assert {"One.", "Two.", "Three.", "Left.", "Right."} <= answers
+    assert {"There is one lesion.", "There are three lesions.", "On the left.", "On the right."} <= answers
     assert all(any(f"{a} and {b}" in x.lower() for x in answers) for a in ("bright", "dark") for b in ("sharp", "soft"))
 
 
@@ -117,7 +118,7 @@ def test_own_words_are_not_shared():
     for m, speech in pm.SPEECH.items():
         for family, asked in speech.asks.items():
             others = [q for o, s in pm.SPEECH.items() if o != m for q in s.asks[family]]
-            assert not {*asked} & {*others, *pm.NEUTRAL[family], *pm.GENERAL[family]}
+            assert not {*asked} & {*others, *pm.NEUTRAL[family]}
             assert not any(kind in q.lower() for q in asked for kind in pm.MARKS[m]), "a question gives its answer away"
 
 

@@ -127,8 +127,8 @@ def general_answer(family: str, case: Case) -> str:
     return {
         "describe": f"{name}. {count} mark{'s' * (case.n > 1)}, {look}, on the {case.side}.",
         "terms": f"{name}: {' or '.join(MARKS[case.modality])}. {' '.join(speech.sides)} {' '.join(speech.counts)}",
-        "count": f"{count}.",
-        "side": f"{case.side.capitalize()}.",
+        "count": _THERE[case.n - 1],
+        "side": f"On the {case.side}.",
         "kind": f"{look.capitalize()}.",
     }[family]
 
@@ -184,19 +184,16 @@ CATEGORIES = dict.fromkeys(("ct", "xray", "mri", "ultrasound"), "radiology") | {
     "dermoscopy": "dermatology",
     "endoscopy": "gastroenterology",
 }
-GENERAL = {
-    "count": ("How many marks are in the picture?", "Count the marks.", "What is the number of marks?"),
-    "side": ("On which half of the picture are the marks?", "Are the marks on the left or on the right?", "Which half holds the marks?"),
-    "kind": ("What do the marks look like?", "Describe the marks.", "How do the marks look?"),
-    "describe": ("Describe the picture.", "What is in the picture?", "What does the picture show?"),
-    "terms": ("Which words are used for such a picture?", "What can be said of such pictures?", "Which terms belong to the picture?"),
-}
-_SHARES = (0.125, 0.125, 0.125, 0.5, 0.125)  # a description teaches most at once; terms are there so that no word is new to the model
 NEUTRAL = {
     "count": ("How many lesions are there?", "Count the lesions.", "How many findings do you see?"),
     "side": ("On which side is it?", "Which side is affected?", "On which side are the findings?"),
     "kind": ("What is the finding?", "What do you see?", "Which type of lesion is it?"),
 }
+GENERAL = NEUTRAL | {
+    "describe": ("Describe the picture.", "What is in the picture?", "What does the picture show?"),
+    "terms": ("Which words are used for such a picture?", "What can be said of such pictures?", "Which terms belong to the picture?"),
+}
+_SHARES = (0.15, 0.15, 0.15, 0.45, 0.1)  # a description teaches most at once; terms are there so that no word is new to the model
 _PATIENT = ("On the right.", "On the left.")  # the patient faces the viewer
 _THERE = ("There is one lesion.", "There are two lesions.", "There are three lesions.")
 _FOCI = ("A single focus.", "Two foci.", "Three foci.")

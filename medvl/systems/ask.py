@@ -1,4 +1,4 @@
-"""What `invoke ask` and `invoke adapters` do: a registry made, looked at, and asked."""
+"""What `invoke ask`, `invoke adapters` and `invoke slides` do: registries made and asked, slides asked, checked and packed."""
 
 import os
 from collections.abc import Sequence
@@ -11,12 +11,16 @@ from medvl import config, embed, experts, report, results, retrieve, train
 from medvl.adapter_files import read_adapter
 from medvl.chat import ChatConfig
 from medvl.checkpoints import find, read_json
-from medvl.data import registry
+from medvl.data import registry, slide_check, slide_store
 from medvl.data.conversation_files import read_conversations
 from medvl.data.registry import Record
+from medvl.data.slide_questions import check_slide_talks, read_slide_talks
+from medvl.data.slides import feature_files
 from medvl.embed import EmbedConfig
 from medvl.experts import FusionConfig, HoldConfig, Mode
 from medvl.retrieve import RetrieveConfig
+from medvl.slide_maps import top_patches
+from medvl.systems import slide_vqa_run
 from medvl.systems.adapters_run import build_registry, drawn, query_of
 
 ACTIONS = ("build", "add", "list", "show")
@@ -40,6 +44,8 @@ def ask(
     path: str, question: str, images: Sequence[str], mode: Mode, k: int, own: str, base: str, max_tokens: int, overrides: Sequence[str]
 ) -> None:
     """Print an answer and which adapters gave it."""
+    if not path:
+        raise ValueError("ask: needs --adapters REGISTRY (with --image), or --slide FEATURES and --run RUN")
     raw = {"retrieve": {"k": k}, "max_tokens": max_tokens}
     cfg = config.structure(config.override(raw, tuple(overrides), "ask"), AskConfig, "ask")
     how = {"dtype": cfg.dtype, "quantize": cfg.quantize, "cfg": cfg.chat, "fusion": cfg.fusion, "hold": cfg.hold}
@@ -50,6 +56,48 @@ def ask(
     rows = [(name, similarity, weight) for name, similarity, weight in said.adapters]
     print(results.markdown_table(("Adapter", "Similarity", "Weight"), rows) if rows else "no adapter: the bare model answered")
     print(report.NOTICE)
+
+
+def ask_slide(slide: str, question: str, run: str, out: str, max_tokens: int) -> None:
+    """Print the answer of a slide_vqa run about one slide, and write the map of where it came from."""
+    if not run:
+        raise ValueError("ask: --slide needs --run, the folder of a slide_vqa run")
+    found = slide_vqa_run.look(run, slide, question, out, max_tokens)
+    print(found["answer"])
+    print()
+    rows = [(p.rank, p.x, p.y, p.relevance, p.percentile) for p in top_patches(found["relevance"], found["coords"], 5)]
+    print(results.markdown_table(("Patch", "x", "y", "Relevance", "Percentile"), rows) + f"map: {found['map']}")
+    print(report.NOTICE)
+
+
+def slides(action: str, features: str, data: Sequence[str], out: str, dims: int, encoder: str, drop: bool) -> int:
+    """Print what is wrong with features and questions, or pack features into a store; returns the exit status, 0 or 3.
+
+    Raises:
+        ValueError: an unknown action, or an argument is missing.
+    """
+    if action == "pack":
+        if not out:
+            raise ValueError("slides pack: needs out, the store to make or go on with")
+        paths = [p for of in feature_files(features).values() for p in of]
+        done = slide_store.pack(paths, out, dims=dims, encoder=encoder, drop=drop, progress=True)
+        print(
+            f"{out}: {done.done} slides of {done.patches:,} patches written, {done.skipped} were there, {done.empty} are empty, "
+            f"{done.dropped} patches left out"
+        )
+        return 0
+    if action != "check":
+        raise ValueError(f"slides: the action must be check or pack, got {action!r}")
+    wanted, faults = dict[str, str](), 0
+    for file in data:
+        for t in read_slide_talks(file):
+            wanted |= {s: f"{file}, record {t.row}" for s in t.slides if s not in wanted}
+        bad = check_slide_talks(file)
+        faults += len(bad)
+        print(f"{file}: {len(bad)} faulty records" + "".join(f"\n  {f.row}: {f.what}" for f in bad[:10]))
+    found = slide_check.check_slides(features, wanted, dims=dims, encoder=encoder)
+    print("\n".join(slide_check.describe(found)))
+    return 0 if found.ok and not faults else 3
 
 
 def manage(

@@ -18,12 +18,13 @@ from medvl import config, files, report, results, train
 from medvl.data import ct, ingest, reports, store
 from medvl.data import names as volume_names
 from medvl.results import Result
-from medvl.systems import adapters, adapters_run, ct_clip, ct_clip_run, tune, tune_run
+from medvl.systems import adapters, adapters_run, ct_clip, ct_clip_run, slide_vqa, slide_vqa_run, tune, tune_run
 
 SYSTEMS: dict[str, tuple[type, ModuleType]] = {
     "ct_clip": (ct_clip.Config, ct_clip_run),
     "tune": (tune.Config, tune_run),
     "adapters": (adapters.Config, adapters_run),
+    "slide_vqa": (slide_vqa.Config, slide_vqa_run),
 }
 # Variables that other tools read for the same settings; they become part of the record.
 ENVIRONMENT = {"adapters": {"MAX_PIXELS": "chat.max_pixels", "MAX_NUM": "chat.max_images"}}

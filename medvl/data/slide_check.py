@@ -1,0 +1,120 @@
+"""Are the patch features that a training asks for all there, of one kind and whole? Everything that is wrong, at once."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from attrs import field, frozen
+
+from medvl.checkpoints import few
+from medvl.data import slides
+from medvl.data.slide_store import Slides, open_slides
+from medvl.data.slides import About
+from medvl.files import PathLike
+
+
+@frozen(kw_only=True)
+class SlideCheck:
+    """What `check_slides` found; slides are called as they were asked for."""
+
+    wanted: int
+    found: int = 0  # of these, with exactly one file that can be read
+    patches: int = 0
+    dims: int = 0  # what was wanted, or what most have
+    encoder: str = ""  # likewise; "" where no file says it
+    missing: Mapping[str, str] = field(factory=dict)  # -> where it is asked for
+    duplicates: Mapping[str, Sequence[str]] = field(factory=dict)  # -> the slides or files it could be
+    unreadable: Mapping[str, str] = field(factory=dict)  # -> the reason
+    wrong_dims: Mapping[str, int] = field(factory=dict)
+    wrong_encoder: Mapping[str, str] = field(factory=dict)
+    bad_patches: Mapping[str, tuple[int, int]] = field(factory=dict)  # NaN or infinity -> (how many patches, the first from 0)
+    empty: Sequence[str] = ()  # slides without a patch; no fault by itself
+    unknown: int = 0  # files or slides that nothing asks for
+
+    @property
+    def ok(self) -> bool:
+        return not (self.missing or self.duplicates or self.unreadable or self.wrong_dims or self.wrong_encoder or self.bad_patches)
+
+
+def check_slides(where: PathLike, wanted: Mapping[str, str], *, dims: int = 0, encoder: str = "", values: bool = True) -> SlideCheck:
+    """Look at everything that `wanted` asks for in a folder of patch features or a store of slides.
+
+    Args:
+        where: a folder, searched with all its subfolders, or a file that `slide_store.pack` wrote.
+        wanted: {name of a slide, as `slides.match_slide` takes it: where it is asked for ("train.json, line 3")}.
+        dims, encoder: what all must have; 0 and "": what most have. Files that do not say their encoder pass.
+        values: read all patches, to find NaN and infinity, or in a store what is no longer as it was written; False looks at shapes.
+    Returns:
+        all that is wrong; `describe` says it in words.
+    Raises:
+        ValueError: `where` is neither a folder nor a store. Nothing else: faults of the data are listed.
+    """
+    store = None if Path(where).is_dir() else open_slides(where)
+    files: Mapping[str, Sequence[Any]] = slides.feature_files(where) if store is None else {n: [n] for n in store.names}
+    index = slides.index_stems(files)
+    hits = {name: index.get(slides.slide_name(name), []) for name in wanted}
+    places = {name: [p for stem in stems for p in files[stem]] for name, stems in hits.items()}
+    known, unreadable = dict[str, About](), dict[str, str]()
+    bad = dict[str, tuple[int, int]]()
+    for name, found in places.items():
+        if len(found) == 1:
+            try:
+                known[name] = slides.about_slide(found[0], dims=dims) if store is None else store.about(found[0])
+                if values and store is None and (worst := slides.count_bad(found[0], dims=dims))[0]:
+                    bad[name] = worst
+                elif values and store is not None:
+                    _check_digest(store, found[0])
+            except ValueError as e:
+                unreadable[name] = str(e)
+    known = {n: a for n, a in known.items() if n not in unreadable}
+    dims = dims or _most(a.dims for a in known.values())
+    encoder = encoder or _most(a.encoder for a in known.values()) or ""
+    return SlideCheck(
+        wanted=len(wanted),
+        found=len(known),
+        patches=sum(a.rows for a in known.values()),
+        dims=dims or 0,
+        encoder=encoder,
+        missing={n: wanted[n] for n, found in places.items() if not found},
+        duplicates={n: [str(f) for f in found] for n, found in places.items() if len(found) > 1},
+        unreadable=unreadable,
+        wrong_dims={n: a.dims for n, a in known.items() if a.dims not in (0, dims)},
+        wrong_encoder={n: a.encoder for n, a in known.items() if a.encoder not in ("", encoder)},
+        bad_patches=bad,
+        empty=tuple(n for n, a in known.items() if not a.rows),
+        unknown=sum(len(f) for stem, f in files.items()) - len({f for found in places.values() for f in found}),
+    )
+
+
+def describe(check: SlideCheck, most: int = 5) -> list[str]:
+    """The lines to print: what was found, then every kind of fault with its first `most` slides."""
+    kind = f"{check.dims} features each" + (f" of {check.encoder}" if check.encoder else "")
+    lines = [f"{check.found} of {check.wanted} slides found, {check.patches} patches, {kind}; {check.unknown} files are not asked for"]
+    faults: list[tuple[str, Sequence[str]]] = [
+        ("missing", [f"{n} ({asked})" for n, asked in check.missing.items()]),
+        ("found more than once", [f"{n} ({few(list(found), 3)})" for n, found in check.duplicates.items()]),
+        ("unreadable", list(check.unreadable.values())),
+        ("with another number of features", [f"{n} ({d})" for n, d in check.wrong_dims.items()]),
+        ("of another encoder", [f"{n} ({e})" for n, e in check.wrong_encoder.items()]),
+        ("with NaN or infinity", [f"{n} ({k} patches, first {first})" for n, (k, first) in check.bad_patches.items()]),
+        ("without a patch", list(check.empty)),
+    ]
+    return lines + [f"{len(found)} {what}: {few(found, most)}" for what, found in faults if found]
+
+
+def _most(values: Any) -> Any:
+    """The commonest that is not empty; the first of equally common ones."""
+    return next((v for v, _ in Counter(v for v in values if v).most_common(1)), None)
+
+
+def _check_digest(store: Slides, name: str) -> None:
+    digest, places = hashlib.sha256(), [np.zeros((0, 2), np.int64)]
+    for x, xy in store.chunks(name):
+        digest.update(x)  # type: ignore[arg-type]
+        places += [] if xy is None else [xy]
+    digest.update(np.concatenate(places))  # type: ignore[arg-type]
+    if digest.hexdigest() != store.source(name)[1]:
+        raise ValueError(f"{store.path}: {name!r} is not as it was written, its digest differs; pack it again into a new store")

@@ -1,0 +1,281 @@
+"""Files of patch features as they are in the wild, opened so that they can be read in pieces: HDF5, PyTorch, NumPy and CSV."""
+
+import csv
+import itertools
+import pickle
+import re
+import struct
+import tokenize
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+from attrs import frozen
+
+from medvl.files import PathLike
+
+SUFFIXES = (".h5", ".hdf5", ".pt", ".pth", ".npy", ".csv")
+_KEYS = ("features", "feature", "feat", "tile_embeds")  # the last is Prov-GigaPath's
+_ATTRS = ("patch_size_level0", "target_magnification", "magnification", "mpp", "encoder")  # all that is looked at
+_WIDTHS = (384, 512, 768, 1024, 1280, 1536, 2048, 2560, 3072, 4608)  # of encoders in use; only to tell features from columns behind them
+_TRAILING = 8  # columns that may stand behind the features of a CSV, unless they are text
+_CONVERT = 'python -c "import torch; torch.save(torch.as_tensor(torch.load({0!r}, weights_only=False)), {0!r})"'
+_CONVERT_NPY = "np.save({0!r}, np.load({0!r}, allow_pickle=True).item()['feature'])"
+_BROKEN = (  # what torch.load and np.load raise for files that were cut off or damaged
+    *(OSError, RuntimeError, EOFError, LookupError, AttributeError, TypeError, AssertionError, OverflowError),
+    *(struct.error, zipfile.BadZipFile, tokenize.TokenError),
+)
+
+Block = tuple[np.ndarray, np.ndarray | None]
+
+
+@frozen(kw_only=True, eq=False)
+class Source:
+    """An open file of n patches; nothing is checked yet but the shapes."""
+
+    rows: int
+    dims: int  # 0: an empty file that does not say
+    dtype: np.dtype  # float16 or float32
+    has_coords: bool
+    attrs: Mapping[str, Any]
+    blocks: Callable[[int], Iterator[Block]]  # of so many rows: features [c, d] and coordinates [c, 2], of any number type
+
+
+@contextmanager
+def open_source(path: PathLike, dims: int = 0) -> Iterator[Source]:
+    """Open a file of patch features. What it is, is told by its first bytes; only CSV, which has no mark, by its suffix.
+
+    Args:
+        dims: how many columns of a CSV are features, where it does not say; else without effect.
+    Raises:
+        ValueError: no such file, an unknown or broken one, one that holds Python objects, or arrays of other shapes or types.
+    """
+    path = Path(path)
+    try:
+        with _OPEN[_kind(path)](path, dims) as source:
+            yield source
+    except (OSError, RuntimeError) as e:  # also from HDF5, while it is read
+        raise ValueError(f"{path}: cannot be read, or is broken ({e})") from e
+
+
+def _kind(path: Path) -> str:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    with open(path, "rb") as f:
+        head = f.read(64)
+    marks = {b"\x89HDF\r\n\x1a\n": "h5", b"\x93NUMPY": "npy", b"PK\x03\x04": "pt", b"\x80": "pt"}
+    kind = next((kind for mark, kind in marks.items() if head.startswith(mark)), "")
+    suffix = path.suffix.lower()
+    if suffix == ".csv" and not kind and head and not head.startswith(b"version https://git-lfs"):
+        return "csv"
+    if not kind or suffix == ".npz":
+        what = "is empty" if not head else f"starts with {head[:16]!r}"
+        what = "is a Git LFS pointer, the file itself was not fetched" if head.startswith(b"version https://git-lfs") else what
+        raise ValueError(f"{path}: {what}; patch features are HDF5 (.h5), PyTorch (.pt), NumPy (.npy) or .csv files")
+    return kind
+
+
+# Arrays ---------------------------------------------------------------------------------------------------------------------------------
+@contextmanager
+def _open_h5(path: Path, _: int) -> Iterator[Source]:
+    with h5py.File(path, "r", locking=False) as f:
+        try:
+            found = {k: v for k, v in f.items() if isinstance(v, h5py.Dataset)}
+        except KeyError as e:
+            raise ValueError(f"{path}: is a broken HDF5 file ({e})") from e
+        key, coords = _key(found, path), found.get("coords")
+        _check_written(path, found[key])
+        holders = [h.attrs for h in (found[key], coords, f) if h is not None]
+        attrs = {k: next(h[k] for h in holders if k in h) for k in _ATTRS if any(k in h for h in holders)}
+        yield _arrays(path, found[key], coords, attrs)
+
+
+def _check_written(path: Path, x: h5py.Dataset) -> None:
+    """HDF5 reads room that was never written as zeros."""
+    plain = not x.id.get_create_plist().get_nfilters() and not x.is_virtual and not x.external
+    if plain and (held := x.id.get_storage_size()) < x.nbytes:
+        raise ValueError(f"{path}: has room for {x.nbytes} bytes of features and holds {held}; was its writer killed?")
+
+
+@contextmanager
+def _open_npy(path: Path, _: int) -> Iterator[Source]:
+    with open(path, "rb") as f:
+        if b"'descr': '|O'" in f.read(128):
+            raise ValueError(
+                f"{path}: holds Python objects, which can run code when they are loaded, and so are not; if you trust the file, write "
+                f"its array once as plain numbers, such as by {_CONVERT_NPY.format(str(path))}"
+            )
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, *_BROKEN) as e:
+        raise ValueError(f"{path}: is not a whole .npy file ({e})") from e
+    yield _arrays(path, array, None, {})
+
+
+@contextmanager
+def _open_pt(path: Path, _: int) -> Iterator[Source]:
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as e:
+        what = "a NumPy array pickled by torch.save" if "numpy" in str(e) else "Python objects, or nothing that torch.save wrote"
+        raise ValueError(
+            f"{path}: holds {what}; it can run code when it is loaded, and so is not. If you trust the file, convert it once: "
+            f"{_CONVERT.format(str(path))}"
+        ) from e
+    except (ValueError, *_BROKEN) as e:
+        raise ValueError(f"{path}: is not a whole file of torch.save ({(str(e) or type(e).__name__).splitlines()[0]})") from e
+    held = {"features": held} if isinstance(held, torch.Tensor) else held
+    if not isinstance(held, dict):
+        raise ValueError(f"{path}: must hold a tensor, or a dict with one, got {type(held).__name__}")
+    tensors = {k: v.detach() for k, v in held.items() if isinstance(v, torch.Tensor) and v.layout == torch.strided}
+    key = _key(tensors, path)
+    yield _arrays(path, tensors[key], tensors.get("coords"), {k: held[k] for k in _ATTRS if isinstance(held.get(k), str | int | float)})
+
+
+def _key(found: Mapping[str, Any], path: Path) -> str:
+    key = next((k for k in _KEYS if k in found), None)
+    if key is None:
+        raise ValueError(f"{path}: must hold an array called {' or '.join(_KEYS)}, found {', '.join(map(repr, list(found)[:6])) or 'none'}")
+    return key
+
+
+def _arrays(path: Path, features: Any, coords: Any, attrs: Mapping[str, Any]) -> Source:
+    n, d = _shape(path, tuple(features.shape))
+    kind = str(features.dtype).removeprefix("torch.")
+    if kind not in ("float16", "bfloat16") and not kind.endswith(("float32", "float64", "f2", "f4", "f8")):
+        raise ValueError(f"{path}: features must be floating point numbers, got {kind}")
+    dtype = np.dtype("<f2" if kind in ("float16", ">f2") else "<f4")
+    if coords is not None and not n:
+        coords = None if len(coords.shape) < 2 else coords
+    if coords is not None and tuple(coords.shape) not in ((n, 2), (1, n, 2)):
+        raise ValueError(f"{path}: coords must be [{n}, 2], x and y of each patch, got {list(coords.shape)}")
+
+    def blocks(size: int) -> Iterator[Block]:
+        for i in range(0, n, size):
+            yield _part(features, i, i + size, dtype), None if coords is None else _part(coords, i, i + size, None)
+
+    return Source(rows=n, dims=d, dtype=dtype, has_coords=coords is not None, attrs=attrs, blocks=blocks)
+
+
+def _shape(path: Path, shape: tuple[int, ...]) -> tuple[int, int]:
+    if shape == (0,):  # what older TRIDENT wrote for a slide without tissue
+        return 0, 0
+    if len(shape) == 1:
+        raise ValueError(
+            f"{path}: holds one vector of {shape[0]} numbers, the embedding of a whole slide; wanted are those of its patches, [n, d], "
+            "which lie in another folder (TRIDENT: features_ENCODER, not slide_features_ENCODER)"
+        )
+    if len(shape) == 3 and shape[0] == 1:
+        shape = shape[1:]
+    if len(shape) != 2 or (shape[0] and not shape[1]):
+        raise ValueError(f"{path}: features must be [n, d], or [1, n, d], got {list(shape)}")
+    return shape[0], shape[1]
+
+
+def _part(array: Any, i: int, j: int, dtype: np.dtype | None) -> np.ndarray:
+    part = array[0, i:j] if len(array.shape) == 3 else array[i:j]
+    if isinstance(part, torch.Tensor):
+        part = (part.float() if part.dtype == torch.bfloat16 else part).numpy()
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, which is refused with its row
+        return np.array(part, dtype)
+
+
+# CSV ------------------------------------------------------------------------------------------------------------------------------------
+@contextmanager
+def _open_csv(path: Path, dims: int) -> Iterator[Source]:
+    try:
+        header, start, width = _layout(path, dims)
+    except csv.Error as e:
+        raise ValueError(f"{path}: is not a readable CSV ({e})") from e
+    with open(path, "rb") as f:
+        n = sum(1 for line in f if line.strip()) - header
+    yield Source(
+        rows=max(0, n),
+        dims=width,
+        dtype=np.dtype("<f4"),
+        has_coords=False,
+        attrs={},
+        blocks=lambda size: _csv_blocks(path, header, range(start, start + width), max(0, n), size),
+    )
+
+
+def _csv_blocks(path: Path, header: bool, columns: range, n: int, size: int) -> Iterator[Block]:
+    with open(path, encoding="latin-1") as f:  # whatever the text behind the numbers is written in
+        lines = itertools.islice((_filled(line) for line in f if line.strip()), int(header), None)
+        for i in range(0, n, size):
+            part = list(itertools.islice(lines, size))
+            try:
+                yield np.loadtxt(part, "<f4", None, ",", usecols=columns, ndmin=2, quotechar='"'), None
+            except ValueError as e:
+                row, why = _first_wrong(part, columns)
+                raise ValueError(f"{path}: patch {i + row} (from 0): {why}") from e
+
+
+def _filled(line: str) -> str:
+    """Empty cells, which is how pandas writes NaN, as nan; without the mark of UTF-8 in front."""
+    line = line.removeprefix("\xef\xbb\xbf")
+    return re.sub(r"(^|,)(?=,|\s*$)", r"\1nan", line) if ",," in line or line[0] == "," or line.rstrip()[-1] == "," else line
+
+
+def _first_wrong(lines: Sequence[str], columns: range) -> tuple[int, str]:
+    for row, cells in enumerate(csv.reader(lines)):
+        if len(cells) < columns.stop:
+            return row, f"must have {columns.stop} columns, found {len(cells)}; was the file cut off?"
+        if (wrong := next((i for i in columns if not _number(cells[i])), None)) is not None:
+            return row, f"column {wrong + 1} must be a number, found {cells[wrong]!r}"
+    return 0, "cannot be read as numbers"
+
+
+def _layout(path: Path, dims: int) -> tuple[bool, int, int]:
+    """(there is a header, the first column of the features, how many) by content: a header counts its columns, or is all text."""
+    with open(path, encoding="latin-1") as f:
+        first, *more = [*csv.reader(itertools.islice((line.removeprefix("\xef\xbb\xbf") for line in f if line.strip()), 2)), [], []][:2]
+    start = int(len(first) > 1 and not first[0] and first[1] == "0")  # pandas' index
+    width = _counted(first[start:])
+    behind = first[start + width :]
+    header = width > 1 and (width >= 8 or not behind or not _number(behind[0]))
+    if not header and first and not any(map(_number, first)):
+        header, width = True, _numbers(more[0]) if more[0] else len([c for c in first if c])
+    elif not header:
+        width = _numbers(first)
+    if first and any(first) and not width:
+        raise ValueError(f"{path}: the features must be the first columns, found {first[0]!r} in the first of {len(first)}")
+    if dims and 0 < width - dims <= _TRAILING:
+        return header, start, dims
+    near = next((w for w in _WIDTHS if 0 < width - w <= _TRAILING), 0)
+    if near and not dims and width not in _WIDTHS:
+        raise ValueError(f"{path}: has {width} columns of numbers; are {width - near} of them no features? Say dims={near} or dims={width}")
+    return header, start, width
+
+
+def _counted(names: Sequence[str]) -> int:
+    """How many names in a row from the first are 0, 1, 2, ... or f0, f1, f2, ... (or f1, f2, ...)."""
+    hit = re.fullmatch(r"(\D*)(0|1)", names[0].strip()) if names else None
+    if hit is None or hit.groups() == ("", "1"):
+        return 0
+    wanted = (f"{hit[1]}{i}" for i in itertools.count(int(hit[2])))
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0].strip() == pair[1], zip(names, wanted, strict=False)))
+
+
+def _numbers(cells: Sequence[str]) -> int:
+    """How many cells from the first are numbers or empty; empty ones at the end are not counted."""
+    row = list(itertools.takewhile(lambda c: not c.strip() or _number(c), cells))
+    while row and not row[-1].strip():
+        row.pop()
+    return len(row)
+
+
+def _number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+_OPEN = {"h5": _open_h5, "npy": _open_npy, "pt": _open_pt, "csv": _open_csv}

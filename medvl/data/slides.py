@@ -1,0 +1,329 @@
+"""Patch features of whole slides, as CLAM, TRIDENT, SlideChat and others write them, and which file belongs to which slide."""
+
+import difflib
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from attrs import frozen
+
+from medvl.checkpoints import few
+from medvl.data.slide_formats import SUFFIXES, Block, Source, open_source
+from medvl.files import PathLike
+
+_log = logging.getLogger(__name__)
+_SCANS = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm", ".czi", ".isyntax")
+
+
+@frozen(kw_only=True)
+class About:
+    """What a file says of a slide without its patches being read."""
+
+    name: str
+    rows: int
+    dims: int  # 0: an empty slide whose file does not say
+    dtype: np.dtype  # of the features: float16 or float32
+    has_coords: bool
+    patch_size: int | None  # level-0 pixels; None: not said
+    mpp: float | None  # micrometres per pixel
+    magnification: float | None  # at which the patches were seen
+    encoder: str  # "": not said
+
+
+@frozen(kw_only=True, eq=False)
+class Slide:
+    """The patches of one slide."""
+
+    name: str
+    features: np.ndarray  # float16 or float32 [n, d], all finite
+    coords: np.ndarray | None  # int64 [n, 2], x and y of the upper left corner in level-0 pixels
+    patch_size: int | None  # level-0 pixels
+    mpp: float | None
+    magnification: float | None
+    encoder: str
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.features.dtype
+
+
+def about_slide(path: PathLike, *, dims: int = 0) -> About:
+    """Shapes and attributes of a file of patch features; the patches are not read (the lines of a CSV are counted).
+
+    Args:
+        dims: how many columns of a CSV are features, where it does not say; not compared with what is found.
+    Raises:
+        ValueError: as `read_slide`, but for what only the values can show.
+    """
+    with open_source(path, dims) as source:
+        return _about(Path(path), source)
+
+
+def read_slide(path: PathLike, *, dims: int = 0, drop: bool = False) -> Slide:
+    """All patches of a slide.
+
+    HDF5 of CLAM, TRIDENT or Prov-GigaPath; PyTorch files with a tensor or a dict of them; NumPy; CSV with or without header, features
+    first. [1, n, d] is [n, d]; float64 and bfloat16 become float32. No file is ever unpickled beyond plain tensors.
+
+    Args:
+        dims: the d that is wanted; 0 takes any. In a CSV, columns of numbers behind the first `dims` are kept out, at most 8 of them.
+        drop: leave out patches with NaN or infinity, with a warning that counts them, instead of refusing the file.
+    Returns:
+        the slide; features are [0, d] where it has no patch. A patch size the file does not say is the commonest distance of neighbours.
+    Raises:
+        ValueError: naming the file: not there, unknown or broken; Python objects (with how to convert them); the embedding of a whole
+            slide; another d; coordinates that do not match or are no level-0 pixels; NaN or infinity, with the first such patch.
+    """
+    path = Path(path)
+    with open_source(path, dims) as source:
+        about = _about(path, source)
+        _check_dims(path, about.dims, dims)
+        parts = list(_checked(path, source, max(1, source.rows), drop))
+    features, coords = parts[0] if parts else empty(about, dims)
+    size = about.patch_size
+    if size is None and coords is not None and (size := patch_size_of(coords)) is not None:
+        _log.warning("%s: does not say its patch size; taken as %d level-0 pixels, the commonest distance of neighbours", path, size)
+    return Slide(
+        name=about.name,
+        features=features,
+        coords=coords,
+        patch_size=size,
+        mpp=about.mpp,
+        magnification=about.magnification,
+        encoder=about.encoder,
+    )
+
+
+def chunks(path: PathLike, size: int = 4096, *, dims: int = 0, drop: bool = False) -> Iterator[Block]:
+    """The patches of a slide in file order, `size` at a time: (features [c, d], coords [c, 2] or None); only these are read.
+
+    An empty slide gives no chunk, and neither do `size` patches that all are dropped. Arguments and errors as `read_slide`.
+    """
+    if size < 1:
+        raise ValueError(f"chunks: size must be at least 1 patch, got {size}")
+
+    def run() -> Iterator[Block]:
+        with open_source(path, dims) as source:
+            _check_dims(path, source.dims, dims)
+            yield from _checked(Path(path), source, size, drop)
+
+    return run()
+
+
+def count_bad(path: PathLike, *, dims: int = 0) -> tuple[int, int]:
+    """(how many patches hold NaN or infinity, the first of them from 0; -1 for none)."""
+    count, first, at = 0, -1, 0
+    with open_source(path, dims) as source:
+        for x, _ in source.blocks(4096):
+            if not _finite(x):
+                bad = _bad(x)
+                first = at + int(bad[0]) if first < 0 else first
+                count += len(bad)
+            at += len(x)
+    return count, first
+
+
+def empty(about: About, dims: int = 0) -> Block:
+    """The features [0, d] and coordinates of a slide without patches."""
+    return np.zeros((0, about.dims or dims), about.dtype), np.zeros((0, 2), np.int64) if about.has_coords else None
+
+
+def _about(path: Path, source: Source) -> About:
+    patch_size = _number(path, source.attrs, "patch_size_level0")
+    if patch_size is not None and (patch_size < 1 or patch_size % 1):
+        raise ValueError(f"{path}: patch_size_level0 must be a whole number of pixels, got {patch_size}")
+    magnification = _number(path, source.attrs, "target_magnification")
+    return About(
+        name=slide_name(path.name),
+        rows=source.rows,
+        dims=source.dims,
+        dtype=source.dtype,
+        has_coords=source.has_coords,
+        patch_size=None if patch_size is None else int(patch_size),
+        mpp=_number(path, source.attrs, "mpp"),
+        magnification=_number(path, source.attrs, "magnification") if magnification is None else magnification,
+        encoder=_text(source.attrs, "encoder"),
+    )
+
+
+def _text(attrs: Mapping[str, Any], key: str) -> str:
+    value = attrs.get(key, "")
+    text = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+    return "" if text == "None" else text  # TRIDENT writes None so
+
+
+def _number(path: Path, attrs: Mapping[str, Any], key: str) -> float | None:
+    text = _text(attrs, key).strip("[] ")  # an array of one
+    try:
+        return float(text) if text else None
+    except ValueError as e:
+        raise ValueError(f"{path}: {key} must be a number, got {text!r}") from e
+
+
+def _check_dims(path: PathLike, found: int, wanted: int) -> None:
+    if wanted and found and found != wanted:
+        hint = "; `doubled` makes [x, x] of them, for models that were trained on that" if 2 * found == wanted else "; another encoder?"
+        raise ValueError(f"{path}: features must be {wanted} numbers per patch, got {found}{hint}")
+
+
+def _checked(path: Path, source: Source, size: int, drop: bool) -> Iterator[Block]:
+    at = lost = 0
+    for x, xy in source.blocks(size):
+        rows, xy = len(x), None if xy is None else _pixels(path, xy, at)
+        if not _finite(x):
+            bad = _bad(x)
+            if not drop:
+                raise ValueError(
+                    f"{path}: patch {at + bad[0]} (from 0) holds NaN or infinity; drop=True leaves such patches out, with a warning"
+                )
+            x, xy = np.delete(x, bad, 0), None if xy is None else np.delete(xy, bad, 0)
+            lost += len(bad)
+        at += rows
+        if len(x):
+            yield x, xy
+    if lost:
+        _log.warning("%s: %d of %d patches hold NaN or infinity and are left out", path, lost, at)
+
+
+def _finite(x: np.ndarray) -> bool:
+    """One pass without a mask."""
+    return not x.size or bool(torch.stack(torch.from_numpy(x).aminmax()).isfinite().all())
+
+
+def _bad(x: np.ndarray) -> np.ndarray:
+    return np.flatnonzero(~np.isfinite(x).all(1))
+
+
+def _pixels(path: Path, xy: np.ndarray, at: int) -> np.ndarray:
+    if xy.dtype.kind in "iu":
+        return xy.astype(np.int64)
+    wrong = np.flatnonzero(~(np.isfinite(xy) & (xy == np.round(xy))).all(1))
+    if len(wrong):
+        found = xy[wrong[0]].tolist()
+        raise ValueError(f"{path}: coords must be whole level-0 pixels, got {found} for patch {at + wrong[0]} (from 0); what unit is that?")
+    return xy.astype(np.int64)
+
+
+# Features -------------------------------------------------------------------------------------------------------------------------------
+def patch_size_of(coords: np.ndarray) -> int | None:
+    """The side of a patch in level-0 pixels, from its coordinates [n, 2]: the commonest distance between neighbours in a row or column.
+
+    On one regular grid it is the smallest positive gap; where every piece of tissue has a grid of its own (CLAM) the smallest gap would
+    be the distance of two grids. Where patches overlap it is the step between them, less than a patch. None for less than two patches.
+    """
+    gaps = [_gaps(coords[:, a], coords[:, 1 - a]) for a in (0, 1)]
+    both = np.concatenate(gaps)
+    if not len(both):  # no two patches share a row or a column
+        both = np.concatenate([np.diff(np.unique(coords[:, a])) for a in (0, 1)])
+        return int(both.min()) if len(both) else None
+    values, counts = np.unique(both, return_counts=True)
+    return int(values[counts.argmax()])  # the smallest of equally common ones
+
+
+def _gaps(along: np.ndarray, line: np.ndarray) -> np.ndarray:
+    order = np.lexsort((along, line))
+    gaps, same = np.diff(along[order]), np.diff(line[order]) == 0
+    return gaps[same & (gaps > 0)]
+
+
+def doubled(features: np.ndarray) -> np.ndarray:
+    """[x, x]: [n, d] to [n, 2 d], as TC-SSA fed 512 numbers to models of 1024. It adds no information; only for models trained on it."""
+    return np.concatenate([features, features], -1)
+
+
+def sample_rows(n: int, most: int) -> np.ndarray:
+    """Which of n patches are taken when `most` are wanted: int64, evenly spread from the first to the last; all where n <= most.
+
+    Source: SlideChat, np.linspace(0, n - 1, most, dtype=int).
+    """
+    if most < 1 or n < 0:
+        raise ValueError(f"sample_rows: wants at least 1 of 0 or more patches, got most={most}, n={n}")
+    return np.linspace(0, n - 1, most, dtype=np.int64) if n >= most else np.arange(n, dtype=np.int64)
+
+
+# Names ----------------------------------------------------------------------------------------------------------------------------------
+def slide_name(name: object) -> str:
+    """The name of a slide: the last part of a path, without the suffixes of feature files and scans ("./BLCA/A-01.csv" -> "A-01")."""
+    last = re.split(r"[/\\]", str(name))[-1]
+    for suffixes in (SUFFIXES, _SCANS):
+        end = next((s for s in suffixes if last.lower().endswith(s) and len(last) > len(s)), "")
+        last = last[: len(last) - len(end)]
+    return last
+
+
+def match_slide(name: object, stems: Iterable[str]) -> str:
+    """The stem that is the slide `name`: equal to it, or it and a dot and more, so "A-DX1" is "A-DX1.UUID" and never "A-DX10".
+
+    Args:
+        name: a path and known suffixes are taken off: `slide_name`.
+    Raises:
+        ValueError: none (with near ones), or more than one.
+    """
+    stems = list(stems)
+    hits = index_stems(stems).get(slide_name(name), [])
+    if len(hits) != 1:
+        raise ValueError(f"match_slide: {_not_one(str(name), hits, stems)}")
+    return hits[0]
+
+
+def index_stems(stems: Iterable[str]) -> dict[str, list[str]]:
+    """{every name by which a stem can be asked for: the stems}: itself, and what stands before each of its dots."""
+    found: dict[str, list[str]] = {}
+    for stem in sorted(set(stems)):
+        ends = [*(m.start() for m in re.finditer(r"\.", stem)), len(stem)]
+        for end in ends:
+            found.setdefault(stem[:end], []).append(stem)
+    return found
+
+
+def feature_files(folder: PathLike) -> dict[str, list[Path]]:
+    """{stem: the files of patch features so called} of a folder and all its subfolders, sorted; hidden files are left aside.
+
+    Raises:
+        ValueError: no such folder.
+    """
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    found: dict[str, list[Path]] = {}
+    for where, _, names in os.walk(str(folder), followlinks=True):
+        for name in names:
+            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+                found.setdefault(slide_name(name), []).append(Path(where, name))
+    return {stem: sorted(paths) for stem, paths in sorted(found.items())}
+
+
+def find_features(folder: PathLike, names: Iterable[object]) -> dict[str, Path]:
+    """{name: its file of patch features} for names matched as by `match_slide`, anywhere below `folder`.
+
+    Raises:
+        ValueError: no such folder; or one error that tells all names without a file, with several slides, or with several files.
+    """
+    found = feature_files(folder)
+    index, wanted = index_stems(found), [str(n) for n in names]
+    hits = {name: index.get(slide_name(name), []) for name in wanted}
+    missing = [n for n in hits if not hits[n]]
+    several = [_not_one(n, hits[n], ()) for n in hits if len(hits[n]) > 1]
+    twice = [f"{n} ({', '.join(map(str, found[h[0]]))})" for n, h in hits.items() if len(h) == 1 and len(found[h[0]]) > 1]
+    said = []
+    if missing:
+        said.append(f"{len(missing)} of {len(hits)} slides have no file: {few([_not_one(n, [], list(found)) for n in missing[:3]])}")
+        said[-1] += f", and {few(missing[3:])}" if missing[3:] else ""
+    if several:
+        said.append(f"{len(several)} are not one slide: {few(several, 3)}")
+    if twice:
+        said.append(f"{len(twice)} have several files, name the folder of one kind: {few(twice, 3)}")
+    if said:
+        raise ValueError(f"{folder}: {'; '.join(said)}")
+    return {name: found[hits[name][0]][0] for name in wanted}
+
+
+def _not_one(name: str, hits: Sequence[str], stems: Sequence[str]) -> str:
+    if hits:
+        return f"{name!r} could be {few(hits, 4)}; write the whole name"
+    near = difflib.get_close_matches(slide_name(name), stems, 3)
+    return f"{name!r}" + (f" (near: {', '.join(near)})" if near else f" (none of {len(stems)} is near)")

@@ -1,0 +1,658 @@
+"""Where an answer about a slide came from: relevance of slots and patches, drawn over the slide, listed, and as shapes for QuPath."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from attrs import asdict, frozen
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from medvl import files
+from medvl.data import images
+
+Sign = Literal["signed", "absolute", "positive"]
+Reader = Callable[[int, int, int], images.Picture]  # (x, y, side), all in level-0 pixels -> that square of the slide, of any resolution
+# Least percentile of each class of `to_geojson`.
+CLASSES = (("Relevance lower half", 0.0), ("Relevance upper half", 0.5), ("Relevance top 10 %", 0.9), ("Relevance top 1 %", 0.99))
+_PAPER, _LINE, _TISSUE, _INK = (250, 250, 248), (226, 226, 222), (200, 200, 200), (34, 34, 34)
+# Of slots: Okabe and Ito's, then each the colour farthest from those before it (the least CIE Lab distance with normal, protan and deutan
+# vision, Machado et al. 2009), from grey and from white; of 16 the nearest two are 17 apart, of 32 14.
+_SLOTS = bytes.fromhex("""
+0072B2 E69F00 009E73 CC79A7 56B4E9 D55E00 F0E442 0000FF 691E00 B4F096 4B2D4B 2D1EA5 5A78FF E10F4B 2D2D78 FF965A
+87E1FF 3C4BF0 78D296 963C00 4B96F0 4B693C 964B78 4B2D2D D200B4 0000C3 C3F069 693C78 963CD2 D2693C B4F0C3 3CB4C3
+""")
+
+
+# Slots ----------------------------------------------------------------------------------------------------------------------------------
+def gradient_attribution(score: Callable[[Tensor], Tensor], visual: Tensor, *, signed: bool = False) -> Tensor:
+    """How much each visual token moved an answer: gradient times input.
+
+    Forward and gradient run inside this one call, and no parameter is touched. It goes through whatever `train.value_and_grad` does.
+
+    Args:
+        score: visual [k, d] -> a number, as the log-likelihood of the answer.
+        visual: visual tokens [k, d], as they enter the language model.
+        signed: keep the sign (positive = raised the score) instead of taking its absolute value.
+    Returns:
+        [k], float32 or wider: sum over d of gradient * input, which to first order is by how much the score drops when the token is 0.
+    Raises:
+        ValueError: visual is not [k, d] of floats, the score is no single number or does not depend on the visual tokens.
+    Source: Shrikumar et al. 2016, arXiv:1605.01713, section 3.3.
+    """
+    _check_visual("gradient_attribution", visual)
+    leaf = visual.detach().requires_grad_()
+    with torch.enable_grad():
+        value = score(leaf)
+    if value.numel() != 1:
+        raise ValueError(f"gradient_attribution: score must give one number, got {list(value.shape)}")
+    (slope,) = torch.autograd.grad(value, [leaf], torch.ones_like(value), allow_unused=True) if value.requires_grad else (None,)
+    if slope is None:
+        raise ValueError("gradient_attribution: the score must depend on the visual tokens, got one that does not; is it under no_grad?")
+    wide = torch.promote_types(visual.dtype, torch.float32)
+    product = (slope.to(wide) * leaf.detach().to(wide)).sum(-1)
+    return product if signed else product.abs()
+
+
+@torch.no_grad()
+def occlusion_attribution(score: Callable[[Tensor], Tensor], visual: Tensor, baseline: Tensor, *, chunk: int = 16) -> Tensor:
+    """By how much an answer's score drops when one visual token is replaced by a baseline token. Exact, for k + 1 forward passes.
+
+    Args:
+        score: visual tokens [b, k, d] -> [b], as the log-likelihood of the answer for each.
+        visual: [k, d].
+        baseline: [d] or [k, d], as zeros or the mean token of many slides.
+        chunk: variants that are scored at once.
+    Returns:
+        [k]; positive where the token raised the score.
+    Raises:
+        ValueError: visual or baseline have another shape, chunk < 1, or score gives not one number per variant.
+    Source: Zeiler and Fergus 2014, arXiv:1311.2901, section 4.2.
+    """
+    _check_visual("occlusion_attribution", visual)
+    if baseline.shape not in (visual.shape, visual.shape[1:]) or chunk < 1:
+        allowed = f"[{visual.shape[1]}] or {list(visual.shape)}"
+        raise ValueError(f"occlusion_attribution: baseline must be {allowed} and chunk >= 1, got {list(baseline.shape)} and {chunk}")
+    whole, parts = _scored(score, visual[None]), []
+    for at in torch.arange(len(visual), device=visual.device).split(chunk):
+        chosen = at[:, None] == torch.arange(len(visual), device=visual.device)
+        parts.append(_scored(score, torch.where(chosen[..., None], baseline.to(visual), visual)))
+    return whole - torch.cat(parts)
+
+
+def attention_attribution(attentions: Sequence[Tensor], rows: Any, slots: Any) -> Tensor:
+    """Attention that an answer paid to each visual token: the mean over layers, heads and the answer's positions.
+
+    Args:
+        attentions: one [h, t, t] per layer (of one sample): from position (row) to position (column), rows summing to 1.
+        rows: int [m], positions that predict the answer: each lies one before a token of the answer.
+        slots: int [k], positions of the visual tokens.
+    Returns:
+        [k], at least 0, not normalised: the rest of 1 went to other tokens.
+    Raises:
+        ValueError: no layer or row, a layer of another shape, or positions outside of 0..t-1.
+    """
+    t = attentions[0].shape[-1] if len(attentions) else 0
+    at, to = (torch.as_tensor(i).long().flatten() for i in (rows, slots))
+    if not t or any(a.dim() != 3 or a.shape[1:] != (t, t) for a in attentions):
+        raise ValueError(f"attention_attribution: needs layers of [h, t, t], got {[list(a.shape) for a in attentions]}")
+    if not len(at) or not len(to) or min(at.min(), to.min()) < 0 or max(at.max(), to.max()) >= t:
+        raise ValueError(f"attention_attribution: rows and slots must be positions in 0..{t - 1}, got {at.tolist()} and {to.tolist()}")
+    return torch.stack([a[:, at.to(a.device)][..., to.to(a.device)].double().mean((0, 1)).cpu() for a in attentions]).mean(0)
+
+
+def _check_visual(where: str, visual: Tensor) -> None:
+    if visual.dim() != 2 or not visual.is_floating_point() or not visual.numel():
+        raise ValueError(f"{where}: visual must be floats [k, d], got {visual.dtype} {list(visual.shape)}")
+
+
+def _scored(score: Callable[[Tensor], Tensor], variants: Tensor) -> Tensor:
+    values = score(variants)
+    if values.shape != variants.shape[:1]:
+        raise ValueError(f"occlusion_attribution: score must give one number per variant, [{len(variants)}], got {list(values.shape)}")
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+# Patches --------------------------------------------------------------------------------------------------------------------------------
+def patch_relevance(weights: Any, slots: Any, *, sign: Sign = "signed") -> np.ndarray:
+    """Share of every patch in the relevance of the slots: r_j = sum_k a_k w_jk / W_k, where W_k = sum_j w_jk.
+
+    Exact where a slot is a weighted mean of its patches: the r_j sum to the sum of a_k over the slots with mass. A slot without mass
+    gives nothing to any patch.
+
+    Args:
+        weights: routing weights [n, k] >= 0, 0 for padding.
+        slots: relevance of the slots [k].
+        sign: what a slot with a_k < 0 (one that spoke against the answer) counts: "signed" a_k, "absolute" -a_k, "positive" 0. It is
+            decided per slot, before patches are shared out, so that a patch of two slots keeps what one of them brought.
+    Returns:
+        [n], float64.
+    Raises:
+        ValueError: weights are not [n, k] or below 0, slots are not [k], anything is nan or infinite, or another sign.
+    """
+    whole = weights if isinstance(weights, Tensor) else np.asarray(weights)
+    if whole.ndim != 2:
+        raise ValueError(f"patch_relevance: weights must be [n, k], got {list(whole.shape)}")
+    pieces = [whole[i : i + 65536] for i in range(0, len(whole), 65536)]  # in float64 only piece by piece
+    totals = sum((_weights("patch_relevance", p).sum(0) for p in pieces), np.zeros(whole.shape[1]))
+    return np.concatenate([np.zeros(0), *(relevance_chunk(p, totals, slots, sign=sign) for p in pieces)])
+
+
+def relevance_chunk(weights: Any, totals: Any, slots: Any, *, sign: Sign = "signed") -> np.ndarray:
+    """`patch_relevance` of some patches of a slide [m, k], given the totals W_k [k] over all its patches. Arguments and errors as there."""
+    w = _weights("relevance_chunk", weights)
+    mass, a = (np.asarray(_host(v), float) for v in (totals, slots))
+    if not (mass.shape == a.shape == w.shape[1:]) or not np.isfinite(mass).all() or (mass < 0).any() or not np.isfinite(a).all():
+        raise ValueError(
+            f"relevance_chunk: totals and slots must be finite [{w.shape[1]}], totals >= 0, got {list(mass.shape)} and {list(a.shape)}, "
+            f"{(~np.isfinite(mass) | (mass < 0)).sum()} and {(~np.isfinite(a)).sum()} of them wrong"
+        )
+    if sign not in ("signed", "absolute", "positive"):
+        raise ValueError(f"relevance_chunk: sign must be signed, absolute or positive, got {sign!r}")
+    a = np.abs(a) if sign == "absolute" else np.maximum(a, 0) if sign == "positive" else a
+    return np.divide(w, mass, out=np.zeros_like(w), where=mass > 0) @ a  # divided first: 1 / a tiny mass may be infinite
+
+
+def percentiles(relevance: Any) -> np.ndarray:
+    """Rank of each patch / n, in (0, 1]; equal patches share the mean of their ranks. [n] -> [n]."""
+    from scipy.stats import rankdata
+
+    r = _relevance("percentiles", relevance)
+    return rankdata(r) / len(r)
+
+
+def mass_share(relevance: Any, chosen: Any) -> float:
+    """Share of the positive relevance [n] that the chosen patches (bool [n]) hold; nan where no patch has any.
+
+    Raises:
+        ValueError: relevance is not [n] and finite, or chosen is not bool [n].
+    """
+    r, c = _relevance("mass_share", relevance), np.asarray(_host(chosen))
+    if c.shape != r.shape or c.dtype != bool:
+        raise ValueError(f"mass_share: chosen must be bool [{len(r)}], got {c.dtype} {list(c.shape)}")
+    positive = np.maximum(r, 0)
+    total = float(positive.sum())
+    return float(positive[c].sum()) / total if total else math.nan
+
+
+@frozen(kw_only=True)
+class TopPatch:
+    """One of the most relevant patches: rank from 1, row in the slide's features, corner in level-0 pixels (None: no coordinates)."""
+
+    rank: int
+    row: int
+    x: int | None
+    y: int | None
+    relevance: float
+    percentile: float
+
+
+def top_patches(relevance: Any, coords: Any, k: int = 15) -> list[TopPatch]:
+    """The k (or all n) most relevant patches, best first, equal ones in the order of their rows.
+
+    Raises:
+        ValueError: relevance is not [n], coords are not [n, 2] or None, or k < 1.
+    """
+    r = _relevance("top_patches", relevance)
+    at = None if coords is None else _coords("top_patches", coords, len(r))
+    if k < 1:
+        raise ValueError(f"top_patches: k must be >= 1, got {k}")
+    share = percentiles(r)
+    best = np.argsort(-r, kind="stable")[:k].tolist()
+    corner = [(None, None) if at is None else (round(at[j, 0]), round(at[j, 1])) for j in best]
+    rows = zip(best, corner, strict=True)
+    return [TopPatch(rank=i, row=j, x=x, y=y, relevance=float(r[j]), percentile=float(share[j])) for i, (j, (x, y)) in enumerate(rows, 1)]
+
+
+def _host(values: Any) -> Any:
+    return values.detach().cpu().double().numpy() if isinstance(values, Tensor) and values.is_floating_point() else values
+
+
+def _weights(where: str, weights: Any) -> np.ndarray:
+    w = np.asarray(_host(weights), float)
+    if w.ndim != 2 or not np.isfinite(w).all() or (w < 0).any():
+        wrong = int((~np.isfinite(w) | (w < 0)).sum())
+        raise ValueError(f"{where}: weights must be [n, k], finite and >= 0, got {list(w.shape)} with {wrong} wrong values")
+    return w
+
+
+def _relevance(where: str, relevance: Any) -> np.ndarray:
+    r = np.asarray(_host(relevance), float)
+    if r.ndim != 1 or not len(r) or not np.isfinite(r).all():
+        wrong = int((~np.isfinite(r)).sum())
+        raise ValueError(f"{where}: relevance must be [n], finite, of at least one patch, got {list(r.shape)} with {wrong} wrong values")
+    return r
+
+
+def _coords(where: str, coords: Any, n: int) -> np.ndarray:
+    at = np.asarray(_host(coords), float)
+    if at.shape != (n, 2) or not np.isfinite(at).all():
+        raise ValueError(f"{where}: coords must be [{n}, 2] (x, y) in level-0 pixels, finite, or None, got {list(at.shape)}")
+    return at
+
+
+# Pictures -------------------------------------------------------------------------------------------------------------------------------
+def draw_map(
+    relevance: Any,
+    coords: Any,
+    patch_size: float,
+    *,
+    thumbnail: images.Picture | None = None,
+    level0_size: tuple[int, int] | None = None,
+    size: int = 1024,
+    mpp: float | None = None,
+    alpha: float | None = None,
+    mark: int = 0,
+) -> Image.Image:
+    """Heat map of a slide: the percentile of each patch among the slide's patches, averaged where patches overlap.
+
+    Percentiles always span all colours, however even the relevance is; so the legend says what share of it the top patches hold.
+
+    Args:
+        relevance: [n].
+        coords: (x, y) of the patches' upper left corners [n, 2] in level-0 pixels. None draws the patches in the order of the file, as
+            a grid, and says so.
+        patch_size: side of a patch in level-0 pixels (256 at 20x of a 40x slide are 512).
+        thumbnail: the whole slide, of any size; what no patch covers stays as it is. None: a light canvas with lines of coordinates.
+        level0_size: (width, height) of the slide in level-0 pixels, needed with a thumbnail. None: the canvas is where patches are.
+        size: longer side of the map in pixels; the legend comes below.
+        mpp: micrometres per level-0 pixel, for a scale bar.
+        alpha: opacity of the colours, 0.4 over a thumbnail and 0.9 on the canvas if None.
+        mark: that many top patches are framed and numbered, as far as the numbers have room.
+    Raises:
+        ValueError: shapes; a patch that begins outside of the slide (coordinates of another level, or x and y exchanged); a thumbnail
+            without level0_size or of another aspect; a thumbnail, level0_size or mpp without coords; sizes that are not above 0.
+    """
+    r = _relevance("draw_map", relevance)
+    canvas = _canvas("draw_map", len(r), coords, patch_size, thumbnail, level0_size, size, mpp)
+    covered = _sums(canvas, np.ones(len(r)))
+    mean = np.round(_sums(canvas, percentiles(r)) / np.maximum(covered, 1), 9)  # so that no colour hangs on the order of a sum
+    alpha = _opacity("draw_map", alpha, canvas)
+    picture = _blend(canvas, _colours()(mean, bytes=True)[..., :3], covered > 0, alpha)
+    below = canvas.image[covered > 0].mean(0) if canvas.real else np.array(_TISSUE)
+    _draw_marks(picture, canvas, np.argsort(-r, kind="stable")[:mark])
+    _draw_scale(picture, canvas, mpp)
+    most = math.ceil(len(r) / 100)
+    share = mass_share(r, np.isin(np.arange(len(r)), np.argsort(-r, kind="stable")[:most]))
+    held = (
+        "no patch has positive relevance"
+        if math.isnan(share)
+        else f"top 1 % ({most:,} of {len(r):,} patches): {100 * share:.1f} % of the relevance"
+    )
+    return _stacked(picture, _map_legend(picture.width, size, held + canvas.note, below, alpha))
+
+
+def draw_slots(
+    weights: Any,
+    coords: Any,
+    patch_size: float,
+    *,
+    thumbnail: images.Picture | None = None,
+    level0_size: tuple[int, int] | None = None,
+    size: int = 1024,
+    mpp: float | None = None,
+    alpha: float | None = None,
+) -> Image.Image:
+    """Slot map: each patch has the colour of the slot where its weight is greatest; below, the share of each slot in all weights.
+
+    Where patches overlap most of them decide, the first slot on a tie. Patches without weight are grey. A slot has the same colour
+    in every slide. Arguments and errors as `draw_map`, with weights [n, k] >= 0; alpha 0.6 over a thumbnail if None.
+    """
+    w = _weights("draw_slots", weights)
+    if 0 in w.shape:
+        raise ValueError(f"draw_slots: needs at least one patch and one slot, got weights {list(w.shape)}")
+    canvas = _canvas("draw_slots", len(w), coords, patch_size, thumbnail, level0_size, size, mpp)
+    strongest = np.where(w.any(1), w.argmax(1), w.shape[1])  # k = none
+    most, chosen = np.zeros(canvas.image.shape[:2]), np.full(canvas.image.shape[:2], w.shape[1])
+    for slot in np.unique(strongest[strongest < w.shape[1]]):
+        votes = _sums(canvas, (strongest == slot).astype(float))
+        chosen[votes > most] = slot
+        most = np.maximum(most, votes)
+    colours = np.array([*_slot_colours(w.shape[1]), _TISSUE], np.uint8)
+    covered = _sums(canvas, np.ones(len(w))) > 0
+    picture = _blend(canvas, colours[chosen], covered, _opacity("draw_slots", alpha, canvas, over=0.6))
+    _draw_scale(picture, canvas, mpp)
+    total = w.sum()
+    loads = w.sum(0) / total if total else w.sum(0)
+    return _stacked(picture, _slot_legend(picture.width, size, loads, f"{len(w):,} patches{canvas.note}"))
+
+
+def draw_top(
+    patches: Sequence[TopPatch], patch_size: float, read_region: Reader | None, *, columns: int = 5, tile: int = 180
+) -> Image.Image | None:
+    """The top patches cut from the slide, as a grid with rank, corner and relevance; None where there is no reader.
+
+    Raises:
+        ValueError: no patches, patches without coordinates, or columns, tile or patch_size not above 0.
+    """
+    if read_region is None:
+        return None
+    if not patches or any(p.x is None or p.y is None for p in patches) or min(columns, tile, patch_size) <= 0:
+        raise ValueError(
+            f"draw_top: needs patches with coordinates, columns, tile and patch_size > 0, got {len(patches)} patches, "
+            f"{columns}, {tile}, {patch_size}"
+        )
+    font, gap = _font(tile // 14), tile // 12
+    line = math.ceil(font.size * 1.3)
+    step = tile + gap, tile + gap + 2 * line
+    picture = Image.new("RGB", (min(columns, len(patches)) * step[0] + gap, -(-len(patches) // columns) * step[1] + gap), "white")
+    draw = ImageDraw.Draw(picture)
+    for i, p in enumerate(patches):
+        x, y = gap + i % columns * step[0], gap + i // columns * step[1]
+        cut = images.to_rgb(read_region(p.x, p.y, round(patch_size)), "draw_top: read_region")  # type: ignore[arg-type]
+        picture.paste(cut.resize((tile, tile), Image.Resampling.LANCZOS), (x, y))
+        draw.text((x, y + tile + line // 5), f"{p.rank}   {p.relevance:.3g}", _INK, font)
+        draw.text((x, y + tile + line // 5 + line), f"({p.x:,}, {p.y:,})", _INK, font)
+    return picture
+
+
+@frozen(kw_only=True)
+class _Canvas:
+    """Where patches lie in a picture."""
+
+    image: np.ndarray  # uint8 [y, x, 3], what is below the colours
+    boxes: np.ndarray  # int [n, 4] (left, upper, right, lower), in pixels of the picture
+    scale: float  # its pixels per level-0 pixel
+    real: bool  # a thumbnail is below
+    note: str  # what the legend has to add
+
+
+def _canvas(
+    where: str, n: int, coords: Any, patch_size: float, thumbnail: images.Picture | None, level0_size: Any, size: int, mpp: float | None
+) -> _Canvas:
+    if not (0 < patch_size < math.inf and size >= 64 and (mpp is None or 0 < mpp < math.inf)):
+        raise ValueError(f"{where}: patch_size and mpp must be > 0 and size >= 64, got {patch_size}, {mpp} and {size}")
+    if coords is None and not (thumbnail is None and level0_size is None and mpp is None):
+        raise ValueError(f"{where}: without coords patches have no place: thumbnail, level0_size and mpp must be None too")
+    if thumbnail is not None and level0_size is None:
+        raise ValueError(f"{where}: a thumbnail needs level0_size, the (width, height) of the slide in level-0 pixels, got None")
+    columns = math.ceil(math.sqrt(n))
+    ordered = np.stack([np.arange(n) % columns, np.arange(n) // columns], 1) * float(patch_size)
+    at = ordered if coords is None else _coords(where, coords, n)
+    if level0_size is None:
+        margin = 0.0 if coords is None else max(float(patch_size), 0.07 * float(np.ptp(at, axis=0).max()))  # room for numbers
+        origin, extent = at.min(0) - margin, np.ptp(at, axis=0) + patch_size + 2 * margin
+    else:
+        origin, extent = np.zeros(2), np.asarray(level0_size, float)
+        _check_inside(where, at, extent)
+    scale = size / float(extent.max())
+    width, height = (max(1, round(float(v) * scale)) for v in extent)
+    if thumbnail is None:
+        base = _paper(width, height, origin, scale, lines=coords is not None)
+    else:
+        base = _fitted(where, images.to_rgb(thumbnail, f"{where}: thumbnail"), (width, height), extent)
+    first = np.rint((at - origin) * scale).astype(int)
+    last = np.rint((at + patch_size - origin) * scale).astype(int)  # rounded like its neighbour's first, so that there is no seam
+    first = np.minimum(first, [width - 1, height - 1])
+    last = np.minimum(np.maximum(last, first + 1), [width, height])  # a patch has one pixel at least
+    note = "" if coords is not None else "; no coordinates: patches in the order of the file"
+    return _Canvas(image=base, boxes=np.hstack([first, last]), scale=scale, real=thumbnail is not None, note=note)
+
+
+def _check_inside(where: str, at: np.ndarray, extent: np.ndarray) -> None:
+    if extent.shape != (2,) or not (np.isfinite(extent).all() and (extent > 0).all()):
+        raise ValueError(f"{where}: level0_size must be (width, height) > 0, got {extent.tolist()}")
+    outside = ((at < 0) | (at >= extent)).any(1)
+    if outside.any():
+        found = f"{outside.sum():,} of {len(at):,}, the first {at[outside.argmax()].tolist()}"
+        raise ValueError(
+            f"{where}: patches must begin inside of the slide, {extent.tolist()} level-0 pixels, got {found} outside; "
+            "are these coordinates of level 0, as (x, y), of this slide?"
+        )
+
+
+def _fitted(where: str, thumbnail: Image.Image, size: tuple[int, int], extent: np.ndarray) -> np.ndarray:
+    aspect = extent[0] / extent[1] / (thumbnail.width / thumbnail.height)
+    slack = 0.02 + 1 / min(thumbnail.size)  # thumbnails are whole pixels
+    if abs(math.log(aspect)) > slack:
+        raise ValueError(
+            f"{where}: the thumbnail must show the whole slide, {extent[0]:g} x {extent[1]:g}, "
+            f"got one of {thumbnail.width} x {thumbnail.height}: another aspect"
+        )
+    return np.asarray(thumbnail.resize(size, Image.Resampling.LANCZOS))
+
+
+def _paper(width: int, height: int, origin: np.ndarray, scale: float, lines: bool) -> np.ndarray:
+    paper = Image.new("RGB", (width, height), _PAPER)
+    draw = ImageDraw.Draw(paper)
+    step = _nice(max(width, height) / scale / 5)
+    font = _font(max(width, height) // 80)
+    for axis, length in enumerate((width, height) if lines else ()):
+        first = math.ceil(max(float(origin[axis]), 0.0) / step) * step
+        for value in np.arange(first, origin[axis] + length / scale, step):
+            p = round((value - origin[axis]) * scale)
+            draw.line([(p, 0), (p, height)] if axis == 0 else [(0, p), (width, p)], _LINE)
+            place = (p + 3, 1) if axis == 0 else (3, p + 1)
+            if p > 2 * font.size or axis == 0:  # where both would begin, x has the corner
+                draw.text(place, f"{value:,.0f}", (140, 140, 136), font)
+    return np.asarray(paper)
+
+
+def _sums(canvas: _Canvas, values: np.ndarray) -> np.ndarray:
+    """Sum of the values [n] of all patches that cover a pixel, [y, x]: four corners each, then sums along both axes."""
+    height, width = (s + 1 for s in canvas.image.shape[:2])
+    left, upper, right, lower = canvas.boxes.T
+    places = np.concatenate([upper * width + left, lower * width + right, upper * width + right, lower * width + left])
+    corners = np.bincount(places, np.concatenate([values, values, -values, -values]), height * width)
+    return corners.reshape(height, width).cumsum(0).cumsum(1)[:-1, :-1]
+
+
+def _blend(canvas: _Canvas, colours: np.ndarray, covered: np.ndarray, alpha: float) -> Image.Image:
+    below = canvas.image if canvas.real else np.where(covered[..., None], np.array(_TISSUE, np.uint8), canvas.image)
+    mixed = np.rint(below * (1 - alpha) + colours * alpha).astype(np.uint8)
+    return Image.fromarray(np.where(covered[..., None], mixed, canvas.image))
+
+
+def _opacity(where: str, alpha: float | None, canvas: _Canvas, over: float = 0.4) -> float:
+    alpha = (over if canvas.real else 0.9) if alpha is None else alpha
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"{where}: alpha must be in 0..1, got {alpha}")
+    return alpha
+
+
+def _draw_marks(picture: Image.Image, canvas: _Canvas, best: np.ndarray) -> None:
+    draw, font = ImageDraw.Draw(picture), _font(max(picture.size) // 70)
+    boxes = canvas.boxes[best].tolist()
+    for left, upper, right, lower in boxes:
+        if right - left > 12:  # around a small one a broad frame would hide its neighbours
+            draw.rectangle((left, upper, right - 1, lower - 1), outline="white", width=3)
+        draw.rectangle((left - 1, upper - 1, right, lower), outline="black")
+    taken: list[tuple[float, ...]] = []
+    for rank, (left, upper, right, _) in enumerate(boxes, 1):  # after all frames; a number that would cover a better one's is left out
+        at = (left + 5, upper + 4) if right - left > 2.5 * font.size else (right + 3, upper - 3)
+        place = draw.textbbox(at, str(rank), font, stroke_width=2)
+        if not any(place[0] < t[2] and t[0] < place[2] and place[1] < t[3] and t[1] < place[3] for t in taken):
+            draw.text(at, str(rank), "black", font, stroke_width=2, stroke_fill="white")
+            taken.append(place)
+
+
+def _draw_scale(picture: Image.Image, canvas: _Canvas, mpp: float | None) -> None:
+    if mpp is None:
+        return
+    um = _nice(picture.width / canvas.scale * mpp / 5)
+    font, length = _font(max(picture.size) // 64), round(um / mpp * canvas.scale)
+    edge, draw = max(picture.size) // 64, ImageDraw.Draw(picture)
+    text = f"{um / 1000:g} mm"  # Pillow's font has no µ
+    wide, tall = max(length, math.ceil(draw.textlength(text, font))) + edge, math.ceil(font.size * 1.3) + edge
+    x, y = picture.width - wide - edge // 2, picture.height - tall - edge // 2
+    draw.rectangle((x, y, x + wide, y + tall), fill="white")
+    draw.text((x + wide / 2, y + edge // 4), text, _INK, font, anchor="ma")
+    bar = x + (wide - length) // 2
+    draw.rectangle((bar, y + tall - edge // 2, bar + length, y + tall - edge // 4), fill=_INK)
+
+
+def _map_legend(width: int, size: int, text: str, below: np.ndarray, alpha: float) -> Image.Image:
+    """The colours as they are seen: over the mean of what lies below the patches."""
+    font = _font(size // 64)
+    line, edge = math.ceil(font.size * 1.5), round(font.size)
+    width = max(width, math.ceil(font.getlength(text)) + 2 * edge)
+    legend = Image.new("RGB", (width, 3 * line + edge), "white")
+    draw, bar = ImageDraw.Draw(legend), width - 2 * edge
+    strip = 255 * _colours()(np.linspace(0, 1, bar))[None, :, :3] * alpha + below * (1 - alpha)
+    legend.paste(Image.fromarray(np.repeat(np.rint(strip).astype(np.uint8), line * 2 // 3, 0)), (edge, edge // 2))
+    for share, anchor in ((0.0, "la"), (0.5, "ma"), (1.0, "ra")):
+        said = {0.0: "least relevant", 0.5: "percentile of patches", 1.0: "most relevant"}[share]
+        draw.text((edge + share * bar, edge // 2 + line * 2 // 3 + line // 6), said, _INK, font, anchor=anchor)
+    draw.text((edge, edge // 2 + 2 * line), text, _INK, font)
+    return legend
+
+
+def _slot_legend(width: int, size: int, loads: np.ndarray, text: str) -> Image.Image:
+    font = _font(size // 64)
+    line, edge = math.ceil(font.size * 1.5), round(font.size)
+    text = f"share of each slot in the weights, %; dotted: even; {text}"
+    width, tall = max(width, math.ceil(font.getlength(text)) + 2 * edge), 5 * line
+    legend = Image.new("RGB", (width, tall + 3 * line), "white")
+    draw, step = ImageDraw.Draw(legend), (width - 2 * edge) / len(loads)
+    top = float(loads.max()) or 1.0
+    floor = edge + tall
+    every, small = math.ceil(draw.textlength("00 ", font) / step), _font(size // 80)
+    even = floor - round((tall - line) / top / len(loads))
+    for dash in range(edge, width - edge, 8):
+        draw.line([(dash, even), (dash + 3, even)], _INK)  # where all bars would end if the load were even
+    for i, (load, colour) in enumerate(zip(loads.tolist(), _slot_colours(len(loads)), strict=True)):
+        x, high = edge + i * step, round(load / top * (tall - line))
+        draw.rectangle((round(x), floor - high, max(round(x), round(x + 0.85 * step) - 1), floor), fill=colour)
+        if i % every == 0:
+            draw.text((x + 0.42 * step, floor + line // 8), str(i), _INK, font, anchor="ma")
+        if step > draw.textlength("00.0 ", small):
+            draw.text(
+                (x + 0.42 * step, floor - high - 1), f"{100 * load:.1f}", _INK, small, anchor="md", stroke_width=2, stroke_fill="white"
+            )
+    draw.text((edge, floor + line + line // 4), text, _INK, font)
+    return legend
+
+
+def _stacked(picture: Image.Image, legend: Image.Image) -> Image.Image:
+    whole = Image.new("RGB", (legend.width, picture.height + legend.height), "white")
+    whole.paste(picture, ((legend.width - picture.width) // 2, 0))
+    whole.paste(legend, (0, picture.height))
+    return whole
+
+
+def _colours() -> Any:
+    import matplotlib
+
+    return matplotlib.colormaps["viridis"]
+
+
+def _slot_colours(k: int) -> list[tuple[int, ...]]:
+    """Of k slots; those of the 33rd and later repeat."""
+    return [tuple(_SLOTS[j : j + 3]) for i in range(k) for j in [3 * i % len(_SLOTS)]]
+
+
+def _font(height: int) -> Any:
+    return ImageFont.load_default(max(10, height))
+
+
+def _nice(most: float) -> float:
+    """The greatest of 1, 2, 5, 10, 20... (and 0.5, 0.2...) that is not above a number."""
+    tens = 10.0 ** math.floor(math.log10(most))
+    return max(f * tens for f in (1, 2, 5) if f == 1 or f * tens <= most)
+
+
+# Files ----------------------------------------------------------------------------------------------------------------------------------
+def to_geojson(
+    relevance: Any, coords: Any, patch_size: float, *, top: int | None = None, classes: Sequence[tuple[str, float]] = CLASSES
+) -> dict[str, Any]:
+    """Patches as a GeoJSON FeatureCollection that QuPath 0.4 and later read: detections with class, colour and measurements.
+
+    Args:
+        relevance, coords, patch_size: as `draw_map`; coordinates are needed.
+        top: only so many of the most relevant patches, best first; None: all, in their order.
+        classes: (name, least percentile), rising from 0; their colours are those of the map. QuPath reads a colon as a subclass.
+    Returns:
+        closed rings in level-0 pixels; measurements "Relevance", "Relevance percentile" (0 to 1) and "Relevance rank" (from 1).
+    Raises:
+        ValueError: shapes, no coords, top < 1, or classes that do not rise from 0 to below 1.
+    Source: qupath-core, QuPathTypeAdapters.java (how QuPath reads and writes objects).
+    """
+    r = _relevance("to_geojson", relevance)
+    if coords is None:
+        raise ValueError("to_geojson: needs coords [n, 2] in level-0 pixels, got None")
+    at, least = _coords("to_geojson", coords, len(r)), [float(c[1]) for c in classes]
+    if not 0 < patch_size < math.inf or (top is not None and top < 1):
+        raise ValueError(f"to_geojson: patch_size must be > 0 and top >= 1 or None, got {patch_size} and {top}")
+    if not least or least[0] != 0 or any(b <= a for a, b in zip(least, [*least[1:], 1.0], strict=True)):
+        raise ValueError(f"to_geojson: classes must be (name, least percentile), rising from 0 to below 1, got {list(classes)}")
+    order, share = np.argsort(-r, kind="stable"), percentiles(r)
+    rank = np.empty(len(r), int)
+    rank[order] = np.arange(1, len(r) + 1)
+    chosen = np.arange(len(r)) if top is None else order[:top]
+    middles = [(a + b) / 2 for a, b in zip(least, [*least[1:], 1.0], strict=True)]
+    kinds = [{"name": c[0], "color": list(map(int, _colours()(m, bytes=True)[:3]))} for c, m in zip(classes, middles, strict=True)]
+    of = np.searchsorted(least, share[chosen], side="right") - 1
+    rings = at[chosen, None] + patch_size * np.array([[0, 0], [1, 0], [1, 1], [0, 1], [0, 0]])
+    rings = rings.astype(int) if (rings == np.rint(rings)).all() else rings
+    rows = zip(rings.tolist(), of.tolist(), r[chosen].tolist(), share[chosen].tolist(), rank[chosen].tolist(), strict=True)
+    return {"type": "FeatureCollection", "features": [_feature(ring, kinds[c], *numbers) for ring, c, *numbers in rows]}
+
+
+def _feature(ring: list, kind: dict, relevance: float, percentile: float, rank: int) -> dict[str, Any]:
+    numbers = {"Relevance": relevance, "Relevance percentile": percentile, "Relevance rank": rank}
+    return {
+        "type": "Feature",
+        "geometry": {"type": "Polygon", "coordinates": [ring]},
+        "properties": {"objectType": "detection", "classification": kind, "measurements": numbers},
+    }
+
+
+def write_map(
+    folder: files.PathLike,
+    name: str,
+    relevance: Any,
+    weights: Any,
+    coords: Any,
+    patch_size: float,
+    *,
+    top: int = 15,
+    read_region: Reader | None = None,
+    **drawing: Any,
+) -> Path:
+    """Write map.png, slots.png, top.csv, with coords map.geojson (of all patches) and with a reader top.png into folder/name.
+
+    All is made before anything is written, and each file is there whole or not at all; a map.geojson or top.png of before that this
+    call would not write is removed.
+
+    Args:
+        name: of the slide, a plain file name.
+        relevance, weights, coords, patch_size: as `draw_map` and `draw_slots`.
+        top: patches in top.csv and top.png, and framed in map.png.
+        drawing: thumbnail, level0_size, size, mpp, alpha.
+    Returns:
+        folder/name.
+    Raises:
+        ValueError: a name that is no plain file name, weights of other patches than relevance, or what the parts refuse.
+    """
+    if not name or name in (".", "..") or Path(name).name != name or "\\" in name:
+        raise ValueError(f"write_map: name must be a plain file name, got {name!r}")
+    if len(weights) != len(relevance):
+        raise ValueError(f"write_map: weights must be [{len(relevance)}, k], a row per patch of relevance, got {len(weights)} rows")
+    best = top_patches(relevance, coords, top)
+    pictures = {
+        "map.png": draw_map(relevance, coords, patch_size, mark=top, **drawing),
+        "slots.png": draw_slots(weights, coords, patch_size, **drawing),
+        "top.png": draw_top(best, patch_size, read_region),
+    }
+    shapes = None if coords is None else json.dumps(to_geojson(relevance, coords, patch_size), allow_nan=False, separators=(",", ":"))
+    into = Path(folder) / name
+    for file, picture in pictures.items():
+        _write_picture(into / file, picture)
+    files.write_csv(into / "top.csv", map(asdict, best), TopPatch.__annotations__)
+    if shapes is None:
+        (into / "map.geojson").unlink(missing_ok=True)
+    else:
+        files.write_text(into / "map.geojson", shapes)
+    return into
+
+
+def _write_picture(path: Path, picture: Image.Image | None) -> None:
+    if picture is None:
+        path.unlink(missing_ok=True)
+        return
+    with files.atomic(path) as tmp:
+        picture.save(tmp, format="PNG")

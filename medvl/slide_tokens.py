@@ -1,0 +1,153 @@
+"""A frozen compressor's tokens of slides: computed from disk chunk by chunk, kept in files, found again by weights and features."""
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from attrs import field, frozen
+from torch import Tensor
+from tqdm import tqdm
+
+from medvl import compress, files, hub
+from medvl.compress import CompressConfig
+from medvl.data import slide_store, slides
+from medvl.data.slides import Block
+from medvl.tree import Tree
+
+_log = logging.getLogger("medvl")
+
+
+@frozen(kw_only=True, eq=False)
+class Features:
+    """Patch features of slides by name, of a folder of files or of a packed store."""
+
+    names: tuple[str, ...]  # those that are there, as they were asked for
+    missing: tuple[str, ...]
+    dims: int  # width of the features
+    patch_size: Callable[[str], int | None] = field(repr=False)
+    chunks: Callable[[str, int], Iterator[Block]] = field(repr=False)
+    key: Callable[[str], str] = field(repr=False)  # says what the content is: another key is another content
+
+
+def open_features(where: files.PathLike, names: Sequence[str], *, dims: int = 0) -> Features:
+    """The features of these slides; slides without features are told, not raised.
+
+    Args:
+        where: a folder with one file per slide (any format of `slides`), or a store that `slide_store.pack` made.
+        names: slide ids or names of files; matched as `slides.match_slide` does.
+    Raises:
+        ValueError: no such folder or store; a name that several files match; widths that differ, or are not `dims`.
+    """
+    where, wanted = Path(where), list(dict.fromkeys(names))
+    if where.is_file():
+        of = slide_store.open_slides(where)
+        index = slides.index_stems(of.names)
+        found = {n: _one(n, index.get(slides.slide_name(n), [])) for n in wanted}
+        there = {n: stem for n, stem in found.items() if stem}
+        _same_width(where, {n: of.dims for n in there}, dims)
+        return Features(
+            names=tuple(there),
+            missing=tuple(n for n in wanted if n not in there),
+            dims=of.dims,
+            patch_size=lambda n: of.about(there[n]).patch_size,
+            chunks=lambda n, size: of.chunks(there[n], size),
+            key=lambda n: of.source(there[n])[1],
+        )
+    held = slides.feature_files(where)
+    index = slides.index_stems(held)
+    stems = {n: _one(n, index.get(slides.slide_name(n), [])) for n in wanted}
+    paths = {n: _only(n, held[stem]) for n, stem in stems.items() if stem}
+    widths = {n: slides.about_slide(p, dims=dims).dims for n, p in paths.items()}
+    width = _same_width(where, widths, dims)
+    return Features(
+        names=tuple(paths),
+        missing=tuple(n for n in wanted if n not in paths),
+        dims=width,
+        patch_size=lambda n: slides.read_slide(paths[n], dims=dims).patch_size,
+        chunks=lambda n, size: slides.chunks(paths[n], size, dims=dims),
+        key=lambda n: f"{paths[n].name} {paths[n].stat().st_size} {paths[n].stat().st_mtime_ns}",
+    )
+
+
+def whole(of: Features, name: str, most: int = 0) -> np.ndarray:
+    """All patches of a slide [n, d], or `most` of them, evenly spread."""
+    held = [x for x, _ in of.chunks(name, 65536)]
+    x = np.concatenate(held) if held else np.zeros((0, of.dims), np.float32)
+    return x[slides.sample_rows(len(x), most)] if most else x
+
+
+def slide_tokens(
+    cfg: CompressConfig, params: Tree, of: Features, folder: files.PathLike, *, chunk: int = 4096, names: Sequence[str] = ()
+) -> dict[str, Tensor]:
+    """{slide: tokens float32 [k, d]} of a frozen compressor, in the precision of 16 bits; each is computed once and kept.
+
+    Args:
+        folder: tokens lie in a folder of these weights, in a file for each content; other weights or features never find them.
+        names: of which slides; all if left out.
+    Raises:
+        ValueError: features of another width, or not finite (names the slide).
+    """
+    home = Path(folder) / f"{cfg.kind}-{cfg.slots}-{_digest(cfg, params)}"
+    out: dict[str, Tensor] = {}
+    for name in tqdm(names or of.names, desc="slide tokens", leave=False, disable=None):
+        path = home / f"{hashlib.sha256(of.key(name).encode()).hexdigest()[:20]}.npy"
+        if not path.exists():
+            try:
+                found = compress.compress_stream(cfg, params, partial(_patches, of, name, chunk))
+            except ValueError as e:
+                raise ValueError(f"slide {name}: {e}") from e
+            half = found.tokens.to(torch.float16)
+            if not bool(half.isfinite().all()):
+                raise ValueError(f"slide {name}: its tokens are beyond 16 bits; are the features normalised as the compressor's were?")
+            with files.atomic(path) as tmp, open(tmp, "wb") as f:
+                np.save(f, half.numpy(), allow_pickle=False)
+        out[name] = torch.from_numpy(np.load(path, allow_pickle=False)).float()
+    return out
+
+
+def patch_weights(cfg: CompressConfig, params: Tree, of: Features, name: str, chunk: int = 4096) -> tuple[np.ndarray, np.ndarray | None]:
+    """(weights [n, k] of every patch in every slot, coordinates [n, 2] or None) of one slide."""
+    read = lambda: of.chunks(name, chunk)
+    state = compress.begin(cfg, params)
+    for turn in range(cfg.passes):
+        state = compress.begin(cfg, params, state) if turn else state
+        for x, _ in read():
+            state = compress.update(cfg, params, state, torch.from_numpy(x))
+    weights, places = [np.zeros((0, cfg.slots), np.float32)], list[np.ndarray]()
+    for x, xy in read():
+        weights.append(compress.slot_weights(cfg, params, torch.from_numpy(x), state).numpy())
+        places += [] if xy is None else [xy]
+    return np.concatenate(weights), np.concatenate(places) if places else None
+
+
+def _patches(of: Features, name: str, chunk: int) -> Iterator[Tensor]:
+    return (torch.from_numpy(x) for x, _ in of.chunks(name, chunk))
+
+
+def _digest(cfg: CompressConfig, params: Mapping) -> str:
+    return hashlib.sha256(f"{cfg} {hub.digest(dict(params))}".encode()).hexdigest()[:12]
+
+
+def _one(name: str, stems: Sequence[str]) -> str:
+    if len(stems) > 1:
+        raise ValueError(f"open_features: {name} must be one slide, {len(stems)} match: {', '.join(stems[:4])}; give the full name")
+    return stems[0] if stems else ""
+
+
+def _only(name: str, paths: Sequence[Path]) -> Path:
+    if len(paths) > 1:
+        raise ValueError(f"open_features: {name} must have one file, there are {', '.join(map(str, paths[:4]))}; remove all but one")
+    return paths[0]
+
+
+def _same_width(where: Path, widths: Mapping[str, int], dims: int) -> int:
+    found = {w for w in widths.values() if w} | ({dims} if dims else set())
+    if len(found) > 1:
+        odd = {w: next(n for n, v in widths.items() if v == w) for w in sorted(found) if w in widths.values()}
+        said = ", ".join(f"{n} has {w}" for w, n in odd.items())
+        raise ValueError(f"{where}: all slides must have features of one width{f' ({dims} wanted)' if dims else ''}, {said}")
+    return next(iter(found), dims)

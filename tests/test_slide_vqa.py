@@ -1,0 +1,230 @@
+"""slide_vqa: drawn slides, from a record to a frozen compressor, two stages, a benchmark and a map, at toy size."""
+
+import copy
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from attrs import evolve
+
+from medvl import config, hub, train
+from medvl.config import ConfigError
+from medvl.data.slide_questions import SlideTalk
+from medvl.slide_tokens import open_features, slide_tokens
+from medvl.systems import run, slide_vqa, slide_vqa_run
+from medvl.systems.slide_vqa import Config
+from medvl.tree import flatten, merge, split
+from medvl.tuning import gradient_of
+
+MODEL = {
+    "model_type": "qwen3",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+SLIDES = {"train": 6, "valid": 2, "test": 3, "dim": 32, "patches": [100, 120], "large": 0}
+STAGE = {"steps": 2, "lr": 1e-3}
+
+
+def record(tmp_path, **change):
+    raw = {
+        "system": "slide_vqa",
+        "hidden": 16,
+        "model": {"config": MODEL, "dtype": "float32"},
+        "data": {"source": "phantoms", "folder": str(tmp_path / "data"), "phantoms": SLIDES},
+        "chat": {"context": 256, "template": "chatml"},
+        "compress": {"slots": 4, "hidden": 16},
+        "pretrain": {"labels": ["class", "motif"], "steps": 2, "batch": 3, "log": 1, "save": 1, "validate": 0, "warmup": 0},
+        "lora": {"rank": 2, "pattern": "all-linear"},
+        "train": {
+            "batch": 4,
+            "chunk": 2,
+            "log": 1,
+            "save": 1,
+            "validate": 0,
+            "stages": [
+                STAGE | {"name": "captions", "data": "captions", "train": ["projector/.*"]},
+                STAGE | {"name": "questions", "data": "questions", "train": ["projector/.*", "lora/.*"]},
+            ],
+        },
+        "evaluate": {"max_tokens": 4, "batch": 5, "bootstrap": 20},
+    }
+    raw = copy.deepcopy(raw)
+    for key, value in change.items():
+        *parents, last = key.split("__")
+        node = raw
+        for p in parents:
+            node = node.setdefault(p, {})
+        node[last] = value
+    return raw
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    place = tmp_path_factory.mktemp("slides")
+    (place / "toy.json").write_text(json.dumps(record(place)))
+    before, run.RUNS = run.RUNS, place / "runs"
+    rows = run.run(str(place / "toy.json"), log=lambda _: None)
+    run.RUNS = before
+    (folder,) = (place / "runs").iterdir()
+    return place, folder, rows
+
+
+# A run ----------------------------------------------------------------------------------------------------------------------------------
+def test_a_run_from_slides_to_a_benchmark(trained):
+    _, folder, rows = trained
+    kept = json.loads((folder / "results/benchmark_results.json").read_text())
+    assert len(kept["predictions"]) == 39
+    assert re.fullmatch("[0-9a-f]{64}", kept["source"]["sha256"])
+    assert {r.what for r in rows} >= {"accuracy", "balanced_accuracy"}
+    assert "Research use only, not for diagnosis" in (folder / "results/report.html").read_text()
+    assert (folder / "moe_compressor.pt").exists()
+
+
+def test_the_same_bits_after_a_stop(trained, monkeypatch):
+    place, folder, _ = trained
+    monkeypatch.setattr(run, "RUNS", place / "runs")
+    names = ("compressor", "0-captions", "1-questions")
+    before = [hub.digest(train.read_state(folder / n / "last.pt").params) for n in names]
+    for n in names[1:]:
+        for p in (folder / n).glob("*.pt"):
+            p.unlink()
+    run.run(str(place / "toy.json"), log=lambda _: None)
+    assert [hub.digest(train.read_state(folder / n / "last.pt").params) for n in names] == before
+
+
+def test_the_compressor_stays_as_it_was_and_tokens_are_kept(trained):
+    _, folder, _ = trained
+    model, params, _ = slide_vqa_run.load(folder)
+    assert not any(n.startswith("compressor") for n in flatten(params))
+    held = slide_vqa_run.read(model.cfg, "test")
+    of = open_features(slide_vqa_run.path(model.cfg, "features"), slide_vqa_run.slides_of(held))
+    (home,) = (folder / "tokens").iterdir()
+    count = len([*home.iterdir()])
+    got = slide_tokens(model.compress, model.compressor, of, folder / "tokens")
+    assert len([*home.iterdir()]) == count
+    assert next(home.iterdir()).stat().st_size < 4 * 32 * 2 + 200
+    other = slide_tokens(model.compress, flatten_changed(model.compressor), of, folder / "tokens")
+    assert len([*(folder / "tokens").iterdir()]) == 2
+    assert not torch.equal(next(iter(got.values())), next(iter(other.values())))
+
+
+def flatten_changed(params):
+    return {k: flatten_changed(v) if isinstance(v, dict) else v * 1.5 for k, v in params.items()}
+
+
+def test_look_says_where_it_came_from(trained, tmp_path):
+    place, folder, _ = trained
+    slide = next((place / "data").rglob("*.h5"))
+    found = slide_vqa_run.look(folder, slide, "Which tissue is there?", tmp_path / "maps", most=4)
+    n = len(found["coords"])
+    assert found["relevance"].shape == (n,)
+    assert found["slots"].shape == (4,)
+    assert (found["relevance"] >= 0).all()
+    positive = np.clip(found["slots"], 0, None)
+    assert found["relevance"].sum() == pytest.approx(positive.sum(), rel=1e-4)
+    assert sorted(p.name for p in next((tmp_path / "maps").iterdir()).iterdir())[0] == "map.geojson"
+
+
+# Pieces ---------------------------------------------------------------------------------------------------------------------------------
+def started(trained, **change):
+    place, folder, _ = trained
+    cfg = config.structure(record(place, **change), Config, "test")
+    model, params = slide_vqa.init(cfg, folder, slide_vqa_run.read_fitted(cfg, folder))
+    held = slide_vqa_run.read(cfg, "questions")
+    return model, params, slide_vqa.encode(model, held), slide_vqa_run.tokens_of(model, folder, held)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 4])
+def test_micro_batches_with_and_without_slides_give_the_gradient_of_the_whole(trained, chunk):
+    model, params, data, tokens = started(trained, train__chunk=4)
+    bare = slide_vqa.encode(model, [slide_vqa.blinded(data.talks[1])])
+    mixed = evolve(data, talks=(data.talks[0], *bare.talks, *data.talks[2:]), samples=(data.samples[0], *bare.samples, *data.samples[2:]))
+    batch = slide_vqa.collate(model, mixed, tokens, [0, 1, 2, 3])
+    assert batch["images"].tolist() == [1, 0, 1, 1]
+    trained_, frozen = split(params, ("projector/.*", "lora/.*"))
+
+    def grad(m):
+        loss = slide_vqa.loss_of(m)
+        return gradient_of(m.cfg.train, lambda p, b: loss(merge(frozen, p), b), slide_vqa.cut)(trained_, batch)
+
+    want_loss, _, want = grad(model)
+    got_loss, _, got = grad(evolve(model, cfg=evolve(model.cfg, train=evolve(model.cfg.train, chunk=chunk))))
+    assert float(got_loss) == pytest.approx(float(want_loss), abs=1e-6)
+    for n, g in flatten(got).items():
+        torch.testing.assert_close(g, flatten(want)[n], rtol=1e-3, atol=1e-6, msg=n)
+    assert float(flatten(got)["projector/up/weight"].abs().max()) > 0
+
+
+def test_a_blind_model_sees_nothing(trained):
+    model, params, data, tokens = started(trained, data__blind=True)
+    assert tokens == {}
+    assert all(not t.slides and "<image>" not in t.messages[0]["content"] for t in data.talks)
+    batch = slide_vqa.collate(model, data, tokens, [0, 1])
+    assert batch["tokens"].shape == (0, 4, 32)
+    assert float(slide_vqa.loss_of(model)(params, batch)[0]) > 0
+
+
+def test_slides_of_other_questions(trained):
+    _, folder, _ = trained
+    model, _, _ = slide_vqa_run.load(folder)
+    held = slide_vqa_run.read(model.cfg, "test")
+    other = slide_vqa_run._shuffled(held, 0)
+    assert all(a.slides != b.slides for a, b in zip(held, other, strict=True))
+    assert {s for t in held for s in t.slides} == {s for t in other for s in t.slides}
+
+
+def test_a_question_without_features_counts_as_wrong(trained, tmp_path):
+    _, folder, _ = trained
+    model, params, _ = slide_vqa_run.load(folder)
+    table = slide_vqa_run.path(model.cfg, "test").read_text().splitlines()
+    names = {t.slides[0] for t in slide_vqa_run.read(model.cfg, "test")}
+    gone = sorted(names)[0]
+    (tmp_path / "test.csv").write_text("\n".join(line.replace(gone, "TCGA-ZZ-9999-01Z-00-DX1") for line in table) + "\n")
+    cfg = evolve(model.cfg, data=evolve(model.cfg.data, test=str(tmp_path / "test.csv")))
+    slide_vqa_run.assess(evolve(model, cfg=cfg), params, {}, tmp_path / "run" / "results", "x") if False else None
+    tokens = slide_vqa_run.tokens_of(model, folder, slide_vqa_run.read(cfg, "test"))
+    assert len(tokens) == len(names) - 1
+
+
+BAD = [
+    ({"pretrain__labels": []}, "pretrain needs either a file"),
+    ({"pretrain__file": "x.pt"}, "pretrain needs either a file"),
+    ({"train__stages": [STAGE | {"name": "q", "data": "questions"}]}, "questions are trained on a projector that captions have not"),
+    ({"train__stages": [STAGE | {"name": "q", "data": "answers"}]}, 'stage q: data must be "captions" or "questions"'),
+    ({"model__quantize": "nf4", "train__stages": [STAGE | {"name": "c", "data": "captions", "train": ["model/.*"]}]}, "freezes the model"),
+    ({"compress__top_k": 9}, "top_k lie in 1..slots"),
+    ({"compress__kind": "qformer"}, "qformer"),
+    ({"evaluate__by": "gold"}, "gold"),
+    ({"data__phantoms": {"dim": 8}}, "dim >= 32"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD, ids=[m[:24] for _, m in BAD])
+def test_bad_records(tmp_path, change, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        config.structure(record(tmp_path, **change), Config, "test")
+
+
+def test_cold_questions_when_told(tmp_path):
+    stages = [STAGE | {"name": "q", "data": "questions"}]
+    assert config.structure(record(tmp_path, train__stages=stages, cold=True), Config, "test").cold
+
+
+def test_what_is_refused(trained, tmp_path):
+    _, folder, _ = trained
+    with pytest.raises(ValueError, match="no file of patch features"):
+        slide_vqa_run.look(folder, folder / "nothing.h5", "q")
+    model, _, data, tokens = started(trained)
+    with pytest.raises(KeyError):
+        slide_vqa.collate(model, evolve(data, talks=(SlideTalk(messages=(), slides=("other",)),)), tokens, [0])
+    raw = record(tmp_path, data__source="files", data__folder=str(tmp_path))
+    with pytest.raises(ValueError, match="4 files are missing"):
+        slide_vqa_run.prepare(config.structure(raw, Config, "test"))
