@@ -15,16 +15,14 @@ from attrs import evolve, field, frozen
 from PIL import Image
 from torch import Tensor, nn
 
-from medvl import config, files, hub, tokens
+from medvl import config, embed_local, files, hub, tokens
 from medvl.checkpoints import find, new_folder, open_weights, read_json, save_finite
 from medvl.data.images import Picture, cap_pixels, open_image, to_rgb
 from medvl.retrieve import query_vector
 from medvl.text import pool_tokens
 
-# b queries, n texts or images of them, d width of a vector, e that behind a head, v vocabulary, k components, f features of a picture
+# b queries, n texts or images of them, d width of a vector, e that behind a head
 _FORMAT = "medvl embedder 1"
-_NOTHING = 1e-6  # shorter than this, what the components see of a unit vector is rounding
-_WORDS = 2**16  # at most, of the local vocabulary: the most frequent
 _MATTERS = {  # settings that change the vectors
     "local": ("dims", "shares", "max_images", "max_pixels"),
     "text": ("instruction", "pool", "dims", "context"),
@@ -148,7 +146,10 @@ def embed(embedder: Embedder, texts: Sequence[str], images: Pictures = ()) -> Te
         if cfg.kind == "local" and "image.components" not in embedder.params:
             raise ValueError(f"embed: row {seen[0]} has images, but {embedder.name} was fitted without any; fit it again, with images")
     local = cfg.kind == "local"
-    text, has_text = (_local_texts if local else _encoded_texts)(embedder, words)
+    if local:
+        text, has_text = embed_local.text_directions(embedder.tokenizer, embedder.params, words)
+    else:
+        text, has_text = _encoded_texts(embedder, words)
     image, has_image = (_local_images if local else _encoded_images)(embedder, pictures) if seen else (text, torch.zeros_like(has_text))
     if len(bad := (~(has_text | has_image)).nonzero()):
         i = int(bad[0])
@@ -156,7 +157,7 @@ def embed(embedder: Embedder, texts: Sequence[str], images: Pictures = ()) -> Te
         said = f"embed: row {i} has nothing to embed: a text {unknown} ({texts[i][:60]!r}) and {len(pictures[i])} images that count"
         raise Nothing(said, bad[:, 0].tolist())
     if local:
-        text, image = _side_by_side(embedder, text, image, bool(seen))
+        text, image = embed_local.side_by_side(embedder.params, text, image, bool(seen))
     alone = torch.where(has_text[:, None], text, image)
     return _headed(embedder, query_vector(alone, image, cfg.shares, has_image=has_image) if seen else query_vector(alone, None))
 
@@ -189,12 +190,12 @@ def fit_local(cfg: EmbedConfig, texts: Sequence[str], images: Pictures = ()) -> 
         raise ValueError(f"fit_local: only for kind 'local', got {cfg.kind!r}; use open_embedder")
     words, pictures = _queries("fit_local", cfg, texts, images)
     k = cfg.dims or 64
-    vocabulary, params = _fit_texts(k, [w for w in words if w])
-    looks = [_features(_opened("fit_local", cfg, i, j, p)) for i, row in enumerate(pictures) for j, p in enumerate(row)]
-    params |= _fit_images(k, np.stack(looks)) if looks else {}
+    vocabulary, params = embed_local.fit_texts(k, [w for w in words if w])
+    looks = [embed_local.features(_opened("fit_local", cfg, i, j, p)) for i, row in enumerate(pictures) for j, p in enumerate(row)]
+    params |= embed_local.fit_images(k, np.stack(looks)) if looks else {}
     if not params:
         raise ValueError(f"fit_local: the texts must have words of two letters or more, or there must be images, got {len(texts)} rows")
-    return _named(Embedder(cfg=cfg, params=params, vocabulary=vocabulary, tokenizer=_vectorizer(vocabulary, params)))
+    return _named(Embedder(cfg=cfg, params=params, vocabulary=vocabulary, tokenizer=embed_local.vectorizer_of(vocabulary, params)))
 
 
 def save_embedder(embedder: Embedder, folder: files.PathLike) -> None:
@@ -232,7 +233,7 @@ def read_embedder(folder: files.PathLike, *, device: str | torch.device = "cpu")
     if made.name != raw["name"]:
         what = "the file was changed" if cfg.kind == "local" else f"the file or the encoder {cfg.name} was changed"
         raise ValueError(f"read_embedder: {folder} must be {raw['name']}, but its content is {made.name}: {what}")
-    return evolve(made, tokenizer=_vectorizer(made.vocabulary, state)) if cfg.kind == "local" else made
+    return evolve(made, tokenizer=embed_local.vectorizer_of(made.vocabulary, state)) if cfg.kind == "local" else made
 
 
 # Queries --------------------------------------------------------------------------------------------------------------------------------
@@ -280,6 +281,12 @@ def _image_means(x: Tensor, rows: Sequence[int], b: int) -> tuple[Tensor, Tensor
     where = torch.tensor(rows, dtype=torch.int64)
     count = torch.bincount(where, minlength=b)
     return torch.zeros(b, x.shape[1]).index_add(0, where, x) / count.clamp(min=1)[:, None], count > 0
+
+
+def _local_images(embedder: Embedder, pictures: Sequence[Sequence[Any]]) -> tuple[Tensor, Tensor]:
+    each = [(i, j, p) for i, row in enumerate(pictures) for j, p in enumerate(row)]
+    unit, seen = embed_local.image_directions(embedder.params, (_opened("embed", embedder.cfg, *one) for one in each))
+    return _image_means(unit[seen], [i for (i, _, _), s in zip(each, seen.tolist(), strict=True) if s], len(pictures))
 
 
 def _named(embedder: Embedder) -> Embedder:
@@ -364,103 +371,3 @@ def _positions(embedder: Embedder) -> int:
         if n.endswith("embeddings.position_embeddings") and isinstance(m, nn.Embedding) and m.padding_idx is not None:
             known.append(m.num_embeddings - m.padding_idx - 1)
     return min(known)
-
-
-# Local ----------------------------------------------------------------------------------------------------------------------------------
-def _fit_texts(k: int, words: list[str]) -> tuple[tuple[str, ...], dict[str, Tensor]]:
-    """(vocabulary, {"text.idf" [v], "text.components" [v, k]}), float64; nothing where no text has a word."""
-    from sklearn.decomposition import TruncatedSVD
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    vectorizer: Any = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, max_features=_WORDS)
-    analyse = vectorizer.build_analyzer()
-    if not any(analyse(w) for w in words):
-        return (), {}
-    x = vectorizer.fit_transform(words)
-    components, sizes = np.ones((1, 1)), np.ones(1)
-    if x.shape[1] > 1:
-        with np.errstate(invalid="ignore"):  # the share of variance of texts that are all the same
-            svd = TruncatedSVD(min(k, *x.shape), random_state=0).fit(x)
-        components, sizes = svd.components_, svd.singular_values_
-    params = {"text.idf": torch.from_numpy(vectorizer.idf_.copy()), "text.components": _components(components, sizes).T.contiguous()}
-    return tuple(vectorizer.get_feature_names_out().tolist()), params
-
-
-def _fit_images(k: int, x: np.ndarray) -> dict[str, Tensor]:
-    """{"image.mean" [f], "image.weight" [f], "image.components" [k, f]} of features [n, f], float64; each block counts the same."""
-    from sklearn.decomposition import PCA
-
-    mean, std = x.mean(0), x.std(0)
-    alive = std > 1e-9
-    if len(x) < 2 or not alive.any():
-        raise ValueError(f"fit_local: there must be at least two different images, or none, got {len(x)}")
-    weight = np.where(alive, 1 / np.where(alive, std, 1), 0) / np.repeat(np.sqrt(_BLOCKS), _BLOCKS)
-    pca = PCA(min(k, len(x) - 1, x.shape[1]), svd_solver="covariance_eigh").fit((x - mean) * weight)
-    held = {"image.mean": torch.from_numpy(mean), "image.weight": torch.from_numpy(weight)}
-    return held | {"image.components": _components(pca.components_, pca.singular_values_)}
-
-
-def _components(rows: np.ndarray, sizes: np.ndarray) -> Tensor:
-    """The rows that are more than rounding, the largest value of each positive."""
-    rows = rows[sizes > 1e-6 * sizes.max()]
-    sign = np.sign(rows[np.arange(len(rows)), np.abs(rows).argmax(1)])
-    return torch.from_numpy(np.ascontiguousarray(rows * sign[:, None], dtype=np.float64))
-
-
-def _vectorizer(vocabulary: tuple[str, ...], params: Mapping[str, Tensor]) -> Any:
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    if not vocabulary:
-        return None
-    vectorizer: Any = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, vocabulary=list(vocabulary))
-    vectorizer.idf_ = params["text.idf"].numpy()
-    return vectorizer
-
-
-def _local_texts(embedder: Embedder, words: Sequence[str]) -> tuple[Tensor, Tensor]:
-    if embedder.tokenizer is None:
-        return torch.zeros(len(words), 0), torch.zeros(len(words), dtype=torch.bool)
-    x = embedder.tokenizer.transform(words) @ embedder.params["text.components"].numpy()
-    return _directions(torch.from_numpy(x))
-
-
-def _local_images(embedder: Embedder, pictures: Sequence[Sequence[Any]]) -> tuple[Tensor, Tensor]:
-    mean, weight, components = (embedder.params[f"image.{n}"].numpy() for n in ("mean", "weight", "components"))
-    each = [(i, j, p) for i, row in enumerate(pictures) for j, p in enumerate(row)]
-    x = np.stack([components @ ((_features(_opened("embed", embedder.cfg, *one)) - mean) * weight) for one in each])
-    unit, seen = _directions(torch.from_numpy(x))
-    return _image_means(unit[seen], [i for (i, _, _), s in zip(each, seen.tolist(), strict=True) if s], len(pictures))
-
-
-def _directions(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows of length 1, whether a row has a direction)."""
-    n = torch.linalg.vector_norm(x, dim=1)
-    has = n > _NOTHING
-    return (x / torch.where(has, n, 1.0)[:, None]).float(), has
-
-
-def _side_by_side(embedder: Embedder, text: Tensor, image: Tensor, seen: bool) -> tuple[Tensor, Tensor]:
-    """[text, 0] and [0, image]."""
-    i = len(embedder.params.get("image.components", ()))
-    right = image if seen else torch.zeros(len(text), i)
-    return torch.nn.functional.pad(text, (0, i)), torch.nn.functional.pad(right, (text.shape[1], 0))
-
-
-_BLOCKS = np.array([64, 768, 128, 16])  # features of a picture: colours, thumbnail, edges, spectrum
-
-
-def _features(image: Image.Image) -> np.ndarray:
-    """What a picture looks like, float64 [f]: share of 64 colours, 16 x 16 of brightness and two colours, strength of edges in 4 x 4 places
-    and 8 directions, and log power in 16 rings of its spectrum."""
-    colour = np.asarray(image).reshape(-1, 3) // 64 @ np.array([16, 4, 1])
-    colours = np.sqrt(np.bincount(colour, minlength=64) / len(colour))
-    thumbnail = np.asarray(image.resize((16, 16), Image.Resampling.BOX).convert("YCbCr")).reshape(-1) / 255
-    grey = np.asarray(image.convert("L").resize((128, 128), Image.Resampling.BOX)) / 255
-    down, right = np.gradient(grey)
-    direction = (np.arctan2(down, right) % np.pi / np.pi * 8).astype(int) % 8
-    y, x = np.indices(grey.shape)
-    edges = np.sqrt(np.bincount(((y // 32 * 4 + x // 32) * 8 + direction).ravel(), np.hypot(down, right).ravel(), 128) / 32**2)
-    power = np.abs(np.fft.fft2(grey - grey.mean())) ** 2 / grey.size
-    ring = np.minimum(np.hypot(*(np.minimum(i, 128 - i) for i in (y, x))) / 4, 15).astype(int)
-    spectrum = np.log(np.bincount(ring.ravel(), power.ravel(), 16) / np.bincount(ring.ravel(), minlength=16) + 1e-6)
-    return np.concatenate([colours, thumbnail, edges, spectrum])

@@ -30,10 +30,14 @@ def init_heads(dim: int, classes: Mapping[str, int], gen: Generator, *, hidden: 
 def classify(params: Tree, tokens: Tensor) -> dict[str, Tensor]:
     """Logits {label: [b, classes]} of slides from their tokens [b, k, d]: for each label a gated attention over the tokens.
 
+    Raises:
+        ValueError: tokens have another shape.
     Source: Ilse et al. 2018, arXiv:1802.04712, equation 9, over tokens instead of patches.
     """
     out = {}
     for name, p in params.items():
+        if tokens.dim() != 3 or tokens.shape[-1] != p["out"]["weight"].shape[1]:
+            raise ValueError(f"classify: tokens must be [b, k, {p['out']['weight'].shape[1]}], got {list(tokens.shape)}")
         gate = torch.tanh(layers.linear(p["tanh"], tokens)) * torch.sigmoid(layers.linear(p["sigmoid"], tokens))
         share = layers.linear(p["score"], gate).softmax(1)  # [b, k, 1]
         out[name] = layers.linear(p["out"], (share * tokens).sum(1))
@@ -45,10 +49,15 @@ def label_loss(logits: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> tu
 
     A label that no slide of the batch has counts 0.
     Args:
-        labels: {label: int64 [b]}.
+        labels: {label: int64 [b]}, others are not looked at.
+    Raises:
+        ValueError: a label is not there, or has another shape.
     """
     losses, right = [], {}
     for name, x in logits.items():
+        if name not in labels or labels[name].shape != x.shape[:1]:
+            got = f"{list(labels[name].shape)}" if name in labels else f"only {', '.join(labels) or 'none'}"
+            raise ValueError(f"label_loss: label {name!r} must be [{len(x)}], a class for each slide, got {got}")
         y = labels[name]
         known = y >= 0
         n = known.sum().clamp(min=1)

@@ -2,7 +2,9 @@
 
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -13,12 +15,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from medvl import compress, files, hub
-from medvl.compress import CompressConfig
 from medvl.data import slide_store, slides
 from medvl.data.slides import Block
+from medvl.slots import CompressConfig, State
 from medvl.tree import Tree
 
 _log = logging.getLogger("medvl")
+_PIECE = 2**16  # bytes
 
 
 @frozen(kw_only=True, eq=False)
@@ -48,7 +51,7 @@ def open_features(where: files.PathLike, names: Sequence[str], *, dims: int = 0)
         index = slides.index_stems(of.names)
         found = {n: _one(n, index.get(slides.slide_name(n), [])) for n in wanted}
         there = {n: stem for n, stem in found.items() if stem}
-        _same_width(where, {n: of.dims for n in there}, dims)
+        _same_width(where, {n: of.dims for n in (*there, *of.names[:1])}, dims)
         return Features(
             names=tuple(there),
             missing=tuple(n for n in wanted if n not in there),
@@ -67,9 +70,9 @@ def open_features(where: files.PathLike, names: Sequence[str], *, dims: int = 0)
         names=tuple(paths),
         missing=tuple(n for n in wanted if n not in paths),
         dims=width,
-        patch_size=lambda n: slides.read_slide(paths[n], dims=dims).patch_size,
+        patch_size=lambda n: _patch_size(paths[n], dims),
         chunks=lambda n, size: slides.chunks(paths[n], size, dims=dims),
-        key=lambda n: f"{paths[n].name} {paths[n].stat().st_size} {paths[n].stat().st_mtime_ns}",
+        key=lambda n: _key(paths[n]),
     )
 
 
@@ -89,39 +92,49 @@ def slide_tokens(
         folder: tokens lie in a folder of these weights, in a file for each content; other weights or features never find them.
         names: of which slides; all if left out.
     Raises:
-        ValueError: features of another width, or not finite (names the slide).
+        ValueError: a name that is not of `of`; features of another width, or not finite (names the slide); a file of tokens that is broken.
     """
+    if unknown := [n for there in [set(of.names)] for n in names if n not in there]:
+        raise ValueError(f"slide_tokens: every slide must have features, {len(unknown)} have none, the first is {unknown[0]}")
     home = Path(folder) / f"{cfg.kind}-{cfg.slots}-{_digest(cfg, params)}"
     out: dict[str, Tensor] = {}
     for name in tqdm(names or of.names, desc="slide tokens", leave=False, disable=None):
         path = home / f"{hashlib.sha256(of.key(name).encode()).hexdigest()[:20]}.npy"
         if not path.exists():
-            try:
+            with _told(name):
                 found = compress.compress_stream(cfg, params, partial(_patches, of, name, chunk))
-            except ValueError as e:
-                raise ValueError(f"slide {name}: {e}") from e
-            half = found.tokens.to(torch.float16)
+            half = found.tokens.to("cpu", torch.float16)
             if not bool(half.isfinite().all()):
                 raise ValueError(f"slide {name}: its tokens are beyond 16 bits; are the features normalised as the compressor's were?")
             with files.atomic(path) as tmp, open(tmp, "wb") as f:
                 np.save(f, half.numpy(), allow_pickle=False)
-        out[name] = torch.from_numpy(np.load(path, allow_pickle=False)).float()
+        out[name] = _read(path, (cfg.slots, cfg.dim))
     return out
 
 
 def patch_weights(cfg: CompressConfig, params: Tree, of: Features, name: str, chunk: int = 4096) -> tuple[np.ndarray, np.ndarray | None]:
-    """(weights [n, k] of every patch in every slot, coordinates [n, 2] or None) of one slide."""
-    read = lambda: of.chunks(name, chunk)
+    """(weights [n, k] of every patch in every slot, coordinates [n, 2] or None) of one slide; without patches, [0, k] and None.
+
+    Raises:
+        ValueError: features of another width, or not finite (names the slide).
+    """
+    weights, places = [np.zeros((0, cfg.slots), np.float32)], list[np.ndarray]()
+    with _told(name):
+        state = _end(cfg, params, partial(_patches, of, name, chunk)) if cfg.kind != "moe" else None  # its weights need no other patch
+        for x, xy in of.chunks(name, chunk):
+            weights.append(compress.slot_weights(cfg, params, torch.from_numpy(x), state).cpu().numpy())
+            places += [] if xy is None else [xy]
+    return np.concatenate(weights), np.concatenate(places) if places else None
+
+
+def _end(cfg: CompressConfig, params: Tree, chunks: Callable[[], Iterator[Tensor]]) -> State:
+    """The state behind the last patch of the last pass."""
     state = compress.begin(cfg, params)
     for turn in range(cfg.passes):
         state = compress.begin(cfg, params, state) if turn else state
-        for x, _ in read():
-            state = compress.update(cfg, params, state, torch.from_numpy(x))
-    weights, places = [np.zeros((0, cfg.slots), np.float32)], list[np.ndarray]()
-    for x, xy in read():
-        weights.append(compress.slot_weights(cfg, params, torch.from_numpy(x), state).numpy())
-        places += [] if xy is None else [xy]
-    return np.concatenate(weights), np.concatenate(places) if places else None
+        for x in chunks():
+            state = compress.update(cfg, params, state, x)
+    return state
 
 
 def _patches(of: Features, name: str, chunk: int) -> Iterator[Tensor]:
@@ -130,6 +143,45 @@ def _patches(of: Features, name: str, chunk: int) -> Iterator[Tensor]:
 
 def _digest(cfg: CompressConfig, params: Mapping) -> str:
     return hashlib.sha256(f"{cfg} {hub.digest(dict(params))}".encode()).hexdigest()[:12]
+
+
+@contextmanager
+def _told(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as e:
+        raise ValueError(f"slide {name}: {e}") from e
+
+
+def _read(path: Path, shape: tuple[int, int]) -> Tensor:
+    try:
+        held = np.load(path, allow_pickle=False)
+    except (OSError, EOFError, ValueError) as e:
+        raise ValueError(f"{path}: must hold the tokens of a slide and is broken ({e}); remove it, they will be computed again") from e
+    if held.shape != shape:
+        raise ValueError(f"{path}: must hold tokens {list(shape)}, found {list(held.shape)}; remove it, they will be computed again")
+    return torch.from_numpy(held).float()
+
+
+def _key(path: Path) -> str:
+    """Name, size and time, and what stands at three places: unpacked archives may give all their files one time."""
+    with open(path, "rb") as f:
+        stat, digest = os.fstat(f.fileno()), hashlib.sha256()
+        for at in (0, stat.st_size // 2, stat.st_size - _PIECE):
+            f.seek(max(0, at))
+            digest.update(f.read(_PIECE))
+    return f"{path.name} {stat.st_size} {stat.st_mtime_ns} {digest.hexdigest()}"
+
+
+def _patch_size(path: Path, dims: int) -> int | None:
+    """As `slides.read_slide` says it, in the memory of one chunk."""
+    if (said := slides.about_slide(path, dims=dims).patch_size) is not None:
+        return said
+    places = [xy for _, xy in slides.chunks(path, dims=dims) if xy is not None]
+    size = slides.patch_size_of(np.concatenate(places)) if places else None
+    if size is not None:
+        _log.warning("%s: does not say its patch size; taken as %d level-0 pixels, the commonest distance of neighbours", path, size)
+    return size
 
 
 def _one(name: str, stems: Sequence[str]) -> str:

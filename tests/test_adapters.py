@@ -389,3 +389,16 @@ def test_labels_of_an_experiment(trained, monkeypatch, capsys):
     assert "«" in capsys.readouterr().out
     with pytest.raises(ValueError, match="sample must be below"):
         run.labels(str(place / "toy.json"), number=9999)
+
+
+def test_a_registry_that_is_there_is_evaluated_at_once(trained, tmp_path, monkeypatch):
+    place, folder, rows = trained
+    raw = record(place)
+    for key in ("train", "base", "lora"):
+        raw.pop(key)
+    raw |= {"model": {"name": str(folder / "model"), "dtype": "float32"}, "pool": {"registry": str(folder / "registry.toml")}}
+    (tmp_path / "there.json").write_text(json.dumps(raw))
+    monkeypatch.setattr(run, "RUNS", tmp_path / "runs")
+    again = run.evaluate(str(tmp_path / "there.json"), log=lambda _: None)
+    want = {(r.subject, r.split): r.value for r in rows if r.what == "step_accuracy"}
+    assert {(r.subject, r.split): r.value for r in again if r.what == "step_accuracy"} == want

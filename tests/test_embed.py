@@ -10,10 +10,9 @@ import tiny
 import torch
 import torch.nn.functional as F
 from attrs import evolve
-from PIL import Image
 
 from medvl import embed as e
-from medvl import tokens
+from medvl import embed_local, tokens
 from medvl.data.images import cap_pixels
 
 REPORTS = ["The heart is normal in size.", "No pleural effusion; the heart is normal.", "Nodule of 12 mm in the left upper lobe.", "Fundus"]
@@ -94,32 +93,13 @@ def test_local_images_are_standardised_features_and_pca():
     from sklearn.decomposition import PCA
     from sklearn.preprocessing import StandardScaler
 
-    x = np.stack([e._features(cap_pixels(p, 900)) for p in PICTURES])
-    x = StandardScaler().fit_transform(x) * (x.std(0) > 1e-9) / np.repeat(np.sqrt(e._BLOCKS), e._BLOCKS)
-    assert np.allclose([b.var(0).sum() for b in np.split(x, np.cumsum(e._BLOCKS)[:-1], 1)][1:], 1)  # each block counts the same
+    x = np.stack([embed_local.features(cap_pixels(p, 900)) for p in PICTURES])
+    x = StandardScaler().fit_transform(x) * (x.std(0) > 1e-9) / np.repeat(np.sqrt(embed_local.BLOCKS), embed_local.BLOCKS)
+    assert np.allclose([b.var(0).sum() for b in np.split(x, np.cumsum(embed_local.BLOCKS)[:-1], 1)][1:], 1)  # each block counts the same
     made = e.fit_local(e.EmbedConfig(dims=3, max_pixels=900), [""] * 5, [[p] for p in PICTURES])
     assert made.vocabulary == ()
     ours, theirs = e.embed(made, [""] * 5, [[p] for p in PICTURES]), unit(PCA(3, svd_solver="full").fit_transform(x))
     close(ours @ ours.T, theirs @ theirs.T)
-
-
-def test_features_tell_colour_place_direction_and_grain():
-    parts = lambda image: np.split(e._features(image), np.cumsum(e._BLOCKS)[:-1])
-    plain = lambda *rgb: Image.new("RGB", (64, 64), rgb)
-    assert parts(plain(90, 90, 90))[0].nonzero()[0].tolist() == [16 + 4 + 1]
-    assert parts(plain(250, 0, 0))[0].nonzero()[0].tolist() == [3 * 16]
-    corner = plain(0, 0, 0)
-    corner.paste((255, 255, 255), (60, 0, 64, 4))
-    assert parts(corner)[1].reshape(16, 16, 3)[..., 0].argmax() == 15  # first row, last column
-    for step in (16, 8, 4):  # lines: 64 / step periods, every fourth of them a ring
-        upright = plain(0, 0, 0)
-        for x in range(0, 64, step):
-            upright.paste((255, 255, 255), (x, 0, x + step // 2, 64))
-        lying = upright.transpose(Image.Transpose.ROTATE_90)
-        assert [parts(p)[2].reshape(16, 8).sum(0).argmax() for p in (upright, lying)] == [0, 4]
-        assert parts(upright)[3].argmax() == 64 // step // 4
-    assert parts(plain(90, 90, 90))[3].max() < np.log(2e-6)
-    assert np.isfinite(e._features(Image.new("RGB", (1, 1)))).all()
 
 
 def test_local_mixes_by_shares_without_cross_terms():

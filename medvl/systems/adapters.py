@@ -103,6 +103,12 @@ class Config:
             raise ValueError("evaluate needs modes, and k >= 1 in recall and by_k")
 
 
+    @property
+    def trained(self) -> bool:
+        """Whether there is anything to train; if not, it can be evaluated at once."""
+        return self.base is not None or self.train is not None
+
+
 @frozen(kw_only=True, eq=False)
 class Model:
     """A base model, and the registry of its adapters."""

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from attrs import asdict, frozen
@@ -19,7 +20,7 @@ from medvl.data.slides import feature_files
 from medvl.embed import EmbedConfig
 from medvl.experts import FusionConfig, HoldConfig, Mode
 from medvl.retrieve import RetrieveConfig
-from medvl.slide_maps import top_patches
+from medvl.slide_relevance import top_patches
 from medvl.systems import slide_vqa_run
 from medvl.systems.adapters_run import build_registry, drawn, query_of
 
@@ -30,13 +31,13 @@ ACTIONS = ("build", "add", "list", "show")
 class AskConfig:
     """Settings of one question."""
 
-    dtype: str = "bfloat16"
-    quantize: str = "none"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    quantize: Literal["none", "nf4", "fp4"] = "none"
     chat: ChatConfig = ChatConfig()
     retrieve: RetrieveConfig = RetrieveConfig()
     fusion: FusionConfig = FusionConfig()
     hold: HoldConfig = HoldConfig()
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     max_tokens: int = 256
 
 
@@ -48,8 +49,16 @@ def ask(
         raise ValueError("ask: needs --adapters REGISTRY (with --image), or --slide FEATURES and --run RUN")
     raw = {"retrieve": {"k": k}, "max_tokens": max_tokens}
     cfg = config.structure(config.override(raw, tuple(overrides), "ask"), AskConfig, "ask")
-    how = {"dtype": cfg.dtype, "quantize": cfg.quantize, "cfg": cfg.chat, "fusion": cfg.fusion, "hold": cfg.hold}
-    of = experts.open_experts(path, base=base, device=train.device(cfg.device), **how)  # type: ignore[arg-type]
+    of = experts.open_experts(
+        path,
+        base=base,
+        dtype=cfg.dtype,
+        quantize=cfg.quantize,
+        cfg=cfg.chat,
+        fusion=cfg.fusion,
+        hold=cfg.hold,
+        device=train.device(cfg.device),
+    )
     said = experts.ask(of, question, images, mode=mode, cfg=cfg.retrieve, own=own, max_tokens=cfg.max_tokens)
     print(said.text)
     print()

@@ -81,9 +81,12 @@ def run(exp: str, overrides: Sequence[str] = (), log: Callable[[str], None] = pr
 def evaluate(exp: str, overrides: Sequence[str] = (), log: Callable[[str], None] = print) -> list[Result]:
     """Evaluate a trained experiment again; evaluation settings may differ from those it was trained with, the run folder may not."""
     cfg, folder = resolve(exp, overrides)
-    if not (folder / "config.json").exists():
-        raise ValueError(f"{folder}: no such run; `invoke train --exp {exp}` makes it (the same --set must be given)")
     _, system = SYSTEMS[cfg.system]
+    if not (folder / "config.json").exists():
+        if getattr(cfg, "trained", True):
+            raise ValueError(f"{folder}: no such run; `invoke train --exp {exp}` makes it (the same --set must be given)")
+        system.prepare(cfg, log)
+        _describe(folder, cfg)
     model, params, means = system.load(folder)
     return _assess(system, model, params, means, folder, log)
 

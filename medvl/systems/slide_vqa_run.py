@@ -15,12 +15,13 @@ from tqdm import tqdm
 
 from medvl import choices, compress, config, files, generation, plots, report, slide_classify, slidebench, train, tuning, vlm
 from medvl.compressor_files import write_compressor
-from medvl.data import conversations, order, phantom_slides
+from medvl.data import conversations, order, phantom_slide_talk
 from medvl.data.slide_questions import SlideTalk, file_digest, published_as, read_slide_talks
 from medvl.generation import Generated, Sampling
 from medvl.optim import Rate, adamw, warmup_cosine
 from medvl.results import Result
-from medvl.slide_maps import gradient_attribution, patch_relevance, write_map
+from medvl.slide_maps import write_map
+from medvl.slide_relevance import gradient_attribution, patch_relevance
 from medvl.slide_tokens import Features, open_features, patch_weights, slide_tokens, whole
 from medvl.slots import CompressConfig
 from medvl.systems import slide_vqa
@@ -39,7 +40,7 @@ def prepare(cfg: Config, log: Callable[[str], None] = print) -> None:
         ValueError: what is missing; faults of single questions are warnings.
     """
     if cfg.data.source == "phantoms":
-        drawn = phantom_slides.draw_slides(cfg.data.phantoms, folder_of(cfg))
+        drawn = phantom_slide_talk.draw_slides(cfg.data.phantoms, folder_of(cfg))
         log(f"drawn in {folder_of(cfg)}: " + ", ".join(f"{n} {what}" for what, n in drawn.items()))
     wanted = [*sorted({s.data for s in cfg.train.stages}), "valid", "test"]
     if missing := [path(cfg, what) for what in wanted if not path(cfg, what).exists()]:

@@ -1,0 +1,114 @@
+"""Texts and pictures as vectors without an encoder: TF-IDF and truncated SVD of words, PCA of colours, edges and grain."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+# b texts, n pictures, v vocabulary, k components, f features of a picture
+BLOCKS = np.array([64, 768, 128, 16])  # features of a picture: colours, thumbnail, edges, spectrum
+_NOTHING = 1e-6  # shorter than this, what the components see of a unit vector is rounding
+_WORDS = 2**16  # at most, of the vocabulary: the most frequent
+
+
+def fit_texts(k: int, words: list[str]) -> tuple[tuple[str, ...], dict[str, Tensor]]:
+    """(vocabulary, {"text.idf" [v], "text.components" [v, k]}), float64; nothing where no text has a word."""
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    vectorizer: Any = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, max_features=_WORDS)
+    analyse = vectorizer.build_analyzer()
+    if not any(analyse(w) for w in words):
+        return (), {}
+    x = vectorizer.fit_transform(words)
+    components, sizes = np.ones((1, 1)), np.ones(1)
+    if x.shape[1] > 1:
+        with np.errstate(invalid="ignore"):  # the share of variance of texts that are all the same
+            svd = TruncatedSVD(min(k, *x.shape), random_state=0).fit(x)
+        components, sizes = svd.components_, svd.singular_values_
+    params = {"text.idf": torch.from_numpy(vectorizer.idf_.copy()), "text.components": _components(components, sizes).T.contiguous()}
+    return tuple(vectorizer.get_feature_names_out().tolist()), params
+
+
+def fit_images(k: int, x: np.ndarray) -> dict[str, Tensor]:
+    """{"image.mean" [f], "image.weight" [f], "image.components" [k, f]} of features [n, f], float64; each block counts the same.
+
+    Raises:
+        ValueError: fewer than two, or all the same.
+    """
+    from sklearn.decomposition import PCA
+
+    mean, std = x.mean(0), x.std(0)
+    alive = std > 1e-9
+    if len(x) < 2 or not alive.any():
+        raise ValueError(f"fit_local: there must be at least two different images, or none, got {len(x)}")
+    weight = np.where(alive, 1 / np.where(alive, std, 1), 0) / np.repeat(np.sqrt(BLOCKS), BLOCKS)
+    pca = PCA(min(k, len(x) - 1, x.shape[1]), svd_solver="covariance_eigh").fit((x - mean) * weight)
+    held = {"image.mean": torch.from_numpy(mean), "image.weight": torch.from_numpy(weight)}
+    return held | {"image.components": _components(pca.components_, pca.singular_values_)}
+
+
+def _components(rows: np.ndarray, sizes: np.ndarray) -> Tensor:
+    """The rows that are more than rounding, the largest value of each positive."""
+    rows = rows[sizes > 1e-6 * sizes.max()]
+    sign = np.sign(rows[np.arange(len(rows)), np.abs(rows).argmax(1)])
+    return torch.from_numpy(np.ascontiguousarray(rows * sign[:, None], dtype=np.float64))
+
+
+def vectorizer_of(vocabulary: tuple[str, ...], params: Mapping[str, Tensor]) -> Any:
+    """What makes TF-IDF of texts, from what `fit_texts` gave; None without a vocabulary."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    if not vocabulary:
+        return None
+    vectorizer: Any = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, vocabulary=list(vocabulary))
+    vectorizer.idf_ = params["text.idf"].numpy()
+    return vectorizer
+
+
+def text_directions(vectorizer: Any, params: Mapping[str, Tensor], words: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """(vectors of texts, float32 [b, k] of length 1, bool [b]: whether a text has a word that is known)."""
+    if vectorizer is None:
+        return torch.zeros(len(words), 0), torch.zeros(len(words), dtype=torch.bool)
+    x = vectorizer.transform(words) @ params["text.components"].numpy()
+    return _directions(torch.from_numpy(x))
+
+
+def image_directions(params: Mapping[str, Tensor], pictures: Iterable[Image.Image]) -> tuple[Tensor, Tensor]:
+    """(vectors of RGB pictures, float32 [n, k] of length 1, bool [n]: whether a picture differs from the mean one); n > 0."""
+    mean, weight, components = (params[f"image.{n}"].numpy() for n in ("mean", "weight", "components"))
+    return _directions(torch.from_numpy(np.stack([components @ ((features(p) - mean) * weight) for p in pictures])))
+
+
+def _directions(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows of length 1, whether a row has a direction)."""
+    n = torch.linalg.vector_norm(x, dim=1)
+    has = n > _NOTHING
+    return (x / torch.where(has, n, 1.0)[:, None]).float(), has
+
+
+def side_by_side(params: Mapping[str, Tensor], text: Tensor, image: Tensor, seen: bool) -> tuple[Tensor, Tensor]:
+    """[text, 0] and [0, image]; 0 for the images where none is seen."""
+    i = len(params.get("image.components", ()))
+    right = image if seen else torch.zeros(len(text), i)
+    return torch.nn.functional.pad(text, (0, i)), torch.nn.functional.pad(right, (text.shape[1], 0))
+
+
+def features(image: Image.Image) -> np.ndarray:
+    """What a picture looks like, float64 [f]: share of 64 colours, 16 x 16 of brightness and two colours, strength of edges in 4 x 4 places
+    and 8 directions, and log power in 16 rings of its spectrum."""
+    colour = np.asarray(image).reshape(-1, 3) // 64 @ np.array([16, 4, 1])
+    colours = np.sqrt(np.bincount(colour, minlength=64) / len(colour))
+    thumbnail = np.asarray(image.resize((16, 16), Image.Resampling.BOX).convert("YCbCr")).reshape(-1) / 255
+    grey = np.asarray(image.convert("L").resize((128, 128), Image.Resampling.BOX)) / 255
+    down, right = np.gradient(grey)
+    direction = (np.arctan2(down, right) % np.pi / np.pi * 8).astype(int) % 8
+    y, x = np.indices(grey.shape)
+    edges = np.sqrt(np.bincount(((y // 32 * 4 + x // 32) * 8 + direction).ravel(), np.hypot(down, right).ravel(), 128) / 32**2)
+    power = np.abs(np.fft.fft2(grey - grey.mean())) ** 2 / grey.size
+    ring = np.minimum(np.hypot(*(np.minimum(i, 128 - i) for i in (y, x))) / 4, 15).astype(int)
+    spectrum = np.log(np.bincount(ring.ravel(), power.ravel(), 16) / np.bincount(ring.ravel(), minlength=16) + 1e-6)
+    return np.concatenate([colours, thumbnail, edges, spectrum])
