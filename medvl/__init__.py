@@ -15,6 +15,8 @@ _HOME = {
     "hub": ("load", "save", "init_skeleton", "checkpointed"),
     "tokens": ("tokenizer", "train_bpe", "tokenize"),
     "encode": ("EncodeConfig", "encode_slices"),
+    "compressor": ("CompressConfig", "init_compress", "compress", "compress_stream"),
+    "projector": ("ProjectConfig", "init_project", "project"),
     "fusion": ("FuseConfig", "init_fuse", "fuse"),
     "text": ("TextConfig", "init_text", "encode_text"),
     "losses": ("clip_loss", "siglip_loss", "token_cross_entropy"),
@@ -33,6 +35,7 @@ _HOME = {
     "train": ("value_and_grad", "cached_value_and_grad", "token_value_and_grad"),
     "evaluate": ("zero_shot", "evaluate_findings"),
     "systems.ct_clip_run": ("look",),
+    "systems.slide_vqa_run": ("look_at_slide",),
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_WHERE)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from medvl import files
 from medvl.checkpoints import Entry, entries_of, few, open_weights, read_finite, save_finite
-from medvl.compress import CompressConfig
-from medvl.project import ProjectConfig
+from medvl.compressor import CompressConfig
+from medvl.projector import ProjectConfig
 from medvl.tree import Tree
 
 _WRAP, _PREFIX = "model_state_dict", "compressor."

@@ -1,4 +1,4 @@
-"""What a compressor is pretrained on: labels of whole slides, told from its tokens by attention, one head for each label."""
+"""What a compressor is pretrained on: labels of whole slides, told from its tokens by one head for each label."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,17 +10,21 @@ from medvl import layers
 from medvl.tree import Tree
 
 
-def init_heads(dim: int, classes: Mapping[str, int], gen: Generator, *, hidden: int = 128) -> Tree:
-    """Parameters of `classify`, float32: {label: {"tanh", "sigmoid", "score", "out"}}.
+def init_heads(dim: int, classes: Mapping[str, int], gen: Generator, *, slots: int = 0, hidden: int = 128) -> Tree:
+    """Parameters of `classify`, float32: {label: {"out"}} of all tokens side by side, or with "tanh", "sigmoid", "score" by attention.
 
     Args:
         classes: {label: how many classes it has}, two or more.
+        slots: k: a head reads all k tokens, each in its place, which suits slots that have roles of their own; 0: gated attention over the
+            tokens, whatever their order.
     Raises:
         ValueError: no label, or one with fewer than two classes.
     """
     if not classes or min(classes.values()) < 2:
         raise ValueError(f"init_heads: needs labels of two classes or more, got {dict(classes)}")
     linear = lambda i, o: layers.init_linear(i, o, gen, std=i**-0.5)
+    if slots:
+        return {name: {"out": linear(slots * dim, n)} for name, n in classes.items()}
     return {
         name: {"tanh": linear(dim, hidden), "sigmoid": linear(dim, hidden), "score": linear(hidden, 1), "out": linear(dim, n)}
         for name, n in classes.items()
@@ -28,7 +32,7 @@ def init_heads(dim: int, classes: Mapping[str, int], gen: Generator, *, hidden: 
 
 
 def classify(params: Tree, tokens: Tensor) -> dict[str, Tensor]:
-    """Logits {label: [b, classes]} of slides from their tokens [b, k, d]: for each label a gated attention over the tokens.
+    """Logits {label: [b, classes]} of slides from their tokens [b, k, d]: for each label a linear layer over all, or gated attention.
 
     Raises:
         ValueError: tokens have another shape.
@@ -36,8 +40,13 @@ def classify(params: Tree, tokens: Tensor) -> dict[str, Tensor]:
     """
     out = {}
     for name, p in params.items():
-        if tokens.dim() != 3 or tokens.shape[-1] != p["out"]["weight"].shape[1]:
-            raise ValueError(f"classify: tokens must be [b, k, {p['out']['weight'].shape[1]}], got {list(tokens.shape)}")
+        width, side_by_side = p["out"]["weight"].shape[1], "score" not in p
+        if tokens.dim() != 3 or (tokens.shape[1] * tokens.shape[2] if side_by_side else tokens.shape[2]) != width:
+            want = f"[b, k, d] with k d = {width}" if side_by_side else f"[b, k, {width}]"
+            raise ValueError(f"classify: tokens must be {want}, got {list(tokens.shape)}")
+        if side_by_side:
+            out[name] = layers.linear(p["out"], tokens.flatten(1))
+            continue
         gate = torch.tanh(layers.linear(p["tanh"], tokens)) * torch.sigmoid(layers.linear(p["sigmoid"], tokens))
         share = layers.linear(p["score"], gate).softmax(1)  # [b, k, 1]
         out[name] = layers.linear(p["out"], (share * tokens).sum(1))

@@ -14,7 +14,7 @@ from attrs import field, frozen
 from torch import Tensor
 from tqdm import tqdm
 
-from medvl import compress, files, hub
+from medvl import compressor, files, hub
 from medvl.data import slide_store, slides
 from medvl.data.slides import Block
 from medvl.slots import CompressConfig, State
@@ -102,7 +102,7 @@ def slide_tokens(
         path = home / f"{hashlib.sha256(of.key(name).encode()).hexdigest()[:20]}.npy"
         if not path.exists():
             with _told(name):
-                found = compress.compress_stream(cfg, params, partial(_patches, of, name, chunk))
+                found = compressor.compress_stream(cfg, params, partial(_patches, of, name, chunk))
             half = found.tokens.to("cpu", torch.float16)
             if not bool(half.isfinite().all()):
                 raise ValueError(f"slide {name}: its tokens are beyond 16 bits; are the features normalised as the compressor's were?")
@@ -122,18 +122,18 @@ def patch_weights(cfg: CompressConfig, params: Tree, of: Features, name: str, ch
     with _told(name):
         state = _end(cfg, params, partial(_patches, of, name, chunk)) if cfg.kind != "moe" else None  # its weights need no other patch
         for x, xy in of.chunks(name, chunk):
-            weights.append(compress.slot_weights(cfg, params, torch.from_numpy(x), state).cpu().numpy())
+            weights.append(compressor.slot_weights(cfg, params, torch.from_numpy(x), state).cpu().numpy())
             places += [] if xy is None else [xy]
     return np.concatenate(weights), np.concatenate(places) if places else None
 
 
 def _end(cfg: CompressConfig, params: Tree, chunks: Callable[[], Iterator[Tensor]]) -> State:
     """The state behind the last patch of the last pass."""
-    state = compress.begin(cfg, params)
+    state = compressor.begin(cfg, params)
     for turn in range(cfg.passes):
-        state = compress.begin(cfg, params, state) if turn else state
+        state = compressor.begin(cfg, params, state) if turn else state
         for x in chunks():
-            state = compress.update(cfg, params, state, x)
+            state = compressor.update(cfg, params, state, x)
     return state
 
 

@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from medvl import tree
-from medvl.compress import CompressConfig, compress, init_compress
+from medvl.compressor import CompressConfig, compress, init_compress
 from medvl.compressor_files import read_compressor, read_projector, write_compressor, write_projector
-from medvl.project import ProjectConfig, init_project, project
+from medvl.projector import ProjectConfig, init_project, project
 
 CFG = CompressConfig(dim=12, slots=3, hidden=5)
 

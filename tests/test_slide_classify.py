@@ -131,3 +131,15 @@ def test_errors(heads, gen):
         label_loss(logits, {"a": torch.zeros(2, dtype=torch.int64)})
     with pytest.raises(ValueError, match=r"label 'a' must be \[3\], a class for each slide, got only b"):
         label_loss(logits, {"b": torch.zeros(3, dtype=torch.int64)})
+
+
+def test_heads_that_read_every_token_in_its_place(gen):
+    params = init_heads(6, {"class": 3, "grade": 2}, gen, slots=4)
+    tokens = torch.randn(5, 4, 6, generator=gen)
+    got = classify(params, tokens)
+    for name, n in (("class", 3), ("grade", 2)):
+        w, b = params[name]["out"]["weight"], params[name]["out"]["bias"]
+        assert w.shape == (n, 24)
+        torch.testing.assert_close(got[name], tokens.reshape(5, 24) @ w.T + b)
+    with pytest.raises(ValueError, match=r"tokens must be \[b, k, d\] with k d = 24, got \[5, 3, 6\]"):
+        classify(params, tokens[:, :3])

@@ -11,7 +11,7 @@ import torch
 from attrs import evolve
 from test_slides import features, grid, write_clam, write_csv, write_trident
 
-from medvl import compress, slide_tokens
+from medvl import compressor, slide_tokens
 from medvl.data import slide_store, slides
 from medvl.slide_relevance import patch_relevance
 from medvl.slide_tokens import open_features, patch_weights, whole
@@ -30,7 +30,7 @@ FORK = multiprocessing.get_context("fork")
 
 
 def weights(cfg, seed=0):
-    return compress.init_compress(cfg, torch.Generator().manual_seed(seed))
+    return compressor.init_compress(cfg, torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture
@@ -55,13 +55,13 @@ def store(folder, tmp_path):
 
 def counted(monkeypatch):
     """Every slide that is compressed, as the number of its patches."""
-    seen, real = [], compress.compress_stream
+    seen, real = [], compressor.compress_stream
 
     def counting(cfg, params, chunks):
         seen.append(sum(len(x) for x in chunks()))
         return real(cfg, params, chunks)
 
-    monkeypatch.setattr(compress, "compress_stream", counting)
+    monkeypatch.setattr(compressor, "compress_stream", counting)
     return seen
 
 
@@ -163,7 +163,7 @@ def test_tokens_are_those_of_the_whole_slide(folder, store, tmp_path, kind):
         for n, t in got.items():
             assert t.dtype == torch.float32
             assert t.shape == (4, D)
-            want = compress.compress(cfg, params, torch.from_numpy(made[n][0])[None]).tokens[0]
+            want = compressor.compress(cfg, params, torch.from_numpy(made[n][0])[None]).tokens[0]
             torch.testing.assert_close(t, want, rtol=2**-10, atol=1e-6)
             assert torch.equal(t, t.half().float())
         assert not torch.allclose(got["S0"], got["S2"], atol=0.01)
@@ -221,7 +221,7 @@ def test_changed_features_are_computed_anew(folder, tmp_path, monkeypatch, how):
     x = _rewritten(folder[0] / "S0.h5", how)
     new = slide_tokens.slide_tokens(CFG, params, open_features(folder[0], ["S0", "S3"]), tmp_path / "kept")
     assert seen == [23, 9, len(x)]
-    torch.testing.assert_close(new["S0"], compress.compress(CFG, params, torch.from_numpy(x)[None]).tokens[0], rtol=2**-10, atol=1e-6)
+    torch.testing.assert_close(new["S0"], compressor.compress(CFG, params, torch.from_numpy(x)[None]).tokens[0], rtol=2**-10, atol=1e-6)
     assert torch.equal(new["S3"], old["S3"])
 
 
@@ -332,7 +332,7 @@ def test_weights_sum_to_the_mass_and_attribution_is_exact(folder, store, kind):
         of = open_features(where, ["S0", "S3"])
         for n in of.names:
             x, xy = made[n]
-            want = compress.compress(cfg, params, torch.from_numpy(x)[None], routing=True)
+            want = compressor.compress(cfg, params, torch.from_numpy(x)[None], routing=True)
             w, at = patch_weights(cfg, params, of, n, chunk=4)
             assert w.shape == (len(x), 4)
             np.testing.assert_allclose(w, want.routing[0].numpy(), rtol=1e-4, atol=1e-6)
@@ -353,7 +353,7 @@ def test_a_score_of_the_means_is_shared_out_whole(folder):
     params, x = weights(CFG, 1), made["S0"][0].astype(float)
     params["experts"]["norm"] = map_leaves(torch.zeros_like, params["experts"]["norm"])  # tokens are the means alone
     w, _ = patch_weights(CFG, params, open_features(place, ["S0"]), "S0", chunk=5)
-    tokens = compress.compress(CFG, params, torch.from_numpy(x)[None]).tokens[0].numpy()
+    tokens = compressor.compress(CFG, params, torch.from_numpy(x)[None]).tokens[0].numpy()
     np.testing.assert_allclose((w / w.sum(0)).T @ x, tokens, rtol=1e-4, atol=1e-5)
     slope = np.random.default_rng(0).standard_normal(tokens.shape)
     assert patch_relevance(w, (slope * tokens).sum(1)).sum() == pytest.approx((slope * tokens).sum(), rel=1e-9)
@@ -366,7 +366,7 @@ def test_a_slide_without_patches(folder, store, tmp_path, kind):
         of = open_features(where, ["S1"])
         got = slide_tokens.slide_tokens(cfg, params, of, tmp_path / "kept")["S1"]
         assert got.isfinite().all()
-        torch.testing.assert_close(got, compress.compress(cfg, params, torch.zeros(1, 0, D)).tokens[0], rtol=2**-10, atol=1e-6)
+        torch.testing.assert_close(got, compressor.compress(cfg, params, torch.zeros(1, 0, D)).tokens[0], rtol=2**-10, atol=1e-6)
         w, at = patch_weights(cfg, params, of, "S1")
         assert w.shape == (0, 4)
         assert w.dtype == np.float32

@@ -123,7 +123,7 @@ def flatten_changed(params):
 def test_look_says_where_it_came_from(trained, tmp_path):
     place, folder, _ = trained
     slide = next((place / "data").rglob("*.h5"))
-    found = slide_vqa_run.look(folder, slide, "Which tissue is there?", tmp_path / "maps", most=4)
+    found = slide_vqa_run.look_at_slide(folder, slide, "Which tissue is there?", tmp_path / "maps", most=4)
     n = len(found["coords"])
     assert found["relevance"].shape == (n,)
     assert found["slots"].shape == (4,)
@@ -221,7 +221,7 @@ def test_cold_questions_when_told(tmp_path):
 def test_what_is_refused(trained, tmp_path):
     _, folder, _ = trained
     with pytest.raises(ValueError, match="no file of patch features"):
-        slide_vqa_run.look(folder, folder / "nothing.h5", "q")
+        slide_vqa_run.look_at_slide(folder, folder / "nothing.h5", "q")
     model, _, data, tokens = started(trained)
     with pytest.raises(KeyError):
         slide_vqa.collate(model, evolve(data, talks=(SlideTalk(messages=(), slides=("other",)),)), tokens, [0])

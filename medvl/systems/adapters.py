@@ -102,7 +102,6 @@ class Config:
         if min([*self.evaluate.recall, *self.evaluate.by_k], default=1) < 1 or not self.evaluate.modes:
             raise ValueError("evaluate needs modes, and k >= 1 in recall and by_k")
 
-
     @property
     def trained(self) -> bool:
         """Whether there is anything to train; if not, it can be evaluated at once."""

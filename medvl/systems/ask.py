@@ -71,7 +71,7 @@ def ask_slide(slide: str, question: str, run: str, out: str, max_tokens: int) ->
     """Print the answer of a slide_vqa run about one slide, and write the map of where it came from."""
     if not run:
         raise ValueError("ask: --slide needs --run, the folder of a slide_vqa run")
-    found = slide_vqa_run.look(run, slide, question, out, max_tokens)
+    found = slide_vqa_run.look_at_slide(run, slide, question, out, max_tokens)
     print(found["answer"])
     print()
     rows = [(p.rank, p.x, p.y, p.relevance, p.percentile) for p in top_patches(found["relevance"], found["coords"], 5)]

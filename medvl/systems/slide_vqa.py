@@ -19,7 +19,7 @@ from medvl.data.conversations import QWEN_VL, Sample
 from medvl.data.phantom_slides import SlideConfig
 from medvl.data.slide_questions import SlideTalk
 from medvl.lora import LoraConfig
-from medvl.project import ProjectConfig, init_project, project
+from medvl.projector import ProjectConfig, init_project, project
 from medvl.slots import CompressConfig
 from medvl.tree import Tree
 from medvl.tuning import TrainConfig, check_stage
@@ -52,6 +52,7 @@ class PretrainConfig:
 
     file: str = ""  # a trained one, in the reference's format; nothing is trained then
     labels: tuple[str, ...] = ()  # columns of data.labels
+    head: Literal["places", "attention"] = "places"  # reads all tokens, each in its place; or attention over them, as attention-MIL
     steps: int = 1000
     batch: int = 8  # slides
     most: int = 4096  # patches of a slide, evenly spread; 0 = all

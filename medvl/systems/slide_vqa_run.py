@@ -13,7 +13,7 @@ from attrs import evolve
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-from medvl import choices, compress, config, files, generation, plots, report, slide_classify, slidebench, train, tuning, vlm
+from medvl import choices, compressor, config, files, generation, plots, report, slide_classify, slidebench, train, tuning, vlm
 from medvl.compressor_files import write_compressor
 from medvl.data import conversations, order, phantom_slide_talk
 from medvl.data.slide_questions import SlideTalk, file_digest, published_as, read_slide_talks
@@ -91,8 +91,9 @@ def fit_compressor(cfg: Config, folder: Path, log: Callable[[str], None] = print
         raise ValueError(f"{path(cfg, 'labels')}: {len(of.missing)} slides have no features, the first is {of.missing[0]}")
     sizes = evolve(cfg.compress, dim=of.dims)
     gen = Generator().manual_seed(cfg.seed)
-    params: Tree = {"compressor": compress.init_compress(sizes, gen)}
-    params["heads"] = slide_classify.init_heads(sizes.dim, {c: len(v) for c, v in classes.items()}, gen)
+    params: Tree = {"compressor": compressor.init_compress(sizes, gen)}
+    slots = sizes.slots if how.head == "places" else 0
+    params["heads"] = slide_classify.init_heads(sizes.dim, {c: len(v) for c, v in classes.items()}, gen, slots=slots)
     params = _moved(params, device)
     at = partial(_bags, of, cfg=cfg, classes=classes)
     optimizer = adamw(lambda n: Rate(lr=how.lr, weight_decay=how.weight_decay), warmup_cosine(how.steps, how.warmup), beta2=0.999, eps=1e-8)
@@ -140,11 +141,11 @@ def _bags(of: Features, rows: Sequence[dict[str, str]], *, cfg: Config, classes:
 def _label_loss(cfg: CompressConfig, aux: float, params: Tree, batch: dict[str, Tensor]) -> tuple[Tensor, train.Aux]:
     device = next(iter(flatten(params).values())).device
     gen = Generator(device).manual_seed(int(torch.randint(2**31, ())))  # the step's own, see train.make_step
-    got = compress.compress(cfg, params["compressor"], batch["x"].to(device), batch["mask"].to(device), gen=gen)
+    got = compressor.compress(cfg, params["compressor"], batch["x"].to(device), batch["mask"].to(device), gen=gen)
     loss, right = slide_classify.label_loss(
         slide_classify.classify(params["heads"], got.tokens), {c: t.to(device) for c, t in batch.items()}
     )
-    balance = compress.reference_aux(got.aux) if cfg.kind == "moe" else torch.zeros((), device=device)
+    balance = compressor.reference_aux(got.aux) if cfg.kind == "moe" else torch.zeros((), device=device)
     return loss + aux * balance, train.Aux(metrics={f"right_{c}": r for c, r in right.items()} | {"labels": loss, "balance": balance})
 
 
@@ -156,7 +157,7 @@ def _labels_right(
     for i in range(0, len(rows), size):
         batch = at(rows[i : i + size])
         with torch.no_grad():
-            got = compress.compress(cfg, params["compressor"], batch["x"].to(device), batch["mask"].to(device))
+            got = compressor.compress(cfg, params["compressor"], batch["x"].to(device), batch["mask"].to(device))
             _, right = slide_classify.label_loss(
                 slide_classify.classify(params["heads"], got.tokens), {c: t.to(device) for c, t in batch.items()}
             )
@@ -309,7 +310,9 @@ def _shuffled(held: Sequence[SlideTalk], seed: int) -> list[SlideTalk]:
 
 
 # One slide ------------------------------------------------------------------------------------------------------------------------------
-def look(folder: files.PathLike, slide: files.PathLike, question: str, out: files.PathLike = "", most: int = 128) -> dict[str, Any]:
+def look_at_slide(
+    folder: files.PathLike, slide: files.PathLike, question: str, out: files.PathLike = "", most: int = 128
+) -> dict[str, Any]:
     """Ask a trained run about one slide; for research, not for diagnosis.
 
     Args:

@@ -13,7 +13,7 @@ from attrs import evolve
 from torch import nn
 
 from medvl import slots, tree
-from medvl.compress import (
+from medvl.compressor import (
     CompressConfig,
     begin,
     compress,
@@ -439,7 +439,7 @@ def test_slides_of_one_case_are_one_bag(kind, gen):
 
 OTHER = """
 import pickle, sys
-from medvl.compress import begin, update
+from medvl.compressor import begin, update
 cases = pickle.load(open(sys.argv[1], "rb"))
 states = {kind: update(cfg, p, begin(cfg, p), x) for kind, (cfg, p, x) in cases.items()}
 pickle.dump(states, open(sys.argv[2], "wb"))

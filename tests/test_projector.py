@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from medvl import tree
-from medvl.project import ProjectConfig, init_project, project
+from medvl.projector import ProjectConfig, init_project, project
 
 
 def test_it_is_two_layers_and_a_gelu(gen):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from medvl.compress import CompressConfig, compress, compress_stream, init_compress, reference_aux
+from medvl.compressor import CompressConfig, compress, compress_stream, init_compress, reference_aux
 from medvl.tree import flatten, map_leaves
 
 CUDA = torch.cuda.is_available()
