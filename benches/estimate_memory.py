@@ -83,7 +83,7 @@ def _steps(cfg: Config) -> dict:
     state = train.State(params=trained, opt=optimizer.init(trained))
     del trained
     for _ in range(2):
-        state, _ = step(state, tune_run.filled(cfg, 4))
+        state, _ = step(state, chat.fullest(model.chat, [], 4))
     return {"peak": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else status("VmHWM") - before}
 
 

@@ -213,6 +213,16 @@ def arguments(chat: Chat, batch: Mapping[str, Tensor], device: torch.device) -> 
     return inputs
 
 
+def fullest(chat: Chat, held: Sequence[Conversation], n: int) -> dict[str, Tensor]:
+    """A batch of n for an estimate: the longest of `held`, or, without any, text that fills the context, every token trained."""
+    if not held:
+        ids = torch.ones(n, chat.cfg.context, dtype=torch.int64)
+        return {"ids": ids, "labels": ids, "mask": ids.bool(), "visual": ~ids.bool(), "images": torch.zeros(n, dtype=torch.int64)}
+    data = encode(chat, held)
+    longest = sorted(range(len(data.samples)), key=lambda i: -len(data.samples[i].ids))[:n]
+    return collate(chat, data, (longest * n)[:n])
+
+
 # Losses and answers ---------------------------------------------------------------------------------------------------------------------
 def loss_sum(
     chat: Chat, skeleton: hub.Skeleton, weights: Mapping[str, Tensor], batch: Mapping[str, Tensor], *, logits: int = 256

@@ -402,3 +402,13 @@ def test_a_registry_that_is_there_is_evaluated_at_once(trained, tmp_path, monkey
     again = run.evaluate(str(tmp_path / "there.json"), log=lambda _: None)
     want = {(r.subject, r.split): r.value for r in rows if r.what == "step_accuracy"}
     assert {(r.subject, r.split): r.value for r in again if r.what == "step_accuracy"} == want
+
+
+def test_memory_of_base_and_adapter_is_told(trained, monkeypatch, capsys):
+    place, _, _ = trained
+    monkeypatch.setattr(run, "RUNS", place / "runs")
+    run.estimate(str(place / "toy.json"))
+    said = capsys.readouterr().out
+    assert "stage base: whole" in said
+    assert "stage adapter: lora" in said
+    assert said.count("at the peak") == 2

@@ -66,7 +66,7 @@ def test_general_answers_are_what_was_drawn(folder):
             there = ("There is one lesion.", "There are two lesions.", "There are three lesions.")[case.n - 1]
             expected = {"count": there, "side": f"On the {case.side}.", "kind": f"{look}."}
             marks = "mark" if case.n == 1 else "marks"
-            expected["describe"] = f"{name}. {count} {marks}, {look.lower()}, on the {case.side}."
+            expected["describe"] = f"{name}. {count} {marks}, {look.lower()}, on the {case.side}: {', '.join(case.heights)}."
             if line["family"] == "terms":
                 own = [pm.own_answer(f, case) for f in pm.FAMILIES]
                 assert all(o.rstrip(".").lower() in answer.lower() for o in own)
@@ -233,3 +233,13 @@ def test_modalities_tell_apart_by_thumbnails():
 def test_errors(change, message):
     with pytest.raises(ValueError, match=message):
         pm.ModalityConfig(**change)
+
+
+@pytest.mark.parametrize("modality", pm.MODALITIES)
+def test_every_mark_has_a_third_of_its_own(modality):
+    for i in range(12):
+        _, case = pm.draw_case(CFG, "train", modality, i)
+        assert len({*case.heights}) == case.n
+        assert [h for h in pm.HEIGHTS if h in case.heights] == [*case.heights]
+        ys = [y for _, y, _ in case.marks]
+        assert ys == sorted(ys)

@@ -16,6 +16,7 @@ MODALITIES = tuple(MARKS)
 SPLITS = ("base_train", "base_valid", "train", "valid", "test")
 FAMILIES = ("count", "side", "kind")  # of a modality's own questions; the general ones also ask to "describe" and for "terms"
 SIDES = ("left", "right")  # as the viewer sees them
+HEIGHTS = ("upper", "middle", "lower")
 _APART = 0.185  # of a side, between the centres of two marks
 _NUMBERS = ("One", "Two", "Three")
 
@@ -51,6 +52,7 @@ class Case:
     modality: str
     n: int
     side: str  # the viewer's
+    heights: tuple[str, ...] = ()  # thirds of the zone that hold a mark, from the top
     kind: str  # a key of MARKS[modality]
     marks: tuple[tuple[float, float, float], ...]  # (x, y, radius) in pixels
 
@@ -99,13 +101,13 @@ def draw_case(cfg: ModalityConfig, split: str, modality: str, number: int) -> tu
     name, mark = list(MARKS[modality].items())[kind]
     half = np.zeros(cfg.size, bool)
     half[: cfg.size // 2] = True
-    places = _places(scene.zone & (half if side == 0 else ~half), int(n) + 1, gen)
+    places, heights = _places(scene.zone & (half if side == 0 else ~half), int(n) + 1, gen)
     radii = gen.uniform(*((0.052, 0.068) if mark.sharp else (0.066, 0.08)), len(places))
     marks = np.column_stack([places, radii])
     picture = phantom_styles.add_marks(scene, mark, marks, gen)
     pixels = marks * cfg.size + np.array([0.5, 0.5, 0]) * (cfg.size - 1)
     where = tuple((float(x), float(y), float(r)) for x, y, r in pixels)
-    return picture, Case(modality=modality, n=int(n) + 1, side=SIDES[side], kind=name, marks=where)
+    return picture, Case(modality=modality, n=int(n) + 1, side=SIDES[side], heights=heights, kind=name, marks=where)
 
 
 def talk(cfg: ModalityConfig, split: str, case: Case, number: int) -> Iterator[tuple[str, str, str]]:
@@ -125,7 +127,7 @@ def general_answer(family: str, case: Case) -> str:
     mark, speech, name = MARKS[case.modality][case.kind], SPEECH[case.modality], NAMES[case.modality]
     count, look = _NUMBERS[case.n - 1], f"{'bright' if mark.bright else 'dark'} and {'sharp' if mark.sharp else 'soft'}"
     return {
-        "describe": f"{name}. {count} mark{'s' * (case.n > 1)}, {look}, on the {case.side}.",
+        "describe": f"{name}. {count} mark{'s' * (case.n > 1)}, {look}, on the {case.side}: {', '.join(case.heights)}.",
         "terms": f"{name}: {' or '.join(MARKS[case.modality])}. {' '.join(speech.sides)} {' '.join(speech.counts)}",
         "count": _THERE[case.n - 1],
         "side": f"On the {case.side}.",
@@ -147,15 +149,20 @@ def _gen(cfg: ModalityConfig, use: int, split: str, modality: str, number: int) 
     return np.random.default_rng([use, cfg.seed, SPLITS.index(split), MODALITIES.index(modality), number])
 
 
-def _places(zone: np.ndarray, n: int, gen: np.random.Generator) -> np.ndarray:
-    """n points (x, y) of the zone that do not touch: the first of 200 drawn sets with enough room, else the one with the most."""
+def _places(zone: np.ndarray, n: int, gen: np.random.Generator) -> tuple[np.ndarray, tuple[str, ...]]:
+    """n points (x, y) of the zone, each in a third of its own from top to bottom, and these thirds.
+
+    Of 200 drawn sets the first with enough room between the points, else the one with the most.
+    """
     y, x = phantom_styles.grid(len(zone))
-    iy, ix = np.nonzero(zone)
-    sets = gen.integers(len(iy), size=(200, n))
+    iy, ix = np.nonzero(zone)  # from top to bottom
+    thirds = np.sort(gen.permutation(3)[:n])
+    bounds = len(iy) * np.arange(4) // 3
+    sets = np.stack([gen.integers(bounds[t], bounds[t + 1], size=200) for t in thirds], 1)
     at = np.stack([x[0, ix[sets]], y[iy[sets], 0]], -1)
     gaps = np.hypot(*(at[:, :, None] - at[:, None]).transpose(3, 0, 1, 2)) + np.eye(n)
     room = gaps.min((1, 2))
-    return at[np.argmax(np.minimum(room, _APART))]
+    return at[np.argmax(np.minimum(room, _APART))], tuple(HEIGHTS[t] for t in thirds)
 
 
 # How each speaks ------------------------------------------------------------------------------------------------------------------------

@@ -287,3 +287,31 @@ def labels(cfg: Config, folder: Path, number: int = 0) -> str:
     texts = [m["content"] for c in (*general, *held) for m in c.messages]
     model, _ = adapters.init(cfg, folder, texts, device=torch.device("meta"))
     return conversations.show(model.chat.tokenizer, chat.encode(model.chat, held[number : number + 1]).samples[0])
+
+
+def memory(cfg: Config, folder: Path) -> dict[str, dict[str, int]]:
+    """{stage: {part: bytes}} that one process will need on its device, for the base model and for one adapter."""
+    if not cfg.trained:
+        raise ValueError("estimate: the record trains nothing, its adapters are there")
+    held = read(cfg, "train") if folder_of(cfg).exists() else []
+    general = read_general(cfg, "train") if cfg.base and held else []
+    meta = torch.device("meta")
+    model, params = adapters.init(cfg, folder, [m["content"] for c in (*general, *held) for m in c.messages], device=meta)
+    found: dict[str, dict[str, int]] = {}
+    for how, of, name in ((cfg.base, general, "base"), (cfg.train, held, "adapter")):
+        if how is None:
+            continue
+        batch = chat.fullest(model.chat, of, min(how.batch, 2 * how.chunk))
+        weights: Callable[..., dict[str, Tensor]] = lambda p, train: p["model"]
+        tree = params
+        if name == "adapter":
+            adapter = adapters.new_adapter(cfg, model.chat, 0, meta)
+            tree = params | {"lora": adapter.factors}
+            weights = partial(_adapted, adapter)
+        loss = _loss(model.chat, how, weights)
+        found |= {f"{name}: {s.name}": tuning.memory_of(how, s, tree, loss, chat.cut, batch, cfg.seed) for s in how.stages}
+    return found
+
+
+def _adapted(adapter: lora.Adapter, params: Tree, train: bool) -> dict[str, Tensor]:
+    return lora.apply_lora(params["model"], evolve(adapter, factors=params["lora"]), train=train)

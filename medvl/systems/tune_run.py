@@ -160,17 +160,5 @@ def memory(cfg: Config, folder: Path) -> dict[str, dict[str, int]]:
     held = read(cfg, "train") if there else []
     model, params = tune.init(cfg, folder, [m["content"] for c in held for m in c.messages], device=torch.device("meta"))
     n = min(cfg.train.batch, 2 * cfg.train.chunk)  # of two micro-batches and more the gradients are added up
-    if there:
-        data = chat.encode(model.chat, held)
-        longest = sorted(range(len(data.samples)), key=lambda i: -len(data.samples[i].ids))[:n]
-        batch = chat.collate(model.chat, data, (longest * n)[:n])
-    else:
-        batch = filled(cfg, n)
-    loss = tune.loss_of(model)
+    batch, loss = chat.fullest(model.chat, held, n), tune.loss_of(model)
     return {s.name: tuning.memory_of(cfg.train, s, params, loss, chat.cut, batch, cfg.seed) for s in cfg.train.stages}
-
-
-def filled(cfg: Config, n: int) -> dict[str, Tensor]:
-    """A batch of n conversations that fill the context, every token trained: the most that can come without images."""
-    ids = torch.ones(n, cfg.chat.context, dtype=torch.int64)
-    return {"ids": ids, "labels": ids, "mask": ids.bool(), "visual": ~ids.bool(), "images": torch.zeros(n, dtype=torch.int64)}
