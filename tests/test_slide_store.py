@@ -205,7 +205,7 @@ def test_a_killed_packer_loses_nothing_that_was_done(tmp_path):
     for i in range(60):
         np.save(tmp_path / "in" / f"n{i:02}.npy", features(3000, 64, "f2", i))
     out = tmp_path / "killed.h5"
-    run = multiprocessing.get_context("fork").Process(target=pack, args=(sorted((tmp_path / "in").iterdir()), out))
+    run = multiprocessing.get_context("spawn").Process(target=pack, args=(sorted((tmp_path / "in").iterdir()), out))
     run.start()
     until = time.monotonic() + 60
     while time.monotonic() < until and not (out.exists() and len(open_slides(out).names) > 3):

@@ -26,7 +26,7 @@ KINDS = {
     "perceiver": CompressConfig(kind="perceiver", dim=D, slots=4, hidden=8, heads=2, passes=2),
 }
 CFG = KINDS["moe"]
-FORK = multiprocessing.get_context("fork")
+SPAWN = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
 
 
 def weights(cfg, seed=0):
@@ -252,19 +252,23 @@ def test_other_weights_are_computed_anew(folder, tmp_path, monkeypatch):
     assert len(seen) == 3
 
 
-def _killed(cfg, params, of, kept):
+def _written(place, names, kept):
+    slide_tokens.slide_tokens(CFG, weights(CFG), open_features(place, names), kept)
+
+
+def _killed(place, names, kept):
     def half(f, x, **_):
         f.write(b"\x93NUMPY half of it")
         f.flush()
         os.kill(os.getpid(), signal.SIGKILL)
 
     np.save = half
-    slide_tokens.slide_tokens(cfg, params, of, kept)
+    _written(place, names, kept)
 
 
 def test_a_killed_writer_leaves_no_half_file(folder, tmp_path):
     params, of = weights(CFG), open_features(folder[0], ["S0", "S3"])
-    one = FORK.Process(target=_killed, args=(CFG, params, of, tmp_path / "kept"))
+    one = SPAWN.Process(target=_killed, args=(folder[0], ["S0", "S3"], tmp_path / "kept"))
     one.start()
     one.join(60)
     assert one.exitcode == -signal.SIGKILL
@@ -278,10 +282,7 @@ def test_a_killed_writer_leaves_no_half_file(folder, tmp_path):
 
 def test_processes_at_the_same_time(folder, tmp_path, monkeypatch):
     params, names = weights(CFG), ["S0", "S1", "S2", "S3", "S4"]
-    both = [
-        FORK.Process(target=slide_tokens.slide_tokens, args=(CFG, params, open_features(folder[0], some), tmp_path / "kept"))
-        for some in (names, names[::-1])
-    ]
+    both = [SPAWN.Process(target=_written, args=(folder[0], some, tmp_path / "kept")) for some in (names, names[::-1])]
     for p in both:
         p.start()
     for p in both:
