@@ -65,10 +65,23 @@ def open_features(where: files.PathLike, names: Sequence[str], *, dims: int = 0)
     stems = {n: _one(n, index.get(slides.slide_name(n), [])) for n in wanted}
     paths = {n: _only(n, held[stem]) for n, stem in stems.items() if stem}
     widths = {n: slides.about_slide(p, dims=dims).dims for n, p in paths.items()}
-    width = _same_width(where, widths, dims)
+    return _of_files(paths, tuple(n for n in wanted if n not in paths), _same_width(where, widths, dims), dims)
+
+
+def features_file(path: files.PathLike, *, dims: int = 0) -> Features:
+    """The features of one slide, called by the path as given.
+
+    Raises:
+        ValueError: as `slides.about_slide`; another width than `dims`.
+    """
+    name, path = str(path), Path(path)
+    return _of_files({name: path}, (), _same_width(path, {name: slides.about_slide(path, dims=dims).dims}, dims), dims)
+
+
+def _of_files(paths: Mapping[str, Path], missing: tuple[str, ...], width: int, dims: int) -> Features:
     return Features(
         names=tuple(paths),
-        missing=tuple(n for n in wanted if n not in paths),
+        missing=missing,
         dims=width,
         patch_size=lambda n: _patch_size(paths[n], dims),
         chunks=lambda n, size: slides.chunks(paths[n], size, dims=dims),

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from medvl import hub, quant, weights
+from medvl import checkpoints, hub, quant, weights
 from medvl.dinov2 import config_of
 
 VISION = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
@@ -577,3 +577,9 @@ def test_original_dinov2_refuses_other_keys():
     state = {k: v[:100] if k == "patch_embed.proj.weight" else v for k, v in original().items()}
     with pytest.raises(ValueError, match=r"multiple of 64 .* found 100"):
         config_of(state, "x")
+
+
+def test_an_empty_pickle_is_told(tmp_path):
+    (tmp_path / "w.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"not a file of plain tensors, or broken"):
+        checkpoints.read_pickle(tmp_path / "w.pt")

@@ -189,9 +189,13 @@ def test_a_question_without_features_counts_as_wrong(trained, tmp_path):
     gone = sorted(names)[0]
     (tmp_path / "test.csv").write_text("\n".join(line.replace(gone, "TCGA-ZZ-9999-01Z-00-DX1") for line in table) + "\n")
     cfg = evolve(model.cfg, data=evolve(model.cfg.data, test=str(tmp_path / "test.csv")))
-    slide_vqa_run.assess(evolve(model, cfg=cfg), params, {}, tmp_path / "run" / "results", "x") if False else None
-    tokens = slide_vqa_run.tokens_of(model, folder, slide_vqa_run.read(cfg, "test"))
-    assert len(tokens) == len(names) - 1
+    rows, _ = slide_vqa_run.assess(evolve(model, cfg=cfg), params, {}, folder / "other", "x")
+    kept = json.loads((folder / "other/benchmark_results.json").read_text())["predictions"]
+    lost = [p for p in kept if p["missing"]]
+    assert len(kept) == 39  # the denominator stays
+    assert len(lost) == 13
+    assert not any(p["right"] or p["chosen"] for p in lost)
+    assert next(r.value for r in rows if r.what == "missing" and r.n == 39) == 13
 
 
 BAD = [
@@ -220,7 +224,7 @@ def test_cold_questions_when_told(tmp_path):
 
 def test_what_is_refused(trained, tmp_path):
     _, folder, _ = trained
-    with pytest.raises(ValueError, match="no file of patch features"):
+    with pytest.raises(ValueError, match=r"nothing\.h5"):
         slide_vqa_run.look_at_slide(folder, folder / "nothing.h5", "q")
     model, _, data, tokens = started(trained)
     with pytest.raises(KeyError):

@@ -22,7 +22,7 @@ from medvl.optim import Rate, adamw, warmup_cosine
 from medvl.results import Result
 from medvl.slide_maps import write_map
 from medvl.slide_relevance import gradient_attribution, patch_relevance
-from medvl.slide_tokens import Features, open_features, patch_weights, slide_tokens, whole
+from medvl.slide_tokens import Features, features_file, open_features, patch_weights, slide_tokens, whole
 from medvl.slots import CompressConfig
 from medvl.systems import slide_vqa
 from medvl.systems.slide_vqa import Config, Encoded, Model
@@ -153,17 +153,20 @@ def _labels_right(
     cfg: CompressConfig, params: Tree, at: Callable[..., dict[str, Tensor]], rows: Sequence[dict[str, str]], size: int
 ) -> dict[str, float]:
     """Mean share of right labels of the validation slides."""
-    device, sums, n = next(iter(flatten(params).values())).device, dict[str, float](), 0
+    device = next(iter(flatten(params).values())).device
+    hits, known = dict[str, int](), dict[str, int]()
     for i in range(0, len(rows), size):
         batch = at(rows[i : i + size])
         with torch.no_grad():
             got = compressor.compress(cfg, params["compressor"], batch["x"].to(device), batch["mask"].to(device))
-            _, right = slide_classify.label_loss(
-                slide_classify.classify(params["heads"], got.tokens), {c: t.to(device) for c, t in batch.items()}
-            )
-        k = len(rows[i : i + size])
-        sums, n = {c: sums.get(c, 0.0) + float(r) * k for c, r in right.items()}, n + k
-    shares = {f"right_{c}": v / n for c, v in sums.items()}
+            logits = slide_classify.classify(params["heads"], got.tokens)
+        for c, x in logits.items():
+            there = batch[c] >= 0
+            hits[c] = hits.get(c, 0) + int((x.argmax(1).cpu() == batch[c])[there].sum())
+            known[c] = known.get(c, 0) + int(there.sum())
+    shares = {f"right_{c}": hits[c] / known[c] for c in hits if known[c]}
+    if not shares:
+        raise ValueError(f"pretrain: none of {len(rows)} validation slides has a label")
     return {"score": sum(shares.values()) / len(shares)} | shares
 
 
@@ -324,19 +327,17 @@ def look_at_slide(
     """
     folder, slide = Path(folder), Path(slide)
     model, params, _ = load(folder)
-    of = open_features(slide.parent, [slide.name], dims=model.compress.dim)
-    if of.missing:
-        raise ValueError(f"{slide}: no file of patch features")
+    of = features_file(slide, dims=model.compress.dim)
     tokens = slide_tokens(model.compress, model.compressor, of, folder / "tokens")
-    talk = SlideTalk(messages=_turn(question), slides=(slide.name,))
+    talk = SlideTalk(messages=_turn(question), slides=of.names)
     how = evolve(model.cfg.evaluate, max_tokens=most, by="text")
     (said,) = answer(evolve(model, cfg=evolve(model.cfg, evaluate=how)), params, [talk], tokens)
     slots = relevance_of_slots(model, params, talk, said, tokens)
-    weights, coords = patch_weights(model.compress, model.compressor, of, slide.name)
+    weights, coords = patch_weights(model.compress, model.compressor, of, of.names[0])
     relevance = patch_relevance(weights, slots, sign="positive")
     found = {"answer": said, "relevance": relevance, "coords": coords, "slots": slots, "map": ""}
     if out:
-        found["map"] = str(write_map(out, Path(slide.stem).name, relevance, weights, coords, of.patch_size(slide.name) or 256))
+        found["map"] = str(write_map(out, Path(slide.stem).name, relevance, weights, coords, of.patch_size(of.names[0]) or 256))
     return found
 
 
