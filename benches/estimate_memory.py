@@ -37,7 +37,7 @@ VARIANTS = {
 class Words:
     """A tokenizer's place: the model needs its size, a step needs no words."""
 
-    pad_token_id = eos_token_id = 0
+    pad_token_id = eos_token_id = bos_token_id = 0
 
     def __len__(self) -> int:
         return 151936

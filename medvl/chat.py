@@ -130,14 +130,14 @@ def config_of(cfg: ModelConfig, tok: Any) -> dict[str, Any]:
     if cfg.name:
         return read_json(find(cfg.name, ("config.json",)))
     raw = {**cfg.config}
-    size = -(-len(tok) // 8) * 8
+    words = {"vocab_size": -(-len(tok) // 8) * 8, "bos_token_id": tok.bos_token_id, "eos_token_id": tok.eos_token_id}
     if "text_config" in raw:
-        raw["text_config"] = {**raw["text_config"], "vocab_size": size}
+        raw["text_config"] = {**raw["text_config"], **words}
         if raw["model_type"] == "internvl":
             return raw | {"image_token_id": tok.convert_tokens_to_ids(conversations.INTERN_VL.token)}
         at = {"image_token_id": 4, "video_token_id": 5, "vision_start_token_id": 2, "vision_end_token_id": 3}
         return raw | {key: tok.convert_tokens_to_ids(_CHAT[i]) for key, i in at.items()}
-    return raw | {"vocab_size": size}
+    return raw | words
 
 
 # Conversations --------------------------------------------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ def ask(
         device=train.device(cfg.device),
     )
     said = experts.ask(of, question, images, mode=mode, cfg=cfg.retrieve, own=own, max_tokens=cfg.max_tokens)
-    print(said.text)
+    print(said.text.strip())
     print()
     rows = [(name, similarity, weight) for name, similarity, weight in said.adapters]
     print(results.markdown_table(("Adapter", "Similarity", "Weight"), rows) if rows else "no adapter: the bare model answered")
@@ -72,7 +72,7 @@ def ask_slide(slide: str, question: str, run: str, out: str, max_tokens: int) ->
     if not run:
         raise ValueError("ask: --slide needs --run, the folder of a slide_vqa run")
     found = slide_vqa_run.look_at_slide(run, slide, question, out, max_tokens)
-    print(found["answer"])
+    print(found["answer"].strip())
     print()
     rows = [(p.rank, p.x, p.y, p.relevance, p.percentile) for p in top_patches(found["relevance"], found["coords"], 5)]
     print(results.markdown_table(("Patch", "x", "y", "Relevance", "Percentile"), rows) + f"map: {found['map']}")
