@@ -10,9 +10,9 @@ from attrs import evolve, field, frozen
 from PIL import Image
 from torch import Generator, Tensor
 
-from medvl import generation, hub, intern_vl, quant, qwen_vl, shards, tokens, vlm
+from medvl import generation, hub, intern_vl, quant, qwen_vl, shards, tokens, train, vlm
 from medvl.checkpoints import find, new_folder, read_json
-from medvl.data import conversations, images
+from medvl.data import conversations, images, order
 from medvl.data.conversation_files import Conversation
 from medvl.data.conversations import Placeholder, Sample
 from medvl.files import PathLike, write_text
@@ -102,26 +102,23 @@ def open_chat(
     return Chat(skeleton=skeleton, tokenizer=tok, cfg=cfg, dtype=dtype, placeholder=holder, eyes=eyes), params
 
 
-def tokenizer_of(
-    cfg: ModelConfig, folder: Path, texts: Sequence[str] = (), *, first: bool = True, meet: Callable[[], None] = lambda: None
-) -> Any:
+def tokenizer_of(cfg: ModelConfig, folder: Path, texts: Sequence[str] = ()) -> Any:
     """The named tokenizer; or one trained on `texts` with the tokens of ChatML and of images, kept in `folder` and found there again.
 
-    Args:
-        first: whether this process trains and writes it; the others wait in `meet`.
+    Of several processes the first trains and writes it, the others wait.
     """
     if cfg.name or cfg.tokenizer:
         return tokens.tokenizer(cfg.tokenizer or cfg.name)
     kept = folder / "tokenizer"
     if not kept.exists() and not texts:
         raise ValueError(f"{kept}: the run has no tokenizer yet; train it first")
-    if first and not kept.exists():
+    if train.rank() == 0 and not kept.exists():
         tok = tokens.train_bpe(texts, 600)
         tok.add_special_tokens({"additional_special_tokens": [*_CHAT, *_TILES]})
         tok.chat_template = conversations.TEMPLATES["chatml"]
         with new_folder(kept) as tmp:
             tok.save_pretrained(tmp)
-    meet()
+    train.meet()
     return tokens.tokenizer(kept)
 
 
@@ -181,6 +178,16 @@ def collate(chat: Chat, data: Encoded, chosen: Sequence[int], side: Literal["rig
         return batch | {"pixel_values": intern_vl.tile_all(chat.eyes, opened)[0]}
     patches, grid = qwen_vl.patchify_all(chat.eyes, opened)
     return batch | {"pixel_values": patches, "image_grid_thw": grid}
+
+
+def batches(chat: Chat, data: Encoded, size: int, seed: int) -> Callable[[int], dict[str, Tensor]]:
+    """i -> batch: this process's share of `size` conversations, a pure function of (seed, i)."""
+    names, r, n = [str(i) for i in range(len(data.samples))], train.rank(), train.world()
+
+    def batch_at(i: int) -> dict[str, Tensor]:
+        return collate(chat, data, order.batch_indices(names, size, seed, i)[r * size // n : (r + 1) * size // n])
+
+    return batch_at
 
 
 def cut(batch: Mapping[str, Tensor], span: slice) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from attrs import field, frozen
 from torch import Generator
 
-from medvl import lora, train
+from medvl import lora
 from medvl.chat import Chat, ChatConfig, ModelConfig, open_chat, tokenizer_of
 from medvl.data.phantom_modalities import ModalityConfig
 from medvl.embed import EmbedConfig
@@ -124,7 +124,7 @@ def init(cfg: Config, folder: Path, texts: list[str], *, device: torch.device = 
         folder: of the run; a tokenizer trained on `texts` is kept there and taken from there the next time.
     """
     gen = Generator().manual_seed(cfg.seed)
-    tok = tokenizer_of(cfg.model, folder, texts, first=train.rank() == 0, meet=train.meet)
+    tok = tokenizer_of(cfg.model, folder, texts)
     chat, params = open_chat(cfg.model, cfg.chat, tok, gen, device=device)
     tree: Tree = {"model": params}
     for stage in cfg.base.stages if cfg.base else ():

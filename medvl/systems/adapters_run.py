@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from medvl import chat, config, embed, hub, lora, retrieve, retriever, train, tuning
 from medvl.adapter_files import write_adapter
 from medvl.chat import Chat, Encoded
-from medvl.data import conversations, order, phantom_modalities, registry, vqa_rad
+from medvl.data import conversations, phantom_modalities, registry, vqa_rad
 from medvl.data.conversation_files import Conversation, read_conversations, read_tasks
 from medvl.data.registry import Record, Registry
 from medvl.results import Result
@@ -146,7 +146,7 @@ def _fit_stages(
             stage,
             params,
             loss,
-            batches(talks, parts[0], how.batch, cfg.seed),
+            chat.batches(talks, parts[0], how.batch, cfg.seed),
             folder / f"{i}-{stage.name}",
             cut=chat.cut,
             validate=lambda p: chat.mean_loss(talks, weights(p), parts[1], cfg.evaluate.batch),
@@ -162,16 +162,6 @@ def _parts(
     parts = chat.encode(talks, held), chat.encode(talks, valid[: how.valid or None])
     log(f"{name}: {len(parts[0].samples)} conversations, {parts[0].refused} more are longer than the context and left out")
     return parts
-
-
-def batches(talks: Chat, data: Encoded, size: int, seed: int) -> Callable[[int], dict[str, Tensor]]:
-    """i -> batch: this process's share of `size` conversations."""
-    names, r, n = [str(i) for i in range(len(data.samples))], train.rank(), train.world()
-
-    def batch_at(i: int) -> dict[str, Tensor]:
-        return chat.collate(talks, data, order.batch_indices(names, size, seed, i)[r * size // n : (r + 1) * size // n])
-
-    return batch_at
 
 
 def _loss(talks: Chat, how: tuning.TrainConfig, weights: Callable[..., dict[str, Tensor]]) -> train.LossSum:

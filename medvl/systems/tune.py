@@ -77,7 +77,7 @@ def init(cfg: Config, folder: Path, texts: Sequence[str] = (), *, device: torch.
         device: where the weights are; "meta" makes none, for an estimate.
     """
     gen = Generator().manual_seed(cfg.seed)
-    tok = tokenizer_of(cfg.model, folder, texts, first=train.rank() == 0, meet=train.meet)
+    tok = tokenizer_of(cfg.model, folder, texts)
     chat, params = open_chat(cfg.model, cfg.chat, tok, gen, device=device, shard=cfg.train.shard)
     adapter = lora.init_lora(cfg.lora, chat.skeleton, gen, device=device) if cfg.train.adapted else None
     tree: Tree = {"model": params} | ({"lora": adapter.factors} if adapter else {})

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from medvl import chat, config, files, lora, plots, report, train, tuning
 from medvl.accuracy import accuracy, by, to_results
 from medvl.answers import same_answer
 from medvl.chat import Encoded
-from medvl.data import conversations, order, phantom_pictures
+from medvl.data import conversations, phantom_pictures
 from medvl.data.conversation_files import Conversation, read_conversations
 from medvl.results import Result
 from medvl.systems import tune
@@ -56,16 +55,6 @@ def read(cfg: Config, name: str) -> list[Conversation]:
     return read_conversations(path(cfg, name), root=cfg.data.root or None, max_images=cfg.chat.max_images)
 
 
-def batches(model: Model, data: Encoded, size: int, seed: int) -> Callable[[int], dict[str, Tensor]]:
-    """i -> batch: this process's share of `size` conversations."""
-    names, r, n = [str(i) for i in range(len(data.samples))], train.rank(), train.world()
-
-    def batch_at(i: int) -> dict[str, Tensor]:
-        return chat.collate(model.chat, data, order.batch_indices(names, size, seed, i)[r * size // n : (r + 1) * size // n])
-
-    return batch_at
-
-
 # Training -------------------------------------------------------------------------------------------------------------------------------
 def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[Model, Tree, Tree]:
     """Train (or go on with) all stages in the run folder; returns the model, its weights and no running means."""
@@ -83,7 +72,7 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
             stage,
             params,
             tune.loss_of(model),
-            batches(model, data, cfg.train.batch, cfg.seed),
+            chat.batches(model.chat, data, cfg.train.batch, cfg.seed),
             folder / f"{i}-{stage.name}",
             cut=chat.cut,
             validate=lambda p: chat.mean_loss(model.chat, tune.weights_of(model, p), valid, cfg.evaluate.batch),
