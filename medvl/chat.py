@@ -102,10 +102,10 @@ def open_chat(
     return Chat(skeleton=skeleton, tokenizer=tok, cfg=cfg, dtype=dtype, placeholder=holder, eyes=eyes), params
 
 
-def tokenizer_of(cfg: ModelConfig, folder: Path, texts: Sequence[str] = ()) -> Any:
+def tokenizer_of(cfg: ModelConfig, folder: Path, texts: Sequence[str] = (), *, lower: bool = True) -> Any:
     """The named tokenizer; or one trained on `texts` with the tokens of ChatML and of images, kept in `folder` and found there again.
 
-    Of several processes the first trains and writes it, the others wait.
+    Of several processes the first trains and writes it, the others wait. With lower=False it tells capitals from small letters.
     """
     if cfg.name or cfg.tokenizer:
         return tokens.tokenizer(cfg.tokenizer or cfg.name)
@@ -113,7 +113,7 @@ def tokenizer_of(cfg: ModelConfig, folder: Path, texts: Sequence[str] = ()) -> A
     if not kept.exists() and not texts:
         raise ValueError(f"{kept}: the run has no tokenizer yet; train it first")
     if train.rank() == 0 and not kept.exists():
-        tok = tokens.train_bpe(texts, 600)
+        tok = tokens.train_bpe(texts, 600, lower=lower)
         tok.add_special_tokens({"additional_special_tokens": [*_CHAT, *_TILES]})
         tok.chat_template = conversations.TEMPLATES["chatml"]
         with new_folder(kept) as tmp:

@@ -65,8 +65,10 @@ def image_processor(name: files.PathLike) -> Any:
         raise ValueError(f"image_processor: {main} is not one that transformers reads ({e})") from e
 
 
-def train_bpe(texts: Sequence[str], vocab_size: int, folder: files.PathLike | None = None) -> Any:
+def train_bpe(texts: Sequence[str], vocab_size: int, folder: files.PathLike | None = None, *, lower: bool = True) -> Any:
     """A byte-level BPE tokenizer learnt from texts: lower case and single spaces as CLIP's, start and end token around every text.
+
+    With lower=False case is kept, as letters of multiple choice need.
 
     Deterministic. Every text can be encoded, there is no unknown token. Written to `folder` (must be new) if one is given.
     Source: Sennrich et al. 2016, arXiv:1508.07909; bytes as in Radford et al. 2019 (GPT-2).
@@ -80,9 +82,8 @@ def train_bpe(texts: Sequence[str], vocab_size: int, folder: files.PathLike | No
             f"train_bpe: needs texts and vocab_size >= 259 (256 bytes, 3 special tokens), got {len(texts)} texts, {vocab_size}"
         )
     tok: Any = Tokenizer(models.BPE())
-    tok.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip(), normalizers.Lowercase()]
-    )
+    spaces = [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+    tok.normalizer = normalizers.Sequence([*spaces, *([normalizers.Lowercase()] if lower else [])])
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tok.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()

@@ -91,3 +91,11 @@ def test_a_tokenizer_that_is_nowhere_stops_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ValueError, match=r"127.0.0.1:9 cannot be reached .*refused.*hf download someone/nothing"):
         tokens.tokenizer("someone/nothing")
+
+
+def test_case_is_kept_where_letters_are_answers():
+    texts = ["A. Stroma", "b. fat", "C. Tumour"] * 5
+    cased, plain = tokens.train_bpe(texts, 300, lower=False), tokens.train_bpe(texts, 300)
+    said = lambda tok: tok.decode(tok("A. Stroma")["input_ids"], skip_special_tokens=True).strip()
+    assert said(cased) == "A. Stroma"
+    assert said(plain) == "a. stroma"

@@ -153,7 +153,7 @@ def init(
         device: "meta" makes no weights, for an estimate.
     """
     gen = Generator().manual_seed(cfg.seed)
-    tok = chat.tokenizer_of(cfg.model, folder, texts)
+    tok = chat.tokenizer_of(cfg.model, folder, texts, lower=False)  # answers are letters
     talks, params = chat.open_chat(cfg.model, cfg.chat, tok, gen, device=device, shard=cfg.train.shard)
     talks = evolve(talks, placeholder=QWEN_VL, eyes=None)
     width = next(iter(_embedding(talks, params).values())).shape[1]
