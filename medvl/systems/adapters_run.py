@@ -107,26 +107,27 @@ def _fit_adapters(
         own = [[c for c in part if c.extra["task"] == task] for part in (held, valid)]
         parts = _parts(model.chat, own[0], own[1], cfg.train, f"adapter {task}", log)
         adapter = adapters.new_adapter(cfg, model.chat, i, _device(cfg))
-        with_it = _with(params["model"], adapter)
-        factors = _fit_stages(
+        weights = partial(_adapted, adapter)
+        trained = _fit_stages(
             cfg,
             cfg.train,
             model.chat,
-            {"lora": adapter.factors},
-            _loss(model.chat, cfg.train, with_it),
-            partial(with_it, train=False),
+            params | {"lora": adapter.factors},
+            _loss(model.chat, cfg.train, weights),
+            partial(weights, train=False),
             parts,
             folder / "training" / task,
             log,
         )
         if train.rank() == 0:
-            done = evolve(adapter, factors=map_leaves(lambda t: t.cpu(), factors["lora"]), name=task)
+            done = evolve(adapter, factors=map_leaves(lambda t: t.cpu(), trained["lora"]), name=task)
             write_adapter(done, out, base=cfg.model.name or "model")
         train.meet()
 
 
-def _with(base: dict[str, Tensor], adapter: lora.Adapter) -> Callable[..., dict[str, Tensor]]:
-    return lambda p, train: lora.apply_lora(base, evolve(adapter, factors=p["lora"]), train=train)
+def _adapted(adapter: lora.Adapter, params: Tree, train: bool) -> dict[str, Tensor]:
+    """The base model's weights with the adapter on them."""
+    return lora.apply_lora(params["model"], evolve(adapter, factors=params["lora"]), train=train)
 
 
 def _fit_stages(
@@ -301,7 +302,3 @@ def memory(cfg: Config, folder: Path) -> dict[str, dict[str, int]]:
         loss = _loss(model.chat, how, weights)
         found |= {f"{name}: {s.name}": tuning.memory_of(how, s, tree, loss, chat.cut, batch, cfg.seed) for s in how.stages}
     return found
-
-
-def _adapted(adapter: lora.Adapter, params: Tree, train: bool) -> dict[str, Tensor]:
-    return lora.apply_lora(params["model"], evolve(adapter, factors=params["lora"]), train=train)
