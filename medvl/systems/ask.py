@@ -74,7 +74,7 @@ def ask_slide(slide: str, question: str, run: str, out: str, max_tokens: int) ->
     found = slide_vqa_run.look_at_slide(run, slide, question, out, max_tokens)
     print(found["answer"].strip())
     print()
-    rows = [(p.rank, p.x, p.y, p.relevance, p.percentile) for p in top_patches(found["relevance"], found["coords"], 5)]
+    rows = [(p.rank, p.x, p.y, f"{p.relevance:.1e}", p.percentile) for p in top_patches(found["relevance"], found["coords"], 5)]
     print(results.markdown_table(("Patch", "x", "y", "Relevance", "Percentile"), rows) + f"map: {found['map']}")
     print(report.NOTICE)
 
