@@ -1,7 +1,9 @@
 """Adapters within a budget: the same bits as from a plain list, the least recently used out first, nothing that grows."""
 
 import gc
+import itertools
 import random
+import statistics
 import threading
 import tracemalloc
 import weakref
@@ -232,7 +234,7 @@ def test_a_stack_carries_no_gradient():
 
 # Long runs ------------------------------------------------------------------------------------------------------------------------------
 def test_nothing_grows_over_two_thousand_requests():
-    alive, most, traced = weakref.WeakSet(), 0, {}
+    alive, most, traced = weakref.WeakSet(), 0, []
     get = cached(watched(alive), 5 * ONE)
     pool = pooled(get)
     fuse = fused(pool, 4 * ONE, rule="cat", rank=None)
@@ -246,13 +248,14 @@ def test_nothing_grows_over_two_thousand_requests():
             if request % 4 == 0:
                 fuse(ids[:2], weights[:2])
             most = max(most, sum(map(nbytes, alive)))
-            if request in (500, 1999):
+            if request % 250 == 249:
                 gc.collect()
-                traced[request] = tracemalloc.get_traced_memory()[0]
+                traced.append(tracemalloc.get_traced_memory()[0])
     finally:
         tracemalloc.stop()
     assert most == 5 * ONE
-    assert traced[1999] - traced[500] < 20_000
+    # What is kept per request grows in every quarter of a thousand; what Python itself keeps (caches, tables that double) in a few of them.
+    assert statistics.median(after - before for before, after in itertools.pairwise(traced)) < 250 * 16
     tensors = sum(type(t) is torch.Tensor for t in gc.get_objects())
     for _ in range(50):
         mix(pool, found([draw.sample(range(40), 3)], [[0.5, 0.3, 0.2]]))
