@@ -41,12 +41,12 @@ def labels(c, exp, set_=None, sample=0):
     _call(run.labels, exp, set_ or (), sample)
 
 
-@task(iterable=["set_"], help=SET)
-def estimate(c, exp, set_=None):
+@task(iterable=["set_"], help=SET | {"processes": "of torchrun, with as many GPUs: what each of them needs"})
+def estimate(c, exp, set_=None, processes=1):
     """Print the memory that training an experiment will need, by part."""
     from medvl.systems import run
 
-    _call(run.estimate, exp, set_ or ())
+    _call(run.estimate, exp, set_ or (), processes)
 
 
 @task

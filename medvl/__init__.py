@@ -35,7 +35,7 @@ _HOME = {
     "train": ("value_and_grad", "cached_value_and_grad", "token_value_and_grad"),
     "evaluate": ("zero_shot", "evaluate_findings"),
     "systems.ct_clip_run": ("look",),
-    "systems.slide_vqa_run": ("look_at_slide",),
+    "systems.slide_vqa_look": ("look_at_slide",),
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_WHERE)

@@ -32,8 +32,8 @@ class Compressed:
 def init_compress(cfg: CompressConfig, gen: Generator) -> Tree:
     """Parameters of `compress`, float32 on CPU.
 
-    moe {"gate", "experts"}, soft_moe {"mu" [k, d], "scale" [], "experts"}, experts {"up", "down", "norm"} with weights [k, out, in];
-    attention {"tanh", "sigmoid", "score"}; perceiver {"latents" [k, d], "layers" {"0"..}, "norm"}.
+    moe {"gate", "experts"}, soft_moe {"mu" [k, d], "scale" [], "experts"}, mean {"experts"}, experts {"up", "down", "norm"} with weights
+    [k, out, in]; attention {"tanh", "sigmoid", "score"}; perceiver {"latents" [k, d], "layers" {"0"..}, "norm"}.
     """
     d, k, h = cfg.dim, cfg.slots, cfg.hidden
     linear = lambda i, o, bias=True: layers.init_linear(i, o, gen, std=i**-0.5, bias=bias)
@@ -50,6 +50,8 @@ def init_compress(cfg: CompressConfig, gen: Generator) -> Tree:
         "down": {"weight": torch.randn(k, d, h, generator=gen) * h**-0.5, "bias": torch.zeros(k, d)},
         "norm": {"weight": torch.ones(k, d), "bias": torch.zeros(k, d)},
     }
+    if cfg.kind == "mean":
+        return {"experts": experts}
     if cfg.kind == "soft_moe":
         return {"mu": torch.randn(k, d, generator=gen), "scale": torch.ones(()), "experts": experts}
     return {"gate": layers.init_linear(d, k, gen), "experts": experts}
@@ -63,8 +65,9 @@ def compress(
 
     moe: P = softmax over slots of the router's logits, w_jk = P_jk in the top_k slots of patch j (the first of equal ones; not
     renormalised), c_k = sum w_jk x_j / (W_k + 1e-9), token_k = c_k + norm_k(down_k gelu(up_k c_k)). soft_moe: the same experts on
-    c_k = sum_j softmax_j(scale cos(x_j, mu_k)) x_j. attention: softmax_j of score(tanh(V x_j) sigmoid(U x_j)) for each slot and head; a
-    head pools its d / heads columns of x. perceiver: pre-norm cross-attention and feed-forward; latents see the patches and each other.
+    c_k = sum_j softmax_j(scale cos(x_j, mu_k)) x_j; mean: on the mean of all x_j. attention: softmax_j of score(tanh(V x_j)
+    sigmoid(U x_j)) for each slot and head; a head pools its d / heads columns of x. perceiver: pre-norm cross-attention and feed-forward;
+    latents see the patches and each other.
 
     Computed in float32 (float64 if a parameter is), also under autocast: 16-bit logits would send patches to other slots.
 

@@ -2,6 +2,8 @@
 
 import pickle
 import re
+import struct
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,10 @@ _WRAP, _PREFIX = "model_state_dict", "compressor."
 _EXPERT = {0: "up", 3: "down", 4: "norm"}  # 1 and 2 are the GELU and the dropout
 _KEY = re.compile(r"gate\.(weight|bias)|experts\.(0|[1-9]\d*)\.net\.[034]\.(weight|bias)")
 _PROJECT = {"proj.0": "up", "proj.2": "down"}
+_BROKEN = (  # what torch.load raises for files that were cut off or damaged, or are something else
+    *(OSError, RuntimeError, EOFError, LookupError, AttributeError, TypeError, AssertionError, OverflowError),
+    *(struct.error, zipfile.BadZipFile),
+)
 
 
 def read_compressor(
@@ -130,7 +136,10 @@ def _inferred(held: Mapping[str, Entry], path: Path, top_k: int) -> CompressConf
         raise ValueError(
             f"read_compressor: {path}: gate.weight must be [slots, dim], the first expert's [hidden, dim], got {gate} and {up}"
         )
-    return CompressConfig(kind="moe", dim=gate[1], slots=gate[0], hidden=up[0], top_k=top_k)
+    try:
+        return CompressConfig(kind="moe", dim=gate[1], slots=gate[0], hidden=up[0], top_k=top_k)
+    except ValueError as e:
+        raise ValueError(f"read_compressor: {path}: {e}") from e
 
 
 def _shapes(cfg: CompressConfig) -> dict[str, tuple[int, ...]]:
@@ -154,10 +163,9 @@ def _open(path: Path, where: str) -> dict[str, Entry]:
         return open_weights(path, str(path))
     try:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as e:
-        raise ValueError(
-            f"{where}: {path} is not a file of plain tensors, or broken ({(str(e) or type(e).__name__).splitlines()[0]})"
-        ) from e
+    except (pickle.UnpicklingError, ValueError, *_BROKEN) as e:
+        said = ([*str(e).splitlines()] or [""])[0].partition(". ")[0]
+        raise ValueError(f"{where}: {path} is not a file of plain tensors, or broken ({type(e).__name__}: {said})") from e
     if isinstance(state, dict) and isinstance(state.get(_WRAP), dict):
         state = state[_WRAP]
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in state.items()):

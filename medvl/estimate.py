@@ -106,6 +106,30 @@ def _fused_attention() -> Iterator[None]:
         F.scaled_dot_product_attention = real
 
 
+def gathered(part: Tensor, rows: int) -> Tensor:
+    """A matrix [rows, d] cut over processes, of which `part` lies here: whole while it is used, and so is its gradient until it is cut."""
+    return _Part.like((rows, *part.shape[1:]), part.dtype, part.device, shard=part)
+
+
+class _Part(weights.Sharded):
+    def dense(self) -> Tensor:
+        return _Gather.apply(self.shard, self.shape)
+
+    def _about(self) -> str:
+        return f"{list(self.shape)}, {str(self.dtype)[6:]}, {len(self.shard)} rows of it here"
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, whole: torch.Size) -> Tensor:
+        ctx.shape = part.shape
+        return part.new_empty(whole)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.new_empty(ctx.shape), None
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and tables whose columns are checked."""
+"""Files that are there whole or not at all, tables whose columns are checked, and arrays whose shape is."""
 
 import csv
 import os
@@ -6,6 +6,8 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import numpy as np
 
 PathLike = str | os.PathLike
 
@@ -73,6 +75,27 @@ def write_csv(path: PathLike, rows: Iterable[dict], columns: Iterable[str]) -> N
         writer = csv.DictWriter(f, list(columns), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def write_array(path: PathLike, array: np.ndarray) -> None:
+    """Write a .npy atomically."""
+    with atomic(path) as tmp, open(tmp, "wb") as f:
+        np.save(f, array, allow_pickle=False)
+
+
+def read_array(path: PathLike, shape: tuple[int, ...], remedy: str) -> np.ndarray:
+    """The numbers of a .npy.
+
+    Raises:
+        ValueError: the file is broken, or has another shape; ends with the remedy.
+    """
+    try:
+        held = np.load(path, allow_pickle=False)
+    except (OSError, EOFError, ValueError) as e:
+        raise ValueError(f"{path}: must hold an array {list(shape)} and is broken ({e}); {remedy}") from e
+    if held.shape != shape:
+        raise ValueError(f"{path}: must hold an array {list(shape)}, found {list(held.shape)}; {remedy}")
+    return held
 
 
 def _umask() -> int:

@@ -45,13 +45,19 @@ def shard(params: Tree, mesh: Any, *, patterns: Sequence[str] = (".*",), least: 
 
 
 def sharder(mesh: Any, *, patterns: Sequence[str] = (".*",), least: int = 2**14) -> Callable[[str, Tensor], Tensor]:
-    """(name, weight) -> what `shard` makes of it; given to `hub.load` as `each`, no process ever holds the whole model."""
+    """(name, weight) -> what `shard` makes of it; given to `hub.load` as `each`, no process ever holds the whole model.
+
+    Args:
+        mesh: or a number of processes, for an estimate: of what would be cut, a plain tensor without values and with a process's rows.
+    """
     chosen = [re.compile(p) for p in patterns]
 
     def cut(name: str, t: Tensor) -> Tensor:
         plain = not isinstance(t, weights.Lazy) and not is_shard(t) and t.is_floating_point()
         if mesh is None or not plain or t.dim() != 2 or t.numel() < least or not any(p.fullmatch(name) for p in chosen):
             return t
+        if isinstance(mesh, int):
+            return t.new_empty(-(-len(t) // mesh), t.shape[1])
         from torch.distributed.tensor import Shard
 
         return _cut(t, mesh, [Shard(0)])

@@ -67,12 +67,12 @@ def draw_map(
     below = canvas.image[covered > 0].mean(0) if canvas.real else np.array(_TISSUE)
     _draw_marks(picture, canvas, np.argsort(-r, kind="stable")[:mark])
     _draw_scale(picture, canvas, mpp)
-    most = math.ceil(len(r) / 100)
-    share = mass_share(r, np.isin(np.arange(len(r)), np.argsort(-r, kind="stable")[:most]))
+    most, best = math.ceil(len(r) / 100), np.argsort(-r, kind="stable")
+    first, share = (100 * mass_share(r, np.isin(np.arange(len(r)), best[:n])) for n in (1, most))
     held = (
         "no patch has positive relevance"
         if math.isnan(share)
-        else f"top 1 % ({most:,} of {len(r):,} patches): {100 * share:.1f} % of the relevance"
+        else f"patch 1 holds {first:.1f} % of the relevance, the top 1 % ({most:,} of {len(r):,}) {share:.1f} %"
     )
     return _stacked(picture, _map_legend(picture.width, size, held + canvas.note, below, alpha))
 

@@ -72,10 +72,12 @@ def features_file(path: files.PathLike, *, dims: int = 0) -> Features:
     """The features of one slide, called by the path as given.
 
     Raises:
-        ValueError: as `slides.about_slide`; another width than `dims`.
+        ValueError: as `slides.about_slide`; another width than `dims`; no patch.
     """
-    name, path = str(path), Path(path)
-    return _of_files({name: path}, (), _same_width(path, {name: slides.about_slide(path, dims=dims).dims}, dims), dims)
+    name, path, about = str(path), Path(path), slides.about_slide(path, dims=dims)
+    if not about.rows:
+        raise ValueError(f"{path}: must hold patches, the slide has none; was tissue found on it?")
+    return _of_files({name: path}, (), _same_width(path, {name: about.dims}, dims), dims)
 
 
 def _of_files(paths: Mapping[str, Path], missing: tuple[str, ...], width: int, dims: int) -> Features:
@@ -119,9 +121,9 @@ def slide_tokens(
             half = found.tokens.to("cpu", torch.float16)
             if not bool(half.isfinite().all()):
                 raise ValueError(f"slide {name}: its tokens are beyond 16 bits; are the features normalised as the compressor's were?")
-            with files.atomic(path) as tmp, open(tmp, "wb") as f:
-                np.save(f, half.numpy(), allow_pickle=False)
-        out[name] = _read(path, (cfg.slots, cfg.dim))
+            files.write_array(path, half.numpy())
+        held = files.read_array(path, (cfg.slots, cfg.dim), "remove it, the slide's tokens will be computed again")
+        out[name] = torch.from_numpy(held).float()
     return out
 
 
@@ -164,16 +166,6 @@ def _told(name: str) -> Iterator[None]:
         yield
     except ValueError as e:
         raise ValueError(f"slide {name}: {e}") from e
-
-
-def _read(path: Path, shape: tuple[int, int]) -> Tensor:
-    try:
-        held = np.load(path, allow_pickle=False)
-    except (OSError, EOFError, ValueError) as e:
-        raise ValueError(f"{path}: must hold the tokens of a slide and is broken ({e}); remove it, they will be computed again") from e
-    if held.shape != shape:
-        raise ValueError(f"{path}: must hold tokens {list(shape)}, found {list(held.shape)}; remove it, they will be computed again")
-    return torch.from_numpy(held).float()
 
 
 def _key(path: Path) -> str:

@@ -26,12 +26,13 @@ _TINY = 1e-9  # what the reference adds to a slot's mass
 class CompressConfig:
     """`moe`: each patch goes to top_k slots, a slot is the weighted mean of its patches, seen by an expert of its own.
     `soft_moe`: each slot is a softmax over all patches by cosine, seen by its expert. `attention`: gated attention, heads x slots of them.
-    `perceiver`: learned latents that look at the patches, once or several times."""
+    `perceiver`: learned latents that look at the patches, once or several times. `mean`: every slot is the mean of all patches, seen by its
+    expert; what others are measured against."""
 
-    kind: Literal["moe", "soft_moe", "perceiver", "attention"] = "moe"
+    kind: Literal["moe", "soft_moe", "perceiver", "attention", "mean"] = "moe"
     dim: int = 1024
     slots: int = 16
-    hidden: int = 512  # width inside the experts (moe, soft_moe), the feed-forward (perceiver) or the gated scores (attention)
+    hidden: int = 512  # width inside the experts (moe, soft_moe, mean), the feed-forward (perceiver) or the gated scores (attention)
     top_k: int = 2  # moe: slots of a patch
     noise: float = 0.1  # moe: standard deviation of what is added to the logits of the router; only where a generator is given
     dropout: float = 0.25  # only where a generator is given
@@ -170,6 +171,8 @@ def reader(cfg: CompressConfig, p: Tree, state: State, gen: Generator | None) ->
             return (x @ asks.mT)[:, :, None], x[:, :, None]
 
         return looked
+    if cfg.kind == "mean":
+        return lambda x: (x.new_zeros(*x.shape[:2], 1, cfg.slots), x[:, :, None])
     if cfg.kind == "soft_moe":
         mu = p["scale"] * F.normalize(p["mu"], dim=-1, eps=1e-6)
         return lambda x: ((F.normalize(x, dim=-1, eps=1e-6) @ mu.T)[:, :, None], x[:, :, None])

@@ -333,6 +333,15 @@ def read_state(path: files.PathLike, device: str | torch.device = "cpu", *, mapp
         raise ValueError(f"{path}: not a whole checkpoint of medvl ({said}); remove it to train from the start") from e
 
 
+def read_params(path: files.PathLike, device: str | torch.device = "cpu") -> Tree:
+    """The parameters that `save` wrote, whole; the optimiser's moments, several times as large, stay in the file.
+
+    Raises:
+        ValueError: as `read_state`.
+    """
+    return map_leaves(lambda t: t.to(device, copy=True), read_state(path, mapped=True).params)
+
+
 def resume(folder: Path, state: State) -> State:
     """The state of `folder/last.pt` where there is one, checked against the names and shapes of `state`, which is returned otherwise.
 

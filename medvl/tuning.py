@@ -7,12 +7,13 @@ from typing import Any, Literal
 
 import torch
 from attrs import frozen
+from torch import Tensor
 
 from medvl import estimate, quant, shards, train
 from medvl.muon import muon
 from medvl.optim import Optimizer, Rate, adamw, routed, warmup_cosine, with_master
 from medvl.quant import eight_bit
-from medvl.tree import Tree, count, flatten, matching, merge, split
+from medvl.tree import Tree, count, flatten, map_leaves, matching, merge, split, unflatten
 
 
 @frozen(kw_only=True)
@@ -77,6 +78,44 @@ def check_stage(stage: Stage, params: Tree) -> None:
         raise ValueError(f"stage {stage.name}: muon needs whole float32 weights, {low[0]} is {flat[low[0]].dtype}; model.dtype = 'float32'")
 
 
+def fit_stages(
+    cfg: TrainConfig,
+    params: Tree,
+    loss_sum: train.LossSum,
+    batches: Callable[[Stage], Callable[[int], Any]],
+    folder: Path,
+    *,
+    cut: Callable[[Any, slice], Any],
+    validate: Callable[[Stage], Callable[[Tree], float] | None],
+    seed: int = 0,
+    log: Callable[[str], None] = print,
+) -> Tree:
+    """Train all stages one after the other, or go on with them, each in a folder of its own; returns all parameters, whole.
+
+    Args:
+        loss_sum: (all parameters, micro-batch) -> sum of the token losses, their number, Aux.
+        batches: stage -> (i -> this process's share of batch i).
+        validate: stage -> (all parameters -> validation loss), or None: the last state is kept then.
+    """
+    for i, stage in enumerate(cfg.stages):
+        how: Any = {"cut": cut, "validate": validate(stage), "seed": seed, "log": log}
+        params = parted(cfg, params)  # by this name, so that nothing here holds the whole
+        params = fit_stage(cfg, stage, params, loss_sum, batches(stage), folder / f"{i}-{stage.name}", **how)
+    if not shards.any_sharded(params):
+        return params
+    device = train.device(cfg.device)  # what no stage trained lies in parts still, and process 0 evaluates alone
+    return map_leaves(lambda t: t.to(device), shards.gather(params))
+
+
+def read_stages(cfg: TrainConfig, params: Tree, folder: Path) -> Tree:
+    """All parameters, with those that `fit_stages` trained and kept in `folder`."""
+    for i, stage in enumerate(cfg.stages):
+        home = folder / f"{i}-{stage.name}"
+        kept = cfg.keep if (home / f"{cfg.keep}.pt").exists() else "last"  # a stage without validation has no best
+        params = merge(params, train.read_params(home / f"{kept}.pt", train.device(cfg.device)))
+    return params
+
+
 def fit_stage(
     cfg: TrainConfig,
     stage: Stage,
@@ -90,16 +129,10 @@ def fit_stage(
     seed: int = 0,
     log: Callable[[str], None] = print,
 ) -> Tree:
-    """Train what the stage names, or go on with it in `folder`; returns all parameters.
-
-    Args:
-        loss_sum: (all parameters, micro-batch) -> sum of the token losses, their number, Aux.
-        validate: all parameters -> validation loss; without it the last state is kept.
-    """
+    """Train what the stage names, or go on with it in `folder`; returns all parameters. As `fit_stages`, for one."""
     trained, frozen_ = split(params, stage.train)
     device = train.device(cfg.device)
-    if cfg.shard:
-        trained = shards.shard(trained, shards.mesh(device))
+    trained = parted(cfg, trained)
     log(f"stage {stage.name}: {stage.steps} steps train {count(trained):,} of {count(params):,} parameters")
     optimizer = optimizer_of(cfg, stage, trained, seed)
     step = train.make_step(gradient_of(cfg, lambda p, b: loss_sum(merge(frozen_, p), b), cut), optimizer, clip=cfg.clip, seed=seed)
@@ -121,14 +154,21 @@ def fit_stage(
     )
     if (cfg.keep == "best" and validate) or cfg.shard:
         train.meet()  # process 0 has written it
-        state = train.read_state(folder / f"{cfg.keep if validate else 'last'}.pt", device)
+        return merge(frozen_, train.read_params(folder / f"{cfg.keep if validate else 'last'}.pt", device))
     return merge(frozen_, state.params)
 
 
-def read_stage(cfg: TrainConfig, params: Tree, folder: Path) -> Tree:
-    """All parameters with those that `fit_stage` trained and kept in `folder`."""
-    kept = cfg.keep if (folder / f"{cfg.keep}.pt").exists() else "last"  # a stage without validation has no best
-    return merge(params, train.read_state(folder / f"{kept}.pt", train.device(cfg.device)).params)
+def parted(cfg: TrainConfig, params: Tree) -> Tree:
+    """The parameters, with `shard` as this process's parts. Give `fit_stage` these, and no process holds whole what it trains a part of.
+
+    An adapter stays whole: it is small, and a low-rank weight wants plain factors.
+    """
+    return unflatten(_parts(params, shards.mesh(train.device(cfg.device)) if cfg.shard else None))
+
+
+def _parts(params: Tree, mesh: Any) -> dict[str, Tensor]:
+    cut = shards.sharder(mesh, patterns=("(?!lora/).*",))
+    return {n: cut(n, t) for n, t in flatten(params).items()}
 
 
 def gradient_of(cfg: TrainConfig, loss_sum: train.LossSum, cut: Callable[[Any, slice], Any]) -> train.Grad:
@@ -158,12 +198,36 @@ def optimizer_of(cfg: TrainConfig, stage: Stage, trained: Tree, seed: int = 0) -
 
 
 def memory_of(
-    cfg: TrainConfig, stage: Stage, params: Tree, loss_sum: train.LossSum, cut: Callable[[Any, slice], Any], batch: Any, seed: int = 0
+    cfg: TrainConfig,
+    stage: Stage,
+    params: Tree,
+    loss_sum: train.LossSum,
+    cut: Callable[[Any, slice], Any],
+    batch: Any,
+    *,
+    seed: int = 0,
+    processes: int = 1,
 ) -> dict[str, int]:
-    """{part: bytes} at the peak of one training step, on parameters without storage (device "meta"). Shards count whole."""
-    trained, frozen_ = split(params, stage.train)
+    """{part: bytes} of one of so many processes at the peak of a training step, on parameters without storage (device "meta").
+
+    With `shard` it holds its rows of what `parted` cuts, and a whole matrix only while that is used.
+
+    Args:
+        batch: of `rows_of(cfg, processes)` rows.
+    """
+    parts = _parts(params, processes if cfg.shard and processes > 1 else None)
+    rows = {n: len(t) for n, t in flatten(params).items() if t.shape != parts[n].shape}
+    whole = lambda p: unflatten({n: estimate.gathered(t, rows[n]) if n in rows else t for n, t in flatten(p).items()})
+    trained, frozen_ = split(unflatten(parts), stage.train)
     optimizer = optimizer_of(cfg, stage, trained, seed)
-    grad = gradient_of(cfg, lambda p, b: loss_sum(merge(frozen_, p), b), cut)
+    grad = gradient_of(cfg, lambda p, b: loss_sum(whole(merge(frozen_, p)), b), cut)
     state = train.State(params=trained, opt=optimizer.init(trained))
     step = train.make_step(grad, optimizer, clip=cfg.clip, seed=seed)
     return estimate.peak_of(lambda: step(state, batch), {"frozen weights": frozen_, "trained weights": trained, "optimiser": state.opt})
+
+
+def rows_of(cfg: TrainConfig, processes: int = 1) -> int:
+    """Conversations that an estimate must see of a process's share: of two micro-batches and more the gradients are added up."""
+    if processes < 1 or cfg.batch < processes:
+        raise ValueError(f"estimate: processes must lie in 1..train.batch, got {processes} and a batch of {cfg.batch}")
+    return min(-(-cfg.batch // processes), 2 * cfg.chunk)

@@ -105,3 +105,22 @@ def test_a_weight_in_four_bits_counts_its_bytes():
     assert weights.nbytes({"q": q}) == weights.nbytes({"q": quant.four_bit(torch.randn(256, 128))})
     parts = estimate.peak_of(lambda: F.linear(torch.empty(2, 128, device="meta"), q), {"q": q})
     assert parts["q"] == weights.nbytes({"q": q})
+
+
+def test_a_matrix_in_parts_is_whole_while_it_is_used():
+    part, x = torch.empty(50, 100, device="meta", requires_grad=True), torch.empty(3, 100, device="meta")
+
+    def used():
+        with torch.no_grad():
+            return F.linear(F.linear(x, estimate.gathered(part, 100)), estimate.gathered(part, 100))
+
+    small = 3 * 100 * 4
+    assert estimate.peak_of(used, {"part": part, "x": x}) == {"part": 20_000, "x": small, "activations and gradients": 40_000 + 2 * small}
+
+    def gradient():
+        y = F.linear(x, estimate.gathered(part, 100))  # x is frozen, so that no whole weight is kept for it
+        return torch.autograd.grad(y, [part], torch.empty_like(y))
+
+    parts = estimate.peak_of(gradient, {"part": part, "x": x})
+    assert parts["activations and gradients"] == 40_000 + 20_000 + 2 * small  # of the whole gradient, and what is kept of it
+    assert repr(estimate.gathered(part, 100)) == "_Part([100, 100], float32, 50 rows of it here)"

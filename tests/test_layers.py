@@ -75,7 +75,7 @@ LAYERS = [
     ["experts", "systems.tune"],
     ["systems.adapters", "systems.slide_vqa", "systems.tune_run"],
     ["systems.adapters_score", "systems.slide_vqa_run"],
-    ["systems.adapters_report"],
+    ["systems.adapters_report", "systems.slide_vqa_look"],
     ["systems.adapters_run"],
     ["systems.ask", "systems.run"],
 ]

@@ -95,7 +95,7 @@ def test_what_is_written_on_the_pictures(monkeypatch):
     said = _texts(monkeypatch)
     coords, _ = _slide(n=3)
     draw_map([1.0, 2.0, 7.0], [[0, 0], [200, 0], [800, 300]], 100, level0_size=(1000, 500), mpp=0.5, mark=2)
-    assert {"1", "2", "0.1 mm", "least relevant", "top 1 % (1 of 3 patches): 70.0 % of the relevance"} <= set(said)
+    assert {"1", "2", "0.1 mm", "least relevant", "patch 1 holds 70.0 % of the relevance, the top 1 % (1 of 3) 70.0 %"} <= set(said)
     assert "3" not in said
     said.clear()
     draw_map([-1.0, 0.0], None, 100)

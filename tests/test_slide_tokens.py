@@ -317,10 +317,10 @@ def test_tokens_errors(folder, tmp_path):
     (path,) = kept.rglob("*.npy")
     for content in (b"", path.read_bytes()[:-1], b"other"):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"must hold the tokens of a slide and is broken .*; remove it"):
+        with pytest.raises(ValueError, match=r"must hold an array \[4, 6\] and is broken .*; remove it"):
             slide_tokens.slide_tokens(CFG, params, of, kept)
     np.save(path, np.zeros((4, 8), "f2"))
-    with pytest.raises(ValueError, match=r"must hold tokens \[4, 6\], found \[4, 8\]; remove it"):
+    with pytest.raises(ValueError, match=r"must hold an array \[4, 6\], found \[4, 8\]; remove it"):
         slide_tokens.slide_tokens(CFG, params, of, kept)
 
 

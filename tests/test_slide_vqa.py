@@ -13,7 +13,7 @@ from medvl import config, hub, train
 from medvl.config import ConfigError
 from medvl.data.slide_questions import SlideTalk
 from medvl.slide_tokens import open_features, slide_tokens
-from medvl.systems import run, slide_vqa, slide_vqa_run
+from medvl.systems import run, slide_vqa, slide_vqa_look, slide_vqa_run
 from medvl.systems.slide_vqa import Config
 from medvl.tree import flatten, merge, split
 from medvl.tuning import gradient_of
@@ -123,7 +123,7 @@ def flatten_changed(params):
 def test_look_says_where_it_came_from(trained, tmp_path):
     place, folder, _ = trained
     slide = next((place / "data").rglob("*.h5"))
-    found = slide_vqa_run.look_at_slide(folder, slide, "Which tissue is there?", tmp_path / "maps", most=4)
+    found = slide_vqa_look.look_at_slide(folder, slide, "Which tissue is there?", tmp_path / "maps", most=4)
     n = len(found["coords"])
     assert found["relevance"].shape == (n,)
     assert found["slots"].shape == (4,)
@@ -131,6 +131,33 @@ def test_look_says_where_it_came_from(trained, tmp_path):
     positive = np.clip(found["slots"], 0, None)
     assert found["relevance"].sum() == pytest.approx(positive.sum(), rel=1e-4)
     assert sorted(p.name for p in next((tmp_path / "maps").iterdir()).iterdir())[0] == "map.geojson"
+
+
+def test_a_token_is_worth_what_the_answer_loses_without_it(trained):
+    _, folder, _ = trained
+    model, params, _ = slide_vqa_run.load(folder)
+    talk = slide_vqa_run.read(model.cfg, "questions")[0]
+    tokens = slide_vqa_run.tokens_of(model, folder, [talk])
+    mean, said = slide_vqa_run.mean_token(folder, model), "B. Stroma"
+    found = slide_vqa_look.relevance_of_slots(model, params, talk, said, tokens, mean)
+    data = slide_vqa.encode(model, [evolve(talk, messages=(talk.messages[0], {"role": "assistant", "content": said}))])
+    ((start, stop),) = data.samples[0].trained
+
+    def lost(tokens):
+        batch = slide_vqa.collate(model, data, tokens, [0])
+        batch["labels"][0, stop - 1 :] = -100  # its end token
+        assert (batch["labels"] >= 0).sum() == stop - start - 1
+        return float(slide_vqa.loss_of(model)(params, batch)[0])
+
+    whole = tokens[talk.slides[0]]
+    for k in range(4):
+        without = whole.clone()
+        without[k] = mean[k]
+        assert found[k] == pytest.approx(lost({talk.slides[0]: without}) - lost(tokens), abs=1e-5)
+    assert np.abs(found).max() > 1e-4
+    train_slides = slide_vqa_run.slides_of(slide_vqa_run.read(model.cfg, "questions"))
+    every = slide_vqa_run.tokens_of(model, folder, slide_vqa_run.read(model.cfg, "questions"))
+    torch.testing.assert_close(mean, torch.stack([every[s] for s in train_slides]).mean(0))
 
 
 # Pieces ---------------------------------------------------------------------------------------------------------------------------------
@@ -225,7 +252,7 @@ def test_cold_questions_when_told(tmp_path):
 def test_what_is_refused(trained, tmp_path):
     _, folder, _ = trained
     with pytest.raises(ValueError, match=r"nothing\.h5"):
-        slide_vqa_run.look_at_slide(folder, folder / "nothing.h5", "q")
+        slide_vqa_look.look_at_slide(folder, folder / "nothing.h5", "q")
     model, _, data, tokens = started(trained)
     with pytest.raises(KeyError):
         slide_vqa.collate(model, evolve(data, talks=(SlideTalk(messages=(), slides=("other",)),)), tokens, [0])

@@ -108,6 +108,8 @@ def test_labels_and_estimate_of_an_experiment(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert said.count("at the peak") == 2
     assert "frozen weights" in said
+    run.estimate(str(tmp_path / "toy.json"), processes=2)
+    assert capsys.readouterr().out.count("each of 2 processes:") == 2
     with pytest.raises(ValueError, match="labels: sample must be below 12, got 12"):
         run.labels(str(tmp_path / "toy.json"), number=12)
 

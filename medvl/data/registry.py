@@ -140,8 +140,7 @@ def add(path: files.PathLike, record: Record, vector: Tensor | np.ndarray | Sequ
         raise ValueError(f"{path}: {e}") from e
     if not (path.parent / record.path / "adapter_config.json").is_file():
         raise ValueError(f"{path}: {record.name}: {path.parent / record.path} holds no adapter_config.json")
-    with files.atomic(path.parent / record.vector) as tmp, open(tmp, "wb") as f:
-        np.save(f, row / np.linalg.norm(row), allow_pickle=False)
+    files.write_array(path.parent / record.vector, row / np.linalg.norm(row))
     write_registry(path, new)
     return new
 

@@ -146,7 +146,10 @@ def _records(path: Path, kind: str, describe: str) -> Iterator[tuple[int, Any, _
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     with open(path, "rb") as f:
-        table = f.read(256).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] not in (b"[", b"{")
+        head = f.read(256).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    if not head:
+        raise ValueError(f"{path}: is empty; was it fetched whole?")
+    table = head not in (b"[", b"{")
     records: Any = files.read_csv(path) if table else _json(path)
     if isinstance(records, dict):
         records, found = records.get("samples"), ["benchmark"]

@@ -88,10 +88,7 @@ def load(folder: Path) -> tuple[Model, Tree, Tree]:
     """Model and base weights of a run, as `fit` returned them."""
     cfg = config.load(folder / "config.json", Config)
     model, params = adapters.init(cfg, folder, [], device=_device(cfg))
-    for i, stage in enumerate(cfg.base.stages if cfg.base else ()):
-        assert cfg.base is not None
-        params = tuning.read_stage(cfg.base, params, folder / "base" / f"{i}-{stage.name}")
-    return model, params, {}
+    return model, tuning.read_stages(cfg.base, params, folder / "base") if cfg.base else params, {}
 
 
 def _fit_adapters(
@@ -141,20 +138,17 @@ def _fit_stages(
     folder: Path,
     log: Callable[[str], None],
 ) -> Tree:
-    for i, stage in enumerate(how.stages):
-        params = tuning.fit_stage(
-            how,
-            stage,
-            params,
-            loss,
-            chat.batches(talks, parts[0], how.batch, cfg.seed),
-            folder / f"{i}-{stage.name}",
-            cut=chat.cut,
-            validate=lambda p: chat.mean_loss(talks, weights(p), parts[1], cfg.evaluate.batch),
-            seed=cfg.seed,
-            log=log,
-        )
-    return params
+    return tuning.fit_stages(
+        how,
+        params,
+        loss,
+        lambda stage: chat.batches(talks, parts[0], how.batch, cfg.seed),
+        folder,
+        cut=chat.cut,
+        validate=lambda stage: lambda p: chat.mean_loss(talks, weights(p), parts[1], cfg.evaluate.batch),
+        seed=cfg.seed,
+        log=log,
+    )
 
 
 def _parts(
@@ -280,8 +274,8 @@ def labels(cfg: Config, folder: Path, number: int = 0) -> str:
     return conversations.show(model.chat.tokenizer, chat.encode(model.chat, held[number : number + 1]).samples[0])
 
 
-def memory(cfg: Config, folder: Path) -> dict[str, dict[str, int]]:
-    """{stage: {part: bytes}} that one process will need on its device, for the base model and for one adapter."""
+def memory(cfg: Config, folder: Path, processes: int = 1) -> dict[str, dict[str, int]]:
+    """{stage: {part: bytes}} that one of so many processes will need on its device, for the base model and for one adapter."""
     if not cfg.trained:
         raise ValueError("estimate: the record trains nothing, its adapters are there")
     held = read(cfg, "train") if folder_of(cfg).exists() else []
@@ -292,7 +286,7 @@ def memory(cfg: Config, folder: Path) -> dict[str, dict[str, int]]:
     for how, of, name in ((cfg.base, general, "base"), (cfg.train, held, "adapter")):
         if how is None:
             continue
-        batch = chat.fullest(model.chat, of, min(how.batch, 2 * how.chunk))
+        batch = chat.fullest(model.chat, of, tuning.rows_of(how, processes))
         weights: Callable[..., dict[str, Tensor]] = lambda p, train: p["model"]
         tree = params
         if name == "adapter":
@@ -300,5 +294,6 @@ def memory(cfg: Config, folder: Path) -> dict[str, dict[str, int]]:
             tree = params | {"lora": adapter.factors}
             weights = partial(_adapted, adapter)
         loss = _loss(model.chat, how, weights)
-        found |= {f"{name}: {s.name}": tuning.memory_of(how, s, tree, loss, chat.cut, batch, cfg.seed) for s in how.stages}
+        foretold = partial(tuning.memory_of, seed=cfg.seed, processes=processes)
+        found |= {f"{name}: {s.name}": foretold(how, s, tree, loss, chat.cut, batch) for s in how.stages}
     return found

@@ -21,7 +21,7 @@ from medvl.embed import EmbedConfig
 from medvl.experts import FusionConfig, HoldConfig, Mode
 from medvl.retrieve import RetrieveConfig
 from medvl.slide_relevance import top_patches
-from medvl.systems import slide_vqa_run
+from medvl.systems import slide_vqa_look
 from medvl.systems.adapters_run import build_registry, drawn, query_of
 
 ACTIONS = ("build", "add", "list", "show")
@@ -71,7 +71,7 @@ def ask_slide(slide: str, question: str, run: str, out: str, max_tokens: int) ->
     """Print the answer of a slide_vqa run about one slide, and write the map of where it came from."""
     if not run:
         raise ValueError("ask: --slide needs --run, the folder of a slide_vqa run")
-    found = slide_vqa_run.look_at_slide(run, slide, question, out, max_tokens)
+    found = slide_vqa_look.look_at_slide(run, slide, question, out, max_tokens)
     print(found["answer"].strip())
     print()
     rows = [(p.rank, p.x, p.y, f"{p.relevance:.1e}", p.percentile) for p in top_patches(found["relevance"], found["coords"], 5)]

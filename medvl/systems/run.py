@@ -10,7 +10,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -137,12 +136,12 @@ def labels(exp: str, overrides: Sequence[str] = (), number: int = 0) -> None:
     print(system.labels(cfg, folder, number))
 
 
-def estimate(exp: str, overrides: Sequence[str] = ()) -> None:
-    """Print the memory that each stage of a run will need, by part."""
+def estimate(exp: str, overrides: Sequence[str] = (), processes: int = 1) -> None:
+    """Print the memory that each stage of a run will need on one of so many processes, by part."""
     cfg, folder, system = _language(exp, overrides, "estimate")
-    for stage, parts in system.memory(cfg, folder).items():
+    for stage, parts in system.memory(cfg, folder, processes).items():
         rows = [(part, f"{n / 1e9:.3f}") for part, n in sorted(parts.items(), key=lambda p: -p[1])]
-        print(f"stage {stage}, one process:")
+        print(f"stage {stage}, {f'each of {processes} processes' if processes > 1 else 'one process'}:")
         print(results.markdown_table(("Part", "GB"), [*rows, ("at the peak", f"{sum(parts.values()) / 1e9:.3f}")]))
 
 
@@ -172,8 +171,7 @@ def preprocess(source: str, out: str, exp: str, overrides: Sequence[str], metada
 def embed(folder: str, scan: str, out: str) -> None:
     """Write one scan's embedding, float32 [d], L2-normalised, to a .npy."""
     found = ct_clip_run.look(Path(folder), scan)
-    with files.atomic(out) as tmp, open(tmp, "wb") as f:
-        np.save(f, found["embedding"].numpy(), allow_pickle=False)
+    files.write_array(out, found["embedding"].numpy())
     print(f"{out}: {len(found['embedding'])} numbers")
 
 

@@ -43,7 +43,6 @@ class DataConfig:
     test: str = "{folder}/test.csv"
     dims: int = 0  # of the features; 0 = as they are
     blind: bool = False  # a control: no slide is shown
-    shuffle: bool = False  # a control: every test question gets the slide of another
 
 
 @frozen(kw_only=True)
@@ -57,12 +56,20 @@ class PretrainConfig:
     batch: int = 8  # slides
     most: int = 4096  # patches of a slide, evenly spread; 0 = all
     lr: float = 1e-3
+    router_lr: float = 1e-2  # of the gate (moe): at the experts' rate it hardly moves, and what is rare stays a patch among thousands
     weight_decay: float = 1e-4
     warmup: int = 50
-    aux: float = 0.1  # weight of the balance of slots (moe)
+    aux: float = 0.01  # weight of the balance of slots (moe); more of it and no slot is left free for what is rare
     log: int = 50
     save: int = 200
     validate: int = 200
+
+    def __attrs_post_init__(self) -> None:
+        if min(self.steps, self.batch) < 1 or self.most < 0 or self.lr <= 0:
+            got = f"{self.steps}, {self.batch}, {self.lr}, {self.most}"
+            raise ValueError(f"pretrain: steps, batch and lr must be positive and most 0 or more, got {got}")
+        if len({*self.labels} - {"slide", "split"}) < len(self.labels):
+            raise ValueError(f"pretrain.labels: must be columns, each once and neither slide nor split, got {', '.join(self.labels)}")
 
 
 @frozen(kw_only=True)
@@ -73,6 +80,11 @@ class EvaluateConfig:
     max_tokens: int = 64
     batch: int = 16
     bootstrap: int = 1000
+    shuffled: bool = False  # a control: ask everything again about another slide; what is right then was not seen
+
+    def __attrs_post_init__(self) -> None:
+        if (least := min(self.max_tokens, self.batch, self.bootstrap)) < 1:
+            raise ValueError(f"evaluate: max_tokens, batch and bootstrap must be 1 or more, got {least}")
 
 
 @frozen(kw_only=True)
@@ -97,6 +109,13 @@ class Config:
     def __attrs_post_init__(self) -> None:
         if bool(self.pretrain.file) == bool(self.pretrain.labels):
             raise ValueError("pretrain needs either a file (a trained compressor) or labels (columns to train one on)")
+        if self.pretrain.file and self.compress.kind != "moe":
+            raise ValueError(f"pretrain.file is always of kind moe, got compress.kind {self.compress.kind!r}; train that one on labels")
+        if min(self.hidden, self.train.batch) < 1 or self.train.valid < 0:
+            got = f"{self.hidden}, {self.train.batch}, {self.train.valid}"
+            raise ValueError(f"hidden and train.batch must be 1 or more and train.valid 0 or more, got {got}")
+        if idle := [s.name for s in self.train.stages if s.steps < 1 or min(s.lr, s.muon) < 0 or not (s.train and s.lr + s.muon)]:
+            raise ValueError(f"stage {idle[0]}: steps and lr must be positive, and train must name parameters, such as projector/.*")
         if wrong := [s.name for s in self.train.stages if s.data not in ("captions", "questions")]:
             raise ValueError(f'stage {wrong[0]}: data must be "captions" or "questions"')
         first = next((i for i, s in enumerate(self.train.stages) if s.data == "questions"), None)
@@ -224,7 +243,7 @@ def inputs_of(model: Model, params: Tree, weights: Mapping[str, Tensor], batch: 
     (name,) = _embedding(model.chat, weights)
     real = torch.device("cpu") if device.type == "meta" else device
     token = model.chat.tokenizer.convert_tokens_to_ids(QWEN_VL.token)
-    visual = project(model.project, params["projector"], batch["tokens"].to(device)).to(model.chat.dtype)
+    visual = project(model.project, shards.as_weights(params["projector"]), batch["tokens"].to(device)).to(model.chat.dtype)
     counts = (batch["images"] * model.compress.slots).tolist()
     embeds = vlm.splice(batch["ids"].to(real), visual.flatten(0, 1), weights[name], token, counts=counts)
     return {"inputs_embeds": embeds, "mask": batch["mask"].to(real)}

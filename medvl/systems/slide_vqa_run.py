@@ -2,34 +2,34 @@
 
 import logging
 import random
-from collections.abc import Callable, Sequence
+import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from attrs import evolve
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-from medvl import choices, compressor, config, files, generation, plots, report, slide_classify, slidebench, train, tuning, vlm
+from medvl import choices, compressor, config, files, generation, plots, report, slide_classify, slidebench, train, tuning
 from medvl.compressor_files import write_compressor
 from medvl.data import conversations, order, phantom_slide_talk
 from medvl.data.slide_questions import SlideTalk, file_digest, published_as, read_slide_talks
+from medvl.data.slides import slide_name
 from medvl.generation import Generated, Sampling
 from medvl.optim import Rate, adamw, warmup_cosine
 from medvl.results import Result
-from medvl.slide_maps import write_map
-from medvl.slide_relevance import gradient_attribution, patch_relevance
-from medvl.slide_tokens import Features, features_file, open_features, patch_weights, slide_tokens, whole
+from medvl.slide_tokens import Features, open_features, slide_tokens, whole
 from medvl.slots import CompressConfig
 from medvl.systems import slide_vqa
 from medvl.systems.slide_vqa import Config, Encoded, Model
-from medvl.tree import Tree, flatten
+from medvl.tree import Tree, flatten, map_leaves
 from medvl.tuning import Stage
 
 _log = logging.getLogger("medvl")
+_MEAN = "mean_token.npy"
 
 
 # Data -----------------------------------------------------------------------------------------------------------------------------------
@@ -47,13 +47,19 @@ def prepare(cfg: Config, log: Callable[[str], None] = print) -> None:
         raise ValueError(f"{len(missing)} files are missing: {', '.join(map(str, missing))}; data.* says where they are")
     for what in wanted:
         held = read(cfg, what)
+        if not cfg.data.blind and not slides_of(held):
+            raise ValueError(f"{path(cfg, what)}: none of {len(held)} records names a slide; data.blind = true takes none")
         of = open_features(path(cfg, "features"), slides_of(held), dims=cfg.data.dims)
         log(f"{what}: {len(held)} conversations about {len(of.names)} slides, {len(of.missing)} without features")
-        if of.missing and what != "test":
+        if of.missing and (what != "test" or not (of.names or cfg.data.blind)):
             raise ValueError(
                 f"{path(cfg, what)}: {len(of.missing)} slides have no features below {path(cfg, 'features')}, the first is "
-                f"{of.missing[0]}; `invoke slides check` lists all"
+                f"{of.missing[0]!r}; `invoke slides check` lists all"
             )
+        if what == "test" and cfg.evaluate.shuffled and not cfg.data.blind:
+            _shuffled(held, cfg.seed)  # refuses what it cannot shuffle
+    if cfg.pretrain.labels:
+        labelled(cfg)
 
 
 def folder_of(cfg: Config) -> Path:
@@ -64,12 +70,24 @@ def folder_of(cfg: Config) -> Path:
 
 def path(cfg: Config, what: str) -> Path:
     """Where a file of the data is."""
-    return Path(getattr(cfg.data, what).format(folder=folder_of(cfg)))
+    return Path(getattr(cfg.data, what).replace("{folder}", str(folder_of(cfg))))
 
 
 def read(cfg: Config, what: str) -> list[SlideTalk]:
-    """The conversations of captions, questions, valid or test."""
-    return read_slide_talks(path(cfg, what))
+    """The conversations of captions, questions, valid or test; those whose answer has no text are only of use in a test.
+
+    Raises:
+        ValueError: as `read_slide_talks`; no answer has text.
+    """
+    held = read_slide_talks(path(cfg, what))
+    mute = {t.row for t in held if any(m["role"] == "assistant" and not m["content"].strip() for m in t.messages)}
+    if not mute or what == "test":
+        return held
+    rows = ", ".join(map(str, sorted(mute)[:5]))
+    if len(mute) == len(held):
+        raise ValueError(f"{path(cfg, what)}: answers must have text to be trained on, each of {len(held)} records has an empty one")
+    _log.warning("%s: %d conversations have an answer without text and are left out, such as row %s", path(cfg, what), len(mute), rows)
+    return [t for t in held if t.row not in mute]
 
 
 def slides_of(held: Sequence[SlideTalk]) -> list[str]:
@@ -83,9 +101,7 @@ def fit_compressor(cfg: Config, folder: Path, log: Callable[[str], None] = print
     if cfg.pretrain.file:
         return slide_vqa.open_compressor(cfg)
     how, device = cfg.pretrain, train.device(cfg.train.device)
-    rows = files.read_csv(path(cfg, "labels"), ("slide", "split", *how.labels))
-    classes = slide_classify.classes_of([r for r in rows if r["split"] == "train"], how.labels)
-    parts = {s: [r for r in rows if r["split"] == s] for s in ("train", "valid")}
+    parts, classes = labelled(cfg)
     of = open_features(path(cfg, "features"), [r["slide"] for part in parts.values() for r in part], dims=cfg.data.dims)
     if of.missing:
         raise ValueError(f"{path(cfg, 'labels')}: {len(of.missing)} slides have no features, the first is {of.missing[0]}")
@@ -94,9 +110,11 @@ def fit_compressor(cfg: Config, folder: Path, log: Callable[[str], None] = print
     params: Tree = {"compressor": compressor.init_compress(sizes, gen)}
     slots = sizes.slots if how.head == "places" else 0
     params["heads"] = slide_classify.init_heads(sizes.dim, {c: len(v) for c, v in classes.items()}, gen, slots=slots)
-    params = _moved(params, device)
+    params = map_leaves(lambda t: t.to(device), params)
     at = partial(_bags, of, cfg=cfg, classes=classes)
-    optimizer = adamw(lambda n: Rate(lr=how.lr, weight_decay=how.weight_decay), warmup_cosine(how.steps, how.warmup), beta2=0.999, eps=1e-8)
+    rate = lambda name: how.router_lr if name.startswith("compressor/gate/") else how.lr
+    schedule = warmup_cosine(how.steps, how.warmup)
+    optimizer = adamw(lambda n: Rate(lr=rate(n), weight_decay=how.weight_decay), schedule, beta2=0.999, eps=1e-8)
     log(f"compressor: {how.steps} steps on {', '.join(how.labels)} of {len(parts['train'])} slides")
     state = train.fit(
         train.make_step(train.value_and_grad(partial(_label_loss, sizes, how.aux)), optimizer, clip=1.0, seed=cfg.seed),
@@ -115,16 +133,39 @@ def fit_compressor(cfg: Config, folder: Path, log: Callable[[str], None] = print
     return sizes, state.params["compressor"]
 
 
+def labelled(cfg: Config) -> tuple[dict[str, list[dict[str, str]]], dict[str, list[str]]]:
+    """({"train", "valid": rows of slides}, {label: its classes}) of the table that a compressor is trained on.
+
+    Raises:
+        ValueError: as `files.read_csv` and `slide_classify.classes_of`; a slide twice; too few slides, or none with a label, in a split.
+    """
+    where, how = path(cfg, "labels"), cfg.pretrain
+    rows = files.read_csv(where, ("slide", "split", *how.labels))
+    parts = {s: [r for r in rows if r["split"] == s] for s in ("train", "valid")}
+    if empty := [s for s, part in parts.items() if not part]:
+        splits = ", ".join(sorted({r["split"] for r in rows}))
+        raise ValueError(f'{where}: must have slides of the splits "train" and "valid", found none of {empty[0]!r}, only {splits}')
+    times = Counter(slide_name(r["slide"]) for part in parts.values() for r in part)
+    if twice := [n for n, k in times.items() if k > 1]:
+        raise ValueError(f"{where}: every slide must be there once, in one split; {len(twice)} are there again, the first is {twice[0]}")
+    try:
+        classes = slide_classify.classes_of(parts["train"], how.labels)
+    except ValueError as e:
+        raise ValueError(f"{where}, split train: {e}") from e
+    if not any(r[c] in found for r in parts["valid"] for c, found in classes.items()):
+        raise ValueError(f"{where}: slides of the split valid must have labels that train has, none has one of {', '.join(classes)}")
+    if len(parts["train"]) < how.batch:
+        raise ValueError(f"{where}: pretrain.batch is {how.batch}, found {len(parts['train'])} slides of the split train; lower it")
+    return parts, classes
+
+
 def read_fitted(cfg: Config, folder: Path) -> tuple[CompressConfig, Tree]:
     """The compressor of a run, as `fit_compressor` returned it."""
     if cfg.pretrain.file:
         return slide_vqa.open_compressor(cfg)
     params = train.read_state(folder / "compressor" / "best.pt", "cpu").params["compressor"]
-    width = {"moe": ("gate", "weight"), "soft_moe": ("mu",), "attention": ("tanh", "weight"), "perceiver": ("latents",)}[cfg.compress.kind]
-    table = params
-    for key in width:
-        table = table[key]
-    return evolve(cfg.compress, dim=table.shape[-1]), params
+    table = {"attention": "tanh/weight", "perceiver": "latents"}.get(cfg.compress.kind, "experts/norm/weight")
+    return evolve(cfg.compress, dim=flatten(params)[table].shape[-1]), params
 
 
 def _bags(of: Features, rows: Sequence[dict[str, str]], *, cfg: Config, classes: dict[str, list[str]]) -> dict[str, Tensor]:
@@ -172,37 +213,91 @@ def _labels_right(
 
 # Stages ---------------------------------------------------------------------------------------------------------------------------------
 def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[Model, Tree, Tree]:
-    """Train (or go on with) the compressor and all stages in the run folder."""
-    compressor = fit_compressor(cfg, folder, log)
+    """Train (or go on with) the compressor and all stages in the run folder.
+
+    Raises:
+        ValueError: what cannot be trained; all that the record, the questions and the language model's config show is refused before
+            anything is.
+    """
+    _clear(folder)
+    if cfg.train.shard and train.world() == 1:
+        _log.warning("train.shard: with one process nothing is cut; start several with torchrun")
     held = {what: read(cfg, what) for what in sorted({s.data for s in cfg.train.stages})}
     texts = [m["content"] for of in held.values() for t in of for m in t.messages]
+    held |= {"valid": read(cfg, "valid")[: cfg.train.valid or None], "test": read(cfg, "test")}
+    encoded = _encoded(cfg, folder, held, texts)
+    compressor = fit_compressor(cfg, folder, log)
     model, params = slide_vqa.init(cfg, folder, compressor, texts, device=train.device(cfg.train.device))
-    valid = slide_vqa.encode(model, read(cfg, "valid")[: cfg.train.valid or None])
-    tokens = tokens_of(model, folder, [t for of in held.values() for t in of] + list(valid.talks), log)
-    for i, stage in enumerate(cfg.train.stages):
-        data = slide_vqa.encode(model, held[stage.data])
-        log(f"{stage.data}: {len(data.samples)} conversations, {data.refused} more are longer than the context and left out")
-        params = tuning.fit_stage(
-            cfg.train,
-            stage,
-            params,
-            slide_vqa.loss_of(model),
-            batches(model, data, tokens, cfg),
-            folder / f"{i}-{stage.name}",
-            cut=slide_vqa.cut,
-            validate=_validation(model, stage, data, valid, tokens),
-            seed=cfg.seed,
-            log=log,
-        )
+    tokens, valid = tokens_of(model, folder, [t for of in held.values() for t in of], log), encoded["valid"]
+    if tokens and train.rank() == 0:
+        seen = slides_of([t for what in {s.data: 0 for s in cfg.train.stages} for t in held[what]])
+        files.write_array(folder / _MEAN, torch.stack([tokens[s] for s in seen]).mean(0).numpy())
+    for what in {s.data: 0 for s in cfg.train.stages}:
+        n, refused = len(encoded[what].samples), encoded[what].refused
+        log(f"{what}: {n} conversations, {refused} more are longer than the context and left out")
+    params = tuning.parted(cfg.train, params)  # so that nothing here holds the whole
+    params = tuning.fit_stages(
+        cfg.train,
+        params,
+        slide_vqa.loss_of(model),
+        lambda stage: batches(model, encoded[stage.data], tokens, cfg),
+        folder,
+        cut=slide_vqa.cut,
+        validate=lambda stage: _validation(model, stage, encoded[stage.data], valid, tokens),
+        seed=cfg.seed,
+        log=log,
+    )
     return model, params, {}
 
 
+def _encoded(cfg: Config, folder: Path, held: Mapping[str, Sequence[SlideTalk]], texts: Sequence[str]) -> dict[str, Encoded]:
+    """Token ids of {file of the data: its conversations}, made by a model without weights, that refuses what a real one would."""
+    sizes = _sizes(cfg, slides_of([t for of in held.values() for t in of]))
+    model, _ = slide_vqa.init(cfg, folder, (sizes, {}), texts, device=torch.device("meta"))
+    found = dict[str, Encoded]()
+    for what, talks in held.items():
+        try:
+            found[what] = slide_vqa.encode(model, talks, prompt=what == "test")
+        except ValueError as e:
+            raise ValueError(f"{path(cfg, what)}: {e}") from e
+    for stage in cfg.train.stages:
+        if (n := len(found[stage.data].samples)) < cfg.train.batch:
+            raise ValueError(
+                f"{path(cfg, stage.data)}: stage {stage.name} needs {cfg.train.batch} conversations for a batch, found {n} that fit the "
+                "context; lower train.batch"
+            )
+    found.pop("test")  # looked at in time; it is asked when all is trained
+    return found
+
+
+def _sizes(cfg: Config, slides: Sequence[str]) -> CompressConfig:
+    """Those of the compressor that `fit_compressor` will give, told by its file or by the features of a slide."""
+    sizes = slide_vqa.open_compressor(cfg)[0] if cfg.pretrain.file else cfg.compress
+    dims = open_features(path(cfg, "features"), slides[:1], dims=cfg.data.dims).dims or sizes.dim
+    if cfg.pretrain.file and dims != sizes.dim:
+        raise ValueError(f"{cfg.pretrain.file}: takes patches of {sizes.dim} numbers, those of {slides[0]} have {dims}; another encoder?")
+    return evolve(sizes, dim=dims)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a killed run left half-written; no other process may be writing."""
+    if train.rank() == 0:
+        for left in [*folder.rglob(".*.tmp"), *folder.glob(".tokenizer.*")]:
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    train.meet()
+
+
 def load(folder: Path) -> tuple[Model, Tree, Tree]:
-    """Model and weights of a trained run, as `fit` returned them."""
+    """Model and weights of a trained run, as `fit` returned them.
+
+    Raises:
+        ValueError: no run, one that is not trained to its end, or whose files are broken.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: must be the folder of a run, there is no config.json; `invoke train` makes one and prints its name")
     cfg = config.load(folder / "config.json", Config)
     model, params = slide_vqa.init(cfg, folder, read_fitted(cfg, folder), device=train.device(cfg.train.device))
-    for i, stage in enumerate(cfg.train.stages):
-        params = tuning.read_stage(cfg.train, params, folder / f"{i}-{stage.name}")
+    params = tuning.read_stages(cfg.train, params, folder)
     return model, params, {}
 
 
@@ -214,9 +309,26 @@ def tokens_of(model: Model, folder: Path, talks: Sequence[SlideTalk], log: Calla
     return slide_tokens(model.compress, model.compressor, of, folder / "tokens")
 
 
+def mean_token(folder: Path, model: Model) -> Tensor:
+    """The tokens [k, d] of a slide as they are on the average over those that a run was trained on.
+
+    Raises:
+        ValueError: the run was trained without slides.
+    """
+    if not (folder / _MEAN).exists():
+        raise ValueError(f"{folder}: must have seen slides (data.blind = false), found no {_MEAN}; train it again")
+    return torch.from_numpy(files.read_array(folder / _MEAN, (model.compress.slots, model.compress.dim), "train the run again"))
+
+
 def batches(model: Model, data: Encoded, tokens: dict[str, Tensor], cfg: Config) -> Callable[[int], dict[str, Tensor]]:
-    """i -> batch: this process's share of `train.batch` conversations."""
+    """i -> batch: this process's share of `train.batch` conversations.
+
+    Raises:
+        ValueError: fewer conversations in a batch than processes.
+    """
     names, size, r, n = [str(i) for i in range(len(data.samples))], cfg.train.batch, train.rank(), train.world()
+    if size < n:
+        raise ValueError(f"batches: train.batch must hold a conversation for each process, got {size} for {n} processes")
 
     def batch_at(i: int) -> dict[str, Tensor]:
         return slide_vqa.collate(model, data, tokens, order.batch_indices(names, size, cfg.seed, i)[r * size // n : (r + 1) * size // n])
@@ -246,22 +358,18 @@ def assess(model: Model, params: Tree, means: Tree, folder: Path, experiment: st
     """Answer the test questions; writes `benchmark_results.json`, a table of categories, and the report into `folder`."""
     cfg, held = model.cfg, read(model.cfg, "test")
     tokens = tokens_of(model, folder.parent, held)
-    asked = _shuffled(held, cfg.seed) if cfg.data.shuffle else held
-    there = [i for i, t in enumerate(asked) if cfg.data.blind or all(s in tokens for s in t.slides)]
-    said = dict(zip(there, answer(model, params, [asked[i] for i in there], tokens), strict=True))
-    rows, open_ = [], list[tuple[str, str]]()
-    for i, t in enumerate(held):
-        if not t.choices:
-            open_.append((said.get(i, ""), t.answer))
-            continue
-        broad, narrow = (*t.category, "", "")[:2]
-        about = {"broad": broad, "narrow": narrow or t.task, "id": t.id or str(t.row)}
-        rows.append(
-            slidebench.answered(said.get(i), t.choices, t.answer, slide=(*t.names, *t.slides, t.id)[0], missing=i not in said, **about)
+    said = _said(model, params, held, tokens)
+    if not said:
+        raise ValueError(
+            f"{path(cfg, 'test')}: none of {len(held)} questions is about a slide that has features below {path(cfg, 'features')}; "
+            "data.features says where they are, data.blind = true asks without them"
         )
-    gen = Generator().manual_seed(cfg.seed)
-    results = slidebench.score(rows, split="test", experiment=experiment, n=cfg.evaluate.bootstrap, gen=gen) if rows else []
-    if open_:
+    rows, score = _chosen(held, said), partial(slidebench.score, split="test", experiment=experiment, n=cfg.evaluate.bootstrap)
+    results = score(rows, gen=Generator().manual_seed(cfg.seed)) if rows else []
+    if rows and cfg.evaluate.shuffled and not cfg.data.blind:
+        other = score(_chosen(held, _said(model, params, _shuffled(held, cfg.seed), tokens)), gen=Generator().manual_seed(cfg.seed))
+        results += [evolve(r, what="accuracy_shuffled") for r in other if r.what == "accuracy"]
+    if open_ := [(said.get(i, ""), t.answer) for i, t in enumerate(held) if not t.choices]:
         results += slidebench.score_texts([a for a, _ in open_], [g for _, g in open_], split="test", experiment=experiment)
     digest = file_digest(path(cfg, "test"))
     source = {"file": path(cfg, "test").name, "sha256": digest, "published_as": published_as(digest)}
@@ -274,6 +382,24 @@ def assess(model: Model, params: Tree, means: Tree, folder: Path, experiment: st
         "one whose slide has no features.",
     )
     return results, report.write_report(folder, f"{experiment}: slides", results, {"Training": plots.curves(last)}, notes)
+
+
+def _said(model: Model, params: Tree, asked: Sequence[SlideTalk], tokens: dict[str, Tensor]) -> dict[int, str]:
+    """{number of the question: answer} of those whose slides have features."""
+    there = [i for i, t in enumerate(asked) if model.cfg.data.blind or (t.slides and all(s in tokens for s in t.slides))]
+    return dict(zip(there, answer(model, params, [asked[i] for i in there], tokens), strict=True))
+
+
+def _chosen(held: Sequence[SlideTalk], said: Mapping[int, str]) -> list[slidebench.Answered]:
+    """What was chosen in the questions with options."""
+    rows = []
+    for i, t in enumerate(held):
+        if t.choices:
+            broad, narrow = (*t.category, "", "")[:2]
+            about = {"broad": broad, "narrow": narrow or t.task, "id": t.id or str(t.row)}
+            slide = (*t.names, *t.slides, t.id)[0]
+            rows.append(slidebench.answered(said.get(i), t.choices, t.answer, slide=slide, missing=i not in said, **about))
+    return rows
 
 
 def answer(model: Model, params: Tree, talks: Sequence[SlideTalk], tokens: dict[str, Tensor]) -> list[str]:
@@ -306,62 +432,12 @@ def _generated(model: Model, weights: dict[str, Tensor], inputs: dict[str, Tenso
 def _shuffled(held: Sequence[SlideTalk], seed: int) -> list[SlideTalk]:
     """Every slide's questions about another slide."""
     names = slides_of(held)
+    if len(names) < 2:
+        raise ValueError(f"evaluate.shuffled: needs questions about two slides or more, got {len(names)}")
     turned = names[:]
     random.Random(seed).shuffle(turned)
     other = {turned[i]: turned[(i + 1) % len(turned)] for i in range(len(turned))}
     return [evolve(t, slides=tuple(other[s] for s in t.slides)) for t in held]
-
-
-# One slide ------------------------------------------------------------------------------------------------------------------------------
-def look_at_slide(
-    folder: files.PathLike, slide: files.PathLike, question: str, out: files.PathLike = "", most: int = 128
-) -> dict[str, Any]:
-    """Ask a trained run about one slide; for research, not for diagnosis.
-
-    Args:
-        folder: of the run.
-        slide: a file of patch features, of any format that is read.
-        out: write the map of where the answer came from into this folder.
-    Returns:
-        "answer", "relevance" [n] of the patches, "coords" [n, 2] or None, "slots" [k] (what each token was worth), "map" (its folder).
-    """
-    folder, slide = Path(folder), Path(slide)
-    model, params, _ = load(folder)
-    of = features_file(slide, dims=model.compress.dim)
-    tokens = slide_tokens(model.compress, model.compressor, of, folder / "tokens")
-    talk = SlideTalk(messages=_turn(question), slides=of.names)
-    how = evolve(model.cfg.evaluate, max_tokens=most, by="text")
-    (said,) = answer(evolve(model, cfg=evolve(model.cfg, evaluate=how)), params, [talk], tokens)
-    slots = relevance_of_slots(model, params, talk, said, tokens)
-    weights, coords = patch_weights(model.compress, model.compressor, of, of.names[0])
-    relevance = patch_relevance(weights, slots, sign="positive")
-    found = {"answer": said, "relevance": relevance, "coords": coords, "slots": slots, "map": ""}
-    if out:
-        found["map"] = str(write_map(out, Path(slide.stem).name, relevance, weights, coords, of.patch_size(of.names[0]) or 256))
-    return found
-
-
-def relevance_of_slots(model: Model, params: Tree, talk: SlideTalk, said: str, tokens: dict[str, Tensor]) -> np.ndarray:
-    """What each of a slide's tokens was worth for this answer, [k]: gradient times token of the answer's log-likelihood."""
-    whole_ = evolve(talk, messages=(*talk.messages[:-1], {"role": "assistant", "content": said or "-"}))
-    data = slide_vqa.encode(model, [whole_])
-    batch = slide_vqa.collate(model, data, tokens, [0])
-    weights = slide_vqa.weights_of(model, params)
-    with torch.no_grad():
-        inputs = slide_vqa.inputs_of(model, params, weights, batch)
-    places = batch["visual"][0].nonzero()[:, 0]
-
-    def score(visual: Tensor) -> Tensor:
-        embeds = inputs["inputs_embeds"].index_copy(1, places, visual[None].to(inputs["inputs_embeds"].dtype))
-        labels = batch["labels"].to(embeds.device)
-        total, _ = vlm.answer_loss(model.chat.skeleton, weights, inputs | {"inputs_embeds": embeds, "labels": labels})
-        return -total
-
-    return gradient_attribution(score, inputs["inputs_embeds"][0, places].float(), signed=True).numpy()
-
-
-def _turn(question: str) -> tuple[dict[str, str], ...]:
-    return {"role": "user", "content": f"<image>\n{question}"}, {"role": "assistant", "content": ""}
 
 
 # Before a run ---------------------------------------------------------------------------------------------------------------------------
@@ -374,10 +450,14 @@ def labels(cfg: Config, folder: Path, number: int = 0) -> str:
     return conversations.show(model.chat.tokenizer, slide_vqa.encode(model, held[number : number + 1]).samples[0])
 
 
-def memory(cfg: Config, folder: Path) -> dict[str, dict[str, int]]:
-    """{stage: {part: bytes}} that one process will need on its device, on tensors without storage; shards count whole."""
-    model, params = slide_vqa.init(cfg, folder, (cfg.compress, {}), _texts(cfg), device=torch.device("meta"))
-    n = min(cfg.train.batch, 2 * cfg.train.chunk)
+def memory(cfg: Config, folder: Path, processes: int = 1) -> dict[str, dict[str, int]]:
+    """{stage: {part: bytes}} that one of so many processes will need on its device, on tensors without storage.
+
+    One slide a conversation, and all text up to the context trained.
+    """
+    sizes = evolve(cfg.compress, dim=cfg.data.dims or cfg.compress.dim)
+    model, params = slide_vqa.init(cfg, folder, (sizes, {}), _texts(cfg), device=torch.device("meta"))
+    n = tuning.rows_of(cfg.train, processes)
     ids = torch.ones(n, cfg.chat.context, dtype=torch.int64)
     token = model.chat.tokenizer.convert_tokens_to_ids(conversations.QWEN_VL.token)
     ids[:, : model.compress.slots] = token
@@ -385,13 +465,10 @@ def memory(cfg: Config, folder: Path) -> dict[str, dict[str, int]]:
     batch["images"] = torch.ones(n, dtype=torch.int64)
     batch["tokens"] = torch.zeros(n, model.compress.slots, model.compress.dim)
     loss = slide_vqa.loss_of(model)
-    return {s.name: tuning.memory_of(cfg.train, s, params, loss, slide_vqa.cut, batch, cfg.seed) for s in cfg.train.stages}
+    foretold = partial(tuning.memory_of, seed=cfg.seed, processes=processes)
+    return {s.name: foretold(cfg.train, s, params, loss, slide_vqa.cut, batch) for s in cfg.train.stages}
 
 
 def _texts(cfg: Config) -> list[str]:
     held = [t for what in {s.data for s in cfg.train.stages} if path(cfg, what).exists() for t in read(cfg, what)]
     return [m["content"] for t in held for m in t.messages]
-
-
-def _moved(tree: Tree, device: torch.device) -> Tree:
-    return {k: _moved(v, device) if isinstance(v, dict) else v.to(device) for k, v in tree.items()}

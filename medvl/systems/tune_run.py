@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,19 +67,18 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
     if model.adapter is not None:
         own, base, share = lora.count(model.adapter, params["model"])
         log(f"adapter: {own:,} numbers on {len(model.adapter.factors)} layers, {share:.2f} % of {own + base:,}")
-    for i, stage in enumerate(cfg.train.stages):
-        params = tuning.fit_stage(
-            cfg.train,
-            stage,
-            params,
-            tune.loss_of(model),
-            chat.batches(model.chat, data, cfg.train.batch, cfg.seed),
-            folder / f"{i}-{stage.name}",
-            cut=chat.cut,
-            validate=lambda p: chat.mean_loss(model.chat, tune.weights_of(model, p), valid, cfg.evaluate.batch),
-            seed=cfg.seed,
-            log=log,
-        )
+    params = tuning.parted(cfg.train, params)  # so that nothing here holds the whole
+    params = tuning.fit_stages(
+        cfg.train,
+        params,
+        tune.loss_of(model),
+        lambda stage: chat.batches(model.chat, data, cfg.train.batch, cfg.seed),
+        folder,
+        cut=chat.cut,
+        validate=lambda stage: lambda p: chat.mean_loss(model.chat, tune.weights_of(model, p), valid, cfg.evaluate.batch),
+        seed=cfg.seed,
+        log=log,
+    )
     return model, params, {}
 
 
@@ -86,8 +86,7 @@ def load(folder: Path) -> tuple[Model, Tree, Tree]:
     """Model and weights of a trained run, as `fit` returned them."""
     cfg = config.load(folder / "config.json", Config)
     model, params = tune.init(cfg, folder, device=train.device(cfg.train.device))
-    for i, stage in enumerate(cfg.train.stages):
-        params = tuning.read_stage(cfg.train, params, folder / f"{i}-{stage.name}")
+    params = tuning.read_stages(cfg.train, params, folder)
     return model, params, {}
 
 
@@ -140,14 +139,14 @@ def labels(cfg: Config, folder: Path, number: int = 0) -> str:
     return conversations.show(model.chat.tokenizer, data.samples[0])
 
 
-def memory(cfg: Config, folder: Path) -> dict[str, dict[str, int]]:
-    """{stage: {part: bytes}} that one process will need on its device: a step of the run, on tensors without storage.
+def memory(cfg: Config, folder: Path, processes: int = 1) -> dict[str, dict[str, int]]:
+    """{stage: {part: bytes}} that one of so many processes will need on its device: a step of the run, on tensors without storage.
 
-    Where the data is there, its longest conversations are the batch; otherwise the whole context is trained text. Shards count whole.
+    Where the data is there, its longest conversations are the batch; otherwise the whole context is trained text.
     """
     there = path(cfg, "train").exists()
     held = read(cfg, "train") if there else []
     model, params = tune.init(cfg, folder, [m["content"] for c in held for m in c.messages], device=torch.device("meta"))
-    n = min(cfg.train.batch, 2 * cfg.train.chunk)  # of two micro-batches and more the gradients are added up
-    batch, loss = chat.fullest(model.chat, held, n), tune.loss_of(model)
-    return {s.name: tuning.memory_of(cfg.train, s, params, loss, chat.cut, batch, cfg.seed) for s in cfg.train.stages}
+    batch, loss = chat.fullest(model.chat, held, tuning.rows_of(cfg.train, processes)), tune.loss_of(model)
+    foretold = partial(tuning.memory_of, seed=cfg.seed, processes=processes)
+    return {s.name: foretold(cfg.train, s, params, loss, chat.cut, batch) for s in cfg.train.stages}
