@@ -203,7 +203,7 @@ def new_folder(folder: files.PathLike) -> Iterator[Path]:
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ValueError(f"save: {folder} is there already; give a new folder or remove it")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
     try:
         yield tmp
         tmp.chmod(0o755)

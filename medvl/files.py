@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,12 @@ def atomic(path: PathLike) -> Iterator[Path]:
         os.replace(tmp, path)
     finally:
         tmp.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: PathLike) -> None:
+    """Remove what was being written anywhere in a folder when that was killed; nobody may be writing there."""
+    for left in sorted(Path(folder).rglob(".*.tmp"), reverse=True):  # what lies in a folder before the folder
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def write_text(path: PathLike, text: str) -> None:

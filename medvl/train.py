@@ -199,6 +199,7 @@ def _added(grad: Grad, params: Tree, pieces: Iterable[Any], n: int) -> tuple[dic
             if k not in total:
                 total[k] = torch.zeros_like(g, dtype=torch.float32 if g.dtype in (torch.bfloat16, torch.float16) else g.dtype)
             total[k].add_(g)
+        del grads, g  # before the next piece makes its own
     return numbers, total
 
 

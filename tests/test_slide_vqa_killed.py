@@ -124,7 +124,7 @@ def test_killed_in_every_part_ends_in_the_same_bits(place):
             shutil.rmtree(place / "cut", ignore_errors=True)
         end = time.monotonic() + 1 + 5 * float(torch.rand((), generator=gen))
         _kill(place, lambda _, end=end: time.monotonic() > end, gen)
-    for left in ("compressor/.best.pt.k1ll3d.tmp", "tokens/.a.npy.k1ll3d.tmp", ".tokenizer.k1ll3d/tokenizer.json"):
+    for left in ("compressor/.best.pt.k1ll3d.tmp", "tokens/.a.npy.k1ll3d.tmp", ".tokenizer.k1ll3d.tmp/tokenizer.json"):
         (cut / left).parent.mkdir(parents=True, exist_ok=True)
         (cut / left).write_bytes(b"half")
     code = f"from pathlib import Path; from test_slide_vqa_killed import _train; _train(Path({str(place)!r}), 'cut')"

@@ -67,6 +67,8 @@ def run(exp: str, overrides: Sequence[str] = (), log: Callable[[str], None] = pr
     start = time.monotonic()
     log(f"{folder}")
     _, system = SYSTEMS[cfg.system]
+    if train.rank() == 0:
+        files.remove_unfinished(folder)
     _first(lambda: system.prepare(cfg, log))
     _describe(folder, cfg)
     log(f"data in place after {_minutes(start)}")

@@ -2,7 +2,6 @@
 
 import logging
 import random
-import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -219,7 +218,6 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
         ValueError: what cannot be trained; all that the record, the questions and the language model's config show is refused before
             anything is.
     """
-    _clear(folder)
     if cfg.train.shard and train.world() == 1:
         _log.warning("train.shard: with one process nothing is cut; start several with torchrun")
     held = {what: read(cfg, what) for what in sorted({s.data for s in cfg.train.stages})}
@@ -277,14 +275,6 @@ def _sizes(cfg: Config, slides: Sequence[str]) -> CompressConfig:
     if cfg.pretrain.file and dims != sizes.dim:
         raise ValueError(f"{cfg.pretrain.file}: takes patches of {sizes.dim} numbers, those of {slides[0]} have {dims}; another encoder?")
     return evolve(sizes, dim=dims)
-
-
-def _clear(folder: Path) -> None:
-    """Remove what a killed run left half-written; no other process may be writing."""
-    if train.rank() == 0:
-        for left in [*folder.rglob(".*.tmp"), *folder.glob(".tokenizer.*")]:
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-    train.meet()
 
 
 def load(folder: Path) -> tuple[Model, Tree, Tree]:
