@@ -182,12 +182,8 @@ def collate(chat: Chat, data: Encoded, chosen: Sequence[int], side: Literal["rig
 
 def batches(chat: Chat, data: Encoded, size: int, seed: int) -> Callable[[int], dict[str, Tensor]]:
     """i -> batch: this process's share of `size` conversations, a pure function of (seed, i)."""
-    names, r, n = [str(i) for i in range(len(data.samples))], train.rank(), train.world()
-
-    def batch_at(i: int) -> dict[str, Tensor]:
-        return collate(chat, data, order.batch_indices(names, size, seed, i)[r * size // n : (r + 1) * size // n])
-
-    return batch_at
+    share = order.batches([*map(str, range(len(data.samples)))], size, seed, rank=train.rank(), world=train.world())
+    return lambda i: collate(chat, data, share(i))
 
 
 def cut(batch: Mapping[str, Tensor], span: slice) -> dict[str, Tensor]:

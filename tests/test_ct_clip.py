@@ -235,7 +235,7 @@ BROKEN = {
     "unknown pattern": ("train.stages.0.train=['loar/.*']", r"pattern 'loar/\.\*' matches no parameter; the \d+ names look like"),
     "fuse of another width": ("fuse.dim=32", r"fuse.dim must be the width of the slice encoder, 16, found 32"),
     "unknown vit setting": ("vit.config.hiden_size=8", r"has no hiden_size"),
-    "batch above the scans": ("train.batch=1000", r"a batch of 1000 needs as many different scans"),
+    "batch above the scans": ("train.batch=1000", r"a batch of 1000 needs as many different groups"),
     "patch does not divide": ("vit.config.patch_size=5", r"multiples of the patch size 5"),
     "no text at all": ("data.draws=0", r"data.draws must be at least 1, got 0"),
     "whitening of trained weights": ("vit={name='facebook/dinov2-base', whiten=true}", r"whiten is for encoders built from scratch"),

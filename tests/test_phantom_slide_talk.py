@@ -13,7 +13,6 @@ from medvl import files
 from medvl.data import phantom_slide_talk as st
 from medvl.data import phantom_slides as ps
 
-OPEN = 9  # families that can be asked without options
 CHANCE = {len(o): 1 / len(o) for o in ("AB", "ABC", "ABCD")}
 
 
@@ -21,7 +20,7 @@ CHANCE = {len(o): 1 / len(o) for o in ("AB", "ABC", "ABCD")}
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("slides")
     n = len(st.FAMILIES)
-    assert st.draw_slides(CFG, path) == {"slides": 65, "captions": 120, "train": 60 * (n + OPEN), "valid": 2 * n, "test": 3 * n}
+    assert st.draw_slides(CFG, path) == {"slides": 65, "captions": 120, "train": 60 * n, "valid": 2 * n, "test": 3 * n}
     return path
 
 
@@ -92,18 +91,6 @@ def test_questions_without_slides_are_guesses():
     assert 0.44 < np.mean([a == "Yes" for a in yes]) < 0.56
 
 
-def test_open_questions_have_the_answers_of_the_closed():
-    for i in range(60):
-        closed = {q.options["ABCD".index(q.letter)] for q in st.questions(SMALL, "train", i)}
-        asked = st.open_questions(SMALL, "train", i)
-        assert len(asked) == OPEN
-        for question, answer in asked:
-            assert question.startswith("<image>\n")
-            assert "of these" not in question
-            assert "\n" not in question.removeprefix("<image>\n")
-            assert answer in closed
-
-
 def test_captions_say_what_was_drawn():
     for i in range(60):
         t = ps.draw_truth(SMALL, "train", i)
@@ -143,9 +130,8 @@ def test_tables_have_their_shapes(folder):
             human, gpt = item["conversations"]
             assert (human["from"], gpt["from"]) == ("human", "gpt")
             assert human["value"].count("<image>") == 1
-            if name != "captions" and not item["id"].startswith("open"):
+            if name != "captions":
                 assert gpt["value"] in human["value"].split("\n")[2:]
-        assert [item["id"] for item in items if item["id"].startswith("open")] == [f"open::{i}" for i in range(540 * (name == "train"))]
     labels = files.read_csv(folder / "labels.csv", ["slide", "split", "class", "grade", "lymphocytes", "motif"])
     lines = _lines(folder)
     assert len(labels) == len(lines) == 65

@@ -147,7 +147,7 @@ def share(rank, out):
     chosen = json.loads((place / "chosen.json").read_text())
     found = {way: gradients(place, chosen, **how) for way, how in WAYS.items()}
     torch.save(found, out / f"gradients{rank}.pt")
-    with pytest.raises(ValueError, match="a conversation for each process, got 1 for 2 processes"):
+    with pytest.raises(ValueError, match="a sample for each process, got 1 for 2 processes"):
         gradients(place, chosen, 1, train__batch=1)
     (out / f"runs{rank}.json").write_text(json.dumps({kind: fitted(kind, place, out / kind) for kind in RUNS}))
     dist.barrier()

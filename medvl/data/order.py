@@ -2,33 +2,46 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import Any
 
 import torch
 
 
-def batch_indices(groups: Sequence[str], size: int, seed: int, i: int) -> list[int]:
-    """Sample indices of batch i, at most one per group (group = scan: its reconstructions share one report and would be false negatives).
+def batches(groups: Sequence[str], size: int, seed: int, *, rank: int = 0, world: int = 1) -> Callable[[int], list[int]]:
+    """i -> sample indices of a process's share of batch i, a pure function of (seed, i).
 
-    Every epoch visits each group once, in a new order, with one member drawn at random; the ragged tail is dropped.
+    A batch has at most one sample per group (group = scan: its reconstructions share one report and would be false negatives). Every epoch
+    visits each group once, in a new order, with one member drawn at random; the ragged tail is dropped.
 
     Args:
         groups: group of every sample, e.g. `scan_of(name)`.
+        size: of the batch, over all `world` processes.
     Raises:
-        ValueError: fewer groups than `size`.
+        ValueError: fewer groups than `size`, or a batch smaller than the number of processes.
     """
     members: dict[str, list[int]] = {}
     for index, group in enumerate(groups):
         members.setdefault(group, []).append(index)
-    per = len(members) // size
+    every, per = list(members.values()), len(members) // size
     if not per:
-        raise ValueError(f"batch_indices: a batch of {size} needs as many different scans, found {len(members)}; lower the batch size")
-    epoch, at = divmod(i, per)
-    gen = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(len(members), generator=gen)
-    pick = torch.rand(len(members), generator=gen)
-    every = list(members.values())
-    return [every[g][int(pick[g] * len(every[g]))] for g in order[at * size : (at + 1) * size].tolist()]
+        raise ValueError(f"batches: a batch of {size} needs as many different groups (scans), found {len(members)}; lower the batch size")
+    if size < world:
+        raise ValueError(f"batches: a batch must hold a sample for each process, got {size} for {world} processes; raise the batch size")
+
+    @lru_cache(2)  # prefetching may be an epoch ahead
+    def drawn(epoch: int) -> tuple[list[int], list[float]]:
+        gen = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order = torch.randperm(len(every), generator=gen)
+        return order.tolist(), torch.rand(len(every), generator=gen).tolist()
+
+    def at(i: int) -> list[int]:
+        epoch, k = divmod(i, per)
+        order, pick = drawn(epoch)
+        mine = order[k * size + rank * size // world : k * size + (rank + 1) * size // world]
+        return [every[g][int(pick[g] * len(every[g]))] for g in mine]
+
+    return at
 
 
 def prefetch(batch_at: Callable[[int], Any], start: int, stop: int) -> Iterator[tuple[int, Any]]:

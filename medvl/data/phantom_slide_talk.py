@@ -42,8 +42,8 @@ def draw_slides(cfg: SlideConfig, folder: files.PathLike) -> dict[str, int]:
     """Write slides, captions and questions: features in TRIDENT's layout, tables in the shapes of SlideChat and SlideBench.
 
     - features/{name}.h5: "features" float16 [n, d], "coords" int64 [n, 2] with the attributes patch_size, patch_size_level0 and so on.
-    - captions.json (of train slides, two each), train.json, valid.json (a question each, answered "C. Text"; behind them train.json has
-      open ones, answered "Text"): lists of {"id", "image": ["./features/{name}.h5"], "conversations": [{"from", "value"}, ...]}.
+    - captions.json (of train slides, two each), train.json, valid.json (a question each, answered "C. Text"): lists of {"id", "image":
+      ["./features/{name}.h5"], "conversations": [{"from", "value"}, ...]}.
     - test.csv: `COLUMNS`; "Tumor" is the code of the tumour's class, empty options are of questions with fewer than four.
     - labels.csv: slide, split, class, grade, lymphocytes, motif.
     - truth.jsonl: a line per slide: "split", the fields of `Truth`, "motif_rows", "questions" (id, family, narrow, facts) in the order of
@@ -58,9 +58,7 @@ def draw_slides(cfg: SlideConfig, folder: files.PathLike) -> dict[str, int]:
     for split in SPLITS:
         asked[split] = [(draw_truth(cfg, split, i), questions(cfg, split, i)) for i in range(getattr(cfg, split))]
     told = [(truth, *said) for i, (truth, _) in enumerate(asked["train"]) for said in captions(cfg, "train", i)]
-    plain = [(truth, *said) for i, (truth, _) in enumerate(asked["train"]) for said in open_questions(cfg, "train", i)]
-    texts = {"train.json": _json([*_conversations("train", asked["train"]), *(_turns(f"open::{i}", *q) for i, q in enumerate(plain))])}
-    texts["valid.json"] = _json(_conversations("valid", asked["valid"]))
+    texts = {f"{split}.json": _json(_conversations(split, asked[split])) for split in ("train", "valid")}
     texts["captions.json"] = _json(_turns(f"caption::{i}", *what) for i, what in enumerate(told))
     for name, text in texts.items():
         if not (folder / name).exists():
@@ -72,8 +70,7 @@ def draw_slides(cfg: SlideConfig, folder: files.PathLike) -> dict[str, int]:
     if motif_rows is not None:
         lines = [_truth_line(s, i, *what, motif_rows[what[0].name]) for s in SPLITS for i, what in enumerate(asked[s])]
         files.write_text(folder / "truth.jsonl", "".join(lines))
-    counts = {"slides": sum(map(len, asked.values())), "captions": len(told)} | {s: len(asked[s]) * len(FAMILIES) for s in SPLITS}
-    return counts | {"train": counts["train"] + len(plain)}
+    return {"slides": sum(map(len, asked.values())), "captions": len(told)} | {s: len(asked[s]) * len(FAMILIES) for s in SPLITS}
 
 
 def questions(cfg: SlideConfig, split: str, number: int) -> list[Question]:
@@ -88,16 +85,6 @@ def questions(cfg: SlideConfig, split: str, number: int) -> list[Question]:
         question = str(gen.choice(family.asks)).format(subject=subject)
         shown = tuple(_sentence(o) for o in options)
         found.append(Question(family=name, question=question, options=shown, letter="ABCD"[place]))
-    return found
-
-
-def open_questions(cfg: SlideConfig, split: str, number: int) -> list[tuple[str, str]]:
-    """(what is asked, answer) without options, of every family that can be answered so."""
-    truth, found = draw_truth(cfg, split, number), []
-    for k, (name, family) in enumerate(FAMILIES.items()):
-        gen = gen_of(cfg, 5, split, number, k)
-        if asks := [a for a in family.asks if name not in _NEEDS_OPTIONS and "of these" not in a]:
-            found.append((f"<image>\n{gen.choice(asks)}", _sentence(_choices(name, truth, gen)[1])))
     return found
 
 
@@ -227,7 +214,6 @@ _WHICH_HELPS = ("Which treatment fits this tumour?", "What should be offered fir
 _WHICH_IMMUNE = ("Which immune phenotype is it?", "How is the immune status?", "Which immune type does the slide suggest?")
 _WHICH_GRADE = ("What is the grade of the tumour?", "Which grade is it?", "How is the tumour graded?")
 _WHICH_COURSE = ("What is the outlook?", "Which prognosis does the grade suggest?", "How is the expected course?")
-_NEEDS_OPTIONS = ("present", "tissue", "motif_there", "differential")
 FAMILIES = {
     "dominant": _family(_ARCHITECTURE, "dominant", *_WHICH_MOST),
     "present": _family(_ARCHITECTURE, "tissues", *_WHICH_HERE),

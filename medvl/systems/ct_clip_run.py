@@ -115,12 +115,12 @@ def cached_features(model: Model, params: Tree, of: store.Store, folder: Path, p
 
 def batches(model: Model, data: pairs.Pairs, size: int, seed: int) -> Callable[[int], dict[str, Tensor]]:
     """i -> batch: this process's rows of `size` pairs from different scans."""
-    cfg, scans, tok = model.cfg, data.scans, model.tokenizer
-    rank, world = train.rank(), train.world()
+    cfg, tok = model.cfg, model.tokenizer
+    share = order.batches(data.scans, size, seed, rank=train.rank(), world=train.world())
     shares = {"findings": 1 - cfg.data.impressions, "impression": cfg.data.impressions, "both": 1.0}
 
     def batch_at(i: int) -> dict[str, Tensor]:
-        chosen = order.batch_indices(scans, size, seed, i)[rank * size // world : (rank + 1) * size // world]
+        chosen = share(i)
         gen = torch.Generator().manual_seed(seed * 1_000_003 + i)
         said = [pairs.draw_text(data.texts[j], shares, cfg.data.sentences, gen) for j in chosen for _ in range(cfg.data.draws)]
         ids, words = tokens.tokenize(tok, said, cfg.words.tower.context)

@@ -114,11 +114,12 @@ def fit_compressor(cfg: Config, folder: Path, log: Callable[[str], None] = print
     rate = lambda name: how.router_lr if name.startswith("compressor/gate/") else how.lr
     schedule = warmup_cosine(how.steps, how.warmup)
     optimizer = adamw(lambda n: Rate(lr=rate(n), weight_decay=how.weight_decay), schedule, beta2=0.999, eps=1e-8)
+    chosen = order.batches([r["slide"] for r in parts["train"]], how.batch, cfg.seed)
     log(f"compressor: {how.steps} steps on {', '.join(how.labels)} of {len(parts['train'])} slides")
     state = train.fit(
         train.make_step(train.value_and_grad(partial(_label_loss, sizes, how.aux)), optimizer, clip=1.0, seed=cfg.seed),
         train.State(params=params, opt=optimizer.init(params)),
-        lambda i: at([parts["train"][j] for j in order.batch_indices([r["slide"] for r in parts["train"]], how.batch, cfg.seed, i)]),
+        lambda i: at([parts["train"][j] for j in chosen(i)]),
         steps=how.steps,
         folder=folder / "compressor",
         every=train.Every(log=how.log, save=how.save, validate=how.validate),
@@ -314,16 +315,11 @@ def batches(model: Model, data: Encoded, tokens: dict[str, Tensor], cfg: Config)
     """i -> batch: this process's share of `train.batch` conversations.
 
     Raises:
-        ValueError: fewer conversations in a batch than processes.
+        ValueError: as `order.batches`.
     """
-    names, size, r, n = [str(i) for i in range(len(data.samples))], cfg.train.batch, train.rank(), train.world()
-    if size < n:
-        raise ValueError(f"batches: train.batch must hold a conversation for each process, got {size} for {n} processes")
-
-    def batch_at(i: int) -> dict[str, Tensor]:
-        return slide_vqa.collate(model, data, tokens, order.batch_indices(names, size, cfg.seed, i)[r * size // n : (r + 1) * size // n])
-
-    return batch_at
+    names = [*map(str, range(len(data.samples)))]
+    share = order.batches(names, cfg.train.batch, cfg.seed, rank=train.rank(), world=train.world())
+    return lambda i: slide_vqa.collate(model, data, tokens, share(i))
 
 
 def _validation(model: Model, stage: Stage, data: Encoded, valid: Encoded, tokens: dict[str, Tensor]) -> Callable[[Tree], float] | None:
