@@ -14,13 +14,13 @@ import numpy as np
 from medvl import results
 from medvl.data.phantom_slide_talk import prompt, questions
 from medvl.slide_relevance import mass_share, percentiles
-from medvl.systems import slide_vqa_look, slide_vqa_run
+from medvl.systems import slide_vqa, slide_vqa_look, slide_vqa_run
 
 
 def main(run: Path, out: str = "") -> None:
     """Print a row for each slide, and how many hold 80 %."""
     cfg = slide_vqa_run.load(run)[0].cfg
-    home = slide_vqa_run.folder_of(cfg)
+    home = slide_vqa.folder_of(cfg)
     truths = [t for t in map(json.loads, (home / "truth.jsonl").read_text().splitlines()) if t["split"] == "test"]
     rows = []
     for i, truth in [(i, t) for i, t in enumerate(truths) if t["motif_rows"]][:10]:

@@ -74,9 +74,9 @@ LAYERS = [
     ["chat", "systems.ct_clip_run"],
     ["experts", "systems.tune"],
     ["systems.adapters", "systems.slide_vqa", "systems.tune_run"],
-    ["systems.adapters_score", "systems.slide_vqa_run"],
-    ["systems.adapters_report", "systems.slide_vqa_look"],
-    ["systems.adapters_run"],
+    ["systems.adapters_score", "systems.slide_vqa_pretrain"],
+    ["systems.adapters_report", "systems.slide_vqa_run"],
+    ["systems.adapters_run", "systems.slide_vqa_look"],
     ["systems.ask", "systems.run"],
 ]
 ONLY = {"transformers": ("hub", "tokens"), "bitsandbytes": ("quant",), "cattrs": ("config",), "invoke": ("tasks",)}

@@ -13,7 +13,7 @@ from medvl import config, hub, train
 from medvl.config import ConfigError
 from medvl.data.slide_questions import SlideTalk
 from medvl.slide_tokens import open_features, slide_tokens
-from medvl.systems import run, slide_vqa, slide_vqa_look, slide_vqa_run
+from medvl.systems import run, slide_vqa, slide_vqa_look, slide_vqa_pretrain, slide_vqa_run
 from medvl.systems.slide_vqa import Config
 from medvl.tree import flatten, merge, split
 from medvl.tuning import gradient_of
@@ -105,7 +105,7 @@ def test_the_compressor_stays_as_it_was_and_tokens_are_kept(trained):
     model, params, _ = slide_vqa_run.load(folder)
     assert not any(n.startswith("compressor") for n in flatten(params))
     held = slide_vqa_run.read(model.cfg, "test")
-    of = open_features(slide_vqa_run.path(model.cfg, "features"), slide_vqa_run.slides_of(held))
+    of = open_features(slide_vqa.path(model.cfg, "features"), slide_vqa_run.slides_of(held))
     (home,) = (folder / "tokens").iterdir()
     count = len([*home.iterdir()])
     got = slide_tokens(model.compress, model.compressor, of, folder / "tokens")
@@ -164,7 +164,7 @@ def test_a_token_is_worth_what_the_answer_loses_without_it(trained):
 def started(trained, **change):
     place, folder, _ = trained
     cfg = config.structure(record(place, **change), Config, "test")
-    model, params = slide_vqa.init(cfg, folder, slide_vqa_run.read_fitted(cfg, folder))
+    model, params = slide_vqa.init(cfg, folder, slide_vqa_pretrain.read_fitted(cfg, folder))
     held = slide_vqa_run.read(cfg, "questions")
     return model, params, slide_vqa.encode(model, held), slide_vqa_run.tokens_of(model, folder, held)
 
@@ -211,7 +211,7 @@ def test_slides_of_other_questions(trained):
 def test_a_question_without_features_counts_as_wrong(trained, tmp_path):
     _, folder, _ = trained
     model, params, _ = slide_vqa_run.load(folder)
-    table = slide_vqa_run.path(model.cfg, "test").read_text().splitlines()
+    table = slide_vqa.path(model.cfg, "test").read_text().splitlines()
     names = {t.slides[0] for t in slide_vqa_run.read(model.cfg, "test")}
     gone = sorted(names)[0]
     (tmp_path / "test.csv").write_text("\n".join(line.replace(gone, "TCGA-ZZ-9999-01Z-00-DX1") for line in table) + "\n")

@@ -16,7 +16,7 @@ from attrs import evolve
 
 from medvl import chat, config, hub, shards, train, tuning, weights
 from medvl.optim import Optimizer
-from medvl.systems import slide_vqa, slide_vqa_run
+from medvl.systems import slide_vqa, slide_vqa_pretrain, slide_vqa_run
 from medvl.systems.slide_vqa import Config
 from medvl.tree import flatten, map_leaves, merge, split
 
@@ -160,7 +160,7 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("slides")
     first = config.structure(toy.record(place, model__config=MODEL), Config, "test")
     slide_vqa_run.prepare(first, lambda _: None)
-    fit = slide_vqa_run.fit_compressor(first, place, lambda _: None)
+    fit = slide_vqa_pretrain.fit_compressor(first, place, lambda _: None)
     texts = [m["content"] for what in ("captions", "questions") for t in slide_vqa_run.read(first, what) for m in t.messages]
     model, params = slide_vqa.init(first, place, fit, texts)
     chat.save_chat(model.chat, params["model"], place / "model")

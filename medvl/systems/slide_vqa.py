@@ -11,7 +11,7 @@ import torch
 from attrs import evolve, field, frozen
 from torch import Generator, Tensor
 
-from medvl import chat, hub, lora, shards, train, vlm
+from medvl import chat, config, hub, lora, shards, train, vlm
 from medvl.chat import Chat, ChatConfig, ModelConfig
 from medvl.compressor_files import read_compressor, read_projector
 from medvl.data import conversations
@@ -127,6 +127,17 @@ class Config:
             )
         if self.model.quantize != "none" and any(p.startswith("model/") for s in self.train.stages for p in s.train):
             raise ValueError(f"model.quantize {self.model.quantize!r} freezes the model; train projector/... and lora/...")
+
+
+def folder_of(cfg: Config) -> Path:
+    """The folder that `{folder}` stands for; slides drawn by one record share one."""
+    drawn = cfg.data.source == "phantoms"
+    return Path(cfg.data.folder) / f"slides-{config.digest(cfg.data.phantoms)}" if drawn else Path(cfg.data.folder)
+
+
+def path(cfg: Config, what: str) -> Path:
+    """Where a file of the data is."""
+    return Path(getattr(cfg.data, what).replace("{folder}", str(folder_of(cfg))))
 
 
 @frozen(kw_only=True, eq=False)
