@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -86,6 +87,28 @@ def test_a_run_from_slides_to_a_benchmark(trained):
     assert {r.what for r in rows} >= {"accuracy", "balanced_accuracy"}
     assert "Research use only, not for diagnosis" in (folder / "results/report.html").read_text()
     assert (folder / "moe_compressor.pt").exists()
+
+
+def test_a_run_is_evaluated_with_other_questions(trained, tmp_path, monkeypatch):
+    place, folder, _ = trained
+    monkeypatch.setattr(run, "RUNS", place / "runs")
+    before = (folder / "results/benchmark_results.json").read_bytes()
+    table = slide_vqa.path(slide_vqa_run.load(folder)[0].cfg, "test").read_text().splitlines()
+    (tmp_path / "few.csv").write_text("\n".join(table[:6]) + "\n")
+    settings = (f"data.test={tmp_path / 'few.csv'}", "evaluate.by=likelihood")
+    rows = run.evaluate(str(folder / "config.json"), settings, log=lambda _: None)
+    (out,) = folder.glob("results-*")
+    kept = json.loads((out / "benchmark_results.json").read_text())
+    assert len(kept["predictions"]) == 5
+    assert all(p["chosen"] for p in kept["predictions"])  # the likeliest letter is always one
+    assert {r.experiment for r in rows} == {f"toy-{out.name.removeprefix('results-')}"}
+    assert (folder / "results/benchmark_results.json").read_bytes() == before
+    assert [r.value for r in run.evaluate(str(folder / "config.json"), log=lambda _: None)] == [r.value for r in trained[2]]
+    shutil.rmtree(out)
+    with pytest.raises(ValueError, match=r"only data and evaluate may differ .* found \$.hidden: 16 / 8"):
+        run.evaluate(str(folder / "config.json"), ("hidden=8",), log=lambda _: None)
+    with pytest.raises(ValueError, match=r"no such run; .* by `--exp runs/NAME/config.json --set"):
+        run.evaluate(str(place / "toy.json"), ("evaluate.by=likelihood",), log=lambda _: None)
 
 
 def test_the_same_bits_after_a_stop(trained, monkeypatch):

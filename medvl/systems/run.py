@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from attrs import evolve
 
 from medvl import config, files, report, results, train
 from medvl.data import ct, ingest, reports, store
@@ -55,7 +56,7 @@ def resolve(exp: str, overrides: Sequence[str] = ()) -> tuple[Any, Path]:
     if raw.get("system") not in SYSTEMS:
         raise config.ConfigError(f"{path}: system must be one of {', '.join(SYSTEMS)}, found {raw.get('system')!r} @ $.system")
     cfg: Any = config.structure(raw, SYSTEMS[raw["system"]][0], where=str(path))
-    name = path.stem if path.suffix == ".toml" else path.parent.name.rpartition("-")[0]
+    name = path.parent.name.rpartition("-")[0] if path.name == "config.json" else path.stem
     return cfg, RUNS / f"{name}-{config.digest(cfg)}"
 
 
@@ -74,27 +75,47 @@ def run(exp: str, overrides: Sequence[str] = (), log: Callable[[str], None] = pr
     log(f"data in place after {_minutes(start)}")
     model, params, means = system.fit(cfg, folder, log)
     log(f"trained after {_minutes(start)}")
-    rows = _assess(system, model, params, means, folder, log) if train.rank() == 0 else []
+    rows = _assess(system, model, params, means, folder / "results", folder.name, log) if train.rank() == 0 else []
     log(f"done after {_minutes(start)}")
     return rows
 
 
 def evaluate(exp: str, overrides: Sequence[str] = (), log: Callable[[str], None] = print) -> list[Result]:
-    """Evaluate a trained experiment again; evaluation settings may differ from those it was trained with, the run folder may not."""
+    """Evaluate a trained experiment again.
+
+    Where `exp` is a run's `config.json`, that run is evaluated, and settings of data and evaluate may differ from those it was trained
+    with: other questions, another way to answer. Its results go into a folder of their own beside the others.
+    """
     cfg, folder = resolve(exp, overrides)
     _, system = SYSTEMS[cfg.system]
+    if Path(exp).name == "config.json":
+        return _evaluate_run(Path(exp), cfg, log)
     if not (folder / "config.json").exists():
         if getattr(cfg, "trained", True):
-            raise ValueError(f"{folder}: no such run; `invoke train --exp {exp}` makes it (the same --set must be given)")
+            raise ValueError(
+                f"{folder}: no such run; `invoke train --exp {exp}` makes it (the same --set must be given); a run that is there "
+                "is evaluated with other data.* or evaluate.* by `--exp runs/NAME/config.json --set ...`"
+            )
         system.prepare(cfg, log)
         _describe(folder, cfg)
     model, params, means = system.load(folder)
-    return _assess(system, model, params, means, folder, log)
+    return _assess(system, model, params, means, folder / "results", folder.name, log)
 
 
-def _assess(system: ModuleType, model: Any, params: Any, means: Any, folder: Path, log: Callable[[str], None]) -> list[Result]:
-    rows, page = system.assess(model, params, means, folder / "results", folder.name)
-    results.write(folder / "results" / "results.jsonl", rows)
+def _evaluate_run(path: Path, cfg: Any, log: Callable[[str], None]) -> list[Result]:
+    record, system = SYSTEMS[cfg.system]
+    changed = config.differences(config.unstructure(config.load(path, record)), config.unstructure(cfg))
+    if wrong := [d for d in changed if not d.startswith(("$.data.", "$.evaluate."))]:
+        raise ValueError(f"{path}: only data and evaluate may differ from what the run was trained with, found {wrong[0]}")
+    model, params, means = system.load(path.parent)
+    name = f"{path.parent.name.rpartition('-')[0]}-{config.digest(cfg)}"
+    out = path.parent / (f"results-{config.digest(cfg)}" if changed else "results")
+    return _assess(system, evolve(model, cfg=cfg), params, means, out, name, log)
+
+
+def _assess(system: ModuleType, model: Any, params: Any, means: Any, out: Path, name: str, log: Callable[[str], None]) -> list[Result]:
+    rows, page = system.assess(model, params, means, out, name)
+    results.write(out / "results.jsonl", rows)
     log(page.with_suffix(".md").read_text().split("\n\nIntervals are")[0])
     log(f"report: {page}")
     return rows
