@@ -2,8 +2,6 @@
 
 import pickle
 import re
-import struct
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,10 +19,6 @@ _WRAP, _PREFIX = "model_state_dict", "compressor."
 _EXPERT = {0: "up", 3: "down", 4: "norm"}  # 1 and 2 are the GELU and the dropout
 _KEY = re.compile(r"gate\.(weight|bias)|experts\.(0|[1-9]\d*)\.net\.[034]\.(weight|bias)")
 _PROJECT = {"proj.0": "up", "proj.2": "down"}
-_BROKEN = (  # what torch.load raises for files that were cut off or damaged, or are something else
-    *(OSError, RuntimeError, EOFError, LookupError, AttributeError, TypeError, AssertionError, OverflowError),
-    *(struct.error, zipfile.BadZipFile),
-)
 
 
 def read_compressor(
@@ -163,7 +157,7 @@ def _open(path: Path, where: str) -> dict[str, Entry]:
         return open_weights(path, str(path))
     try:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, ValueError, *_BROKEN) as e:
+    except (pickle.UnpicklingError, ValueError, *files.BROKEN) as e:
         said = ([*str(e).splitlines()] or [""])[0].partition(". ")[0]
         raise ValueError(f"{where}: {path} is not a file of plain tensors, or broken ({type(e).__name__}: {said})") from e
     if isinstance(state, dict) and isinstance(state.get(_WRAP), dict):

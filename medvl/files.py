@@ -3,7 +3,10 @@
 import csv
 import os
 import shutil
+import struct
 import tempfile
+import tokenize
+import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +14,10 @@ from pathlib import Path
 import numpy as np
 
 PathLike = str | os.PathLike
+BROKEN = (  # what torch.load and np.load raise, beside ValueError, for files that were cut off or damaged, or are something else
+    *(OSError, RuntimeError, EOFError, LookupError, AttributeError, TypeError, AssertionError, OverflowError),
+    *(struct.error, zipfile.BadZipFile, tokenize.TokenError),
+)
 
 
 @contextmanager

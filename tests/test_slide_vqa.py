@@ -10,7 +10,7 @@ import pytest
 import torch
 from attrs import evolve
 
-from medvl import config, hub, train
+from medvl import compressor, config, hub, train
 from medvl.config import ConfigError
 from medvl.data.slide_questions import SlideTalk
 from medvl.slide_tokens import open_features, slide_tokens
@@ -282,3 +282,15 @@ def test_what_is_refused(trained, tmp_path):
     raw = record(tmp_path, data__source="files", data__folder=str(tmp_path))
     with pytest.raises(ValueError, match="4 files are missing"):
         slide_vqa_run.prepare(config.structure(raw, Config, "test"))
+
+
+def test_the_router_moves_at_its_own_rate(tmp_path):
+    """Adam's first step is as long as the rate, whatever the gradient."""
+    raw = record(tmp_path, pretrain__steps=1, pretrain__lr=1e-3, pretrain__router_lr=7e-3, pretrain__weight_decay=0.0)
+    cfg = config.structure(raw, Config, "test")
+    slide_vqa_run.prepare(cfg, lambda _: None)
+    sizes, after = slide_vqa_pretrain.fit_compressor(cfg, tmp_path / "run", lambda _: None)
+    before = flatten(compressor.init_compress(sizes, torch.Generator().manual_seed(cfg.seed)))
+    moved = {n: float((t - before[n]).abs().max()) for n, t in flatten(after).items()}
+    assert moved["gate/weight"] == pytest.approx(7e-3, rel=1e-3)
+    assert moved["experts/up/weight"] == pytest.approx(1e-3, rel=1e-3)

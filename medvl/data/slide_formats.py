@@ -4,8 +4,6 @@ import csv
 import itertools
 import pickle
 import re
-import struct
-import tokenize
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +15,7 @@ import numpy as np
 import torch
 from attrs import frozen
 
-from medvl.files import PathLike
+from medvl.files import BROKEN, PathLike
 
 SUFFIXES = (".h5", ".hdf5", ".pt", ".pth", ".npy", ".csv")
 _KEYS = ("features", "feature", "feat", "tile_embeds")  # the last is Prov-GigaPath's
@@ -26,10 +24,6 @@ _WIDTHS = (384, 512, 768, 1024, 1280, 1536, 2048, 2560, 3072, 4608)  # of encode
 _TRAILING = 8  # columns that may stand behind the features of a CSV, unless they are text
 _CONVERT = 'python -c "import torch; torch.save(torch.as_tensor(torch.load({0!r}, weights_only=False)), {0!r})"'
 _CONVERT_NPY = "np.save({0!r}, np.load({0!r}, allow_pickle=True).item()['feature'])"
-_BROKEN = (  # what torch.load and np.load raise for files that were cut off or damaged
-    *(OSError, RuntimeError, EOFError, LookupError, AttributeError, TypeError, AssertionError, OverflowError),
-    *(struct.error, zipfile.BadZipFile, tokenize.TokenError),
-)
 
 Block = tuple[np.ndarray, np.ndarray | None]
 
@@ -112,7 +106,7 @@ def _open_npy(path: Path, _: int) -> Iterator[Source]:
             )
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, *_BROKEN) as e:
+    except (ValueError, *BROKEN) as e:
         raise ValueError(f"{path}: is not a whole .npy file ({e})") from e
     yield _arrays(path, array, None, {})
 
@@ -127,7 +121,7 @@ def _open_pt(path: Path, _: int) -> Iterator[Source]:
             f"{path}: holds {what}; it can run code when it is loaded, and so is not. If you trust the file, convert it once: "
             f"{_CONVERT.format(str(path))}"
         ) from e
-    except (ValueError, *_BROKEN) as e:
+    except (ValueError, *BROKEN) as e:
         raise ValueError(f"{path}: is not a whole file of torch.save ({(str(e) or type(e).__name__).splitlines()[0]})") from e
     held = {"features": held} if isinstance(held, torch.Tensor) else held
     if not isinstance(held, dict):
