@@ -207,18 +207,25 @@ def clip_by_norm(grads: Tree, limit: float) -> tuple[Tree, Tensor]:
     Of sharded gradients the norm is that of all shards together; every process must call it.
     """
     flat = flatten(grads)
+    total = clip_all(flat, limit)
+    return (unflatten(flat) if limit > 0 else grads), total
+
+
+def clip_all(flat: dict[str, Tensor], limit: float) -> Tensor:
+    """`clip_by_norm` inside a flat dict: each gradient is let go as soon as its scaled one is there. Returns the norm before."""
     mine = [_local(t) for t in flat.values()]
     norms = list(torch._foreach_norm(mine, 2, torch.float32) if any(t.dtype in HALF for t in mine) else torch._foreach_norm(mine))
-    if parts := [t for t in flat.values() if _is_shard(t)]:
+    if groups := {t.device_mesh.get_group() for t in flat.values() if _is_shard(t)}:  # type: ignore[attr-defined]
         own = torch.stack([n for n, t in zip(norms, flat.values(), strict=True) if _is_shard(t)]).square().sum()
-        dist.all_reduce(own, group=parts[0].device_mesh.get_group())
+        dist.all_reduce(own, group=groups.pop())
         norms = [own.sqrt(), *(n for n, t in zip(norms, flat.values(), strict=True) if not _is_shard(t))]
     total = torch.linalg.vector_norm(torch.stack(norms))
-    if limit <= 0:
-        return grads, total
-    factor = (limit / (total + 1e-6)).clamp(max=1.0)
-    scaled = zip(flat.items(), torch._foreach_mul(mine, factor), strict=True)
-    return unflatten({n: _shard_like(t, own) for (n, t), own in scaled}), total
+    del mine
+    if limit > 0:
+        factor = (limit / (total + 1e-6)).clamp(max=1.0)
+        for n, t in flat.items():
+            flat[n] = _shard_like(t, _local(t) * factor)
+    return total
 
 
 def zero_moment(t: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from medvl import files, shards
 from medvl.data.order import prefetch
-from medvl.optim import Optimizer, clip_by_norm, seeded
+from medvl.optim import Optimizer, clip_all, seeded
 from medvl.tree import Tree, flatten, map_leaves, unflatten
 
 _log = logging.getLogger("medvl")
@@ -179,7 +179,9 @@ def token_value_and_grad(
         if not count:
             raise ValueError(f"token_value_and_grad: no token of the batch ({n} rows) is trained; see that the context holds the answers")
         mean = unflatten({k: v if k == "metrics/tokens" else v / count for k, v in numbers.items()})
-        grads = dict(zip(total, _summed(list(total.values()), count), strict=True))
+        names, sums = list(total), list(total.values())
+        del total  # each sum is let go as soon as its mean is there
+        grads = dict(zip(names, _summed(sums, count), strict=True))
         return mean["loss"], Aux(metrics=mean["metrics"], means=mean.get("means", {})), unflatten(grads)
 
     return run
@@ -225,8 +227,10 @@ def make_step(
     def step(state: State, batch: Any) -> tuple[State, Batch]:
         with _drawing(seed, state):
             loss, aux, grads = grad(state.params, batch)
-        grads, norm = clip_by_norm(grads, clip)
-        params, opt = optimizer.update(grads, state.opt, state.params, state.step)
+        flat = flatten(grads)
+        del grads  # each is let go as soon as its clipped one is there
+        norm = clip_all(flat, clip)
+        params, opt = optimizer.update(unflatten(flat), state.opt, state.params, state.step)
         rate = max(follow, 1 / (state.step + 1))
         old = flatten(state.means)
         means = unflatten({k: torch.lerp(old.get(k, new), new, rate) for k, new in flatten(aux.means).items()})

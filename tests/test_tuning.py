@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from medvl import train
-from medvl.tuning import Stage, TrainConfig, memory_of, rows_of
+from medvl import estimate, train
+from medvl.tuning import Stage, TrainConfig, gradient_of, memory_of, rows_of
 
 D = 256
 MATRIX = D * D * 4
@@ -58,3 +58,20 @@ def test_the_share_of_a_batch_decides_whether_gradients_are_added_up():
         said = f"processes must lie in 1..train.batch, got {wrong} and a batch of 32"
         with pytest.raises(ValueError, match=re.escape(said)):
             rows_of(recorded(batch=32), wrong)
+
+
+def test_a_gradient_goes_as_soon_as_its_successor_is_there():
+    """At most the sum, in float32, and the 16-bit gradients of the piece that is added to it; never all sums beside all means."""
+    params = {"model": {n: torch.empty(D, D, dtype=torch.bfloat16, device="meta") for n in "abcd"}}
+    weights = 4 * D * D * 2
+
+    def loss_sum(p, batch):
+        h = batch["ids"]
+        for w in p["model"].values():
+            h = F.linear(h, w)
+        return h.sum(), torch.tensor(len(h)), train.Aux()
+
+    grad = gradient_of(recorded(shard=False, rounding="master"), loss_sum, lambda b, span: {"ids": b["ids"][span]})
+    batch = {"ids": torch.empty(3, D, dtype=torch.bfloat16, device="meta")}
+    got = estimate.peak_of(lambda: grad(params, batch), {"weights": params})["activations and gradients"]
+    assert got == pytest.approx(3 * weights, rel=0.05)
