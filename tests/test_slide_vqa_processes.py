@@ -98,6 +98,7 @@ def gradients(place, chosen, chunk, **change):
 # Runs -----------------------------------------------------------------------------------------------------------------------------------
 def live():
     """Bytes of all plain tensors of this process, each storage once; a shard's part is one of them."""
+    gc.collect()
     plain = (torch.Tensor, torch.nn.Parameter)  # other tests may have left tensors of other kinds, which know no memory
     held = [o.untyped_storage() for o in gc.get_objects() if type(o) in plain and o.device.type == "cpu"]
     return sum({s.data_ptr(): s.nbytes() for s in held}.values())
@@ -116,7 +117,6 @@ def fitted(kind, place, out):
 
         def update(grads, state, params, step):
             if stage.data == "questions" and step == stage.steps - 1:
-                gc.collect()
                 parts = {"weights": params, "gradients": grads, "optimiser": state}
                 held.update({k: weights.nbytes(flatten(tree)) for k, tree in parts.items()} | {"live": live() - before})
             return ours.update(grads, state, params, step)
