@@ -90,17 +90,17 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
     """
     if cfg.train.shard and train.world() == 1:
         _log.warning("train.shard: with one process nothing is cut; start several with torchrun")
-    held = {what: read(cfg, what) for what in sorted({s.data for s in cfg.train.stages})}
-    texts = [m["content"] for of in held.values() for t in of for m in t.messages]
-    held |= {"valid": read(cfg, "valid")[: cfg.train.valid or None], "test": read(cfg, "test")}
+    trained = {what: read(cfg, what) for what in sorted({s.data for s in cfg.train.stages})}
+    texts = [m["content"] for of in trained.values() for t in of for m in t.messages]
+    held = trained | {"valid": read(cfg, "valid")[: cfg.train.valid or None], "test": read(cfg, "test")}
     encoded = _encoded(cfg, folder, held, texts)
     compressor = fit_compressor(cfg, folder, log)
     model, params = slide_vqa.init(cfg, folder, compressor, texts, device=train.device(cfg.train.device))
     tokens, valid = tokens_of(model, folder, [t for of in held.values() for t in of], log), encoded["valid"]
     if tokens and train.rank() == 0:
-        seen = slides_of([t for what in {s.data: 0 for s in cfg.train.stages} for t in held[what]])
+        seen = slides_of([t for of in trained.values() for t in of])
         files.write_array(folder / _MEAN, torch.stack([tokens[s] for s in seen]).mean(0).numpy())
-    for what in {s.data: 0 for s in cfg.train.stages}:
+    for what in trained:
         n, refused = len(encoded[what].samples), encoded[what].refused
         log(f"{what}: {n} conversations, {refused} more are longer than the context and left out")
     params = tuning.parted(cfg.train, params)  # so that nothing here holds the whole
