@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from medvl import chat, config, train, tuning
+from medvl import chat, config, processes, train, tuning
 from medvl.systems import tune, tune_run
 from medvl.systems.tune import Config
 from medvl.tree import merge, split
@@ -70,7 +70,7 @@ def measured(variant: str) -> dict:
 def _steps(cfg: Config) -> dict:
     stage = cfg.train.stages[0]
     before = status("VmRSS")
-    model, params = tune.init(cfg, Path("nowhere"), device=train.device())
+    model, params = tune.init(cfg, Path("nowhere"), device=processes.device())
     trained, frozen = split(params, stage.train)
     del params
     if torch.cuda.is_available():

@@ -10,7 +10,7 @@ from attrs import evolve, field, frozen
 from PIL import Image
 from torch import Generator, Tensor
 
-from medvl import generation, hub, intern_vl, quant, qwen_vl, shards, tokens, train, vlm
+from medvl import generation, hub, intern_vl, processes, quant, qwen_vl, shards, tokens, vlm
 from medvl.checkpoints import find, new_folder, read_json
 from medvl.data import conversations, images, order
 from medvl.data.conversation_files import Conversation
@@ -112,13 +112,13 @@ def tokenizer_of(cfg: ModelConfig, folder: Path, texts: Sequence[str] = (), *, l
     kept = folder / "tokenizer"
     if not kept.exists() and not texts:
         raise ValueError(f"{kept}: the run has no tokenizer yet; train it first")
-    if train.rank() == 0 and not kept.exists():
+    if processes.rank() == 0 and not kept.exists():
         tok = tokens.train_bpe(texts, 600, lower=lower)
         tok.add_special_tokens({"additional_special_tokens": [*_CHAT, *_TILES]})
         tok.chat_template = conversations.TEMPLATES["chatml"]
         with new_folder(kept) as tmp:
             tok.save_pretrained(tmp)
-    train.meet()
+    processes.meet()
     return tokens.tokenizer(kept)
 
 
@@ -182,7 +182,7 @@ def collate(chat: Chat, data: Encoded, chosen: Sequence[int], side: Literal["rig
 
 def batches(chat: Chat, data: Encoded, size: int, seed: int) -> Callable[[int], dict[str, Tensor]]:
     """i -> batch: this process's share of `size` conversations, a pure function of (seed, i)."""
-    share = order.batches([*map(str, range(len(data.samples)))], size, seed, rank=train.rank(), world=train.world())
+    share = order.batches([*map(str, range(len(data.samples)))], size, seed, rank=processes.rank(), world=processes.world())
     return lambda i: collate(chat, data, share(i))
 
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from attrs import evolve, field, frozen
 from torch import Tensor
 
-from medvl import files, shards
+from medvl import files, processes, shards
 from medvl.data.order import prefetch
 from medvl.optim import Optimizer, clip_all, seeded
 from medvl.tree import Tree, flatten, map_leaves, unflatten
@@ -72,8 +72,8 @@ def value_and_grad(loss: Loss, *, precision: str = "float32", reduce: bool = Tru
                 "value_and_grad: the loss depends on none of the parameters; put what uses them (apply_lora...) inside the loss"
             )
         grads = [torch.zeros_like(t) if g is None else g for g, t in zip(found, leaves.values(), strict=True)]
-        if reduce and world() > 1:
-            grads = _summed(grads, world())
+        if reduce and processes.world() > 1:
+            grads = _summed(grads, processes.world())
         aux = Aux(metrics={k: v.detach() for k, v in aux.metrics.items()}, means=map_leaves(Tensor.detach, aux.means))
         return value.detach(), aux, unflatten(dict(zip(leaves, grads, strict=True)))
 
@@ -113,20 +113,20 @@ def cached_value_and_grad(embed: Callable[[Tree, Batch], Batch], contrast: Loss,
         n = len(next(iter(batch.values())))
         if shards.any_sharded(params):
             raise ValueError("cached_value_and_grad: needs whole parameters, got shards; leave small towers whole")
-        if n <= chunk and world() == 1:
+        if n <= chunk and processes.world() == 1:
             return whole_grad(params, batch)
         spans = [slice(i, min(i + chunk, n)) for i in range(0, n, chunk)]
         with torch.no_grad(), autocast(params, precision):
             parts = [embed(params, _rows(batch, span)) for span in spans]
-        rows = {k: _gather(_wide(torch.cat([part[k] for part in parts]))) for k in parts[0]}
+        rows = {k: processes.gather(_wide(torch.cat([part[k] for part in parts]))) for k in parts[0]}
         value, aux, grads = head_grad({"params": params, "rows": rows}, None)
         total = {k: torch.zeros_like(t) for k, t in flatten(params).items()}
-        mine = slice(rank() * n, (rank() + 1) * n)
+        mine = slice(processes.rank() * n, (processes.rank() + 1) * n)
         for span in spans:
             pull = {k: g[mine][span] for k, g in grads["rows"].items()}
             for k, g in flatten(tail_grad(params, (_rows(batch, span), pull))[2]).items():
                 total[k] += g
-        if world() > 1:
+        if processes.world() > 1:
             for g in total.values():
                 dist.all_reduce(g)
         return value, aux, unflatten({k: total[k] + g for k, g in flatten(grads["params"]).items()})
@@ -172,7 +172,7 @@ def token_value_and_grad(
         _same_number(params, len(spans))
         pieces = (batch if len(spans) == 1 else cut(batch, span) if cut else _equal_rows(batch, n, span) for span in spans)
         numbers, total = _added(grad, params, pieces, len(spans))
-        if world() > 1:
+        if processes.world() > 1:
             for v in numbers.values():
                 dist.all_reduce(v)
         count = float(numbers["metrics/tokens"])
@@ -316,7 +316,7 @@ def save(path: files.PathLike, state: State) -> None:
     Process 0 writes. Shards are gathered for it, one at a time, so with these every process must call.
     """
     trees = shards.gather({"params": state.params, "opt": state.opt, "means": state.means})
-    if rank() == 0:
+    if processes.rank() == 0:
         held = {k: trees.get(k, {}) for k in ("params", "opt", "means")}
         with files.atomic(path) as tmp:
             torch.save(held | {"step": state.step, "best": state.best}, tmp)
@@ -371,7 +371,7 @@ def resume(folder: Path, state: State) -> State:
 
 def _journal(path: Path, step: int) -> Callable[[dict[str, float]], None]:
     """An appender to `path`, after dropping lines past `step` (written by a run that was killed before it saved) and broken ones."""
-    if rank() != 0:
+    if processes.rank() != 0:
         return lambda line: None
     kept = []
     for text in path.read_text().splitlines() if path.exists() else []:
@@ -426,7 +426,7 @@ def _drawing(seed: int | None, state: State) -> Iterator[None]:
         return
     at = next(iter(flatten(state.params).values())).device
     with torch.random.fork_rng(devices=[at] if at.type == "cuda" else []):
-        torch.manual_seed(seeded(torch.device("cpu"), seed, state.step, rank()).initial_seed())
+        torch.manual_seed(seeded(torch.device("cpu"), seed, state.step, processes.rank()).initial_seed())
         yield
 
 
@@ -434,14 +434,14 @@ def _summed(grads: list[Tensor], parts: float) -> list[Tensor]:
     """The gradients divided by `parts` and summed over processes; those of shards were summed where their weight was gathered."""
     for i, g in enumerate(grads):  # not in place: two leaves may have one gradient
         grads[i] = g / parts
-        if world() > 1 and not shards.is_shard(g):
+        if processes.world() > 1 and not shards.is_shard(g):
             dist.all_reduce(grads[i])
     return grads
 
 
 def _in_any(flag: bool, at: torch.device) -> bool:
     """Whether the flag is up in any process; they must all ask."""
-    if world() == 1:
+    if processes.world() == 1:
         return flag
     up = torch.tensor(int(flag), device=at)
     dist.all_reduce(up)
@@ -450,7 +450,7 @@ def _in_any(flag: bool, at: torch.device) -> bool:
 
 def _of_first(number: float, at: torch.device) -> float:
     """The number that process 0 has, so that all decide alike."""
-    if world() == 1:
+    if processes.world() == 1:
         return number
     first = torch.tensor(number, dtype=torch.float64, device=at)
     dist.broadcast(first, 0)
@@ -458,9 +458,9 @@ def _of_first(number: float, at: torch.device) -> float:
 
 
 def _same_number(params: Tree, n: int) -> None:
-    if world() == 1 or not shards.any_sharded(params):
+    if processes.world() == 1 or not shards.any_sharded(params):
         return
-    each = _gather(torch.tensor([n], device=next(iter(flatten(params).values())).device)).tolist()
+    each = processes.gather(torch.tensor([n], device=next(iter(flatten(params).values())).device)).tolist()
     if len(set(each)) > 1:
         raise ValueError(f"token_value_and_grad: with sharded parameters every process needs as many micro-batches, got {each}")
 
@@ -479,36 +479,3 @@ def _wide(t: Tensor) -> Tensor:
 
 def _rows(batch: Batch, span: slice) -> Batch:
     return {k: t[span] for k, t in batch.items()}
-
-
-def device(wanted: str = "auto") -> torch.device:
-    """Where to compute: "auto" is this process's GPU if there is one."""
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device 'cuda' was asked for and torch finds no GPU; set train.device to 'auto' or 'cpu'")
-    return (
-        torch.device("cuda", rank() % torch.cuda.device_count()) if wanted != "cpu" and torch.cuda.is_available() else torch.device("cpu")
-    )
-
-
-def world() -> int:
-    """Number of processes that train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def meet() -> None:
-    """Wait until all processes are here."""
-    if world() > 1:
-        dist.barrier()
-
-
-def rank() -> int:
-    """Which of them this is."""
-    return dist.get_rank() if world() > 1 else 0
-
-
-def _gather(t: Tensor) -> Tensor:
-    if world() == 1:
-        return t
-    parts = [torch.empty_like(t) for _ in range(world())]
-    dist.all_gather(parts, t.contiguous())
-    return torch.cat(parts)

@@ -9,7 +9,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from medvl import estimate, quant, shards, train
+from medvl import estimate, processes, quant, shards, train
 from medvl.muon import muon
 from medvl.optim import Optimizer, Rate, adamw, routed, warmup_cosine, with_master
 from medvl.quant import eight_bit
@@ -103,7 +103,7 @@ def fit_stages(
         params = fit_stage(cfg, stage, params, loss_sum, batches(stage), folder / f"{i}-{stage.name}", **how)
     if not shards.any_sharded(params):
         return params
-    device = train.device(cfg.device)  # what no stage trained lies in parts still, and process 0 evaluates alone
+    device = processes.device(cfg.device)  # what no stage trained lies in parts still, and process 0 evaluates alone
     return map_leaves(lambda t: t.to(device), shards.gather(params))
 
 
@@ -112,7 +112,7 @@ def read_stages(cfg: TrainConfig, params: Tree, folder: Path) -> Tree:
     for i, stage in enumerate(cfg.stages):
         home = folder / f"{i}-{stage.name}"
         kept = cfg.keep if (home / f"{cfg.keep}.pt").exists() else "last"  # a stage without validation has no best
-        params = merge(params, train.read_params(home / f"{kept}.pt", train.device(cfg.device)))
+        params = merge(params, train.read_params(home / f"{kept}.pt", processes.device(cfg.device)))
     return params
 
 
@@ -131,7 +131,7 @@ def fit_stage(
 ) -> Tree:
     """Train what the stage names, or go on with it in `folder`; returns all parameters. As `fit_stages`, for one."""
     trained, frozen_ = split(params, stage.train)
-    device = train.device(cfg.device)
+    device = processes.device(cfg.device)
     trained = parted(cfg, trained)
     log(f"stage {stage.name}: {stage.steps} steps train {count(trained):,} of {count(params):,} parameters")
     optimizer = optimizer_of(cfg, stage, trained, seed)
@@ -153,7 +153,7 @@ def fit_stage(
         log=lambda line: log("  " + "  ".join(f"{k} {v:.4g}" for k, v in line.items())),
     )
     if (cfg.keep == "best" and validate) or cfg.shard:
-        train.meet()  # process 0 has written it
+        processes.meet()  # process 0 has written it
         return merge(frozen_, train.read_params(folder / f"{cfg.keep if validate else 'last'}.pt", device))
     return merge(frozen_, state.params)
 
@@ -163,7 +163,7 @@ def parted(cfg: TrainConfig, params: Tree) -> Tree:
 
     An adapter stays whole: it is small, and a low-rank weight wants plain factors.
     """
-    return unflatten(_parts(params, shards.mesh(train.device(cfg.device)) if cfg.shard else None))
+    return unflatten(_parts(params, shards.mesh(processes.device(cfg.device)) if cfg.shard else None))
 
 
 def _parts(params: Tree, mesh: Any) -> dict[str, Tensor]:

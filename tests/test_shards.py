@@ -75,13 +75,13 @@ import sys, torch, torch.distributed as dist
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_shards as t
-from medvl import shards, train, weights
+from medvl import processes, shards, train, weights
 from medvl.muon import muon; from medvl.optim import adamw, clip_by_norm, Rate, state_bytes, with_master
 from medvl.quant import eight_bit
 from medvl.tree import flatten
 
 rank, out = int(sys.argv[1]), Path(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{{out}}/store", rank=rank, world_size=2)
+processes.join(init_method=f"file://{{out}}/store", rank=rank, world_size=2)
 mesh, rows = shards.mesh(), slice(rank * 2, rank * 2 + 2)
 known = {{}}
 
@@ -124,8 +124,7 @@ unequal = train.token_value_and_grad(None, chunk=1)
 known["unequal"] = refused(lambda: unequal(cut, {{"x": torch.zeros(2 + rank)}}))
 known["nothing"] = refused(lambda: shards.shard(odd, mesh))
 torch.save(known, out / f"known{{rank}}.pt")
-dist.barrier()
-dist.destroy_process_group()
+processes.meet()
 """
 
 

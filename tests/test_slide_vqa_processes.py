@@ -11,10 +11,9 @@ from unittest import mock
 import pytest
 import test_slide_vqa as toy
 import torch
-import torch.distributed as dist
 from attrs import evolve
 
-from medvl import chat, config, hub, shards, train, tuning, weights
+from medvl import chat, config, hub, processes, shards, train, tuning, weights
 from medvl.optim import Optimizer
 from medvl.systems import slide_vqa, slide_vqa_pretrain, slide_vqa_run
 from medvl.systems.slide_vqa import Config
@@ -87,7 +86,7 @@ def gradients(place, chosen, chunk, **change):
     for case, i in chosen.items():
         batch = batch_at(i)
         batch["tokens"] = batch["tokens"].double()
-        if case == "untrained" and train.rank() == train.world() - 1:  # the last process has nothing to train
+        if case == "untrained" and processes.rank() == processes.world() - 1:  # the last process has nothing to train
             batch["labels"][-2:] = -100
         value, aux, grads = grad(trained, batch)
         rows = {"images": batch["images"].tolist(), "trained": (batch["labels"][:, 1:] >= 0).sum(1).tolist()}
@@ -125,7 +124,7 @@ def fitted(kind, place, out):
 
     with mock.patch.object(tuning, "optimizer_of", counting):
         model, params, _ = slide_vqa_run.fit(cfg, out, lambda _: None)
-    if train.rank() == 0:
+    if processes.rank() == 0:
         (out / "config.json").write_text(json.dumps(config.unstructure(cfg)))
         return held, hub.digest(params), answers(model, params, out)
     return held, "", []
@@ -143,15 +142,14 @@ def losses(folder):
 def share(rank, out):
     """What each of two processes does."""
     place = out.parent
-    dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=2)
+    processes.join(init_method=f"file://{out}/store", rank=rank, world_size=2)
     chosen = json.loads((place / "chosen.json").read_text())
     found = {way: gradients(place, chosen, **how) for way, how in WAYS.items()}
     torch.save(found, out / f"gradients{rank}.pt")
     with pytest.raises(ValueError, match="a sample for each process, got 1 for 2 processes"):
         gradients(place, chosen, 1, train__batch=1)
     (out / f"runs{rank}.json").write_text(json.dumps({kind: fitted(kind, place, out / kind) for kind in RUNS}))
-    dist.barrier()
-    dist.destroy_process_group()
+    processes.meet()
 
 
 @pytest.fixture(scope="module")

@@ -124,15 +124,16 @@ def test_autocast_covers_embed_and_not_the_loss(gen):
 
 
 PAIR = """
-import os, signal, sys, torch, torch.distributed as dist
+import os, signal, sys, torch
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_train import _params, _batch, _tokens, _token_params, token_loss, embed, contrast
+from medvl import processes
 from medvl.optim import Rate, adamw
 from medvl.train import Aux, State, Stopped, cached_value_and_grad, fit, make_step, token_value_and_grad, value_and_grad
 
 rank, out = int(sys.argv[1]), Path(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{{out}}/store", rank=rank, world_size=2)
+processes.join(init_method=f"file://{{out}}/store", rank=rank, world_size=2)
 gen = torch.Generator().manual_seed(0)
 params, batch = _params(gen), _batch(gen)
 mine = {{k: v[rank * 8 :][:8] for k, v in batch.items()}}
@@ -155,8 +156,7 @@ try:
     fit(seen, State(params=params, opt=optimizer.init(params)), lambda i: torch.ones(3), steps=20, folder=out / "run")
 except Stopped as stopped:
     (out / f"stopped{{rank}}").write_text(str(stopped.code))
-dist.barrier()
-dist.destroy_process_group()
+processes.meet()
 """
 
 

@@ -8,7 +8,7 @@ import torch
 from attrs import evolve
 from torch import Generator, Tensor
 
-from medvl import chat, config, embed, hub, lora, retrieve, retriever, train, tuning
+from medvl import chat, config, embed, hub, lora, processes, retrieve, retriever, train, tuning
 from medvl.adapter_files import write_adapter
 from medvl.chat import Chat, Encoded
 from medvl.data import conversations, phantom_modalities, registry, vqa_rad
@@ -74,13 +74,13 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
         parts = _parts(model.chat, general, read_general(cfg, "valid"), cfg.base, "base", log)
         loss = _loss(model.chat, cfg.base, lambda p, train: p["model"])
         params = _fit_stages(cfg, cfg.base, model.chat, params, loss, lambda p: p["model"], parts, folder / "base", log)
-        if not (folder / "model").exists() and train.rank() == 0:
+        if not (folder / "model").exists() and processes.rank() == 0:
             chat.save_chat(model.chat, params["model"], folder / "model")
     if cfg.train is not None:
         _fit_adapters(model, params, held, read(cfg, "valid"), folder, log)
-        if train.rank() == 0 and not model.registry.exists():
+        if processes.rank() == 0 and not model.registry.exists():
             make_registry(cfg, held, folder, log)
-        train.meet()
+        processes.meet()
     return model, params, {}
 
 
@@ -116,10 +116,10 @@ def _fit_adapters(
             folder / "training" / task,
             log,
         )
-        if train.rank() == 0:
+        if processes.rank() == 0:
             done = evolve(adapter, factors=map_leaves(lambda t: t.cpu(), trained["lora"]), name=task)
             write_adapter(done, out, base=cfg.model.name or "model")
-        train.meet()
+        processes.meet()
 
 
 def _adapted(adapter: lora.Adapter, params: Tree, train: bool) -> dict[str, Tensor]:
@@ -253,7 +253,7 @@ def _tasks(held: Sequence[Conversation]) -> list[str]:
 
 def _device(cfg: Config) -> torch.device:
     how = cfg.train or cfg.base
-    return train.device(how.device if how else "auto")
+    return processes.device(how.device if how else "auto")
 
 
 # Evaluation -----------------------------------------------------------------------------------------------------------------------------

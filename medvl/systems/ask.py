@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from attrs import asdict, frozen
 
-from medvl import config, embed, experts, report, results, retrieve, train
+from medvl import config, embed, experts, processes, report, results, retrieve
 from medvl.adapter_files import read_adapter
 from medvl.chat import ChatConfig
 from medvl.checkpoints import find, read_json
@@ -57,7 +57,7 @@ def ask(
         cfg=cfg.chat,
         fusion=cfg.fusion,
         hold=cfg.hold,
-        device=train.device(cfg.device),
+        device=processes.device(cfg.device),
     )
     said = experts.ask(of, question, images, mode=mode, cfg=cfg.retrieve, own=own, max_tokens=cfg.max_tokens)
     print(said.text.strip())

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from attrs import field, frozen
 from torch import Tensor
 
-from medvl import encode, fusion, hub, layers, losses, text, tokens, train
+from medvl import encode, fusion, hub, layers, losses, processes, text, tokens, train
 from medvl.data.ct import CtConfig
 from medvl.data.phantom_case import PhantomConfig
 from medvl.encode import EncodeConfig
@@ -258,7 +258,7 @@ def _tokenizer(cfg: Config, folder: Path, texts: Sequence[str]) -> Any:
     kept = folder / "tokenizer"
     if not kept.exists() and not texts:
         raise ValueError(f"{kept}: the run has no tokenizer yet; train it first")
-    if train.rank() == 0 and not kept.exists():
+    if processes.rank() == 0 and not kept.exists():
         tokens.train_bpe(texts, cfg.words.tower.vocabulary, kept)
-    train.meet()
+    processes.meet()
     return tokens.tokenizer(kept)

@@ -12,7 +12,7 @@ from attrs import evolve
 from torch import Tensor
 from tqdm import tqdm
 
-from medvl import config, encode, evaluate, files, hub, metrics, plots, report, tokens, train
+from medvl import config, encode, evaluate, files, hub, metrics, plots, processes, report, tokens, train
 from medvl.data import ct, ingest, names, order, pairs, phantoms, reports, store
 from medvl.muon import muon
 from medvl.optim import Optimizer, Rate, adamw, routed, warmup_cosine
@@ -116,7 +116,7 @@ def cached_features(model: Model, params: Tree, of: store.Store, folder: Path, p
 def batches(model: Model, data: pairs.Pairs, size: int, seed: int) -> Callable[[int], dict[str, Tensor]]:
     """i -> batch: this process's rows of `size` pairs from different scans."""
     cfg, tok = model.cfg, model.tokenizer
-    share = order.batches(data.scans, size, seed, rank=train.rank(), world=train.world())
+    share = order.batches(data.scans, size, seed, rank=processes.rank(), world=processes.world())
     shares = {"findings": 1 - cfg.data.impressions, "impression": cfg.data.impressions, "both": 1.0}
 
     def batch_at(i: int) -> dict[str, Tensor]:
@@ -146,7 +146,7 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
         log(f"{cut} of {len(texts)} texts are longer than {cfg.words.tower.context} tokens: what lies beyond is not read")
     if cfg.vit.whiten:
         params["vit"] = _whitened(model, params, data)
-    params = map_leaves(lambda t: t.to(train.device(cfg.train.device)), params)
+    params = map_leaves(lambda t: t.to(processes.device(cfg.train.device)), params)
     means: Tree = {}
     for i, stage in enumerate(cfg.train.stages):
         params, means = _fit_stage(model, params, means, stage, data, folder / f"{i}-{stage.name}", log)
@@ -192,8 +192,8 @@ def _fit_stage(
         log=lambda line: log("  " + "  ".join(f"{k} {v:.4g}" for k, v in line.items())),
     )
     if cfg.train.keep == "best":
-        train.meet()  # process 0 has written it
-        state = train.read_state(folder / "best.pt", train.device(cfg.train.device))
+        processes.meet()  # process 0 has written it
+        state = train.read_state(folder / "best.pt", processes.device(cfg.train.device))
     return everything(state.params), state.means
 
 
@@ -233,7 +233,7 @@ def load(folder: Path) -> tuple[Model, Tree, Tree]:
     for i, stage in enumerate(cfg.train.stages):
         state = train.read_state(folder / f"{i}-{stage.name}" / f"{cfg.train.keep}.pt")
         params, means = merge(params, state.params), state.means
-    device = train.device(cfg.train.device)
+    device = processes.device(cfg.train.device)
     return model, map_leaves(lambda t: t.to(device), params), map_leaves(lambda t: t.to(device), means)
 
 

@@ -10,11 +10,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from attrs import evolve
 
-from medvl import config, files, report, results, train
+from medvl import config, files, processes, report, results
 from medvl.data import ct, ingest, reports, store
 from medvl.data import names as volume_names
 from medvl.results import Result
@@ -63,19 +61,19 @@ def resolve(exp: str, overrides: Sequence[str] = ()) -> tuple[Any, Path]:
 def run(exp: str, overrides: Sequence[str] = (), log: Callable[[str], None] = print) -> list[Result]:
     """Train (or go on with) an experiment, then evaluate it; the same call after a stop goes on where that was."""
     cfg, folder = resolve(exp, overrides)
-    _join_processes()
-    log = log if train.rank() == 0 else (lambda _: None)
+    processes.join()
+    log = log if processes.rank() == 0 else (lambda _: None)
     start = time.monotonic()
     log(f"{folder}")
     _, system = SYSTEMS[cfg.system]
-    if train.rank() == 0:
+    if processes.rank() == 0:
         files.remove_unfinished(folder)
     _first(lambda: system.prepare(cfg, log))
     _describe(folder, cfg)
     log(f"data in place after {_minutes(start)}")
     model, params, means = system.fit(cfg, folder, log)
     log(f"trained after {_minutes(start)}")
-    rows = _assess(system, model, params, means, folder / "results", folder.name, log) if train.rank() == 0 else []
+    rows = _assess(system, model, params, means, folder / "results", folder.name, log) if processes.rank() == 0 else []
     log(f"done after {_minutes(start)}")
     return rows
 
@@ -122,25 +120,17 @@ def _assess(system: ModuleType, model: Any, params: Any, means: Any, out: Path, 
 
 
 def _describe(folder: Path, cfg: Any) -> None:
-    if train.rank() == 0:
+    if processes.rank() == 0:
         files.write_text(folder / "config.json", json.dumps(config.unstructure(cfg), indent=1) + "\n")
         files.write_text(folder / "environment.json", json.dumps(results.environment(), indent=1) + "\n")
 
 
-def _join_processes() -> None:
-    """Under torchrun, meet the other processes."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-
-
 def _first(make: Callable[[], None]) -> None:
     """Process 0 makes what all need; the others wait, then find it made."""
-    if train.rank() == 0:
+    if processes.rank() == 0:
         make()
-    if train.world() > 1:
-        dist.barrier()
+    if processes.world() > 1:
+        processes.meet()
         make()
 
 

@@ -9,7 +9,7 @@ import torch
 from attrs import evolve
 from torch import Generator, Tensor
 
-from medvl import compressor, files, slide_classify, train
+from medvl import compressor, files, processes, slide_classify, train
 from medvl.compressor_files import write_compressor
 from medvl.data import order
 from medvl.data.slides import slide_name
@@ -28,7 +28,7 @@ def fit_compressor(cfg: Config, folder: Path, log: Callable[[str], None] = print
     """
     if cfg.pretrain.file:
         return slide_vqa.open_compressor(cfg)
-    how, device = cfg.pretrain, train.device(cfg.train.device)
+    how, device = cfg.pretrain, processes.device(cfg.train.device)
     parts, classes = labelled(cfg)
     of = open_features(path(cfg, "features"), [r["slide"] for part in parts.values() for r in part], dims=cfg.data.dims)
     if of.missing:
@@ -43,7 +43,7 @@ def fit_compressor(cfg: Config, folder: Path, log: Callable[[str], None] = print
     rate = lambda name: how.router_lr if name.startswith("compressor/gate/") else how.lr
     schedule = warmup_cosine(how.steps, how.warmup)
     optimizer = adamw(lambda n: Rate(lr=rate(n), weight_decay=how.weight_decay), schedule, beta2=0.999, eps=1e-8)
-    chosen = order.batches([r["slide"] for r in parts["train"]], how.batch, cfg.seed, rank=train.rank(), world=train.world())
+    chosen = order.batches([r["slide"] for r in parts["train"]], how.batch, cfg.seed, rank=processes.rank(), world=processes.world())
     log(f"compressor: {how.steps} steps on {', '.join(how.labels)} of {len(parts['train'])} slides")
     state = train.fit(
         train.make_step(train.value_and_grad(partial(_label_loss, sizes, how.aux)), optimizer, clip=1.0, seed=cfg.seed),
@@ -55,9 +55,9 @@ def fit_compressor(cfg: Config, folder: Path, log: Callable[[str], None] = print
         validate=lambda state: _labels_right(sizes, state.params, at, parts["valid"], how.batch),
         log=lambda line: log("  " + "  ".join(f"{k} {v:.4g}" for k, v in line.items())),
     )
-    train.meet()
+    processes.meet()
     state = train.read_state(folder / "compressor" / "best.pt", "cpu")
-    if train.rank() == 0 and sizes.kind == "moe" and not (folder / "moe_compressor.pt").exists():
+    if processes.rank() == 0 and sizes.kind == "moe" and not (folder / "moe_compressor.pt").exists():
         write_compressor(state.params["compressor"], folder / "moe_compressor.pt")
     return sizes, state.params["compressor"]
 

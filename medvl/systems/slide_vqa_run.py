@@ -11,7 +11,7 @@ from attrs import evolve
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-from medvl import choices, config, files, generation, plots, report, slidebench, train, tuning
+from medvl import choices, config, files, generation, plots, processes, report, slidebench, tuning
 from medvl.data import conversations, order, phantom_slide_talk
 from medvl.data.slide_questions import SlideTalk, file_digest, published_as, read_slide_talks
 from medvl.generation import Generated, Sampling
@@ -88,16 +88,16 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
         ValueError: what cannot be trained; all that the record, the questions and the language model's config show is refused before
             anything is.
     """
-    if cfg.train.shard and train.world() == 1:
+    if cfg.train.shard and processes.world() == 1:
         _log.warning("train.shard: with one process nothing is cut; start several with torchrun")
     trained = {what: read(cfg, what) for what in sorted({s.data for s in cfg.train.stages})}
     texts = [m["content"] for of in trained.values() for t in of for m in t.messages]
     held = trained | {"valid": read(cfg, "valid")[: cfg.train.valid or None], "test": read(cfg, "test")}
     encoded = _encoded(cfg, folder, held, texts)
     compressor = fit_compressor(cfg, folder, log)
-    model, params = slide_vqa.init(cfg, folder, compressor, texts, device=train.device(cfg.train.device))
+    model, params = slide_vqa.init(cfg, folder, compressor, texts, device=processes.device(cfg.train.device))
     tokens, valid = tokens_of(model, folder, [t for of in held.values() for t in of], log), encoded["valid"]
-    if tokens and train.rank() == 0:
+    if tokens and processes.rank() == 0:
         seen = slides_of([t for of in trained.values() for t in of])
         files.write_array(folder / _MEAN, torch.stack([tokens[s] for s in seen]).mean(0).numpy())
     for what in trained:
@@ -156,7 +156,7 @@ def load(folder: Path) -> tuple[Model, Tree, Tree]:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: must be the folder of a run, there is no config.json; `invoke train` makes one and prints its name")
     cfg = config.load(folder / "config.json", Config)
-    model, params = slide_vqa.init(cfg, folder, read_fitted(cfg, folder), device=train.device(cfg.train.device))
+    model, params = slide_vqa.init(cfg, folder, read_fitted(cfg, folder), device=processes.device(cfg.train.device))
     params = tuning.read_stages(cfg.train, params, folder)
     return model, params, {}
 
@@ -187,7 +187,7 @@ def batches(model: Model, data: Encoded, tokens: dict[str, Tensor], cfg: Config)
         ValueError: as `order.batches`.
     """
     names = [*map(str, range(len(data.samples)))]
-    share = order.batches(names, cfg.train.batch, cfg.seed, rank=train.rank(), world=train.world())
+    share = order.batches(names, cfg.train.batch, cfg.seed, rank=processes.rank(), world=processes.world())
     return lambda i: slide_vqa.collate(model, data, tokens, share(i))
 
 

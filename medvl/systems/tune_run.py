@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from medvl import chat, config, files, lora, plots, report, train, tuning
+from medvl import chat, config, files, lora, plots, processes, report, tuning
 from medvl.accuracy import accuracy, by, to_results
 from medvl.answers import same_answer
 from medvl.chat import Encoded
@@ -60,7 +60,7 @@ def read(cfg: Config, name: str) -> list[Conversation]:
 def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[Model, Tree, Tree]:
     """Train (or go on with) all stages in the run folder; returns the model, its weights and no running means."""
     held = read(cfg, "train")
-    model, params = tune.init(cfg, folder, [m["content"] for c in held for m in c.messages], device=train.device(cfg.train.device))
+    model, params = tune.init(cfg, folder, [m["content"] for c in held for m in c.messages], device=processes.device(cfg.train.device))
     data, valid = chat.encode(model.chat, held), chat.encode(model.chat, read(cfg, "valid")[: cfg.train.valid or None])
     tokens = sum(len(s.ids) for s in data.samples)
     log(f"{len(data.samples)} conversations of {tokens:,} tokens; {data.refused} more are longer than the context and left out")
@@ -85,7 +85,7 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
 def load(folder: Path) -> tuple[Model, Tree, Tree]:
     """Model and weights of a trained run, as `fit` returned them."""
     cfg = config.load(folder / "config.json", Config)
-    model, params = tune.init(cfg, folder, device=train.device(cfg.train.device))
+    model, params = tune.init(cfg, folder, device=processes.device(cfg.train.device))
     params = tuning.read_stages(cfg.train, params, folder)
     return model, params, {}
 

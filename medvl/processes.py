@@ -1,0 +1,69 @@
+"""The processes that train together: join them, who this is, wait for all, leave in order. One process needs none of it."""
+
+import atexit
+import os
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def join(**how: Any) -> None:
+    """Meet the other processes that torchrun started, over NCCL where there are GPUs and over gloo where not; alone, nothing.
+
+    What was joined is left when the interpreter exits. Joined twice is joined once.
+
+    Args:
+        how: for `torch.distributed.init_process_group`, where torchrun's variables are not to be asked (init_method, rank, world_size).
+    """
+    if dist.is_initialized() or not (how or int(os.environ.get("WORLD_SIZE", "1")) > 1):
+        return
+    if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(**{"backend": "nccl" if torch.cuda.is_available() else "gloo"} | how)
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    if not dist.is_initialized():
+        return
+    gloo = dist.get_backend() == "gloo"
+    dist.destroy_process_group()
+    if gloo:  # its threads may be waiting for the interpreter to drop their last tensors; one that still waits when it ends aborts
+        time.sleep(0.3)
+
+
+def world() -> int:
+    """Number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this is."""
+    return dist.get_rank() if world() > 1 else 0
+
+
+def meet() -> None:
+    """Wait until all processes are here."""
+    if world() > 1:
+        dist.barrier()
+
+
+def device(wanted: str = "auto") -> torch.device:
+    """Where to compute: "auto" is this process's GPU if there is one."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda' was asked for and torch finds no GPU; set train.device to 'auto' or 'cpu'")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", rank() % torch.cuda.device_count())
+
+
+def gather(t: Tensor) -> Tensor:
+    """The rows of all processes, in their order: [n ...] of each, of the same shape -> [world * n ...]; without gradients."""
+    if world() == 1:
+        return t
+    parts = [torch.empty_like(t) for _ in range(world())]
+    dist.all_gather(parts, t.contiguous())
+    return torch.cat(parts)
