@@ -81,6 +81,13 @@ def unstructure(record: Any) -> Any:
     return json.loads(json.dumps(_converter.unstructure(record)))
 
 
+def at_least(record: Any, where: str, **least: float) -> None:
+    """Raise where a number of a record is smaller than it may be: `at_least(cfg, "train", batch=1)`."""
+    for name, bound in least.items():
+        if (value := getattr(record, name)) < bound:
+            raise ValueError(f"{where}.{name} must be {bound:g} or more, got {value:g}")
+
+
 def digest(record: Any) -> str:
     """Eight hex digits that identify a record (or plain data) by its content."""
     plain = unstructure(record) if attrs.has(type(record)) else record

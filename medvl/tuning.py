@@ -9,7 +9,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from medvl import estimate, processes, quant, shards, train
+from medvl import config, estimate, processes, quant, shards, train
 from medvl.muon import muon
 from medvl.optim import Optimizer, Rate, adamw, routed, warmup_cosine, with_master
 from medvl.quant import eight_bit
@@ -29,6 +29,12 @@ class Stage:
     warmup: int = 0
     muon: float = 0.0  # rate of Muon for the matrices inside layers, 0 = AdamW moves them too; worth it for models from scratch
     train: tuple[str, ...] = ("lora/.*",)
+
+    def __attrs_post_init__(self) -> None:
+        if self.steps < 1 or min(self.lr, self.muon, self.weight_decay, self.warmup) < 0 or self.lr + self.muon <= 0 or not self.train:
+            raise ValueError(
+                f"stage {self.name}: steps and lr must be positive, and train must name parameters, such as lora/.* or projector/.*"
+            )
 
 
 @frozen(kw_only=True)
@@ -56,6 +62,9 @@ class TrainConfig:
             raise ValueError("train.stages must hold at least one stage")
         if any(stage.muon for stage in self.stages) and self.shard:
             raise ValueError("a stage's muon needs whole weights: train.shard = false")
+        if self.moments == "8bit" and self.shard:
+            raise ValueError("train.moments = '8bit' needs whole weights: train.shard = false, or moments = 'float32'")
+        config.at_least(self, "train", batch=1, chunk=1, logits=1, log=0, save=0, validate=0, valid=0)
         if self.batch % self.chunk:
             raise ValueError(f"train.chunk must divide train.batch, got {self.chunk} and {self.batch}")
 

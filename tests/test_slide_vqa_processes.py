@@ -13,7 +13,7 @@ import test_slide_vqa as toy
 import torch
 from attrs import evolve
 
-from medvl import chat, config, hub, processes, shards, train, tuning, weights
+from medvl import chat, compressor, config, hub, processes, shards, train, tuning, weights
 from medvl.optim import Optimizer
 from medvl.systems import slide_vqa, slide_vqa_pretrain, slide_vqa_run
 from medvl.systems.slide_vqa import Config
@@ -54,7 +54,7 @@ def opened(cfg, place, dtype=None):
     """(model, parameters, tokens of slides, conversations of both kinds)."""
     model, params = slide_vqa.init(cfg, place, slide_vqa.open_compressor(cfg))
     held = {what: slide_vqa_run.read(cfg, what) for what in ("captions", "questions")}
-    tokens = slide_vqa_run.tokens_of(model, place, held["questions"], lambda _: None)
+    tokens = slide_vqa_run.tokens_of(model, place, held["questions"])
     if dtype:
         model, params = evolve(model, chat=evolve(model.chat, dtype=dtype)), map_leaves(lambda t: t.to(dtype), params)
     return model, params, tokens, held
@@ -107,7 +107,8 @@ def fitted(kind, place, out):
     """Train a run of RUNS with `slide_vqa_run.fit` in `out`.
 
     Returns:
-        {part: bytes}, as the optimiser gets it at the last step, "live" those of all tensors there are; of process 0 digest and answers.
+        {part: bytes}, as the optimiser gets it at the last step, "live" those of all tensors there are; of process 0 digest and answers;
+        how many slides were compressed here.
     """
     cfg, held, made, before = config_of(place, **RUNS[kind]), {}, tuning.optimizer_of, live()
 
@@ -122,17 +123,18 @@ def fitted(kind, place, out):
 
         return Optimizer(ours.init, update)
 
-    with mock.patch.object(tuning, "optimizer_of", counting):
+    compressed = mock.patch.object(compressor, "compress_stream", wraps=compressor.compress_stream)
+    with mock.patch.object(tuning, "optimizer_of", counting), compressed as seen:
         model, params, _ = slide_vqa_run.fit(cfg, out, lambda _: None)
     if processes.rank() == 0:
         (out / "config.json").write_text(json.dumps(config.unstructure(cfg)))
-        return held, hub.digest(params), answers(model, params, out)
-    return held, "", []
+        return held, hub.digest(params), answers(model, params, out), seen.call_count
+    return held, "", [], seen.call_count
 
 
 def answers(model, params, out):
     talks = slide_vqa_run.read(model.cfg, "test")[:13]
-    return slide_vqa_run.answer(model, params, talks, slide_vqa_run.tokens_of(model, out, talks, lambda _: None))
+    return slide_vqa_run.answer(model, params, talks, slide_vqa_run.tokens_of(model, out, talks))
 
 
 def losses(folder):
@@ -244,6 +246,12 @@ def test_each_process_holds_half(one, two, kind, rank):
         assert 0.45 * whole[part] < n < 0.55 * whole[part], part
 
 
+def test_each_process_compresses_half_of_the_slides(one, two):
+    every, halves = one[1]["float32"][3], [found["float32"][3] for _, found in two]
+    assert sum(halves) == every > 4
+    assert abs(halves[0] - halves[1]) <= 1
+
+
 @pytest.mark.parametrize(("kind", "most"), [("float32", 1e-6), ("master", 5e-4), ("lora", 1e-6)])
 def test_losses_of_the_steps_are_those_of_one_process(place, two, kind, most):
     """Float32 adds up in another order. 16-bit gradients are summed over processes in 16 bits (0.2 % of them): 2e-4 is found."""
@@ -256,7 +264,7 @@ def test_losses_of_the_steps_are_those_of_one_process(place, two, kind, most):
 @pytest.mark.parametrize("kind", RUNS)
 def test_one_process_opens_what_two_wrote(place, one, two, kind):
     model, params, _ = slide_vqa_run.load(place / "two" / kind)
-    _, digest, said = two[0][1][kind]
+    _, digest, said, _ = two[0][1][kind]
     assert hub.digest(params) == digest
     assert answers(model, params, place / "two" / kind) == said == one[1][kind][2]
     assert len(set(said)) > 1

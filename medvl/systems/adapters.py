@@ -10,7 +10,7 @@ import torch
 from attrs import field, frozen
 from torch import Generator
 
-from medvl import lora
+from medvl import config, lora
 from medvl.chat import Chat, ChatConfig, ModelConfig, open_chat, tokenizer_of
 from medvl.data.phantom_modalities import ModalityConfig
 from medvl.embed import EmbedConfig
@@ -67,6 +67,11 @@ class EvaluateConfig:
     bootstrap: int = 1000
     limit: int = 0  # test conversations of each task, 0 = all
 
+    def __attrs_post_init__(self) -> None:
+        config.at_least(self, "evaluate", max_tokens=1, batch=1, bootstrap=1, limit=0)
+        if min([*self.recall, *self.by_k], default=1) < 1 or not self.modes:
+            raise ValueError("evaluate needs modes, and k >= 1 in recall and by_k")
+
 
 @frozen(kw_only=True)
 class Config:
@@ -99,8 +104,6 @@ class Config:
             raise ValueError("adapters of a registry belong to the model they were trained on: leave [base] out")
         if self.evaluate.history == "own" and self.evaluate.per == "turn":
             raise ValueError('evaluate.history = "own" goes with evaluate.per = "episode": later questions depend on the answers')
-        if min([*self.evaluate.recall, *self.evaluate.by_k], default=1) < 1 or not self.evaluate.modes:
-            raise ValueError("evaluate needs modes, and k >= 1 in recall and by_k")
 
     @property
     def trained(self) -> bool:

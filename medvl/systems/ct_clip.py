@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from attrs import field, frozen
 from torch import Tensor
 
-from medvl import encode, fusion, hub, layers, losses, processes, text, tokens, train
+from medvl import config, encode, fusion, hub, layers, losses, processes, text, tokens, train
 from medvl.data.ct import CtConfig
 from medvl.data.phantom_case import PhantomConfig
 from medvl.encode import EncodeConfig
@@ -99,6 +99,10 @@ class Stage:
     train: tuple[str, ...] = (".*",)
     speeds: tuple[Speed, ...] = ()
 
+    def __attrs_post_init__(self) -> None:
+        if self.steps < 1 or min(self.lr, self.weight_decay, self.warmup) < 0 or not self.train:
+            raise ValueError(f"stage {self.name}: steps must be positive, lr 0 or more, and train must name parameters, such as .*")
+
 
 @frozen(kw_only=True)
 class TrainConfig:
@@ -115,6 +119,11 @@ class TrainConfig:
     keep: Literal["best", "last"] = "best"  # by mean AUROC on the validation split
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
+    def __attrs_post_init__(self) -> None:
+        if not self.stages:
+            raise ValueError("train.stages must hold at least one stage")
+        config.at_least(self, "train", batch=1, chunk=1, log=0, save=0, validate=0)
+
 
 @frozen(kw_only=True)
 class EvaluateConfig:
@@ -125,6 +134,9 @@ class EvaluateConfig:
     rule: Literal["youden", "f1", "corner"] = "youden"
     bootstrap: int = 1000
     batch: int = 8
+
+    def __attrs_post_init__(self) -> None:
+        config.at_least(self, "evaluate", bootstrap=1, batch=1)
 
 
 @frozen(kw_only=True)
@@ -151,8 +163,6 @@ class Config:
             raise ValueError(f"data.draws must be at least 1, got {self.data.draws}")
         if self.vit.whiten and self.vit.name:
             raise ValueError(f"vit.whiten is for encoders built from scratch; the weights of {self.vit.name!r} would be lost")
-        if not self.train.stages:
-            raise ValueError("train.stages must hold at least one stage")
 
 
 @frozen(kw_only=True, eq=False)

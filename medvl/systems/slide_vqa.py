@@ -65,9 +65,9 @@ class PretrainConfig:
     validate: int = 200
 
     def __attrs_post_init__(self) -> None:
-        if min(self.steps, self.batch) < 1 or self.most < 0 or self.lr <= 0:
-            got = f"{self.steps}, {self.batch}, {self.lr}, {self.most}"
-            raise ValueError(f"pretrain: steps, batch and lr must be positive and most 0 or more, got {got}")
+        config.at_least(self, "pretrain", steps=1, batch=1, most=0, router_lr=0, weight_decay=0, warmup=0, log=0, save=0, validate=0)
+        if self.lr <= 0:
+            raise ValueError(f"pretrain.lr must be above 0, got {self.lr:g}")
         if len({*self.labels} - {"slide", "split"}) < len(self.labels):
             raise ValueError(f"pretrain.labels: must be columns, each once and neither slide nor split, got {', '.join(self.labels)}")
 
@@ -83,8 +83,7 @@ class EvaluateConfig:
     shuffled: bool = False  # a control: ask everything again about another slide; what is right then was not seen
 
     def __attrs_post_init__(self) -> None:
-        if (least := min(self.max_tokens, self.batch, self.bootstrap)) < 1:
-            raise ValueError(f"evaluate: max_tokens, batch and bootstrap must be 1 or more, got {least}")
+        config.at_least(self, "evaluate", max_tokens=1, batch=1, bootstrap=1)
 
 
 @frozen(kw_only=True)
@@ -111,11 +110,7 @@ class Config:
             raise ValueError("pretrain needs either a file (a trained compressor) or labels (columns to train one on)")
         if self.pretrain.file and self.compress.kind != "moe":
             raise ValueError(f"pretrain.file is always of kind moe, got compress.kind {self.compress.kind!r}; train that one on labels")
-        if min(self.hidden, self.train.batch) < 1 or self.train.valid < 0:
-            got = f"{self.hidden}, {self.train.batch}, {self.train.valid}"
-            raise ValueError(f"hidden and train.batch must be 1 or more and train.valid 0 or more, got {got}")
-        if idle := [s.name for s in self.train.stages if s.steps < 1 or min(s.lr, s.muon) < 0 or not (s.train and s.lr + s.muon)]:
-            raise ValueError(f"stage {idle[0]}: steps and lr must be positive, and train must name parameters, such as projector/.*")
+        config.at_least(self, "experiment", hidden=1)
         if wrong := [s.name for s in self.train.stages if s.data not in ("captions", "questions")]:
             raise ValueError(f'stage {wrong[0]}: data must be "captions" or "questions"')
         first = next((i for i, s in enumerate(self.train.stages) if s.data == "questions"), None)

@@ -96,7 +96,7 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
     encoded = _encoded(cfg, folder, held, texts)
     compressor = fit_compressor(cfg, folder, log)
     model, params = slide_vqa.init(cfg, folder, compressor, texts, device=processes.device(cfg.train.device))
-    tokens, valid = tokens_of(model, folder, [t for of in held.values() for t in of], log), encoded["valid"]
+    tokens, valid = tokens_of(model, folder, [t for of in held.values() for t in of], together=True), encoded["valid"]
     if tokens and processes.rank() == 0:
         seen = slides_of([t for of in trained.values() for t in of])
         files.write_array(folder / _MEAN, torch.stack([tokens[s] for s in seen]).mean(0).numpy())
@@ -161,12 +161,21 @@ def load(folder: Path) -> tuple[Model, Tree, Tree]:
     return model, params, {}
 
 
-def tokens_of(model: Model, folder: Path, talks: Sequence[SlideTalk], log: Callable[[str], None] = print) -> dict[str, Tensor]:
-    """The tokens of all slides with features that are talked about."""
+def tokens_of(model: Model, folder: Path, talks: Sequence[SlideTalk], *, together: bool = False) -> dict[str, Tensor]:
+    """The tokens of all slides with features that are talked about.
+
+    Args:
+        together: all processes call this at once, so that each computes its share and finds the others'.
+    """
     if model.cfg.data.blind:
         return {}
     of = open_features(path(model.cfg, "features"), slides_of(talks), dims=model.compress.dim)
-    return slide_tokens(model.compress, model.compressor, of, folder / "tokens")
+    tokens = partial(slide_tokens, model.compress, model.compressor, of, folder / "tokens")
+    if together and processes.world() > 1:
+        if mine := of.names[processes.rank() :: processes.world()]:
+            tokens(names=mine)
+        processes.meet()
+    return tokens()
 
 
 def mean_token(folder: Path, model: Model) -> Tensor:

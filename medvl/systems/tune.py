@@ -11,7 +11,7 @@ import torch
 from attrs import evolve, frozen
 from torch import Generator, Tensor
 
-from medvl import hub, lora, shards, train
+from medvl import config, hub, lora, shards, train
 from medvl.chat import Chat, ChatConfig, ModelConfig, loss_sum, open_chat, tokenizer_of
 from medvl.data.phantom_pictures import PictureConfig
 from medvl.lora import LoraConfig
@@ -37,6 +37,9 @@ class EvaluateConfig:
     max_tokens: int = 64
     batch: int = 8
     bootstrap: int = 1000
+
+    def __attrs_post_init__(self) -> None:
+        config.at_least(self, "evaluate", max_tokens=1, batch=1, bootstrap=1)
 
 
 @frozen(kw_only=True)
