@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from attrs import asdict, frozen
@@ -17,6 +17,10 @@ from medvl.slide_relevance import TopPatch, as_coords, as_relevance, as_weights,
 Reader = Callable[[int, int, int], images.Picture]  # (x, y, side), all in level-0 pixels -> that square of the slide, of any resolution
 # Least percentile of each class of `to_geojson`.
 CLASSES = (("Relevance lower half", 0.0), ("Relevance upper half", 0.5), ("Relevance top 10 %", 0.9), ("Relevance top 1 %", 0.99))
+_ENDS = {
+    "share": ("1/10,000 or less", "1/100", "highest relevance"),
+    "percentile": ("least relevant", "percentile of patches", "most relevant"),
+}
 _PAPER, _LINE, _TISSUE, _INK = (250, 250, 248), (226, 226, 222), (200, 200, 200), (34, 34, 34)
 # Of slots: Okabe and Ito's, then each the colour farthest from those before it (the least CIE Lab distance with normal, protan and deutan
 # vision, Machado et al. 2009), from grey and from white; of 16 the nearest two are 17 apart, of 32 14.
@@ -38,10 +42,13 @@ def draw_map(
     mpp: float | None = None,
     alpha: float | None = None,
     mark: int = 0,
+    scale: Literal["share", "percentile"] = "share",
 ) -> Image.Image:
-    """Heat map of a slide: the percentile of each patch among the slide's patches, averaged where patches overlap.
+    """Heat map of a slide, averaged where patches overlap; the legend says what share of the relevance the top patches hold.
 
-    Percentiles always span all colours, however even the relevance is; so the legend says what share of it the top patches hold.
+    "share" colours by relevance, over four powers of ten below the highest; what is lower, or below 0, has the darkest colour.
+    "percentile" colours by the rank among the slide's patches, as most published maps do: it spans all colours however even the relevance
+    is, and where a few patches hold nearly all, the rest is as bright as if it counted.
 
     Args:
         relevance: [n].
@@ -53,15 +60,19 @@ def draw_map(
         size: longer side of the map in pixels; the legend comes below.
         mpp: micrometres per level-0 pixel, for a scale bar.
         alpha: opacity of the colours, 0.4 over a thumbnail and 0.9 on the canvas if None.
-        mark: that many top patches are framed and numbered, as far as the numbers have room.
+        mark: that many top patches are framed and numbered, as far as there is room; one frame may be around several small patches.
     Raises:
         ValueError: shapes; a patch that begins outside of the slide (coordinates of another level, or x and y exchanged); a thumbnail
-            without level0_size or of another aspect; a thumbnail, level0_size or mpp without coords; sizes that are not above 0.
+            without level0_size or of another aspect; a thumbnail, level0_size or mpp without coords; sizes that are not above 0;
+            another scale.
     """
+    if scale not in _ENDS:
+        raise ValueError(f'draw_map: scale must be "share" or "percentile", got {scale!r}')
     r = as_relevance("draw_map", relevance)
     canvas = _canvas("draw_map", len(r), coords, patch_size, thumbnail, level0_size, size, mpp)
     covered = _sums(canvas, np.ones(len(r)))
-    mean = np.round(_sums(canvas, percentiles(r)) / np.maximum(covered, 1), 9)  # so that no colour hangs on the order of a sum
+    mean = _sums(canvas, percentiles(r) if scale == "percentile" else np.maximum(r, 0)) / np.maximum(covered, 1)
+    mean = np.round(mean if scale == "percentile" else _level(mean), 9)  # so that no colour hangs on the order of a sum
     alpha = _opacity("draw_map", alpha, canvas)
     picture = _blend(canvas, _colours()(mean, bytes=True)[..., :3], covered > 0, alpha)
     below = canvas.image[covered > 0].mean(0) if canvas.real else np.array(_TISSUE)
@@ -74,7 +85,13 @@ def draw_map(
         if math.isnan(share)
         else f"patch 1 holds {first:.1f} % of the relevance, the top 1 % ({most:,} of {len(r):,}) {share:.1f} %"
     )
-    return _stacked(picture, _map_legend(picture.width, size, held + canvas.note, below, alpha))
+    return _stacked(picture, _map_legend(picture.width, size, held + canvas.note, below, alpha, _ENDS[scale]))
+
+
+def _level(relevance: np.ndarray) -> np.ndarray:
+    """0 to 1: from a ten-thousandth of the highest, or less, to the highest."""
+    highest = relevance.max(initial=0)
+    return 1 + np.log10(np.maximum(relevance / highest, 1e-4)) / 4 if highest > 0 else np.zeros_like(relevance)
 
 
 def draw_slots(
@@ -247,18 +264,27 @@ def _opacity(where: str, alpha: float | None, canvas: _Canvas, over: float = 0.4
 
 def _draw_marks(picture: Image.Image, canvas: _Canvas, best: np.ndarray) -> None:
     draw, font = ImageDraw.Draw(picture), _font(max(picture.size) // 70)
-    boxes = canvas.boxes[best].tolist()
-    for left, upper, right, lower in boxes:
-        if right - left > 12:  # around a small one a broad frame would hide its neighbours
+    apart = lambda a, b: a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+    framed, taken, numbers = list[tuple[float, ...]](), list[tuple[float, ...]](), list[tuple[tuple[float, float], str]]()
+    for rank, (left, upper, right, lower) in enumerate(canvas.boxes[best].tolist(), 1):
+        gap = 0 if right - left > 12 else 5  # around a small one, so that it and its neighbours are seen
+        frame = (left - 1 - gap, upper - 1 - gap, right + gap, lower + gap)
+        if gap and not all(apart(frame, f) for f in framed):
+            continue  # a better one's frame is around this one, too
+        if gap:
+            draw.rectangle(frame, outline="white")
+            draw.rectangle((frame[0] - 1, frame[1] - 1, frame[2] + 1, frame[3] + 1), outline="black")
+        else:
             draw.rectangle((left, upper, right - 1, lower - 1), outline="white", width=3)
-        draw.rectangle((left - 1, upper - 1, right, lower), outline="black")
-    taken: list[tuple[float, ...]] = []
-    for rank, (left, upper, right, _) in enumerate(boxes, 1):  # after all frames; a number that would cover a better one's is left out
-        at = (left + 5, upper + 4) if right - left > 2.5 * font.size else (right + 3, upper - 3)
+            draw.rectangle(frame, outline="black")
+        framed.append(frame)
+        at = (left + 5, upper + 4) if right - left > 2.5 * font.size else (frame[2] + 3, frame[1] - 3)
         place = draw.textbbox(at, str(rank), font, stroke_width=2)
-        if not any(place[0] < t[2] and t[0] < place[2] and place[1] < t[3] and t[1] < place[3] for t in taken):
-            draw.text(at, str(rank), "black", font, stroke_width=2, stroke_fill="white")
+        if all(apart(place, t) for t in taken):  # a number that would cover a better one's is left out
             taken.append(place)
+            numbers.append((at, str(rank)))
+    for at, number in numbers:  # over all frames
+        draw.text(at, number, "black", font, stroke_width=2, stroke_fill="white")
 
 
 def _draw_scale(picture: Image.Image, canvas: _Canvas, mpp: float | None) -> None:
@@ -276,7 +302,7 @@ def _draw_scale(picture: Image.Image, canvas: _Canvas, mpp: float | None) -> Non
     draw.rectangle((bar, y + tall - edge // 2, bar + length, y + tall - edge // 4), fill=_INK)
 
 
-def _map_legend(width: int, size: int, text: str, below: np.ndarray, alpha: float) -> Image.Image:
+def _map_legend(width: int, size: int, text: str, below: np.ndarray, alpha: float, ends: tuple[str, str, str]) -> Image.Image:
     """The colours as they are seen: over the mean of what lies below the patches."""
     font = _font(size // 64)
     line, edge = math.ceil(font.size * 1.5), round(font.size)
@@ -285,8 +311,7 @@ def _map_legend(width: int, size: int, text: str, below: np.ndarray, alpha: floa
     draw, bar = ImageDraw.Draw(legend), width - 2 * edge
     strip = 255 * _colours()(np.linspace(0, 1, bar))[None, :, :3] * alpha + below * (1 - alpha)
     legend.paste(Image.fromarray(np.repeat(np.rint(strip).astype(np.uint8), line * 2 // 3, 0)), (edge, edge // 2))
-    for share, anchor in ((0.0, "la"), (0.5, "ma"), (1.0, "ra")):
-        said = {0.0: "least relevant", 0.5: "percentile of patches", 1.0: "most relevant"}[share]
+    for share, anchor, said in zip((0.0, 0.5, 1.0), ("la", "ma", "ra"), ends, strict=True):
         draw.text((edge + share * bar, edge // 2 + line * 2 // 3 + line // 6), said, _INK, font, anchor=anchor)
     draw.text((edge, edge // 2 + 2 * line), text, _INK, font)
     return legend
@@ -355,7 +380,7 @@ def to_geojson(
     Args:
         relevance, coords, patch_size: as `draw_map`; coordinates are needed.
         top: only so many of the most relevant patches, best first; None: all, in their order.
-        classes: (name, least percentile), rising from 0; their colours are those of the map. QuPath reads a colon as a subclass.
+        classes: (name, least percentile), rising from 0; colours as in a map of percentiles. QuPath reads a colon as a subclass.
     Returns:
         closed rings in level-0 pixels; measurements "Relevance", "Relevance percentile" (0 to 1) and "Relevance rank" (from 1).
     Raises:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 
 import numpy as np
 import pytest
@@ -30,21 +31,33 @@ def _cover(coords, patch, scale, shape):
     return over
 
 
-def test_map_is_the_naive_one_over_the_thumbnail():
+def _naive(over, count, r, scale):
+    """Levels of all pixels."""
+    if scale == "percentile":
+        return (over * percentiles(r)).sum(-1) / np.maximum(count, 1)
+    mean = (over * np.where(r > 0, r, 0)).sum(-1) / np.maximum(count, 1)
+    return np.array([[max(0.0, 1 + math.log10(v / mean.max()) / 4) if v > 0 else 0.0 for v in row] for row in mean])
+
+
+@pytest.mark.parametrize("scale", ["share", "percentile"])
+def test_map_is_the_naive_one_over_the_thumbnail(scale):
     coords, r = _slide()
+    r[:20] *= 10.0 ** -np.arange(20)  # over more than the four powers of ten
     rng = np.random.default_rng(2)
     thumbnail = rng.integers(0, 255, (250, 500, 3)).astype(np.uint8)
-    drawn = np.asarray(draw_map(r, coords, 100, thumbnail=thumbnail, level0_size=(1000, 500), size=500))[:250]
+    drawn = np.asarray(draw_map(r, coords, 100, thumbnail=thumbnail, level0_size=(1000, 500), size=500, scale=scale))[:250]
     over = _cover(coords, 100, 0.5, (250, 500))
     count = over.sum(-1)
     assert count.max() > 2
     assert (count == 0).any()
-    mean = np.round((over * percentiles(r)).sum(-1) / np.maximum(count, 1), 9)
+    mean = np.round(_naive(over, count, r, scale), 9)
     wanted = np.where(count[..., None] > 0, 0.6 * thumbnail + 0.4 * 255 * slide_maps._colours()(mean)[..., :3], thumbnail)
     assert np.abs(drawn - wanted).max() < 0.8  # rounded twice
     np.testing.assert_array_equal(drawn[count == 0], thumbnail[count == 0])  # untouched
     shuffled = np.random.default_rng(3).permutation(len(r))
-    again = draw_map(r[shuffled], coords[shuffled], 100, thumbnail=Image.fromarray(thumbnail), level0_size=(1000, 500), size=500)
+    again = draw_map(
+        r[shuffled], coords[shuffled], 100, thumbnail=Image.fromarray(thumbnail), level0_size=(1000, 500), size=500, scale=scale
+    )
     np.testing.assert_array_equal(np.asarray(again)[:250], drawn)
 
 
@@ -95,7 +108,7 @@ def test_what_is_written_on_the_pictures(monkeypatch):
     said = _texts(monkeypatch)
     coords, _ = _slide(n=3)
     draw_map([1.0, 2.0, 7.0], [[0, 0], [200, 0], [800, 300]], 100, level0_size=(1000, 500), mpp=0.5, mark=2)
-    assert {"1", "2", "0.1 mm", "least relevant", "patch 1 holds 70.0 % of the relevance, the top 1 % (1 of 3) 70.0 %"} <= set(said)
+    assert {"1", "2", "0.1 mm", "1/10,000 or less", "patch 1 holds 70.0 % of the relevance, the top 1 % (1 of 3) 70.0 %"} <= set(said)
     assert "3" not in said
     said.clear()
     draw_map([-1.0, 0.0], None, 100)
@@ -139,6 +152,7 @@ def test_pictures_refuse_what_is_not_this_slide():
         ({"level0_size": (1000, 0)}, r"level0_size must be \(width, height\) > 0"),
         ({"mpp": 0.0}, r"patch_size and mpp must be > 0 and size >= 64, got 100, 0.0 and 1024"),
         ({"alpha": 1.5}, r"alpha must be in 0..1, got 1.5"),
+        ({"scale": "log"}, 'scale must be "share" or "percentile", got \'log\''),
     ):
         with pytest.raises(ValueError, match=f"draw_map: .*{found}"):
             draw_map(r, coords, 100, **keys)
