@@ -248,6 +248,25 @@ def test_a_question_without_features_counts_as_wrong(trained, tmp_path):
     assert next(r.value for r in rows if r.what == "missing" and r.n == 39) == 13
 
 
+def test_closed_questions_by_likelihood_beside_open_ones_by_text(trained):
+    """One open question in a batch must not turn the closed ones beside it into text."""
+    _, folder, _ = trained
+    model, params, _ = slide_vqa_run.load(folder)
+    closed = slide_vqa_run.read(model.cfg, "test")[:4]
+    open_ = evolve(slide_vqa_run.read(model.cfg, "captions")[0], choices={})
+    tokens = slide_vqa_run.tokens_of(model, folder, [*closed, open_])
+
+    def answers(by, talks):
+        cfg = evolve(model.cfg, evaluate=evolve(model.cfg.evaluate, by=by))
+        return slide_vqa_run.answer(evolve(model, cfg=cfg), params, talks, tokens)
+
+    letters = answers("likelihood", closed)
+    assert all(letter in talk.choices for letter, talk in zip(letters, closed, strict=True))
+    (text,) = answers("text", [open_])
+    assert answers("likelihood", [closed[0], open_, *closed[1:]]) == [letters[0], text, *letters[1:]]
+    assert answers("text", [*closed, open_]) == [*answers("text", closed), text]
+
+
 BAD = [
     ({"pretrain__labels": []}, "pretrain needs either a file"),
     ({"pretrain__file": "x.pt"}, "pretrain needs either a file"),

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from medvl import choices, config, files, generation, plots, processes, report, slidebench, tuning
 from medvl.data import conversations, order, phantom_slide_talk
 from medvl.data.slide_questions import SlideTalk, file_digest, published_as, read_slide_talks
-from medvl.generation import Generated, Sampling
+from medvl.generation import Sampling
 from medvl.results import Result
 from medvl.slide_tokens import open_features, slide_tokens
 from medvl.slots import CompressConfig
@@ -267,30 +267,41 @@ def _chosen(held: Sequence[SlideTalk], said: Mapping[int, str]) -> list[slideben
 
 
 def answer(model: Model, params: Tree, talks: Sequence[SlideTalk], tokens: dict[str, Tensor]) -> list[str]:
-    """Greedy answers, or the likeliest letters, of conversations whose slides all have tokens."""
-    cfg, said = model.cfg.evaluate, list[str]()
+    """Answers of conversations whose slides all have tokens: greedy text, or with `by = "likelihood"` the likeliest letter where a
+    question has options (an open one beside it is answered by text)."""
+    cfg = model.cfg.evaluate
     data = slide_vqa.encode(model, talks, prompt=True)
     weights = slide_vqa.weights_of(model, params)
-    for i in tqdm(range(0, len(talks), cfg.batch), desc="answers", leave=False, disable=None):
-        rows = range(i, min(i + cfg.batch, len(talks)))
-        batch = slide_vqa.collate(model, data, tokens, rows, side="left")
-        with torch.no_grad():
-            inputs = slide_vqa.inputs_of(model, params, weights, batch)
-        options = [choices.lettered(data.talks[j].choices) for j in rows if data.talks[j].choices]
-        if cfg.by == "likelihood" and len(options) == len(rows):
-            ids = [[model.chat.tokenizer(letter, add_special_tokens=False)["input_ids"] for letter in of] for of in options]
-            scores, _ = generation.score_options(model.chat.skeleton, weights, inputs, ids)
-            said += choices.letters_by_likelihood(scores.tolist(), options)
-        else:
-            said += _generated(model, weights, inputs, cfg.max_tokens).texts
-    return said
+    by_letter = [i for i, talk in enumerate(data.talks) if talk.choices and cfg.by == "likelihood"]
+    by_text = [i for i in range(len(data.talks)) if i not in set(by_letter)]
+    answers = dict[int, str]()
+    with tqdm(total=len(talks), desc="answers", leave=False, disable=None) as progress:
+        for rows, ask in ((by_letter, _likeliest), (by_text, _generated)):
+            for start in range(0, len(rows), cfg.batch):
+                part = rows[start : start + cfg.batch]
+                batch = slide_vqa.collate(model, data, tokens, part, side="left")
+                with torch.no_grad():
+                    inputs = slide_vqa.inputs_of(model, params, weights, batch)
+                replies = ask(model, weights, inputs, [data.talks[i] for i in part])
+                answers |= dict(zip(part, replies, strict=True))
+                progress.update(len(part))
+    return [answers[i] for i in range(len(talks))]
 
 
-def _generated(model: Model, weights: dict[str, Tensor], inputs: dict[str, Tensor], most: int) -> Generated:
+def _likeliest(model: Model, weights: dict[str, Tensor], inputs: dict[str, Tensor], talks: Sequence[SlideTalk]) -> Sequence[str]:
+    """The likeliest letter of each question's options."""
+    options = [choices.lettered(talk.choices) for talk in talks]
+    ids = {letter: model.chat.tokenizer(letter, add_special_tokens=False)["input_ids"] for row in options for letter in row}
+    scores, _ = generation.score_options(model.chat.skeleton, weights, inputs, [[ids[letter] for letter in row] for row in options])
+    return choices.letters_by_likelihood(scores.tolist(), options)
+
+
+def _generated(model: Model, weights: dict[str, Tensor], inputs: dict[str, Tensor], talks: Sequence[SlideTalk]) -> Sequence[str]:
+    """The greedy text of each answer."""
     tok = model.chat.tokenizer
     ends = {tok.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>") if t in tok.get_vocab()} | {tok.eos_token_id}
-    how = Sampling(max_tokens=most, end=tuple(sorted(e for e in ends if e is not None)))
-    return generation.generate(how, model.chat.skeleton, weights, inputs, tok=tok)
+    how = Sampling(max_tokens=model.cfg.evaluate.max_tokens, end=tuple(sorted(e for e in ends if e is not None)))
+    return generation.generate(how, model.chat.skeleton, weights, inputs, tok=tok).texts
 
 
 def _shuffled(held: Sequence[SlideTalk], seed: int) -> list[SlideTalk]:
