@@ -34,6 +34,8 @@ _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.
 _HEADS = re.compile(r"(^|\.)(pooler|classifier|head|lm_head|cls|qa_outputs|score|visual_projection|text_projection|logit_scale)(\.|$)")
 _UNUSED = re.compile(r"(^|\.)mask_token$")  # only masked pre-training reads it
 _BUFFERS = re.compile(r"(^|\.)(position_ids|inv_freq|masked_bias|attn\.bias)$")  # old files hold these constants
+_KERNELS = re.compile(r"_?(attn|experts)_implementation(_internal)?")
+_OWN_KERNELS = ("eager", "sdpa", "grouped_mm", "batched_mm")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -293,13 +295,26 @@ def _architecture(config: dict[str, Any], head: str = "") -> tuple[Any, Any]:
         own = "; it needs code of its own, which is never run" if "auto_map" in config else ""
         what = "a language model that transformers has (qwen2, qwen3, phi3, qwen2_5_vl...)" if head else "an encoder that transformers has"
         raise ValueError(f"config: model_type must be {what}{'' if head else ' (dinov2, dinov3_vit, vit, bert...)'}, found {kind!r}{own}")
-    config = {k: v for k, v in config.items() if k != "quantization_config"}  # 4-bit weights are recognised by their own keys
+    config = _without_kernels({k: v for k, v in config.items() if k != "quantization_config"})  # 4-bit weights have keys of their own
     try:
         with _quiet():
             cfg = CONFIG_MAPPING[kind].from_dict(config)
     except (StrictDataclassError, TypeError, ValueError) as e:
         raise ValueError(f"config: not a {kind}: {' '.join(str(e).split())}") from e
     return table[type(cfg)], cfg
+
+
+def _without_kernels(config: dict[str, Any]) -> dict[str, Any]:
+    """The config without a choice of kernels beyond PyTorch's own: transformers would fetch `owner/name` from the hub and run it.
+
+    The choice does not change what the model computes, and a checkpoint may name a package that is not installed here.
+    """
+    kept = {}
+    for key, value in config.items():
+        if _KERNELS.fullmatch(key) and value not in _OWN_KERNELS:
+            continue
+        kept[key] = _without_kernels(value) if isinstance(value, dict) else value
+    return kept
 
 
 def _plain(kind: Any) -> dict[str, bool]:

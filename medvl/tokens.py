@@ -18,14 +18,17 @@ START, END, PAD = "<|startoftext|>", "<|endoftext|>", "<|pad|>"
 def tokenizer(name: files.PathLike) -> Any:
     """A fast Hugging Face tokenizer: a folder, a `tokenizer.json`, or a name on the hub (cache first).
 
+    Code that lies in the folder is never run, and nobody is asked whether it should be.
     Raises:
-        ValueError: nothing there, or not a tokenizer; says what was looked for.
+        ValueError: nothing there, not a tokenizer, or one that needs code of its own; says what was looked for.
     """
     from transformers import AutoTokenizer
 
-    if (path := Path(name)).is_file():
+    path = Path(name)
+    if path.is_file():
         read_json(path)
-        return _wrap(path)
+        with _Reading("tokenizer", path):
+            return _wrap(path)
     main = find(str(name), ("tokenizer.json", "vocab.json", "vocab.txt"))
     if not path.is_dir():  # a hub name: AutoTokenizer finds all files in the snapshot folder
         find(str(name), ("tokenizer_config.json",))
@@ -33,12 +36,34 @@ def tokenizer(name: files.PathLike) -> Any:
             find(str(name), ("merges.txt",))
     if main.suffix == ".json":
         read_json(main)
-    if main.name == "tokenizer.json" and not (main.parent / "tokenizer_config.json").is_file():
-        return _wrap(main)
-    try:
-        return AutoTokenizer.from_pretrained(main.parent, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"tokenizer: {main.parent} does not hold a tokenizer that transformers reads ({e})") from e
+    with _Reading("tokenizer", main.parent):
+        if main.name == "tokenizer.json" and not (main.parent / "tokenizer_config.json").is_file():
+            return _wrap(main)
+        # Without an explicit False, transformers asks on standard input whether to run the code that `auto_map` names.
+        return AutoTokenizer.from_pretrained(main.parent, local_files_only=True, trust_remote_code=False)
+
+
+class _Reading:
+    """Turns whatever transformers and tokenizers raise while they read `path` into one ValueError."""
+
+    def __init__(self, what: str, path: Path) -> None:
+        self.what, self.path = what, path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        # tokenizers raises `Exception` itself, no subclass, for a tokenizer.json that it cannot use
+        unreadable = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, ImportError)
+        if kind is None or not (kind is Exception or issubclass(kind, unreadable)):
+            return
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{self.what}: {self.path} needs code of its own (auto_map in its config), which is never run; convert it with "
+                "save_pretrained of a tokenizer class that transformers has, or give its tokenizer.json alone"
+            ) from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{self.what}: {self.path} does not hold one that transformers reads ({reason})") from error
 
 
 def image_processor(name: files.PathLike) -> Any:
@@ -54,15 +79,15 @@ def image_processor(name: files.PathLike) -> Any:
     main = find(str(name), ("preprocessor_config.json", "processor_config.json"))
     about = read_json(main)
     about = about.get("image_processor", about)
+    if not isinstance(about, dict):
+        raise ValueError(f"image_processor: {main}: image_processor must be an object, found {type(about).__name__}")
     said = str(about.get("image_processor_type") or about.get("feature_extractor_type"))
     base = said.removesuffix("Fast").replace("FeatureExtractor", "ImageProcessor")
     kind = getattr(transformers, f"{base}Pil", None) if base.endswith("ImageProcessor") else None
     if kind is None:  # AutoImageProcessor would ask for torchvision
         raise ValueError(f"image_processor: {main} must name one that transformers has on Pillow (CLIPImageProcessor...), found {said!r}")
-    try:
-        return kind.from_pretrained(main.parent, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"image_processor: {main} is not one that transformers reads ({e})") from e
+    with _Reading("image_processor", main):
+        return kind.from_dict(about)
 
 
 def train_bpe(texts: Sequence[str], vocab_size: int, folder: files.PathLike | None = None, *, lower: bool = True) -> Any:

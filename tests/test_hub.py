@@ -583,3 +583,16 @@ def test_an_empty_pickle_is_told(tmp_path):
     (tmp_path / "w.pt").write_bytes(b"")
     with pytest.raises(ValueError, match=r"not a file of plain tensors, or broken"):
         checkpoints.read_pickle(tmp_path / "w.pt")
+
+
+def test_kernels_that_a_config_names_are_not_fetched():
+    """A name such as owner/kernel would be downloaded and run; which kernel computes a layer is not part of the architecture."""
+    nested = {"attn_implementation": {"": "owner/kernel", "text_config": "owner/kernel"}}
+    for config in ({"attn_implementation": "owner/kernel"}, {"_attn_implementation": "flash_attention_2"}, nested):
+        skeleton = hub.empty_skeleton(tiny.CONFIGS["qwen2"] | config | {"experts_implementation": "owner/kernel"}, head="language")
+        assert skeleton.module.config._attn_implementation == "sdpa"
+    inner = tiny.CONFIGS["qwen2_vl"] | {
+        "vision_config": tiny.CONFIGS["qwen2_vl"]["vision_config"] | {"attn_implementation": "owner/kernel"}
+    }
+    assert hub.empty_skeleton(inner, head="language").module.config.vision_config._attn_implementation == "sdpa"
+    assert hub.empty_skeleton(tiny.CONFIGS["qwen2"] | {"attn_implementation": "eager"}).module.config._attn_implementation == "eager"

@@ -1,6 +1,11 @@
 """tokens: the tokenizers of transformers are the peers; others are learnt from a few sentences."""
 
+import ast
+import io
+import json
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -99,3 +104,81 @@ def test_case_is_kept_where_letters_are_answers():
     said = lambda tok: tok.decode(tok("A. Stroma")["input_ids"], skip_special_tokens=True).strip()
     assert said(cased) == "A. Stroma"
     assert said(plain) == "a. stroma"
+
+
+# Code that comes with a folder --------------------------------------------------------------------------------------------------------
+PLANTED = """
+from pathlib import Path
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+Path({ran!r}).write_text("ran")
+class Own(PreTrainedTokenizerFast): pass
+class Config(PreTrainedConfig): model_type = "own"
+"""
+MAP = {"AutoTokenizer": ["own.Own", "own.Own"]}
+
+
+def planted(folder, changes, config=None):
+    """A tokenizer folder with a file of code, and the file that this code writes when it runs."""
+    tokens.train_bpe(REPORTS, 300, folder)
+    ran = folder.parent / "ran"
+    (folder / "own.py").write_text(PLANTED.format(ran=str(ran)))
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({k: v for k, v in (json.loads(path.read_text()) | changes).items() if v is not None}))
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    return ran
+
+
+@pytest.mark.parametrize(
+    ("changes", "config"),
+    [
+        ({"tokenizer_class": "Own", "auto_map": MAP}, None),
+        ({"tokenizer_class": "Own", "auto_map": MAP["AutoTokenizer"]}, None),
+        ({"tokenizer_class": None, "auto_map": MAP}, {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"} | MAP}),
+    ],
+)
+def test_code_in_a_tokenizer_folder_is_neither_run_nor_asked_about(tmp_path, monkeypatch, changes, config):
+    ran = planted(tmp_path / "tok", changes, config)
+    monkeypatch.setattr("sys.stdin", io.StringIO("yes\n" * 10))
+    with pytest.raises(ValueError, match=r"needs code of its own .*, which is never run") as e:
+        tokens.tokenizer(tmp_path / "tok")
+    assert "trust_remote_code" not in str(e.value)
+    assert not ran.exists()
+    assert sys.stdin.read(4) == "yes\n"
+
+
+@pytest.mark.parametrize(
+    ("changes", "config"),
+    [
+        ({"auto_map": MAP}, None),
+        ({"tokenizer_class": None}, {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"} | MAP}),
+    ],
+)
+def test_a_known_tokenizer_beside_code_is_read_without_it(tmp_path, monkeypatch, changes, config):
+    ran = planted(tmp_path / "tok", changes, config)
+    monkeypatch.setattr("sys.stdin", io.StringIO("yes\n" * 10))
+    tok = tokens.tokenizer(tmp_path / "tok")
+    assert tok(REPORTS[0])["input_ids"] == tokens.train_bpe(REPORTS, 300)(REPORTS[0])["input_ids"]
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("changes", [{"auto_map": "own.Own"}, {"auto_map": {"AutoTokenizer": ["own.Own"]}}, {"tokenizer_class": 3}])
+def test_a_malformed_tokenizer_config_is_one_error(tmp_path, changes):
+    ran = planted(tmp_path / "tok", {"tokenizer_class": "Own"} | changes)
+    with pytest.raises(ValueError, match=r"tokenizer: .*/tok does not hold one that transformers reads"):
+        tokens.tokenizer(tmp_path / "tok")
+    assert not ran.exists()
+
+
+def test_a_tokenizer_json_without_a_model_is_one_error(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer: .*tokenizer\.json does not hold one that transformers reads \(Model missing"):
+        tokens.tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_every_call_of_transformers_that_could_run_code_forbids_it():
+    for path in sorted(Path(tokens.__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "from_pretrained":
+                given = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
+                assert given.get("trust_remote_code") is False, f"{path.name}:{node.lineno}"
