@@ -173,11 +173,13 @@ def classify(c, run, scan, finding=None):
         "out": "folder for {part}_*.csv",
         "sizes": "part=size,...: volumes or shares",
         "table": "another CSV to cut the same way (reports, metadata), repeatable",
+        "patient": "the column of a table that says whose volume it is; default: names are read as CT-RATE's",
+        "pattern": "a regular expression that finds the patient in a volume's name, e.g. '(P[0-9]+)_'",
     },
     iterable=["table"],
 )
-def split(c, labels, out, sizes="valid=550,test=2489", seed=0, table=None):
+def split(c, labels, out, sizes="valid=550,test=2489", seed=0, table=None, patient="", pattern=""):
     """Split a label table by patient, prevalence of every finding kept."""
     from medvl.systems import run
 
-    _call(run.split, labels, out, sizes, seed, table or ())
+    _call(run.split, labels, out, sizes, seed, table or (), patient, pattern)

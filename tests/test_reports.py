@@ -36,6 +36,12 @@ def test_reports_are_the_named_columns(tmp_path, caplog):
     assert both == {"valid_1_a_1": "Clear lungs, no nodule. Normal.", "valid_1_a_2": "Emphysema."}
 
 
+@pytest.mark.parametrize("text", ["None", "N/A", "n/a.", "NA", "null", "-", "Not available."])
+def test_what_says_that_there_is_no_text_is_no_text(tmp_path, text):
+    path = _write(tmp_path / "r.csv", f"VolumeName,Findings_EN,Impressions_EN\na,{text},Normal.\nb,None of note.,{text}\n")
+    assert reports.read_reports(path, "both") == {"a": "Normal.", "b": "None of note."}
+
+
 def test_nothing_missing_is_nothing_logged(tmp_path, caplog):
     path = _write(tmp_path / "r.csv", "VolumeName,Impressions_EN\na.nii.gz,Normal.\n")
     assert reports.read_reports(path) == {"a": "Normal."}

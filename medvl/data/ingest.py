@@ -79,6 +79,7 @@ def preprocess_folder(
         ValueError: no scans, two scans of one name, an unusable CSV, a store made with other settings, or another run at work on it.
     """
     out = Path(out)
+    _keep_inputs(out, source, metadata_csv)
     paths = find_scans(source)
     rows = _metadata(metadata_csv, paths)
     with _alone(out):
@@ -90,6 +91,13 @@ def preprocess_folder(
             rejected_csv(out), [dict(zip(REJECTED, (n, paths[n], r), strict=True)) for n, r in sorted(rejected.items())], REJECTED
         )
     return Summary(done=len(jobs) + len(missing) - len(rejected), skipped=len(paths) - len(jobs) - len(missing), rejected=rejected)
+
+
+def _keep_inputs(out: Path, *inputs: PathLike) -> None:
+    """Refuse an output that is one of the inputs; an existing file that is no store is refused when it is opened."""
+    for path in inputs:
+        if path and rejected_csv(out).exists() and rejected_csv(out).resolve() == Path(path).resolve():
+            raise ValueError(f"{path}: a run into {out} writes its rejected scans there; give the table another name to read it")
 
 
 def rejected_csv(out: PathLike) -> Path:

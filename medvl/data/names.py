@@ -1,9 +1,12 @@
 """How a volume is called, and which scan and patient it belongs to."""
 
+import logging
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 
 _CT_RATE = re.compile(r"(?P<scan>(?P<patient>.+_\d+)_[a-z]+)_\d+")
+_log = logging.getLogger(__name__)
 
 
 def volume_name(path: object) -> str:
@@ -22,3 +25,52 @@ def patient_of(name: str) -> str:
     """The patient of a volume ("valid_1_a_1" -> "valid_1"); any name not of CT-RATE's form is its own patient."""
     hit = _CT_RATE.fullmatch(name)
     return hit["patient"] if hit else name
+
+
+def patients_of(volumes: Sequence[str], pattern: str = "", column: Mapping[str, str] | None = None) -> list[str]:
+    """The patient of every volume.
+
+    Without a rule the names are read as CT-RATE's. Names of another form then count as one patient each, with a warning: several scans of
+    one patient would otherwise fall into both parts of a split, and intervals would come out too narrow.
+
+    Args:
+        volumes: [n] names or file names.
+        pattern: a regular expression that is searched in each name; the patient is its first group, or all of it where it has none.
+        column: {volume name: patient}, for tables that say it.
+    Raises:
+        ValueError: both rules, an unusable pattern, a name that the pattern does not match, a volume without a patient in the column.
+    """
+    volumes = [volume_name(v) for v in volumes]
+    if pattern and column is not None:
+        raise ValueError("patients: give a column or a pattern, not both")
+    if column is not None:
+        without = [v for v in volumes if not column.get(v, "").strip()]
+        if without:
+            raise ValueError(f"patients: every volume must have a patient, {len(without)} of {len(volumes)} have none, e.g. {without[0]}")
+        return [column[v].strip() for v in volumes]
+    if pattern:
+        return _patients_by_pattern(volumes, pattern)
+    foreign = sum(_CT_RATE.fullmatch(v) is None for v in volumes)
+    if foreign:
+        _log.warning(
+            "%d of %d volumes are not named as in CT-RATE (split_patient_scan_recon), so each counts as a patient of its own; "
+            "where a patient has several, say how to tell: a column of patients or a pattern such as '(P[0-9]+)_'",
+            foreign,
+            len(volumes),
+        )
+    return [patient_of(v) for v in volumes]
+
+
+def _patients_by_pattern(volumes: Sequence[str], pattern: str) -> list[str]:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as e:
+        raise ValueError(f"patients: {pattern!r} is not a regular expression ({e})") from e
+    patients = []
+    for volume in volumes:
+        hit = compiled.search(volume)
+        patient = (hit[1] if compiled.groups else hit[0]) if hit else ""
+        if not patient:
+            raise ValueError(f"patients: the pattern {pattern!r} must find the patient in every name, it finds none in {volume!r}")
+        patients.append(patient)
+    return patients

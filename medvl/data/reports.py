@@ -54,7 +54,7 @@ PROMPTS: dict[str, Templates] = {
 
 _log = logging.getLogger(__name__)
 _COLUMNS = {"findings": ("Findings_EN",), "impression": ("Impressions_EN",), "both": ("Findings_EN", "Impressions_EN")}
-_ABSENT = {"", "nan", "not given", "not given."}
+_ABSENT = {"", "nan", "none", "null", "n/a", "na", "n.a", "not given", "not available", "not applicable", "-", "--"}
 _BINARY = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}  # tables that passed through a join hold 0.0 and 1.0
 
 
@@ -63,8 +63,8 @@ def read_reports(path: files.PathLike, text: Text = "impression", missing: Missi
 
     Args:
         text: which part; "both" joins findings and impression with a space and takes the one there is where the other is missing.
-        missing: what to do with a report without text (empty, NaN, "Not given."): refuse the file, keep it as "", or leave it out; the
-            number of such rows is logged as a warning.
+        missing: what to do with a report without text (empty, NaN, None, N/A, "Not given."): refuse the file, keep it as "", or leave it
+            out; the number of such rows is logged as a warning.
     Raises:
         ValueError: unreadable table, a volume listed twice, no text left, or a missing text under "error".
     """
@@ -73,7 +73,7 @@ def read_reports(path: files.PathLike, text: Text = "impression", missing: Missi
             f"read_reports: text must be one of {', '.join(_COLUMNS)} and missing error, empty or drop, got {text!r}, {missing!r}"
         )
     rows = files.read_csv(path, ("VolumeName", *_COLUMNS[text]))
-    texts = [" ".join(t for c in _COLUMNS[text] if (t := row[c].strip()).casefold() not in _ABSENT) for row in rows]
+    texts = [" ".join(row[c].strip() for c in _COLUMNS[text] if not _is_absent(row[c])) for row in rows]
     absent = [i for i, t in enumerate(texts) if not t]
     if absent and missing == "error":
         raise ValueError(
@@ -88,16 +88,19 @@ def read_reports(path: files.PathLike, text: Text = "impression", missing: Missi
     return {v: t for v, t in zip(volumes, texts, strict=True) if t or missing == "empty"}
 
 
-def read_labels(path: files.PathLike, findings: Sequence[str] = ()) -> tuple[tuple[str, ...], tuple[str, ...], np.ndarray]:
+def read_labels(
+    path: files.PathLike, findings: Sequence[str] = (), patient: str = ""
+) -> tuple[tuple[str, ...], tuple[str, ...], np.ndarray]:
     """(volume names, findings, int8 labels [n, c]) from a CSV with VolumeName and one column of 0 and 1 per finding.
 
     Args:
-        findings: which columns, in which order; all but VolumeName when empty.
+        findings: which columns, in which order; all but VolumeName and `patient` when empty.
+        patient: a column that says whose volume it is, which is no label; it may be absent.
     Raises:
         ValueError: unreadable table, a missing column, a volume listed twice, or a value other than 0, 1, 0.0 or 1.0 (names the column).
     """
     rows = files.read_csv(path, ("VolumeName", *findings))
-    columns = tuple(findings) or tuple(c for c in rows[0] if c != "VolumeName")
+    columns = tuple(findings) or tuple(c for c in rows[0] if c not in ("VolumeName", patient))
     if not columns or len(set(columns)) < len(columns):
         raise ValueError(f"{path}: needs one or more label columns, each once, got {', '.join(columns) or 'only VolumeName'}")
     labels = np.empty((len(rows), len(columns)), dtype=np.int8)
@@ -118,40 +121,65 @@ def prompts_for(finding: str, prompts: str = "ensemble") -> tuple[tuple[str, ...
     return tuple(t.format(finding, lower=lower) for t in positive), tuple(t.format(finding, lower=lower) for t in negative)
 
 
-def split_patients(volumes: Sequence[str], labels: np.ndarray, sizes: Mapping[str, float], seed: int) -> dict[str, np.ndarray]:
+def read_patients(tables: Sequence[files.PathLike], column: str) -> dict[str, str]:
+    """{volume name: patient} from the first of these tables that has the column.
+
+    Raises:
+        ValueError: an unreadable table, a volume listed twice, or no table with that column (lists the columns there are).
+    """
+    seen: list[str] = []
+    for path in tables:
+        rows = files.read_csv(path, ("VolumeName",))
+        if column in rows[0]:
+            return dict(zip(_volumes(path, rows), (row[column] for row in rows), strict=True))
+        seen += [f"{path} has {', '.join(rows[0])}"]
+    raise ValueError(f"patients: a table must have the column {column!r}; {'; '.join(seen)}")
+
+
+def split_patients(
+    volumes: Sequence[str], labels: np.ndarray, sizes: Mapping[str, float], seed: int, patients: Sequence[str] = ()
+) -> dict[str, np.ndarray]:
     """Rows of each split, whole patients each, with close to equal prevalence of every finding and equal volumes per patient.
 
     Patients are placed one by one, those with much of something rare first; each goes where it leaves the shares of patients, volumes and
     positives of each finding nearest to the wanted ones, so common patients even out what rare ones upset.
 
     Args:
-        volumes: [n] names, from which the patient is read.
+        volumes: [n] names.
         labels: [n, c] of 0 and 1.
         sizes: relative size of each split in volumes: {"train": 0.8, "val": 0.2} or {"val": 550, "test": 2489}.
         seed: order of patients that are alike.
+        patients: [n] whose volume each is; as `names.patients_of` reads them from the names when left out.
     Returns:
         {split: ascending row numbers}; every row is in exactly one split.
     Raises:
         ValueError: shapes that do not match, no sizes or a size not above 0, too few patients to give each split one.
     """
     labels = np.asarray(labels)
-    patient_of = [names.patient_of(names.volume_name(v)) for v in volumes]
-    patients = {p: i for i, p in enumerate(dict.fromkeys(patient_of))}
     if labels.ndim != 2 or len(labels) != len(volumes):
         raise ValueError(f"split_patients: labels must be [n, c] with one row per volume, got {labels.shape} for {len(volumes)} volumes")
+    patients = list(patients) or names.patients_of(volumes)
+    if len(patients) != len(volumes):
+        raise ValueError(f"split_patients: every volume must have a patient, got {len(patients)} for {len(volumes)} volumes")
+    number = {p: i for i, p in enumerate(dict.fromkeys(patients))}
     if not sizes or not all(0 < size < float("inf") for size in sizes.values()):
         raise ValueError(f"split_patients: needs a size above 0 for each split, got {dict(sizes)}")
-    owner = np.array([patients[p] for p in patient_of])
+    owner = np.array([number[p] for p in patients])
     features = np.concatenate([np.ones((len(volumes), 1)), labels], 1)  # volumes and positives, then summed by patient
-    burden = np.zeros((len(patients), features.shape[1] + 1))
+    burden = np.zeros((len(number), features.shape[1] + 1))
     np.add.at(burden, owner, np.pad(features, ((0, 0), (1, 0))))
     burden[:, 0] = 1  # and the patient itself
     share = np.array(list(sizes.values()), dtype=float)
     place = _place(burden / np.maximum(burden.sum(0), 1), share / share.sum(), np.random.default_rng(seed))
     rows = {split: np.flatnonzero(place[owner] == k) for k, split in enumerate(sizes)}
     if empty := [split for split, found in rows.items() if not len(found)]:
-        raise ValueError(f"split_patients: {len(patients)} patients are too few for {dict(sizes)}, none is left for {', '.join(empty)}")
+        raise ValueError(f"split_patients: {len(number)} patients are too few for {dict(sizes)}, none is left for {', '.join(empty)}")
     return rows
+
+
+def _is_absent(text: str) -> bool:
+    """Whether a cell says that there is no text: empty, or what databases and data frames write for it."""
+    return text.strip().casefold().rstrip(".") in _ABSENT
 
 
 _DONE = {"empty": "they are kept with an empty text", "drop": "they are left out"}

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -168,6 +169,8 @@ def _language(exp: str, overrides: Sequence[str], task: str) -> tuple[Any, Path,
 
 def preprocess(source: str, out: str, exp: str, overrides: Sequence[str], metadata: str, workers: int, sheet: str) -> int:
     """Fill a store; returns the exit status: 0, or 3 when scans were rejected."""
+    if sheet and not sheet.lower().endswith(".png"):  # a table or the store can then never be what is replaced
+        raise ValueError(f"preprocess: sheet must end in .png, got {sheet!r}")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     base = config.unstructure(resolve(exp)[0].ct) if exp else {}
     cfg = config.structure(config.override(base, tuple(overrides), "preprocess"), ct.CtConfig, "preprocess")
@@ -183,6 +186,8 @@ def preprocess(source: str, out: str, exp: str, overrides: Sequence[str], metada
 
 def embed(folder: str, scan: str, out: str) -> None:
     """Write one scan's embedding, float32 [d], L2-normalised, to a .npy."""
+    if not out.endswith(".npy"):  # a scan can then never be what is replaced
+        raise ValueError(f"embed: out must end in .npy, got {out!r}")
     found = ct_clip_run.look(Path(folder), scan)
     files.write_array(out, found["embedding"].numpy())
     print(f"{out}: {len(found['embedding'])} numbers")
@@ -201,18 +206,65 @@ def classify(folder: str, scan: str, findings: Sequence[str]) -> None:
     print(results.markdown_table(("Finding", "Probability", "Threshold", "Called"), rows) + report.NOTICE)
 
 
-def split(labels: str, out: str, sizes: str, seed: int, tables: Sequence[str] = ()) -> None:
-    """Cut a label table and others (reports, metadata) into parts by patient: `valid_reports.csv` -> `out/{part}_reports.csv`."""
-    found, _, y = reports.read_labels(labels)
+def split(labels: str, out: str, sizes: str, seed: int, tables: Sequence[str] = (), patient: str = "", pattern: str = "") -> None:
+    """Cut a label table and others (reports, metadata) into parts by patient: `valid_reports.csv` -> `out/{part}_reports.csv`.
+
+    Everything is read and checked before anything is written, and no file that exists is replaced.
+
+    Args:
+        patient: a column of one of the tables that says whose volume it is.
+        pattern: a regular expression that finds the patient in a volume's name, see `names.patients_of`.
+    Raises:
+        ValueError: unusable tables or sizes, two tables that would be cut into one file, an output that exists.
+    """
+    volumes, _, findings = reports.read_labels(labels, patient=patient)
+    column = reports.read_patients((labels, *tables), patient) if patient else None
+    patients = volume_names.patients_of(volumes, pattern, column)
+    parts = reports.split_patients(volumes, findings, _sizes(sizes), seed, patients)
+    rows = {path: files.read_csv(path, ("VolumeName",)) for path in (labels, *tables)}
+    outputs = _outputs_of_split(list(parts), (labels, *tables), Path(out))
+    for path, table in rows.items():
+        unknown = len({_volume_of(row) for row in table} - {*volumes})
+        if unknown == len(table):
+            raise ValueError(f"split: {path}: none of its {len(table)} rows is about a volume of {labels}")
+        if unknown:
+            _log.warning("%s: %d of %d rows are about volumes without labels and are in no part", path, unknown, len(table))
+
+    for part, indices in parts.items():
+        chosen = {volumes[i] for i in indices}
+        for path, table in rows.items():
+            kept = [row for row in table if _volume_of(row) in chosen]
+            files.write_csv(outputs[part, path], kept, list(table[0]))
+        people = len({patients[i] for i in indices})
+        prevalence = findings[indices].mean()
+        print(f"{part}: {len(indices)} volumes of {people} patients, mean prevalence {prevalence:.3f} (all: {findings.mean():.3f})")
+
+
+def _volume_of(row: dict[str, str]) -> str:
+    return volume_names.volume_name(row["VolumeName"].strip())
+
+
+def _sizes(text: str) -> dict[str, float]:
     try:
-        wanted = {k: float(v) for k, v in (part.split("=") for part in sizes.split(","))}
+        named = [part.split("=") for part in text.split(",")]
+        sizes = {name.strip(): float(size) for name, size in named}
     except ValueError as e:
-        raise ValueError(f"split: sizes must be name=number,name=number, got {sizes!r}") from e
-    for name, rows in reports.split_patients(found, y, wanted, seed).items():
-        chosen = {found[i] for i in rows}
-        for path in (labels, *tables):
-            table = files.read_csv(path, ("VolumeName",))
-            kept = [r for r in table if volume_names.volume_name(r["VolumeName"]) in chosen]
-            files.write_csv(Path(out) / f"{name}_{Path(path).name.partition('_')[2] or Path(path).name}", kept, list(table[0]))
-        people = len({volume_names.patient_of(n) for n in chosen})
-        print(f"{name}: {len(rows)} volumes of {people} patients, mean prevalence {y[rows].mean():.3f} (all: {y.mean():.3f})")
+        raise ValueError(f"split: sizes must be name=number,name=number, got {text!r}") from e
+    if len(sizes) < len(named) or not all(re.fullmatch(r"\w[\w.-]*", name) for name in sizes):
+        raise ValueError(f"split: sizes must name each part once, in letters and digits, got {text!r}")
+    return sizes
+
+
+def _outputs_of_split(parts: Sequence[str], tables: Sequence[str], out: Path) -> dict[tuple[str, str], Path]:
+    """{(part, table): the file to write}; refuses what would overwrite a file, or be written twice."""
+    outputs: dict[tuple[str, str], Path] = {}
+    for part in parts:
+        for table in tables:
+            name = Path(table).name
+            path = out / f"{part}_{name.partition('_')[2] or name}"
+            if path in outputs.values():
+                raise ValueError(f"split: {' and '.join(tables)}: two of these would be cut into {path}; rename one of them")
+            if path.exists():
+                raise ValueError(f"split: {path} exists and is not replaced; name another folder with --out, or move it away")
+            outputs[part, table] = path
+    return outputs
