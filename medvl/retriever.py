@@ -190,8 +190,9 @@ def fit_encoder(cfg: RetrieverConfig, encode: Encode, params: Tree, tasks: Seque
         if i < cfg.steps:
             drawn = _drawn(codes, rows, i, cfg.seed, cfg.batch, cfg.negatives)
             state, metrics = step(state, drawn)
-            if not torch.isfinite(metrics["loss"]):
-                raise FloatingPointError(f"fit_encoder: the loss is {float(metrics['loss'])} at step {i + 1}; lower lr, now {cfg.lr}")
+            for name, number in (("loss", metrics["loss"]), ("norm of the gradient", metrics["grad_norm"])):
+                if not torch.isfinite(number):
+                    raise FloatingPointError(f"fit_encoder: the {name} is {float(number)} at step {i + 1}; lower lr, now {cfg.lr}")
     return kept if len(held) else state.params
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import pickle
 import signal
 import threading
@@ -272,24 +273,25 @@ def fit(
         batch_at: step -> batch; a pure function, so that nothing about the data needs saving.
         validate: state -> numbers, "score" among them: higher is better.
     Raises:
-        FloatingPointError: the loss is not finite; the last good state stays on disk.
+        FloatingPointError: the loss, the gradient's norm or a trained number is not finite, in whichever process; nothing of it is saved,
+            and the last good state stays on disk.
     """
     folder = Path(folder)
     state = resume(folder, state)
     if state.step > steps:
         raise ValueError(f"{folder / 'last.pt'}: is at step {state.step}, past the {steps} asked for; remove it to train anew")
     journal = _journal(folder / "metrics.jsonl", state.step)
+    first = state.step
+    seen: Tensor | None = None  # loss, norm of the gradient and step: the latest, or the first that were not finite
     with _Terminated() as stop:
         for i, batch in prefetch(batch_at, state.step, steps):
             state, metrics = step(state, batch)
+            seen = _watched(seen, metrics, i + 1)
             halt = _in_any(bool(stop), metrics["loss"].device)
             due = {k: state.step == steps or (n and state.step % n == 0) for k, n in (("log", every.log), ("save", every.save))}
             check = validate is not None and (state.step == steps or (every.validate and state.step % every.validate == 0))
             if any(due.values()) or check or halt:
-                if not torch.isfinite(metrics["loss"]):
-                    raise FloatingPointError(
-                        f"fit: the loss is {float(metrics['loss'])} at step {i + 1}; the last good state is {folder / 'last.pt'}"
-                    )
+                _check_finite(seen, state if due["save"] or check or halt else None, folder / "last.pt", first)
                 line = {"step": state.step} | {k: float(v) for k, v in metrics.items()}
             if check:
                 assert validate is not None
@@ -308,6 +310,41 @@ def fit(
                 _log.warning("stopped at step %d of %d; the same command goes on from %s", state.step, steps, folder / "last.pt")
                 raise Stopped(128 + signal.SIGTERM)
     return state
+
+
+def _watched(seen: Tensor | None, metrics: Batch, step: int) -> Tensor:
+    """Loss, norm of the gradient and step [3]; once they are not finite they stay. Stays on the device: a look at each step would wait."""
+    loss = metrics["loss"].double()
+    norm = metrics.get("grad_norm", loss).double()
+    new = torch.stack([loss, norm, torch.full_like(loss, step)])
+    return new if seen is None else torch.where(seen.isfinite().all(), new, seen)
+
+
+def _check_finite(seen: Tensor, state: State | None, last: Path, first: int) -> None:
+    """Raise, in all processes alike, where the loss, the gradient or (where it is about to be saved) the state is not finite.
+
+    The loss of a step is that of the weights before it: it may be finite where the gradient, and so every weight after it, is not.
+    """
+    loss, norm, step = seen.tolist()
+    told = f"the loss is {loss:g}" if not math.isfinite(loss) else f"the norm of the gradient is {norm:g} (loss {loss:g})"
+    wrong = not (math.isfinite(loss) and math.isfinite(norm))
+    if state is not None and not wrong:
+        wrong = not _all_finite(state)
+        told = "trained numbers are not finite after the update"
+    if not _in_any(wrong, seen.device):
+        return
+    if not wrong:
+        told = "loss or gradient of another process is not finite"
+    there = f"the last good state is {last}" if first or last.exists() else "no state was saved yet"
+    raise FloatingPointError(
+        f"fit: {told} at step {step:.0f}; {there}. The same command meets the same step again: lower lr, or look at the data"
+    )
+
+
+def _all_finite(state: State) -> bool:
+    leaves = flatten({"params": state.params, "opt": state.opt, "means": state.means}).values()
+    own = [t.to_local() if shards.is_shard(t) else t for t in leaves]
+    return all(bool(t.isfinite().all()) for t in own if isinstance(t, Tensor) and t.is_floating_point())
 
 
 def save(path: files.PathLike, state: State) -> None:
@@ -357,6 +394,8 @@ def resume(folder: Path, state: State) -> State:
         return state
     device, parted = next(iter(flatten(state.params).values())).device, shards.any_sharded(state.params)
     found = read_state(path, "cpu" if parted else device, mapped=parted)
+    if not _all_finite(found):
+        raise ValueError(f"{path}: holds numbers that are not finite, so that nothing can go on from it; remove it to train anew")
     for what, of in (("parameters differ from the model", "params"), ("optimiser moments differ from this stage's", "opt")):
         shapes = [{n: tuple(t.shape) for n, t in flatten(getattr(s, of)).items()} for s in (state, found)]
         wrong = sorted(n for n in {*shapes[0], *shapes[1]} if shapes[0].get(n) != shapes[1].get(n))

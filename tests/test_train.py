@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ import torch.nn.functional as F
 
 from medvl import weights
 from medvl.losses import clip_loss, siglip_loss
-from medvl.optim import Rate, adamw, warmup_cosine
+from medvl.optim import Optimizer, Rate, adamw, routed, warmup_cosine, with_master
+from medvl.quant import eight_bit
 from medvl.train import (
     Aux,
     Every,
@@ -157,6 +159,14 @@ try:
 except Stopped as stopped:
     (out / f"stopped{{rank}}").write_text(str(stopped.code))
 processes.meet()
+
+lost = lambda p, x: ((p["w"] * x).sum() + (float("nan") if rank == 1 else 0.0), Aux())  # a loss of one process, no gradient
+step = make_step(value_and_grad(lost), optimizer)
+try:
+    fit(step, State(params=params, opt=optimizer.init(params)), lambda i: torch.ones(3), steps=2, folder=out / "lost")
+except FloatingPointError as e:
+    (out / f"lost{{rank}}").write_text(str(e))
+processes.meet()
 """
 
 
@@ -192,6 +202,13 @@ def test_tokens_of_two_processes_count_alike(pair):
 def test_sigterm_to_one_process_stops_both_at_the_same_step(pair):
     assert [(pair / f"stopped{r}").read_text() for r in range(2)] == ["143", "143"]
     assert read_state(pair / "run/last.pt").step == 5
+
+
+def test_a_loss_that_one_process_lost_stops_both(pair):
+    said = [(pair / f"lost{r}").read_text() for r in range(2)]
+    assert "the loss is nan at step 1" in said[1]
+    assert "loss or gradient of another process is not finite at step" in said[0]
+    assert not list((pair / "lost").glob("*.pt"))
 
 
 # Token losses ---------------------------------------------------------------------------------------------------------------------------
@@ -422,7 +439,7 @@ def test_killed_at_random_moments_ends_in_the_same_bits(tmp_path):
 def test_errors_say_what_to_do(tmp_path, gen):
     _, state = _start(gen)
     bad = lambda s, b: (s, {"loss": torch.tensor(float("nan"))})
-    with pytest.raises(FloatingPointError, match=r"loss is nan at step 1; the last good state"):
+    with pytest.raises(FloatingPointError, match=r"loss is nan at step 1; no state was saved yet"):
         fit(bad, state, _batch_at, steps=3, folder=tmp_path, every=Every(log=1))
     _run(tmp_path)
     with pytest.raises(ValueError, match="past the 10 asked for"):
@@ -482,3 +499,83 @@ def test_a_resumed_run_draws_the_same_dropout(tmp_path):
     assert not _same(whole, _lora_run(tmp_path / "other", 10, seed=4))
     first = _lora_run(tmp_path / "unseeded", 10)
     assert not _same(first, _lora_run(tmp_path / "again", 10))
+
+
+# What is not finite ---------------------------------------------------------------------------------------------------------------------
+def _wrong_gradient(value, at=3):
+    """(step, state, batch_at) of a run whose loss stays finite and whose gradient holds `value` at step `at`."""
+
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, factor):
+            ctx.save_for_backward(factor)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * ctx.saved_tensors[0], None
+
+    params = {"w": torch.ones(3), "v": torch.ones(2)}
+    loss = lambda p, b: ((Wrong.apply(p["w"], b) * 0.5).sum() + p["v"].square().sum(), Aux())
+    return params, loss, lambda i: torch.tensor([value, 1.0, 1.0] if i + 1 == at else [1.0] * 3)
+
+
+OPTIMISERS = {
+    "adamw": lambda rate: adamw(rate),
+    "master": lambda rate: with_master(adamw(rate)),
+    "8bit": lambda rate: adamw(rate, packing=eight_bit()),
+    "routed": lambda rate: routed(lambda n: "one" if n == "w" else "two", {"one": adamw(rate), "two": adamw(rate)}),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMISERS)
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_is_never_saved(kind, clip, value, tmp_path):
+    params, loss, batch_at = _wrong_gradient(value)
+    optimizer = OPTIMISERS[kind](lambda n: Rate(lr=0.1))
+
+    def train(stop, at=batch_at):
+        own = {k: t.clone() for k, t in params.items()}
+        step = make_step(value_and_grad(loss), optimizer, clip=clip)
+        return fit(step, State(params=own, opt=optimizer.init(own)), at, steps=stop, folder=tmp_path, every=Every(log=1, save=1))
+
+    for _ in range(2):  # the rerun meets the same step, and still loses nothing
+        with pytest.raises(FloatingPointError, match=r"norm of the gradient is (nan|inf) \(loss .*\) at step 3; the last good state is"):
+            train(6)
+        state = read_state(tmp_path / "last.pt")
+        assert state.step == 2
+        assert all(t.isfinite().all() for t in flatten(state.params).values())
+    assert train(6, lambda i: torch.ones(3)).step == 6  # with better data it goes on from there
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("every", [Every(log=0, save=0), Every(log=5, save=5), Every(log=0, save=0, validate=5)])
+def test_a_wrong_gradient_between_two_looks_is_told_with_its_step(every, tmp_path):
+    params, loss, batch_at = _wrong_gradient(float("nan"))
+    frozen = lambda p, b: loss(p | {"w": p["w"].nan_to_num(1.0)}, b)  # the loss never shows it
+    optimizer = adamw(lambda n: Rate(lr=0.1))
+    with pytest.raises(FloatingPointError, match=r"norm of the gradient is nan \(loss .*\) at step 3; no state was saved yet"):
+        fit(
+            make_step(value_and_grad(frozen), optimizer),
+            State(params=params, opt=optimizer.init(params)),
+            batch_at,
+            steps=5,
+            folder=tmp_path,
+            every=every,
+            validate=lambda s: {"score": 1.0},
+        )
+    assert not list(tmp_path.glob("*.pt"))
+
+
+def test_an_update_that_overflows_is_not_saved(tmp_path):
+    grow = Optimizer(lambda p: {"mean": {"w": torch.zeros(3)}}, lambda g, opt, p, step: ({"w": p["w"] * 1e30}, opt))
+    step = make_step(value_and_grad(lambda p, b: (p["w"].sum() * 1e-30, Aux())), grow)
+    start = State(params={"w": torch.ones(3)}, opt=grow.init({}))
+    run = partial(fit, step, start, lambda i: None, steps=4, folder=tmp_path, every=Every(save=1))
+    with pytest.raises(FloatingPointError, match="trained numbers are not finite after the update at step 2; the last good state is"):
+        run()
+    assert torch.equal(read_state(tmp_path / "last.pt").params["w"], torch.full((3,), 1e30))
+    save(tmp_path / "last.pt", State(params={"w": torch.full((3,), float("nan"))}, opt=grow.init({}), step=1))
+    with pytest.raises(ValueError, match=r"last\.pt: holds numbers that are not finite"):
+        run()
