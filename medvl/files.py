@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import shutil
 import struct
 import tempfile
@@ -42,6 +43,25 @@ def remove_unfinished(folder: PathLike) -> None:
     """Remove what was being written anywhere in a folder when that was killed; nobody may be writing there."""
     for left in sorted(Path(folder).rglob(".*.tmp"), reverse=True):  # what lies in a folder before the folder
         shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def check_name(name: str, what: str) -> str:
+    """The name, which must be good as the name of one file or folder, so that nothing is written beside the folder it belongs to.
+
+    A name that starts with a dot is refused too: what is being written is called so, and swept away after a kill.
+
+    Args:
+        what: whose name it is, for the message, such as "adapter".
+    Raises:
+        ValueError: an empty name, one of more than 200 bytes, "." or "..", or one with a slash, a backslash or a control character.
+    """
+    too_long = len(name.encode("utf-8", "replace")) > 200  # file systems allow 255, and an ending is added
+    if not name.strip() or name.startswith(".") or too_long or re.search(r"[/\\\x00-\x1f\x7f\ud800-\udfff]", name):
+        raise ValueError(
+            f"{what} {name[:80]!r}: the name becomes that of a file, so it must be of 1 to 200 bytes, without / and \\ and control "
+            "characters, and not start with a dot"
+        )
+    return name
 
 
 def write_text(path: PathLike, text: str) -> None:
@@ -97,6 +117,23 @@ def write_array(path: PathLike, array: np.ndarray) -> None:
         np.save(f, array, allow_pickle=False)
 
 
+def open_array(path: PathLike) -> np.ndarray:
+    """The array of a .npy, mapped: nothing is read or allocated before the sizes that the file claims were held against its length.
+
+    Raises:
+        ValueError: no such file, no .npy, one of Python objects, or one that is cut off.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        held = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, *BROKEN) as e:
+        raise ValueError(f"{path}: not a whole .npy of numbers ({e})") from e
+    if not isinstance(held, np.ndarray):
+        raise ValueError(f"{path}: not a .npy of numbers (it is an archive of arrays)")
+    return held
+
+
 def read_array(path: PathLike, shape: tuple[int, ...], remedy: str) -> np.ndarray:
     """The numbers of a .npy.
 
@@ -104,12 +141,12 @@ def read_array(path: PathLike, shape: tuple[int, ...], remedy: str) -> np.ndarra
         ValueError: the file is broken, or has another shape; ends with the remedy.
     """
     try:
-        held = np.load(path, allow_pickle=False)
-    except (OSError, EOFError, ValueError) as e:
+        held = open_array(path)
+    except ValueError as e:
         raise ValueError(f"{path}: must hold an array {list(shape)} and is broken ({e}); {remedy}") from e
     if held.shape != shape:
         raise ValueError(f"{path}: must hold an array {list(shape)}, found {list(held.shape)}; {remedy}")
-    return held
+    return np.array(held)
 
 
 def _umask() -> int:

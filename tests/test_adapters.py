@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import tiny
 import torch
 from attrs import evolve
 
-from medvl import config, experts
+from medvl import config, embed, experts
 from medvl.config import ConfigError
 from medvl.data import registry
 from medvl.data.conversation_files import Conversation
@@ -191,6 +192,59 @@ def test_an_evaluation_killed_at_random_moments(trained, tmp_path):
     assert (folder / "results/summary.md").read_text() == want
 
 
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing behind it runs, and nothing catches it."""
+
+
+STEPS = (  # every call after which something is on disk that was not there before
+    *((embed, "save_embedder"), (registry.files, "write_array"), (registry, "write_registry")),
+    *((adapters_run, "write_adapter"), (adapters_run.chat, "save_chat")),
+)
+
+
+@pytest.mark.parametrize("when", ["before", "behind"])
+@pytest.mark.parametrize(("module", "name"), STEPS, ids=[name for _, name in STEPS])
+def test_a_run_killed_between_two_writes_goes_on(trained, tmp_path, monkeypatch, module, name, when):
+    """Before or behind any write of a run: the same command ends with the registry, the adapters and the model of one that was not."""
+    place, folder, _ = trained
+    shutil.copytree(folder, tmp_path / folder.name)
+    work = tmp_path / folder.name
+    shutil.rmtree(work / "results")
+    for left in ("registry.toml", "vectors", "adapters/xray", "adapters/fundus", "model", *(p.name for p in work.glob("embedder*"))):
+        shutil.rmtree(work / left) if (work / left).is_dir() else (work / left).unlink()
+    cfg = config.load(work / "config.json", Config)
+    real = getattr(module, name)
+
+    def killing(*args, **kwargs):
+        if when == "behind":
+            real(*args, **kwargs)
+        raise Killed
+
+    with monkeypatch.context() as m:
+        m.setattr(module, name, killing)
+        with pytest.raises(Killed):
+            adapters_run.fit(cfg, work, lambda _: None)
+    adapters_run.fit(cfg, work, lambda _: None)
+    assert contents(work, "registry.toml", "vectors", "embedder*", "adapters", "model") == contents(
+        folder, "registry.toml", "vectors", "embedder*", "adapters", "model"
+    )
+
+
+def contents(folder, *patterns):
+    """{relative name: bytes} of files, and of those in folders."""
+    found = [p for pattern in patterns for p in folder.glob(pattern)]
+    files = [f for p in found for f in (p.rglob("*") if p.is_dir() else [p]) if f.is_file()]
+    return {str(f.relative_to(folder)): f.read_bytes() for f in files}
+
+
+def test_tasks_that_would_be_other_places_are_refused_before_anything_is_trained(tmp_path):
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"{split}.jsonl").write_text('{"query": "q", "response": "a", "task": "../../x"}\n')
+    raw = record(tmp_path, data__source="files", data__folder=str(tmp_path), data__general="")
+    with pytest.raises(ValueError, match=r"train: the task '../../x': the name becomes that of a file"):
+        adapters_run.prepare(build(raw), lambda _: None)
+
+
 # Steps ----------------------------------------------------------------------------------------------------------------------------------
 def talk(*turns, **extra):
     roles = ("user", "assistant")
@@ -326,8 +380,12 @@ REFUSED = {
     "build of nothing": (("build", "new.toml", "{tmp}/none/{task}", "{tmp}/{task}.jsonl"), "none"),
     "add without a name": (("add", "r.toml", "x", "y.jsonl"), "needs name, path"),
     "show of another": (("show", "{run}/registry.toml", "", "", "pet"), "no adapter 'pet'"),
-    "add of a taken name": (("add", "{run}/registry.toml", "{run}/adapters/ct", "", "ct", "{run}/vectors/ct.npy"), "'ct' is there 2 times"),
-    "add of no adapter": (("add", "{run}/registry.toml", "{tmp}", "", "new", "{run}/vectors/ct.npy"), "holds no adapter_config.json"),
+    "add of a taken name": (("add", "{run}/registry.toml", "{run}/adapters/ct", "", "ct", "{vector}"), "'ct' is there 2 times"),
+    "add of no adapter": (("add", "{run}/registry.toml", "{tmp}", "", "new", "{vector}"), "holds no adapter_config.json"),
+    "a name that leads elsewhere": (
+        ("add", "{run}/registry.toml", "{run}/adapters/ct", "", "../../x", "{vector}"),
+        "the name becomes that",
+    ),
     "build over one that is there": (("build", "{run}/registry.toml", "{tmp}/{task}", "{task}"), "is there; remove it, or add to it"),
 }
 
@@ -335,7 +393,8 @@ REFUSED = {
 @pytest.mark.parametrize(("given", "message"), REFUSED.values(), ids=REFUSED.keys())
 def test_what_the_tasks_refuse(trained, tmp_path, given, message):
     _, folder, _ = trained
-    said = [g.replace("{run}", str(folder)).replace("{tmp}", str(tmp_path)) for g in given]
+    (vector,) = (folder / "vectors").glob("ct-*.npy")
+    said = [g.replace("{run}", str(folder)).replace("{tmp}", str(tmp_path)).replace("{vector}", str(vector)) for g in given]
     before = (folder / "registry.toml").read_bytes()
     with pytest.raises(ValueError, match=re.escape(message)):
         ask.manage(*said, *[""] * (9 - len(said)), ())
@@ -366,8 +425,6 @@ def test_data_and_questions_that_are_refused(trained, tmp_path):
 
 
 def test_an_adapter_of_another_model_is_named_before_anything_runs(trained, tmp_path):
-    import shutil
-
     _, folder, _ = trained
     other = tmp_path / "run"
     shutil.copytree(folder, other)

@@ -51,12 +51,39 @@ def test_a_refused_adapter_changes_nothing(place):
         (Record(name="ct", path="ct", vector="new.npy"), [1.0, 0.0], "'ct' is there 2 times"),
         (Record(name="us", path="us", vector="new.npy"), [1.0, 0.0], "us holds no adapter_config.json"),
         (Record(name="us", path="ct", vector="new.npy"), [1.0, 0.0, 0.0], "a vector of 3 numbers, the others 2"),
-        (Record(name="us", path="ct", vector="new.npy"), [0.0, 0.0], "finite and not zero"),
-        (Record(name=" ", path="ct", vector="new.npy"), [1.0, 0.0], "every adapter needs a name"),
+        (Record(name="us", path="ct", vector="new.npy"), [0.0, 0.0], "one finite vector .* that is not zero"),
+        (Record(name=" ", path="ct", vector="new.npy"), [1.0, 0.0], "the name becomes that of a file"),
+        (Record(name="../../x", path="ct", vector=""), [1.0, 0.0], "the name becomes that of a file"),
+        (Record(name="us", path="ct", vector="../new.npy"), [1.0, 0.0], "must lie in the registry's folder"),
+        (Record(name="us", path="ct", vector="/tmp/new.npy"), [1.0, 0.0], "must lie in the registry's folder"),
     ):
         with pytest.raises(ValueError, match=message):
             registry.add(place, record, vector)
     assert {p.name: p.read_bytes() for p in place.parent.iterdir() if p.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["", " ", ".", "..", ".ct", "a/b", "/etc/x", "a\\b", "a\0b", "a\nb", "x" * 201, "\udc80"])
+def test_names_that_would_be_other_places_are_refused(place, name):
+    with pytest.raises(ValueError, match="the name becomes that of a file"):
+        registry.add(place, Record(name=name, path="ct", vector=""), [1.0, 0.0])
+    assert sorted(p.name for p in place.parent.iterdir()) == ["ct", "xray"]
+
+
+def test_registries_in_one_folder_leave_each_others_vectors_alone(place):
+    one, other = place, place.with_name("other.toml")
+    registry.add(one, Record(name="ct", path="ct", vector=""), [3.0, 4.0])
+    registry.add(other, Record(name="ct", path="ct", vector=""), [0.0, 1.0])
+    for path, wanted in ((one, [[0.6, 0.8]]), (other, [[0.0, 1.0]])):
+        torch.testing.assert_close(registry.vectors(path, registry.read_registry(path)), torch.tensor(wanted))
+
+
+def test_a_vector_that_claims_to_be_huge_is_refused_before_anything_is_allocated(place):
+    filled(place)
+    header = np.lib.format.magic(1, 0) + (118).to_bytes(2, "little")
+    about = b"{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000000,), }"
+    place.with_name("ct.npy").write_bytes(header + about.ljust(117) + b"\n" + bytes(16))
+    with pytest.raises(ValueError, match="ct: .*ct.npy: not a whole .npy of numbers"):
+        registry.vectors(place, registry.read_registry(place))
 
 
 def broken_vector(value):
@@ -64,8 +91,8 @@ def broken_vector(value):
 
 
 BAD = [
-    (lambda p: p.with_name("ct.npy").unlink(), "ct: .*ct.npy is not there"),
-    (lambda p: p.with_name("ct.npy").write_bytes(b"nonsense"), "ct.npy is not a .npy of numbers"),
+    (lambda p: p.with_name("ct.npy").unlink(), "ct.npy: no such file"),
+    (lambda p: p.with_name("ct.npy").write_bytes(b"nonsense"), "ct.npy: not a whole .npy of numbers"),
     (broken_vector(np.array([1.0, np.nan])), r"one finite vector \[d\] that is not zero"),
     (broken_vector(np.zeros(2)), r"one finite vector \[d\] that is not zero"),
     (broken_vector(np.ones((2, 2))), r"got float64 \[2, 2\]"),

@@ -1,5 +1,6 @@
 """A registry of adapters: which there are, for which base model, and the vector that says what each is for."""
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -14,13 +15,16 @@ from torch import Tensor
 from medvl import config, files
 
 
+_LONGEST = 2**20  # numbers of a vector; embeddings have thousands
+
+
 @frozen(kw_only=True)
 class Record:
     """One adapter. Paths are relative to the registry's file."""
 
     name: str
     path: str  # folder in peft's format
-    vector: str  # .npy [d], the mean of sample embeddings; raw sums of unit vectors are read too
+    vector: str  # .npy [d], the mean of sample embeddings; raw sums of unit vectors are read too; "" = named when it is written
     description: str = ""
     category: str = ""
     samples: int = 0  # how many samples the vector is the mean of, 0 = not known
@@ -71,19 +75,13 @@ def vectors(path: files.PathLike, registry: Registry) -> Tensor:
     for r in registry.adapters:
         file = Path(path).parent / r.vector
         try:
-            row = np.load(file, allow_pickle=False)
-        except FileNotFoundError as e:
-            raise ValueError(f"{path}: {r.name}: {file} is not there") from e
-        except (ValueError, OSError, EOFError) as e:
-            raise ValueError(f"{path}: {r.name}: {file} is not a .npy of numbers ({e})") from e
-        row = row.reshape(-1) if row.ndim == 2 and len(row) == 1 else row
-        if row.ndim != 1 or row.dtype.kind not in "fiu" or not np.isfinite(row).all() or not np.abs(row).max(initial=0) > 0:
-            raise ValueError(
-                f"{path}: {r.name}: {file} must hold one finite vector [d] that is not zero, got {row.dtype} {list(row.shape)}"
-            )
+            held = files.open_array(file)
+        except ValueError as e:
+            raise ValueError(f"{path}: {r.name}: {e}") from e
+        row = _unit(held, f"{path}: {r.name}: {file}")
         if rows and len(row) != len(rows[0]):
             raise ValueError(f"{path}: {r.name} has {len(row)} numbers, {registry.adapters[0].name} {len(rows[0])}; one embedder made all?")
-        rows.append(row.astype(np.float32) / np.linalg.norm(row.astype(np.float64)).astype(np.float32))
+        rows.append(row)
     made = sorted({r.embedder for r in registry.adapters} - {""})
     if len(made) > 1:
         raise ValueError(f"{path}: vectors of different embedders cannot be compared, got {', '.join(made)}")
@@ -124,25 +122,68 @@ def add(path: files.PathLike, record: Record, vector: Tensor | np.ndarray | Sequ
     """The registry with one adapter more, its vector written beside it; the file is made if it is not there.
 
     Raises:
-        ValueError: the name is taken, the adapter's folder is no adapter, or the vector does not fit the others. Nothing is changed then.
+        ValueError: as `extend`. Nothing is changed then.
+    """
+    old = read_registry(path) if Path(path).exists() else Registry()
+    return extend(path, old, [(record, vector)])
+
+
+def extend(path: files.PathLike, registry: Registry, new: Sequence[tuple[Record, Tensor | np.ndarray | Sequence[float]]]) -> Registry:
+    """Write the registry with more adapters and their vectors: the vectors first, then the registry, so that a kill leaves the old one.
+
+    Args:
+        registry: as it is so far.
+        new: records and vectors [d]. A record without a `vector` gets a file named by the adapter and the vector's content
+            (`vectors/ct-1a2b3c4d.npy`), so that registries in one folder leave each other's vectors alone.
+    Raises:
+        ValueError: a name that is taken or cannot be the name of a file, an adapter's folder that is no adapter, a vector that does not
+            fit the others or would be written outside the registry's folder. Nothing is changed then.
     """
     path = Path(path)
-    old = read_registry(path) if path.exists() else Registry()
-    row = np.asarray(vector, dtype=np.float32).reshape(-1)
-    if not np.isfinite(row).all() or not np.abs(row).max(initial=0) > 0:
-        raise ValueError(f"{path}: {record.name}: the vector must be finite and not zero, got {row.shape}")
-    size = len(vectors(path, old)[0]) if old.adapters else len(row)
-    if len(row) != size:
-        raise ValueError(f"{path}: {record.name} has a vector of {len(row)} numbers, the others {size}")
+    size = len(vectors(path, registry)[0]) if registry.adapters else 0
+    rows: dict[str, np.ndarray] = {}
+    records = [*registry.adapters]
+    for record, vector in new:
+        files.check_name(record.name, f"{path}: the adapter")
+        row = _unit(vector, f"{path}: {record.name}: the vector")
+        size = size or len(row)
+        if len(row) != size:
+            raise ValueError(f"{path}: {record.name} has a vector of {len(row)} numbers, the others {size}")
+        if not (path.parent / record.path / "adapter_config.json").is_file():
+            raise ValueError(f"{path}: {record.name}: {path.parent / record.path} holds no adapter_config.json")
+        if not record.vector:
+            record = evolve(record, vector=f"vectors/{record.name}-{hashlib.sha256(row.tobytes()).hexdigest()[:8]}.npy")
+        if not _inside(path.parent, record.vector):
+            raise ValueError(f"{path}: {record.name}: its vector must lie in the registry's folder, got {record.vector!r}")
+        rows[record.vector] = row
+        records.append(record)
     try:
-        new = evolve(old, adapters=(*old.adapters, record))
+        made = evolve(registry, adapters=tuple(records))
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from e
-    if not (path.parent / record.path / "adapter_config.json").is_file():
-        raise ValueError(f"{path}: {record.name}: {path.parent / record.path} holds no adapter_config.json")
-    files.write_array(path.parent / record.vector, row / np.linalg.norm(row))
-    write_registry(path, new)
-    return new
+    for file, row in rows.items():
+        files.write_array(path.parent / file, row)
+    write_registry(path, made)
+    return made
+
+
+def _unit(vector: Tensor | np.ndarray | Sequence[float], where: str) -> np.ndarray:
+    """The vector as float32 [d] of length 1; one kept as a single row [1, d] is read too."""
+    row = np.atleast_1d(np.asarray(vector))
+    if row.dtype.kind not in "fiu" or not row.size or row.size != row.shape[-1] or row.size > _LONGEST:
+        raise ValueError(f"{where} must hold one vector [d] of at most {_LONGEST:,} numbers, got {row.dtype} {list(row.shape)}")
+    wide = row.astype(np.float64).reshape(-1)
+    length = np.linalg.norm(wide)
+    if not (np.isfinite(length) and length > 0):
+        raise ValueError(
+            f"{where} must hold one finite vector [d] that is not zero, got {row.dtype} {list(row.shape)} of length {length:g}"
+        )
+    return (wide / length).astype(np.float32)
+
+
+def _inside(folder: Path, name: str) -> bool:
+    """Whether a relative name leads to a file below the folder."""
+    return not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def write_registry(path: files.PathLike, registry: Registry) -> None:

@@ -8,7 +8,7 @@ import torch
 from attrs import evolve
 from torch import Generator, Tensor
 
-from medvl import chat, config, embed, hub, lora, processes, retrieve, retriever, train, tuning
+from medvl import chat, config, embed, files, hub, lora, processes, retrieve, retriever, train, tuning
 from medvl.adapter_files import write_adapter
 from medvl.chat import Chat, Encoded
 from medvl.data import conversations, phantom_modalities, registry, vqa_rad
@@ -40,7 +40,9 @@ def prepare(cfg: Config, log: Callable[[str], None] = print) -> None:
         log(f"VQA-RAD in {folder}: " + ", ".join(f"{n} {what}" for what, n in cut.items()))
     wanted = SPLITS if cfg.train or cfg.base else ("test",)
     for split in wanted:
-        tasks = sorted({c.extra["task"] for c in read(cfg, split)})
+        tasks = _tasks(read(cfg, split))
+        for task in tasks if cfg.train else ():
+            files.check_name(task, f"{split}: the task")
         log(f"{split}: {len(tasks)} tasks: {', '.join(tasks)}")
 
 
@@ -204,7 +206,7 @@ def build_registry(
         cfg: "local" is fitted on these samples; anything else is opened.
         retriever_cfg: the map on the embeddings that brings samples of one adapter together.
     Raises:
-        ValueError: an adapter without samples, or none at all.
+        ValueError: an adapter without samples, or none at all; as `registry.extend`.
     """
     if missing := [name for name in paths if not samples.get(name)]:
         raise ValueError(f"{path}: no samples for {', '.join(missing)}; every adapter needs some of what it was trained on")
@@ -216,21 +218,16 @@ def build_registry(
     if (head := retriever.head_of(retriever_cfg, vectors, tasks)) is not None:
         made = embed.with_head(made, head)
         vectors = embed.embed(made, texts, pictures)
-    embed.save_embedder(made, path.parent / "embedder")
-    registry.write_registry(path.with_suffix(".part.toml"), Registry(base=base, embedder="embedder"))
-    part = path.with_suffix(".part.toml")
+    home = f"embedder-{config.digest(made.name)}"  # named by content: what a run that was killed has left is found, another's stays
+    if not (path.parent / home).exists():
+        embed.save_embedder(made, path.parent / home)
+    records = []
     for name, folder in paths.items():
-        mean = retrieve.adapter_vector(vectors[[i for i, t in enumerate(tasks) if t == name]])
-        about = Record(
-            name=name,
-            path=folder,
-            vector=f"vectors/{name}.npy",
-            category=(categories or {}).get(name, ""),
-            samples=len(chosen[name]),
-            embedder=made.name,
-        )
-        registry.add(part, about, mean)
-    part.rename(path)
+        mean = retrieve.adapter_vector(vectors[[i for i, task in enumerate(tasks) if task == name]])
+        category, count = (categories or {}).get(name, ""), len(chosen[name])
+        about = Record(name=name, path=folder, vector="", category=category, samples=count, embedder=made.name)
+        records.append((about, mean))
+    registry.extend(path, Registry(base=base, embedder=home), records)
     log(f"registry of {len(paths)} adapters: {path}; vectors by {made.name}")
     return path
 

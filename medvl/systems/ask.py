@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 from attrs import asdict, frozen
 
-from medvl import config, embed, experts, processes, report, results, retrieve
+from medvl import config, embed, experts, files, processes, report, results, retrieve
 from medvl.adapter_files import read_adapter
 from medvl.chat import ChatConfig
 from medvl.checkpoints import find, read_json
@@ -155,7 +154,7 @@ def _add(path: Path, folder: str, samples: str, name: str, vector: str, descript
         raise ValueError("adapters add: needs name, path (the adapter's folder), and either samples (JSONL) or vector (.npy)")
     held = registry.read_registry(path) if path.exists() else registry.Registry()
     if vector:
-        mean, count, made = np.load(vector, allow_pickle=False), 0, ""
+        mean, count, made = files.open_array(vector), 0, ""
     elif not held.embedder:
         raise ValueError(f"adapters add: {path} has no embedder, so samples cannot be embedded; give vector, or build the registry")
     else:
@@ -166,7 +165,7 @@ def _add(path: Path, folder: str, samples: str, name: str, vector: str, descript
     about = Record(
         name=name,
         path=os.path.relpath(folder, path.parent),
-        vector=f"vectors/{name}.npy",
+        vector="",
         description=description,
         category=category,
         samples=count,
