@@ -206,7 +206,7 @@ STEPS = (  # every call after which something is on disk that was not there befo
 @pytest.mark.parametrize(("module", "name"), STEPS, ids=[name for _, name in STEPS])
 def test_a_run_killed_between_two_writes_goes_on(trained, tmp_path, monkeypatch, module, name, when):
     """Before or behind any write of a run: the same command ends with the registry, the adapters and the model of one that was not."""
-    place, folder, _ = trained
+    _, folder, _ = trained
     shutil.copytree(folder, tmp_path / folder.name)
     work = tmp_path / folder.name
     shutil.rmtree(work / "results")

@@ -82,7 +82,7 @@ def test_a_vector_that_claims_to_be_huge_is_refused_before_anything_is_allocated
     header = np.lib.format.magic(1, 0) + (118).to_bytes(2, "little")
     about = b"{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000000,), }"
     place.with_name("ct.npy").write_bytes(header + about.ljust(117) + b"\n" + bytes(16))
-    with pytest.raises(ValueError, match="ct: .*ct.npy: not a whole .npy of numbers"):
+    with pytest.raises(ValueError, match=r"ct: .*ct\.npy: not a whole .npy of numbers"):
         registry.vectors(place, registry.read_registry(place))
 
 

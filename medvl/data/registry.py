@@ -14,7 +14,6 @@ from torch import Tensor
 
 from medvl import config, files
 
-
 _LONGEST = 2**20  # numbers of a vector; embeddings have thousands
 
 
