@@ -104,7 +104,7 @@ def adapters(
     help={
         "question": "in words",
         "adapters": "a registry of adapters (.toml or .json), to be asked about images",
-        "slide": "a file of patch features, to be asked about with a slide_vqa run",
+        "slide": "to be asked about with a slide_vqa run: a file of patch features, STORE.h5::NAME, or a slide of the run by name",
         "run": "run folder of slide_vqa",
         "image": "image file, repeatable",
         "mode": "bare, selection, mixture, fusion or oracle",

@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -147,6 +148,42 @@ def read_array(path: PathLike, shape: tuple[int, ...], remedy: str) -> np.ndarra
     if held.shape != shape:
         raise ValueError(f"{path}: must hold an array {list(shape)}, found {list(held.shape)}; {remedy}")
     return np.array(held)
+
+
+def own_dataset(file: Any, name: str, path: PathLike) -> Any:
+    """The dataset `name` of an open HDF5 file, all of it written and in that file.
+
+    HDF5 follows links and external storage to any other file, and reads room that was never written as zeros. Nothing is read here.
+
+    Raises:
+        ValueError: no dataset, a link, external storage or a virtual dataset; parts that were never written; a size that has nothing to
+            do with what the file holds.
+    """
+    import h5py
+
+    key = name.encode()
+    if not file.id.links.exists(key):
+        raise ValueError(f"{path}: must hold a dataset {name!r}, found {', '.join(map(repr, list(file)[:6])) or 'none'}")
+    if file.id.links.get_info(key).type != h5py.h5l.TYPE_HARD:
+        raise ValueError(f"{path}: {name!r} must lie in this file, found a link; copy what it leads to into the file")
+    found = file[name]
+    if not isinstance(found, h5py.Dataset):
+        raise ValueError(f"{path}: {name!r} must be a dataset, found a {type(found).__name__.lower()}")
+    plan = found.id.get_create_plist()
+    if found.is_virtual or plan.get_external_count():
+        raise ValueError(f"{path}: {name!r} must lie in this file, found a dataset whose numbers lie in other files; copy them into it")
+    stored = found.id.get_storage_size()
+    if plan.get_layout() == h5py.h5d.CHUNKED:
+        room, written, unit = 1, found.id.get_num_chunks(), "chunks"
+        for length, step in zip(found.shape, found.chunks, strict=True):
+            room *= -(-length // step)
+    else:
+        room, written, unit = found.nbytes, stored, "bytes"
+    if written < room:
+        raise ValueError(f"{path}: {name!r} has room for {room} {unit} and holds {written}; was its writer killed?")
+    if found.nbytes > max(2**26, 100 * stored):  # compressed features are a half, never a hundredth
+        raise ValueError(f"{path}: {name!r} would unpack {stored} bytes to {found.nbytes}; these are no measured numbers, write it again")
+    return found
 
 
 def _umask() -> int:

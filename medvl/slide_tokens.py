@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 from torch import Tensor
 from tqdm import tqdm
 
@@ -68,16 +68,49 @@ def open_features(where: files.PathLike, names: Sequence[str], *, dims: int = 0)
     return _of_files(paths, tuple(n for n in wanted if n not in paths), _same_width(where, widths, dims), dims)
 
 
-def features_file(path: files.PathLike, *, dims: int = 0) -> Features:
-    """The features of one slide, called by the path as given.
+def open_slide(slide: files.PathLike, where: files.PathLike = "", *, dims: int = 0) -> Features:
+    """The features of one slide, called as it is written.
 
+    Args:
+        slide: a file of patch features; `STORE::NAME`, a slide of a packed store; or the name of a slide in `where`.
+        where: a folder of feature files or a packed store.
     Raises:
-        ValueError: as `slides.about_slide`; another width than `dims`; no patch.
+        ValueError: no such file or slide (with near names), several of the name, as `slides.about_slide`; another width than `dims`;
+            no patch.
     """
-    name, path, about = str(path), Path(path), slides.about_slide(path, dims=dims)
-    if not about.rows:
-        raise ValueError(f"{path}: must hold patches, the slide has none; was tissue found on it?")
-    return _of_files({name: path}, (), _same_width(path, {name: about.dims}, dims), dims)
+    written = str(slide)
+    store, _, name = written.rpartition("::")
+    if Path(written).is_file():
+        width = slides.about_slide(written, dims=dims).dims
+        found = _of_files({written: Path(written)}, (), _same_width(Path(written), {written: width}, dims), dims)
+    elif Path(written).exists() or not (store or where):
+        raise ValueError(f"{written}: no such file; a slide is a file of patch features, or STORE.h5::NAME")
+    else:
+        found = _renamed(_only_slide(store or where, name, written, dims), name, written)
+    if next(found.chunks(written, 1), None) is None:
+        raise ValueError(f"{written}: must hold patches, the slide has none; was tissue found on it?")
+    return found
+
+
+def _only_slide(where: files.PathLike, name: str, written: str, dims: int) -> Features:
+    if not Path(where).exists():
+        raise ValueError(f"{written}: no such file; and {where}, where a slide of that name could lie, is not there either")
+    found = open_features(where, [name], dims=dims)
+    if found.missing:
+        known = slide_store.open_slides(where).names if Path(where).is_file() else slides.feature_files(where)
+        raise ValueError(f"{written}: no such file, and no slide of that name in {where}{slides.near_names(name, known)}")
+    return found
+
+
+def _renamed(features: Features, name: str, written: str) -> Features:
+    """The same slide, called as it was written."""
+    return evolve(
+        features,
+        names=(written,),
+        patch_size=lambda _: features.patch_size(name),
+        chunks=lambda _, size: features.chunks(name, size),
+        key=lambda _: features.key(name),
+    )
 
 
 def _of_files(paths: Mapping[str, Path], missing: tuple[str, ...], width: int, dims: int) -> Features:

@@ -17,6 +17,7 @@ from test_slides import features, grid, write_clam, write_csv, write_trident
 from medvl.data import slide_check, slide_store, slides
 from medvl.data.slide_check import check_slides, describe
 from medvl.data.slide_store import open_slides, pack
+from medvl.slide_tokens import open_slide
 
 D = 6
 
@@ -227,6 +228,61 @@ def test_one_packer_at_a_time(folder, tmp_path):
     source, _ = folder
     with slide_store._alone(tmp_path / "s.h5"), pytest.raises(ValueError, match="another run is writing to it"):
         pack(files_of(source), tmp_path / "s.h5")
+
+
+def test_a_store_is_not_one_slide(folder, tmp_path):
+    """Its slides would be laid over each other."""
+    pack(files_of(folder[0]), tmp_path / "store.h5", encoder="uni_v1")
+    said = r"store.h5: is a packed store of \d slides, not one slide"
+    for read in (slides.read_slide, slides.about_slide, slides.count_bad, lambda path: next(slides.chunks(path))):
+        with pytest.raises(ValueError, match=said):
+            read(tmp_path / "store.h5")
+    with pytest.raises(ValueError, match=said):
+        pack([tmp_path / "store.h5"], tmp_path / "other.h5", dims=6)
+    with pytest.raises(ValueError, match=said):
+        open_slide(tmp_path / "store.h5")
+
+
+def test_a_store_of_other_files_or_of_rows_beyond_it(folder, tmp_path):
+    out = tmp_path / "s.h5"
+
+    def says(what, change):
+        out.unlink(missing_ok=True)
+        pack(files_of(folder[0]), out, encoder="uni_v1")
+        with h5py.File(out, "r+") as f:
+            change(f)
+        with pytest.raises(ValueError, match=rf"s.h5: {what}"):
+            open_slides(out)
+
+    def beyond(f):
+        rows = f["rows"][()]
+        rows["count"][0] = rows["room"][0] = 10**12
+        f["rows"][...] = rows
+
+    def external(f):
+        del f["features"]
+        f.create_dataset("features", (25, D), "f2", external=[(str(tmp_path / "secret"), 0, 25 * D * 2)])
+
+    def in_pieces(f):
+        held = f["coords"][()]
+        del f["coords"]
+        f.create_dataset("coords", data=held, chunks=(5, 2))
+
+    says("names patches beyond the 25 that it holds", beyond)
+    says("'features' must lie in this file", external)
+    says("must be a store that `invoke slides pack` wrote, its arrays do not lie in one piece", in_pieces)
+
+
+def test_a_run_that_packed_nothing_leaves_no_store(folder, tmp_path):
+    """An empty store would refuse the next run for settings that nobody chose."""
+    write_trident(tmp_path / "in" / "S0.h5", np.full((3, D), np.nan, "f4"), grid(3))
+    with pytest.raises(ValueError, match="0 slides are packed now, 1 of 1 cannot be"):
+        pack([tmp_path / "in" / "S0.h5"], tmp_path / "s.h5", encoder="uni_v1")
+    assert not (tmp_path / "s.h5").exists()
+    with pytest.raises(ValueError, match="of the encoder 'uni_v1', the store's is 'conch'"):
+        pack([tmp_path / "in" / "S1.h5"], tmp_path / "s.h5", encoder="conch")
+    assert not (tmp_path / "s.h5").exists()
+    assert pack([tmp_path / "in" / "S3.pt"], tmp_path / "s.h5", encoder="conch").done == 1
 
 
 def test_stores_that_are_none(folder, tmp_path):

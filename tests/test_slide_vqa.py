@@ -12,6 +12,7 @@ from attrs import evolve
 
 from medvl import compressor, config, hub, train
 from medvl.config import ConfigError
+from medvl.data import slide_store
 from medvl.data.slide_questions import SlideTalk
 from medvl.slide_tokens import open_features, slide_tokens
 from medvl.systems import run, slide_vqa, slide_vqa_look, slide_vqa_pretrain, slide_vqa_run
@@ -154,6 +155,29 @@ def test_look_says_where_it_came_from(trained, tmp_path):
     positive = np.clip(found["slots"], 0, None)
     assert found["relevance"].sum() == pytest.approx(positive.sum(), rel=1e-4)
     assert sorted(p.name for p in next((tmp_path / "maps").iterdir()).iterdir())[0] == "map.geojson"
+
+
+def test_a_slide_is_asked_by_its_name_or_out_of_a_store(trained, tmp_path):
+    place, folder, _ = trained
+    files = sorted((place / "data").rglob("*.h5"))[:3]
+    slide_store.pack(files, tmp_path / "store.h5", dtype="float32")
+    ask = lambda slide: slide_vqa_look.look_at_slide(folder, slide, "Which tissue is there?", tmp_path / "maps", most=4)
+    by_path = ask(files[0])
+    for slide in (files[0].stem, f"{tmp_path / 'store.h5'}::{files[0].stem}"):
+        found = ask(slide)
+        assert found["answer"] == by_path["answer"]
+        np.testing.assert_array_equal(found["relevance"], by_path["relevance"])
+        assert found["map"] == by_path["map"]
+    with pytest.raises(ValueError, match=r"store.h5: is a packed store of 3 slides, not one slide; `invoke ask --slide .*store.h5::NAME`"):
+        ask(tmp_path / "store.h5")
+    with pytest.raises(
+        ValueError, match=rf"store.h5::{files[0].stem}x: no such file, and no slide of that name in .*\(near: .*{files[0].stem}"
+    ):
+        ask(f"{tmp_path / 'store.h5'}::{files[0].stem}x")
+    with pytest.raises(ValueError, match=r"NOBODY: no such file, and no slide of that name in .*features \(none of \d+ is near"):
+        ask("NOBODY")
+    with pytest.raises(ValueError, match=r"there.h5::A: no such file; and .*there.h5, where a slide of that name could lie, is not there"):
+        ask(f"{tmp_path / 'there.h5'}::A")
 
 
 def test_a_token_is_worth_what_the_answer_loses_without_it(trained):

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import zipfile
 
 import h5py
 import numpy as np
@@ -344,11 +345,66 @@ def test_room_that_was_never_written_is_no_patch_of_zeros(tmp_path):
     with h5py.File(tmp_path / "a.h5", "r+") as f:
         f["features"].resize(170, 0)  # then the next batch is written
         f["coords"].resize(170, 0)
-    with pytest.raises(ValueError, match=r"a.h5: has room for 4080 bytes of features and holds 2304; was its writer killed\?"):
+    with pytest.raises(ValueError, match=r"a.h5: 'features' has room for 6 chunks and holds 3; was its writer killed\?"):
         read_slide(tmp_path / "a.h5")
     with h5py.File(tmp_path / "a.h5", "w") as f:  # compressed files hold less, and are whole
         f.create_dataset("features", data=np.zeros((70, 6), "f4"), compression="gzip")
     same(tmp_path / "a.h5", np.zeros((70, 6), "f4"))
+
+
+def test_features_of_other_files_are_never_read(tmp_path):
+    """External storage, links and virtual datasets would make any file's bytes features."""
+    (tmp_path / "secret").write_bytes(bytes(range(96)))
+    write_clam(tmp_path / "other.h5", features(4), grid(4))
+
+    def says(what, make):
+        with h5py.File(tmp_path / "a.h5", "w") as f:
+            make(f)
+        for read in (about_slide, read_slide):
+            with pytest.raises(ValueError, match=rf"a.h5: 'features' must lie in this file, found {what}"):
+                read(tmp_path / "a.h5")
+
+    says("a dataset whose numbers", lambda f: f.create_dataset("features", (4, 6), "f4", external=[(str(tmp_path / "secret"), 0, 96)]))
+    says("a link", lambda f: f.__setitem__("features", h5py.ExternalLink(str(tmp_path / "other.h5"), "features")))
+    says("a link", lambda f: f.__setitem__("features", h5py.SoftLink("/x")))
+    layout = h5py.VirtualLayout((4, 6), "f4")
+    layout[:] = h5py.VirtualSource(str(tmp_path / "other.h5"), "features", (4, 6))
+    says("a dataset whose numbers", lambda f: f.create_virtual_dataset("features", layout))
+    with h5py.File(tmp_path / "a.h5", "w") as f:  # the same for coordinates
+        f["features"] = features(4)
+        f["coords"] = h5py.ExternalLink(str(tmp_path / "other.h5"), "coords")
+    with pytest.raises(ValueError, match=r"a.h5: 'coords' must lie in this file"):
+        read_slide(tmp_path / "a.h5")
+
+
+def test_unfinished_compressed_features_are_no_zeros(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as f:
+        held = f.create_dataset("features", (500, 6), "f4", chunks=(100, 6), compression="gzip")
+        held[:400] = features(400)
+    with pytest.raises(ValueError, match=r"a.h5: 'features' has room for 5 chunks and holds 4; was its writer killed\?"):
+        about_slide(tmp_path / "a.h5")
+
+
+def test_sizes_are_checked_before_anything_is_allocated(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as f:  # few bytes that unpack to 96 MB
+        f.create_dataset("features", data=np.zeros((15625, 1536), "f4"), chunks=(15625, 1536), compression="gzip")
+    torch.save(torch.zeros(1, 1536).expand(10**9, 1536), tmp_path / "a.pt")
+    assert (tmp_path / "a.h5").stat().st_size < 200_000
+    assert (tmp_path / "a.pt").stat().st_size < 10_000
+    torch.save({"features": torch.zeros(10**9, 1536, device="meta")}, tmp_path / "m.pt")
+    torch.save(torch.zeros(400, 600), tmp_path / "z.pt")
+    with zipfile.ZipFile(tmp_path / "z.pt") as whole, zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in whole.namelist():
+            packed.writestr(name, whole.read(name))
+    for name, what in (
+        ("a.h5", r"'features' would unpack \d+ bytes to 96000000"),
+        ("a.pt", r"features must be \[1000000000, 1536\] numbers of their own, the file holds 6144 bytes; .*contiguous"),
+        ("m.pt", r"features must be \[1000000000, 1536\] numbers of their own, the file holds 0 bytes"),
+        ("packed.pt", r"must be as torch.save writes it, \d+ members are compressed and unpack to 9\d{5} bytes"),
+    ):
+        for read in (about_slide, read_slide):
+            with pytest.raises(ValueError, match=f"{name}: {what}"):
+                read(tmp_path / name)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from attrs import frozen
 
-from medvl.files import BROKEN, PathLike
+from medvl.files import BROKEN, PathLike, own_dataset
 
+STORE = "medvl-slides"  # attribute "format" of a store of many slides (`slide_store`), which is not one slide
 SUFFIXES = (".h5", ".hdf5", ".pt", ".pth", ".npy", ".csv")
 _KEYS = ("features", "feature", "feat", "tile_embeds")  # the last is Prov-GigaPath's
 _ATTRS = ("patch_size_level0", "target_magnification", "magnification", "mpp", "encoder")  # all that is looked at
@@ -79,21 +80,28 @@ def _kind(path: Path) -> str:
 def _open_h5(path: Path, _: int) -> Iterator[Source]:
     with h5py.File(path, "r", locking=False) as f:
         try:
-            found = {k: v for k, v in f.items() if isinstance(v, h5py.Dataset)}
-        except KeyError as e:
+            source = _inspect_h5(path, f)
+        except (ValueError, *BROKEN) as e:
+            if isinstance(e, ValueError) and str(e).startswith(str(path)):
+                raise
             raise ValueError(f"{path}: is a broken HDF5 file ({e})") from e
-        key, coords = _key(found, path), found.get("coords")
-        _check_written(path, found[key])
-        holders = [h.attrs for h in (found[key], coords, f) if h is not None]
-        attrs = {k: next(h[k] for h in holders if k in h) for k in _ATTRS if any(k in h for h in holders)}
-        yield _arrays(path, found[key], coords, attrs)
+        yield source
 
 
-def _check_written(path: Path, x: h5py.Dataset) -> None:
-    """HDF5 reads room that was never written as zeros."""
-    plain = not x.id.get_create_plist().get_nfilters() and not x.is_virtual and not x.external
-    if plain and (held := x.id.get_storage_size()) < x.nbytes:
-        raise ValueError(f"{path}: has room for {x.nbytes} bytes of features and holds {held}; was its writer killed?")
+def _inspect_h5(path: Path, f: h5py.File) -> Source:
+    if f.attrs.get("format") == STORE:
+        raise ValueError(
+            f"{path}: is a packed store of {f['rows'].shape[0]} slides, not one slide; `invoke ask --slide {path}::NAME` asks about one "
+            "of them, data.features takes the whole store, and slide_store.open_slides reads it"
+        )
+    names = dict.fromkeys(f)
+    features = own_dataset(f, _key(names, path), path)
+    coords = own_dataset(f, "coords", path) if "coords" in names else None
+    attrs = dict[str, Any]()
+    for holder in (f, coords, features):  # what the features say of themselves goes first
+        if holder is not None:
+            attrs |= {key: holder.attrs[key] for key in _ATTRS if key in holder.attrs}
+    return _arrays(path, features, coords, attrs)
 
 
 @contextmanager
@@ -113,6 +121,7 @@ def _open_npy(path: Path, _: int) -> Iterator[Source]:
 
 @contextmanager
 def _open_pt(path: Path, _: int) -> Iterator[Source]:
+    _check_stored(path)
     try:
         held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as e:
@@ -127,8 +136,28 @@ def _open_pt(path: Path, _: int) -> Iterator[Source]:
     if not isinstance(held, dict):
         raise ValueError(f"{path}: must hold a tensor, or a dict with one, got {type(held).__name__}")
     tensors = {k: v.detach() for k, v in held.items() if isinstance(v, torch.Tensor) and v.layout == torch.strided}
+    for key, tensor in tensors.items():
+        stored = 0 if tensor.is_meta else tensor.untyped_storage().nbytes()
+        if stored < tensor.numel() * tensor.element_size():  # a stride of 0 repeats a few numbers without end
+            raise ValueError(
+                f"{path}: {key} must be {list(tensor.shape)} numbers of their own, the file holds {stored} bytes; "
+                "write it again with tensor.contiguous()"
+            )
     key = _key(tensors, path)
     yield _arrays(path, tensors[key], tensors.get("coords"), {k: held[k] for k in _ATTRS if isinstance(held.get(k), str | int | float)})
+
+
+def _check_stored(path: Path) -> None:
+    """Refuse a zip whose members unpack to more than the file is long: torch.save compresses nothing."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as members:
+            sizes = [m.file_size for m in members.infolist() if m.compress_type != zipfile.ZIP_STORED]
+    except (ValueError, *BROKEN) as e:
+        raise ValueError(f"{path}: is not a whole file of torch.save ({e})") from e
+    if sizes:
+        raise ValueError(f"{path}: must be as torch.save writes it, {len(sizes)} members are compressed and unpack to {sum(sizes)} bytes")
 
 
 def _key(found: Mapping[str, Any], path: Path) -> str:

@@ -25,13 +25,13 @@ from tqdm import tqdm
 from medvl import files
 from medvl.checkpoints import few
 from medvl.data import slides
-from medvl.data.slide_formats import Block
+from medvl.data.slide_formats import STORE, Block
 from medvl.data.slides import About, Slide
 from medvl.files import PathLike
 
 _log = logging.getLogger(__name__)
 
-FORMAT, VERSION = "medvl-slides", 1
+VERSION = 1
 _FIELDS = (  # of a row, between its name and `done`
     ("start", "<i8"),
     ("room", "<i8"),
@@ -132,19 +132,29 @@ def open_slides(path: PathLike) -> Slides:
     try:
         with h5py.File(path, "r", locking=False) as f:
             found = f.attrs.get("format"), f.attrs.get("version")
-            if found != (FORMAT, VERSION):
-                raise ValueError(f"{path}: must be a store of format {FORMAT} and version {VERSION}, found {found[0]} and {found[1]}")
-            table, settings = f["rows"][()], json.loads(f.attrs["settings"])
-            offsets = {k: f[k].id.get_offset() for k in ("features", "coords", "rows")}
-            dims, dtype = f["features"].shape[1], f["features"].dtype
-    except (OSError, KeyError) as e:
+            if found != (STORE, VERSION):
+                raise ValueError(f"{path}: must be a store of format {STORE} and version {VERSION}, found {found[0]} and {found[1]}")
+            arrays = {k: files.own_dataset(f, k, path) for k in ("features", "coords", "rows")}
+            offsets = {k: array.id.get_offset() for k, array in arrays.items()}
+            if None in offsets.values():
+                raise ValueError(f"{path}: must be a store that `invoke slides pack` wrote, its arrays do not lie in one piece")
+            table, settings = arrays["rows"][()], json.loads(f.attrs["settings"])
+            patches, dims = arrays["features"].shape
+            dtype, encoder = arrays["features"].dtype, settings["encoder"]
+            ends = table["start"] + table["room"]
+            if arrays["coords"].shape != (patches, 2) or arrays["coords"].dtype != np.dtype("<i8"):
+                raise ValueError(f"{path}: coords must be [{patches}, 2] of int64, found {arrays['coords'].shape} {arrays['coords'].dtype}")
+            if (table["start"] < 0).any() or (table["count"] < 0).any() or (table["count"] > table["room"]).any() or (ends > patches).any():
+                raise ValueError(f"{path}: names patches beyond the {patches} that it holds; pack it again")
+            names = [n.decode() for n in table["name"]]
+    except (OSError, LookupError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as e:
         raise ValueError(f"{path}: is not a whole store ({e})") from e
-    names, stat = [n.decode() for n in table["name"]], os.stat(path)
+    stat = os.stat(path)
     return Slides(
         path=path,
         dims=dims,
         dtype=dtype,
-        encoder=settings["encoder"],
+        encoder=encoder,
         names=tuple(n for n, done in zip(names, table["done"], strict=True) if done),
         table=table,
         index={n: i for i, n in enumerate(names)},
@@ -229,12 +239,13 @@ def pack(
     out = Path(out)
     with _alone(out):
         old = open_slides(out) if out.exists() else None
+        old = old if old and old.names else None  # one in which nothing is done binds nobody to its settings
         todo = {n: p for n, p in jobs.items() if old is None or n not in old.names}
         known, faults = _look(todo, dims)
         settings = _settings(out, old, known, dims, encoder, dtype)
         faults |= _refused(known, settings, vouched=bool(encoder))
         room = {n: a for n, a in known.items() if n not in faults}
-        if old is None or any(n not in old._index or old._table["room"][old._index[n]] < a.rows for n, a in room.items()):
+        if room and (old is None or any(n not in old._index or old._table["room"][old._index[n]] < a.rows for n, a in room.items())):
             _make_room(out, old, room, settings)
         written: list[tuple[int, int]] = []
         for name in tqdm(room, desc="pack", disable=not progress):
@@ -242,7 +253,10 @@ def pack(
                 written.append(_write(out, name, todo[name], known[name], drop, size))
             except ValueError as e:
                 faults[name] = str(e)
-        _say_guesses(out, room)
+        if old is None and not written:
+            out.unlink(missing_ok=True)  # an empty store would bind the next run to these settings
+        else:
+            _say_guesses(out, room)
     if faults:
         said = f"{len(written)} slides are packed now, {len(faults)} of {len(jobs)} cannot be"
         raise ValueError(f"{out}: {said}: {few(list(faults.values()), 5)}")
@@ -333,7 +347,7 @@ def _make_room(out: Path, old: Slides | None, new: Mapping[str, About], settings
     n = max(1, int(rows["room"].sum()))
     with files.atomic(out) as tmp:
         with h5py.File(tmp, "w", locking=False) as f:
-            f.attrs.update({"format": FORMAT, "version": VERSION, "settings": json.dumps(dict(settings))})
+            f.attrs.update({"format": STORE, "version": VERSION, "settings": json.dumps(dict(settings))})
             f.create_dataset("rows", data=rows)
             _reserve(f, "coords", (n, 2), np.dtype("<i8"))
             _reserve(f, "features", (n, settings["dims"]), np.dtype(settings["dtype"]).newbyteorder("<"))

@@ -325,5 +325,11 @@ def find_features(folder: PathLike, names: Iterable[object]) -> dict[str, Path]:
 def _not_one(name: str, hits: Sequence[str], stems: Sequence[str]) -> str:
     if hits:
         return f"{name!r} could be {few(hits, 4)}; write the whole name"
+    return f"{name!r}{near_names(name, stems)}"
+
+
+def near_names(name: str, stems: Iterable[str]) -> str:
+    """What an error says of a slide that is not there: " (near: A, B)", or that none of so many is near."""
+    stems = list(stems)
     near = difflib.get_close_matches(slide_name(name), stems, 3)
-    return f"{name!r}" + (f" (near: {', '.join(near)})" if near else f" (none of {len(stems)} is near)")
+    return f" (near: {', '.join(near)})" if near else f" (none of {len(stems)} is near)"

@@ -19,7 +19,7 @@ from attrs import field, frozen
 
 from medvl import files
 from medvl.config import differences
-from medvl.files import PathLike
+from medvl.files import PathLike, own_dataset
 
 FORMAT, VERSION = "medvl-store", 1
 
@@ -111,7 +111,7 @@ def open_store(path: PathLike, expect: Mapping[str, Any] | None = None) -> Store
     try:
         with h5py.File(path, "r", locking=False) as f:
             _check_format(f, path)
-            arrays, rows = f["arrays"], f["rows"]
+            arrays, rows = (own_dataset(f, name, path) for name in ("arrays", "rows"))
             table, settings = rows[()], json.loads(f.attrs["settings"])
             places = {"offset": arrays.id.get_offset(), "rows_offset": rows.id.get_offset()}
             shape, dtype = arrays.shape[1:], arrays.dtype

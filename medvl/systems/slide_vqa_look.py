@@ -10,9 +10,10 @@ from torch import Tensor
 
 from medvl import files, generation
 from medvl.data.slide_questions import SlideTalk
+from medvl.data.slides import slide_name
 from medvl.slide_maps import write_map
 from medvl.slide_relevance import occlusion_attribution, patch_relevance
-from medvl.slide_tokens import features_file, patch_weights, slide_tokens
+from medvl.slide_tokens import open_slide, patch_weights, slide_tokens
 from medvl.systems import slide_vqa, slide_vqa_run
 from medvl.systems.slide_vqa import Model
 from medvl.tree import Tree
@@ -25,7 +26,7 @@ def look_at_slide(
 
     Args:
         folder: of the run.
-        slide: a file of patch features, of any format that is read.
+        slide: a file of patch features, of any format that is read; `STORE::NAME`; or the name of a slide in the run's features.
         out: write the map of where the answer came from into this folder.
         most: tokens of the answer.
     Returns:
@@ -35,9 +36,9 @@ def look_at_slide(
     """
     if not question.strip():
         raise ValueError("ask: the question must have text, got none")
-    folder, slide = Path(folder), Path(slide)
+    folder = Path(folder)
     model, params, _ = slide_vqa_run.load(folder)
-    of = features_file(slide, dims=model.compress.dim)
+    of = open_slide(slide, slide_vqa.path(model.cfg, "features"), dims=model.compress.dim)
     tokens = slide_tokens(model.compress, model.compressor, of, folder / "tokens")
     turns = {"role": "user", "content": f"<image>\n{question}"}, {"role": "assistant", "content": ""}
     talk = SlideTalk(messages=turns, slides=of.names)
@@ -48,7 +49,9 @@ def look_at_slide(
     relevance = patch_relevance(weights, slots, sign="positive")
     found = {"answer": said, "relevance": relevance, "coords": coords, "slots": slots, "map": ""}
     if out:
-        found["map"] = str(write_map(out, slide.stem, relevance, weights, coords, of.patch_size(of.names[0]) or 256))
+        found["map"] = str(
+            write_map(out, slide_name(str(slide).rpartition("::")[2]), relevance, weights, coords, of.patch_size(of.names[0]) or 256)
+        )
     return found
 
 
