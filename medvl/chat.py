@@ -10,7 +10,7 @@ from attrs import evolve, field, frozen
 from PIL import Image
 from torch import Generator, Tensor
 
-from medvl import generation, hub, intern_vl, processes, quant, qwen_vl, shards, tokens, vlm
+from medvl import config, generation, hub, intern_vl, processes, quant, qwen_vl, shards, tokens, vlm
 from medvl.checkpoints import find, new_folder, read_json
 from medvl.data import conversations, images, order
 from medvl.data.conversation_files import Conversation
@@ -50,6 +50,11 @@ class ChatConfig:
     max_pixels: int = 0  # of an image (MAX_PIXELS elsewhere); 0 = what the checkpoint says
     min_pixels: int = 0
     max_images: int = 0  # of a user's turn, the last ones; 0 = all. (MAX_NUM elsewhere means this for some models and tiles for others)
+
+    def __attrs_post_init__(self) -> None:
+        config.within(self, "chat", context=(2, 2**24), max_pixels=(0, 2**28), min_pixels=(0, 2**28), max_images=(0, 2**20))
+        if self.max_pixels and self.min_pixels > self.max_pixels:
+            raise ValueError(f"chat.min_pixels must not be above chat.max_pixels, got {self.min_pixels} and {self.max_pixels}")
 
 
 @frozen(kw_only=True, eq=False)

@@ -1,8 +1,11 @@
 """Experiment records: strict TOML or JSON in, frozen attrs records out. The only file that imports cattrs."""
 
+import copy
 import hashlib
 import json
+import math
 import os
+import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +16,18 @@ import cattrs
 
 T = TypeVar("T")
 Hook = Callable[[Any, Any], Any]
+DEPTH = 32  # how deep settings may be nested; a model's config has about four levels
+# Bounds of common settings, for `within`. The upper ones are far above what anybody needs: they catch a slip of the keyboard at once.
+COUNT = (1, 2**31 - 1)  # samples, steps, tokens
+COUNT_OR_NONE = (0, 2**31 - 1)
+WIDTH = (1, 2**17)  # of vectors and tables, and pixels of a side
+WIDTH_OR_NONE = (0, 2**17)
+DEPTHS = (1, 1024)  # layers of a network, heads of one
+RATE = (0, 10)  # learning rates, weight decay
+SEED = (0, 2**32 - 1)  # what every generator takes
+SHARE = (0, 1)
+DRAWS = (1, 10**6)  # of a bootstrap
+PROCESSES = (1, 1024)
 
 
 class ConfigError(ValueError):
@@ -34,33 +49,37 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     """The raw dict of a `.toml` or `.json` file."""
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark first
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"{path}: cannot be read as text ({e})") from e
     try:
         raw = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ConfigError(f"{path}: not valid {'JSON' if path.suffix == '.json' else 'TOML'}: {e}") from e
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: must hold a table of settings, found {type(raw).__name__}")
+    _check_plain(raw, str(path))
     return raw
 
 
 def override(raw: dict[str, Any], overrides: tuple[str, ...], where: str = "record") -> dict[str, Any]:
     """A copy of `raw` with each `"key.path=value"` set. New keys are allowed here; `structure` refuses unknown ones."""
-    raw = json.loads(json.dumps(raw))
+    raw = copy.deepcopy(raw)
     for item in overrides:
         path, sep, text = item.partition("=")
         if not sep or not path.strip():
             raise ConfigError(f"{where}: --set needs key.path=value, got {item!r}")
+        value = _value(text, f"{where}: --set {path}")
         *parents, last = path.strip().split(".")
+        if len(parents) >= DEPTH:
+            raise ConfigError(f"{where}: --set {path[:60]}...: no setting lies {len(parents) + 1} keys deep")
         node: Any = raw
         for depth, key in enumerate(parents):
             node = _step(node, key, where, ".".join(parents[: depth + 1]))
         if isinstance(node, list):
-            node[_index(node, last, where, path)] = _value(text)
+            node[_index(node, last, where, path)] = value
         elif isinstance(node, dict):
-            node[last] = _value(text)
+            node[last] = value
         else:
             raise ConfigError(f"{where}: --set {path}: {'.'.join(parents)} is a {type(node).__name__}, it has no keys")
     return raw
@@ -81,11 +100,47 @@ def unstructure(record: Any) -> Any:
     return json.loads(json.dumps(_converter.unstructure(record)))
 
 
+def within(record: Any, where: str, **bounds: tuple[float, float]) -> None:
+    """Raise where a number of a record, or one of an array of them, lies outside its bounds: `within(cfg, "train", batch=COUNT)`."""
+    for name, (low, high) in bounds.items():
+        held = getattr(record, name)
+        for value in held if isinstance(held, tuple) else (held,):
+            if not low <= value <= high:  # which holds for NaN, too
+                bound = f"{_number(high)} or less" if value > high else f"{_number(low)} or more"
+                raise ValueError(f"{where}.{name} must be {bound}, got {_number(value)}")
+
+
 def at_least(record: Any, where: str, **least: float) -> None:
-    """Raise where a number of a record is smaller than it may be: `at_least(cfg, "train", batch=1)`."""
-    for name, bound in least.items():
-        if (value := getattr(record, name)) < bound:
-            raise ValueError(f"{where}.{name} must be {bound:g} or more, got {value:g}")
+    """`within`, without upper bounds."""
+    within(record, where, **{name: (low, math.inf) for name, low in least.items()})
+
+
+def fill(pattern: str, where: str, **values: Any) -> str:
+    """A name from a pattern: `fill("{folder}/{split}.h5", "data.store", folder="data", split="test")` is "data/test.h5".
+
+    What is filled in may itself hold braces. A key whose value is None stays as it is, for somebody else to fill.
+
+    Raises:
+        ValueError: the pattern holds braces around something else.
+    """
+
+    def value_of(match: re.Match[str]) -> str:
+        key = match[0][1:-1]
+        if key not in values:
+            known = ", ".join(f"{{{k}}}" for k in values) or "nothing in braces"
+            raise ValueError(f"{where} may hold {known}, found {match[0]} in {pattern!r}")
+        return match[0] if values[key] is None else str(values[key])
+
+    return re.sub(r"\{[^{}]*\}", value_of, pattern)
+
+
+def check_patterns(record: Any, where: str, **keys: tuple[str, ...]) -> None:
+    """Raise where a name or pattern of a record holds other braces than these: `check_patterns(cfg, "data", store=("folder", "split"))`.
+
+    A plain path has none: `root=()`.
+    """
+    for name, known in keys.items():
+        fill(getattr(record, name), f"{where}.{name}", **dict.fromkeys(known))
 
 
 def digest(record: Any) -> str:
@@ -101,11 +156,39 @@ def differences(a: Any, b: Any, path: str = "$") -> list[str]:
     return [] if a == b else [f"{path}: {a} / {b}"]
 
 
-def _value(text: str) -> Any:
+def _number(value: float) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _value(text: str, where: str) -> Any:
     try:
-        return tomllib.loads(f"v = {text}")["v"]
+        value = tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:
-        return text.strip()
+        value = text.strip()
+    except (ValueError, RecursionError) as e:  # a number of thousands of digits, thousands of brackets
+        raise ConfigError(f"{where}: {e}") from e
+    _check_plain(value, where)
+    return value
+
+
+def _check_plain(value: Any, where: str, path: str = "$", depth: int = 0) -> None:
+    """Raise where settings hold what no setting can be: a date, a number beyond 64 bits, text that no file can hold, too many levels."""
+    if depth > DEPTH:
+        raise ConfigError(f"{where}: settings are nested more than {DEPTH} deep @ {path[:60]}...")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_plain(key, where, path, depth + 1)
+            _check_plain(item, where, f"{path}.{key}", depth + 1)
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            _check_plain(item, where, f"{path}[{i}]", depth + 1)
+    elif isinstance(value, str):
+        if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise ConfigError(f"{where}: text holds characters that no file can hold, {value!a} @ {path!a}")
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ConfigError(f"{where}: whole numbers have at most 64 bits @ {path}")
+    elif not isinstance(value, int | float | None):
+        raise ConfigError(f"{where}: no setting is a {type(value).__name__}, got {value}; write text in quotes @ {path}")
 
 
 def _step(node: Any, key: str, where: str, path: str) -> Any:

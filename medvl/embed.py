@@ -63,6 +63,8 @@ class EmbedConfig:
             raise ValueError(f"EmbedConfig: dims must be >= 0, context >= 3, max_images, max_pixels and batch >= 1, got {self}")
         if len(self.shares) != 2 or not all(isfinite(s) and s >= 0 for s in self.shares) or not any(self.shares):
             raise ValueError(f"EmbedConfig: shares must be two numbers >= 0, one above 0, got {self.shares}")
+        config.within(self, "EmbedConfig", dims=config.WIDTH_OR_NONE, context=(3, 2**20), batch=(1, 2**20), shares=(0, 1e6))
+        config.within(self, "EmbedConfig", max_images=(1, 2**20), max_pixels=(1, 2**28))
 
 
 class Nothing(ValueError):

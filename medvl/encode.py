@@ -11,6 +11,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from medvl import config
+
 # b batch, s slices, n slices of all volumes that exist, y x voxel axes, d width. Voxels are Hounsfield units: int16 as they are, uint8 as
 # -1000..1000 HU in 255 steps.
 WINDOWS = ((-600.0, 1500.0), (40.0, 400.0), (400.0, 1800.0))  # (centre, width) in HU: lung, mediastinum, bone
@@ -46,8 +48,7 @@ class EncodeConfig:
             raise ValueError(f"EncodeConfig: mean and std must be 3 numbers, std positive, got mean={self.mean}, std={self.std}")
         if self.grid < 1 or (self.grid > 1 and "cls" in self.pool):
             raise ValueError(f"EncodeConfig: grid must be >= 1, and 1 for a pool with the class token, got {self.grid} and {self.pool!r}")
-        if self.resize < 0 or self.budget_mib < 1:
-            raise ValueError(f"EncodeConfig: resize must be >= 0 and budget_mib >= 1, got {self.resize}, {self.budget_mib}")
+        config.within(self, "EncodeConfig", resize=(0, 4096), grid=(1, 64), budget_mib=(1, 2**24), mean=(-10, 10), std=(1e-3, 10))
 
 
 def width(cfg: EncodeConfig, vit: Vit) -> int:
@@ -103,10 +104,7 @@ def encode_slices(cfg: EncodeConfig, params: Mapping[str, Tensor], voxels: Tenso
         raise ValueError(
             f"encode_slices: voxels must be [b, s, y, x] and mask bool [b, s], got {list(voxels.shape)}, {mask.dtype} {list(mask.shape)}"
         )
-    size = (cfg.resize, cfg.resize) if cfg.resize else (voxels.shape[2], voxels.shape[3])
-    _check_size(size, vit)
-    if any(n // _patch(vit) % cfg.grid for n in size):
-        raise ValueError(f"encode_slices: grid {cfg.grid} must divide the {size[0] // _patch(vit)} x {size[1] // _patch(vit)} patches")
+    size = check_size(cfg, (voxels.shape[2], voxels.shape[3]), patch_of(vit))
     dtype, extra = getattr(torch, cfg.dtype), _extra(size, vit)
     weights = {n: t if t.dtype == dtype else t.to(dtype) for n, t in params.items()}
     device = next(iter(weights.values())).device
@@ -165,7 +163,7 @@ def chunk_size(cfg: EncodeConfig, vit: Vit, size: tuple[int, int], device: torch
     item = torch.finfo(getattr(torch, cfg.dtype)).bits // 8
     d, depth = c["hidden_size"], c["num_hidden_layers"]
     h = c.get("intermediate_size") or int(d * c["mlp_ratio"])
-    tokens = 1 + c.get("num_register_tokens", 0) + size[0] * size[1] // _patch(vit) ** 2
+    tokens = 1 + c.get("num_register_tokens", 0) + size[0] * size[1] // patch_of(vit) ** 2
     kept = depth * (10 * d + 2 * h) if cfg.checkpoint and torch.is_grad_enabled() else 0
     each = 2 * 3 * 4 * size[0] * size[1] + tokens * item * (5 * d + 2 * h + kept)
     most = cfg.budget_mib * 2**20 // each
@@ -178,17 +176,22 @@ def _resize(pixels: Tensor, size: tuple[int, ...]) -> Tensor:
     return pixels if size == pixels.shape[-2:] else F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=True)
 
 
-def _check_size(size: tuple[int, int], vit: Vit) -> None:
-    patch = _patch(vit)
+def check_size(cfg: EncodeConfig, stored: tuple[int, int], patch: int) -> tuple[int, int]:
+    """The size (y, x) in which slices that are `stored` so are encoded; raises where patches, or cells of them, do not fill it."""
+    size = (cfg.resize, cfg.resize) if cfg.resize else stored
     if any(n % patch or not n for n in size):
         near = sorted({max(patch, n // patch * patch + k) for n in size for k in (0, patch)})
         raise ValueError(
             f"encode_slices: y and x must be multiples of the patch size {patch}, got {size[0]}x{size[1]}; "
             f"nearest are {', '.join(map(str, near))}: set EncodeConfig.resize or store slices of such a size"
         )
+    if any(n // patch % cfg.grid for n in size):
+        raise ValueError(f"encode_slices: grid {cfg.grid} must divide the {size[0] // patch} x {size[1] // patch} patches")
+    return size
 
 
-def _patch(vit: Vit) -> int:
+def patch_of(vit: Vit) -> int:
+    """The side of an encoder's patches, in pixels."""
     patch = vit.config["patch_size"]
     return patch if isinstance(patch, int) else patch[0]
 
@@ -204,7 +207,7 @@ def _extra(size: tuple[int, int], vit: Vit) -> dict[str, bool]:
 def _pool(cfg: EncodeConfig, vit: Vit, size: tuple[int, int], out: Any) -> Tensor:
     tokens = out.last_hidden_state
     patches = tokens[:, 1 + vit.config.get("num_register_tokens", 0) :]
-    cells = rearrange(patches, "n (r y c x) d -> n (r c) (y x) d", r=cfg.grid, c=cfg.grid, y=size[0] // _patch(vit) // cfg.grid)
+    cells = rearrange(patches, "n (r y c x) d -> n (r c) (y x) d", r=cfg.grid, c=cfg.grid, y=size[0] // patch_of(vit) // cfg.grid)
     found = {
         # CLIP's last norm is on the class token only
         "cls": lambda: (out.pooler_output if vit.config["model_type"] == "clip_vision_model" else tokens[:, 0])[:, None],

@@ -8,7 +8,7 @@ import torch
 from attrs import evolve, field, frozen
 from torch import Generator, Tensor
 
-from medvl import adapter_cache, chat, embed, files, lora, retrieve, vlm
+from medvl import adapter_cache, chat, config, embed, files, lora, retrieve, vlm
 from medvl.adapter_files import read_adapter
 from medvl.chat import Chat, ChatConfig, Encoded, ModelConfig
 from medvl.compose import Rule
@@ -30,6 +30,9 @@ class FusionConfig:
     density: float = 0.0  # of rules that prune
     seed: int = 0  # of rules that draw
 
+    def __attrs_post_init__(self) -> None:
+        config.within(self, "FusionConfig", rank=config.WIDTH_OR_NONE, density=config.SHARE, seed=config.SEED)
+
 
 @frozen(kw_only=True)
 class HoldConfig:
@@ -38,6 +41,9 @@ class HoldConfig:
     host_gb: float = 16.0  # read from disk when they are needed
     device_gb: float = 4.0  # moved to a GPU when they are needed
     fused_gb: float = 2.0  # what mode "fusion" made
+
+    def __attrs_post_init__(self) -> None:
+        config.within(self, "HoldConfig", host_gb=(0, 1e6), device_gb=(0, 1e6), fused_gb=(0, 1e6))
 
 
 @frozen(kw_only=True, eq=False)

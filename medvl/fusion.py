@@ -6,7 +6,7 @@ import torch
 from attrs import frozen
 from torch import Generator, Tensor
 
-from medvl import layers
+from medvl import config, layers
 from medvl.tree import Tree
 
 
@@ -30,8 +30,10 @@ class FuseConfig:
             raise ValueError(
                 f"FuseConfig: inputs must be >= 0, and skip needs pool mean, max or mean+max, got {self.inputs}, {self.pool!r}"
             )
-        if self.unit_mm <= 0 or self.base <= 1 or self.depth < 0:
-            raise ValueError(f"FuseConfig: need unit_mm > 0, base > 1, depth >= 0, got {self.unit_mm}, {self.base}, {self.depth}")
+        if self.base <= 1:
+            raise ValueError(f"FuseConfig: base must be above 1, got {self.base}")
+        config.within(self, "FuseConfig", dim=config.WIDTH, inputs=config.WIDTH_OR_NONE, depth=(0, 1024), heads=config.DEPTHS)
+        config.within(self, "FuseConfig", unit_mm=(1e-3, 1e4), base=(1, 1e9))
 
 
 def width(cfg: FuseConfig) -> int:

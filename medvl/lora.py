@@ -9,6 +9,7 @@ import torch
 from attrs import evolve, field, frozen
 from torch import Generator, Tensor, nn
 
+from medvl import config
 from medvl.weights import Lazy, dense, low_rank
 
 Factors = dict[str, dict[str, Tensor]]  # {module: {"a" [r, in], "b" [out, r], with experts "router" [n, in]}}
@@ -40,6 +41,9 @@ class LoraConfig:
         ranks = [self.rank, *self.rank_pattern.values()]
         if min(ranks) < 1 or not 0 <= self.dropout < 1 or self.experts < 0:
             raise ValueError(f"LoraConfig: ranks must be positive, dropout in [0, 1), experts not negative, got {self}")
+        config.within(self, "LoraConfig", rank=config.WIDTH, alpha=(0, 1e6), experts=(0, 1024))
+        if max(ranks) > config.WIDTH[1] or not all(0 <= alpha <= 1e6 for alpha in self.alpha_pattern.values()):
+            raise ValueError(f"LoraConfig: rank_pattern and alpha_pattern need ranks and alphas as above, got {self}")
         if self.experts and any(r % self.experts for r in ranks):
             raise ValueError(f"LoraConfig: {self.experts} experts must divide the rank, got {ranks}")
         if bool(self.targets) == bool(self.pattern):

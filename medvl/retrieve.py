@@ -8,6 +8,8 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+from medvl import config
+
 _LENGTHS = 1e-15, 1e15  # outside them float32 loses the squares, and so the direction
 _CANCELLED = 1e-6  # what is left of unit vectors that cancel out is rounding
 _NEAR = 1e-4  # further apart than rounding in a product of unit vectors can put equal ones
@@ -35,6 +37,7 @@ class RetrieveConfig:
             raise ValueError(f"RetrieveConfig: temperature must be finite and above 0, got {self.temperature}")
         if not -1 <= self.threshold <= 1:
             raise ValueError(f"RetrieveConfig: threshold is a cosine and must be within -1..1, got {self.threshold}")
+        config.within(self, "RetrieveConfig", k=(0, 2**20), temperature=(0, 1e6))
 
 
 @frozen(kw_only=True, eq=False)

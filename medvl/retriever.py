@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from attrs import frozen
 from torch import Tensor
 
-from medvl import train
+from medvl import config, train
 from medvl.optim import Rate, adamw, seeded, warmup_cosine
 from medvl.retrieve import adapter_vector, recall_at
 from medvl.tree import Tree, map_leaves
@@ -46,6 +46,9 @@ class RetrieverConfig:
             raise ValueError(f"RetrieverConfig: temperature must be finite and above 0, got {self.temperature}")
         if not (isfinite(self.lr) and self.lr > 0 and isfinite(self.weight_decay) and self.weight_decay >= 0):
             raise ValueError(f"RetrieverConfig: needs lr > 0 and weight_decay >= 0, got {self.lr} and {self.weight_decay}")
+        config.within(self, "RetrieverConfig", steps=config.COUNT_OR_NONE, every=config.COUNT, batch=(1, 2**20), chunk=(0, 2**20))
+        config.within(self, "RetrieverConfig", negatives=(1, 2**20), dims=config.WIDTH_OR_NONE, seed=config.SEED)
+        config.within(self, "RetrieverConfig", lr=config.RATE, weight_decay=(0, 1e6), shrink=(0, 1e6), temperature=(0, 1e6))
 
 
 @frozen(kw_only=True, eq=False)

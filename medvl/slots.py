@@ -13,7 +13,7 @@ from attrs import evolve, frozen
 from einops import rearrange
 from torch import Generator, Tensor
 
-from medvl import layers
+from medvl import config, layers
 from medvl.tree import Tree, flatten, map_leaves
 
 Read = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -48,6 +48,8 @@ class CompressConfig:
             raise ValueError(f"CompressConfig: only a perceiver looks several times, got passes={self.passes} and kind {self.kind!r}")
         if self.noise < 0 or not 0 <= self.dropout < 1:
             raise ValueError(f"CompressConfig: noise must be >= 0 and dropout lie in [0, 1), got {self.noise}, {self.dropout}")
+        config.within(self, "CompressConfig", dim=config.WIDTH, hidden=config.WIDTH, slots=(1, 2**14), heads=config.DEPTHS)
+        config.within(self, "CompressConfig", passes=config.DEPTHS, noise=(0, 100))
 
 
 @frozen(kw_only=True, eq=False)

@@ -31,7 +31,9 @@ class Stage:
     train: tuple[str, ...] = ("lora/.*",)
 
     def __attrs_post_init__(self) -> None:
-        if self.steps < 1 or min(self.lr, self.muon, self.weight_decay, self.warmup) < 0 or self.lr + self.muon <= 0 or not self.train:
+        config.within(self, f"stage {self.name}", steps=config.COUNT, lr=config.RATE, muon=config.RATE)
+        config.within(self, f"stage {self.name}", weight_decay=config.RATE, warmup=config.COUNT_OR_NONE)
+        if self.lr + self.muon <= 0 or not self.train:
             raise ValueError(
                 f"stage {self.name}: steps and lr must be positive, and train must name parameters, such as lora/.* or projector/.*"
             )
@@ -64,7 +66,8 @@ class TrainConfig:
             raise ValueError("a stage's muon needs whole weights: train.shard = false")
         if self.moments == "8bit" and self.shard:
             raise ValueError("train.moments = '8bit' needs whole weights: train.shard = false, or moments = 'float32'")
-        config.at_least(self, "train", batch=1, chunk=1, logits=1, log=0, save=0, validate=0, valid=0)
+        config.within(self, "train", batch=(1, 2**20), chunk=(1, 2**20), logits=(1, 2**20), clip=(0, 1e6), valid=config.COUNT_OR_NONE)
+        config.within(self, "train", log=config.COUNT_OR_NONE, save=config.COUNT_OR_NONE, validate=config.COUNT_OR_NONE)
         if self.batch % self.chunk:
             raise ValueError(f"train.chunk must divide train.batch, got {self.chunk} and {self.batch}")
 

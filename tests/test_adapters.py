@@ -355,7 +355,7 @@ BAD = {
     "own history by turn": ({"evaluate__history": "own"}, 'goes with evaluate.per = "episode"'),
     "an unknown mode": ({"evaluate__modes": ["bare", "blend"]}, "blend"),
     "an unknown domain": ({"evaluate__domains": ["inside"]}, "inside"),
-    "recall at 0": ({"evaluate__recall": [0]}, "k >= 1"),
+    "recall at 0": ({"evaluate__recall": [0]}, "recall must be 1 or more, got 0"),
     "no modes": ({"evaluate__modes": []}, "needs modes"),
     "an unknown key": ({"evaluate__mode": "bare"}, "mode"),
     "an unknown rule": ({"fusion__rule": "blend"}, "blend"),

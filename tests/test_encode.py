@@ -329,5 +329,5 @@ def test_errors():
         encode_slices(cfg, params, v.float(), MASK, vit=skeleton)
     with pytest.raises(ValueError, match=r"mean and std must be 3 numbers, std positive"):
         EncodeConfig(std=(1.0, 1.0, 0.0))
-    with pytest.raises(ValueError, match="budget_mib >= 1"):
+    with pytest.raises(ValueError, match="budget_mib must be 1 or more"):
         EncodeConfig(budget_mib=0)

@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 LAYERS = [
-    ["config", "tree", "files", "processes", "rounding", "data.names", "data.phantom_canvas", "data.phantom_case", "data.phantom_styles"],
+    ["config", "tree", "files", "processes", "rounding", "data.names", "data.phantom_canvas", "data.phantom_styles"],
     [
         "results",
         "answers",
@@ -21,6 +21,7 @@ LAYERS = [
         "data.grids",
         "data.images",
         "data.order",
+        "data.phantom_case",
         "data.phantom_modalities",
         "data.phantom_pictures",
         "data.phantom_slides",

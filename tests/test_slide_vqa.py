@@ -300,7 +300,7 @@ BAD = [
     ({"compress__top_k": 9}, "top_k lie in 1..slots"),
     ({"compress__kind": "qformer"}, "qformer"),
     ({"evaluate__by": "gold"}, "gold"),
-    ({"data__phantoms": {"dim": 8}}, "dim >= 32"),
+    ({"data__phantoms": {"dim": 8}}, "dim must be 32 or more"),
 ]
 
 

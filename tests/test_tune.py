@@ -207,7 +207,7 @@ BAD = [
     ({"train__stages": []}, "at least one stage"),
     ({"lora__experts": 3}, "3 experts must divide the rank"),
     ({"lora__targets": []}, "give either targets"),
-    ({"data__phantoms__size": 10}, "size >= 56"),
+    ({"data__phantoms__size": 10}, "size must be 56 or more, got 10"),
     ({"train__lr": 3}, "unknown key 'lr'"),
     (
         {"model__dtype": "bfloat16", "train__stages": [{"name": "a", "steps": 1, "lr": 1.0, "muon": 0.02, "train": ["model/.*"]}]},

@@ -10,6 +10,8 @@ import numpy as np
 from attrs import field, frozen
 from numpy.typing import ArrayLike
 
+from medvl import config
+
 Gen = np.random.Generator
 Array = np.ndarray
 Body = dict[str, float]  # lengths in mm, densities in HU, `heart` as a share of the chest's inner width
@@ -51,9 +53,10 @@ class PhantomConfig:
     def __attrs_post_init__(self):
         if min(self.valid, self.test) < 0 or self.patients < 1 or self.valid + self.test > self.patients:
             raise ValueError(f"PhantomConfig: valid + test must be within the {self.patients} patients, got {self.valid} and {self.test}")
-        for name, (low, high), least in (("columns", self.columns, 32), ("slices", self.slices, 8)):
-            if not least <= low <= high:
-                raise ValueError(f"PhantomConfig: {name} must rise from at least {least}, got [{low}, {high}]")
+        config.within(self, "PhantomConfig", patients=config.COUNT, seed=config.SEED, columns=(32, 2048), slices=(8, 4096))
+        for name, (low, high) in (("columns", self.columns), ("slices", self.slices)):
+            if low > high:
+                raise ValueError(f"PhantomConfig: {name} must rise, got [{low}, {high}]")
 
 
 @frozen(kw_only=True)

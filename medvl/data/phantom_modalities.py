@@ -8,7 +8,7 @@ import numpy as np
 from attrs import frozen
 from PIL import Image
 
-from medvl import files
+from medvl import config, files
 from medvl.data import phantom_styles
 from medvl.data.phantom_styles import MARKS
 
@@ -39,10 +39,8 @@ class ModalityConfig:
             raise ValueError(f"ModalityConfig: modalities must be of {', '.join(MODALITIES)}, got {unknown[0]!r}")
         if not self.modalities or len({*self.modalities}) < len(self.modalities):
             raise ValueError(f"ModalityConfig: needs at least one modality, each once, got {self.modalities}")
-        if min(self.base, self.base_valid, self.train, self.valid, self.test) < 1 or self.size < 56:
-            raise ValueError(f"ModalityConfig: needs pictures in every split and size >= 56, got {self}")
-        if self.seed < 0:
-            raise ValueError(f"ModalityConfig: seed must be >= 0, got {self.seed}")
+        config.within(self, "ModalityConfig", base=config.COUNT, base_valid=config.COUNT, size=(56, 4096), seed=config.SEED)
+        config.within(self, "ModalityConfig", train=config.COUNT, valid=config.COUNT, test=config.COUNT)
 
 
 @frozen(kw_only=True)

@@ -7,7 +7,7 @@ import numpy as np
 from attrs import frozen
 from PIL import Image
 
-from medvl import files
+from medvl import config, files
 
 SPLITS = ("train", "valid", "test")
 _SIDES, _ZONES = ("right", "left"), ("upper", "lower")
@@ -25,8 +25,8 @@ class PictureConfig:
     seed: int = 0
 
     def __attrs_post_init__(self) -> None:
-        if min(self.train, self.valid, self.test) < 1 or self.size < 56:
-            raise ValueError(f"PictureConfig: needs pictures in every split and size >= 56, got {self}")
+        config.within(self, "PictureConfig", train=config.COUNT, valid=config.COUNT, test=config.COUNT)
+        config.within(self, "PictureConfig", size=(56, 4096), seed=config.SEED)
 
 
 def draw_pictures(cfg: PictureConfig, folder: files.PathLike) -> dict[str, int]:

@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 from attrs import frozen
 
-from medvl import files
+from medvl import config, files
 
 Array = np.ndarray
 SPLITS = ("train", "valid", "test")
@@ -52,8 +52,8 @@ class SlideConfig:
             raise ValueError(f"SlideConfig: needs slides in every split and large of 0 to test, got {self}")
         if not 100 <= low <= high or self.largest < _SMALLEST_LARGE:
             raise ValueError(f"SlideConfig: patches must be 100 <= low <= high, largest >= {_SMALLEST_LARGE}, got {self}")
-        if self.dim < 32 or self.seed < 0:
-            raise ValueError(f"SlideConfig: needs dim >= 32 and seed >= 0, got dim={self.dim}, seed={self.seed}")
+        config.within(self, "SlideConfig", train=config.COUNT, valid=config.COUNT, test=config.COUNT, seed=config.SEED)
+        config.within(self, "SlideConfig", dim=(32, 2**17), patches=(100, 10**8), largest=(_SMALLEST_LARGE, 10**8))
 
 
 @frozen(kw_only=True)

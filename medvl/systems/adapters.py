@@ -38,6 +38,10 @@ class DataConfig:
     vqa_rad: str = ""  # the folder of VQA-RAD as it is published
     group: Literal["organ", "modality"] = "organ"  # VQA-RAD's tasks
 
+    def __attrs_post_init__(self) -> None:
+        config.check_patterns(self, "data", folder=(), root=(), vqa_rad=(), general=("folder", "split"))
+        config.check_patterns(self, "data", conversations=("folder", "split", "task"))
+
 
 @frozen(kw_only=True)
 class PoolConfig:
@@ -46,6 +50,9 @@ class PoolConfig:
     registry: str = ""  # a registry that is there; "" = an adapter is trained for each task, and a registry made of them
     samples: int = 20  # training samples that an adapter's vector is the mean of
     hold: HoldConfig = HoldConfig()
+
+    def __attrs_post_init__(self) -> None:
+        config.within(self, "pool", samples=config.COUNT)
 
 
 @frozen(kw_only=True)
@@ -68,9 +75,10 @@ class EvaluateConfig:
     limit: int = 0  # test conversations of each task, 0 = all
 
     def __attrs_post_init__(self) -> None:
-        config.at_least(self, "evaluate", max_tokens=1, batch=1, bootstrap=1, limit=0)
-        if min([*self.recall, *self.by_k], default=1) < 1 or not self.modes:
-            raise ValueError("evaluate needs modes, and k >= 1 in recall and by_k")
+        config.within(self, "evaluate", max_tokens=(1, 2**20), batch=(1, 2**20), bootstrap=config.DRAWS)
+        config.within(self, "evaluate", limit=config.COUNT_OR_NONE, recall=(1, 2**20), by_k=(1, 2**20))
+        if not self.modes:
+            raise ValueError("evaluate needs modes")
 
 
 @frozen(kw_only=True)
@@ -94,6 +102,7 @@ class Config:
     evaluate: EvaluateConfig = field(default=EvaluateConfig())
 
     def __attrs_post_init__(self) -> None:
+        config.within(self, "experiment", seed=config.SEED)
         if bool(self.pool.registry) == bool(self.train):
             raise ValueError("either pool.registry names adapters that are there, or [train] says how each task's is trained")
         if self.base is not None and self.base.adapted:

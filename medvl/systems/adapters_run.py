@@ -54,7 +54,7 @@ def folder_of(cfg: Config) -> Path:
 
 def read(cfg: Config, split: str) -> list[Conversation]:
     """The conversations of a split, each with its task."""
-    pattern = cfg.data.conversations.replace("{folder}", str(folder_of(cfg)))
+    pattern = config.fill(cfg.data.conversations, "data.conversations", folder=folder_of(cfg), split=None, task=None)
     return read_tasks(pattern, split, key=cfg.data.task, root=cfg.data.root or None, max_images=cfg.chat.max_images)
 
 
@@ -62,7 +62,7 @@ def read_general(cfg: Config, split: str) -> list[Conversation]:
     """What the base model is trained on."""
     if not cfg.data.general:
         return read(cfg, split)
-    path = cfg.data.general.format(folder=folder_of(cfg), split=split)
+    path = config.fill(cfg.data.general, "data.general", folder=folder_of(cfg), split=split)
     return read_conversations(path, root=cfg.data.root or None, max_images=cfg.chat.max_images)
 
 

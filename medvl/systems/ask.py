@@ -39,6 +39,9 @@ class AskConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_tokens: int = 256
 
+    def __attrs_post_init__(self) -> None:
+        config.within(self, "ask", max_tokens=(1, 2**20))
+
 
 def ask(
     path: str, question: str, images: Sequence[str], mode: Mode, k: int, own: str, base: str, max_tokens: int, overrides: Sequence[str]

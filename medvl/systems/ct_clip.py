@@ -14,7 +14,7 @@ from attrs import field, frozen
 from torch import Tensor
 
 from medvl import config, encode, fusion, hub, layers, losses, processes, text, tokens, train
-from medvl.data.ct import CtConfig
+from medvl.data.ct import CtConfig, size_of
 from medvl.data.phantom_case import PhantomConfig
 from medvl.encode import EncodeConfig
 from medvl.fusion import FuseConfig
@@ -42,6 +42,11 @@ class DataConfig:
     shuffle: bool = False  # give every training scan another scan's report: the control that must learn nothing
     cache: str = "cache"  # slice features of frozen encoders
     workers: int = 2
+
+    def __attrs_post_init__(self) -> None:
+        config.within(self, "data", impressions=config.SHARE, sentences=config.COUNT_OR_NONE, draws=(1, 1024), workers=config.PROCESSES)
+        inside: Any = dict.fromkeys(("store", "reports", "labels", "metadata"), ("folder", "split", "ct"))
+        config.check_patterns(self, "data", folder=(), cache=(), **inside)
 
 
 @frozen(kw_only=True)
@@ -76,6 +81,11 @@ class ContrastConfig:
     scale_max: float = 100.0
     bias: float = -10.0  # siglip only
 
+    def __attrs_post_init__(self) -> None:
+        config.within(self, "contrast", dim=config.WIDTH, scale=(1e-3, 1e6), scale_max=(1e-3, 1e6), bias=(-1e6, 1e6))
+        if self.scale > self.scale_max:
+            raise ValueError(f"contrast.scale must not be above contrast.scale_max, got {self.scale:g} and {self.scale_max:g}")
+
 
 @frozen(kw_only=True)
 class Speed:
@@ -85,6 +95,9 @@ class Speed:
     lr: float
     weight_decay: float
     optimizer: Literal["adamw", "muon"] = "adamw"
+
+    def __attrs_post_init__(self) -> None:
+        config.within(self, f"speeds {self.match}", lr=config.RATE, weight_decay=config.RATE)
 
 
 @frozen(kw_only=True)
@@ -100,8 +113,9 @@ class Stage:
     speeds: tuple[Speed, ...] = ()
 
     def __attrs_post_init__(self) -> None:
-        if self.steps < 1 or min(self.lr, self.weight_decay, self.warmup) < 0 or not self.train:
-            raise ValueError(f"stage {self.name}: steps must be positive, lr 0 or more, and train must name parameters, such as .*")
+        config.within(self, f"stage {self.name}", steps=config.COUNT, lr=config.RATE, weight_decay=config.RATE, warmup=config.COUNT_OR_NONE)
+        if not self.train:
+            raise ValueError(f"stage {self.name}: train must name parameters, such as .*")
 
 
 @frozen(kw_only=True)
@@ -122,7 +136,8 @@ class TrainConfig:
     def __attrs_post_init__(self) -> None:
         if not self.stages:
             raise ValueError("train.stages must hold at least one stage")
-        config.at_least(self, "train", batch=1, chunk=1, log=0, save=0, validate=0)
+        config.within(self, "train", batch=(1, 2**20), chunk=(1, 2**20), clip=(0, 1e6))
+        config.within(self, "train", log=config.COUNT_OR_NONE, save=config.COUNT_OR_NONE, validate=config.COUNT_OR_NONE)
 
 
 @frozen(kw_only=True)
@@ -136,7 +151,7 @@ class EvaluateConfig:
     batch: int = 8
 
     def __attrs_post_init__(self) -> None:
-        config.at_least(self, "evaluate", bootstrap=1, batch=1)
+        config.within(self, "evaluate", bootstrap=config.DRAWS, batch=(1, 2**20))
 
 
 @frozen(kw_only=True)
@@ -159,8 +174,10 @@ class Config:
     def __attrs_post_init__(self) -> None:
         if bool(self.vit.name) == bool(self.vit.config):
             raise ValueError("vit must have either a name (hub, folder or .pth) or a config to build from scratch")
-        if self.data.draws < 1:
-            raise ValueError(f"data.draws must be at least 1, got {self.data.draws}")
+        config.within(self, "experiment", seed=config.SEED)
+        patch = self.vit.config.get("patch_size")
+        if isinstance(patch, int) and patch > 0:  # with a name it is known, and asked again, when the encoder is loaded
+            encode.check_size(self.encode, size_of(self.ct)[1:], patch)
         if self.vit.whiten and self.vit.name:
             raise ValueError(f"vit.whiten is for encoders built from scratch; the weights of {self.vit.name!r} would be lost")
 
@@ -183,6 +200,7 @@ def init(cfg: Config, folder: Path, texts: Sequence[str] = ()) -> tuple[Model, T
     """
     gen = torch.Generator().manual_seed(cfg.seed)
     vit, weights = hub.load(cfg.vit.name) if cfg.vit.name else hub.init_skeleton(cfg.vit.config, gen)
+    encode.check_size(cfg.encode, size_of(cfg.ct)[1:], encode.patch_of(vit))
     if (got := encode.width(cfg.encode, vit)) != (taken := cfg.fuse.inputs or cfg.fuse.dim):
         raise ValueError(
             f"fuse.dim must be the width of the slice encoder, {got}, found {taken}; set fuse.dim={got} (and fuse.heads), or "

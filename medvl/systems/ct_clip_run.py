@@ -56,7 +56,8 @@ def folder_of(cfg: Config) -> Path:
 
 def path(cfg: Config, kind: Literal["store", "reports", "labels", "metadata"], name: str) -> Path:
     """Where a split's file is; `{ct}` stands for the digest of the CT settings."""
-    return Path(getattr(cfg.data, kind).format(folder=folder_of(cfg), split=name, ct=config.digest(ct.settings_of(cfg.ct))))
+    digest = config.digest(ct.settings_of(cfg.ct))
+    return Path(config.fill(getattr(cfg.data, kind), f"data.{kind}", folder=folder_of(cfg), split=name, ct=digest))
 
 
 def volumes(cfg: Config, name: str) -> store.Store:

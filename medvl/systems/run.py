@@ -52,7 +52,7 @@ def resolve(exp: str, overrides: Sequence[str] = ()) -> tuple[Any, Path]:
         _log.warning("%s: from the environment: %s", path, ", ".join(f"{v} -> {said}" for v, said in given.items()))
         raw = config.override(raw, tuple(given.values()), where="the environment")
     raw = config.override(raw, tuple(overrides), where=str(path))
-    if raw.get("system") not in SYSTEMS:
+    if not isinstance(raw.get("system"), str) or raw["system"] not in SYSTEMS:
         raise config.ConfigError(f"{path}: system must be one of {', '.join(SYSTEMS)}, found {raw.get('system')!r} @ $.system")
     cfg: Any = config.structure(raw, SYSTEMS[raw["system"]][0], where=str(path))
     name = path.parent.name.rpartition("-")[0] if path.name == "config.json" else path.stem

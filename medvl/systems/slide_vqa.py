@@ -44,6 +44,11 @@ class DataConfig:
     dims: int = 0  # of the features; 0 = as they are
     blind: bool = False  # a control: no slide is shown
 
+    def __attrs_post_init__(self) -> None:
+        config.within(self, "data", dims=config.WIDTH_OR_NONE)
+        inside: Any = dict.fromkeys(("features", "labels", "captions", "questions", "valid", "test"), ("folder",))
+        config.check_patterns(self, "data", folder=(), **inside)
+
 
 @frozen(kw_only=True)
 class PretrainConfig:
@@ -65,7 +70,9 @@ class PretrainConfig:
     validate: int = 200
 
     def __attrs_post_init__(self) -> None:
-        config.at_least(self, "pretrain", steps=1, batch=1, most=0, router_lr=0, weight_decay=0, warmup=0, log=0, save=0, validate=0)
+        config.within(self, "pretrain", steps=config.COUNT, batch=(1, 2**20), most=config.COUNT_OR_NONE, warmup=config.COUNT_OR_NONE)
+        config.within(self, "pretrain", lr=config.RATE, router_lr=config.RATE, weight_decay=config.RATE, aux=(0, 1e6))
+        config.within(self, "pretrain", log=config.COUNT_OR_NONE, save=config.COUNT_OR_NONE, validate=config.COUNT_OR_NONE)
         if self.lr <= 0:
             raise ValueError(f"pretrain.lr must be above 0, got {self.lr:g}")
         if len({*self.labels} - {"slide", "split"}) < len(self.labels):
@@ -83,7 +90,7 @@ class EvaluateConfig:
     shuffled: bool = False  # a control: ask everything again about another slide; what is right then was not seen
 
     def __attrs_post_init__(self) -> None:
-        config.at_least(self, "evaluate", max_tokens=1, batch=1, bootstrap=1)
+        config.within(self, "evaluate", max_tokens=(1, 2**20), batch=(1, 2**20), bootstrap=config.DRAWS)
 
 
 @frozen(kw_only=True)
@@ -110,7 +117,7 @@ class Config:
             raise ValueError("pretrain needs either a file (a trained compressor) or labels (columns to train one on)")
         if self.pretrain.file and self.compress.kind != "moe":
             raise ValueError(f"pretrain.file is always of kind moe, got compress.kind {self.compress.kind!r}; train that one on labels")
-        config.at_least(self, "experiment", hidden=1)
+        config.within(self, "experiment", seed=config.SEED, hidden=config.WIDTH)
         if wrong := [s.name for s in self.train.stages if s.data not in ("captions", "questions")]:
             raise ValueError(f'stage {wrong[0]}: data must be "captions" or "questions"')
         first = next((i for i, s in enumerate(self.train.stages) if s.data == "questions"), None)
@@ -132,7 +139,7 @@ def folder_of(cfg: Config) -> Path:
 
 def path(cfg: Config, what: str) -> Path:
     """Where a file of the data is."""
-    return Path(getattr(cfg.data, what).replace("{folder}", str(folder_of(cfg))))
+    return Path(config.fill(getattr(cfg.data, what), f"data.{what}", folder=folder_of(cfg)))
 
 
 @frozen(kw_only=True, eq=False)

@@ -29,6 +29,9 @@ class DataConfig:
     conversations: str = "{folder}/{split}.jsonl"
     root: str = ""  # where relative image names start; "" = the folder of the JSONL
 
+    def __attrs_post_init__(self) -> None:
+        config.check_patterns(self, "data", folder=(), root=(), conversations=("folder", "split"))
+
 
 @frozen(kw_only=True)
 class EvaluateConfig:
@@ -39,7 +42,7 @@ class EvaluateConfig:
     bootstrap: int = 1000
 
     def __attrs_post_init__(self) -> None:
-        config.at_least(self, "evaluate", max_tokens=1, batch=1, bootstrap=1)
+        config.within(self, "evaluate", max_tokens=(1, 2**20), batch=(1, 2**20), bootstrap=config.DRAWS)
 
 
 @frozen(kw_only=True)
@@ -57,6 +60,7 @@ class Config:
     evaluate: EvaluateConfig = EvaluateConfig()
 
     def __attrs_post_init__(self) -> None:
+        config.within(self, "experiment", seed=config.SEED)
         if any(stage.muon for stage in self.train.stages) and self.model.dtype != "float32":
             raise ValueError("a stage's muon needs whole float32 weights: model.dtype = 'float32'")
         if self.model.quantize != "none" and not self.train.adapted:

@@ -48,7 +48,7 @@ def folder_of(cfg: Config) -> Path:
 
 def path(cfg: Config, name: str) -> Path:
     """Where a split's conversations are."""
-    return Path(cfg.data.conversations.format(folder=folder_of(cfg), split=name))
+    return Path(config.fill(cfg.data.conversations, "data.conversations", folder=folder_of(cfg), split=name))
 
 
 def read(cfg: Config, name: str) -> list[Conversation]:
