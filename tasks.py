@@ -1,12 +1,14 @@
 """Command line: `invoke --list`. Each task parses, calls and prints; everything heavy is imported inside."""
 
+import re
 import sys
 
-from invoke import task
+from invoke import Collection, Program, task
 
 
 def _call(f, *args, **kwargs):
     """Run `f`; what a user can cause is one line on stderr and status 2, not a traceback."""
+    _explain(args)
     try:
         return f(*args, **kwargs)
     except (ValueError, FloatingPointError) as e:
@@ -14,7 +16,28 @@ def _call(f, *args, **kwargs):
         sys.exit(2)
 
 
-SET = {"exp": "name in experiments/, or a path", "set_": "key.path=value in TOML syntax, repeatable"}
+def _explain(values):
+    """Show what a task takes, or refuse an option that it has not: invoke gives both to a positional argument that is missing."""
+    flag = next((v for v in values if isinstance(v, str) and re.fullmatch("-h|--[a-z][a-z-]*", v)), "")
+    if not flag:
+        return
+    tasks = Collection.from_module(sys.modules[__name__])
+    name = next((a for a in sys.argv if a in tasks.task_names), "")
+    if flag not in ("-h", "--help"):
+        print(f"error: {name} has no option {flag}; `invoke --help {name}` lists those it has", file=sys.stderr)
+        sys.exit(2)
+    Program(namespace=tasks).run(["invoke", "--help", name])
+
+
+def _needs(**given):
+    """Refuse where an option that has no default was not given."""
+    _explain(given.values())
+    if missing := [f"--{name}" for name, value in given.items() if value is None]:
+        print(f"error: {' and '.join(missing)} must be given; add --help to see what for", file=sys.stderr)
+        sys.exit(2)
+
+
+SET = {"exp": "name in experiments/, path of a .toml, or a run's folder", "set_": "key.path=value in TOML syntax, repeatable"}
 
 
 @task(iterable=["set_"], help=SET)
@@ -54,11 +77,11 @@ def experiments(c):
     """List the experiments with a line each."""
     from medvl.systems import run
 
-    for name, about in _call(run.names).items():
-        print(f"{name:24} {about}")
+    _call(run.experiments)
 
 
 @task(
+    positional=[],
     help={
         "source": "folder of scans, or CSV with a column path or VolumeName",
         "out": "the store to make or go on with, e.g. data/train.h5",
@@ -72,6 +95,7 @@ def experiments(c):
 )
 def preprocess(c, source, out, exp="", set_=None, metadata="", workers=1, sheet=""):
     """Bring a folder of CT scans into a store; exit status 3 when scans were rejected."""
+    _needs(source=source, out=out)
     from medvl.systems import run
 
     sys.exit(_call(run.preprocess, source, out, exp, set_ or (), metadata, workers, sheet))
@@ -143,31 +167,36 @@ def ask(
 )
 def slides(c, action, features, data=None, out="", dims=0, encoder="", drop=False):
     """Audit patch features against questions before training, or pack them into one store; exit status 3 when something is wrong."""
+    _needs(action=action, features=features)
     from medvl.systems import ask
 
     sys.exit(_call(ask.slides, action, features, data or (), out, dims, encoder, drop))
 
 
-@task(help={"run": "run folder", "scan": "NIfTI file", "out": "write the embedding [d] to this .npy"})
+@task(positional=[], help={"run": "run folder", "scan": "NIfTI file", "out": "write the embedding [d] to this .npy"})
 def embed(c, run, scan, out):
     """Embed one scan with a trained run."""
+    _needs(run=run, scan=scan, out=out)
     from medvl.systems import run as runs
 
     _call(runs.embed, run, scan, out)
 
 
 @task(
+    positional=[],
     help={"run": "run folder", "scan": "NIfTI file", "finding": "any finding in words, repeatable; default: those of the run"},
     iterable=["finding"],
 )
 def classify(c, run, scan, finding=None):
     """Zero-shot findings of one scan with a trained run. Research use, not for diagnosis."""
+    _needs(run=run, scan=scan)
     from medvl.systems import run as runs
 
     _call(runs.classify, run, scan, finding or ())
 
 
 @task(
+    positional=[],
     help={
         "labels": "CSV of labels by VolumeName",
         "out": "folder for {part}_*.csv",
@@ -180,6 +209,7 @@ def classify(c, run, scan, finding=None):
 )
 def split(c, labels, out, sizes="valid=550,test=2489", seed=0, table=None, patient="", pattern=""):
     """Split a label table by patient, prevalence of every finding kept."""
+    _needs(labels=labels, out=out)
     from medvl.systems import run
 
     _call(run.split, labels, out, sizes, seed, table or (), patient, pattern)

@@ -62,6 +62,23 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     return raw
 
 
+def run_folder(given: str | os.PathLike) -> Path:
+    """The folder of a run, given as such or as the `config.json` in it.
+
+    Raises:
+        ConfigError: there is no run.
+    """
+    folder = Path(given).parent if Path(given).name == "config.json" else Path(given)
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{given}: must be the folder of a run, there is no config.json; `invoke train` makes one and prints its name")
+    return folder
+
+
+def system_of(folder: str | os.PathLike) -> str:
+    """The system of a run, as its record says it."""
+    return str(read(Path(folder) / "config.json").get("system"))
+
+
 def override(raw: dict[str, Any], overrides: tuple[str, ...], where: str = "record") -> dict[str, Any]:
     """A copy of `raw` with each `"key.path=value"` set. New keys are allowed here; `structure` refuses unknown ones."""
     raw = copy.deepcopy(raw)

@@ -252,7 +252,7 @@ def test_a_broken_record_is_one_clear_error(case, trained):
 
 
 def test_missing_things_are_named_with_what_to_do(trained, tmp_path):
-    with pytest.raises(ValueError, match=r"no such experiment; there are .*ctclip_phantom, ctclip_vitb"):
+    with pytest.raises(ValueError, match=r"no such experiment or run; there are .*ctclip_phantom, ctclip_vitb"):
         run.resolve("ctclip_vitx")
     with pytest.raises(ValueError, match=r"9 files are missing: data/ct_rate/train.h5, .*`invoke preprocess"):
         run.run("ctclip_vitb", (), lambda line: None)

@@ -108,7 +108,7 @@ def test_a_run_is_evaluated_with_other_questions(trained, tmp_path, monkeypatch)
     shutil.rmtree(out)
     with pytest.raises(ValueError, match=r"only data and evaluate may differ .* found \$.hidden: 16 / 8"):
         run.evaluate(str(folder / "config.json"), ("hidden=8",), log=lambda _: None)
-    with pytest.raises(ValueError, match=r"no such run; .* by `--exp runs/NAME/config.json --set"):
+    with pytest.raises(ValueError, match=r"no such run; .* by `--exp runs/NAME --set"):
         run.evaluate(str(place / "toy.json"), ("evaluate.by=likelihood",), log=lambda _: None)
 
 

@@ -33,19 +33,35 @@ RUNS = Path("runs")
 
 
 def names() -> dict[str, str]:
-    """{experiment: its line of description} of the folder `experiments`."""
-    return {p.stem: str(config.read(p).get("about", "")) for p in sorted(EXPERIMENTS.glob("*.toml"))}
+    """{experiment: its line of description} of the folder `experiments`; of one that cannot be read, why not."""
+    found = {}
+    for path in sorted(EXPERIMENTS.glob("*.toml")):
+        try:
+            found[path.stem] = str(config.read(path).get("about", ""))
+        except config.ConfigError as e:
+            found[path.stem] = f"(not an experiment: {e})"
+    return found
+
+
+def experiments() -> None:
+    """Print the experiments with a line each.
+
+    Raises:
+        ConfigError: there is none; the working folder is another one than the project's.
+    """
+    if not (found := names()):
+        raise config.ConfigError(f"{EXPERIMENTS.absolute()}: holds no experiments (*.toml); run this in the project folder")
+    for name, about in found.items():
+        print(f"{name:24} {about}")
 
 
 def resolve(exp: str, overrides: Sequence[str] = ()) -> tuple[Any, Path]:
-    """(record, run folder) of an experiment: a name in `experiments/`, or the path of a `.toml` or of a run's `config.json`.
+    """(record, run folder) of an experiment: a name in `experiments/`, the path of a `.toml` or `.json`, or a run's folder.
 
     Raises:
         ConfigError: no such experiment (lists those there are), unknown system, or a record that is not valid.
     """
-    path = Path(exp) if exp.endswith((".toml", ".json")) else EXPERIMENTS / f"{exp}.toml"
-    if not path.exists():
-        raise config.ConfigError(f"{path}: no such experiment; there are {', '.join(names()) or 'none (run this in the project folder)'}")
+    path = record_of(exp)
     raw = config.read(path)
     given = {v: f"{key}={os.environ[v]}" for v, key in ENVIRONMENT.get(str(raw.get("system")), {}).items() if os.environ.get(v)}
     if given and path.suffix == ".toml":
@@ -55,8 +71,27 @@ def resolve(exp: str, overrides: Sequence[str] = ()) -> tuple[Any, Path]:
     if not isinstance(raw.get("system"), str) or raw["system"] not in SYSTEMS:
         raise config.ConfigError(f"{path}: system must be one of {', '.join(SYSTEMS)}, found {raw.get('system')!r} @ $.system")
     cfg: Any = config.structure(raw, SYSTEMS[raw["system"]][0], where=str(path))
-    name = path.parent.name.rpartition("-")[0] if path.name == "config.json" else path.stem
-    return cfg, RUNS / f"{name}-{config.digest(cfg)}"
+    name, digest = path.stem, config.digest(cfg)
+    if path.name == "config.json":
+        name, _, its_own = path.parent.name.rpartition("-")
+        if its_own == digest:
+            return cfg, path.parent  # the run itself, wherever it lies now
+    return cfg, RUNS / f"{name or path.parent.name}-{digest}"
+
+
+def record_of(exp: str) -> Path:
+    """The file of an experiment's record.
+
+    Raises:
+        ConfigError: no such experiment or run.
+    """
+    path = Path(exp) if exp.endswith((".toml", ".json")) else EXPERIMENTS / f"{exp}.toml"
+    if not path.exists() and Path(exp).is_dir():
+        return config.run_folder(exp) / "config.json"
+    if not path.exists():
+        there = ", ".join(names()) or f"none in {EXPERIMENTS.absolute()} (run this in the project folder)"
+        raise config.ConfigError(f"{path}: no such experiment or run; there are {there}")
+    return path
 
 
 def run(exp: str, overrides: Sequence[str] = (), log: Callable[[str], None] = print) -> list[Result]:
@@ -82,18 +117,18 @@ def run(exp: str, overrides: Sequence[str] = (), log: Callable[[str], None] = pr
 def evaluate(exp: str, overrides: Sequence[str] = (), log: Callable[[str], None] = print) -> list[Result]:
     """Evaluate a trained experiment again.
 
-    Where `exp` is a run's `config.json`, that run is evaluated, and settings of data and evaluate may differ from those it was trained
-    with: other questions, another way to answer. Its results go into a folder of their own beside the others.
+    Where `exp` is a run's folder (or the `config.json` in it), that run is evaluated, and settings of data and evaluate may differ from
+    those it was trained with: other questions, another way to answer. Its results go into a folder of their own beside the others.
     """
     cfg, folder = resolve(exp, overrides)
     _, system = SYSTEMS[cfg.system]
-    if Path(exp).name == "config.json":
-        return _evaluate_run(Path(exp), cfg, log)
+    if (path := record_of(exp)).name == "config.json":
+        return _evaluate_run(path, cfg, log)
     if not (folder / "config.json").exists():
         if getattr(cfg, "trained", True):
             raise ValueError(
                 f"{folder}: no such run; `invoke train --exp {exp}` makes it (the same --set must be given); a run that is there "
-                "is evaluated with other data.* or evaluate.* by `--exp runs/NAME/config.json --set ...`"
+                "is evaluated with other data.* or evaluate.* by `--exp runs/NAME --set ...`"
             )
         system.prepare(cfg, log)
         _describe(folder, cfg)
@@ -172,7 +207,12 @@ def preprocess(source: str, out: str, exp: str, overrides: Sequence[str], metada
     if sheet and not sheet.lower().endswith(".png"):  # a table or the store can then never be what is replaced
         raise ValueError(f"preprocess: sheet must end in .png, got {sheet!r}")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    base = config.unstructure(resolve(exp)[0].ct) if exp else {}
+    base: dict[str, Any] = {}
+    if exp:
+        chosen = resolve(exp)[0]
+        if not hasattr(chosen, "ct"):
+            raise ValueError(f"preprocess: {exp} is a {chosen.system} experiment; only ct_clip experiments have settings of CT")
+        base = config.unstructure(chosen.ct)
     cfg = config.structure(config.override(base, tuple(overrides), "preprocess"), ct.CtConfig, "preprocess")
     done = ingest.preprocess_folder(source, out, cfg, metadata, workers)
     print(f"{out}: {done.done} volumes written, {done.skipped} were there, {len(done.rejected)} rejected")
@@ -188,14 +228,21 @@ def embed(folder: str, scan: str, out: str) -> None:
     """Write one scan's embedding, float32 [d], L2-normalised, to a .npy."""
     if not out.endswith(".npy"):  # a scan can then never be what is replaced
         raise ValueError(f"embed: out must end in .npy, got {out!r}")
-    found = ct_clip_run.look(Path(folder), scan)
+    found = ct_clip_run.look(_ct_run(folder, "embed"), scan)
     files.write_array(out, found["embedding"].numpy())
     print(f"{out}: {len(found['embedding'])} numbers")
 
 
+def _ct_run(given: str, task: str) -> Path:
+    folder = config.run_folder(given)
+    if (system := config.system_of(folder)) != "ct_clip":
+        raise ValueError(f"{task}: {folder} is a {system} run; only ct_clip runs look at scans")
+    return folder
+
+
 def classify(folder: str, scan: str, findings: Sequence[str]) -> None:
     """Print a table of zero-shot probabilities of one scan."""
-    found = ct_clip_run.look(Path(folder), scan, findings)
+    found = ct_clip_run.look(_ct_run(folder, "classify"), scan, findings)
     v, cuts = found["volume"], found["threshold"]
     print(
         f"{v.name}: HU by {v.hu_rule}, {v.source_shape} voxels of {tuple(round(s, 2) for s in v.source_spacing_mm)} mm, slices {v.occupied}"
