@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from medvl.data import slides
+from medvl.data import slide_formats, slides
 from medvl.data.slides import about_slide, chunks, find_features, match_slide, read_slide
 
 NAME = "TCGA-GV-A40G-01Z-00-DX1.8288CA92-B611-4ACF-986E-0B8A3F620B94"
@@ -191,6 +191,53 @@ def test_csv_of_other_tools(tmp_path):
     text = (tmp_path / "a.csv").read_text()
     (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n\r\n").encode())
     same(tmp_path / "a.csv", x)
+
+
+@pytest.mark.parametrize(("start", "quoted"), [(0, False), (1, False), (1, True)])
+@pytest.mark.parametrize("name", [None, "", "index", "Unnamed: 0"])
+@pytest.mark.parametrize(("n", "d"), [(9, 512), (9, 12), (2, 512), (1, 512)])
+def test_an_index_of_the_rows_is_no_feature(tmp_path, caplog, n, d, name, start, quoted):
+    """DataFrame.to_csv(header=False), or with a header whose first cell names the index or not."""
+    path, x = tmp_path / "a.csv", np.round(features(n, d), 4)
+    rows = [[f'"{i + start}"' if quoted else str(i + start), *(f"{v:.4f}" for v in row)] for i, row in enumerate(x)]
+    header = [] if name is None else [[name, *(f"f{i}" for i in range(d))]]
+    path.write_text("".join(",".join(row) + "\n" for row in [*header, *rows]))
+    for dims in (0, d):
+        np.testing.assert_array_equal(read_slide(path, dims=dims).features, x)
+    assert "a.csv: the first column counts the rows: it is an index and no feature, and is left out" in caplog.text
+
+
+def test_a_first_feature_that_only_looks_like_an_index(tmp_path):
+    x = np.round(features(9, 12), 4)
+    x[:, 0] = np.arange(9)
+    x[8, 0] = 4
+    (tmp_path / "a.csv").write_text("".join(",".join(f"{v:g}" for v in row) + "\n" for row in x))
+    np.testing.assert_allclose(read_slide(tmp_path / "a.csv").features, x, atol=1e-4)
+
+
+def test_a_csv_is_read_once_to_count_its_rows(tmp_path, monkeypatch):
+    path, reads, lines = tmp_path / "a.csv", [], slide_formats._lines
+    write_csv(path, np.round(features(9, 12), 4))
+    monkeypatch.setattr(slide_formats, "_lines", lambda path: reads.append(path) or lines(path))
+    about_slide(path)
+    about_slide(path)
+    list(chunks(path, 4))
+    assert len(reads) == 2  # to count, and to read
+    write_csv(path, np.round(features(5, 12), 4))  # another file
+    assert about_slide(path).rows == 5
+
+
+def test_line_ends_and_lines_without_end(tmp_path):
+    path, x = tmp_path / "a.csv", np.round(features(9, 12), 4)
+    write_csv(path, x)
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r"))
+    same(path, x)
+    path.write_text("0.5," * 10**6)
+    with pytest.raises(ValueError, match=r"a.csv: line 1 has 2097152 characters or more; a line is one patch"):
+        about_slide(path)
+    write_csv(path, x, tail='"p.png')
+    with pytest.raises(ValueError, match=r"a.csv: "):
+        read_slide(path)
 
 
 @pytest.mark.parametrize("header", [True, False])

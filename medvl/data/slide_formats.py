@@ -1,7 +1,10 @@
 """Files of patch features as they are in the wild, opened so that they can be read in pieces: HDF5, PyTorch, NumPy and CSV."""
 
 import csv
+import functools
 import itertools
+import logging
+import os
 import pickle
 import re
 import zipfile
@@ -17,11 +20,14 @@ from attrs import frozen
 
 from medvl.files import BROKEN, PathLike, own_dataset
 
+_log = logging.getLogger(__name__)
+
 STORE = "medvl-slides"  # attribute "format" of a store of many slides (`slide_store`), which is not one slide
 SUFFIXES = (".h5", ".hdf5", ".pt", ".pth", ".npy", ".csv")
 _KEYS = ("features", "feature", "feat", "tile_embeds")  # the last is Prov-GigaPath's
 _ATTRS = ("patch_size_level0", "target_magnification", "magnification", "mpp", "encoder")  # all that is looked at
 _WIDTHS = (384, 512, 768, 1024, 1280, 1536, 2048, 2560, 3072, 4608)  # of encoders in use; only to tell features from columns behind them
+_LONGEST = 2**21  # characters of a line: some 50 times that of the widest encoder
 _TRAILING = 8  # columns that may stand behind the features of a CSV, unless they are text
 _CONVERT = 'python -c "import torch; torch.save(torch.as_tensor(torch.load({0!r}, weights_only=False)), {0!r})"'
 _CONVERT_NPY = "np.save({0!r}, np.load({0!r}, allow_pickle=True).item()['feature'])"
@@ -211,37 +217,95 @@ def _part(array: Any, i: int, j: int, dtype: np.dtype | None) -> np.ndarray:
 # CSV ------------------------------------------------------------------------------------------------------------------------------------
 @contextmanager
 def _open_csv(path: Path, dims: int) -> Iterator[Source]:
-    try:
-        header, start, width = _layout(path, dims)
-    except csv.Error as e:
-        raise ValueError(f"{path}: is not a readable CSV ({e})") from e
-    with open(path, "rb") as f:
-        n = sum(1 for line in f if line.strip()) - header
+    stat = os.stat(path)
+    table = _scan_csv(path, dims, (stat.st_ino, stat.st_size, stat.st_mtime_ns))
+    columns = range(table.start, table.start + table.width)
     yield Source(
-        rows=max(0, n),
-        dims=width,
+        rows=table.rows,
+        dims=table.width,
         dtype=np.dtype("<f4"),
         has_coords=False,
         attrs={},
-        blocks=lambda size: _csv_blocks(path, header, range(start, start + width), max(0, n), size),
+        blocks=lambda size: _csv_blocks(path, table.header, columns, table.rows, size),
     )
 
 
+@frozen(kw_only=True)
+class _Table:
+    """What a CSV of features holds."""
+
+    header: bool
+    start: int  # first column of the features
+    width: int
+    rows: int
+
+
+@functools.lru_cache(maxsize=8192)  # a CSV has to be read whole to count its rows: once, not each time it is opened
+def _scan_csv(path: Path, dims: int, _: tuple[int, int, int]) -> _Table:
+    """Count the rows of a CSV and see which columns are features; the last argument changes with the file."""
+    first_lines, n, counting = list[str](), 0, True
+    for line in _lines(path):
+        if n < 2:
+            first_lines.append(line)
+        elif counting:
+            counting = line[:16].replace('"', "").startswith((f"{n},", f"{n - 1},", f"{n + 1},"))
+        n += 1
+    try:
+        first, second = [*csv.reader(first_lines), [], []][:2]
+    except csv.Error as e:
+        raise ValueError(f"{path}: is not a readable CSV ({e})") from e
+    indexed = counting and _is_index(first, second, n)
+    header, start, width = _layout(path, dims, first, second, indexed)
+    if indexed:
+        _log.warning("%s: the first column counts the rows: it is an index and no feature, and is left out", path)
+    return _Table(header=header, start=start, width=width, rows=max(0, n - header))
+
+
+def _is_index(first: Sequence[str], second: Sequence[str], n: int) -> bool:
+    """Whether a first column that counts lines is one that counts rows: 0, 1, 2, ... or 1, 2, 3, ... with or without a header above."""
+    if len(first) < 2:
+        return False
+    wide = len(first) - 1 in _WIDTHS  # what one or two rows alone would not show
+    if n == 1:
+        return first[0] in ("0", "1") and wide
+    above, below = first[0].strip(), second[0].strip()
+    bare = (above, below) in (("0", "1"), ("1", "2")) and _counted(first) < 2
+    headed = below in ("0", "1") and not _number(above)
+    return bare or (headed and (n > 2 or wide or not above))
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a CSV that are not empty, without the mark of UTF-8 in front; whatever the text behind the numbers is written in."""
+    with open(path, encoding="latin-1") as f:
+        for number in itertools.count(1):
+            line = f.readline(_LONGEST)
+            if not line:
+                return
+            if len(line) == _LONGEST:
+                raise ValueError(
+                    f"{path}: line {number} has {_LONGEST} characters or more; a line is one patch, is this a CSV of features?"
+                )
+            line = line.removeprefix("\xef\xbb\xbf") if number == 1 else line
+            if line.strip():
+                yield line
+
+
 def _csv_blocks(path: Path, header: bool, columns: range, n: int, size: int) -> Iterator[Block]:
-    with open(path, encoding="latin-1") as f:  # whatever the text behind the numbers is written in
-        lines = itertools.islice((_filled(line) for line in f if line.strip()), int(header), None)
-        for i in range(0, n, size):
-            part = list(itertools.islice(lines, size))
-            try:
-                yield np.loadtxt(part, "<f4", None, ",", usecols=columns, ndmin=2, quotechar='"'), None
-            except ValueError as e:
-                row, why = _first_wrong(part, columns)
-                raise ValueError(f"{path}: patch {i + row} (from 0): {why}") from e
+    lines = itertools.islice(map(_filled, _lines(path)), int(header), None)
+    for i in range(0, n, size):
+        part = list(itertools.islice(lines, size))
+        try:
+            x = np.loadtxt(part, "<f4", None, ",", usecols=columns, ndmin=2, quotechar='"')
+        except ValueError as e:
+            row, why = _first_wrong(part, columns)
+            raise ValueError(f"{path}: patch {i + row} (from 0): {why}") from e
+        if len(x) != len(part):  # a quote that is not closed joins lines
+            raise ValueError(f"{path}: patches {i} to {i + len(part) - 1} (from 0): {len(part)} lines are {len(x)} rows; an open quote?")
+        yield x, None
 
 
 def _filled(line: str) -> str:
-    """Empty cells, which is how pandas writes NaN, as nan; without the mark of UTF-8 in front."""
-    line = line.removeprefix("\xef\xbb\xbf")
+    """Empty cells, which is how pandas writes NaN, as nan."""
     return re.sub(r"(^|,)(?=,|\s*$)", r"\1nan", line) if ",," in line or line[0] == "," or line.rstrip()[-1] == "," else line
 
 
@@ -254,18 +318,17 @@ def _first_wrong(lines: Sequence[str], columns: range) -> tuple[int, str]:
     return 0, "cannot be read as numbers"
 
 
-def _layout(path: Path, dims: int) -> tuple[bool, int, int]:
+def _layout(path: Path, dims: int, first: Sequence[str], second: Sequence[str], indexed: bool) -> tuple[bool, int, int]:
     """(there is a header, the first column of the features, how many) by content: a header counts its columns, or is all text."""
-    with open(path, encoding="latin-1") as f:
-        first, *more = [*csv.reader(itertools.islice((line.removeprefix("\xef\xbb\xbf") for line in f if line.strip()), 2)), [], []][:2]
-    start = int(len(first) > 1 and not first[0] and first[1] == "0")  # pandas' index
-    width = _counted(first[start:])
-    behind = first[start + width :]
+    start = int(indexed or (len(first) > 1 and not first[0] and first[1] == "0"))  # pandas' index
+    names = first[start:]
+    width = _counted(names)
+    behind = names[width:]
     header = width > 1 and (width >= 8 or not behind or not _number(behind[0]))
-    if not header and first and not any(map(_number, first)):
-        header, width = True, _numbers(more[0]) if more[0] else len([c for c in first if c])
+    if not header and names and not any(map(_number, names)):
+        header, width = True, _numbers(second[start:]) if second else len([c for c in names if c])
     elif not header:
-        width = _numbers(first)
+        width = _numbers(names)
     if first and any(first) and not width:
         raise ValueError(f"{path}: the features must be the first columns, found {first[0]!r} in the first of {len(first)}")
     if dims and 0 < width - dims <= _TRAILING:
