@@ -80,7 +80,7 @@ class Nothing(ValueError):
 
 @frozen(kw_only=True, eq=False)
 class Embedder:
-    """What `embed` needs. `name` says what it is, by content: embedders of one name give the same vectors. One serves one thread."""
+    """What `embed` needs. `name` says what it is, by content: embedders of one name give the same vectors. Threads may share it."""
 
     cfg: EmbedConfig
     name: str = ""
@@ -357,10 +357,18 @@ def _token_ids(embedder: Embedder, texts: list[str]) -> list[list[int]]:
     rows = tok(texts, truncation=False, padding=False, verbose=False)["input_ids"]
     if n := sum(len(r) > most for r in rows):
         warnings.warn(f"embed: {n} of {len(rows)} texts are longer than {most} tokens and were cut off", stacklevel=5)  # who called embed
-        rows = tok(texts, truncation=True, max_length=most, padding=False)["input_ids"]
+        rows = [row if len(row) <= most else _cut_off(tok, text, most) for text, row in zip(texts, rows, strict=True)]
     if empty := [t for t, r in zip(texts, rows, strict=True) if not r]:
         raise ValueError(f"embed: the tokenizer of {embedder.cfg.name} must give every text a token, it gives {empty[0][:60]!r} none")
     return rows
+
+
+def _cut_off(tok: Any, text: str, most: int) -> list[int]:
+    """At most `most` token ids of a text. `truncation=True` would be a setting of the tokenizer, which other threads use meanwhile."""
+    backend = tok.backend_tokenizer
+    encoding = backend.encode(text, add_special_tokens=False)
+    encoding.truncate(most - backend.num_special_tokens_to_add(False), direction=tok.truncation_side)
+    return backend.post_process(encoding).ids
 
 
 def _positions(embedder: Embedder) -> int:

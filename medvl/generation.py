@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from attrs import evolve, frozen
+from attrs import frozen
 from torch import Tensor, nn
 
 from medvl import vlm
@@ -122,7 +122,7 @@ def generate(
             scores = steps.send(written[:, step])
 
     with torch.no_grad():
-        _bound(skeleton, params, loop)
+        skeleton.run(params, loop)
     lengths = call["attention_mask"].sum(1).tolist()
     return Generated(
         ids=tuple(map(tuple, ids)), texts=tuple(texts) if tok is not None else (), reasons=tuple(reasons), prompt_tokens=tuple(lengths)
@@ -166,7 +166,7 @@ def score_options(
             out.append((total, total / lengths.clamp(min=1)))
 
     with torch.no_grad():
-        _bound(skeleton, params, each)
+        skeleton.run(params, each)
     return torch.stack([s for s, _ in out], 1), torch.stack([m for _, m in out], 1)
 
 
@@ -241,21 +241,6 @@ def left_padded(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # The model ------------------------------------------------------------------------------------------------------------------------------
-class _Running(nn.Module):
-    """A model and a function that calls it often, so that weights are bound to the model once."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, run: Callable[[nn.Module], None]) -> None:
-        run(self.model)
-
-
-def _bound(skeleton: Skeleton, params: Mapping[str, Tensor], run: Callable[[nn.Module], None]) -> None:
-    evolve(skeleton, module=_Running(skeleton.module))({f"model.{n}": w for n, w in params.items()}, run)
-
-
 def _steps(model: nn.Module, call: dict[str, Any], most: int) -> Generator[Tensor, Tensor, None]:
     """Logits float32 [b, v] of the next token; for every token [b] that is sent back those of the one after it."""
     last, at = _last_only(model), _next_position(call)

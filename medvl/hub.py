@@ -43,9 +43,11 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class Skeleton:
     """An architecture without weights: `skeleton(params, *args, **kwargs)` is the module's forward pass with these weights.
 
-    `module` has its parameters on the meta device and real buffers, in evaluation mode (no dropout, no stochastic depth). A call binds
-    `params` to the module while it runs, so one skeleton serves one thread: give each its own `copy.deepcopy(skeleton)`, which holds no
-    weights. `params` must have exactly the names of the module's parameters (ValueError); each may be any kind of weight, see `weights`.
+    `module` has its parameters on the meta device and real buffers, in evaluation mode (no dropout, no stochastic depth).
+    It is never run itself: a call binds `params` to a copy of it, one for each thread, so any number of threads may
+    share a skeleton. The copy is made by a thread's first call and goes with the thread; it holds no weights.
+    `params` must have exactly the names of the module's parameters (ValueError); each may be any kind of weight,
+    see `weights`.
     """
 
     module: nn.Module = field(repr=False)
@@ -55,6 +57,8 @@ class Skeleton:
     _buffers: tuple[str, ...] = field(init=False, repr=False)
     _layers: tuple[nn.Module, ...] = field(init=False, repr=False)
     _tied: bool = field(init=False, repr=False)
+    _original: "_Bound" = field(init=False, repr=False)
+    _copies: "_OfThread" = field(init=False, repr=False, factory=lambda: _OfThread())
 
     @_names.default
     def _its_names(self) -> frozenset[str]:
@@ -72,7 +76,19 @@ class Skeleton:
     def _if_tied(self) -> bool:
         return len(list(self.module.named_parameters(remove_duplicate=False))) > len(self._names)
 
+    @_original.default
+    def _wrapped_module(self) -> "_Bound":
+        return _Bound(self.module)
+
     def __call__(self, params: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        return self.run(params, lambda module: module(*args, **kwargs))
+
+    def run(self, params: Mapping[str, Tensor], function: Callable[[nn.Module], Any]) -> Any:
+        """`function(module)` while `params` are bound to the module: for several calls with the same weights.
+
+        Raises:
+            ValueError: params are not the skeleton's, or the module checkpoints its activations itself.
+        """
         if params.keys() != self._names:
             missing, extra = sorted(self._names - params.keys()), sorted(params.keys() - self._names)
             raise ValueError(
@@ -84,8 +100,38 @@ class Skeleton:
                 "turn it off and use checkpointed(skeleton)"
             )
         device = next(iter(params.values())).device
-        buffers = {n: self.module.get_buffer(n).to(device) for n in self._buffers}
-        return torch.func.functional_call(self.module, {**buffers, **params}, args, kwargs, tie_weights=self._tied)
+        # The buffers of a call are those of `module`, whatever an earlier call of this thread may have left in its copy.
+        bound = {f"module.{n}": self.module.get_buffer(n).to(device) for n in self._buffers}
+        bound |= {f"module.{n}": w for n, w in params.items()}
+        return torch.func.functional_call(self._copy(), bound, (function,), tie_weights=self._tied)
+
+    def _copy(self) -> "_Bound":
+        """This thread's copy of the module."""
+        if torch.compiler.is_compiling():  # a trace binds nothing when it runs, and cannot copy
+            return self._original
+        if self._copies.bound is None:
+            self._copies.bound = copy.deepcopy(self._original)
+        return self._copies.bound
+
+
+class _Bound(nn.Module):
+    """A module and a function that runs it, so that weights can be bound to the module while the function runs."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, function: Callable[[nn.Module], Any]) -> Any:
+        return function(self.module)
+
+
+class _OfThread(threading.local):
+    """What each thread has for itself of a skeleton. A copy of the skeleton starts without."""
+
+    bound: _Bound | None = None
+
+    def __reduce__(self) -> Any:
+        return _OfThread, ()
 
 
 def checkpointed(skeleton: Skeleton) -> Skeleton:
@@ -110,21 +156,11 @@ def checkpointed(skeleton: Skeleton) -> Skeleton:
     return evolve(skeleton, module=module)
 
 
-class _Bound(nn.Module):
-    """A layer and a function that runs it, so that weights can be bound to the layer while the function runs."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, run: Callable, *args: Any) -> Any:
-        return run(*args)
-
-
 def _recompute(run: Any, *args: Any) -> Any:
     layer = run.args[0] if run.args else run.func.__self__
-    weights = {f"layer.{n}": t for n, t in layer.named_parameters()}  # those of this call, not what the skeleton holds later
-    return checkpoint(lambda *a: torch.func.functional_call(_Bound(layer), weights, (run, *a)), *args, use_reentrant=False)
+    weights = {f"module.{n}": t for n, t in layer.named_parameters()}  # those of this call, not what the skeleton holds later
+    again = lambda *a: torch.func.functional_call(_Bound(layer), weights, (lambda _: run(*a),))
+    return checkpoint(again, *args, use_reentrant=False)
 
 
 def load(
@@ -326,10 +362,11 @@ _patching = threading.Lock()
 
 def _weightless(kind: Any, cfg: Any) -> Any:
     """The module with parameters on meta and real buffers: a parameter goes to meta when a module gets it, its memory never touched."""
-    register = nn.Module.register_parameter
+    register, building = nn.Module.register_parameter, threading.get_ident()
 
     def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and not param.is_meta:
+        # The method is that of the whole process: modules which other threads build meanwhile keep their parameters as they are.
+        if threading.get_ident() == building and param is not None and not param.is_meta:
             param = nn.Parameter(torch.empty_like(param, device="meta"), requires_grad=False)
         register(self, name, param)
 

@@ -28,7 +28,7 @@ def tokenizer(name: files.PathLike) -> Any:
     if path.is_file():
         read_json(path)
         with _Reading("tokenizer", path):
-            return _wrap(path)
+            return _unset(_wrap(path))
     main = find(str(name), ("tokenizer.json", "vocab.json", "vocab.txt"))
     if not path.is_dir():  # a hub name: AutoTokenizer finds all files in the snapshot folder
         find(str(name), ("tokenizer_config.json",))
@@ -38,9 +38,18 @@ def tokenizer(name: files.PathLike) -> Any:
         read_json(main)
     with _Reading("tokenizer", main.parent):
         if main.name == "tokenizer.json" and not (main.parent / "tokenizer_config.json").is_file():
-            return _wrap(main)
+            return _unset(_wrap(main))
         # Without an explicit False, transformers asks on standard input whether to run the code that `auto_map` names.
-        return AutoTokenizer.from_pretrained(main.parent, local_files_only=True, trust_remote_code=False)
+        return _unset(AutoTokenizer.from_pretrained(main.parent, local_files_only=True, trust_remote_code=False))
+
+
+def _unset(tok: Any) -> Any:
+    """The tokenizer without truncation and padding of its file's: the first call would take them off, in the way of other threads."""
+    backend = getattr(tok, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
+    return tok
 
 
 class _Reading:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -218,6 +219,22 @@ def features(models, kind, texts=(), pictures=()):
             return unit(model.get_text_features(**inputs).pooler_output)
         of = {"clip": CLIPImageProcessorPil, "siglip": SiglipImageProcessorPil}[kind].from_pretrained(folder)
         return unit(model.get_image_features(pixel_values=of(images=list(pictures), return_tensors="pt")["pixel_values"]).pooler_output)
+
+
+@pytest.mark.filterwarnings("ignore:embed")
+def test_threads_share_an_embedder(models):
+    """Long texts are cut off beside short ones: truncation is no setting that one thread leaves to another."""
+    made = encoder(models, "bert", context=12)
+    batches = [[REPORTS[i % 4] * (1 + 30 * (i % 2))] * (1 + 3 * (i % 3)) for i in range(8)]
+    want = [e.embed(made, texts) for texts in batches]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda i: e.embed(made, batches[i % 8]), range(240)))
+    finally:
+        sys.setswitchinterval(before)
+    assert all(torch.equal(f, want[i % 8]) for i, f in enumerate(found))
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])

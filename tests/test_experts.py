@@ -1,14 +1,18 @@
 """experts: one batch with a mixture for each row is each row alone, with images, in the tower too."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import tiny
 import torch
+from attrs import evolve
 from PIL import Image
 
-from medvl import adapter_cache, chat, compose, experts, lora, vlm
+from medvl import adapter_cache, chat, compose, embed, experts, lora, vlm
 from medvl.chat import ChatConfig, ModelConfig
 from medvl.data.conversation_files import Conversation
+from medvl.embed import EmbedConfig
 from medvl.experts import Experts
 from medvl.lora import LoraConfig
 from medvl.retrieve import RetrieveConfig, Retrieved
@@ -123,6 +127,30 @@ def test_modes_choose_as_they_say(of):
     assert 2 not in choose("mixture", exclude=barred).indices
     with pytest.raises(ValueError, match=r"oracle needs own \[2\] below 6"):
         experts.choose("oracle", RetrieveConfig(), queries, of.vectors, own=torch.tensor([6, 0]))
+
+
+def test_one_experts_answers_four_threads_as_it_answers_one(of, tmp_path):
+    """Many questions with their own adapters and images at once: each answer is that of the question asked alone."""
+    _, of = of
+    embedder = embed.fit_local(EmbedConfig(dims=2, shares=(1.0, 0.0)), WORDS)
+    vectors = embed.embed(embedder, [*WORDS, *WORDS[:2]])
+    of = evolve(of, embedder=embedder, vectors=vectors)
+    talks = prompts(tmp_path, 6)
+    questions = []
+    for n in range(24):
+        talk = talks[n % 6]
+        text = talk.messages[0]["content"].replace("<image>\n", "") + " please" * (n // 6)
+        questions.append((text, talk.images, ("mixture", "selection", "fusion", "bare")[n // 2 % 4]))
+    cfg = RetrieveConfig(k=2)
+
+    def ask(question):
+        text, images, mode = question
+        return experts.ask(of, text, images, mode=mode, cfg=cfg, max_tokens=8)
+
+    alone = [ask(q) for q in questions]
+    assert len({a.text for a in alone}) > 10
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(ask, questions)) == alone
 
 
 def test_rows_without_their_choice(of, tmp_path, gen):

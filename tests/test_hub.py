@@ -2,9 +2,12 @@
 
 import ast
 import copy
+import gc
 import json
 import os
 import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -424,22 +427,85 @@ def test_calls_are_pure_and_carry_gradients(folders):
     assert all(p.is_meta and not p.requires_grad for p in skeleton.module.parameters())
 
 
-def test_threads_with_their_own_copy_are_exact(folders):
+def in_threads(work, n=4):
+    """What `work(i)` returns in each of n threads that start together."""
+    ready = threading.Barrier(n)
+
+    def start(i):
+        ready.wait()
+        return work(i)
+
+    with ThreadPoolExecutor(n) as pool:
+        return list(pool.map(start, range(n)))
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_threads_share_a_skeleton_and_are_exact(folders, copied):
     skeleton, params = hub.load(folders["dinov3"])
-    x, scales, wrong = inputs_of("dinov3"), (1.0, 0.5), []
-    variants = [{n: t * s for n, t in params.items()} for s in scales]
+    x = inputs_of("dinov3")
+    variants = [{n: t * s for n, t in params.items()} for s in (1.0, 0.9, 0.8, 0.7)]
     with torch.no_grad():
         want = [skeleton(v, x).last_hidden_state for v in variants]
 
     def work(i):
-        mine = copy.deepcopy(skeleton)
+        mine = copy.deepcopy(skeleton) if copied else skeleton
         with torch.no_grad():
-            wrong.extend(i for _ in range(20) if not torch.equal(mine(variants[i], x).last_hidden_state, want[i]))
+            return [torch.equal(mine(variants[i], x).last_hidden_state, want[i]) for _ in range(40)]
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-    [t.start() for t in threads]
-    [t.join() for t in threads]
+    assert in_threads(work) == [[True] * 40] * 4
+    assert all(p.is_meta for p in skeleton.module.parameters())
+
+
+def test_threads_share_a_checkpointed_skeleton_and_take_their_own_gradients(folders):
+    plain, params = hub.load(folders["dinov2"])
+    skeleton, x = hub.checkpointed(plain), inputs_of("dinov2")
+    variants = [{n: t * s for n, t in params.items()} for s in (1.0, 0.9, 0.8, 0.7)]
+
+    def gradient(of, i):
+        leaves = {n: t.clone().requires_grad_() for n, t in variants[i].items() if n != "embeddings.mask_token"}
+        loss = of(variants[i] | leaves, x).last_hidden_state.square().sum()
+        return torch.autograd.grad(loss, list(leaves.values()))
+
+    want = [gradient(plain, i) for i in range(4)]
+    for i, runs in enumerate(in_threads(lambda i: [gradient(skeleton, i) for _ in range(10)])):
+        for found in runs:
+            for a, b in zip(found, want[i], strict=True):
+                torch.testing.assert_close(a, b)
+
+
+def test_threads_that_end_leave_no_copy_behind(folders):
+    skeleton, params = hub.load(folders["vit"])
+    copies = []
+
+    def work():
+        skeleton(params, inputs_of("vit"))
+        copies.append(weakref.ref(skeleton._copy()))
+
+    for _ in range(3):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    gc.collect()
+    assert [c() for c in copies] == [None] * 3
+
+
+def test_loading_leaves_modules_that_other_threads_build_alone(folders):
+    stop, wrong, built = threading.Event(), [], []
+
+    def build():
+        while not stop.is_set():
+            parts = list(torch.nn.Linear(3, 3).parameters())
+            built.append(len(parts))
+            wrong.extend(p for p in parts if p.is_meta or not p.requires_grad)
+
+    thread = threading.Thread(target=build)
+    thread.start()
+    loaded = in_threads(lambda i: [hub.load(folders["dinov2"])[0] for _ in range(4)], 2)
+    stop.set()
+    thread.join()
+    assert built
     assert not wrong
+    assert all(p.is_meta for skeletons in loaded for skeleton in skeletons for p in skeleton.module.parameters())
 
 
 def test_calls_refuse_other_names_and_inner_checkpointing(folders):
