@@ -1,6 +1,8 @@
 """Files that are there whole or not at all, tables whose columns are checked, and arrays whose shape is."""
 
 import csv
+import fcntl
+import logging
 import os
 import re
 import shutil
@@ -16,6 +18,7 @@ from typing import Any
 import numpy as np
 
 PathLike = str | os.PathLike
+_log = logging.getLogger(__name__)
 BROKEN = (  # what torch.load and np.load raise, beside ValueError, for files that were cut off or damaged, or are something else
     *(OSError, RuntimeError, EOFError, LookupError, AttributeError, TypeError, AssertionError, OverflowError),
     *(struct.error, zipfile.BadZipFile, tokenize.TokenError),
@@ -38,6 +41,46 @@ def atomic(path: PathLike) -> Iterator[Path]:
         os.replace(tmp, path)
     finally:
         tmp.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(path: PathLike, *, wait: bool = False) -> Iterator[None]:
+    """One process at a time may write to `path` while the block lasts. Clears what a killed one left unfinished beside it.
+
+    The lock is `.NAME.lock` beside the path; it ends with the process, also by kill -9, and its file is removed at the end.
+
+    Args:
+        wait: until the other process is done, which a warning says.
+    Raises:
+        ValueError: another process is writing to it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = _lock(path.with_name(f".{path.name}.lock"), path, wait)
+    try:
+        for tmp in path.parent.glob(f".{path.name}.*.tmp"):
+            tmp.unlink()
+        yield
+    finally:
+        path.with_name(f".{path.name}.lock").unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _lock(lock: Path, path: Path, wait: bool) -> int:
+    while True:
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            if not wait:
+                os.close(handle)
+                raise ValueError(f"{path}: another run is writing to it; wait until it ends") from e
+            _log.warning("%s: another run is writing to it; waiting until it ends", path)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        # Who held it before may have removed the file: then this is a lock on nothing, and others lock a new file.
+        if lock.exists() and os.path.samestat(os.fstat(handle), os.stat(lock)):
+            return handle
+        os.close(handle)
 
 
 def remove_unfinished(folder: PathLike) -> None:

@@ -3,6 +3,7 @@
 import atexit
 import os
 import time
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ def join(**how: Any) -> None:
         return
     if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(**{"backend": "nccl" if torch.cuda.is_available() else "gloo"} | how)
+    # They may wait long for each other: process 0 draws data for an hour, or waits for another run's features. Who dies is noticed by
+    # torchrun, which ends the others.
+    dist.init_process_group(**{"backend": "nccl" if torch.cuda.is_available() else "gloo", "timeout": timedelta(days=1)} | how)
     atexit.register(_leave)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from attrs import evolve
 
 from medvl import config, encode, files, hub, results, train
-from medvl.data import pairs, store
+from medvl.data import ingest, pairs, store
 from medvl.systems import ct_clip, ct_clip_run, run
 from medvl.tree import flatten
 
@@ -112,6 +113,39 @@ def test_cached_features_are_the_slices_and_follow_the_weights(trained, tmp_path
     assert ct_clip_run.cached_features(model, params, of, tmp_path).path.stat().st_mtime_ns == before
     other = params | {"vit": {k: t + 0.1 for k, t in params["vit"].items()}}
     assert ct_clip_run.cached_features(model, other, of, tmp_path).path != cache.path
+
+
+def test_features_of_a_scan_that_was_replaced_are_not_used(trained, tmp_path):
+    model, params, _ = ct_clip_run.load(trained[1])
+    true = ct_clip_run.volumes(model.cfg, "valid")
+    volumes = {n: (true.read(n), true.row(n)) for n in true.names[:2]}
+    name = true.names[0]
+
+    def write(path, change):
+        store.create(path, list(volumes), true.shape, true.dtype, true.settings, [*ingest.FIELDS, *ingest.SOURCE_FIELDS])
+        for n, (voxels, row) in volumes.items():
+            store.put(path, n, voxels ^ np.uint8(change and n == name), row)
+        return store.open_store(path)
+
+    path = tmp_path / "volumes.h5"
+    ct_clip_run.cached_features(model, params, write(path, 0), tmp_path)
+    path.unlink()
+    same = write(path, 0)  # made again from the same scans
+    ct_clip_run.cached_features(model, params, same, tmp_path)
+    path.unlink()
+    with pytest.raises(ValueError, match=f"1 volumes of .*volumes.h5 have changed since their features were computed, e.g. {name}"):
+        ct_clip_run.cached_features(model, params, write(path, 1), tmp_path)
+
+
+def test_another_run_waits_for_the_cache(trained, tmp_path, caplog):
+    """What two runs over one cache meet: the one that comes second waits, and computes nothing again."""
+    model, params, _ = ct_clip_run.load(trained[1])
+    volumes = ct_clip_run.volumes(model.cfg, "valid")
+    with ThreadPoolExecutor(3) as pool:
+        runs = [pool.submit(ct_clip_run.cached_features, model, params, volumes, tmp_path) for _ in range(3)]
+        made = [run.result() for run in runs]
+    assert {m.names for m in made} == {volumes.names}
+    assert len(list(tmp_path.iterdir())) == 1  # the store; no lock is left
 
 
 def test_a_frozen_encoder_trains_from_the_cache(trained, monkeypatch):

@@ -235,7 +235,7 @@ BROKEN = {  # what is wrong: (what the user does with it, what the message says)
     "a name that is not there": (lambda t: store.open_store(_stored(t)).read("b"), "has no 'b'; it has 1 arrays, such as a"),
     "no names": (lambda t: store.create(t / "s.h5", [], (2,), "u1", {}, ()), "a store needs names"),
     "a store that exists": (lambda t: store.create(_stored(t), ["a"], (2,), "u1", {}, ()), "exists already"),
-    "a field of the store's own": (lambda t: store.create(t / "s.h5", ["a"], (2,), "u1", {}, [("done", "u1")]), "'name' and 'done' are"),
+    "a field of the store's own": (lambda t: store.create(t / "s.h5", ["a"], (2,), "u1", {}, [("done", "u1")]), "name, content, done are"),
     "an array put twice": (lambda t: store.put(_stored(t), "a", np.zeros(SMALL.size, "u1"), _row()), "written already"),
     "an array without room": (lambda t: store.put(_stored(t), "z", np.zeros(SMALL.size, "u1"), _row()), "has no room for 'z'"),
 }
@@ -275,7 +275,8 @@ def test_folder_equals_single_scans_and_lists_the_refused(tmp_path, caplog):
         if name != "raw":
             v = preprocess(path, SMALL)
             np.testing.assert_array_equal(s.read(name), v.voxels)
-            assert s.row(name) == {f[0]: getattr(v, f[0]) for f in ingest.FIELDS}
+            row = s.row(name)
+            assert {f[0]: row[f[0]] for f in ingest.FIELDS} == {f[0]: getattr(v, f[0]) for f in ingest.FIELDS}
     (row,) = files.read_csv(rejected_csv(out))
     assert (row["name"], row["path"]) == ("raw", str(bad))
     assert "they are raw" in row["reason"]
@@ -288,6 +289,26 @@ def test_folder_equals_single_scans_and_lists_the_refused(tmp_path, caplog):
     assert (again.done, again.skipped, again.rejected) == (1, 4, {})
     assert rejected_csv(out).read_text() == "name,path,reason\n"
     assert store.open_store(out).names == (*s.names, "added")
+
+
+def test_a_scan_that_was_replaced_under_its_name_is_noticed(tmp_path):
+    paths = [_scan(tmp_path / f"in/{i}.nii.gz", i) for i in range(2)]
+    out = tmp_path / "s.h5"
+    preprocess_folder(tmp_path / "in", out, SMALL, progress=False)
+    os.utime(paths[0], (1, 1))  # the same file, unpacked again
+    assert preprocess_folder(tmp_path / "in", out, SMALL, progress=False).skipped == 2
+    before = out.read_bytes()
+    _scan(paths[0], 7)
+    with pytest.raises(ValueError, match=r"1 scans are other files than those that were written into it, e\.g\. 0; give the new files"):
+        preprocess_folder(tmp_path / "in", out, SMALL, progress=False)
+    assert out.read_bytes() == before
+
+
+def test_a_store_of_an_older_medvl_is_gone_on_with(tmp_path):
+    _scan(tmp_path / "in/0.nii.gz", 0)
+    out = tmp_path / "s.h5"
+    store.create(out, ["0"], SMALL.size, "u1", ct.settings_of(SMALL), ingest.FIELDS)
+    assert preprocess_folder(tmp_path / "in", out, SMALL, progress=False).done == 1
 
 
 def test_metadata_rows_and_csv_sources(tmp_path):
@@ -304,7 +325,7 @@ def test_metadata_rows_and_csv_sources(tmp_path):
 
 def test_one_run_at_a_time(tmp_path):
     source = _folder(tmp_path)
-    with ingest._alone(tmp_path / "s.h5"), pytest.raises(ValueError, match="another run is writing"):
+    with files.alone(tmp_path / "s.h5"), pytest.raises(ValueError, match="another run is writing"):
         _run(tmp_path, source)
     assert _run(tmp_path, source).done == 1
 
@@ -390,7 +411,7 @@ def _ended(run):
 def _dies(job, out):
     if job.name == "bad":
         os.kill(os.getpid(), signal.SIGKILL)
-    return ingest._one(job, out=out, cfg=SMALL)
+    return ingest._one(job, out=out, cfg=SMALL, tracked=False)
 
 
 def test_a_worker_that_dies_costs_one_scan(tmp_path):

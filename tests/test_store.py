@@ -138,3 +138,30 @@ def test_two_processes_write_while_others_read(tmp_path):
     np.testing.assert_array_equal(array, _array(3, (50, 60)))
     assert row == _row(3)
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(s)).read("n3"), array)
+
+
+def test_a_row_knows_the_content_of_its_array(tmp_path):
+    arrays = {n: np.random.default_rng(i).integers(0, 9, (3, 4)).astype("u1") for i, n in enumerate("abc")}
+    paths = [tmp_path / "1.h5", tmp_path / "2.h5"]
+    for path in paths:
+        store.create(path, ["a", "b"], (3, 4), "u1", {}, [("count", "i4")])
+        store.put(path, "a", arrays["a"], {"count": 1})
+    store.put(paths[0], "b", arrays["b"], {"count": 1})
+    store.put(paths[1], "b", arrays["c"], {"count": 1})
+    first, second = (store.open_store(p) for p in paths)
+    assert first.content("a") == second.content("a") == store._digest(first.read("a"))
+    assert first.content("b") != second.content("b")
+    assert first.fields == ("count",)
+    content = first.content("b")
+    store.grow(paths[0], ["c"])
+    assert store.open_store(paths[0]).content("b") == content
+
+
+def test_a_store_made_before_rows_held_contents_is_read_and_written(tmp_path):
+    old = np.dtype([("name", "S1"), ("count", "<i4"), ("done", "u1")])
+    array = np.arange(12, dtype="u1").reshape(3, 4)
+    store._write_empty(tmp_path / "s.h5", ["a"], (3, 4), np.dtype("u1"), "{}", old)
+    store.put(tmp_path / "s.h5", "a", array, {"count": 5})
+    opened = store.open_store(tmp_path / "s.h5")
+    assert opened.row("a") == {"count": 5}
+    assert opened.content("a") == store._digest(array)

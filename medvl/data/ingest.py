@@ -1,7 +1,7 @@
 """A folder of CT scans into one store: resumable, in many processes, with every refused scan and its reason in a table; contact sheets."""
 
-import fcntl
 import functools
+import hashlib
 import logging
 import multiprocessing
 import os
@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,11 @@ FIELDS = (  # a row of the store, beside its name: what `Volume` knows
     ("hu_rule", "S16"),
     ("slope", "f8"),
     ("intercept", "f8"),
+)
+SOURCE_FIELDS = (  # and which file it was made from, so that another file of that name is noticed
+    ("source_bytes", "i8"),
+    ("source_mtime_ns", "i8"),
+    ("source_digest", "S32"),
 )
 REJECTED = ("name", "path", "reason")
 
@@ -76,17 +80,21 @@ def preprocess_folder(
         workers: 1 works in this process; more are fresh processes, so a script needs `if __name__ == "__main__":`. A scan whose
             worker dies (out of memory) is then rejected and the run goes on.
     Raises:
-        ValueError: no scans, two scans of one name, an unusable CSV, a store made with other settings, or another run at work on it.
+        ValueError: no scans, two scans of one name, an unusable CSV, a store made with other settings, scans that are other files than
+            those that were written, or another run at work on it.
     """
     out = Path(out)
     _keep_inputs(out, source, metadata_csv)
     paths = find_scans(source)
     rows = _metadata(metadata_csv, paths)
-    with _alone(out):
+    with files.alone(out):
         done = _room(out, paths, cfg)
+        tracked = _check_sources(out, paths)
         missing = {} if rows is None else {n: f"{metadata_csv}: has no row for it" for n in paths if n not in rows and n not in done}
         jobs = [_Job(name=n, path=p, metadata=rows[n] if rows else None) for n, p in paths.items() if n not in done and n not in missing]
-        rejected = missing | _work(jobs, functools.partial(_one, out=out, cfg=cfg), out, workers, progress, len(paths) - len(jobs))
+        rejected = missing | _work(
+            jobs, functools.partial(_one, out=out, cfg=cfg, tracked=tracked), out, workers, progress, len(paths) - len(jobs)
+        )
         files.write_csv(
             rejected_csv(out), [dict(zip(REJECTED, (n, paths[n], r), strict=True)) for n, r in sorted(rejected.items())], REJECTED
         )
@@ -139,31 +147,43 @@ def _metadata(path: PathLike, paths: dict[str, Path]) -> dict[str, dict[str, str
     return rows
 
 
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """One run at a time may write to `out`; the lock ends with the process. Clears what a killed run left unfinished."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out.with_name(f".{out.name}.lock"), "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise ValueError(f"{out}: another run is writing to it; wait until it ends") from e
-        for tmp in out.parent.glob(f".{out.name}.*.tmp"):
-            tmp.unlink()
-        yield
-
-
 def _room(out: Path, paths: Iterable[str], cfg: CtConfig) -> set[str]:
     """Make the store, or open it and make room; returns the names that are done."""
     settings = ct.settings_of(cfg)
     if not out.exists():
-        store.create(out, list(paths), ct.size_of(cfg), cfg.dtype, settings, FIELDS)
+        store.create(out, list(paths), ct.size_of(cfg), cfg.dtype, settings, (*FIELDS, *SOURCE_FIELDS))
     done = set(store.open_store(out, expect=settings).names)
     store.grow(out, paths)
     return done
 
 
-def _one(job: _Job, out: Path, cfg: CtConfig) -> tuple[str, str]:
+def _check_sources(out: Path, paths: dict[str, Path]) -> bool:
+    """Refuse scans that are other files than those in the store; False for a store that was made before it kept which files they were."""
+    volumes = store.open_store(out)
+    if "source_digest" not in volumes.fields:
+        return False
+    done = {*volumes.names}
+    replaced = []
+    for name, path in paths.items():
+        if name in done:
+            row, stat = volumes.row(name), path.stat()
+            same = (row["source_bytes"], row["source_mtime_ns"]) == (stat.st_size, stat.st_mtime_ns)
+            if not same and row["source_digest"] != _digest(path):  # a copy of the same file has another time
+                replaced.append(name)
+    if replaced:
+        raise ValueError(
+            f"{out}: {len(replaced)} scans are other files than those that were written into it, e.g. {replaced[0]}; give the new files "
+            "other names, or remove the store to make it anew"
+        )
+    return True
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _one(job: _Job, out: Path, cfg: CtConfig, tracked: bool) -> tuple[str, str]:
     """Preprocess and store one scan; ("", what was done) or (why not, "")."""
     try:
         volume = ct.preprocess(job.path, cfg, job.metadata)
@@ -172,6 +192,9 @@ def _one(job: _Job, out: Path, cfg: CtConfig) -> tuple[str, str]:
     except MemoryError:
         return "not enough memory", ""
     row = {f[0]: getattr(volume, f[0]) for f in FIELDS}
+    if tracked:
+        stat = job.path.stat()
+        row |= {"source_bytes": stat.st_size, "source_mtime_ns": stat.st_mtime_ns, "source_digest": _digest(job.path)}
     store.put(out, job.name, volume.voxels, row)
     return "", f"HU = {volume.slope:g} * stored + {volume.intercept:g} ({volume.hu_rule}), slices {volume.occupied}"
 
@@ -265,7 +288,8 @@ def contact_sheet(
 
 def _of_store(s: store.Store, only: Sequence[str]) -> Iterator[Volume]:
     for name in only or s.names:
-        yield Volume(name=name, voxels=s.read(name), axes=s.settings["axes"], **s.row(name))
+        row = s.row(name)
+        yield Volume(name=name, voxels=s.read(name), axes=s.settings["axes"], **{f[0]: row[f[0]] for f in FIELDS})
 
 
 def _card(v: Volume, window_hu: tuple[float, float], tile: int = 200, label: int = 18) -> Image.Image:

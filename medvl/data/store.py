@@ -1,11 +1,13 @@
 """One HDF5 file of equally shaped arrays, found by name. A killed writer leaves each array whole or absent.
 
-Layout, readable with plain h5py: dataset `arrays` [n, *shape], contiguous; dataset `rows` [n], a compound of `name`, the caller's fields
-and, last, `done`; file attributes `format`, `version`, `settings` (JSON). The file is created whole, with all its room reserved (sparse:
-unwritten arrays take no disk), and never changes its structure. So writers need neither HDF5 nor locks: they `pwrite` to an offset that is
-theirs, the array and its row first, then fsync, then the one byte `done`. POSIX only.
+Layout, readable with plain h5py: dataset `arrays` [n, *shape], contiguous; dataset `rows` [n], a compound of `name`, `content` (a digest
+of the array; stores that were made before it was kept lack it), the caller's fields and, last, `done`; file attributes `format`,
+`version`, `settings` (JSON). The file is created whole, with all its room reserved (sparse: unwritten arrays take no disk), and never
+changes its structure. So writers need neither HDF5 nor locks: they `pwrite` to an offset that is theirs, the array and its row first, then
+fsync, then the one byte `done`. POSIX only.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +24,7 @@ from medvl.config import differences
 from medvl.files import PathLike, own_dataset
 
 FORMAT, VERSION = "medvl-store", 1
+_OWN = ("name", "content", "done")  # fields of a row that are not the caller's
 
 
 @frozen(kw_only=True, eq=False)
@@ -42,6 +45,11 @@ class Store:
     _row_dtype: np.dtype = field(alias="row_dtype", repr=False)
     _identity: tuple[int, int] = field(alias="identity", repr=False)
 
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Names of the caller's fields of a row."""
+        return _fields(self._row_dtype)
+
     def read(self, name: str, first: int = 0, stop: int | None = None) -> np.ndarray:
         """The array of `name`, or its entries first:stop along the first axis; a fresh copy.
 
@@ -61,6 +69,16 @@ class Store:
         with _same(self) as f:
             return _read_row(self, f, name)
 
+    def content(self, name: str) -> str:
+        """Digest of the array of `name`, 32 hex digits: what was made from the array keeps it, to know when the array became another.
+
+        It is in the row; of a store that was made before rows held it, it is computed from the array. Raises like `read`.
+        """
+        if "content" not in (self._row_dtype.names or ()):
+            return _digest(self.read(name))
+        with _same(self) as f:
+            return _read_record(self, f, name)["content"][0].decode()
+
 
 def create(
     path: PathLike, names: Sequence[str], shape: Sequence[int], dtype: Any, settings: Mapping[str, Any], fields: Sequence[tuple]
@@ -72,7 +90,7 @@ def create(
         settings: plain data saying how the arrays are made; `open_store(expect=...)` compares it.
         fields: of a row, as for a numpy structured dtype: ("slope", "f8"), ("rule", "S16"), ("spacing_mm", "f8", 3).
     Raises:
-        ValueError: the file exists, no names, repeated names, or a field called name or done.
+        ValueError: the file exists, no names, repeated names, or a field called name, content or done.
     """
     if Path(path).exists():
         raise ValueError(f"{path}: exists already; open it, or remove it first")
@@ -96,7 +114,8 @@ def grow(path: PathLike, names: Iterable[str]) -> None:
         new = open_store(tmp)
         with open(tmp, "r+b", buffering=0) as f:
             for name in old.names:
-                _put(f.fileno(), new, name, old.read(name), _record(new._row_dtype, name, old.row(name), path), lambda _: None)
+                record = _record(new._row_dtype, name, old.content(name), old.row(name), path)
+                _put(f.fileno(), new, name, old.read(name), record, lambda _: None)
 
 
 def open_store(path: PathLike, expect: Mapping[str, Any] | None = None) -> Store:
@@ -149,7 +168,7 @@ def put(path: PathLike, name: str, array: np.ndarray, row: Mapping[str, Any]) ->
         raise ValueError(f"{path}: {name!r} is written already")
     if array.shape != store.shape or array.dtype != store.dtype:
         raise ValueError(f"{path}: {name!r} must be {store.shape} {store.dtype}, got {array.shape} {array.dtype}")
-    record = _record(store._row_dtype, name, row, path)
+    record = _record(store._row_dtype, name, _digest(array), row, path)
     with open(path, "r+b", buffering=0) as f:
         _put(f.fileno(), store, name, array, record, os.fsync)
 
@@ -172,17 +191,17 @@ def _described(dtype: np.dtype, name: str) -> tuple:
 
 
 def _fields(row_dtype: np.dtype) -> tuple[str, ...]:
-    """The caller's: all but `name`, the first, and `done`, the last."""
-    return (row_dtype.names or ())[1:-1]
+    """The caller's: all but the store's own."""
+    return tuple(name for name in row_dtype.names or () if name not in _OWN)
 
 
 def _row_dtype(names: Sequence[str], fields: np.dtype, path: PathLike) -> np.dtype:
     if not names or len(set(names)) != len(names) or "" in names:
         raise ValueError(f"{path}: a store needs names, each once and none empty; got {len(names)}, {len(set(names))} different")
-    if {"name", "done"} & set(fields.names or ()):
-        raise ValueError(f"{path}: the fields 'name' and 'done' are the store's own; name yours otherwise")
+    if set(_OWN) & set(fields.names or ()):
+        raise ValueError(f"{path}: the fields {', '.join(_OWN)} are the store's own; name yours otherwise")
     width = max(len(n.encode()) for n in names)
-    return np.dtype([("name", f"S{width}"), *(_described(fields, n) for n in fields.names or ()), ("done", "u1")])
+    return np.dtype([("name", f"S{width}"), ("content", "S32"), *(_described(fields, n) for n in fields.names or ()), ("done", "u1")])
 
 
 def _write_empty(tmp: Path, names: Sequence[str], shape: tuple[int, ...], dtype: np.dtype, settings: str, row_dtype: np.dtype) -> None:
@@ -207,13 +226,18 @@ def _check_format(f: h5py.File, path: Path) -> None:
         raise ValueError(f"{path}: is a store of version {f.attrs.get('version')}, this medvl reads version {VERSION}; make it again")
 
 
-def _record(dtype: np.dtype, name: str, row: Mapping[str, Any], path: PathLike) -> np.ndarray:
+def _digest(array: np.ndarray) -> str:
+    return hashlib.blake2b(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, digest_size=16).hexdigest()
+
+
+def _record(dtype: np.dtype, name: str, content: str, row: Mapping[str, Any], path: PathLike) -> np.ndarray:
     """[1] of `dtype`, not done; a text that does not fit is refused, not cut."""
     wanted = set(_fields(dtype))
     if set(row) != wanted:
         raise ValueError(f"{path}: the row of {name!r} must have {', '.join(sorted(wanted))}, got {', '.join(sorted(row))}")
     record = np.zeros(1, dtype)
-    for key, value in {"name": name, **row}.items():
+    own = {"name": name, "content": content} if "content" in (dtype.names or ()) else {"name": name}
+    for key, value in {**own, **row}.items():
         value = value.encode() if isinstance(value, str) else value
         room = dtype[key].itemsize
         if isinstance(value, bytes) and len(value) > room:
@@ -236,6 +260,11 @@ def _same(store: Store) -> Iterator[BinaryIO]:
 
 
 def _read_row(store: Store, f: BinaryIO, name: str) -> dict[str, Any]:
+    record = _read_record(store, f, name)
+    return {key: _plain(record[key][0]) for key in _fields(record.dtype)}
+
+
+def _read_record(store: Store, f: BinaryIO, name: str) -> np.ndarray:
     if name not in store._index:
         raise ValueError(
             f"{store.path}: has no {name!r}; it has {len(store.names)} arrays, such as {', '.join(store.names[:3]) or 'none yet'}"
@@ -244,7 +273,7 @@ def _read_row(store: Store, f: BinaryIO, name: str) -> dict[str, Any]:
     _read_into(f, store._rows_offset + store._index[name] * record.itemsize, record)
     if not record["done"][0]:
         raise ValueError(f"{store.path}: {name!r} is not written (yet)")
-    return {key: _plain(record[key][0]) for key in _fields(record.dtype)}
+    return record
 
 
 def _plain(value: Any) -> Any:

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from medvl import config, encode, evaluate, files, hub, metrics, plots, processes, report, tokens, train
 from medvl.data import ct, ingest, names, order, pairs, phantoms, reports, store
 from medvl.muon import muon
-from medvl.optim import Optimizer, Rate, adamw, routed, warmup_cosine
+from medvl.optim import Optimizer, Rate, adamw, routed, seeded, warmup_cosine
 from medvl.results import Result
 from medvl.systems import ct_clip
 from medvl.systems.ct_clip import Config, Model, Speed, Stage
@@ -84,47 +85,81 @@ def paired(cfg: Config, name: str, of: store.Store) -> pairs.Pairs:
     return evolve(found, texts=tuple(given[s] for s in found.scans))
 
 
-def cached_features(model: Model, params: Tree, of: store.Store, folder: Path, progress: Callable = iter) -> store.Store:
+def cached_features(model: Model, params: Tree, volumes: store.Store, folder: Path, progress: Callable = iter) -> store.Store:
     """Slice features of every volume, computed once: a store keyed by the weights, the settings and the volumes' file.
 
-    Rows hold float16 [s, d] and what the volume's row holds; a row that no longer describes its volume is refused.
+    Rows hold float16 [s, d] and which content of the volume they were made from. All processes must call this: each computes its share.
+    Another run over the same cache waits meanwhile, then finds the features.
+
+    Raises:
+        ValueError: a volume has changed since its features were computed.
     """
     settings = {
         "weights": hub.digest(params["vit"]),
         "encode": {k: v for k, v in config.unstructure(model.cfg.encode).items() if k not in ("budget_mib", "checkpoint")},
-        "volumes": {"path": str(of.path.resolve()), "settings": of.settings},
+        "volumes": {"path": str(volumes.path.resolve()), "settings": volumes.settings},
+        "row": [name for name, *_ in _FEATURE_FIELDS],
     }
     out = folder / f"features-{config.digest(settings)}.h5"
-    shape = (of.shape[0], encode.width(model.cfg.encode, model.vit))
-    if not out.exists():
-        store.create(out, of.names, shape, "float16", settings, ingest.FIELDS)
-    store.grow(out, of.names)
-    have = store.open_store(out, expect=settings)
-    known = set(have.names)
-    stale = [n for n in of.names if n in known and have.row(n) != of.row(n)]
-    if stale:
-        raise ValueError(f"{out}: {len(stale)} volumes have changed since their features were computed, e.g. {stale[0]}; remove this file")
-    for name in progress([n for n in of.names if n not in known]):
-        batch = pairs.read_slices(of, [name])
-        with torch.no_grad():
-            z = encode.encode_slices(model.cfg.encode, params["vit"], batch["slices"], batch["mask"], vit=model.vit)[0]
-        row, whole = of.row(name), np.zeros(shape, np.float16)
-        whole[slice(*row["occupied"])] = z.cpu().numpy()
-        store.put(out, name, whole, row)
+    shape = (volumes.shape[0], encode.width(model.cfg.encode, model.vit))
+    with files.alone(out, wait=True) if processes.rank() == 0 else nullcontext():
+        if processes.rank() == 0:
+            if not out.exists():
+                store.create(out, volumes.names, shape, "float16", settings, _FEATURE_FIELDS)
+            store.grow(out, volumes.names)
+        processes.meet()
+        features = store.open_store(out, expect=settings)
+        _check_features(features, volumes)
+        # By place in the list, not among those that are missing: processes see each other's as they come.
+        share = volumes.names[processes.rank() :: processes.world()]
+        missing = sorted({*share} - {*features.names})
+        for name in progress(missing):
+            batch = pairs.read_slices(volumes, [name])
+            with torch.no_grad():
+                z = encode.encode_slices(model.cfg.encode, params["vit"], batch["slices"], batch["mask"], vit=model.vit)[0]
+            row, padded = _feature_row(volumes, name), np.zeros(shape, np.float16)
+            padded[slice(*row["occupied"])] = z.cpu().numpy()
+            store.put(out, name, padded, row)
+        processes.meet()
     return store.open_store(out, expect=settings)
 
 
+_FEATURE_FIELDS = (("spacing_mm", "f8", 3), ("occupied", "i4", 2), ("volume", "S32"))
+
+
+def _feature_row(volumes: store.Store, name: str) -> dict[str, Any]:
+    """What the features of a volume are made from: its geometry and the digest of its voxels."""
+    row = volumes.row(name)
+    return {"spacing_mm": row["spacing_mm"], "occupied": row["occupied"], "volume": volumes.content(name)}
+
+
+def _check_features(features: store.Store, volumes: store.Store) -> None:
+    done = {*features.names}
+    stale = [n for n in volumes.names if n in done and features.row(n) != _feature_row(volumes, n)]
+    if stale:
+        raise ValueError(
+            f"{features.path}: {len(stale)} volumes of {volumes.path} have changed since their features were computed, e.g. {stale[0]}; "
+            "remove this file, and they are computed again"
+        )
+
+
 def batches(model: Model, data: pairs.Pairs, size: int, seed: int) -> Callable[[int], dict[str, Tensor]]:
-    """i -> batch: this process's rows of `size` pairs from different scans."""
+    """i -> batch: this process's rows of `size` pairs from different scans.
+
+    What is drawn for a pair is a function of (seed, i, pair), so that any number of processes show the same texts.
+    """
     cfg, tok = model.cfg, model.tokenizer
     share = order.batches(data.scans, size, seed, rank=processes.rank(), world=processes.world())
     shares = {"findings": 1 - cfg.data.impressions, "impression": cfg.data.impressions, "both": 1.0}
 
+    def draw_texts(i: int, pair: int) -> list[str]:
+        gen = seeded(torch.device("cpu"), "texts", seed, i, pair)
+        return [pairs.draw_text(data.texts[pair], shares, cfg.data.sentences, gen) for _ in range(cfg.data.draws)]
+
     def batch_at(i: int) -> dict[str, Tensor]:
         chosen = share(i)
-        gen = torch.Generator().manual_seed(seed * 1_000_003 + i)
-        said = [pairs.draw_text(data.texts[j], shares, cfg.data.sentences, gen) for j in chosen for _ in range(cfg.data.draws)]
-        ids, words = tokens.tokenize(tok, said, cfg.words.tower.context)
+        texts = [text for pair in chosen for text in draw_texts(i, pair)]
+        ids, words = tokens.tokenize(tok, texts, cfg.words.tower.context)
         return pairs.read_slices(data.store, [data.names[j] for j in chosen]) | {
             "ids": ids.unflatten(0, (len(chosen), -1)),
             "words": words.unflatten(0, (len(chosen), -1)),

@@ -162,12 +162,10 @@ def _describe(folder: Path, cfg: Any) -> None:
 
 
 def _first(make: Callable[[], None]) -> None:
-    """Process 0 makes what all need; the others wait, then find it made."""
+    """Process 0 makes what all need; the others wait and find it made: they hold no lock that it holds, and draw nothing again."""
     if processes.rank() == 0:
         make()
-    if processes.world() > 1:
-        processes.meet()
-        make()
+    processes.meet()
 
 
 def _minutes(start: float) -> str:
