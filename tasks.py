@@ -128,28 +128,24 @@ def adapters(
     help={
         "question": "in words",
         "adapters": "a registry of adapters (.toml or .json), to be asked about images",
-        "slide": "to be asked about with a slide_vqa run: a file of patch features, STORE.h5::NAME, or a slide of the run by name",
-        "run": "run folder of slide_vqa",
-        "image": "image file, repeatable",
-        "mode": "bare, selection, mixture, fusion or oracle",
-        "k": "how many adapters at most",
+        "run": "run folder of tune, adapters or slide_vqa",
+        "slide": "with a slide_vqa run: a file of patch features, STORE.h5::NAME, or a slide of the run by name",
+        "image": "with a registry or a run of tune or adapters: image file, repeatable",
+        "mode": "of adapters: bare, selection, mixture (default), fusion or oracle",
+        "k": "how many adapters at most; default: the run's, 3 of a registry",
         "own": "the adapter of mode oracle",
-        "base": "the model, if the registry does not say it",
+        "base": "the model, if the registry does not say it, or it lies elsewhere",
         "out": "folder for the map of a slide's answer",
-        "set_": "settings, e.g. retrieve.threshold=0.3, fusion.rule=linear, chat.max_pixels=100000, repeatable",
+        "set_": "settings of adapters, e.g. retrieve.threshold=0.3, fusion.rule=linear, repeatable",
     },
     iterable=["image", "set_"],
 )
-def ask(
-    c, question, adapters="", slide="", run="", image=None, mode="mixture", k=3, own="", base="", out="maps", max_tokens=256, set_=None
-):
-    """Ask the adapters that fit a question and its images, or a run about a slide. Research use, not for diagnosis."""
+def ask(c, question, adapters="", run="", slide="", image=None, mode="", k=-1, own="", base="", out="maps", max_tokens=256, set_=None):
+    """Ask the adapters that fit a question and its images, or a run about images or a slide. Research use, not for diagnosis."""
     from medvl.systems import ask
 
-    if slide:
-        _call(ask.ask_slide, slide, question, run, out, max_tokens)
-    else:
-        _call(ask.ask, adapters, question, image or (), mode, k, own, base, max_tokens, set_ or ())
+    given = {"adapters": adapters, "run": run, "slide": slide, "images": image or (), "mode": mode, "k": k, "own": own, "base": base}
+    _call(ask.ask, question, **given, out=out, max_tokens=max_tokens, overrides=set_ or ())
 
 
 @task(

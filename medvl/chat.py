@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 from medvl import config, generation, hub, intern_vl, processes, quant, qwen_vl, shards, tokens, vlm
 from medvl.checkpoints import find, new_folder, read_json
 from medvl.data import conversations, images, order
-from medvl.data.conversation_files import Conversation
+from medvl.data.conversation_files import Conversation, limit_images
 from medvl.data.conversations import Placeholder, Sample
 from medvl.files import PathLike, write_text
 from medvl.generation import Generated, Sampling
@@ -167,6 +167,20 @@ def encode(chat: Chat, held: Sequence[Conversation], *, prompt: bool = False) ->
     found, refused = conversations.encode_all(chat.tokenizer, [c.messages for c in held], visual=visual, **how)
     out = {i for i, _ in refused}
     return Encoded(conversations=tuple(c for i, c in enumerate(held) if i not in out), samples=tuple(found), refused=len(refused))
+
+
+def question(chat: Chat, text: str, images: Sequence[PathLike] = ()) -> Conversation:
+    """One question about images, as `encode(..., prompt=True)` wants it; the images come first where the text has no tags for them.
+
+    Raises:
+        ValueError: no text, or tags that do not match the images.
+    """
+    if not text.strip():
+        raise ValueError("ask: the question must have text, got none")
+    paths = tuple(map(Path, images))
+    content = text if "<image>" in text else "<image>\n" * len(paths) + text
+    talk = Conversation(messages=({"role": "user", "content": content},), images=paths)
+    return limit_images(talk, chat.cfg.max_images)
 
 
 def collate(chat: Chat, data: Encoded, chosen: Sequence[int], side: Literal["right", "left"] = "right") -> dict[str, Tensor]:

@@ -13,7 +13,6 @@ from medvl.adapter_files import read_adapter
 from medvl.chat import Chat, ChatConfig, Encoded, ModelConfig
 from medvl.compose import Rule
 from medvl.data import registry
-from medvl.data.conversation_files import Conversation
 from medvl.embed import Embedder
 from medvl.retrieve import RetrieveConfig, Retrieved
 
@@ -215,12 +214,11 @@ def ask(
         raise ValueError(f"ask: no adapter {own!r}; there are {', '.join(experts.names)}")
     if mode == "oracle" and not own:
         raise ValueError(f"ask: mode oracle needs the name of an adapter; there are {', '.join(experts.names)}")
-    paths, blind = tuple(map(Path, images)), mode in ("bare", "oracle")
-    talk = Conversation(messages=({"role": "user", "content": "<image>\n" * len(paths) + question},), images=paths)
+    talk, blind = chat.question(experts.chat, question, images), mode in ("bare", "oracle")
     if not blind and experts.embedder is None:
         raise ValueError("ask: the registry has vectors but no embedder, so a question has none; `invoke adapters build` fits one")
     made = None if blind else experts.embedder
-    query = torch.ones(1, experts.vectors.shape[1]) if made is None else embed.embed(made, [question], [paths])
+    query = torch.ones(1, experts.vectors.shape[1]) if made is None else embed.embed(made, [question], [talk.images])
     found = choose(mode, cfg, query, experts.vectors, own=torch.tensor([experts.names.index(own) if own else -1]))
     (text,) = answers(experts, chat.encode(experts.chat, [talk], prompt=True), [0], found, mode, max_tokens)
     named = zip(found.indices[0].tolist(), found.similarity[0].tolist(), found.weights[0].tolist(), strict=True)

@@ -444,8 +444,7 @@ def write_map(
     Raises:
         ValueError: a name that is no plain file name, weights of other patches than relevance, or what the parts refuse.
     """
-    if not name or name in (".", "..") or Path(name).name != name or "\\" in name:
-        raise ValueError(f"write_map: name must be a plain file name, got {name!r}")
+    files.check_name(name, "write_map: the slide")
     if len(weights) != len(relevance):
         raise ValueError(f"write_map: weights must be [{len(relevance)}, k], a row per patch of relevance, got {len(weights)} rows")
     best = top_patches(relevance, coords, top)

@@ -20,6 +20,7 @@ from medvl import config, embed, experts
 from medvl.config import ConfigError
 from medvl.data import registry
 from medvl.data.conversation_files import Conversation
+from medvl.retrieve import RetrieveConfig
 from medvl.systems import adapters_report, adapters_run, adapters_score, ask, run
 from medvl.systems.adapters import Config
 
@@ -329,10 +330,64 @@ def test_a_registry_built_from_a_folder(trained, tmp_path, capsys):
     assert "category: radiology" in said
     assert re.search(r"\| ct \| 0\.9|\| ct \| 1\.0", said)
     picture = next((place / "data").rglob("test/*.png"))
-    ask.ask(new, "Where is the lesion?", [str(picture)], "mixture", 2, "", str(folder / "model"), 3, ('dtype="float32"',))
+    given = {"images": [str(picture)], "mode": "mixture", "k": 2, "base": str(folder / "model")}
+    ask.ask("Where is the lesion?", adapters=new, **given, max_tokens=3, overrides=('dtype="float32"',))
     said = capsys.readouterr().out
     assert "Similarity" in said
     assert "Research use only, not for diagnosis" in said
+
+
+def test_a_run_is_asked_as_its_registry_is(trained, capsys):
+    """By the run's own k, threshold and rule; or by others, which are given."""
+    place, folder, _ = trained
+    picture = str(next((place / "data").rglob("test/*.png")))
+    of = experts.open_experts(folder / "registry.toml", dtype="float32")
+    for given, mode, k in (({}, "mixture", 2), ({"mode": "selection"}, "selection", 1), ({"k": 1}, "mixture", 1), ({"k": 0}, "bare", 0)):
+        ask.ask("How many lesions are there?", run=str(folder), images=[picture], max_tokens=3, **given)
+        said = capsys.readouterr().out
+        want = experts.ask(of, "How many lesions are there?", [picture], mode=mode, cfg=RetrieveConfig(k=k), max_tokens=3)
+        assert said.startswith(want.text.strip() + "\n")
+        assert len(re.findall(r"^\| (ct|xray|fundus) \|", said, re.MULTILINE)) == k
+        assert all(f"| {name} |" in said for name, *_ in want.adapters)
+        assert "Research use only, not for diagnosis" in said
+    ask.ask("How many lesions are there?", run=str(folder), images=[picture], max_tokens=3, overrides=("retrieve.threshold=1.0",))
+    assert "no adapter: the bare model answered" in capsys.readouterr().out
+
+
+NOT_ASKED = {
+    "neither registry nor run": ({}, "needs either --adapters REGISTRY"),
+    "both": ({"adapters": "r.toml", "run": "x"}, "needs either --adapters REGISTRY"),
+    "no run": ({"run": "{tmp}"}, "must be the folder of a run, there is no config.json"),
+    "a slide": ({"run": "{run}", "slide": "x.h5"}, "takes --image and --mode and -k and --own and --set, not --slide"),
+    "another base": ({"run": "{run}", "base": "x"}, "not --base"),
+    "a dtype of its own": (
+        {"run": "{run}", "overrides": ("dtype='float32'",)},
+        "unknown key 'dtype'; ChooseConfig has retrieve, fusion, hold",
+    ),
+    "no words": ({"run": "{run}", "question": " "}, "the question must have text"),
+    "tags without images": ({"run": "{run}", "question": "<image> q"}, "<image>"),
+    "an image that is not there": ({"run": "{run}", "images": ["{tmp}/no.png"]}, "no.png"),
+    "an unknown mode": ({"run": "{run}", "mode": "blend"}, "mode must be one of bare, selection"),
+    "a system that does not talk": ({"run": "{ct}"}, "is a ct_clip run, which does not talk; `invoke classify`"),
+}
+
+
+@pytest.mark.parametrize(("given", "message"), NOT_ASKED.values(), ids=NOT_ASKED.keys())
+def test_what_a_run_cannot_be_asked(trained, tmp_path, given, message):
+    (tmp_path / "ct").mkdir()
+    (tmp_path / "ct/config.json").write_text('{"system": "ct_clip"}')
+    fill = lambda v: v.replace("{run}", str(trained[1])).replace("{ct}", f"{tmp_path}/ct").replace("{tmp}", str(tmp_path))
+    given = {key: fill(v) if isinstance(v, str) else [fill(x) for x in v] for key, v in given.items()}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ask.ask(**({"question": "q"} | given))
+
+
+def test_a_run_that_is_not_trained_to_its_end_says_how_to_go_on(trained, tmp_path):
+    _, folder, _ = trained
+    work = tmp_path / folder.name
+    shutil.copytree(folder, work, ignore=shutil.ignore_patterns("registry.toml"))
+    with pytest.raises(ValueError, match=r"not trained to its end, it has no registry yet; `invoke train --exp .*` goes on"):
+        ask.ask("q", run=str(work))
 
 
 def test_the_environment_of_other_tools_becomes_part_of_the_record(tmp_path, monkeypatch):

@@ -385,9 +385,25 @@ def test_runs_that_cannot_be_asked(trained, tmp_path, edit, message):
     assert not (tmp_path / "maps").exists()
 
 
-def test_a_slide_without_a_run(trained):
-    with pytest.raises(ValueError, match=r"ask: --slide needs --run, the folder of a slide_vqa run"):
-        ask.ask_slide("x.h5", "q", "", "maps", 2)
+NOT_ASKED = [
+    ({"slide": "x.h5"}, r"ask: needs either --adapters REGISTRY .* or --run RUN"),
+    ({"run": "{run}"}, r"is a slide_vqa run and needs --slide: a file of patch features, STORE.h5::NAME"),
+    ({"run": "{run}", "slide": "A0", "images": ["x.png"]}, r"\(slide_vqa\) takes --slide, not --image"),
+    ({"run": "{run}", "slide": "A0", "max_tokens": 0}, r"--max-tokens must be 1 or more, got 0"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), NOT_ASKED)
+def test_what_a_slide_cannot_be_asked_with(trained, given, message):
+    given = {key: str(trained[1]) if value == "{run}" else value for key, value in given.items()}
+    with pytest.raises(ValueError, match=message):
+        ask.ask("Which grade?", **given)
+
+
+def test_a_run_answers_about_a_slide_of_its_features(trained, tmp_path, capsys):
+    _, folder = trained
+    ask.ask("What is seen?", run=str(folder / "config.json"), slide="A0", out=str(tmp_path), max_tokens=2)
+    assert f"map: {tmp_path}/A0" in capsys.readouterr().out
 
 
 BAD_EVALUATIONS = [

@@ -13,7 +13,7 @@ from PIL import Image
 from medvl import chat, config, hub, lora, train, tuning, weights
 from medvl.config import ConfigError
 from medvl.data import phantom_pictures
-from medvl.systems import run, tune, tune_run
+from medvl.systems import ask, run, tune, tune_run
 from medvl.systems.tune import Config
 from medvl.tree import flatten, merge, split
 
@@ -94,6 +94,24 @@ def test_a_run_from_pictures_to_a_report(tmp_path, monkeypatch, capsys):
     again = run.run(str(tmp_path / "toy.json"), log=lambda _: None)
     assert [hub.digest(train.read_state(folder / s / "last.pt").params) for s in ("0-whole", "1-lora")] == before
     assert [(r.what, r.subject, r.value) for r in again] == [(r.what, r.subject, r.value) for r in rows]
+
+    line = json.loads(next((tmp_path / "data").rglob("test.jsonl")).read_text().splitlines()[0])
+    asked = line["messages"][0]["content"].removeprefix("<image>\n")
+    image = str(next((tmp_path / "data").rglob("test.jsonl")).parent / line["images"][0])
+    capsys.readouterr()
+    ask.ask(asked, run=str(folder), images=[image], max_tokens=4)
+    assert capsys.readouterr().out.startswith(answers[0]["answer"].strip() + "\n")  # the answer that the evaluation kept
+    for given, message in (
+        ({"mode": "mixture"}, r"\(tune\) takes --image, not --mode"),
+        ({"slide": "x.h5"}, r"\(tune\) takes --image, not --slide"),
+        ({"images": [str(tmp_path / "no.png")]}, r"no\.png"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ask.ask("q", run=str(folder), **given)
+    (folder / "1-lora/best.pt").unlink(missing_ok=True)
+    (folder / "1-lora/last.pt").unlink()
+    with pytest.raises(ValueError, match=r"1-lora/last\.pt: no such checkpoint; train first"):
+        ask.ask("q", run=str(folder), images=[image])
 
 
 def test_labels_and_estimate_of_an_experiment(tmp_path, monkeypatch, capsys):

@@ -87,9 +87,15 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
 
 
 def load(folder: Path) -> tuple[Model, Tree, Tree]:
-    """Model and base weights of a run, as `fit` returned them."""
-    cfg = config.load(folder / "config.json", Config)
+    """Model and base weights of a run, as `fit` returned them.
+
+    Raises:
+        ValueError: no run, one that is not trained to its end, or whose files are broken.
+    """
+    cfg = config.load(config.run_folder(folder) / "config.json", Config)
     model, params = adapters.init(cfg, folder, [], device=_device(cfg))
+    if cfg.train is not None and not model.registry.exists():
+        raise ValueError(f"{folder}: the run is not trained to its end, it has no registry yet; `invoke train --exp {folder}` goes on")
     return model, tuning.read_stages(cfg.base, params, folder / "base") if cfg.base else params, {}
 
 

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from attrs import asdict, frozen
 
@@ -17,18 +17,27 @@ from medvl.data.registry import Record
 from medvl.data.slide_questions import check_slide_talks, read_slide_talks
 from medvl.data.slides import feature_files
 from medvl.embed import EmbedConfig
-from medvl.experts import FusionConfig, HoldConfig, Mode
+from medvl.experts import Answer, Experts, FusionConfig, HoldConfig
 from medvl.retrieve import RetrieveConfig
 from medvl.slide_relevance import top_patches
-from medvl.systems import slide_vqa_look
+from medvl.systems import adapters_run, slide_vqa_look, tune_run
 from medvl.systems.adapters_run import build_registry, drawn, query_of
 
 ACTIONS = ("build", "add", "list", "show")
 
 
 @frozen(kw_only=True)
+class ChooseConfig:
+    """How adapters are chosen for one question, and made one."""
+
+    retrieve: RetrieveConfig = RetrieveConfig()
+    fusion: FusionConfig = FusionConfig()
+    hold: HoldConfig = HoldConfig()
+
+
+@frozen(kw_only=True)
 class AskConfig:
-    """Settings of one question."""
+    """Settings of one question to a registry. A run has its own dtype, chat and device."""
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     quantize: Literal["none", "nf4", "fp4"] = "none"
@@ -37,42 +46,91 @@ class AskConfig:
     fusion: FusionConfig = FusionConfig()
     hold: HoldConfig = HoldConfig()
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    max_tokens: int = 256
 
-    def __attrs_post_init__(self) -> None:
-        config.within(self, "ask", max_tokens=(1, 2**20))
+
+# What a question may be given with, by what is asked.
+_TAKES = {
+    "a registry": ("--image", "--mode", "-k", "--own", "--base", "--set"),
+    "adapters": ("--image", "--mode", "-k", "--own", "--set"),
+    "tune": ("--image",),
+    "slide_vqa": ("--slide",),
+}
 
 
 def ask(
-    path: str, question: str, images: Sequence[str], mode: Mode, k: int, own: str, base: str, max_tokens: int, overrides: Sequence[str]
+    question: str,
+    *,
+    adapters: str = "",
+    run: str = "",
+    slide: str = "",
+    images: Sequence[str] = (),
+    mode: str = "",
+    k: int = -1,
+    own: str = "",
+    base: str = "",
+    out: str = "maps",
+    max_tokens: int = 256,
+    overrides: Sequence[str] = (),
 ) -> None:
-    """Print an answer and which adapters gave it."""
-    if not path:
-        raise ValueError("ask: needs --adapters REGISTRY (with --image), or --slide FEATURES and --run RUN")
-    raw = {"retrieve": {"k": k}, "max_tokens": max_tokens}
-    cfg = config.structure(config.override(raw, tuple(overrides), "ask"), AskConfig, "ask")
-    of = experts.open_experts(
-        path,
-        base=base,
-        dtype=cfg.dtype,
-        quantize=cfg.quantize,
-        cfg=cfg.chat,
-        fusion=cfg.fusion,
-        hold=cfg.hold,
-        device=processes.device(cfg.device),
-    )
-    said = experts.ask(of, question, images, mode=mode, cfg=cfg.retrieve, own=own, max_tokens=cfg.max_tokens)
+    """Print the answer of a registry of adapters, or of a run of any system that talks, and where it came from.
+
+    Args:
+        mode, k: "" and -1 are "mixture" and the run's `retrieve.k` (of a registry 3).
+    Raises:
+        ValueError: neither or both of a registry and a run; a run that does not talk; what that run cannot be given; as what answers.
+    """
+    if bool(adapters) == bool(run):
+        raise ValueError("ask: needs either --adapters REGISTRY (with --image), or --run RUN (with --image, or with --slide)")
+    if max_tokens < 1:
+        raise ValueError(f"ask: --max-tokens must be 1 or more, got {max_tokens}")
+    folder = config.run_folder(run) if run else Path()
+    asked = config.system_of(folder) if run else "a registry"
+    if asked not in _TAKES:
+        raise ValueError(f"ask: {run} is a {asked} run, which does not talk; `invoke classify` tells findings")
+    given = {"--image": images, "--slide": slide, "--mode": mode, "-k": k >= 0, "--own": own, "--base": base, "--set": overrides}
+    if wrong := [flag for flag, value in given.items() if value and flag not in _TAKES[asked]]:
+        raise ValueError(f"ask: {run or adapters} ({asked}) takes {' and '.join(_TAKES[asked])}, not {wrong[0]}")
+    if asked == "slide_vqa":
+        ask_slide(slide, question, str(folder), out, max_tokens)
+    elif asked == "tune":
+        print(tune_run.ask(folder, question, images, max_tokens).strip())
+        print(report.NOTICE)
+    else:
+        how: dict[str, Any] = {"mode": mode or "mixture", "own": own, "max_tokens": max_tokens}
+        of, choose = _of_run(folder, k, overrides) if run else _of_registry(adapters, k, base, overrides)
+        _print_answer(experts.ask(of, question, images, cfg=choose, **how))
+
+
+def _of_registry(path: str, k: int, base: str, overrides: Sequence[str]) -> tuple[Experts, RetrieveConfig]:
+    cfg = config.structure(config.override(_chosen({}, k), tuple(overrides), "ask"), AskConfig, "ask")
+    how: dict[str, Any] = {"dtype": cfg.dtype, "quantize": cfg.quantize, "fusion": cfg.fusion, "hold": cfg.hold}
+    return experts.open_experts(path, base=base, cfg=cfg.chat, device=processes.device(cfg.device), **how), cfg.retrieve
+
+
+def _of_run(folder: Path, k: int, overrides: Sequence[str]) -> tuple[Experts, RetrieveConfig]:
+    model, params, _ = adapters_run.load(folder)
+    own = ChooseConfig(retrieve=model.cfg.retrieve, fusion=model.cfg.fusion, hold=model.cfg.pool.hold)
+    raw = config.override(_chosen(config.unstructure(own), k), tuple(overrides), "ask")
+    cfg = config.structure(raw, ChooseConfig, "ask")
+    return experts.gather(model.chat, params["model"], model.registry, fusion=cfg.fusion, hold=cfg.hold), cfg.retrieve
+
+
+def _chosen(raw: dict[str, Any], k: int) -> dict[str, Any]:
+    return raw if k < 0 else raw | {"retrieve": raw.get("retrieve", {}) | {"k": k}}
+
+
+def _print_answer(said: Answer) -> None:
     print(said.text.strip())
     print()
-    rows = [(name, similarity, weight) for name, similarity, weight in said.adapters]
-    print(results.markdown_table(("Adapter", "Similarity", "Weight"), rows) if rows else "no adapter: the bare model answered")
+    table = results.markdown_table(("Adapter", "Similarity", "Weight"), said.adapters)
+    print(table if said.adapters else "no adapter: the bare model answered")
     print(report.NOTICE)
 
 
 def ask_slide(slide: str, question: str, run: str, out: str, max_tokens: int) -> None:
     """Print the answer of a slide_vqa run about one slide, and write the map of where it came from."""
-    if not run:
-        raise ValueError("ask: --slide needs --run, the folder of a slide_vqa run")
+    if not slide:
+        raise ValueError(f"ask: {run} is a slide_vqa run and needs --slide: a file of patch features, STORE.h5::NAME, or a slide's name")
     found = slide_vqa_look.look_at_slide(run, slide, question, out, max_tokens)
     print(found["answer"].strip())
     print()

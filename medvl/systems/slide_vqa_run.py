@@ -153,9 +153,7 @@ def load(folder: Path) -> tuple[Model, Tree, Tree]:
     Raises:
         ValueError: no run, one that is not trained to its end, or whose files are broken.
     """
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: must be the folder of a run, there is no config.json; `invoke train` makes one and prints its name")
-    cfg = config.load(folder / "config.json", Config)
+    cfg = config.load(config.run_folder(folder) / "config.json", Config)
     model, params = slide_vqa.init(cfg, folder, read_fitted(cfg, folder), device=processes.device(cfg.train.device))
     params = tuning.read_stages(cfg.train, params, folder)
     return model, params, {}

@@ -1,12 +1,13 @@
 """How tune runs: its data put in place and looked at, its stages trained, its answers scored, its memory foretold."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from attrs import evolve
 from tqdm import tqdm
 
 from medvl import chat, config, files, lora, plots, processes, report, tuning
@@ -83,8 +84,12 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
 
 
 def load(folder: Path) -> tuple[Model, Tree, Tree]:
-    """Model and weights of a trained run, as `fit` returned them."""
-    cfg = config.load(folder / "config.json", Config)
+    """Model and weights of a trained run, as `fit` returned them.
+
+    Raises:
+        ValueError: no run, one that is not trained to its end, or whose files are broken.
+    """
+    cfg = config.load(config.run_folder(folder) / "config.json", Config)
     model, params = tune.init(cfg, folder, device=processes.device(cfg.train.device))
     params = tuning.read_stages(cfg.train, params, folder)
     return model, params, {}
@@ -117,6 +122,21 @@ def assess(model: Model, params: Tree, means: Tree, folder: Path, experiment: st
     last = folder.parent / f"{len(cfg.train.stages) - 1}-{cfg.train.stages[-1].name}" / "metrics.jsonl"
     notes = ("An answer is right when it says the same as the written one in the same words, side and negation included; greedy decoding.",)
     return rows, report.write_report(folder, f"{experiment}: answers", rows, {"Training": plots.curves(last)}, notes)
+
+
+def ask(folder: Path, text: str, images: Sequence[files.PathLike] = (), most: int = 256) -> str:
+    """The answer of a trained run to one question about images, or none; for research, not for diagnosis.
+
+    Args:
+        most: tokens of the answer.
+    Raises:
+        ValueError: no such run, or one that is not trained to its end; no question; an image that cannot be read, or that the model has
+            no eyes for.
+    """
+    model, params, _ = load(folder)
+    data = chat.encode(model.chat, [chat.question(model.chat, text, images)], prompt=True)
+    cfg = evolve(model.cfg, evaluate=evolve(model.cfg.evaluate, max_tokens=most))
+    return answer(evolve(model, cfg=cfg), params, data)[0]
 
 
 def answer(model: Model, params: Tree, data: Encoded) -> list[str]:
