@@ -100,6 +100,66 @@ def test_clam(tmp_path, caplog):
     assert "taken as 256" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("attrs", "size"),
+    [
+        ({"patch_size": 256, "patch_level": 1, "downsample": (4.0, 4.0)}, 1024),
+        ({"patch_size": 256, "patch_level": 1, "downsample": np.array([4.000122, 4.000204])}, 1024),
+        ({"patch_size": 256, "patch_level": 0, "downsample": (1.0, 1.0)}, 256),
+        ({"patch_size": 256, "patch_level": 0}, 256),
+        ({"patch_size": 256, "level0_magnification": 40, "target_magnification": 20}, 512),
+        ({"patch_size": 256, "patch_level": 1}, None),  # of a level whose size is not said
+        ({"patch_size": 256}, None),
+    ],
+)
+def test_the_patch_size_that_clam_and_trident_write(tmp_path, attrs, size):
+    """Neighbours' distances would halve it where patches overlap by a half, and one patch has no neighbour."""
+    for xy in (grid(70, 128), grid(1)):
+        write_clam(tmp_path / "a.h5", features(len(xy)), xy)
+        with h5py.File(tmp_path / "a.h5", "r+") as f:
+            f["coords"].attrs.update(attrs)
+        assert about_slide(tmp_path / "a.h5").patch_size == size
+        guess = 128 if len(xy) > 1 else None
+        assert read_slide(tmp_path / "a.h5").patch_size == (guess if size is None else size)
+
+
+def test_patch_sizes_that_are_none(tmp_path):
+    for attrs, what in (
+        ({"patch_size": 256, "downsample": (4.0, 2.0)}, r"downsample must be one number, or the same for x and y, got \[4. 2.\]"),
+        ({"patch_size": 256, "downsample": 1e-9}, "a patch must have a side of 1 level-0 pixel or more"),
+        ({"patch_size": "big", "downsample": 1.0}, "patch_size must be a number, got 'big'"),
+    ):
+        write_clam(tmp_path / "a.h5", features(3), grid(3))
+        with h5py.File(tmp_path / "a.h5", "r+") as f:
+            f["coords"].attrs.update(attrs)
+        with pytest.raises(ValueError, match=f"a.h5: {what}"):
+            about_slide(tmp_path / "a.h5")
+
+
+def write_stamp(path, x, xy, mpp=0.0, **attrs):
+    """STAMP 2: "feats" in float16, upper left corners in micrometres."""
+    with h5py.File(path, "w") as f:
+        f["feats"], f["coords"] = x.astype("f2"), (xy * 0.25).astype("f4")
+        f.attrs.update({"extractor": "uni2", "unit": "um", "tile_size_um": 256.0, "tile_size_px": 224} | attrs)
+        if mpp:
+            f.attrs["mpp"] = mpp
+
+
+def test_stamps_micrometres_are_no_pixels(tmp_path, caplog):
+    x, xy = features(dtype="f2"), grid(11, 1024)
+    write_stamp(tmp_path / "a.h5", x, xy, mpp=0.25)
+    same(tmp_path / "a.h5", x, xy, patch_size=1024, mpp=0.25, encoder="uni2")
+    write_stamp(tmp_path / "b.h5", x, xy)
+    same(tmp_path / "b.h5", x, None, patch_size=None)
+    assert caplog.text.count("b.h5: coords are in micrometres and the file does not say the slide's mpp") == 1
+    with h5py.File(tmp_path / "b.h5", "r+") as f:
+        del f.attrs["unit"]  # as older STAMP
+    same(tmp_path / "b.h5", x, None, patch_size=None)
+    write_stamp(tmp_path / "c.h5", x, xy, unit="inch")
+    with pytest.raises(ValueError, match=r"c.h5: the unit of coords must be px or um, got 'inch'"):
+        about_slide(tmp_path / "c.h5")
+
+
 def test_gigapath_tiles(tmp_path):
     x, xy = features(), grid(11)
     with h5py.File(tmp_path / "a.h5", "w") as f:
@@ -111,7 +171,7 @@ def test_gigapath_tiles(tmp_path):
         read_slide(tmp_path / "a.h5")
 
 
-@pytest.mark.parametrize("kind", ["bare", "features", "feature", "feat", "batch", "coords", "old", "parameter"])
+@pytest.mark.parametrize("kind", ["bare", "features", "feature", "feat", "feats", "embeddings", "batch", "coords", "old", "parameter"])
 def test_pytorch(tmp_path, kind):
     x, xy = features(), grid(11)
     t = torch.from_numpy(x)

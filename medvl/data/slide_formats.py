@@ -24,8 +24,14 @@ _log = logging.getLogger(__name__)
 
 STORE = "medvl-slides"  # attribute "format" of a store of many slides (`slide_store`), which is not one slide
 SUFFIXES = (".h5", ".hdf5", ".pt", ".pth", ".npy", ".csv")
-_KEYS = ("features", "feature", "feat", "tile_embeds")  # the last is Prov-GigaPath's
-_ATTRS = ("patch_size_level0", "target_magnification", "magnification", "mpp", "encoder")  # all that is looked at
+_KEYS = ("features", "feature", "feat", "feats", "embeddings", "tile_embeds")  # "feats" is STAMP's, the last Prov-GigaPath's
+_ATTRS = (  # all that is looked at
+    *("patch_size_level0", "level0_magnification", "target_magnification", "magnification", "mpp", "encoder"),  # TRIDENT
+    *("patch_size", "patch_level", "downsample"),  # CLAM; TRIDENT's patch_size is at the target magnification
+    *("unit", "tile_size_um", "extractor"),  # STAMP
+)
+_MICROMETRES = ("um", "\u00b5m", "\u03bcm", "micron", "microns", "micrometer", "micrometers", "micrometre", "micrometres")
+_PIXELS = ("", "px", "pixel", "pixels")
 _WIDTHS = (384, 512, 768, 1024, 1280, 1536, 2048, 2560, 3072, 4608)  # of encoders in use; only to tell features from columns behind them
 _LONGEST = 2**21  # characters of a line: some 50 times that of the widest encoder
 _TRAILING = 8  # columns that may stand behind the features of a CSV, unless they are text
@@ -107,7 +113,50 @@ def _inspect_h5(path: Path, f: h5py.File) -> Source:
     for holder in (f, coords, features):  # what the features say of themselves goes first
         if holder is not None:
             attrs |= {key: holder.attrs[key] for key in _ATTRS if key in holder.attrs}
-    return _arrays(path, features, coords, attrs)
+    unit = text_of(attrs, "unit").lower() or ("um" if "tile_size_um" in attrs else "")
+    if coords is None or unit in _PIXELS:
+        return _arrays(path, features, coords, attrs)
+    if unit not in _MICROMETRES:
+        raise ValueError(f"{path}: the unit of coords must be px or um, got {unit!r}")
+    mpp = number_of(path, attrs, "mpp")
+    if not mpp or mpp < 0:
+        _warn_once(
+            f"{path}: coords are in micrometres and the file does not say the slide's mpp, so that no level-0 pixels can be told: they are "
+            "left out; give the file an attribute mpp (micrometres per level-0 pixel) to have maps in their places"
+        )
+        return _arrays(path, features, None, attrs)
+    return _arrays(path, features, coords, attrs, mpp=mpp)
+
+
+@functools.lru_cache(maxsize=8192)  # a file is opened several times
+def _warn_once(message: str) -> None:
+    _log.warning(message)
+
+
+def text_of(attrs: Mapping[str, Any], key: str) -> str:
+    """An attribute as text, "" where it is not there or TRIDENT's "None"."""
+    value = attrs.get(key, "")
+    text = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+    return "" if text == "None" else text
+
+
+def number_of(path: Path, attrs: Mapping[str, Any], key: str) -> float | None:
+    """An attribute as a number, None where it is not there; of several equal ones, as of x and y, their mean.
+
+    Raises:
+        ValueError: it is no number, or several that differ by more than a hundredth.
+    """
+    words = text_of(attrs, key).strip("[]() ").replace(",", " ").split()
+    try:
+        numbers = [float(word) for word in words]
+    except ValueError as e:
+        raise ValueError(f"{path}: {key} must be a number, got {text_of(attrs, key)!r}") from e
+    if not numbers:
+        return None
+    mean = sum(numbers) / len(numbers)
+    if max(numbers) - min(numbers) > 0.01 * abs(mean):
+        raise ValueError(f"{path}: {key} must be one number, or the same for x and y, got {text_of(attrs, key)}")
+    return mean
 
 
 @contextmanager
@@ -173,7 +222,8 @@ def _key(found: Mapping[str, Any], path: Path) -> str:
     return key
 
 
-def _arrays(path: Path, features: Any, coords: Any, attrs: Mapping[str, Any]) -> Source:
+def _arrays(path: Path, features: Any, coords: Any, attrs: Mapping[str, Any], *, mpp: float = 0) -> Source:
+    """Features and coordinates as they lie in a file; with `mpp` coordinates are micrometres and become level-0 pixels."""
     n, d = _shape(path, tuple(features.shape))
     kind = str(features.dtype).removeprefix("torch.")
     if kind not in ("float16", "bfloat16") and not kind.endswith(("float32", "float64", "f2", "f4", "f8")):
@@ -186,7 +236,10 @@ def _arrays(path: Path, features: Any, coords: Any, attrs: Mapping[str, Any]) ->
 
     def blocks(size: int) -> Iterator[Block]:
         for i in range(0, n, size):
-            yield _part(features, i, i + size, dtype), None if coords is None else _part(coords, i, i + size, None)
+            at = None if coords is None else _part(coords, i, i + size, None)
+            if at is not None and mpp:
+                at = np.rint(at / mpp)
+            yield _part(features, i, i + size, dtype), at
 
     return Source(rows=n, dims=d, dtype=dtype, has_coords=coords is not None, attrs=attrs, blocks=blocks)
 

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from attrs import frozen
 
 from medvl.checkpoints import few
-from medvl.data.slide_formats import SUFFIXES, Block, Source, open_source
+from medvl.data.slide_formats import SUFFIXES, Block, Source, number_of, open_source, text_of
 from medvl.files import PathLike
 
 _log = logging.getLogger(__name__)
@@ -134,35 +135,44 @@ def empty(about: About, dims: int = 0) -> Block:
 
 
 def _about(path: Path, source: Source) -> About:
-    patch_size = _number(path, source.attrs, "patch_size_level0")
-    if patch_size is not None and (patch_size < 1 or patch_size % 1):
-        raise ValueError(f"{path}: patch_size_level0 must be a whole number of pixels, got {patch_size}")
-    magnification = _number(path, source.attrs, "target_magnification")
+    magnification = number_of(path, source.attrs, "target_magnification")
     return About(
         name=slide_name(path.name),
         rows=source.rows,
         dims=source.dims,
         dtype=source.dtype,
         has_coords=source.has_coords,
-        patch_size=None if patch_size is None else int(patch_size),
-        mpp=_number(path, source.attrs, "mpp"),
-        magnification=_number(path, source.attrs, "magnification") if magnification is None else magnification,
-        encoder=_text(source.attrs, "encoder"),
+        patch_size=_said_patch_size(path, source.attrs),
+        mpp=number_of(path, source.attrs, "mpp"),
+        magnification=number_of(path, source.attrs, "magnification") if magnification is None else magnification,
+        encoder=text_of(source.attrs, "encoder") or text_of(source.attrs, "extractor"),
     )
 
 
-def _text(attrs: Mapping[str, Any], key: str) -> str:
-    value = attrs.get(key, "")
-    text = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
-    return "" if text == "None" else text  # TRIDENT writes None so
-
-
-def _number(path: Path, attrs: Mapping[str, Any], key: str) -> float | None:
-    text = _text(attrs, key).strip("[] ")  # an array of one
-    try:
-        return float(text) if text else None
-    except ValueError as e:
-        raise ValueError(f"{path}: {key} must be a number, got {text!r}") from e
+def _said_patch_size(path: Path, attrs: Mapping[str, Any]) -> int | None:
+    """The side of a patch in level-0 pixels by what TRIDENT, CLAM or STAMP writes of it, None where that is not enough."""
+    number = partial(number_of, path, attrs)
+    size = number("patch_size_level0")
+    if size is not None and (size < 1 or size % 1):
+        raise ValueError(f"{path}: patch_size_level0 must be a whole number of pixels, got {size}")
+    if size is not None:
+        return int(size)
+    own, downsample = number("patch_size"), number("downsample")
+    if downsample is None and number("patch_level") == 0:
+        downsample = 1.0
+    level0, target = number("level0_magnification"), number("target_magnification")
+    tile, mpp = number("tile_size_um"), number("mpp")
+    if own and downsample:
+        size = own * downsample
+    elif own and level0 and target:
+        size = own * level0 / target
+    elif tile and mpp:
+        size = tile / mpp
+    if size is None:
+        return None
+    if not 1 <= size < 2**31:
+        raise ValueError(f"{path}: a patch must have a side of 1 level-0 pixel or more, its attributes say {size:g}")
+    return round(size)
 
 
 def _check_dims(path: PathLike, found: int, wanted: int) -> None:

@@ -1,5 +1,6 @@
 """One slide and one question for a trained run of slide_vqa: the answer, and the patches that it came from."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from medvl.slide_tokens import open_slide, patch_weights, slide_tokens
 from medvl.systems import slide_vqa, slide_vqa_run
 from medvl.systems.slide_vqa import Model
 from medvl.tree import Tree
+
+_log = logging.getLogger("medvl")
 
 
 def look_at_slide(
@@ -49,9 +52,11 @@ def look_at_slide(
     relevance = patch_relevance(weights, slots, sign="positive")
     found = {"answer": said, "relevance": relevance, "coords": coords, "slots": slots, "map": ""}
     if out:
-        found["map"] = str(
-            write_map(out, slide_name(str(slide).rpartition("::")[2]), relevance, weights, coords, of.patch_size(of.names[0]) or 256)
-        )
+        size = of.patch_size(of.names[0])
+        if size is None and coords is not None:
+            _log.warning("%s: does not say its patch size, and one patch does not show it; drawn as 256 level-0 pixels", slide)
+        name = slide_name(str(slide).rpartition("::")[2])
+        found["map"] = str(write_map(out, name, relevance, weights, coords, size or 256))
     return found
 
 
