@@ -53,12 +53,15 @@ def evaluate_findings(
     split: str,
     n_bootstrap: int = 1000,
     seed: int = 0,
+    patients: Sequence[str] = (),
 ) -> list[results.Result]:
     """AUROC and AUPRC of every finding and of their mean, with 95 % intervals that resample patients; with thresholds also the decisions.
 
     Args:
         scores, labels: [n, c].
-        volumes: [n] names, from which the patient is read: a patient's scans and reconstructions are drawn together.
+        volumes: [n] names.
+        patients: [n] whose volume each is, read from CT-RATE's names when left out: a patient's scans and reconstructions are drawn
+            together.
         thresholds: [c] from `metrics.best_thresholds` on the VALIDATION split; None leaves out what needs one.
     Returns:
         one Result per metric and finding, then its "mean" over the findings that have a value; `n` counts volumes, `extra` holds positives,
@@ -75,7 +78,9 @@ def evaluate_findings(
     single = [f for f, share in zip(findings, y.mean(0), strict=True) if share in (0, 1)]
     if single:
         _log.warning("%s: %d of %d findings have one class only and no value: %s", split, len(single), len(findings), ", ".join(single))
-    patients = [names.patient_of(names.volume_name(v)) for v in volumes]
+    patients = list(patients) or names.patients_of(volumes)
+    if len(patients) != len(s):
+        raise ValueError(f"evaluate_findings: must have a patient for each of {len(s)} volumes, got {len(patients)}")
     gen = torch.Generator().manual_seed(seed)
     intervals = metrics.bootstrap(_statistics(thresholds), s, y, patients, n=n_bootstrap, gen=gen)
     cuts = [None] * len(findings) if thresholds is None else [None if math.isnan(t) else float(t) for t in thresholds]

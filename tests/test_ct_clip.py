@@ -176,6 +176,63 @@ def test_the_shuffled_control_keeps_scans_together(trained):
     assert len(set(zip(shuffled.scans, told(shuffled), strict=True))) == len(set(shuffled.scans))
 
 
+def _with_tables(cfg, folder, change):
+    """The record with its label tables copied to `folder` and changed: change(split, rows) -> rows."""
+    for split in ct_clip_run.SPLITS:
+        rows = change(split, files.read_csv(ct_clip_run.path(cfg, "labels", split)))
+        files.write_csv(folder / f"{split}_labels.csv", rows, list(rows[0]))
+    return evolve(cfg, data=evolve(cfg.data, labels=str(folder / "{split}_labels.csv")))
+
+
+def test_validation_labels_of_one_class_are_refused_before_anything_is_trained(trained, tmp_path):
+    plain = trained[0]
+    one = lambda split, rows: [{k: v if k == "VolumeName" else "0" for k, v in r.items()} for r in rows] if split == "valid" else rows
+    with pytest.raises(ValueError, match=r"valid_labels.csv: of \d+ volumes, none or all have .*Cardiomegaly.*chooses checkpoint"):
+        ct_clip_run.prepare(_with_tables(plain, tmp_path, one), lambda line: None)
+
+
+def test_findings_of_one_class_and_other_findings_are_said_at_the_start(trained, tmp_path, caplog):
+    plain = trained[0]
+    finding = list(files.read_csv(ct_clip_run.path(plain, "labels", "valid"))[0])[1]
+    for split in ("valid", "test"):
+        (tmp_path / split).mkdir()
+    with caplog.at_level(logging.WARNING):
+        one = lambda split, rows: [r | {finding: "1"} for r in rows] if split == "valid" else rows
+        ct_clip_run.check_labels(_with_tables(plain, tmp_path / "valid", one))
+    assert f"none or all have {finding}" in caplog.text
+    less = lambda split, rows: [{k: v for k, v in r.items() if k != finding} for r in rows] if split == "test" else rows
+    with pytest.raises(ValueError, match=f"must have the findings of .*they differ in {finding}"):
+        ct_clip_run.check_labels(_with_tables(plain, tmp_path / "test", less))
+
+
+def test_a_run_without_a_best_state_keeps_its_last(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(ct_clip_run, "_mean_auroc", lambda *args: float("nan"))
+    with pytest.raises(ValueError, match=r"no validation gave a number.*the last one is .*last.pt, and train.keep"):
+        ct_clip_run.fit(trained[0], tmp_path / "run", lambda line: None)
+    assert train.read_state(tmp_path / "run/0-contrast/last.pt").step == 4
+
+
+def test_a_patient_in_two_splits_is_refused(trained):
+    plain = trained[0]
+    with pytest.raises(ValueError, match="1 patients are both in train and in valid"):
+        ct_clip_run.check_labels(evolve(plain, data=evolve(plain.data, patient_pattern="_a_")))
+    with pytest.raises(ValueError, match="must have the column 'PatientID'"):
+        ct_clip_run.check_labels(evolve(plain, data=evolve(plain.data, patient_column="PatientID")))
+
+
+def test_intervals_resample_patients_whatever_they_are_called(trained, tmp_path):
+    plain = trained[0]
+    number = iter(range(1000))
+    named = lambda split, rows: [r | {"PatientID": f"{split}{next(number) % 2}"} for r in rows]
+    cfg = _with_tables(plain, tmp_path, named)
+    cfg = evolve(cfg, data=evolve(cfg.data, patient_column="PatientID"))
+    ct_clip_run.check_labels(cfg)
+    model, params, means = ct_clip_run.load(trained[1])
+    rows, _ = ct_clip_run.assess(evolve(model, cfg=cfg), params, means, trained[1] / "results-patients", "x")
+    assert {r.extra["patients"] for r in rows if r.what == "auroc"} == {2}
+    assert "PatientID" not in {r.subject for r in rows}
+
+
 @pytest.mark.parametrize("loss", ["clip", "siglip"])
 def test_gradients_reach_every_part(loss, trained):
     cfg, folder = trained

@@ -34,6 +34,9 @@ class DataConfig:
     reports: str = "{folder}/{split}_reports.csv"
     labels: str = "{folder}/{split}_labels.csv"
     metadata: str = "{folder}/{split}_metadata.csv"
+    # whose a volume is, where names are not CT-RATE's: a column of labels or metadata, or a regular expression as "(P[0-9]+)_"
+    patient_column: str = ""
+    patient_pattern: str = ""
     text: Literal["findings", "impression", "both", "either"] = "both"  # both joined, or one of the two drawn for each training step
     impressions: float = 0.5  # text = "either": how often it is the impression
     missing: Literal["error", "empty", "drop"] = "drop"  # reports without text

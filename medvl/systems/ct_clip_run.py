@@ -31,7 +31,7 @@ def prepare(cfg: Config, log: Callable[[str], None] = print) -> None:
     """Put the data in place: phantoms are drawn and preprocessed, files must be there.
 
     Raises:
-        ValueError: lists every file that is missing and how to make it.
+        ValueError: lists every file that is missing and how to make it; as `check_labels`.
     """
     if cfg.data.source == "phantoms":
         drawn = phantoms.draw(cfg.data.phantoms, folder_of(cfg), cfg.data.workers)
@@ -47,6 +47,7 @@ def prepare(cfg: Config, log: Callable[[str], None] = print) -> None:
             f"{len(missing)} files are missing: {', '.join(map(str, missing))}. `invoke preprocess --source SCANS --out STORE.h5` makes "
             "the stores; reports and labels are CSVs in CT-RATE's columns; data.store, data.reports and data.labels say where they are"
         )
+    check_labels(cfg)
 
 
 def folder_of(cfg: Config) -> Path:
@@ -64,6 +65,83 @@ def path(cfg: Config, kind: Literal["store", "reports", "labels", "metadata"], n
 def volumes(cfg: Config, name: str) -> store.Store:
     """The store of a split; refuses one made with other settings than the record's."""
     return store.open_store(path(cfg, "store", name), expect=ct.settings_of(cfg.ct))
+
+
+def labelled(cfg: Config, name: str, volumes: store.Store) -> tuple[tuple[str, ...], tuple[str, ...], np.ndarray]:
+    """(names, findings, labels [n, c]) of the volumes of a split that have labels; what is on one side only is counted in a warning.
+
+    Raises:
+        ValueError: as `reports.read_labels`; no volume has labels.
+    """
+    table = path(cfg, "labels", name)
+    listed, findings, labels = reports.read_labels(table, cfg.evaluate.findings, cfg.data.patient_column)
+    stored = {*volumes.names}
+    rows = [i for i, volume in enumerate(listed) if volume in stored]
+    if not rows:
+        raise ValueError(f"{table}: has labels for none of the {len(stored)} volumes of {volumes.path}")
+    if len(rows) < len(listed) or len(rows) < len(stored):
+        _log.warning(
+            "%s: %d labelled volumes; %d labels have no volume, %d volumes no label",
+            name,
+            len(rows),
+            len(listed) - len(rows),
+            len(stored) - len(rows),
+        )
+    return tuple(listed[i] for i in rows), findings, labels[rows]
+
+
+def patients(cfg: Config, name: str, wanted: Sequence[str]) -> list[str]:
+    """The patient of each of these volumes of a split, as `data.patient_column` or `data.patient_pattern` say.
+
+    Raises:
+        ValueError: as `reports.read_patients` and `names.patients_of`.
+    """
+    column = None
+    if cfg.data.patient_column:
+        tables = [path(cfg, "labels", name), path(cfg, "metadata", name)]
+        column = reports.read_patients([table for table in tables if table.exists()], cfg.data.patient_column)
+    return names.patients_of(wanted, cfg.data.patient_pattern, column)
+
+
+def check_labels(cfg: Config) -> None:
+    """See that what is scored can be scored, and that no patient is on both sides.
+
+    Raises:
+        ValueError: labels that cannot be used, validation and test tables with other findings, validation labels of one class only, a
+            patient in two splits.
+    """
+    people = {"train": {*patients(cfg, "train", volumes(cfg, "train").names)}}
+    findings: dict[str, tuple[str, ...]] = {}
+    for name in ("valid", "test"):
+        listed, findings[name], labels = labelled(cfg, name, volumes(cfg, name))
+        people[name] = {*patients(cfg, name, listed)}
+        if name == "valid":
+            _check_classes(cfg, findings[name], labels)
+    if findings["valid"] != findings["test"]:
+        odd = sorted({*findings["valid"]} ^ {*findings["test"]}) or ["their order"]
+        raise ValueError(
+            f"{path(cfg, 'labels', 'test')}: must have the findings of {path(cfg, 'labels', 'valid')} in their order, they differ in "
+            f"{', '.join(odd)}; evaluate.findings can name those to score"
+        )
+    for one, other in (("train", "valid"), ("train", "test"), ("valid", "test")):
+        both = people[one] & people[other]
+        if both:
+            raise ValueError(
+                f"{len(both)} patients are both in {one} and in {other}; what was learned of a patient says nothing of others. "
+                "`invoke split` cuts tables by patient; data.patient_column or data.patient_pattern say whose a volume is"
+            )
+
+
+def _check_classes(cfg: Config, findings: Sequence[str], labels: np.ndarray) -> None:
+    single = [f for f, share in zip(findings, labels.mean(0), strict=True) if share in (0, 1)]
+    where = f"{path(cfg, 'labels', 'valid')}: of {len(labels)} volumes"
+    if len(single) == len(findings):
+        raise ValueError(
+            f"{where}, none or all have {', '.join(single)}; the validation split chooses checkpoint and thresholds, which needs "
+            "volumes with and without a finding"
+        )
+    if single:
+        _log.warning("%s, none or all have %s: these count neither in the validation score nor have thresholds", where, ", ".join(single))
 
 
 def report_parts(cfg: Config, name: str) -> dict[str, dict[str, str]]:
@@ -229,6 +307,11 @@ def _fit_stage(
     )
     if cfg.train.keep == "best":
         processes.meet()  # process 0 has written it
+        if not (folder / "best.pt").exists():
+            raise ValueError(
+                f"{folder}: no validation gave a number, so there is no best state; the last one is {folder / 'last.pt'}, and train.keep = "
+                '"last" takes it'
+            )
         state = train.read_state(folder / "best.pt", processes.device(cfg.train.device))
     return everything(state.params), state.means
 
@@ -306,25 +389,11 @@ def probabilities(model: Model, params: Tree, means: Tree, image: Tensor, findin
 
 def score_split(model: Model, params: Tree, means: Tree, name: str, of: store.Store | None = None) -> dict[str, Any]:
     """{"names", "findings", "labels" [n, c], "scores" [n, c], "image" [n, d]} of a split's labelled volumes."""
-    cfg = model.cfg
-    of = of or volumes(cfg, name)
-    listed, findings, labels = reports.read_labels(path(cfg, "labels", name), cfg.evaluate.findings)
-    have = set(of.names)
-    keep = [i for i, n in enumerate(listed) if n in have]
-    if not keep:
-        raise ValueError(f"{path(cfg, 'labels', name)}: has labels for none of the {len(have)} volumes of {of.path}")
-    if len(keep) < len(listed) or len(keep) < len(have):
-        _log.warning(
-            "%s: %d labelled volumes; %d labels have no volume, %d volumes no label",
-            name,
-            len(keep),
-            len(listed) - len(keep),
-            len(have) - len(keep),
-        )
-    found = tuple(listed[i] for i in keep)
-    image = images(model, params, means, of, found)
+    of = of or volumes(model.cfg, name)
+    listed, findings, labels = labelled(model.cfg, name, of)
+    image = images(model, params, means, of, listed)
     scores = probabilities(model, params, means, image, findings).numpy()
-    return {"names": found, "findings": findings, "labels": labels[keep], "scores": scores, "image": image}
+    return {"names": listed, "findings": findings, "labels": labels, "scores": scores, "image": image}
 
 
 def _mean_auroc(model: Model, params: Tree, means: Tree, of: store.Store) -> float:
@@ -347,6 +416,7 @@ def assess(model: Model, params: Tree, means: Tree, folder: Path, experiment: st
         split="test",
         n_bootstrap=cfg.evaluate.bootstrap,
         seed=cfg.seed,
+        patients=patients(cfg, "test", test["names"]),
     )
     rows += _retrieval(model, params, means, test, experiment)
     for name, found in (("valid", valid), ("test", test)):
