@@ -7,7 +7,7 @@ import math
 import os
 import re
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -15,6 +15,7 @@ import attrs
 import cattrs
 
 T = TypeVar("T")
+_LARGEST = 1e30  # float32 ends at 3e38, and numbers of a record are multiplied
 Hook = Callable[[Any, Any], Any]
 DEPTH = 32  # how deep settings may be nested; a model's config has about four levels
 # Bounds of common settings, for `within`. The upper ones are far above what anybody needs: they catch a slip of the keyboard at once.
@@ -103,7 +104,8 @@ def override(raw: dict[str, Any], overrides: tuple[str, ...], where: str = "reco
 
 
 def structure(raw: Any, record: type[T], where: str = "record") -> T:
-    """Build `record` from plain data; unknown keys, wrong types and refused values are one ConfigError."""
+    """Build `record` from plain data; unknown keys, wrong types, numbers that are not finite and refused values are one ConfigError."""
+    _check_numbers(raw, where)
     try:
         return _converter.structure(raw, record)
     except cattrs.BaseValidationError as e:
@@ -158,6 +160,15 @@ def check_patterns(record: Any, where: str, **keys: tuple[str, ...]) -> None:
     """
     for name, known in keys.items():
         fill(getattr(record, name), f"{where}.{name}", **dict.fromkeys(known))
+
+
+def check_regexes(patterns: Iterable[str], where: str) -> None:
+    """Raise where one is no regular expression."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as e:
+            raise ValueError(f"{where}: pattern {pattern!r} is not a regular expression: {e}") from e
 
 
 def digest(record: Any) -> str:
@@ -220,6 +231,21 @@ def _index(node: list, key: str, where: str, path: str) -> int:
     if not key.isdigit() or int(key) >= len(node):
         raise ConfigError(f"{where}: --set {path}: must be an index below {len(node)}, got {key!r}")
     return int(key)
+
+
+def _check_numbers(raw: Any, where: str) -> None:
+    """Every number of a record is finite, and small enough for the tensors it will meet: NaN would pass every check of a range."""
+    parts = [("$", raw)]
+    while parts:  # not recursive: a record may be nested deeper than Python's stack
+        path, value = parts.pop()
+        if isinstance(value, dict):
+            parts += [(f"{path}.{key}", item) for key, item in value.items()]
+        elif isinstance(value, list | tuple):
+            parts += [(f"{path}[{i}]", item) for i, item in enumerate(value)]
+        elif type(value) is float and not abs(value) <= _LARGEST:
+            raise ConfigError(f"{where}: must be a finite number of at most {_LARGEST:g}, got {value} @ {path}")
+        elif type(value) is int and not -(2**63) <= value < 2**63:
+            raise ConfigError(f"{where}: must be a whole number of at most 64 bits, got one of {value.bit_length()} bits @ {path}")
 
 
 def _say(e: BaseException, kind: type | None) -> str:

@@ -87,7 +87,7 @@ def targets(cfg: LoraConfig, skeleton: Any) -> dict[str, str]:
     Raises:
         ValueError: a target that no layer has, or nothing left of it outside the vision tower (says what there is).
     """
-    kinds = {n: k for n, m in skeleton.module.named_modules() if (k := _kind(m))}
+    kinds = adaptable(skeleton)
     excluded = {n for n in kinds if any(_ends(n, e) for e in cfg.exclude)}
     if cfg.pattern:
         linear = {n for n, k in kinds.items() if k != "embedding" and not _HEAD.search(n) and (cfg.vision or not VISION.search(n))}
@@ -108,6 +108,11 @@ def targets(cfg: LoraConfig, skeleton: Any) -> dict[str, str]:
     if not hit - excluded:
         raise ValueError(f"lora: {cfg.pattern or cfg.targets} names no layer; there are {_ends_of(kinds)}")
     return {n: k for n, k in kinds.items() if n in hit - excluded}
+
+
+def adaptable(skeleton: Any) -> dict[str, str]:
+    """{module: kind} of every layer that an adapter can be on, in the order of the model."""
+    return {n: k for n, m in skeleton.module.named_modules() if (k := _kind(m))}
 
 
 def init_lora(cfg: LoraConfig, skeleton: Any, gen: Generator, *, device: str | torch.device = "cpu") -> Adapter:

@@ -36,7 +36,7 @@ class RetrieverConfig:
     seed: int = 0
 
     def __attrs_post_init__(self) -> None:
-        least = {"steps": 0, "negatives": 1, "batch": 1, "dims": 0, "every": 1, "chunk": 0}
+        least = {"steps": 0, "negatives": 1, "batch": 1, "dims": 0, "every": 1, "chunk": 0, "seed": 0}
         for name, low in least.items():
             if isinstance(v := getattr(self, name), bool) or not isinstance(v, int) or v < low:
                 raise ValueError(f"RetrieverConfig: {name} must be a whole number >= {low}, got {v!r}")

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from attrs import evolve, field, frozen
 from torch import Tensor
 
-from medvl import files, processes, shards
+from medvl import config, files, processes, shards
 from medvl.data.order import prefetch
 from medvl.optim import Optimizer, clip_all, seeded
 from medvl.tree import Tree, flatten, map_leaves, unflatten
@@ -46,6 +46,22 @@ class State:
     means: Tree = field(factory=dict)  # running means of Aux.means
     step: int = 0
     best: float = -float("inf")  # highest validation score so far
+
+
+def check_stage(stage: Any) -> None:
+    """Raise where the record of a stage shows that it cannot run.
+
+    Args:
+        stage: with a name (also that of its folder), steps, warmup, lr, weight_decay, and regexes in `train`.
+    """
+    files.check_name(stage.name, "stage")
+    where = f"stage {stage.name}"
+    config.within(stage, where, steps=config.COUNT, lr=config.RATE, weight_decay=config.RATE, warmup=config.COUNT_OR_NONE)
+    if stage.warmup > stage.steps:
+        raise ValueError(f"{where}: warmup must lie within its {stage.steps} steps, got {stage.warmup}")
+    if not stage.train:
+        raise ValueError(f"{where}: train must name parameters, such as lora/.* or .*")
+    config.check_regexes(stage.train, where)
 
 
 class Stopped(SystemExit):

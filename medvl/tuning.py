@@ -9,7 +9,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from medvl import config, estimate, processes, quant, shards, train
+from medvl import config, estimate, hub, lora, processes, quant, shards, train
 from medvl.muon import muon
 from medvl.optim import Optimizer, Rate, adamw, routed, warmup_cosine, with_master
 from medvl.quant import eight_bit
@@ -18,8 +18,8 @@ from medvl.tree import Tree, count, flatten, map_leaves, matching, merge, split,
 
 @frozen(kw_only=True)
 class Stage:
-    """What is trained, how long and how fast. Names start with "model/", "lora/" or what else the system has; without a stage that trains
-    "lora/..." there is no adapter."""
+    """What is trained, how long and how fast. Names start with "model/", "lora/" or what else the system has; there is an adapter where a
+    stage's pattern matches one of its names."""
 
     name: str
     steps: int
@@ -31,12 +31,10 @@ class Stage:
     train: tuple[str, ...] = ("lora/.*",)
 
     def __attrs_post_init__(self) -> None:
-        config.within(self, f"stage {self.name}", steps=config.COUNT, lr=config.RATE, muon=config.RATE)
-        config.within(self, f"stage {self.name}", weight_decay=config.RATE, warmup=config.COUNT_OR_NONE)
-        if self.lr + self.muon <= 0 or not self.train:
-            raise ValueError(
-                f"stage {self.name}: steps and lr must be positive, and train must name parameters, such as lora/.* or projector/.*"
-            )
+        train.check_stage(self)
+        config.within(self, f"stage {self.name}", muon=config.RATE)
+        if self.lr + self.muon <= 0:
+            raise ValueError(f"stage {self.name}: lr must be above 0, got {self.lr:g}")
 
 
 @frozen(kw_only=True)
@@ -72,9 +70,26 @@ class TrainConfig:
             raise ValueError(f"train.chunk must divide train.batch, got {self.chunk} and {self.batch}")
 
     @property
-    def adapted(self) -> bool:
-        """Whether a stage trains an adapter."""
-        return any(p.startswith(("lora/", "(lora", ".*")) for stage in self.stages for p in stage.train)
+    def patterns(self) -> tuple[str, ...]:
+        """What all stages train, as regexes over parameter names."""
+        return tuple(p for stage in self.stages for p in stage.train)
+
+
+def new_adapter(
+    cfg: TrainConfig, record: lora.LoraConfig, skeleton: hub.Skeleton, gen: torch.Generator, device: str | torch.device = "cpu"
+) -> lora.Adapter | None:
+    """The adapter before its training, where a stage's pattern matches one of its names ("lora/MODULE/a"); None where none does.
+
+    Raises:
+        ValueError: a pattern is meant for an adapter, and the record makes none on this model; as `lora.init_lora`.
+    """
+    chosen = [re.compile(p) for p in cfg.patterns]
+    matched = lambda names: any(p.fullmatch(n) for p in chosen for n in names)
+    possible = [f"lora/{module}/{factor}" for module in lora.adaptable(skeleton) for factor in ("a", "b", "router")]
+    if not matched(possible):
+        return None
+    adapter = lora.init_lora(record, skeleton, gen, device=device)
+    return adapter if matched(flatten({"lora": adapter.factors})) else None
 
 
 def check_stage(stage: Stage, params: Tree) -> None:

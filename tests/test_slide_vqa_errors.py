@@ -166,7 +166,7 @@ RECORDS = [
     ({"train__shard": True, "train__moments": "8bit"}, "train.moments = '8bit' needs whole weights: train.shard = false"),
     ({"train__stages__1__data": "labels"}, 'stage questions: data must be "captions" or "questions"'),
     ({"train__chunk": 3}, "train.chunk must divide train.batch, got 3 and 2"),
-    ({"train__stages__1__train": []}, "stage questions: steps and lr must be positive, and train must name parameters"),
+    ({"train__stages__1__train": []}, "stage questions: train must name parameters"),
     ({"train__stages__1__steps": 0}, "stage questions.steps must be 1 or more, got 0"),
     ({"train__stages": [QUESTIONS, CAPTIONS]}, 'put a stage with data = "captions" before'),
     ({"evaluate__batch": 0}, "evaluate.batch must be 1 or more, got 0"),

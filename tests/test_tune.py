@@ -304,3 +304,30 @@ def test_counts_are_told_before_training(tmp_path):
     own, base, share = lora.count(model.adapter, params["model"])
     assert own == sum(t.numel() for t in flatten(params["lora"]).values())
     assert share == pytest.approx(100 * own / (own + base))
+
+
+# What makes an adapter -------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("pattern", ["(model|lora)/.*", "(?:lora|model)/.*", "[ml]o.*", ".+"])
+def test_any_pattern_that_matches_an_adapter_makes_and_trains_it(pattern, tmp_path):
+    stages = [{"name": "both", "steps": 2, "lr": 1e-2, "train": [pattern]}]
+    cfg = built(tmp_path, train__stages=stages)
+    model, params, _ = tune_run.fit(cfg, tmp_path / "run", lambda _: None)
+    assert model.adapter is not None
+    assert len(params["lora"]) == 2 * MODEL["text_config"]["num_hidden_layers"]
+    assert all(f["b"].abs().max() > 0 for f in params["lora"].values())  # it starts at zero
+    (tmp_path / "run/config.json").write_text(json.dumps(config.unstructure(cfg)))
+    again = tune_run.load(tmp_path / "run")[1]
+    assert hub.digest(again) == hub.digest(params)
+
+
+@pytest.mark.parametrize("pattern", ["model/.*", "model/(?!lora).*", "(model|tower)/.*"])
+def test_a_pattern_that_matches_none_of_its_names_makes_no_adapter(pattern, tmp_path):
+    model, params, _ = started(tmp_path, train__stages=[{"name": "whole", "steps": 2, "lr": 1e-2, "train": [pattern]}])
+    assert model.adapter is None
+    assert [*params] == ["model"]
+
+
+def test_an_adapter_that_is_wanted_and_cannot_be_made_is_an_error(tmp_path):
+    stages = [{"name": "both", "steps": 2, "lr": 1e-2, "train": ["(model|lora)/.*"]}]
+    with pytest.raises(ValueError, match="lora: target 'nothing': no layer ends in it"):
+        started(tmp_path, train__stages=stages, lora__targets=["nothing"])

@@ -105,9 +105,9 @@ class Config:
         config.within(self, "experiment", seed=config.SEED)
         if bool(self.pool.registry) == bool(self.train):
             raise ValueError("either pool.registry names adapters that are there, or [train] says how each task's is trained")
-        if self.base is not None and self.base.adapted:
+        if self.base is not None and any(p.startswith("lora/") for p in self.base.patterns):
             raise ValueError('base.stages train the model itself: names must start with "model/"')
-        if self.train is not None and not all(p.startswith("lora/") for s in self.train.stages for p in s.train):
+        if self.train is not None and not all(p.startswith("lora/") for p in self.train.patterns):
             raise ValueError('train.stages train adapters: names must start with "lora/"')
         if self.base is not None and self.pool.registry:
             raise ValueError("adapters of a registry belong to the model they were trained on: leave [base] out")

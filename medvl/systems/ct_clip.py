@@ -101,6 +101,7 @@ class Speed:
 
     def __attrs_post_init__(self) -> None:
         config.within(self, f"speeds {self.match}", lr=config.RATE, weight_decay=config.RATE)
+        config.check_regexes([self.match], "speeds")
 
 
 @frozen(kw_only=True)
@@ -116,9 +117,7 @@ class Stage:
     speeds: tuple[Speed, ...] = ()
 
     def __attrs_post_init__(self) -> None:
-        config.within(self, f"stage {self.name}", steps=config.COUNT, lr=config.RATE, weight_decay=config.RATE, warmup=config.COUNT_OR_NONE)
-        if not self.train:
-            raise ValueError(f"stage {self.name}: train must name parameters, such as .*")
+        train.check_stage(self)
 
 
 @frozen(kw_only=True)

@@ -22,7 +22,7 @@ from medvl.lora import LoraConfig
 from medvl.projector import ProjectConfig, init_project, project
 from medvl.slots import CompressConfig
 from medvl.tree import Tree
-from medvl.tuning import TrainConfig, check_stage
+from medvl.tuning import TrainConfig, check_stage, new_adapter
 
 
 @frozen(kw_only=True)
@@ -75,6 +75,8 @@ class PretrainConfig:
         config.within(self, "pretrain", log=config.COUNT_OR_NONE, save=config.COUNT_OR_NONE, validate=config.COUNT_OR_NONE)
         if self.lr <= 0:
             raise ValueError(f"pretrain.lr must be above 0, got {self.lr:g}")
+        if self.labels and self.warmup > self.steps:
+            raise ValueError(f"pretrain.warmup must lie within its {self.steps} steps, got {self.warmup}")
         if len({*self.labels} - {"slide", "split"}) < len(self.labels):
             raise ValueError(f"pretrain.labels: must be columns, each once and neither slide nor split, got {', '.join(self.labels)}")
 
@@ -127,7 +129,7 @@ class Config:
                 'questions are trained on a projector that captions have not: put a stage with data = "captions" before, give projector, '
                 "or set cold = true"
             )
-        if self.model.quantize != "none" and any(p.startswith("model/") for s in self.train.stages for p in s.train):
+        if self.model.quantize != "none" and any(p.startswith("model/") for p in self.train.patterns):
             raise ValueError(f"model.quantize {self.model.quantize!r} freezes the model; train projector/... and lora/...")
 
 
@@ -197,8 +199,7 @@ def init(
     else:
         projector = init_project(sizes, gen)
     projector = {k: {n: t.to(device) for n, t in p.items()} for k, p in projector.items()}
-    adapted = cfg.train.adapted
-    adapter = lora.init_lora(cfg.lora, talks.skeleton, gen, device=device) if adapted else None
+    adapter = new_adapter(cfg.train, cfg.lora, talks.skeleton, gen, device)
     tree: Tree = {"model": params, "projector": projector} | ({"lora": adapter.factors} if adapter else {})
     for stage in cfg.train.stages:
         check_stage(stage, tree)

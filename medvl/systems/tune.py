@@ -16,7 +16,7 @@ from medvl.chat import Chat, ChatConfig, ModelConfig, loss_sum, open_chat, token
 from medvl.data.phantom_pictures import PictureConfig
 from medvl.lora import LoraConfig
 from medvl.tree import Tree
-from medvl.tuning import TrainConfig, check_stage
+from medvl.tuning import TrainConfig, check_stage, new_adapter
 
 
 @frozen(kw_only=True)
@@ -63,7 +63,7 @@ class Config:
         config.within(self, "experiment", seed=config.SEED)
         if any(stage.muon for stage in self.train.stages) and self.model.dtype != "float32":
             raise ValueError("a stage's muon needs whole float32 weights: model.dtype = 'float32'")
-        if self.model.quantize != "none" and not self.train.adapted:
+        if self.model.quantize != "none" and all(p.startswith("model/") for p in self.train.patterns):
             raise ValueError(f"model.quantize {self.model.quantize!r} freezes the model; a stage must train lora/...")
 
 
@@ -86,7 +86,7 @@ def init(cfg: Config, folder: Path, texts: Sequence[str] = (), *, device: torch.
     gen = Generator().manual_seed(cfg.seed)
     tok = tokenizer_of(cfg.model, folder, texts)
     chat, params = open_chat(cfg.model, cfg.chat, tok, gen, device=device, shard=cfg.train.shard)
-    adapter = lora.init_lora(cfg.lora, chat.skeleton, gen, device=device) if cfg.train.adapted else None
+    adapter = new_adapter(cfg.train, cfg.lora, chat.skeleton, gen, device)
     tree: Tree = {"model": params} | ({"lora": adapter.factors} if adapter else {})
     for stage in cfg.train.stages:
         check_stage(stage, tree)

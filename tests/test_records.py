@@ -1,0 +1,115 @@
+"""What a record shows wrong is refused when it is read: numbers, plans that cannot run, names of folders."""
+
+import json
+from pathlib import Path
+
+import attrs
+import pytest
+
+from medvl import config
+from medvl.config import ConfigError
+from medvl.systems import run
+
+ROOT = Path(__file__).resolve().parents[1]
+EXPERIMENTS = {
+    "ct_clip": "ctclip_phantom",
+    "tune": "tune_phantom",
+    "adapters": "adapters_phantom",
+    "slide_vqa": "slide_vqa_phantom",
+}
+NEGATIVE = {"bias", "threshold", "mean"}  # numbers of a record that may be below zero
+
+
+def plain(system):
+    """The whole record of an experiment as plain data, defaults included."""
+    raw = config.read(ROOT / "experiments" / f"{EXPERIMENTS[system]}.toml")
+    return config.unstructure(config.structure(raw, run.SYSTEMS[system][0]))
+
+
+def numbers(value, path=()):
+    """(path, number) of every number of a record; the free dicts of models are their own business."""
+    if path[-2:] in (("model", "config"), ("vit", "config")):
+        return
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from numbers(item, (*path, key))
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            yield from numbers(item, (*path, str(i)))
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield path, value
+
+
+def refused(system, raw, path, value, match):
+    text = json.dumps(value).replace("NaN", "nan").replace("Infinity", "inf")
+    changed = config.override(raw, (f"{'.'.join(path)}={text}",))
+    with pytest.raises(ConfigError, match=match):
+        config.structure(changed, run.SYSTEMS[system][0])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 1e300, -1e300])
+@pytest.mark.parametrize("system", EXPERIMENTS)
+def test_every_number_of_a_record_is_finite(system, value):
+    raw = plain(system)
+    floats = [path for path, number in numbers(raw) if isinstance(number, float)]
+    assert len(floats) >= 6
+    for path in floats:
+        refused(system, raw, path, value, rf"must be a finite number of at most 1e\+30, got {value}".replace("e+300", r"e\+300"))
+
+
+def test_numbers_in_free_settings_of_a_model_are_finite_too():
+    raw = plain("tune")
+    refused("tune", raw, ("model", "config", "text_config", "rms_norm_eps"), float("nan"), r"got nan @ \$\.model\.config\.text_config")
+    refused("tune", raw, ("train", "batch"), 2**70, r"at most 64 bits, got one of 71 bits @ \$\.train\.batch")
+
+
+@pytest.mark.parametrize("system", EXPERIMENTS)
+def test_no_number_of_a_record_may_be_negative_but_those_that_may(system):
+    raw = plain(system)
+    for path, number in numbers(raw):
+        if not NEGATIVE & {*path}:
+            refused(system, raw, path, -2.5 if isinstance(number, float) else -2, r"\$|-2")
+
+
+def test_nan_does_not_pass_a_record_that_is_made_in_python():
+    @attrs.frozen
+    class Record:
+        lr: float
+
+        def __attrs_post_init__(self):
+            config.at_least(self, "record", lr=0)
+
+    for wrong in (float("nan"), float("inf"), -1.0):
+        with pytest.raises(ValueError, match=rf"record.lr must be 0 or more, got {wrong:g}"):
+            Record(wrong)
+    assert Record(0.0).lr == 0
+
+
+PLANS = {
+    "warm-up of a stage": ("tune", "train.stages.0.warmup=100000", r"stage \w+: warmup must lie within its \d+ steps, got 100000"),
+    "warm-up of ct_clip": ("ct_clip", "train.stages.0.warmup=100000", r"stage \w+: warmup must lie within its \d+ steps, got 100000"),
+    "warm-up of a compressor": ("slide_vqa", "pretrain.warmup=100000", r"pretrain.warmup must lie within its \d+ steps, got 100000"),
+    "warm-up of questions": ("slide_vqa", "train.stages.1.warmup=100000", r"stage questions: warmup must lie within its \d+ steps"),
+    "warm-up of a base": ("adapters", "base.stages.0.warmup=100000", r"stage \w+: warmup must lie within its \d+ steps"),
+    "warm-up of adapters": ("adapters", "train.stages.0.warmup=100000", r"stage \w+: warmup must lie within its \d+ steps"),
+    "a speed that climbs": ("ct_clip", "train.stages.0.speeds.0.lr=-1.0", r"speeds .*\.lr must be 0 or more, got -1"),
+    "a speed's regex": ("ct_clip", 'train.stages.0.speeds.0.match="("', r"speeds: pattern '\(' is not a regular expression"),
+    "a stage's regex": ("ct_clip", 'train.stages.0.train=["("]', r"stage \w+: pattern '\(' is not a regular expression"),
+    "a rate of nothing": ("adapters", "train.stages.0.lr=0.0", r"stage \w+: lr must be above 0, got 0"),
+}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_plan_that_cannot_run_is_refused_with_whose_it_is(plan):
+    system, change, match = PLANS[plan]
+    with pytest.raises(ConfigError, match=match):
+        config.structure(config.override(plain(system), (change,)), run.SYSTEMS[system][0])
+
+
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/b", "..", "", ".x", "a\\b", "x" * 300, "a\nb"])
+@pytest.mark.parametrize(("system", "stages"), [("tune", "train"), ("ct_clip", "train"), ("slide_vqa", "train"), ("adapters", "base")])
+def test_a_stage_is_named_as_a_folder_can_be(system, stages, name):
+    raw = plain(system)
+    raw[stages]["stages"][0]["name"] = name
+    with pytest.raises(ConfigError, match=r"stage .*: the name becomes that of a file"):
+        config.structure(raw, run.SYSTEMS[system][0])
