@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import json
-import math
 import os
 import re
 import tomllib
@@ -104,8 +103,7 @@ def override(raw: dict[str, Any], overrides: tuple[str, ...], where: str = "reco
 
 
 def structure(raw: Any, record: type[T], where: str = "record") -> T:
-    """Build `record` from plain data; unknown keys, wrong types, numbers that are not finite and refused values are one ConfigError."""
-    _check_numbers(raw, where)
+    """Build `record` from plain data; unknown keys, wrong types and refused values are one ConfigError."""
     try:
         return _converter.structure(raw, record)
     except cattrs.BaseValidationError as e:
@@ -130,8 +128,8 @@ def within(record: Any, where: str, **bounds: tuple[float, float]) -> None:
 
 
 def at_least(record: Any, where: str, **least: float) -> None:
-    """`within`, without upper bounds."""
-    within(record, where, **{name: (low, math.inf) for name, low in least.items()})
+    """`within`, without upper bounds but that of every number."""
+    within(record, where, **{name: (low, _LARGEST) for name, low in least.items()})
 
 
 def fill(pattern: str, where: str, **values: Any) -> str:
@@ -200,7 +198,7 @@ def _value(text: str, where: str) -> Any:
 
 
 def _check_plain(value: Any, where: str, path: str = "$", depth: int = 0) -> None:
-    """Raise where settings hold what no setting can be: a date, a number beyond 64 bits, text that no file can hold, too many levels."""
+    """Raise where settings hold what no setting can be: dates, numbers not finite or beyond 64 bits, text for no file, too many levels."""
     if depth > DEPTH:
         raise ConfigError(f"{where}: settings are nested more than {DEPTH} deep @ {path[:60]}...")
     if isinstance(value, dict):
@@ -215,6 +213,8 @@ def _check_plain(value: Any, where: str, path: str = "$", depth: int = 0) -> Non
             raise ConfigError(f"{where}: text holds characters that no file can hold, {value!a} @ {path!a}")
     elif isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise ConfigError(f"{where}: whole numbers have at most 64 bits @ {path}")
+    elif isinstance(value, float) and not abs(value) <= _LARGEST:  # NaN would pass every check of a range
+        raise ConfigError(f"{where}: must be a finite number of at most {_LARGEST:g}, got {value} @ {path}")
     elif not isinstance(value, int | float | None):
         raise ConfigError(f"{where}: no setting is a {type(value).__name__}, got {value}; write text in quotes @ {path}")
 
@@ -231,21 +231,6 @@ def _index(node: list, key: str, where: str, path: str) -> int:
     if not key.isdigit() or int(key) >= len(node):
         raise ConfigError(f"{where}: --set {path}: must be an index below {len(node)}, got {key!r}")
     return int(key)
-
-
-def _check_numbers(raw: Any, where: str) -> None:
-    """Every number of a record is finite, and small enough for the tensors it will meet: NaN would pass every check of a range."""
-    parts = [("$", raw)]
-    while parts:  # not recursive: a record may be nested deeper than Python's stack
-        path, value = parts.pop()
-        if isinstance(value, dict):
-            parts += [(f"{path}.{key}", item) for key, item in value.items()]
-        elif isinstance(value, list | tuple):
-            parts += [(f"{path}[{i}]", item) for i, item in enumerate(value)]
-        elif type(value) is float and not abs(value) <= _LARGEST:
-            raise ConfigError(f"{where}: must be a finite number of at most {_LARGEST:g}, got {value} @ {path}")
-        elif type(value) is int and not -(2**63) <= value < 2**63:
-            raise ConfigError(f"{where}: must be a whole number of at most 64 bits, got one of {value.bit_length()} bits @ {path}")
 
 
 def _say(e: BaseException, kind: type | None) -> str:
