@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from medvl import config
+from medvl.weights import per_row
 
 # b batch, s slices, n slices of all volumes that exist, y x voxel axes, d width. Voxels are Hounsfield units: int16 as they are, uint8 as
 # -1000..1000 HU in 255 steps.
@@ -89,7 +90,8 @@ def encode_slices(cfg: EncodeConfig, params: Mapping[str, Tensor], voxels: Tenso
     """Embed every slice of a batch of volumes that exists.
 
     Args:
-        params: weights of `vit`; cast once per call if their dtype is not cfg.dtype (load them in that dtype to save this).
+        params: weights of `vit`; cast once per call if their dtype is not cfg.dtype (load them in that dtype to save this). Adapters with
+            weights per sample have a row for each of the b volumes, which all its slices take.
         voxels: uint8 or int16 [b, s, y, x], HU; may lie on another device than the weights, slices are moved chunk by chunk.
         mask: bool [b, s], true where a slice exists.
         vit: skeleton of the encoder.
@@ -98,7 +100,8 @@ def encode_slices(cfg: EncodeConfig, params: Mapping[str, Tensor], voxels: Tenso
         and padding do not change it. "cls" is the class token after the last norm, "mean" and "max" go over patch tokens only, per cell of
         the grid: [cell rows, cell columns, (mean and max,) width] flattened (He et al. 2014, arXiv:1406.4729, one level).
     Raises:
-        ValueError: shapes or dtypes are others, or y, x (after resize) are no multiples of the patch size.
+        ValueError: shapes or dtypes are others, y, x (after resize) are no multiples of the patch size, or weights per sample are for
+            another number of volumes.
     """
     if voxels.dim() != 4 or mask.shape != voxels.shape[:2] or mask.dtype != torch.bool:
         raise ValueError(
@@ -109,16 +112,16 @@ def encode_slices(cfg: EncodeConfig, params: Mapping[str, Tensor], voxels: Tenso
     weights = {n: t if t.dtype == dtype else t.to(dtype) for n, t in params.items()}
     device = next(iter(weights.values())).device
 
-    def chunk(v: Tensor) -> Tensor:
+    def chunk(v: Tensor, volume: Tensor) -> Tensor:
         pixels = _resize(windows(cfg, v.to(device, non_blocking=True)), size)
-        return _pool(cfg, vit, size, vit(weights, pixels.to(dtype), **extra))
+        return _pool(cfg, vit, size, vit(per_row(weights, volume, len(voxels)), pixels.to(dtype), **extra))
 
     wanted = mask.flatten().nonzero()[:, 0].to(voxels.device)
     slices, parts = voxels.flatten(0, 1), []
     for i in wanted.split(chunk_size(cfg, vit, size, device)) if len(wanted) else ():
-        v = slices.index_select(0, i)
+        v, volume = slices.index_select(0, i), i // voxels.shape[1]
         again = cfg.checkpoint and torch.is_grad_enabled()
-        parts.append(checkpoint(chunk, v, use_reentrant=False, preserve_rng_state=False) if again else chunk(v))
+        parts.append(checkpoint(chunk, v, volume, use_reentrant=False, preserve_rng_state=False) if again else chunk(v, volume))
     out = torch.zeros(len(slices), width(cfg, vit), device=device, dtype=torch.promote_types(dtype, torch.float32))
     if parts:
         out = out.index_copy(0, wanted.to(device), torch.cat(parts).to(out.dtype))

@@ -246,6 +246,30 @@ def empty_skeleton(config: dict[str, Any], *, head: Literal["", "language"] = ""
     return _skeleton(_weightless(kind, cfg), str(config["model_type"]))
 
 
+def untie(skeleton: Skeleton, params: Mapping[str, Tensor]) -> tuple[Skeleton, Params]:
+    """The same language model whose head has a weight of its own, not that of the token table.
+
+    So one of the two can be corrected alone, as an adapter on `lm_head` does, and merged or saved. The head's weight is a
+    copy of the token table, the others are the params that were given.
+    Raises:
+        ValueError: no two layers share a weight.
+    """
+    first = {id(p): n for n, p in skeleton.module.named_parameters()}
+    source = {n: first[id(p)] for n, p in skeleton.module.named_parameters(remove_duplicate=False)}
+    if not skeleton._tied:
+        raise ValueError(f"untie: no two layers of {skeleton.name} share a weight")
+    config = copy.deepcopy(skeleton.config)
+    for part in (config, config.get("text_config") or {}):
+        if "tie_word_embeddings" in part:
+            part["tie_word_embeddings"] = False
+    untied = empty_skeleton(config, head="language")
+    if missing := sorted(n for n in untied._names if n not in source):
+        raise ValueError(f"untie: {skeleton.name} without shared weights needs {few(missing)}, which it does not have")
+    untied.module._weight_conversions = getattr(skeleton.module, "_weight_conversions", [])  # type: ignore[assignment]
+    weights = {n: params[n] if n == source[n] else params[source[n]].clone() for n, _ in untied.module.named_parameters()}
+    return evolve(untied, name=skeleton.name), weights
+
+
 def save(skeleton: Skeleton, params: Mapping[str, Tensor], folder: files.PathLike, *, shard_gb: float = 5.0) -> None:
     """Write config.json and model.safetensors, with the names of published checkpoints, that transformers' from_pretrained reads.
 

@@ -199,12 +199,20 @@ def merge(params: Mapping[str, Tensor], adapter: Adapter, *, dtype: torch.dtype 
     Args:
         also_head: let an embedding that is tied to the head take its correction along; unmerged, the head does not see it.
     Raises:
-        ValueError: a gate per sample or token cannot be merged, the adapter does not fit, or an embedding may be tied to the head.
+        ValueError: a gate per sample or token cannot be merged, the adapter does not fit, or it corrects one of two tied layers: the head
+            (untie them first), or an embedding that may be tied to it.
     """
+    sharing = [m for m in adapter.factors if f"{m}.weight" not in params]
+    if sharing:
+        raise ValueError(
+            f"merge: {sharing[0]} has the weight {_parameter(params, sharing[0])} of another layer, which its adapter does not correct; "
+            "give them a weight each (skeleton, params = hub.untie(skeleton, params)), or keep the adapter apart"
+        )
     tied = [m for m, k in adapter.kinds.items() if k == "embedding"] if "lm_head.weight" not in params and not also_head else []
     if tied:
         raise ValueError(
-            f"merge: {tied[0]} may be tied to the head, which its adapter does not correct; keep the adapter apart, or say also_head=True"
+            f"merge: {tied[0]} may be tied to the head, which its adapter does not correct; give them a weight each (hub.untie), "
+            "keep the adapter apart, or say also_head=True"
         )
     merged, change, lost = dict(apply_lora(params, adapter)), {}, {}
     for name in adapter.factors:

@@ -137,17 +137,33 @@ class LowRank(Lazy):
         change = (self.b * gate) @ self.a
         return (base + (change if self.kind == "linear" else change.t())).to(base.dtype)
 
+    def per_row(self, samples: Tensor) -> "LowRank":
+        """The same weight for a batch whose row i belongs to sample `samples[i]`."""
+        held = dict(self.__dict__)
+        if isinstance(self.base, LowRank):
+            held["base"] = self.base.per_row(samples)
+        if self.gate is not None and self.gate.dim() == 2 and len(self.gate) > 1:
+            held["gate"], held["rows"] = self.gate[samples.to(self.gate.device)], None
+        return LowRank.like(self.shape, self.dtype, self.device, **held)  # type: ignore[return-value]
+
     def _add(self, y: Tensor, x: Tensor) -> Tensor:
         """`y` and the correction for `x`, added in the wider precision of the two and rounded once."""
-        x = F.dropout(x, self.dropout) if self.dropout else x
         mixed = not x.is_meta and torch.is_autocast_enabled(x.device.type)
-        h = self._gated(F.linear(x if mixed else x.to(self.a.dtype), self.a), x)
+        routed = self.router is not None
+        into = x if routed else self._dropped(x)
+        h = F.linear(into if mixed else into.to(self.a.dtype), self.a)
+        if routed:  # H-LoRA drops what A makes of the input; its router sees the whole input
+            h = self._dropped(h)
+        h = self._gated(h, x)
         if h.dtype == y.dtype == self.b.dtype and not mixed:
             flat, h = y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1])
             if torch.is_grad_enabled() or y is x:
                 return torch.addmm(flat, h, self.b.t()).view(y.shape)
             return flat.addmm_(h, self.b.t()).view(y.shape)  # y is fresh, nobody else has it
         return (y + F.linear(h, self.b)).to(y.dtype)
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout) if self.dropout else x
 
     def _gated(self, h: Tensor, x: Tensor) -> Tensor:
         if self.router is not None:
@@ -228,10 +244,12 @@ def low_rank(
         router: [n, in]; softmax over n experts of `x router^T` gates r / n ranks each, per token (H-LoRA).
         rows: int64 [tokens], which sample each visual token belongs to: needed with a gate per sample where the layer is in a vision tower.
         kind: an embedding's correction is not seen by a head that shares its weight, nor the other way round.
-        dropout: of the input of A, for training; drawn from torch's default generator.
+        dropout: of the input of A; with a router, of A's output before the gates, as H-LoRA has it. For training; drawn from torch's
+            default generator.
     Raises:
         ValueError: shapes that do not fit.
-    Source: Hu et al. 2021 (LoRA), arXiv:2106.09685; gates after Lin et al. 2025 (HealthGPT), arXiv:2502.09838, eq. 9.
+    Source: Hu et al. 2021 (LoRA), arXiv:2106.09685; gates and their dropout after Lin et al. 2025 (HealthGPT), arXiv:2502.09838, eq. 9,
+        and its public code, `llava/peft/tuners/lora.py`, `Linear.forward`.
     """
     r, ends = len(a), (b.shape[0], a.shape[1])
     if a.dim() != 2 or b.dim() != 2 or b.shape[1] != r or base.shape != (ends if kind == "linear" else ends[::-1]):
@@ -253,6 +271,21 @@ def sharded(shard: Any) -> Tensor:
 def passed(base: Tensor) -> Tensor:
     """In the place of a language head's weight: the model returns the hidden states [.., d] that the head would have got."""
     return Passed.like(base.shape, base.dtype, base.device, base=base)
+
+
+def per_row(params: Mapping[str, Tensor], samples: Tensor, count: int) -> dict[str, Tensor]:
+    """The params for a batch whose rows are parts of samples, such as the slices of volumes.
+
+    Args:
+        samples: int64 [rows], the sample that each row belongs to. A gate per sample becomes one per row.
+        count: how many samples there are.
+    Raises:
+        ValueError: weights for another number of samples.
+    """
+    for name, w in params.items():
+        if isinstance(w, LowRank) and w.gate is not None and w.gate.dim() == 2 and len(w.gate) not in (1, count):
+            raise ValueError(f"{name} has weights for {len(w.gate)} samples, the batch has {count}")
+    return {n: w.per_row(samples) if isinstance(w, LowRank) else w for n, w in params.items()}
 
 
 def dense(w: Tensor) -> Tensor:

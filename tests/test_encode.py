@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from attrs import evolve
 from torch import Tensor
 
-from medvl import encode, hub
+from medvl import encode, hub, lora
 from medvl.encode import WINDOWS, EncodeConfig, chunk_size, encode_slices, width, windows
 
 CPU = torch.device("cpu")
@@ -255,6 +255,41 @@ def test_recomputation_binds_the_same_weights():
 
     for got, want in zip(grads(evolve(cfg, checkpoint=True)), grads(cfg), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("kind", ["dinov2", "clip"])
+def test_each_volume_has_its_own_mixture_of_adapters(kind, checkpoint, gen, monkeypatch):
+    """Slices of several volumes are in one chunk and take the weights of their volume; two adapters, one on top of the other."""
+    skeleton, params = vit_of(kind)
+    cfg, v = EncodeConfig(dtype="float64", checkpoint=checkpoint), volumes()
+    adapters, gates = [], []
+    for _ in range(2):
+        adapter = lora.init_lora(lora.LoraConfig(rank=4, pattern="all-linear", vision=True), skeleton, gen)
+        for f in adapter.factors.values():
+            f["b"].normal_(std=0.2, generator=gen)
+        adapters.append(lora.to(adapter, dtype=torch.float64))
+        gates.append(torch.rand(3, 4, generator=gen, dtype=torch.float64))
+
+    def adapted(samples, leaf):
+        """The params with the gates of these samples; the first gate of the first adapter is a leaf."""
+        weights = {n: t.double() for n, t in params.items()}
+        for adapter, gate in zip(adapters, (leaf, gates[1]), strict=True):
+            mixed = evolve(adapter, gate={m: gate[samples] for m in adapter.factors})
+            weights = lora.apply_lora(weights, mixed, rows=torch.arange(len(samples)))
+        return weights
+
+    monkeypatch.setattr("medvl.encode._LARGEST_ON_CPU", 4 * 17 * 256 * 8)  # chunks of about 4 slices, over the ends of volumes
+    leaf = gates[0].clone().requires_grad_()
+    together = encode_slices(cfg, adapted([0, 1, 2], leaf), v, MASK, vit=skeleton)
+    (grad,) = torch.autograd.grad(together.square().sum(), leaf)
+    alone = gates[0].clone().requires_grad_()
+    each = torch.cat([encode_slices(cfg, adapted([i], alone), v[i : i + 1], MASK[i : i + 1], vit=skeleton) for i in range(3)])
+    torch.testing.assert_close(together, each, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(grad, torch.autograd.grad(each.square().sum(), alone)[0], rtol=1e-9, atol=1e-12)
+    assert grad.abs().min() > 0
+    with pytest.raises(ValueError, match="has weights for 2 samples, the batch has 3"):
+        encode_slices(cfg, adapted([0, 1], leaf), v, MASK, vit=skeleton)
 
 
 def kept_bytes(cfg, skeleton, params, v) -> int:

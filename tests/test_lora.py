@@ -8,8 +8,9 @@ import tiny
 import torch
 from attrs import evolve
 from peft import get_peft_model
+from transformers import AutoModelForCausalLM
 
-from medvl import lora, quant, weights
+from medvl import hub, lora, quant, weights
 from medvl.lora import LoraConfig
 
 
@@ -227,6 +228,35 @@ def test_merged_weights_answer_like_adapted_ones(case):
     size = (f["b"] @ f["a"]).norm() * adapter.scale[name] / params[f"{name}.weight"].norm()
     assert done.change[name] == pytest.approx(float(size), rel=1e-4)
     assert max(done.lost.values()) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gpt2"])
+def test_an_adapter_on_a_tied_head_is_merged_where_the_head_is_untied(kind, gen, tmp_path):
+    """Merged into the shared weight it would change the token table too."""
+    skeleton, params = tiny.model(kind)
+    adapter = lora.init_lora(LoraConfig(rank=4, targets=("lm_head",)), skeleton, gen)
+    adapter.factors["lm_head"]["b"].normal_(std=0.2, generator=gen)
+    ids = torch.arange(3, 12)[None]
+    with torch.no_grad():
+        want = skeleton(lora.apply_lora(params, adapter), ids).logits
+        bare = skeleton(params, ids).logits
+    assert (want - bare).abs().max() > 0.1
+    with pytest.raises(ValueError, match=r"merge: lm_head has the weight .* of another layer, .*hub.untie"):
+        lora.merge(params, adapter)
+    own, weights_ = hub.untie(skeleton, params)
+    with torch.no_grad():
+        torch.testing.assert_close(own(weights_, ids).logits, bare, rtol=0, atol=0)
+    merged = lora.merge(weights_, adapter).params
+    with torch.no_grad():
+        torch.testing.assert_close(own(merged, ids).logits, want, rtol=0, atol=1e-5)
+    hub.save(own, merged, tmp_path / "saved")
+    peer = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(peer(ids).logits, want, rtol=0, atol=1e-5)
+    again, read = hub.load(tmp_path / "saved", head="language")
+    assert hub.digest(read) == hub.digest(merged)
+    with pytest.raises(ValueError, match=r"untie: no two layers of .* share a weight"):
+        hub.untie(again, read)
 
 
 def test_merging_onto_rounded_weights_says_what_is_lost(gen):

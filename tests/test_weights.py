@@ -120,6 +120,20 @@ def test_dropout_is_of_the_input_of_a():
     torch.testing.assert_close(out, want, rtol=0, atol=1e-12)
 
 
+def test_dropout_of_experts_is_behind_a_and_before_the_gates():
+    """HealthGPT's Linear.forward: the router sees the input as it is, the gate multiplies dropout(A x * scaling)."""
+    n, rank = 2, 4
+    w, a, b, router = (torch.randn(s) for s in ((5, 6), (rank, 6), (5, rank), (n, 6)))
+    x = torch.randn(3, 7, 6)
+    lazy = weights.low_rank(w, a, b, router=router, scale=2.0, dropout=0.5)
+    torch.manual_seed(3)
+    got = F.linear(x, lazy)
+    torch.manual_seed(3)
+    gates = F.linear(x, router).softmax(-1).repeat_interleave(rank // n, -1)
+    want = F.linear(x, w) + F.linear(gates * F.dropout(F.linear(x, a) * 2.0, 0.5), b)
+    torch.testing.assert_close(got, want)
+
+
 # What it is as a value ------------------------------------------------------------------------------------------------------------------
 def test_moving_copying_counting():
     w, a, b = parts(dtype=torch.float32)
