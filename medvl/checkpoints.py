@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import logging
 import os
 import pickle
 import re
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from medvl import files
 
+_log = logging.getLogger(__name__)
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I8": torch.int8}
 
 
@@ -48,6 +50,29 @@ def find(name: str, choices: tuple[str, ...]) -> Path:
     if reason := _unreachable(constants.ENDPOINT):
         raise ValueError(f"{looked}; {constants.ENDPOINT} cannot be reached ({reason}): {advice}")
     return _download(name, choices, looked)
+
+
+def find_if_there(name: str, choice: str) -> Path | None:
+    """The file `choice` beside the others of a checkpoint, None where the checkpoint has none.
+
+    Of a hub name whose cache does not say whether there is such a file, the hub is asked; a warning says so where that cannot be done.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(name).is_dir():
+        path = Path(name) / choice
+        return path if path.is_file() else None
+    cached = try_to_load_from_cache(name, choice)
+    if isinstance(cached, str):
+        return Path(cached)
+    if cached is not None:  # the cache knows that the hub has none
+        return None
+    try:
+        return find(name, (choice,))
+    except ValueError as e:
+        if "the hub has none" not in str(e):
+            _log.warning("%s: it may have a %s that is not in the cache, and is read without it (%s)", name, choice, e)
+        return None
 
 
 def _download(name: str, choices: tuple[str, ...], looked: str) -> Path:

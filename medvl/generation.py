@@ -29,6 +29,7 @@ class Sampling:
     temperature: float = 0.0  # 0 = the likeliest token
     top_k: int = 0  # of the k likeliest, 0 = of all
     top_p: float = 1.0  # of the fewest likeliest that together have this probability
+    repetition_penalty: float = 1.0  # logits of tokens that the row holds already, prompt included: positive / this, negative * this
     end: tuple[int, ...] = ()  # tokens that end a row; not part of the answer
     stop: tuple[str, ...] = ()  # strings that end a row; the text is cut before them
     seed: int = 0  # of the drawing, where no generator is given
@@ -43,6 +44,8 @@ class Sampling:
             raise ValueError(
                 f"Sampling: need temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got {self.temperature}, {self.top_k}, {self.top_p}"
             )
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise ValueError(f"Sampling: need a finite repetition_penalty > 0 (1 changes nothing), got {self.repetition_penalty}")
         if self.temperature == 0 and (self.top_k or self.top_p < 1):
             raise ValueError(f"Sampling: top_k {self.top_k} and top_p {self.top_p} choose nothing at temperature 0; set temperature > 0")
         if isinstance(self.stop, str) or not all(self.stop) or any(e < 0 for e in self.end):
@@ -100,7 +103,9 @@ def generate(
     def loop(model: nn.Module) -> None:
         steps, written = _steps(model, call, cfg.max_tokens), torch.zeros(rows, cfg.max_tokens, dtype=torch.int64, device=draws.device)
         scores, end = next(steps), torch.tensor(cfg.end, dtype=torch.int64, device=draws.device)
+        used = _prompt_tokens(call, size)
         for step in range(cfg.max_tokens):
+            scores = penalise(cfg, scores, used)
             if step < cfg.min_tokens and cfg.end:
                 scores = scores.index_fill(1, end, -torch.inf)
             if allowed is not None:
@@ -119,6 +124,7 @@ def generate(
             if all(reasons):
                 return
             written[:, step] = token.clamp(min=0)
+            used.scatter_(1, written[:, step : step + 1], True)
             scores = steps.send(written[:, step])
 
     with torch.no_grad():
@@ -214,6 +220,30 @@ def probabilities(cfg: Sampling, logits: Tensor) -> Tensor:
     """
     share, ids = _shortlist(cfg, logits.float())
     return share if ids is None else torch.zeros_like(logits, dtype=torch.float32).scatter(1, ids, share)
+
+
+def penalise(cfg: Sampling, logits: Tensor, used: Tensor) -> Tensor:
+    """Logits [b, v] with cfg.repetition_penalty on the tokens that are `used`, bool [b, v].
+
+    Source: Keskar et al. 2019 (CTRL), arXiv:1909.05858, section 4.1; RepetitionPenaltyLogitsProcessor of transformers, but for padding,
+    which is not used here.
+    """
+    if cfg.repetition_penalty == 1:
+        return logits
+    lowered = torch.where(logits < 0, logits * cfg.repetition_penalty, logits / cfg.repetition_penalty)
+    return torch.where(used, lowered, logits)
+
+
+def _prompt_tokens(call: Mapping[str, Any], size: int) -> Tensor:
+    """Which tokens of a vocabulary of `size` each prompt holds, bool [b, v]; none where the prompt is given as embeddings."""
+    mask = call["attention_mask"].bool()
+    used = torch.zeros(len(mask), size, dtype=torch.bool, device=mask.device)
+    ids = call.get("input_ids")
+    if ids is None:
+        return used
+    rows, columns = (mask & (ids < size)).nonzero(as_tuple=True)
+    used[rows, ids[rows, columns]] = True
+    return used
 
 
 def left_padded(inputs: Mapping[str, Any]) -> dict[str, Any]:

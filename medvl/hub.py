@@ -20,7 +20,7 @@ from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from medvl import files, quant, tree
-from medvl.checkpoints import Entry, entries_of, few, find, give_back, new_folder, open_weights, read_json, read_pickle
+from medvl.checkpoints import Entry, entries_of, few, find, find_if_there, give_back, new_folder, open_weights, read_json, read_pickle
 from medvl.dinov2 import config_of
 from medvl.dinov2 import from_dinov2 as from_dinov2
 from medvl.dinov2 import to_dinov2 as to_dinov2
@@ -53,6 +53,7 @@ class Skeleton:
     module: nn.Module = field(repr=False)
     name: str
     config: dict[str, Any] = field(repr=False)
+    generation: dict[str, Any] = field(factory=dict, repr=False)  # the checkpoint's generation_config.json, as it was
     _names: frozenset[str] = field(init=False, repr=False)
     _buffers: tuple[str, ...] = field(init=False, repr=False)
     _layers: tuple[nn.Module, ...] = field(init=False, repr=False)
@@ -199,7 +200,9 @@ def load(
             raise ValueError(f"load: {name} has no {part} tower (its config.json has no {part}_config); leave part empty")
         config = {"model_type": f"{config['model_type']}_{part}_model"} | config[f"{part}_config"]
         held = {k: e for k, e in held.items() if k.startswith(f"{part}_model.")}
-    return _bind(config, held, str(name), head, dtype, torch.device(device), each)
+    skeleton, params = _bind(config, held, str(name), head, dtype, torch.device(device), each)
+    path = find_if_there(str(name), "generation_config.json") if head else None
+    return (evolve(skeleton, generation=read_json(path)) if path else skeleton), params
 
 
 def bind(
@@ -273,6 +276,8 @@ def untie(skeleton: Skeleton, params: Mapping[str, Tensor]) -> tuple[Skeleton, P
 def save(skeleton: Skeleton, params: Mapping[str, Tensor], folder: files.PathLike, *, shard_gb: float = 5.0) -> None:
     """Write config.json and model.safetensors, with the names of published checkpoints, that transformers' from_pretrained reads.
 
+    A generation_config.json that the checkpoint came with is written as it was.
+
     4-bit weights are written in the layout of bitsandbytes; sharded ones are gathered (every process must call this, process 0 writes). A
     model above `shard_gb` (10^9 bytes) is split into files with an index. The folder is there whole or not at all.
     Raises:
@@ -289,6 +294,9 @@ def save(skeleton: Skeleton, params: Mapping[str, Tensor], folder: files.PathLik
     state = _published(skeleton.module, plain, packed)
     with new_folder(folder) as tmp, _quiet():
         _save_config(skeleton.module, tmp, plain, packed)
+        if skeleton.generation:
+            text = json.dumps(skeleton.generation, indent=2, ensure_ascii=False) + "\n"
+            files.write_text(tmp / "generation_config.json", text)
         split = split_torch_state_dict_into_shards(state, max_shard_size=int(shard_gb * 1e9), filename_pattern="model{suffix}.safetensors")
         for file, names in split.filename_to_tensors.items():
             save_file({n: state[n] for n in names}, tmp / file, {"format": "pt"})

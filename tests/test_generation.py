@@ -85,6 +85,31 @@ def test_layers_with_and_without_a_window():
     assert generate(Sampling(max_tokens=16), skeleton, params, ours(inputs)).ids == tuple(map(tuple, want.tolist()))
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "qwen2_5_vl"])
+def test_a_repetition_penalty_is_that_of_transformers_but_for_padding(kind):
+    skeleton, params = model(kind)
+    inputs = tiny.batch(kind, COUNTS)
+    plain = generate(Sampling(max_tokens=20), skeleton, params, ours(inputs))
+    got = generate(Sampling(max_tokens=20, repetition_penalty=1.3), skeleton, params, ours(inputs))
+    assert got.ids != plain.ids
+    for i in range(2):
+        one = tiny.sample(kind, inputs, i, COUNTS)
+        want = peers_tokens(skeleton, params, one, 20, min_new_tokens=20, eos_token_id=None, repetition_penalty=1.3)
+        assert got.ids[i] == tuple(want[0].tolist())
+
+
+def test_a_repetition_penalty_equals_the_processor():
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 40, (3, 12), generator=torch.Generator().manual_seed(1))
+    used = torch.zeros(3, 40, dtype=torch.bool).scatter_(1, ids, True)
+    for penalty in (1.05, 0.8, 2.0):
+        want = RepetitionPenaltyLogitsProcessor(penalty)(ids, logits.clone())
+        assert torch.equal(g.penalise(Sampling(repetition_penalty=penalty), logits, used), want)
+    assert g.penalise(Sampling(), logits, used) is logits
+
+
 @pytest.mark.parametrize("kind", ["qwen3", "qwen2_5_vl"])
 def test_rows_end_by_themselves(kind):
     skeleton, params = model(kind)
@@ -515,6 +540,8 @@ def test_options_that_cannot_be_are_refused(options, message):
         ({"stop": ("",)}, "stop must be strings that are not empty"),
         ({"stop": "###"}, "stop must be strings"),
         ({"end": (-1,)}, "end ids >= 0"),
+        ({"repetition_penalty": 0.0}, r"need a finite repetition_penalty > 0 \(1 changes nothing\), got 0.0"),
+        ({"repetition_penalty": float("nan")}, "repetition_penalty"),
     ],
 )
 def test_sampling_refuses(wrong, message):
