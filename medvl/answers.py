@@ -99,12 +99,17 @@ def same_answer(said: str | None, gold: str) -> bool:
         ValueError: gold has no words.
     """
     wanted = _forms(gold)
-    if "" in wanted:
+    if not has_words(gold):
         raise ValueError(f"same_answer: gold must hold a word, got {gold!r}; leave such questions out")
     if wanted & _forms(said or ""):
         return True
     plain = normalise(said or "")
     return any((rest := _after(plain, word)) is not None and _polarities(rest) <= {word} for word in wanted & {"yes", "no"})
+
+
+def has_words(text: str) -> bool:
+    """Whether an answer can be compared with this text: something is left of it by `normalise`."""
+    return "" not in _forms(text)
 
 
 def normalise(text: str) -> str:

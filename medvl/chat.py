@@ -1,5 +1,6 @@
 """A language or vision-language model with its tokenizer and its eyes: conversations with images in, losses and answers out."""
 
+import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from medvl import config, generation, hub, intern_vl, processes, quant, qwen_vl,
 from medvl.checkpoints import find, new_folder, read_json
 from medvl.data import conversations, images, order
 from medvl.data.conversation_files import Conversation, limit_images
-from medvl.data.conversations import Placeholder, Sample
+from medvl.data.conversations import Placeholder, Sample, Turns
 from medvl.files import PathLike, write_text
 from medvl.generation import Generated, Sampling
 
@@ -23,7 +24,6 @@ Eyes = qwen_vl.ImageConfig | intern_vl.TileConfig
 _QWEN_VL = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 _CHAT = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 _TILES = ("<img>", "</img>", "<IMG_CONTEXT>")
-_ENDS = ("<|im_end|>", "<|end|>", "<|endoftext|>")
 
 
 @frozen(kw_only=True)
@@ -43,13 +43,26 @@ class ModelConfig:
 
 @frozen(kw_only=True)
 class ChatConfig:
-    """How conversations become tokens and pixels."""
+    """How conversations become tokens and pixels, and answers end."""
 
     context: int = 2048  # tokens
     template: str = ""  # "" = the tokenizer's own
+    # Variables of the template: {enable_thinking = false} for reasoning models, {date_string = "26 Jul 2024"} for Llama 3.2.
+    options: dict[str, Any] = field(factory=dict)
+    end: str = ""  # special token behind the last answer, where the template puts nothing there (GLM-4.5: "<|user|>")
+    allow: tuple[str, ...] = ()  # special tokens that answers may hold, such as those of boxes and image codes
     max_pixels: int = 0  # of an image (MAX_PIXELS elsewhere); 0 = what the checkpoint says
     min_pixels: int = 0
     max_images: int = 0  # of a user's turn, the last ones; 0 = all. (MAX_NUM elsewhere means this for some models and tiles for others)
+    window: tuple[float, ...] = ()  # (black, white): the greys of 16-bit images that are shown as 0 and 255
+    repetition_penalty: float = 0.0  # of answers; 0 = what the checkpoint's generation_config.json says, 1 = none
+
+    def __attrs_post_init__(self) -> None:
+        config.at_least(self, "chat", context=1, max_pixels=0, min_pixels=0, max_images=0, repetition_penalty=0)
+        if wrong := [key for key in self.options if not key.isidentifier()]:
+            raise ValueError(f"chat.options must be variables of a template, got the name {wrong[0]!r}")
+        if self.window and (len(self.window) != 2 or not self.window[0] < self.window[1]):
+            raise ValueError(f"chat.window must be [black, white] with black < white, got {list(self.window)}")
 
     def __attrs_post_init__(self) -> None:
         config.within(self, "chat", context=(2, 2**24), max_pixels=(0, 2**28), min_pixels=(0, 2**28), max_images=(0, 2**20))
@@ -146,27 +159,101 @@ def config_of(cfg: ModelConfig, tok: Any) -> dict[str, Any]:
 def encode(chat: Chat, held: Sequence[Conversation], *, prompt: bool = False) -> Encoded:
     """Token ids of conversations; those that do not fit the context are left out and counted (a warning says so).
 
+    A conversation whose earlier answers the template writes in another way than behind their prompts (reasoning models) becomes one sample
+    per answer, each with what generation sees before it.
+
     Args:
-        prompt: without the last answer and of any length, for `answer`.
+        prompt: without the last answer and of any length, for `answer`: one sample per conversation.
     Raises:
-        ValueError: images for a model without eyes; as `conversations.encode`.
+        ValueError: with the place of the conversation: images for a model without eyes, an image that cannot be read or is too long a
+            strip; as `conversations.encode`. A template that writes today's date, where something is trained.
     """
-    if chat.eyes is None and (sees := [c for c in held if c.images]):
-        raise ValueError(f"{len(sees)} conversations have images, and {chat.skeleton.name} has no eyes; choose a vision-language model")
-    visual = [[_tokens(chat, p) for p in c.images] if chat.eyes else [] for c in held]
-    how: dict[str, Any] = {"placeholder": chat.placeholder, "context": chat.cfg.context, "template": chat.cfg.template or None}
+    blind = [c for c in held if c.images] if chat.eyes is None else []
+    if blind:
+        raise ValueError(
+            f"{blind[0].place}: has images, as {len(blind)} conversations do, and {chat.skeleton.name} has no eyes; "
+            "choose a vision-language model"
+        )
     if prompt:
-        how["context"] = None
-        samples = [
-            conversations.encode_prompt(
-                chat.tokenizer, c.messages[:-1] if c.messages[-1]["role"] == "assistant" else c.messages, visual=v, **how
-            )
-            for c, v in zip(held, visual, strict=True)
-        ]
+        samples = [_encode_prompt(chat, c) for c in held]
         return Encoded(conversations=tuple(held), samples=tuple(samples), refused=0)
-    found, refused = conversations.encode_all(chat.tokenizer, [c.messages for c in held], visual=visual, **how)
+    _check_date(chat, held)
+    kept, turns = list[Conversation](), list[Turns]()
+    for c in held:
+        parts = _one_answer_each(c) if _rewritten(chat, c, c.messages) else [c]
+        kept += parts
+        turns += ["all" if len(parts) == 1 else "last"] * len(parts)
+    samples, refused = conversations.encode_all(
+        chat.tokenizer,
+        [c.messages for c in kept],
+        placeholder=chat.placeholder,
+        visual=[_visual_tokens(chat, c) for c in kept],
+        context=chat.cfg.context,
+        turns=turns,
+        names=[c.place for c in kept],
+        **template_of(chat.cfg),
+    )
     out = {i for i, _ in refused}
-    return Encoded(conversations=tuple(c for i, c in enumerate(held) if i not in out), samples=tuple(found), refused=len(refused))
+    kept = [c for i, c in enumerate(kept) if i not in out]
+    return Encoded(conversations=tuple(kept), samples=tuple(samples), refused=len(refused))
+
+
+def template_of(cfg: ChatConfig) -> dict[str, Any]:
+    """What `conversations.encode` and `encode_prompt` take of the record."""
+    return {"template": cfg.template or None, "options": cfg.options, "allow": cfg.allow, "end": cfg.end}
+
+
+def _encode_prompt(chat: Chat, conversation: Conversation) -> Sample:
+    messages = conversation.messages
+    if messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    try:
+        return conversations.encode_prompt(
+            chat.tokenizer,
+            messages,
+            placeholder=chat.placeholder,
+            visual=_visual_tokens(chat, conversation),
+            turns="last" if _rewritten(chat, conversation, messages) else "all",
+            **template_of(chat.cfg),
+        )
+    except ValueError as e:
+        raise ValueError(f"{conversation.place}: {e}") from e
+
+
+def _rewritten(chat: Chat, conversation: Conversation, messages: Sequence[conversations.Message]) -> bool:
+    try:
+        return conversations.rewrites_history(chat.tokenizer, messages, template=chat.cfg.template or None, options=chat.cfg.options)
+    except ValueError as e:
+        raise ValueError(f"{conversation.place}: {e}") from e
+
+
+def _one_answer_each(conversation: Conversation) -> list[Conversation]:
+    """The conversation up to each of its answers, with the images of that part."""
+    tag, parts = Placeholder(token="").tag, []
+    for i, message in enumerate(conversation.messages):
+        if message["role"] == "assistant":
+            messages = conversation.messages[: i + 1]
+            seen = sum(m["content"].count(tag) for m in messages)
+            parts.append(evolve(conversation, messages=messages, images=conversation.images[:seen]))
+    return parts
+
+
+def _check_date(chat: Chat, held: Sequence[Conversation]) -> None:
+    """Refuse to train on today's date: a run that goes on tomorrow would train other tokens."""
+    template = chat.cfg.template or None
+    if held and conversations.writes_date(chat.tokenizer, held[0].messages, template=template, options=chat.cfg.options):
+        raise ValueError(
+            "chat: the template writes today's date into every conversation, so that the tokens change from day to day; "
+            'pin it by chat.options, such as {date_string = "26 Jul 2024"} for Llama 3.2, or give another chat.template'
+        )
+
+
+def _visual_tokens(chat: Chat, conversation: Conversation) -> list[int]:
+    """Visual tokens of every image of a conversation."""
+    try:
+        return [_tokens(chat, path) for path in conversation.images]
+    except ValueError as e:
+        raise ValueError(f"{conversation.place}: {e}") from e
 
 
 def question(chat: Chat, text: str, images: Sequence[PathLike] = ()) -> Conversation:
@@ -275,11 +362,25 @@ def answer(chat: Chat, weights: Mapping[str, Tensor], batch: Mapping[str, Tensor
         weights: also with adapters of weights per sample, which must be for the rows of this batch.
         batch: from `collate(..., side="left")`.
     """
-    tok = chat.tokenizer
-    end = {tok.convert_tokens_to_ids(t) for t in _ENDS if t in tok.get_vocab()} | {tok.eos_token_id}
-    how = Sampling(max_tokens=max_tokens, end=tuple(sorted(e for e in end if e is not None)))
     inputs = {k: t for k, t in arguments(chat, batch, _device(weights)).items() if k != "labels"}
-    return generation.generate(how, chat.skeleton, weights, inputs, tok=tok)
+    return generation.generate(sampling_of(chat, max_tokens), chat.skeleton, weights, inputs, tok=chat.tokenizer)
+
+
+def sampling_of(chat: Chat, max_tokens: int) -> Sampling:
+    """Greedy decoding as this model and its template want it.
+
+    An answer ends with the tokens of generation_config.json (of the model's config where it has none), with the one that the template puts
+    behind answers, and with the tokenizer's end token. The repetition penalty is generation_config's, unless chat.repetition_penalty says
+    another.
+    """
+    text = chat.skeleton.module.config.get_text_config()  # type: ignore[union-attr, operator]
+    ends = {chat.tokenizer.eos_token_id}
+    for value in (chat.skeleton.generation.get("eos_token_id", text.eos_token_id),):
+        ends |= {*value} if isinstance(value, list | tuple) else {value}
+    cfg = chat.cfg
+    ends |= {*conversations.end_ids(chat.tokenizer, template=cfg.template or None, options=cfg.options, end=cfg.end)}
+    penalty = cfg.repetition_penalty or chat.skeleton.generation.get("repetition_penalty") or 1.0
+    return Sampling(max_tokens=max_tokens, end=tuple(sorted(e for e in ends if e is not None)), repetition_penalty=float(penalty))
 
 
 def _device(weights: Mapping[str, Tensor]) -> torch.device:
@@ -309,7 +410,8 @@ def _sight(model: ModelConfig, cfg: ChatConfig, skeleton: hub.Skeleton) -> tuple
 
 def _opened(chat: Chat, path: Path) -> Image.Image:
     """An image as the eyes want it: tiles know no most of pixels, so it is made smaller before."""
-    image = images.open_image(path)
+    window = (chat.cfg.window[0], chat.cfg.window[1]) if chat.cfg.window else None
+    image = images.open_image(path, window=window, only_deep=True)
     return images.cap_pixels(image, chat.cfg.max_pixels) if isinstance(chat.eyes, intern_vl.TileConfig) else image
 
 
@@ -321,7 +423,10 @@ def _tokens(chat: Chat, path: Path) -> int:
         columns, rows = intern_vl.grid_of(cfg, height, width)
         return intern_vl.visual_tokens(cfg, columns * rows + (cfg.thumbnail and columns * rows > 1))
     assert cfg is not None
-    h, w = qwen_vl.smart_resize(cfg, height, width)
+    try:
+        h, w = qwen_vl.smart_resize(cfg, height, width)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from e
     return qwen_vl.visual_tokens(cfg, (1, h // cfg.patch, w // cfg.patch))
 
 
@@ -329,12 +434,17 @@ def _tokens(chat: Chat, path: Path) -> int:
 def save_chat(chat: Chat, params: Mapping[str, Tensor], folder: PathLike) -> None:
     """Write weights, config, tokenizer and image settings as transformers has them; `ModelConfig(name=folder)` opens it again.
 
+    The chat template is the one that the chat was trained with, chat.options in it as what it falls back to; a generation_config.json that
+    the model came with is kept.
+
     Raises:
         ValueError: as `hub.save`.
     """
     with new_folder(folder) as tmp:
         hub.save(chat.skeleton, params, tmp)
-        chat.tokenizer.save_pretrained(tmp)
+        tokenizer = copy.deepcopy(chat.tokenizer)
+        tokenizer.chat_template = conversations.template_text(tokenizer, chat.cfg.template or None, chat.cfg.options)
+        tokenizer.save_pretrained(tmp)
         if isinstance(chat.eyes, qwen_vl.ImageConfig):
             write_text(tmp / "preprocessor_config.json", json.dumps(qwen_vl.to_raw(chat.eyes), indent=1) + "\n")
         elif isinstance(chat.eyes, intern_vl.TileConfig):

@@ -201,8 +201,10 @@ def load(
         config = {"model_type": f"{config['model_type']}_{part}_model"} | config[f"{part}_config"]
         held = {k: e for k, e in held.items() if k.startswith(f"{part}_model.")}
     skeleton, params = _bind(config, held, str(name), head, dtype, torch.device(device), each)
-    path = find_if_there(str(name), "generation_config.json") if head else None
-    return (evolve(skeleton, generation=read_json(path)) if path else skeleton), params
+    generation = find_if_there(str(name), "generation_config.json") if head else None
+    if generation is not None:
+        skeleton = evolve(skeleton, generation=read_json(generation))
+    return skeleton, params
 
 
 def bind(

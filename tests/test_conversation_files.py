@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tiny import turns
 
-from medvl.data.conversation_files import Conversation, limit_images, read_conversations, read_tasks
+from medvl.data.conversation_files import Conversation, check_gold, limit_images, read_conversations, read_tasks
 
 
 def write(path, *records):
@@ -56,18 +56,51 @@ def test_a_byte_order_mark_and_windows_line_ends_are_read(folder):
 GOOD = {"query": "q", "response": "a"}
 WRONG = {
     "bad JSON": ('{"query": ', "not a line of JSON in UTF-8"),
+    "deep JSON": ("[" * 100_000, "not a line of JSON in UTF-8"),
+    "videos": (GOOD | {"videos": ["a.mp4"]}, 'must not have "videos": videos are not read; give frames as images'),
+    "audios": (GOOD | {"audios": ["a.wav"]}, 'must not have "audios": sound is not read'),
+    "objects": (GOOD | {"objects": {"ref": ["x"], "bbox": [[0, 0, 1, 1]]}}, 'must not have "objects": boxes'),
+    "rejected": (GOOD | {"rejected_response": "b"}, 'must not have "rejected_response": pairs of a better and a worse answer'),
+    "rejected messages": ({"messages": turns("q", "a"), "rejected_messages": turns("q", "b")}, 'must not have "rejected_messages"'),
+    "a bad answer of KTO": (GOOD | {"label": False}, 'must not have "label": false: by KTO'),
+    "a good answer of KTO": (GOOD | {"label": True}, 'must not have "label": true: by KTO'),
+    "tools": ({"messages": turns("q", "a"), "tools": [{"name": "f"}]}, 'must not have "tools": calls of tools'),
+    "another key for images": (GOOD | {"image_path": "b.png"}, 'must not have "image_path": images are read from "images"'),
+    "tag of a video": ({"query": "<video>q", "response": "a"}, "the tag <video> of the user stands for something that is not read"),
+    "tag of a box": ({"query": "q", "response": "<ref-object><bbox>"}, "the tag <ref-object> of the assistant stands for"),
+    "tag of sound": ({"query": "<audio>q", "response": "a"}, "the tag <audio> of the user"),
+    "numbered images": ({"query": "<image_1> q", "response": "a"}, "the tag <image_1> of the user"),
+    "Phi's images": ({"query": "<|image_1|> q", "response": "a"}, r"the tag <\|image_1\|> of the user"),
+    "Alpaca without output": ({"instruction": "q", "input": ""}, "found instruction, input"),
+    "Alpaca with a list": ({"instruction": "q", "input": [1], "output": "a"}, '"instruction" and "input" must be texts'),
+    "an image on the web": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://x/a.png"}}]}, *turns("q", "a")[1:]]},
+        'message 0: an image must be the name of a file, got "https://x/a.png"; write it to a file',
+    ),
+    "a part that is no text": (
+        {"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}, *turns("q", "a")[1:]]},
+        'message 0: parts must be {"type": "text".*got {"type": "video"',
+    ),
+    "images in parts and beside": (
+        {
+            "messages": [{"role": "user", "content": [{"type": "image", "image": "b.png"}]}, *turns("q", "a")[1:]],
+            "images": ["b.png"],
+        },
+        'images must be in the messages or in "images", not in both',
+    ),
     "an array": ("[", "not a line of JSON"),
     "not an object": ("[1, 2]", r"must be a JSON object, one per line, got \[1, 2\]"),
     "unknown shape": ({"text": "q"}, 'must have "messages", or "conversations", or "query" and "response".*found text'),
     "no response": ({"query": "q"}, "found query"),
     "two shapes": (GOOD | {"messages": turns("q", "a")}, "found query, response, messages"),
-    "history": (GOOD | {"history": [["a", "b"]]}, '"history"'),
+    "history no pairs": (GOOD | {"history": ["a", "b"]}, r'"history" must be a list of \[question, answer\], got \["a", "b"\]'),
+    "history of messages": ({"messages": turns("q", "a"), "history": [["a", "b"]]}, r'and "history" only beside the last two\)'),
     "empty": ({}, "found nothing"),
     "no assistant": ({"messages": turns("q")}, "needs a turn of the assistant"),
     "wrong order": ({"messages": turns("q", "a")[::-1]}, "got assistant user"),
     "two systems": ({"messages": turns("q", "a", system="s"), "system": "t"}, "got system system user assistant"),
     "unknown role": ({"conversations": [{"from": "bot", "value": "x"}, {"from": "gpt", "value": "x"}]}, "got bot assistant"),
-    "list content": ({"messages": [{"role": "user", "content": []}, *turns("q", "a")[1:]]}, "message 0 must be .*got"),
+    "list content": ({"messages": [{"role": "user", "content": []}, *turns("q", "a")[1:]]}, "message 0 must be"),
     "number": ({"query": 3, "response": "a"}, "message 0 must be"),
     "null": ({"query": "q", "response": None}, "message 1 must be"),
     "not messages": ({"messages": "q"}, "message 0 must be"),
@@ -77,7 +110,7 @@ WRONG = {
     "tag in an answer": ({"query": "q", "response": "<image>", "images": ["b.png"]}, "found it in one of the assistant"),
     "images no list": (GOOD | {"images": {"a": 1}}, '"images" must be a list of file names'),
     "images no names": (GOOD | {"images": [None]}, '"images" must be a list of file names'),
-    "images twice": (GOOD | {"images": [], "image": "b.png"}, '"images" must be a list of file names'),
+    "images twice": (GOOD | {"images": ["b.png"], "image": "b.png"}, '"images" must be a list of file names'),
     "missing image": ({"query": "<image>", "response": "a", "image": "no.png"}, "image 'no.png' is not there"),
 }
 
@@ -89,6 +122,107 @@ def test_wrong_lines_are_named(folder, name):
     with pytest.raises(ValueError, match=said) as e:
         read_conversations(path)
     assert str(e.value).startswith(f"{path}, line 3: ")
+
+
+def test_keys_that_mean_nothing_here_stay_beside_the_conversation(folder):
+    line = GOOD | {"label": "effusion", "videos": [], "objects": None, "tools": "", "category": "pos"}
+    (c,) = read_conversations(write(folder / "x.jsonl", line))
+    assert c.extra["label"] == "effusion"
+    assert c.extra["category"] == "pos"
+    assert c.place == f"{folder / 'x.jsonl'}, line 1"
+    assert Conversation(messages=()).place == "this conversation"
+
+
+def test_what_is_empty_is_as_if_it_were_not_there(folder):
+    for empty in ([], None, ""):
+        line = GOOD | {"history": empty, "system": empty, "images": empty, "image": empty}
+        (c,) = read_conversations(write(folder / "x.jsonl", line))
+        assert c.messages == tuple(turns("q", "a"))
+        assert c.images == ()
+        (c,) = read_conversations(write(folder / "x.jsonl", {"messages": turns("q", "a"), "history": empty, "system": empty}))
+        assert c.messages == tuple(turns("q", "a"))
+    (c,) = read_conversations(write(folder / "x.jsonl", {"query": "<image>", "response": "a", "images": [], "image": "b.png"}))
+    assert c.images == (folder / "b.png",)
+    (c,) = read_conversations(
+        write(folder / "x.jsonl", {"query": "<image>", "response": "a", "images": [{"path": "b.png", "bytes": None}]})
+    )
+    assert c.images == (folder / "b.png",)
+
+
+def test_alpaca_and_history(folder):
+    lines = [
+        {"instruction": "Translate.", "input": "Ödem", "output": "oedema", "system": "s", "history": [["a", "b"], ["c", "d"]]},
+        {"instruction": "Name it.", "input": "", "output": "CT."},
+        {"query": "<image>c", "response": "d", "history": [["<image>a", "b"]], "images": ["b.png", "images/a.png"]},
+    ]
+    found = read_conversations(write(folder / "x.jsonl", *lines))
+    assert found[0].messages == tuple(turns("a", "b", "c", "d", "Translate.\nÖdem", "oedema", system="s"))
+    assert found[1].messages == tuple(turns("Name it.", "CT."))
+    assert found[2].messages == tuple(turns("<image>a", "b", "<image>c", "d"))
+    assert found[2].images == (folder / "b.png", folder / "images/a.png")
+
+
+def test_contents_as_lists_of_parts(folder):
+    def part(kind, value):
+        return {"type": kind, kind: value}
+
+    user = [part("text", "First "), part("image_url", {"url": "images/a.png"}), part("text", "\nthen "), part("image", "b.png")]
+    lines = [
+        {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": [part("text", "Both.")], "tool_calls": None}]},
+        {"messages": [{"role": "user", "content": [{"type": "image"}, part("text", "q")]}, *turns("q", "a")[1:]], "images": ["b.png"]},
+        {"messages": [{"role": "user", "content": [part("image_url", f"file://{folder}/b.png")]}, *turns("q", "a")[1:]]},
+    ]
+    found = read_conversations(write(folder / "x.jsonl", *lines))
+    assert found[0].messages == tuple(turns("First <image>\nthen <image>", "Both."))
+    assert found[0].images == (folder / "images/a.png", folder / "b.png")
+    assert found[1].messages == tuple(turns("<image>q", "a"))
+    assert found[1].images == found[2].images == (folder / "b.png",)
+
+
+def test_arrays_of_llava_llava_med_and_vl_health(folder):
+    llava = {"id": "0", "image": "b.png", "conversations": [{"from": "human", "value": "q\n<image>"}, {"from": "gpt", "value": "a"}]}
+    med = {"id": "1", "image": "b.png", "domain": {"ct_scan": True}, "conversatons": llava["conversations"]}
+    health = {"image": "images/a.png", "conversations": llava["conversations"]}
+    text = {"id": "3", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+    path = folder / "x.json"
+    for indent in (None, 2):
+        path.write_text(json.dumps([llava, med, health, text], indent=indent))
+        found = read_conversations(path)
+        assert [c.id for c in found] == ["0", "1", "", "3"]
+        assert all(c.messages == tuple(turns("q\n<image>", "a")) for c in found[:3])
+        assert [len(c.images) for c in found] == [1, 1, 1, 0]
+    lines = path.read_text().split("\n")
+    assert [lines[c.line - 1].strip() for c in found] == ["{"] * 4
+    path.write_text(json.dumps([llava, text, llava | {"image": "no.png"}], indent=1))
+    with pytest.raises(
+        ValueError, match=rf"x.json, line {path.read_text()[: path.read_text().index('no.png')].count(chr(10)) - 1}, record 3: "
+    ):
+        read_conversations(path)
+
+
+def test_arrays_that_are_broken(folder):
+    path = folder / "x.json"
+    for content, said in (
+        ('[{"query": "q", "response": "a"},\n', r"line 2, record 2: not JSON, or the array is cut off"),
+        ('[{"query": "q", "response": "a"}\n{"query": "q"}]', "line 1, record 1: a comma or ] must follow"),
+        ('[{"query": "q", "response": "a"}] x', "nothing may follow the array"),
+        ("\n[[1]]", r"line 2, record 1: must be a JSON object"),
+        ("[" * 100_000, "line 1, record 1: not JSON"),
+        ("[]", "holds no conversation"),
+    ):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=said):
+            read_conversations(path)
+    path.write_bytes(b'[{"query": "q",\n "response": "\xff"}]')
+    with pytest.raises(ValueError, match=r"x.json, line 2: not UTF-8"):
+        read_conversations(path)
+
+
+def test_an_answer_without_a_word_is_named_where_it_must_be_compared(folder):
+    found = read_conversations(write(folder / "x.jsonl", GOOD, "", GOOD | {"response": " ."}))
+    check_gold(found[:1])
+    with pytest.raises(ValueError, match=r'x.jsonl, line 3: the last answer must hold a word to be compared with, got " ."'):
+        check_gold(found)
 
 
 def test_wrong_files(folder):

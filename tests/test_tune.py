@@ -255,7 +255,7 @@ def test_data_that_is_not_there_or_does_not_fit(tmp_path):
     with pytest.raises(ValueError, match=r"3 files are missing: .*train.jsonl, .*JSON lines of conversations"):
         tune_run.prepare(cfg)
     blind = {"config": tiny.CONFIGS["qwen3"], "dtype": "float32"}
-    with pytest.raises(ValueError, match="12 conversations have images, and qwen3 has no eyes"):
+    with pytest.raises(ValueError, match=r"train.jsonl, line 1: has images, as 12 conversations do, and qwen3 has no eyes"):
         started(tmp_path, model=blind)
     with pytest.raises(ValueError, match="12 of 12 conversations do not fit the context of 10 tokens"):
         started(tmp_path, chat__context=10)

@@ -1,21 +1,44 @@
-"""Files of conversations with images: JSON lines in the shapes that are common, as messages."""
+"""Files of conversations with images: JSON lines and JSON arrays in the shapes that are common, as messages."""
 
 import glob
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from attrs import evolve, field, frozen
 
 from medvl import files
+from medvl.answers import has_words
 from medvl.data.conversations import check_order, check_tags, short
 
 _log = logging.getLogger(__name__)
-_SHAPES = {"query": {"query", "response"}, "conversations": {"conversations"}, "messages": {"messages"}}
+_SHAPES = {  # what tells a shape: the keys that it must have
+    "query": {"query", "response"},
+    "instruction": {"instruction", "output"},
+    "conversations": {"conversations"},
+    "conversatons": {"conversatons"},  # as LLaVA-Med's evaluation files spell it
+    "messages": {"messages"},
+}
 _ROLES = {"human": "user", "gpt": "assistant"}
+_PAIRS = "pairs of a better and a worse answer are not trained here, and the worse one must not be taken for the better"
+_TOOLS = "calls of tools are not trained here"
+_IMAGES = 'images are read from "images" (a list of file names) or "image" (one)'
+# Keys of other programs that change what is trained. Taken for remarks, they would leave a text that says something else.
+_NOT_READ = {
+    **dict.fromkeys(("videos", "video"), "videos are not read; give frames as images"),
+    **dict.fromkeys(("audios", "audio"), "sound is not read"),
+    "objects": "boxes and their names are not written into texts; write them as text yourself",
+    **dict.fromkeys(("rejected_response", "rejected_messages", "rejected_images", "rejected", "chosen", "margin"), _PAIRS),
+    **dict.fromkeys(("preferred_output", "non_preferred_output", "positive_messages", "negative_messages", "kto_tag"), _PAIRS),
+    **dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), _TOOLS),
+    **dict.fromkeys(("image_path", "image_paths", "image_file", "image_files", "image_url", "image_urls", "img", "img_path"), _IMAGES),
+    **dict.fromkeys(("loss", "loss_scale"), "every answer is trained alike"),
+}
+# Tags of other programs that stand for something else than themselves.
+_TAGS = re.compile(r"<(?:video|audio|bbox|ref-object|cot-process|ImageHere|image[ _]?\d+|img)>|<\|(?:image|video|audio)_\d+\|>|</img>")
 
 
 @frozen(kw_only=True)
@@ -27,36 +50,41 @@ class Conversation:
     id: str = ""
     line: int = 0  # from 1
     extra: dict[str, Any] = field(factory=dict)  # keys that are not read here
+    file: str = ""
+
+    @property
+    def place(self) -> str:
+        """Where it stands, as errors say it."""
+        if self.file:
+            return f"{self.file}, line {self.line}"
+        return f"conversation {self.id}" if self.id else "this conversation"
 
 
 def read_conversations(
     path: files.PathLike, *, tag: str = "<image>", root: files.PathLike | None = None, max_images: int = 0
 ) -> list[Conversation]:
-    """Conversations from JSON lines, each in one of three shapes, checked to the last line.
+    """Conversations from JSON lines, or from one JSON array of them, checked to the last.
 
-    {"query": text, "response": text}, {"conversations": [{"from": "user" or "human" ..., "value": text}, ...]} or
-    {"messages": [{"role": "user" ..., "content": text}, ...]}, with "images" (a list; or "image", one name), "system", and "id" or
-    "episode_id" where wanted. The user's texts hold one `tag` per image; images are taken from left to right.
+    The shapes of a conversation: {"query": text, "response": text}, {"instruction": text, "input": text or nothing, "output": text},
+    {"conversations": [{"from": "user" or "human" ..., "value": text}, ...]} or {"messages": [{"role": "user" ..., "content": text}, ...]},
+    where a content may be OpenAI's list of {"type": "text"} and {"type": "image_url"} or {"type": "image"}; with "images" (a list; or
+    "image", one name), "system", "history" (a list of [question, answer]; beside "query" and "instruction"), and "id" or "episode_id" where
+    wanted. What is empty or null is as if it were not there. The user's texts hold one `tag` per image; images are taken from left to
+    right.
 
     Args:
         root: where relative image paths start, so "./../x" is beside it; the file's own folder when None.
         max_images: `limit_images` of every conversation, one warning says of how many; 0 = no limit. Dropped images must be there too.
     Raises:
         ValueError: with file and line: no UTF-8, no JSON, another shape, wrong roles or order, no turn of the assistant, contents that are
-            no strings, tags that do not match the images, an image that is not there; or the file is empty or absent.
+            no strings, tags that do not match the images, an image that is not there, keys and tags that would change what is trained and
+            are not read (videos, boxes, worse answers); or the file is empty or absent.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    found, folder = list[Conversation](), path.parent if root is None else Path(root)
-    for line, raw in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        if not raw.strip():
-            continue
-        try:
-            record = json.loads(raw.decode("utf-8"))
-        except ValueError as e:  # of both
-            raise ValueError(f"{path}, line {line}: not a line of JSON in UTF-8 ({e})") from e
-        found.append(_conversation(record, f"{path}, line {line}", line, tag, folder))
+    folder = path.parent if root is None else Path(root)
+    found = [_conversation(record, where, line, tag, folder, str(path)) for line, where, record in _records(path)]
     if not found:
         raise ValueError(f"{path}: holds no conversation")
     kept = [limit_images(c, max_images, tag) for c in found]
@@ -64,6 +92,62 @@ def read_conversations(
         said = f"{sum(dropped)} images of {len(dropped)} of {len(found)} conversations are left out"
         _log.warning("%s: %s: a turn of the user may have %d, its last", path, said, max_images)
     return kept
+
+
+def check_gold(conversations: Iterable[Conversation]) -> None:
+    """Raise where the last answer, with which answers are to be compared, holds no word."""
+    for c in conversations:
+        if not has_words(c.messages[-1]["content"]):
+            raise ValueError(f"{c.place}: the last answer must hold a word to be compared with, got {short(c.messages[-1]['content'])}")
+
+
+def _records(path: Path) -> Iterator[tuple[int, str, Any]]:
+    """(line, place for errors, record) of every record of a file of JSON lines, or of one JSON array."""
+    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    if content.lstrip()[:1] == b"[":
+        yield from _array_records(path, content)
+        return
+    for line, raw in enumerate(content.split(b"\n"), 1):
+        if not raw.strip():
+            continue
+        where = f"{path}, line {line}"
+        try:
+            record = json.loads(raw.decode("utf-8"))
+        except (ValueError, RecursionError) as e:
+            raise ValueError(f"{where}: not a line of JSON in UTF-8 ({e})") from e
+        yield line, where, record
+
+
+def _array_records(path: Path, content: bytes) -> Iterator[tuple[int, str, Any]]:
+    """Records one after the other, so that each knows the line on which it begins."""
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as e:
+        line = content.count(b"\n", 0, e.start) + 1
+        raise ValueError(f"{path}, line {line}: not UTF-8 ({e})") from e
+    decoder, blank = json.JSONDecoder(), re.compile(r"\s*")
+    at, line, counted, number = text.index("[") + 1, 1, 0, 0
+
+    def skip_blanks(at: int) -> int:
+        hit = blank.match(text, at)
+        return at if hit is None else hit.end()
+
+    at = skip_blanks(at)
+    while text[at : at + 1] != "]":
+        line, counted, number = line + text.count("\n", counted, at), at, number + 1
+        where = f"{path}, line {line}, record {number}"
+        try:
+            record, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as e:
+            raise ValueError(f"{where}: not JSON, or the array is cut off ({e})") from e
+        yield line, where, record
+        at = skip_blanks(at)
+        if text[at : at + 1] == ",":
+            at = skip_blanks(at + 1)
+        elif text[at : at + 1] != "]":
+            raise ValueError(f"{where}: a comma or ] must follow, got {short(text[at : at + 20])}")
+    if text[at + 1 :].strip():
+        raise ValueError(f"{path}: nothing may follow the array, got {short(text[at + 1 :].strip()[:40])}")
 
 
 def limit_images(conversation: Conversation, most: int, tag: str = "<image>") -> Conversation:
@@ -136,44 +220,132 @@ def _task_files(pattern: str) -> dict[str, Path]:
     return {hit[1]: Path(path) for hit, path in hits if hit and Path(path).is_file()}
 
 
-def _conversation(record: Any, where: str, line: int, tag: str, folder: Path) -> Conversation:
+def _conversation(record: Any, where: str, line: int, tag: str, folder: Path, file: str) -> Conversation:
     if not isinstance(record, dict):
         raise ValueError(f"{where}: must be a JSON object, one per line, got {short(record)}")
     rest = dict(record)
-    messages = tuple(_messages(rest, where))
+    _check_keys(rest, where)
+    turns, inner = _messages(rest, where, tag)
+    messages = tuple(turns)
     check_order(messages, "assistant", where)
-    named = [rest.pop(key) for key in ("images", "image") if key in rest]
-    images = [named[0]] if named and isinstance(named[0], str) else named[0] if named else []
-    if len(named) > 1 or not isinstance(images, list) or not all(isinstance(name, str) for name in images):
-        raise ValueError(f'{where}: "images" must be a list of file names (or "image" one), got {short(record.get("images"))}')
+    for message in messages:
+        if hit := _TAGS.search(message["content"].replace(tag, "")):
+            raise ValueError(
+                f"{where}: the tag {hit[0]} of the {message['role']} stands for something that is not read, and would be trained as "
+                f"these letters; images are {tag}, and boxes are written as text"
+            )
+    images = _image_names(rest, where)
+    if inner and images:
+        raise ValueError(f'{where}: images must be in the messages or in "images", not in both')
+    images = inner or images
     check_tags(messages, tag, len(images), where)
     paths = tuple(folder / name for name in images)
-    for name, file in zip(images, paths, strict=True):
-        if not file.is_file():
+    for name, path in zip(images, paths, strict=True):
+        if not path.is_file():
             raise ValueError(f"{where}: image {name!r} is not there (relative names start from {folder}; give another root)")
     name = str(rest.pop("id" if "id" in rest else "episode_id", ""))
-    return Conversation(messages=messages, images=paths, id=name, line=line, extra=rest)
+    return Conversation(messages=messages, images=paths, id=name, line=line, extra=rest, file=file)
 
 
-def _messages(rest: dict[str, Any], where: str) -> Iterator[dict[str, str]]:
-    """Takes the messages out of a record."""
-    shapes = [keys for key, keys in _SHAPES.items() if key in rest]
-    if len(shapes) != 1 or not shapes[0] <= rest.keys() or "history" in rest:
+def _check_keys(record: dict[str, Any], where: str) -> None:
+    """Raise where a key changes what is trained in other programs and is not read here."""
+    for key, why in _NOT_READ.items():
+        if not _empty(record.get(key)):
+            raise ValueError(f'{where}: must not have "{key}": {why}')
+    if isinstance(record.get("label"), bool):
         raise ValueError(
-            f'{where}: must have "messages", or "conversations", or "query" and "response" (and no "history": put it into messages), '
-            f"found {', '.join(rest) or 'nothing'}"
+            f'{where}: must not have "label": {json.dumps(record["label"])}: by KTO it says whether the answer is a good one, and every '
+            "answer is trained as a good one here; take out the bad ones, and the key"
         )
-    if "system" in rest:
-        yield {"role": "system", "content": rest.pop("system")}
-    if "query" in rest:
-        yield {"role": "user", "content": rest.pop("query")}
-        yield {"role": "assistant", "content": rest.pop("response")}
-        return
-    key = "messages" if "messages" in rest else "conversations"
+
+
+def _empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str | list | dict) and not value)
+
+
+def _image_names(rest: dict[str, Any], where: str) -> list[str]:
+    """Takes the images out of a record."""
+    given = [value for key in ("images", "image") if not _empty(value := rest.pop(key, None))]
+    images = [given[0]] if given and not isinstance(given[0], list) else given[0] if given else []
+    # Data sets of the Hugging Face hub write {"path": name, "bytes": null}.
+    images = [item["path"] if isinstance(item, dict) and _empty(item.get("bytes")) and "path" in item else item for item in images]
+    if len(given) > 1 or not all(isinstance(name, str) for name in images):
+        raise ValueError(f'{where}: "images" must be a list of file names (or "image" one), got {short(given)}')
+    return images
+
+
+def _messages(rest: dict[str, Any], where: str, tag: str) -> tuple[list[dict[str, str]], list[str]]:
+    """Takes the messages out of a record, and the images that are named inside them."""
+    history = rest.pop("history", None)
+    shapes = [keys for key, keys in _SHAPES.items() if key in rest]
+    plain = bool(shapes) and len(shapes[0]) == 2  # one question and its answer
+    if len(shapes) != 1 or not shapes[0] <= rest.keys() or not (_empty(history) or plain):
+        raise ValueError(
+            f'{where}: must have "messages", or "conversations", or "query" and "response", or "instruction" and "output" (and "history" '
+            f"only beside the last two), found {', '.join([*rest, *(['history'] if history else [])]) or 'nothing'}"
+        )
+    system = rest.pop("system", None)
+    messages = [] if _empty(system) else [{"role": "system", "content": system}]
+    if plain:
+        return messages + _question_and_answer(rest, history or [], where), []
+    key = next(iter(shapes[0]))
     role, content = ("role", "content") if key == "messages" else ("from", "value")
     turns = rest.pop(key)
+    images = list[str]()
     for i, turn in enumerate(turns if isinstance(turns, list) else [turns]):
-        if not isinstance(turn, dict) or turn.keys() != {role, content}:
+        own = {k: v for k, v in turn.items() if k in (role, content) or not _empty(v)} if isinstance(turn, dict) else {}
+        if own.keys() != {role, content}:
             raise ValueError(f'{where}: message {i} must be {{"{role}": text, "{content}": text}}, got {short(turn)}')
-        name = str(turn[role])
-        yield {"role": _ROLES.get(name, name), "content": turn[content]}
+        text = own[content]
+        if isinstance(text, list):
+            text, names = _joined(text, f"{where}: message {i}", tag)
+            images += names
+        name = str(own[role])
+        messages.append({"role": _ROLES.get(name, name), "content": text})
+    return messages, images
+
+
+def _question_and_answer(rest: dict[str, Any], history: Any, where: str) -> list[dict[str, str]]:
+    """Takes a question with its answer out of a record, behind those of the history."""
+    if "query" in rest:
+        question, answer = rest.pop("query"), rest.pop("response")
+    else:
+        question, answer = rest.pop("instruction"), rest.pop("output")
+        if not _empty(more := rest.pop("input", None)):
+            if not isinstance(more, str) or not isinstance(question, str):
+                raise ValueError(f'{where}: "instruction" and "input" must be texts, got {short(question)} and {short(more)}')
+            question = f"{question}\n{more}"  # as LLaMA-Factory joins them
+    messages = list[dict[str, str]]()
+    for pair in [*history, [question, answer]] if isinstance(history, list) else [history]:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ValueError(f'{where}: "history" must be a list of [question, answer], got {short(history)}')
+        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    return messages
+
+
+def _joined(parts: list[Any], where: str, tag: str) -> tuple[str, list[str]]:
+    """(text, names of images) of OpenAI's list of parts; an image without a name is one of "images"."""
+    if not parts:
+        raise ValueError(f"{where} must be text, got an empty list of parts")
+    texts, names = list[str](), list[str]()
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif kind in ("image", "image_url"):
+            texts.append(tag)
+            names += _image_of(part, where)
+        else:
+            raise ValueError(f'{where}: parts must be {{"type": "text", "text": ...}} or an image, got {short(part)}')
+    return "".join(texts), names
+
+
+def _image_of(part: dict[str, Any], where: str) -> list[str]:
+    """The name of the image of a part, none where it names none."""
+    values = [value for key in ("image_url", "image", "path", "url") if not _empty(value := part.get(key))]
+    if not values:
+        return []
+    value = values[0].get("url") if isinstance(values[0], dict) else values[0]
+    if not isinstance(value, str) or re.match("(data|https?):", value):
+        raise ValueError(f"{where}: an image must be the name of a file, got {short(value)}; write it to a file")
+    return [value.removeprefix("file://")]

@@ -2,8 +2,9 @@
 
 import json
 import logging
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 _log = logging.getLogger(__name__)
 IGNORE = -100  # label of a token that is not trained
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+Turns = Literal["all", "last"]  # which answers of a conversation are trained
 
 
 @frozen(kw_only=True)
@@ -57,8 +59,9 @@ class Sample:
 
     ids: Tensor  # int64 [t]
     labels: Tensor  # int64 [t], IGNORE where not trained
-    trained: tuple[tuple[int, int], ...] = ()  # [start, stop) of every answer with its end token
+    trained: tuple[tuple[int, int], ...] = ()  # [start, stop) of every answer with its end tokens
     visual: tuple[tuple[int, int], ...] = ()  # [start, stop) of every image's visual tokens
+    stripped: int = 0  # trained answers whose white space at an end the template drops
 
 
 class TooLong(ValueError):
@@ -85,8 +88,10 @@ def encode(
     template: str | None = None,
     options: Mapping[str, Any] | None = None,
     allow: Collection[str] = (),
+    end: str = "",
+    turns: Turns = "all",
 ) -> Sample:
-    """Token ids of a conversation, and labels of every assistant turn: its answer and end token, nothing else.
+    """Token ids of a conversation, and labels of every assistant turn: its answer and end tokens, nothing else.
 
     The text is cut where answers start and end and the pieces are tokenised one by one, so the ids before an answer are those of
     `encode_prompt`, whatever characters the answer starts with. Only what follows the last end token is ever truncated.
@@ -99,12 +104,17 @@ def encode(
         template: a name in `TEMPLATES` or a Jinja chat template; the tokenizer's own when None.
         options: variables of the template, such as {"enable_thinking": False}.
         allow: special tokens that answers may hold, such as those of image codes; elsewhere special tokens in a text are refused.
+        end: the special token to put behind the last answer where the template puts nothing there (GLM-4.5: "<|user|>").
+        turns: "all" answers are trained, or only the "last" one, behind a history as the template writes it (see `rewrites_history`).
+    Returns:
+        An answer's white space at its ends is left out where the template drops it (`Sample.stripped` counts such answers), and white
+        space that the template puts before an answer and not into the prompt belongs to the answer, because the model has to write it.
     Raises:
         TooLong: a trained or a visual token would be cut.
         ValueError: wrong roles or order, contents that are no strings, special tokens in a text, tags that do not match `visual`, or a
             template in which an answer does not follow the prompt that generation sees, or has no end token.
     """
-    how = _How(placeholder=placeholder, context=context, template=template, options=options or {}, allow=allow)
+    how = _How(placeholder=placeholder, context=context, template=template, options=options or {}, allow=allow, end=end, turns=turns)
     return _encode(_look(tok), how, messages, visual, "assistant")
 
 
@@ -118,12 +128,15 @@ def encode_prompt(
     template: str | None = None,
     options: Mapping[str, Any] | None = None,
     allow: Collection[str] = (),
+    end: str = "",
+    turns: Turns = "all",
 ) -> Sample:
     """What generation starts from: messages that end with the user's, and the header of the answer; no token is trained.
 
-    Args and errors as `encode`; a prompt longer than `context` is always TooLong. The ids are the first ones of the whole conversation's.
+    Args and errors as `encode`; a prompt longer than `context` is always TooLong. The ids are the first ones of the whole conversation's,
+    encoded with the same `turns`.
     """
-    how = _How(placeholder=placeholder, context=context, template=template, options=options or {}, allow=allow)
+    how = _How(placeholder=placeholder, context=context, template=template, options=options or {}, allow=allow, end=end, turns=turns)
     return _encode(_look(tok), how, messages, visual, "user")
 
 
@@ -137,35 +150,98 @@ def encode_all(
     template: str | None = None,
     options: Mapping[str, Any] | None = None,
     allow: Collection[str] = (),
+    end: str = "",
+    turns: Sequence[Turns] = (),
+    names: Sequence[str] = (),
 ) -> tuple[list[Sample], list[tuple[int, TooLong]]]:
     """Samples of the conversations that fit, in order, and (index, reason) of those that are too long; a warning says how many.
 
     Args:
         visual: as for `encode`, one sequence per conversation.
+        turns: as for `encode`, one per conversation; "all" for each if left out.
+        names: what errors call each conversation, such as its file and line; "conversation 3" if left out.
     Raises:
-        ValueError: as `encode`, with the index; or no conversation fits.
+        ValueError: as `encode`, with the name; or no conversation fits.
     """
-    how = _How(placeholder=placeholder, context=context, template=template, options=options or {}, allow=allow)
+    n = len(conversations)
+    for what, given in (("visual", visual), ("turns", turns or None), ("names", names or None)):
+        if given is not None and len(given) != n:
+            raise ValueError(f"encode_all: {what} must have one row per conversation, got {len(given)} for {n}")
+    visual = visual or [()] * n
+    turns = turns or ["all"] * n
+    how = _How(placeholder=placeholder, context=context, template=template, options=options or {}, allow=allow, end=end, turns="all")
     kit, samples, refused = _look(tok), list[Sample](), list[tuple[int, TooLong]]()
-    counts = [()] * len(conversations) if visual is None else visual
-    if len(counts) != len(conversations):
-        raise ValueError(f"encode_all: visual must have one row per conversation, got {len(counts)} for {len(conversations)}")
-    for i, (messages, n) in enumerate(zip(conversations, counts, strict=True)):
+    for i, messages in enumerate(conversations):
         try:
-            samples.append(_encode(kit, how, messages, n, "assistant"))
+            samples.append(_encode(kit, evolve(how, turns=turns[i]), messages, visual[i], "assistant"))
         except TooLong as e:
             refused.append((i, e))
         except ValueError as e:
-            raise ValueError(f"conversation {i}: {e}") from e
+            name = names[i] if names else f"conversation {i}"
+            raise ValueError(f"{name}: {e}") from e
     if refused:
         longest = max(e.needed for _, e in refused)
-        said = (
-            f"{len(refused)} of {len(conversations)} conversations do not fit the context of {context} tokens (the longest needs {longest})"
-        )
+        count = f"{len(refused)} of {n} conversations do not fit the context of {context} tokens (the longest needs {longest})"
         if not samples:
-            raise ValueError(f"encode_all: {said}; make the images smaller or raise the context")
-        _log.warning("%s and are left out", said)
+            raise ValueError(f"encode_all: {count}; make the images smaller or raise the context")
+        _log.warning("%s and are left out", count)
+    stripped = sum(s.stripped for s in samples)
+    if stripped:
+        _log.warning("%d answers lose white space at their ends, because %s drops it", stripped, how.name)
     return samples, refused
+
+
+def rewrites_history(
+    tok: Any, messages: Sequence[Message], *, template: str | None = None, options: Mapping[str, Any] | None = None
+) -> bool:
+    """Whether the template writes an earlier answer in another way than behind its own prompt.
+
+    Templates of reasoning models do: a prompt opens or skips the reasoning, and of earlier answers the reasoning is left out. Such a
+    conversation is trained as one sample per answer: `encode(messages[:i], turns="last")`, whose ids are those that generation sees.
+    """
+    check_order(messages, messages[-1]["role"] if messages else "assistant", "encode")
+    how = _How(placeholder=None, context=None, template=template, options=options or {}, allow=(), end="", turns="all")
+    plain = [{"role": m["role"], "content": m["content"]} for m in messages]
+    earlier = [i for i, m in enumerate(plain[:-1]) if m["role"] == "assistant"]
+    if not earlier:
+        return False
+    text = _apply(tok, how, plain, plain[-1]["role"] == "user")
+    prompts = [_apply(tok, how, plain[:i], True) for i in earlier]
+    return any(_span(text, prompt, plain[i]["content"]) is None for i, prompt in zip(earlier, prompts, strict=True))
+
+
+def writes_date(tok: Any, messages: Sequence[Message], *, template: str | None = None, options: Mapping[str, Any] | None = None) -> bool:
+    """Whether the template writes today's date into a conversation (Llama 3.2's does): its ids are others tomorrow."""
+    mark = "the date of today"
+    # A macro of this name hides the function of transformers that tells the date.
+    dated = f"{{% macro strftime_now(form) %}}{mark}{{% endmacro %}}{_template_of(tok, template)}"
+    how = _How(placeholder=None, context=None, template=dated, options=options or {}, allow=(), end="", turns="all")
+    plain = [{"role": m["role"], "content": m["content"]} for m in messages]
+    return mark in _apply(tok, how, plain, False)
+
+
+def template_text(tok: Any, template: str | None = None, options: Mapping[str, Any] | None = None) -> str:
+    """The Jinja chat template that conversations are encoded with, where the `options` are what it falls back to.
+
+    Raises:
+        ValueError: there is none, or an option is nothing that JSON has.
+    """
+    jinja = _template_of(tok, template)
+    defaults = [f"{{% if {k} is not defined %}}{{% set {k} = {_literal(v)} %}}{{% endif %}}" for k, v in (options or {}).items()]
+    return "".join(defaults) + jinja
+
+
+def end_ids(tok: Any, *, template: str | None = None, options: Mapping[str, Any] | None = None, end: str = "") -> tuple[int, ...]:
+    """Ids of the token with which answers end: the first that the template puts behind an answer, or `end`; () where there is none."""
+    kit = _look(tok)
+    how = _How(placeholder=None, context=None, template=template, options=options or {}, allow=(), end=end, turns="last")
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        sample = _encode(kit, how, messages, (), "assistant")
+    except ValueError:  # `encode` refuses this template when something is trained; a prompt alone does not need the end of an answer
+        return ()
+    ids = sample.ids[slice(*sample.trained[-1])].tolist()
+    return tuple(ids[k] for k in [next(k for k, t in enumerate(ids) if t in kit.special)])
 
 
 def collate(samples: Sequence[Sample], pad_id: int, *, side: Literal["right", "left"] = "right", multiple_of: int = 1) -> dict[str, Tensor]:
@@ -226,6 +302,7 @@ class _Kit:
 
     tok: Any
     special: frozenset[int]
+    marks: re.Pattern[str]  # any of its special tokens
     start: tuple[int, ...]  # what it puts before every text
     anchor: str = ""  # a special token to put before a piece that does not start the text, "" where it makes no difference
     spaces: bool = False  # it puts a space before every piece behind a special token
@@ -240,6 +317,8 @@ class _How:
     template: str | None
     options: Mapping[str, Any]
     allow: Collection[str]
+    end: str
+    turns: Turns
 
     @property
     def name(self) -> str:
@@ -256,7 +335,8 @@ def _look(tok: Any) -> _Kit:
     if not marks:
         raise ValueError("encode: the tokenizer has no special token, so answers could not end")
     swallows, anchor = marks[0][0], added[marks[0][1]].content
-    kit = _Kit(tok=tok, special=special, start=start)
+    names = sorted(tok.convert_ids_to_tokens(sorted(special)), key=len, reverse=True)
+    kit = _Kit(tok=tok, special=special, marks=re.compile("|".join(map(re.escape, names))), start=start)
     if _ids(kit, f"{anchor}a")[1:] == _ids(kit, "a"):
         return evolve(kit, spaces=_ids(kit, "\na")[len(_ids(kit, "\n")) :] != _ids(kit, "a"))
     if swallows:  # it would eat the white space that answers start with
@@ -275,14 +355,18 @@ def _encode(kit: _Kit, how: _How, messages: Sequence[Message], visual: Sequence[
     check_order(messages, last, "encode")
     pad = _check_visual(kit, how.placeholder, visual)
     _check_texts(kit, how, messages, visual, pad)
-    text, answers = _render(kit.tok, how, messages)
+    text, answers, stripped = _render(kit.tok, how, messages)
+    closing = _endings(kit, text[answers[-1][1] :]) if answers and last == "assistant" else ()
     ids = [] if kit.start and text.startswith(kit.tok.bos_token) else [*kit.start]
     trained, runs, counts = list[tuple[int, int]](), list[tuple[int, int]](), iter(visual)
     at = begin = 0
     for start, stop in [*answers, (len(text), len(text))]:
         piece, found = _plain(kit, how.placeholder, text[at:start], pad, counts, first=not at)
         if at:
-            trained.append((begin, len(ids) + _end(kit, how, piece)))
+            # What the template puts behind every answer; the header of the next turn, which may follow at once, is not trained.
+            pairs = zip(_endings(kit, text[at:start]), closing, strict=False)
+            same = len([*takewhile(lambda pair: pair[0] == pair[1], pairs)])
+            trained.append((begin, len(ids) + _end(kit, how, piece, same)))
         runs += [(len(ids) + a, len(ids) + b) for a, b in found]
         ids += piece
         if kit.spaces and stop > start and ids[-1] not in kit.special:
@@ -298,7 +382,7 @@ def _encode(kit: _Kit, how: _How, messages: Sequence[Message], visual: Sequence[
     labels = torch.full_like(whole, IGNORE)
     for a, b in trained:
         labels[a:b] = whole[a:b]
-    return Sample(ids=whole, labels=labels, trained=tuple(trained), visual=tuple(runs))
+    return Sample(ids=whole, labels=labels, trained=tuple(trained), visual=tuple(runs), stripped=stripped)
 
 
 def _plain(
@@ -317,49 +401,105 @@ def _plain(
     return ids, runs
 
 
-def _end(kit: _Kit, how: _How, ids: Sequence[int]) -> int:
-    """How many of the ids after an answer belong to its end token (templates may put white space before it)."""
+def _endings(kit: _Kit, text: str) -> tuple[str, ...]:
+    """The special tokens that stand one right behind the other where an answer ends (templates may put white space before them)."""
+    found, at = list[str](), len(text) - len(text.lstrip())
+    while hit := kit.marks.match(text, at):
+        found.append(hit[0])
+        at = hit.end()
+    return tuple(found)
+
+
+def _end(kit: _Kit, how: _How, ids: Sequence[int], tokens: int) -> int:
+    """How many of the ids after an answer belong to its end, of so many special tokens, at least one."""
     k = next((i for i, t in enumerate(ids) if t in kit.special), None)
     if k is None or kit.tok.decode(list(ids[:k])).strip():
         raise ValueError(
-            f"encode: {how.name} must end every answer with a special token, after an answer stands {kit.tok.decode(ids[:8])!r}"
+            f"encode: {how.name} must end every answer with a special token, after an answer stands {kit.tok.decode(ids[:8])!r}; "
+            'where it puts nothing there, name one as the end (chat.end = "<|user|>" for GLM-4.5)'
         )
-    return k + 1
+    return k + max(1, tokens)
 
 
-def _render(tok: Any, how: _How, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
-    """The conversation as text, and where in it the answers are: each right after the prompt that generation sees."""
+def _render(tok: Any, how: _How, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]], int]:
+    """The conversation as text, where in it the trained answers are, and how many of them the template strips.
+
+    Each answer stands right behind the prompt that generation sees.
+    """
     plain = [{"role": m["role"], "content": m["content"]} for m in messages]
     text, spans = _apply(tok, how, plain, plain[-1]["role"] == "user"), list[tuple[int, int]]()
-    for i, m in enumerate(plain):
-        if m["role"] != "assistant":
-            continue
+    answers = [i for i, m in enumerate(plain) if m["role"] == "assistant"]
+    if how.turns == "last":  # what was answered before is part of the prompt
+        answers = [i for i in answers if i == len(plain) - 1]
+    stripped = 0
+    for i in answers:
+        content = plain[i]["content"]
         prompt = _apply(tok, how, plain[:i], True)
-        if not text.startswith(prompt) or not text.startswith(m["content"], len(prompt)):
+        span = _span(text, prompt, content)
+        if span is None:
             same = next((k for k, (a, b) in enumerate(zip(text, prompt, strict=False)) if a != b), len(prompt))
             near = slice(max(same - 20, 0), same + 40)
             raise ValueError(
                 f"encode: {how.name} must put answer {len(spans) + 1} unchanged behind the prompt of generation, but where the prompt "
-                f'has {prompt[near]!r} the conversation has {text[near]!r}; give another template ("chatml"), '
-                'options={"enable_thinking": False} for one turn of a thinking model, or strip the answers'
+                f'has {prompt[near]!r} the conversation has {text[near]!r}; set chat.template to another ("chatml", or Jinja text), or '
+                "chat.options to what the template takes ({enable_thinking = false} for a thinking model)"
             )
-        spans.append((len(prompt), len(prompt) + len(m["content"])))
+        spans.append(span)
+        stripped += not text[slice(*span)].endswith(content)
+    if how.end and answers and answers[-1] == len(plain) - 1 and not text[spans[-1][1] :].strip():
+        text = text[: spans[-1][1]] + how.end
     if how.placeholder and text.count(how.placeholder.tag) != (n := sum(m["content"].count(how.placeholder.tag) for m in plain)):
         raise ValueError(f"encode: {how.name} must keep the {n} tags {how.placeholder.tag!r} as they are, its text is {short(text)}")
-    return text, spans
+    return text, spans, stripped
+
+
+def _span(text: str, prompt: str, content: str) -> tuple[int, int] | None:
+    """Where in a rendered conversation the answer `content` stands behind its prompt; None where it does not.
+
+    White space at the ends of an answer may be dropped. White space before it that is not in the prompt is taken as part of the answer:
+    the model has to write it (GLM-4.5's answers begin with a line break).
+    """
+    if not text.startswith(prompt):
+        return None
+    start, inner = len(prompt), content.strip()
+    for answer in (content, inner):
+        if text.startswith(answer, start):
+            return start, start + len(answer)
+    first = start + len(text[start:]) - len(text[start:].lstrip())
+    return (start, first + len(inner)) if text.startswith(inner, first) else None
 
 
 def _apply(tok: Any, how: _How, messages: list[dict[str, str]], answer: bool) -> str:
     import jinja2  # comes with torch
 
-    template = TEMPLATES.get(how.template or "", how.template or getattr(tok, "chat_template", None))
-    if not template or (how.template and "{" not in template):
-        found = f"got {how.template!r}" if how.template else "the tokenizer has none"
-        raise ValueError(f"encode: needs a chat template, {found}; give one of {', '.join(TEMPLATES)} or a Jinja template")
+    template = _template_of(tok, how.template)
     try:
         return tok.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=answer, **how.options)
     except jinja2.TemplateError as e:
         raise ValueError(f"encode: {how.name} does not take these messages: {e}") from e
+
+
+def _template_of(tok: Any, template: str | None) -> str:
+    """The Jinja text of a template by name, of one that is given, or of the tokenizer's own."""
+    jinja = TEMPLATES.get(template or "", template or getattr(tok, "chat_template", None))
+    if not jinja or (template and "{" not in jinja):
+        found = f"got {template!r}" if template else "the tokenizer has none"
+        raise ValueError(f"encode: needs a chat template, {found}; give one of {', '.join(TEMPLATES)} or a Jinja template")
+    return jinja
+
+
+def _literal(value: Any) -> str:
+    """A value of JSON as Jinja writes it."""
+    if value is None:
+        return "none"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_literal(str(k))}: {_literal(v)}" for k, v in value.items()) + "}"
+    if not isinstance(value, str | bool | int | float):
+        raise ValueError(f"encode: options of a template must be values of JSON, got {value!r}")
+    # json.dumps would write characters outside ASCII as \\u escapes, which Jinja reads too, and true and false as Jinja does
+    return json.dumps(value)
 
 
 def check_order(messages: Sequence[Message], last: str, where: str) -> None:

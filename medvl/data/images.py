@@ -19,18 +19,26 @@ _FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # n
 _BROKEN = (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, OverflowError, struct.error)  # what Pillow's decoders raise
 
 
-def open_image(source: PathLike | bytes, *, page: int | None = None, window: tuple[float, float] | None = None) -> Image.Image:
+def open_image(
+    source: PathLike | bytes,
+    *,
+    page: int | None = None,
+    window: tuple[float, float] | None = None,
+    only_deep: bool = False,
+) -> Image.Image:
     """Read an image file upright (EXIF orientation applied), whole, as RGB with what is transparent white.
 
     Args:
         source: a path, or the content of a file. PNG, JPEG, JPEG 2000, TIFF, WebP, BMP, GIF or PPM; the content decides, not the name.
         page: of a file with several pages or frames, counted from 0.
         window: (black, white): the greys shown as 0 and 255, linear between them. Files with greys of more than 8 bits need one.
+        only_deep: the window is for files with greys of more than 8 bits, and others are opened without it (a folder that has both).
     Raises:
         ValueError: no such file, none of these formats, broken, truncated or empty; more than `LARGEST` pixels (refused before they are
             decoded); several pages and no `page`; deep greys and no window, or a window for colours.
     """
     name = f"open_image: {f'image of {len(source)} bytes' if isinstance(source, bytes) else source}"
+    _refuse_dicom(source, name)
     with _reading(name):
         image: Image.Image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS)
     with image:
@@ -45,9 +53,24 @@ def open_image(source: PathLike | bytes, *, page: int | None = None, window: tup
         with _reading(name):
             image.load()
             image = ImageOps.exif_transpose(image)
-    if window is not None or image.mode[0] in "IF":
+    deep = image.mode[0] in "IF"
+    if deep or (window is not None and not only_deep):
         image = _windowed(name, image, window)
     return to_rgb(image, name)
+
+
+def _refuse_dicom(source: PathLike | bytes, name: str) -> None:
+    """Say what to do with a DICOM file, which Pillow would call no image."""
+    if isinstance(source, bytes):
+        start = source[:132]
+    else:
+        with _reading(name), open(source, "rb") as f:
+            start = f.read(132)
+    if start[128:] == b"DICM":
+        raise ValueError(
+            f"{name}: is a DICOM file, which is not read; write its pixels as a 16-bit PNG (with pydicom and Pillow: "
+            "Image.fromarray(ds.pixel_array.astype('uint16')).save('x.png')) and give the greys to show as the window (chat.window)"
+        )
 
 
 def to_rgb(image: Picture, where: str) -> Image.Image:
