@@ -23,6 +23,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Eyes = qwen_vl.ImageConfig | intern_vl.TileConfig
 _QWEN_VL = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 _CHAT = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+_OWN_OPTIONS = {  # what a template is called with anyway
+    *("conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize", "tokenizer_kwargs"),
+    *("sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+}
 _TILES = ("<img>", "</img>", "<IMG_CONTEXT>")
 
 
@@ -58,16 +62,14 @@ class ChatConfig:
     repetition_penalty: float = 0.0  # of answers; 0 = what the checkpoint's generation_config.json says, 1 = none
 
     def __attrs_post_init__(self) -> None:
-        config.at_least(self, "chat", context=1, max_pixels=0, min_pixels=0, max_images=0, repetition_penalty=0)
-        if wrong := [key for key in self.options if not key.isidentifier()]:
-            raise ValueError(f"chat.options must be variables of a template, got the name {wrong[0]!r}")
-        if self.window and (len(self.window) != 2 or not self.window[0] < self.window[1]):
-            raise ValueError(f"chat.window must be [black, white] with black < white, got {list(self.window)}")
-
-    def __attrs_post_init__(self) -> None:
         config.within(self, "chat", context=(2, 2**24), max_pixels=(0, 2**28), min_pixels=(0, 2**28), max_images=(0, 2**20))
+        config.within(self, "chat", repetition_penalty=(0, 100))
         if self.max_pixels and self.min_pixels > self.max_pixels:
             raise ValueError(f"chat.min_pixels must not be above chat.max_pixels, got {self.min_pixels} and {self.max_pixels}")
+        if wrong := [key for key in self.options if not key.isidentifier() or key in _OWN_OPTIONS]:
+            raise ValueError(f"chat.options must be variables of a template, {wrong[0]!r} is none")
+        if self.window and (len(self.window) != 2 or not self.window[0] < self.window[1]):
+            raise ValueError(f"chat.window must be [black, white] with black < white, got {list(self.window)}")
 
 
 @frozen(kw_only=True, eq=False)
@@ -207,14 +209,11 @@ def _encode_prompt(chat: Chat, conversation: Conversation) -> Sample:
     messages = conversation.messages
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]
+    visual = _visual_tokens(chat, conversation)
+    turns: Turns = "last" if _rewritten(chat, conversation, messages) else "all"
     try:
         return conversations.encode_prompt(
-            chat.tokenizer,
-            messages,
-            placeholder=chat.placeholder,
-            visual=_visual_tokens(chat, conversation),
-            turns="last" if _rewritten(chat, conversation, messages) else "all",
-            **template_of(chat.cfg),
+            chat.tokenizer, messages, placeholder=chat.placeholder, visual=visual, turns=turns, **template_of(chat.cfg)
         )
     except ValueError as e:
         raise ValueError(f"{conversation.place}: {e}") from e
@@ -373,12 +372,11 @@ def sampling_of(chat: Chat, max_tokens: int) -> Sampling:
     behind answers, and with the tokenizer's end token. The repetition penalty is generation_config's, unless chat.repetition_penalty says
     another.
     """
-    text = chat.skeleton.module.config.get_text_config()  # type: ignore[union-attr, operator]
-    ends = {chat.tokenizer.eos_token_id}
-    for value in (chat.skeleton.generation.get("eos_token_id", text.eos_token_id),):
-        ends |= {*value} if isinstance(value, list | tuple) else {value}
-    cfg = chat.cfg
-    ends |= {*conversations.end_ids(chat.tokenizer, template=cfg.template or None, options=cfg.options, end=cfg.end)}
+    config: Any = chat.skeleton.module.config
+    own = chat.skeleton.generation.get("eos_token_id", config.get_text_config().eos_token_id)
+    cfg, tok = chat.cfg, chat.tokenizer
+    ends = {tok.eos_token_id, *(own if isinstance(own, list | tuple) else [own])}
+    ends |= {*conversations.end_ids(tok, template=cfg.template or None, options=cfg.options, end=cfg.end)}
     penalty = cfg.repetition_penalty or chat.skeleton.generation.get("repetition_penalty") or 1.0
     return Sampling(max_tokens=max_tokens, end=tuple(sorted(e for e in ends if e is not None)), repetition_penalty=float(penalty))
 

@@ -223,6 +223,10 @@ def test_an_answer_without_a_word_is_named_where_it_must_be_compared(folder):
     check_gold(found[:1])
     with pytest.raises(ValueError, match=r'x.jsonl, line 3: the last answer must hold a word to be compared with, got " ."'):
         check_gold(found)
+    found = read_conversations(write(folder / "x.jsonl", {"messages": turns("q", "", "r", "a")}))
+    check_gold(found)
+    with pytest.raises(ValueError, match=r'x.jsonl, line 1: each answer must hold a word to be compared with, got ""'):
+        check_gold(found, every=True)
 
 
 def test_wrong_files(folder):

@@ -13,6 +13,7 @@ from PIL import Image
 from medvl import chat, config, hub, lora, train, tuning, weights
 from medvl.config import ConfigError
 from medvl.data import phantom_pictures
+from medvl.data.conversation_files import Conversation
 from medvl.systems import ask, run, tune, tune_run
 from medvl.systems.tune import Config
 from medvl.tree import flatten, merge, split
@@ -216,6 +217,163 @@ def test_a_model_from_a_folder(tmp_path, shared_data):
     assert "<|vision_start|><|image_pad|> x 4<|vision_end|>" in said
 
 
+# Templates and ends of answers ----------------------------------------------------------------------------------------------------------
+GENERATION = {"eos_token_id": [2, 77], "repetition_penalty": 1.05, "do_sample": True, "temperature": 0.1}
+GEMMA = (  # turns as Gemma's, in the tokens that there are
+    "{% for m in messages %}<|vision_start|>{{ m.role }}\n{{ m.content | trim }}<|vision_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|vision_start|>assistant\n{% endif %}"
+)
+
+
+def opened(folder, generation=None, **cfg):
+    """A small model in a folder, and the tokenizer with ChatML that the run makes."""
+    skeleton, params = hub.init_skeleton(tiny.CONFIGS["qwen3"] | {"vocab_size": 640}, torch.Generator().manual_seed(0), head="language")
+    hub.save(skeleton, params, folder / "model")
+    (folder / "model/generation_config.json").unlink()
+    if generation:
+        (folder / "model/generation_config.json").write_text(json.dumps(generation))
+    tok = chat.tokenizer_of(chat.ModelConfig(config={"model_type": "qwen3"}), folder, ["one two three"])
+    model = chat.ModelConfig(name=str(folder / "model"), dtype="float32")
+    return chat.open_chat(model, chat.ChatConfig(**cfg), tok, torch.Generator())
+
+
+def ends_of(talks):
+    """The ids that end answers, but the tokenizer's own."""
+    return {*chat.sampling_of(talks, 8).end} - {talks.tokenizer.eos_token_id}
+
+
+def test_answers_end_as_the_checkpoint_and_the_template_say(tmp_path):
+    talks, _ = opened(tmp_path / "a", GENERATION)
+    token = talks.tokenizer.convert_tokens_to_ids
+    assert ends_of(talks) == {2, 77, token("<|im_end|>")}
+    assert chat.sampling_of(talks, 8).repetition_penalty == 1.05
+    talks, _ = opened(tmp_path / "b", {"eos_token_id": 77}, template=GEMMA, repetition_penalty=1.2)
+    assert ends_of(talks) == {77, token("<|vision_end|>")}  # Gemma's <end_of_turn>
+    assert chat.sampling_of(talks, 8).repetition_penalty == 1.2
+    talks, _ = opened(tmp_path / "c")
+    assert ends_of(talks) == {2, token("<|im_end|>")}  # 2: of config.json
+    assert chat.sampling_of(talks, 8).repetition_penalty == 1
+
+
+def test_a_saved_chat_keeps_generation_and_template(tmp_path):
+    from transformers import AutoTokenizer
+
+    options = {"greeting": "Hi"}
+    template = "{{ greeting }}" + GEMMA
+    talks, params = opened(tmp_path, GENERATION, template=template, options=options)
+    chat.save_chat(talks, params, tmp_path / "saved")
+    assert json.loads((tmp_path / "saved/generation_config.json").read_text()) == GENERATION
+    saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    messages = tiny.turns("q", "a")
+    want = talks.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **options)
+    assert saved.apply_chat_template(messages, tokenize=False) == want
+    assert talks.tokenizer.chat_template != template  # untouched
+    again = chat.ModelConfig(name=str(tmp_path / "saved"), dtype="float32")
+    back, _ = chat.open_chat(again, chat.ChatConfig(), chat.tokenizer_of(again, tmp_path), torch.Generator())
+    held = [Conversation(messages=tuple(messages))]
+    assert torch.equal(chat.encode(back, held).samples[0].ids, chat.encode(talks, held).samples[0].ids)
+    assert ends_of(back) == ends_of(talks)
+
+
+def test_options_end_and_allowed_tokens_reach_the_template(tmp_path):
+    held = [Conversation(messages=tuple(tiny.turns("q", "<|vision_start|> left", "r", "b")), line=3, file="x.jsonl")]
+    talks, _ = opened(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"^x.jsonl, line 3: encode: message 1 \(assistant\) must not hold special tokens"):
+        chat.encode(talks, held)
+    talks, _ = opened(tmp_path / "b", allow=("<|vision_start|>",), options={"word": "Hello"}, template="{{ word }}" + GEMMA)
+    (sample,) = chat.encode(talks, held).samples
+    text = talks.tokenizer.decode(sample.ids)
+    assert text.startswith("<|startoftext|> hello<|vision_start|>")
+    assert talks.tokenizer.decode(sample.ids[sample.labels != -100]) == "<|vision_start|> left<|vision_end|> b<|vision_end|>"
+    (asked,) = chat.encode(talks, held, prompt=True).samples
+    assert asked.ids.tolist() == sample.ids[: len(asked.ids)].tolist()
+
+
+def test_a_template_with_the_date_of_today_is_not_trained_on(tmp_path):
+    template = "{% if not day is defined %}{% set day = strftime_now('%d') %}{% endif %}{{ day }}" + GEMMA
+    held = [Conversation(messages=tuple(tiny.turns("q", "a")))]
+    talks, _ = opened(tmp_path / "a", template=template)
+    with pytest.raises(ValueError, match=r"the template writes today's date into every conversation.*pin it by chat.options"):
+        chat.encode(talks, held)
+    assert len(chat.encode(talks, held, prompt=True).samples) == 1  # to be asked it need not be pinned
+    talks, _ = opened(tmp_path / "b", template=template, options={"day": "5"})
+    assert len(chat.encode(talks, held).samples) == 1
+
+
+REASONING = (  # as Qwen3's without reasoning: only the last answer has the mark that its prompt ends with
+    "{% for m in messages %}<|vision_start|>{{ m.role }}\n{% if loop.last and m.role == 'assistant' %}no thought\n{% endif %}"
+    "{{ m.content }}<|vision_end|>\n{% endfor %}{% if add_generation_prompt %}<|vision_start|>assistant\nno thought\n{% endif %}"
+)
+
+
+def test_several_turns_of_a_reasoning_template_are_a_sample_each(tmp_path):
+    talks, _ = opened(tmp_path, template=REASONING)
+    messages = tuple(tiny.turns("q", "a", "r", "b", "s", "c"))
+    held = [Conversation(messages=messages[:2]), Conversation(messages=messages)]
+    data = chat.encode(talks, held)
+    assert [len(c.messages) for c in data.conversations] == [2, 2, 4, 6]
+    decode = talks.tokenizer.decode
+    assert [decode(s.ids[s.labels != -100]) for s in data.samples] == [f" {a}<|vision_end|>" for a in "aabc"]
+    for conversation, sample in zip(data.conversations, data.samples, strict=True):
+        (asked,) = chat.encode(talks, [conversation], prompt=True).samples
+        assert asked.ids.tolist() == sample.ids[: len(asked.ids)].tolist()
+        assert "no thought" in decode(asked.ids)
+    assert len(chat.encode(talks, held, prompt=True).samples) == 2
+    tag = replace_first(messages, "q", "<image>q")
+    parts = chat._one_answer_each(Conversation(messages=replace_first(tag, "s", "<image>s"), images=(Path("a"), Path("b"))))
+    assert [[p.name for p in c.images] for c in parts] == [["a"], ["a"], ["a", "b"]]
+
+
+def replace_first(messages, old, new):
+    return tuple(m | {"content": new if m["content"] == old else m["content"]} for m in messages)
+
+
+# Files ----------------------------------------------------------------------------------------------------------------------------------
+def with_files(tmp_path, test, train=()):
+    """An experiment on files; `test` are the lines of its test split."""
+    folder = tmp_path / "files"
+    folder.mkdir(exist_ok=True)
+    good = {"query": "one two", "response": "three"}
+    for name, lines in {"train": [good] * 4 + [*train], "valid": [good] * 4, "test": test}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return record(tmp_path, data={"folder": str(folder)}, model={"config": MODEL, "dtype": "float32"})
+
+
+def test_what_evaluation_cannot_use_is_refused_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "RUNS", tmp_path / "runs")
+    Image.new("RGB", (2010, 10)).save(tmp_path / "strip.png")
+    for test, message in (
+        ({"query": "q", "response": " . "}, r"files/test.jsonl, line 2: the last answer must hold a word to be compared with"),
+        ({"query": "<|im_end|>", "response": "a"}, r"files/test.jsonl, line 2: encode: message 0 \(user\) must not hold special tokens"),
+        (
+            {"query": "<image>", "response": "a", "image": str(tmp_path / "strip.png")},
+            r"files/test.jsonl, line 2: .*strip.png: smart_resize: the longer side must be at most 200 times the shorter",
+        ),
+    ):
+        raw = with_files(tmp_path, [{"query": "q", "response": "a"}, test])
+        (tmp_path / "toy.json").write_text(json.dumps(raw))
+        with pytest.raises(ValueError, match=message):
+            run.run(str(tmp_path / "toy.json"), log=lambda _: None)
+        assert not [*(tmp_path / "runs").rglob("*.pt")]
+
+
+def test_deep_greys_are_shown_through_the_window(tmp_path):
+    import numpy as np
+
+    for name, pixels in (("deep.png", np.full((56, 56), 1000, np.uint16)), ("plain.png", np.full((56, 56), 7, np.uint8))):
+        Image.fromarray(pixels).save(tmp_path / name)
+    lines = [{"query": "<image>", "response": "a", "image": str(tmp_path / name)} for name in ("deep.png", "plain.png")]
+    raw = with_files(tmp_path, [{"query": "q", "response": "a"}], train=lines)
+    with pytest.raises(ValueError, match=r"train.jsonl, line 5: open_image: .*deep.png: greys of more than 8 bits"):
+        tune_run.fit(config.structure(raw, Config, "test"), tmp_path / "run", lambda _: None)
+    raw["chat"]["window"] = [500, 1500]
+    cfg = config.structure(raw, Config, "test")
+    held = tune_run.read(cfg, "train")
+    model, _ = tune.init(cfg, tmp_path / "run", ["one"])
+    assert chat._opened(model.chat, held[4].images[0]).getpixel((0, 0)) == (128, 128, 128)
+    assert chat._opened(model.chat, held[5].images[0]).getpixel((0, 0)) == (7, 7, 7)  # eight bits need no window
+
+
 # Errors ---------------------------------------------------------------------------------------------------------------------------------
 BAD = [
     ({"model": {}}, "model must have either a name .* or a config"),
@@ -227,6 +385,11 @@ BAD = [
     ({"lora__targets": []}, "give either targets"),
     ({"data__phantoms__size": 10}, "size must be 56 or more, got 10"),
     ({"train__lr": 3}, "unknown key 'lr'"),
+    ({"chat__window": [3]}, r"chat.window must be \[black, white\] with black < white, got \[3.0\]"),
+    ({"chat__window": [3, 3]}, r"chat.window must be \[black, white\]"),
+    ({"chat__options": {"tokenize": True}}, "chat.options must be variables of a template, 'tokenize' is none"),
+    ({"chat__options": {"a b": 1}}, "chat.options must be variables of a template, 'a b' is none"),
+    ({"chat__repetition_penalty": -1.0}, "chat.repetition_penalty must be 0 or more"),
     (
         {"model__dtype": "bfloat16", "train__stages": [{"name": "a", "steps": 1, "lr": 1.0, "muon": 0.02, "train": ["model/.*"]}]},
         "a stage's muon needs whole float32 weights",

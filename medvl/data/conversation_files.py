@@ -94,11 +94,14 @@ def read_conversations(
     return kept
 
 
-def check_gold(conversations: Iterable[Conversation]) -> None:
-    """Raise where the last answer, with which answers are to be compared, holds no word."""
+def check_gold(conversations: Iterable[Conversation], *, every: bool = False) -> None:
+    """Raise where the last answer, with which answers are to be compared, holds no word; with `every`, where any answer does not."""
     for c in conversations:
-        if not has_words(c.messages[-1]["content"]):
-            raise ValueError(f"{c.place}: the last answer must hold a word to be compared with, got {short(c.messages[-1]['content'])}")
+        answers = [m["content"] for m in c.messages if m["role"] == "assistant"]
+        for answer in answers if every else answers[-1:]:
+            if not has_words(answer):
+                which = "each" if every else "the last"
+                raise ValueError(f"{c.place}: {which} answer must hold a word to be compared with, got {short(answer)}")
 
 
 def _records(path: Path) -> Iterator[tuple[int, str, Any]]:

@@ -475,7 +475,7 @@ def _apply(tok: Any, how: _How, messages: list[dict[str, str]], answer: bool) ->
     template = _template_of(tok, how.template)
     try:
         return tok.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=answer, **how.options)
-    except jinja2.TemplateError as e:
+    except (jinja2.TemplateError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError) as e:  # of its expressions too
         raise ValueError(f"encode: {how.name} does not take these messages: {e}") from e
 
 

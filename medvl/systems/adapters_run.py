@@ -12,7 +12,7 @@ from medvl import chat, config, embed, files, hub, lora, processes, retrieve, re
 from medvl.adapter_files import write_adapter
 from medvl.chat import Chat, Encoded
 from medvl.data import conversations, phantom_modalities, registry, vqa_rad
-from medvl.data.conversation_files import Conversation, read_conversations, read_tasks
+from medvl.data.conversation_files import Conversation, check_gold, read_conversations, read_tasks
 from medvl.data.registry import Record, Registry
 from medvl.results import Result
 from medvl.retriever import RetrieverConfig
@@ -53,9 +53,12 @@ def folder_of(cfg: Config) -> Path:
 
 
 def read(cfg: Config, split: str) -> list[Conversation]:
-    """The conversations of a split, each with its task."""
+    """The conversations of a split, each with its task; in the test split every answer holds a word, where words are compared."""
     pattern = config.fill(cfg.data.conversations, "data.conversations", folder=folder_of(cfg), split=None, task=None)
-    return read_tasks(pattern, split, key=cfg.data.task, root=cfg.data.root or None, max_images=cfg.chat.max_images)
+    conversations = read_tasks(pattern, split, key=cfg.data.task, root=cfg.data.root or None, max_images=cfg.chat.max_images)
+    if split == "test" and cfg.evaluate.rule == "strict":
+        check_gold(conversations, every=True)
+    return conversations
 
 
 def read_general(cfg: Config, split: str) -> list[Conversation]:
@@ -69,6 +72,7 @@ def read_general(cfg: Config, split: str) -> list[Conversation]:
 # Training -------------------------------------------------------------------------------------------------------------------------------
 def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[Model, Tree, Tree]:
     """Train (or go on with) the base model and an adapter for each task, and make the registry."""
+    read(cfg, "test")  # what evaluation would stop at is an error now, not after the training
     general = read_general(cfg, "train") if cfg.base else []
     held = read(cfg, "train") if cfg.train else []
     model, params = adapters.init(cfg, folder, [m["content"] for c in (*general, *held) for m in c.messages], device=_device(cfg))
@@ -274,7 +278,8 @@ def labels(cfg: Config, folder: Path, number: int = 0) -> str:
     general = read_general(cfg, "train") if cfg.base else []
     texts = [m["content"] for c in (*general, *held) for m in c.messages]
     model, _ = adapters.init(cfg, folder, texts, device=torch.device("meta"))
-    return conversations.show(model.chat.tokenizer, chat.encode(model.chat, held[number : number + 1]).samples[0])
+    samples = chat.encode(model.chat, held[number : number + 1]).samples  # of reasoning models one for each answer
+    return "\n\n".join(conversations.show(model.chat.tokenizer, sample) for sample in samples)
 
 
 def memory(cfg: Config, folder: Path, processes: int = 1) -> dict[str, dict[str, int]]:

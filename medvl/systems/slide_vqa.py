@@ -210,7 +210,7 @@ def init(
 def encode(model: Model, held: Sequence[SlideTalk], *, prompt: bool = False) -> Encoded:
     """Token ids of conversations, `slots` placeholders for each slide; those that do not fit the context are left out and counted."""
     held = [blinded(t) for t in held] if model.cfg.data.blind else list(held)
-    how: dict[str, Any] = {"placeholder": QWEN_VL, "template": model.cfg.chat.template or None}
+    how: dict[str, Any] = {"placeholder": QWEN_VL, **chat.template_of(model.cfg.chat)}
     visual = [[model.compress.slots] * len(t.slides) for t in held]
     if prompt:
         samples = [

@@ -11,10 +11,9 @@ from attrs import evolve
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-from medvl import choices, config, files, generation, plots, processes, report, slidebench, tuning
+from medvl import chat, choices, config, files, generation, plots, processes, report, slidebench, tuning
 from medvl.data import conversations, order, phantom_slide_talk
 from medvl.data.slide_questions import SlideTalk, file_digest, published_as, read_slide_talks
-from medvl.generation import Sampling
 from medvl.results import Result
 from medvl.slide_tokens import open_features, slide_tokens
 from medvl.slots import CompressConfig
@@ -296,10 +295,8 @@ def _likeliest(model: Model, weights: dict[str, Tensor], inputs: dict[str, Tenso
 
 def _generated(model: Model, weights: dict[str, Tensor], inputs: dict[str, Tensor], talks: Sequence[SlideTalk]) -> Sequence[str]:
     """The greedy text of each answer."""
-    tok = model.chat.tokenizer
-    ends = {tok.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>") if t in tok.get_vocab()} | {tok.eos_token_id}
-    how = Sampling(max_tokens=model.cfg.evaluate.max_tokens, end=tuple(sorted(e for e in ends if e is not None)))
-    return generation.generate(how, model.chat.skeleton, weights, inputs, tok=tok).texts
+    how = chat.sampling_of(model.chat, model.cfg.evaluate.max_tokens)
+    return generation.generate(how, model.chat.skeleton, weights, inputs, tok=model.chat.tokenizer).texts
 
 
 def _shuffled(held: Sequence[SlideTalk], seed: int) -> list[SlideTalk]:

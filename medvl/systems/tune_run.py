@@ -15,7 +15,7 @@ from medvl.accuracy import accuracy, by, to_results
 from medvl.answers import same_answer
 from medvl.chat import Encoded
 from medvl.data import conversations, phantom_pictures
-from medvl.data.conversation_files import Conversation, read_conversations
+from medvl.data.conversation_files import Conversation, check_gold, read_conversations
 from medvl.results import Result
 from medvl.systems import tune
 from medvl.systems.tune import Config, Model
@@ -53,8 +53,11 @@ def path(cfg: Config, name: str) -> Path:
 
 
 def read(cfg: Config, name: str) -> list[Conversation]:
-    """The conversations of a split."""
-    return read_conversations(path(cfg, name), root=cfg.data.root or None, max_images=cfg.chat.max_images)
+    """The conversations of a split; in those of the test split the last answer, which is compared, holds a word."""
+    conversations = read_conversations(path(cfg, name), root=cfg.data.root or None, max_images=cfg.chat.max_images)
+    if name == "test":
+        check_gold(conversations)
+    return conversations
 
 
 # Training -------------------------------------------------------------------------------------------------------------------------------
@@ -63,6 +66,7 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
     held = read(cfg, "train")
     model, params = tune.init(cfg, folder, [m["content"] for c in held for m in c.messages], device=processes.device(cfg.train.device))
     data, valid = chat.encode(model.chat, held), chat.encode(model.chat, read(cfg, "valid")[: cfg.train.valid or None])
+    chat.encode(model.chat, read(cfg, "test"))  # what evaluation would stop at is an error now, not after the training
     tokens = sum(len(s.ids) for s in data.samples)
     log(f"{len(data.samples)} conversations of {tokens:,} tokens; {data.refused} more are longer than the context and left out")
     if model.adapter is not None:
@@ -155,8 +159,8 @@ def labels(cfg: Config, folder: Path, number: int = 0) -> str:
     if not 0 <= number < len(held):
         raise ValueError(f"labels: sample must be below {len(held)}, got {number}")
     model, _ = tune.init(cfg, folder, [m["content"] for c in held for m in c.messages], device=torch.device("meta"))
-    data = chat.encode(model.chat, held[number : number + 1])
-    return conversations.show(model.chat.tokenizer, data.samples[0])
+    samples = chat.encode(model.chat, held[number : number + 1]).samples  # of reasoning models one for each answer
+    return "\n\n".join(conversations.show(model.chat.tokenizer, sample) for sample in samples)
 
 
 def memory(cfg: Config, folder: Path, processes: int = 1) -> dict[str, dict[str, int]]:
