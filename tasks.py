@@ -12,8 +12,25 @@ def _call(f, *args, **kwargs):
     try:
         return f(*args, **kwargs)
     except (ValueError, FloatingPointError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(str(e))
+    except OSError as e:  # a full disk, a folder that was removed meanwhile, a file that may not be read
+        _refuse(f"{e.filename}: {e.strerror}" if e.filename is not None else str(e))
+
+
+def _refuse(what):
+    print(f"error: {what}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _whole(name, text, least=0, most=2**31 - 1):
+    """A whole number from the command line. Tasks take text: what invoke itself cannot convert ends in a traceback."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = None
+    if number is None or not least <= number <= most:
+        _refuse(f"--{name} must be a whole number from {least} to {most}, got {text!r}")
+    return number
 
 
 def _explain(values):
@@ -24,8 +41,7 @@ def _explain(values):
     tasks = Collection.from_module(sys.modules[__name__])
     name = next((a for a in sys.argv if a in tasks.task_names), "")
     if flag not in ("-h", "--help"):
-        print(f"error: {name} has no option {flag}; `invoke --help {name}` lists those it has", file=sys.stderr)
-        sys.exit(2)
+        _refuse(f"{name} has no option {flag}; `invoke --help {name}` lists those it has")
     Program(namespace=tasks).run(["invoke", "--help", name])
 
 
@@ -33,8 +49,7 @@ def _needs(**given):
     """Refuse where an option that has no default was not given."""
     _explain(given.values())
     if missing := [f"--{name}" for name, value in given.items() if value is None]:
-        print(f"error: {' and '.join(missing)} must be given; add --help to see what for", file=sys.stderr)
-        sys.exit(2)
+        _refuse(f"{' and '.join(missing)} must be given; add --help to see what for")
 
 
 SET = {"exp": "name in experiments/, path of a .toml, or a run's folder", "set_": "key.path=value in TOML syntax, repeatable"}
@@ -57,19 +72,19 @@ def evaluate(c, exp, set_=None):
 
 
 @task(iterable=["set_"], help=SET | {"sample": "which training conversation, from 0"})
-def labels(c, exp, set_=None, sample=0):
+def labels(c, exp, set_=None, sample="0"):
     """Print one training conversation with the trained tokens marked."""
     from medvl.systems import run
 
-    _call(run.labels, exp, set_ or (), sample)
+    _call(run.labels, exp, set_ or (), _whole("sample", sample))
 
 
 @task(iterable=["set_"], help=SET | {"processes": "of torchrun, with as many GPUs: what each of them needs"})
-def estimate(c, exp, set_=None, processes=1):
+def estimate(c, exp, set_=None, processes="1"):
     """Print the memory that training an experiment will need, by part."""
     from medvl.systems import run
 
-    _call(run.estimate, exp, set_ or (), processes)
+    _call(run.estimate, exp, set_ or (), _whole("processes", processes, 1, 2**20))
 
 
 @task
@@ -93,12 +108,12 @@ def experiments(c):
     },
     iterable=["set_"],
 )
-def preprocess(c, source, out, exp="", set_=None, metadata="", workers=1, sheet=""):
+def preprocess(c, source, out, exp="", set_=None, metadata="", workers="1", sheet=""):
     """Bring a folder of CT scans into a store; exit status 3 when scans were rejected."""
     _needs(source=source, out=out)
     from medvl.systems import run
 
-    sys.exit(_call(run.preprocess, source, out, exp, set_ or (), metadata, workers, sheet))
+    sys.exit(_call(run.preprocess, source, out, exp, set_ or (), metadata, _whole("workers", workers, 1, 1024), sheet))
 
 
 @task(
@@ -140,12 +155,13 @@ def adapters(
     },
     iterable=["image", "set_"],
 )
-def ask(c, question, adapters="", run="", slide="", image=None, mode="", k=-1, own="", base="", out="maps", max_tokens=256, set_=None):
+def ask(c, question, adapters="", run="", slide="", image=None, mode="", k="", own="", base="", out="maps", max_tokens="256", set_=None):
     """Ask the adapters that fit a question and its images, or a run about images or a slide. Research use, not for diagnosis."""
     from medvl.systems import ask
 
-    given = {"adapters": adapters, "run": run, "slide": slide, "images": image or (), "mode": mode, "k": k, "own": own, "base": base}
-    _call(ask.ask, question, **given, out=out, max_tokens=max_tokens, overrides=set_ or ())
+    given = {"adapters": adapters, "run": run, "slide": slide, "images": image or (), "mode": mode, "own": own, "base": base}
+    given |= {"k": _whole("k", k) if k else -1, "max_tokens": _whole("max-tokens", max_tokens, 1, 2**20)}
+    _call(ask.ask, question, **given, out=out, overrides=set_ or ())
 
 
 @task(
@@ -161,12 +177,12 @@ def ask(c, question, adapters="", run="", slide="", image=None, mode="", k=-1, o
     },
     iterable=["data"],
 )
-def slides(c, action, features, data=None, out="", dims=0, encoder="", drop=False):
+def slides(c, action, features, data=None, out="", dims="0", encoder="", drop=False):
     """Audit patch features against questions before training, or pack them into one store; exit status 3 when something is wrong."""
     _needs(action=action, features=features)
     from medvl.systems import ask
 
-    sys.exit(_call(ask.slides, action, features, data or (), out, dims, encoder, drop))
+    sys.exit(_call(ask.slides, action, features, data or (), out, _whole("dims", dims, 0, 2**17), encoder, drop))
 
 
 @task(positional=[], help={"run": "run folder", "scan": "NIfTI file", "out": "write the embedding [d] to this .npy"})
@@ -203,9 +219,9 @@ def classify(c, run, scan, finding=None):
     },
     iterable=["table"],
 )
-def split(c, labels, out, sizes="valid=550,test=2489", seed=0, table=None, patient="", pattern=""):
+def split(c, labels, out, sizes="valid=550,test=2489", seed="0", table=None, patient="", pattern=""):
     """Split a label table by patient, prevalence of every finding kept."""
     _needs(labels=labels, out=out)
     from medvl.systems import run
 
-    _call(run.split, labels, out, sizes, seed, table or (), patient, pattern)
+    _call(run.split, labels, out, sizes, _whole("seed", seed, 0, 2**32 - 1), table or (), patient, pattern)

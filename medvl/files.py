@@ -83,6 +83,42 @@ def _lock(lock: Path, path: Path, wait: bool) -> int:
         os.close(handle)
 
 
+def check_text(path: PathLike) -> None:
+    """Raise where a path holds bytes that are no UTF-8: it could not be printed, or kept in a table or store."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f"{os.fspath(path)!a}: must be a name that can be written as text (UTF-8); give another") from e
+
+
+def check_place(path: PathLike, *, folder: bool = False) -> None:
+    """Raise where a file (or, so asked, files in a folder) cannot be written: before long work and not after it. Leaves nothing behind.
+
+    Raises:
+        ValueError: a folder where a file must be or the other way round, a device, something that lies under a file, a place where
+            nothing can be written, or a name that cannot be written as text.
+    """
+    path = Path(path)
+    check_text(path)
+    try:
+        kind = "folder" if path.is_dir() else "file" if path.is_file() else "device" if path.exists() else ""
+        if kind and kind != ("folder" if folder else "file"):
+            raise ValueError(f"{path}: must be a {'folder' if folder else 'file'} to write, and is a {kind}; give another name")
+        if kind == "file" and not os.access(path, os.W_OK):
+            raise ValueError(f"{path}: is there and may not be written to; give another name")
+        above = path if kind == "folder" else path.parent
+        while not os.path.lexists(above) and above != above.parent:
+            above = above.parent
+        if not above.is_dir():
+            raise ValueError(f"{path}: cannot be written, because {above} is no folder; give another place")
+        with tempfile.TemporaryFile(dir=above):
+            pass
+        if len(os.fsencode(path.name)) > 230:  # of 255, and what is being written has a longer name
+            raise ValueError(f"{path}: the name is too long")
+    except OSError as e:
+        raise ValueError(f"{path}: cannot be written ({e.strerror}); give another place") from e
+
+
 def remove_unfinished(folder: PathLike) -> None:
     """Remove what was being written anywhere in a folder when that was killed; nobody may be writing there."""
     for left in sorted(Path(folder).rglob(".*.tmp"), reverse=True):  # what lies in a folder before the folder

@@ -1,5 +1,6 @@
 """The command line: what is shown in the documentation parses, help is help, and what is missing is said in one line."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -103,3 +104,161 @@ def test_a_run_folder_is_an_experiment_wherever_it_lies(tmp_path, monkeypatch):
     for look in (lambda: run.classify(str(moved), "x.nii.gz", ()), lambda: run.embed(str(moved / "config.json"), "x.nii.gz", "e.npy")):
         with pytest.raises(ValueError, match="is a tune run; only ct_clip runs look at scans"):
             look()
+
+
+# What a user can cause ends in one sentence ---------------------------------------------------------------------------------------------
+@pytest.fixture
+def at_work(tmp_path, monkeypatch):
+    """A working folder with a file, folders where files should be, tables, features and an experiment of each fault."""
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "strange").mkdir()
+    (tmp_path / "strange" / os.fsdecode(b"S\xff.csv")).write_text("1,2\n3,4\n")
+    for folder in ("folder", "folder.h5", "folder.png", "folder.npy", "folder.toml", "scans", "features", "odd"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "scans" / "P1_a_1.nii.gz").write_bytes(b"no scan")
+    (tmp_path / "odd" / os.fsdecode(b"P\xff_a_1.nii.gz")).write_bytes(b"no scan")
+    (tmp_path / "labels.csv").write_text("VolumeName,Cyst\n" + "".join(f"train_{i}_a_1.nii.gz,{i % 2}\n" for i in range(8)))
+    (tmp_path / "features" / "S1.csv").write_text("a,b\n1,x\n")
+    (tmp_path / "asked").mkdir()
+    (tmp_path / "asked" / "config.json").write_text('{"system": "slide_vqa"}')
+    (tmp_path / "good.toml").write_text("")
+    toml = {
+        "date": "day = 2024-01-01",
+        "deep": "x = " + "[" * 5000 + "]" * 5000,
+        "list": "system = ['tune']",
+        "table": "system = {}",
+        "bytes": "system = 'tune'",
+    }
+    for name, text in toml.items():
+        (tmp_path / f"{name}.toml").write_text(text)
+    (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe\x00")
+    monkeypatch.chdir(tmp_path)
+    for variable in ("MAX_PIXELS", "MAX_NUM"):
+        monkeypatch.delenv(variable, raising=False)
+    return tmp_path
+
+
+PREPROCESS = "preprocess --source scans --out new.h5"
+SPLIT = "split --labels labels.csv --out parts --sizes valid=2,test=2"
+TUNE, CT = "--exp tune_phantom", "--exp ctclip_phantom"
+HOSTILE = [
+    (f"{PREPROCESS} --workers x", "--workers must be a whole number from 1 to 1024, got 'x'"),
+    (f"{PREPROCESS} --workers 0", "--workers must be a whole number"),
+    (f"{PREPROCESS} --workers=-1", "--workers must be a whole number"),
+    (f"{PREPROCESS} --workers 1000000", "--workers must be a whole number"),
+    (f"{PREPROCESS} --set size=[1]", "size must be () or three positive numbers"),
+    (f"{PREPROCESS} --set preset=x", "must be one of 'mm'"),
+    (f"{PREPROCESS} --set nokey=1", "unknown key 'nokey'"),
+    (f"{PREPROCESS} --set dtype=2024-01-01", "no setting is a date"),
+    (f"{PREPROCESS} --exp nosuch", "no such experiment"),
+    (f"{PREPROCESS} --metadata gone.csv", "gone.csv: no such file"),
+    (f"{PREPROCESS} --sheet folder.png", "folder.png: must be a file to write, and is a folder"),
+    (f"{PREPROCESS} --sheet file/look.png", "file is no folder"),
+    (f"{PREPROCESS} --sheet look.jpg", "sheet must end in .png"),
+    ("preprocess --source gone --out new.h5", "gone"),
+    ("preprocess --source odd --out new.h5", "UTF-8"),
+    ("preprocess --source scans --out folder", "folder: must be a file to write, and is a folder"),
+    ("preprocess --source scans --out folder.h5", "folder.h5: must be a file to write, and is a folder"),
+    ("preprocess --source scans --out file/new.h5", "file is no folder"),
+    ("preprocess --source scans --out /proc/new.h5", "/proc/new.h5: cannot be written"),
+    ("preprocess --source scans --out /dev/null", "is a device"),
+    ("preprocess --source scans --out new\udcff.h5", "written as text"),
+    ("preprocess --source scans --out file", "file"),
+    (f"{SPLIT} --seed x", "--seed must be a whole number from 0"),
+    (f"{SPLIT} --seed=-1", "--seed must be a whole number from 0"),
+    (f"{SPLIT} --table gone.csv", "gone.csv: no such file"),
+    (f"{SPLIT} --pattern (", "pattern"),
+    (f"{SPLIT} --patient nosuch", "nosuch"),
+    ("split --labels labels.csv --out file", "file: must be a folder to write, and is a file"),
+    ("split --labels labels.csv --out file/parts", "file is no folder"),
+    ("split --labels labels.csv --out /proc/parts", "cannot be written"),
+    ("split --labels labels.csv --out parts --sizes x", "sizes must be name=number"),
+    ("split --labels folder --out parts", "folder"),
+    (f"labels {TUNE} --sample x", "--sample must be a whole number"),
+    (f"labels {TUNE} --sample=-1", "--sample must be a whole number"),
+    (f"labels {CT}", "only systems that train a language model"),
+    (f"estimate {TUNE} --processes x", "--processes must be a whole number from 1"),
+    (f"estimate {TUNE} --processes 0", "--processes must be a whole number from 1"),
+    (f"estimate {CT}", "only systems that train a language model"),
+    ("ask --question q --adapters gone.toml -k x", "--k must be a whole number"),
+    ("ask --question q --adapters gone.toml --max-tokens x", "--max-tokens must be a whole number"),
+    ("ask --question q --adapters gone.toml --max-tokens 0", "--max-tokens must be a whole number"),
+    ("ask --question q --adapters gone.toml", "gone.toml"),
+    ("ask --question q --adapters folder.toml", "folder.toml"),
+    ("ask --question q --adapters good.toml --set x=1", "unknown key 'x'"),
+    ("ask --question q --adapters good.toml --set hold.host_gb=-1", "host_gb must be 0 or more"),
+    ("ask --question q --slide features/S1.csv --run gone", "gone"),
+    ("ask --question q --slide features/S1.csv --run asked --out file", "file: must be a folder to write, and is a file"),
+    ("ask --question q --slide features/S1.csv --run asked --out /proc/maps", "cannot be written"),
+    ("slides look --features features", "must be check or pack"),
+    ("slides check --features gone", "gone"),
+    ("slides check --features features --dims x", "--dims must be a whole number"),
+    ("slides check --features features --dims -5", "--dims must be a whole number from 0"),
+    ("slides check --features features --data gone.json", "gone.json"),
+    ("slides pack --features features", "needs out"),
+    ("slides pack --features strange --out new.h5", "UTF-8"),
+    ("slides pack --features features --out folder.h5", "must be a file to write, and is a folder"),
+    ("slides pack --features features --out file/new.h5", "file is no folder"),
+    ("slides pack --features features --out new.h5 --dims x", "--dims must be a whole number"),
+    ("adapters look", "must be one of build, add, list, show"),
+    ("adapters list --registry gone.toml", "gone.toml"),
+    ("adapters list --registry folder.toml", "folder.toml"),
+    ("adapters show --registry good.toml --name x", "good.toml"),
+    ("adapters build --registry folder.toml --path {task} --samples {task}", "must be a file to write, and is a folder"),
+    ("adapters build --registry file/r.toml --path {task} --samples {task}", "file is no folder"),
+    ("adapters build --registry new.toml --path x --samples y", "must hold {task}"),
+    ("adapters add --registry new.toml", "adapters add"),
+    ("adapters add --registry new.toml --name a --path folder --vector gone.npy", "gone.npy"),
+    ("embed --run gone --scan scans/P1_a_1.nii.gz --out e.npy", "gone"),
+    ("embed --run gone --scan scans/P1_a_1.nii.gz --out folder.npy", "must be a file to write, and is a folder"),
+    ("embed --run gone --scan scans/P1_a_1.nii.gz --out e.txt", "must end in .npy"),
+    ("embed --run gone --scan scans/P1_a_1.nii.gz --out file/e.npy", "file is no folder"),
+    ("classify --run gone --scan scans/P1_a_1.nii.gz", "gone"),
+    ("classify --run folder --scan gone.nii.gz", "folder"),
+    ("train --exp nosuch", "no such experiment"),
+    ("train --exp date.toml", "no setting is a date"),
+    ("train --exp deep.toml", "not valid TOML"),
+    ("train --exp list.toml", "system must be one of"),
+    ("train --exp table.toml", "system must be one of"),
+    ("train --exp bytes.toml", "cannot be read as text"),
+    ("train --exp folder.toml", "folder.toml"),
+    (f"train {CT} --set data.store={{x}}.h5", "data.store may hold {folder}, {split}, {ct}, found {x}"),
+    (f"train {CT} --set data.store={{0}}", "found {0}"),
+    (f"train {CT} --set data.impressions=2", "data.impressions must be 1 or less"),
+    (f"train {CT} --set seed", "--set needs key.path=value"),
+    (f"train {CT} --set train.stages.7.lr=1", "must be an index below 1"),
+    (f"train {CT} --set data.folder=file", "file: must be a folder to write, and is a file"),
+    (f"train {CT} --set data.folder=file/a", "file is no folder"),
+    (f"train {CT} --set data.cache=file", "file: must be a folder to write, and is a file"),
+    (f"train {TUNE} --set data.folder=/proc/data", "cannot be written"),
+    (f"evaluate {TUNE}", "no such run"),
+    ("evaluate --exp gone/config.json", "gone"),
+]
+
+
+@pytest.mark.parametrize(("command", "message"), HOSTILE, ids=[f"{i}-{command[:40]!a}" for i, (command, _) in enumerate(HOSTILE)])
+def test_what_a_user_can_cause_ends_in_one_sentence(command, message, at_work, capsys, monkeypatch):
+    before = {p: p.read_bytes() for p in at_work.rglob("*") if p.is_file()}
+    argv = ["invoke", *command.split(" ")]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit) as end:
+        Program(namespace=Collection.from_module(tasks)).run(argv)
+    shown = capsys.readouterr()
+    assert end.value.code == 2, shown
+    assert shown.err.startswith("error: "), shown.err
+    assert shown.err.count("\n") == 1, shown.err
+    assert message in shown.err
+    after = {p: p.read_bytes() for p in at_work.rglob("*") if p.is_file() and not p.name.endswith(".lock")}
+    assert after == before
+
+
+@pytest.mark.parametrize("blocked", ["runs", "runs/NAME", "runs/NAME/config.json/x", "runs/NAME/results"])
+def test_a_run_that_has_no_place_is_refused_before_anything_is_drawn(blocked, at_work):
+    _, folder = run.resolve("tune_phantom")
+    path = at_work / blocked.replace("runs/NAME", str(folder))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("")
+    with pytest.raises(ValueError, match=r"no folder; give another place|must be a f\w+ to write, and is a"):
+        run.run("tune_phantom", (), lambda line: None)
+    assert not (at_work / "data").exists()

@@ -126,6 +126,7 @@ def find_scans(source: PathLike) -> dict[str, Path]:
         found = [source.parent / row[column] for row in rows]
     paths: dict[str, Path] = {}
     for path in sorted(found):
+        files.check_text(path)
         if (other := paths.setdefault(names.volume_name(path), path)) is not path:
             raise ValueError(f"{source}: two scans are called {names.volume_name(path)!r}: {other} and {path}; rename one")
     if not paths:

@@ -231,6 +231,7 @@ def pack(
     """
     jobs: dict[str, Path] = {}
     for path in map(Path, paths):
+        files.check_text(path)
         if jobs.setdefault(slides.slide_name(path.name), path) != path:
             name = slides.slide_name(path.name)
             raise ValueError(f"pack: two files are called {name!r}: {jobs[name]} and {path}; give one of them")

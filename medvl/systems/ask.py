@@ -131,6 +131,7 @@ def ask_slide(slide: str, question: str, run: str, out: str, max_tokens: int) ->
     """Print the answer of a slide_vqa run about one slide, and write the map of where it came from."""
     if not slide:
         raise ValueError(f"ask: {run} is a slide_vqa run and needs --slide: a file of patch features, STORE.h5::NAME, or a slide's name")
+    files.check_place(out, folder=True)
     found = slide_vqa_look.look_at_slide(run, slide, question, out, max_tokens)
     print(found["answer"].strip())
     print()
@@ -148,6 +149,7 @@ def slides(action: str, features: str, data: Sequence[str], out: str, dims: int,
     if action == "pack":
         if not out:
             raise ValueError("slides pack: needs out, the store to make or go on with")
+        files.check_place(out)
         paths = [p for of in feature_files(features).values() for p in of]
         done = slide_store.pack(paths, out, dims=dims, encoder=encoder, drop=drop, progress=True)
         print(
@@ -186,6 +188,8 @@ def manage(
     Raises:
         ValueError: an unknown action, a missing or superfluous argument, and what the registry refuses.
     """
+    if action in ("build", "add"):
+        files.check_place(path)
     if action == "build":
         _build(Path(path), folder, samples, embedder, overrides)
     elif action == "add":

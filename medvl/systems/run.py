@@ -101,6 +101,7 @@ def run(exp: str, overrides: Sequence[str] = (), log: Callable[[str], None] = pr
     log = log if processes.rank() == 0 else (lambda _: None)
     start = time.monotonic()
     log(f"{folder}")
+    _check_places(cfg, folder)
     _, system = SYSTEMS[cfg.system]
     if processes.rank() == 0:
         files.remove_unfinished(folder)
@@ -130,6 +131,7 @@ def evaluate(exp: str, overrides: Sequence[str] = (), log: Callable[[str], None]
                 f"{folder}: no such run; `invoke train --exp {exp}` makes it (the same --set must be given); a run that is there "
                 "is evaluated with other data.* or evaluate.* by `--exp runs/NAME --set ...`"
             )
+        _check_places(cfg, folder)
         system.prepare(cfg, log)
         _describe(folder, cfg)
     model, params, means = system.load(folder)
@@ -148,11 +150,23 @@ def _evaluate_run(path: Path, cfg: Any, log: Callable[[str], None]) -> list[Resu
 
 
 def _assess(system: ModuleType, model: Any, params: Any, means: Any, out: Path, name: str, log: Callable[[str], None]) -> list[Result]:
+    files.check_place(out, folder=True)
     rows, page = system.assess(model, params, means, out, name)
     results.write(out / "results.jsonl", rows)
     log(page.with_suffix(".md").read_text().split("\n\nIntervals are")[0])
     log(f"report: {page}")
     return rows
+
+
+def _check_places(cfg: Any, folder: Path) -> None:
+    """Raise where a run will write and cannot: its folder, the data it draws, its cache."""
+    files.check_place(folder / "results", folder=True)
+    for name in ("config.json", "environment.json"):
+        files.check_place(folder / name)
+    if cfg.data.source != "files":
+        files.check_place(cfg.data.folder, folder=True)
+    if hasattr(cfg.data, "cache"):
+        files.check_place(cfg.data.cache, folder=True)
 
 
 def _describe(folder: Path, cfg: Any) -> None:
@@ -204,6 +218,8 @@ def preprocess(source: str, out: str, exp: str, overrides: Sequence[str], metada
     """Fill a store; returns the exit status: 0, or 3 when scans were rejected."""
     if sheet and not sheet.lower().endswith(".png"):  # a table or the store can then never be what is replaced
         raise ValueError(f"preprocess: sheet must end in .png, got {sheet!r}")
+    for path in filter(None, (out, str(ingest.rejected_csv(out)), sheet)):
+        files.check_place(path)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     base: dict[str, Any] = {}
     if exp:
@@ -226,6 +242,7 @@ def embed(folder: str, scan: str, out: str) -> None:
     """Write one scan's embedding, float32 [d], L2-normalised, to a .npy."""
     if not out.endswith(".npy"):  # a scan can then never be what is replaced
         raise ValueError(f"embed: out must end in .npy, got {out!r}")
+    files.check_place(out)
     found = ct_clip_run.look(_ct_run(folder, "embed"), scan)
     files.write_array(out, found["embedding"].numpy())
     print(f"{out}: {len(found['embedding'])} numbers")
@@ -262,6 +279,7 @@ def split(labels: str, out: str, sizes: str, seed: int, tables: Sequence[str] = 
     Raises:
         ValueError: unusable tables or sizes, two tables that would be cut into one file, an output that exists.
     """
+    files.check_place(out, folder=True)
     volumes, _, findings = reports.read_labels(labels, patient=patient)
     column = reports.read_patients((labels, *tables), patient) if patient else None
     patients = volume_names.patients_of(volumes, pattern, column)
