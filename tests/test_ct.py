@@ -34,7 +34,9 @@ def _drawn(path, shape, spacing, seed=0, low=-1300, high=1500, dtype=np.int16):
     coarse = torch.rand((1, 1, *(n // 8 + 2 for n in shape)), generator=g)
     v = F.interpolate(coarse, size=shape, mode="trilinear")[0, 0] * (high - low) * 1.6 + low * 1.6 + torch.randn(shape, generator=g) * 25
     v[: shape[0] // 3, : shape[1] // 2] = high
-    return _write(path, v.clamp(low, high).round().numpy().astype(dtype), np.diag([-spacing[0], -spacing[1], spacing[2], 1.0]))
+    affine = np.diag([-spacing[0], -spacing[1], spacing[2], 1.0])
+    affine[:3, 3] = 120, 130, -400
+    return _write(path, v.clamp(low, high).round().numpy().astype(dtype), affine)
 
 
 def _canonical(path):
@@ -274,6 +276,141 @@ def test_raw_values_padded_with_zeros_keep_their_scale(tmp_path):
     np.testing.assert_array_equal(v.voxels, preprocess(_write(tmp_path / "c.nii", hu, image.affine), SMALL).voxels)
 
 
+def _as_int16(path, voxels, affine):
+    """Floats saved as nibabel saves them in int16: with a slope and an intercept that hold their range."""
+    image = nib.Nifti1Image(voxels.astype(np.float32), affine)
+    image.set_data_dtype(np.int16)
+    nib.save(image, path)
+    return path
+
+
+LPS = np.array([[-3.0, 0, 0, 60], [0, -3.0, 0, 50], [0, 0, 5.0, -400], [0, 0, 0, 1]])
+
+
+def _chest(shape=(44, 44, 24)):
+    """HU of a drawn chest: air, skin fat, soft tissue, two lungs, a spine, and noise of 15 HU."""
+    x, y, _ = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
+    hu = np.full(shape, -995.0)
+    hu[(x / 0.9) ** 2 + (y / 0.7) ** 2 < 1] = -100
+    hu[(x / 0.8) ** 2 + (y / 0.6) ** 2 < 1] = 40
+    hu[((abs(x) - 0.4) / 0.25) ** 2 + (y / 0.4) ** 2 < 1] = -850
+    hu[x**2 + (y - 0.45) ** 2 < 0.01] = 500
+    return (hu + np.random.default_rng(0).normal(0, 15, shape)).round().astype(np.int16)
+
+
+def _mr(shape=(44, 44, 24)):
+    """Bright in the body, noise around 0 outside, where filters leave some negative values."""
+    return np.where(_chest(shape) > -300, 450.0, 5.0) + np.random.default_rng(1).normal(0, 12, shape)
+
+
+NOT_CT = {  # what is saved, from a chest in HU and an MR
+    "an MR": lambda hu, mr: mr,
+    "an MR without negative values": lambda hu, mr: mr.clip(0),
+    "an MR of mean 0 and variance 1": lambda hu, mr: (mr - mr.mean()) / mr.std(),
+    "a PET in SUV": lambda hu, mr: mr.clip(0) / 100,
+    "labels": lambda hu, mr: (hu > -200) * 3 + (hu > 100),
+    "a CT without air and lungs": lambda hu, mr: hu.clip(0, 563),
+    "HU in thousandths": lambda hu, mr: hu / 1000,
+}
+
+
+@pytest.mark.parametrize("row", [None, ROW, ROW | {"RescaleIntercept": "-10"}])
+@pytest.mark.parametrize("kind", NOT_CT)
+def test_what_is_perhaps_not_a_ct_is_refused_whatever_its_header_scales(tmp_path, kind, row):
+    voxels = NOT_CT[kind](_chest(), _mr())
+    scaled = _as_int16(tmp_path / "scaled.nii", voxels, LPS)
+    plain = tmp_path / "plain.nii"
+    nib.save(nib.Nifti1Image(voxels.astype(np.float32), LPS), plain)
+    assert nib.load(scaled).dataobj.slope != 1
+    for path in (scaled, plain):
+        with pytest.raises(ScanError, match=r"not a CT|is it a CT|was applied before"):
+            preprocess(path, SMALL, row)
+
+
+def test_a_row_of_another_modality_is_refused(tmp_path):
+    path = _write(tmp_path / "a.nii", _chest(), LPS)
+    with pytest.raises(ScanError, match=r"Modality 'PT'"):
+        preprocess(path, SMALL, ROW | {"Modality": "PT"})
+    np.testing.assert_array_equal(preprocess(path, SMALL, ROW | {"Modality": "CT"}).voxels, preprocess(path, SMALL).voxels)
+
+
+@pytest.mark.parametrize("row", [None, ROW])
+def test_floats_saved_as_int16_are_the_values_they_stand_for(tmp_path, row):
+    """HU are taken as they are. Raw values take the metadata's scale on top of the header's, and are refused without."""
+    hu = _chest()
+    nib.save(nib.Nifti1Image(hu, LPS), tmp_path / "hu.nii")
+    expected = preprocess(tmp_path / "hu.nii", SMALL, row)
+    v = preprocess(_as_int16(tmp_path / "a.nii", hu, LPS), SMALL, row)
+    assert v.hu_rule == "header"
+    assert np.abs(v.voxels - expected.voxels).max() <= 1
+    raw = _as_int16(tmp_path / "b.nii", hu + 1024.0, LPS)
+    if row is None:
+        with pytest.raises(ScanError, match=r"values under the header's scale .* start at .* they are raw"):
+            preprocess(raw, SMALL)
+        return
+    v = preprocess(raw, SMALL, row)
+    assert v.hu_rule == "header+metadata"
+    assert np.abs(v.voxels - expected.voxels).max() <= 1
+
+
+@pytest.mark.parametrize("intercept", [-1024, -8192])
+def test_a_header_that_scales_hu_again_is_refused(tmp_path, intercept):
+    hu = _chest()
+    body = np.where(hu < -300, np.int16(-1000), hu)  # air and lungs made one value
+    for voxels in (hu, body):
+        path = _write(tmp_path / "a.nii", voxels, LPS, slope=1, inter=intercept)
+        for row in (None, ROW):
+            with pytest.raises(ScanError, match=r"the header's scale 1 \* stored \+ -\d+ was applied before"):
+                preprocess(path, SMALL, row)
+        assert preprocess(path, evolve(SMALL, hu="none")).hu_rule == "none"
+
+
+def _strays(raw):
+    raw = raw.copy()
+    raw.reshape(-1)[:: raw.size // 8] = -500
+    return raw
+
+
+def _padded(raw):
+    """A round field of view in a square: the corners are padding."""
+    raw, n = raw.copy(), raw.shape[0]
+    at = np.arange(n) - (n - 1) / 2
+    raw[at[:, None] ** 2 + at**2 > (n / 2) ** 2] = -1024
+    return raw
+
+
+def _blank_ends(raw):
+    raw = raw.copy()
+    raw[..., :3], raw[..., -3:] = -1024, -1024
+    return raw
+
+
+@pytest.mark.parametrize("change", [_strays, _padded, _blank_ends, lambda raw: _strays(_padded(raw))])
+def test_few_voxels_and_padding_do_not_decide(tmp_path, change):
+    """Raw values with eight strays of -500, with -1024 outside the field of view, or slices of it first and last, are raw."""
+    hu = _chest()
+    raw = change(hu + np.int16(1024))
+    path = _write(tmp_path / "raw.nii", raw, LPS)
+    with pytest.raises(ScanError, match="they are raw"):
+        preprocess(path, SMALL)
+    v = preprocess(path, SMALL, ROW)
+    assert (v.hu_rule, v.intercept) == ("metadata", -1024.0)
+    nib.save(nib.Nifti1Image((raw - np.int16(1024)).clip(-1024), LPS), tmp_path / "hu.nii")
+    expected = preprocess(tmp_path / "hu.nii", SMALL, ROW)
+    assert expected.hu_rule == "stored"
+    assert np.abs(v.voxels - expected.voxels).max() <= 1
+    np.testing.assert_array_equal(preprocess(tmp_path / "hu.nii", SMALL).voxels, expected.voxels)
+
+
+def test_real_scans_in_hu_are_taken_so_with_any_row(shared_data):
+    """CT-RATE's fixed files are HU and their rows still list the raw scale."""
+    for path in sorted((shared_data / "ct/nifti").glob("*.nii.gz")):
+        if "mask" in path.name or "seg" in path.name or "negative" in path.name:
+            continue
+        for intercept in ("-1024", "-8192", "0"):
+            assert preprocess(path, SMALL, ROW | {"RescaleIntercept": intercept}).hu_rule == "stored"
+
+
 def test_float_and_wide_scans_equal_int16(tmp_path):
     path = _drawn(tmp_path / "a.nii", (24, 22, 20), (4, 4, 4))
     image = nib.load(path)
@@ -282,17 +419,116 @@ def test_float_and_wide_scans_equal_int16(tmp_path):
         np.testing.assert_array_equal(preprocess(tmp_path / "b.nii.gz", SMALL).voxels, preprocess(path, SMALL).voxels)
 
 
-def test_spacing_from_metadata(tmp_path):
-    """CT-RATE v1: the header has lost the spacing; the row has it as (between rows, between columns)."""
+BLANK = {  # headers that say nothing of where the axes grow to
+    "no codes": lambda voxels: nib.Nifti1Image(voxels, None),
+    "an identity, as from nibabel": lambda voxels: nib.Nifti1Image(voxels, np.eye(4)),
+    "an identity, as from ITK": lambda voxels: nib.Nifti1Image(voxels, np.diag([-1.0, -1.0, 1.0, 1.0])),
+}
+OF_CT_RATE = ROW | {"ImageOrientationPatient": "[1.0, 0.0, 0.0, 0.0, 1.0, 0.0]"}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("kind", BLANK)
+def test_axes_and_spacing_of_a_blank_header_come_from_metadata(tmp_path, kind, preset):
+    """CT-RATE v1: x grows to the left and y to posterior, as every row says; the row's spacing is (between rows, between columns)."""
     good = _drawn(tmp_path / "a.nii", (24, 22, 20), (3, 2, 4))
-    image = nib.load(good)
-    blank = nib.Nifti1Image(np.asanyarray(image.dataobj)[:, ::-1], None)  # y to anterior, as nibabel takes a header that says nothing
-    nib.save(blank, tmp_path / "b.nii")
-    v = preprocess(tmp_path / "b.nii", evolve(SMALL, spacing_from="metadata"), ROW)
-    assert v.source_spacing_mm == (4.0, 2.0, 3.0)
-    np.testing.assert_array_equal(v.voxels, preprocess(good, SMALL).voxels)
-    with pytest.raises(ScanError, match="no spacing"):
-        preprocess(tmp_path / "b.nii", SMALL)
+    nib.save(BLANK[kind](np.asanyarray(nib.load(good).dataobj)), tmp_path / "b.nii")
+    cfg = CtConfig(preset=preset, size=(20, 24, 26), dtype="int16")
+    v = preprocess(tmp_path / "b.nii", evolve(cfg, spacing_from="metadata"), OF_CT_RATE)
+    assert v.source_spacing_mm == ((4.0, 3.0, 2.0) if preset == "ctclip" else (4.0, 2.0, 3.0))
+    np.testing.assert_array_equal(v.voxels, preprocess(good, cfg).voxels)
+    for row in (None, ROW):
+        with pytest.raises(ScanError, match=r"nothing says where its axes grow to: .*ImageOrientationPatient"):
+            preprocess(tmp_path / "b.nii", evolve(cfg, spacing_from="metadata" if row else "header"), row)
+    if preset != "reference":
+        with pytest.raises(ScanError, match=r"has no spacing; set spacing_from='metadata'"):
+            preprocess(tmp_path / "b.nii", cfg, OF_CT_RATE)
+
+
+def test_a_patient_on_the_belly_is_turned_and_what_could_be_mirrored_is_refused(tmp_path):
+    """[-1, 0, 0, 0, -1, 0]: x grows to the right and y to anterior. Where the normal is not superior, the order of slices is unknown."""
+    good = _drawn(tmp_path / "a.nii", (24, 22, 20), (3, 2, 4))
+    nib.save(nib.Nifti1Image(np.asanyarray(nib.load(good).dataobj)[::-1, ::-1], None), tmp_path / "b.nii")
+    cfg = evolve(SMALL, spacing_from="metadata")
+    turned = preprocess(tmp_path / "b.nii", cfg, ROW | {"ImageOrientationPatient": r"-1\0\0\0\-1\0"})
+    np.testing.assert_array_equal(turned.voxels, preprocess(good, SMALL).voxels)
+    refused = {
+        "[-1, 0, 0, 0, 1, 0]": "could come out mirrored or sheared",
+        "[1, 0, 0, 0, 0.95, -0.312]": "could come out mirrored or sheared",  # a tilted gantry
+        "[1, 0, 0, 0, 1]": "must have six numbers in 'ImageOrientationPatient'",
+        "[1, 0, 0, 1, 0, 0]": "two unit vectors at right angles",
+        "[nan, 0, 0, 0, 1, 0]": "two unit vectors at right angles",
+    }
+    for cosines, message in refused.items():
+        with pytest.raises(ScanError, match=message):
+            preprocess(tmp_path / "b.nii", cfg, ROW | {"ImageOrientationPatient": cosines})
+
+
+def _with_forms(path, sform=None, qform=None, pixdim=None, units=None, codes=(2, 1)):
+    """A chest whose header holds these affines, each where it is given."""
+    image = nib.Nifti1Image(_chest(), LPS if sform is None else sform)
+    image.set_qform(qform, codes[1] if qform is not None else 0)
+    image.set_sform(sform, codes[0] if sform is not None else 0)
+    if pixdim is not None:
+        image.header["pixdim"][1:4] = pixdim
+    if units is not None:
+        image.header["xyzt_units"] = units
+    nib.save(image, path)
+    return path
+
+
+def _times(affine, *factors):
+    return affine @ np.diag([*factors, 1.0])
+
+
+def _sheared(degrees):
+    affine = LPS.copy()
+    affine[1, 2] = 5 * np.tan(np.radians(degrees))
+    return affine
+
+
+REVERSED = _times(LPS, 1, 1, -1)
+TURNED = nib.affines.from_matvec(np.array([[0.8, -0.6, 0], [0.6, 0.8, 0], [0, 0, 1.0]])) @ LPS
+DOUBTFUL = {  # headers that say two things, and what the one sentence gives of both
+    "a tilted gantry": (dict(sform=_sheared(18.5)), r"sheared: the axes y and z are at 108.5 degrees and must be at 90"),
+    "z too long in the sform": (
+        dict(sform=_times(LPS, 1, 1, 1.33), qform=LPS),
+        r"sform 3 x 3 x 6.65 mm along L-P-S, qform 3 x 3 x 5 mm along L-P-S",
+    ),
+    "z reversed in the sform": (dict(sform=REVERSED, qform=LPS), r"along L-P-I, qform 3 x 3 x 5 mm along L-P-S"),
+    "another spacing in pixdim": (dict(sform=LPS, pixdim=(3, 3, 3.75)), r"sform 3 x 3 x 5 mm, pixdim 3 x 3 x 3.75 mm"),
+    "micrometres that are mm": (dict(sform=LPS, units=3), r"voxels of 0.003 x 0.003 x 0.005 mm, .*xyzt_units"),
+    "metres that are mm": (dict(qform=LPS, units=1), r"voxels of 3000 x 3000 x 5000 mm"),
+    "mm that are micrometres": (dict(sform=_times(LPS, 1000, 1000, 1000)), r"voxels of 3000 x 3000 x 5000 mm"),
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("kind", DOUBTFUL)
+def test_a_header_that_contradicts_itself_is_refused_with_both_sides(tmp_path, kind, preset):
+    forms, message = DOUBTFUL[kind]
+    with pytest.raises(ScanError, match=message):
+        preprocess(_with_forms(tmp_path / "a.nii", **forms), CtConfig(preset=preset), OF_CT_RATE)
+
+
+SAME = {  # headers that say the same, in their way
+    "both forms": dict(sform=LPS, qform=LPS),
+    "the qform alone": dict(qform=LPS),
+    "forms that differ by half a percent": dict(sform=LPS, qform=_times(LPS, 1.005, 1.005, 1.005)),
+    "pixdim that was never set": dict(sform=LPS, pixdim=(1, 1, 1)),
+    "micrometres": dict(sform=np.diag([1000, 1000, 1000, 1.0]) @ LPS, units=3),
+    "metres": dict(qform=np.diag([0.001, 0.001, 0.001, 1.0]) @ LPS, units=1),
+    "a shear of half a degree": dict(sform=_sheared(0.5)),
+    "oblique": dict(sform=TURNED, qform=TURNED),
+}
+
+
+@pytest.mark.parametrize("kind", SAME)
+def test_headers_that_agree_within_one_percent_and_all_units_give_the_same_volume(tmp_path, kind):
+    expected = preprocess(_with_forms(tmp_path / "a.nii", sform=LPS), SMALL)
+    v = preprocess(_with_forms(tmp_path / "b.nii", **SAME[kind]), SMALL)
+    assert np.abs(v.voxels - expected.voxels).mean() < 0.1
+    np.testing.assert_allclose(v.source_spacing_mm, expected.source_spacing_mm, rtol=0.006)
 
 
 def test_antialias_keeps_small_bright_structures(tmp_path):

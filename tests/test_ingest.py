@@ -181,7 +181,11 @@ BROKEN = {  # what is wrong: (what the user does with it, what the message says)
         "every voxel became 1000 HU",
     ),
     "hu='header' without one": (lambda t: preprocess(_edited(t, 112, _f4(np.nan, np.nan)), evolve(SMALL, hu="header")), "needs scl_slope"),
-    "no spacing at all": (lambda t: preprocess(_scan(t / "a.nii", affine=None), SMALL), "set spacing_from='metadata'"),
+    "no spacing at all": (
+        lambda t: preprocess(_scan(t / "a.nii", affine=None), SMALL, {"ImageOrientationPatient": "[1, 0, 0, 0, 1, 0]"}),
+        "set spacing_from='metadata'",
+    ),
+    "no axes at all": (lambda t: preprocess(_scan(t / "a.nii", affine=None), SMALL), "nothing says where its axes grow to"),
     "no spacing in the metadata": (
         lambda t: preprocess(_scan(t / "a.nii"), evolve(SMALL, spacing_from="metadata"), META),
         "number in 'XYSpacing'",

@@ -19,6 +19,8 @@ LAYERS = [
         "data.scans",
         "data.slide_formats",
         "data.grids",
+        "data.hounsfield",
+        "data.metadata_table",
         "data.images",
         "data.order",
         "data.phantom_case",

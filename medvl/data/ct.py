@@ -1,11 +1,10 @@
 """From a CT scan file to a volume on a fixed grid, in Hounsfield units: `preprocess`.
 
 Output axes are [z, y, x] (preset `ctclip`: [z, x, y], as its network reads them); `Volume.axes` says where each index grows to ("SAR":
-superior, anterior, right). Here are the presets, the orientation and the way to HU; `grids` has their arithmetic.
+superior, anterior, right). Here are the presets and the orientation; `hounsfield` finds the way to HU, `grids` has the arithmetic.
 """
 
 import itertools
-import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -16,20 +15,18 @@ from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from torch import Tensor
 
 from medvl import config
-from medvl.data import grids, scans
+from medvl.data import grids, hounsfield, metadata_table, scans
+from medvl.data.hounsfield import Scale
 from medvl.data.scans import ScanError
 from medvl.files import PathLike
 
 T = TypeVar("T")
-log = logging.getLogger(__name__)
 
 HU = (-1000.0, 1000.0)  # every preset clips to this
-RESCALE = ("RescaleSlope", "RescaleIntercept")  # metadata columns, DICOM's names
-SPACING = ("XYSpacing", "ZSpacing")
+_MAX_VOXELS = 1024**3
 _SIZES = {"mm": (160, 224, 224), "reference": (160, 224, 224), "ctclip": (240, 480, 480), "merlin": (160, 224, 224)}
 _SPACINGS = {"mm": (3.0, 1.75, 1.75), "reference": (), "ctclip": (1.5, 0.75, 0.75), "merlin": (3.0, 1.5, 1.5)}
-_TISSUE = (-1100.0, 300.0)
-_PADDING = -1500.0  # stored values below are padding outside the scanner's field of view, not tissue or air
+_SAMPLED = 64  # voxels along each axis of a slice that are looked at to tell what the values are
 
 
 @frozen(kw_only=True)
@@ -44,7 +41,7 @@ class CtConfig:
         off for the other presets, whose authors did not. Measured on a real chest: two reconstructions of one scan (0.75 mm noisy, 5 mm
         smooth) differ by 25 HU on average with it and by 47 HU without; see docs/ct_preprocess.md.
     dtype: uint8 (2000 HU in 255 steps; `to_hu` is the inverse) or int16 (HU, rounded).
-    hu: where the scale to HU comes from; auto decides per scan and says so in `Volume.hu_rule`, see `_scale`.
+    hu: where the scale to HU comes from; auto decides per scan and says so in `Volume.hu_rule`, see `hounsfield.choose_scale`.
     spacing_from: metadata takes XYSpacing and ZSpacing of the metadata row, for scans whose header has lost them (CT-RATE v1).
     flip: `reference` only: y grows to posterior (its slide_b2u=False) instead of anterior (True, the default of its first release).
     """
@@ -94,43 +91,19 @@ def preprocess(path: PathLike, cfg: CtConfig = CtConfig(), metadata: Mapping[str
     """Read a NIfTI scan and bring it to HU, to `axes_of(cfg)` and to the grid of `cfg`.
 
     Args:
-        metadata: the scan's row of a metadata table, for `hu` and `spacing_from`; RescaleSlope, RescaleIntercept, XYSpacing, ZSpacing.
+        metadata: the scan's row of a metadata table: RescaleSlope and RescaleIntercept for `hu`, XYSpacing and ZSpacing for
+            `spacing_from`, ImageOrientationPatient where the header does not say where its axes grow to, Modality if it is there.
     Returns:
         the volume; where the scan does not reach it is -1000 HU. The 48 axis orders of one scan give the same bits.
     Raises:
-        ScanError: unreadable scan (`scans.read_scan`), no clear way to HU, no usable spacing, or a volume that came out as one value.
+        ScanError: unreadable scan (`scans.read_scan`), a header that contradicts itself, axes that nothing names, no clear way to HU
+            (`hounsfield.choose_scale`), no usable spacing, or a volume that came out as one value.
     """
-    with scans.open_scan(path) as (header, found):
-        perm, flips = _order(header.affine, "SAR" if cfg.flip else axes_of(cfg))
-        shape, spacing = _three(header.shape[p] for p in perm), _three(_spacing(cfg, header, metadata)[p] for p in perm)
-        try:
-            grid = _grid(cfg, shape, spacing)
-        except ValueError as e:
-            raise ScanError(f"{path}: {e}") from e
-        rule, slope, intercept, slices = _scale(cfg, header, _finite(header, _along(header, found, perm)), metadata)
-        out = np.full(size_of(cfg), 0 if cfg.dtype == "uint8" else HU[0], cfg.dtype)
-        box = out[tuple(slice(a.first, a.stop) for a in grid)]
-        turned = [a.flipped(n) if flip else a for a, n, flip in zip(grid, shape, flips, strict=True)]
-        clip = cfg.preset != "merlin"
-        grids.resample(turned, slices, lambda stored: _to_hu_(stored, slope, intercept, clip), lambda hu: _encode_(hu, cfg), box)
-    if box.min() == box.max():
-        at = to_hu(box[:1, :1, :1]).item()
-        raise ScanError(
-            f"{path}: every voxel became {at:g} HU with scale {slope:g} * stored + {intercept:g} ({rule}); "
-            "no tissue is left. Check whether the scale was applied before; hu='none' takes stored values as HU"
-        )
-    return Volume(
-        name=header.name,
-        voxels=np.ascontiguousarray(out[:, ::-1]) if cfg.flip else out,
-        axes=axes_of(cfg),
-        spacing_mm=_three(a.spacing_mm for a in grid),
-        source_spacing_mm=spacing,
-        source_shape=shape,
-        occupied=(grid[0].first, grid[0].stop),
-        hu_rule=rule,
-        slope=slope,
-        intercept=intercept,
-    )
+    volume, scale = _read_volume(path, cfg, metadata)
+    if (volume.hu_rule, volume.slope, volume.intercept) != (scale.rule, scale.slope, scale.intercept):
+        # the first slices looked like something else than the whole: read it again, the scale is known now
+        volume, _ = _read_volume(path, cfg, metadata, scale)
+    return volume
 
 
 def to_hu(voxels: Any) -> Any:
@@ -155,6 +128,12 @@ def size_of(cfg: CtConfig) -> tuple[int, int, int]:
 def axes_of(cfg: CtConfig) -> str:
     """Where the output's indices grow to: letters of R L A P S I."""
     return "SLP" if cfg.preset == "ctclip" else "SPR" if cfg.flip else "SAR"
+
+
+def metadata_columns(cfg: CtConfig) -> tuple[str, ...]:
+    """The columns that a metadata table must have for these settings, beside `VolumeName`."""
+    scale = metadata_table.RESCALE if cfg.hu in ("auto", "metadata") else ()
+    return scale + (metadata_table.SPACING if cfg.spacing_from == "metadata" else ())
 
 
 def settings_of(cfg: CtConfig) -> dict[str, Any]:
@@ -186,92 +165,151 @@ def _finite(header: scans.Header, slices: Iterator[np.ndarray]) -> Iterator[np.n
         yield s
 
 
-def _scale(
-    cfg: CtConfig, header: scans.Header, slices: Iterator[np.ndarray], metadata: Mapping[str, str] | None
-) -> tuple[str, float, float, Iterator[np.ndarray]]:
-    """(rule, slope, intercept, slices) so that HU = slope * stored + intercept. Exactly one source is used, never two.
+def _read_volume(path: PathLike, cfg: CtConfig, row: Mapping[str, str] | None, known: Scale | None = None) -> tuple[Volume, Scale]:
+    """The volume, by the scale that is known or that its first slices show; and the scale that all of it shows."""
+    with scans.open_scan(path) as (header, stored):
+        _refuse_doubt(header, row)
+        perm, flips = _order(_axes_in_patient(header, row), "SAR" if cfg.flip else axes_of(cfg))
+        source_spacing = _spacing(cfg, header, row)
+        shape, spacing = _three(header.shape[p] for p in perm), _three(source_spacing[p] for p in perm)
+        try:
+            grid = _grid(cfg, shape, spacing)
+        except ValueError as e:
+            raise ScanError(f"{path}: {e}") from e
+        sample: list[np.ndarray] = []
+        slices = _sampled(_finite(header, _along(header, stored, perm)), sample)
+        scale = known
+        if scale is None:
+            scale, slices = _first_scale(cfg, header, slices, sample, row)
+        out = np.full(size_of(cfg), 0 if cfg.dtype == "uint8" else HU[0], cfg.dtype)
+        box = out[tuple(slice(a.first, a.stop) for a in grid)]
+        turned = [a.flipped(n) if flip else a for a, n, flip in zip(grid, shape, flips, strict=True)]
+        clip = cfg.preset != "merlin"
+        slope, intercept = scale.slope, scale.intercept
+        grids.resample(turned, slices, lambda plane: _to_hu_(plane, slope, intercept, clip), lambda hu: _encode_(hu, cfg), box)
+    final = known or _scale(cfg, header, sample, row)
+    if box.min() == box.max() and final == scale:
+        at = to_hu(box[:1, :1, :1]).item()
+        raise ScanError(
+            f"{path}: every voxel became {at:g} HU with scale {scale} ({scale.rule}); "
+            "no tissue is left. Check whether the scale was applied before; hu='none' takes stored values as HU"
+        )
+    volume = Volume(
+        name=header.name,
+        voxels=np.ascontiguousarray(out[:, ::-1]) if cfg.flip else out,
+        axes=axes_of(cfg),
+        spacing_mm=_three(a.spacing_mm for a in grid),
+        source_spacing_mm=spacing,
+        source_shape=shape,
+        occupied=(grid[0].first, grid[0].stop),
+        hu_rule=scale.rule,
+        slope=slope,
+        intercept=intercept,
+    )
+    return volume, final
 
-    auto: the header's scale where it has one that is not the identity; else stored values that reach -200 are HU already (air is -1000) and
-    the metadata is left alone; else values from 0 up are raw and need the metadata's scale; what lies between is refused.
-    Slices are taken until that is certain (as a rule the first is enough) and given back in front of the rest.
-    """
+
+def _sampled(slices: Iterator[np.ndarray], sample: list[np.ndarray]) -> Iterator[np.ndarray]:
+    """The slices as they pass, with some voxels of each added to `sample`."""
+    for plane in slices:
+        rows, columns = (max(1, n // _SAMPLED) for n in plane.shape)
+        sample.append(plane[::rows, ::columns].ravel())
+        yield plane
+
+
+def _first_scale(
+    cfg: CtConfig, header: scans.Header, slices: Iterator[np.ndarray], sample: list[np.ndarray], row: Mapping[str, str] | None
+) -> tuple[Scale, Iterator[np.ndarray]]:
+    """The scale as soon as some slices show it, and all slices; mostly the first is enough, so that no scan has to be in memory."""
+    seen: list[np.ndarray] = []
+    if cfg.hu != "auto":
+        return _scale(cfg, header, sample, row), slices
+    for plane in slices:
+        seen.append(plane)
+        if len(seen) & (len(seen) - 1):  # after 1, 2, 4, 8, ... slices
+            continue
+        try:
+            return _scale(cfg, header, sample, row), itertools.chain(seen, slices)
+        except ScanError:
+            continue  # not yet, or never: then all slices say why
+    return _scale(cfg, header, sample, row), iter(seen)
+
+
+def _scale(cfg: CtConfig, header: scans.Header, sample: list[np.ndarray], row: Mapping[str, str] | None) -> Scale:
+    """The scale of `cfg.hu`; a sample without slices is not looked at."""
+    own = Scale(rule="header", slope=header.slope, intercept=header.intercept) if header.scaled else None
     if cfg.hu == "none":
-        return "none", 1.0, 0.0, slices
-    if cfg.hu == "header" and not header.scaled:
-        raise ScanError(f"{header.name}: hu='header' needs scl_slope in the header, it has none; use hu='none', 'metadata' or 'auto'")
-    if cfg.hu == "header" or (cfg.hu == "auto" and header.scaled and (header.slope, header.intercept) != (1.0, 0.0)):
-        return "header", header.slope, header.intercept, slices
-    seen, lowest = [], np.inf
-    for s in slices:
-        seen.append(s)
-        lowest = min(lowest, _lowest(s))
-        if cfg.hu == "auto" and lowest <= -200:
-            return "stored", 1.0, 0.0, itertools.chain(seen, slices)
-    if cfg.hu == "auto" and lowest < 0:
-        raise ScanError(
-            f"{header.name}: cannot tell whether stored values are HU: the lowest is {lowest:g} (HU reach -200, raw values start at 0); "
-            "is it a CT? If so set hu='none' (they are HU) or hu='metadata'"
-        )
-    if metadata is None:
-        raise ScanError(
-            f"{header.name}: needs a metadata row with {RESCALE[0]} and {RESCALE[1]}: stored values start at {lowest:g}, they are raw; "
-            "give it, or set hu='none' if they are HU"
-        )
-    slope, intercept = (_number(metadata, column, header.name) for column in RESCALE)
-    without, scaled = _plausible(seen, 1.0, 0.0), _plausible(seen, slope, intercept)
-    if scaled < without:
-        raise ScanError(
-            f"{header.name}: the metadata's scale {slope:g} * stored + {intercept:g} was applied before, or is another scan's: with it "
-            f"{scaled:.0%} of the voxels lie between {_TISSUE[0]:g} and {_TISSUE[1]:g} HU, without it {without:.0%}; "
-            "set hu='none' if stored values are HU"
-        )
-    return "metadata", slope, intercept, iter(seen)
+        return Scale(rule="none")
+    if cfg.hu == "header":
+        if own is None:
+            raise ScanError(f"{header.name}: hu='header' needs scl_slope in the header, it has none; use hu='none', 'metadata' or 'auto'")
+        return own
+    given, fault = _rescale(row)
+    if cfg.hu == "auto":
+        try:
+            return hounsfield.choose_scale(np.concatenate(sample), own, given)
+        except ValueError as e:
+            raise ScanError(f"{header.name}: {e}{fault and f'; {fault}'}") from e
+    if given is None:
+        raise ScanError(f"{header.name}: hu='metadata' needs a metadata row with {' and '.join(metadata_table.RESCALE)}; {fault}")
+    if sample:
+        try:
+            hounsfield.check_scale(np.concatenate(sample), given)
+        except ValueError as e:
+            raise ScanError(f"{header.name}: {e}") from e
+    return given
 
 
-def _lowest(plane: np.ndarray) -> float:
-    """The lowest stored value that is not padding; inf where all is."""
-    low = float(plane.min())
-    if low >= _PADDING:
-        return low
-    rest = plane[plane >= _PADDING]
-    return float(rest.min()) if rest.size else np.inf
-
-
-def _plausible(slices: list[np.ndarray], slope: float, intercept: float) -> float:
-    """The share of voxels that become air, lung, fat, water or soft tissue; every 8th voxel of every row."""
-    hu = np.stack([s[:, ::8] * slope + intercept for s in slices[::2]])
-    return float(((hu >= _TISSUE[0]) & (hu <= _TISSUE[1])).mean())
-
-
-def _number(metadata: Mapping[str, str], column: str, name: str, at: int = 0) -> float:
-    """A number of a metadata row; a list "[0.34, 0.36]" gives its entry `at`."""
-    parts = str(metadata.get(column, "")).strip().strip("[]()").split(",")
+def _rescale(row: Mapping[str, str] | None) -> tuple[Scale | None, str]:
+    """The scale of the metadata row, or why there is none."""
+    if row is None:
+        return None, ""
     try:
-        value = float(parts[at if len(parts) > 1 else 0])
-    except (ValueError, IndexError):
-        value = np.nan
-    if not np.isfinite(value):
-        raise ScanError(f"{name}: its metadata row must have a number in {column!r}, found {metadata.get(column, '(no such column)')!r}")
-    return value
+        slope, intercept = metadata_table.rescale(row)
+    except ValueError as e:
+        return None, str(e)
+    return Scale(rule="metadata", slope=slope, intercept=intercept), ""
 
 
-def _spacing(cfg: CtConfig, header: scans.Header, metadata: Mapping[str, str] | None) -> tuple[float, ...]:
+def _refuse_doubt(header: scans.Header, row: Mapping[str, str] | None) -> None:
+    modality = str((row or {}).get("Modality", "")).strip()
+    if modality not in ("", "CT"):
+        raise ScanError(f"{header.name}: its metadata row says Modality {modality!r}; only CT has Hounsfield units")
+    if header.doubt:
+        raise ScanError(f"{header.name}: {header.doubt}")
+
+
+def _spacing(cfg: CtConfig, header: scans.Header, row: Mapping[str, str] | None) -> tuple[float, ...]:
     """Spacing in mm along the axes of the file."""
     if cfg.spacing_from == "metadata":
-        if metadata is None:
-            raise ScanError(f"{header.name}: spacing_from='metadata' needs a metadata row with {' and '.join(SPACING)}")
-        # DICOM PixelSpacing is (between rows, between columns) = (y, x)
-        spacing = tuple(_number(metadata, c, header.name, at) for c, at in ((SPACING[0], 1), (SPACING[0], 0), (SPACING[1], 0)))
-        if min(spacing) <= 0:
-            raise ScanError(f"{header.name}: the metadata's spacing must be positive, found {spacing} mm")
-        return spacing
-    if not header.placed:
-        if cfg.preset != "reference" and header.spacing_mm == (1.0, 1.0, 1.0):
-            raise ScanError(
-                f"{header.name}: its header has no qform, no sform and no spacing; set spacing_from='metadata' and give the metadata row"
-            )
-        log.warning("%s: header has no qform and no sform; x is taken to grow to the left, y to anterior, z to superior", header.name)
+        if row is None:
+            raise ScanError(f"{header.name}: spacing_from='metadata' needs a metadata row with {' and '.join(metadata_table.SPACING)}")
+        try:
+            return metadata_table.spacing_mm(row)
+        except ValueError as e:
+            raise ScanError(f"{header.name}: {e}") from e
+    if not header.placed and cfg.preset != "reference" and header.spacing_mm == (1.0, 1.0, 1.0):
+        raise ScanError(f"{header.name}: its header has no spacing; set spacing_from='metadata' and give the metadata row")
     return header.spacing_mm
+
+
+def _axes_in_patient(header: scans.Header, row: Mapping[str, str] | None) -> np.ndarray:
+    """An affine [4, 4] whose columns say where the file's axes grow to: the header's, or where it names none the metadata's."""
+    if header.placed:
+        return header.affine
+    try:
+        found = metadata_table.directions(row or {})
+    except ValueError as e:
+        raise ScanError(f"{header.name}: {e}") from e
+    if found is None:
+        raise ScanError(
+            f"{header.name}: nothing says where its axes grow to: its header has no qform and no sform (or an identity without a place), "
+            f"and there is no metadata row with {metadata_table.ORIENTATION}; give one, or write the affine into the header. "
+            "A guess could mirror the patient"
+        )
+    affine = np.eye(4)
+    affine[:3, :3] = found
+    return affine
 
 
 def _order(affine: np.ndarray, axes: str) -> tuple[list[int], list[bool]]:

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from medvl import files
-from medvl.data import ct, names, store
+from medvl.data import ct, metadata_table, names, store
 from medvl.data.ct import CtConfig, Volume
 from medvl.data.scans import ScanError
 from medvl.files import PathLike
@@ -86,7 +86,7 @@ def preprocess_folder(
     out = Path(out)
     _keep_inputs(out, source, metadata_csv)
     paths = find_scans(source)
-    rows = _metadata(metadata_csv, paths)
+    rows = metadata_table.read_metadata(metadata_csv, paths, ct.metadata_columns(cfg)) if metadata_csv else None
     with files.alone(out):
         done = _room(out, paths, cfg)
         tracked = _check_sources(out, paths)
@@ -132,20 +132,6 @@ def find_scans(source: PathLike) -> dict[str, Path]:
     if not paths:
         raise ValueError(f"{source}: holds no .nii or .nii.gz file")
     return dict(sorted(paths.items()))
-
-
-def _metadata(path: PathLike, paths: dict[str, Path]) -> dict[str, dict[str, str]] | None:
-    if not path:
-        return None
-    rows: dict[str, dict[str, str]] = {}
-    for row in files.read_csv(path, ["VolumeName"]):
-        name = names.volume_name(row["VolumeName"])
-        if name in rows:
-            raise ValueError(f"{path}: has two rows for {name!r}")
-        rows[name] = row
-    if not rows.keys() & paths.keys():
-        raise ValueError(f"{path}: has a row for none of the {len(paths)} scans; it names {next(iter(rows))!r}, they {next(iter(paths))!r}")
-    return rows
 
 
 def _room(out: Path, paths: Iterable[str], cfg: CtConfig) -> set[str]:

@@ -6,6 +6,7 @@ x y z are the voxel axes as the file stores them; a `.gz` is told by its first b
 import io
 import itertools
 import logging
+import math
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from isal import isal_zlib
 from isal.igzip_lib import IsalError
 from nibabel.nifti1 import Nifti1Header
 from nibabel.nifti2 import Nifti2Header
+from nibabel.orientations import aff2axcodes
 from nibabel.spatialimages import HeaderDataError
 
 from medvl.data import names
@@ -28,6 +30,9 @@ _QUIET.addHandler(logging.NullHandler())
 
 CHUNK = 1 << 17  # compressed bytes per inflate call; its output stays in the cache: 1.15x faster than inflating the file in one call
 _MAX_RATIO = 1100  # deflate cannot shrink further than 1032:1
+_MM = {1: 1000.0, 3: 0.001}  # NIfTI's codes of metres and micrometres; 2 is mm, 0 says nothing and is read as mm
+_VOXEL_MM = (0.01, 50.0)  # what a voxel of a CT may measure; a wrong unit is a factor of 1000
+_TOLERANCE = 0.01  # of lengths and angles that a header gives twice
 _DAMAGED: Any = (OSError, IsalError)
 
 
@@ -37,7 +42,12 @@ class ScanError(ValueError):
 
 @frozen(kw_only=True)
 class Header:
-    """What the first bytes of a scan say. `scaled`: scl_slope is usable (finite and not 0); `placed`: a qform or sform is set."""
+    """What the first bytes of a scan say.
+
+    scaled: scl_slope is usable (finite and not 0).
+    placed: a qform or sform is set, and is not the identity that programs write for a scan whose place they do not know.
+    doubt: what the header says against itself about lengths and axes, one sentence; "" where all agrees.
+    """
 
     name: str
     shape: tuple[int, int, int]  # x y z
@@ -48,6 +58,7 @@ class Header:
     intercept: float
     scaled: bool
     placed: bool
+    doubt: str
 
 
 @frozen(kw_only=True, eq=False)
@@ -65,7 +76,7 @@ class Scan:
 def read_scan(path: PathLike) -> Scan:
     """Read a NIfTI-1 or -2 single file (`.nii`, `.nii.gz`), any byte order, any real scalar type.
 
-    The affine follows nibabel's rule (sform, else qform, else pixdim alone).
+    The affine follows nibabel's rule (sform, else qform, else pixdim alone), in mm whatever the unit in the header.
 
     Raises:
         ScanError: not a readable file, not NIfTI, no 3-D scalar volume of at least two slices, no usable affine or spacing, truncated, or
@@ -123,7 +134,7 @@ def _start(f: Any, path: Path) -> tuple[Header, _Stored, Iterator[bytes]]:
     while len(head) < 540 and (chunk := next(chunks, b"")):
         head += chunk
     header, stored = _parse(head, path)
-    need = stored.offset + int(np.prod(header.shape)) * stored.dtype.itemsize
+    need = stored.offset + math.prod(header.shape) * stored.dtype.itemsize
     if need > size * (_MAX_RATIO if zipped else 1):
         raise ScanError(f"{path}: is truncated: its header asks for {need} bytes{' inflated' * zipped}, the file has {size}")
     return header, stored, itertools.chain([head], chunks)
@@ -186,9 +197,12 @@ def _parse(head: bytes, path: Path) -> tuple[Header, _Stored]:
     if raw["sform_code"] <= 0:
         _positive(raw["pixdim"][1:4], path)  # before nibabel mends it
     placed = bool(raw["sform_code"] > 0 or raw["qform_code"] > 0)
+    pixdim = np.asarray(raw["pixdim"][1:4], np.float64)
+    to_mm = _MM.get(int(raw["xyzt_units"]) & 7, 1.0)
     try:
         raw.check_fix(logger=_QUIET)
-        affine = np.asarray(raw.get_best_affine(), np.float64)
+        affine = _in_mm(raw.get_best_affine(), to_mm)
+        qform = _in_mm(raw.get_qform(), to_mm) if raw["qform_code"] > 0 else None
     except HeaderDataError as e:
         raise ScanError(f"{path}: is not usable NIfTI: {e}") from e
     if not np.isfinite(affine).all():
@@ -210,9 +224,61 @@ def _parse(head: bytes, path: Path) -> tuple[Header, _Stored]:
         slope=slope if scaled else 1.0,
         intercept=intercept if scaled else 0.0,
         scaled=scaled,
-        placed=placed,
+        placed=placed and not _is_identity(affine),
+        doubt=_doubt(affine, qform, pixdim * to_mm),
     )
     return header, _Stored(dtype, int(offset))
+
+
+def _in_mm(affine: Any, to_mm: float) -> np.ndarray:
+    affine = np.array(affine, np.float64)
+    affine[:3] *= to_mm
+    return affine
+
+
+def _is_identity(affine: np.ndarray) -> bool:
+    """Whether the affine is what NIfTI or ITK programs write for an array without a place: voxels of 1 mm, the first one at 0, 0, 0."""
+    return np.array_equal(affine, np.eye(4)) or np.array_equal(affine, np.diag([-1.0, -1.0, 1.0, 1.0]))
+
+
+def _doubt(affine: np.ndarray, qform: np.ndarray | None, pixdim_mm: np.ndarray) -> str:
+    """What speaks against an affine: its own angles and lengths, a qform that says otherwise, or else other spacings in pixdim."""
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    angles = (affine[:3, :3].T @ affine[:3, :3]) / np.outer(spacing, spacing)
+    i, j = max(((0, 1), (0, 2), (1, 2)), key=lambda pair: abs(angles[pair]))
+    if abs(angles[i, j]) > _TOLERANCE:
+        degrees = math.degrees(math.acos(np.clip(angles[i, j], -1, 1)))
+        return (
+            f"its affine is sheared: the axes {'xyz'[i]} and {'xyz'[j]} are at {degrees:.1f} degrees and must be at 90 (a tilted gantry?); "
+            "resample it to right angles first (dcm2niix does so)"
+        )
+    if spacing.min() < _VOXEL_MM[0] or spacing.max() > _VOXEL_MM[1]:
+        return (
+            f"its header makes voxels of {_lengths(spacing)}, a CT's are between {_VOXEL_MM[0]:g} and {_VOXEL_MM[1]:g} mm; "
+            "are its unit (xyzt_units) and spacing right?"
+        )
+    if qform is not None:
+        other, codes = np.linalg.norm(qform[:3, :3], axis=0), (_axes(affine), _axes(qform))
+        if _differ(spacing, other) or codes[0] != codes[1]:
+            return (
+                f"its header says two things: sform {_lengths(spacing)} along {codes[0]}, qform {_lengths(other)} along {codes[1]}; "
+                "write the right one into both"
+            )
+    elif not np.array_equal(pixdim_mm, np.ones(3)) and (pixdim_mm > 0).all() and _differ(spacing, pixdim_mm):
+        return f"its header says two things: sform {_lengths(spacing)}, pixdim {_lengths(pixdim_mm)}; write the right one into both"
+    return ""
+
+
+def _differ(a: np.ndarray, b: np.ndarray) -> bool:
+    return bool((np.abs(a - b) > _TOLERANCE * np.maximum(a, b)).any())
+
+
+def _lengths(mm: np.ndarray) -> str:
+    return " x ".join(f"{value:.4g}" for value in mm) + " mm"
+
+
+def _axes(affine: np.ndarray) -> str:
+    return "-".join(aff2axcodes(affine))
 
 
 def _raw_header(head: bytes, path: Path) -> Any:
