@@ -15,6 +15,9 @@ def _call(f, *args, **kwargs):
         _refuse(str(e))
     except OSError as e:  # a full disk, a folder that was removed meanwhile, a file that may not be read
         _refuse(f"{e.filename}: {e.strerror}" if e.filename is not None else str(e))
+    except KeyboardInterrupt:
+        print("stopped; what is done is kept, the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
 
 
 def _refuse(what):

@@ -3,9 +3,11 @@
 import json
 import logging
 import math
+import os
 import pickle
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,7 +67,7 @@ def check_stage(stage: Any) -> None:
 
 
 class Stopped(SystemExit):
-    """The run was asked to stop (SIGTERM) and has saved its state; the exit status is that of a terminated process."""
+    """The run was asked to stop (SIGTERM, Ctrl-C) and has saved its state; the exit status is that of a process the signal ended."""
 
 
 def value_and_grad(loss: Loss, *, precision: str = "float32", reduce: bool = True) -> Grad:
@@ -282,8 +284,8 @@ def fit(
     """Train to `steps`, or go on from `folder/last.pt` to the same bits that an undisturbed run ends with.
 
     Writes `metrics.jsonl` (a line per logged step), `last.pt`, and `best.pt` (the state with the highest `score` that `validate` gave).
-    On SIGTERM, in whichever process, the state is saved and `Stopped` is raised; the same call goes on from there. Shards are saved whole,
-    so that any number of processes can go on.
+    On SIGTERM or Ctrl-C, in whichever process, the state is saved and `Stopped` is raised; the same call goes on from there. A second
+    Ctrl-C ends at once. Shards are saved whole, so that any number of processes can go on.
 
     Args:
         batch_at: step -> batch; a pure function, so that nothing about the data needs saving.
@@ -299,11 +301,11 @@ def fit(
     journal = _journal(folder / "metrics.jsonl", state.step)
     first = state.step
     seen: Tensor | None = None  # loss, norm of the gradient and step: the latest, or the first that were not finite
-    with _Terminated() as stop:
+    with _Interrupted() as stop:
         for i, batch in prefetch(batch_at, state.step, steps):
             state, metrics = step(state, batch)
             seen = _watched(seen, metrics, i + 1)
-            halt = _in_any(bool(stop), metrics["loss"].device)
+            halt = _in_any(stop.number > 0, metrics["loss"].device)
             due = {k: state.step == steps or (n and state.step % n == 0) for k, n in (("log", every.log), ("save", every.save))}
             check = validate is not None and (state.step == steps or (every.validate and state.step % every.validate == 0))
             if any(due.values()) or check or halt:
@@ -312,7 +314,7 @@ def fit(
             if check:
                 assert validate is not None
                 scores = validate(state)
-                halt = _in_any(bool(stop), metrics["loss"].device)
+                halt = _in_any(stop.number > 0, metrics["loss"].device)
                 line |= {f"valid_{k}": v for k, v in scores.items()}
                 if (score := _of_first(scores["score"], metrics["loss"].device)) > state.best:
                     state = evolve(state, best=score)
@@ -322,9 +324,9 @@ def fit(
                 log(line)
             if due["save"] or halt:
                 save(folder / "last.pt", state)
-            if halt and state.step < steps:
+            if halt:  # also at the last step: what comes after it, another stage or the evaluation, is not begun
                 _log.warning("stopped at step %d of %d; the same command goes on from %s", state.step, steps, folder / "last.pt")
-                raise Stopped(128 + signal.SIGTERM)
+                raise Stopped(128 + (stop.number or signal.SIGTERM))
     return state
 
 
@@ -444,27 +446,41 @@ def _journal(path: Path, step: int) -> Callable[[dict[str, float]], None]:
     return append
 
 
-class _Terminated:
-    """True once SIGTERM came in, while the block lasts (main thread only: elsewhere Python cannot catch signals)."""
+class _Interrupted:
+    """The signal, SIGTERM or SIGINT (Ctrl-C), that came in while the block lasts; 0 if none did.
+
+    The step at work is finished and saved. A second Ctrl-C ends the process at once, as it would without this block. Only the main thread
+    can catch signals; elsewhere this does nothing.
+    """
+
+    _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self) -> None:
-        self._came = False
+        self.number = 0
+        self._since = 0.0
 
-    def __bool__(self) -> bool:
-        return self._came
-
-    def __enter__(self) -> "_Terminated":
+    def __enter__(self) -> "_Interrupted":
         self._main = threading.current_thread() is threading.main_thread()
         if self._main:
-            self._before = signal.signal(signal.SIGTERM, self._note)
+            self._before = {n: signal.signal(n, self._note) for n in self._SIGNALS}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         if self._main:
-            signal.signal(signal.SIGTERM, self._before)
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+        if self.number and kind is None:  # it came in after the last step was saved
+            raise Stopped(128 + self.number)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._came = True
+        again = self.number and number == signal.SIGINT
+        # torchrun passes a Ctrl-C on to processes that the terminal has told already: that is no second one.
+        if again and not (processes.world() > 1 and time.monotonic() - self._since < 1):
+            raise KeyboardInterrupt
+        if not self.number:
+            self.number, self._since = number, time.monotonic()
+            if number == signal.SIGINT:  # not by logging: a handler may come in the middle of another line
+                os.write(2, b"\nstopping after this step, then saving; Ctrl-C again ends at once and loses what is not saved\n")
 
 
 def autocast(params: Tree, precision: str) -> torch.autocast:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from attrs import evolve
 
 from medvl import weights
 from medvl.losses import clip_loss, siglip_loss
@@ -21,6 +22,7 @@ from medvl.train import (
     Aux,
     Every,
     State,
+    Stopped,
     cached_value_and_grad,
     fit,
     make_step,
@@ -402,17 +404,61 @@ def _process(folder, steps=40):
     return subprocess.Popen([sys.executable, "-c", code, folder, str(steps)], env=env, stderr=subprocess.PIPE, text=True)
 
 
-def test_sigterm_saves_and_the_next_run_goes_on(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_next_run_goes_on(number, tmp_path):
     whole = _run(tmp_path / "whole")
     run = _process(tmp_path / "cut")
     while not (tmp_path / "cut/last.pt").exists():
         time.sleep(0.05)
-    run.terminate()
+    run.send_signal(number)
     _, said = run.communicate()
-    assert run.returncode == 128 + signal.SIGTERM
+    assert run.returncode == 128 + number
     assert "the same command goes on" in said
+    assert ("Ctrl-C again ends at once" in said) == (number == signal.SIGINT)
+    assert "Traceback" not in said
     assert 3 <= read_state(tmp_path / "cut/last.pt").step < 40
     assert _same(whole, _run(tmp_path / "cut"))
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path):
+    """The second comes while the step that was at work at the first lasts; what was saved stays."""
+    steps = []
+
+    def batch_at(i):
+        return torch.ones(3)
+
+    def step(state, batch):
+        steps.append(state.step)
+        if state.step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return evolve(state, step=state.step + 1), {"loss": torch.zeros(())}
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        fit(step, State(params={"w": torch.ones(3)}, opt={}), batch_at, steps=20, folder=tmp_path, every=Every(log=1, save=2))
+    assert steps == [0, 1, 2, 3, 4, 5]
+    assert read_state(tmp_path / "last.pt").step == 4
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("when", ["in the last step", "after it"])
+def test_a_signal_at_the_end_begins_nothing_new(when, tmp_path):
+    def step(state, batch):
+        if state.step == 3 and when == "in the last step":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evolve(state, step=state.step + 1), {"loss": torch.zeros(())}
+
+    def log(line):
+        if line["step"] == 4 and when == "after it":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    run = lambda: fit(step, State(params={"w": torch.ones(3)}, opt={}), lambda i: None, steps=4, folder=tmp_path, log=log)
+    with pytest.raises(Stopped) as stopped:
+        run()
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert read_state(tmp_path / "last.pt").step == 4
+    assert run().step == 4  # and the same call finds it done
 
 
 def test_killed_at_random_moments_ends_in_the_same_bits(tmp_path):
