@@ -105,11 +105,33 @@ def override(raw: dict[str, Any], overrides: tuple[str, ...], where: str = "reco
 def structure(raw: Any, record: type[T], where: str = "record") -> T:
     """Build `record` from plain data; unknown keys, wrong types and refused values are one ConfigError."""
     try:
-        return _converter.structure(raw, record)
+        return _converter.structure(_with_kept(raw, record), record)
     except cattrs.BaseValidationError as e:
         raise ConfigError(f"{where}: " + "; ".join(cattrs.transform_error(e, format_exception=_say))) from e
     except (ValueError, TypeError, KeyError) as e:
         raise ConfigError(f"{where}: {_say(e, None)}") from e
+
+
+def kept(default: Any) -> Any:
+    """A field of a record that is a record itself: a table that sets some of its keys keeps what `default` says of the others.
+
+    Without it they would have the defaults of the record's class. A key whose field has the metadata {"unless": KEY} is not kept where KEY
+    is set.
+    """
+    return attrs.field(default=default, metadata={"kept": True})
+
+
+def _with_kept(raw: Any, record: type) -> Any:
+    if not isinstance(raw, dict) or not attrs.has(record):
+        return raw
+    out = dict(raw)
+    for table in attrs.fields(record):
+        given = raw.get(table.name)
+        if table.metadata.get("kept") and isinstance(given, dict):
+            default = unstructure(table.default)
+            unless = {f.name: f.metadata.get("unless") for f in attrs.fields(type(table.default))}
+            out[table.name] = {key: value for key, value in default.items() if unless[key] not in given} | given
+    return out
 
 
 def unstructure(record: Any) -> Any:

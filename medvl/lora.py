@@ -27,7 +27,7 @@ class LoraConfig:
     dropout: float = 0.0
     # Names of layers, or ends of names; layers of a vision tower or projector only if `vision`. Or one regex in `pattern` for full names.
     targets: tuple[str, ...] = ()
-    pattern: str = ""  # "all-linear": every linear layer but the head
+    pattern: str = field(default="", metadata={"unless": "targets"})  # "all-linear": every linear layer but the head
     vision: bool = False
     exclude: tuple[str, ...] = ()
     rank_pattern: dict[str, int] = field(factory=dict)  # regex for the end of a name -> rank

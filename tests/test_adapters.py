@@ -390,6 +390,13 @@ def test_a_run_that_is_not_trained_to_its_end_says_how_to_go_on(trained, tmp_pat
         ask.ask("q", run=str(work))
 
 
+def test_one_key_of_lora_keeps_the_others(tmp_path):
+    raw = record(tmp_path)
+    raw["lora"] = {"rank": 4}
+    cfg = config.structure(raw, Config, "test")
+    assert (cfg.lora.rank, cfg.lora.pattern, cfg.lora.vision) == (4, "all-linear", True)
+
+
 def test_the_environment_of_other_tools_becomes_part_of_the_record(tmp_path, monkeypatch):
     (tmp_path / "toy.toml").write_text('system = "adapters"\n[model]\nname = "x"\n[pool]\nregistry = "r.toml"\n')
     monkeypatch.setenv("MAX_PIXELS", "100000")

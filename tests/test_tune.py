@@ -403,6 +403,21 @@ def test_bad_records(tmp_path, change, message):
         config.structure(record(tmp_path, **change), Config, "test")
 
 
+def test_one_key_of_lora_keeps_the_others(tmp_path):
+    raw = record(tmp_path)
+    del raw["lora"]
+    for change, want in (
+        ({"experts": 4}, {"pattern": "all-linear", "experts": 4, "targets": ()}),
+        ({"targets": ["q_proj"]}, {"pattern": "", "targets": ("q_proj",)}),
+        ({"pattern": ".*q_proj", "rank": 4}, {"pattern": ".*q_proj", "rank": 4}),
+    ):
+        cfg = config.structure(config.override(raw, [f"lora.{k}={json.dumps(v)}" for k, v in change.items()]), Config, "test")
+        assert {k: getattr(cfg.lora, k) for k in want} == want
+        assert config.structure(config.unstructure(cfg), Config, "test") == cfg  # as a run's config.json says it
+    with pytest.raises(ConfigError, match="give either targets"):
+        config.structure(config.override(raw, ('lora.targets=["q_proj"]', 'lora.pattern=".*"')), Config, "test")
+
+
 def test_what_a_stage_cannot_train(tmp_path):
     stage = lambda pattern: [{"name": "x", "steps": 1, "lr": 1.0, "train": [pattern]}]
     with pytest.raises(ValueError, match=r"stage x: pattern 'model/visual' matches no parameter"):

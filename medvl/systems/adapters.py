@@ -92,7 +92,7 @@ class Config:
     data: DataConfig = DataConfig()
     chat: ChatConfig = ChatConfig()
     base: TrainConfig | None = None  # stages that make the base model, on general conversations; None = it is used as it is
-    lora: LoraConfig = LoraConfig(pattern="all-linear", vision=True)
+    lora: LoraConfig = config.kept(LoraConfig(pattern="all-linear", vision=True))
     train: TrainConfig | None = None  # stages of each task's adapter
     pool: PoolConfig = PoolConfig()
     embed: EmbedConfig = EmbedConfig()

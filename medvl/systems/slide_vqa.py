@@ -110,7 +110,7 @@ class Config:
     hidden: int = 2048  # width inside the projector
     projector: str = ""  # a trained one, in the reference's format
     cold: bool = False  # let questions be trained although no stage before trains captions and no projector is given
-    lora: LoraConfig = LoraConfig(pattern="all-linear")
+    lora: LoraConfig = config.kept(LoraConfig(pattern="all-linear"))
     train: TrainConfig
     evaluate: EvaluateConfig = field(default=EvaluateConfig())
 

@@ -55,7 +55,7 @@ class Config:
     model: ModelConfig
     data: DataConfig = DataConfig()
     chat: ChatConfig = ChatConfig()  # a conversation whose answers do not fit its context is left out and counted
-    lora: LoraConfig = LoraConfig(pattern="all-linear")
+    lora: LoraConfig = config.kept(LoraConfig(pattern="all-linear"))
     train: TrainConfig
     evaluate: EvaluateConfig = EvaluateConfig()
 
