@@ -292,6 +292,11 @@ def save(skeleton: Skeleton, params: Mapping[str, Tensor], folder: files.PathLik
     if adapted := [n for n, w in params.items() if isinstance(w, LowRank)]:
         raise ValueError(f"save: adapters are on {few(adapted, 2)}; merge them (lora.merge) or write them apart (write_adapter)")
     packed = {n: w for n, w in params.items() if isinstance(w, quant.FourBit)}
+    if stacked := [n for n, w in packed.items() if w.dim() == 3]:
+        raise ValueError(
+            f"save: {few(stacked, 2)} are experts in 4 bits, for which no file has a place; write them out first "
+            "(weights.dense), or save the model that was quantised"
+        )
     plain = {n: w.packed if isinstance(w, quant.FourBit) else dense(w).detach().contiguous() for n, w in params.items()}
     state = _published(skeleton.module, plain, packed)
     with new_folder(folder) as tmp, _quiet():

@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ from attrs import evolve, field, frozen
 from torch import Generator, Tensor, nn
 
 from medvl import config
-from medvl.weights import Lazy, dense, low_rank
+from medvl.weights import EXPERTS, Lazy, dense, low_rank
 
 Factors = dict[str, dict[str, Tensor]]  # {module: {"a" [r, in], "b" [out, r], with experts "router" [n, in]}}
 VISION = re.compile(r"(^|\.)(visual|vision_tower|vision_model|vision_embed_tokens|multi_modal_projector|mm_projector)(\.|$)")
@@ -118,12 +119,20 @@ def adaptable(skeleton: Any) -> dict[str, str]:
 def init_lora(cfg: LoraConfig, skeleton: Any, gen: Generator, *, device: str | torch.device = "cpu") -> Adapter:
     """A new adapter, float32: it changes nothing yet (B, or an embedding's A, is zero).
 
+    A warning says how much of a mixture model "all-linear" leaves alone: the experts of a layer are one parameter, no linear layers.
     Raises:
         ValueError: as `targets`.
     Source: Hu et al. 2021 (LoRA), arXiv:2106.09685, initialised as peft does; router of H-LoRA as its A.
     """
     factors: Factors = {}
     kinds, scale = targets(cfg, skeleton), {}
+    experts = {n: p.numel() for n, p in skeleton.module.named_parameters() if p.dim() == 3 and EXPERTS.search(n)}
+    if experts and cfg.pattern == "all-linear":
+        warnings.warn(
+            f"lora: all-linear corrects no experts: {next(iter(experts))} and {len(experts) - 1} more hold "
+            f"{sum(experts.values()):,} numbers as parameters without a layer, which stay as they are",
+            stacklevel=2,
+        )
     for name, kind in kinds.items():
         shape = skeleton.module.get_parameter(f"{name}.weight").shape
         out, into = (shape[0], shape[1]) if kind == "linear" else (shape[1], shape[0])

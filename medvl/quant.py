@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -12,13 +13,14 @@ from attrs import frozen
 from torch import Tensor
 
 from medvl.rounding import Packing
-from medvl.weights import Lazy, nbytes
+from medvl.weights import EXPERTS, Lazy, nbytes
 
 # What stays as it is unless asked for: tables, heads, towers and projectors, routers.
 SKIP = (
     r"(^|\.)(embed_tokens|wte|wpe|embeddings?|shared|lm_head|classifier|head|score)\.",
     r"(^|\.)(visual|vision_tower|vision_model|vision_embed_tokens|multi_modal_projector|patch_embed)\.",
     r"(^|\.)(mlp\.gate|router|cls_token|mask_token|position_embeddings?|register_tokens)(\.weight)?$",
+    r"_bias$",  # of experts, [experts, out]
 )
 
 
@@ -46,7 +48,10 @@ class QuantConfig:
 
 
 class FourBit(Lazy):
-    """A matrix held as 4-bit codes, two in a byte, with a scale for every block. Made by `quantize`; frozen: gradients pass through it."""
+    """A matrix held as 4-bit codes, two in a byte, with a scale for every block. Made by `quantize`; frozen: gradients pass through it.
+
+    Or the matrices of all experts of a layer, [experts, out, in]: those are written out while their layer runs.
+    """
 
     _parts = ("packed", "absmax", "offset", "nested", "nested_code")
 
@@ -98,7 +103,9 @@ class _Product(torch.autograd.Function):
 
 
 def quantize(params: Mapping[str, Tensor], cfg: QuantConfig = QuantConfig()) -> dict[str, Tensor]:
-    """The params with every matrix that `cfg.skip` does not name as a `FourBit`; the rest is passed on as it is.
+    """The params with every matrix that `cfg.skip` does not name as a `FourBit`, experts of mixture models too; the rest as it is.
+
+    A warning names what has more than two axes and stays in full precision without being named in `cfg.skip`.
 
     Raises:
         ValueError: nothing to quantise, a weight that is quantised or adapted already, or of another dtype than 16- and 32-bit floats.
@@ -120,7 +127,10 @@ def quantizer(cfg: QuantConfig = QuantConfig()) -> Callable[[str, Tensor], Tenso
             return t
         if isinstance(t, Lazy):
             raise ValueError(f"quantize: {name} must be a plain tensor, got {t!r}; quantise first, adapt afterwards")
-        if t.dim() != 2 or any(p.search(name) for p in skip):
+        if t.dim() < 2 or any(p.search(name) for p in skip):
+            return t
+        if t.dim() > 2 and not (t.dim() == 3 and EXPERTS.search(name)):
+            warnings.warn(f"quantize: {name} {list(t.shape)} stays in full precision, it is neither a matrix nor of experts", stacklevel=2)
             return t
         return four_bit(t, cfg)
 
@@ -128,12 +138,12 @@ def quantizer(cfg: QuantConfig = QuantConfig()) -> Callable[[str, Tensor], Tenso
 
 
 def four_bit(t: Tensor, cfg: QuantConfig = QuantConfig()) -> Tensor:
-    """One matrix as four-bit codes, [n, m] -> `FourBit` of the same shape and dtype.
+    """One matrix [n, m], or those of all experts [e, n, m], as four-bit codes: a `FourBit` of the same shape and dtype.
 
     Raises:
         ValueError: not a float16, bfloat16 or float32 matrix, or values that are not finite.
     """
-    if t.dtype not in (torch.float16, torch.bfloat16, torch.float32) or t.dim() != 2 or not t.numel():
+    if t.dtype not in (torch.float16, torch.bfloat16, torch.float32) or t.dim() not in (2, 3) or not t.numel():
         raise ValueError(f"quantize: needs a matrix of 16- or 32-bit floats, got {list(t.shape)} {str(t.dtype)[6:]}")
     if t.is_meta:
         return _shaped(t, cfg)

@@ -1,10 +1,12 @@
 """Weights that are not plain tensors: low-rank corrections, shards, stand-ins. A forward pass uses them like any weight and knows of none.
 
-A lazy weight is a tensor subclass without storage. It answers `F.linear` and `F.embedding` (and the `addmm` of GPT-2's Conv1D) by what it
-holds; any other arithmetic is an error. Kinds nest: a low-rank correction over a 4-bit weight (`quant.FourBit`) is QLoRA.
+A lazy weight is a tensor subclass without storage. It answers `F.linear` and `F.embedding` (and the `addmm` of GPT-2's
+Conv1D) by what it holds, and the weights of all experts of a layer, [experts, out, in], what their layers do with them;
+any other arithmetic is an error. Kinds nest: a low-rank correction over a 4-bit weight (`quant.FourBit`) is QLoRA.
 """
 
 import copy
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _aten = torch.ops.aten
+EXPERTS = re.compile(r"(^|\.)experts\.\w+$")  # a parameter of a mixture model that holds the matrices of all experts of a layer
+# What layers do with such a parameter; grouped_mm has moved between versions of torch.
+_OF_EXPERTS = (
+    Tensor.transpose,
+    Tensor.__getitem__,
+    torch.bmm,
+    torch.matmul,
+    *(getattr(space, name) for space, name in ((F, "grouped_mm"), (torch, "_grouped_mm")) if hasattr(space, name)),
+)
 _COPIES = (_aten.detach.default, _aten.alias.default, _aten._to_copy.default, _aten.clone.default, _aten.view.default)
 
 
@@ -64,6 +75,8 @@ class Lazy(Tensor):
         if func is torch.addmm and len(args) == 3 and isinstance(args[2], Lazy) and not kwargs:
             return args[2].product(args[1], args[0])
         with torch._C.DisableTorchFunctionSubclass():
+            if func in _OF_EXPERTS:
+                args = [a.dense() if isinstance(a, Lazy) and a.dim() == 3 else a for a in args]
             return func(*args, **kwargs)
 
     @classmethod

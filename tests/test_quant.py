@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from medvl import hub, quant, weights
+from medvl import hub, lora, quant, weights
 from medvl.quant import QuantConfig
 
 CODE = [-1, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0]
@@ -198,3 +198,67 @@ def test_a_broken_4_bit_file_says_where(tmp_path):
     save_file(state, tmp_path / "m/model.safetensors")
     with pytest.raises(ValueError, match=r"model.layers.0.mlp.up_proj.weight: quant: a 4-bit weight lacks .absmax"):
         hub.load(tmp_path / "m", head="language")
+
+
+# Experts of mixture models --------------------------------------------------------------------------------------------------------------
+MIXTURE = tiny.TEXT | {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16}
+MIXTURES = {
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+    "mixtral": {"num_local_experts": 4},
+    "gpt_oss": {"num_local_experts": 4},
+}
+
+
+def mixture(kind, **change):
+    """A skeleton with one layer of experts, and random weights."""
+    skeleton = hub.empty_skeleton({"model_type": kind} | MIXTURE | MIXTURES[kind] | change, head="language")
+    gen = torch.Generator().manual_seed(0)
+    shapes = {n: p.shape for n, p in skeleton.module.named_parameters()}
+    return skeleton, {n: torch.randn(s, generator=gen) * 0.15 + ("norm" in n) for n, s in shapes.items()}
+
+
+def gradient(skeleton, params, name, ids):
+    leaf = params[name].clone().requires_grad_()
+    (grad,) = torch.autograd.grad(skeleton(params | {name: leaf}, ids).logits.square().sum(), leaf)
+    return grad
+
+
+@pytest.mark.parametrize("how", ["grouped_mm", "batched_mm", "eager"])
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_experts_are_quantised_and_answer_as_their_values(kind, how):
+    skeleton, params = mixture(kind, experts_implementation=how)
+    four = quant.quantize(params)
+    stacks = [n for n in four if weights.EXPERTS.search(n) and not n.endswith("_bias")]
+    assert len(stacks) == 2
+    assert all(isinstance(four[n], quant.FourBit) and four[n].dim() == 3 for n in stacks)
+    assert sum(w.numel() for w in four.values() if isinstance(w, quant.FourBit)) > 0.6 * sum(w.numel() for w in params.values())
+    plain = {n: weights.dense(w) for n, w in four.items()}
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(skeleton(four, ids).logits, skeleton(plain, ids).logits, rtol=0, atol=1e-6)
+    norm = "model.layers.0.post_attention_layernorm.weight"
+    want = gradient(skeleton, plain, norm, ids)
+    assert want.abs().max() > 0
+    torch.testing.assert_close(gradient(skeleton, four, norm, ids), want, rtol=1e-5, atol=1e-5)
+
+
+def test_quantised_experts_of_a_file_and_what_is_said_of_the_rest(tmp_path):
+    skeleton, params = mixture("qwen3_moe")
+    hub.save(skeleton, params, tmp_path / "whole")
+    again, four = hub.load(tmp_path / "whole", head="language", each=quant.quantizer())
+    want = quant.quantize(params)
+    assert hub.digest(four) == hub.digest(want)
+    with pytest.raises(ValueError, match="experts in 4 bits, for which no file has a place"):
+        hub.save(again, four, tmp_path / "four")
+    assert not (tmp_path / "four").exists()
+    shaped = quant.quantize({n: t.to("meta") for n, t in params.items()})
+    assert weights.nbytes(shaped) == weights.nbytes(want)
+    with pytest.warns(UserWarning, match=r"quantize: conv \[4, 4, 3\] stays in full precision"):
+        quant.quantize({"conv": torch.ones(4, 4, 3), "w": torch.ones(64, 64)})
+
+
+def test_all_linear_says_that_it_leaves_experts_alone(gen):
+    skeleton, _ = mixture("qwen3_moe")
+    with pytest.warns(UserWarning, match="all-linear corrects no experts: model.layers.0.mlp.experts.gate_up_proj and 1 more hold 49,152"):
+        adapter = lora.init_lora(lora.LoraConfig(pattern="all-linear"), skeleton, gen)
+    assert not [m for m in adapter.factors if "experts" in m]
