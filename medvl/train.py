@@ -48,6 +48,8 @@ class State:
     means: Tree = field(factory=dict)  # running means of Aux.means
     step: int = 0
     best: float = -float("inf")  # highest validation score so far
+    drawn: bool = False  # whether steps drew from torch's default generator, each process for its share of the batch
+    processes: int = 0  # how many trained it when it was saved; 0 = not known
 
 
 def check_stage(stage: Any) -> None:
@@ -244,8 +246,9 @@ def make_step(
     """
 
     def step(state: State, batch: Any) -> tuple[State, Batch]:
-        with _drawing(seed, state):
+        with _drawing(seed, state) as generators:
             loss, aux, grads = grad(state.params, batch)
+            drawn = state.drawn or generators.used()
         flat = flatten(grads)
         del grads  # each is let go as soon as its clipped one is there
         norm = clip_all(flat, clip)
@@ -253,10 +256,8 @@ def make_step(
         rate = max(follow, 1 / (state.step + 1))
         old = flatten(state.means)
         means = unflatten({k: torch.lerp(old.get(k, new), new, rate) for k, new in flatten(aux.means).items()})
-        return evolve(state, params=bound(params), opt=opt, means=means, step=state.step + 1), {
-            "loss": loss,
-            "grad_norm": norm,
-        } | aux.metrics
+        moved = evolve(state, params=bound(params), opt=opt, means=means, step=state.step + 1, drawn=drawn)
+        return moved, {"loss": loss, "grad_norm": norm} | aux.metrics
 
     return step
 
@@ -285,7 +286,8 @@ def fit(
 
     Writes `metrics.jsonl` (a line per logged step), `last.pt`, and `best.pt` (the state with the highest `score` that `validate` gave).
     On SIGTERM or Ctrl-C, in whichever process, the state is saved and `Stopped` is raised; the same call goes on from there. A second
-    Ctrl-C ends at once. Shards are saved whole, so that any number of processes can go on.
+    Ctrl-C ends at once. Shards are saved whole, so that any number of processes can go on, except where steps draw (dropout, noise):
+    that would be another result.
 
     Args:
         batch_at: step -> batch; a pure function, so that nothing about the data needs saving.
@@ -298,6 +300,7 @@ def fit(
     state = resume(folder, state)
     if state.step > steps:
         raise ValueError(f"{folder / 'last.pt'}: is at step {state.step}, past the {steps} asked for; remove it to train anew")
+    _check_processes(folder / "last.pt", state, steps)
     journal = _journal(folder / "metrics.jsonl", state.step)
     first = state.step
     seen: Tensor | None = None  # loss, norm of the gradient and step: the latest, or the first that were not finite
@@ -328,6 +331,16 @@ def fit(
                 _log.warning("stopped at step %d of %d; the same command goes on from %s", state.step, steps, folder / "last.pt")
                 raise Stopped(128 + (stop.number or signal.SIGTERM))
     return state
+
+
+def _check_processes(path: Path, state: State, steps: int) -> None:
+    """Refuse to go on with another number of processes where what each of them draws for its share would then be something else."""
+    same = state.processes in (0, processes.world())
+    if state.drawn and not same and state.step < steps:
+        raise ValueError(
+            f"{path}: was trained by {state.processes} processes, now there are {processes.world()}; each draws (dropout, noise) for its "
+            f"share of a batch, so the result would change: start {state.processes}, or remove the file to train anew"
+        )
 
 
 def _watched(seen: Tensor | None, metrics: Batch, step: int) -> Tensor:
@@ -374,7 +387,8 @@ def save(path: files.PathLike, state: State) -> None:
     if processes.rank() == 0:
         held = {k: trees.get(k, {}) for k in ("params", "opt", "means")}
         with files.atomic(path) as tmp:
-            torch.save(held | {"step": state.step, "best": state.best}, tmp)
+            about = {"step": state.step, "best": state.best, "drawn": state.drawn, "processes": processes.world()}
+            torch.save(held | about, tmp)
 
 
 def read_state(path: files.PathLike, device: str | torch.device = "cpu", *, mapped: bool = False) -> State:
@@ -489,16 +503,31 @@ def autocast(params: Tree, precision: str) -> torch.autocast:
     return torch.autocast("cpu" if device == "meta" else device, torch.bfloat16, enabled=precision == "bfloat16")
 
 
+class _Generators:
+    """Torch's default generators of the CPU and of a GPU, to see whether something was drawn from them since."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._before = self._states()
+
+    def _states(self) -> list[Tensor]:
+        gpu = [torch.cuda.get_rng_state(self._device)] if self._device.type == "cuda" else []
+        return [torch.get_rng_state(), *gpu]
+
+    def used(self) -> bool:
+        return not all(torch.equal(before, now) for before, now in zip(self._before, self._states(), strict=True))
+
+
 @contextmanager
-def _drawing(seed: int | None, state: State) -> Iterator[None]:
+def _drawing(seed: int | None, state: State) -> Iterator[_Generators]:
     """Torch's default generator as a function of (seed, step, process) while the block lasts."""
+    device = next(iter(flatten(state.params).values())).device
     if seed is None:
-        yield
+        yield _Generators(device)
         return
-    at = next(iter(flatten(state.params).values())).device
-    with torch.random.fork_rng(devices=[at] if at.type == "cuda" else []):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seeded(torch.device("cpu"), seed, state.step, processes.rank()).initial_seed())
-        yield
+        yield _Generators(device)
 
 
 def _summed(grads: list[Tensor], parts: float) -> list[Tensor]:

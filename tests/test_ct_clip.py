@@ -10,7 +10,7 @@ import pytest
 import torch
 from attrs import evolve
 
-from medvl import config, encode, files, hub, results, train
+from medvl import config, encode, files, hub, processes, results, train
 from medvl.data import ingest, pairs, store
 from medvl.systems import ct_clip, ct_clip_run, run
 from medvl.tree import flatten
@@ -210,6 +210,12 @@ def test_a_run_without_a_best_state_keeps_its_last(trained, tmp_path, monkeypatc
     with pytest.raises(ValueError, match=r"no validation gave a number.*the last one is .*last.pt, and train.keep"):
         ct_clip_run.fit(trained[0], tmp_path / "run", lambda line: None)
     assert train.read_state(tmp_path / "run/0-contrast/last.pt").step == 4
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "world", lambda: 4)
+    with pytest.raises(ValueError, match=r"train.batch must be a multiple of the number of processes, got 6 for 4"):
+        ct_clip_run.fit(trained[0], tmp_path)
 
 
 def test_a_patient_in_two_splits_is_refused(trained):

@@ -625,3 +625,28 @@ def test_an_update_that_overflows_is_not_saved(tmp_path):
     save(tmp_path / "last.pt", State(params={"w": torch.full((3,), float("nan"))}, opt=grow.init({}), step=1))
     with pytest.raises(ValueError, match=r"last\.pt: holds numbers that are not finite"):
         run()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_another_number_of_processes_goes_on_unless_each_of_them_draws(tmp_path, dropout):
+    """Where nothing is drawn any number of processes computes the same; masks of dropout are drawn by each process for its rows."""
+    params, optimizer = {"w": torch.ones(3)}, adamw(lambda n: Rate(lr=0.1))
+    loss = lambda p, x: ((F.dropout(p["w"], dropout) if dropout else p["w"]).sum() * x, Aux())
+
+    def train_to(steps):
+        step = make_step(value_and_grad(loss), optimizer, seed=0)
+        state = State(params=params, opt=optimizer.init(params))
+        return fit(step, state, lambda i: torch.ones(()), steps=steps, folder=tmp_path)
+
+    assert train_to(2).drawn == (dropout > 0)
+    raw = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert raw["processes"] == 1
+    torch.save(raw | {"processes": 4}, tmp_path / "last.pt")  # as four processes leave it
+    assert train_to(2).step == 2  # nothing is left to be trained
+    if not dropout:
+        assert train_to(4).step == 4
+        return
+    with pytest.raises(ValueError, match=r"last.pt: was trained by 4 processes, now there are 1; each draws .* start 4, or remove"):
+        train_to(4)
+    torch.save({k: v for k, v in raw.items() if k not in ("processes", "drawn")}, tmp_path / "last.pt")  # of an older medvl
+    assert train_to(4).step == 4

@@ -250,7 +250,16 @@ def batches(model: Model, data: pairs.Pairs, size: int, seed: int) -> Callable[[
 
 
 def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[Model, Tree, Tree]:
-    """Train (or go on with) all stages in the run folder; returns the model, its weights and the running means of the chosen state."""
+    """Train (or go on with) all stages in the run folder; returns the model, its weights and the running means of the chosen state.
+
+    Raises:
+        ValueError: a batch that processes cannot share evenly; as `ct_clip.init`, `train.fit` and `cached_features`.
+    """
+    if cfg.train.batch % processes.world():
+        raise ValueError(
+            f"train.batch must be a multiple of the number of processes, got {cfg.train.batch} for {processes.world()}; the loss compares "
+            "the rows of all of them"
+        )
     data = paired(cfg, "train", volumes(cfg, "train"))
     texts = [t for parts in data.texts for t in parts.values()]
     model, params = ct_clip.init(cfg, folder, texts)
