@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from medvl import compressor, files, hub
 from medvl.data import slide_store, slides
+from medvl.data.names import is_case
 from medvl.data.slides import Block
 from medvl.slots import CompressConfig, State
 from medvl.tree import Tree
@@ -30,7 +32,9 @@ class Features:
 
     names: tuple[str, ...]  # those that are there, as they were asked for
     missing: tuple[str, ...]
+    near: str = ""  # names that are near the first missing one, in words
     dims: int  # width of the features
+    encoder: str  # that the files say; "" where none does
     patch_size: Callable[[str], int | None] = field(repr=False)
     chunks: Callable[[str, int], Iterator[Block]] = field(repr=False)
     key: Callable[[str], str] = field(repr=False)  # says what the content is: another key is another content
@@ -41,31 +45,102 @@ def open_features(where: files.PathLike, names: Sequence[str], *, dims: int = 0)
 
     Args:
         where: a folder with one file per slide (any format of `slides`), or a store that `slide_store.pack` made.
-        names: slide ids or names of files; matched as `slides.match_slide` does.
+        names: slide ids, cases or names of files; matched as `slides.find_slides` does. A case of several slides is one bag of all patches.
     Raises:
-        ValueError: no such folder or store; a name that several files match; widths that differ, or are not `dims`.
+        ValueError: no such folder or store; a name that several files match; widths that differ, or are not `dims`; two encoders.
     """
     where, wanted = Path(where), list(dict.fromkeys(names))
     if where.is_file():
-        of = slide_store.open_slides(where)
-        index = slides.index_stems(of.names)
-        found = {n: _one(n, index.get(slides.slide_name(n), [])) for n in wanted}
-        there = {n: stem for n, stem in found.items() if stem}
-        _same_width(where, {n: of.dims for n in (*there, *of.names[:1])}, dims)
-        return Features(
-            names=tuple(there),
-            missing=tuple(n for n in wanted if n not in there),
-            dims=of.dims,
-            patch_size=lambda n: of.about(there[n]).patch_size,
-            chunks=lambda n, size: of.chunks(there[n], size),
-            key=lambda n: of.source(there[n])[1],
+        store = slide_store.open_slides(where)
+        known: Mapping[str, Sequence[Any]] = {name: [name] for name in store.names}
+        matches = _clear(slides.find_slides(wanted, known))
+        first = store.names[:1]  # its width is that of the store, also where no slide is asked for
+        widths = {name: store.dims for name in (*[n for n in wanted if matches[n].places], *first)}
+        encoders = {name: store.encoder for name in first}
+        read: dict[str, Any] = {
+            "patch_size": lambda stem: store.about(stem).patch_size,
+            "chunks": store.chunks,
+            "key": lambda stem: store.source(stem)[1],
+        }
+    else:
+        known = slides.feature_files(where)
+        matches = _clear(slides.find_slides(wanted, known, where))
+        files_of = {_label(n, match, place): place for n, match in matches.items() for place in match.places}
+        about = {label: slides.about_slide(place, dims=dims) for label, place in files_of.items()}
+        widths = {label: a.dims for label, a in about.items()}
+        encoders = {label: a.encoder for label, a in about.items()}
+        read = _file_readers(dims)
+    there = {name: match.places for name, match in matches.items() if match.places}
+    if cases := [name for name, places in there.items() if len(places) > 1]:
+        _log.warning("%s: %d cases have several slides, which are taken as one bag each, such as %s", where, len(cases), cases[0])
+    missing = tuple(n for n in wanted if n not in there)
+    found = _of_places(
+        there,
+        missing,
+        _same_width(where, widths, dims),
+        _same_encoder(where, encoders),
+        **read,
+    )
+    return evolve(found, near=slides.near_names(missing[0], known) if missing else "")
+
+
+def _label(name: str, match: slides.Match, place: Any) -> str:
+    """What an error calls the features of a name, which are several for a case."""
+    return name if len(match.places) == 1 else f"{name} ({place})"
+
+
+def _clear(matches: dict[str, slides.Match]) -> dict[str, slides.Match]:
+    """Refuse a name that could be several."""
+    for name, match in matches.items():
+        if match.clear:
+            continue
+        if len(match.stems) > 1 and not is_case(name):
+            raise ValueError(
+                f"open_features: {name} must be one slide, {len(match.stems)} match: {', '.join(match.stems[:4])}; give the full name"
+            )
+        files_of = ", ".join(map(str, match.places[:4]))
+        raise ValueError(
+            f"open_features: {name} must have one file, there are {files_of}; write the path in the questions, let data.features be the "
+            "folder of one kind, or remove all but one"
         )
-    held = slides.feature_files(where)
-    index = slides.index_stems(held)
-    stems = {n: _one(n, index.get(slides.slide_name(n), [])) for n in wanted}
-    paths = {n: _only(n, held[stem]) for n, stem in stems.items() if stem}
-    widths = {n: slides.about_slide(p, dims=dims).dims for n, p in paths.items()}
-    return _of_files(paths, tuple(n for n in wanted if n not in paths), _same_width(where, widths, dims), dims)
+    return matches
+
+
+def _of_places(
+    there: Mapping[str, Sequence[Any]],
+    missing: tuple[str, ...],
+    width: int,
+    encoder: str,
+    *,
+    patch_size: Callable[[Any], int | None],
+    chunks: Callable[[Any, int], Iterator[Block]],
+    key: Callable[[Any], str],
+) -> Features:
+    """Features of {name: where they lie}; several places are read as one slide without coordinates, which are of each slide alone."""
+
+    def read(name: str, size: int) -> Iterator[Block]:
+        places = there[name]
+        for place in places:
+            for x, xy in chunks(place, size):
+                yield x, xy if len(places) == 1 else None
+
+    return Features(
+        names=tuple(there),
+        missing=missing,
+        dims=width,
+        encoder=encoder,
+        patch_size=lambda name: patch_size(there[name][0]) if len(there[name]) == 1 else None,
+        chunks=read,
+        key=lambda name: " ".join(key(place) for place in there[name]),
+    )
+
+
+def _file_readers(dims: int) -> dict[str, Any]:
+    return {
+        "patch_size": lambda path: _patch_size(path, dims),
+        "chunks": lambda path, size: slides.chunks(path, size, dims=dims),
+        "key": _key,
+    }
 
 
 def open_slide(slide: files.PathLike, where: files.PathLike = "", *, dims: int = 0) -> Features:
@@ -81,8 +156,9 @@ def open_slide(slide: files.PathLike, where: files.PathLike = "", *, dims: int =
     written = str(slide)
     store, _, name = written.rpartition("::")
     if Path(written).is_file():
-        width = slides.about_slide(written, dims=dims).dims
-        found = _of_files({written: Path(written)}, (), _same_width(Path(written), {written: width}, dims), dims)
+        about = slides.about_slide(written, dims=dims)
+        width = _same_width(Path(written), {written: about.dims}, dims)
+        found = _of_places({written: [Path(written)]}, (), width, about.encoder, **_file_readers(dims))
     elif Path(written).exists() or not (store or where):
         raise ValueError(f"{written}: no such file; a slide is a file of patch features, or STORE.h5::NAME")
     else:
@@ -97,8 +173,7 @@ def _only_slide(where: files.PathLike, name: str, written: str, dims: int) -> Fe
         raise ValueError(f"{written}: no such file; and {where}, where a slide of that name could lie, is not there either")
     found = open_features(where, [name], dims=dims)
     if found.missing:
-        known = slide_store.open_slides(where).names if Path(where).is_file() else slides.feature_files(where)
-        raise ValueError(f"{written}: no such file, and no slide of that name in {where}{slides.near_names(name, known)}")
+        raise ValueError(f"{written}: no such file, and no slide of that name in {where}{found.near}")
     return found
 
 
@@ -110,17 +185,6 @@ def _renamed(features: Features, name: str, written: str) -> Features:
         patch_size=lambda _: features.patch_size(name),
         chunks=lambda _, size: features.chunks(name, size),
         key=lambda _: features.key(name),
-    )
-
-
-def _of_files(paths: Mapping[str, Path], missing: tuple[str, ...], width: int, dims: int) -> Features:
-    return Features(
-        names=tuple(paths),
-        missing=missing,
-        dims=width,
-        patch_size=lambda n: _patch_size(paths[n], dims),
-        chunks=lambda n, size: slides.chunks(paths[n], size, dims=dims),
-        key=lambda n: _key(paths[n]),
     )
 
 
@@ -222,18 +286,6 @@ def _patch_size(path: Path, dims: int) -> int | None:
     return size
 
 
-def _one(name: str, stems: Sequence[str]) -> str:
-    if len(stems) > 1:
-        raise ValueError(f"open_features: {name} must be one slide, {len(stems)} match: {', '.join(stems[:4])}; give the full name")
-    return stems[0] if stems else ""
-
-
-def _only(name: str, paths: Sequence[Path]) -> Path:
-    if len(paths) > 1:
-        raise ValueError(f"open_features: {name} must have one file, there are {', '.join(map(str, paths[:4]))}; remove all but one")
-    return paths[0]
-
-
 def _same_width(where: Path, widths: Mapping[str, int], dims: int) -> int:
     found = {w for w in widths.values() if w} | ({dims} if dims else set())
     if len(found) > 1:
@@ -241,3 +293,15 @@ def _same_width(where: Path, widths: Mapping[str, int], dims: int) -> int:
         said = ", ".join(f"{n} has {w}" for w, n in odd.items())
         raise ValueError(f"{where}: all slides must have features of one width{f' ({dims} wanted)' if dims else ''}, {said}")
     return next(iter(found), dims)
+
+
+def _same_encoder(where: Path, encoders: Mapping[str, str]) -> str:
+    """The encoder that all files are of which say one; of one width two encoders would mix in silence."""
+    first = dict[str, str]()
+    for name, encoder in encoders.items():
+        if encoder:
+            first.setdefault(encoder, name)
+    if len(first) > 1:
+        said = ", ".join(f"{name} is of {encoder!r}" for encoder, name in list(first.items())[:4])
+        raise ValueError(f"{where}: all slides must be of one encoder, {said}")
+    return next(iter(first), "")

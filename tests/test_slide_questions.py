@@ -6,7 +6,8 @@ from collections import Counter
 
 import pytest
 
-from medvl.data.slide_questions import DESCRIBE, case_of, check_slide_talks, file_digest, published_as, read_slide_talks
+from medvl.data.names import case_of
+from medvl.data.slide_questions import DESCRIBE, check_slide_talks, file_digest, published_as, read_slide_talks
 
 TCGA = """\ufeffID,Slide,Tumor,Broad Category,Narrow Category,Question,A,B,C,D,Answer
 0,TCGA-GV-A40G-01Z-00-DX1,BLCA,Diagnosis,Grading,"Which grade, please?",None,NA,High,,C

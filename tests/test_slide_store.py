@@ -331,7 +331,7 @@ def test_everything_that_is_wrong_is_listed(folder, tmp_path):
     text = "\n".join(describe(found))
     for line in (
         "6 of 11 slides found, 35 patches, 6 features each of uni_v1; 1 files are not asked for",
-        "2 missing: S (a.json, line 10), none (a.json, line 11)",
+        "2 missing: S (a.json, line 10) (near: S",
         "1 found more than once: S2 (",
         "2 unreadable: ",
         "1 with another number of features: wide (7)",

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -123,7 +124,7 @@ def test_which_slide_is_not_guessed(folder, store):
     with pytest.raises(ValueError, match="not a whole store"):
         open_features(place / "S3.pt", ["S0"])
     shutil.copy(place / "S0.h5", place / "more" / "S0.h5")
-    with pytest.raises(ValueError, match=r"open_features: S0 must have one file, there are .*S0.h5, .*more/S0.h5; remove all but one"):
+    with pytest.raises(ValueError, match=r"open_features: S0 must have one file, there are .*S0.h5, .*more/S0.h5; .*remove all but one"):
         open_features(place, ["S3", "S0"])
     assert open_features(place, ["S3"]).names == ("S3",)  # not asked for
     shutil.copy(place / "S0.h5", place / "S2.XY-Z.h5")
@@ -133,6 +134,39 @@ def test_which_slide_is_not_guessed(folder, store):
     slide_store.pack([place / "S2.XY-Z.h5"], store, encoder="uni_v1")
     with pytest.raises(ValueError, match=r"S2 must be one slide, 2 match: S2.AB-C, S2.XY-Z"):
         open_features(store, ["S2"])
+
+
+def test_a_case_is_one_bag_of_all_its_slides(tmp_path, caplog):
+    """WSI-VQA asks about cases; the patches of all their slides are merged, exactly as those of one slide are."""
+    case, parts = "TCGA-A2-A0YH", [features(n, D, "f2", n) for n in (9, 5)]
+    for i, x in enumerate(parts, 1):
+        write_trident(tmp_path / f"{case}-01Z-00-DX{i}.4A-UUID{i}.h5", x, grid(len(x), 512))
+    slide_store.pack(sorted(tmp_path.iterdir()), tmp_path / "packed" / "s.h5")
+    np.save(tmp_path / "one.npy", np.concatenate(parts))
+    want = slide_tokens.slide_tokens(CFG, weights(CFG), open_features(tmp_path, ["one"]), tmp_path / "tokens", chunk=4)["one"]
+    for where in (tmp_path, tmp_path / "packed" / "s.h5"):
+        caplog.clear()
+        of = open_features(where, [case])
+        assert f"{where}: 1 cases have several slides, which are taken as one bag each, such as {case}" in caplog.text
+        np.testing.assert_array_equal(whole(of, case), np.concatenate(parts))
+        assert of.patch_size(case) is None  # coordinates are of each slide alone
+        assert all(xy is None for _, xy in of.chunks(case, 4))
+        got = slide_tokens.slide_tokens(CFG, weights(CFG), of, tmp_path / "tokens", chunk=4)[case]
+        torch.testing.assert_close(got, want, rtol=2e-3, atol=1e-4)
+        caplog.clear()
+        assert open_features(where, [f"{case}-01Z-00-DX1"]).patch_size(f"{case}-01Z-00-DX1") == 512
+        assert not caplog.text
+
+
+def test_two_encoders_of_one_width_do_not_mix(tmp_path):
+    for name, encoder in (("A", "uni_v1"), ("B", "phikon_v2"), ("C", "None")):
+        write_trident(tmp_path / f"{name}.h5", features(5), grid(5))
+        with h5py.File(tmp_path / f"{name}.h5", "r+") as f:
+            f["features"].attrs["encoder"] = encoder
+    with pytest.raises(ValueError, match=r"all slides must be of one encoder, A is of 'uni_v1', B is of 'phikon_v2'"):
+        open_features(tmp_path, ["A", "B", "C"])
+    assert open_features(tmp_path, ["A", "C"]).encoder == "uni_v1"
+    assert open_features(tmp_path, ["C"]).encoder == ""
 
 
 def test_one_width(folder, store):

@@ -205,7 +205,11 @@ BAD_FILES = [
     ),
     (text("labels.csv", ("B0,valid", "A0,valid")), {}, r"labels.csv: every slide must be there once, in one split; .* the first is A0"),
     (text("labels.csv", ("A3,", "A9,")), {}, r"labels.csv: 1 slides have no features, the first is A9"),
-    (gone("features/B0.npy"), {}, r"valid.json: 1 slides have no features below .*, the first is '.*B0.npy'; `invoke slides check`"),
+    (
+        gone("features/B0.npy"),
+        {},
+        r"valid.json: 1 slides have no features below .*, the first is '.*B0.npy' \(none of 7 is near\); `invoke slides check`",
+    ),
     (text("test.csv", (",C0,", ",Z0,"), (",C1,", ",Z1,")), {}, r"test.csv: 2 slides have no features below"),
     (patches("A1.npy", np.zeros((5, 9), "f4")), {}, r"all slides must have features of one width, .*A0.npy has 8, .*A1.npy has 9"),
     (two_cuts, {}, r"A0.npy must be one slide, 2 match: A0.1111, A0.2222; give the full name"),

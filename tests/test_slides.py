@@ -584,8 +584,47 @@ def test_dx1_is_not_dx10():
         match_slide("B-DX1", stems)
     with pytest.raises(ValueError, match=r"'A' \(none of 4 is near\)"):
         match_slide("A", stems)
-    with pytest.raises(ValueError, match=r"'A-DX2' could be A-DX2, A-DX2.1; write the whole name"):
-        match_slide("A-DX2", [*stems, "A-DX2.1"])
+    assert match_slide("A-DX2", [*stems, "A-DX2.1"]) == "A-DX2"  # the whole name wins
+    with pytest.raises(ValueError, match=r"'A-DX3' could be A-DX3.1, A-DX3.2; write the whole name"):
+        match_slide("A-DX3", [*stems, "A-DX3.1", "A-DX3.2"])
+    with pytest.raises(ValueError, match=r"'a-dx1.8c' \(near: A-DX1.8C.9"):  # another case is offered, not taken
+        match_slide("a-dx1.8c", stems)
+
+
+def test_a_case_is_all_its_slides():
+    first, second, other = f"{NAME}", "TCGA-GV-A40G-01Z-00-DX2.77", "TCGA-GV-A40H-01Z-00-DX1.1"
+    known = {stem: [stem] for stem in (first, second, other)}
+    found = slides.find_slides(["TCGA-GV-A40G", "TCGA-GV-A40H", "TCGA-GV-A40", "TCGA-GV-A40G-01Z-00-DX2"], known)
+    assert [m.places for m in found.values()] == [(first, second), (other,), (), (second,)]
+    assert all(m.clear for m in found.values())
+    with pytest.raises(ValueError, match=r"'TCGA-GV-A40J' \(near: TCGA-GV-A40"):
+        match_slide("TCGA-GV-A40J", known)
+
+
+def test_paths_that_are_written_decide(tmp_path):
+    for name in ("BLCA/X.csv", "BRCA/X.csv", "h5_files/Y.8C.h5", "pt_files/Y.8C.pt", "Z.pt", "Z.h5"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    asked = {
+        "./BLCA/X.csv": "BLCA/X.csv",
+        "BRCA\\X.csv": "BRCA/X.csv",
+        "BRCA/X.h5": "BRCA/X.csv",  # of another kind, in that folder
+        "feat/BRCA/X.csv": None,
+        "X": None,
+        "h5_files/Y.h5": "h5_files/Y.8C.h5",
+        "Y": None,
+        "Z.pt": "Z.pt",
+        "Z": None,
+        str(tmp_path / "Z.h5"): "Z.h5",
+        "x" * 5000 + ".h5": None,
+    }
+    found = slides.find_slides(asked, slides.feature_files(tmp_path), tmp_path)
+    for name, path in asked.items():
+        if path is None:
+            assert len(found[name].places) != 1, name
+        else:
+            assert found[name].clear
+            assert found[name].places == (tmp_path / path,)
 
 
 def test_finding_files(tmp_path):
@@ -595,7 +634,7 @@ def test_finding_files(tmp_path):
     found = find_features(tmp_path, ["./BLCA/A-DX1.csv", "B-DX1"])
     assert found == {"./BLCA/A-DX1.csv": tmp_path / "BLCA/A-DX1.8C.h5", "B-DX1": tmp_path / "LUSC/B-DX1.pt"}
     assert list(slides.feature_files(tmp_path)) == ["A-DX1.8C", "A-DX10.4F", "B-DX1"]
-    with pytest.raises(ValueError, match=r"5 of 6 slides have no file: 'B-DX2' \(near: B-DX1\), .*'M1'.*, 'M2'.*, and M3, M4"):
+    with pytest.raises(ValueError, match=r"5 of 6 slides have no file: 'B-DX2' \(near: B-DX1.*\), .*'M1'.*, 'M2'.*, and M3, M4"):
         find_features(tmp_path, ["B-DX2", "M1", "M2", "M3", "M4", "B-DX1"])
     (tmp_path / "LUSC/A-DX1.99.h5").touch()
     (tmp_path / "LUSC/B-DX1.h5").touch()

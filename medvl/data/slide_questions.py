@@ -130,12 +130,6 @@ def published_as(digest: str) -> str:
     return _PUBLISHED.get((digest[:8], digest[-4:]), "")
 
 
-def case_of(name: str) -> str:
-    """The patient of a slide id: "TCGA-GV-A40G" of "TCGA-GV-A40G-01Z-00-DX1", any other name itself."""
-    hit = re.match(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}(?![A-Z0-9])", name)
-    return hit[0] if hit else name
-
-
 # Files ----------------------------------------------------------------------------------------------------------------------------------
 _Make = Callable[[Any, int, str], SlideTalk]
 

@@ -14,6 +14,7 @@ import torch
 from attrs import frozen
 
 from medvl.checkpoints import few
+from medvl.data.names import case_of, is_case
 from medvl.data.slide_formats import SUFFIXES, Block, Source, number_of, open_source, text_of
 from medvl.files import PathLike
 
@@ -266,29 +267,89 @@ def slide_name(name: object) -> str:
     return last
 
 
-def match_slide(name: object, stems: Iterable[str]) -> str:
-    """The stem that is the slide `name`: equal to it, or it and a dot and more, so "A-DX1" is "A-DX1.UUID" and never "A-DX10".
+@frozen(kw_only=True)
+class Match:
+    """What a name stands for among slides that are there: nothing, one, all slides of a case, or it cannot be told."""
+
+    stems: tuple[str, ...] = ()  # the slides
+    places: tuple[Any, ...] = ()  # their features: files, or names in a store
+    clear: bool = True  # False: one of these, but which is not said
+
+
+def find_slides(names: Iterable[object], known: Mapping[str, Sequence[Any]], folder: PathLike = "") -> dict[str, Match]:
+    """{name: what it stands for}, the names as texts, each once.
+
+    A name is a path of features as it is written (absolute or below `folder`); or a slide: the stem that is equal to it, else the stem
+    that is it, a dot and more ("A-DX1" is "A-DX1.UUID" and never "A-DX10"); or a TCGA case ("TCGA-GV-A40G"), which stands for all its
+    slides. Where several files would do, the folders that the name is written with decide ("BLCA/X.csv" beside "BRCA/X.csv").
 
     Args:
-        name: a path and known suffixes are taken off: `slide_name`.
+        names: known suffixes are taken off: `slide_name`.
+        known: {stem: its features}, as of `feature_files`.
+        folder: where paths begin; "" for a store, whose slides have no paths.
+    """
+    index = index_stems(known)
+    return {name: _match(name, index, known, folder) for name in map(str, names)}
+
+
+def _match(name: str, index: Mapping[str, Sequence[str]], known: Mapping[str, Sequence[Any]], folder: PathLike) -> Match:
+    written = _as_written(name, folder) if folder else None
+    if written is not None:
+        return Match(stems=(slide_name(name),), places=(written,))
+    stems = index.get(slide_name(name), [])
+    if is_case(slide_name(name)):
+        each = [_narrowed(name, known[stem]) for stem in stems]  # of every slide its one file
+        clear = all(len(places) == 1 for places in each)
+        return Match(stems=tuple(stems), places=tuple(p for places in each for p in places), clear=clear)
+    places = _narrowed(name, [p for stem in stems for p in known[stem]])
+    kept = [stem for stem in stems if any(p in places for p in known[stem])]
+    return Match(stems=tuple(kept), places=tuple(places), clear=len(places) < 2)
+
+
+def _as_written(name: str, folder: PathLike) -> Path | None:
+    """The file of features that a name is the path of."""
+    path = Path(folder, name)  # an absolute name stays as it is
+    try:
+        return path if path.suffix.lower() in SUFFIXES and path.is_file() else None
+    except OSError:  # longer than a path can be
+        return None
+
+
+def _narrowed(name: str, places: Sequence[Any]) -> list[Any]:
+    """Of several files the one whose path ends as the name is written, with its suffix or at least with its folders; else all."""
+    parts = [part for part in re.split(r"[/\\]", name) if part not in ("", ".", "..")]
+    for wanted, of in ((parts, lambda p: p.parts), (parts[:-1], lambda p: p.parent.parts)):
+        ending = [p for p in places if isinstance(p, Path) and wanted and list(of(p)[-len(wanted) :]) == wanted]
+        if len(places) > 1 and len(ending) == 1:
+            return ending
+    return list(places)
+
+
+def match_slide(name: object, stems: Iterable[str]) -> str:
+    """The one stem that is the slide `name`, as `find_slides` says it.
+
     Raises:
         ValueError: none (with near ones), or more than one.
     """
     stems = list(stems)
-    hits = index_stems(stems).get(slide_name(name), [])
-    if len(hits) != 1:
-        raise ValueError(f"match_slide: {_not_one(str(name), hits, stems)}")
-    return hits[0]
+    found = find_slides([name], {stem: [stem] for stem in stems})[str(name)]
+    if len(found.stems) != 1:
+        raise ValueError(f"match_slide: {_not_one(str(name), found.stems, stems)}")
+    return found.stems[0]
 
 
 def index_stems(stems: Iterable[str]) -> dict[str, list[str]]:
-    """{every name by which a stem can be asked for: the stems}: itself, and what stands before each of its dots."""
+    """{every name by which slides can be asked for: their stems}: a stem itself, what stands before its dots, and its TCGA case.
+
+    What is a stem itself stands for nothing else: where there are "S1" and "S1.1", "S1" is the first.
+    """
+    stems = sorted(set(stems))
     found: dict[str, list[str]] = {}
-    for stem in sorted(set(stems)):
-        ends = [*(m.start() for m in re.finditer(r"\.", stem)), len(stem)]
-        for end in ends:
-            found.setdefault(stem[:end], []).append(stem)
-    return found
+    for stem in stems:
+        shorter = {stem[: dot.start()] for dot in re.finditer(r"\.", stem)}
+        for name in sorted({*shorter, case_of(stem)}):
+            found.setdefault(name, []).append(stem)
+    return found | {stem: [stem] for stem in stems}
 
 
 def feature_files(folder: PathLike) -> dict[str, list[Path]]:
@@ -308,17 +369,16 @@ def feature_files(folder: PathLike) -> dict[str, list[Path]]:
 
 
 def find_features(folder: PathLike, names: Iterable[object]) -> dict[str, Path]:
-    """{name: its file of patch features} for names matched as by `match_slide`, anywhere below `folder`.
+    """{name: its one file of patch features} for names matched as by `find_slides`, anywhere below `folder`.
 
     Raises:
         ValueError: no such folder; or one error that tells all names without a file, with several slides, or with several files.
     """
     found = feature_files(folder)
-    index, wanted = index_stems(found), [str(n) for n in names]
-    hits = {name: index.get(slide_name(name), []) for name in wanted}
-    missing = [n for n in hits if not hits[n]]
-    several = [_not_one(n, hits[n], ()) for n in hits if len(hits[n]) > 1]
-    twice = [f"{n} ({', '.join(map(str, found[h[0]]))})" for n, h in hits.items() if len(h) == 1 and len(found[h[0]]) > 1]
+    hits = find_slides(names, found, folder)
+    missing = [n for n, hit in hits.items() if not hit.places]
+    several = [_not_one(n, hit.stems, ()) for n, hit in hits.items() if len(hit.stems) > 1]
+    twice = [f"{n} ({', '.join(map(str, hit.places))})" for n, hit in hits.items() if len(hit.stems) == 1 and len(hit.places) > 1]
     said = []
     if missing:
         said.append(f"{len(missing)} of {len(hits)} slides have no file: {few([_not_one(n, [], list(found)) for n in missing[:3]])}")
@@ -329,7 +389,7 @@ def find_features(folder: PathLike, names: Iterable[object]) -> dict[str, Path]:
         said.append(f"{len(twice)} have several files, name the folder of one kind: {few(twice, 3)}")
     if said:
         raise ValueError(f"{folder}: {'; '.join(said)}")
-    return {name: found[hits[name][0]][0] for name in wanted}
+    return {name: hit.places[0] for name, hit in hits.items()}
 
 
 def _not_one(name: str, hits: Sequence[str], stems: Sequence[str]) -> str:
@@ -341,5 +401,7 @@ def _not_one(name: str, hits: Sequence[str], stems: Sequence[str]) -> str:
 def near_names(name: str, stems: Iterable[str]) -> str:
     """What an error says of a slide that is not there: " (near: A, B)", or that none of so many is near."""
     stems = list(stems)
-    near = difflib.get_close_matches(slide_name(name), stems, 3)
-    return f" (near: {', '.join(near)})" if near else f" (none of {len(stems)} is near)"
+    names = {asked.casefold(): hits for asked, hits in index_stems(stems).items()}  # upper and lower case are a near miss, not a match
+    near = difflib.get_close_matches(slide_name(name).casefold(), names, 3)
+    said = list(dict.fromkeys(stem for close in near for stem in names[close]))[:3]
+    return f" (near: {', '.join(said)})" if said else f" (none of {len(stems)} is near)"

@@ -49,7 +49,7 @@ def prepare(cfg: Config, log: Callable[[str], None] = print) -> None:
         if of.missing and (what != "test" or not (of.names or cfg.data.blind)):
             raise ValueError(
                 f"{path(cfg, what)}: {len(of.missing)} slides have no features below {path(cfg, 'features')}, the first is "
-                f"{of.missing[0]!r}; `invoke slides check` lists all"
+                f"{of.missing[0]!r}{of.near}; `invoke slides check` lists all"
             )
         if what == "test" and cfg.evaluate.shuffled and not cfg.data.blind:
             _shuffled(held, cfg.seed)  # refuses what it cannot shuffle
