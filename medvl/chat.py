@@ -440,10 +440,15 @@ def save_chat(chat: Chat, params: Mapping[str, Tensor], folder: PathLike) -> Non
     """
     with new_folder(folder) as tmp:
         hub.save(chat.skeleton, params, tmp)
-        tokenizer = copy.deepcopy(chat.tokenizer)
-        tokenizer.chat_template = conversations.template_text(tokenizer, chat.cfg.template or None, chat.cfg.options)
-        tokenizer.save_pretrained(tmp)
+        save_tokenizer(chat, tmp)
         if isinstance(chat.eyes, qwen_vl.ImageConfig):
             write_text(tmp / "preprocessor_config.json", json.dumps(qwen_vl.to_raw(chat.eyes), indent=1) + "\n")
         elif isinstance(chat.eyes, intern_vl.TileConfig):
             write_text(tmp / "preprocessor_config.json", json.dumps(intern_vl.to_raw(chat.eyes), indent=1) + "\n")
+
+
+def save_tokenizer(chat: Chat, folder: Path) -> None:
+    """Write the tokenizer with the chat template that conversations are encoded with, chat.options in it as what it falls back to."""
+    tokenizer = copy.deepcopy(chat.tokenizer)
+    tokenizer.chat_template = conversations.template_text(tokenizer, chat.cfg.template or None, chat.cfg.options)
+    tokenizer.save_pretrained(folder)

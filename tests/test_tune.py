@@ -10,7 +10,7 @@ import torch
 from attrs import evolve
 from PIL import Image
 
-from medvl import chat, config, hub, lora, train, tuning, weights
+from medvl import chat, config, hub, lora, train, tuning, vlm, weights
 from medvl.config import ConfigError
 from medvl.data import phantom_pictures
 from medvl.data.conversation_files import Conversation
@@ -113,6 +113,50 @@ def test_a_run_from_pictures_to_a_report(tmp_path, monkeypatch, capsys):
     (folder / "1-lora/last.pt").unlink()
     with pytest.raises(ValueError, match=r"1-lora/last\.pt: no such checkpoint; train first"):
         ask.ask("q", run=str(folder), images=[image])
+
+
+def test_a_run_leaves_what_transformers_and_peft_open(tmp_path):
+    import peft
+    from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+    cfg = built(tmp_path)
+    lines = list[str]()
+    model, params, _ = tune_run.fit(cfg, tmp_path / "run", lines.append)
+    assert [line for line in lines if str(tmp_path / "run/model") in line]
+    base = AutoModelForImageTextToText.from_pretrained(tmp_path / "run/model").eval()
+    peer = peft.PeftModel.from_pretrained(base, str(tmp_path / "run/adapter"))
+    ids = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        want = peer(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        got = model.chat.skeleton(tune.weights_of(model, params), **vlm.arguments(model.chat.skeleton, {"ids": ids})).logits
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert max(float(f["b"].abs().max()) for f in params["lora"].values()) > 0
+    for name in ("model", "adapter"):
+        tok = AutoTokenizer.from_pretrained(tmp_path / "run" / name)
+        assert tok.chat_template == model.chat.tokenizer.chat_template
+    config_ = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
+    assert config_["base_model_name_or_path"] == str(tmp_path / "run/model")
+    assert "eos_token_id" in json.loads((tmp_path / "run/model/generation_config.json").read_text())
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.parent.name in ("model", "adapter")}
+    tune_run.fit(cfg, tmp_path / "run", lines.append)
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.parent.name in ("model", "adapter")}
+
+
+def test_an_adapter_on_a_named_model_leaves_the_adapter_alone(tmp_path):
+    talks, params = opened(tmp_path)
+    chat.save_chat(talks, params, tmp_path / "base")
+    raw = with_files(tmp_path, [{"query": "q", "response": "a"}])
+    raw["model"] = {"name": str(tmp_path / "base"), "dtype": "float32"}
+    raw["train"]["stages"] = raw["train"]["stages"][1:]
+    for experts, name in ((0, "adapter_model.safetensors"), (2, "hlora.safetensors")):
+        raw["lora"]["experts"] = experts
+        home = tmp_path / f"run{experts}"
+        tune_run.fit(config.structure(raw, Config, "test"), home, lambda _: None)
+        assert (home / "adapter" / name).is_file()
+        assert (home / "adapter/tokenizer.json").is_file()
+        assert not (home / "model").exists()
+    config_ = json.loads((tmp_path / "run0/adapter/adapter_config.json").read_text())
+    assert config_["base_model_name_or_path"] == str(tmp_path / "base")
 
 
 def test_labels_and_estimate_of_an_experiment(tmp_path, monkeypatch, capsys):

@@ -12,14 +12,17 @@ from tqdm import tqdm
 
 from medvl import chat, config, files, lora, plots, processes, report, tuning
 from medvl.accuracy import accuracy, by, to_results
+from medvl.adapter_files import write_adapter
 from medvl.answers import same_answer
 from medvl.chat import Encoded
+from medvl.checkpoints import new_folder
 from medvl.data import conversations, phantom_pictures
 from medvl.data.conversation_files import Conversation, check_gold, read_conversations
+from medvl.hlora_files import write_hlora
 from medvl.results import Result
 from medvl.systems import tune
 from medvl.systems.tune import Config, Model
-from medvl.tree import Tree
+from medvl.tree import Tree, flatten, split
 
 SPLITS = ("train", "valid", "test")
 
@@ -84,7 +87,37 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
         seed=cfg.seed,
         log=log,
     )
+    if processes.rank() == 0:
+        write_results(model, params, folder, log)
+    processes.meet()
     return model, params, {}
+
+
+def write_results(model: Model, params: Tree, folder: Path, log: Callable[[str], None] = print) -> None:
+    """Write what other programs open: the trained model as a Hugging Face folder, the adapter as a PEFT folder, each with its tokenizer.
+
+    `folder`/model is written where a stage trains the model, or where the model has no name to be found by; `folder`/adapter where there is
+    an adapter (one with experts as HealthGPT's file, because peft has no place for routers). What is there already is kept: the same
+    record trains the same weights.
+    """
+    cfg, home = model.cfg, folder / "model"
+    trained = any(name.startswith("model/") for stage in cfg.train.stages for name in flatten(split(params, stage.train)[0]))
+    if (trained or not cfg.model.name) and not home.exists():
+        chat.save_chat(model.chat, params["model"], home)
+        log(f"the model, for transformers and for model.name: {home}")
+    out = folder / "adapter"
+    if model.adapter is None or out.exists():
+        return
+    adapter = evolve(model.adapter, factors=params["lora"])
+    base = str(home) if home.exists() else cfg.model.name
+    with new_folder(out) as tmp:
+        if cfg.lora.experts:
+            write_hlora(adapter, tmp / "hlora.safetensors")
+        else:
+            write_adapter(adapter, tmp, base=base)
+        chat.save_tokenizer(model.chat, tmp)
+    kind = "H-LoRA in HealthGPT's format" if cfg.lora.experts else "for peft"
+    log(f"the adapter, {kind}, on {base}: {out}")
 
 
 def load(folder: Path) -> tuple[Model, Tree, Tree]:
