@@ -17,7 +17,7 @@ import pytest
 from attrs import evolve
 from PIL import Image
 
-from medvl import files
+from medvl import files, workers
 from medvl.data import ct, ingest, store
 from medvl.data.ct import CtConfig, preprocess
 from medvl.data.ingest import contact_sheet, find_scans, preprocess_folder, rejected_csv
@@ -389,7 +389,7 @@ def _started_with_workers(tmp_path, out):
 
 
 def _started_alone(tmp_path, out):
-    run = ingest._context().Process(target=preprocess_folder, args=(tmp_path / "in", out, SMALL), kwargs={"progress": False})
+    run = workers.context().Process(target=preprocess_folder, args=(tmp_path / "in", out, SMALL), kwargs={"progress": False})
     run.start()
     return run
 

@@ -1,5 +1,11 @@
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from itertools import pairwise
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -310,6 +316,42 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
     assert {p.name: p.read_bytes() for p in (tmp_path / "one").rglob("*") if p.is_file()} == before
     assert (tmp_path / "one/train/train_1_a_1.nii.gz").stat().st_mtime_ns == kept
     assert not [n for n in before if n.endswith(".tmp")]
+
+
+_DRAW = """
+import sys
+from medvl.data.phantoms import PhantomConfig, draw
+if __name__ == "__main__":
+    draw(PhantomConfig(patients=5000, seed=0, columns=(32, 32), slices=(8, 8)), sys.argv[1], workers=2)
+"""
+
+
+def test_workers_end_when_the_drawing_is_killed(tmp_path):
+    (tmp_path / "run.py").write_text(_DRAW)
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    run = subprocess.Popen([sys.executable, tmp_path / "run.py", tmp_path / "out"], start_new_session=True, env=env)
+    while len(list(tmp_path.glob("out/train/*.nii.gz"))) < 4:
+        assert run.poll() is None
+        time.sleep(0.02)
+    run.kill()
+    run.wait()
+    try:
+        for _ in range(3000):  # until nothing of its group is left
+            os.killpg(run.pid, 0)
+            time.sleep(0.02)
+        os.killpg(run.pid, signal.SIGKILL)
+        raise AssertionError("workers outlived their parent")
+    except ProcessLookupError:
+        pass
+
+
+def test_a_script_that_cannot_have_workers_is_told_so(tmp_path):
+    (tmp_path / "run.py").write_text(_DRAW.replace('if __name__ == "__main__":', "if True:"))
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    done = subprocess.run([sys.executable, "run.py", "out"], env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert 'ValueError: worker processes cannot start: a script that asks for workers needs `if __name__ == "__main__":`' in done.stderr
+    assert not list(tmp_path.glob("out/train/*"))
 
 
 def test_two_configs_never_share_a_folder(tmp_path):

@@ -3,19 +3,14 @@
 import functools
 import hashlib
 import logging
-import multiprocessing
 import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from attrs import frozen
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
@@ -25,6 +20,7 @@ from medvl.data import ct, metadata_table, names, store
 from medvl.data.ct import CtConfig, Volume
 from medvl.data.scans import ScanError
 from medvl.files import PathLike
+from medvl.workers import pool
 
 log = logging.getLogger(__name__)
 
@@ -208,12 +204,12 @@ def _parallel(jobs: list[_Job], one: Callable, out: Path, workers: int) -> Itera
     while queue or suspects:
         alone = bool(suspects)
         held: dict[Future, _Job] = {}
-        with ProcessPoolExecutor(1 if alone else workers, _context(), _start_worker) as pool:
+        with pool(1 if alone else workers) as processes:
             try:
                 while held or (suspects if alone else queue):
                     while (suspects if alone else queue) and len(held) < (1 if alone else 2 * workers):
                         job = (suspects if alone else queue)[0]
-                        held[pool.submit(one, job)] = job
+                        held[processes.submit(one, job)] = job
                         (suspects if alone else queue).popleft()
                     for future in wait(held, return_when=FIRST_COMPLETED).done:
                         yield held[future], future.result()
@@ -227,27 +223,6 @@ def _parallel(jobs: list[_Job], one: Callable, out: Path, workers: int) -> Itera
                         yield job, ("its worker process died, most likely out of memory; preprocess it where there is more", "")
                     else:
                         suspects.append(job)
-
-
-def _context() -> Any:
-    """Workers fork from a server that has imported this and run nothing: fresh processes for the price of a fork, safe for h5py."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
-
-
-def _start_worker() -> None:
-    """One thread per worker; workers leave Ctrl-C to the parent, and end when it is gone, also by kill -9."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
 
 
 def contact_sheet(

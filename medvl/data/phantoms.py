@@ -3,9 +3,7 @@
 import json
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import nibabel as nib
@@ -18,6 +16,7 @@ from medvl.data import names
 from medvl.data.phantom_case import FINDINGS, Case, Gen, PhantomConfig, draw_case
 from medvl.data.phantom_chest import View, Volume, draw_view, render
 from medvl.data.phantom_report import write_report
+from medvl.workers import pool
 
 REPORT_COLUMNS = ("VolumeName", "ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN")
 METADATA_COLUMNS = (
@@ -37,14 +36,16 @@ METADATA_COLUMNS = (
 SPLITS = ("train", "valid", "test")
 
 
-def draw(cfg: PhantomConfig, folder: files.PathLike, workers: int = 2) -> dict[str, int]:
+def draw(cfg: PhantomConfig, folder: files.PathLike, workers: int = 1) -> dict[str, int]:
     """Write `folder/{split}/{name}.nii.gz` and `{split}_{reports,labels,metadata}.csv` in CT-RATE's columns; `phantoms.json` comes last.
 
     Each volume is a pure function of (cfg, name): a run that was killed goes on where it stopped, and the files are the same bits.
+    Args:
+        workers: 1 works in this process; more are fresh processes, so a script needs `if __name__ == "__main__":`.
     Returns:
         number of volumes per split.
     Raises:
-        ValueError: the folder holds phantoms of another PhantomConfig.
+        ValueError: the folder holds phantoms of another PhantomConfig, or workers cannot start.
     """
     folder = Path(folder)
     plan = {split: list(volume_names(cfg, split)) for split in SPLITS}
@@ -54,8 +55,8 @@ def draw(cfg: PhantomConfig, folder: files.PathLike, workers: int = 2) -> dict[s
     work = partial(_write_volume, cfg, folder)
     volumes = [v for each in plan.values() for v in each]
     if workers > 1:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            rows = list(pool.map(work, volumes, chunksize=16))
+        with pool(workers) as processes:
+            rows = list(processes.map(work, volumes, chunksize=16))
     else:
         rows = [work(v) for v in volumes]
     metadata = dict(zip(volumes, rows, strict=True))
