@@ -1,9 +1,11 @@
 """Files that are there whole or not at all, tables whose columns are checked, and arrays whose shape is."""
 
 import csv
+import errno
 import fcntl
 import logging
 import os
+import platform
 import re
 import shutil
 import struct
@@ -11,7 +13,7 @@ import tempfile
 import tokenize
 import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,43 +46,70 @@ def atomic(path: PathLike) -> Iterator[Path]:
 
 
 @contextmanager
-def alone(path: PathLike, *, wait: bool = False) -> Iterator[None]:
+def alone(path: PathLike, *, wait: bool = False, shared: bool = False) -> Iterator[None]:
     """One process at a time may write to `path` while the block lasts. Clears what a killed one left unfinished beside it.
 
-    The lock is `.NAME.lock` beside the path; it ends with the process, also by kill -9, and its file is removed at the end.
+    The lock is `.NAME.lock` beside the path: an flock, which the system gives back when the process ends, also by kill -9, so that a dead
+    process never blocks. NFS and Lustre keep it between machines where their locks are on; where a file system knows no locks, a warning
+    says so and the work goes on. The file says who holds it, and is removed at the end.
 
     Args:
         wait: until the other process is done, which a warning says.
+        shared: any number of processes may be inside so, and none that is not.
     Raises:
         ValueError: another process is writing to it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle = _lock(path.with_name(f".{path.name}.lock"), path, wait)
+    lock = path.with_name(f".{path.name}.lock")
+    handle = _lock(lock, path, wait, shared)
     try:
-        for tmp in path.parent.glob(f".{path.name}.*.tmp"):
-            tmp.unlink()
+        if not shared:
+            for tmp in path.parent.glob(f".{path.name}.*.tmp"):
+                tmp.unlink()
         yield
     finally:
-        path.with_name(f".{path.name}.lock").unlink(missing_ok=True)
+        with suppress(OSError):  # of a file system without locks
+            if not shared or _locked(handle, fcntl.LOCK_EX | fcntl.LOCK_NB):  # else others are inside still, the last removes it
+                lock.unlink(missing_ok=True)
         os.close(handle)
 
 
-def _lock(lock: Path, path: Path, wait: bool) -> int:
+def _lock(lock: Path, path: Path, wait: bool, shared: bool) -> int:
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     while True:
         handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            if not wait:
+            if not _locked(handle, kind | fcntl.LOCK_NB):
+                who = os.pread(handle, 200, 0).decode("utf-8", "replace").strip()
+                holder = f"another run is writing to it{f' ({who})' if who else ''}"
+                if not wait:
+                    os.close(handle)
+                    raise ValueError(f"{path}: {holder}; wait until it ends")
+                _log.warning("%s: %s; waiting until it ends", path, holder)
+                _locked(handle, kind)
+        except OSError as e:
+            if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 os.close(handle)
-                raise ValueError(f"{path}: another run is writing to it; wait until it ends") from e
-            _log.warning("%s: another run is writing to it; waiting until it ends", path)
-            fcntl.flock(handle, fcntl.LOCK_EX)
+                raise
+            _log.warning("%s: this file system has no locks (%s), so see to it yourself that no other run writes there", path, e.strerror)
+            return handle
         # Who held it before may have removed the file: then this is a lock on nothing, and others lock a new file.
         if lock.exists() and os.path.samestat(os.fstat(handle), os.stat(lock)):
+            if not shared:
+                os.truncate(handle, 0)
+                os.pwrite(handle, f"process {os.getpid()} on {platform.node()}".encode(), 0)
             return handle
         os.close(handle)
+
+
+def _locked(handle: int, kind: int) -> bool:
+    """Whether the lock was given; without LOCK_NB it waits."""
+    try:
+        fcntl.flock(handle, kind)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def check_text(path: PathLike) -> None:

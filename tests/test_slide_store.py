@@ -14,6 +14,7 @@ import pytest
 import torch
 from test_slides import features, grid, write_clam, write_csv, write_trident
 
+from medvl import files
 from medvl.data import slide_check, slide_store, slides
 from medvl.data.slide_check import check_slides, describe
 from medvl.data.slide_store import open_slides, pack
@@ -226,7 +227,7 @@ def test_a_killed_packer_loses_nothing_that_was_done(tmp_path):
 
 def test_one_packer_at_a_time(folder, tmp_path):
     source, _ = folder
-    with slide_store._alone(tmp_path / "s.h5"), pytest.raises(ValueError, match="another run is writing to it"):
+    with files.alone(tmp_path / "s.h5"), pytest.raises(ValueError, match="another run is writing to it"):
         pack(files_of(source), tmp_path / "s.h5")
 
 

@@ -6,7 +6,6 @@ attributes `format`, `version`, `settings` (JSON). As in `data.store` the file i
 writer needs no HDF5: it writes the patches, then the row, waits for the disk, and sets the one byte `done` last. POSIX only.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -238,7 +237,7 @@ def pack(
     if not jobs or dtype not in ("float16", "float32") or size < 1:
         raise ValueError(f"pack: needs files, dtype float16 or float32 and size >= 1, got {len(jobs)} files, {dtype!r} and {size}")
     out = Path(out)
-    with _alone(out):
+    with files.alone(out):
         old = open_slides(out) if out.exists() else None
         old = old if old and old.names else None  # one in which nothing is done binds nobody to its settings
         todo = {n: p for n, p in jobs.items() if old is None or n not in old.names}
@@ -268,20 +267,6 @@ def pack(
         dropped=sum(lost for _, lost in written),
         empty=sum(not n for n, _ in written),
     )
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """One run at a time may write to `out`; the lock ends with the process. Clears what a killed run left unfinished."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out.with_name(f".{out.name}.lock"), "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise ValueError(f"{out}: another run is writing to it; wait until it ends") from e
-        for tmp in out.parent.glob(f".{out.name}.*.tmp"):
-            tmp.unlink()
-        yield
 
 
 def _look(paths: Mapping[str, Path], dims: int) -> tuple[dict[str, About], dict[str, str]]:

@@ -6,7 +6,8 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -103,15 +104,17 @@ def run(exp: str, overrides: Sequence[str] = (), log: Callable[[str], None] = pr
     log(f"{folder}")
     _check_places(cfg, folder)
     _, system = SYSTEMS[cfg.system]
-    if processes.rank() == 0:
-        files.remove_unfinished(folder)
-    _first(lambda: system.prepare(cfg, log))
-    _describe(folder, cfg)
-    log(f"data in place after {_minutes(start)}")
-    model, params, means = system.fit(cfg, folder, log)
-    log(f"trained after {_minutes(start)}")
-    rows = _assess(system, model, params, means, folder / "results", folder.name, log) if processes.rank() == 0 else []
-    log(f"done after {_minutes(start)}")
+    # A second run would remove the checkpoint that the first is writing.
+    with files.alone(folder) if processes.rank() == 0 else nullcontext():
+        if processes.rank() == 0:
+            files.remove_unfinished(folder)
+        _first(lambda: system.prepare(cfg, log))
+        _describe(folder, cfg)
+        log(f"data in place after {_minutes(start)}")
+        model, params, means = system.fit(cfg, folder, log)
+        log(f"trained after {_minutes(start)}")
+        rows = _assess(system, model, params, means, folder / "results", folder.name, log) if processes.rank() == 0 else []
+        log(f"done after {_minutes(start)}")
     return rows
 
 
@@ -134,8 +137,9 @@ def evaluate(exp: str, overrides: Sequence[str] = (), log: Callable[[str], None]
         _check_places(cfg, folder)
         system.prepare(cfg, log)
         _describe(folder, cfg)
-    model, params, means = system.load(folder)
-    return _assess(system, model, params, means, folder / "results", folder.name, log)
+    with _evaluating(folder, folder / "results"):
+        model, params, means = system.load(folder)
+        return _assess(system, model, params, means, folder / "results", folder.name, log)
 
 
 def _evaluate_run(path: Path, cfg: Any, log: Callable[[str], None]) -> list[Result]:
@@ -143,10 +147,18 @@ def _evaluate_run(path: Path, cfg: Any, log: Callable[[str], None]) -> list[Resu
     changed = config.differences(config.unstructure(config.load(path, record)), config.unstructure(cfg))
     if wrong := [d for d in changed if not d.startswith(("$.data.", "$.evaluate."))]:
         raise ValueError(f"{path}: only data and evaluate may differ from what the run was trained with, found {wrong[0]}")
-    model, params, means = system.load(path.parent)
     name = f"{path.parent.name.rpartition('-')[0]}-{config.digest(cfg)}"
     out = path.parent / (f"results-{config.digest(cfg)}" if changed else "results")
-    return _assess(system, evolve(model, cfg=cfg), params, means, out, name, log)
+    with _evaluating(path.parent, out):
+        model, params, means = system.load(path.parent)
+        return _assess(system, evolve(model, cfg=cfg), params, means, out, name, log)
+
+
+@contextmanager
+def _evaluating(folder: Path, out: Path) -> Iterator[None]:
+    """A run is evaluated by any number of processes, each with results of its own, and not while it is being trained."""
+    with files.alone(folder, shared=True), files.alone(out):
+        yield
 
 
 def _assess(system: ModuleType, model: Any, params: Any, means: Any, out: Path, name: str, log: Callable[[str], None]) -> list[Result]:
