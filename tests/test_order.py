@@ -3,7 +3,7 @@ import time
 import pytest
 
 from medvl.data.names import patient_of, scan_of, volume_name
-from medvl.data.order import batches, prefetch
+from medvl.data.order import batches, derangement, prefetch
 
 NAMES = [f"train_{p}_{s}_{r}" for p in range(9) for s in "ab" for r in (1, 2, 3)[: 1 + p % 3]]
 GROUPS = [scan_of(n) for n in NAMES]
@@ -63,3 +63,19 @@ def test_names():
     assert volume_name("/data/x/valid_1_a_1.nii.gz") == volume_name("valid_1_a_1") == "valid_1_a_1"
     assert (scan_of("train_12_b_3"), patient_of("train_12_b_3")) == ("train_12_b", "train_12")
     assert scan_of("liver.CT-7") == patient_of("liver.CT-7") == "liver.CT-7"
+
+
+@pytest.mark.parametrize("n", [2, 3, 10, 101])
+def test_a_derangement_gives_every_item_to_another(n):
+    items = [f"s{i}" for i in range(n)]
+    for seed in range(20):
+        other = derangement(items, seed)
+        assert sorted(other) == sorted(other.values()) == sorted(items)
+        assert all(item != given for item, given in other.items())
+        assert other == derangement(reversed(items), seed)  # the order in which they come decides nothing
+    assert n < 10 or derangement(items, 0) != derangement(items, 1)
+
+
+def test_a_derangement_needs_two():
+    with pytest.raises(ValueError, match="two different items or more, got 1"):
+        derangement(["a", "a"], 0)

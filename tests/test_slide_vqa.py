@@ -250,9 +250,22 @@ def test_slides_of_other_questions(trained):
     _, folder, _ = trained
     model, _, _ = slide_vqa_run.load(folder)
     held = slide_vqa_run.read(model.cfg, "test")
-    other = slide_vqa_run._shuffled(held, 0)
+    names = slide_vqa_run.slides_of(held)
+    other = slide_vqa_run._shuffled(held, 0, names)
     assert all(a.slides != b.slides for a, b in zip(held, other, strict=True))
     assert {s for t in held for s in t.slides} == {s for t in other for s in t.slides}
+
+
+def test_a_control_shows_no_slide_without_features(trained):
+    """What is then not answered would count as wrong, and the control would look worse than it is."""
+    _, folder, _ = trained
+    model, _, _ = slide_vqa_run.load(folder)
+    held = slide_vqa_run.read(model.cfg, "test")
+    gone, *there = slide_vqa_run.slides_of(held)
+    other = slide_vqa_run._shuffled(held, 0, there)
+    for asked, shown in zip(held, other, strict=True):
+        assert (gone in shown.slides) == (gone in asked.slides)
+        assert gone in asked.slides or asked.slides != shown.slides
 
 
 def test_a_question_without_features_counts_as_wrong(trained, tmp_path):

@@ -1,6 +1,6 @@
 """Which samples make up batch i: pure functions of (seed, i), so resuming needs no loader state."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
@@ -42,6 +42,21 @@ def batches(groups: Sequence[str], size: int, seed: int, *, rank: int = 0, world
         return [every[g][int(pick[g] * len(every[g]))] for g in mine]
 
     return at
+
+
+def derangement(items: Iterable[str], seed: int) -> dict[str, str]:
+    """{item: another of the items}: each is given once, and none to itself. For controls that show a sample what belongs to another.
+
+    The items follow each other around a circle, in an order drawn by the seed.
+    Raises:
+        ValueError: fewer than two different items.
+    """
+    names = sorted({*items})
+    if len(names) < 2:
+        raise ValueError(f"derangement: needs two different items or more, got {len(names)}")
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
+    following = order[1:] + order[:1]
+    return {names[i]: names[other] for i, other in zip(order, following, strict=True)}
 
 
 def prefetch(batch_at: Callable[[int], Any], start: int, stop: int) -> Iterator[tuple[int, Any]]:

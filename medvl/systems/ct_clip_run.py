@@ -151,16 +151,17 @@ def report_parts(cfg: Config, name: str) -> dict[str, dict[str, str]]:
     return {kind: reports.read_reports(path(cfg, "reports", name), kind, missing) for kind in kinds}
 
 
-def paired(cfg: Config, name: str, of: store.Store) -> pairs.Pairs:
+def paired(cfg: Config, name: str, volumes: store.Store) -> pairs.Pairs:
     """A split's volumes (or features) with their reports."""
-    found = pairs.join(of, report_parts(cfg, name))
-    if not (cfg.data.shuffle and name == "train"):
-        return found
-    scans = sorted(set(found.scans))
-    turn = torch.randperm(len(scans), generator=torch.Generator().manual_seed(cfg.seed)).tolist()
-    said = dict(zip(found.scans, found.texts, strict=True))
-    given = {scan: said[scans[turn[i]]] for i, scan in enumerate(scans)}
-    return evolve(found, texts=tuple(given[s] for s in found.scans))
+    joined = pairs.join(volumes, report_parts(cfg, name))
+    return shuffle_reports(joined, cfg.seed) if cfg.data.shuffle and name == "train" else joined
+
+
+def shuffle_reports(data: pairs.Pairs, seed: int) -> pairs.Pairs:
+    """The control that must learn nothing: every scan has another scan's report; its reconstructions share it."""
+    report = dict(zip(data.scans, data.texts, strict=True))
+    other = order.derangement(report, seed)
+    return evolve(data, texts=tuple(report[other[scan]] for scan in data.scans))
 
 
 def cached_features(model: Model, params: Tree, volumes: store.Store, folder: Path, progress: Callable = iter) -> store.Store:

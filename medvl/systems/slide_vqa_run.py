@@ -1,8 +1,7 @@
 """How slide_vqa runs: data put in place, the compressor trained and frozen, two stages, the benchmark, the map of an answer."""
 
 import logging
-import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -52,7 +51,7 @@ def prepare(cfg: Config, log: Callable[[str], None] = print) -> None:
                 f"{of.missing[0]!r}{of.near}; `invoke slides check` lists all"
             )
         if what == "test" and cfg.evaluate.shuffled and not cfg.data.blind:
-            _shuffled(held, cfg.seed)  # refuses what it cannot shuffle
+            _shuffled(held, cfg.seed, of.names)  # refuses what it cannot shuffle
     if cfg.pretrain.labels:
         labelled(cfg)
 
@@ -228,7 +227,7 @@ def assess(model: Model, params: Tree, means: Tree, folder: Path, experiment: st
     rows, score = _chosen(held, said), partial(slidebench.score, split="test", experiment=experiment, n=cfg.evaluate.bootstrap)
     results = score(rows, gen=Generator().manual_seed(cfg.seed)) if rows else []
     if rows and cfg.evaluate.shuffled and not cfg.data.blind:
-        other = score(_chosen(held, _said(model, params, _shuffled(held, cfg.seed), tokens)), gen=Generator().manual_seed(cfg.seed))
+        other = score(_chosen(held, _said(model, params, _shuffled(held, cfg.seed, tokens), tokens)), gen=Generator().manual_seed(cfg.seed))
         results += [evolve(r, what="accuracy_shuffled") for r in other if r.what == "accuracy"]
     if open_ := [(said.get(i, ""), t.answer) for i, t in enumerate(held) if not t.choices]:
         results += slidebench.score_texts([a for a, _ in open_], [g for _, g in open_], split="test", experiment=experiment)
@@ -299,15 +298,13 @@ def _generated(model: Model, weights: dict[str, Tensor], inputs: dict[str, Tenso
     return generation.generate(how, model.chat.skeleton, weights, inputs, tok=model.chat.tokenizer).texts
 
 
-def _shuffled(held: Sequence[SlideTalk], seed: int) -> list[SlideTalk]:
-    """Every slide's questions about another slide."""
-    names = slides_of(held)
-    if len(names) < 2:
-        raise ValueError(f"evaluate.shuffled: needs questions about two slides or more, got {len(names)}")
-    turned = names[:]
-    random.Random(seed).shuffle(turned)
-    other = {turned[i]: turned[(i + 1) % len(turned)] for i in range(len(turned))}
-    return [evolve(t, slides=tuple(other[s] for s in t.slides)) for t in held]
+def _shuffled(held: Sequence[SlideTalk], seed: int, there: Collection[str]) -> list[SlideTalk]:
+    """Every slide's questions about another slide that has features; where a slide has none, there is none to be shown in its place."""
+    try:
+        other = order.derangement((s for s in slides_of(held) if s in there), seed)
+    except ValueError as e:
+        raise ValueError(f"evaluate.shuffled: needs questions about two slides or more that have features ({e})") from e
+    return [evolve(t, slides=tuple(other.get(s, s) for s in t.slides)) for t in held]
 
 
 # Before a run ---------------------------------------------------------------------------------------------------------------------------
