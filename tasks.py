@@ -188,26 +188,34 @@ def slides(c, action, features, data=None, out="", dims="0", encoder="", drop=Fa
     sys.exit(_call(ask.slides, action, features, data or (), out, _whole("dims", dims, 0, 2**17), encoder, drop))
 
 
-@task(positional=[], help={"run": "run folder", "scan": "NIfTI file", "out": "write the embedding [d] to this .npy"})
-def embed(c, run, scan, out):
+SCAN = {
+    "run": "run folder",
+    "scan": "NIfTI file",
+    "metadata": "CSV with the scan's row by VolumeName, where its header does not say all",
+    "set_": "how this scan is read: hu=none, hu=metadata, spacing_from=metadata, ..., repeatable",
+}
+
+
+@task(positional=[], help=SCAN | {"out": "write the embedding [d] to this .npy"}, iterable=["set_"])
+def embed(c, run, scan, out, metadata="", set_=None):
     """Embed one scan with a trained run."""
     _needs(run=run, scan=scan, out=out)
     from medvl.systems import run as runs
 
-    _call(runs.embed, run, scan, out)
+    _call(runs.embed, run, scan, out, metadata, set_ or ())
 
 
 @task(
     positional=[],
-    help={"run": "run folder", "scan": "NIfTI file", "finding": "any finding in words, repeatable; default: those of the run"},
-    iterable=["finding"],
+    help=SCAN | {"finding": "any finding in words, repeatable; default: those of the run"},
+    iterable=["finding", "set_"],
 )
-def classify(c, run, scan, finding=None):
+def classify(c, run, scan, finding=None, metadata="", set_=None):
     """Zero-shot findings of one scan with a trained run. Research use, not for diagnosis."""
     _needs(run=run, scan=scan)
     from medvl.systems import run as runs
 
-    _call(runs.classify, run, scan, finding or ())
+    _call(runs.classify, run, scan, finding or (), metadata, set_ or ())
 
 
 @task(

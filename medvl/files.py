@@ -3,19 +3,23 @@
 import csv
 import errno
 import fcntl
+import glob
+import itertools
 import logging
 import os
 import platform
 import re
 import shutil
+import stat
 import struct
 import tempfile
+import threading
 import tokenize
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -25,6 +29,11 @@ BROKEN = (  # what torch.load and np.load raise, beside ValueError, for files th
     *(OSError, RuntimeError, EOFError, LookupError, AttributeError, TypeError, AssertionError, OverflowError),
     *(struct.error, zipfile.BadZipFile, tokenize.TokenError),
 )
+SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}  # of tables that are not read
+_LONGEST_LINE = 2**24
+_LINES_OF_A_ROW = 2000  # no report has so many; a quote that is not closed makes one row of all that follow
+_LONGEST_CELL = 2**23  # Python's default is 131,072 characters, and reports of 200 kB are real
+_READING = threading.Lock()
 
 
 @contextmanager
@@ -65,8 +74,7 @@ def alone(path: PathLike, *, wait: bool = False, shared: bool = False) -> Iterat
     handle = _lock(lock, path, wait, shared)
     try:
         if not shared:
-            for tmp in path.parent.glob(f".{path.name}.*.tmp"):
-                tmp.unlink()
+            remove_unfinished_file(path)
         yield
     finally:
         with suppress(OSError):  # of a file system without locks
@@ -148,6 +156,12 @@ def check_place(path: PathLike, *, folder: bool = False) -> None:
         raise ValueError(f"{path}: cannot be written ({e.strerror}); give another place") from e
 
 
+def remove_unfinished_file(path: PathLike) -> None:
+    """Remove what was being written to one path when that was killed; nobody may be writing it."""
+    for left in Path(path).parent.glob(f".{glob.escape(Path(path).name)}.*.tmp"):
+        left.unlink()
+
+
 def remove_unfinished(folder: PathLike) -> None:
     """Remove what was being written anywhere in a folder when that was killed; nobody may be writing there."""
     for left in sorted(Path(folder).rglob(".*.tmp"), reverse=True):  # what lies in a folder before the folder
@@ -179,37 +193,117 @@ def write_text(path: PathLike, text: str) -> None:
         tmp.write_text(text, encoding="utf-8")
 
 
+def files_below(folder: PathLike) -> list[Path]:
+    """Every file in a folder and all below it, links followed.
+
+    Raises:
+        ValueError: a folder that cannot be read, or links that lead in a circle.
+    """
+    folder, found, above = Path(folder), list[Path](), dict[str, set[str]]()
+
+    def refuse(e: OSError) -> None:
+        raise ValueError(f"{e.filename}: cannot be read ({e.strerror}); what lies in it would be left out") from e
+
+    for where, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(where)
+        path_to_here = above.pop(where, set()) | {real}
+        for name in folders:
+            below = os.path.join(where, name)
+            if os.path.realpath(below) in path_to_here:
+                raise ValueError(f"{below}: is a link to a folder that it lies in; remove it")
+            above[below] = path_to_here
+        found += [Path(where, name) for name in names]
+    return found
+
+
+def check_regular(path: PathLike) -> None:
+    """Refuse a path that is there and is neither file nor folder: a pipe is waited for, a device read, without end."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return  # whoever opens it says why
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        kind = "a pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
+        raise ValueError(f"{path}: must be a file, found {kind}")
+
+
 def read_csv(path: PathLike, columns: Iterable[str] = ()) -> list[dict[str, str]]:
     """The rows of a CSV with a header line, as dicts of strings.
 
     Raises:
-        ValueError: no such file, not UTF-8 text, no rows, a missing or repeated column, or a row with more or fewer cells than the
-            header; says which line.
+        ValueError: no such file, not UTF-8 text, other separators than commas, no rows, a missing or repeated column, a quote that is
+            not closed, or a row with more or fewer cells than the header; says which line.
     """
     path = Path(path)
+    check_regular(path)
     try:
-        with open(path, newline="", encoding="utf-8-sig") as f:
-            reader = csv.reader(f, strict=True)
-            header = next(reader, [])
-            rows = [(reader.line_num, row) for row in reader if row]
+        with _long_cells():
+            header, *rows = [*_csv_rows(path)] or [(1, [])]
     except FileNotFoundError as e:
         raise ValueError(f"{path}: no such file") from e
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
+    except (OSError, UnicodeDecodeError) as e:
         raise ValueError(f"{path}: not a readable UTF-8 CSV ({e})") from e
-    missing = [c for c in columns if c not in header]
+    names = header[1]
+    separator = next((name for mark, name in SEPARATORS.items() if len(names) == 1 and mark in names[0]), "")
+    if separator:
+        raise ValueError(f"{path}: its cells are separated by {separator}; save the table with commas")
+    missing = [c for c in columns if c not in names]
     if missing:
         raise ValueError(
-            f"{path}: must have the column {', '.join(map(repr, missing))}, found {', '.join(map(repr, header)) or 'an empty file'}"
+            f"{path}: must have the column {', '.join(map(repr, missing))}, found {', '.join(map(repr, names)) or 'an empty file'}"
         )
-    repeated = sorted({c for c in header if header.count(c) > 1})
+    repeated = sorted({c for c in names if names.count(c) > 1})
     if repeated:
         raise ValueError(f"{path}: the column {', '.join(map(repr, repeated))} is there more than once")
     for line, row in rows:
-        if len(row) != len(header):
-            raise ValueError(f"{path}, line {line}: must have {len(header)} cells like the header, found {len(row)}")
+        if len(row) != len(names):
+            raise ValueError(f"{path}, line {line}: must have {len(names)} cells like the header, found {len(row)}")
     if not rows:
         raise ValueError(f"{path}: has a header and no rows")
-    return [dict(zip(header, row, strict=True)) for _, row in rows]
+    return [dict(zip(names, row, strict=True)) for _, row in rows]
+
+
+@contextmanager
+def _long_cells() -> Iterator[None]:
+    """Python's limit is the whole process's: one table at a time raises it and puts it back."""
+    with _READING:
+        before = csv.field_size_limit(_LONGEST_CELL)
+        try:
+            yield
+        finally:
+            csv.field_size_limit(before)
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """(line where it begins, cells) of each row that is not empty."""
+    # Lines end in LF or CR LF. A CR alone is left in its line, where the reader refuses it outside quotes.
+    with open(path, newline="\n", encoding="utf-8-sig") as f:
+        reader = csv.reader(_csv_lines(f, path), strict=True)
+        while True:
+            line = reader.line_num + 1
+            try:
+                row = next(reader, None)
+            except csv.Error as e:
+                why = "is a quote not closed?" if "new-line" not in str(e) else "do lines end in CR alone? Save it with LF"
+                raise ValueError(f"{path}, line {line}: not a readable CSV ({e}); {why}") from e
+            if row is None:
+                return
+            if reader.line_num - line >= _LINES_OF_A_ROW:
+                raise ValueError(f"{path}, line {line}: this row would go on to line {reader.line_num}; is a quote not closed?")
+            if row:
+                yield line, row
+
+
+def _csv_lines(f: TextIO, path: Path) -> Iterator[str]:
+    for number in itertools.count(1):
+        line = f.readline(_LONGEST_LINE + 1)
+        if not line:
+            return
+        if len(line) > _LONGEST_LINE:
+            raise ValueError(f"{path}, line {number}: has more than {_LONGEST_LINE:,} characters; is this a table?")
+        if "\0" in line:
+            raise ValueError(f"{path}, line {number}: has a NUL byte; the file is damaged, or not UTF-8 text")
+        yield line
 
 
 def write_csv(path: PathLike, rows: Iterable[dict], columns: Iterable[str]) -> None:

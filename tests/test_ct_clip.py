@@ -5,6 +5,7 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -91,6 +92,37 @@ def test_one_scan_is_what_the_split_says(trained):
     other = ct_clip_run.look(folder, scan, ["Pneumothorax"])
     assert list(other["probability"]) == ["Pneumothorax"]
     assert other["threshold"] == {}
+
+
+def test_one_scan_is_read_by_its_metadata_row(trained, tmp_path, capsys):
+    """A scan whose header is blank and whose values are raw, as CT-RATE's first release has them."""
+    folder = trained[1]
+    path = next(Path("data").glob("phantoms-*/test/*.nii.gz"))
+    image = nib.as_closest_canonical(nib.load(path))
+    voxels = np.asarray(image.dataobj)[::-1, ::-1].round().astype(np.int16)  # in L-P-S order
+    x, y, z = image.header.get_zooms()
+    whole, blank = tmp_path / "whole.nii", tmp_path / "blank.nii"
+    affine = np.diag([-x, -y, z, 1.0])
+    affine[2, 3] = 100
+    nib.save(nib.Nifti1Image(voxels, affine), whole)
+    nib.save(nib.Nifti1Image(voxels + np.int16(1024), None), blank)
+    table = tmp_path / "m.csv"
+    columns = "VolumeName,RescaleSlope,RescaleIntercept,XYSpacing,ZSpacing,ImageOrientationPatient\n"
+    table.write_text(columns + f'blank.nii.gz,1,-1024,"[{y}, {x}]",{z},"[1, 0, 0, 0, 1, 0]"\n')
+    expected = ct_clip_run.look(folder, whole)
+    found = ct_clip_run.look(folder, blank, (), table, ["spacing_from=metadata"])
+    assert (found["volume"].hu_rule, found["volume"].intercept) == ("metadata", -1024.0)
+    np.testing.assert_array_equal(found["volume"].voxels, expected["volume"].voxels)
+    run.classify(str(folder), str(blank), ["Lung nodule"], str(table), ["spacing_from=metadata"])
+    assert "HU by metadata" in capsys.readouterr().out
+    run.embed(str(folder), str(blank), str(tmp_path / "e.npy"), str(table), ["spacing_from=metadata"])
+    np.testing.assert_allclose(np.load(tmp_path / "e.npy"), expected["embedding"].numpy(), rtol=1e-6)
+    with pytest.raises(ValueError, match="nothing says where its axes grow to"):
+        ct_clip_run.look(folder, blank)
+    with pytest.raises(ValueError, match="only hu and spacing_from may differ from what the run was trained with, got preset=merlin"):
+        ct_clip_run.look(folder, blank, (), "", ["preset=merlin", "spacing_mm=[]"])
+    with pytest.raises(ValueError, match=r"m.csv: has a row for none of the 1 scans; it names 'blank', they 'whole'"):
+        ct_clip_run.look(folder, whole, (), table)
 
 
 def test_volumes_do_not_depend_on_their_neighbours(trained):

@@ -1,5 +1,6 @@
-"""Places: where something will be written is tried before the work is done, and nothing is left there."""
+"""Places that are tried before work is done, folders that are read whole, and tables that are read right or refused."""
 
+import csv
 import os
 import re
 import tempfile
@@ -76,3 +77,70 @@ def test_a_good_place_is_left_as_it_was(place):
     files.check_place(place / "nowhere")  # a link to nothing is replaced
     assert sorted(place.rglob("*")) == before
     assert (place / "file").read_text() == "kept"
+
+
+TABLES = {  # a table: what the message says
+    b"name;age\na;3\n": "separated by semicolons; save the table with commas",
+    b"name\tage\na\t3\n": "separated by tabs",
+    b"name|age\na|3\n": "separated by bars",
+    b"name,age\rb,4\rc,5\r": "line 1: not a readable CSV .*do lines end in CR alone",
+    b"name,age\nb,4\rc,5\n": "line 2: not a readable CSV .*do lines end in CR alone",
+    b"name,age\na,\0\n": "line 2: has a NUL byte",
+    b'name,text\na,b\nc,"d\ne,f\ng,h\n': "line 3: not a readable CSV .*is a quote not closed",
+    b'name,text\na,"b\n' + b"c,d\n" * 3000 + b'"\n': "line 2: this row would go on to line 3003; is a quote not closed",
+    b"name,text\na,b\nc," + b"d" * 2**23 + b"e\n": "line 3: not a readable CSV .*field larger than field limit",
+    b"name,text\na," + b"b" * 2**24 + b"\n": "line 2: has more than 16,777,216 characters; is this a table",
+    b"": "found an empty file",
+    b"name,age\n": "has a header and no rows",
+    b"name,age\na,3\nb\n": "line 3: must have 2 cells like the header, found 1",
+}
+
+
+@pytest.mark.parametrize("table", TABLES, ids=list(TABLES.values()))
+def test_a_table_that_could_be_read_wrongly_is_refused_with_its_line(tmp_path, table):
+    (tmp_path / "a.csv").write_bytes(table)
+    with pytest.raises(ValueError, match=f"a.csv.*{TABLES[table]}"):
+        files.read_csv(tmp_path / "a.csv", ("name",))
+
+
+def test_long_reports_of_many_lines_are_read(tmp_path):
+    report = 'No nodule; "a, b" \u00e9\r\n\n' * 400 + "x" * 200_000
+    for ending in ("\n", "\r\n"):
+        with open(tmp_path / "a.csv", "w", newline="", encoding="utf-8-sig") as f:
+            writer = csv.writer(f, lineterminator=ending)
+            writer.writerows([["name", "text"], ["a", report], [], ["b", "|;"]])
+        rows = files.read_csv(tmp_path / "a.csv", ("name", "text"))
+        assert rows == [{"name": "a", "text": report}, {"name": "b", "text": "|;"}]
+    assert csv.field_size_limit() == 131_072  # it is the whole process's
+
+
+def test_what_is_no_file_is_refused_and_not_waited_for(place):
+    with pytest.raises(ValueError, match=r"pipe: must be a file, found a pipe"):
+        files.read_csv(place / "pipe")
+    with pytest.raises(ValueError, match=r"/dev/zero: must be a file, found a device"):
+        files.read_csv("/dev/zero")
+    with pytest.raises(ValueError, match=r"gone.csv: no such file"):
+        files.read_csv(place / "gone.csv")
+
+
+def test_files_below_are_all_or_an_error(place, monkeypatch):
+    (place / "folder/deep/er").mkdir(parents=True)
+    (place / "folder/deep/er/a.nii").write_text("")
+    assert [str(p.relative_to(place)) for p in files.files_below(place / "folder")] == ["folder/deep/er/a.nii"]
+    assert [str(p.relative_to(place)) for p in files.files_below(place / "down")] == ["down/deep/er/a.nii"]
+    (place / "folder/again").symlink_to(place / "folder/deep")  # one folder twice, but not in a circle
+    assert len(files.files_below(place / "folder")) == 2
+    (place / "folder/deep/er/up").symlink_to(place / "folder")
+    with pytest.raises(ValueError, match=r"er/up: is a link to a folder that it lies in"):
+        files.files_below(place / "folder")
+    (place / "folder/deep/er/up").unlink()
+    listed = os.scandir
+
+    def denied(path):
+        if str(path).endswith("/er"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(ValueError, match=r"/er: cannot be read \(Permission denied\); what lies in it would be left out"):
+        files.files_below(place / "folder")

@@ -114,6 +114,18 @@ def _run(tmp, source, **kwargs):
     return preprocess_folder(source, tmp / "s.h5", kwargs.pop("cfg", SMALL), progress=False, **kwargs)
 
 
+def _pipe(tmp):
+    os.mkfifo(tmp / "a.nii")
+    return tmp / "a.nii"
+
+
+def _dicom(tmp):
+    (tmp / "dicom").mkdir()
+    for name in ("IM0001", "b.dcm"):
+        (tmp / "dicom" / name).write_bytes(bytes(128) + b"DICM" + bytes(500))
+    return tmp / "dicom" / "IM0001"
+
+
 META = {"RescaleSlope": "1", "RescaleIntercept": "-1024"}
 RAW = {"low": 0, "high": 2000}
 
@@ -121,6 +133,9 @@ BROKEN = {  # what is wrong: (what the user does with it, what the message says)
     # scans
     "no such file": (lambda t: read_scan(t / "a.nii"), "cannot be read .No such file"),
     "a folder": (lambda t: read_scan(t), "cannot be read .Is a directory"),
+    "a pipe": (lambda t: read_scan(_pipe(t)), "must be a file, found a pipe"),
+    "a DICOM file": (lambda t: read_scan(_dicom(t)), "is a DICOM file; .*dcm2niix"),
+    "a folder of slices": (lambda t: read_scan(_dicom(t).parent), "Is a directory.; a scan is one .nii or .nii.gz file. .*dcm2niix"),
     "an empty file": (lambda t: read_scan(_bytes(t, "a.nii", b"")), "is empty"),
     "a text file": (lambda t: read_scan(_text(t, "a.nii", "x" * 1000)), "is not NIfTI .must begin with a header of 348 or 540 bytes"),
     "gzipped text": (lambda t: read_scan(_bytes(t, "a.nii.gz", gzip.compress(b"x" * 1000))), "is not NIfTI"),
@@ -204,10 +219,28 @@ BROKEN = {  # what is wrong: (what the user does with it, what the message says)
     "negative spacing": (lambda t: CtConfig(spacing_mm=(1.0, -1.0, 1.0)), "spacing_mm must be .. or three positive numbers"),
     # folders and tables
     "a folder without scans": (lambda t: _run(t, t), "holds no .nii or .nii.gz file"),
+    "a folder of DICOM": (lambda t: _run(t, _dicom(t).parent), "holds no .nii or .nii.gz file, but 2 files of DICOM; .*dcm2niix"),
     "no such folder": (lambda t: _run(t, t / "nowhere"), "nowhere: no such file"),
     "two scans of one name": (
         lambda t: _run(t, _folder(t, "x/a.nii", "y/a.nii.gz")),
         "two scans are called 'a': .*x/a.nii and .*y/a.nii.gz",
+    ),
+    "a table with semicolons": (
+        lambda t: _run(t, _text(t, "a.csv", "path;age\na.nii;3\n")),
+        "its cells are separated by semicolons; save the table with commas",
+    ),
+    "metadata without a scale": (
+        lambda t: _run(t, _folder(t), metadata_csv=_text(t, "m.csv", "VolumeName,RescaleSlope\na.nii.gz,1\n")),
+        "must have the column 'RescaleIntercept' to say how its scans are read, found 'VolumeName', 'RescaleSlope'",
+    ),
+    "metadata without spacing": (
+        lambda t: _run(
+            t,
+            _folder(t),
+            cfg=evolve(SMALL, hu="none", spacing_from="metadata"),
+            metadata_csv=_text(t, "m.csv", "VolumeName,ZSpacing\na.nii.gz,1\n"),
+        ),
+        "must have the column 'XYSpacing'",
     ),
     "a CSV without paths": (
         lambda t: _run(t, _text(t, "a.csv", "file,age\na.nii,3\n")),
@@ -325,6 +358,27 @@ def test_metadata_rows_and_csv_sources(tmp_path):
     assert "m.csv: has no row for it" in summary.rejected["1"]
     s = store.open_store(tmp_path / "s.h5")
     assert [(s.row(n)["hu_rule"], s.row(n)["intercept"]) for n in ("0", "2")] == [("metadata", -1024.0), ("metadata", -1000.0)]
+
+
+def test_a_pipe_among_scans_costs_one_scan_and_dicom_beside_scans_is_told(tmp_path, caplog):
+    source = _folder(tmp_path, "b.nii")
+    os.mkfifo(source / "a.nii")
+    (source / "c.dcm").write_bytes(bytes(128) + b"DICM")
+    summary = _run(tmp_path, source)
+    assert (summary.done, list(summary.rejected)) == (1, ["a"])
+    assert "found a pipe" in summary.rejected["a"]
+    assert "1 files of DICOM are left out" in caplog.text
+
+
+def test_what_a_killed_run_left_beside_the_store_is_removed(tmp_path):
+    source = _folder(tmp_path)
+    left = [tmp_path / ".s.h5.abc.tmp", tmp_path / ".s.rejected.csv.abc.tmp", tmp_path / ".s.h5.lock"]
+    for path in left:
+        path.write_text("")
+    other = tmp_path / ".s2.h5.abc.tmp"
+    other.write_text("")
+    _run(tmp_path, source)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".s2.h5.abc.tmp", "in", "s.h5", "s.rejected.csv"]
 
 
 def test_one_run_at_a_time(tmp_path):

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from medvl import files
-from medvl.data import ct, metadata_table, names, store
+from medvl.data import ct, metadata_table, names, scans, store
 from medvl.data.ct import CtConfig, Volume
 from medvl.data.scans import ScanError
 from medvl.files import PathLike
@@ -84,6 +84,7 @@ def preprocess_folder(
     paths = find_scans(source)
     rows = metadata_table.read_metadata(metadata_csv, paths, ct.metadata_columns(cfg)) if metadata_csv else None
     with files.alone(out):
+        files.remove_unfinished_file(rejected_csv(out))
         done = _room(out, paths, cfg)
         tracked = _check_sources(out, paths)
         missing = {} if rows is None else {n: f"{metadata_csv}: has no row for it" for n in paths if n not in rows and n not in done}
@@ -113,7 +114,7 @@ def find_scans(source: PathLike) -> dict[str, Path]:
     """{volume name: path} of a folder or CSV, sorted by name; raises ValueError for none and for two of one name."""
     source = Path(source)
     if source.is_dir():
-        found = [Path(d, f) for d, _, fs in os.walk(source, followlinks=True) for f in fs if f.lower().endswith((".nii", ".nii.gz"))]
+        found = _scans_below(source)
     else:
         rows = files.read_csv(source)
         column = next((c for c in ("path", "VolumeName") if c in rows[0]), None)
@@ -125,9 +126,19 @@ def find_scans(source: PathLike) -> dict[str, Path]:
         files.check_text(path)
         if (other := paths.setdefault(names.volume_name(path), path)) is not path:
             raise ValueError(f"{source}: two scans are called {names.volume_name(path)!r}: {other} and {path}; rename one")
-    if not paths:
-        raise ValueError(f"{source}: holds no .nii or .nii.gz file")
     return dict(sorted(paths.items()))
+
+
+def _scans_below(folder: Path) -> list[Path]:
+    every = files.files_below(folder)
+    found = [path for path in every if path.name.lower().endswith((".nii", ".nii.gz"))]
+    others = [path for path in every if path.suffix.lower() in (".dcm", ".ima") or (not found and scans.is_dicom(path))]
+    if not found:
+        dicom = f", but {len(others)} files of DICOM; {scans.FROM_DICOM}" if others else ""
+        raise ValueError(f"{folder}: holds no .nii or .nii.gz file{dicom}")
+    if others:
+        log.warning("%s: %d files of DICOM are left out; %s", folder, len(others), scans.FROM_DICOM)
+    return found
 
 
 def _room(out: Path, paths: Iterable[str], cfg: CtConfig) -> set[str]:

@@ -22,6 +22,7 @@ from nibabel.nifti2 import Nifti2Header
 from nibabel.orientations import aff2axcodes
 from nibabel.spatialimages import HeaderDataError
 
+from medvl import files
 from medvl.data import names
 from medvl.files import PathLike
 
@@ -34,6 +35,7 @@ _MM = {1: 1000.0, 3: 0.001}  # NIfTI's codes of metres and micrometres; 2 is mm,
 _VOXEL_MM = (0.01, 50.0)  # what a voxel of a CT may measure; a wrong unit is a factor of 1000
 _TOLERANCE = 0.01  # of lengths and angles that a header gives twice
 _DAMAGED: Any = (OSError, IsalError)
+FROM_DICOM = "DICOM is not read; `dcm2niix -z y -f %j -o OUT FOLDER` makes one .nii.gz of each series in a folder: take those of OUT"
 
 
 class ScanError(ValueError):
@@ -95,6 +97,10 @@ def open_scan(path: PathLike) -> Iterator[tuple[Header, Iterator[np.ndarray]]]:
     """
     path = Path(path)
     try:
+        files.check_regular(path)
+    except ValueError as e:
+        raise ScanError(str(e)) from e
+    try:
         f = open(path, "rb")  # noqa: SIM115 (closed below; the caller's own OSError must not pass for ours)
     except OSError as e:
         raise _broken(path, e) from e
@@ -110,6 +116,16 @@ def whole(header: Header, slices: Iterator[np.ndarray]) -> np.ndarray:
     for i, plane in enumerate(slices):
         voxels[i] = plane.T
     return voxels.T
+
+
+def is_dicom(path: PathLike) -> bool:
+    """Whether a file begins as DICOM files do (PS3.10, 7.1)."""
+    try:
+        files.check_regular(path)
+        with open(path, "rb") as f:
+            return f.read(132)[128:] == b"DICM"
+    except (OSError, ValueError):
+        return False
 
 
 def read_header(path: PathLike) -> Header:
@@ -287,6 +303,8 @@ def _raw_header(head: bytes, path: Path) -> Any:
     order: Any = "little" if int.from_bytes(head[:4], "little") in (348, 540) else "big"
     size = int.from_bytes(head[:4], order)
     kind, magic = (Nifti2Header, b"n+2") if size == 540 else (Nifti1Header, b"n+1")
+    if head[128:132] == b"DICM":
+        raise ScanError(f"{path}: is a DICOM file; {FROM_DICOM}")
     if size != kind.sizeof_hdr or len(head) < size:
         raise ScanError(f"{path}: is not NIfTI (must begin with a header of 348 or 540 bytes, begins with {head[:4].hex(' ')})")
     raw = kind(head[:size], order, check=False)
@@ -325,6 +343,8 @@ def _dtype(raw: Any, path: Path) -> np.dtype:
 
 
 def _broken(path: Path, e: Exception) -> ScanError:
+    if isinstance(e, IsADirectoryError):
+        return ScanError(f"{path}: cannot be read ({e.strerror}); a scan is one .nii or .nii.gz file. If it holds DICOM: {FROM_DICOM}")
     if isinstance(e, OSError) and e.errno is not None:
         return ScanError(f"{path}: cannot be read ({e.strerror})")
     return ScanError(f"{path}: is damaged: {e}; copy the file again")

@@ -2,7 +2,6 @@
 
 import difflib
 import logging
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from attrs import frozen
 
+from medvl import files
 from medvl.checkpoints import few
 from medvl.data.names import case_of, is_case
 from medvl.data.slide_formats import SUFFIXES, Block, Source, number_of, open_source, text_of
@@ -356,15 +356,14 @@ def feature_files(folder: PathLike) -> dict[str, list[Path]]:
     """{stem: the files of patch features so called} of a folder and all its subfolders, sorted; hidden files are left aside.
 
     Raises:
-        ValueError: no such folder.
+        ValueError: no such folder, or one below that cannot be read (`files.files_below`).
     """
     if not Path(folder).is_dir():
         raise ValueError(f"{folder}: no such folder")
     found: dict[str, list[Path]] = {}
-    for where, _, names in os.walk(str(folder), followlinks=True):
-        for name in names:
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                found.setdefault(slide_name(name), []).append(Path(where, name))
+    for path in files.files_below(folder):
+        if path.name.lower().endswith(SUFFIXES) and not path.name.startswith("."):
+            found.setdefault(slide_name(path.name), []).append(path)
     return {stem: sorted(paths) for stem, paths in sorted(found.items())}
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from medvl import config, encode, evaluate, files, hub, metrics, plots, processes, report, tokens, train
-from medvl.data import ct, ingest, names, order, pairs, phantoms, reports, store
+from medvl.data import ct, ingest, metadata_table, names, order, pairs, phantoms, reports, store
 from medvl.muon import muon
 from medvl.optim import Optimizer, Rate, adamw, routed, seeded, warmup_cosine
 from medvl.results import Result
@@ -478,14 +478,27 @@ def _texts_by_name(cfg: Config) -> dict[str, dict[str, str]]:
 # One scan -------------------------------------------------------------------------------------------------------------------------------
 
 
-def look(folder: Path, scan: files.PathLike, findings: Sequence[str] = ()) -> dict[str, Any]:
+def look(
+    folder: Path, scan: files.PathLike, findings: Sequence[str] = (), metadata_csv: files.PathLike = "", settings: Sequence[str] = ()
+) -> dict[str, Any]:
     """Preprocess, embed and classify one scan with a trained run.
 
+    Args:
+        metadata_csv: a table with the scan's row, by `VolumeName`.
+        settings: of how this scan is read, `hu=...` and `spacing_from=...`; all else must be as the run was trained.
     Returns:
         {"volume": ct.Volume, "embedding" [d] float32, "probability" {finding: p}, "threshold" {finding: from validation, where known}}.
     """
+    trained_with = config.load(Path(folder) / "config.json", Config).ct
+    cfg = config.structure(config.override(config.unstructure(trained_with), tuple(settings), "one scan"), ct.CtConfig, "one scan")
+    if evolve(cfg, hu=trained_with.hu, spacing_from=trained_with.spacing_from) != trained_with:
+        raise ValueError(f"one scan: only hu and spacing_from may differ from what the run was trained with, got {', '.join(settings)}")
+    row = None
+    if metadata_csv:
+        name = names.volume_name(scan)
+        row = metadata_table.read_metadata(metadata_csv, [name], ct.metadata_columns(cfg))[name]
+    volume = ct.preprocess(scan, cfg, row)
     model, params, means = load(Path(folder))
-    volume = ct.preprocess(scan, model.cfg.ct)
     first, stop = volume.occupied
     z = np.arange(first, stop)
     batch = {

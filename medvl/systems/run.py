@@ -250,12 +250,12 @@ def preprocess(source: str, out: str, exp: str, overrides: Sequence[str], metada
     return 3 if done.rejected else 0
 
 
-def embed(folder: str, scan: str, out: str) -> None:
+def embed(folder: str, scan: str, out: str, metadata: str = "", settings: Sequence[str] = ()) -> None:
     """Write one scan's embedding, float32 [d], L2-normalised, to a .npy."""
     if not out.endswith(".npy"):  # a scan can then never be what is replaced
         raise ValueError(f"embed: out must end in .npy, got {out!r}")
     files.check_place(out)
-    found = ct_clip_run.look(_ct_run(folder, "embed"), scan)
+    found = ct_clip_run.look(_ct_run(folder, "embed"), scan, (), metadata, settings)
     files.write_array(out, found["embedding"].numpy())
     print(f"{out}: {len(found['embedding'])} numbers")
 
@@ -267,9 +267,9 @@ def _ct_run(given: str, task: str) -> Path:
     return folder
 
 
-def classify(folder: str, scan: str, findings: Sequence[str]) -> None:
+def classify(folder: str, scan: str, findings: Sequence[str], metadata: str = "", settings: Sequence[str] = ()) -> None:
     """Print a table of zero-shot probabilities of one scan."""
-    found = ct_clip_run.look(_ct_run(folder, "classify"), scan, findings)
+    found = ct_clip_run.look(_ct_run(folder, "classify"), scan, findings, metadata, settings)
     v, cuts = found["volume"], found["threshold"]
     print(
         f"{v.name}: HU by {v.hu_rule}, {v.source_shape} voxels of {tuple(round(s, 2) for s in v.source_spacing_mm)} mm, slices {v.occupied}"
