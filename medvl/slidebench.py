@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from attrs import asdict, field, frozen
 
-from medvl import accuracy, choices, files, metrics
+from medvl import accuracy, answers, choices, files, metrics
 from medvl.results import Result
 
 OVERALL = "overall"
@@ -41,6 +41,33 @@ class Answered:
             raise ValueError(f'Answered: gold and chosen must be letters of the options, or "" for none, got {got} ({self.id})')
         if self.missing and self.chosen:
             raise ValueError(f"Answered: what is missing was not asked, got chosen {self.chosen!r} ({self.id})")
+
+
+@frozen(kw_only=True)
+class Written:
+    """An open question's answer beside the written one."""
+
+    slide: str  # whose rows belong together
+    question: str
+    gold: str
+    said: str = ""  # "" where the slide's features were not there
+    missing: bool = False
+    id: str = ""
+    broad: str = ""
+    narrow: str = ""
+
+    @property
+    def kind(self) -> str:
+        """ "yes or no", "short" (up to five words), or "" for what is too long to be the same twice."""
+        words = answers.normalise(self.gold).split()
+        if not answers.has_words(self.gold) or len(words) > 5:
+            return ""
+        return "yes or no" if words in (["yes"], ["no"]) else "short"
+
+    @property
+    def right(self) -> bool | None:
+        """Whether it says what the written answer says (`answers.same_answer`); None where the kind is ""."""
+        return answers.same_answer(self.said, self.gold) if self.kind else None
 
 
 def answered(said: str | None, options: choices.Options, gold: str, *, slide: str, missing: bool = False, **rest: Any) -> Answered:
@@ -95,22 +122,52 @@ def score(rows: Sequence[Answered], *, split: str = "", experiment: str = "", n:
     return out
 
 
+def score_written(rows: Sequence[Written], *, split: str = "", experiment: str = "", n: int = 1000, gen: torch.Generator) -> list[Result]:
+    """How good the answers of open questions are.
+
+    "bleu_1" to "bleu_4" and "rouge_l" over all rows. Of the subjects "yes or no" and "short answers" also "accuracy" with its 95 %
+    interval, which draws whole slides, and "majority": the accuracy of giving the commonest written answer to every question.
+
+    Raises:
+        ValueError: no rows.
+    """
+    out = score_texts([r.said for r in rows], [r.gold for r in rows], split=split, experiment=experiment)
+    seed = int(torch.randint(2**62, (), generator=gen))
+    for kind, subject in (("yes or no", "yes or no"), ("short", "short answers")):
+        part = [r for r in rows if r.kind == kind]
+        if not part:
+            continue
+        common = Counter(answers.normalise(r.gold) for r in part).most_common(1)[0][1]
+        draw = torch.Generator().manual_seed(seed)
+        found = accuracy.accuracy([bool(r.right) for r in part], [r.slide for r in part], n=n, gen=draw)
+        out += accuracy.to_results({subject: found}, split=split, experiment=experiment)
+        out.append(Result(what="majority", subject=subject, value=common / len(part), n=len(part), split=split, experiment=experiment))
+    return out
+
+
 def write_benchmark(
-    folder: files.PathLike, rows: Sequence[Answered], results: Sequence[Result], *, source: Mapping[str, Any], facts: Mapping[str, Any]
+    folder: files.PathLike,
+    rows: Sequence[Answered],
+    results: Sequence[Result],
+    *,
+    source: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    written: Sequence[Written] = (),
 ) -> dict[str, Any]:
     """Write `benchmark_results.json` and `benchmark_categories.csv` into a folder; returns what the first holds.
 
-    {"source", ...facts, "metrics": {subject: {metric: value}}, "results": all of each result, "predictions": one per row}; a number that
-    does not exist is null, in the CSV an empty cell.
+    {"source", ...facts, "metrics": {subject: {metric: value}}, "results": all of each result, "predictions": one per row, and
+    "open_predictions" where there are open questions}; a number that does not exist is null, in the CSV an empty cell.
 
     Args:
         results: of `score`, and others if wanted.
         source: what was answered; "sha256" of its file must be there, as benchmarks of one name differ.
         facts: more to keep, such as the experiment and the commit.
+        written: the answers of open questions.
     Raises:
         ValueError: source without "sha256", or facts that are named like the parts.
     """
-    parts = {"source", "metrics", "results", "predictions"}
+    parts = {"source", "metrics", "results", "predictions", "open_predictions"}
     if not source.get("sha256") or parts & facts.keys():
         raise ValueError(
             f'write_benchmark: source must have "sha256", and facts none of {sorted(parts)}, got {sorted(source)}, {sorted(facts)}'
@@ -120,6 +177,8 @@ def write_benchmark(
         table.setdefault(r.subject, {})[r.what] = r.value
     keep = lambda r: {"right": bool(r.gold) and r.chosen == r.gold, **asdict(r)}
     out = {"source": dict(source), **facts, "metrics": table, "results": [asdict(r) for r in results], "predictions": [*map(keep, rows)]}
+    if written:
+        out["open_predictions"] = [{"right": r.right, "kind": r.kind, **asdict(r)} for r in written]
     out = _json(out)
     files.write_text(Path(folder) / "benchmark_results.json", json.dumps(out, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
     bounds = {r.subject: {"low": r.low, "high": r.high, "n": r.n} for r in results if r.what == "accuracy"}

@@ -285,6 +285,27 @@ def test_a_question_without_features_counts_as_wrong(trained, tmp_path):
     assert next(r.value for r in rows if r.what == "missing" and r.n == 39) == 13
 
 
+def test_captions_and_open_questions_leave_every_prediction(trained, tmp_path):
+    _, folder, _ = trained
+    model, params, _ = slide_vqa_run.load(folder)
+    slides = slide_vqa_run.slides_of(slide_vqa_run.read(model.cfg, "test"))
+    asked = [{"slide_id": s, "question": "Is there fat?", "answer": a} for s, a in zip(slides, ("yes", "no", "Yes"), strict=True)]
+    asked.append({"slide_id": "TCGA-ZZ-9999-01Z-00-DX1", "question": "Is there fat?", "answer": "no"})
+    asked.append({"slide_id": slides[0], "question": "Report.", "answer": "There is much fat in all of this tissue."})
+    (tmp_path / "test.json").write_text(json.dumps(asked))
+    cfg = evolve(
+        model.cfg, data=evolve(model.cfg.data, test=str(tmp_path / "test.json")), evaluate=evolve(model.cfg.evaluate, shuffled=True)
+    )
+    rows, _ = slide_vqa_run.assess(evolve(model, cfg=cfg), params, {}, folder / "open", "x")
+    kept = json.loads((folder / "open/benchmark_results.json").read_text())
+    assert [(p["slide"], p["gold"], p["missing"]) for p in kept["open_predictions"]] == [
+        (r["slide_id"], r["answer"], r["slide_id"] not in slides) for r in asked
+    ]
+    assert all(p["said"] for p in kept["open_predictions"] if not p["missing"])
+    assert {(r.what, r.n) for r in rows if r.subject == "yes or no"} == {("accuracy", 4), ("majority", 4), ("accuracy_shuffled", 4)}
+    assert kept["by"] == "text"
+
+
 def test_closed_questions_by_likelihood_beside_open_ones_by_text(trained):
     """One open question in a batch must not turn the closed ones beside it into text."""
     _, folder, _ = trained

@@ -8,7 +8,18 @@ import random
 import pytest
 
 from medvl import results
-from medvl.slidebench import Answered, _common, answered, bleu, rouge_l, score, score_texts, write_benchmark
+from medvl.slidebench import (
+    Answered,
+    Written,
+    _common,
+    answered,
+    bleu,
+    rouge_l,
+    score,
+    score_texts,
+    score_written,
+    write_benchmark,
+)
 
 TCGA = {  # SlideChat's right answers and questions, arXiv 2410.11761, table 5
     "Microscopy": {"Architecture": (613, 696), "Tumor": (489, 562), "Cytomorphology": (529, 601), "Changes": (553, 633)},
@@ -168,6 +179,27 @@ def test_files(tmp_path, gen):
     assert (lines[1]["majority"], float(lines[1]["low"]) <= float(lines[1]["accuracy"])) == ("", True)
     results.write(tmp_path / "r.jsonl", found)
     assert len(results.read(tmp_path / "r.jsonl")) == len(found)
+
+
+def test_open_answers_are_scored_exactly_where_they_are_short(tmp_path, gen):
+    said = ["Yes.", "No", "no", "", "The tumor is ductal carcinoma", "ductal carcinoma", "A long report of much tissue and fat."]
+    gold = ["Yes", "Yes", "No", "Yes", "ductal carcinoma", "Ductal carcinoma.", "A long report of much tissue and of fat."]
+    rows = [
+        Written(slide=f"s{i % 2}", question="q", gold=g, said=s, missing=not s, id=str(i))
+        for i, (s, g) in enumerate(zip(said, gold, strict=True))
+    ]
+    found = score_written(rows, n=20, gen=gen)
+    assert (value(found, "accuracy", "yes or no"), value(found, "majority", "yes or no")) == (2 / 4, 3 / 4)
+    assert value(found, "accuracy", "short answers") == 1 / 2
+    assert value(found, "bleu_1", "") == bleu(said, gold)[0]
+    assert {r.subject: r.n for r in found if r.what == "accuracy"} == {"yes or no": 4, "short answers": 2}
+    out = write_benchmark(tmp_path, [], found, source={"file": "f.csv", "sha256": "ab"}, facts={}, written=rows)
+    kept = json.loads((tmp_path / "benchmark_results.json").read_text())
+    assert kept == json.loads(json.dumps(out))
+    assert kept["predictions"] == []
+    assert [p["right"] for p in kept["open_predictions"]] == [True, False, True, False, False, True, None]
+    assert [p["said"] for p in kept["open_predictions"]] == said
+    assert kept["open_predictions"][0]["question"] == "q"
 
 
 def test_errors(tmp_path, gen):

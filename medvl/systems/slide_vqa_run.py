@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from attrs import evolve
@@ -12,7 +13,7 @@ from tqdm import tqdm
 
 from medvl import chat, choices, config, files, generation, plots, processes, report, slidebench, tuning
 from medvl.data import conversations, order, phantom_slide_talk
-from medvl.data.slide_questions import SlideTalk, file_digest, published_as, read_slide_talks
+from medvl.data.slide_questions import TAG, SlideTalk, file_digest, published_as, read_slide_talks
 from medvl.results import Result
 from medvl.slide_tokens import open_features, slide_tokens
 from medvl.slots import CompressConfig
@@ -224,17 +225,14 @@ def assess(model: Model, params: Tree, means: Tree, folder: Path, experiment: st
             f"{path(cfg, 'test')}: none of {len(held)} questions is about a slide that has features below {path(cfg, 'features')}; "
             "data.features says where they are, data.blind = true asks without them"
         )
-    rows, score = _chosen(held, said), partial(slidebench.score, split="test", experiment=experiment, n=cfg.evaluate.bootstrap)
-    results = score(rows, gen=Generator().manual_seed(cfg.seed)) if rows else []
-    if rows and cfg.evaluate.shuffled and not cfg.data.blind:
-        other = score(_chosen(held, _said(model, params, _shuffled(held, cfg.seed, tokens), tokens)), gen=Generator().manual_seed(cfg.seed))
-        results += [evolve(r, what="accuracy_shuffled") for r in other if r.what == "accuracy"]
-    if open_ := [(said.get(i, ""), t.answer) for i, t in enumerate(held) if not t.choices]:
-        results += slidebench.score_texts([a for a, _ in open_], [g for _, g in open_], split="test", experiment=experiment)
+    results = _score(cfg, held, said, experiment)
+    if cfg.evaluate.shuffled and not cfg.data.blind:
+        other = _said(model, params, _shuffled(held, cfg.seed, tokens), tokens)
+        results += [evolve(r, what="accuracy_shuffled") for r in _score(cfg, held, other, experiment) if r.what == "accuracy"]
     digest = file_digest(path(cfg, "test"))
     source = {"file": path(cfg, "test").name, "sha256": digest, "published_as": published_as(digest)}
-    if rows:
-        slidebench.write_benchmark(folder, rows, results, source=source, facts={"experiment": experiment})
+    facts = {"experiment": experiment, "by": cfg.evaluate.by}
+    slidebench.write_benchmark(folder, _chosen(held, said), results, source=source, facts=facts, written=_written(held, said))
     last = folder.parent / f"{len(cfg.train.stages) - 1}-{cfg.train.stages[-1].name}" / "metrics.jsonl"
     known = f" ({source['published_as']})" if source["published_as"] else ""
     notes = (
@@ -250,16 +248,39 @@ def _said(model: Model, params: Tree, asked: Sequence[SlideTalk], tokens: dict[s
     return dict(zip(there, answer(model, params, [asked[i] for i in there], tokens), strict=True))
 
 
+def _score(cfg: Config, held: Sequence[SlideTalk], said: Mapping[int, str], experiment: str) -> list[Result]:
+    """The numbers of all questions: with options, and open ones."""
+    how: dict[str, Any] = {"split": "test", "experiment": experiment, "n": cfg.evaluate.bootstrap}
+    chosen, written = _chosen(held, said), _written(held, said)
+    results = slidebench.score(chosen, gen=Generator().manual_seed(cfg.seed), **how) if chosen else []
+    return results + (slidebench.score_written(written, gen=Generator().manual_seed(cfg.seed), **how) if written else [])
+
+
 def _chosen(held: Sequence[SlideTalk], said: Mapping[int, str]) -> list[slidebench.Answered]:
     """What was chosen in the questions with options."""
     rows = []
     for i, t in enumerate(held):
         if t.choices:
-            broad, narrow = (*t.category, "", "")[:2]
-            about = {"broad": broad, "narrow": narrow or t.task, "id": t.id or str(t.row)}
-            slide = (*t.names, *t.slides, t.id)[0]
-            rows.append(slidebench.answered(said.get(i), t.choices, t.answer, slide=slide, missing=i not in said, **about))
+            rows.append(slidebench.answered(said.get(i), t.choices, t.answer, missing=i not in said, **_about(t)))
     return rows
+
+
+def _written(held: Sequence[SlideTalk], said: Mapping[int, str]) -> list[slidebench.Written]:
+    """What was answered to the open questions."""
+    rows = []
+    for i, t in enumerate(held):
+        if not t.choices:
+            question = t.messages[-2]["content"].replace(TAG, "").strip()
+            written = slidebench.Written(question=question, gold=t.answer, said=said.get(i, ""), missing=i not in said, **_about(t))
+            rows.append(written)
+    return rows
+
+
+def _about(talk: SlideTalk) -> dict[str, str]:
+    """Whose question it is, and of which category."""
+    broad, narrow = (*talk.category, "", "")[:2]
+    slide = (*talk.names, *talk.slides, talk.id)[0]
+    return {"slide": slide, "broad": broad, "narrow": narrow or talk.task, "id": talk.id or str(talk.row)}
 
 
 def answer(model: Model, params: Tree, talks: Sequence[SlideTalk], tokens: dict[str, Tensor]) -> list[str]:
