@@ -273,15 +273,21 @@ def left_padded(inputs: Mapping[str, Any]) -> dict[str, Any]:
 # The model ------------------------------------------------------------------------------------------------------------------------------
 def _steps(model: nn.Module, call: dict[str, Any], most: int) -> Generator[Tensor, Tensor, None]:
     """Logits float32 [b, v] of the next token; for every token [b] that is sent back those of the one after it."""
-    last, at = _last_only(model), _next_position(call)
+    last, at, name = _last_only(model), _next_position(call), _cache_name(model)
     out = model(**call, use_cache=True, **last)
     mask, whole = F.pad(call["attention_mask"], (0, most), value=1), bool(call["attention_mask"].all())
     for n in range(call["attention_mask"].shape[1] + 1, mask.shape[1] + 1):
         token = yield out.logits[:, -1].float()
-        seen = None if whole else _step_mask(model, out.past_key_values, mask[:, :n])
+        cache = getattr(out, name)
+        seen = None if whole else _step_mask(model, cache, mask[:, :n])
         place = {} if at is None else {"position_ids": at}
-        out = model(input_ids=token[:, None], attention_mask=seen, past_key_values=out.past_key_values, use_cache=True, **place, **last)
+        out = model(input_ids=token[:, None], attention_mask=seen, **{name: cache}, use_cache=True, **place, **last)
         at = None if at is None else at + 1
+
+
+def _cache_name(model: nn.Module) -> str:
+    """What the model calls its cache, as an argument and in its output: transformers changes the name between 5.17 and 5.40."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _last_only(model: nn.Module) -> dict[str, int]:
@@ -308,11 +314,12 @@ def _step_mask(model: nn.Module, cache: Any, mask: Tensor) -> Tensor:
 
 def _continued(model: nn.Module, call: dict[str, Any], prompt: Any, tokens: Tensor, real: Tensor) -> Tensor:
     """Log-probabilities [b, n - 1, v] of what follows each of tokens [b, n] but the last, behind the prompt, whose cache stays as it is."""
-    cache, at = copy.copy(prompt.past_key_values), _next_position(call)
+    name = _cache_name(model)
+    cache, at = copy.copy(getattr(prompt, name)), _next_position(call)
     cache.layers = [copy.copy(layer) for layer in cache.layers]  # a layer replaces its tensors, it does not write into them
     mask = torch.cat([call["attention_mask"], real[:, :-1].long()], 1)
     place = {} if at is None else {"position_ids": at + torch.arange(tokens.shape[1] - 1, device=tokens.device)}
-    out = model(input_ids=tokens[:, :-1], attention_mask=mask, past_key_values=cache, use_cache=True, **place)
+    out = model(input_ids=tokens[:, :-1], attention_mask=mask, **{name: cache}, use_cache=True, **place)
     return out.logits.float().log_softmax(-1)
 
 

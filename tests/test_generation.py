@@ -3,6 +3,8 @@
 import copy
 import functools
 import threading
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -161,6 +163,64 @@ def test_calls_leave_nothing_behind_and_threads_do_not_meet(kind):
     [t.start() for t in threads]
     [t.join() for t in threads]
     assert not wrong
+
+
+class Renamed(torch.nn.Module):
+    """A model whose forward pass and output call the cache by one name only, as before transformers 5.2x or after 5.40."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.config = inner, inner.config
+        self.name = g._cache_name(inner)
+
+    def run(self, cache, kwargs):
+        out = self.inner(**kwargs, **({} if cache is None else {self.name: cache}))
+        return out.logits, getattr(out, self.name)
+
+
+class Older(Renamed):
+    def forward(self, *, past_key_values=None, logits_to_keep=0, **kwargs):
+        logits, cache = self.run(past_key_values, kwargs)
+        return SimpleNamespace(logits=logits, past_key_values=cache)
+
+
+class Newer(Renamed):
+    def forward(self, *, cache=None, logits_to_keep=0, **kwargs):
+        logits, cache = self.run(cache, kwargs)
+        return SimpleNamespace(logits=logits, cache=cache)
+
+
+@pytest.mark.parametrize("kind", [Older, Newer])
+def test_the_cache_is_found_under_its_older_and_its_newer_name(kind):
+    skeleton, params = model("qwen3")
+    inputs = tiny.batch("qwen3", COUNTS)
+    renamed = kind(tiny.peer(skeleton, params))
+    call = vlm.arguments(skeleton, ours(inputs))
+    options = torch.tensor([[5, 6, 7], [8, 9, 0]])
+    real = options > 0
+
+    def tokens_of(model_):
+        steps, written = g._steps(model_, call, 6), []
+        scores = next(steps)
+        for _ in range(5):
+            written.append(scores.argmax(-1))
+            scores = steps.send(written[-1])
+        prompt = model_(**call, use_cache=True)
+        return torch.stack(written, 1), g._continued(model_, call, prompt, options, real)
+
+    with torch.no_grad():
+        written, scores = tokens_of(renamed)
+        want = tokens_of(tiny.peer(skeleton, params))
+    assert torch.equal(written, peers_tokens(skeleton, params, inputs, 5, min_new_tokens=5, eos_token_id=None))
+    assert torch.equal(scores, want[1])
+
+
+def test_generation_uses_no_name_that_goes_away():
+    skeleton, params = model("qwen3")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        generate(Sampling(max_tokens=3), skeleton, params, ours(tiny.batch("qwen3", COUNTS)))
+        score_options(skeleton, params, ours(tiny.batch("qwen3", COUNTS)), [[[5, 6], [7]]] * 2)
 
 
 def test_positions_go_on_as_mrope_next_says():
