@@ -124,22 +124,39 @@ def preprocess(c, source, out, exp="", set_=None, metadata="", workers="1", shee
     help={
         "action": "build, add, list or show",
         "registry": "the registry's .toml (or .json)",
-        "path": "build: adapter folders, e.g. 'adapters/{task}'; add: one folder",
-        "samples": "JSONL of conversations the adapter was trained on; build: with {task} in it",
+        "path": "add: an adapter's folder; build: folders, e.g. 'adapters/{task}' or 'output/{task}/v0-*/checkpoint-*'",
+        "samples": "JSONL of conversations it was trained on; build: with {task} in the name, or one file whose lines say their task",
         "name": "of the adapter",
         "vector": "add: a .npy [d] instead of samples",
+        "category": "add: a group of similar adapters; default: what the samples say",
         "embedder": "build: hub name or folder of a text or image-text encoder; default: fitted on the samples, no download",
+        "base": "hub name or folder of the model that all were trained on, if they name it differently or not at all",
+        "root": "where the registry's relative paths start; default: as it says, or its folder",
         "set_": "build: setting of EmbedConfig, e.g. dims=256, repeatable",
     },
     iterable=["set_"],
 )
 def adapters(
-    c, action, registry="registry.toml", path="", samples="", name="", vector="", description="", category="", embedder="", set_=None
+    c,
+    action,
+    registry="registry.toml",
+    path="",
+    samples="",
+    name="",
+    vector="",
+    description="",
+    category="",
+    embedder="",
+    base="",
+    root="",
+    set_=None,
 ):
     """A registry of adapters: build it from folders, add to it, list it, show one of it."""
+    _needs(action=action)
     from medvl.systems import ask
 
-    _call(ask.manage, action, registry, path, samples, name, vector, description, category, embedder, set_ or ())
+    about = {"name": name, "vector": vector, "description": description, "category": category, "embedder": embedder}
+    _call(ask.manage, action, registry, path=path, samples=samples, **about, base=base, root=root, overrides=set_ or ())
 
 
 @task(

@@ -47,6 +47,14 @@ def load(path: str | os.PathLike, record: type[T], overrides: tuple[str, ...] = 
 
 def read(path: str | os.PathLike) -> dict[str, Any]:
     """The raw dict of a `.toml` or `.json` file."""
+    raw = read_plain(path)
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: must hold a table of settings, found {type(raw).__name__}")
+    return raw
+
+
+def read_plain(path: str | os.PathLike) -> Any:
+    """What a `.toml` or `.json` file holds: a dict, or of JSON also a list or another value."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark first
@@ -56,8 +64,6 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
         raw = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (ValueError, RecursionError) as e:
         raise ConfigError(f"{path}: not valid {'JSON' if path.suffix == '.json' else 'TOML'}: {e}") from e
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: must hold a table of settings, found {type(raw).__name__}")
     _check_plain(raw, str(path))
     return raw
 

@@ -1,5 +1,6 @@
 """A model and its experts: adapters of a registry, found by their likeness to a question and its images, mixed per sample, and asked."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
@@ -16,6 +17,7 @@ from medvl.data import registry
 from medvl.embed import Embedder
 from medvl.retrieve import RetrieveConfig, Retrieved
 
+_log = logging.getLogger("medvl")
 Mode = Literal["bare", "selection", "mixture", "fusion", "oracle"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
@@ -72,16 +74,22 @@ def gather(
     params: Mapping[str, Tensor],
     path: files.PathLike,
     *,
+    base: str = "",
+    root: files.PathLike = "",
     fusion: FusionConfig = FusionConfig(),
     hold: HoldConfig = HoldConfig(),
 ) -> Experts:
     """The experts of a registry for a model that is already there.
 
+    Args:
+        base: what the model is called; adapters that name another are a warning then.
+        root: where the registry's relative paths start, instead of what it says.
     Raises:
         ValueError: as `registry.check`; an adapter that does not fit the model says so when it is first used (`check_adapters`: at once).
     """
-    held, folder = registry.read_registry(path), Path(path).parent
-    registry.check(path, held)
+    held = registry.read_registry(path, root)
+    folder = registry.place_of(path, held)
+    registry.check(path, held, base)
     device = next(iter(params.values())).device
     host = adapter_cache.cached(
         lambda i: evolve(read_adapter(folder / held.adapters[i].path, talks.skeleton), name=held.adapters[i].name), int(hold.host_gb * 1e9)
@@ -105,6 +113,7 @@ def open_experts(
     path: files.PathLike,
     *,
     base: str = "",
+    root: files.PathLike = "",
     dtype: Literal["float32", "bfloat16"] = "bfloat16",
     quantize: Literal["none", "nf4", "fp4"] = "none",
     cfg: ChatConfig = ChatConfig(),
@@ -116,17 +125,18 @@ def open_experts(
 
     Args:
         base: hub name or folder of the model, if neither the registry nor its adapters say it (or it lies elsewhere now).
+        root: where the registry's relative paths start, instead of what it says.
     Raises:
         ValueError: as `gather` and `hub.load`; no base model named anywhere.
     """
-    held = registry.read_registry(path)
-    registry.check(path, held)
+    held = registry.read_registry(path, root)
+    registry.check(path, held, base)
     name = base or registry.base_of(path, held)
     if not name:
         raise ValueError(f"{path}: neither it nor its adapters say which model they are for; give base")
     model = ModelConfig(name=name, dtype=dtype, quantize=quantize)
     talks, params = chat.open_chat(model, cfg, chat.tokenizer_of(model, Path()), Generator(), device=device)
-    return gather(talks, params, path, fusion=fusion, hold=hold)
+    return gather(talks, params, path, base=base, root=root, fusion=fusion, hold=hold)
 
 
 def check_adapters(experts: Experts) -> None:
@@ -142,12 +152,42 @@ def check_adapters(experts: Experts) -> None:
             raise ValueError(f"adapter {name!r}: {e}") from e
 
 
+def queries(experts: Experts, texts: Sequence[str], images: embed.Pictures) -> Tensor:
+    """What adapters are found by: embeddings of questions with their images, float32 [b, d], nan where there is nothing to embed.
+
+    The bare model answers what has no word that the embedder knows and no image that counts; a warning says of how many.
+
+    Args:
+        images: a sequence for each of the texts.
+    Raises:
+        ValueError: the registry has no embedder; an image that cannot be read; as `embed.embed`.
+    """
+    if experts.embedder is None:
+        raise ValueError("the registry has vectors but no embedder, so a question has none; `invoke adapters build` fits one")
+    known = [*range(len(texts))]
+    out = torch.full((len(texts), experts.vectors.shape[1]), torch.nan)
+    try:
+        vectors = embed.embed(experts.embedder, texts, images)
+    except embed.Nothing as e:
+        known = [i for i in known if i not in e.rows]
+        _log.warning(
+            "%d of %d questions have no word that the embedder knows and no image: the bare model answers them", len(e.rows), len(texts)
+        )
+        if not known:
+            return out
+        vectors = embed.embed(experts.embedder, [texts[i] for i in known], [images[i] for i in known])
+    if vectors.shape[1] != out.shape[1]:
+        raise ValueError(f"the registry's vectors have {out.shape[1]} numbers, those of its embedder {vectors.shape[1]}; build it again")
+    return out.index_copy(0, torch.tensor(known), vectors)
+
+
 def choose(
     mode: Mode, cfg: RetrieveConfig, queries: Tensor, vectors: Tensor, *, own: Tensor | None = None, exclude: Tensor | None = None
 ) -> Retrieved:
     """Which adapters each query gets in a mode: none, the best, the cfg.k best with their weights, or its own.
 
     Args:
+        queries: from `queries`; a row of nan abstains.
         own: int64 [b], each row's own adapter, -1 where it has none (which then abstains): mode "oracle" takes it.
         exclude: as of `retrieve.retrieve`; it does not concern "oracle".
     Raises:
@@ -166,7 +206,11 @@ def choose(
             abstained=~there[:, 0],
         )
     k = {"bare": 0, "selection": 1}.get(mode, cfg.k)
-    return retrieve.retrieve(evolve(cfg, k=k), queries, vectors, exclude=exclude)
+    nothing = queries.isnan().any(1, keepdim=True)
+    barred = nothing if exclude is None else nothing | exclude
+    return retrieve.retrieve(
+        evolve(cfg, k=k), queries.masked_fill(nothing, 1.0), vectors, exclude=barred.expand(len(queries), len(vectors))
+    )
 
 
 def answers(experts: Experts, data: Encoded, rows: Sequence[int], found: Retrieved, mode: Mode, max_tokens: int) -> list[str]:
@@ -215,10 +259,7 @@ def ask(
     if mode == "oracle" and not own:
         raise ValueError(f"ask: mode oracle needs the name of an adapter; there are {', '.join(experts.names)}")
     talk, blind = chat.question(experts.chat, question, images), mode in ("bare", "oracle")
-    if not blind and experts.embedder is None:
-        raise ValueError("ask: the registry has vectors but no embedder, so a question has none; `invoke adapters build` fits one")
-    made = None if blind else experts.embedder
-    query = torch.ones(1, experts.vectors.shape[1]) if made is None else embed.embed(made, [question], [talk.images])
+    query = torch.ones(1, experts.vectors.shape[1]) if blind else queries(experts, [question], [talk.images])
     found = choose(mode, cfg, query, experts.vectors, own=torch.tensor([experts.names.index(own) if own else -1]))
     (text,) = answers(experts, chat.encode(experts.chat, [talk], prompt=True), [0], found, mode, max_tokens)
     named = zip(found.indices[0].tolist(), found.similarity[0].tolist(), found.weights[0].tolist(), strict=True)

@@ -293,8 +293,33 @@ def test_a_question_without_a_known_word_is_the_bare_models(trained, caplog):
     found = adapters_score.chosen(adapters_score.Run(mode="mixture", domain="in", k=2), of, steps, queries, model.cfg)
     assert found.abstained.tolist() == [False, True]
     assert found.weights.sum(1).tolist() == [1.0, 0.0]
-    with pytest.raises(ValueError, match="nothing to embed"):
-        adapters_score.queries_of(of, steps[1:], model.cfg)
+    queries = adapters_score.queries_of(of, steps[1:], model.cfg)  # the same where it is the only one, and where it is asked alone
+    for mode in ("selection", "mixture", "fusion"):
+        found = adapters_score.chosen(adapters_score.Run(mode=mode, domain="out", k=2), of, steps[1:], queries, model.cfg)
+        assert found.abstained.tolist() == [True]
+        said, bare = (experts.ask(of, "qqq zzz", mode=m, max_tokens=3) for m in (mode, "bare"))
+        assert said == bare
+        assert said.adapters == ()
+
+
+@pytest.mark.parametrize("k", [0, 2])
+def test_a_report_where_rows_have_no_adapter(trained, tmp_path, monkeypatch, k):
+    """A question with no known word beside others, or k = 0: all rows are counted, none is lost."""
+    _, folder, _ = trained
+    model, params, _ = adapters_run.load(folder)
+    cfg = evolve(
+        model.cfg, retrieve=evolve(model.cfg.retrieve, k=k), evaluate=evolve(model.cfg.evaluate, modes=("selection", "mixture"), by_k=())
+    )
+    monkeypatch.setattr(experts, "answers", lambda of, data, rows, *rest: ["a" for _ in rows])
+    held = [talk("How many lesions are there?", "a", id="1"), talk("qqq zzz", "b", id="2")]
+    rows, page = adapters_report.assess(evolve(model, cfg=cfg), params, held, tmp_path, "x")
+    assert {(r.subject, r.split): (r.n, r.value) for r in rows if r.what == "step_accuracy"} == {
+        (mode, domain): (2, 0.5) for mode in ("selection", "mixture") for domain in ("in domain", "out of domain")
+    }
+    (recall,) = (r for r in rows if r.what == "recall_at_3")
+    assert (recall.n, recall.value) == (2, 0.5)  # the one without a word missed it
+    assert {r.value for r in rows if r.what == "abstained"} == ({0.5} if k else {1.0})
+    assert page.exists()
 
 
 def test_one_step_that_fails_is_one_that_is_wrong(trained, tmp_path, caplog):
@@ -321,11 +346,13 @@ def test_a_registry_built_from_a_folder(trained, tmp_path, capsys):
         own = [x | {"images": [str(root / i) for i in x["images"]]} for x in held if x["task"] == task]
         (tmp_path / f"{task}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in own))
     new = str(tmp_path / "new.toml")
-    ask.manage("build", new, str(folder / "adapters/{task}"), str(tmp_path / "{task}.jsonl"), "", "", "", "", "", ("dims=8",))
+    ask.manage("build", new, path=str(folder / "adapters/{task}"), samples=str(tmp_path / "{task}.jsonl"), overrides=("dims=8",))
     said = capsys.readouterr().out
-    assert re.search(r"\| xray +\| +\| 2 \|", said) or "xray" in said
-    ask.manage("add", new, str(folder / "adapters/ct"), str(tmp_path / "ct.jsonl"), "ct again", "", "the same", "radiology", "", ())
-    ask.manage("show", new, "", "", "ct again", "", "", "", "", ())
+    assert "| xray | radiology | 2 |" in said  # the category from the samples
+    assert "| fundus | ophthalmology | 2 |" in said
+    about = {"name": "ct again", "description": "the same"}
+    ask.manage("add", new, path=str(folder / "adapters/ct"), samples=str(tmp_path / "ct.jsonl"), **about)
+    ask.manage("show", new, name="ct again")
     said = capsys.readouterr().out
     assert "category: radiology" in said
     assert re.search(r"\| ct \| 0\.9|\| ct \| 1\.0", said)
@@ -335,6 +362,28 @@ def test_a_registry_built_from_a_folder(trained, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "Similarity" in said
     assert "Research use only, not for diagnosis" in said
+
+
+def test_a_registry_built_of_checkpoints_and_one_file_of_samples(trained, tmp_path, capsys, caplog):
+    """As ms-swift lays out its folders: the last checkpoint by number, said in the log; the base as it is called here."""
+    place, folder, _ = trained
+    for task, checkpoints in {"ct": ("v0-2024/checkpoint-9", "v0-2024/checkpoint-10"), "xray": ("v1-2024/checkpoint-1",)}.items():
+        for name in checkpoints:
+            shutil.copytree(folder / "adapters" / task, tmp_path / "output" / task / name)
+    (tmp_path / "output/fundus/v0-2024/checkpoint-1").mkdir(parents=True)  # not trained yet
+    pattern, samples = str(tmp_path / "output/{task}/v*-2024/checkpoint-*"), str(next((place / "data").rglob("train.jsonl")))
+    given = {"path": pattern, "samples": samples, "base": str(folder / "model"), "overrides": ("dims=8",)}
+    ask.manage("build", str(tmp_path / "a/new.json"), **given)
+    said = capsys.readouterr().out
+    assert "| ct | radiology | 2 |" in said
+    assert "fundus" not in said
+    assert f"base model {folder}/model" in said
+    assert "left out, there is no adapter_config.json: fundus" in caplog.text
+    assert "ct: 2 folders match, the last one is taken: " in caplog.text
+    held = registry.read_registry(tmp_path / "a/new.json")
+    assert [r.path for r in held.adapters] == ["../output/ct/v0-2024/checkpoint-10", "../output/xray/v1-2024/checkpoint-1"]
+    of = experts.open_experts(tmp_path / "a/new.json", dtype="float32")
+    assert of.names == ("ct", "xray")
 
 
 def test_a_run_is_asked_as_its_registry_is(trained, capsys):
@@ -438,7 +487,7 @@ def test_bad_records(tmp_path, change, message):
 REFUSED = {
     "an action": (("bake", "r.toml"), "the action must be one of build, add, list, show, got 'bake'"),
     "a registry that is not there": (("list", "nowhere.toml"), "nowhere.toml"),
-    "build without {task}": (("build", "new.toml", "adapters", "x.jsonl"), "must hold {task}"),
+    "build without {task}": (("build", "new.toml", "adapters", "x.jsonl"), "needs path with {task} in it"),
     "build of nothing": (("build", "new.toml", "{tmp}/none/{task}", "{tmp}/{task}.jsonl"), "none"),
     "add without a name": (("add", "r.toml", "x", "y.jsonl"), "needs name, path"),
     "show of another": (("show", "{run}/registry.toml", "", "", "pet"), "no adapter 'pet'"),
@@ -459,7 +508,7 @@ def test_what_the_tasks_refuse(trained, tmp_path, given, message):
     said = [g.replace("{run}", str(folder)).replace("{tmp}", str(tmp_path)).replace("{vector}", str(vector)) for g in given]
     before = (folder / "registry.toml").read_bytes()
     with pytest.raises(ValueError, match=re.escape(message)):
-        ask.manage(*said, *[""] * (9 - len(said)), ())
+        ask.manage(*said[:2], **dict(zip(("path", "samples", "name", "vector"), said[2:], strict=False)))
     assert (folder / "registry.toml").read_bytes() == before
 
 
@@ -497,7 +546,7 @@ def test_an_adapter_of_another_model_is_named_before_anything_runs(trained, tmp_
     save_file(state, file, {"format": "pt"})
     model, params, _ = adapters_run.load(other)
     with pytest.raises(ValueError, match=r"adapter 'fundus'"):
-        adapters_report.assess(model, params["model"], adapters_run.read(model.cfg, "test"), tmp_path / "results", "x")
+        adapters_report.assess(model, params, adapters_run.read(model.cfg, "test"), tmp_path / "results", "x")
     assert not (tmp_path / "results").exists()
 
 

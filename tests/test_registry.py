@@ -54,8 +54,8 @@ def test_a_refused_adapter_changes_nothing(place):
         (Record(name="us", path="ct", vector="new.npy"), [0.0, 0.0], "one finite vector .* that is not zero"),
         (Record(name=" ", path="ct", vector="new.npy"), [1.0, 0.0], "the name becomes that of a file"),
         (Record(name="../../x", path="ct", vector=""), [1.0, 0.0], "the name becomes that of a file"),
-        (Record(name="us", path="ct", vector="../new.npy"), [1.0, 0.0], "must lie in the registry's folder"),
-        (Record(name="us", path="ct", vector="/tmp/new.npy"), [1.0, 0.0], "must lie in the registry's folder"),
+        (Record(name="us", path="ct", vector="../new.npy"), [1.0, 0.0], "must lie in the registry's root"),
+        (Record(name="us", path="ct", vector="/tmp/new.npy"), [1.0, 0.0], "must lie in the registry's root"),
     ):
         with pytest.raises(ValueError, match=message):
             registry.add(place, record, vector)
@@ -90,6 +90,10 @@ def broken_vector(value):
     return lambda place: np.save(place.with_name("ct.npy"), value)
 
 
+def rebased(base):
+    return lambda place: place.with_name("ct").joinpath("adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+
+
 BAD = [
     (lambda p: p.with_name("ct.npy").unlink(), "ct.npy: no such file"),
     (lambda p: p.with_name("ct.npy").write_bytes(b"nonsense"), "ct.npy: not a whole .npy of numbers"),
@@ -97,12 +101,10 @@ BAD = [
     (broken_vector(np.zeros(2)), r"one finite vector \[d\] that is not zero"),
     (broken_vector(np.ones((2, 2))), r"got float64 \[2, 2\]"),
     (broken_vector(np.ones(3)), "xray has 2 numbers, ct 3; one embedder made all"),
-    (lambda p: p.with_name("ct").joinpath("adapter_config.json").unlink(), "ct: .*adapter_config.json cannot be read"),
-    (
-        lambda p: p.with_name("ct").joinpath("adapter_config.json").write_text('{"base_model_name_or_path": "other"}'),
-        "adapters of different models: ct of other, xray of Qwen/Qwen2-VL-7B-Instruct",
-    ),
-    (lambda p: p.write_text('base = "other"\n' + p.read_text()), "ct was trained on Qwen/.*, the registry is of other"),
+    (lambda p: p.with_name("ct").joinpath("adapter_config.json").unlink(), "ct: .*adapter_config.json: cannot be read as text"),
+    (rebased("other"), "adapters of different models: ct of other, xray of Qwen/Qwen2-VL-7B-Instruct; give base"),
+    (lambda p: p.with_name("ct").joinpath("adapter_config.json").write_text("[]"), "ct: .*adapter_config.json: must hold a table"),
+    (lambda p: p.with_name("ct").joinpath("adapter_config.json").write_text("[" * 9999), "ct: .*adapter_config.json: not valid JSON"),
     (lambda p: p.write_text(p.read_text().replace('embedder = "tfidf"', 'embedder = "jina"', 1)), "different embedders .* got jina, tfidf"),
     (lambda p: p.write_text(""), "the registry has no adapter"),
 ]
@@ -116,6 +118,61 @@ def test_what_does_not_fit_is_named(place, damage, message):
         registry.check(place, registry.read_registry(place))
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("Qwen/Qwen2-VL-7B-Instruct/", "/models/Qwen2-VL-7B-Instruct", "..\\models\\qwen2-vl-7b-instruct"),
+        *("unsloth/Qwen2-VL-7B-Instruct-bnb-4bit", "unsloth/Qwen2-VL-7B-Instruct-unsloth-bnb-4bit"),
+    ],
+)
+def test_one_model_under_two_names(place, caplog, name):
+    filled(place)
+    rebased(name)(place)
+    registry.check(place, registry.read_registry(place))
+    registry.check(place, registry.read_registry(place), "some/where/Qwen2-VL-7B-Instruct")
+    assert not caplog.records
+
+
+def test_another_model_by_name_is_a_warning_where_the_model_is_given(place, caplog):
+    """Names and shapes of layers are checked when an adapter is read; a name alone decides nothing."""
+    filled(place)
+    rebased("other")(place)
+    registry.check(place, registry.read_registry(place), "/models/Qwen2-VL-7B-Instruct")
+    assert "taken for adapters of /models/Qwen2-VL-7B-Instruct, but trained on another model by name: ct on other" in caplog.text
+    caplog.clear()
+    place.write_text('base = "Qwen/Qwen2-VL-7B-Instruct"\n' + place.read_text())
+    registry.check(place, registry.read_registry(place))
+    assert "ct on other" in caplog.text
+
+
+def test_paths_may_start_elsewhere(place, tmp_path, monkeypatch):
+    """LoraRetriever's lists lie in config/ and start at the project."""
+    np.save(place.with_name("m.npy"), np.array([0.3, 0.4]))
+    listed = tmp_path / "config" / "list.json"
+    listed.parent.mkdir()
+    listed.write_text(json.dumps([{"lora_name": "ct", "lora_path": "ct", "embedding_path": "m.npy"}]))
+    with pytest.raises(ValueError, match=r"ct: .*config/m\.npy: no such file; relative paths start at .*config, give another root"):
+        registry.check(listed, registry.read_registry(listed))
+    monkeypatch.chdir(tmp_path)
+    for root in (tmp_path, "."):
+        made = registry.read_registry(listed, root)
+        registry.check(listed, made)
+    made = registry.extend(listed, made, [(Record(name="us", path="xray", vector=""), [0.0, 1.0])])  # keeps it
+    again = registry.read_registry(listed)
+    assert (again, again.root) == (made, "..")
+    torch.testing.assert_close(registry.vectors(listed, again), torch.tensor([[0.6, 0.8], [0.0, 1.0]]))
+    assert [p.parent for p in tmp_path.rglob("us-*.npy")] == [tmp_path / "vectors"]
+
+
+@pytest.mark.parametrize("ending", [".toml", ".json"])
+def test_any_text_is_read_back(place, ending):
+    path = place.with_suffix(ending)
+    text = 'a "b" \\ c\td\n\x7f\x01 \u00e9 \U0001f600'
+    registry.add(path, Record(name="\U0001f600", path="ct", vector="", description=text), [3.0, 4.0])
+    (found,) = registry.read_registry(path).adapters
+    assert (found.name, found.description) == ("\U0001f600", text)
+
+
 def test_files_that_are_no_registry(place):
     for text, message in (
         ("adapters = 3", r"expected an array, got 3 @ \$.adapters"),
@@ -125,7 +182,7 @@ def test_files_that_are_no_registry(place):
         place.write_text(text)
         with pytest.raises(ConfigError, match=message):
             registry.read_registry(place)
-    with pytest.raises(ConfigError, match="cannot be read as JSON"):
+    with pytest.raises(ConfigError, match="cannot be read as text"):
         registry.read_registry(place.with_name("none.json"))
     place.with_suffix(".json").write_text('[{"lora_name": "a", "lora_path": "b"}]')
     with pytest.raises(ConfigError, match="required key 'vector' is missing"):

@@ -215,12 +215,35 @@ def read_tasks(
     return found
 
 
+def task_paths(pattern: str) -> dict[str, list[Path]]:
+    """What is there under the names of a pattern with "{task}", by the task that stands there, in natural order ("v2" before "v10").
+
+    "{task}" may stand in it more than once, for the same text, and "*" for any text; both within one name.
+    """
+    parts = re.split(r"(\{task\}|\*)", pattern)
+    regex, known = "", False
+    for part in parts:
+        if part == "{task}":
+            regex, known = regex + (r"(?P=task)" if known else "(?P<task>[^/]+)"), True
+        else:
+            regex += "[^/]*" if part == "*" else re.escape(part)
+    found: dict[str, list[Path]] = {}
+    for path in glob.glob("".join("*" if part in ("{task}", "*") else glob.escape(part) for part in parts)):
+        if hit := re.fullmatch(regex, path):
+            found.setdefault(hit["task"], []).append(Path(path))
+    return {task: sorted(found[task], key=_natural) for task in sorted(found)}
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    return [(int(number or 0), text) for text, number in re.findall(r"(\D*)(\d*)", str(path))]
+
+
 def _task_files(pattern: str) -> dict[str, Path]:
-    """The files of a pattern with "{task}", once or more often, by task."""
-    parts = pattern.split("{task}")
-    same = re.compile(re.escape(parts[0]) + "([^/]+)" + r"\1".join(re.escape(part) for part in parts[1:]))
-    hits = ((same.fullmatch(path), path) for path in glob.glob("*".join(glob.escape(part) for part in parts)))
-    return {hit[1]: Path(path) for hit, path in hits if hit and Path(path).is_file()}
+    """The file of each task."""
+    files_of = {task: [p for p in paths if p.is_file()] for task, paths in task_paths(pattern).items()}
+    if several := [task for task, paths in files_of.items() if len(paths) > 1]:
+        raise ValueError(f"{pattern}: task {several[0]} must have one file, found {', '.join(map(str, files_of[several[0]][:4]))}")
+    return {task: paths[0] for task, paths in files_of.items() if paths}
 
 
 def _conversation(record: Any, where: str, line: int, tag: str, folder: Path, file: str) -> Conversation:

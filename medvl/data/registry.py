@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import logging
+import os
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +17,13 @@ from torch import Tensor
 
 from medvl import config, files
 
+_log = logging.getLogger("medvl")
 _LONGEST = 2**20  # numbers of a vector; embeddings have thousands
 
 
 @frozen(kw_only=True)
 class Record:
-    """One adapter. Paths are relative to the registry's file."""
+    """One adapter. Paths are relative to the registry's root."""
 
     name: str
     path: str  # folder in peft's format
@@ -35,8 +39,9 @@ class Registry:
     """What a registry's file says."""
 
     adapters: tuple[Record, ...] = ()
-    base: str = ""  # the model all were trained on (a folder relative to this file, or a hub name), "" = as their adapter_config.json say
+    base: str = ""  # the model all were trained on (a folder relative to the root, or a hub name), "" = as their adapter_config.json say
     embedder: str = ""  # folder of what made the vectors (`embed.read_embedder`), "" = only the vectors are there
+    root: str = ""  # where relative paths start, relative to the folder of this file; "" = there
 
     def __attrs_post_init__(self) -> None:
         names = [r.name for r in self.adapters]
@@ -46,21 +51,25 @@ class Registry:
             raise ValueError(f"every adapter needs a name, got {bad[0]!r}")
 
 
-def read_registry(path: files.PathLike) -> Registry:
+def read_registry(path: files.PathLike, root: files.PathLike = "") -> Registry:
     """The registry in a `.toml` or `.json` file, of our own records or of LoraRetriever's (a list of {lora_name, lora_path, embedding_path,
     description}).
 
+    Args:
+        root: where relative paths start, instead of what the file says; LoraRetriever's lists lie in `config/` and start at the project.
     Raises:
         ConfigError: unreadable, an unknown key, a wrong type, a name that is there twice; names the file and the place.
     """
-    path = Path(path)
-    if path.suffix == ".json":
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as e:
-            raise config.ConfigError(f"{path}: cannot be read as JSON ({e})") from e
-        return config.structure({"adapters": [_ours(r) for r in raw]} if isinstance(raw, list) else raw, Registry, str(path))
-    return config.load(path, Registry)
+    path, raw = Path(path), config.read_plain(path)
+    if isinstance(raw, list):
+        raw = {"adapters": [_ours(r) for r in raw]}
+    registry = config.structure(raw, Registry, str(path))
+    return evolve(registry, root=os.path.relpath(root, path.parent)) if str(root) else registry
+
+
+def place_of(path: files.PathLike, registry: Registry) -> Path:
+    """The folder where the relative paths of a registry start."""
+    return Path(path).parent / registry.root
 
 
 def vectors(path: files.PathLike, registry: Registry) -> Tensor:
@@ -72,11 +81,11 @@ def vectors(path: files.PathLike, registry: Registry) -> Tensor:
     """
     rows: list[np.ndarray] = []
     for r in registry.adapters:
-        file = Path(path).parent / r.vector
+        file = place_of(path, registry) / r.vector
         try:
             held = files.open_array(file)
         except ValueError as e:
-            raise ValueError(f"{path}: {r.name}: {e}") from e
+            raise ValueError(f"{path}: {r.name}: {e}{_start(path, registry)}") from e
         row = _unit(held, f"{path}: {r.name}: {file}")
         if rows and len(row) != len(rows[0]):
             raise ValueError(f"{path}: {r.name} has {len(row)} numbers, {registry.adapters[0].name} {len(rows[0])}; one embedder made all?")
@@ -89,32 +98,52 @@ def vectors(path: files.PathLike, registry: Registry) -> Tensor:
     return torch.from_numpy(np.stack(rows))
 
 
-def check(path: files.PathLike, registry: Registry) -> None:
+def check(path: files.PathLike, registry: Registry, base: str = "") -> None:
     """See that every adapter's folder and vector are there, and that all are of one base model.
 
+    Args:
+        base: the model that they will be put on, if it is known. Models are called by many names (of a hub, of folders, of copies in four
+            bits), so adapters that name another than this or than `registry.base` are a warning: names and shapes of their layers are
+            checked when they are read.
     Raises:
-        ValueError: what is missing or differs, with the adapter's name.
+        ValueError: what is missing, with the adapter's name; adapters that name different models, and nothing says which is meant.
     """
     vectors(path, registry)
-    bases = {r.name: _base(path, r) for r in registry.adapters}
-    if not registry.base and len({*bases.values()} - {""}) > 1:
-        raise ValueError(f"{path}: adapters of different models: " + ", ".join(f"{n} of {b}" for n, b in bases.items()))
-    if wrong := [n for n, b in bases.items() if registry.base and b and b != registry.base]:
-        raise ValueError(f"{path}: {wrong[0]} was trained on {bases[wrong[0]]}, the registry is of {registry.base}")
+    bases = {r.name: _base(path, registry, r) for r in registry.adapters}
+    wanted = base or registry.base
+    if not wanted and len({_plain(b) for b in bases.values() if b}) > 1:
+        named = ", ".join(f"{n} of {b}" for n, b in bases.items())
+        raise ValueError(f"{path}: adapters of different models: {named}; give base, if these are names of one")
+    if wanted and (others := [n for n, b in bases.items() if b and _plain(b) not in {_plain(wanted), _plain(registry.base)}]):
+        _log.warning("%s: taken for adapters of %s, but trained on another model by name: %s", path, wanted, _named(others, bases))
+
+
+def _named(names: Sequence[str], bases: Mapping[str, str]) -> str:
+    return ", ".join(f"{n} on {bases[n]}" for n in names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def _plain(base: str) -> str:
+    """A model's name without what tells a hub's name from a folder's, and a copy in four bits from the model."""
+    name = base.replace("\\", "/").rstrip("/").rpartition("/")[2].lower()
+    return re.sub(r"-(?:unsloth-)?bnb-4bit$", "", name)
 
 
 def base_of(path: files.PathLike, registry: Registry) -> str:
     """The base model: a folder, or a name on the hub; "" where nothing says it."""
-    name = registry.base or next((b for r in registry.adapters if (b := _base(path, r))), "")
-    return str(Path(path).parent / name) if name and (Path(path).parent / name).is_dir() else name
+    name = registry.base or next((b for r in registry.adapters if (b := _base(path, registry, r))), "")
+    return str(place_of(path, registry) / name) if name and (place_of(path, registry) / name).is_dir() else name
 
 
-def _base(path: files.PathLike, record: Record) -> str:
-    file = Path(path).parent / record.path / "adapter_config.json"
+def _base(path: files.PathLike, registry: Registry, record: Record) -> str:
     try:
-        return str(json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path") or "")
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{path}: {record.name}: {file} cannot be read ({e})") from e
+        about = config.read(place_of(path, registry) / record.path / "adapter_config.json")
+    except ValueError as e:
+        raise ValueError(f"{path}: {record.name}: {e}{_start(path, registry)}") from e
+    return str(about.get("base_model_name_or_path") or "")
+
+
+def _start(path: files.PathLike, registry: Registry) -> str:
+    return f"; relative paths start at {place_of(path, registry)}, give another root where they do not"
 
 
 def add(path: files.PathLike, record: Record, vector: Tensor | np.ndarray | Sequence[float]) -> Registry:
@@ -138,7 +167,7 @@ def extend(path: files.PathLike, registry: Registry, new: Sequence[tuple[Record,
         ValueError: a name that is taken or cannot be the name of a file, an adapter's folder that is no adapter, a vector that does not
             fit the others or would be written outside the registry's folder. Nothing is changed then.
     """
-    path = Path(path)
+    path, place = Path(path), place_of(path, registry)
     size = len(vectors(path, registry)[0]) if registry.adapters else 0
     rows: dict[str, np.ndarray] = {}
     records = [*registry.adapters]
@@ -148,12 +177,12 @@ def extend(path: files.PathLike, registry: Registry, new: Sequence[tuple[Record,
         size = size or len(row)
         if len(row) != size:
             raise ValueError(f"{path}: {record.name} has a vector of {len(row)} numbers, the others {size}")
-        if not (path.parent / record.path / "adapter_config.json").is_file():
-            raise ValueError(f"{path}: {record.name}: {path.parent / record.path} holds no adapter_config.json")
+        if not (place / record.path / "adapter_config.json").is_file():
+            raise ValueError(f"{path}: {record.name}: {place / record.path} holds no adapter_config.json")
         if not record.vector:
             record = evolve(record, vector=f"vectors/{record.name}-{hashlib.sha256(row.tobytes()).hexdigest()[:8]}.npy")
-        if not _inside(path.parent, record.vector):
-            raise ValueError(f"{path}: {record.name}: its vector must lie in the registry's folder, got {record.vector!r}")
+        if Path(record.vector).is_absolute() or ".." in Path(record.vector).parts:
+            raise ValueError(f"{path}: {record.name}: its vector must lie in the registry's root, got {record.vector!r}")
         rows[record.vector] = row
         records.append(record)
     try:
@@ -161,7 +190,7 @@ def extend(path: files.PathLike, registry: Registry, new: Sequence[tuple[Record,
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from e
     for file, row in rows.items():
-        files.write_array(path.parent / file, row)
+        files.write_array(place / file, row)
     write_registry(path, made)
     return made
 
@@ -180,22 +209,22 @@ def _unit(vector: Tensor | np.ndarray | Sequence[float], where: str) -> np.ndarr
     return (wide / length).astype(np.float32)
 
 
-def _inside(folder: Path, name: str) -> bool:
-    """Whether a relative name leads to a file below the folder."""
-    return not Path(name).is_absolute() and ".." not in Path(name).parts
-
-
 def write_registry(path: files.PathLike, registry: Registry) -> None:
     """Write it as TOML, or as JSON where the name ends in .json; whole or not at all."""
     if Path(path).suffix == ".json":
         files.write_text(path, json.dumps(config.unstructure(registry), indent=1, ensure_ascii=False) + "\n")
         return
-    head = {"base": registry.base, "embedder": registry.embedder}
-    lines = [f"{k} = {json.dumps(v)}\n" for k, v in head.items() if v]
+    head = {"base": registry.base, "embedder": registry.embedder, "root": registry.root}
+    lines = [f"{k} = {_toml(v)}\n" for k, v in head.items() if v]
     for r in registry.adapters:
         given = {k: v for k, v in asdict(r).items() if v not in ("", 0)}
-        lines += ["\n[[adapters]]\n", *(f"{k} = {json.dumps(v)}\n" for k, v in given.items())]
+        lines += ["\n[[adapters]]\n", *(f"{k} = {_toml(v)}\n" for k, v in given.items())]
     files.write_text(path, "".join(lines).lstrip("\n"))
+
+
+def _toml(value: str | int) -> str:
+    """TOML wants what JSON wants, but no pairs of surrogates, and DEL escaped."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _ours(raw: Any) -> Any:

@@ -10,11 +10,11 @@ import torch
 from attrs import field, frozen
 from torch import Generator
 
-from medvl import config, lora
+from medvl import config, experts, lora
 from medvl.chat import Chat, ChatConfig, ModelConfig, open_chat, tokenizer_of
 from medvl.data.phantom_modalities import ModalityConfig
 from medvl.embed import EmbedConfig
-from medvl.experts import MODES, FusionConfig, HoldConfig, Mode
+from medvl.experts import MODES, Experts, FusionConfig, HoldConfig, Mode
 from medvl.lora import LoraConfig
 from medvl.retrieve import RetrieveConfig
 from medvl.retriever import RetrieverConfig
@@ -48,6 +48,7 @@ class PoolConfig:
     """Where the adapters come from."""
 
     registry: str = ""  # a registry that is there; "" = an adapter is trained for each task, and a registry made of them
+    root: str = ""  # where the registry's relative paths start; "" = as it says, or at its folder
     samples: int = 20  # training samples that an adapter's vector is the mean of
     hold: HoldConfig = HoldConfig()
 
@@ -143,6 +144,17 @@ def init(cfg: Config, folder: Path, texts: list[str], *, device: torch.device = 
         check_stage(stage, tree)
     path = Path(cfg.pool.registry) if cfg.pool.registry else folder / "registry.toml"
     return Model(cfg=cfg, chat=chat, registry=path), tree
+
+
+def gather(model: Model, params: Tree) -> Experts:
+    """The model with the adapters of its registry.
+
+    Raises:
+        ValueError: as `experts.gather`.
+    """
+    cfg = model.cfg
+    place: dict[str, str] = {"base": cfg.model.name, "root": cfg.pool.root}
+    return experts.gather(model.chat, params["model"], model.registry, **place, fusion=cfg.fusion, hold=cfg.pool.hold)
 
 
 def new_adapter(cfg: Config, chat: Chat, number: int, device: torch.device) -> lora.Adapter:

@@ -9,12 +9,13 @@ import torch
 from attrs import evolve
 from torch import Generator, Tensor
 
-from medvl import experts, plots, report, retrieve
+from medvl import experts, plots, report
 from medvl.accuracy import Accuracy, accuracy, by, episode_accuracy, paired, to_results
 from medvl.data.conversation_files import Conversation
 from medvl.experts import Experts
 from medvl.results import Result
 from medvl.retrieve import Retrieved
+from medvl.systems import adapters
 from medvl.systems import adapters_score as score
 from medvl.systems.adapters import Config, Model
 from medvl.systems.adapters_score import Run, Step
@@ -31,7 +32,7 @@ RULES = {
 def assess(model: Model, params: Tree, held: Sequence[Conversation], folder: Path, experiment: str) -> tuple[list[Result], Path]:
     """Answer every step in every run, going on where it stopped; writes answers, results, `summary.md` and the report into `folder`."""
     cfg = model.cfg
-    of = experts.gather(model.chat, params, model.registry, fusion=cfg.fusion, hold=cfg.pool.hold)
+    of = adapters.gather(model, params)
     experts.check_adapters(of)
     steps = score.steps_of(held, cfg)
     if strange := sorted({s.task for s in steps} - {*of.names}):
@@ -86,7 +87,7 @@ def _recalls(of: Experts, steps: Sequence[Step], queries: Tensor, cfg: Config, e
         return
     own = torch.tensor([of.names.index(steps[i].task) for i in rows])
     most = evolve(cfg.retrieve, k=len(of.names), threshold=-1.0, weighting="uniform")
-    place = retrieve.retrieve(most, queries[rows], of.vectors).indices
+    place = experts.choose("mixture", most, queries[rows], of.vectors).indices
     for k in cfg.evaluate.recall:
         if k <= len(of.names):
             hit = (place[:, :k] == own[:, None]).any(1)
@@ -99,13 +100,18 @@ def _picks(found: dict[Run, Retrieved], of: Experts, steps: Sequence[Step], cfg:
     for run, picked in found.items():
         if run.mode != "mixture" or run.k != cfg.retrieve.k:
             continue
-        episodes, best = [s.episode for s in steps], picked.indices[:, 0].tolist()
+        episodes, best = [s.episode for s in steps], _nearest(picked).tolist()
         extra = {"domain": DOMAINS[run.domain], "k": run.k}
         n = cfg.evaluate.bootstrap
         yield _row("abstained", "no adapter near enough", accuracy(picked.abstained, episodes, n=n, gen=_gen(cfg)), extra, experiment)
         if any(of.categories):
             other = [i >= 0 and of.categories[i] != s.category for i, s in zip(best, steps, strict=True)]
             yield _row("other_category", "nearest adapter", accuracy(other, episodes, n=n, gen=_gen(cfg)), extra, experiment)
+
+
+def _nearest(picked: Retrieved) -> Tensor:
+    """The nearest adapter of each row, int64 [b]; -1 where it has none, as all have with k = 0."""
+    return picked.indices[:, 0] if picked.indices.shape[1] else torch.full((len(picked.indices),), -1)
 
 
 def _row(what: str, subject: str, one: Accuracy, extra: dict[str, Any], experiment: str) -> Result:
@@ -173,9 +179,7 @@ def _report(
 
 def _shares(found: dict[Run, Retrieved], of: Experts, steps: Sequence[Step], cfg: Config) -> list[list[float]]:
     """Share of a task's steps whose nearest adapter is each of the pool's, in domain."""
-    best = next(
-        (f.indices[:, 0] for run, f in found.items() if run.mode in ("selection", "mixture", "fusion") and run.domain == "in"), None
-    )
+    best = next((_nearest(f) for run, f in found.items() if run.mode in ("selection", "mixture", "fusion") and run.domain == "in"), None)
     if best is None:
         return []
     tasks = [s.task for s in steps]

@@ -1,5 +1,7 @@
 """How adapters runs: its data put in place, its base and adapters trained, the registry made, the answers of every mode scored."""
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +22,7 @@ from medvl.systems import adapters, adapters_report
 from medvl.systems.adapters import Config, Model
 from medvl.tree import Tree, map_leaves
 
+_log = logging.getLogger("medvl")
 SPLITS = ("train", "valid", "test")
 
 
@@ -180,7 +183,7 @@ def _loss(talks: Chat, how: tuning.TrainConfig, weights: Callable[..., dict[str,
 def make_registry(cfg: Config, held: Sequence[Conversation], folder: Path, log: Callable[[str], None] = print) -> Path:
     """Fit or open the embedder, and write the registry with a vector for each adapter of `folder`/adapters."""
     samples = {task: [c for c in held if c.extra["task"] == task] for task in _tasks(held)}
-    categories = {task: str(of[0].extra.get(cfg.data.category, "")) for task, of in samples.items()}
+    categories = {task: category_of(task, talks, cfg.data.category) for task, talks in samples.items()}
     return build_registry(
         folder / "registry.toml",
         {task: f"adapters/{task}" for task in samples},
@@ -242,6 +245,14 @@ def build_registry(
     return path
 
 
+def category_of(name: str, samples: Sequence[Conversation], key: str = "category") -> str:
+    """The category that an adapter's samples say, the commonest of them; "" where none says any."""
+    found = Counter(str(c.extra[key]) for c in samples if c.extra.get(key))
+    if len(found) > 1:
+        _log.warning("%s: its samples have %d categories, the commonest is taken: %s", name, len(found), found.most_common(1)[0][0])
+    return found.most_common(1)[0][0] if found else ""
+
+
 def drawn(samples: Sequence[Conversation], m: int, seed: int) -> list[Conversation]:
     """`m` of the samples at random, or all of them where there are no more."""
     picked = torch.randperm(len(samples), generator=Generator().manual_seed(seed))[:m]
@@ -266,7 +277,7 @@ def _device(cfg: Config) -> torch.device:
 # Evaluation -----------------------------------------------------------------------------------------------------------------------------
 def assess(model: Model, params: Tree, means: Tree, folder: Path, experiment: str) -> tuple[list[Result], Path]:
     """Score every mode on the test conversations; see `adapters_report`."""
-    return adapters_report.assess(model, params["model"], read(model.cfg, "test"), folder, experiment)
+    return adapters_report.assess(model, params, read(model.cfg, "test"), folder, experiment)
 
 
 # Before a run ---------------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from attrs import evolve, frozen
 from torch import Tensor
 
-from medvl import answers, chat, config, embed, experts
+from medvl import answers, chat, config, experts
 from medvl.data import registry
 from medvl.data.conversation_files import Conversation
 from medvl.experts import Experts, Mode
@@ -89,32 +89,15 @@ def queries_of(of: Experts, steps: Sequence[Step], cfg: Config) -> Tensor:
     first = dict[str, int]()
     place = [first.setdefault(s.episode, i) if cfg.evaluate.per == "episode" else i for i, s in enumerate(steps)]
     asked = {i: n for n, i in enumerate(sorted({*place}))}
-    if of.embedder is None:
-        raise ValueError("the registry has vectors but no embedder, so questions have none; `invoke adapters build` fits one")
-    vectors = _embedded(of.embedder, [steps[i].query for i in asked])
-    if lost := int(vectors.isnan().any(1).sum()):
-        _log.warning("%d of %d questions have no word that the embedder knows and no image: the bare model answers them", lost, len(asked))
+    vectors = experts.queries(of, [steps[i].query[0] for i in asked], [steps[i].query[1] for i in asked])
     return vectors[[asked[i] for i in place]]
-
-
-def _embedded(maker: embed.Embedder, queries: Sequence[tuple[str, tuple[Path, ...]]]) -> Tensor:
-    try:
-        return embed.embed(maker, [q[0] for q in queries], [q[1] for q in queries])
-    except embed.Nothing as e:
-        rows = [i for i in range(len(queries)) if i not in e.rows]
-        if not rows:
-            raise
-        known = embed.embed(maker, [queries[i][0] for i in rows], [queries[i][1] for i in rows])
-        return torch.full((len(queries), known.shape[1]), torch.nan).index_copy(0, torch.tensor(rows), known)
 
 
 def chosen(run: Run, of: Experts, steps: Sequence[Step], queries: Tensor, cfg: Config) -> Retrieved:
     """Which adapters each step gets; out of domain not its own."""
     own = torch.tensor([of.names.index(s.task) if s.task in of.names else -1 for s in steps])
     barred = (torch.arange(len(of.names)) == own[:, None]) & (run.domain == "out")
-    lost = queries.isnan().any(1)
-    safe = queries.masked_fill(lost[:, None], 1.0)  # nothing is chosen for them
-    return experts.choose(run.mode, evolve(cfg.retrieve, k=run.k), safe, of.vectors, own=own, exclude=barred | lost[:, None])
+    return experts.choose(run.mode, evolve(cfg.retrieve, k=run.k), queries, of.vectors, own=own, exclude=barred)
 
 
 def answer_all(of: Experts, steps: Sequence[Step], found: Retrieved, mode: Mode, cfg: Config, path: Path) -> list[Line]:

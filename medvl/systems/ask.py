@@ -1,18 +1,19 @@
 """What `invoke ask`, `invoke adapters` and `invoke slides` do: registries made and asked, slides asked, checked and packed."""
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from attrs import asdict, frozen
+from attrs import asdict, evolve, frozen
 
 from medvl import config, embed, experts, files, processes, report, results, retrieve
 from medvl.adapter_files import read_adapter
 from medvl.chat import ChatConfig
 from medvl.checkpoints import find, read_json
 from medvl.data import registry, slide_check, slide_store
-from medvl.data.conversation_files import read_conversations
+from medvl.data.conversation_files import read_conversations, read_tasks, task_paths
 from medvl.data.registry import Record
 from medvl.data.slide_questions import check_slide_talks, read_slide_talks
 from medvl.data.slides import feature_files
@@ -20,9 +21,10 @@ from medvl.embed import EmbedConfig
 from medvl.experts import Answer, Experts, FusionConfig, HoldConfig
 from medvl.retrieve import RetrieveConfig
 from medvl.slide_relevance import top_patches
-from medvl.systems import adapters_run, slide_vqa_look, tune_run
-from medvl.systems.adapters_run import build_registry, drawn, query_of
+from medvl.systems import adapters, adapters_run, slide_vqa_look, tune_run
+from medvl.systems.adapters_run import build_registry, category_of, drawn, query_of
 
+_log = logging.getLogger("medvl")
 ACTIONS = ("build", "add", "list", "show")
 
 
@@ -46,6 +48,7 @@ class AskConfig:
     fusion: FusionConfig = FusionConfig()
     hold: HoldConfig = HoldConfig()
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    root: str = ""  # where the registry's relative paths start; "" = as it says, or at its folder
 
 
 # What a question may be given with, by what is asked.
@@ -104,7 +107,7 @@ def ask(
 def _of_registry(path: str, k: int, base: str, overrides: Sequence[str]) -> tuple[Experts, RetrieveConfig]:
     cfg = config.structure(config.override(_chosen({}, k), tuple(overrides), "ask"), AskConfig, "ask")
     how: dict[str, Any] = {"dtype": cfg.dtype, "quantize": cfg.quantize, "fusion": cfg.fusion, "hold": cfg.hold}
-    return experts.open_experts(path, base=base, cfg=cfg.chat, device=processes.device(cfg.device), **how), cfg.retrieve
+    return experts.open_experts(path, base=base, root=cfg.root, cfg=cfg.chat, device=processes.device(cfg.device), **how), cfg.retrieve
 
 
 def _of_run(folder: Path, k: int, overrides: Sequence[str]) -> tuple[Experts, RetrieveConfig]:
@@ -112,7 +115,8 @@ def _of_run(folder: Path, k: int, overrides: Sequence[str]) -> tuple[Experts, Re
     own = ChooseConfig(retrieve=model.cfg.retrieve, fusion=model.cfg.fusion, hold=model.cfg.pool.hold)
     raw = config.override(_chosen(config.unstructure(own), k), tuple(overrides), "ask")
     cfg = config.structure(raw, ChooseConfig, "ask")
-    return experts.gather(model.chat, params["model"], model.registry, fusion=cfg.fusion, hold=cfg.hold), cfg.retrieve
+    asked = evolve(model.cfg, fusion=cfg.fusion, pool=evolve(model.cfg.pool, hold=cfg.hold))
+    return adapters.gather(evolve(model, cfg=asked), params), cfg.retrieve
 
 
 def _chosen(raw: dict[str, Any], k: int) -> dict[str, Any]:
@@ -173,91 +177,120 @@ def slides(action: str, features: str, data: Sequence[str], out: str, dims: int,
 
 def manage(
     action: str,
-    path: str,
-    folder: str,
-    samples: str,
-    name: str,
-    vector: str,
-    description: str,
-    category: str,
-    embedder: str,
-    overrides: Sequence[str],
+    registry_file: str,
+    *,
+    path: str = "",
+    samples: str = "",
+    name: str = "",
+    vector: str = "",
+    description: str = "",
+    category: str = "",
+    embedder: str = "",
+    base: str = "",
+    root: str = "",
+    overrides: Sequence[str] = (),
 ) -> None:
-    """Do what `action` says with the registry at `path`, and print the result.
+    """Do what `action` says with a registry, and print the result.
 
+    Args:
+        path: of one adapter's folder; to build, with {task}, e.g. "adapters/{task}/v0-*/checkpoint-*".
+        samples: conversations that an adapter was trained on; to build, a file for each {task}, or one whose lines say their task.
+        base: hub name or folder of the model that all were trained on.
+        root: where the registry's relative paths start, instead of what it says.
     Raises:
         ValueError: an unknown action, a missing or superfluous argument, and what the registry refuses.
     """
-    if action in ("build", "add"):
-        files.check_place(path)
-    if action == "build":
-        _build(Path(path), folder, samples, embedder, overrides)
-    elif action == "add":
-        _add(Path(path), folder, samples, name, vector, description, category)
-    elif action not in ACTIONS:
+    where = Path(registry_file)
+    if action not in ACTIONS:
         raise ValueError(f"adapters: the action must be one of {', '.join(ACTIONS)}, got {action!r}")
-    print(_list(path) if action != "show" else _show(path, name))
+    if action in ("build", "add"):
+        files.check_place(where)
+    if action == "build":
+        _build(where, path, samples, embedder, base, overrides)
+    elif action == "add":
+        _add(where, root, path, samples, name, vector, description, category)
+    print(_show(where, root, name) if action == "show" else _list(where, root, base))
 
 
-def _build(path: Path, folder: str, samples: str, embedder: str, overrides: Sequence[str]) -> None:
-    if path.exists():
-        raise ValueError(f"adapters build: {path} is there; remove it, or add to it")
-    if "{task}" not in folder or "{task}" not in samples:
-        raise ValueError(f"adapters build: path and samples must hold {{task}}, got {folder!r} and {samples!r}; e.g. 'adapters/{{task}}'")
-    before, _, after = folder.partition("{task}")
-    inside = sorted(Path(before or ".").iterdir()) if Path(before or ".").is_dir() else []
-    found = {p.name: p for p in inside if (p / after.strip("/") / "adapter_config.json").is_file()}
+def _build(where: Path, pattern: str, samples: str, embedder: str, base: str, overrides: Sequence[str]) -> None:
+    if where.exists():
+        raise ValueError(f"adapters build: {where} is there; remove it, or add to it")
+    if "{task}" not in pattern or not samples:
+        raise ValueError(
+            f"adapters build: needs path with {{task}} in it, e.g. 'adapters/{{task}}', and samples, got {pattern!r}, {samples!r}"
+        )
+    there = task_paths(pattern.rstrip("/"))
+    found = {name: _newest(name, folders) for name, folders in there.items() if any(map(_is_adapter, folders))}
     if not found:
-        raise ValueError(f"adapters build: no folder {folder} with an adapter_config.json")
+        raise ValueError(f"adapters build: no folder {pattern} with an adapter_config.json")
+    if lost := sorted(there.keys() - found.keys()):
+        _log.warning("adapters build: left out, there is no adapter_config.json: %s", ", ".join(lost))
     cfg = config.structure(config.override({"name": embedder, "kind": _kind(embedder)}, tuple(overrides), "build"), EmbedConfig, "build")
-    places = {n: os.path.relpath(p / after.strip("/"), path.parent) for n, p in found.items()}
-    build_registry(path, places, {n: read_conversations(samples.replace("{task}", n)) for n in found}, cfg)
+    if "{task}" in samples:
+        talks = {name: read_conversations(config.fill(samples, "adapters build: samples", task=name)) for name in found}
+    else:
+        every = read_tasks(samples, "")
+        talks = {name: [c for c in every if c.extra["task"] == name] for name in found}
+    build_registry(
+        where,
+        {name: os.path.relpath(folder, where.parent) for name, folder in found.items()},
+        talks,
+        cfg,
+        base=os.path.relpath(base, where.parent) if base and Path(base).is_dir() else base,
+        categories={name: category_of(name, talks[name]) for name in found},
+    )
 
 
-def _add(path: Path, folder: str, samples: str, name: str, vector: str, description: str, category: str) -> None:
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()
+
+
+def _newest(name: str, folders: Sequence[Path]) -> Path:
+    """The last of an adapter's checkpoints by number."""
+    there = [p for p in folders if _is_adapter(p)]
+    if len(there) > 1:
+        _log.warning("%s: %d folders match, the last one is taken: %s", name, len(there), there[-1])
+    return there[-1]
+
+
+def _add(where: Path, root: str, folder: str, samples: str, name: str, vector: str, description: str, category: str) -> None:
     if not name or not folder or bool(samples) == bool(vector):
         raise ValueError("adapters add: needs name, path (the adapter's folder), and either samples (JSONL) or vector (.npy)")
-    held = registry.read_registry(path) if path.exists() else registry.Registry()
+    files.check_name(name, "adapters add: the adapter")
+    held = registry.read_registry(where, root) if where.exists() else registry.Registry()
+    place = registry.place_of(where, held)
     if vector:
         mean, count, made = files.open_array(vector), 0, ""
     elif not held.embedder:
-        raise ValueError(f"adapters add: {path} has no embedder, so samples cannot be embedded; give vector, or build the registry")
+        raise ValueError(f"adapters add: {where} has no embedder, so samples cannot be embedded; give vector, or build the registry")
     else:
-        maker = embed.read_embedder(path.parent / held.embedder)
-        chosen = drawn(read_conversations(samples), 20, 0)
+        maker, talks = embed.read_embedder(place / held.embedder), read_conversations(samples)
+        chosen, category = drawn(talks, 20, 0), category or category_of(name, talks)
         vectors = embed.embed(maker, [query_of(c)[0] for c in chosen], [query_of(c)[1] for c in chosen])
         mean, count, made = retrieve.adapter_vector(vectors).numpy(), len(chosen), maker.name
-    about = Record(
-        name=name,
-        path=os.path.relpath(folder, path.parent),
-        vector="",
-        description=description,
-        category=category,
-        samples=count,
-        embedder=made,
-    )
-    registry.add(path, about, mean)
+    about = {"name": name, "path": os.path.relpath(folder, place), "description": description, "category": category}
+    registry.extend(where, held, [(Record(**about, vector="", samples=count, embedder=made), mean)])
 
 
-def _list(path: str) -> str:
-    held = registry.read_registry(path)
-    registry.check(path, held)
+def _list(where: Path, root: str, base: str) -> str:
+    held = registry.read_registry(where, root)
+    registry.check(where, held, base)
     rows = []
     for r in held.adapters:
-        adapter = read_adapter(Path(path).parent / r.path)
+        adapter = read_adapter(registry.place_of(where, held) / r.path)
         ranks = sorted({adapter.rank(m) for m in adapter.factors})
         rows.append((r.name, r.category, "/".join(map(str, ranks)), len(adapter.factors), r.samples, r.description))
     made = next((r.embedder for r in held.adapters if r.embedder), "an embedder that is not named")
-    head = f"base model {registry.base_of(path, held) or 'not named'}, vectors by {made}"
+    head = f"base model {base or registry.base_of(where, held) or 'not named'}, vectors by {made}"
     return head + "\n" + results.markdown_table(("Adapter", "Category", "Rank", "Layers", "Samples", "Description"), rows)
 
 
-def _show(path: str, name: str) -> str:
-    held = registry.read_registry(path)
+def _show(where: Path, root: str, name: str) -> str:
+    held = registry.read_registry(where, root)
     found = {r.name: r for r in held.adapters}
     if name not in found:
-        raise ValueError(f"adapters show: no adapter {name!r} in {path}; there are {', '.join(found)}")
-    adapter, vectors = read_adapter(Path(path).parent / found[name].path), registry.vectors(path, held)
+        raise ValueError(f"adapters show: no adapter {name!r} in {where}; there are {', '.join(found)}")
+    adapter, vectors = read_adapter(registry.place_of(where, held) / found[name].path), registry.vectors(where, held)
     near = vectors @ vectors[[*found].index(name)]
     about = [f"{k}: {v}" for k, v in asdict(found[name]).items() if v not in ("", 0)]
     numbers = sum(t.numel() for f in adapter.factors.values() for t in f.values())
