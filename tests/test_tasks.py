@@ -207,7 +207,7 @@ HOSTILE = [
     ("adapters show --registry good.toml --name x", "good.toml"),
     ("adapters build --registry folder.toml --path {task} --samples {task}", "must be a file to write, and is a folder"),
     ("adapters build --registry file/r.toml --path {task} --samples {task}", "file is no folder"),
-    ("adapters build --registry new.toml --path x --samples y", "must hold {task}"),
+    ("adapters build --registry new.toml --path x --samples y", "needs path with {task} in it"),
     ("adapters add --registry new.toml", "adapters add"),
     ("adapters add --registry new.toml --name a --path folder --vector gone.npy", "gone.npy"),
     ("embed --run gone --scan scans/P1_a_1.nii.gz --out e.npy", "gone"),
