@@ -5,8 +5,9 @@ from pathlib import Path
 
 import attrs
 import pytest
+import test_adapters
 
-from medvl import config
+from medvl import config, train
 from medvl.config import ConfigError
 from medvl.systems import run
 
@@ -17,6 +18,8 @@ EXPERIMENTS = {
     "adapters": "adapters_phantom",
     "slide_vqa": "slide_vqa_phantom",
 }
+ADAPTER = {"name": "lora", "steps": 2, "lr": 0.1}
+SPEED = {"lr": 0.1, "weight_decay": 0.0}
 NEGATIVE = {"bias", "threshold", "mean"}  # numbers of a record that may be below zero
 
 
@@ -113,3 +116,41 @@ def test_a_stage_is_named_as_a_folder_can_be(system, stages, name):
     raw[stages]["stages"][0]["name"] = name
     with pytest.raises(ConfigError, match=r"stage .*: the name becomes that of a file"):
         config.structure(raw, run.SYSTEMS[system][0])
+
+
+# What only the data or the model shows is refused before the first step of the first stage ----------------------------------------------
+LATE_ADAPTERS = {
+    "a pattern of no adapter": (
+        {"train__stages": [ADAPTER | {"train": ["lora/nowhere.*"]}]},
+        r"stage lora: pattern .* matches no parameter",
+    ),
+    "a target that is not there": ({"lora": {"rank": 2, "targets": ["nothing"]}}, "lora: target 'nothing': no layer ends in it"),
+    "a batch above a task": ({"train__batch": 16}, r"task \w+: needs 16 conversations of the split train for a batch, found 12"),
+    "a retriever of single samples": ({"retriever": {"kind": "contrast"}, "pool": {"samples": 1}}, r"retriever is trained on two samples"),
+    "an embedder that is not there": ({"embed": {"kind": "text", "name": "./nowhere"}}, "nowhere"),
+}
+
+
+@pytest.mark.parametrize("case", LATE_ADAPTERS)
+def test_adapters_that_cannot_be_made_are_refused_before_their_base_is_trained(case, tmp_path, monkeypatch):
+    change, match = LATE_ADAPTERS[case]
+    monkeypatch.setattr(run, "RUNS", tmp_path / "runs")
+    (tmp_path / "toy.json").write_text(json.dumps(test_adapters.record(tmp_path, **change)))
+    with pytest.raises(ValueError, match=match):
+        run.run(str(tmp_path / "toy.json"), log=lambda _: None)
+    assert not list(tmp_path.glob("runs/*/base/*"))
+
+
+def test_a_second_stage_of_ct_clip_is_looked_at_before_the_first_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "fit", lambda *_, **__: pytest.fail("trained"))
+    monkeypatch.setattr(run, "RUNS", tmp_path / "runs")
+    raw = plain("ct_clip")
+    raw["data"] |= {"folder": str(tmp_path / "data"), "cache": str(tmp_path / "cache"), "workers": 1}
+    raw["data"]["phantoms"] |= {"patients": 30, "valid": 10, "test": 10}
+    raw["train"]["batch"] = 4
+    first = raw["train"]["stages"][0]
+    for late, match in (({"train": ["vitt/.*"]}, "pattern 'vitt/"), ({"speeds": [SPEED | {"match": "nowhere/.*"}]}, "pattern 'nowhere/")):
+        raw["train"]["stages"] = [first, first | {"name": "late"} | late]
+        (tmp_path / "toy.json").write_text(json.dumps(raw))
+        with pytest.raises(ValueError, match=f"stage late: {match}"):
+            run.run(str(tmp_path / "toy.json"), log=lambda _: None)

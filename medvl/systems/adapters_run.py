@@ -79,6 +79,8 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
     general = read_general(cfg, "train") if cfg.base else []
     held = read(cfg, "train") if cfg.train else []
     model, params = adapters.init(cfg, folder, [m["content"] for c in (*general, *held) for m in c.messages], device=_device(cfg))
+    if cfg.train is not None:
+        _check_adapters(model, held, read(cfg, "valid"))
     if cfg.base is not None:
         parts = _parts(model.chat, general, read_general(cfg, "valid"), cfg.base, "base", log)
         loss = _loss(model.chat, cfg.base, lambda p, train: p["model"])
@@ -91,6 +93,30 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
             make_registry(cfg, held, folder, log)
         processes.meet()
     return model, params, {}
+
+
+def _check_adapters(model: Model, held: Sequence[Conversation], valid: Sequence[Conversation]) -> None:
+    """Raise where the adapters, or a registry of them, cannot be made: before the base model is trained, and the other adapters."""
+    cfg = model.cfg
+    assert cfg.train is not None
+    adapters.new_adapter(cfg, model.chat, 0, torch.device("meta"))
+    tasks = _tasks(held)
+    for task in tasks:
+        own = [[c for c in part if c.extra["task"] == task] for part in (held, valid)]
+        fit = len(chat.encode(model.chat, own[0]).samples)
+        if fit < cfg.train.batch:
+            raise ValueError(
+                f"task {task}: needs {cfg.train.batch} conversations of the split train for a batch, found {fit} that fit the context; "
+                "lower train.batch"
+            )
+        if not own[1]:
+            raise ValueError(f"task {task}: the split valid must have conversations of every task that train has, found none")
+        if cfg.retriever.kind != "none" and min(len(own[0]), cfg.pool.samples) < 2:
+            raise ValueError(f"task {task}: a retriever is trained on two samples of every task or more; raise pool.samples")
+    if cfg.retriever.kind != "none" and len(tasks) < 2:
+        raise ValueError(f"retriever.kind {cfg.retriever.kind!r} tells tasks apart and needs two or more, found {len(tasks)}")
+    if cfg.embed.kind != "local":
+        embed.open_embedder(cfg.embed)
 
 
 def load(folder: Path) -> tuple[Model, Tree, Tree]:

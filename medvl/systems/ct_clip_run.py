@@ -264,6 +264,11 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
     data = paired(cfg, "train", volumes(cfg, "train"))
     texts = [t for parts in data.texts for t in parts.values()]
     model, params = ct_clip.init(cfg, folder, texts)
+    for stage in cfg.train.stages:  # a later one must not be found wrong when the first is trained
+        try:
+            _optimizer(stage, split(params, stage.train)[0])
+        except ValueError as e:
+            raise ValueError(f"stage {stage.name}: {e}") from e
     cut = tokens.truncated(model.tokenizer, texts, cfg.words.tower.context)
     log(f"{len(data.names)} volumes of {len(set(data.scans))} scans")
     if cut and not cfg.data.sentences:
