@@ -201,20 +201,24 @@ def _markdown(
 ) -> str:
     lines = [f"# {_line(title)}", f"**{NOTICE}**"]
     for caption, columns, body in captioned:
-        cells = [[_in_cell(v) if isinstance(v, str) else v for v in row] for row in body]
-        heads = [_in_cell(c).replace("|", "\\|") for c in columns]
-        lines += [f"## {_line(caption)}", results.markdown_table(heads, cells).rstrip()]
+        lines += [f"## {_line(caption)}", _markdown_table(columns, body)]
     lines += [f"## {_ALL}"] if captioned and tables else []
     said = None
     for facts, columns, body in tables:
         if facts is not said:
             lines.append("\n".join(f"- {k}: {_line(v)}" for k, v in facts.items()))
             said = facts
-        cells = [[html.escape(v, quote=False) if isinstance(v, str) else v for v in row] for row in body]
-        lines.append(results.markdown_table(columns, cells).rstrip())
+        lines.append(_markdown_table(columns, body))
     lines += [*_definitions(tables), *map(_line, notes)]
     lines += [f"![{_line(caption)}](figures/{name})\n\n{_line(caption)}" for name, (caption, _) in figures.items()]
     return "\n\n".join(line for line in lines if line) + "\n"
+
+
+def _markdown_table(columns: Sequence[str], body: Sequence[Sequence[Any]]) -> str:
+    """A table whose heads and cells stay text, whatever a finding or a task is called."""
+    cells = [[_in_cell(v) if isinstance(v, str) else v for v in row] for row in body]
+    heads = [_in_cell(c).replace("|", "\\|") for c in columns]
+    return results.markdown_table(heads, cells).rstrip()
 
 
 def _html(

@@ -70,6 +70,26 @@ def test_a_run_leaves_everything_that_made_it(place, trained):
     assert {r.experiment for r in rows} == {folder.name}
 
 
+def test_a_report_names_no_volume_unless_asked(place, trained, tmp_path):
+    cfg, folder = trained
+    volumes = ct_clip_run.volumes(cfg, "test")
+    names = [r["VolumeName"] for r in files.read_csv(folder / "results/scores_test.csv")]
+    for page in ("report.md", "report.html"):
+        text = (folder / "results" / page).read_text()
+        assert not [n for n in names if n in text]
+    rows = [f"row {i} of scores_test.csv" for i in range(1, 10)]
+    sheets = {"rows": rows, "names": names[:9]}
+    for what, labels in sheets.items():
+        ingest.contact_sheet(volumes, tmp_path / f"{what}.png", names[:9], labels=labels)
+    pictures = {what: (tmp_path / f"{what}.png").read_bytes() for what in sheets}
+    assert pictures["rows"] != pictures["names"]
+    assert (folder / "results/volumes.png").read_bytes() == pictures["rows"]
+    model, params, means = ct_clip_run.load(folder)
+    named = evolve(model, cfg=evolve(cfg, evaluate=evolve(cfg.evaluate, names=True)))
+    ct_clip_run.assess(named, params, means, folder / "results-names", "x")
+    assert (folder / "results-names/volumes.png").read_bytes() == pictures["names"]
+
+
 def test_the_same_command_again_trains_nothing(place, trained):
     before = (trained[1] / "0-contrast/last.pt").read_bytes()
     said = []

@@ -430,6 +430,16 @@ def test_pivot_refuses_what_is_no_table():
 EVIL = ("Modes & <b>tasks</b> *x*", ("Mode", "a|b <i>"), [["<script>", "[x](http://y) \n `c` a_b _d_"], ["z|w", 0.5]])
 
 
+@pytest.mark.parametrize("what", ["auroc", "accuracy"])
+def test_what_a_finding_is_called_stays_text_in_markdown(tmp_path, what):
+    """Findings and tasks are the heads of a user's tables."""
+    rows = [_row(what, "[x](http://y) `c` *d*\n| e |", 0.8, extra={"positives": 4})]
+    report.write_report(tmp_path, "t", rows)
+    text = (tmp_path / "report.md").read_text()
+    (line,) = [line for line in text.splitlines() if "http" in line]
+    assert r"[x\](http://y) \`c\` \*d\* \| e \|" in line
+
+
 def test_report_shows_tables_first_and_escaped(tmp_path):
     plain = _written(tmp_path / "plain", _results(), notes=["Said."])
     table = "In and out of domain", *report.pivot(_modes(lambda *_: 100), down="mode", across="subject", what="accuracy")

@@ -236,7 +236,12 @@ def _parallel(jobs: list[_Job], one: Callable, out: Path, workers: int) -> Itera
 
 
 def contact_sheet(
-    volumes: store.Store | Iterable[Volume], path: PathLike, only: Sequence[str] = (), window_hu: tuple[float, float] = (-1000, 600)
+    volumes: store.Store | Iterable[Volume],
+    path: PathLike,
+    only: Sequence[str] = (),
+    window_hu: tuple[float, float] = (-1000, 600),
+    *,
+    labels: Sequence[str] = (),
 ) -> None:
     """Write a PNG of the middle axial, coronal and sagittal slice of each volume, true to scale, names below.
 
@@ -244,9 +249,13 @@ def contact_sheet(
 
     Args:
         only: names to show of a store; all when empty. A volume takes 0.3 MB of memory.
+        labels: what to write below each instead of its name, which may say who the patient is.
     """
     shown = _of_store(volumes, only) if isinstance(volumes, store.Store) else volumes
-    cards = [_card(v, window_hu) for v in shown]
+    cards = []
+    for i, v in enumerate(shown):
+        label = labels[i] if labels else v.name
+        cards.append(_card(v, label, window_hu))
     if not cards:
         raise ValueError(f"{path}: a contact sheet needs at least one volume")
     columns = max(1, round((len(cards) / 3) ** 0.5))
@@ -264,18 +273,18 @@ def _of_store(s: store.Store, only: Sequence[str]) -> Iterator[Volume]:
         yield Volume(name=name, voxels=s.read(name), axes=s.settings["axes"], **{f[0]: row[f[0]] for f in FIELDS})
 
 
-def _card(v: Volume, window_hu: tuple[float, float], tile: int = 200, label: int = 18) -> Image.Image:
+def _card(v: Volume, label: str, window_hu: tuple[float, float], tile: int = 200, margin: int = 18) -> Image.Image:
     order = [next(i for i, letter in enumerate(v.axes) if letter in pair) for pair in ("SI", "AP", "RL")]
     ipl = v.voxels.transpose(order)[tuple(slice(None, None, 1 if v.axes[i] in "IPL" else -1) for i in order)]
     mm = np.array(ipl.shape) * [v.spacing_mm[i] for i in order]
     middle = sum(v.occupied) // 2
     z, y, x = middle if v.axes[0] == "I" else len(ipl) - 1 - middle, ipl.shape[1] // 2, ipl.shape[2] // 2
-    card = Image.new("L", (3 * tile, tile + label))
+    card = Image.new("L", (3 * tile, tile + margin))
     for i, (plane, rows, columns) in enumerate(((ipl[z], 1, 2), (ipl[:, y], 0, 2), (ipl[:, :, x], 0, 1))):
         low, high = window_hu
         grey = ((ct.to_hu(plane) - low) / (high - low) * 255).clip(0, 255).astype(np.uint8)
         size = [max(1, round(mm[a] / mm.max() * (tile - 4))) for a in (columns, rows)]
         image = Image.fromarray(grey).resize((size[0], size[1]), Image.Resampling.BILINEAR)
         card.paste(image, (i * tile + (tile - size[0]) // 2, (tile - size[1]) // 2))
-    ImageDraw.Draw(card).text((4, tile), v.name, fill=255, font=ImageFont.load_default(12))
+    ImageDraw.Draw(card).text((4, tile), label, fill=255, font=ImageFont.load_default(12))
     return card

@@ -151,6 +151,7 @@ class EvaluateConfig:
     rule: Literal["youden", "f1", "corner"] = "youden"
     bootstrap: int = 1000
     batch: int = 8
+    names: bool = False  # write volume names, which may say who a patient is, below the scans of the report; else their row in the scores
 
     def __attrs_post_init__(self) -> None:
         config.within(self, "evaluate", bootstrap=config.DRAWS, batch=(1, 2**20))

@@ -442,7 +442,9 @@ def assess(model: Model, params: Tree, means: Tree, folder: Path, experiment: st
         files.write_csv(folder / f"scores_{name}.csv", table, ["VolumeName", *found["findings"]])
     files.write_text(folder / "thresholds.json", json.dumps(dict(zip(test["findings"], cuts.tolist(), strict=True)), indent=1) + "\n")
     sheet = folder / "volumes.png"
-    ingest.contact_sheet(volumes(cfg, "test"), sheet, test["names"][:9])
+    shown = test["names"][:9]
+    labels = shown if cfg.evaluate.names else [f"row {i} of scores_test.csv" for i in range(1, len(shown) + 1)]
+    ingest.contact_sheet(volumes(cfg, "test"), sheet, shown, labels=labels)
     last = folder.parent / f"{len(cfg.train.stages) - 1}-{cfg.train.stages[-1].name}" / "metrics.jsonl"
     findings_only = [r for r in rows if r.what == "auroc"]
     figures = {
