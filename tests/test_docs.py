@@ -2,15 +2,24 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
+from PIL import Image
+from test_ct_clip import SET as CT_CLIP
 from tokenizers import AddedToken
 
-from medvl import hub, tokens
+from medvl import chat, hub, lora, tokens
+from medvl.adapter_files import write_adapter
+from medvl.data.conversation_files import read_conversations
 from medvl.data.conversations import TEMPLATES
+from medvl.embed import EmbedConfig
+from medvl.systems import run as systems
+from medvl.systems.adapters_run import build_registry
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -26,11 +35,22 @@ def blocks(page):
 
 
 def run(page):
-    """Run the Python blocks of a page one after another in one namespace; errors have the page's own name and lines."""
-    space = {"__name__": "page"}
+    """Run the Python blocks of a page one after another as a script; errors have the page's own name and lines."""
+    space = {"__name__": "__main__"}
+    smaller = dict(SMALLER.get(page.name, {}))
     for line, code in blocks(page):
+        for shown in [shown for shown in smaller if shown in code]:
+            code = code.replace(shown, smaller.pop(shown))
         exec(compile("\n" * (line - 1) + code, str(page), "exec"), space)
+    assert not smaller, f"{page}: shows {list(smaller)} no more"
     return space
+
+
+# What would take long is made smaller
+SMALLER = {
+    "phantoms.md": {"patients=3000, seed=0, valid=150, test=350": "patients=5, seed=0, valid=1, test=1, columns=(32, 32), slices=(8, 9)"},
+    "ct_preprocess.md": {"workers=8": "workers=2"},
+}
 
 
 # Small checkpoints under the names that the pages use -------------------------------------------------------------------------------------
@@ -59,21 +79,99 @@ STAND_INS = {
 }
 
 
-@pytest.fixture
-def at_work(tmp_path, monkeypatch):
-    """An empty working folder, and a hub cache that holds the stand-ins."""
-    cache = tmp_path / "cache"
+EYES = "Qwen/Qwen2.5-VL-7B-Instruct"  # what the adapters are of
+ADAPTERS = ("xray", "ct", "histology")
+
+
+def _snapshot(cache, name):
+    """The folder of a model in a hub cache."""
+    folder = cache / f"models--{name.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("abc")
+    return folder / "snapshots" / "abc"
+
+
+def _make_models(cache):
+    """The stand-ins, an encoder of slices as wide as the real one, a tokenizer, and a model with eyes whose adapters are returned."""
+    gen = torch.Generator().manual_seed(0)
     for name, (template, config) in STAND_INS.items():
-        folder = cache / f"models--{name.replace('/', '--')}"
-        (folder / "refs").mkdir(parents=True)
-        (folder / "refs" / "main").write_text("abc")
-        tok = _tokenizer(template)
-        skeleton, params = hub.init_skeleton(config(tok), torch.Generator().manual_seed(0), head="language")
-        hub.save(skeleton, {n: t.bfloat16() for n, t in params.items()}, folder / "snapshots" / "abc")
-        tok.save_pretrained(folder / "snapshots" / "abc")
+        tok, snapshot = _tokenizer(template), _snapshot(cache, name)
+        skeleton, params = hub.init_skeleton(config(tok), gen, head="language")
+        hub.save(skeleton, {n: t.bfloat16() for n, t in params.items()}, snapshot)
+        tok.save_pretrained(snapshot)
+    _tokenizer("chatml").save_pretrained(_snapshot(cache, "openai/clip-vit-base-patch32"))
+    vit = {"model_type": "dinov2_with_registers", "hidden_size": 768, "num_hidden_layers": 1, "num_attention_heads": 12, "mlp_ratio": 1}
+    vit |= {"image_size": 224, "patch_size": 14}
+    hub.save(*hub.init_skeleton(vit, gen), _snapshot(cache, "facebook/dinov2-with-registers-base"))
+
+    config = {k: v for k, v in tiny.CONFIGS["qwen2_5_vl"].items() if not k.endswith("token_id")}
+    config |= {"vision_config": config["vision_config"] | {"patch_size": 14, "window_size": 56}}
+    model = chat.ModelConfig(config=config, dtype="bfloat16")
+    tok = chat.tokenizer_of(model, cache, ["is there a fracture? there is a pleural effusion. yes no"] * 20)
+    talks, params = chat.open_chat(model, chat.ChatConfig(), tok, gen)
+    chat.save_chat(talks, params, _snapshot(cache, EYES))
+    return [lora.init_lora(lora.LoraConfig(rank=4, pattern="all-linear"), talks.skeleton, gen) for _ in ADAPTERS]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A hub cache, and a working folder with all that the pages name: scans, a picture, adapters, their registry, a trained run."""
+    folder = tmp_path_factory.mktemp("docs")
+    cache, work = folder / "cache", folder / "work"
+    adapters = _make_models(cache)
+    work.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+        patch.chdir(work)
+        Path("experiments").symlink_to(ROOT / "experiments")
+        systems.run("ctclip_phantom", (*CT_CLIP, "train.stages.0.steps=1"), lambda line: None)
+        next(Path("runs").iterdir()).rename("runs/ctclip_phantom-0a1b2c3d")
+        drawn = next(Path("data").glob("phantoms-*"))
+        shutil.copytree(drawn / "valid", "scans")
+        shutil.copy(drawn / "valid_metadata.csv", "metadata.csv")
+        shutil.copy(drawn / "valid" / "valid_1_a_1.nii.gz", "scan.nii.gz")
+        for i, picture in enumerate(("scan.png", "other.png")):
+            Image.fromarray(np.random.default_rng(i).integers(0, 256, (48, 64, 3), np.uint8)).save(picture)
+        for name, adapter in zip(ADAPTERS, adapters, strict=True):
+            write_adapter(adapter, name, base=EYES)
+            query = f"<image>{name}: is there a fracture in region "
+            lines = [{"query": f"{query}{i}?", "response": "yes", "images": [("scan.png", "other.png")[i % 2]]} for i in range(6)]
+            Path(f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        places = dict(zip(ADAPTERS, ADAPTERS, strict=True))
+        talks = {name: read_conversations(f"{name}.jsonl") for name in ADAPTERS}
+        build_registry(Path("registry.toml"), places, talks, EmbedConfig(dims=4))
+    return cache, work
+
+
+@pytest.fixture
+def at_work(world, tmp_path, monkeypatch):
+    """A copy of the working folder, and the hub cache."""
+    cache, work = world
+    shutil.copytree(work, tmp_path / "work", symlinks=True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
-    (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p) and p.name != "weights.md"], ids=lambda p: p.name)
+def test_the_python_of_a_page_runs(page, at_work):
+    of = run(page)
+    if page.name == "README.md":
+        assert of["z"].shape == (1, 160, 768)
+        assert of["text"].shape == (2, 512)
+        assert set(of["found"]["probability"]) == {"Pleural effusion", "Lung nodule"}
+    if page.name in ("README.md", "adapters.md"):
+        assert {name for name, *_ in of["said"].adapters} <= {*ADAPTERS}
+    if page.name == "benches.md":
+        of["bench_fuse"](lambda function, *arguments, **about: function(*arguments))
+    if page.name == "ct_preprocess.md":
+        assert of["summary"].done == 8
+        assert of["voxels"].shape == (160, 224, 224)
+        assert Path("volumes.png").stat().st_size > 0
+    if page.name == "encoders.md":
+        assert of["z"].shape == (1, 40, 768)
+    if page.name == "phantoms.md":
+        assert len(list(Path("phantoms").glob("*/*.nii.gz"))) >= 5
+        assert set(of["report"]) > {"Findings_EN", "Impressions_EN"}
 
 
 def test_the_page_on_weights_runs(at_work):
