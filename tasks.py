@@ -171,17 +171,33 @@ def adapters(
         "own": "the adapter of mode oracle",
         "base": "the model, if the registry does not say it, or it lies elsewhere",
         "out": "folder for the map of a slide's answer",
+        "offset": "x,y taken from the map's shapes: the slide's openslide.bounds-x,bounds-y, where QuPath crops it (MRXS, SCN)",
         "set_": "settings of adapters, e.g. retrieve.threshold=0.3, fusion.rule=linear, repeatable",
     },
     iterable=["image", "set_"],
 )
-def ask(c, question, adapters="", run="", slide="", image=None, mode="", k="", own="", base="", out="maps", max_tokens="256", set_=None):
+def ask(
+    c,
+    question,
+    adapters="",
+    run="",
+    slide="",
+    image=None,
+    mode="",
+    k="",
+    own="",
+    base="",
+    out="maps",
+    max_tokens="256",
+    offset="",
+    set_=None,
+):
     """Ask the adapters that fit a question and its images, or a run about images or a slide. Research use, not for diagnosis."""
     from medvl.systems import ask
 
     given = {"adapters": adapters, "run": run, "slide": slide, "images": image or (), "mode": mode, "own": own, "base": base}
     given |= {"k": _whole("k", k) if k else -1, "max_tokens": _whole("max-tokens", max_tokens, 1, 2**20)}
-    _call(ask.ask, question, **given, out=out, overrides=set_ or ())
+    _call(ask.ask, question, **given, out=out, offset=offset, overrides=set_ or ())
 
 
 @task(

@@ -15,8 +15,14 @@ from medvl.data import images
 from medvl.slide_relevance import TopPatch, as_coords, as_relevance, as_weights, mass_share, percentiles, top_patches
 
 Reader = Callable[[int, int, int], images.Picture]  # (x, y, side), all in level-0 pixels -> that square of the slide, of any resolution
-# Least percentile of each class of `to_geojson`.
-CLASSES = (("Relevance lower half", 0.0), ("Relevance upper half", 0.5), ("Relevance top 10 %", 0.9), ("Relevance top 1 %", 0.99))
+# Least share of the highest relevance of each class of `to_geojson`. As in the picture: by rank, where one patch holds all the relevance,
+# half of those that hold nothing would be an "upper half".
+CLASSES = (
+    ("Relevance under 1/1000 of the highest", 0.0),
+    ("Relevance over 1/1000 of the highest", 1e-3),
+    ("Relevance over 1/100 of the highest", 1e-2),
+    ("Relevance over 1/10 of the highest", 0.1),
+)
 _ENDS = {
     "share": ("1/10,000 or less", "1/100", "highest relevance"),
     "percentile": ("least relevant", "percentile of patches", "most relevant"),
@@ -373,35 +379,50 @@ def _nice(most: float) -> float:
 
 # Files ----------------------------------------------------------------------------------------------------------------------------------
 def to_geojson(
-    relevance: Any, coords: Any, patch_size: float, *, top: int | None = None, classes: Sequence[tuple[str, float]] = CLASSES
+    relevance: Any,
+    coords: Any,
+    patch_size: float,
+    *,
+    top: int | None = None,
+    classes: Sequence[tuple[str, float]] = CLASSES,
+    offset: tuple[int, int] = (0, 0),
 ) -> dict[str, Any]:
     """Patches as a GeoJSON FeatureCollection that QuPath 0.4 and later read: detections with class, colour and measurements.
 
     Args:
         relevance, coords, patch_size: as `draw_map`; coordinates are needed.
         top: only so many of the most relevant patches, best first; None: all, in their order.
-        classes: (name, least percentile), rising from 0; colours as in a map of percentiles. QuPath reads a colon as a subclass.
+        classes: (name, least share of the highest relevance), rising from 0; colours as in `draw_map`. QuPath reads a colon as a subclass.
+        offset: (x, y) that is taken from all coordinates. QuPath shows MRXS, SCN and VMS cropped to their scanned part, and counts from
+            its corner: `openslide.bounds-x` and `openslide.bounds-y` of the slide.
     Returns:
         closed rings in level-0 pixels; measurements "Relevance", "Relevance percentile" (0 to 1) and "Relevance rank" (from 1).
     Raises:
-        ValueError: shapes, no coords, top < 1, or classes that do not rise from 0 to below 1.
+        ValueError: shapes, no coords, top < 1, classes that do not rise from 0 to below 1, or an offset that puts a patch before 0.
     Source: qupath-core, QuPathTypeAdapters.java (how QuPath reads and writes objects).
     """
     r = as_relevance("to_geojson", relevance)
     if coords is None:
         raise ValueError("to_geojson: needs coords [n, 2] in level-0 pixels, got None")
-    at, least = as_coords("to_geojson", coords, len(r)), [float(c[1]) for c in classes]
+    at, least = as_coords("to_geojson", coords, len(r)) - np.array(offset), [float(c[1]) for c in classes]
+    if len(at) and any(offset) and (at < 0).any():
+        first = (at + np.array(offset))[(at < 0).any(1)][0].tolist()
+        raise ValueError(
+            f"to_geojson: offset must be the slide's (bounds-x, bounds-y), got {tuple(offset)}; a patch at {first} would lie before 0"
+        )
     if not 0 < patch_size < math.inf or (top is not None and top < 1):
         raise ValueError(f"to_geojson: patch_size must be > 0 and top >= 1 or None, got {patch_size} and {top}")
     if not least or least[0] != 0 or any(b <= a for a, b in zip(least, [*least[1:], 1.0], strict=True)):
-        raise ValueError(f"to_geojson: classes must be (name, least percentile), rising from 0 to below 1, got {list(classes)}")
+        raise ValueError(f"to_geojson: classes must be (name, least share of the highest), rising from 0 to below 1, got {list(classes)}")
     order, share = np.argsort(-r, kind="stable"), percentiles(r)
     rank = np.empty(len(r), int)
     rank[order] = np.arange(1, len(r) + 1)
     chosen = np.arange(len(r)) if top is None else order[:top]
-    middles = [(a + b) / 2 for a, b in zip(least, [*least[1:], 1.0], strict=True)]
+    highest = max(float(r.max(initial=0)), np.finfo(float).tiny)
+    ends = _level(np.array([*least, 1.0]))  # of the colours in the picture
+    middles = ((ends[:-1] + ends[1:]) / 2).tolist()
     kinds = [{"name": c[0], "color": list(map(int, _colours()(m, bytes=True)[:3]))} for c, m in zip(classes, middles, strict=True)]
-    of = np.searchsorted(least, share[chosen], side="right") - 1
+    of = np.maximum(np.searchsorted(least, r[chosen] / highest, side="right") - 1, 0)
     rings = at[chosen, None] + patch_size * np.array([[0, 0], [1, 0], [1, 1], [0, 1], [0, 0]])
     rings = rings.astype(int) if (rings == np.rint(rings)).all() else rings
     rows = zip(rings.tolist(), of.tolist(), r[chosen].tolist(), share[chosen].tolist(), rank[chosen].tolist(), strict=True)
@@ -427,6 +448,7 @@ def write_map(
     *,
     top: int = 15,
     read_region: Reader | None = None,
+    offset: tuple[int, int] = (0, 0),
     **drawing: Any,
 ) -> Path:
     """Write map.png, slots.png, top.csv, with coords map.geojson (of all patches) and with a reader top.png into folder/name.
@@ -438,6 +460,7 @@ def write_map(
         name: of the slide, a plain file name.
         relevance, weights, coords, patch_size: as `draw_map` and `draw_slots`.
         top: patches in top.csv and top.png, and framed in map.png.
+        offset: of map.geojson, as `to_geojson`.
         drawing: thumbnail, level0_size, size, mpp, alpha.
     Returns:
         folder/name.
@@ -453,7 +476,11 @@ def write_map(
         "slots.png": draw_slots(weights, coords, patch_size, **drawing),
         "top.png": draw_top(best, patch_size, read_region),
     }
-    shapes = None if coords is None else json.dumps(to_geojson(relevance, coords, patch_size), allow_nan=False, separators=(",", ":"))
+    shapes = (
+        None
+        if coords is None
+        else json.dumps(to_geojson(relevance, coords, patch_size, offset=offset), allow_nan=False, separators=(",", ":"))
+    )
     into = Path(folder) / name
     for file, picture in pictures.items():
         _write_picture(into / file, picture)

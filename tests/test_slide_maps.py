@@ -185,7 +185,8 @@ def test_the_grid_of_top_patches_is_cut_from_the_slide():
 # Files ----------------------------------------------------------------------------------------------------------------------------------
 def test_geojson_is_what_qupath_reads():
     coords = np.stack([np.arange(200) * 64, np.full(200, 32)], 1)
-    r = np.random.default_rng(0).normal(size=200)
+    r = 10 ** np.random.default_rng(0).uniform(-5, 1, size=200)
+    r[:9] *= -1
     shapes = json.loads(json.dumps(to_geojson(r, coords, 64), allow_nan=False))
     assert set(shapes) == {"type", "features"}
     assert shapes["type"] == "FeatureCollection"
@@ -198,14 +199,34 @@ def test_geojson_is_what_qupath_reads():
         measured = {"Relevance": r[j], "Relevance percentile": 1 - (rank - 1) / 200, "Relevance rank": rank}
         assert f["properties"]["measurements"] == pytest.approx(measured)
         kind = f["properties"]["classification"]
-        assert kind["name"] == ("Relevance top 1 %" if rank <= 3 else f"Relevance {'top 10 %' if rank <= 21 else _half(rank)}")
+        share = r[j] / r.max()
+        assert kind["name"] == f"Relevance {_class(share)} of the highest"
         assert all(isinstance(c, int) and 0 <= c <= 255 for c in kind["color"])
         assert len(kind["color"]) == 3
     assert len({tuple(f["properties"]["classification"]["color"]) for f in shapes["features"]}) == 4
 
 
-def _half(rank):
-    return "upper half" if rank <= 101 else "lower half"
+def _class(share):
+    return next((f"over 1/{n}" for n in (10, 100, 1000) if share >= 1 / n), "under 1/1000")
+
+
+@pytest.mark.parametrize("holders", [0, 1])
+def test_patches_that_hold_nothing_are_in_no_upper_class(holders):
+    """By rank, half of those without any relevance would be an upper half."""
+    r = np.zeros(50)
+    r[7 : 7 + holders] = 2.0
+    shapes = to_geojson(r, np.stack([np.arange(50) * 64] * 2, 1), 64)["features"]
+    kinds = [f["properties"]["classification"]["name"] for f in shapes]
+    assert kinds.count("Relevance under 1/1000 of the highest") == 50 - holders
+    assert holders == 0 or kinds[7] == "Relevance over 1/10 of the highest"
+
+
+def test_geojson_where_qupath_crops_the_slide():
+    coords, r = _slide()
+    moved = to_geojson(r, coords + np.array([12288, 2048]), 10, offset=(12288, 2048))
+    assert moved == to_geojson(r, coords, 10)
+    with pytest.raises(ValueError, match=r"offset must be the slide's \(bounds-x, bounds-y\), got \(12288, 2048\); a patch at \["):
+        to_geojson(r, coords, 10, offset=(12288, 2048))
 
 
 def test_geojson_of_the_top_patches():

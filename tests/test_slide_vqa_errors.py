@@ -365,6 +365,13 @@ def test_bad_questions_to_a_run(trained, tmp_path, slide, question, most, messag
     check_kept(folder)
 
 
+def test_an_offset_that_is_none(trained, tmp_path):
+    place, folder = trained
+    with pytest.raises(ValueError, match=r"ask: --offset must be x,y in level-0 pixels, such as 12288,2048, got '5'"):
+        ask.ask("q", slide=str(place / "data/features/A0.npy"), run=str(folder), out=str(tmp_path / "maps"), offset="5")
+    assert not (tmp_path / "maps").exists()
+
+
 def check_kept(folder):
     assert not [p for p in folder.rglob(".*")]
 
@@ -392,7 +399,7 @@ def test_runs_that_cannot_be_asked(trained, tmp_path, edit, message):
 NOT_ASKED = [
     ({"slide": "x.h5"}, r"ask: needs either --adapters REGISTRY .* or --run RUN"),
     ({"run": "{run}"}, r"is a slide_vqa run and needs --slide: a file of patch features, STORE.h5::NAME"),
-    ({"run": "{run}", "slide": "A0", "images": ["x.png"]}, r"\(slide_vqa\) takes --slide, not --image"),
+    ({"run": "{run}", "slide": "A0", "images": ["x.png"]}, r"\(slide_vqa\) takes --slide and --offset, not --image"),
     ({"run": "{run}", "slide": "A0", "max_tokens": 0}, r"--max-tokens must be 1 or more, got 0"),
 ]
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -56,7 +57,7 @@ _TAKES = {
     "a registry": ("--image", "--mode", "-k", "--own", "--base", "--set"),
     "adapters": ("--image", "--mode", "-k", "--own", "--set"),
     "tune": ("--image",),
-    "slide_vqa": ("--slide",),
+    "slide_vqa": ("--slide", "--offset"),
 }
 
 
@@ -73,6 +74,7 @@ def ask(
     base: str = "",
     out: str = "maps",
     max_tokens: int = 256,
+    offset: str = "",
     overrides: Sequence[str] = (),
 ) -> None:
     """Print the answer of a registry of adapters, or of a run of any system that talks, and where it came from.
@@ -91,10 +93,11 @@ def ask(
     if asked not in _TAKES:
         raise ValueError(f"ask: {run} is a {asked} run, which does not talk; `invoke classify` tells findings")
     given = {"--image": images, "--slide": slide, "--mode": mode, "-k": k >= 0, "--own": own, "--base": base, "--set": overrides}
+    given["--offset"] = offset
     if wrong := [flag for flag, value in given.items() if value and flag not in _TAKES[asked]]:
         raise ValueError(f"ask: {run or adapters} ({asked}) takes {' and '.join(_TAKES[asked])}, not {wrong[0]}")
     if asked == "slide_vqa":
-        ask_slide(slide, question, str(folder), out, max_tokens)
+        ask_slide(slide, question, str(folder), out, max_tokens, offset)
     elif asked == "tune":
         print(tune_run.ask(folder, question, images, max_tokens).strip())
         print(report.NOTICE)
@@ -131,17 +134,25 @@ def _print_answer(said: Answer) -> None:
     print(report.NOTICE)
 
 
-def ask_slide(slide: str, question: str, run: str, out: str, max_tokens: int) -> None:
+def ask_slide(slide: str, question: str, run: str, out: str, max_tokens: int, offset: str = "") -> None:
     """Print the answer of a slide_vqa run about one slide, and write the map of where it came from."""
     if not slide:
         raise ValueError(f"ask: {run} is a slide_vqa run and needs --slide: a file of patch features, STORE.h5::NAME, or a slide's name")
     files.check_place(out, folder=True)
-    found = slide_vqa_look.look_at_slide(run, slide, question, out, max_tokens)
+    found = slide_vqa_look.look_at_slide(run, slide, question, out, max_tokens, offset=_offset(offset))
     print(found["answer"].strip())
     print()
     rows = [(p.rank, p.x, p.y, f"{p.relevance:.1e}", p.percentile) for p in top_patches(found["relevance"], found["coords"], 5)]
     print(results.markdown_table(("Patch", "x", "y", "Relevance", "Percentile"), rows) + f"map: {found['map']}")
     print(report.NOTICE)
+
+
+def _offset(text: str) -> tuple[int, int]:
+    """(x, y) of "x,y", (0, 0) of nothing."""
+    hit = re.fullmatch(r"\s*(\d{1,9})\s*,\s*(\d{1,9})\s*", text or "0,0")
+    if hit is None:
+        raise ValueError(f"ask: --offset must be x,y in level-0 pixels, such as 12288,2048, got {text!r}")
+    return int(hit[1]), int(hit[2])
 
 
 def slides(action: str, features: str, data: Sequence[str], out: str, dims: int, encoder: str, drop: bool) -> int:

@@ -23,7 +23,13 @@ _log = logging.getLogger("medvl")
 
 
 def look_at_slide(
-    folder: files.PathLike, slide: files.PathLike, question: str, out: files.PathLike = "", most: int = 128
+    folder: files.PathLike,
+    slide: files.PathLike,
+    question: str,
+    out: files.PathLike = "",
+    most: int = 128,
+    *,
+    offset: tuple[int, int] = (0, 0),
 ) -> dict[str, Any]:
     """Ask a trained run about one slide; for research, not for diagnosis.
 
@@ -32,6 +38,7 @@ def look_at_slide(
         slide: a file of patch features, of any format that is read; `STORE::NAME`; or the name of a slide in the run's features.
         out: write the map of where the answer came from into this folder.
         most: tokens of the answer.
+        offset: (x, y) that map.geojson is moved by, as `slide_maps.to_geojson` says.
     Returns:
         "answer", "relevance" [n] of the patches, "coords" [n, 2] or None, "slots" [k] (what each token was worth), "map" (its folder).
     Raises:
@@ -56,7 +63,7 @@ def look_at_slide(
         if size is None and coords is not None:
             _log.warning("%s: does not say its patch size, and one patch does not show it; drawn as 256 level-0 pixels", slide)
         name = slide_name(str(slide).rpartition("::")[2])
-        found["map"] = str(write_map(out, name, relevance, weights, coords, size or 256))
+        found["map"] = str(write_map(out, name, relevance, weights, coords, size or 256, offset=offset))
     return found
 
 
