@@ -26,7 +26,25 @@ from torch import Tensor
 from medvl import files
 
 _log = logging.getLogger(__name__)
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I8": torch.int8}
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+# What the hub takes as a name; "./folder" and "../folder" are none.
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def find(name: str, choices: tuple[str, ...]) -> Path:
@@ -38,7 +56,7 @@ def find(name: str, choices: tuple[str, ...]) -> Path:
         if found := [folder / c for c in choices if (folder / c).is_file()]:
             return found[0]
         raise ValueError(f"hub: the folder {folder} must hold {wanted}, found {few(sorted(p.name for p in folder.iterdir()))}")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    if not _HUB_NAME.fullmatch(name) or "--" in name or ".." in name or name.endswith(".git"):
         raise ValueError(f"hub: there is no file or folder {name}")
     cached = [hit for c in choices if isinstance(hit := try_to_load_from_cache(name, c), str)]
     if cached:
@@ -104,7 +122,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise ValueError(f"load: {path} is not JSON ({e})") from e
     if not isinstance(raw, dict):
         raise ValueError(f"load: {path} must hold a JSON object, found {type(raw).__name__}")
@@ -135,13 +153,24 @@ def open_weights(path: Path, name: str) -> dict[str, Entry]:
         return entries_of(read_pickle(path))
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
-    shards = sorted(set(read_json(path).get("weight_map", {}).values()))
-    if not shards:
-        raise ValueError(f"load: {path} names no shards (it must have a weight_map)")
     held: dict[str, Entry] = {}
-    for shard in shards:
+    for shard in _shards(path):
         held |= _open_safetensors(path.parent / shard if Path(name).is_dir() else find(name, (shard,)))
     return held
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names; they must lie beside it."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"load: {index} names no shards: weight_map must be {{weight: file}}, found {json.dumps(weight_map)[:60]}")
+    for weight, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise ValueError(
+                f"load: {index}: weight_map must name .safetensors files in the folder of the index, "
+                f"found {json.dumps(shard)[:100]} for {weight}"
+            )
+    return sorted(set(weight_map.values()))
 
 
 def _open_safetensors(path: Path) -> dict[str, Entry]:
@@ -159,7 +188,9 @@ def _open_safetensors(path: Path) -> dict[str, Entry]:
         raise ValueError(f"load: {path} is broken or cut off ({e}); download it again") from e
     held = {}
     for k, shape in shapes.items():
-        dtype, (start, stop) = _DTYPES.get(header[k]["dtype"], torch.uint8), header[k]["data_offsets"]
+        if header[k]["dtype"] not in _DTYPES:
+            raise ValueError(f"load: {path}: {k} has values of {header[k]['dtype']}, which are not read")
+        dtype, (start, stop) = _DTYPES[header[k]["dtype"]], header[k]["data_offsets"]
         held[k] = Entry(shape=shape, dtype=dtype, read=partial(_read_at, path, 8 + length + start, stop - start, dtype, shape))
     return held
 

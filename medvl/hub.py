@@ -188,6 +188,9 @@ def load(
     Raises:
         ValueError: nothing there (says what was looked for, and where), a broken file, keys missing, unexpected or of another shape.
     """
+    if part not in ("", "text", "vision"):
+        raise ValueError(f"load: part must be '', 'text' or 'vision', got {part!r}")
+    _check_head(head)
     path = Path(name)
     if path.is_file():
         state = read_pickle(path)
@@ -196,9 +199,9 @@ def load(
     config = read_json(find(str(name), ("config.json",)))
     held = open_weights(find(str(name), _WEIGHTS), str(name))
     if part:
-        if f"{part}_config" not in config:
+        if not isinstance(config.get(f"{part}_config"), dict):
             raise ValueError(f"load: {name} has no {part} tower (its config.json has no {part}_config); leave part empty")
-        config = {"model_type": f"{config['model_type']}_{part}_model"} | config[f"{part}_config"]
+        config = {"model_type": f"{config.get('model_type')}_{part}_model"} | config[f"{part}_config"]
         held = {k: e for k, e in held.items() if k.startswith(f"{part}_model.")}
     skeleton, params = _bind(config, held, str(name), head, dtype, torch.device(device), each)
     generation = find_if_there(str(name), "generation_config.json") if head else None
@@ -360,6 +363,7 @@ def digest(params: tree.Tree) -> str:
 # Architectures --------------------------------------------------------------------------------------------------------------------------
 def _architecture(config: dict[str, Any], head: str = "") -> tuple[Any, Any]:
     """(transformers class, its config) that a config dict describes; never code from the checkpoint."""
+    _check_head(head)
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING
 
@@ -377,6 +381,11 @@ def _architecture(config: dict[str, Any], head: str = "") -> tuple[Any, Any]:
     except (StrictDataclassError, TypeError, ValueError) as e:
         raise ValueError(f"config: not a {kind}: {' '.join(str(e).split())}") from e
     return table[type(cfg)], cfg
+
+
+def _check_head(head: str) -> None:
+    if head not in ("", "language"):
+        raise ValueError(f"hub: head must be '' (the plain encoder or decoder) or 'language', got {head!r}")
 
 
 def _without_kernels(config: dict[str, Any]) -> dict[str, Any]:

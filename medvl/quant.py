@@ -187,10 +187,15 @@ def header(held: Mapping[str, Tensor], name: str = "a 4-bit weight") -> dict[str
     state = next(t for k, t in held.items() if k.startswith(".quant_state."))
     try:
         about = json.loads(bytes(state.cpu().tolist()).decode())
+        shape, size = about["shape"], about["blocksize"]
         if about["quant_type"] not in ("nf4", "fp4"):
             raise ValueError(f"quant_type is {about['quant_type']!r}")
-        return {"shape": list(about["shape"]), "dtype": str(about["dtype"]), "blocksize": int(about["blocksize"]), **about}
-    except (ValueError, KeyError, TypeError) as e:
+        if not isinstance(shape, list) or not shape or not all(type(n) is int and n > 0 for n in shape):
+            raise ValueError(f"shape is {shape!r}")
+        if about["dtype"] not in ("float16", "bfloat16", "float32") or type(size) is not int or size < 1:
+            raise ValueError(f"dtype is {about['dtype']!r}, blocksize {size!r}")
+        return about
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise ValueError(f"quant: the quant_state of {name} cannot be read ({e!r})") from e
 
 

@@ -519,6 +519,96 @@ def test_calls_refuse_other_names_and_inner_checkpointing(folders):
         skeleton(params, x)
 
 
+def sharded(folders, tmp_path, weight_map):
+    """A model folder with an index of two shards, and its weight_map as `weight_map` makes it."""
+    folder = tmp_path / "models/vit"
+    skeleton, params = hub.load(folders["vit"])
+    hub.save(skeleton, params, folder, shard_gb=1e-4)
+    index = folder / "model.safetensors.index.json"
+    raw = json.loads(index.read_text())
+    assert len({*raw["weight_map"].values()}) > 1
+    index.write_text(json.dumps(raw | {"weight_map": weight_map(folder, raw["weight_map"])}))
+    return folder
+
+
+def outside(folder, weights_):
+    """One of the shards lies beside the folder; it is a good file."""
+    shard = next(iter(weights_.values()))
+    (folder / shard).rename(folder.parent / shard)
+    return {n: f"../{s}" if s == shard else s for n, s in weights_.items()}
+
+
+def absolute(folder, weights_):
+    return {n: str(folder.resolve() / s) for n, s in weights_.items()}
+
+
+BAD_INDEX = [
+    (outside, r"weight_map must name .safetensors files in the folder of the index, found \"../model-0000"),
+    (absolute, r"weight_map must name .safetensors files in the folder of the index, found \"/"),
+    (lambda folder, w: list(w), r"weight_map must be {weight: file}, found \["),
+    (lambda folder, w: {}, r"weight_map must be {weight: file}, found {}"),
+    (lambda folder, w: None, r"weight_map must be {weight: file}, found null"),
+    (lambda folder, w: dict.fromkeys(w, 7), r"weight_map must name .safetensors files .*, found 7 for"),
+    (lambda folder, w: {n: ["model-00001-of-00002.safetensors"] for n in w}, r"weight_map must name .safetensors files"),
+    (lambda folder, w: dict.fromkeys(w, "config.json"), r'weight_map must name .safetensors files .*, found "config.json"'),
+]
+
+
+@pytest.mark.parametrize(("weight_map", "message"), BAD_INDEX)
+def test_an_index_names_files_beside_it(folders, tmp_path, weight_map, message):
+    folder = sharded(folders, tmp_path, weight_map)
+    with pytest.raises(ValueError, match=message):
+        hub.load(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint16, torch.int16, torch.uint8, torch.bool, torch.float8_e4m3fn])
+def test_weights_of_other_dtypes_are_refused_by_name(folders, tmp_path, dtype):
+    skeleton, params = hub.load(folders["vit"])
+    hub.save(skeleton, params, tmp_path / "vit")
+    path = tmp_path / "vit/model.safetensors"
+    state = load_file(path)
+    name = next(iter(state))
+    save_file(state | {name: state[name].to(dtype)}, path)
+    with pytest.raises(ValueError, match=rf"weights must be float16, .*found {name} \({str(dtype)[6:]}\)"):
+        hub.load(tmp_path / "vit")
+    entry = checkpoints.open_weights(path, str(tmp_path / "vit"))[name]
+    assert torch.equal(entry.read(), state[name].to(dtype))
+
+
+@pytest.mark.parametrize("name", ["./nosuch", "../nosuch", ".", "/nosuch/at/all", "a/b/c", "my--model", "a..b", "org/model.git", "~/model"])
+def test_a_path_that_is_not_there_is_no_hub_name(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"hub: (there is no file or folder|the folder \. must hold)") as e:
+        hub.load(name)
+    assert "epo id" not in str(e.value)
+
+
+def test_an_unknown_part_or_head_is_refused(folders):
+    for call in (
+        lambda: hub.load(folders["bert"], head="languge"),
+        lambda: hub.bind(TINY["bert"], {}, head="vision"),
+        lambda: hub.empty_skeleton(TINY["bert"], head="Language"),
+        lambda: hub.init_skeleton(TINY["bert"], torch.Generator(), head="text"),
+    ):
+        with pytest.raises(ValueError, match=r"head must be '' .* or 'language', got"):
+            call()
+    with pytest.raises(ValueError, match="part must be '', 'text' or 'vision', got 'visoin'"):
+        hub.load(folders["bert"], part="visoin")
+
+
+@pytest.mark.parametrize("change", [{"text_config": [1]}, {"text_config": "bert"}, {"text_config": None}])
+def test_a_tower_that_is_no_config_is_refused(folders, tmp_path, change):
+    skeleton, params = hub.load(folders["bert"])
+    hub.save(skeleton, params, tmp_path / "m")
+    path = tmp_path / "m/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match="has no text tower"):
+        hub.load(tmp_path / "m", part="text")
+    path.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"config.json is not JSON"):
+        hub.load(tmp_path / "m")
+
+
 def test_save_leaves_a_whole_folder_or_none(folders, tmp_path, monkeypatch):
     skeleton, params = hub.load(folders["dinov2"])
     hub.save(skeleton, params, tmp_path / "a")
