@@ -210,6 +210,12 @@ def load(
     return skeleton, params
 
 
+def load_encoder(name: files.PathLike, tower: Literal["text", "vision"]) -> tuple[Skeleton, Params]:
+    """An encoder as `load` gives it; of a checkpoint that holds two (CLIP, SigLIP) the named one."""
+    config = {} if Path(name).is_file() else read_json(find(str(name), ("config.json",)))
+    return load(name, part=tower if f"{tower}_config" in config else "")
+
+
 def bind(
     config: dict[str, Any],
     state: Mapping[str, Tensor],

@@ -11,7 +11,7 @@ import pytest
 import torch
 from attrs import evolve
 
-from medvl import config, encode, files, hub, processes, results, train
+from medvl import config, encode, files, hub, processes, results, tokens, train
 from medvl.data import ingest, pairs, store
 from medvl.systems import ct_clip, ct_clip_run, run
 from medvl.tree import flatten
@@ -266,6 +266,36 @@ def test_a_run_without_a_best_state_keeps_its_last(trained, tmp_path, monkeypatc
     with pytest.raises(ValueError, match=r"no validation gave a number.*the last one is .*last.pt, and train.keep"):
         ct_clip_run.fit(trained[0], tmp_path / "run", lambda line: None)
     assert train.read_state(tmp_path / "run/0-contrast/last.pt").step == 4
+
+
+def _clip_folder(folder, texts):
+    """A CLIP of two tiny towers with a tokenizer, as it is published: one config.json, one file of weights."""
+    from transformers import CLIPConfig, CLIPModel
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    words = sizes | {"vocab_size": 300, "max_position_embeddings": 64, "eos_token_id": 2}
+    model = CLIPModel(CLIPConfig(text_config=words, vision_config=sizes | {"image_size": 32, "patch_size": 16}))
+    tokens.train_bpe(texts, 300, folder)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def test_a_folder_of_clip_gives_its_towers(trained, tmp_path):
+    cfg = trained[0]
+    clip = _clip_folder(tmp_path / "clip", ["There is a nodule.", "No nodule."])
+    words = evolve(cfg.words, encoder=str(tmp_path / "clip"), pool="last")
+    both = evolve(cfg, vit=ct_clip.VitConfig(name=str(tmp_path / "clip")), words=words)
+    model, params = ct_clip.init(both, tmp_path)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        rows = ct_clip.embed_texts(model, params, {"ids": ids[:, None], "words": torch.ones(1, 1, 3, dtype=torch.bool)})
+        torch.testing.assert_close(rows[0], clip.text_model(ids).last_hidden_state[:, -1])
+        batch = pairs.read_slices(ct_clip_run.volumes(cfg, "test"), ct_clip_run.volumes(cfg, "test").names[:2])
+        assert ct_clip.embed_volumes(model, params, batch).shape == (2, 16)
+    with pytest.raises(ValueError, match=r"words.pool = 'first' takes a token of .* that does not see the text behind it"):
+        ct_clip.init(evolve(both, words=evolve(words, pool="first")), tmp_path)
+    with pytest.raises(ValueError, match=r"words.tower.context must be at most the 64 positions of .*, got 128"):
+        ct_clip.init(evolve(both, words=evolve(words, tower=evolve(words.tower, context=128))), tmp_path)
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(trained, tmp_path, monkeypatch):

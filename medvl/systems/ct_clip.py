@@ -202,7 +202,7 @@ def init(cfg: Config, folder: Path, texts: Sequence[str] = ()) -> tuple[Model, T
         folder: of the run; a tokenizer trained on `texts` is kept there and taken from there the next time.
     """
     gen = torch.Generator().manual_seed(cfg.seed)
-    vit, weights = hub.load(cfg.vit.name) if cfg.vit.name else hub.init_skeleton(cfg.vit.config, gen)
+    vit, weights = hub.load_encoder(cfg.vit.name, "vision") if cfg.vit.name else hub.init_skeleton(cfg.vit.config, gen)
     encode.check_size(cfg.encode, size_of(cfg.ct)[1:], encode.patch_of(vit))
     if (got := encode.width(cfg.encode, vit)) != (taken := cfg.fuse.inputs or cfg.fuse.dim):
         raise ValueError(
@@ -215,8 +215,8 @@ def init(cfg: Config, folder: Path, texts: Sequence[str] = ()) -> tuple[Model, T
     params: Tree = {"vit": weights, "fuse": fusion.init_fuse(cfg.fuse, gen)}
     writer, width = None, tower.dim
     if cfg.words.encoder:
-        writer, params["text"] = hub.load(cfg.words.encoder)
-        width = writer.config["hidden_size"]
+        writer, params["text"] = hub.load_encoder(cfg.words.encoder, "text")
+        width = _check_writer(cfg.words, writer, params["text"])
     else:
         params["text"] = text.init_text(tower, gen)
     params["project"] = {
@@ -225,6 +225,27 @@ def init(cfg: Config, folder: Path, texts: Sequence[str] = ()) -> tuple[Model, T
     }
     params["contrast"] = {"log_scale": torch.tensor(math.log(cfg.contrast.scale)), "bias": torch.tensor(cfg.contrast.bias)}
     return Model(cfg=cfg, vit=vit, writer=writer, tokenizer=tok), params
+
+
+def _check_writer(cfg: WordsConfig, writer: hub.Skeleton, params: Tree) -> int:
+    """The width of a named text encoder's rows.
+
+    Raises:
+        ValueError: the context is longer than its positions, or `pool` takes a token that does not see the text.
+    """
+    known = writer.module.config
+    longest = getattr(known, "max_position_embeddings", cfg.tower.context)
+    if cfg.tower.context > longest:
+        raise ValueError(f"words.tower.context must be at most the {longest} positions of {cfg.encoder}, got {cfg.tower.context}")
+    # Two texts that differ in their second token: a causal encoder gives both the same first row, whatever the report says.
+    ids = torch.tensor([[1, 2], [1, 3]])
+    with torch.no_grad():
+        rows = text.encode_text_with(params, ids, torch.ones_like(ids, dtype=torch.bool), model=writer, pool=cfg.pool)
+    if torch.equal(rows[0], rows[1]):
+        raise ValueError(
+            f"words.pool = {cfg.pool!r} takes a token of {cfg.encoder} that does not see the text behind it; set 'last' or 'mean'"
+        )
+    return rows.shape[1]
 
 
 def embed_volumes(model: Model, params: Tree, batch: Mapping[str, Tensor]) -> Tensor:
