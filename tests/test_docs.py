@@ -99,7 +99,6 @@ def _make_models(cache):
         skeleton, params = hub.init_skeleton(config(tok), gen, head="language")
         hub.save(skeleton, {n: t.bfloat16() for n, t in params.items()}, snapshot)
         tok.save_pretrained(snapshot)
-    _tokenizer("chatml").save_pretrained(_snapshot(cache, "openai/clip-vit-base-patch32"))
     vit = {"model_type": "dinov2_with_registers", "hidden_size": 768, "num_hidden_layers": 1, "num_attention_heads": 12, "mlp_ratio": 1}
     vit |= {"image_size": 224, "patch_size": 14}
     hub.save(*hub.init_skeleton(vit, gen), _snapshot(cache, "facebook/dinov2-with-registers-base"))
@@ -110,6 +109,7 @@ def _make_models(cache):
     tok = chat.tokenizer_of(model, cache, ["is there a fracture? there is a pleural effusion. yes no"] * 20)
     talks, params = chat.open_chat(model, chat.ChatConfig(), tok, gen)
     chat.save_chat(talks, params, _snapshot(cache, EYES))
+    tok.save_pretrained(_snapshot(cache, "openai/clip-vit-base-patch32"))  # README hands its ids to a language model
     return [lora.init_lora(lora.LoraConfig(rank=4, pattern="all-linear"), talks.skeleton, gen) for _ in ADAPTERS]
 
 
