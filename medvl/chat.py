@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from medvl.data.conversations import Placeholder, Sample, Turns
 from medvl.files import PathLike, write_text
 from medvl.generation import Generated, Sampling
 
+_log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Eyes = qwen_vl.ImageConfig | intern_vl.TileConfig
 _QWEN_VL = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -377,6 +379,8 @@ def sampling_of(chat: Chat, max_tokens: int) -> Sampling:
     cfg, tok = chat.cfg, chat.tokenizer
     ends = {tok.eos_token_id, *(own if isinstance(own, list | tuple) else [own])}
     ends |= {*conversations.end_ids(tok, template=cfg.template or None, options=cfg.options, end=cfg.end)}
+    if ends == {None}:
+        _log.warning("%s: no token ends an answer, so that answers go on to their limit; name one: chat.end", chat.skeleton.name)
     penalty = cfg.repetition_penalty or chat.skeleton.generation.get("repetition_penalty") or 1.0
     return Sampling(max_tokens=max_tokens, end=tuple(sorted(e for e in ends if e is not None)), repetition_penalty=float(penalty))
 

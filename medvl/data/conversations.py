@@ -232,16 +232,16 @@ def template_text(tok: Any, template: str | None = None, options: Mapping[str, A
 
 
 def end_ids(tok: Any, *, template: str | None = None, options: Mapping[str, Any] | None = None, end: str = "") -> tuple[int, ...]:
-    """Ids of the token with which answers end: the first that the template puts behind an answer, or `end`; () where there is none."""
-    kit = _look(tok)
+    """The id of the token that ends an answer: the first that the template puts behind one, or `end`; () where there is neither."""
+    kit, mark = _look(tok), "the answer"
     how = _How(placeholder=None, context=None, template=template, options=options or {}, allow=(), end=end, turns="last")
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    try:
-        sample = _encode(kit, how, messages, (), "assistant")
-    except ValueError:  # `encode` refuses this template when something is trained; a prompt alone does not need the end of an answer
-        return ()
-    ids = sample.ids[slice(*sample.trained[-1])].tolist()
-    return tuple(ids[k] for k in [next(k for k, t in enumerate(ids) if t in kit.special)])
+    messages = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": mark}]
+    # Looked for behind the answer alone: reasoning templates put more before it than the prompt of generation has.
+    before, _, tail = _apply(tok, how, messages, False).rpartition(mark)
+    found = _endings(kit, tail) if before else ()
+    if not found and not tail.strip() and end:
+        found = (end,)
+    return tuple(tok.convert_tokens_to_ids([*found[:1]]))
 
 
 def collate(samples: Sequence[Sample], pad_id: int, *, side: Literal["right", "left"] = "right", multiple_of: int = 1) -> dict[str, Tensor]:
