@@ -121,7 +121,39 @@ def open_chat(
             params = {n: t.to(device, dtype) for n, t in params.items()}
         params = {n: each(n, t) if each else t for n, t in params.items()}
     holder, eyes = _sight(model, cfg, skeleton)
-    return Chat(skeleton=skeleton, tokenizer=tok, cfg=cfg, dtype=dtype, placeholder=holder, eyes=eyes), params
+    chat = Chat(skeleton=skeleton, tokenizer=tok, cfg=cfg, dtype=dtype, placeholder=holder, eyes=eyes)
+    if not model.name and device.type != "meta":
+        _try_sizes(chat, params)
+    return chat, params
+
+
+def _try_sizes(chat: Chat, params: hub.Params) -> None:
+    """Compute one small loss of a model that was built from a config, with an image where it sees them.
+
+    Sizes that do not fit each other are found here, and not when the data is read and the first step is computed.
+    """
+    token, pixels = chat.tokenizer.convert_tokens_to_ids, dict[str, Tensor]()
+    ids, visual = [0, 1, 2, 3], [False] * 4
+    try:
+        if chat.placeholder is not None and chat.eyes is not None:
+            if isinstance(chat.eyes, intern_vl.TileConfig):
+                pixels["pixel_values"] = intern_vl.tile_all(chat.eyes, [Image.new("RGB", (chat.eyes.size, chat.eyes.size))])[0]
+                count = intern_vl.visual_tokens(chat.eyes, len(pixels["pixel_values"]))
+            else:
+                side = 2 * chat.eyes.patch * chat.eyes.merge
+                pixels["pixel_values"], grid = qwen_vl.patchify_all(chat.eyes, [Image.new("RGB", (side, side))])
+                pixels["image_grid_thw"] = grid
+                count = int(grid.prod()) // chat.eyes.merge**2
+            ids = [token(chat.placeholder.before), *[token(chat.placeholder.token)] * count, token(chat.placeholder.after), *ids]
+            visual = [False, *[True] * count, False, *visual]
+        row = torch.tensor([ids])
+        batch = {"ids": row, "labels": row, "mask": torch.ones_like(row).bool(), "visual": torch.tensor([visual]), **pixels}
+        with torch.no_grad():
+            loss, _ = loss_sum(chat, chat.skeleton, shards.as_weights(params), batch)
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        raise ValueError(f"model.config: sizes of this {chat.skeleton.name} do not fit each other: {' '.join(str(e).split())}") from e
+    if not bool(loss.isfinite()):
+        raise ValueError(f"model.config: this {chat.skeleton.name} computes a loss of {float(loss)} before it is trained; see its numbers")
 
 
 def tokenizer_of(cfg: ModelConfig, folder: Path, texts: Sequence[str] = (), *, lower: bool = True) -> Any:

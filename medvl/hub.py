@@ -4,6 +4,7 @@ import copy
 import hashlib
 import inspect
 import json
+import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -240,7 +241,8 @@ def init_skeleton(config: dict[str, Any], gen: Generator, *, head: Literal["", "
         config: such as {"model_type": "dinov2", "hidden_size": 96, ...}; what is left out has transformers' default.
         head: as in `load`.
     Raises:
-        ValueError: unknown model_type or key, or a value of the wrong type.
+        ValueError: unknown model_type or key, a value of the wrong type, sizes that no model can have, or more weights than this machine
+            has memory for; before anything is allocated.
     """
     kind, cfg = _architecture(config, head)
     known = {*type(cfg)().to_dict(), *cfg.attribute_map, "model_type"}
@@ -248,7 +250,8 @@ def init_skeleton(config: dict[str, Any], gen: Generator, *, head: Literal["", "
         has = ", ".join(sorted(k for k in known if not k.startswith("_")))
         raise ValueError(f"init_skeleton: a {config['model_type']} config has no {', '.join(unknown)}; it has {has}")
     seed = int(torch.randint(2**62, (), generator=gen))
-    with torch.random.fork_rng(devices=[]), _quiet():
+    _check_memory(_weightless(kind, cfg), config["model_type"])
+    with torch.random.fork_rng(devices=[]), _quiet(), _building(config["model_type"]):
         torch.manual_seed(seed)
         module = kind._from_config(cfg, dtype=torch.float32, **_plain(kind)).eval()
     return _split(module, str(config["model_type"]), "cpu")
@@ -380,6 +383,7 @@ def _architecture(config: dict[str, Any], head: str = "") -> tuple[Any, Any]:
         own = "; it needs code of its own, which is never run" if "auto_map" in config else ""
         what = "a language model that transformers has (qwen2, qwen3, phi3, qwen2_5_vl...)" if head else "an encoder that transformers has"
         raise ValueError(f"config: model_type must be {what}{'' if head else ' (dinov2, dinov3_vit, vit, bert...)'}, found {kind!r}{own}")
+    _check_sizes(config)
     config = _without_kernels({k: v for k, v in config.items() if k != "quantization_config"})  # 4-bit weights have keys of their own
     try:
         with _quiet():
@@ -412,6 +416,42 @@ def _plain(kind: Any) -> dict[str, bool]:
 
 
 _patching = threading.Lock()
+# Numbers of a config: far more than any model has, and the module alone would take minutes to build.
+_LAYERS = re.compile(r"num_hidden_layers|num_layers|n_layers?|depth|(encoder|decoder)_layers")
+_SIZES = re.compile(
+    r"(\w+_)?(hidden_size|intermediate_size|embed_dim|n_embd|vocab_size|patch_size|merge_size|image_size|heads)|n_heads?|max_position_embeddings"
+)
+
+
+def _check_sizes(config: Mapping[str, Any], where: str = "config") -> None:
+    """Refuse counts of layers and sizes that no model can have, before a module is built of them."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            _check_sizes(value, f"{where}.{key}")
+        most = 1024 if _LAYERS.fullmatch(key) else 2**24 if _SIZES.fullmatch(key) else 0
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if most and type(number) in (int, float) and not 1 <= number <= most:
+                raise ValueError(f"{where}.{key} must be from 1 to {most}, got {number}")
+
+
+def _check_memory(module: nn.Module, name: str) -> None:
+    """Refuse to draw more weights than there is memory for."""
+    needed = 4 * sum(p.numel() for p in module.parameters())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise ValueError(
+            f"config: a {name} of these sizes has {needed / 1e9:,.1f} GB of float32 weights, this machine {memory / 1e9:,.1f} GB of memory"
+        )
+
+
+@contextmanager
+def _building(name: str) -> Iterator[None]:
+    """What transformers and torch raise where a module cannot be built of a config, as one kind of error."""
+    try:
+        yield
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        reason = " ".join(str(e).split())
+        raise ValueError(f"config: no {name} can be built of these sizes ({type(e).__name__}: {reason})") from e
 
 
 def _weightless(kind: Any, cfg: Any) -> Any:
@@ -424,7 +464,7 @@ def _weightless(kind: Any, cfg: Any) -> Any:
             param = nn.Parameter(torch.empty_like(param, device="meta"), requires_grad=False)
         register(self, name, param)
 
-    with _patching, torch.random.fork_rng(devices=[]), _quiet():
+    with _patching, torch.random.fork_rng(devices=[]), _quiet(), _building(cfg.model_type):
         nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
         try:
             module = kind._from_config(cfg, dtype=torch.float32, **_plain(kind)).eval()

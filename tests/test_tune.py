@@ -447,6 +447,31 @@ def test_bad_records(tmp_path, change, message):
         config.structure(record(tmp_path, **change), Config, "test")
 
 
+IMPOSSIBLE = [
+    ({"text_config__hidden_size": -1}, r"^config.text_config.hidden_size must be from 1 to 16777216, got -1"),
+    ({"text_config__num_hidden_layers": 10**6}, r"^config.text_config.num_hidden_layers must be from 1 to 1024, got 1000000"),
+    ({"text_config__num_attention_heads": 0}, "num_attention_heads must be from 1"),
+    ({"vision_config__patch_size": 0}, "vision_config.patch_size must be from 1"),
+    (
+        {"text_config__hidden_size": 2**13, "text_config__intermediate_size": 2**19, "text_config__num_hidden_layers": 100},
+        "of float32 weights",
+    ),
+    ({"text_config__num_attention_heads": 3}, "can be built of these sizes .*must be divisible"),
+    ({"text_config__num_key_value_heads": 3}, r"^model.config: sizes of this qwen2_5_vl do not fit each other"),
+    ({"vision_config__num_heads": 3}, r"^model.config: sizes of this qwen2_5_vl do not fit each other"),
+    ({"vision_config__out_hidden_size": 7}, r"^model.config: sizes of this qwen2_5_vl do not fit each other"),
+    ({"text_config__rope_parameters": tiny.ROPE | {"mrope_section": [9, 9, 9]}}, "do not fit each other: split_with_sizes"),
+    ({"text_config__rope_parameters": tiny.ROPE | {"rope_type": "none"}}, "can be built of these sizes .*none"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), IMPOSSIBLE, ids=[next(iter(c)) + str(i) for i, (c, _) in enumerate(IMPOSSIBLE)])
+def test_models_that_cannot_be_built_are_refused_at_once(tmp_path, change, message):
+    cfg = config.structure(record(tmp_path, **{f"model__config__{key}": value for key, value in change.items()}), Config, "test")
+    with pytest.raises(ValueError, match=message):
+        tune.init(cfg, tmp_path / "run", ["one two three"])
+
+
 def test_one_key_of_lora_keeps_the_others(tmp_path):
     raw = record(tmp_path)
     del raw["lora"]
