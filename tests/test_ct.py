@@ -531,6 +531,14 @@ def test_headers_that_agree_within_one_percent_and_all_units_give_the_same_volum
     np.testing.assert_allclose(v.source_spacing_mm, expected.source_spacing_mm, rtol=0.006)
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_oblique_scans_are_taken_to_their_closest_axes(tmp_path, preset):
+    """Not rotated, and put in place by their first voxel (`merlin`) or centre as any other."""
+    straight = preprocess(_with_forms(tmp_path / "a.nii", sform=LPS), CtConfig(preset=preset))
+    oblique = preprocess(_with_forms(tmp_path / "b.nii", sform=TURNED), CtConfig(preset=preset))
+    _close(oblique.voxels, straight.voxels)  # the lengths of turned axes are rounded
+
+
 def test_antialias_keeps_small_bright_structures(tmp_path):
     voxels = np.full((96, 96, 60), -800, np.int16)
     at = np.random.default_rng(0).integers(8, 50, (60, 3))

@@ -114,6 +114,14 @@ def _run(tmp, source, **kwargs):
     return preprocess_folder(source, tmp / "s.h5", kwargs.pop("cfg", SMALL), progress=False, **kwargs)
 
 
+def _nifti2(tmp, shape, offset=544):
+    header = nib.Nifti2Header()
+    header.set_data_dtype(np.int16)
+    header["dim"][:4] = 3, *shape
+    header["pixdim"][1:4], header["qform_code"], header["vox_offset"] = 2, 1, offset
+    return _bytes(tmp, "a.nii", header.binaryblock + bytes(4) + bytes(20 * 22 * 18 * 2))
+
+
 def _pipe(tmp):
     os.mkfifo(tmp / "a.nii")
     return tmp / "a.nii"
@@ -150,6 +158,20 @@ BROKEN = {  # what is wrong: (what the user does with it, what the message says)
     "a flipped byte": (lambda t: read_scan(_zipped(t, lambda r: _flip(r, 5000))), "damaged|truncated"),
     "bytes after the gzip": (lambda t: read_scan(_zipped(t, lambda r: bytes(r) + b"junk")), "damaged: other bytes follow the gzip stream"),
     "an impossible size": (lambda t: read_scan(_edited(t, 42, _i2(30000, 30000, 30000))), "header asks for 54000000000352 bytes"),
+    "a size that wraps 64 bits": (
+        lambda t: read_scan(_nifti2(t, (2**32, 2**31, 2))),
+        "header asks for 36893488147419103776 bytes, the file has",
+    ),
+    "a size that wraps 64 bits, zipped": (
+        lambda t: read_scan(_bytes(t, "b.nii.gz", gzip.compress(_nifti2(t, (2**62, 2, 2)).read_bytes()))),
+        "header asks for 36893488147419103776 bytes inflated",
+    ),
+    "voxels beyond 64 bits": (lambda t: read_scan(_nifti2(t, (20, 22, 18), offset=2**62)), "truncated: its header asks for 46116860184"),
+    "voxels before the file": (lambda t: read_scan(_nifti2(t, (20, 22, 18), offset=-(2**40))), "must start after the header of 540 bytes"),
+    "much after the voxels": (
+        lambda t: read_scan(_bytes(t, "b.nii.gz", gzip.compress(_scan(t / "a.nii").read_bytes() + bytes(2**21)))),
+        "other data follow its voxels",
+    ),
     "negative size": (lambda t: read_scan(_edited(t, 42, _i2(-5))), r"at least 2 voxels along each axis, found \[-5, 22, 18\]"),
     "a rank of 9": (lambda t: read_scan(_edited(t, 40, _i2(9))), r"must be one volume .* found dim \[9, 20"),
     "a header/image pair": (lambda t: read_scan(_edited(t, 344, b"ni1\0")), "NIfTI in one file"),
@@ -216,6 +238,8 @@ BROKEN = {  # what is wrong: (what the user does with it, what the message says)
     "spacing where it is not": (lambda t: CtConfig(preset="merlin", spacing_mm=(1.0, 1.0, 1.0)), "spacing_mm belongs to preset 'mm'"),
     "flip where it is not": (lambda t: CtConfig(flip=True), "flip belongs to preset 'reference'"),
     "two numbers of size": (lambda t: CtConfig(size=(2, 3)), "size must be .. or three positive numbers"),
+    "a size without end": (lambda t: CtConfig(size=(100_000,) * 3), "at most 1,073,741,824 voxels, got .* 1,000,000,000,000,000"),
+    "spacing of kilometres": (lambda t: CtConfig(spacing_mm=(1e9, 1.0, 1.0)), "spacing_mm must be between 0.01 and 1000 mm"),
     "negative spacing": (lambda t: CtConfig(spacing_mm=(1.0, -1.0, 1.0)), "spacing_mm must be .. or three positive numbers"),
     # folders and tables
     "a folder without scans": (lambda t: _run(t, t), "holds no .nii or .nii.gz file"),

@@ -5,6 +5,7 @@ superior, anterior, right). Here are the presets and the orientation; `hounsfiel
 """
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -24,6 +25,7 @@ T = TypeVar("T")
 
 HU = (-1000.0, 1000.0)  # every preset clips to this
 _MAX_VOXELS = 1024**3
+_MM = (0.01, 1000.0)  # of an output voxel
 _SIZES = {"mm": (160, 224, 224), "reference": (160, 224, 224), "ctclip": (240, 480, 480), "merlin": (160, 224, 224)}
 _SPACINGS = {"mm": (3.0, 1.75, 1.75), "reference": (), "ctclip": (1.5, 0.75, 0.75), "merlin": (3.0, 1.5, 1.5)}
 _SAMPLED = 64  # voxels along each axis of a slice that are looked at to tell what the values are
@@ -34,7 +36,8 @@ class CtConfig:
     """How a scan becomes a volume.
 
     preset: `mm` a physical grid centred on the scan; `reference` one scale for all axes in voxel counts (peterhan91/clip_3d_ct);
-        `ctclip` (ibrahimethemhamamci/CT-CLIP, data_inference_nii.py); `merlin` (StanfordMIMI/Merlin, MONAI transforms).
+        `ctclip` (ibrahimethemhamamci/CT-CLIP, data_inference_nii.py); `merlin` (StanfordMIMI/Merlin, MONAI transforms;
+        oblique scans lie on their first voxel here, in MONAI sometimes on their centre).
     size, spacing_mm: of the output's axes; () is the preset's own; only `mm` takes another spacing. `mm` covers 480 x 392 x 392 mm: a chest
         CT's field of view is 350-400 mm (CT-RATE: median 0.68 mm x 512), and 480 mm hold a chest from neck to below the adrenals.
     antialias: when shrinking, average what an output voxel covers (triangle filter) instead of reading two samples. auto: on for `mm`,
@@ -62,8 +65,12 @@ class CtConfig:
                 raise ValueError(f"CtConfig: {f.name} must be one of {', '.join(allowed)}, got {value!r}")
         if self.size and (len(self.size) != 3 or min(self.size) < 1):
             raise ValueError(f"CtConfig: size must be () or three positive numbers, got {self.size}")
+        if math.prod(self.size) > _MAX_VOXELS:
+            raise ValueError(f"CtConfig: size must be at most {_MAX_VOXELS:,} voxels, got {self.size}, {math.prod(self.size):,}")
         if self.spacing_mm and (len(self.spacing_mm) != 3 or not all(0 < s < np.inf for s in self.spacing_mm)):
             raise ValueError(f"CtConfig: spacing_mm must be () or three positive numbers of mm, got {self.spacing_mm}")
+        if self.spacing_mm and not all(_MM[0] <= s <= _MM[1] for s in self.spacing_mm):
+            raise ValueError(f"CtConfig: spacing_mm must be between {_MM[0]:g} and {_MM[1]:g} mm, got {self.spacing_mm}")
         if self.preset != "mm" and (self.spacing_mm or self.antialias == "on"):
             what = "spacing_mm" if self.spacing_mm else "antialias"
             raise ValueError(f"CtConfig: {what} belongs to preset 'mm'; preset {self.preset!r} has its own arithmetic. Leave it out")

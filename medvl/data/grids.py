@@ -74,7 +74,8 @@ def stretched(n: int, spacing_mm: float, size: int, new: int) -> Axis:
 def anchored(n: int, spacing_mm: float, size: int, target_mm: float) -> Axis:
     """Output voxels of `target_mm`, the first on the source's first, edges repeated; then padded and cropped about the centre to `size`.
 
-    Source: MONAI Spacing (padding_mode="border"), SpatialPad and CenterSpatialCrop.
+    Source: MONAI Spacing (padding_mode="border"), SpatialPad and CenterSpatialCrop, for axes along the patient's; oblique ones are
+    centred there when rounding errors exceed 1e-8 (compute_shape_offset).
     """
     new = int(np.round((n - 1) * spacing_mm / target_mm + 1))
     pad, padded = max(size - new, 0) // 2, max(new, size)

@@ -7,7 +7,6 @@ import io
 import itertools
 import logging
 import math
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +34,7 @@ _MM = {1: 1000.0, 3: 0.001}  # NIfTI's codes of metres and micrometres; 2 is mm,
 _VOXEL_MM = (0.01, 50.0)  # what a voxel of a CT may measure; a wrong unit is a factor of 1000
 _TOLERANCE = 0.01  # of lengths and angles that a header gives twice
 _DAMAGED: Any = (OSError, IsalError)
+_MAX_AFTER = 1 << 20  # bytes; nothing belongs there, some programs pad
 FROM_DICOM = "DICOM is not read; `dcm2niix -z y -f %j -o OUT FOLDER` makes one .nii.gz of each series in a folder: take those of OUT"
 
 
@@ -174,9 +174,17 @@ def _slices(header: Header, stored: _Stored, chunks: Iterator[bytes], path: Path
             view[at : at + len(piece)] = piece
             rest, at = rest[len(piece) :], at + len(piece)
         if i == z - 1:
-            deque(chunks, maxlen=0)  # what follows the voxels is inflated too: the checksum is at the end
+            _drain(len(rest), chunks, path)
         plane = plane if plane.dtype.isnative else plane.byteswap(inplace=True).view(header.dtype)
         yield plane.reshape(y, x).T
+
+
+def _drain(after: int, chunks: Iterator[bytes], path: Path) -> None:
+    """What follows the voxels, beside `after` bytes at hand, is inflated too, since the checksum is at the end; but not without end."""
+    for chunk in itertools.chain([b""], chunks):
+        after += len(chunk)
+        if after > _MAX_AFTER:
+            raise ScanError(f"{path}: is damaged, or no scan: other data follow its voxels")
 
 
 def _chunks(f: Any, zipped: bool, path: Path) -> Iterator[bytes]:
