@@ -4,6 +4,7 @@ import csv
 import errno
 import fcntl
 import glob
+import hashlib
 import itertools
 import logging
 import os
@@ -318,6 +319,12 @@ def write_array(path: PathLike, array: np.ndarray) -> None:
     """Write a .npy atomically."""
     with atomic(path) as tmp, open(tmp, "wb") as f:
         np.save(f, array, allow_pickle=False)
+
+
+def file_digest(path: PathLike) -> str:
+    """The sha256 of a file's content, in hexadecimal."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def open_array(path: PathLike) -> np.ndarray:

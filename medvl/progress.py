@@ -29,7 +29,7 @@ def resumed(
     """
     path, wanted = Path(path), [row for batch in batches for row in batch]
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines, size = _kept(path, wanted)
+    lines, size = kept_lines(path, wanted)
     done, ends = 0, 0
     for batch in batches:
         if ends + len(batch) > len(lines):
@@ -44,22 +44,26 @@ def resumed(
             if len(new) != len(batch):
                 raise ValueError(f"resumed: work must give a line for each of {len(batch)} rows, got {len(new)}")
             new = [{"row": row} | line for row, line in zip(batch, new, strict=True)]
-            f.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in new).encode())
+            f.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in new).encode(errors="backslashreplace"))
             f.flush()
             os.fsync(f.fileno())
             lines += new
     return lines
 
 
-def _kept(path: Path, wanted: Sequence[int]) -> tuple[list[Line], list[int]]:
-    """(lines that are there whole, bytes before each of them and behind the last)."""
-    lines, size = list[Line](), [0]
+def kept_lines(path: PathLike, wanted: Sequence[int]) -> tuple[list[Line], list[int]]:
+    """(lines that are there whole, bytes before each of them and behind the last).
+
+    Raises:
+        ValueError: as `resumed`.
+    """
+    path, lines, size = Path(path), list[Line](), [0]
     for number, raw in enumerate(path.read_bytes().splitlines(keepends=True) if path.exists() else (), 1):
         if not raw.endswith(b"\n"):
             break  # killed while it was written
         try:
             line = json.loads(raw)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise ValueError(f"{path}, line {number}: not a line of results ({e}); remove the file to do it all again") from e
         if number > len(wanted) or not isinstance(line, dict) or line.get("row") != wanted[number - 1]:
             raise ValueError(f"{path}, line {number}: results of other rows or another order; remove the file to do it all again")

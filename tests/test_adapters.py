@@ -337,6 +337,72 @@ def test_one_step_that_fails_is_one_that_is_wrong(trained, tmp_path, caplog):
         adapters_score.answer_all(of, steps[1:2], adapters_score._of(found, [1]), "bare", model.cfg, tmp_path / "y.jsonl")
 
 
+def test_what_was_answered_is_kept_when_a_later_batch_fails(trained, tmp_path, monkeypatch):
+    _, folder, _ = trained
+    model, params, _ = adapters_run.load(folder)
+    cfg = evolve(model.cfg, evaluate=evolve(model.cfg.evaluate, batch=2))
+    of = experts.gather(model.chat, params["model"], model.registry)
+    steps = adapters_score.steps_of([talk(f"q{i}", "a", id=str(i)) for i in range(6)], cfg)
+    found = experts.choose("bare", cfg.retrieve, torch.ones(6, of.vectors.shape[1]), of.vectors)
+    asked = []
+
+    def answers(of, data, rows, *rest):
+        asked.append([c.messages[0]["content"] for c in data.conversations])
+        if len(asked) == 3:
+            raise RuntimeError("CUDA error")
+        return ["a", "\ud800 b"]  # text that is no UTF-8 must not stop the others
+
+    monkeypatch.setattr(experts, "answers", answers)
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        adapters_score.answer_all(of, steps, found, "bare", cfg, tmp_path / "x.jsonl")
+    lines = adapters_score.answer_all(of, steps, found, "bare", cfg, tmp_path / "x.jsonl")
+    assert asked == [["q0", "q1"], ["q2", "q3"], ["q4", "q5"], ["q4", "q5"]]
+    assert [line["answer"] for line in lines] == ["a", "\ud800 b"] * 3
+    assert [line["right"] for line in lines] == [True, False] * 3
+    asked.clear()
+    assert adapters_score.answer_all(of, steps, found, "bare", cfg, tmp_path / "x.jsonl") == lines
+    assert not asked
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe garbage\n", "line 1: not a line of results"),
+        (b"[" * 9999 + b"\n", "line 1: not a line of results"),
+        (b'{"row": 3}\n', "line 1: results of other rows"),
+        (b'{"row": 0}\n', "row 0: not a line of answers; remove the file"),
+    ],
+)
+def test_a_file_of_answers_that_is_none_is_named(trained, tmp_path, content, message):
+    _, folder, _ = trained
+    model, params, _ = adapters_run.load(folder)
+    of = experts.gather(model.chat, params["model"], model.registry)
+    steps = adapters_score.steps_of([talk("q", "a")], model.cfg)
+    found = experts.choose("bare", model.cfg.retrieve, torch.ones(1, of.vectors.shape[1]), of.vectors)
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(f"{path}, {message}")):
+        adapters_score.answer_all(of, steps, found, "bare", model.cfg, path)
+    assert path.read_bytes() == content
+
+
+def test_answers_are_named_by_the_content_they_were_made_from(trained, tmp_path):
+    """An image, a vector or an adapter that is replaced under its name, by one of the same size, is asked again."""
+    _, folder, _ = trained
+    shutil.copytree(folder, tmp_path / "run")
+    model, _, _ = adapters_run.load(tmp_path / "run")
+    picture = tmp_path / "a.bmp"
+    tiny.drawn((8, 8)).save(picture)
+    steps = adapters_score.steps_of([evolve(talk("<image>\nq", "a"), images=(picture,))], model.cfg)
+    made = [adapters_score.stamp(model.cfg, model.registry, steps)]
+    vector = next((tmp_path / "run/vectors").glob("ct-*.npy"))
+    for path in (picture, vector, tmp_path / "run/adapters/xray/adapter_model.safetensors"):
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        made.append(adapters_score.stamp(model.cfg, model.registry, steps))
+    assert len({*made}) == len(made) == 4
+
+
 # Tasks ----------------------------------------------------------------------------------------------------------------------------------
 def test_a_registry_built_from_a_folder(trained, tmp_path, capsys):
     place, folder, _ = trained

@@ -6,8 +6,9 @@ from collections import Counter
 
 import pytest
 
+from medvl import files
 from medvl.data.names import case_of
-from medvl.data.slide_questions import DESCRIBE, check_slide_talks, file_digest, published_as, read_slide_talks
+from medvl.data.slide_questions import DESCRIBE, check_slide_talks, published_as, read_slide_talks
 
 TCGA = """\ufeffID,Slide,Tumor,Broad Category,Narrow Category,Question,A,B,C,D,Answer
 0,TCGA-GV-A40G-01Z-00-DX1,BLCA,Diagnosis,Grading,"Which grade, please?",None,NA,High,,C
@@ -184,7 +185,7 @@ def test_options_of_reading_are_checked(write):
 
 
 def test_digests(write):
-    assert file_digest(write("abc")) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert files.file_digest(write("abc")) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert published_as("668d063d" + "0" * 52 + "020b").startswith("SlideBench-VQA-TCGA")
     assert published_as("668d063d" + "0" * 52 + "020c") == ""
 

@@ -1,6 +1,5 @@
 """Questions about whole slides, in the formats they are published in, as one kind of record; what is wrong in a file is named."""
 
-import hashlib
 import json
 import logging
 import re
@@ -117,12 +116,6 @@ def check_slide_talks(path: files.PathLike, kind: str = "auto") -> list[Fault]:
             whats = [str(e).removeprefix("record: ")]
         found += [Fault(row=row, what=what, record=record) for what in whats]
     return found
-
-
-def file_digest(path: files.PathLike) -> str:
-    """The sha256 of a file, in hexadecimal: benchmarks of one name differ, so numbers go with the digest of their file."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def published_as(digest: str) -> str:

@@ -11,15 +11,16 @@ import torch
 from attrs import evolve, frozen
 from torch import Tensor
 
-from medvl import answers, chat, config, experts
+from medvl import answers, chat, config, experts, files, progress
 from medvl.data import registry
 from medvl.data.conversation_files import Conversation
 from medvl.experts import Experts, Mode
-from medvl.progress import Line, resumed
+from medvl.progress import Line
 from medvl.retrieve import Retrieved
 from medvl.systems.adapters import Config
 
 _log = logging.getLogger("medvl")
+_LINE = {"answer", "right", "gold", "task", "episode", "adapters"}  # what every line of answers has
 
 
 @frozen(kw_only=True)
@@ -103,37 +104,49 @@ def chosen(run: Run, of: Experts, steps: Sequence[Step], queries: Tensor, cfg: C
 def answer_all(of: Experts, steps: Sequence[Step], found: Retrieved, mode: Mode, cfg: Config, path: Path) -> list[Line]:
     """A line for each step: the answer, whether it is right, or why there is none (which counts as wrong); in the order of the steps.
 
+    Lines are written batch by batch, so that whatever stops a later batch, the same call goes on behind the last one.
+
     Raises:
-        ValueError: no step at all could be answered.
+        ValueError: the file holds other lines (says where); no step at all could be answered.
     """
-    said = dict[int, str]()
-    same = answers.same_answer if cfg.evaluate.rule == "strict" else answers.same_by_tfidf
+    batches = _batches(steps, cfg)
+    kept, _ = progress.kept_lines(path, [row for batch in batches for row in batch])
+    if unknown := [line["row"] for line in kept if not line.keys() >= _LINE]:
+        raise ValueError(f"{path}, row {unknown[0]}: not a line of answers; remove the file to do it all again")
+    said = {line["row"]: line["answer"] for line in kept}
 
     def work(rows: Sequence[int]) -> list[Line]:
-        lines = []
-        for row, (text, error) in zip(
-            rows, _tried(of, [_asked(steps, i, said, cfg) for i in rows], _of(found, rows), mode, cfg), strict=True
-        ):
-            said[row] = text
-            line: Line = {"episode": steps[row].episode, "task": steps[row].task, "answer": text, "gold": steps[row].gold}
-            names = {
-                of.names[i]: round(w, 4) for i, w in zip(*(t[row].tolist() for t in (found.indices, found.weights)), strict=True) if i >= 0
-            }
-            lines.append(
-                line | {"right": not error and same(text, steps[row].gold), "adapters": names} | ({"error": error} if error else {})
-            )
-        return lines
+        talks = [_asked(steps, row, said, cfg) for row in rows]
+        replies = _tried(of, talks, _of(found, rows), mode, cfg)
+        said.update({row: text for row, (text, _) in zip(rows, replies, strict=True)})  # later turns of an episode build on these
+        return [_line(steps[row], _shares_of(of, found, row), *reply, cfg) for row, reply in zip(rows, replies, strict=True)]
 
-    rounds = [[i for i, s in enumerate(steps) if s.turn == t] for t in range(max(s.turn for s in steps) + 1)]
-    rounds = rounds if cfg.evaluate.history == "own" else [list(range(len(steps)))]
-    size = cfg.evaluate.batch
-    batches = [r[i : i + size] for r in rounds for i in range(0, len(r), size)]
-    kept = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    said |= {line["row"]: line["answer"] for raw in kept if raw.endswith("\n") for line in [json.loads(raw)]}
-    lines = sorted(resumed(path, batches, work, title=path.stem.rpartition("-")[0]), key=lambda line: line["row"])
+    lines = sorted(progress.resumed(path, batches, work, title=path.stem.rpartition("-")[0]), key=lambda line: line["row"])
     if all("error" in line for line in lines):
         raise ValueError(f"{path.stem}: none of {len(lines)} questions could be answered; the first: {lines[0]['error']}")
     return lines
+
+
+def _batches(steps: Sequence[Step], cfg: Config) -> list[list[int]]:
+    """Steps that are answered together; with its own history, all first turns before all second ones."""
+    rounds = [list(range(len(steps)))]
+    if cfg.evaluate.history == "own":
+        rounds = [[i for i, s in enumerate(steps) if s.turn == turn] for turn in range(max(s.turn for s in steps) + 1)]
+    size = cfg.evaluate.batch
+    return [rows[i : i + size] for rows in rounds for i in range(0, len(rows), size)]
+
+
+def _line(step: Step, adapters: dict[str, float], text: str, error: str, cfg: Config) -> Line:
+    same = answers.same_answer if cfg.evaluate.rule == "strict" else answers.same_by_tfidf
+    line: Line = {"episode": step.episode, "task": step.task, "answer": text, "gold": step.gold}
+    line |= {"right": not error and same(text, step.gold), "adapters": adapters}
+    return line | {"error": error} if error else line
+
+
+def _shares_of(of: Experts, found: Retrieved, row: int) -> dict[str, float]:
+    """{adapter: weight} of a row."""
+    pairs = zip(found.indices[row].tolist(), found.weights[row].tolist(), strict=True)
+    return {of.names[i]: round(weight, 4) for i, weight in pairs if i >= 0}
 
 
 def _asked(steps: Sequence[Step], i: int, said: dict[int, str], cfg: Config) -> Conversation:
@@ -169,18 +182,23 @@ def _of(found: Retrieved, rows: Sequence[int]) -> Retrieved:
 
 
 def stamp(cfg: Config, path: Path, steps: Sequence[Step]) -> str:
-    """Eight hex digits of all that decides answers beside mode, domain and k."""
+    """Eight hex digits of all that decides answers beside mode, domain and k: settings, questions, and the content of images, of the
+    registry, its vectors, adapters and embedder; of a model in a folder, whose files are large, their sizes and times."""
     whole = hashlib.sha256()
     parts: list[Any] = [cfg.model, cfg.chat, cfg.base, cfg.retrieve, cfg.fusion, cfg.embed, cfg.retriever]
     parts += [(cfg.seed, cfg.evaluate.history, cfg.evaluate.per, cfg.evaluate.rule, cfg.evaluate.max_tokens, cfg.evaluate.batch)]
     whole.update(json.dumps([config.unstructure(p) for p in parts], sort_keys=True, default=str).encode())
+    pictures = {p: files.file_digest(p) for p in sorted({p for s in steps for p in s.talk.images})}
     for s in steps:
-        images = [(p.name, p.stat().st_size) for p in s.talk.images]
-        whole.update(json.dumps([s.talk.messages, images, s.task, s.episode], ensure_ascii=False).encode())
-    held = registry.read_registry(path)
-    folders = [r.path for r in held.adapters] + ([held.embedder] if held.embedder else [])
-    kept = [path, *(path.parent / r.vector for r in held.adapters)]
-    kept += [p for folder in folders for p in sorted((path.parent / folder).iterdir()) if p.suffix in (".safetensors", ".bin", ".json")]
+        images = [(p.name, pictures[p]) for p in s.talk.images]
+        whole.update(json.dumps([s.talk.messages, images, s.task, s.episode]).encode())
+    held = registry.read_registry(path, cfg.pool.root)
+    place = registry.place_of(path, held)
+    folders = [place / r.path for r in held.adapters] + ([place / held.embedder] if held.embedder else [])
+    kept = [path, *(place / r.vector for r in held.adapters)]
+    kept += [p for folder in folders for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".bin", ".json")]
     for file in kept:
-        whole.update(file.read_bytes())
+        whole.update(files.file_digest(file).encode())
+    for file in sorted(Path(cfg.model.name).iterdir()) if cfg.model.name and Path(cfg.model.name).is_dir() else ():
+        whole.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
     return whole.hexdigest()[:8]

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from medvl import chat, choices, config, files, generation, plots, processes, report, slidebench, tuning
 from medvl.data import conversations, order, phantom_slide_talk
-from medvl.data.slide_questions import TAG, SlideTalk, file_digest, published_as, read_slide_talks
+from medvl.data.slide_questions import TAG, SlideTalk, published_as, read_slide_talks
 from medvl.results import Result
 from medvl.slide_tokens import open_features, slide_tokens
 from medvl.slots import CompressConfig
@@ -229,7 +229,7 @@ def assess(model: Model, params: Tree, means: Tree, folder: Path, experiment: st
     if cfg.evaluate.shuffled and not cfg.data.blind:
         other = _said(model, params, _shuffled(held, cfg.seed, tokens), tokens)
         results += [evolve(r, what="accuracy_shuffled") for r in _score(cfg, held, other, experiment) if r.what == "accuracy"]
-    digest = file_digest(path(cfg, "test"))
+    digest = files.file_digest(path(cfg, "test"))
     source = {"file": path(cfg, "test").name, "sha256": digest, "published_as": published_as(digest)}
     facts = {"experiment": experiment, "by": cfg.evaluate.by}
     slidebench.write_benchmark(folder, _chosen(held, said), results, source=source, facts=facts, written=_written(held, said))
