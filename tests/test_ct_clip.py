@@ -2,6 +2,7 @@
 
 import json
 import logging
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,9 +11,12 @@ import numpy as np
 import pytest
 import torch
 from attrs import evolve
+from invoke import Collection, Program
 
+import tasks
 from medvl import config, encode, files, hub, processes, results, tokens, train
-from medvl.data import ingest, pairs, store
+from medvl.data import ct, ingest, pairs, phantoms, store
+from medvl.data.phantom_case import PhantomConfig
 from medvl.systems import ct_clip, ct_clip_run, run
 from medvl.tree import flatten
 
@@ -421,6 +425,7 @@ BROKEN = {
     "batch above the scans": ("train.batch=1000", r"a batch of 1000 needs as many different groups"),
     "patch does not divide": ("vit.config.patch_size=5", r"multiples of the patch size 5"),
     "no text at all": ("data.draws=0", r"data.draws must be 1 or more, got 0"),
+    "a store of no split": ("data.stores.tests='x.h5'", r"data.stores is for train, valid, test, found tests"),
     "whitening of trained weights": ("vit={name='facebook/dinov2-base', whiten=true}", r"whiten is for encoders built from scratch"),
     "both name and config": ("vit.name=facebook/dinov2-base", r"either a name .* or a config"),
     "unknown finding": ("evaluate.findings=['Pneumothorax']", r"must have the column 'Pneumothorax'"),
@@ -547,3 +552,46 @@ def test_an_output_that_is_an_input_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"out must end in .npy"):
         run.embed("runs/x", "scan.nii.gz", "scan.nii.gz")
     assert table.read_bytes() == before
+
+
+def _invoke(argv):
+    """The exit status of a task, run here."""
+    try:
+        Program(namespace=Collection.from_module(tasks)).run(argv, exit=False)
+    except SystemExit as e:
+        return e.code
+    return 0
+
+
+def test_the_commands_for_own_data_run_one_after_the_other(tmp_path, monkeypatch, capsys):
+    """docs/ct_clip.md, "On your own data": scans of two sets, a test set cut from one of them. Only the model is another."""
+    monkeypatch.chdir(tmp_path)
+    cfg = PhantomConfig(patients=36, valid=24, test=1, columns=(40, 48), slices=(10, 12), seed=1)
+    phantoms.draw(cfg, "scans", workers=1)
+    for split in ("train", "valid"):
+        for kind, name in (("metadata", "metadata"), ("reports", "reports"), ("labels", "predicted_labels")):
+            Path(f"scans/{split}_{kind}.csv").rename(f"{split}_{name}.csv")
+    Path("new.nii.gz").write_bytes(next(Path("scans/test").glob("*.nii.gz")).read_bytes())
+
+    raw = config.override(config.read(ROOT / "experiments/ctclip_vitb.toml"), ("vit.name=''", "words.tokenizer=''", *SET[3:]))
+    del raw["vit"]["name"]
+    raw["train"] |= {"batch": 4, "stages": [{"name": "contrast", "steps": 2, "lr": 1e-3}]}
+    record = config.structure(raw, ct_clip.Config)
+    exp = tmp_path / "ctclip_vitb.json"
+    exp.write_text(json.dumps(config.unstructure(record)))
+
+    shipped = config.load(ROOT / "experiments/ctclip_vitb.toml", ct_clip.Config)
+    assert shipped.ct == ct.CtConfig()  # as `invoke preprocess` makes stores; only this test's are smaller
+    page = (ROOT / "docs/ct_clip.md").read_text()
+    block = page[page.index("## On your own data") : page.index("`data/ct_rate` then holds")]
+    commands = [line.strip().partition("  #")[0].split() for line in block.splitlines() if line.startswith("    ")]
+    assert [c[1] for c in commands if c[0] == "invoke"] == ["preprocess", "preprocess", "split", "train", "classify"]
+    ours = {"16": "1", "ctclip_vitb": str(exp), "runs/ctclip_vitb-0a1b2c3d": f"runs/ctclip_vitb-{config.digest(record)}"}
+    for command in commands:
+        argv = [ours.get(word, word) for word in command]
+        if argv[1] == "preprocess":
+            argv += ["--exp", str(exp)]
+        status = _invoke(argv) if argv[0] == "invoke" else subprocess.run(argv, check=False).returncode
+        assert status in (None, 0), (command, capsys.readouterr())
+    assert "Emphysema" in capsys.readouterr().out
+    assert Path("look.png").stat().st_size > 0

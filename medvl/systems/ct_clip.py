@@ -21,6 +21,8 @@ from medvl.fusion import FuseConfig
 from medvl.text import TextConfig
 from medvl.tree import Tree, merge
 
+SPLITS = ("train", "valid", "test")
+
 
 @frozen(kw_only=True)
 class DataConfig:
@@ -31,6 +33,7 @@ class DataConfig:
     folder: str = "data/ct_rate"
     phantoms: PhantomConfig = PhantomConfig(patients=1, seed=0)
     store: str = "{folder}/{split}.h5"  # made by `invoke preprocess`; phantoms are preprocessed by the run itself
+    stores: dict[str, str] = field(factory=dict)  # of single splits: {test = "{folder}/valid.h5"} where two share a store
     reports: str = "{folder}/{split}_reports.csv"
     labels: str = "{folder}/{split}_labels.csv"
     metadata: str = "{folder}/{split}_metadata.csv"

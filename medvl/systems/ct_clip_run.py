@@ -19,11 +19,10 @@ from medvl.muon import muon
 from medvl.optim import Optimizer, Rate, adamw, routed, seeded, warmup_cosine
 from medvl.results import Result
 from medvl.systems import ct_clip
-from medvl.systems.ct_clip import Config, Model, Speed, Stage
+from medvl.systems.ct_clip import SPLITS, Config, Model, Speed, Stage
 from medvl.tree import Tree, count, flatten, map_leaves, matching, merge, split
 
 _log = logging.getLogger("medvl")
-SPLITS = ("train", "valid", "test")
 _TABLES: tuple[Literal["store", "reports", "labels"], ...] = ("store", "reports", "labels")
 
 
@@ -59,7 +58,10 @@ def folder_of(cfg: Config) -> Path:
 def path(cfg: Config, kind: Literal["store", "reports", "labels", "metadata"], name: str) -> Path:
     """Where a split's file is; `{ct}` stands for the digest of the CT settings."""
     digest = config.digest(ct.settings_of(cfg.ct))
-    return Path(config.fill(getattr(cfg.data, kind), f"data.{kind}", folder=folder_of(cfg), split=name, ct=digest))
+    pattern, where = getattr(cfg.data, kind), f"data.{kind}"
+    if kind == "store" and name in cfg.data.stores:
+        pattern, where = cfg.data.stores[name], f"data.stores.{name}"
+    return Path(config.fill(pattern, where, folder=folder_of(cfg), split=name, ct=digest))
 
 
 def volumes(cfg: Config, name: str) -> store.Store:
