@@ -5,8 +5,12 @@ import re
 import shlex
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
+from types import UnionType
+from typing import Union, get_args, get_origin
 
+import attrs
 import pytest
 from invoke import Collection, Program
 from invoke.exceptions import ParseError
@@ -14,11 +18,17 @@ from invoke.parser import Parser
 
 import tasks
 from medvl.config import ConfigError
+from medvl.data.ct import CtConfig
+from medvl.embed import EmbedConfig
 from medvl.systems import run
+from medvl.systems.ask import AskConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMAND = re.compile(r"^(?: {4}|\| `)(invoke [a-z]+ --?[a-z].*?|invoke [a-z]+ [a-z]+ --?[a-z].*?)(?:`|  +|$)", re.MULTILINE)
+COMMAND = re.compile(
+    r"^(?: {4}|\| `|.*`torchrun .* -m )(?:torchrun .* -m )?(invoke [a-z]+ --?[a-z].*?|invoke [a-z]+ [a-z]+ --?[a-z].*?)(?:`|  +|$)",
+    re.MULTILINE,
+)
 
 
 def commands():
@@ -41,6 +51,78 @@ def test_every_command_of_the_documentation_parses():
             assert parse(argv)[1].name == argv[0]
         except ParseError as e:
             raise AssertionError(f"{page}: {command}: {e}") from e
+
+
+SETTINGS = {name: record for name, (record, _) in run.SYSTEMS.items()}
+OWN = {"adapters.md": "adapters", "ct_clip.md": "ct_clip", "slide_vqa.md": "slide_vqa", "tune.md": "tune"}  # whose runs a page is about
+OTHERS = {"preprocess": CtConfig, "classify": CtConfig, "embed": CtConfig, "adapters": EmbedConfig, "ask": AskConfig}
+
+
+ENDINGS = ("safetensors", "safetensors.index.json", "toml", "json", "jsonl", "pt")  # of files
+
+
+def has(record, key):
+    """Whether a record has a setting of this name: `train.stages.0.lr`."""
+    if get_origin(record) in (Union, UnionType):
+        return any(has(each, key) for each in get_args(record))
+    if get_origin(record) is tuple:
+        return not key or (key.partition(".")[0].isdigit() and has(get_args(record)[0], key.partition(".")[2]))
+    if get_origin(record) is dict or not key:
+        return True
+    name, _, rest = key.partition(".")
+    kinds = {f.name: f.type for f in attrs.fields(attrs.resolve_types(record))} if attrs.has(record) else {}
+    return name in kinds and has(kinds[name], rest)
+
+
+def records_of(page, argv):
+    """The records that a command's settings must be in: one, or those of every system."""
+    if argv[0] in OTHERS:
+        return [OTHERS[argv[0]]]
+    exp = argv[argv.index("--exp") + 1]
+    if exp.startswith("runs/"):
+        return [SETTINGS[OWN[page]]] if page in OWN else [*SETTINGS.values()]
+    return [type(run.resolve(str(ROOT / "experiments" / f"{exp}.toml"))[0])]
+
+
+def test_every_setting_in_a_command_of_the_documentation_is_one(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    seen = 0
+    for page, command in commands():
+        _, *argv = shlex.split(command.partition(" # ")[0])
+        settings = [value for flag, value in pairwise(argv) if flag == "--set"]
+        if "--exp" in argv and (exp := argv[argv.index("--exp") + 1]) in run.names():
+            run.resolve(exp, settings)  # their values are good, too
+        for key in (setting.partition("=")[0] for setting in settings):
+            wrong = [record.__module__ for record in records_of(page, argv) if not has(record, key)]
+            assert not wrong, f"{page}: {command}: {key} is no setting of {', '.join(wrong)}"
+            seen += 1
+    assert seen > 8
+
+
+def test_every_setting_that_the_documentation_speaks_of_is_one():
+    """In code within a line: `chat.max_pixels`, `--set train.batch=8`; a name of the package is one too."""
+    records = [*SETTINGS.values(), *OTHERS.values()]
+    first = {field.name for record in SETTINGS.values() for field in attrs.fields(record)}
+    seen = 0
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        keys = re.findall(r"`(?:--set )?'?([a-z_]+(?:\.[a-z_0-9]+)+)(?: ?=[^`]*)?`", text) + re.findall(r"--set '?([a-z_.0-9]+)=", text)
+        for key in keys:
+            name, _, ending = key.partition(".")
+            if name in first and ending not in ENDINGS and not (ROOT / "medvl" / f"{name}.py").exists():
+                assert any(has(record, key) for record in records), f"{page.name}: {key} is no setting"
+                seen += 1
+    assert seen > 30
+
+
+def test_a_setting_that_is_none_is_noticed():
+    assert has(SETTINGS["ct_clip"], "train.stages.0.speeds.0.lr")
+    assert has(SETTINGS["adapters"], "base.stages.0.muon")
+    assert has(SETTINGS["tune"], "model.config.text_config.hidden_size")
+    assert has(SETTINGS["tune"], "lora.alpha_pattern")
+    assert not has(SETTINGS["tune"], "data.test")
+    assert not has(SETTINGS["tune"], "train.stages.lr")
+    assert not has(SETTINGS["slide_vqa"], "seed.lr")
 
 
 def invoke(*argv, cwd=ROOT):
