@@ -180,7 +180,7 @@ def test_features_of_a_scan_that_was_replaced_are_not_used(trained, tmp_path):
     def write(path, change):
         store.create(path, list(volumes), true.shape, true.dtype, true.settings, [*ingest.FIELDS, *ingest.SOURCE_FIELDS])
         for n, (voxels, row) in volumes.items():
-            store.put(path, n, voxels ^ np.uint8(change and n == name), row)
+            store.put(store.open_store(path), n, voxels ^ np.uint8(change and n == name), row)
         return store.open_store(path)
 
     path = tmp_path / "volumes.h5"

@@ -297,8 +297,11 @@ BROKEN = {  # what is wrong: (what the user does with it, what the message says)
     "no names": (lambda t: store.create(t / "s.h5", [], (2,), "u1", {}, ()), "a store needs names"),
     "a store that exists": (lambda t: store.create(_stored(t), ["a"], (2,), "u1", {}, ()), "exists already"),
     "a field of the store's own": (lambda t: store.create(t / "s.h5", ["a"], (2,), "u1", {}, [("done", "u1")]), "name, content, done are"),
-    "an array put twice": (lambda t: store.put(_stored(t), "a", np.zeros(SMALL.size, "u1"), _row()), "written already"),
-    "an array without room": (lambda t: store.put(_stored(t), "z", np.zeros(SMALL.size, "u1"), _row()), "has no room for 'z'"),
+    "an array put twice": (lambda t: store.put(store.open_store(_stored(t)), "a", np.zeros(SMALL.size, "u1"), _row()), "written already"),
+    "an array without room": (
+        lambda t: store.put(store.open_store(_stored(t)), "z", np.zeros(SMALL.size, "u1"), _row()),
+        "has no room for 'z'",
+    ),
 }
 
 
@@ -317,9 +320,9 @@ def test_broken_input_is_refused_with_a_reason(tmp_path, case):
 def test_rows_are_not_cut_and_not_guessed(tmp_path, change, message):
     store.create(tmp_path / "s.h5", ["a"], (2,), "u1", {}, ingest.FIELDS)
     with pytest.raises(ValueError, match=message):
-        store.put(tmp_path / "s.h5", "a", np.zeros(2, "u1"), _row(**change))
+        store.put(store.open_store(tmp_path / "s.h5"), "a", np.zeros(2, "u1"), _row(**change))
     with pytest.raises(ValueError, match=r"must be \(2,\) uint8, got \(2,\) int16"):
-        store.put(tmp_path / "s.h5", "a", np.zeros(2, "i2"), _row())
+        store.put(store.open_store(tmp_path / "s.h5"), "a", np.zeros(2, "i2"), _row())
 
 
 def test_folder_equals_single_scans_and_lists_the_refused(tmp_path, caplog):

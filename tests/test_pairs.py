@@ -23,7 +23,7 @@ def volumes(tmp_path, rng=np.random.default_rng(0)):
     path = tmp_path / "v.h5"
     store.create(path, [*OCCUPIED, "train_4_a_1"], (8, 4, 4), "uint8", {}, ingest.FIELDS)
     for name, occupied in OCCUPIED.items():
-        store.put(path, name, rng.integers(0, 255, (8, 4, 4)).astype("uint8"), ROW | {"occupied": occupied})
+        store.put(store.open_store(path), name, rng.integers(0, 255, (8, 4, 4)).astype("uint8"), ROW | {"occupied": occupied})
     return store.open_store(path)
 
 

@@ -36,7 +36,7 @@ def test_what_is_put_is_read_by_name_and_by_plain_h5py(tmp_path, shape, dtype):
     path = tmp_path / "s.h5"
     store.create(path, NAMES, shape, dtype, {"a": (1, 2.5)}, FIELDS)
     for i in (2, 0):
-        store.put(path, NAMES[i], _array(i, shape, dtype), _row(i))
+        store.put(store.open_store(path), NAMES[i], _array(i, shape, dtype), _row(i))
     s = store.open_store(path)
     assert s.names == (NAMES[0], NAMES[2])
     assert s.settings == {"a": [1, 2.5]}
@@ -53,7 +53,7 @@ def test_what_is_put_is_read_by_name_and_by_plain_h5py(tmp_path, shape, dtype):
 
 
 def test_part_of_an_array(path):
-    store.put(path, "d", _array(3), _row())
+    store.put(store.open_store(path), "d", _array(3), _row())
     s = store.open_store(path)
     for first, stop in ((0, 3), (1, 2), (2, None), (0, 99), (2, 1)):
         np.testing.assert_array_equal(s.read("d", first, stop), _array(3)[first:stop])
@@ -67,14 +67,14 @@ def test_room_costs_no_disk(tmp_path):
 
 
 def test_growth_keeps_what_is_there(path):
-    store.put(path, NAMES[1], _array(1), _row(1))
+    store.put(store.open_store(path), NAMES[1], _array(1), _row(1))
     before = store.open_store(path)
     store.grow(path, ["a much longer name than the others", NAMES[0]])
     after = store.open_store(path)
     assert after.names == (NAMES[1],)
     np.testing.assert_array_equal(after.read(NAMES[1]), _array(1))
     assert after.row(NAMES[1]) == _row(1)
-    store.put(path, "a much longer name than the others", _array(5), _row(5))
+    store.put(store.open_store(path), "a much longer name than the others", _array(5), _row(5))
     np.testing.assert_array_equal(store.open_store(path).read("a much longer name than the others"), _array(5))
     with pytest.raises(ValueError, match="was replaced since it was opened"):
         before.read(NAMES[1])
@@ -91,20 +91,40 @@ def test_an_array_without_its_flag_is_absent(path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", killed)
     with pytest.raises(KeyboardInterrupt):
-        store.put(path, "d", _array(1), _row())
+        store.put(store.open_store(path), "d", _array(1), _row())
     monkeypatch.undo()
     with h5py.File(path) as f:
         np.testing.assert_array_equal(f["arrays"][3], _array(1))  # the bytes are there
     assert store.open_store(path).names == ()
     with pytest.raises(ValueError, match="not written"):
         store.open_store(path).read("d")
-    store.put(path, "d", _array(2), _row())
+    store.put(store.open_store(path), "d", _array(2), _row())
     np.testing.assert_array_equal(store.open_store(path).read("d"), _array(2))
+
+
+def test_a_put_reads_its_own_row_alone(path, monkeypatch):
+    """What it costs does not depend on the number of rows; yet it sees what others wrote since the store was opened."""
+    early, other = store.open_store(path), store.open_store(path)
+
+    def opened(*args, **kwargs):
+        raise AssertionError("the table of rows was read")
+
+    monkeypatch.setattr(h5py, "File", opened)
+    store.put(other, "d", _array(1), _row())
+    store.put(early, NAMES[0], _array(2), _row())
+    with pytest.raises(ValueError, match="'d' is written already"):
+        store.put(early, "d", _array(3), _row())
+    monkeypatch.undo()
+    assert store.open_store(path).names == (NAMES[0], "d")
+    np.testing.assert_array_equal(store.open_store(path).read("d"), _array(1))
+    store.grow(path, ["e"])
+    with pytest.raises(ValueError, match="was replaced since it was opened"):
+        store.put(early, NAMES[1], _array(2), _row())
 
 
 def _put_every_other(path, first):
     for i in range(first, 40, 2):
-        store.put(path, f"n{i}", _array(i, (50, 60)), _row(i))
+        store.put(store.open_store(path), f"n{i}", _array(i, (50, 60)), _row(i))
 
 
 def _read_in_child(s, queue):
@@ -145,9 +165,9 @@ def test_a_row_knows_the_content_of_its_array(tmp_path):
     paths = [tmp_path / "1.h5", tmp_path / "2.h5"]
     for path in paths:
         store.create(path, ["a", "b"], (3, 4), "u1", {}, [("count", "i4")])
-        store.put(path, "a", arrays["a"], {"count": 1})
-    store.put(paths[0], "b", arrays["b"], {"count": 1})
-    store.put(paths[1], "b", arrays["c"], {"count": 1})
+        store.put(store.open_store(path), "a", arrays["a"], {"count": 1})
+    store.put(store.open_store(paths[0]), "b", arrays["b"], {"count": 1})
+    store.put(store.open_store(paths[1]), "b", arrays["c"], {"count": 1})
     first, second = (store.open_store(p) for p in paths)
     assert first.content("a") == second.content("a") == store._digest(first.read("a"))
     assert first.content("b") != second.content("b")
@@ -161,7 +181,7 @@ def test_a_store_made_before_rows_held_contents_is_read_and_written(tmp_path):
     old = np.dtype([("name", "S1"), ("count", "<i4"), ("done", "u1")])
     array = np.arange(12, dtype="u1").reshape(3, 4)
     store._write_empty(tmp_path / "s.h5", ["a"], (3, 4), np.dtype("u1"), "{}", old)
-    store.put(tmp_path / "s.h5", "a", array, {"count": 5})
+    store.put(store.open_store(tmp_path / "s.h5"), "a", array, {"count": 5})
     opened = store.open_store(tmp_path / "s.h5")
     assert opened.row("a") == {"count": 5}
     assert opened.content("a") == store._digest(array)

@@ -147,6 +147,7 @@ def _room(out: Path, paths: Iterable[str], cfg: CtConfig) -> set[str]:
         store.create(out, list(paths), ct.size_of(cfg), cfg.dtype, settings, (*FIELDS, *SOURCE_FIELDS))
     done = set(store.open_store(out, expect=settings).names)
     store.grow(out, paths)
+    _opened.cache_clear()  # it may be another file now
     return done
 
 
@@ -188,8 +189,11 @@ def _one(job: _Job, out: Path, cfg: CtConfig, tracked: bool) -> tuple[str, str]:
     if tracked:
         stat = job.path.stat()
         row |= {"source_bytes": stat.st_size, "source_mtime_ns": stat.st_mtime_ns, "source_digest": _digest(job.path)}
-    store.put(out, job.name, volume.voxels, row)
+    store.put(_opened(out), job.name, volume.voxels, row)
     return "", f"HU = {volume.slope:g} * stored + {volume.intercept:g} ({volume.hu_rule}), slices {volume.occupied}"
+
+
+_opened = functools.lru_cache(maxsize=1)(store.open_store)  # a worker reads the table of rows once and not for each scan
 
 
 def _work(jobs: list[_Job], one: Callable, out: Path, workers: int, progress: bool, before: int) -> dict[str, str]:

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import h5py
 import numpy as np
@@ -155,21 +155,23 @@ def open_store(path: PathLike, expect: Mapping[str, Any] | None = None) -> Store
     )
 
 
-def put(path: PathLike, name: str, array: np.ndarray, row: Mapping[str, Any]) -> None:
+def put(store: Store, name: str, array: np.ndarray, row: Mapping[str, Any]) -> None:
     """Write one array and its row. Any number of processes may do so at once, each for names of its own.
 
+    Args:
+        store: opened at any time since the store was made or has grown; what it costs does not depend on the number of rows.
     Raises:
-        ValueError: no room for the name, already written, another shape or dtype, or a row that is not exactly the store's fields.
+        ValueError: no room for the name, already written, another shape or dtype, a row that is not exactly the store's fields, or a
+            file that was replaced since `open_store`.
     """
-    store = open_store(path)
     if name not in store._index:
-        raise ValueError(f"{path}: has no room for {name!r}; `grow` makes some")
-    if name in store.names:
-        raise ValueError(f"{path}: {name!r} is written already")
+        raise ValueError(f"{store.path}: has no room for {name!r}; `grow` makes some")
     if array.shape != store.shape or array.dtype != store.dtype:
-        raise ValueError(f"{path}: {name!r} must be {store.shape} {store.dtype}, got {array.shape} {array.dtype}")
-    record = _record(store._row_dtype, name, _digest(array), row, path)
-    with open(path, "r+b", buffering=0) as f:
+        raise ValueError(f"{store.path}: {name!r} must be {store.shape} {store.dtype}, got {array.shape} {array.dtype}")
+    record = _record(store._row_dtype, name, _digest(array), row, store.path)
+    with _same(store, "r+b") as f:
+        if _stored_record(store, f, name)["done"][0]:  # as the file has it now, not as it was when opened
+            raise ValueError(f"{store.path}: {name!r} is written already")
         _put(f.fileno(), store, name, array, record, os.fsync)
 
 
@@ -247,16 +249,16 @@ def _record(dtype: np.dtype, name: str, content: str, row: Mapping[str, Any], pa
 
 
 @contextmanager
-def _same(store: Store) -> Iterator[BinaryIO]:
+def _same(store: Store, mode: Literal["rb", "r+b"] = "rb") -> Iterator[BinaryIO]:
     """The store's file, opened; refuses another file that has taken its place, whose offsets are others."""
     try:
-        with open(store.path, "rb", buffering=0) as f:
+        with open(store.path, mode, buffering=0) as f:
             stat = os.fstat(f.fileno())
             if (stat.st_ino, stat.st_size) != store._identity:
                 raise ValueError(f"{store.path}: was replaced since it was opened; open it again")
             yield f
     except OSError as e:
-        raise ValueError(f"{store.path}: cannot be read ({e.strerror})") from e
+        raise ValueError(f"{store.path}: cannot be {'read' if mode == 'rb' else 'written'} ({e.strerror})") from e
 
 
 def _read_row(store: Store, f: BinaryIO, name: str) -> dict[str, Any]:
@@ -269,10 +271,15 @@ def _read_record(store: Store, f: BinaryIO, name: str) -> np.ndarray:
         raise ValueError(
             f"{store.path}: has no {name!r}; it has {len(store.names)} arrays, such as {', '.join(store.names[:3]) or 'none yet'}"
         )
-    record = np.zeros(1, store._row_dtype)
-    _read_into(f, store._rows_offset + store._index[name] * record.itemsize, record)
+    record = _stored_record(store, f, name)
     if not record["done"][0]:
         raise ValueError(f"{store.path}: {name!r} is not written (yet)")
+    return record
+
+
+def _stored_record(store: Store, f: BinaryIO, name: str) -> np.ndarray:
+    record = np.zeros(1, store._row_dtype)
+    _read_into(f, store._rows_offset + store._index[name] * record.itemsize, record)
     return record
 
 

@@ -200,7 +200,7 @@ def cached_features(model: Model, params: Tree, volumes: store.Store, folder: Pa
                 z = encode.encode_slices(model.cfg.encode, params["vit"], batch["slices"], batch["mask"], vit=model.vit)[0]
             row, padded = _feature_row(volumes, name), np.zeros(shape, np.float16)
             padded[slice(*row["occupied"])] = z.cpu().numpy()
-            store.put(out, name, padded, row)
+            store.put(features, name, padded, row)
         processes.meet()
     return store.open_store(out, expect=settings)
 
