@@ -55,6 +55,8 @@ class ChatConfig:
     template: str = ""  # "" = the tokenizer's own
     # Variables of the template: {enable_thinking = false} for reasoning models, {date_string = "26 Jul 2024"} for Llama 3.2.
     options: dict[str, Any] = field(factory=dict)
+    # "raw": each answer is put as it is behind the prompt of generation, whatever the template does with answers (DeepSeek-R1).
+    answers: Literal["template", "raw"] = "template"
     end: str = ""  # special token behind the last answer, where the template puts nothing there (GLM-4.5: "<|user|>")
     allow: tuple[str, ...] = ()  # special tokens that answers may hold, such as those of boxes and image codes
     max_pixels: int = 0  # of an image (MAX_PIXELS elsewhere); 0 = what the checkpoint says
@@ -216,9 +218,11 @@ def encode(chat: Chat, held: Sequence[Conversation], *, prompt: bool = False) ->
     _check_date(chat, held)
     kept, turns = list[Conversation](), list[Turns]()
     for c in held:
-        parts = _one_answer_each(c) if _rewritten(chat, c, c.messages) else [c]
+        whole = chat.cfg.answers == "template" and not _rewritten(chat, c, c.messages)
+        parts = [c] if whole else _one_answer_each(c)
+        apart: Turns = "last" if chat.cfg.answers == "template" else "raw"
         kept += parts
-        turns += ["all" if len(parts) == 1 else "last"] * len(parts)
+        turns += ["all" if whole else apart] * len(parts)
     samples, refused = conversations.encode_all(
         chat.tokenizer,
         [c.messages for c in kept],
@@ -244,7 +248,8 @@ def _encode_prompt(chat: Chat, conversation: Conversation) -> Sample:
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     visual = _visual_tokens(chat, conversation)
-    turns: Turns = "last" if _rewritten(chat, conversation, messages) else "all"
+    apart = chat.cfg.answers == "raw" or _rewritten(chat, conversation, messages)
+    turns: Turns = "last" if apart else "all"
     try:
         return conversations.encode_prompt(
             chat.tokenizer, messages, placeholder=chat.placeholder, visual=visual, turns=turns, **template_of(chat.cfg)

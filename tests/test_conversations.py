@@ -266,6 +266,29 @@ def test_a_template_that_ends_answers_with_the_next_turn(bpe):
     assert conv.end_ids(bpe, template=GLM) == ()
 
 
+R1 = (  # as DeepSeek-R1's: a prompt opens reasoning, and of answers all reasoning is dropped
+    "{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}{% else %}<|assistant|>"
+    "{{ m.content.split('</think>')[-1] }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+)
+
+
+def test_answers_as_they_are_behind_the_prompt(bpe):
+    """For templates that drop what answers are to be trained on."""
+    first, second = "why\n</think>\n\na", "how\n</think>\n\nb"
+    with pytest.raises(ValueError, match=r'answer 1 unchanged.*chat.answers = "raw"'):
+        encode(bpe, turns("q", first), template=R1)
+    sample = encode(bpe, turns("q", first, "r", second), template=R1, turns="raw")
+    text = "<|user|>q<|assistant|>\n\na<|end|><|user|>r<|assistant|><think>\n"
+    assert bpe.decode(sample.ids).removeprefix(tokens.START) == text + second + "<|end|>"
+    assert bpe.decode(sample.ids[sample.labels != -100]) == second + "<|end|>"
+    asked = encode_prompt(bpe, turns("q", first, "r"), template=R1, turns="raw")
+    assert asked.ids.tolist() == sample.ids[: len(asked.ids)].tolist()
+    assert encode(bpe, turns("q", " a "), turns="raw").ids.tolist() == encode(bpe, turns("q", " a ")).ids.tolist()
+    with pytest.raises(ValueError, match="must end every answer with a special token"):
+        encode(bpe, turns("q", "a"), template=R1.replace("<|end|>", ""), turns="raw")
+
+
 def test_a_trimming_template_strips_answers_and_they_are_counted(bpe, caplog):
     template = TEMPLATES["chatml"].replace("m.content", "m.content | trim")
     held = [turns("q", "No. "), turns("q", "\nYes", "r", "No"), turns("q", "Yes")]

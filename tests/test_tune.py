@@ -368,6 +368,18 @@ def test_several_turns_of_a_reasoning_template_are_a_sample_each(tmp_path):
     assert [[p.name for p in c.images] for c in parts] == [["a"], ["a"], ["a", "b"]]
 
 
+def test_answers_as_they_are_in_a_record(tmp_path):
+    template = "{% for m in messages %}<|vision_start|>{{ m.content.split(';')[-1] }}{% endfor %}<|vision_end|>"
+    template += "{% if add_generation_prompt %}<|vision_start|>think{% endif %}"
+    held = [Conversation(messages=tuple(tiny.turns("q", "one; a", "r", "two; b")))]
+    talks, _ = opened(tmp_path, template=template, answers="raw")
+    data = chat.encode(talks, held)
+    decode = talks.tokenizer.decode
+    assert [decode(s.ids[s.labels != -100]) for s in data.samples] == [" one; a<|vision_end|>", " two; b<|vision_end|>"]
+    (asked,) = chat.encode(talks, held, prompt=True).samples
+    assert asked.ids.tolist() == data.samples[1].ids[: len(asked.ids)].tolist()
+
+
 def replace_first(messages, old, new):
     return tuple(m | {"content": new if m["content"] == old else m["content"]} for m in messages)
 

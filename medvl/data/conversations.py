@@ -14,7 +14,9 @@ from torch import Tensor
 _log = logging.getLogger(__name__)
 IGNORE = -100  # label of a token that is not trained
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
-Turns = Literal["all", "last"]  # which answers of a conversation are trained
+# Which answers of a conversation are trained: all, the last, or the last as it is behind the prompt of generation, whatever the template
+# does with answers.
+Turns = Literal["all", "last", "raw"]
 
 
 @frozen(kw_only=True)
@@ -105,7 +107,9 @@ def encode(
         options: variables of the template, such as {"enable_thinking": False}.
         allow: special tokens that answers may hold, such as those of image codes; elsewhere special tokens in a text are refused.
         end: the special token to put behind the last answer where the template puts nothing there (GLM-4.5: "<|user|>").
-        turns: "all" answers are trained, or only the "last" one, behind a history as the template writes it (see `rewrites_history`).
+        turns: "all" answers are trained, or only the "last" one, behind a history as the template writes it (see `rewrites_history`); or
+            the last one "raw": put as it is behind the prompt of generation, for templates that open reasoning there and drop it from
+            answers (DeepSeek-R1's).
     Returns:
         An answer's white space at its ends is left out where the template drops it (`Sample.stripped` counts such answers), and white
         space that the template puts before an answer and not into the prompt belongs to the answer, because the model has to write it.
@@ -233,14 +237,10 @@ def template_text(tok: Any, template: str | None = None, options: Mapping[str, A
 
 def end_ids(tok: Any, *, template: str | None = None, options: Mapping[str, Any] | None = None, end: str = "") -> tuple[int, ...]:
     """The id of the token that ends an answer: the first that the template puts behind one, or `end`; () where there is neither."""
-    kit, mark = _look(tok), "the answer"
+    kit = _look(tok)
     how = _How(placeholder=None, context=None, template=template, options=options or {}, allow=(), end=end, turns="last")
-    messages = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": mark}]
-    # Looked for behind the answer alone: reasoning templates put more before it than the prompt of generation has.
-    before, _, tail = _apply(tok, how, messages, False).rpartition(mark)
-    found = _endings(kit, tail) if before else ()
-    if not found and not tail.strip() and end:
-        found = (end,)
+    messages = [{"role": "user", "content": "a question"}]
+    found = _endings(kit, _tail(tok, how, messages[:1]))
     return tuple(tok.convert_tokens_to_ids([*found[:1]]))
 
 
@@ -427,9 +427,13 @@ def _render(tok: Any, how: _How, messages: Sequence[Message]) -> tuple[str, list
     Each answer stands right behind the prompt that generation sees.
     """
     plain = [{"role": m["role"], "content": m["content"]} for m in messages]
+    if how.turns == "raw" and plain[-1]["role"] == "assistant":
+        prompt, answer = _apply(tok, how, plain[:-1], True), plain[-1]["content"]
+        text = prompt + answer + _tail(tok, how, plain[:-1])
+        return text, [(len(prompt), len(prompt) + len(answer))], 0
     text, spans = _apply(tok, how, plain, plain[-1]["role"] == "user"), list[tuple[int, int]]()
     answers = [i for i, m in enumerate(plain) if m["role"] == "assistant"]
-    if how.turns == "last":  # what was answered before is part of the prompt
+    if how.turns != "all":  # what was answered before is part of the prompt
         answers = [i for i in answers if i == len(plain) - 1]
     stripped = 0
     for i in answers:
@@ -442,7 +446,8 @@ def _render(tok: Any, how: _How, messages: Sequence[Message]) -> tuple[str, list
             raise ValueError(
                 f"encode: {how.name} must put answer {len(spans) + 1} unchanged behind the prompt of generation, but where the prompt "
                 f'has {prompt[near]!r} the conversation has {text[near]!r}; set chat.template to another ("chatml", or Jinja text), or '
-                "chat.options to what the template takes ({enable_thinking = false} for a thinking model)"
+                "chat.options to what the template takes ({enable_thinking = false} for a thinking model), or put answers as they are "
+                'behind the prompt (chat.answers = "raw")'
             )
         spans.append(span)
         stripped += not text[slice(*span)].endswith(content)
@@ -451,6 +456,15 @@ def _render(tok: Any, how: _How, messages: Sequence[Message]) -> tuple[str, list
     if how.placeholder and text.count(how.placeholder.tag) != (n := sum(m["content"].count(how.placeholder.tag) for m in plain)):
         raise ValueError(f"encode: {how.name} must keep the {n} tags {how.placeholder.tag!r} as they are, its text is {short(text)}")
     return text, spans, stripped
+
+
+def _tail(tok: Any, how: _How, prompt: list[dict[str, str]]) -> str:
+    """What the template, or else `end`, puts behind an answer to this prompt."""
+    mark = "the answer"
+    before, _, tail = _apply(tok, how, [*prompt, {"role": "assistant", "content": mark}], False).rpartition(mark)
+    if not before:
+        raise ValueError(f"encode: {how.name} drops the answer {mark!r}")
+    return tail if tail.strip() else how.end
 
 
 def _span(text: str, prompt: str, content: str) -> tuple[int, int] | None:
