@@ -425,6 +425,8 @@ BROKEN = {
     "batch above the scans": ("train.batch=1000", r"a batch of 1000 needs as many different groups"),
     "patch does not divide": ("vit.config.patch_size=5", r"multiples of the patch size 5"),
     "no text at all": ("data.draws=0", r"data.draws must be 1 or more, got 0"),
+    "two rules for patients": ("data={patient_column='a', patient_pattern='b'}", r"patient_column or patient_pattern, not both"),
+    "a pattern for patients": ("data.patient_pattern='(P'", r"data.patient_pattern"),
     "a store of no split": ("data.stores.tests='x.h5'", r"data.stores is for train, valid, test, found tests"),
     "whitening of trained weights": ("vit={name='facebook/dinov2-base', whiten=true}", r"whiten is for encoders built from scratch"),
     "both name and config": ("vit.name=facebook/dinov2-base", r"either a name .* or a config"),

@@ -53,6 +53,13 @@ class DataConfig:
         config.within(self, "data", impressions=config.SHARE, sentences=config.COUNT_OR_NONE, draws=(1, 1024), workers=config.PROCESSES)
         inside: Any = dict.fromkeys(("store", "reports", "labels", "metadata"), ("folder", "split", "ct"))
         config.check_patterns(self, "data", folder=(), cache=(), **inside)
+        if unknown := sorted({*self.stores} - {*SPLITS}):
+            raise ValueError(f"data.stores is for {', '.join(SPLITS)}, found {', '.join(unknown)}")
+        for split, pattern in self.stores.items():
+            config.fill(pattern, f"data.stores.{split}", **dict.fromkeys(inside["store"]))
+        config.check_regexes([self.patient_pattern] if self.patient_pattern else [], "data.patient_pattern")
+        if self.patient_column and self.patient_pattern:
+            raise ValueError("data: give patient_column or patient_pattern, not both")
 
 
 @frozen(kw_only=True)
