@@ -168,10 +168,10 @@ def put(store: Store, name: str, array: np.ndarray, row: Mapping[str, Any]) -> N
         raise ValueError(f"{store.path}: has no room for {name!r}; `grow` makes some")
     if array.shape != store.shape or array.dtype != store.dtype:
         raise ValueError(f"{store.path}: {name!r} must be {store.shape} {store.dtype}, got {array.shape} {array.dtype}")
-    record = _record(store._row_dtype, name, _digest(array), row, store.path)
     with _same(store, "r+b") as f:
         if _stored_record(store, f, name)["done"][0]:  # as the file has it now, not as it was when opened
             raise ValueError(f"{store.path}: {name!r} is written already")
+        record = _record(store._row_dtype, name, _digest(array), row, store.path)
         _put(f.fileno(), store, name, array, record, os.fsync)
 
 
