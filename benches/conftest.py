@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin for eac
 
 import pytest
 import torch
+from pytest_benchmark.session import PerformanceRegression
 from torch.profiler import ProfilerActivity, profile
 
 from medvl import results
@@ -94,7 +95,7 @@ def peak_memory(call: Callable[[], Any]) -> tuple[Any, float]:
 
 def regression(config: pytest.Config, name: str, now: dict) -> str:
     """What is worse than in the baseline, or ""."""
-    if not config.option.benchmark_compare:
+    if not config.option.benchmark_compare or not config.stash[_then]:
         return ""
     then = config.stash[_then].get(name, {})
     if "peak_mib" not in then:
@@ -135,8 +136,14 @@ def pytest_configure(config):
 
 
 def pytest_sessionstart(session):
-    if session.config.option.benchmark_compare and not session.config.stash[_then]:
-        raise pytest.UsageError(f"--benchmark-compare finds no baseline for {KIND} in {FOLDER}; make one with --save-baseline")
+    options = session.config.option
+    if session.config.stash[_then]:
+        return
+    missing = f"no baseline for {KIND} in {FOLDER}; make one with --save-baseline"
+    if options.benchmark_compare_fail:  # asked to fail on what cannot be known
+        raise pytest.UsageError(f"--benchmark-compare-fail goes with --benchmark-compare and a baseline: {missing}")
+    if options.benchmark_compare:
+        session.config.stash[_notes].append(f"nothing is compared: {missing}")
 
 
 def pytest_benchmark_compare_machine_info(config, compared_benchmark):
@@ -160,7 +167,12 @@ def pytest_benchmark_update_json(config, output_json):
         config.stash[_notes] += [f"{name}: did not run, no longer in the baseline" for name in sorted(gone)]
 
 
+@pytest.hookimpl(wrapper=True)
 def pytest_terminal_summary(terminalreporter, config):
+    try:
+        yield
+    except PerformanceRegression:  # it has listed which; raised on, it would end pytest in a traceback
+        terminalreporter._session.exitstatus = pytest.ExitCode.TESTS_FAILED
     if config.stash[_notes]:
         terminalreporter.section("peak memory")
         for note in config.stash[_notes]:

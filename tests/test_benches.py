@@ -1,8 +1,10 @@
 """The benches' own instrument: peaks are what was allocated, and a bench that needs more memory than the baseline fails."""
 
 import importlib.util
+import json
 import platform
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -86,14 +88,13 @@ def run(tmp_path, monkeypatch, capsys):
         code = pytest.main(["-q", "-p", "no:cacheprovider", "--import-mode=importlib", "benches", *args])
         return code, "".join(capsys.readouterr())
 
-    return run
+    yield run
+    for name in [n for n, m in sys.modules.items() if str(getattr(m, "__file__", None)).startswith(str(tmp_path))]:
+        del sys.modules[name]  # the next test has a conftest of its own under the same name
 
 
 @pytest.mark.filterwarnings("ignore:Can't compare")
 def test_more_memory_than_the_baseline_fails(run, tmp_path):
-    code, text = run("--benchmark-compare", mib=20)
-    assert code == pytest.ExitCode.USAGE_ERROR
-    assert "make one with --save-baseline" in text
     assert run("--save-baseline", mib=20)[0] == 0
     (saved,) = (tmp_path / "benches" / "baseline").rglob("*.json")
     assert platform.node() not in saved.read_text()
@@ -106,3 +107,39 @@ def test_more_memory_than_the_baseline_fails(run, tmp_path):
     code, text = run("--benchmark-compare", mib=20, shape=2)
     assert code == pytest.ExitCode.TESTS_FAILED
     assert "make it again with --save-baseline" in text
+
+
+@pytest.mark.filterwarnings("ignore:Can't compare")
+def test_without_a_baseline_everything_runs_and_the_end_says_so(run):
+    code, text = run("--benchmark-compare", mib=20)
+    assert code == 0, text
+    assert "nothing is compared: no baseline for cpu in " in text
+    assert "bench_one" in text
+    for options in (("--benchmark-compare",), ()):
+        code, text = run(*options, "--benchmark-compare-fail=median:50%", mib=20)
+        assert code == pytest.ExitCode.USAGE_ERROR
+        assert "--benchmark-compare-fail goes with --benchmark-compare and a baseline: no baseline for cpu" in text
+        assert "Traceback" not in text
+
+
+def test_a_bench_that_is_not_in_the_baseline_is_named(run, tmp_path):
+    run("--save-baseline", mib=20)
+    (tmp_path / "benches" / "bench_two.py").write_text(BENCH.replace("bench_one", "bench_two"))
+    code, text = run("--benchmark-compare", mib=20)
+    assert code == 0, text
+    assert "20.00 MiB, baseline 20.00" in text
+    assert "bench_two.py::bench_two: not in the baseline, its memory is not compared" in text
+
+
+def test_a_slower_bench_fails_without_a_traceback(run, tmp_path):
+    run("--save-baseline", mib=20)
+    (saved,) = (tmp_path / "benches" / "baseline").rglob("*.json")
+    held = json.loads(saved.read_text())
+    held["benchmarks"][0]["stats"] |= {"median": 1e-9, "min": 1e-9}
+    saved.write_text(json.dumps(held))
+    code, text = run("--benchmark-compare", "--benchmark-compare-fail=median:50%", mib=20)
+    assert code == pytest.ExitCode.TESTS_FAILED
+    assert "Performance has regressed" in text
+    assert "20.00 MiB, baseline 20.00" in text
+    assert "Traceback" not in text
+    assert "INTERNALERROR" not in text
