@@ -205,7 +205,7 @@ def ask(
     help={
         "action": "check or pack",
         "features": "folder of patch features, or a packed store",
-        "data": "check: file of captions or questions (any format that is read), repeatable",
+        "data": "check: file of captions or questions (any format that is read), repeatable; without it all features are looked at",
         "out": "pack: the store to make or go on with",
         "dims": "width that the features must have",
         "encoder": "encoder that they must be of",

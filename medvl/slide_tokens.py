@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -23,7 +22,6 @@ from medvl.slots import CompressConfig, State
 from medvl.tree import Tree
 
 _log = logging.getLogger("medvl")
-_PIECE = 2**16  # bytes
 
 
 @frozen(kw_only=True, eq=False)
@@ -139,7 +137,7 @@ def _file_readers(dims: int) -> dict[str, Any]:
     return {
         "patch_size": lambda path: _patch_size(path, dims),
         "chunks": lambda path, size: slides.chunks(path, size, dims=dims),
-        "key": _key,
+        "key": slides.file_key,
     }
 
 
@@ -263,16 +261,6 @@ def _told(name: str) -> Iterator[None]:
         yield
     except ValueError as e:
         raise ValueError(f"slide {name}: {e}") from e
-
-
-def _key(path: Path) -> str:
-    """Name, size and time, and what stands at three places: unpacked archives may give all their files one time."""
-    with open(path, "rb") as f:
-        stat, digest = os.fstat(f.fileno()), hashlib.sha256()
-        for at in (0, stat.st_size // 2, stat.st_size - _PIECE):
-            f.seek(max(0, at))
-            digest.update(f.read(_PIECE))
-    return f"{path.name} {stat.st_size} {stat.st_mtime_ns} {digest.hexdigest()}"
 
 
 def _patch_size(path: Path, dims: int) -> int | None:

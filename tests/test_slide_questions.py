@@ -86,6 +86,16 @@ def test_the_simple_formats(write):
     assert (plain.choices, plain.answer, plain.category) == ({"A": "x", "B": "y"}, "B", ("Diagnosis", "Grading"))
 
 
+@pytest.mark.parametrize("given", [["A) x", "B) y"], ["x", "y"], {"A": "x", "B": "y"}])
+def test_a_plain_list_with_choices_is_no_open_question(write, given):
+    question = {"slide_id": "s1", "question": "Which?", "answer": "y"}
+    closed, open_ = read_slide_talks(write([question | {"choices": given}, question]))
+    assert (closed.choices, closed.answer, texts(closed)[0]) == ({"A": "x", "B": "y"}, "B", "<image>\nWhich?\nA. x\nB. y")
+    assert (open_.choices, open_.answer) == ({}, "y")
+    with pytest.raises(ValueError, match=r"row 1: options must be called \"choices\", found 'options'"):
+        read_slide_talks(write([question | {"options": given}]))
+
+
 def test_wsi_vqa(write):
     records = [
         {"Id": "TCGA-PL-A8LZ", "Question": "Which?", "Choice": ["grade 1", "grade 2", "grade 3"], "Answer": "Grade 3."},
@@ -188,6 +198,7 @@ def test_digests(write):
     assert files.file_digest(write("abc")) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert published_as("668d063d" + "0" * 52 + "020b").startswith("SlideBench-VQA-TCGA")
     assert published_as("668d063d" + "0" * 52 + "020c") == ""
+    assert published_as("8dcd8a9b" + "0" * 52 + "f8e5").startswith("SlideInstruct stage 2")
 
 
 def test_cases():

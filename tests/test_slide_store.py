@@ -19,6 +19,7 @@ from medvl.data import slide_check, slide_store, slides
 from medvl.data.slide_check import check_slides, describe
 from medvl.data.slide_store import open_slides, pack
 from medvl.slide_tokens import open_slide
+from medvl.systems import ask
 
 D = 6
 
@@ -272,6 +273,70 @@ def test_a_store_of_other_files_or_of_rows_beyond_it(folder, tmp_path):
     says("names patches beyond the 25 that it holds", beyond)
     says("'features' must lie in this file", external)
     says("must be a store that `invoke slides pack` wrote, its arrays do not lie in one piece", in_pieces)
+
+
+def test_a_changed_file_is_packed_again(folder, tmp_path, caplog):
+    source, made = folder
+    out, everything = tmp_path / "s.h5", files_of(source)
+    pack(everything, out, encoder="uni_v1")
+    os.utime(source / "S2.h5", (1, 1))  # the same content
+    same = out.read_bytes()
+    assert pack(everything, out, encoder="uni_v1") == slide_store.Packed(done=0, skipped=4, patches=0, dropped=0, empty=0)
+    assert out.read_bytes() == same
+    other = features(5, D, "f4", 99)
+    write_clam(source / "S2.h5", other, made["S2"][1])  # as many patches, other numbers
+    torch.save(torch.from_numpy(features(30, D, "f2", 98)), source / "S3.pt")  # more patches
+    caplog.clear()
+    assert pack(everything, out, encoder="uni_v1").done == 2
+    assert "s.h5: the files of 2 slides have changed, they are packed again: S2, S3" in caplog.text
+    store = open_slides(out)
+    np.testing.assert_array_equal(store.read("S2").features, other.astype("f2"))
+    assert store.about("S3").rows == 30
+    np.testing.assert_array_equal(store.read("S0").features, made["S0"][0])
+    assert pack(everything, out, encoder="uni_v1").skipped == 4
+
+
+def test_a_store_of_before_has_no_keys_of_its_files(folder, tmp_path, monkeypatch):
+    source, made = folder
+    with monkeypatch.context() as before:
+        before.setattr(slide_store, "_FIELDS", tuple(f for f in slide_store._FIELDS if f[0] != "key"))
+        pack(files_of(source)[:3], tmp_path / "s.h5", encoder="uni_v1")
+    assert pack(files_of(source)[:3], tmp_path / "s.h5", encoder="uni_v1").skipped == 3
+    write_clam(source / "S2.h5", features(5, D, "f4", 99), made["S2"][1])
+    assert pack(files_of(source), tmp_path / "s.h5", encoder="uni_v1").done == 2
+    np.testing.assert_array_equal(open_slides(tmp_path / "s.h5").read("S2").features, features(5, D, "f4", 99).astype("f2"))
+
+
+def test_a_check_without_questions_looks_at_everything(folder, tmp_path, capsys):
+    source, made = folder
+    assert ask.slides("check", str(source), (), "", 0, "", False) == 0
+    assert "4 of 4 slides found, 25 patches" in capsys.readouterr().out
+    x = made["S3"][0].copy()
+    x[2] = np.nan
+    (source / "more").mkdir()
+    np.save(source / "more" / "S3.npy", x)  # of a name that is there, and bad
+    assert ask.slides("check", str(source), (), "", 0, "", False) == 3
+    out = capsys.readouterr().out
+    assert "5 of 5 slides found" in out
+    assert "1 with NaN or infinity: " in out
+    pack(files_of(source)[:4], tmp_path / "s.h5", encoder="uni_v1")
+    assert ask.slides("check", str(tmp_path / "s.h5"), (), "", 0, "", False) == 0
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty: holds no patch features"):
+        ask.slides("check", str(tmp_path / "empty"), (), "", 0, "", False)
+
+
+def test_a_check_goes_on_behind_a_malformed_record(folder, tmp_path, capsys):
+    source, _ = folder
+    good = {"slide_id": "S0", "question": "Which?", "answer": "fat"}
+    (tmp_path / "a.json").write_text(json.dumps([good, {"slide_id": "S1"}, good | {"slide_id": "S2"}, good | {"slide_id": "none"}]))
+    (tmp_path / "b.json").write_text("[")
+    assert ask.slides("check", str(source), (str(tmp_path / "b.json"), str(tmp_path / "a.json")), "", 0, "", False) == 3
+    out = capsys.readouterr().out
+    assert f"cannot be read: {tmp_path / 'b.json'}: neither JSON nor a CSV" in out
+    assert "a.json: 1 faulty records\n  2: must be an object with the texts slide_id, question, answer" in out
+    assert "2 of 3 slides found" in out
+    assert f"1 missing: none ({tmp_path / 'a.json'}, record 4)" in out
 
 
 def test_a_run_that_packed_nothing_leaves_no_store(folder, tmp_path):

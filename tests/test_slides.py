@@ -203,6 +203,11 @@ def test_no_pickle_is_ever_run(tmp_path):
         read_slide(tmp_path / "n.pt")
     exec(str(e.value).split('python -c "')[1].rstrip('"'))  # what the message says to do
     same(tmp_path / "n.pt", x)
+    torch.save({"features": x, "mpp": 0.25, "who": np.float64(3), "about": {1}}, tmp_path / "d.pt")
+    with pytest.raises(ValueError, match=r"d.pt: holds .*weights_only=False") as e:
+        read_slide(tmp_path / "d.pt")
+    exec(str(e.value).split('python -c "')[1].rstrip('"'))
+    same(tmp_path / "d.pt", x, mpp=0.25)
     torch.save(_Evil(), tmp_path / "e.pt")
     (tmp_path / "p.pt").write_bytes(pickle.dumps(_Evil()))
     for name in ("e.pt", "p.pt"):
@@ -361,7 +366,7 @@ def test_nan_and_infinity(tmp_path, value, dtype, caplog):
     x[[5, 8], [2, 0]] = value
     write_trident(tmp_path / "a.h5", x, xy)
     for read in (read_slide, lambda p: list(chunks(p, 4))):
-        with pytest.raises(ValueError, match=r"a.h5: patch 5 \(from 0\) holds NaN or infinity; drop=True"):
+        with pytest.raises(ValueError, match=r"a.h5: patch 5 \(from 0\) holds NaN or infinity; `invoke slides pack --drop`"):
             read(tmp_path / "a.h5")
     keep = np.delete(np.arange(11), [5, 8])
     slide = read_slide(tmp_path / "a.h5", drop=True)

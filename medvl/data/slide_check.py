@@ -1,17 +1,15 @@
 """Are the patch features that a training asks for all there, of one kind and whole? Everything that is wrong, at once."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from attrs import field, frozen
 
 from medvl.checkpoints import few
 from medvl.data import slides
-from medvl.data.slide_store import Slides, open_slides
+from medvl.data.slide_store import Slides, content_digest, open_slides
 from medvl.data.slides import About
 from medvl.files import PathLike
 
@@ -42,7 +40,7 @@ class SlideCheck:
 
 
 def check_slides(where: PathLike, wanted: Mapping[str, str], *, dims: int = 0, encoder: str = "", values: bool = True) -> SlideCheck:
-    """Look at everything that `wanted` asks for in a folder of patch features or a store of slides.
+    """Look at everything that `wanted` asks for in a folder of patch features or a store of slides; at all of it if that is empty.
 
     Args:
         where: a folder, searched with all its subfolders, or a file that `slide_store.pack` wrote.
@@ -52,10 +50,15 @@ def check_slides(where: PathLike, wanted: Mapping[str, str], *, dims: int = 0, e
     Returns:
         all that is wrong; `describe` says it in words.
     Raises:
-        ValueError: `where` is neither a folder nor a store. Nothing else: faults of the data are listed.
+        ValueError: `where` is neither a folder nor a store, or nothing is asked for and nothing is there. Nothing else: faults of the data
+            are listed.
     """
     store = None if Path(where).is_dir() else open_slides(where)
     files: Mapping[str, Sequence[Any]] = slides.feature_files(where) if store is None else {n: [n] for n in store.names}
+    if not wanted:
+        wanted = {str(place): "all are looked at" for found in files.values() for place in found}
+        if not wanted:
+            raise ValueError(f"{where}: holds no patch features ({', '.join(slides.SUFFIXES)})")
     matches = slides.find_slides(wanted, files, where if store is None else "")
     # A case of several slides is looked at slide by slide.
     places = dict[str, Any]()
@@ -119,10 +122,5 @@ def _most(values: Any) -> Any:
 
 
 def _check_digest(store: Slides, name: str) -> None:
-    digest, places = hashlib.sha256(), [np.zeros((0, 2), np.int64)]
-    for x, xy in store.chunks(name):
-        digest.update(x)  # type: ignore[arg-type]
-        places += [] if xy is None else [xy]
-    digest.update(np.concatenate(places))  # type: ignore[arg-type]
-    if digest.hexdigest() != store.source(name)[1]:
+    if content_digest(store.chunks(name)) != store.source(name)[1]:
         raise ValueError(f"{store.path}: {name!r} is not as it was written, its digest differs; pack it again into a new store")

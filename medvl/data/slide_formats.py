@@ -35,7 +35,11 @@ _PIXELS = ("", "px", "pixel", "pixels")
 _WIDTHS = (384, 512, 768, 1024, 1280, 1536, 2048, 2560, 3072, 4608)  # of encoders in use; only to tell features from columns behind them
 _LONGEST = 2**21  # characters of a line: some 50 times that of the widest encoder
 _TRAILING = 8  # columns that may stand behind the features of a CSV, unless they are text
-_CONVERT = 'python -c "import torch; torch.save(torch.as_tensor(torch.load({0!r}, weights_only=False)), {0!r})"'
+_CONVERT = (  # a tensor or array, or of a dict its arrays, plain numbers and texts
+    "python -c \"import torch; x = torch.load({0!r}, weights_only=False); torch.save({{k: torch.as_tensor(v) if getattr(v, 'shape', ()) "
+    "else v for k, v in x.items() if getattr(v, 'shape', ()) or type(v) in (str, int, float)}} if isinstance(x, dict) "
+    'else torch.as_tensor(x), {0!r})"'
+)
 _CONVERT_NPY = "np.save({0!r}, np.load({0!r}, allow_pickle=True).item()['feature'])"
 
 Block = tuple[np.ndarray, np.ndarray | None]

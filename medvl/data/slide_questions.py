@@ -23,7 +23,7 @@ _KEYS = {"questions": ("slide_id", "question", "answer"), "conversations": ("con
 _SUFFIX = re.compile(r"\.(csv|pt|pth|npy|npz|h5|hdf5|svs|tiff?|ndpi|mrxs)$", re.IGNORECASE)
 _PUBLISHED = {  # the first and last digits of the sha256
     ("70f6a918", "5cbd"): "SlideInstruct stage 1, captions, revision 975a7356",
-    ("8dcd8a9b", "f2e5"): "SlideInstruct stage 2, questions, revision 975a7356",
+    ("8dcd8a9b", "f8e5"): "SlideInstruct stage 2, questions, revision 975a7356",
     ("668d063d", "020b"): "SlideBench-VQA-TCGA, 1,494 questions, revision 975a7356",
     ("10b83c61", "9e0b"): "SlideBench-VQA-BCNB, revision 975a7356",
 }
@@ -61,7 +61,7 @@ def read_slide_talks(
 
     Kinds, told by content unless given:
     - "captions": CSV slide_id, caption, and features_path if wanted. The question is `describe`.
-    - "questions": JSON list of {slide_id, question, answer}, features_path if wanted.
+    - "questions": JSON list of {slide_id, question, answer}, features_path and choices if wanted.
     - "benchmark": JSON {"samples": [{slide_id, question, choices: ["A) ...", ...], answer: "A", category, features_path}, ...]}.
     - "conversations": JSON list of {id, image: name or names, conversations: [{from, value}, ...]} as SlideChat and WSI-Bench have them,
       with all turns. Options stand in the text ("A. x B. y" or "A) x B) y") and stay there.
@@ -108,14 +108,21 @@ def check_slide_talks(path: files.PathLike, kind: str = "auto") -> list[Fault]:
     Raises:
         ValueError: the file as a whole cannot be read.
     """
-    path, seen, found = Path(path), Counter[str](), list[Fault]()
+    return audit_slide_talks(path, kind)[1]
+
+
+def audit_slide_talks(path: files.PathLike, kind: str = "auto") -> tuple[list[SlideTalk], list[Fault]]:
+    """(the records that can be read, what is wrong with each record) as `read_slide_talks` and `check_slide_talks` say."""
+    path, seen, talks, found = Path(path), Counter[str](), list[SlideTalk](), list[Fault]()
     for row, record, make in _records(path, kind, DESCRIBE):
         try:
-            whats = _faults(make(record, row, "record"), record, seen)
+            talk = make(record, row, "record")
+            whats = _faults(talk, record, seen)
+            talks.append(talk)
         except ValueError as e:
             whats = [str(e).removeprefix("record: ")]
         found += [Fault(row=row, what=what, record=record) for what in whats]
-    return found
+    return talks, found
 
 
 def published_as(digest: str) -> str:
@@ -151,7 +158,7 @@ def _records(path: Path, kind: str, describe: str) -> Iterator[tuple[int, Any, _
         raise ValueError(f"{path}: none of the formats that are read ({', '.join(KINDS)}), got {short(records)}")
     make = {
         "captions": lambda r, i, where: _simple({**r, "question": describe, "answer": r["caption"]}, i, where, ("caption",)),
-        "questions": _simple,
+        "questions": _sample,
         "benchmark": _sample,
         "conversations": _conversation,
         "slidebench": _slidebench,
@@ -175,9 +182,13 @@ def _simple(record: Any, row: int, where: str, skip: tuple[str, ...] = ()) -> Sl
 
 def _sample(record: Any, row: int, where: str) -> SlideTalk:
     text = _texts(record, ("slide_id", "question", "answer"), where)
-    given = record.get("choices", [])
+    given = record.get("choices") or []
+    if isinstance(given, dict):
+        given = [f"{letter}) {option}" for letter, option in given.items()]
     if not isinstance(given, list) or not all(isinstance(c, str) for c in given):
         raise ValueError(f'{where}: "choices" must be a list of texts, got {short(given)}')
+    if wrong := [k for k in ("options", "Choice", "Choices", "Options") if record.get(k)]:
+        raise ValueError(f'{where}: options must be called "choices", found {wrong[0]!r}; the question would be an open one without them')
     marked = [re.fullmatch(r"\s*\(?([A-Z])[).:]\s*(.*?)\s*", c, re.DOTALL) for c in given]
     options = {m[1]: m[2] for m in marked if m}
     if len(options) != len(given):  # not all with a letter, or one twice

@@ -42,6 +42,7 @@ _FIELDS = (  # of a row, between its name and `done`
     ("encoder", "S64"),  # as the source says it
     ("source", "S255"),  # name of the file it was read from
     ("digest", "S64"),  # SHA-256 of features and coordinates as they lie here
+    ("key", "S64"),  # SHA-256 of `slides.file_key` of the source; stores of before have none
 )
 
 
@@ -214,7 +215,8 @@ def pack(
 ) -> Packed:
     """Write files of patch features into one store; run again to go on where a run was stopped, or with more files to add them.
 
-    A slide is in the store wholly or not at all. Adding slides for which there is no room copies the store (once for all of them).
+    A slide whose file has another content than when it was packed is packed again, which is said. A slide is in the store wholly or not
+    at all. Adding slides for which there is no room copies the store (once for all of them).
     Slides that cannot be packed do not stop the others; one error at the end tells them all.
 
     Args:
@@ -240,12 +242,15 @@ def pack(
     with files.alone(out):
         old = open_slides(out) if out.exists() else None
         old = old if old and old.names else None  # one in which nothing is done binds nobody to its settings
-        todo = {n: p for n, p in jobs.items() if old is None or n not in old.names}
+        changed = [] if old is None else _changed(old, jobs, drop, size)
+        todo = {n: p for n, p in jobs.items() if old is None or n not in old.names or n in changed}
         known, faults = _look(todo, dims)
         settings = _settings(out, old, known, dims, encoder, dtype)
         faults |= _refused(known, settings, vouched=bool(encoder))
         room = {n: a for n, a in known.items() if n not in faults}
-        if room and (old is None or any(n not in old._index or old._table["room"][old._index[n]] < a.rows for n, a in room.items())):
+        if room and (
+            old is None or any(n not in old._index or n in changed or old._table["room"][old._index[n]] < a.rows for n, a in room.items())
+        ):
             _make_room(out, old, room, settings)
         written: list[tuple[int, int]] = []
         for name in tqdm(room, desc="pack", disable=not progress):
@@ -267,6 +272,44 @@ def pack(
         dropped=sum(lost for _, lost in written),
         empty=sum(not n for n, _ in written),
     )
+
+
+def _changed(old: Slides, jobs: Mapping[str, Path], drop: bool, size: int) -> list[str]:
+    """The slides of a store whose files hold something else now; a file that was only copied or touched does not."""
+    changed = []
+    for name in old.names:
+        path = jobs.get(name)
+        if path is None or not path.is_file() or _same_file(old, name, path):
+            continue
+        try:
+            patches = slides.chunks(path, size, dims=old.dims, drop=drop)
+            same = content_digest(_fitting(name, x, xy, old.dtype) for x, xy in patches) == old.source(name)[1]
+        except ValueError:  # it is told with its reason when it is packed
+            same = False
+        if not same:
+            changed.append(name)
+    if changed:
+        _log.warning("%s: the files of %d slides have changed, they are packed again: %s", old.path, len(changed), few(changed, 3))
+    return changed
+
+
+def _same_file(old: Slides, name: str, path: Path) -> bool:
+    row = _row(old, name)
+    return "key" in row.dtype.names and row["key"].decode() == _file_key(path)
+
+
+def _file_key(path: Path) -> str:
+    return hashlib.sha256(slides.file_key(path).encode()).hexdigest()
+
+
+def content_digest(chunks: Iterable[Block]) -> str:
+    """SHA-256 of features and then coordinates, as a store keeps it of each slide."""
+    digest, places = hashlib.sha256(), [np.zeros((0, 2), "<i8")]
+    for x, xy in chunks:
+        digest.update(np.ascontiguousarray(x))  # type: ignore[arg-type]
+        places += [] if xy is None else [xy]
+    digest.update(np.ascontiguousarray(np.concatenate(places)))  # type: ignore[arg-type]
+    return digest.hexdigest()
 
 
 def _look(paths: Mapping[str, Path], dims: int) -> tuple[dict[str, About], dict[str, str]]:
@@ -323,8 +366,8 @@ def _refused(known: Mapping[str, About], settings: Mapping[str, Any], vouched: b
 
 
 def _make_room(out: Path, old: Slides | None, new: Mapping[str, About], settings: Mapping[str, Any]) -> None:
-    """Create the store, or a larger one with all that is done in it and room for `new` in the old one's place."""
-    kept = [] if old is None else [old._table[old._index[n]] for n in old.names]
+    """Create the store, or a larger one with all that is done in it but `new`, and room for these, in the old one's place."""
+    kept = [] if old is None else [old._table[old._index[n]] for n in old.names if n not in new]
     names = [*(r["name"].decode() for r in kept), *new]
     rows = np.zeros(len(names), [("name", f"S{max((len(n.encode()) for n in names), default=1)}"), *_FIELDS, ("done", "u1")])
     rows["name"] = [n.encode() for n in names]
@@ -340,9 +383,10 @@ def _make_room(out: Path, old: Slides | None, new: Mapping[str, About], settings
         if old is None:
             return
         place = open_slides(tmp)
-        for name in old.names:
+        for name in (n for n in old.names if n not in new):
             row = old._table[old._index[name]]
-            facts = {k: row[k] for k in ("has_coords", "patch_size", "mpp", "magnification", "encoder", "source")}
+            known = ("has_coords", "patch_size", "mpp", "magnification", "encoder", "source", "key")
+            facts = {k: row[k] for k in known if k in row.dtype.names}
             _put(place, name, old.chunks(name), facts, lambda f: f.flush())  # `atomic` waits for the disk, once
 
 
@@ -365,6 +409,7 @@ def _write(out: Path, name: str, path: Path, about: About, drop: bool, size: int
         "magnification": np.nan if about.magnification is None else about.magnification,
         "encoder": about.encoder.encode(),
         "source": path.name.encode(),
+        "key": _file_key(path).encode(),
     }
     chunks = slides.chunks(path, size, dims=place.dims, drop=drop)
     count = _put(place, name, (_fitting(name, x, xy, place.dtype) for x, xy in chunks), facts, _sync)
@@ -399,7 +444,8 @@ def _put(place: Slides, name: str, chunks: Iterable[Block], facts: Mapping[str, 
         if facts["patch_size"] < 0 and (guess := slides.patch_size_of(coords)) is not None:
             facts = {**facts, "patch_size": guess}
         for key, value in {**facts, "count": count, "digest": digest.hexdigest().encode()}.items():
-            row[key] = value
+            if key in (row.dtype.names or ()):  # a store of before has no "key"
+                row[key] = value
         at = place._offsets["rows"] + i * row.itemsize
         f.seek(at)
         f.write(row.tobytes())

@@ -1,7 +1,9 @@
 """Patch features of whole slides, as CLAM, TRIDENT, SlideChat and others write them, and which file belongs to which slide."""
 
 import difflib
+import hashlib
 import logging
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -19,6 +21,7 @@ from medvl.data.slide_formats import SUFFIXES, Block, Source, number_of, open_so
 from medvl.files import PathLike
 
 _log = logging.getLogger(__name__)
+_PIECE = 2**16  # bytes of a file that `file_key` reads at each place
 _SCANS = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm", ".czi", ".isyntax")
 
 
@@ -190,7 +193,8 @@ def _checked(path: Path, source: Source, size: int, drop: bool) -> Iterator[Bloc
             bad = _bad(x)
             if not drop:
                 raise ValueError(
-                    f"{path}: patch {at + bad[0]} (from 0) holds NaN or infinity; drop=True leaves such patches out, with a warning"
+                    f"{path}: patch {at + bad[0]} (from 0) holds NaN or infinity; `invoke slides pack --drop` makes a store without such "
+                    "patches, with a warning"
                 )
             x, xy = np.delete(x, bad, 0), None if xy is None else np.delete(xy, bad, 0)
             lost += len(bad)
@@ -255,6 +259,17 @@ def sample_rows(n: int, most: int) -> np.ndarray:
     if most < 1 or n < 0:
         raise ValueError(f"sample_rows: wants at least 1 of 0 or more patches, got most={most}, n={n}")
     return np.linspace(0, n - 1, most, dtype=np.int64) if n >= most else np.arange(n, dtype=np.int64)
+
+
+def file_key(path: PathLike) -> str:
+    """What tells a file from another content of that name: size and time, and what stands at three places, as unpacked archives may give
+    all their files one time."""
+    with open(path, "rb") as f:
+        stat, digest = os.fstat(f.fileno()), hashlib.sha256()
+        for at in (0, stat.st_size // 2, stat.st_size - _PIECE):
+            f.seek(max(0, at))
+            digest.update(f.read(_PIECE))
+    return f"{Path(path).name} {stat.st_size} {stat.st_mtime_ns} {digest.hexdigest()}"
 
 
 # Names ----------------------------------------------------------------------------------------------------------------------------------

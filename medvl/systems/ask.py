@@ -16,7 +16,7 @@ from medvl.checkpoints import find, read_json
 from medvl.data import registry, slide_check, slide_store
 from medvl.data.conversation_files import read_conversations, read_tasks, task_paths
 from medvl.data.registry import Record
-from medvl.data.slide_questions import check_slide_talks, read_slide_talks
+from medvl.data.slide_questions import audit_slide_talks
 from medvl.data.slides import feature_files
 from medvl.embed import EmbedConfig
 from medvl.experts import Answer, Experts, FusionConfig, HoldConfig
@@ -176,11 +176,18 @@ def slides(action: str, features: str, data: Sequence[str], out: str, dims: int,
         raise ValueError(f"slides: the action must be check or pack, got {action!r}")
     wanted, faults = dict[str, str](), 0
     for file in data:
-        for t in read_slide_talks(file):
+        try:
+            talks, bad = audit_slide_talks(file)
+        except ValueError as e:
+            print(f"cannot be read: {e}")
+            faults += 1
+            continue
+        for t in talks:
             wanted |= {s: f"{file}, record {t.row}" for s in t.slides if s not in wanted}
-        bad = check_slide_talks(file)
         faults += len(bad)
         print(f"{file}: {len(bad)} faulty records" + "".join(f"\n  {f.row}: {f.what}" for f in bad[:10]))
+    if data and not wanted:
+        raise ValueError(f"slides check: no record of {', '.join(data)} names a slide; without --data all features are looked at")
     found = slide_check.check_slides(features, wanted, dims=dims, encoder=encoder)
     print("\n".join(slide_check.describe(found)))
     return 0 if found.ok and not faults else 3
