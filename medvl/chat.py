@@ -17,6 +17,7 @@ from medvl.checkpoints import find, new_folder, read_json
 from medvl.data import conversations, images, order
 from medvl.data.conversation_files import Conversation, limit_images
 from medvl.data.conversations import Placeholder, Sample, Turns
+from medvl.display import track
 from medvl.files import PathLike, write_text
 from medvl.generation import Generated, Sampling
 
@@ -386,7 +387,7 @@ def loss_sum(
 def mean_loss(chat: Chat, weights: Mapping[str, Tensor], data: Encoded, size: int) -> float:
     """Mean loss over all trained tokens, `size` conversations at a time."""
     total, n = 0.0, 0
-    for i in range(0, len(data.samples), size):
+    for i in track(range(0, len(data.samples), size), "computing the loss, batch"):
         with torch.no_grad():
             value, count = loss_sum(chat, chat.skeleton, weights, collate(chat, data, range(i, min(i + size, len(data.samples)))))
         total, n = total + float(value), n + int(count)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from medvl import files, metrics
+from medvl.display import CLOCK
 from medvl.results import Result
 
 _BLUE, _ORANGE, _GREEN, _PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"  # Okabe and Ito: told apart by the colour-blind and in grey
@@ -366,6 +367,6 @@ def _panels(lines: list[dict[str, Any]]) -> dict[str, dict[str, dict[int, float]
     panels: dict[str, dict[str, dict[int, float]]] = {}
     for line in lines:
         for key, value in line.items():
-            if key != "step" and isinstance(value, int | float) and not isinstance(value, bool):
+            if key not in ("step", *CLOCK) and isinstance(value, int | float) and not isinstance(value, bool):
                 panels.setdefault(_PARTS.sub("", key, count=1), {}).setdefault(key, {})[line["step"]] = value
     return panels

@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from medvl.display import track
 from medvl.files import PathLike
 
 Line = dict[str, Any]
@@ -39,7 +38,7 @@ def resumed(
     with open(path, "r+b" if path.exists() else "w+b") as f:
         f.truncate(size[ends])
         f.seek(0, os.SEEK_END)
-        for batch in tqdm(batches[done:], desc=title, leave=False, disable=None):
+        for batch in track(batches[done:], f"{title}, batch" if title else "batch"):
             new = list(work(batch))
             if len(new) != len(batch):
                 raise ValueError(f"resumed: work must give a line for each of {len(batch)} rows, got {len(new)}")

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from attrs import evolve, field, frozen
 from torch import Tensor
-from tqdm import tqdm
 
 from medvl import compressor, files, hub
 from medvl.data import slide_store, slides
 from medvl.data.names import is_case
 from medvl.data.slides import Block
+from medvl.display import track
 from medvl.slots import CompressConfig, State
 from medvl.tree import Tree
 
@@ -208,7 +208,7 @@ def slide_tokens(
         raise ValueError(f"slide_tokens: every slide must have features, {len(unknown)} have none, the first is {unknown[0]}")
     home = Path(folder) / f"{cfg.kind}-{cfg.slots}-{_digest(cfg, params)}"
     out: dict[str, Tensor] = {}
-    for name in tqdm(names or of.names, desc="slide tokens", leave=False, disable=None):
+    for name in track(names or of.names, "compressing slides"):
         path = home / f"{hashlib.sha256(of.key(name).encode()).hexdigest()[:20]}.npy"
         if not path.exists():
             with _told(name):

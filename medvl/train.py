@@ -5,11 +5,15 @@ import logging
 import math
 import os
 import pickle
+import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,7 +23,7 @@ import torch.distributed as dist
 from attrs import evolve, field, frozen
 from torch import Tensor
 
-from medvl import config, files, processes, shards
+from medvl import config, display, files, processes, shards
 from medvl.data.order import prefetch
 from medvl.optim import Optimizer, clip_all, seeded
 from medvl.tree import Tree, flatten, map_leaves, unflatten
@@ -280,11 +284,14 @@ def fit(
     folder: files.PathLike,
     every: Every = Every(),
     validate: Callable[[State], dict[str, float]] | None = None,
-    log: Callable[[dict[str, float]], None] = lambda line: None,
+    title: str = "training",
+    lr: Callable[[int], float] | None = None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> State:
     """Train to `steps`, or go on from `folder/last.pt` to the same bits that an undisturbed run ends with.
 
-    Writes `metrics.jsonl` (a line per logged step), `last.pt`, and `best.pt` (the state with the highest `score` that `validate` gave).
+    Writes `metrics.jsonl` (a line per logged step; all but the keys of `display.CLOCK` are the same after a stop),
+    `last.pt`, and `best.pt` (the state with the highest `score` that `validate` gave).
     On SIGTERM or Ctrl-C, in whichever process, the state is saved and `Stopped` is raised; the same call goes on from there. A second
     Ctrl-C ends at once. Shards are saved whole, so that any number of processes can go on, except where steps draw (dropout, noise):
     that would be another result.
@@ -292,6 +299,10 @@ def fit(
     Args:
         batch_at: step -> batch; a pure function, so that nothing about the data needs saving.
         validate: state -> numbers, "score" among them: higher is better.
+        title: what the lines that are shown begin with.
+        lr: step (from 0) -> its learning rate, to be shown.
+        log: takes the lines that are shown: step of steps, seconds a step (without saving and validation), time left (with them), learning
+            rate, numbers of the step, memory (the peak of this process). With a `display.Log` they replace each other in a terminal.
     Raises:
         FloatingPointError: the loss, the gradient's norm or a trained number is not finite, in whichever process; nothing of it is saved,
             and the last good state stays on disk.
@@ -302,11 +313,13 @@ def fit(
         raise ValueError(f"{folder / 'last.pt'}: is at step {state.step}, past the {steps} asked for; remove it to train anew")
     _check_processes(folder / "last.pt", state, steps)
     journal = _journal(folder / "metrics.jsonl", state.step)
+    pace = _Pace(title, state.step, steps, log)
     first = state.step
     seen: Tensor | None = None  # loss, norm of the gradient and step: the latest, or the first that were not finite
     with _Interrupted() as stop:
         for i, batch in prefetch(batch_at, state.step, steps):
             state, metrics = step(state, batch)
+            pace.step()
             seen = _watched(seen, metrics, i + 1)
             halt = _in_any(stop.number > 0, metrics["loss"].device)
             due = {k: state.step == steps or (n and state.step % n == 0) for k, n in (("log", every.log), ("save", every.save))}
@@ -314,6 +327,8 @@ def fit(
             if any(due.values()) or check or halt:
                 _check_finite(seen, state if due["save"] or check or halt else None, folder / "last.pt", first)
                 line = {"step": state.step} | {k: float(v) for k, v in metrics.items()}
+                line |= {"lr": lr(i)} if lr else {}
+                line |= pace.look()  # behind float(), which waits for the device
             if check:
                 assert validate is not None
                 scores = validate(state)
@@ -324,9 +339,11 @@ def fit(
                     save(folder / "best.pt", state)
             if due["log"] or check:
                 journal(line)
-                log(line)
+                pace.tell(line, metrics["loss"].device, stays=check or state.step == steps)
             if due["save"] or halt:
                 save(folder / "last.pt", state)
+            if any(due.values()) or check:
+                pace.resume()
             if halt:  # also at the last step: what comes after it, another stage or the evaluation, is not begun
                 _log.warning("stopped at step %d of %d; the same command goes on from %s", state.step, steps, folder / "last.pt")
                 raise Stopped(128 + (stop.number or signal.SIGTERM))
@@ -341,6 +358,53 @@ def _check_processes(path: Path, state: State, steps: int) -> None:
             f"{path}: was trained by {state.processes} processes, now there are {processes.world()}; each draws (dropout, noise) for its "
             f"share of a batch, so the result would change: start {state.processes}, or remove the file to train anew"
         )
+
+
+class _Pace:
+    """How fast a run goes, and the lines that say so. Its clock stands still while the state is validated and saved."""
+
+    def __init__(self, title: str, step: int, steps: int, log: Callable[[str], None]) -> None:
+        self._title, self._first, self._step, self._steps, self._log = title, step, step, steps, log
+        self._start = self._since = self._shown = time.monotonic()
+        self._since_step, self._seconds, self._numbers = step, 0.0, ""
+
+    def step(self) -> None:
+        """Count a step; in a terminal the line moves on between two that are logged."""
+        self._step += 1
+        now = time.monotonic()
+        if isinstance(self._log, display.Log) and display.in_terminal() and self._numbers and now - self._shown > 0.5:
+            display.replace_line(self._line())
+            self._shown = now
+
+    def look(self) -> dict[str, Any]:
+        """The time, and the seconds of a step since the last look."""
+        self._seconds = (time.monotonic() - self._since) / max(1, self._step - self._since_step)
+        return {"time": f"{datetime.now():%Y-%m-%dT%H:%M:%S}", "seconds_per_step": round(self._seconds, 4)}
+
+    def tell(self, line: dict[str, Any], device: torch.device, *, stays: bool) -> None:
+        """Show the numbers of a step; `stays` where the next line does not replace them."""
+        numbers = {k: v for k, v in line.items() if k != "step" and k not in display.CLOCK}
+        first = {k: numbers.pop(k) for k in ("lr", "loss") if k in numbers}
+        self._numbers = ", ".join(f"{k} {v:.4g}" for k, v in (first | numbers).items()) + f", {_memory(device) / 1e9:.2f} GB"
+        (self._log if stays else partial(display.update, self._log))(self._line())
+        self._shown = time.monotonic()
+
+    def resume(self) -> None:
+        """Let the clock of steps go on."""
+        self._since, self._since_step = time.monotonic(), self._step
+
+    def _line(self) -> str:
+        each = (time.monotonic() - self._start) / max(1, self._step - self._first)
+        left = display.duration(each * (self._steps - self._step))
+        where = f"{self._title}: step {display.share(self._step, self._steps)}"
+        return f"{where}, {display.pace(self._seconds)} a step, {left} left, {self._numbers}"
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes that this process has held at its peak: on its GPU, or in main memory where it computes there."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _watched(seen: Tensor | None, metrics: Batch, step: int) -> Tensor:
@@ -440,7 +504,7 @@ def resume(folder: Path, state: State) -> State:
     return evolve(found, params=shards.placed(found.params, state.params), opt=shards.placed(found.opt, state.opt), means=means)
 
 
-def _journal(path: Path, step: int) -> Callable[[dict[str, float]], None]:
+def _journal(path: Path, step: int) -> Callable[[dict[str, Any]], None]:
     """An appender to `path`, after dropping lines past `step` (written by a run that was killed before it saved) and broken ones."""
     if processes.rank() != 0:
         return lambda line: None
@@ -453,7 +517,7 @@ def _journal(path: Path, step: int) -> Callable[[dict[str, float]], None]:
             continue  # half a line of a killed run: its step is run again
     files.write_text(path, "".join(t + "\n" for t in kept))
 
-    def append(line: dict[str, float]) -> None:
+    def append(line: dict[str, Any]) -> None:
         with open(path, "a", encoding="utf-8") as f:
             f.write(json.dumps(line) + "\n")
 

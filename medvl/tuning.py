@@ -162,6 +162,7 @@ def fit_stage(
     trained = parted(cfg, trained)
     log(f"stage {stage.name}: {stage.steps} steps train {count(trained):,} of {count(params):,} parameters")
     optimizer = optimizer_of(cfg, stage, trained, seed)
+    schedule = warmup_cosine(stage.steps, stage.warmup)
     step = train.make_step(gradient_of(cfg, lambda p, b: loss_sum(merge(frozen_, p), b), cut), optimizer, clip=cfg.clip, seed=seed)
 
     def scored(state: train.State) -> dict[str, float]:
@@ -177,7 +178,9 @@ def fit_stage(
         folder=folder,
         every=train.Every(log=cfg.log, save=cfg.save, validate=cfg.validate),
         validate=scored if validate else None,
-        log=lambda line: log("  " + "  ".join(f"{k} {v:.4g}" for k, v in line.items())),
+        title=f"stage {stage.name}",
+        lr=lambda i: stage.lr * schedule(i),
+        log=log,
     )
     if (cfg.keep == "best" and validate) or cfg.shard:
         processes.meet()  # process 0 has written it

@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 LAYERS = [
-    ["config", "tree", "files", "processes", "rounding", "workers", "data.names", "data.phantom_canvas", "data.phantom_styles"],
+    ["config", "tree", "files", "processes", "display", "rounding", "workers", "data.names", "data.phantom_canvas", "data.phantom_styles"],
     [
         "results",
         "answers",

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 from attrs import evolve
@@ -379,7 +380,7 @@ def test_resume_is_bit_exact_and_repeats_no_line(tmp_path):
         )
     again = _run(tmp_path / "cut")
     assert _same(whole, again)
-    assert (tmp_path / "whole/metrics.jsonl").read_text() == (tmp_path / "cut/metrics.jsonl").read_text()
+    assert tiny.without_clock(tmp_path / "whole/metrics.jsonl") == tiny.without_clock(tmp_path / "cut/metrics.jsonl")
 
 
 def test_running_means_follow_the_batches(tmp_path):
@@ -450,7 +451,7 @@ def test_a_signal_at_the_end_begins_nothing_new(when, tmp_path):
         return evolve(state, step=state.step + 1), {"loss": torch.zeros(())}
 
     def log(line):
-        if line["step"] == 4 and when == "after it":
+        if "step 4 of 4" in line and when == "after it":
             os.kill(os.getpid(), signal.SIGTERM)
 
     run = lambda: fit(step, State(params={"w": torch.ones(3)}, opt={}), lambda i: None, steps=4, folder=tmp_path, log=log)
@@ -479,7 +480,7 @@ def test_killed_at_random_moments_ends_in_the_same_bits(tmp_path):
     assert done == sorted(set(done))
     assert done[-1] < steps
     assert _same(whole, _run(tmp_path / "cut", steps=steps))
-    assert (tmp_path / "whole/metrics.jsonl").read_text() == (tmp_path / "cut/metrics.jsonl").read_text()
+    assert tiny.without_clock(tmp_path / "whole/metrics.jsonl") == tiny.without_clock(tmp_path / "cut/metrics.jsonl")
 
 
 def test_errors_say_what_to_do(tmp_path, gen):

@@ -7,17 +7,18 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 from attrs import frozen
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 
 from medvl import files
 from medvl.data import ct, metadata_table, names, scans, store
 from medvl.data.ct import CtConfig, Volume
 from medvl.data.scans import ScanError
+from medvl.display import Progress
 from medvl.files import PathLike
 from medvl.workers import pool
 
@@ -200,15 +201,17 @@ def _work(jobs: list[_Job], one: Callable, out: Path, workers: int, progress: bo
     """Do the jobs; {name: reason} of those refused."""
     rejected = {}
     results = map(lambda j: (j, one(j)), jobs) if workers <= 1 else _parallel(jobs, one, out, workers)
-    with tqdm(total=before + len(jobs), initial=before, unit="scan", disable=not progress) as bar:
+    with Progress("scans", before + len(jobs), before) if progress else nullcontext() as bar:
         for job, (reason, said) in results:
+            if bar:
+                bar.clear()  # before a line about this scan
             if reason:
                 rejected[job.name] = reason
                 log.warning("%s: rejected: %s", job.name, reason.replace(str(job.path), job.path.name))
             else:
                 log.info("%s: %s", job.name, said)
-            bar.set_postfix(rejected=len(rejected), refresh=False)
-            bar.update()
+            if bar:
+                bar.advance()
     return rejected
 
 

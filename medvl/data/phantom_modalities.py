@@ -11,6 +11,7 @@ from PIL import Image
 from medvl import config, files
 from medvl.data import phantom_styles
 from medvl.data.phantom_styles import MARKS
+from medvl.display import track
 
 MODALITIES = tuple(MARKS)
 SPLITS = ("base_train", "base_valid", "train", "valid", "test")
@@ -71,7 +72,8 @@ def draw_modalities(cfg: ModalityConfig, folder: files.PathLike) -> dict[str, in
         if table.exists():
             continue
         lines = []
-        for i in range(each[split] * k if split in each else counts[split]):
+        number_of_pictures = each[split] * k if split in each else counts[split]
+        for i in track(range(number_of_pictures), f"drawing pictures, {split}"):
             modality, number = cfg.modalities[i % k], i // k
             picture, case = draw_case(cfg, split, modality, number)
             episode = f"{split}-{modality}-{number}"

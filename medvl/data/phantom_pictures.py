@@ -8,6 +8,7 @@ from attrs import frozen
 from PIL import Image
 
 from medvl import config, files
+from medvl.display import track
 
 SPLITS = ("train", "valid", "test")
 _SIDES, _ZONES = ("right", "left"), ("upper", "lower")
@@ -42,7 +43,7 @@ def draw_pictures(cfg: PictureConfig, folder: files.PathLike) -> dict[str, int]:
         if table.exists():
             continue
         lines = []
-        for i in range(n):
+        for i in track(range(n), f"drawing pictures, {split}"):
             picture, question, answer, kind = draw_picture(cfg, split, i)
             name = f"{split}/{i}.png"
             with files.atomic(folder / name) as tmp:

@@ -12,6 +12,7 @@ import numpy as np
 from attrs import frozen
 
 from medvl import config, files
+from medvl.display import track
 
 Array = np.ndarray
 SPLITS = ("train", "valid", "test")
@@ -250,7 +251,7 @@ def write_slides(cfg: SlideConfig, folder: Path) -> dict[str, list[int]]:
     """Write all slides into a folder; the rows of the rare motif, by the slide's name."""
     found = {}
     for split in SPLITS:
-        for number in range(getattr(cfg, split)):
+        for number in track(range(getattr(cfg, split)), f"drawing slides, {split}"):
             slide = draw_slide(cfg, split, number)
             _write_slide(folder / f"{slide.name}.h5", slide)
             found[slide.name] = slide.motif_rows.tolist()

@@ -16,6 +16,7 @@ from medvl.data import names
 from medvl.data.phantom_case import FINDINGS, Case, Gen, PhantomConfig, draw_case
 from medvl.data.phantom_chest import View, Volume, draw_view, render
 from medvl.data.phantom_report import write_report
+from medvl.display import track
 from medvl.workers import pool
 
 REPORT_COLUMNS = ("VolumeName", "ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN")
@@ -56,9 +57,9 @@ def draw(cfg: PhantomConfig, folder: files.PathLike, workers: int = 1) -> dict[s
     volumes = [v for each in plan.values() for v in each]
     if workers > 1:
         with pool(workers) as processes:
-            rows = list(processes.map(work, volumes, chunksize=16))
+            rows = list(track(processes.map(work, volumes, chunksize=16), "drawing chests", len(volumes)))
     else:
-        rows = [work(v) for v in volumes]
+        rows = [work(v) for v in track(volumes, "drawing chests")]
     metadata = dict(zip(volumes, rows, strict=True))
     for split, each in plan.items():
         if each:

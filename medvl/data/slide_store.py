@@ -19,13 +19,13 @@ from typing import Any, BinaryIO
 import h5py
 import numpy as np
 from attrs import field, frozen
-from tqdm import tqdm
 
 from medvl import files
 from medvl.checkpoints import few
 from medvl.data import slides
 from medvl.data.slide_formats import STORE, Block
 from medvl.data.slides import About, Slide
+from medvl.display import track
 from medvl.files import PathLike
 
 _log = logging.getLogger(__name__)
@@ -253,7 +253,7 @@ def pack(
         ):
             _make_room(out, old, room, settings)
         written: list[tuple[int, int]] = []
-        for name in tqdm(room, desc="pack", disable=not progress):
+        for name in track(room, "packing slides") if progress else room:
             try:
                 written.append(_write(out, name, todo[name], known[name], drop, size))
             except ValueError as e:

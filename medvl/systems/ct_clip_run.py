@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from attrs import evolve
 from torch import Tensor
-from tqdm import tqdm
 
 from medvl import config, encode, evaluate, files, hub, metrics, plots, processes, report, tokens, train
 from medvl.data import ct, ingest, metadata_table, names, order, pairs, phantoms, reports, store
+from medvl.display import track
 from medvl.muon import muon
 from medvl.optim import Optimizer, Rate, adamw, routed, seeded, warmup_cosine
 from medvl.results import Result
@@ -166,7 +166,7 @@ def shuffle_reports(data: pairs.Pairs, seed: int) -> pairs.Pairs:
     return evolve(data, texts=tuple(report[other[scan]] for scan in data.scans))
 
 
-def cached_features(model: Model, params: Tree, volumes: store.Store, folder: Path, progress: Callable = iter) -> store.Store:
+def cached_features(model: Model, params: Tree, volumes: store.Store, folder: Path) -> store.Store:
     """Slice features of every volume, computed once: a store keyed by the weights, the settings and the volumes' file.
 
     Rows hold float16 [s, d] and which content of the volume they were made from. All processes must call this: each computes its share.
@@ -194,7 +194,7 @@ def cached_features(model: Model, params: Tree, volumes: store.Store, folder: Pa
         # By place in the list, not among those that are missing: processes see each other's as they come.
         share = volumes.names[processes.rank() :: processes.world()]
         missing = sorted({*share} - {*features.names})
-        for name in progress(missing):
+        for name in track(missing, "computing slice features"):
             batch = pairs.read_slices(volumes, [name])
             with torch.no_grad():
                 z = encode.encode_slices(model.cfg.encode, params["vit"], batch["slices"], batch["mask"], vit=model.vit)[0]
@@ -305,7 +305,7 @@ def _fit_stage(
         chunk=cfg.train.chunk,
         precision=cfg.train.precision,
     )
-    optimizer = _optimizer(stage, trained)
+    optimizer, schedule = _optimizer(stage, trained), warmup_cosine(stage.steps, stage.warmup)
     step = train.make_step(grad, optimizer, clip=cfg.train.clip, bound=lambda p: ct_clip.bound(cfg.contrast, p))
 
     def validate(state: train.State) -> dict[str, float]:
@@ -320,7 +320,9 @@ def _fit_stage(
         folder=folder,
         every=train.Every(log=cfg.train.log, save=cfg.train.save, validate=cfg.train.validate),
         validate=validate,
-        log=lambda line: log("  " + "  ".join(f"{k} {v:.4g}" for k, v in line.items())),
+        title=f"stage {stage.name}",
+        lr=lambda i: stage.lr * schedule(i),
+        log=log,
     )
     if cfg.train.keep == "best":
         processes.meet()  # process 0 has written it
@@ -376,10 +378,10 @@ def load(folder: Path) -> tuple[Model, Tree, Tree]:
 # Evaluation -----------------------------------------------------------------------------------------------------------------------------
 
 
-def images(model: Model, params: Tree, means: Tree, of: store.Store, wanted: Sequence[str], show: bool = False) -> Tensor:
+def images(model: Model, params: Tree, means: Tree, of: store.Store, wanted: Sequence[str]) -> Tensor:
     """Volumes in the common space, [n, d] float32 on the CPU; each is encoded once."""
     size, rows = model.cfg.evaluate.batch, []
-    for i in tqdm(range(0, len(wanted), size), desc="embed volumes", disable=not show, leave=False):
+    for i in track(range(0, len(wanted), size), "embedding volumes, batch"):
         with torch.no_grad(), train.autocast(params, model.cfg.train.precision):
             z = ct_clip.embed_volumes(model, params, pairs.read_slices(of, wanted[i : i + size]))
         rows.append(ct_clip.place(params, "image", z, means.get("image", {})).detach().cpu())

@@ -14,7 +14,7 @@ from typing import Any
 
 from attrs import evolve
 
-from medvl import config, files, processes, report, results
+from medvl import config, display, files, processes, report, results
 from medvl.data import ct, ingest, reports, store
 from medvl.data import names as volume_names
 from medvl.results import Result
@@ -101,13 +101,14 @@ def run(exp: str, overrides: Sequence[str] = (), log: Callable[[str], None] = pr
     processes.join()
     log = log if processes.rank() == 0 else (lambda _: None)
     start = time.monotonic()
-    log(f"{folder}")
     _check_places(cfg, folder)
     _, system = SYSTEMS[cfg.system]
     # A second run would remove the checkpoint that the first is writing.
     with files.alone(folder) if processes.rank() == 0 else nullcontext():
         if processes.rank() == 0:
             files.remove_unfinished(folder)
+            log = _kept(log, folder)
+        log(f"{folder}")
         _first(lambda: system.prepare(cfg, log))
         _describe(folder, cfg)
         log(f"data in place after {_minutes(start)}")
@@ -138,6 +139,7 @@ def evaluate(exp: str, overrides: Sequence[str] = (), log: Callable[[str], None]
         system.prepare(cfg, log)
         _describe(folder, cfg)
     with _evaluating(folder, folder / "results"):
+        log = _kept(log, folder)
         model, params, means = system.load(folder)
         return _assess(system, model, params, means, folder / "results", folder.name, log)
 
@@ -150,8 +152,15 @@ def _evaluate_run(path: Path, cfg: Any, log: Callable[[str], None]) -> list[Resu
     name = f"{path.parent.name.rpartition('-')[0]}-{config.digest(cfg)}"
     out = path.parent / (f"results-{config.digest(cfg)}" if changed else "results")
     with _evaluating(path.parent, out):
+        log = _kept(log, path.parent)
         model, params, means = system.load(path.parent)
         return _assess(system, evolve(model, cfg=cfg), params, means, out, name, log)
+
+
+def _kept(log: Callable[[str], None], folder: Path) -> display.Log:
+    """The log whose lines the run folder keeps, too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return display.Log(log, folder / "log.txt")
 
 
 @contextmanager

@@ -53,7 +53,9 @@ def fit_compressor(cfg: Config, folder: Path, log: Callable[[str], None] = print
         folder=folder / "compressor",
         every=train.Every(log=how.log, save=how.save, validate=how.validate),
         validate=lambda state: _labels_right(sizes, state.params, at, parts["valid"], how.batch),
-        log=lambda line: log("  " + "  ".join(f"{k} {v:.4g}" for k, v in line.items())),
+        title="compressor",
+        lr=lambda i: how.lr * schedule(i),
+        log=log,
     )
     processes.meet()
     state = train.read_state(folder / "compressor" / "best.pt", "cpu")

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from attrs import evolve
 from torch import Generator, Tensor
-from tqdm import tqdm
 
 from medvl import chat, choices, config, files, generation, plots, processes, report, slidebench, tuning
 from medvl.data import conversations, order, phantom_slide_talk
 from medvl.data.slide_questions import TAG, SlideTalk, published_as, read_slide_talks
+from medvl.display import Progress, track
 from medvl.results import Result
 from medvl.slide_tokens import open_features, slide_tokens
 from medvl.slots import CompressConfig
@@ -205,7 +205,7 @@ def _validation(model: Model, stage: Stage, data: Encoded, valid: Encoded, token
 
     def mean(params: Tree) -> float:
         total, n = 0.0, 0
-        for i in range(0, len(valid.samples), size):
+        for i in track(range(0, len(valid.samples), size), "validating, batch"):
             with torch.no_grad():
                 value, count, _ = loss(params, slide_vqa.collate(model, valid, tokens, range(i, min(i + size, len(valid.samples)))))
             total, n = total + float(value), n + int(count)
@@ -292,7 +292,7 @@ def answer(model: Model, params: Tree, talks: Sequence[SlideTalk], tokens: dict[
     by_letter = [i for i, talk in enumerate(data.talks) if talk.choices and cfg.by == "likelihood"]
     by_text = [i for i in range(len(data.talks)) if i not in set(by_letter)]
     answers = dict[int, str]()
-    with tqdm(total=len(talks), desc="answers", leave=False, disable=None) as progress:
+    with Progress("answering questions", len(talks)) as progress:
         for rows, ask in ((by_letter, _likeliest), (by_text, _generated)):
             for start in range(0, len(rows), cfg.batch):
                 part = rows[start : start + cfg.batch]
@@ -301,7 +301,7 @@ def answer(model: Model, params: Tree, talks: Sequence[SlideTalk], tokens: dict[
                     inputs = slide_vqa.inputs_of(model, params, weights, batch)
                 replies = ask(model, weights, inputs, [data.talks[i] for i in part])
                 answers |= dict(zip(part, replies, strict=True))
-                progress.update(len(part))
+                progress.advance(len(part))
     return [answers[i] for i in range(len(talks))]
 
 

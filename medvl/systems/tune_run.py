@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from attrs import evolve
-from tqdm import tqdm
 
 from medvl import chat, config, files, lora, plots, processes, report, tuning
 from medvl.accuracy import accuracy, by, to_results
@@ -18,6 +17,7 @@ from medvl.chat import Encoded
 from medvl.checkpoints import new_folder
 from medvl.data import conversations, phantom_pictures
 from medvl.data.conversation_files import Conversation, check_gold, read_conversations
+from medvl.display import track
 from medvl.hlora_files import write_hlora
 from medvl.results import Result
 from medvl.systems import tune
@@ -179,7 +179,7 @@ def ask(folder: Path, text: str, images: Sequence[files.PathLike] = (), most: in
 def answer(model: Model, params: Tree, data: Encoded) -> list[str]:
     """Greedy answers to prompts."""
     size, said, held = model.cfg.evaluate.batch, list[str](), tune.weights_of(model, params)
-    for i in tqdm(range(0, len(data.samples), size), desc="answers", leave=False, disable=None):
+    for i in track(range(0, len(data.samples), size), "answering, batch"):
         batch = chat.collate(model.chat, data, range(i, min(i + size, len(data.samples))), side="left")
         said += chat.answer(model.chat, held, batch, model.cfg.evaluate.max_tokens).texts
     return said
