@@ -401,11 +401,10 @@ def _check_text(cfg: Sampling, tok: Any, on_token: Any) -> None:
         raise ValueError(f"generate: {few(special)} are tokens, not text; give their ids {ids} as end")
 
 
-def _check_room(cfg: Sampling, skeleton: Skeleton, call: dict[str, Any]) -> tuple[int, int]:
-    """(rows, vocabulary)."""
-    module: Any = skeleton.module
-    rows, longest = call["attention_mask"].shape
-    size, config = module.get_output_embeddings().weight.shape[0], module.config.get_text_config()
+def check_length(cfg: Sampling, skeleton: Skeleton, longest: int) -> None:
+    """Raise where a prompt of so many tokens and its answer need more positions than the model has."""
+    config: Any = skeleton.module.config
+    config = config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     room = getattr(config, "max_position_embeddings", None) or longest + cfg.max_tokens
     room = int(room * max(1.0, rope.get("factor") or 1.0))
@@ -413,6 +412,14 @@ def _check_room(cfg: Sampling, skeleton: Skeleton, call: dict[str, Any]) -> tupl
         raise ValueError(
             f"generate: a prompt of {longest} tokens and max_tokens {cfg.max_tokens} are more than the {room} positions of {skeleton.name}"
         )
+
+
+def _check_room(cfg: Sampling, skeleton: Skeleton, call: dict[str, Any]) -> tuple[int, int]:
+    """(rows, vocabulary)."""
+    module: Any = skeleton.module
+    rows, longest = call["attention_mask"].shape
+    size = module.get_output_embeddings().weight.shape[0]
+    check_length(cfg, skeleton, longest)
     if wrong := [e for e in cfg.end if e >= size]:
         raise ValueError(f"generate: end ids must be below the vocabulary's {size}, got {wrong}")
     return rows, size

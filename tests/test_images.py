@@ -153,3 +153,24 @@ def test_no_strip_is_too_thin():
     assert cap_pixels(Image.new("RGB", (1000, 1)), 10).size == (10, 1)
     assert cap_pixels(Image.new("RGB", (1, 1000)), 10).size == (1, 10)
     assert cap_pixels(Image.new("RGB", (7, 9)), 1).size == (1, 1)
+
+
+def test_what_is_no_image_file(tmp_path):
+    import os
+
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", tmp_path):
+        with pytest.raises(ValueError, match="cannot be read, it must be a file"):
+            open_image(path)
+    (tmp_path / "a.dcm").write_bytes(bytes(128) + b"DICM" + bytes(200))
+    for source in (tmp_path / "a.dcm", (tmp_path / "a.dcm").read_bytes()):
+        with pytest.raises(ValueError, match=r"is a DICOM file, which is not read; write its pixels as a 16-bit PNG.*chat.window"):
+            open_image(source)
+
+
+def test_a_window_for_deep_greys_alone(tmp_path):
+    Image.fromarray(np.full((4, 4), 1000, np.uint16)).save(tmp_path / "deep.png")
+    drawn((9, 9)).save(tmp_path / "colours.png")
+    assert open_image(tmp_path / "deep.png", window=(0, 2000), only_deep=True).getpixel((0, 0)) == (128, 128, 128)
+    got = open_image(tmp_path / "colours.png", window=(0, 2000), only_deep=True)
+    assert np.array_equal(np.array(got), np.array(open_image(tmp_path / "colours.png")))

@@ -246,6 +246,16 @@ def test_a_blind_model_sees_nothing(trained):
     assert float(slide_vqa.loss_of(model)(params, batch)[0]) > 0
 
 
+def test_a_conversation_that_cannot_be_encoded_is_named(trained):
+    model, _, data, _ = started(trained)
+    talk = data.talks[1]
+    first = talk.messages[0]
+    bad = evolve(talk, messages=({**first, "content": first["content"] + "<|im_end|>"}, *talk.messages[1:]))
+    for prompt in (False, True):
+        with pytest.raises(ValueError, match=rf", row {talk.row}: encode: message 0 \(user\) must not hold special tokens"):
+            slide_vqa.encode(model, [data.talks[0], bad], prompt=prompt)
+
+
 def test_slides_of_other_questions(trained):
     _, folder, _ = trained
     model, _, _ = slide_vqa_run.load(folder)

@@ -413,6 +413,14 @@ def test_what_evaluation_cannot_use_is_refused_before_training(tmp_path, monkeyp
         assert not [*(tmp_path / "runs").rglob("*.pt")]
 
 
+def test_answers_that_find_no_room_are_refused_before_training(tmp_path):
+    raw = with_files(tmp_path, [{"query": "one two", "response": "three"}])
+    raw["evaluate"]["max_tokens"] = 600
+    with pytest.raises(ValueError, match=r"max_tokens 600 are more than the 512 positions of qwen2_5_vl"):
+        tune_run.fit(config.structure(raw, Config, "test"), tmp_path / "run", lambda _: None)
+    assert not [*(tmp_path / "run").rglob("*.pt")]
+
+
 def test_deep_greys_are_shown_through_the_window(tmp_path):
     import numpy as np
 

@@ -5,6 +5,7 @@ import math
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -63,6 +64,8 @@ def _refuse_dicom(source: PathLike | bytes, name: str) -> None:
     """Say what to do with a DICOM file, which Pillow would call no image."""
     if isinstance(source, bytes):
         start = source[:132]
+    elif (path := Path(source)).exists() and not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{name}: cannot be read, it must be a file")
     else:
         with _reading(name), open(source, "rb") as f:
             start = f.read(132)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from medvl import choices, files
 from medvl.data.conversations import check_order, short
@@ -43,6 +43,12 @@ class SlideTalk:
     answer: str = ""  # letter where there are choices and it is clear, else the answer's text
     row: int = 0  # record of the file, from 1
     extra: dict[str, Any] = field(factory=dict)  # what is not read here
+    file: str = ""
+
+    @property
+    def place(self) -> str:
+        """Where it stands, as errors say it."""
+        return f"{self.file}, row {self.row}" if self.file else "this conversation"
 
 
 @frozen(kw_only=True)
@@ -81,7 +87,7 @@ def read_slide_talks(
         raise ValueError(f'read_slide_talks: faults must be "warn", "drop" or "raise", got {faults!r}')
     path, seen, talks, wrong = Path(path), Counter[str](), list[SlideTalk](), list[Fault]()
     for row, record, make in _records(path, kind, describe):
-        talk = make(record, row, f"{path}, row {row}")
+        talk = evolve(make(record, row, f"{path}, row {row}"), file=str(path))
         found = [Fault(row=row, what=what, record=record) for what in _faults(talk, record, seen)]
         wrong += found
         if not (found and faults == "drop"):

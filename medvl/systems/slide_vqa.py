@@ -213,12 +213,20 @@ def encode(model: Model, held: Sequence[SlideTalk], *, prompt: bool = False) -> 
     how: dict[str, Any] = {"placeholder": QWEN_VL, **chat.template_of(model.cfg.chat)}
     visual = [[model.compress.slots] * len(t.slides) for t in held]
     if prompt:
-        samples = [
-            conversations.encode_prompt(model.chat.tokenizer, t.messages[:-1], visual=v, **how) for t, v in zip(held, visual, strict=True)
-        ]
+        samples = list[Sample]()
+        for talk, counts in zip(held, visual, strict=True):
+            try:
+                samples.append(conversations.encode_prompt(model.chat.tokenizer, talk.messages[:-1], visual=counts, **how))
+            except ValueError as e:
+                raise ValueError(f"{talk.place}: {e}") from e
         return Encoded(talks=tuple(held), samples=tuple(samples), refused=0)
     found, refused = conversations.encode_all(
-        model.chat.tokenizer, [t.messages for t in held], visual=visual, context=model.cfg.chat.context, **how
+        model.chat.tokenizer,
+        [t.messages for t in held],
+        visual=visual,
+        context=model.cfg.chat.context,
+        names=[t.place for t in held],
+        **how,
     )
     out = {i for i, _ in refused}
     return Encoded(talks=tuple(t for i, t in enumerate(held) if i not in out), samples=tuple(found), refused=len(refused))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from attrs import evolve
 
-from medvl import chat, config, files, lora, plots, processes, report, tuning
+from medvl import chat, config, files, generation, lora, plots, processes, report, tuning
 from medvl.accuracy import accuracy, by, to_results
 from medvl.adapter_files import write_adapter
 from medvl.answers import same_answer
@@ -69,7 +69,7 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
     held = read(cfg, "train")
     model, params = tune.init(cfg, folder, [m["content"] for c in held for m in c.messages], device=processes.device(cfg.train.device))
     data, valid = chat.encode(model.chat, held), chat.encode(model.chat, read(cfg, "valid")[: cfg.train.valid or None])
-    chat.encode(model.chat, read(cfg, "test"))  # what evaluation would stop at is an error now, not after the training
+    check_test(model)
     tokens = sum(len(s.ids) for s in data.samples)
     log(f"{len(data.samples)} conversations of {tokens:,} tokens; {data.refused} more are longer than the context and left out")
     if model.adapter is not None:
@@ -91,6 +91,15 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
         write_results(model, params, folder, log)
     processes.meet()
     return model, params, {}
+
+
+def check_test(model: Model) -> None:
+    """Raise at what evaluation would stop at, before the training: faults of the test split, and no room for its answers."""
+    conversations = read(model.cfg, "test")
+    chat.encode(model.chat, conversations)
+    prompts = chat.encode(model.chat, conversations, prompt=True)
+    longest = max(len(sample.ids) for sample in prompts.samples)
+    generation.check_length(chat.sampling_of(model.chat, model.cfg.evaluate.max_tokens), model.chat.skeleton, longest)
 
 
 def write_results(model: Model, params: Tree, folder: Path, log: Callable[[str], None] = print) -> None:
