@@ -231,7 +231,12 @@ def read_embedder(folder: files.PathLike, *, device: str | torch.device = "cpu")
     made = (
         Embedder(cfg=cfg, params=state, vocabulary=tuple(raw["vocabulary"])) if cfg.kind == "local" else open_embedder(cfg, device=device)
     )
-    made = _named(evolve(made, head=head))
+    try:
+        if cfg.kind == "local":
+            embed_local.check_fitted(made.vocabulary, state)
+        made = with_head(made, head)
+    except ValueError as e:
+        raise ValueError(f"read_embedder: {folder}: {e}") from e
     if made.name != raw["name"]:
         what = "the file was changed" if cfg.kind == "local" else f"the file or the encoder {cfg.name} was changed"
         raise ValueError(f"read_embedder: {folder} must be {raw['name']}, but its content is {made.name}: {what}")

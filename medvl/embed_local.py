@@ -58,6 +58,22 @@ def _components(rows: np.ndarray, sizes: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(rows * sign[:, None], dtype=np.float64))
 
 
+def check_fitted(vocabulary: tuple[str, ...], params: Mapping[str, Tensor]) -> None:
+    """Raise where what was read from files is not what `fit_texts` and `fit_images` give."""
+    if not all(isinstance(word, str) for word in vocabulary) or len({*vocabulary}) < len(vocabulary):
+        raise ValueError("its vocabulary must be different words")
+    shapes = {name: tuple(t.shape) for name, t in params.items()}
+    components = {name: (shapes.get(f"{name}.components") or (0,)) for name in ("text", "image")}
+    v, f = len(vocabulary), int(BLOCKS.sum())
+    texts = {"text.idf": (v,), "text.components": (v, components["text"][-1])}
+    images = {"image.mean": (f,), "image.weight": (f,), "image.components": (components["image"][0], f)}
+    wanted = (texts if v else {}) | (images if "image.mean" in shapes else {})
+    if not wanted or shapes != wanted:
+        raise ValueError(f"must hold {wanted or 'a vocabulary or images'}, found {shapes}")
+    if bad := [name for name, t in params.items() if not t.is_floating_point() or not t.numel() or not bool(t.isfinite().all())]:
+        raise ValueError(f"{bad[0]} must hold finite numbers")
+
+
 def vectorizer_of(vocabulary: tuple[str, ...], params: Mapping[str, Tensor]) -> Any:
     """What makes TF-IDF of texts, from what `fit_texts` gave; None without a vocabulary."""
     from sklearn.feature_extraction.text import TfidfVectorizer

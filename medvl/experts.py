@@ -235,6 +235,17 @@ def answers(experts: Experts, data: Encoded, rows: Sequence[int], found: Retriev
     return said
 
 
+def check_mode(mode: str, own: str, names: Sequence[str]) -> None:
+    """Raise where a question cannot be asked in this mode of adapters of these names."""
+    there = ", ".join(names)
+    if mode not in MODES:
+        raise ValueError(f"ask: mode must be one of {', '.join(MODES)}, got {mode!r}")
+    if own and own not in names:
+        raise ValueError(f"ask: no adapter {own!r}; there are {there}")
+    if mode == "oracle" and not own:
+        raise ValueError(f"ask: mode oracle needs the name of an adapter; there are {there}")
+
+
 def ask(
     experts: Experts,
     question: str,
@@ -252,12 +263,7 @@ def ask(
     Raises:
         ValueError: the registry has no embedder, an unknown `own`, an image that cannot be read, and as `answers`.
     """
-    if mode not in MODES:
-        raise ValueError(f"ask: mode must be one of {', '.join(MODES)}, got {mode!r}")
-    if own and own not in experts.names:
-        raise ValueError(f"ask: no adapter {own!r}; there are {', '.join(experts.names)}")
-    if mode == "oracle" and not own:
-        raise ValueError(f"ask: mode oracle needs the name of an adapter; there are {', '.join(experts.names)}")
+    check_mode(mode, own, experts.names)
     talk, blind = chat.question(experts.chat, question, images), mode in ("bare", "oracle")
     query = torch.ones(1, experts.vectors.shape[1]) if blind else queries(experts, [question], [talk.images])
     found = choose(mode, cfg, query, experts.vectors, own=torch.tensor([experts.names.index(own) if own else -1]))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from medvl import config
 
+MOST = 2**16  # adapters of a query; every row has a place for each
 _LENGTHS = 1e-15, 1e15  # outside them float32 loses the squares, and so the direction
 _CANCELLED = 1e-6  # what is left of unit vectors that cancel out is rounding
 _NEAR = 1e-4  # further apart than rounding in a product of unit vectors can put equal ones
@@ -29,8 +30,8 @@ class RetrieveConfig:
     threshold: float = -1.0  # cosine; a row whose best adapter is below it gets none; -1 = no threshold
 
     def __attrs_post_init__(self) -> None:
-        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 0:
-            raise ValueError(f"RetrieveConfig: k must be a whole number >= 0, got {self.k!r}")
+        if isinstance(self.k, bool) or not isinstance(self.k, int) or not 0 <= self.k <= MOST:
+            raise ValueError(f"RetrieveConfig: k must be a whole number of 0 to {MOST:,}, got {self.k!r}")
         if self.weighting not in ("uniform", "softmax", "similarity"):
             raise ValueError(f"RetrieveConfig: weighting must be 'uniform', 'softmax' or 'similarity', got {self.weighting!r}")
         if not isfinite(self.temperature) or self.temperature <= 0:

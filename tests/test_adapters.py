@@ -21,7 +21,7 @@ from medvl.config import ConfigError
 from medvl.data import registry
 from medvl.data.conversation_files import Conversation
 from medvl.retrieve import RetrieveConfig
-from medvl.systems import adapters_report, adapters_run, adapters_score, ask, run
+from medvl.systems import adapters, adapters_report, adapters_run, adapters_score, ask, run
 from medvl.systems.adapters import Config
 
 VISION = tiny.CONFIGS["qwen2_5_vl"]
@@ -110,6 +110,19 @@ def test_a_run_from_pictures_to_a_table(trained):
     assert all(line["task"] not in line["adapters"] and len(line["adapters"]) == 2 for line in lines)
     lines = [json.loads(x) for x in next((folder / "results/answers").glob("oracle-*")).read_text().splitlines()]
     assert all(line["adapters"] == {line["task"]: 1.0} for line in lines)
+
+
+def test_reports_name_no_case_and_no_image(trained):
+    """Episodes and files are called after patients; what they were is in the answers, which stay beside the data."""
+    place, folder, _ = trained
+    steps = adapters_score.steps_of(adapters_run.read(build(record(place)), "test"), build(record(place)))
+    names = {s.episode.partition(": ")[2] for s in steps} | {p.stem for s in steps for p in s.talk.images}
+    assert len(names) >= 12
+    pages = [p for p in (folder / "results").iterdir() if p.is_file()]
+    assert {p.name for p in pages} >= {"summary.md", "report.html", "report.md", "results.csv", "results.jsonl"}
+    for page in pages:
+        words = {*re.findall(r"[\w.-]+", page.read_text())}
+        assert not words & names, page
 
 
 def test_adapters_learnt_something_and_are_as_peft_reads_them(trained):
@@ -557,7 +570,7 @@ REFUSED = {
     "build of nothing": (("build", "new.toml", "{tmp}/none/{task}", "{tmp}/{task}.jsonl"), "none"),
     "add without a name": (("add", "r.toml", "x", "y.jsonl"), "needs name, path"),
     "show of another": (("show", "{run}/registry.toml", "", "", "pet"), "no adapter 'pet'"),
-    "add of a taken name": (("add", "{run}/registry.toml", "{run}/adapters/ct", "", "ct", "{vector}"), "'ct' is there 2 times"),
+    "add of a taken name": (("add", "{run}/registry.toml", "{run}/adapters/ct", "", "ct", "{vector}"), "has an adapter 'ct' already"),
     "add of no adapter": (("add", "{run}/registry.toml", "{tmp}", "", "new", "{vector}"), "holds no adapter_config.json"),
     "a name that leads elsewhere": (
         ("add", "{run}/registry.toml", "{run}/adapters/ct", "", "../../x", "{vector}"),
@@ -636,6 +649,63 @@ def test_a_registry_that_is_there_is_evaluated_at_once(trained, tmp_path, monkey
     again = run.evaluate(str(tmp_path / "there.json"), log=lambda _: None)
     want = {(r.subject, r.split): r.value for r in rows if r.what == "step_accuracy"}
     assert {(r.subject, r.split): r.value for r in again if r.what == "step_accuracy"} == want
+
+
+def test_a_registry_that_cannot_be_evaluated_is_refused_before_the_model_is_loaded(trained, tmp_path, monkeypatch):
+    place, folder, _ = trained
+    shutil.copytree(folder, tmp_path / "run")
+    raw = {k: v for k, v in record(place).items() if k not in ("train", "base", "lora")}
+    raw |= {"model": {"name": "no/model", "dtype": "float32"}, "pool": {"registry": str(tmp_path / "run/registry.toml")}}
+    monkeypatch.setattr(adapters, "open_chat", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+    (tmp_path / "there.json").write_text(json.dumps(raw))
+    monkeypatch.setattr(run, "RUNS", tmp_path / "runs")
+    file = tmp_path / "run/registry.toml"
+    file.write_text(re.sub("embedder = .*", "", file.read_text(), count=1))
+    with pytest.raises(ValueError, match="has vectors but no embedder"):
+        run.evaluate(str(tmp_path / "there.json"), log=lambda _: None)
+    next((tmp_path / "run/vectors").glob("ct-*.npy")).unlink()
+    with pytest.raises(ValueError, match=r"ct: .*npy: no such file"):
+        run.evaluate(str(tmp_path / "there.json"), log=lambda _: None)
+
+
+def test_questions_that_cannot_be_asked_are_refused_before_a_model_is_loaded(trained, tmp_path, monkeypatch):
+    _, folder, _ = trained
+    for module in (adapters, experts.chat):
+        monkeypatch.setattr(module, "open_chat", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+    for of in ({"run": str(folder)}, {"adapters": str(folder / "registry.toml")}):
+        for given, message in (
+            ({"question": " "}, "the question must have text"),
+            ({"images": ["no.png"]}, "no.png: there is no such image"),
+            ({"mode": "blend"}, "mode must be one of"),
+            ({"mode": "oracle"}, "mode oracle needs the name of an adapter; there are ct, fundus, xray"),
+            ({"own": "pet"}, "no adapter 'pet'"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                ask.ask(**({"question": "q"} | of | given))
+
+
+def test_data_cut_from_another_file_is_not_taken(tmp_path, monkeypatch):
+    """VQA-RAD that was replaced under its name."""
+    raw = record(tmp_path, data__source="vqa_rad", data__vqa_rad=str(tmp_path / "published"), data__general="")
+    cfg, calls = build(raw), []
+
+    def cut(source, images, folder, **how):
+        calls.append(source)
+        for split in ("train", "valid", "test"):
+            (folder / f"{split}.jsonl").write_text('{"query": "q", "response": "a", "task": "head"}\n')
+        return {"test": 1}
+
+    monkeypatch.setattr(adapters_run.vqa_rad, "convert_vqa_rad", cut)
+    (tmp_path / "published").mkdir()
+    (tmp_path / "published/vqa_rad_share.json").write_text("[1]")
+    for _ in range(2):
+        adapters_run.prepare(cfg, lambda _: None)
+    assert len(calls) == 1
+    (tmp_path / "published/vqa_rad_share.json").write_text("[2]")
+    with pytest.raises(ValueError, match=r"was cut from another .*vqa_rad_share.json than there is now; remove the folder"):
+        adapters_run.prepare(cfg, lambda _: None)
+    shutil.rmtree(tmp_path / "published")  # what was cut is enough
+    adapters_run.prepare(cfg, lambda _: None)
 
 
 def test_memory_of_base_and_adapter_is_told(trained, monkeypatch, capsys):

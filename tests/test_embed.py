@@ -143,6 +143,36 @@ def test_local_rows_alone_and_saved_and_elsewhere(tmp_path):
     assert torch.equal(torch.load(tmp_path / "x.pt", weights_only=True), want)
 
 
+HOSTILE = {
+    "no components": (lambda state, about: state.pop("text.components"), "must hold .*text.components"),
+    "an idf of another length": (lambda state, about: state.update({"text.idf": state["text.idf"][1:].clone()}), "must hold"),
+    "no weight": (lambda state, about: state.pop("image.weight"), "must hold .*image.weight"),
+    "pictures of other features": (lambda state, about: state.update({"image.mean": torch.zeros(3)}), "must hold"),
+    "whole numbers": (
+        lambda state, about: state.update({"text.idf": torch.ones(state["text.idf"].shape, dtype=torch.int64)}),
+        "finite numbers",
+    ),
+    "a tensor more": (lambda state, about: state.update(more=torch.ones(2)), "must hold .*found .*more"),
+    "words that are none": (lambda state, about: about["vocabulary"].__setitem__(0, {"a": 1}), "vocabulary"),
+    "a word twice": (lambda state, about: about["vocabulary"].__setitem__(0, about["vocabulary"][1]), "vocabulary"),
+    "a head that is no matrix": (lambda state, about: state.update(head=torch.ones(4)), "head must be finite floating point"),
+    "nothing": (lambda state, about: (state.clear(), about.update(vocabulary=[])), "must hold a vocabulary or images"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), HOSTILE.values(), ids=HOSTILE.keys())
+def test_a_saved_embedder_of_other_parts_is_refused(tmp_path, change, message):
+    from safetensors.torch import load_file, save_file
+
+    e.save_embedder(e.fit_local(e.EmbedConfig(), REPORTS, [[p] for p in PICTURES[:4]]), tmp_path / "saved")
+    state, about = load_file(tmp_path / "saved/embedder.safetensors"), json.loads((tmp_path / "saved/embedder.json").read_text())
+    change(state, about)
+    save_file(state, tmp_path / "saved/embedder.safetensors", {"format": "pt"})
+    (tmp_path / "saved/embedder.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=f"read_embedder: .*saved: .*{message}"):
+        e.read_embedder(tmp_path / "saved")
+
+
 def test_local_of_little():
     one = e.fit_local(e.EmbedConfig(), ["heart"])
     assert e.embed(one, ["The HEART"]).tolist() == [[1.0]]

@@ -238,9 +238,9 @@ Q, V = torch.eye(4)[:3], torch.eye(4)
 CFG = RetrieveConfig(k=2)
 FOUND = retrieve(CFG, Q, V)
 ERRORS = {
-    "k": (lambda: RetrieveConfig(k=-1), r"k must be a whole number >= 0, got -1"),
-    "k is a bool": (lambda: RetrieveConfig(k=True), r"k must be a whole number >= 0, got True"),
-    "k is no whole number": (lambda: RetrieveConfig(k=1.5), r"k must be a whole number >= 0, got 1.5"),
+    "k": (lambda: RetrieveConfig(k=-1), r"k must be a whole number of 0 to 65,536, got -1"),
+    "k is a bool": (lambda: RetrieveConfig(k=True), r"k must be a whole number of 0 to 65,536, got True"),
+    "k is no whole number": (lambda: RetrieveConfig(k=1.5), r"k must be a whole number of 0 to 65,536, got 1.5"),
     "weighting": (lambda: RetrieveConfig(weighting="best"), r"weighting must be .*, got 'best'"),
     "temperature": (lambda: RetrieveConfig(temperature=0.0), r"temperature must be finite and above 0, got 0.0"),
     "temperature nan": (lambda: RetrieveConfig(temperature=NAN), r"temperature must be finite and above 0, got nan"),

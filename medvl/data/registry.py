@@ -98,6 +98,16 @@ def vectors(path: files.PathLike, registry: Registry) -> Tensor:
     return torch.from_numpy(np.stack(rows))
 
 
+def check_files(path: files.PathLike, registry: Registry) -> dict[str, str]:
+    """See that every adapter's folder and vector are there; returns {adapter: the base model it names}.
+
+    Raises:
+        ValueError: what is missing, with the adapter's name.
+    """
+    vectors(path, registry)
+    return {r.name: _base(path, registry, r) for r in registry.adapters}
+
+
 def check(path: files.PathLike, registry: Registry, base: str = "") -> None:
     """See that every adapter's folder and vector are there, and that all are of one base model.
 
@@ -108,8 +118,7 @@ def check(path: files.PathLike, registry: Registry, base: str = "") -> None:
     Raises:
         ValueError: what is missing, with the adapter's name; adapters that name different models, and nothing says which is meant.
     """
-    vectors(path, registry)
-    bases = {r.name: _base(path, registry, r) for r in registry.adapters}
+    bases = check_files(path, registry)
     wanted = base or registry.base
     if not wanted and len({_plain(b) for b in bases.values() if b}) > 1:
         named = ", ".join(f"{n} of {b}" for n, b in bases.items())

@@ -12,11 +12,12 @@ from torch import Generator
 
 from medvl import config, experts, lora
 from medvl.chat import Chat, ChatConfig, ModelConfig, open_chat, tokenizer_of
+from medvl.data import registry
 from medvl.data.phantom_modalities import ModalityConfig
 from medvl.embed import EmbedConfig
 from medvl.experts import MODES, Experts, FusionConfig, HoldConfig, Mode
 from medvl.lora import LoraConfig
-from medvl.retrieve import RetrieveConfig
+from medvl.retrieve import MOST, RetrieveConfig
 from medvl.retriever import RetrieverConfig
 from medvl.tree import Tree
 from medvl.tuning import TrainConfig, check_stage
@@ -77,7 +78,7 @@ class EvaluateConfig:
 
     def __attrs_post_init__(self) -> None:
         config.within(self, "evaluate", max_tokens=(1, 2**20), batch=(1, 2**20), bootstrap=config.DRAWS)
-        config.within(self, "evaluate", limit=config.COUNT_OR_NONE, recall=(1, 2**20), by_k=(1, 2**20))
+        config.within(self, "evaluate", limit=config.COUNT_OR_NONE, recall=(1, 2**20), by_k=(1, MOST))
         if not self.modes:
             raise ValueError("evaluate needs modes")
 
@@ -136,14 +137,29 @@ def init(cfg: Config, folder: Path, texts: list[str], *, device: torch.device = 
     Args:
         folder: of the run; a tokenizer trained on `texts` is kept there and taken from there the next time.
     """
+    if cfg.pool.registry:
+        _check_registry(cfg)
     gen = Generator().manual_seed(cfg.seed)
     tok = tokenizer_of(cfg.model, folder, texts)
     chat, params = open_chat(cfg.model, cfg.chat, tok, gen, device=device)
     tree: Tree = {"model": params}
     for stage in cfg.base.stages if cfg.base else ():
         check_stage(stage, tree)
-    path = Path(cfg.pool.registry) if cfg.pool.registry else folder / "registry.toml"
-    return Model(cfg=cfg, chat=chat, registry=path), tree
+    return Model(cfg=cfg, chat=chat, registry=registry_path(cfg, folder)), tree
+
+
+def registry_path(cfg: Config, folder: Path) -> Path:
+    """Where the registry is: the one that is named, or the run's own."""
+    return Path(cfg.pool.registry) if cfg.pool.registry else folder / "registry.toml"
+
+
+def _check_registry(cfg: Config) -> None:
+    """Raise before a model is loaded where the registry lacks what evaluation needs."""
+    path = cfg.pool.registry
+    held = registry.read_registry(path, cfg.pool.root)
+    registry.check_files(path, held)
+    if not held.embedder:
+        raise ValueError(f"{path}: has vectors but no embedder, so questions have none; `invoke adapters build` fits one")
 
 
 def gather(model: Model, params: Tree) -> Experts:

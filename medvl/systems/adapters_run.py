@@ -37,16 +37,28 @@ def prepare(cfg: Config, log: Callable[[str], None] = print) -> None:
     if cfg.data.source == "phantoms":
         drawn = phantom_modalities.draw_modalities(cfg.data.phantoms, folder)
         log(f"{sum(drawn.values())} pictures and cases drawn in {folder}: " + ", ".join(f"{n} {split}" for split, n in drawn.items()))
-    if cfg.data.source == "vqa_rad" and not (folder / "test.jsonl").exists():
-        published = Path(cfg.data.vqa_rad)
-        cut = vqa_rad.convert_vqa_rad(published / "vqa_rad_share.json", published / "images", folder, group=cfg.data.group, seed=cfg.seed)
-        log(f"VQA-RAD in {folder}: " + ", ".join(f"{n} {what}" for what, n in cut.items()))
+    if cfg.data.source == "vqa_rad":
+        _cut_vqa_rad(cfg, folder, log)
     wanted = SPLITS if cfg.train or cfg.base else ("test",)
     for split in wanted:
         tasks = _tasks(read(cfg, split))
         for task in tasks if cfg.train else ():
             files.check_name(task, f"{split}: the task")
         log(f"{split}: {len(tasks)} tasks: {', '.join(tasks)}")
+
+
+def _cut_vqa_rad(cfg: Config, folder: Path, log: Callable[[str], None]) -> None:
+    """Cut VQA-RAD by case, if that has not been done, and remember of which file."""
+    source, mark = Path(cfg.data.vqa_rad) / "vqa_rad_share.json", folder / "source.sha256"
+    digest = files.file_digest(source) if source.is_file() else ""
+    if (folder / "test.jsonl").exists():
+        if digest and mark.exists() and mark.read_text() != digest:
+            raise ValueError(f"{folder}: was cut from another {source} than there is now; remove the folder to cut it anew")
+        return
+    if digest:
+        files.write_text(mark, digest)  # first: tables without it would be taken for those of any file
+    cut = vqa_rad.convert_vqa_rad(source, source.parent / "images", folder, group=cfg.data.group, seed=cfg.seed)
+    log(f"VQA-RAD in {folder}: " + ", ".join(f"{n} {what}" for what, n in cut.items()))
 
 
 def folder_of(cfg: Config) -> Path:
@@ -119,6 +131,19 @@ def _check_adapters(model: Model, held: Sequence[Conversation], valid: Sequence[
         embed.open_embedder(cfg.embed)
 
 
+def registry_of(folder: Path) -> Path:
+    """Where the registry of a run is.
+
+    Raises:
+        ValueError: no run, or one that is not trained to its end.
+    """
+    cfg = config.load(config.run_folder(folder) / "config.json", Config)
+    path = adapters.registry_path(cfg, folder)
+    if cfg.train is not None and not path.exists():
+        raise ValueError(f"{folder}: the run is not trained to its end, it has no registry yet; `invoke train --exp {folder}` goes on")
+    return path
+
+
 def load(folder: Path) -> tuple[Model, Tree, Tree]:
     """Model and base weights of a run, as `fit` returned them.
 
@@ -126,9 +151,8 @@ def load(folder: Path) -> tuple[Model, Tree, Tree]:
         ValueError: no run, one that is not trained to its end, or whose files are broken.
     """
     cfg = config.load(config.run_folder(folder) / "config.json", Config)
+    registry_of(folder)
     model, params = adapters.init(cfg, folder, [], device=_device(cfg))
-    if cfg.train is not None and not model.registry.exists():
-        raise ValueError(f"{folder}: the run is not trained to its end, it has no registry yet; `invoke train --exp {folder}` goes on")
     return model, tuning.read_stages(cfg.base, params, folder / "base") if cfg.base else params, {}
 
 
@@ -249,6 +273,8 @@ def build_registry(
     """
     if missing := [name for name in paths if not samples.get(name)]:
         raise ValueError(f"{path}: no samples for {', '.join(missing)}; every adapter needs some of what it was trained on")
+    for name in paths:
+        files.check_name(name, f"{path}: the adapter")
     chosen = {name: drawn(samples[name], m, seed + i) for i, name in enumerate(paths)}
     queries = [query_of(c) for of in chosen.values() for c in of]
     texts, pictures = [q[0] for q in queries], [q[1] for q in queries]

@@ -96,6 +96,10 @@ def ask(
     given["--offset"] = offset
     if wrong := [flag for flag, value in given.items() if value and flag not in _TAKES[asked]]:
         raise ValueError(f"ask: {run or adapters} ({asked}) takes {' and '.join(_TAKES[asked])}, not {wrong[0]}")
+    if not question.strip():
+        raise ValueError("ask: the question must have text, got none")
+    if lost := [image for image in images if not Path(image).is_file()]:
+        raise ValueError(f"ask: {lost[0]}: there is no such image")
     if asked == "slide_vqa":
         ask_slide(slide, question, str(folder), out, max_tokens, offset)
     elif asked == "tune":
@@ -103,6 +107,8 @@ def ask(
         print(report.NOTICE)
     else:
         how: dict[str, Any] = {"mode": mode or "mixture", "own": own, "max_tokens": max_tokens}
+        path = Path(adapters) if adapters else adapters_run.registry_of(folder)
+        experts.check_mode(how["mode"], own, [r.name for r in registry.read_registry(path).adapters])
         of, choose = _of_run(folder, k, overrides) if run else _of_registry(adapters, k, base, overrides)
         _print_answer(experts.ask(of, question, images, cfg=choose, **how))
 
@@ -276,6 +282,8 @@ def _add(where: Path, root: str, folder: str, samples: str, name: str, vector: s
         raise ValueError("adapters add: needs name, path (the adapter's folder), and either samples (JSONL) or vector (.npy)")
     files.check_name(name, "adapters add: the adapter")
     held = registry.read_registry(where, root) if where.exists() else registry.Registry()
+    if name in {r.name for r in held.adapters}:
+        raise ValueError(f"adapters add: {where} has an adapter {name!r} already; give another name")
     place = registry.place_of(where, held)
     if vector:
         mean, count, made = files.open_array(vector), 0, ""
