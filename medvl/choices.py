@@ -7,12 +7,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 Options = Mapping[str, str] | Sequence[str]  # letter -> text, or texts from A on
 
 _MARKUP = ((r"\\boxed\s*\{([^{}]*)\}", r"\1"), (r"[*`$\"\u201c\u201d]|(?<![^\W_])_+|_+(?![^\W_])", ""), ("[\u2018\u2019]", "'"))
+_THOUGHT = re.compile(r"(?is)^.*</think>|<think>.*")  # what a reasoning model says before it answers; one that is cut off gave no answer
 _TOKEN = re.compile(r"\d+(?:[.,]\d+)+|[^\W_]+|[-+<>=%/\u00b1\u2264\u2265]")
 _DASH = re.compile(r"^\s*-\s|(?<=[^\W\d_])-(?=[^\W\d_])|(?<=\s)(?<!\d\s)-(?=\s)|(?<=\s)-(?=\s\D)")  # of lists, words, clauses: no sign
 _ANSWER = re.compile(
     r"(?i)\banswer(?:\s+(?:is|would be|should be|must be)\b|\s*[:=]|\s+-\s)\s*:?\s*(?:(?:option|choice|letter)\b\s*:?\s*)?"
     r"|(?:^|(?<=\n))\s*(?:answer|option|choice|letter)\s+"
     r"|\b(?:choose|select|pick)\s+(?:(?:option|choice|answer|letter)\s+)?"
+    r"|(?:^|(?<=[.!\n]))\s*it(?:'s|\s+is)\s+(?:(?:option|choice|letter)\s+)?"
+)
+_SMALL = re.compile(  # a small letter that cannot be a word: in brackets, or all that stands behind "answer:"
+    r"^\s*[(\[{]\s*(?P<bracket>[a-z])\s*[)\]}]|(?i:\banswer\s*(?:is\b|[:=])\s*:?\s*)[(\[{]?(?P<alone>[a-z])[)\]}]?\s*[.,;:!]?\s*$"
 )
 _RIGHT = re.compile(
     r"(?<![\w'-])\(?(?P<letter>[A-Z])\)?\s+is\s+(?:the\s+)?(?:correct|right|best)(?:\s+(?:answer|option|choice))?\s*(?:[.,;!]|$)"
@@ -20,6 +25,9 @@ _RIGHT = re.compile(
 _LEAD = re.compile(r"(?i)^\W*(?:the\s+)?(?:(?:final|correct|best|right|most likely)\s+)*(?:answer|option|choice)\s*(?:is\b|[:=])")
 _WRONG = re.compile(
     r"(?i)\W*(?:which\s+|that\s+)?(?:wrong|incorrect|(?:is|was|are|were|would|can|could|may|might|should|seems?|looks?|appears?)\b[^.\n]*)"
+)
+_ASIDE = frozenset(
+    {"less", "unlikely", "not", "incorrect", "wrong", "false", "excluded", "excludes", "distractor", "distractors", "cannot"}
 )
 _DOUBT = frozenset(
     {
@@ -93,7 +101,10 @@ def extract_letter(said: str | None, options: Options) -> str:
     The right answer is not asked for, and no guess is made: what is returned was said. Case counts, so an article is no letter.
     - A letter with a mark at the start: "B", "B. text", "B: text", "B) text", "(B) text", "[B]", "**B**", and "B text" or "B - text"
       where the text is that of option B.
-    - "the answer is B", "Answer: (B) text", "Option B.", "I choose B", "B is correct", not behind a denial or "if".
+    - "the answer is B", "Answer: (B) text", "Option B.", "I choose B", "It's B", "B is correct", not behind a denial or "if".
+    - A small letter where it can be no word: "(b)", "(b) text", "ANSWER: b".
+    - A later sentence that says why another letter is not it ("Option A is less likely.") changes nothing. What stands between <think> and
+      </think> is not the answer.
     - Without a letter, the full text of one option, alone or in a sentence that denies nothing and doubts nothing: "It is a case of
       {text}." An option within a longer one ("grade 1" in "grade 1-2") counts only where the longer one is not meant.
     None, "", is hence what names other letters too (unless they stand in the text of an option: "B. Luminal A"), a letter beside the text
@@ -106,14 +117,19 @@ def extract_letter(said: str | None, options: Options) -> str:
     """
     table = lettered(options)
     text = unicodedata.normalize("NFKC", said or "")
+    text = _THOUGHT.sub("", text).replace("\u3002", ". ")
     for pattern, new in _MARKUP:
         text = re.sub(pattern, new, text)
+    small = _SMALL.search(text)
+    if small:
+        at = max(small.start("bracket"), small.start("alone"))
+        text = text[:at] + text[at].upper() + text[at + 1 :]
     text, words = text.strip(), {letter: _words(option) for letter, option in table.items()}
     stated, named = set(_stated(text, words)), _named(text, words)
     if len(stated) > 1 or (stated and named and named not in stated):
         return ""
     letter = next(iter(stated), named)
-    return letter if not letter or _letters(text, table) <= {letter} else ""
+    return letter if not letter or _letters(text, table, stated=bool(stated)) <= {letter} else ""
 
 
 def letters_by_likelihood(scores: Iterable[Iterable[float]], options: Sequence[Options]) -> list[str]:
@@ -188,11 +204,18 @@ def _doubted(text: str, at: int) -> bool:
     return not _DOUBT.isdisjoint(_words(re.split(r"[.!?;\n]", text[:at])[-1]))
 
 
-def _letters(text: str, table: Mapping[str, str]) -> set[str]:
-    """Option letters that stand alone in a text, beside the texts of options."""
+def _without_asides(text: str) -> str:
+    """A text without those sentences behind the first that say why something is not the answer."""
+    first, *more = re.split(r"(?<=[.!;\n])(?=\s)", text)
+    return "".join([first, *(sentence for sentence in more if _ASIDE.isdisjoint(_words(sentence)))])
+
+
+def _letters(text: str, table: Mapping[str, str], *, stated: bool) -> set[str]:
+    """Option letters that stand alone in a text, beside the texts of options; where one is stated, beside what is said of others."""
     for option in sorted(table.values(), key=len, reverse=True):
         if len(option.strip()) > 1:
             text = re.sub(r"(?<!\w)" + r"\s+".join(map(re.escape, option.split())) + r"(?!\w)", "x", text, flags=re.IGNORECASE)
+    text = _without_asides(text) if stated else text
     found = set()
     for m in re.finditer(r"(?<![\w'-])([A-Z])(?![\w']|-\w)(?:\s+([a-z0-9(]\w*))?", text):
         if m[1] in table and not (m[1] in "AI" and m[2] and m[2] not in _JOINS):  # an article, a pronoun

@@ -122,7 +122,6 @@ BLANK = (  # no option at all
         "iii.",
         "II",
         "B?",
-        "(b)",
         "A-",
     ),
     *(
@@ -173,6 +172,41 @@ def test_what_names_another_or_several_is_no_answer():
 @pytest.mark.parametrize("options", SETS, ids=lambda o: o[0])
 def test_what_names_no_option_is_no_answer(options):
     assert not [said for said in (*BLANK, None) if extract_letter(said, options)]
+
+
+@pytest.mark.parametrize(
+    ("said", "letter"),
+    [
+        ("B. Squamous cell carcinoma. Option A is less likely.", "B"),
+        ("The answer is B. Note that A is a common distractor.", "B"),
+        ("B. A is not seen. C is unlikely.", "B"),
+        ("(d)", "D"),
+        ("(b) Squamous cell carcinoma", "B"),
+        ("ANSWER: b", "B"),
+        ("Answer: (b).", "B"),
+        ("It's B", "B"),
+        ("It\u2019s option B.", "B"),
+        ("It is B.", "B"),
+        ("<think></think>B. Squamous cell carcinoma", "B"),
+        ("<think>A or C? The answer is A.</think>\n\nB", "B"),
+        ("A or C? Not A.</think>\n\nB", "B"),
+        ("B\u3002", "B"),
+        ("B\u3002Squamous cell carcinoma", "B"),
+        # These stay without a letter.
+        ("B. Or A.", ""),
+        ("B. A is also likely.", ""),
+        ("It's B or C", ""),
+        ("It's not B", ""),
+        ("It is B cell rich", ""),
+        ("<think>The answer is B.", ""),
+        ("Answer: a mass", ""),
+        ("(b) Small cell carcinoma", ""),
+        ("(e)", ""),
+        ("(a benign one)", ""),
+    ],
+)
+def test_letters_as_models_write_them(said, letter):
+    assert extract_letter(said, SETS[0]) == letter
 
 
 def test_wide_letters_are_letters_and_articles_are_none():
