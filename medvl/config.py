@@ -56,6 +56,8 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
 def read_plain(path: str | os.PathLike) -> Any:
     """What a `.toml` or `.json` file holds: a dict, or of JSON also a list or another value."""
     path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe is waited for, a device read, without end
+        raise ConfigError(f"{path}: must be a file, found a pipe or device")
     try:
         text = path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark first
     except (OSError, UnicodeDecodeError) as e:

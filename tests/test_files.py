@@ -7,7 +7,8 @@ import tempfile
 
 import pytest
 
-from medvl import files
+from medvl import config, files
+from medvl.data import images, slide_questions, slides, store
 
 
 @pytest.fixture
@@ -119,6 +120,11 @@ def test_what_is_no_file_is_refused_and_not_waited_for(place):
         files.read_csv(place / "pipe")
     with pytest.raises(ValueError, match=r"/dev/zero: must be a file, found a device"):
         files.read_csv("/dev/zero")
+    for read in (config.read, store.open_store, images.open_image, slide_questions.read_slide_talks, slides.read_slide):
+        for ending in (".json", ".h5", ".png"):
+            os.mkfifo(place / f"{read.__name__}{ending}")
+            with pytest.raises(ValueError, match=r"must be a file, found a pipe|no such file|must be a"):
+                read(place / f"{read.__name__}{ending}")
     with pytest.raises(ValueError, match=r"gone.csv: no such file"):
         files.read_csv(place / "gone.csv")
 

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from medvl import files
 from medvl.files import PathLike
 
 Picture = Image.Image | np.ndarray | Tensor
@@ -67,6 +68,7 @@ def _refuse_dicom(source: PathLike | bytes, name: str) -> None:
     elif (path := Path(source)).exists() and not path.is_file():  # a pipe would be waited for
         raise ValueError(f"{name}: cannot be read, it must be a file")
     else:
+        files.check_regular(source)
         with _reading(name), open(source, "rb") as f:
             start = f.read(132)
     if start[128:] == b"DICM":

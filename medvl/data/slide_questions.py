@@ -145,6 +145,7 @@ def _records(path: Path, kind: str, describe: str) -> Iterator[tuple[int, Any, _
         raise ValueError(f"{path}: kind must be auto or one of {', '.join(KINDS)}, got {kind!r}")
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
+    files.check_regular(path)
     with open(path, "rb") as f:
         head = f.read(256).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
     if not head:

@@ -127,6 +127,7 @@ def open_store(path: PathLike, expect: Mapping[str, Any] | None = None) -> Store
         ValueError: no such file, not a store, truncated, another version, or other settings (all differences are listed).
     """
     path = Path(path)
+    files.check_regular(path)
     try:
         with h5py.File(path, "r", locking=False) as f:
             _check_format(f, path)

@@ -165,6 +165,7 @@ def _modalities(questions: Iterable[_Question]) -> dict[str, str]:
 def _read(source: Path) -> tuple[list[_Question], int]:
     """The questions, and how many have no text or no answer and are left out."""
     try:
+        files.check_regular(source)
         rows = json.loads(source.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as e:
         raise ValueError(f"{source}: no such file") from e
