@@ -14,6 +14,7 @@ import torch
 from attrs import asdict, field, frozen
 
 from medvl import accuracy, answers, choices, files, metrics
+from medvl.data import names
 from medvl.results import Result
 
 OVERALL = "overall"
@@ -87,7 +88,8 @@ def score(rows: Sequence[Answered], *, split: str = "", experiment: str = "", n:
     """How good the choices are: overall, by broad category ("Diagnosis") and by narrow one ("Diagnosis / Grading").
 
     Every row counts, also where the answer chose nothing or the features were missing: these are wrong. For each subject:
-    - "accuracy" with its 95 % interval, which draws whole slides; "overall" is the mean over questions (micro).
+    - "accuracy" with its 95 % interval, which draws whole patients (slides, where names are not TCGA's); "overall" is the mean over
+      questions (micro).
     - "balanced_accuracy": the mean recall over the written answers, by text where all rows have the same options (a task), else by letter;
       rows without a written answer are not in it.
     - Baselines: "best_letter", the letter that is written most often given to every question; "majority", the text that is written most
@@ -105,19 +107,19 @@ def score(rows: Sequence[Answered], *, split: str = "", experiment: str = "", n:
     if not rows:
         raise ValueError("score: needs at least one answer")
     common: dict[str, Any] = {"split": split, "experiment": experiment}
-    right, slides = np.array([bool(r.gold) and r.chosen == r.gold for r in rows]), [r.slide for r in rows]
+    right, patients = np.array([bool(r.gold) and r.chosen == r.gold for r in rows]), [names.case_of(r.slide) for r in rows]
     seed = int(torch.randint(2**62, (), generator=gen))
     draw = lambda: torch.Generator().manual_seed(seed)
     out = []
     for level, subjects in _levels(rows).items():
         for subject, where in subjects.items():
             part = [rows[i] for i in where]
-            found = accuracy.accuracy(right[where], [slides[i] for i in where], n=n, gen=draw())
+            found = accuracy.accuracy(right[where], [patients[i] for i in where], n=n, gen=draw())
             out += accuracy.to_results({subject: found}, **common)
             plain = _plain(part, right[where], [rows[i].narrow or rows[i].broad for i in where])
             out += [Result(what=what, subject=subject, value=v, n=len(part), extra=extra, **common) for what, v, extra in plain]
         if level != OVERALL:
-            found = _macro(right, subjects, slides, n, draw())
+            found = _macro(right, subjects, patients, n, draw())
             out += accuracy.to_results({level: found}, what="macro_accuracy", **common)
     return out
 
@@ -126,7 +128,7 @@ def score_written(rows: Sequence[Written], *, split: str = "", experiment: str =
     """How good the answers of open questions are.
 
     "bleu_1" to "bleu_4" and "rouge_l" over all rows. Of the subjects "yes or no" and "short answers" also "accuracy" with its 95 %
-    interval, which draws whole slides, and "majority": the accuracy of giving the commonest written answer to every question.
+    interval, which draws whole patients, and "majority": the accuracy of giving the commonest written answer to every question.
 
     Raises:
         ValueError: no rows.
@@ -139,7 +141,7 @@ def score_written(rows: Sequence[Written], *, split: str = "", experiment: str =
             continue
         common = Counter(answers.normalise(r.gold) for r in part).most_common(1)[0][1]
         draw = torch.Generator().manual_seed(seed)
-        found = accuracy.accuracy([bool(r.right) for r in part], [r.slide for r in part], n=n, gen=draw)
+        found = accuracy.accuracy([bool(r.right) for r in part], [names.case_of(r.slide) for r in part], n=n, gen=draw)
         out += accuracy.to_results({subject: found}, split=split, experiment=experiment)
         out.append(Result(what="majority", subject=subject, value=common / len(part), n=len(part), split=split, experiment=experiment))
     return out
@@ -244,10 +246,10 @@ def _text(row: Answered) -> str:
 
 
 def _macro(
-    right: np.ndarray, subjects: Mapping[str, Sequence[int]], slides: Sequence[str], n: int, gen: torch.Generator
+    right: np.ndarray, subjects: Mapping[str, Sequence[int]], patients: Sequence[str], n: int, gen: torch.Generator
 ) -> accuracy.Accuracy:
-    """The mean accuracy of categories; drawn slides bring their rows of all categories."""
-    codes, k = metrics._codes(slides)
+    """The mean accuracy of categories; drawn patients bring their rows of all categories."""
+    codes, k = metrics._codes(patients)
     table = np.zeros((k, 2 * len(subjects)))
     for c, where in enumerate(subjects.values()):
         np.add.at(table[:, c], codes[where], right[where])

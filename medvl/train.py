@@ -465,6 +465,12 @@ def read_state(path: files.PathLike, device: str | torch.device = "cpu", *, mapp
         raw = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
         return State(**raw)
     except FileNotFoundError as e:
+        last = Path(path).with_name("last.pt")
+        if Path(path).name == "best.pt" and last.exists():
+            raise ValueError(
+                f"{path}: no validation has given a number, so there is no best state; the last one is {last}: the same command goes on "
+                "with training, and train.keep = 'last' takes it"
+            ) from e
         raise ValueError(f"{path}: no such checkpoint; train first, or name a run folder that has one") from e
     except (RuntimeError, TypeError, EOFError, OSError, ValueError, KeyError, AttributeError, pickle.UnpicklingError) as e:
         said = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__

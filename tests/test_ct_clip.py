@@ -267,7 +267,7 @@ def test_findings_of_one_class_and_other_findings_are_said_at_the_start(trained,
 
 def test_a_run_without_a_best_state_keeps_its_last(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(ct_clip_run, "_mean_auroc", lambda *args: float("nan"))
-    with pytest.raises(ValueError, match=r"no validation gave a number.*the last one is .*last.pt, and train.keep"):
+    with pytest.raises(ValueError, match=r"no validation has given a number.*the last one is .*last.pt.*train.keep"):
         ct_clip_run.fit(trained[0], tmp_path / "run", lambda line: None)
     assert train.read_state(tmp_path / "run/0-contrast/last.pt").step == 4
 

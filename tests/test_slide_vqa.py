@@ -278,6 +278,18 @@ def test_a_control_shows_no_slide_without_features(trained):
         assert gone in asked.slides or asked.slides != shown.slides
 
 
+def test_patients_that_were_trained_on_are_said(trained, tmp_path, caplog):
+    cfg = slide_vqa_run.load(trained[1])[0].cfg
+    slides = slide_vqa_run.slides_of(slide_vqa_run.read(cfg, "test"))
+    seen = slide_vqa_run.slides_of(slide_vqa_run.read(cfg, "questions"))[0]
+    table = slide_vqa.path(cfg, "test").read_text().replace(slides[0], seen)
+    (tmp_path / "test.csv").write_text(table)
+    slide_vqa_run.prepare(cfg, lambda line: None)
+    assert "no proof" not in caplog.text
+    slide_vqa_run.prepare(evolve(cfg, data=evolve(cfg.data, test=str(tmp_path / "test.csv"))), lambda line: None)
+    assert f"1 of {len(slides)} patients in test are in questions, too" in caplog.text
+
+
 def test_a_question_without_features_counts_as_wrong(trained, tmp_path):
     _, folder, _ = trained
     model, params, _ = slide_vqa_run.load(folder)

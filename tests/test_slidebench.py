@@ -145,6 +145,14 @@ def test_the_order_of_rows_does_not_matter_and_slides_are_drawn_whole(gen):
         assert math.isnan(r.low)
 
 
+def test_slides_of_one_case_are_drawn_together(gen):
+    named = lambda i: f"TCGA-AB-{i // 60:04d}-01Z-00-DX{i // 10 % 6}"
+    rows = [row(i < 60, i, broad="AB"[i % 2], slide=named(i)) for i in range(120)]  # twelve slides of two patients
+    for r in score(rows, n=200, gen=gen):
+        if "accuracy" in r.what and r.what != "balanced_accuracy":
+            assert (r.low, r.high, r.extra["groups"]) == (0, 1, 2)
+
+
 def test_macro_interval_is_that_of_the_mean_over_one_category(gen):
     rows = [row(i % 3 > 0, i, broad="A", slide=f"s{i // 4}") for i in range(120)]
     found = {(r.what, r.subject): r for r in score(rows, n=500, gen=gen)}

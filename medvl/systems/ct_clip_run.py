@@ -326,11 +326,6 @@ def _fit_stage(
     )
     if cfg.train.keep == "best":
         processes.meet()  # process 0 has written it
-        if not (folder / "best.pt").exists():
-            raise ValueError(
-                f"{folder}: no validation gave a number, so there is no best state; the last one is {folder / 'last.pt'}, and train.keep = "
-                '"last" takes it'
-            )
         state = train.read_state(folder / "best.pt", processes.device(cfg.train.device))
     return everything(state.params), state.means
 

@@ -11,7 +11,7 @@ from attrs import evolve
 from torch import Generator, Tensor
 
 from medvl import chat, choices, config, files, generation, plots, processes, report, slidebench, tuning
-from medvl.data import conversations, order, phantom_slide_talk
+from medvl.data import conversations, names, order, phantom_slide_talk
 from medvl.data.slide_questions import TAG, SlideTalk, published_as, read_slide_talks
 from medvl.display import Progress, track
 from medvl.results import Result
@@ -40,8 +40,10 @@ def prepare(cfg: Config, log: Callable[[str], None] = print) -> None:
     wanted = [*sorted({s.data for s in cfg.train.stages}), "valid", "test"]
     if missing := [path(cfg, what) for what in wanted if not path(cfg, what).exists()]:
         raise ValueError(f"{len(missing)} files are missing: {', '.join(map(str, missing))}; data.* says where they are")
+    people: dict[str, set[str]] = {}
     for what in wanted:
         held = read(cfg, what)
+        people[what] = {names.case_of(s) for s in slides_of(held)}
         if not cfg.data.blind and not slides_of(held):
             raise ValueError(f"{path(cfg, what)}: none of {len(held)} records names a slide; data.blind = true takes none")
         of = open_features(path(cfg, "features"), slides_of(held), dims=cfg.data.dims)
@@ -54,7 +56,23 @@ def prepare(cfg: Config, log: Callable[[str], None] = print) -> None:
         if what == "test" and cfg.evaluate.shuffled and not cfg.data.blind:
             _shuffled(held, cfg.seed, of.names)  # refuses what it cannot shuffle
     if cfg.pretrain.labels:
-        labelled(cfg)
+        people["labels"] = {names.case_of(row["slide"]) for row in labelled(cfg)[0]["train"]}
+    for trained in sorted({*people} - {"valid", "test"}):
+        _warn_of_shared_patients(people, trained)
+
+
+def _warn_of_shared_patients(people: Mapping[str, set[str]], trained: str) -> None:
+    """Published sets share some: that is not refused, but numbers go with it. Cases of TCGA are told by name, else slides."""
+    for scored in ("valid", "test"):
+        both = people[trained] & people[scored]
+        if both:
+            _log.warning(
+                "%d of %d patients in %s are in %s, too: what was learned of them is no proof",
+                len(both),
+                len(people[scored]),
+                scored,
+                trained,
+            )
 
 
 def read(cfg: Config, what: str) -> list[SlideTalk]:
