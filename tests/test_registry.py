@@ -1,6 +1,7 @@
 """registry: round trips, the reference's records, and what is refused."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -75,6 +76,14 @@ def test_registries_in_one_folder_leave_each_others_vectors_alone(place):
     registry.add(other, Record(name="ct", path="ct", vector=""), [0.0, 1.0])
     for path, wanted in ((one, [[0.6, 0.8]]), (other, [[0.0, 1.0]])):
         torch.testing.assert_close(registry.vectors(path, registry.read_registry(path)), torch.tensor(wanted))
+
+
+def test_those_who_add_at_the_same_time_lose_nothing(place):
+    names = [f"a{i}" for i in range(12)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda name: registry.add(place, Record(name=name, path="ct", vector=""), [1.0, float(name[1:])]), names))
+    assert sorted(r.name for r in registry.read_registry(place).adapters) == sorted(names)
+    assert not [*place.parent.glob(".*")]
 
 
 def test_a_vector_that_claims_to_be_huge_is_refused_before_anything_is_allocated(place):

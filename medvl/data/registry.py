@@ -155,14 +155,19 @@ def _start(path: files.PathLike, registry: Registry) -> str:
     return f"; relative paths start at {place_of(path, registry)}, give another root where they do not"
 
 
-def add(path: files.PathLike, record: Record, vector: Tensor | np.ndarray | Sequence[float]) -> Registry:
+def add(path: files.PathLike, record: Record, vector: Tensor | np.ndarray | Sequence[float], root: files.PathLike = "") -> Registry:
     """The registry with one adapter more, its vector written beside it; the file is made if it is not there.
 
+    Of several processes that add at the same time each waits for the others, so that none is lost.
+
+    Args:
+        root: as of `read_registry`.
     Raises:
         ValueError: as `extend`. Nothing is changed then.
     """
-    old = read_registry(path) if Path(path).exists() else Registry()
-    return extend(path, old, [(record, vector)])
+    with files.alone(path, wait=True):
+        old = read_registry(path, root) if Path(path).exists() else Registry()
+        return extend(path, old, [(record, vector)])
 
 
 def extend(path: files.PathLike, registry: Registry, new: Sequence[tuple[Record, Tensor | np.ndarray | Sequence[float]]]) -> Registry:

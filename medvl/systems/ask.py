@@ -295,7 +295,7 @@ def _add(where: Path, root: str, folder: str, samples: str, name: str, vector: s
         vectors = embed.embed(maker, [query_of(c)[0] for c in chosen], [query_of(c)[1] for c in chosen])
         mean, count, made = retrieve.adapter_vector(vectors).numpy(), len(chosen), maker.name
     about = {"name": name, "path": os.path.relpath(folder, place), "description": description, "category": category}
-    registry.extend(where, held, [(Record(**about, vector="", samples=count, embedder=made), mean)])
+    registry.add(where, Record(**about, vector="", samples=count, embedder=made), mean, root)
 
 
 def _list(where: Path, root: str, base: str) -> str:
