@@ -101,7 +101,7 @@ def experiments(c):
 @task(
     positional=[],
     help={
-        "source": "folder of scans, or CSV with a column path or VolumeName",
+        "source": "folder of scans, one scan, or CSV with a column path or VolumeName",
         "out": "the store to make or go on with, e.g. data/train.h5",
         "exp": "take the CT settings of this experiment instead of the defaults",
         "set_": "setting of CtConfig, e.g. preset=reference, repeatable",

@@ -353,6 +353,34 @@ def test_floats_saved_as_int16_are_the_values_they_stand_for(tmp_path, row):
     assert np.abs(v.voxels - expected.voxels).max() <= 1
 
 
+def test_a_scale_that_is_chosen_is_held_against_the_values(tmp_path):
+    """Floats saved as integers stay what they stand for with hu='metadata'; hu='none' does not read the integers as HU."""
+    nib.save(nib.Nifti1Image(_chest(), LPS), tmp_path / "hu.nii")
+    expected = preprocess(tmp_path / "hu.nii", SMALL)
+    raw = _as_int16(tmp_path / "raw.nii", _chest() + 1024.0, LPS)
+    v = preprocess(raw, evolve(SMALL, hu="metadata"), ROW)
+    assert v.hu_rule == "header+metadata"
+    assert np.abs(v.voxels - expected.voxels).max() <= 1
+    hu = _as_int16(tmp_path / "a.nii", _chest(), LPS)
+    with pytest.raises(ScanError, match=r"hu='none' leaves out the header's scale .*: with it 9\d% .*set hu='header'"):
+        preprocess(hu, evolve(SMALL, hu="none"))
+    with pytest.raises(ScanError, match=r"hu='metadata' needs a metadata row"):
+        preprocess(hu, evolve(SMALL, hu="metadata"))
+    header = _write(tmp_path / "b.nii", _chest() + np.int16(1024), LPS, slope=1, inter=-1024)
+    assert preprocess(header, evolve(SMALL, hu="metadata"), ROW).hu_rule == "metadata"
+
+
+def test_another_spacing_in_the_metadata_is_taken_with_a_word(tmp_path, caplog):
+    nib.save(nib.Nifti1Image(_chest(), LPS), tmp_path / "a.nii")
+    row = ROW | {"XYSpacing": "[3.0, 3.0]", "ZSpacing": "2.5"}
+    v = preprocess(tmp_path / "a.nii", evolve(SMALL, spacing_from="metadata"), row)
+    assert v.source_spacing_mm == (2.5, 3.0, 3.0)
+    assert "spacing is (3.0, 3.0, 2.5) mm by its metadata, which are taken, and (3.0, 3.0, 5.0) by its header" in caplog.text
+    caplog.clear()
+    preprocess(tmp_path / "a.nii", evolve(SMALL, spacing_from="metadata"), row | {"ZSpacing": "5.01"})
+    assert not caplog.text
+
+
 @pytest.mark.parametrize("intercept", [-1024, -8192])
 def test_a_header_that_scales_hu_again_is_refused(tmp_path, intercept):
     hu = _chest()

@@ -408,6 +408,14 @@ def test_what_a_killed_run_left_beside_the_store_is_removed(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [".s2.h5.abc.tmp", "in", "s.h5", "s.rejected.csv"]
 
 
+def test_one_scan_is_a_source_and_what_is_done_may_be_removed(tmp_path):
+    path = _folder(tmp_path) / "a.nii"
+    assert _run(tmp_path, path).done == 1
+    table = _text(tmp_path, "a.csv", "path\nin/a.nii\n")
+    path.unlink()
+    assert _run(tmp_path, table).skipped == 1
+
+
 def test_one_run_at_a_time(tmp_path):
     source = _folder(tmp_path)
     with files.alone(tmp_path / "s.h5"), pytest.raises(ValueError, match="another run is writing"):

@@ -5,6 +5,7 @@ superior, anterior, right). Here are the presets and the orientation; `hounsfiel
 """
 
 import itertools
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -22,6 +23,7 @@ from medvl.data.scans import ScanError
 from medvl.files import PathLike
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 HU = (-1000.0, 1000.0)  # every preset clips to this
 _MAX_VOXELS = 1024**3
@@ -245,26 +247,21 @@ def _first_scale(
 def _scale(cfg: CtConfig, header: scans.Header, sample: list[np.ndarray], row: Mapping[str, str] | None) -> Scale:
     """The scale of `cfg.hu`; a sample without slices is not looked at."""
     own = Scale(rule="header", slope=header.slope, intercept=header.intercept) if header.scaled else None
-    if cfg.hu == "none":
-        return Scale(rule="none")
     if cfg.hu == "header":
         if own is None:
             raise ScanError(f"{header.name}: hu='header' needs scl_slope in the header, it has none; use hu='none', 'metadata' or 'auto'")
         return own
     given, fault = _rescale(row)
-    if cfg.hu == "auto":
-        try:
-            return hounsfield.choose_scale(np.concatenate(sample), own, given)
-        except ValueError as e:
-            raise ScanError(f"{header.name}: {e}{fault and f'; {fault}'}") from e
-    if given is None:
+    if cfg.hu == "metadata" and given is None:
         raise ScanError(f"{header.name}: hu='metadata' needs a metadata row with {' and '.join(metadata_table.RESCALE)}; {fault}")
-    if sample:
-        try:
-            hounsfield.check_scale(np.concatenate(sample), given)
-        except ValueError as e:
-            raise ScanError(f"{header.name}: {e}") from e
-    return given
+    chosen = given if cfg.hu == "metadata" and given is not None else Scale(rule="none")
+    if not sample:
+        return chosen
+    values = np.concatenate(sample)
+    try:
+        return hounsfield.choose_scale(values, own, given) if cfg.hu == "auto" else hounsfield.check_scale(values, chosen, own)
+    except ValueError as e:
+        raise ScanError(f"{header.name}: {e}{fault and f'; {fault}'}") from e
 
 
 def _rescale(row: Mapping[str, str] | None) -> tuple[Scale | None, str]:
@@ -292,9 +289,14 @@ def _spacing(cfg: CtConfig, header: scans.Header, row: Mapping[str, str] | None)
         if row is None:
             raise ScanError(f"{header.name}: spacing_from='metadata' needs a metadata row with {' and '.join(metadata_table.SPACING)}")
         try:
-            return metadata_table.spacing_mm(row)
+            spacing = metadata_table.spacing_mm(row)
         except ValueError as e:
             raise ScanError(f"{header.name}: {e}") from e
+        if header.placed and not np.allclose(sorted(spacing), sorted(header.spacing_mm), rtol=0.01):
+            log.warning(
+                "%s: spacing is %s mm by its metadata, which are taken, and %s by its header", header.name, spacing, header.spacing_mm
+            )
+        return spacing
     if not header.placed and cfg.preset != "reference" and header.spacing_mm == (1.0, 1.0, 1.0):
         raise ScanError(f"{header.name}: its header has no spacing; set spacing_from='metadata' and give the metadata row")
     return header.spacing_mm

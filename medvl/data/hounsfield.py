@@ -68,7 +68,7 @@ def choose_scale(stored: np.ndarray, header: Scale | None = None, row: Scale | N
     scaled = row.apply(patient)
     with_row, without = _share(scaled, TISSUE), _share(patient, TISSUE)
     row_fits = _has_air(row.apply(values)) and _has_soft_tissue(scaled)
-    row_is_better = row_fits and 1 - with_row < (1 - without) / 2
+    row_is_better = row_fits and _is_better(with_row, without)
     if is_hu:
         return join(own, row) if row_is_better else own
     if not padded:
@@ -90,13 +90,33 @@ def join(first: Scale, then: Scale) -> Scale:
     return Scale(rule=rule, slope=then.slope * first.slope, intercept=then.slope * first.intercept + then.intercept)
 
 
-def check_scale(stored: np.ndarray, row: Scale) -> None:
-    """Raise ValueError where a metadata scale makes less tissue of stored values [n] than they are without it."""
+def check_scale(stored: np.ndarray, chosen: Scale, header: Scale | None = None) -> Scale:
+    """The scale that a user chose, held against the values.
+
+    Args:
+        stored: [n] sampled voxels.
+        chosen: rule "none" or "metadata".
+        header: the header's scale, where it has one; such that floats were saved as integers with is part of what the values are.
+    Returns:
+        the scale; of the metadata on top of the header's where that halves what is no tissue.
+    Raises:
+        ValueError: without it, or with the header's, more of the voxels are tissue.
+    """
     values = stored.astype(np.float64).ravel()
     values = _where_any(values, values >= PADDING)
-    with_row, without = _share(row.apply(values), TISSUE), _share(values, TISSUE)
-    if with_row < without:
-        raise ValueError(_applied_before("the metadata's", row, with_row, without))
+    with_it, without = _share(chosen.apply(values), TISSUE), _share(values, TISSUE)
+    scaled = header is not None and (header.slope, header.intercept) != (1.0, 0.0)
+    both = join(header, chosen) if header is not None and scaled else chosen
+    with_both = _share(both.apply(values), TISSUE)
+    header_counts = _is_better(with_both, with_it)
+    if header_counts and chosen.rule == "none":
+        raise ValueError(
+            f"hu='none' leaves out the header's scale {both}: with it {with_both:.0%} of the voxels lie between {TISSUE[0]:g} and "
+            f"{TISSUE[1]:g} HU, without it {with_it:.0%}; set hu='header'"
+        )
+    if without > (with_both if header_counts else with_it):
+        raise ValueError(_applied_before("the metadata's", chosen, with_it, without))
+    return both if header_counts else chosen
 
 
 def _applied_before(whose: str, scale: Scale, with_it: float, without: float) -> str:
@@ -116,6 +136,11 @@ def _refuse_applied_before(stored: np.ndarray, header: Scale) -> None:
     if is_hu and (without > with_it or not _has_soft_tissue(values)):
         message = _applied_before("the header's", header, with_it, without)
         raise ValueError(f"{message}, hu='header' if the header is right")
+
+
+def _is_better(share: float, other: float) -> bool:
+    """Whether a share of tissue is clearly better: what is no tissue is halved."""
+    return 1 - share < (1 - other) / 2
 
 
 def _background(values: np.ndarray) -> np.ndarray:

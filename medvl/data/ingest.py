@@ -70,8 +70,8 @@ def preprocess_folder(
     Scans that cannot be used are listed in `rejected_csv(out)` (written at the end of a run) and tried again by the next run.
 
     Args:
-        source: a folder, searched with all its subfolders for `.nii` and `.nii.gz`, or a CSV with a column `path` (or `VolumeName`),
-            relative to the CSV.
+        source: a folder, searched with all its subfolders for `.nii` and `.nii.gz`, one such file, or a CSV with a column `path` (or
+            `VolumeName`), relative to the CSV.
         metadata_csv: table with a column `VolumeName`; a scan without a row in it is rejected.
         workers: 1 works in this process; more are fresh processes, so a script needs `if __name__ == "__main__":`. A scan whose
             worker dies (out of memory) is then rejected and the run goes on.
@@ -115,6 +115,8 @@ def find_scans(source: PathLike) -> dict[str, Path]:
     source = Path(source)
     if source.is_dir():
         found = _scans_below(source)
+    elif source.name.lower().endswith((".nii", ".nii.gz")):
+        found = [source]
     else:
         rows = files.read_csv(source)
         column = next((c for c in ("path", "VolumeName") if c in rows[0]), None)
@@ -160,7 +162,7 @@ def _check_sources(out: Path, paths: dict[str, Path]) -> bool:
     done = {*volumes.names}
     replaced = []
     for name, path in paths.items():
-        if name in done:
+        if name in done and path.is_file():  # what is done may be removed
             row, stat = volumes.row(name), path.stat()
             same = (row["source_bytes"], row["source_mtime_ns"]) == (stat.st_size, stat.st_mtime_ns)
             if not same and row["source_digest"] != _digest(path):  # a copy of the same file has another time
