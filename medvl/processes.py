@@ -3,12 +3,16 @@
 import atexit
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_alone = False  # of the whole process, its threads too
 
 
 def join(**how: Any) -> None:
@@ -38,9 +42,24 @@ def _leave() -> None:
         time.sleep(0.3)
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """This process works for itself while the block lasts: there is one, and nothing is shared with the others or waits for them.
+
+    For what process 0 does while the others wait or are gone: it may train and evaluate with the functions that share where they can.
+    """
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
 def world() -> int:
     """Number of processes that train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    joined = dist.is_available() and dist.is_initialized() and not _alone
+    return dist.get_world_size() if joined else 1
 
 
 def rank() -> int:

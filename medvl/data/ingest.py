@@ -1,7 +1,6 @@
 """A folder of CT scans into one store: resumable, in many processes, with every refused scan and its reason in a table; contact sheets."""
 
 import functools
-import hashlib
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,7 +35,7 @@ FIELDS = (  # a row of the store, beside its name: what `Volume` knows
 SOURCE_FIELDS = (  # and which file it was made from, so that another file of that name is noticed
     ("source_bytes", "i8"),
     ("source_mtime_ns", "i8"),
-    ("source_digest", "S32"),
+    ("source_digest", "S64"),
 )
 REJECTED = ("name", "path", "reason")
 
@@ -165,7 +164,7 @@ def _check_sources(out: Path, paths: dict[str, Path]) -> bool:
         if name in done and path.is_file():  # what is done may be removed
             row, stat = volumes.row(name), path.stat()
             same = (row["source_bytes"], row["source_mtime_ns"]) == (stat.st_size, stat.st_mtime_ns)
-            if not same and row["source_digest"] != _digest(path):  # a copy of the same file has another time
+            if not same and row["source_digest"] != files.file_digest(path):  # a copy of the same file has another time
                 replaced.append(name)
     if replaced:
         raise ValueError(
@@ -173,11 +172,6 @@ def _check_sources(out: Path, paths: dict[str, Path]) -> bool:
             "other names, or remove the store to make it anew"
         )
     return True
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def _one(job: _Job, out: Path, cfg: CtConfig, tracked: bool) -> tuple[str, str]:
@@ -191,7 +185,7 @@ def _one(job: _Job, out: Path, cfg: CtConfig, tracked: bool) -> tuple[str, str]:
     row = {f[0]: getattr(volume, f[0]) for f in FIELDS}
     if tracked:
         stat = job.path.stat()
-        row |= {"source_bytes": stat.st_size, "source_mtime_ns": stat.st_mtime_ns, "source_digest": _digest(job.path)}
+        row |= {"source_bytes": stat.st_size, "source_mtime_ns": stat.st_mtime_ns, "source_digest": files.file_digest(job.path)}
     store.put(_opened(out), job.name, volume.voxels, row)
     return "", f"HU = {volume.slope:g} * stored + {volume.intercept:g} ({volume.hu_rule}), slices {volume.occupied}"
 

@@ -102,7 +102,8 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
     if cfg.train is not None:
         _fit_adapters(model, params, held, read(cfg, "valid"), folder, log)
         if processes.rank() == 0 and not model.registry.exists():
-            make_registry(cfg, held, folder, log)
+            with processes.alone():  # a retriever is trained, by this process
+                make_registry(cfg, held, folder, log)
         processes.meet()
     return model, params, {}
 

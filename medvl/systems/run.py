@@ -114,7 +114,10 @@ def run(exp: str, overrides: Sequence[str] = (), log: Callable[[str], None] = pr
         log(f"data in place after {_minutes(start)}")
         model, params, means = system.fit(cfg, folder, log)
         log(f"trained after {_minutes(start)}")
-        rows = _assess(system, model, params, means, folder / "results", folder.name, log) if processes.rank() == 0 else []
+        rows: list[Result] = []
+        if processes.rank() == 0:
+            with processes.alone():
+                rows = _assess(system, model, params, means, folder / "results", folder.name, log)
         log(f"done after {_minutes(start)}")
     return rows
 
@@ -199,7 +202,8 @@ def _describe(folder: Path, cfg: Any) -> None:
 def _first(make: Callable[[], None]) -> None:
     """Process 0 makes what all need; the others wait and find it made: they hold no lock that it holds, and draw nothing again."""
     if processes.rank() == 0:
-        make()
+        with processes.alone():
+            make()
     processes.meet()
 
 
