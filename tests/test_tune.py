@@ -421,6 +421,34 @@ def test_answers_that_find_no_room_are_refused_before_training(tmp_path):
     assert not [*(tmp_path / "run").rglob("*.pt")]
 
 
+def test_what_was_answered_is_kept_when_a_later_batch_fails(tmp_path, monkeypatch):
+    raw = with_files(tmp_path, [{"query": f"q {i}", "response": "a"} | ({"category": "x"} if i else {}) for i in range(5)])
+    cfg = config.structure(raw, Config, "test")
+    model, params, _ = tune_run.fit(cfg, tmp_path / "run", lambda _: None)
+    real, calls = chat.answer, []
+
+    def fails(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise FloatingPointError("logits are not finite")
+        return real(*args)
+
+    monkeypatch.setattr(chat, "answer", fails)
+    home = tmp_path / "run/results"
+    with pytest.raises(FloatingPointError):
+        tune_run.assess(model, params, {}, home, "x")
+    kept = [json.loads(line) for line in (home / "answers.unfinished.jsonl").read_text().splitlines()]
+    assert [line["row"] for line in kept] == [0, 1, 2]
+    monkeypatch.setattr(chat, "answer", real)
+    rows, _ = tune_run.assess(model, params, {}, home, "x")
+    lines = [json.loads(line) for line in (home / "answers.jsonl").read_text().splitlines()]
+    assert [line["answer"] for line in lines[:3]] == [line["answer"] for line in kept]
+    assert len(lines) == 5
+    assert lines[0].keys() == {"id", "category", "answer", "gold", "right"}
+    assert not (home / "answers.unfinished.jsonl").exists()
+    assert {r.subject for r in rows if r.what == "accuracy"} == {"all", "x", "without a category"}  # one without does not hide the others
+
+
 def test_deep_greys_are_shown_through_the_window(tmp_path):
     import numpy as np
 

@@ -19,6 +19,7 @@ from medvl.data import conversations, phantom_pictures
 from medvl.data.conversation_files import Conversation, check_gold, read_conversations
 from medvl.display import track
 from medvl.hlora_files import write_hlora
+from medvl.progress import resumed
 from medvl.results import Result
 from medvl.systems import tune
 from medvl.systems.tune import Config, Model
@@ -145,16 +146,14 @@ def load(folder: Path) -> tuple[Model, Tree, Tree]:
 def assess(model: Model, params: Tree, means: Tree, folder: Path, experiment: str) -> tuple[list[Result], Path]:
     """Answer the last question of every test conversation; writes answers, results and the report into `folder`."""
     cfg, held = model.cfg, read(model.cfg, "test")
-    data = chat.encode(model.chat, held, prompt=True)
-    said = answer(model, params, data)
-    gold = [c.messages[-1]["content"] for c in held]
-    right = [same_answer(a, g) for a, g in zip(said, gold, strict=True)]
-    kinds = [str(c.extra.get("category", "")) for c in held]
-    lines = [
-        json.dumps({"id": c.id, "category": k, "answer": a, "gold": g, "right": r}, ensure_ascii=False) + "\n"
-        for c, k, a, g, r in zip(held, kinds, said, gold, right, strict=True)
-    ]
-    files.write_text(folder / "answers.jsonl", "".join(lines))
+    lines = answer_conversations(model, params, held, folder / "answers.unfinished.jsonl")
+    files.write_text(folder / "answers.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    (folder / "answers.unfinished.jsonl").unlink()
+    gold = [line["gold"] for line in lines]
+    right = [line["right"] for line in lines]
+    kinds = [line["category"] for line in lines]
+    if any(kinds):
+        kinds = [kind or "without a category" for kind in kinds]
     gen, each = torch.Generator().manual_seed(cfg.seed), range(len(right))
     found = {"all": accuracy(right, each, n=cfg.evaluate.bootstrap, gen=gen)}
     if all(kinds):
@@ -168,6 +167,30 @@ def assess(model: Model, params: Tree, means: Tree, folder: Path, experiment: st
     last = folder.parent / f"{len(cfg.train.stages) - 1}-{cfg.train.stages[-1].name}" / "metrics.jsonl"
     notes = ("An answer is right when it says the same as the written one in the same words, side and negation included; greedy decoding.",)
     return rows, report.write_report(folder, f"{experiment}: answers", rows, {"Training": plots.curves(last)}, notes)
+
+
+def answer_conversations(model: Model, params: Tree, conversations: Sequence[Conversation], path: Path) -> list[dict[str, Any]]:
+    """A line for each conversation: its answer, the written one, and whether they say the same.
+
+    Lines are written to `path` batch by batch, so that those of earlier batches are kept where a later one fails. What an earlier
+    evaluation left there is written over: it may be of other weights.
+    """
+    data = chat.encode(model.chat, conversations, prompt=True)
+    weights, size = tune.weights_of(model, params), model.cfg.evaluate.batch
+    batches = [range(i, min(i + size, len(conversations))) for i in range(0, len(conversations), size)]
+
+    def answer_batch(rows: Sequence[int]) -> list[dict[str, Any]]:
+        texts = _answers(model, weights, data, rows)
+        return [_line(conversations[row], text) for row, text in zip(rows, texts, strict=True)]
+
+    path.unlink(missing_ok=True)
+    lines = resumed(path, batches, answer_batch, title="answering, batch")
+    return [{key: value for key, value in line.items() if key != "row"} for line in lines]
+
+
+def _line(conversation: Conversation, text: str) -> dict[str, Any]:
+    gold, category = conversation.messages[-1]["content"], str(conversation.extra.get("category", ""))
+    return {"id": conversation.id, "category": category, "answer": text, "gold": gold, "right": same_answer(text, gold)}
 
 
 def ask(folder: Path, text: str, images: Sequence[files.PathLike] = (), most: int = 256) -> str:
@@ -187,11 +210,16 @@ def ask(folder: Path, text: str, images: Sequence[files.PathLike] = (), most: in
 
 def answer(model: Model, params: Tree, data: Encoded) -> list[str]:
     """Greedy answers to prompts."""
-    size, said, held = model.cfg.evaluate.batch, list[str](), tune.weights_of(model, params)
+    weights, size = tune.weights_of(model, params), model.cfg.evaluate.batch
+    texts = list[str]()
     for i in track(range(0, len(data.samples), size), "answering, batch"):
-        batch = chat.collate(model.chat, data, range(i, min(i + size, len(data.samples))), side="left")
-        said += chat.answer(model.chat, held, batch, model.cfg.evaluate.max_tokens).texts
-    return said
+        texts += _answers(model, weights, data, range(i, min(i + size, len(data.samples))))
+    return texts
+
+
+def _answers(model: Model, weights: dict[str, torch.Tensor], data: Encoded, rows: Sequence[int]) -> Sequence[str]:
+    batch = chat.collate(model.chat, data, rows, side="left")
+    return chat.answer(model.chat, weights, batch, model.cfg.evaluate.max_tokens).texts
 
 
 # Before a run ---------------------------------------------------------------------------------------------------------------------------
