@@ -16,6 +16,10 @@ from medvl.projector import ProjectConfig
 from medvl.tree import Tree
 
 _WRAP, _PREFIX = "model_state_dict", "compressor."
+_WEIGHTS_ALONE = (
+    "python -c \"import torch; x = torch.load({0!r}, weights_only=False, map_location='cpu'); "
+    "torch.save(x.get('model_state_dict', x.get('state_dict', x)), {1!r})\""
+)
 _EXPERT = {0: "up", 3: "down", 4: "norm"}  # 1 and 2 are the GELU and the dropout
 _KEY = re.compile(r"gate\.(weight|bias)|experts\.(0|[1-9]\d*)\.net\.[034]\.(weight|bias)")
 _PROJECT = {"proj.0": "up", "proj.2": "down"}
@@ -154,17 +158,31 @@ def _open(path: Path, where: str) -> dict[str, Entry]:
     if not path.is_file():
         raise ValueError(f"{where}: {path}: no such file")
     if path.suffix == ".safetensors":
-        return open_weights(path, str(path))
+        return _unwrapped(open_weights(path, str(path)))
     try:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, ValueError, *files.BROKEN) as e:
+        if isinstance(e, pickle.UnpicklingError) and "numpy" in str(e):
+            alone = _WEIGHTS_ALONE.format(str(path), f"{path.with_suffix('')}_weights.pt")
+            raise ValueError(
+                f"{where}: {path} holds NumPy numbers beside its weights, such as metrics; they can run code when they are loaded, and so "
+                f"are not. If you trust the file, write its weights alone once: {alone}"
+            ) from e
         said = ([*str(e).splitlines()] or [""])[0].partition(". ")[0]
         raise ValueError(f"{where}: {path} is not a file of plain tensors, or broken ({type(e).__name__}: {said})") from e
     if isinstance(state, dict) and isinstance(state.get(_WRAP), dict):
         state = state[_WRAP]
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in state.items()):
         raise ValueError(f"{where}: {path} must hold a dict of tensors, by itself or as {_WRAP}")
-    return entries_of(state)
+    return _unwrapped(entries_of(state))
+
+
+def _unwrapped(entries: dict[str, Entry]) -> dict[str, Entry]:
+    """Names without what DistributedDataParallel and torch.compile put before all of them."""
+    for prefix in ("module.", "_orig_mod.", "module."):
+        if entries and all(name.startswith(prefix) for name in entries):
+            entries = {name.removeprefix(prefix): entry for name, entry in entries.items()}
+    return entries
 
 
 def _check_ending(where: str, path: Path, nested: bool) -> None:

@@ -2,6 +2,7 @@
 
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -139,6 +140,23 @@ def test_other_files(state, gen, tmp_path):
     torch.save(state, tmp_path / "c.pt")
     with pytest.raises(ValueError, match=r"top_k lie in 1\.\.slots"):
         read_compressor(tmp_path / "c.pt", top_k=4)
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"model_state_dict": s}])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_names_as_wrappers_write_them(state, tmp_path, prefix, wrap):
+    torch.save(state, tmp_path / "plain.pt")
+    torch.save(wrap({prefix + k: t for k, t in state.items()}), tmp_path / "c.pt")
+    plain, found = (tree.flatten(read_compressor(tmp_path / f"{n}.pt")[1]) for n in ("plain", "c"))
+    assert all(torch.equal(t, found[n]) for n, t in plain.items())
+
+
+def test_a_checkpoint_with_numpy_metrics_says_how_to_read_it(state, tmp_path):
+    torch.save({"model_state_dict": state, "best_auc": np.float64(0.9)}, tmp_path / "best.pt")
+    with pytest.raises(ValueError, match=r"best.pt holds NumPy numbers beside its weights, such as metrics.*best_weights.pt") as e:
+        read_compressor(tmp_path / "best.pt")
+    exec(str(e.value).split('python -c "')[1].rstrip('"'))
+    read_compressor(tmp_path / "best_weights.pt")
 
 
 def test_what_cannot_be_written(gen, tmp_path):

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -305,6 +306,24 @@ def test_a_question_without_features_counts_as_wrong(trained, tmp_path):
     assert len(lost) == 13
     assert not any(p["right"] or p["chosen"] for p in lost)
     assert next(r.value for r in rows if r.what == "missing" and r.n == 39) == 13
+
+
+def test_features_of_another_encoder_are_refused(trained, tmp_path):
+    """They have the width that the run was trained on, so nothing else would notice."""
+    place, folder, _ = trained
+    model, _, _ = slide_vqa_run.load(folder)
+    (features,) = {p.parent for p in (place / "data").rglob("*.h5")}
+    trained_on = json.loads((folder / "encoder.json").read_text())
+    shutil.copytree(features, tmp_path / "other")
+    for path in (tmp_path / "other").glob("*.h5"):
+        with h5py.File(path, "r+") as f:
+            f["features"].attrs["encoder"] = "phikon"
+    said = rf"was trained on features of the encoder '{trained_on['encoder']}', those of .* are of 'phikon'; take features of the same"
+    moved = evolve(model, cfg=evolve(model.cfg, data=evolve(model.cfg.data, features=str(tmp_path / "other"))))
+    with pytest.raises(ValueError, match=said):
+        slide_vqa_run.tokens_of(moved, folder, slide_vqa_run.read(model.cfg, "test"))
+    with pytest.raises(ValueError, match=said):
+        slide_vqa_look.look_at_slide(folder, next((tmp_path / "other").glob("*.h5")), "Which tissue is there?")
 
 
 def test_captions_and_open_questions_leave_every_prediction(trained, tmp_path):

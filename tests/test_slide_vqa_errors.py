@@ -167,6 +167,9 @@ RECORDS = [
     ({"train__stages__1__data": "labels"}, 'stage questions: data must be "captions" or "questions"'),
     ({"train__chunk": 3}, "train.chunk must divide train.batch, got 3 and 2"),
     ({"train__stages__1__train": []}, "stage questions: train must name parameters"),
+    ({"train__stages__0__warmup": 2}, "stage captions: warmup must lie within its 1 steps, got 2"),
+    ({"pretrain__warmup": 2}, "pretrain.warmup must lie within its 1 steps, got 2"),
+    ({"data__dims": -5}, "data.dims must"),
     ({"train__stages__1__steps": 0}, "stage questions.steps must be 1 or more, got 0"),
     ({"train__stages": [QUESTIONS, CAPTIONS]}, 'put a stage with data = "captions" before'),
     ({"evaluate__batch": 0}, "evaluate.batch must be 1 or more, got 0"),
@@ -284,7 +287,7 @@ def test_bad_records(place, runs, change, message):
 def test_what_cannot_be_trained_is_refused_before_training(place, runs, change, message):
     with pytest.raises(ValueError, match=message):
         start(place, **named(change, place))
-    assert {p.name for p in check_whole(runs) if "tokenizer" not in p.parts} <= {"config.json", "environment.json"}
+    assert {p.name for p in check_whole(runs) if "tokenizer" not in p.parts} <= {"config.json", "environment.json", "log.txt"}
 
 
 @pytest.mark.parametrize(("edit", "change", "message"), BAD_FILES, ids=map(of, BAD_FILES))
@@ -292,7 +295,7 @@ def test_bad_files_are_refused_before_training(place, runs, edit, change, messag
     edit(place / "data")
     with pytest.raises(ValueError, match=message):
         start(place, **named(change, place))
-    assert {p.name for p in check_whole(runs) if "tokenizer" not in p.parts} <= {"config.json", "environment.json"}
+    assert {p.name for p in check_whole(runs) if "tokenizer" not in p.parts} <= {"config.json", "environment.json", "log.txt"}
 
 
 @pytest.mark.parametrize(("edit", "message"), BAD_PATCHES, ids=map(of, BAD_PATCHES))
@@ -443,6 +446,19 @@ def test_evaluations_of_what_is_not_there(place, runs, trained, edit, settings, 
     check_whole(runs)
 
 
+def test_labels_count_the_tokens_of_the_compressors_file(place, capsys):
+    """Its slots are those of the file, whatever the record says."""
+    compressed(slots=5)(place / "data")
+    counts = []
+    for change in ({}, {"pretrain": {"file": str(place / "data/x.pt")}}):
+        (place / "toy.json").write_text(json.dumps(record(place / "data", **change, compress__top_k=1)))
+        run.labels(str(place / "toy.json"), (), 0)
+        counts.append(int(re.search(r"<\|image_pad\|> x (\d+)", capsys.readouterr().out)[1]))
+        cfg = config.load(place / "toy.json", Config)
+        assert slide_vqa_run.memory(cfg, place / "runs" / "x")
+    assert counts == [2, 5]
+
+
 def test_a_sample_that_is_not_there(place):
     (place / "toy.json").write_text(json.dumps(record(place / "data")))
     with pytest.raises(ValueError, match=r"labels: sample must be below 8, got 8"):
@@ -482,5 +498,5 @@ def test_a_run_with_such_conversations_ends_with_finite_losses(place, runs):
     start(place)
     (folder,) = runs.iterdir()
     lines = [json.loads(line) for line in (folder / "1-questions/metrics.jsonl").read_text().splitlines()]
-    assert all(np.isfinite(v) for line in lines for v in line.values())
+    assert all(np.isfinite(v) for line in lines for k, v in line.items() if k != "time")
     assert all(line["tokens"] > 0 for line in lines)

@@ -49,6 +49,7 @@ def look_at_slide(
     folder = Path(folder)
     model, params, _ = slide_vqa_run.load(folder)
     of = open_slide(slide, slide_vqa.path(model.cfg, "features"), dims=model.compress.dim)
+    slide_vqa_run.check_encoder(folder, of)
     tokens = slide_tokens(model.compress, model.compressor, of, folder / "tokens")
     turns = {"role": "user", "content": f"<image>\n{question}"}, {"role": "assistant", "content": ""}
     talk = SlideTalk(messages=turns, slides=of.names)

@@ -1,5 +1,6 @@
 """How slide_vqa runs: data put in place, the compressor trained and frozen, two stages, the benchmark, the map of an answer."""
 
+import json
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
@@ -11,11 +12,12 @@ from attrs import evolve
 from torch import Generator, Tensor
 
 from medvl import chat, choices, config, files, generation, plots, processes, report, slidebench, tuning
+from medvl.checkpoints import read_json
 from medvl.data import conversations, names, order, phantom_slide_talk
 from medvl.data.slide_questions import TAG, SlideTalk, published_as, read_slide_talks
 from medvl.display import Progress, track
 from medvl.results import Result
-from medvl.slide_tokens import open_features, slide_tokens
+from medvl.slide_tokens import Features, open_features, slide_tokens
 from medvl.slots import CompressConfig
 from medvl.systems import slide_vqa
 from medvl.systems.slide_vqa import Config, Encoded, Model, folder_of, path
@@ -25,6 +27,7 @@ from medvl.tuning import Stage
 
 _log = logging.getLogger("medvl")
 _MEAN = "mean_token.npy"
+_ENCODER = "encoder.json"  # of the features that a run was trained on
 
 
 # Data -----------------------------------------------------------------------------------------------------------------------------------
@@ -111,6 +114,7 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
     texts = [m["content"] for of in trained.values() for t in of for m in t.messages]
     held = trained | {"valid": read(cfg, "valid")[: cfg.train.valid or None], "test": read(cfg, "test")}
     encoded = _encoded(cfg, folder, held, texts)
+    _remember_encoder(cfg, folder, slides_of([t for of in held.values() for t in of]))
     compressor = fit_compressor(cfg, folder, log)
     model, params = slide_vqa.init(cfg, folder, compressor, texts, device=processes.device(cfg.train.device))
     tokens, valid = tokens_of(model, folder, [t for of in held.values() for t in of], together=True), encoded["valid"]
@@ -185,12 +189,40 @@ def tokens_of(model: Model, folder: Path, talks: Sequence[SlideTalk], *, togethe
     if model.cfg.data.blind:
         return {}
     of = open_features(path(model.cfg, "features"), slides_of(talks), dims=model.compress.dim)
+    check_encoder(folder, of)
     tokens = partial(slide_tokens, model.compress, model.compressor, of, folder / "tokens")
     if together and processes.world() > 1:
         if mine := of.names[processes.rank() :: processes.world()]:
             tokens(names=mine)
         processes.meet()
     return tokens()
+
+
+def _remember_encoder(cfg: Config, folder: Path, slides: Sequence[str]) -> None:
+    """Keep in the run folder by which encoder the features were made that it is trained on, where they say it."""
+    if cfg.data.blind and not cfg.pretrain.labels:
+        return
+    labels = [row["slide"] for part in labelled(cfg)[0].values() for row in part] if cfg.pretrain.labels else []
+    of = open_features(path(cfg, "features"), [*slides, *labels], dims=cfg.data.dims)
+    check_encoder(folder, of)
+    if of.encoder and processes.rank() == 0:
+        files.write_text(folder / _ENCODER, json.dumps({"encoder": of.encoder, "dims": of.dims}) + "\n")
+
+
+def check_encoder(folder: Path, of: Features) -> None:
+    """Refuse features of another encoder than a run was trained on; of one width they would give answers, and wrong ones.
+
+    Raises:
+        ValueError: both say their encoder, and they differ.
+    """
+    if not of.encoder or not (folder / _ENCODER).is_file():
+        return
+    trained = read_json(folder / _ENCODER).get("encoder")
+    if trained != of.encoder:
+        raise ValueError(
+            f"{folder}: was trained on features of the encoder {trained!r}, those of {of.names[0]} are of {of.encoder!r}; take features "
+            "of the same encoder"
+        )
 
 
 def mean_token(folder: Path, model: Model) -> Tensor:
@@ -352,7 +384,7 @@ def labels(cfg: Config, folder: Path, number: int = 0) -> str:
     held = read(cfg, cfg.train.stages[-1].data)
     if not 0 <= number < len(held):
         raise ValueError(f"labels: sample must be below {len(held)}, got {number}")
-    model, _ = slide_vqa.init(cfg, folder, (cfg.compress, {}), _texts(cfg), device=torch.device("meta"))
+    model, _ = slide_vqa.init(cfg, folder, (_file_sizes(cfg), {}), _texts(cfg), device=torch.device("meta"))
     return conversations.show(model.chat.tokenizer, slide_vqa.encode(model, held[number : number + 1]).samples[0])
 
 
@@ -361,7 +393,7 @@ def memory(cfg: Config, folder: Path, processes: int = 1) -> dict[str, dict[str,
 
     One slide a conversation, and all text up to the context trained.
     """
-    sizes = evolve(cfg.compress, dim=cfg.data.dims or cfg.compress.dim)
+    sizes = _file_sizes(cfg)
     model, params = slide_vqa.init(cfg, folder, (sizes, {}), _texts(cfg), device=torch.device("meta"))
     n = tuning.rows_of(cfg.train, processes)
     ids = torch.ones(n, cfg.chat.context, dtype=torch.int64)
@@ -373,6 +405,13 @@ def memory(cfg: Config, folder: Path, processes: int = 1) -> dict[str, dict[str,
     loss = slide_vqa.loss_of(model)
     foretold = partial(tuning.memory_of, seed=cfg.seed, processes=processes)
     return {s.name: foretold(cfg.train, s, params, loss, slide_vqa.cut, batch) for s in cfg.train.stages}
+
+
+def _file_sizes(cfg: Config) -> CompressConfig:
+    """Those of the compressor's file, if it is there, else those of the record."""
+    if cfg.pretrain.file and Path(cfg.pretrain.file).exists():
+        return slide_vqa.open_compressor(cfg)[0]
+    return evolve(cfg.compress, dim=cfg.data.dims or cfg.compress.dim)
 
 
 def _texts(cfg: Config) -> list[str]:
