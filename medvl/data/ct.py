@@ -30,7 +30,7 @@ _MAX_VOXELS = 1024**3
 _MM = (0.01, 1000.0)  # of an output voxel
 _SIZES = {"mm": (160, 224, 224), "reference": (160, 224, 224), "ctclip": (240, 480, 480), "merlin": (160, 224, 224)}
 _SPACINGS = {"mm": (3.0, 1.75, 1.75), "reference": (), "ctclip": (1.5, 0.75, 0.75), "merlin": (3.0, 1.5, 1.5)}
-_SAMPLED = 64  # voxels along each axis of a slice that are looked at to tell what the values are
+_SAMPLED = 32  # voxels along each axis of a slice that are looked at to tell what the values are
 
 
 @frozen(kw_only=True)
