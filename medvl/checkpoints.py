@@ -219,8 +219,8 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     """A flat dict of tensors that torch.save wrote; nothing in the file is run."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as e:
-        raise ValueError(f"load: {path} is not a file of plain tensors, or broken ({(str(e).splitlines() or ['it is empty'])[0]})") from e
+    except (pickle.UnpicklingError, ValueError, *files.BROKEN) as e:
+        raise ValueError(f"load: {path} is not a file of plain tensors, or broken ({files.reason(e)})") from e
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise ValueError(f"load: {path} must hold one flat dict of tensors")
     return state

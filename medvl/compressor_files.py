@@ -168,8 +168,7 @@ def _open(path: Path, where: str) -> dict[str, Entry]:
                 f"{where}: {path} holds NumPy numbers beside its weights, such as metrics; they can run code when they are loaded, and so "
                 f"are not. If you trust the file, write its weights alone once: {alone}"
             ) from e
-        said = ([*str(e).splitlines()] or [""])[0].partition(". ")[0]
-        raise ValueError(f"{where}: {path} is not a file of plain tensors, or broken ({type(e).__name__}: {said})") from e
+        raise ValueError(f"{where}: {path} is not a file of plain tensors, or broken ({files.reason(e)})") from e
     if isinstance(state, dict) and isinstance(state.get(_WRAP), dict):
         state = state[_WRAP]
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in state.items()):

@@ -37,6 +37,12 @@ _LONGEST_CELL = 2**23  # Python's default is 131,072 characters, and reports of 
 _READING = threading.Lock()
 
 
+def reason(error: Exception) -> str:
+    """The first sentence of what a reader of files says; torch goes on with the advice to run what the file holds, which nobody must."""
+    lines = str(error).strip().splitlines()
+    return lines[0].partition(". ")[0] if lines else type(error).__name__
+
+
 @contextmanager
 def atomic(path: PathLike) -> Iterator[Path]:
     """A temporary path beside `path` to write to; it replaces `path` when the block ends well and is removed when not."""

@@ -472,9 +472,8 @@ def read_state(path: files.PathLike, device: str | torch.device = "cpu", *, mapp
                 "with training, and train.keep = 'last' takes it"
             ) from e
         raise ValueError(f"{path}: no such checkpoint; train first, or name a run folder that has one") from e
-    except (RuntimeError, TypeError, EOFError, OSError, ValueError, KeyError, AttributeError, pickle.UnpicklingError) as e:
-        said = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise ValueError(f"{path}: not a whole checkpoint of medvl ({said}); remove it to train from the start") from e
+    except (pickle.UnpicklingError, ValueError, *files.BROKEN) as e:
+        raise ValueError(f"{path}: not a whole checkpoint of medvl ({files.reason(e)}); remove it to train from the start") from e
 
 
 def read_params(path: files.PathLike, device: str | torch.device = "cpu") -> Tree:

@@ -6,9 +6,13 @@ import re
 import tempfile
 
 import pytest
+import torch
 
 from medvl import config, files
+from medvl.checkpoints import read_pickle
+from medvl.compressor_files import read_compressor
 from medvl.data import images, slide_questions, slides, store
+from medvl.train import read_state
 
 
 @pytest.fixture
@@ -150,3 +154,25 @@ def test_files_below_are_all_or_an_error(place, monkeypatch):
     monkeypatch.setattr(os, "scandir", denied)
     with pytest.raises(ValueError, match=r"/er: cannot be read \(Permission denied\); what lies in it would be left out"):
         files.files_below(place / "folder")
+
+
+class Code:
+    """What torch.load must not make."""
+
+    def __reduce__(self):
+        return print, ("this was run",)
+
+
+@pytest.mark.parametrize("read", [read_state, read_pickle, read_compressor, slides.read_slide], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("broken", ["code", "text", "empty", "cut"])
+def test_nobody_is_advised_to_read_a_file_as_code(read, broken, tmp_path, capsys):
+    path = tmp_path / "a.pt"
+    torch.save({"a": Code()} if broken == "code" else {"a": torch.ones(1000)}, path)
+    whole = path.read_bytes()
+    path.write_bytes({"code": whole, "text": b"xx\n", "empty": b"", "cut": whole[:-500]}[broken])
+    with pytest.raises(ValueError, match=r"a\.pt") as e:
+        read(path)
+    assert "`weights_only` set to" not in str(e.value)
+    assert "trusted source" not in str(e.value)
+    assert len(str(e.value).splitlines()) == 1
+    assert capsys.readouterr().out == ""

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from attrs import frozen
 
-from medvl.files import BROKEN, PathLike, own_dataset
+from medvl.files import BROKEN, PathLike, own_dataset, reason
 
 _log = logging.getLogger(__name__)
 
@@ -190,7 +190,7 @@ def _open_pt(path: Path, _: int) -> Iterator[Source]:
             f"{_CONVERT.format(str(path))}"
         ) from e
     except (ValueError, *BROKEN) as e:
-        raise ValueError(f"{path}: is not a whole file of torch.save ({(str(e) or type(e).__name__).splitlines()[0]})") from e
+        raise ValueError(f"{path}: is not a whole file of torch.save ({reason(e)})") from e
     held = {"features": held} if isinstance(held, torch.Tensor) else held
     if not isinstance(held, dict):
         raise ValueError(f"{path}: must hold a tensor, or a dict with one, got {type(held).__name__}")
