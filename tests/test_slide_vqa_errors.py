@@ -306,6 +306,14 @@ def test_bad_patches_are_refused_before_the_stages(place, runs, edit, message):
     assert not [p for p in check_whole(runs) if p.parent.name.endswith(("captions", "questions"))]
 
 
+def test_slides_that_are_trained_on_and_scored_are_counted_however_they_are_written(place, caplog):
+    """Paths in one file, names in the other."""
+    text("test.csv", (",C0,", ",A0,"))(place / "data")
+    slide_vqa_run.prepare(config.structure(record(place / "data"), Config, "test"), lambda _: None)
+    for trained in ("captions", "questions", "labels"):
+        assert f"1 of 2 patients in test are in {trained}, too" in caplog.text
+
+
 def test_a_gpu_that_is_not_there(place):
     if torch.cuda.is_available():
         pytest.skip("there is one")

@@ -15,6 +15,7 @@ from medvl import chat, choices, config, files, generation, plots, processes, re
 from medvl.checkpoints import read_json
 from medvl.data import conversations, names, order, phantom_slide_talk
 from medvl.data.slide_questions import TAG, SlideTalk, published_as, read_slide_talks
+from medvl.data.slides import slide_name
 from medvl.display import Progress, track
 from medvl.results import Result
 from medvl.slide_tokens import Features, open_features, slide_tokens
@@ -46,7 +47,7 @@ def prepare(cfg: Config, log: Callable[[str], None] = print) -> None:
     people: dict[str, set[str]] = {}
     for what in wanted:
         held = read(cfg, what)
-        people[what] = {names.case_of(s) for s in slides_of(held)}
+        people[what] = {names.case_of(slide) for talk in held for slide in talk.names}
         if not cfg.data.blind and not slides_of(held):
             raise ValueError(f"{path(cfg, what)}: none of {len(held)} records names a slide; data.blind = true takes none")
         of = open_features(path(cfg, "features"), slides_of(held), dims=cfg.data.dims)
@@ -59,7 +60,7 @@ def prepare(cfg: Config, log: Callable[[str], None] = print) -> None:
         if what == "test" and cfg.evaluate.shuffled and not cfg.data.blind:
             _shuffled(held, cfg.seed, of.names)  # refuses what it cannot shuffle
     if cfg.pretrain.labels:
-        people["labels"] = {names.case_of(row["slide"]) for row in labelled(cfg)[0]["train"]}
+        people["labels"] = {names.case_of(slide_name(row["slide"])) for row in labelled(cfg)[0]["train"]}
     for trained in sorted({*people} - {"valid", "test"}):
         _warn_of_shared_patients(people, trained)
 
