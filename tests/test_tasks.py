@@ -3,7 +3,6 @@
 import os
 import re
 import shlex
-import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -125,29 +124,40 @@ def test_a_setting_that_is_none_is_noticed():
     assert not has(SETTINGS["slide_vqa"], "seed.lr")
 
 
-def invoke(*argv, cwd=ROOT):
-    return subprocess.run([sys.executable, "-m", "invoke", "-r", str(ROOT), *argv], cwd=cwd, capture_output=True, text=True, check=False)
+@pytest.fixture
+def invoked(capsys, monkeypatch):
+    """(arguments) -> (exit status, what was printed, what was complained of), as from a shell."""
+
+    def call(*argv):
+        monkeypatch.setattr(sys, "argv", ["invoke", *argv])
+        with pytest.raises(SystemExit) as end:
+            Program(namespace=Collection.from_module(tasks)).run(sys.argv)
+        shown = capsys.readouterr()
+        return end.value.code or 0, shown.out, shown.err
+
+    return call
 
 
 @pytest.mark.parametrize("task", ["train", "slides", "split"])  # one positional argument, an action, none
 @pytest.mark.parametrize("flag", ["--help", "-h"])
-def test_help_of_a_task_is_never_an_argument(task, flag):
-    done = invoke(task, flag)
-    assert done.returncode == 0, done.stderr
-    assert "Docstring:" in done.stdout
-    assert f" {task} [--options]" in done.stdout
+def test_help_of_a_task_is_never_an_argument(task, flag, invoked):
+    code, out, err = invoked(task, flag)
+    assert (code, err) == (0, "")
+    assert "Docstring:" in out
+    assert f" {task} [--options]" in out
 
 
-def test_what_is_missing_or_unknown_is_one_line(tmp_path):
+def test_what_is_missing_or_unknown_is_one_line(tmp_path, invoked, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for argv, message in (
         (("slides", "check"), "error: --features must be given"),
         (("split", "--labels", "x.csv"), "error: --out must be given"),
         (("evaluate", "--epx"), "error: evaluate has no option --epx"),
         (("experiments",), f"error: {tmp_path}/experiments: holds no experiments (*.toml); run this in the project folder"),
     ):
-        done = invoke(*argv, cwd=tmp_path)
-        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-        assert message in done.stderr
+        code, _, err = invoked(*argv)
+        assert (code, err.count("\n")) == (2, 1), err
+        assert message in err
 
 
 # Runs -----------------------------------------------------------------------------------------------------------------------------------
@@ -320,17 +330,13 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize(("command", "message"), HOSTILE, ids=[f"{i}-{command[:40]!a}" for i, (command, _) in enumerate(HOSTILE)])
-def test_what_a_user_can_cause_ends_in_one_sentence(command, message, at_work, capsys, monkeypatch):
+def test_what_a_user_can_cause_ends_in_one_sentence(command, message, at_work, invoked):
     before = {p: p.read_bytes() for p in at_work.rglob("*") if p.is_file()}
-    argv = ["invoke", *command.split(" ")]
-    monkeypatch.setattr(sys, "argv", argv)
-    with pytest.raises(SystemExit) as end:
-        Program(namespace=Collection.from_module(tasks)).run(argv)
-    shown = capsys.readouterr()
-    assert end.value.code == 2, shown
-    assert shown.err.startswith("error: "), shown.err
-    assert shown.err.count("\n") == 1, shown.err
-    assert message in shown.err
+    code, out, err = invoked(*command.split(" "))
+    assert code == 2, (out, err)
+    assert err.startswith("error: "), err
+    assert err.count("\n") == 1, err
+    assert message in err
     after = {p: p.read_bytes() for p in at_work.rglob("*") if p.is_file() and not p.name.endswith(".lock")}
     assert after == before
 
