@@ -37,9 +37,10 @@ def read_metadata(path: PathLike, scans: Iterable[str], columns: Iterable[str] =
     present = next(iter(rows.values()))
     missing = [column for column in columns if column not in present]
     if missing:
+        remedy = "; where stored values are HU, set hu='none'" if set(missing) & set(RESCALE) else ""
         raise ValueError(
             f"{path}: must have the column {', '.join(map(repr, missing))} to say how its scans are read, found "
-            f"{', '.join(map(repr, present))}; where stored values are HU, set hu='none'"
+            f"{', '.join(map(repr, present))}{remedy}"
         )
     return rows
 
