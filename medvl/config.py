@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import logging
 import os
 import re
 import tomllib
@@ -13,6 +14,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import attrs
 import cattrs
 
+_log = logging.getLogger("medvl")
 T = TypeVar("T")
 _LARGEST = 1e30  # float32 ends at 3e38, and numbers of a record are multiplied
 Hook = Callable[[Any, Any], Any]
@@ -80,6 +82,30 @@ def run_folder(given: str | os.PathLike) -> Path:
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{given}: must be the folder of a run, there is no config.json; `invoke train` makes one and prints its name")
     return folder
+
+
+def load_run(folder: str | os.PathLike, record: type[T]) -> T:
+    """The record that a run was trained with.
+
+    Raises:
+        ConfigError: no run; or its `config.json` was changed since, in more than data and evaluate (which a warning says).
+    """
+    path = run_folder(folder) / "config.json"
+    kept = path.with_name("environment.json")
+    now = load(path, record)
+    before = read(kept).get("record") if kept.exists() else None  # runs of older versions did not keep it
+    if before is None:
+        return now
+    before = structure(before, record, where=f"{kept}, record")
+    if changed := differences(unstructure(before), unstructure(now)):
+        wrong = [d for d in changed if not d.startswith(("$.data.", "$.evaluate."))]
+        if wrong:
+            raise ConfigError(
+                f"{path}: was changed after the run was trained with it, {wrong[0]}; put that back. Other data.* and evaluate.* are "
+                "given by --set, anything else is another run"
+            )
+        _log.warning("%s: was changed after the run was trained with it: %s", path, "; ".join(changed[:3]))
+    return now
 
 
 def system_of(folder: str | os.PathLike) -> str:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,8 @@ import numpy as np
 from medvl import files, metrics
 from medvl.display import CLOCK
 from medvl.results import Result
+
+_log = logging.getLogger("medvl")
 
 _BLUE, _ORANGE, _GREEN, _PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"  # Okabe and Ito: told apart by the colour-blind and in grey
 _SKY, _AMBER = "#56B4E9", "#E69F00"
@@ -101,6 +104,15 @@ def curves(path: files.PathLike) -> bytes:
             axis.legend(fontsize=8, frameon=False)
     figure.supxlabel("step", fontsize=9)
     return _png(figure)
+
+
+def training_curves(path: files.PathLike) -> dict[str, bytes]:
+    """{"Training": `curves`} for a report; nothing, and a warning, where it cannot be read: a report is worth more than a figure."""
+    try:
+        return {"Training": curves(path)}
+    except ValueError as e:
+        _log.warning("%s; the report has no curves of the training", e)
+        return {}
 
 
 def matrix(
@@ -348,14 +360,14 @@ def _legend(figure: Any, handles: list, names: list[str], columns: int) -> None:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     try:
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
     except OSError as e:
         raise ValueError(f"{path}: cannot be read ({e.strerror})") from e
     lines = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(content.splitlines(), 1):
         try:
             lines.append(json.loads(line))
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise ValueError(f"{path}, line {number}: must be a JSON object with a step ({e})") from e
         if not isinstance(lines[-1], dict) or not isinstance(lines[-1].get("step"), int):
             raise ValueError(f"{path}, line {number}: must be a JSON object with a whole-number step, found {line[:80]!r}")

@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import resource
+import shutil
 import signal
 import sys
 import threading
@@ -16,7 +17,7 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -54,6 +55,7 @@ class State:
     best: float = -float("inf")  # highest validation score so far
     drawn: bool = False  # whether steps drew from torch's default generator, each process for its share of the batch
     processes: int = 0  # how many trained it when it was saved; 0 = not known
+    steps: int = 0  # that `fit` was asked for; 0 = not known
 
 
 def check_stage(stage: Any) -> None:
@@ -312,6 +314,7 @@ def fit(
     if state.step > steps:
         raise ValueError(f"{folder / 'last.pt'}: is at step {state.step}, past the {steps} asked for; remove it to train anew")
     _check_processes(folder / "last.pt", state, steps)
+    state = evolve(state, steps=steps)
     journal = _journal(folder / "metrics.jsonl", state.step)
     pace = _Pace(title, state.step, steps, log)
     first = state.step
@@ -451,7 +454,7 @@ def save(path: files.PathLike, state: State) -> None:
     if processes.rank() == 0:
         held = {k: trees.get(k, {}) for k in ("params", "opt", "means")}
         with files.atomic(path) as tmp:
-            about = {"step": state.step, "best": state.best, "drawn": state.drawn, "processes": processes.world()}
+            about = {"step": state.step, "best": state.best, "drawn": state.drawn, "processes": processes.world(), "steps": state.steps}
             torch.save(held | about, tmp)
 
 
@@ -465,24 +468,48 @@ def read_state(path: files.PathLike, device: str | torch.device = "cpu", *, mapp
         raw = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
         return State(**raw)
     except FileNotFoundError as e:
-        last = Path(path).with_name("last.pt")
-        if Path(path).name == "best.pt" and last.exists():
-            raise ValueError(
-                f"{path}: no validation has given a number, so there is no best state; the last one is {last}: the same command goes on "
-                "with training, and train.keep = 'last' takes it"
-            ) from e
         raise ValueError(f"{path}: no such checkpoint; train first, or name a run folder that has one") from e
     except (pickle.UnpicklingError, ValueError, *files.BROKEN) as e:
         raise ValueError(f"{path}: not a whole checkpoint of medvl ({files.reason(e)}); remove it to train from the start") from e
 
 
-def read_params(path: files.PathLike, device: str | torch.device = "cpu") -> Tree:
-    """The parameters that `save` wrote, whole; the optimiser's moments, several times as large, stay in the file.
+def read_trained(folder: Path, keep: Literal["best", "last"], device: str | torch.device, *, model: Tree) -> State:
+    """The state that a finished run kept, without the optimiser's moments.
 
+    Args:
+        keep: "best", the state with the highest validation score; where a run is not validated there is only "last".
+        model: the parameters that the trained ones belong to.
     Raises:
-        ValueError: as `read_state`.
+        ValueError: not trained to its end; the file is missing or broken; it holds parameters that the model has not, or of other shapes.
     """
-    return map_leaves(lambda t: t.to(device, copy=True), read_state(path, mapped=True).params)
+    last, path = folder / "last.pt", folder / f"{keep}.pt"
+    if last.exists() or not path.exists():
+        ended = read_state(last, mapped=True)
+        if ended.step < ended.steps:
+            raise ValueError(f"{folder}: is at step {ended.step} of {ended.steps}; the command that trains it goes on from there")
+        if not path.exists() and math.isinf(ended.best):
+            raise ValueError(
+                f"{folder}: no validation has given a number, so there is no best state; see that validation can be scored. The last one is "
+                f'{last}; train.keep = "last" takes it'
+            )
+        if not path.exists():
+            raise ValueError(f"{path}: is missing, so the state that was to be kept is lost; put it back, or train the run again")
+    elif path.exists():
+        _log.warning("%s: is missing, which would say whether the run was trained to its end; %s is taken", last, path)
+    found = read_state(path, mapped=True)
+    expected = {n: t for n, t in flatten(model).items() if n in flatten(found.params)}
+    _check_same(path, found.params, expected, "parameters differ from the model")
+    copied = lambda tree: map_leaves(lambda t: t.to(device, copy=True), tree)
+    return evolve(found, params=copied(found.params), means=copied(found.means), opt={})
+
+
+def _check_same(path: Path, found: Tree, expected: Tree, what: str) -> None:
+    """Raise where the tensors of a file have other names or shapes than those they stand for."""
+    in_file, in_model = ({n: str(tuple(t.shape)) for n, t in flatten(tree).items()} for tree in (found, expected))
+    if wrong := sorted(n for n in {*in_file, *in_model} if in_file.get(n) != in_model.get(n)):
+        name = wrong[0]
+        both = f"{in_file.get(name, 'absent')} in the file, {in_model.get(name, 'absent')} in the model"
+        raise ValueError(f"{path}: {len(wrong)} {what}, e.g. {name}: {both}")
 
 
 def resume(folder: Path, state: State) -> State:
@@ -497,12 +524,8 @@ def resume(folder: Path, state: State) -> State:
     found = read_state(path, "cpu" if parted else device, mapped=parted)
     if not _all_finite(found):
         raise ValueError(f"{path}: holds numbers that are not finite, so that nothing can go on from it; remove it to train anew")
-    for what, of in (("parameters differ from the model", "params"), ("optimiser moments differ from this stage's", "opt")):
-        shapes = [{n: tuple(t.shape) for n, t in flatten(getattr(s, of)).items()} for s in (state, found)]
-        wrong = sorted(n for n in {*shapes[0], *shapes[1]} if shapes[0].get(n) != shapes[1].get(n))
-        if wrong:
-            name, (now, held) = wrong[0], (str(kind.get(wrong[0], "absent")) for kind in shapes)
-            raise ValueError(f"{path}: {len(wrong)} {what}, e.g. {name}: {held} in the file, {now} in the model")
+    _check_same(path, found.params, state.params, "parameters differ from the model")
+    _check_same(path, found.opt, state.opt, "optimiser moments differ from this stage's")
     if not parted:
         return found
     means = map_leaves(lambda t: t.to(device, copy=True), found.means)
@@ -510,16 +533,25 @@ def resume(folder: Path, state: State) -> State:
 
 
 def _journal(path: Path, step: int) -> Callable[[dict[str, Any]], None]:
-    """An appender to `path`, after dropping lines past `step` (written by a run that was killed before it saved) and broken ones."""
+    """An appender to `path`, after dropping lines past `step` (written by a run that was killed before it saved) and broken ones.
+
+    A last line that is broken is half a line of a killed run, whose step is run again. Others are told, and kept in a copy.
+    """
     if processes.rank() != 0:
         return lambda line: None
-    kept = []
-    for text in path.read_text().splitlines() if path.exists() else []:
+    kept, broken = list[str](), list[int]()
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    for number, raw in enumerate(lines, 1):
         try:
-            if json.loads(text)["step"] <= step:
-                kept.append(text)
-        except (ValueError, KeyError, TypeError):
-            continue  # half a line of a killed run: its step is run again
+            if json.loads(raw)["step"] <= step:
+                kept.append(raw.decode())
+        except (ValueError, KeyError, TypeError, RecursionError):
+            broken.append(number)
+    if [number for number in broken if number < len(lines)]:
+        copy = path.with_name("metrics.broken.jsonl")
+        with files.atomic(copy) as tmp:
+            shutil.copyfile(path, tmp)
+        _log.warning("%s: %d lines, the first line %d, hold no step and are left out; %s is a copy", path, len(broken), broken[0], copy)
     files.write_text(path, "".join(t + "\n" for t in kept))
 
     def append(line: dict[str, Any]) -> None:

@@ -134,12 +134,18 @@ def fit_stages(
     return map_leaves(lambda t: t.to(device), shards.gather(params))
 
 
-def read_stages(cfg: TrainConfig, params: Tree, folder: Path) -> Tree:
-    """All parameters, with those that `fit_stages` trained and kept in `folder`."""
+def read_stages(cfg: TrainConfig, params: Tree, folder: Path, *, validated: Callable[[Stage], bool] = lambda stage: True) -> Tree:
+    """All parameters, with those that `fit_stages` trained and kept in `folder`.
+
+    Args:
+        validated: whether a stage is; one that is not has only its last state.
+    Raises:
+        ValueError: as `train.read_trained`.
+    """
     for i, stage in enumerate(cfg.stages):
-        home = folder / f"{i}-{stage.name}"
-        kept = cfg.keep if (home / f"{cfg.keep}.pt").exists() else "last"  # a stage without validation has no best
-        params = merge(params, train.read_params(home / f"{kept}.pt", processes.device(cfg.device)))
+        keep = cfg.keep if validated(stage) else "last"
+        state = train.read_trained(folder / f"{i}-{stage.name}", keep, processes.device(cfg.device), model=params)
+        params = merge(params, state.params)
     return params
 
 
@@ -184,7 +190,8 @@ def fit_stage(
     )
     if (cfg.keep == "best" and validate) or cfg.shard:
         processes.meet()  # process 0 has written it
-        return merge(frozen_, train.read_params(folder / f"{cfg.keep if validate else 'last'}.pt", device))
+        state = train.read_trained(folder, cfg.keep if validate else "last", device, model=params)
+        return merge(frozen_, state.params)
     return merge(frozen_, state.params)
 
 

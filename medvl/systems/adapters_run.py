@@ -151,7 +151,7 @@ def load(folder: Path) -> tuple[Model, Tree, Tree]:
     Raises:
         ValueError: no run, one that is not trained to its end, or whose files are broken.
     """
-    cfg = config.load(config.run_folder(folder) / "config.json", Config)
+    cfg = config.load_run(folder, Config)
     registry_of(folder)
     model, params = adapters.init(cfg, folder, [], device=_device(cfg))
     return model, tuning.read_stages(cfg.base, params, folder / "base") if cfg.base else params, {}

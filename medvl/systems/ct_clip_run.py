@@ -326,7 +326,7 @@ def _fit_stage(
     )
     if cfg.train.keep == "best":
         processes.meet()  # process 0 has written it
-        state = train.read_state(folder / "best.pt", processes.device(cfg.train.device))
+        state = train.read_trained(folder, "best", processes.device(cfg.train.device), model=params)
     return everything(state.params), state.means
 
 
@@ -360,11 +360,11 @@ def _whitened(model: Model, params: Tree, data: pairs.Pairs, scans: int = 200) -
 
 def load(folder: Path) -> tuple[Model, Tree, Tree]:
     """Model, weights and running means of a trained run, as `fit` returned them."""
-    cfg = config.load(folder / "config.json", Config)
+    cfg = config.load_run(folder, Config)
     model, params = ct_clip.init(cfg, folder)
     means: Tree = {}
     for i, stage in enumerate(cfg.train.stages):
-        state = train.read_state(folder / f"{i}-{stage.name}" / f"{cfg.train.keep}.pt")
+        state = train.read_trained(folder / f"{i}-{stage.name}", cfg.train.keep, "cpu", model=params)
         params, means = merge(params, state.params), state.means
     device = processes.device(cfg.train.device)
     return model, map_leaves(lambda t: t.to(device), params), map_leaves(lambda t: t.to(device), means)
@@ -449,7 +449,7 @@ def assess(model: Model, params: Tree, means: Tree, folder: Path, experiment: st
     figures = {
         "AUROC with 95 % intervals": plots.intervals(findings_only),
         "ROC curves of the test split": plots.roc(test["scores"], test["labels"], test["findings"]),
-        "Training": plots.curves(last),
+        **plots.training_curves(last),
         "Middle slices of nine test volumes as the model sees them": sheet.read_bytes(),
     }
     notes = (

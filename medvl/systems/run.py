@@ -141,6 +141,9 @@ def evaluate(exp: str, overrides: Sequence[str] = (), log: Callable[[str], None]
         _check_places(cfg, folder)
         system.prepare(cfg, log)
         _describe(folder, cfg)
+    record = config.load(folder / "config.json", type(cfg))
+    if changed := config.differences(config.unstructure(record), config.unstructure(cfg)):
+        raise ValueError(f"{folder / 'config.json'}: was changed after the run was trained with it, {changed[0]}; put that back")
     with _evaluating(folder, folder / "results"):
         log = _kept(log, folder)
         model, params, means = system.load(folder)
@@ -195,8 +198,10 @@ def _check_places(cfg: Any, folder: Path) -> None:
 
 def _describe(folder: Path, cfg: Any) -> None:
     if processes.rank() == 0:
-        files.write_text(folder / "config.json", json.dumps(config.unstructure(cfg), indent=1) + "\n")
-        files.write_text(folder / "environment.json", json.dumps(results.environment(), indent=1) + "\n")
+        record = config.unstructure(cfg)
+        environment = results.environment() | {"record": record}  # so that a config.json that was changed is found out
+        files.write_text(folder / "config.json", json.dumps(record, indent=1) + "\n")
+        files.write_text(folder / "environment.json", json.dumps(environment, indent=1) + "\n")
 
 
 def _first(make: Callable[[], None]) -> None:

@@ -58,7 +58,7 @@ def fit_compressor(cfg: Config, folder: Path, log: Callable[[str], None] = print
         log=log,
     )
     processes.meet()
-    state = train.read_state(folder / "compressor" / "best.pt", "cpu")
+    state = train.read_trained(folder / "compressor", "best", "cpu", model=params)
     if processes.rank() == 0 and sizes.kind == "moe" and not (folder / "moe_compressor.pt").exists():
         write_compressor(state.params["compressor"], folder / "moe_compressor.pt")
     return sizes, state.params["compressor"]
@@ -94,7 +94,9 @@ def read_fitted(cfg: Config, folder: Path) -> tuple[CompressConfig, Tree]:
     """The compressor of a run, as `fit_compressor` returned it."""
     if cfg.pretrain.file:
         return slide_vqa.open_compressor(cfg)
-    params = train.read_state(folder / "compressor" / "best.pt", "cpu").params["compressor"]
+    # It knows the width of the features that it was trained on; its own parameters say what it is.
+    best = train.read_state(folder / "compressor" / "best.pt", "cpu")
+    params = train.read_trained(folder / "compressor", "best", "cpu", model=best.params).params["compressor"]
     table = {"attention": "tanh/weight", "perceiver": "latents"}.get(cfg.compress.kind, "experts/norm/weight")
     return evolve(cfg.compress, dim=flatten(params)[table].shape[-1]), params
 

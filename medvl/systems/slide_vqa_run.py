@@ -175,9 +175,9 @@ def load(folder: Path) -> tuple[Model, Tree, Tree]:
     Raises:
         ValueError: no run, one that is not trained to its end, or whose files are broken.
     """
-    cfg = config.load(config.run_folder(folder) / "config.json", Config)
+    cfg = config.load_run(folder, Config)
     model, params = slide_vqa.init(cfg, folder, read_fitted(cfg, folder), device=processes.device(cfg.train.device))
-    params = tuning.read_stages(cfg.train, params, folder)
+    params = tuning.read_stages(cfg.train, params, folder, validated=_is_validated)
     return model, params, {}
 
 
@@ -248,9 +248,13 @@ def batches(model: Model, data: Encoded, tokens: dict[str, Tensor], cfg: Config)
     return lambda i: slide_vqa.collate(model, data, tokens, share(i))
 
 
+def _is_validated(stage: Stage) -> bool:
+    return stage.data == "questions"
+
+
 def _validation(model: Model, stage: Stage, data: Encoded, valid: Encoded, tokens: dict[str, Tensor]) -> Callable[[Tree], float] | None:
     """Questions are validated; of captions, which have no set of their own, the last state counts."""
-    if stage.data != "questions":
+    if not _is_validated(stage):
         return None
     loss, size = slide_vqa.loss_of(model), model.cfg.evaluate.batch
 
@@ -290,7 +294,7 @@ def assess(model: Model, params: Tree, means: Tree, folder: Path, experiment: st
         f"Questions of {source['file']}, sha256 {digest[:16]}{known}. An answer that chooses no letter, or several, is wrong, and so is "
         "one whose slide has no features.",
     )
-    return results, report.write_report(folder, f"{experiment}: slides", results, {"Training": plots.curves(last)}, notes)
+    return results, report.write_report(folder, f"{experiment}: slides", results, plots.training_curves(last), notes)
 
 
 def _said(model: Model, params: Tree, asked: Sequence[SlideTalk], tokens: dict[str, Tensor]) -> dict[int, str]:

@@ -136,7 +136,7 @@ def load(folder: Path) -> tuple[Model, Tree, Tree]:
     Raises:
         ValueError: no run, one that is not trained to its end, or whose files are broken.
     """
-    cfg = config.load(config.run_folder(folder) / "config.json", Config)
+    cfg = config.load_run(folder, Config)
     model, params = tune.init(cfg, folder, device=processes.device(cfg.train.device))
     params = tuning.read_stages(cfg.train, params, folder)
     return model, params, {}
@@ -166,7 +166,7 @@ def assess(model: Model, params: Tree, means: Tree, folder: Path, experiment: st
     rows.append(Result(what="token_loss", subject="all", value=loss, **like))
     last = folder.parent / f"{len(cfg.train.stages) - 1}-{cfg.train.stages[-1].name}" / "metrics.jsonl"
     notes = ("An answer is right when it says the same as the written one in the same words, side and negation included; greedy decoding.",)
-    return rows, report.write_report(folder, f"{experiment}: answers", rows, {"Training": plots.curves(last)}, notes)
+    return rows, report.write_report(folder, f"{experiment}: answers", rows, plots.training_curves(last), notes)
 
 
 def answer_conversations(model: Model, params: Tree, conversations: Sequence[Conversation], path: Path) -> list[dict[str, Any]]:
