@@ -489,7 +489,7 @@ def read_trained(folder: Path, keep: Literal["best", "last"], device: str | torc
             raise ValueError(f"{folder}: is at step {ended.step} of {ended.steps}; the command that trains it goes on from there")
         if not path.exists() and math.isinf(ended.best):
             raise ValueError(
-                f"{folder}: no validation has given a number, so there is no best state; see that validation can be scored. The last one is "
+                f"{folder}: no validation has given a number, so there is no best state; the last one is "
                 f'{last}; train.keep = "last" takes it'
             )
         if not path.exists():
