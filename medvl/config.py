@@ -183,11 +183,6 @@ def within(record: Any, where: str, **bounds: tuple[float, float]) -> None:
                 raise ValueError(f"{where}.{name} must be {bound}, got {_number(value)}")
 
 
-def at_least(record: Any, where: str, **least: float) -> None:
-    """`within`, without upper bounds but that of every number."""
-    within(record, where, **{name: (low, _LARGEST) for name, low in least.items()})
-
-
 def fill(pattern: str, where: str, **values: Any) -> str:
     """A name from a pattern: `fill("{folder}/{split}.h5", "data.store", folder="data", split="test")` is "data/test.h5".
 
@@ -284,7 +279,7 @@ def _step(node: Any, key: str, where: str, path: str) -> Any:
 
 
 def _index(node: list, key: str, where: str, path: str) -> int:
-    if not key.isdigit() or int(key) >= len(node):
+    if not key.isdecimal() or len(key) > 9 or int(key) >= len(node):
         raise ConfigError(f"{where}: --set {path}: must be an index below {len(node)}, got {key!r}")
     return int(key)
 

@@ -167,6 +167,14 @@ def test_what_is_no_setting_is_refused_as_an_override(item):
     assert str(e.value).isprintable()
 
 
+@pytest.mark.parametrize("place", ["-1", "2", "²", "x", "9" * 5000, ""])
+def test_a_place_in_a_list_is_one_that_is_there(place):
+    with pytest.raises(ConfigError, match="must be an index below 2"):
+        config.override({"a": [1, 2]}, (f"a.{place}=3",))
+    with pytest.raises(ConfigError, match="must be an index below 2"):
+        config.override({"a": [{}, {}]}, (f"a.{place}.b=3",))
+
+
 def test_a_byte_order_mark_is_no_syntax_error(tmp_path):
     path = tmp_path / "a.toml"
     path.write_bytes(b"\xef\xbb\xbfa = 1\n")
