@@ -513,6 +513,12 @@ BAD = {
     "no visual tokens": ({"messages": turns("<image>", "a"), "visual": [0]}, "at least one visual token"),
     "no placeholder": ({"messages": turns("<image>", "a"), "visual": [3], "placeholder": None}, "1 images were given and no placeholder"),
     "no such token": ({"messages": turns("<image>", "a"), "visual": [3], "placeholder": INTERN_VL}, "'<IMG_CONTEXT>' must be one token"),
+    "allows what is no token": ({"messages": turns("q", "a"), "allow": ("<box>",)}, "'<box>' must be a special token of the tokenizer"),
+    "allows the placeholder": (
+        {"messages": turns("<image>", "<|image_pad|>"), "visual": [1], "allow": ("<|image_pad|>",)},
+        "'<\\|image_pad\\|>' stands for images, answers must not hold it",
+    ),
+    "ends with what is no token": ({"messages": turns("q", "a"), "end": "</s>"}, "'</s>' must be a special token of the tokenizer"),
     "no such template": ({"messages": turns("q", "a"), "template": "chatlm"}, "got 'chatlm'; give one of chatml, qwen2, phi3"),
     "broken template": ({"messages": turns("q", "a"), "template": "{% for %}"}, "does not take these messages"),
     "template refuses": ({"messages": turns("q", "a"), "template": "{{ raise_exception('no') }}"}, "does not take these messages: no"),

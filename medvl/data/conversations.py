@@ -354,6 +354,7 @@ def _ids(kit: _Kit, text: str, *, first: bool = False) -> list[int]:
 def _encode(kit: _Kit, how: _How, messages: Sequence[Message], visual: Sequence[int], last: str) -> Sample:
     check_order(messages, last, "encode")
     pad = _check_visual(kit, how.placeholder, visual)
+    _check_tokens(kit, how)
     _check_texts(kit, how, messages, visual, pad)
     text, answers, stripped = _render(kit.tok, how, messages)
     closing = _endings(kit, text[answers[-1][1] :]) if answers and last == "assistant" else ()
@@ -545,6 +546,19 @@ def _check_visual(kit: _Kit, holder: Placeholder | None, visual: Sequence[int]) 
             f"encode: the placeholder {holder.token!r} must be one token of the tokenizer, it is {len(ids)}; add it or take another"
         )
     return ids[0]
+
+
+def _check_tokens(kit: _Kit, how: _How) -> None:
+    """Raise where what answers may hold or end with is no token of the tokenizer, or the one that stands for images."""
+    wanted = [*how.allow, *([how.end] if how.end else [])]
+    for token in wanted:
+        ids = _ids(kit, token)
+        if len(ids) != 1 or (token == how.end and ids[0] not in kit.special):
+            raise ValueError(
+                f"encode: {token!r} must be a special token of the tokenizer, to be allowed in answers or to end them, it is {len(ids)} tokens"
+            )
+        if how.placeholder and token == how.placeholder.token:
+            raise ValueError(f"encode: {token!r} stands for images, answers must not hold it")
 
 
 def _check_texts(kit: _Kit, how: _How, messages: Sequence[Message], visual: Sequence[int], pad: int) -> None:
