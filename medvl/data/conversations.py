@@ -555,7 +555,8 @@ def _check_tokens(kit: _Kit, how: _How) -> None:
         ids = _ids(kit, token)
         if len(ids) != 1 or (token == how.end and ids[0] not in kit.special):
             raise ValueError(
-                f"encode: {token!r} must be a special token of the tokenizer, to be allowed in answers or to end them, it is {len(ids)} tokens"
+                f"encode: {token!r} must be a special token of the tokenizer, to be allowed in answers or to end them; "
+                f"it is {len(ids)} tokens"
             )
         if how.placeholder and token == how.placeholder.token:
             raise ValueError(f"encode: {token!r} stands for images, answers must not hold it")
