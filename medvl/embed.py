@@ -219,13 +219,7 @@ def read_embedder(folder: files.PathLike, *, device: str | torch.device = "cpu")
     Raises:
         ValueError: not such a folder, broken, or the content is no longer what its name says (an encoder with other weights).
     """
-    if not Path(folder).is_dir():
-        raise ValueError(f"read_embedder: there is no folder {folder}")
-    path = find(str(folder), ("embedder.json",))
-    raw = read_json(path)
-    if raw.get("format") != _FORMAT or not {"name", "cfg"} <= raw.keys() or not isinstance(raw.get("vocabulary"), list):
-        raise ValueError(f"read_embedder: {path} must be {_FORMAT!r} with name, cfg and vocabulary, found {raw.get('format')!r}")
-    cfg = config.structure(raw["cfg"], EmbedConfig, where=str(path))
+    raw, cfg = _about(folder)
     state = {n: entry.read() for n, entry in open_weights(find(str(folder), ("embedder.safetensors",)), str(folder)).items()}
     head = state.pop("head", None)
     made = (
@@ -241,6 +235,30 @@ def read_embedder(folder: files.PathLike, *, device: str | torch.device = "cpu")
         what = "the file was changed" if cfg.kind == "local" else f"the file or the encoder {cfg.name} was changed"
         raise ValueError(f"read_embedder: {folder} must be {raw['name']}, but its content is {made.name}: {what}")
     return evolve(made, tokenizer=embed_local.vectorizer_of(made.vocabulary, state)) if cfg.kind == "local" else made
+
+
+def check_embedder(folder: files.PathLike) -> None:
+    """Raise where `read_embedder` will, as far as it can be told without reading weights: to be asked before other long work.
+
+    Raises:
+        ValueError: not such a folder, broken, or its encoder is not there.
+    """
+    _, cfg = _about(folder)
+    find(str(folder), ("embedder.safetensors",))
+    if cfg.kind in ("text", "image_text"):
+        find(cfg.name, ("config.json",))
+
+
+def _about(folder: files.PathLike) -> tuple[dict[str, Any], EmbedConfig]:
+    """What embedder.json of a saved embedder says, and its settings."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"read_embedder: there is no folder {folder}")
+    path = find(str(folder), ("embedder.json",))
+    raw = read_json(path)
+    if raw.get("format") != _FORMAT or not {"name", "cfg"} <= raw.keys() or not isinstance(raw.get("vocabulary"), list):
+        raise ValueError(f"read_embedder: {path} must be {_FORMAT!r} with name, cfg and vocabulary, found {raw.get('format')!r}")
+    cfg = config.structure(raw["cfg"], EmbedConfig, where=str(path))
+    return raw, cfg
 
 
 # Queries --------------------------------------------------------------------------------------------------------------------------------

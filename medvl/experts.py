@@ -134,6 +134,8 @@ def open_experts(
     name = base or registry.base_of(path, held)
     if not name:
         raise ValueError(f"{path}: neither it nor its adapters say which model they are for; give base")
+    if held.embedder:
+        embed.check_embedder(registry.place_of(path, held) / held.embedder)
     model = ModelConfig(name=name, dtype=dtype, quantize=quantize)
     talks, params = chat.open_chat(model, cfg, chat.tokenizer_of(model, Path()), Generator(), device=device)
     return gather(talks, params, path, base=base, root=root, fusion=fusion, hold=hold)

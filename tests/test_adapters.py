@@ -656,9 +656,21 @@ def test_a_registry_that_cannot_be_evaluated_is_refused_before_the_model_is_load
     shutil.copytree(folder, tmp_path / "run")
     raw = {k: v for k, v in record(place).items() if k not in ("train", "base", "lora")}
     raw |= {"model": {"name": "no/model", "dtype": "float32"}, "pool": {"registry": str(tmp_path / "run/registry.toml")}}
-    monkeypatch.setattr(adapters, "open_chat", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+    for module in (adapters, experts.chat):
+        monkeypatch.setattr(module, "open_chat", lambda *args, **kwargs: pytest.fail("the model was loaded"))
     (tmp_path / "there.json").write_text(json.dumps(raw))
     monkeypatch.setattr(run, "RUNS", tmp_path / "runs")
+    (about,) = (tmp_path / "run").glob("embedder-*/embedder.json")
+    whole = about.read_text()
+    about.write_text(json.dumps(json.loads(whole) | {"cfg": {"kind": "text", "name": "no/encoder"}}))
+    with pytest.raises(ValueError, match="no/encoder is no folder here"):
+        run.evaluate(str(tmp_path / "there.json"), log=lambda _: None)
+    with pytest.raises(ValueError, match="no/encoder is no folder here"):
+        ask.ask("q", adapters=str(tmp_path / "run/registry.toml"))
+    about.write_text(whole[:-9])
+    with pytest.raises(ValueError, match=r"embedder\.json is not JSON"):
+        ask.ask("q", adapters=str(tmp_path / "run/registry.toml"))
+    about.write_text(whole)
     file = tmp_path / "run/registry.toml"
     file.write_text(re.sub("embedder = .*", "", file.read_text(), count=1))
     with pytest.raises(ValueError, match="has vectors but no embedder"):

@@ -154,7 +154,7 @@ def test_another_model_by_name_is_a_warning_where_the_model_is_given(place, capl
     assert "ct on other" in caplog.text
 
 
-def test_paths_may_start_elsewhere(place, tmp_path, monkeypatch):
+def test_paths_may_start_elsewhere(place, tmp_path, monkeypatch, caplog):
     """LoraRetriever's lists lie in config/ and start at the project."""
     np.save(place.with_name("m.npy"), np.array([0.3, 0.4]))
     listed = tmp_path / "config" / "list.json"
@@ -166,7 +166,8 @@ def test_paths_may_start_elsewhere(place, tmp_path, monkeypatch):
     for root in (tmp_path, "."):
         made = registry.read_registry(listed, root)
         registry.check(listed, made)
-    made = registry.extend(listed, made, [(Record(name="us", path="xray", vector=""), [0.0, 1.0])])  # keeps it
+    made = registry.add(listed, Record(name="us", path="xray", vector=""), [0.0, 1.0], ".")  # keeps it
+    assert "was a list of LoraRetriever's, and is written as a registry of medvl's now" in caplog.text
     again = registry.read_registry(listed)
     assert (again, again.root) == (made, "..")
     torch.testing.assert_close(registry.vectors(listed, again), torch.tensor([[0.6, 0.8], [0.0, 1.0]]))

@@ -167,6 +167,8 @@ def add(path: files.PathLike, record: Record, vector: Tensor | np.ndarray | Sequ
     """
     with files.alone(path, wait=True):
         old = read_registry(path, root) if Path(path).exists() else Registry()
+        if Path(path).exists() and isinstance(config.read_plain(path), list):
+            _log.warning("%s: was a list of LoraRetriever's, and is written as a registry of medvl's now", path)
         return extend(path, old, [(record, vector)])
 
 

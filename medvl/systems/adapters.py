@@ -14,7 +14,7 @@ from medvl import config, experts, lora
 from medvl.chat import Chat, ChatConfig, ModelConfig, open_chat, tokenizer_of
 from medvl.data import registry
 from medvl.data.phantom_modalities import ModalityConfig
-from medvl.embed import EmbedConfig
+from medvl.embed import EmbedConfig, check_embedder
 from medvl.experts import MODES, Experts, FusionConfig, HoldConfig, Mode
 from medvl.lora import LoraConfig
 from medvl.retrieve import MOST, RetrieveConfig
@@ -160,6 +160,7 @@ def _check_registry(cfg: Config) -> None:
     registry.check_files(path, held)
     if not held.embedder:
         raise ValueError(f"{path}: has vectors but no embedder, so questions have none; `invoke adapters build` fits one")
+    check_embedder(registry.place_of(path, held) / held.embedder)
 
 
 def gather(model: Model, params: Tree) -> Experts:
