@@ -4,6 +4,7 @@ import copy
 import hashlib
 import inspect
 import json
+import math
 import os
 import re
 import threading
@@ -22,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from medvl import files, quant, tree
 from medvl.checkpoints import Entry, entries_of, few, find, find_if_there, give_back, new_folder, open_weights, read_json, read_pickle
+from medvl.config import DEPTHS, WIDTH, WIDTH_OR_NONE
 from medvl.dinov2 import config_of
 from medvl.dinov2 import from_dinov2 as from_dinov2
 from medvl.dinov2 import to_dinov2 as to_dinov2
@@ -36,6 +38,35 @@ _HEADS = re.compile(r"(^|\.)(pooler|classifier|head|lm_head|cls|qa_outputs|score
 _UNUSED = re.compile(r"(^|\.)mask_token$")  # only masked pre-training reads it
 _BUFFERS = re.compile(r"(^|\.)(position_ids|inv_freq|masked_bias|attn\.bias)$")  # old files hold these constants
 _KERNELS = re.compile(r"_?(attn|experts)_implementation(_internal)?")
+# Bounds of the sizes in a model's config; what is above them is a slip of the keyboard, not a model.
+_DEPTH_NAMES = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth", "encoder_layers", "decoder_layers")
+_WIDTH_NAMES = ("hidden_size", "n_embd", "d_model", "embed_dim")
+_HEAD_NAMES = ("num_attention_heads", "n_head", "num_heads", "n_heads")
+_MOST_PATCHES = 2**18
+_SIZES: dict[str, tuple[int, int]] = {
+    **dict.fromkeys(_DEPTH_NAMES, DEPTHS),
+    **dict.fromkeys(_WIDTH_NAMES, WIDTH),
+    **dict.fromkeys((*_HEAD_NAMES, "num_key_value_heads"), (1, 4096)),
+    "head_dim": (0, 2**14),
+    **dict.fromkeys(("patch_size", "image_size", "temporal_patch_size", "spatial_merge_size", "num_channels"), WIDTH),
+    **dict.fromkeys(("intermediate_size", "vocab_size"), (1, 2**22)),
+    **dict.fromkeys(("out_hidden_size", "projection_dim"), WIDTH_OR_NONE),
+    "mlp_ratio": (0, 256),
+    "max_position_embeddings": (-1, 2**27),
+    **dict.fromkeys(("n_positions", "num_position_embeddings"), (1, 2**20)),
+}
+# What transformers and torch raise for a config that describes no model.
+_UNBUILT = (
+    RuntimeError,
+    ArithmeticError,
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    AssertionError,
+    ImportError,
+    MemoryError,
+)
 _OWN_KERNELS = ("eager", "sdpa", "grouped_mm", "batched_mm")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -250,10 +281,11 @@ def init_skeleton(config: dict[str, Any], gen: Generator, *, head: Literal["", "
         has = ", ".join(sorted(k for k in known if not k.startswith("_")))
         raise ValueError(f"init_skeleton: a {config['model_type']} config has no {', '.join(unknown)}; it has {has}")
     seed = int(torch.randint(2**62, (), generator=gen))
-    _check_memory(_weightless(kind, cfg), config["model_type"])
-    with torch.random.fork_rng(devices=[]), _quiet(), _building(config["model_type"]):
+    _check_memory(_numbers_of_layers(cfg.to_dict()), config["model_type"])
+    _check_memory(sum(p.numel() for p in _weightless(kind, cfg).parameters()), config["model_type"])
+    with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(seed)
-        module = kind._from_config(cfg, dtype=torch.float32, **_plain(kind)).eval()
+        module = _built(kind, cfg)
     return _split(module, str(config["model_type"]), "cpu")
 
 
@@ -383,14 +415,107 @@ def _architecture(config: dict[str, Any], head: str = "") -> tuple[Any, Any]:
         own = "; it needs code of its own, which is never run" if "auto_map" in config else ""
         what = "a language model that transformers has (qwen2, qwen3, phi3, qwen2_5_vl...)" if head else "an encoder that transformers has"
         raise ValueError(f"config: model_type must be {what}{'' if head else ' (dinov2, dinov3_vit, vit, bert...)'}, found {kind!r}{own}")
-    _check_sizes(config)
     config = _without_kernels({k: v for k, v in config.items() if k != "quantization_config"})  # 4-bit weights have keys of their own
+    for part, where in _parts(config):
+        _check_bounds(part, where)
     try:
         with _quiet():
             cfg = CONFIG_MAPPING[kind].from_dict(config)
-    except (StrictDataclassError, TypeError, ValueError) as e:
+    except (StrictDataclassError, *_UNBUILT) as e:
         raise ValueError(f"config: not a {kind}: {' '.join(str(e).split())}") from e
+    for part, where in _parts(cfg.to_dict()):
+        _check_fit(part, where)
     return table[type(cfg)], cfg
+
+
+def _parts(config: Mapping[str, Any], where: str = "config") -> Iterator[tuple[Mapping[str, Any], str]]:
+    """(config, its name): a model's and those of its towers inside it."""
+    yield config, where
+    for name, part in config.items():
+        if isinstance(part, dict) and name.endswith("_config"):
+            yield from _parts(part, f"{where}.{name}")
+
+
+def _check_bounds(config: Mapping[str, Any], where: str) -> None:
+    """Raise where a size lies outside of its bounds. Before transformers sees it: it makes a list of as many layers."""
+    for name, (low, high) in _SIZES.items():
+        value = config.get(name)
+        for size in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(size, int | float) and not low <= size <= high:
+                raise ValueError(f"{where}.{name} must be from {low} to {high}, got {size}")
+
+
+def _check_fit(config: Mapping[str, Any], where: str) -> None:
+    """Raise where sizes do not fit each other."""
+    width, heads = _first_of(config, _WIDTH_NAMES), _first_of(config, _HEAD_NAMES)
+    groups = _first_of(config, ("num_key_value_heads",))
+    if heads and groups and heads[1] % groups[1]:
+        raise ValueError(f"{where}: num_key_value_heads must divide {heads[0]}, got {groups[1]} and {heads[1]}")
+    if width and heads:
+        head = config.get("head_dim") or width[1] // heads[1]
+        if head < 1:
+            raise ValueError(f"{where}: {heads[0]} must be at most {width[0]}, got {heads[1]} and {width[1]}")
+        if where.endswith("vision_config") and width[1] % heads[1]:
+            raise ValueError(f"{where}: {heads[0]} must divide {width[0]}, got {heads[1]} and {width[1]}")
+        _check_rope(config, head, where)
+    _check_patches(config, where)
+
+
+def _check_rope(config: Mapping[str, Any], head: int, where: str) -> None:
+    """Positions turn pairs of a head's values; those of Qwen-VL share them out to three axes."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling")
+    if not isinstance(rope, dict) or "rope_theta" not in rope:
+        return
+    turned = int(head * (rope.get("partial_rotary_factor") or 1))
+    if turned % 2:
+        raise ValueError(f"{where}: heads must have an even number of values for rotary positions, got {turned}")
+    if "mrope_section" not in rope:
+        return
+    sections = rope["mrope_section"]
+    whole = isinstance(sections, list | tuple) and len(sections) == 3 and all(isinstance(n, int) and n > 0 for n in sections)
+    if not whole or sum(sections) != turned // 2:
+        raise ValueError(f"{where}: mrope_section must be three numbers whose sum is {turned // 2}, half of a head, got {sections}")
+
+
+def _check_patches(config: Mapping[str, Any], where: str) -> None:
+    sides = []
+    for name in ("image_size", "patch_size"):
+        value = config.get(name)
+        pair = list(value) if isinstance(value, list | tuple) else [value, value]
+        if not pair or not all(isinstance(n, int) for n in pair[-2:]):
+            return
+        sides.append(pair[-2:])
+    (height, width), (rows, columns) = sides[0] * (2 // len(sides[0])), sides[1] * (2 // len(sides[1]))
+    patches = (height // rows) * (width // columns)
+    if not 1 <= patches <= _MOST_PATCHES:
+        raise ValueError(
+            f"{where}: image_size {config['image_size']} and patch_size {config['patch_size']} must make 1 to {_MOST_PATCHES} patches, "
+            f"got {patches}"
+        )
+
+
+def _first_of(config: Mapping[str, Any], names: Iterable[str]) -> tuple[str, int] | None:
+    """The first of the names that the config sets to a whole number, and that number."""
+    return next(((n, config[n]) for n in names if isinstance(config.get(n), int)), None)
+
+
+def _numbers_of_layers(config: Mapping[str, Any]) -> int:
+    """How many numbers the matrices of the layers have at least, told by the sizes alone: building so many layers takes minutes."""
+    total = 0
+    for part, _ in _parts(config):
+        sizes = [_first_of(part, names) for names in (_DEPTH_NAMES, _WIDTH_NAMES, ("intermediate_size", "n_inner"))]
+        total += math.prod(size[1] for size in sizes if size) if all(sizes) else 0
+    return total
+
+
+def _check_memory(numbers: int, name: str) -> None:
+    """Refuse to draw more weights than there is memory for."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 4 * numbers > memory:
+        raise ValueError(
+            f"config: a {name} of these sizes has {4 * numbers / 1e9:,.1f} GB of float32 weights or more, "
+            f"this machine {memory / 1e9:,.1f} GB of memory"
+        )
 
 
 def _check_head(head: str) -> None:
@@ -415,43 +540,15 @@ def _plain(kind: Any) -> dict[str, bool]:
     return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(kind.__init__).parameters else {}
 
 
-_patching = threading.Lock()
-# Numbers of a config: far more than any model has, and the module alone would take minutes to build.
-_LAYERS = re.compile(r"num_hidden_layers|num_layers|n_layers?|depth|(encoder|decoder)_layers")
-_SIZES = re.compile(
-    r"(\w+_)?(hidden_size|intermediate_size|embed_dim|n_embd|vocab_size|patch_size|merge_size|image_size|heads)|n_heads?|max_position_embeddings"
-)
-
-
-def _check_sizes(config: Mapping[str, Any], where: str = "config") -> None:
-    """Refuse counts of layers and sizes that no model can have, before a module is built of them."""
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            _check_sizes(value, f"{where}.{key}")
-        most = 1024 if _LAYERS.fullmatch(key) else 2**24 if _SIZES.fullmatch(key) else 0
-        for number in value if isinstance(value, list | tuple) else [value]:
-            if most and type(number) in (int, float) and not 1 <= number <= most:
-                raise ValueError(f"{where}.{key} must be from 1 to {most}, got {number}")
-
-
-def _check_memory(module: nn.Module, name: str) -> None:
-    """Refuse to draw more weights than there is memory for."""
-    needed = 4 * sum(p.numel() for p in module.parameters())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > memory:
-        raise ValueError(
-            f"config: a {name} of these sizes has {needed / 1e9:,.1f} GB of float32 weights, this machine {memory / 1e9:,.1f} GB of memory"
-        )
-
-
-@contextmanager
-def _building(name: str) -> Iterator[None]:
-    """What transformers and torch raise where a module cannot be built of a config, as one kind of error."""
+def _built(kind: Any, cfg: Any) -> Any:
     try:
-        yield
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
-        reason = " ".join(str(e).split())
-        raise ValueError(f"config: no {name} can be built of these sizes ({type(e).__name__}: {reason})") from e
+        return kind._from_config(cfg, dtype=torch.float32, **_plain(kind)).eval()
+    except _UNBUILT as e:
+        reason = " ".join(str(e).split())[:300]
+        raise ValueError(f"config: no {cfg.model_type} can be built of these sizes ({type(e).__name__}: {reason})") from e
+
+
+_patching = threading.Lock()
 
 
 def _weightless(kind: Any, cfg: Any) -> Any:
@@ -464,10 +561,10 @@ def _weightless(kind: Any, cfg: Any) -> Any:
             param = nn.Parameter(torch.empty_like(param, device="meta"), requires_grad=False)
         register(self, name, param)
 
-    with _patching, torch.random.fork_rng(devices=[]), _quiet(), _building(cfg.model_type):
+    with _patching, torch.random.fork_rng(devices=[]), _quiet():
         nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
         try:
-            module = kind._from_config(cfg, dtype=torch.float32, **_plain(kind)).eval()
+            module = _built(kind, cfg)
         finally:
             nn.Module.register_parameter = register  # type: ignore[method-assign]
     module.tie_weights()

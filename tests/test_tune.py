@@ -496,7 +496,7 @@ def test_bad_records(tmp_path, change, message):
 
 
 IMPOSSIBLE = [
-    ({"text_config__hidden_size": -1}, r"^config.text_config.hidden_size must be from 1 to 16777216, got -1"),
+    ({"text_config__hidden_size": -1}, r"^config.text_config.hidden_size must be from 1 to 131072, got -1"),
     ({"text_config__num_hidden_layers": 10**6}, r"^config.text_config.num_hidden_layers must be from 1 to 1024, got 1000000"),
     ({"text_config__num_attention_heads": 0}, "num_attention_heads must be from 1"),
     ({"vision_config__patch_size": 0}, "vision_config.patch_size must be from 1"),
@@ -505,10 +505,10 @@ IMPOSSIBLE = [
         "of float32 weights",
     ),
     ({"text_config__num_attention_heads": 3}, "can be built of these sizes .*must be divisible"),
-    ({"text_config__num_key_value_heads": 3}, r"^model.config: sizes of this qwen2_5_vl do not fit each other"),
-    ({"vision_config__num_heads": 3}, r"^model.config: sizes of this qwen2_5_vl do not fit each other"),
+    ({"text_config__num_key_value_heads": 3}, r"^config.text_config: num_key_value_heads must divide num_attention_heads, got 3 and 4"),
+    ({"vision_config__num_heads": 3}, r"^config.vision_config: num_heads must divide hidden_size, got 3 and 32"),
     ({"vision_config__out_hidden_size": 7}, r"^model.config: sizes of this qwen2_5_vl do not fit each other"),
-    ({"text_config__rope_parameters": tiny.ROPE | {"mrope_section": [9, 9, 9]}}, "do not fit each other: split_with_sizes"),
+    ({"text_config__rope_parameters": tiny.ROPE | {"mrope_section": [9, 9, 9]}}, "mrope_section must be three numbers whose sum is 4"),
     ({"text_config__rope_parameters": tiny.ROPE | {"rope_type": "none"}}, "can be built of these sizes .*none"),
 ]
 
