@@ -478,14 +478,14 @@ def _check_rope(config: Mapping[str, Any], head: int, where: str) -> None:
 
 
 def _check_patches(config: Mapping[str, Any], where: str) -> None:
-    sides = []
+    sides: list[list[int]] = []
     for name in ("image_size", "patch_size"):
         value = config.get(name)
-        pair = list(value) if isinstance(value, list | tuple) else [value, value]
-        if not pair or not all(isinstance(n, int) for n in pair[-2:]):
+        pair: list[Any] = list(value)[-2:] if isinstance(value, list | tuple) else [value, value]
+        if not pair or not all(isinstance(n, int) for n in pair):
             return
-        sides.append(pair[-2:])
-    (height, width), (rows, columns) = sides[0] * (2 // len(sides[0])), sides[1] * (2 // len(sides[1]))
+        sides.append([pair[0], pair[-1]])
+    (height, width), (rows, columns) = sides
     patches = (height // rows) * (width // columns)
     if not 1 <= patches <= _MOST_PATCHES:
         raise ValueError(

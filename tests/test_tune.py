@@ -501,10 +501,15 @@ IMPOSSIBLE = [
     ({"text_config__num_attention_heads": 0}, "num_attention_heads must be from 1"),
     ({"vision_config__patch_size": 0}, "vision_config.patch_size must be from 1"),
     (
-        {"text_config__hidden_size": 2**13, "text_config__intermediate_size": 2**19, "text_config__num_hidden_layers": 100},
+        {
+            "text_config__hidden_size": 2**13,
+            "text_config__num_attention_heads": 2**10,
+            "text_config__intermediate_size": 2**19,
+            "text_config__num_hidden_layers": 100,
+        },
         "of float32 weights",
     ),
-    ({"text_config__num_attention_heads": 3}, "can be built of these sizes .*must be divisible"),
+    ({"text_config__num_attention_heads": 3}, "num_key_value_heads must divide num_attention_heads, got 2 and 3"),
     ({"text_config__num_key_value_heads": 3}, r"^config.text_config: num_key_value_heads must divide num_attention_heads, got 3 and 4"),
     ({"vision_config__num_heads": 3}, r"^config.vision_config: num_heads must divide hidden_size, got 3 and 32"),
     ({"vision_config__out_hidden_size": 7}, r"^model.config: sizes of this qwen2_5_vl do not fit each other"),
