@@ -66,8 +66,10 @@ def check_stage(stage: Any) -> None:
     """
     files.check_name(stage.name, "stage")
     where = f"stage {stage.name}"
-    config.within(stage, where, steps=config.COUNT, lr=config.RATE, weight_decay=config.RATE, warmup=config.COUNT_OR_NONE)
-    if stage.warmup > stage.steps:
+    in_epochs = getattr(stage, "epochs", 0) > 0  # then the data says how many steps that is, and this is asked again
+    config.within(stage, where, steps=config.COUNT_OR_NONE if in_epochs else config.COUNT)
+    config.within(stage, where, lr=config.RATE, weight_decay=config.RATE, warmup=config.COUNT_OR_NONE)
+    if stage.warmup > stage.steps and not in_epochs:
         raise ValueError(f"{where}: warmup must lie within its {stage.steps} steps, got {stage.warmup}")
     if not stage.train:
         raise ValueError(f"{where}: train must name parameters, such as lora/.* or .*")

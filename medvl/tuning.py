@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor
 
 from medvl import config, estimate, hub, lora, processes, quant, shards, train
@@ -22,7 +22,8 @@ class Stage:
     stage's pattern matches one of its names."""
 
     name: str
-    steps: int
+    steps: int = 0
+    epochs: float = 0.0  # instead of steps: how often each conversation is trained on; how many steps that is, the data says
     lr: float
     data: str = ""  # which of the system's data, where it has several
     weight_decay: float = 0.0
@@ -32,6 +33,9 @@ class Stage:
 
     def __attrs_post_init__(self) -> None:
         train.check_stage(self)
+        config.within(self, f"stage {self.name}", epochs=(0, 10**6))
+        if self.steps and self.epochs:
+            raise ValueError(f"stage {self.name}: needs either steps or epochs, got {self.steps} and {self.epochs:g}")
         config.within(self, f"stage {self.name}", muon=config.RATE)
         if self.lr + self.muon <= 0:
             raise ValueError(f"stage {self.name}: lr must be above 0, got {self.lr:g}")
@@ -105,6 +109,17 @@ def check_stage(stage: Stage, params: Tree) -> None:
         raise ValueError(f"stage {stage.name}: muon needs whole float32 weights, {low[0]} is {flat[low[0]].dtype}; model.dtype = 'float32'")
 
 
+def planned(cfg: TrainConfig, stage: Stage, conversations: int) -> Stage:
+    """The stage in steps, where its record gives epochs; with so many conversations that fit the context.
+
+    Raises:
+        ValueError: its warm-up is longer.
+    """
+    if not stage.epochs:
+        return stage
+    return evolve(stage, steps=max(1, round(stage.epochs * conversations / cfg.batch)), epochs=0.0)
+
+
 def fit_stages(
     cfg: TrainConfig,
     params: Tree,
@@ -113,6 +128,7 @@ def fit_stages(
     folder: Path,
     *,
     cut: Callable[[Any, slice], Any],
+    conversations: Callable[[Stage], int],
     validate: Callable[[Stage], Callable[[Tree], float] | None],
     seed: int = 0,
     log: Callable[[str], None] = print,
@@ -122,9 +138,13 @@ def fit_stages(
     Args:
         loss_sum: (all parameters, micro-batch) -> sum of the token losses, their number, Aux.
         batches: stage -> (i -> this process's share of batch i).
+        conversations: stage -> how many its batches are drawn from.
         validate: stage -> (all parameters -> validation loss), or None: the last state is kept then.
     """
-    for i, stage in enumerate(cfg.stages):
+    stages = [planned(cfg, stage, conversations(stage)) for stage in cfg.stages]  # all, before the first is trained
+    for i, stage in enumerate(stages):
+        epochs = stage.steps * cfg.batch / conversations(stage)
+        log(f"stage {stage.name}: {stage.steps:,} steps of {cfg.batch} conversations are {epochs:.3g} epochs of {conversations(stage):,}")
         how: Any = {"cut": cut, "validate": validate(stage), "seed": seed, "log": log}
         params = parted(cfg, params)  # by this name, so that nothing here holds the whole
         params = fit_stage(cfg, stage, params, loss_sum, batches(stage), folder / f"{i}-{stage.name}", **how)
@@ -252,6 +272,8 @@ def memory_of(
     Args:
         batch: of `rows_of(cfg, processes)` rows.
     """
+    if stage.epochs:
+        stage = evolve(stage, steps=max(1, stage.warmup), epochs=0.0)  # their number changes no byte
     parts = _parts(params, processes if cfg.shard and processes > 1 else None)
     rows = {n: len(t) for n, t in flatten(params).items() if t.shape != parts[n].shape}
     whole = lambda p: unflatten({n: estimate.gathered(t, rows[n]) if n in rows else t for n, t in flatten(p).items()})

@@ -179,6 +179,10 @@ RECORDS = [
 
 UNTRAINABLE = [  # refused before anything is trained
     ({"train__stages__1__train": ["adapter/.*"]}, r"stage questions: pattern 'adapter/\.\*' matches no parameter; the \d+ names look like"),
+    (
+        {"train__stages__1__steps": 0, "train__stages__1__epochs": 1, "train__stages__1__warmup": 99},
+        r"stage questions: warmup must lie within its \d+ steps, got 99",
+    ),
     ({"train__stages__1__train": ["(lora"]}, r"stage questions: pattern '\(lora' is not a regular expression"),
     ({"train__stages__0__train": ["compressor/.*"]}, r"stage captions: pattern 'compressor/\.\*' matches no parameter"),
     ({"model__quantize": "nf4", "train__stages__1__train": [".*"]}, r"stage questions: .* has 4 bits and cannot be trained"),

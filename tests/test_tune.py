@@ -631,3 +631,32 @@ def test_an_adapter_that_is_wanted_and_cannot_be_made_is_an_error(tmp_path):
     stages = [{"name": "both", "steps": 2, "lr": 1e-2, "train": ["(model|lora)/.*"]}]
     with pytest.raises(ValueError, match="lora: target 'nothing': no layer ends in it"):
         started(tmp_path, train__stages=stages, lora__targets=["nothing"])
+
+
+# Epochs ---------------------------------------------------------------------------------------------------------------------------------
+def test_epochs_are_as_many_steps_as_the_data_makes_them(tmp_path):
+    stage = {"name": "whole", "lr": 1e-3, "train": ["model/.*"]}
+    lines = []
+    cfg = built(tmp_path, train__stages=[stage | {"epochs": 1.5}, stage | {"name": "long", "steps": 9}])
+    tune_run.fit(cfg, tmp_path / "run", lines.append)
+    assert "stage whole: 4 steps of 4 conversations are 1.33 epochs of 12" in lines  # 1.5 x 12 / 4 = 4.5, to the even number
+    assert "stage long: 9 steps of 4 conversations are 3 epochs of 12" in lines
+    assert [train.read_state(tmp_path / "run" / s / "last.pt").step for s in ("0-whole", "1-long")] == [4, 9]
+    (tmp_path / "run/config.json").write_text(json.dumps(config.unstructure(cfg)))
+    tune_run.load(tmp_path / "run")
+    assert {*tune_run.memory(cfg, tmp_path / "run")} == {"whole", "long"}
+
+
+def test_epochs_and_steps_that_cannot_be_are_refused_before_training(tmp_path):
+    stage = {"name": "whole", "lr": 1e-3, "train": ["model/.*"]}
+    for wrong, said in (
+        ({"epochs": 2, "steps": 3}, "stage whole: needs either steps or epochs, got 3 and 2"),
+        ({}, "stage whole.steps must be 1 or more, got 0"),
+        ({"epochs": -1.0, "steps": 2}, "stage whole.epochs must be 0 or more, got -1"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            built(tmp_path, train__stages=[stage | wrong])
+    cfg = built(tmp_path, train__stages=[stage | {"steps": 3}, stage | {"name": "late", "epochs": 1, "warmup": 4}])
+    with pytest.raises(ValueError, match="stage late: warmup must lie within its 3 steps, got 4"):
+        tune_run.fit(cfg, tmp_path / "run", lambda _: None)
+    assert not list((tmp_path / "run").glob("*/last.pt"))

@@ -122,6 +122,8 @@ def _check_adapters(model: Model, held: Sequence[Conversation], valid: Sequence[
                 f"task {task}: needs {cfg.train.batch} conversations of the split train for a batch, found {fit} that fit the context; "
                 "lower train.batch"
             )
+        for stage in cfg.train.stages:
+            tuning.planned(cfg.train, stage, fit)
         if not own[1]:
             raise ValueError(f"task {task}: the split valid must have conversations of every task that train has, found none")
         if cfg.retriever.kind != "none" and min(len(own[0]), cfg.pool.samples) < 2:
@@ -211,6 +213,7 @@ def _fit_stages(
         lambda stage: chat.batches(talks, parts[0], how.batch, cfg.seed),
         folder,
         cut=chat.cut,
+        conversations=lambda stage: len(parts[0].samples),
         validate=lambda stage: lambda p: chat.mean_loss(talks, weights(p), parts[1], cfg.evaluate.batch),
         seed=cfg.seed,
         log=log,

@@ -133,6 +133,7 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
         lambda stage: batches(model, encoded[stage.data], tokens, cfg),
         folder,
         cut=slide_vqa.cut,
+        conversations=lambda stage: len(encoded[stage.data].samples),
         validate=lambda stage: _validation(model, stage, encoded[stage.data], valid, tokens),
         seed=cfg.seed,
         log=log,
@@ -156,6 +157,7 @@ def _encoded(cfg: Config, folder: Path, held: Mapping[str, Sequence[SlideTalk]],
                 f"{path(cfg, stage.data)}: stage {stage.name} needs {cfg.train.batch} conversations for a batch, found {n} that fit the "
                 "context; lower train.batch"
             )
+        tuning.planned(cfg.train, stage, n)
     found.pop("test")  # looked at in time; it is asked when all is trained
     return found
 

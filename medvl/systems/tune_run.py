@@ -84,6 +84,7 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
         lambda stage: chat.batches(model.chat, data, cfg.train.batch, cfg.seed),
         folder,
         cut=chat.cut,
+        conversations=lambda stage: len(data.samples),
         validate=lambda stage: lambda p: chat.mean_loss(model.chat, tune.weights_of(model, p), valid, cfg.evaluate.batch),
         seed=cfg.seed,
         log=log,
