@@ -497,6 +497,25 @@ def test_unfinished_compressed_features_are_no_zeros(tmp_path):
         about_slide(tmp_path / "a.h5")
 
 
+@pytest.mark.parametrize("size", [3, 5, 100])
+def test_zeros_behind_the_patches_are_said_once(tmp_path, caplog, size):
+    """Rows of a chunk that was begun and not filled, or padding: nothing else tells them from patches."""
+    x = features(12)
+    x[7:] = 0
+    x[2] = 0
+    np.save(tmp_path / "a.npy", x)
+    for _ in range(2):
+        list(chunks(tmp_path / "a.npy", size))
+    said = "a.npy: the last 5 of 12 patches are all zeros and are taken as they are; were they padded, or was the writer killed?"
+    assert caplog.text.count(said) == 1
+    caplog.clear()
+    np.save(tmp_path / "b.npy", x[:7])
+    np.save(tmp_path / "c.npy", x * 0)
+    list(chunks(tmp_path / "b.npy", size))
+    list(chunks(tmp_path / "c.npy", size))
+    assert not caplog.text
+
+
 def test_sizes_are_checked_before_anything_is_allocated(tmp_path):
     with h5py.File(tmp_path / "a.h5", "w") as f:  # few bytes that unpack to 96 MB
         f.create_dataset("features", data=np.zeros((15625, 1536), "f4"), chunks=(15625, 1536), compression="gzip")

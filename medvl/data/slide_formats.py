@@ -124,7 +124,7 @@ def _inspect_h5(path: Path, f: h5py.File) -> Source:
         raise ValueError(f"{path}: the unit of coords must be px or um, got {unit!r}")
     mpp = number_of(path, attrs, "mpp")
     if not mpp or mpp < 0:
-        _warn_once(
+        warn_once(
             f"{path}: coords are in micrometres and the file does not say the slide's mpp, so that no level-0 pixels can be told: they are "
             "left out; give the file an attribute mpp (micrometres per level-0 pixel) to have maps in their places"
         )
@@ -133,7 +133,8 @@ def _inspect_h5(path: Path, f: h5py.File) -> Source:
 
 
 @functools.lru_cache(maxsize=8192)  # a file is opened several times
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
+    """Warn of a file; the same words are said once."""
     _log.warning(message)
 
 

@@ -17,7 +17,7 @@ from attrs import frozen
 from medvl import files
 from medvl.checkpoints import few
 from medvl.data.names import case_of, is_case
-from medvl.data.slide_formats import SUFFIXES, Block, Source, number_of, open_source, text_of
+from medvl.data.slide_formats import SUFFIXES, Block, Source, number_of, open_source, text_of, warn_once
 from medvl.files import PathLike
 
 _log = logging.getLogger(__name__)
@@ -186,8 +186,9 @@ def _check_dims(path: PathLike, found: int, wanted: int) -> None:
 
 
 def _checked(path: Path, source: Source, size: int, drop: bool) -> Iterator[Block]:
-    at = lost = 0
+    at = lost = zeros = 0
     for x, xy in source.blocks(size):
+        zeros = _zeros_at_the_end(x, zeros)
         rows, xy = len(x), None if xy is None else _pixels(path, xy, at)
         if not _finite(x):
             bad = _bad(x)
@@ -201,8 +202,20 @@ def _checked(path: Path, source: Source, size: int, drop: bool) -> Iterator[Bloc
         at += rows
         if len(x):
             yield x, xy
+    if 0 < zeros < at:
+        warn_once(
+            f"{path}: the last {zeros} of {at} patches are all zeros and are taken as they are; were they padded, or was the writer killed?"
+        )
     if lost:
         _log.warning("%s: %d of %d patches hold NaN or infinity and are left out", path, lost, at)
+
+
+def _zeros_at_the_end(x: np.ndarray, before: int) -> int:
+    """How many rows of zeros end the patches that were read, of which so many were there before this block."""
+    if not len(x) or x[-1].any():
+        return 0
+    filled = np.flatnonzero(x.any(1))
+    return len(x) - 1 - int(filled[-1]) if len(filled) else before + len(x)
 
 
 def _finite(x: np.ndarray) -> bool:
