@@ -82,6 +82,7 @@ def test_every_number_of_every_record_has_bounds(system):
         ("adapters", "pool.samples=0", "pool.samples"),
         ("adapters", "pool.hold.host_gb=-1", "HoldConfig.host_gb"),
         ("adapters", "evaluate.recall=[1, 0]", "evaluate.recall must be 1 or more"),
+        ("adapters", "evaluate.domains=[]", "evaluate needs modes and domains"),
         ("slide_vqa", "data.dims=-5", "data.dims must be 0 or more, got -5"),
         ("slide_vqa", "pretrain.aux=-1", "pretrain.aux"),
     ],

@@ -204,6 +204,7 @@ def at_work(tmp_path, monkeypatch):
     """A working folder with a file, folders where files should be, tables, features and an experiment of each fault."""
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     (tmp_path / "file").write_text("kept")
+    os.mkfifo(tmp_path / "pipe")
     (tmp_path / "strange").mkdir()
     (tmp_path / "strange" / os.fsdecode(b"S\xff.csv")).write_text("1,2\n3,4\n")
     for folder in ("folder", "folder.h5", "folder.png", "folder.npy", "folder.toml", "scans", "features", "odd"):
@@ -324,6 +325,9 @@ HOSTILE = [
     (f"train {CT} --set data.folder=file/a", "file is no folder"),
     (f"train {CT} --set data.cache=file", "file: must be a folder to write, and is a file"),
     (f"train {TUNE} --set data.folder=/proc/data", "cannot be written"),
+    ("train --exp ctclip_vitb --set data.store=folder --set data.reports=pipe", "9 files are missing: folder, pipe"),
+    ("train --exp tune_qwen25vl_7b_qlora --set data.conversations=folder", "3 files are missing: folder"),
+    ("train --exp slide_vqa_qwen3_4b --set data.test=folder", "files are missing"),
     (f"evaluate {TUNE}", "no such run"),
     ("evaluate --exp gone/config.json", "gone"),
 ]
@@ -337,7 +341,7 @@ def test_what_a_user_can_cause_ends_in_one_sentence(command, message, at_work, i
     assert err.startswith("error: "), err
     assert err.count("\n") == 1, err
     assert message in err
-    after = {p: p.read_bytes() for p in at_work.rglob("*") if p.is_file() and not p.name.endswith(".lock")}
+    after = {p: p.read_bytes() for p in at_work.rglob("*") if p.is_file() and not p.name.endswith((".lock", "log.txt"))}
     assert after == before
 
 

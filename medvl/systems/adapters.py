@@ -79,8 +79,8 @@ class EvaluateConfig:
     def __attrs_post_init__(self) -> None:
         config.within(self, "evaluate", max_tokens=(1, 2**20), batch=(1, 2**20), bootstrap=config.DRAWS)
         config.within(self, "evaluate", limit=config.COUNT_OR_NONE, recall=(1, 2**20), by_k=(1, MOST))
-        if not self.modes:
-            raise ValueError("evaluate needs modes")
+        if not self.modes or not self.domains:
+            raise ValueError("evaluate needs modes and domains")
 
 
 @frozen(kw_only=True)

@@ -40,7 +40,7 @@ def prepare(cfg: Config, log: Callable[[str], None] = print) -> None:
             done = ingest.preprocess_folder(scans, out, cfg.ct, path(cfg, "metadata", name), cfg.data.workers)
             if done.rejected:
                 raise ValueError(f"{scans}: {len(done.rejected)} drawn scans were rejected, e.g. {next(iter(done.rejected.items()))}")
-    missing = [path(cfg, kind, name) for name in SPLITS for kind in _TABLES if not path(cfg, kind, name).exists()]
+    missing = [path(cfg, kind, name) for name in SPLITS for kind in _TABLES if not path(cfg, kind, name).is_file()]
     if missing:
         raise ValueError(
             f"{len(missing)} files are missing: {', '.join(map(str, missing))}. `invoke preprocess --source SCANS --out STORE.h5` makes "

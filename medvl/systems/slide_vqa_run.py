@@ -42,7 +42,7 @@ def prepare(cfg: Config, log: Callable[[str], None] = print) -> None:
         drawn = phantom_slide_talk.draw_slides(cfg.data.phantoms, folder_of(cfg))
         log(f"drawn in {folder_of(cfg)}: " + ", ".join(f"{n} {what}" for what, n in drawn.items()))
     wanted = [*sorted({s.data for s in cfg.train.stages}), "valid", "test"]
-    if missing := [path(cfg, what) for what in wanted if not path(cfg, what).exists()]:
+    if missing := [path(cfg, what) for what in wanted if not path(cfg, what).is_file()]:
         raise ValueError(f"{len(missing)} files are missing: {', '.join(map(str, missing))}; data.* says where they are")
     people: dict[str, set[str]] = {}
     for what in wanted:
