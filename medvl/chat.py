@@ -73,8 +73,7 @@ class ChatConfig:
             raise ValueError(f"chat.min_pixels must not be above chat.max_pixels, got {self.min_pixels} and {self.max_pixels}")
         if wrong := [key for key in self.options if not key.isidentifier() or key in _OWN_OPTIONS]:
             raise ValueError(f"chat.options must be variables of a template, {wrong[0]!r} is none")
-        if self.window and (len(self.window) != 2 or not self.window[0] < self.window[1]):
-            raise ValueError(f"chat.window must be [black, white] with black < white, got {list(self.window)}")
+        images.check_window(self.window, "chat.window")
 
 
 @frozen(kw_only=True, eq=False)
@@ -450,8 +449,7 @@ def _sight(model: ModelConfig, cfg: ChatConfig, skeleton: hub.Skeleton) -> tuple
 
 def _opened(chat: Chat, path: Path) -> Image.Image:
     """An image as the eyes want it: tiles know no most of pixels, so it is made smaller before."""
-    window = (chat.cfg.window[0], chat.cfg.window[1]) if chat.cfg.window else None
-    image = images.open_image(path, window=window, only_deep=True)
+    image = images.open_image(path, window=images.check_window(chat.cfg.window, "chat.window"), only_deep=True)
     return images.cap_pixels(image, chat.cfg.max_pixels) if isinstance(chat.eyes, intern_vl.TileConfig) else image
 
 

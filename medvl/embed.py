@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from medvl import config, embed_local, files, hub, tokens
 from medvl.checkpoints import find, new_folder, open_weights, read_json, save_finite
-from medvl.data.images import Picture, cap_pixels, open_image, to_rgb
+from medvl.data.images import Picture, cap_pixels, check_window, open_image, to_rgb
 from medvl.retrieve import query_vector
 from medvl.text import pool_tokens
 
@@ -49,6 +49,7 @@ class EmbedConfig:
     shares: tuple[float, float] = (0.7, 0.3)  # of text and of images
     max_images: int = 2  # the first images of a query that count
     max_pixels: int = 100_000  # larger images are made smaller before they are looked at
+    window: tuple[float, ...] = ()  # (black, white): the greys of 16-bit images that are shown as 0 and 255
     batch: int = 32
 
     def __attrs_post_init__(self) -> None:
@@ -65,6 +66,7 @@ class EmbedConfig:
             raise ValueError(f"EmbedConfig: shares must be two numbers >= 0, one above 0, got {self.shares}")
         config.within(self, "EmbedConfig", dims=config.WIDTH_OR_NONE, context=(3, 2**20), batch=(1, 2**20), shares=(0, 1e6))
         config.within(self, "EmbedConfig", max_images=(1, 2**20), max_pixels=(1, 2**28))
+        check_window(self.window, "EmbedConfig.window")
 
 
 class Nothing(ValueError):
@@ -277,7 +279,7 @@ def _opened(who: str, cfg: EmbedConfig, row: int, place: int, source: Any) -> Im
     where = f"{who}: image {place} of row {row}"
     if isinstance(source, str | bytes | Path):
         try:
-            image = open_image(source)
+            image = open_image(source, window=check_window(cfg.window, "EmbedConfig.window"), only_deep=True)
         except ValueError as e:
             raise ValueError(f"{where}: {e}") from e
     else:
@@ -317,6 +319,8 @@ def _local_images(embedder: Embedder, pictures: Sequence[Sequence[Any]]) -> tupl
 def _named(embedder: Embedder) -> Embedder:
     cfg, head = embedder.cfg, embedder.head
     matters = {n: v for n, v in attrs.asdict(cfg).items() if n in _MATTERS[cfg.kind]} | {"vocabulary": embedder.vocabulary}
+    if cfg.window:  # without one, an embedder has the name it had before there were windows
+        matters["window"] = cfg.window
     weights = {f"params.{n}": t for n, t in embedder.params.items()} | ({} if head is None else {"head": head})
     parts = [cfg.kind, *([Path(cfg.name).name] if cfg.name else []), config.digest(matters), hub.digest(weights)]
     return evolve(embedder, name=":".join(parts))

@@ -11,10 +11,11 @@ import tiny
 import torch
 import torch.nn.functional as F
 from attrs import evolve
+from PIL import Image
 
 from medvl import embed as e
 from medvl import embed_local, tokens
-from medvl.data.images import cap_pixels
+from medvl.data.images import cap_pixels, open_image
 
 REPORTS = ["The heart is normal in size.", "No pleural effusion; the heart is normal.", "Nodule of 12 mm in the left upper lobe.", "Fundus"]
 PICTURES = [tiny.drawn((40 + 9 * i, 50), seed=i) for i in range(5)]
@@ -171,6 +172,23 @@ def test_a_saved_embedder_of_other_parts_is_refused(tmp_path, change, message):
     (tmp_path / "saved/embedder.json").write_text(json.dumps(about))
     with pytest.raises(ValueError, match=f"read_embedder: .*saved: .*{message}"):
         e.read_embedder(tmp_path / "saved")
+
+
+def test_deep_greys_are_shown_through_the_window(tmp_path):
+    rows = [np.random.default_rng(i).integers(0, 4000, (40, 40)).astype(np.uint16) for i in range(6)]
+    for i, row in enumerate(rows):
+        Image.fromarray(row).save(tmp_path / f"{i}.png")
+    paths = [[tmp_path / f"{i}.png"] for i in range(6)]
+    seen = [[open_image(p, window=(0, 4000))] for (p,) in paths]
+    texts = ["lung", "heart", "liver", "bone", "skin", "brain"]
+    with pytest.raises(ValueError, match="greys of more than 8 bits"):
+        e.fit_local(e.EmbedConfig(), texts, paths)
+    plain = e.fit_local(e.EmbedConfig(), texts, seen)
+    made = e.fit_local(e.EmbedConfig(window=(0, 4000)), texts, paths)
+    assert made.name != plain.name  # other pictures would look other to it
+    assert torch.equal(e.embed(made, texts, paths), e.embed(plain, texts, seen))
+    with pytest.raises(ValueError, match=r"EmbedConfig.window must be \[black, white\] with black < white, got \[3, 2\]"):
+        e.EmbedConfig(window=(3, 2))
 
 
 def test_local_of_little():

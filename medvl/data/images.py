@@ -61,6 +61,19 @@ def open_image(
     return to_rgb(image, name)
 
 
+def check_window(window: tuple[float, ...], where: str) -> tuple[float, float] | None:
+    """The window of a record, () for none, as `open_image` takes it.
+
+    Raises:
+        ValueError: not two numbers, the first the smaller.
+    """
+    if not window:
+        return None
+    if len(window) != 2 or not window[0] < window[1]:
+        raise ValueError(f"{where} must be [black, white] with black < white, got {list(window)}")
+    return window[0], window[1]
+
+
 def _refuse_dicom(source: PathLike | bytes, name: str) -> None:
     """Say what to do with a DICOM file, which Pillow would call no image."""
     if isinstance(source, bytes):
