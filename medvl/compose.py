@@ -304,7 +304,7 @@ def _special(a: Adapter) -> str:
     if routed := [m for m, f in a.factors.items() if "router" in f]:
         return f"a router per token (H-LoRA) on {routed[0]}"
     if a.full:
-        return f"whole tensors that it replaces ({next(iter(a.full))})"
+        return f"whole tensors that it replaces ({next(iter(a.full))}; lora.without_copies leaves out those that are the base's own)"
     if any(g.dim() > 1 for g in a.gate.values()):
         return "weights that differ by sample"
     return ""

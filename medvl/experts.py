@@ -91,9 +91,12 @@ def gather(
     folder = registry.place_of(path, held)
     registry.check(path, held, base)
     device = next(iter(params.values())).device
-    host = adapter_cache.cached(
-        lambda i: evolve(read_adapter(folder / held.adapters[i].path, talks.skeleton), name=held.adapters[i].name), int(hold.host_gb * 1e9)
-    )
+
+    def read(i: int) -> lora.Adapter:
+        adapter = read_adapter(folder / held.adapters[i].path, talks.skeleton)
+        return evolve(lora.without_copies(adapter, params), name=held.adapters[i].name)
+
+    host = adapter_cache.cached(read, int(hold.host_gb * 1e9))
     near = host if device.type == "cpu" else adapter_cache.cached(lambda i: lora.to(host([i])[0], device), int(hold.device_gb * 1e9))
     pool = adapter_cache.pooled(near)
     how = {"rank": fusion.rank or None, "density": fusion.density or None, "seed": fusion.seed}

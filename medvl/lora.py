@@ -193,6 +193,21 @@ def apply_lora(params: Mapping[str, Tensor], adapter: Adapter, *, rows: Tensor |
     return done
 
 
+def without_copies(adapter: Adapter, params: Mapping[str, Tensor]) -> Adapter:
+    """The adapter without whole tensors that are the base's own, up to the rounding of the base's dtype.
+
+    peft saves the token table or the head untouched beside an adapter that corrects it. An adapter that replaces
+    nothing can be mixed with others.
+    """
+    changed = {}
+    for name, tensor in adapter.full.items():
+        base = params.get(name)
+        same = base is not None and not isinstance(base, Lazy) and base.shape == tensor.shape
+        if base is None or not same or not torch.equal(tensor.to(base.device, base.dtype), base):
+            changed[name] = tensor
+    return evolve(adapter, full=changed)
+
+
 @frozen(kw_only=True, eq=False)
 class Merged:
     """Plain weights with an adapter added in, and what that changed."""

@@ -11,7 +11,7 @@ import torch
 from attrs import evolve
 from safetensors.torch import load_file, save_file
 
-from medvl import hub, lora
+from medvl import compose, hub, lora
 from medvl.adapter_files import read_adapter, write_adapter
 from medvl.lora import LoraConfig, apply_lora
 
@@ -519,3 +519,27 @@ def test_what_is_not_written(folder, tmp_path):
     write_adapter(adapter, tmp_path / "out", targets=r".*\.(q_proj|v_proj|down_proj)")
     with pytest.raises(ValueError, match="out is there already"):
         write_adapter(adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "tied"])
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_of_the_token_table_and_the_head_are_mixed_without_peft_s_copies(kind, tmp_path):
+    """peft saves the table untouched beside an adapter that corrects it; a table that was trained stays one."""
+    skeleton, params, _ = made(kind)
+    targets = ["embed_tokens", "q_proj"] if kind == "tied" else ["embed_tokens", "lm_head", "q_proj"]
+    trained(kind, target_modules=targets).save_pretrained(tmp_path / "one")
+    read = read_adapter(tmp_path / "one", skeleton)
+    assert read.full
+    with pytest.raises(ValueError, match=r"whole tensors that it replaces \(.*lora.without_copies"):
+        compose.stack_adapters([read, read])
+    plain = lora.without_copies(read, params)
+    assert plain.full == {}
+    x = inputs(kind)
+    pool = compose.stack_adapters([plain, plain])
+    mixed = lora.apply_lora(params, compose.compose_adapters(pool, [0.25, 0.75]))
+    with torch.no_grad():
+        torch.testing.assert_close(skeleton(mixed, **x).logits, ours(kind, read), rtol=0, atol=1e-5)
+    half = {n: t.bfloat16() for n, t in params.items()}
+    assert lora.without_copies(evolve(read, full={n: t.bfloat16().float() for n, t in read.full.items()}), half).full == {}
+    moved = {n: t + 1e-3 for n, t in read.full.items()}
+    assert lora.without_copies(evolve(read, full=moved), params).full.keys() == moved.keys()
