@@ -366,6 +366,32 @@ def test_closed_questions_by_likelihood_beside_open_ones_by_text(trained):
     assert answers("text", [*closed, open_]) == [*answers("text", closed), text]
 
 
+def test_answers_of_earlier_batches_are_kept_where_a_later_one_fails(trained, tmp_path, monkeypatch):
+    _, folder, _ = trained
+    model, params, _ = slide_vqa_run.load(folder)
+    talks = slide_vqa_run.read(model.cfg, "test")[:5]
+    model = evolve(model, cfg=evolve(model.cfg, evaluate=evolve(model.cfg.evaluate, batch=2)))
+    tokens = slide_vqa_run.tokens_of(model, folder, talks)
+    whole = slide_vqa_run.answer(model, params, talks, tokens)
+    real, calls, path = slide_vqa_run._generated, [], tmp_path / "answers.unfinished.jsonl"
+
+    def fails(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise FloatingPointError("logits are not finite")
+        return real(*args)
+
+    monkeypatch.setattr(slide_vqa_run, "_generated", fails)
+    with pytest.raises(FloatingPointError):
+        slide_vqa_run.answer(model, params, talks, tokens, path)
+    kept = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["row"], line["id"], line["answer"]) for line in kept] == [(i, talks[i].id, whole[i]) for i in range(4)]
+    monkeypatch.setattr(slide_vqa_run, "_generated", real)
+    assert slide_vqa_run.answer(model, params, talks, tokens, path) == whole
+    assert len(path.read_text().splitlines()) == 5
+    assert not list(folder.rglob("*unfinished*"))  # of an evaluation that went well
+
+
 BAD = [
     ({"pretrain__labels": []}, "pretrain needs either a file"),
     ({"pretrain__file": "x.pt"}, "pretrain needs either a file"),

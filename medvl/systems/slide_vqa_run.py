@@ -11,12 +11,12 @@ import torch
 from attrs import evolve
 from torch import Generator, Tensor
 
-from medvl import chat, choices, config, files, generation, plots, processes, report, slidebench, tuning
+from medvl import chat, choices, config, files, generation, plots, processes, progress, report, slidebench, tuning
 from medvl.checkpoints import read_json
 from medvl.data import conversations, names, order, phantom_slide_talk
 from medvl.data.slide_questions import TAG, SlideTalk, published_as, read_slide_talks
 from medvl.data.slides import slide_name
-from medvl.display import Progress, track
+from medvl.display import track
 from medvl.results import Result
 from medvl.slide_tokens import Features, open_features, slide_tokens
 from medvl.slots import CompressConfig
@@ -276,7 +276,8 @@ def assess(model: Model, params: Tree, means: Tree, folder: Path, experiment: st
     """Answer the test questions; writes `benchmark_results.json`, a table of categories, and the report into `folder`."""
     cfg, held = model.cfg, read(model.cfg, "test")
     tokens = tokens_of(model, folder.parent, held)
-    said = _said(model, params, held, tokens)
+    unfinished = [folder / f"answers{control}.unfinished.jsonl" for control in ("", "_shuffled")]
+    said = _said(model, params, held, tokens, unfinished[0])
     if not said:
         raise ValueError(
             f"{path(cfg, 'test')}: none of {len(held)} questions is about a slide that has features below {path(cfg, 'features')}; "
@@ -284,12 +285,14 @@ def assess(model: Model, params: Tree, means: Tree, folder: Path, experiment: st
         )
     results = _score(cfg, held, said, experiment)
     if cfg.evaluate.shuffled and not cfg.data.blind:
-        other = _said(model, params, _shuffled(held, cfg.seed, tokens), tokens)
+        other = _said(model, params, _shuffled(held, cfg.seed, tokens), tokens, unfinished[1])
         results += [evolve(r, what="accuracy_shuffled") for r in _score(cfg, held, other, experiment) if r.what == "accuracy"]
     digest = files.file_digest(path(cfg, "test"))
     source = {"file": path(cfg, "test").name, "sha256": digest, "published_as": published_as(digest)}
     facts = {"experiment": experiment, "by": cfg.evaluate.by}
     slidebench.write_benchmark(folder, _chosen(held, said), results, source=source, facts=facts, written=_written(held, said))
+    for path_of_answers in unfinished:
+        path_of_answers.unlink(missing_ok=True)  # all of them are in the results now
     last = folder.parent / f"{len(cfg.train.stages) - 1}-{cfg.train.stages[-1].name}" / "metrics.jsonl"
     known = f" ({source['published_as']})" if source["published_as"] else ""
     notes = (
@@ -299,10 +302,10 @@ def assess(model: Model, params: Tree, means: Tree, folder: Path, experiment: st
     return results, report.write_report(folder, f"{experiment}: slides", results, plots.training_curves(last), notes)
 
 
-def _said(model: Model, params: Tree, asked: Sequence[SlideTalk], tokens: dict[str, Tensor]) -> dict[int, str]:
+def _said(model: Model, params: Tree, asked: Sequence[SlideTalk], tokens: dict[str, Tensor], path: Path) -> dict[int, str]:
     """{number of the question: answer} of those whose slides have features."""
     there = [i for i, t in enumerate(asked) if model.cfg.data.blind or (t.slides and all(s in tokens for s in t.slides))]
-    return dict(zip(there, answer(model, params, [asked[i] for i in there], tokens), strict=True))
+    return dict(zip(there, answer(model, params, [asked[i] for i in there], tokens, path), strict=True))
 
 
 def _score(cfg: Config, held: Sequence[SlideTalk], said: Mapping[int, str], experiment: str) -> list[Result]:
@@ -340,25 +343,37 @@ def _about(talk: SlideTalk) -> dict[str, str]:
     return {"slide": slide, "broad": broad, "narrow": narrow or talk.task, "id": talk.id or str(talk.row)}
 
 
-def answer(model: Model, params: Tree, talks: Sequence[SlideTalk], tokens: dict[str, Tensor]) -> list[str]:
+def answer(
+    model: Model, params: Tree, talks: Sequence[SlideTalk], tokens: dict[str, Tensor], path: files.PathLike | None = None
+) -> list[str]:
     """Answers of conversations whose slides all have tokens: greedy text, or with `by = "likelihood"` the likeliest letter where a
-    question has options (an open one beside it is answered by text)."""
+    question has options (an open one beside it is answered by text).
+
+    Args:
+        path: answers are written to it batch by batch, so that those of earlier batches are kept where a later one fails. What an earlier
+            evaluation left there is written over: it may be of other weights.
+    """
     cfg = model.cfg.evaluate
     data = slide_vqa.encode(model, talks, prompt=True)
     weights = slide_vqa.weights_of(model, params)
     by_letter = [i for i, talk in enumerate(data.talks) if talk.choices and cfg.by == "likelihood"]
     by_text = [i for i in range(len(data.talks)) if i not in set(by_letter)]
-    answers = dict[int, str]()
-    with Progress("answering questions", len(talks)) as progress:
-        for rows, ask in ((by_letter, _likeliest), (by_text, _generated)):
-            for start in range(0, len(rows), cfg.batch):
-                part = rows[start : start + cfg.batch]
-                batch = slide_vqa.collate(model, data, tokens, part, side="left")
-                with torch.no_grad():
-                    inputs = slide_vqa.inputs_of(model, params, weights, batch)
-                replies = ask(model, weights, inputs, [data.talks[i] for i in part])
-                answers |= dict(zip(part, replies, strict=True))
-                progress.advance(len(part))
+    batches = [rows[at : at + cfg.batch] for rows in (by_letter, by_text) for at in range(0, len(rows), cfg.batch)]
+
+    def answer_batch(rows: Sequence[int]) -> list[dict[str, Any]]:
+        batch = slide_vqa.collate(model, data, tokens, rows, side="left")
+        with torch.no_grad():
+            inputs = slide_vqa.inputs_of(model, params, weights, batch)
+        reply = _likeliest if rows[0] in set(by_letter) else _generated
+        texts = reply(model, weights, inputs, [data.talks[i] for i in rows])
+        return [{"row": row, "id": data.talks[row].id, "answer": text} for row, text in zip(rows, texts, strict=True)]
+
+    if path is None:
+        lines = [line for rows in track(batches, "answering, batch") for line in answer_batch(rows)]
+    else:
+        Path(path).unlink(missing_ok=True)
+        lines = progress.resumed(path, batches, answer_batch, title="answering")
+    answers = {line["row"]: line["answer"] for line in lines}
     return [answers[i] for i in range(len(talks))]
 
 

@@ -185,7 +185,7 @@ def answer_conversations(model: Model, params: Tree, conversations: Sequence[Con
         return [_line(conversations[row], text) for row, text in zip(rows, texts, strict=True)]
 
     path.unlink(missing_ok=True)
-    lines = resumed(path, batches, answer_batch, title="answering, batch")
+    lines = resumed(path, batches, answer_batch, title="answering")
     return [{key: value for key, value in line.items() if key != "row"} for line in lines]
 
 
