@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import threading
+import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -609,6 +610,35 @@ def test_a_tower_that_is_no_config_is_refused(folders, tmp_path, change):
     path.write_text("[" * 100_000)
     with pytest.raises(ValueError, match=r"config.json is not JSON"):
         hub.load(tmp_path / "m")
+
+
+def resized_as_the_hub(embedding, side):
+    """The original code: a scale factor with an offset of 0.1, bicubic without antialiasing; a square of `side` patches."""
+    old = int((embedding.shape[1] - 1) ** 0.5)
+    grid = embedding[:, 1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    scale = (side + 0.1) / old
+    new = F.interpolate(grid, scale_factor=(scale, scale), mode="bicubic", antialias=False)
+    return torch.cat([embedding[:, :1], new.permute(0, 2, 3, 1).reshape(1, side * side, -1)], 1)
+
+
+@pytest.mark.parametrize(("kind", "image", "says"), [("dinov2", 518, True), ("dinov2", 28, False), ("dinov2_with_registers", 518, False)])
+def test_position_embeddings_that_are_not_the_hub_s_are_said_at_load(tmp_path, kind, image, says):
+    config = {"model_type": kind, **VISION, "image_size": image, "patch_size": 14, "num_hidden_layers": 1}
+    skeleton, params = hub.init_skeleton(config, torch.Generator().manual_seed(0))
+    hub.save(skeleton, params, tmp_path / "m")
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        hub.load(tmp_path / "m")
+    assert [w for w in heard if "offset of 0.1" in str(w.message)] != [] if says else not heard
+    if says:  # the difference is there, and it is that of the position embedding alone
+        own = hub.empty_skeleton(config | {"image_size": 224})
+        x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+        name = "embeddings.position_embeddings"
+        params = params | {name: torch.randn(params[name].shape, generator=torch.Generator().manual_seed(2)) * 0.02}
+        with torch.no_grad():
+            theirs = own(params | {name: resized_as_the_hub(params[name], 16)}, x).last_hidden_state
+            ours = skeleton(params, x).last_hidden_state
+        assert 1e-3 < (theirs - ours).abs().max() < 1
 
 
 IMPOSSIBLE = [
