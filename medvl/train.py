@@ -350,6 +350,7 @@ def fit(
             if any(due.values()) or check:
                 pace.resume()
             if halt:  # also at the last step: what comes after it, another stage or the evaluation, is not begun
+                display.replace_line("")
                 _log.warning("stopped at step %d of %d; the same command goes on from %s", state.step, steps, folder / "last.pt")
                 raise Stopped(128 + (stop.number or signal.SIGTERM))
     return state
@@ -389,8 +390,9 @@ class _Pace:
     def tell(self, line: dict[str, Any], device: torch.device, *, stays: bool) -> None:
         """Show the numbers of a step; `stays` where the next line does not replace them."""
         numbers = {k: v for k, v in line.items() if k != "step" and k not in display.CLOCK}
-        first = {k: numbers.pop(k) for k in ("lr", "loss") if k in numbers}
-        self._numbers = ", ".join(f"{k} {v:.4g}" for k, v in (first | numbers).items()) + f", {_memory(device) / 1e9:.2f} GB"
+        first = [f"{k} {numbers.pop(k):.3g}" for k in ("lr", "loss") if k in numbers]  # a narrow terminal shows the first numbers only
+        first.append(f"{_memory(device) / 1e9:.2f} GB")
+        self._numbers = ", ".join(first + [f"{k} {v:.4g}" for k, v in numbers.items()])
         (self._log if stays else partial(display.update, self._log))(self._line())
         self._shown = time.monotonic()
 
@@ -401,8 +403,8 @@ class _Pace:
     def _line(self) -> str:
         each = (time.monotonic() - self._start) / max(1, self._step - self._first)
         left = display.duration(each * (self._steps - self._step))
-        where = f"{self._title}: step {display.share(self._step, self._steps)}"
-        return f"{where}, {display.pace(self._seconds)} a step, {left} left, {self._numbers}"
+        where = f"{self._title}: {self._step:,}/{self._steps:,} ({100 * self._step // self._steps} %)"
+        return f"{where}, {display.pace(self._seconds)}/step, {left} left, {self._numbers}"
 
 
 def _memory(device: torch.device) -> int:

@@ -204,7 +204,7 @@ def fit_stage(
         folder=folder,
         every=train.Every(log=cfg.log, save=cfg.save, validate=cfg.validate),
         validate=scored if validate else None,
-        title=f"stage {stage.name}",
+        title=stage.name,
         lr=lambda i: stage.lr * schedule(i),
         log=log,
     )

@@ -451,7 +451,7 @@ def test_a_signal_at_the_end_begins_nothing_new(when, tmp_path):
         return evolve(state, step=state.step + 1), {"loss": torch.zeros(())}
 
     def log(line):
-        if "step 4 of 4" in line and when == "after it":
+        if "4/4" in line and when == "after it":
             os.kill(os.getpid(), signal.SIGTERM)
 
     run = lambda: fit(step, State(params={"w": torch.ones(3)}, opt={}), lambda i: None, steps=4, folder=tmp_path, log=log)

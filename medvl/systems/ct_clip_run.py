@@ -320,7 +320,7 @@ def _fit_stage(
         folder=folder,
         every=train.Every(log=cfg.train.log, save=cfg.train.save, validate=cfg.train.validate),
         validate=validate,
-        title=f"stage {stage.name}",
+        title=stage.name,
         lr=lambda i: stage.lr * schedule(i),
         log=log,
     )
