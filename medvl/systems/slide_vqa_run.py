@@ -277,12 +277,12 @@ def assess(model: Model, params: Tree, means: Tree, folder: Path, experiment: st
     cfg, held = model.cfg, read(model.cfg, "test")
     tokens = tokens_of(model, folder.parent, held)
     unfinished = [folder / f"answers{control}.unfinished.jsonl" for control in ("", "_shuffled")]
-    said = _said(model, params, held, tokens, unfinished[0])
-    if not said:
+    if not _answerable(cfg, held, tokens):
         raise ValueError(
             f"{path(cfg, 'test')}: none of {len(held)} questions is about a slide that has features below {path(cfg, 'features')}; "
             "data.features says where they are, data.blind = true asks without them"
         )
+    said = _said(model, params, held, tokens, unfinished[0])
     results = _score(cfg, held, said, experiment)
     if cfg.evaluate.shuffled and not cfg.data.blind:
         other = _said(model, params, _shuffled(held, cfg.seed, tokens), tokens, unfinished[1])
@@ -304,8 +304,13 @@ def assess(model: Model, params: Tree, means: Tree, folder: Path, experiment: st
 
 def _said(model: Model, params: Tree, asked: Sequence[SlideTalk], tokens: dict[str, Tensor], path: Path) -> dict[int, str]:
     """{number of the question: answer} of those whose slides have features."""
-    there = [i for i, t in enumerate(asked) if model.cfg.data.blind or (t.slides and all(s in tokens for s in t.slides))]
+    there = _answerable(model.cfg, asked, tokens)
     return dict(zip(there, answer(model, params, [asked[i] for i in there], tokens, path), strict=True))
+
+
+def _answerable(cfg: Config, asked: Sequence[SlideTalk], tokens: Mapping[str, Tensor]) -> list[int]:
+    """The numbers of the questions whose slides all have tokens."""
+    return [i for i, t in enumerate(asked) if cfg.data.blind or (t.slides and all(s in tokens for s in t.slides))]
 
 
 def _score(cfg: Config, held: Sequence[SlideTalk], said: Mapping[int, str], experiment: str) -> list[Result]:
