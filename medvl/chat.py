@@ -63,7 +63,7 @@ class ChatConfig:
     max_pixels: int = 0  # of an image (MAX_PIXELS elsewhere); 0 = what the checkpoint says
     min_pixels: int = 0
     max_images: int = 0  # of a user's turn, the last ones; 0 = all. (MAX_NUM elsewhere means this for some models and tiles for others)
-    window: tuple[float, ...] = ()  # (black, white): the greys of 16-bit images that are shown as 0 and 255
+    window: tuple[float, ...] = ()  # (black, white): the greys of 16-bit and DICOM images that are shown as 0 and 255
     repetition_penalty: float = 0.0  # of answers; 0 = what the checkpoint's generation_config.json says, 1 = none
 
     def __attrs_post_init__(self) -> None:

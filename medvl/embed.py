@@ -49,7 +49,7 @@ class EmbedConfig:
     shares: tuple[float, float] = (0.7, 0.3)  # of text and of images
     max_images: int = 2  # the first images of a query that count
     max_pixels: int = 100_000  # larger images are made smaller before they are looked at
-    window: tuple[float, ...] = ()  # (black, white): the greys of 16-bit images that are shown as 0 and 255
+    window: tuple[float, ...] = ()  # (black, white): the greys of 16-bit and DICOM images that are shown as 0 and 255
     batch: int = 32
 
     def __attrs_post_init__(self) -> None:

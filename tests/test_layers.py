@@ -4,7 +4,19 @@ import ast
 from pathlib import Path
 
 LAYERS = [
-    ["config", "tree", "files", "processes", "display", "rounding", "workers", "data.names", "data.phantom_canvas", "data.phantom_styles"],
+    [
+        "config",
+        "tree",
+        "files",
+        "processes",
+        "display",
+        "rounding",
+        "workers",
+        "data.dicom_image",
+        "data.names",
+        "data.phantom_canvas",
+        "data.phantom_styles",
+    ],
     [
         "results",
         "answers",
@@ -82,7 +94,13 @@ LAYERS = [
     ["systems.adapters_run", "systems.slide_vqa_look"],
     ["systems.ask", "systems.run"],
 ]
-ONLY = {"transformers": ("hub", "tokens"), "bitsandbytes": ("quant",), "cattrs": ("config",), "invoke": ("tasks",)}
+ONLY = {
+    "transformers": ("hub", "tokens"),
+    "bitsandbytes": ("quant",),
+    "cattrs": ("config",),
+    "pydicom": ("dicom_image",),
+    "invoke": ("tasks",),
+}
 ROOT = Path(__file__).resolve().parents[1]
 LEVEL = {f"medvl.{name}": level for level, names in enumerate(LAYERS) for name in names}
 

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from medvl import files
+from medvl.data import dicom_image
 from medvl.files import PathLike
 
 Picture = Image.Image | np.ndarray | Tensor
@@ -31,7 +32,8 @@ def open_image(
     """Read an image file upright (EXIF orientation applied), whole, as RGB with what is transparent white.
 
     Args:
-        source: a path, or the content of a file. PNG, JPEG, JPEG 2000, TIFF, WebP, BMP, GIF or PPM; the content decides, not the name.
+        source: a path, or the content of a file. PNG, JPEG, JPEG 2000, TIFF, WebP, BMP, GIF or PPM, or one DICOM image as
+            `dicom_image.read_dicom` shows it; the content decides, not the name.
         page: of a file with several pages or frames, counted from 0.
         window: (black, white): the greys shown as 0 and 255, linear between them. Files with greys of more than 8 bits need one.
         only_deep: the window is for files with greys of more than 8 bits, and others are opened without it (a folder that has both).
@@ -40,7 +42,10 @@ def open_image(
             decoded); several pages and no `page`; deep greys and no window, or a window for colours.
     """
     name = f"open_image: {f'image of {len(source)} bytes' if isinstance(source, bytes) else source}"
-    _refuse_dicom(source, name)
+    if _is_dicom(source, name):
+        if page:
+            raise ValueError(f"{name}: has one page or frame, got page={page}; leave it out")
+        return to_rgb(Image.fromarray(dicom_image.read_dicom(source, name, most=LARGEST, window=window, only_deep=only_deep)), name)
     with _reading(name):
         image: Image.Image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS)
     with image:
@@ -74,8 +79,8 @@ def check_window(window: tuple[float, ...], where: str) -> tuple[float, float] |
     return window[0], window[1]
 
 
-def _refuse_dicom(source: PathLike | bytes, name: str) -> None:
-    """Say what to do with a DICOM file, which Pillow would call no image."""
+def _is_dicom(source: PathLike | bytes, name: str) -> bool:
+    """Whether a file begins as DICOM files do (PS3.10, 7.1)."""
     if isinstance(source, bytes):
         start = source[:132]
     elif (path := Path(source)).exists() and not path.is_file():  # a pipe would be waited for
@@ -84,11 +89,7 @@ def _refuse_dicom(source: PathLike | bytes, name: str) -> None:
         files.check_regular(source)
         with _reading(name), open(source, "rb") as f:
             start = f.read(132)
-    if start[128:] == b"DICM":
-        raise ValueError(
-            f"{name}: is a DICOM file, which is not read; write its pixels as a 16-bit PNG (with pydicom and Pillow: "
-            "Image.fromarray(ds.pixel_array.astype('uint16')).save('x.png')) and give the greys to show as the window (chat.window)"
-        )
+    return start[128:] == b"DICM"
 
 
 def to_rgb(image: Picture, where: str) -> Image.Image:
@@ -148,8 +149,7 @@ def _windowed(name: str, image: Image.Image, window: tuple[float, float] | None)
             f"{name}: greys of more than 8 bits must be finite and need window=(black, white) with black < white, "
             f"got values from {grey.min():g} to {grey.max():g} and window={window}"
         )
-    black, white = window
-    return Image.fromarray((((grey - black) / (white - black)).clip(0, 1) * 255).round().astype(np.uint8))
+    return Image.fromarray(dicom_image.window_greys(grey, *window))
 
 
 @contextmanager

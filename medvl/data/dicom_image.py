@@ -1,0 +1,165 @@
+"""Single DICOM images (CT, CR, DX, MR) as pictures of 8 bits. Only this file imports pydicom."""
+
+import functools
+import io
+import logging
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_log = logging.getLogger(__name__)
+# What is read of a file. Names, dates and numbers of patients are passed over, so that no message can hold them.
+_TAGS = [
+    *("Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration", "NumberOfFrames", "PixelData"),
+    *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "ExtendedOffsetTable", "ExtendedOffsetTableLengths"),
+    *("RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction"),
+    "SharedFunctionalGroupsSequence",
+]
+_DEFLATED = "1.2.840.10008.1.2.1.99"  # would be unpacked whole before anything is known of its size
+# What pydicom and its decoders raise on broken files.
+_BROKEN = (ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError, struct.error)
+
+
+def read_dicom(
+    source: str | os.PathLike[str] | bytes, where: str, *, most: int, window: tuple[float, float] | None = None, only_deep: bool = False
+) -> np.ndarray:
+    """The image of a DICOM file as it is looked at, uint8 [y, x], or [y, x, 3] of colours.
+
+    Greys are rescaled (RescaleSlope and RescaleIntercept, or the modality's table), shown through a window, and inverted where they are
+    MONOCHROME1. The window is `window`, else the first of the file. Without either, greys of 8 bits are shown as they are, and deeper ones
+    from their lowest to their highest, with a warning. A table of the file instead of a window (VOILUTSequence) is not applied.
+
+    Args:
+        where: what errors begin with.
+        most: rows * columns of a file that is decoded.
+        window: (black, white) in rescaled greys, for CT in HU: linear between them.
+        only_deep: the window is for greys of more than 8 bits, and not for others or colours.
+    Raises:
+        ValueError: pydicom is not installed; no pixels, several frames, an enhanced object, more than `most` pixels, a transfer syntax or
+            colours that are not read, a window for colours, a broken file.
+    Source: DICOM PS3.3, C.7.6.3, C.11.1 and C.11.2, by pydicom.
+    """
+    try:
+        from pydicom import pixels
+        from pydicom.errors import InvalidDicomError
+    except ImportError as e:
+        raise ValueError(f"{where}: is a DICOM file, which needs pydicom; pip install 'medvl[dicom]'") from e
+    try:
+        size = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
+        if size > 8 * most:
+            raise ValueError(f"must be one picture of at most {most} pixels, got {size} bytes")
+        content = source if isinstance(source, bytes) else Path(source).read_bytes()
+        image = _checked(content, most)
+        values = pixels.pixel_array(image)
+        if image.SamplesPerPixel > 1:
+            return _colours(values, None if only_deep else window)
+        greys = pixels.apply_rescale(values, image).astype(np.float64)
+        folder = "" if isinstance(source, bytes) else str(Path(source).parent)
+        window = _grey_window(image, greys, window, only_deep, folder)
+        shown = _by_file(image, greys) if window is None else window_greys(greys, *window)
+    except (InvalidDicomError, *_BROKEN) as e:
+        said = " ".join(str(e).split())  # those of several decoders come on several lines
+        raise ValueError(f"{where}: this DICOM file cannot be read: {said}") from e
+    return 255 - shown if image.PhotometricInterpretation == "MONOCHROME1" else shown
+
+
+def window_greys(greys: np.ndarray, black: float, white: float) -> np.ndarray:
+    """Greys as 0 at `black` to 255 at `white`, linear between them, uint8."""
+    return (((greys - black) / (white - black)).clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def _checked(content: bytes, most: int) -> Any:
+    """The data set of a file, whose pixels may be decoded."""
+    from pydicom import dcmread, filereader, pixels
+    from pydicom.encaps import get_frame
+
+    file = io.BytesIO(content)
+    filereader.read_preamble(file, force=False)
+    syntax = filereader.read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag.group != 2).get("TransferSyntaxUID", "")
+    try:
+        known = syntax != _DEFLATED and pixels.get_decoder(syntax).is_available
+    except NotImplementedError:
+        known = False
+    if not known:
+        name = getattr(syntax, "name", syntax) or "none"
+        raise ValueError(f"its transfer syntax ({name}) is not read; pip install 'medvl[dicom]', or write it uncompressed")
+    image = dcmread(io.BytesIO(content), specific_tags=_TAGS)
+    if "PixelData" not in image:
+        raise ValueError("is a DICOM file without pixels (PixelData); give one that is an image")
+    if (image.get("NumberOfFrames") or 1) > 1 or "SharedFunctionalGroupsSequence" in image:
+        raise ValueError("DICOM of several frames is not read; write the frame that is meant to a file of its own")
+    if image.PhotometricInterpretation not in ("MONOCHROME1", "MONOCHROME2", "RGB") and "YBR" not in image.PhotometricInterpretation:
+        raise ValueError(f"colours of DICOM must be greys, RGB or YBR, got {image.PhotometricInterpretation}; write it as a PNG")
+    shape = image.Rows, image.Columns, image.SamplesPerPixel
+    if syntax.is_encapsulated and "RLE" not in syntax.name:  # a decoder takes room by what the coded picture says
+        coded = _coded_shape(get_frame(image.PixelData, 0, number_of_frames=1))
+        if coded != shape:
+            raise ValueError(f"rows, columns and samples must be {coded} as those of its coded picture, got {shape}")
+    if image.Rows * image.Columns > most:
+        raise ValueError(f"must have at most {most} pixels, got {image.Columns} x {image.Rows}; make it smaller")
+    return image
+
+
+def _coded_shape(frame: bytes) -> tuple[int, int, int]:
+    """(rows, columns, samples) by the header of JPEG, JPEG-LS or JPEG 2000.
+
+    Source: ITU-T T.81, B.2.2; T.87, C.2.2; T.800, A.5.1.
+    """
+    if frame.startswith(b"\xff\x4f\xff\x51"):
+        right, bottom, left, top, samples = struct.unpack_from(">4I16xH", frame, 8)
+        return bottom - top, right - left, samples
+    if not frame.startswith(b"\xff\xd8"):
+        raise ValueError("its coded picture begins with none of the markers of JPEG, JPEG-LS and JPEG 2000")
+    at = 2
+    while True:
+        marker, length, _, rows, columns, samples = struct.unpack_from(">HHBHHB", frame, at)
+        if marker == 0xFFF7 or (0xFFC0 <= marker <= 0xFFCF and marker not in (0xFFC4, 0xFFC8, 0xFFCC)):
+            return rows, columns, samples
+        at += 2 + length
+
+
+def _colours(values: np.ndarray, window: tuple[float, float] | None) -> np.ndarray:
+    if window is not None:
+        raise ValueError("a window is for greys, got colours; leave it out")
+    if values.dtype != np.uint8 or values.ndim != 3 or values.shape[-1] != 3:
+        raise ValueError(f"colours must be three of 8 bits, got {values.dtype} {list(values.shape)}")
+    return values
+
+
+def _grey_window(
+    image: Any, greys: np.ndarray, window: tuple[float, float] | None, only_deep: bool, folder: str
+) -> tuple[float, float] | None:
+    """(black, white) of rescaled greys [y, x], None for the window of the file."""
+    if greys.ndim != 2 or not np.isfinite(greys).all():
+        raise ValueError(f"greys must be finite [y, x], got {list(greys.shape)}")
+    low, high = float(greys.min()), float(greys.max())
+    deep = image.BitsStored > 8 or low < 0 or high > 255
+    if window is not None and (deep or not only_deep):
+        return window
+    if None not in (image.get("WindowCenter"), image.get("WindowWidth")):
+        return None
+    if not deep:
+        return 0, 255
+    _warn_of_windows(folder)
+    return low, max(high, low + 1)
+
+
+def _by_file(image: Any, greys: np.ndarray) -> np.ndarray:
+    """Greys through the first window of the file, from 0 to 255."""
+    from pydicom import Dataset, pixels
+
+    view = Dataset()  # pydicom's range is that of the bits which it names, so 8 unsigned ones
+    view.PhotometricInterpretation, view.BitsStored, view.PixelRepresentation = "MONOCHROME2", 8, 0
+    for name in ("WindowCenter", "WindowWidth", "VOILUTFunction"):
+        if name in image:
+            view[name] = image[name]
+    return pixels.apply_windowing(greys, view).clip(0, 255).round().astype(np.uint8)
+
+
+@functools.lru_cache(maxsize=1024)  # once for a folder, however many and however often its images are opened
+def _warn_of_windows(folder: str) -> None:
+    said = "DICOM images that name no window are shown from their lowest grey to their highest; give one (chat.window, embed.window)"
+    _log.warning("%s: %s", folder or "images in memory", said)
