@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attrs import evolve
+from scipy import ndimage
 
 from medvl.data import ct
 from medvl.data.ct import CtConfig, preprocess, to_hu
@@ -439,6 +440,51 @@ def test_real_scans_in_hu_are_taken_so_with_any_row(shared_data):
             assert preprocess(path, SMALL, ROW | {"RescaleIntercept": intercept}).hu_rule == "stored"
 
 
+def _head(fov_mm, skull_mm):
+    """A head [x, y, z] in HU: brain, a skull of two layers of cortical bone, scalp with fat, an air-filled sinus; blurred, with noise."""
+    z, y, x = np.mgrid[-1:1:24j, -1:1:96j, -1:1:96j] * np.array([1, fov_mm / 2, fov_mm / 2]).reshape(3, 1, 1, 1)
+    depth_mm = 80 * (1 - np.sqrt((x / 75) ** 2 + (y / 92) ** 2 + (z / 2.2) ** 2))
+    skull = depth_mm - 5
+    hu = np.select([depth_mm < 0, skull < 0, skull < skull_mm], [-1000, -60, 1300], 33).astype(float)
+    hu[(skull > skull_mm / 4) & (skull < skull_mm * 3 / 4)] = 700
+    hu[(np.abs(x) < 12) & (np.abs(y - 60) < 15) & (z < 0)] = -1000
+    hu = ndimage.gaussian_filter(hu, (0.3, 0.6, 0.6)) + np.random.default_rng(0).normal(0, 8, hu.shape)
+    return hu.transpose(2, 1, 0)
+
+
+AIR = {  # how the air around a patient comes out
+    "with noise": lambda hu: hu,
+    "cut off": lambda hu: hu.clip(-1000),
+    "cut off at -1024": lambda hu: np.where(hu < -900, -1024, hu),
+    "masked": lambda hu: np.where(hu < -300, -1000, hu),
+}
+
+
+@pytest.mark.parametrize("air", AIR)
+@pytest.mark.parametrize(("fov_mm", "skull_mm"), [(250, 5), (250, 8), (200, 7), (150, 10)])
+def test_a_head_in_hu_is_taken_so_with_any_row(tmp_path, fov_mm, skull_mm, air):
+    """Much bone and air of one value: no padding of raw values, whose soft tissue is as dense as bone."""
+    hu = AIR[air](_head(fov_mm, skull_mm)).round().astype(np.int16)
+    affine = np.diag([-fov_mm / 96, -fov_mm / 96, 6.0, 1.0])
+    nib.save(nib.Nifti1Image(hu, affine), tmp_path / "hu.nii")
+    nib.save(nib.Nifti1Image(hu + np.int16(1024), affine), tmp_path / "raw.nii")
+    for row in (None, ROW, ROW | {"RescaleIntercept": "-1000"}, ROW | {"RescaleIntercept": "-8192"}):
+        assert preprocess(tmp_path / "hu.nii", SMALL, row).hu_rule == "stored"
+    assert preprocess(tmp_path / "raw.nii", SMALL, ROW).hu_rule == "metadata"
+
+
+@pytest.mark.parametrize("blur", [0, 1])
+def test_a_raw_head_with_padding_is_raw(tmp_path, blur):
+    raw = _head(250, 8) + 1024
+    x, y = np.mgrid[-1:1:96j, -1:1:96j]
+    raw[x**2 + y**2 > 1] = -1024
+    raw = ndimage.gaussian_filter(raw, (blur, blur, 0)).round().astype(np.int16)
+    nib.save(nib.Nifti1Image(raw, np.diag([-2.6, -2.6, 6.0, 1.0])), tmp_path / "raw.nii")
+    assert preprocess(tmp_path / "raw.nii", SMALL, ROW).hu_rule == "metadata"
+    with pytest.raises(ScanError, match="they are raw"):
+        preprocess(tmp_path / "raw.nii", SMALL)
+
+
 def test_float_and_wide_scans_equal_int16(tmp_path):
     path = _drawn(tmp_path / "a.nii", (24, 22, 20), (4, 4, 4))
     image = nib.load(path)
@@ -471,6 +517,15 @@ def test_axes_and_spacing_of_a_blank_header_come_from_metadata(tmp_path, kind, p
     if preset != "reference":
         with pytest.raises(ScanError, match=r"has no spacing; set spacing_from='metadata'"):
             preprocess(tmp_path / "b.nii", cfg, OF_CT_RATE)
+
+
+@pytest.mark.parametrize("printed", ["[1, 0, 0, 0, 1, 0]", "['1', '0', '0', '0', '1', '0']", "(1.0,0,0,0,1.0,0)", r"1\0\0\0\1\0"])
+def test_an_orientation_is_read_however_it_was_printed(tmp_path, printed):
+    good = _drawn(tmp_path / "a.nii", (24, 22, 20), (3, 3, 4))
+    nib.save(nib.Nifti1Image(np.asanyarray(nib.load(good).dataobj), None), tmp_path / "b.nii")
+    row = ROW | {"ImageOrientationPatient": printed, "XYSpacing": "['3.0', '3.0']", "ZSpacing": "4"}
+    v = preprocess(tmp_path / "b.nii", evolve(SMALL, spacing_from="metadata"), row)
+    np.testing.assert_array_equal(v.voxels, preprocess(good, SMALL).voxels)
 
 
 def test_a_patient_on_the_belly_is_turned_and_what_could_be_mirrored_is_refused(tmp_path):
@@ -557,6 +612,15 @@ def test_headers_that_agree_within_one_percent_and_all_units_give_the_same_volum
     v = preprocess(_with_forms(tmp_path / "b.nii", **SAME[kind]), SMALL)
     assert np.abs(v.voxels - expected.voxels).mean() < 0.1
     np.testing.assert_allclose(v.source_spacing_mm, expected.source_spacing_mm, rtol=0.006)
+
+
+def test_forms_at_45_degrees_agree_though_their_closest_axes_differ_by_rounding(tmp_path):
+    affine = LPS.copy()
+    turn = np.sqrt(0.5) * np.array([[1, -1], [1, 1]])
+    affine[1:3, :3] = turn @ affine[1:3, :3]
+    v = preprocess(_with_forms(tmp_path / "a.nii", sform=affine, qform=affine), SMALL)
+    expected = preprocess(_with_forms(tmp_path / "b.nii", sform=affine), SMALL)
+    np.testing.assert_array_equal(v.voxels, expected.voxels)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -13,6 +13,7 @@ _AIR = -200.0  # a CT has values below: air is -1000, lung -850
 _FEW = 0.005  # a share below is strays
 PADDING = -1500.0  # values below are padding outside the scanner's field of view, not tissue or air
 _BONE = 700.0  # of real chests 1 % lies above; raw soft tissue does (1064 with intercept -1024)
+_MOST_BONE = 0.25  # of a head's voxels without air; raw, more of any patient lies above _BONE
 
 
 @frozen(kw_only=True)
@@ -55,9 +56,13 @@ def choose_scale(stored: np.ndarray, header: Scale | None = None, row: Scale | N
     values = own.apply(stored)
     values = _where_any(values, values >= PADDING)
     background = _background(values)
-    # a constant background is air where the rest looks like HU, and padding where the rest is raw
-    padded = bool(background.any()) and float((values > _BONE).mean()) > 10 * _FEW
-    patient = _where_any(values, values > _AIR if padded else ~background)
+    padded = _is_padding(values, background)
+    if padded:
+        patient = _where_any(values, values > _AIR)
+    elif _borders_on(values, background):
+        patient = values  # the background is the air around the patient, with the partial volumes of the skin
+    else:
+        patient = _where_any(values, ~background)
     is_hu = _has_air(values) and not padded
     if row is None:
         if is_hu:
@@ -151,6 +156,26 @@ def _background(values: np.ndarray) -> np.ndarray:
     kinds, counts = np.unique(air, return_counts=True)
     most = counts.argmax()
     return (values == kinds[most]) & bool(counts[most] > 0.3 * len(air))
+
+
+def _is_padding(values: np.ndarray, background: np.ndarray) -> bool:
+    """Whether a constant background is padding of raw values, and not air that was cut off at one value.
+
+    Raw soft tissue is denser than the bone of values in HU, and fills much more of the patient than the bone of a head does. Beside a head,
+    padding is told by its sharp edge.
+    """
+    patient = values[values > _AIR]
+    if not background.any() or float((values > _BONE).mean()) <= 10 * _FEW:
+        return False
+    return float((patient > _BONE).mean()) > _MOST_BONE or not _borders_on(values, background)
+
+
+def _borders_on(values: np.ndarray, background: np.ndarray) -> bool:
+    """Whether values lead from a constant background to those of tissue, as partial volumes, fat and noise do."""
+    if not background.any():
+        return False
+    rest = values[~background]
+    return _share(rest, (float(values[background][0]), -50.0)) >= 2 * _FEW
 
 
 def _has_air(values: np.ndarray) -> bool:

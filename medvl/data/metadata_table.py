@@ -70,7 +70,7 @@ def directions(row: Mapping[str, str]) -> np.ndarray | None:
         ValueError: not two unit vectors at right angles, or a normal that is not superior.
     Source: DICOM PS3.3, C.7.6.2.1.1.
     """
-    text = str(row.get(ORIENTATION, "")).strip().strip("[]()")
+    text = _bare(row.get(ORIENTATION, ""))
     if not text:
         return None
     try:
@@ -91,9 +91,14 @@ def directions(row: Mapping[str, str]) -> np.ndarray | None:
     return np.stack([x, y, normal], 1)
 
 
+def _bare(cell: object) -> str:
+    """A cell without the brackets and quotes of a printed list: "['0.7', '0.7']" -> "0.7, 0.7"."""
+    return re.sub(r"""[][()'"]""", "", str(cell)).strip()
+
+
 def _number(row: Mapping[str, str], column: str, at: int = 0) -> float:
     """A number of the row; a list "[0.34, 0.36]" gives its entry `at`."""
-    parts = str(row.get(column, "")).strip().strip("[]()").split(",")
+    parts = _bare(row.get(column, "")).split(",")
     try:
         value = float(parts[at if len(parts) > 1 else 0])
     except (ValueError, IndexError):

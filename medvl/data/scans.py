@@ -33,6 +33,7 @@ _MAX_RATIO = 1100  # deflate cannot shrink further than 1032:1
 _MM = {1: 1000.0, 3: 0.001}  # NIfTI's codes of metres and micrometres; 2 is mm, 0 says nothing and is read as mm
 _VOXEL_MM = (0.01, 50.0)  # what a voxel of a CT may measure; a wrong unit is a factor of 1000
 _TOLERANCE = 0.01  # of lengths and angles that a header gives twice
+_SAME_AXIS = math.cos(math.radians(5))
 _DAMAGED: Any = (OSError, IsalError)
 _MAX_AFTER = 1 << 20  # bytes; nothing belongs there, some programs pad
 FROM_DICOM = "DICOM is not read; `dcm2niix -z y -f %j -o OUT FOLDER` makes one .nii.gz of each series in a folder: take those of OUT"
@@ -283,7 +284,10 @@ def _doubt(affine: np.ndarray, qform: np.ndarray | None, pixdim_mm: np.ndarray) 
         )
     if qform is not None:
         other, codes = np.linalg.norm(qform[:3, :3], axis=0), (_axes(affine), _axes(qform))
-        if _differ(spacing, other) or codes[0] != codes[1]:
+        # at 45 degrees, rounding decides which axis is the closest
+        cosines = (affine[:3, :3] * qform[:3, :3]).sum(0) / (spacing * other)
+        turned = codes[0] != codes[1] and cosines.min() < _SAME_AXIS
+        if _differ(spacing, other) or turned:
             return (
                 f"its header says two things: sform {_lengths(spacing)} along {codes[0]}, qform {_lengths(other)} along {codes[1]}; "
                 "write the right one into both"
