@@ -217,12 +217,14 @@ def give_back() -> None:
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """A flat dict of tensors that torch.save wrote; nothing in the file is run."""
+    files.check_stored(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, ValueError, *files.BROKEN) as e:
         raise ValueError(f"load: {path} is not a file of plain tensors, or broken ({files.reason(e)})") from e
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in state.items()):
         raise ValueError(f"load: {path} must hold one flat dict of tensors")
+    files.check_own_numbers(path, state)
     return state
 
 

@@ -159,6 +159,7 @@ def _open(path: Path, where: str) -> dict[str, Entry]:
         raise ValueError(f"{where}: {path}: no such file")
     if path.suffix == ".safetensors":
         return _unwrapped(open_weights(path, str(path)))
+    files.check_stored(path)
     try:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, ValueError, *files.BROKEN) as e:
@@ -173,6 +174,7 @@ def _open(path: Path, where: str) -> dict[str, Entry]:
         state = state[_WRAP]
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in state.items()):
         raise ValueError(f"{where}: {path} must hold a dict of tensors, by itself or as {_WRAP}")
+    files.check_own_numbers(path, state)
     return _unwrapped(entries_of(state))
 
 

@@ -17,7 +17,7 @@ import tempfile
 import threading
 import tokenize
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -363,6 +363,31 @@ def read_array(path: PathLike, shape: tuple[int, ...], remedy: str) -> np.ndarra
     if held.shape != shape:
         raise ValueError(f"{path}: must hold an array {list(shape)}, found {list(held.shape)}; {remedy}")
     return np.array(held)
+
+
+def check_stored(path: PathLike) -> None:
+    """Refuse a file of torch.save whose members unpack to more than the file is long: torch.save compresses nothing."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as members:
+            sizes = [m.file_size for m in members.infolist() if m.compress_type != zipfile.ZIP_STORED]
+    except (ValueError, *BROKEN) as e:
+        raise ValueError(f"{path}: is not a whole file of torch.save ({e})") from e
+    if sizes:
+        raise ValueError(f"{path}: must be as torch.save writes it, {len(sizes)} members are compressed and unpack to {sum(sizes)} bytes")
+
+
+def check_own_numbers(path: PathLike, tensors: Mapping[str, Any]) -> None:
+    """Refuse tensors of a file of torch.save that hold fewer numbers than they have: a stride of 0 repeats a few without end."""
+    for key, tensor in tensors.items():
+        dense = str(tensor.layout) == "torch.strided" and not tensor.is_meta
+        stored = tensor.untyped_storage().nbytes() if dense else 0
+        if stored < tensor.numel() * tensor.element_size():
+            raise ValueError(
+                f"{path}: {key} must be {list(tensor.shape)} numbers of their own, the file holds {stored} bytes; "
+                "write it again with tensor.contiguous()"
+            )
 
 
 def own_dataset(file: Any, name: str, path: PathLike) -> Any:

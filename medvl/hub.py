@@ -53,6 +53,7 @@ _SIZES: dict[str, tuple[int, int]] = {
     **dict.fromkeys(("intermediate_size", "vocab_size"), (1, 2**22)),
     **dict.fromkeys(("out_hidden_size", "projection_dim"), WIDTH_OR_NONE),
     "mlp_ratio": (0, 256),
+    "num_labels": (0, 2**20),  # transformers makes a name for each
     "max_position_embeddings": (-1, 2**27),
     **dict.fromkeys(("n_positions", "num_position_embeddings"), (1, 2**20)),
 }
@@ -241,8 +242,21 @@ def load(
     _say_positions(config, str(name))
     generation = find_if_there(str(name), "generation_config.json") if head else None
     if generation is not None:
-        skeleton = evolve(skeleton, generation=read_json(generation))
+        skeleton = evolve(skeleton, generation=_read_generation(generation))
     return skeleton, params
+
+
+def _read_generation(path: Path) -> dict[str, Any]:
+    """A generation_config.json, in which what is used of it is what it must be."""
+    raw = read_json(path)
+    ends = raw.get("eos_token_id")
+    for end in ends if isinstance(ends, list) else [ends]:
+        if end is not None and (type(end) is not int or end < 0):
+            raise ValueError(f"load: {path}: eos_token_id must be a token or a list of tokens, found {json.dumps(end)[:60]}")
+    penalty = raw.get("repetition_penalty")
+    if penalty is not None and (type(penalty) not in (int, float) or not 0 < penalty < math.inf):
+        raise ValueError(f"load: {path}: repetition_penalty must be a number above 0, found {json.dumps(penalty)[:60]}")
+    return raw
 
 
 def _say_positions(config: Mapping[str, Any], name: str) -> None:

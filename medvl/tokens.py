@@ -63,7 +63,7 @@ class _Reading:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         # tokenizers raises `Exception` itself, no subclass, for a tokenizer.json that it cannot use
-        unreadable = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, ImportError)
+        unreadable = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, ImportError, RecursionError)
         if kind is None or not (kind is Exception or issubclass(kind, unreadable)):
             return
         if "trust_remote_code" in str(error):

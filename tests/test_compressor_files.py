@@ -137,6 +137,9 @@ def test_other_files(state, gen, tmp_path):
     torch.save([1], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="must hold a dict of tensors"):
         read_compressor(tmp_path / "list.pt")
+    torch.save({"w": torch.zeros(1).expand(2**20, 2**20)}, tmp_path / "repeated.pt")
+    with pytest.raises(ValueError, match=r"w must be \[1048576, 1048576\] numbers of their own"):
+        read_compressor(tmp_path / "repeated.pt")
     torch.save(state, tmp_path / "c.pt")
     with pytest.raises(ValueError, match=r"top_k lie in 1\.\.slots"):
         read_compressor(tmp_path / "c.pt", top_k=4)

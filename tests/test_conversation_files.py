@@ -111,6 +111,9 @@ WRONG = {
     "images no list": (GOOD | {"images": {"a": 1}}, '"images" must be a list of file names'),
     "images no names": (GOOD | {"images": [None]}, '"images" must be a list of file names'),
     "images twice": (GOOD | {"images": ["b.png"], "image": "b.png"}, '"images" must be a list of file names'),
+    "half a character": (json.dumps(GOOD | {"query": "q \ud800"}), r"message 0 must be text .* UTF-8, it holds '\\ud800'"),
+    "a name beyond names": ({"query": "<image>", "response": "a", "image": "a" * 5000}, "image 'aaaa.*' is not there"),
+    "a name with a NUL": ({"query": "<image>", "response": "a", "image": "a\0.png"}, "is not there"),
     "missing image": ({"query": "<image>", "response": "a", "image": "no.png"}, "image 'no.png' is not there"),
 }
 

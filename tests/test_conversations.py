@@ -522,6 +522,15 @@ BAD = {
     "no such template": ({"messages": turns("q", "a"), "template": "chatlm"}, "got 'chatlm'; give one of chatml, qwen2, phi3"),
     "broken template": ({"messages": turns("q", "a"), "template": "{% for %}"}, "does not take these messages"),
     "template refuses": ({"messages": turns("q", "a"), "template": "{{ raise_exception('no') }}"}, "does not take these messages: no"),
+    "template beyond memory": (
+        {"messages": turns("q", "a"), "template": "{{ 'a' * 10**18 }}"},
+        "does not take these messages: MemoryError",
+    ),
+    "template without end": (
+        {"messages": turns("q", "a"), "template": "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}"},
+        "does not take these messages: maximum recursion",
+    ),
+    "half a character": ({"messages": turns("q", "a\udc80")}, r"message 1 must be text that can be written as UTF-8"),
     "template drops": (
         {"messages": turns("q <image>", "a"), "visual": [1], "template": TEMPLATES["chatml"].replace("m.content", "m.content[-1:]")},
         "must keep the 1 tags",
@@ -539,6 +548,18 @@ def test_bad_conversations(bpe, name):
     given, said = BAD[name]
     with pytest.raises(ValueError, match=said):
         encode(bpe, **({"placeholder": QWEN_VL} | given))
+
+
+def test_of_several_templates_the_one_for_conversations_is_taken(bpe):
+    tok = small()
+    tok.chat_template = {"default": TEMPLATES["chatml"], "tool_use": "{{ raise_exception('no') }}"}  # as Command R and Hermes have them
+    assert torch.equal(encode(tok, turns("q", "a")).ids, encode(bpe, turns("q", "a"), template="chatml").ids)
+    assert conv.template_text(tok) == TEMPLATES["chatml"]
+    for none in ({"tool_use": "x"}, ["x"], 5):
+        tok.chat_template = none
+        for use in (lambda: encode(tok, turns("q", "a")), lambda: conv.end_ids(tok), lambda: conv.template_text(tok)):
+            with pytest.raises(ValueError, match=r"the tokenizer has none|chat template must be text, got"):
+                use()
 
 
 def test_bad_prompts_and_tokenizers(bpe):

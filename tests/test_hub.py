@@ -8,6 +8,7 @@ import os
 import threading
 import warnings
 import weakref
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -666,6 +667,8 @@ IMPOSSIBLE = [
     ("dinov2", "image_size", 100_000, "image_size 100000 and patch_size 8 must make 1 to 262144 patches, got 156250000"),
     ("dinov2", "num_attention_heads", -1, r"num_attention_heads must be from 1 to \d+, got -1"),
     ("dinov2", "hidden_size", float("nan"), r"hidden_size must be from 1 to \d+, got nan|config: not a dinov2"),
+    ("dinov2", "num_labels", 10**8, r"num_labels must be from \d to 1048576"),
+    ("qwen2", "num_labels", 10**8, r"num_labels must be from \d to 1048576"),
     ("dinov2", "image_size", [8], "config: no dinov2 can be built of these sizes .IndexError"),
 ]
 
@@ -815,6 +818,63 @@ def test_original_dinov2_refuses_other_keys():
     state = {k: v[:100] if k == "patch_embed.proj.weight" else v for k, v in original().items()}
     with pytest.raises(ValueError, match=r"multiple of 64 .* found 100"):
         config_of(state, "x")
+
+
+NOT_OF_THEIR_OWN = {
+    "repeated": (
+        lambda: {"w": torch.zeros(1).expand(2**20, 2**20)},
+        r"w must be \[1048576, 1048576\] numbers of their own, the file holds 4",
+    ),
+    "without numbers": (lambda: {"w": torch.zeros(3, device="meta")}, r"w must be \[3\] numbers of their own"),
+    "sparse": (lambda: {"w": torch.ones(3).to_sparse()}, r"w must be \[3\] numbers of their own"),
+    "numbered": (lambda: {1: torch.zeros(3)}, "must hold one flat dict of tensors"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_OF_THEIR_OWN)
+def test_tensors_hold_as_many_numbers_as_they_have(tmp_path, kind):
+    make, message = NOT_OF_THEIR_OWN[kind]
+    torch.save(make(), tmp_path / "w.bin")
+    with pytest.raises(ValueError, match=message):
+        checkpoints.open_weights(tmp_path / "w.bin", "w")
+
+
+def test_a_compressed_pickle_is_refused_before_it_is_unpacked(tmp_path):
+    torch.save({"w": torch.zeros(2**20)}, tmp_path / "plain.bin")
+    with zipfile.ZipFile(tmp_path / "plain.bin") as plain, zipfile.ZipFile(tmp_path / "w.bin", "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    with pytest.raises(ValueError, match=r"must be as torch.save writes it, \d+ members are compressed"):
+        checkpoints.read_pickle(tmp_path / "w.bin")
+
+
+def test_two_weights_of_one_tensor_are_read(tmp_path):
+    w = torch.arange(6.0).view(2, 3)
+    torch.save({"a": w, "b": w, "c": w.T, "d": w[1]}, tmp_path / "w.bin")
+    found = checkpoints.open_weights(tmp_path / "w.bin", "w")
+    assert {k: e.read().tolist() for k, e in found.items()} == {"a": w.tolist(), "b": w.tolist(), "c": w.T.tolist(), "d": w[1].tolist()}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"eos_token_id": "x"}, 'eos_token_id must be a token or a list of tokens, found "x"'),
+        ({"eos_token_id": [2, [3]]}, r"eos_token_id must be .*, found \[3\]"),
+        ({"eos_token_id": [2, -1]}, "eos_token_id must be .*, found -1"),
+        ({"eos_token_id": True}, "eos_token_id must be .*, found true"),
+        ({"repetition_penalty": "a"}, 'repetition_penalty must be a number above 0, found "a"'),
+        ({"repetition_penalty": 0}, "repetition_penalty must be a number above 0, found 0"),
+        ({"repetition_penalty": float("nan")}, "repetition_penalty must be a number above 0, found NaN"),
+        ([], "must hold a JSON object"),
+    ],
+)
+def test_a_generation_config_that_is_none_is_named(tmp_path, gen, content, message):
+    hub.save(*hub.init_skeleton(tiny.CONFIGS["qwen2"], gen, head="language"), tmp_path / "m")
+    (tmp_path / "m" / "generation_config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"m/generation_config.json:? {message}"):
+        hub.load(tmp_path / "m", head="language")
+    (tmp_path / "m" / "generation_config.json").write_text('{"eos_token_id": [2, 3], "repetition_penalty": 1.05}')
+    assert hub.load(tmp_path / "m", head="language")[0].generation == {"eos_token_id": [2, 3], "repetition_penalty": 1.05}
 
 
 def test_an_empty_pickle_is_told(tmp_path):

@@ -170,6 +170,13 @@ def test_a_malformed_tokenizer_config_is_one_error(tmp_path, changes):
     assert not ran.exists()
 
 
+def test_a_deeply_nested_tokenizer_config_is_one_error(tmp_path):
+    tokens.train_bpe(REPORTS, 300, tmp_path / "tok")
+    (tmp_path / "tok" / "tokenizer_config.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"tokenizer: .*/tok does not hold one that transformers reads"):
+        tokens.tokenizer(tmp_path / "tok")
+
+
 def test_a_tokenizer_json_without_a_model_is_one_error(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer: .*tokenizer\.json does not hold one that transformers reads \(Model missing"):

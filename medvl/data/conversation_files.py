@@ -3,6 +3,7 @@
 import glob
 import json
 import logging
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -267,8 +268,8 @@ def _conversation(record: Any, where: str, line: int, tag: str, folder: Path, fi
     check_tags(messages, tag, len(images), where)
     paths = tuple(folder / name for name in images)
     for name, path in zip(images, paths, strict=True):
-        if not path.is_file():
-            raise ValueError(f"{where}: image {name!r} is not there (relative names start from {folder}; give another root)")
+        if not os.path.isfile(path):  # and not path.is_file(), which raises for a name that is too long
+            raise ValueError(f"{where}: image {name[:100]!r} is not there (relative names start from {folder}; give another root)")
     name = str(rest.pop("id" if "id" in rest else "episode_id", ""))
     return Conversation(messages=messages, images=paths, id=name, line=line, extra=rest, file=file)
 

@@ -488,15 +488,21 @@ def _apply(tok: Any, how: _How, messages: list[dict[str, str]], answer: bool) ->
     import jinja2  # comes with torch
 
     template = _template_of(tok, how.template)
+    of_expressions = (TypeError, ArithmeticError, LookupError, AttributeError, RecursionError, MemoryError)
     try:
         return tok.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=answer, **how.options)
-    except (jinja2.TemplateError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError) as e:  # of its expressions too
-        raise ValueError(f"encode: {how.name} does not take these messages: {e}") from e
+    except (jinja2.TemplateError, *of_expressions) as e:
+        raise ValueError(f"encode: {how.name} does not take these messages: {str(e) or type(e).__name__}") from e
 
 
 def _template_of(tok: Any, template: str | None) -> str:
     """The Jinja text of a template by name, of one that is given, or of the tokenizer's own."""
-    jinja = TEMPLATES.get(template or "", template or getattr(tok, "chat_template", None))
+    own = getattr(tok, "chat_template", None)
+    if isinstance(own, dict):  # several by name, as Command R and Hermes have them; the others are for calls of tools
+        own = own.get("default")
+    jinja = TEMPLATES.get(template or "", template or own)
+    if not isinstance(jinja, str | None):
+        raise ValueError(f"encode: the tokenizer's chat template must be text, got {short(jinja)}; name another (chat.template)")
     if not jinja or (template and "{" not in jinja):
         found = f"got {template!r}" if template else "the tokenizer has none"
         raise ValueError(f"encode: needs a chat template, {found}; give one of {', '.join(TEMPLATES)} or a Jinja template")
@@ -522,6 +528,8 @@ def check_order(messages: Sequence[Message], last: str, where: str) -> None:
     for i, m in enumerate(messages):
         if not isinstance(m, Mapping) or not isinstance(m.get("content"), str) or not isinstance(m.get("role"), str):
             raise ValueError(f'{where}: message {i} must be {{"role": text, "content": text}}, got {short(m)}')
+        if hit := re.search("[\ud800-\udfff]", m["content"]):
+            raise ValueError(f"{where}: message {i} must be text that can be written as UTF-8, it holds {hit[0]!a}, half a character")
     roles = [m["role"] for m in messages]
     if "assistant" not in roles and last == "assistant":
         raise ValueError(f"{where}: needs a turn of the assistant, got {' '.join(roles) or 'no messages'}")

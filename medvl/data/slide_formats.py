@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from attrs import frozen
 
-from medvl.files import BROKEN, PathLike, own_dataset, reason
+from medvl.files import BROKEN, PathLike, check_own_numbers, check_stored, own_dataset, reason
 
 _log = logging.getLogger(__name__)
 
@@ -181,7 +181,7 @@ def _open_npy(path: Path, _: int) -> Iterator[Source]:
 
 @contextmanager
 def _open_pt(path: Path, _: int) -> Iterator[Source]:
-    _check_stored(path)
+    check_stored(path)
     try:
         held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as e:
@@ -196,28 +196,9 @@ def _open_pt(path: Path, _: int) -> Iterator[Source]:
     if not isinstance(held, dict):
         raise ValueError(f"{path}: must hold a tensor, or a dict with one, got {type(held).__name__}")
     tensors = {k: v.detach() for k, v in held.items() if isinstance(v, torch.Tensor) and v.layout == torch.strided}
-    for key, tensor in tensors.items():
-        stored = 0 if tensor.is_meta else tensor.untyped_storage().nbytes()
-        if stored < tensor.numel() * tensor.element_size():  # a stride of 0 repeats a few numbers without end
-            raise ValueError(
-                f"{path}: {key} must be {list(tensor.shape)} numbers of their own, the file holds {stored} bytes; "
-                "write it again with tensor.contiguous()"
-            )
+    check_own_numbers(path, tensors)
     key = _key(tensors, path)
     yield _arrays(path, tensors[key], tensors.get("coords"), {k: held[k] for k in _ATTRS if isinstance(held.get(k), str | int | float)})
-
-
-def _check_stored(path: Path) -> None:
-    """Refuse a zip whose members unpack to more than the file is long: torch.save compresses nothing."""
-    if not zipfile.is_zipfile(path):
-        return
-    try:
-        with zipfile.ZipFile(path) as members:
-            sizes = [m.file_size for m in members.infolist() if m.compress_type != zipfile.ZIP_STORED]
-    except (ValueError, *BROKEN) as e:
-        raise ValueError(f"{path}: is not a whole file of torch.save ({e})") from e
-    if sizes:
-        raise ValueError(f"{path}: must be as torch.save writes it, {len(sizes)} members are compressed and unpack to {sum(sizes)} bytes")
 
 
 def _key(found: Mapping[str, Any], path: Path) -> str:
