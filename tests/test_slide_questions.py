@@ -182,6 +182,35 @@ def test_what_cannot_be_read_is_said(write, content, message):
         read_slide_talks(write(content))
 
 
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (human("Grade?", "High", rejected_response="Low"), 'must not have "rejected_response": pairs of a better and a worse answer'),
+        (human("Grade?", "High", videos=["a.mp4"]), 'must not have "videos": videos are not read'),
+        (human("Grade?", "High", label=False), 'must not have "label": false: by KTO'),
+        (human("Grade?", "High", system="Answer in German."), 'must not have "system": every turn must be one of the conversation'),
+        (human("Grade?", "High", images=["t.csv"]), 'must not have "images": slides are read from "image"'),
+        (human("Where is <bbox>?", "Here"), "the tag <bbox> of the user stands for something that is not read"),
+        ({"image": "s.csv", "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!", "loss": True}]}, '"loss"'),
+        ({"slide_id": "s", "question": "Grade?", "answer": "High", "rejected": "Low"}, 'must not have "rejected"'),
+        ({"Id": "s", "Question": "Grade?", "Answer": "High", "objects": {"bbox": [[1, 2, 3, 4]]}}, 'must not have "objects"'),
+    ],
+)
+def test_keys_and_tags_that_are_not_honoured(write, record, message):
+    good = {"id": "g", "label": "pT2", "videos": [], "rejected": None, "remark": "x"}
+    plain = "conversations" not in record
+    first = {k: "s" for k in record if k not in ("rejected", "objects")} if plain else human("<image>Grade?", "High")
+    path = write([good | first, record])
+    with pytest.raises(ValueError, match=f"file, row 2: .*{message}"):
+        read_slide_talks(path)
+    assert [fault.row for fault in check_slide_talks(path) if message in fault.what] == [2]
+
+
+def test_a_column_that_is_not_honoured(write):
+    with pytest.raises(ValueError, match='row 1: must not have "rejected_response"'):
+        read_slide_talks(write("slide_id,caption,rejected_response\ns,good,bad\n"))
+
+
 def test_options_of_reading_are_checked(write):
     with pytest.raises(ValueError, match="kind must be auto or one of captions"):
         read_slide_talks(write(TCGA), "csv")

@@ -13,7 +13,7 @@ from attrs import evolve, field, frozen
 
 from medvl import files
 from medvl.answers import has_words
-from medvl.data.conversations import check_order, check_tags, short
+from medvl.data.conversations import check_keys, check_order, check_other_tags, check_tags, is_empty, short
 
 _log = logging.getLogger(__name__)
 _SHAPES = {  # what tells a shape: the keys that it must have
@@ -24,22 +24,8 @@ _SHAPES = {  # what tells a shape: the keys that it must have
     "messages": {"messages"},
 }
 _ROLES = {"human": "user", "gpt": "assistant"}
-_PAIRS = "pairs of a better and a worse answer are not trained here, and the worse one must not be taken for the better"
-_TOOLS = "calls of tools are not trained here"
 _IMAGES = 'images are read from "images" (a list of file names) or "image" (one)'
-# Keys of other programs that change what is trained. Taken for remarks, they would leave a text that says something else.
-_NOT_READ = {
-    **dict.fromkeys(("videos", "video"), "videos are not read; give frames as images"),
-    **dict.fromkeys(("audios", "audio"), "sound is not read"),
-    "objects": "boxes and their names are not written into texts; write them as text yourself",
-    **dict.fromkeys(("rejected_response", "rejected_messages", "rejected_images", "rejected", "chosen", "margin"), _PAIRS),
-    **dict.fromkeys(("preferred_output", "non_preferred_output", "positive_messages", "negative_messages", "kto_tag"), _PAIRS),
-    **dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), _TOOLS),
-    **dict.fromkeys(("image_path", "image_paths", "image_file", "image_files", "image_url", "image_urls", "img", "img_path"), _IMAGES),
-    **dict.fromkeys(("loss", "loss_scale"), "every answer is trained alike"),
-}
-# Tags of other programs that stand for something else than themselves.
-_TAGS = re.compile(r"<(?:video|audio|bbox|ref-object|cot-process|ImageHere|image[ _]?\d+|img)>|<\|(?:image|video|audio)_\d+\|>|</img>")
+_NAMES_OF_IMAGES = ("image_path", "image_paths", "image_file", "image_files", "image_url", "image_urls", "img", "img_path")
 
 
 @frozen(kw_only=True)
@@ -251,16 +237,11 @@ def _conversation(record: Any, where: str, line: int, tag: str, folder: Path, fi
     if not isinstance(record, dict):
         raise ValueError(f"{where}: must be a JSON object, one per line, got {short(record)}")
     rest = dict(record)
-    _check_keys(rest, where)
+    check_keys(rest, where, dict.fromkeys(_NAMES_OF_IMAGES, _IMAGES))
     turns, inner = _messages(rest, where, tag)
     messages = tuple(turns)
     check_order(messages, "assistant", where)
-    for message in messages:
-        if hit := _TAGS.search(message["content"].replace(tag, "")):
-            raise ValueError(
-                f"{where}: the tag {hit[0]} of the {message['role']} stands for something that is not read, and would be trained as "
-                f"these letters; images are {tag}, and boxes are written as text"
-            )
+    check_other_tags(messages, tag, where)
     images = _image_names(rest, where)
     if inner and images:
         raise ValueError(f'{where}: images must be in the messages or in "images", not in both')
@@ -274,28 +255,12 @@ def _conversation(record: Any, where: str, line: int, tag: str, folder: Path, fi
     return Conversation(messages=messages, images=paths, id=name, line=line, extra=rest, file=file)
 
 
-def _check_keys(record: dict[str, Any], where: str) -> None:
-    """Raise where a key changes what is trained in other programs and is not read here."""
-    for key, why in _NOT_READ.items():
-        if not _empty(record.get(key)):
-            raise ValueError(f'{where}: must not have "{key}": {why}')
-    if isinstance(record.get("label"), bool):
-        raise ValueError(
-            f'{where}: must not have "label": {json.dumps(record["label"])}: by KTO it says whether the answer is a good one, and every '
-            "answer is trained as a good one here; take out the bad ones, and the key"
-        )
-
-
-def _empty(value: Any) -> bool:
-    return value is None or (isinstance(value, str | list | dict) and not value)
-
-
 def _image_names(rest: dict[str, Any], where: str) -> list[str]:
     """Takes the images out of a record."""
-    given = [value for key in ("images", "image") if not _empty(value := rest.pop(key, None))]
+    given = [value for key in ("images", "image") if not is_empty(value := rest.pop(key, None))]
     images = [given[0]] if given and not isinstance(given[0], list) else given[0] if given else []
     # Data sets of the Hugging Face hub write {"path": name, "bytes": null}.
-    images = [item["path"] if isinstance(item, dict) and _empty(item.get("bytes")) and "path" in item else item for item in images]
+    images = [item["path"] if isinstance(item, dict) and is_empty(item.get("bytes")) and "path" in item else item for item in images]
     if len(given) > 1 or not all(isinstance(name, str) for name in images):
         raise ValueError(f'{where}: "images" must be a list of file names (or "image" one), got {short(given)}')
     return images
@@ -306,13 +271,13 @@ def _messages(rest: dict[str, Any], where: str, tag: str) -> tuple[list[dict[str
     history = rest.pop("history", None)
     shapes = [keys for key, keys in _SHAPES.items() if key in rest]
     plain = bool(shapes) and len(shapes[0]) == 2  # one question and its answer
-    if len(shapes) != 1 or not shapes[0] <= rest.keys() or not (_empty(history) or plain):
+    if len(shapes) != 1 or not shapes[0] <= rest.keys() or not (is_empty(history) or plain):
         raise ValueError(
             f'{where}: must have "messages", or "conversations", or "query" and "response", or "instruction" and "output" (and "history" '
             f"only beside the last two), found {', '.join([*rest, *(['history'] if history else [])]) or 'nothing'}"
         )
     system = rest.pop("system", None)
-    messages = [] if _empty(system) else [{"role": "system", "content": system}]
+    messages = [] if is_empty(system) else [{"role": "system", "content": system}]
     if plain:
         return messages + _question_and_answer(rest, history or [], where), []
     key = next(iter(shapes[0]))
@@ -320,7 +285,7 @@ def _messages(rest: dict[str, Any], where: str, tag: str) -> tuple[list[dict[str
     turns = rest.pop(key)
     images = list[str]()
     for i, turn in enumerate(turns if isinstance(turns, list) else [turns]):
-        own = {k: v for k, v in turn.items() if k in (role, content) or not _empty(v)} if isinstance(turn, dict) else {}
+        own = {k: v for k, v in turn.items() if k in (role, content) or not is_empty(v)} if isinstance(turn, dict) else {}
         if own.keys() != {role, content}:
             raise ValueError(f'{where}: message {i} must be {{"{role}": text, "{content}": text}}, got {short(turn)}')
         text = own[content]
@@ -338,7 +303,7 @@ def _question_and_answer(rest: dict[str, Any], history: Any, where: str) -> list
         question, answer = rest.pop("query"), rest.pop("response")
     else:
         question, answer = rest.pop("instruction"), rest.pop("output")
-        if not _empty(more := rest.pop("input", None)):
+        if not is_empty(more := rest.pop("input", None)):
             if not isinstance(more, str) or not isinstance(question, str):
                 raise ValueError(f'{where}: "instruction" and "input" must be texts, got {short(question)} and {short(more)}')
             question = f"{question}\n{more}"  # as LLaMA-Factory joins them
@@ -369,7 +334,7 @@ def _joined(parts: list[Any], where: str, tag: str) -> tuple[str, list[str]]:
 
 def _image_of(part: dict[str, Any], where: str) -> list[str]:
     """The name of the image of a part, none where it names none."""
-    values = [value for key in ("image_url", "image", "path", "url") if not _empty(value := part.get(key))]
+    values = [value for key in ("image_url", "image", "path", "url") if not is_empty(value := part.get(key))]
     if not values:
         return []
     value = values[0].get("url") if isinstance(values[0], dict) else values[0]

@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise, takewhile
 from typing import Any, Literal
 
@@ -12,6 +12,22 @@ from attrs import evolve, frozen
 from torch import Tensor
 
 _log = logging.getLogger(__name__)
+_PAIRS = "pairs of a better and a worse answer are not trained here, and the worse one must not be taken for the better"
+_TOOLS = "calls of tools are not trained here"
+# Keys of other programs that change what is trained. Taken for remarks, they would leave a text that says something else.
+_NOT_READ = {
+    **dict.fromkeys(("videos", "video"), "videos are not read; give frames as images"),
+    **dict.fromkeys(("audios", "audio"), "sound is not read"),
+    "objects": "boxes and their names are not written into texts; write them as text yourself",
+    **dict.fromkeys(("rejected_response", "rejected_messages", "rejected_images", "rejected", "chosen"), _PAIRS),
+    **dict.fromkeys(("preferred_output", "non_preferred_output", "positive_messages", "negative_messages", "kto_tag"), _PAIRS),
+    **dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), _TOOLS),
+    **dict.fromkeys(("loss", "loss_scale"), "every answer is trained alike"),
+}
+# Tags of other programs that stand for something else than themselves.
+_OTHER_TAGS = re.compile(
+    r"<(?:video|audio|bbox|ref-object|cot-process|ImageHere|image[ _]?\d+|img)>|<\|(?:image|video|audio)_\d+\|>|</img>"
+)
 IGNORE = -100  # label of a token that is not trained
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 # Which answers of a conversation are trained: all, the last, or the last as it is behind the prompt of generation, whatever the template
@@ -592,6 +608,37 @@ def check_tags(messages: Sequence[Message], tag: str, images: int, where: str) -
             raise ValueError(f"{where}: only the user's texts may hold the tag {tag!r}, found it in one of the {m['role']}")
     if (n := sum(m["content"].count(tag) for m in messages)) != images:
         raise ValueError(f"{where}: every tag {tag!r} needs its image, got {n} tags and {images} images")
+
+
+def check_other_tags(messages: Iterable[Message], tag: str, where: str) -> None:
+    """Raise where a text holds a tag of other programs, which stands there for something else than its letters."""
+    for message in messages:
+        if hit := _OTHER_TAGS.search(message["content"].replace(tag, "")):
+            raise ValueError(
+                f"{where}: the tag {hit[0]} of the {message['role']} stands for something that is not read, and would be trained as "
+                f"these letters; images are {tag}, and boxes are written as text"
+            )
+
+
+def check_keys(record: Mapping[str, Any], where: str, also: Mapping[str, str]) -> None:
+    """Raise where a key changes what is trained in other programs and is not read here.
+
+    Args:
+        also: more such keys, of one kind of file, and why they are not read.
+    """
+    for key, why in {**_NOT_READ, **also}.items():
+        if not is_empty(record.get(key)):
+            raise ValueError(f'{where}: must not have "{key}": {why}')
+    if isinstance(record.get("label"), bool):
+        raise ValueError(
+            f'{where}: must not have "label": {json.dumps(record["label"])}: by KTO it says whether the answer is a good one, and every '
+            "answer is trained as a good one here; take out the bad ones, and the key"
+        )
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a value of a record says as little as if it were not there."""
+    return value is None or (isinstance(value, str | list | dict) and not value)
 
 
 def short(value: Any) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from attrs import evolve, field, frozen
 
 from medvl import choices, files
-from medvl.data.conversations import check_order, short
+from medvl.data.conversations import check_keys, check_order, check_other_tags, short
 
 _log = logging.getLogger(__name__)
 TAG = "<image>"
@@ -20,6 +20,10 @@ KINDS = ("captions", "questions", "benchmark", "conversations", "slidebench", "w
 _ROLES = {"human": "user", "gpt": "assistant"}
 _COLUMNS = {"captions": ("slide_id", "caption"), "slidebench": ("ID", "Slide", "Question", "A", "B", "Answer")}
 _KEYS = {"questions": ("slide_id", "question", "answer"), "conversations": ("conversations",), "wsi_vqa": ("Id", "Question", "Answer")}
+_NOT_READ = {  # beside those of every conversation
+    "images": 'slides are read from "image" (a name or a list of names), "slide_id" and "features_path"',
+    **dict.fromkeys(("system", "history"), "every turn must be one of the conversation"),
+}
 _SUFFIX = re.compile(r"\.(csv|pt|pth|npy|npz|h5|hdf5|svs|tiff?|ndpi|mrxs)$", re.IGNORECASE)
 _PUBLISHED = {  # the first and last digits of the sha256
     ("70f6a918", "5cbd"): "SlideInstruct stage 1, captions, revision 975a7356",
@@ -81,7 +85,8 @@ def read_slide_talks(
         faults: what to do with the records that `check_slide_talks` names for their content: "warn" keeps them and says how many, "drop"
             leaves them out and says how many, "raise" raises.
     Raises:
-        ValueError: with file and row: no such file, no known format, a record of another shape, roles out of order.
+        ValueError: with file and row: no such file, no known format, a record of another shape, roles out of order, keys and tags that
+            would change what is trained and are not read (`conversations.check_keys`).
     """
     if faults not in ("warn", "drop", "raise"):
         raise ValueError(f'read_slide_talks: faults must be "warn", "drop" or "raise", got {faults!r}')
@@ -171,7 +176,15 @@ def _records(path: Path, kind: str, describe: str) -> Iterator[tuple[int, Any, _
         "slidebench": _slidebench,
         "wsi_vqa": _wsi_vqa,
     }[found[0] if kind == "auto" else kind]
-    yield from ((i, record, make) for i, record in enumerate(records, 1))
+
+    def checked(record: Any, row: int, where: str) -> SlideTalk:
+        if isinstance(record, dict):
+            check_keys(record, where, _NOT_READ)
+        talk = make(record, row, where)
+        check_other_tags(talk.messages, TAG, where)
+        return talk
+
+    yield from ((i, record, checked) for i, record in enumerate(records, 1))
 
 
 def _json(path: Path) -> Any:
@@ -253,6 +266,8 @@ def _conversation(record: Any, row: int, where: str) -> SlideTalk:
     slides = (images,) if isinstance(images, str) else tuple(images) if isinstance(images, list) else (images,)
     if not all(isinstance(s, str) for s in slides):
         raise ValueError(f'{where}: "image" must be a name or a list of names, got {short(images)}')
+    for turn in turns:
+        check_keys(turn, where, _NOT_READ)
     messages = [{"role": _ROLES.get(str(t["from"]), str(t["from"])), "content": t["value"]} for t in turns]
     check_order(messages, "assistant", where)
     for m in messages:
