@@ -7,7 +7,7 @@ import pytest
 from attrs import evolve
 
 from medvl.data import phantom_slides as ps
-from medvl.data.slides import find_features, read_slide
+from medvl.data.slides import feature_files, read_slide
 
 CFG = ps.SlideConfig(train=60, valid=2, test=3, dim=32, patches=(100, 400), large=1, largest=20_000)
 SMALL = evolve(CFG, large=0)
@@ -151,7 +151,7 @@ def test_files_hold_the_slides(folder):
 
 def test_files_are_read(folder):
     s = ps.draw_slide(CFG, "test", 1)
-    read = read_slide(find_features(folder / "features", [s.name])[s.name])
+    read = read_slide(feature_files(folder / "features")[s.name][0])
     np.testing.assert_array_equal(read.features, s.features)
     np.testing.assert_array_equal(read.coords, s.coords)
     assert (read.name, read.patch_size, read.magnification, read.encoder) == (s.name, s.patch_size, 20, "phantom")

@@ -15,7 +15,6 @@ import torch
 from attrs import frozen
 
 from medvl import files
-from medvl.checkpoints import few
 from medvl.data.names import case_of, is_case
 from medvl.data.slide_formats import SUFFIXES, Block, Source, number_of, open_source, text_of, warn_once
 from medvl.files import PathLike
@@ -353,19 +352,6 @@ def _narrowed(name: str, places: Sequence[Any]) -> list[Any]:
     return list(places)
 
 
-def match_slide(name: object, stems: Iterable[str]) -> str:
-    """The one stem that is the slide `name`, as `find_slides` says it.
-
-    Raises:
-        ValueError: none (with near ones), or more than one.
-    """
-    stems = list(stems)
-    found = find_slides([name], {stem: [stem] for stem in stems})[str(name)]
-    if len(found.stems) != 1:
-        raise ValueError(f"match_slide: {_not_one(str(name), found.stems, stems)}")
-    return found.stems[0]
-
-
 def index_stems(stems: Iterable[str]) -> dict[str, list[str]]:
     """{every name by which slides can be asked for: their stems}: a stem itself, what stands before its dots, and its TCGA case.
 
@@ -393,36 +379,6 @@ def feature_files(folder: PathLike) -> dict[str, list[Path]]:
         if path.name.lower().endswith(SUFFIXES) and not path.name.startswith("."):
             found.setdefault(slide_name(path.name), []).append(path)
     return {stem: sorted(paths) for stem, paths in sorted(found.items())}
-
-
-def find_features(folder: PathLike, names: Iterable[object]) -> dict[str, Path]:
-    """{name: its one file of patch features} for names matched as by `find_slides`, anywhere below `folder`.
-
-    Raises:
-        ValueError: no such folder; or one error that tells all names without a file, with several slides, or with several files.
-    """
-    found = feature_files(folder)
-    hits = find_slides(names, found, folder)
-    missing = [n for n, hit in hits.items() if not hit.places]
-    several = [_not_one(n, hit.stems, ()) for n, hit in hits.items() if len(hit.stems) > 1]
-    twice = [f"{n} ({', '.join(map(str, hit.places))})" for n, hit in hits.items() if len(hit.stems) == 1 and len(hit.places) > 1]
-    said = []
-    if missing:
-        said.append(f"{len(missing)} of {len(hits)} slides have no file: {few([_not_one(n, [], list(found)) for n in missing[:3]])}")
-        said[-1] += f", and {few(missing[3:])}" if missing[3:] else ""
-    if several:
-        said.append(f"{len(several)} are not one slide: {few(several, 3)}")
-    if twice:
-        said.append(f"{len(twice)} have several files, name the folder of one kind: {few(twice, 3)}")
-    if said:
-        raise ValueError(f"{folder}: {'; '.join(said)}")
-    return {name: hit.places[0] for name, hit in hits.items()}
-
-
-def _not_one(name: str, hits: Sequence[str], stems: Sequence[str]) -> str:
-    if hits:
-        return f"{name!r} could be {few(hits, 4)}; write the whole name"
-    return f"{name!r}{near_names(name, stems)}"
 
 
 def near_names(name: str, stems: Iterable[str]) -> str:
