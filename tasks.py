@@ -1,6 +1,9 @@
 """Command line: `invoke --list`. Each task parses, calls and prints; everything heavy is imported inside."""
 
+import os
 import re
+import select
+import signal
 import sys
 
 from invoke import Collection, Program, task
@@ -10,14 +13,31 @@ def _call(f, *args, **kwargs):
     """Run `f`; what a user can cause is one line on stderr and status 2, not a traceback."""
     _explain(args)
     try:
-        return f(*args, **kwargs)
+        done = f(*args, **kwargs)
+        sys.stdout.flush()
+        return done
     except (ValueError, FloatingPointError) as e:
         _refuse(str(e))
+    except BrokenPipeError as e:
+        if not _is_unread():
+            _refuse(str(e))
+        nowhere = os.open(os.devnull, os.O_WRONLY)  # Python writes what is left at its end, and would complain
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as e:  # a full disk, a folder that was removed meanwhile, a file that may not be read
         _refuse(f"{e.filename}: {e.strerror}" if e.filename is not None else str(e))
     except KeyboardInterrupt:
         print("stopped; what is done is kept, the same command goes on from there", file=sys.stderr)
         sys.exit(130)
+
+
+def _is_unread():
+    """Whether what is printed goes to a program that has ended, such as `head`."""
+    printed = select.poll()
+    for descriptor in (1, 2):
+        printed.register(descriptor, select.POLLOUT)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in printed.poll(0))
 
 
 def _refuse(what):

@@ -3,6 +3,8 @@
 import os
 import re
 import shlex
+import signal
+import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -354,3 +356,26 @@ def test_a_run_that_has_no_place_is_refused_before_anything_is_drawn(blocked, at
     with pytest.raises(ValueError, match=r"no folder; give another place|must be a f\w+ to write, and is a"):
         run.run("tune_phantom", (), lambda line: None)
     assert not (at_work / "data").exists()
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])  # written at the end, and before
+def test_a_reader_that_leaves_ends_a_command_quietly(lines):
+    code = f"import tasks; tasks._call(lambda: [print('line') for _ in range({lines})])"
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert command.communicate()[1] == b""
+    assert command.returncode == 128 + signal.SIGPIPE
+
+
+def test_another_broken_pipe_is_an_error(capsys):
+    def break_one():
+        reading, writing = os.pipe()
+        os.close(reading)
+        os.write(writing, b"x")
+
+    with pytest.raises(SystemExit) as e:
+        tasks._call(break_one)
+    assert e.value.code == 2
+    assert "Broken pipe" in capsys.readouterr().err
