@@ -513,3 +513,14 @@ def test_a_run_with_such_conversations_ends_with_finite_losses(place, runs):
     lines = [json.loads(line) for line in (folder / "1-questions/metrics.jsonl").read_text().splitlines()]
     assert all(np.isfinite(v) for line in lines for k, v in line.items() if k != "time")
     assert all(line["tokens"] > 0 for line in lines)
+
+
+def test_a_control_that_cannot_be_is_refused_before_anything_is_answered(place, runs, trained):
+    folder = runs / trained[1].name
+    shutil.copytree(trained[1], folder)
+    shutil.rmtree(folder / "results")
+    text("test.csv", (",C1,", ",C0,"))(place / "data")
+    settings = (f"data.folder={place / 'data'}", "evaluate.shuffled=true")
+    with pytest.raises(ValueError, match=r"questions about two slides or more .*; set evaluate.shuffled=false"):
+        run.evaluate(str(folder), settings, log=lambda _: None)
+    check_whole(runs)

@@ -282,10 +282,12 @@ def assess(model: Model, params: Tree, means: Tree, folder: Path, experiment: st
             f"{path(cfg, 'test')}: none of {len(held)} questions is about a slide that has features below {path(cfg, 'features')}; "
             "data.features says where they are, data.blind = true asks without them"
         )
+    # Made before anything is answered: questions about one slide alone have no control.
+    control = _shuffled(held, cfg.seed, tokens) if cfg.evaluate.shuffled and not cfg.data.blind else []
     said = _said(model, params, held, tokens, unfinished[0])
     results = _score(cfg, held, said, experiment)
-    if cfg.evaluate.shuffled and not cfg.data.blind:
-        other = _said(model, params, _shuffled(held, cfg.seed, tokens), tokens, unfinished[1])
+    if control:
+        other = _said(model, params, control, tokens, unfinished[1])
         results += [evolve(r, what="accuracy_shuffled") for r in _score(cfg, held, other, experiment) if r.what == "accuracy"]
     digest = files.file_digest(path(cfg, "test"))
     source = {"file": path(cfg, "test").name, "sha256": digest, "published_as": published_as(digest)}
@@ -401,7 +403,10 @@ def _shuffled(held: Sequence[SlideTalk], seed: int, there: Collection[str]) -> l
     try:
         other = order.derangement((s for s in slides_of(held) if s in there), seed)
     except ValueError as e:
-        raise ValueError(f"evaluate.shuffled: needs questions about two slides or more that have features ({e})") from e
+        raise ValueError(
+            f"evaluate.shuffled: needs questions about two slides or more that have features ({e}); "
+            "set evaluate.shuffled=false to evaluate without it"
+        ) from e
     return [evolve(t, slides=tuple(other.get(s, s) for s in t.slides)) for t in held]
 
 
