@@ -310,7 +310,7 @@ def init_skeleton(config: dict[str, Any], gen: Generator, *, head: Literal["", "
     seed = int(torch.randint(2**62, (), generator=gen))
     _check_memory(_numbers_of_layers(cfg.to_dict()), config["model_type"])
     _check_memory(sum(p.numel() for p in _weightless(kind, cfg).parameters()), config["model_type"])
-    with torch.random.fork_rng(devices=[]), _quiet():
+    with _building, torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(seed)
         module = _built(kind, cfg)
     return _split(module, str(config["model_type"]), "cpu")
@@ -575,20 +575,22 @@ def _built(kind: Any, cfg: Any) -> Any:
         raise ValueError(f"config: no {cfg.model_type} can be built of these sizes ({type(e).__name__}: {reason})") from e
 
 
-_patching = threading.Lock()
+# Held while a module is built: what is patched, and the generator that is drawn from, are those of the whole process.
+_building = threading.Lock()
 
 
 def _weightless(kind: Any, cfg: Any) -> Any:
     """The module with parameters on meta and real buffers: a parameter goes to meta when a module gets it, its memory never touched."""
-    register, building = nn.Module.register_parameter, threading.get_ident()
+    builder = threading.get_ident()
 
     def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         # The method is that of the whole process: modules which other threads build meanwhile keep their parameters as they are.
-        if threading.get_ident() == building and param is not None and not param.is_meta:
+        if threading.get_ident() == builder and param is not None and not param.is_meta:
             param = nn.Parameter(torch.empty_like(param, device="meta"), requires_grad=False)
         register(self, name, param)
 
-    with _patching, torch.random.fork_rng(devices=[]), _quiet():
+    with _building, torch.random.fork_rng(devices=[]), _quiet():
+        register = nn.Module.register_parameter  # read under the lock: before it, this may be another thread's patch, and would stay
         nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
         try:
             module = _built(kind, cfg)

@@ -512,6 +512,18 @@ def test_loading_leaves_modules_that_other_threads_build_alone(folders):
     assert all(p.is_meta for skeletons in loaded for skeleton in skeletons for p in skeleton.module.parameters())
 
 
+def test_models_built_in_threads_are_those_built_alone():
+    before = torch.nn.Module.register_parameter
+    build = lambda i: hub.init_skeleton(tiny.CONFIGS["qwen2"], torch.Generator().manual_seed(i), head="language")[1]
+    alone = [build(i) for i in range(4)]
+    for _ in range(3):
+        together = in_threads(build, 4)
+        for a, b in zip(alone, together, strict=True):
+            assert all(torch.equal(a[n], b[n]) for n in a)
+    assert torch.nn.Module.register_parameter is before
+    assert not torch.nn.Linear(2, 2).weight.is_meta
+
+
 def test_calls_refuse_other_names_and_inner_checkpointing(folders):
     skeleton, params = hub.load(folders["dinov2"])
     x = inputs_of("dinov2")
