@@ -117,9 +117,9 @@ def enhanced():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (lambda: made(PixelData=None), r"a DICOM file without pixels \(PixelData\)"),
-        (lambda: made(np.zeros((4, 6), np.uint8), Rows=2, NumberOfFrames=2), "several frames is not read"),
-        (lambda: made(SharedFunctionalGroupsSequence=enhanced()), "several frames is not read"),
+        (lambda: made(PixelData=None), r"it holds no pixels \(PixelData\)"),
+        (lambda: made(np.zeros((4, 6), np.uint8), Rows=2, NumberOfFrames=2), "several frames, or an enhanced object, are not read"),
+        (lambda: made(SharedFunctionalGroupsSequence=enhanced()), "several frames, or an enhanced object, are not read"),
         (lambda: made(PhotometricInterpretation="PALETTE COLOR"), "must be greys, RGB or YBR, got PALETTE COLOR"),
         (lambda: made(Rows=60000, Columns=60000), "at most 89478485 pixels, got 60000 x 60000"),
         (lambda: made(syntax=JPEG2000Lossless, Rows=39), r"must be \(40, 50, 1\) as those of its coded picture, got \(39, 50, 1\)"),

@@ -88,9 +88,9 @@ def _checked(content: bytes, most: int) -> Any:
         raise ValueError(f"its transfer syntax ({name}) is not read; pip install 'medvl[dicom]', or write it uncompressed")
     image = dcmread(io.BytesIO(content), specific_tags=_TAGS)
     if "PixelData" not in image:
-        raise ValueError("is a DICOM file without pixels (PixelData); give one that is an image")
+        raise ValueError("it holds no pixels (PixelData); give one that is an image")
     if (image.get("NumberOfFrames") or 1) > 1 or "SharedFunctionalGroupsSequence" in image:
-        raise ValueError("DICOM of several frames is not read; write the frame that is meant to a file of its own")
+        raise ValueError("several frames, or an enhanced object, are not read; write the frame that is meant to a file of its own")
     if image.PhotometricInterpretation not in ("MONOCHROME1", "MONOCHROME2", "RGB") and "YBR" not in image.PhotometricInterpretation:
         raise ValueError(f"colours of DICOM must be greys, RGB or YBR, got {image.PhotometricInterpretation}; write it as a PNG")
     shape = image.Rows, image.Columns, image.SamplesPerPixel
