@@ -11,9 +11,12 @@ from invoke import Collection, Program, task
 
 def _call(f, *args, **kwargs):
     """Run `f`; what a user can cause is one line on stderr and status 2, not a traceback."""
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
     _explain(args)
     try:
-        done = f(*args, **kwargs)
+        with logging_redirect_tqdm():  # a warning takes a bar away before it is written, and does not land behind it
+            done = f(*args, **kwargs)
         sys.stdout.flush()
         return done
     except (ValueError, FloatingPointError) as e:

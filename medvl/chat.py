@@ -213,11 +213,11 @@ def encode(chat: Chat, held: Sequence[Conversation], *, prompt: bool = False) ->
             "choose a vision-language model"
         )
     if prompt:
-        samples = [_encode_prompt(chat, c) for c in held]
+        samples = [_encode_prompt(chat, c) for c in track(held, "encoding questions")]
         return Encoded(conversations=tuple(held), samples=tuple(samples), refused=0)
     _check_date(chat, held)
     kept, turns = list[Conversation](), list[Turns]()
-    for c in held:
+    for c in track(held, "rendering conversations"):
         whole = chat.cfg.answers == "template" and not _rewritten(chat, c, c.messages)
         parts = [c] if whole else _one_answer_each(c)
         apart: Turns = "last" if chat.cfg.answers == "template" else "raw"
@@ -227,7 +227,7 @@ def encode(chat: Chat, held: Sequence[Conversation], *, prompt: bool = False) ->
         chat.tokenizer,
         [c.messages for c in kept],
         placeholder=chat.placeholder,
-        visual=[_visual_tokens(chat, c) for c in kept],
+        visual=[_visual_tokens(chat, c) for c in track(kept, "measuring images")],
         context=chat.cfg.context,
         turns=turns,
         names=[c.place for c in kept],

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from medvl import config, embed_local, files, hub, tokens
 from medvl.checkpoints import find, new_folder, open_weights, read_json, save_finite
 from medvl.data.images import Picture, cap_pixels, check_window, open_image, to_rgb
+from medvl.display import track
 from medvl.retrieve import query_vector
 from medvl.text import pool_tokens
 
@@ -195,7 +196,8 @@ def fit_local(cfg: EmbedConfig, texts: Sequence[str], images: Pictures = ()) -> 
     words, pictures = _queries("fit_local", cfg, texts, images)
     k = cfg.dims or 64
     vocabulary, params = embed_local.fit_texts(k, [w for w in words if w])
-    looks = [embed_local.features(_opened("fit_local", cfg, i, j, p)) for i, row in enumerate(pictures) for j, p in enumerate(row)]
+    each = [(i, j, p) for i, row in enumerate(pictures) for j, p in enumerate(row)]
+    looks = [embed_local.features(_opened("fit_local", cfg, *one)) for one in track(each, "reading images")]
     params |= embed_local.fit_images(k, np.stack(looks)) if looks else {}
     if not params:
         raise ValueError(f"fit_local: the texts must have words of two letters or more, or there must be images, got {len(texts)} rows")
@@ -312,7 +314,8 @@ def _image_means(x: Tensor, rows: Sequence[int], b: int) -> tuple[Tensor, Tensor
 
 def _local_images(embedder: Embedder, pictures: Sequence[Sequence[Any]]) -> tuple[Tensor, Tensor]:
     each = [(i, j, p) for i, row in enumerate(pictures) for j, p in enumerate(row)]
-    unit, seen = embed_local.image_directions(embedder.params, (_opened("embed", embedder.cfg, *one) for one in each))
+    opened = (_opened("embed", embedder.cfg, *one) for one in track(each, "embedding images"))
+    unit, seen = embed_local.image_directions(embedder.params, opened)
     return _image_means(unit[seen], [i for (i, _, _), s in zip(each, seen.tolist(), strict=True) if s], len(pictures))
 
 
@@ -333,7 +336,8 @@ def _encoded_texts(embedder: Embedder, words: Sequence[str]) -> tuple[Tensor, Te
     there = [i for i, w in enumerate(words) if w]
     rows = _token_ids(embedder, [cfg.instruction + words[i] for i in there]) if there else []
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # texts of about one length together: little padding
-    parts = [_encode(embedder, [rows[i] for i in order[at : at + cfg.batch]]).float().cpu() for at in range(0, len(order), cfg.batch)]
+    starts = track(range(0, len(order), cfg.batch), "embedding texts, batch")
+    parts = [_encode(embedder, [rows[i] for i in order[at : at + cfg.batch]]).float().cpu() for at in starts]
     has = torch.zeros(len(words), dtype=torch.bool)
     has[there] = True
     if not parts:
@@ -365,7 +369,7 @@ def _encoded_images(embedder: Embedder, pictures: Sequence[Sequence[Any]]) -> tu
     device, parts = next(iter(embedder.params.values())).device, []
     each = [(i, j, p) for i, row in enumerate(pictures) for j, p in enumerate(row)]
     word = torch.zeros(1, 1, dtype=torch.int64, device=device)  # the forward pass wants both sides
-    for at in range(0, len(each), cfg.batch):
+    for at in track(range(0, len(each), cfg.batch), "embedding images, batch"):
         opened = [_opened("embed", cfg, *one) for one in each[at : at + cfg.batch]]
         pixels = embedder.processor(images=opened, return_tensors="pt")["pixel_values"].to(device)
         with torch.autocast(device.type, enabled=False):

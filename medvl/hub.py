@@ -28,6 +28,7 @@ from medvl.config import DEPTHS, WIDTH, WIDTH_OR_NONE
 from medvl.dinov2 import config_of
 from medvl.dinov2 import from_dinov2 as from_dinov2
 from medvl.dinov2 import to_dinov2 as to_dinov2
+from medvl.display import track
 from medvl.weights import LowRank, dense, leaves
 
 Params = dict[str, Tensor]  # flat: {module name: tensor}
@@ -422,7 +423,7 @@ def digest(params: tree.Tree) -> str:
     """Sixteen hex digits of the content of a tree of tensors: names, dtypes, shapes and bytes. Independent of order and device."""
     whole = hashlib.sha256()
     plain = {f"{n}{f' {i}' if i else ''}": t for n, w in tree.flatten(params).items() for i, t in enumerate(leaves(w))}
-    for name, t in sorted(plain.items()):
+    for name, t in track(sorted(plain.items()), "hashing weights"):
         whole.update(f"{name} {t.dtype} {tuple(t.shape)}\n".encode())
         whole.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return whole.hexdigest()[:16]

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from attrs import frozen
 
+from medvl.display import track
+
 Array = np.ndarray
 Statistics = Callable[[Array, Array, Array | None], dict[str, Array]]
 Rule = Literal["youden", "f1", "corner"]
@@ -156,7 +158,7 @@ def bootstrap(
         raise ValueError(f"bootstrap: n must be 1 or more and level between 0 and 1, got n={n}, level={level}")
     point = statistics(s, y, None)
     parts = []
-    for start in range(0, n, _REPLICATES):
+    for start in track(range(0, n, _REPLICATES), "drawing replicates"):
         draws = torch.randint(k, (min(_REPLICATES, n - start), k), generator=gen).numpy()
         times = np.stack([np.bincount(d, minlength=k) for d in draws], 1).astype(np.float64)  # [k, r]: how often each group was drawn
         parts.append(statistics(s, y, times[rows]))

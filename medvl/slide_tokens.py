@@ -64,7 +64,7 @@ def open_features(where: files.PathLike, names: Sequence[str], *, dims: int = 0)
         known = slides.feature_files(where)
         matches = _clear(slides.find_slides(wanted, known, where))
         files_of = {_label(n, match, place): place for n, match in matches.items() for place in match.places}
-        about = {label: slides.about_slide(place, dims=dims) for label, place in files_of.items()}
+        about = {label: slides.about_slide(place, dims=dims) for label, place in track(files_of.items(), "opening features")}
         widths = {label: a.dims for label, a in about.items()}
         encoders = {label: a.encoder for label, a in about.items()}
         read = _file_readers(dims)

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from attrs import evolve, field, frozen
 from torch import Tensor
+from tqdm import tqdm
 
 from medvl import config, display, files, processes, shards
 from medvl.data.order import prefetch
@@ -318,10 +319,10 @@ def fit(
     _check_processes(folder / "last.pt", state, steps)
     state = evolve(state, steps=steps)
     journal = _journal(folder / "metrics.jsonl", state.step)
-    pace = _Pace(title, state.step, steps, log)
     first = state.step
     seen: Tensor | None = None  # loss, norm of the gradient and step: the latest, or the first that were not finite
-    with _Interrupted() as stop:
+    with _Interrupted() as stop, display.bar(None, title, total=steps, initial=first, bar_format=display.STEPS, smoothing=0) as bar:
+        pace = _Pace(title, first, steps, bar, log)
         for i, batch in prefetch(batch_at, state.step, steps):
             state, metrics = step(state, batch)
             pace.step()
@@ -350,7 +351,6 @@ def fit(
             if any(due.values()) or check:
                 pace.resume()
             if halt:  # also at the last step: what comes after it, another stage or the evaluation, is not begun
-                display.replace_line("")
                 _log.warning("stopped at step %d of %d; the same command goes on from %s", state.step, steps, folder / "last.pt")
                 raise Stopped(128 + (stop.number or signal.SIGTERM))
     return state
@@ -367,20 +367,18 @@ def _check_processes(path: Path, state: State, steps: int) -> None:
 
 
 class _Pace:
-    """How fast a run goes, and the lines that say so. Its clock stands still while the state is validated and saved."""
+    """How fast a run goes, and the line that says so. Its clock stands still while the state is validated and saved."""
 
-    def __init__(self, title: str, step: int, steps: int, log: Callable[[str], None]) -> None:
-        self._title, self._first, self._step, self._steps, self._log = title, step, step, steps, log
-        self._start = self._since = self._shown = time.monotonic()
-        self._since_step, self._seconds, self._numbers = step, 0.0, ""
+    def __init__(self, title: str, step: int, steps: int, bar: tqdm, log: Callable[[str], None]) -> None:
+        self._step, self._bar, self._log = step, bar, log
+        self._line = partial(tqdm.format_meter, total=steps, initial=step, prefix=title, bar_format=display.STEPS)
+        self._start = self._since = time.monotonic()
+        self._since_step, self._seconds = step, 0.0
 
     def step(self) -> None:
-        """Count a step; in a terminal the line moves on between two that are logged."""
+        """Count a step."""
         self._step += 1
-        now = time.monotonic()
-        if isinstance(self._log, display.Log) and display.in_terminal() and self._numbers and now - self._shown > 0.5:
-            display.replace_line(self._line())
-            self._shown = now
+        self._bar.update()
 
     def look(self) -> dict[str, Any]:
         """The time, and the seconds of a step since the last look."""
@@ -390,21 +388,17 @@ class _Pace:
     def tell(self, line: dict[str, Any], device: torch.device, *, stays: bool) -> None:
         """Show the numbers of a step; `stays` where the next line does not replace them."""
         numbers = {k: v for k, v in line.items() if k != "step" and k not in display.CLOCK}
-        first = [f"{k} {numbers.pop(k):.3g}" for k in ("lr", "loss") if k in numbers]  # a narrow terminal shows the first numbers only
-        first.append(f"{_memory(device) / 1e9:.2f} GB")
-        self._numbers = ", ".join(first + [f"{k} {v:.4g}" for k, v in numbers.items()])
-        (self._log if stays else partial(display.update, self._log))(self._line())
-        self._shown = time.monotonic()
+        shown = [f"{self._seconds:.3g} s/step"]
+        shown += [f"{k} {numbers.pop(k):.3g}" for k in ("lr", "loss") if k in numbers]  # a narrow terminal shows the first numbers only
+        shown.append(f"{_memory(device) / 1e9:.2f} GB")
+        postfix = ", ".join(shown + [f"{k} {v:.4g}" for k, v in numbers.items()])
+        self._bar.set_postfix_str(postfix)
+        tell = self._log.update if isinstance(self._log, display.Log) and not stays else self._log
+        tell(self._line(self._step, elapsed=time.monotonic() - self._start, postfix=postfix))
 
     def resume(self) -> None:
         """Let the clock of steps go on."""
         self._since, self._since_step = time.monotonic(), self._step
-
-    def _line(self) -> str:
-        each = (time.monotonic() - self._start) / max(1, self._step - self._first)
-        left = display.duration(each * (self._steps - self._step))
-        where = f"{self._title}: {self._step:,}/{self._steps:,} ({100 * self._step // self._steps} %)"
-        return f"{where}, {display.pace(self._seconds)}/step, {left} left, {self._numbers}"
 
 
 def _memory(device: torch.device) -> int:

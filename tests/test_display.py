@@ -1,21 +1,24 @@
 """What running work shows: in a terminal, in a file, and in what a run keeps."""
 
-import contextlib
 import io
 import json
+import logging
 import os
 import re
-from types import SimpleNamespace
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from unittest import mock
 
 import pytest
 import torch
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from medvl import display
 from medvl.optim import Rate, adamw, warmup_cosine
 from medvl.train import Aux, Every, State, fit, make_step, value_and_grad
 
 STEP = re.compile(
-    r"one: (\d+)/40 \((\d+) %\), [\d.]+ (ms|s)/step, \d+ (s|min) left, lr [\d.e-]+, loss [\d.]+, \d+\.\d\d GB, grad_norm [\d.]+"
+    r"one: (\d+)/40 \((\d+) %\), (\d\d:\d\d|\?) left, [\d.e-]+ s/step, lr [\d.e-]+, loss [\d.]+, \d+\.\d\d GB, grad_norm [\d.]+"
     r"(, valid_score [\d.]+)?"
 )
 
@@ -24,26 +27,42 @@ class Terminal(io.StringIO):
     def isatty(self):
         return True
 
+    def fileno(self):
+        return 2
+
     @property
     def screen(self):
-        """What is left to see: lines, each as it was when it was last replaced."""
-        return [line.rpartition("\r\x1b[K")[2] for line in self.getvalue().split("\n")]
+        """What is left to see: the lines of a terminal that knows a carriage return, a line feed and one line up."""
+        rows, y, x = [""], 0, 0
+        for piece in re.findall(r"\r|\n|\x1b\[A|[^\r\n\x1b]+", self.getvalue()):
+            if piece == "\r":
+                x = 0
+            elif piece == "\n":
+                y, x = y + 1, 0
+                rows += [""] * (y + 1 - len(rows))
+            elif piece == "\x1b[A":
+                y -= 1
+            else:
+                rows[y] = rows[y][:x].ljust(x) + piece + rows[y][x + len(piece) :]
+                x += len(piece)
+        return [row.rstrip() for row in rows]
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """Seconds that pass only when they are told to."""
-    now = [1000.0]
-    monkeypatch.setattr(display.time, "monotonic", lambda: now[0])
+    now = [1.8e9]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
     return now
 
 
-@pytest.fixture
-def terminal(monkeypatch):
+@contextmanager
+def watched(columns=200):
+    """In a terminal: what is shown goes there."""
     made = Terminal()
-    monkeypatch.setattr(display, "sys", SimpleNamespace(stderr=made, stdout=made))
-    monkeypatch.setattr(display.shutil, "get_terminal_size", lambda: os.terminal_size((200, 24)))
-    return made
+    size = os.terminal_size((columns, 24))
+    with redirect_stderr(made), redirect_stdout(made), mock.patch("os.get_terminal_size", return_value=size):
+        yield made
 
 
 def work(clock, items, seconds):
@@ -51,52 +70,75 @@ def work(clock, items, seconds):
         clock[0] += seconds
 
 
-def test_in_a_terminal_one_line_is_replaced_and_taken_away(clock, terminal):
-    work(clock, range(50), 0.5)
-    shown = terminal.getvalue().split("\r\x1b[K")
-    assert shown[1] == "drawing chests: 2 of 50 (4 %), 0.50 s each, 24 s left"
-    assert shown[-2] == "drawing chests: 50 of 50 (100 %), 0.50 s each, 0 s left"
+def test_in_a_terminal_one_line_is_replaced_and_taken_away(clock):
+    with watched() as terminal:
+        work(clock, range(50), 0.5)
+    shown = [re.sub(r"\|.*\|", "|", line).rstrip() for line in terminal.getvalue().split("\r") if line.strip()]
+    assert shown[0] == "drawing chests:   4%| 2/50 [00:01<00:24,  2.00it/s]"
+    assert shown[-1] == "drawing chests: 100%| 50/50 [00:25<00:00,  2.00it/s]"
     assert terminal.screen == [""]
     assert "\n" not in terminal.getvalue()
 
 
-def test_quick_work_shows_nothing(clock, terminal):
-    work(clock, range(9), 0.1)
-    assert terminal.getvalue() == ""
+def test_quick_work_shows_nothing(clock):
+    with watched() as terminal:
+        work(clock, range(9), 0.1)
+    assert terminal.getvalue().strip() == ""
 
 
-def test_in_a_file_there_is_no_bar_and_a_line_a_minute_at_most(clock, monkeypatch):
-    log = io.StringIO()
-    monkeypatch.setattr(display, "sys", SimpleNamespace(stderr=log))
-    work(clock, range(2661), 0.02)  # under a minute
-    assert log.getvalue() == ""
+def test_what_is_said_during_quick_work_leaves_no_bar_behind(clock):
+    with watched() as terminal:
+        for i in display.track(range(9), "drawing chests"):
+            clock[0] += 0.01
+            if i == 4:
+                tqdm.write("a chest was drawn twice")
+    assert terminal.screen == ["a chest was drawn twice", ""]
+
+
+def test_a_warning_lands_above_the_bar(clock):
+    with watched() as terminal, logging_redirect_tqdm():  # as every task of the command line does
+        for i in display.track(range(9), "drawing chests"):
+            clock[0] += 2
+            if i == 4:
+                logging.getLogger("medvl").warning("chest 4 has no ribs")
+                warned, bar = terminal.screen
+    assert warned == "chest 4 has no ribs"
+    assert bar.startswith("drawing chests:  ")
+    assert terminal.screen == ["chest 4 has no ribs", ""]
+
+
+def test_an_error_takes_the_bar_away(clock):
+    def fail(terminal):
+        for i in display.track(range(9), "drawing chests"):
+            clock[0] += 2
+            assert i == 0 or terminal.screen[0]
+            if i == 4:
+                raise ValueError("no ribs")
+
+    with watched() as terminal, pytest.raises(ValueError, match="no ribs"):
+        fail(terminal)
+    assert terminal.screen == [""]
+
+
+def test_in_a_file_nothing_is_shown(clock, capsys):
     work(clock, range(5515), 0.125)
-    lines = log.getvalue().splitlines()
-    assert len(lines) == 11
-    assert lines[0] == "drawing chests: 480 of 5,515 (8 %), 0.12 s each, 10 min left"
-    assert "\r" not in log.getvalue()
+    assert capsys.readouterr() == ("", "")
 
 
-def test_other_processes_show_nothing(clock, terminal, monkeypatch):
+def test_other_processes_show_nothing(clock, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    work(clock, range(50), 0.5)
+    with watched() as terminal:
+        work(clock, range(50), 0.5)
     assert terminal.getvalue() == ""
 
 
-def test_work_that_goes_on_counts_what_was_done_before(clock, terminal):
-    with display.Progress("scans", 100, 90) as progress:
-        clock[0] += 10
-        progress.advance(5)
-        assert terminal.screen == ["scans: 95 of 100 (95 %), 2.00 s each, 10 s left"]
-        progress.clear()
-        assert terminal.screen == [""]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0 s"), (99, "99 s"), (100, "2 min"), (3600, "60 min"), (11100, "3 h 05 min"), (180000, "2 d 02 h")]
-)
-def test_durations(seconds, text):
-    assert display.duration(seconds) == text
+def test_work_that_goes_on_counts_what_was_done_before(clock):
+    with watched() as terminal:
+        for _ in display.track(iter(range(5)), "scans", total=100, done=90):
+            seen, shown = terminal.screen, clock[0]
+            clock[0] += 2
+    assert shown == 1.8e9 + 8
+    assert re.sub(r"\|.*\|", "|", seen[0]) == "scans:  94%| 94/100 [00:08<00:12,  2.00s/it]"
 
 
 # Training -------------------------------------------------------------------------------------------------------------------------------
@@ -125,7 +167,7 @@ def test_training_says_where_it_is_how_fast_and_how_long(tmp_path):
     found = [STEP.fullmatch(line) for line in lines]
     assert all(found), lines
     assert [(m[1], m[2]) for m in found] == [("10", "25"), ("20", "50"), ("30", "75"), ("40", "100")]
-    assert [bool(m[5]) for m in found] == [False, True, False, True]
+    assert [bool(m[4]) for m in found] == [False, True, False, True]
     kept = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["lr"] for line in kept] == pytest.approx([0.02 * warmup_cosine(40, 10)(i) for i in (9, 19, 29, 39)])
     assert all(line["seconds_per_step"] >= 0 for line in kept)
@@ -147,27 +189,35 @@ def test_the_clock_of_steps_stands_still_while_the_state_is_validated(tmp_path, 
     lines = []
     start = State(params={"w": torch.ones(1)}, opt={})
     fit(step, start, lambda i: None, steps=8, folder=tmp_path, every=Every(log=2, validate=4), validate=validate, log=lines.append)
-    assert all(", 2.00 s/step, " in line for line in lines)
-    assert [re.search(r"step, (.*?) left", line)[1] for line in lines] == ["12 s", "2 min", "37 s", "0 s"]
+    assert all(", 2 s/step, " in line for line in lines)
+    assert [re.search(r", (.*?) left", line)[1] for line in lines] == ["00:12", "01:48", "00:37", "00:00"]
 
 
-def test_in_a_terminal_training_is_one_line_and_log_txt_keeps_all(tmp_path, terminal):
-    log = display.Log(print, tmp_path / "log.txt")
-    with contextlib.redirect_stdout(terminal):
+def test_in_a_terminal_training_is_one_line_and_log_txt_keeps_all(tmp_path):
+    log = display.Log(tqdm.write, tmp_path / "log.txt")
+    with watched() as terminal:
         log("stage one begins")
         trained(tmp_path, log)
         log("done")
-    seen = [line for line in terminal.screen if line]
-    assert seen[0] == "stage one begins"
-    assert [STEP.fullmatch(line)[1] for line in seen[1:-1]] == ["20", "40"]  # those that were validated stay
-    assert seen[-1] == "done"
+    assert terminal.screen[0] == "stage one begins"
+    assert [STEP.fullmatch(line)[1] for line in terminal.screen[1:-2]] == ["20", "40"]  # those that were validated stay
+    assert terminal.screen[-2:] == ["done", ""]
+    assert re.search(r"\rone: 10/40 \(25 %\), .* left, .*, grad_norm", terminal.getvalue())
     kept = (tmp_path / "log.txt").read_text().splitlines()
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ", line) for line in kept)
     assert [line[21:].partition(" ")[0] for line in kept] == ["stage", *["one:"] * 4, "done"]
 
 
+def test_the_line_fits_a_narrow_terminal_and_log_txt_does_not_lose_its_end(tmp_path):
+    with watched(columns=60) as terminal:
+        trained(tmp_path, display.Log(lambda line: None, tmp_path / "log.txt"))
+    lines = [line for line in terminal.getvalue().split("\r") if line.startswith("one: ")]
+    assert max(len(line.rstrip()) for line in lines) == 59
+    assert all("grad_norm" in line for line in (tmp_path / "log.txt").read_text().splitlines())
+
+
 def test_in_a_file_training_is_plain_lines(tmp_path, capsys):
-    trained(tmp_path, display.Log(print, tmp_path / "log.txt"))
+    trained(tmp_path, display.Log(tqdm.write, tmp_path / "log.txt"))
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 4
     assert all(STEP.fullmatch(line) for line in out.splitlines())

@@ -11,6 +11,8 @@ import torch
 from attrs import evolve, frozen
 from torch import Tensor
 
+from medvl.display import track
+
 _log = logging.getLogger(__name__)
 _PAIRS = "pairs of a better and a worse answer are not trained here, and the worse one must not be taken for the better"
 _TOOLS = "calls of tools are not trained here"
@@ -191,7 +193,7 @@ def encode_all(
     turns = turns or ["all"] * n
     how = _How(placeholder=placeholder, context=context, template=template, options=options or {}, allow=allow, end=end, turns="all")
     kit, samples, refused = _look(tok), list[Sample](), list[tuple[int, TooLong]]()
-    for i, messages in enumerate(conversations):
+    for i, messages in enumerate(track(conversations, "encoding conversations")):
         try:
             samples.append(_encode(kit, evolve(how, turns=turns[i]), messages, visual[i], "assistant"))
         except TooLong as e:

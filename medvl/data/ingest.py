@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from medvl import files
 from medvl.data import ct, metadata_table, names, scans, store
 from medvl.data.ct import CtConfig, Volume
 from medvl.data.scans import ScanError
-from medvl.display import Progress
+from medvl.display import track
 from medvl.files import PathLike
 from medvl.workers import pool
 
@@ -160,7 +159,7 @@ def _check_sources(out: Path, paths: dict[str, Path]) -> bool:
         return False
     done = {*volumes.names}
     replaced = []
-    for name, path in paths.items():
+    for name, path in track(paths.items(), "comparing scans"):
         if name in done and path.is_file():  # what is done may be removed
             row, stat = volumes.row(name), path.stat()
             same = (row["source_bytes"], row["source_mtime_ns"]) == (stat.st_size, stat.st_mtime_ns)
@@ -197,17 +196,12 @@ def _work(jobs: list[_Job], one: Callable, out: Path, workers: int, progress: bo
     """Do the jobs; {name: reason} of those refused."""
     rejected = {}
     results = map(lambda j: (j, one(j)), jobs) if workers <= 1 else _parallel(jobs, one, out, workers)
-    with Progress("scans", before + len(jobs), before) if progress else nullcontext() as bar:
-        for job, (reason, said) in results:
-            if bar:
-                bar.clear()  # before a line about this scan
-            if reason:
-                rejected[job.name] = reason
-                log.warning("%s: rejected: %s", job.name, reason.replace(str(job.path), job.path.name))
-            else:
-                log.info("%s: %s", job.name, said)
-            if bar:
-                bar.advance()
+    for job, (reason, said) in track(results, "scans", before + len(jobs), before, progress):
+        if reason:
+            rejected[job.name] = reason
+            log.warning("%s: rejected: %s", job.name, reason.replace(str(job.path), job.path.name))
+        else:
+            log.info("%s: %s", job.name, said)
     return rejected
 
 

@@ -11,6 +11,7 @@ from medvl.checkpoints import few
 from medvl.data import slides
 from medvl.data.slide_store import Slides, content_digest, open_slides
 from medvl.data.slides import About
+from medvl.display import track
 from medvl.files import PathLike
 
 
@@ -67,7 +68,7 @@ def check_slides(where: PathLike, wanted: Mapping[str, str], *, dims: int = 0, e
             places |= {name if len(match.places) == 1 else f"{name} ({place})": place for place in match.places}
     known, unreadable = dict[str, About](), dict[str, str]()
     bad = dict[str, tuple[int, int]]()
-    for name, place in places.items():
+    for name, place in track(places.items(), "checking slides"):
         try:
             about = slides.about_slide(place, dims=dims) if store is None else store.about(place)
             if values and store is None and (worst := slides.count_bad(place, dims=dims))[0]:

@@ -242,18 +242,18 @@ def pack(
     with files.alone(out):
         old = open_slides(out) if out.exists() else None
         old = old if old and old.names else None  # one in which nothing is done binds nobody to its settings
-        changed = [] if old is None else _changed(old, jobs, drop, size)
+        changed = [] if old is None else _changed(old, jobs, drop, size, progress)
         todo = {n: p for n, p in jobs.items() if old is None or n not in old.names or n in changed}
-        known, faults = _look(todo, dims)
+        known, faults = _look(todo, dims, progress)
         settings = _settings(out, old, known, dims, encoder, dtype)
         faults |= _refused(known, settings, vouched=bool(encoder))
         room = {n: a for n, a in known.items() if n not in faults}
         if room and (
             old is None or any(n not in old._index or n in changed or old._table["room"][old._index[n]] < a.rows for n, a in room.items())
         ):
-            _make_room(out, old, room, settings)
+            _make_room(out, old, room, settings, progress)
         written: list[tuple[int, int]] = []
-        for name in track(room, "packing slides") if progress else room:
+        for name in track(room, "packing slides", show=progress):
             try:
                 written.append(_write(out, name, todo[name], known[name], drop, size))
             except ValueError as e:
@@ -274,10 +274,10 @@ def pack(
     )
 
 
-def _changed(old: Slides, jobs: Mapping[str, Path], drop: bool, size: int) -> list[str]:
+def _changed(old: Slides, jobs: Mapping[str, Path], drop: bool, size: int, progress: bool) -> list[str]:
     """The slides of a store whose files hold something else now; a file that was only copied or touched does not."""
     changed = []
-    for name in old.names:
+    for name in track(old.names, "comparing slides", show=progress):
         path = jobs.get(name)
         if path is None or not path.is_file() or _same_file(old, name, path):
             continue
@@ -312,9 +312,9 @@ def content_digest(chunks: Iterable[Block]) -> str:
     return digest.hexdigest()
 
 
-def _look(paths: Mapping[str, Path], dims: int) -> tuple[dict[str, About], dict[str, str]]:
+def _look(paths: Mapping[str, Path], dims: int, progress: bool) -> tuple[dict[str, About], dict[str, str]]:
     known, faults = dict[str, About](), dict[str, str]()
-    for name, path in paths.items():
+    for name, path in track(paths.items(), "opening features", show=progress):
         try:
             known[name] = slides.about_slide(path, dims=dims)
         except ValueError as e:
@@ -365,7 +365,7 @@ def _refused(known: Mapping[str, About], settings: Mapping[str, Any], vouched: b
     return faults
 
 
-def _make_room(out: Path, old: Slides | None, new: Mapping[str, About], settings: Mapping[str, Any]) -> None:
+def _make_room(out: Path, old: Slides | None, new: Mapping[str, About], settings: Mapping[str, Any], progress: bool) -> None:
     """Create the store, or a larger one with all that is done in it but `new`, and room for these, in the old one's place."""
     kept = [] if old is None else [old._table[old._index[n]] for n in old.names if n not in new]
     names = [*(r["name"].decode() for r in kept), *new]
@@ -383,7 +383,7 @@ def _make_room(out: Path, old: Slides | None, new: Mapping[str, About], settings
         if old is None:
             return
         place = open_slides(tmp)
-        for name in (n for n in old.names if n not in new):
+        for name in track([n for n in old.names if n not in new], "copying slides", show=progress):
             row = old._table[old._index[name]]
             known = ("has_coords", "patch_size", "mpp", "magnification", "encoder", "source", "key")
             facts = {k: row[k] for k in known if k in row.dtype.names}

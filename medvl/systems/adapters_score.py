@@ -14,6 +14,7 @@ from torch import Tensor
 from medvl import answers, chat, config, experts, files, progress
 from medvl.data import registry
 from medvl.data.conversation_files import Conversation
+from medvl.display import track
 from medvl.experts import Experts, Mode
 from medvl.progress import Line
 from medvl.retrieve import Retrieved
@@ -188,7 +189,7 @@ def stamp(cfg: Config, path: Path, steps: Sequence[Step]) -> str:
     parts: list[Any] = [cfg.model, cfg.chat, cfg.base, cfg.retrieve, cfg.fusion, cfg.embed, cfg.retriever]
     parts += [(cfg.seed, cfg.evaluate.history, cfg.evaluate.per, cfg.evaluate.rule, cfg.evaluate.max_tokens, cfg.evaluate.batch)]
     whole.update(json.dumps([config.unstructure(p) for p in parts], sort_keys=True, default=str).encode())
-    pictures = {p: files.file_digest(p) for p in sorted({p for s in steps for p in s.talk.images})}
+    pictures = {p: files.file_digest(p) for p in track(sorted({p for s in steps for p in s.talk.images}), "reading images")}
     for s in steps:
         images = [(p.name, pictures[p]) for p in s.talk.images]
         whole.update(json.dumps([s.talk.messages, images, s.task, s.episode]).encode())
@@ -197,7 +198,7 @@ def stamp(cfg: Config, path: Path, steps: Sequence[Step]) -> str:
     folders = [place / r.path for r in held.adapters] + ([place / held.embedder] if held.embedder else [])
     kept = [path, *(place / r.vector for r in held.adapters)]
     kept += [p for folder in folders for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".bin", ".json")]
-    for file in kept:
+    for file in track(kept, "reading adapters"):
         whole.update(files.file_digest(file).encode())
     for file in sorted(Path(cfg.model.name).iterdir()) if cfg.model.name and Path(cfg.model.name).is_dir() else ():
         whole.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())

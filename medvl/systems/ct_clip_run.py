@@ -216,7 +216,8 @@ def _feature_row(volumes: store.Store, name: str) -> dict[str, Any]:
 
 def _check_features(features: store.Store, volumes: store.Store) -> None:
     done = {*features.names}
-    stale = [n for n in volumes.names if n in done and features.row(n) != _feature_row(volumes, n)]
+    there = track([n for n in volumes.names if n in done], "comparing volumes")
+    stale = [n for n in there if features.row(n) != _feature_row(volumes, n)]
     if stale:
         raise ValueError(
             f"{features.path}: {len(stale)} volumes of {volumes.path} have changed since their features were computed, e.g. {stale[0]}; "

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from attrs import evolve
+from tqdm import tqdm
 
 from medvl import config, display, files, processes, report, results
 from medvl.data import ct, ingest, reports, store
@@ -95,7 +96,7 @@ def record_of(exp: str) -> Path:
     return path
 
 
-def run(exp: str, overrides: Sequence[str] = (), log: Callable[[str], None] = print) -> list[Result]:
+def run(exp: str, overrides: Sequence[str] = (), log: Callable[[str], None] = tqdm.write) -> list[Result]:
     """Train (or go on with) an experiment, then evaluate it; the same call after a stop goes on where that was."""
     cfg, folder = resolve(exp, overrides)
     processes.join()
@@ -122,7 +123,7 @@ def run(exp: str, overrides: Sequence[str] = (), log: Callable[[str], None] = pr
     return rows
 
 
-def evaluate(exp: str, overrides: Sequence[str] = (), log: Callable[[str], None] = print) -> list[Result]:
+def evaluate(exp: str, overrides: Sequence[str] = (), log: Callable[[str], None] = tqdm.write) -> list[Result]:
     """Evaluate a trained experiment again.
 
     Where `exp` is a run's folder (or the `config.json` in it), that run is evaluated, and settings of data and evaluate may differ from
@@ -250,7 +251,7 @@ def preprocess(source: str, out: str, exp: str, overrides: Sequence[str], metada
         raise ValueError(f"preprocess: sheet must end in .png, got {sheet!r}")
     for path in filter(None, (out, str(ingest.rejected_csv(out)), sheet)):
         files.check_place(path)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    _log.setLevel(logging.INFO)
     base: dict[str, Any] = {}
     if exp:
         chosen = resolve(exp)[0]
