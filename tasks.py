@@ -1,5 +1,6 @@
 """Command line: `invoke --list`. Each task parses, calls and prints; everything heavy is imported inside."""
 
+import logging
 import os
 import re
 import select
@@ -14,6 +15,7 @@ def _call(f, *args, **kwargs):
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     _explain(args)
+    logging.captureWarnings(True)
     try:
         with logging_redirect_tqdm():  # a warning takes a bar away before it is written, and does not land behind it
             done = f(*args, **kwargs)

@@ -388,8 +388,8 @@ class _Pace:
     def tell(self, line: dict[str, Any], device: torch.device, *, stays: bool) -> None:
         """Show the numbers of a step; `stays` where the next line does not replace them."""
         numbers = {k: v for k, v in line.items() if k != "step" and k not in display.CLOCK}
-        shown = [f"{self._seconds:.3g} s/step"]
-        shown += [f"{k} {numbers.pop(k):.3g}" for k in ("lr", "loss") if k in numbers]  # a narrow terminal shows the first numbers only
+        shown = [f"{self._seconds:.3g} s/step"]  # a narrow terminal shows the first numbers only
+        shown += [f"{k} {numbers.pop(k):.3g}" for k in ("lr", "loss") if k in numbers]
         shown.append(f"{_memory(device) / 1e9:.2f} GB")
         postfix = ", ".join(shown + [f"{k} {v:.4g}" for k, v in numbers.items()])
         self._bar.set_postfix_str(postfix)
