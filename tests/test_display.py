@@ -5,14 +5,15 @@ import json
 import logging
 import os
 import re
+import warnings
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from unittest import mock
 
 import pytest
 import torch
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
+import tasks
 from medvl import display
 from medvl.optim import Rate, adamw, warmup_cosine
 from medvl.train import Aux, Every, State, fit, make_step, value_and_grad
@@ -95,16 +96,23 @@ def test_what_is_said_during_quick_work_leaves_no_bar_behind(clock):
     assert terminal.screen == ["a chest was drawn twice", ""]
 
 
-def test_a_warning_lands_above_the_bar(clock):
-    with watched() as terminal, logging_redirect_tqdm():  # as every task of the command line does
+def test_warnings_of_a_task_land_above_the_bar(clock):
+    def check():
         for i in display.track(range(9), "drawing chests"):
             clock[0] += 2
             if i == 4:
                 logging.getLogger("medvl").warning("chest 4 has no ribs")
-                warned, bar = terminal.screen
-    assert warned == "chest 4 has no ribs"
-    assert bar.startswith("drawing chests:  ")
-    assert terminal.screen == ["chest 4 has no ribs", ""]
+                assert terminal.screen[1].startswith("drawing chests:  ")
+            if i == 6:
+                warnings.warn("chest 6 is cut off", stacklevel=1)
+
+    with watched() as terminal:
+        tasks._call(check)
+    logging.captureWarnings(False)
+    first, second, *rest = terminal.screen
+    assert first == "chest 4 has no ribs"
+    assert second.endswith("UserWarning: chest 6 is cut off")
+    assert not any("drawing" in line for line in rest)
 
 
 def test_an_error_takes_the_bar_away(clock):
