@@ -18,6 +18,7 @@ from medvl.data.conversation_files import read_conversations, read_tasks, task_p
 from medvl.data.registry import Record
 from medvl.data.slide_questions import audit_slide_talks
 from medvl.data.slides import feature_files
+from medvl.display import track
 from medvl.embed import EmbedConfig
 from medvl.experts import Answer, Experts, FusionConfig, HoldConfig
 from medvl.retrieve import RetrieveConfig
@@ -302,7 +303,7 @@ def _list(where: Path, root: str, base: str) -> str:
     held = registry.read_registry(where, root)
     registry.check(where, held, base)
     rows = []
-    for r in held.adapters:
+    for r in track(held.adapters, "reading adapters"):
         adapter = read_adapter(registry.place_of(where, held) / r.path)
         ranks = sorted({adapter.rank(m) for m in adapter.factors})
         rows.append((r.name, r.category, "/".join(map(str, ranks)), len(adapter.factors), r.samples, r.description))
