@@ -389,7 +389,7 @@ class _Pace:
         """Show the numbers of a step; `stays` where the next line does not replace them."""
         numbers = {k: v for k, v in line.items() if k != "step" and k not in display.CLOCK}
         shown = [f"{self._seconds:.3g} s/step"]  # a narrow terminal shows the first numbers only
-        shown += [f"{k} {numbers.pop(k):.3g}" for k in ("lr", "loss") if k in numbers]
+        shown += [f"{k} {numbers.pop(k):{digits}}" for k, digits in (("lr", ".2g"), ("loss", ".3g")) if k in numbers]
         shown.append(f"{_memory(device) / 1e9:.2f} GB")
         postfix = ", ".join(shown + [f"{k} {v:.4g}" for k, v in numbers.items()])
         self._bar.set_postfix_str(postfix)
