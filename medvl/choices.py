@@ -6,13 +6,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 Options = Mapping[str, str] | Sequence[str]  # letter -> text, or texts from A on
 
-_MARKUP = ((r"\\boxed\s*\{([^{}]*)\}", r"\1"), (r"[*`$\"\u201c\u201d]|(?<![^\W_])_+|_+(?![^\W_])", ""), ("[\u2018\u2019]", "'"))
+_MARKUP = (
+    (r"(?i)</?answer>", " "),
+    (r"\\boxed\s*\{([^{}]*)\}", r"\1"),
+    (r"[*`$\"\u201c\u201d]|(?<![^\W_])_+|_+(?![^\W_])", ""),
+    ("[\u2018\u2019]", "'"),
+)
 _THOUGHT = re.compile(r"(?is)^.*</think>|<think>.*")  # what a reasoning model says before it answers; one that is cut off gave no answer
 _TOKEN = re.compile(r"\d+(?:[.,]\d+)+|[^\W_]+|[-+<>=%/\u00b1\u2264\u2265]")
 _DASH = re.compile(r"^\s*-\s|(?<=[^\W\d_])-(?=[^\W\d_])|(?<=\s)(?<!\d\s)-(?=\s)|(?<=\s)-(?=\s\D)")  # of lists, words, clauses: no sign
 _ANSWER = re.compile(
     r"(?i)\banswer(?:\s+(?:is|would be|should be|must be)\b|\s*[:=]|\s+-\s)\s*:?\s*(?:(?:option|choice|letter)\b\s*:?\s*)?"
-    r"|(?:^|(?<=\n))\s*(?:answer|option|choice|letter)\s+"
+    r"|(?:^|(?<=\n))\s*(?:(?:final|correct|best|right)\s+)?(?:answer|option|choice|letter)(?:\s+-\s+|\s*:\s*|\s+)"
     r"|\b(?:choose|select|pick)\s+(?:(?:option|choice|answer|letter)\s+)?"
     r"|(?:^|(?<=[.!\n]))\s*it(?:'s|\s+is)\s+(?:(?:option|choice|letter)\s+)?"
 )

@@ -280,6 +280,27 @@ def test_a_first_feature_that_only_looks_like_an_index(tmp_path):
     np.testing.assert_allclose(read_slide(tmp_path / "a.csv").features, x, atol=1e-4)
 
 
+@pytest.mark.parametrize("header", [True, False])
+@pytest.mark.parametrize(
+    "leading",
+    [lambda n: [[256 * i, 0] for i in range(n)], lambda n: [[3 * i] for i in range(n)], lambda n: [[f"{n - i}.0"] for i in range(n)]],
+    ids=["places", "chosen rows", "backwards"],
+)
+def test_places_and_row_numbers_in_front_are_no_features(tmp_path, leading, header):
+    """To say how wide the features are would make the first of them a place or a row number."""
+    x = np.round(features(9, 512), 4)
+    rows = [[*more, *row] for more, row in zip(leading(9), x, strict=True)]
+    names = [*["x", "y"][: len(rows[0]) - 512], *(f"f{i}" for i in range(512))]
+    write_rows = lambda rows: "".join(",".join(map(str, row)) + "\n" for row in rows)
+    (tmp_path / "a.csv").write_text(write_rows([names] * header + rows))
+    for dims in (0, 512):
+        with pytest.raises(ValueError, match=r"hold whole numbers such as .*: row numbers or places, no features"):
+            read_slide(tmp_path / "a.csv", dims=dims)
+    behind = [[*row[-512:], *row[:-512]] for row in rows]
+    (tmp_path / "b.csv").write_text(write_rows(behind))
+    np.testing.assert_allclose(read_slide(tmp_path / "b.csv", dims=512).features, x, atol=1e-4)
+
+
 def test_a_csv_is_read_once_to_count_its_rows(tmp_path, monkeypatch):
     path, reads, lines = tmp_path / "a.csv", [], slide_formats._lines
     write_csv(path, np.round(features(9, 12), 4))

@@ -35,6 +35,7 @@ _PIXELS = ("", "px", "pixel", "pixels")
 _WIDTHS = (384, 512, 768, 1024, 1280, 1536, 2048, 2560, 3072, 4608)  # of encoders in use; only to tell features from columns behind them
 _LONGEST = 2**21  # characters of a line: some 50 times that of the widest encoder
 _TRAILING = 8  # columns that may stand behind the features of a CSV, unless they are text
+_LOOKED_AT = 8  # lines of a CSV, to tell its layout
 _CONVERT = (  # a tensor or array, or of a dict its arrays, plain numbers and texts
     "python -c \"import torch; x = torch.load({0!r}, weights_only=False); torch.save({{k: torch.as_tensor(v) if getattr(v, 'shape', ()) "
     "else v for k, v in x.items() if getattr(v, 'shape', ()) or type(v) in (str, int, float)}} if isinstance(x, dict) "
@@ -284,17 +285,18 @@ def _scan_csv(path: Path, dims: int, _: tuple[int, int, int]) -> _Table:
     """Count the rows of a CSV and see which columns are features; the last argument changes with the file."""
     first_lines, n, counting = list[str](), 0, True
     for line in _lines(path):
-        if n < 2:
+        if n < _LOOKED_AT:
             first_lines.append(line)
-        elif counting:
+        if n >= 2 and counting:
             counting = line[:16].replace('"', "").startswith((f"{n},", f"{n - 1},", f"{n + 1},"))
         n += 1
     try:
-        first, second = [*csv.reader(first_lines), [], []][:2]
+        rows = [*csv.reader(first_lines)]
     except csv.Error as e:
         raise ValueError(f"{path}: is not a readable CSV ({e})") from e
+    first, second = [*rows, [], []][:2]
     indexed = counting and _is_index(first, second, n)
-    header, start, width = _layout(path, dims, first, second, indexed)
+    header, start, width = _layout(path, dims, rows, indexed)
     if indexed:
         _log.warning("%s: the first column counts the rows: it is an index and no feature, and is left out", path)
     return _Table(header=header, start=start, width=width, rows=max(0, n - header))
@@ -357,8 +359,10 @@ def _first_wrong(lines: Sequence[str], columns: range) -> tuple[int, str]:
     return 0, "cannot be read as numbers"
 
 
-def _layout(path: Path, dims: int, first: Sequence[str], second: Sequence[str], indexed: bool) -> tuple[bool, int, int]:
-    """(there is a header, the first column of the features, how many) by content: a header counts its columns, or is all text."""
+def _layout(path: Path, dims: int, rows: Sequence[Sequence[str]], indexed: bool) -> tuple[bool, int, int]:
+    """(there is a header, the first column of the features, how many) by content of the first rows: a header counts its columns, or is
+    all text."""
+    first, second = [*rows, [], []][:2]
     start = int(indexed or (len(first) > 1 and not first[0] and first[1] == "0"))  # pandas' index
     names = first[start:]
     width = _counted(names)
@@ -370,12 +374,26 @@ def _layout(path: Path, dims: int, first: Sequence[str], second: Sequence[str], 
         width = _numbers(names)
     if first and any(first) and not width:
         raise ValueError(f"{path}: the features must be the first columns, found {first[0]!r} in the first of {len(first)}")
-    if dims and 0 < width - dims <= _TRAILING:
-        return header, start, dims
-    near = next((w for w in _WIDTHS if 0 < width - w <= _TRAILING), 0)
-    if near and not dims and width not in _WIDTHS:
-        raise ValueError(f"{path}: has {width} columns of numbers; are {width - near} of them no features? Say dims={near} or dims={width}")
-    return header, start, width
+    near = dims or next((w for w in _WIDTHS if 0 < width - w <= _TRAILING), 0)
+    more = width - near
+    if not near or not 0 < more <= _TRAILING or (not dims and width in _WIDTHS):
+        return header, start, width
+    data = [row[start : start + width] for row in rows[header:]]
+    if _whole(data, range(more)) and not _whole(data, range(near, width)):
+        raise ValueError(
+            f"{path}: has {width} columns of numbers, and the first {more} hold whole numbers such as "
+            f"{', '.join(data[-1][:more])}: row numbers or places, no features; save the table without them"
+        )
+    if not dims:
+        raise ValueError(f"{path}: has {width} columns of numbers; are {more} of them no features? Say dims={near} or dims={width}")
+    return header, start, dims
+
+
+def _whole(data: Sequence[Sequence[str]], columns: range) -> bool:
+    """Whether these columns hold whole numbers, not only zeros, in all rows."""
+    cells = [row[i] for row in data for i in columns if i < len(row)]
+    values = [float(cell) for cell in cells if _number(cell)]
+    return len(values) == len(cells) and any(values) and all(value.is_integer() for value in values)
 
 
 def _counted(names: Sequence[str]) -> int:
