@@ -624,7 +624,7 @@ def _bind(
         parts = (("missing", missing), ("unexpected", extra), ("of another shape", misfit))
         raise ValueError(f"load: {name} is no {kind.__name__} of this config: " + "; ".join(f"{w} {few(ks)}" for w, ks in parts if ks))
     params: Params = {}
-    for n, shape in shapes.items():
+    for n, shape in track(shapes.items(), "reading weights"):
         t = _read(plan.pop(n), n, name).to(device, dtype) if n in plan else torch.zeros(shape, dtype=dtype, device=device)
         if tuple(t.shape) != shape:
             raise ValueError(f"load: {name}: {n} must be {list(shape)}, the file's parts make {list(t.shape)}")

@@ -16,6 +16,7 @@ from PIL import Image
 from medvl import files
 from medvl.data.conversations import check_tags, short
 from medvl.data.images import open_image
+from medvl.display import track
 
 _log = logging.getLogger(__name__)
 SPLITS = ("train", "valid", "test")
@@ -113,7 +114,7 @@ def convert_vqa_rad(
         sides[q.image].add(part)
     if old := [name for name in SPLITS if not lines[name] and (folder / f"{name}.jsonl").exists()]:
         raise ValueError(f"{folder}: {old[0]}.jsonl is of an earlier run and this one has no {old[0]}; remove it or take another folder")
-    for name in sides if size else ():
+    for name in track(sides if size else (), "shrinking pictures"):
         _shrink(paths[name], folder / "images" / f"{Path(name).stem}.png", size)
     for name in SPLITS:
         if lines[name]:
