@@ -318,6 +318,9 @@ def test_line_ends_and_lines_without_end(tmp_path):
     write_csv(path, x)
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r"))
     same(path, x)
+    path.write_text("0.5,0.5\0,0.5\n" + "0.5,0.5,0.5\n" * 3)
+    with pytest.raises(ValueError, match=r"a.csv: line 1 has a NUL byte; the file is damaged"):
+        about_slide(path)
     path.write_text("0.5," * 10**6)
     with pytest.raises(ValueError, match=r"a.csv: line 1 has 2097152 characters or more; a line is one patch"):
         about_slide(path)

@@ -326,6 +326,8 @@ def _lines(path: Path) -> Iterator[str]:
                 raise ValueError(
                     f"{path}: line {number} has {_LONGEST} characters or more; a line is one patch, is this a CSV of features?"
                 )
+            if "\0" in line:  # its cell would count as a text behind the features, and with it all that follow
+                raise ValueError(f"{path}: line {number} has a NUL byte; the file is damaged")
             line = line.removeprefix("\xef\xbb\xbf") if number == 1 else line
             if line.strip():
                 yield line
