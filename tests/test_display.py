@@ -62,7 +62,9 @@ def watched(columns=200):
     """In a terminal: what is shown goes there."""
     made = Terminal()
     size = os.terminal_size((columns, 24))
-    with redirect_stderr(made), redirect_stdout(made), mock.patch("os.get_terminal_size", return_value=size):
+    width = mock.patch("os.get_terminal_size", return_value=size)
+    of_old_tqdm = mock.patch.dict(os.environ, COLUMNS=str(columns), LINES="24")
+    with redirect_stderr(made), redirect_stdout(made), width, of_old_tqdm:
         yield made
 
 
