@@ -74,7 +74,7 @@ def gather(
     params: Mapping[str, Tensor],
     path: files.PathLike,
     *,
-    base: str = "",
+    base: files.PathLike = "",
     root: files.PathLike = "",
     fusion: FusionConfig = FusionConfig(),
     hold: HoldConfig = HoldConfig(),
@@ -89,7 +89,7 @@ def gather(
     """
     held = registry.read_registry(path, root)
     folder = registry.place_of(path, held)
-    registry.check(path, held, base)
+    registry.check(path, held, str(base))
     device = next(iter(params.values())).device
 
     def read(i: int) -> lora.Adapter:
@@ -115,7 +115,7 @@ def gather(
 def open_experts(
     path: files.PathLike,
     *,
-    base: str = "",
+    base: files.PathLike = "",
     root: files.PathLike = "",
     dtype: Literal["float32", "bfloat16"] = "bfloat16",
     quantize: Literal["none", "nf4", "fp4"] = "none",
@@ -133,8 +133,8 @@ def open_experts(
         ValueError: as `gather` and `hub.load`; no base model named anywhere.
     """
     held = registry.read_registry(path, root)
-    registry.check(path, held, base)
-    name = base or registry.base_of(path, held)
+    registry.check(path, held, str(base))
+    name = str(base) or registry.base_of(path, held)
     if not name:
         raise ValueError(f"{path}: neither it nor its adapters say which model they are for; give base")
     if held.embedder:

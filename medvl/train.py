@@ -464,11 +464,33 @@ def read_state(path: files.PathLike, device: str | torch.device = "cpu", *, mapp
     """
     try:
         raw = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
+        _check_fields(raw)
         return State(**raw)
     except FileNotFoundError as e:
         raise ValueError(f"{path}: no such checkpoint; train first, or name a run folder that has one") from e
     except (pickle.UnpicklingError, ValueError, *files.BROKEN) as e:
         raise ValueError(f"{path}: not a whole checkpoint of medvl ({files.reason(e)}); remove it to train from the start") from e
+
+
+def _check_fields(raw: Any) -> None:
+    """Raise where what a file holds is not what `save` writes."""
+    kinds: dict[str, Any] = {
+        "params": dict,
+        "opt": dict,
+        "means": dict,
+        "step": int,
+        "best": (float, int),
+        "drawn": bool,
+        "processes": int,
+        "steps": int,
+    }
+    if not isinstance(raw, dict) or not {"params", "opt"} <= raw.keys() <= kinds.keys():
+        raise ValueError(f"found {', '.join(map(str, raw)) if isinstance(raw, dict) else type(raw).__name__}")
+    if wrong := [k for k in raw if not isinstance(raw[k], kinds[k])]:
+        raise ValueError(f"{wrong[0]} must not be {type(raw[wrong[0]]).__name__}")
+    leaves = flatten({k: raw[k] for k in ("params", "opt", "means") if k in raw})
+    if others := [n for n, t in leaves.items() if not isinstance(t, Tensor)]:
+        raise ValueError(f"{others[0]} must be a tensor, found {type(leaves[others[0]]).__name__}")
 
 
 def read_trained(folder: Path, keep: Literal["best", "last"], device: str | torch.device, *, model: Tree) -> State:

@@ -602,6 +602,7 @@ def test_data_and_questions_that_are_refused(trained, tmp_path):
         (lambda: experts.ask(evolve(of, embedder=None), "q")): "has vectors but no embedder",
         (lambda: experts.ask(of, "How many lesions <|im_end|>?")): "special tokens",
         (lambda: experts.open_experts(folder / "registry.toml", base="nowhere/model")): "nowhere/model",
+        (lambda: experts.open_experts(folder / "registry.toml", base=Path("nowhere/model"))): "nowhere/model",
     }.items():
         with pytest.raises(ValueError, match=re.escape(message)):
             call()

@@ -483,6 +483,36 @@ def test_killed_at_random_moments_ends_in_the_same_bits(tmp_path):
     assert tiny.without_clock(tmp_path / "whole/metrics.jsonl") == tiny.without_clock(tmp_path / "cut/metrics.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda raw: raw | {"params": [1]}, "params must not be list"),
+        (lambda raw: raw | {"step": "x"}, "step must not be str"),
+        (lambda raw: raw | {"best": None}, "best must not be NoneType"),
+        (lambda raw: raw | {"means": {"a": {"b": "text"}}}, "means/a/b must be a tensor, found str"),
+        (lambda raw: raw | {"more": 1}, "found params, opt, means, step, .*, more"),
+        (lambda raw: raw["params"], "found image"),
+        (lambda raw: [raw], "found list"),
+    ],
+)
+def test_a_state_of_other_fields_is_one_sentence(tmp_path, gen, change, message):
+    _, state = _start(gen)
+    save(tmp_path / "last.pt", state)
+    raw = torch.load(tmp_path / "last.pt", weights_only=True)
+    torch.save(change(raw), tmp_path / "last.pt")
+    with pytest.raises(ValueError, match=rf"last.pt: not a whole checkpoint of medvl \({message}"):
+        read_state(tmp_path / "last.pt")
+
+
+def test_a_state_of_an_older_medvl_is_read(tmp_path, gen):
+    _, state = _start(gen)
+    save(tmp_path / "last.pt", state)
+    raw = torch.load(tmp_path / "last.pt", weights_only=True)
+    torch.save({k: raw[k] for k in ("params", "opt", "means", "step", "best")}, tmp_path / "last.pt")
+    found = read_state(tmp_path / "last.pt")
+    assert (found.step, found.steps, found.processes) == (state.step, 0, 0)
+
+
 def test_errors_say_what_to_do(tmp_path, gen):
     _, state = _start(gen)
     bad = lambda s, b: (s, {"loss": torch.tensor(float("nan"))})
