@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tiny import turns
 
-from medvl.data.conversation_files import Conversation, check_gold, limit_images, read_conversations, read_tasks
+from medvl.data.conversation_files import Conversation, check_gold, limit_images, read_conversations, read_tasks, warn_of_one_file
 
 
 def write(path, *records):
@@ -291,6 +291,13 @@ def test_limits_that_are_none():
         limit_images(held("q", "a"), -1)
     with pytest.raises(ValueError, match="limit_images: every tag '<image>' needs its image, got 2 tags and 1 images"):
         limit_images(held("<image><image>", "a", images="a"), 1)
+
+
+def test_one_file_for_all_splits_is_told(caplog):
+    warn_of_one_file("{folder}/{split}.json")
+    assert not caplog.records
+    warn_of_one_file("data/all.json")
+    assert "data/all.json: is one file for all splits, so that what is scored was trained on" in caplog.text
 
 
 def test_a_file_is_limited_with_one_warning(folder, caplog):

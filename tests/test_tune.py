@@ -414,6 +414,15 @@ def test_what_evaluation_cannot_use_is_refused_before_training(tmp_path, monkeyp
         assert not [*(tmp_path / "runs").rglob("*.pt")]
 
 
+def test_a_record_that_trains_on_what_it_scores_says_so(tmp_path, caplog):
+    raw = with_files(tmp_path, [{"query": "q", "response": "a"}])
+    tune_run.prepare(config.structure(raw, Config, "test"))
+    assert not caplog.records
+    raw["data"]["conversations"] = "{folder}/test.jsonl"
+    tune_run.prepare(config.structure(raw, Config, "test"))
+    assert "{folder}/test.jsonl: is one file for all splits, so that what is scored was trained on" in caplog.text
+
+
 def test_answers_that_find_no_room_are_refused_before_training(tmp_path):
     raw = with_files(tmp_path, [{"query": "one two", "response": "three"}])
     raw["evaluate"]["max_tokens"] = 600

@@ -91,6 +91,14 @@ def check_gold(conversations: Iterable[Conversation], *, every: bool = False) ->
                 raise ValueError(f"{c.place}: {which} answer must hold a word to be compared with, got {short(answer)}")
 
 
+def warn_of_one_file(pattern: str) -> None:
+    """Warn where a pattern names one file for all splits: what is scored was then trained on."""
+    if "{split}" not in pattern:
+        _log.warning(
+            "%s: is one file for all splits, so that what is scored was trained on; write {split} where their names differ", pattern
+        )
+
+
 def _records(path: Path) -> Iterator[tuple[int, str, Any]]:
     """(line, place for errors, record) of every record of a file of JSON lines, or of one JSON array."""
     content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")

@@ -14,7 +14,7 @@ from medvl import chat, config, embed, files, hub, lora, processes, retrieve, re
 from medvl.adapter_files import write_adapter
 from medvl.chat import Chat, Encoded
 from medvl.data import conversations, phantom_modalities, registry, vqa_rad
-from medvl.data.conversation_files import Conversation, check_gold, read_conversations, read_tasks
+from medvl.data.conversation_files import Conversation, check_gold, read_conversations, read_tasks, warn_of_one_file
 from medvl.data.registry import Record, Registry
 from medvl.results import Result
 from medvl.retriever import RetrieverConfig
@@ -40,6 +40,8 @@ def prepare(cfg: Config, log: Callable[[str], None] = print) -> None:
     if cfg.data.source == "vqa_rad":
         _cut_vqa_rad(cfg, folder, log)
     wanted = SPLITS if cfg.train or cfg.base else ("test",)
+    if len(wanted) > 1:
+        warn_of_one_file(cfg.data.conversations)
     for split in wanted:
         tasks = _tasks(read(cfg, split))
         for task in tasks if cfg.train else ():

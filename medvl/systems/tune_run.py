@@ -16,7 +16,7 @@ from medvl.answers import same_answer
 from medvl.chat import Encoded
 from medvl.checkpoints import new_folder
 from medvl.data import conversations, phantom_pictures
-from medvl.data.conversation_files import Conversation, check_gold, read_conversations
+from medvl.data.conversation_files import Conversation, check_gold, read_conversations, warn_of_one_file
 from medvl.display import track
 from medvl.hlora_files import write_hlora
 from medvl.progress import resumed
@@ -37,6 +37,7 @@ def prepare(cfg: Config, log: Callable[[str], None] = print) -> None:
     if cfg.data.source == "phantoms":
         drawn = phantom_pictures.draw_pictures(cfg.data.phantoms, folder_of(cfg))
         log(f"{sum(drawn.values())} pictures drawn in {folder_of(cfg)}: " + ", ".join(f"{n} {split}" for split, n in drawn.items()))
+    warn_of_one_file(cfg.data.conversations)
     missing = [path(cfg, name) for name in SPLITS if not path(cfg, name).is_file()]
     if missing:
         raise ValueError(
