@@ -528,6 +528,15 @@ def test_an_orientation_is_read_however_it_was_printed(tmp_path, printed):
     np.testing.assert_array_equal(v.voxels, preprocess(good, SMALL).voxels)
 
 
+@pytest.mark.parametrize("intercept", ["-1024,5", "[-1024, 0]"])
+def test_a_row_of_several_intercepts_is_no_scale(tmp_path, intercept):
+    """The first part of "-1024,5", or "0,97", would be a wrong scale without a word."""
+    raw = _drawn(tmp_path / "a.nii", (24, 22, 20), (3, 3, 4), low=0, high=2500)
+    with pytest.raises(ScanError, match="must have one number in 'RescaleIntercept', with a point"):
+        preprocess(raw, SMALL, ROW | {"RescaleIntercept": intercept})
+    preprocess(raw, evolve(SMALL, hu="metadata"), ROW | {"RescaleIntercept": "['-1024.0']"})
+
+
 def test_a_patient_on_the_belly_is_turned_and_what_could_be_mirrored_is_refused(tmp_path):
     """[-1, 0, 0, 0, -1, 0]: x grows to the right and y to anterior. Where the normal is not superior, the order of slices is unknown."""
     good = _drawn(tmp_path / "a.nii", (24, 22, 20), (3, 2, 4))

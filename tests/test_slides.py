@@ -1,6 +1,7 @@
 """Patch features in the layouts that CLAM, TRIDENT, Prov-GigaPath, DSMIL and SlideChat write are read as they were meant."""
 
 import json
+import os
 import pickle
 import zipfile
 
@@ -451,7 +452,7 @@ def test_files_that_are_none(tmp_path):
 
     with pytest.raises(ValueError, match="no such file"):
         read_slide(tmp_path / "none.h5")
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(ValueError, match="must be a file of patch features, found a folder"):
         read_slide(tmp_path)
     says("a.h5", b"", "is empty; patch features are HDF5")
     says("a.csv", b"", "is empty")
@@ -714,3 +715,11 @@ def test_real_names(shared_data):
         assert stems_of(name, stems) == (name.removesuffix(".csv") + ".8288CA92-B611",)
     one = json.loads((shared_data / "pathology" / "wsi_bench" / "1_Report_test.json").read_text())[0]["image"]
     assert stems_of(one, [NAME, slides.slide_name(one)]) == (one.split("/")[1].removesuffix(".pt"),)
+
+
+def test_what_is_no_file_is_told_from_what_is_not_there(tmp_path):
+    (tmp_path / "folder.h5").mkdir()
+    os.mkfifo(tmp_path / "pipe.h5")
+    for name, what in {"folder.h5": "found a folder", "pipe.h5": "found a pipe", "nothing.h5": "no such file"}.items():
+        with pytest.raises(ValueError, match=f"{name}: .*{what}"):
+            read_slide(tmp_path / name)

@@ -46,7 +46,10 @@ def read_metadata(path: PathLike, scans: Iterable[str], columns: Iterable[str] =
 
 
 def rescale(row: Mapping[str, str]) -> tuple[float, float]:
-    """(slope, intercept), raw values to HU. Raises ValueError where one is no number; so do the other functions here."""
+    """(slope, intercept), raw values to HU. Raises ValueError where one is not one number; so do the other functions here."""
+    for column in RESCALE:
+        if len(set(_bare(row.get(column, "")).split(","))) > 1:  # "-1024,5" is no list
+            raise ValueError(f"its metadata row must have one number in {column!r}, with a point, found {row[column]!r}")
     return _number(row, RESCALE[0]), _number(row, RESCALE[1])
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from attrs import frozen
 
-from medvl.files import BROKEN, PathLike, check_own_numbers, check_stored, own_dataset, reason
+from medvl.files import BROKEN, PathLike, check_own_numbers, check_regular, check_stored, own_dataset, reason
 
 _log = logging.getLogger(__name__)
 
@@ -76,7 +76,10 @@ def open_source(path: PathLike, dims: int = 0) -> Iterator[Source]:
 
 
 def _kind(path: Path) -> str:
-    if not path.is_file():
+    check_regular(path)
+    if path.is_dir():
+        raise ValueError(f"{path}: must be a file of patch features, found a folder")
+    if not path.exists():
         raise ValueError(f"{path}: no such file")
     with open(path, "rb") as f:
         head = f.read(64)
