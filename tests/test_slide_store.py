@@ -324,6 +324,9 @@ def test_a_check_without_questions_looks_at_everything(folder, tmp_path, capsys)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty: holds no patch features"):
         ask.slides("check", str(tmp_path / "empty"), (), "", 0, "", False)
+    with pytest.raises(ValueError, match=r"empty: holds no patch features"):
+        ask.slides("pack", str(tmp_path / "empty"), (), str(tmp_path / "new.h5"), 0, "", False)
+    assert not (tmp_path / "new.h5").exists()
 
 
 def test_a_check_goes_on_behind_a_malformed_record(folder, tmp_path, capsys):

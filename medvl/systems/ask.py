@@ -173,6 +173,8 @@ def slides(action: str, features: str, data: Sequence[str], out: str, dims: int,
             raise ValueError("slides pack: needs out, the store to make or go on with")
         files.check_place(out)
         paths = [p for of in feature_files(features).values() for p in of]
+        if not paths:
+            raise ValueError(f"{features}: holds no patch features (.h5, .pt, .npy or .csv files)")
         done = slide_store.pack(paths, out, dims=dims, encoder=encoder, drop=drop, progress=True)
         print(
             f"{out}: {done.done} slides of {done.patches:,} patches written, {done.skipped} were there, {done.empty} are empty, "
