@@ -1,5 +1,6 @@
 """The command line: what is shown in the documentation parses, help is help, and what is missing is said in one line."""
 
+import json
 import os
 import re
 import shlex
@@ -18,6 +19,7 @@ from invoke.exceptions import ParseError
 from invoke.parser import Parser
 
 import tasks
+from medvl import config
 from medvl.config import ConfigError
 from medvl.data.ct import CtConfig
 from medvl.embed import EmbedConfig
@@ -177,6 +179,22 @@ def test_one_broken_experiment_does_not_hide_the_others(tmp_path, monkeypatch):
     found = run.names()
     assert found["a"] == "good"
     assert "not valid TOML" in found["b"]
+
+
+def test_a_run_of_a_version_with_fewer_settings_is_gone_on_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "RUNS", tmp_path / "runs")
+    cfg, _ = run.resolve(str(ROOT / "experiments/tune_phantom.toml"))
+    raw = config.unstructure(cfg)
+    del raw["chat"]["window"]
+    old = tmp_path / "runs" / f"tune_phantom-{config.digest(raw)}"
+    old.mkdir(parents=True)
+    (old / "config.json").write_text(json.dumps(raw, indent=1))
+    assert run.resolve(str(old)) == (cfg, old)
+    run._describe(old, cfg)  # as going on does
+    assert run.resolve(str(old)) == (cfg, old)
+    assert run.resolve(str(old), ("seed=7",))[1] != old
+    (old / "config.json").write_text(json.dumps(raw | {"seed": 3}))  # edited: another run
+    assert run.resolve(str(old))[1] != old
 
 
 def test_a_run_folder_is_an_experiment_wherever_it_lies(tmp_path, monkeypatch):

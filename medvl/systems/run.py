@@ -65,6 +65,7 @@ def resolve(exp: str, overrides: Sequence[str] = ()) -> tuple[Any, Path]:
     """
     path = record_of(exp)
     raw = config.read(path)
+    written = config.digest(raw)  # that of a run's name, also where it was made by a version with fewer settings
     given = {v: f"{key}={os.environ[v]}" for v, key in ENVIRONMENT.get(str(raw.get("system")), {}).items() if os.environ.get(v)}
     if given and path.suffix == ".toml":
         _log.warning("%s: from the environment: %s", path, ", ".join(f"{v} -> {said}" for v, said in given.items()))
@@ -76,7 +77,7 @@ def resolve(exp: str, overrides: Sequence[str] = ()) -> tuple[Any, Path]:
     name, digest = path.stem, config.digest(cfg)
     if path.name == "config.json":
         name, _, its_own = path.parent.name.rpartition("-")
-        if its_own == digest:
+        if its_own == digest or (its_own == written and not overrides):
             return cfg, path.parent  # the run itself, wherever it lies now
     return cfg, RUNS / f"{name or path.parent.name}-{digest}"
 
@@ -201,7 +202,9 @@ def _describe(folder: Path, cfg: Any) -> None:
     if processes.rank() == 0:
         record = config.unstructure(cfg)
         environment = results.environment() | {"record": record}  # so that a config.json that was changed is found out
-        files.write_text(folder / "config.json", json.dumps(record, indent=1) + "\n")
+        path = folder / "config.json"
+        if not path.exists() or folder.name.endswith(config.digest(cfg)):  # that of an older version is left, the run is named by it
+            files.write_text(path, json.dumps(record, indent=1) + "\n")
         files.write_text(folder / "environment.json", json.dumps(environment, indent=1) + "\n")
 
 
