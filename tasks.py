@@ -35,6 +35,8 @@ def _call(f, *args, **kwargs):
     except KeyboardInterrupt:
         print("stopped; what is done is kept, the same command goes on from there", file=sys.stderr)
         sys.exit(130)
+    finally:
+        logging.captureWarnings(False)
 
 
 def _is_unread():

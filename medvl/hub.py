@@ -146,7 +146,10 @@ class Skeleton:
         if torch.compiler.is_compiling():  # a trace binds nothing when it runs, and cannot copy
             return self._original
         if self._copies.bound is None:
-            self._copies.bound = copy.deepcopy(self._original)
+            # The parameters hold nothing and are replaced in every call, so that the copy may name the same ones:
+            # copying them would be counted as memory by `estimate`, which runs a skeleton without storage.
+            shared = {id(parameter): parameter for parameter in self.module.parameters()}
+            self._copies.bound = copy.deepcopy(self._original, shared)
         return self._copies.bound
 
 

@@ -110,7 +110,6 @@ def test_warnings_of_a_task_land_above_the_bar(clock):
 
     with watched() as terminal:
         tasks._call(check)
-    logging.captureWarnings(False)
     first, second, *rest = terminal.screen
     assert first == "chest 4 has no ribs"
     assert second.endswith("UserWarning: chest 6 is cut off")

@@ -37,13 +37,13 @@ def prepare(cfg: Config, log: Callable[[str], None] = print) -> None:
     if cfg.data.source == "phantoms":
         drawn = phantom_pictures.draw_pictures(cfg.data.phantoms, folder_of(cfg))
         log(f"{sum(drawn.values())} pictures drawn in {folder_of(cfg)}: " + ", ".join(f"{n} {split}" for split, n in drawn.items()))
-    warn_of_one_file(cfg.data.conversations)
     missing = [path(cfg, name) for name in SPLITS if not path(cfg, name).is_file()]
     if missing:
         raise ValueError(
             f"{len(missing)} files are missing: {', '.join(map(str, missing))}. Each is JSON lines of conversations "
             '({"messages": [{"role": "user", "content": "<image>..."}, ...], "images": [...]}); data.conversations says where they are'
         )
+    warn_of_one_file(cfg.data.conversations)
 
 
 def folder_of(cfg: Config) -> Path:
