@@ -42,14 +42,19 @@ class Log:
 
     def __call__(self, text: str) -> None:
         """Say and keep a line."""
-        self._say(text)
+        self._say_now(text)
         self.keep(text)
 
     def update(self, text: str) -> None:
         """Keep a line that a bar shows as well; it is said where nobody watches that."""
         if not (sys.stderr.isatty() and sys.stdout.isatty()):
-            self._say(text)
+            self._say_now(text)
         self.keep(text)
+
+    def _say_now(self, text: str) -> None:
+        """Say a line; where output goes into a file, Python would keep some fifty of them back."""
+        self._say(text)
+        sys.stdout.flush()
 
     def keep(self, text: str) -> None:
         """Add a line to the file."""

@@ -232,3 +232,12 @@ def test_in_a_file_training_is_plain_lines(tmp_path, capsys):
     assert all(STEP.fullmatch(line) for line in out.splitlines())
     assert err == ""
     assert len((tmp_path / "log.txt").read_text().splitlines()) == 4
+
+
+def test_a_line_is_in_a_file_as_soon_as_it_is_said(tmp_path):
+    log = display.Log(tqdm.write, tmp_path / "log.txt")
+    with open(tmp_path / "out", "w") as out, redirect_stdout(out):
+        log("data in place")
+        assert (tmp_path / "out").read_text() == "data in place\n"
+        log.update("step 1")
+        assert (tmp_path / "out").read_text() == "data in place\nstep 1\n"
