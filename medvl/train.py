@@ -469,7 +469,9 @@ def read_state(path: files.PathLike, device: str | torch.device = "cpu", *, mapp
     except FileNotFoundError as e:
         raise ValueError(f"{path}: no such checkpoint; train first, or name a run folder that has one") from e
     except (pickle.UnpicklingError, ValueError, *files.BROKEN) as e:
-        raise ValueError(f"{path}: not a whole checkpoint of medvl ({files.reason(e)}); remove it to train from the start") from e
+        raise ValueError(
+            f"{path}: not a whole checkpoint of medvl ({files.reason(e)}); remove the folder {Path(path).parent} to train its stage anew"
+        ) from e
 
 
 def _check_fields(raw: Any) -> None:
