@@ -6,8 +6,8 @@ from time import perf_counter
 import pytest
 import torch
 
-from medvl.compose import compose_adapters, fusion_error, stack_adapters
-from medvl.lora import Adapter
+from medvl.weights.compose import compose_adapters, fusion_error, stack_adapters
+from medvl.weights.lora import Adapter
 
 LAYERS, D, K, RANK = 168, 64, 14, 8  # the layers of a 24-block language model, narrow
 

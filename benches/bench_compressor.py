@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from medvl.compressor import CompressConfig, compress, compress_stream, init_compress, reference_aux
-from medvl.tree import flatten, map_leaves
+from medvl.base.tree import flatten, map_leaves
+from medvl.components.compress import CompressConfig, compress, compress_stream, init_compress, reference_aux
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"

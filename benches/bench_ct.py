@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from isal import isal_zlib
 
-from medvl.data import scans
-from medvl.data.ct import CtConfig, preprocess
+from medvl.ct import scans
+from medvl.ct.preprocess import CtConfig, preprocess
 
 SHAPE = (512, 512, 300)
 CONFIGS = {

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from medvl import hub
-from medvl.encode import EncodeConfig, encode_slices, windows
+from medvl.components.encode import EncodeConfig, encode_slices, windows
+from medvl.hub import skeletons as hub
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"

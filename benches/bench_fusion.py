@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from medvl.fusion import FuseConfig, fuse, init_fuse
+from medvl.components.fuse import FuseConfig, fuse, init_fuse
 
 
 @pytest.mark.parametrize("pool", ["cls", "mean", "attention"])

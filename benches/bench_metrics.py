@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from medvl import metrics
+from medvl.evaluation import metrics
 
 VOLUMES, PATIENTS, FINDINGS, REPLICATES = 3039, 1304, 18, 1000
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from medvl import optim
-from medvl.quant import eight_bit
+from medvl.training import optim
+from medvl.weights.four_bit import eight_bit
 
 RATE = optim.Rate(lr=1e-5, weight_decay=0.1)
 KINDS = {

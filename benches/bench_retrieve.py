@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from medvl.retrieve import RetrieveConfig, retrieve
+from medvl.adapters.retrieve import RetrieveConfig, retrieve
 
 P, D, K = 10_000, 1024, 3
 

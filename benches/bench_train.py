@@ -4,11 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from medvl import optim, train
-from medvl.fusion import FuseConfig, fuse, init_fuse
-from medvl.losses import clip_loss, siglip_loss
-from medvl.text import TextConfig, encode_text, init_text
-from medvl.tree import count
+from medvl.base.tree import count
+from medvl.components.fuse import FuseConfig, fuse, init_fuse
+from medvl.components.losses import clip_loss, siglip_loss
+from medvl.components.text import TextConfig, encode_text, init_text
+from medvl.training import loop as train
+from medvl.training import optim
 
 FUSE = FuseConfig(dim=192, depth=2, heads=3)
 TEXT = TextConfig(vocabulary=1000, context=64, dim=128, depth=2, heads=2)

@@ -10,8 +10,14 @@ import pytest
 import torch
 from attrs import evolve
 
-from medvl import compose, generation, hub, lora, optim, quant, train, vlm
-from medvl.tree import count
+from medvl.base.tree import count
+from medvl.hub import skeletons as hub
+from medvl.language import generate as generation
+from medvl.language import vlm
+from medvl.training import loop as train
+from medvl.training import optim
+from medvl.weights import compose, lora
+from medvl.weights import four_bit as quant
 
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE, PRECISION = ("cuda", torch.bfloat16, "bfloat16") if CUDA else ("cpu", torch.float32, "float32")

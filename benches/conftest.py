@@ -23,7 +23,7 @@ import torch
 from pytest_benchmark.session import PerformanceRegression
 from torch.profiler import ProfilerActivity, profile
 
-from medvl import results
+from medvl.evaluation import results
 
 KIND = "cuda" if torch.cuda.is_available() else "cpu"
 FOLDER = Path(__file__).parent / "baseline" / KIND  # a file here, not in a folder named after a machine, is found by every machine

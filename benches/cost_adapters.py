@@ -15,7 +15,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from medvl import compose, hub, lora, quant, weights
+from medvl.hub import skeletons as hub
+from medvl.weights import compose, lora
+from medvl.weights import four_bit as quant
+from medvl.weights import lazy as weights
 
 GEN = torch.Generator().manual_seed(0)
 

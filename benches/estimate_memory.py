@@ -13,10 +13,14 @@ from pathlib import Path
 
 import torch
 
-from medvl import chat, config, processes, train, tuning
-from medvl.systems import tune, tune_run
-from medvl.systems.tune import Config
-from medvl.tree import merge, split
+from medvl.base import config, processes
+from medvl.base.tree import merge, split
+from medvl.language import chat
+from medvl.systems.tune import record as tune
+from medvl.systems.tune import run as tune_run
+from medvl.systems.tune.record import Config
+from medvl.training import loop as train
+from medvl.training import stages as tuning
 
 MODEL = {
     "model_type": "qwen2",

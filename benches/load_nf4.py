@@ -13,7 +13,9 @@ from pathlib import Path
 
 import torch
 
-from medvl import hub, quant, weights
+from medvl.hub import skeletons as hub
+from medvl.weights import four_bit as quant
+from medvl.weights import lazy as weights
 
 SHAPE = {
     "model_type": "qwen3",

@@ -18,9 +18,14 @@ import numpy as np
 import torch
 from cost_adapters import resident, rounds
 
-from medvl import adapter_cache, adapter_files, generation, hub, lora, vlm
-from medvl.data import registry as registries
-from medvl.retrieve import RetrieveConfig, Retrieved, retrieve
+from medvl.adapters import cache as adapter_cache
+from medvl.adapters import registry as registries
+from medvl.adapters.retrieve import RetrieveConfig, Retrieved, retrieve
+from medvl.hub import peft_files as adapter_files
+from medvl.hub import skeletons as hub
+from medvl.language import generate as generation
+from medvl.language import vlm
+from medvl.weights import lora
 
 GEN = torch.Generator().manual_seed(0)
 POOL, TOP, TOKENS, FEW = 8, 3, 4, 50  # adapters, of which a sample gets, new tokens, samples at either end

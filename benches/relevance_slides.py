@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from medvl import results
-from medvl.data.phantom_slide_talk import prompt, questions
-from medvl.slide_relevance import mass_share, percentiles
-from medvl.systems import slide_vqa, slide_vqa_look, slide_vqa_run
+from medvl.evaluation import results
+from medvl.phantoms.slide_questions import prompt, questions
+from medvl.slides.relevance import mass_share, percentiles
+from medvl.systems.slide_vqa import look as slide_vqa_look
+from medvl.systems.slide_vqa import model as slide_vqa
+from medvl.systems.slide_vqa import run as slide_vqa_run
 
 
 def main(run: Path, out: str = "") -> None:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medvl.compressor import CompressConfig, compress, compress_stream, init_compress
+from medvl.components.compress import CompressConfig, compress, compress_stream, init_compress
 
 D = 1024
 _MOST_MIB = 300  # of the stream, beyond its imports

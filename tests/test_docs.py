@@ -7,19 +7,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from PIL import Image
-from test_ct_clip import SET as CT_CLIP
 from tokenizers import AddedToken
 
-from medvl import chat, hub, lora, tokens
-from medvl.adapter_files import write_adapter
-from medvl.data.conversation_files import read_conversations
-from medvl.data.conversations import TEMPLATES
-from medvl.embed import EmbedConfig
+from medvl.adapters.embed import EmbedConfig
+from medvl.hub import skeletons as hub
+from medvl.hub import tokens
+from medvl.hub.peft_files import write_adapter
+from medvl.language import chat
+from medvl.language.conversations import read_conversations
+from medvl.language.labels import TEMPLATES
 from medvl.systems import run as systems
-from medvl.systems.adapters_run import build_registry
+from medvl.systems.adapters.run import build_registry
+from medvl.weights import lora
+from tests import tiny
+from tests.systems.ct_clip.test_run import SET as CT_CLIP
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -19,10 +19,10 @@ from invoke.exceptions import ParseError
 from invoke.parser import Parser
 
 import tasks
-from medvl import config
-from medvl.config import ConfigError
-from medvl.data.ct import CtConfig
-from medvl.embed import EmbedConfig
+from medvl.adapters.embed import EmbedConfig
+from medvl.base import config
+from medvl.base.config import ConfigError
+from medvl.ct.preprocess import CtConfig
 from medvl.systems import run
 from medvl.systems.ask import AskConfig
 

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from medvl import display, hub
+from medvl.base import display
+from medvl.hub import skeletons as hub
 
 TEXT = {
     "vocab_size": 160,

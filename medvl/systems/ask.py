@@ -9,22 +9,28 @@ from typing import Any, Literal
 
 from attrs import asdict, evolve, frozen
 
-from medvl import config, embed, experts, files, processes, report, results, retrieve
-from medvl.adapter_files import read_adapter
-from medvl.chat import ChatConfig
-from medvl.checkpoints import find, read_json
-from medvl.data import registry, slide_check, slide_store
-from medvl.data.conversation_files import read_conversations, read_tasks, task_paths
-from medvl.data.registry import Record
-from medvl.data.slide_questions import audit_slide_talks
-from medvl.data.slides import feature_files
-from medvl.display import track
-from medvl.embed import EmbedConfig
-from medvl.experts import Answer, Experts, FusionConfig, HoldConfig
-from medvl.retrieve import RetrieveConfig
-from medvl.slide_relevance import top_patches
-from medvl.systems import adapters, adapters_run, slide_vqa_look, tune_run
-from medvl.systems.adapters_run import build_registry, category_of, drawn, query_of
+from medvl.adapters import embed, experts, registry, retrieve
+from medvl.adapters.embed import EmbedConfig
+from medvl.adapters.experts import Answer, Experts, FusionConfig, HoldConfig
+from medvl.adapters.registry import Record
+from medvl.adapters.retrieve import RetrieveConfig
+from medvl.base import config, files, processes
+from medvl.base.display import track
+from medvl.evaluation import report, results
+from medvl.hub.checkpoints import find, read_json
+from medvl.hub.peft_files import read_adapter
+from medvl.language.chat import ChatConfig
+from medvl.language.conversations import read_conversations, read_tasks, task_paths
+from medvl.slides import check as slide_check
+from medvl.slides import pack as slide_store
+from medvl.slides.features import feature_files
+from medvl.slides.questions import audit_slide_talks
+from medvl.slides.relevance import top_patches
+from medvl.systems.adapters import record as adapters
+from medvl.systems.adapters import run as adapters_run
+from medvl.systems.adapters.run import build_registry, category_of, drawn, query_of
+from medvl.systems.slide_vqa import look as slide_vqa_look
+from medvl.systems.tune import run as tune_run
 
 _log = logging.getLogger("medvl")
 ACTIONS = ("build", "add", "list", "show")

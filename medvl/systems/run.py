@@ -15,11 +15,20 @@ from typing import Any
 from attrs import evolve
 from tqdm import tqdm
 
-from medvl import config, display, files, processes, report, results
-from medvl.data import ct, ingest, reports, store
-from medvl.data import names as volume_names
-from medvl.results import Result
-from medvl.systems import adapters, adapters_run, ct_clip, ct_clip_run, slide_vqa, slide_vqa_run, tune, tune_run
+from medvl.base import config, display, files, processes, store
+from medvl.ct import ingest, reports
+from medvl.ct import names as volume_names
+from medvl.ct import preprocess as ct
+from medvl.evaluation import report, results
+from medvl.evaluation.results import Result
+from medvl.systems.adapters import record as adapters
+from medvl.systems.adapters import run as adapters_run
+from medvl.systems.ct_clip import model as ct_clip
+from medvl.systems.ct_clip import run as ct_clip_run
+from medvl.systems.slide_vqa import model as slide_vqa
+from medvl.systems.slide_vqa import run as slide_vqa_run
+from medvl.systems.tune import record as tune
+from medvl.systems.tune import run as tune_run
 
 SYSTEMS: dict[str, tuple[type, ModuleType]] = {
     "ct_clip": (ct_clip.Config, ct_clip_run),

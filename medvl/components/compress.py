@@ -1,0 +1,281 @@
+"""From the features of a slide's patches to a few tokens: a whole batch at once with gradients, or a slide of any size chunk by chunk.
+
+Every kind is a sum over patches, so both ways are the same sums (`slots`): blocks of patches are added up one after another, and so are
+those of chunks, processes or slides. Shapes: b slides, n patches in, k slots (tokens out), d width.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+import torch.nn.functional as F
+from attrs import evolve, frozen
+from einops import rearrange
+from torch import Generator, Tensor
+
+from medvl.base.tree import Tree
+from medvl.components import layers, slots
+from medvl.components.slots import CompressConfig, State
+
+
+@frozen(kw_only=True, eq=False)
+class Compressed:
+    """What a slide became; without b where it was streamed."""
+
+    tokens: Tensor  # [b, k, d]
+    mass: Tensor  # [b, k], sum of `routing` over the patches. moe: W_k; else the share of attention on patches: 1, 0 without patches
+    count: Tensor  # int64 [b, k], patches that reach the slot
+    aux: dict[str, Tensor]  # moe: "balance", "importance", "entropy", "z_loss", "z_reference", scalars over all patches of the batch
+    routing: Tensor | None = None  # [b, n, k], weight of each patch in each slot, 0 where masked; routing / mass is its share
+
+
+def init_compress(cfg: CompressConfig, gen: Generator) -> Tree:
+    """Parameters of `compress`, float32 on CPU.
+
+    moe {"gate", "experts"}, soft_moe {"mu" [k, d], "scale" [], "experts"}, mean {"experts"}, experts {"up", "down", "norm"} with weights
+    [k, out, in]; attention {"tanh", "sigmoid", "score"}; perceiver {"latents" [k, d], "layers" {"0"..}, "norm"}.
+    """
+    d, k, h = cfg.dim, cfg.slots, cfg.hidden
+    linear = lambda i, o, bias=True: layers.init_linear(i, o, gen, std=i**-0.5, bias=bias)
+    if cfg.kind == "attention":
+        return {"tanh": linear(d, h), "sigmoid": linear(d, h), "score": linear(h, cfg.heads * k)}
+    if cfg.kind == "perceiver":
+        square = lambda: {n: linear(d, d, False) for n in ("q", "k", "v", "out")}
+        norms = lambda: {n: layers.init_norm(d) for n in ("patches", "latents", "norm")}
+        stack = [{**square(), **norms(), "up": linear(d, h, False), "down": linear(h, d, False)} for _ in range(cfg.passes)]
+        latents = torch.randn(k, d, generator=gen)
+        return {"latents": latents, "layers": {str(i): p for i, p in enumerate(stack)}, "norm": layers.init_norm(d)}
+    experts = {
+        "up": {"weight": torch.randn(k, h, d, generator=gen) * d**-0.5, "bias": torch.zeros(k, h)},
+        "down": {"weight": torch.randn(k, d, h, generator=gen) * h**-0.5, "bias": torch.zeros(k, d)},
+        "norm": {"weight": torch.ones(k, d), "bias": torch.zeros(k, d)},
+    }
+    if cfg.kind == "mean":
+        return {"experts": experts}
+    if cfg.kind == "soft_moe":
+        return {"mu": torch.randn(k, d, generator=gen), "scale": torch.ones(()), "experts": experts}
+    return {"gate": layers.init_linear(d, k, gen), "experts": experts}
+
+
+# A batch at once ------------------------------------------------------------------------------------------------------------------------
+def compress(
+    cfg: CompressConfig, params: Tree, x: Tensor, mask: Tensor | None = None, *, gen: Generator | None = None, routing: bool = False
+) -> Compressed:
+    """Compress the patches of each slide to k tokens.
+
+    moe: P = softmax over slots of the router's logits, w_jk = P_jk in the top_k slots of patch j (the first of equal ones; not
+    renormalised), c_k = sum w_jk x_j / (W_k + 1e-9), token_k = c_k + norm_k(down_k gelu(up_k c_k)). soft_moe: the same experts on
+    c_k = sum_j softmax_j(scale cos(x_j, mu_k)) x_j; mean: on the mean of all x_j. attention: softmax_j of score(tanh(V x_j)
+    sigmoid(U x_j)) for each slot and head; a head pools its d / heads columns of x. perceiver: pre-norm cross-attention and feed-forward;
+    latents see the patches and each other.
+
+    Computed in float32 (float64 if a parameter is), also under autocast: 16-bit logits would send patches to other slots.
+
+    Args:
+        params: from `init_compress`.
+        x: patch features [b, n, d] of any floating point dtype; their order does not matter.
+        mask: bool [b, n], true where a patch exists; what stands elsewhere, NaN too, changes nothing and gets no gradient. None: all exist.
+        gen: draws the router's noise and the dropout of training; None: neither.
+        routing: return the weight of each patch in each slot.
+    Returns:
+        A slot that no patch reaches has mass 0, and as token what its expert makes of c_k = 0; so has every slot of a slide without
+        patches. For attention such a token is 0, for a perceiver the latents see only each other. More slots than patches is no special
+        case. Nothing of this is NaN, nor are gradients.
+    Raises:
+        ValueError: x or mask has another shape or dtype.
+    Source: router and experts of TC-SSA, arXiv:2603.01143; dispatch of soft MoE, Puigcerver et al. 2024, arXiv:2308.00951, section 2.1;
+        gated attention, Ilse et al. 2018, arXiv:1802.04712, eq. 9; Flamingo's resampler, Alayrac et al. 2022, arXiv:2204.14198.
+    """
+    _check("compress", cfg, x, mask, "[b, n, {}]")
+    p, n = slots.widened(params), x.shape[1]
+    if not n:  # one that does not exist, so that every parameter has a gradient: 0
+        x, mask = F.pad(x, (0, 0, 0, 1)), torch.zeros(len(x), 1, dtype=torch.bool, device=x.device)
+    state = slots.empty(cfg, p, len(x))
+    with torch.autocast(state.total.device.type, enabled=False):
+        for turn in range(cfg.passes):
+            read, raws = slots.reader(cfg, p, state, gen), []
+            for part, raw in slots.parts(cfg, p, read, x, mask):
+                state = slots.merged(state, part)
+                raws += [raw] if routing and turn == cfg.passes - 1 else []
+            if turn < cfg.passes - 1:
+                state = slots.empty(cfg, p, len(x), slots.look(cfg, p, state, gen), turn + 1)
+        out = _finish(cfg, p, state, gen)
+        if not routing:
+            return out
+        return evolve(out, routing=slots.shares(cfg, torch.cat(raws, 1), slots.closed(cfg, p, state))[:, :n])
+
+
+def reference_aux(aux: dict[str, Tensor]) -> Tensor:
+    """The auxiliary loss as the reference adds it up (before its factor 0.1): k sum_i P_i f_i + 0.5 entropy + 1e-4 z_reference."""
+    return aux["balance"] + 0.5 * aux["entropy"] + 1e-4 * aux["z_reference"]
+
+
+# A stream -------------------------------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def begin(cfg: CompressConfig, params: Tree, after: State | None = None) -> State:
+    """The state before the first patch; `after`: the state at the end of a perceiver's last pass, which its next one builds on.
+
+    Streaming gives what `compress` gives without `gen`, whatever the chunks, their order and who adds up what first (to the rounding of
+    float32 products of up to 1024 patches; sums are float64). It takes no gradients.
+
+    Raises:
+        ValueError: there is no pass after that of `after`.
+    """
+    p = slots.widened(params)
+    if after is None:
+        return slots.empty(cfg, p, 1)
+    if after.turn + 1 >= cfg.passes:
+        raise ValueError(f"begin: there must be a pass after the one of the state, got pass {after.turn + 1} of {cfg.passes}; finalize it")
+    with torch.autocast(after.total.device.type, enabled=False):
+        return slots.empty(cfg, p, 1, slots.look(cfg, p, after, None), after.turn + 1)
+
+
+@torch.no_grad()
+def update(cfg: CompressConfig, params: Tree, state: State, x: Tensor, mask: Tensor | None = None) -> State:
+    """The state after the patches x [c, d] too; mask bool [c], true where a patch exists. x may lie on another device than the weights.
+
+    Raises:
+        ValueError: x or mask has another shape or dtype, or a patch that exists is not finite.
+    """
+    return _updated(cfg, slots.widened(params), state, x, mask)
+
+
+def _updated(cfg: CompressConfig, p: Tree, state: State, x: Tensor, mask: Tensor | None = None, held: Tensor | None = None) -> State:
+    _check("update", cfg, x, mask, "[c, {}]")
+    with torch.autocast(state.total.device.type, enabled=False):
+        read = slots.reader(cfg, p, state, None)
+        for part, _ in slots.parts(cfg, p, read, x[None], None if mask is None else mask[None], held):
+            state = slots.merged(state, part)
+    if not (state.total.isfinite().all() and state.weight.isfinite().all()):
+        finite = x.isfinite().all(-1) if mask is None else x.isfinite().all(-1) | ~mask
+        rows = (~finite).nonzero()[:3, 0].tolist()
+        raise ValueError(f"update: patches must be finite, got NaN or infinity in {f'rows {rows} of the chunk' if rows else 'sums'}")
+    return state
+
+
+@torch.no_grad()
+def merge(a: State, b: State) -> State:
+    """The state of the patches of both: of chunks, of processes, or of several slides of one case, which become one bag.
+
+    Raises:
+        ValueError: states of other kinds or sizes, or of passes whose latents differ: merge after the first pass, then begin the next.
+    """
+    if a.total.shape != b.total.shape or a.sums.keys() != b.sums.keys() or a.turn != b.turn:
+        got = f"{list(a.total.shape)} in pass {a.turn + 1} and {list(b.total.shape)} in pass {b.turn + 1}"
+        raise ValueError(f"merge: both states must come from one config and pass, got {got}")
+    if a.latents is not None and b.latents is not None and not torch.equal(a.latents, b.latents):
+        raise ValueError("merge: the latents of both states must be the same; merge all states of a pass before the next begins")
+    return slots.merged(a, b)
+
+
+@torch.no_grad()
+def finalize(cfg: CompressConfig, params: Tree, state: State) -> Compressed:
+    """Tokens [k, d], mass and count [k] and aux of one slide or case.
+
+    Raises:
+        ValueError: the state is not of the last pass.
+    """
+    if state.turn != cfg.passes - 1:
+        done = f"pass {state.turn + 1} of {cfg.passes}"
+        raise ValueError(f"finalize: the state must be of the last pass, got {done}; begin(cfg, params, state) starts the next")
+    with torch.autocast(state.total.device.type, enabled=False):
+        out = _finish(cfg, slots.widened(params), state, None)
+    return evolve(out, tokens=out.tokens[0], mass=out.mass[0], count=out.count[0])
+
+
+@torch.no_grad()
+def compress_stream(cfg: CompressConfig, params: Tree, chunks: Iterable[Tensor] | Callable[[], Iterable[Tensor]]) -> Compressed:
+    """`finalize` of all chunks [c, d]; memory is that of one chunk.
+
+    Args:
+        chunks: for a perceiver with several passes, what can be read several times: a list, or a function that opens the stream anew.
+    Raises:
+        ValueError: as `update`; an iterator for several passes.
+    """
+    if cfg.passes > 1 and isinstance(chunks, Iterator):
+        raise ValueError(f"compress_stream: {cfg.passes} passes need chunks that can be read again, got an iterator; give a function")
+    p = slots.widened(params)
+    state, held = begin(cfg, p), slots.scratch(p, 1, 2**20, cfg.dim)
+    for turn in range(cfg.passes):
+        state = begin(cfg, p, state) if turn else state
+        for x in chunks() if callable(chunks) else chunks:
+            state = _updated(cfg, p, state, x, held=held)
+    return finalize(cfg, params, state)
+
+
+@torch.no_grad()
+def slot_weights(cfg: CompressConfig, params: Tree, x: Tensor, state: State | None = None) -> Tensor:
+    """Weight of each patch [c, d] in each slot, [c, k]: the rows of `compress`'s routing, so their sum over a slide is its mass.
+
+    A patch's share in token k is weight / mass. Other kinds than moe compare a patch with all others and need the slide's last `state`.
+
+    Raises:
+        ValueError: another shape; no state, or not of the last pass, where one is needed.
+    """
+    _check("slot_weights", cfg, x, None, "[c, {}]")
+    p = slots.widened(params)
+    if cfg.kind == "moe":
+        state = slots.empty(cfg, p, 1)
+    if state is None or state.turn != cfg.passes - 1:
+        got = "none" if state is None else f"that of pass {state.turn + 1} of {cfg.passes}"
+        raise ValueError(f"slot_weights: {cfg.kind} needs the state of the slide at the end of its last pass, got {got}")
+    with torch.autocast(state.total.device.type, enabled=False):
+        closed, read = slots.closed(cfg, p, state), slots.reader(cfg, p, state, None)
+        shares = [slots.shares(cfg, raw, closed)[0] for _, raw in slots.parts(cfg, p, read, x[None], None)]
+    return torch.cat(shares) if shares else closed.weight.new_zeros(0, cfg.slots, dtype=slots.dtype_of(p))
+
+
+# Tokens -----------------------------------------------------------------------------------------------------------------------------------
+def _finish(cfg: CompressConfig, p: Tree, state: State, gen: Generator | None) -> Compressed:
+    if cfg.kind == "perceiver":
+        tokens = layers.norm(p["norm"], slots.look(cfg, p, state, gen))
+    elif cfg.kind == "attention":
+        tokens = rearrange(slots.means(cfg, p, state), "b h k v -> b k (h v)")
+    else:
+        tokens = _experts(cfg, p["experts"], slots.means(cfg, p, state)[:, 0], gen)
+    count = state.sums["chosen"] if cfg.kind == "moe" else state.sums["patches"][:, None].expand(-1, cfg.slots)
+    mass = state.weight[:, 0]
+    if cfg.kind != "moe":
+        closed = slots.closed(cfg, p, state)
+        share = state.weight * (state.top - slots.finite(closed.top)).exp() / closed.weight.masked_fill(closed.weight == 0, 1.0)
+        mass = share.view(len(share), -1, cfg.slots).mean(1)
+    aux = {n: t.to(tokens.dtype) for n, t in _aux(state.sums).items()} if cfg.kind == "moe" else {}
+    return Compressed(tokens=tokens, mass=mass.to(tokens.dtype), count=count.long(), aux=aux)
+
+
+def _experts(cfg: CompressConfig, p: Tree, c: Tensor, gen: Generator | None) -> Tensor:
+    """c_k + norm_k(down_k gelu(up_k c_k)), every slot its own."""
+    grouped = lambda w, x: torch.einsum("bki,koi->bko", x, w["weight"]) + w["bias"]
+    h = grouped(p["down"], slots.dropped(F.gelu(grouped(p["up"], c)), cfg.dropout, gen))
+    return c + F.layer_norm(h, h.shape[-1:]) * p["norm"]["weight"] + p["norm"]["bias"]
+
+
+def _aux(sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Losses of the router over all patches that exist; all 0 without any.
+
+    P_i is the mean probability of slot i, f_i the mean number of choices of it. "balance": k sum_i P_i f_i, top_k if uniform (Fedus et al.
+    2022, arXiv:2101.03961, eq. 4; f as in Mixtral). "importance": squared coefficient of variation of P (Shazeer et al. 2017,
+    arXiv:1701.06538, eq. 6). "entropy": 1 - H(P) / ln k, 0 if uniform, 1 if collapsed. "z_loss": mean of squared logsumexp (Zoph et al.
+    2022, arXiv:2202.08906, eq. 5); "z_reference": the square of its mean.
+    """
+    s = {n: t.sum(0) for n, t in sums.items()}
+    k, n = len(s["chosen"]), s["patches"].clamp(min=1)
+    mean = s["probability"] / n
+    log_k = math.log(k) * (s["patches"] > 0).to(mean.dtype)
+    entropy = -(mean * mean.clamp(min=torch.finfo(mean.dtype).tiny).log()).sum()
+    return {
+        "balance": k * (mean * s["chosen"] / n).sum(),
+        "importance": mean.var(unbiased=False) * k**2,  # their mean is 1 / k
+        "entropy": (log_k - entropy) / max(math.log(k), 1e-30),
+        "z_loss": s["lse2"] / n,
+        "z_reference": (s["lse"] / n).square(),
+    }
+
+
+def _check(where: str, cfg: CompressConfig, x: Tensor, mask: Tensor | None, shape: str) -> None:
+    axes = shape.count(",") + 1
+    if x.dim() != axes or x.shape[-1] != cfg.dim or not x.is_floating_point():
+        got = f"{x.dtype} {list(x.shape)}; set compress.dim to the features' width"
+        raise ValueError(f"{where}: x must be floating point {shape.format(cfg.dim)}, got {got}")
+    if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool):
+        raise ValueError(f"{where}: mask must be bool {list(x.shape[:-1])} like x, got {mask.dtype} {list(mask.shape)}")

@@ -1,0 +1,112 @@
+"""From slice embeddings to one embedding of the volume."""
+
+from typing import Literal
+
+import torch
+from attrs import frozen
+from torch import Generator, Tensor
+
+from medvl.base import config
+from medvl.base.tree import Tree
+from medvl.components import layers
+
+
+@frozen(kw_only=True)
+class FuseConfig:
+    """A pre-norm transformer over slices."""
+
+    dim: int = 768
+    inputs: int = 0  # width of the slice embeddings, projected to dim; 0 = dim, as they are
+    skip: bool = False  # append the slice embeddings themselves, normed and pooled: what is seen in one slice needs no attention
+    depth: int = 4
+    heads: int = 12
+    pool: Literal["cls", "mean", "max", "mean+max", "attention"] = "cls"
+    unit_mm: float = 3.0  # one radian of the fastest rotary pair per this many mm
+    base: float = 1000.0  # slowest rotary wavelength = 2 pi base units: the height of a body
+
+    def __attrs_post_init__(self) -> None:
+        if self.dim < 1 or self.heads < 1 or self.dim % (2 * self.heads):
+            raise ValueError(f"FuseConfig: dim must be a multiple of 2 x heads (rotary pairs), got dim={self.dim}, heads={self.heads}")
+        if self.inputs < 0 or (self.skip and self.pool not in ("mean", "max", "mean+max")):
+            raise ValueError(
+                f"FuseConfig: inputs must be >= 0, and skip needs pool mean, max or mean+max, got {self.inputs}, {self.pool!r}"
+            )
+        if self.base <= 1:
+            raise ValueError(f"FuseConfig: base must be above 1, got {self.base}")
+        config.within(self, "FuseConfig", dim=config.WIDTH, inputs=config.WIDTH_OR_NONE, depth=(0, 1024), heads=config.DEPTHS)
+        config.within(self, "FuseConfig", unit_mm=(1e-3, 1e4), base=(1, 1e9))
+
+
+def width(cfg: FuseConfig) -> int:
+    """The length of a volume embedding."""
+    return (cfg.dim + cfg.skip * (cfg.inputs or cfg.dim)) * len(cfg.pool.split("+"))
+
+
+def init_fuse(cfg: FuseConfig, gen: Generator) -> Tree:
+    """Parameters of `fuse`, float32 on CPU: {"blocks" {"0".. -> layers.block}, "norm"}; "cls" [d] or "query" [d], "kv" for pooling;
+    "into" [d, inputs]; "skip" norm."""
+    params: Tree = {
+        "blocks": {str(i): layers.init_block(cfg.dim, cfg.depth, gen) for i in range(cfg.depth)},
+        "norm": layers.init_norm(cfg.dim),
+    }
+    if cfg.inputs:
+        params["into"] = layers.init_linear(cfg.inputs, cfg.dim, gen, std=cfg.inputs**-0.5)
+    if cfg.skip:
+        params["skip"] = layers.init_norm(cfg.inputs or cfg.dim)
+    if cfg.pool == "cls":
+        params["cls"] = torch.randn(cfg.dim, generator=gen) * 0.02
+    if cfg.pool == "attention":
+        params["query"] = torch.randn(cfg.dim, generator=gen) * 0.02
+        params["kv"] = layers.init_linear(cfg.dim, 2 * cfg.dim, gen)
+    return params
+
+
+def fuse(cfg: FuseConfig, p: Tree, z: Tensor, mask: Tensor, position_mm: Tensor) -> Tensor:
+    """Fuse the slice embeddings of each volume into one embedding.
+
+    Args:
+        p: from `init_fuse`.
+        z: slice embeddings [b, s, cfg.inputs or d], in any order: only `position_mm` says where a slice lies.
+        mask: bool [b, s], true where a slice exists.
+        position_mm: [b, s], height of every slice along the body axis in mm; what it says of masked slices is ignored.
+    Returns:
+        volume embedding [b, `width(cfg)`], not normalised; padding does not change it, nor does moving all positions by the same distance.
+    Raises:
+        ValueError: z, mask or position_mm has another shape.
+    Source: pre-norm transformer with a class token, Dosovitskiy et al. 2021, arXiv:2010.11929, eq. 1-4; rotary positions, arXiv:2104.09864.
+    """
+    if z.dim() != 3 or z.shape[-1] != (cfg.inputs or cfg.dim) or not (z.shape[:2] == mask.shape == position_mm.shape):
+        raise ValueError(
+            f"fuse: z must be [b, s, {cfg.inputs or cfg.dim}], mask and position_mm [b, s], got z {tuple(z.shape)}, "
+            f"mask {tuple(mask.shape)}, position_mm {tuple(position_mm.shape)}; set fuse.dim (or fuse.inputs) to the slice encoder's width"
+        )
+    weight = mask.float()
+    middle = (position_mm * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
+    place = torch.where(mask, position_mm - middle, 0.0) / cfg.unit_mm
+    seen = _pool(cfg, p, layers.norm(p["skip"], z), mask) if cfg.skip else None
+    if cfg.inputs:
+        z = layers.linear(p["into"], z)
+    if cfg.pool == "cls":  # the class token sits in the middle of the scan and is always kept
+        z = torch.cat([p["cls"].to(z.dtype).expand(len(z), 1, -1), z], 1)
+        mask = torch.cat([mask.new_ones(len(z), 1), mask], 1)
+        place = torch.cat([place.new_zeros(len(z), 1), place], 1)
+    rope = layers.rotary(place, cfg.dim // cfg.heads, cfg.base)
+    for i in range(cfg.depth):
+        z = layers.block(p["blocks"][str(i)], z, cfg.heads, keep=mask[:, None, None], rope=rope)
+    z = _pool(cfg, p, layers.norm(p["norm"], z), mask)
+    return z if seen is None else torch.cat([z, seen], -1)
+
+
+def _pool(cfg: FuseConfig, p: Tree, z: Tensor, mask: Tensor) -> Tensor:
+    if cfg.pool == "cls":
+        return z[:, 0]
+    if cfg.pool in ("mean", "max", "mean+max"):
+        share = mask / mask.sum(1, keepdim=True).clamp(min=1)
+        found = {
+            "mean": lambda: torch.einsum("bs,bsd->bd", share.to(z.dtype), z),
+            "max": lambda: z.masked_fill(~mask[..., None], -torch.inf).amax(1).nan_to_num(neginf=0.0),
+        }
+        return torch.cat([found[kind]() for kind in cfg.pool.split("+")], -1)
+    k, v = layers.linear(p["kv"], z).unflatten(-1, (2, cfg.heads, -1)).permute(2, 0, 3, 1, 4)
+    q = p["query"].to(z.dtype).view(1, cfg.heads, 1, -1).expand(len(z), -1, -1, -1)
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None]).flatten(1)

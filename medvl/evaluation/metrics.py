@@ -1,0 +1,302 @@
+"""How good scores are: ranking and threshold metrics per finding, intervals that resample whole patients, retrieval.
+
+Scores and labels are `[n, c]`: n volumes, c findings. Each metric also takes `weights` `[n, r]` and then gives `[r, c]`: r columns of
+weights are r samples at once, a bootstrap replicate being whole-number weights. Without weights it gives `[c]`. All arithmetic is float64.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from attrs import frozen
+
+from medvl.base.display import track
+
+Array = np.ndarray
+Statistics = Callable[[Array, Array, Array | None], dict[str, Array]]
+Rule = Literal["youden", "f1", "corner"]
+
+_REPLICATES = 64  # per pass: [n, 64] float64 stays near the cache, and memory does not grow with the number of replicates
+
+
+@frozen(kw_only=True)
+class Intervals:
+    """A statistic of c findings and of their mean, with percentile bootstrap bounds.
+
+    `undefined` counts the replicates in which a finding had no value (one class only); they are left out of its bounds. The mean is over
+    the `averaged` findings that have a value in the full sample, within each replicate over those of them defined there.
+    """
+
+    value: Array  # [c]
+    low: Array  # [c]
+    high: Array  # [c]
+    undefined: Array  # [c] int
+    mean: float
+    mean_low: float
+    mean_high: float
+    averaged: int
+
+
+def checked(scores: Any, labels: Any, findings: Sequence[str] = ()) -> tuple[Array, Array]:
+    """Scores as float64 and labels as bool, both [n, c].
+
+    Raises:
+        ValueError: not two dimensions, unequal shapes, no rows, a score not finite or a label not 0 or 1 (names the column).
+    """
+    s, y = _array(scores), _array(labels)
+    if s.ndim != 2 or s.shape != y.shape or not s.size:
+        raise ValueError(f"metrics: scores and labels must both be [n, c] with n and c above 0, got {s.shape} and {y.shape}")
+    if findings and len(findings) != s.shape[1]:
+        raise ValueError(f"metrics: must have one name per column, got {len(findings)} names and {s.shape[1]} columns")
+    for what, table, bad in (("finite score", s, ~np.isfinite(s)), ("label of 0 or 1", y, (y != 0) & (y != 1))):
+        if bad.any():
+            i, j = (int(k) for k in np.argwhere(bad.T)[0][::-1])
+            name = repr(findings[j]) if findings else str(j)
+            raise ValueError(
+                f"metrics: every value must be a {what}, found {table[i, j]} in column {name}, row {i} ({bad[:, j].sum()} such)"
+            )
+    return s, y.astype(bool)
+
+
+def auroc(scores: Any, labels: Any, weights: Any = None) -> Array:
+    """Area under the ROC curve, [c], or [r, c] with weights [n, r]; a tie counts one half; nan where one class is missing.
+
+    Source: the Mann-Whitney form, Hanley and McNeil 1982, doi:10.1148/radiology.143.1.7063747.
+    """
+    return _per_finding(_auroc, scores, labels, weights)
+
+
+def average_precision(scores: Any, labels: Any, weights: Any = None) -> Array:
+    """Area under the precision-recall curve: the sum of precision times step in recall, without interpolation, tied scores being one step.
+
+    [c], or [r, c] with weights [n, r]; nan where one class is missing. Its chance level is the prevalence.
+    """
+    return _per_finding(_average_precision, scores, labels, weights)
+
+
+def at_threshold(scores: Any, labels: Any, thresholds: Any, weights: Any = None) -> dict[str, Array]:
+    """Metrics of the decision `score >= threshold` per finding: each [c], or [r, c] with weights [n, r].
+
+    Args:
+        thresholds: [c], chosen on other data than these; nan gives nan.
+    Returns:
+        accuracy; balanced_accuracy (mean of recall and specificity); precision, recall and f1 of the positive class; f1_weighted (the F1
+        of both classes weighted by their share, often published as plain "F1"). All nan where one class is missing; precision also where
+        nothing was called positive.
+    """
+    s, y = checked(scores, labels)
+    t, w = _array(thresholds), _weights(weights, len(s))
+    if t.shape != (s.shape[1],):
+        raise ValueError(f"at_threshold: thresholds must be [{s.shape[1]}], one per finding, got {t.shape}")
+    called, total = s >= t, w.sum(0)[:, None]
+    tp, fp, pos = np.split(w.T @ np.hstack([called & y, called & ~y, y]).astype(float), 3, axis=1)
+    fn, neg = pos - tp, total - pos
+    tn = neg - fp
+    out = {
+        "accuracy": _ratio(tp + tn, total),
+        "balanced_accuracy": (_ratio(tp, pos) + _ratio(tn, neg)) / 2,
+        "precision": _ratio(tp, tp + fp),
+        "recall": _ratio(tp, pos),
+        "f1": _ratio(2 * tp, 2 * tp + fp + fn),
+        "f1_weighted": _ratio(pos * _ratio(2 * tp, 2 * tp + fp + fn) + neg * _ratio(2 * tn, 2 * tn + fp + fn), total),
+    }
+    known = (pos > 0) & (neg > 0) & ~np.isnan(t)
+    out = {k: np.where(known, v, np.nan) for k, v in out.items()}
+    return out if weights is not None else {k: v[0] for k, v in out.items()}
+
+
+def roc_curve(scores: Any, labels: Any) -> tuple[Array, Array, Array]:
+    """(false positive rate, true positive rate, threshold) of one finding from scores and labels [n]; starts at (0, 0, inf)."""
+    s, y = checked(_array(scores)[:, None], _array(labels)[:, None])
+    thresholds, tp, fp = _steps(s[:, 0], y[:, 0])
+    fpr, tpr = _ratio(fp, fp[-1:]), _ratio(tp, tp[-1:])
+    return np.r_[0.0, fpr], np.r_[0.0, tpr], np.r_[np.inf, thresholds]
+
+
+def best_thresholds(scores: Any, labels: Any, rule: Rule = "youden") -> Array:
+    """The threshold [c] of each finding that a rule likes best. Choose it on the validation split only, never on the data it is judged on.
+
+    Args:
+        rule: "youden" maximises recall + specificity - 1, "f1" the F1 of the positive class, "corner" minimises the distance of the ROC
+            curve to (0, 1).
+    Returns:
+        halfway between the lowest score called positive and the next lower one; of equally good thresholds the highest; nan where one
+        class is missing.
+    """
+    if rule not in ("youden", "f1", "corner"):
+        raise ValueError(f"best_thresholds: rule must be 'youden', 'f1' or 'corner', got {rule!r}")
+    s, y = checked(scores, labels)
+    return np.array([_best(s[:, j], y[:, j], rule) for j in range(s.shape[1])])
+
+
+def bootstrap(
+    statistics: Statistics,
+    scores: Any,
+    labels: Any,
+    groups: Sequence[Any],
+    *,
+    n: int = 1000,
+    level: float = 0.95,
+    gen: torch.Generator,
+) -> dict[str, Intervals]:
+    """Percentile intervals of statistics, resampling groups (patients) with replacement, each with all its rows.
+
+    Args:
+        statistics: `f(scores, labels, weights) -> {name: [c], or [r, c] with weights [n, r]}`, such as
+            `lambda s, y, w: {"auroc": auroc(s, y, w)}`; all of them see the same replicates.
+        groups: the group of each row, [n].
+    Raises:
+        ValueError: as `checked`; groups of another length, fewer than two groups, n below 1, level not between 0 and 1.
+    """
+    s, y = checked(scores, labels)
+    rows, k = _codes(groups)
+    if len(rows) != len(s) or k < 2:
+        raise ValueError(f"bootstrap: needs one group per row and two groups or more, got {len(rows)} groups ({k} distinct), {len(s)} rows")
+    if n < 1 or not 0 < level < 1:
+        raise ValueError(f"bootstrap: n must be 1 or more and level between 0 and 1, got n={n}, level={level}")
+    point = statistics(s, y, None)
+    parts = []
+    for start in track(range(0, n, _REPLICATES), "drawing replicates"):
+        draws = torch.randint(k, (min(_REPLICATES, n - start), k), generator=gen).numpy()
+        times = np.stack([np.bincount(d, minlength=k) for d in draws], 1).astype(np.float64)  # [k, r]: how often each group was drawn
+        parts.append(statistics(s, y, times[rows]))
+    return {name: _intervals(value, np.concatenate([p[name] for p in parts]), (1 - level) / 2) for name, value in point.items()}
+
+
+def recall_at(similarity: Any, groups_q: Sequence[Any], groups_g: Sequence[Any], ks: Sequence[int]) -> dict[int, float]:
+    """Share of queries with a gallery row of their own group among the k most similar, e.g. any reconstruction of the query's scan.
+
+    Args:
+        similarity: [q, g]; where a wrong row ties with the best right one, the wrong row counts as first.
+    Raises:
+        ValueError: other shapes, similarities that are not finite, k not in 1..g, or a query whose group is not in the gallery.
+    """
+    sim = _array(similarity)
+    if sim.ndim != 2 or sim.shape != (len(groups_q), len(groups_g)) or not sim.size:
+        raise ValueError(f"recall_at: similarity must be [q, g] = {(len(groups_q), len(groups_g))}, got {sim.shape}")
+    if not np.isfinite(sim).all() or not ks or min(ks) < 1 or max(ks) > sim.shape[1]:
+        raise ValueError(f"recall_at: similarity must be finite and every k within 1..{sim.shape[1]}, got k={list(ks)}")
+    codes = _codes([*groups_q, *groups_g])[0]
+    same = codes[: len(sim), None] == codes[None, len(sim) :]
+    if (lost := int((~same.any(1)).sum())) > 0:
+        raise ValueError(f"recall_at: every query's group must be in the gallery, {lost} of {len(sim)} are not")
+    best = np.where(same, sim, -np.inf).max(1, keepdims=True)
+    ahead = (~same & (sim >= best)).sum(1)  # wrong rows before the first right one
+    return {int(k): float((ahead < k).mean()) for k in ks}
+
+
+def _array(x: Any) -> Array:
+    return x.detach().to("cpu", torch.float64).numpy() if isinstance(x, torch.Tensor) else np.asarray(x, dtype=np.float64)
+
+
+def _weights(weights: Any, n: int) -> Array:
+    if weights is None:
+        return np.ones((n, 1))
+    w = _array(weights)
+    if w.ndim != 2 or len(w) != n or not (np.isfinite(w) & (w >= 0)).all():
+        raise ValueError(f"metrics: weights must be [{n}, r], finite and 0 or more, got {w.shape}")
+    return w
+
+
+def _per_finding(f: Callable[[Array, Array, Array], Array], scores: Any, labels: Any, weights: Any) -> Array:
+    s, y = checked(scores, labels)
+    w = _weights(weights, len(s))
+    out = np.stack([f(s[:, j], y[:, j], w) for j in range(s.shape[1])], -1)
+    return out if weights is not None else out[0]
+
+
+def _auroc(s: Array, y: Array, w: Array) -> Array:
+    """Weight of (positive above negative) pairs over that of all pairs: one cumulative sum over the sorted negatives."""
+    pos, neg = _sorted(s, y), _sorted(s, ~y)
+    below = _cumulative(w[neg])
+    low, high = (np.searchsorted(s[neg], s[pos], side) for side in ("left", "right"))
+    wins = below[low] if (low == high).all() else (below[low] + below[high]) / 2
+    return _ratio(np.einsum("kr,kr->r", w[pos], wins), w[pos].sum(0) * below[-1])
+
+
+def _average_precision(s: Array, y: Array, w: Array) -> Array:
+    """Mean over positives of the precision among all that score at least as high."""
+    pos, neg = _sorted(s, y), _sorted(s, ~y)
+    right, wrong = _cumulative(w[pos]), _cumulative(w[neg])
+    tp = right[-1] - right[np.searchsorted(s[pos], s[pos], "left")]
+    fp = wrong[-1] - wrong[np.searchsorted(s[neg], s[pos], "left")]
+    precision = tp / np.maximum(tp + fp, np.finfo(float).tiny)  # where both are 0 the positive has no weight either
+    return np.where(wrong[-1] > 0, _ratio(np.einsum("kr,kr->r", w[pos], precision), right[-1]), np.nan)
+
+
+def _sorted(s: Array, keep: Array) -> Array:
+    rows = np.flatnonzero(keep)
+    return rows[np.argsort(s[rows])]
+
+
+def _cumulative(w: Array) -> Array:
+    """[n, r] -> [n + 1, r], sums of the first 0 to n rows. In blocks: numpy's cumsum along this axis takes five times as long."""
+    n, r = w.shape
+    size = math.isqrt(n) + 1
+    padded = np.zeros((1 + size * (n // size + 1), r))
+    padded[1 : n + 1] = w
+    blocks = padded[1:].reshape(-1, size, r)
+    for i in range(1, size):
+        blocks[:, i] += blocks[:, i - 1]
+    blocks[1:] += np.cumsum(blocks[:-1, -1], 0)[:, None]
+    return padded[: n + 1]
+
+
+def _ratio(a: Array, b: Array) -> Array:
+    a, b = np.broadcast_arrays(a, b)
+    return np.divide(a, b, out=np.full(a.shape, np.nan), where=b > 0)
+
+
+def _steps(s: Array, y: Array) -> tuple[Array, Array, Array]:
+    """Distinct scores from the highest down, and the true and false positives when calling positive from there up."""
+    order = np.argsort(-s, kind="stable")
+    last = np.r_[np.flatnonzero(np.diff(s[order])), len(s) - 1]  # the last row of each run of equal scores
+    tp = np.cumsum(y[order])[last]
+    return s[order][last], tp.astype(float), (last + 1 - tp).astype(float)
+
+
+def _best(s: Array, y: Array, rule: Rule) -> float:
+    if y.all() or not y.any():
+        return float("nan")
+    thresholds, tp, fp = _steps(s, y)
+    tpr, fpr = tp / tp[-1], fp / fp[-1]
+    gain = {"youden": tpr - fpr, "f1": 2 * tp / (tp + fp + tp[-1]), "corner": -np.hypot(1 - tpr, fpr)}[rule]
+    i = int(np.argmax(gain))
+    middle = (thresholds[i] + thresholds[min(i + 1, len(thresholds) - 1)]) / 2
+    return float(middle if i + 1 < len(thresholds) and middle > thresholds[i + 1] else thresholds[i])
+
+
+def _intervals(value: Array, replicates: Array, tail: float) -> Intervals:
+    known = ~np.isnan(value)
+    low, high = np.array([_bounds(column, tail) for column in replicates.T]).T
+    means = _nanmean(replicates[:, known])
+    mean_low, mean_high = _bounds(means, tail)
+    return Intervals(
+        value=value,
+        low=np.where(known, low, np.nan),
+        high=np.where(known, high, np.nan),
+        undefined=np.isnan(replicates).sum(0),
+        mean=float(_nanmean(value[None, known])[0]),
+        mean_low=mean_low,
+        mean_high=mean_high,
+        averaged=int(known.sum()),
+    )
+
+
+def _bounds(replicates: Array, tail: float) -> tuple[float, float]:
+    known = replicates[~np.isnan(replicates)]
+    low, high = np.quantile(known, [tail, 1 - tail]) if len(known) else (np.nan, np.nan)
+    return float(low), float(high)
+
+
+def _nanmean(x: Array) -> Array:
+    return _ratio(np.nansum(x, 1), (~np.isnan(x)).sum(1))
+
+
+def _codes(groups: Sequence[Any]) -> tuple[Array, int]:
+    """A whole number for each distinct group, in order of first appearance."""
+    groups = groups.tolist() if isinstance(groups, torch.Tensor | np.ndarray) else list(groups)
+    seen = {g: i for i, g in enumerate(dict.fromkeys(groups))}
+    return np.array([seen[g] for g in groups], dtype=np.int64), len(seen)

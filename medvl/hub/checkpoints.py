@@ -1,0 +1,275 @@
+"""The files of checkpoints: found in a folder, in the hub's cache or on the hub, read without running anything in them, written whole."""
+
+import ctypes
+import json
+import logging
+import os
+import pickle
+import re
+import shutil
+import tempfile
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import frozen
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from medvl.base import files
+
+_log = logging.getLogger(__name__)
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+# What the hub takes as a name; "./folder" and "../folder" are none.
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+def find(name: str, choices: tuple[str, ...]) -> Path:
+    """The first of `choices` that is in the folder `name`, in the hub cache, or on the hub; never waits for a network that is not there."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    folder, wanted = Path(name), " or ".join(choices)
+    if folder.is_dir():
+        if found := [folder / c for c in choices if (folder / c).is_file()]:
+            return found[0]
+        raise ValueError(f"hub: the folder {folder} must hold {wanted}, found {few(sorted(p.name for p in folder.iterdir()))}")
+    if not _HUB_NAME.fullmatch(name) or "--" in name or ".." in name or name.endswith(".git"):
+        raise ValueError(f"hub: there is no file or folder {name}")
+    cached = [hit for c in choices if isinstance(hit := try_to_load_from_cache(name, c), str)]
+    if cached:
+        return Path(cached[0])
+    looked = f"hub: {name} is no folder here, and the cache {constants.HF_HUB_CACHE} has no {wanted} of it"
+    advice = f"on a connected machine run `hf download {name} --local-dir DIR`, bring DIR here and give its path as the name"
+    if constants.HF_HUB_OFFLINE:
+        raise ValueError(f"{looked}; HF_HUB_OFFLINE is set, so nothing is downloaded: {advice}")
+    if reason := _unreachable(constants.ENDPOINT):
+        raise ValueError(f"{looked}; {constants.ENDPOINT} cannot be reached ({reason}): {advice}")
+    return _download(name, choices, looked)
+
+
+def find_if_there(name: str, choice: str) -> Path | None:
+    """The file `choice` beside the others of a checkpoint, None where the checkpoint has none.
+
+    Of a hub name whose cache does not say whether there is such a file, the hub is asked; a warning says so where that cannot be done.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(name).is_dir():
+        path = Path(name) / choice
+        return path if path.is_file() else None
+    cached = try_to_load_from_cache(name, choice)
+    if isinstance(cached, str):
+        return Path(cached)
+    if cached is not None:  # the cache knows that the hub has none
+        return None
+    try:
+        return find(name, (choice,))
+    except ValueError as e:
+        if "the hub has none" not in str(e):
+            _log.warning("%s: it may have a %s that is not in the cache, and is read without it (%s)", name, choice, e)
+        return None
+
+
+def _download(name: str, choices: tuple[str, ...], looked: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError
+
+    for choice in choices:
+        try:
+            return Path(hf_hub_download(name, choice))
+        except RemoteEntryNotFoundError:
+            continue
+        except (HfHubHTTPError, OSError) as e:
+            raise ValueError(f"{looked}; the download failed ({e}). Check the name; a gated model needs `hf auth login`") from e
+    raise ValueError(f"{looked}; the hub has none either")
+
+
+def _unreachable(url: str) -> str:
+    """Why one short request fails, "" if any answer comes; the hub's own client would retry for half a minute."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=1.5).close()
+    except urllib.error.HTTPError:
+        return ""
+    except OSError as e:  # URLError and timeouts
+        return str(getattr(e, "reason", e))
+    return ""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise ValueError(f"load: {path} is not JSON ({e})") from e
+    if not isinstance(raw, dict):
+        raise ValueError(f"load: {path} must hold a JSON object, found {type(raw).__name__}")
+    return raw
+
+
+@frozen(kw_only=True)
+class Entry:
+    """A tensor of a checkpoint that has not been read yet."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]  # gives a tensor of its own each time
+
+
+def entries_of(state: Mapping[str, Tensor]) -> dict[str, Entry]:
+    """A state dict in memory as entries."""
+    return {k: Entry(shape=tuple(t.shape), dtype=t.dtype, read=partial(_copy, t)) for k, t in state.items()}
+
+
+def _copy(t: Tensor) -> Tensor:
+    return t.detach().clone()
+
+
+def open_weights(path: Path, name: str) -> dict[str, Entry]:
+    """The tensors of a weight file or of all shards an index names; only shapes and dtypes are read."""
+    if path.suffix == ".bin":
+        return entries_of(read_pickle(path))
+    if path.suffix == ".safetensors":
+        return _open_safetensors(path)
+    held: dict[str, Entry] = {}
+    for shard in _shards(path):
+        held |= _open_safetensors(path.parent / shard if Path(name).is_dir() else find(name, (shard,)))
+    return held
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names; they must lie beside it."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"load: {index} names no shards: weight_map must be {{weight: file}}, found {json.dumps(weight_map)[:60]}")
+    for weight, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise ValueError(
+                f"load: {index}: weight_map must name .safetensors files in the folder of the index, "
+                f"found {json.dumps(shard)[:100]} for {weight}"
+            )
+    return sorted(set(weight_map.values()))
+
+
+def _open_safetensors(path: Path) -> dict[str, Entry]:
+    """Each tensor is read into memory of its own: mapped pages would count as much again as long as the file is open."""
+    try:
+        with safe_open(path, framework="pt") as f:  # checks the whole header
+            slices = {k: f.get_slice(k) for k in f.keys()}  # noqa: SIM118 (not a dict)
+            shapes = {k: tuple(s.get_shape()) for k, s in slices.items()}
+        with open(path, "rb") as raw:
+            length = int.from_bytes(raw.read(8), "little")
+            header = json.loads(raw.read(length))
+    except FileNotFoundError as e:
+        raise ValueError(f"load: {path} is missing, its index names it; download the folder again") from e
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"load: {path} is broken or cut off ({e}); download it again") from e
+    held = {}
+    for k, shape in shapes.items():
+        if header[k]["dtype"] not in _DTYPES:
+            raise ValueError(f"load: {path}: {k} has values of {header[k]['dtype']}, which are not read")
+        dtype, (start, stop) = _DTYPES[header[k]["dtype"]], header[k]["data_offsets"]
+        held[k] = Entry(shape=shape, dtype=dtype, read=partial(_read_at, path, 8 + length + start, stop - start, dtype, shape))
+    return held
+
+
+def _read_at(path: Path, start: int, size: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    held = torch.empty(size, dtype=torch.uint8)
+    with open(path, "rb", buffering=0) as f:
+        f.seek(start)
+        view, done = memoryview(held.numpy().data), 0
+        while done < size:
+            n = f.readinto(view[done:])
+            if not n:
+                raise ValueError(f"{path} was cut off while it was read")
+            done += n
+    return held.view(dtype).view(shape)
+
+
+def give_back() -> None:
+    """Hand freed memory back to the system, where the C library can; glibc keeps what lies below a small tensor that lives on."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
+
+
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """A flat dict of tensors that torch.save wrote; nothing in the file is run."""
+    files.check_stored(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, ValueError, *files.BROKEN) as e:
+        raise ValueError(f"load: {path} is not a file of plain tensors, or broken ({files.reason(e)})") from e
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in state.items()):
+        raise ValueError(f"load: {path} must hold one flat dict of tensors")
+    files.check_own_numbers(path, state)
+    return state
+
+
+def read_finite(entry: Entry, key: str, path: Path, dtype: torch.dtype, device: str | torch.device) -> Tensor:
+    """A tensor of an adapter in `dtype` on `device`; it must hold floating point numbers, all of them finite."""
+    if not entry.dtype.is_floating_point:
+        raise ValueError(f"read: {path}: {key} must hold floating point numbers")
+    t = entry.read().to(device, dtype)
+    if not _finite(t):
+        raise ValueError(f"read: {path}: {key} must be finite in {str(dtype)[6:]}, but holds NaN or infinity")
+    return t
+
+
+def _finite(t: Tensor) -> bool:
+    """One pass without a mask: ten times faster than isfinite."""
+    return not t.numel() or bool(torch.stack(t.aminmax()).isfinite().all())
+
+
+def save_finite(state: Mapping[str, Tensor], path: Path, where: str, pickled: bool = False) -> None:
+    """Write tensors that must be finite, each with a memory of its own, as safetensors or `pickled`."""
+    if wrong := [n for n, t in state.items() if not _finite(t)]:
+        raise ValueError(f"{where}: {few(wrong)} must be finite")
+    own = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in state.items()}
+    if pickled:
+        torch.save(own, path)
+    else:
+        save_file(own, path, {"format": "pt"})
+
+
+@contextmanager
+def new_folder(folder: files.PathLike) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its name when the block ends well and vanishes when not."""
+    folder = Path(folder)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise ValueError(f"save: {folder} is there already; give a new folder or remove it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+    try:
+        yield tmp
+        tmp.chmod(0o755)
+        os.replace(tmp, folder)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+
+
+def few(items: Sequence[Any], k: int = 6) -> str:
+    """The first of the items as text, and how many more there are."""
+    return (", ".join(map(str, items[:k])) + (f" and {len(items) - k} more" if len(items) > k else "")) or "none"

@@ -1,0 +1,186 @@
+"""Tokenizers, of Hugging Face or learnt from texts, and texts as token ids."""
+
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from medvl.base import files
+from medvl.hub.checkpoints import few, find, new_folder, read_json
+
+START, END, PAD = "<|startoftext|>", "<|endoftext|>", "<|pad|>"
+
+
+def tokenizer(name: files.PathLike) -> Any:
+    """A fast Hugging Face tokenizer: a folder, a `tokenizer.json`, or a name on the hub (cache first).
+
+    Code that lies in the folder is never run, and nobody is asked whether it should be.
+    Raises:
+        ValueError: nothing there, not a tokenizer, or one that needs code of its own; says what was looked for.
+    """
+    from transformers import AutoTokenizer
+
+    path = Path(name)
+    if path.is_file():
+        read_json(path)
+        with _Reading("tokenizer", path):
+            return _unset(_wrap(path))
+    main = find(str(name), ("tokenizer.json", "vocab.json", "vocab.txt"))
+    if not path.is_dir():  # a hub name: AutoTokenizer finds all files in the snapshot folder
+        find(str(name), ("tokenizer_config.json",))
+        if main.name == "vocab.json":
+            find(str(name), ("merges.txt",))
+    if main.suffix == ".json":
+        read_json(main)
+    with _Reading("tokenizer", main.parent):
+        if main.name == "tokenizer.json" and not (main.parent / "tokenizer_config.json").is_file():
+            return _unset(_wrap(main))
+        # Without an explicit False, transformers asks on standard input whether to run the code that `auto_map` names.
+        return _unset(AutoTokenizer.from_pretrained(main.parent, local_files_only=True, trust_remote_code=False))
+
+
+def _unset(tok: Any) -> Any:
+    """The tokenizer without truncation and padding of its file's: the first call would take them off, in the way of other threads."""
+    backend = getattr(tok, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
+    return tok
+
+
+class _Reading:
+    """Turns whatever transformers and tokenizers raise while they read `path` into one ValueError."""
+
+    def __init__(self, what: str, path: Path) -> None:
+        self.what, self.path = what, path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        # tokenizers raises `Exception` itself, no subclass, for a tokenizer.json that it cannot use
+        unreadable = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, ImportError, RecursionError)
+        if kind is None or not (kind is Exception or issubclass(kind, unreadable)):
+            return
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{self.what}: {self.path} needs code of its own (auto_map in its config), which is never run; convert it with "
+                "save_pretrained of a tokenizer class that transformers has, or give its tokenizer.json alone"
+            ) from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{self.what}: {self.path} does not hold one that transformers reads ({reason})") from error
+
+
+def image_processor(name: files.PathLike) -> Any:
+    """The image processor of a checkpoint, on Pillow: `processor(images=[...], return_tensors="pt")["pixel_values"]`.
+
+    Args:
+        name: a folder or a name on the hub (cache first) with preprocessor_config.json, or processor_config.json.
+    Raises:
+        ValueError: nothing there, or no image processor that transformers has on Pillow; says what was looked for.
+    """
+    import transformers
+
+    main = find(str(name), ("preprocessor_config.json", "processor_config.json"))
+    about = read_json(main)
+    about = about.get("image_processor", about)
+    if not isinstance(about, dict):
+        raise ValueError(f"image_processor: {main}: image_processor must be an object, found {type(about).__name__}")
+    said = str(about.get("image_processor_type") or about.get("feature_extractor_type"))
+    base = said.removesuffix("Fast").replace("FeatureExtractor", "ImageProcessor")
+    kind = getattr(transformers, f"{base}Pil", None) if base.endswith("ImageProcessor") else None
+    if kind is None:  # AutoImageProcessor would ask for torchvision
+        raise ValueError(f"image_processor: {main} must name one that transformers has on Pillow (CLIPImageProcessor...), found {said!r}")
+    with _Reading("image_processor", main):
+        return kind.from_dict(about)
+
+
+def train_bpe(texts: Sequence[str], vocab_size: int, folder: files.PathLike | None = None, *, lower: bool = True) -> Any:
+    """A byte-level BPE tokenizer learnt from texts: lower case and single spaces as CLIP's, start and end token around every text.
+
+    With lower=False case is kept, as letters of multiple choice need.
+
+    Deterministic. Every text can be encoded, there is no unknown token. Written to `folder` (must be new) if one is given.
+    Source: Sennrich et al. 2016, arXiv:1508.07909; bytes as in Radford et al. 2019 (GPT-2).
+    Raises:
+        ValueError: vocab_size cannot hold the 256 bytes and the 3 special tokens, or there is no text.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    if vocab_size < 259 or not texts:
+        raise ValueError(
+            f"train_bpe: needs texts and vocab_size >= 259 (256 bytes, 3 special tokens), got {len(texts)} texts, {vocab_size}"
+        )
+    tok: Any = Tokenizer(models.BPE())
+    spaces = [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+    tok.normalizer = normalizers.Sequence([*spaces, *([normalizers.Lowercase()] if lower else [])])
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tok.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[START, END, PAD], initial_alphabet=sorted(alphabet), min_frequency=2, show_progress=False
+    )
+    tok.train_from_iterator(texts, trainer)
+    ids = [(t, tok.token_to_id(t)) for t in (START, END)]
+    tok.post_processor = processors.TemplateProcessing(single=f"{START} $A {END}", special_tokens=ids)
+    with tempfile.TemporaryDirectory() as tmp:
+        tok.save(f"{tmp}/tokenizer.json")
+        fast = _wrap(Path(tmp) / "tokenizer.json", bos_token=START, eos_token=END, pad_token=PAD)
+    if folder is not None:
+        with new_folder(folder) as new:
+            fast.save_pretrained(new)
+    return fast
+
+
+def tokenize(tok: Any, texts: Sequence[str], context: int) -> tuple[Tensor, Tensor]:
+    """Token ids of texts, padded to the longest of them.
+
+    Args:
+        tok: from `tokenizer` or `train_bpe`.
+        context: longest sequence; a longer text loses its tail and keeps its end token. The first time one does, a warning says so;
+            `truncated` counts them.
+    Returns:
+        ids int64 [b, t] and mask bool [b, t], true at real tokens (CLIP pads with its end token, so ids do not tell).
+    Raises:
+        ValueError: no texts, not texts, or a tokenizer that puts no end token behind a text.
+    """
+    rows = _encode(tok, texts, context)
+    if any(len(r) > context for r in rows):
+        warnings.warn(f"tokenize: texts longer than {context} tokens lose their tail (count them with tokens.truncated)", stacklevel=2)
+    rows = [r if len(r) <= context else [*r[: context - 1], r[-1]] for r in rows]
+    longest = max(map(len, rows))
+    pad = tok.eos_token_id if tok.pad_token_id is None else tok.pad_token_id
+    ids = torch.tensor([r + [pad or 0] * (longest - len(r)) for r in rows])
+    return ids, torch.arange(longest) < torch.tensor([len(r) for r in rows])[:, None]
+
+
+def truncated(tok: Any, texts: Sequence[str], context: int) -> int:
+    """How many of the texts are longer than `context` tokens."""
+    return sum(len(r) > context for r in _encode(tok, texts, context))
+
+
+def _encode(tok: Any, texts: Sequence[str], context: int) -> list[list[int]]:
+    bad = [type(t).__name__ for t in texts if not isinstance(t, str)]
+    if isinstance(texts, str) or not len(texts) or bad or context < 3:
+        raise ValueError(
+            f"tokenize: needs a list of texts and context >= 3, got {len(texts)} texts, context {context}, other types {few(bad)}"
+        )
+    empty = tok("", truncation=False)["input_ids"]
+    if not empty or empty[-1] not in tok.all_special_ids:
+        raise ValueError(f"tokenize: the tokenizer must put an end token behind every text, but an empty text gives {empty}")
+    return tok(list(texts), truncation=False, padding=False, verbose=False)["input_ids"]
+
+
+def _wrap(path: Path, **special: str) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    fast = PreTrainedTokenizerFast(tokenizer_file=str(path), **special)
+    if not special:  # a bare file does not say which of its tokens end or pad a text: take them from its own template
+        ends = fast("")["input_ids"]
+        if ends:
+            fast.eos_token = fast.convert_ids_to_tokens(ends[-1])
+    return fast

@@ -1,0 +1,167 @@
+"""Pictures: image files opened whole and upright, and whatever is a picture as RGB."""
+
+import io
+import math
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from medvl.base import files
+from medvl.base.files import PathLike
+from medvl.language import dicom_image
+
+Picture = Image.Image | np.ndarray | Tensor
+# Pixels of a file that is opened: where Pillow starts to warn of decompression bombs. An A4 page at 600 dpi has 35 million.
+LARGEST = 89_478_485
+_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # no EPS: it would start another program
+_BROKEN = (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, OverflowError, struct.error)  # what Pillow's decoders raise
+
+
+def open_image(
+    source: PathLike | bytes,
+    *,
+    page: int | None = None,
+    window: tuple[float, float] | None = None,
+    only_deep: bool = False,
+) -> Image.Image:
+    """Read an image file upright (EXIF orientation applied), whole, as RGB with what is transparent white.
+
+    Args:
+        source: a path, or the content of a file. PNG, JPEG, JPEG 2000, TIFF, WebP, BMP, GIF or PPM, or one DICOM image as
+            `dicom_image.read_dicom` shows it; the content decides, not the name.
+        page: of a file with several pages or frames, counted from 0.
+        window: (black, white): the greys shown as 0 and 255, linear between them. Files with greys of more than 8 bits need one.
+        only_deep: the window is for files with greys of more than 8 bits, and others are opened without it (a folder that has both).
+    Raises:
+        ValueError: no such file, none of these formats, broken, truncated or empty; more than `LARGEST` pixels (refused before they are
+            decoded); several pages and no `page`; deep greys and no window, or a window for colours.
+    """
+    name = f"open_image: {f'image of {len(source)} bytes' if isinstance(source, bytes) else source}"
+    if _is_dicom(source, name):
+        if page:
+            raise ValueError(f"{name}: has one page or frame, got page={page}; leave it out")
+        return to_rgb(Image.fromarray(dicom_image.read_dicom(source, name, most=LARGEST, window=window, only_deep=only_deep)), name)
+    with _reading(name):
+        image: Image.Image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS)
+    with image:
+        with _reading(name):
+            pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a phone's MPO holds a preview behind its photograph
+        if (page is None and pages > 1) or not 0 <= (page or 0) < pages:
+            raise ValueError(f"{name}: has {pages} pages or frames, got page={page}; give one from 0 to {pages - 1}")
+        with _reading(name):
+            image.seek(page or 0)
+        if image.width * image.height > LARGEST:
+            raise ValueError(f"{name}: must have at most {LARGEST} pixels, got {image.width} x {image.height}; make it smaller")
+        with _reading(name):
+            image.load()
+            image = ImageOps.exif_transpose(image)
+    deep = image.mode[0] in "IF"
+    if deep or (window is not None and not only_deep):
+        image = _windowed(name, image, window)
+    return to_rgb(image, name)
+
+
+def check_window(window: tuple[float, ...], where: str) -> tuple[float, float] | None:
+    """The window of a record, () for none, as `open_image` takes it.
+
+    Raises:
+        ValueError: not two numbers, the first the smaller.
+    """
+    if not window:
+        return None
+    if len(window) != 2 or not window[0] < window[1]:
+        raise ValueError(f"{where} must be [black, white] with black < white, got {list(window)}")
+    return window[0], window[1]
+
+
+def _is_dicom(source: PathLike | bytes, name: str) -> bool:
+    """Whether a file begins as DICOM files do (PS3.10, 7.1)."""
+    if isinstance(source, bytes):
+        start = source[:132]
+    elif (path := Path(source)).exists() and not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{name}: cannot be read, it must be a file")
+    else:
+        files.check_regular(source)
+        with _reading(name), open(source, "rb") as f:
+            start = f.read(132)
+    return start[128:] == b"DICM"
+
+
+def to_rgb(image: Picture, where: str) -> Image.Image:
+    """An image of any mode, or uint8 [y, x, 3], as RGB with what is transparent white.
+
+    Args:
+        where: what errors begin with.
+    Raises:
+        ValueError: greys of more than 8 bits, arrays of another type or shape, a broken image.
+    """
+    if isinstance(image, Tensor):
+        image = image.detach().cpu().numpy()
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
+            raise ValueError(f"{where}: an array must be uint8 [y, x, 3] and not empty, got {image.dtype} {list(image.shape)}")
+        return Image.fromarray(image)
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"{where}: image must be a PIL image, an array or a tensor, got {type(image).__name__}; open_image reads files")
+    with _reading(f"{where}: the image"):
+        image.load()
+    if image.mode[0] in "IF":
+        raise ValueError(
+            f"{where}: greys of more than 8 bits (mode {image.mode}) need a window: open_image(path, window=(black, white)), or scale them"
+        )
+    with _reading(f"{where}: the image (mode {image.mode})"):
+        if not image.has_transparency_data:
+            return image if image.mode == "RGB" else image.convert("RGB")
+        image = image.convert({"La": "LA"}.get(image.mode, image.mode)).convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def cap_pixels(image: Image.Image, most: int) -> Image.Image:
+    """An RGB image with at most `most` pixels: bicubic, its aspect ratio kept to the pixel, never enlarged, never without a pixel.
+
+    Args:
+        most: largest width * height; 0 = no limit. An image within it is returned itself.
+    Raises:
+        ValueError: most < 0.
+    Source: MAX_PIXELS of ms-swift, which a model's own resizing to whole patches follows.
+    """
+    if most < 0:
+        raise ValueError(f"cap_pixels: most must be at least 1 pixel, or 0 for no limit, got {most}")
+    width, height = image.size
+    if not most or width * height <= most:
+        return image
+    wide = min(max(1, math.isqrt(most * width // height)), most)
+    high = min(max(1, math.isqrt(most * height // width)), most // wide)  # of a long strip one side stays 1 and the other gives way
+    return image.resize((wide, high), Image.Resampling.BICUBIC)
+
+
+def _windowed(name: str, image: Image.Image, window: tuple[float, float] | None) -> Image.Image:
+    if len(image.getbands()) > 1 or image.mode == "P":
+        raise ValueError(f"{name}: a window is for greys, got mode {image.mode}; leave it out")
+    grey = np.asarray(image).astype(np.float64)
+    if window is None or not window[0] < window[1] or not np.isfinite(grey).all():
+        raise ValueError(
+            f"{name}: greys of more than 8 bits must be finite and need window=(black, white) with black < white, "
+            f"got values from {grey.min():g} to {grey.max():g} and window={window}"
+        )
+    return Image.fromarray(dicom_image.window_greys(grey, *window))
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """What Pillow raises, as one kind of error."""
+    try:
+        yield
+    except FileNotFoundError as e:
+        raise ValueError(f"{name}: no such file") from e
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+        raise ValueError(f"{name}: must have at most {LARGEST} pixels ({e}); make it smaller") from e
+    except UnidentifiedImageError as e:
+        raise ValueError(f"{name}: must be an image ({', '.join(_FORMATS)}), found none of these; empty or broken at its start?") from e
+    except _BROKEN as e:
+        raise ValueError(f"{name}: cannot be read, broken or truncated ({e})") from e

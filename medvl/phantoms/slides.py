@@ -1,0 +1,268 @@
+"""Drawn whole slides as patch features; what is said about them is in `phantom_slide_talk`. Free of patients.
+
+A slide is a few pieces of tissue cut into patches. A patch has the prototype of its tissue as features, with variation and noise, and all
+are shifted by the slide's stain. Four slides in five have a rare motif, in one patch or a few of 10,000: a direction of its own, of which
+the mean over the slide shows nothing.
+"""
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+from attrs import frozen
+
+from medvl.base import config, files
+from medvl.base.display import track
+
+Array = np.ndarray
+SPLITS = ("train", "valid", "test")
+OPTIONAL = ("fat", "normal epithelium", "muscle", "mucus")  # a slide has two of them
+TISSUES = ("stroma", "tumour", "necrosis", "lymphocytes", *OPTIONAL)
+CLASSES = {  # of the tumour: code, treatment
+    "adenocarcinoma": ("ADC", "Surgical resection"),
+    "squamous cell carcinoma": ("SCC", "Radiotherapy"),
+    "small cell carcinoma": ("SMC", "Platinum chemotherapy"),
+    "melanoma": ("MEL", "Checkpoint inhibitor"),
+}
+MOTIFS = {"mitosis cluster": "tumour", "vascular invasion": "stroma", "granuloma": "stroma", "microcalcification": "tumour"}  # and where
+NO_MOTIF = "none"
+NECROSIS = ((0.01, 0.03), (0.08, 0.12), (0.17, 0.2))  # share of the patches, by grade
+LYMPHOCYTES = {"low": (0.01, 0.03), "high": (0.12, 0.16)}
+_BLOCK = 60  # slides within which every label and every answer letter is balanced: a multiple of 2, 3, 4, 5 and 6
+_FILLED = 0.4  # share of the grid that is tissue
+_SMALLEST_LARGE = 20_000  # patches
+_CHUNK = 8192  # patches at a time
+
+
+@frozen(kw_only=True)
+class SlideConfig:
+    """How many slides of each split, and how large they are. Multiples of 60 slides are balanced exactly."""
+
+    train: int = 600
+    valid: int = 60
+    test: int = 120
+    dim: int = 64  # of the features
+    patches: tuple[int, int] = (300, 4000)  # of a slide, log-uniform
+    large: int = 4  # the first so many test slides have 200,000 patches down to 20,000, in equal ratios
+    largest: int = 200_000
+    seed: int = 0
+
+    def __attrs_post_init__(self) -> None:
+        config.within(self, "SlideConfig", train=config.COUNT, valid=config.COUNT, test=config.COUNT, seed=config.SEED)
+        config.within(self, "SlideConfig", dim=(32, 2**17), patches=(100, 10**8), largest=(_SMALLEST_LARGE, 10**8))
+        if not 0 <= self.large <= self.test:
+            raise ValueError(f"SlideConfig: large must be 0 to test, got {self}")
+        if self.patches[0] > self.patches[1]:
+            raise ValueError(f"SlideConfig: patches must rise, got {list(self.patches)}")
+
+
+@frozen(kw_only=True)
+class Truth:
+    """What a slide holds; every question can be answered from it."""
+
+    name: str
+    patches: int
+    tumour_class: str  # of CLASSES
+    grade: int  # 1 to 3, by the share of necrosis
+    lymphocytes: str  # "low" or "high"
+    motif: str  # of MOTIFS, or NO_MOTIF
+    motif_patches: int
+    dominant: str  # the tissue with most patches: stroma, tumour or one of OPTIONAL
+    tissues: dict[str, int]  # patches of every tissue that is there
+
+
+@frozen(kw_only=True, eq=False)
+class DrawnSlide:
+    """A slide, its n patches row by row."""
+
+    name: str
+    features: Array  # float16 [n, d]
+    coords: Array  # int64 [n, 2], x and y of the upper left corner, pixels of level 0
+    patch_size: int  # pixels of level 0
+    truth: Truth
+    tissue: Array  # int64 [n], index of TISSUES; a motif's patch has the tissue around it
+    motif_rows: Array  # int64 [m], the patches of the rare motif
+
+
+@frozen(kw_only=True, eq=False)
+class Prototypes:
+    """What all slides of a seed and width share, float32. Tissues, classes and motifs are orthogonal."""
+
+    tissues: Array  # [tissue, d]
+    classes: Array  # [class, d], added to the tumour's
+    motifs: Array  # [motif, d], added to the surrounding tissue's
+    stain: Array  # [3, d], directions in which slides differ
+    spread: Array  # [8, d], directions in which patches differ
+    strength: Array  # [tissue, 8], how much they do
+
+
+def draw_slide(cfg: SlideConfig, split: str, number: int) -> DrawnSlide:
+    """The slide, a pure function of (cfg.seed, cfg.dim, its number of patches, split, number).
+
+    Raises:
+        ValueError: no such split, or number < 0.
+    """
+    truth, gen = draw_truth(cfg, split, number), gen_of(cfg, 1, split, number)
+    size = 256 << int(gen.integers(2))
+    cells = _outline(truth.patches, gen)
+    tissue = _regions(truth, cells, gen)
+    motif_rows = _motif_rows(truth, cells, tissue, gen)
+    features = _features(cfg, truth, tissue, motif_rows, gen)
+    coords = cells[:, ::-1] * size + gen.integers(4 * size, size=2)
+    return DrawnSlide(name=truth.name, features=features, coords=coords, patch_size=size, truth=truth, tissue=tissue, motif_rows=motif_rows)
+
+
+def draw_truth(cfg: SlideConfig, split: str, number: int) -> Truth:
+    """What `draw_slide` draws. Of 60 slides from a multiple of 60 on, every class, grade, motif ... has its exact share.
+
+    Raises:
+        ValueError: as `draw_slide`.
+    """
+    if split not in SPLITS or number < 0:
+        raise ValueError(f"draw_truth: split must be of {', '.join(SPLITS)} and number >= 0, got {split!r}, {number}")
+    gen = gen_of(cfg, 0, split, number)
+    pick = lambda use, k: balanced(cfg, use, split, number) % k
+    low, high = cfg.patches
+    n = round(float(np.exp(gen.uniform(np.log(low), np.log(high)))))
+    if split == "test" and number < cfg.large:
+        n = round(float(np.geomspace(cfg.largest, _SMALLEST_LARGE, cfg.large)[number]))
+    grade, lymphocytes, pair = pick(1, 3), tuple(LYMPHOCYTES)[pick(2, 2)], pick(3, 6)
+    motif = (*MOTIFS, NO_MOTIF)[pick(4, 5)]
+    main = ("stroma", "tumour", *(OPTIONAL[i] for i in np.argwhere(np.triu(np.ones((4, 4)), 1))[pair]))
+    dominant = main[pick(5, 4)]
+    few = {"necrosis": gen.uniform(*NECROSIS[grade]), "lymphocytes": gen.uniform(*LYMPHOCYTES[lymphocytes])}
+    weights = {t: gen.uniform(2.6, 3.2) if t == dominant else gen.uniform(0.85, 1.15) for t in main}
+    shares = few | {t: w / sum(weights.values()) * (1 - sum(few.values())) for t, w in weights.items()}
+    counts = {t: max(1, round(shares[t] * n)) for t in TISSUES if t in shares}
+    counts[dominant] += n - sum(counts.values())
+    return Truth(
+        name=f"TCGA-{split[:2].upper()}-{number:04d}-01Z-00-DX1",
+        patches=n,
+        tumour_class=tuple(CLASSES)[pick(6, 4)],
+        grade=grade + 1,
+        lymphocytes=lymphocytes,
+        motif=motif,
+        motif_patches=0 if motif == NO_MOTIF else max(1, round(n * gen.uniform(1e-4, 5e-4))),
+        dominant=dominant,
+        tissues=counts,
+    )
+
+
+def prototypes(cfg: SlideConfig) -> Prototypes:
+    """A pure function of (cfg.seed, cfg.dim)."""
+    gen = np.random.default_rng([9, cfg.seed, cfg.dim])
+    sizes = [len(TISSUES), len(CLASSES), len(MOTIFS)]
+    axes = np.linalg.qr(gen.standard_normal((cfg.dim, sum(sizes))))[0].T.astype(np.float32)
+    tissues, classes, motifs = np.split(axes, np.cumsum(sizes)[:-1])
+    loose = gen.standard_normal((3 + _RANK, cfg.dim), np.float32)
+    loose /= np.linalg.norm(loose, axis=1, keepdims=True)
+    return Prototypes(
+        tissues=tissues * 4,
+        classes=classes * 3,
+        motifs=motifs * _MOTIF,
+        stain=loose[:3],
+        spread=loose[3:],
+        strength=gen.uniform(0.2, 1.0, (len(TISSUES), _RANK)).astype(np.float32),
+    )
+
+
+def gen_of(cfg: SlideConfig, use: int, split: str, *numbers: int) -> np.random.Generator:
+    """A generator of one slide, for one use."""
+    return np.random.default_rng([use, cfg.seed, SPLITS.index(split), *numbers])
+
+
+def balanced(cfg: SlideConfig, use: int, split: str, number: int) -> int:
+    """0 to 59, each once in every 60 slides."""
+    return int(gen_of(cfg, 4, split, number // _BLOCK, use).permutation(_BLOCK)[number % _BLOCK])
+
+
+# Pictures ---------------------------------------------------------------------------------------------------------------------------------
+_RANK = 8  # of the variation within a tissue
+_NOISE = 0.5  # of every feature
+_MOTIF = 6.0  # length of a motif's direction: twelve times the noise
+_STAIN = (1.0, 0.1)  # of a slide's shift: along the stain's directions, and of every feature
+
+
+def _bumps(rows: Array, columns: Array, at: Array, width: Array) -> tuple[Array, Array]:
+    """Gaussian bumps as a product: [row, bump], [column, bump]. `rows` and `columns` in the units of `at` [bump, 2] and `width` [bump]."""
+    along = [np.exp(-0.5 * ((x[:, None] - at[:, i]) / width) ** 2).astype(np.float32) for i, x in enumerate((rows, columns))]
+    return along[0], along[1]
+
+
+def _outline(n: int, gen: np.random.Generator) -> Array:
+    """Row and column [n, 2] of a slide's patches, row by row: one to three pieces with uneven edges."""
+    height = int(np.ceil(np.sqrt(n / _FILLED * gen.uniform(0.6, 1.6))))
+    width = int(np.ceil(n / _FILLED / height))
+    pieces = int(gen.integers(1, 4))
+    at = np.concatenate([gen.uniform(0.22, 0.78, (pieces, 2)), gen.uniform(0, 1, (24, 2))])
+    size = np.concatenate([gen.uniform(0.14, 0.24, pieces), gen.uniform(0.03, 0.1, 24)])
+    high = np.concatenate([np.ones(pieces), gen.uniform(-0.3, 0.3, 24)]).astype(np.float32)
+    rows, columns = _bumps(np.linspace(0, 1, height), np.linspace(0, 1, width), at, size)
+    land = (rows * high) @ columns.T
+    inside = np.sort(np.argpartition(-land.ravel(), n - 1)[:n])
+    return np.stack(np.divmod(inside, width), 1)
+
+
+def _regions(truth: Truth, cells: Array, gen: np.random.Generator) -> Array:
+    """The tissue [n] of every patch. Each takes the highest places of a land of its own that are left; stroma has the rest."""
+    tissue, rest = np.zeros(len(cells), np.int64), np.arange(len(cells))
+    top = cells.max(0) + 1
+    for name in gen.permutation([t for t in truth.tissues if t != "stroma"]):
+        at = cells[gen.choice(rest, 3)]
+        size = gen.uniform(0.06, 0.16, 3) * top.mean()
+        rows, columns = _bumps(np.arange(top[0]), np.arange(top[1]), at, size)
+        land = np.einsum("nk,nk->n", rows[cells[rest, 0]], columns[cells[rest, 1]])
+        land += 0.05 * gen.random(len(rest), np.float32)  # ragged edges
+        taken = np.argpartition(-land, truth.tissues[name] - 1)[: truth.tissues[name]]
+        tissue[rest[taken]] = TISSUES.index(name)
+        rest = np.delete(rest, taken)
+    return tissue
+
+
+def _motif_rows(truth: Truth, cells: Array, tissue: Array, gen: np.random.Generator) -> Array:
+    if truth.motif == NO_MOTIF:
+        return np.zeros(0, np.int64)
+    host = np.flatnonzero(tissue == TISSUES.index(MOTIFS[truth.motif]))
+    far = ((cells[host] - cells[gen.choice(host)]) ** 2).sum(1)
+    return np.sort(host[np.argsort(far, kind="stable")[: truth.motif_patches]])
+
+
+def _features(cfg: SlideConfig, truth: Truth, tissue: Array, motif_rows: Array, gen: np.random.Generator) -> Array:
+    p = prototypes(cfg)
+    base = p.tissues.copy()
+    base[TISSUES.index("tumour")] += p.classes[list(CLASSES).index(truth.tumour_class)]
+    base += _STAIN[0] * gen.standard_normal(len(p.stain), np.float32) @ p.stain + _STAIN[1] * gen.standard_normal(cfg.dim, np.float32)
+    out = np.empty((len(tissue), cfg.dim), np.float16)
+    for start in range(0, len(tissue), _CHUNK):
+        kinds = tissue[start : start + _CHUNK]
+        x = gen.standard_normal((len(kinds), cfg.dim), np.float32)
+        x *= _NOISE
+        x += (gen.standard_normal((len(kinds), _RANK), np.float32) * p.strength[kinds]) @ p.spread
+        x += base[kinds]
+        if len(here := motif_rows[(motif_rows >= start) & (motif_rows < start + len(kinds))]):
+            x[here - start] += p.motifs[list(MOTIFS).index(truth.motif)]
+        out[start : start + len(kinds)] = x
+    return out
+
+
+# Files ------------------------------------------------------------------------------------------------------------------------------------
+def write_slides(cfg: SlideConfig, folder: Path) -> dict[str, list[int]]:
+    """Write all slides into a folder; the rows of the rare motif, by the slide's name."""
+    found = {}
+    for split in SPLITS:
+        for number in track(range(getattr(cfg, split)), f"drawing slides, {split}"):
+            slide = draw_slide(cfg, split, number)
+            _write_slide(folder / f"{slide.name}.h5", slide)
+            found[slide.name] = slide.motif_rows.tolist()
+    return found
+
+
+def _write_slide(path: Path, slide: DrawnSlide) -> None:
+    right, bottom = slide.coords.max(0) + slide.patch_size
+    level = slide.patch_size // 256  # 20x, or 40x read at half its resolution
+    said = {"patch_size": 256, "patch_size_level0": slide.patch_size, "level0_magnification": 20 * level, "target_magnification": 20}
+    said |= {"overlap": 0, "level0_width": int(right), "level0_height": int(bottom)}
+    with files.atomic(path) as tmp, h5py.File(tmp, "w") as f:
+        f["features"], f["coords"] = slide.features, slide.coords
+        f["features"].attrs.update({"name": slide.name, "encoder": "phantom"})
+        f["coords"].attrs.update({"name": slide.name} | said)

@@ -1,0 +1,385 @@
+"""How adapters runs: its data put in place, its base and adapters trained, the registry made, the answers of every mode scored."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from attrs import evolve
+from torch import Generator, Tensor
+
+from medvl.adapters import embed, registry, retrieve
+from medvl.adapters import head as retriever
+from medvl.adapters.head import RetrieverConfig
+from medvl.adapters.registry import Record, Registry
+from medvl.base import config, files, processes
+from medvl.base.tree import Tree, map_leaves
+from medvl.evaluation.results import Result
+from medvl.hub import skeletons as hub
+from medvl.hub.peft_files import write_adapter
+from medvl.language import chat, vqa_rad
+from medvl.language import labels as conversations
+from medvl.language.chat import Chat, Encoded
+from medvl.language.conversations import Conversation, check_gold, read_conversations, read_tasks, warn_of_one_file
+from medvl.phantoms import modalities as phantom_modalities
+from medvl.systems.adapters import record as adapters
+from medvl.systems.adapters import tables as adapters_report
+from medvl.systems.adapters.record import Config, Model
+from medvl.training import loop as train
+from medvl.training import stages as tuning
+from medvl.weights import lora
+
+_log = logging.getLogger("medvl")
+SPLITS = ("train", "valid", "test")
+
+
+# Data -----------------------------------------------------------------------------------------------------------------------------------
+def prepare(cfg: Config, log: Callable[[str], None] = print) -> None:
+    """Put the data in place: pictures are drawn, VQA-RAD is cut by case, files must be there.
+
+    Raises:
+        ValueError: what is missing, or not as it must be, with file and line.
+    """
+    folder = folder_of(cfg)
+    if cfg.data.source == "phantoms":
+        drawn = phantom_modalities.draw_modalities(cfg.data.phantoms, folder)
+        log(f"{sum(drawn.values())} pictures and cases drawn in {folder}: " + ", ".join(f"{n} {split}" for split, n in drawn.items()))
+    if cfg.data.source == "vqa_rad":
+        _cut_vqa_rad(cfg, folder, log)
+    wanted = SPLITS if cfg.train or cfg.base else ("test",)
+    if len(wanted) > 1:
+        warn_of_one_file(cfg.data.conversations)
+    for split in wanted:
+        tasks = _tasks(read(cfg, split))
+        for task in tasks if cfg.train else ():
+            files.check_name(task, f"{split}: the task")
+        log(f"{split}: {len(tasks)} tasks: {', '.join(tasks)}")
+
+
+def _cut_vqa_rad(cfg: Config, folder: Path, log: Callable[[str], None]) -> None:
+    """Cut VQA-RAD by case, if that has not been done, and remember of which file."""
+    source, mark = Path(cfg.data.vqa_rad) / "vqa_rad_share.json", folder / "source.sha256"
+    digest = files.file_digest(source) if source.is_file() else ""
+    if (folder / "test.jsonl").exists():
+        if digest and mark.exists() and mark.read_text() != digest:
+            raise ValueError(f"{folder}: was cut from another {source} than there is now; remove the folder to cut it anew")
+        return
+    if digest:
+        files.write_text(mark, digest)  # first: tables without it would be taken for those of any file
+    cut = vqa_rad.convert_vqa_rad(source, source.parent / "images", folder, group=cfg.data.group, seed=cfg.seed)
+    log(f"VQA-RAD in {folder}: " + ", ".join(f"{n} {what}" for what, n in cut.items()))
+
+
+def folder_of(cfg: Config) -> Path:
+    """The folder that `{folder}` stands for; what is drawn or cut by one record has a folder of its own."""
+    made = {"phantoms": cfg.data.phantoms, "vqa_rad": (cfg.data.vqa_rad, cfg.data.group, cfg.seed)}.get(cfg.data.source)
+    return Path(cfg.data.folder) / (f"{cfg.data.source}-{config.digest(made)}" if made else "")
+
+
+def read(cfg: Config, split: str) -> list[Conversation]:
+    """The conversations of a split, each with its task; in the test split every answer holds a word, where words are compared."""
+    pattern = config.fill(cfg.data.conversations, "data.conversations", folder=folder_of(cfg), split=None, task=None)
+    conversations = read_tasks(pattern, split, key=cfg.data.task, root=cfg.data.root or None, max_images=cfg.chat.max_images)
+    if split == "test" and cfg.evaluate.rule == "strict":
+        check_gold(conversations, every=True)
+    return conversations
+
+
+def read_general(cfg: Config, split: str) -> list[Conversation]:
+    """What the base model is trained on."""
+    if not cfg.data.general:
+        return read(cfg, split)
+    path = config.fill(cfg.data.general, "data.general", folder=folder_of(cfg), split=split)
+    return read_conversations(path, root=cfg.data.root or None, max_images=cfg.chat.max_images)
+
+
+# Training -------------------------------------------------------------------------------------------------------------------------------
+def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[Model, Tree, Tree]:
+    """Train (or go on with) the base model and an adapter for each task, and make the registry."""
+    read(cfg, "test")  # what evaluation would stop at is an error now, not after the training
+    general = read_general(cfg, "train") if cfg.base else []
+    held = read(cfg, "train") if cfg.train else []
+    model, params = adapters.init(cfg, folder, [m["content"] for c in (*general, *held) for m in c.messages], device=_device(cfg))
+    if cfg.train is not None:
+        _check_adapters(model, held, read(cfg, "valid"))
+    if cfg.base is not None:
+        parts = _parts(model.chat, general, read_general(cfg, "valid"), cfg.base, "base", log)
+        loss = _loss(model.chat, cfg.base, lambda p, train: p["model"])
+        params = _fit_stages(cfg, cfg.base, model.chat, params, loss, lambda p: p["model"], parts, folder / "base", log)
+        if not (folder / "model").exists() and processes.rank() == 0:
+            chat.save_chat(model.chat, params["model"], folder / "model")
+    if cfg.train is not None:
+        _fit_adapters(model, params, held, read(cfg, "valid"), folder, log)
+        if processes.rank() == 0 and not model.registry.exists():
+            with processes.alone():  # a retriever is trained, by this process
+                make_registry(cfg, held, folder, log)
+        processes.meet()
+    return model, params, {}
+
+
+def _check_adapters(model: Model, held: Sequence[Conversation], valid: Sequence[Conversation]) -> None:
+    """Raise where the adapters, or a registry of them, cannot be made: before the base model is trained, and the other adapters."""
+    cfg = model.cfg
+    assert cfg.train is not None
+    adapters.new_adapter(cfg, model.chat, 0, torch.device("meta"))
+    tasks = _tasks(held)
+    for task in tasks:
+        own = [[c for c in part if c.extra["task"] == task] for part in (held, valid)]
+        fit = len(chat.encode(model.chat, own[0]).samples)
+        if fit < cfg.train.batch:
+            raise ValueError(
+                f"task {task}: needs {cfg.train.batch} conversations of the split train for a batch, found {fit} that fit the context; "
+                "lower train.batch"
+            )
+        for stage in cfg.train.stages:
+            tuning.planned(cfg.train, stage, fit)
+        if not own[1]:
+            raise ValueError(f"task {task}: the split valid must have conversations of every task that train has, found none")
+        if cfg.retriever.kind != "none" and min(len(own[0]), cfg.pool.samples) < 2:
+            raise ValueError(f"task {task}: a retriever is trained on two samples of every task or more; raise pool.samples")
+    if cfg.retriever.kind != "none" and len(tasks) < 2:
+        raise ValueError(f"retriever.kind {cfg.retriever.kind!r} tells tasks apart and needs two or more, found {len(tasks)}")
+    if cfg.embed.kind != "local":
+        embed.open_embedder(cfg.embed)
+
+
+def registry_of(folder: Path) -> Path:
+    """Where the registry of a run is.
+
+    Raises:
+        ValueError: no run, or one that is not trained to its end.
+    """
+    cfg = config.load(config.run_folder(folder) / "config.json", Config)
+    path = adapters.registry_path(cfg, folder)
+    if cfg.train is not None and not path.exists():
+        raise ValueError(f"{folder}: the run is not trained to its end, it has no registry yet; `invoke train --exp {folder}` goes on")
+    return path
+
+
+def load(folder: Path) -> tuple[Model, Tree, Tree]:
+    """Model and base weights of a run, as `fit` returned them.
+
+    Raises:
+        ValueError: no run, one that is not trained to its end, or whose files are broken.
+    """
+    cfg = config.load_run(folder, Config)
+    registry_of(folder)
+    model, params = adapters.init(cfg, folder, [], device=_device(cfg))
+    return model, tuning.read_stages(cfg.base, params, folder / "base") if cfg.base else params, {}
+
+
+def _fit_adapters(
+    model: Model, params: Tree, held: Sequence[Conversation], valid: Sequence[Conversation], folder: Path, log: Callable[[str], None]
+) -> None:
+    """One adapter for each task, written in peft's format."""
+    cfg = model.cfg
+    assert cfg.train is not None
+    for i, task in enumerate(_tasks(held)):
+        out = folder / "adapters" / task
+        if out.exists():
+            continue
+        own = [[c for c in part if c.extra["task"] == task] for part in (held, valid)]
+        parts = _parts(model.chat, own[0], own[1], cfg.train, f"adapter {task}", log)
+        adapter = adapters.new_adapter(cfg, model.chat, i, _device(cfg))
+        weights = partial(_adapted, adapter)
+        trained = _fit_stages(
+            cfg,
+            cfg.train,
+            model.chat,
+            params | {"lora": adapter.factors},
+            _loss(model.chat, cfg.train, weights),
+            partial(weights, train=False),
+            parts,
+            folder / "training" / task,
+            log,
+        )
+        if processes.rank() == 0:
+            done = evolve(adapter, factors=map_leaves(lambda t: t.cpu(), trained["lora"]), name=task)
+            write_adapter(done, out, base=cfg.model.name or "model")
+        processes.meet()
+
+
+def _adapted(adapter: lora.Adapter, params: Tree, train: bool) -> dict[str, Tensor]:
+    """The base model's weights with the adapter on them."""
+    return lora.apply_lora(params["model"], evolve(adapter, factors=params["lora"]), train=train)
+
+
+def _fit_stages(
+    cfg: Config,
+    how: tuning.TrainConfig,
+    talks: Chat,
+    params: Tree,
+    loss: train.LossSum,
+    weights: Callable[[Tree], dict[str, Tensor]],
+    parts: tuple[Encoded, Encoded],
+    folder: Path,
+    log: Callable[[str], None],
+) -> Tree:
+    return tuning.fit_stages(
+        how,
+        params,
+        loss,
+        lambda stage: chat.batches(talks, parts[0], how.batch, cfg.seed),
+        folder,
+        cut=chat.cut,
+        conversations=lambda stage: len(parts[0].samples),
+        validate=lambda stage: lambda p: chat.mean_loss(talks, weights(p), parts[1], cfg.evaluate.batch),
+        seed=cfg.seed,
+        log=log,
+    )
+
+
+def _parts(
+    talks: Chat, held: Sequence[Conversation], valid: Sequence[Conversation], how: tuning.TrainConfig, name: str, log: Callable[[str], None]
+) -> tuple[Encoded, Encoded]:
+    parts = chat.encode(talks, held), chat.encode(talks, valid[: how.valid or None])
+    log(f"{name}: {len(parts[0].samples)} conversations, {parts[0].refused} more are longer than the context and left out")
+    return parts
+
+
+def _loss(talks: Chat, how: tuning.TrainConfig, weights: Callable[..., dict[str, Tensor]]) -> train.LossSum:
+    skeleton = hub.checkpointed(talks.skeleton) if how.checkpoint else talks.skeleton
+    return lambda p, batch: (*chat.loss_sum(talks, skeleton, weights(p, train=True), batch, logits=how.logits), train.Aux())
+
+
+# The registry ---------------------------------------------------------------------------------------------------------------------------
+def make_registry(cfg: Config, held: Sequence[Conversation], folder: Path, log: Callable[[str], None] = print) -> Path:
+    """Fit or open the embedder, and write the registry with a vector for each adapter of `folder`/adapters."""
+    samples = {task: [c for c in held if c.extra["task"] == task] for task in _tasks(held)}
+    categories = {task: category_of(task, talks, cfg.data.category) for task, talks in samples.items()}
+    return build_registry(
+        folder / "registry.toml",
+        {task: f"adapters/{task}" for task in samples},
+        samples,
+        cfg.embed,
+        base=cfg.model.name or "model",
+        categories=categories,
+        m=cfg.pool.samples,
+        retriever_cfg=cfg.retriever,
+        seed=cfg.seed,
+        log=log,
+    )
+
+
+def build_registry(
+    path: Path,
+    paths: dict[str, str],
+    samples: dict[str, list[Conversation]],
+    cfg: embed.EmbedConfig,
+    *,
+    base: str = "",
+    categories: dict[str, str] | None = None,
+    m: int = 20,
+    retriever_cfg: RetrieverConfig = RetrieverConfig(kind="none"),
+    seed: int = 0,
+    log: Callable[[str], None] = print,
+) -> Path:
+    """A registry of adapters, from samples of what each was trained on.
+
+    Args:
+        paths: {adapter: its folder, relative to the registry's}.
+        samples: {adapter: conversations of its training split}; `m` of them, drawn at random, are embedded.
+        cfg: "local" is fitted on these samples; anything else is opened.
+        retriever_cfg: the map on the embeddings that brings samples of one adapter together.
+    Raises:
+        ValueError: an adapter without samples, or none at all; as `registry.extend`.
+    """
+    if missing := [name for name in paths if not samples.get(name)]:
+        raise ValueError(f"{path}: no samples for {', '.join(missing)}; every adapter needs some of what it was trained on")
+    for name in paths:
+        files.check_name(name, f"{path}: the adapter")
+    chosen = {name: drawn(samples[name], m, seed + i) for i, name in enumerate(paths)}
+    queries = [query_of(c) for of in chosen.values() for c in of]
+    texts, pictures = [q[0] for q in queries], [q[1] for q in queries]
+    made = embed.fit_local(cfg, texts, pictures) if cfg.kind == "local" else embed.open_embedder(cfg)
+    vectors, tasks = embed.embed(made, texts, pictures), [name for name, of in chosen.items() for _ in of]
+    if (head := retriever.head_of(retriever_cfg, vectors, tasks)) is not None:
+        made = embed.with_head(made, head)
+        vectors = embed.embed(made, texts, pictures)
+    home = f"embedder-{config.digest(made.name)}"  # named by content: what a run that was killed has left is found, another's stays
+    if not (path.parent / home).exists():
+        embed.save_embedder(made, path.parent / home)
+    records = []
+    for name, folder in paths.items():
+        mean = retrieve.adapter_vector(vectors[[i for i, task in enumerate(tasks) if task == name]])
+        category, count = (categories or {}).get(name, ""), len(chosen[name])
+        about = Record(name=name, path=folder, vector="", category=category, samples=count, embedder=made.name)
+        records.append((about, mean))
+    registry.extend(path, Registry(base=base, embedder=home), records)
+    log(f"registry of {len(paths)} adapters: {path}; vectors by {made.name}")
+    return path
+
+
+def category_of(name: str, samples: Sequence[Conversation], key: str = "category") -> str:
+    """The category that an adapter's samples say, the commonest of them; "" where none says any."""
+    found = Counter(str(c.extra[key]) for c in samples if c.extra.get(key))
+    if len(found) > 1:
+        _log.warning("%s: its samples have %d categories, the commonest is taken: %s", name, len(found), found.most_common(1)[0][0])
+    return found.most_common(1)[0][0] if found else ""
+
+
+def drawn(samples: Sequence[Conversation], m: int, seed: int) -> list[Conversation]:
+    """`m` of the samples at random, or all of them where there are no more."""
+    picked = torch.randperm(len(samples), generator=Generator().manual_seed(seed))[:m]
+    return [samples[i] for i in sorted(picked.tolist())]
+
+
+def query_of(conversation: Conversation) -> tuple[str, tuple[Path, ...]]:
+    """What is embedded of a conversation: the user's first text, and its images."""
+    first = next(m["content"] for m in conversation.messages if m["role"] == "user")
+    return first, conversation.images[: first.count("<image>")]
+
+
+def _tasks(held: Sequence[Conversation]) -> list[str]:
+    return sorted({c.extra["task"] for c in held})
+
+
+def _device(cfg: Config) -> torch.device:
+    how = cfg.train or cfg.base
+    return processes.device(how.device if how else "auto")
+
+
+# Evaluation -----------------------------------------------------------------------------------------------------------------------------
+def assess(model: Model, params: Tree, means: Tree, folder: Path, experiment: str) -> tuple[list[Result], Path]:
+    """Score every mode on the test conversations; see `adapters_report`."""
+    return adapters_report.assess(model, params, read(model.cfg, "test"), folder, experiment)
+
+
+# Before a run ---------------------------------------------------------------------------------------------------------------------------
+def labels(cfg: Config, folder: Path, number: int = 0) -> str:
+    """One training conversation of an adapter as the model gets it, the trained tokens marked."""
+    held = read(cfg, "train")
+    if not 0 <= number < len(held):
+        raise ValueError(f"labels: sample must be below {len(held)}, got {number}")
+    general = read_general(cfg, "train") if cfg.base else []
+    texts = [m["content"] for c in (*general, *held) for m in c.messages]
+    model, _ = adapters.init(cfg, folder, texts, device=torch.device("meta"))
+    samples = chat.encode(model.chat, held[number : number + 1]).samples  # of reasoning models one for each answer
+    return "\n\n".join(conversations.show(model.chat.tokenizer, sample) for sample in samples)
+
+
+def memory(cfg: Config, folder: Path, processes: int = 1) -> dict[str, dict[str, int]]:
+    """{stage: {part: bytes}} that one of so many processes will need on its device, for the base model and for one adapter."""
+    if not cfg.trained:
+        raise ValueError("estimate: the record trains nothing, its adapters are there")
+    held = read(cfg, "train") if folder_of(cfg).exists() else []
+    general = read_general(cfg, "train") if cfg.base and held else []
+    meta = torch.device("meta")
+    model, params = adapters.init(cfg, folder, [m["content"] for c in (*general, *held) for m in c.messages], device=meta)
+    found: dict[str, dict[str, int]] = {}
+    for how, of, name in ((cfg.base, general, "base"), (cfg.train, held, "adapter")):
+        if how is None:
+            continue
+        batch = chat.fullest(model.chat, of, tuning.rows_of(how, processes))
+        weights: Callable[..., dict[str, Tensor]] = lambda p, train: p["model"]
+        tree = params
+        if name == "adapter":
+            adapter = adapters.new_adapter(cfg, model.chat, 0, meta)
+            tree = params | {"lora": adapter.factors}
+            weights = partial(_adapted, adapter)
+        loss = _loss(model.chat, how, weights)
+        foretold = partial(tuning.memory_of, seed=cfg.seed, processes=processes)
+        found |= {f"{name}: {s.name}": foretold(how, s, tree, loss, chat.cut, batch) for s in how.stages}
+    return found

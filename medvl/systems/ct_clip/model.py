@@ -1,0 +1,331 @@
+"""ct_clip: CT volumes and reports in one space; findings named in words, never trained for, are read off by comparison.
+
+slices -> `encode_slices` (a ViT) -> `fuse` (a transformer over slices) -> centre, project, normalise -> contrast <- the same of the report.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from attrs import field, frozen
+from torch import Tensor
+
+from medvl.base import config, processes
+from medvl.base.tree import Tree, merge
+from medvl.components import encode, layers, losses, text
+from medvl.components import fuse as fusion
+from medvl.components.encode import EncodeConfig
+from medvl.components.fuse import FuseConfig
+from medvl.components.text import TextConfig
+from medvl.ct.preprocess import CtConfig, size_of
+from medvl.hub import skeletons as hub
+from medvl.hub import tokens
+from medvl.phantoms.chest_case import PhantomConfig
+from medvl.training import loop as train
+
+SPLITS = ("train", "valid", "test")
+
+
+@frozen(kw_only=True)
+class DataConfig:
+    """Where volumes, reports and labels are; `{split}` stands for train, valid and test, `{folder}` for the folder,
+    `{ct}` for a digest of the CT settings."""
+
+    source: Literal["files", "phantoms"] = "files"
+    folder: str = "data/ct_rate"
+    phantoms: PhantomConfig = PhantomConfig(patients=1, seed=0)
+    store: str = "{folder}/{split}.h5"  # made by `invoke preprocess`; phantoms are preprocessed by the run itself
+    stores: dict[str, str] = field(factory=dict)  # of single splits: {test = "{folder}/valid.h5"} where two share a store
+    reports: str = "{folder}/{split}_reports.csv"
+    labels: str = "{folder}/{split}_labels.csv"
+    metadata: str = "{folder}/{split}_metadata.csv"
+    # whose a volume is, where names are not CT-RATE's: a column of labels or metadata, or a regular expression as "(P[0-9]+)_"
+    patient_column: str = ""
+    patient_pattern: str = ""
+    text: Literal["findings", "impression", "both", "either"] = "both"  # both joined, or one of the two drawn for each training step
+    impressions: float = 0.5  # text = "either": how often it is the impression
+    missing: Literal["error", "empty", "drop"] = "drop"  # reports without text
+    sentences: int = 0  # show 1 to this many sentences of a report in a training step; 0 = all, in order
+    draws: int = 1  # texts of a scan in a training step, each contrasted by itself; worth it where images cost more than texts
+    shuffle: bool = False  # give every training scan another scan's report: the control that must learn nothing
+    cache: str = "cache"  # slice features of frozen encoders
+    workers: int = 2
+
+    def __attrs_post_init__(self) -> None:
+        config.within(self, "data", impressions=config.SHARE, sentences=config.COUNT_OR_NONE, draws=(1, 1024), workers=config.PROCESSES)
+        inside: Any = dict.fromkeys(("store", "reports", "labels", "metadata"), ("folder", "split", "ct"))
+        config.check_patterns(self, "data", folder=(), cache=(), **inside)
+        if unknown := sorted({*self.stores} - {*SPLITS}):
+            raise ValueError(f"data.stores is for {', '.join(SPLITS)}, found {', '.join(unknown)}")
+        for split, pattern in self.stores.items():
+            config.fill(pattern, f"data.stores.{split}", **dict.fromkeys(inside["store"]))
+        config.check_regexes([self.patient_pattern] if self.patient_pattern else [], "data.patient_pattern")
+        if self.patient_column and self.patient_pattern:
+            raise ValueError("data: give patient_column or patient_pattern, not both")
+
+
+@frozen(kw_only=True)
+class VitConfig:
+    """The slice encoder: a hub name, folder or .pth file; or, without a name, a Hugging Face config built from scratch."""
+
+    name: str = ""
+    config: dict[str, Any] = field(factory=dict)
+    whiten: bool = False  # start from a patch embedding whitened over training slices; only for encoders built from scratch
+
+
+@frozen(kw_only=True)
+class WordsConfig:
+    """Tokenizer and text encoder; without names, byte-level BPE trained on the reports and CLIP's tower from scratch."""
+
+    tokenizer: str = ""
+    encoder: str = ""
+    pool: Literal["first", "last", "mean"] = "first"  # of a named encoder
+    tower: TextConfig = TextConfig()  # its context and (for BPE) vocabulary hold with a named encoder too
+
+
+@frozen(kw_only=True)
+class ContrastConfig:
+    """What is compared, and how."""
+
+    loss: Literal["clip", "siglip"] = "clip"
+    dim: int = 512
+    # of a tower's rows, over the batch (running values when not training): without `centre` all volumes start nearly parallel,
+    # with `standardise` rare directions count as much as frequent ones
+    normalise: Literal["none", "centre", "standardise"] = "centre"
+    scale: float = 1 / 0.07
+    scale_max: float = 100.0
+    bias: float = -10.0  # siglip only
+
+    def __attrs_post_init__(self) -> None:
+        config.within(self, "contrast", dim=config.WIDTH, scale=(1e-3, 1e6), scale_max=(1e-3, 1e6), bias=(-1e6, 1e6))
+        if self.scale > self.scale_max:
+            raise ValueError(f"contrast.scale must not be above contrast.scale_max, got {self.scale:g} and {self.scale_max:g}")
+
+
+@frozen(kw_only=True)
+class Speed:
+    """Another rate or optimiser for the parameters that a regex matches; `muon` takes the matrices among them."""
+
+    match: str
+    lr: float
+    weight_decay: float
+    optimizer: Literal["adamw", "muon"] = "adamw"
+
+    def __attrs_post_init__(self) -> None:
+        config.within(self, f"speeds {self.match}", lr=config.RATE, weight_decay=config.RATE)
+        config.check_regexes([self.match], "speeds")
+
+
+@frozen(kw_only=True)
+class Stage:
+    """What is trained, how long and how fast; steps are optimiser steps."""
+
+    name: str
+    steps: int
+    lr: float
+    weight_decay: float = 0.2
+    warmup: int = 0
+    train: tuple[str, ...] = (".*",)
+    speeds: tuple[Speed, ...] = ()
+
+    def __attrs_post_init__(self) -> None:
+        train.check_stage(self)
+
+
+@frozen(kw_only=True)
+class TrainConfig:
+    """The loop. `batch` is what the loss contrasts; `chunk` only bounds memory."""
+
+    stages: tuple[Stage, ...]
+    batch: int = 128
+    chunk: int = 4
+    precision: Literal["float32", "bfloat16"] = "float32"
+    clip: float = 1.0
+    log: int = 10
+    save: int = 100
+    validate: int = 200
+    keep: Literal["best", "last"] = "best"  # by mean AUROC on the validation split
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __attrs_post_init__(self) -> None:
+        if not self.stages:
+            raise ValueError("train.stages must hold at least one stage")
+        config.within(self, "train", batch=(1, 2**20), chunk=(1, 2**20), clip=(0, 1e6))
+        config.within(self, "train", log=config.COUNT_OR_NONE, save=config.COUNT_OR_NONE, validate=config.COUNT_OR_NONE)
+
+
+@frozen(kw_only=True)
+class EvaluateConfig:
+    """Zero-shot findings on the test split, thresholds from the validation split."""
+
+    findings: tuple[str, ...] = ()  # () = all columns of the label table
+    prompts: Literal["reference", "ctclip", "ensemble"] = "ensemble"
+    rule: Literal["youden", "f1", "corner"] = "youden"
+    bootstrap: int = 1000
+    batch: int = 8
+    names: bool = False  # write volume names, which may say who a patient is, below the scans of the report; else their row in the scores
+
+    def __attrs_post_init__(self) -> None:
+        config.within(self, "evaluate", bootstrap=config.DRAWS, batch=(1, 2**20))
+
+
+@frozen(kw_only=True)
+class Config:
+    """A ct_clip experiment."""
+
+    system: Literal["ct_clip"]
+    about: str = ""
+    seed: int = 0
+    data: DataConfig = DataConfig()
+    ct: CtConfig = CtConfig()
+    vit: VitConfig = VitConfig()
+    encode: EncodeConfig = EncodeConfig()
+    fuse: FuseConfig = FuseConfig()
+    words: WordsConfig = WordsConfig()
+    contrast: ContrastConfig = ContrastConfig()
+    train: TrainConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    def __attrs_post_init__(self) -> None:
+        if bool(self.vit.name) == bool(self.vit.config):
+            raise ValueError("vit must have either a name (hub, folder or .pth) or a config to build from scratch")
+        config.within(self, "experiment", seed=config.SEED)
+        patch = self.vit.config.get("patch_size")
+        if isinstance(patch, int) and patch > 0:  # with a name it is known, and asked again, when the encoder is loaded
+            encode.check_size(self.encode, size_of(self.ct)[1:], patch)
+        if self.vit.whiten and self.vit.name:
+            raise ValueError(f"vit.whiten is for encoders built from scratch; the weights of {self.vit.name!r} would be lost")
+
+
+@frozen(kw_only=True, eq=False)
+class Model:
+    """Everything of a trained system that is not a weight."""
+
+    cfg: Config
+    vit: hub.Skeleton
+    writer: hub.Skeleton | None  # a named text encoder
+    tokenizer: Any
+
+
+def init(cfg: Config, folder: Path, texts: Sequence[str] = ()) -> tuple[Model, Tree]:
+    """Skeletons, tokenizer and starting weights: a pure function of the record, of the named checkpoints and of `texts`.
+
+    Args:
+        folder: of the run; a tokenizer trained on `texts` is kept there and taken from there the next time.
+    """
+    gen = torch.Generator().manual_seed(cfg.seed)
+    vit, weights = hub.load_encoder(cfg.vit.name, "vision") if cfg.vit.name else hub.init_skeleton(cfg.vit.config, gen)
+    encode.check_size(cfg.encode, size_of(cfg.ct)[1:], encode.patch_of(vit))
+    if (got := encode.width(cfg.encode, vit)) != (taken := cfg.fuse.inputs or cfg.fuse.dim):
+        raise ValueError(
+            f"fuse.dim must be the width of the slice encoder, {got}, found {taken}; set fuse.dim={got} (and fuse.heads), or "
+            f"fuse.inputs={got} to project it to fuse.dim"
+        )
+    tok, tower = _tokenizer(cfg, folder, texts), cfg.words.tower
+    if len(tok) > tower.vocabulary:
+        raise ValueError(f"words.tower.vocabulary must hold the tokenizer's {len(tok)} tokens, found {tower.vocabulary}")
+    params: Tree = {"vit": weights, "fuse": fusion.init_fuse(cfg.fuse, gen)}
+    writer, width = None, tower.dim
+    if cfg.words.encoder:
+        writer, params["text"] = hub.load_encoder(cfg.words.encoder, "text")
+        width = _check_writer(cfg.words, writer, params["text"])
+    else:
+        params["text"] = text.init_text(tower, gen)
+    params["project"] = {
+        side: layers.init_linear(size, cfg.contrast.dim, gen, std=size**-0.5, bias=False)
+        for side, size in (("image", fusion.width(cfg.fuse)), ("text", width))
+    }
+    params["contrast"] = {"log_scale": torch.tensor(math.log(cfg.contrast.scale)), "bias": torch.tensor(cfg.contrast.bias)}
+    return Model(cfg=cfg, vit=vit, writer=writer, tokenizer=tok), params
+
+
+def _check_writer(cfg: WordsConfig, writer: hub.Skeleton, params: Tree) -> int:
+    """The width of a named text encoder's rows.
+
+    Raises:
+        ValueError: the context is longer than its positions, or `pool` takes a token that does not see the text.
+    """
+    known = writer.module.config
+    longest = getattr(known, "max_position_embeddings", cfg.tower.context)
+    if cfg.tower.context > longest:
+        raise ValueError(f"words.tower.context must be at most the {longest} positions of {cfg.encoder}, got {cfg.tower.context}")
+    # Two texts that differ in their second token: a causal encoder gives both the same first row, whatever the report says.
+    ids = torch.tensor([[1, 2], [1, 3]])
+    with torch.no_grad():
+        rows = text.encode_text_with(params, ids, torch.ones_like(ids, dtype=torch.bool), model=writer, pool=cfg.pool)
+    if torch.equal(rows[0], rows[1]):
+        raise ValueError(
+            f"words.pool = {cfg.pool!r} takes a token of {cfg.encoder} that does not see the text behind it; set 'last' or 'mean'"
+        )
+    return rows.shape[1]
+
+
+def embed_volumes(model: Model, params: Tree, batch: Mapping[str, Tensor]) -> Tensor:
+    """[b, d] before normalisation and projection, from "slices" (voxels uint8 or int16 [b, s, y, x], or features [b, s, d]),
+    "mask" and "position_mm" [b, s]."""
+    device = params["fuse"]["norm"]["weight"].device
+    mask, z = batch["mask"].to(device), batch["slices"]
+    z = encode.encode_slices(model.cfg.encode, params["vit"], z, mask, vit=model.vit) if z.dim() == 4 else z.to(device).float()
+    return fusion.fuse(model.cfg.fuse, params["fuse"], z, mask, batch["position_mm"].to(device))
+
+
+def embed_texts(model: Model, params: Tree, batch: Mapping[str, Tensor]) -> Tensor:
+    """[b, k, d] before normalisation and projection, from "ids" and "words" (their mask) [b, k, t], k texts of each volume."""
+    device = params["project"]["text"]["weight"].device
+    ids, mask = batch["ids"].to(device).flatten(0, 1), batch["words"].to(device).flatten(0, 1)
+    if model.writer is not None:
+        rows = text.encode_text_with(params["text"], ids, mask, model=model.writer, pool=model.cfg.words.pool)
+    else:
+        rows = text.encode_text(model.cfg.words.tower, params["text"], ids, mask)
+    return rows.unflatten(0, batch["ids"].shape[:2])
+
+
+def statistics(cfg: ContrastConfig, rows: Tensor) -> Tree:
+    """What `place` normalises rows [..., d] with: {"mean" [d]} and, to standardise, {"variance" [d]} over the batch."""
+    if cfg.normalise == "none":
+        return {}
+    rows = rows.float().flatten(0, -2)
+    return {"mean": rows.mean(0)} | ({"variance": rows.var(0, correction=0)} if cfg.normalise == "standardise" else {})
+
+
+def place(params: Tree, side: Literal["image", "text"], rows: Tensor, of: Tree) -> Tensor:
+    """Rows [..., d] of a tower in the common space: normalised by the statistics `of` a batch or the running ones, projected, L2 norm 1."""
+    rows = rows.float()
+    if "mean" in of:
+        rows = rows - of["mean"]
+    if "variance" in of:
+        rows = rows * torch.rsqrt(of["variance"] + 1e-5)
+    return F.normalize(layers.linear(params["project"][side], rows), dim=-1)
+
+
+def contrast(cfg: ContrastConfig, params: Tree, rows: Mapping[str, Tensor]) -> tuple[Tensor, train.Aux]:
+    """The loss over {"image" [b, d], "text" [b, k, d]} of a whole batch, normalised over that batch; the mean over the k texts."""
+    means = {side: statistics(cfg, x) for side, x in rows.items()}
+    image, words = (place(params, side, rows[side], means[side]) for side in ("image", "text"))
+    scale = params["contrast"]["log_scale"].exp()
+    if cfg.loss == "clip":
+        each = [losses.clip_loss(image, w, scale) for w in words.unbind(1)]
+    else:
+        each = [losses.siglip_loss(image, w, scale, params["contrast"]["bias"]) for w in words.unbind(1)]
+    return torch.stack(each).mean(), train.Aux(metrics={"scale": scale}, means=means)
+
+
+def bound(cfg: ContrastConfig, params: Tree) -> Tree:
+    """Trained leaves after a step, the logit scale at most `scale_max`."""
+    found = params.get("contrast", {}).get("log_scale")
+    return params if found is None else merge(params, {"contrast": {"log_scale": found.clamp(max=math.log(cfg.scale_max))}})
+
+
+def _tokenizer(cfg: Config, folder: Path, texts: Sequence[str]) -> Any:
+    if cfg.words.tokenizer or cfg.words.encoder:
+        return tokens.tokenizer(cfg.words.tokenizer or cfg.words.encoder)
+    kept = folder / "tokenizer"
+    if not kept.exists() and not texts:
+        raise ValueError(f"{kept}: the run has no tokenizer yet; train it first")
+    if processes.rank() == 0 and not kept.exists():
+        tokens.train_bpe(texts, cfg.words.tower.vocabulary, kept)
+    processes.meet()
+    return tokens.tokenizer(kept)

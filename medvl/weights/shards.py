@@ -1,0 +1,113 @@
+"""Parameters in parts, one on each process: cut, used as weights, put together again. For training models that one device cannot hold.
+
+A sharded leaf is a `torch.distributed.tensor.DTensor` whose rows lie on the processes. `train.value_and_grad` gives its gradient in the
+same parts, `optim.adamw` moves each part where it lies, `train.save` writes whole tensors. With one process nothing is cut.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from medvl.base.tree import Tree, flatten, map_leaves, matching, unflatten
+from medvl.weights import lazy as weights
+
+
+def mesh(device: str | torch.device = "cpu") -> Any:
+    """All processes in a row, as `torch.distributed` has them; None where there is but one."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return None
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
+
+
+def shard(params: Tree, mesh: Any, *, patterns: Sequence[str] = (".*",), least: int = 2**14) -> Tree:
+    """The leaves to train: matrices as shards, the rest as it is. Every process must hold the same params.
+
+    Args:
+        mesh: from `mesh`; None leaves all whole.
+        patterns: regexes over names; what none matches in full stays whole, as must a matrix that no linear layer or lookup uses.
+        least: values; a smaller matrix stays whole, and its gradient is averaged like any.
+    Raises:
+        ValueError: a pattern that matches nothing, or nothing to cut.
+    """
+    flat = flatten(params)
+    matching(flat, patterns)
+    cut = sharder(mesh, patterns=patterns, least=least)
+    leaves = {n: cut(n, t) for n, t in flat.items()}
+    if mesh is not None and not any_sharded(leaves):
+        raise ValueError(f"shard: none of {len(flat)} parameters is a plain matrix of at least {least} values that a pattern matches")
+    return unflatten(leaves)
+
+
+def sharder(mesh: Any, *, patterns: Sequence[str] = (".*",), least: int = 2**14) -> Callable[[str, Tensor], Tensor]:
+    """(name, weight) -> what `shard` makes of it; given to `hub.load` as `each`, no process ever holds the whole model.
+
+    Args:
+        mesh: or a number of processes, for an estimate: of what would be cut, a plain tensor without values and with a process's rows.
+    """
+    chosen = [re.compile(p) for p in patterns]
+
+    def cut(name: str, t: Tensor) -> Tensor:
+        plain = not isinstance(t, weights.Lazy) and not is_shard(t) and t.is_floating_point()
+        if mesh is None or not plain or t.dim() != 2 or t.numel() < least or not any(p.fullmatch(name) for p in chosen):
+            return t
+        if isinstance(mesh, int):
+            return t.new_empty(-(-len(t) // mesh), t.shape[1])
+        from torch.distributed.tensor import Shard
+
+        return _cut(t, mesh, [Shard(0)])
+
+    return cut
+
+
+def as_weights(leaves: Tree) -> Tree:
+    """What a skeleton is called with: shards as weights that are gathered when used and pass their gradient back in parts."""
+    return map_leaves(lambda t: weights.sharded(t) if is_shard(t) else t, leaves)
+
+
+def gather(leaves: Tree) -> Tree:
+    """Whole tensors: shards as CPU tensors on process 0 and left out on the others, the rest as it is. Every process must call it."""
+    if not any_sharded(leaves):
+        return leaves
+    whole = {n: _whole(t) if is_shard(t) else t for n, t in flatten(leaves).items()}
+    return unflatten({n: t for n, t in whole.items() if t is not None})
+
+
+def placed(tree: Tree, like: Tree) -> Tree:
+    """Whole tensors of any device, placed and cut as those of `like`; both have the same names."""
+    flat = flatten(tree)
+
+    def place(n: str, t: Any) -> Tensor:
+        return _cut(flat[n], t.device_mesh, t.placements) if is_shard(t) else flat[n].to(t.device, copy=True)
+
+    return unflatten({n: place(n, t) for n, t in flatten(like).items()})
+
+
+def is_shard(t: Any) -> bool:
+    """Whether a leaf lies in parts on several processes."""
+    return hasattr(t, "to_local")
+
+
+def any_sharded(tree: Tree) -> bool:
+    """Whether any leaf does."""
+    return any(is_shard(t) for t in flatten(tree).values())
+
+
+def _cut(t: Tensor, mesh: Any, placements: Any) -> Tensor:
+    """This process's part of a tensor that all hold; the rest of its memory is not kept."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    t = t.detach().contiguous()
+    part = distribute_tensor(t, mesh, placements, src_data_rank=None)
+    own = part.to_local().to(mesh.device_type, copy=True)
+    return DTensor.from_local(own, mesh, placements, run_check=False, shape=t.shape, stride=t.stride())
+
+
+def _whole(t: Any) -> Tensor | None:
+    full = t.full_tensor()
+    return full.cpu() if dist.get_rank() == 0 else None

@@ -1,0 +1,683 @@
+"""generate: transformers' generate is the peer for greedy decoding, formulas for drawing, whole texts for pieces."""
+
+import copy
+import functools
+import threading
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from medvl.hub import skeletons as hub
+from medvl.hub import tokens
+from medvl.language import generate as g
+from medvl.language import qwen_vl, vlm
+from medvl.language.generate import Sampling, generate, only, phases, score_options
+from medvl.weights import four_bit as quant
+from medvl.weights import lazy as weights
+from medvl.weights import lora
+from tests import tiny
+
+NAMES = {"input_ids": "ids", "attention_mask": "mask"}
+COUNTS = (1, 2)
+model = functools.cache(tiny.model)
+
+
+def ours(inputs):
+    """A batch in the house's names."""
+    return {NAMES.get(k, k): v for k, v in inputs.items()}
+
+
+def peers_tokens(skeleton, params, inputs, n, **kwargs):
+    with torch.no_grad():
+        out = tiny.peer(skeleton, params).generate(**inputs, do_sample=False, max_new_tokens=n, pad_token_id=0, **kwargs)
+    return out[:, inputs["input_ids"].shape[1] :]
+
+
+def forced(*rows):
+    """A mask that lets every row write just these ids."""
+
+    def allowed(step, so_far):
+        mask = torch.zeros(len(rows), max(map(max, rows)) + 1, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            mask[i, row[min(step, len(row) - 1)]] = True
+        return mask
+
+    return allowed
+
+
+# Greedy ---------------------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", list(tiny.CONFIGS))
+def test_greedy_is_that_of_transformers_whatever_the_padding(kind):
+    """20 tokens: more than phi3's window of 6 and behind it."""
+    skeleton, params = model(kind)
+    left, right = (tiny.batch(kind, COUNTS, side) for side in ("left", "right"))
+    want = peers_tokens(skeleton, params, left, 20, min_new_tokens=20, eos_token_id=None)
+    assert len(want.unique()) > 5
+    for inputs in (left, right):
+        got = generate(Sampling(max_tokens=20), skeleton, params, ours(inputs))
+        assert got.ids == tuple(map(tuple, want.tolist()))
+        assert got.reasons == ("length", "length")
+        assert got.prompt_tokens == tuple(left["attention_mask"].sum(1).tolist())
+    for i in range(2):
+        one = generate(Sampling(max_tokens=20), skeleton, params, ours(tiny.sample(kind, left, i, COUNTS)))
+        assert one.ids[0] == got.ids[i]
+
+
+@pytest.mark.parametrize("kind", list(tiny.CONFIGS))
+def test_greedy_is_decoding_without_a_cache(kind):
+    skeleton, params = model(kind)
+    one = ours(tiny.sample(kind, tiny.batch(kind, COUNTS), 1, COUNTS))
+    one.pop("mm_token_type_ids", None)
+    texts = range(3, 140)  # a placeholder that the model writes would be one of the prompt below
+    got = generate(Sampling(max_tokens=12), skeleton, params, one, allowed=only(texts)).ids[0]
+    for token in got:
+        with torch.no_grad():
+            hidden = vlm.hidden_states(skeleton, params, **{k: v for k, v in one.items() if k != "mask"})
+        logits = F.linear(hidden[0, -1], params[vlm.head_of(skeleton)[0]])
+        assert logits[3:140].argmax() + 3 == token
+        one["ids"] = torch.cat([one["ids"], torch.tensor([[token]])], 1)
+        one["mask"] = torch.ones_like(one["ids"])
+
+
+def test_layers_with_and_without_a_window():
+    config = tiny.CONFIGS["qwen2"] | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+    skeleton, params = hub.init_skeleton(config, torch.Generator().manual_seed(0), head="language")
+    params = {n: t * (4 if t.dim() == 2 else 1) for n, t in params.items()}
+    assert set(skeleton.config["layer_types"]) == {"full_attention", "sliding_attention"}
+    inputs = tiny.batch("qwen2")
+    want = peers_tokens(skeleton, params, inputs, 16, min_new_tokens=16, eos_token_id=None)
+    assert generate(Sampling(max_tokens=16), skeleton, params, ours(inputs)).ids == tuple(map(tuple, want.tolist()))
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen2_5_vl"])
+def test_a_repetition_penalty_is_that_of_transformers_but_for_padding(kind):
+    skeleton, params = model(kind)
+    inputs = tiny.batch(kind, COUNTS)
+    plain = generate(Sampling(max_tokens=20), skeleton, params, ours(inputs))
+    got = generate(Sampling(max_tokens=20, repetition_penalty=1.3), skeleton, params, ours(inputs))
+    assert got.ids != plain.ids
+    for i in range(2):
+        one = tiny.sample(kind, inputs, i, COUNTS)
+        want = peers_tokens(skeleton, params, one, 20, min_new_tokens=20, eos_token_id=None, repetition_penalty=1.3)
+        assert got.ids[i] == tuple(want[0].tolist())
+
+
+def test_a_repetition_penalty_equals_the_processor():
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 40, (3, 12), generator=torch.Generator().manual_seed(1))
+    used = torch.zeros(3, 40, dtype=torch.bool).scatter_(1, ids, True)
+    for penalty in (1.05, 0.8, 2.0):
+        want = RepetitionPenaltyLogitsProcessor(penalty)(ids, logits.clone())
+        assert torch.equal(g.penalise(Sampling(repetition_penalty=penalty), logits, used), want)
+    assert g.penalise(Sampling(), logits, used) is logits
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen2_5_vl"])
+def test_rows_end_by_themselves(kind):
+    skeleton, params = model(kind)
+    inputs = tiny.batch(kind, COUNTS)
+    free = generate(Sampling(max_tokens=16), skeleton, params, ours(inputs))
+    ends = (free.ids[0][5], free.ids[1][9])
+    want = peers_tokens(skeleton, params, inputs, 16, eos_token_id=list(ends))
+    got = generate(Sampling(max_tokens=16, end=ends), skeleton, params, ours(inputs))
+    cut = [next((k for k, t in enumerate(row) if t in ends), 16) for row in free.ids]
+    assert got.ids == tuple(row[:k] for row, k in zip(free.ids, cut, strict=True))
+    assert got.reasons == tuple("end" if k < 16 else "length" for k in cut)
+    assert max(cut) < 16
+    for row, ids, k in zip(want.tolist(), got.ids, cut, strict=True):
+        assert tuple(row[: k + 1]) == (*ids, row[k])
+        assert row[k] in ends
+    late = generate(Sampling(max_tokens=16, min_tokens=12, end=ends), skeleton, params, ours(inputs))
+    want = peers_tokens(skeleton, params, inputs, 16, min_new_tokens=12, eos_token_id=list(ends))
+    assert [row[:12] for row in late.ids] == [tuple(r[:12]) for r in want.tolist()]
+
+
+def test_it_stops_when_all_rows_have_and_projects_one_position():
+    skeleton, params = model("qwen2")
+    seen, batch = [], ours(tiny.batch("qwen2"))
+    skeleton = copy.deepcopy(skeleton)
+    skeleton.module.lm_head.register_forward_hook(lambda m, args, out: seen.append(tuple(out.shape)))
+    free = generate(Sampling(max_tokens=9), skeleton, params, batch)
+    assert seen == [(2, 1, 160)] * 9
+    seen.clear()
+    generate(Sampling(max_tokens=9, end=(free.ids[0][2], free.ids[1][4])), skeleton, params, batch)
+    assert len(seen) <= 5
+
+
+@pytest.mark.parametrize("kind", ["phi3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"])
+def test_calls_leave_nothing_behind_and_threads_do_not_meet(kind):
+    skeleton, params = model(kind)
+    batches = [ours(tiny.batch(kind, counts, seed=s)) for s, counts in ((1, (1, 2)), (2, (0, 3, 1)))]
+    other = {n: t * 0.8 for n, t in params.items()}
+    cfg = Sampling(max_tokens=8)
+    want = [generate(cfg, copy.deepcopy(skeleton), p, b) for p, b in zip((params, other), batches, strict=True)]
+    assert [generate(cfg, skeleton, p, b) for p, b in zip((params, other), batches, strict=True)] == want
+    assert generate(cfg, skeleton, params, batches[0]) == want[0]
+    assert getattr(skeleton.module.model, "rope_deltas", None) is None
+    wrong = []
+
+    def work(i):
+        wrong.extend(i for _ in range(3) if generate(cfg, skeleton, (params, other)[i], batches[i]) != want[i])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert not wrong
+
+
+class Renamed(torch.nn.Module):
+    """A model whose forward pass and output call the cache by one name only, as before transformers 5.2x or after 5.40."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.config = inner, inner.config
+        self.name = g._cache_name(inner)
+
+    def run(self, cache, kwargs):
+        out = self.inner(**kwargs, **({} if cache is None else {self.name: cache}))
+        return out.logits, getattr(out, self.name)
+
+
+class Older(Renamed):
+    def forward(self, *, past_key_values=None, logits_to_keep=0, **kwargs):
+        logits, cache = self.run(past_key_values, kwargs)
+        return SimpleNamespace(logits=logits, past_key_values=cache)
+
+
+class Newer(Renamed):
+    def forward(self, *, cache=None, logits_to_keep=0, **kwargs):
+        logits, cache = self.run(cache, kwargs)
+        return SimpleNamespace(logits=logits, cache=cache)
+
+
+@pytest.mark.parametrize("kind", [Older, Newer])
+def test_the_cache_is_found_under_its_older_and_its_newer_name(kind):
+    skeleton, params = model("qwen3")
+    inputs = tiny.batch("qwen3", COUNTS)
+    renamed = kind(tiny.peer(skeleton, params))
+    call = vlm.arguments(skeleton, ours(inputs))
+    options = torch.tensor([[5, 6, 7], [8, 9, 0]])
+    real = options > 0
+
+    def tokens_of(model_):
+        steps, written = g._steps(model_, call, 6), []
+        scores = next(steps)
+        for _ in range(5):
+            written.append(scores.argmax(-1))
+            scores = steps.send(written[-1])
+        prompt = model_(**call, use_cache=True)
+        return torch.stack(written, 1), g._continued(model_, call, prompt, options, real)
+
+    with torch.no_grad():
+        written, scores = tokens_of(renamed)
+        want = tokens_of(tiny.peer(skeleton, params))
+    assert torch.equal(written, peers_tokens(skeleton, params, inputs, 5, min_new_tokens=5, eos_token_id=None))
+    assert torch.equal(scores, want[1])
+
+
+def test_generation_uses_no_name_that_goes_away():
+    skeleton, params = model("qwen3")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        generate(Sampling(max_tokens=3), skeleton, params, ours(tiny.batch("qwen3", COUNTS)))
+        score_options(skeleton, params, ours(tiny.batch("qwen3", COUNTS)), [[[5, 6], [7]]] * 2)
+
+
+def test_positions_go_on_as_mrope_next_says():
+    skeleton, params = model("qwen2_5_vl")
+    batch = ours(tiny.batch("qwen2_5_vl"))
+    positions, delta = qwen_vl.mrope(batch["ids"], batch["mask"].bool(), batch["image_grid_thw"], image_token=150)
+    call = vlm.arguments(skeleton, batch)
+    assert torch.equal(g._next_position(call), qwen_vl.mrope_next(delta, batch["mask"].sum(1)))
+    plain = {k: v for k, v in batch.items() if k != "mm_token_type_ids"}
+    given = generate(Sampling(max_tokens=6), skeleton, params, plain | {"position_ids": positions})
+    assert given == generate(Sampling(max_tokens=6), skeleton, params, batch)
+
+
+def test_prompts_may_be_embeddings():
+    skeleton, params = model("qwen2")
+    batch = ours(tiny.batch("qwen2", side="right"))
+    embeds = vlm.splice(batch["ids"], torch.zeros(0, 32), params["model.embed_tokens.weight"], 159)
+    got = generate(Sampling(max_tokens=8), skeleton, params, {"inputs_embeds": embeds, "mask": batch["mask"]})
+    assert got == generate(Sampling(max_tokens=8), skeleton, params, batch)
+
+
+def test_left_padded_moves_and_trims():
+    ids, mask = torch.tensor([[5, 6, 0, 0], [7, 0, 0, 0]]), torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]])
+    out = g.left_padded({"ids": ids, "mask": mask, "position_ids": ids.expand(3, -1, -1), "inputs_embeds": ids[..., None].float()})
+    assert out["ids"].tolist() == [[5, 6], [0, 7]]
+    assert out["mask"].tolist() == [[1, 1], [0, 1]]
+    assert out["position_ids"].tolist() == [[[5, 6], [0, 7]]] * 3
+    assert out["inputs_embeds"][..., 0].tolist() == [[5, 6], [0, 7]]
+    with pytest.raises(ValueError, match=r"left_padded: ids must be of the mask's rows and tokens \[2, 4\], got \[2, 3\]"):
+        g.left_padded({"ids": ids[:, 1:], "mask": mask})
+
+
+def test_four_bits_and_weights_per_sample(gen):
+    """The base of a QLoRA, and adapters mixed for each row: the rows are those of calls of their own."""
+    skeleton, params = model("phi3")
+    base = quant.quantize(params, quant.QuantConfig(blocksize=64))
+    adapter = lora.init_lora(lora.LoraConfig(rank=4, pattern="all-linear"), skeleton, gen)
+    held = {f"{m}.weight": [torch.randn(t.shape, generator=gen) * 0.3 for t in (f["a"], f["b"])] for m, f in adapter.factors.items()}
+    gate = torch.tensor([[1.0, 1, 0, 0], [0, 0, 1, 1], [0.5, 0, 0, 0.5]])
+
+    def of(rows):
+        return base | {n: weights.low_rank(base[n], a, b, gate=rows) for n, (a, b) in held.items()}
+
+    inputs, counts = tiny.batch("phi3", (1, 2, 0)), (1, 2, 0)
+    got = generate(Sampling(max_tokens=12), skeleton, of(gate), ours(inputs))
+    for i in range(3):
+        one = ours(tiny.sample("phi3", inputs, i, counts))
+        assert generate(Sampling(max_tokens=12), skeleton, of(gate[i : i + 1]), one).ids[0] == got.ids[i]
+    assert got.ids != generate(Sampling(max_tokens=12), skeleton, base, ours(inputs)).ids
+
+
+# Drawing --------------------------------------------------------------------------------------------------------------------------------
+WAYS = [{"temperature": 0.7}, {"temperature": 1.3, "top_k": 12}, {"temperature": 1.0, "top_p": 0.6}]
+WAYS += [{"temperature": 2.0, "top_k": 30, "top_p": 0.8}, {"temperature": 1.0, "top_p": 1e-6}, {"temperature": 1.0, "top_k": 999}]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_probabilities_are_those_of_transformers(way, gen):
+    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    logits = torch.randn(5, 160, generator=gen) * 2
+    steps = [TemperatureLogitsWarper(way["temperature"])]
+    steps += [TopKLogitsWarper(way["top_k"])] if "top_k" in way else []
+    steps += [TopPLogitsWarper(way["top_p"])] if "top_p" in way else []
+    want = LogitsProcessorList(steps)(torch.zeros(5, 1, dtype=torch.int64), logits.clone()).softmax(-1)
+    torch.testing.assert_close(g.probabilities(Sampling(**way), logits), want)
+
+
+@pytest.mark.parametrize("way", WAYS[:4])
+def test_tokens_are_drawn_from_them(way):
+    """4000 rows draw their first token: frequencies are within 4.5 standard deviations, and their sum of squares is what chance makes."""
+    skeleton, params = model("qwen2")
+    n, prompt = 4000, torch.tensor([[5, 9, 17]])
+    cfg = Sampling(max_tokens=1, seed=3, **way)
+    logits = skeleton(params, prompt).logits[:, -1].detach() * 1.0
+    p = g.probabilities(cfg, logits)[0].double()
+    got = generate(cfg, skeleton, params, {"ids": prompt.expand(n, -1)}).ids
+    seen = torch.bincount(torch.tensor(got).flatten(), minlength=160).double()
+    assert seen[p == 0].sum() == 0
+    kept = p > 0
+    z = (seen - n * p)[kept] / (n * p * (1 - p)).sqrt()[kept]
+    assert z.abs().max() < 4.5
+    free = int(kept.sum()) - 1
+    chi = ((seen - n * p)[kept] ** 2 / (n * p)[kept]).sum()
+    assert abs(chi - free) < 5 * (2 * free) ** 0.5
+
+
+def test_the_ends_of_a_draw_are_tokens_that_may_come(gen):
+    scores = torch.randn(2, 160, generator=gen).index_fill(1, torch.tensor([0, 1, 158, 159]), -torch.inf)
+    draw = torch.tensor([0.0, 1 - 2.0**-32], dtype=torch.float64)
+    assert g._choose(Sampling(temperature=1.0), scores, draw).tolist() == [2, 157]
+
+
+def test_draws_belong_to_their_row():
+    skeleton, params = model("qwen3")
+    batch = ours(tiny.batch("qwen3", (1, 2, 0, 1)))
+    cfg = Sampling(max_tokens=10, temperature=1.5, seed=4)
+
+    def run(rows, **kwargs):
+        return generate(kwargs.pop("cfg", cfg), skeleton, params, {k: v[rows] for k, v in batch.items()}, **kwargs).ids
+
+    whole = run([0, 1, 2, 3])
+    assert run([0, 1, 2, 3]) == whole
+    assert run([0]) == whole[:1]
+    assert run([0, 1]) == whole[:2]
+    assert run([0, 1, 2, 3], cfg=Sampling(max_tokens=10, temperature=1.5, seed=5)) != whole
+    assert run([0, 1, 2, 3], gen=torch.Generator().manual_seed(4)) == whole
+    assert [row[:6] for row in whole] == list(run([0, 1, 2, 3], cfg=Sampling(max_tokens=6, temperature=1.5, seed=4)))
+    own = [torch.Generator().manual_seed(i) for i in range(4)]
+    mine = run([0, 1, 2, 3], gen=own)
+    assert run([3, 1], gen=[torch.Generator().manual_seed(i) for i in (3, 1)]) == (mine[3], mine[1])
+
+
+def test_the_same_prompt_draws_differently_in_different_rows():
+    skeleton, params = model("qwen3")
+    ids = torch.tensor([[5, 6, 7]]).expand(3, -1)
+    assert len(set(generate(Sampling(max_tokens=10, temperature=2.0), skeleton, params, {"ids": ids}).ids)) == 3
+
+
+# Allowed tokens -------------------------------------------------------------------------------------------------------------------------
+def test_only_letters_and_codes_in_phases():
+    skeleton, params = model("qwen2")
+    batch = ours(tiny.batch("qwen2"))
+    with torch.no_grad():
+        logits = skeleton(params, **vlm.arguments(skeleton, batch)).logits[:, -1]
+    letters = [33, 34, 37, 40]
+    got = generate(Sampling(max_tokens=1), skeleton, params, batch, allowed=only(letters))
+    assert [row[0] for row in got.ids] == [letters[k] for k in logits[:, letters].argmax(1).tolist()]
+    codes, end = range(100, 140), 7
+    for cfg in (Sampling(max_tokens=50, end=(end,)), Sampling(max_tokens=50, end=(end,), temperature=3.0)):
+        got = generate(cfg, skeleton, params, batch, allowed=phases((32, only(codes)), (1, only([end]))))
+        assert got.reasons == ("end", "end")
+        assert all(len(row) == 32 and set(row) <= set(codes) for row in got.ids)
+
+
+def test_a_mask_sees_what_was_written():
+    skeleton, params = model("qwen2")
+    seen = []
+
+    def allowed(step, so_far):
+        assert so_far.shape == (2, step)
+        seen.append(so_far.clone())
+        mask = torch.ones(2, 160, dtype=torch.bool)
+        return mask.scatter(1, so_far, False)  # nothing twice
+
+    got = generate(Sampling(max_tokens=30), skeleton, params, ours(tiny.batch("qwen2")), allowed=allowed)
+    assert all(len(set(row)) == 30 for row in got.ids)
+    assert seen[-1].tolist() == [list(row[:29]) for row in got.ids]
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (lambda s, i: torch.zeros(160, dtype=torch.bool), "no token is allowed in row 0 at step 0: its mask is empty"),
+        (lambda s, i: torch.arange(160).expand(2, -1) < torch.tensor([[160], [160 * (s < 3)]]), "row 1 at step 3: its mask is empty"),
+        (lambda s, i: torch.ones(160), r"allowed must give bool \[v\] or \[2, v\] with v <= 160, got torch.float32 \[160\]"),
+        (lambda s, i: torch.ones(3, 160, dtype=torch.bool), r"got torch.bool \[3, 160\]"),
+        (lambda s, i: torch.ones(161, dtype=torch.bool), r"got torch.bool \[161\]"),
+    ],
+)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_masks_that_cannot_be_are_refused(mask, message, temperature):
+    skeleton, params = model("qwen2")
+    with pytest.raises(ValueError, match=message):
+        generate(Sampling(max_tokens=8, temperature=temperature), skeleton, params, ours(tiny.batch("qwen2")), allowed=mask)
+
+
+# Texts ----------------------------------------------------------------------------------------------------------------------------------
+@functools.cache
+def writer():
+    """(tokenizer of single bytes and a few words, model with its vocabulary)."""
+    tok = tokens.train_bpe(["the heart is normal. no nodule, no effusion."] * 4, 290)
+    skeleton, params = hub.init_skeleton(
+        tiny.CONFIGS["qwen2"] | {"vocab_size": len(tok) + 3}, torch.Generator().manual_seed(0), head="language"
+    )
+    return tok, skeleton, {n: t * (5 if t.dim() == 2 else 1) for n, t in params.items()}
+
+
+def ids_of(tok, text):
+    return tok(text, add_special_tokens=False)["input_ids"]
+
+
+def told(rows, **sampling):
+    """What is said of rows of forced ids: (Generated, pieces of each row)."""
+    tok, skeleton, params = writer()
+    pieces = [[] for _ in rows]
+    cfg = Sampling(**({"max_tokens": max(map(len, rows)), "end": (tok.eos_token_id,)} | sampling))
+    rows = [[*row, tok.eos_token_id] for row in rows]
+    out = generate(
+        cfg,
+        skeleton,
+        params,
+        {"ids": torch.ones(len(rows), 2, dtype=torch.int64)},
+        tok=tok,
+        allowed=forced(*rows),
+        on_token=lambda r, p: pieces[r].append(p),
+    )
+    assert all(p for row in pieces for p in row)
+    assert tuple("".join(row) for row in pieces) == out.texts
+    return out, pieces
+
+
+def test_pieces_are_whole_characters():
+    tok = writer()[0]
+    text = "größe 3×4 µm 结节 🫁 👩‍⚕️ normal"
+    out, pieces = told([ids_of(tok, text), ids_of(tok, "no nodule")])
+    assert [t.strip() for t in out.texts] == [text, "no nodule"]
+    assert out.reasons == ("length", "end")
+    assert len(pieces[0]) > 15
+    assert not any("\ufffd" in p for row in pieces for p in row)
+    cut, _ = told([ids_of(tok, "3 🫁")[:-1]], max_tokens=len(ids_of(tok, "3 🫁")) - 1)
+    assert cut.texts[0].strip() == "3 \ufffd"  # the limit fell into a character: what the tokenizer makes of it
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "want"),
+    [
+        ("the heart is normal. no nodule", ("normal",), "the heart is "),
+        ("the heart is normal. no nodule", ("is normal. no nod",), "the heart "),
+        ("the heart is normal. no nodule", ("zz", "heart x", "no nodule"), "the heart is normal. "),
+        ("aab aaab aaaab", ("aaaab",), "aab aaab "),
+        ("größe 结节 🫁 normal", ("节 🫁",), "größe 结"),
+        ("the heart is norma", ("normal",), "the heart is norma"),
+        ("no effusion", ("no effusion",), ""),
+        ("the heart is normal", ("rt", "ea"), "the h"),  # one token holds both
+    ],
+)
+def test_stop_strings_of_several_tokens_are_cut(text, stop, want):
+    tok, *_ = writer()
+    out, _ = told([ids_of(tok, text), ids_of(tok, "no nodule xyz")], stop=stop)
+    assert out.texts[0].lstrip() == want
+    whole = want == text
+    assert (out.reasons[0] == "stop") != whole
+    first = out.ids[0]
+    assert any(s in tok.decode(first) for s in stop) != whole
+    assert whole or not any(s in tok.decode(first[:-1]) for s in stop)
+
+
+def test_a_row_that_stops_does_not_stop_the_others():
+    tok, *_ = writer()
+    out, _ = told([ids_of(tok, "the heart is normal"), ids_of(tok, "no effusion, no nodule")], stop=("heart", "nodule"))
+    assert [t.strip() for t in out.texts] == ["the", "no effusion, no"]
+    assert out.reasons == ("stop", "stop")
+
+
+def test_any_bytes_can_be_told(gen):
+    """Random tokens are no UTF-8: pieces still make the tokenizer's own text, cut at the first stop string."""
+    tok, *_ = writer()
+    rows = [torch.randint(3, len(tok) - 3, (40,), generator=gen).tolist() for _ in range(12)]
+    rows = [[t for t in row if t not in tok.all_special_ids] for row in rows]
+    for stops in ((), ("e", "no"), ("heart", "s ")):
+        out, _ = told(rows, stop=stops)
+        for row, text, reason in zip(rows, out.texts, out.reasons, strict=True):
+            whole = tok.decode(row, clean_up_tokenization_spaces=False)
+            cut = min((whole.find(s) for s in stops if s in whole), default=len(whole))
+            assert text == whole[:cut]
+            assert (reason == "stop") == (cut < len(whole))
+
+
+def test_texts_without_a_listener():
+    tok, skeleton, params = writer()
+    batch = {"ids": torch.tensor([[5, 6, 7], [8, 9, 10]])}
+    out = generate(Sampling(max_tokens=12), skeleton, params, batch, tok=tok)
+    assert out.texts == tuple(tok.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False) for row in out.ids)
+    assert generate(Sampling(max_tokens=12), skeleton, params, batch).texts == ()
+
+
+@pytest.mark.parametrize(("name", "size"), [("phi-3-mini", 32064), ("qwen3", 151669)])
+def test_real_tokenizers_are_told_in_pieces(shared_data, name, size):
+    tok = tokens.tokenizer(shared_data / "tokenizers" / name)
+    config = tiny.CONFIGS["qwen2"] | {"vocab_size": size, "hidden_size": 8, "num_hidden_layers": 1}
+    skeleton, params = hub.init_skeleton(config, torch.Generator().manual_seed(0), head="language")
+    text = "No 8 mm nodule;  größe 结节 🫁,\n\n- HbA1c 8.4 % .\nAnswer: B"
+    ids = ids_of(tok, text)
+    pieces = []
+    cfg = Sampling(max_tokens=len(ids), stop=("Answer:",))
+    out = generate(
+        cfg,
+        skeleton,
+        params,
+        {"ids": torch.tensor([[1, 2]])},
+        tok=tok,
+        allowed=forced(ids),
+        on_token=lambda row, piece: pieces.append(piece),
+    )
+    assert "".join(pieces) == out.texts[0] == text.partition("Answer")[0]
+    assert not any("\ufffd" in p for p in pieces)
+    assert out.reasons == ("stop",)
+
+
+def test_an_error_in_a_listener_ends_the_call():
+    tok, skeleton, params = writer()
+
+    def gone(row, piece):
+        raise ConnectionError("the listener has gone")
+
+    with pytest.raises(ConnectionError, match="has gone"):
+        generate(Sampling(max_tokens=12), skeleton, params, {"ids": torch.tensor([[5, 6]])}, tok=tok, on_token=gone)
+    assert all(p.is_meta for p in skeleton.module.parameters())
+
+
+# Options --------------------------------------------------------------------------------------------------------------------------------
+OPTIONS = [[[33], [34, 35, 36], [40, 41, 42, 43, 44, 45, 46, 47]], [[50, 51], [60], [61, 62]], [[70, 71, 72], [80, 81]]]
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "phi3", "gpt2", "qwen2_5_vl", "internvl"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_options_score_as_in_whole_texts(kind, side):
+    skeleton, params = model(kind)
+    counts = (1, 2, 0)
+    inputs = tiny.batch(kind, counts, side)
+    total, mean = score_options(skeleton, params, ours(inputs), OPTIONS)
+    for i, row in enumerate(OPTIONS):
+        for k, option in enumerate(row):
+            one = ours(tiny.sample(kind, inputs, i, counts))
+            one.pop("mm_token_type_ids", None)
+            n = one["ids"].shape[1]
+            ids = torch.cat([one["ids"], torch.tensor([option])], 1)
+            with torch.no_grad():
+                logits = skeleton(params, **vlm.arguments(skeleton, {**one, "ids": ids, "mask": torch.ones_like(ids)})).logits
+            want = logits[0, n - 1 : -1].log_softmax(-1).gather(1, torch.tensor(option)[:, None]).sum()
+            torch.testing.assert_close(total[i, k], want, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(mean[i, k], want / len(option), rtol=1e-5, atol=1e-5)
+    assert total[2, 2] == mean[2, 2] == -torch.inf
+    assert total.isfinite().sum() == 8
+
+
+def test_letters_score_as_the_next_token():
+    skeleton, params = model("qwen2")
+    batch = ours(tiny.batch("qwen2"))
+    total, mean = score_options(skeleton, params, batch, [[[t] for t in (33, 34, 35)]] * 2)
+    with torch.no_grad():
+        logits = skeleton(params, **vlm.arguments(skeleton, batch)).logits[:, -1]
+    torch.testing.assert_close(total, logits.log_softmax(-1)[:, 33:36])
+    assert torch.equal(total, mean)
+
+
+def test_options_with_weights_per_sample(gen):
+    skeleton, params = model("qwen2")
+    name = "model.layers.1.mlp.up_proj.weight"
+    a, b = torch.randn(2, 32, generator=gen), torch.randn(48, 2, generator=gen)
+    gate = torch.tensor([[1.0, 0], [0, 2]])
+    inputs = tiny.batch("qwen2")
+    got, _ = score_options(skeleton, params | {name: weights.low_rank(params[name], a, b, gate=gate)}, ours(inputs), OPTIONS[:2])
+    for i in range(2):
+        mine = params | {name: params[name] + (b * gate[i]) @ a}
+        one, _ = score_options(skeleton, mine, ours(tiny.sample("qwen2", inputs, i, COUNTS)), OPTIONS[i : i + 1])
+        torch.testing.assert_close(got[i], one[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (OPTIONS, r"each of 2 rows needs options of at least one token"),
+        ([[[1], []], [[2]]], "needs options of at least one token"),
+        ([[], [[2]]], "needs options of at least one token"),
+        ([[[1]], [[160]]], "ids must be from 0 to 159, got 1 to 160"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options, message):
+    skeleton, params = model("qwen2")
+    with pytest.raises(ValueError, match=message):
+        score_options(skeleton, params, ours(tiny.batch("qwen2")), options)
+
+
+# Errors ---------------------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"max_tokens": 0}, r"max_tokens >= 1 \(nothing is generated without a limit\) .*, got max_tokens 0, min_tokens 0"),
+        ({"max_tokens": 4, "min_tokens": 5}, "min_tokens <= max_tokens, got max_tokens 4, min_tokens 5"),
+        ({"temperature": -0.1}, "temperature >= 0"),
+        ({"temperature": float("nan")}, "temperature >= 0"),
+        ({"temperature": 1.0, "top_p": 0.0}, "0 < top_p <= 1, got 1.0, 0, 0.0"),
+        ({"temperature": 1.0, "top_k": -1}, "top_k >= 0"),
+        ({"top_k": 5}, "top_k 5 and top_p 1.0 choose nothing at temperature 0"),
+        ({"stop": ("",)}, "stop must be strings that are not empty"),
+        ({"stop": "###"}, "stop must be strings"),
+        ({"end": (-1,)}, "end ids >= 0"),
+        ({"repetition_penalty": 0.0}, r"need a finite repetition_penalty > 0 \(1 changes nothing\), got 0.0"),
+        ({"repetition_penalty": float("nan")}, "repetition_penalty"),
+    ],
+)
+def test_sampling_refuses(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "kwargs", "message"),
+    [
+        ("qwen2", {"ids": torch.ones(2, 6)}, {}, r"ids must be whole numbers \[b, t\], got float32 \[2, 6\]"),
+        ("qwen2", {"ids": torch.ones(2, 4, dtype=torch.int64)}, {}, r"ids must be of the mask's rows and tokens \[2, 6\], got \[2, 4\]"),
+        ("qwen2", {"mask": torch.tensor([[1] * 6, [0] * 6])}, {}, r"rows \[1\] have none"),
+        ("qwen2", {}, {"on_token": print}, r"need a tokenizer \(tok=tokens.tokenizer\(...\)\)"),
+        ("qwen2", {}, {"cfg": Sampling(stop=("x",))}, r"need a tokenizer .*, got stop \('x',\)"),
+        ("qwen2", {}, {"cfg": Sampling(end=(160,))}, r"end ids must be below the vocabulary's 160, got \[160\]"),
+        ("qwen2", {}, {"cfg": Sampling(max_tokens=600)}, "prompt of 6 tokens and max_tokens 600 are more than the 512 positions of qwen2"),
+        ("qwen2", {}, {"cfg": Sampling(temperature=1.0), "gen": [torch.Generator()]}, "one for each of 2 rows, got 1"),
+        ("internvl", {"pixel_values": None}, {}, "12 image placeholders .* and no pixel_values"),
+        ("internvl", {"pixel_values": torch.ones(2, 3, 16, 16)}, {}, "images make 8 visual tokens, the ids hold 12"),
+        ("internvl", {"ids": torch.ones(2, 17, dtype=torch.int64), "mask": None}, {}, r"no placeholder \(id 150\) in any of 2 rows"),
+        ("qwen2_5_vl", {"image_grid_thw": None}, {}, "needs image_grid_thw"),
+        ("qwen2_5_vl", {"position_ids": torch.ones(2, 3, dtype=torch.int64)}, {}, "must be of the mask's rows and tokens"),
+    ],
+)
+def test_bad_calls_are_refused(kind, change, kwargs, message):
+    skeleton, params = model(kind)
+    cfg = kwargs.pop("cfg", Sampling(max_tokens=2)) if "cfg" in kwargs else Sampling(max_tokens=2)
+    with pytest.raises(ValueError, match=message):
+        generate(cfg, skeleton, params, ours(tiny.batch(kind)) | change, **kwargs)
+
+
+def test_a_checkpointed_skeleton_has_no_cache():
+    skeleton, params = model("qwen2")
+    batch, again = ours(tiny.batch("qwen2")), hub.checkpointed(skeleton)
+    with pytest.raises(ValueError, match="qwen2 is checkpointed, its layers would leave the cache empty"):
+        generate(Sampling(max_tokens=2), again, params, batch)
+    with pytest.raises(ValueError, match="is checkpointed"):
+        score_options(again, params, batch, OPTIONS[:2])
+
+
+def test_special_tokens_are_no_stop_strings():
+    tok, skeleton, params = writer()
+    with pytest.raises(ValueError, match=rf"<\|endoftext\|> are tokens, not text; give their ids \[{tok.eos_token_id}\] as end"):
+        generate(Sampling(stop=("<|endoftext|>",)), skeleton, params, {"ids": torch.tensor([[5]])}, tok=tok)
+
+
+def test_logits_that_are_not_finite_are_an_error():
+    skeleton, params = model("qwen2")
+    broken = params | {"lm_head.weight": params["lm_head.weight"] * torch.nan}
+    for temperature in (0.0, 1.0):
+        with pytest.raises(FloatingPointError, match="row 0 at step 0 are not finite"):
+            generate(Sampling(max_tokens=2, temperature=temperature), skeleton, broken, ours(tiny.batch("qwen2")))
+
+
+def test_constructors_refuse():
+    with pytest.raises(ValueError, match=r"only: needs ids >= 0, got \[\]"):
+        only([])
+    with pytest.raises(ValueError, match=r"only: needs ids >= 0, got \[-1\]"):
+        only([-1])
+    for parts in ((), ((0, only([1])),)):
+        with pytest.raises(ValueError, match="phases: needs parts of at least one step"):
+            phases(*parts)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", ["phi3", "qwen2_5_vl", "internvl"])
+def test_a_gpu_writes_the_same(kind):
+    skeleton, params = model(kind)
+    batch = ours(tiny.batch(kind))
+    there, held = ({k: t.cuda() for k, t in x.items()} for x in (batch, params))
+    for cfg in (Sampling(max_tokens=12), Sampling(max_tokens=12, temperature=1.0, top_p=0.9)):
+        allowed = only(range(3, 140))
+        assert generate(cfg, skeleton, held, there, allowed=allowed) == generate(cfg, skeleton, params, batch, allowed=only(range(3, 140)))

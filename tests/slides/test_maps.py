@@ -1,0 +1,296 @@
+"""Where an answer came from, to be looked at: pictures show the patches where they are, files are whole."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from medvl.language import images
+from medvl.slides import maps as slide_maps
+from medvl.slides.maps import draw_map, draw_slots, draw_top, to_geojson, write_map
+from medvl.slides.relevance import percentiles, top_patches
+from tests.slides.test_relevance import routing
+
+
+# Pictures -------------------------------------------------------------------------------------------------------------------------------
+def _slide(n=40, seed=1):
+    """Patches of 100 at random places, some over each other, in a slide of 1000 x 500."""
+    rng = np.random.default_rng(seed)
+    return np.stack([rng.integers(0, 980, n), rng.integers(0, 480, n)], 1), rng.normal(size=n)
+
+
+def _cover(coords, patch, scale, shape):
+    """For each pixel the patches over it, one patch after another."""
+    over = np.zeros((*shape, len(coords)), bool)
+    for j, (x, y) in enumerate(coords):
+        left, upper, right, lower = (round(v * scale) for v in (x, y, x + patch, y + patch))
+        over[upper:lower, left:right, j] = True
+    return over
+
+
+def _naive(over, count, r, scale):
+    """Levels of all pixels."""
+    if scale == "percentile":
+        return (over * percentiles(r)).sum(-1) / np.maximum(count, 1)
+    mean = (over * np.where(r > 0, r, 0)).sum(-1) / np.maximum(count, 1)
+    return np.array([[max(0.0, 1 + math.log10(v / mean.max()) / 4) if v > 0 else 0.0 for v in row] for row in mean])
+
+
+@pytest.mark.parametrize("scale", ["share", "percentile"])
+def test_map_is_the_naive_one_over_the_thumbnail(scale):
+    coords, r = _slide()
+    r[:20] *= 10.0 ** -np.arange(20)  # over more than the four powers of ten
+    rng = np.random.default_rng(2)
+    thumbnail = rng.integers(0, 255, (250, 500, 3)).astype(np.uint8)
+    drawn = np.asarray(draw_map(r, coords, 100, thumbnail=thumbnail, level0_size=(1000, 500), size=500, scale=scale))[:250]
+    over = _cover(coords, 100, 0.5, (250, 500))
+    count = over.sum(-1)
+    assert count.max() > 2
+    assert (count == 0).any()
+    mean = np.round(_naive(over, count, r, scale), 9)
+    wanted = np.where(count[..., None] > 0, 0.6 * thumbnail + 0.4 * 255 * slide_maps._colours()(mean)[..., :3], thumbnail)
+    assert np.abs(drawn - wanted).max() < 0.8  # rounded twice
+    np.testing.assert_array_equal(drawn[count == 0], thumbnail[count == 0])  # untouched
+    shuffled = np.random.default_rng(3).permutation(len(r))
+    again = draw_map(
+        r[shuffled], coords[shuffled], 100, thumbnail=Image.fromarray(thumbnail), level0_size=(1000, 500), size=500, scale=scale
+    )
+    np.testing.assert_array_equal(np.asarray(again)[:250], drawn)
+
+
+def test_slots_are_those_of_most_patches():
+    coords, _ = _slide()
+    w, _ = routing(n=40)
+    w[7] = 0
+    drawn = np.asarray(draw_slots(w, coords, 100, level0_size=(1000, 500), size=500, alpha=1))[:250]
+    over = _cover(coords, 100, 0.5, (250, 500))
+    votes = np.stack([over[..., (w.argmax(1) == k) & w.any(1)].sum(-1) for k in range(6)], -1)
+    best = np.where(votes.any(-1), votes.argmax(-1), 6)
+    colours = np.array([*slide_maps._slot_colours(6), slide_maps._TISSUE])
+    covered = over.any(-1)
+    np.testing.assert_array_equal(drawn[covered], colours[best][covered])
+    assert (best[covered] == 6).any()  # a patch without weight is grey
+
+
+def test_many_small_patches_leave_no_seam():
+    side = 700
+    coords = np.stack(np.meshgrid(np.arange(side), np.arange(side)), -1).reshape(-1, 2) * 256
+    canvas = slide_maps._canvas("f", len(coords), coords, 256, None, (side * 256, side * 256), 512, None)
+    covered = slide_maps._sums(canvas, np.ones(len(coords)))
+    assert covered.shape == (512, 512)
+    assert covered.min() >= 1  # less than a pixel each, and every pixel has one
+    for corner in ([210, 210], [255.9 * side, 3]):  # between two pixels' middles, at the edge
+        one = slide_maps._canvas("f", 1, [corner], 256, None, (side * 256, side * 256), 512, None)
+        assert slide_maps._sums(one, np.ones(1)).sum() == 1
+
+
+def test_slot_colours_are_apart():
+    colours = slide_maps._slot_colours(40)
+    assert len(set(colours[:32])) == 32
+    assert colours[0] == (0, 0x72, 0xB2)
+    assert colours[32:] == colours[:8]
+    gaps = np.linalg.norm(np.array(colours[:32])[:, None] - np.array(colours[:32]), axis=-1)
+    assert gaps[~np.eye(32, dtype=bool)].min() > 25
+
+
+def _texts(monkeypatch):
+    said, draw = [], slide_maps.ImageDraw.ImageDraw.text
+    monkeypatch.setattr(
+        slide_maps.ImageDraw.ImageDraw, "text", lambda self, xy, text, *a, **k: (said.append(text), draw(self, xy, text, *a, **k))
+    )
+    return said
+
+
+def test_what_is_written_on_the_pictures(monkeypatch):
+    said = _texts(monkeypatch)
+    coords, _ = _slide(n=3)
+    draw_map([1.0, 2.0, 7.0], [[0, 0], [200, 0], [800, 300]], 100, level0_size=(1000, 500), mpp=0.5, mark=2)
+    assert {"1", "2", "0.1 mm", "1/10,000 or less", "patch 1 holds 70.0 % of the relevance, the top 1 % (1 of 3) 70.0 %"} <= set(said)
+    assert "3" not in said
+    said.clear()
+    draw_map([-1.0, 0.0], None, 100)
+    assert said[-1] == "no patch has positive relevance; no coordinates: patches in the order of the file"
+    said.clear()
+    draw_slots([[1.0, 0.0], [1.0, 2.0]], coords[:2], 100)
+    assert {"0", "1", "50.0"} <= set(said)
+    assert said[-1].endswith("2 patches")
+
+
+def test_the_scale_bar_is_as_long_as_it_says(monkeypatch):
+    said = _texts(monkeypatch)
+    for mpp, mm in ((0.5, 0.2), (0.25, 0.1)):
+        plain, barred = (np.asarray(draw_map([1.0], [[0, 0]], 10, level0_size=(2000, 1000), size=1000, mpp=m)) for m in (None, mpp))
+        dark = ((barred[:500] == slide_maps._INK) & (plain[:500] != slide_maps._INK)).all(-1)
+        assert abs(dark.sum(1).max() - 1000 * mm / mpp / 2) <= 1  # two level-0 pixels per pixel
+        assert f"{mm} mm" in said
+
+
+def test_sizes():
+    coords, r = _slide()
+    for size in (64, 300, 1024):
+        assert max(draw_map(r, coords, 100, level0_size=(1000, 500), size=size).size) >= size
+    assert draw_map(r, coords, 100, level0_size=(1000, 500), size=1000).width == 1000
+    narrow = draw_map(r[:2], [[0, 0], [0, 90_000]], 100, size=500)
+    assert narrow.height > 500
+    assert draw_map([1.0], [[5, 5]], 1).width >= 1024
+    assert draw_slots(np.eye(40)[:3], None, 256).width == 1024
+
+
+def test_pictures_refuse_what_is_not_this_slide():
+    coords, r = _slide()
+    thumbnail, whole = np.zeros((50, 100, 3), np.uint8), (1000, 500)
+    for keys, found in (
+        ({"thumbnail": thumbnail}, r"a thumbnail needs level0_size"),
+        (
+            {"thumbnail": thumbnail, "level0_size": (500, 1000)},
+            r"must begin inside of the slide, \[500.0, 1000.0\] level-0 pixels, got \d+ of 40",
+        ),
+        ({"thumbnail": thumbnail.swapaxes(0, 1), "level0_size": whole}, r"show the whole slide, 1000 x 500, got one of 50 x 100"),
+        ({"level0_size": (1000, 0)}, r"level0_size must be \(width, height\) > 0"),
+        ({"mpp": 0.0}, r"patch_size and mpp must be > 0 and size >= 64, got 100, 0.0 and 1024"),
+        ({"alpha": 1.5}, r"alpha must be in 0..1, got 1.5"),
+        ({"scale": "log"}, 'scale must be "share" or "percentile", got \'log\''),
+    ):
+        with pytest.raises(ValueError, match=f"draw_map: .*{found}"):
+            draw_map(r, coords, 100, **keys)
+    with pytest.raises(ValueError, match="draw_map: without coords patches have no place"):
+        draw_map(r, None, 100, level0_size=whole)
+    with pytest.raises(ValueError, match="draw_slots: needs at least one patch and one slot"):
+        draw_slots(np.zeros((0, 3)), None, 100)
+    with pytest.raises(ValueError, match=r"draw_slots: coords must be \[2, 2\]"):
+        draw_slots(np.ones((2, 3)), coords, 100)
+
+
+def test_the_grid_of_top_patches_is_cut_from_the_slide():
+    slide = np.random.default_rng(0).integers(0, 255, (500, 1000, 3)).astype(np.uint8)
+    asked = []
+
+    def read(x, y, side):
+        asked.append((x, y, side))
+        return slide[y : y + side, x : x + side]
+
+    best = top_patches(np.arange(7.0), np.arange(14).reshape(7, 2) * 20, 7)
+    picture = np.asarray(draw_top(best, 36, read, columns=5, tile=36))
+    assert asked == [(p.x, p.y, 36) for p in best]
+    gap = 3
+    np.testing.assert_array_equal(picture[gap : gap + 36, gap : gap + 36], slide[260:296, 240:276])
+    assert draw_top(best, 36, None) is None
+    with pytest.raises(ValueError, match="needs patches with coordinates"):
+        draw_top(top_patches([1.0], None), 36, read)
+
+
+# Files ----------------------------------------------------------------------------------------------------------------------------------
+def test_geojson_is_what_qupath_reads():
+    coords = np.stack([np.arange(200) * 64, np.full(200, 32)], 1)
+    r = 10 ** np.random.default_rng(0).uniform(-5, 1, size=200)
+    r[:9] *= -1
+    shapes = json.loads(json.dumps(to_geojson(r, coords, 64), allow_nan=False))
+    assert set(shapes) == {"type", "features"}
+    assert shapes["type"] == "FeatureCollection"
+    assert len(shapes["features"]) == 200
+    for j, f in enumerate(shapes["features"]):
+        assert (f["type"], f["geometry"]["type"], f["properties"]["objectType"]) == ("Feature", "Polygon", "detection")
+        x = 64 * j
+        assert f["geometry"]["coordinates"] == [[[x, 32], [x + 64, 32], [x + 64, 96], [x, 96], [x, 32]]]
+        rank = 1 + (r > r[j]).sum()
+        measured = {"Relevance": r[j], "Relevance percentile": 1 - (rank - 1) / 200, "Relevance rank": rank}
+        assert f["properties"]["measurements"] == pytest.approx(measured)
+        kind = f["properties"]["classification"]
+        share = r[j] / r.max()
+        assert kind["name"] == f"Relevance {_class(share)} of the highest"
+        assert all(isinstance(c, int) and 0 <= c <= 255 for c in kind["color"])
+        assert len(kind["color"]) == 3
+    assert len({tuple(f["properties"]["classification"]["color"]) for f in shapes["features"]}) == 4
+
+
+def _class(share):
+    return next((f"over 1/{n}" for n in (10, 100, 1000) if share >= 1 / n), "under 1/1000")
+
+
+@pytest.mark.parametrize("holders", [0, 1])
+def test_patches_that_hold_nothing_are_in_no_upper_class(holders):
+    """By rank, half of those without any relevance would be an upper half."""
+    r = np.zeros(50)
+    r[7 : 7 + holders] = 2.0
+    shapes = to_geojson(r, np.stack([np.arange(50) * 64] * 2, 1), 64)["features"]
+    kinds = [f["properties"]["classification"]["name"] for f in shapes]
+    assert kinds.count("Relevance under 1/1000 of the highest") == 50 - holders
+    assert holders == 0 or kinds[7] == "Relevance over 1/10 of the highest"
+
+
+def test_geojson_where_qupath_crops_the_slide():
+    coords, r = _slide()
+    moved = to_geojson(r, coords + np.array([12288, 2048]), 10, offset=(12288, 2048))
+    assert moved == to_geojson(r, coords, 10)
+    with pytest.raises(ValueError, match=r"offset must be the slide's \(bounds-x, bounds-y\), got \(12288, 2048\); a patch at \["):
+        to_geojson(r, coords, 10, offset=(12288, 2048))
+
+
+def test_geojson_of_the_top_patches():
+    coords, r = _slide()
+    top = to_geojson(r, coords, 10.5, top=4, classes=[("hot", 0.0)])["features"]
+    assert [f["properties"]["measurements"]["Relevance rank"] for f in top] == [1, 2, 3, 4]
+    assert top[0]["geometry"]["coordinates"][0][2] == [coords[r.argmax()][0] + 10.5, coords[r.argmax()][1] + 10.5]
+    assert {f["properties"]["classification"]["name"] for f in top} == {"hot"}
+    with pytest.raises(ValueError, match="needs coords"):
+        to_geojson(r, None, 10)
+    with pytest.raises(ValueError, match="top >= 1 or None, got 10 and 0"):
+        to_geojson(r, coords, 10, top=0)
+    for classes in ([], [("a", 0.1)], [("a", 0.0), ("b", 0.0)], [("a", 0.0), ("b", 1.0)]):
+        with pytest.raises(ValueError, match="rising from 0 to below 1"):
+            to_geojson(r, coords, 10, classes=classes)
+
+
+def test_a_map_in_files(tmp_path):
+    coords, r = _slide()
+    w, _ = routing(n=40)
+    read = lambda x, y, side: Image.new("RGB", (side, side), "red")
+    into = write_map(tmp_path, "TCGA-1.DX1", r, w, coords, 100, top=5, read_region=read, level0_size=(1000, 500), size=200)
+    assert into == tmp_path / "TCGA-1.DX1"
+    assert sorted(f.name for f in into.iterdir()) == ["map.geojson", "map.png", "slots.png", "top.csv", "top.png"]
+    for name, wanted in (
+        ("map", draw_map(r, coords, 100, level0_size=(1000, 500), size=200, mark=5)),
+        ("slots", draw_slots(w, coords, 100, level0_size=(1000, 500), size=200)),
+    ):
+        np.testing.assert_array_equal(np.asarray(Image.open(into / f"{name}.png")), np.asarray(wanted))
+    assert len(json.loads((into / "map.geojson").read_text())["features"]) == 40
+    rows = list(csv.DictReader((into / "top.csv").open()))
+    assert [int(row["row"]) for row in rows] == np.argsort(-r)[:5].tolist()
+    assert [(int(row["x"]), int(row["y"])) for row in rows] == [tuple(coords[j]) for j in np.argsort(-r)[:5]]
+    write_map(tmp_path, "TCGA-1.DX1", r, w, None, 100, size=200)  # what is no longer so is gone
+    assert sorted(f.name for f in into.iterdir()) == ["map.png", "slots.png", "top.csv"]
+    assert next(csv.DictReader((into / "top.csv").open()))["x"] == ""
+
+
+def test_a_map_that_fails_writes_nothing(tmp_path):
+    coords, r = _slide()
+    w, _ = routing(n=40)
+    for name in ("", "..", "a/b", "a\\b"):
+        with pytest.raises(ValueError, match="the name becomes that of a file"):
+            write_map(tmp_path, name, r, w, coords, 100)
+    with pytest.raises(ValueError, match=r"weights must be \[40, k\], a row per patch of relevance, got 39 rows"):
+        write_map(tmp_path, "a", r, w[1:], coords, 100)
+    with pytest.raises(ValueError, match="draw_slots: weights"):
+        write_map(tmp_path, "a", r, -w, coords, 100)
+    assert not list(tmp_path.iterdir())
+
+
+def test_over_a_real_slide(shared_data, tmp_path):
+    slide = images.open_image(shared_data / "pathology" / "cmu-1-small-region.svs", page=0)
+    assert slide.size == (2220, 2967)
+    coords = np.stack(np.meshgrid(np.arange(0, 2220, 240), np.arange(0, 2967, 240)), -1).reshape(-1, 2)
+    grey = [np.asarray(slide.crop((x, y, x + 240, y + 240)).convert("L")).mean() for x, y in coords.tolist()]
+    coords = coords[np.array(grey) < 225]
+    r = -np.linalg.norm(coords - [1200, 1400], axis=1) + 1000
+    read = lambda x, y, side: slide.crop((x, y, x + side, y + side))
+    keys = {"thumbnail": slide.resize((555, 742)), "level0_size": slide.size, "mpp": 0.499, "size": 400, "read_region": read}
+    into = write_map(tmp_path, "cmu-1", r, np.random.default_rng(0).random((len(r), 16)), coords, 240, **keys)
+    drawn = Image.open(into / "map.png")
+    left = (drawn.width - 299) // 2
+    untouched = np.asarray(slide.resize((555, 742)).resize((299, 400), Image.Resampling.LANCZOS))
+    changed = (np.asarray(drawn)[:400, left : left + 299] != untouched).any(-1)
+    assert not changed[:30, :100].any()  # no patch there
+    assert changed[170:210, 140:180].mean() > 0.95  # the most relevant ones
