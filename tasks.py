@@ -17,7 +17,9 @@ def _call(f, *args, **kwargs):
     _explain(args)
     logging.captureWarnings(True)
     try:
-        with logging_redirect_tqdm():  # a warning takes a bar away before it is written, and does not land behind it
+        with (
+            logging_redirect_tqdm()
+        ):  # a warning takes a bar away before it is written, and does not land behind it
             done = f(*args, **kwargs)
         sys.stdout.flush()
         return done
@@ -26,7 +28,9 @@ def _call(f, *args, **kwargs):
     except BrokenPipeError as e:
         if not _is_unread():
             _refuse(str(e))
-        nowhere = os.open(os.devnull, os.O_WRONLY)  # Python writes what is left at its end, and would complain
+        nowhere = os.open(
+            os.devnull, os.O_WRONLY
+        )  # Python writes what is left at its end, and would complain
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
         sys.exit(128 + signal.SIGPIPE)
@@ -82,7 +86,10 @@ def _needs(**given):
         _refuse(f"{' and '.join(missing)} must be given; add --help to see what for")
 
 
-SET = {"exp": "name in experiments/, path of a .toml, or a run's folder", "set_": "key.path=value in TOML syntax, repeatable"}
+SET = {
+    "exp": "name in experiments/, path of a .toml, or a run's folder",
+    "set_": "key.path=value in TOML syntax, repeatable",
+}
 
 
 @task(iterable=["set_"], help=SET)
@@ -143,7 +150,11 @@ def preprocess(c, source, out, exp="", set_=None, metadata="", workers="1", shee
     _needs(source=source, out=out)
     from medvl.systems import run
 
-    sys.exit(_call(run.preprocess, source, out, exp, set_ or (), metadata, _whole("workers", workers, 1, 1024), sheet))
+    sys.exit(
+        _call(
+            run.preprocess, source, out, exp, set_ or (), metadata, _whole("workers", workers, 1, 1024), sheet
+        )
+    )
 
 
 @task(
@@ -182,8 +193,24 @@ def adapters(
     _needs(action=action)
     from medvl.systems import ask
 
-    about = {"name": name, "vector": vector, "description": description, "category": category, "embedder": embedder}
-    _call(ask.manage, action, registry, path=path, samples=samples, **about, base=base, root=root, overrides=set_ or ())
+    about = {
+        "name": name,
+        "vector": vector,
+        "description": description,
+        "category": category,
+        "embedder": embedder,
+    }
+    _call(
+        ask.manage,
+        action,
+        registry,
+        path=path,
+        samples=samples,
+        **about,
+        base=base,
+        root=root,
+        overrides=set_ or (),
+    )
 
 
 @task(
@@ -222,7 +249,15 @@ def ask(
     """Ask the adapters that fit a question and its images, or a run about images or a slide. Research use, not for diagnosis."""
     from medvl.systems import ask
 
-    given = {"adapters": adapters, "run": run, "slide": slide, "images": image or (), "mode": mode, "own": own, "base": base}
+    given = {
+        "adapters": adapters,
+        "run": run,
+        "slide": slide,
+        "images": image or (),
+        "mode": mode,
+        "own": own,
+        "base": base,
+    }
     given |= {"k": _whole("k", k) if k else -1, "max_tokens": _whole("max-tokens", max_tokens, 1, 2**20)}
     _call(ask.ask, question, **given, out=out, offset=offset, overrides=set_ or ())
 
@@ -245,7 +280,9 @@ def slides(c, action, features, data=None, out="", dims="0", encoder="", drop=Fa
     _needs(action=action, features=features)
     from medvl.systems import ask
 
-    sys.exit(_call(ask.slides, action, features, data or (), out, _whole("dims", dims, 0, 2**17), encoder, drop))
+    sys.exit(
+        _call(ask.slides, action, features, data or (), out, _whole("dims", dims, 0, 2**17), encoder, drop)
+    )
 
 
 SCAN = {

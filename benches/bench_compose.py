@@ -14,17 +14,33 @@ LAYERS, D, K, RANK = 168, 64, 14, 8  # the layers of a 24-block language model, 
 
 def _adapters(k, layers, d, r):
     gen = torch.Generator().manual_seed(0)
-    draw = lambda: {f"l{i}": {"a": torch.randn(r, d, generator=gen), "b": torch.randn(d, r, generator=gen)} for i in range(layers)}
+    draw = lambda: {
+        f"l{i}": {"a": torch.randn(r, d, generator=gen), "b": torch.randn(d, r, generator=gen)}
+        for i in range(layers)
+    }
     names = [f"l{i}" for i in range(layers)]
-    return [Adapter(factors=draw(), scale=dict.fromkeys(names, 0.5), kinds=dict.fromkeys(names, "linear"), name=f"a{j}") for j in range(k)]
+    return [
+        Adapter(
+            factors=draw(),
+            scale=dict.fromkeys(names, 0.5),
+            kinds=dict.fromkeys(names, "linear"),
+            name=f"a{j}",
+        )
+        for j in range(k)
+    ]
 
 
 @pytest.mark.parametrize("sample", [1, 500])
 def bench_mixture(measure, sample):
     """14 adapters, weights of a batch of 4: gates, and nothing that grows from batch to batch."""
-    pool, weights = stack_adapters(_adapters(K, LAYERS, D, RANK)), torch.rand(500, 4, K, generator=torch.Generator().manual_seed(1))
+    pool, weights = (
+        stack_adapters(_adapters(K, LAYERS, D, RANK)),
+        torch.rand(500, 4, K, generator=torch.Generator().manual_seed(1)),
+    )
     kept = [compose_adapters(pool, w) for w in weights[: sample - 1]]
-    mixed = measure(compose_adapters, pool, weights[sample - 1], rounds=50, layers=LAYERS, k=K, r=RANK, b=4, sample=sample)
+    mixed = measure(
+        compose_adapters, pool, weights[sample - 1], rounds=50, layers=LAYERS, k=K, r=RANK, b=4, sample=sample
+    )
     assert len(kept) == sample - 1
     assert mixed.gate["l0"].shape == (4, K * RANK)
 
@@ -36,7 +52,14 @@ def bench_stack(measure):
 def bench_fusion_linear(measure):
     """What `bench_peft_linear` does, from a pool."""
     pool = stack_adapters(_adapters(K, LAYERS, D, RANK))
-    measure(lambda: compose_adapters(pool, [1 / K] * K, mode="fusion", rule="linear"), rounds=10, layers=LAYERS, k=K, r=RANK, d=D)
+    measure(
+        lambda: compose_adapters(pool, [1 / K] * K, mode="fusion", rule="linear"),
+        rounds=10,
+        layers=LAYERS,
+        k=K,
+        r=RANK,
+        d=D,
+    )
 
 
 def bench_peft_linear(measure, benchmark):
@@ -56,7 +79,11 @@ def bench_peft_linear(measure, benchmark):
         spent.append(1e3 * (perf_counter() - start))
 
     measure(add, rounds=15, layers=LAYERS, k=K, r=RANK, d=D)
-    benchmark.extra_info |= {"first_ms": round(spent[0], 1), "last_ms": round(spent[-1], 1), "samples": len(spent)}
+    benchmark.extra_info |= {
+        "first_ms": round(spent[0], 1),
+        "last_ms": round(spent[-1], 1),
+        "samples": len(spent),
+    }
 
 
 @pytest.mark.parametrize("how", ["cores", "dense"])
@@ -77,7 +104,11 @@ def bench_svd_ratio(benchmark):
     benchmark.pedantic(_cores, (pool,), rounds=10, warmup_rounds=1)
     best = {f: min(_seconds(f, pool) for _ in range(n)) for f, n in ((_cores, 10), (_dense, 2))}
     ratio = best[_dense] / best[_cores]
-    benchmark.extra_info |= {"ratio": round(ratio), "dense_ms": round(1e3 * best[_dense], 1), "cores_ms": round(1e3 * best[_cores], 2)}
+    benchmark.extra_info |= {
+        "ratio": round(ratio),
+        "dense_ms": round(1e3 * best[_dense], 1),
+        "cores_ms": round(1e3 * best[_cores], 2),
+    }
     assert ratio >= 50
 
 

@@ -28,7 +28,10 @@ def loop(cfg, p, x):
         c = (w[:, None] * x).sum(0) / (w.sum() + 1e-9)
         one = lambda name, z, i=i: F.linear(z, p["experts"][name]["weight"][i], p["experts"][name]["bias"][i])
         norm = p["experts"]["norm"]
-        tokens.append(c + F.layer_norm(one("down", F.gelu(one("up", c))), (cfg.dim,), norm["weight"][i], norm["bias"][i]))
+        tokens.append(
+            c
+            + F.layer_norm(one("down", F.gelu(one("up", c))), (cfg.dim,), norm["weight"][i], norm["bias"][i])
+        )
     return torch.stack(tokens)
 
 
@@ -56,7 +59,9 @@ def bench_gradient(measure):
 
     def step():
         out = compress(cfg, params, x)
-        return torch.autograd.grad(out.tokens.square().mean() + 0.1 * reference_aux(out.aux), list(leaves.values()))
+        return torch.autograd.grad(
+            out.tokens.square().mean() + 0.1 * reference_aux(out.aux), list(leaves.values())
+        )
 
     measure(step, rounds=5, b=B, n=N, d=D, k=16)
 

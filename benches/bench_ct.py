@@ -80,7 +80,9 @@ def naive(path: Path) -> np.ndarray:
     size = (160, 224, 224)
     scale = min(k / n for k, n in zip(size, v.shape, strict=True))
     new = [round(n * scale) for n in v.shape]
-    v = F.interpolate(torch.from_numpy(np.ascontiguousarray(v))[None, None], size=new, mode="trilinear", align_corners=False)[0, 0].numpy()
+    v = F.interpolate(
+        torch.from_numpy(np.ascontiguousarray(v))[None, None], size=new, mode="trilinear", align_corners=False
+    )[0, 0].numpy()
     before = [(k - n) // 2 for k, n in zip(size, new, strict=True)]
     v = np.pad(v, [(b, k - n - b) for b, n, k in zip(before, new, size, strict=True)], constant_values=-1000)
     return ((v / 1000 + 1) / 2 * 255).clip(0, 255).astype(np.uint8)
@@ -126,7 +128,10 @@ def make(path: Path) -> Path:
         v, affine = np.asanyarray(image.dataobj).astype(np.float32), image.affine
     else:
         g = np.mgrid[-1:1:64j, -1:1:64j, -1:1:79j]
-        v, affine = np.where((g[0] / 0.8) ** 2 + (g[1] / 0.6) ** 2 < 1, 40, -1000).astype(np.float32), np.diag([-4.2, -4.2, 4.0, 1])
+        v, affine = (
+            np.where((g[0] / 0.8) ** 2 + (g[1] / 0.6) ** 2 < 1, 40, -1000).astype(np.float32),
+            np.diag([-4.2, -4.2, 4.0, 1]),
+        )
     affine = affine @ np.diag([*(np.array(v.shape) / SHAPE), 1])
     v = F.interpolate(torch.from_numpy(v)[None, None], size=SHAPE, mode="trilinear")[0, 0].numpy()
     body = v > -900
@@ -142,7 +147,12 @@ def _resident(path: Path, code: str) -> float:
         "peak = lambda: int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0]) / 1024; before = peak(); "
         f"p = Path(sys.argv[1]); {code}; print(peak() - before)"
     )
-    done = subprocess.run([sys.executable, "-c", program, path, Path(__file__).parent], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, path, Path(__file__).parent],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return float(done.stdout)
 
 
@@ -169,11 +179,19 @@ def main(rounds: int = 4) -> None:
         floor, slow = statistics.median(times["inflate"]), statistics.median(times["naive reference"])
         for name, t in times.items():
             m = statistics.median(t)
-            print(f"{name:20s} CPU median {m:7.3f} s  min {min(t):7.3f}  {m / floor:6.2f} x inflate  {slow / m:6.2f} x faster than naive")
+            print(
+                f"{name:20s} CPU median {m:7.3f} s  min {min(t):7.3f}  {m / floor:6.2f} x inflate  {slow / m:6.2f} x faster than naive"
+            )
         raw = np.prod(SHAPE) * 2 / 2**20
-        for name, code in {"mm": "b.preprocess(p)", "reference": "b.preprocess(p, b.CONFIGS['reference'])", "naive": "b.naive(p)"}.items():
+        for name, code in {
+            "mm": "b.preprocess(p)",
+            "reference": "b.preprocess(p, b.CONFIGS['reference'])",
+            "naive": "b.naive(p)",
+        }.items():
             mib = _resident(path, code)
-            print(f"resident {name:12s} {mib:7.0f} MiB above import = {mib / raw:.2f} x the raw scan of {raw:.0f} MiB")
+            print(
+                f"resident {name:12s} {mib:7.0f} MiB above import = {mib / raw:.2f} x the raw scan of {raw:.0f} MiB"
+            )
 
 
 if __name__ == "__main__":

@@ -9,17 +9,31 @@ import torch
 from torch import Tensor
 
 from medvl.components.encode import EncodeConfig, encode_slices, windows
-from medvl.hub import skeletons as hub
+from medvl.hub import skeletons
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-SMALL = {"model_type": "dinov2", "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 64, "patch_size": 8}
+SMALL = {
+    "model_type": "dinov2",
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "image_size": 64,
+    "patch_size": 8,
+}
 TINY = SMALL | {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1, "image_size": 32}
-BASE = {"model_type": "dinov2", "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 518, "patch_size": 14}
+BASE = {
+    "model_type": "dinov2",
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 518,
+    "patch_size": 14,
+}
 
 
-def encoder(config: dict, dtype: torch.dtype = torch.float32) -> tuple[hub.Skeleton, hub.Params]:
-    skeleton, params = hub.init_skeleton(config, torch.Generator().manual_seed(0))
+def encoder(config: dict, dtype: torch.dtype = torch.float32) -> tuple[skeletons.Skeleton, skeletons.Params]:
+    skeleton, params = skeletons.init_skeleton(config, torch.Generator().manual_seed(0))
     return skeleton, {n: t.to(DEVICE, dtype) for n, t in params.items()}
 
 
@@ -31,12 +45,14 @@ def volumes(b: int, s: int, px: int) -> tuple[Tensor, Tensor]:
     return torch.randint(0, 256, (b, s, px, px), generator=gen, dtype=torch.uint8).to(DEVICE), mask.to(DEVICE)
 
 
-def module_of(config: dict, params: hub.Params, attention: str, dtype: torch.dtype) -> torch.nn.Module:
+def module_of(config: dict, params: skeletons.Params, attention: str, dtype: torch.dtype) -> torch.nn.Module:
     """transformers' module with these weights."""
     from transformers import AutoConfig, AutoModel
 
     options = {k: v for k, v in config.items() if k != "model_type"}
-    model = AutoModel.from_config(AutoConfig.for_model(config["model_type"], **options), attn_implementation=attention)
+    model = AutoModel.from_config(
+        AutoConfig.for_model(config["model_type"], **options), attn_implementation=attention
+    )
     model.load_state_dict(params)
     return model.to(DEVICE, dtype).eval()
 
@@ -50,7 +66,14 @@ def bench_padded_batch(measure, who, dtype):
     skeleton, params = encoder(config, getattr(torch, dtype))
     voxels, mask = volumes(b, s, px)
     cfg = EncodeConfig(dtype=dtype, budget_mib=16384 if CUDA else 2048)
-    shape = {"b": b, "s": s, "px": px, "width": config["hidden_size"], "slices": int(mask.sum()), "dtype": dtype}
+    shape = {
+        "b": b,
+        "s": s,
+        "px": px,
+        "width": config["hidden_size"],
+        "slices": int(mask.sum()),
+        "dtype": dtype,
+    }
     with torch.no_grad():
         if who == "medvl":
             measure(lambda: encode_slices(cfg, params, voxels, mask, vit=skeleton), rounds=5, **shape)
@@ -83,7 +106,11 @@ def bench_call_overhead(measure, who):
     x = torch.zeros(1, 3, 32, 32, device=DEVICE)
     module = module_of(config, params, "sdpa", torch.float32)
     with torch.no_grad():
-        measure((lambda: skeleton(params, x)) if who == "skeleton" else lambda: module(x), rounds=30, weights=len(params))
+        measure(
+            (lambda: skeleton(params, x)) if who == "skeleton" else lambda: module(x),
+            rounds=30,
+            weights=len(params),
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16], ids=["uint8", "int16"])
@@ -94,4 +121,4 @@ def bench_windows(measure, dtype):
 
 def bench_digest(measure):
     params = {str(i): torch.rand(2**22) for i in range(4)}
-    measure(hub.digest, params, rounds=5, mib=64)
+    measure(skeletons.digest, params, rounds=5, mib=64)

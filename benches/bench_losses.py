@@ -18,7 +18,9 @@ CHUNK = 256 if CUDA else 64
 
 def plain(hidden, head, labels):
     logits = F.linear(hidden, head)[:, :-1]
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+    return F.cross_entropy(
+        logits.flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+    )
 
 
 def chunked(hidden, head, labels):
@@ -40,7 +42,15 @@ def bench_token_loss(measure, who, head, dtype):
     labels = torch.randint(V, (1, TOKENS + 1), generator=gen).to(DEVICE)
     wanted = [t for t in (hidden, weight) if t.requires_grad]
     of = {"plain": plain, "chunked": chunked, "again": again}[who]
-    measure(lambda: torch.autograd.grad(of(hidden, weight, labels), wanted), rounds=3, v=V, d=D, tokens=TOKENS, chunk=CHUNK, head=head)
+    measure(
+        lambda: torch.autograd.grad(of(hidden, weight, labels), wanted),
+        rounds=3,
+        v=V,
+        d=D,
+        tokens=TOKENS,
+        chunk=CHUNK,
+        head=head,
+    )
 
 
 @pytest.mark.parametrize("who", ["plain", "chunked"])
@@ -52,4 +62,11 @@ def bench_answers_only(measure, who):
     labels = torch.randint(V, (4, TOKENS // 4), generator=gen).to(DEVICE)
     labels[:, : -TOKENS // 40] = -100
     of = {"plain": plain, "chunked": chunked}[who]
-    measure(lambda: torch.autograd.grad(of(hidden, weight, labels), hidden), rounds=3, v=V, d=D, tokens=TOKENS, chunk=CHUNK)
+    measure(
+        lambda: torch.autograd.grad(of(hidden, weight, labels), hidden),
+        rounds=3,
+        v=V,
+        d=D,
+        tokens=TOKENS,
+        chunk=CHUNK,
+    )

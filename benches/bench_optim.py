@@ -12,7 +12,10 @@ KINDS = {
     "float32 8-bit": (torch.float32, lambda: optim.adamw(lambda _: RATE, packing=eight_bit())),
     "bfloat16 master": (torch.bfloat16, lambda: optim.with_master(optim.adamw(lambda _: RATE))),
     "bfloat16 stochastic": (torch.bfloat16, lambda: optim.adamw(lambda _: RATE, rounding="stochastic")),
-    "bfloat16 stochastic 8-bit": (torch.bfloat16, lambda: optim.adamw(lambda _: RATE, rounding="stochastic", packing=eight_bit())),
+    "bfloat16 stochastic 8-bit": (
+        torch.bfloat16,
+        lambda: optim.adamw(lambda _: RATE, rounding="stochastic", packing=eight_bit()),
+    ),
 }
 
 
@@ -29,10 +32,14 @@ def bench_update(measure, kind):
     grads, state = {n: torch.full_like(t, 1e-3) for n, t in params.items()}, optimizer.init(params)
     n = sum(t.numel() for t in params.values())
     held = round(optim.state_bytes(optimizer, params) / n, 2)
-    measure(lambda: optimizer.update(grads, state, params, 3)[0].keys(), rounds=5, parameters=n, state_bytes=held)
+    measure(
+        lambda: optimizer.update(grads, state, params, 3)[0].keys(), rounds=5, parameters=n, state_bytes=held
+    )
 
 
 def bench_clip(measure):
     """The gradients' common norm, and all of them scaled."""
     grads = _weights(torch.float32)
-    measure(lambda: optim.clip_by_norm(grads, 0.1)[1], rounds=5, parameters=sum(t.numel() for t in grads.values()))
+    measure(
+        lambda: optim.clip_by_norm(grads, 0.1)[1], rounds=5, parameters=sum(t.numel() for t in grads.values())
+    )

@@ -8,8 +8,7 @@ from medvl.base.tree import count
 from medvl.components.fuse import FuseConfig, fuse, init_fuse
 from medvl.components.losses import clip_loss, siglip_loss
 from medvl.components.text import TextConfig, encode_text, init_text
-from medvl.training import loop as train
-from medvl.training import optim
+from medvl.training import loop, optim
 
 FUSE = FuseConfig(dim=192, depth=2, heads=3)
 TEXT = TextConfig(vocabulary=1000, context=64, dim=128, depth=2, heads=2)
@@ -21,15 +20,20 @@ def bench_loss(measure, loss):
     """Forward and gradient at a batch of 1024 embeddings of 512."""
     gen = torch.Generator().manual_seed(0)
     rows = {k: F.normalize(torch.randn(1024, 512, generator=gen), dim=-1) for k in ("image", "text")}
-    of = {"clip": lambda p: clip_loss(p["image"], p["text"], 14.3), "siglip": lambda p: siglip_loss(p["image"], p["text"], 10.0, -10.0)}[
-        loss
-    ]
-    measure(train.value_and_grad(lambda p, _: (of(p), train.Aux())), rows, None, rounds=10, b=1024, d=512)
+    of = {
+        "clip": lambda p: clip_loss(p["image"], p["text"], 14.3),
+        "siglip": lambda p: siglip_loss(p["image"], p["text"], 10.0, -10.0),
+    }[loss]
+    measure(loop.value_and_grad(lambda p, _: (of(p), loop.Aux())), rows, None, rounds=10, b=1024, d=512)
 
 
 def _pieces():
     gen = torch.Generator().manual_seed(0)
-    params = {"fuse": init_fuse(FUSE, gen), "text": init_text(TEXT, gen), "project": torch.randn(192, 128, generator=gen) * 0.07}
+    params = {
+        "fuse": init_fuse(FUSE, gen),
+        "text": init_text(TEXT, gen),
+        "project": torch.randn(192, 128, generator=gen) * 0.07,
+    }
     batch = {
         "z": torch.randn(B, S, 192, generator=gen),
         "mask": torch.ones(B, S, dtype=torch.bool),
@@ -41,11 +45,16 @@ def _pieces():
 
 
 def _embed(p, b):
-    return {"image": fuse(FUSE, p["fuse"], b["z"], b["mask"], b["mm"]), "text": encode_text(TEXT, p["text"], b["ids"], b["words"])}
+    return {
+        "image": fuse(FUSE, p["fuse"], b["z"], b["mask"], b["mm"]),
+        "text": encode_text(TEXT, p["text"], b["ids"], b["words"]),
+    }
 
 
 def _contrast(p, rows):
-    return clip_loss(F.normalize(rows["image"] @ p["project"], dim=-1), F.normalize(rows["text"], dim=-1), 14.3), train.Aux()
+    return clip_loss(
+        F.normalize(rows["image"] @ p["project"], dim=-1), F.normalize(rows["text"], dim=-1), 14.3
+    ), loop.Aux()
 
 
 @pytest.mark.parametrize("chunk", [B, 8])
@@ -53,6 +62,6 @@ def bench_step(measure, chunk):
     """A step of AdamW on cached features: the whole batch at once, and in chunks of 8 with the same gradient."""
     params, batch = _pieces()
     optimizer = optim.adamw(lambda _: optim.Rate(lr=1e-4, weight_decay=0.2))
-    step = train.make_step(train.cached_value_and_grad(_embed, _contrast, chunk=chunk), optimizer, clip=1.0)
-    state = train.State(params=params, opt=optimizer.init(params))
+    step = loop.make_step(loop.cached_value_and_grad(_embed, _contrast, chunk=chunk), optimizer, clip=1.0)
+    state = loop.State(params=params, opt=optimizer.init(params))
     measure(lambda: step(state, batch)[1], rounds=5, b=B, s=S, chunk=chunk, parameters=count(params))

@@ -11,13 +11,10 @@ import torch
 from attrs import evolve
 
 from medvl.base.tree import count
-from medvl.hub import skeletons as hub
-from medvl.language import generate as generation
-from medvl.language import vlm
-from medvl.training import loop as train
-from medvl.training import optim
-from medvl.weights import compose, lora
-from medvl.weights import four_bit as quant
+from medvl.hub import skeletons
+from medvl.language import generate, vlm
+from medvl.training import loop, optim
+from medvl.weights import compose, four_bit, lora
 
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE, PRECISION = ("cuda", torch.bfloat16, "bfloat16") if CUDA else ("cpu", torch.float32, "float32")
@@ -64,7 +61,14 @@ QWEN2_VL_2B = {  # config.json of huggingface.co/Qwen/Qwen2-VL-2B-Instruct
         "max_position_embeddings": 32768,
         "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1000000.0},
     },
-    "vision_config": {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14, "hidden_size": 1536},
+    "vision_config": {
+        "depth": 32,
+        "embed_dim": 1280,
+        "num_heads": 16,
+        "mlp_ratio": 4,
+        "patch_size": 14,
+        "hidden_size": 1536,
+    },
 }
 MODELS = {"qwen3_4b": QWEN3_4B, "qwen2_vl_2b": QWEN2_VL_2B} if CUDA else {"small": SMALL}
 VARIANTS = ("dense", "nf4", "lora", "lora_nf4", "hlora", "mixture_3", "mixture_8", "fusion_8")
@@ -77,11 +81,13 @@ def seeded(seed, device="cpu"):
 @cache
 def model(kind):
     """(skeleton, params, a prompt batch with labels of the last quarter)."""
-    skeleton, gen = hub.empty_skeleton(MODELS[kind], head="language"), seeded(0, DEVICE)
+    skeleton, gen = skeletons.empty_skeleton(MODELS[kind], head="language"), seeded(0, DEVICE)
     params = {}
     for n, p in skeleton.module.named_parameters():
         t = torch.empty(p.shape, dtype=DTYPE, device=DEVICE)
-        params[n] = t.fill_(1) if p.dim() == 1 and n.endswith("weight") else t.normal_(std=0.02, generator=gen)
+        params[n] = (
+            t.fill_(1) if p.dim() == 1 and n.endswith("weight") else t.normal_(std=0.02, generator=gen)
+        )
     ids = torch.randint(1000, (B, T), generator=seeded(1))
     batch = {}
     if token := skeleton.config.get("image_token_id"):
@@ -89,7 +95,10 @@ def model(kind):
         ids[:, 4 : 4 + n] = token
         side = skeleton.config["vision_config"]["patch_size"]
         pixels = torch.randn(B * GRID[1] * GRID[2], 3 * 2 * side * side, generator=seeded(2))
-        batch = {"pixel_values": pixels.to(DEVICE, DTYPE), "image_grid_thw": torch.tensor([GRID] * B, device=DEVICE)}
+        batch = {
+            "pixel_values": pixels.to(DEVICE, DTYPE),
+            "image_grid_thw": torch.tensor([GRID] * B, device=DEVICE),
+        }
     labels = ids.clone()
     labels[:, : -T // 4] = -100
     return skeleton, params, {"ids": ids.to(DEVICE), "labels": labels.to(DEVICE)} | batch
@@ -101,7 +110,9 @@ def config(kind, experts=0):
 
 def adapters(kind, k, experts=0):
     """Adapters that change something; on a GPU as wide as the model, as they are served."""
-    made = [lora.init_lora(config(kind, experts), model(kind)[0], seeded(3 + j), device=DEVICE) for j in range(k)]
+    made = [
+        lora.init_lora(config(kind, experts), model(kind)[0], seeded(3 + j), device=DEVICE) for j in range(k)
+    ]
     for j, a in enumerate(made):
         for f in a.factors.values():
             f["b"].normal_(std=0.02, generator=seeded(100 + j, DEVICE))
@@ -110,7 +121,7 @@ def adapters(kind, k, experts=0):
 
 @cache
 def quantised(kind):
-    return quant.quantize(model(kind)[1])
+    return four_bit.quantize(model(kind)[1])
 
 
 def variant(kind, name):
@@ -128,7 +139,9 @@ def variant(kind, name):
         adapter = made[0]
     token = skeleton.config.get("image_token_id")
     return lora.apply_lora(
-        quantised(kind) if "nf4" in name else params, adapter, rows=None if token is None else vlm.visual_rows(batch["ids"], token)
+        quantised(kind) if "nf4" in name else params,
+        adapter,
+        rows=None if token is None else vlm.visual_rows(batch["ids"], token),
     )
 
 
@@ -142,7 +155,14 @@ def bench_forward(measure, kind, name):
     """Hidden states of a batch of prompts, without the head."""
     skeleton, params = model(kind)[0], variant(kind, name)
     with torch.no_grad():
-        hidden = measure(lambda: vlm.hidden_states(skeleton, params, **prompt(kind)), rounds=ROUNDS, kind=kind, b=B, t=T, r=RANK)
+        hidden = measure(
+            lambda: vlm.hidden_states(skeleton, params, **prompt(kind)),
+            rounds=ROUNDS,
+            kind=kind,
+            b=B,
+            t=T,
+            r=RANK,
+        )
     assert hidden.isfinite().all()
 
 
@@ -150,8 +170,16 @@ def bench_forward(measure, kind, name):
 @pytest.mark.parametrize("kind", MODELS)
 def bench_generate(measure, benchmark, kind, name):
     """The prompt and 16 tokens of every row; extra_info has the tokens of all rows per second."""
-    skeleton, params, how = model(kind)[0], variant(kind, name), generation.Sampling(max_tokens=NEW)
-    made = measure(lambda: generation.generate(how, skeleton, params, prompt(kind)), rounds=ROUNDS, kind=kind, b=B, t=T, r=RANK, new=NEW)
+    skeleton, params, how = model(kind)[0], variant(kind, name), generate.Sampling(max_tokens=NEW)
+    made = measure(
+        lambda: generate.generate(how, skeleton, params, prompt(kind)),
+        rounds=ROUNDS,
+        kind=kind,
+        b=B,
+        t=T,
+        r=RANK,
+        new=NEW,
+    )
     assert [len(ids) for ids in made.ids] == [NEW] * B
     if benchmark.enabled:
         benchmark.extra_info["tokens_per_s"] = round(B * NEW / benchmark.stats.stats.median, 1)
@@ -162,16 +190,19 @@ def bench_generate(measure, benchmark, kind, name):
 def bench_step(measure, kind, name):
     """Gradient and AdamW of a float32 adapter, the last quarter of the tokens trained; on a GPU layers are checkpointed."""
     skeleton, params, batch = model(kind)
-    base, lean = quantised(kind) if "nf4" in name else params, hub.checkpointed(skeleton) if CUDA else skeleton
+    base, lean = (
+        quantised(kind) if "nf4" in name else params,
+        skeletons.checkpointed(skeleton) if CUDA else skeleton,
+    )
     adapter = lora.init_lora(config(kind, 4 if name == "hlora" else 0), skeleton, seeded(5), device=DEVICE)
 
     def loss(factors, batch):
         now = lora.apply_lora(base, evolve(adapter, factors=factors))
-        return *vlm.answer_loss(lean, now, batch), train.Aux()
+        return *vlm.answer_loss(lean, now, batch), loop.Aux()
 
     optimizer = optim.adamw(lambda _: optim.Rate(lr=1e-4))
-    step = train.make_step(train.token_value_and_grad(loss, chunk=B, precision=PRECISION), optimizer, clip=1.0)
-    state = train.State(params=adapter.factors, opt=optimizer.init(adapter.factors))
+    step = loop.make_step(loop.token_value_and_grad(loss, chunk=B, precision=PRECISION), optimizer, clip=1.0)
+    state = loop.State(params=adapter.factors, opt=optimizer.init(adapter.factors))
     shape = {"kind": kind, "b": B, "t": T, "r": RANK, "parameters": count(adapter.factors)}
     metrics = measure(lambda: step(state, batch)[1], rounds=ROUNDS, **shape)
     assert metrics["grad_norm"] > 0

@@ -16,7 +16,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin for each other make a loaded machine's figures worthless
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # threads that spin for each other make a loaded machine's figures worthless
 
 import pytest
 import torch
@@ -26,7 +28,9 @@ from torch.profiler import ProfilerActivity, profile
 from medvl.evaluation import results
 
 KIND = "cuda" if torch.cuda.is_available() else "cpu"
-FOLDER = Path(__file__).parent / "baseline" / KIND  # a file here, not in a folder named after a machine, is found by every machine
+FOLDER = (
+    Path(__file__).parent / "baseline" / KIND
+)  # a file here, not in a folder named after a machine, is found by every machine
 BASELINE = FOLDER / "0001_baseline.json"
 GROWTH, SLACK_MIB = 1.10, 0.5  # what a peak may grow: 10 % and half a MiB
 THREADS = 2  # while memory is measured: kernels allocate scratch for each thread
@@ -48,7 +52,9 @@ def measure(benchmark, request):
             return benchmark.pedantic(fn, args, rounds=1)
         wait = torch.cuda.synchronize if KIND == "cuda" else lambda: None
         out, peak = peak_memory(lambda: fn(*args))
-        benchmark.pedantic(lambda: (fn(*args), wait()), rounds=rounds, warmup_rounds=1)  # without the wait we would time the launch
+        benchmark.pedantic(
+            lambda: (fn(*args), wait()), rounds=rounds, warmup_rounds=1
+        )  # without the wait we would time the launch
         now = {
             "device": results.device(),
             "threads": torch.get_num_threads(),
@@ -115,14 +121,20 @@ def _high_water(trace: profile) -> int:
         trace.export_chrome_trace(f"{folder}/trace.json")
         events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
     held = most = 0
-    for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: (e["ts"], e["args"]["Ev Idx"])):
+    for event in sorted(
+        (e for e in events if e.get("name") == "[memory]"), key=lambda e: (e["ts"], e["args"]["Ev Idx"])
+    ):
         held += event["args"]["Bytes"]
         most = max(most, held)
     return most
 
 
 def pytest_addoption(parser):
-    parser.addoption("--save-baseline", action="store_true", help=f"write {BASELINE.relative_to(BASELINE.parents[3])} from this run")
+    parser.addoption(
+        "--save-baseline",
+        action="store_true",
+        help=f"write {BASELINE.relative_to(BASELINE.parents[3])} from this run",
+    )
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-benchmark reads these options
@@ -141,7 +153,9 @@ def pytest_sessionstart(session):
         return
     missing = f"no baseline for {KIND} in {FOLDER}; make one with --save-baseline"
     if options.benchmark_compare_fail:  # asked to fail on what cannot be known
-        raise pytest.UsageError(f"--benchmark-compare-fail goes with --benchmark-compare and a baseline: {missing}")
+        raise pytest.UsageError(
+            f"--benchmark-compare-fail goes with --benchmark-compare and a baseline: {missing}"
+        )
     if options.benchmark_compare:
         session.config.stash[_notes].append(f"nothing is compared: {missing}")
 
@@ -151,7 +165,9 @@ def pytest_benchmark_compare_machine_info(config, compared_benchmark):
 
 
 def pytest_benchmark_generate_machine_info(config):
-    return {k: v for k, v in results.environment().items() if k != "commit"}  # no host name, unlike the default
+    return {
+        k: v for k, v in results.environment().items() if k != "commit"
+    }  # no host name, unlike the default
 
 
 def pytest_benchmark_update_commit_info(config, commit_info):

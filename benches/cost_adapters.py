@@ -15,15 +15,13 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from medvl.hub import skeletons as hub
-from medvl.weights import compose, lora
-from medvl.weights import four_bit as quant
-from medvl.weights import lazy as weights
+from medvl.hub import skeletons
+from medvl.weights import compose, four_bit, lazy, lora
 
 GEN = torch.Generator().manual_seed(0)
 
 
-def model(hidden: int, layers: int, dtype: torch.dtype = torch.float32) -> tuple[hub.Skeleton, dict]:
+def model(hidden: int, layers: int, dtype: torch.dtype = torch.float32) -> tuple[skeletons.Skeleton, dict]:
     config = {
         "model_type": "qwen3",
         "vocab_size": 1000,
@@ -34,11 +32,11 @@ def model(hidden: int, layers: int, dtype: torch.dtype = torch.float32) -> tuple
         "num_key_value_heads": hidden // 128,
         "head_dim": 64,
     }
-    skeleton, params = hub.init_skeleton(config, GEN, head="language")
+    skeleton, params = skeletons.init_skeleton(config, GEN, head="language")
     return skeleton, {n: t.to(dtype) for n, t in params.items()}
 
 
-def adapters(skeleton: hub.Skeleton, k: int, r: int, experts: int = 0) -> list[lora.Adapter]:
+def adapters(skeleton: skeletons.Skeleton, k: int, r: int, experts: int = 0) -> list[lora.Adapter]:
     cfg = lora.LoraConfig(rank=r, pattern="all-linear", experts=experts)
     made = [lora.init_lora(cfg, skeleton, GEN) for _ in range(k)]
     for f in (f for a in made for f in a.factors.values()):
@@ -64,7 +62,7 @@ def rounds(calls: dict[str, Callable[[], object]], n: int) -> dict[str, tuple[fl
     return found
 
 
-def peer(skeleton: hub.Skeleton, params: dict, made: list[lora.Adapter], r: int):
+def peer(skeleton: skeletons.Skeleton, params: dict, made: list[lora.Adapter], r: int):
     import peft
 
     module = type(skeleton.module)(skeleton.module.config).eval()
@@ -92,7 +90,7 @@ def mixture(n: int = 9) -> dict[str, float]:
         skeleton, params = model(hidden, layers)
         ids = torch.randint(0, 1000, (8, t), generator=GEN)
         made = adapters(skeleton, 16, 8)
-        quantised = quant.quantize(params)
+        quantised = four_bit.quantize(params)
 
         def call(p, ids=ids, skeleton=skeleton):
             return lambda: skeleton(p, input_ids=ids, use_cache=False).logits
@@ -101,13 +99,19 @@ def mixture(n: int = 9) -> dict[str, float]:
         for k in (1, 4, 8, 16):
             mix = compose.compose_adapters(made[:k], torch.randn(8, k, generator=GEN))
             calls[f"mixture k={k}"] = call(lora.apply_lora(params, mix))
-        calls["nf4 mixture k=8"] = call(lora.apply_lora(quantised, compose.compose_adapters(made[:8], torch.randn(8, 8, generator=GEN))))
-        calls["fused cat k=8"] = call(lora.apply_lora(params, compose.compose_adapters(made[:8], [0.125] * 8, mode="fusion")))
+        calls["nf4 mixture k=8"] = call(
+            lora.apply_lora(quantised, compose.compose_adapters(made[:8], torch.randn(8, 8, generator=GEN)))
+        )
+        calls["fused cat k=8"] = call(
+            lora.apply_lora(params, compose.compose_adapters(made[:8], [0.125] * 8, mode="fusion"))
+        )
         theirs, names = peer(skeleton, params, made[:8], 8)
         eight = copy.deepcopy(theirs)
         eight.base_model.set_adapter(names)
         calls["peft, 8 active"] = lambda m=eight, ids=ids: m(input_ids=ids, use_cache=False).logits
-        calls["peft, adapter_names"] = lambda m=theirs, ids=ids, names=names: m(input_ids=ids, use_cache=False, adapter_names=names).logits
+        calls["peft, adapter_names"] = lambda m=theirs, ids=ids, names=names: (
+            m(input_ids=ids, use_cache=False, adapter_names=names).logits
+        )
         with torch.no_grad():
             seconds = rounds(calls, n)
         for name, (s, ratio) in seconds.items():
@@ -154,7 +158,9 @@ def _report(name: str, times: list[float], held: list[float]) -> dict[str, float
     few = max(3, len(times) // 10)
     first, last = statistics.median(times[:few]), statistics.median(times[-few:])
     grown = held[-1] - held[few]
-    then = f"sample 1: {1e3 * first:7.1f} ms, sample {len(times)}: {1e3 * last:7.1f} ms = {last / first:.2f} x"
+    then = (
+        f"sample 1: {1e3 * first:7.1f} ms, sample {len(times)}: {1e3 * last:7.1f} ms = {last / first:.2f} x"
+    )
     print(f"{name:32s} {then}, memory {grown:+.1f} MiB")
     return {f"{name} last/first": last / first, f"{name} grown MiB": grown}
 
@@ -176,12 +182,14 @@ def experts(n: int = 15) -> dict[str, float]:
             share, r = F.linear(x, router).softmax(-1), 64 // k
             y = F.linear(x, w)
             for i in range(k):
-                y = y + share[..., i : i + 1] * F.linear(F.linear(x, a[i * r : i * r + r]), b[:, i * r : i * r + r])
+                y = y + share[..., i : i + 1] * F.linear(
+                    F.linear(x, a[i * r : i * r + r]), b[:, i * r : i * r + r]
+                )
             return y
 
         ways = {
-            "lora": lambda a=a, b=b: F.linear(x, weights.low_rank(w, a, b)),
-            "h-lora": lambda a=a, b=b, router=router: F.linear(x, weights.low_rank(w, a, b, router=router)),
+            "lora": lambda a=a, b=b: F.linear(x, lazy.low_rank(w, a, b)),
+            "h-lora": lambda a=a, b=b, router=router: F.linear(x, lazy.low_rank(w, a, b, router=router)),
             "loop of lora": loop,
         }
         assert torch.allclose(ways["h-lora"](), loop(), atol=1e-4)

@@ -16,11 +16,10 @@ import torch
 from medvl.base import config, processes
 from medvl.base.tree import merge, split
 from medvl.language import chat
-from medvl.systems.tune import record as tune
+from medvl.systems.tune import record
 from medvl.systems.tune import run as tune_run
 from medvl.systems.tune.record import Config
-from medvl.training import loop as train
-from medvl.training import stages as tuning
+from medvl.training import loop, stages
 
 MODEL = {
     "model_type": "qwen2",
@@ -74,21 +73,30 @@ def measured(variant: str) -> dict:
 def _steps(cfg: Config) -> dict:
     stage = cfg.train.stages[0]
     before = status("VmRSS")
-    model, params = tune.init(cfg, Path("nowhere"), device=processes.device())
+    model, params = record.init(cfg, Path("nowhere"), device=processes.device())
     trained, frozen = split(params, stage.train)
     del params
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # the high water starts again: making random weights took more
-    loss = tune.loss_of(model)
-    optimizer = tuning.optimizer_of(cfg.train, stage, trained)
-    step = train.make_step(tuning.gradient_of(cfg.train, lambda p, b: loss(merge(frozen, p), b), chat.cut), optimizer, clip=1.0, seed=0)
-    state = train.State(params=trained, opt=optimizer.init(trained))
+        Path("/proc/self/clear_refs").write_text(
+            "5"
+        )  # the high water starts again: making random weights took more
+    loss = record.loss_of(model)
+    optimizer = stages.optimizer_of(cfg.train, stage, trained)
+    step = loop.make_step(
+        stages.gradient_of(cfg.train, lambda p, b: loss(merge(frozen, p), b), chat.cut),
+        optimizer,
+        clip=1.0,
+        seed=0,
+    )
+    state = loop.State(params=trained, opt=optimizer.init(trained))
     del trained
     for _ in range(2):
         state, _ = step(state, chat.fullest(model.chat, [], 4))
-    return {"peak": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else status("VmHWM") - before}
+    return {
+        "peak": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else status("VmHWM") - before
+    }
 
 
 def status(key: str) -> int:
@@ -97,17 +105,28 @@ def status(key: str) -> int:
 
 
 if __name__ == "__main__":
-    tune.tokenizer_of = lambda *_, **__: Words()
+    record.tokenizer_of = lambda *_, **__: Words()
     if sys.argv[1:2] == ["--measure"]:
         print(json.dumps(measured(sys.argv[2])))
         sys.exit()
     done = {}
     for variant in sys.argv[1:] or VARIANTS:
         (parts,) = tune_run.memory(experiment(variant), Path("nowhere")).values()
-        env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20)}  # freed memory goes back at once
-        run = subprocess.run([sys.executable, __file__, "--measure", variant], check=True, capture_output=True, text=True, env=env)
+        env = os.environ | {
+            "MALLOC_MMAP_THRESHOLD_": str(2**20),
+            "MALLOC_TRIM_THRESHOLD_": str(2**20),
+        }  # freed memory goes back at once
+        run = subprocess.run(
+            [sys.executable, __file__, "--measure", variant],
+            check=True,
+            capture_output=True,
+            text=True,
+            env=env,
+        )
         real, total = json.loads(run.stdout.strip().splitlines()[-1])["peak"], sum(parts.values())
         done[variant] = {"estimated": total, "measured": real, "ratio": total / real}
         told = ", ".join(f"{part} {n / 1e9:.2f}" for part, n in sorted(parts.items(), key=lambda p: -p[1]))
-        print(f"{variant:6s} estimated {total / 1e9:.2f} GB ({told}), measured {real / 1e9:.2f} GB: {total / real:.3f}")
+        print(
+            f"{variant:6s} estimated {total / 1e9:.2f} GB ({told}), measured {real / 1e9:.2f} GB: {total / real:.3f}"
+        )
     print(json.dumps(done))

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import torch
 
-from medvl.hub import skeletons as hub
-from medvl.weights import four_bit as quant
-from medvl.weights import lazy as weights
+from medvl.hub import skeletons
+from medvl.weights import four_bit, lazy
 
 SHAPE = {
     "model_type": "qwen3",
@@ -32,7 +31,7 @@ SHAPE = {
 
 def write(folder: Path, config: dict = SHAPE) -> None:
     """One safetensors file, written a tensor at a time."""
-    module = hub.empty_skeleton(config, head="language").module
+    module = skeletons.empty_skeleton(config, head="language").module
     header, at = {}, 0
     for n, p in module.named_parameters():
         header[n] = {"dtype": "BF16", "shape": list(p.shape), "data_offsets": [at, at + 2 * p.numel()]}
@@ -57,12 +56,12 @@ def high_water() -> int:
 def load(folder: Path) -> dict:
     before = high_water()
     start = time.perf_counter()
-    _, params = hub.load(folder, head="language", dtype=torch.bfloat16, each=quant.quantizer())
+    _, params = skeletons.load(folder, head="language", dtype=torch.bfloat16, each=four_bit.quantizer())
     seconds = time.perf_counter() - start
     return {
         "parameters": sum(w.numel() for w in params.values()),
-        "bits_per_quantised_weight": round(quant.bits_per_weight(params), 3),
-        "size_gb": weights.nbytes(params) / 1e9,
+        "bits_per_quantised_weight": round(four_bit.bits_per_weight(params), 3),
+        "size_gb": lazy.nbytes(params) / 1e9,
         "file_gb": (folder / "model.safetensors").stat().st_size / 1e9,
         "peak_gb": high_water() / 1e9,
         "after_imports_gb": before / 1e9,
@@ -80,9 +79,15 @@ if __name__ == "__main__":
         folder = Path(sys.argv[1] if sys.argv[1:] else tmp)
         if not (folder / "model.safetensors").exists():
             write(folder)
-        done = subprocess.run([sys.executable, __file__, "--load", str(folder)], check=True, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, __file__, "--load", str(folder)], check=True, capture_output=True, text=True
+        )
     r = json.loads(done.stdout.strip().splitlines()[-1])
     bits = r["bits_per_quantised_weight"]
-    print(f"{r['parameters'] / 1e9:.2f} billion parameters, file {r['file_gb']:.2f} GB, {bits} bits per quantised weight")
-    print(f"in memory {r['size_gb']:.2f} GB, peak {r['peak_gb']:.2f} GB (imports {r['after_imports_gb']:.2f}), {r['seconds']:.0f} s")
+    print(
+        f"{r['parameters'] / 1e9:.2f} billion parameters, file {r['file_gb']:.2f} GB, {bits} bits per quantised weight"
+    )
+    print(
+        f"in memory {r['size_gb']:.2f} GB, peak {r['peak_gb']:.2f} GB (imports {r['after_imports_gb']:.2f}), {r['seconds']:.0f} s"
+    )
     print(json.dumps(r))

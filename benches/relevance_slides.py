@@ -14,27 +14,44 @@ import numpy as np
 from medvl.evaluation import results
 from medvl.phantoms.slide_questions import prompt, questions
 from medvl.slides.relevance import mass_share, percentiles
-from medvl.systems.slide_vqa import look as slide_vqa_look
-from medvl.systems.slide_vqa import model as slide_vqa
+from medvl.systems.slide_vqa import look, model
 from medvl.systems.slide_vqa import run as slide_vqa_run
 
 
 def main(run: Path, out: str = "") -> None:
     """Print a row for each slide, and how many hold 80 %."""
     cfg = slide_vqa_run.load(run)[0].cfg
-    home = slide_vqa.folder_of(cfg)
-    truths = [t for t in map(json.loads, (home / "truth.jsonl").read_text().splitlines()) if t["split"] == "test"]
+    home = model.folder_of(cfg)
+    truths = [
+        t for t in map(json.loads, (home / "truth.jsonl").read_text().splitlines()) if t["split"] == "test"
+    ]
     rows = []
     for i, truth in [(i, t) for i, t in enumerate(truths) if t["motif_rows"]][:10]:
         asked = next(q for q in questions(cfg.data.phantoms, "test", i) if q.family == "motif")
         text = prompt(asked.question, asked.options).removeprefix("<image>\n")
-        found = slide_vqa_look.look_at_slide(run, home / "features" / f"{truth['name']}.h5", text, out)
+        found = look.look_at_slide(run, home / "features" / f"{truth['name']}.h5", text, out)
         motif = np.isin(np.arange(truth["patches"]), truth["motif_rows"])
         share, best = mass_share(found["relevance"], motif), percentiles(found["relevance"])[motif].max()
         right = found["answer"].strip().startswith(asked.letter)
-        rows.append((truth["name"], truth["patches"], int(motif.sum()), truth["motif"], right, f"{share:.3f}", f"{best:.5f}"))
-    print(results.markdown_table(("Slide", "Patches", "of the motif", "Motif", "Right", "Share of relevance", "Percentile"), rows))
-    print(f"80 % or more in {sum(float(r[5]) >= 0.8 for r in rows)} of {len(rows)} slides; right in {sum(r[4] for r in rows)}")
+        rows.append(
+            (
+                truth["name"],
+                truth["patches"],
+                int(motif.sum()),
+                truth["motif"],
+                right,
+                f"{share:.3f}",
+                f"{best:.5f}",
+            )
+        )
+    print(
+        results.markdown_table(
+            ("Slide", "Patches", "of the motif", "Motif", "Right", "Share of relevance", "Percentile"), rows
+        )
+    )
+    print(
+        f"80 % or more in {sum(float(r[5]) >= 0.8 for r in rows)} of {len(rows)} slides; right in {sum(r[4] for r in rows)}"
+    )
 
 
 if __name__ == "__main__":

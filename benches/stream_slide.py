@@ -95,27 +95,47 @@ def main() -> None:
     args = parser.parse_args()
     if args.part:
         what, path = args.part[0], Path(args.part[1])
-        of = {"stream": lambda: stream(path, args.kind, args.chunk), "bytes": lambda: bytes_only(path, args.chunk)}
+        of = {
+            "stream": lambda: stream(path, args.kind, args.chunk),
+            "bytes": lambda: bytes_only(path, args.chunk),
+        }
         print(json.dumps(of.get(what, lambda: gate(path, args.kind, args.chunk))()))
         return
     size = 2 * D * args.patches
     if (free := shutil.disk_usage(tempfile.gettempdir()).free) < 2 * size:
-        raise SystemExit(f"stream_slide: {tempfile.gettempdir()} must have {2 * size / 1e9:.1f} GB free, has {free / 1e9:.1f}; set TMPDIR")
+        raise SystemExit(
+            f"stream_slide: {tempfile.gettempdir()} must have {2 * size / 1e9:.1f} GB free, has {free / 1e9:.1f}; set TMPDIR"
+        )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "slide.f16")
         write(path, args.patches)
         same = ["--kind", args.kind, "--chunk", str(args.chunk), "--part"]
-        run = lambda what: json.loads(subprocess.check_output([sys.executable, __file__, *same, what, str(path)], text=True))
+        run = lambda what: json.loads(
+            subprocess.check_output([sys.executable, __file__, *same, what, str(path)], text=True)
+        )
         run("bytes")
         r = {"bytes": run("bytes"), "stream": run("stream"), "gate": run("gate")}
     streamed, once = (torch.tensor(r[n].pop("tokens")) for n in ("stream", "gate"))
     seconds = {n: r[n]["seconds"] for n in r} | {"one_shot": r["gate"]["one_shot_seconds"]}
-    print(f"{r['bytes']['patches']:,} patches, {size / 1e9:.2f} GB, kind {args.kind}, {torch.get_num_threads()} threads")
+    print(
+        f"{r['bytes']['patches']:,} patches, {size / 1e9:.2f} GB, kind {args.kind}, {torch.get_num_threads()} threads"
+    )
     for n, s in seconds.items():
         print(f"{n:10} {s:7.2f} s   stream / this {seconds['stream'] / s:6.2f}")
     difference = float((streamed - once).abs().max())
-    print(f"peak beyond imports {r['stream']['peak_mib']:.0f} MiB; largest difference to one shot {difference:.1e}")
-    print(json.dumps({"kind": args.kind, "seconds": seconds, "peak_mib": r["stream"]["peak_mib"], "difference": difference}))
+    print(
+        f"peak beyond imports {r['stream']['peak_mib']:.0f} MiB; largest difference to one shot {difference:.1e}"
+    )
+    print(
+        json.dumps(
+            {
+                "kind": args.kind,
+                "seconds": seconds,
+                "peak_mib": r["stream"]["peak_mib"],
+                "difference": difference,
+            }
+        )
+    )
     if r["stream"]["peak_mib"] > _MOST_MIB or difference > 1e-5:
         raise SystemExit(f"stream_slide: the peak must be at most {_MOST_MIB} MiB and the difference 1e-5")
 

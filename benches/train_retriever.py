@@ -37,7 +37,9 @@ def interval(values: Tensor, rounds: int = 10_000) -> tuple[float, float, float]
     return float(values.mean()), low, high
 
 
-def compare(tasks: TaskConfig, cfg: RetrieverConfig, seen: int, few: int) -> dict[str, dict[int, dict[str, tuple[float, float, float]]]]:
+def compare(
+    tasks: TaskConfig, cfg: RetrieverConfig, seen: int, few: int
+) -> dict[str, dict[int, dict[str, tuple[float, float, float]]]]:
     """{tasks unseen or seen: {k: {way, or way - untrained: (mean, low, high)}}}; the differences are paired by task.
 
     `few` samples of each task are its adapter's, the others ask; the retriever learns from those of the first `seen` tasks. "whitened" has
@@ -47,10 +49,14 @@ def compare(tasks: TaskConfig, cfg: RetrieverConfig, seen: int, few: int) -> dic
     kept = [[s for i, s in enumerate(drawn) if (i % tasks.samples < few) == own] for own in (True, False)]
     texts, pictures = ([[s[1] for s in some] for some in kept], [[[s[2]] for s in some] for some in kept])
     embedder = fit_local(EmbedConfig(), texts[0], pictures[0])  # never sees what asks
-    samples, queries = (embed(embedder, t, p).unflatten(0, (tasks.tasks, -1)) for t, p in zip(texts, pictures, strict=True))
+    samples, queries = (
+        embed(embedder, t, p).unflatten(0, (tasks.tasks, -1)) for t, p in zip(texts, pictures, strict=True)
+    )
     known, names = samples[:seen].flatten(0, 1), [s[0] for s in kept[0][: seen * few]]
     heads = {"trained": train_retriever(cfg, known, names), "whitened": whiten_tasks(known, names)}
-    ways = {"untrained": hits(samples, queries)} | {way: hits(samples @ head, queries @ head) for way, head in heads.items()}
+    ways = {"untrained": hits(samples, queries)} | {
+        way: hits(samples @ head, queries @ head) for way, head in heads.items()
+    }
     found: dict = {}
     for which, span in (("unseen", slice(seen, None)), ("seen", slice(0, seen))):
         found[which] = {}
@@ -64,7 +70,9 @@ def compare(tasks: TaskConfig, cfg: RetrieverConfig, seen: int, few: int) -> dic
 def report(found: dict) -> None:
     for which, rows in found.items():
         for k, ways in rows.items():
-            said = "  ".join(f"{name} {m:.3f} ({low:.3f} to {high:.3f})" for name, (m, low, high) in ways.items())
+            said = "  ".join(
+                f"{name} {m:.3f} ({low:.3f} to {high:.3f})" for name, (m, low, high) in ways.items()
+            )
             print(f"{which:7s} recall@{k}  {said}")
 
 
@@ -74,4 +82,11 @@ if __name__ == "__main__":
         found = compare(TaskConfig(seed=seed), RetrieverConfig(), 24, 20)
         print(f"seed {seed}, {time.perf_counter() - start:.0f} s")
         report(found)
-        print(json.dumps({w: {k: {n: [round(x, 4) for x in v] for n, v in d.items()} for k, d in r.items()} for w, r in found.items()}))
+        print(
+            json.dumps(
+                {
+                    w: {k: {n: [round(x, 4) for x in v] for n, v in d.items()} for k, d in r.items()}
+                    for w, r in found.items()
+                }
+            )
+        )

@@ -9,11 +9,18 @@ import medvl
 
 
 def _fresh(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def test_importing_loads_nothing_heavy():
-    assert _fresh("import sys, medvl; print([m for m in ('torch', 'transformers', 'h5py', 'matplotlib') if m in sys.modules])") == "[]"
+    assert (
+        _fresh(
+            "import sys, medvl; print([m for m in ('torch', 'transformers', 'h5py', 'matplotlib') if m in sys.modules])"
+        )
+        == "[]"
+    )
     heavy = "import sys; from medvl.systems import run; print([m for m in ('transformers', 'matplotlib') if m in sys.modules])"
     assert _fresh(heavy) == "[]"
 
@@ -29,5 +36,7 @@ def test_every_public_name_is_there_and_stays_what_it_is():
 
 
 def test_invoke_lists_the_tasks_without_torch():
-    code = "import sys; import tasks; print([m for m in ('torch', 'transformers', 'medvl') if m in sys.modules])"
+    code = (
+        "import sys; import tasks; print([m for m in ('torch', 'transformers', 'medvl') if m in sys.modules])"
+    )
     assert _fresh(code) == "[]"

@@ -45,7 +45,9 @@ def _gradient():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measures the host")
-@pytest.mark.parametrize(("call", "low", "high"), [(_torch, 8, 8.01), (_numpy, 8, 8.05), (_gradient, 4, 6.01)])
+@pytest.mark.parametrize(
+    ("call", "low", "high"), [(_torch, 8, 8.01), (_numpy, 8, 8.05), (_gradient, 4, 6.01)]
+)
 def test_peak_is_what_was_held_at_once(instrument, call, low, high):
     torch.manual_seed(0)
     peaks = [instrument.peak_memory(call)[1] for _ in range(2)]
@@ -89,7 +91,9 @@ def run(tmp_path, monkeypatch, capsys):
         return code, "".join(capsys.readouterr())
 
     yield run
-    for name in [n for n, m in sys.modules.items() if str(getattr(m, "__file__", None)).startswith(str(tmp_path))]:
+    for name in [
+        n for n, m in sys.modules.items() if str(getattr(m, "__file__", None)).startswith(str(tmp_path))
+    ]:
         del sys.modules[name]  # the next test has a conftest of its own under the same name
 
 
@@ -118,7 +122,10 @@ def test_without_a_baseline_everything_runs_and_the_end_says_so(run):
     for options in (("--benchmark-compare",), ()):
         code, text = run(*options, "--benchmark-compare-fail=median:50%", mib=20)
         assert code == pytest.ExitCode.USAGE_ERROR
-        assert "--benchmark-compare-fail goes with --benchmark-compare and a baseline: no baseline for cpu" in text
+        assert (
+            "--benchmark-compare-fail goes with --benchmark-compare and a baseline: no baseline for cpu"
+            in text
+        )
         assert "Traceback" not in text
 
 

@@ -12,12 +12,11 @@ from PIL import Image
 from tokenizers import AddedToken
 
 from medvl.adapters.embed import EmbedConfig
-from medvl.hub import skeletons as hub
-from medvl.hub import tokens
+from medvl.hub import skeletons, tokens
 from medvl.hub.peft_files import write_adapter
 from medvl.language import chat
 from medvl.language.conversations import read_conversations
-from medvl.language.labels import TEMPLATES
+from medvl.language.encoding import TEMPLATES
 from medvl.systems import run as systems
 from medvl.systems.adapters.run import build_registry
 from medvl.weights import lora
@@ -51,14 +50,18 @@ def run(page):
 
 # What would take long is made smaller
 SMALLER = {
-    "phantoms.md": {"patients=3000, seed=0, valid=150, test=350": "patients=5, seed=0, valid=1, test=1, columns=(32, 32), slices=(8, 9)"},
+    "phantoms.md": {
+        "patients=3000, seed=0, valid=150, test=350": "patients=5, seed=0, valid=1, test=1, columns=(32, 32), slices=(8, 9)"
+    },
     "ct_preprocess.md": {"workers=8": "workers=2"},
 }
 
 
 # Small checkpoints under the names that the pages use -------------------------------------------------------------------------------------
 def _tokenizer(kind):
-    tok = tokens.train_bpe(["what is the density of water in hounsfield units? is there an effusion? yes no"] * 2, 320)
+    tok = tokens.train_bpe(
+        ["what is the density of water in hounsfield units? is there an effusion? yes no"] * 2, 320
+    )
     tok.add_tokens([AddedToken(m, special=True, normalized=False) for m in MARKS], special_tokens=True)
     tok.chat_template = TEMPLATES[kind]
     return tok
@@ -72,7 +75,12 @@ def _vision_language(tok):
     config = json.loads(json.dumps(tiny.CONFIGS["qwen2_vl"]))
     config["text_config"]["vocab_size"] = 512
     config["vision_config"]["patch_size"] = 14
-    of = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
+    of = {
+        "image": "image_pad",
+        "video": "video_pad",
+        "vision_start": "vision_start",
+        "vision_end": "vision_end",
+    }
     return config | {f"{k}_token_id": tok.convert_tokens_to_ids(f"<|{v}|>") for k, v in of.items()}
 
 
@@ -99,12 +107,20 @@ def _make_models(cache):
     gen = torch.Generator().manual_seed(0)
     for name, (template, config) in STAND_INS.items():
         tok, snapshot = _tokenizer(template), _snapshot(cache, name)
-        skeleton, params = hub.init_skeleton(config(tok), gen, head="language")
-        hub.save(skeleton, {n: t.bfloat16() for n, t in params.items()}, snapshot)
+        skeleton, params = skeletons.init_skeleton(config(tok), gen, head="language")
+        skeletons.save(skeleton, {n: t.bfloat16() for n, t in params.items()}, snapshot)
         tok.save_pretrained(snapshot)
-    vit = {"model_type": "dinov2_with_registers", "hidden_size": 768, "num_hidden_layers": 1, "num_attention_heads": 12, "mlp_ratio": 1}
+    vit = {
+        "model_type": "dinov2_with_registers",
+        "hidden_size": 768,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 12,
+        "mlp_ratio": 1,
+    }
     vit |= {"image_size": 224, "patch_size": 14}
-    hub.save(*hub.init_skeleton(vit, gen), _snapshot(cache, "facebook/dinov2-with-registers-base"))
+    skeletons.save(
+        *skeletons.init_skeleton(vit, gen), _snapshot(cache, "facebook/dinov2-with-registers-base")
+    )
 
     config = {k: v for k, v in tiny.CONFIGS["qwen2_5_vl"].items() if not k.endswith("token_id")}
     config |= {"vision_config": config["vision_config"] | {"patch_size": 14, "window_size": 56}}
@@ -112,8 +128,12 @@ def _make_models(cache):
     tok = chat.tokenizer_of(model, cache, ["is there a fracture? there is a pleural effusion. yes no"] * 20)
     talks, params = chat.open_chat(model, chat.ChatConfig(), tok, gen)
     chat.save_chat(talks, params, _snapshot(cache, EYES))
-    tok.save_pretrained(_snapshot(cache, "openai/clip-vit-base-patch32"))  # README hands its ids to a language model
-    return [lora.init_lora(lora.LoraConfig(rank=4, pattern="all-linear"), talks.skeleton, gen) for _ in ADAPTERS]
+    tok.save_pretrained(
+        _snapshot(cache, "openai/clip-vit-base-patch32")
+    )  # README hands its ids to a language model
+    return [
+        lora.init_lora(lora.LoraConfig(rank=4, pattern="all-linear"), talks.skeleton, gen) for _ in ADAPTERS
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +158,10 @@ def world(tmp_path_factory):
         for name, adapter in zip(ADAPTERS, adapters, strict=True):
             write_adapter(adapter, name, base=EYES)
             query = f"<image>{name}: is there a fracture in region "
-            lines = [{"query": f"{query}{i}?", "response": "yes", "images": [("scan.png", "other.png")[i % 2]]} for i in range(6)]
+            lines = [
+                {"query": f"{query}{i}?", "response": "yes", "images": [("scan.png", "other.png")[i % 2]]}
+                for i in range(6)
+            ]
             Path(f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         places = dict(zip(ADAPTERS, ADAPTERS, strict=True))
         talks = {name: read_conversations(f"{name}.jsonl") for name in ADAPTERS}
@@ -155,7 +178,9 @@ def at_work(world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "work")
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p) and p.name != "weights.md"], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if blocks(p) and p.name != "weights.md"], ids=lambda p: p.name
+)
 def test_the_python_of_a_page_runs(page, at_work):
     of = run(page)
     if page.name == "README.md":
@@ -182,25 +207,33 @@ def test_the_page_on_weights_runs(at_work):
     assert len(blocks(ROOT / "docs/weights.md")) > 8
     of = run(ROOT / "docs/weights.md")
     q = "model.layers.0.self_attn.q_proj"
-    assert of["weights"].nbytes(of["four"]) < of["weights"].nbytes(of["params"])
+    assert of["lazy"].nbytes(of["four"]) < of["lazy"].nbytes(of["params"])
     assert [repr(p[f"{q}.weight"]) for p in (of["host"], of["adapted"])] == [
-        f"LowRank([32, 32], linear, rank 16 over FourBit([32, 32], nf4 for {d}))" for d in ("float32", "bfloat16")
+        f"LowRank([32, 32], linear, rank 16 over FourBit([32, 32], nf4 for {d}))"
+        for d in ("float32", "bfloat16")
     ]
     assert not of["adapter"].factors[q]["b"].any()
     assert of["water"].factors[q]["b"].any()
     assert of["each"].gate[q].shape == (2, 32)
     assert len(of["rows"]) == sum(g.prod() // 4 for g in of["grid"])
     assert [len(ids) for ids in of["answer"].ids] == [4, 4]
-    assert torch.equal(of["merged"].params[f"{q}.weight"], hub.load("merged", head="language", dtype=torch.bfloat16)[1][f"{q}.weight"])
-    again = hub.load("four", head="language", dtype=torch.bfloat16)[1]
-    assert all(torch.equal(of["weights"].dense(w), of["weights"].dense(again[n])) for n, w in of["four"].items())
+    assert torch.equal(
+        of["merged"].params[f"{q}.weight"],
+        skeletons.load("merged", head="language", dtype=torch.bfloat16)[1][f"{q}.weight"],
+    )
+    again = skeletons.load("four", head="language", dtype=torch.bfloat16)[1]
+    assert all(
+        torch.equal(of["lazy"].dense(w), of["lazy"].dense(again[n])) for n, w in of["four"].items()
+    )
     for n, w in of["eight"].items():
-        assert (of["weights"].dense(w) - of["params"][n]).abs().max() <= 0.02 * of["params"][n].abs().max()
+        assert (of["lazy"].dense(w) - of["params"][n]).abs().max() <= 0.02 * of["params"][n].abs().max()
 
 
 def test_a_block_that_fails_names_its_line(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text("# Page\n\n```python\na = 1\n```\n\n```sh\nb\n```\n\ntext\n```python\n\nc = a\nassert c == 2\n```\n")
+    page.write_text(
+        "# Page\n\n```python\na = 1\n```\n\n```sh\nb\n```\n\ntext\n```python\n\nc = a\nassert c == 2\n```\n"
+    )
     with pytest.raises(AssertionError) as failed:
         run(page)
     assert (str(failed.traceback[-1].path), failed.traceback[-1].lineno + 1) == (str(page), 15)
@@ -225,5 +258,7 @@ def dead(page):
 def test_a_dead_link_is_found(tmp_path):
     (tmp_path / "there.md").touch()
     page = tmp_path / "page.md"
-    page.write_text("[a](there.md#part) ![b](gone.png) [c](https://x.y/z) [d](#here)\n```python\nf[0](gone.py)\n```\n[e](../gone.md)\n")
+    page.write_text(
+        "[a](there.md#part) ![b](gone.png) [c](https://x.y/z) [d](#here)\n```python\nf[0](gone.py)\n```\n[e](../gone.md)\n"
+    )
     assert dead(page) == ["gone.png", "../gone.md"]

@@ -33,7 +33,10 @@ def imported(file):
 
 def wrong_imports(root):
     """What breaks the rule in `root`/medvl, a sentence each."""
-    modules = {".".join(file.relative_to(root).with_suffix("").parts): file for file in (root / "medvl").rglob("*.py")}
+    modules = {
+        ".".join(file.relative_to(root).with_suffix("").parts): file
+        for file in (root / "medvl").rglob("*.py")
+    }
     graph = {name: imported(file) & {*modules} for name, file in modules.items()}
     wrong = []
     for name, targets in graph.items():
@@ -60,7 +63,11 @@ def test_packages_on_the_list_are_those_that_there_are():
 @pytest.mark.parametrize(
     ("file", "line", "finding"),
     [
-        ("base/tree.py", "from medvl.hub import tokens", "medvl.base.tree imports medvl.hub.tokens, which comes later"),
+        (
+            "base/tree.py",
+            "from medvl.hub import tokens",
+            "medvl.base.tree imports medvl.hub.tokens, which comes later",
+        ),
         ("ct/names.py", "from medvl.ct import ingest", "a circle"),
     ],
 )
@@ -79,4 +86,6 @@ def test_heavy_packages_have_their_doors():
     for file in [*(ROOT / "medvl").rglob("*.py"), ROOT / "tasks.py"]:
         for heavy in {name.split(".")[0] for name in imported(file)} & DOORS.keys():
             allowed = [(ROOT / "medvl" / door).resolve() for door in DOORS[heavy]]
-            assert any(file.is_relative_to(door) for door in allowed), f"{file} imports {heavy}; only {DOORS[heavy]} may"
+            assert any(file.is_relative_to(door) for door in allowed), (
+                f"{file} imports {heavy}; only {DOORS[heavy]} may"
+            )

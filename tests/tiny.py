@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from medvl.base import display
-from medvl.hub import skeletons as hub
+from medvl.hub import skeletons
 
 TEXT = {
     "vocab_size": 160,
@@ -23,16 +23,35 @@ TEXT = {
     "pad_token_id": 0,
 }
 ROPE = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}
-QWEN_TOKENS = {"image_token_id": 150, "video_token_id": 151, "vision_start_token_id": 152, "vision_end_token_id": 153}
+QWEN_TOKENS = {
+    "image_token_id": 150,
+    "video_token_id": 151,
+    "vision_start_token_id": 152,
+    "vision_end_token_id": 153,
+}
 CONFIGS = {
     "qwen2": {"model_type": "qwen2", **TEXT},
     "qwen3": {"model_type": "qwen3", **TEXT, "head_dim": 8, "tie_word_embeddings": True},
     "phi3": {"model_type": "phi3", **TEXT, "sliding_window": 6},
-    "gpt2": {"model_type": "gpt2", "vocab_size": 160, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "gpt2": {
+        "model_type": "gpt2",
+        "vocab_size": 160,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 64,
+    },
     "qwen2_vl": {
         "model_type": "qwen2_vl",
         "text_config": {"model_type": "qwen2_vl_text", **TEXT, "rope_parameters": ROPE},
-        "vision_config": {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4},
+        "vision_config": {
+            "depth": 2,
+            "embed_dim": 32,
+            "hidden_size": 32,
+            "num_heads": 2,
+            "mlp_ratio": 2,
+            "patch_size": 4,
+        },
         **QWEN_TOKENS,
     },
     "qwen2_5_vl": {
@@ -52,7 +71,12 @@ CONFIGS = {
     },
     "qwen3_vl": {
         "model_type": "qwen3_vl",
-        "text_config": {"model_type": "qwen3_vl_text", **TEXT, "head_dim": 8, "rope_parameters": ROPE | {"mrope_interleaved": True}},
+        "text_config": {
+            "model_type": "qwen3_vl_text",
+            **TEXT,
+            "head_dim": 8,
+            "rope_parameters": ROPE | {"mrope_interleaved": True},
+        },
         "vision_config": {
             "depth": 3,
             "hidden_size": 32,
@@ -88,8 +112,11 @@ VLM = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl")
 def model(kind, seed=0, std=0.15, head="language"):
     """(skeleton, params) with every weight random: transformers leaves some at 0 or 1."""
     gen = torch.Generator().manual_seed(seed)
-    skeleton, params = hub.init_skeleton(CONFIGS[kind], gen, head=head)
-    return skeleton, {n: torch.randn(t.shape, generator=gen) * std + ("norm" in n and t.dim() == 1) for n, t in params.items()}
+    skeleton, params = skeletons.init_skeleton(CONFIGS[kind], gen, head=head)
+    return skeleton, {
+        n: torch.randn(t.shape, generator=gen) * std + ("norm" in n and t.dim() == 1)
+        for n, t in params.items()
+    }
 
 
 def peer(skeleton, params):
@@ -110,7 +137,10 @@ def images(kind, counts, gen):
         grids += [(1, *s) for s in sizes]
         tokens.append([h * w // 4 for h, w in sizes])
     grid = torch.tensor(grids)
-    return {"pixel_values": torch.randn(int(grid.prod(1).sum()), 3 * 2 * 4 * 4, generator=gen), "image_grid_thw": grid}, tokens
+    return {
+        "pixel_values": torch.randn(int(grid.prod(1).sum()), 3 * 2 * 4 * 4, generator=gen),
+        "image_grid_thw": grid,
+    }, tokens
 
 
 def batch(kind, counts=(1, 2), side="left", seed=1):
@@ -127,7 +157,10 @@ def batch(kind, counts=(1, 2), side="left", seed=1):
     longest = max(map(len, rows))
     pad = [[0] * (longest - len(r)) for r in rows]
     ids = torch.tensor([p + r if side == "left" else r + p for p, r in zip(pad, rows, strict=True)])
-    keep = [[0] * len(p) + [1] * len(r) if side == "left" else [1] * len(r) + [0] * len(p) for p, r in zip(pad, rows, strict=True)]
+    keep = [
+        [0] * len(p) + [1] * len(r) if side == "left" else [1] * len(r) + [0] * len(p)
+        for p, r in zip(pad, rows, strict=True)
+    ]
     inputs |= {"input_ids": ids, "attention_mask": torch.tensor(keep)}
     if kind in VLM and kind != "internvl":
         inputs["mm_token_type_ids"] = (ids == 150).int()
@@ -137,7 +170,11 @@ def batch(kind, counts=(1, 2), side="left", seed=1):
 def sample(kind, inputs, b, counts):
     """The inputs of sample b alone, without its padding."""
     keep = inputs["attention_mask"][b].bool()
-    one = {k: inputs[k][b : b + 1][:, keep] for k in ("input_ids", "attention_mask", "mm_token_type_ids") if k in inputs}
+    one = {
+        k: inputs[k][b : b + 1][:, keep]
+        for k in ("input_ids", "attention_mask", "mm_token_type_ids")
+        if k in inputs
+    }
     if kind not in VLM or not counts[b]:
         return one
     before = sum(counts[:b])
@@ -164,7 +201,13 @@ def drawn(size, mode="RGB", seed=0) -> Image.Image:
     pen = ImageDraw.Draw(image)
     pen.line((0, 0, *size), fill=(255, 0, 0, 90), width=3)
     pen.text((2, 2), "HbA1c 8.4 %", fill=(0, 0, 0, 255))
-    return image if mode == "RGBA" else image.convert("RGB").convert(mode) if mode not in ("LA", "PA", "RGBa") else image.convert(mode)
+    return (
+        image
+        if mode == "RGBA"
+        else image.convert("RGB").convert(mode)
+        if mode not in ("LA", "PA", "RGBa")
+        else image.convert(mode)
+    )
 
 
 def saved(image, format, **kwargs) -> bytes:
@@ -178,4 +221,6 @@ def without_clock(path):
     """The lines of a metrics.jsonl to the byte, but for the time and the pace, which another run cannot repeat."""
     lines = [json.loads(line) for line in path.read_bytes().splitlines()]
     assert all({*display.CLOCK} <= line.keys() for line in lines)
-    return "".join(json.dumps({k: v for k, v in line.items() if k not in display.CLOCK}) + "\n" for line in lines).encode()
+    return "".join(
+        json.dumps({k: v for k, v in line.items() if k not in display.CLOCK}) + "\n" for line in lines
+    ).encode()

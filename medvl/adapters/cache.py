@@ -10,8 +10,7 @@ from typing import Literal, TypeVar
 import torch
 
 from medvl.adapters import retrieve
-from medvl.weights import compose
-from medvl.weights import lazy as weights
+from medvl.weights import compose, lazy
 from medvl.weights.compose import Pool, Rule
 from medvl.weights.lora import Adapter
 
@@ -23,7 +22,11 @@ _Key = TypeVar("_Key", bound=Hashable)
 def nbytes(adapter: Adapter) -> int:
     """Bytes of memory that an adapter holds, its gates and whole tensors among them; what tensors share counts once."""
     held = {f"{m}/{k}": t for m, f in adapter.factors.items() for k, t in f.items()}
-    return weights.nbytes(held | {f"{m}/gate": t for m, t in adapter.gate.items()} | {f"{n}/full": t for n, t in adapter.full.items()})
+    return lazy.nbytes(
+        held
+        | {f"{m}/gate": t for m, t in adapter.gate.items()}
+        | {f"{n}/full": t for n, t in adapter.full.items()}
+    )
 
 
 def cached(fetch: Callable[[int], Adapter], budget: int) -> Get:
@@ -52,7 +55,9 @@ def cached(fetch: Callable[[int], Adapter], budget: int) -> Get:
     def get(ids: Sequence[int]) -> list[Adapter]:
         ids = [index(i) for i in ids]
         if min(ids, default=0) < 0:
-            raise ValueError(f"cached: ids must be >= 0, got {ids}; -1 marks an empty place of `Retrieved`, see retrieve.subset")
+            raise ValueError(
+                f"cached: ids must be >= 0, got {ids}; -1 marks an empty place of `Retrieved`, see retrieve.subset"
+            )
         return held(ids)
 
     return get
@@ -99,7 +104,9 @@ def groups(retrieved: retrieve.Retrieved) -> list[tuple[list[int], list[int], li
     Ids are ascending, whatever their order by similarity. Rows that abstained are a group with no ids: run the bare model.
     """
     found: dict[tuple[tuple[int, float], ...], list[int]] = {}
-    for row, (ids, shares) in enumerate(zip(retrieved.indices.tolist(), retrieved.weights.tolist(), strict=True)):
+    for row, (ids, shares) in enumerate(
+        zip(retrieved.indices.tolist(), retrieved.weights.tolist(), strict=True)
+    ):
         own = tuple(sorted((i, w) for i, w in zip(ids, shares, strict=True) if i >= 0))
         found.setdefault(own, []).append(row)
     return [(rows, [i for i, _ in own], [w for _, w in own]) for own, rows in found.items()]
@@ -140,13 +147,17 @@ def fused(
 
     def fuse(ids: Sequence[int], shares: Sequence[float]) -> Adapter:
         if not len(ids) or len(ids) != len(shares):
-            raise ValueError(f"fused: needs ids and a weight for each, got {len(ids)} and {len(shares)}; without ids run the bare model")
+            raise ValueError(
+                f"fused: needs ids and a weight for each, got {len(ids)} and {len(shares)}; without ids run the bare model"
+            )
         return held([tuple(sorted((index(i), float(w)) for i, w in zip(ids, shares, strict=True)))])[0]
 
     return fuse
 
 
-def _kept(make: Callable[[_Key], Adapter], budget: int, who: str, name: Callable[[_Key], str]) -> Callable[[Sequence[_Key]], list[Adapter]]:
+def _kept(
+    make: Callable[[_Key], Adapter], budget: int, who: str, name: Callable[[_Key], str]
+) -> Callable[[Sequence[_Key]], list[Adapter]]:
     if not (isfinite(budget) and budget > 0):
         raise ValueError(f"{who}: budget must be a positive number of bytes, got {budget}")
     lock, held = Lock(), OrderedDict[_Key, tuple[Adapter, int]]()  # the least recently used first

@@ -20,8 +20,7 @@ from medvl.adapters.retrieve import query_vector
 from medvl.base import config, files
 from medvl.base.display import track
 from medvl.components.text import pool_tokens
-from medvl.hub import skeletons as hub
-from medvl.hub import tokens
+from medvl.hub import skeletons, tokens
 from medvl.hub.checkpoints import find, new_folder, open_weights, read_json, save_finite
 from medvl.language.images import Picture, cap_pixels, check_window, open_image, to_rgb
 
@@ -46,29 +45,54 @@ class EmbedConfig:
 
     kind: Literal["local", "text", "image_text", "vectors"] = "local"
     name: str = ""  # folder or hub name of the encoder; of "vectors", what made them
-    instruction: str = ""  # of encoders: before every text, such as "Represent the sentence for similar task retrieval: "
+    instruction: str = (
+        ""  # of encoders: before every text, such as "Represent the sentence for similar task retrieval: "
+    )
     pool: Literal["first", "last", "mean", "max"] = "mean"  # of "text": the one the encoder was trained with
-    dims: int = 0  # the first of a Matryoshka embedding, 0 = all; of "local": components per side at most, 0 = 64
+    dims: int = (
+        0  # the first of a Matryoshka embedding, 0 = all; of "local": components per side at most, 0 = 64
+    )
     context: int = 512  # tokens; an encoder with fewer positions takes as many as it has
     shares: tuple[float, float] = (0.7, 0.3)  # of text and of images
     max_images: int = 2  # the first images of a query that count
     max_pixels: int = 100_000  # larger images are made smaller before they are looked at
-    window: tuple[float, ...] = ()  # (black, white): the greys of 16-bit and DICOM images that are shown as 0 and 255
+    window: tuple[
+        float, ...
+    ] = ()  # (black, white): the greys of 16-bit and DICOM images that are shown as 0 and 255
     batch: int = 32
 
     def __attrs_post_init__(self) -> None:
         if self.kind not in _MATTERS or self.pool not in ("first", "last", "mean", "max"):
-            raise ValueError(f"EmbedConfig: kind must be one of {', '.join(_MATTERS)}, pool first, last, mean or max, got {self}")
+            raise ValueError(
+                f"EmbedConfig: kind must be one of {', '.join(_MATTERS)}, pool first, last, mean or max, got {self}"
+            )
         encoder = self.kind in ("text", "image_text")
-        if (encoder and not self.name) or (self.kind == "local" and self.name) or (self.instruction and not encoder):
+        if (
+            (encoder and not self.name)
+            or (self.kind == "local" and self.name)
+            or (self.instruction and not encoder)
+        ):
             raise ValueError(
                 f"EmbedConfig: 'text' and 'image_text' need a name, 'local' has none, only they have an instruction, got {self}"
             )
         if self.dims < 0 or self.context < 3 or min(self.max_images, self.max_pixels, self.batch) < 1:
-            raise ValueError(f"EmbedConfig: dims must be >= 0, context >= 3, max_images, max_pixels and batch >= 1, got {self}")
-        if len(self.shares) != 2 or not all(isfinite(s) and s >= 0 for s in self.shares) or not any(self.shares):
+            raise ValueError(
+                f"EmbedConfig: dims must be >= 0, context >= 3, max_images, max_pixels and batch >= 1, got {self}"
+            )
+        if (
+            len(self.shares) != 2
+            or not all(isfinite(s) and s >= 0 for s in self.shares)
+            or not any(self.shares)
+        ):
             raise ValueError(f"EmbedConfig: shares must be two numbers >= 0, one above 0, got {self.shares}")
-        config.within(self, "EmbedConfig", dims=config.WIDTH_OR_NONE, context=(3, 2**20), batch=(1, 2**20), shares=(0, 1e6))
+        config.within(
+            self,
+            "EmbedConfig",
+            dims=config.WIDTH_OR_NONE,
+            context=(3, 2**20),
+            batch=(1, 2**20),
+            shares=(0, 1e6),
+        )
         config.within(self, "EmbedConfig", max_images=(1, 2**20), max_pixels=(1, 2**28))
         check_window(self.window, "EmbedConfig.window")
 
@@ -93,7 +117,7 @@ class Embedder:
     params: Mapping[str, Tensor] = field(factory=dict, repr=False)
     vocabulary: tuple[str, ...] = field(default=(), repr=False)  # of "local"
     head: Tensor | None = field(default=None, repr=False)  # [d, e], see `with_head`
-    skeleton: hub.Skeleton | None = field(default=None, repr=False)
+    skeleton: skeletons.Skeleton | None = field(default=None, repr=False)
     tokenizer: Any = field(default=None, repr=False)  # of "local": text to TF-IDF
     processor: Any = field(default=None, repr=False)  # of "image_text"
 
@@ -106,18 +130,32 @@ def open_embedder(cfg: EmbedConfig, *, device: str | torch.device = "cpu") -> Em
         ValueError: kind "local" (fit or read one), an encoder of another kind, whatever `hub.load` and the tokenizer say.
     """
     if cfg.kind == "local":
-        raise ValueError("open_embedder: kind 'local' is fitted to texts and images: use fit_local, or read_embedder of a saved one")
+        raise ValueError(
+            "open_embedder: kind 'local' is fitted to texts and images: use fit_local, or read_embedder of a saved one"
+        )
     if cfg.kind == "vectors":
         return _named(Embedder(cfg=cfg))
     about = read_json(find(cfg.name, ("config.json",)))
     model, both = about.get("model_type"), cfg.kind == "image_text"
     if both and model not in ("clip", "siglip"):
-        raise ValueError(f"open_embedder: kind 'image_text' needs a clip or siglip model, {cfg.name} is a {model}")
+        raise ValueError(
+            f"open_embedder: kind 'image_text' needs a clip or siglip model, {cfg.name} is a {model}"
+        )
     if not both and ("vision_config" in about or about.get("is_encoder_decoder") or model == "t5"):
-        raise ValueError(f"open_embedder: kind 'text' needs an encoder or decoder of text alone, {cfg.name} is a {model}")
-    skeleton, params = hub.load(cfg.name, device=device)
+        raise ValueError(
+            f"open_embedder: kind 'text' needs an encoder or decoder of text alone, {cfg.name} is a {model}"
+        )
+    skeleton, params = skeletons.load(cfg.name, device=device)
     processor = tokens.image_processor(cfg.name) if both and cfg.shares[1] else None
-    return _named(Embedder(cfg=cfg, params=params, skeleton=skeleton, tokenizer=tokens.tokenizer(cfg.name), processor=processor))
+    return _named(
+        Embedder(
+            cfg=cfg,
+            params=params,
+            skeleton=skeleton,
+            tokenizer=tokens.tokenizer(cfg.name),
+            processor=processor,
+        )
+    )
 
 
 def with_head(embedder: Embedder, head: Tensor | None) -> Embedder:
@@ -126,8 +164,12 @@ def with_head(embedder: Embedder, head: Tensor | None) -> Embedder:
     Raises:
         ValueError: not a finite floating point matrix.
     """
-    if head is not None and (head.dim() != 2 or not head.numel() or not head.is_floating_point() or not bool(head.isfinite().all())):
-        raise ValueError(f"with_head: head must be finite floating point [d, e], got {head.dtype} {list(head.shape)}")
+    if head is not None and (
+        head.dim() != 2 or not head.numel() or not head.is_floating_point() or not bool(head.isfinite().all())
+    ):
+        raise ValueError(
+            f"with_head: head must be finite floating point [d, e], got {head.dtype} {list(head.shape)}"
+        )
     return _named(evolve(embedder, head=None if head is None else head.detach().float().cpu().clone()))
 
 
@@ -150,24 +192,41 @@ def embed(embedder: Embedder, texts: Sequence[str], images: Pictures = ()) -> Te
     if seen := [i for i, row in enumerate(pictures) if row]:
         if cfg.kind == "text":
             advice = "set shares = [1, 0] to leave images out, or use kind 'image_text'"
-            raise ValueError(f"embed: kind 'text' takes no images, but row {seen[0]} has {len(pictures[seen[0]])}; {advice}")
+            raise ValueError(
+                f"embed: kind 'text' takes no images, but row {seen[0]} has {len(pictures[seen[0]])}; {advice}"
+            )
         if cfg.kind == "local" and "image.components" not in embedder.params:
-            raise ValueError(f"embed: row {seen[0]} has images, but {embedder.name} was fitted without any; fit it again, with images")
+            raise ValueError(
+                f"embed: row {seen[0]} has images, but {embedder.name} was fitted without any; fit it again, with images"
+            )
     local = cfg.kind == "local"
     if local:
         text, has_text = embed_local.text_directions(embedder.tokenizer, embedder.params, words)
     else:
         text, has_text = _encoded_texts(embedder, words)
-    image, has_image = (_local_images if local else _encoded_images)(embedder, pictures) if seen else (text, torch.zeros_like(has_text))
+    image, has_image = (
+        (_local_images if local else _encoded_images)(embedder, pictures)
+        if seen
+        else (text, torch.zeros_like(has_text))
+    )
     if len(bad := (~(has_text | has_image)).nonzero()):
         i = int(bad[0])
-        unknown = "of which no word is known" if words[i] and local else "without words" if cfg.shares[0] else "whose share is 0"
+        unknown = (
+            "of which no word is known"
+            if words[i] and local
+            else "without words"
+            if cfg.shares[0]
+            else "whose share is 0"
+        )
         said = f"embed: row {i} has nothing to embed: a text {unknown} ({texts[i][:60]!r}) and {len(pictures[i])} images that count"
         raise Nothing(said, bad[:, 0].tolist())
     if local:
         text, image = embed_local.side_by_side(embedder.params, text, image, bool(seen))
     alone = torch.where(has_text[:, None], text, image)
-    return _headed(embedder, query_vector(alone, image, cfg.shares, has_image=has_image) if seen else query_vector(alone, None))
+    return _headed(
+        embedder,
+        query_vector(alone, image, cfg.shares, has_image=has_image) if seen else query_vector(alone, None),
+    )
 
 
 def embed_vectors(embedder: Embedder, vectors: Tensor) -> Tensor:
@@ -179,7 +238,9 @@ def embed_vectors(embedder: Embedder, vectors: Tensor) -> Tensor:
     if embedder.cfg.kind != "vectors":
         raise ValueError(f"embed_vectors: only for kind 'vectors', got {embedder.cfg.kind!r}; use embed")
     if vectors.dim() != 2 or not vectors.numel() or not vectors.is_floating_point():
-        raise ValueError(f"embed_vectors: vectors must be floating point [b, d], got {vectors.dtype} {list(vectors.shape)}")
+        raise ValueError(
+            f"embed_vectors: vectors must be floating point [b, d], got {vectors.dtype} {list(vectors.shape)}"
+        )
     return _headed(embedder, _first("embed_vectors", embedder.cfg, vectors.detach().cpu()))
 
 
@@ -203,8 +264,17 @@ def fit_local(cfg: EmbedConfig, texts: Sequence[str], images: Pictures = ()) -> 
     looks = [embed_local.features(_opened("fit_local", cfg, *one)) for one in track(each, "reading images")]
     params |= embed_local.fit_images(k, np.stack(looks)) if looks else {}
     if not params:
-        raise ValueError(f"fit_local: the texts must have words of two letters or more, or there must be images, got {len(texts)} rows")
-    return _named(Embedder(cfg=cfg, params=params, vocabulary=vocabulary, tokenizer=embed_local.vectorizer_of(vocabulary, params)))
+        raise ValueError(
+            f"fit_local: the texts must have words of two letters or more, or there must be images, got {len(texts)} rows"
+        )
+    return _named(
+        Embedder(
+            cfg=cfg,
+            params=params,
+            vocabulary=vocabulary,
+            tokenizer=embed_local.vectorizer_of(vocabulary, params),
+        )
+    )
 
 
 def save_embedder(embedder: Embedder, folder: files.PathLike) -> None:
@@ -214,9 +284,18 @@ def save_embedder(embedder: Embedder, folder: files.PathLike) -> None:
         ValueError: the folder exists and is not empty.
     """
     state = dict(embedder.params) if embedder.cfg.kind == "local" else {}
-    about = {"format": _FORMAT, "name": embedder.name, "cfg": config.unstructure(embedder.cfg), "vocabulary": embedder.vocabulary}
+    about = {
+        "format": _FORMAT,
+        "name": embedder.name,
+        "cfg": config.unstructure(embedder.cfg),
+        "vocabulary": embedder.vocabulary,
+    }
     with new_folder(folder) as tmp:
-        save_finite(state | ({} if embedder.head is None else {"head": embedder.head}), tmp / "embedder.safetensors", "save_embedder")
+        save_finite(
+            state | ({} if embedder.head is None else {"head": embedder.head}),
+            tmp / "embedder.safetensors",
+            "save_embedder",
+        )
         files.write_text(tmp / "embedder.json", json.dumps(about, ensure_ascii=False) + "\n")
 
 
@@ -227,10 +306,15 @@ def read_embedder(folder: files.PathLike, *, device: str | torch.device = "cpu")
         ValueError: not such a folder, broken, or the content is no longer what its name says (an encoder with other weights).
     """
     raw, cfg = _about(folder)
-    state = {n: entry.read() for n, entry in open_weights(find(str(folder), ("embedder.safetensors",)), str(folder)).items()}
+    state = {
+        n: entry.read()
+        for n, entry in open_weights(find(str(folder), ("embedder.safetensors",)), str(folder)).items()
+    }
     head = state.pop("head", None)
     made = (
-        Embedder(cfg=cfg, params=state, vocabulary=tuple(raw["vocabulary"])) if cfg.kind == "local" else open_embedder(cfg, device=device)
+        Embedder(cfg=cfg, params=state, vocabulary=tuple(raw["vocabulary"]))
+        if cfg.kind == "local"
+        else open_embedder(cfg, device=device)
     )
     try:
         if cfg.kind == "local":
@@ -239,9 +323,19 @@ def read_embedder(folder: files.PathLike, *, device: str | torch.device = "cpu")
     except ValueError as e:
         raise ValueError(f"read_embedder: {folder}: {e}") from e
     if made.name != raw["name"]:
-        what = "the file was changed" if cfg.kind == "local" else f"the file or the encoder {cfg.name} was changed"
-        raise ValueError(f"read_embedder: {folder} must be {raw['name']}, but its content is {made.name}: {what}")
-    return evolve(made, tokenizer=embed_local.vectorizer_of(made.vocabulary, state)) if cfg.kind == "local" else made
+        what = (
+            "the file was changed"
+            if cfg.kind == "local"
+            else f"the file or the encoder {cfg.name} was changed"
+        )
+        raise ValueError(
+            f"read_embedder: {folder} must be {raw['name']}, but its content is {made.name}: {what}"
+        )
+    return (
+        evolve(made, tokenizer=embed_local.vectorizer_of(made.vocabulary, state))
+        if cfg.kind == "local"
+        else made
+    )
 
 
 def check_embedder(folder: files.PathLike) -> None:
@@ -262,21 +356,37 @@ def _about(folder: files.PathLike) -> tuple[dict[str, Any], EmbedConfig]:
         raise ValueError(f"read_embedder: there is no folder {folder}")
     path = find(str(folder), ("embedder.json",))
     raw = read_json(path)
-    if raw.get("format") != _FORMAT or not {"name", "cfg"} <= raw.keys() or not isinstance(raw.get("vocabulary"), list):
-        raise ValueError(f"read_embedder: {path} must be {_FORMAT!r} with name, cfg and vocabulary, found {raw.get('format')!r}")
+    if (
+        raw.get("format") != _FORMAT
+        or not {"name", "cfg"} <= raw.keys()
+        or not isinstance(raw.get("vocabulary"), list)
+    ):
+        raise ValueError(
+            f"read_embedder: {path} must be {_FORMAT!r} with name, cfg and vocabulary, found {raw.get('format')!r}"
+        )
     cfg = config.structure(raw["cfg"], EmbedConfig, where=str(path))
     return raw, cfg
 
 
 # Queries --------------------------------------------------------------------------------------------------------------------------------
-def _queries(who: str, cfg: EmbedConfig, texts: Sequence[str], images: Pictures) -> tuple[list[str], list[list[Any]]]:
+def _queries(
+    who: str, cfg: EmbedConfig, texts: Sequence[str], images: Pictures
+) -> tuple[list[str], list[list[Any]]]:
     """(texts without tags, the images that count) of each row; none of a side whose share is 0."""
     if isinstance(texts, str) or not len(texts) or not all(isinstance(t, str) for t in texts):
-        raise ValueError(f"{who}: texts must be a list of at least one text, got {type(texts).__name__} of {len(texts)}")
-    if len(images) not in (0, len(texts)) or any(isinstance(row, str | bytes | Path | Image.Image | np.ndarray | Tensor) for row in images):
-        raise ValueError(f"{who}: images must be a list of images for each of the {len(texts)} texts, got {len(images)} items")
+        raise ValueError(
+            f"{who}: texts must be a list of at least one text, got {type(texts).__name__} of {len(texts)}"
+        )
+    if len(images) not in (0, len(texts)) or any(
+        isinstance(row, str | bytes | Path | Image.Image | np.ndarray | Tensor) for row in images
+    ):
+        raise ValueError(
+            f"{who}: images must be a list of images for each of the {len(texts)} texts, got {len(images)} items"
+        )
     words = [re.sub("<image>\n?", "", t).strip() if cfg.shares[0] else "" for t in texts]
-    return words, [list(row)[: cfg.max_images] if cfg.shares[1] else [] for row in images] or [[] for _ in texts]
+    return words, [list(row)[: cfg.max_images] if cfg.shares[1] else [] for row in images] or [
+        [] for _ in texts
+    ]
 
 
 def _opened(who: str, cfg: EmbedConfig, row: int, place: int, source: Any) -> Image.Image:
@@ -295,7 +405,9 @@ def _opened(who: str, cfg: EmbedConfig, row: int, place: int, source: Any) -> Im
 def _first(who: str, cfg: EmbedConfig, x: Tensor) -> Tensor:
     """The first cfg.dims of each row, of length 1."""
     if cfg.dims > x.shape[1]:
-        raise ValueError(f"{who}: dims must be at most the width {x.shape[1]} of the embedding, got {cfg.dims}")
+        raise ValueError(
+            f"{who}: dims must be at most the width {x.shape[1]} of the embedding, got {cfg.dims}"
+        )
     return query_vector(x[:, : cfg.dims or None], None)
 
 
@@ -304,7 +416,9 @@ def _headed(embedder: Embedder, x: Tensor) -> Tensor:
     if head is None:
         return x
     if head.shape[0] != x.shape[1]:
-        raise ValueError(f"embed: the head must be [{x.shape[1]}, e] like the vectors, got {list(head.shape)}")
+        raise ValueError(
+            f"embed: the head must be [{x.shape[1]}, e] like the vectors, got {list(head.shape)}"
+        )
     return query_vector(x @ head, None)
 
 
@@ -319,16 +433,27 @@ def _local_images(embedder: Embedder, pictures: Sequence[Sequence[Any]]) -> tupl
     each = [(i, j, p) for i, row in enumerate(pictures) for j, p in enumerate(row)]
     opened = (_opened("embed", embedder.cfg, *one) for one in track(each, "embedding images"))
     unit, seen = embed_local.image_directions(embedder.params, opened)
-    return _image_means(unit[seen], [i for (i, _, _), s in zip(each, seen.tolist(), strict=True) if s], len(pictures))
+    return _image_means(
+        unit[seen], [i for (i, _, _), s in zip(each, seen.tolist(), strict=True) if s], len(pictures)
+    )
 
 
 def _named(embedder: Embedder) -> Embedder:
     cfg, head = embedder.cfg, embedder.head
-    matters = {n: v for n, v in attrs.asdict(cfg).items() if n in _MATTERS[cfg.kind]} | {"vocabulary": embedder.vocabulary}
+    matters = {n: v for n, v in attrs.asdict(cfg).items() if n in _MATTERS[cfg.kind]} | {
+        "vocabulary": embedder.vocabulary
+    }
     if cfg.window:  # without one, an embedder has the name it had before there were windows
         matters["window"] = cfg.window
-    weights = {f"params.{n}": t for n, t in embedder.params.items()} | ({} if head is None else {"head": head})
-    parts = [cfg.kind, *([Path(cfg.name).name] if cfg.name else []), config.digest(matters), hub.digest(weights)]
+    weights = {f"params.{n}": t for n, t in embedder.params.items()} | (
+        {} if head is None else {"head": head}
+    )
+    parts = [
+        cfg.kind,
+        *([Path(cfg.name).name] if cfg.name else []),
+        config.digest(matters),
+        skeletons.digest(weights),
+    ]
     return evolve(embedder, name=":".join(parts))
 
 
@@ -338,7 +463,9 @@ def _encoded_texts(embedder: Embedder, words: Sequence[str]) -> tuple[Tensor, Te
     assert skeleton is not None
     there = [i for i, w in enumerate(words) if w]
     rows = _token_ids(embedder, [cfg.instruction + words[i] for i in there]) if there else []
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # texts of about one length together: little padding
+    order = sorted(
+        range(len(rows)), key=lambda i: len(rows[i])
+    )  # texts of about one length together: little padding
     starts = track(range(0, len(order), cfg.batch), "embedding texts, batch")
     parts = [_encode(embedder, [rows[i] for i in order[at : at + cfg.batch]]).float().cpu() for at in starts]
     has = torch.zeros(len(words), dtype=torch.bool)
@@ -362,7 +489,9 @@ def _encode(embedder: Embedder, rows: list[list[int]]) -> Tensor:
     seen = {} if kind == "siglip" else {"attention_mask": mask.long()}
     with torch.autocast(device.type, enabled=False):
         if cfg.kind == "image_text":
-            return skeleton(embedder.params, input_ids=ids, pixel_values=_blank(skeleton, device), **seen).text_embeds
+            return skeleton(
+                embedder.params, input_ids=ids, pixel_values=_blank(skeleton, device), **seen
+            ).text_embeds
         return pool_tokens(cfg.pool, skeleton(embedder.params, input_ids=ids, **seen).last_hidden_state, mask)
 
 
@@ -376,11 +505,13 @@ def _encoded_images(embedder: Embedder, pictures: Sequence[Sequence[Any]]) -> tu
         opened = [_opened("embed", cfg, *one) for one in each[at : at + cfg.batch]]
         pixels = embedder.processor(images=opened, return_tensors="pt")["pixel_values"].to(device)
         with torch.autocast(device.type, enabled=False):
-            parts.append(skeleton(embedder.params, input_ids=word, pixel_values=pixels).image_embeds.float().cpu())
+            parts.append(
+                skeleton(embedder.params, input_ids=word, pixel_values=pixels).image_embeds.float().cpu()
+            )
     return _image_means(_first("embed", cfg, torch.cat(parts)), [i for i, _, _ in each], len(pictures))
 
 
-def _blank(skeleton: hub.Skeleton, device: torch.device) -> Tensor:
+def _blank(skeleton: skeletons.Skeleton, device: torch.device) -> Tensor:
     vision = skeleton.config["vision_config"]
     return torch.zeros(1, vision["num_channels"], vision["image_size"], vision["image_size"], device=device)
 
@@ -390,10 +521,17 @@ def _token_ids(embedder: Embedder, texts: list[str]) -> list[list[int]]:
     tok, most = embedder.tokenizer, min(embedder.cfg.context, _positions(embedder))
     rows = tok(texts, truncation=False, padding=False, verbose=False)["input_ids"]
     if n := sum(len(r) > most for r in rows):
-        warnings.warn(f"embed: {n} of {len(rows)} texts are longer than {most} tokens and were cut off", stacklevel=5)  # who called embed
-        rows = [row if len(row) <= most else _cut_off(tok, text, most) for text, row in zip(texts, rows, strict=True)]
+        warnings.warn(
+            f"embed: {n} of {len(rows)} texts are longer than {most} tokens and were cut off", stacklevel=5
+        )  # who called embed
+        rows = [
+            row if len(row) <= most else _cut_off(tok, text, most)
+            for text, row in zip(texts, rows, strict=True)
+        ]
     if empty := [t for t, r in zip(texts, rows, strict=True) if not r]:
-        raise ValueError(f"embed: the tokenizer of {embedder.cfg.name} must give every text a token, it gives {empty[0][:60]!r} none")
+        raise ValueError(
+            f"embed: the tokenizer of {embedder.cfg.name} must give every text a token, it gives {empty[0][:60]!r} none"
+        )
     return rows
 
 
@@ -410,8 +548,15 @@ def _positions(embedder: Embedder) -> int:
     assert embedder.skeleton is not None
     about, module = embedder.skeleton.config, embedder.skeleton.module
     about = about.get("text_config", about)
-    known = [about.get("max_position_embeddings") or 10**9, int(min(embedder.tokenizer.model_max_length, 10**9))]
+    known = [
+        about.get("max_position_embeddings") or 10**9,
+        int(min(embedder.tokenizer.model_max_length, 10**9)),
+    ]
     for n, m in module.named_modules():  # RoBERTa and MPNet count positions from behind the padding id
-        if n.endswith("embeddings.position_embeddings") and isinstance(m, nn.Embedding) and m.padding_idx is not None:
+        if (
+            n.endswith("embeddings.position_embeddings")
+            and isinstance(m, nn.Embedding)
+            and m.padding_idx is not None
+        ):
             known.append(m.num_embeddings - m.padding_idx - 1)
     return min(known)

@@ -29,7 +29,10 @@ def fit_texts(k: int, words: list[str]) -> tuple[tuple[str, ...], dict[str, Tens
         with np.errstate(invalid="ignore"):  # the share of variance of texts that are all the same
             svd = TruncatedSVD(min(k, *x.shape), random_state=0).fit(x)
         components, sizes = svd.components_, svd.singular_values_
-    params = {"text.idf": torch.from_numpy(vectorizer.idf_.copy()), "text.components": _components(components, sizes).T.contiguous()}
+    params = {
+        "text.idf": torch.from_numpy(vectorizer.idf_.copy()),
+        "text.components": _components(components, sizes).T.contiguous(),
+    }
     return tuple(vectorizer.get_feature_names_out().tolist()), params
 
 
@@ -70,7 +73,11 @@ def check_fitted(vocabulary: tuple[str, ...], params: Mapping[str, Tensor]) -> N
     wanted = (texts if v else {}) | (images if "image.mean" in shapes else {})
     if not wanted or shapes != wanted:
         raise ValueError(f"must hold {wanted or 'a vocabulary or images'}, found {shapes}")
-    if bad := [name for name, t in params.items() if not t.is_floating_point() or not t.numel() or not bool(t.isfinite().all())]:
+    if bad := [
+        name
+        for name, t in params.items()
+        if not t.is_floating_point() or not t.numel() or not bool(t.isfinite().all())
+    ]:
         raise ValueError(f"{bad[0]} must hold finite numbers")
 
 
@@ -85,7 +92,9 @@ def vectorizer_of(vocabulary: tuple[str, ...], params: Mapping[str, Tensor]) -> 
     return vectorizer
 
 
-def text_directions(vectorizer: Any, params: Mapping[str, Tensor], words: Sequence[str]) -> tuple[Tensor, Tensor]:
+def text_directions(
+    vectorizer: Any, params: Mapping[str, Tensor], words: Sequence[str]
+) -> tuple[Tensor, Tensor]:
     """(vectors of texts, float32 [b, k] of length 1, bool [b]: whether a text has a word that is known)."""
     if vectorizer is None:
         return torch.zeros(len(words), 0), torch.zeros(len(words), dtype=torch.bool)
@@ -96,7 +105,9 @@ def text_directions(vectorizer: Any, params: Mapping[str, Tensor], words: Sequen
 def image_directions(params: Mapping[str, Tensor], pictures: Iterable[Image.Image]) -> tuple[Tensor, Tensor]:
     """(vectors of RGB pictures, float32 [n, k] of length 1, bool [n]: whether a picture differs from the mean one); n > 0."""
     mean, weight, components = (params[f"image.{n}"].numpy() for n in ("mean", "weight", "components"))
-    return _directions(torch.from_numpy(np.stack([components @ ((features(p) - mean) * weight) for p in pictures])))
+    return _directions(
+        torch.from_numpy(np.stack([components @ ((features(p) - mean) * weight) for p in pictures]))
+    )
 
 
 def _directions(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,7 +117,9 @@ def _directions(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / torch.where(has, n, 1.0)[:, None]).float(), has
 
 
-def side_by_side(params: Mapping[str, Tensor], text: Tensor, image: Tensor, seen: bool) -> tuple[Tensor, Tensor]:
+def side_by_side(
+    params: Mapping[str, Tensor], text: Tensor, image: Tensor, seen: bool
+) -> tuple[Tensor, Tensor]:
     """[text, 0] and [0, image]; 0 for the images where none is seen."""
     i = len(params.get("image.components", ()))
     right = image if seen else torch.zeros(len(text), i)
@@ -123,8 +136,13 @@ def features(image: Image.Image) -> np.ndarray:
     down, right = np.gradient(grey)
     direction = (np.arctan2(down, right) % np.pi / np.pi * 8).astype(int) % 8
     y, x = np.indices(grey.shape)
-    edges = np.sqrt(np.bincount(((y // 32 * 4 + x // 32) * 8 + direction).ravel(), np.hypot(down, right).ravel(), 128) / 32**2)
+    edges = np.sqrt(
+        np.bincount(((y // 32 * 4 + x // 32) * 8 + direction).ravel(), np.hypot(down, right).ravel(), 128)
+        / 32**2
+    )
     power = np.abs(np.fft.fft2(grey - grey.mean())) ** 2 / grey.size
     ring = np.minimum(np.hypot(*(np.minimum(i, 128 - i) for i in (y, x))) / 4, 15).astype(int)
-    spectrum = np.log(np.bincount(ring.ravel(), power.ravel(), 16) / np.bincount(ring.ravel(), minlength=16) + 1e-6)
+    spectrum = np.log(
+        np.bincount(ring.ravel(), power.ravel(), 16) / np.bincount(ring.ravel(), minlength=16) + 1e-6
+    )
     return np.concatenate([colours, thumbnail, edges, spectrum])

@@ -9,8 +9,7 @@ import torch
 from attrs import evolve, field, frozen
 from torch import Generator, Tensor
 
-from medvl.adapters import cache as adapter_cache
-from medvl.adapters import embed, registry, retrieve
+from medvl.adapters import cache, embed, registry, retrieve
 from medvl.adapters.embed import Embedder
 from medvl.adapters.retrieve import RetrieveConfig, Retrieved
 from medvl.base import config, files
@@ -60,7 +59,7 @@ class Experts:
     categories: tuple[str, ...]
     vectors: Tensor = field(repr=False)  # float32 [p, d]
     embedder: Embedder | None = field(repr=False)  # None where the registry has only vectors
-    pool: adapter_cache.Pools = field(repr=False)
+    pool: cache.Pools = field(repr=False)
     fuse: Callable[[Sequence[int], Sequence[float]], lora.Adapter] = field(repr=False)
 
 
@@ -69,7 +68,9 @@ class Answer:
     """What was said, and who said it."""
 
     text: str
-    adapters: tuple[tuple[str, float, float], ...]  # (name, similarity, weight), the most similar first; none: the bare model
+    adapters: tuple[
+        tuple[str, float, float], ...
+    ]  # (name, similarity, weight), the most similar first; none: the bare model
 
 
 def gather(
@@ -99,9 +100,13 @@ def gather(
         adapter = read_adapter(folder / held.adapters[i].path, talks.skeleton)
         return evolve(lora.without_copies(adapter, params), name=held.adapters[i].name)
 
-    host = adapter_cache.cached(read, int(hold.host_gb * 1e9))
-    near = host if device.type == "cpu" else adapter_cache.cached(lambda i: lora.to(host([i])[0], device), int(hold.device_gb * 1e9))
-    pool = adapter_cache.pooled(near)
+    host = cache.cached(read, int(hold.host_gb * 1e9))
+    near = (
+        host
+        if device.type == "cpu"
+        else cache.cached(lambda i: lora.to(host([i])[0], device), int(hold.device_gb * 1e9))
+    )
+    pool = cache.pooled(near)
     how = {"rank": fusion.rank or None, "density": fusion.density or None, "seed": fusion.seed}
     return Experts(
         chat=talks,
@@ -111,7 +116,7 @@ def gather(
         vectors=registry.vectors(path, held),
         embedder=embed.read_embedder(folder / held.embedder) if held.embedder else None,
         pool=pool,
-        fuse=adapter_cache.fused(pool, int(hold.fused_gb * 1e9), rule=fusion.rule, **how),  # type: ignore[arg-type]
+        fuse=cache.fused(pool, int(hold.fused_gb * 1e9), rule=fusion.rule, **how),  # type: ignore[arg-type]
     )
 
 
@@ -171,7 +176,9 @@ def queries(experts: Experts, texts: Sequence[str], images: embed.Pictures) -> T
         ValueError: the registry has no embedder; an image that cannot be read; as `embed.embed`.
     """
     if experts.embedder is None:
-        raise ValueError("the registry has vectors but no embedder, so a question has none; `invoke adapters build` fits one")
+        raise ValueError(
+            "the registry has vectors but no embedder, so a question has none; `invoke adapters build` fits one"
+        )
     known = [*range(len(texts))]
     out = torch.full((len(texts), experts.vectors.shape[1]), torch.nan)
     try:
@@ -179,18 +186,28 @@ def queries(experts: Experts, texts: Sequence[str], images: embed.Pictures) -> T
     except embed.Nothing as e:
         known = [i for i in known if i not in e.rows]
         _log.warning(
-            "%d of %d questions have no word that the embedder knows and no image: the bare model answers them", len(e.rows), len(texts)
+            "%d of %d questions have no word that the embedder knows and no image: the bare model answers them",
+            len(e.rows),
+            len(texts),
         )
         if not known:
             return out
         vectors = embed.embed(experts.embedder, [texts[i] for i in known], [images[i] for i in known])
     if vectors.shape[1] != out.shape[1]:
-        raise ValueError(f"the registry's vectors have {out.shape[1]} numbers, those of its embedder {vectors.shape[1]}; build it again")
+        raise ValueError(
+            f"the registry's vectors have {out.shape[1]} numbers, those of its embedder {vectors.shape[1]}; build it again"
+        )
     return out.index_copy(0, torch.tensor(known), vectors)
 
 
 def choose(
-    mode: Mode, cfg: RetrieveConfig, queries: Tensor, vectors: Tensor, *, own: Tensor | None = None, exclude: Tensor | None = None
+    mode: Mode,
+    cfg: RetrieveConfig,
+    queries: Tensor,
+    vectors: Tensor,
+    *,
+    own: Tensor | None = None,
+    exclude: Tensor | None = None,
 ) -> Retrieved:
     """Which adapters each query gets in a mode: none, the best, the cfg.k best with their weights, or its own.
 
@@ -205,7 +222,9 @@ def choose(
         raise ValueError(f"choose: mode must be one of {', '.join(MODES)}, got {mode!r}")
     if mode == "oracle":
         if own is None or own.shape != queries.shape[:1] or bool((own >= len(vectors)).any()):
-            raise ValueError(f"choose: mode oracle needs own [{len(queries)}] below {len(vectors)}, got {own}")
+            raise ValueError(
+                f"choose: mode oracle needs own [{len(queries)}] below {len(vectors)}, got {own}"
+            )
         there = (own >= 0)[:, None]
         return Retrieved(
             indices=own[:, None].clamp(min=-1),
@@ -217,11 +236,16 @@ def choose(
     nothing = queries.isnan().any(1, keepdim=True)
     barred = nothing if exclude is None else nothing | exclude
     return retrieve.retrieve(
-        evolve(cfg, k=k), queries.masked_fill(nothing, 1.0), vectors, exclude=barred.expand(len(queries), len(vectors))
+        evolve(cfg, k=k),
+        queries.masked_fill(nothing, 1.0),
+        vectors,
+        exclude=barred.expand(len(queries), len(vectors)),
     )
 
 
-def answers(experts: Experts, data: Encoded, rows: Sequence[int], found: Retrieved, mode: Mode, max_tokens: int) -> list[str]:
+def answers(
+    experts: Experts, data: Encoded, rows: Sequence[int], found: Retrieved, mode: Mode, max_tokens: int
+) -> list[str]:
     """Greedy answers to the prompts `rows` of `data`, each with the adapters that were chosen for it.
 
     All modes but "fusion" run the whole batch in one pass, whatever mixtures its rows have; "fusion" runs a pass for each set of adapters
@@ -232,13 +256,17 @@ def answers(experts: Experts, data: Encoded, rows: Sequence[int], found: Retriev
         ValueError: rows and `found` differ in number; as `generation.generate`.
     """
     if len(found.indices) != len(rows):
-        raise ValueError(f"answers: adapters must be chosen for each of {len(rows)} rows, got {len(found.indices)}")
+        raise ValueError(
+            f"answers: adapters must be chosen for each of {len(rows)} rows, got {len(found.indices)}"
+        )
     if mode != "fusion":
-        return _said(experts, data, rows, adapter_cache.mix(experts.pool, found), max_tokens)
+        return _said(experts, data, rows, cache.mix(experts.pool, found), max_tokens)
     said = [""] * len(rows)
-    for places, ids, weights in adapter_cache.groups(found):
+    for places, ids, weights in cache.groups(found):
         fused = experts.fuse(ids, weights) if ids else None
-        for place, text in zip(places, _said(experts, data, [rows[i] for i in places], fused, max_tokens), strict=True):
+        for place, text in zip(
+            places, _said(experts, data, [rows[i] for i in places], fused, max_tokens), strict=True
+        ):
             said[place] = text
     return said
 
@@ -274,13 +302,19 @@ def ask(
     check_mode(mode, own, experts.names)
     talk, blind = chat.question(experts.chat, question, images), mode in ("bare", "oracle")
     query = torch.ones(1, experts.vectors.shape[1]) if blind else queries(experts, [question], [talk.images])
-    found = choose(mode, cfg, query, experts.vectors, own=torch.tensor([experts.names.index(own) if own else -1]))
+    found = choose(
+        mode, cfg, query, experts.vectors, own=torch.tensor([experts.names.index(own) if own else -1])
+    )
     (text,) = answers(experts, chat.encode(experts.chat, [talk], prompt=True), [0], found, mode, max_tokens)
-    named = zip(found.indices[0].tolist(), found.similarity[0].tolist(), found.weights[0].tolist(), strict=True)
+    named = zip(
+        found.indices[0].tolist(), found.similarity[0].tolist(), found.weights[0].tolist(), strict=True
+    )
     return Answer(text=text, adapters=tuple((experts.names[i], s, w) for i, s, w in named if i >= 0))
 
 
-def _said(experts: Experts, data: Encoded, rows: Sequence[int], adapter: lora.Adapter | None, max_tokens: int) -> list[str]:
+def _said(
+    experts: Experts, data: Encoded, rows: Sequence[int], adapter: lora.Adapter | None, max_tokens: int
+) -> list[str]:
     batch = chat.collate(experts.chat, data, rows, side="left")
     weights = experts.params
     if adapter is not None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from medvl.adapters.retrieve import adapter_vector, recall_at
 from medvl.base import config
 from medvl.base.tree import Tree, map_leaves
-from medvl.training import loop as train
+from medvl.training import loop
 from medvl.training.optim import Rate, adamw, seeded, warmup_cosine
 
 Encode = Callable[[Tree, Tensor], Tensor]  # (params, rows int64 [b]) -> [b, e]
@@ -23,7 +23,9 @@ Encode = Callable[[Tree, Tensor], Tensor]  # (params, rows int64 [b]) -> [b, e]
 class RetrieverConfig:
     """How a head behind an embedder is made, how long and how fast it is trained, and on what batches."""
 
-    kind: Literal["none", "contrast", "whiten"] = "contrast"  # "whiten": `whiten_tasks`, which takes `shrink` and nothing else
+    kind: Literal["none", "contrast", "whiten"] = (
+        "contrast"  # "whiten": `whiten_tasks`, which takes `shrink` and nothing else
+    )
     shrink: float = 0.1
     steps: int = 1000
     lr: float = 3e-3  # its highest; falls along a half cosine
@@ -42,14 +44,36 @@ class RetrieverConfig:
             if isinstance(v := getattr(self, name), bool) or not isinstance(v, int) or v < low:
                 raise ValueError(f"RetrieverConfig: {name} must be a whole number >= {low}, got {v!r}")
         if self.kind not in ("none", "contrast", "whiten") or not isfinite(self.shrink) or self.shrink <= 0:
-            raise ValueError(f"RetrieverConfig: kind must be none, contrast or whiten and shrink > 0, got {self.kind!r}, {self.shrink}")
+            raise ValueError(
+                f"RetrieverConfig: kind must be none, contrast or whiten and shrink > 0, got {self.kind!r}, {self.shrink}"
+            )
         if not isfinite(self.temperature) or self.temperature <= 0:
-            raise ValueError(f"RetrieverConfig: temperature must be finite and above 0, got {self.temperature}")
+            raise ValueError(
+                f"RetrieverConfig: temperature must be finite and above 0, got {self.temperature}"
+            )
         if not (isfinite(self.lr) and self.lr > 0 and isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise ValueError(f"RetrieverConfig: needs lr > 0 and weight_decay >= 0, got {self.lr} and {self.weight_decay}")
-        config.within(self, "RetrieverConfig", steps=config.COUNT_OR_NONE, every=config.COUNT, batch=(1, 2**20), chunk=(0, 2**20))
-        config.within(self, "RetrieverConfig", negatives=(1, 2**20), dims=config.WIDTH_OR_NONE, seed=config.SEED)
-        config.within(self, "RetrieverConfig", lr=config.RATE, weight_decay=(0, 1e6), shrink=(0, 1e6), temperature=(0, 1e6))
+            raise ValueError(
+                f"RetrieverConfig: needs lr > 0 and weight_decay >= 0, got {self.lr} and {self.weight_decay}"
+            )
+        config.within(
+            self,
+            "RetrieverConfig",
+            steps=config.COUNT_OR_NONE,
+            every=config.COUNT,
+            batch=(1, 2**20),
+            chunk=(0, 2**20),
+        )
+        config.within(
+            self, "RetrieverConfig", negatives=(1, 2**20), dims=config.WIDTH_OR_NONE, seed=config.SEED
+        )
+        config.within(
+            self,
+            "RetrieverConfig",
+            lr=config.RATE,
+            weight_decay=(0, 1e6),
+            shrink=(0, 1e6),
+            temperature=(0, 1e6),
+        )
 
 
 @frozen(kw_only=True, eq=False)
@@ -79,9 +103,16 @@ def task_contrast(anchor: Tensor, positive: Tensor, negatives: Tensor, temperatu
     Source: Zhao et al. 2024 (LoraRetriever), arXiv:2402.09997, section 4; the paper prints the ratio, the loss is its -log.
     """
     b, d = anchor.shape if anchor.dim() == 2 else (0, 0)
-    if not b or positive.shape != (b, d) or negatives.dim() != 3 or negatives.shape != (b, max(1, negatives.shape[1]), d):
+    if (
+        not b
+        or positive.shape != (b, d)
+        or negatives.dim() != 3
+        or negatives.shape != (b, max(1, negatives.shape[1]), d)
+    ):
         got = f"{list(anchor.shape)}, {list(positive.shape)} and {list(negatives.shape)}"
-        raise ValueError(f"task_contrast: anchor and positive must be [b, d] and negatives [b, p, d], b and p above 0, got {got}")
+        raise ValueError(
+            f"task_contrast: anchor and positive must be [b, d] and negatives [b, p, d], b and p above 0, got {got}"
+        )
     if not isfinite(temperature) or temperature <= 0:
         raise ValueError(f"task_contrast: temperature must be finite and above 0, got {temperature}")
     others = torch.cat([positive[:, None], negatives], 1)
@@ -106,7 +137,9 @@ def draw_pairs(tasks: Sequence[Hashable], step: int, seed: int, batch: int, p: i
     return _drawn(codes, torch.arange(len(codes)), step, seed, batch, p)
 
 
-def train_retriever(cfg: RetrieverConfig, vectors: Tensor, tasks: Sequence[Hashable], held: Sequence[Hashable] = ()) -> Tensor:
+def train_retriever(
+    cfg: RetrieverConfig, vectors: Tensor, tasks: Sequence[Hashable], held: Sequence[Hashable] = ()
+) -> Tensor:
     """A linear map [d, e] over an embedder's frozen vectors, after which `vectors @ head` of one task lie together.
 
     It starts as the identity (its first e columns), so that the untrained retriever is the embedder, and weight decay pulls it back there.
@@ -122,7 +155,9 @@ def train_retriever(cfg: RetrieverConfig, vectors: Tensor, tasks: Sequence[Hasha
     """
     wide, d = _vectors("train_retriever", vectors, tasks), vectors.shape[1]
     if cfg.dims > d:
-        raise ValueError(f"train_retriever: dims must be within 0..{d}, the width of the vectors, got {cfg.dims}")
+        raise ValueError(
+            f"train_retriever: dims must be within 0..{d}, the width of the vectors, got {cfg.dims}"
+        )
     start = torch.eye(d, cfg.dims or d, dtype=wide.dtype, device=wide.device)
 
     def encode(params: Tree, rows: Tensor) -> Tensor:
@@ -149,18 +184,29 @@ def whiten_tasks(vectors: Tensor, tasks: Sequence[Hashable], shrink: float = 0.1
     _check_tasks("whiten_tasks", names, codes)
     x = F.normalize(x.double(), dim=1)
     at = codes.to(x.device)
-    means = torch.zeros(len(names), x.shape[1], dtype=x.dtype, device=x.device).index_add_(0, at, x) / torch.bincount(at)[:, None]
+    means = (
+        torch.zeros(len(names), x.shape[1], dtype=x.dtype, device=x.device).index_add_(0, at, x)
+        / torch.bincount(at)[:, None]
+    )
     within = x - means[at]
     covariance = within.T @ within / len(x)
     variance, axes = torch.linalg.eigh(covariance)
     if (mean := float(variance.mean())) <= 1e-12:
-        raise ValueError("whiten_tasks: samples of a task must differ, within every task they are all the same")
+        raise ValueError(
+            "whiten_tasks: samples of a task must differ, within every task they are all the same"
+        )
     gain = (variance.clamp(min=0) + shrink * mean).rsqrt()
     head = (axes * (gain / gain.square().mean().sqrt())) @ axes.T
     return head.to(torch.promote_types(vectors.dtype, torch.float32))
 
 
-def fit_encoder(cfg: RetrieverConfig, encode: Encode, params: Tree, tasks: Sequence[Hashable], held: Sequence[Hashable] = ()) -> Tree:
+def fit_encoder(
+    cfg: RetrieverConfig,
+    encode: Encode,
+    params: Tree,
+    tasks: Sequence[Hashable],
+    held: Sequence[Hashable] = (),
+) -> Tree:
     """The parameters after training by `task_contrast`: a whole encoder's, an adapter's over a frozen one, a head's.
 
     Args:
@@ -178,14 +224,18 @@ def fit_encoder(cfg: RetrieverConfig, encode: Encode, params: Tree, tasks: Seque
     """
     names, codes = _codes(tasks)
     if missing := [t for t in held if t not in names]:
-        raise ValueError(f"fit_encoder: every task held out must be among tasks, {missing[0]!r} is not ({len(missing)} such)")
+        raise ValueError(
+            f"fit_encoder: every task held out must be among tasks, {missing[0]!r} is not ({len(missing)} such)"
+        )
     out = torch.isin(codes, torch.tensor([names.index(t) for t in held], dtype=torch.int64))
     rows = (~out).nonzero()[:, 0]
     _check_tasks("fit_encoder", names, codes, rows)
-    optimizer = adamw(lambda name: Rate(lr=cfg.lr, weight_decay=cfg.weight_decay), warmup_cosine(cfg.steps, 0))
+    optimizer = adamw(
+        lambda name: Rate(lr=cfg.lr, weight_decay=cfg.weight_decay), warmup_cosine(cfg.steps, 0)
+    )
     own = map_leaves(lambda t: t.detach().clone(), params)  # steps reuse what they are given
-    state, kept, best = train.State(params=own, opt=optimizer.init(own)), own, -1.0
-    step = train.make_step(partial(_grad, cfg, encode), optimizer)
+    state, kept, best = loop.State(params=own, opt=optimizer.init(own)), own, -1.0
+    step = loop.make_step(partial(_grad, cfg, encode), optimizer)
     for i in range(cfg.steps + 1):
         if len(held) and (i % cfg.every == 0 or i == cfg.steps):
             found = _recall(_embedded(cfg, encode, state.params, len(codes)), codes, out, [1])[1]
@@ -196,7 +246,9 @@ def fit_encoder(cfg: RetrieverConfig, encode: Encode, params: Tree, tasks: Seque
             state, metrics = step(state, drawn)
             for name, number in (("loss", metrics["loss"]), ("norm of the gradient", metrics["grad_norm"])):
                 if not torch.isfinite(number):
-                    raise FloatingPointError(f"fit_encoder: the {name} is {float(number)} at step {i + 1}; lower lr, now {cfg.lr}")
+                    raise FloatingPointError(
+                        f"fit_encoder: the {name} is {float(number)} at step {i + 1}; lower lr, now {cfg.lr}"
+                    )
     return kept if len(held) else state.params
 
 
@@ -211,36 +263,44 @@ def task_recall(embeddings: Tensor, tasks: Sequence[Hashable], ks: Sequence[int]
     """
     names, codes = _codes(tasks)
     if embeddings.dim() != 2 or len(embeddings) != len(codes):
-        raise ValueError(f"task_recall: embeddings must be [n, d] and tasks [n], got {list(embeddings.shape)} and {len(codes)}")
+        raise ValueError(
+            f"task_recall: embeddings must be [n, d] and tasks [n], got {list(embeddings.shape)} and {len(codes)}"
+        )
     _check_tasks("task_recall", names, codes)
     return _recall(embeddings, codes, torch.ones_like(codes, dtype=torch.bool), ks)
 
 
-def _grad(cfg: RetrieverConfig, encode: Encode, params: Tree, pairs: Pairs) -> tuple[Tensor, train.Aux, Tree]:
+def _grad(cfg: RetrieverConfig, encode: Encode, params: Tree, pairs: Pairs) -> tuple[Tensor, loop.Aux, Tree]:
     """Each sample of a batch is encoded once, however often it was drawn."""
     b, p = pairs.negatives.shape
-    rows, place = torch.cat([pairs.anchors, pairs.positives, pairs.negatives.flatten()]).unique(return_inverse=True)
+    rows, place = torch.cat([pairs.anchors, pairs.positives, pairs.negatives.flatten()]).unique(
+        return_inverse=True
+    )
 
-    def embed(params: Tree, batch: train.Batch) -> train.Batch:
+    def embed(params: Tree, batch: loop.Batch) -> loop.Batch:
         return {"z": _encoded(encode, params, batch["rows"])}
 
-    def contrast(params: Tree, found: train.Batch) -> tuple[Tensor, train.Aux]:
+    def contrast(params: Tree, found: loop.Batch) -> tuple[Tensor, loop.Aux]:
         anchor, positive, negatives = found["z"][place.to(found["z"].device)].split([b, b, b * p])
-        return task_contrast(anchor, positive, negatives.unflatten(0, (b, p)), cfg.temperature), train.Aux()
+        return task_contrast(anchor, positive, negatives.unflatten(0, (b, p)), cfg.temperature), loop.Aux()
 
-    return train.cached_value_and_grad(embed, contrast, chunk=cfg.chunk or len(rows))(params, {"rows": rows})
+    return loop.cached_value_and_grad(embed, contrast, chunk=cfg.chunk or len(rows))(params, {"rows": rows})
 
 
 def _encoded(encode: Encode, params: Tree, rows: Tensor) -> Tensor:
     z = encode(params, rows)
     if z.dim() != 2 or len(z) != len(rows):
-        raise ValueError(f"fit_encoder: encode must give [b, e], here [{len(rows)}, e], got {list(z.shape)}; pool the tokens")
+        raise ValueError(
+            f"fit_encoder: encode must give [b, e], here [{len(rows)}, e], got {list(z.shape)}; pool the tokens"
+        )
     return z
 
 
 @torch.no_grad()
 def _embedded(cfg: RetrieverConfig, encode: Encode, params: Tree, n: int) -> Tensor:
-    return torch.cat([_encoded(encode, params, rows).float() for rows in torch.arange(n).split(cfg.chunk or n)])
+    return torch.cat(
+        [_encoded(encode, params, rows).float() for rows in torch.arange(n).split(cfg.chunk or n)]
+    )
 
 
 def _recall(z: Tensor, codes: Tensor, asked: Tensor, ks: Sequence[int]) -> dict[int, float]:
@@ -280,7 +340,9 @@ def _vectors(who: str, vectors: Tensor, tasks: Sequence[Hashable]) -> Tensor:
         raise ValueError(f"{who}: vectors must be floating point [n, d] and tasks [n], got {got}")
     wide = vectors.detach().to(torch.promote_types(vectors.dtype, torch.float32))
     if len(bad := (~(wide.isfinite().all(1) & (wide != 0).any(1))).nonzero()):
-        raise ValueError(f"{who}: vectors must be finite and not zero, row {int(bad[0])} is not ({len(bad)} such)")
+        raise ValueError(
+            f"{who}: vectors must be finite and not zero, row {int(bad[0])} is not ({len(bad)} such)"
+        )
     return wide
 
 
@@ -298,4 +360,6 @@ def _check_tasks(who: str, names: list[Hashable], codes: Tensor, rows: Tensor | 
     if n < 2:
         raise ValueError(f"{who}: needs at least two tasks to tell apart, got {n}")
     if few := [names[i] for i, m in enumerate(torch.bincount(codes).tolist()) if m < 2]:
-        raise ValueError(f"{who}: every task must have two samples or more, {few[0]!r} has one ({len(few)} such)")
+        raise ValueError(
+            f"{who}: every task must have two samples or more, {few[0]!r} has one ({len(few)} such)"
+        )

@@ -40,7 +40,9 @@ class Registry:
 
     adapters: tuple[Record, ...] = ()
     base: str = ""  # the model all were trained on (a folder relative to the root, or a hub name), "" = as their adapter_config.json say
-    embedder: str = ""  # folder of what made the vectors (`embed.read_embedder`), "" = only the vectors are there
+    embedder: str = (
+        ""  # folder of what made the vectors (`embed.read_embedder`), "" = only the vectors are there
+    )
     root: str = ""  # where relative paths start, relative to the folder of this file; "" = there
 
     def __attrs_post_init__(self) -> None:
@@ -88,7 +90,9 @@ def vectors(path: files.PathLike, registry: Registry) -> Tensor:
             raise ValueError(f"{path}: {r.name}: {e}{_start(path, registry)}") from e
         row = _unit(held, f"{path}: {r.name}: {file}")
         if rows and len(row) != len(rows[0]):
-            raise ValueError(f"{path}: {r.name} has {len(row)} numbers, {registry.adapters[0].name} {len(rows[0])}; one embedder made all?")
+            raise ValueError(
+                f"{path}: {r.name} has {len(row)} numbers, {registry.adapters[0].name} {len(rows[0])}; one embedder made all?"
+            )
         rows.append(row)
     made = sorted({r.embedder for r in registry.adapters} - {""})
     if len(made) > 1:
@@ -122,13 +126,26 @@ def check(path: files.PathLike, registry: Registry, base: str = "") -> None:
     wanted = base or registry.base
     if not wanted and len({_plain(b) for b in bases.values() if b}) > 1:
         named = ", ".join(f"{n} of {b}" for n, b in bases.items())
-        raise ValueError(f"{path}: adapters of different models: {named}; give base, if these are names of one")
-    if wanted and (others := [n for n, b in bases.items() if b and _plain(b) not in {_plain(wanted), _plain(registry.base)}]):
-        _log.warning("%s: taken for adapters of %s, but trained on another model by name: %s", path, wanted, _named(others, bases))
+        raise ValueError(
+            f"{path}: adapters of different models: {named}; give base, if these are names of one"
+        )
+    if wanted and (
+        others := [
+            n for n, b in bases.items() if b and _plain(b) not in {_plain(wanted), _plain(registry.base)}
+        ]
+    ):
+        _log.warning(
+            "%s: taken for adapters of %s, but trained on another model by name: %s",
+            path,
+            wanted,
+            _named(others, bases),
+        )
 
 
 def _named(names: Sequence[str], bases: Mapping[str, str]) -> str:
-    return ", ".join(f"{n} on {bases[n]}" for n in names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    return ", ".join(f"{n} on {bases[n]}" for n in names[:6]) + (
+        f" and {len(names) - 6} more" if len(names) > 6 else ""
+    )
 
 
 def _plain(base: str) -> str:
@@ -140,7 +157,9 @@ def _plain(base: str) -> str:
 def base_of(path: files.PathLike, registry: Registry) -> str:
     """The base model: a folder, or a name on the hub; "" where nothing says it."""
     name = registry.base or next((b for r in registry.adapters if (b := _base(path, registry, r))), "")
-    return str(place_of(path, registry) / name) if name and (place_of(path, registry) / name).is_dir() else name
+    return (
+        str(place_of(path, registry) / name) if name and (place_of(path, registry) / name).is_dir() else name
+    )
 
 
 def _base(path: files.PathLike, registry: Registry, record: Record) -> str:
@@ -155,7 +174,12 @@ def _start(path: files.PathLike, registry: Registry) -> str:
     return f"; relative paths start at {place_of(path, registry)}, give another root where they do not"
 
 
-def add(path: files.PathLike, record: Record, vector: Tensor | np.ndarray | Sequence[float], root: files.PathLike = "") -> Registry:
+def add(
+    path: files.PathLike,
+    record: Record,
+    vector: Tensor | np.ndarray | Sequence[float],
+    root: files.PathLike = "",
+) -> Registry:
     """The registry with one adapter more, its vector written beside it; the file is made if it is not there.
 
     Of several processes that add at the same time each waits for the others, so that none is lost.
@@ -168,11 +192,17 @@ def add(path: files.PathLike, record: Record, vector: Tensor | np.ndarray | Sequ
     with files.alone(path, wait=True):
         old = read_registry(path, root) if Path(path).exists() else Registry()
         if Path(path).exists() and isinstance(config.read_plain(path), list):
-            _log.warning("%s: was a list of LoraRetriever's, and is written as a registry of medvl's now", path)
+            _log.warning(
+                "%s: was a list of LoraRetriever's, and is written as a registry of medvl's now", path
+            )
         return extend(path, old, [(record, vector)])
 
 
-def extend(path: files.PathLike, registry: Registry, new: Sequence[tuple[Record, Tensor | np.ndarray | Sequence[float]]]) -> Registry:
+def extend(
+    path: files.PathLike,
+    registry: Registry,
+    new: Sequence[tuple[Record, Tensor | np.ndarray | Sequence[float]]],
+) -> Registry:
     """Write the registry with more adapters and their vectors: the vectors first, then the registry, so that a kill leaves the old one.
 
     Args:
@@ -196,9 +226,13 @@ def extend(path: files.PathLike, registry: Registry, new: Sequence[tuple[Record,
         if not (place / record.path / "adapter_config.json").is_file():
             raise ValueError(f"{path}: {record.name}: {place / record.path} holds no adapter_config.json")
         if not record.vector:
-            record = evolve(record, vector=f"vectors/{record.name}-{hashlib.sha256(row.tobytes()).hexdigest()[:8]}.npy")
+            record = evolve(
+                record, vector=f"vectors/{record.name}-{hashlib.sha256(row.tobytes()).hexdigest()[:8]}.npy"
+            )
         if Path(record.vector).is_absolute() or ".." in Path(record.vector).parts:
-            raise ValueError(f"{path}: {record.name}: its vector must lie in the registry's root, got {record.vector!r}")
+            raise ValueError(
+                f"{path}: {record.name}: its vector must lie in the registry's root, got {record.vector!r}"
+            )
         rows[record.vector] = row
         records.append(record)
     try:
@@ -215,7 +249,9 @@ def _unit(vector: Tensor | np.ndarray | Sequence[float], where: str) -> np.ndarr
     """The vector as float32 [d] of length 1; one kept as a single row [1, d] is read too."""
     row = np.atleast_1d(np.asarray(vector))
     if row.dtype.kind not in "fiu" or not row.size or row.size != row.shape[-1] or row.size > _LONGEST:
-        raise ValueError(f"{where} must hold one vector [d] of at most {_LONGEST:,} numbers, got {row.dtype} {list(row.shape)}")
+        raise ValueError(
+            f"{where} must hold one vector [d] of at most {_LONGEST:,} numbers, got {row.dtype} {list(row.shape)}"
+        )
     wide = row.astype(np.float64).reshape(-1)
     length = np.linalg.norm(wide)
     if not (np.isfinite(length) and length > 0):

@@ -33,11 +33,17 @@ class RetrieveConfig:
         if isinstance(self.k, bool) or not isinstance(self.k, int) or not 0 <= self.k <= MOST:
             raise ValueError(f"RetrieveConfig: k must be a whole number of 0 to {MOST:,}, got {self.k!r}")
         if self.weighting not in ("uniform", "softmax", "similarity"):
-            raise ValueError(f"RetrieveConfig: weighting must be 'uniform', 'softmax' or 'similarity', got {self.weighting!r}")
+            raise ValueError(
+                f"RetrieveConfig: weighting must be 'uniform', 'softmax' or 'similarity', got {self.weighting!r}"
+            )
         if not isfinite(self.temperature) or self.temperature <= 0:
-            raise ValueError(f"RetrieveConfig: temperature must be finite and above 0, got {self.temperature}")
+            raise ValueError(
+                f"RetrieveConfig: temperature must be finite and above 0, got {self.temperature}"
+            )
         if not -1 <= self.threshold <= 1:
-            raise ValueError(f"RetrieveConfig: threshold is a cosine and must be within -1..1, got {self.threshold}")
+            raise ValueError(
+                f"RetrieveConfig: threshold is a cosine and must be within -1..1, got {self.threshold}"
+            )
         config.within(self, "RetrieveConfig", k=(0, 2**20), temperature=(0, 1e6))
 
 
@@ -64,7 +70,11 @@ def adapter_vector(embeddings: Tensor) -> Tensor:
 
 
 def query_vector(
-    text: Tensor | None, image: Tensor | None, shares: tuple[float, float] = (0.7, 0.3), *, has_image: Tensor | None = None
+    text: Tensor | None,
+    image: Tensor | None,
+    shares: tuple[float, float] = (0.7, 0.3),
+    *,
+    has_image: Tensor | None = None,
 ) -> Tensor:
     """Query vectors [b, d]: shares of the unit-normalised text and image, of length 1 again, float32.
 
@@ -83,9 +93,17 @@ def query_vector(
     if given is None:
         raise ValueError(f"{who}: must have text, image or both, got neither")
     if has_image is not None and (has_image.dtype != torch.bool or has_image.shape != given.shape[:1]):
-        raise ValueError(f"{who}: has_image must be bool [{len(given)}], got {has_image.dtype} {list(has_image.shape)}")
-    if has_image is not None and (image is None or text is None) and bool((has_image if image is None else ~has_image).any()):
-        raise ValueError(f"{who}: has_image must agree with what is given, got text {text is not None}, image {image is not None}")
+        raise ValueError(
+            f"{who}: has_image must be bool [{len(given)}], got {has_image.dtype} {list(has_image.shape)}"
+        )
+    if (
+        has_image is not None
+        and (image is None or text is None)
+        and bool((has_image if image is None else ~has_image).any())
+    ):
+        raise ValueError(
+            f"{who}: has_image must agree with what is given, got text {text is not None}, image {image is not None}"
+        )
     if text is None or image is None:
         return _unit(who, "image" if text is None else "text", "b", given)
     if text.shape != image.shape or text.device != image.device:
@@ -97,7 +115,9 @@ def query_vector(
 
 
 @torch.no_grad()
-def retrieve(cfg: RetrieveConfig, queries: Tensor, vectors: Tensor, *, exclude: Tensor | None = None) -> Retrieved:
+def retrieve(
+    cfg: RetrieveConfig, queries: Tensor, vectors: Tensor, *, exclude: Tensor | None = None
+) -> Retrieved:
     """The cfg.k adapters most similar to each query by cosine, the most similar first, and their weights.
 
     Of equal vectors the one with the lower index comes first, whatever else is in the batch. A row may get fewer than k: where fewer are
@@ -111,16 +131,26 @@ def retrieve(cfg: RetrieveConfig, queries: Tensor, vectors: Tensor, *, exclude: 
     Source: Zhao et al. 2024 (LoraRetriever), arXiv:2402.09997, section 4; there the weights are uniform.
     """
     if vectors.dim() != 2 or not len(vectors) or queries.dim() != 2 or queries.shape[1] != vectors.shape[1]:
-        raise ValueError(f"retrieve: queries must be [b, d] and vectors [p, d], p >= 1, got {_about(queries)} and {_about(vectors)}")
+        raise ValueError(
+            f"retrieve: queries must be [b, d] and vectors [p, d], p >= 1, got {_about(queries)} and {_about(vectors)}"
+        )
     b, p = len(queries), len(vectors)
     if queries.device != vectors.device:
-        raise ValueError(f"retrieve: queries and vectors must be on one device, got {queries.device} and {vectors.device}")
+        raise ValueError(
+            f"retrieve: queries and vectors must be on one device, got {queries.device} and {vectors.device}"
+        )
     if exclude is not None and (exclude.dtype != torch.bool or exclude.shape not in ((p,), (b, p))):
-        raise ValueError(f"retrieve: exclude must be bool [{p}] or [{b}, {p}], got {exclude.dtype} {list(exclude.shape)}")
+        raise ValueError(
+            f"retrieve: exclude must be bool [{p}] or [{b}, {p}], got {exclude.dtype} {list(exclude.shape)}"
+        )
     unit, lengths = _unit("retrieve", "queries", "b", queries), _lengths("retrieve", "vectors", "p", vectors)
     with torch.autocast(queries.device.type, enabled=False):
         similarity = (unit @ vectors.float().T).div_(lengths).clamp_(-1, 1)
-    barred = torch.zeros(1, p, dtype=torch.bool, device=queries.device) if exclude is None else exclude.to(queries.device).view(-1, p)
+    barred = (
+        torch.zeros(1, p, dtype=torch.bool, device=queries.device)
+        if exclude is None
+        else exclude.to(queries.device).view(-1, p)
+    )
     if cfg.weighting == "similarity":
         barred = barred | (similarity <= 0)
     found, indices = _best(min(cfg.k, p), similarity, barred, vectors)
@@ -144,7 +174,9 @@ def mixture_weights(retrieved: Retrieved, p: int) -> Tensor:
     """
     most = int(retrieved.indices.max()) if retrieved.indices.numel() else -1
     if p < 1 or most >= p:
-        raise ValueError(f"mixture_weights: p must be the number of adapters retrieved from, at least {max(most + 1, 1)}, got {p}")
+        raise ValueError(
+            f"mixture_weights: p must be the number of adapters retrieved from, at least {max(most + 1, 1)}, got {p}"
+        )
     dense = retrieved.weights.new_zeros(len(retrieved.weights), p)
     return dense.scatter_add(1, retrieved.indices.clamp(min=0), retrieved.weights)  # what is empty adds 0
 
@@ -173,18 +205,24 @@ def recall_at(found: Retrieved | Tensor, truth: Tensor, ks: Sequence[int]) -> di
     """
     table = found.indices if isinstance(found, Retrieved) else found
     if table.dim() != 2 or not table.numel() or truth.shape != table.shape[:1] or truth.is_floating_point():
-        raise ValueError(f"recall_at: must have [b, k] with b, k >= 1 and truth int64 [b], got {list(table.shape)} and {_about(truth)}")
+        raise ValueError(
+            f"recall_at: must have [b, k] with b, k >= 1 and truth int64 [b], got {list(table.shape)} and {_about(truth)}"
+        )
     if not len(ks) or min(ks) < 1 or max(ks) > table.shape[1]:
         raise ValueError(f"recall_at: every k must be within 1..{table.shape[1]}, got {list(ks)}")
     truth = truth.to(table.device)
     limit = table.shape[1] if isinstance(found, Tensor) else None
     if bool((truth < 0).any()) or (limit is not None and bool((truth >= limit).any())):
-        raise ValueError(f"recall_at: truth must be the index of an adapter, 0..{'' if limit is None else limit - 1}, got {truth.tolist()}")
+        raise ValueError(
+            f"recall_at: truth must be the index of an adapter, 0..{'' if limit is None else limit - 1}, got {truth.tolist()}"
+        )
     if isinstance(found, Retrieved):
         hits = table == truth[:, None]
         return {int(k): float(hits[:, :k].any(1).double().mean()) for k in ks}
     if not bool(table.isfinite().all()):
-        raise ValueError(f"recall_at: similarities must be finite, row {int((~table.isfinite()).any(1).nonzero()[0])} has others")
+        raise ValueError(
+            f"recall_at: similarities must be finite, row {int((~table.isfinite()).any(1).nonzero()[0])} has others"
+        )
     right = table.gather(1, truth[:, None])
     before = torch.arange(table.shape[1], device=table.device) < truth[:, None]
     ahead = ((table > right) | ((table == right) & before)).sum(1)
@@ -227,7 +265,9 @@ def _shares(cfg: RetrieveConfig, similarity: Tensor, chosen: Tensor) -> Tensor:
 def _lengths(who: str, what: str, rows: str, x: Tensor) -> Tensor:
     """Length of each row, float32 [rows]; finite, and far from what float32 cannot square."""
     if x.dim() != 2 or not x.is_floating_point() or not x.numel():
-        raise ValueError(f"{who}: {what} must be floating point [{rows}, d], {rows} and d above 0, got {_about(x)}")
+        raise ValueError(
+            f"{who}: {what} must be floating point [{rows}, d], {rows} and d above 0, got {_about(x)}"
+        )
     n = torch.linalg.vector_norm(x.float(), dim=1)
     if len(bad := (~((n >= _LENGTHS[0]) & (n <= _LENGTHS[1]))).nonzero()):
         i = int(bad[0])
@@ -246,7 +286,9 @@ def _unit(who: str, what: str, rows: str, x: Tensor) -> Tensor:
 def _mixed(who: str, x: Tensor) -> Tensor:
     n = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     if len(bad := (n[:, 0] < _CANCELLED).nonzero()):
-        raise ValueError(f"{who}: unit vectors must not cancel out, the mean of row {int(bad[0])} has length {float(n[bad[0]]):.1e}")
+        raise ValueError(
+            f"{who}: unit vectors must not cancel out, the mean of row {int(bad[0])} has length {float(n[bad[0]]):.1e}"
+        )
     return x / n
 
 

@@ -58,7 +58,9 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
 def read_plain(path: str | os.PathLike) -> Any:
     """What a `.toml` or `.json` file holds: a dict, or of JSON also a list or another value."""
     path = Path(path)
-    if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe is waited for, a device read, without end
+    if path.exists() and not (
+        path.is_file() or path.is_dir()
+    ):  # a pipe is waited for, a device read, without end
         raise ConfigError(f"{path}: must be a file, found a pipe or device")
     try:
         text = path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark first
@@ -80,7 +82,9 @@ def run_folder(given: str | os.PathLike) -> Path:
     """
     folder = Path(given).parent if Path(given).name == "config.json" else Path(given)
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"{given}: must be the folder of a run, there is no config.json; `invoke train` makes one and prints its name")
+        raise ConfigError(
+            f"{given}: must be the folder of a run, there is no config.json; `invoke train` makes one and prints its name"
+        )
     return folder
 
 
@@ -132,7 +136,9 @@ def override(raw: dict[str, Any], overrides: tuple[str, ...], where: str = "reco
         elif isinstance(node, dict):
             node[last] = value
         else:
-            raise ConfigError(f"{where}: --set {path}: {'.'.join(parents)} is a {type(node).__name__}, it has no keys")
+            raise ConfigError(
+                f"{where}: --set {path}: {'.'.join(parents)} is a {type(node).__name__}, it has no keys"
+            )
     return raw
 
 
@@ -164,7 +170,9 @@ def _with_kept(raw: Any, record: type) -> Any:
         if table.metadata.get("kept") and isinstance(given, dict):
             default = unstructure(table.default)
             unless = {f.name: f.metadata.get("unless") for f in attrs.fields(type(table.default))}
-            out[table.name] = {key: value for key, value in default.items() if unless[key] not in given} | given
+            out[table.name] = {
+                key: value for key, value in default.items() if unless[key] not in given
+            } | given
     return out
 
 
@@ -229,7 +237,11 @@ def digest(record: Any) -> str:
 def differences(a: Any, b: Any, path: str = "$") -> list[str]:
     """`["$.shape: [64, 64] / [32, 32]"]` for every leaf in which two plain values differ."""
     if isinstance(a, dict) and isinstance(b, dict):
-        return [d for k in sorted({*a, *b}) for d in differences(a.get(k, "(absent)"), b.get(k, "(absent)"), f"{path}.{k}")]
+        return [
+            d
+            for k in sorted({*a, *b})
+            for d in differences(a.get(k, "(absent)"), b.get(k, "(absent)"), f"{path}.{k}")
+        ]
     return [] if a == b else [f"{path}: {a} / {b}"]
 
 
@@ -267,7 +279,9 @@ def _check_plain(value: Any, where: str, path: str = "$", depth: int = 0) -> Non
     elif isinstance(value, float) and not abs(value) <= _LARGEST:  # NaN would pass every check of a range
         raise ConfigError(f"{where}: must be a finite number of at most {_LARGEST:g}, got {value} @ {path}")
     elif not isinstance(value, int | float | None):
-        raise ConfigError(f"{where}: no setting is a {type(value).__name__}, got {value}; write text in quotes @ {path}")
+        raise ConfigError(
+            f"{where}: no setting is a {type(value).__name__}, got {value}; write text in quotes @ {path}"
+        )
 
 
 def _step(node: Any, key: str, where: str, path: str) -> Any:

@@ -18,10 +18,14 @@ def bar(items: Iterable[Any] | None, title: str, **settings: Any) -> Any:
     first = os.environ.get("RANK", "0") == "0"  # torchrun's; asked here, so that nothing heavy is imported
     # With a true `delay`, tqdm would leave the bar behind when something else is written in the first second.
     later = {"mininterval": 1.0, "delay": 1e-9}
-    return tqdm(items, title, leave=False, dynamic_ncols=True, disable=None if first else True, **later, **settings)
+    return tqdm(
+        items, title, leave=False, dynamic_ncols=True, disable=None if first else True, **later, **settings
+    )
 
 
-def track(items: Iterable[Any], title: str, total: int | None = None, done: int = 0, show: bool = True) -> Any:
+def track(
+    items: Iterable[Any], title: str, total: int | None = None, done: int = 0, show: bool = True
+) -> Any:
     """The items, one after the other, and a bar that says how far that is.
 
     Args:

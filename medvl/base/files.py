@@ -85,7 +85,9 @@ def alone(path: PathLike, *, wait: bool = False, shared: bool = False) -> Iterat
         yield
     finally:
         with suppress(OSError):  # of a file system without locks
-            if not shared or _locked(handle, fcntl.LOCK_EX | fcntl.LOCK_NB):  # else others are inside still, the last removes it
+            if not shared or _locked(
+                handle, fcntl.LOCK_EX | fcntl.LOCK_NB
+            ):  # else others are inside still, the last removes it
                 lock.unlink(missing_ok=True)
         os.close(handle)
 
@@ -107,7 +109,11 @@ def _lock(lock: Path, path: Path, wait: bool, shared: bool) -> int:
             if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 os.close(handle)
                 raise
-            _log.warning("%s: this file system has no locks (%s), so see to it yourself that no other run writes there", path, e.strerror)
+            _log.warning(
+                "%s: this file system has no locks (%s), so see to it yourself that no other run writes there",
+                path,
+                e.strerror,
+            )
             return handle
         # Who held it before may have removed the file: then this is a lock on nothing, and others lock a new file.
         if lock.exists() and os.path.samestat(os.fstat(handle), os.stat(lock)):
@@ -132,7 +138,9 @@ def check_text(path: PathLike) -> None:
     try:
         os.fspath(path).encode()
     except UnicodeEncodeError as e:
-        raise ValueError(f"{os.fspath(path)!a}: must be a name that can be written as text (UTF-8); give another") from e
+        raise ValueError(
+            f"{os.fspath(path)!a}: must be a name that can be written as text (UTF-8); give another"
+        ) from e
 
 
 def check_place(path: PathLike, *, folder: bool = False) -> None:
@@ -147,7 +155,9 @@ def check_place(path: PathLike, *, folder: bool = False) -> None:
     try:
         kind = "folder" if path.is_dir() else "file" if path.is_file() else "device" if path.exists() else ""
         if kind and kind != ("folder" if folder else "file"):
-            raise ValueError(f"{path}: must be a {'folder' if folder else 'file'} to write, and is a {kind}; give another name")
+            raise ValueError(
+                f"{path}: must be a {'folder' if folder else 'file'} to write, and is a {kind}; give another name"
+            )
         if kind == "file" and not os.access(path, os.W_OK):
             raise ValueError(f"{path}: is there and may not be written to; give another name")
         above = path if kind == "folder" else path.parent
@@ -186,7 +196,12 @@ def check_name(name: str, what: str) -> str:
         ValueError: an empty name, one of more than 200 bytes, "." or "..", or one with a slash, a backslash or a control character.
     """
     too_long = len(name.encode("utf-8", "replace")) > 200  # file systems allow 255, and an ending is added
-    if not name.strip() or name.startswith(".") or too_long or re.search(r"[/\\\x00-\x1f\x7f\ud800-\udfff]", name):
+    if (
+        not name.strip()
+        or name.startswith(".")
+        or too_long
+        or re.search(r"[/\\\x00-\x1f\x7f\ud800-\udfff]", name)
+    ):
         raise ValueError(
             f"{what} {name[:80]!r}: the name becomes that of a file, so it must be of 1 to 200 bytes, without / and \\ and control "
             "characters, and not start with a dot"
@@ -209,7 +224,9 @@ def files_below(folder: PathLike) -> list[Path]:
     folder, found, above = Path(folder), list[Path](), dict[str, set[str]]()
 
     def refuse(e: OSError) -> None:
-        raise ValueError(f"{e.filename}: cannot be read ({e.strerror}); what lies in it would be left out") from e
+        raise ValueError(
+            f"{e.filename}: cannot be read ({e.strerror}); what lies in it would be left out"
+        ) from e
 
     for where, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(where)
@@ -264,7 +281,9 @@ def read_csv(path: PathLike, columns: Iterable[str] = ()) -> list[dict[str, str]
         raise ValueError(f"{path}: the column {', '.join(map(repr, repeated))} is there more than once")
     for line, row in rows:
         if len(row) != len(names):
-            raise ValueError(f"{path}, line {line}: must have {len(names)} cells like the header, found {len(row)}")
+            raise ValueError(
+                f"{path}, line {line}: must have {len(names)} cells like the header, found {len(row)}"
+            )
     if not rows:
         raise ValueError(f"{path}: has a header and no rows")
     return [dict(zip(names, row, strict=True)) for _, row in rows]
@@ -291,12 +310,18 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
             try:
                 row = next(reader, None)
             except csv.Error as e:
-                why = "is a quote not closed?" if "new-line" not in str(e) else "do lines end in CR alone? Save it with LF"
+                why = (
+                    "is a quote not closed?"
+                    if "new-line" not in str(e)
+                    else "do lines end in CR alone? Save it with LF"
+                )
                 raise ValueError(f"{path}, line {line}: not a readable CSV ({e}); {why}") from e
             if row is None:
                 return
             if reader.line_num - line >= _LINES_OF_A_ROW:
-                raise ValueError(f"{path}, line {line}: this row would go on to line {reader.line_num}; is a quote not closed?")
+                raise ValueError(
+                    f"{path}, line {line}: this row would go on to line {reader.line_num}; is a quote not closed?"
+                )
             if row:
                 yield line, row
 
@@ -307,7 +332,9 @@ def _csv_lines(f: TextIO, path: Path) -> Iterator[str]:
         if not line:
             return
         if len(line) > _LONGEST_LINE:
-            raise ValueError(f"{path}, line {number}: has more than {_LONGEST_LINE:,} characters; is this a table?")
+            raise ValueError(
+                f"{path}, line {number}: has more than {_LONGEST_LINE:,} characters; is this a table?"
+            )
         if "\0" in line:
             raise ValueError(f"{path}, line {number}: has a NUL byte; the file is damaged, or not UTF-8 text")
         yield line
@@ -375,7 +402,9 @@ def check_stored(path: PathLike) -> None:
     except (ValueError, *BROKEN) as e:
         raise ValueError(f"{path}: is not a whole file of torch.save ({e})") from e
     if sizes:
-        raise ValueError(f"{path}: must be as torch.save writes it, {len(sizes)} members are compressed and unpack to {sum(sizes)} bytes")
+        raise ValueError(
+            f"{path}: must be as torch.save writes it, {len(sizes)} members are compressed and unpack to {sum(sizes)} bytes"
+        )
 
 
 def check_own_numbers(path: PathLike, tensors: Mapping[str, Any]) -> None:
@@ -403,15 +432,21 @@ def own_dataset(file: Any, name: str, path: PathLike) -> Any:
 
     key = name.encode()
     if not file.id.links.exists(key):
-        raise ValueError(f"{path}: must hold a dataset {name!r}, found {', '.join(map(repr, list(file)[:6])) or 'none'}")
+        raise ValueError(
+            f"{path}: must hold a dataset {name!r}, found {', '.join(map(repr, list(file)[:6])) or 'none'}"
+        )
     if file.id.links.get_info(key).type != h5py.h5l.TYPE_HARD:
-        raise ValueError(f"{path}: {name!r} must lie in this file, found a link; copy what it leads to into the file")
+        raise ValueError(
+            f"{path}: {name!r} must lie in this file, found a link; copy what it leads to into the file"
+        )
     found = file[name]
     if not isinstance(found, h5py.Dataset):
         raise ValueError(f"{path}: {name!r} must be a dataset, found a {type(found).__name__.lower()}")
     plan = found.id.get_create_plist()
     if found.is_virtual or plan.get_external_count():
-        raise ValueError(f"{path}: {name!r} must lie in this file, found a dataset whose numbers lie in other files; copy them into it")
+        raise ValueError(
+            f"{path}: {name!r} must lie in this file, found a dataset whose numbers lie in other files; copy them into it"
+        )
     stored = found.id.get_storage_size()
     if plan.get_layout() == h5py.h5d.CHUNKED:
         room, written, unit = 1, found.id.get_num_chunks(), "chunks"
@@ -420,9 +455,13 @@ def own_dataset(file: Any, name: str, path: PathLike) -> Any:
     else:
         room, written, unit = found.nbytes, stored, "bytes"
     if written < room:
-        raise ValueError(f"{path}: {name!r} has room for {room} {unit} and holds {written}; was its writer killed?")
+        raise ValueError(
+            f"{path}: {name!r} has room for {room} {unit} and holds {written}; was its writer killed?"
+        )
     if found.nbytes > max(2**26, 100 * stored):  # compressed features are a half, never a hundredth
-        raise ValueError(f"{path}: {name!r} would unpack {stored} bytes to {found.nbytes}; these are no measured numbers, write it again")
+        raise ValueError(
+            f"{path}: {name!r} would unpack {stored} bytes to {found.nbytes}; these are no measured numbers, write it again"
+        )
     return found
 
 

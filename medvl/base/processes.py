@@ -29,7 +29,9 @@ def join(**how: Any) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # They may wait long for each other: process 0 draws data for an hour, or waits for another run's features. Who dies is noticed by
     # torchrun, which ends the others.
-    dist.init_process_group(**{"backend": "nccl" if torch.cuda.is_available() else "gloo", "timeout": timedelta(days=1)} | how)
+    dist.init_process_group(
+        **{"backend": "nccl" if torch.cuda.is_available() else "gloo", "timeout": timedelta(days=1)} | how
+    )
     atexit.register(_leave)
 
 
@@ -76,7 +78,9 @@ def meet() -> None:
 def device(wanted: str = "auto") -> torch.device:
     """Where to compute: "auto" is this process's GPU if there is one."""
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device 'cuda' was asked for and torch finds no GPU; set train.device to 'auto' or 'cpu'")
+        raise ValueError(
+            "device 'cuda' was asked for and torch finds no GPU; set train.device to 'auto' or 'cpu'"
+        )
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", rank() % torch.cuda.device_count())

@@ -13,7 +13,11 @@ Line = dict[str, Any]
 
 
 def resumed(
-    path: PathLike, batches: Sequence[Sequence[int]], work: Callable[[Sequence[int]], Sequence[Line]], *, title: str = ""
+    path: PathLike,
+    batches: Sequence[Sequence[int]],
+    work: Callable[[Sequence[int]], Sequence[Line]],
+    *,
+    title: str = "",
 ) -> list[Line]:
     """One line of results per row, from `path` as far as it goes, from `work` where it ends.
 
@@ -41,9 +45,15 @@ def resumed(
         for batch in track(batches[done:], f"{title}, batch" if title else "batch"):
             new = list(work(batch))
             if len(new) != len(batch):
-                raise ValueError(f"resumed: work must give a line for each of {len(batch)} rows, got {len(new)}")
+                raise ValueError(
+                    f"resumed: work must give a line for each of {len(batch)} rows, got {len(new)}"
+                )
             new = [{"row": row} | line for row, line in zip(batch, new, strict=True)]
-            f.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in new).encode(errors="backslashreplace"))
+            f.write(
+                "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in new).encode(
+                    errors="backslashreplace"
+                )
+            )
             f.flush()
             os.fsync(f.fileno())
             lines += new
@@ -63,9 +73,13 @@ def kept_lines(path: PathLike, wanted: Sequence[int]) -> tuple[list[Line], list[
         try:
             line = json.loads(raw)
         except (ValueError, RecursionError) as e:
-            raise ValueError(f"{path}, line {number}: not a line of results ({e}); remove the file to do it all again") from e
+            raise ValueError(
+                f"{path}, line {number}: not a line of results ({e}); remove the file to do it all again"
+            ) from e
         if number > len(wanted) or not isinstance(line, dict) or line.get("row") != wanted[number - 1]:
-            raise ValueError(f"{path}, line {number}: results of other rows or another order; remove the file to do it all again")
+            raise ValueError(
+                f"{path}, line {number}: results of other rows or another order; remove the file to do it all again"
+            )
         lines.append(line)
         size.append(size[-1] + len(raw))
     return lines, size

@@ -81,7 +81,12 @@ class Store:
 
 
 def create(
-    path: PathLike, names: Sequence[str], shape: Sequence[int], dtype: Any, settings: Mapping[str, Any], fields: Sequence[tuple]
+    path: PathLike,
+    names: Sequence[str],
+    shape: Sequence[int],
+    dtype: Any,
+    settings: Mapping[str, Any],
+    fields: Sequence[tuple],
 ) -> None:
     """Create a store with room for `names`, atomically; nothing in it is done.
 
@@ -96,7 +101,9 @@ def create(
         raise ValueError(f"{path}: exists already; open it, or remove it first")
     row_dtype = _row_dtype(names, np.dtype([_little(f) for f in fields]), path)
     with files.atomic(path) as tmp:
-        _write_empty(tmp, names, tuple(shape), np.dtype(dtype).newbyteorder("<"), json.dumps(settings), row_dtype)
+        _write_empty(
+            tmp, names, tuple(shape), np.dtype(dtype).newbyteorder("<"), json.dumps(settings), row_dtype
+        )
 
 
 def grow(path: PathLike, names: Iterable[str]) -> None:
@@ -110,7 +117,14 @@ def grow(path: PathLike, names: Iterable[str]) -> None:
         return
     fields = np.dtype([_described(old._row_dtype, n) for n in _fields(old._row_dtype)])
     with files.atomic(path) as tmp:
-        _write_empty(tmp, everything, old.shape, old.dtype, json.dumps(old.settings), _row_dtype(everything, fields, path))
+        _write_empty(
+            tmp,
+            everything,
+            old.shape,
+            old.dtype,
+            json.dumps(old.settings),
+            _row_dtype(everything, fields, path),
+        )
         new = open_store(tmp)
         with open(tmp, "r+b", buffering=0) as f:
             for name in old.names:
@@ -140,7 +154,9 @@ def open_store(path: PathLike, expect: Mapping[str, Any] | None = None) -> Store
     except (OSError, KeyError) as e:
         raise ValueError(f"{path}: is not a whole store ({e})") from e
     if expect is not None and (found := differences(json.loads(json.dumps(expect)), settings)):
-        raise ValueError(f"{path}: was made with other settings (wanted / found): {'; '.join(found)}. Use these settings, or another file")
+        raise ValueError(
+            f"{path}: was made with other settings (wanted / found): {'; '.join(found)}. Use these settings, or another file"
+        )
     names = [n.decode() for n in table["name"]]
     stat = os.stat(path)
     return Store(
@@ -168,7 +184,9 @@ def put(store: Store, name: str, array: np.ndarray, row: Mapping[str, Any]) -> N
     if name not in store._index:
         raise ValueError(f"{store.path}: has no room for {name!r}; `grow` makes some")
     if array.shape != store.shape or array.dtype != store.dtype:
-        raise ValueError(f"{store.path}: {name!r} must be {store.shape} {store.dtype}, got {array.shape} {array.dtype}")
+        raise ValueError(
+            f"{store.path}: {name!r} must be {store.shape} {store.dtype}, got {array.shape} {array.dtype}"
+        )
     with _same(store, "r+b") as f:
         if _stored_record(store, f, name)["done"][0]:  # as the file has it now, not as it was when opened
             raise ValueError(f"{store.path}: {name!r} is written already")
@@ -176,7 +194,9 @@ def put(store: Store, name: str, array: np.ndarray, row: Mapping[str, Any]) -> N
         _put(f.fileno(), store, name, array, record, os.fsync)
 
 
-def _put(fd: int, store: Store, name: str, array: np.ndarray, record: np.ndarray, sync: Callable[[int], None]) -> None:
+def _put(
+    fd: int, store: Store, name: str, array: np.ndarray, record: np.ndarray, sync: Callable[[int], None]
+) -> None:
     at = store._rows_offset + store._index[name] * record.itemsize
     _write(fd, store._offset + store._index[name] * array.nbytes, np.ascontiguousarray(array))
     _write(fd, at, record)
@@ -200,14 +220,30 @@ def _fields(row_dtype: np.dtype) -> tuple[str, ...]:
 
 def _row_dtype(names: Sequence[str], fields: np.dtype, path: PathLike) -> np.dtype:
     if not names or len(set(names)) != len(names) or "" in names:
-        raise ValueError(f"{path}: a store needs names, each once and none empty; got {len(names)}, {len(set(names))} different")
+        raise ValueError(
+            f"{path}: a store needs names, each once and none empty; got {len(names)}, {len(set(names))} different"
+        )
     if set(_OWN) & set(fields.names or ()):
         raise ValueError(f"{path}: the fields {', '.join(_OWN)} are the store's own; name yours otherwise")
     width = max(len(n.encode()) for n in names)
-    return np.dtype([("name", f"S{width}"), ("content", "S32"), *(_described(fields, n) for n in fields.names or ()), ("done", "u1")])
+    return np.dtype(
+        [
+            ("name", f"S{width}"),
+            ("content", "S32"),
+            *(_described(fields, n) for n in fields.names or ()),
+            ("done", "u1"),
+        ]
+    )
 
 
-def _write_empty(tmp: Path, names: Sequence[str], shape: tuple[int, ...], dtype: np.dtype, settings: str, row_dtype: np.dtype) -> None:
+def _write_empty(
+    tmp: Path,
+    names: Sequence[str],
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    settings: str,
+    row_dtype: np.dtype,
+) -> None:
     rows = np.zeros(len(names), row_dtype)
     rows["name"] = [n.encode() for n in names]
     with h5py.File(tmp, "w", locking=False) as f:
@@ -224,27 +260,37 @@ def _write_empty(tmp: Path, names: Sequence[str], shape: tuple[int, ...], dtype:
 
 def _check_format(f: h5py.File, path: Path) -> None:
     if f.attrs.get("format") != FORMAT:
-        raise ValueError(f"{path}: is an HDF5 file, but not a store of medvl (it lacks the attribute format={FORMAT!r})")
+        raise ValueError(
+            f"{path}: is an HDF5 file, but not a store of medvl (it lacks the attribute format={FORMAT!r})"
+        )
     if f.attrs.get("version") != VERSION:
-        raise ValueError(f"{path}: is a store of version {f.attrs.get('version')}, this medvl reads version {VERSION}; make it again")
+        raise ValueError(
+            f"{path}: is a store of version {f.attrs.get('version')}, this medvl reads version {VERSION}; make it again"
+        )
 
 
 def _digest(array: np.ndarray) -> str:
-    return hashlib.blake2b(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, digest_size=16).hexdigest()
+    return hashlib.blake2b(
+        np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, digest_size=16
+    ).hexdigest()
 
 
 def _record(dtype: np.dtype, name: str, content: str, row: Mapping[str, Any], path: PathLike) -> np.ndarray:
     """[1] of `dtype`, not done; a text that does not fit is refused, not cut."""
     wanted = set(_fields(dtype))
     if set(row) != wanted:
-        raise ValueError(f"{path}: the row of {name!r} must have {', '.join(sorted(wanted))}, got {', '.join(sorted(row))}")
+        raise ValueError(
+            f"{path}: the row of {name!r} must have {', '.join(sorted(wanted))}, got {', '.join(sorted(row))}"
+        )
     record = np.zeros(1, dtype)
     own = {"name": name, "content": content} if "content" in (dtype.names or ()) else {"name": name}
     for key, value in {**own, **row}.items():
         value = value.encode() if isinstance(value, str) else value
         room = dtype[key].itemsize
         if isinstance(value, bytes) and len(value) > room:
-            raise ValueError(f"{path}: {key} of {name!r} may have {room} bytes, got {len(value)}: {value.decode()!r}")
+            raise ValueError(
+                f"{path}: {key} of {name!r} may have {room} bytes, got {len(value)}: {value.decode()!r}"
+            )
         record[key] = value
     return record
 
@@ -259,7 +305,9 @@ def _same(store: Store, mode: Literal["rb", "r+b"] = "rb") -> Iterator[BinaryIO]
                 raise ValueError(f"{store.path}: was replaced since it was opened; open it again")
             yield f
     except OSError as e:
-        raise ValueError(f"{store.path}: cannot be {'read' if mode == 'rb' else 'written'} ({e.strerror})") from e
+        raise ValueError(
+            f"{store.path}: cannot be {'read' if mode == 'rb' else 'written'} ({e.strerror})"
+        ) from e
 
 
 def _read_row(store: Store, f: BinaryIO, name: str) -> dict[str, Any]:

@@ -46,7 +46,9 @@ def matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
             raise ValueError(f"pattern {pattern!r} is not a regular expression: {e}") from e
         if not hits:
             shown = ", ".join(_spread(names))
-            raise ValueError(f"pattern {pattern!r} matches no parameter; the {len(names)} names look like {shown}")
+            raise ValueError(
+                f"pattern {pattern!r} matches no parameter; the {len(names)} names look like {shown}"
+            )
         found |= hits
     return [n for n in names if n in found]
 
@@ -55,7 +57,9 @@ def split(tree: Tree, patterns: Iterable[str]) -> tuple[Tree, Tree]:
     """(leaves whose name matches a pattern, the rest); `merge` puts them together again."""
     flat = flatten(tree)
     hits = set(matching(flat, patterns))
-    return unflatten({n: t for n, t in flat.items() if n in hits}), unflatten({n: t for n, t in flat.items() if n not in hits})
+    return unflatten({n: t for n, t in flat.items() if n in hits}), unflatten(
+        {n: t for n, t in flat.items() if n not in hits}
+    )
 
 
 def merge(*trees: Tree) -> Tree:

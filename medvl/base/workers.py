@@ -46,7 +46,9 @@ def _start() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def follow() -> None:  # a parent that is killed closes nothing that a waiting worker would notice by itself
+    def follow() -> (
+        None
+    ):  # a parent that is killed closes nothing that a waiting worker would notice by itself
         parent.join()
         os._exit(1)
 

@@ -25,8 +25,12 @@ class Compressed:
     tokens: Tensor  # [b, k, d]
     mass: Tensor  # [b, k], sum of `routing` over the patches. moe: W_k; else the share of attention on patches: 1, 0 without patches
     count: Tensor  # int64 [b, k], patches that reach the slot
-    aux: dict[str, Tensor]  # moe: "balance", "importance", "entropy", "z_loss", "z_reference", scalars over all patches of the batch
-    routing: Tensor | None = None  # [b, n, k], weight of each patch in each slot, 0 where masked; routing / mass is its share
+    aux: dict[
+        str, Tensor
+    ]  # moe: "balance", "importance", "entropy", "z_loss", "z_reference", scalars over all patches of the batch
+    routing: Tensor | None = (
+        None  # [b, n, k], weight of each patch in each slot, 0 where masked; routing / mass is its share
+    )
 
 
 def init_compress(cfg: CompressConfig, gen: Generator) -> Tree:
@@ -42,9 +46,16 @@ def init_compress(cfg: CompressConfig, gen: Generator) -> Tree:
     if cfg.kind == "perceiver":
         square = lambda: {n: linear(d, d, False) for n in ("q", "k", "v", "out")}
         norms = lambda: {n: layers.init_norm(d) for n in ("patches", "latents", "norm")}
-        stack = [{**square(), **norms(), "up": linear(d, h, False), "down": linear(h, d, False)} for _ in range(cfg.passes)]
+        stack = [
+            {**square(), **norms(), "up": linear(d, h, False), "down": linear(h, d, False)}
+            for _ in range(cfg.passes)
+        ]
         latents = torch.randn(k, d, generator=gen)
-        return {"latents": latents, "layers": {str(i): p for i, p in enumerate(stack)}, "norm": layers.init_norm(d)}
+        return {
+            "latents": latents,
+            "layers": {str(i): p for i, p in enumerate(stack)},
+            "norm": layers.init_norm(d),
+        }
     experts = {
         "up": {"weight": torch.randn(k, h, d, generator=gen) * d**-0.5, "bias": torch.zeros(k, h)},
         "down": {"weight": torch.randn(k, d, h, generator=gen) * h**-0.5, "bias": torch.zeros(k, d)},
@@ -59,7 +70,13 @@ def init_compress(cfg: CompressConfig, gen: Generator) -> Tree:
 
 # A batch at once ------------------------------------------------------------------------------------------------------------------------
 def compress(
-    cfg: CompressConfig, params: Tree, x: Tensor, mask: Tensor | None = None, *, gen: Generator | None = None, routing: bool = False
+    cfg: CompressConfig,
+    params: Tree,
+    x: Tensor,
+    mask: Tensor | None = None,
+    *,
+    gen: Generator | None = None,
+    routing: bool = False,
 ) -> Compressed:
     """Compress the patches of each slide to k tokens.
 
@@ -125,7 +142,9 @@ def begin(cfg: CompressConfig, params: Tree, after: State | None = None) -> Stat
     if after is None:
         return slots.empty(cfg, p, 1)
     if after.turn + 1 >= cfg.passes:
-        raise ValueError(f"begin: there must be a pass after the one of the state, got pass {after.turn + 1} of {cfg.passes}; finalize it")
+        raise ValueError(
+            f"begin: there must be a pass after the one of the state, got pass {after.turn + 1} of {cfg.passes}; finalize it"
+        )
     with torch.autocast(after.total.device.type, enabled=False):
         return slots.empty(cfg, p, 1, slots.look(cfg, p, after, None), after.turn + 1)
 
@@ -140,7 +159,14 @@ def update(cfg: CompressConfig, params: Tree, state: State, x: Tensor, mask: Ten
     return _updated(cfg, slots.widened(params), state, x, mask)
 
 
-def _updated(cfg: CompressConfig, p: Tree, state: State, x: Tensor, mask: Tensor | None = None, held: Tensor | None = None) -> State:
+def _updated(
+    cfg: CompressConfig,
+    p: Tree,
+    state: State,
+    x: Tensor,
+    mask: Tensor | None = None,
+    held: Tensor | None = None,
+) -> State:
     _check("update", cfg, x, mask, "[c, {}]")
     with torch.autocast(state.total.device.type, enabled=False):
         read = slots.reader(cfg, p, state, None)
@@ -149,7 +175,9 @@ def _updated(cfg: CompressConfig, p: Tree, state: State, x: Tensor, mask: Tensor
     if not (state.total.isfinite().all() and state.weight.isfinite().all()):
         finite = x.isfinite().all(-1) if mask is None else x.isfinite().all(-1) | ~mask
         rows = (~finite).nonzero()[:3, 0].tolist()
-        raise ValueError(f"update: patches must be finite, got NaN or infinity in {f'rows {rows} of the chunk' if rows else 'sums'}")
+        raise ValueError(
+            f"update: patches must be finite, got NaN or infinity in {f'rows {rows} of the chunk' if rows else 'sums'}"
+        )
     return state
 
 
@@ -164,7 +192,9 @@ def merge(a: State, b: State) -> State:
         got = f"{list(a.total.shape)} in pass {a.turn + 1} and {list(b.total.shape)} in pass {b.turn + 1}"
         raise ValueError(f"merge: both states must come from one config and pass, got {got}")
     if a.latents is not None and b.latents is not None and not torch.equal(a.latents, b.latents):
-        raise ValueError("merge: the latents of both states must be the same; merge all states of a pass before the next begins")
+        raise ValueError(
+            "merge: the latents of both states must be the same; merge all states of a pass before the next begins"
+        )
     return slots.merged(a, b)
 
 
@@ -177,14 +207,18 @@ def finalize(cfg: CompressConfig, params: Tree, state: State) -> Compressed:
     """
     if state.turn != cfg.passes - 1:
         done = f"pass {state.turn + 1} of {cfg.passes}"
-        raise ValueError(f"finalize: the state must be of the last pass, got {done}; begin(cfg, params, state) starts the next")
+        raise ValueError(
+            f"finalize: the state must be of the last pass, got {done}; begin(cfg, params, state) starts the next"
+        )
     with torch.autocast(state.total.device.type, enabled=False):
         out = _finish(cfg, slots.widened(params), state, None)
     return evolve(out, tokens=out.tokens[0], mass=out.mass[0], count=out.count[0])
 
 
 @torch.no_grad()
-def compress_stream(cfg: CompressConfig, params: Tree, chunks: Iterable[Tensor] | Callable[[], Iterable[Tensor]]) -> Compressed:
+def compress_stream(
+    cfg: CompressConfig, params: Tree, chunks: Iterable[Tensor] | Callable[[], Iterable[Tensor]]
+) -> Compressed:
     """`finalize` of all chunks [c, d]; memory is that of one chunk.
 
     Args:
@@ -193,7 +227,9 @@ def compress_stream(cfg: CompressConfig, params: Tree, chunks: Iterable[Tensor] 
         ValueError: as `update`; an iterator for several passes.
     """
     if cfg.passes > 1 and isinstance(chunks, Iterator):
-        raise ValueError(f"compress_stream: {cfg.passes} passes need chunks that can be read again, got an iterator; give a function")
+        raise ValueError(
+            f"compress_stream: {cfg.passes} passes need chunks that can be read again, got an iterator; give a function"
+        )
     p = slots.widened(params)
     state, held = begin(cfg, p), slots.scratch(p, 1, 2**20, cfg.dim)
     for turn in range(cfg.passes):
@@ -218,7 +254,9 @@ def slot_weights(cfg: CompressConfig, params: Tree, x: Tensor, state: State | No
         state = slots.empty(cfg, p, 1)
     if state is None or state.turn != cfg.passes - 1:
         got = "none" if state is None else f"that of pass {state.turn + 1} of {cfg.passes}"
-        raise ValueError(f"slot_weights: {cfg.kind} needs the state of the slide at the end of its last pass, got {got}")
+        raise ValueError(
+            f"slot_weights: {cfg.kind} needs the state of the slide at the end of its last pass, got {got}"
+        )
     with torch.autocast(state.total.device.type, enabled=False):
         closed, read = slots.closed(cfg, p, state), slots.reader(cfg, p, state, None)
         shares = [slots.shares(cfg, raw, closed)[0] for _, raw in slots.parts(cfg, p, read, x[None], None)]
@@ -233,11 +271,17 @@ def _finish(cfg: CompressConfig, p: Tree, state: State, gen: Generator | None) -
         tokens = rearrange(slots.means(cfg, p, state), "b h k v -> b k (h v)")
     else:
         tokens = _experts(cfg, p["experts"], slots.means(cfg, p, state)[:, 0], gen)
-    count = state.sums["chosen"] if cfg.kind == "moe" else state.sums["patches"][:, None].expand(-1, cfg.slots)
+    count = (
+        state.sums["chosen"] if cfg.kind == "moe" else state.sums["patches"][:, None].expand(-1, cfg.slots)
+    )
     mass = state.weight[:, 0]
     if cfg.kind != "moe":
         closed = slots.closed(cfg, p, state)
-        share = state.weight * (state.top - slots.finite(closed.top)).exp() / closed.weight.masked_fill(closed.weight == 0, 1.0)
+        share = (
+            state.weight
+            * (state.top - slots.finite(closed.top)).exp()
+            / closed.weight.masked_fill(closed.weight == 0, 1.0)
+        )
         mass = share.view(len(share), -1, cfg.slots).mean(1)
     aux = {n: t.to(tokens.dtype) for n, t in _aux(state.sums).items()} if cfg.kind == "moe" else {}
     return Compressed(tokens=tokens, mass=mass.to(tokens.dtype), count=count.long(), aux=aux)
@@ -278,4 +322,6 @@ def _check(where: str, cfg: CompressConfig, x: Tensor, mask: Tensor | None, shap
         got = f"{x.dtype} {list(x.shape)}; set compress.dim to the features' width"
         raise ValueError(f"{where}: x must be floating point {shape.format(cfg.dim)}, got {got}")
     if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool):
-        raise ValueError(f"{where}: mask must be bool {list(x.shape[:-1])} like x, got {mask.dtype} {list(mask.shape)}")
+        raise ValueError(
+            f"{where}: mask must be bool {list(x.shape[:-1])} like x, got {mask.dtype} {list(mask.shape)}"
+        )

@@ -17,7 +17,9 @@ from medvl.weights.lazy import per_row
 # b batch, s slices, n slices of all volumes that exist, y x voxel axes, d width. Voxels are Hounsfield units: int16 as they are, uint8 as
 # -1000..1000 HU in 255 steps.
 WINDOWS = ((-600.0, 1500.0), (40.0, 400.0), (400.0, 1800.0))  # (centre, width) in HU: lung, mediastinum, bone
-_LARGEST_ON_CPU = 16 * 2**20  # bytes of one tensor; beyond it the allocator returns memory at once, training is 10-20 % slower
+_LARGEST_ON_CPU = (
+    16 * 2**20
+)  # bytes of one tensor; beyond it the allocator returns memory at once, training is 10-20 % slower
 
 
 class Vit(Protocol):
@@ -46,10 +48,22 @@ class EncodeConfig:
 
     def __attrs_post_init__(self) -> None:
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise ValueError(f"EncodeConfig: mean and std must be 3 numbers, std positive, got mean={self.mean}, std={self.std}")
+            raise ValueError(
+                f"EncodeConfig: mean and std must be 3 numbers, std positive, got mean={self.mean}, std={self.std}"
+            )
         if self.grid < 1 or (self.grid > 1 and "cls" in self.pool):
-            raise ValueError(f"EncodeConfig: grid must be >= 1, and 1 for a pool with the class token, got {self.grid} and {self.pool!r}")
-        config.within(self, "EncodeConfig", resize=(0, 4096), grid=(1, 64), budget_mib=(1, 2**24), mean=(-10, 10), std=(1e-3, 10))
+            raise ValueError(
+                f"EncodeConfig: grid must be >= 1, and 1 for a pool with the class token, got {self.grid} and {self.pool!r}"
+            )
+        config.within(
+            self,
+            "EncodeConfig",
+            resize=(0, 4096),
+            grid=(1, 64),
+            budget_mib=(1, 2**24),
+            mean=(-10, 10),
+            std=(1e-3, 10),
+        )
 
 
 def width(cfg: EncodeConfig, vit: Vit) -> int:
@@ -69,7 +83,9 @@ def windows(cfg: EncodeConfig, voxels: Tensor) -> Tensor:
         ValueError: another dtype.
     """
     if voxels.dtype not in (torch.uint8, torch.int16) or voxels.dim() < 2:
-        raise ValueError(f"windows: voxels must be uint8 or int16 [..., y, x], got {voxels.dtype} {list(voxels.shape)}")
+        raise ValueError(
+            f"windows: voxels must be uint8 or int16 [..., y, x], got {voxels.dtype} {list(voxels.shape)}"
+        )
     if cfg.window == "minmax":
         v = voxels.float()
         low, high = v.amin((-2, -1), keepdim=True), v.amax((-2, -1), keepdim=True)
@@ -86,7 +102,9 @@ def _window(cfg: EncodeConfig, hu: Tensor, channel: int) -> Tensor:
     return (((hu - (centre - size / 2)) / size).clamp(0, 1) - cfg.mean[channel]) / cfg.std[channel]
 
 
-def encode_slices(cfg: EncodeConfig, params: Mapping[str, Tensor], voxels: Tensor, mask: Tensor, *, vit: Vit) -> Tensor:
+def encode_slices(
+    cfg: EncodeConfig, params: Mapping[str, Tensor], voxels: Tensor, mask: Tensor, *, vit: Vit
+) -> Tensor:
     """Embed every slice of a batch of volumes that exists.
 
     Args:
@@ -121,14 +139,22 @@ def encode_slices(cfg: EncodeConfig, params: Mapping[str, Tensor], voxels: Tenso
     for i in wanted.split(chunk_size(cfg, vit, size, device)) if len(wanted) else ():
         v, volume = slices.index_select(0, i), i // voxels.shape[1]
         again = cfg.checkpoint and torch.is_grad_enabled()
-        parts.append(checkpoint(chunk, v, volume, use_reentrant=False, preserve_rng_state=False) if again else chunk(v, volume))
-    out = torch.zeros(len(slices), width(cfg, vit), device=device, dtype=torch.promote_types(dtype, torch.float32))
+        parts.append(
+            checkpoint(chunk, v, volume, use_reentrant=False, preserve_rng_state=False)
+            if again
+            else chunk(v, volume)
+        )
+    out = torch.zeros(
+        len(slices), width(cfg, vit), device=device, dtype=torch.promote_types(dtype, torch.float32)
+    )
     if parts:
         out = out.index_copy(0, wanted.to(device), torch.cat(parts).to(out.dtype))
     return out.unflatten(0, mask.shape)
 
 
-def whiten(cfg: EncodeConfig, params: Mapping[str, Tensor], voxels: Tensor, *, shrink: float = 0.01) -> dict[str, Tensor]:
+def whiten(
+    cfg: EncodeConfig, params: Mapping[str, Tensor], voxels: Tensor, *, shrink: float = 0.01
+) -> dict[str, Tensor]:
     """Weights of an untrained encoder whose patch embedding is whitened: over the patches of these slices its outputs have mean 0,
     variance 1 and no correlation, so that gradients do not spend their first epochs on the body's outline.
 
@@ -143,9 +169,13 @@ def whiten(cfg: EncodeConfig, params: Mapping[str, Tensor], voxels: Tensor, *, s
     """
     names = [n for n, t in params.items() if t.dim() == 4]
     if len(names) != 1 or voxels.dim() != 3 or not len(voxels):
-        raise ValueError(f"whiten: needs one patch embedding and slices [n, y, x], got {names} and {list(voxels.shape)}")
+        raise ValueError(
+            f"whiten: needs one patch embedding and slices [n, y, x], got {names} and {list(voxels.shape)}"
+        )
     weight, bias = params[names[0]], names[0].removesuffix("weight") + "bias"
-    pixels = _resize(windows(cfg, voxels), (cfg.resize, cfg.resize) if cfg.resize else voxels.shape[-2:]).to(weight.device)
+    pixels = _resize(windows(cfg, voxels), (cfg.resize, cfg.resize) if cfg.resize else voxels.shape[-2:]).to(
+        weight.device
+    )
     patches = F.unfold(pixels, weight.shape[-2:], stride=weight.shape[-2:]).mT.flatten(0, 1).double()
     mean = patches.mean(0)
     variance, directions = torch.linalg.eigh((patches - mean).mT @ (patches - mean) / len(patches))
@@ -176,7 +206,11 @@ def chunk_size(cfg: EncodeConfig, vit: Vit, size: tuple[int, int], device: torch
 
 
 def _resize(pixels: Tensor, size: tuple[int, ...]) -> Tensor:
-    return pixels if size == pixels.shape[-2:] else F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=True)
+    return (
+        pixels
+        if size == pixels.shape[-2:]
+        else F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=True)
+    )
 
 
 def check_size(cfg: EncodeConfig, stored: tuple[int, int], patch: int) -> tuple[int, int]:
@@ -189,7 +223,9 @@ def check_size(cfg: EncodeConfig, stored: tuple[int, int], patch: int) -> tuple[
             f"nearest are {', '.join(map(str, near))}: set EncodeConfig.resize or store slices of such a size"
         )
     if any(n // patch % cfg.grid for n in size):
-        raise ValueError(f"encode_slices: grid {cfg.grid} must divide the {size[0] // patch} x {size[1] // patch} patches")
+        raise ValueError(
+            f"encode_slices: grid {cfg.grid} must divide the {size[0] // patch} x {size[1] // patch} patches"
+        )
     return size
 
 
@@ -210,10 +246,18 @@ def _extra(size: tuple[int, int], vit: Vit) -> dict[str, bool]:
 def _pool(cfg: EncodeConfig, vit: Vit, size: tuple[int, int], out: Any) -> Tensor:
     tokens = out.last_hidden_state
     patches = tokens[:, 1 + vit.config.get("num_register_tokens", 0) :]
-    cells = rearrange(patches, "n (r y c x) d -> n (r c) (y x) d", r=cfg.grid, c=cfg.grid, y=size[0] // patch_of(vit) // cfg.grid)
+    cells = rearrange(
+        patches,
+        "n (r y c x) d -> n (r c) (y x) d",
+        r=cfg.grid,
+        c=cfg.grid,
+        y=size[0] // patch_of(vit) // cfg.grid,
+    )
     found = {
         # CLIP's last norm is on the class token only
-        "cls": lambda: (out.pooler_output if vit.config["model_type"] == "clip_vision_model" else tokens[:, 0])[:, None],
+        "cls": lambda: (
+            out.pooler_output if vit.config["model_type"] == "clip_vision_model" else tokens[:, 0]
+        )[:, None],
         "mean": lambda: cells.mean(2),
         "max": lambda: cells.amax(2),
     }

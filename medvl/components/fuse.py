@@ -26,14 +26,23 @@ class FuseConfig:
 
     def __attrs_post_init__(self) -> None:
         if self.dim < 1 or self.heads < 1 or self.dim % (2 * self.heads):
-            raise ValueError(f"FuseConfig: dim must be a multiple of 2 x heads (rotary pairs), got dim={self.dim}, heads={self.heads}")
+            raise ValueError(
+                f"FuseConfig: dim must be a multiple of 2 x heads (rotary pairs), got dim={self.dim}, heads={self.heads}"
+            )
         if self.inputs < 0 or (self.skip and self.pool not in ("mean", "max", "mean+max")):
             raise ValueError(
                 f"FuseConfig: inputs must be >= 0, and skip needs pool mean, max or mean+max, got {self.inputs}, {self.pool!r}"
             )
         if self.base <= 1:
             raise ValueError(f"FuseConfig: base must be above 1, got {self.base}")
-        config.within(self, "FuseConfig", dim=config.WIDTH, inputs=config.WIDTH_OR_NONE, depth=(0, 1024), heads=config.DEPTHS)
+        config.within(
+            self,
+            "FuseConfig",
+            dim=config.WIDTH,
+            inputs=config.WIDTH_OR_NONE,
+            depth=(0, 1024),
+            heads=config.DEPTHS,
+        )
         config.within(self, "FuseConfig", unit_mm=(1e-3, 1e4), base=(1, 1e9))
 
 
@@ -75,7 +84,11 @@ def fuse(cfg: FuseConfig, p: Tree, z: Tensor, mask: Tensor, position_mm: Tensor)
         ValueError: z, mask or position_mm has another shape.
     Source: pre-norm transformer with a class token, Dosovitskiy et al. 2021, arXiv:2010.11929, eq. 1-4; rotary positions, arXiv:2104.09864.
     """
-    if z.dim() != 3 or z.shape[-1] != (cfg.inputs or cfg.dim) or not (z.shape[:2] == mask.shape == position_mm.shape):
+    if (
+        z.dim() != 3
+        or z.shape[-1] != (cfg.inputs or cfg.dim)
+        or not (z.shape[:2] == mask.shape == position_mm.shape)
+    ):
         raise ValueError(
             f"fuse: z must be [b, s, {cfg.inputs or cfg.dim}], mask and position_mm [b, s], got z {tuple(z.shape)}, "
             f"mask {tuple(mask.shape)}, position_mm {tuple(position_mm.shape)}; set fuse.dim (or fuse.inputs) to the slice encoder's width"

@@ -16,7 +16,9 @@ from medvl.base.tree import Tree
 Rope = tuple[Tensor, Tensor]
 
 
-def init_linear(width_in: int, width_out: int, gen: Generator, *, std: float = 0.02, bias: bool = True) -> Tree:
+def init_linear(
+    width_in: int, width_out: int, gen: Generator, *, std: float = 0.02, bias: bool = True
+) -> Tree:
     """{"weight" [out, in], "bias" [out]}: normal with `std`, bias zero."""
     weight = torch.randn(width_out, width_in, generator=gen) * std
     return {"weight": weight, "bias": torch.zeros(width_out)} if bias else {"weight": weight}
@@ -68,11 +70,15 @@ def block(
         causal: token i looks only at tokens up to i (with `keep`: both must allow it).
     Source: Vaswani et al. 2017, arXiv:1706.03762; pre-norm as in Xiong et al. 2020, arXiv:2002.04745.
     """
-    x = x + linear(p["out"], attention(linear(p["qkv"], norm(p["norm1"], x)), heads, keep=keep, rope=rope, causal=causal))
+    x = x + linear(
+        p["out"], attention(linear(p["qkv"], norm(p["norm1"], x)), heads, keep=keep, rope=rope, causal=causal)
+    )
     return x + linear(p["down"], act(linear(p["up"], norm(p["norm2"], x))))
 
 
-def attention(qkv: Tensor, heads: int, *, keep: Tensor | None = None, rope: Rope | None = None, causal: bool = False) -> Tensor:
+def attention(
+    qkv: Tensor, heads: int, *, keep: Tensor | None = None, rope: Rope | None = None, causal: bool = False
+) -> Tensor:
     """Scaled dot-product self-attention of packed [b, n, 3d] (q, k, v in this order) -> [b, n, d]."""
     q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=heads)
     if rope is not None:
@@ -80,7 +86,9 @@ def attention(qkv: Tensor, heads: int, *, keep: Tensor | None = None, rope: Rope
     if causal and keep is not None:
         n = q.shape[-2]
         keep, causal = keep & torch.ones(n, n, dtype=torch.bool, device=q.device).tril(), False
-    return rearrange(F.scaled_dot_product_attention(q, k, v, attn_mask=keep, is_causal=causal), "b h n d -> b n (h d)")
+    return rearrange(
+        F.scaled_dot_product_attention(q, k, v, attn_mask=keep, is_causal=causal), "b h n d -> b n (h d)"
+    )
 
 
 def rotary(position: Tensor, head_width: int, base: float = 10000.0) -> Rope:
@@ -88,7 +96,9 @@ def rotary(position: Tensor, head_width: int, base: float = 10000.0) -> Rope:
 
     Source: Su et al. 2021, arXiv:2104.09864, eq. 15, on halves instead of interleaved pairs.
     """
-    speed = base ** (-torch.arange(0, head_width, 2, device=position.device, dtype=torch.float32) / head_width)
+    speed = base ** (
+        -torch.arange(0, head_width, 2, device=position.device, dtype=torch.float32) / head_width
+    )
     angle = position.float()[:, None, :, None] * speed
     return angle.cos(), angle.sin()
 

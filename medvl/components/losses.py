@@ -40,7 +40,9 @@ def siglip_loss(image: Tensor, text: Tensor, scale: Tensor | float, bias: Tensor
 
 def _check(name: str, image: Tensor, text: Tensor) -> None:
     if image.shape != text.shape or image.dim() != 2:
-        raise ValueError(f"{name}: image and text must both be [b, d], got {tuple(image.shape)} and {tuple(text.shape)}")
+        raise ValueError(
+            f"{name}: image and text must both be [b, d], got {tuple(image.shape)} and {tuple(text.shape)}"
+        )
     if len(image) < 2:
         raise ValueError(
             f"{name}: needs at least 2 rows to contrast, got {len(image)}; raise the batch (train.batch), the chunk may stay small"
@@ -82,9 +84,14 @@ def token_cross_entropy(
         got = f"{list(hidden.shape)} and {labels.dtype} {list(labels.shape)}"
         raise ValueError(f"token_cross_entropy: hidden must be [b, t, d] and labels int64 [b, t], got {got}")
     if chunk < 1 or reduction not in ("sum", "none"):
-        raise ValueError(f"token_cross_entropy: chunk must be >= 1 and reduction sum or none, got {chunk}, {reduction!r}")
+        raise ValueError(
+            f"token_cross_entropy: chunk must be >= 1 and reduction sum or none, got {chunk}, {reduction!r}"
+        )
     keep = trained(labels)
-    rows, targets = hidden[:, :-1][keep[:, 1:].nonzero(as_tuple=True)], labels[keep]  # places, so that only labels need values
+    rows, targets = (
+        hidden[:, :-1][keep[:, 1:].nonzero(as_tuple=True)],
+        labels[keep],
+    )  # places, so that only labels need values
     if reduction == "sum" and type(head) in (Tensor, nn.Parameter) and torch.is_grad_enabled():
         return _DenseLoss.apply(rows, head, bias, targets, chunk), keep.sum()
 
@@ -95,8 +102,12 @@ def token_cross_entropy(
 
     pieces = zip(rows.split(chunk), targets.split(chunk), strict=True)
     again = torch.is_grad_enabled()
-    losses = torch.cat([checkpoint(part, x, y, use_reentrant=False) if again else part(x, y) for x, y in pieces])
-    return losses.sum() if reduction == "sum" else losses.new_zeros(labels.shape).masked_scatter(keep, losses), keep.sum()
+    losses = torch.cat(
+        [checkpoint(part, x, y, use_reentrant=False) if again else part(x, y) for x, y in pieces]
+    )
+    return losses.sum() if reduction == "sum" else losses.new_zeros(labels.shape).masked_scatter(
+        keep, losses
+    ), keep.sum()
 
 
 def trained(labels: Tensor) -> Tensor:
@@ -126,9 +137,13 @@ def token_mean(total: Tensor, count: Tensor | int, processes: int = 1) -> Tensor
     Raises:
         ValueError: processes < 1, or the count (if it lies on a CPU) is not above 0: such a batch trains nothing.
     """
-    here = not isinstance(count, Tensor) or count.device.type == "cpu"  # elsewhere looking would wait for the device
+    here = (
+        not isinstance(count, Tensor) or count.device.type == "cpu"
+    )  # elsewhere looking would wait for the device
     if processes < 1 or (here and count < 1):
-        raise ValueError(f"token_mean: needs at least one trained token and one process, got {int(count)} and {processes}")
+        raise ValueError(
+            f"token_mean: needs at least one trained token and one process, got {int(count)} and {processes}"
+        )
     return total * (processes / count)
 
 
@@ -137,9 +152,15 @@ def _wide(t: Tensor) -> Tensor:
 
 
 def _check_range(targets: Tensor, v: int) -> None:
-    if targets.device.type == "cpu" and len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < v:
+    if (
+        targets.device.type == "cpu"
+        and len(targets)
+        and not 0 <= int(targets.min()) <= int(targets.max()) < v
+    ):
         found = f"{int(targets.min())}..{int(targets.max())}"
-        raise ValueError(f"token_cross_entropy: labels must be {IGNORE} or lie in 0..{v - 1}, found {found}: another tokenizer?")
+        raise ValueError(
+            f"token_cross_entropy: labels must be {IGNORE} or lie in 0..{v - 1}, found {found}: another tokenizer?"
+        )
 
 
 class _DenseLoss(torch.autograd.Function):
@@ -149,7 +170,9 @@ class _DenseLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, chunk: int) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, chunk: int
+    ) -> Tensor:
         _check_range(targets, len(head))
         kind, like = "cpu" if rows.is_meta else rows.device.type, torch.empty_like
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.dtype

@@ -18,7 +18,9 @@ class ProjectConfig:
 
     def __attrs_post_init__(self) -> None:
         if min(self.inputs, self.hidden, self.outputs) < 1:
-            raise ValueError(f"ProjectConfig: widths must be positive, got {self.inputs}, {self.hidden}, {self.outputs}")
+            raise ValueError(
+                f"ProjectConfig: widths must be positive, got {self.inputs}, {self.hidden}, {self.outputs}"
+            )
 
 
 def init_project(cfg: ProjectConfig, gen: Generator) -> Tree:
@@ -35,5 +37,7 @@ def project(cfg: ProjectConfig, params: Tree, tokens: Tensor) -> Tensor:
     Source: the projector of LLaVA 1.5, Liu et al. 2023, arXiv:2310.03744.
     """
     if tokens.shape[-1:] != (cfg.inputs,):
-        raise ValueError(f"project: tokens must be [..., {cfg.inputs}], got {list(tokens.shape)}; set project.inputs to their width")
+        raise ValueError(
+            f"project: tokens must be [..., {cfg.inputs}], got {list(tokens.shape)}; set project.inputs to their width"
+        )
     return layers.linear(params["down"], F.gelu(layers.linear(params["up"], tokens)))

@@ -19,7 +19,9 @@ from medvl.components import layers
 
 Read = Callable[[Tensor], tuple[Tensor, Tensor]]
 
-_BLOCK = {"cpu": 1024}  # patches multiplied at once, 16384 elsewhere: few enough for float32 sums, and on a CPU for its cache
+_BLOCK = {
+    "cpu": 1024
+}  # patches multiplied at once, 16384 elsewhere: few enough for float32 sums, and on a CPU for its cache
 _TINY = 1e-9  # what the reference adds to a slot's mass
 
 
@@ -41,15 +43,31 @@ class CompressConfig:
     passes: int = 1  # perceiver: how often the latents look; a stream is read as often
 
     def __attrs_post_init__(self) -> None:
-        if min(self.dim, self.slots, self.hidden, self.heads, self.passes) < 1 or not 1 <= self.top_k <= self.slots:
+        if (
+            min(self.dim, self.slots, self.hidden, self.heads, self.passes) < 1
+            or not 1 <= self.top_k <= self.slots
+        ):
             raise ValueError(f"CompressConfig: sizes must be positive and top_k lie in 1..slots, got {self}")
         if self.kind in ("perceiver", "attention") and self.dim % self.heads:
-            raise ValueError(f"CompressConfig: dim must be a multiple of heads, got dim={self.dim}, heads={self.heads}")
+            raise ValueError(
+                f"CompressConfig: dim must be a multiple of heads, got dim={self.dim}, heads={self.heads}"
+            )
         if self.passes > 1 and self.kind != "perceiver":
-            raise ValueError(f"CompressConfig: only a perceiver looks several times, got passes={self.passes} and kind {self.kind!r}")
+            raise ValueError(
+                f"CompressConfig: only a perceiver looks several times, got passes={self.passes} and kind {self.kind!r}"
+            )
         if self.noise < 0 or not 0 <= self.dropout < 1:
-            raise ValueError(f"CompressConfig: noise must be >= 0 and dropout lie in [0, 1), got {self.noise}, {self.dropout}")
-        config.within(self, "CompressConfig", dim=config.WIDTH, hidden=config.WIDTH, slots=(1, 2**14), heads=config.DEPTHS)
+            raise ValueError(
+                f"CompressConfig: noise must be >= 0 and dropout lie in [0, 1), got {self.noise}, {self.dropout}"
+            )
+        config.within(
+            self,
+            "CompressConfig",
+            dim=config.WIDTH,
+            hidden=config.WIDTH,
+            slots=(1, 2**14),
+            heads=config.DEPTHS,
+        )
         config.within(self, "CompressConfig", passes=config.DEPTHS, noise=(0, 100))
 
 
@@ -68,7 +86,10 @@ class State:
 def empty(cfg: CompressConfig, p: Tree, b: int, latents: Tensor | None = None, turn: int = 0) -> State:
     """No patches yet."""
     k, d = cfg.slots, cfg.dim
-    groups, rows, width = {"attention": (cfg.heads, k, d // cfg.heads), "perceiver": (1, cfg.heads * k, d)}.get(cfg.kind, (1, k, d))
+    groups, rows, width = {
+        "attention": (cfg.heads, k, d // cfg.heads),
+        "perceiver": (1, cfg.heads * k, d),
+    }.get(cfg.kind, (1, k, d))
     if cfg.kind == "perceiver" and latents is None:
         latents = p["latents"].expand(b, -1, -1)
     zeros = lambda *shape: torch.zeros(shape, dtype=torch.float64, device=device_of(p))
@@ -103,7 +124,11 @@ def parts(
         else:
             block = held[:, : block.shape[1]].copy_(block)
         if keep is not None:  # before any arithmetic: 0 x NaN is NaN, in gradients too
-            block = block.masked_fill(~keep[..., None], 0.0) if held is None else block.masked_fill_(~keep[..., None], 0.0)
+            block = (
+                block.masked_fill(~keep[..., None], 0.0)
+                if held is None
+                else block.masked_fill_(~keep[..., None], 0.0)
+            )
         yield _part(cfg, *read(block), keep)
 
 
@@ -111,17 +136,30 @@ def _part(cfg: CompressConfig, scores: Tensor, values: Tensor, keep: Tensor | No
     b, n = scores.shape[:2]
     sums = {"patches": scores.new_full((b,), n) if keep is None else keep.sum(1)}
     if cfg.kind == "moe":
-        logits, exists = scores[:, :, 0], scores.new_ones(b, n, 1) if keep is None else keep[..., None].to(scores.dtype)
+        logits, exists = (
+            scores[:, :, 0],
+            scores.new_ones(b, n, 1) if keep is None else keep[..., None].to(scores.dtype),
+        )
         lse, probability = logits.logsumexp(-1) * exists[..., 0], logits.softmax(-1) * exists
         chosen = _largest(logits.detach(), cfg.top_k) * exists
-        sums |= {"chosen": chosen.sum(1), "probability": probability.sum(1), "lse": lse.sum(1), "lse2": lse.square().sum(1)}
+        sums |= {
+            "chosen": chosen.sum(1),
+            "probability": probability.sum(1),
+            "lse": lse.sum(1),
+            "lse2": lse.square().sum(1),
+        }
         top, weight = torch.zeros_like(scores[:, 0]), (probability * chosen)[:, :, None]
     else:
         scores = scores if keep is None else scores.masked_fill(~keep[..., None, None], -math.inf)
         top = scores.detach().amax(1)
         weight = (scores - finite(top)[:, None]).exp()
     total = torch.einsum("bngr,bngv->bgrv", weight, values)
-    part = State(top=top.double(), weight=weight.sum(1).double(), total=total.double(), sums={n: t.double() for n, t in sums.items()})
+    part = State(
+        top=top.double(),
+        weight=weight.sum(1).double(),
+        total=total.double(),
+        sums={n: t.double() for n, t in sums.items()},
+    )
     return part, weight if cfg.kind == "moe" else scores
 
 
@@ -183,7 +221,9 @@ def reader(cfg: CompressConfig, p: Tree, state: State, gen: Generator | None) ->
     def routed(x: Tensor) -> tuple[Tensor, Tensor]:
         logits = layers.linear(p["gate"], x)
         if gen is not None and cfg.noise:
-            logits = logits + cfg.noise * torch.randn(logits.shape, generator=gen, device=gen.device).to(logits)
+            logits = logits + cfg.noise * torch.randn(logits.shape, generator=gen, device=gen.device).to(
+                logits
+            )
         return logits[:, :, None], x[:, :, None]
 
     return routed
@@ -195,7 +235,11 @@ def _asks(cfg: CompressConfig, layer: Tree, state: State) -> Tensor:
     The value projection waits likewise until patches are summed up.
     """
     assert state.latents is not None
-    q = rearrange(layers.linear(layer["q"], layers.norm(layer["latents"], state.latents)), "b k (h e) -> b h k e", h=cfg.heads)
+    q = rearrange(
+        layers.linear(layer["q"], layers.norm(layer["latents"], state.latents)),
+        "b k (h e) -> b h k e",
+        h=cfg.heads,
+    )
     keys = rearrange(layer["k"]["weight"], "(h e) d -> h e d", h=cfg.heads)
     return (torch.einsum("bhke,hed->bhkd", q, keys) * q.shape[-1] ** -0.5).flatten(1, 2)
 
@@ -207,7 +251,9 @@ def closed(cfg: CompressConfig, p: Tree, state: State) -> State:
     assert state.latents is not None
     layer = p["layers"][str(state.turn)]
     own = layers.norm(layer["latents"], state.latents)
-    return merged(state, _part(cfg, (own @ _asks(cfg, layer, state).mT)[:, :, None], own[:, :, None], None)[0])
+    return merged(
+        state, _part(cfg, (own @ _asks(cfg, layer, state).mT)[:, :, None], own[:, :, None], None)[0]
+    )
 
 
 def look(cfg: CompressConfig, p: Tree, state: State, gen: Generator | None) -> Tensor:
@@ -218,7 +264,10 @@ def look(cfg: CompressConfig, p: Tree, state: State, gen: Generator | None) -> T
     values = rearrange(layer["v"]["weight"], "(h e) d -> h e d", h=cfg.heads)
     seen = rearrange(torch.einsum("bhkd,hed->bhke", seen, values), "b h k e -> b k (h e)")
     z = state.latents + layers.linear(layer["out"], seen)
-    return z + layers.linear(layer["down"], dropped(F.gelu(layers.linear(layer["up"], layers.norm(layer["norm"], z))), cfg.dropout, gen))
+    return z + layers.linear(
+        layer["down"],
+        dropped(F.gelu(layers.linear(layer["up"], layers.norm(layer["norm"], z))), cfg.dropout, gen),
+    )
 
 
 def means(cfg: CompressConfig, p: Tree, state: State) -> Tensor:

@@ -20,7 +20,9 @@ class TextConfig:
     dim: int = 512
     depth: int = 12
     heads: int = 8
-    pool: Literal["last", "mean", "max"] = "last"  # CLIP reads the end token; mean and max over tokens learn from fewer reports
+    pool: Literal["last", "mean", "max"] = (
+        "last"  # CLIP reads the end token; mean and max over tokens learn from fewer reports
+    )
 
     def __attrs_post_init__(self) -> None:
         if min(self.vocabulary, self.context, self.dim, self.depth, self.heads) < 1 or self.dim % self.heads:
@@ -56,7 +58,11 @@ def encode_text(cfg: TextConfig, p: Tree, ids: Tensor, mask: Tensor) -> Tensor:
         raise ValueError(
             f"encode_text: ids and mask must be [b, t] with t <= {cfg.context}, got {tuple(ids.shape)} and {tuple(mask.shape)}"
         )
-    if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < cfg.vocabulary:
+    if (
+        ids.device.type == "cpu"
+        and ids.numel()
+        and not 0 <= int(ids.min()) <= int(ids.max()) < cfg.vocabulary
+    ):
         raise ValueError(
             f"encode_text: ids must lie in 0..{cfg.vocabulary - 1}, found {int(ids.min())}..{int(ids.max())}: another tokenizer?"
         )
@@ -66,7 +72,9 @@ def encode_text(cfg: TextConfig, p: Tree, ids: Tensor, mask: Tensor) -> Tensor:
     return pool_tokens(cfg.pool, layers.norm(p["norm"], x), mask)
 
 
-def encode_text_with(params: Tree, ids: Tensor, mask: Tensor, *, model: Any, pool: Literal["first", "last", "mean"] = "first") -> Tensor:
+def encode_text_with(
+    params: Tree, ids: Tensor, mask: Tensor, *, model: Any, pool: Literal["first", "last", "mean"] = "first"
+) -> Tensor:
     """The same from any Hugging Face text encoder: `model(params, input_ids=..., attention_mask=...)` -> [b, d].
 
     Args:

@@ -49,7 +49,9 @@ def centred(n: int, spacing_mm: float, size: int, target_mm: float, antialias: b
     at = (np.arange(size) - (size - 1) / 2) * (target_mm / spacing_mm) + (n - 1) / 2
     inside = np.flatnonzero((at > -0.5 - 1e-6) & (at < n - 0.5 + 1e-6))
     if not len(inside):
-        raise ValueError(f"is smaller than one output voxel: {n} voxels of {spacing_mm:g} mm against {target_mm:g} mm")
+        raise ValueError(
+            f"is smaller than one output voxel: {n} voxels of {spacing_mm:g} mm against {target_mm:g} mm"
+        )
     at, first = at[inside], int(inside[0])
     if not antialias or target_mm <= spacing_mm:
         return _linear(first, at, n, target_mm)
@@ -57,7 +59,9 @@ def centred(n: int, spacing_mm: float, size: int, target_mm: float, antialias: b
     taps = np.floor(at + 1 - step).astype(np.int64)[:, None] + np.arange(int(np.ceil(2 * step)) + 1)
     weights = np.maximum(1 - np.abs(taps - at[:, None]) / step, 0) * ((taps >= 0) & (taps < n))
     weights /= weights.sum(1, keepdims=True)
-    return Axis(first=first, taps=taps.clip(0, n - 1), weights=weights.astype(np.float32), spacing_mm=target_mm)
+    return Axis(
+        first=first, taps=taps.clip(0, n - 1), weights=weights.astype(np.float32), spacing_mm=target_mm
+    )
 
 
 def stretched(n: int, spacing_mm: float, size: int, new: int) -> Axis:
@@ -151,14 +155,18 @@ def _fill(
 
 def _along(axis: Axis, rows: Tensor) -> Tensor:
     """Each row of the result is a weighted sum of rows of the input: an embedding bag."""
-    return F.embedding_bag(torch.from_numpy(axis.taps), rows, per_sample_weights=torch.from_numpy(axis.weights), mode="sum")
+    return F.embedding_bag(
+        torch.from_numpy(axis.taps), rows, per_sample_weights=torch.from_numpy(axis.weights), mode="sum"
+    )
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
     """Thousands of operations of 0.1 ms gain nothing from threads, and on busy cores wait for them: measured 30 to 90 times slower."""
     with _LOCK:
-        _before.append(_before[0] if _before else torch.get_num_threads())  # the count is the process's: the last call out restores it
+        _before.append(
+            _before[0] if _before else torch.get_num_threads()
+        )  # the count is the process's: the last call out restores it
     torch.set_num_threads(1)
     try:
         yield

@@ -92,7 +92,9 @@ def choose_scale(stored: np.ndarray, header: Scale | None = None, row: Scale | N
 def join(first: Scale, then: Scale) -> Scale:
     """Both scales, one after the other."""
     rule = then.rule if first is STORED else f"{first.rule}+{then.rule}"
-    return Scale(rule=rule, slope=then.slope * first.slope, intercept=then.slope * first.intercept + then.intercept)
+    return Scale(
+        rule=rule, slope=then.slope * first.slope, intercept=then.slope * first.intercept + then.intercept
+    )
 
 
 def check_scale(stored: np.ndarray, chosen: Scale, header: Scale | None = None) -> Scale:

@@ -16,8 +16,7 @@ from medvl.base import files, store
 from medvl.base.display import track
 from medvl.base.files import PathLike
 from medvl.base.workers import pool
-from medvl.ct import metadata_table, names, scans
-from medvl.ct import preprocess as ct
+from medvl.ct import metadata_table, names, preprocess, scans
 from medvl.ct.preprocess import CtConfig, Volume
 from medvl.ct.scans import ScanError
 
@@ -81,27 +80,52 @@ def preprocess_folder(
     out = Path(out)
     _keep_inputs(out, source, metadata_csv)
     paths = find_scans(source)
-    rows = metadata_table.read_metadata(metadata_csv, paths, ct.metadata_columns(cfg)) if metadata_csv else None
+    rows = (
+        metadata_table.read_metadata(metadata_csv, paths, preprocess.metadata_columns(cfg))
+        if metadata_csv
+        else None
+    )
     with files.alone(out):
         files.remove_unfinished_file(rejected_csv(out))
         done = _room(out, paths, cfg)
         tracked = _check_sources(out, paths)
-        missing = {} if rows is None else {n: f"{metadata_csv}: has no row for it" for n in paths if n not in rows and n not in done}
-        jobs = [_Job(name=n, path=p, metadata=rows[n] if rows else None) for n, p in paths.items() if n not in done and n not in missing]
+        missing = (
+            {}
+            if rows is None
+            else {n: f"{metadata_csv}: has no row for it" for n in paths if n not in rows and n not in done}
+        )
+        jobs = [
+            _Job(name=n, path=p, metadata=rows[n] if rows else None)
+            for n, p in paths.items()
+            if n not in done and n not in missing
+        ]
         rejected = missing | _work(
-            jobs, functools.partial(_one, out=out, cfg=cfg, tracked=tracked), out, workers, progress, len(paths) - len(jobs)
+            jobs,
+            functools.partial(_one, out=out, cfg=cfg, tracked=tracked),
+            out,
+            workers,
+            progress,
+            len(paths) - len(jobs),
         )
         files.write_csv(
-            rejected_csv(out), [dict(zip(REJECTED, (n, paths[n], r), strict=True)) for n, r in sorted(rejected.items())], REJECTED
+            rejected_csv(out),
+            [dict(zip(REJECTED, (n, paths[n], r), strict=True)) for n, r in sorted(rejected.items())],
+            REJECTED,
         )
-    return Summary(done=len(jobs) + len(missing) - len(rejected), skipped=len(paths) - len(jobs) - len(missing), rejected=rejected)
+    return Summary(
+        done=len(jobs) + len(missing) - len(rejected),
+        skipped=len(paths) - len(jobs) - len(missing),
+        rejected=rejected,
+    )
 
 
 def _keep_inputs(out: Path, *inputs: PathLike) -> None:
     """Refuse an output that is one of the inputs; an existing file that is no store is refused when it is opened."""
     for path in inputs:
         if path and rejected_csv(out).exists() and rejected_csv(out).resolve() == Path(path).resolve():
-            raise ValueError(f"{path}: a run into {out} writes its rejected scans there; give the table another name to read it")
+            raise ValueError(
+                f"{path}: a run into {out} writes its rejected scans there; give the table another name to read it"
+            )
 
 
 def rejected_csv(out: PathLike) -> Path:
@@ -120,20 +144,28 @@ def find_scans(source: PathLike) -> dict[str, Path]:
         rows = files.read_csv(source)
         column = next((c for c in ("path", "VolumeName") if c in rows[0]), None)
         if column is None:
-            raise ValueError(f"{source}: must have a column 'path' or 'VolumeName', found {', '.join(map(repr, rows[0]))}")
+            raise ValueError(
+                f"{source}: must have a column 'path' or 'VolumeName', found {', '.join(map(repr, rows[0]))}"
+            )
         found = [source.parent / row[column] for row in rows]
     paths: dict[str, Path] = {}
     for path in sorted(found):
         files.check_text(path)
         if (other := paths.setdefault(names.volume_name(path), path)) is not path:
-            raise ValueError(f"{source}: two scans are called {names.volume_name(path)!r}: {other} and {path}; rename one")
+            raise ValueError(
+                f"{source}: two scans are called {names.volume_name(path)!r}: {other} and {path}; rename one"
+            )
     return dict(sorted(paths.items()))
 
 
 def _scans_below(folder: Path) -> list[Path]:
     every = files.files_below(folder)
     found = [path for path in every if path.name.lower().endswith((".nii", ".nii.gz"))]
-    others = [path for path in every if path.suffix.lower() in (".dcm", ".ima") or (not found and scans.is_dicom(path))]
+    others = [
+        path
+        for path in every
+        if path.suffix.lower() in (".dcm", ".ima") or (not found and scans.is_dicom(path))
+    ]
     if not found:
         dicom = f", but {len(others)} files of DICOM; {scans.FROM_DICOM}" if others else ""
         raise ValueError(f"{folder}: holds no .nii or .nii.gz file{dicom}")
@@ -144,9 +176,11 @@ def _scans_below(folder: Path) -> list[Path]:
 
 def _room(out: Path, paths: Iterable[str], cfg: CtConfig) -> set[str]:
     """Make the store, or open it and make room; returns the names that are done."""
-    settings = ct.settings_of(cfg)
+    settings = preprocess.settings_of(cfg)
     if not out.exists():
-        store.create(out, list(paths), ct.size_of(cfg), cfg.dtype, settings, (*FIELDS, *SOURCE_FIELDS))
+        store.create(
+            out, list(paths), preprocess.size_of(cfg), cfg.dtype, settings, (*FIELDS, *SOURCE_FIELDS)
+        )
     done = set(store.open_store(out, expect=settings).names)
     store.grow(out, paths)
     _opened.cache_clear()  # it may be another file now
@@ -164,7 +198,9 @@ def _check_sources(out: Path, paths: dict[str, Path]) -> bool:
         if name in done and path.is_file():  # what is done may be removed
             row, stat = volumes.row(name), path.stat()
             same = (row["source_bytes"], row["source_mtime_ns"]) == (stat.st_size, stat.st_mtime_ns)
-            if not same and row["source_digest"] != files.file_digest(path):  # a copy of the same file has another time
+            if not same and row["source_digest"] != files.file_digest(
+                path
+            ):  # a copy of the same file has another time
                 replaced.append(name)
     if replaced:
         raise ValueError(
@@ -177,7 +213,7 @@ def _check_sources(out: Path, paths: dict[str, Path]) -> bool:
 def _one(job: _Job, out: Path, cfg: CtConfig, tracked: bool) -> tuple[str, str]:
     """Preprocess and store one scan; ("", what was done) or (why not, "")."""
     try:
-        volume = ct.preprocess(job.path, cfg, job.metadata)
+        volume = preprocess.preprocess(job.path, cfg, job.metadata)
     except ScanError as e:
         return str(e), ""
     except MemoryError:
@@ -185,15 +221,26 @@ def _one(job: _Job, out: Path, cfg: CtConfig, tracked: bool) -> tuple[str, str]:
     row = {f[0]: getattr(volume, f[0]) for f in FIELDS}
     if tracked:
         stat = job.path.stat()
-        row |= {"source_bytes": stat.st_size, "source_mtime_ns": stat.st_mtime_ns, "source_digest": files.file_digest(job.path)}
+        row |= {
+            "source_bytes": stat.st_size,
+            "source_mtime_ns": stat.st_mtime_ns,
+            "source_digest": files.file_digest(job.path),
+        }
     store.put(_opened(out), job.name, volume.voxels, row)
-    return "", f"HU = {volume.slope:g} * stored + {volume.intercept:g} ({volume.hu_rule}), slices {volume.occupied}"
+    return (
+        "",
+        f"HU = {volume.slope:g} * stored + {volume.intercept:g} ({volume.hu_rule}), slices {volume.occupied}",
+    )
 
 
-_opened = functools.lru_cache(maxsize=1)(store.open_store)  # a worker reads the table of rows once and not for each scan
+_opened = functools.lru_cache(maxsize=1)(
+    store.open_store
+)  # a worker reads the table of rows once and not for each scan
 
 
-def _work(jobs: list[_Job], one: Callable, out: Path, workers: int, progress: bool, before: int) -> dict[str, str]:
+def _work(
+    jobs: list[_Job], one: Callable, out: Path, workers: int, progress: bool, before: int
+) -> dict[str, str]:
     """Do the jobs; {name: reason} of those refused."""
     rejected = {}
     results = map(lambda j: (j, one(j)), jobs) if workers <= 1 else _parallel(jobs, one, out, workers)
@@ -206,7 +253,9 @@ def _work(jobs: list[_Job], one: Callable, out: Path, workers: int, progress: bo
     return rejected
 
 
-def _parallel(jobs: list[_Job], one: Callable, out: Path, workers: int) -> Iterator[tuple[_Job, tuple[str, str]]]:
+def _parallel(
+    jobs: list[_Job], one: Callable, out: Path, workers: int
+) -> Iterator[tuple[_Job, tuple[str, str]]]:
     """Jobs in processes. When one dies the pool is lost with all it held: those are done again, one at a time, to find the culprit."""
     queue, suspects = deque(jobs), deque[_Job]()
     while queue or suspects:
@@ -228,7 +277,13 @@ def _parallel(jobs: list[_Job], one: Callable, out: Path, workers: int) -> Itera
                     if job.name in stored:
                         yield job, ("", "stored before its worker died")
                     elif alone:
-                        yield job, ("its worker process died, most likely out of memory; preprocess it where there is more", "")
+                        yield (
+                            job,
+                            (
+                                "its worker process died, most likely out of memory; preprocess it where there is more",
+                                "",
+                            ),
+                        )
                     else:
                         suspects.append(job)
 
@@ -268,10 +323,14 @@ def contact_sheet(
 def _of_store(s: store.Store, only: Sequence[str]) -> Iterator[Volume]:
     for name in only or s.names:
         row = s.row(name)
-        yield Volume(name=name, voxels=s.read(name), axes=s.settings["axes"], **{f[0]: row[f[0]] for f in FIELDS})
+        yield Volume(
+            name=name, voxels=s.read(name), axes=s.settings["axes"], **{f[0]: row[f[0]] for f in FIELDS}
+        )
 
 
-def _card(v: Volume, label: str, window_hu: tuple[float, float], tile: int = 200, margin: int = 18) -> Image.Image:
+def _card(
+    v: Volume, label: str, window_hu: tuple[float, float], tile: int = 200, margin: int = 18
+) -> Image.Image:
     order = [next(i for i, letter in enumerate(v.axes) if letter in pair) for pair in ("SI", "AP", "RL")]
     ipl = v.voxels.transpose(order)[tuple(slice(None, None, 1 if v.axes[i] in "IPL" else -1) for i in order)]
     mm = np.array(ipl.shape) * [v.spacing_mm[i] for i in order]
@@ -280,7 +339,7 @@ def _card(v: Volume, label: str, window_hu: tuple[float, float], tile: int = 200
     card = Image.new("L", (3 * tile, tile + margin))
     for i, (plane, rows, columns) in enumerate(((ipl[z], 1, 2), (ipl[:, y], 0, 2), (ipl[:, :, x], 0, 1))):
         low, high = window_hu
-        grey = ((ct.to_hu(plane) - low) / (high - low) * 255).clip(0, 255).astype(np.uint8)
+        grey = ((preprocess.to_hu(plane) - low) / (high - low) * 255).clip(0, 255).astype(np.uint8)
         size = [max(1, round(mm[a] / mm.max() * (tile - 4))) for a in (columns, rows)]
         image = Image.fromarray(grey).resize((size[0], size[1]), Image.Resampling.BILINEAR)
         card.paste(image, (i * tile + (tile - size[0]) // 2, (tile - size[1]) // 2))

@@ -12,11 +12,15 @@ from medvl.ct import names
 RESCALE = ("RescaleSlope", "RescaleIntercept")
 SPACING = ("XYSpacing", "ZSpacing")
 ORIENTATION = "ImageOrientationPatient"
-_TO_RAS = np.array([-1.0, -1.0, 1.0])  # DICOM counts to the left and to posterior, NIfTI to the right and to anterior
+_TO_RAS = np.array(
+    [-1.0, -1.0, 1.0]
+)  # DICOM counts to the left and to posterior, NIfTI to the right and to anterior
 _TOLERANCE = 0.01
 
 
-def read_metadata(path: PathLike, scans: Iterable[str], columns: Iterable[str] = ()) -> dict[str, dict[str, str]]:
+def read_metadata(
+    path: PathLike, scans: Iterable[str], columns: Iterable[str] = ()
+) -> dict[str, dict[str, str]]:
     """The rows of a metadata table by volume name.
 
     Args:
@@ -33,7 +37,9 @@ def read_metadata(path: PathLike, scans: Iterable[str], columns: Iterable[str] =
         rows[name] = row
     scans = list(scans)
     if not rows.keys() & set(scans):
-        raise ValueError(f"{path}: has a row for none of the {len(scans)} scans; it names {next(iter(rows))!r}, they {scans[0]!r}")
+        raise ValueError(
+            f"{path}: has a row for none of the {len(scans)} scans; it names {next(iter(rows))!r}, they {scans[0]!r}"
+        )
     present = next(iter(rows.values()))
     missing = [column for column in columns if column not in present]
     if missing:
@@ -49,7 +55,9 @@ def rescale(row: Mapping[str, str]) -> tuple[float, float]:
     """(slope, intercept), raw values to HU. Raises ValueError where one is not one number; so do the other functions here."""
     for column in RESCALE:
         if len(set(_bare(row.get(column, "")).split(","))) > 1:  # "-1024,5" is no list
-            raise ValueError(f"its metadata row must have one number in {column!r}, with a point, found {row[column]!r}")
+            raise ValueError(
+                f"its metadata row must have one number in {column!r}, with a point, found {row[column]!r}"
+            )
     return _number(row, RESCALE[0]), _number(row, RESCALE[1])
 
 
@@ -83,7 +91,9 @@ def directions(row: Mapping[str, str]) -> np.ndarray | None:
     x, y = cosines * _TO_RAS
     lengths = np.linalg.norm(cosines, axis=1)
     if not (np.abs(lengths - 1) <= _TOLERANCE).all() or abs(x @ y) > _TOLERANCE:
-        raise ValueError(f"its metadata row must have two unit vectors at right angles in {ORIENTATION!r}, found {text!r}")
+        raise ValueError(
+            f"its metadata row must have two unit vectors at right angles in {ORIENTATION!r}, found {text!r}"
+        )
     normal = np.cross(x, y)
     if np.abs(normal[:2]).max() > _TOLERANCE or normal[2] < 0:
         raise ValueError(
@@ -107,5 +117,7 @@ def _number(row: Mapping[str, str], column: str, at: int = 0) -> float:
     except (ValueError, IndexError):
         value = np.nan
     if not np.isfinite(value):
-        raise ValueError(f"its metadata row must have a number in {column!r}, found {row.get(column, '(no such column)')!r}")
+        raise ValueError(
+            f"its metadata row must have a number in {column!r}, found {row.get(column, '(no such column)')!r}"
+        )
     return value

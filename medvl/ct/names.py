@@ -28,7 +28,9 @@ def patient_of(name: str) -> str:
     return hit["patient"] if hit else name
 
 
-def patients_of(volumes: Sequence[str], pattern: str = "", column: Mapping[str, str] | None = None) -> list[str]:
+def patients_of(
+    volumes: Sequence[str], pattern: str = "", column: Mapping[str, str] | None = None
+) -> list[str]:
     """The patient of every volume.
 
     Without a rule the names are read as CT-RATE's. Names of another form then count as one patient each, with a warning: several scans of
@@ -47,7 +49,9 @@ def patients_of(volumes: Sequence[str], pattern: str = "", column: Mapping[str, 
     if column is not None:
         without = [v for v in volumes if not column.get(v, "").strip()]
         if without:
-            raise ValueError(f"patients: every volume must have a patient, {len(without)} of {len(volumes)} have none, e.g. {without[0]}")
+            raise ValueError(
+                f"patients: every volume must have a patient, {len(without)} of {len(volumes)} have none, e.g. {without[0]}"
+            )
         return [column[v].strip() for v in volumes]
     if pattern:
         return _patients_by_pattern(volumes, pattern)
@@ -72,7 +76,9 @@ def _patients_by_pattern(volumes: Sequence[str], pattern: str) -> list[str]:
         hit = compiled.search(volume)
         patient = (hit[1] if compiled.groups else hit[0]) if hit else ""
         if not patient:
-            raise ValueError(f"patients: the pattern {pattern!r} must find the patient in every name, it finds none in {volume!r}")
+            raise ValueError(
+                f"patients: the pattern {pattern!r} must find the patient in every name, it finds none in {volume!r}"
+            )
         patients.append(patient)
     return patients
 

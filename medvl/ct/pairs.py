@@ -21,7 +21,9 @@ class Pairs:
 
     store: Store
     names: tuple[str, ...]
-    texts: tuple[dict[str, str], ...]  # of each volume, the parts of its report that have text: {"findings": ..., "impression": ...}
+    texts: tuple[
+        dict[str, str], ...
+    ]  # of each volume, the parts of its report that have text: {"findings": ..., "impression": ...}
 
     @property
     def scans(self) -> list[str]:
@@ -45,10 +47,17 @@ def join(store: Store, parts: Mapping[str, Mapping[str, str]]) -> Pairs:
     both = tuple(sorted(n for n in store.names if n in reports))
     if not both:
         some = f"{store.names[0] if store.names else 'nothing'} / {next(iter(reports), 'nothing')}"
-        raise ValueError(f"{store.path}: none of its {len(store.names)} volumes has one of the {len(reports)} reports (e.g. {some})")
+        raise ValueError(
+            f"{store.path}: none of its {len(store.names)} volumes has one of the {len(reports)} reports (e.g. {some})"
+        )
     if len(both) < max(len(store.names), len(reports)):
         alone = len(store.names) - len(both), len(reports) - len(both)
-        _log.warning("%s: %d pairs; %d volumes have no report, %d reports have no volume", store.path.name, len(both), *alone)
+        _log.warning(
+            "%s: %d pairs; %d volumes have no report, %d reports have no volume",
+            store.path.name,
+            len(both),
+            *alone,
+        )
     return Pairs(store=store, names=both, texts=tuple(reports[n] for n in both))
 
 
@@ -63,8 +72,12 @@ def read_slices(store: Store, wanted: Sequence[str]) -> dict[str, Tensor]:
     index = np.arange(first, stop)
     return {
         "slices": torch.from_numpy(np.stack([store.read(n, first, stop) for n in wanted])),
-        "mask": torch.from_numpy(np.stack([(r["occupied"][0] <= index) & (index < r["occupied"][1]) for r in rows])),
-        "position_mm": torch.from_numpy(np.stack([index * r["spacing_mm"][0] for r in rows]).astype(np.float32)),
+        "mask": torch.from_numpy(
+            np.stack([(r["occupied"][0] <= index) & (index < r["occupied"][1]) for r in rows])
+        ),
+        "position_mm": torch.from_numpy(
+            np.stack([index * r["spacing_mm"][0] for r in rows]).astype(np.float32)
+        ),
     }
 
 
@@ -72,7 +85,11 @@ def draw_text(parts: Mapping[str, str], shares: Mapping[str, float], most: int, 
     """What a training step shows of a report: one part, drawn by `shares` from those that have text, then `some_sentences` of it."""
     have = list(parts)
     weights = torch.tensor([shares[p] for p in have])
-    part = have[int(torch.multinomial(weights, 1, generator=gen))] if len(have) > 1 and weights.sum() > 0 else have[0]
+    part = (
+        have[int(torch.multinomial(weights, 1, generator=gen))]
+        if len(have) > 1 and weights.sum() > 0
+        else have[0]
+    )
     return some_sentences(parts[part], most, gen)
 
 

@@ -28,7 +28,12 @@ log = logging.getLogger(__name__)
 HU = (-1000.0, 1000.0)  # every preset clips to this
 _MAX_VOXELS = 1024**3
 _MM = (0.01, 1000.0)  # of an output voxel
-_SIZES = {"mm": (160, 224, 224), "reference": (160, 224, 224), "ctclip": (240, 480, 480), "merlin": (160, 224, 224)}
+_SIZES = {
+    "mm": (160, 224, 224),
+    "reference": (160, 224, 224),
+    "ctclip": (240, 480, 480),
+    "merlin": (160, 224, 224),
+}
 _SPACINGS = {"mm": (3.0, 1.75, 1.75), "reference": (), "ctclip": (1.5, 0.75, 0.75), "merlin": (3.0, 1.5, 1.5)}
 _SAMPLED = 32  # voxels along each axis of a slice that are looked at to tell what the values are
 
@@ -68,14 +73,24 @@ class CtConfig:
         if self.size and (len(self.size) != 3 or min(self.size) < 1):
             raise ValueError(f"CtConfig: size must be () or three positive numbers, got {self.size}")
         if math.prod(self.size) > _MAX_VOXELS:
-            raise ValueError(f"CtConfig: size must be at most {_MAX_VOXELS:,} voxels, got {self.size}, {math.prod(self.size):,}")
-        if self.spacing_mm and (len(self.spacing_mm) != 3 or not all(0 < s < np.inf for s in self.spacing_mm)):
-            raise ValueError(f"CtConfig: spacing_mm must be () or three positive numbers of mm, got {self.spacing_mm}")
+            raise ValueError(
+                f"CtConfig: size must be at most {_MAX_VOXELS:,} voxels, got {self.size}, {math.prod(self.size):,}"
+            )
+        if self.spacing_mm and (
+            len(self.spacing_mm) != 3 or not all(0 < s < np.inf for s in self.spacing_mm)
+        ):
+            raise ValueError(
+                f"CtConfig: spacing_mm must be () or three positive numbers of mm, got {self.spacing_mm}"
+            )
         if self.spacing_mm and not all(_MM[0] <= s <= _MM[1] for s in self.spacing_mm):
-            raise ValueError(f"CtConfig: spacing_mm must be between {_MM[0]:g} and {_MM[1]:g} mm, got {self.spacing_mm}")
+            raise ValueError(
+                f"CtConfig: spacing_mm must be between {_MM[0]:g} and {_MM[1]:g} mm, got {self.spacing_mm}"
+            )
         if self.preset != "mm" and (self.spacing_mm or self.antialias == "on"):
             what = "spacing_mm" if self.spacing_mm else "antialias"
-            raise ValueError(f"CtConfig: {what} belongs to preset 'mm'; preset {self.preset!r} has its own arithmetic. Leave it out")
+            raise ValueError(
+                f"CtConfig: {what} belongs to preset 'mm'; preset {self.preset!r} has its own arithmetic. Leave it out"
+            )
         if self.flip and self.preset != "reference":
             raise ValueError(f"CtConfig: flip belongs to preset 'reference', got preset {self.preset!r}")
 
@@ -96,7 +111,9 @@ class Volume:
     intercept: float
 
 
-def preprocess(path: PathLike, cfg: CtConfig = CtConfig(), metadata: Mapping[str, str] | None = None) -> Volume:
+def preprocess(
+    path: PathLike, cfg: CtConfig = CtConfig(), metadata: Mapping[str, str] | None = None
+) -> Volume:
     """Read a NIfTI scan and bring it to HU, to `axes_of(cfg)` and to the grid of `cfg`.
 
     Args:
@@ -147,7 +164,11 @@ def metadata_columns(cfg: CtConfig) -> tuple[str, ...]:
 
 def settings_of(cfg: CtConfig) -> dict[str, Any]:
     """Plain data that says how volumes are made: the record with what its () stand for. Stores and checkpoints keep and compare it."""
-    own = {"size": list(size_of(cfg)), "spacing_mm": list(cfg.spacing_mm or _SPACINGS[cfg.preset]), "antialias": _antialias(cfg)}
+    own = {
+        "size": list(size_of(cfg)),
+        "spacing_mm": list(cfg.spacing_mm or _SPACINGS[cfg.preset]),
+        "antialias": _antialias(cfg),
+    }
     return config.unstructure(cfg) | own | {"axes": axes_of(cfg), "hu_range": list(HU)}
 
 
@@ -170,11 +191,15 @@ def _along(header: scans.Header, slices: Iterator[np.ndarray], perm: list[int]) 
 def _finite(header: scans.Header, slices: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
     for i, s in enumerate(slices):
         if s.dtype.kind == "f" and not np.isfinite(s.min() + s.max()):
-            raise ScanError(f"{header.name}: slice {i} has {int((~np.isfinite(s)).sum())} voxels that are not finite numbers")
+            raise ScanError(
+                f"{header.name}: slice {i} has {int((~np.isfinite(s)).sum())} voxels that are not finite numbers"
+            )
         yield s
 
 
-def _read_volume(path: PathLike, cfg: CtConfig, row: Mapping[str, str] | None, known: Scale | None = None) -> tuple[Volume, Scale]:
+def _read_volume(
+    path: PathLike, cfg: CtConfig, row: Mapping[str, str] | None, known: Scale | None = None
+) -> tuple[Volume, Scale]:
     """The volume, by the scale that is known or that its first slices show; and the scale that all of it shows."""
     with scans.open_scan(path) as (header, stored):
         _refuse_doubt(header, row)
@@ -195,7 +220,13 @@ def _read_volume(path: PathLike, cfg: CtConfig, row: Mapping[str, str] | None, k
         turned = [a.flipped(n) if flip else a for a, n, flip in zip(grid, shape, flips, strict=True)]
         clip = cfg.preset != "merlin"
         slope, intercept = scale.slope, scale.intercept
-        grids.resample(turned, slices, lambda plane: _to_hu_(plane, slope, intercept, clip), lambda hu: _encode_(hu, cfg), box)
+        grids.resample(
+            turned,
+            slices,
+            lambda plane: _to_hu_(plane, slope, intercept, clip),
+            lambda hu: _encode_(hu, cfg),
+            box,
+        )
     final = known or _scale(cfg, header, sample, row)
     if box.min() == box.max() and final == scale:
         at = to_hu(box[:1, :1, :1]).item()
@@ -227,7 +258,11 @@ def _sampled(slices: Iterator[np.ndarray], sample: list[np.ndarray]) -> Iterator
 
 
 def _first_scale(
-    cfg: CtConfig, header: scans.Header, slices: Iterator[np.ndarray], sample: list[np.ndarray], row: Mapping[str, str] | None
+    cfg: CtConfig,
+    header: scans.Header,
+    slices: Iterator[np.ndarray],
+    sample: list[np.ndarray],
+    row: Mapping[str, str] | None,
 ) -> tuple[Scale, Iterator[np.ndarray]]:
     """The scale as soon as some slices show it, and all slices; mostly the first is enough, so that no scan has to be in memory."""
     seen: list[np.ndarray] = []
@@ -244,22 +279,32 @@ def _first_scale(
     return _scale(cfg, header, sample, row), iter(seen)
 
 
-def _scale(cfg: CtConfig, header: scans.Header, sample: list[np.ndarray], row: Mapping[str, str] | None) -> Scale:
+def _scale(
+    cfg: CtConfig, header: scans.Header, sample: list[np.ndarray], row: Mapping[str, str] | None
+) -> Scale:
     """The scale of `cfg.hu`; a sample without slices is not looked at."""
     own = Scale(rule="header", slope=header.slope, intercept=header.intercept) if header.scaled else None
     if cfg.hu == "header":
         if own is None:
-            raise ScanError(f"{header.name}: hu='header' needs scl_slope in the header, it has none; use hu='none', 'metadata' or 'auto'")
+            raise ScanError(
+                f"{header.name}: hu='header' needs scl_slope in the header, it has none; use hu='none', 'metadata' or 'auto'"
+            )
         return own
     given, fault = _rescale(row)
     if cfg.hu == "metadata" and given is None:
-        raise ScanError(f"{header.name}: hu='metadata' needs a metadata row with {' and '.join(metadata_table.RESCALE)}; {fault}")
+        raise ScanError(
+            f"{header.name}: hu='metadata' needs a metadata row with {' and '.join(metadata_table.RESCALE)}; {fault}"
+        )
     chosen = given if cfg.hu == "metadata" and given is not None else Scale(rule="none")
     if not sample:
         return chosen
     values = np.concatenate(sample)
     try:
-        return hounsfield.choose_scale(values, own, given) if cfg.hu == "auto" else hounsfield.check_scale(values, chosen, own)
+        return (
+            hounsfield.choose_scale(values, own, given)
+            if cfg.hu == "auto"
+            else hounsfield.check_scale(values, chosen, own)
+        )
     except ValueError as e:
         raise ScanError(f"{header.name}: {e}{fault and f'; {fault}'}") from e
 
@@ -278,7 +323,9 @@ def _rescale(row: Mapping[str, str] | None) -> tuple[Scale | None, str]:
 def _refuse_doubt(header: scans.Header, row: Mapping[str, str] | None) -> None:
     modality = str((row or {}).get("Modality", "")).strip()
     if modality not in ("", "CT"):
-        raise ScanError(f"{header.name}: its metadata row says Modality {modality!r}; only CT has Hounsfield units")
+        raise ScanError(
+            f"{header.name}: its metadata row says Modality {modality!r}; only CT has Hounsfield units"
+        )
     if header.doubt:
         raise ScanError(f"{header.name}: {header.doubt}")
 
@@ -287,18 +334,25 @@ def _spacing(cfg: CtConfig, header: scans.Header, row: Mapping[str, str] | None)
     """Spacing in mm along the axes of the file."""
     if cfg.spacing_from == "metadata":
         if row is None:
-            raise ScanError(f"{header.name}: spacing_from='metadata' needs a metadata row with {' and '.join(metadata_table.SPACING)}")
+            raise ScanError(
+                f"{header.name}: spacing_from='metadata' needs a metadata row with {' and '.join(metadata_table.SPACING)}"
+            )
         try:
             spacing = metadata_table.spacing_mm(row)
         except ValueError as e:
             raise ScanError(f"{header.name}: {e}") from e
         if header.placed and not np.allclose(sorted(spacing), sorted(header.spacing_mm), rtol=0.01):
             log.warning(
-                "%s: spacing is %s mm by its metadata, which are taken, and %s by its header", header.name, spacing, header.spacing_mm
+                "%s: spacing is %s mm by its metadata, which are taken, and %s by its header",
+                header.name,
+                spacing,
+                header.spacing_mm,
             )
         return spacing
     if not header.placed and cfg.preset != "reference" and header.spacing_mm == (1.0, 1.0, 1.0):
-        raise ScanError(f"{header.name}: its header has no spacing; set spacing_from='metadata' and give the metadata row")
+        raise ScanError(
+            f"{header.name}: its header has no spacing; set spacing_from='metadata' and give the metadata row"
+        )
     return header.spacing_mm
 
 
@@ -331,7 +385,9 @@ def _order(affine: np.ndarray, axes: str) -> tuple[list[int], list[bool]]:
 def _grid(cfg: CtConfig, shape: tuple[int, ...], spacing: tuple[float, ...]) -> list[grids.Axis]:
     size, target = size_of(cfg), cfg.spacing_mm or _SPACINGS[cfg.preset]
     if cfg.preset == "mm":
-        return [grids.centred(*a, _antialias(cfg) == "on") for a in zip(shape, spacing, size, target, strict=True)]
+        return [
+            grids.centred(*a, _antialias(cfg) == "on") for a in zip(shape, spacing, size, target, strict=True)
+        ]
     if cfg.preset == "merlin":
         return [grids.anchored(*a) for a in zip(shape, spacing, size, target, strict=True)]
     if cfg.preset == "reference":
@@ -341,7 +397,9 @@ def _grid(cfg: CtConfig, shape: tuple[int, ...], spacing: tuple[float, ...]) -> 
         # rounded: 0.7 mm as float32 is 0.69999999, and the floor would lose a voxel against CT-CLIP's own 0.7 from the metadata
         new = [int(n * (round(s, 6) / t)) for n, s, t in zip(shape, spacing, target, strict=True)]
     if min(new) < 1:
-        raise ValueError(f"is too flat for preset {cfg.preset!r}: {shape} voxels of {spacing} mm become {tuple(new)}")
+        raise ValueError(
+            f"is too flat for preset {cfg.preset!r}: {shape} voxels of {spacing} mm become {tuple(new)}"
+        )
     return [grids.stretched(*a) for a in zip(shape, spacing, size, new, strict=True)]
 
 

@@ -53,12 +53,31 @@ PROMPTS: dict[str, Templates] = {
 "reference" is CheXzero's pair, "ctclip" that of CT-CLIP's zero-shot script; "ensemble" varies how reports state and deny a finding."""
 
 _log = logging.getLogger(__name__)
-_COLUMNS = {"findings": ("Findings_EN",), "impression": ("Impressions_EN",), "both": ("Findings_EN", "Impressions_EN")}
-_ABSENT = {"", "nan", "none", "null", "n/a", "na", "n.a", "not given", "not available", "not applicable", "-", "--"}
+_COLUMNS = {
+    "findings": ("Findings_EN",),
+    "impression": ("Impressions_EN",),
+    "both": ("Findings_EN", "Impressions_EN"),
+}
+_ABSENT = {
+    "",
+    "nan",
+    "none",
+    "null",
+    "n/a",
+    "na",
+    "n.a",
+    "not given",
+    "not available",
+    "not applicable",
+    "-",
+    "--",
+}
 _BINARY = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}  # tables that passed through a join hold 0.0 and 1.0
 
 
-def read_reports(path: files.PathLike, text: Text = "impression", missing: Missing = "error") -> dict[str, str]:
+def read_reports(
+    path: files.PathLike, text: Text = "impression", missing: Missing = "error"
+) -> dict[str, str]:
     """Volume name -> report text, from a CSV with VolumeName, Findings_EN and Impressions_EN, in file order.
 
     Args:
@@ -83,7 +102,9 @@ def read_reports(path: files.PathLike, text: Text = "impression", missing: Missi
     if len(absent) == len(rows):
         raise ValueError(f"{path}: none of the {len(rows)} rows has a text in {' or '.join(_COLUMNS[text])}")
     if absent:
-        _log.warning("%s: %d of %d reports have no %s text; %s", path, len(absent), len(rows), text, _DONE[missing])
+        _log.warning(
+            "%s: %d of %d reports have no %s text; %s", path, len(absent), len(rows), text, _DONE[missing]
+        )
     volumes = _volumes(path, rows)
     return {v: t for v, t in zip(volumes, texts, strict=True) if t or missing == "empty"}
 
@@ -102,12 +123,16 @@ def read_labels(
     rows = files.read_csv(path, ("VolumeName", *findings))
     columns = tuple(findings) or tuple(c for c in rows[0] if c not in ("VolumeName", patient))
     if not columns or len(set(columns)) < len(columns):
-        raise ValueError(f"{path}: needs one or more label columns, each once, got {', '.join(columns) or 'only VolumeName'}")
+        raise ValueError(
+            f"{path}: needs one or more label columns, each once, got {', '.join(columns) or 'only VolumeName'}"
+        )
     labels = np.empty((len(rows), len(columns)), dtype=np.int8)
     for i, row in enumerate(rows):
         for j, column in enumerate(columns):
             if (value := row[column].strip()) not in _BINARY:
-                raise ValueError(f"{path}: labels must be 0 or 1, found {value!r} in column {column!r}, row {i + 2}")
+                raise ValueError(
+                    f"{path}: labels must be 0 or 1, found {value!r} in column {column!r}, row {i + 2}"
+                )
             labels[i, j] = _BINARY[value]
     return _volumes(path, rows), columns, labels
 
@@ -115,10 +140,14 @@ def read_labels(
 def prompts_for(finding: str, prompts: str = "ensemble") -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(positive, negative) prompts of a finding under one of the sets in `PROMPTS`."""
     if prompts not in PROMPTS or not finding.strip():
-        raise ValueError(f"prompts_for: needs a finding and a set of {', '.join(PROMPTS)}, got {finding!r}, {prompts!r}")
+        raise ValueError(
+            f"prompts_for: needs a finding and a set of {', '.join(PROMPTS)}, got {finding!r}, {prompts!r}"
+        )
     lower = finding if finding[1:2].isupper() else finding[0].lower() + finding[1:]  # not COPD
     positive, negative = zip(*PROMPTS[prompts], strict=True)
-    return tuple(t.format(finding, lower=lower) for t in positive), tuple(t.format(finding, lower=lower) for t in negative)
+    return tuple(t.format(finding, lower=lower) for t in positive), tuple(
+        t.format(finding, lower=lower) for t in negative
+    )
 
 
 def read_patients(tables: Sequence[files.PathLike], column: str) -> dict[str, str]:
@@ -137,7 +166,11 @@ def read_patients(tables: Sequence[files.PathLike], column: str) -> dict[str, st
 
 
 def split_patients(
-    volumes: Sequence[str], labels: np.ndarray, sizes: Mapping[str, float], seed: int, patients: Sequence[str] = ()
+    volumes: Sequence[str],
+    labels: np.ndarray,
+    sizes: Mapping[str, float],
+    seed: int,
+    patients: Sequence[str] = (),
 ) -> dict[str, np.ndarray]:
     """Rows of each split, whole patients each, with close to equal prevalence of every finding and equal volumes per patient.
 
@@ -157,15 +190,21 @@ def split_patients(
     """
     labels = np.asarray(labels)
     if labels.ndim != 2 or len(labels) != len(volumes):
-        raise ValueError(f"split_patients: labels must be [n, c] with one row per volume, got {labels.shape} for {len(volumes)} volumes")
+        raise ValueError(
+            f"split_patients: labels must be [n, c] with one row per volume, got {labels.shape} for {len(volumes)} volumes"
+        )
     patients = list(patients) or names.patients_of(volumes)
     if len(patients) != len(volumes):
-        raise ValueError(f"split_patients: every volume must have a patient, got {len(patients)} for {len(volumes)} volumes")
+        raise ValueError(
+            f"split_patients: every volume must have a patient, got {len(patients)} for {len(volumes)} volumes"
+        )
     number = {p: i for i, p in enumerate(dict.fromkeys(patients))}
     if not sizes or not all(0 < size < float("inf") for size in sizes.values()):
         raise ValueError(f"split_patients: needs a size above 0 for each split, got {dict(sizes)}")
     owner = np.array([number[p] for p in patients])
-    features = np.concatenate([np.ones((len(volumes), 1)), labels], 1)  # volumes and positives, then summed by patient
+    features = np.concatenate(
+        [np.ones((len(volumes), 1)), labels], 1
+    )  # volumes and positives, then summed by patient
     burden = np.zeros((len(number), features.shape[1] + 1))
     np.add.at(burden, owner, np.pad(features, ((0, 0), (1, 0))))
     burden[:, 0] = 1  # and the patient itself
@@ -173,7 +212,9 @@ def split_patients(
     place = _place(burden / np.maximum(burden.sum(0), 1), share / share.sum(), np.random.default_rng(seed))
     rows = {split: np.flatnonzero(place[owner] == k) for k, split in enumerate(sizes)}
     if empty := [split for split, found in rows.items() if not len(found)]:
-        raise ValueError(f"split_patients: {len(number)} patients are too few for {dict(sizes)}, none is left for {', '.join(empty)}")
+        raise ValueError(
+            f"split_patients: {len(number)} patients are too few for {dict(sizes)}, none is left for {', '.join(empty)}"
+        )
     return rows
 
 
@@ -192,7 +233,9 @@ def _volumes(path: files.PathLike, rows: list[dict[str, str]]) -> tuple[str, ...
         if not volume:
             raise ValueError(f"{path}: VolumeName is empty in row {i}")
         if volume in seen:
-            raise ValueError(f"{path}: each volume must be there once, rows {seen[volume]} and {i} name the same one")
+            raise ValueError(
+                f"{path}: each volume must be there once, rows {seen[volume]} and {i} name the same one"
+            )
         seen[volume] = i
     return tuple(seen)
 

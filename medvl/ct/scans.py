@@ -28,9 +28,14 @@ from medvl.ct import names
 _QUIET = logging.Logger("quiet")  # nibabel logs what it also raises
 _QUIET.addHandler(logging.NullHandler())
 
-CHUNK = 1 << 17  # compressed bytes per inflate call; its output stays in the cache: 1.15x faster than inflating the file in one call
+CHUNK = (
+    1 << 17
+)  # compressed bytes per inflate call; its output stays in the cache: 1.15x faster than inflating the file in one call
 _MAX_RATIO = 1100  # deflate cannot shrink further than 1032:1
-_MM = {1: 1000.0, 3: 0.001}  # NIfTI's codes of metres and micrometres; 2 is mm, 0 says nothing and is read as mm
+_MM = {
+    1: 1000.0,
+    3: 0.001,
+}  # NIfTI's codes of metres and micrometres; 2 is mm, 0 says nothing and is read as mm
 _VOXEL_MM = (0.01, 50.0)  # what a voxel of a CT may measure; a wrong unit is a factor of 1000
 _TOLERANCE = 0.01  # of lengths and angles that a header gives twice
 _SAME_AXIS = math.cos(math.radians(5))
@@ -55,7 +60,9 @@ class Header:
     name: str
     shape: tuple[int, int, int]  # x y z
     dtype: np.dtype  # as stored, native byte order
-    affine: np.ndarray  # [4, 4] float64: voxel index -> mm, to the patient's right, anterior, superior growing
+    affine: (
+        np.ndarray
+    )  # [4, 4] float64: voxel index -> mm, to the patient's right, anterior, superior growing
     spacing_mm: tuple[float, float, float]  # x y z, the lengths of the affine's columns
     slope: float
     intercept: float
@@ -153,7 +160,9 @@ def _start(f: Any, path: Path) -> tuple[Header, _Stored, Iterator[bytes]]:
     header, stored = _parse(head, path)
     need = stored.offset + math.prod(header.shape) * stored.dtype.itemsize
     if need > size * (_MAX_RATIO if zipped else 1):
-        raise ScanError(f"{path}: is truncated: its header asks for {need} bytes{' inflated' * zipped}, the file has {size}")
+        raise ScanError(
+            f"{path}: is truncated: its header asks for {need} bytes{' inflated' * zipped}, the file has {size}"
+        )
     return header, stored, itertools.chain([head], chunks)
 
 
@@ -204,7 +213,9 @@ def _inflate(f: Any, path: Path) -> Iterator[bytes]:
                 rest = b""  # zero padding after the last member is allowed by gzip
                 continue
             if not b"\x1f\x8b".startswith(rest[:2]):
-                raise ScanError(f"{path}: is damaged: other bytes follow the gzip stream; copy the file again")
+                raise ScanError(
+                    f"{path}: is damaged: other bytes follow the gzip stream; copy the file again"
+                )
             inflater = isal_zlib.decompressobj(wbits=31)
         if out := inflater.decompress(rest):
             yield out
@@ -218,7 +229,9 @@ def _parse(head: bytes, path: Path) -> tuple[Header, _Stored]:
     shape = _shape(raw, path)
     dtype, offset = _dtype(raw, path), float(raw["vox_offset"])
     if not (np.isfinite(offset) and offset >= len(raw.binaryblock)):
-        raise ScanError(f"{path}: its voxels must start after the header of {len(raw.binaryblock)} bytes, found vox_offset {offset:g}")
+        raise ScanError(
+            f"{path}: its voxels must start after the header of {len(raw.binaryblock)} bytes, found vox_offset {offset:g}"
+        )
     if raw["sform_code"] <= 0:
         _positive(raw["pixdim"][1:4], path)  # before nibabel mends it
     placed = bool(raw["sform_code"] > 0 or raw["qform_code"] > 0)
@@ -318,11 +331,15 @@ def _raw_header(head: bytes, path: Path) -> Any:
     if head[128:132] == b"DICM":
         raise ScanError(f"{path}: is a DICOM file; {FROM_DICOM}")
     if size != kind.sizeof_hdr or len(head) < size:
-        raise ScanError(f"{path}: is not NIfTI (must begin with a header of 348 or 540 bytes, begins with {head[:4].hex(' ')})")
+        raise ScanError(
+            f"{path}: is not NIfTI (must begin with a header of 348 or 540 bytes, begins with {head[:4].hex(' ')})"
+        )
     raw = kind(head[:size], order, check=False)
     if not bytes(raw["magic"]).startswith(magic):
         found = bytes(raw["magic"])
-        raise ScanError(f"{path}: must be NIfTI in one file (magic {magic.decode()}), found {found!r}; .hdr/.img pairs are not read")
+        raise ScanError(
+            f"{path}: must be NIfTI in one file (magic {magic.decode()}), found {found!r}; .hdr/.img pairs are not read"
+        )
     return raw
 
 
@@ -334,13 +351,17 @@ def _shape(raw: Any, path: Path) -> tuple[int, int, int]:
         dims.pop()
     if len(dims) != 3 or min(dims) < 2:
         found = dims or f"dim {raw['dim'].tolist()}"
-        raise ScanError(f"{path}: must be one volume [x, y, z] of at least 2 voxels along each axis, found {found}")
+        raise ScanError(
+            f"{path}: must be one volume [x, y, z] of at least 2 voxels along each axis, found {found}"
+        )
     return dims[0], dims[1], dims[2]
 
 
 def _positive(spacing: np.ndarray, path: Path) -> None:
     if not (np.isfinite(spacing).all() and (spacing > 0).all()):
-        raise ScanError(f"{path}: must have a positive voxel spacing in mm, found {np.asarray(spacing).tolist()}")
+        raise ScanError(
+            f"{path}: must have a positive voxel spacing in mm, found {np.asarray(spacing).tolist()}"
+        )
 
 
 def _dtype(raw: Any, path: Path) -> np.dtype:
@@ -356,7 +377,9 @@ def _dtype(raw: Any, path: Path) -> np.dtype:
 
 def _broken(path: Path, e: Exception) -> ScanError:
     if isinstance(e, IsADirectoryError):
-        return ScanError(f"{path}: cannot be read ({e.strerror}); a scan is one .nii or .nii.gz file. If it holds DICOM: {FROM_DICOM}")
+        return ScanError(
+            f"{path}: cannot be read ({e.strerror}); a scan is one .nii or .nii.gz file. If it holds DICOM: {FROM_DICOM}"
+        )
     if isinstance(e, OSError) and e.errno is not None:
         return ScanError(f"{path}: cannot be read ({e.strerror})")
     return ScanError(f"{path}: is damaged: {e}; copy the file again")

@@ -31,13 +31,21 @@ def zero_shot(image: Tensor, positive: Tensor, negative: Tensor, scale: float | 
     for name, x, dims in (("image", image, 2), ("positive", positive, 3), ("negative", negative, 3)):
         if x.ndim != dims or x.shape[-1] != image.shape[-1] or not x.numel():
             want = "[n, d]" if dims == 2 else "[c, k, d]"
-            raise ValueError(f"zero_shot: {name} must be {want} with one d, got {tuple(x.shape)} beside image {tuple(image.shape)}")
+            raise ValueError(
+                f"zero_shot: {name} must be {want} with one d, got {tuple(x.shape)} beside image {tuple(image.shape)}"
+            )
         if not ((norm := x.float().norm(dim=-1)) - 1).abs().max() < 1e-2:  # bfloat16 rounds by up to 4e-3
-            raise ValueError(f"zero_shot: {name} must be L2-normalised, found norms from {norm.min():.3g} to {norm.max():.3g}")
+            raise ValueError(
+                f"zero_shot: {name} must be L2-normalised, found norms from {norm.min():.3g} to {norm.max():.3g}"
+            )
     if len(positive) != len(negative):
-        raise ValueError(f"zero_shot: must have both prompts for each finding, got {len(positive)} positive and {len(negative)} negative")
+        raise ValueError(
+            f"zero_shot: must have both prompts for each finding, got {len(positive)} positive and {len(negative)} negative"
+        )
     if not 0 < float(scale) < math.inf:
-        raise ValueError(f"zero_shot: scale must be above 0, the exponential of the trained parameter, got {float(scale)}")
+        raise ValueError(
+            f"zero_shot: scale must be above 0, the exponential of the trained parameter, got {float(scale)}"
+        )
     image = image.double()
     return torch.sigmoid(float(scale) * (image @ _prototype(positive).T - image @ _prototype(negative).T))
 
@@ -77,23 +85,59 @@ def evaluate_findings(
         )
     single = [f for f, share in zip(findings, y.mean(0), strict=True) if share in (0, 1)]
     if single:
-        _log.warning("%s: %d of %d findings have one class only and no value: %s", split, len(single), len(findings), ", ".join(single))
+        _log.warning(
+            "%s: %d of %d findings have one class only and no value: %s",
+            split,
+            len(single),
+            len(findings),
+            ", ".join(single),
+        )
     patients = list(patients) or names.patients_of(volumes)
     if len(patients) != len(s):
-        raise ValueError(f"evaluate_findings: must have a patient for each of {len(s)} volumes, got {len(patients)}")
+        raise ValueError(
+            f"evaluate_findings: must have a patient for each of {len(s)} volumes, got {len(patients)}"
+        )
     gen = torch.Generator().manual_seed(seed)
     intervals = metrics.bootstrap(_statistics(thresholds), s, y, patients, n=n_bootstrap, gen=gen)
-    cuts = [None] * len(findings) if thresholds is None else [None if math.isnan(t) else float(t) for t in thresholds]
-    common: dict[str, Any] = {"split": split, "n": len(s), "experiment": experiment, "commit": results.commit(), "device": results.device()}
+    cuts = (
+        [None] * len(findings)
+        if thresholds is None
+        else [None if math.isnan(t) else float(t) for t in thresholds]
+    )
+    common: dict[str, Any] = {
+        "split": split,
+        "n": len(s),
+        "experiment": experiment,
+        "commit": results.commit(),
+        "device": results.device(),
+    }
     rows = []
     for what, x in intervals.items():
         shared: dict[str, Any] = {"patients": len(set(patients)), "replicates": n_bootstrap}
         for j, finding in enumerate(findings):
-            extra: dict[str, Any] = shared | {"positives": int(y[:, j].sum()), "threshold": cuts[j], "undefined": int(x.undefined[j])}
+            extra: dict[str, Any] = shared | {
+                "positives": int(y[:, j].sum()),
+                "threshold": cuts[j],
+                "undefined": int(x.undefined[j]),
+            }
             value, low, high = float(x.value[j]), float(x.low[j]), float(x.high[j])
-            rows.append(results.Result(what=what, subject=finding, value=value, low=low, high=high, extra=extra, **common))
+            rows.append(
+                results.Result(
+                    what=what, subject=finding, value=value, low=low, high=high, extra=extra, **common
+                )
+            )
         extra = shared | {"findings": x.averaged}
-        rows.append(results.Result(what=what, subject="mean", value=x.mean, low=x.mean_low, high=x.mean_high, extra=extra, **common))
+        rows.append(
+            results.Result(
+                what=what,
+                subject="mean",
+                value=x.mean,
+                low=x.mean_low,
+                high=x.mean_high,
+                extra=extra,
+                **common,
+            )
+        )
     return rows
 
 
@@ -102,7 +146,9 @@ def _prototype(prompts: Tensor) -> Tensor:
     mean = prompts.double().mean(1)
     norm = mean.norm(dim=-1, keepdim=True)
     if not norm.min() > 1e-4:
-        raise ValueError(f"zero_shot: the prompts of finding {int(norm.argmin())} cancel out, their mean has norm {float(norm.min()):.1g}")
+        raise ValueError(
+            f"zero_shot: the prompts of finding {int(norm.argmin())} cancel out, their mean has norm {float(norm.min()):.1g}"
+        )
     return mean / norm
 
 

@@ -62,7 +62,9 @@ def episode_accuracy(right: Any, groups: Sequence[Any], *, n: int = 1000, gen: t
     return accuracy(sums == sizes, range(len(sizes)), n=n, gen=gen)
 
 
-def by(right: Any, categories: Sequence[str], groups: Sequence[Any], *, n: int = 1000, gen: torch.Generator) -> dict[str, Accuracy]:
+def by(
+    right: Any, categories: Sequence[str], groups: Sequence[Any], *, n: int = 1000, gen: torch.Generator
+) -> dict[str, Accuracy]:
     """The accuracy of each category, in the order of the alphabet; args and errors as `accuracy`.
 
     A category's record depends only on its own rows and on `gen`, of which one number is taken: all categories draw from that.
@@ -73,16 +75,23 @@ def by(right: Any, categories: Sequence[str], groups: Sequence[Any], *, n: int =
     flags = _flags("by", right, groups)
     if len(categories) != len(flags) or (bare := sum(c is None or c == "" for c in categories)):
         got = f"{len(categories)} categories" if len(categories) != len(flags) else f"{bare} without"
-        raise ValueError(f"by: each of {len(flags)} rows must have a category, got {got}; leave such rows out or name them")
+        raise ValueError(
+            f"by: each of {len(flags)} rows must have a category, got {got}; leave such rows out or name them"
+        )
     codes, _ = metrics._codes(groups)
     seed = int(torch.randint(2**62, (), generator=gen))
     rows: dict[str, list[int]] = {}
     for i, c in enumerate(categories):
         rows.setdefault(str(c), []).append(i)
-    return {c: accuracy(flags[rows[c]], codes[rows[c]].tolist(), n=n, gen=torch.Generator().manual_seed(seed)) for c in sorted(rows)}
+    return {
+        c: accuracy(flags[rows[c]], codes[rows[c]].tolist(), n=n, gen=torch.Generator().manual_seed(seed))
+        for c in sorted(rows)
+    }
 
 
-def paired(right_a: Any, right_b: Any, groups: Sequence[Any], *, n: int = 1000, gen: torch.Generator) -> Difference:
+def paired(
+    right_a: Any, right_b: Any, groups: Sequence[Any], *, n: int = 1000, gen: torch.Generator
+) -> Difference:
     """Accuracy of a minus that of b on the same rows: the interval by bootstrap of whole groups, p by exact sign flips of whole groups.
 
     Under the null hypothesis a and b may change places in every group. That has 2^k outcomes; as a group's difference is a whole number,
@@ -98,7 +107,9 @@ def paired(right_a: Any, right_b: Any, groups: Sequence[Any], *, n: int = 1000, 
     a, b = _flags("paired", right_a, groups), _flags("paired", right_b, groups)
     sums, sizes = _per_group(a.astype(np.int64) - b, groups)
     value, low, high = _share(sums, sizes, n, gen)
-    return Difference(difference=value, low=low, high=high, p=_flips(sums), n=int(sizes.sum()), groups=len(sizes))
+    return Difference(
+        difference=value, low=low, high=high, p=_flips(sums), n=int(sizes.sum()), groups=len(sizes)
+    )
 
 
 def by_tfidf(
@@ -120,21 +131,44 @@ def by_tfidf(
         ValueError: as `accuracy`; said, gold and episodes of different lengths, or every step is left out.
     """
     if not len(said) == len(gold) == len(episodes):
-        raise ValueError(f"by_tfidf: said, gold and episodes must have one length, got {len(said)}, {len(gold)}, {len(episodes)}")
+        raise ValueError(
+            f"by_tfidf: said, gold and episodes must have one length, got {len(said)}, {len(gold)}, {len(episodes)}"
+        )
     kept = [i for i, g in enumerate(gold) if not skip or g != skip]
     if not kept:
         raise ValueError(f"by_tfidf: needs a step that is not skipped, got {len(gold)} steps, all {skip!r}")
-    right, groups = [answers.same_by_tfidf(said[i], gold[i], threshold) for i in kept], metrics._codes(episodes)[0][kept].tolist()
-    return {"step": accuracy(right, groups, n=n, gen=gen), "episode": episode_accuracy(right, groups, n=n, gen=gen)}
+    right, groups = (
+        [answers.same_by_tfidf(said[i], gold[i], threshold) for i in kept],
+        metrics._codes(episodes)[0][kept].tolist(),
+    )
+    return {
+        "step": accuracy(right, groups, n=n, gen=gen),
+        "episode": episode_accuracy(right, groups, n=n, gen=gen),
+    }
 
 
-def to_results(records: Mapping[str, Accuracy | Difference], *, split: str, what: str = "", experiment: str = "") -> list[Result]:
+def to_results(
+    records: Mapping[str, Accuracy | Difference], *, split: str, what: str = "", experiment: str = ""
+) -> list[Result]:
     """A row for each {subject: record}; `what` is "accuracy" or "accuracy_difference" unless given; `extra` holds groups, and p."""
     rows = []
     for subject, r in records.items():
-        kind, value, extra = ("accuracy", r.value, {}) if isinstance(r, Accuracy) else ("accuracy_difference", r.difference, {"p": r.p})
+        kind, value, extra = (
+            ("accuracy", r.value, {})
+            if isinstance(r, Accuracy)
+            else ("accuracy_difference", r.difference, {"p": r.p})
+        )
         common: dict[str, Any] = {"subject": subject, "split": split, "n": r.n, "experiment": experiment}
-        rows.append(Result(what=what or kind, value=value, low=r.low, high=r.high, extra={"groups": r.groups} | extra, **common))
+        rows.append(
+            Result(
+                what=what or kind,
+                value=value,
+                low=r.low,
+                high=r.high,
+                extra={"groups": r.groups} | extra,
+                **common,
+            )
+        )
     return rows
 
 
@@ -142,7 +176,9 @@ def _flags(what: str, right: Any, groups: Sequence[Any]) -> Array:
     """Right or wrong as bool [n]."""
     flags = right.detach().cpu().numpy() if isinstance(right, torch.Tensor) else np.asarray(right)
     if flags.ndim != 1 or not len(flags) or len(groups) != len(flags):
-        raise ValueError(f"{what}: must have one or more rows and a group for each, got right {list(flags.shape)} and {len(groups)} groups")
+        raise ValueError(
+            f"{what}: must have one or more rows and a group for each, got right {list(flags.shape)} and {len(groups)} groups"
+        )
     if flags.dtype.kind not in "biuf" or not np.isin(flags, (0, 1)).all():
         found = ", ".join(sorted({str(v) for v in flags.tolist()})[:4])
         raise ValueError(f"{what}: every row must be right (true) or wrong (false), got {found}")

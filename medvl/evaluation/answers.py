@@ -7,10 +7,28 @@ SKIPPED_STEP = "Click at a button"
 """The written answer of steps that FedMABench's scoring leaves out."""
 
 _NUMBERS = [
-    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen"),
+    *(
+        "zero",
+        "one",
+        "two",
+        "three",
+        "four",
+        "five",
+        "six",
+        "seven",
+        "eight",
+        "nine",
+        "ten",
+        "eleven",
+        "twelve",
+        "thirteen",
+        "fourteen",
+    ),
     *("fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
 ]
-_SEEN = r"(?:present|seen|visible|visuali[sz]ed|identified|noted|observed|detected|evident|demonstrated|found)"
+_SEEN = (
+    r"(?:present|seen|visible|visuali[sz]ed|identified|noted|observed|detected|evident|demonstrated|found)"
+)
 _ARTICLE = (  # where "a" is one: not in hepatitis A, A-lines, A and B
     r"(?:^|(?<=[.,])|(?<=\b(?:is|of|in|no|at|on|or|to|by))|(?<=\b(?:are|was|has|not|and|for|yes))|(?<=\b(?:were|with|have|from|show))"
     r"|(?<=\b(?:shows|there))|(?<=\bwithout))\s*\ban?(?= (?!(?:and|or|is|are|vs|versus|only|with)\b|\w+(?<![sui])s\b)"
@@ -46,7 +64,10 @@ _WORDS = (
     (r"(?<![^\s])'|(?<![\d'])'(?!\S)", " "),
     ("&", " and "),
     (r"\bw/o\b", "without"),
-    (rf"\b(?<!-)(?<!ty )({'|'.join(_NUMBERS)})\b(?![ -](?:{'|'.join(_NUMBERS[1:10])})\b)", lambda m: str(_NUMBERS.index(m[1]))),
+    (
+        rf"\b(?<!-)(?<!ty )({'|'.join(_NUMBERS)})\b(?![ -](?:{'|'.join(_NUMBERS[1:10])})\b)",
+        lambda m: str(_NUMBERS.index(m[1])),
+    ),
     (r"(?<![\d/-])(?<!\d )\b(l|lt|r|rt)[ -]?sided\b", r"\1"),
     (r"(?<![\w/-])(?<!\d )(?:l|lt)(?![\w-])(?! (?:[\d=<>-]|spine|waves?\b))", "left"),
     (r"(?<![\w/-])(?<!\d )(?:r|rt)(?![\w-])(?! (?:[\d=<>-]|spine|waves?\b))", "right"),
@@ -73,12 +94,53 @@ _STATED = re.compile(rf"(?P<what>.+?)(?<! no)(?<!^no)(?: (?:is|are|was|were|can 
 
 _CLAUSE = re.compile(r" [.,-] | (?:and|but|however|though|although|yet|except|while|whereas) ")
 _NEGATIVE = {
-    *("no", "not", "none", "nope", "never", "neither", "nothing", "nowhere", "without", "absent", "absence", "negative", "cannot", "lack"),
+    *(
+        "no",
+        "not",
+        "none",
+        "nope",
+        "never",
+        "neither",
+        "nothing",
+        "nowhere",
+        "without",
+        "absent",
+        "absence",
+        "negative",
+        "cannot",
+        "lack",
+    ),
     *("lacks", "lacking", "excluded", "excludes", "false", "wrong", "incorrect", "deny", "denies", "denied"),
 }
 _DOUBTFUL = {
-    *("maybe", "perhaps", "possible", "possibly", "probable", "probably", "unclear", "uncertain", "unsure", "indeterminate", "equivocal"),
-    *("might", "may", "could", "likely", "unlikely", "unable", "hardly", "scarcely", "barely", "questionable", "unless", "if", "ruled"),
+    *(
+        "maybe",
+        "perhaps",
+        "possible",
+        "possibly",
+        "probable",
+        "probably",
+        "unclear",
+        "uncertain",
+        "unsure",
+        "indeterminate",
+        "equivocal",
+    ),
+    *(
+        "might",
+        "may",
+        "could",
+        "likely",
+        "unlikely",
+        "unable",
+        "hardly",
+        "scarcely",
+        "barely",
+        "questionable",
+        "unless",
+        "if",
+        "ruled",
+    ),
     *("rules", "rule", "fails", "failed", "?"),
 }
 
@@ -104,7 +166,10 @@ def same_answer(said: str | None, gold: str) -> bool:
     if wanted & _forms(said or ""):
         return True
     plain = normalise(said or "")
-    return any((rest := _after(plain, word)) is not None and _polarities(rest) <= {word} for word in wanted & {"yes", "no"})
+    return any(
+        (rest := _after(plain, word)) is not None and _polarities(rest) <= {word}
+        for word in wanted & {"yes", "no"}
+    )
 
 
 def has_words(text: str) -> bool:
@@ -175,8 +240,12 @@ def _forms(text: str) -> set[str]:
 
 def _normalise(text: str, hyphen: str) -> str:
     """`hyphen` "" joins hyphenated words: x-ray is xray."""
-    t = re.sub("[\u00b2\u00b3\u00b9\u2070-\u2089]+", lambda m: "^" + unicodedata.normalize("NFKC", m[0]), text)  # 10² is not 102
-    t = unicodedata.normalize("NFKC", re.sub(r"(?<=\d)(?=[\u00bc-\u00be\u2150-\u215e])", " ", t)).replace("\u2044", "/")  # 1½ is not 11/2
+    t = re.sub(
+        "[\u00b2\u00b3\u00b9\u2070-\u2089]+", lambda m: "^" + unicodedata.normalize("NFKC", m[0]), text
+    )  # 10² is not 102
+    t = unicodedata.normalize("NFKC", re.sub(r"(?<=\d)(?=[\u00bc-\u00be\u2150-\u215e])", " ", t)).replace(
+        "\u2044", "/"
+    )  # 1½ is not 11/2
     t = re.sub(r"(?<=[^\W\d])\^(?=\d)", "", t)  # cm³ is cm3
     cased = re.split(r"(?<=\d)(\s?[MG])(?=(?:Hz|eV|V|Bq|Gy|Sv|W|Pa)?\b)", t.strip())
     t = "".join(p if i % 2 else p.casefold() for i, p in enumerate(cased))
@@ -206,7 +275,11 @@ def _bare(t: str) -> str:
 def _one_thing(t: str) -> str:
     """Forms of stating and denying one thing, and of lists that deny nothing, brought to one."""
     denied = _DENIED.fullmatch(t)
-    if denied and not _CLAUSE.search(f" {t} ") and not {*denied["what"].split()} & (_NEGATIVE | {"or", "with", "nor"}):
+    if (
+        denied
+        and not _CLAUSE.search(f" {t} ")
+        and not {*denied["what"].split()} & (_NEGATIVE | {"or", "with", "nor"})
+    ):
         return f"no {denied['what']}"
     if (stated := _STATED.fullmatch(t)) is not None:
         t = stated["what"]
@@ -219,7 +292,11 @@ def _polarities(t: str) -> set[str]:
     for clause in filter(None, (c.strip(" .,") for c in _CLAUSE.split(t))):
         words = re.split("[ /]", clause)
         denials, doubt = sum(w in _NEGATIVE for w in words), not _DOUBTFUL.isdisjoint(words)
-        found |= {"yes", "no"} if doubt or denials > 1 or (denials and "yes" in words) else {"no" if denials else "yes"}
+        found |= (
+            {"yes", "no"}
+            if doubt or denials > 1 or (denials and "yes" in words)
+            else {"no" if denials else "yes"}
+        )
     return found
 
 

@@ -12,9 +12,13 @@ _MARKUP = (
     (r"[*`$\"\u201c\u201d]|(?<![^\W_])_+|_+(?![^\W_])", ""),
     ("[\u2018\u2019]", "'"),
 )
-_THOUGHT = re.compile(r"(?is)^.*</think>|<think>.*")  # what a reasoning model says before it answers; one that is cut off gave no answer
+_THOUGHT = re.compile(
+    r"(?is)^.*</think>|<think>.*"
+)  # what a reasoning model says before it answers; one that is cut off gave no answer
 _TOKEN = re.compile(r"\d+(?:[.,]\d+)+|[^\W_]+|[-+<>=%/\u00b1\u2264\u2265]")
-_DASH = re.compile(r"^\s*-\s|(?<=[^\W\d_])-(?=[^\W\d_])|(?<=\s)(?<!\d\s)-(?=\s)|(?<=\s)-(?=\s\D)")  # of lists, words, clauses: no sign
+_DASH = re.compile(
+    r"^\s*-\s|(?<=[^\W\d_])-(?=[^\W\d_])|(?<=\s)(?<!\d\s)-(?=\s)|(?<=\s)-(?=\s\D)"
+)  # of lists, words, clauses: no sign
 _ANSWER = re.compile(
     r"(?i)\banswer(?:\s+(?:is|would be|should be|must be)\b|\s*[:=]|\s+-\s)\s*:?\s*(?:(?:option|choice|letter)\b\s*:?\s*)?"
     r"|(?:^|(?<=\n))\s*(?:(?:final|correct|best|right)\s+)?(?:answer|option|choice|letter)(?:\s+-\s+|\s*:\s*|\s+)"
@@ -27,34 +31,183 @@ _SMALL = re.compile(  # a small letter that cannot be a word: in brackets, or al
 _RIGHT = re.compile(
     r"(?<![\w'-])\(?(?P<letter>[A-Z])\)?\s+is\s+(?:the\s+)?(?:correct|right|best)(?:\s+(?:answer|option|choice))?\s*(?:[.,;!]|$)"
 )
-_LEAD = re.compile(r"(?i)^\W*(?:the\s+)?(?:(?:final|correct|best|right|most likely)\s+)*(?:answer|option|choice)\s*(?:is\b|[:=])")
+_LEAD = re.compile(
+    r"(?i)^\W*(?:the\s+)?(?:(?:final|correct|best|right|most likely)\s+)*(?:answer|option|choice)\s*(?:is\b|[:=])"
+)
 _WRONG = re.compile(
     r"(?i)\W*(?:which\s+|that\s+)?(?:wrong|incorrect|(?:is|was|are|were|would|can|could|may|might|should|seems?|looks?|appears?)\b[^.\n]*)"
 )
 _ASIDE = frozenset(
-    {"less", "unlikely", "not", "incorrect", "wrong", "false", "excluded", "excludes", "distractor", "distractors", "cannot"}
+    {
+        "less",
+        "unlikely",
+        "not",
+        "incorrect",
+        "wrong",
+        "false",
+        "excluded",
+        "excludes",
+        "distractor",
+        "distractors",
+        "cannot",
+    }
 )
 _DOUBT = frozenset(
     {
-        *("not", "no", "non", "nor", "neither", "never", "none", "nothing", "without", "absent", "absence", "lack", "lacks"),
-        *("lacking", "cannot", "exclude", "excludes", "excluded", "excluding", "except", "rule", "rules", "ruled", "unlikely"),
-        *("less", "more", "than", "rather", "instead", "unlike", "versus", "vs", "or", "either", "whether", "if", "incorrect"),
-        *("wrong", "false", "but", "however", "although", "unless", "may", "might", "could", "possibly", "perhaps", "maybe"),
-        *("unsure", "unclear", "uncertain", "unable", "between", "differential", "deny", "denies", "denied", "negative"),
-        *("until", "hardly", "under", "over", "above", "below", "least", "both", "doubt", "hard", "considered", "thought", "history"),
+        *(
+            "not",
+            "no",
+            "non",
+            "nor",
+            "neither",
+            "never",
+            "none",
+            "nothing",
+            "without",
+            "absent",
+            "absence",
+            "lack",
+            "lacks",
+        ),
+        *(
+            "lacking",
+            "cannot",
+            "exclude",
+            "excludes",
+            "excluded",
+            "excluding",
+            "except",
+            "rule",
+            "rules",
+            "ruled",
+            "unlikely",
+        ),
+        *(
+            "less",
+            "more",
+            "than",
+            "rather",
+            "instead",
+            "unlike",
+            "versus",
+            "vs",
+            "or",
+            "either",
+            "whether",
+            "if",
+            "incorrect",
+        ),
+        *(
+            "wrong",
+            "false",
+            "but",
+            "however",
+            "although",
+            "unless",
+            "may",
+            "might",
+            "could",
+            "possibly",
+            "perhaps",
+            "maybe",
+        ),
+        *(
+            "unsure",
+            "unclear",
+            "uncertain",
+            "unable",
+            "between",
+            "differential",
+            "deny",
+            "denies",
+            "denied",
+            "negative",
+        ),
+        *(
+            "until",
+            "hardly",
+            "under",
+            "over",
+            "above",
+            "below",
+            "least",
+            "both",
+            "doubt",
+            "hard",
+            "considered",
+            "thought",
+            "history",
+        ),
     }
 )
 _BEFORE = frozenset(
     {
-        *("a", "an", "the", "is", "are", "was", "were", "be", "as", "of", "with", "by", "for", "this", "it", "shows", "show"),
-        *("showing", "suggests", "suggest", "suggesting", "indicates", "indicate", "indicating", "demonstrates", "reveals"),
-        *("represents", "has", "have", "case", "diagnosis", "likely", "probably", "type", "subtype", "grade", "stage"),
+        *(
+            "a",
+            "an",
+            "the",
+            "is",
+            "are",
+            "was",
+            "were",
+            "be",
+            "as",
+            "of",
+            "with",
+            "by",
+            "for",
+            "this",
+            "it",
+            "shows",
+            "show",
+        ),
+        *(
+            "showing",
+            "suggests",
+            "suggest",
+            "suggesting",
+            "indicates",
+            "indicate",
+            "indicating",
+            "demonstrates",
+            "reveals",
+        ),
+        *(
+            "represents",
+            "has",
+            "have",
+            "case",
+            "diagnosis",
+            "likely",
+            "probably",
+            "type",
+            "subtype",
+            "grade",
+            "stage",
+        ),
         *("status", "score", "answer"),
     }
 )
 _AFTER = frozenset(
     {
-        *("is", "are", "was", "were", "in", "of", "with", "for", "as", "at", "on", "by", "this", "that", "which", "here"),
+        *(
+            "is",
+            "are",
+            "was",
+            "were",
+            "in",
+            "of",
+            "with",
+            "for",
+            "as",
+            "at",
+            "on",
+            "by",
+            "this",
+            "that",
+            "which",
+            "here",
+        ),
         *("from", "based", "because", "since", "due", "given", "seen"),
     }
 )
@@ -67,8 +220,16 @@ def lettered(options: Options) -> dict[str, str]:
     Raises:
         ValueError: no options, more than 26, a letter that is none of A to Z, or a text that is no string.
     """
-    table = dict(options) if isinstance(options, Mapping) else {chr(ord("A") + i): text for i, text in enumerate(options)}
-    if not table or isinstance(options, str) or not all(isinstance(k, str) and re.fullmatch("[A-Z]", k) for k in table):
+    table = (
+        dict(options)
+        if isinstance(options, Mapping)
+        else {chr(ord("A") + i): text for i, text in enumerate(options)}
+    )
+    if (
+        not table
+        or isinstance(options, str)
+        or not all(isinstance(k, str) and re.fullmatch("[A-Z]", k) for k in table)
+    ):
         raise ValueError(f"lettered: needs 1 to 26 options with letters from A to Z, got {options!r:.80}")
     if not all(isinstance(text, str) for text in table.values()):
         raise ValueError(f"lettered: every option must be text, got {options!r:.80}")
@@ -97,7 +258,9 @@ def split_options(text: str) -> tuple[str, dict[str, str]]:
     else:
         return text, {}
     ends = [m.start() for m in best[1:]] + [len(text)]
-    return text[: best[0].start()].strip(), {m[1]: text[m.end() : end].strip() for m, end in zip(best, ends, strict=True)}
+    return text[: best[0].start()].strip(), {
+        m[1]: text[m.end() : end].strip() for m, end in zip(best, ends, strict=True)
+    }
 
 
 def extract_letter(said: str | None, options: Options) -> str:
@@ -147,10 +310,14 @@ def letters_by_likelihood(scores: Iterable[Iterable[float]], options: Sequence[O
     """
     rows, out = [[float(v) for v in row] for row in scores], []
     if len(rows) != len(options):
-        raise ValueError(f"letters_by_likelihood: needs the options of every row, got {len(rows)} rows and {len(options)} sets of options")
+        raise ValueError(
+            f"letters_by_likelihood: needs the options of every row, got {len(rows)} rows and {len(options)} sets of options"
+        )
     for i, (row, table) in enumerate(zip(rows, map(lettered, options), strict=True)):
         if len(row) < len(table) or any(v != v for v in row[: len(table)]):
-            raise ValueError(f"letters_by_likelihood: row {i} needs a number for each of {len(table)} options, got {row}")
+            raise ValueError(
+                f"letters_by_likelihood: row {i} needs a number for each of {len(table)} options, got {row}"
+            )
         out.append(max(zip(table, row, strict=False), key=lambda pair: pair[1])[0])
     return out
 
@@ -163,7 +330,11 @@ def comparable(text: str) -> str:
 def _rising(marks: list[re.Match[str]]) -> list[re.Match[str]]:
     """The longest run of marks whose letters rise, each letter that is left out counting against it; of equal ones the latest."""
     runs: list[list[re.Match[str]]] = []
-    rank = lambda run: (2 * len(run) - ord(run[-1][1]) + ord(run[0][1]), len(run), run[0].start())  # gaps are the span less the marks
+    rank = lambda run: (
+        2 * len(run) - ord(run[-1][1]) + ord(run[0][1]),
+        len(run),
+        run[0].start(),
+    )  # gaps are the span less the marks
     for m in marks:
         runs.append(max(([*run, m] for run in [[], *runs] if not run or run[-1][1] < m[1]), key=rank))
     return max(runs, key=rank, default=[])
@@ -175,7 +346,10 @@ def _stated(text: str, words: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
     if (found := _marked(text, words)) is not None:
         yield found
     for m in _ANSWER.finditer(text):
-        if not _doubted(text, m.start()) and (found := _marked(text[m.end() :], words, prose=True)) is not None:
+        if (
+            not _doubted(text, m.start())
+            and (found := _marked(text[m.end() :], words, prose=True)) is not None
+        ):
             yield found
     for m in _RIGHT.finditer(text):
         if m["letter"] in words and not _doubted(text, m.start()):
@@ -193,15 +367,25 @@ def _marked(text: str, words: Mapping[str, tuple[str, ...]], *, prose: bool = Fa
     if said and said == own and own not in others and "?" not in rest:
         return letter
     closed = bool(opened) and re.match(r"\s*[.:]?[)\]}']", rest)
-    ends = r"[\s.,;:!)\]}']*$|[ \t]*\n|\.(?=\s)|\.(?![\d.]|\w\.)|\s?:(?=\s)|\)" + (r"|[,;!](?=\s)|\s+(?:because|since)\b" if prose else "")
+    ends = r"[\s.,;:!)\]}']*$|[ \t]*\n|\.(?=\s)|\.(?![\d.]|\w\.)|\s?:(?=\s)|\)" + (
+        r"|[,;!](?=\s)|\s+(?:because|since)\b" if prose else ""
+    )
     if not closed and not re.match(ends, rest):
         return None
     wrong = _WRONG.match(rest)
-    if (wrong and not _DOUBT.isdisjoint(_words(wrong[0]))) or (said and said != own and _DOUBT.issuperset(said)):  # "B: no"
+    if (wrong and not _DOUBT.isdisjoint(_words(wrong[0]))) or (
+        said and said != own and _DOUBT.issuperset(said)
+    ):  # "B: no"
         return None
     named = (letter.lower(), *said[:1])  # "C. difficile" in the text of an option
-    part = lambda w: (said == w and said != own) or (not _slight(said) and _inside(said, w) and not _inside(said, own))
-    return None if said and (any(map(part, others)) or any(_inside(named, w) for w in words.values())) else letter
+    part = lambda w: (
+        (said == w and said != own) or (not _slight(said) and _inside(said, w) and not _inside(said, own))
+    )
+    return (
+        None
+        if said and (any(map(part, others)) or any(_inside(named, w) for w in words.values()))
+        else letter
+    )
 
 
 def _doubted(text: str, at: int) -> bool:
@@ -219,7 +403,12 @@ def _letters(text: str, table: Mapping[str, str], *, stated: bool) -> set[str]:
     """Option letters that stand alone in a text, beside the texts of options; where one is stated, beside what is said of others."""
     for option in sorted(table.values(), key=len, reverse=True):
         if len(option.strip()) > 1:
-            text = re.sub(r"(?<!\w)" + r"\s+".join(map(re.escape, option.split())) + r"(?!\w)", "x", text, flags=re.IGNORECASE)
+            text = re.sub(
+                r"(?<!\w)" + r"\s+".join(map(re.escape, option.split())) + r"(?!\w)",
+                "x",
+                text,
+                flags=re.IGNORECASE,
+            )
     text = _without_asides(text) if stated else text
     found = set()
     for m in re.finditer(r"(?<![\w'-])([A-Z])(?![\w']|-\w)(?:\s+([a-z0-9(]\w*))?", text):
@@ -237,13 +426,25 @@ def _named(text: str, words: Mapping[str, tuple[str, ...]]) -> str:
     same = [letter for letter, w in words.items() if w and w == _bare(said)]
     if same or "?" in text:
         return same[0] if len(same) == 1 and "?" not in text else ""
-    spans = [(i, i + len(w), letter) for letter, w in words.items() if w for i in range(len(said)) if said[i : i + len(w)] == w]
-    whole = [s for s in spans if not any(o[0] <= s[0] and s[1] <= o[1] and o[1] - o[0] > s[1] - s[0] for o in spans)]
+    spans = [
+        (i, i + len(w), letter)
+        for letter, w in words.items()
+        if w
+        for i in range(len(said))
+        if said[i : i + len(w)] == w
+    ]
+    whole = [
+        s
+        for s in spans
+        if not any(o[0] <= s[0] and s[1] <= o[1] and o[1] - o[0] > s[1] - s[0] for o in spans)
+    ]
     if len({letter for *_, letter in whole}) != 1:
         return ""
     inside = {i for a, b, _ in whole for i in range(a, b)}
     outside = [w for i, w in enumerate(said) if i not in inside]
-    fits = all(_bounded(plain, tokens, a, b) and (not _slight(said[a:b]) or _last(said, a, b)) for a, b, _ in whole)
+    fits = all(
+        _bounded(plain, tokens, a, b) and (not _slight(said[a:b]) or _last(said, a, b)) for a, b, _ in whole
+    )
     return whole[0][2] if fits and _DOUBT.isdisjoint(outside) else ""
 
 
@@ -251,13 +452,18 @@ def _bounded(plain: str, tokens: Sequence[re.Match[str]], a: int, b: int) -> boo
     """Whether tokens a to b are a phrase of their own: no word beside them makes them another thing ("micro-invasive", "... in situ")."""
     left = a == 0 or tokens[a - 1][0] in _BEFORE
     if a and not left:
-        left = bool(re.search(r"[.,;:!\n]", plain[tokens[a - 1].end() : tokens[a].start()])) and not _slight([tokens[a - 1][0]])
+        left = bool(re.search(r"[.,;:!\n]", plain[tokens[a - 1].end() : tokens[a].start()])) and not _slight(
+            [tokens[a - 1][0]]
+        )
     if b == len(tokens):
         return left
     after, gap = tokens[b][0], plain[tokens[b - 1].end() : tokens[b].start()]
     if after == "in" and [t[0] for t in tokens[b + 1 : b + 2]] == ["situ"]:
         return False
-    return left and (after in _AFTER or (bool(re.search(r"[.,;:!\n]", gap)) and after not in _JOINS and not _slight([after])))
+    return left and (
+        after in _AFTER
+        or (bool(re.search(r"[.,;:!\n]", gap)) and after not in _JOINS and not _slight([after]))
+    )
 
 
 def _last(said: Sequence[str], a: int, b: int) -> bool:

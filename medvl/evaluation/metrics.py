@@ -47,10 +47,17 @@ def checked(scores: Any, labels: Any, findings: Sequence[str] = ()) -> tuple[Arr
     """
     s, y = _array(scores), _array(labels)
     if s.ndim != 2 or s.shape != y.shape or not s.size:
-        raise ValueError(f"metrics: scores and labels must both be [n, c] with n and c above 0, got {s.shape} and {y.shape}")
+        raise ValueError(
+            f"metrics: scores and labels must both be [n, c] with n and c above 0, got {s.shape} and {y.shape}"
+        )
     if findings and len(findings) != s.shape[1]:
-        raise ValueError(f"metrics: must have one name per column, got {len(findings)} names and {s.shape[1]} columns")
-    for what, table, bad in (("finite score", s, ~np.isfinite(s)), ("label of 0 or 1", y, (y != 0) & (y != 1))):
+        raise ValueError(
+            f"metrics: must have one name per column, got {len(findings)} names and {s.shape[1]} columns"
+        )
+    for what, table, bad in (
+        ("finite score", s, ~np.isfinite(s)),
+        ("label of 0 or 1", y, (y != 0) & (y != 1)),
+    ):
         if bad.any():
             i, j = (int(k) for k in np.argwhere(bad.T)[0][::-1])
             name = repr(findings[j]) if findings else str(j)
@@ -100,7 +107,9 @@ def at_threshold(scores: Any, labels: Any, thresholds: Any, weights: Any = None)
         "precision": _ratio(tp, tp + fp),
         "recall": _ratio(tp, pos),
         "f1": _ratio(2 * tp, 2 * tp + fp + fn),
-        "f1_weighted": _ratio(pos * _ratio(2 * tp, 2 * tp + fp + fn) + neg * _ratio(2 * tn, 2 * tn + fp + fn), total),
+        "f1_weighted": _ratio(
+            pos * _ratio(2 * tp, 2 * tp + fp + fn) + neg * _ratio(2 * tn, 2 * tn + fp + fn), total
+        ),
     }
     known = (pos > 0) & (neg > 0) & ~np.isnan(t)
     out = {k: np.where(known, v, np.nan) for k, v in out.items()}
@@ -153,19 +162,30 @@ def bootstrap(
     s, y = checked(scores, labels)
     rows, k = _codes(groups)
     if len(rows) != len(s) or k < 2:
-        raise ValueError(f"bootstrap: needs one group per row and two groups or more, got {len(rows)} groups ({k} distinct), {len(s)} rows")
+        raise ValueError(
+            f"bootstrap: needs one group per row and two groups or more, got {len(rows)} groups ({k} distinct), {len(s)} rows"
+        )
     if n < 1 or not 0 < level < 1:
-        raise ValueError(f"bootstrap: n must be 1 or more and level between 0 and 1, got n={n}, level={level}")
+        raise ValueError(
+            f"bootstrap: n must be 1 or more and level between 0 and 1, got n={n}, level={level}"
+        )
     point = statistics(s, y, None)
     parts = []
     for start in track(range(0, n, _REPLICATES), "drawing replicates"):
         draws = torch.randint(k, (min(_REPLICATES, n - start), k), generator=gen).numpy()
-        times = np.stack([np.bincount(d, minlength=k) for d in draws], 1).astype(np.float64)  # [k, r]: how often each group was drawn
+        times = np.stack([np.bincount(d, minlength=k) for d in draws], 1).astype(
+            np.float64
+        )  # [k, r]: how often each group was drawn
         parts.append(statistics(s, y, times[rows]))
-    return {name: _intervals(value, np.concatenate([p[name] for p in parts]), (1 - level) / 2) for name, value in point.items()}
+    return {
+        name: _intervals(value, np.concatenate([p[name] for p in parts]), (1 - level) / 2)
+        for name, value in point.items()
+    }
 
 
-def recall_at(similarity: Any, groups_q: Sequence[Any], groups_g: Sequence[Any], ks: Sequence[int]) -> dict[int, float]:
+def recall_at(
+    similarity: Any, groups_q: Sequence[Any], groups_g: Sequence[Any], ks: Sequence[int]
+) -> dict[int, float]:
     """Share of queries with a gallery row of their own group among the k most similar, e.g. any reconstruction of the query's scan.
 
     Args:
@@ -175,20 +195,30 @@ def recall_at(similarity: Any, groups_q: Sequence[Any], groups_g: Sequence[Any],
     """
     sim = _array(similarity)
     if sim.ndim != 2 or sim.shape != (len(groups_q), len(groups_g)) or not sim.size:
-        raise ValueError(f"recall_at: similarity must be [q, g] = {(len(groups_q), len(groups_g))}, got {sim.shape}")
+        raise ValueError(
+            f"recall_at: similarity must be [q, g] = {(len(groups_q), len(groups_g))}, got {sim.shape}"
+        )
     if not np.isfinite(sim).all() or not ks or min(ks) < 1 or max(ks) > sim.shape[1]:
-        raise ValueError(f"recall_at: similarity must be finite and every k within 1..{sim.shape[1]}, got k={list(ks)}")
+        raise ValueError(
+            f"recall_at: similarity must be finite and every k within 1..{sim.shape[1]}, got k={list(ks)}"
+        )
     codes = _codes([*groups_q, *groups_g])[0]
     same = codes[: len(sim), None] == codes[None, len(sim) :]
     if (lost := int((~same.any(1)).sum())) > 0:
-        raise ValueError(f"recall_at: every query's group must be in the gallery, {lost} of {len(sim)} are not")
+        raise ValueError(
+            f"recall_at: every query's group must be in the gallery, {lost} of {len(sim)} are not"
+        )
     best = np.where(same, sim, -np.inf).max(1, keepdims=True)
     ahead = (~same & (sim >= best)).sum(1)  # wrong rows before the first right one
     return {int(k): float((ahead < k).mean()) for k in ks}
 
 
 def _array(x: Any) -> Array:
-    return x.detach().to("cpu", torch.float64).numpy() if isinstance(x, torch.Tensor) else np.asarray(x, dtype=np.float64)
+    return (
+        x.detach().to("cpu", torch.float64).numpy()
+        if isinstance(x, torch.Tensor)
+        else np.asarray(x, dtype=np.float64)
+    )
 
 
 def _weights(weights: Any, n: int) -> Array:
@@ -222,7 +252,9 @@ def _average_precision(s: Array, y: Array, w: Array) -> Array:
     right, wrong = _cumulative(w[pos]), _cumulative(w[neg])
     tp = right[-1] - right[np.searchsorted(s[pos], s[pos], "left")]
     fp = wrong[-1] - wrong[np.searchsorted(s[neg], s[pos], "left")]
-    precision = tp / np.maximum(tp + fp, np.finfo(float).tiny)  # where both are 0 the positive has no weight either
+    precision = tp / np.maximum(
+        tp + fp, np.finfo(float).tiny
+    )  # where both are 0 the positive has no weight either
     return np.where(wrong[-1] > 0, _ratio(np.einsum("kr,kr->r", w[pos], precision), right[-1]), np.nan)
 
 

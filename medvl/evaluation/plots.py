@@ -19,7 +19,12 @@ from medvl.evaluation.results import Result
 
 _log = logging.getLogger("medvl")
 
-_BLUE, _ORANGE, _GREEN, _PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"  # Okabe and Ito: told apart by the colour-blind and in grey
+_BLUE, _ORANGE, _GREEN, _PURPLE = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+)  # Okabe and Ito: told apart by the colour-blind and in grey
 _SKY, _AMBER = "#56B4E9", "#E69F00"
 _GREY, _INK = "#C8C8C8", "#222222"
 
@@ -44,9 +49,20 @@ def roc(scores: Any, labels: Any, findings: Sequence[str]) -> bytes:
         if known:
             axis.plot(*lines[j], color=_BLUE, lw=2, zorder=3)
         said = f"AUROC {area[j]:.3f}" if known else "one class only"
-        axis.text(0.97, 0.05, f"{said}\n{y[:, j].sum():,} of {len(y):,}", ha="right", va="bottom", fontsize=8.5, bbox=_BOX, zorder=4)
+        axis.text(
+            0.97,
+            0.05,
+            f"{said}\n{y[:, j].sum():,} of {len(y):,}",
+            ha="right",
+            va="bottom",
+            fontsize=8.5,
+            bbox=_BOX,
+            zorder=4,
+        )
         axis.set_title(_wrapped(findings[j]), fontsize=9)
-        axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal", xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
+        axis.set(
+            xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal", xticks=[0, 0.5, 1], yticks=[0, 0.5, 1]
+        )
     figure.supxlabel("1 - specificity", fontsize=9)
     figure.supylabel("sensitivity", fontsize=9)
     return _png(figure)
@@ -61,7 +77,9 @@ def intervals(rows: Sequence[Result], what: str = "auroc") -> bytes:
     chosen = [r for r in rows if r.what == what]
     if not chosen or len({r.subject for r in chosen}) < len(chosen):
         found = sorted({(r.what, r.split, r.experiment) for r in rows})
-        raise ValueError(f"intervals: needs rows of {what!r} with each subject once, got {len(chosen)} rows of {found}")
+        raise ValueError(
+            f"intervals: needs rows of {what!r} with each subject once, got {len(chosen)} rows of {found}"
+        )
     chosen.sort(key=lambda r: (r.subject == "mean", math.isnan(r.value), -r.value))
     figure, (axis,) = _grid(1, 1, width=7.2, height=1.0 + 0.27 * len(chosen))
     bounds = [v for r in chosen for v in (r.value, r.low, r.high) if not math.isnan(v)]
@@ -75,7 +93,9 @@ def intervals(rows: Sequence[Result], what: str = "auroc") -> bytes:
     if what == "auroc" and left - margin < 0.5:
         axis.axvline(0.5, color=_INK, lw=0.8, ls=":")
     axis.set(
-        xlim=(left - margin, right + margin), ylim=(len(chosen) - 0.5, -0.5), xlabel=f"{_TITLES.get(what, what)}, 95 % interval by patient"
+        xlim=(left - margin, right + margin),
+        ylim=(len(chosen) - 0.5, -0.5),
+        xlabel=f"{_TITLES.get(what, what)}, 95 % interval by patient",
     )
     axis.set_yticks(range(len(chosen)), [r.subject or what for r in chosen])
     axis.grid(axis="x", color=_GREY, lw=0.5)
@@ -93,11 +113,20 @@ def curves(path: files.PathLike) -> bytes:
     panels = _panels(_lines(Path(path)))
     if not panels:
         raise ValueError(f"{path}: has no line with numbers beside its step")
-    figure, axes = _grid(len(panels), 2 if len(panels) in (2, 4) else min(3, len(panels)), width=3.6, height=2.5)
+    figure, axes = _grid(
+        len(panels), 2 if len(panels) in (2, 4) else min(3, len(panels)), width=3.6, height=2.5
+    )
     for axis, (name, series) in zip(axes, panels.items(), strict=True):
         for i, (key, points) in enumerate(series.items()):
             few = "o" if len(points) < 40 else ""
-            axis.plot(*zip(*sorted(points.items()), strict=True), **_STYLES[i % len(_STYLES)], lw=1.5, marker=few, ms=3, label=key)
+            axis.plot(
+                *zip(*sorted(points.items()), strict=True),
+                **_STYLES[i % len(_STYLES)],
+                lw=1.5,
+                marker=few,
+                ms=3,
+                label=key,
+            )
         axis.set_title(name if len(series) > 1 else next(iter(series)), fontsize=10)
         axis.ticklabel_format(axis="y", scilimits=(-3, 5), useMathText=True)
         axis.grid(color=_GREY, lw=0.5)
@@ -147,8 +176,16 @@ def matrix(
             f"{int(np.isinf(v).sum())} infinite"
         )
     low, high, beyond = _colours(v, low, high)
-    said = [[f"{c:z.{digits}f}" if c == c else "–" for c in row] for row in v.tolist()] if max(v.shape) <= 20 else []
-    wide, tall = (max(0.5, 0.085 * max(len(c) for row in said for c in row)), 0.4) if said else (max(0.16, 6 / max(v.shape)),) * 2
+    said = (
+        [[f"{c:z.{digits}f}" if c == c else "–" for c in row] for row in v.tolist()]
+        if max(v.shape) <= 20
+        else []
+    )
+    wide, tall = (
+        (max(0.5, 0.085 * max(len(c) for row in said for c in row)), 0.4)
+        if said
+        else (max(0.16, 6 / max(v.shape)),) * 2
+    )
     wide, tall = min(wide, 20 / v.shape[1]), min(tall, 20 / v.shape[0])  # inches
     names = [[_wrapped(n, 24, 2) if said else n[:48] for n in some] for some in (rows, columns)]
     left, below = (0.075 * max(len(line) for n in some for line in n.split("\n")) for some in names)
@@ -157,26 +194,52 @@ def matrix(
     inner = max(v.shape[0] * tall, 1.2)
     width, height = left + v.shape[1] * wide + 1.4, inner + 0.7 + below * math.sin(math.radians(angle))
     figure, (axis,) = _grid(1, 1, width=width, height=height)
-    mesh = axis.pcolormesh(np.ma.masked_invalid(v), cmap="Blues", vmin=low, vmax=high, edgecolors="white", linewidth=0.8 if said else 0.2)
-    axis.patch.set(facecolor=_GREY, hatch="" if said else "////", edgecolor="white")  # seen through cells without a value
+    mesh = axis.pcolormesh(
+        np.ma.masked_invalid(v),
+        cmap="Blues",
+        vmin=low,
+        vmax=high,
+        edgecolors="white",
+        linewidth=0.8 if said else 0.2,
+    )
+    axis.patch.set(
+        facecolor=_GREY, hatch="" if said else "////", edgecolor="white"
+    )  # seen through cells without a value
     for i, row in enumerate(said):
         for j, text in enumerate(row):
             color = _readable(mesh.cmap(mesh.norm(v[i, j]))) if v[i, j] == v[i, j] else "black"
             axis.text(j + 0.5, i + 0.5, text, ha="center", va="center", fontsize=8.5, color=color)
     every = [max(1, math.ceil(0.13 / size)) for size in (tall, wide)]
-    turned = {"rotation": angle, "ha": "right", "va": "center" if angle == 90 else "top", "rotation_mode": "anchor"} if angle else {}
+    turned = (
+        {
+            "rotation": angle,
+            "ha": "right",
+            "va": "center" if angle == 90 else "top",
+            "rotation_mode": "anchor",
+        }
+        if angle
+        else {}
+    )
     axis.set_yticks(np.arange(0.5, v.shape[0])[:: every[0]], names[0][:: every[0]], parse_math=False)
-    axis.set_xticks(np.arange(0.5, v.shape[1])[:: every[1]], names[1][:: every[1]], parse_math=False, **turned)
+    axis.set_xticks(
+        np.arange(0.5, v.shape[1])[:: every[1]], names[1][:: every[1]], parse_math=False, **turned
+    )
     axis.set(xlabel=x, ylabel=y, ylim=(v.shape[0], 0))
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
-    bar = figure.colorbar(mesh, ax=axis, label=label, aspect=inner / 0.22, pad=0.02, extend=beyond, extendfrac=0.15 / inner)
+    bar = figure.colorbar(
+        mesh, ax=axis, label=label, aspect=inner / 0.22, pad=0.02, extend=beyond, extendfrac=0.15 / inner
+    )
     bar.ax.tick_params(labelsize=8)
     return _png(figure)
 
 
 def lines(
-    series: Mapping[str, Mapping[float, tuple[float, float, float]]], x: str, y: str, *, references: Mapping[str, float] | None = None
+    series: Mapping[str, Mapping[float, tuple[float, float, float]]],
+    x: str,
+    y: str,
+    *,
+    references: Mapping[str, float] | None = None,
 ) -> bytes:
     """A value over a number, as recall over k: one line with 95 % intervals per series. PNG.
 
@@ -190,10 +253,15 @@ def lines(
     Raises:
         ValueError: no point, a point that is not three numbers with low <= high, or a number that is infinite.
     """
-    points = {n: {float(k): _point(f"lines: {n!r} at {k}", p) for k, p in sorted(of.items())} for n, of in series.items()}
+    points = {
+        n: {float(k): _point(f"lines: {n!r} at {k}", p) for k, p in sorted(of.items())}
+        for n, of in series.items()
+    }
     xs = sorted({k for of in points.values() for k in of})
     if not xs or not all(map(math.isfinite, [*xs, *(references or {}).values()])):
-        raise ValueError(f"lines: needs at least one point, and finite x and references, got x {xs[:8]}, references {references or {}}")
+        raise ValueError(
+            f"lines: needs at least one point, and finite x and references, got x {xs[:8]}, references {references or {}}"
+        )
     scale = math.log10 if xs[0] > 0 and xs[-1] >= 20 * xs[0] else float
     start, end = scale(xs[0]), scale(xs[-1])
     span = (end - start) or 1.0
@@ -206,13 +274,31 @@ def lines(
         at = [scale(k) + (i - (len(points) - 1) / 2) * aside for k in of]
         style = _LINES[i % len(_LINES)] | {"ls": ("-", "--", "-.", ":")[i // len(_LINES) % 4]}
         handles += axis.plot(at, [p[0] for p in of.values()], **style, lw=1.6, ms=5, zorder=3)
-        axis.vlines(at, [p[1] for p in of.values()], [p[2] for p in of.values()], color=style["color"], lw=1.4, alpha=0.6, zorder=2)
-    left, right = _limits([*(v for of in points.values() for p in of.values() for v in p), *(references or {}).values()])
+        axis.vlines(
+            at,
+            [p[1] for p in of.values()],
+            [p[2] for p in of.values()],
+            color=style["color"],
+            lw=1.4,
+            alpha=0.6,
+            zorder=2,
+        )
+    left, right = _limits(
+        [*(v for of in points.values() for p in of.values() for v in p), *(references or {}).values()]
+    )
     axis.set(xlim=(start - 0.05 * span, end + 0.05 * span), ylim=(left, right), xlabel=x, ylabel=y)
     axis.set_xticks(*zip(*((scale(k), f"{k:g}") for k in _apart(xs, scale, 0.035 * span)), strict=True))
     for (name, value), place in zip(*_spread(references or {}, 0.055 * (right - left), right), strict=True):
         axis.axhline(value, color=_INK, lw=1, ls=":", zorder=1)
-        axis.text(1.01, place, f"{name}  {value:.3f}", transform=axis.get_yaxis_transform(), va="center", fontsize=8.5, parse_math=False)
+        axis.text(
+            1.01,
+            place,
+            f"{name}  {value:.3f}",
+            transform=axis.get_yaxis_transform(),
+            va="center",
+            fontsize=8.5,
+            parse_math=False,
+        )
     axis.grid(axis="y", color=_GREY, lw=0.5)
     _legend(figure, handles, list(points), columns)
     return _png(figure)
@@ -231,11 +317,15 @@ def compare(rows: Sequence[tuple[str, str, float, float, float]], x: str) -> byt
     points = {(g, n): _point(f"compare: {n!r} of {g!r}", tuple(p)) for g, n, *p in rows}
     if not rows or len(points) < len(rows):
         twice = [pair for i, pair in enumerate(r[:2] for r in rows) if pair in [r[:2] for r in rows[:i]]]
-        raise ValueError(f"compare: needs rows, each group with each name once, got {len(rows)} rows, twice {twice[:4]}")
+        raise ValueError(
+            f"compare: needs rows, each group with each name once, got {len(rows)} rows, twice {twice[:4]}"
+        )
     groups, names = (list(dict.fromkeys(pair[i] for pair in points)) for i in (0, 1))
     step = len(names) + 0.8
     columns = max(1, min(4, int(7.2 / (0.5 + 0.08 * max(map(len, names))))))
-    figure, (axis,) = _grid(1, 1, width=8.2, height=0.9 + 0.2 * step * len(groups) + 0.2 * -(-len(names) // columns))
+    figure, (axis,) = _grid(
+        1, 1, width=8.2, height=0.9 + 0.2 * step * len(groups) + 0.2 * -(-len(names) // columns)
+    )
     handles: dict[str, Any] = {}
     for (g, n), (value, low, high) in points.items():
         j, place = names.index(n), groups.index(g) * step + names.index(n)
@@ -246,7 +336,9 @@ def compare(rows: Sequence[tuple[str, str, float, float, float]], x: str) -> byt
         axis.text(1.01, place, said, transform=axis.get_yaxis_transform(), va="center", fontsize=8)
     for i in range(1, len(groups)):
         axis.axhline(i * step - 0.9, color=_GREY, lw=0.6)
-    axis.set(xlim=_limits([v for p in points.values() for v in p]), ylim=(len(groups) * step - 0.9, -0.9), xlabel=x)
+    axis.set(
+        xlim=_limits([v for p in points.values() for v in p]), ylim=(len(groups) * step - 0.9, -0.9), xlabel=x
+    )
     middles = [i * step + (len(names) - 1) / 2 for i in range(len(groups))]
     axis.set_yticks(middles, [_wrapped(g, 30, 2) for g in groups], parse_math=False)
     axis.tick_params(axis="y", length=0)
@@ -255,10 +347,22 @@ def compare(rows: Sequence[tuple[str, str, float, float, float]], x: str) -> byt
     return _png(figure)
 
 
-_TITLES = {"auroc": "AUROC", "auprc": "AUPRC", "f1": "F1", "balanced_accuracy": "balanced accuracy", "f1_weighted": "weighted F1"}
+_TITLES = {
+    "auroc": "AUROC",
+    "auprc": "AUPRC",
+    "f1": "F1",
+    "balanced_accuracy": "balanced accuracy",
+    "f1_weighted": "weighted F1",
+}
 _BOX = {"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 1.5}
-_STYLES = [{"color": c, "ls": s} for c, s in zip((_BLUE, _ORANGE, _GREEN, _PURPLE, _INK), ("-", "--", "-.", ":", "-"), strict=True)]
-_LINES = [{"color": c, "marker": m} for c, m in zip((_BLUE, _ORANGE, _GREEN, _PURPLE, _AMBER, _SKY, _INK), "osD^vPX", strict=True)]
+_STYLES = [
+    {"color": c, "ls": s}
+    for c, s in zip((_BLUE, _ORANGE, _GREEN, _PURPLE, _INK), ("-", "--", "-.", ":", "-"), strict=True)
+]
+_LINES = [
+    {"color": c, "marker": m}
+    for c, m in zip((_BLUE, _ORANGE, _GREEN, _PURPLE, _AMBER, _SKY, _INK), "osD^vPX", strict=True)
+]
 _PARTS = re.compile(r"(train|val|valid|test)[_/]")
 
 
@@ -287,7 +391,9 @@ def _said(r: Result) -> str:
     if math.isnan(r.value):
         return "no value: one class only"
     positives = r.extra.get("positives")
-    return _span(r.value, r.low, r.high) + (f"  {positives:,} of {r.n:,}" if positives is not None else f"  n = {r.n:,}")
+    return _span(r.value, r.low, r.high) + (
+        f"  {positives:,} of {r.n:,}" if positives is not None else f"  n = {r.n:,}"
+    )
 
 
 def _span(value: float, low: float, high: float) -> str:
@@ -313,10 +419,16 @@ def _colours(v: np.ndarray, low: float | None, high: float | None) -> tuple[floa
     aside = 0.0 if least < greatest else 0.5
     low, high = least - aside if low is None else low, greatest + aside if high is None else high
     if not (low < high and math.isfinite(low) and math.isfinite(high)):
-        raise ValueError(f"matrix: low must be below high, got {low:g} and {high:g}; the values lie in {least:g}..{greatest:g}")
+        raise ValueError(
+            f"matrix: low must be below high, got {low:g} and {high:g}; the values lie in {least:g}..{greatest:g}"
+        )
     slack = 1e-5 * (high - low)
     sides = least < low - slack, greatest > high + slack
-    return low, high, {(True, True): "both", (True, False): "min", (False, True): "max", (False, False): "neither"}[sides]
+    return (
+        low,
+        high,
+        {(True, True): "both", (True, False): "min", (False, True): "max", (False, False): "neither"}[sides],
+    )
 
 
 def _limits(values: Sequence[float]) -> tuple[float, float]:
@@ -335,7 +447,9 @@ def _apart(xs: list[float], scale: Any, gap: float) -> list[float]:
     return kept + xs[1:][-1:]
 
 
-def _spread(named: Mapping[str, float], gap: float, top: float) -> tuple[list[tuple[str, float]], list[float]]:
+def _spread(
+    named: Mapping[str, float], gap: float, top: float
+) -> tuple[list[tuple[str, float]], list[float]]:
     """The named values in rising order, and where to write their names, at least a gap apart and below the top."""
     order = sorted(named.items(), key=lambda item: item[1])
     places = [value for _, value in order]
@@ -354,7 +468,9 @@ def _readable(fill: Any) -> str:
 
 
 def _legend(figure: Any, handles: list, names: list[str], columns: int) -> None:
-    shown = figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=8.5, frameon=False)
+    shown = figure.legend(
+        handles, names, loc="outside lower center", ncols=columns, fontsize=8.5, frameon=False
+    )
     for text in shown.get_texts():
         text.set_parse_math(False)
 
@@ -371,7 +487,9 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError) as e:
             raise ValueError(f"{path}, line {number}: must be a JSON object with a step ({e})") from e
         if not isinstance(lines[-1], dict) or not isinstance(lines[-1].get("step"), int):
-            raise ValueError(f"{path}, line {number}: must be a JSON object with a whole-number step, found {line[:80]!r}")
+            raise ValueError(
+                f"{path}, line {number}: must be a JSON object with a whole-number step, found {line[:80]!r}"
+            )
     return lines
 
 

@@ -19,7 +19,13 @@ from medvl.evaluation.results import Result
 NOTICE = "Research use only, not for diagnosis."
 
 _COLUMNS = ("auprc", "f1", "f1_weighted", "accuracy", "balanced_accuracy", "precision", "recall")
-_TITLES = {"auroc": "AUROC", "auprc": "AUPRC", "f1": "F1", "balanced_accuracy": "Balanced accuracy", "f1_weighted": "Weighted F1"}
+_TITLES = {
+    "auroc": "AUROC",
+    "auprc": "AUPRC",
+    "f1": "F1",
+    "balanced_accuracy": "Balanced accuracy",
+    "f1_weighted": "Weighted F1",
+}
 _ALL = "All results"
 _FACTS = ("experiment", "split", "commit", "device")
 _DEFINITIONS = (
@@ -101,21 +107,32 @@ def pivot(
     """
     chosen = [r for r in rows if what in (None, r.what)]
     if not chosen:
-        raise ValueError(f"pivot: needs rows of {what or 'any metric'!r}, found {sorted({r.what for r in rows})}")
+        raise ValueError(
+            f"pivot: needs rows of {what or 'any metric'!r}, found {sorted({r.what for r in rows})}"
+        )
     cells: dict[tuple[str, str], Result] = {}
     for r in chosen:
         key = _key(r, down), _key(r, across)
         if key in cells:
-            raise ValueError(f"pivot: each cell must be one row, found two for {key}: {_called(cells[key])} and {_called(r)}")
+            raise ValueError(
+                f"pivot: each cell must be one row, found two for {key}: {_called(cells[key])} and {_called(r)}"
+            )
         cells[key] = r
     lines, heads = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
-    by_line, by_head = ([{r.n for key, r in cells.items() if key[i] == name} for name in some] for i, some in ((0, lines), (1, heads)))
+    by_line, by_head = (
+        [{r.n for key, r in cells.items() if key[i] == name} for name in some]
+        for i, some in ((0, lines), (1, heads))
+    )
     first = corner if corner is not None else _title(down) if isinstance(down, str) else ""
-    fill = lambda each=False: [[line, *(_said(cells.get((line, head)), each) for head in heads)] for line in lines]
+    fill = lambda each=False: [
+        [line, *(_said(cells.get((line, head)), each) for head in heads)] for line in lines
+    ]
     if not any(r.n for r in chosen):
         return (first, *heads), fill()
     if all(len(n) == 1 for n in by_line):
-        return (first, "n", *heads), [[line[0], *n, *line[1:]] for line, n in zip(fill(), by_line, strict=True)]
+        return (first, "n", *heads), [
+            [line[0], *n, *line[1:]] for line, n in zip(fill(), by_line, strict=True)
+        ]
     if all(len(n) == 1 for n in by_head):
         return (first, *(f"{head} (n = {max(n):,})" for head, n in zip(heads, by_head, strict=True))), fill()
     return (first, *heads), fill(each=True)
@@ -126,19 +143,25 @@ def _key(r: Result, key: str | Callable[[Result], Any]) -> str:
         return str(key(r))
     known = attrs.asdict(r, recurse=False)
     if key not in known and key not in r.extra:
-        raise ValueError(f"pivot: each row must have {key!r}, a field or in extra, but {_called(r)} has extra {sorted(r.extra)}")
+        raise ValueError(
+            f"pivot: each row must have {key!r}, a field or in extra, but {_called(r)} has extra {sorted(r.extra)}"
+        )
     return str(known[key] if key in known else r.extra[key])
 
 
 def _called(r: Result) -> str:
-    return " ".join(filter(None, (r.what, r.subject and f"of {r.subject}", r.split and f"in {r.split}", r.experiment)))
+    return " ".join(
+        filter(None, (r.what, r.subject and f"of {r.subject}", r.split and f"in {r.split}", r.experiment))
+    )
 
 
 def _said(r: Result | None, with_n: bool) -> Any:
     if r is None or math.isnan(r.value):
         return math.nan
     interval = "" if math.isnan(r.low) else f" [{r.low:.3f}, {r.high:.3f}]"
-    return f"{r.value:.3f}{interval}" + (f" (n = {r.n:,})" if with_n else "") if interval or with_n else r.value
+    return (
+        f"{r.value:.3f}{interval}" + (f" (n = {r.n:,})" if with_n else "") if interval or with_n else r.value
+    )
 
 
 def _check_tables(tables: Sequence[tuple], summary: bool) -> None:
@@ -158,7 +181,10 @@ def _parts(rows: Sequence[Result]) -> list[tuple[dict[str, str], list[Result]]]:
     parts: dict[tuple[str, ...], list[Result]] = {}
     for r in rows:
         parts.setdefault(tuple(getattr(r, f) for f in _FACTS), []).append(r)
-    return [({f.capitalize(): v for f, v in zip(_FACTS, key, strict=True) if v}, part) for key, part in parts.items()]
+    return [
+        ({f.capitalize(): v for f, v in zip(_FACTS, key, strict=True) if v}, part)
+        for key, part in parts.items()
+    ]
 
 
 def _tables(rows: list[Result]) -> list[Table]:
@@ -179,26 +205,49 @@ def _tables(rows: list[Result]) -> list[Table]:
 def _finding_table(by_key: dict[tuple[str, str], Result], findings: list[str]) -> Table:
     columns = [w for w in _COLUMNS if any((w, f) in by_key for f in findings)]
     decided = any(by_key["auroc", f].extra.get("threshold") is not None for f in findings)
-    head = ("Finding", "n", "Positives", "AUROC", "95 % interval", *(_title(w) for w in columns), *(("Threshold",) if decided else ()))
+    head = (
+        "Finding",
+        "n",
+        "Positives",
+        "AUROC",
+        "95 % interval",
+        *(_title(w) for w in columns),
+        *(("Threshold",) if decided else ()),
+    )
     body = []
     for f in findings:
         r = by_key["auroc", f]
         values = [by_key[w, f].value if (w, f) in by_key else math.nan for w in columns]
         threshold = [_number(r.extra.get("threshold"))] if decided else []
         name = f"{f} of {r.extra['findings']} findings" if "findings" in r.extra else f or "all"
-        body.append([name, r.n, r.extra.get("positives", math.nan), r.value, _interval(r), *values, *threshold])
+        body.append(
+            [name, r.n, r.extra.get("positives", math.nan), r.value, _interval(r), *values, *threshold]
+        )
     return head, body
 
 
 def _metric_table(rows: list[Result]) -> Table:
     timed = any(not math.isnan(r.latency_ms) or not math.isnan(r.peak_mib) for r in rows)
-    head = ("Metric", "Subject", "n", "Value", "95 % interval", *(("Shape", "Latency, ms", "Peak, MiB") if timed else ()))
+    head = (
+        "Metric",
+        "Subject",
+        "n",
+        "Value",
+        "95 % interval",
+        *(("Shape", "Latency, ms", "Peak, MiB") if timed else ()),
+    )
     tail = [[r.shape, r.latency_ms, r.peak_mib] if timed else [] for r in rows]
-    return head, [[_title(r.what), r.subject, r.n, r.value, _interval(r), *t] for r, t in zip(rows, tail, strict=True)]
+    return head, [
+        [_title(r.what), r.subject, r.n, r.value, _interval(r), *t] for r, t in zip(rows, tail, strict=True)
+    ]
 
 
 def _markdown(
-    title: str, captioned: Sequence[tuple], tables: Sequence[tuple], figures: dict[str, tuple[str, bytes]], notes: Sequence[str]
+    title: str,
+    captioned: Sequence[tuple],
+    tables: Sequence[tuple],
+    figures: dict[str, tuple[str, bytes]],
+    notes: Sequence[str],
 ) -> str:
     lines = [f"# {_line(title)}", f"**{NOTICE}**"]
     for caption, columns, body in captioned:
@@ -211,7 +260,9 @@ def _markdown(
             said = facts
         lines.append(_markdown_table(columns, body))
     lines += [*_definitions(tables), *map(_line, notes)]
-    lines += [f"![{_line(caption)}](figures/{name})\n\n{_line(caption)}" for name, (caption, _) in figures.items()]
+    lines += [
+        f"![{_line(caption)}](figures/{name})\n\n{_line(caption)}" for name, (caption, _) in figures.items()
+    ]
     return "\n\n".join(line for line in lines if line) + "\n"
 
 
@@ -223,11 +274,17 @@ def _markdown_table(columns: Sequence[str], body: Sequence[Sequence[Any]]) -> st
 
 
 def _html(
-    title: str, captioned: Sequence[tuple], tables: Sequence[tuple], figures: dict[str, tuple[str, bytes]], notes: Sequence[str]
+    title: str,
+    captioned: Sequence[tuple],
+    tables: Sequence[tuple],
+    figures: dict[str, tuple[str, bytes]],
+    notes: Sequence[str],
 ) -> str:
     parts, said = [], None
     for caption, columns, body in captioned:
-        parts.append(f'<h2>{html.escape(caption)}</h2><div class="wide pivot">{results.html_table(columns, body)}</div>')
+        parts.append(
+            f'<h2>{html.escape(caption)}</h2><div class="wide pivot">{results.html_table(columns, body)}</div>'
+        )
     parts += [f"<h2>{_ALL}</h2>"] if captioned else []
     for facts, columns, body in tables:
         if facts is not said:
@@ -242,7 +299,9 @@ def _html(
         parts.append(
             f'<figure><div class="wide"><img alt="{text}" src="data:image/png;base64,{data}"></div><figcaption>{text}</figcaption></figure>'
         )
-    return _PAGE.format(title=html.escape(title), notice=html.escape(NOTICE), style=_STYLE, body="\n".join(parts))
+    return _PAGE.format(
+        title=html.escape(title), notice=html.escape(NOTICE), style=_STYLE, body="\n".join(parts)
+    )
 
 
 def _definitions(tables: Sequence[tuple]) -> list[str]:
@@ -250,9 +309,14 @@ def _definitions(tables: Sequence[tuple]) -> list[str]:
 
 
 def _named(figures: Mapping[str, bytes]) -> dict[str, tuple[str, bytes]]:
-    named = {re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:60] + ".png": (caption, png) for caption, png in figures.items()}
+    named = {
+        re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:60] + ".png": (caption, png)
+        for caption, png in figures.items()
+    }
     if len(named) < len(figures) or ".png" in named:
-        raise ValueError(f"write_report: captions must give different file names, got {', '.join(map(repr, figures))}")
+        raise ValueError(
+            f"write_report: captions must give different file names, got {', '.join(map(repr, figures))}"
+        )
     for caption, png in figures.items():
         if not png.startswith(b"\x89PNG"):
             raise ValueError(f"write_report: figure {caption!r} must be PNG bytes, starts with {png[:8]!r}")
@@ -278,7 +342,11 @@ def _line(text: str) -> str:
 
 def _in_cell(text: str) -> str:
     """Text that stays one cell and holds neither HTML nor a link; "|" is left to the table."""
-    return re.sub(r"[\\`*]|(?<![^\W_])_|_(?![^\W_])|\](?=[(\[])", r"\\\g<0>", html.escape(" ".join(text.split()), quote=False))
+    return re.sub(
+        r"[\\`*]|(?<![^\W_])_|_(?![^\W_])|\](?=[(\[])",
+        r"\\\g<0>",
+        html.escape(" ".join(text.split()), quote=False),
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -44,7 +44,9 @@ def write(path: files.PathLike, results: Iterable[Result]) -> None:
 
 def read(path: files.PathLike) -> list[Result]:
     """Read what `write` wrote."""
-    rows: list[dict[str, Any]] = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    rows: list[dict[str, Any]] = [
+        json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()
+    ]
     return [Result(**{k: _fill(v) for k, v in row.items()}) for row in rows]
 
 
@@ -52,7 +54,19 @@ def environment() -> dict[str, Any]:
     """Python, torch, CUDA, GPU, packages and commit: what one needs to make a number again. Holds no names of people, hosts or paths."""
     import torch  # here: results.py is read by light tasks too
 
-    wanted = ("torch", "transformers", "numpy", "h5py", "nibabel", "isal", "attrs", "cattrs", "tokenizers", "safetensors", "medvl")
+    wanted = (
+        "torch",
+        "transformers",
+        "numpy",
+        "h5py",
+        "nibabel",
+        "isal",
+        "attrs",
+        "cattrs",
+        "tokenizers",
+        "safetensors",
+        "medvl",
+    )
     cuda = torch.cuda.is_available()
     return {
         "python": platform.python_version(),
@@ -80,7 +94,10 @@ def commit() -> str:
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return ""
-    head, dirty = _git(root, "rev-parse", "--short=12", "HEAD"), _git(root, "status", "--porcelain", "--untracked-files=no")
+    head, dirty = (
+        _git(root, "rev-parse", "--short=12", "HEAD"),
+        _git(root, "status", "--porcelain", "--untracked-files=no"),
+    )
     return head + ("+" if head and dirty else "")
 
 
@@ -89,13 +106,18 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str
     body = [[_cell(v) for v in row] for row in rows]
     numeric = [all(_is_number(r[i]) for r in body) and bool(body) for i in range(len(columns))]
     lines = ["| " + " | ".join(columns) + " |", "|" + "|".join("--:" if n else "---" for n in numeric) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in body]) + "\n"
+    return (
+        "\n".join(lines + ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in body])
+        + "\n"
+    )
 
 
 def html_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """The same table as HTML, escaped."""
     head = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(_cell(v))}</td>" for v in row) + "</tr>\n" for row in rows)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(_cell(v))}</td>" for v in row) + "</tr>\n" for row in rows
+    )
     return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table>\n"
 
 
@@ -128,14 +150,22 @@ def _installed(package: str) -> bool:
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
     names = (
-        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+        [
+            line.split(":", 1)[1].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        if info.exists()
+        else []
     )
     return names[0] if names else platform.processor() or platform.machine()
 
 
 def _git(root: Path, *args: str) -> str:
     try:
-        done = subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=False, timeout=10)
+        done = subprocess.run(
+            ["git", *args], cwd=root, capture_output=True, text=True, check=False, timeout=10
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""

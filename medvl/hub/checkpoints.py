@@ -55,7 +55,9 @@ def find(name: str, choices: tuple[str, ...]) -> Path:
     if folder.is_dir():
         if found := [folder / c for c in choices if (folder / c).is_file()]:
             return found[0]
-        raise ValueError(f"hub: the folder {folder} must hold {wanted}, found {few(sorted(p.name for p in folder.iterdir()))}")
+        raise ValueError(
+            f"hub: the folder {folder} must hold {wanted}, found {few(sorted(p.name for p in folder.iterdir()))}"
+        )
     if not _HUB_NAME.fullmatch(name) or "--" in name or ".." in name or name.endswith(".git"):
         raise ValueError(f"hub: there is no file or folder {name}")
     cached = [hit for c in choices if isinstance(hit := try_to_load_from_cache(name, c), str)]
@@ -89,7 +91,9 @@ def find_if_there(name: str, choice: str) -> Path | None:
         return find(name, (choice,))
     except ValueError as e:
         if "the hub has none" not in str(e):
-            _log.warning("%s: it may have a %s that is not in the cache, and is read without it (%s)", name, choice, e)
+            _log.warning(
+                "%s: it may have a %s that is not in the cache, and is read without it (%s)", name, choice, e
+            )
         return None
 
 
@@ -103,7 +107,9 @@ def _download(name: str, choices: tuple[str, ...], looked: str) -> Path:
         except RemoteEntryNotFoundError:
             continue
         except (HfHubHTTPError, OSError) as e:
-            raise ValueError(f"{looked}; the download failed ({e}). Check the name; a gated model needs `hf auth login`") from e
+            raise ValueError(
+                f"{looked}; the download failed ({e}). Check the name; a gated model needs `hf auth login`"
+            ) from e
     raise ValueError(f"{looked}; the hub has none either")
 
 
@@ -163,7 +169,9 @@ def _shards(index: Path) -> list[str]:
     """The files that an index names; they must lie beside it."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"load: {index} names no shards: weight_map must be {{weight: file}}, found {json.dumps(weight_map)[:60]}")
+        raise ValueError(
+            f"load: {index} names no shards: weight_map must be {{weight: file}}, found {json.dumps(weight_map)[:60]}"
+        )
     for weight, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise ValueError(
@@ -191,7 +199,11 @@ def _open_safetensors(path: Path) -> dict[str, Entry]:
         if header[k]["dtype"] not in _DTYPES:
             raise ValueError(f"load: {path}: {k} has values of {header[k]['dtype']}, which are not read")
         dtype, (start, stop) = _DTYPES[header[k]["dtype"]], header[k]["data_offsets"]
-        held[k] = Entry(shape=shape, dtype=dtype, read=partial(_read_at, path, 8 + length + start, stop - start, dtype, shape))
+        held[k] = Entry(
+            shape=shape,
+            dtype=dtype,
+            read=partial(_read_at, path, 8 + length + start, stop - start, dtype, shape),
+        )
     return held
 
 
@@ -222,7 +234,9 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, ValueError, *files.BROKEN) as e:
         raise ValueError(f"load: {path} is not a file of plain tensors, or broken ({files.reason(e)})") from e
-    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in state.items()):
+    if not isinstance(state, dict) or not all(
+        isinstance(k, str) and isinstance(t, Tensor) for k, t in state.items()
+    ):
         raise ValueError(f"load: {path} must hold one flat dict of tensors")
     files.check_own_numbers(path, state)
     return state
@@ -272,4 +286,6 @@ def new_folder(folder: files.PathLike) -> Iterator[Path]:
 
 def few(items: Sequence[Any], k: int = 6) -> str:
     """The first of the items as text, and how many more there are."""
-    return (", ".join(map(str, items[:k])) + (f" and {len(items) - k} more" if len(items) > k else "")) or "none"
+    return (
+        ", ".join(map(str, items[:k])) + (f" and {len(items) - k} more" if len(items) > k else "")
+    ) or "none"

@@ -47,11 +47,16 @@ def from_dinov2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         block, stem, leaf = _parse(key, r"blocks\.(\d+)\.")
         prefix = f"encoder.layer.{block}." if block else ""
         if block and stem == "attn.qkv":
-            out |= {f"{prefix}attention.attention.{q}{leaf}": p.contiguous() for q, p in zip(_QKV, t.chunk(3), strict=True)}
+            out |= {
+                f"{prefix}attention.attention.{q}{leaf}": p.contiguous()
+                for q, p in zip(_QKV, t.chunk(3), strict=True)
+            }
         elif stem in (names := _BLOCK if block else _OUTER):
             out[f"{prefix}{names[stem]}{leaf}"] = t
         else:
-            raise ValueError(f"from_dinov2: {key!r} is no key of an original DINOv2 checkpoint (like 'blocks.0.attn.qkv.weight')")
+            raise ValueError(
+                f"from_dinov2: {key!r} is no key of an original DINOv2 checkpoint (like 'blocks.0.attn.qkv.weight')"
+            )
     return out
 
 
@@ -62,7 +67,9 @@ def to_dinov2(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ValueError: a key that is not DINOv2's.
     """
     out: dict[str, Tensor] = {}
-    rows: dict[str, dict[str, Tensor]] = {}  # pieces that the original keeps in one tensor, {key: {piece: tensor}}
+    rows: dict[
+        str, dict[str, Tensor]
+    ] = {}  # pieces that the original keeps in one tensor, {key: {piece: tensor}}
     for key, t in params.items():
         block, stem, leaf = _parse(key, r"encoder\.layer\.(\d+)\.")
         prefix = f"blocks.{block}." if block else ""
@@ -74,7 +81,9 @@ def to_dinov2(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif stem in _BACK:
             out[f"{prefix}{_BACK[stem]}{leaf}"] = t
         else:
-            raise ValueError(f"to_dinov2: {key!r} is no key of a Hugging Face DINOv2 (like 'encoder.layer.0.norm1.weight')")
+            raise ValueError(
+                f"to_dinov2: {key!r} is no key of a Hugging Face DINOv2 (like 'encoder.layer.0.norm1.weight')"
+            )
     for key, parts in rows.items():
         order = _QKV if "qkv" in key else ("mlp.gate_proj", "mlp.up_proj")
         if lost := [p for p in order if p not in parts]:
@@ -93,12 +102,16 @@ def config_of(state: Mapping[str, Tensor], where: str) -> dict[str, Any]:
     """The config of an original DINOv2 checkpoint, from its shapes; DINOv2's heads are 64 wide."""
     if not {"pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight"} <= state.keys():
         found = ", ".join(list(state)[:6])
-        raise ValueError(f"load: {where} must be an original DINOv2 checkpoint (pos_embed, blocks.0..., patch_embed...), found {found}")
+        raise ValueError(
+            f"load: {where} must be an original DINOv2 checkpoint (pos_embed, blocks.0..., patch_embed...), found {found}"
+        )
     width, channels, _, patch = state["patch_embed.proj.weight"].shape
     swiglu = "blocks.0.mlp.w12.weight" in state
     registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
     if width % 64:
-        raise ValueError(f"load: {where}: the width of a DINOv2 must be a multiple of 64 (its heads are 64 wide), found {width}")
+        raise ValueError(
+            f"load: {where}: the width of a DINOv2 must be a multiple of 64 (its heads are 64 wide), found {width}"
+        )
     return {
         "model_type": "dinov2_with_registers" if registers else "dinov2",
         "hidden_size": width,

@@ -49,12 +49,21 @@ def read_hlora(
             f"read_hlora: {path} must be a .bin or .safetensors file, {'it has another name' if path.is_file() else 'nothing is there'}"
         )
     if rank < 1 or experts < 1 or rank % experts:
-        raise ValueError(f"read_hlora: experts must divide the rank of all of them together, got rank {rank} and {experts} experts")
+        raise ValueError(
+            f"read_hlora: experts must divide the rank of all of them together, got rank {rank} and {experts} experts"
+        )
     return _routed(open_weights(path, str(path)), path, rank, alpha, experts, skeleton, dtype, device)
 
 
 def _routed(
-    held: Mapping[str, Entry], path: Path, rank: int, alpha: float, experts: int, skeleton: Any, dtype: torch.dtype, device: Any
+    held: Mapping[str, Entry],
+    path: Path,
+    rank: int,
+    alpha: float,
+    experts: int,
+    skeleton: Any,
+    dtype: torch.dtype,
+    device: Any,
 ) -> tuple[Adapter, dict[str, Tensor]]:
     layers: dict[str, dict[str, str]] = {}
     others: dict[str, str] = {}
@@ -66,11 +75,15 @@ def _routed(
     odd = [k for k in held if not k.startswith(PREFIX) or (k in others.values() and ".lora_" in k)]
     if odd or not layers:
         what = f"unexpected {few(odd)}" if odd else f"no layers, only {few(list(others))}"
-        raise ValueError(f"read_hlora: {path} must hold {PREFIX}LAYER.lora_route|lora_A|lora_B.weight, found {what}")
+        raise ValueError(
+            f"read_hlora: {path} must hold {PREFIX}LAYER.lora_route|lora_A|lora_B.weight, found {what}"
+        )
     own = {} if skeleton is None else lora.targets(LoraConfig(pattern="all-linear"), skeleton)
     if skeleton is not None and own.keys() != layers.keys():
         missing, extra = [m for m in own if m not in layers], [m for m in layers if m not in own]
-        raise ValueError(f"read_hlora: {path} is not for {skeleton.name}: missing {few(missing)}, unexpected {few(extra)}")
+        raise ValueError(
+            f"read_hlora: {path} is not for {skeleton.name}: missing {few(missing)}, unexpected {few(extra)}"
+        )
     for m, keys in layers.items():
         if lacks := [name for name, part in _PARTS.items() if part not in keys]:
             raise ValueError(f"read_hlora: {path}: {m} lacks {few(lacks)}")
@@ -83,7 +96,10 @@ def _routed(
         if skeleton is not None:
             check_fit(skeleton, own, m, "linear", a, b, f"read_hlora: {path}")
     adapter = Adapter(
-        factors={m: {k: read_finite(held[key], key, path, dtype, device) for k, key in keys.items()} for m, keys in layers.items()},
+        factors={
+            m: {k: read_finite(held[key], key, path, dtype, device) for k, key in keys.items()}
+            for m, keys in layers.items()
+        },
         scale=dict.fromkeys(layers, alpha / rank * experts),
         kinds=dict.fromkeys(layers, "linear"),
         name=path.stem,
@@ -114,10 +130,14 @@ def write_hlora(adapter: Adapter, path: files.PathLike, rest: Mapping[str, Tenso
 def _hlora_state(adapter: Adapter, rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
     plain = [m for m, f in adapter.factors.items() if "router" not in f or adapter.kinds[m] != "linear"]
     if plain or not adapter.factors:
-        raise ValueError(f"write_hlora: every layer of {adapter} must be linear and have a router, not so {few(plain)}; use write_adapter")
+        raise ValueError(
+            f"write_hlora: every layer of {adapter} must be linear and have a router, not so {few(plain)}; use write_adapter"
+        )
     alike = {(len(f["a"]), len(f["router"]), adapter.scale[m]) for m, f in adapter.factors.items()}
     if len(alike) > 1:
-        raise ValueError(f"write_hlora: layers must have one rank, number of experts and scale, got {few(sorted(alike))}")
+        raise ValueError(
+            f"write_hlora: layers must have one rank, number of experts and scale, got {few(sorted(alike))}"
+        )
     state: dict[str, Tensor] = {}
     for m, f in adapter.factors.items():
         parts = {"lora_route": f["router"], "lora_A": f["a"], "lora_B": folded(adapter, m, "write_hlora")}

@@ -12,8 +12,17 @@ import torch
 from torch import Tensor
 
 from medvl.base import files
-from medvl.hub import skeletons as hub
-from medvl.hub.checkpoints import Entry, few, find, new_folder, open_weights, read_finite, read_json, save_finite
+from medvl.hub import skeletons
+from medvl.hub.checkpoints import (
+    Entry,
+    few,
+    find,
+    new_folder,
+    open_weights,
+    read_finite,
+    read_json,
+    save_finite,
+)
 from medvl.weights import lora
 from medvl.weights.lora import Adapter, LoraConfig
 
@@ -43,7 +52,11 @@ _REFUSED = {
 
 
 def read_adapter(
-    name: files.PathLike, skeleton: Any = None, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    name: files.PathLike,
+    skeleton: Any = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
 ) -> Adapter:
     """An adapter that peft saved. The keys of its file say which layers it corrects, its config says how strongly.
 
@@ -72,14 +85,25 @@ def read_adapter(
         own = lora.targets(LoraConfig(pattern=".*"), skeleton)
         names, whole = _renamed(skeleton, pairs, whole, held, config, path)
         for m, p in pairs.items():
-            check_fit(skeleton, own, names[m], kinds[m], held[p["a"]].shape, held[p["b"]].shape, f"read_adapter: {path}")
+            check_fit(
+                skeleton,
+                own,
+                names[m],
+                kinds[m],
+                held[p["a"]].shape,
+                held[p["b"]].shape,
+                f"read_adapter: {path}",
+            )
         if missing := [m for m in _demanded(config, own, names) if m not in names.values()]:
             raise ValueError(
                 f"read_adapter: {path} lacks {few(missing)}, which target_modules in its config name; is it cut or for another model?"
             )
         kinds = {m: own[names[m]] for m in pairs}
     return Adapter(
-        factors={names[m]: {k: read_finite(held[key], key, path, dtype, device) for k, key in p.items()} for m, p in pairs.items()},
+        factors={
+            names[m]: {k: read_finite(held[key], key, path, dtype, device) for k, key in p.items()}
+            for m, p in pairs.items()
+        },
         scale={names[m]: _strength(config, m)[1] for m in pairs},
         kinds={names[m]: kinds[m] for m in pairs},
         full={n: read_finite(held[key], key, path, dtype, device) for n, key in whole.items()},
@@ -90,7 +114,12 @@ def read_adapter(
 
 
 def write_adapter(
-    adapter: Adapter, folder: files.PathLike, *, base: str = "", task: str = "", targets: Iterable[str] | str | None = None
+    adapter: Adapter,
+    folder: files.PathLike,
+    *,
+    base: str = "",
+    task: str = "",
+    targets: Iterable[str] | str | None = None,
 ) -> None:
     """Write a folder that `peft.PeftModel.from_pretrained` and `read_adapter` read; it is there whole or not at all.
 
@@ -108,18 +137,28 @@ def write_adapter(
     if not adapter.factors:
         raise ValueError(f"write_adapter: {adapter} must correct at least one layer")
     if routed := [m for m, f in adapter.factors.items() if "router" in f]:
-        raise ValueError(f"write_adapter: {few(routed)} of {adapter} have routers (H-LoRA), which peft has no place for; use write_hlora")
+        raise ValueError(
+            f"write_adapter: {few(routed)} of {adapter} have routers (H-LoRA), which peft has no place for; use write_hlora"
+        )
     state: dict[str, Tensor] = {}
     for m, f in adapter.factors.items():
-        a, b = ("lora_embedding_A", "lora_embedding_B") if adapter.kinds[m] == "embedding" else ("lora_A.weight", "lora_B.weight")
+        a, b = (
+            ("lora_embedding_A", "lora_embedding_B")
+            if adapter.kinds[m] == "embedding"
+            else ("lora_A.weight", "lora_B.weight")
+        )
         state |= {f"{PREFIX}{m}.{a}": f["a"], f"{PREFIX}{m}.{b}": folded(adapter, m, "write_adapter")}
     for n, t in adapter.full.items():
         module, _, leaf = n.rpartition(".")
         state[f"{PREFIX}{module}.base_layer.{leaf}" if module in adapter.factors else PREFIX + n] = t
-    config = _config_of(adapter, base, task, targets if targets is None or isinstance(targets, str) else list(targets))
+    config = _config_of(
+        adapter, base, task, targets if targets is None or isinstance(targets, str) else list(targets)
+    )
     with new_folder(folder) as tmp:
         save_finite(state, tmp / "adapter_model.safetensors", f"write_adapter: {adapter}")
-        (tmp / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+        (tmp / "adapter_config.json").write_text(
+            json.dumps(config, indent=2, sort_keys=True), encoding="utf-8"
+        )
 
 
 def _number(v: Any) -> bool:
@@ -138,12 +177,18 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": (_count, "a positive integer"),
     "lora_alpha": (_number, "a number"),
     "lora_dropout": (lambda v: _number(v) and 0 <= v < 1, "a number in [0, 1)"),
-    "rank_pattern": (lambda v: isinstance(v, dict) and all(map(_count, v.values())), "{regex: positive integer}"),
+    "rank_pattern": (
+        lambda v: isinstance(v, dict) and all(map(_count, v.values())),
+        "{regex: positive integer}",
+    ),
     "alpha_pattern": (lambda v: isinstance(v, dict) and all(map(_number, v.values())), "{regex: number}"),
     "target_modules": (lambda v: isinstance(v, str) or _words(v), "a regex or a list of names"),
     "exclude_modules": (lambda v: isinstance(v, str) or _words(v), "a regex or a list of names"),
     "modules_to_save": (_words, "a list of names"),
-    "layers_to_transform": (lambda v: isinstance(v, int) or (isinstance(v, list) and all(isinstance(i, int) for i in v)), "layer numbers"),
+    "layers_to_transform": (
+        lambda v: isinstance(v, int) or (isinstance(v, list) and all(isinstance(i, int) for i in v)),
+        "layer numbers",
+    ),
     "layers_pattern": (lambda v: isinstance(v, str) or _words(v), "a regex or a list of them"),
 }
 
@@ -152,7 +197,9 @@ def _check_config(config: dict[str, Any], where: Path) -> None:
     """Refuse what changes the forward pass or the base in a way that an `Adapter` does not hold, and whatever is not known."""
 
     def refuse(key: str, why: str) -> None:
-        raise ValueError(f"read_adapter: {where}: {key} = {json.dumps(config.get(key))} cannot be read: {why}")
+        raise ValueError(
+            f"read_adapter: {where}: {key} = {json.dumps(config.get(key))} cannot be read: {why}"
+        )
 
     if config.get("peft_type") != "LORA":
         refuse("peft_type", "it must be LORA")
@@ -160,14 +207,24 @@ def _check_config(config: dict[str, Any], where: Path) -> None:
         refuse("bias", "it trains biases of the base")
     init = config.get("init_lora_weights")
     if not (init is None or isinstance(init, bool) or init in ("gaussian", "eva", "orthogonal")):
-        refuse("init_lora_weights", "it may change the base; save it as plain LoRA (peft's path_initial_model_for_weight_conversion)")
+        refuse(
+            "init_lora_weights",
+            "it may change the base; save it as plain LoRA (peft's path_initial_model_for_weight_conversion)",
+        )
     for key, value in config.items():
         if not _KNOWN.fullmatch(key) and not (value is None or value is False or value in ("", [], {})):
             refuse(key, _REFUSED.get(key, "what it does is not known here"))
     for key, (good, what) in _TYPES.items():
         if config.get(key) is not None and not good(config[key]):
             refuse(key, f"it must be {what}")
-    for key in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_pattern"):
+    for key in (
+        "target_modules",
+        "exclude_modules",
+        "rank_pattern",
+        "alpha_pattern",
+        "modules_to_save",
+        "layers_pattern",
+    ):
         value = config.get(key) or []
         names = key in ("target_modules", "exclude_modules") and not isinstance(value, str)
         for regex in [value] if isinstance(value, str) else [] if names else value:
@@ -202,11 +259,15 @@ def _sorted_out(
             unexpected.append(key)
     if unexpected or not pairs:
         raise ValueError(
-            f"read_adapter: {path}: unexpected {few(unexpected)}" if unexpected else f"read_adapter: {path} holds no LoRA factors"
+            f"read_adapter: {path}: unexpected {few(unexpected)}"
+            if unexpected
+            else f"read_adapter: {path} holds no LoRA factors"
         )
     for m, p in pairs.items():
         if p.keys() != {"a", "b"}:
-            raise ValueError(f"read_adapter: {path}: {next(iter(p.values()))} has no lora_{'B' if 'a' in p else 'A'} beside it")
+            raise ValueError(
+                f"read_adapter: {path}: {next(iter(p.values()))} has no lora_{'B' if 'a' in p else 'A'} beside it"
+            )
         a, b, rank = held[p["a"]].shape, held[p["b"]].shape, _strength(config, m)[0]
         if len(a) != 2 or len(b) != 2 or not a[0] == b[1] == rank:
             raise ValueError(
@@ -224,7 +285,9 @@ def _strength(config: Mapping[str, Any], module: str) -> tuple[int, float]:
     """(rank, scale) that the config gives a module."""
 
     def first(key: str, default: Any) -> Any:
-        return next((v for k, v in (config.get(key) or {}).items() if re.match(rf"(.*\.)?({k})$", module)), default)
+        return next(
+            (v for k, v in (config.get(key) or {}).items() if re.match(rf"(.*\.)?({k})$", module)), default
+        )
 
     rank = first("rank_pattern", config.get("r") or 8)
     alpha = first("alpha_pattern", 8 if config.get("lora_alpha") is None else config["lora_alpha"])
@@ -232,11 +295,16 @@ def _strength(config: Mapping[str, Any], module: str) -> tuple[int, float]:
 
 
 def _renamed(
-    skeleton: Any, pairs: Mapping[str, Any], whole: dict[str, str], held: Mapping[str, Entry], config: dict[str, Any], path: Path
+    skeleton: Any,
+    pairs: Mapping[str, Any],
+    whole: dict[str, str],
+    held: Mapping[str, Entry],
+    config: dict[str, Any],
+    path: Path,
 ) -> tuple[dict[str, str], dict[str, str]]:
     """({module in the file: the skeleton's}, {parameter of the skeleton: key}); of tied weights, the name that params have."""
     olds = dict.fromkeys([*(f"{m}.weight" for m in pairs), *whole])
-    new = hub.rename(skeleton, olds)
+    new = skeletons.rename(skeleton, olds)
     if lost := [n for n in olds if n not in new]:
         own = [n for n, _ in skeleton.module.named_parameters()]
         raise ValueError(
@@ -246,7 +314,9 @@ def _renamed(
     names = {m: new[f"{m}.weight"].removesuffix(".weight") for m in pairs}
     if len(set(new.values())) < len(new):
         twice = sorted(n for n, k in Counter(new.values()).items() if k > 1)
-        raise ValueError(f"read_adapter: {path}: {few(twice)} is there under an older and a newer name; the file must hold one adapter")
+        raise ValueError(
+            f"read_adapter: {path}: {few(twice)} is there under an older and a newer name; the file must hold one adapter"
+        )
     everywhere = dict(skeleton.module.named_parameters(remove_duplicate=False))
     first = {id(p): n for n, p in skeleton.module.named_parameters()}
     out: dict[str, str] = {}
@@ -254,19 +324,31 @@ def _renamed(
         p, one = everywhere[new[old]], first[id(everywhere[new[old]])]
         tied = [n for n, q in everywhere.items() if q is p]
         if held[key].shape != p.shape:
-            raise ValueError(f"read_adapter: {path}: {key} must be {list(p.shape)} as in {skeleton.name}, got {list(held[key].shape)}")
+            raise ValueError(
+                f"read_adapter: {path}: {key} must be {list(p.shape)} as in {skeleton.name}, got {list(held[key].shape)}"
+            )
         if len(tied) > 1 and _saved(config, old):
             raise ValueError(
                 f"read_adapter: {path}: {key} replaces one of {few(tied)}, which are one weight in {skeleton.name}; "
                 "load the model with tie_word_embeddings = false"
             )
         if one in out and not torch.equal(held[out[one]].read(), held[key].read()):
-            raise ValueError(f"read_adapter: {path}: {out[one]} and {key} differ, but are one weight in {skeleton.name}")
+            raise ValueError(
+                f"read_adapter: {path}: {out[one]} and {key} differ, but are one weight in {skeleton.name}"
+            )
         out.setdefault(one, key)
     return names, out
 
 
-def check_fit(skeleton: Any, own: Mapping[str, str], module: str, kind: str, a: tuple[int, ...], b: tuple[int, ...], where: str) -> None:
+def check_fit(
+    skeleton: Any,
+    own: Mapping[str, str],
+    module: str,
+    kind: str,
+    a: tuple[int, ...],
+    b: tuple[int, ...],
+    where: str,
+) -> None:
     """The factors [r, in] and [out, r] must suit the module: its kind and its shape."""
     if module not in own or (kind == "embedding") != (own[module] == "embedding"):
         raise ValueError(
@@ -275,7 +357,9 @@ def check_fit(skeleton: Any, own: Mapping[str, str], module: str, kind: str, a: 
     shape = tuple(skeleton.module.get_parameter(f"{module}.weight").shape)
     ends = (b[0], a[1]) if own[module] == "linear" else (a[1], b[0])
     if ends != shape:
-        raise ValueError(f"{where}: {module} has A {list(a)} and B {list(b)}, but its weight is {list(shape)} in {skeleton.name}")
+        raise ValueError(
+            f"{where}: {module} has A {list(a)} and B {list(b)}, but its weight is {list(shape)} in {skeleton.name}"
+        )
 
 
 def _demanded(config: dict[str, Any], own: Mapping[str, str], names: Mapping[str, str]) -> list[str]:
@@ -287,7 +371,11 @@ def _demanded(config: dict[str, Any], own: Mapping[str, str], names: Mapping[str
     """
     given = config.get("target_modules") or []
     if isinstance(given, str) and given.lower() == "all-linear":
-        linear = [m for m, kind in own.items() if kind != "embedding" and not re.search(r"(^|\.)(lm_head|score|classifier)$", m)]
+        linear = [
+            m
+            for m, kind in own.items()
+            if kind != "embedding" and not re.search(r"(^|\.)(lm_head|score|classifier)$", m)
+        ]
         config, given = config | {"target_modules": linear}, linear
     sides = {bool(lora.VISION.search(m)) for m in names.values()}
     stems = {_stems(old, new) for old, new in names.items()}
@@ -311,13 +399,23 @@ def _stems(old: str, new: str) -> tuple[str, str]:
 
 def _targeted(config: Mapping[str, Any], name: str) -> bool:
     """peft's rule of which modules a config names."""
-    hits = lambda v: bool(re.fullmatch(v, name)) if isinstance(v, str) else any(name == e or name.endswith(f".{e}") for e in v or [])
-    if hits(config.get("exclude_modules") or []) or _saved(config, name) or not hits(config.get("target_modules")):
+    hits = lambda v: (
+        bool(re.fullmatch(v, name))
+        if isinstance(v, str)
+        else any(name == e or name.endswith(f".{e}") for e in v or [])
+    )
+    if (
+        hits(config.get("exclude_modules") or [])
+        or _saved(config, name)
+        or not hits(config.get("target_modules"))
+    ):
         return False
     layers, lists = config.get("layers_to_transform"), config.get("layers_pattern") or []
     if layers is None or layers == [] or name in config["target_modules"]:
         return True
-    patterns = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in ([lists] if isinstance(lists, str) else lists)] or [r".*?\.[^.]*\.(\d+)\."]
+    patterns = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in ([lists] if isinstance(lists, str) else lists)] or [
+        r".*?\.[^.]*\.(\d+)\."
+    ]
     layer = next((int(hit[1]) for p in patterns if (hit := re.match(p, name))), None)
     return layer in ([layers] if isinstance(layers, int) else layers)
 
@@ -328,8 +426,14 @@ def _config_of(adapter: Adapter, base: str, task: str, named: list[str] | str | 
     config = {"init_lora_weights": True, "lora_bias": False, "use_dora": False, **old}
     if not old or any(_strength(old, m) != (adapter.rank(m), adapter.scale[m]) for m in modules):
         config |= _strengths(adapter)
-    saved = {n.rpartition(".")[0] for n in adapter.full if not (_saved(old, n) or (old and _RESIZED.search(n)))} - set(modules)
-    held = [s for s in old.get("modules_to_save") or [] if any(_saved({"modules_to_save": [s]}, n) for n in adapter.full)]
+    saved = {
+        n.rpartition(".")[0] for n in adapter.full if not (_saved(old, n) or (old and _RESIZED.search(n)))
+    } - set(modules)
+    held = [
+        s
+        for s in old.get("modules_to_save") or []
+        if any(_saved({"modules_to_save": [s]}, n) for n in adapter.full)
+    ]
     config |= {
         "peft_type": "LORA",
         "task_type": task or old.get("task_type", "CAUSAL_LM"),
@@ -343,7 +447,9 @@ def _config_of(adapter: Adapter, base: str, task: str, named: list[str] | str | 
         **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern")),
     }
     if missed := [m for m in modules if not _targeted(config, m)]:
-        raise ValueError(f"write_adapter: targets must name every layer of {adapter}, {json.dumps(named)} misses {few(missed)}")
+        raise ValueError(
+            f"write_adapter: targets must name every layer of {adapter}, {json.dumps(named)} misses {few(missed)}"
+        )
     return config
 
 
@@ -354,7 +460,10 @@ def _strengths(adapter: Adapter) -> dict[str, Any]:
         raise ValueError(f"write_adapter: the scale of {few(wrong)} of {adapter} must be finite")
     tidy = lambda x: round(x) if math.isclose(x, round(x), rel_tol=1e-12) else x
     alphas = {m: tidy(adapter.scale[m] * r) for m, r in ranks.items()}
-    (rank, _), (alpha, _) = Counter(ranks.values()).most_common(1)[0], Counter(alphas.values()).most_common(1)[0]
+    (rank, _), (alpha, _) = (
+        Counter(ranks.values()).most_common(1)[0],
+        Counter(alphas.values()).most_common(1)[0],
+    )
     return {
         "r": rank,
         "lora_alpha": alpha,

@@ -25,11 +25,22 @@ from torch.utils.checkpoint import checkpoint
 from medvl.base import files, tree
 from medvl.base.config import DEPTHS, WIDTH, WIDTH_OR_NONE
 from medvl.base.display import track
-from medvl.hub.checkpoints import Entry, entries_of, few, find, find_if_there, give_back, new_folder, open_weights, read_json, read_pickle
+from medvl.hub.checkpoints import (
+    Entry,
+    entries_of,
+    few,
+    find,
+    find_if_there,
+    give_back,
+    new_folder,
+    open_weights,
+    read_json,
+    read_pickle,
+)
 from medvl.hub.dinov2 import config_of
 from medvl.hub.dinov2 import from_dinov2 as from_dinov2
 from medvl.hub.dinov2 import to_dinov2 as to_dinov2
-from medvl.weights import four_bit as quant
+from medvl.weights import four_bit
 from medvl.weights.lazy import LowRank, dense, leaves
 
 Params = dict[str, Tensor]  # flat: {module name: tensor}
@@ -37,12 +48,24 @@ Each = Callable[[str, Tensor], Tensor]  # (name, weight) -> weight
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 # Keys a checkpoint may have that the plain encoder does not: heads of a task, poolers, the temperature of a contrastive pair.
-_HEADS = re.compile(r"(^|\.)(pooler|classifier|head|lm_head|cls|qa_outputs|score|visual_projection|text_projection|logit_scale)(\.|$)")
+_HEADS = re.compile(
+    r"(^|\.)(pooler|classifier|head|lm_head|cls|qa_outputs|score|visual_projection|text_projection|logit_scale)(\.|$)"
+)
 _UNUSED = re.compile(r"(^|\.)mask_token$")  # only masked pre-training reads it
-_BUFFERS = re.compile(r"(^|\.)(position_ids|inv_freq|masked_bias|attn\.bias)$")  # old files hold these constants
+_BUFFERS = re.compile(
+    r"(^|\.)(position_ids|inv_freq|masked_bias|attn\.bias)$"
+)  # old files hold these constants
 _KERNELS = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 # Bounds of the sizes in a model's config; what is above them is a slip of the keyboard, not a model.
-_DEPTH_NAMES = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth", "encoder_layers", "decoder_layers")
+_DEPTH_NAMES = (
+    "num_hidden_layers",
+    "num_layers",
+    "n_layer",
+    "n_layers",
+    "depth",
+    "encoder_layers",
+    "decoder_layers",
+)
 _WIDTH_NAMES = ("hidden_size", "n_embd", "d_model", "embed_dim")
 _HEAD_NAMES = ("num_attention_heads", "n_head", "num_heads", "n_heads")
 _MOST_PATCHES = 2**18
@@ -51,7 +74,9 @@ _SIZES: dict[str, tuple[int, int]] = {
     **dict.fromkeys(_WIDTH_NAMES, WIDTH),
     **dict.fromkeys((*_HEAD_NAMES, "num_key_value_heads"), (1, 4096)),
     "head_dim": (0, 2**14),
-    **dict.fromkeys(("patch_size", "image_size", "temporal_patch_size", "spatial_merge_size", "num_channels"), WIDTH),
+    **dict.fromkeys(
+        ("patch_size", "image_size", "temporal_patch_size", "spatial_merge_size", "num_channels"), WIDTH
+    ),
     **dict.fromkeys(("intermediate_size", "vocab_size"), (1, 2**22)),
     **dict.fromkeys(("out_hidden_size", "projection_dim"), WIDTH_OR_NONE),
     "mlp_ratio": (0, 256),
@@ -89,7 +114,9 @@ class Skeleton:
     module: nn.Module = field(repr=False)
     name: str
     config: dict[str, Any] = field(repr=False)
-    generation: dict[str, Any] = field(factory=dict, repr=False)  # the checkpoint's generation_config.json, as it was
+    generation: dict[str, Any] = field(
+        factory=dict, repr=False
+    )  # the checkpoint's generation_config.json, as it was
     _names: frozenset[str] = field(init=False, repr=False)
     _buffers: tuple[str, ...] = field(init=False, repr=False)
     _layers: tuple[nn.Module, ...] = field(init=False, repr=False)
@@ -131,7 +158,10 @@ class Skeleton:
             raise ValueError(
                 f"{self.name}: params must be exactly its {len(self._names)} weights; missing {few(missing)}, unknown {few(extra)}"
             )
-        if any(m.gradient_checkpointing and getattr(m, "_gradient_checkpointing_func", None) is not _recompute for m in self._layers):
+        if any(
+            m.gradient_checkpointing and getattr(m, "_gradient_checkpointing_func", None) is not _recompute
+            for m in self._layers
+        ):
             raise ValueError(
                 f"{self.name}: gradient checkpointing inside the module would recompute with other weights; "
                 "turn it off and use checkpointed(skeleton)"
@@ -191,14 +221,18 @@ def checkpointed(skeleton: Skeleton) -> Skeleton:
     if not layers:
         raise ValueError(f"checkpointed: {skeleton.name} has no layers that can be checkpointed")
     for layer in layers:
-        layer.gradient_checkpointing = layer.training = True  # of the layer alone: what is inside stays in evaluation mode
+        layer.gradient_checkpointing = layer.training = (
+            True  # of the layer alone: what is inside stays in evaluation mode
+        )
         layer._gradient_checkpointing_func = _recompute
     return evolve(skeleton, module=module)
 
 
 def _recompute(run: Any, *args: Any) -> Any:
     layer = run.args[0] if run.args else run.func.__self__
-    weights = {f"module.{n}": t for n, t in layer.named_parameters()}  # those of this call, not what the skeleton holds later
+    weights = {
+        f"module.{n}": t for n, t in layer.named_parameters()
+    }  # those of this call, not what the skeleton holds later
     again = lambda *a: torch.func.functional_call(_Bound(layer), weights, (lambda _: run(*a),))
     return checkpoint(again, *args, use_reentrant=False)
 
@@ -240,7 +274,9 @@ def load(
     held = open_weights(find(str(name), _WEIGHTS), str(name))
     if part:
         if not isinstance(config.get(f"{part}_config"), dict):
-            raise ValueError(f"load: {name} has no {part} tower (its config.json has no {part}_config); leave part empty")
+            raise ValueError(
+                f"load: {name} has no {part} tower (its config.json has no {part}_config); leave part empty"
+            )
         config = {"model_type": f"{config.get('model_type')}_{part}_model"} | config[f"{part}_config"]
         held = {k: e for k, e in held.items() if k.startswith(f"{part}_model.")}
     skeleton, params = _bind(config, held, str(name), head, dtype, torch.device(device), each)
@@ -257,10 +293,14 @@ def _read_generation(path: Path) -> dict[str, Any]:
     ends = raw.get("eos_token_id")
     for end in ends if isinstance(ends, list) else [ends]:
         if end is not None and (type(end) is not int or end < 0):
-            raise ValueError(f"load: {path}: eos_token_id must be a token or a list of tokens, found {json.dumps(end)[:60]}")
+            raise ValueError(
+                f"load: {path}: eos_token_id must be a token or a list of tokens, found {json.dumps(end)[:60]}"
+            )
     penalty = raw.get("repetition_penalty")
     if penalty is not None and (type(penalty) not in (int, float) or not 0 < penalty < math.inf):
-        raise ValueError(f"load: {path}: repetition_penalty must be a number above 0, found {json.dumps(penalty)[:60]}")
+        raise ValueError(
+            f"load: {path}: repetition_penalty must be a number above 0, found {json.dumps(penalty)[:60]}"
+        )
     return raw
 
 
@@ -294,10 +334,14 @@ def bind(
     Raises:
         ValueError: as `load`.
     """
-    return _bind(config, entries_of(state), name or str(config["model_type"]), head, dtype, torch.device(device), None)
+    return _bind(
+        config, entries_of(state), name or str(config["model_type"]), head, dtype, torch.device(device), None
+    )
 
 
-def init_skeleton(config: dict[str, Any], gen: Generator, *, head: Literal["", "language"] = "") -> tuple[Skeleton, Params]:
+def init_skeleton(
+    config: dict[str, Any], gen: Generator, *, head: Literal["", "language"] = ""
+) -> tuple[Skeleton, Params]:
     """An architecture with transformers' own random initialisation, float32 on CPU, a pure function of `gen`.
 
     Args:
@@ -311,7 +355,9 @@ def init_skeleton(config: dict[str, Any], gen: Generator, *, head: Literal["", "
     known = {*type(cfg)().to_dict(), *cfg.attribute_map, "model_type"}
     if unknown := sorted(config.keys() - known):
         has = ", ".join(sorted(k for k in known if not k.startswith("_")))
-        raise ValueError(f"init_skeleton: a {config['model_type']} config has no {', '.join(unknown)}; it has {has}")
+        raise ValueError(
+            f"init_skeleton: a {config['model_type']} config has no {', '.join(unknown)}; it has {has}"
+        )
     seed = int(torch.randint(2**62, (), generator=gen))
     _check_memory(_numbers_of_layers(cfg.to_dict()), config["model_type"])
     _check_memory(sum(p.numel() for p in _weightless(kind, cfg).parameters()), config["model_type"])
@@ -345,13 +391,20 @@ def untie(skeleton: Skeleton, params: Mapping[str, Tensor]) -> tuple[Skeleton, P
             part["tie_word_embeddings"] = False
     untied = empty_skeleton(config, head="language")
     if missing := sorted(n for n in untied._names if n not in source):
-        raise ValueError(f"untie: {skeleton.name} without shared weights needs {few(missing)}, which it does not have")
+        raise ValueError(
+            f"untie: {skeleton.name} without shared weights needs {few(missing)}, which it does not have"
+        )
     untied.module._weight_conversions = getattr(skeleton.module, "_weight_conversions", [])  # type: ignore[assignment]
-    weights = {n: params[n] if n == source[n] else params[source[n]].clone() for n, _ in untied.module.named_parameters()}
+    weights = {
+        n: params[n] if n == source[n] else params[source[n]].clone()
+        for n, _ in untied.module.named_parameters()
+    }
     return evolve(untied, name=skeleton.name), weights
 
 
-def save(skeleton: Skeleton, params: Mapping[str, Tensor], folder: files.PathLike, *, shard_gb: float = 5.0) -> None:
+def save(
+    skeleton: Skeleton, params: Mapping[str, Tensor], folder: files.PathLike, *, shard_gb: float = 5.0
+) -> None:
     """Write config.json and model.safetensors, with the names of published checkpoints, that transformers' from_pretrained reads.
 
     A generation_config.json that the checkpoint came with is written as it was.
@@ -366,21 +419,28 @@ def save(skeleton: Skeleton, params: Mapping[str, Tensor], folder: files.PathLik
             f"save: params must be the {len(skeleton._names)} weights of {skeleton.name}, got {len(params)}: {few(sorted(params))}"
         )
     if adapted := [n for n, w in params.items() if isinstance(w, LowRank)]:
-        raise ValueError(f"save: adapters are on {few(adapted, 2)}; merge them (lora.merge) or write them apart (write_adapter)")
-    packed = {n: w for n, w in params.items() if isinstance(w, quant.FourBit)}
+        raise ValueError(
+            f"save: adapters are on {few(adapted, 2)}; merge them (lora.merge) or write them apart (write_adapter)"
+        )
+    packed = {n: w for n, w in params.items() if isinstance(w, four_bit.FourBit)}
     if stacked := [n for n, w in packed.items() if w.dim() == 3]:
         raise ValueError(
             f"save: {few(stacked, 2)} are experts in 4 bits, for which no file has a place; write them out first "
             "(weights.dense), or save the model that was quantised"
         )
-    plain = {n: w.packed if isinstance(w, quant.FourBit) else dense(w).detach().contiguous() for n, w in params.items()}
+    plain = {
+        n: w.packed if isinstance(w, four_bit.FourBit) else dense(w).detach().contiguous()
+        for n, w in params.items()
+    }
     state = _published(skeleton.module, plain, packed)
     with new_folder(folder) as tmp, _quiet():
         _save_config(skeleton.module, tmp, plain, packed)
         if skeleton.generation:
             text = json.dumps(skeleton.generation, indent=2, ensure_ascii=False) + "\n"
             files.write_text(tmp / "generation_config.json", text)
-        split = split_torch_state_dict_into_shards(state, max_shard_size=int(shard_gb * 1e9), filename_pattern="model{suffix}.safetensors")
+        split = split_torch_state_dict_into_shards(
+            state, max_shard_size=int(shard_gb * 1e9), filename_pattern="model{suffix}.safetensors"
+        )
         for file, names in split.filename_to_tensors.items():
             save_file({n: state[n] for n in names}, tmp / file, {"format": "pt"})
         if split.is_sharded:
@@ -388,7 +448,9 @@ def save(skeleton: Skeleton, params: Mapping[str, Tensor], folder: files.PathLik
             files.write_text(tmp / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
 
 
-def _published(module: Any, plain: dict[str, Tensor], packed: Mapping[str, quant.FourBit]) -> dict[str, Tensor]:
+def _published(
+    module: Any, plain: dict[str, Tensor], packed: Mapping[str, four_bit.FourBit]
+) -> dict[str, Tensor]:
     """The state dict under the names of published checkpoints; each 4-bit weight with its scales."""
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -396,19 +458,29 @@ def _published(module: Any, plain: dict[str, Tensor], packed: Mapping[str, quant
     state: dict[str, Tensor] = {}
     for name, t in revert_weight_conversion(module, plain).items():
         old = codes.pop(id(t), None)
-        state |= {name: t} if old is None else {name + suffix: part for suffix, part in quant.pack(packed[old]).items()}
+        state |= (
+            {name: t}
+            if old is None
+            else {name + suffix: part for suffix, part in four_bit.pack(packed[old]).items()}
+        )
     if codes:
-        raise ValueError(f"save: {few(sorted(codes.values()))} are stored split or joined; they cannot be saved in 4 bits")
+        raise ValueError(
+            f"save: {few(sorted(codes.values()))} are stored split or joined; they cannot be saved in 4 bits"
+        )
     return state
 
 
-def _save_config(module: Any, folder: Path, plain: Mapping[str, Tensor], packed: Mapping[str, quant.FourBit]) -> None:
+def _save_config(
+    module: Any, folder: Path, plain: Mapping[str, Tensor], packed: Mapping[str, four_bit.FourBit]
+) -> None:
     config = copy.deepcopy(module.config)
     config.architectures = [type(module).__name__]
     config.dtype = next((t.dtype for t in plain.values() if t.is_floating_point()), torch.float32)
     if packed:
         one = next(iter(packed.values()))
-        whole = [n for n, m in module.named_modules() if isinstance(m, nn.Linear) and f"{n}.weight" not in packed]
+        whole = [
+            n for n, m in module.named_modules() if isinstance(m, nn.Linear) and f"{n}.weight" not in packed
+        ]
         config.quantization_config = {
             "quant_method": "bitsandbytes",
             "load_in_4bit": True,
@@ -426,7 +498,11 @@ def _save_config(module: Any, folder: Path, plain: Mapping[str, Tensor], packed:
 def digest(params: tree.Tree) -> str:
     """Sixteen hex digits of the content of a tree of tensors: names, dtypes, shapes and bytes. Independent of order and device."""
     whole = hashlib.sha256()
-    plain = {f"{n}{f' {i}' if i else ''}": t for n, w in tree.flatten(params).items() for i, t in enumerate(leaves(w))}
+    plain = {
+        f"{n}{f' {i}' if i else ''}": t
+        for n, w in tree.flatten(params).items()
+        for i, t in enumerate(leaves(w))
+    }
     for name, t in track(sorted(plain.items()), "hashing weights"):
         whole.update(f"{name} {t.dtype} {tuple(t.shape)}\n".encode())
         whole.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -438,16 +514,31 @@ def _architecture(config: dict[str, Any], head: str = "") -> tuple[Any, Any]:
     """(transformers class, its config) that a config dict describes; never code from the checkpoint."""
     _check_head(head)
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING
+    from transformers import (
+        CONFIG_MAPPING,
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        MODEL_MAPPING,
+    )
 
-    tables: Any = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING) if head else (MODEL_MAPPING,)
+    tables: Any = (
+        (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING) if head else (MODEL_MAPPING,)
+    )
     kind = str(config.get("model_type"))
     table = next((t for t in tables if kind in CONFIG_MAPPING and CONFIG_MAPPING[kind] in t), None)
     if table is None:
         own = "; it needs code of its own, which is never run" if "auto_map" in config else ""
-        what = "a language model that transformers has (qwen2, qwen3, phi3, qwen2_5_vl...)" if head else "an encoder that transformers has"
-        raise ValueError(f"config: model_type must be {what}{'' if head else ' (dinov2, dinov3_vit, vit, bert...)'}, found {kind!r}{own}")
-    config = _without_kernels({k: v for k, v in config.items() if k != "quantization_config"})  # 4-bit weights have keys of their own
+        what = (
+            "a language model that transformers has (qwen2, qwen3, phi3, qwen2_5_vl...)"
+            if head
+            else "an encoder that transformers has"
+        )
+        raise ValueError(
+            f"config: model_type must be {what}{'' if head else ' (dinov2, dinov3_vit, vit, bert...)'}, found {kind!r}{own}"
+        )
+    config = _without_kernels(
+        {k: v for k, v in config.items() if k != "quantization_config"}
+    )  # 4-bit weights have keys of their own
     for part, where in _parts(config):
         _check_bounds(part, where)
     try:
@@ -482,7 +573,9 @@ def _check_fit(config: Mapping[str, Any], where: str) -> None:
     width, heads = _first_of(config, _WIDTH_NAMES), _first_of(config, _HEAD_NAMES)
     groups = _first_of(config, ("num_key_value_heads",))
     if heads and groups and heads[1] % groups[1]:
-        raise ValueError(f"{where}: num_key_value_heads must divide {heads[0]}, got {groups[1]} and {heads[1]}")
+        raise ValueError(
+            f"{where}: num_key_value_heads must divide {heads[0]}, got {groups[1]} and {heads[1]}"
+        )
     if width and heads:
         head = config.get("head_dim") or width[1] // heads[1]
         if head < 1:
@@ -500,13 +593,21 @@ def _check_rope(config: Mapping[str, Any], head: int, where: str) -> None:
         return
     turned = int(head * (rope.get("partial_rotary_factor") or 1))
     if turned % 2:
-        raise ValueError(f"{where}: heads must have an even number of values for rotary positions, got {turned}")
+        raise ValueError(
+            f"{where}: heads must have an even number of values for rotary positions, got {turned}"
+        )
     if "mrope_section" not in rope:
         return
     sections = rope["mrope_section"]
-    whole = isinstance(sections, list | tuple) and len(sections) == 3 and all(isinstance(n, int) and n > 0 for n in sections)
+    whole = (
+        isinstance(sections, list | tuple)
+        and len(sections) == 3
+        and all(isinstance(n, int) and n > 0 for n in sections)
+    )
     if not whole or sum(sections) != turned // 2:
-        raise ValueError(f"{where}: mrope_section must be three numbers whose sum is {turned // 2}, half of a head, got {sections}")
+        raise ValueError(
+            f"{where}: mrope_section must be three numbers whose sum is {turned // 2}, half of a head, got {sections}"
+        )
 
 
 def _check_patches(config: Mapping[str, Any], where: str) -> None:
@@ -535,7 +636,9 @@ def _numbers_of_layers(config: Mapping[str, Any]) -> int:
     """How many numbers the matrices of the layers have at least, told by the sizes alone: building so many layers takes minutes."""
     total = 0
     for part, _ in _parts(config):
-        sizes = [_first_of(part, names) for names in (_DEPTH_NAMES, _WIDTH_NAMES, ("intermediate_size", "n_inner"))]
+        sizes = [
+            _first_of(part, names) for names in (_DEPTH_NAMES, _WIDTH_NAMES, ("intermediate_size", "n_inner"))
+        ]
         total += math.prod(size[1] for size in sizes if size) if all(sizes) else 0
     return total
 
@@ -569,7 +672,11 @@ def _without_kernels(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(kind: Any) -> dict[str, bool]:
-    return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(kind.__init__).parameters else {}
+    return (
+        {"add_pooling_layer": False}
+        if "add_pooling_layer" in inspect.signature(kind.__init__).parameters
+        else {}
+    )
 
 
 def _built(kind: Any, cfg: Any) -> Any:
@@ -577,7 +684,9 @@ def _built(kind: Any, cfg: Any) -> Any:
         return kind._from_config(cfg, dtype=torch.float32, **_plain(kind)).eval()
     except _UNBUILT as e:
         reason = " ".join(str(e).split())[:300]
-        raise ValueError(f"config: no {cfg.model_type} can be built of these sizes ({type(e).__name__}: {reason})") from e
+        raise ValueError(
+            f"config: no {cfg.model_type} can be built of these sizes ({type(e).__name__}: {reason})"
+        ) from e
 
 
 # Held while a module is built: what is patched, and the generator that is drawn from, are those of the whole process.
@@ -595,7 +704,9 @@ def _weightless(kind: Any, cfg: Any) -> Any:
         register(self, name, param)
 
     with _building, torch.random.fork_rng(devices=[]), _quiet():
-        register = nn.Module.register_parameter  # read under the lock: before it, this may be another thread's patch, and would stay
+        register = (
+            nn.Module.register_parameter
+        )  # read under the lock: before it, this may be another thread's patch, and would stay
         nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
         try:
             module = _built(kind, cfg)
@@ -606,12 +717,22 @@ def _weightless(kind: Any, cfg: Any) -> Any:
 
 
 def _bind(
-    config: dict[str, Any], held: dict[str, Entry], name: str, head: str, dtype: torch.dtype, device: torch.device, each: Each | None
+    config: dict[str, Any],
+    held: dict[str, Entry],
+    name: str,
+    head: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    each: Each | None,
 ) -> tuple[Skeleton, Params]:
     """Find each checkpoint tensor its parameter, see that all fit, and only then read them, one at a time."""
     kind, cfg = _architecture(config, head)
     held = _unpacked(held)
-    wrong = [f"{k} ({str(e.dtype)[6:]})" for k, e in held.items() if e.dtype not in _FLOATS and not _BUFFERS.search(k)]
+    wrong = [
+        f"{k} ({str(e.dtype)[6:]})"
+        for k, e in held.items()
+        if e.dtype not in _FLOATS and not _BUFFERS.search(k)
+    ]
     if wrong:
         raise ValueError(
             f"load: {name}: weights must be float16, bfloat16, float32, float64 or bitsandbytes' 4-bit, found {few(wrong)}; "
@@ -623,15 +744,28 @@ def _bind(
     _join_tied(module, plan, name)
     missing = sorted(n for n in shapes.keys() - plan.keys() if not _UNUSED.search(n))
     extra = sorted(k for k in extra if not (_HEADS.search(k) or _UNUSED.search(k) or _BUFFERS.search(k)))
-    misfit = sorted(f"{n} {list(e.shape)} instead of {list(shapes[n])}" for n, e in plan.items() if e.shape and e.shape != shapes[n])
+    misfit = sorted(
+        f"{n} {list(e.shape)} instead of {list(shapes[n])}"
+        for n, e in plan.items()
+        if e.shape and e.shape != shapes[n]
+    )
     if missing or extra or misfit:
         parts = (("missing", missing), ("unexpected", extra), ("of another shape", misfit))
-        raise ValueError(f"load: {name} is no {kind.__name__} of this config: " + "; ".join(f"{w} {few(ks)}" for w, ks in parts if ks))
+        raise ValueError(
+            f"load: {name} is no {kind.__name__} of this config: "
+            + "; ".join(f"{w} {few(ks)}" for w, ks in parts if ks)
+        )
     params: Params = {}
     for n, shape in track(shapes.items(), "reading weights"):
-        t = _read(plan.pop(n), n, name).to(device, dtype) if n in plan else torch.zeros(shape, dtype=dtype, device=device)
+        t = (
+            _read(plan.pop(n), n, name).to(device, dtype)
+            if n in plan
+            else torch.zeros(shape, dtype=dtype, device=device)
+        )
         if tuple(t.shape) != shape:
-            raise ValueError(f"load: {name}: {n} must be {list(shape)}, the file's parts make {list(t.shape)}")
+            raise ValueError(
+                f"load: {name}: {n} must be {list(shape)}, the file's parts make {list(t.shape)}"
+            )
         params[n] = (each(n, t) if each else t).detach()
         del t
         if each:
@@ -649,7 +783,12 @@ def _read(entry: Entry, name: str, of: str) -> Tensor:
 def _plan(module: Any, held: Mapping[str, Entry]) -> tuple[dict[str, Entry], list[str]]:
     """({parameter: where its values come from}, names that have no parameter), by transformers' own rules for old and split layouts."""
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
 
     rules = get_model_conversion_mapping(module)
     renamings = [r for r in rules if isinstance(r, WeightRenaming)]
@@ -704,7 +843,9 @@ def _join_tied(module: Any, plan: dict[str, Entry], name: str) -> None:
         if n == one or n not in plan:
             continue
         if one in plan and not torch.equal(plan[n].read(), plan[one].read()):
-            raise ValueError(f"load: {name}: {n} and {one} are one weight by its config, but differ in the file")
+            raise ValueError(
+                f"load: {name}: {n} and {one} are one weight by its config, but differ in the file"
+            )
         plan.setdefault(one, plan[n])
         del plan[n]
 
@@ -712,17 +853,21 @@ def _join_tied(module: Any, plan: dict[str, Entry], name: str) -> None:
 def _unpacked(held: dict[str, Entry]) -> dict[str, Entry]:
     """The same entries, those of each 4-bit weight as one."""
     quantised = {k.partition(".quant_state.")[0] for k in held if ".quant_state.bitsandbytes__" in k}
-    parts = {w: {k[len(w) :]: e for k, e in held.items() if k == w or k.startswith(f"{w}.")} for w in quantised}
+    parts = {
+        w: {k[len(w) :]: e for k, e in held.items() if k == w or k.startswith(f"{w}.")} for w in quantised
+    }
     taken = {w + suffix for w, of in parts.items() for suffix in of}
     out = {k: e for k, e in held.items() if k not in taken}
     for w, of in parts.items():
-        about = quant.header({k: e.read() for k, e in of.items() if k.startswith(".quant_state.")}, w)
-        out[w] = Entry(shape=tuple(about["shape"]), dtype=getattr(torch, about["dtype"]), read=partial(_unpack, of))
+        about = four_bit.header({k: e.read() for k, e in of.items() if k.startswith(".quant_state.")}, w)
+        out[w] = Entry(
+            shape=tuple(about["shape"]), dtype=getattr(torch, about["dtype"]), read=partial(_unpack, of)
+        )
     return out
 
 
 def _unpack(parts: dict[str, Entry]) -> Tensor:
-    return quant.unpack({k: e.read() for k, e in parts.items()})
+    return four_bit.unpack({k: e.read() for k, e in parts.items()})
 
 
 def _split(module: Any, name: str, device: str | torch.device) -> tuple[Skeleton, Params]:
@@ -745,7 +890,9 @@ def _skeleton(module: Any, name: str, device: torch.device = torch.device("cpu")
     for part in module.modules():
         for key, b in part._buffers.items():
             part._buffers[key] = b if b is None else b.to(device)
-    return Skeleton(module=module, name=name, config=json.loads(json.dumps(module.config.to_dict(), default=str)))
+    return Skeleton(
+        module=module, name=name, config=json.loads(json.dumps(module.config.to_dict(), default=str))
+    )
 
 
 @contextmanager

@@ -40,7 +40,9 @@ def tokenizer(name: files.PathLike) -> Any:
         if main.name == "tokenizer.json" and not (main.parent / "tokenizer_config.json").is_file():
             return _unset(_wrap(main))
         # Without an explicit False, transformers asks on standard input whether to run the code that `auto_map` names.
-        return _unset(AutoTokenizer.from_pretrained(main.parent, local_files_only=True, trust_remote_code=False))
+        return _unset(
+            AutoTokenizer.from_pretrained(main.parent, local_files_only=True, trust_remote_code=False)
+        )
 
 
 def _unset(tok: Any) -> Any:
@@ -63,7 +65,16 @@ class _Reading:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         # tokenizers raises `Exception` itself, no subclass, for a tokenizer.json that it cannot use
-        unreadable = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, ImportError, RecursionError)
+        unreadable = (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            IndexError,
+            ImportError,
+            RecursionError,
+        )
         if kind is None or not (kind is Exception or issubclass(kind, unreadable)):
             return
         if "trust_remote_code" in str(error):
@@ -72,7 +83,9 @@ class _Reading:
                 "save_pretrained of a tokenizer class that transformers has, or give its tokenizer.json alone"
             ) from error
         reason = " ".join(str(error).split())
-        raise ValueError(f"{self.what}: {self.path} does not hold one that transformers reads ({reason})") from error
+        raise ValueError(
+            f"{self.what}: {self.path} does not hold one that transformers reads ({reason})"
+        ) from error
 
 
 def image_processor(name: files.PathLike) -> Any:
@@ -89,17 +102,23 @@ def image_processor(name: files.PathLike) -> Any:
     about = read_json(main)
     about = about.get("image_processor", about)
     if not isinstance(about, dict):
-        raise ValueError(f"image_processor: {main}: image_processor must be an object, found {type(about).__name__}")
+        raise ValueError(
+            f"image_processor: {main}: image_processor must be an object, found {type(about).__name__}"
+        )
     said = str(about.get("image_processor_type") or about.get("feature_extractor_type"))
     base = said.removesuffix("Fast").replace("FeatureExtractor", "ImageProcessor")
     kind = getattr(transformers, f"{base}Pil", None) if base.endswith("ImageProcessor") else None
     if kind is None:  # AutoImageProcessor would ask for torchvision
-        raise ValueError(f"image_processor: {main} must name one that transformers has on Pillow (CLIPImageProcessor...), found {said!r}")
+        raise ValueError(
+            f"image_processor: {main} must name one that transformers has on Pillow (CLIPImageProcessor...), found {said!r}"
+        )
     with _Reading("image_processor", main):
         return kind.from_dict(about)
 
 
-def train_bpe(texts: Sequence[str], vocab_size: int, folder: files.PathLike | None = None, *, lower: bool = True) -> Any:
+def train_bpe(
+    texts: Sequence[str], vocab_size: int, folder: files.PathLike | None = None, *, lower: bool = True
+) -> Any:
     """A byte-level BPE tokenizer learnt from texts: lower case and single spaces as CLIP's, start and end token around every text.
 
     With lower=False case is kept, as letters of multiple choice need.
@@ -109,7 +128,16 @@ def train_bpe(texts: Sequence[str], vocab_size: int, folder: files.PathLike | No
     Raises:
         ValueError: vocab_size cannot hold the 256 bytes and the 3 special tokens, or there is no text.
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import (
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
 
     if vocab_size < 259 or not texts:
         raise ValueError(
@@ -122,7 +150,11 @@ def train_bpe(texts: Sequence[str], vocab_size: int, folder: files.PathLike | No
     tok.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[START, END, PAD], initial_alphabet=sorted(alphabet), min_frequency=2, show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=[START, END, PAD],
+        initial_alphabet=sorted(alphabet),
+        min_frequency=2,
+        show_progress=False,
     )
     tok.train_from_iterator(texts, trainer)
     ids = [(t, tok.token_to_id(t)) for t in (START, END)]
@@ -150,7 +182,10 @@ def tokenize(tok: Any, texts: Sequence[str], context: int) -> tuple[Tensor, Tens
     """
     rows = _encode(tok, texts, context)
     if any(len(r) > context for r in rows):
-        warnings.warn(f"tokenize: texts longer than {context} tokens lose their tail (count them with tokens.truncated)", stacklevel=2)
+        warnings.warn(
+            f"tokenize: texts longer than {context} tokens lose their tail (count them with tokens.truncated)",
+            stacklevel=2,
+        )
     rows = [r if len(r) <= context else [*r[: context - 1], r[-1]] for r in rows]
     longest = max(map(len, rows))
     pad = tok.eos_token_id if tok.pad_token_id is None else tok.pad_token_id
@@ -171,7 +206,9 @@ def _encode(tok: Any, texts: Sequence[str], context: int) -> list[list[int]]:
         )
     empty = tok("", truncation=False)["input_ids"]
     if not empty or empty[-1] not in tok.all_special_ids:
-        raise ValueError(f"tokenize: the tokenizer must put an end token behind every text, but an empty text gives {empty}")
+        raise ValueError(
+            f"tokenize: the tokenizer must put an end token behind every text, but an empty text gives {empty}"
+        )
     return tok(list(texts), truncation=False, padding=False, verbose=False)["input_ids"]
 
 
@@ -179,7 +216,9 @@ def _wrap(path: Path, **special: str) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     fast = PreTrainedTokenizerFast(tokenizer_file=str(path), **special)
-    if not special:  # a bare file does not say which of its tokens end or pad a text: take them from its own template
+    if (
+        not special
+    ):  # a bare file does not say which of its tokens end or pad a text: take them from its own template
         ends = fast("")["input_ids"]
         if ends:
             fast.eos_token = fast.convert_ids_to_tokens(ends[-1])

@@ -15,18 +15,15 @@ from torch import Generator, Tensor
 from medvl.base import config, processes
 from medvl.base.display import track
 from medvl.base.files import PathLike, write_text
-from medvl.hub import skeletons as hub
-from medvl.hub import tokens
+from medvl.hub import skeletons, tokens
 from medvl.hub.checkpoints import find, new_folder, read_json
-from medvl.language import generate as generation
-from medvl.language import images, intern_vl, qwen_vl, vlm
-from medvl.language import labels as conversations
+from medvl.language import encoding as conversations
+from medvl.language import generate, images, intern_vl, qwen_vl, vlm
 from medvl.language.conversations import Conversation, limit_images
+from medvl.language.encoding import Placeholder, Sample, Turns
 from medvl.language.generate import Generated, Sampling
-from medvl.language.labels import Placeholder, Sample, Turns
 from medvl.training import order
-from medvl.weights import four_bit as quant
-from medvl.weights import shards
+from medvl.weights import four_bit, shards
 
 _log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -34,8 +31,24 @@ Eyes = qwen_vl.ImageConfig | intern_vl.TileConfig
 _QWEN_VL = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 _CHAT = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 _OWN_OPTIONS = {  # what a template is called with anyway
-    *("conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize", "tokenizer_kwargs"),
-    *("sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+    *(
+        "conversation",
+        "messages",
+        "chat_template",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+        "tokenizer_kwargs",
+    ),
+    *(
+        "sanitize_control_tokens",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+    ),
 }
 _TILES = ("<img>", "</img>", "<IMG_CONTEXT>")
 
@@ -52,7 +65,9 @@ class ModelConfig:
 
     def __attrs_post_init__(self) -> None:
         if bool(self.name) == bool(self.config):
-            raise ValueError("model must have either a name (hub or folder) or a config to build from scratch")
+            raise ValueError(
+                "model must have either a name (hub or folder) or a config to build from scratch"
+            )
 
 
 @frozen(kw_only=True)
@@ -66,18 +81,33 @@ class ChatConfig:
     # "raw": each answer is put as it is behind the prompt of generation, whatever the template does with answers (DeepSeek-R1).
     answers: Literal["template", "raw"] = "template"
     end: str = ""  # special token behind the last answer, where the template puts nothing there (GLM-4.5: "<|user|>")
-    allow: tuple[str, ...] = ()  # special tokens that answers may hold, such as those of boxes and image codes
+    allow: tuple[
+        str, ...
+    ] = ()  # special tokens that answers may hold, such as those of boxes and image codes
     max_pixels: int = 0  # of an image (MAX_PIXELS elsewhere); 0 = what the checkpoint says
     min_pixels: int = 0
     max_images: int = 0  # of a user's turn, the last ones; 0 = all. (MAX_NUM elsewhere means this for some models and tiles for others)
-    window: tuple[float, ...] = ()  # (black, white): the greys of 16-bit and DICOM images that are shown as 0 and 255
-    repetition_penalty: float = 0.0  # of answers; 0 = what the checkpoint's generation_config.json says, 1 = none
+    window: tuple[
+        float, ...
+    ] = ()  # (black, white): the greys of 16-bit and DICOM images that are shown as 0 and 255
+    repetition_penalty: float = (
+        0.0  # of answers; 0 = what the checkpoint's generation_config.json says, 1 = none
+    )
 
     def __attrs_post_init__(self) -> None:
-        config.within(self, "chat", context=(2, 2**24), max_pixels=(0, 2**28), min_pixels=(0, 2**28), max_images=(0, 2**20))
+        config.within(
+            self,
+            "chat",
+            context=(2, 2**24),
+            max_pixels=(0, 2**28),
+            min_pixels=(0, 2**28),
+            max_images=(0, 2**20),
+        )
         config.within(self, "chat", repetition_penalty=(0, 100))
         if self.max_pixels and self.min_pixels > self.max_pixels:
-            raise ValueError(f"chat.min_pixels must not be above chat.max_pixels, got {self.min_pixels} and {self.max_pixels}")
+            raise ValueError(
+                f"chat.min_pixels must not be above chat.max_pixels, got {self.min_pixels} and {self.max_pixels}"
+            )
         if wrong := [key for key in self.options if not key.isidentifier() or key in _OWN_OPTIONS]:
             raise ValueError(f"chat.options must be variables of a template, {wrong[0]!r} is none")
         images.check_window(self.window, "chat.window")
@@ -87,7 +117,7 @@ class ChatConfig:
 class Chat:
     """Everything of a model that talks but its weights."""
 
-    skeleton: hub.Skeleton
+    skeleton: skeletons.Skeleton
     tokenizer: Any
     cfg: ChatConfig
     dtype: torch.dtype
@@ -105,8 +135,14 @@ class Encoded:
 
 
 def open_chat(
-    model: ModelConfig, cfg: ChatConfig, tok: Any, gen: Generator, *, device: torch.device = torch.device("cpu"), shard: bool = False
-) -> tuple[Chat, hub.Params]:
+    model: ModelConfig,
+    cfg: ChatConfig,
+    tok: Any,
+    gen: Generator,
+    *,
+    device: torch.device = torch.device("cpu"),
+    shard: bool = False,
+) -> tuple[Chat, skeletons.Params]:
     """The model and its weights: read, or drawn from `gen` where the record has no name.
 
     Args:
@@ -117,16 +153,21 @@ def open_chat(
         ValueError: as `hub.load` and `hub.init_skeleton`.
     """
     dtype = DTYPES[model.dtype]
-    each = None if model.quantize == "none" else quant.quantizer(quant.QuantConfig(kind=model.quantize))
+    each = None if model.quantize == "none" else four_bit.quantizer(four_bit.QuantConfig(kind=model.quantize))
     if model.name and device.type != "meta":
         cut_ = shards.sharder(shards.mesh(device)) if shard else None
-        skeleton, params = hub.load(model.name, head="language", dtype=dtype, device=device, each=each or cut_)
+        skeleton, params = skeletons.load(
+            model.name, head="language", dtype=dtype, device=device, each=each or cut_
+        )
     else:
-        skeleton = hub.empty_skeleton(config_of(model, tok), head="language")
+        skeleton = skeletons.empty_skeleton(config_of(model, tok), head="language")
         if device.type == "meta":
-            params = {n: torch.empty(p.shape, dtype=dtype, device="meta") for n, p in skeleton.module.named_parameters()}
+            params = {
+                n: torch.empty(p.shape, dtype=dtype, device="meta")
+                for n, p in skeleton.module.named_parameters()
+            }
         else:
-            skeleton, params = hub.init_skeleton(skeleton.config, gen, head="language")
+            skeleton, params = skeletons.init_skeleton(skeleton.config, gen, head="language")
             params = {n: t.to(device, dtype) for n, t in params.items()}
         params = {n: each(n, t) if each else t for n, t in params.items()}
     holder, eyes = _sight(model, cfg, skeleton)
@@ -136,7 +177,7 @@ def open_chat(
     return chat, params
 
 
-def _try_sizes(chat: Chat, params: hub.Params) -> None:
+def _try_sizes(chat: Chat, params: skeletons.Params) -> None:
     """Compute one small loss of a model that was built from a config, with an image where it sees them.
 
     Sizes that do not fit each other are found here, and not when the data is read and the first step is computed.
@@ -146,23 +187,42 @@ def _try_sizes(chat: Chat, params: hub.Params) -> None:
     try:
         if chat.placeholder is not None and chat.eyes is not None:
             if isinstance(chat.eyes, intern_vl.TileConfig):
-                pixels["pixel_values"] = intern_vl.tile_all(chat.eyes, [Image.new("RGB", (chat.eyes.size, chat.eyes.size))])[0]
+                pixels["pixel_values"] = intern_vl.tile_all(
+                    chat.eyes, [Image.new("RGB", (chat.eyes.size, chat.eyes.size))]
+                )[0]
                 count = intern_vl.visual_tokens(chat.eyes, len(pixels["pixel_values"]))
             else:
                 side = 2 * chat.eyes.patch * chat.eyes.merge
-                pixels["pixel_values"], grid = qwen_vl.patchify_all(chat.eyes, [Image.new("RGB", (side, side))])
+                pixels["pixel_values"], grid = qwen_vl.patchify_all(
+                    chat.eyes, [Image.new("RGB", (side, side))]
+                )
                 pixels["image_grid_thw"] = grid
                 count = int(grid.prod()) // chat.eyes.merge**2
-            ids = [token(chat.placeholder.before), *[token(chat.placeholder.token)] * count, token(chat.placeholder.after), *ids]
+            ids = [
+                token(chat.placeholder.before),
+                *[token(chat.placeholder.token)] * count,
+                token(chat.placeholder.after),
+                *ids,
+            ]
             visual = [False, *[True] * count, False, *visual]
         row = torch.tensor([ids])
-        batch = {"ids": row, "labels": row, "mask": torch.ones_like(row).bool(), "visual": torch.tensor([visual]), **pixels}
+        batch = {
+            "ids": row,
+            "labels": row,
+            "mask": torch.ones_like(row).bool(),
+            "visual": torch.tensor([visual]),
+            **pixels,
+        }
         with torch.no_grad():
             loss, _ = loss_sum(chat, chat.skeleton, shards.as_weights(params), batch)
     except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as e:
-        raise ValueError(f"model.config: sizes of this {chat.skeleton.name} do not fit each other: {' '.join(str(e).split())}") from e
+        raise ValueError(
+            f"model.config: sizes of this {chat.skeleton.name} do not fit each other: {' '.join(str(e).split())}"
+        ) from e
     if not bool(loss.isfinite()):
-        raise ValueError(f"model.config: this {chat.skeleton.name} computes a loss of {float(loss)} before it is trained; see its numbers")
+        raise ValueError(
+            f"model.config: this {chat.skeleton.name} computes a loss of {float(loss)} before it is trained; see its numbers"
+        )
 
 
 def tokenizer_of(cfg: ModelConfig, folder: Path, texts: Sequence[str] = (), *, lower: bool = True) -> Any:
@@ -190,7 +250,11 @@ def config_of(cfg: ModelConfig, tok: Any) -> dict[str, Any]:
     if cfg.name:
         return read_json(find(cfg.name, ("config.json",)))
     raw = {**cfg.config}
-    words = {"vocab_size": -(-len(tok) // 8) * 8, "bos_token_id": tok.bos_token_id, "eos_token_id": tok.eos_token_id}
+    words = {
+        "vocab_size": -(-len(tok) // 8) * 8,
+        "bos_token_id": tok.bos_token_id,
+        "eos_token_id": tok.eos_token_id,
+    }
     if "text_config" in raw:
         raw["text_config"] = {**raw["text_config"], **words}
         if raw["model_type"] == "internvl":
@@ -259,7 +323,12 @@ def _encode_prompt(chat: Chat, conversation: Conversation) -> Sample:
     turns: Turns = "last" if apart else "all"
     try:
         return conversations.encode_prompt(
-            chat.tokenizer, messages, placeholder=chat.placeholder, visual=visual, turns=turns, **template_of(chat.cfg)
+            chat.tokenizer,
+            messages,
+            placeholder=chat.placeholder,
+            visual=visual,
+            turns=turns,
+            **template_of(chat.cfg),
         )
     except ValueError as e:
         raise ValueError(f"{conversation.place}: {e}") from e
@@ -267,7 +336,9 @@ def _encode_prompt(chat: Chat, conversation: Conversation) -> Sample:
 
 def _rewritten(chat: Chat, conversation: Conversation, messages: Sequence[conversations.Message]) -> bool:
     try:
-        return conversations.rewrites_history(chat.tokenizer, messages, template=chat.cfg.template or None, options=chat.cfg.options)
+        return conversations.rewrites_history(
+            chat.tokenizer, messages, template=chat.cfg.template or None, options=chat.cfg.options
+        )
     except ValueError as e:
         raise ValueError(f"{conversation.place}: {e}") from e
 
@@ -286,7 +357,9 @@ def _one_answer_each(conversation: Conversation) -> list[Conversation]:
 def _check_date(chat: Chat, held: Sequence[Conversation]) -> None:
     """Refuse to train on today's date: a run that goes on tomorrow would train other tokens."""
     template = chat.cfg.template or None
-    if held and conversations.writes_date(chat.tokenizer, held[0].messages, template=template, options=chat.cfg.options):
+    if held and conversations.writes_date(
+        chat.tokenizer, held[0].messages, template=template, options=chat.cfg.options
+    ):
         raise ValueError(
             "chat: the template writes today's date into every conversation, so that the tokens change from day to day; "
             'pin it by chat.options, such as {date_string = "26 Jul 2024"} for Llama 3.2, or give another chat.template'
@@ -315,7 +388,9 @@ def question(chat: Chat, text: str, images: Sequence[PathLike] = ()) -> Conversa
     return limit_images(talk, chat.cfg.max_images)
 
 
-def collate(chat: Chat, data: Encoded, chosen: Sequence[int], side: Literal["right", "left"] = "right") -> dict[str, Tensor]:
+def collate(
+    chat: Chat, data: Encoded, chosen: Sequence[int], side: Literal["right", "left"] = "right"
+) -> dict[str, Tensor]:
     """A batch of `loss_sum`: ids, mask, labels, visual [b, t], images [b] (how many of each row), and their patches or tiles."""
     tok = chat.tokenizer
     pad = tok.pad_token_id if tok.pad_token_id is not None else tok.eos_token_id or 0
@@ -333,7 +408,9 @@ def collate(chat: Chat, data: Encoded, chosen: Sequence[int], side: Literal["rig
 
 def batches(chat: Chat, data: Encoded, size: int, seed: int) -> Callable[[int], dict[str, Tensor]]:
     """i -> batch: this process's share of `size` conversations, a pure function of (seed, i)."""
-    share = order.batches([*map(str, range(len(data.samples)))], size, seed, rank=processes.rank(), world=processes.world())
+    share = order.batches(
+        [*map(str, range(len(data.samples)))], size, seed, rank=processes.rank(), world=processes.world()
+    )
     return lambda i: collate(chat, data, share(i))
 
 
@@ -355,13 +432,22 @@ def cut(batch: Mapping[str, Tensor], span: slice) -> dict[str, Tensor]:
         return out
     sizes = batch["image_grid_thw"].prod(1)
     a, b = int(sizes[:before].sum()), int(sizes[:upto].sum())
-    return out | {"image_grid_thw": batch["image_grid_thw"][before:upto], "pixel_values": batch["pixel_values"][a:b]}
+    return out | {
+        "image_grid_thw": batch["image_grid_thw"][before:upto],
+        "pixel_values": batch["pixel_values"][a:b],
+    }
 
 
 def arguments(chat: Chat, batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """What of a batch the model is called with, on its device and in its dtype."""
-    real = torch.device("cpu") if device.type == "meta" else device  # an estimate counts, but must know lengths and masks
-    inputs = {k: t.to(device if t.is_floating_point() else real) for k, t in batch.items() if k not in ("images", "visual")}
+    real = (
+        torch.device("cpu") if device.type == "meta" else device
+    )  # an estimate counts, but must know lengths and masks
+    inputs = {
+        k: t.to(device if t.is_floating_point() else real)
+        for k, t in batch.items()
+        if k not in ("images", "visual")
+    }
     if "pixel_values" in inputs:
         inputs["pixel_values"] = inputs["pixel_values"].to(chat.dtype)
     return inputs
@@ -371,7 +457,13 @@ def fullest(chat: Chat, held: Sequence[Conversation], n: int) -> dict[str, Tenso
     """A batch of n for an estimate: the longest of `held`, or, without any, text that fills the context, every token trained."""
     if not held:
         ids = torch.ones(n, chat.cfg.context, dtype=torch.int64)
-        return {"ids": ids, "labels": ids, "mask": ids.bool(), "visual": ~ids.bool(), "images": torch.zeros(n, dtype=torch.int64)}
+        return {
+            "ids": ids,
+            "labels": ids,
+            "mask": ids.bool(),
+            "visual": ~ids.bool(),
+            "images": torch.zeros(n, dtype=torch.int64),
+        }
     data = encode(chat, held)
     longest = sorted(range(len(data.samples)), key=lambda i: -len(data.samples[i].ids))[:n]
     return collate(chat, data, (longest * n)[:n])
@@ -379,7 +471,12 @@ def fullest(chat: Chat, held: Sequence[Conversation], n: int) -> dict[str, Tenso
 
 # Losses and answers ---------------------------------------------------------------------------------------------------------------------
 def loss_sum(
-    chat: Chat, skeleton: hub.Skeleton, weights: Mapping[str, Tensor], batch: Mapping[str, Tensor], *, logits: int = 256
+    chat: Chat,
+    skeleton: skeletons.Skeleton,
+    weights: Mapping[str, Tensor],
+    batch: Mapping[str, Tensor],
+    *,
+    logits: int = 256,
 ) -> tuple[Tensor, Tensor]:
     """Sum of the losses of the trained tokens of a (micro-)batch, and their number.
 
@@ -395,12 +492,16 @@ def mean_loss(chat: Chat, weights: Mapping[str, Tensor], data: Encoded, size: in
     total, n = 0.0, 0
     for i in track(range(0, len(data.samples), size), "computing the loss, batch"):
         with torch.no_grad():
-            value, count = loss_sum(chat, chat.skeleton, weights, collate(chat, data, range(i, min(i + size, len(data.samples)))))
+            value, count = loss_sum(
+                chat, chat.skeleton, weights, collate(chat, data, range(i, min(i + size, len(data.samples))))
+            )
         total, n = total + float(value), n + int(count)
     return total / n
 
 
-def answer(chat: Chat, weights: Mapping[str, Tensor], batch: Mapping[str, Tensor], max_tokens: int) -> Generated:
+def answer(
+    chat: Chat, weights: Mapping[str, Tensor], batch: Mapping[str, Tensor], max_tokens: int
+) -> Generated:
     """Greedy answers to the prompts of a batch.
 
     Args:
@@ -408,7 +509,9 @@ def answer(chat: Chat, weights: Mapping[str, Tensor], batch: Mapping[str, Tensor
         batch: from `collate(..., side="left")`.
     """
     inputs = {k: t for k, t in arguments(chat, batch, _device(weights)).items() if k != "labels"}
-    return generation.generate(sampling_of(chat, max_tokens), chat.skeleton, weights, inputs, tok=chat.tokenizer)
+    return generate.generate(
+        sampling_of(chat, max_tokens), chat.skeleton, weights, inputs, tok=chat.tokenizer
+    )
 
 
 def sampling_of(chat: Chat, max_tokens: int) -> Sampling:
@@ -424,9 +527,16 @@ def sampling_of(chat: Chat, max_tokens: int) -> Sampling:
     ends = {tok.eos_token_id, *(own if isinstance(own, list | tuple) else [own])}
     ends |= {*conversations.end_ids(tok, template=cfg.template or None, options=cfg.options, end=cfg.end)}
     if ends == {None}:
-        _log.warning("%s: no token ends an answer, so that answers go on to their limit; name one: chat.end", chat.skeleton.name)
+        _log.warning(
+            "%s: no token ends an answer, so that answers go on to their limit; name one: chat.end",
+            chat.skeleton.name,
+        )
     penalty = cfg.repetition_penalty or chat.skeleton.generation.get("repetition_penalty") or 1.0
-    return Sampling(max_tokens=max_tokens, end=tuple(sorted(e for e in ends if e is not None)), repetition_penalty=float(penalty))
+    return Sampling(
+        max_tokens=max_tokens,
+        end=tuple(sorted(e for e in ends if e is not None)),
+        repetition_penalty=float(penalty),
+    )
 
 
 def _device(weights: Mapping[str, Tensor]) -> torch.device:
@@ -434,18 +544,30 @@ def _device(weights: Mapping[str, Tensor]) -> torch.device:
 
 
 # Images ---------------------------------------------------------------------------------------------------------------------------------
-def _sight(model: ModelConfig, cfg: ChatConfig, skeleton: hub.Skeleton) -> tuple[Placeholder | None, Eyes | None]:
+def _sight(
+    model: ModelConfig, cfg: ChatConfig, skeleton: skeletons.Skeleton
+) -> tuple[Placeholder | None, Eyes | None]:
     """How images come into the model, where it can see."""
     kind = skeleton.config["model_type"]
     if kind not in (*_QWEN_VL, "internvl"):
         return None, None
     vision = skeleton.config["vision_config"]
-    raw = read_json(find(model.name, ("preprocessor_config.json", "processor_config.json"))) if model.name else None
+    raw = (
+        read_json(find(model.name, ("preprocessor_config.json", "processor_config.json")))
+        if model.name
+        else None
+    )
     if kind == "internvl":
         seen = {"tokens": skeleton.config["image_seq_length"]}
         side = vision["image_size"][0] if isinstance(vision["image_size"], list) else vision["image_size"]
-        return conversations.INTERN_VL, evolve(intern_vl.tile_config(raw) if raw else intern_vl.TileConfig(size=side), **seen)
-    own = {"patch": vision["patch_size"], "merge": vision["spatial_merge_size"], "temporal": vision["temporal_patch_size"]}
+        return conversations.INTERN_VL, evolve(
+            intern_vl.tile_config(raw) if raw else intern_vl.TileConfig(size=side), **seen
+        )
+    own = {
+        "patch": vision["patch_size"],
+        "merge": vision["spatial_merge_size"],
+        "temporal": vision["temporal_patch_size"],
+    }
     eyes = qwen_vl.image_config(raw) if raw else qwen_vl.ImageConfig(**own)
     if cfg.max_pixels:
         eyes = evolve(eyes, max_pixels=cfg.max_pixels)
@@ -456,8 +578,14 @@ def _sight(model: ModelConfig, cfg: ChatConfig, skeleton: hub.Skeleton) -> tuple
 
 def _opened(chat: Chat, path: Path) -> Image.Image:
     """An image as the eyes want it: tiles know no most of pixels, so it is made smaller before."""
-    image = images.open_image(path, window=images.check_window(chat.cfg.window, "chat.window"), only_deep=True)
-    return images.cap_pixels(image, chat.cfg.max_pixels) if isinstance(chat.eyes, intern_vl.TileConfig) else image
+    image = images.open_image(
+        path, window=images.check_window(chat.cfg.window, "chat.window"), only_deep=True
+    )
+    return (
+        images.cap_pixels(image, chat.cfg.max_pixels)
+        if isinstance(chat.eyes, intern_vl.TileConfig)
+        else image
+    )
 
 
 def _tokens(chat: Chat, path: Path) -> int:
@@ -486,16 +614,22 @@ def save_chat(chat: Chat, params: Mapping[str, Tensor], folder: PathLike) -> Non
         ValueError: as `hub.save`.
     """
     with new_folder(folder) as tmp:
-        hub.save(chat.skeleton, params, tmp)
+        skeletons.save(chat.skeleton, params, tmp)
         save_tokenizer(chat, tmp)
         if isinstance(chat.eyes, qwen_vl.ImageConfig):
-            write_text(tmp / "preprocessor_config.json", json.dumps(qwen_vl.to_raw(chat.eyes), indent=1) + "\n")
+            write_text(
+                tmp / "preprocessor_config.json", json.dumps(qwen_vl.to_raw(chat.eyes), indent=1) + "\n"
+            )
         elif isinstance(chat.eyes, intern_vl.TileConfig):
-            write_text(tmp / "preprocessor_config.json", json.dumps(intern_vl.to_raw(chat.eyes), indent=1) + "\n")
+            write_text(
+                tmp / "preprocessor_config.json", json.dumps(intern_vl.to_raw(chat.eyes), indent=1) + "\n"
+            )
 
 
 def save_tokenizer(chat: Chat, folder: Path) -> None:
     """Write the tokenizer with the chat template that conversations are encoded with, chat.options in it as what it falls back to."""
     tokenizer = copy.deepcopy(chat.tokenizer)
-    tokenizer.chat_template = conversations.template_text(tokenizer, chat.cfg.template or None, chat.cfg.options)
+    tokenizer.chat_template = conversations.template_text(
+        tokenizer, chat.cfg.template or None, chat.cfg.options
+    )
     tokenizer.save_pretrained(folder)

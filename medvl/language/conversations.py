@@ -13,7 +13,7 @@ from attrs import evolve, field, frozen
 
 from medvl.base import files
 from medvl.evaluation.answers import has_words
-from medvl.language.labels import check_keys, check_order, check_other_tags, check_tags, is_empty, short
+from medvl.language.encoding import check_keys, check_order, check_other_tags, check_tags, is_empty, short
 
 _log = logging.getLogger(__name__)
 _SHAPES = {  # what tells a shape: the keys that it must have
@@ -25,7 +25,16 @@ _SHAPES = {  # what tells a shape: the keys that it must have
 }
 _ROLES = {"human": "user", "gpt": "assistant"}
 _IMAGES = 'images are read from "images" (a list of file names) or "image" (one)'
-_NAMES_OF_IMAGES = ("image_path", "image_paths", "image_file", "image_files", "image_url", "image_urls", "img", "img_path")
+_NAMES_OF_IMAGES = (
+    "image_path",
+    "image_paths",
+    "image_file",
+    "image_files",
+    "image_url",
+    "image_urls",
+    "img",
+    "img_path",
+)
 
 
 @frozen(kw_only=True)
@@ -71,7 +80,9 @@ def read_conversations(
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     folder = path.parent if root is None else Path(root)
-    found = [_conversation(record, where, line, tag, folder, str(path)) for line, where, record in _records(path)]
+    found = [
+        _conversation(record, where, line, tag, folder, str(path)) for line, where, record in _records(path)
+    ]
     if not found:
         raise ValueError(f"{path}: holds no conversation")
     kept = [limit_images(c, max_images, tag) for c in found]
@@ -88,14 +99,17 @@ def check_gold(conversations: Iterable[Conversation], *, every: bool = False) ->
         for answer in answers if every else answers[-1:]:
             if not has_words(answer):
                 which = "each" if every else "the last"
-                raise ValueError(f"{c.place}: {which} answer must hold a word to be compared with, got {short(answer)}")
+                raise ValueError(
+                    f"{c.place}: {which} answer must hold a word to be compared with, got {short(answer)}"
+                )
 
 
 def warn_of_one_file(pattern: str) -> None:
     """Warn where a pattern names one file for all splits: what is scored was then trained on."""
     if "{split}" not in pattern:
         _log.warning(
-            "%s: is one file for all splits, so that what is scored was trained on; write {split} where their names differ", pattern
+            "%s: is one file for all splits, so that what is scored was trained on; write {split} where their names differ",
+            pattern,
         )
 
 
@@ -168,7 +182,11 @@ def limit_images(conversation: Conversation, most: int, tag: str = "<image>") ->
     for message, count in zip(conversation.messages, counts, strict=True):
         over = max(0, count - most)
         images += conversation.images[start + over : start + count]
-        text = re.sub(re.escape(tag) + r"(\r?\n)?", "", message["content"], count=over) if over else message["content"]
+        text = (
+            re.sub(re.escape(tag) + r"(\r?\n)?", "", message["content"], count=over)
+            if over
+            else message["content"]
+        )
         messages.append({**message, "content": text})
         start += count
     return evolve(conversation, messages=tuple(messages), images=tuple(images))
@@ -204,7 +222,11 @@ def read_tasks(
             own = c.extra.get(key, task)
             if not isinstance(own, str) or not own.strip() or (task and own != task):
                 wanted = f'be "{task}" like the file\'s, or not be there' if task else "be there and be text"
-                got = short(c.extra[key]) if key in c.extra else f"only {', '.join(c.extra) or 'what every line has'}"
+                got = (
+                    short(c.extra[key])
+                    if key in c.extra
+                    else f"only {', '.join(c.extra) or 'what every line has'}"
+                )
                 raise ValueError(f'{named[task]}, line {c.line}: "{key}" must {wanted}, got {got}')
             found.append(evolve(c, extra=c.extra | {"task": own}))
     return found
@@ -237,7 +259,9 @@ def _task_files(pattern: str) -> dict[str, Path]:
     """The file of each task."""
     files_of = {task: [p for p in paths if p.is_file()] for task, paths in task_paths(pattern).items()}
     if several := [task for task, paths in files_of.items() if len(paths) > 1]:
-        raise ValueError(f"{pattern}: task {several[0]} must have one file, found {', '.join(map(str, files_of[several[0]][:4]))}")
+        raise ValueError(
+            f"{pattern}: task {several[0]} must have one file, found {', '.join(map(str, files_of[several[0]][:4]))}"
+        )
     return {task: paths[0] for task, paths in files_of.items() if paths}
 
 
@@ -258,7 +282,9 @@ def _conversation(record: Any, where: str, line: int, tag: str, folder: Path, fi
     paths = tuple(folder / name for name in images)
     for name, path in zip(images, paths, strict=True):
         if not os.path.isfile(path):  # and not path.is_file(), which raises for a name that is too long
-            raise ValueError(f"{where}: image {name[:100]!r} is not there (relative names start from {folder}; give another root)")
+            raise ValueError(
+                f"{where}: image {name[:100]!r} is not there (relative names start from {folder}; give another root)"
+            )
     name = str(rest.pop("id" if "id" in rest else "episode_id", ""))
     return Conversation(messages=messages, images=paths, id=name, line=line, extra=rest, file=file)
 
@@ -268,9 +294,14 @@ def _image_names(rest: dict[str, Any], where: str) -> list[str]:
     given = [value for key in ("images", "image") if not is_empty(value := rest.pop(key, None))]
     images = [given[0]] if given and not isinstance(given[0], list) else given[0] if given else []
     # Data sets of the Hugging Face hub write {"path": name, "bytes": null}.
-    images = [item["path"] if isinstance(item, dict) and is_empty(item.get("bytes")) and "path" in item else item for item in images]
+    images = [
+        item["path"] if isinstance(item, dict) and is_empty(item.get("bytes")) and "path" in item else item
+        for item in images
+    ]
     if len(given) > 1 or not all(isinstance(name, str) for name in images):
-        raise ValueError(f'{where}: "images" must be a list of file names (or "image" one), got {short(given)}')
+        raise ValueError(
+            f'{where}: "images" must be a list of file names (or "image" one), got {short(given)}'
+        )
     return images
 
 
@@ -293,9 +324,15 @@ def _messages(rest: dict[str, Any], where: str, tag: str) -> tuple[list[dict[str
     turns = rest.pop(key)
     images = list[str]()
     for i, turn in enumerate(turns if isinstance(turns, list) else [turns]):
-        own = {k: v for k, v in turn.items() if k in (role, content) or not is_empty(v)} if isinstance(turn, dict) else {}
+        own = (
+            {k: v for k, v in turn.items() if k in (role, content) or not is_empty(v)}
+            if isinstance(turn, dict)
+            else {}
+        )
         if own.keys() != {role, content}:
-            raise ValueError(f'{where}: message {i} must be {{"{role}": text, "{content}": text}}, got {short(turn)}')
+            raise ValueError(
+                f'{where}: message {i} must be {{"{role}": text, "{content}": text}}, got {short(turn)}'
+            )
         text = own[content]
         if isinstance(text, list):
             text, names = _joined(text, f"{where}: message {i}", tag)
@@ -313,7 +350,9 @@ def _question_and_answer(rest: dict[str, Any], history: Any, where: str) -> list
         question, answer = rest.pop("instruction"), rest.pop("output")
         if not is_empty(more := rest.pop("input", None)):
             if not isinstance(more, str) or not isinstance(question, str):
-                raise ValueError(f'{where}: "instruction" and "input" must be texts, got {short(question)} and {short(more)}')
+                raise ValueError(
+                    f'{where}: "instruction" and "input" must be texts, got {short(question)} and {short(more)}'
+                )
             question = f"{question}\n{more}"  # as LLaMA-Factory joins them
     messages = list[dict[str, str]]()
     for pair in [*history, [question, answer]] if isinstance(history, list) else [history]:
@@ -336,7 +375,9 @@ def _joined(parts: list[Any], where: str, tag: str) -> tuple[str, list[str]]:
             texts.append(tag)
             names += _image_of(part, where)
         else:
-            raise ValueError(f'{where}: parts must be {{"type": "text", "text": ...}} or an image, got {short(part)}')
+            raise ValueError(
+                f'{where}: parts must be {{"type": "text", "text": ...}} or an image, got {short(part)}'
+            )
     return "".join(texts), names
 
 
@@ -347,5 +388,7 @@ def _image_of(part: dict[str, Any], where: str) -> list[str]:
         return []
     value = values[0].get("url") if isinstance(values[0], dict) else values[0]
     if not isinstance(value, str) or re.match("(data|https?):", value):
-        raise ValueError(f"{where}: an image must be the name of a file, got {short(value)}; write it to a file")
+        raise ValueError(
+            f"{where}: an image must be the name of a file, got {short(value)}; write it to a file"
+        )
     return [value.removeprefix("file://")]

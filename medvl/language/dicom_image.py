@@ -13,18 +13,55 @@ import numpy as np
 _log = logging.getLogger(__name__)
 # What is read of a file. Names, dates and numbers of patients are passed over, so that no message can hold them.
 _TAGS = [
-    *("Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration", "NumberOfFrames", "PixelData"),
-    *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "ExtendedOffsetTable", "ExtendedOffsetTableLengths"),
-    *("RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction"),
+    *(
+        "Rows",
+        "Columns",
+        "SamplesPerPixel",
+        "PhotometricInterpretation",
+        "PlanarConfiguration",
+        "NumberOfFrames",
+        "PixelData",
+    ),
+    *(
+        "BitsAllocated",
+        "BitsStored",
+        "HighBit",
+        "PixelRepresentation",
+        "ExtendedOffsetTable",
+        "ExtendedOffsetTableLengths",
+    ),
+    *(
+        "RescaleSlope",
+        "RescaleIntercept",
+        "ModalityLUTSequence",
+        "WindowCenter",
+        "WindowWidth",
+        "VOILUTFunction",
+    ),
     "SharedFunctionalGroupsSequence",
 ]
 _DEFLATED = "1.2.840.10008.1.2.1.99"  # would be unpacked whole before anything is known of its size
 # What pydicom and its decoders raise on broken files.
-_BROKEN = (ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError, struct.error)
+_BROKEN = (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
 
 
 def read_dicom(
-    source: str | os.PathLike[str] | bytes, where: str, *, most: int, window: tuple[float, float] | None = None, only_deep: bool = False
+    source: str | os.PathLike[str] | bytes,
+    where: str,
+    *,
+    most: int,
+    window: tuple[float, float] | None = None,
+    only_deep: bool = False,
 ) -> np.ndarray:
     """The image of a DICOM file as it is looked at, uint8 [y, x], or [y, x, 3] of colours.
 
@@ -78,28 +115,45 @@ def _checked(content: bytes, most: int) -> Any:
 
     file = io.BytesIO(content)
     filereader.read_preamble(file, force=False)
-    syntax = filereader.read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag.group != 2).get("TransferSyntaxUID", "")
+    syntax = filereader.read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag.group != 2).get(
+        "TransferSyntaxUID", ""
+    )
     try:
         known = syntax != _DEFLATED and pixels.get_decoder(syntax).is_available
     except NotImplementedError:
         known = False
     if not known:
         name = getattr(syntax, "name", syntax) or "none"
-        raise ValueError(f"its transfer syntax ({name}) is not read; pip install 'medvl[dicom]', or write it uncompressed")
+        raise ValueError(
+            f"its transfer syntax ({name}) is not read; pip install 'medvl[dicom]', or write it uncompressed"
+        )
     image = dcmread(io.BytesIO(content), specific_tags=_TAGS)
     if "PixelData" not in image:
         raise ValueError("it holds no pixels (PixelData); give one that is an image")
     if (image.get("NumberOfFrames") or 1) > 1 or "SharedFunctionalGroupsSequence" in image:
-        raise ValueError("several frames, or an enhanced object, are not read; write the frame that is meant to a file of its own")
-    if image.PhotometricInterpretation not in ("MONOCHROME1", "MONOCHROME2", "RGB") and "YBR" not in image.PhotometricInterpretation:
-        raise ValueError(f"colours of DICOM must be greys, RGB or YBR, got {image.PhotometricInterpretation}; write it as a PNG")
+        raise ValueError(
+            "several frames, or an enhanced object, are not read; write the frame that is meant to a file of its own"
+        )
+    if (
+        image.PhotometricInterpretation not in ("MONOCHROME1", "MONOCHROME2", "RGB")
+        and "YBR" not in image.PhotometricInterpretation
+    ):
+        raise ValueError(
+            f"colours of DICOM must be greys, RGB or YBR, got {image.PhotometricInterpretation}; write it as a PNG"
+        )
     shape = image.Rows, image.Columns, image.SamplesPerPixel
-    if syntax.is_encapsulated and "RLE" not in syntax.name:  # a decoder takes room by what the coded picture says
+    if (
+        syntax.is_encapsulated and "RLE" not in syntax.name
+    ):  # a decoder takes room by what the coded picture says
         coded = _coded_shape(get_frame(image.PixelData, 0, number_of_frames=1))
         if coded != shape:
-            raise ValueError(f"rows, columns and samples must be {coded} as those of its coded picture, got {shape}")
+            raise ValueError(
+                f"rows, columns and samples must be {coded} as those of its coded picture, got {shape}"
+            )
     if image.Rows * image.Columns > most:
-        raise ValueError(f"must have at most {most} pixels, got {image.Columns} x {image.Rows}; make it smaller")
+        raise ValueError(
+            f"must have at most {most} pixels, got {image.Columns} x {image.Rows}; make it smaller"
+        )
     return image
 
 

@@ -15,7 +15,9 @@ from medvl.hub.checkpoints import few
 from medvl.hub.skeletons import Skeleton
 from medvl.language import vlm
 
-Allowed = Callable[[int, Tensor], Tensor]  # (step, ids generated so far [b, step]) -> bool mask over the vocabulary, [v] or [b, v]
+Allowed = Callable[
+    [int, Tensor], Tensor
+]  # (step, ids generated so far [b, step]) -> bool mask over the vocabulary, [v] or [b, v]
 Gens = torch.Generator | Sequence[torch.Generator]
 _PARTIAL = "\ufffd"  # what a tokenizer makes of bytes that are no whole character (yet)
 
@@ -29,7 +31,9 @@ class Sampling:
     temperature: float = 0.0  # 0 = the likeliest token
     top_k: int = 0  # of the k likeliest, 0 = of all
     top_p: float = 1.0  # of the fewest likeliest that together have this probability
-    repetition_penalty: float = 1.0  # logits of tokens that the row holds already, prompt included: positive / this, negative * this
+    repetition_penalty: float = (
+        1.0  # logits of tokens that the row holds already, prompt included: positive / this, negative * this
+    )
     end: tuple[int, ...] = ()  # tokens that end a row; not part of the answer
     stop: tuple[str, ...] = ()  # strings that end a row; the text is cut before them
     seed: int = 0  # of the drawing, where no generator is given
@@ -45,11 +49,17 @@ class Sampling:
                 f"Sampling: need temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got {self.temperature}, {self.top_k}, {self.top_p}"
             )
         if not 0 < self.repetition_penalty < float("inf"):
-            raise ValueError(f"Sampling: need a finite repetition_penalty > 0 (1 changes nothing), got {self.repetition_penalty}")
+            raise ValueError(
+                f"Sampling: need a finite repetition_penalty > 0 (1 changes nothing), got {self.repetition_penalty}"
+            )
         if self.temperature == 0 and (self.top_k or self.top_p < 1):
-            raise ValueError(f"Sampling: top_k {self.top_k} and top_p {self.top_p} choose nothing at temperature 0; set temperature > 0")
+            raise ValueError(
+                f"Sampling: top_k {self.top_k} and top_p {self.top_p} choose nothing at temperature 0; set temperature > 0"
+            )
         if isinstance(self.stop, str) or not all(self.stop) or any(e < 0 for e in self.end):
-            raise ValueError(f"Sampling: stop must be strings that are not empty, end ids >= 0, got {self.stop!r} and {self.end}")
+            raise ValueError(
+                f"Sampling: stop must be strings that are not empty, end ids >= 0, got {self.stop!r} and {self.end}"
+            )
 
 
 @frozen(kw_only=True)
@@ -57,7 +67,9 @@ class Generated:
     """The answers, one per row."""
 
     ids: tuple[tuple[int, ...], ...]  # without the end token; a stop string's tokens are among them
-    texts: tuple[str, ...]  # without special tokens and what a stop string cuts; () where there is no tokenizer
+    texts: tuple[
+        str, ...
+    ]  # without special tokens and what a stop string cuts; () where there is no tokenizer
     reasons: tuple[str, ...]  # "end", "stop" or "length"
     prompt_tokens: tuple[int, ...]
 
@@ -101,7 +113,10 @@ def generate(
     texts, reasons = [""] * rows, [""] * rows
 
     def loop(model: nn.Module) -> None:
-        steps, written = _steps(model, call, cfg.max_tokens), torch.zeros(rows, cfg.max_tokens, dtype=torch.int64, device=draws.device)
+        steps, written = (
+            _steps(model, call, cfg.max_tokens),
+            torch.zeros(rows, cfg.max_tokens, dtype=torch.int64, device=draws.device),
+        )
         scores, end = next(steps), torch.tensor(cfg.end, dtype=torch.int64, device=draws.device)
         used = _prompt_tokens(call, size)
         for step in range(cfg.max_tokens):
@@ -109,7 +124,9 @@ def generate(
             if step < cfg.min_tokens and cfg.end:
                 scores = scores.index_fill(1, end, -torch.inf)
             if allowed is not None:
-                scores = scores.masked_fill(~_mask(allowed(step, written[:, :step]), rows, size, scores.device), -torch.inf)
+                scores = scores.masked_fill(
+                    ~_mask(allowed(step, written[:, :step]), rows, size, scores.device), -torch.inf
+                )
             token = _choose(cfg, scores, draws[:, step])
             for row, one in enumerate(token.tolist()):  # the one wait for the device in a step
                 if reasons[row]:
@@ -118,7 +135,10 @@ def generate(
                 ids[row] += [one] if one not in cfg.end else []
                 reasons[row] = "end" if one in cfg.end else "length" if step + 1 == cfg.max_tokens else ""
                 if tok is not None and (reasons[row] or cfg.stop or on_token):
-                    said, (texts[row], reasons[row]) = texts[row], _heard(cfg, tok, ids[row], texts[row], reasons[row])
+                    said, (texts[row], reasons[row]) = (
+                        texts[row],
+                        _heard(cfg, tok, ids[row], texts[row], reasons[row]),
+                    )
                     if on_token is not None and texts[row] != said:
                         on_token(row, texts[row][len(said) :])
             if all(reasons):
@@ -131,12 +151,18 @@ def generate(
         skeleton.run(params, loop)
     lengths = call["attention_mask"].sum(1).tolist()
     return Generated(
-        ids=tuple(map(tuple, ids)), texts=tuple(texts) if tok is not None else (), reasons=tuple(reasons), prompt_tokens=tuple(lengths)
+        ids=tuple(map(tuple, ids)),
+        texts=tuple(texts) if tok is not None else (),
+        reasons=tuple(reasons),
+        prompt_tokens=tuple(lengths),
     )
 
 
 def score_options(
-    skeleton: Skeleton, params: Mapping[str, Tensor], inputs: Mapping[str, Any], options: Sequence[Sequence[Sequence[int]]]
+    skeleton: Skeleton,
+    params: Mapping[str, Tensor],
+    inputs: Mapping[str, Any],
+    options: Sequence[Sequence[Sequence[int]]],
 ) -> tuple[Tensor, Tensor]:
     """How likely each of several answers is after its prompt. The prompt (with its images) is computed once.
 
@@ -153,22 +179,36 @@ def score_options(
     mask, table = call["attention_mask"], skeleton.module.get_input_embeddings()  # type: ignore[operator]
     ids = [t for row in options for option in row for t in option]
     if len(options) != len(mask) or not all(row and all(row) for row in options):
-        raise ValueError(f"score_options: each of {len(mask)} rows needs options of at least one token, got {options}")
+        raise ValueError(
+            f"score_options: each of {len(mask)} rows needs options of at least one token, got {options}"
+        )
     if min(ids) < 0 or max(ids) >= len(table.weight):
-        raise ValueError(f"score_options: ids must be from 0 to {len(table.weight) - 1}, got {min(ids)} to {max(ids)}")
+        raise ValueError(
+            f"score_options: ids must be from 0 to {len(table.weight) - 1}, got {min(ids)} to {max(ids)}"
+        )
     out: list[tuple[Tensor, Tensor]] = []
 
     def each(model: nn.Module) -> None:
         prompt = model(**call, use_cache=True, **_last_only(model))
         first = prompt.logits[:, -1:].float().log_softmax(-1)
         for k in range(max(map(len, options))):
-            lengths = torch.tensor([len(row[k]) if k < len(row) else 0 for row in options], device=mask.device)
+            lengths = torch.tensor(
+                [len(row[k]) if k < len(row) else 0 for row in options], device=mask.device
+            )
             padded = [list(row[k]) if k < len(row) else [] for row in options]
             longest = max(map(len, padded))
             tokens = torch.tensor([p + [0] * (longest - len(p)) for p in padded], device=mask.device)
             real = torch.arange(longest, device=mask.device) < lengths[:, None]
-            told = first if longest == 1 else torch.cat([first, _continued(model, call, prompt, tokens, real)], 1)
-            total = (told.gather(2, tokens[..., None])[..., 0] * real).sum(1).masked_fill(lengths == 0, -torch.inf)
+            told = (
+                first
+                if longest == 1
+                else torch.cat([first, _continued(model, call, prompt, tokens, real)], 1)
+            )
+            total = (
+                (told.gather(2, tokens[..., None])[..., 0] * real)
+                .sum(1)
+                .masked_fill(lengths == 0, -torch.inf)
+            )
             out.append((total, total / lengths.clamp(min=1)))
 
     with torch.no_grad():
@@ -264,8 +304,16 @@ def left_padded(inputs: Mapping[str, Any]) -> dict[str, Any]:
             continue
         axis = 2 if name == "position_ids" and t.dim() == 3 else 1
         if t.shape[axis - 1 : axis + 1] != mask.shape:
-            raise ValueError(f"left_padded: {name} must be of the mask's rows and tokens {list(mask.shape)}, got {list(t.shape)}")
-        at = order.expand(len(t), -1, -1) if axis == 2 else order if t.dim() == 2 else order[..., None].expand(-1, -1, t.shape[-1])
+            raise ValueError(
+                f"left_padded: {name} must be of the mask's rows and tokens {list(mask.shape)}, got {list(t.shape)}"
+            )
+        at = (
+            order.expand(len(t), -1, -1)
+            if axis == 2
+            else order
+            if t.dim() == 2
+            else order[..., None].expand(-1, -1, t.shape[-1])
+        )
         out[name] = t.gather(axis, at)
     return out
 
@@ -281,7 +329,9 @@ def _steps(model: nn.Module, call: dict[str, Any], most: int) -> Generator[Tenso
         cache = getattr(out, name)
         seen = None if whole else _step_mask(model, cache, mask[:, :n])
         place = {} if at is None else {"position_ids": at}
-        out = model(input_ids=token[:, None], attention_mask=seen, **{name: cache}, use_cache=True, **place, **last)
+        out = model(
+            input_ids=token[:, None], attention_mask=seen, **{name: cache}, use_cache=True, **place, **last
+        )
         at = None if at is None else at + 1
 
 
@@ -304,7 +354,11 @@ def _next_position(call: dict[str, Any]) -> Tensor | None:
 
 def _step_mask(model: nn.Module, cache: Any, mask: Tensor) -> Tensor:
     """The mask of one new token. Where all layers see as far, it is made here: transformers would wait for the device to look at it."""
-    windows = {layer.sliding_window if layer.is_sliding else 0 for layer in cache.layers if hasattr(layer, "is_sliding")}
+    windows = {
+        layer.sliding_window if layer.is_sliding else 0
+        for layer in cache.layers
+        if hasattr(layer, "is_sliding")
+    }
     plain = all(hasattr(layer, "is_sliding") and hasattr(layer, "keys") for layer in cache.layers)
     config: Any = model.config
     if not plain or len(windows) != 1 or config.get_text_config()._attn_implementation != "sdpa":
@@ -316,16 +370,22 @@ def _continued(model: nn.Module, call: dict[str, Any], prompt: Any, tokens: Tens
     """Log-probabilities [b, n - 1, v] of what follows each of tokens [b, n] but the last, behind the prompt, whose cache stays as it is."""
     name = _cache_name(model)
     cache, at = copy.copy(getattr(prompt, name)), _next_position(call)
-    cache.layers = [copy.copy(layer) for layer in cache.layers]  # a layer replaces its tensors, it does not write into them
+    cache.layers = [
+        copy.copy(layer) for layer in cache.layers
+    ]  # a layer replaces its tensors, it does not write into them
     mask = torch.cat([call["attention_mask"], real[:, :-1].long()], 1)
-    place = {} if at is None else {"position_ids": at + torch.arange(tokens.shape[1] - 1, device=tokens.device)}
+    place = (
+        {} if at is None else {"position_ids": at + torch.arange(tokens.shape[1] - 1, device=tokens.device)}
+    )
     out = model(input_ids=tokens[:, :-1], attention_mask=mask, **{name: cache}, use_cache=True, **place)
     return out.logits.float().log_softmax(-1)
 
 
 def _check_cache(skeleton: Skeleton) -> None:
     if any(getattr(m, "gradient_checkpointing", False) and m.training for m in skeleton.module.modules()):
-        raise ValueError(f"generate: {skeleton.name} is checkpointed, its layers would leave the cache empty; give the skeleton it is of")
+        raise ValueError(
+            f"generate: {skeleton.name} is checkpointed, its layers would leave the cache empty; give the skeleton it is of"
+        )
 
 
 # One token ------------------------------------------------------------------------------------------------------------------------------
@@ -336,7 +396,9 @@ def _choose(cfg: Sampling, scores: Tensor, draw: Tensor) -> Tensor:
     if cfg.temperature:
         share, ids = _shortlist(cfg, scores)
         upto = share.double().cumsum(-1)
-        token = torch.searchsorted(upto, draw[:, None] * upto[:, -1:], right=True).clamp(max=share.shape[1] - 1)
+        token = torch.searchsorted(upto, draw[:, None] * upto[:, -1:], right=True).clamp(
+            max=share.shape[1] - 1
+        )
         token = token if ids is None else ids.gather(1, token)
     return torch.where(best.isfinite(), token, torch.where(best == -torch.inf, -1, -2))[:, 0]
 
@@ -364,14 +426,25 @@ def _draws(cfg: Sampling, gen: Gens | None, rows: int, device: torch.device) -> 
         seeds = [int(torch.randint(2**62, (), generator=gen, device=gen.device)) for _ in range(rows)]
         gen = [torch.Generator().manual_seed(s) for s in seeds]
     if len(gen) != rows:
-        raise ValueError(f"generate: gen must be one generator or one for each of {rows} rows, got {len(gen)}")
-    drawn = [torch.rand(cfg.max_tokens, generator=g, device=g.device, dtype=torch.float64).to(device) for g in gen]
+        raise ValueError(
+            f"generate: gen must be one generator or one for each of {rows} rows, got {len(gen)}"
+        )
+    drawn = [
+        torch.rand(cfg.max_tokens, generator=g, device=g.device, dtype=torch.float64).to(device) for g in gen
+    ]
     return torch.stack(drawn).clamp(max=1 - 2.0**-32)
 
 
 def _mask(mask: Tensor, rows: int, size: int, device: torch.device) -> Tensor:
-    if mask.dtype != torch.bool or mask.shape[-1] > size or mask.dim() not in (1, 2) or (mask.dim() == 2 and len(mask) != rows):
-        raise ValueError(f"generate: allowed must give bool [v] or [{rows}, v] with v <= {size}, got {mask.dtype} {list(mask.shape)}")
+    if (
+        mask.dtype != torch.bool
+        or mask.shape[-1] > size
+        or mask.dim() not in (1, 2)
+        or (mask.dim() == 2 and len(mask) != rows)
+    ):
+        raise ValueError(
+            f"generate: allowed must give bool [v] or [{rows}, v] with v <= {size}, got {mask.dtype} {list(mask.shape)}"
+        )
     return F.pad(mask.to(device), (0, size - mask.shape[-1]))
 
 
@@ -383,11 +456,16 @@ def _heard(cfg: Sampling, tok: Any, ids: list[int], said: str, reason: str) -> t
         text, reason = text[: min(cuts)], "stop"
     elif not reason:
         text = text.rstrip(_PARTIAL)
-        text = text[: len(text) - max((k for s in cfg.stop for k in range(1, len(s)) if text.endswith(s[:k])), default=0)]
+        text = text[
+            : len(text)
+            - max((k for s in cfg.stop for k in range(1, len(s)) if text.endswith(s[:k])), default=0)
+        ]
     if not text.startswith(said):
         if not reason:
             return said, ""
-        raise ValueError(f"generate: the tokenizer turned {said[-20:]!r} into {text[-20:]!r}: its texts cannot be told in pieces")
+        raise ValueError(
+            f"generate: the tokenizer turned {said[-20:]!r} into {text[-20:]!r}: its texts cannot be told in pieces"
+        )
     return text, reason
 
 

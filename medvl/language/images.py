@@ -18,8 +18,26 @@ from medvl.language import dicom_image
 Picture = Image.Image | np.ndarray | Tensor
 # Pixels of a file that is opened: where Pillow starts to warn of decompression bombs. An A4 page at 600 dpi has 35 million.
 LARGEST = 89_478_485
-_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # no EPS: it would start another program
-_BROKEN = (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, OverflowError, struct.error)  # what Pillow's decoders raise
+_FORMATS = (
+    "BMP",
+    "GIF",
+    "JPEG",
+    "JPEG2000",
+    "PNG",
+    "PPM",
+    "TIFF",
+    "WEBP",
+)  # no EPS: it would start another program
+_BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    IndexError,
+    KeyError,
+    OverflowError,
+    struct.error,
+)  # what Pillow's decoders raise
 
 
 def open_image(
@@ -45,18 +63,31 @@ def open_image(
     if _is_dicom(source, name):
         if page:
             raise ValueError(f"{name}: has one page or frame, got page={page}; leave it out")
-        return to_rgb(Image.fromarray(dicom_image.read_dicom(source, name, most=LARGEST, window=window, only_deep=only_deep)), name)
+        return to_rgb(
+            Image.fromarray(
+                dicom_image.read_dicom(source, name, most=LARGEST, window=window, only_deep=only_deep)
+            ),
+            name,
+        )
     with _reading(name):
-        image: Image.Image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS)
+        image: Image.Image = Image.open(
+            io.BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS
+        )
     with image:
         with _reading(name):
-            pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a phone's MPO holds a preview behind its photograph
+            pages = (
+                1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+            )  # a phone's MPO holds a preview behind its photograph
         if (page is None and pages > 1) or not 0 <= (page or 0) < pages:
-            raise ValueError(f"{name}: has {pages} pages or frames, got page={page}; give one from 0 to {pages - 1}")
+            raise ValueError(
+                f"{name}: has {pages} pages or frames, got page={page}; give one from 0 to {pages - 1}"
+            )
         with _reading(name):
             image.seek(page or 0)
         if image.width * image.height > LARGEST:
-            raise ValueError(f"{name}: must have at most {LARGEST} pixels, got {image.width} x {image.height}; make it smaller")
+            raise ValueError(
+                f"{name}: must have at most {LARGEST} pixels, got {image.width} x {image.height}; make it smaller"
+            )
         with _reading(name):
             image.load()
             image = ImageOps.exif_transpose(image)
@@ -104,10 +135,14 @@ def to_rgb(image: Picture, where: str) -> Image.Image:
         image = image.detach().cpu().numpy()
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
-            raise ValueError(f"{where}: an array must be uint8 [y, x, 3] and not empty, got {image.dtype} {list(image.shape)}")
+            raise ValueError(
+                f"{where}: an array must be uint8 [y, x, 3] and not empty, got {image.dtype} {list(image.shape)}"
+            )
         return Image.fromarray(image)
     if not isinstance(image, Image.Image):
-        raise ValueError(f"{where}: image must be a PIL image, an array or a tensor, got {type(image).__name__}; open_image reads files")
+        raise ValueError(
+            f"{where}: image must be a PIL image, an array or a tensor, got {type(image).__name__}; open_image reads files"
+        )
     with _reading(f"{where}: the image"):
         image.load()
     if image.mode[0] in "IF":
@@ -136,7 +171,9 @@ def cap_pixels(image: Image.Image, most: int) -> Image.Image:
     if not most or width * height <= most:
         return image
     wide = min(max(1, math.isqrt(most * width // height)), most)
-    high = min(max(1, math.isqrt(most * height // width)), most // wide)  # of a long strip one side stays 1 and the other gives way
+    high = min(
+        max(1, math.isqrt(most * height // width)), most // wide
+    )  # of a long strip one side stays 1 and the other gives way
     return image.resize((wide, high), Image.Resampling.BICUBIC)
 
 
@@ -162,6 +199,8 @@ def _reading(name: str) -> Iterator[None]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
         raise ValueError(f"{name}: must have at most {LARGEST} pixels ({e}); make it smaller") from e
     except UnidentifiedImageError as e:
-        raise ValueError(f"{name}: must be an image ({', '.join(_FORMATS)}), found none of these; empty or broken at its start?") from e
+        raise ValueError(
+            f"{name}: must be an image ({', '.join(_FORMATS)}), found none of these; empty or broken at its start?"
+        ) from e
     except _BROKEN as e:
         raise ValueError(f"{name}: cannot be read, broken or truncated ({e})") from e

@@ -13,11 +13,34 @@ from torch import Tensor
 
 from medvl.language.images import Picture, to_rgb
 
-_READ = {"size", "min_patches", "max_patches", "image_mean", "image_std", "image_seq_length", "image_processor_type", "processor_class"}
-_FIXED = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "rescale_factor": 1 / 255, "resample": 3}
+_READ = {
+    "size",
+    "min_patches",
+    "max_patches",
+    "image_mean",
+    "image_std",
+    "image_seq_length",
+    "image_processor_type",
+    "processor_class",
+}
+_FIXED = {
+    "do_resize": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "do_convert_rgb": True,
+    "rescale_factor": 1 / 255,
+    "resample": 3,
+}
 _FIXED |= {"do_center_crop": False, "do_pad": False}
 # crop_to_patches is false in the published files, yet InternVL's processor always tiles images: what the file says never counts.
-_IGNORED = {"crop_to_patches", "feature_extractor_type", "default_to_square", "data_format", "input_data_format", "device"}
+_IGNORED = {
+    "crop_to_patches",
+    "feature_extractor_type",
+    "default_to_square",
+    "data_format",
+    "input_data_format",
+    "device",
+}
 _IGNORED |= {"return_tensors", "disable_grouping", "crop_size", "pad_size"}
 
 
@@ -38,13 +61,19 @@ class TileConfig:
         if wrong := [f"{k}={v!r}" for k, v in sizes.items() if type(v) is not int or v < 1]:
             raise ValueError(f"TileConfig: sizes must be whole numbers >= 1, got {', '.join(wrong)}")
         if self.most < self.least:
-            raise ValueError(f"TileConfig: most must be at least least, got most {self.most}, least {self.least}")
+            raise ValueError(
+                f"TileConfig: most must be at least least, got most {self.most}, least {self.least}"
+            )
         if type(self.thumbnail) is not bool:
             raise ValueError(f"TileConfig: thumbnail must be true or false, got {self.thumbnail!r}")
         for k in ("mean", "std"):
             v = getattr(self, k)
-            if len(v) != 3 or not all(isinstance(x, int | float) and math.isfinite(x) and (k == "mean" or x > 0) for x in v):
-                raise ValueError(f"TileConfig: {k} must be 3 finite numbers{' > 0' * (k == 'std')}, got {v!r}")
+            if len(v) != 3 or not all(
+                isinstance(x, int | float) and math.isfinite(x) and (k == "mean" or x > 0) for x in v
+            ):
+                raise ValueError(
+                    f"TileConfig: {k} must be 3 finite numbers{' > 0' * (k == 'std')}, got {v!r}"
+                )
 
 
 def tile_config(raw: Mapping[str, Any]) -> TileConfig:
@@ -60,18 +89,27 @@ def tile_config(raw: Mapping[str, Any]) -> TileConfig:
         raise ValueError(f"tile_config: must be a record of keys and values, got {type(inner).__name__}")
     outer = [(k, raw.get(k)) for k in ("image_seq_length", "processor_class")]
     given = {k: v for k, v in [*inner.items(), *outer] if v is not None}
-    for k, known in (("image_processor_type", "GotOcr2ImageProcessor"), ("processor_class", "InternVLProcessor")):
+    for k, known in (
+        ("image_processor_type", "GotOcr2ImageProcessor"),
+        ("processor_class", "InternVLProcessor"),
+    ):
         if not str(given.get(k, known)).startswith(known):
             raise ValueError(f"tile_config: {k} must be {known} as in InternVL's files, got {given[k]!r}")
     if wrong := [f"{k}={given[k]!r}, not {v!r}" for k, v in _FIXED.items() if given.get(k, v) != v]:
         raise ValueError(f"tile_config: the image steps of InternVL are fixed, got {'; '.join(wrong)}")
     if unknown := sorted(given.keys() - _READ - _FIXED.keys() - _IGNORED):
-        raise ValueError(f"tile_config: unknown keys {', '.join(unknown)}; known are {', '.join(sorted(_READ))}")
+        raise ValueError(
+            f"tile_config: unknown keys {', '.join(unknown)}; known are {', '.join(sorted(_READ))}"
+        )
     if missing := [k for k in ("size", "image_mean", "image_std") if k not in given]:
-        raise ValueError(f"tile_config: must have {', '.join(missing)}, got only {', '.join(sorted(given)) or 'an empty record'}")
+        raise ValueError(
+            f"tile_config: must have {', '.join(missing)}, got only {', '.join(sorted(given)) or 'an empty record'}"
+        )
     size = given["size"]
     if not isinstance(size, Mapping) or size.keys() != {"height", "width"} or size["height"] != size["width"]:
-        raise ValueError(f"tile_config: size must hold height and width, equal as tiles are square, got {size!r}")
+        raise ValueError(
+            f"tile_config: size must hold height and width, equal as tiles are square, got {size!r}"
+        )
     for k in ("image_mean", "image_std"):
         if not isinstance(given[k], list | tuple):
             raise ValueError(f"tile_config: {k} must be a list of 3 numbers, got {given[k]!r}")
@@ -103,7 +141,9 @@ def grid_of(cfg: TileConfig, height: int, width: int) -> tuple[int, int]:
     """
     if min(height, width) < 1:
         raise ValueError(f"grid_of: height and width must be positive, got {height} x {width}")
-    grids = [(c, r) for c in range(1, cfg.most + 1) for r in range(1, cfg.most // c + 1) if c * r >= cfg.least]
+    grids = [
+        (c, r) for c in range(1, cfg.most + 1) for r in range(1, cfg.most // c + 1) if c * r >= cfg.least
+    ]
     off = [abs(width / height - c / r) for c, r in grids]
     nearest = min(off)
     ties = sorted((grid for grid, by in zip(grids, off, strict=True) if by == nearest), key=math.prod)
@@ -177,6 +217,8 @@ def _fill(cfg: TileConfig, rgb: Image.Image, out: Tensor) -> None:
 
 def _cut(cfg: TileConfig, rgb: Image.Image, columns: int, rows: int, out: Tensor) -> None:
     resized = rgb.resize((columns * cfg.size, rows * cfg.size), Image.Resampling.BICUBIC)
-    out.copy_(rearrange(torch.from_numpy(np.array(resized)), "(r y) (c x) rgb -> (r c) rgb y x", r=rows, c=columns))
+    out.copy_(
+        rearrange(torch.from_numpy(np.array(resized)), "(r y) (c x) rgb -> (r c) rgb y x", r=rows, c=columns)
+    )
     mean, std = (torch.tensor(v, dtype=torch.float32)[:, None, None] for v in (cfg.mean, cfg.std))
     out.div_(255).sub_(mean).div_(std)

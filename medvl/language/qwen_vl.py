@@ -15,11 +15,31 @@ from medvl.language.images import Picture, to_rgb
 
 Grid = tuple[int, int, int]  # patches in time, height, width
 
-_SIZES = {"patch": "patch_size", "merge": "merge_size", "temporal": "temporal_patch_size", "mean": "image_mean", "std": "image_std"}
-_FIXED = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "rescale_factor": 1 / 255, "resample": 3}
+_SIZES = {
+    "patch": "patch_size",
+    "merge": "merge_size",
+    "temporal": "temporal_patch_size",
+    "mean": "image_mean",
+    "std": "image_std",
+}
+_FIXED = {
+    "do_resize": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "do_convert_rgb": True,
+    "rescale_factor": 1 / 255,
+    "resample": 3,
+}
 _FIXED |= {"do_center_crop": False, "do_pad": False}
 _READ = {*_SIZES.values(), "size", "min_pixels", "max_pixels", "image_processor_type"}
-_IGNORED = {"processor_class", "feature_extractor_type", "default_to_square", "data_format", "input_data_format", "device"}
+_IGNORED = {
+    "processor_class",
+    "feature_extractor_type",
+    "default_to_square",
+    "data_format",
+    "input_data_format",
+    "device",
+}
 _IGNORED |= {"return_tensors", "disable_grouping", "crop_size", "pad_size"}
 
 
@@ -33,7 +53,9 @@ class ImageConfig:
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # of pixels in 0..1; Qwen3-VL 0.5
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)  # Qwen3-VL 0.5
     min_pixels: int = 3136  # after resizing: 4 visual tokens; Qwen3-VL 65536
-    max_pixels: int = 12_845_056  # 16384 visual tokens; Qwen3-VL 16777216. A letter page at 100 dpi needs 1170
+    max_pixels: int = (
+        12_845_056  # 16384 visual tokens; Qwen3-VL 16777216. A letter page at 100 dpi needs 1170
+    )
 
     def __attrs_post_init__(self) -> None:
         sizes = {k: getattr(self, k) for k in ("patch", "merge", "temporal", "min_pixels", "max_pixels")}
@@ -46,8 +68,12 @@ class ImageConfig:
             )
         for k in ("mean", "std"):
             v = getattr(self, k)
-            if len(v) != 3 or not all(isinstance(x, int | float) and math.isfinite(x) and (k == "mean" or x > 0) for x in v):
-                raise ValueError(f"ImageConfig: {k} must be 3 finite numbers{' > 0' * (k == 'std')}, got {v!r}")
+            if len(v) != 3 or not all(
+                isinstance(x, int | float) and math.isfinite(x) and (k == "mean" or x > 0) for x in v
+            ):
+                raise ValueError(
+                    f"ImageConfig: {k} must be 3 finite numbers{' > 0' * (k == 'std')}, got {v!r}"
+                )
 
 
 def image_config(raw: Mapping[str, Any]) -> ImageConfig:
@@ -63,7 +89,9 @@ def image_config(raw: Mapping[str, Any]) -> ImageConfig:
         raise ValueError(f"image_config: must be a record of keys and values, got {type(raw).__name__}")
     given = {k: v for k, v in raw.items() if v is not None}
     if "Qwen" not in str(given.get("image_processor_type", "Qwen")):
-        raise ValueError(f"image_config: image_processor_type must be one of Qwen-VL's, got {given['image_processor_type']!r}")
+        raise ValueError(
+            f"image_config: image_processor_type must be one of Qwen-VL's, got {given['image_processor_type']!r}"
+        )
     if wrong := [f"{k}={given[k]!r}, not {v!r}" for k, v in _FIXED.items() if given.get(k, v) != v]:
         raise ValueError(f"image_config: the image steps of Qwen-VL are fixed, got {'; '.join(wrong)}")
     size = given.get("size", {})
@@ -71,12 +99,16 @@ def image_config(raw: Mapping[str, Any]) -> ImageConfig:
     if not isinstance(size, Mapping) or size.keys() - set(edges):
         raise ValueError(f"image_config: size must hold shortest_edge and longest_edge, got {size!r}")
     if unknown := sorted(given.keys() - _READ - _FIXED.keys() - _IGNORED):
-        raise ValueError(f"image_config: unknown keys {', '.join(unknown)}; known are {', '.join(sorted(_READ))}")
+        raise ValueError(
+            f"image_config: unknown keys {', '.join(unknown)}; known are {', '.join(sorted(_READ))}"
+        )
     found: dict[str, Any] = {ours: given.get(theirs) for ours, theirs in _SIZES.items()}
     for k, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
         found[k] = given.get(k, size.get(edge, size.get(k)))
     if missing := [_SIZES.get(k, k) for k, v in found.items() if v is None]:
-        raise ValueError(f"image_config: must have {', '.join(missing)}, got only {', '.join(sorted(given)) or 'an empty record'}")
+        raise ValueError(
+            f"image_config: must have {', '.join(missing)}, got only {', '.join(sorted(given)) or 'an empty record'}"
+        )
     for k in ("mean", "std"):
         if not isinstance(found[k], list | tuple):
             raise ValueError(f"image_config: {_SIZES[k]} must be a list of 3 numbers, got {found[k]!r}")
@@ -86,7 +118,10 @@ def image_config(raw: Mapping[str, Any]) -> ImageConfig:
 
 def to_raw(cfg: ImageConfig) -> dict[str, Any]:
     """The preprocessor_config.json of a record, as `image_config` and transformers read it."""
-    own = {theirs: list(v) if isinstance(v := getattr(cfg, ours), tuple) else v for ours, theirs in _SIZES.items()}
+    own = {
+        theirs: list(v) if isinstance(v := getattr(cfg, ours), tuple) else v
+        for ours, theirs in _SIZES.items()
+    }
     size = {"shortest_edge": cfg.min_pixels, "longest_edge": cfg.max_pixels}
     return {"image_processor_type": "Qwen2VLImageProcessor"} | own | {"size": size} | _FIXED
 
@@ -101,7 +136,9 @@ def smart_resize(cfg: ImageConfig, height: int, width: int) -> tuple[int, int]:
     if min(height, width) < 1:
         raise ValueError(f"smart_resize: height and width must be positive, got {height} x {width}")
     if max(height, width) > 200 * min(height, width):
-        raise ValueError(f"smart_resize: the longer side must be at most 200 times the shorter, got {height} x {width}; crop or tile it")
+        raise ValueError(
+            f"smart_resize: the longer side must be at most 200 times the shorter, got {height} x {width}; crop or tile it"
+        )
     unit = cfg.patch * cfg.merge
     h, w = round(height / unit) * unit, round(width / unit) * unit
     if h * w > cfg.max_pixels:
@@ -167,7 +204,9 @@ def _fill(cfg: ImageConfig, rgb: Image.Image, out: Tensor) -> None:
     unit, names = cfg.patch * cfg.merge, {"my": cfg.merge, "mx": cfg.merge, "py": cfg.patch, "px": cfg.patch}
     mean, std = (torch.tensor(v, dtype=torch.float32)[:, None, None] for v in (cfg.mean, cfg.std))
     rows = out.view(h // unit, -1, 3, cfg.temporal, cfg.patch**2)
-    for row, band in zip(rows, torch.from_numpy(np.array(rgb)).split(unit), strict=True):  # a row of tokens at a time stays in the cache
+    for row, band in zip(
+        rows, torch.from_numpy(np.array(rgb)).split(unit), strict=True
+    ):  # a row of tokens at a time stays in the cache
         patches = rearrange(band, "(my py) (gx mx px) c -> (gx my mx) c 1 (py px)", **names)
         row.copy_(patches.float().div_(255).sub_(mean).div_(std).expand_as(row))
 
@@ -224,14 +263,20 @@ def mrope(
     """
     types = token_types(ids, image_token, video_token).cpu()
     if mask.shape != ids.shape or mask.dtype != torch.bool:
-        raise ValueError(f"mrope: mask must be bool {list(ids.shape)} like ids, got {mask.dtype} {list(mask.shape)}; use mask.bool()")
+        raise ValueError(
+            f"mrope: mask must be bool {list(ids.shape)} like ids, got {mask.dtype} {list(mask.shape)}; use mask.bool()"
+        )
     images, videos = _blocks("grid", grid, merge), _blocks("video_grid", video_grid, merge)
     seconds = [1] * len(videos) if seconds is None else seconds
     if len(seconds) != len(videos):
-        raise ValueError(f"mrope: seconds must have one number for each of the {len(videos)} videos, got {len(seconds)}")
+        raise ValueError(
+            f"mrope: seconds must have one number for each of the {len(videos)} videos, got {len(seconds)}"
+        )
     left = {
         1: [(*sizes, 1.0) for sizes in reversed(images)],
-        2: [(*sizes, tokens_per_second * s) for sizes, s in reversed(list(zip(videos, seconds, strict=True)))],
+        2: [
+            (*sizes, tokens_per_second * s) for sizes, s in reversed(list(zip(videos, seconds, strict=True)))
+        ],
     }
     positions, deltas, kept = torch.zeros(3, *ids.shape, dtype=torch.int64), [], mask.cpu()
     for i in range(len(ids)):
@@ -257,7 +302,9 @@ def mrope_next(delta: Tensor, cached_length: int | Tensor) -> Tensor:
     """
     n = torch.as_tensor(cached_length, device=delta.device)
     if delta.dim() != 2 or delta.shape[1] != 1 or (n.dim() and n.shape != delta.shape[:1]):
-        raise ValueError(f"mrope_next: delta must be [b, 1] and cached_length a number or [b], got {list(delta.shape)} and {list(n.shape)}")
+        raise ValueError(
+            f"mrope_next: delta must be [b, 1] and cached_length a number or [b], got {list(delta.shape)} and {list(n.shape)}"
+        )
     return (delta + (n[:, None] if n.dim() else n)).expand(3, -1, -1)
 
 
@@ -282,7 +329,10 @@ def _places(types: Tensor, left: dict[int, list], row: int) -> Tensor:
                     f"found {count}; never truncate visual tokens"
                 )
             time = (torch.arange(t) * interval).long()
-            parts.append(torch.stack(torch.meshgrid(time, torch.arange(h), torch.arange(w), indexing="ij")).view(3, -1) + now)
+            parts.append(
+                torch.stack(torch.meshgrid(time, torch.arange(h), torch.arange(w), indexing="ij")).view(3, -1)
+                + now
+            )
             at, now, count = at + t * h * w, now + max(h, w), count - t * h * w
     return torch.cat(parts, 1)
 
@@ -298,5 +348,7 @@ def _blocks(name: str, grid: Tensor | None, merge: int) -> list[Grid]:
 def _block(where: str, name: str, sizes: Sequence[int], merge: int) -> Grid:
     """The grid in visual tokens."""
     if len(sizes) != 3 or min(sizes) < 1 or sizes[1] % merge or sizes[2] % merge:
-        raise ValueError(f"{where}: {name} must be (t, h, w) >= 1 with h and w multiples of {merge}, got {tuple(sizes)}")
+        raise ValueError(
+            f"{where}: {name} must be (t, h, w) >= 1 with h and w multiples of {merge}, got {tuple(sizes)}"
+        )
     return sizes[0], sizes[1] // merge, sizes[2] // merge

@@ -12,17 +12,31 @@ from medvl.components import losses
 from medvl.hub.checkpoints import few
 from medvl.hub.skeletons import Skeleton
 from medvl.language import qwen_vl
-from medvl.weights import lazy as weights
+from medvl.weights import lazy
 
 _MROPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # families whose three-axis positions `qwen_vl.mrope` makes
 # What architectures do to logits behind the head, by the names of their configs; these values mean that they do nothing.
-_BEHIND_HEAD = {"final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "logit_scale", "logits_scaling"}
+_BEHIND_HEAD = {
+    "final_logit_softcapping",
+    "logits_soft_cap",
+    "output_logit_soft_cap",
+    "logit_scale",
+    "logits_scaling",
+}
 _BEHIND_HEAD |= {"lm_head_multiplier", "output_multiplier", "output_multiplier_scale"}
 _NOTHING = (None, 1, 1.0)
-_SEEN = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "inputs_embeds")  # what may hold images
+_SEEN = (
+    "pixel_values",
+    "image_grid_thw",
+    "pixel_values_videos",
+    "video_grid_thw",
+    "inputs_embeds",
+)  # what may hold images
 
 
-def splice(ids: Tensor, visual: Tensor, embedding: Tensor, token: int, *, counts: Sequence[int] | None = None) -> Tensor:
+def splice(
+    ids: Tensor, visual: Tensor, embedding: Tensor, token: int, *, counts: Sequence[int] | None = None
+) -> Tensor:
     """Embed a text whose placeholders are replaced by visual tokens, row by row and in each from left to right.
 
     Args:
@@ -38,17 +52,27 @@ def splice(ids: Tensor, visual: Tensor, embedding: Tensor, token: int, *, counts
     """
     _check_ids("splice", ids)
     if visual.dim() != 2 or not visual.is_floating_point() or visual.shape[1] != embedding.shape[1]:
-        raise ValueError(f"splice: visual must be floats [n, {embedding.shape[1]}], got {_about(visual)}; project to the table's width")
+        raise ValueError(
+            f"splice: visual must be floats [n, {embedding.shape[1]}], got {_about(visual)}; project to the table's width"
+        )
     place = ids == token
     found = place.sum(1).tolist()
     if counts is not None:
         if len(counts) != len(found):
-            raise ValueError(f"splice: counts must be one number per row, got {len(counts)} for {len(found)} rows")
-        if wrong := [f"row {i} has {n} for {c}" for i, (n, c) in enumerate(zip(found, counts, strict=True)) if n != c]:
-            raise ValueError(f"splice: every row must hold one placeholder (id {token}) per visual token; {few(wrong)}")
+            raise ValueError(
+                f"splice: counts must be one number per row, got {len(counts)} for {len(found)} rows"
+            )
+        if wrong := [
+            f"row {i} has {n} for {c}" for i, (n, c) in enumerate(zip(found, counts, strict=True)) if n != c
+        ]:
+            raise ValueError(
+                f"splice: every row must hold one placeholder (id {token}) per visual token; {few(wrong)}"
+            )
     if sum(found) != len(visual):
         rows = few([f"row {i} has {n}" for i, n in enumerate(found)])
-        raise ValueError(f"splice: {sum(found)} placeholders (id {token}) meet {len(visual)} visual tokens: {rows}")
+        raise ValueError(
+            f"splice: {sum(found)} placeholders (id {token}) meet {len(visual)} visual tokens: {rows}"
+        )
     text = F.embedding(ids.masked_fill(place, 0), embedding)
     return text.masked_scatter(place[..., None], visual.to(text.dtype))
 
@@ -74,12 +98,16 @@ def head_of(skeleton: Skeleton) -> tuple[str, str | None]:
     module: Any = skeleton.module
     kind = skeleton.config.get("model_type")
     if behind := sorted(_settings(skeleton.config, _BEHIND_HEAD)):
-        raise ValueError(f"head_of: logits of {kind} are more than hidden states times head ({', '.join(behind)}); it cannot be split off")
+        raise ValueError(
+            f"head_of: logits of {kind} are more than hidden states times head ({', '.join(behind)}); it cannot be split off"
+        )
     if kind == "chameleon":
         raise ValueError("head_of: chameleon masks logits behind its head; it cannot be split off")
     head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
     if head is None or getattr(head, "weight", None) is None:
-        raise ValueError(f"head_of: {skeleton.name} ({kind}) has no language head; load it with head='language'")
+        raise ValueError(
+            f"head_of: {skeleton.name} ({kind}) has no language head; load it with head='language'"
+        )
     names = {id(p): n for n, p in module.named_parameters()}
     bias = getattr(head, "bias", None)
     return names[id(head.weight)], None if bias is None else names[id(bias)]
@@ -101,20 +129,36 @@ def arguments(skeleton: Skeleton, batch: Mapping[str, Any]) -> dict[str, Any]:
     """
     ids, embeds, mask = batch.get("ids"), batch.get("inputs_embeds"), batch.get("mask")
     if ids is None and embeds is None:
-        raise ValueError(f"vlm: a batch needs ids [b, t] or inputs_embeds [b, t, d], got only {', '.join(sorted(batch)) or 'nothing'}")
-    if embeds is not None and (embeds.dim() != 3 or not embeds.is_floating_point() or (ids is not None and ids.shape != embeds.shape[:2])):
-        raise ValueError(f"vlm: inputs_embeds must be floats [b, t, d], with [b, t] as of ids if there are any, got {_about(embeds)}")
+        raise ValueError(
+            f"vlm: a batch needs ids [b, t] or inputs_embeds [b, t, d], got only {', '.join(sorted(batch)) or 'nothing'}"
+        )
+    if embeds is not None and (
+        embeds.dim() != 3
+        or not embeds.is_floating_point()
+        or (ids is not None and ids.shape != embeds.shape[:2])
+    ):
+        raise ValueError(
+            f"vlm: inputs_embeds must be floats [b, t, d], with [b, t] as of ids if there are any, got {_about(embeds)}"
+        )
     like: Tensor = ids if embeds is None else embeds[..., 0]  # type: ignore[assignment]
     mask = torch.ones_like(like, dtype=torch.int64) if mask is None else mask
     if mask.shape != like.shape or mask.is_floating_point():
-        raise ValueError(f"vlm: mask must be bool or whole numbers {list(like.shape)}, 1 where a token exists, got {_about(mask)}")
+        raise ValueError(
+            f"vlm: mask must be bool or whole numbers {list(like.shape)}, 1 where a token exists, got {_about(mask)}"
+        )
     mask = mask.long()
     _check_rows(skeleton, ids if embeds is None else None, mask)
     _check_images(skeleton, batch, ids)
-    given = {k: v for k, v in batch.items() if k not in ("ids", "mask", "labels", "visual", "images", "position_ids") and v is not None}
+    given = {
+        k: v
+        for k, v in batch.items()
+        if k not in ("ids", "mask", "labels", "visual", "images", "position_ids") and v is not None
+    }
     takes = inspect.signature(skeleton.module.forward).parameters
     if unknown := sorted(given.keys() - takes.keys() - {"mm_token_type_ids"}):
-        raise ValueError(f"vlm: {skeleton.name} takes no {', '.join(unknown)}; it takes {', '.join(sorted(takes.keys() - {'kwargs'}))}")
+        raise ValueError(
+            f"vlm: {skeleton.name} takes no {', '.join(unknown)}; it takes {', '.join(sorted(takes.keys() - {'kwargs'}))}"
+        )
     positions = _positions(skeleton, batch, ids, mask)
     given |= {"attention_mask": mask} | ({"input_ids": ids} if embeds is None else {})
     if "mm_token_type_ids" not in takes or _mrope(skeleton):  # said by the positions
@@ -131,10 +175,14 @@ def hidden_states(skeleton: Skeleton, params: Mapping[str, Tensor], **batch: Any
         ValueError: as `arguments` and `head_of`.
     """
     name, _ = head_of(skeleton)
-    return skeleton({**params, name: weights.passed(params[name])}, **arguments(skeleton, batch), use_cache=False).logits
+    return skeleton(
+        {**params, name: lazy.passed(params[name])}, **arguments(skeleton, batch), use_cache=False
+    ).logits
 
 
-def answer_loss(skeleton: Skeleton, params: Mapping[str, Tensor], batch: Mapping[str, Any], *, chunk: int = 256) -> tuple[Tensor, Tensor]:
+def answer_loss(
+    skeleton: Skeleton, params: Mapping[str, Tensor], batch: Mapping[str, Any], *, chunk: int = 256
+) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the tokens that are trained, summed, and their number; logits of at most `chunk` tokens exist at a time.
 
     Args:
@@ -147,26 +195,36 @@ def answer_loss(skeleton: Skeleton, params: Mapping[str, Tensor], batch: Mapping
     name, bias = head_of(skeleton)
     labels = batch.get("labels")
     if labels is None:
-        raise ValueError(f"answer_loss: the batch must have labels [b, t], got only {', '.join(sorted(batch))}")
+        raise ValueError(
+            f"answer_loss: the batch must have labels [b, t], got only {', '.join(sorted(batch))}"
+        )
     hidden, head = hidden_states(skeleton, params, **batch), params[name]
-    if isinstance(head, weights.Sharded):  # gathered once: processes have different numbers of chunks
-        head = weights.dense(head)
-    return losses.token_cross_entropy(hidden, head, labels, bias=None if bias is None else params[bias], chunk=chunk)
+    if isinstance(head, lazy.Sharded):  # gathered once: processes have different numbers of chunks
+        head = lazy.dense(head)
+    return losses.token_cross_entropy(
+        hidden, head, labels, bias=None if bias is None else params[bias], chunk=chunk
+    )
 
 
 # Checks ---------------------------------------------------------------------------------------------------------------------------------
 def _positions(skeleton: Skeleton, batch: Mapping[str, Any], ids: Tensor | None, mask: Tensor) -> Tensor:
     given = batch.get("position_ids")
-    several = any(hasattr(m, "get_rope_index") for m in (skeleton.module, getattr(skeleton.module, "model", None)))
+    several = any(
+        hasattr(m, "get_rope_index") for m in (skeleton.module, getattr(skeleton.module, "model", None))
+    )
     if given is not None:
-        fits = given.shape == mask.shape or (several and given.dim() == 3 and len(given) in (3, 4) and given.shape[1:] == mask.shape)
+        fits = given.shape == mask.shape or (
+            several and given.dim() == 3 and len(given) in (3, 4) and given.shape[1:] == mask.shape
+        )
         if not fits or given.is_floating_point():
             want = f"{list(mask.shape)}{f' or [3, {len(mask)}, {mask.shape[1]}]' if several else ''}"
             raise ValueError(f"vlm: position_ids must be whole numbers {want}, got {_about(given)}")
         return given
     plain = (mask.cumsum(1) - 1).clamp(min=0)
     seen = [
-        k for k in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "inputs_embeds") if batch.get(k) is not None
+        k
+        for k in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "inputs_embeds")
+        if batch.get(k) is not None
     ]
     if not several:
         return plain
@@ -198,7 +256,9 @@ def _check_rows(skeleton: Skeleton, ids: Tensor | None, mask: Tensor) -> None:
     module: Any = skeleton.module
     size = module.get_input_embeddings().weight.shape[0]
     if low < 0 or high >= size:
-        raise ValueError(f"vlm: ids must be from 0 to {size - 1}, the token table's last, got {low} to {high}")
+        raise ValueError(
+            f"vlm: ids must be from 0 to {size - 1}, the token table's last, got {low} to {high}"
+        )
     if empty := (mask.sum(1) == 0).nonzero()[:, 0].tolist():
         raise ValueError(f"vlm: every row needs a token, rows {empty} have none (their mask is all 0)")
 
@@ -206,7 +266,9 @@ def _check_rows(skeleton: Skeleton, ids: Tensor | None, mask: Tensor) -> None:
 def _check_images(skeleton: Skeleton, batch: Mapping[str, Any], ids: Tensor | None) -> None:
     pixels, token = batch.get("pixel_values"), skeleton.config.get("image_token_id")
     if pixels is not None and (batch.get("inputs_embeds") is not None or ids is None):
-        raise ValueError("vlm: pixel_values go with ids, not with inputs_embeds, which hold their visual tokens already")
+        raise ValueError(
+            "vlm: pixel_values go with ids, not with inputs_embeds, which hold their visual tokens already"
+        )
     if pixels is not None and not pixels.is_floating_point():
         raise ValueError(f"vlm: pixel_values must be floats (normalised, not 0..255), got {_about(pixels)}")
     if token is None or ids is None or batch.get("inputs_embeds") is not None:
@@ -218,10 +280,14 @@ def _check_images(skeleton: Skeleton, batch: Mapping[str, Any], ids: Tensor | No
             raise ValueError(f"vlm: {sum(found)} image placeholders (id {token}) and no pixel_values: {rows}")
         return
     if not sum(found):
-        raise ValueError(f"vlm: pixel_values {list(pixels.shape)} and no placeholder (id {token}) in any of {len(ids)} rows")
+        raise ValueError(
+            f"vlm: pixel_values {list(pixels.shape)} and no placeholder (id {token}) in any of {len(ids)} rows"
+        )
     need = _visual_tokens(skeleton, batch, pixels)
     if need is not None and need != sum(found):
-        raise ValueError(f"vlm: the images make {need} visual tokens, the ids hold {sum(found)} placeholders (id {token}): {rows}")
+        raise ValueError(
+            f"vlm: the images make {need} visual tokens, the ids hold {sum(found)} placeholders (id {token}): {rows}"
+        )
 
 
 def _visual_tokens(skeleton: Skeleton, batch: Mapping[str, Any], pixels: Tensor) -> int | None:
@@ -230,10 +296,14 @@ def _visual_tokens(skeleton: Skeleton, batch: Mapping[str, Any], pixels: Tensor)
     if _mrope(skeleton):
         grid = batch.get("image_grid_thw")
         if grid is None:
-            raise ValueError(f"vlm: {skeleton.name} needs image_grid_thw [n, 3] beside pixel_values: its positions have three axes")
+            raise ValueError(
+                f"vlm: {skeleton.name} needs image_grid_thw [n, 3] beside pixel_values: its positions have three axes"
+            )
         patches = int(grid.prod(1).sum())
         if patches != len(pixels):
-            raise ValueError(f"vlm: image_grid_thw {grid.tolist()} says {patches} patches, pixel_values have {len(pixels)}")
+            raise ValueError(
+                f"vlm: image_grid_thw {grid.tolist()} says {patches} patches, pixel_values have {len(pixels)}"
+            )
         return patches // vision["spatial_merge_size"] ** 2
     if skeleton.config.get("model_type") == "internvl":
         h, w = (n // p for n, p in zip(pixels.shape[-2:], vision["patch_size"], strict=True))

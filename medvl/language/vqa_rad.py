@@ -15,15 +15,25 @@ from PIL import Image
 
 from medvl.base import files
 from medvl.base.display import track
+from medvl.language.encoding import check_tags, short
 from medvl.language.images import open_image
-from medvl.language.labels import check_tags, short
 
 _log = logging.getLogger(__name__)
 SPLITS = ("train", "valid", "test")
 ORGANS = {"HEAD": "head", "CHEST": "chest", "ABD": "abdomen"}
 _TYPOS = {"PRSE": "PRES"}
 _NOTHING = ("", "NULL", "NA")
-_KEYS = ("qid", "phrase_type", "image_case_url", "image_name", "image_organ", "question", "question_type", "answer", "answer_type")
+_KEYS = (
+    "qid",
+    "phrase_type",
+    "image_case_url",
+    "image_name",
+    "image_organ",
+    "question",
+    "question_type",
+    "answer",
+    "answer_type",
+)
 _NAMES = {  # sequences of MRI are MRI, views and kinds of radiographs are radiographs
     "ct": r"c\.?t\.?|cat scan|computed tomography",
     "mri": r"mri?|magnetic resonance|t[12]|flair|dwi|adc|diffusion[- ]weighted",
@@ -90,7 +100,9 @@ def convert_vqa_rad(
     Source: Lau et al. 2018, A dataset of clinically generated visual questions and answers about radiology images.
     """
     if group not in ("organ", "modality") or split not in ("case", "published"):
-        raise ValueError(f'convert_vqa_rad: group is "organ" or "modality", split "case" or "published", got {group!r} and {split!r}')
+        raise ValueError(
+            f'convert_vqa_rad: group is "organ" or "modality", split "case" or "published", got {group!r} and {split!r}'
+        )
     if min(valid, test) < 0 or valid + test >= 1 or size < 0:
         raise ValueError(
             f"convert_vqa_rad: valid and test must be shares >= 0 that leave some for train, size >= 0, got {valid}, {test}, {size}"
@@ -104,16 +116,24 @@ def convert_vqa_rad(
     if not kept:
         raise ValueError(f'{source}: no question says the modality of its image; take group="organ"')
     case_of = _cases(every)
-    place = _place([(case_of[q.image], task) for q, task in kept], {"valid": valid, "test": test if split == "case" else 0.0}, seed)
+    place = _place(
+        [(case_of[q.image], task) for q, task in kept],
+        {"valid": valid, "test": test if split == "case" else 0.0},
+        seed,
+    )
     lines: dict[str, list[str]] = {name: [] for name in SPLITS}
     sides = defaultdict(set)
     for q, task in kept:
         part = "test" if split == "published" and q.test else place[case_of[q.image]]
         picture = folder / "images" / f"{Path(q.image).stem}.png" if size else paths[q.image]
-        lines[part].append(_line(q, task, Path(os.path.relpath(picture.resolve(), folder.resolve())).as_posix()))
+        lines[part].append(
+            _line(q, task, Path(os.path.relpath(picture.resolve(), folder.resolve())).as_posix())
+        )
         sides[q.image].add(part)
     if old := [name for name in SPLITS if not lines[name] and (folder / f"{name}.jsonl").exists()]:
-        raise ValueError(f"{folder}: {old[0]}.jsonl is of an earlier run and this one has no {old[0]}; remove it or take another folder")
+        raise ValueError(
+            f"{folder}: {old[0]}.jsonl is of an earlier run and this one has no {old[0]}; remove it or take another folder"
+        )
     for name in track(sides if size else (), "shrinking pictures"):
         _shrink(paths[name], folder / "images" / f"{Path(name).stem}.png", size)
     for name in SPLITS:
@@ -184,10 +204,20 @@ def _read(source: Path) -> tuple[list[_Question], int]:
 def _question(row: Any, where: str) -> _Question:
     if not isinstance(row, dict) or not row.keys() >= {*_KEYS}:
         raise ValueError(f"{where}: must be an object with {', '.join(_KEYS)}, got {short(row)}")
-    text = {key: " ".join(str(row[key]).split()) for key in _KEYS}  # answers that count are numbers; some texts hold tabs
+    text = {
+        key: " ".join(str(row[key]).split()) for key in _KEYS
+    }  # answers that count are numbers; some texts hold tabs
     text |= {key: "" for key in ("question", "answer", "image_case_url") if text[key].upper() in _NOTHING}
-    organ, family, phrase = text["image_organ"].upper(), text["answer_type"].lower(), text["phrase_type"].lower()
-    if organ not in ORGANS or family not in ("closed", "open") or phrase.removeprefix("test_") not in ("freeform", "para"):
+    organ, family, phrase = (
+        text["image_organ"].upper(),
+        text["answer_type"].lower(),
+        text["phrase_type"].lower(),
+    )
+    if (
+        organ not in ORGANS
+        or family not in ("closed", "open")
+        or phrase.removeprefix("test_") not in ("freeform", "para")
+    ):
         raise ValueError(
             f"{where}: image_organ must be {', '.join(ORGANS)}, answer_type OPEN or CLOSED, phrase_type freeform or para or one of them "
             f"after test_, got {organ!r}, {family!r} and {phrase!r}"
@@ -195,7 +225,12 @@ def _question(row: Any, where: str) -> _Question:
     image = text["image_name"]
     if not image or Path(image).name != image:
         raise ValueError(f"{where}: image_name must be the name of a file, got {image!r}")
-    check_tags([{"role": "user", "content": text["question"]}, {"role": "assistant", "content": text["answer"]}], "<image>", 0, where)
+    check_tags(
+        [{"role": "user", "content": text["question"]}, {"role": "assistant", "content": text["answer"]}],
+        "<image>",
+        0,
+        where,
+    )
     kinds = [kind.strip().upper() for kind in text["question_type"].split(",")]
     return _Question(
         id=text["qid"],
@@ -219,7 +254,9 @@ def _find(names: set[str], images: Path) -> dict[str, Path]:
         )
     stems = Counter(Path(name).stem for name in paths)
     if twice := [stem for stem, n in stems.items() if n > 1]:
-        raise ValueError(f"{images}: {stems[twice[0]]} images are called {twice[0]!r}; rename all but one, in the questions too")
+        raise ValueError(
+            f"{images}: {stems[twice[0]]} images are called {twice[0]!r}; rename all but one, in the questions too"
+        )
     return paths
 
 
@@ -252,7 +289,9 @@ def _place(cases: Sequence[tuple[str, str]], shares: Mapping[str, float], seed: 
         n = len(strata[task])
         counts = {name: max(1, round(share * n)) for name, share in shares.items() if share}
         if sum(counts.values()) >= n:
-            raise ValueError(f"convert_vqa_rad: {task} has {n} cases, too few for train, {', '.join(counts)}; take smaller shares or none")
+            raise ValueError(
+                f"convert_vqa_rad: {task} has {n} cases, too few for train, {', '.join(counts)}; take smaller shares or none"
+            )
         order = [strata[task][i] for i in rng.permutation(n)]
         parts = [name for name, count in counts.items() for _ in range(count)]
         place |= dict(zip(order, parts + ["train"] * (n - len(parts)), strict=True))
@@ -260,7 +299,10 @@ def _place(cases: Sequence[tuple[str, str]], shares: Mapping[str, float], seed: 
 
 
 def _line(q: _Question, task: str, image: str) -> str:
-    turns = [{"role": "user", "content": f"<image>\n{q.question}"}, {"role": "assistant", "content": q.answer}]
+    turns = [
+        {"role": "user", "content": f"<image>\n{q.question}"},
+        {"role": "assistant", "content": q.answer},
+    ]
     named = {"task": task, "category": q.types[0], "family": q.family, "episode_id": Path(q.image).stem}
     return json.dumps({"id": q.id, "images": [image], "messages": turns, **named}, ensure_ascii=False) + "\n"
 

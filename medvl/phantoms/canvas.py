@@ -25,7 +25,9 @@ def smooth_noise(places: tuple[Array, Array, Array], cell: float, gen: np.random
     """Noise [z, y, x] at places (z, y, x) in mm, fixed in the patient: unit normal at points `cell` mm apart, linear between them."""
     a = gen.standard_normal([int(n / cell) + 2 for n in (380, 480, 480)], dtype=np.float32)
     for axis in (2, 1, 0):  # the slowest axis last, where it is cheapest
-        at = np.clip((places[axis].ravel() + (190, 240, 240)[axis]) / np.float32(cell), 0, a.shape[axis] - 1.001)
+        at = np.clip(
+            (places[axis].ravel() + (190, 240, 240)[axis]) / np.float32(cell), 0, a.shape[axis] - 1.001
+        )
         i = at.astype(int)
         part = (at - i).reshape([-1 if k == axis else 1 for k in range(3)])
         low = np.take(a, i, axis)
@@ -63,16 +65,25 @@ def splat(c: Canvas, points: Array, volume: Array) -> Array:
     f = at - i
     part, base = np.empty((2, 2, 2, len(at))), (i[:, 2] * ny + i[:, 1]) * nx + i[:, 0]
     for dz, dy, dx in np.ndindex(2, 2, 2):
-        part[dz, dy, dx] = share * np.abs(1 - dx - f[:, 0]) * np.abs(1 - dy - f[:, 1]) * np.abs(1 - dz - f[:, 2])
+        part[dz, dy, dx] = (
+            share * np.abs(1 - dx - f[:, 0]) * np.abs(1 - dy - f[:, 1]) * np.abs(1 - dz - f[:, 2])
+        )
     where = base + np.array([(dz * ny + dy) * nx + dx for dz, dy, dx in np.ndindex(2, 2, 2)])[:, None]
-    return np.bincount(where.ravel(), part.ravel(), minlength=nz * ny * nx).astype(np.float32).reshape(nz, ny, nx)
+    return (
+        np.bincount(where.ravel(), part.ravel(), minlength=nz * ny * nx)
+        .astype(np.float32)
+        .reshape(nz, ny, nx)
+    )
 
 
 def touched(c: Canvas, low: Array, high: Array) -> Box:
     """Index slices (z y x) of the voxels that touch low..high (x y z, mm)."""
     first = (c.z.flat[0], c.y.flat[0], c.x.flat[0])
     ends = zip(low[::-1], high[::-1], first, c.step, c.hu.shape, strict=True)
-    z, y, x = (slice(max(0, int((a - o) / s - 0.5)), max(0, min(n, int((e - o) / s + 1.5) + 1))) for a, e, o, s, n in ends)
+    z, y, x = (
+        slice(max(0, int((a - o) / s - 0.5)), max(0, min(n, int((e - o) / s + 1.5) + 1)))
+        for a, e, o, s, n in ends
+    )
     return z, y, x
 
 
@@ -96,15 +107,24 @@ def fill(c: Canvas, at: ArrayLike, radii: ArrayLike, hu: float) -> None:
     c.lung[box] *= 1 - share
 
 
-def cover(c: Canvas, at: ArrayLike, radii: ArrayLike, tilt: tuple[float, float] = (0.0, 0.0)) -> tuple[Box, Array]:
+def cover(
+    c: Canvas, at: ArrayLike, radii: ArrayLike, tilt: tuple[float, float] = (0.0, 0.0)
+) -> tuple[Box, Array]:
     """The voxels an ellipsoid touches and the share of each it fills, from 3 x 3 x 4 points per voxel; `tilt`: rise per mm along x, y."""
     at, radii = np.asarray(at, np.float32), np.asarray(radii, np.float32)
     reach = radii + np.array([0, 0, abs(tilt[0]) * radii[0] + abs(tilt[1]) * radii[1]], np.float32)
     z, y, x = box = touched(c, at - reach, at + reach)
     if radii.min() > 22:  # large against a voxel: the distance to the edge says enough
-        q = ((c.x[:, :, x] - at[0]) / radii[0]) ** 2 + ((c.y[:, y] - at[1]) / radii[1]) ** 2 + ((c.z[z] - at[2]) / radii[2]) ** 2
+        q = (
+            ((c.x[:, :, x] - at[0]) / radii[0]) ** 2
+            + ((c.y[:, y] - at[1]) / radii[1]) ** 2
+            + ((c.z[z] - at[2]) / radii[2]) ** 2
+        )
         return box, soft((1 - q) * (radii.min() / 2), c.step[1])
-    fine = [_finer(a.ravel()[s], step, n) - o for a, s, step, n, o in zip((c.z, c.y, c.x), box, c.step, (4, 3, 3), at[::-1], strict=True)]
+    fine = [
+        _finer(a.ravel()[s], step, n) - o
+        for a, s, step, n, o in zip((c.z, c.y, c.x), box, c.step, (4, 3, 3), at[::-1], strict=True)
+    ]
     dz, dy, dx = fine[0][:, None, None], fine[1][:, None], fine[2]
     q = (dx / radii[0]) ** 2 + (dy / radii[1]) ** 2 + ((dz - tilt[0] * dx - tilt[1] * dy) / radii[2]) ** 2
     nz, ny, nx = (len(f) // n for f, n in zip(fine, (4, 3, 3), strict=True))

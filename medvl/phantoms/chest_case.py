@@ -46,14 +46,25 @@ class PhantomConfig:
     test: int = 0
     second_recon: float = field(default=0.2, validator=_share)  # share of scans reconstructed twice
     contrast: float = field(default=0.35, validator=_share)  # share of scans with enhanced blood
-    variation: float = field(default=1.0, validator=_share)  # how much bodies differ: 1 as people do, 0 all the same
+    variation: float = field(
+        default=1.0, validator=_share
+    )  # how much bodies differ: 1 as people do, 0 all the same
     columns: tuple[int, int] = (64, 96)  # in-plane voxels, drawn evenly from this range
     slices: tuple[int, int] = (28, 40)
 
     def __attrs_post_init__(self):
         if min(self.valid, self.test) < 0 or self.patients < 1 or self.valid + self.test > self.patients:
-            raise ValueError(f"PhantomConfig: valid + test must be within the {self.patients} patients, got {self.valid} and {self.test}")
-        config.within(self, "PhantomConfig", patients=config.COUNT, seed=config.SEED, columns=(32, 2048), slices=(8, 4096))
+            raise ValueError(
+                f"PhantomConfig: valid + test must be within the {self.patients} patients, got {self.valid} and {self.test}"
+            )
+        config.within(
+            self,
+            "PhantomConfig",
+            patients=config.COUNT,
+            seed=config.SEED,
+            columns=(32, 2048),
+            slices=(8, 4096),
+        )
         for name, (low, high) in (("columns", self.columns), ("slices", self.slices)):
             if low > high:
                 raise ValueError(f"PhantomConfig: {name} must rise, got [{low}, {high}]")
@@ -114,7 +125,13 @@ def draw_case(cfg: PhantomConfig, gen: Gen) -> Case:
     if "Cardiomegaly" in present:
         body["heart"] = gen.uniform(0.53, 0.64)
     sex, texture = "FM"[gen.integers(2)], int(gen.integers(2**32))
-    return Case(age=age, sex=sex, body=body, texture=texture, findings={name: _LESIONS[name](body, gen) for name in present})
+    return Case(
+        age=age,
+        sex=sex,
+        body=body,
+        texture=texture,
+        findings={name: _LESIONS[name](body, gen) for name in present},
+    )
 
 
 def _draw_body(cfg: PhantomConfig, gen: Gen) -> Body:
@@ -151,14 +168,18 @@ def heart_shape(body: Body) -> tuple[Array, Array]:
     """Centre [3] and radii [3] of the heart in mm."""
     radius = body["heart"] * body["ta"]
     radii = radius * np.array([1.0, 0.80, 0.84])
-    return np.array([body["heart_x"], body["heart_y"], min(body["dome_right"], body["dome_left"]) + 0.72 * radii[2]]), radii
+    return np.array(
+        [body["heart_x"], body["heart_y"], min(body["dome_right"], body["dome_left"]) + 0.72 * radii[2]]
+    ), radii
 
 
 def _zone(z: float) -> str:
     return "upper" if z > 35 else "middle" if z > -25 else "lower"
 
 
-def _in_lung(body: Body, gen: Gen, low: float, high: float, depth: tuple[float, float] = (0.0, 0.8)) -> tuple[str, float, float, float]:
+def _in_lung(
+    body: Body, gen: Gen, low: float, high: float, depth: tuple[float, float] = (0.0, 0.8)
+) -> tuple[str, float, float, float]:
     """A side and a place in that lung, z within low..high, at this depth (0 axis of the lung, 1 its wall)."""
     sign = 1 if gen.random() < 0.5 else -1
     z = gen.uniform(low, high)
@@ -174,11 +195,15 @@ def taper(body: Body, z: ArrayLike) -> Array:
     return np.sqrt(np.clip(1 - t**2.6, 1e-3, None))
 
 
-def _spots(body: Body, gen: Gen, count: int, size: Callable[[], float], hu: Callable[[], float], **where: Any) -> Lesions:
+def _spots(
+    body: Body, gen: Gen, count: int, size: Callable[[], float], hu: Callable[[], float], **where: Any
+) -> Lesions:
     found = []
     for _ in range(count):
         side, x, y, z = _in_lung(body, gen, **where)
-        found.append(Lesion(side=side, zone=_zone(z), size_mm=round(size(), 1), at=(x, y, z), hu=round(hu(), 1)))
+        found.append(
+            Lesion(side=side, zone=_zone(z), size_mm=round(size(), 1), at=(x, y, z), hu=round(hu(), 1))
+        )
     return tuple(found)
 
 
@@ -191,26 +216,61 @@ def _nodules(body: Body, gen: Gen) -> Lesions:
 
 
 def _opacities(body: Body, gen: Gen) -> Lesions:
-    return _spots(body, gen, 1 + gen.poisson(1.2), lambda: gen.uniform(30, 85), lambda: gen.uniform(-680, -540), low=-60, high=80)
+    return _spots(
+        body,
+        gen,
+        1 + gen.poisson(1.2),
+        lambda: gen.uniform(30, 85),
+        lambda: gen.uniform(-680, -540),
+        low=-60,
+        high=80,
+    )
 
 
 def _consolidations(body: Body, gen: Gen) -> Lesions:
     count = 1 + (gen.random() < 0.35)
-    return _spots(body, gen, count, lambda: gen.uniform(30, 75), lambda: gen.uniform(0, 50), low=-60, high=60, depth=(0.4, 0.9))
+    return _spots(
+        body,
+        gen,
+        count,
+        lambda: gen.uniform(30, 75),
+        lambda: gen.uniform(0, 50),
+        low=-60,
+        high=60,
+        depth=(0.4, 0.9),
+    )
 
 
 def _plates(body: Body, gen: Gen) -> Lesions:
     count = 1 + (gen.random() < 0.4)
-    return _spots(body, gen, count, lambda: gen.uniform(45, 85), lambda: gen.uniform(10, 50), low=-50, high=-15, depth=(0.1, 0.6))
+    return _spots(
+        body,
+        gen,
+        count,
+        lambda: gen.uniform(45, 85),
+        lambda: gen.uniform(10, 50),
+        low=-50,
+        high=-15,
+        depth=(0.1, 0.6),
+    )
 
 
 def _effusions(body: Body, gen: Gen) -> Lesions:
     sides = (("right",), ("left",), ("right", "left"))[gen.choice(3, p=(0.35, 0.3, 0.35))]
-    return tuple(Lesion(side=s, zone="lower", size_mm=round(gen.uniform(14, 65), 1), hu=round(gen.uniform(-2, 18), 1)) for s in sides)
+    return tuple(
+        Lesion(side=s, zone="lower", size_mm=round(gen.uniform(14, 65), 1), hu=round(gen.uniform(-2, 18), 1))
+        for s in sides
+    )
 
 
 def _emphysema(body: Body, gen: Gen) -> Lesions:
-    return (Lesion(zone=("upper", "")[gen.integers(2)], size_mm=round(gen.uniform(6, 16), 1), severity=round(gen.uniform(0.35, 1.0), 2)),)
+    return (
+        Lesion(
+            zone=("upper", "")[gen.integers(2)],
+            size_mm=round(gen.uniform(6, 16), 1),
+            severity=round(gen.uniform(0.35, 1.0), 2),
+        ),
+    )
 
 
 def _hernia(body: Body, gen: Gen) -> Lesions:
@@ -230,7 +290,11 @@ def _large_heart(body: Body, gen: Gen) -> Lesions:
 def _coronary(body: Body, gen: Gen) -> Lesions:
     """Calcium along three arteries on the heart's surface."""
     centre, radii = heart_shape(body)
-    paths = (((-0.1, 0.7, 0.7), (-0.65, 0.75, -0.1)), ((0.5, 0.6, 0.6), (0.95, 0.1, -0.3)), ((-0.6, 0.2, 0.75), (-0.95, -0.3, 0.0)))
+    paths = (
+        ((-0.1, 0.7, 0.7), (-0.65, 0.75, -0.1)),
+        ((0.5, 0.6, 0.6), (0.95, 0.1, -0.3)),
+        ((-0.6, 0.2, 0.75), (-0.95, -0.3, 0.0)),
+    )
     found = []
     for _ in range(2 + gen.poisson(2.0)):
         start, end = map(np.array, paths[gen.choice(3, p=(0.6, 0.2, 0.2))])
@@ -257,7 +321,13 @@ def _arterial(body: Body, gen: Gen) -> Lesions:
 def _plaque(ends: list[Array], gen: Gen) -> Lesion:
     at, to = (tuple(e.tolist()) for e in ends)
     length = float(np.linalg.norm(ends[1] - ends[0]))
-    return Lesion(size_mm=round(length, 1), at=at, to=to, thick_mm=round(gen.uniform(3, 6), 1), hu=round(gen.uniform(450, 1200), 0))
+    return Lesion(
+        size_mm=round(length, 1),
+        at=at,
+        to=to,
+        thick_mm=round(gen.uniform(3, 6), 1),
+        hu=round(gen.uniform(450, 1200), 0),
+    )
 
 
 def aorta_path(body: Body) -> Array:

@@ -83,7 +83,10 @@ _TERMS = {  # the first is the usual one
     "Arterial wall calcification": ("arterial wall calcification", "aortic wall calcification"),
     "Cardiomegaly": ("cardiomegaly", "cardiac enlargement"),
     "Pericardial effusion": ("pericardial effusion", "pericardial fluid"),
-    "Coronary artery wall calcification": ("coronary artery wall calcification", "coronary artery calcification"),
+    "Coronary artery wall calcification": (
+        "coronary artery wall calcification",
+        "coronary artery calcification",
+    ),
     "Hiatal hernia": ("hiatal hernia", "sliding hiatal hernia"),
     "Emphysema": ("emphysema", "emphysematous change"),
     "Atelectasis": ("atelectasis", "atelectatic change"),
@@ -145,7 +148,9 @@ def write_report(case: Case, gen: Gen) -> dict[str, str]:
     Sentences come in random order, mixed with others that say nothing of the findings; the impression holds the positives alone.
     """
     negated = [name for name in FINDINGS if name not in case.findings and gen.random() < 0.5]
-    told = [_seen(name, case.findings[name], gen) for name in case.findings] + [_unseen(name, gen) for name in negated]
+    told = [_seen(name, case.findings[name], gen) for name in case.findings] + [
+        _unseen(name, gen) for name in negated
+    ]
     told += [_OTHER[i] for i in gen.choice(len(_OTHER), gen.integers(1, 5), replace=False)]
     summed = [_seen(name, case.findings[name], gen) for name in case.findings]
     return {

@@ -10,7 +10,20 @@ import nibabel as nib
 import numpy as np
 from attrs import frozen
 
-from medvl.phantoms.canvas import Array, Canvas, blend, columns, cover, fill, oval, smooth_noise, soft, splat, touched, tube
+from medvl.phantoms.canvas import (
+    Array,
+    Canvas,
+    blend,
+    columns,
+    cover,
+    fill,
+    oval,
+    smooth_noise,
+    soft,
+    splat,
+    touched,
+    tube,
+)
 from medvl.phantoms.chest_case import Body, Case, Gen, Lesion, PhantomConfig, aorta_path, heart_shape, taper
 
 
@@ -51,7 +64,10 @@ def render(cfg: PhantomConfig, case: Case, gen: Gen) -> Volume:
 
 
 def draw_view(cfg: PhantomConfig, gen: Gen) -> View:
-    n, nz = int(gen.integers(cfg.columns[0], cfg.columns[1] + 1)), int(gen.integers(cfg.slices[0], cfg.slices[1] + 1))
+    n, nz = (
+        int(gen.integers(cfg.columns[0], cfg.columns[1] + 1)),
+        int(gen.integers(cfg.slices[0], cfg.slices[1] + 1)),
+    )
     fov, low, high = gen.uniform(330, 420), gen.uniform(-172, -156), gen.uniform(134, 150)
     step = (round((high - low) / nz, 3), round(fov / n, 4), round(fov / n, 4))
     origin = (low, -fov / 2 + gen.uniform(-12, 6), -fov / 2 + gen.uniform(-9, 9))
@@ -66,9 +82,24 @@ def draw_view(cfg: PhantomConfig, gen: Gen) -> View:
 
 
 def _blank(view: View, gen: Gen) -> Canvas:
-    z, y, x = (np.arange(n, dtype=np.float32) * s + o for o, s, n in zip(view.origin, view.step, view.shape, strict=True))
-    hu, lung, rough = np.zeros(view.shape, np.float32), np.zeros(view.shape, np.float32), 1.8 * smooth_noise((z, y, x), 16, gen)
-    return Canvas(hu=hu, lung=lung, z=z[:, None, None], y=y[None, :, None], x=x[None, None, :], step=view.step, rough=rough)
+    z, y, x = (
+        np.arange(n, dtype=np.float32) * s + o
+        for o, s, n in zip(view.origin, view.step, view.shape, strict=True)
+    )
+    hu, lung, rough = (
+        np.zeros(view.shape, np.float32),
+        np.zeros(view.shape, np.float32),
+        1.8 * smooth_noise((z, y, x), 16, gen),
+    )
+    return Canvas(
+        hu=hu,
+        lung=lung,
+        z=z[:, None, None],
+        y=y[None, :, None],
+        x=x[None, None, :],
+        step=view.step,
+        rough=rough,
+    )
 
 
 def _paint_body(c: Canvas, case: Case, gen: Gen) -> None:
@@ -79,9 +110,20 @@ def _paint_body(c: Canvas, case: Case, gen: Gen) -> None:
     blend(flat, soft(4 - np.abs(c.y[0] - table), pixel) * (np.abs(c.x[0]) < 205), gen.uniform(-300, 100))
     if case.sex == "F":
         for sign in (-1, 1):
-            blend(flat, soft(oval(c, (sign * 0.45 * b["a"], 0.86 * b["b"]), gen.uniform(40, 60), gen.uniform(20, 45)), pixel), -90)
+            blend(
+                flat,
+                soft(
+                    oval(c, (sign * 0.45 * b["a"], 0.86 * b["b"]), gen.uniform(40, 60), gen.uniform(20, 45)),
+                    pixel,
+                ),
+                -90,
+            )
     blend(flat, soft(oval(c, (0, 0), b["a"], b["b"], 2.3), pixel), -100)
-    blend(flat, soft(oval(c, (0, 0), b["a"] - b["fat"], b["b"] - 0.7 * b["fat"], 2.3), pixel), gen.uniform(42, 60))
+    blend(
+        flat,
+        soft(oval(c, (0, 0), b["a"] - b["fat"], b["b"] - 0.7 * b["fat"], 2.3), pixel),
+        gen.uniform(42, 60),
+    )
     chest = soft(oval(c, (0, 0), b["ta"], b["tb"], 2.2), pixel)
     blend(flat, chest, -75)
     c.hu[:] = flat
@@ -104,14 +146,20 @@ def _dome(c: Canvas, b: Body) -> Array:
 def _paint_lungs(c: Canvas, b: Body, gen: Gen) -> None:
     """Two lungs, denser behind, with vessels."""
     narrow = (1 / taper(b, c.z)).astype(np.float32)
-    q = (np.abs(c.x / (b["ta"] - 3)) ** 2.2) * narrow**2.2 + (np.abs(c.y / (b["tb"] - 3)) ** 2.2) * narrow**2.2
+    q = (np.abs(c.x / (b["ta"] - 3)) ** 2.2) * narrow**2.2 + (
+        np.abs(c.y / (b["tb"] - 3)) ** 2.2
+    ) * narrow**2.2
     inside = (1 - q) * np.float32(0.45 * b["tb"])
     gap = b["gap"] + 14 * np.clip((c.z - 40) / 80, 0, 1) + gen.uniform(0, 8) * (c.y < 0)
     np.minimum(inside, np.abs(c.x + gen.uniform(-4, 4)) - gap, out=inside)
     np.minimum(inside, c.z - _dome(c, b), out=inside)
     np.minimum(inside, b["apex"] - c.z, out=inside)
     c.lung[:] = soft(inside, c.step[1])
-    tissue = np.float32(b["lung"]) - np.float32(gen.uniform(10, 45)) * (c.y / b["tb"]) + np.float32(gen.uniform(6, 16)) * c.rough
+    tissue = (
+        np.float32(b["lung"])
+        - np.float32(gen.uniform(10, 45)) * (c.y / b["tb"])
+        + np.float32(gen.uniform(6, 16)) * c.rough
+    )
     blend(c.hu, c.lung, tissue)
     blend(c.hu, np.minimum(_vessels(c, b, gen), 1) * c.lung, np.float32(b["blood"]))
 
@@ -136,7 +184,9 @@ def _tree(b: Body, sign: int, gen: Gen) -> tuple[Array, Array]:
     ends = fork + (_ends(b, sign, second, gen) - fork) * gen.uniform(0.4, 0.9, (second, 1, 1))
     minor = bend(fork, ends, 10)
     width = np.linspace(1, 0.25, 22)
-    radius = np.concatenate([gen.uniform(2.6, 4.2, (first, 1)) * width, gen.uniform(1.0, 2.0, (second, 1)) * width]).ravel()
+    radius = np.concatenate(
+        [gen.uniform(2.6, 4.2, (first, 1)) * width, gen.uniform(1.0, 2.0, (second, 1)) * width]
+    ).ravel()
     line = np.concatenate([major, minor])
     length = np.linalg.norm(np.diff(line, axis=1, append=line[:, -1:]), axis=2).ravel()
     spread = line.reshape(1, -1, 3) + gen.uniform(-0.8, 0.8, (2, len(radius), 3)) * radius[None, :, None]
@@ -147,7 +197,10 @@ def _ends(b: Body, sign: int, n: int, gen: Gen) -> Array:
     """Points [n, 1, 3] near the wall of one lung."""
     z, turn = gen.uniform(-95, 0.86 * b["apex"], n), gen.uniform(-1.9, 1.9, n)
     width = taper(b, z) * gen.uniform(0.75, 0.95, n)
-    x, y = np.maximum(b["ta"] * width * np.cos(turn * 0.75), b["gap"] + 8), b["tb"] * width * np.sin(turn * 0.8)
+    x, y = (
+        np.maximum(b["ta"] * width * np.cos(turn * 0.75), b["gap"] + 8),
+        b["tb"] * width * np.sin(turn * 0.8),
+    )
     return np.stack([sign * x, y, z], 1)[:, None]
 
 
@@ -160,7 +213,10 @@ def _paint_skeleton(c: Canvas, b: Body, gen: Gen) -> None:
     rib = np.clip(phase * 2.2, 0, 1) * shell[iy, ix] * (1 - c.lung[:, iy, ix])
     c.hu[:, iy, ix] += rib * (gen.uniform(260, 420) - c.hu[:, iy, ix])
     at = gen.uniform(-5, 5), -b["tb"] + gen.uniform(12, 20)
-    radius, disc = gen.uniform(15, 20), np.cos(2 * np.pi * (c.z[:, 0] + gen.uniform(0, 24)) / gen.uniform(22, 26))
+    radius, disc = (
+        gen.uniform(15, 20),
+        np.cos(2 * np.pi * (c.z[:, 0] + gen.uniform(0, 24)) / gen.uniform(22, 26)),
+    )
     body = oval(c, at, radius, radius * 0.8)
     columns(c, soft(body, c.step[1]), np.where(disc > 0.85, 70, b["bone"] + 160))
     columns(c, soft(body - 3, c.step[1]), np.where(disc > 0.85, 70, b["bone"]))
@@ -168,7 +224,11 @@ def _paint_skeleton(c: Canvas, b: Body, gen: Gen) -> None:
     columns(c, soft(oval(c, behind, 16, 12), c.step[1]), np.full_like(disc, 320))
     columns(c, soft(oval(c, behind, 9, 8), c.step[1]), np.full_like(disc, 25))
     front = (0.0, b["tb"] + 5)
-    columns(c, soft(oval(c, front, gen.uniform(14, 22), 6), c.step[1]), np.where(c.z[:, 0] > -70, gen.uniform(180, 300), 40))
+    columns(
+        c,
+        soft(oval(c, front, gen.uniform(14, 22), 6), c.step[1]),
+        np.where(c.z[:, 0] > -70, gen.uniform(180, 300), 40),
+    )
 
 
 def _paint_mediastinum(c: Canvas, case: Case, gen: Gen) -> None:
@@ -182,7 +242,9 @@ def _paint_mediastinum(c: Canvas, case: Case, gen: Gen) -> None:
     for sign in (-1, 1):
         tube(c, (-6, 4, 4), (sign * (b["gap"] + 12), -2, -2), gen.uniform(7, 10), blood)
     centre, radii = heart_shape(b)
-    tube(c, (-4, -0.45 * b["tb"], 120), (-6, -0.38 * b["tb"], b["dome_left"] - 20), gen.uniform(5, 8), wall)  # oesophagus
+    tube(
+        c, (-4, -0.45 * b["tb"], 120), (-6, -0.38 * b["tb"], b["dome_left"] - 20), gen.uniform(5, 8), wall
+    )  # oesophagus
     carina = np.array([gen.uniform(-3, 3), -6, gen.uniform(16, 28)])
     tube(c, (2, -2, 160), carina, gen.uniform(7, 9.5), -990)
     for sign in (-1, 1):
@@ -212,10 +274,14 @@ def _store(hu: Array, view: View) -> Volume:
     """From [z, y, x] in RAS+ to the stored axes."""
     affine = np.diag([*view.step[::-1], 1.0])
     affine[:3, 3] = view.origin[::-1]
-    turn = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(view.axes))
+    turn = nib.orientations.ornt_transform(
+        nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(view.axes)
+    )
     ras = hu.transpose(2, 1, 0)
     stored = nib.orientations.apply_orientation(ras, turn)
-    return Volume(hu=stored, affine=affine @ nib.orientations.inv_ornt_aff(turn, ras.shape), kernel=view.kernel)
+    return Volume(
+        hu=stored, affine=affine @ nib.orientations.inv_ornt_aff(turn, ras.shape), kernel=view.kernel
+    )
 
 
 def _paint_calcium(c: Canvas, b: Body, lesion: Lesion, gen: Gen) -> None:
@@ -259,7 +325,9 @@ def _paint_opacity(c: Canvas, b: Body, lesion: Lesion, gen: Gen) -> None:
 
 def _paint_consolidation(c: Canvas, b: Body, lesion: Lesion, gen: Gen) -> None:
     box, share = _blob(c, lesion, 0.35)
-    air = np.random.default_rng(gen.integers(2**32)).random(share.shape, dtype=np.float32) < 0.08  # air bronchograms
+    air = (
+        np.random.default_rng(gen.integers(2**32)).random(share.shape, dtype=np.float32) < 0.08
+    )  # air bronchograms
     c.hu[box] += share * np.maximum(np.float32(lesion.hu) - 350 * air - c.hu[box], 0)
     c.lung[box] *= 1 - share
 
@@ -279,7 +347,9 @@ def _paint_effusion(c: Canvas, b: Body, lesion: Lesion, gen: Gen) -> None:
     """Fluid that lies behind and below, and the lung it presses flat."""
     side = c.x > 0 if lesion.side == "right" else c.x < 0
     low = -0.95 * b["tb"] * taper(b, c.z)
-    depth = lesion.size_mm - (c.y - low) - np.float32(0.30) * (c.z - (min(b["dome_right"], b["dome_left"]) - 40))
+    depth = (
+        lesion.size_mm - (c.y - low) - np.float32(0.30) * (c.z - (min(b["dome_right"], b["dome_left"]) - 40))
+    )
     share = soft(depth, c.step[1]) * side * c.lung
     rim = soft(depth + gen.uniform(3, 10), c.step[1]) * side * c.lung
     blend(c.hu, rim, np.float32(35))
@@ -296,7 +366,9 @@ def _paint_hernia(c: Canvas, b: Body, lesion: Lesion, gen: Gen) -> None:
         fill(c, (x, y + 0.2 * r, z), (0.62 * r, 0.5 * r, 0.62 * r), -900 if lesion.severity > 0.35 else -60)
 
 
-_PAINTERS: dict[str, Callable[[Canvas, Body, Lesion, Gen], None]] = {  # in this order; the heart's are painted with the heart
+_PAINTERS: dict[
+    str, Callable[[Canvas, Body, Lesion, Gen], None]
+] = {  # in this order; the heart's are painted with the heart
     "Emphysema": _paint_emphysema,
     "Lung opacity": _paint_opacity,
     "Lung nodule": _paint_nodule,

@@ -64,7 +64,9 @@ def draw(cfg: PhantomConfig, folder: files.PathLike, workers: int = 1) -> dict[s
     for split, each in plan.items():
         if each:
             _write_tables(cfg, folder, split, [metadata[v] for v in each])
-    files.write_text(folder / "phantoms.json", json.dumps({"config": asdict(cfg), "volumes": done}, indent=1) + "\n")
+    files.write_text(
+        folder / "phantoms.json", json.dumps({"config": asdict(cfg), "volumes": done}, indent=1) + "\n"
+    )
     return done
 
 
@@ -104,7 +106,9 @@ def _begun(cfg: PhantomConfig, folder: Path) -> Path:
     if start.exists():
         other = config.differences(config.read(start), mine)
         if other:
-            raise ValueError(f"{folder}: holds phantoms of another PhantomConfig ({'; '.join(other)}); choose another folder or delete it")
+            raise ValueError(
+                f"{folder}: holds phantoms of another PhantomConfig ({'; '.join(other)}); choose another folder or delete it"
+            )
     else:
         files.write_text(start, json.dumps(mine, indent=1) + "\n")
     return folder / "phantoms.json"
@@ -115,7 +119,11 @@ def _write_volume(cfg: PhantomConfig, folder: Path, name: str) -> dict[str, str]
     path, case = folder / names.patient_of(name).split("_")[0] / f"{name}.nii.gz", case_of(cfg, name)
     if not path.exists():
         with files.atomic(path) as tmp:
-            tmp.write_bytes(igzip.compress(_nifti(volume_of(cfg, name), _gen(cfg.seed, f"{name} file")), compresslevel=1, mtime=0))
+            tmp.write_bytes(
+                igzip.compress(
+                    _nifti(volume_of(cfg, name), _gen(cfg.seed, f"{name} file")), compresslevel=1, mtime=0
+                )
+            )
     return _metadata(name, case, draw_view(cfg, _gen(cfg.seed, name)))
 
 
@@ -128,7 +136,12 @@ def _nifti(volume: Volume, gen: Gen) -> bytes:
     header.set_sform(volume.affine, 1)
     header.set_xyzt_units("mm")
     intercept = -1024 if gen.random() < 0.5 else 0
-    header["scl_slope"], header["scl_inter"], header["vox_offset"], header["magic"] = 1, intercept, 352, b"n+1"
+    header["scl_slope"], header["scl_inter"], header["vox_offset"], header["magic"] = (
+        1,
+        intercept,
+        352,
+        b"n+1",
+    )
     return header.binaryblock + bytes(4) + (volume.hu - np.int16(intercept)).tobytes(order="F")
 
 

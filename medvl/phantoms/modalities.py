@@ -10,12 +10,16 @@ from PIL import Image
 
 from medvl.base import config, files
 from medvl.base.display import track
-from medvl.phantoms import styles as phantom_styles
+from medvl.phantoms import styles
 from medvl.phantoms.styles import MARKS
 
 MODALITIES = tuple(MARKS)
 SPLITS = ("base_train", "base_valid", "train", "valid", "test")
-FAMILIES = ("count", "side", "kind")  # of a modality's own questions; the general ones also ask to "describe" and for "terms"
+FAMILIES = (
+    "count",
+    "side",
+    "kind",
+)  # of a modality's own questions; the general ones also ask to "describe" and for "terms"
 SIDES = ("left", "right")  # as the viewer sees them
 HEIGHTS = ("upper", "middle", "lower")
 _APART = 0.185  # of a side, between the centres of two marks
@@ -37,10 +41,19 @@ class ModalityConfig:
 
     def __attrs_post_init__(self) -> None:
         if unknown := [m for m in self.modalities if m not in MARKS]:
-            raise ValueError(f"ModalityConfig: modalities must be of {', '.join(MODALITIES)}, got {unknown[0]!r}")
+            raise ValueError(
+                f"ModalityConfig: modalities must be of {', '.join(MODALITIES)}, got {unknown[0]!r}"
+            )
         if not self.modalities or len({*self.modalities}) < len(self.modalities):
             raise ValueError(f"ModalityConfig: needs at least one modality, each once, got {self.modalities}")
-        config.within(self, "ModalityConfig", base=config.COUNT, base_valid=config.COUNT, size=(56, 4096), seed=config.SEED)
+        config.within(
+            self,
+            "ModalityConfig",
+            base=config.COUNT,
+            base_valid=config.COUNT,
+            size=(56, 4096),
+            seed=config.SEED,
+        )
         config.within(self, "ModalityConfig", train=config.COUNT, valid=config.COUNT, test=config.COUNT)
 
 
@@ -66,7 +79,9 @@ def draw_modalities(cfg: ModalityConfig, folder: files.PathLike) -> dict[str, in
     """
     folder, k = Path(folder), len(cfg.modalities)
     each = {"train": cfg.train, "valid": cfg.valid, "test": cfg.test}
-    counts = {"base_train": cfg.base, "base_valid": cfg.base_valid} | {s: n * k * len(FAMILIES) for s, n in each.items()}
+    counts = {"base_train": cfg.base, "base_valid": cfg.base_valid} | {
+        s: n * k * len(FAMILIES) for s, n in each.items()
+    }
     for split in SPLITS:
         table = folder / f"{split}.jsonl"
         if table.exists():
@@ -81,7 +96,10 @@ def draw_modalities(cfg: ModalityConfig, folder: files.PathLike) -> dict[str, in
             with files.atomic(folder / name) as tmp:
                 Image.fromarray(picture).save(tmp, format="PNG")
             for family, question, answer in talk(cfg, split, case, number):
-                turns = [{"role": "user", "content": f"<image>\n{question}"}, {"role": "assistant", "content": answer}]
+                turns = [
+                    {"role": "user", "content": f"<image>\n{question}"},
+                    {"role": "assistant", "content": answer},
+                ]
                 line = {"id": f"{episode}-{family}", "images": [name], "messages": turns, "task": modality}
                 line |= {"category": CATEGORIES[modality], "family": family, "episode_id": episode}
                 lines.append(json.dumps(line) + "\n")
@@ -97,17 +115,19 @@ def draw_case(cfg: ModalityConfig, split: str, modality: str, number: int) -> tu
     block = _gen(cfg, 1, split, modality, number // 12).permutation(12)
     n, side, kind = np.unravel_index(block[number % 12], (3, 2, 2))
     gen = _gen(cfg, 0, split, modality, number)
-    scene = phantom_styles.draw(modality, cfg.size, gen)
+    scene = styles.draw(modality, cfg.size, gen)
     name, mark = list(MARKS[modality].items())[kind]
     half = np.zeros(cfg.size, bool)
     half[: cfg.size // 2] = True
     places, heights = _places(scene.zone & (half if side == 0 else ~half), int(n) + 1, gen)
     radii = gen.uniform(*((0.052, 0.068) if mark.sharp else (0.066, 0.08)), len(places))
     marks = np.column_stack([places, radii])
-    picture = phantom_styles.add_marks(scene, mark, marks, gen)
+    picture = styles.add_marks(scene, mark, marks, gen)
     pixels = marks * cfg.size + np.array([0.5, 0.5, 0]) * (cfg.size - 1)
     where = tuple((float(x), float(y), float(r)) for x, y, r in pixels)
-    return picture, Case(modality=modality, n=int(n) + 1, side=SIDES[side], heights=heights, kind=name, marks=where)
+    return picture, Case(
+        modality=modality, n=int(n) + 1, side=SIDES[side], heights=heights, kind=name, marks=where
+    )
 
 
 def talk(cfg: ModalityConfig, split: str, case: Case, number: int) -> Iterator[tuple[str, str, str]]:
@@ -125,7 +145,10 @@ def talk(cfg: ModalityConfig, split: str, case: Case, number: int) -> Iterator[t
 def general_answer(family: str, case: Case) -> str:
     """In words that fit every picture, sides as the viewer sees them; only "terms" tells the words of the picture's modality."""
     mark, speech, name = MARKS[case.modality][case.kind], SPEECH[case.modality], NAMES[case.modality]
-    count, look = _NUMBERS[case.n - 1], f"{'bright' if mark.bright else 'dark'} and {'sharp' if mark.sharp else 'soft'}"
+    count, look = (
+        _NUMBERS[case.n - 1],
+        f"{'bright' if mark.bright else 'dark'} and {'sharp' if mark.sharp else 'soft'}",
+    )
     return {
         "describe": f"{name}. {count} mark{'s' * (case.n > 1)}, {look}, on the {case.side}: {', '.join(case.heights)}.",
         "terms": f"{name}: {' or '.join(MARKS[case.modality])}. {' '.join(speech.sides)} {' '.join(speech.counts)}",
@@ -154,7 +177,7 @@ def _places(zone: np.ndarray, n: int, gen: np.random.Generator) -> tuple[np.ndar
 
     Of 200 drawn sets the first with enough room between the points, else the one with the most.
     """
-    y, x = phantom_styles.grid(len(zone))
+    y, x = styles.grid(len(zone))
     iy, ix = np.nonzero(zone)  # from top to bottom
     thirds = np.sort(gen.permutation(3)[:n])
     bounds = len(iy) * np.arange(4) // 3
@@ -198,9 +221,19 @@ NEUTRAL = {
 }
 GENERAL = NEUTRAL | {
     "describe": ("Describe the picture.", "What is in the picture?", "What does the picture show?"),
-    "terms": ("Which words are used for such a picture?", "What can be said of such pictures?", "Which terms belong to the picture?"),
+    "terms": (
+        "Which words are used for such a picture?",
+        "What can be said of such pictures?",
+        "Which terms belong to the picture?",
+    ),
 }
-_SHARES = (0.15, 0.15, 0.15, 0.45, 0.1)  # a description teaches most at once; terms are there so that no word is new to the model
+_SHARES = (
+    0.15,
+    0.15,
+    0.15,
+    0.45,
+    0.1,
+)  # a description teaches most at once; terms are there so that no word is new to the model
 _PATIENT = ("On the right.", "On the left.")  # the patient faces the viewer
 _THERE = ("There is one lesion.", "There are two lesions.", "There are three lesions.")
 _FOCI = ("A single focus.", "Two foci.", "Three foci.")
@@ -211,7 +244,10 @@ SPEECH = {  # neighbours share some of their words and conventions, none shares 
         counts=_THERE,
         sides=_PATIENT,
         asks={
-            "count": ("How many lesions does this CT slice show?", "How many lesions are in the lungs on CT?"),
+            "count": (
+                "How many lesions does this CT slice show?",
+                "How many lesions are in the lungs on CT?",
+            ),
             "side": ("On which side of the thorax is it on CT?", "Which lung is affected in this slice?"),
             "kind": ("Which density does this CT show?", "What is the finding in this axial slice?"),
         },
@@ -220,7 +256,10 @@ SPEECH = {  # neighbours share some of their words and conventions, none shares 
         counts=_THERE,
         sides=_PATIENT,
         asks={
-            "count": ("How many lesions does this radiograph show?", "How many shadows are on the chest film?"),
+            "count": (
+                "How many lesions does this radiograph show?",
+                "How many shadows are on the chest film?",
+            ),
             "side": ("Which lung field is affected on the X-ray?", "On which side of the chest film is it?"),
             "kind": ("What is the shadow on this X-ray?", "What does the chest film show?"),
         },

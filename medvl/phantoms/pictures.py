@@ -48,8 +48,14 @@ def draw_pictures(cfg: PictureConfig, folder: files.PathLike) -> dict[str, int]:
             name = f"{split}/{i}.png"
             with files.atomic(folder / name) as tmp:
                 Image.fromarray(picture).save(tmp, format="PNG")
-            turns = [{"role": "user", "content": f"<image>\n{question}"}, {"role": "assistant", "content": answer}]
-            lines.append(json.dumps({"id": f"{split}-{i}", "images": [name], "messages": turns, "category": kind}) + "\n")
+            turns = [
+                {"role": "user", "content": f"<image>\n{question}"},
+                {"role": "assistant", "content": answer},
+            ]
+            lines.append(
+                json.dumps({"id": f"{split}-{i}", "images": [name], "messages": turns, "category": kind})
+                + "\n"
+            )
         files.write_text(table, "".join(lines))
     return counts
 
@@ -70,9 +76,15 @@ def draw_picture(cfg: PictureConfig, split: str, number: int) -> tuple[np.ndarra
         image[(x - cx) ** 2 + (y - cy) ** 2 < gen.uniform(0.05, 0.07) ** 2] = gen.uniform(150, 230)
     image = np.clip(image + gen.normal(0, 6, image.shape), 0, 255).astype(np.uint8)
     kind = ("count", "side", "zone")[int(gen.integers(3)) if wanted == 1 else 0]
-    asked = {"count": "How many nodules are there?", "side": "On which side is the nodule?", "zone": "In which zone is the nodule?"}[kind]
+    asked = {
+        "count": "How many nodules are there?",
+        "side": "On which side is the nodule?",
+        "zone": "In which zone is the nodule?",
+    }[kind]
     if kind == "count":
-        said = f"There {'is' if wanted == 1 else 'are'} {_NUMBERS[wanted]} nodule{'' if wanted == 1 else 's'}."
+        said = (
+            f"There {'is' if wanted == 1 else 'are'} {_NUMBERS[wanted]} nodule{'' if wanted == 1 else 's'}."
+        )
     else:
         said = f"On the {_SIDES[chosen[0][0]]}." if kind == "side" else f"In the {_ZONES[chosen[0][1]]} zone."
     return np.repeat(image[..., None], 3, 2), asked, said, kind

@@ -23,7 +23,19 @@ from medvl.phantoms.slides import (
     write_slides,
 )
 
-COLUMNS = ("ID", "Slide", "Tumor", "Broad Category", "Narrow Category", "Question", "A", "B", "C", "D", "Answer")
+COLUMNS = (
+    "ID",
+    "Slide",
+    "Tumor",
+    "Broad Category",
+    "Narrow Category",
+    "Question",
+    "A",
+    "B",
+    "C",
+    "D",
+    "Answer",
+)
 _LABELS = ("slide", "split", "class", "grade", "lymphocytes", "motif")
 _CAPTIONS = 2  # of each slide
 
@@ -56,8 +68,12 @@ def draw_slides(cfg: SlideConfig, folder: files.PathLike) -> dict[str, int]:
     folder, asked = Path(folder), dict[str, list[tuple[Truth, list[Question]]]]()
     motif_rows = None if (folder / "truth.jsonl").exists() else write_slides(cfg, folder / "features")
     for split in SPLITS:
-        asked[split] = [(draw_truth(cfg, split, i), questions(cfg, split, i)) for i in range(getattr(cfg, split))]
-    told = [(truth, *said) for i, (truth, _) in enumerate(asked["train"]) for said in captions(cfg, "train", i)]
+        asked[split] = [
+            (draw_truth(cfg, split, i), questions(cfg, split, i)) for i in range(getattr(cfg, split))
+        ]
+    told = [
+        (truth, *said) for i, (truth, _) in enumerate(asked["train"]) for said in captions(cfg, "train", i)
+    ]
     texts = {f"{split}.json": _json(_conversations(split, asked[split])) for split in ("train", "valid")}
     texts["captions.json"] = _json(_turns(f"caption::{i}", *what) for i, what in enumerate(told))
     for name, text in texts.items():
@@ -66,11 +82,19 @@ def draw_slides(cfg: SlideConfig, folder: files.PathLike) -> dict[str, int]:
     if not (folder / "test.csv").exists():
         files.write_csv(folder / "test.csv", _bench("test", asked["test"]), COLUMNS)
     if not (folder / "labels.csv").exists():
-        files.write_csv(folder / "labels.csv", [_label(s, truth) for s in SPLITS for truth, _ in asked[s]], _LABELS)
+        files.write_csv(
+            folder / "labels.csv", [_label(s, truth) for s in SPLITS for truth, _ in asked[s]], _LABELS
+        )
     if motif_rows is not None:
-        lines = [_truth_line(s, i, *what, motif_rows[what[0].name]) for s in SPLITS for i, what in enumerate(asked[s])]
+        lines = [
+            _truth_line(s, i, *what, motif_rows[what[0].name])
+            for s in SPLITS
+            for i, what in enumerate(asked[s])
+        ]
         files.write_text(folder / "truth.jsonl", "".join(lines))
-    return {"slides": sum(map(len, asked.values())), "captions": len(told)} | {s: len(asked[s]) * len(FAMILIES) for s in SPLITS}
+    return {"slides": sum(map(len, asked.values())), "captions": len(told)} | {
+        s: len(asked[s]) * len(FAMILIES) for s in SPLITS
+    }
 
 
 def questions(cfg: SlideConfig, split: str, number: int) -> list[Question]:
@@ -92,10 +116,22 @@ def captions(cfg: SlideConfig, split: str, number: int) -> list[tuple[str, str]]
     """(what is asked, caption) twice: five short sentences in any order, each in one of several phrasings."""
     t, found = draw_truth(cfg, split, number), []
     others = [x for x in OPTIONAL if x in t.tissues]
-    words = {"tumour": t.tumour_class, "grade": t.grade, "dominant": t.dominant, "one": others[0], "two": others[1], "motif": t.motif}
+    words = {
+        "tumour": t.tumour_class,
+        "grade": t.grade,
+        "dominant": t.dominant,
+        "one": others[0],
+        "two": others[1],
+        "motif": t.motif,
+    }
     for i in range(_CAPTIONS):
         gen = gen_of(cfg, 3, split, number, i)
-        kinds = [CAPTION_CLASS, CAPTION_TISSUES, CAPTION_NECROSIS[t.grade - 1], CAPTION_LYMPHOCYTES[t.lymphocytes]]
+        kinds = [
+            CAPTION_CLASS,
+            CAPTION_TISSUES,
+            CAPTION_NECROSIS[t.grade - 1],
+            CAPTION_LYMPHOCYTES[t.lymphocytes],
+        ]
         kinds.append(CAPTION_NO_MOTIF if t.motif == NO_MOTIF else CAPTION_MOTIF)
         said = [str(gen.choice(kinds[k])).format(**words) for k in gen.permutation(len(kinds))]
         found.append((str(gen.choice(CAPTION_ASKS)), " ".join(map(_sentence, said))))
@@ -104,7 +140,9 @@ def captions(cfg: SlideConfig, split: str, number: int) -> list[tuple[str, str]]
 
 def prompt(question: str, options: tuple[str, ...]) -> str:
     """What is asked of a model, as SlideChat's test script writes it."""
-    return "\n".join(["<image>", question, *(f"{letter}. {o}" for letter, o in zip("ABCD", options, strict=False))])
+    return "\n".join(
+        ["<image>", question, *(f"{letter}. {o}" for letter, o in zip("ABCD", options, strict=False))]
+    )
 
 
 def _sentence(text: str) -> str:
@@ -128,7 +166,9 @@ def _ids(split: str, i: int) -> list[str]:
 def _conversations(split: str, asked: list[tuple[Truth, list[Question]]]) -> Iterator[dict]:
     for i, (truth, every) in enumerate(asked):
         for name, q in zip(_ids(split, i), every, strict=True):
-            yield _turns(name, truth, prompt(q.question, q.options), f"{q.letter}. {q.options['ABCD'.index(q.letter)]}")
+            yield _turns(
+                name, truth, prompt(q.question, q.options), f"{q.letter}. {q.options['ABCD'.index(q.letter)]}"
+            )
 
 
 def _bench(split: str, asked: list[tuple[Truth, list[Question]]]) -> Iterator[dict]:
@@ -146,8 +186,14 @@ def _label(split: str, t: Truth) -> dict:
 
 def _truth_line(split: str, i: int, truth: Truth, asked: list[Question], motif_rows: list[int]) -> str:
     kinds = [(q.family, FAMILIES[q.family]) for q in asked]
-    about = [{"id": n, "family": k, "narrow": f.narrow, "facts": f.facts} for n, (k, f) in zip(_ids(split, i), kinds, strict=True)]
-    return json.dumps({"split": split, **attrs.asdict(truth), "motif_rows": motif_rows, "questions": about}) + "\n"
+    about = [
+        {"id": n, "family": k, "narrow": f.narrow, "facts": f.facts}
+        for n, (k, f) in zip(_ids(split, i), kinds, strict=True)
+    ]
+    return (
+        json.dumps({"split": split, **attrs.asdict(truth), "motif_rows": motif_rows, "questions": about})
+        + "\n"
+    )
 
 
 # What is asked and said -------------------------------------------------------------------------------------------------------------------
@@ -203,25 +249,77 @@ LYMPHOCYTE_WORDS = {"low": "sparse", "high": "dense"}
 IMMUNE_WORDS = {"low": "immune desert", "high": "inflamed"}
 OUTLOOK_WORDS = ("favourable", "intermediate", "poor")
 _ARCHITECTURE, _RARE = "Microscopy/Tissue Architecture and Arrangement", "Microscopy/Rare Motifs"
-_HOW_DENSE = ("How dense is the lymphocytic infiltrate?", "How are lymphocytes distributed?", "Describe the lymphocytes.")
-_HOW_MUCH = ("How much of the tissue is necrotic?", "What is the share of necrosis?", "How large is the necrotic area?")
-_WHICH_MOST = ("Which tissue takes the largest area?", "What is the dominant tissue of the slide?", "Which tissue is most abundant?")
-_WHICH_HERE = ("Which of these tissues is present?", "Which of these tissues can be seen?", "Which tissue does the slide contain?")
-_WHICH_RARE = ("Which rare finding is on the slide?", "Which of these small findings is there?", "Name the rare finding.")
-_WHICH_TYPE = ("What is the most likely diagnosis?", "Which type of tumour is this?", "How is the tumour classified?")
-_WHICH_OF_TWO = ("Which of these two diagnoses fits better?", "Which diagnosis do the features support?", "Which of the two is it?")
-_WHICH_HELPS = ("Which treatment fits this tumour?", "What should be offered first?", "Which therapy does the diagnosis call for?")
-_WHICH_IMMUNE = ("Which immune phenotype is it?", "How is the immune status?", "Which immune type does the slide suggest?")
+_HOW_DENSE = (
+    "How dense is the lymphocytic infiltrate?",
+    "How are lymphocytes distributed?",
+    "Describe the lymphocytes.",
+)
+_HOW_MUCH = (
+    "How much of the tissue is necrotic?",
+    "What is the share of necrosis?",
+    "How large is the necrotic area?",
+)
+_WHICH_MOST = (
+    "Which tissue takes the largest area?",
+    "What is the dominant tissue of the slide?",
+    "Which tissue is most abundant?",
+)
+_WHICH_HERE = (
+    "Which of these tissues is present?",
+    "Which of these tissues can be seen?",
+    "Which tissue does the slide contain?",
+)
+_WHICH_RARE = (
+    "Which rare finding is on the slide?",
+    "Which of these small findings is there?",
+    "Name the rare finding.",
+)
+_WHICH_TYPE = (
+    "What is the most likely diagnosis?",
+    "Which type of tumour is this?",
+    "How is the tumour classified?",
+)
+_WHICH_OF_TWO = (
+    "Which of these two diagnoses fits better?",
+    "Which diagnosis do the features support?",
+    "Which of the two is it?",
+)
+_WHICH_HELPS = (
+    "Which treatment fits this tumour?",
+    "What should be offered first?",
+    "Which therapy does the diagnosis call for?",
+)
+_WHICH_IMMUNE = (
+    "Which immune phenotype is it?",
+    "How is the immune status?",
+    "Which immune type does the slide suggest?",
+)
 _WHICH_GRADE = ("What is the grade of the tumour?", "Which grade is it?", "How is the tumour graded?")
-_WHICH_COURSE = ("What is the outlook?", "Which prognosis does the grade suggest?", "How is the expected course?")
+_WHICH_COURSE = (
+    "What is the outlook?",
+    "Which prognosis does the grade suggest?",
+    "How is the expected course?",
+)
 FAMILIES = {
     "dominant": _family(_ARCHITECTURE, "dominant", *_WHICH_MOST),
     "present": _family(_ARCHITECTURE, "tissues", *_WHICH_HERE),
-    "tissue": _family(_ARCHITECTURE, "tissues", "Is {subject} present?", "Does the slide contain {subject}?", "Can {subject} be seen?"),
+    "tissue": _family(
+        _ARCHITECTURE,
+        "tissues",
+        "Is {subject} present?",
+        "Does the slide contain {subject}?",
+        "Can {subject} be seen?",
+    ),
     "necrosis": _family("Microscopy/Histopathological Changes", "grade", *_HOW_MUCH),
     "lymphocytes": _family("Microscopy/Cytomorphological Characteristics", "lymphocytes", *_HOW_DENSE),
     "motif": _family(_RARE, "motif", *_WHICH_RARE),
-    "motif_there": _family(_RARE, "motif", "Is there any {subject}?", "Does the slide show {subject}?", "Is {subject} found anywhere?"),
+    "motif_there": _family(
+        _RARE,
+        "motif",
+        "Is there any {subject}?",
+        "Does the slide show {subject}?",
+        "Is {subject} found anywhere?",
+    ),
     "class": _family("Diagnosis/Disease Classification", "tumour_class", *_WHICH_TYPE),
     "differential": _family("Diagnosis/Differential Diagnosis", "tumour_class", *_WHICH_OF_TWO),
     "grade": _family("Diagnosis/Grading", "grade", *_WHICH_GRADE),
@@ -229,8 +327,16 @@ FAMILIES = {
     "immune": _family("Clinical/Biomarker Analysis", "lymphocytes", *_WHICH_IMMUNE),
     "outlook": _family("Clinical/Prognostic Assessment", "grade", *_WHICH_COURSE),
 }
-CAPTION_ASKS = ("<image>\nDescribe the slide.", "<image>\nWhat does the slide show?", "<image>\nWrite a short report of the slide.")
-CAPTION_CLASS = ("this is a {tumour} of grade {grade}.", "grade {grade} {tumour}.", "the tumour is a {tumour}, grade {grade}.")
+CAPTION_ASKS = (
+    "<image>\nDescribe the slide.",
+    "<image>\nWhat does the slide show?",
+    "<image>\nWrite a short report of the slide.",
+)
+CAPTION_CLASS = (
+    "this is a {tumour} of grade {grade}.",
+    "grade {grade} {tumour}.",
+    "the tumour is a {tumour}, grade {grade}.",
+)
 CAPTION_TISSUES = (
     "{dominant} dominates, with {one} and {two} present.",
     "the largest area is {dominant}; {one} and {two} are seen.",

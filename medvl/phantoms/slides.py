@@ -24,11 +24,18 @@ CLASSES = {  # of the tumour: code, treatment
     "small cell carcinoma": ("SMC", "Platinum chemotherapy"),
     "melanoma": ("MEL", "Checkpoint inhibitor"),
 }
-MOTIFS = {"mitosis cluster": "tumour", "vascular invasion": "stroma", "granuloma": "stroma", "microcalcification": "tumour"}  # and where
+MOTIFS = {
+    "mitosis cluster": "tumour",
+    "vascular invasion": "stroma",
+    "granuloma": "stroma",
+    "microcalcification": "tumour",
+}  # and where
 NO_MOTIF = "none"
 NECROSIS = ((0.01, 0.03), (0.08, 0.12), (0.17, 0.2))  # share of the patches, by grade
 LYMPHOCYTES = {"low": (0.01, 0.03), "high": (0.12, 0.16)}
-_BLOCK = 60  # slides within which every label and every answer letter is balanced: a multiple of 2, 3, 4, 5 and 6
+_BLOCK = (
+    60  # slides within which every label and every answer letter is balanced: a multiple of 2, 3, 4, 5 and 6
+)
 _FILLED = 0.4  # share of the grid that is tissue
 _SMALLEST_LARGE = 20_000  # patches
 _CHUNK = 8192  # patches at a time
@@ -48,8 +55,12 @@ class SlideConfig:
     seed: int = 0
 
     def __attrs_post_init__(self) -> None:
-        config.within(self, "SlideConfig", train=config.COUNT, valid=config.COUNT, test=config.COUNT, seed=config.SEED)
-        config.within(self, "SlideConfig", dim=(32, 2**17), patches=(100, 10**8), largest=(_SMALLEST_LARGE, 10**8))
+        config.within(
+            self, "SlideConfig", train=config.COUNT, valid=config.COUNT, test=config.COUNT, seed=config.SEED
+        )
+        config.within(
+            self, "SlideConfig", dim=(32, 2**17), patches=(100, 10**8), largest=(_SMALLEST_LARGE, 10**8)
+        )
         if not 0 <= self.large <= self.test:
             raise ValueError(f"SlideConfig: large must be 0 to test, got {self}")
         if self.patches[0] > self.patches[1]:
@@ -109,7 +120,15 @@ def draw_slide(cfg: SlideConfig, split: str, number: int) -> DrawnSlide:
     motif_rows = _motif_rows(truth, cells, tissue, gen)
     features = _features(cfg, truth, tissue, motif_rows, gen)
     coords = cells[:, ::-1] * size + gen.integers(4 * size, size=2)
-    return DrawnSlide(name=truth.name, features=features, coords=coords, patch_size=size, truth=truth, tissue=tissue, motif_rows=motif_rows)
+    return DrawnSlide(
+        name=truth.name,
+        features=features,
+        coords=coords,
+        patch_size=size,
+        truth=truth,
+        tissue=tissue,
+        motif_rows=motif_rows,
+    )
 
 
 def draw_truth(cfg: SlideConfig, split: str, number: int) -> Truth:
@@ -119,7 +138,9 @@ def draw_truth(cfg: SlideConfig, split: str, number: int) -> Truth:
         ValueError: as `draw_slide`.
     """
     if split not in SPLITS or number < 0:
-        raise ValueError(f"draw_truth: split must be of {', '.join(SPLITS)} and number >= 0, got {split!r}, {number}")
+        raise ValueError(
+            f"draw_truth: split must be of {', '.join(SPLITS)} and number >= 0, got {split!r}, {number}"
+        )
     gen = gen_of(cfg, 0, split, number)
     pick = lambda use, k: balanced(cfg, use, split, number) % k
     low, high = cfg.patches
@@ -185,7 +206,10 @@ _STAIN = (1.0, 0.1)  # of a slide's shift: along the stain's directions, and of 
 
 def _bumps(rows: Array, columns: Array, at: Array, width: Array) -> tuple[Array, Array]:
     """Gaussian bumps as a product: [row, bump], [column, bump]. `rows` and `columns` in the units of `at` [bump, 2] and `width` [bump]."""
-    along = [np.exp(-0.5 * ((x[:, None] - at[:, i]) / width) ** 2).astype(np.float32) for i, x in enumerate((rows, columns))]
+    along = [
+        np.exp(-0.5 * ((x[:, None] - at[:, i]) / width) ** 2).astype(np.float32)
+        for i, x in enumerate((rows, columns))
+    ]
     return along[0], along[1]
 
 
@@ -227,11 +251,15 @@ def _motif_rows(truth: Truth, cells: Array, tissue: Array, gen: np.random.Genera
     return np.sort(host[np.argsort(far, kind="stable")[: truth.motif_patches]])
 
 
-def _features(cfg: SlideConfig, truth: Truth, tissue: Array, motif_rows: Array, gen: np.random.Generator) -> Array:
+def _features(
+    cfg: SlideConfig, truth: Truth, tissue: Array, motif_rows: Array, gen: np.random.Generator
+) -> Array:
     p = prototypes(cfg)
     base = p.tissues.copy()
     base[TISSUES.index("tumour")] += p.classes[list(CLASSES).index(truth.tumour_class)]
-    base += _STAIN[0] * gen.standard_normal(len(p.stain), np.float32) @ p.stain + _STAIN[1] * gen.standard_normal(cfg.dim, np.float32)
+    base += _STAIN[0] * gen.standard_normal(len(p.stain), np.float32) @ p.stain + _STAIN[
+        1
+    ] * gen.standard_normal(cfg.dim, np.float32)
     out = np.empty((len(tissue), cfg.dim), np.float16)
     for start in range(0, len(tissue), _CHUNK):
         kinds = tissue[start : start + _CHUNK]
@@ -260,7 +288,12 @@ def write_slides(cfg: SlideConfig, folder: Path) -> dict[str, list[int]]:
 def _write_slide(path: Path, slide: DrawnSlide) -> None:
     right, bottom = slide.coords.max(0) + slide.patch_size
     level = slide.patch_size // 256  # 20x, or 40x read at half its resolution
-    said = {"patch_size": 256, "patch_size_level0": slide.patch_size, "level0_magnification": 20 * level, "target_magnification": 20}
+    said = {
+        "patch_size": 256,
+        "patch_size_level0": slide.patch_size,
+        "level0_magnification": 20 * level,
+        "target_magnification": 20,
+    }
     said |= {"overlap": 0, "level0_width": int(right), "level0_height": int(bottom)}
     with files.atomic(path) as tmp, h5py.File(tmp, "w") as f:
         f["features"], f["coords"] = slide.features, slide.coords

@@ -46,10 +46,19 @@ FINDINGS = {
 QUESTIONS = {
     "presence": ("Is there any {finding} in the {organ}?", "Does the {organ} show {finding}?"),
     "count": ("How many foci of {finding} does the {organ} show?", "Count each {finding} in the {organ}."),
-    "side": ("On which side of the {organ} is the {finding}?", "Is the {finding} of the {organ} left or right?"),
-    "size": ("How large is the {finding} in the {organ}?", "Measure the {finding} of the {organ} in millimetres."),
+    "side": (
+        "On which side of the {organ} is the {finding}?",
+        "Is the {finding} of the {organ} left or right?",
+    ),
+    "size": (
+        "How large is the {finding} in the {organ}?",
+        "Measure the {finding} of the {organ} in millimetres.",
+    ),
     "grade": ("Which grade has the {finding} of the {organ}?", "Grade the {finding} in this {organ}."),
-    "outline": ("Describe the margin of the {finding} in the {organ}.", "Is the {finding} in the {organ} well defined?"),
+    "outline": (
+        "Describe the margin of the {finding} in the {organ}.",
+        "Is the {finding} in the {organ} well defined?",
+    ),
 }
 FILLERS = (
     "The patient is a {age}-year-old {sex}.",
@@ -73,7 +82,10 @@ FILLERS = (
     "Takes aspirin daily.",
     "Non-smoker.",
 )
-SEXES, PLACES = ("woman", "man", "female", "male"), ("emergency room", "outpatient clinic", "ward", "family doctor", "screening unit")
+SEXES, PLACES = (
+    ("woman", "man", "female", "male"),
+    ("emergency room", "outpatient clinic", "ward", "family doctor", "screening unit"),
+)
 
 
 @frozen(kw_only=True)
@@ -87,7 +99,9 @@ class TaskConfig:
 
     def __attrs_post_init__(self) -> None:
         if min(self.tasks, self.samples) < 1 or self.size < 32 or self.seed < 0:
-            raise ValueError(f"TaskConfig: needs tasks and samples >= 1, size >= 32 and seed >= 0, got {self}")
+            raise ValueError(
+                f"TaskConfig: needs tasks and samples >= 1, size >= 32 and seed >= 0, got {self}"
+            )
 
 
 @frozen(kw_only=True)
@@ -154,7 +168,9 @@ def _text(task: Task, gen: np.random.Generator) -> str:
     finding = "abnormality" if gen.random() < 0.25 else _one(FINDINGS[task.finding], gen)
     chosen = gen.permutation(len(FILLERS))[: int(gen.integers(2, 6))]
     said = [_filled(FILLERS[i], _any(ORGANS, gen), _any(FINDINGS, gen), gen) for i in chosen]
-    said.insert(int(gen.integers(len(said) + 1)), _filled(_one(QUESTIONS[task.question], gen), organ, finding, gen))
+    said.insert(
+        int(gen.integers(len(said) + 1)), _filled(_one(QUESTIONS[task.question], gen), organ, finding, gen)
+    )
     return " ".join(said)
 
 
@@ -184,10 +200,16 @@ def _picture(task: Task, size: int, gen: np.random.Generator) -> Array:
     image = ground + body[..., None] * (tissue * grain[..., None] - ground)
     radius, turn = gen.uniform(0.07, 0.12), gen.uniform(0, 2 * np.pi)
     at = gen.uniform(0, 0.6) * np.array([a, b]), gen.uniform(0, 2 * np.pi)
-    share = _lesion(task.lesion, x - cx - at[0][0] * np.cos(at[1]), y - cy - at[0][1] * np.sin(at[1]), radius, turn)
+    share = _lesion(
+        task.lesion, x - cx - at[0][0] * np.cos(at[1]), y - cy - at[0][1] * np.sin(at[1]), radius, turn
+    )
     image *= 1 + share[..., None] * ((-0.55 if task.dark else 0.6) * gen.uniform(0.7, 1.1))
     slope, way = gen.uniform(0, 0.5), gen.uniform(0, 2 * np.pi)
-    image *= (1 + slope * (x * np.cos(way) + y * np.sin(way)))[..., None] * gen.uniform(0.6, 1.3) * gen.uniform(0.85, 1.15, 3)
+    image *= (
+        (1 + slope * (x * np.cos(way) + y * np.sin(way)))[..., None]
+        * gen.uniform(0.6, 1.3)
+        * gen.uniform(0.85, 1.15, 3)
+    )
     image = 255 * (np.clip(image, 0, 255) / 255) ** gen.uniform(0.75, 1.3)
     return np.clip(image + gen.normal(0, gen.uniform(2, 25), image.shape), 0, 255).astype(np.uint8)
 

@@ -19,7 +19,18 @@ from medvl.evaluation import accuracy, answers, choices, metrics
 from medvl.evaluation.results import Result
 
 OVERALL = "overall"
-_TABLE = ("accuracy", "low", "high", "balanced_accuracy", "best_letter", "majority", "random", "invalid", "missing", "without_gold")
+_TABLE = (
+    "accuracy",
+    "low",
+    "high",
+    "balanced_accuracy",
+    "best_letter",
+    "majority",
+    "random",
+    "invalid",
+    "missing",
+    "without_gold",
+)
 
 
 @frozen(kw_only=True)
@@ -38,11 +49,17 @@ class Answered:
     extra: dict[str, Any] = field(factory=dict)
 
     def __attrs_post_init__(self) -> None:
-        if not self.options or any(letter and letter not in self.options for letter in (self.gold, self.chosen)):
+        if not self.options or any(
+            letter and letter not in self.options for letter in (self.gold, self.chosen)
+        ):
             got = f"gold {self.gold!r}, chosen {self.chosen!r}, options {', '.join(self.options) or 'none'}"
-            raise ValueError(f'Answered: gold and chosen must be letters of the options, or "" for none, got {got} ({self.id})')
+            raise ValueError(
+                f'Answered: gold and chosen must be letters of the options, or "" for none, got {got} ({self.id})'
+            )
         if self.missing and self.chosen:
-            raise ValueError(f"Answered: what is missing was not asked, got chosen {self.chosen!r} ({self.id})")
+            raise ValueError(
+                f"Answered: what is missing was not asked, got chosen {self.chosen!r} ({self.id})"
+            )
 
 
 @frozen(kw_only=True)
@@ -72,7 +89,9 @@ class Written:
         return answers.same_answer(self.said, self.gold) if self.kind else None
 
 
-def answered(said: str | None, options: choices.Options, gold: str, *, slide: str, missing: bool = False, **rest: Any) -> Answered:
+def answered(
+    said: str | None, options: choices.Options, gold: str, *, slide: str, missing: bool = False, **rest: Any
+) -> Answered:
     """The record of an answer in words: `choices.extract_letter` says what it chooses.
 
     Args:
@@ -82,10 +101,14 @@ def answered(said: str | None, options: choices.Options, gold: str, *, slide: st
     table = choices.lettered(options)
     chosen = "" if missing else choices.extract_letter(said, table)
     gold = gold if gold in table else ""
-    return Answered(slide=slide, options=table, gold=gold, chosen=chosen, missing=missing, said=said or "", **rest)
+    return Answered(
+        slide=slide, options=table, gold=gold, chosen=chosen, missing=missing, said=said or "", **rest
+    )
 
 
-def score(rows: Sequence[Answered], *, split: str = "", experiment: str = "", n: int = 1000, gen: torch.Generator) -> list[Result]:
+def score(
+    rows: Sequence[Answered], *, split: str = "", experiment: str = "", n: int = 1000, gen: torch.Generator
+) -> list[Result]:
     """How good the choices are: overall, by broad category ("Diagnosis") and by narrow one ("Diagnosis / Grading").
 
     Every row counts, also where the answer chose nothing or the features were missing: these are wrong. For each subject:
@@ -108,7 +131,10 @@ def score(rows: Sequence[Answered], *, split: str = "", experiment: str = "", n:
     if not rows:
         raise ValueError("score: needs at least one answer")
     common: dict[str, Any] = {"split": split, "experiment": experiment}
-    right, patients = np.array([bool(r.gold) and r.chosen == r.gold for r in rows]), [names.case_of(r.slide) for r in rows]
+    right, patients = (
+        np.array([bool(r.gold) and r.chosen == r.gold for r in rows]),
+        [names.case_of(r.slide) for r in rows],
+    )
     seed = int(torch.randint(2**62, (), generator=gen))
     draw = lambda: torch.Generator().manual_seed(seed)
     out = []
@@ -118,14 +144,19 @@ def score(rows: Sequence[Answered], *, split: str = "", experiment: str = "", n:
             found = accuracy.accuracy(right[where], [patients[i] for i in where], n=n, gen=draw())
             out += accuracy.to_results({subject: found}, **common)
             plain = _plain(part, right[where], [rows[i].narrow or rows[i].broad for i in where])
-            out += [Result(what=what, subject=subject, value=v, n=len(part), extra=extra, **common) for what, v, extra in plain]
+            out += [
+                Result(what=what, subject=subject, value=v, n=len(part), extra=extra, **common)
+                for what, v, extra in plain
+            ]
         if level != OVERALL:
             found = _macro(right, subjects, patients, n, draw())
             out += accuracy.to_results({level: found}, what="macro_accuracy", **common)
     return out
 
 
-def score_written(rows: Sequence[Written], *, split: str = "", experiment: str = "", n: int = 1000, gen: torch.Generator) -> list[Result]:
+def score_written(
+    rows: Sequence[Written], *, split: str = "", experiment: str = "", n: int = 1000, gen: torch.Generator
+) -> list[Result]:
     """How good the answers of open questions are.
 
     "bleu_1" to "bleu_4" and "rouge_l" over all rows. Of the subjects "yes or no" and "short answers" also "accuracy" with its 95 %
@@ -142,9 +173,20 @@ def score_written(rows: Sequence[Written], *, split: str = "", experiment: str =
             continue
         common = Counter(answers.normalise(r.gold) for r in part).most_common(1)[0][1]
         draw = torch.Generator().manual_seed(seed)
-        found = accuracy.accuracy([bool(r.right) for r in part], [names.case_of(r.slide) for r in part], n=n, gen=draw)
+        found = accuracy.accuracy(
+            [bool(r.right) for r in part], [names.case_of(r.slide) for r in part], n=n, gen=draw
+        )
         out += accuracy.to_results({subject: found}, split=split, experiment=experiment)
-        out.append(Result(what="majority", subject=subject, value=common / len(part), n=len(part), split=split, experiment=experiment))
+        out.append(
+            Result(
+                what="majority",
+                subject=subject,
+                value=common / len(part),
+                n=len(part),
+                split=split,
+                experiment=experiment,
+            )
+        )
     return out
 
 
@@ -179,11 +221,20 @@ def write_benchmark(
     for r in results:
         table.setdefault(r.subject, {})[r.what] = r.value
     keep = lambda r: {"right": bool(r.gold) and r.chosen == r.gold, **asdict(r)}
-    out = {"source": dict(source), **facts, "metrics": table, "results": [asdict(r) for r in results], "predictions": [*map(keep, rows)]}
+    out = {
+        "source": dict(source),
+        **facts,
+        "metrics": table,
+        "results": [asdict(r) for r in results],
+        "predictions": [*map(keep, rows)],
+    }
     if written:
         out["open_predictions"] = [{"right": r.right, "kind": r.kind, **asdict(r)} for r in written]
     out = _json(out)
-    files.write_text(Path(folder) / "benchmark_results.json", json.dumps(out, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+    files.write_text(
+        Path(folder) / "benchmark_results.json",
+        json.dumps(out, ensure_ascii=False, indent=1, allow_nan=False) + "\n",
+    )
     bounds = {r.subject: {"low": r.low, "high": r.high, "n": r.n} for r in results if r.what == "accuracy"}
     lines = []
     for level, subjects in _levels(rows).items():
@@ -205,15 +256,24 @@ def _json(value: Any) -> Any:
 
 def _levels(rows: Sequence[Answered]) -> dict[str, dict[str, list[int]]]:
     """{level: {subject: its rows}}; rows without a category of a level are in none of it."""
-    out: dict[str, dict[str, list[int]]] = {OVERALL: {OVERALL: [*range(len(rows))]}, "broad": {}, "narrow": {}}
+    out: dict[str, dict[str, list[int]]] = {
+        OVERALL: {OVERALL: [*range(len(rows))]},
+        "broad": {},
+        "narrow": {},
+    }
     for i, r in enumerate(rows):
-        for level, name in (("broad", r.broad), ("narrow", " / ".join(filter(None, (r.broad, r.narrow))) if r.narrow else "")):
+        for level, name in (
+            ("broad", r.broad),
+            ("narrow", " / ".join(filter(None, (r.broad, r.narrow))) if r.narrow else ""),
+        ):
             if name:
                 out[level].setdefault(name, []).append(i)
     return {level: dict(sorted(subjects.items())) for level, subjects in out.items() if subjects}
 
 
-def _plain(rows: Sequence[Answered], right: np.ndarray, categories: Sequence[str]) -> list[tuple[str, float, dict[str, Any]]]:
+def _plain(
+    rows: Sequence[Answered], right: np.ndarray, categories: Sequence[str]
+) -> list[tuple[str, float, dict[str, Any]]]:
     """(what, value, extra) of what has no interval."""
     task, total = _is_task(rows), len(rows)
     gold = [_text(r) if task else r.gold for r in rows]
@@ -247,7 +307,11 @@ def _text(row: Answered) -> str:
 
 
 def _macro(
-    right: np.ndarray, subjects: Mapping[str, Sequence[int]], patients: Sequence[str], n: int, gen: torch.Generator
+    right: np.ndarray,
+    subjects: Mapping[str, Sequence[int]],
+    patients: Sequence[str],
+    n: int,
+    gen: torch.Generator,
 ) -> accuracy.Accuracy:
     """The mean accuracy of categories; drawn patients bring their rows of all categories."""
     codes, k = metrics._codes(patients)
@@ -259,7 +323,9 @@ def _macro(
     table = table[table.any(1)]
 
     def means(counts: np.ndarray, _: np.ndarray, weights: np.ndarray | None) -> dict[str, np.ndarray]:
-        hits, sizes = np.split((np.ones((1, len(counts))) if weights is None else weights.T) @ counts, 2, axis=1)
+        hits, sizes = np.split(
+            (np.ones((1, len(counts))) if weights is None else weights.T) @ counts, 2, axis=1
+        )
         share = metrics._ratio(hits, sizes)
         return {"": share[0] if weights is None else share}
 
@@ -268,7 +334,9 @@ def _macro(
         value = float(means(table, table, None)[""].mean())
         return accuracy.Accuracy(value=value, low=math.nan, high=math.nan, n=rows, groups=len(table))
     found = metrics.bootstrap(means, table, np.zeros_like(table), range(len(table)), n=n, gen=gen)[""]
-    return accuracy.Accuracy(value=found.mean, low=found.mean_low, high=found.mean_high, n=rows, groups=len(table))
+    return accuracy.Accuracy(
+        value=found.mean, low=found.mean_low, high=found.mean_high, n=rows, groups=len(table)
+    )
 
 
 # Free text ------------------------------------------------------------------------------------------------------------------------------
@@ -311,15 +379,24 @@ def rouge_l(said: Sequence[str], gold: Sequence[str], beta: float = 1.0) -> tupl
     return tuple(out)
 
 
-def score_texts(said: Sequence[str], gold: Sequence[str], *, subject: str = "", split: str = "", experiment: str = "") -> list[Result]:
+def score_texts(
+    said: Sequence[str], gold: Sequence[str], *, subject: str = "", split: str = "", experiment: str = ""
+) -> list[Result]:
     """Rows "bleu_1" to "bleu_4" and "rouge_l" (the mean). They count words, not truth: "no" may be one word of twenty."""
-    values = {f"bleu_{k}": v for k, v in enumerate(bleu(said, gold), 1)} | {"rouge_l": math.fsum(rouge_l(said, gold)) / len(said)}
-    return [Result(what=what, subject=subject, split=split, value=v, n=len(said), experiment=experiment) for what, v in values.items()]
+    values = {f"bleu_{k}": v for k, v in enumerate(bleu(said, gold), 1)} | {
+        "rouge_l": math.fsum(rouge_l(said, gold)) / len(said)
+    }
+    return [
+        Result(what=what, subject=subject, split=split, value=v, n=len(said), experiment=experiment)
+        for what, v in values.items()
+    ]
 
 
 def _pairs(what: str, said: Sequence[str], gold: Sequence[str]) -> list[tuple[list[str], list[str]]]:
     if not said or len(said) != len(gold) or isinstance(said, str):
-        raise ValueError(f"{what}: needs a written text for each that is said, and at least one, got {len(said)} said and {len(gold)}")
+        raise ValueError(
+            f"{what}: needs a written text for each that is said, and at least one, got {len(said)} said and {len(gold)}"
+        )
     words = lambda text: re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).lower())
     return [(words(s), words(g)) for s, g in zip(said, gold, strict=True)]
 

@@ -21,7 +21,21 @@ from medvl.slides.formats import SUFFIXES, Block, Source, number_of, open_source
 
 _log = logging.getLogger(__name__)
 _PIECE = 2**16  # bytes of a file that `file_key` reads at each place
-_SCANS = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm", ".czi", ".isyntax")
+_SCANS = (
+    ".svs",
+    ".tif",
+    ".tiff",
+    ".ndpi",
+    ".mrxs",
+    ".scn",
+    ".vms",
+    ".vmu",
+    ".bif",
+    ".svslide",
+    ".dcm",
+    ".czi",
+    ".isyntax",
+)
 
 
 @frozen(kw_only=True)
@@ -91,7 +105,11 @@ def read_slide(path: PathLike, *, dims: int = 0, drop: bool = False) -> Slide:
     features, coords = parts[0] if parts else empty(about, dims)
     size = about.patch_size
     if size is None and coords is not None and (size := patch_size_of(coords)) is not None:
-        _log.warning("%s: does not say its patch size; taken as %d level-0 pixels, the commonest distance of neighbours", path, size)
+        _log.warning(
+            "%s: does not say its patch size; taken as %d level-0 pixels, the commonest distance of neighbours",
+            path,
+            size,
+        )
     return Slide(
         name=about.name,
         features=features,
@@ -134,7 +152,9 @@ def count_bad(path: PathLike, *, dims: int = 0) -> tuple[int, int]:
 
 def empty(about: About, dims: int = 0) -> Block:
     """The features [0, d] and coordinates of a slide without patches."""
-    return np.zeros((0, about.dims or dims), about.dtype), np.zeros((0, 2), np.int64) if about.has_coords else None
+    return np.zeros((0, about.dims or dims), about.dtype), np.zeros(
+        (0, 2), np.int64
+    ) if about.has_coords else None
 
 
 def _about(path: Path, source: Source) -> About:
@@ -147,7 +167,9 @@ def _about(path: Path, source: Source) -> About:
         has_coords=source.has_coords,
         patch_size=_said_patch_size(path, source.attrs),
         mpp=number_of(path, source.attrs, "mpp"),
-        magnification=number_of(path, source.attrs, "magnification") if magnification is None else magnification,
+        magnification=number_of(path, source.attrs, "magnification")
+        if magnification is None
+        else magnification,
         encoder=text_of(source.attrs, "encoder") or text_of(source.attrs, "extractor"),
     )
 
@@ -174,13 +196,19 @@ def _said_patch_size(path: Path, attrs: Mapping[str, Any]) -> int | None:
     if size is None:
         return None
     if not 1 <= size < 2**31:
-        raise ValueError(f"{path}: a patch must have a side of 1 level-0 pixel or more, its attributes say {size:g}")
+        raise ValueError(
+            f"{path}: a patch must have a side of 1 level-0 pixel or more, its attributes say {size:g}"
+        )
     return round(size)
 
 
 def _check_dims(path: PathLike, found: int, wanted: int) -> None:
     if wanted and found and found != wanted:
-        hint = "; `doubled` makes [x, x] of them, for models that were trained on that" if 2 * found == wanted else "; another encoder?"
+        hint = (
+            "; `doubled` makes [x, x] of them, for models that were trained on that"
+            if 2 * found == wanted
+            else "; another encoder?"
+        )
         raise ValueError(f"{path}: features must be {wanted} numbers per patch, got {found}{hint}")
 
 
@@ -232,7 +260,9 @@ def _pixels(path: Path, xy: np.ndarray, at: int) -> np.ndarray:
     wrong = np.flatnonzero(~(np.isfinite(xy) & (xy == np.round(xy))).all(1))
     if len(wrong):
         found = xy[wrong[0]].tolist()
-        raise ValueError(f"{path}: coords must be whole level-0 pixels, got {found} for patch {at + wrong[0]} (from 0); what unit is that?")
+        raise ValueError(
+            f"{path}: coords must be whole level-0 pixels, got {found} for patch {at + wrong[0]} (from 0); what unit is that?"
+        )
     return xy.astype(np.int64)
 
 
@@ -303,7 +333,9 @@ class Match:
     clear: bool = True  # False: one of these, but which is not said
 
 
-def find_slides(names: Iterable[object], known: Mapping[str, Sequence[Any]], folder: PathLike = "") -> dict[str, Match]:
+def find_slides(
+    names: Iterable[object], known: Mapping[str, Sequence[Any]], folder: PathLike = ""
+) -> dict[str, Match]:
     """{name: what it stands for}, the names as texts, each once.
 
     A name is a path of features as it is written (absolute or below `folder`); or a slide: the stem that is equal to it, else the stem
@@ -319,7 +351,9 @@ def find_slides(names: Iterable[object], known: Mapping[str, Sequence[Any]], fol
     return {name: _match(name, index, known, folder) for name in map(str, names)}
 
 
-def _match(name: str, index: Mapping[str, Sequence[str]], known: Mapping[str, Sequence[Any]], folder: PathLike) -> Match:
+def _match(
+    name: str, index: Mapping[str, Sequence[str]], known: Mapping[str, Sequence[Any]], folder: PathLike
+) -> Match:
     written = _as_written(name, folder) if folder else None
     if written is not None:
         return Match(stems=(slide_name(name),), places=(written,))
@@ -346,7 +380,9 @@ def _narrowed(name: str, places: Sequence[Any]) -> list[Any]:
     """Of several files the one whose path ends as the name is written, with its suffix or at least with its folders; else all."""
     parts = [part for part in re.split(r"[/\\]", name) if part not in ("", ".", "..")]
     for wanted, of in ((parts, lambda p: p.parts), (parts[:-1], lambda p: p.parent.parts)):
-        ending = [p for p in places if isinstance(p, Path) and wanted and list(of(p)[-len(wanted) :]) == wanted]
+        ending = [
+            p for p in places if isinstance(p, Path) and wanted and list(of(p)[-len(wanted) :]) == wanted
+        ]
         if len(places) > 1 and len(ending) == 1:
             return ending
     return list(places)
@@ -384,7 +420,9 @@ def feature_files(folder: PathLike) -> dict[str, list[Path]]:
 def near_names(name: str, stems: Iterable[str]) -> str:
     """What an error says of a slide that is not there: " (near: A, B)", or that none of so many is near."""
     stems = list(stems)
-    names = {asked.casefold(): hits for asked, hits in index_stems(stems).items()}  # upper and lower case are a near miss, not a match
+    names = {
+        asked.casefold(): hits for asked, hits in index_stems(stems).items()
+    }  # upper and lower case are a near miss, not a match
     near = difflib.get_close_matches(slide_name(name).casefold(), names, 3)
     said = list(dict.fromkeys(stem for close in near for stem in names[close]))[:3]
     return f" (near: {', '.join(said)})" if said else f" (none of {len(stems)} is near)"

@@ -18,21 +18,64 @@ import numpy as np
 import torch
 from attrs import frozen
 
-from medvl.base.files import BROKEN, PathLike, check_own_numbers, check_regular, check_stored, own_dataset, reason
+from medvl.base.files import (
+    BROKEN,
+    PathLike,
+    check_own_numbers,
+    check_regular,
+    check_stored,
+    own_dataset,
+    reason,
+)
 
 _log = logging.getLogger(__name__)
 
 STORE = "medvl-slides"  # attribute "format" of a store of many slides (`slide_store`), which is not one slide
 SUFFIXES = (".h5", ".hdf5", ".pt", ".pth", ".npy", ".csv")
-_KEYS = ("features", "feature", "feat", "feats", "embeddings", "tile_embeds")  # "feats" is STAMP's, the last Prov-GigaPath's
+_KEYS = (
+    "features",
+    "feature",
+    "feat",
+    "feats",
+    "embeddings",
+    "tile_embeds",
+)  # "feats" is STAMP's, the last Prov-GigaPath's
 _ATTRS = (  # all that is looked at
-    *("patch_size_level0", "level0_magnification", "target_magnification", "magnification", "mpp", "encoder"),  # TRIDENT
+    *(
+        "patch_size_level0",
+        "level0_magnification",
+        "target_magnification",
+        "magnification",
+        "mpp",
+        "encoder",
+    ),  # TRIDENT
     *("patch_size", "patch_level", "downsample"),  # CLAM; TRIDENT's patch_size is at the target magnification
     *("unit", "tile_size_um", "extractor"),  # STAMP
 )
-_MICROMETRES = ("um", "\u00b5m", "\u03bcm", "micron", "microns", "micrometer", "micrometers", "micrometre", "micrometres")
+_MICROMETRES = (
+    "um",
+    "\u00b5m",
+    "\u03bcm",
+    "micron",
+    "microns",
+    "micrometer",
+    "micrometers",
+    "micrometre",
+    "micrometres",
+)
 _PIXELS = ("", "px", "pixel", "pixels")
-_WIDTHS = (384, 512, 768, 1024, 1280, 1536, 2048, 2560, 3072, 4608)  # of encoders in use; only to tell features from columns behind them
+_WIDTHS = (
+    384,
+    512,
+    768,
+    1024,
+    1280,
+    1536,
+    2048,
+    2560,
+    3072,
+    4608,
+)  # of encoders in use; only to tell features from columns behind them
 _LONGEST = 2**21  # characters of a line: some 50 times that of the widest encoder
 _TRAILING = 8  # columns that may stand behind the features of a CSV, unless they are text
 _LOOKED_AT = 8  # lines of a CSV, to tell its layout
@@ -55,7 +98,9 @@ class Source:
     dtype: np.dtype  # float16 or float32
     has_coords: bool
     attrs: Mapping[str, Any]
-    blocks: Callable[[int], Iterator[Block]]  # of so many rows: features [c, d] and coordinates [c, 2], of any number type
+    blocks: Callable[
+        [int], Iterator[Block]
+    ]  # of so many rows: features [c, d] and coordinates [c, 2], of any number type
 
 
 @contextmanager
@@ -90,8 +135,14 @@ def _kind(path: Path) -> str:
         return "csv"
     if not kind or suffix == ".npz":
         what = "is empty" if not head else f"starts with {head[:16]!r}"
-        what = "is a Git LFS pointer, the file itself was not fetched" if head.startswith(b"version https://git-lfs") else what
-        raise ValueError(f"{path}: {what}; patch features are HDF5 (.h5), PyTorch (.pt), NumPy (.npy) or .csv files")
+        what = (
+            "is a Git LFS pointer, the file itself was not fetched"
+            if head.startswith(b"version https://git-lfs")
+            else what
+        )
+        raise ValueError(
+            f"{path}: {what}; patch features are HDF5 (.h5), PyTorch (.pt), NumPy (.npy) or .csv files"
+        )
     return kind
 
 
@@ -164,7 +215,9 @@ def number_of(path: Path, attrs: Mapping[str, Any], key: str) -> float | None:
         return None
     mean = sum(numbers) / len(numbers)
     if max(numbers) - min(numbers) > 0.01 * abs(mean):
-        raise ValueError(f"{path}: {key} must be one number, or the same for x and y, got {text_of(attrs, key)}")
+        raise ValueError(
+            f"{path}: {key} must be one number, or the same for x and y, got {text_of(attrs, key)}"
+        )
     return mean
 
 
@@ -189,7 +242,11 @@ def _open_pt(path: Path, _: int) -> Iterator[Source]:
     try:
         held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as e:
-        what = "a NumPy array pickled by torch.save" if "numpy" in str(e) else "Python objects, or nothing that torch.save wrote"
+        what = (
+            "a NumPy array pickled by torch.save"
+            if "numpy" in str(e)
+            else "Python objects, or nothing that torch.save wrote"
+        )
         raise ValueError(
             f"{path}: holds {what}; it can run code when it is loaded, and so is not. If you trust the file, convert it once: "
             f"{_CONVERT.format(str(path))}"
@@ -199,16 +256,25 @@ def _open_pt(path: Path, _: int) -> Iterator[Source]:
     held = {"features": held} if isinstance(held, torch.Tensor) else held
     if not isinstance(held, dict):
         raise ValueError(f"{path}: must hold a tensor, or a dict with one, got {type(held).__name__}")
-    tensors = {k: v.detach() for k, v in held.items() if isinstance(v, torch.Tensor) and v.layout == torch.strided}
+    tensors = {
+        k: v.detach() for k, v in held.items() if isinstance(v, torch.Tensor) and v.layout == torch.strided
+    }
     check_own_numbers(path, tensors)
     key = _key(tensors, path)
-    yield _arrays(path, tensors[key], tensors.get("coords"), {k: held[k] for k in _ATTRS if isinstance(held.get(k), str | int | float)})
+    yield _arrays(
+        path,
+        tensors[key],
+        tensors.get("coords"),
+        {k: held[k] for k in _ATTRS if isinstance(held.get(k), str | int | float)},
+    )
 
 
 def _key(found: Mapping[str, Any], path: Path) -> str:
     key = next((k for k in _KEYS if k in found), None)
     if key is None:
-        raise ValueError(f"{path}: must hold an array called {' or '.join(_KEYS)}, found {', '.join(map(repr, list(found)[:6])) or 'none'}")
+        raise ValueError(
+            f"{path}: must hold an array called {' or '.join(_KEYS)}, found {', '.join(map(repr, list(found)[:6])) or 'none'}"
+        )
     return key
 
 
@@ -253,7 +319,9 @@ def _part(array: Any, i: int, j: int, dtype: np.dtype | None) -> np.ndarray:
     part = array[0, i:j] if len(array.shape) == 3 else array[i:j]
     if isinstance(part, torch.Tensor):
         part = (part.float() if part.dtype == torch.bfloat16 else part).numpy()
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, which is refused with its row
+    with np.errstate(
+        over="ignore"
+    ):  # what float32 cannot hold becomes infinite, which is refused with its row
         return np.array(part, dtype)
 
 
@@ -283,7 +351,9 @@ class _Table:
     rows: int
 
 
-@functools.lru_cache(maxsize=8192)  # a CSV has to be read whole to count its rows: once, not each time it is opened
+@functools.lru_cache(
+    maxsize=8192
+)  # a CSV has to be read whole to count its rows: once, not each time it is opened
 def _scan_csv(path: Path, dims: int, _: tuple[int, int, int]) -> _Table:
     """Count the rows of a CSV and see which columns are features; the last argument changes with the file."""
     first_lines, n, counting = list[str](), 0, True
@@ -301,7 +371,9 @@ def _scan_csv(path: Path, dims: int, _: tuple[int, int, int]) -> _Table:
     indexed = counting and _is_index(first, second, n)
     header, start, width = _layout(path, dims, rows, indexed)
     if indexed:
-        _log.warning("%s: the first column counts the rows: it is an index and no feature, and is left out", path)
+        _log.warning(
+            "%s: the first column counts the rows: it is an index and no feature, and is left out", path
+        )
     return _Table(header=header, start=start, width=width, rows=max(0, n - header))
 
 
@@ -329,7 +401,9 @@ def _lines(path: Path) -> Iterator[str]:
                 raise ValueError(
                     f"{path}: line {number} has {_LONGEST} characters or more; a line is one patch, is this a CSV of features?"
                 )
-            if "\0" in line:  # its cell would count as a text behind the features, and with it all that follow
+            if (
+                "\0" in line
+            ):  # its cell would count as a text behind the features, and with it all that follow
                 raise ValueError(f"{path}: line {number} has a NUL byte; the file is damaged")
             line = line.removeprefix("\xef\xbb\xbf") if number == 1 else line
             if line.strip():
@@ -346,13 +420,19 @@ def _csv_blocks(path: Path, header: bool, columns: range, n: int, size: int) -> 
             row, why = _first_wrong(part, columns)
             raise ValueError(f"{path}: patch {i + row} (from 0): {why}") from e
         if len(x) != len(part):  # a quote that is not closed joins lines
-            raise ValueError(f"{path}: patches {i} to {i + len(part) - 1} (from 0): {len(part)} lines are {len(x)} rows; an open quote?")
+            raise ValueError(
+                f"{path}: patches {i} to {i + len(part) - 1} (from 0): {len(part)} lines are {len(x)} rows; an open quote?"
+            )
         yield x, None
 
 
 def _filled(line: str) -> str:
     """Empty cells, which is how pandas writes NaN, as nan."""
-    return re.sub(r"(^|,)(?=,|\s*$)", r"\1nan", line) if ",," in line or line[0] == "," or line.rstrip()[-1] == "," else line
+    return (
+        re.sub(r"(^|,)(?=,|\s*$)", r"\1nan", line)
+        if ",," in line or line[0] == "," or line.rstrip()[-1] == ","
+        else line
+    )
 
 
 def _first_wrong(lines: Sequence[str], columns: range) -> tuple[int, str]:
@@ -378,7 +458,9 @@ def _layout(path: Path, dims: int, rows: Sequence[Sequence[str]], indexed: bool)
     elif not header:
         width = _numbers(names)
     if first and any(first) and not width:
-        raise ValueError(f"{path}: the features must be the first columns, found {first[0]!r} in the first of {len(first)}")
+        raise ValueError(
+            f"{path}: the features must be the first columns, found {first[0]!r} in the first of {len(first)}"
+        )
     near = dims or next((w for w in _WIDTHS if 0 < width - w <= _TRAILING), 0)
     more = width - near
     if not near or not 0 < more <= _TRAILING or (not dims and width in _WIDTHS):
@@ -390,7 +472,9 @@ def _layout(path: Path, dims: int, rows: Sequence[Sequence[str]], indexed: bool)
             f"{', '.join(data[-1][:more])}: row numbers or places, no features; save the table without them"
         )
     if not dims:
-        raise ValueError(f"{path}: has {width} columns of numbers; are {more} of them no features? Say dims={near} or dims={width}")
+        raise ValueError(
+            f"{path}: has {width} columns of numbers; are {more} of them no features? Say dims={near} or dims={width}"
+        )
     return header, start, dims
 
 
@@ -407,7 +491,12 @@ def _counted(names: Sequence[str]) -> int:
     if hit is None or hit.groups() == ("", "1"):
         return 0
     wanted = (f"{hit[1]}{i}" for i in itertools.count(int(hit[2])))
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0].strip() == pair[1], zip(names, wanted, strict=False)))
+    return sum(
+        1
+        for _ in itertools.takewhile(
+            lambda pair: pair[0].strip() == pair[1], zip(names, wanted, strict=False)
+        )
+    )
 
 
 def _numbers(cells: Sequence[str]) -> int:

@@ -10,7 +10,9 @@ from medvl.base.tree import Tree
 from medvl.components import layers
 
 
-def init_heads(dim: int, classes: Mapping[str, int], gen: Generator, *, slots: int = 0, hidden: int = 128) -> Tree:
+def init_heads(
+    dim: int, classes: Mapping[str, int], gen: Generator, *, slots: int = 0, hidden: int = 128
+) -> Tree:
     """Parameters of `classify`, float32: {label: {"out"}} of all tokens side by side, or with "tanh", "sigmoid", "score" by attention.
 
     Args:
@@ -26,7 +28,12 @@ def init_heads(dim: int, classes: Mapping[str, int], gen: Generator, *, slots: i
     if slots:
         return {name: {"out": linear(slots * dim, n)} for name, n in classes.items()}
     return {
-        name: {"tanh": linear(dim, hidden), "sigmoid": linear(dim, hidden), "score": linear(hidden, 1), "out": linear(dim, n)}
+        name: {
+            "tanh": linear(dim, hidden),
+            "sigmoid": linear(dim, hidden),
+            "score": linear(hidden, 1),
+            "out": linear(dim, n),
+        }
         for name, n in classes.items()
     }
 
@@ -41,19 +48,26 @@ def classify(params: Tree, tokens: Tensor) -> dict[str, Tensor]:
     out = {}
     for name, p in params.items():
         width, side_by_side = p["out"]["weight"].shape[1], "score" not in p
-        if tokens.dim() != 3 or (tokens.shape[1] * tokens.shape[2] if side_by_side else tokens.shape[2]) != width:
+        if (
+            tokens.dim() != 3
+            or (tokens.shape[1] * tokens.shape[2] if side_by_side else tokens.shape[2]) != width
+        ):
             want = f"[b, k, d] with k d = {width}" if side_by_side else f"[b, k, {width}]"
             raise ValueError(f"classify: tokens must be {want}, got {list(tokens.shape)}")
         if side_by_side:
             out[name] = layers.linear(p["out"], tokens.flatten(1))
             continue
-        gate = torch.tanh(layers.linear(p["tanh"], tokens)) * torch.sigmoid(layers.linear(p["sigmoid"], tokens))
+        gate = torch.tanh(layers.linear(p["tanh"], tokens)) * torch.sigmoid(
+            layers.linear(p["sigmoid"], tokens)
+        )
         share = layers.linear(p["score"], gate).softmax(1)  # [b, k, 1]
         out[name] = layers.linear(p["out"], (share * tokens).sum(1))
     return out
 
 
-def label_loss(logits: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+def label_loss(
+    logits: Mapping[str, Tensor], labels: Mapping[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
     """(mean over labels of their cross-entropy, {label: share that is right}); -1 where a slide has no such label.
 
     A label that no slide of the batch has counts 0.
@@ -66,7 +80,9 @@ def label_loss(logits: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> tu
     for name, x in logits.items():
         if name not in labels or labels[name].shape != x.shape[:1]:
             got = f"{list(labels[name].shape)}" if name in labels else f"only {', '.join(labels) or 'none'}"
-            raise ValueError(f"label_loss: label {name!r} must be [{len(x)}], a class for each slide, got {got}")
+            raise ValueError(
+                f"label_loss: label {name!r} must be [{len(x)}], a class for each slide, got {got}"
+            )
         y = labels[name]
         known = y >= 0
         n = known.sum().clamp(min=1)
@@ -83,5 +99,7 @@ def classes_of(rows: Sequence[Mapping[str, str]], columns: Sequence[str]) -> dic
     """
     found = {c: sorted({r[c] for r in rows} - {""}) for c in columns}
     if single := [c for c, of in found.items() if len(of) < 2]:
-        raise ValueError(f"classes_of: column {single[0]!r} must have two classes or more, found {found[single[0]]}")
+        raise ValueError(
+            f"classes_of: column {single[0]!r} must have two classes or more, found {found[single[0]]}"
+        )
     return found

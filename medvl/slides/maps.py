@@ -12,9 +12,19 @@ from PIL import Image, ImageDraw, ImageFont
 
 from medvl.base import files
 from medvl.language import images
-from medvl.slides.relevance import TopPatch, as_coords, as_relevance, as_weights, mass_share, percentiles, top_patches
+from medvl.slides.relevance import (
+    TopPatch,
+    as_coords,
+    as_relevance,
+    as_weights,
+    mass_share,
+    percentiles,
+    top_patches,
+)
 
-Reader = Callable[[int, int, int], images.Picture]  # (x, y, side), all in level-0 pixels -> that square of the slide, of any resolution
+Reader = Callable[
+    [int, int, int], images.Picture
+]  # (x, y, side), all in level-0 pixels -> that square of the slide, of any resolution
 # Least share of the highest relevance of each class of `to_geojson`. As in the picture: by rank, where one patch holds all the relevance,
 # half of those that hold nothing would be an "upper half".
 CLASSES = (
@@ -77,8 +87,12 @@ def draw_map(
     r = as_relevance("draw_map", relevance)
     canvas = _canvas("draw_map", len(r), coords, patch_size, thumbnail, level0_size, size, mpp)
     covered = _sums(canvas, np.ones(len(r)))
-    mean = _sums(canvas, percentiles(r) if scale == "percentile" else np.maximum(r, 0)) / np.maximum(covered, 1)
-    mean = np.round(mean if scale == "percentile" else _level(mean), 9)  # so that no colour hangs on the order of a sum
+    mean = _sums(canvas, percentiles(r) if scale == "percentile" else np.maximum(r, 0)) / np.maximum(
+        covered, 1
+    )
+    mean = np.round(
+        mean if scale == "percentile" else _level(mean), 9
+    )  # so that no colour hangs on the order of a sum
     alpha = _opacity("draw_map", alpha, canvas)
     picture = _blend(canvas, _colours()(mean, bytes=True)[..., :3], covered > 0, alpha)
     below = canvas.image[covered > 0].mean(0) if canvas.real else np.array(_TISSUE)
@@ -97,7 +111,9 @@ def draw_map(
 def _level(relevance: np.ndarray) -> np.ndarray:
     """0 to 1: from a ten-thousandth of the highest, or less, to the highest."""
     highest = relevance.max(initial=0)
-    return 1 + np.log10(np.maximum(relevance / highest, 1e-4)) / 4 if highest > 0 else np.zeros_like(relevance)
+    return (
+        1 + np.log10(np.maximum(relevance / highest, 1e-4)) / 4 if highest > 0 else np.zeros_like(relevance)
+    )
 
 
 def draw_slots(
@@ -136,7 +152,12 @@ def draw_slots(
 
 
 def draw_top(
-    patches: Sequence[TopPatch], patch_size: float, read_region: Reader | None, *, columns: int = 5, tile: int = 180
+    patches: Sequence[TopPatch],
+    patch_size: float,
+    read_region: Reader | None,
+    *,
+    columns: int = 5,
+    tile: int = 180,
 ) -> Image.Image | None:
     """The top patches cut from the slide, as a grid with rank, corner and relevance; None where there is no reader.
 
@@ -153,7 +174,11 @@ def draw_top(
     font, gap = _font(tile // 14), tile // 12
     line = math.ceil(font.size * 1.3)
     step = tile + gap, tile + gap + 2 * line
-    picture = Image.new("RGB", (min(columns, len(patches)) * step[0] + gap, -(-len(patches) // columns) * step[1] + gap), "white")
+    picture = Image.new(
+        "RGB",
+        (min(columns, len(patches)) * step[0] + gap, -(-len(patches) // columns) * step[1] + gap),
+        "white",
+    )
     draw = ImageDraw.Draw(picture)
     for i, p in enumerate(patches):
         x, y = gap + i % columns * step[0], gap + i // columns * step[1]
@@ -176,19 +201,34 @@ class _Canvas:
 
 
 def _canvas(
-    where: str, n: int, coords: Any, patch_size: float, thumbnail: images.Picture | None, level0_size: Any, size: int, mpp: float | None
+    where: str,
+    n: int,
+    coords: Any,
+    patch_size: float,
+    thumbnail: images.Picture | None,
+    level0_size: Any,
+    size: int,
+    mpp: float | None,
 ) -> _Canvas:
     if not (0 < patch_size < math.inf and size >= 64 and (mpp is None or 0 < mpp < math.inf)):
-        raise ValueError(f"{where}: patch_size and mpp must be > 0 and size >= 64, got {patch_size}, {mpp} and {size}")
+        raise ValueError(
+            f"{where}: patch_size and mpp must be > 0 and size >= 64, got {patch_size}, {mpp} and {size}"
+        )
     if coords is None and not (thumbnail is None and level0_size is None and mpp is None):
-        raise ValueError(f"{where}: without coords patches have no place: thumbnail, level0_size and mpp must be None too")
+        raise ValueError(
+            f"{where}: without coords patches have no place: thumbnail, level0_size and mpp must be None too"
+        )
     if thumbnail is not None and level0_size is None:
-        raise ValueError(f"{where}: a thumbnail needs level0_size, the (width, height) of the slide in level-0 pixels, got None")
+        raise ValueError(
+            f"{where}: a thumbnail needs level0_size, the (width, height) of the slide in level-0 pixels, got None"
+        )
     columns = math.ceil(math.sqrt(n))
     ordered = np.stack([np.arange(n) % columns, np.arange(n) // columns], 1) * float(patch_size)
     at = ordered if coords is None else as_coords(where, coords, n)
     if level0_size is None:
-        margin = 0.0 if coords is None else max(float(patch_size), 0.07 * float(np.ptp(at, axis=0).max()))  # room for numbers
+        margin = (
+            0.0 if coords is None else max(float(patch_size), 0.07 * float(np.ptp(at, axis=0).max()))
+        )  # room for numbers
         origin, extent = at.min(0) - margin, np.ptp(at, axis=0) + patch_size + 2 * margin
     else:
         origin, extent = np.zeros(2), np.asarray(level0_size, float)
@@ -200,11 +240,15 @@ def _canvas(
     else:
         base = _fitted(where, images.to_rgb(thumbnail, f"{where}: thumbnail"), (width, height), extent)
     first = np.rint((at - origin) * scale).astype(int)
-    last = np.rint((at + patch_size - origin) * scale).astype(int)  # rounded like its neighbour's first, so that there is no seam
+    last = np.rint((at + patch_size - origin) * scale).astype(
+        int
+    )  # rounded like its neighbour's first, so that there is no seam
     first = np.minimum(first, [width - 1, height - 1])
     last = np.minimum(np.maximum(last, first + 1), [width, height])  # a patch has one pixel at least
     note = "" if coords is not None else "; no coordinates: patches in the order of the file"
-    return _Canvas(image=base, boxes=np.hstack([first, last]), scale=scale, real=thumbnail is not None, note=note)
+    return _Canvas(
+        image=base, boxes=np.hstack([first, last]), scale=scale, real=thumbnail is not None, note=note
+    )
 
 
 def _check_inside(where: str, at: np.ndarray, extent: np.ndarray) -> None:
@@ -250,13 +294,19 @@ def _sums(canvas: _Canvas, values: np.ndarray) -> np.ndarray:
     """Sum of the values [n] of all patches that cover a pixel, [y, x]: four corners each, then sums along both axes."""
     height, width = (s + 1 for s in canvas.image.shape[:2])
     left, upper, right, lower = canvas.boxes.T
-    places = np.concatenate([upper * width + left, lower * width + right, upper * width + right, lower * width + left])
+    places = np.concatenate(
+        [upper * width + left, lower * width + right, upper * width + right, lower * width + left]
+    )
     corners = np.bincount(places, np.concatenate([values, values, -values, -values]), height * width)
     return corners.reshape(height, width).cumsum(0).cumsum(1)[:-1, :-1]
 
 
 def _blend(canvas: _Canvas, colours: np.ndarray, covered: np.ndarray, alpha: float) -> Image.Image:
-    below = canvas.image if canvas.real else np.where(covered[..., None], np.array(_TISSUE, np.uint8), canvas.image)
+    below = (
+        canvas.image
+        if canvas.real
+        else np.where(covered[..., None], np.array(_TISSUE, np.uint8), canvas.image)
+    )
     mixed = np.rint(below * (1 - alpha) + colours * alpha).astype(np.uint8)
     return Image.fromarray(np.where(covered[..., None], mixed, canvas.image))
 
@@ -271,7 +321,11 @@ def _opacity(where: str, alpha: float | None, canvas: _Canvas, over: float = 0.4
 def _draw_marks(picture: Image.Image, canvas: _Canvas, best: np.ndarray) -> None:
     draw, font = ImageDraw.Draw(picture), _font(max(picture.size) // 70)
     apart = lambda a, b: a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
-    framed, taken, numbers = list[tuple[float, ...]](), list[tuple[float, ...]](), list[tuple[tuple[float, float], str]]()
+    framed, taken, numbers = (
+        list[tuple[float, ...]](),
+        list[tuple[float, ...]](),
+        list[tuple[tuple[float, float], str]](),
+    )
     for rank, (left, upper, right, lower) in enumerate(canvas.boxes[best].tolist(), 1):
         gap = 0 if right - left > 12 else 5  # around a small one, so that it and its neighbours are seen
         frame = (left - 1 - gap, upper - 1 - gap, right + gap, lower + gap)
@@ -308,7 +362,9 @@ def _draw_scale(picture: Image.Image, canvas: _Canvas, mpp: float | None) -> Non
     draw.rectangle((bar, y + tall - edge // 2, bar + length, y + tall - edge // 4), fill=_INK)
 
 
-def _map_legend(width: int, size: int, text: str, below: np.ndarray, alpha: float, ends: tuple[str, str, str]) -> Image.Image:
+def _map_legend(
+    width: int, size: int, text: str, below: np.ndarray, alpha: float, ends: tuple[str, str, str]
+) -> Image.Image:
     """The colours as they are seen: over the mean of what lies below the patches."""
     font = _font(size // 64)
     line, edge = math.ceil(font.size * 1.5), round(font.size)
@@ -316,9 +372,13 @@ def _map_legend(width: int, size: int, text: str, below: np.ndarray, alpha: floa
     legend = Image.new("RGB", (width, 3 * line + edge), "white")
     draw, bar = ImageDraw.Draw(legend), width - 2 * edge
     strip = 255 * _colours()(np.linspace(0, 1, bar))[None, :, :3] * alpha + below * (1 - alpha)
-    legend.paste(Image.fromarray(np.repeat(np.rint(strip).astype(np.uint8), line * 2 // 3, 0)), (edge, edge // 2))
+    legend.paste(
+        Image.fromarray(np.repeat(np.rint(strip).astype(np.uint8), line * 2 // 3, 0)), (edge, edge // 2)
+    )
     for share, anchor, said in zip((0.0, 0.5, 1.0), ("la", "ma", "ra"), ends, strict=True):
-        draw.text((edge + share * bar, edge // 2 + line * 2 // 3 + line // 6), said, _INK, font, anchor=anchor)
+        draw.text(
+            (edge + share * bar, edge // 2 + line * 2 // 3 + line // 6), said, _INK, font, anchor=anchor
+        )
     draw.text((edge, edge // 2 + 2 * line), text, _INK, font)
     return legend
 
@@ -338,12 +398,20 @@ def _slot_legend(width: int, size: int, loads: np.ndarray, text: str) -> Image.I
         draw.line([(dash, even), (dash + 3, even)], _INK)  # where all bars would end if the load were even
     for i, (load, colour) in enumerate(zip(loads.tolist(), _slot_colours(len(loads)), strict=True)):
         x, high = edge + i * step, round(load / top * (tall - line))
-        draw.rectangle((round(x), floor - high, max(round(x), round(x + 0.85 * step) - 1), floor), fill=colour)
+        draw.rectangle(
+            (round(x), floor - high, max(round(x), round(x + 0.85 * step) - 1), floor), fill=colour
+        )
         if i % every == 0:
             draw.text((x + 0.42 * step, floor + line // 8), str(i), _INK, font, anchor="ma")
         if step > draw.textlength("00.0 ", small):
             draw.text(
-                (x + 0.42 * step, floor - high - 1), f"{100 * load:.1f}", _INK, small, anchor="md", stroke_width=2, stroke_fill="white"
+                (x + 0.42 * step, floor - high - 1),
+                f"{100 * load:.1f}",
+                _INK,
+                small,
+                anchor="md",
+                stroke_width=2,
+                stroke_fill="white",
             )
     draw.text((edge, floor + line + line // 4), text, _INK, font)
     return legend
@@ -411,9 +479,13 @@ def to_geojson(
             f"to_geojson: offset must be the slide's (bounds-x, bounds-y), got {tuple(offset)}; a patch at {first} would lie before 0"
         )
     if not 0 < patch_size < math.inf or (top is not None and top < 1):
-        raise ValueError(f"to_geojson: patch_size must be > 0 and top >= 1 or None, got {patch_size} and {top}")
+        raise ValueError(
+            f"to_geojson: patch_size must be > 0 and top >= 1 or None, got {patch_size} and {top}"
+        )
     if not least or least[0] != 0 or any(b <= a for a, b in zip(least, [*least[1:], 1.0], strict=True)):
-        raise ValueError(f"to_geojson: classes must be (name, least share of the highest), rising from 0 to below 1, got {list(classes)}")
+        raise ValueError(
+            f"to_geojson: classes must be (name, least share of the highest), rising from 0 to below 1, got {list(classes)}"
+        )
     order, share = np.argsort(-r, kind="stable"), percentiles(r)
     rank = np.empty(len(r), int)
     rank[order] = np.arange(1, len(r) + 1)
@@ -421,12 +493,25 @@ def to_geojson(
     highest = max(float(r.max(initial=0)), np.finfo(float).tiny)
     ends = _level(np.array([*least, 1.0]))  # of the colours in the picture
     middles = ((ends[:-1] + ends[1:]) / 2).tolist()
-    kinds = [{"name": c[0], "color": list(map(int, _colours()(m, bytes=True)[:3]))} for c, m in zip(classes, middles, strict=True)]
+    kinds = [
+        {"name": c[0], "color": list(map(int, _colours()(m, bytes=True)[:3]))}
+        for c, m in zip(classes, middles, strict=True)
+    ]
     of = np.maximum(np.searchsorted(least, r[chosen] / highest, side="right") - 1, 0)
     rings = at[chosen, None] + patch_size * np.array([[0, 0], [1, 0], [1, 1], [0, 1], [0, 0]])
     rings = rings.astype(int) if (rings == np.rint(rings)).all() else rings
-    rows = zip(rings.tolist(), of.tolist(), r[chosen].tolist(), share[chosen].tolist(), rank[chosen].tolist(), strict=True)
-    return {"type": "FeatureCollection", "features": [_feature(ring, kinds[c], *numbers) for ring, c, *numbers in rows]}
+    rows = zip(
+        rings.tolist(),
+        of.tolist(),
+        r[chosen].tolist(),
+        share[chosen].tolist(),
+        rank[chosen].tolist(),
+        strict=True,
+    )
+    return {
+        "type": "FeatureCollection",
+        "features": [_feature(ring, kinds[c], *numbers) for ring, c, *numbers in rows],
+    }
 
 
 def _feature(ring: list, kind: dict, relevance: float, percentile: float, rank: int) -> dict[str, Any]:
@@ -469,7 +554,9 @@ def write_map(
     """
     files.check_name(name, "write_map: the slide")
     if len(weights) != len(relevance):
-        raise ValueError(f"write_map: weights must be [{len(relevance)}, k], a row per patch of relevance, got {len(weights)} rows")
+        raise ValueError(
+            f"write_map: weights must be [{len(relevance)}, k], a row per patch of relevance, got {len(weights)} rows"
+        )
     best = top_patches(relevance, coords, top)
     pictures = {
         "map.png": draw_map(relevance, coords, patch_size, mark=top, **drawing),
@@ -479,7 +566,9 @@ def write_map(
     shapes = (
         None
         if coords is None
-        else json.dumps(to_geojson(relevance, coords, patch_size, offset=offset), allow_nan=False, separators=(",", ":"))
+        else json.dumps(
+            to_geojson(relevance, coords, patch_size, offset=offset), allow_nan=False, separators=(",", ":")
+        )
     )
     into = Path(folder) / name
     for file, picture in pictures.items():

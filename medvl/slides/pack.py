@@ -133,18 +133,29 @@ def open_slides(path: PathLike) -> Slides:
         with h5py.File(path, "r", locking=False) as f:
             found = f.attrs.get("format"), f.attrs.get("version")
             if found != (STORE, VERSION):
-                raise ValueError(f"{path}: must be a store of format {STORE} and version {VERSION}, found {found[0]} and {found[1]}")
+                raise ValueError(
+                    f"{path}: must be a store of format {STORE} and version {VERSION}, found {found[0]} and {found[1]}"
+                )
             arrays = {k: files.own_dataset(f, k, path) for k in ("features", "coords", "rows")}
             offsets = {k: array.id.get_offset() for k, array in arrays.items()}
             if None in offsets.values():
-                raise ValueError(f"{path}: must be a store that `invoke slides pack` wrote, its arrays do not lie in one piece")
+                raise ValueError(
+                    f"{path}: must be a store that `invoke slides pack` wrote, its arrays do not lie in one piece"
+                )
             table, settings = arrays["rows"][()], json.loads(f.attrs["settings"])
             patches, dims = arrays["features"].shape
             dtype, encoder = arrays["features"].dtype, settings["encoder"]
             ends = table["start"] + table["room"]
             if arrays["coords"].shape != (patches, 2) or arrays["coords"].dtype != np.dtype("<i8"):
-                raise ValueError(f"{path}: coords must be [{patches}, 2] of int64, found {arrays['coords'].shape} {arrays['coords'].dtype}")
-            if (table["start"] < 0).any() or (table["count"] < 0).any() or (table["count"] > table["room"]).any() or (ends > patches).any():
+                raise ValueError(
+                    f"{path}: coords must be [{patches}, 2] of int64, found {arrays['coords'].shape} {arrays['coords'].dtype}"
+                )
+            if (
+                (table["start"] < 0).any()
+                or (table["count"] < 0).any()
+                or (table["count"] > table["room"]).any()
+                or (ends > patches).any()
+            ):
                 raise ValueError(f"{path}: names patches beyond the {patches} that it holds; pack it again")
             names = [n.decode() for n in table["name"]]
     except (OSError, LookupError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as e:
@@ -166,7 +177,11 @@ def open_slides(path: PathLike) -> Slides:
 def _row(store: Slides, name: str) -> Any:
     i = store._index.get(name, -1)
     if i < 0 or not store._table["done"][i]:
-        what = "is not written (yet)" if i >= 0 else f"is not there; it has {len(store.names)} slides, such as {few(store.names, 3)}"
+        what = (
+            "is not written (yet)"
+            if i >= 0
+            else f"is not there; it has {len(store.names)} slides, such as {few(store.names, 3)}"
+        )
         raise ValueError(f"{store.path}: {name!r} {what}")
     return store._table[i]
 
@@ -186,8 +201,12 @@ def _same(store: Slides) -> Iterator[BinaryIO]:
 
 def _patches(store: Slides, f: BinaryIO, row: Any, i: int, n: int) -> Block:
     at = int(row["start"]) + i
-    x = _array(f, store._offsets["features"] + at * store.dims * store.dtype.itemsize, (n, store.dims), store.dtype)
-    return x, _array(f, store._offsets["coords"] + at * 16, (n, 2), np.dtype("<i8")) if row["has_coords"] else None
+    x = _array(
+        f, store._offsets["features"] + at * store.dims * store.dtype.itemsize, (n, store.dims), store.dtype
+    )
+    return x, _array(f, store._offsets["coords"] + at * 16, (n, 2), np.dtype("<i8")) if row[
+        "has_coords"
+    ] else None
 
 
 def _array(f: BinaryIO, offset: int, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
@@ -235,9 +254,13 @@ def pack(
         files.check_text(path)
         if jobs.setdefault(slides.slide_name(path.name), path) != path:
             name = slides.slide_name(path.name)
-            raise ValueError(f"pack: two files are called {name!r}: {jobs[name]} and {path}; give one of them")
+            raise ValueError(
+                f"pack: two files are called {name!r}: {jobs[name]} and {path}; give one of them"
+            )
     if not jobs or dtype not in ("float16", "float32") or size < 1:
-        raise ValueError(f"pack: needs files, dtype float16 or float32 and size >= 1, got {len(jobs)} files, {dtype!r} and {size}")
+        raise ValueError(
+            f"pack: needs files, dtype float16 or float32 and size >= 1, got {len(jobs)} files, {dtype!r} and {size}"
+        )
     out = Path(out)
     with files.alone(out):
         old = open_slides(out) if out.exists() else None
@@ -249,7 +272,11 @@ def pack(
         faults |= _refused(known, settings, vouched=bool(encoder))
         room = {n: a for n, a in known.items() if n not in faults}
         if room and (
-            old is None or any(n not in old._index or n in changed or old._table["room"][old._index[n]] < a.rows for n, a in room.items())
+            old is None
+            or any(
+                n not in old._index or n in changed or old._table["room"][old._index[n]] < a.rows
+                for n, a in room.items()
+            )
         ):
             _make_room(out, old, room, settings, progress)
         written: list[tuple[int, int]] = []
@@ -283,13 +310,20 @@ def _changed(old: Slides, jobs: Mapping[str, Path], drop: bool, size: int, progr
             continue
         try:
             patches = slides.chunks(path, size, dims=old.dims, drop=drop)
-            same = content_digest(_fitting(name, x, xy, old.dtype) for x, xy in patches) == old.source(name)[1]
+            same = (
+                content_digest(_fitting(name, x, xy, old.dtype) for x, xy in patches) == old.source(name)[1]
+            )
         except ValueError:  # it is told with its reason when it is packed
             same = False
         if not same:
             changed.append(name)
     if changed:
-        _log.warning("%s: the files of %d slides have changed, they are packed again: %s", old.path, len(changed), few(changed, 3))
+        _log.warning(
+            "%s: the files of %d slides have changed, they are packed again: %s",
+            old.path,
+            len(changed),
+            few(changed, 3),
+        )
     return changed
 
 
@@ -324,29 +358,43 @@ def _look(paths: Mapping[str, Path], dims: int, progress: bool) -> tuple[dict[st
 
 def _say_guesses(out: Path, packed: Mapping[str, About]) -> None:
     store = open_slides(out)
-    guessed = [n for n, a in packed.items() if n in store.names and a.patch_size is None and store.about(n).patch_size is not None]
+    guessed = [
+        n
+        for n, a in packed.items()
+        if n in store.names and a.patch_size is None and store.about(n).patch_size is not None
+    ]
     if guessed:
         said = "%s: the patch size of %d slides (%s) was not said; it is the commonest distance of neighbours"
         _log.warning(said, out, len(guessed), few(guessed, 3))
 
 
-def _settings(out: Path, old: Slides | None, known: Mapping[str, About], dims: int, encoder: str, dtype: str) -> dict[str, Any]:
+def _settings(
+    out: Path, old: Slides | None, known: Mapping[str, About], dims: int, encoder: str, dtype: str
+) -> dict[str, Any]:
     """{dims, encoder, dtype} of the store: the old one's, what is asked for, or what the files agree on."""
     asked = {"dims": dims, "encoder": encoder, "dtype": dtype}
     if old is not None:
         settings = {"dims": old.dims, "encoder": old.encoder, "dtype": str(old.dtype)}
-        if wrong := [f"{k} {asked[k]!r}, it has {settings[k]!r}" for k in asked if asked[k] and asked[k] != settings[k]]:
-            raise ValueError(f"{out}: was made with other settings: {'; '.join(wrong)}. Use these, or another file")
+        if wrong := [
+            f"{k} {asked[k]!r}, it has {settings[k]!r}" for k in asked if asked[k] and asked[k] != settings[k]
+        ]:
+            raise ValueError(
+                f"{out}: was made with other settings: {'; '.join(wrong)}. Use these, or another file"
+            )
         return settings
     for key in ("dims", "encoder"):
         found = Counter(getattr(a, key) for a in known.values() if getattr(a, key))
         if not asked[key] and len(found) > 1:
             example = {v: next(n for n, a in known.items() if getattr(a, key) == v) for v in found}
             said = ", ".join(f"{v} ({count}, such as {example[v]})" for v, count in found.most_common())
-            raise ValueError(f"pack: all slides must have the same {key}, found {said}; say {key}= to refuse the others")
+            raise ValueError(
+                f"pack: all slides must have the same {key}, found {said}; say {key}= to refuse the others"
+            )
         asked[key] = asked[key] or next(iter(found), asked[key])
     if not asked["dims"]:
-        raise ValueError(f"pack: no file says how many features a patch has ({len(known)} were looked at); say dims=")
+        raise ValueError(
+            f"pack: no file says how many features a patch has ({len(known)} were looked at); say dims="
+        )
     return asked
 
 
@@ -361,15 +409,22 @@ def _refused(known: Mapping[str, About], settings: Mapping[str, Any], vouched: b
         elif len(about.encoder.encode()) > 64:
             faults[name] = f"{name}: the name of an encoder may have 64 bytes, got {about.encoder!r}"
         elif not about.encoder and ours and not vouched and about.rows:
-            faults[name] = f"{name} does not say its encoder, the store's is {ours!r}; if it is that, say encoder={ours!r}"
+            faults[name] = (
+                f"{name} does not say its encoder, the store's is {ours!r}; if it is that, say encoder={ours!r}"
+            )
     return faults
 
 
-def _make_room(out: Path, old: Slides | None, new: Mapping[str, About], settings: Mapping[str, Any], progress: bool) -> None:
+def _make_room(
+    out: Path, old: Slides | None, new: Mapping[str, About], settings: Mapping[str, Any], progress: bool
+) -> None:
     """Create the store, or a larger one with all that is done in it but `new`, and room for these, in the old one's place."""
     kept = [] if old is None else [old._table[old._index[n]] for n in old.names if n not in new]
     names = [*(r["name"].decode() for r in kept), *new]
-    rows = np.zeros(len(names), [("name", f"S{max((len(n.encode()) for n in names), default=1)}"), *_FIELDS, ("done", "u1")])
+    rows = np.zeros(
+        len(names),
+        [("name", f"S{max((len(n.encode()) for n in names), default=1)}"), *_FIELDS, ("done", "u1")],
+    )
     rows["name"] = [n.encode() for n in names]
     rows["room"] = [*(r["count"] for r in kept), *(a.rows for a in new.values())]
     rows["start"] = np.cumsum(rows["room"]) - rows["room"]
@@ -387,7 +442,9 @@ def _make_room(out: Path, old: Slides | None, new: Mapping[str, About], settings
             row = old._table[old._index[name]]
             known = ("has_coords", "patch_size", "mpp", "magnification", "encoder", "source", "key")
             facts = {k: row[k] for k in known if k in row.dtype.names}
-            _put(place, name, old.chunks(name), facts, lambda f: f.flush())  # `atomic` waits for the disk, once
+            _put(
+                place, name, old.chunks(name), facts, lambda f: f.flush()
+            )  # `atomic` waits for the disk, once
 
 
 def _reserve(f: h5py.File, name: str, shape: tuple[int, int], dtype: np.dtype) -> None:
@@ -396,7 +453,9 @@ def _reserve(f: h5py.File, name: str, shape: tuple[int, int], dtype: np.dtype) -
     plan.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)  # the offset is fixed now
     plan.set_fill_time(h5py.h5d.FILL_TIME_NEVER)  # and nothing is written there
     plan.set_obj_track_times(False)
-    h5py.h5d.create(f.id, name.encode(), h5py.h5t.py_create(dtype, logical=True), h5py.h5s.create_simple(shape), plan)
+    h5py.h5d.create(
+        f.id, name.encode(), h5py.h5t.py_create(dtype, logical=True), h5py.h5s.create_simple(shape), plan
+    )
 
 
 def _write(out: Path, name: str, path: Path, about: About, drop: bool, size: int) -> tuple[int, int]:
@@ -420,18 +479,28 @@ def _fitting(name: str, x: np.ndarray, xy: np.ndarray | None, dtype: np.dtype) -
     with np.errstate(over="ignore"):
         y = x.astype(dtype, copy=False)
     if x.dtype != dtype and not np.isfinite(y).all():
-        raise ValueError(f"{name}: holds {float(np.abs(x).max()):.6g}, {dtype} ends at {np.finfo(dtype).max}; pack with dtype='float32'")
+        raise ValueError(
+            f"{name}: holds {float(np.abs(x).max()):.6g}, {dtype} ends at {np.finfo(dtype).max}; pack with dtype='float32'"
+        )
     return y, xy
 
 
-def _put(place: Slides, name: str, chunks: Iterable[Block], facts: Mapping[str, Any], sync: Callable[[BinaryIO], None]) -> int:
+def _put(
+    place: Slides,
+    name: str,
+    chunks: Iterable[Block],
+    facts: Mapping[str, Any],
+    sync: Callable[[BinaryIO], None],
+) -> int:
     """Write patches and row of a slide that has room, then its flag; returns how many patches."""
     i, width = place._index[name], place.dims * place.dtype.itemsize
     row, digest, places, count = place._table[i : i + 1].copy(), hashlib.sha256(), [], 0
     with open(place.path, "r+b") as f:
         for x, xy in chunks:
             if count + len(x) > row["room"][0]:
-                raise ValueError(f"{place.path}: {name!r} has room for {row['room'][0]} patches and got more; did its file change?")
+                raise ValueError(
+                    f"{place.path}: {name!r} has room for {row['room'][0]} patches and got more; did its file change?"
+                )
             f.seek(place._offsets["features"] + (int(row["start"][0]) + count) * width)
             f.write(np.ascontiguousarray(x))  # type: ignore[arg-type]
             digest.update(np.ascontiguousarray(x))  # type: ignore[arg-type]

@@ -12,15 +12,22 @@ from attrs import evolve, field, frozen
 
 from medvl.base import files
 from medvl.evaluation import choices
-from medvl.language.labels import check_keys, check_order, check_other_tags, short
+from medvl.language.encoding import check_keys, check_order, check_other_tags, short
 
 _log = logging.getLogger(__name__)
 TAG = "<image>"
 DESCRIBE = "Write a report of this whole-slide image."
 KINDS = ("captions", "questions", "benchmark", "conversations", "slidebench", "wsi_vqa")
 _ROLES = {"human": "user", "gpt": "assistant"}
-_COLUMNS = {"captions": ("slide_id", "caption"), "slidebench": ("ID", "Slide", "Question", "A", "B", "Answer")}
-_KEYS = {"questions": ("slide_id", "question", "answer"), "conversations": ("conversations",), "wsi_vqa": ("Id", "Question", "Answer")}
+_COLUMNS = {
+    "captions": ("slide_id", "caption"),
+    "slidebench": ("ID", "Slide", "Question", "A", "B", "Answer"),
+}
+_KEYS = {
+    "questions": ("slide_id", "question", "answer"),
+    "conversations": ("conversations",),
+    "wsi_vqa": ("Id", "Question", "Answer"),
+}
 _NOT_READ = {  # beside those of every conversation
     "images": 'slides are read from "image" (a name or a list of names), "slide_id" and "features_path"',
     **dict.fromkeys(("system", "history"), "every turn must be one of the conversation"),
@@ -38,7 +45,9 @@ _PUBLISHED = {  # the first and last digits of the sha256
 class SlideTalk:
     """A conversation about slides, or a question and its written answer."""
 
-    messages: tuple[dict[str, str], ...]  # the first of the user starts with one "<image>\n" per slide; the last is the answer
+    messages: tuple[
+        dict[str, str], ...
+    ]  # the first of the user starts with one "<image>\n" per slide; the last is the answer
     slides: tuple[str, ...]  # features file or slide id, as written
     id: str = ""
     names: tuple[str, ...] = ()  # slide ids: without folder and suffix
@@ -66,7 +75,11 @@ class Fault:
 
 
 def read_slide_talks(
-    path: files.PathLike, kind: str = "auto", *, describe: str = DESCRIBE, faults: Literal["warn", "drop", "raise"] = "warn"
+    path: files.PathLike,
+    kind: str = "auto",
+    *,
+    describe: str = DESCRIBE,
+    faults: Literal["warn", "drop", "raise"] = "warn",
 ) -> list[SlideTalk]:
     """The records of a file as conversations, in their order.
 
@@ -99,9 +112,13 @@ def read_slide_talks(
         if not (found and faults == "drop"):
             talks.append(talk)
     if wrong:
-        counts = ", ".join(f"{n} x {what}" for what, n in Counter(re.sub(r": .*", "", f.what) for f in wrong).most_common())
+        counts = ", ".join(
+            f"{n} x {what}" for what, n in Counter(re.sub(r": .*", "", f.what) for f in wrong).most_common()
+        )
         rows = sorted({f.row for f in wrong})
-        said = f"{path}: {len(rows)} records are faulty ({counts}), such as row {', '.join(map(str, rows[:5]))}"
+        said = (
+            f"{path}: {len(rows)} records are faulty ({counts}), such as row {', '.join(map(str, rows[:5]))}"
+        )
         if faults == "raise":
             raise ValueError(f"{said}; correct them or leave them out")
         _log.warning("%s; %s", said, "they are left out" if faults == "drop" else "they are kept")
@@ -166,11 +183,17 @@ def _records(path: Path, kind: str, describe: str) -> Iterator[tuple[int, Any, _
         found = [k for k, keys in known.items() if isinstance(first, dict) and first.keys() >= {*keys}]
     if kind != "auto" and kind not in found:
         wanted = ", ".join((*_COLUMNS.get(kind, ()), *_KEYS.get(kind, ()))) or "samples"
-        raise ValueError(f"{path}: a file of the kind {kind!r} must have {wanted}, got {short(found or records)}")
+        raise ValueError(
+            f"{path}: a file of the kind {kind!r} must have {wanted}, got {short(found or records)}"
+        )
     if not found or not isinstance(records, list) or not records:
-        raise ValueError(f"{path}: none of the formats that are read ({', '.join(KINDS)}), got {short(records)}")
+        raise ValueError(
+            f"{path}: none of the formats that are read ({', '.join(KINDS)}), got {short(records)}"
+        )
     make = {
-        "captions": lambda r, i, where: _simple({**r, "question": describe, "answer": r["caption"]}, i, where, ("caption",)),
+        "captions": lambda r, i, where: _simple(
+            {**r, "question": describe, "answer": r["caption"]}, i, where, ("caption",)
+        ),
         "questions": _sample,
         "benchmark": _sample,
         "conversations": _conversation,
@@ -192,13 +215,17 @@ def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes().decode("utf-8-sig"))
     except ValueError as e:  # of both
-        raise ValueError(f"{path}: neither JSON nor a CSV in UTF-8 ({e}); JSON must be one list, or one object with samples") from e
+        raise ValueError(
+            f"{path}: neither JSON nor a CSV in UTF-8 ({e}); JSON must be one list, or one object with samples"
+        ) from e
 
 
 # Records --------------------------------------------------------------------------------------------------------------------------------
 def _simple(record: Any, row: int, where: str, skip: tuple[str, ...] = ()) -> SlideTalk:
     text = _texts(record, ("slide_id", "question", "answer"), where)
-    return _asked(text["slide_id"], text["question"], {}, text["answer"], row=row, where=where, **_rest(record, skip))
+    return _asked(
+        text["slide_id"], text["question"], {}, text["answer"], row=row, where=where, **_rest(record, skip)
+    )
 
 
 def _sample(record: Any, row: int, where: str) -> SlideTalk:
@@ -209,7 +236,9 @@ def _sample(record: Any, row: int, where: str) -> SlideTalk:
     if not isinstance(given, list) or not all(isinstance(c, str) for c in given):
         raise ValueError(f'{where}: "choices" must be a list of texts, got {short(given)}')
     if wrong := [k for k in ("options", "Choice", "Choices", "Options") if record.get(k)]:
-        raise ValueError(f'{where}: options must be called "choices", found {wrong[0]!r}; the question would be an open one without them')
+        raise ValueError(
+            f'{where}: options must be called "choices", found {wrong[0]!r}; the question would be an open one without them'
+        )
     marked = [re.fullmatch(r"\s*\(?([A-Z])[).:]\s*(.*?)\s*", c, re.DOTALL) for c in given]
     options = {m[1]: m[2] for m in marked if m}
     if len(options) != len(given):  # not all with a letter, or one twice
@@ -253,7 +282,11 @@ def _wsi_vqa(record: Any, row: int, where: str) -> SlideTalk:
     if not isinstance(given, list):
         raise ValueError(f'{where}: "Choice" must be a list of options, got {short(given)}')
     options = {chr(ord("A") + i): str(c).strip() for i, c in enumerate(given)}
-    same = [letter for letter, option in options.items() if choices.comparable(option) == choices.comparable(text["Answer"])]
+    same = [
+        letter
+        for letter, option in options.items()
+        if choices.comparable(option) == choices.comparable(text["Answer"])
+    ]
     answer = same[0] if len(same) == 1 else text["Answer"]
     extra = {k: v for k, v in record.items() if k not in ("Id", "Question", "Answer", "Choice")}
     return _asked(text["Id"], text["Question"], options, answer, row=row, where=where, extra=extra)
@@ -261,10 +294,16 @@ def _wsi_vqa(record: Any, row: int, where: str) -> SlideTalk:
 
 def _conversation(record: Any, row: int, where: str) -> SlideTalk:
     turns = record.get("conversations") if isinstance(record, dict) else None
-    if not isinstance(turns, list) or not all(isinstance(t, dict) and t.keys() >= {"from", "value"} for t in turns):
-        raise ValueError(f'{where}: must have "conversations": [{{"from": who, "value": text}}, ...], got {short(record)}')
+    if not isinstance(turns, list) or not all(
+        isinstance(t, dict) and t.keys() >= {"from", "value"} for t in turns
+    ):
+        raise ValueError(
+            f'{where}: must have "conversations": [{{"from": who, "value": text}}, ...], got {short(record)}'
+        )
     images = record.get("image") or []
-    slides = (images,) if isinstance(images, str) else tuple(images) if isinstance(images, list) else (images,)
+    slides = (
+        (images,) if isinstance(images, str) else tuple(images) if isinstance(images, list) else (images,)
+    )
     if not all(isinstance(s, str) for s in slides):
         raise ValueError(f'{where}: "image" must be a name or a list of names, got {short(images)}')
     for turn in turns:
@@ -273,9 +312,15 @@ def _conversation(record: Any, row: int, where: str) -> SlideTalk:
     check_order(messages, "assistant", where)
     for m in messages:
         if m["role"] == "user":  # the slides come first, wherever the tag stood
-            m["content"] = re.sub(rf"\s*{TAG}\s*", "\n", m["content"]).strip() if TAG in m["content"] else m["content"].strip()
+            m["content"] = (
+                re.sub(rf"\s*{TAG}\s*", "\n", m["content"]).strip()
+                if TAG in m["content"]
+                else m["content"].strip()
+            )
         elif TAG in m["content"]:
-            raise ValueError(f"{where}: only the user's texts may hold {TAG}, found it in one of the {m['role']}")
+            raise ValueError(
+                f"{where}: only the user's texts may hold {TAG}, found it in one of the {m['role']}"
+            )
         m["content"] = m["content"].strip()
     options, answer = _inline(messages[-2]["content"], messages[-1]["content"])
     first = next(m for m in messages if m["role"] == "user")
@@ -299,20 +344,29 @@ def _inline(asked: str, said: str) -> tuple[dict[str, str], str]:
     return options, _letter(said, options) or said
 
 
-def _asked(slide: str, question: str, options: Mapping[str, str], answer: str, *, where: str, **rest: Any) -> SlideTalk:
+def _asked(
+    slide: str, question: str, options: Mapping[str, str], answer: str, *, where: str, **rest: Any
+) -> SlideTalk:
     """A record whose question, options and answer have places of their own."""
     question, answer = question.strip(), answer.strip()
     if TAG in question or TAG in answer:
-        raise ValueError(f"{where}: question and answer must not hold {TAG}, got {short(question + ' ' + answer)}")
+        raise ValueError(
+            f"{where}: question and answer must not hold {TAG}, got {short(question + ' ' + answer)}"
+        )
     letter = _letter(answer, options)
     path = rest.pop("path", "") or slide
     slides = (path,) if path else ()
     messages = (
-        {"role": "user", "content": f"{TAG}\n" * len(slides) + (choices.ask(question, options) if options else question)},
+        {
+            "role": "user",
+            "content": f"{TAG}\n" * len(slides) + (choices.ask(question, options) if options else question),
+        },
         {"role": "assistant", "content": f"{letter}. {options[letter]}" if letter else answer},
     )
     names = (_name(slide or path),) if slides else ()
-    return SlideTalk(slides=slides, names=names, messages=messages, choices=dict(options), answer=letter or answer, **rest)
+    return SlideTalk(
+        slides=slides, names=names, messages=messages, choices=dict(options), answer=letter or answer, **rest
+    )
 
 
 def _letter(answer: str, options: Mapping[str, str]) -> str:
@@ -323,7 +377,11 @@ def _rest(record: Mapping[str, Any], skip: tuple[str, ...]) -> dict[str, Any]:
     """The optional fields of the simple formats."""
     read = {"slide_id", "question", "answer", "features_path", "id", *skip}
     extra = {k: v for k, v in record.items() if k not in read}
-    return {"id": str(record.get("id", "")), "path": str(record.get("features_path") or "").strip(), "extra": extra}
+    return {
+        "id": str(record.get("id", "")),
+        "path": str(record.get("features_path") or "").strip(),
+        "extra": extra,
+    }
 
 
 def _texts(record: Any, keys: tuple[str, ...], where: str) -> dict[str, str]:
@@ -347,9 +405,15 @@ def _faults(talk: SlideTalk, record: Any, seen: Counter[str]) -> list[str]:
     for asked, said in zip(turns[::2], turns[1::2], strict=True):
         found += [f"an empty {what}" for what, text in (("question", asked), ("answer", said)) if not text]
     if "conversations" in record:
-        pairs = [_inline(a, s) for a, s in zip(turns[:-2:2], turns[1:-2:2], strict=True)] + [(talk.choices, talk.answer)]
+        pairs = [_inline(a, s) for a, s in zip(turns[:-2:2], turns[1:-2:2], strict=True)] + [
+            (talk.choices, talk.answer)
+        ]
         tags = sum(t["value"].count(TAG) for t in record["conversations"])
-        found += [f"tags that are not as many as slides: {tags} and {len(talk.slides)}"] if tags not in (1, len(talk.slides)) else []
+        found += (
+            [f"tags that are not as many as slides: {tags} and {len(talk.slides)}"]
+            if tags not in (1, len(talk.slides))
+            else []
+        )
     else:
         pairs = [(talk.choices, talk.answer)]
     return found + [what for options, answer in pairs if options for what in _option_faults(options, answer)]
@@ -363,7 +427,10 @@ def _option_faults(options: Mapping[str, str], answer: str) -> Iterator[str]:
         ("an option letter that is missing", [k for k in letters if k not in options]),
         ("an option without text", [k for k, text in options.items() if not text]),
         ("options with one text", [k for k, text in plain.items() if times[text] > 1]),
-        ("an answer that is not among the options, or says none of them clearly", [short(answer)] if answer not in options else []),
+        (
+            "an answer that is not among the options, or says none of them clearly",
+            [short(answer)] if answer not in options else [],
+        ),
         ("less than two options", [*options] if len(options) < 2 else []),
     ):
         if wrong:

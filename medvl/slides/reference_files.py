@@ -26,7 +26,11 @@ _PROJECT = {"proj.0": "up", "proj.2": "down"}
 
 
 def read_compressor(
-    path: files.PathLike, *, top_k: int = 2, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    path: files.PathLike,
+    *,
+    top_k: int = 2,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
 ) -> tuple[CompressConfig, Tree, dict[str, Tensor]]:
     """A compressor of kind moe in the reference's format; nothing in the file is run.
 
@@ -52,11 +56,16 @@ def read_compressor(
     shapes = _shapes(cfg)
     missing, extra = [k for k in shapes if k not in held], [k for k in held if k not in shapes]
     if missing or extra:
-        raise ValueError(f"read_compressor: {path} must hold {cfg.slots} experts: missing {few(missing)}, unexpected {few(extra)}")
+        raise ValueError(
+            f"read_compressor: {path} must hold {cfg.slots} experts: missing {few(missing)}, unexpected {few(extra)}"
+        )
     _check_shapes("read_compressor", path, held, shapes)
     get = lambda key: read_finite(held[key], key, path, dtype, device)
     experts = {
-        name: {kind: torch.stack([get(f"experts.{i}.net.{j}.{kind}") for i in range(cfg.slots)]) for kind in ("weight", "bias")}
+        name: {
+            kind: torch.stack([get(f"experts.{i}.net.{j}.{kind}") for i in range(cfg.slots)])
+            for kind in ("weight", "bias")
+        }
         for j, name in _EXPERT.items()
     }
     params = {"gate": {kind: get(f"gate.{kind}") for kind in ("weight", "bias")}, "experts": experts}
@@ -75,12 +84,20 @@ def write_compressor(params: Tree, path: files.PathLike, *, rest: Mapping[str, T
     path = Path(path)
     _check_ending("write_compressor", path, nested=rest is not None)
     if params.keys() != {"gate", "experts"} or params["experts"].keys() != set(_EXPERT.values()):
-        raise ValueError(f"write_compressor: params must be those of kind moe, gate and experts, got {few(list(params))}")
+        raise ValueError(
+            f"write_compressor: params must be those of kind moe, gate and experts, got {few(list(params))}"
+        )
     state = {f"gate.{kind}": t for kind, t in params["gate"].items()}
     for i in range(len(params["gate"]["weight"])):
-        state |= {f"experts.{i}.net.{j}.{kind}": t[i] for j, name in _EXPERT.items() for kind, t in params["experts"][name].items()}
+        state |= {
+            f"experts.{i}.net.{j}.{kind}": t[i]
+            for j, name in _EXPERT.items()
+            for kind, t in params["experts"][name].items()
+        }
     if wrong := [n for n in rest or {} if n.startswith(_PREFIX)]:
-        raise ValueError(f"write_compressor: names of the rest must not begin with {_PREFIX}, got {few(wrong)}")
+        raise ValueError(
+            f"write_compressor: names of the rest must not begin with {_PREFIX}, got {few(wrong)}"
+        )
     if rest is not None:
         state = {_PREFIX + n: t for n, t in state.items()} | dict(rest)
     _save("write_compressor", state, path, nested=rest is not None)
@@ -99,15 +116,26 @@ def read_projector(
     keys = [f"{old}.{kind}" for old in _PROJECT for kind in ("weight", "bias")]
     missing, extra = [k for k in keys if k not in held], [k for k in held if k not in keys]
     if missing or extra:
-        raise ValueError(f"read_projector: {path} must hold proj.0 and proj.2: missing {few(missing)}, unexpected {few(extra)}")
+        raise ValueError(
+            f"read_projector: {path} must hold proj.0 and proj.2: missing {few(missing)}, unexpected {few(extra)}"
+        )
     up, down = (held[f"{old}.weight"].shape for old in _PROJECT)
     if not len(up) == len(down) == 2:
-        raise ValueError(f"read_projector: {path}: proj.0.weight and proj.2.weight must be [out, in], got {list(up)} and {list(down)}")
+        raise ValueError(
+            f"read_projector: {path}: proj.0.weight and proj.2.weight must be [out, in], got {list(up)} and {list(down)}"
+        )
     cfg = ProjectConfig(inputs=up[1], hidden=up[0], outputs=down[0])
-    shapes = {"proj.0.weight": up, "proj.0.bias": up[:1], "proj.2.weight": (cfg.outputs, cfg.hidden), "proj.2.bias": down[:1]}
+    shapes = {
+        "proj.0.weight": up,
+        "proj.0.bias": up[:1],
+        "proj.2.weight": (cfg.outputs, cfg.hidden),
+        "proj.2.bias": down[:1],
+    }
     _check_shapes("read_projector", path, held, shapes)
     get = lambda key: read_finite(held[key], key, path, dtype, device)
-    return cfg, {new: {kind: get(f"{old}.{kind}") for kind in ("weight", "bias")} for old, new in _PROJECT.items()}
+    return cfg, {
+        new: {kind: get(f"{old}.{kind}") for kind in ("weight", "bias")} for old, new in _PROJECT.items()
+    }
 
 
 def write_projector(params: Tree, path: files.PathLike) -> None:
@@ -143,11 +171,20 @@ def _inferred(held: Mapping[str, Entry], path: Path, top_k: int) -> CompressConf
 def _shapes(cfg: CompressConfig) -> dict[str, tuple[int, ...]]:
     d, h = cfg.dim, cfg.hidden
     shapes: dict[str, tuple[int, ...]] = {"gate.weight": (cfg.slots, d), "gate.bias": (cfg.slots,)}
-    one = {"0.weight": (h, d), "0.bias": (h,), "3.weight": (d, h), "3.bias": (d,), "4.weight": (d,), "4.bias": (d,)}
+    one = {
+        "0.weight": (h, d),
+        "0.bias": (h,),
+        "3.weight": (d, h),
+        "3.bias": (d,),
+        "4.weight": (d,),
+        "4.bias": (d,),
+    }
     return shapes | {f"experts.{i}.net.{k}": s for i in range(cfg.slots) for k, s in one.items()}
 
 
-def _check_shapes(where: str, path: Path, held: Mapping[str, Entry], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_shapes(
+    where: str, path: Path, held: Mapping[str, Entry], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
     for k, shape in shapes.items():
         if held[k].shape != shape:
             raise ValueError(f"{where}: {path}: {k} must be {list(shape)}, got {list(held[k].shape)}")
@@ -169,10 +206,14 @@ def _open(path: Path, where: str) -> dict[str, Entry]:
                 f"{where}: {path} holds NumPy numbers beside its weights, such as metrics; they can run code when they are loaded, and so "
                 f"are not. If you trust the file, write its weights alone once: {alone}"
             ) from e
-        raise ValueError(f"{where}: {path} is not a file of plain tensors, or broken ({files.reason(e)})") from e
+        raise ValueError(
+            f"{where}: {path} is not a file of plain tensors, or broken ({files.reason(e)})"
+        ) from e
     if isinstance(state, dict) and isinstance(state.get(_WRAP), dict):
         state = state[_WRAP]
-    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in state.items()):
+    if not isinstance(state, dict) or not all(
+        isinstance(k, str) and isinstance(t, Tensor) for k, t in state.items()
+    ):
         raise ValueError(f"{where}: {path} must hold a dict of tensors, by itself or as {_WRAP}")
     files.check_own_numbers(path, state)
     return _unwrapped(entries_of(state))

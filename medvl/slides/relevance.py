@@ -13,7 +13,9 @@ Sign = Literal["signed", "absolute", "positive"]
 
 
 # Slots ----------------------------------------------------------------------------------------------------------------------------------
-def gradient_attribution(score: Callable[[Tensor], Tensor], visual: Tensor, *, signed: bool = False) -> Tensor:
+def gradient_attribution(
+    score: Callable[[Tensor], Tensor], visual: Tensor, *, signed: bool = False
+) -> Tensor:
     """How much each visual token moved an answer: gradient times input.
 
     Forward and gradient run inside this one call, and no parameter is touched. It goes through whatever `train.value_and_grad` does.
@@ -34,16 +36,24 @@ def gradient_attribution(score: Callable[[Tensor], Tensor], visual: Tensor, *, s
         value = score(leaf)
     if value.numel() != 1:
         raise ValueError(f"gradient_attribution: score must give one number, got {list(value.shape)}")
-    (slope,) = torch.autograd.grad(value, [leaf], torch.ones_like(value), allow_unused=True) if value.requires_grad else (None,)
+    (slope,) = (
+        torch.autograd.grad(value, [leaf], torch.ones_like(value), allow_unused=True)
+        if value.requires_grad
+        else (None,)
+    )
     if slope is None:
-        raise ValueError("gradient_attribution: the score must depend on the visual tokens, got one that does not; is it under no_grad?")
+        raise ValueError(
+            "gradient_attribution: the score must depend on the visual tokens, got one that does not; is it under no_grad?"
+        )
     wide = torch.promote_types(visual.dtype, torch.float32)
     product = (slope.to(wide) * leaf.detach().to(wide)).sum(-1)
     return product if signed else product.abs()
 
 
 @torch.no_grad()
-def occlusion_attribution(score: Callable[[Tensor], Tensor], visual: Tensor, baseline: Tensor, *, chunk: int = 16) -> Tensor:
+def occlusion_attribution(
+    score: Callable[[Tensor], Tensor], visual: Tensor, baseline: Tensor, *, chunk: int = 16
+) -> Tensor:
     """By how much an answer's score drops when one visual token is replaced by a baseline token. Exact, for k + 1 forward passes.
 
     Args:
@@ -60,7 +70,9 @@ def occlusion_attribution(score: Callable[[Tensor], Tensor], visual: Tensor, bas
     _check_visual("occlusion_attribution", visual)
     if baseline.shape not in (visual.shape, visual.shape[1:]) or chunk < 1:
         allowed = f"[{visual.shape[1]}] or {list(visual.shape)}"
-        raise ValueError(f"occlusion_attribution: baseline must be {allowed} and chunk >= 1, got {list(baseline.shape)} and {chunk}")
+        raise ValueError(
+            f"occlusion_attribution: baseline must be {allowed} and chunk >= 1, got {list(baseline.shape)} and {chunk}"
+        )
     whole, parts = _scored(score, visual[None]), []
     for at in torch.arange(len(visual), device=visual.device).split(chunk):
         chosen = at[:, None] == torch.arange(len(visual), device=visual.device)
@@ -83,10 +95,16 @@ def attention_attribution(attentions: Sequence[Tensor], rows: Any, slots: Any) -
     t = attentions[0].shape[-1] if len(attentions) else 0
     at, to = (torch.as_tensor(i).long().flatten() for i in (rows, slots))
     if not t or any(a.dim() != 3 or a.shape[1:] != (t, t) for a in attentions):
-        raise ValueError(f"attention_attribution: needs layers of [h, t, t], got {[list(a.shape) for a in attentions]}")
+        raise ValueError(
+            f"attention_attribution: needs layers of [h, t, t], got {[list(a.shape) for a in attentions]}"
+        )
     if not len(at) or not len(to) or min(at.min(), to.min()) < 0 or max(at.max(), to.max()) >= t:
-        raise ValueError(f"attention_attribution: rows and slots must be positions in 0..{t - 1}, got {at.tolist()} and {to.tolist()}")
-    return torch.stack([a[:, at.to(a.device)][..., to.to(a.device)].double().mean((0, 1)).cpu() for a in attentions]).mean(0)
+        raise ValueError(
+            f"attention_attribution: rows and slots must be positions in 0..{t - 1}, got {at.tolist()} and {to.tolist()}"
+        )
+    return torch.stack(
+        [a[:, at.to(a.device)][..., to.to(a.device)].double().mean((0, 1)).cpu() for a in attentions]
+    ).mean(0)
 
 
 def _check_visual(where: str, visual: Tensor) -> None:
@@ -97,7 +115,9 @@ def _check_visual(where: str, visual: Tensor) -> None:
 def _scored(score: Callable[[Tensor], Tensor], variants: Tensor) -> Tensor:
     values = score(variants)
     if values.shape != variants.shape[:1]:
-        raise ValueError(f"occlusion_attribution: score must give one number per variant, [{len(variants)}], got {list(values.shape)}")
+        raise ValueError(
+            f"occlusion_attribution: score must give one number per variant, [{len(variants)}], got {list(values.shape)}"
+        )
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
@@ -130,7 +150,12 @@ def relevance_chunk(weights: Any, totals: Any, slots: Any, *, sign: Sign = "sign
     """`patch_relevance` of some patches of a slide [m, k], given the totals W_k [k] over all its patches. Arguments and errors as there."""
     w = as_weights("relevance_chunk", weights)
     mass, a = (np.asarray(_host(v), float) for v in (totals, slots))
-    if not (mass.shape == a.shape == w.shape[1:]) or not np.isfinite(mass).all() or (mass < 0).any() or not np.isfinite(a).all():
+    if (
+        not (mass.shape == a.shape == w.shape[1:])
+        or not np.isfinite(mass).all()
+        or (mass < 0).any()
+        or not np.isfinite(a).all()
+    ):
         raise ValueError(
             f"relevance_chunk: totals and slots must be finite [{w.shape[1]}], totals >= 0, got {list(mass.shape)} and {list(a.shape)}, "
             f"{(~np.isfinite(mass) | (mass < 0)).sum()} and {(~np.isfinite(a)).sum()} of them wrong"
@@ -138,7 +163,9 @@ def relevance_chunk(weights: Any, totals: Any, slots: Any, *, sign: Sign = "sign
     if sign not in ("signed", "absolute", "positive"):
         raise ValueError(f"relevance_chunk: sign must be signed, absolute or positive, got {sign!r}")
     a = np.abs(a) if sign == "absolute" else np.maximum(a, 0) if sign == "positive" else a
-    return np.divide(w, mass, out=np.zeros_like(w), where=mass > 0) @ a  # divided first: 1 / a tiny mass may be infinite
+    return (
+        np.divide(w, mass, out=np.zeros_like(w), where=mass > 0) @ a
+    )  # divided first: 1 / a tiny mass may be infinite
 
 
 def percentiles(relevance: Any) -> np.ndarray:
@@ -189,11 +216,18 @@ def top_patches(relevance: Any, coords: Any, k: int = 15) -> list[TopPatch]:
     best = np.argsort(-r, kind="stable")[:k].tolist()
     corner = [(None, None) if at is None else (round(at[j, 0]), round(at[j, 1])) for j in best]
     rows = zip(best, corner, strict=True)
-    return [TopPatch(rank=i, row=j, x=x, y=y, relevance=float(r[j]), percentile=float(share[j])) for i, (j, (x, y)) in enumerate(rows, 1)]
+    return [
+        TopPatch(rank=i, row=j, x=x, y=y, relevance=float(r[j]), percentile=float(share[j]))
+        for i, (j, (x, y)) in enumerate(rows, 1)
+    ]
 
 
 def _host(values: Any) -> Any:
-    return values.detach().cpu().double().numpy() if isinstance(values, Tensor) and values.is_floating_point() else values
+    return (
+        values.detach().cpu().double().numpy()
+        if isinstance(values, Tensor) and values.is_floating_point()
+        else values
+    )
 
 
 def as_weights(where: str, weights: Any) -> np.ndarray:
@@ -201,7 +235,9 @@ def as_weights(where: str, weights: Any) -> np.ndarray:
     w = np.asarray(_host(weights), float)
     if w.ndim != 2 or not np.isfinite(w).all() or (w < 0).any():
         wrong = int((~np.isfinite(w) | (w < 0)).sum())
-        raise ValueError(f"{where}: weights must be [n, k], finite and >= 0, got {list(w.shape)} with {wrong} wrong values")
+        raise ValueError(
+            f"{where}: weights must be [n, k], finite and >= 0, got {list(w.shape)} with {wrong} wrong values"
+        )
     return w
 
 
@@ -210,7 +246,9 @@ def as_relevance(where: str, relevance: Any) -> np.ndarray:
     r = np.asarray(_host(relevance), float)
     if r.ndim != 1 or not len(r) or not np.isfinite(r).all():
         wrong = int((~np.isfinite(r)).sum())
-        raise ValueError(f"{where}: relevance must be [n], finite, of at least one patch, got {list(r.shape)} with {wrong} wrong values")
+        raise ValueError(
+            f"{where}: relevance must be [n], finite, of at least one patch, got {list(r.shape)} with {wrong} wrong values"
+        )
     return r
 
 
@@ -218,5 +256,7 @@ def as_coords(where: str, coords: Any, n: int) -> np.ndarray:
     """float64 [n, 2], finite."""
     at = np.asarray(_host(coords), float)
     if at.shape != (n, 2) or not np.isfinite(at).all():
-        raise ValueError(f"{where}: coords must be [{n}, 2] (x, y) in level-0 pixels, finite, or None, got {list(at.shape)}")
+        raise ValueError(
+            f"{where}: coords must be [{n}, 2] (x, y) in level-0 pixels, finite, or None, got {list(at.shape)}"
+        )
     return at

@@ -16,12 +16,12 @@ from torch import Tensor
 from medvl.base import files
 from medvl.base.display import track
 from medvl.base.tree import Tree
-from medvl.components import compress as compressor
+from medvl.components import compress
 from medvl.components.slots import CompressConfig, State
 from medvl.ct.names import is_case
-from medvl.hub import skeletons as hub
+from medvl.hub import skeletons
 from medvl.slides import features as slides
-from medvl.slides import pack as slide_store
+from medvl.slides import pack
 from medvl.slides.features import Block
 
 _log = logging.getLogger("medvl")
@@ -52,7 +52,7 @@ def open_features(where: files.PathLike, names: Sequence[str], *, dims: int = 0)
     """
     where, wanted = Path(where), list(dict.fromkeys(names))
     if where.is_file():
-        store = slide_store.open_slides(where)
+        store = pack.open_slides(where)
         known: Mapping[str, Sequence[Any]] = {name: [name] for name in store.names}
         matches = _clear(slides.find_slides(wanted, known))
         first = store.names[:1]  # its width is that of the store, also where no slide is asked for
@@ -67,13 +67,21 @@ def open_features(where: files.PathLike, names: Sequence[str], *, dims: int = 0)
         known = slides.feature_files(where)
         matches = _clear(slides.find_slides(wanted, known, where))
         files_of = {_label(n, match, place): place for n, match in matches.items() for place in match.places}
-        about = {label: slides.about_slide(place, dims=dims) for label, place in track(files_of.items(), "opening features")}
+        about = {
+            label: slides.about_slide(place, dims=dims)
+            for label, place in track(files_of.items(), "opening features")
+        }
         widths = {label: a.dims for label, a in about.items()}
         encoders = {label: a.encoder for label, a in about.items()}
         read = _file_readers(dims)
     there = {name: match.places for name, match in matches.items() if match.places}
     if cases := [name for name, places in there.items() if len(places) > 1]:
-        _log.warning("%s: %d cases have several slides, which are taken as one bag each, such as %s", where, len(cases), cases[0])
+        _log.warning(
+            "%s: %d cases have several slides, which are taken as one bag each, such as %s",
+            where,
+            len(cases),
+            cases[0],
+        )
     missing = tuple(n for n in wanted if n not in there)
     found = _of_places(
         there,
@@ -171,7 +179,9 @@ def open_slide(slide: files.PathLike, where: files.PathLike = "", *, dims: int =
 
 def _only_slide(where: files.PathLike, name: str, written: str, dims: int) -> Features:
     if not Path(where).exists():
-        raise ValueError(f"{written}: no such file; and {where}, where a slide of that name could lie, is not there either")
+        raise ValueError(
+            f"{written}: no such file; and {where}, where a slide of that name could lie, is not there either"
+        )
     found = open_features(where, [name], dims=dims)
     if found.missing:
         raise ValueError(f"{written}: no such file, and no slide of that name in {where}{found.near}")
@@ -197,7 +207,13 @@ def whole(of: Features, name: str, most: int = 0) -> np.ndarray:
 
 
 def slide_tokens(
-    cfg: CompressConfig, params: Tree, of: Features, folder: files.PathLike, *, chunk: int = 4096, names: Sequence[str] = ()
+    cfg: CompressConfig,
+    params: Tree,
+    of: Features,
+    folder: files.PathLike,
+    *,
+    chunk: int = 4096,
+    names: Sequence[str] = (),
 ) -> dict[str, Tensor]:
     """{slide: tokens float32 [k, d]} of a frozen compressor, in the precision of 16 bits; each is computed once and kept.
 
@@ -208,24 +224,32 @@ def slide_tokens(
         ValueError: a name that is not of `of`; features of another width, or not finite (names the slide); a file of tokens that is broken.
     """
     if unknown := [n for there in [set(of.names)] for n in names if n not in there]:
-        raise ValueError(f"slide_tokens: every slide must have features, {len(unknown)} have none, the first is {unknown[0]}")
+        raise ValueError(
+            f"slide_tokens: every slide must have features, {len(unknown)} have none, the first is {unknown[0]}"
+        )
     home = Path(folder) / f"{cfg.kind}-{cfg.slots}-{_digest(cfg, params)}"
     out: dict[str, Tensor] = {}
     for name in track(names or of.names, "compressing slides"):
         path = home / f"{hashlib.sha256(of.key(name).encode()).hexdigest()[:20]}.npy"
         if not path.exists():
             with _told(name):
-                found = compressor.compress_stream(cfg, params, partial(_patches, of, name, chunk))
+                found = compress.compress_stream(cfg, params, partial(_patches, of, name, chunk))
             half = found.tokens.to("cpu", torch.float16)
             if not bool(half.isfinite().all()):
-                raise ValueError(f"slide {name}: its tokens are beyond 16 bits; are the features normalised as the compressor's were?")
+                raise ValueError(
+                    f"slide {name}: its tokens are beyond 16 bits; are the features normalised as the compressor's were?"
+                )
             files.write_array(path, half.numpy())
-        held = files.read_array(path, (cfg.slots, cfg.dim), "remove it, the slide's tokens will be computed again")
+        held = files.read_array(
+            path, (cfg.slots, cfg.dim), "remove it, the slide's tokens will be computed again"
+        )
         out[name] = torch.from_numpy(held).float()
     return out
 
 
-def patch_weights(cfg: CompressConfig, params: Tree, of: Features, name: str, chunk: int = 4096) -> tuple[np.ndarray, np.ndarray | None]:
+def patch_weights(
+    cfg: CompressConfig, params: Tree, of: Features, name: str, chunk: int = 4096
+) -> tuple[np.ndarray, np.ndarray | None]:
     """(weights [n, k] of every patch in every slot, coordinates [n, 2] or None) of one slide; without patches, [0, k] and None.
 
     Raises:
@@ -233,20 +257,22 @@ def patch_weights(cfg: CompressConfig, params: Tree, of: Features, name: str, ch
     """
     weights, places = [np.zeros((0, cfg.slots), np.float32)], list[np.ndarray]()
     with _told(name):
-        state = _end(cfg, params, partial(_patches, of, name, chunk)) if cfg.kind != "moe" else None  # its weights need no other patch
+        state = (
+            _end(cfg, params, partial(_patches, of, name, chunk)) if cfg.kind != "moe" else None
+        )  # its weights need no other patch
         for x, xy in of.chunks(name, chunk):
-            weights.append(compressor.slot_weights(cfg, params, torch.from_numpy(x), state).cpu().numpy())
+            weights.append(compress.slot_weights(cfg, params, torch.from_numpy(x), state).cpu().numpy())
             places += [] if xy is None else [xy]
     return np.concatenate(weights), np.concatenate(places) if places else None
 
 
 def _end(cfg: CompressConfig, params: Tree, chunks: Callable[[], Iterator[Tensor]]) -> State:
     """The state behind the last patch of the last pass."""
-    state = compressor.begin(cfg, params)
+    state = compress.begin(cfg, params)
     for turn in range(cfg.passes):
-        state = compressor.begin(cfg, params, state) if turn else state
+        state = compress.begin(cfg, params, state) if turn else state
         for x in chunks():
-            state = compressor.update(cfg, params, state, x)
+            state = compress.update(cfg, params, state, x)
     return state
 
 
@@ -255,7 +281,7 @@ def _patches(of: Features, name: str, chunk: int) -> Iterator[Tensor]:
 
 
 def _digest(cfg: CompressConfig, params: Mapping) -> str:
-    return hashlib.sha256(f"{cfg} {hub.digest(dict(params))}".encode()).hexdigest()[:12]
+    return hashlib.sha256(f"{cfg} {skeletons.digest(dict(params))}".encode()).hexdigest()[:12]
 
 
 @contextmanager
@@ -273,7 +299,11 @@ def _patch_size(path: Path, dims: int) -> int | None:
     places = [xy for _, xy in slides.chunks(path, dims=dims) if xy is not None]
     size = slides.patch_size_of(np.concatenate(places)) if places else None
     if size is not None:
-        _log.warning("%s: does not say its patch size; taken as %d level-0 pixels, the commonest distance of neighbours", path, size)
+        _log.warning(
+            "%s: does not say its patch size; taken as %d level-0 pixels, the commonest distance of neighbours",
+            path,
+            size,
+        )
     return size
 
 
@@ -282,7 +312,9 @@ def _same_width(where: Path, widths: Mapping[str, int], dims: int) -> int:
     if len(found) > 1:
         odd = {w: next(n for n, v in widths.items() if v == w) for w in sorted(found) if w in widths.values()}
         said = ", ".join(f"{n} has {w}" for w, n in odd.items())
-        raise ValueError(f"{where}: all slides must have features of one width{f' ({dims} wanted)' if dims else ''}, {said}")
+        raise ValueError(
+            f"{where}: all slides must have features of one width{f' ({dims} wanted)' if dims else ''}, {said}"
+        )
     return next(iter(found), dims)
 
 

@@ -21,15 +21,14 @@ from medvl.hub.checkpoints import find, read_json
 from medvl.hub.peft_files import read_adapter
 from medvl.language.chat import ChatConfig
 from medvl.language.conversations import read_conversations, read_tasks, task_paths
-from medvl.slides import check as slide_check
-from medvl.slides import pack as slide_store
+from medvl.slides import check, pack
 from medvl.slides.features import feature_files
 from medvl.slides.questions import audit_slide_talks
 from medvl.slides.relevance import top_patches
 from medvl.systems.adapters import record as adapters
 from medvl.systems.adapters import run as adapters_run
 from medvl.systems.adapters.run import build_registry, category_of, drawn, query_of
-from medvl.systems.slide_vqa import look as slide_vqa_look
+from medvl.systems.slide_vqa import look
 from medvl.systems.tune import run as tune_run
 
 _log = logging.getLogger("medvl")
@@ -92,17 +91,31 @@ def ask(
         ValueError: neither or both of a registry and a run; a run that does not talk; what that run cannot be given; as what answers.
     """
     if bool(adapters) == bool(run):
-        raise ValueError("ask: needs either --adapters REGISTRY (with --image), or --run RUN (with --image, or with --slide)")
+        raise ValueError(
+            "ask: needs either --adapters REGISTRY (with --image), or --run RUN (with --image, or with --slide)"
+        )
     if max_tokens < 1:
         raise ValueError(f"ask: --max-tokens must be 1 or more, got {max_tokens}")
     folder = config.run_folder(run) if run else Path()
     asked = config.system_of(folder) if run else "a registry"
     if asked not in _TAKES:
-        raise ValueError(f"ask: {run} is a {asked} run, which does not talk; `invoke classify` tells findings")
-    given = {"--image": images, "--slide": slide, "--mode": mode, "-k": k >= 0, "--own": own, "--base": base, "--set": overrides}
+        raise ValueError(
+            f"ask: {run} is a {asked} run, which does not talk; `invoke classify` tells findings"
+        )
+    given = {
+        "--image": images,
+        "--slide": slide,
+        "--mode": mode,
+        "-k": k >= 0,
+        "--own": own,
+        "--base": base,
+        "--set": overrides,
+    }
     given["--offset"] = offset
     if wrong := [flag for flag, value in given.items() if value and flag not in _TAKES[asked]]:
-        raise ValueError(f"ask: {run or adapters} ({asked}) takes {' and '.join(_TAKES[asked])}, not {wrong[0]}")
+        raise ValueError(
+            f"ask: {run or adapters} ({asked}) takes {' and '.join(_TAKES[asked])}, not {wrong[0]}"
+        )
     if not question.strip():
         raise ValueError("ask: the question must have text, got none")
     if lost := [image for image in images if not Path(image).is_file()]:
@@ -122,8 +135,15 @@ def ask(
 
 def _of_registry(path: str, k: int, base: str, overrides: Sequence[str]) -> tuple[Experts, RetrieveConfig]:
     cfg = config.structure(config.override(_chosen({}, k), tuple(overrides), "ask"), AskConfig, "ask")
-    how: dict[str, Any] = {"dtype": cfg.dtype, "quantize": cfg.quantize, "fusion": cfg.fusion, "hold": cfg.hold}
-    return experts.open_experts(path, base=base, root=cfg.root, cfg=cfg.chat, device=processes.device(cfg.device), **how), cfg.retrieve
+    how: dict[str, Any] = {
+        "dtype": cfg.dtype,
+        "quantize": cfg.quantize,
+        "fusion": cfg.fusion,
+        "hold": cfg.hold,
+    }
+    return experts.open_experts(
+        path, base=base, root=cfg.root, cfg=cfg.chat, device=processes.device(cfg.device), **how
+    ), cfg.retrieve
 
 
 def _of_run(folder: Path, k: int, overrides: Sequence[str]) -> tuple[Experts, RetrieveConfig]:
@@ -150,13 +170,20 @@ def _print_answer(said: Answer) -> None:
 def ask_slide(slide: str, question: str, run: str, out: str, max_tokens: int, offset: str = "") -> None:
     """Print the answer of a slide_vqa run about one slide, and write the map of where it came from."""
     if not slide:
-        raise ValueError(f"ask: {run} is a slide_vqa run and needs --slide: a file of patch features, STORE.h5::NAME, or a slide's name")
+        raise ValueError(
+            f"ask: {run} is a slide_vqa run and needs --slide: a file of patch features, STORE.h5::NAME, or a slide's name"
+        )
     files.check_place(out, folder=True)
-    found = slide_vqa_look.look_at_slide(run, slide, question, out, max_tokens, offset=_offset(offset))
+    found = look.look_at_slide(run, slide, question, out, max_tokens, offset=_offset(offset))
     print(found["answer"].strip())
     print()
-    rows = [(p.rank, p.x, p.y, f"{p.relevance:.1e}", p.percentile) for p in top_patches(found["relevance"], found["coords"], 5)]
-    print(results.markdown_table(("Patch", "x", "y", "Relevance", "Percentile"), rows) + f"map: {found['map']}")
+    rows = [
+        (p.rank, p.x, p.y, f"{p.relevance:.1e}", p.percentile)
+        for p in top_patches(found["relevance"], found["coords"], 5)
+    ]
+    print(
+        results.markdown_table(("Patch", "x", "y", "Relevance", "Percentile"), rows) + f"map: {found['map']}"
+    )
     print(report.NOTICE)
 
 
@@ -168,7 +195,9 @@ def _offset(text: str) -> tuple[int, int]:
     return int(hit[1]), int(hit[2])
 
 
-def slides(action: str, features: str, data: Sequence[str], out: str, dims: int, encoder: str, drop: bool) -> int:
+def slides(
+    action: str, features: str, data: Sequence[str], out: str, dims: int, encoder: str, drop: bool
+) -> int:
     """Print what is wrong with features and questions, or pack features into a store; returns the exit status, 0 or 3.
 
     Raises:
@@ -181,7 +210,7 @@ def slides(action: str, features: str, data: Sequence[str], out: str, dims: int,
         paths = [p for of in feature_files(features).values() for p in of]
         if not paths:
             raise ValueError(f"{features}: holds no patch features (.h5, .pt, .npy or .csv files)")
-        done = slide_store.pack(paths, out, dims=dims, encoder=encoder, drop=drop, progress=True)
+        done = pack.pack(paths, out, dims=dims, encoder=encoder, drop=drop, progress=True)
         print(
             f"{out}: {done.done} slides of {done.patches:,} patches written, {done.skipped} were there, {done.empty} are empty, "
             f"{done.dropped} patches left out"
@@ -202,9 +231,11 @@ def slides(action: str, features: str, data: Sequence[str], out: str, dims: int,
         faults += len(bad)
         print(f"{file}: {len(bad)} faulty records" + "".join(f"\n  {f.row}: {f.what}" for f in bad[:10]))
     if data and not wanted:
-        raise ValueError(f"slides check: no record of {', '.join(data)} names a slide; without --data all features are looked at")
-    found = slide_check.check_slides(features, wanted, dims=dims, encoder=encoder)
-    print("\n".join(slide_check.describe(found)))
+        raise ValueError(
+            f"slides check: no record of {', '.join(data)} names a slide; without --data all features are looked at"
+        )
+    found = check.check_slides(features, wanted, dims=dims, encoder=encoder)
+    print("\n".join(check.describe(found)))
     return 0 if found.ok and not faults else 3
 
 
@@ -245,7 +276,9 @@ def manage(
     print(_show(where, root, name) if action == "show" else _list(where, root, base))
 
 
-def _build(where: Path, pattern: str, samples: str, embedder: str, base: str, overrides: Sequence[str]) -> None:
+def _build(
+    where: Path, pattern: str, samples: str, embedder: str, base: str, overrides: Sequence[str]
+) -> None:
     if where.exists():
         raise ValueError(f"adapters build: {where} is there; remove it, or add to it")
     if "{task}" not in pattern or not samples:
@@ -253,14 +286,23 @@ def _build(where: Path, pattern: str, samples: str, embedder: str, base: str, ov
             f"adapters build: needs path with {{task}} in it, e.g. 'adapters/{{task}}', and samples, got {pattern!r}, {samples!r}"
         )
     there = task_paths(pattern.rstrip("/"))
-    found = {name: _newest(name, folders) for name, folders in there.items() if any(map(_is_adapter, folders))}
+    found = {
+        name: _newest(name, folders) for name, folders in there.items() if any(map(_is_adapter, folders))
+    }
     if not found:
         raise ValueError(f"adapters build: no folder {pattern} with an adapter_config.json")
     if lost := sorted(there.keys() - found.keys()):
         _log.warning("adapters build: left out, there is no adapter_config.json: %s", ", ".join(lost))
-    cfg = config.structure(config.override({"name": embedder, "kind": _kind(embedder)}, tuple(overrides), "build"), EmbedConfig, "build")
+    cfg = config.structure(
+        config.override({"name": embedder, "kind": _kind(embedder)}, tuple(overrides), "build"),
+        EmbedConfig,
+        "build",
+    )
     if "{task}" in samples:
-        talks = {name: read_conversations(config.fill(samples, "adapters build: samples", task=name)) for name in found}
+        talks = {
+            name: read_conversations(config.fill(samples, "adapters build: samples", task=name))
+            for name in found
+        }
     else:
         every = read_tasks(samples, "")
         talks = {name: [c for c in every if c.extra["task"] == name] for name in found}
@@ -286,9 +328,13 @@ def _newest(name: str, folders: Sequence[Path]) -> Path:
     return there[-1]
 
 
-def _add(where: Path, root: str, folder: str, samples: str, name: str, vector: str, description: str, category: str) -> None:
+def _add(
+    where: Path, root: str, folder: str, samples: str, name: str, vector: str, description: str, category: str
+) -> None:
     if not name or not folder or bool(samples) == bool(vector):
-        raise ValueError("adapters add: needs name, path (the adapter's folder), and either samples (JSONL) or vector (.npy)")
+        raise ValueError(
+            "adapters add: needs name, path (the adapter's folder), and either samples (JSONL) or vector (.npy)"
+        )
     files.check_name(name, "adapters add: the adapter")
     held = registry.read_registry(where, root) if where.exists() else registry.Registry()
     if name in {r.name for r in held.adapters}:
@@ -297,13 +343,20 @@ def _add(where: Path, root: str, folder: str, samples: str, name: str, vector: s
     if vector:
         mean, count, made = files.open_array(vector), 0, ""
     elif not held.embedder:
-        raise ValueError(f"adapters add: {where} has no embedder, so samples cannot be embedded; give vector, or build the registry")
+        raise ValueError(
+            f"adapters add: {where} has no embedder, so samples cannot be embedded; give vector, or build the registry"
+        )
     else:
         maker, talks = embed.read_embedder(place / held.embedder), read_conversations(samples)
         chosen, category = drawn(talks, 20, 0), category or category_of(name, talks)
         vectors = embed.embed(maker, [query_of(c)[0] for c in chosen], [query_of(c)[1] for c in chosen])
         mean, count, made = retrieve.adapter_vector(vectors).numpy(), len(chosen), maker.name
-    about = {"name": name, "path": os.path.relpath(folder, place), "description": description, "category": category}
+    about = {
+        "name": name,
+        "path": os.path.relpath(folder, place),
+        "description": description,
+        "category": category,
+    }
     registry.add(where, Record(**about, vector="", samples=count, embedder=made), mean, root)
 
 
@@ -314,10 +367,16 @@ def _list(where: Path, root: str, base: str) -> str:
     for r in track(held.adapters, "reading adapters"):
         adapter = read_adapter(registry.place_of(where, held) / r.path)
         ranks = sorted({adapter.rank(m) for m in adapter.factors})
-        rows.append((r.name, r.category, "/".join(map(str, ranks)), len(adapter.factors), r.samples, r.description))
+        rows.append(
+            (r.name, r.category, "/".join(map(str, ranks)), len(adapter.factors), r.samples, r.description)
+        )
     made = next((r.embedder for r in held.adapters if r.embedder), "an embedder that is not named")
     head = f"base model {base or registry.base_of(where, held) or 'not named'}, vectors by {made}"
-    return head + "\n" + results.markdown_table(("Adapter", "Category", "Rank", "Layers", "Samples", "Description"), rows)
+    return (
+        head
+        + "\n"
+        + results.markdown_table(("Adapter", "Category", "Rank", "Layers", "Samples", "Description"), rows)
+    )
 
 
 def _show(where: Path, root: str, name: str) -> str:
@@ -325,11 +384,16 @@ def _show(where: Path, root: str, name: str) -> str:
     found = {r.name: r for r in held.adapters}
     if name not in found:
         raise ValueError(f"adapters show: no adapter {name!r} in {where}; there are {', '.join(found)}")
-    adapter, vectors = read_adapter(registry.place_of(where, held) / found[name].path), registry.vectors(where, held)
+    adapter, vectors = (
+        read_adapter(registry.place_of(where, held) / found[name].path),
+        registry.vectors(where, held),
+    )
     near = vectors @ vectors[[*found].index(name)]
     about = [f"{k}: {v}" for k, v in asdict(found[name]).items() if v not in ("", 0)]
     numbers = sum(t.numel() for f in adapter.factors.values() for t in f.values())
-    about.append(f"layers: {len(adapter.factors)}, ranks {sorted({adapter.rank(m) for m in adapter.factors})}, {numbers:,} numbers")
+    about.append(
+        f"layers: {len(adapter.factors)}, ranks {sorted({adapter.rank(m) for m in adapter.factors})}, {numbers:,} numbers"
+    )
     rows = sorted(((n, float(v)) for n, v in zip(found, near, strict=True) if n != name), key=lambda r: -r[1])
     return "\n".join(about) + "\n\n" + results.markdown_table(("Most like it", "Cosine"), rows[:5])
 

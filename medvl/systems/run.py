@@ -61,7 +61,9 @@ def experiments() -> None:
         ConfigError: there is none; the working folder is another one than the project's.
     """
     if not (found := names()):
-        raise config.ConfigError(f"{EXPERIMENTS.absolute()}: holds no experiments (*.toml); run this in the project folder")
+        raise config.ConfigError(
+            f"{EXPERIMENTS.absolute()}: holds no experiments (*.toml); run this in the project folder"
+        )
     for name, about in found.items():
         print(f"{name:24} {about}")
 
@@ -74,14 +76,24 @@ def resolve(exp: str, overrides: Sequence[str] = ()) -> tuple[Any, Path]:
     """
     path = record_of(exp)
     raw = config.read(path)
-    written = config.digest(raw)  # that of a run's name, also where it was made by a version with fewer settings
-    given = {v: f"{key}={os.environ[v]}" for v, key in ENVIRONMENT.get(str(raw.get("system")), {}).items() if os.environ.get(v)}
+    written = config.digest(
+        raw
+    )  # that of a run's name, also where it was made by a version with fewer settings
+    given = {
+        v: f"{key}={os.environ[v]}"
+        for v, key in ENVIRONMENT.get(str(raw.get("system")), {}).items()
+        if os.environ.get(v)
+    }
     if given and path.suffix == ".toml":
-        _log.warning("%s: from the environment: %s", path, ", ".join(f"{v} -> {said}" for v, said in given.items()))
+        _log.warning(
+            "%s: from the environment: %s", path, ", ".join(f"{v} -> {said}" for v, said in given.items())
+        )
         raw = config.override(raw, tuple(given.values()), where="the environment")
     raw = config.override(raw, tuple(overrides), where=str(path))
     if not isinstance(raw.get("system"), str) or raw["system"] not in SYSTEMS:
-        raise config.ConfigError(f"{path}: system must be one of {', '.join(SYSTEMS)}, found {raw.get('system')!r} @ $.system")
+        raise config.ConfigError(
+            f"{path}: system must be one of {', '.join(SYSTEMS)}, found {raw.get('system')!r} @ $.system"
+        )
     cfg: Any = config.structure(raw, SYSTEMS[raw["system"]][0], where=str(path))
     name, digest = path.stem, config.digest(cfg)
     if path.name == "config.json":
@@ -133,7 +145,9 @@ def run(exp: str, overrides: Sequence[str] = (), log: Callable[[str], None] = tq
     return rows
 
 
-def evaluate(exp: str, overrides: Sequence[str] = (), log: Callable[[str], None] = tqdm.write) -> list[Result]:
+def evaluate(
+    exp: str, overrides: Sequence[str] = (), log: Callable[[str], None] = tqdm.write
+) -> list[Result]:
     """Evaluate a trained experiment again.
 
     Where `exp` is a run's folder (or the `config.json` in it), that run is evaluated, and settings of data and evaluate may differ from
@@ -154,7 +168,9 @@ def evaluate(exp: str, overrides: Sequence[str] = (), log: Callable[[str], None]
         _describe(folder, cfg)
     record = config.load(folder / "config.json", type(cfg))
     if changed := config.differences(config.unstructure(record), config.unstructure(cfg)):
-        raise ValueError(f"{folder / 'config.json'}: was changed after the run was trained with it, {changed[0]}; put that back")
+        raise ValueError(
+            f"{folder / 'config.json'}: was changed after the run was trained with it, {changed[0]}; put that back"
+        )
     with _evaluating(folder, folder / "results"):
         log = _kept(log, folder)
         model, params, means = system.load(folder)
@@ -165,7 +181,9 @@ def _evaluate_run(path: Path, cfg: Any, log: Callable[[str], None]) -> list[Resu
     record, system = SYSTEMS[cfg.system]
     changed = config.differences(config.unstructure(config.load(path, record)), config.unstructure(cfg))
     if wrong := [d for d in changed if not d.startswith(("$.data.", "$.evaluate."))]:
-        raise ValueError(f"{path}: only data and evaluate may differ from what the run was trained with, found {wrong[0]}")
+        raise ValueError(
+            f"{path}: only data and evaluate may differ from what the run was trained with, found {wrong[0]}"
+        )
     name = f"{path.parent.name.rpartition('-')[0]}-{config.digest(cfg)}"
     out = path.parent / (f"results-{config.digest(cfg)}" if changed else "results")
     with _evaluating(path.parent, out):
@@ -187,7 +205,9 @@ def _evaluating(folder: Path, out: Path) -> Iterator[None]:
         yield
 
 
-def _assess(system: ModuleType, model: Any, params: Any, means: Any, out: Path, name: str, log: Callable[[str], None]) -> list[Result]:
+def _assess(
+    system: ModuleType, model: Any, params: Any, means: Any, out: Path, name: str, log: Callable[[str], None]
+) -> list[Result]:
     files.check_place(out, folder=True)
     rows, page = system.assess(model, params, means, out, name)
     results.write(out / "results.jsonl", rows)
@@ -210,9 +230,13 @@ def _check_places(cfg: Any, folder: Path) -> None:
 def _describe(folder: Path, cfg: Any) -> None:
     if processes.rank() == 0:
         record = config.unstructure(cfg)
-        environment = results.environment() | {"record": record}  # so that a config.json that was changed is found out
+        environment = results.environment() | {
+            "record": record
+        }  # so that a config.json that was changed is found out
         path = folder / "config.json"
-        if not path.exists() or folder.name.endswith(config.digest(cfg)):  # that of an older version is left, the run is named by it
+        if not path.exists() or folder.name.endswith(
+            config.digest(cfg)
+        ):  # that of an older version is left, the run is named by it
             files.write_text(path, json.dumps(record, indent=1) + "\n")
         files.write_text(folder / "environment.json", json.dumps(environment, indent=1) + "\n")
 
@@ -246,20 +270,30 @@ def estimate(exp: str, overrides: Sequence[str] = (), processes: int = 1) -> Non
     for stage, parts in system.memory(cfg, folder, processes).items():
         rows = [(part, f"{n / 1e9:.3f}") for part, n in sorted(parts.items(), key=lambda p: -p[1])]
         print(f"stage {stage}, {f'each of {processes} processes' if processes > 1 else 'one process'}:")
-        print(results.markdown_table(("Part", "GB"), [*rows, ("at the peak", f"{sum(parts.values()) / 1e9:.3f}")]))
+        print(
+            results.markdown_table(
+                ("Part", "GB"), [*rows, ("at the peak", f"{sum(parts.values()) / 1e9:.3f}")]
+            )
+        )
 
 
 def _language(exp: str, overrides: Sequence[str], task: str) -> tuple[Any, Path, ModuleType]:
     cfg, folder = resolve(exp, overrides)
     system = SYSTEMS[cfg.system][1]
     if not hasattr(system, task if task == "labels" else "memory"):
-        raise ValueError(f"{task}: {exp} is a {cfg.system} experiment; only systems that train a language model have {task}")
+        raise ValueError(
+            f"{task}: {exp} is a {cfg.system} experiment; only systems that train a language model have {task}"
+        )
     return cfg, folder, system
 
 
-def preprocess(source: str, out: str, exp: str, overrides: Sequence[str], metadata: str, workers: int, sheet: str) -> int:
+def preprocess(
+    source: str, out: str, exp: str, overrides: Sequence[str], metadata: str, workers: int, sheet: str
+) -> int:
     """Fill a store; returns the exit status: 0, or 3 when scans were rejected."""
-    if sheet and not sheet.lower().endswith(".png"):  # a table or the store can then never be what is replaced
+    if sheet and not sheet.lower().endswith(
+        ".png"
+    ):  # a table or the store can then never be what is replaced
         raise ValueError(f"preprocess: sheet must end in .png, got {sheet!r}")
     for path in filter(None, (out, str(ingest.rejected_csv(out)), sheet)):
         files.check_place(path)
@@ -268,7 +302,9 @@ def preprocess(source: str, out: str, exp: str, overrides: Sequence[str], metada
     if exp:
         chosen = resolve(exp)[0]
         if not hasattr(chosen, "ct"):
-            raise ValueError(f"preprocess: {exp} is a {chosen.system} experiment; only ct_clip experiments have settings of CT")
+            raise ValueError(
+                f"preprocess: {exp} is a {chosen.system} experiment; only ct_clip experiments have settings of CT"
+            )
         base = config.unstructure(chosen.ct)
     cfg = config.structure(config.override(base, tuple(overrides), "preprocess"), ct.CtConfig, "preprocess")
     done = ingest.preprocess_folder(source, out, cfg, metadata, workers)
@@ -298,7 +334,9 @@ def _ct_run(given: str, task: str) -> Path:
     return folder
 
 
-def classify(folder: str, scan: str, findings: Sequence[str], metadata: str = "", settings: Sequence[str] = ()) -> None:
+def classify(
+    folder: str, scan: str, findings: Sequence[str], metadata: str = "", settings: Sequence[str] = ()
+) -> None:
     """Print a table of zero-shot probabilities of one scan."""
     found = ct_clip_run.look(_ct_run(folder, "classify"), scan, findings, metadata, settings)
     v, cuts = found["volume"], found["threshold"]
@@ -306,12 +344,21 @@ def classify(folder: str, scan: str, findings: Sequence[str], metadata: str = ""
         f"{v.name}: HU by {v.hu_rule}, {v.source_shape} voxels of {tuple(round(s, 2) for s in v.source_spacing_mm)} mm, slices {v.occupied}"
     )
     rows = [
-        (f, p, cuts.get(f, math.nan), "" if f not in cuts else "yes" if p >= cuts[f] else "no") for f, p in found["probability"].items()
+        (f, p, cuts.get(f, math.nan), "" if f not in cuts else "yes" if p >= cuts[f] else "no")
+        for f, p in found["probability"].items()
     ]
     print(results.markdown_table(("Finding", "Probability", "Threshold", "Called"), rows) + report.NOTICE)
 
 
-def split(labels: str, out: str, sizes: str, seed: int, tables: Sequence[str] = (), patient: str = "", pattern: str = "") -> None:
+def split(
+    labels: str,
+    out: str,
+    sizes: str,
+    seed: int,
+    tables: Sequence[str] = (),
+    patient: str = "",
+    pattern: str = "",
+) -> None:
     """Cut a label table and others (reports, metadata) into parts by patient: `valid_reports.csv` -> `out/{part}_reports.csv`.
 
     Everything is read and checked before anything is written, and no file that exists is replaced.
@@ -334,7 +381,12 @@ def split(labels: str, out: str, sizes: str, seed: int, tables: Sequence[str] = 
         if unknown == len(table):
             raise ValueError(f"split: {path}: none of its {len(table)} rows is about a volume of {labels}")
         if unknown:
-            _log.warning("%s: %d of %d rows are about volumes without labels and are in no part", path, unknown, len(table))
+            _log.warning(
+                "%s: %d of %d rows are about volumes without labels and are in no part",
+                path,
+                unknown,
+                len(table),
+            )
 
     for part, indices in parts.items():
         chosen = {volumes[i] for i in indices}
@@ -343,7 +395,9 @@ def split(labels: str, out: str, sizes: str, seed: int, tables: Sequence[str] = 
             files.write_csv(outputs[part, path], kept, list(table[0]))
         people = len({patients[i] for i in indices})
         prevalence = findings[indices].mean()
-        print(f"{part}: {len(indices)} volumes of {people} patients, mean prevalence {prevalence:.3f} (all: {findings.mean():.3f})")
+        print(
+            f"{part}: {len(indices)} volumes of {people} patients, mean prevalence {prevalence:.3f} (all: {findings.mean():.3f})"
+        )
 
 
 def _volume_of(row: dict[str, str]) -> str:
@@ -369,8 +423,12 @@ def _outputs_of_split(parts: Sequence[str], tables: Sequence[str], out: Path) ->
             name = Path(table).name
             path = out / f"{part}_{name.partition('_')[2] or name}"
             if path in outputs.values():
-                raise ValueError(f"split: {' and '.join(tables)}: two of these would be cut into {path}; rename one of them")
+                raise ValueError(
+                    f"split: {' and '.join(tables)}: two of these would be cut into {path}; rename one of them"
+                )
             if path.exists():
-                raise ValueError(f"split: {path} exists and is not replaced; name another folder with --out, or move it away")
+                raise ValueError(
+                    f"split: {path} exists and is not replaced; name another folder with --out, or move it away"
+                )
             outputs[part, table] = path
     return outputs

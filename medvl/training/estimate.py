@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from medvl.weights import lazy as weights
+from medvl.weights import lazy
 
 _SMALL = 2**24  # values of an index tensor that are followed
 
@@ -58,7 +58,12 @@ class Ledger(TorchDispatchMode):
             known = {k: torch.device("cpu") if k == "device" else v for k, v in kwargs.items()}
             value = lambda: func(*tree_map(_value, args), **tree_map(_value, known))
         out = func(*tree_map(_on_meta, args), **tree_map(_on_meta, kwargs))
-        if value is not None and isinstance(out, Tensor) and not out.is_floating_point() and out.numel() <= _SMALL:
+        if (
+            value is not None
+            and isinstance(out, Tensor)
+            and not out.is_floating_point()
+            and out.numel() <= _SMALL
+        ):
             out._value = value()  # type: ignore[attr-defined]
         for t in _tensors(out):
             self._enter(t)
@@ -111,7 +116,7 @@ def gathered(part: Tensor, rows: int) -> Tensor:
     return _Part.like((rows, *part.shape[1:]), part.dtype, part.device, shard=part)
 
 
-class _Part(weights.Sharded):
+class _Part(lazy.Sharded):
     def dense(self) -> Tensor:
         return _Gather.apply(self.shard, self.shape)
 
@@ -143,8 +148,8 @@ class _Attention(torch.autograd.Function):
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
-    if isinstance(tree, weights.Lazy):
-        yield from weights.leaves(tree)
+    if isinstance(tree, lazy.Lazy):
+        yield from lazy.leaves(tree)
     elif isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, Mapping):
@@ -161,9 +166,15 @@ def _value(t: Any, must: bool = False) -> Any:
         return t
     found = getattr(t, "_value", None)
     if must and found is None:
-        raise ValueError(f"estimate: the model looks at the values of a tensor {list(t.shape)} {str(t.dtype)[6:]}, which has none here")
+        raise ValueError(
+            f"estimate: the model looks at the values of a tensor {list(t.shape)} {str(t.dtype)[6:]}, which has none here"
+        )
     return found
 
 
 def _on_meta(t: Any) -> Any:
-    return t.to("meta") if isinstance(t, Tensor) and t.dim() and not t.is_meta and not isinstance(t, weights.Lazy) else t
+    return (
+        t.to("meta")
+        if isinstance(t, Tensor) and t.dim() and not t.is_meta and not isinstance(t, lazy.Lazy)
+        else t
+    )

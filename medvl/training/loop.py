@@ -55,7 +55,9 @@ class State:
     means: Tree = field(factory=dict)  # running means of Aux.means
     step: int = 0
     best: float = -float("inf")  # highest validation score so far
-    drawn: bool = False  # whether steps drew from torch's default generator, each process for its share of the batch
+    drawn: bool = (
+        False  # whether steps drew from torch's default generator, each process for its share of the batch
+    )
     processes: int = 0  # how many trained it when it was saved; 0 = not known
     steps: int = 0  # that `fit` was asked for; 0 = not known
 
@@ -68,7 +70,9 @@ def check_stage(stage: Any) -> None:
     """
     files.check_name(stage.name, "stage")
     where = f"stage {stage.name}"
-    in_epochs = getattr(stage, "epochs", 0) > 0  # then the data says how many steps that is, and this is asked again
+    in_epochs = (
+        getattr(stage, "epochs", 0) > 0
+    )  # then the data says how many steps that is, and this is asked again
     config.within(stage, where, steps=config.COUNT_OR_NONE if in_epochs else config.COUNT)
     config.within(stage, where, lr=config.RATE, weight_decay=config.RATE, warmup=config.COUNT_OR_NONE)
     if stage.warmup > stage.steps and not in_epochs:
@@ -97,7 +101,11 @@ def value_and_grad(loss: Loss, *, precision: str = "float32", reduce: bool = Tru
         leaves = {n: t.detach().requires_grad_() for n, t in flatten(params).items()}
         with torch.enable_grad(), autocast(params, precision):
             value, aux = loss(unflatten(leaves), batch)
-        found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True) if value.requires_grad else ()
+        found = (
+            torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+            if value.requires_grad
+            else ()
+        )
         if leaves and not any(g is not None for g in found):
             raise ValueError(
                 "value_and_grad: the loss depends on none of the parameters; put what uses them (apply_lora...) inside the loss"
@@ -105,13 +113,18 @@ def value_and_grad(loss: Loss, *, precision: str = "float32", reduce: bool = Tru
         grads = [torch.zeros_like(t) if g is None else g for g, t in zip(found, leaves.values(), strict=True)]
         if reduce and processes.world() > 1:
             grads = _summed(grads, processes.world())
-        aux = Aux(metrics={k: v.detach() for k, v in aux.metrics.items()}, means=map_leaves(Tensor.detach, aux.means))
+        aux = Aux(
+            metrics={k: v.detach() for k, v in aux.metrics.items()},
+            means=map_leaves(Tensor.detach, aux.means),
+        )
         return value.detach(), aux, unflatten(dict(zip(leaves, grads, strict=True)))
 
     return run
 
 
-def cached_value_and_grad(embed: Callable[[Tree, Batch], Batch], contrast: Loss, *, chunk: int, precision: str = "float32") -> Grad:
+def cached_value_and_grad(
+    embed: Callable[[Tree, Batch], Batch], contrast: Loss, *, chunk: int, precision: str = "float32"
+) -> Grad:
     """The gradient of `contrast(params, embed(params, batch))`, exact for the whole batch, with activations of `chunk` rows at a time.
 
     Embed all chunks without gradients, take the loss over the whole batch (of all processes) and its gradient by the embeddings, then
@@ -143,7 +156,9 @@ def cached_value_and_grad(embed: Callable[[Tree, Batch], Batch], contrast: Loss,
     def run(params: Tree, batch: Batch) -> tuple[Tensor, Aux, Tree]:
         n = len(next(iter(batch.values())))
         if shards.any_sharded(params):
-            raise ValueError("cached_value_and_grad: needs whole parameters, got shards; leave small towers whole")
+            raise ValueError(
+                "cached_value_and_grad: needs whole parameters, got shards; leave small towers whole"
+            )
         if n <= chunk and processes.world() == 1:
             return whole_grad(params, batch)
         spans = [slice(i, min(i + chunk, n)) for i in range(0, n, chunk)]
@@ -201,14 +216,19 @@ def token_value_and_grad(
         n = rows(batch) if rows else len(batch["ids"] if "ids" in batch else next(iter(batch.values())))
         spans = [slice(i, min(i + chunk, n)) for i in range(0, n, chunk)]
         _same_number(params, len(spans))
-        pieces = (batch if len(spans) == 1 else cut(batch, span) if cut else _equal_rows(batch, n, span) for span in spans)
+        pieces = (
+            batch if len(spans) == 1 else cut(batch, span) if cut else _equal_rows(batch, n, span)
+            for span in spans
+        )
         numbers, total = _added(grad, params, pieces, len(spans))
         if processes.world() > 1:
             for v in numbers.values():
                 dist.all_reduce(v)
         count = float(numbers["metrics/tokens"])
         if not count:
-            raise ValueError(f"token_value_and_grad: no token of the batch ({n} rows) is trained; see that the context holds the answers")
+            raise ValueError(
+                f"token_value_and_grad: no token of the batch ({n} rows) is trained; see that the context holds the answers"
+            )
         mean = unflatten({k: v if k == "metrics/tokens" else v / count for k, v in numbers.items()})
         names, sums = list(total), list(total.values())
         del total  # each sum is let go as soon as its mean is there
@@ -218,7 +238,9 @@ def token_value_and_grad(
     return run
 
 
-def _added(grad: Grad, params: Tree, pieces: Iterable[Any], n: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _added(
+    grad: Grad, params: Tree, pieces: Iterable[Any], n: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(loss, metrics and means; gradients) of n pieces, added up."""
     numbers: dict[str, Tensor] = {}
     total: dict[str, Tensor] = {}
@@ -230,7 +252,9 @@ def _added(grad: Grad, params: Tree, pieces: Iterable[Any], n: int) -> tuple[dic
             return numbers, flatten(grads)
         for k, g in flatten(grads).items():
             if k not in total:
-                total[k] = torch.zeros_like(g, dtype=torch.float32 if g.dtype in (torch.bfloat16, torch.float16) else g.dtype)
+                total[k] = torch.zeros_like(
+                    g, dtype=torch.float32 if g.dtype in (torch.bfloat16, torch.float16) else g.dtype
+                )
             total[k].add_(g)
         del grads, g  # before the next piece makes its own
     return numbers, total
@@ -265,7 +289,9 @@ def make_step(
         params, opt = optimizer.update(unflatten(flat), state.opt, state.params, state.step)
         rate = max(follow, 1 / (state.step + 1))
         old = flatten(state.means)
-        means = unflatten({k: torch.lerp(old.get(k, new), new, rate) for k, new in flatten(aux.means).items()})
+        means = unflatten(
+            {k: torch.lerp(old.get(k, new), new, rate) for k, new in flatten(aux.means).items()}
+        )
         moved = evolve(state, params=bound(params), opt=opt, means=means, step=state.step + 1, drawn=drawn)
         return moved, {"loss": loss, "grad_norm": norm} | aux.metrics
 
@@ -316,23 +342,37 @@ def fit(
     folder = Path(folder)
     state = resume(folder, state)
     if state.step > steps:
-        raise ValueError(f"{folder / 'last.pt'}: is at step {state.step}, past the {steps} asked for; remove it to train anew")
+        raise ValueError(
+            f"{folder / 'last.pt'}: is at step {state.step}, past the {steps} asked for; remove it to train anew"
+        )
     _check_processes(folder / "last.pt", state, steps)
     state = evolve(state, steps=steps)
     journal = _journal(folder / "metrics.jsonl", state.step)
     first = state.step
-    seen: Tensor | None = None  # loss, norm of the gradient and step: the latest, or the first that were not finite
-    with _Interrupted() as stop, display.bar(None, title, total=steps, initial=first, bar_format=display.STEPS, smoothing=0) as bar:
+    seen: Tensor | None = (
+        None  # loss, norm of the gradient and step: the latest, or the first that were not finite
+    )
+    with (
+        _Interrupted() as stop,
+        display.bar(None, title, total=steps, initial=first, bar_format=display.STEPS, smoothing=0) as bar,
+    ):
         pace = _Pace(title, first, steps, bar, log)
         for i, batch in prefetch(batch_at, state.step, steps):
             state, metrics = step(state, batch)
             pace.step()
             seen = _watched(seen, metrics, i + 1)
             halt = _in_any(stop.number > 0, metrics["loss"].device)
-            due = {k: state.step == steps or (n and state.step % n == 0) for k, n in (("log", every.log), ("save", every.save))}
-            check = validate is not None and (state.step == steps or (every.validate and state.step % every.validate == 0))
+            due = {
+                k: state.step == steps or (n and state.step % n == 0)
+                for k, n in (("log", every.log), ("save", every.save))
+            }
+            check = validate is not None and (
+                state.step == steps or (every.validate and state.step % every.validate == 0)
+            )
             if any(due.values()) or check or halt:
-                _check_finite(seen, state if due["save"] or check or halt else None, folder / "last.pt", first)
+                _check_finite(
+                    seen, state if due["save"] or check or halt else None, folder / "last.pt", first
+                )
                 line = {"step": state.step} | {k: float(v) for k, v in metrics.items()}
                 line |= {"lr": lr(i)} if lr else {}
                 line |= pace.look()  # behind float(), which waits for the device
@@ -351,8 +391,15 @@ def fit(
                 save(folder / "last.pt", state)
             if any(due.values()) or check:
                 pace.resume()
-            if halt:  # also at the last step: what comes after it, another stage or the evaluation, is not begun
-                _log.warning("stopped at step %d of %d; the same command goes on from %s", state.step, steps, folder / "last.pt")
+            if (
+                halt
+            ):  # also at the last step: what comes after it, another stage or the evaluation, is not begun
+                _log.warning(
+                    "stopped at step %d of %d; the same command goes on from %s",
+                    state.step,
+                    steps,
+                    folder / "last.pt",
+                )
                 raise Stopped(128 + (stop.number or signal.SIGTERM))
     return state
 
@@ -372,7 +419,9 @@ class _Pace:
 
     def __init__(self, title: str, step: int, steps: int, bar: tqdm, log: Callable[[str], None]) -> None:
         self._step, self._bar, self._log = step, bar, log
-        self._line = partial(tqdm.format_meter, total=steps, initial=step, prefix=title, bar_format=display.STEPS)
+        self._line = partial(
+            tqdm.format_meter, total=steps, initial=step, prefix=title, bar_format=display.STEPS
+        )
         self._start = self._since = time.monotonic()
         self._since_step, self._seconds = step, 0.0
 
@@ -390,7 +439,9 @@ class _Pace:
         """Show the numbers of a step; `stays` where the next line does not replace them."""
         numbers = {k: v for k, v in line.items() if k != "step" and k not in display.CLOCK}
         shown = [f"{self._seconds:.3g} s/step"]  # a narrow terminal shows the first numbers only
-        shown += [f"{k} {numbers.pop(k):{digits}}" for k, digits in (("lr", ".2g"), ("loss", ".3g")) if k in numbers]
+        shown += [
+            f"{k} {numbers.pop(k):{digits}}" for k, digits in (("lr", ".2g"), ("loss", ".3g")) if k in numbers
+        ]
         shown.append(f"{_memory(device) / 1e9:.2f} GB")
         postfix = ", ".join(shown + [f"{k} {v:.4g}" for k, v in numbers.items()])
         self._bar.set_postfix_str(postfix)
@@ -423,7 +474,11 @@ def _check_finite(seen: Tensor, state: State | None, last: Path, first: int) -> 
     The loss of a step is that of the weights before it: it may be finite where the gradient, and so every weight after it, is not.
     """
     loss, norm, step = seen.tolist()
-    told = f"the loss is {loss:g}" if not math.isfinite(loss) else f"the norm of the gradient is {norm:g} (loss {loss:g})"
+    told = (
+        f"the loss is {loss:g}"
+        if not math.isfinite(loss)
+        else f"the norm of the gradient is {norm:g} (loss {loss:g})"
+    )
     wrong = not (math.isfinite(loss) and math.isfinite(norm))
     if state is not None and not wrong:
         wrong = not _all_finite(state)
@@ -453,7 +508,13 @@ def save(path: files.PathLike, state: State) -> None:
     if processes.rank() == 0:
         held = {k: trees.get(k, {}) for k in ("params", "opt", "means")}
         with files.atomic(path) as tmp:
-            about = {"step": state.step, "best": state.best, "drawn": state.drawn, "processes": processes.world(), "steps": state.steps}
+            about = {
+                "step": state.step,
+                "best": state.best,
+                "drawn": state.drawn,
+                "processes": processes.world(),
+                "steps": state.steps,
+            }
             torch.save(held | about, tmp)
 
 
@@ -496,7 +557,9 @@ def _check_fields(raw: Any) -> None:
         raise ValueError(f"{others[0]} must be a tensor, found {type(leaves[others[0]]).__name__}")
 
 
-def read_trained(folder: Path, keep: Literal["best", "last"], device: str | torch.device, *, model: Tree) -> State:
+def read_trained(
+    folder: Path, keep: Literal["best", "last"], device: str | torch.device, *, model: Tree
+) -> State:
     """The state that a finished run kept, without the optimiser's moments.
 
     Args:
@@ -509,16 +572,22 @@ def read_trained(folder: Path, keep: Literal["best", "last"], device: str | torc
     if last.exists() or not path.exists():
         ended = read_state(last, mapped=True)
         if ended.step < ended.steps:
-            raise ValueError(f"{folder}: is at step {ended.step} of {ended.steps}; the command that trains it goes on from there")
+            raise ValueError(
+                f"{folder}: is at step {ended.step} of {ended.steps}; the command that trains it goes on from there"
+            )
         if not path.exists() and math.isinf(ended.best):
             raise ValueError(
                 f"{folder}: no validation has given a number, so there is no best state; the last one is "
                 f'{last}; train.keep = "last" takes it'
             )
         if not path.exists():
-            raise ValueError(f"{path}: is missing, so the state that was to be kept is lost; put it back, or train the run again")
+            raise ValueError(
+                f"{path}: is missing, so the state that was to be kept is lost; put it back, or train the run again"
+            )
     elif path.exists():
-        _log.warning("%s: is missing, which would say whether the run was trained to its end; %s is taken", last, path)
+        _log.warning(
+            "%s: is missing, which would say whether the run was trained to its end; %s is taken", last, path
+        )
     found = read_state(path, mapped=True)
     expected = {n: t for n, t in flatten(model).items() if n in flatten(found.params)}
     _check_same(path, found.params, expected, "parameters differ from the model")
@@ -528,7 +597,9 @@ def read_trained(folder: Path, keep: Literal["best", "last"], device: str | torc
 
 def _check_same(path: Path, found: Tree, expected: Tree, what: str) -> None:
     """Raise where the tensors of a file have other names or shapes than those they stand for."""
-    in_file, in_model = ({n: str(tuple(t.shape)) for n, t in flatten(tree).items()} for tree in (found, expected))
+    in_file, in_model = (
+        {n: str(tuple(t.shape)) for n, t in flatten(tree).items()} for tree in (found, expected)
+    )
     if wrong := sorted(n for n in {*in_file, *in_model} if in_file.get(n) != in_model.get(n)):
         name = wrong[0]
         both = f"{in_file.get(name, 'absent')} in the file, {in_model.get(name, 'absent')} in the model"
@@ -546,13 +617,20 @@ def resume(folder: Path, state: State) -> State:
     device, parted = next(iter(flatten(state.params).values())).device, shards.any_sharded(state.params)
     found = read_state(path, "cpu" if parted else device, mapped=parted)
     if not _all_finite(found):
-        raise ValueError(f"{path}: holds numbers that are not finite, so that nothing can go on from it; remove it to train anew")
+        raise ValueError(
+            f"{path}: holds numbers that are not finite, so that nothing can go on from it; remove it to train anew"
+        )
     _check_same(path, found.params, state.params, "parameters differ from the model")
     _check_same(path, found.opt, state.opt, "optimiser moments differ from this stage's")
     if not parted:
         return found
     means = map_leaves(lambda t: t.to(device, copy=True), found.means)
-    return evolve(found, params=shards.placed(found.params, state.params), opt=shards.placed(found.opt, state.opt), means=means)
+    return evolve(
+        found,
+        params=shards.placed(found.params, state.params),
+        opt=shards.placed(found.opt, state.opt),
+        means=means,
+    )
 
 
 def _journal(path: Path, step: int) -> Callable[[dict[str, Any]], None]:
@@ -574,7 +652,13 @@ def _journal(path: Path, step: int) -> Callable[[dict[str, Any]], None]:
         copy = path.with_name("metrics.broken.jsonl")
         with files.atomic(copy) as tmp:
             shutil.copyfile(path, tmp)
-        _log.warning("%s: %d lines, the first line %d, hold no step and are left out; %s is a copy", path, len(broken), broken[0], copy)
+        _log.warning(
+            "%s: %d lines, the first line %d, hold no step and are left out; %s is a copy",
+            path,
+            len(broken),
+            broken[0],
+            copy,
+        )
     files.write_text(path, "".join(t + "\n" for t in kept))
 
     def append(line: dict[str, Any]) -> None:
@@ -618,13 +702,18 @@ class _Interrupted:
         if not self.number:
             self.number, self._since = number, time.monotonic()
             if number == signal.SIGINT:  # not by logging: a handler may come in the middle of another line
-                os.write(2, b"\nstopping after this step, then saving; Ctrl-C again ends at once and loses what is not saved\n")
+                os.write(
+                    2,
+                    b"\nstopping after this step, then saving; Ctrl-C again ends at once and loses what is not saved\n",
+                )
 
 
 def autocast(params: Tree, precision: str) -> torch.autocast:
     """Mixed precision on the device of `params`; does nothing unless `precision` is "bfloat16"."""
     device = next(iter(flatten(params).values())).device.type
-    return torch.autocast("cpu" if device == "meta" else device, torch.bfloat16, enabled=precision == "bfloat16")
+    return torch.autocast(
+        "cpu" if device == "meta" else device, torch.bfloat16, enabled=precision == "bfloat16"
+    )
 
 
 class _Generators:
@@ -639,7 +728,9 @@ class _Generators:
         return [torch.get_rng_state(), *gpu]
 
     def used(self) -> bool:
-        return not all(torch.equal(before, now) for before, now in zip(self._before, self._states(), strict=True))
+        return not all(
+            torch.equal(before, now) for before, now in zip(self._before, self._states(), strict=True)
+        )
 
 
 @contextmanager
@@ -686,7 +777,9 @@ def _same_number(params: Tree, n: int) -> None:
         return
     each = processes.gather(torch.tensor([n], device=next(iter(flatten(params).values())).device)).tolist()
     if len(set(each)) > 1:
-        raise ValueError(f"token_value_and_grad: with sharded parameters every process needs as many micro-batches, got {each}")
+        raise ValueError(
+            f"token_value_and_grad: with sharded parameters every process needs as many micro-batches, got {each}"
+        )
 
 
 def _equal_rows(batch: Batch, n: int, span: slice) -> Batch:

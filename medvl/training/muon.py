@@ -11,7 +11,11 @@ from medvl.weights.shards import is_shard
 
 
 def muon(
-    rate: Callable[[str], Rate], schedule: Callable[[int], float] = lambda step: 1.0, *, momentum: float = 0.95, iterations: int = 5
+    rate: Callable[[str], Rate],
+    schedule: Callable[[int], float] = lambda step: 1.0,
+    *,
+    momentum: float = 0.95,
+    iterations: int = 5,
 ) -> Optimizer:
     """Momentum whose step on every matrix has all singular values near 1, so that no direction of the input waits for another.
 
@@ -29,9 +33,13 @@ def muon(
     def init(params: Tree) -> Tree:
         wrong = [n for n, t in flatten(params).items() if t.dim() < 2]
         if wrong:
-            raise ValueError(f"muon: needs matrices, {len(wrong)} parameters are none, e.g. {wrong[0]}; leave them to adamw")
+            raise ValueError(
+                f"muon: needs matrices, {len(wrong)} parameters are none, e.g. {wrong[0]}; leave them to adamw"
+            )
         if wrong := [n for n, t in flatten(params).items() if is_shard(t)]:
-            raise ValueError(f"muon: needs whole matrices, {len(wrong)} are sharded, e.g. {wrong[0]}; leave them to adamw")
+            raise ValueError(
+                f"muon: needs whole matrices, {len(wrong)} are sharded, e.g. {wrong[0]}; leave them to adamw"
+            )
         return {"mean": map_leaves(zero_moment, params)}
 
     def update(grads: Tree, state: Tree, params: Tree, step: int) -> tuple[Tree, Tree]:
@@ -41,7 +49,9 @@ def muon(
             m = mean[name].mul_(momentum).add_(g[name])
             turn = orthogonal(torch.add(g[name], m, alpha=momentum).flatten(1), iterations)
             lr = r.lr * schedule(step)
-            t.mul_(1 - lr * r.weight_decay).add_(turn.view_as(t), alpha=-lr * max(1.0, turn.shape[0] / turn.shape[1]) ** 0.5)
+            t.mul_(1 - lr * r.weight_decay).add_(
+                turn.view_as(t), alpha=-lr * max(1.0, turn.shape[0] / turn.shape[1]) ** 0.5
+            )
         return params, state
 
     return Optimizer(init, update)

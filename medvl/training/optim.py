@@ -81,12 +81,18 @@ def adamw(
     def init(params: Tree) -> Tree:
         flat = flatten(params)
         if rounding == "stochastic" and (wrong := [n for n, t in flat.items() if t.dtype == torch.float16]):
-            raise ValueError(f"adamw: stochastic rounding is for bfloat16, {len(wrong)} parameters are float16, e.g. {wrong[0]}")
+            raise ValueError(
+                f"adamw: stochastic rounding is for bfloat16, {len(wrong)} parameters are float16, e.g. {wrong[0]}"
+            )
         if packing is not None and (wrong := [n for n, t in flat.items() if _is_shard(t)]):
-            raise ValueError(f"adamw: 8-bit moments need whole parameters, {len(wrong)} are sharded, e.g. {wrong[0]}; leave packing out")
+            raise ValueError(
+                f"adamw: 8-bit moments need whole parameters, {len(wrong)} are sharded, e.g. {wrong[0]}; leave packing out"
+            )
         return {key: unflatten({n: zeros(t) for n, t in flat.items()}) for key in ("mean", "square")}
 
-    def kernel(p: list[Tensor], g: list[Tensor], mean: list[Tensor], square: list[Tensor], r: Rate, step: int) -> None:
+    def kernel(
+        p: list[Tensor], g: list[Tensor], mean: list[Tensor], square: list[Tensor], r: Rate, step: int
+    ) -> None:
         _adamw(
             p,
             g,
@@ -112,8 +118,15 @@ def adamw(
             r = rate(name)
             r = r if t.dim() > 1 else Rate(lr=r.lr)
             if packs(t) or t.dtype in HALF or g[name].dtype != t.dtype or is_large(t):
-                held = [{k: m[f"{name}/{k}"] for k in ("codes", "scale")} if packs(t) else _local(m[name]) for m in (mean, square)]
-                gen = seeded(t.device, seed, step, name, _place(t)) if rounding == "stochastic" and t.dtype in HALF else None
+                held = [
+                    {k: m[f"{name}/{k}"] for k in ("codes", "scale")} if packs(t) else _local(m[name])
+                    for m in (mean, square)
+                ]
+                gen = (
+                    seeded(t.device, seed, step, name, _place(t))
+                    if rounding == "stochastic" and t.dtype in HALF
+                    else None
+                )
                 in_pieces(partial(kernel, r=r, step=step), _local(t), _local(g[name]), held, packing, gen)
             else:
                 groups.setdefault(r, []).append(name)
@@ -145,7 +158,10 @@ def with_master(optimizer: Optimizer) -> Optimizer:
         master = {n: flat[n] for n in flatten(held)}
         for n, t in master.items():
             _local(low[n]).copy_(_local(t))
-        return merge(moved, unflatten({n: low[n] for n in master})), {"master": unflatten(master), "inner": inner}
+        return merge(moved, unflatten({n: low[n] for n in master})), {
+            "master": unflatten(master),
+            "inner": inner,
+        }
 
     return Optimizer(init, update)
 
@@ -153,7 +169,9 @@ def with_master(optimizer: Optimizer) -> Optimizer:
 def seeded(device: torch.device, *key: Any) -> Generator:
     """A generator whose draws are a function of `key` alone (numbers and names)."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator("cpu" if device.type == "meta" else device).manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.Generator("cpu" if device.type == "meta" else device).manual_seed(
+        int.from_bytes(digest, "big") >> 1
+    )
 
 
 def state_bytes(optimizer: Optimizer, params: Tree) -> int:
@@ -214,9 +232,15 @@ def clip_by_norm(grads: Tree, limit: float) -> tuple[Tree, Tensor]:
 def clip_all(flat: dict[str, Tensor], limit: float) -> Tensor:
     """`clip_by_norm` inside a flat dict: each gradient is let go as soon as its scaled one is there. Returns the norm before."""
     mine = [_local(t) for t in flat.values()]
-    norms = list(torch._foreach_norm(mine, 2, torch.float32) if any(t.dtype in HALF for t in mine) else torch._foreach_norm(mine))
+    norms = list(
+        torch._foreach_norm(mine, 2, torch.float32)
+        if any(t.dtype in HALF for t in mine)
+        else torch._foreach_norm(mine)
+    )
     if groups := {t.device_mesh.get_group() for t in flat.values() if _is_shard(t)}:  # type: ignore[attr-defined]
-        own = torch.stack([n for n, t in zip(norms, flat.values(), strict=True) if _is_shard(t)]).square().sum()
+        own = (
+            torch.stack([n for n, t in zip(norms, flat.values(), strict=True) if _is_shard(t)]).square().sum()
+        )
         dist.all_reduce(own, group=groups.pop())
         norms = [own.sqrt(), *(n for n, t in zip(norms, flat.values(), strict=True) if not _is_shard(t))]
     total = torch.linalg.vector_norm(torch.stack(norms))
@@ -231,7 +255,11 @@ def clip_all(flat: dict[str, Tensor], limit: float) -> Tensor:
 def zero_moment(t: Tensor) -> Tensor:
     """Where a moment of `t` starts; float32 or wider and in order, so that it can be walked in pieces."""
     dtype = torch.float32 if t.dtype in HALF else t.dtype
-    return torch.zeros_like(t, dtype=dtype) if _is_shard(t) else torch.zeros(t.shape, dtype=dtype, device=t.device)
+    return (
+        torch.zeros_like(t, dtype=dtype)
+        if _is_shard(t)
+        else torch.zeros(t.shape, dtype=dtype, device=t.device)
+    )
 
 
 # Shards ---------------------------------------------------------------------------------------------------------------------------------
@@ -253,4 +281,6 @@ def _shard_like(t: Any, own: Tensor) -> Tensor:
         return own
     from torch.distributed.tensor import DTensor
 
-    return DTensor.from_local(own, t.device_mesh, t.placements, run_check=False, shape=t.shape, stride=t.stride())
+    return DTensor.from_local(
+        own, t.device_mesh, t.placements, run_check=False, shape=t.shape, stride=t.stride()
+    )

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 
-def batches(groups: Sequence[str], size: int, seed: int, *, rank: int = 0, world: int = 1) -> Callable[[int], list[int]]:
+def batches(
+    groups: Sequence[str], size: int, seed: int, *, rank: int = 0, world: int = 1
+) -> Callable[[int], list[int]]:
     """i -> sample indices of a process's share of batch i, a pure function of (seed, i).
 
     A batch has at most one sample per group (group = scan: its reconstructions share one report and would be false negatives). Every epoch
@@ -25,9 +27,13 @@ def batches(groups: Sequence[str], size: int, seed: int, *, rank: int = 0, world
         members.setdefault(group, []).append(index)
     every, per = list(members.values()), len(members) // size
     if not per:
-        raise ValueError(f"batches: a batch of {size} needs as many different groups (scans), found {len(members)}; lower the batch size")
+        raise ValueError(
+            f"batches: a batch of {size} needs as many different groups (scans), found {len(members)}; lower the batch size"
+        )
     if size < world:
-        raise ValueError(f"batches: a batch must hold a sample for each process, got {size} for {world} processes; raise the batch size")
+        raise ValueError(
+            f"batches: a batch must hold a sample for each process, got {size} for {world} processes; raise the batch size"
+        )
 
     @lru_cache(2)  # prefetching may be an epoch ahead
     def drawn(epoch: int) -> tuple[list[int], list[float]]:

@@ -11,13 +11,12 @@ from torch import Tensor
 
 from medvl.base import config, processes
 from medvl.base.tree import Tree, count, flatten, map_leaves, matching, merge, split, unflatten
-from medvl.hub import skeletons as hub
+from medvl.hub import skeletons
 from medvl.training import estimate
 from medvl.training import loop as train
 from medvl.training.muon import muon
 from medvl.training.optim import Optimizer, Rate, adamw, routed, warmup_cosine, with_master
-from medvl.weights import four_bit as quant
-from medvl.weights import lora, shards
+from medvl.weights import four_bit, lora, shards
 from medvl.weights.four_bit import eight_bit
 
 
@@ -40,7 +39,9 @@ class Stage:
         train.check_stage(self)
         config.within(self, f"stage {self.name}", epochs=(0, 10**6))
         if self.steps and self.epochs:
-            raise ValueError(f"stage {self.name}: needs either steps or epochs, got {self.steps} and {self.epochs:g}")
+            raise ValueError(
+                f"stage {self.name}: needs either steps or epochs, got {self.steps} and {self.epochs:g}"
+            )
         config.within(self, f"stage {self.name}", muon=config.RATE)
         if self.lr + self.muon <= 0:
             raise ValueError(f"stage {self.name}: lr must be above 0, got {self.lr:g}")
@@ -72,9 +73,21 @@ class TrainConfig:
         if any(stage.muon for stage in self.stages) and self.shard:
             raise ValueError("a stage's muon needs whole weights: train.shard = false")
         if self.moments == "8bit" and self.shard:
-            raise ValueError("train.moments = '8bit' needs whole weights: train.shard = false, or moments = 'float32'")
-        config.within(self, "train", batch=(1, 2**20), chunk=(1, 2**20), logits=(1, 2**20), clip=(0, 1e6), valid=config.COUNT_OR_NONE)
-        config.within(self, "train", log=config.COUNT_OR_NONE, save=config.COUNT_OR_NONE, validate=config.COUNT_OR_NONE)
+            raise ValueError(
+                "train.moments = '8bit' needs whole weights: train.shard = false, or moments = 'float32'"
+            )
+        config.within(
+            self,
+            "train",
+            batch=(1, 2**20),
+            chunk=(1, 2**20),
+            logits=(1, 2**20),
+            clip=(0, 1e6),
+            valid=config.COUNT_OR_NONE,
+        )
+        config.within(
+            self, "train", log=config.COUNT_OR_NONE, save=config.COUNT_OR_NONE, validate=config.COUNT_OR_NONE
+        )
         if self.batch % self.chunk:
             raise ValueError(f"train.chunk must divide train.batch, got {self.chunk} and {self.batch}")
 
@@ -85,7 +98,11 @@ class TrainConfig:
 
 
 def new_adapter(
-    cfg: TrainConfig, record: lora.LoraConfig, skeleton: hub.Skeleton, gen: torch.Generator, device: str | torch.device = "cpu"
+    cfg: TrainConfig,
+    record: lora.LoraConfig,
+    skeleton: skeletons.Skeleton,
+    gen: torch.Generator,
+    device: str | torch.device = "cpu",
 ) -> lora.Adapter | None:
     """The adapter before its training, where a stage's pattern matches one of its names ("lora/MODULE/a"); None where none does.
 
@@ -94,7 +111,9 @@ def new_adapter(
     """
     chosen = [re.compile(p) for p in cfg.patterns]
     matched = lambda names: any(p.fullmatch(n) for p in chosen for n in names)
-    possible = [f"lora/{module}/{factor}" for module in lora.adaptable(skeleton) for factor in ("a", "b", "router")]
+    possible = [
+        f"lora/{module}/{factor}" for module in lora.adaptable(skeleton) for factor in ("a", "b", "router")
+    ]
     if not matched(possible):
         return None
     adapter = lora.init_lora(record, skeleton, gen, device=device)
@@ -108,10 +127,14 @@ def check_stage(stage: Stage, params: Tree) -> None:
         hit = matching(list(flat), stage.train)
     except ValueError as e:
         raise ValueError(f"stage {stage.name}: {e}") from e
-    if frozen_ := [n for n in hit if isinstance(flat[n], quant.FourBit)]:
-        raise ValueError(f"stage {stage.name}: {frozen_[0]} has 4 bits and cannot be trained; train lora/... or set model.quantize='none'")
+    if frozen_ := [n for n in hit if isinstance(flat[n], four_bit.FourBit)]:
+        raise ValueError(
+            f"stage {stage.name}: {frozen_[0]} has 4 bits and cannot be trained; train lora/... or set model.quantize='none'"
+        )
     if stage.muon and (low := [n for n in hit if flat[n].dtype != torch.float32]):
-        raise ValueError(f"stage {stage.name}: muon needs whole float32 weights, {low[0]} is {flat[low[0]].dtype}; model.dtype = 'float32'")
+        raise ValueError(
+            f"stage {stage.name}: muon needs whole float32 weights, {low[0]} is {flat[low[0]].dtype}; model.dtype = 'float32'"
+        )
 
 
 def planned(cfg: TrainConfig, stage: Stage, conversations: int) -> Stage:
@@ -146,20 +169,28 @@ def fit_stages(
         conversations: stage -> how many its batches are drawn from.
         validate: stage -> (all parameters -> validation loss), or None: the last state is kept then.
     """
-    stages = [planned(cfg, stage, conversations(stage)) for stage in cfg.stages]  # all, before the first is trained
+    stages = [
+        planned(cfg, stage, conversations(stage)) for stage in cfg.stages
+    ]  # all, before the first is trained
     for i, stage in enumerate(stages):
         epochs = stage.steps * cfg.batch / conversations(stage)
-        log(f"stage {stage.name}: {stage.steps:,} steps of {cfg.batch} conversations are {epochs:.3g} epochs of {conversations(stage):,}")
+        log(
+            f"stage {stage.name}: {stage.steps:,} steps of {cfg.batch} conversations are {epochs:.3g} epochs of {conversations(stage):,}"
+        )
         how: Any = {"cut": cut, "validate": validate(stage), "seed": seed, "log": log}
         params = parted(cfg, params)  # by this name, so that nothing here holds the whole
         params = fit_stage(cfg, stage, params, loss_sum, batches(stage), folder / f"{i}-{stage.name}", **how)
     if not shards.any_sharded(params):
         return params
-    device = processes.device(cfg.device)  # what no stage trained lies in parts still, and process 0 evaluates alone
+    device = processes.device(
+        cfg.device
+    )  # what no stage trained lies in parts still, and process 0 evaluates alone
     return map_leaves(lambda t: t.to(device), shards.gather(params))
 
 
-def read_stages(cfg: TrainConfig, params: Tree, folder: Path, *, validated: Callable[[Stage], bool] = lambda stage: True) -> Tree:
+def read_stages(
+    cfg: TrainConfig, params: Tree, folder: Path, *, validated: Callable[[Stage], bool] = lambda stage: True
+) -> Tree:
     """All parameters, with those that `fit_stages` trained and kept in `folder`.
 
     Args:
@@ -169,7 +200,9 @@ def read_stages(cfg: TrainConfig, params: Tree, folder: Path, *, validated: Call
     """
     for i, stage in enumerate(cfg.stages):
         keep = cfg.keep if validated(stage) else "last"
-        state = train.read_trained(folder / f"{i}-{stage.name}", keep, processes.device(cfg.device), model=params)
+        state = train.read_trained(
+            folder / f"{i}-{stage.name}", keep, processes.device(cfg.device), model=params
+        )
         params = merge(params, state.params)
     return params
 
@@ -194,7 +227,12 @@ def fit_stage(
     log(f"stage {stage.name}: {stage.steps} steps train {count(trained):,} of {count(params):,} parameters")
     optimizer = optimizer_of(cfg, stage, trained, seed)
     schedule = warmup_cosine(stage.steps, stage.warmup)
-    step = train.make_step(gradient_of(cfg, lambda p, b: loss_sum(merge(frozen_, p), b), cut), optimizer, clip=cfg.clip, seed=seed)
+    step = train.make_step(
+        gradient_of(cfg, lambda p, b: loss_sum(merge(frozen_, p), b), cut),
+        optimizer,
+        clip=cfg.clip,
+        seed=seed,
+    )
 
     def scored(state: train.State) -> dict[str, float]:
         assert validate is not None
@@ -254,8 +292,15 @@ def optimizer_of(cfg: TrainConfig, stage: Stage, trained: Tree, seed: int = 0) -
     made = with_master(made) if low and cfg.rounding == "master" else made
     if not stage.muon:
         return made
-    inner = {n for n, t in flatten(trained).items() if t.dim() > 1 and not re.search(r"(embed_tokens|lm_head|pos_embed)\.", n)}
-    turned = muon(lambda name: Rate(lr=stage.muon, weight_decay=stage.weight_decay), warmup_cosine(stage.steps, stage.warmup))
+    inner = {
+        n
+        for n, t in flatten(trained).items()
+        if t.dim() > 1 and not re.search(r"(embed_tokens|lm_head|pos_embed)\.", n)
+    }
+    turned = muon(
+        lambda name: Rate(lr=stage.muon, weight_decay=stage.weight_decay),
+        warmup_cosine(stage.steps, stage.warmup),
+    )
     return routed(lambda n: "muon" if n in inner else "adamw", {"adamw": made, "muon": turned})
 
 
@@ -281,17 +326,24 @@ def memory_of(
         stage = evolve(stage, steps=max(1, stage.warmup), epochs=0.0)  # their number changes no byte
     parts = _parts(params, processes if cfg.shard and processes > 1 else None)
     rows = {n: len(t) for n, t in flatten(params).items() if t.shape != parts[n].shape}
-    whole = lambda p: unflatten({n: estimate.gathered(t, rows[n]) if n in rows else t for n, t in flatten(p).items()})
+    whole = lambda p: unflatten(
+        {n: estimate.gathered(t, rows[n]) if n in rows else t for n, t in flatten(p).items()}
+    )
     trained, frozen_ = split(unflatten(parts), stage.train)
     optimizer = optimizer_of(cfg, stage, trained, seed)
     grad = gradient_of(cfg, lambda p, b: loss_sum(whole(merge(frozen_, p)), b), cut)
     state = train.State(params=trained, opt=optimizer.init(trained))
     step = train.make_step(grad, optimizer, clip=cfg.clip, seed=seed)
-    return estimate.peak_of(lambda: step(state, batch), {"frozen weights": frozen_, "trained weights": trained, "optimiser": state.opt})
+    return estimate.peak_of(
+        lambda: step(state, batch),
+        {"frozen weights": frozen_, "trained weights": trained, "optimiser": state.opt},
+    )
 
 
 def rows_of(cfg: TrainConfig, processes: int = 1) -> int:
     """Conversations that an estimate must see of a process's share: of two micro-batches and more the gradients are added up."""
     if processes < 1 or cfg.batch < processes:
-        raise ValueError(f"estimate: processes must lie in 1..train.batch, got {processes} and a batch of {cfg.batch}")
+        raise ValueError(
+            f"estimate: processes must lie in 1..train.batch, got {processes} and a batch of {cfg.batch}"
+        )
     return min(-(-cfg.batch // processes), 2 * cfg.chunk)

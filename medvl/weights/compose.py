@@ -34,7 +34,9 @@ class Pool:
     kinds: dict[str, str] = field(repr=False)
     layout: dict[str, int] = field(repr=False)  # module -> its place in `layouts`
     layouts: tuple[Layout, ...] = field(repr=False)
-    alone: tuple[Adapter, ...] = field(default=(), repr=False)  # one adapter that is no plain correction, and nothing else
+    alone: tuple[Adapter, ...] = field(
+        default=(), repr=False
+    )  # one adapter that is no plain correction, and nothing else
 
     def __len__(self) -> int:
         return len(self.names)
@@ -53,7 +55,9 @@ def stack_adapters(adapters: Sequence[Adapter]) -> Pool:
     names = tuple(a.name or f"adapter {i}" for i, a in enumerate(adapters))
     for name, adapter in zip(names, adapters, strict=True):
         if (why := _special(adapter)) and len(adapters) > 1:
-            raise ValueError(f"stack_adapters: {name!r} has {why}; it cannot be composed with others, only used alone")
+            raise ValueError(
+                f"stack_adapters: {name!r} has {why}; it cannot be composed with others, only used alone"
+            )
         if why:
             return Pool(names=names, factors={}, kinds={}, layout={}, layouts=(), alone=(adapter,))
     factors: Factors = {}
@@ -68,10 +72,20 @@ def stack_adapters(adapters: Sequence[Adapter]) -> Pool:
         ranks = tuple(x.rank(m) if m in x.factors else 0 for x in adapters)
         scales = tuple(float(x.scale[m]) if m in x.factors else 0.0 for x in adapters)
         dtype = torch.promote_types(torch.float32, a.dtype)
-        factors[m], layout[m] = {"a": a, "b": b}, seen.setdefault((ranks, scales, a.device, dtype), len(layouts))
+        factors[m], layout[m] = (
+            {"a": a, "b": b},
+            seen.setdefault((ranks, scales, a.device, dtype), len(layouts)),
+        )
         if layout[m] == len(layouts):
             owner = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks)).to(a.device)
-            layouts.append(Layout(ranks=ranks, scales=scales, owner=owner, scale=torch.tensor(scales, dtype=dtype, device=a.device)))
+            layouts.append(
+                Layout(
+                    ranks=ranks,
+                    scales=scales,
+                    owner=owner,
+                    scale=torch.tensor(scales, dtype=dtype, device=a.device),
+                )
+            )
     kinds = {m: k for a in adapters for m, k in a.kinds.items() if m in a.factors}
     return Pool(names=names, factors=factors, kinds=kinds, layout=layout, layouts=tuple(layouts))
 
@@ -94,10 +108,23 @@ def select(pool: Pool, chosen: Sequence[int]) -> Pool:
         ranks, scales = tuple(l.ranks[j] for j in chosen), tuple(l.scales[j] for j in chosen)
         owner = torch.arange(len(chosen)).repeat_interleave(torch.tensor(ranks)).to(l.owner.device)
         layouts.append(Layout(ranks=ranks, scales=scales, owner=owner, scale=l.scale[chosen]))
-        columns.append(torch.tensor([c for j in chosen for c in range(starts[j], starts[j] + l.ranks[j])], device=l.owner.device))
+        columns.append(
+            torch.tensor(
+                [c for j in chosen for c in range(starts[j], starts[j] + l.ranks[j])], device=l.owner.device
+            )
+        )
     held = {m: i for m, i in pool.layout.items() if sum(layouts[i].ranks)}
-    factors = {m: {"a": pool.factors[m]["a"][columns[i]], "b": pool.factors[m]["b"][:, columns[i]]} for m, i in held.items()}
-    return Pool(names=names, factors=factors, kinds={m: pool.kinds[m] for m in held}, layout=held, layouts=tuple(layouts))
+    factors = {
+        m: {"a": pool.factors[m]["a"][columns[i]], "b": pool.factors[m]["b"][:, columns[i]]}
+        for m, i in held.items()
+    }
+    return Pool(
+        names=names,
+        factors=factors,
+        kinds={m: pool.kinds[m] for m in held},
+        layout=held,
+        layouts=tuple(layouts),
+    )
 
 
 def compose_adapters(
@@ -158,12 +185,20 @@ def compose_adapters(
     if mode == "mixture" or w.dim() == 2:
         gates = [(w.to(l.scale) * l.scale).index_select(-1, l.owner) for l in pool.layouts]
         factors = {m: dict(f) for m, f in pool.factors.items()}
-        return Adapter(factors=factors, scale=scale, kinds=dict(pool.kinds), gate={m: gates[i] for m, i in pool.layout.items()}, name=name)
+        return Adapter(
+            factors=factors,
+            scale=scale,
+            kinds=dict(pool.kinds),
+            gate={m: gates[i] for m, i in pool.layout.items()},
+            name=name,
+        )
     fused = {m: _fuse(pool, m, w, how) for m in pool.factors}
     return Adapter(factors=fused, scale=scale, kinds=dict(pool.kinds), name=name)
 
 
-def fusion_error(adapters: Sequence[Adapter] | Pool, weights: Sequence[float] | Tensor, adapter: Adapter) -> dict[str, float]:
+def fusion_error(
+    adapters: Sequence[Adapter] | Pool, weights: Sequence[float] | Tensor, adapter: Adapter
+) -> dict[str, float]:
     """{module: |D - E| / |E|}, how far (Frobenius) the correction D of `adapter` is from the exact sum E = sum_j w_j s_j B_j A_j.
 
     From QR cores of the factors in float64; no full matrix is formed. Where E is 0: 0 if D is too, else infinite.
@@ -176,9 +211,13 @@ def fusion_error(adapters: Sequence[Adapter] | Pool, weights: Sequence[float] | 
     if w.dim() == 2:
         raise ValueError(f"fusion_error: weights must be one vector [{len(pool)}], got {list(w.shape)}")
     if (why := _special(adapter)) or pool.alone:
-        raise ValueError(f"fusion_error: {adapter} must be a plain correction, it has {why or _special(pool.alone[0])}")
+        raise ValueError(
+            f"fusion_error: {adapter} must be a plain correction, it has {why or _special(pool.alone[0])}"
+        )
     if extra := sorted(adapter.factors.keys() - pool.factors.keys()):
-        raise ValueError(f"fusion_error: {adapter} corrects {extra[0]}, which none of {', '.join(pool.names)} does")
+        raise ValueError(
+            f"fusion_error: {adapter} corrects {extra[0]}, which none of {', '.join(pool.names)} does"
+        )
     error = {}
     for m, f in pool.factors.items():
         l = pool.layouts[pool.layout[m]]
@@ -205,7 +244,10 @@ def _fuse(pool: Pool, module: str, weights: Tensor, how: _How) -> dict[str, Tens
     l, a, b = pool.layouts[pool.layout[module]], pool.factors[module]["a"], pool.factors[module]["b"]
     held = [j for j, r in enumerate(l.ranks) if r]
     sizes = [l.ranks[j] for j in held]
-    w, s = weights.to(a.device, torch.float64)[held], torch.tensor(l.scales, dtype=torch.float64, device=a.device)[held]
+    w, s = (
+        weights.to(a.device, torch.float64)[held],
+        torch.tensor(l.scales, dtype=torch.float64, device=a.device)[held],
+    )
     wide = torch.promote_types(torch.float32, a.dtype)
     rank = how.rank or max(r for other in pool.layouts for r in other.ranks)
     if how.rule == "cat":
@@ -215,15 +257,27 @@ def _fuse(pool: Pool, module: str, weights: Tensor, how: _How) -> dict[str, Tens
         u, size, v = torch.linalg.svd(core, full_matrices=False)
         made = v[:rank] @ p.T, q @ (u[:, :rank] * size[:rank])
     elif how.rule.endswith("_svd"):
-        full = [(q.to(wide) @ p.to(wide)) * t.to(wide) for p, q, t in zip(a.split(sizes), b.split(sizes, 1), s, strict=True)]
+        full = [
+            (q.to(wide) @ p.to(wide)) * t.to(wide)
+            for p, q, t in zip(a.split(sizes), b.split(sizes, 1), s, strict=True)
+        ]
         u, size, v = torch.linalg.svd(_merge(full, w.to(wide), how), full_matrices=False)
         made = v[:rank], u[:, :rank] * size[:rank]
     elif len(set(sizes)) > 1:
         ranks = ", ".join(f"{pool.names[j]!r} {l.ranks[j]}" for j in held)
-        raise ValueError(f"compose_adapters: {how.rule!r} needs equal ranks, {module} has {ranks}; 'cat' and 'svd' take any")
+        raise ValueError(
+            f"compose_adapters: {how.rule!r} needs equal ranks, {module} has {ranks}; 'cat' and 'svd' take any"
+        )
     else:
-        root, sign = (w * s.abs().sqrt(), s.sign()) if how.rule == "average" else ((w * s).abs().sqrt(), (w * s).sign())
-        made = _merge(a.split(sizes), (root * sign).to(wide), how), _merge(b.split(sizes, 1), root.to(wide), how)
+        root, sign = (
+            (w * s.abs().sqrt(), s.sign())
+            if how.rule == "average"
+            else ((w * s).abs().sqrt(), (w * s).sign())
+        )
+        made = (
+            _merge(a.split(sizes), (root * sign).to(wide), how),
+            _merge(b.split(sizes, 1), root.to(wide), how),
+        )
     return {"a": made[0].to(a.dtype).contiguous(), "b": made[1].to(b.dtype).contiguous()}
 
 
@@ -253,7 +307,9 @@ def _dropped(x: Tensor, how: _How) -> Tensor:
     assert how.gen is not None
     if how.density == 1:
         return x
-    kept = torch.bernoulli(torch.full(x.shape, how.density, dtype=x.dtype, device=how.gen.device), generator=how.gen)
+    kept = torch.bernoulli(
+        torch.full(x.shape, how.density, dtype=x.dtype, device=how.gen.device), generator=how.gen
+    )
     return x * kept.to(x.device) / how.density
 
 
@@ -269,9 +325,13 @@ def _weights(pool: Pool, weights: Any) -> Tensor:
     try:
         w = weights if isinstance(weights, Tensor) else torch.as_tensor(weights, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as e:
-        raise ValueError(f"compose_adapters: weights must be numbers [{k}] or [b, {k}], got {weights!r}: {e}") from e
+        raise ValueError(
+            f"compose_adapters: weights must be numbers [{k}] or [b, {k}], got {weights!r}: {e}"
+        ) from e
     if w.dim() not in (1, 2) or w.shape[-1] != k or not len(w):
-        raise ValueError(f"compose_adapters: weights must be [{k}] or [b, {k}] for {', '.join(pool.names)}, got {list(w.shape)}")
+        raise ValueError(
+            f"compose_adapters: weights must be [{k}] or [b, {k}] for {', '.join(pool.names)}, got {list(w.shape)}"
+        )
     if not bool(w.isfinite().all()):
         raise ValueError(f"compose_adapters: weights must be finite, got {w.tolist()}")
     return w
@@ -280,21 +340,32 @@ def _weights(pool: Pool, weights: Any) -> Tensor:
 def _check(mode: str, how: _How, w: Tensor) -> None:
     prunes = how.rule.startswith(_PRUNES)
     bad: Callable[[str], ValueError] = lambda text: ValueError(f"compose_adapters: {text}")
-    if mode not in ("mixture", "fusion") or how.rule not in get_args(Rule) or how.sign not in ("total", "frequency"):
+    if (
+        mode not in ("mixture", "fusion")
+        or how.rule not in get_args(Rule)
+        or how.sign not in ("total", "frequency")
+    ):
         known = f"mode mixture or fusion, rule one of {', '.join(get_args(Rule))}, majority_sign total or frequency"
         raise bad(f"{known}; got {mode!r}, {how.rule!r}, {how.sign!r}")
     if mode == "mixture" and how.rule != "cat":
         raise bad(f"a mixture is exact and has no rule, got {how.rule!r}; set mode='fusion'")
     if w.dim() == 2 and how.rule != "cat":
-        raise bad(f"rule {how.rule!r} makes one set of factors, of weights [{w.shape[1]}], got {list(w.shape)}; samples need a mixture")
+        raise bad(
+            f"rule {how.rule!r} makes one set of factors, of weights [{w.shape[1]}], got {list(w.shape)}; samples need a mixture"
+        )
     if how.rank is not None and (not how.rule.endswith("svd") or how.rank < 1):
         raise bad(f"rank must be at least 1 and belongs to svd rules, got {how.rank} for rule {how.rule!r}")
     if prunes and (how.density is None or not 0 < how.density <= 1):
-        raise bad(f"rule {how.rule!r} needs density in (0, 1], the share of values to keep, got {how.density}")
+        raise bad(
+            f"rule {how.rule!r} needs density in (0, 1], the share of values to keep, got {how.density}"
+        )
     if not prunes and how.density is not None:
         raise bad(f"rule {how.rule!r} keeps all values and has no density, got {how.density}")
     if ("dare" in how.rule) != (how.gen is not None):
-        raise bad(f"rule {how.rule!r} " + ("draws at random: give gen=torch.Generator()" if how.gen is None else "draws nothing: no gen"))
+        raise bad(
+            f"rule {how.rule!r} "
+            + ("draws at random: give gen=torch.Generator()" if how.gen is None else "draws nothing: no gen")
+        )
     if how.sign != "total" and "ties" not in how.rule:
         raise bad(f"rule {how.rule!r} elects no sign, got majority_sign={how.sign!r}")
 
@@ -319,7 +390,9 @@ def _fit(module: str, held: list[tuple[str, Adapter]]) -> None:
                 f"stack_adapters: {name!r}, {module}: A must be [r, in] and B [out, r], got {list(a.shape)} and {list(b.shape)}"
             )
     about = [
-        (adapter.kinds[module], f["b"].shape[0], f["a"].shape[1], f["a"].device) for _, adapter in held if (f := adapter.factors[module])
+        (adapter.kinds[module], f["b"].shape[0], f["a"].shape[1], f["a"].device)
+        for _, adapter in held
+        if (f := adapter.factors[module])
     ]
     for (name, _), is_ in zip(held, about, strict=True):
         if is_ != about[0]:

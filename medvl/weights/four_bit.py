@@ -35,7 +35,9 @@ class QuantConfig:
 
     def __attrs_post_init__(self) -> None:
         if self.blocksize not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
-            raise ValueError(f"QuantConfig: blocksize must be a power of two from 32 to 4096, got {self.blocksize}")
+            raise ValueError(
+                f"QuantConfig: blocksize must be a power of two from 32 to 4096, got {self.blocksize}"
+            )
         if self.kind not in ("nf4", "fp4"):
             raise ValueError(f"QuantConfig: kind must be 'nf4' or 'fp4', got {self.kind!r}")
         if isinstance(self.skip, str):
@@ -44,7 +46,9 @@ class QuantConfig:
             try:
                 re.compile(pattern)
             except re.error as e:
-                raise ValueError(f"QuantConfig: skip holds {pattern!r}, which is no regular expression: {e}") from e
+                raise ValueError(
+                    f"QuantConfig: skip holds {pattern!r}, which is no regular expression: {e}"
+                ) from e
 
 
 class FourBit(Lazy):
@@ -91,9 +95,15 @@ class _Product(torch.autograd.Function):
             return F.linear(x, _dequantize(w, x.dtype), bias)
         import bitsandbytes  # noqa: F401 (registers the kernels)
 
-        scales = {"absmax_8bit": w.absmax, "absmax_code": w.nested_code, "absmax_offset": w.offset} if w.nested is not None else {}
+        scales = (
+            {"absmax_8bit": w.absmax, "absmax_code": w.nested_code, "absmax_offset": w.offset}
+            if w.nested is not None
+            else {}
+        )
         absmax = w.absmax if w.nested is None else w.nested
-        return torch.ops.bitsandbytes.gemm_4bit.default(x, w.packed, w.shape, absmax, w.blocksize, w.kind, bias=bias, **scales)
+        return torch.ops.bitsandbytes.gemm_4bit.default(
+            x, w.packed, w.shape, absmax, w.blocksize, w.kind, bias=bias, **scales
+        )
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -114,7 +124,9 @@ def quantize(params: Mapping[str, Tensor], cfg: QuantConfig = QuantConfig()) -> 
     each = quantizer(cfg)
     done = {n: each(n, t) for n, t in params.items()}
     if not any(isinstance(w, FourBit) for w in done.values()):
-        raise ValueError(f"quantize: none of {len(params)} weights is a matrix that cfg.skip leaves to quantise")
+        raise ValueError(
+            f"quantize: none of {len(params)} weights is a matrix that cfg.skip leaves to quantise"
+        )
     return done
 
 
@@ -123,14 +135,23 @@ def quantizer(cfg: QuantConfig = QuantConfig()) -> Callable[[str, Tensor], Tenso
     skip = [re.compile(p) for p in cfg.skip]
 
     def each(name: str, t: Tensor) -> Tensor:
-        if isinstance(t, FourBit) and (t.kind, t.blocksize, t.nested is not None) == (cfg.kind, cfg.blocksize, cfg.double):
+        if isinstance(t, FourBit) and (t.kind, t.blocksize, t.nested is not None) == (
+            cfg.kind,
+            cfg.blocksize,
+            cfg.double,
+        ):
             return t
         if isinstance(t, Lazy):
-            raise ValueError(f"quantize: {name} must be a plain tensor, got {t!r}; quantise first, adapt afterwards")
+            raise ValueError(
+                f"quantize: {name} must be a plain tensor, got {t!r}; quantise first, adapt afterwards"
+            )
         if t.dim() < 2 or any(p.search(name) for p in skip):
             return t
         if t.dim() > 2 and not (t.dim() == 3 and EXPERTS.search(name)):
-            warnings.warn(f"quantize: {name} {list(t.shape)} stays in full precision, it is neither a matrix nor of experts", stacklevel=2)
+            warnings.warn(
+                f"quantize: {name} {list(t.shape)} stays in full precision, it is neither a matrix nor of experts",
+                stacklevel=2,
+            )
             return t
         return four_bit(t, cfg)
 
@@ -143,8 +164,14 @@ def four_bit(t: Tensor, cfg: QuantConfig = QuantConfig()) -> Tensor:
     Raises:
         ValueError: not a float16, bfloat16 or float32 matrix, or values that are not finite.
     """
-    if t.dtype not in (torch.float16, torch.bfloat16, torch.float32) or t.dim() not in (2, 3) or not t.numel():
-        raise ValueError(f"quantize: needs a matrix of 16- or 32-bit floats, got {list(t.shape)} {str(t.dtype)[6:]}")
+    if (
+        t.dtype not in (torch.float16, torch.bfloat16, torch.float32)
+        or t.dim() not in (2, 3)
+        or not t.numel()
+    ):
+        raise ValueError(
+            f"quantize: needs a matrix of 16- or 32-bit floats, got {list(t.shape)} {str(t.dtype)[6:]}"
+        )
     if t.is_meta:
         return _shaped(t, cfg)
     if not torch.isfinite(t).all():
@@ -169,15 +196,24 @@ def unpack(held: Mapping[str, Tensor]) -> Tensor:
     held = dict(held)
     state = next((k for k in held if k.startswith(".quant_state.bitsandbytes__")), None)
     if state is None:
-        raise ValueError("quant: a 4-bit weight must come with .quant_state.bitsandbytes__nf4 or __fp4; it is missing")
+        raise ValueError(
+            "quant: a 4-bit weight must come with .quant_state.bitsandbytes__nf4 or __fp4; it is missing"
+        )
     about = header(held)
-    need = {"", ".absmax", ".quant_map", *((".nested_absmax", ".nested_quant_map") if "nested_offset" in about else ())}
+    need = {
+        "",
+        ".absmax",
+        ".quant_map",
+        *((".nested_absmax", ".nested_quant_map") if "nested_offset" in about else ()),
+    }
     if missing := sorted(need - held.keys()):
         raise ValueError(f"quant: a 4-bit weight lacks {', '.join(missing)}")
     n = torch.Size(about["shape"]).numel()
     sizes = (held[""].numel(), held[".absmax"].numel())
     if sizes != (-(-n // 2), -(-n // about["blocksize"])):
-        raise ValueError(f"quant: {list(about['shape'])} needs {-(-n // 2)} bytes and {-(-n // about['blocksize'])} scales, got {sizes}")
+        raise ValueError(
+            f"quant: {list(about['shape'])} needs {-(-n // 2)} bytes and {-(-n // about['blocksize'])} scales, got {sizes}"
+        )
     parts = {k[1:]: t for k, t in held.items() if k}
     return _of_state(held[""], _functional().QuantState.from_dict(parts, device=held[""].device))
 
@@ -212,7 +248,9 @@ def _dequantize(w: FourBit, dtype: torch.dtype) -> Tensor:
     ops, absmax = torch.ops.bitsandbytes, w.absmax
     if w.nested is not None:
         assert w.nested_code is not None
-        absmax = ops.dequantize_blockwise.default(w.absmax, w.nested, w.nested_code, 256, torch.float32) + w.offset
+        absmax = (
+            ops.dequantize_blockwise.default(w.absmax, w.nested, w.nested_code, 256, torch.float32) + w.offset
+        )
     near = dtype if dtype in (torch.float16, torch.bfloat16, torch.float32) else torch.float32
     return ops.dequantize_4bit.default(w.packed, absmax, w.blocksize, w.kind, w.shape, near).to(dtype)
 
@@ -220,7 +258,10 @@ def _dequantize(w: FourBit, dtype: torch.dtype) -> Tensor:
 def _shaped(t: Tensor, cfg: QuantConfig) -> Tensor:
     """A weight without values, of the size that `t` would have."""
     blocks, like = -(-t.numel() // cfg.blocksize), lambda n, dtype: torch.empty(n, dtype=dtype, device="meta")
-    held = {"packed": like((-(-t.numel() // 2), 1), torch.uint8), "absmax": like(blocks, torch.uint8 if cfg.double else torch.float32)}
+    held = {
+        "packed": like((-(-t.numel() // 2), 1), torch.uint8),
+        "absmax": like(blocks, torch.uint8 if cfg.double else torch.float32),
+    }
     nested: dict[str, Any] = {
         "offset": like((), torch.float32),
         "nested": like(-(-blocks // 256), torch.float32),
@@ -241,14 +282,23 @@ def _of_state(packed: Tensor, state: Any) -> Tensor:
     }
     if nested is not None and nested.blocksize != 256:
         raise ValueError(f"quant: doubly quantised scales must come in blocks of 256, got {nested.blocksize}")
-    return FourBit.like(torch.Size(state.shape), state.dtype, packed.device, **held, kind=state.quant_type, blocksize=state.blocksize)
+    return FourBit.like(
+        torch.Size(state.shape),
+        state.dtype,
+        packed.device,
+        **held,
+        kind=state.quant_type,
+        blocksize=state.blocksize,
+    )
 
 
 def _state_of(w: FourBit) -> Any:
     functional = _functional()
     nested = None
     if w.nested is not None:
-        nested = functional.QuantState(absmax=w.nested, code=w.nested_code, blocksize=256, dtype=torch.float32)
+        nested = functional.QuantState(
+            absmax=w.nested, code=w.nested_code, blocksize=256, dtype=torch.float32
+        )
     code = functional.get_4bit_type(w.kind, device=w.packed.device)
     return functional.QuantState(
         absmax=w.absmax,
@@ -263,7 +313,9 @@ def _state_of(w: FourBit) -> Any:
 
 
 def _functional() -> Any:
-    log = logging.getLogger("bitsandbytes.backends.cpu.ops")  # it warns of a kernel that it would download and that is not used here
+    log = logging.getLogger(
+        "bitsandbytes.backends.cpu.ops"
+    )  # it warns of a kernel that it would download and that is not used here
     level = log.level
     log.setLevel(logging.ERROR)
     try:

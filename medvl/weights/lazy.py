@@ -15,16 +15,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _aten = torch.ops.aten
-EXPERTS = re.compile(r"(^|\.)experts\.\w+$")  # a parameter of a mixture model that holds the matrices of all experts of a layer
+EXPERTS = re.compile(
+    r"(^|\.)experts\.\w+$"
+)  # a parameter of a mixture model that holds the matrices of all experts of a layer
 # What layers do with such a parameter; grouped_mm has moved between versions of torch.
 _OF_EXPERTS = (
     Tensor.transpose,
     Tensor.__getitem__,
     torch.bmm,
     torch.matmul,
-    *(getattr(space, name) for space, name in ((F, "grouped_mm"), (torch, "_grouped_mm")) if hasattr(space, name)),
+    *(
+        getattr(space, name)
+        for space, name in ((F, "grouped_mm"), (torch, "_grouped_mm"))
+        if hasattr(space, name)
+    ),
 )
-_COPIES = (_aten.detach.default, _aten.alias.default, _aten._to_copy.default, _aten.clone.default, _aten.view.default)
+_COPIES = (
+    _aten.detach.default,
+    _aten.alias.default,
+    _aten._to_copy.default,
+    _aten.clone.default,
+    _aten.view.default,
+)
 
 
 class Lazy(Tensor):
@@ -82,7 +94,11 @@ class Lazy(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
-        if func in _COPIES and isinstance(args[0], Lazy) and (func is not _aten.view.default or args[0].shape == torch.Size(args[1])):
+        if (
+            func in _COPIES
+            and isinstance(args[0], Lazy)
+            and (func is not _aten.view.default or args[0].shape == torch.Size(args[1]))
+        ):
             if func is _aten.clone.default:
                 return args[0].mapped(_cloned)
             return args[0].moved(kwargs.get("dtype"), kwargs.get("device"))
@@ -109,7 +125,9 @@ class Lazy(Tensor):
         return self.mapped(lambda t: copy.deepcopy(t, memo))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError(f"{self!r} is not saved as it is: write adapters with write_adapter, models with hub.save")
+        raise TypeError(
+            f"{self!r} is not saved as it is: write adapters with write_adapter, models with hub.save"
+        )
 
 
 class LowRank(Lazy):
@@ -190,20 +208,34 @@ class LowRank(Lazy):
         """The gate [b, r] of each row's sample, shaped to multiply h: [b, t, r], or rows of several samples one after the other."""
         gate, n = self.gate, h.shape[0]
         assert gate is not None
-        if self.rows is not None:  # sample of each visual token; a tower sees tokens, patches (more) or tiles (fewer) in the same order
+        if (
+            self.rows is not None
+        ):  # sample of each visual token; a tower sees tokens, patches (more) or tiles (fewer) in the same order
             total = len(self.rows)
             if n % total and total % n:
-                raise ValueError(f"{self!r}: {n} rows do not belong to {total} visual tokens; rows must be of the ids of this batch")
+                raise ValueError(
+                    f"{self!r}: {n} rows do not belong to {total} visual tokens; rows must be of the ids of this batch"
+                )
             of = self.rows.repeat_interleave(n // total) if n >= total else self.rows[:: total // n]
             gate = gate[of]
         elif n != len(gate) and len(gate) > 1:
-            flat = "; this layer flattens its batch, so it cannot have weights per sample" if h.dim() == 2 else ""
+            flat = (
+                "; this layer flattens its batch, so it cannot have weights per sample"
+                if h.dim() == 2
+                else ""
+            )
             what = flat or "; give weights for every sample of the batch"
             raise ValueError(f"{self!r}: weights for {len(gate)} samples meet {n} rows{what}")
         return gate[:, None, :] if h.dim() == 3 else gate
 
     def _about(self) -> str:
-        how = "routed" if self.router is not None else "per sample" if self.gate is not None and self.gate.dim() > 1 else ""
+        how = (
+            "routed"
+            if self.router is not None
+            else "per sample"
+            if self.gate is not None and self.gate.dim() > 1
+            else ""
+        )
         base = repr(self.base) if isinstance(self.base, Lazy) else str(self.base.dtype)[6:]
         return f"{list(self.shape)}, {self.kind}, rank {len(self.a)}{' ' + how if how else ''} over {base}"
 
@@ -265,15 +297,24 @@ def low_rank(
         and its public code, `llava/peft/tuners/lora.py`, `Linear.forward`.
     """
     r, ends = len(a), (b.shape[0], a.shape[1])
-    if a.dim() != 2 or b.dim() != 2 or b.shape[1] != r or base.shape != (ends if kind == "linear" else ends[::-1]):
+    if (
+        a.dim() != 2
+        or b.dim() != 2
+        or b.shape[1] != r
+        or base.shape != (ends if kind == "linear" else ends[::-1])
+    ):
         sizes = f"{list(a.shape)} and {list(b.shape)} for {list(base.shape)} of kind {kind}"
         raise ValueError(f"low_rank: A [r, in] and B [out, r] must fit the weight, got {sizes}")
     if gate is not None and (gate.dim() > 2 or gate.shape[-1] != r):
         raise ValueError(f"low_rank: the gate must be [{r}] or [b, {r}], got {list(gate.shape)}")
     if router is not None and (kind == "embedding" or router.shape[-1] != a.shape[1] or r % len(router)):
-        raise ValueError(f"low_rank: the router must be [n, {a.shape[1]}] with n dividing rank {r}, got {list(router.shape)}")
+        raise ValueError(
+            f"low_rank: the router must be [n, {a.shape[1]}] with n dividing rank {r}, got {list(router.shape)}"
+        )
     held = {"base": base, "a": a, "b": b, "gate": gate, "router": router, "rows": rows}
-    return LowRank.like(base.shape, base.dtype, base.device, **held, scale=float(scale), kind=kind, dropout=dropout)
+    return LowRank.like(
+        base.shape, base.dtype, base.device, **held, scale=float(scale), kind=kind, dropout=dropout
+    )
 
 
 def sharded(shard: Any) -> Tensor:
@@ -296,7 +337,12 @@ def per_row(params: Mapping[str, Tensor], samples: Tensor, count: int) -> dict[s
         ValueError: weights for another number of samples.
     """
     for name, w in params.items():
-        if isinstance(w, LowRank) and w.gate is not None and w.gate.dim() == 2 and len(w.gate) not in (1, count):
+        if (
+            isinstance(w, LowRank)
+            and w.gate is not None
+            and w.gate.dim() == 2
+            and len(w.gate) not in (1, count)
+        ):
             raise ValueError(f"{name} has weights for {len(w.gate)} samples, the batch has {count}")
     return {n: w.per_row(samples) if isinstance(w, LowRank) else w for n, w in params.items()}
 
@@ -310,7 +356,9 @@ def dense(w: Tensor) -> Tensor:
     return w.dense() if isinstance(w, Lazy) else w
 
 
-def to(params: Mapping[str, Tensor], device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def to(
+    params: Mapping[str, Tensor], device: str | torch.device | None = None, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
     """The params elsewhere or in another precision; codes and scales of 4-bit weights keep theirs."""
     return {n: _moved(w, dtype, None if device is None else torch.device(device)) for n, w in params.items()}
 
@@ -331,7 +379,9 @@ def nbytes(params: Mapping[str, Tensor]) -> int:
     for w in params.values():
         for t in leaves(w):
             t = t.to_local() if hasattr(t, "to_local") else t
-            held[t.untyped_storage().data_ptr() or id(t)] = t.untyped_storage().nbytes() if t.device.type != "meta" else t.nbytes
+            held[t.untyped_storage().data_ptr() or id(t)] = (
+                t.untyped_storage().nbytes() if t.device.type != "meta" else t.nbytes
+            )
     return sum(held.values())
 
 

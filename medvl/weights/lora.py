@@ -14,7 +14,9 @@ from medvl.base import config
 from medvl.weights.lazy import EXPERTS, Lazy, dense, low_rank
 
 Factors = dict[str, dict[str, Tensor]]  # {module: {"a" [r, in], "b" [out, r], with experts "router" [n, in]}}
-VISION = re.compile(r"(^|\.)(visual|vision_tower|vision_model|vision_embed_tokens|multi_modal_projector|mm_projector)(\.|$)")
+VISION = re.compile(
+    r"(^|\.)(visual|vision_tower|vision_model|vision_embed_tokens|multi_modal_projector|mm_projector)(\.|$)"
+)
 _HEAD = re.compile(r"(^|\.)(lm_head|score|classifier|head)$")
 
 
@@ -28,7 +30,9 @@ class LoraConfig:
     dropout: float = 0.0
     # Names of layers, or ends of names; layers of a vision tower or projector only if `vision`. Or one regex in `pattern` for full names.
     targets: tuple[str, ...] = ()
-    pattern: str = field(default="", metadata={"unless": "targets"})  # "all-linear": every linear layer but the head
+    pattern: str = field(
+        default="", metadata={"unless": "targets"}
+    )  # "all-linear": every linear layer but the head
     vision: bool = False
     exclude: tuple[str, ...] = ()
     rank_pattern: dict[str, int] = field(factory=dict)  # regex for the end of a name -> rank
@@ -38,17 +42,27 @@ class LoraConfig:
 
     def __attrs_post_init__(self) -> None:
         if isinstance(self.targets, str) or isinstance(self.exclude, str):
-            raise ValueError(f"LoraConfig: targets and exclude are tuples of names, got {self.targets!r} and {self.exclude!r}")
+            raise ValueError(
+                f"LoraConfig: targets and exclude are tuples of names, got {self.targets!r} and {self.exclude!r}"
+            )
         ranks = [self.rank, *self.rank_pattern.values()]
         if min(ranks) < 1 or not 0 <= self.dropout < 1 or self.experts < 0:
-            raise ValueError(f"LoraConfig: ranks must be positive, dropout in [0, 1), experts not negative, got {self}")
+            raise ValueError(
+                f"LoraConfig: ranks must be positive, dropout in [0, 1), experts not negative, got {self}"
+            )
         config.within(self, "LoraConfig", rank=config.WIDTH, alpha=(0, 1e6), experts=(0, 1024))
-        if max(ranks) > config.WIDTH[1] or not all(0 <= alpha <= 1e6 for alpha in self.alpha_pattern.values()):
-            raise ValueError(f"LoraConfig: rank_pattern and alpha_pattern need ranks and alphas as above, got {self}")
+        if max(ranks) > config.WIDTH[1] or not all(
+            0 <= alpha <= 1e6 for alpha in self.alpha_pattern.values()
+        ):
+            raise ValueError(
+                f"LoraConfig: rank_pattern and alpha_pattern need ranks and alphas as above, got {self}"
+            )
         if self.experts and any(r % self.experts for r in ranks):
             raise ValueError(f"LoraConfig: {self.experts} experts must divide the rank, got {ranks}")
         if bool(self.targets) == bool(self.pattern):
-            raise ValueError("LoraConfig: give either targets (names) or pattern (one regex, or 'all-linear')")
+            raise ValueError(
+                "LoraConfig: give either targets (names) or pattern (one regex, or 'all-linear')"
+            )
         for regex in (self.pattern, *self.rank_pattern, *self.alpha_pattern):
             try:
                 re.compile(regex)
@@ -67,7 +81,9 @@ class Adapter:
     scale: dict[str, float]
     kinds: dict[str, str]  # module -> "linear", "embedding" or "conv1d"
     gate: dict[str, Tensor] = field(factory=dict)
-    full: dict[str, Tensor] = field(factory=dict)  # parameters that the adapter replaces as a whole (peft's modules_to_save)
+    full: dict[str, Tensor] = field(
+        factory=dict
+    )  # parameters that the adapter replaces as a whole (peft's modules_to_save)
     dropout: float = 0.0
     name: str = ""
     config: dict[str, Any] = field(factory=dict)  # the adapter_config.json it came from
@@ -91,7 +107,11 @@ def targets(cfg: LoraConfig, skeleton: Any) -> dict[str, str]:
     kinds = adaptable(skeleton)
     excluded = {n for n in kinds if any(_ends(n, e) for e in cfg.exclude)}
     if cfg.pattern:
-        linear = {n for n, k in kinds.items() if k != "embedding" and not _HEAD.search(n) and (cfg.vision or not VISION.search(n))}
+        linear = {
+            n
+            for n, k in kinds.items()
+            if k != "embedding" and not _HEAD.search(n) and (cfg.vision or not VISION.search(n))
+        }
         hit = linear if cfg.pattern == "all-linear" else {n for n in kinds if re.fullmatch(cfg.pattern, n)}
     else:
         hit = set()
@@ -116,7 +136,9 @@ def adaptable(skeleton: Any) -> dict[str, str]:
     return {n: k for n, m in skeleton.module.named_modules() if (k := _kind(m))}
 
 
-def init_lora(cfg: LoraConfig, skeleton: Any, gen: Generator, *, device: str | torch.device = "cpu") -> Adapter:
+def init_lora(
+    cfg: LoraConfig, skeleton: Any, gen: Generator, *, device: str | torch.device = "cpu"
+) -> Adapter:
     """A new adapter, float32: it changes nothing yet (B, or an embedding's A, is zero).
 
     A warning says how much of a mixture model "all-linear" leaves alone: the experts of a layer are one parameter, no linear layers.
@@ -126,7 +148,9 @@ def init_lora(cfg: LoraConfig, skeleton: Any, gen: Generator, *, device: str | t
     """
     factors: Factors = {}
     kinds, scale = targets(cfg, skeleton), {}
-    experts = {n: p.numel() for n, p in skeleton.module.named_parameters() if p.dim() == 3 and EXPERTS.search(n)}
+    experts = {
+        n: p.numel() for n, p in skeleton.module.named_parameters() if p.dim() == 3 and EXPERTS.search(n)
+    }
     if experts and cfg.pattern == "all-linear":
         warnings.warn(
             f"lora: all-linear corrects no experts: {next(iter(experts))} and {len(experts) - 1} more hold "
@@ -137,7 +161,9 @@ def init_lora(cfg: LoraConfig, skeleton: Any, gen: Generator, *, device: str | t
         shape = skeleton.module.get_parameter(f"{name}.weight").shape
         out, into = (shape[0], shape[1]) if kind == "linear" else (shape[1], shape[0])
         if cfg.experts and kind == "embedding":
-            raise ValueError(f"lora: {name} is an embedding, which has no hidden state to route by; experts need linear layers")
+            raise ValueError(
+                f"lora: {name} is an embedding, which has no hidden state to route by; experts need linear layers"
+            )
         r = _first(cfg.rank_pattern, name, cfg.rank)
         alpha = _first(cfg.alpha_pattern, name, cfg.alpha)
         if kind == "embedding":
@@ -152,7 +178,9 @@ def init_lora(cfg: LoraConfig, skeleton: Any, gen: Generator, *, device: str | t
     return Adapter(factors=factors, scale=scale, kinds=kinds, dropout=cfg.dropout)
 
 
-def apply_lora(params: Mapping[str, Tensor], adapter: Adapter, *, rows: Tensor | None = None, train: bool = False) -> dict[str, Tensor]:
+def apply_lora(
+    params: Mapping[str, Tensor], adapter: Adapter, *, rows: Tensor | None = None, train: bool = False
+) -> dict[str, Tensor]:
     """The params with the adapter on them; nothing is copied and nothing of the base is changed.
 
     Args:
@@ -167,7 +195,9 @@ def apply_lora(params: Mapping[str, Tensor], adapter: Adapter, *, rows: Tensor |
     for where, t in adapter.full.items():
         if where not in params or params[where].shape != t.shape:
             held = list(params[where].shape) if where in params else "nothing"
-            raise ValueError(f"apply_lora: {adapter} replaces {where} {list(t.shape)}, the model has {held} there")
+            raise ValueError(
+                f"apply_lora: {adapter} replaces {where} {list(t.shape)}, the model has {held} there"
+            )
         done[where] = t.to(params[where].device)
     for name, f in adapter.factors.items():
         where, gate = _parameter(params, name), adapter.gate.get(name)
@@ -189,7 +219,9 @@ def apply_lora(params: Mapping[str, Tensor], adapter: Adapter, *, rows: Tensor |
                 dropout=adapter.dropout if train else 0.0,
             )
         except ValueError as e:
-            raise ValueError(f"apply_lora: {name} of {adapter}: {e}; was the adapter made for another model?") from e
+            raise ValueError(
+                f"apply_lora: {name} of {adapter}: {e}; was the adapter made for another model?"
+            ) from e
     return done
 
 
@@ -214,10 +246,18 @@ class Merged:
 
     params: dict[str, Tensor] = field(repr=False)
     change: dict[str, float]  # |s B A| / |W| of each module (Frobenius norms)
-    lost: dict[str, float]  # |rounded - exact| / |s B A|: how much of the correction the dtype of the result rounds away
+    lost: dict[
+        str, float
+    ]  # |rounded - exact| / |s B A|: how much of the correction the dtype of the result rounds away
 
 
-def merge(params: Mapping[str, Tensor], adapter: Adapter, *, dtype: torch.dtype | None = None, also_head: bool = False) -> Merged:
+def merge(
+    params: Mapping[str, Tensor],
+    adapter: Adapter,
+    *,
+    dtype: torch.dtype | None = None,
+    also_head: bool = False,
+) -> Merged:
     """Add an adapter into its weights, for export: 4-bit weights are written out, the sum is rounded to `dtype` (default: the weight's).
 
     Args:
@@ -232,7 +272,11 @@ def merge(params: Mapping[str, Tensor], adapter: Adapter, *, dtype: torch.dtype 
             f"merge: {sharing[0]} has the weight {_parameter(params, sharing[0])} of another layer, which its adapter does not correct; "
             "give them a weight each (skeleton, params = hub.untie(skeleton, params)), or keep the adapter apart"
         )
-    tied = [m for m, k in adapter.kinds.items() if k == "embedding"] if "lm_head.weight" not in params and not also_head else []
+    tied = (
+        [m for m, k in adapter.kinds.items() if k == "embedding"]
+        if "lm_head.weight" not in params and not also_head
+        else []
+    )
     if tied:
         raise ValueError(
             f"merge: {tied[0]} may be tied to the head, which its adapter does not correct; give them a weight each (hub.untie), "
@@ -246,7 +290,9 @@ def merge(params: Mapping[str, Tensor], adapter: Adapter, *, dtype: torch.dtype 
         try:
             exact = dense(low_rank_over(w, base))
         except ValueError as e:
-            raise ValueError(f"merge: {name}: {e}; keep the adapter apart, or compose it with one weight vector") from e
+            raise ValueError(
+                f"merge: {name}: {e}; keep the adapter apart, or compose it with one weight vector"
+            ) from e
         out = exact.to(dtype or params[where].dtype)
         merged[where] = out
         size = (exact - base).norm().clamp(min=1e-30)
@@ -264,12 +310,16 @@ def low_rank_over(w: Tensor, base: Tensor) -> Tensor:
 
 def count(adapter: Adapter, params: Mapping[str, Tensor]) -> tuple[int, int, float]:
     """(numbers to train, numbers of the model without them, their share of the sum in percent)."""
-    own = sum(t.numel() for f in adapter.factors.values() for t in f.values()) + sum(t.numel() for t in adapter.full.values())
+    own = sum(t.numel() for f in adapter.factors.values() for t in f.values()) + sum(
+        t.numel() for t in adapter.full.values()
+    )
     base = sum(w.numel() for w in params.values())
     return own, base, 100 * own / max(1, own + base)
 
 
-def to(adapter: Adapter, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Adapter:
+def to(
+    adapter: Adapter, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+) -> Adapter:
     """The adapter elsewhere or in another precision.
 
     Raises:

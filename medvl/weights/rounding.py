@@ -24,7 +24,9 @@ class Packing:
 def round_stochastic(values: Tensor, gen: Generator) -> Tensor:
     """float32 -> bfloat16, to one of the two neighbours with the odds of the distance, so that the mean is exact; inf and nan stay."""
     noise = torch.randint(2**16, values.shape, dtype=torch.int32, device=values.device, generator=gen)
-    bits = values.contiguous().view(torch.int32) + noise  # carries into the upper half as often as the lower half is large
+    bits = (
+        values.contiguous().view(torch.int32) + noise
+    )  # carries into the upper half as often as the lower half is large
     return torch.where(values.isfinite(), (bits & -(2**16)).view(torch.float32), values).bfloat16()
 
 
@@ -47,14 +49,22 @@ def bunches(sizes: dict[str, int]) -> list[list[str]]:
 
 
 def in_pieces(
-    kernel: Callable[..., None], t: Tensor, g: Tensor, moments: list[Any], packing: Packing | None, gen: Generator | None
+    kernel: Callable[..., None],
+    t: Tensor,
+    g: Tensor,
+    moments: list[Any],
+    packing: Packing | None,
+    gen: Generator | None,
 ) -> None:
     """Run `kernel` on one parameter, in float32 or wider, a piece at a time; round what is kept in fewer bits."""
     p, g = t.contiguous().view(-1), g.reshape(-1)
     for i in range(0, len(p), PIECE):
         span = slice(i, i + PIECE)
         wide = p[span].float() if p.dtype in HALF else p[span]
-        opened = [_opened(m, packing, span, signed).to(wide.dtype) for m, signed in zip(moments, (True, False), strict=True)]
+        opened = [
+            _opened(m, packing, span, signed).to(wide.dtype)
+            for m, signed in zip(moments, (True, False), strict=True)
+        ]
         kernel([wide], [g[span].to(wide.dtype)], *([m] for m in opened))
         for m, values, signed in zip(moments, opened, (True, False), strict=True):
             _closed(m, packing, span, signed, values)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from medvl.base.tree import Tree, flatten, map_leaves, matching, unflatten
-from medvl.weights import lazy as weights
+from medvl.weights import lazy
 
 
 def mesh(device: str | torch.device = "cpu") -> Any:
@@ -40,11 +40,15 @@ def shard(params: Tree, mesh: Any, *, patterns: Sequence[str] = (".*",), least: 
     cut = sharder(mesh, patterns=patterns, least=least)
     leaves = {n: cut(n, t) for n, t in flat.items()}
     if mesh is not None and not any_sharded(leaves):
-        raise ValueError(f"shard: none of {len(flat)} parameters is a plain matrix of at least {least} values that a pattern matches")
+        raise ValueError(
+            f"shard: none of {len(flat)} parameters is a plain matrix of at least {least} values that a pattern matches"
+        )
     return unflatten(leaves)
 
 
-def sharder(mesh: Any, *, patterns: Sequence[str] = (".*",), least: int = 2**14) -> Callable[[str, Tensor], Tensor]:
+def sharder(
+    mesh: Any, *, patterns: Sequence[str] = (".*",), least: int = 2**14
+) -> Callable[[str, Tensor], Tensor]:
     """(name, weight) -> what `shard` makes of it; given to `hub.load` as `each`, no process ever holds the whole model.
 
     Args:
@@ -53,8 +57,14 @@ def sharder(mesh: Any, *, patterns: Sequence[str] = (".*",), least: int = 2**14)
     chosen = [re.compile(p) for p in patterns]
 
     def cut(name: str, t: Tensor) -> Tensor:
-        plain = not isinstance(t, weights.Lazy) and not is_shard(t) and t.is_floating_point()
-        if mesh is None or not plain or t.dim() != 2 or t.numel() < least or not any(p.fullmatch(name) for p in chosen):
+        plain = not isinstance(t, lazy.Lazy) and not is_shard(t) and t.is_floating_point()
+        if (
+            mesh is None
+            or not plain
+            or t.dim() != 2
+            or t.numel() < least
+            or not any(p.fullmatch(name) for p in chosen)
+        ):
             return t
         if isinstance(mesh, int):
             return t.new_empty(-(-len(t) // mesh), t.shape[1])
@@ -67,7 +77,7 @@ def sharder(mesh: Any, *, patterns: Sequence[str] = (".*",), least: int = 2**14)
 
 def as_weights(leaves: Tree) -> Tree:
     """What a skeleton is called with: shards as weights that are gathered when used and pass their gradient back in parts."""
-    return map_leaves(lambda t: weights.sharded(t) if is_shard(t) else t, leaves)
+    return map_leaves(lambda t: lazy.sharded(t) if is_shard(t) else t, leaves)
 
 
 def gather(leaves: Tree) -> Tree:

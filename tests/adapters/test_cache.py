@@ -25,8 +25,16 @@ SIZES = {"up": (24, 16), "down": (16, 24)}  # out, in
 def make(i, rank=2, sizes=SIZES):
     """Adapter i, the same each time."""
     gen = torch.Generator().manual_seed(1000 + i)
-    factors = {m: {"a": torch.randn(rank, n, generator=gen), "b": torch.randn(o, rank, generator=gen)} for m, (o, n) in sizes.items()}
-    return lora.Adapter(factors=factors, scale=dict.fromkeys(sizes, 0.5 + i), kinds=dict.fromkeys(sizes, "linear"), name=f"a{i}")
+    factors = {
+        m: {"a": torch.randn(rank, n, generator=gen), "b": torch.randn(o, rank, generator=gen)}
+        for m, (o, n) in sizes.items()
+    }
+    return lora.Adapter(
+        factors=factors,
+        scale=dict.fromkeys(sizes, 0.5 + i),
+        kinds=dict.fromkeys(sizes, "linear"),
+        name=f"a{i}",
+    )
 
 
 ONE = 2 * (16 + 24) * 4 * 2  # bytes of make(i)
@@ -67,7 +75,9 @@ def test_nbytes_counts_all_and_what_is_shared_once():
     assert nbytes(evolve(adapter, full={"head.weight": torch.zeros(5, dtype=torch.float64)})) == ONE + 40
     assert nbytes(lora.to(adapter, dtype=torch.bfloat16)) == ONE // 2
     pool = stack_adapters([make(0), make(1)])
-    assert nbytes(compose_adapters(pool, [[0.2, 0.8]] * 3)) == 2 * ONE + 3 * 4 * 4  # both modules have one gate [3, 4]
+    assert (
+        nbytes(compose_adapters(pool, [[0.2, 0.8]] * 3)) == 2 * ONE + 3 * 4 * 4
+    )  # both modules have one gate [3, 4]
 
 
 def test_the_least_recently_used_goes_first():
@@ -146,7 +156,9 @@ def test_a_mixture_has_the_bits_of_composing_a_plain_list(gen):
     logits = lambda adapter: skeleton(lora.apply_lora(params, adapter), input_ids=ids).logits
     with torch.no_grad():
         for _ in range(3):
-            got = retrieve(RetrieveConfig(k=2, weighting="softmax"), torch.randn(2, 5, generator=gen), vectors)
+            got = retrieve(
+                RetrieveConfig(k=2, weighting="softmax"), torch.randn(2, 5, generator=gen), vectors
+            )
             some = got.indices.unique().tolist()
             mixed = mix(pool, got)
             want = compose_adapters([adapters[i] for i in some], mixture_weights(got, 6)[:, some])
@@ -166,14 +178,24 @@ def test_rows_that_abstained_have_no_adapter():
 
 
 def test_rows_of_one_choice_are_one_group():
-    got = found([[3, 1], [-1, -1], [1, 3], [3, 1], [3, -1], [-1, -1]], [[0.75, 0.25], [0, 0], [0.25, 0.75], [0.25, 0.75], [1, 0], [0, 0]])
+    got = found(
+        [[3, 1], [-1, -1], [1, 3], [3, 1], [3, -1], [-1, -1]],
+        [[0.75, 0.25], [0, 0], [0.25, 0.75], [0.25, 0.75], [1, 0], [0, 0]],
+    )
     want = [([0, 2], [1, 3], [0.25, 0.75]), ([1, 5], [], []), ([3], [1, 3], [0.75, 0.25]), ([4], [3], [1.0])]
     assert groups(got) == want
     assert groups(found([[], []], [[], []])) == [([0, 1], [], [])]
 
 
 @pytest.mark.parametrize(
-    "how", [{}, {"rank": 1}, {"rule": "cat"}, {"rule": "ties", "density": 0.5, "majority_sign": "frequency"}, {"rule": "average"}]
+    "how",
+    [
+        {},
+        {"rank": 1},
+        {"rule": "cat"},
+        {"rule": "ties", "density": 0.5, "majority_sign": "frequency"},
+        {"rule": "average"},
+    ],
 )
 def test_a_fusion_has_the_bits_of_composing_a_plain_list(how):
     fuse = fused(pooled(cached(make, 4 * ONE)), 10 * ONE, **how)
@@ -286,7 +308,10 @@ def test_threads_share_one():
             want = compose_adapters([make(i) for i in ids], [[0.5, 0.25, 0.25]])
             try:
                 same(mix(pool, found([ids], [[0.5, 0.25, 0.25]])), want)
-                same(fuse(ids[:2], [0.5, 0.5]), compose_adapters([make(i) for i in ids[:2]], [0.5, 0.5], mode="fusion"))
+                same(
+                    fuse(ids[:2], [0.5, 0.5]),
+                    compose_adapters([make(i) for i in ids[:2]], [0.5, 0.5], mode="fusion"),
+                )
                 assert [a.name for a in get(ids)] == [f"a{i}" for i in ids]
             except Exception as e:
                 wrong.append(repr(e))
@@ -315,7 +340,9 @@ def test_a_call_above_the_budget_says_what_it_needs():
     assert [a.name for a in get([1, 2])] == ["a1", "a2"]
     assert [a.name for a in cached(make, 4 * ONE)([7, 1, 2, 3])] == ["a7", "a1", "a2", "a3"]
     fuse = fused(pooled(get), ONE, rule="cat")
-    with pytest.raises(ValueError, match=rf"fused: the fusion of adapters \[0, 4\] must fit together: need {2 * ONE:,} bytes"):
+    with pytest.raises(
+        ValueError, match=rf"fused: the fusion of adapters \[0, 4\] must fit together: need {2 * ONE:,} bytes"
+    ):
         fuse([4, 0], [0.5, 0.5])
 
 
@@ -329,10 +356,15 @@ def test_a_budget_is_a_number_of_bytes(budget):
 
 def test_errors():
     get = cached(make, 4 * ONE)
-    with pytest.raises(ValueError, match=r"cached: ids must be >= 0, got \[3, -1\]; -1 marks an empty place of `Retrieved`"):
+    with pytest.raises(
+        ValueError, match=r"cached: ids must be >= 0, got \[3, -1\]; -1 marks an empty place of `Retrieved`"
+    ):
         get(torch.tensor([3, -1]))
     fuse = fused(pooled(get), 4 * ONE)
-    with pytest.raises(ValueError, match="fused: needs ids and a weight for each, got 0 and 0; without ids run the bare model"):
+    with pytest.raises(
+        ValueError,
+        match="fused: needs ids and a weight for each, got 0 and 0; without ids run the bare model",
+    ):
         fuse([], [])
     with pytest.raises(ValueError, match="fused: needs ids and a weight for each, got 2 and 1"):
         fuse([0, 1], [1.0])

@@ -8,8 +8,7 @@ import torch
 from attrs import evolve
 from PIL import Image
 
-from medvl.adapters import cache as adapter_cache
-from medvl.adapters import embed, experts
+from medvl.adapters import cache, embed, experts
 from medvl.adapters.embed import EmbedConfig
 from medvl.adapters.experts import Experts
 from medvl.adapters.retrieve import RetrieveConfig, Retrieved
@@ -21,11 +20,20 @@ from medvl.weights.lora import LoraConfig
 from tests import tiny
 
 CONFIGS = {
-    "qwen2_vl": tiny.CONFIGS["qwen2_vl"] | {"vision_config": tiny.CONFIGS["qwen2_vl"]["vision_config"] | {"patch_size": 14}},
+    "qwen2_vl": tiny.CONFIGS["qwen2_vl"]
+    | {"vision_config": tiny.CONFIGS["qwen2_vl"]["vision_config"] | {"patch_size": 14}},
     "internvl": tiny.CONFIGS["internvl"]
-    | {"vision_config": tiny.CONFIGS["internvl"]["vision_config"] | {"image_size": [56, 56], "patch_size": [14, 14]}},
+    | {
+        "vision_config": tiny.CONFIGS["internvl"]["vision_config"]
+        | {"image_size": [56, 56], "patch_size": [14, 14]}
+    },
 }
-WORDS = ["Where is the lesion in this picture?", "How many are there?", "Is it on the left or the right side?", "A nodule, two cysts."]
+WORDS = [
+    "Where is the lesion in this picture?",
+    "How many are there?",
+    "Is it on the left or the right side?",
+    "A nodule, two cysts.",
+]
 
 
 @pytest.fixture(params=CONFIGS)
@@ -36,11 +44,13 @@ def of(request, tmp_path, gen):
     talks, params = chat.open_chat(model, ChatConfig(context=256), tok, gen)
     made = []
     for j in range(6):
-        a = lora.init_lora(LoraConfig(rank=(2, 4, 8)[j % 3], pattern="all-linear", vision=True), talks.skeleton, gen)
+        a = lora.init_lora(
+            LoraConfig(rank=(2, 4, 8)[j % 3], pattern="all-linear", vision=True), talks.skeleton, gen
+        )
         for f in a.factors.values():
             f["b"].normal_(std=0.2, generator=gen)
         made.append(a)
-    pool = adapter_cache.pooled(adapter_cache.cached(lambda i: made[i], 10**9))
+    pool = cache.pooled(cache.cached(lambda i: made[i], 10**9))
     return made, Experts(
         chat=talks,
         params=params,
@@ -49,7 +59,7 @@ def of(request, tmp_path, gen):
         vectors=torch.randn(6, 8, generator=gen),
         embedder=None,
         pool=pool,
-        fuse=adapter_cache.fused(pool, 10**9, rule="cat"),
+        fuse=cache.fused(pool, 10**9, rule="cat"),
     )
 
 
@@ -59,7 +69,9 @@ def prompts(tmp_path, n=8):
         paths = []
         for j in range(i % 3):  # none, one or two images
             path = tmp_path / f"{i}-{j}.png"
-            noise = np.random.default_rng([i, j]).integers(0, 255, (56 + 28 * (i % 2), 56 + 56 * j, 3), dtype=np.uint8)
+            noise = np.random.default_rng([i, j]).integers(
+                0, 255, (56 + 28 * (i % 2), 56 + 56 * j, 3), dtype=np.uint8
+            )
             Image.fromarray(noise).save(path)
             paths.append(path)
         text = "<image>\n" * len(paths) + WORDS[i % 3] + " there" * (i % 4)
@@ -72,11 +84,15 @@ def some(gen, n=8, k=3):
     indices = torch.stack([torch.randperm(6, generator=gen)[:k] for _ in range(n)])
     weights = torch.rand(n, k, generator=gen) + 0.1
     indices[3], weights[3] = -1, 0.0
-    return Retrieved(indices=indices, similarity=torch.zeros(n, k), weights=weights, abstained=indices[:, 0] < 0)
+    return Retrieved(
+        indices=indices, similarity=torch.zeros(n, k), weights=weights, abstained=indices[:, 0] < 0
+    )
 
 
 def row(found, i):
-    return Retrieved(**{k: getattr(found, k)[i : i + 1] for k in ("indices", "similarity", "weights", "abstained")})
+    return Retrieved(
+        **{k: getattr(found, k)[i : i + 1] for k in ("indices", "similarity", "weights", "abstained")}
+    )
 
 
 def logits(of, data, rows, adapter):
@@ -85,17 +101,29 @@ def logits(of, data, rows, adapter):
     weights = of.params if adapter is None else lora.apply_lora(of.params, adapter, rows=whose)
     inputs = {k: t for k, t in batch.items() if k != "labels"}
     with torch.no_grad():
-        return of.chat.skeleton(weights, **vlm.arguments(of.chat.skeleton, inputs), use_cache=False).logits[:, -1]
+        return of.chat.skeleton(weights, **vlm.arguments(of.chat.skeleton, inputs), use_cache=False).logits[
+            :, -1
+        ]
 
 
 def test_one_batch_of_eight_mixtures_is_eight_single_runs(of, tmp_path, gen):
     made, of = of
     data, found = chat.encode(of.chat, prompts(tmp_path), prompt=True), some(gen)
-    together = logits(of, data, range(8), adapter_cache.mix(of.pool, found))
+    together = logits(of, data, range(8), cache.mix(of.pool, found))
     effect = 0.0
     for i in range(8):
-        own = [(j, w) for j, w in zip(found.indices[i].tolist(), found.weights[i].tolist(), strict=True) if j >= 0]
-        alone = compose.compose_adapters([made[j] for j, _ in own], [w for _, w in own], mode="fusion", rule="cat") if own else None
+        own = [
+            (j, w)
+            for j, w in zip(found.indices[i].tolist(), found.weights[i].tolist(), strict=True)
+            if j >= 0
+        ]
+        alone = (
+            compose.compose_adapters(
+                [made[j] for j, _ in own], [w for _, w in own], mode="fusion", rule="cat"
+            )
+            if own
+            else None
+        )
         want = logits(of, data, [i], alone)[0]
         torch.testing.assert_close(together[i], want, rtol=0, atol=1e-5)
         effect = max(effect, float((want - logits(of, data, [i], None)[0]).abs().max()))
@@ -103,14 +131,18 @@ def test_one_batch_of_eight_mixtures_is_eight_single_runs(of, tmp_path, gen):
     said = experts.answers(of, data, range(8), found, "mixture", 12)
     assert said == [experts.answers(of, data, [i], row(found, i), "mixture", 12)[0] for i in range(8)]
     assert len({*said}) > 1
-    assert said == experts.answers(of, data, range(8), found, "fusion", 12)  # by "cat" a fusion is the mixture
+    assert said == experts.answers(
+        of, data, range(8), found, "fusion", 12
+    )  # by "cat" a fusion is the mixture
 
 
 def test_the_order_of_rows_does_not_matter(of, tmp_path, gen):
     _, of = of
     data, found = chat.encode(of.chat, prompts(tmp_path), prompt=True), some(gen)
     order = [5, 2, 7, 0, 3, 1, 6, 4]
-    turned = Retrieved(**{k: getattr(found, k)[order] for k in ("indices", "similarity", "weights", "abstained")})
+    turned = Retrieved(
+        **{k: getattr(found, k)[order] for k in ("indices", "similarity", "weights", "abstained")}
+    )
     said = experts.answers(of, data, range(8), found, "mixture", 6)
     assert experts.answers(of, data, order, turned, "mixture", 6) == [said[i] for i in order]
 
@@ -119,7 +151,9 @@ def test_modes_choose_as_they_say(of):
     _, of = of
     queries = of.vectors[[2, 4]]
     own = torch.tensor([2, -1])
-    choose = lambda mode, **how: experts.choose(mode, RetrieveConfig(k=3), queries, of.vectors, own=own, **how)
+    choose = lambda mode, **how: experts.choose(
+        mode, RetrieveConfig(k=3), queries, of.vectors, own=own, **how
+    )
     assert choose("bare").indices.shape == (2, 0)
     assert choose("selection").indices.tolist() == [[2], [4]]
     assert choose("mixture").indices[:, 0].tolist() == [2, 4]
@@ -167,7 +201,9 @@ def test_a_chat_saved_and_opened_again(of, tmp_path):
     _, of = of
     chat.save_chat(of.chat, of.params, tmp_path / "model")
     model = ModelConfig(name=str(tmp_path / "model"), dtype="float32")
-    again, params = chat.open_chat(model, ChatConfig(context=256), chat.tokenizer_of(model, tmp_path), torch.Generator())
+    again, params = chat.open_chat(
+        model, ChatConfig(context=256), chat.tokenizer_of(model, tmp_path), torch.Generator()
+    )
     assert all(torch.equal(t, params[n]) for n, t in of.params.items())
     assert again.eyes == of.chat.eyes
     held = prompts(tmp_path, 3)

@@ -10,9 +10,17 @@ import torch.nn.functional as F
 from attrs import evolve
 
 from medvl.adapters import head as retriever
-from medvl.adapters.head import RetrieverConfig, draw_pairs, fit_encoder, task_contrast, task_recall, train_retriever, whiten_tasks
+from medvl.adapters.head import (
+    RetrieverConfig,
+    draw_pairs,
+    fit_encoder,
+    task_contrast,
+    task_recall,
+    train_retriever,
+    whiten_tasks,
+)
 from medvl.components.text import pool_tokens
-from medvl.hub import skeletons as hub
+from medvl.hub import skeletons
 from medvl.phantoms.tasks import TaskConfig
 from medvl.weights import lora
 
@@ -25,7 +33,10 @@ def triple(gen, b=4, p=3, d=6):
 
 
 def naive_contrast(anchor, positive, negatives, g):
-    cos = lambda u, v: sum(x * y for x, y in zip(u, v, strict=True)) / math.sqrt(sum(x * x for x in u) * sum(y * y for y in v))
+    cos = lambda u, v: (
+        sum(x * y for x, y in zip(u, v, strict=True))
+        / math.sqrt(sum(x * x for x in u) * sum(y * y for y in v))
+    )
     total = 0.0
     for a, plus, minus in zip(anchor.tolist(), positive.tolist(), negatives.tolist(), strict=True):
         top = math.exp(cos(a, plus) / g)
@@ -61,7 +72,9 @@ def test_contrast_errors(gen):
         (a[:0], plus[:0], minus[:0]),
         (a[0], plus[0], minus),
     ):
-        with pytest.raises(ValueError, match=r"task_contrast: anchor and positive must be \[b, d\] and negatives \[b, p, d\]"):
+        with pytest.raises(
+            ValueError, match=r"task_contrast: anchor and positive must be \[b, d\] and negatives \[b, p, d\]"
+        ):
             task_contrast(*bad, 0.1)
     for g in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="temperature must be finite and above 0"):
@@ -77,7 +90,9 @@ def test_pairs_are_of_one_task_and_negatives_of_others():
     for step in range(60):
         pairs = draw_pairs(TASKS, step, 0, 20, 3)
         assert (pairs.anchors.shape, pairs.positives.shape, pairs.negatives.shape) == ((20,), (20,), (20, 3))
-        for a, plus, minus in zip(pairs.anchors.tolist(), pairs.positives.tolist(), pairs.negatives.tolist(), strict=True):
+        for a, plus, minus in zip(
+            pairs.anchors.tolist(), pairs.positives.tolist(), pairs.negatives.tolist(), strict=True
+        ):
             assert a != plus
             assert TASKS[a] == TASKS[plus]
             assert all(TASKS[n] != TASKS[a] for n in minus)
@@ -120,7 +135,10 @@ def test_recall_leaves_a_sample_out_of_its_own_vector(gen):
     unit = F.normalize(z.double(), dim=1)
     hits = {1: 0, 2: 0, 3: 0}
     for i in range(len(z)):
-        at = {t: F.normalize(unit[[j for j in range(len(z)) if tasks[j] == t and j != i]].mean(0), dim=0) for t in "abc"}
+        at = {
+            t: F.normalize(unit[[j for j in range(len(z)) if tasks[j] == t and j != i]].mean(0), dim=0)
+            for t in "abc"
+        }
         order = sorted("abc", key=lambda t: -float(unit[i] @ at[t]))
         hits = {k: n + (tasks[i] in order[:k]) for k, n in hits.items()}
     got = task_recall(z, tasks, (1, 2, 3))
@@ -137,7 +155,9 @@ def drawn(tasks=24, samples=12, d=24, seed=0):
     """(unit vectors, tasks): what tells tasks apart lies in some directions, what differs within all of them, strongly, in six others."""
     gen = torch.Generator().manual_seed(seed)
     mix = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(99)))[0]
-    own = torch.cat([torch.zeros(tasks, 6), torch.randn(tasks, d - 6, generator=gen)], 1).repeat_interleave(samples, 0)
+    own = torch.cat([torch.zeros(tasks, 6), torch.randn(tasks, d - 6, generator=gen)], 1).repeat_interleave(
+        samples, 0
+    )
     noise = torch.randn(tasks * samples, d, generator=gen) * torch.tensor([6.0] * 6 + [0.7] * (d - 6))
     return F.normalize((own + noise) @ mix, dim=1), [f"t{i // samples}" for i in range(tasks * samples)]
 
@@ -164,18 +184,26 @@ def test_trained_it_finds_tasks_it_has_not_seen(dims, gain):
         was, now = (task_recall(vectors[part] @ h, tasks[part])[1] for h in (start, head))
         assert now > was + gain, (was, now)
     assert torch.equal(train_retriever(evolve(SHORT, dims=dims), vectors[seen], tasks[seen]), head)
-    assert not torch.equal(train_retriever(evolve(SHORT, dims=dims, seed=1), vectors[seen], tasks[seen]), head)
+    assert not torch.equal(
+        train_retriever(evolve(SHORT, dims=dims, seed=1), vectors[seen], tasks[seen]), head
+    )
 
 
 def test_weight_decay_pulls_to_the_embedder():
     vectors, tasks = drawn(6, 6)
-    moved = [float((train_retriever(evolve(SHORT, weight_decay=w), vectors, tasks) - torch.eye(24)).norm()) for w in (0.0, 10.0, 100.0)]
+    moved = [
+        float((train_retriever(evolve(SHORT, weight_decay=w), vectors, tasks) - torch.eye(24)).norm())
+        for w in (0.0, 10.0, 100.0)
+    ]
     assert moved[0] > 1.2 * moved[1] > 1.5 * moved[2] > 0
 
 
 def test_wider_vectors_give_wider_heads():
     vectors, tasks = drawn(4, 4)
-    low, mid, high = (train_retriever(evolve(SHORT, steps=5), vectors.to(t), tasks) for t in (torch.bfloat16, torch.float32, torch.float64))
+    low, mid, high = (
+        train_retriever(evolve(SHORT, steps=5), vectors.to(t), tasks)
+        for t in (torch.bfloat16, torch.float32, torch.float64)
+    )
     assert (low.dtype, mid.dtype, high.dtype) == (torch.float32, torch.float32, torch.float64)
     torch.testing.assert_close(mid.double(), high, rtol=0, atol=1e-4)
 
@@ -185,11 +213,15 @@ def test_head_errors():
     bad = vectors.clone()
     bad[3, 2] = math.nan
     bad[5] = math.inf
-    with pytest.raises(ValueError, match=r"train_retriever: vectors must be finite and not zero, row 3 is not \(2 such\)"):
+    with pytest.raises(
+        ValueError, match=r"train_retriever: vectors must be finite and not zero, row 3 is not \(2 such\)"
+    ):
         train_retriever(SHORT, bad, tasks)
     with pytest.raises(ValueError, match="finite and not zero, row 0"):
         train_retriever(SHORT, vectors * (torch.arange(16) > 0)[:, None], tasks)
-    with pytest.raises(ValueError, match=r"floating point \[n, d\] and tasks \[n\], got float32 \[16, 24\] and 15"):
+    with pytest.raises(
+        ValueError, match=r"floating point \[n, d\] and tasks \[n\], got float32 \[16, 24\] and 15"
+    ):
         train_retriever(SHORT, vectors, tasks[:-1])
     with pytest.raises(ValueError, match=r"got int64 \[16, 24\]"):
         train_retriever(SHORT, vectors.long(), tasks)
@@ -208,7 +240,10 @@ def test_whitened_samples_differ_alike_in_all_directions():
     within = (z.unflatten(0, (12, 40)) - z.unflatten(0, (12, 40)).mean(1, keepdim=True)).flatten(0, 1)
     covariance = within.T @ within / len(within)
     torch.testing.assert_close(
-        covariance, covariance.trace() / 24 * torch.eye(24, dtype=torch.float64), rtol=0, atol=1e-7 * covariance.max()
+        covariance,
+        covariance.trace() / 24 * torch.eye(24, dtype=torch.float64),
+        rtol=0,
+        atol=1e-7 * covariance.max(),
     )
     torch.testing.assert_close(whiten_tasks(vectors, tasks, 1e7), torch.eye(24), rtol=0, atol=1e-5)
     order = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(0))
@@ -229,7 +264,9 @@ def test_whitening_errors():
         whiten_tasks(vectors, tasks, 0.0)
     with pytest.raises(ValueError, match="whiten_tasks: samples of a task must differ"):
         whiten_tasks(torch.eye(4).repeat_interleave(4, 0), tasks)
-    with pytest.raises(ValueError, match="whiten_tasks: every task must have two samples or more, 'x' has one"):
+    with pytest.raises(
+        ValueError, match="whiten_tasks: every task must have two samples or more, 'x' has one"
+    ):
         whiten_tasks(vectors, ["x", *tasks[1:]])
     with pytest.raises(ValueError, match="whiten_tasks: vectors must be finite and not zero, row 0"):
         whiten_tasks(vectors / (torch.arange(16) > 0)[:, None], tasks)
@@ -269,7 +306,9 @@ def test_the_earliest_best_is_kept():
 
 def test_held_out_errors():
     vectors, tasks = drawn(4, 4)
-    with pytest.raises(ValueError, match=r"every task held out must be among tasks, 'nobody' is not \(1 such\)"):
+    with pytest.raises(
+        ValueError, match=r"every task held out must be among tasks, 'nobody' is not \(1 such\)"
+    ):
         train_retriever(SHORT, vectors, tasks, ["t1", "nobody"])
     with pytest.raises(ValueError, match="fit_encoder: needs at least two tasks to tell apart, got 1"):
         train_retriever(SHORT, vectors, tasks, ["t0", "t1", "t2"])
@@ -293,7 +332,7 @@ BERT = {
 def sentences():
     """(skeleton, params, ids [n, t], mask, tasks): of nine tokens one is of the task, the others of any."""
     gen = torch.Generator().manual_seed(0)
-    skeleton, params = hub.init_skeleton(BERT, gen)
+    skeleton, params = skeletons.init_skeleton(BERT, gen)
     tasks = [f"t{i // 8}" for i in range(48)]
     ids = torch.randint(30, 99, (48, 9), generator=gen)
     ids.scatter_(1, torch.randint(0, 8, (48, 1), generator=gen), torch.arange(48)[:, None] // 8 + 5)
@@ -325,7 +364,9 @@ def test_an_adapter_of_a_text_encoder_learns_its_tasks(sentences, gen):
     skeleton, params, _, _, tasks = sentences
     adapter = lora.init_lora(lora.LoraConfig(rank=4, pattern="all-linear"), skeleton, gen)
     applied = lambda p: lora.apply_lora(params, evolve(adapter, factors=p))
-    end = fit_encoder(evolve(CFG, lr=2e-2), lambda p, rows: embedded(sentences, applied(p), rows), adapter.factors, tasks)
+    end = fit_encoder(
+        evolve(CFG, lr=2e-2), lambda p, rows: embedded(sentences, applied(p), rows), adapter.factors, tasks
+    )
     assert all((f["b"] == 0).all() for f in adapter.factors.values())
     rows = torch.arange(48)
     was, now = (task_recall(embedded(sentences, p, rows).detach(), tasks)[1] for p in (params, applied(end)))
@@ -352,9 +393,18 @@ def test_few_samples_at_a_time_give_the_same(sentences):
 
 def test_encoder_errors(sentences):
     _, params, _, _, tasks = sentences
-    with pytest.raises(ValueError, match=r"encode must give \[b, e\], here \[\d+, e\], got \[\d+, 9, 32\]; pool the tokens"):
-        fit_encoder(CFG, lambda p, rows: sentences[0](p, input_ids=sentences[2][rows]).last_hidden_state, params, tasks)
-    with pytest.raises(FloatingPointError, match=r"fit_encoder: the loss is nan at step 1; lower lr, now 0\.002"):
+    with pytest.raises(
+        ValueError, match=r"encode must give \[b, e\], here \[\d+, e\], got \[\d+, 9, 32\]; pool the tokens"
+    ):
+        fit_encoder(
+            CFG,
+            lambda p, rows: sentences[0](p, input_ids=sentences[2][rows]).last_hidden_state,
+            params,
+            tasks,
+        )
+    with pytest.raises(
+        FloatingPointError, match=r"fit_encoder: the loss is nan at step 1; lower lr, now 0\.002"
+    ):
         fit_encoder(CFG, lambda p, rows: p["w"][rows] * math.nan, {"w": torch.ones(48, 3)}, tasks)
 
 
@@ -392,8 +442,13 @@ def test_the_head_of_each_kind(gen):
     x, tasks = torch.randn(12, 4, generator=gen), [i % 3 for i in range(12)]
     assert retriever.head_of(RetrieverConfig(kind="none"), x, tasks) is None
     assert retriever.head_of(RetrieverConfig(steps=0), x, tasks) is None
-    assert torch.equal(retriever.head_of(RetrieverConfig(kind="whiten", shrink=0.3), x, tasks), retriever.whiten_tasks(x, tasks, 0.3))
+    assert torch.equal(
+        retriever.head_of(RetrieverConfig(kind="whiten", shrink=0.3), x, tasks),
+        retriever.whiten_tasks(x, tasks, 0.3),
+    )
     cfg = RetrieverConfig(steps=2, batch=4, negatives=2)
     assert torch.equal(retriever.head_of(cfg, x, tasks), retriever.train_retriever(cfg, x, tasks))
-    with pytest.raises(ValueError, match="kind must be none, contrast or whiten and shrink > 0, got 'whiten', 0"):
+    with pytest.raises(
+        ValueError, match="kind must be none, contrast or whiten and shrink > 0, got 'whiten', 0"
+    ):
         RetrieverConfig(kind="whiten", shrink=0)

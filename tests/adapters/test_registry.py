@@ -23,21 +23,33 @@ def place(tmp_path):
 
 def filled(place):
     registry.add(
-        place, Record(name="ct", path="ct", vector="ct.npy", samples=20, embedder="tfidf", description='chest "CT" é\n2'), [3.0, 4.0]
+        place,
+        Record(
+            name="ct", path="ct", vector="ct.npy", samples=20, embedder="tfidf", description='chest "CT" é\n2'
+        ),
+        [3.0, 4.0],
     )
-    return registry.add(place, Record(name="xray", path="xray", vector="xray.npy", samples=20, embedder="tfidf"), torch.tensor([0.0, 2.0]))
+    return registry.add(
+        place,
+        Record(name="xray", path="xray", vector="xray.npy", samples=20, embedder="tfidf"),
+        torch.tensor([0.0, 2.0]),
+    )
 
 
 @pytest.mark.parametrize("name", ["registry.toml", "registry.json"])
 def test_what_is_added_is_read_back(place, name):
     made = filled(place.with_name(name))
     assert registry.read_registry(place.with_name(name)) == made
-    torch.testing.assert_close(registry.vectors(place.with_name(name), made), torch.tensor([[0.6, 0.8], [0.0, 1.0]]))
+    torch.testing.assert_close(
+        registry.vectors(place.with_name(name), made), torch.tensor([[0.6, 0.8], [0.0, 1.0]])
+    )
     registry.check(place.with_name(name), made)
 
 
 def test_the_records_of_the_reference(place):
-    np.save(place.with_name("m.npy"), np.array([[0.3, 0.4]]))  # a raw mean of unit vectors, of length 0.5, kept as one row
+    np.save(
+        place.with_name("m.npy"), np.array([[0.3, 0.4]])
+    )  # a raw mean of unit vectors, of length 0.5, kept as one row
     records = [{"lora_name": "ct", "lora_path": "ct", "embedding_path": "m.npy", "description": "CT"}]
     place.with_suffix(".json").write_text(json.dumps(records))
     made = registry.read_registry(place.with_suffix(".json"))
@@ -51,7 +63,11 @@ def test_a_refused_adapter_changes_nothing(place):
     for record, vector, message in (
         (Record(name="ct", path="ct", vector="new.npy"), [1.0, 0.0], "'ct' is there 2 times"),
         (Record(name="us", path="us", vector="new.npy"), [1.0, 0.0], "us holds no adapter_config.json"),
-        (Record(name="us", path="ct", vector="new.npy"), [1.0, 0.0, 0.0], "a vector of 3 numbers, the others 2"),
+        (
+            Record(name="us", path="ct", vector="new.npy"),
+            [1.0, 0.0, 0.0],
+            "a vector of 3 numbers, the others 2",
+        ),
         (Record(name="us", path="ct", vector="new.npy"), [0.0, 0.0], "one finite vector .* that is not zero"),
         (Record(name=" ", path="ct", vector="new.npy"), [1.0, 0.0], "the name becomes that of a file"),
         (Record(name="../../x", path="ct", vector=""), [1.0, 0.0], "the name becomes that of a file"),
@@ -63,7 +79,9 @@ def test_a_refused_adapter_changes_nothing(place):
     assert {p.name: p.read_bytes() for p in place.parent.iterdir() if p.is_file()} == before
 
 
-@pytest.mark.parametrize("name", ["", " ", ".", "..", ".ct", "a/b", "/etc/x", "a\\b", "a\0b", "a\nb", "x" * 201, "\udc80"])
+@pytest.mark.parametrize(
+    "name", ["", " ", ".", "..", ".ct", "a/b", "/etc/x", "a\\b", "a\0b", "a\nb", "x" * 201, "\udc80"]
+)
 def test_names_that_would_be_other_places_are_refused(place, name):
     with pytest.raises(ValueError, match="the name becomes that of a file"):
         registry.add(place, Record(name=name, path="ct", vector=""), [1.0, 0.0])
@@ -81,7 +99,14 @@ def test_registries_in_one_folder_leave_each_others_vectors_alone(place):
 def test_those_who_add_at_the_same_time_lose_nothing(place):
     names = [f"a{i}" for i in range(12)]
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda name: registry.add(place, Record(name=name, path="ct", vector=""), [1.0, float(name[1:])]), names))
+        list(
+            pool.map(
+                lambda name: registry.add(
+                    place, Record(name=name, path="ct", vector=""), [1.0, float(name[1:])]
+                ),
+                names,
+            )
+        )
     assert sorted(r.name for r in registry.read_registry(place).adapters) == sorted(names)
     assert not [*place.parent.glob(".*")]
 
@@ -100,7 +125,11 @@ def broken_vector(value):
 
 
 def rebased(base):
-    return lambda place: place.with_name("ct").joinpath("adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    return lambda place: (
+        place.with_name("ct")
+        .joinpath("adapter_config.json")
+        .write_text(json.dumps({"base_model_name_or_path": base}))
+    )
 
 
 BAD = [
@@ -110,11 +139,26 @@ BAD = [
     (broken_vector(np.zeros(2)), r"one finite vector \[d\] that is not zero"),
     (broken_vector(np.ones((2, 2))), r"got float64 \[2, 2\]"),
     (broken_vector(np.ones(3)), "xray has 2 numbers, ct 3; one embedder made all"),
-    (lambda p: p.with_name("ct").joinpath("adapter_config.json").unlink(), "ct: .*adapter_config.json: cannot be read as text"),
-    (rebased("other"), "adapters of different models: ct of other, xray of Qwen/Qwen2-VL-7B-Instruct; give base"),
-    (lambda p: p.with_name("ct").joinpath("adapter_config.json").write_text("[]"), "ct: .*adapter_config.json: must hold a table"),
-    (lambda p: p.with_name("ct").joinpath("adapter_config.json").write_text("[" * 9999), "ct: .*adapter_config.json: not valid JSON"),
-    (lambda p: p.write_text(p.read_text().replace('embedder = "tfidf"', 'embedder = "jina"', 1)), "different embedders .* got jina, tfidf"),
+    (
+        lambda p: p.with_name("ct").joinpath("adapter_config.json").unlink(),
+        "ct: .*adapter_config.json: cannot be read as text",
+    ),
+    (
+        rebased("other"),
+        "adapters of different models: ct of other, xray of Qwen/Qwen2-VL-7B-Instruct; give base",
+    ),
+    (
+        lambda p: p.with_name("ct").joinpath("adapter_config.json").write_text("[]"),
+        "ct: .*adapter_config.json: must hold a table",
+    ),
+    (
+        lambda p: p.with_name("ct").joinpath("adapter_config.json").write_text("[" * 9999),
+        "ct: .*adapter_config.json: not valid JSON",
+    ),
+    (
+        lambda p: p.write_text(p.read_text().replace('embedder = "tfidf"', 'embedder = "jina"', 1)),
+        "different embedders .* got jina, tfidf",
+    ),
     (lambda p: p.write_text(""), "the registry has no adapter"),
 ]
 
@@ -147,7 +191,10 @@ def test_another_model_by_name_is_a_warning_where_the_model_is_given(place, capl
     filled(place)
     rebased("other")(place)
     registry.check(place, registry.read_registry(place), "/models/Qwen2-VL-7B-Instruct")
-    assert "taken for adapters of /models/Qwen2-VL-7B-Instruct, but trained on another model by name: ct on other" in caplog.text
+    assert (
+        "taken for adapters of /models/Qwen2-VL-7B-Instruct, but trained on another model by name: ct on other"
+        in caplog.text
+    )
     caplog.clear()
     place.write_text('base = "Qwen/Qwen2-VL-7B-Instruct"\n' + place.read_text())
     registry.check(place, registry.read_registry(place))
@@ -160,7 +207,10 @@ def test_paths_may_start_elsewhere(place, tmp_path, monkeypatch, caplog):
     listed = tmp_path / "config" / "list.json"
     listed.parent.mkdir()
     listed.write_text(json.dumps([{"lora_name": "ct", "lora_path": "ct", "embedding_path": "m.npy"}]))
-    with pytest.raises(ValueError, match=r"ct: .*config/m\.npy: no such file; relative paths start at .*config, give another root"):
+    with pytest.raises(
+        ValueError,
+        match=r"ct: .*config/m\.npy: no such file; relative paths start at .*config, give another root",
+    ):
         registry.check(listed, registry.read_registry(listed))
     monkeypatch.chdir(tmp_path)
     for root in (tmp_path, "."):

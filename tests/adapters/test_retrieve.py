@@ -5,7 +5,15 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics.pairwise import cosine_similarity
 
-from medvl.adapters.retrieve import RetrieveConfig, adapter_vector, mixture_weights, query_vector, recall_at, retrieve, subset
+from medvl.adapters.retrieve import (
+    RetrieveConfig,
+    adapter_vector,
+    mixture_weights,
+    query_vector,
+    recall_at,
+    retrieve,
+    subset,
+)
 
 NAN = math.nan
 
@@ -36,7 +44,9 @@ def test_cosine_picks_another_adapter_than_inner_product_on_raw_means():
     query = torch.tensor([[1.0, 0.0, 0.0]])
     raw = query @ torch.stack([tight.mean(0), diverse.mean(0)]).T
     assert raw.argmax() == 0
-    found = retrieve(RetrieveConfig(k=1), query, torch.stack([adapter_vector(tight), adapter_vector(diverse)]))
+    found = retrieve(
+        RetrieveConfig(k=1), query, torch.stack([adapter_vector(tight), adapter_vector(diverse)])
+    )
     assert found.indices.tolist() == [[1]]
     torch.testing.assert_close(found.similarity, torch.ones(1, 1))
 
@@ -78,7 +88,9 @@ def test_retrieve_equals_naive_loop_and_sklearn(gen, dtype):
 def test_lengths_batch_and_autocast_do_not_matter(gen):
     q, v = _some(gen)
     found = retrieve(RetrieveConfig(k=3, weighting="softmax"), q, v)
-    one = [retrieve(RetrieveConfig(k=3, weighting="softmax"), q[i : i + 1] * 10.0**i, v * 1e3) for i in range(6)]
+    one = [
+        retrieve(RetrieveConfig(k=3, weighting="softmax"), q[i : i + 1] * 10.0**i, v * 1e3) for i in range(6)
+    ]
     with torch.autocast("cpu", torch.bfloat16):
         low = retrieve(RetrieveConfig(k=3, weighting="softmax"), q, v)
     for field in ("indices", "similarity", "weights"):
@@ -104,7 +116,11 @@ def test_ties_among_other_vectors(gen):
     for rows in (torch.arange(8), torch.randperm(8, generator=gen), torch.tensor([5])):
         found = retrieve(RetrieveConfig(k=9), q[rows], base[copies], exclude=barred[rows])
         for i, row in enumerate(rows):
-            rank = torch.nn.functional.cosine_similarity(q[row : row + 1].double(), base.double()).argsort(descending=True).argsort()
+            rank = (
+                torch.nn.functional.cosine_similarity(q[row : row + 1].double(), base.double())
+                .argsort(descending=True)
+                .argsort()
+            )
             order = sorted((j for j in range(31) if not barred[row, j]), key=lambda j: (rank[copies[j]], j))
             assert found.indices[i].tolist() == order[:9]
 
@@ -131,7 +147,10 @@ def test_fewer_than_k(gen):
         assert torch.equal(found.weights == 0, found.indices < 0)
         torch.testing.assert_close(found.weights.sum(1), torch.tensor([1.0, 1.0, 0.0]))
         assert found.abstained.tolist() == [False, False, True]
-    assert retrieve(RetrieveConfig(k=2), q, v, exclude=torch.ones(4, dtype=torch.bool)).indices.tolist() == [[-1, -1]] * 3
+    assert (
+        retrieve(RetrieveConfig(k=2), q, v, exclude=torch.ones(4, dtype=torch.bool)).indices.tolist()
+        == [[-1, -1]] * 3
+    )
 
 
 def test_abstention_is_of_the_row():
@@ -139,23 +158,36 @@ def test_abstention_is_of_the_row():
     q = torch.tensor([[0.8, 0.6, 0.0], [0.6, 0.5, 0.5], [-1.0, 0.0, 0.0]])
     found = retrieve(RetrieveConfig(k=2, threshold=0.7), q, v)
     assert found.abstained.tolist() == [False, True, True]
-    assert found.indices.tolist() == [[0, 1], [-1, -1], [-1, -1]]  # 0.6 stays: the best one decides for the row
+    assert found.indices.tolist() == [
+        [0, 1],
+        [-1, -1],
+        [-1, -1],
+    ]  # 0.6 stays: the best one decides for the row
     assert found.weights.tolist() == [[0.5, 0.5], [0, 0], [0, 0]]
 
 
 def test_without_a_threshold_even_the_opposite_is_taken(gen):
     for _ in range(50):  # rounding puts some of these cosines below -1
         q = torch.randn(20, 7, generator=gen)
-        assert not retrieve(RetrieveConfig(k=1), q, -q, exclude=~torch.eye(20, dtype=torch.bool)).abstained.any()
+        assert not retrieve(
+            RetrieveConfig(k=1), q, -q, exclude=~torch.eye(20, dtype=torch.bool)
+        ).abstained.any()
 
 
 @pytest.mark.parametrize("t", [0.2, 0.02, 1e-30])
 def test_softmax_is_the_formula(gen, t):
     q, v = _some(gen)
-    found = retrieve(RetrieveConfig(k=3, weighting="softmax", temperature=t), q, v, exclude=torch.arange(9) < 7)
+    found = retrieve(
+        RetrieveConfig(k=3, weighting="softmax", temperature=t), q, v, exclude=torch.arange(9) < 7
+    )
     s = found.similarity[:, :2].double()
     naive = torch.stack(
-        [torch.tensor([1 / (1 + math.exp(min(700, (b - a) / t))), 1 / (1 + math.exp(min(700, (a - b) / t)))]) for a, b in s]
+        [
+            torch.tensor(
+                [1 / (1 + math.exp(min(700, (b - a) / t))), 1 / (1 + math.exp(min(700, (a - b) / t)))]
+            )
+            for a, b in s
+        ]
     )
     torch.testing.assert_close(found.weights[:, :2], naive.float())
     assert not found.weights[:, 2].any()
@@ -167,7 +199,9 @@ def test_softmax_of_similarities_as_they_are_in_practice():
     v = torch.stack([angles.cos(), angles.sin()], 1)
     for t in (0.2, 0.02):
         raw = [math.exp(s / t) for s in (0.90, 0.84, 0.81)]
-        found = retrieve(RetrieveConfig(k=3, weighting="softmax", temperature=t), torch.tensor([[1.0, 0.0]]), v)
+        found = retrieve(
+            RetrieveConfig(k=3, weighting="softmax", temperature=t), torch.tensor([[1.0, 0.0]]), v
+        )
         assert found.weights[0].tolist() == pytest.approx([r / sum(raw) for r in raw], abs=1e-5)
 
 
@@ -224,9 +258,15 @@ def test_dense_weights_and_the_subset_agree(gen):
 def test_recall_at(gen):
     q, v = _some(gen, b=40)
     v[4], truth = v[2], torch.randint(9, (40,), generator=gen)
-    found, table = retrieve(RetrieveConfig(k=9), q, v), torch.from_numpy(cosine_similarity(q.numpy(), v.numpy()))
+    found, table = (
+        retrieve(RetrieveConfig(k=9), q, v),
+        torch.from_numpy(cosine_similarity(q.numpy(), v.numpy())),
+    )
     table[:, 4] = table[:, 2]
-    naive = {k: sum(int(truth[i]) in sorted(range(9), key=lambda j: (-table[i, j], j))[:k] for i in range(40)) / 40 for k in (1, 3, 9)}
+    naive = {
+        k: sum(int(truth[i]) in sorted(range(9), key=lambda j: (-table[i, j], j))[:k] for i in range(40)) / 40
+        for k in (1, 3, 9)
+    }
     assert recall_at(found, truth, (1, 3, 9)) == pytest.approx(naive)
     assert recall_at(table, truth, (1, 3, 9)) == pytest.approx(naive)
     assert 0 < naive[1] < naive[3] < naive[9] == 1
@@ -240,33 +280,93 @@ FOUND = retrieve(CFG, Q, V)
 ERRORS = {
     "k": (lambda: RetrieveConfig(k=-1), r"k must be a whole number of 0 to 65,536, got -1"),
     "k is a bool": (lambda: RetrieveConfig(k=True), r"k must be a whole number of 0 to 65,536, got True"),
-    "k is no whole number": (lambda: RetrieveConfig(k=1.5), r"k must be a whole number of 0 to 65,536, got 1.5"),
+    "k is no whole number": (
+        lambda: RetrieveConfig(k=1.5),
+        r"k must be a whole number of 0 to 65,536, got 1.5",
+    ),
     "weighting": (lambda: RetrieveConfig(weighting="best"), r"weighting must be .*, got 'best'"),
-    "temperature": (lambda: RetrieveConfig(temperature=0.0), r"temperature must be finite and above 0, got 0.0"),
-    "temperature nan": (lambda: RetrieveConfig(temperature=NAN), r"temperature must be finite and above 0, got nan"),
-    "threshold": (lambda: RetrieveConfig(threshold=1.5), r"threshold is a cosine and must be within -1..1, got 1.5"),
+    "temperature": (
+        lambda: RetrieveConfig(temperature=0.0),
+        r"temperature must be finite and above 0, got 0.0",
+    ),
+    "temperature nan": (
+        lambda: RetrieveConfig(temperature=NAN),
+        r"temperature must be finite and above 0, got nan",
+    ),
+    "threshold": (
+        lambda: RetrieveConfig(threshold=1.5),
+        r"threshold is a cosine and must be within -1..1, got 1.5",
+    ),
     "threshold nan": (lambda: RetrieveConfig(threshold=NAN), r"within -1..1, got nan"),
-    "samples nan": (lambda: adapter_vector(_bad(V, 2, NAN)), r"every row of embeddings must be finite .* row 2 has length nan \(1 such\)"),
+    "samples nan": (
+        lambda: adapter_vector(_bad(V, 2, NAN)),
+        r"every row of embeddings must be finite .* row 2 has length nan \(1 such\)",
+    ),
     "samples zero": (lambda: adapter_vector(_bad(V, 1, 0)), r"adapter_vector: .* row 1 has length 0.0"),
     "samples inf": (lambda: adapter_vector(_bad(V, 0, math.inf)), r"row 0 has length inf"),
-    "samples huge": (lambda: adapter_vector(_bad(V, 0, 1e30)), r"row 0 has length inf|row 0 has length 2e\+30"),
-    "samples shape": (lambda: adapter_vector(V[0]), r"embeddings must be floating point \[m, d\].*, got float32 \[4\]"),
+    "samples huge": (
+        lambda: adapter_vector(_bad(V, 0, 1e30)),
+        r"row 0 has length inf|row 0 has length 2e\+30",
+    ),
+    "samples shape": (
+        lambda: adapter_vector(V[0]),
+        r"embeddings must be floating point \[m, d\].*, got float32 \[4\]",
+    ),
     "no samples": (lambda: adapter_vector(V[:0]), r"m and d above 0, got float32 \[0, 4\]"),
-    "whole numbers": (lambda: adapter_vector(V.long()), r"must be floating point \[m, d\].*, got int64 \[4, 4\]"),
-    "samples cancel": (lambda: adapter_vector(torch.cat([V, -V])), r"adapter_vector: unit vectors must not cancel out.* row 0 has length"),
-    "nothing": (lambda: query_vector(None, None), r"query_vector: must have text, image or both, got neither"),
-    "query shapes": (lambda: query_vector(Q, V), r"text and image must both be \[b, d\], got .*\[3, 4\].* and .*\[4, 4\]"),
+    "whole numbers": (
+        lambda: adapter_vector(V.long()),
+        r"must be floating point \[m, d\].*, got int64 \[4, 4\]",
+    ),
+    "samples cancel": (
+        lambda: adapter_vector(torch.cat([V, -V])),
+        r"adapter_vector: unit vectors must not cancel out.* row 0 has length",
+    ),
+    "nothing": (
+        lambda: query_vector(None, None),
+        r"query_vector: must have text, image or both, got neither",
+    ),
+    "query shapes": (
+        lambda: query_vector(Q, V),
+        r"text and image must both be \[b, d\], got .*\[3, 4\].* and .*\[4, 4\]",
+    ),
     "query cancels": (lambda: query_vector(Q, -Q, (1, 1)), r"query_vector: unit vectors must not cancel out"),
-    "shares": (lambda: query_vector(Q, Q, (0.5, -0.5)), r"shares must be two numbers >= 0, one above 0, got \(0.5, -0.5\)"),
+    "shares": (
+        lambda: query_vector(Q, Q, (0.5, -0.5)),
+        r"shares must be two numbers >= 0, one above 0, got \(0.5, -0.5\)",
+    ),
     "shares zero": (lambda: query_vector(Q, Q, (0, 0)), r"shares must be two numbers >= 0"),
-    "text nan": (lambda: query_vector(_bad(Q, 1, NAN), Q), r"every row of text must be finite .* row 1 has length nan"),
-    "image nan": (lambda: query_vector(Q, _bad(Q, 2, NAN)), r"every row of image must be finite .* row 2 has length nan"),
-    "mask": (lambda: query_vector(Q, Q, has_image=torch.ones(3)), r"has_image must be bool \[3\], got torch.float32 \[3\]"),
-    "mask without image": (lambda: query_vector(Q, None, has_image=torch.ones(3).bool()), r"has_image must agree .* image False"),
-    "rows with nothing": (lambda: query_vector(None, Q, has_image=torch.zeros(3).bool()), r"has_image must agree .* text False"),
-    "query nan": (lambda: retrieve(CFG, _bad(Q, 1, NAN), V), r"retrieve: every row of queries must be finite .* row 1 has length nan"),
-    "vector zero": (lambda: retrieve(CFG, Q, _bad(V, 3, 0)), r"retrieve: every row of vectors must be .* row 3 has length 0.0"),
-    "widths": (lambda: retrieve(CFG, Q[:, :3], V), r"queries must be \[b, d\] and vectors \[p, d\], p >= 1, got .*\[3, 3\]"),
+    "text nan": (
+        lambda: query_vector(_bad(Q, 1, NAN), Q),
+        r"every row of text must be finite .* row 1 has length nan",
+    ),
+    "image nan": (
+        lambda: query_vector(Q, _bad(Q, 2, NAN)),
+        r"every row of image must be finite .* row 2 has length nan",
+    ),
+    "mask": (
+        lambda: query_vector(Q, Q, has_image=torch.ones(3)),
+        r"has_image must be bool \[3\], got torch.float32 \[3\]",
+    ),
+    "mask without image": (
+        lambda: query_vector(Q, None, has_image=torch.ones(3).bool()),
+        r"has_image must agree .* image False",
+    ),
+    "rows with nothing": (
+        lambda: query_vector(None, Q, has_image=torch.zeros(3).bool()),
+        r"has_image must agree .* text False",
+    ),
+    "query nan": (
+        lambda: retrieve(CFG, _bad(Q, 1, NAN), V),
+        r"retrieve: every row of queries must be finite .* row 1 has length nan",
+    ),
+    "vector zero": (
+        lambda: retrieve(CFG, Q, _bad(V, 3, 0)),
+        r"retrieve: every row of vectors must be .* row 3 has length 0.0",
+    ),
+    "widths": (
+        lambda: retrieve(CFG, Q[:, :3], V),
+        r"queries must be \[b, d\] and vectors \[p, d\], p >= 1, got .*\[3, 3\]",
+    ),
     "no vectors": (lambda: retrieve(CFG, Q, V[:0]), r"p >= 1, got .*\[0, 4\]"),
     "one query": (lambda: retrieve(CFG, Q[0], V), r"queries must be \[b, d\]"),
     "devices": (lambda: retrieve(CFG, Q, V.to("meta")), r"on one device, got cpu and meta"),
@@ -274,14 +374,32 @@ ERRORS = {
         lambda: retrieve(CFG, Q, V, exclude=torch.ones(4)),
         r"exclude must be bool \[4\] or \[3, 4\], got torch.float32 \[4\]",
     ),
-    "exclude shape": (lambda: retrieve(CFG, Q, V, exclude=torch.ones(3).bool()), r"exclude must be bool \[4\] or \[3, 4\], got .* \[3\]"),
+    "exclude shape": (
+        lambda: retrieve(CFG, Q, V, exclude=torch.ones(3).bool()),
+        r"exclude must be bool \[4\] or \[3, 4\], got .* \[3\]",
+    ),
     "small pool": (lambda: mixture_weights(FOUND, 2), r"mixture_weights: p must be .* at least 3, got 2"),
-    "truth below 0": (lambda: recall_at(FOUND, torch.tensor([0, -1, 2]), [1]), r"truth must be the index .*, got \[0, -1, 2\]"),
+    "truth below 0": (
+        lambda: recall_at(FOUND, torch.tensor([0, -1, 2]), [1]),
+        r"truth must be the index .*, got \[0, -1, 2\]",
+    ),
     "truth above p": (lambda: recall_at(V, torch.tensor([0, 4, 2, 1]), [1]), r"0..3, got \[0, 4, 2, 1\]"),
-    "truth shape": (lambda: recall_at(FOUND, torch.tensor([0, 1]), [1]), r"truth int64 \[b\], got \[3, 2\] and int64 \[2\]"),
-    "recall k": (lambda: recall_at(FOUND, torch.tensor([0, 1, 2]), [1, 3]), r"every k must be within 1..2, got \[1, 3\]"),
-    "no recall k": (lambda: recall_at(FOUND, torch.tensor([0, 1, 2]), []), r"every k must be within 1..2, got \[\]"),
-    "recall nan": (lambda: recall_at(_bad(V, 2, NAN), torch.arange(4), [1]), r"similarities must be finite, row 2"),
+    "truth shape": (
+        lambda: recall_at(FOUND, torch.tensor([0, 1]), [1]),
+        r"truth int64 \[b\], got \[3, 2\] and int64 \[2\]",
+    ),
+    "recall k": (
+        lambda: recall_at(FOUND, torch.tensor([0, 1, 2]), [1, 3]),
+        r"every k must be within 1..2, got \[1, 3\]",
+    ),
+    "no recall k": (
+        lambda: recall_at(FOUND, torch.tensor([0, 1, 2]), []),
+        r"every k must be within 1..2, got \[\]",
+    ),
+    "recall nan": (
+        lambda: recall_at(_bad(V, 2, NAN), torch.arange(4), [1]),
+        r"similarities must be finite, row 2",
+    ),
 }
 
 

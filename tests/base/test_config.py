@@ -126,7 +126,10 @@ def test_patterns_are_filled_once():
     assert config.fill("{a}/{b}{a}", "x", a="{b}", b=1) == "{b}/1{b}"
     assert config.fill("a}b{", "x", a=1) == "a}b{"
     assert config.fill("{a}/{b}", "x", a=None, b="c") == "{a}/c"
-    raw = config.override(example("ct_clip"), ('data.source="files"', 'data.folder="d"', 'data.store="{folder}/{ct}/{split}.h5"'))
+    raw = config.override(
+        example("ct_clip"),
+        ('data.source="files"', 'data.folder="d"', 'data.store="{folder}/{ct}/{split}.h5"'),
+    )
     cfg = config.structure(raw, run.SYSTEMS["ct_clip"][0])
     digest = ct_clip_run.path(cfg, "store", "test").parent.name
     assert ct_clip_run.path(cfg, "store", "test") == Path("d", digest, "test.h5")
@@ -137,7 +140,11 @@ def test_patterns_are_filled_once():
     ("name", "text", "said"),
     [
         ("a.toml", "day = 2024-01-01", "no setting is a date, got 2024-01-01; write text in quotes @ $.day"),
-        ("a.toml", "t = {at = [12:00:00]}", "no setting is a time, got 12:00:00; write text in quotes @ $.t.at[0]"),
+        (
+            "a.toml",
+            "t = {at = [12:00:00]}",
+            "no setting is a time, got 12:00:00; write text in quotes @ $.t.at[0]",
+        ),
         ("a.toml", "x = " + "[" * 5000 + "]" * 5000, "not valid TOML"),
         ("a.toml", "x = " + "[" * 60 + "]" * 60, "more than 32 deep"),
         ("a.toml", ".".join("a" * 3000) + " = 1", "more than 32 deep"),
@@ -160,7 +167,16 @@ def test_what_is_no_setting_is_refused_when_read(tmp_path, name, text, said):
 
 
 @pytest.mark.parametrize(
-    "item", ["a=2024-01-01", "a=" + "[" * 5000 + "]" * 5000, "a=" + "9" * 5000, "a=\udcff", ".".join("a" * 3000) + "=1", "=1", "a"]
+    "item",
+    [
+        "a=2024-01-01",
+        "a=" + "[" * 5000 + "]" * 5000,
+        "a=" + "9" * 5000,
+        "a=\udcff",
+        ".".join("a" * 3000) + "=1",
+        "=1",
+        "a",
+    ],
 )
 def test_what_is_no_setting_is_refused_as_an_override(item):
     with pytest.raises(ConfigError) as e:
@@ -196,5 +212,8 @@ def test_a_system_that_is_none(tmp_path, system):
 def test_overrides_change_a_copy():
     raw = {"a": {"b": [1, {"c": 2}]}}
     before = json.dumps(raw)
-    assert config.override(raw, ("a.b.1.c=3", "a.d=x y", "e=1.5")) == {"a": {"b": [1, {"c": 3}], "d": "x y"}, "e": 1.5}
+    assert config.override(raw, ("a.b.1.c=3", "a.d=x y", "e=1.5")) == {
+        "a": {"b": [1, {"c": 3}], "d": "x y"},
+        "e": 1.5,
+    }
     assert json.dumps(raw) == before

@@ -76,7 +76,9 @@ def work(clock, items, seconds):
 def test_in_a_terminal_one_line_is_replaced_and_taken_away(clock):
     with watched() as terminal:
         work(clock, range(50), 0.5)
-    shown = [re.sub(r"\|.*\|", "|", line).rstrip() for line in terminal.getvalue().split("\r") if line.strip()]
+    shown = [
+        re.sub(r"\|.*\|", "|", line).rstrip() for line in terminal.getvalue().split("\r") if line.strip()
+    ]
     assert shown[0] == "drawing chests:   4%| 2/50 [00:01<00:24,  2.00it/s]"
     assert shown[-1] == "drawing chests: 100%| 50/50 [00:25<00:00,  2.00it/s]"
     assert terminal.screen == [""]
@@ -178,7 +180,9 @@ def test_training_says_where_it_is_how_fast_and_how_long(tmp_path):
     assert [(m[1], m[2]) for m in found] == [("10", "25"), ("20", "50"), ("30", "75"), ("40", "100")]
     assert [bool(m[4]) for m in found] == [False, True, False, True]
     kept = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["lr"] for line in kept] == pytest.approx([0.02 * warmup_cosine(40, 10)(i) for i in (9, 19, 29, 39)])
+    assert [line["lr"] for line in kept] == pytest.approx(
+        [0.02 * warmup_cosine(40, 10)(i) for i in (9, 19, 29, 39)]
+    )
     assert all(line["seconds_per_step"] >= 0 for line in kept)
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", line["time"]) for line in kept)
 
@@ -197,7 +201,16 @@ def test_the_clock_of_steps_stands_still_while_the_state_is_validated(tmp_path, 
 
     lines = []
     start = State(params={"w": torch.ones(1)}, opt={})
-    fit(step, start, lambda i: None, steps=8, folder=tmp_path, every=Every(log=2, validate=4), validate=validate, log=lines.append)
+    fit(
+        step,
+        start,
+        lambda i: None,
+        steps=8,
+        folder=tmp_path,
+        every=Every(log=2, validate=4),
+        validate=validate,
+        log=lines.append,
+    )
     assert all(", 2 s/step, " in line for line in lines)
     assert [re.search(r", (.*?) left", line)[1] for line in lines] == ["00:12", "01:48", "00:37", "00:00"]
 
@@ -209,7 +222,10 @@ def test_in_a_terminal_training_is_one_line_and_log_txt_keeps_all(tmp_path):
         trained(tmp_path, log)
         log("done")
     assert terminal.screen[0] == "stage one begins"
-    assert [STEP.fullmatch(line)[1] for line in terminal.screen[1:-2]] == ["20", "40"]  # those that were validated stay
+    assert [STEP.fullmatch(line)[1] for line in terminal.screen[1:-2]] == [
+        "20",
+        "40",
+    ]  # those that were validated stay
     assert terminal.screen[-2:] == ["done", ""]
     assert re.search(r"\rone: 10/40 \(25 %\), .* left, .*, grad_norm", terminal.getvalue())
     kept = (tmp_path / "log.txt").read_text().splitlines()

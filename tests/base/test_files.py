@@ -11,8 +11,7 @@ import torch
 from medvl.base import config, files, store
 from medvl.hub.checkpoints import read_pickle
 from medvl.language import images
-from medvl.slides import features as slides
-from medvl.slides import questions as slide_questions
+from medvl.slides import features, questions
 from medvl.slides.reference_files import read_compressor
 from medvl.training.loop import read_state
 
@@ -58,7 +57,9 @@ def test_a_place_in_a_folder_that_is_read_only(place, monkeypatch):
         raise PermissionError(13, "Permission denied", str(dir))
 
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
-    with pytest.raises(ValueError, match=r"a.h5: cannot be written \(Permission denied\); give another place"):
+    with pytest.raises(
+        ValueError, match=r"a.h5: cannot be written \(Permission denied\); give another place"
+    ):
         files.check_place(place / "a.h5")
 
 
@@ -94,8 +95,12 @@ TABLES = {  # a table: what the message says
     b"name,age\nb,4\rc,5\n": "line 2: not a readable CSV .*do lines end in CR alone",
     b"name,age\na,\0\n": "line 2: has a NUL byte",
     b'name,text\na,b\nc,"d\ne,f\ng,h\n': "line 3: not a readable CSV .*is a quote not closed",
-    b'name,text\na,"b\n' + b"c,d\n" * 3000 + b'"\n': "line 2: this row would go on to line 3003; is a quote not closed",
-    b"name,text\na,b\nc," + b"d" * 2**23 + b"e\n": "line 3: not a readable CSV .*field larger than field limit",
+    b'name,text\na,"b\n'
+    + b"c,d\n" * 3000
+    + b'"\n': "line 2: this row would go on to line 3003; is a quote not closed",
+    b"name,text\na,b\nc,"
+    + b"d" * 2**23
+    + b"e\n": "line 3: not a readable CSV .*field larger than field limit",
     b"name,text\na," + b"b" * 2**24 + b"\n": "line 2: has more than 16,777,216 characters; is this a table",
     b"": "found an empty file",
     b"name,age\n": "has a header and no rows",
@@ -126,7 +131,13 @@ def test_what_is_no_file_is_refused_and_not_waited_for(place):
         files.read_csv(place / "pipe")
     with pytest.raises(ValueError, match=r"/dev/zero: must be a file, found a device"):
         files.read_csv("/dev/zero")
-    for read in (config.read, store.open_store, images.open_image, slide_questions.read_slide_talks, slides.read_slide):
+    for read in (
+        config.read,
+        store.open_store,
+        images.open_image,
+        questions.read_slide_talks,
+        features.read_slide,
+    ):
         for ending in (".json", ".h5", ".png"):
             os.mkfifo(place / f"{read.__name__}{ending}")
             with pytest.raises(ValueError, match=r"must be a file, found a pipe|no such file|must be a"):
@@ -138,7 +149,9 @@ def test_what_is_no_file_is_refused_and_not_waited_for(place):
 def test_files_below_are_all_or_an_error(place, monkeypatch):
     (place / "folder/deep/er").mkdir(parents=True)
     (place / "folder/deep/er/a.nii").write_text("")
-    assert [str(p.relative_to(place)) for p in files.files_below(place / "folder")] == ["folder/deep/er/a.nii"]
+    assert [str(p.relative_to(place)) for p in files.files_below(place / "folder")] == [
+        "folder/deep/er/a.nii"
+    ]
     assert [str(p.relative_to(place)) for p in files.files_below(place / "down")] == ["down/deep/er/a.nii"]
     (place / "folder/again").symlink_to(place / "folder/deep")  # one folder twice, but not in a circle
     assert len(files.files_below(place / "folder")) == 2
@@ -154,7 +167,9 @@ def test_files_below_are_all_or_an_error(place, monkeypatch):
         return listed(path)
 
     monkeypatch.setattr(os, "scandir", denied)
-    with pytest.raises(ValueError, match=r"/er: cannot be read \(Permission denied\); what lies in it would be left out"):
+    with pytest.raises(
+        ValueError, match=r"/er: cannot be read \(Permission denied\); what lies in it would be left out"
+    ):
         files.files_below(place / "folder")
 
 
@@ -165,7 +180,9 @@ class Code:
         return print, ("this was run",)
 
 
-@pytest.mark.parametrize("read", [read_state, read_pickle, read_compressor, slides.read_slide], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "read", [read_state, read_pickle, read_compressor, features.read_slide], ids=lambda f: f.__name__
+)
 @pytest.mark.parametrize("broken", ["code", "text", "empty", "cut"])
 def test_nobody_is_advised_to_read_a_file_as_code(read, broken, tmp_path, capsys):
     path = tmp_path / "a.pt"

@@ -31,10 +31,14 @@ for _ in range(20):
 
 
 @pytest.mark.parametrize("again", range(2))
-def test_processes_leave_in_order(tmp_path, again):  # one time in three a process aborts that leaves with gloo's threads at work
+def test_processes_leave_in_order(
+    tmp_path, again
+):  # one time in three a process aborts that leaves with gloo's threads at work
     env = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "OMP_NUM_THREADS": "1"}
     pair = [
-        subprocess.Popen([sys.executable, "-c", PAIR, str(rank), str(tmp_path)], env=env, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", PAIR, str(rank), str(tmp_path)], env=env, stderr=subprocess.PIPE, text=True
+        )
         for rank in range(2)
     ]
     said = [p.communicate()[1] for p in pair]

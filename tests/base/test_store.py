@@ -75,7 +75,9 @@ def test_growth_keeps_what_is_there(path):
     np.testing.assert_array_equal(after.read(NAMES[1]), _array(1))
     assert after.row(NAMES[1]) == _row(1)
     store.put(store.open_store(path), "a much longer name than the others", _array(5), _row(5))
-    np.testing.assert_array_equal(store.open_store(path).read("a much longer name than the others"), _array(5))
+    np.testing.assert_array_equal(
+        store.open_store(path).read("a much longer name than the others"), _array(5)
+    )
     with pytest.raises(ValueError, match="was replaced since it was opened"):
         before.read(NAMES[1])
     same = path.read_bytes()

@@ -41,7 +41,9 @@ kinds = pytest.mark.parametrize("kind", CONFIGS)
 
 def _case(kind, gen, dtype=torch.float64, scale=0.4):
     cfg = CONFIGS[kind]
-    return cfg, tree.map_leaves(lambda t: (torch.randn(t.shape, generator=gen).double() * scale).to(dtype), init_compress(cfg, gen))
+    return cfg, tree.map_leaves(
+        lambda t: (torch.randn(t.shape, generator=gen).double() * scale).to(dtype), init_compress(cfg, gen)
+    )
 
 
 def _patches(gen, *shape, dtype=torch.float64):
@@ -51,7 +53,9 @@ def _patches(gen, *shape, dtype=torch.float64):
 
 def _close(got, want, **tolerance):
     for name in ("tokens", "mass", "count"):
-        torch.testing.assert_close(getattr(got, name), getattr(want, name), **tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            getattr(got, name), getattr(want, name), **tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
     assert got.aux.keys() == want.aux.keys()
     for name, t in want.aux.items():
         torch.testing.assert_close(got.aux[name], t, **tolerance, msg=lambda m, n=name: f"{n}: {m}")
@@ -61,7 +65,9 @@ def _close(got, want, **tolerance):
 class Expert(nn.Module):
     def __init__(self, d, hidden):
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(d, hidden), nn.GELU(), nn.Dropout(0.25), nn.Linear(hidden, d), nn.LayerNorm(d))
+        self.net = nn.Sequential(
+            nn.Linear(d, hidden), nn.GELU(), nn.Dropout(0.25), nn.Linear(hidden, d), nn.LayerNorm(d)
+        )
 
     def forward(self, c):
         return c + self.net(c)
@@ -72,7 +78,11 @@ class Reference(nn.Module):
 
     def __init__(self, d, slots, hidden, top_k=2):
         super().__init__()
-        self.gate, self.experts, self.top_k = nn.Linear(d, slots), nn.ModuleList(Expert(d, hidden) for _ in range(slots)), top_k
+        self.gate, self.experts, self.top_k = (
+            nn.Linear(d, slots),
+            nn.ModuleList(Expert(d, hidden) for _ in range(slots)),
+            top_k,
+        )
 
     def forward(self, x):
         logits = self.gate(x)
@@ -95,7 +105,8 @@ def ours(module):
     state, k = module.state_dict(), len(module.experts)
     names = {"up": 0, "down": 3, "norm": 4}
     experts = {
-        n: {w: torch.stack([state[f"experts.{i}.net.{j}.{w}"] for i in range(k)]) for w in ("weight", "bias")} for n, j in names.items()
+        n: {w: torch.stack([state[f"experts.{i}.net.{j}.{w}"] for i in range(k)]) for w in ("weight", "bias")}
+        for n, j in names.items()
     }
     return {"gate": {w: state[f"gate.{w}"] for w in ("weight", "bias")}, "experts": experts}
 
@@ -126,7 +137,9 @@ def test_float32_at_full_size_is_as_near_to_the_truth_as_the_reference(n, gen):
     sizes = {"d": 1024, "slots": 16, "hidden": 512}
     module, x = _reference(gen, torch.float32, **sizes), _patches(gen, n, 1024, dtype=torch.float32)
     for p in module.parameters():
-        p.data *= 2.5 * p.shape[-1] ** -0.5 if p.dim() > 1 else 1.0  # so that products of this width are of size 1
+        p.data *= (
+            2.5 * p.shape[-1] ** -0.5 if p.dim() > 1 else 1.0
+        )  # so that products of this width are of size 1
     tokens, mass, count, _ = module(x)
     got = compress(CompressConfig(dim=1024, slots=16, hidden=512), ours(module), x[None])
     true_tokens, true_mass, true_count, _ = module.double()(x.double())
@@ -155,7 +168,9 @@ def test_gradients_are_the_references(gen):
     params = tree.map_leaves(lambda t: t.requires_grad_(), ours(module))
     got = compress(CONFIGS["moe"], params, x[None])
     flat = tree.flatten(params)
-    grads = torch.autograd.grad((got.tokens[0] * weight).sum() + 3 * reference_aux(got.aux), [x, *flat.values()])
+    grads = torch.autograd.grad(
+        (got.tokens[0] * weight).sum() + 3 * reference_aux(got.aux), [x, *flat.values()]
+    )
     torch.testing.assert_close(grads[0], want[0])
     found = tree.unflatten(dict(zip(flat, grads[1:], strict=True)))
     named = dict(zip((n for n, _ in module.named_parameters()), want[1:], strict=True))
@@ -169,7 +184,9 @@ def test_gradients_are_the_references(gen):
         torch.testing.assert_close(there, g, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize(("sizes", "count"), [((1024, 16), 16_850_960), ((1024, 32), 33_701_920), ((512, 32), 16_859_168)])
+@pytest.mark.parametrize(
+    ("sizes", "count"), [((1024, 16), 16_850_960), ((1024, 32), 33_701_920), ((512, 32), 16_859_168)]
+)
 def test_number_of_parameters(sizes, count, gen):
     assert tree.count(init_compress(CompressConfig(dim=sizes[0], slots=sizes[1]), gen)) == count
 
@@ -194,7 +211,9 @@ def test_balance_is_the_one_of_transformers(gen):
     }
     for name, t in want.items():
         torch.testing.assert_close(got[name], t)
-    torch.testing.assert_close(reference_aux(got), got["balance"] + 0.5 * want["entropy"] + 1e-4 * want["z_reference"])
+    torch.testing.assert_close(
+        reference_aux(got), got["balance"] + 0.5 * want["entropy"] + 1e-4 * want["z_reference"]
+    )
 
 
 def test_uniform_and_collapsed_routers(gen):
@@ -206,7 +225,9 @@ def test_uniform_and_collapsed_routers(gen):
     assert {n: round(float(out.aux[n]), 12) for n in want} == want
     p["gate"]["bias"][3] = 60.0
     aux = compress(cfg, p, _patches(gen, 2, 9, D)).aux
-    torch.testing.assert_close(torch.stack([aux[n] for n in ("importance", "entropy")]), torch.tensor([K - 1.0, 1.0]).double())
+    torch.testing.assert_close(
+        torch.stack([aux[n] for n in ("importance", "entropy")]), torch.tensor([K - 1.0, 1.0]).double()
+    )
 
 
 def test_noise_and_dropout_need_a_generator(gen):
@@ -219,7 +240,9 @@ def test_noise_and_dropout_need_a_generator(gen):
     assert torch.equal(plain.tokens, compress(still, p, x, gen=draw()).tokens)
     noisy = compress(evolve(cfg, dropout=0.0), p, x, gen=draw())
     logits = x[0] @ p["gate"]["weight"].T + p["gate"]["bias"] + 0.1 * torch.randn(50, K, generator=draw())
-    torch.testing.assert_close(noisy.aux["z_loss"], logits.logsumexp(-1).square().mean(), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        noisy.aux["z_loss"], logits.logsumexp(-1).square().mean(), atol=1e-6, rtol=1e-6
+    )
 
 
 @kinds
@@ -250,14 +273,19 @@ def _soft_moe(cfg, p, x):
 
 
 def _mean(cfg, p, x):
-    return _mlp(p["experts"], x.mean(0).expand(cfg.slots, -1)), torch.full((len(x), cfg.slots), 1 / len(x), dtype=x.dtype)
+    return _mlp(p["experts"], x.mean(0).expand(cfg.slots, -1)), torch.full(
+        (len(x), cfg.slots), 1 / len(x), dtype=x.dtype
+    )
 
 
 def _attention(cfg, p, x):
     lin = lambda n, z: z @ p[n]["weight"].T + p[n]["bias"]
     scores = lin("score", torch.tanh(lin("tanh", x)) * torch.sigmoid(lin("sigmoid", x)))
     size, a = cfg.dim // cfg.heads, scores.softmax(0)
-    tokens = [torch.cat([a[:, h * cfg.slots + i] @ x[:, h * size : (h + 1) * size] for h in range(cfg.heads)]) for i in range(cfg.slots)]
+    tokens = [
+        torch.cat([a[:, h * cfg.slots + i] @ x[:, h * size : (h + 1) * size] for h in range(cfg.heads)])
+        for i in range(cfg.slots)
+    ]
     return torch.stack(tokens), a.view(len(x), cfg.heads, cfg.slots).mean(1)
 
 
@@ -268,14 +296,24 @@ def _perceiver(cfg, p, x):
     for layer in p["layers"].values():
         latents = norm(layer["latents"], z)
         seen = torch.cat([norm(layer["patches"], x), latents])
-        q, k, v = split(latents @ layer["q"]["weight"].T), split(seen @ layer["k"]["weight"].T), split(seen @ layer["v"]["weight"].T)
+        q, k, v = (
+            split(latents @ layer["q"]["weight"].T),
+            split(seen @ layer["k"]["weight"].T),
+            split(seen @ layer["v"]["weight"].T),
+        )
         a = (q @ k.transpose(1, 2) / (cfg.dim // cfg.heads) ** 0.5).softmax(-1)
         z = z + (a @ v).transpose(0, 1).flatten(1) @ layer["out"]["weight"].T
         z = z + F.gelu(norm(layer["norm"], z) @ layer["up"]["weight"].T) @ layer["down"]["weight"].T
     return norm(p["norm"], z), a.mean(0)[:, : len(x)].T
 
 
-NAIVE = {"soft_moe": _soft_moe, "mean": _mean, "attention": _attention, "perceiver": _perceiver, "perceiver 2": _perceiver}
+NAIVE = {
+    "soft_moe": _soft_moe,
+    "mean": _mean,
+    "attention": _attention,
+    "perceiver": _perceiver,
+    "perceiver 2": _perceiver,
+}
 
 
 @pytest.mark.parametrize("kind", NAIVE)
@@ -325,8 +363,13 @@ def test_masked_patches_change_nothing(kind, junk, gen):
     torch.testing.assert_close(outs[1].routing[:, 7:27], outs[0].routing)
     assert not outs[1].routing[~mask].any()
     leaves = [*tree.flatten(p).values()]
-    loss = lambda o: o.tokens.square().sum() + o.mass.square().sum() + sum(o.aux.values()) + o.routing.square().sum()
-    want, got = (torch.autograd.grad(loss(o), [v, *leaves], allow_unused=True) for o, v in zip(outs, (x, wide), strict=True))
+    loss = lambda o: (
+        o.tokens.square().sum() + o.mass.square().sum() + sum(o.aux.values()) + o.routing.square().sum()
+    )
+    want, got = (
+        torch.autograd.grad(loss(o), [v, *leaves], allow_unused=True)
+        for o, v in zip(outs, (x, wide), strict=True)
+    )
     torch.testing.assert_close(got[0][:, 7:27], want[0])
     assert not got[0][~mask].any()
     for a, b in zip(got[1:], want[1:], strict=True):
@@ -392,7 +435,12 @@ def test_any_chunks_are_one_shot(kind, size, gen):
     cfg, p = _case(kind, gen, torch.float32)
     x = _patches(gen, {1: 60, 7: 500, 4096: 9000}[size], D, dtype=torch.float32)
     want = _first(compress(cfg, tree.map_leaves(lambda t: t.double(), p), x[None].double()))
-    want = evolve(want, tokens=want.tokens.float(), mass=want.mass.float(), aux={n: t.float() for n, t in want.aux.items()})
+    want = evolve(
+        want,
+        tokens=want.tokens.float(),
+        mass=want.mass.float(),
+        aux={n: t.float() for n, t in want.aux.items()},
+    )
     _close(compress_stream(cfg, p, x.split(size)), want, atol=1e-5, rtol=1e-5)
     _close(_first(compress(cfg, p, x[None])), want, atol=1e-5, rtol=1e-5)
 
@@ -409,7 +457,9 @@ def test_any_order_and_tree_of_merges(kind, gen):
         start = begin(cfg, p, state)
         leaves = [update(cfg, p, start, c) for c in parts]
         left = reduce(merge, leaves)
-        state = merge(merge(leaves[3], merge(leaves[4], leaves[1])), merge(start, merge(leaves[2], leaves[0])))
+        state = merge(
+            merge(leaves[3], merge(leaves[4], leaves[1])), merge(start, merge(leaves[2], leaves[0]))
+        )
         for name in ("top", "weight", "total"):
             torch.testing.assert_close(getattr(state, name), getattr(left, name))
     _close(finalize(cfg, p, state), want)
@@ -473,8 +523,13 @@ pickle.dump(states, open(sys.argv[2], "wb"))
 
 
 def test_two_processes_are_one(gen, tmp_path):
-    cases = {kind: (*_case(kind, gen), _patches(gen, 300, D)) for kind in ("moe", "soft_moe", "attention", "perceiver")}
-    (tmp_path / "in").write_bytes(pickle.dumps({kind: (cfg, p, x[90:].clone()) for kind, (cfg, p, x) in cases.items()}))
+    cases = {
+        kind: (*_case(kind, gen), _patches(gen, 300, D))
+        for kind in ("moe", "soft_moe", "attention", "perceiver")
+    }
+    (tmp_path / "in").write_bytes(
+        pickle.dumps({kind: (cfg, p, x[90:].clone()) for kind, (cfg, p, x) in cases.items()})
+    )
     subprocess.run([sys.executable, "-c", OTHER, str(tmp_path / "in"), str(tmp_path / "out")], check=True)
     theirs = pickle.loads((tmp_path / "out").read_bytes())
     for kind, (cfg, p, x) in cases.items():
@@ -500,7 +555,10 @@ def test_a_million_patches_lose_nothing(gen):
 def test_errors(gen):
     cfg, p = _case("moe", gen)
     x = _patches(gen, 2, 5, D)
-    with pytest.raises(ValueError, match=r"compress: x must be floating point \[b, n, 24\], got .*\[2, 5, 8\]; set compress.dim"):
+    with pytest.raises(
+        ValueError,
+        match=r"compress: x must be floating point \[b, n, 24\], got .*\[2, 5, 8\]; set compress.dim",
+    ):
         compress(cfg, p, x[..., :8])
     with pytest.raises(ValueError, match=r"mask must be bool \[2, 5\] like x, got torch.float32"):
         compress(cfg, p, x, torch.ones(2, 5))
@@ -527,7 +585,9 @@ def test_patches_that_are_not_finite_are_named(kind, bad, gen):
     cfg, p = _case(kind, gen, torch.float32)
     x = _patches(gen, 40, D, dtype=torch.float32)
     x[17, 3] = bad
-    with pytest.raises(ValueError, match=r"update: patches must be finite, got NaN or infinity in rows \[17\] of the chunk"):
+    with pytest.raises(
+        ValueError, match=r"update: patches must be finite, got NaN or infinity in rows \[17\] of the chunk"
+    ):
         update(cfg, p, begin(cfg, p), x)
     assert finalize(cfg, p, _all(begin(cfg, p), cfg, p, [])).tokens.isfinite().all()
 
@@ -536,9 +596,14 @@ def test_states_that_do_not_fit(gen):
     cfg, p = _case("perceiver 2", gen)
     x = _patches(gen, 10, D)
     one = update(cfg, p, begin(cfg, p), x)
-    with pytest.raises(ValueError, match=r"finalize: the state must be of the last pass, got pass 1 of 2; begin\(cfg, params, state\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"finalize: the state must be of the last pass, got pass 1 of 2; begin\(cfg, params, state\)",
+    ):
         finalize(cfg, p, one)
-    with pytest.raises(ValueError, match=r"slot_weights: perceiver needs the state .* got that of pass 1 of 2"):
+    with pytest.raises(
+        ValueError, match=r"slot_weights: perceiver needs the state .* got that of pass 1 of 2"
+    ):
         slot_weights(cfg, p, x, one)
     with pytest.raises(ValueError, match="got none"):
         slot_weights(cfg, p, x)

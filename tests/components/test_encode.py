@@ -11,11 +11,17 @@ from torch import Tensor
 
 from medvl.components import encode
 from medvl.components.encode import WINDOWS, EncodeConfig, chunk_size, encode_slices, width, windows
-from medvl.hub import skeletons as hub
+from medvl.hub import skeletons
 from medvl.weights import lora
 
 CPU = torch.device("cpu")
-BASE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+BASE = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
 TINY = {
     "dinov2": {"model_type": "dinov2", **BASE},
     "giant": {"model_type": "dinov2", **BASE, "use_swiglu_ffn": True},
@@ -34,7 +40,7 @@ def vit_of(kind="dinov2"):
 
 @cache
 def _built(kind):
-    skeleton, params = hub.init_skeleton(TINY[kind], torch.Generator().manual_seed(0))
+    skeleton, params = skeletons.init_skeleton(TINY[kind], torch.Generator().manual_seed(0))
     gen = torch.Generator().manual_seed(1)
     return skeleton, {n: t + 0.2 * torch.randn(t.shape, generator=gen) for n, t in params.items()}
 
@@ -55,7 +61,9 @@ def test_fixed_windows_equal_the_formula(dtype):
     cfg = EncodeConfig()
     values = list(range(256)) if dtype == torch.uint8 else list(range(-1100, 3000, 16))
     hus = [v / 255 * 2000 - 1000 for v in values] if dtype == torch.uint8 else values
-    want = [[naive_window(h, *w, m, s) for h in hus] for w, m, s in zip(WINDOWS, cfg.mean, cfg.std, strict=True)]
+    want = [
+        [naive_window(h, *w, m, s) for h in hus] for w, m, s in zip(WINDOWS, cfg.mean, cfg.std, strict=True)
+    ]
     got = windows(cfg, torch.tensor(values, dtype=dtype).view(1, -1))
     assert got.shape == (3, 1, len(values))
     torch.testing.assert_close(got[:, 0], torch.tensor(want))
@@ -87,7 +95,9 @@ def test_minmax_equals_the_formula(dtype):
         flat = v[s].double()
         unit = (flat - flat.min()) / (flat.max() - flat.min()) if s != 1 else torch.zeros(32, 32).double()
         for c in range(3):
-            torch.testing.assert_close(got[s, c].double(), (unit - cfg.mean[c]) / cfg.std[c], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                got[s, c].double(), (unit - cfg.mean[c]) / cfg.std[c], rtol=1e-5, atol=1e-5
+            )
 
 
 def test_windows_refuse_other_dtypes():
@@ -100,9 +110,9 @@ def test_windows_refuse_other_dtypes():
 def test_equals_transformers_on_one_checkpoint(kind, tmp_path):
     from transformers import AutoModel
 
-    hub.save(*vit_of(kind), tmp_path / kind)
+    skeletons.save(*vit_of(kind), tmp_path / kind)
     peer = AutoModel.from_pretrained(tmp_path / kind).eval()
-    skeleton, params = hub.load(tmp_path / kind)
+    skeleton, params = skeletons.load(tmp_path / kind)
     for px in (32, 48) if kind != "clip" else (32,):
         v, cfg = volumes(px), EncodeConfig()
         how = {"interpolate_pos_encoding": True} if kind == "vit" and px != 32 else {}
@@ -141,7 +151,11 @@ def test_a_grid_pools_every_cell_by_itself():
         patches = skeleton(params, windows(EncodeConfig(), v[1])).last_hidden_state[:, 1:].view(5, 4, 4, 64)
         for grid, step in ((2, 2), (4, 1)):
             cfg = EncodeConfig(pool="mean+max", grid=grid)
-            cells = [patches[:, y : y + step, x : x + step].flatten(1, 2) for y in range(0, 4, step) for x in range(0, 4, step)]
+            cells = [
+                patches[:, y : y + step, x : x + step].flatten(1, 2)
+                for y in range(0, 4, step)
+                for x in range(0, 4, step)
+            ]
             want = torch.cat([torch.cat([c.mean(1), c.amax(1)], 1) for c in cells], 1)
             got = encode_slices(cfg, params, v, MASK, vit=skeleton)
             assert got.shape == (3, 5, width(cfg, skeleton))
@@ -156,18 +170,29 @@ def test_whitened_patches_are_white(gen):
     """Mean 0; variance v / (v + 1 % of the mean) and no correlation, so 1 where there is much of it; nothing else changes."""
     _, params = vit_of()
     name = next(n for n, t in params.items() if t.dim() == 4)
-    smooth = torch.nn.functional.interpolate(torch.randn(400, 1, 8, 8, generator=gen), (32, 32), mode="bicubic")[:, 0]
-    slices = (400 * smooth - 200 + 30 * torch.randn(400, 32, 32, generator=gen)).clamp(-1000, 1000).to(torch.int16)
+    smooth = torch.nn.functional.interpolate(
+        torch.randn(400, 1, 8, 8, generator=gen), (32, 32), mode="bicubic"
+    )[:, 0]
+    slices = (
+        (400 * smooth - 200 + 30 * torch.randn(400, 32, 32, generator=gen)).clamp(-1000, 1000).to(torch.int16)
+    )
     new = encode.whiten(EncodeConfig(), params, slices)
     assert {n for n in params if not torch.equal(params[n], new[n])} == {name, name.replace("weight", "bias")}
-    out = torch.nn.functional.conv2d(windows(EncodeConfig(), slices), new[name], new[name.replace("weight", "bias")], stride=8)
+    out = torch.nn.functional.conv2d(
+        windows(EncodeConfig(), slices), new[name], new[name.replace("weight", "bias")], stride=8
+    )
     rows = out.movedim(1, -1).flatten(0, 2).double()
     torch.testing.assert_close(rows.mean(0), torch.zeros(64).double(), atol=1e-4, rtol=0)
     cov = rows.T @ rows / len(rows)
     torch.testing.assert_close(cov, cov.diag().diag(), atol=1e-3, rtol=0)
     assert (cov.diag().diff() < 1e-6).all()
     assert cov[0, 0] == pytest.approx(1, abs=0.02)
-    old = torch.nn.functional.conv2d(windows(EncodeConfig(), slices), params[name], stride=8).movedim(1, -1).flatten(0, 2).double()
+    old = (
+        torch.nn.functional.conv2d(windows(EncodeConfig(), slices), params[name], stride=8)
+        .movedim(1, -1)
+        .flatten(0, 2)
+        .double()
+    )
     assert torch.corrcoef(old.T).fill_diagonal_(0).abs().max() > 0.5  # the untrained encoder's are not
     with pytest.raises(ValueError, match="one patch embedding"):
         encode.whiten(EncodeConfig(), {"a": torch.zeros(2)}, slices)
@@ -179,8 +204,14 @@ def test_resize_is_bilinear_after_the_windows():
     small = F.interpolate(windows(cfg, v[1]), (32, 32), mode="bilinear", antialias=True)
     with torch.no_grad():
         want = skeleton(params, small).last_hidden_state[:, 0]
-        torch.testing.assert_close(encode_slices(cfg, params, v, MASK, vit=skeleton)[1], want, rtol=1e-5, atol=1e-5)
-        assert encode_slices(EncodeConfig(), params, v, MASK, vit=skeleton).shape == (3, 5, 64)  # 40x56 are multiples of 8 as well
+        torch.testing.assert_close(
+            encode_slices(cfg, params, v, MASK, vit=skeleton)[1], want, rtol=1e-5, atol=1e-5
+        )
+        assert encode_slices(EncodeConfig(), params, v, MASK, vit=skeleton).shape == (
+            3,
+            5,
+            64,
+        )  # 40x56 are multiples of 8 as well
 
 
 # Chunks, padding and gradients ----------------------------------------------------------------------------------------------------------
@@ -234,7 +265,9 @@ def test_gradients_with_checkpoint_equal_those_without(kind, monkeypatch):
     want = gradients(plain, skeleton, params, volumes())
     tokens = 1 + TINY[kind].get("num_register_tokens", 0) + 16
     hidden = TINY[kind].get("intermediate_size", 256)
-    monkeypatch.setattr("medvl.components.encode._LARGEST_ON_CPU", 4 * tokens * hidden * 8)  # chunks of 4, 4 and 1
+    monkeypatch.setattr(
+        "medvl.components.encode._LARGEST_ON_CPU", 4 * tokens * hidden * 8
+    )  # chunks of 4, 4 and 1
     counted, seen = counting(skeleton)
     got = gradients(evolve(plain, checkpoint=True), counted, params, volumes())
     assert seen[:3] == [4, 4, 1]
@@ -281,14 +314,23 @@ def test_each_volume_has_its_own_mixture_of_adapters(kind, checkpoint, gen, monk
             weights = lora.apply_lora(weights, mixed, rows=torch.arange(len(samples)))
         return weights
 
-    monkeypatch.setattr("medvl.components.encode._LARGEST_ON_CPU", 4 * 17 * 256 * 8)  # chunks of about 4 slices, over the ends of volumes
+    monkeypatch.setattr(
+        "medvl.components.encode._LARGEST_ON_CPU", 4 * 17 * 256 * 8
+    )  # chunks of about 4 slices, over the ends of volumes
     leaf = gates[0].clone().requires_grad_()
     together = encode_slices(cfg, adapted([0, 1, 2], leaf), v, MASK, vit=skeleton)
     (grad,) = torch.autograd.grad(together.square().sum(), leaf)
     alone = gates[0].clone().requires_grad_()
-    each = torch.cat([encode_slices(cfg, adapted([i], alone), v[i : i + 1], MASK[i : i + 1], vit=skeleton) for i in range(3)])
+    each = torch.cat(
+        [
+            encode_slices(cfg, adapted([i], alone), v[i : i + 1], MASK[i : i + 1], vit=skeleton)
+            for i in range(3)
+        ]
+    )
     torch.testing.assert_close(together, each, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(grad, torch.autograd.grad(each.square().sum(), alone)[0], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        grad, torch.autograd.grad(each.square().sum(), alone)[0], rtol=1e-9, atol=1e-12
+    )
     assert grad.abs().min() > 0
     with pytest.raises(ValueError, match="has weights for 2 samples, the batch has 3"):
         encode_slices(cfg, adapted([0, 1], leaf), v, MASK, vit=skeleton)
@@ -322,7 +364,9 @@ def test_the_estimate_of_what_a_gradient_keeps_is_true():
 
 def test_chunks_follow_the_budget():
     skeleton, _ = vit_of()
-    small, large = (chunk_size(EncodeConfig(budget_mib=m), skeleton, (32, 32), torch.device("cuda")) for m in (64, 256))
+    small, large = (
+        chunk_size(EncodeConfig(budget_mib=m), skeleton, (32, 32), torch.device("cuda")) for m in (64, 256)
+    )
     assert large == pytest.approx(4 * small, rel=0.05)
     cfg = EncodeConfig(budget_mib=64)
     assert chunk_size(evolve(cfg, dtype="bfloat16"), skeleton, (32, 32), torch.device("cuda")) > 1.5 * small
@@ -358,7 +402,10 @@ def test_errors():
     for voxels, mask in ((v[0], MASK[0]), (v, MASK[:2]), (v, MASK.long())):
         with pytest.raises(ValueError, match=r"voxels must be \[b, s, y, x\] and mask bool \[b, s\], got"):
             encode_slices(cfg, params, voxels, mask, vit=skeleton)
-    with pytest.raises(ValueError, match=r"multiples of the patch size 8, got 36x32; nearest are 32, 40: set EncodeConfig.resize"):
+    with pytest.raises(
+        ValueError,
+        match=r"multiples of the patch size 8, got 36x32; nearest are 32, 40: set EncodeConfig.resize",
+    ):
         encode_slices(cfg, params, volumes((36, 32)), MASK, vit=skeleton)
     with pytest.raises(ValueError, match=r"got 60x60; nearest are 56, 64"):
         encode_slices(EncodeConfig(resize=60), params, v, MASK, vit=skeleton)

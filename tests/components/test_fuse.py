@@ -12,7 +12,9 @@ POOLS = ["cls", "mean", "max", "mean+max", "attention"]
 
 def _case(pool, gen, b=3, s=7):
     cfg = evolve(CFG, pool=pool)
-    p = map_leaves(lambda t: torch.randn(t.shape, generator=gen, dtype=torch.float64) * 0.3, init_fuse(cfg, gen))
+    p = map_leaves(
+        lambda t: torch.randn(t.shape, generator=gen, dtype=torch.float64) * 0.3, init_fuse(cfg, gen)
+    )
     z = torch.randn(b, s, cfg.dim, generator=gen, dtype=torch.float64)
     mm = torch.arange(s).double()[None].expand(b, s) * 3.0
     return cfg, p, z, torch.ones(b, s, dtype=torch.bool), mm
@@ -25,13 +27,24 @@ def _naive_attention(q, k, v, keep):
 
 def test_block_is_the_formula(gen):
     p = map_leaves(lambda t: t.double(), layers.init_block(12, 1, gen))
-    x, keep = torch.randn(2, 5, 12, generator=gen, dtype=torch.float64), torch.rand(2, 1, 1, 5, generator=gen) > 0.3
+    x, keep = (
+        torch.randn(2, 5, 12, generator=gen, dtype=torch.float64),
+        torch.rand(2, 1, 1, 5, generator=gen) > 0.3,
+    )
     keep[..., 0] = True
     h = layers.norm(p["norm1"], x)
-    q, k, v = (t.view(2, 5, 3, 4).transpose(1, 2) for t in (h @ p["qkv"]["weight"].T + p["qkv"]["bias"]).chunk(3, -1))
-    y = x + _naive_attention(q, k, v, keep).transpose(1, 2).reshape(2, 5, 12) @ p["out"]["weight"].T + p["out"]["bias"]
+    q, k, v = (
+        t.view(2, 5, 3, 4).transpose(1, 2) for t in (h @ p["qkv"]["weight"].T + p["qkv"]["bias"]).chunk(3, -1)
+    )
+    y = (
+        x
+        + _naive_attention(q, k, v, keep).transpose(1, 2).reshape(2, 5, 12) @ p["out"]["weight"].T
+        + p["out"]["bias"]
+    )
     m = torch.nn.functional.gelu(layers.norm(p["norm2"], y) @ p["up"]["weight"].T + p["up"]["bias"])
-    torch.testing.assert_close(layers.block(p, x, 3, keep=keep), y + m @ p["down"]["weight"].T + p["down"]["bias"])
+    torch.testing.assert_close(
+        layers.block(p, x, 3, keep=keep), y + m @ p["down"]["weight"].T + p["down"]["bias"]
+    )
 
 
 def test_causal_and_keep_hold_together(gen):
@@ -39,8 +52,12 @@ def test_causal_and_keep_hold_together(gen):
     keep = torch.ones(1, 1, 1, 6, dtype=torch.bool)
     keep[..., 1] = False
     both = keep & torch.ones(6, 6, dtype=torch.bool).tril()
-    torch.testing.assert_close(layers.attention(qkv, 2, keep=keep, causal=True), layers.attention(qkv, 2, keep=both))
-    assert not torch.equal(layers.attention(qkv, 2, keep=keep, causal=True), layers.attention(qkv, 2, causal=True))
+    torch.testing.assert_close(
+        layers.attention(qkv, 2, keep=keep, causal=True), layers.attention(qkv, 2, keep=both)
+    )
+    assert not torch.equal(
+        layers.attention(qkv, 2, keep=keep, causal=True), layers.attention(qkv, 2, causal=True)
+    )
 
 
 def test_rotary_dot_products_depend_on_distance_only(gen):
@@ -90,8 +107,16 @@ def test_inputs_are_projected_and_skip_shows_them_to_the_end(gen):
     plain, p, _, mask, mm = _case("mean+max", gen)
     mask[1, 4:] = False
     cfg = evolve(plain, inputs=10, skip=True)
-    p = {"into": {"weight": torch.randn(24, 10, generator=gen).double(), "bias": torch.randn(24, generator=gen).double()}} | p
-    p["skip"] = {"weight": torch.rand(10, generator=gen).double(), "bias": torch.rand(10, generator=gen).double()}
+    p = {
+        "into": {
+            "weight": torch.randn(24, 10, generator=gen).double(),
+            "bias": torch.randn(24, generator=gen).double(),
+        }
+    } | p
+    p["skip"] = {
+        "weight": torch.rand(10, generator=gen).double(),
+        "bias": torch.rand(10, generator=gen).double(),
+    }
     assert init_fuse(cfg, gen).keys() == p.keys()
     z = torch.randn(3, 7, 10, generator=gen, dtype=torch.float64)
     got = fuse(cfg, p, z, mask, mm)

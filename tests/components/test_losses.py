@@ -5,7 +5,7 @@ from torch.utils.checkpoint import checkpoint
 
 from medvl.components import losses
 from medvl.components.losses import clip_loss, siglip_loss, token_cross_entropy, token_mean, trained
-from medvl.training import loop as train
+from medvl.training import loop
 
 
 def _pair(gen, b=5, d=8):
@@ -15,7 +15,13 @@ def _pair(gen, b=5, d=8):
 def test_clip_loss_is_the_formula(gen):
     a, b = _pair(gen)
     logits = 7.0 * a @ b.T
-    naive = sum(-(logits[i, i] - logits[i].exp().sum().log()) - (logits[i, i] - logits[:, i].exp().sum().log()) for i in range(5)) / 10
+    naive = (
+        sum(
+            -(logits[i, i] - logits[i].exp().sum().log()) - (logits[i, i] - logits[:, i].exp().sum().log())
+            for i in range(5)
+        )
+        / 10
+    )
     torch.testing.assert_close(clip_loss(a, b, 7.0), naive)
 
 
@@ -33,7 +39,9 @@ def test_siglip_loss_is_the_formula(gen):
     torch.testing.assert_close(siglip_loss(a, b, 10.0, -10.0), naive / 5)
 
 
-@pytest.mark.parametrize("loss", [lambda a, b: clip_loss(a, b, 1.0), lambda a, b: siglip_loss(a, b, 1.0, 0.0)])
+@pytest.mark.parametrize(
+    "loss", [lambda a, b: clip_loss(a, b, 1.0), lambda a, b: siglip_loss(a, b, 1.0, 0.0)]
+)
 def test_errors(loss, gen):
     a, b = _pair(gen)
     with pytest.raises(ValueError, match="at least 2 rows"):
@@ -82,7 +90,9 @@ def _words(gen, b=3, t=11, d=6, v=17, dtype=torch.float64):
 def _plain(hidden, head, labels, bias=None, reduction="sum"):
     """All logits at once, shifted by hand."""
     logits = F.linear(hidden, head, bias)[:, :-1]
-    return F.cross_entropy(logits.flatten(0, 1).double(), labels[:, 1:].flatten(), ignore_index=-100, reduction=reduction)
+    return F.cross_entropy(
+        logits.flatten(0, 1).double(), labels[:, 1:].flatten(), ignore_index=-100, reduction=reduction
+    )
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 1000])
@@ -95,7 +105,9 @@ def test_token_loss_is_the_plain_one(gen, chunk, biased):
     want = _plain(hidden, head, labels, bias)
     torch.testing.assert_close(total, want)
     assert int(count) == int((labels[:, 1:] != -100).sum()) == int(trained(labels).sum())
-    for got, g in zip(torch.autograd.grad(3 * total, wanted), torch.autograd.grad(3 * want, wanted), strict=True):
+    for got, g in zip(
+        torch.autograd.grad(3 * total, wanted), torch.autograd.grad(3 * want, wanted), strict=True
+    ):
         torch.testing.assert_close(got, g)
     each, count = token_cross_entropy(hidden, head, labels, bias=bias, chunk=chunk, reduction="none")
     torch.testing.assert_close(each[:, 1:].flatten(), _plain(hidden, head, labels, bias, reduction="none"))
@@ -103,7 +115,9 @@ def test_token_loss_is_the_plain_one(gen, chunk, biased):
     assert not each[:, 0].any()
     weight = torch.rand(each.shape, generator=gen, dtype=each.dtype)
     naive = (_plain(hidden, head, labels, bias, reduction="none") * weight[:, 1:].flatten()).sum()
-    for got, g in zip(torch.autograd.grad((each * weight).sum(), wanted), torch.autograd.grad(naive, wanted), strict=True):
+    for got, g in zip(
+        torch.autograd.grad((each * weight).sum(), wanted), torch.autograd.grad(naive, wanted), strict=True
+    ):
         torch.testing.assert_close(got, g)
 
 
@@ -147,7 +161,9 @@ def test_only_trained_positions_are_projected_chunk_by_chunk(gen, lazy, monkeypa
     monkeypatch.setattr(losses.F, "linear", lambda x, *args: (rows.append(len(x)), linear(x, *args))[1])
     given = _lazy(head) if lazy else head
     monkeypatch.setattr(
-        LowRank, "__torch_function__", classmethod(lambda cls, f, t, args=(), kwargs=None: linear(args[0], args[1].parts[0]))
+        LowRank,
+        "__torch_function__",
+        classmethod(lambda cls, f, t, args=(), kwargs=None: linear(args[0], args[1].parts[0])),
     )
     total, count = token_cross_entropy(hidden, given, labels, chunk=8)
     assert sum(rows) == int(count) > 16
@@ -206,9 +222,9 @@ def test_the_loss_of_a_batch_is_a_mean_over_tokens(gen):
     def part(rows, total):
         def loss(p, _):
             s, n = token_cross_entropy(p["hidden"][rows], p["head"], labels[rows])
-            return token_mean(s, count if total else n), train.Aux()
+            return token_mean(s, count if total else n), loop.Aux()
 
-        return train.value_and_grad(loss)(params, None)
+        return loop.value_and_grad(loss)(params, None)
 
     whole, pieces, means = (
         part(slice(0, 4), True),
@@ -220,14 +236,18 @@ def test_the_loss_of_a_batch_is_a_mean_over_tokens(gen):
     for name in params:
         torch.testing.assert_close(sum(p[2][name] for p in pieces), whole[2][name])
     assert abs(sum(m[0] for m in means) / 4 - whole[0]) > 0.1
-    two = [token_mean(torch.tensor(s), 10, processes=2) for s in (3.0, 4.0)]  # gradients are averaged over two processes
+    two = [
+        token_mean(torch.tensor(s), 10, processes=2) for s in (3.0, 4.0)
+    ]  # gradients are averaged over two processes
     assert float(sum(two)) / 2 == pytest.approx(0.7)
 
 
 def test_token_loss_errors(gen):
     hidden, head, _, labels = _words(gen)
     for bad in (labels[:2], labels.int(), labels[0]):
-        with pytest.raises(ValueError, match=r"hidden must be \[b, t, d\] and labels int64 \[b, t\], got \[3, 11, 6\]"):
+        with pytest.raises(
+            ValueError, match=r"hidden must be \[b, t, d\] and labels int64 \[b, t\], got \[3, 11, 6\]"
+        ):
             token_cross_entropy(hidden, head, bad)
     with pytest.raises(ValueError, match="chunk must be >= 1"):
         token_cross_entropy(hidden, head, labels, chunk=0)
@@ -236,7 +256,9 @@ def test_token_loss_errors(gen):
     for value in (17, -1):
         for reduction in ("sum", "none"):
             with pytest.raises(ValueError, match=f"labels must be -100 or lie in 0..16, found .*{value}"):
-                token_cross_entropy(hidden, head, labels.masked_fill(torch.arange(11) == 4, value), reduction=reduction)
+                token_cross_entropy(
+                    hidden, head, labels.masked_fill(torch.arange(11) == 4, value), reduction=reduction
+                )
     for args in ((0,), (torch.tensor(0),), (3, 0)):
         with pytest.raises(ValueError, match="at least one trained token and one process"):
             token_mean(torch.tensor(1.0), *args)

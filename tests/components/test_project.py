@@ -11,7 +11,9 @@ def test_it_is_two_layers_and_a_gelu(gen):
     p = tree.map_leaves(lambda t: torch.randn(t.shape, generator=gen), init_project(cfg, gen))
     peer = nn.Sequential(nn.Linear(6, 9), nn.GELU(), nn.Linear(9, 4))
     names = {"0": "up", "2": "down"}
-    peer.load_state_dict({f"{i}.{kind}": p[name][kind] for i, name in names.items() for kind in ("weight", "bias")})
+    peer.load_state_dict(
+        {f"{i}.{kind}": p[name][kind] for i, name in names.items() for kind in ("weight", "bias")}
+    )
     z = torch.randn(2, 5, 6, generator=gen)
     torch.testing.assert_close(project(cfg, p, z), peer(z))
     torch.testing.assert_close(project(cfg, p, z[0, 0]), peer(z)[0, 0])

@@ -17,11 +17,19 @@ def _from_clip(state: dict) -> dict:
         "norm/weight": get("final_layer_norm.weight"),
         "norm/bias": get("final_layer_norm.bias"),
     }
-    pairs = {"norm1": "layer_norm1", "norm2": "layer_norm2", "out": "self_attn.out_proj", "up": "mlp.fc1", "down": "mlp.fc2"}
+    pairs = {
+        "norm1": "layer_norm1",
+        "norm2": "layer_norm2",
+        "out": "self_attn.out_proj",
+        "up": "mlp.fc1",
+        "down": "mlp.fc2",
+    }
     for i in range(CFG.depth):
         for kind in ("weight", "bias"):
             at = f"encoder.layers.{i}."
-            flat |= {f"blocks/{i}/{ours}/{kind}": get(f"{at}{theirs}.{kind}") for ours, theirs in pairs.items()}
+            flat |= {
+                f"blocks/{i}/{ours}/{kind}": get(f"{at}{theirs}.{kind}") for ours, theirs in pairs.items()
+            }
             flat[f"blocks/{i}/qkv/{kind}"] = torch.cat([get(f"{at}self_attn.{n}_proj.{kind}") for n in "qkv"])
     return unflatten(flat)
 
@@ -35,9 +43,17 @@ def _tokens(gen):
 
 
 def test_equals_transformers_clip_text(gen):
-    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+    }
     torch.manual_seed(0)
-    peer = CLIPTextModel(CLIPTextConfig(**sizes, max_position_embeddings=12, eos_token_id=49, bos_token_id=1)).eval()
+    peer = CLIPTextModel(
+        CLIPTextConfig(**sizes, max_position_embeddings=12, eos_token_id=49, bos_token_id=1)
+    ).eval()
     ids, mask = _tokens(gen)
     ours = encode_text(CFG, _from_clip(peer.state_dict()), ids, mask)
     with torch.no_grad():
@@ -68,7 +84,9 @@ def test_any_encoder_by_pooling(gen):
 
     model = lambda params, input_ids, attention_mask: Out
     for pool in ("first", "last", "mean"):
-        torch.testing.assert_close(encode_text_with({}, mask.long(), mask, model=model, pool=pool), pool_tokens(pool, x, mask))
+        torch.testing.assert_close(
+            encode_text_with({}, mask.long(), mask, model=model, pool=pool), pool_tokens(pool, x, mask)
+        )
     torch.testing.assert_close(pool_tokens("last", x, mask)[1], x[1, 4])
     torch.testing.assert_close(pool_tokens("mean", x, mask)[1], x[1, :5].mean(0))
 

@@ -45,7 +45,9 @@ def test_centred_with_antialias_is_interpolate_with_it(n, size):
     np.testing.assert_allclose(_matrix(axis, n) @ line[0, 0].numpy(), theirs, atol=1e-5)
 
 
-@pytest.mark.parametrize(("n", "spacing", "size", "target"), [(30, 2.0, 50, 1.5), (30, 1.0, 7, 2.5), (9, 5.0, 40, 1.0)])
+@pytest.mark.parametrize(
+    ("n", "spacing", "size", "target"), [(30, 2.0, 50, 1.5), (30, 1.0, 7, 2.5), (9, 5.0, 40, 1.0)]
+)
 def test_centred_reads_where_both_centres_meet(n, spacing, size, target):
     """The place in mm, interpolated, is the place of the output voxel; edge voxels reach half a voxel further and are held."""
     axis = centred(n, spacing, size, target, antialias=False)
@@ -53,17 +55,23 @@ def test_centred_reads_where_both_centres_meet(n, spacing, size, target):
     inside = np.abs(mm) <= n * spacing / 2
     assert (axis.first, axis.stop) == (int(inside.argmax()), int(inside.argmax() + inside.sum()))
     source_mm = (np.arange(n) - (n - 1) / 2) * spacing
-    np.testing.assert_allclose(_matrix(axis, n) @ source_mm, mm[inside].clip(source_mm[0], source_mm[-1]), atol=1e-5)
+    np.testing.assert_allclose(
+        _matrix(axis, n) @ source_mm, mm[inside].clip(source_mm[0], source_mm[-1]), atol=1e-5
+    )
 
 
-@pytest.mark.parametrize(("n", "spacing", "size", "target"), [(30, 2.0, 50, 1.5), (61, 1.0, 10, 1.5), (12, 3.0, 13, 2.9)])
+@pytest.mark.parametrize(
+    ("n", "spacing", "size", "target"), [(30, 2.0, 50, 1.5), (61, 1.0, 10, 1.5), (12, 3.0, 13, 2.9)]
+)
 def test_anchored_starts_at_the_first_voxel(n, spacing, size, target):
     axis = anchored(n, spacing, size, target)
     new = round((n - 1) * spacing / target + 1)
     crop = max(new, size) // 2 - size // 2
     mm = (np.arange(new) * target)[crop : crop + size]
     assert (axis.first, axis.stop) == (max(size - new, 0) // 2, max(size - new, 0) // 2 + len(mm))
-    np.testing.assert_allclose(_matrix(axis, n) @ (np.arange(n) * spacing), mm.clip(0, (n - 1) * spacing), atol=1e-4)
+    np.testing.assert_allclose(
+        _matrix(axis, n) @ (np.arange(n) * spacing), mm.clip(0, (n - 1) * spacing), atol=1e-4
+    )
 
 
 def _axes():
@@ -80,23 +88,35 @@ def test_resample_is_the_product_with_three_matrices():
     np.testing.assert_array_equal(given, v)
     again = np.empty_like(out)
     turned = [a.flipped(n) for a, n in zip(axes, v.shape, strict=True)]
-    resample(turned, v[::-1, ::-1, ::-1], lambda plane: plane.mul_(0.5).add_(3), lambda plane: plane.neg_(), again)
+    resample(
+        turned, v[::-1, ::-1, ::-1], lambda plane: plane.mul_(0.5).add_(3), lambda plane: plane.neg_(), again
+    )
     np.testing.assert_array_equal(again, out)
 
 
 def test_resample_asks_for_no_plane_that_no_output_needs():
     axes = [centred(30, 1.0, 3, 1.0, antialias=False), *_axes()[1:]]
     v, seen = np.zeros((30, 14, 16), np.float32), []
-    resample(axes, v, lambda plane: seen.append(1) or plane, lambda plane: plane, np.empty([len(a.taps) for a in axes], np.float32))
+    resample(
+        axes,
+        v,
+        lambda plane: seen.append(1) or plane,
+        lambda plane: plane,
+        np.empty([len(a.taps) for a in axes], np.float32),
+    )
     assert len(seen) == 4  # the centre of an even number of voxels lies between two
 
 
 def test_what_cannot_be_resampled_is_refused():
-    with pytest.raises(ValueError, match=r"is smaller than one output voxel: 2 voxels of 0.1 mm against 3 mm"):
+    with pytest.raises(
+        ValueError, match=r"is smaller than one output voxel: 2 voxels of 0.1 mm against 3 mm"
+    ):
         centred(2, 0.1, 8, 3.0, antialias=True)
     axes, v = _axes(), np.zeros((20, 14, 16), np.float32)
     out = np.empty([len(a.taps) for a in axes], np.float32)
-    with pytest.raises(ValueError, match=r"resample: out must be \(.*\) like the axes' taps, got \(1, 2, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"resample: out must be \(.*\) like the axes' taps, got \(1, 2, 3\)"
+    ):
         resample(axes, v, torch.abs, torch.abs, np.empty((1, 2, 3), np.float32))
     before = torch.get_num_threads()
     with pytest.raises(ValueError, match=r"must go on to 19, counted from 0; they end early"):

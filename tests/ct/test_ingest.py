@@ -106,9 +106,13 @@ def _h5(tmp, **attrs):
 
 
 def _row(**changed):
-    return {"spacing_mm": (1, 1, 1), "source_spacing_mm": (1, 1, 1), "source_shape": (1, 1, 1), "occupied": (0, 1), "hu_rule": "none"} | (
-        {"slope": 1.0, "intercept": 0.0} | changed
-    )
+    return {
+        "spacing_mm": (1, 1, 1),
+        "source_spacing_mm": (1, 1, 1),
+        "source_shape": (1, 1, 1),
+        "occupied": (0, 1),
+        "hu_rule": "none",
+    } | ({"slope": 1.0, "intercept": 0.0} | changed)
 
 
 def _run(tmp, source, **kwargs):
@@ -144,21 +148,45 @@ BROKEN = {  # what is wrong: (what the user does with it, what the message says)
     "a folder": (lambda t: read_scan(t), "cannot be read .Is a directory"),
     "a pipe": (lambda t: read_scan(_pipe(t)), "must be a file, found a pipe"),
     "a DICOM file": (lambda t: read_scan(_dicom(t)), "is a DICOM file; .*dcm2niix"),
-    "a folder of slices": (lambda t: read_scan(_dicom(t).parent), "Is a directory.; a scan is one .nii or .nii.gz file. .*dcm2niix"),
+    "a folder of slices": (
+        lambda t: read_scan(_dicom(t).parent),
+        "Is a directory.; a scan is one .nii or .nii.gz file. .*dcm2niix",
+    ),
     "an empty file": (lambda t: read_scan(_bytes(t, "a.nii", b"")), "is empty"),
-    "a text file": (lambda t: read_scan(_text(t, "a.nii", "x" * 1000)), "is not NIfTI .must begin with a header of 348 or 540 bytes"),
+    "a text file": (
+        lambda t: read_scan(_text(t, "a.nii", "x" * 1000)),
+        "is not NIfTI .must begin with a header of 348 or 540 bytes",
+    ),
     "gzipped text": (lambda t: read_scan(_bytes(t, "a.nii.gz", gzip.compress(b"x" * 1000))), "is not NIfTI"),
-    "a header only": (lambda t: read_scan(_cut(_scan(t / "a.nii"), 348)), "truncated: its header asks for 16192 bytes, the file has 348"),
-    "truncated voxels": (lambda t: read_scan(_cut(_scan(t / "a.nii"), 9000)), "truncated: its header asks for 16192 bytes, .* 9000"),
-    "truncated gzip": (lambda t: read_scan(_zipped(t, lambda r: r[:-2000])), "truncated: the gzip stream ends early"),
+    "a header only": (
+        lambda t: read_scan(_cut(_scan(t / "a.nii"), 348)),
+        "truncated: its header asks for 16192 bytes, the file has 348",
+    ),
+    "truncated voxels": (
+        lambda t: read_scan(_cut(_scan(t / "a.nii"), 9000)),
+        "truncated: its header asks for 16192 bytes, .* 9000",
+    ),
+    "truncated gzip": (
+        lambda t: read_scan(_zipped(t, lambda r: r[:-2000])),
+        "truncated: the gzip stream ends early",
+    ),
     "gzip of truncated voxels": (
         lambda t: read_scan(_bytes(t, "b.nii.gz", gzip.compress(_scan(t / "a.nii").read_bytes()[:9000]))),
         "truncated: holds 9 of the 18 slices",
     ),
-    "a gzip checksum that is wrong": (lambda t: read_scan(_zipped(t, lambda r: _flip(r, -8))), "damaged: .*checksum"),
+    "a gzip checksum that is wrong": (
+        lambda t: read_scan(_zipped(t, lambda r: _flip(r, -8))),
+        "damaged: .*checksum",
+    ),
     "a flipped byte": (lambda t: read_scan(_zipped(t, lambda r: _flip(r, 5000))), "damaged|truncated"),
-    "bytes after the gzip": (lambda t: read_scan(_zipped(t, lambda r: bytes(r) + b"junk")), "damaged: other bytes follow the gzip stream"),
-    "an impossible size": (lambda t: read_scan(_edited(t, 42, _i2(30000, 30000, 30000))), "header asks for 54000000000352 bytes"),
+    "bytes after the gzip": (
+        lambda t: read_scan(_zipped(t, lambda r: bytes(r) + b"junk")),
+        "damaged: other bytes follow the gzip stream",
+    ),
+    "an impossible size": (
+        lambda t: read_scan(_edited(t, 42, _i2(30000, 30000, 30000))),
+        "header asks for 54000000000352 bytes",
+    ),
     "a size that wraps 64 bits": (
         lambda t: read_scan(_nifti2(t, (2**32, 2**31, 2))),
         "header asks for 36893488147419103776 bytes, the file has",
@@ -167,13 +195,24 @@ BROKEN = {  # what is wrong: (what the user does with it, what the message says)
         lambda t: read_scan(_bytes(t, "b.nii.gz", gzip.compress(_nifti2(t, (2**62, 2, 2)).read_bytes()))),
         "header asks for 36893488147419103776 bytes inflated",
     ),
-    "voxels beyond 64 bits": (lambda t: read_scan(_nifti2(t, (20, 22, 18), offset=2**62)), "truncated: its header asks for 46116860184"),
-    "voxels before the file": (lambda t: read_scan(_nifti2(t, (20, 22, 18), offset=-(2**40))), "must start after the header of 540 bytes"),
+    "voxels beyond 64 bits": (
+        lambda t: read_scan(_nifti2(t, (20, 22, 18), offset=2**62)),
+        "truncated: its header asks for 46116860184",
+    ),
+    "voxels before the file": (
+        lambda t: read_scan(_nifti2(t, (20, 22, 18), offset=-(2**40))),
+        "must start after the header of 540 bytes",
+    ),
     "much after the voxels": (
-        lambda t: read_scan(_bytes(t, "b.nii.gz", gzip.compress(_scan(t / "a.nii").read_bytes() + bytes(2**21)))),
+        lambda t: read_scan(
+            _bytes(t, "b.nii.gz", gzip.compress(_scan(t / "a.nii").read_bytes() + bytes(2**21)))
+        ),
         "other data follow its voxels",
     ),
-    "negative size": (lambda t: read_scan(_edited(t, 42, _i2(-5))), r"at least 2 voxels along each axis, found \[-5, 22, 18\]"),
+    "negative size": (
+        lambda t: read_scan(_edited(t, 42, _i2(-5))),
+        r"at least 2 voxels along each axis, found \[-5, 22, 18\]",
+    ),
     "a rank of 9": (lambda t: read_scan(_edited(t, 40, _i2(9))), r"must be one volume .* found dim \[9, 20"),
     "a header/image pair": (lambda t: read_scan(_edited(t, 344, b"ni1\0")), "NIfTI in one file"),
     "an unknown data type": (lambda t: read_scan(_edited(t, 70, _i2(9999))), "unknown data type 9999"),
@@ -181,23 +220,53 @@ BROKEN = {  # what is wrong: (what the user does with it, what the message says)
         lambda t: read_scan(_edited(t, 108, _f4(4))),
         "must start after the header of 348 bytes, found vox_offset 4",
     ),
-    "an infinite intercept": (lambda t: read_scan(_edited(t, 112, _f4(2, np.inf))), "scl_slope 2.0 with scl_inter inf"),
-    "four dimensions": (lambda t: read_scan(_image(t, np.zeros((5, 5, 5, 3), np.int16))), r"one volume .* found \[5, 5, 5, 3\]"),
-    "two dimensions": (lambda t: read_scan(_image(t, np.zeros((5, 5), np.int16))), r"one volume .* found \[5, 5\]"),
-    "one slice": (lambda t: read_scan(_image(t, np.zeros((5, 5, 1), np.int16))), r"at least 2 voxels .* found \[5, 5, 1\]"),
-    "complex voxels": (lambda t: read_scan(_image(t, np.zeros((5, 5, 5), np.complex64))), "one real number .* found complex64"),
-    "colours": (lambda t: read_scan(_image(t, np.zeros((5, 5, 5), [(c, "u1") for c in "RGB"]))), "one real number .* found colours"),
-    "a singular affine": (lambda t: read_scan(_edited(t, 280, _f4(2, 2, 0, 0, 0, 0, 0, 0))), "affine that can be inverted"),
+    "an infinite intercept": (
+        lambda t: read_scan(_edited(t, 112, _f4(2, np.inf))),
+        "scl_slope 2.0 with scl_inter inf",
+    ),
+    "four dimensions": (
+        lambda t: read_scan(_image(t, np.zeros((5, 5, 5, 3), np.int16))),
+        r"one volume .* found \[5, 5, 5, 3\]",
+    ),
+    "two dimensions": (
+        lambda t: read_scan(_image(t, np.zeros((5, 5), np.int16))),
+        r"one volume .* found \[5, 5\]",
+    ),
+    "one slice": (
+        lambda t: read_scan(_image(t, np.zeros((5, 5, 1), np.int16))),
+        r"at least 2 voxels .* found \[5, 5, 1\]",
+    ),
+    "complex voxels": (
+        lambda t: read_scan(_image(t, np.zeros((5, 5, 5), np.complex64))),
+        "one real number .* found complex64",
+    ),
+    "colours": (
+        lambda t: read_scan(_image(t, np.zeros((5, 5, 5), [(c, "u1") for c in "RGB"]))),
+        "one real number .* found colours",
+    ),
+    "a singular affine": (
+        lambda t: read_scan(_edited(t, 280, _f4(2, 2, 0, 0, 0, 0, 0, 0))),
+        "affine that can be inverted",
+    ),
     "an affine of nan": (lambda t: read_scan(_edited(t, 280, _f4(np.nan))), "finite affine"),
-    "zero spacing": (lambda t: read_scan(_qform_only(t, 2, 0, 2)), r"positive voxel spacing in mm, found \[2.0, 0.0, 2.0\]"),
+    "zero spacing": (
+        lambda t: read_scan(_qform_only(t, 2, 0, 2)),
+        r"positive voxel spacing in mm, found \[2.0, 0.0, 2.0\]",
+    ),
     "spacing of nan": (lambda t: read_scan(_qform_only(t, 2, 2, np.nan)), "positive voxel spacing"),
     "voxels of nan": (
         lambda t: preprocess(_image(t, np.full((5, 5, 5), np.nan, "f4")), SMALL),
         "slice 0 has 25 voxels that are not finite",
     ),
     # the way to HU
-    "raw values, no metadata": (lambda t: preprocess(_scan(t / "a.nii", **RAW), SMALL), "stored values start at 0, they are raw"),
-    "neither raw nor HU": (lambda t: preprocess(_scan(t / "a.nii", low=-50), SMALL, META), "the lowest is -50.*is it a CT"),
+    "raw values, no metadata": (
+        lambda t: preprocess(_scan(t / "a.nii", **RAW), SMALL),
+        "stored values start at 0, they are raw",
+    ),
+    "neither raw nor HU": (
+        lambda t: preprocess(_scan(t / "a.nii", low=-50), SMALL, META),
+        "the lowest is -50.*is it a CT",
+    ),
     "metadata without a slope": (
         lambda t: preprocess(_scan(t / "a.nii", **RAW), SMALL, {"RescaleIntercept": "0"}),
         "number in 'RescaleSlope'",
@@ -218,33 +287,70 @@ BROKEN = {  # what is wrong: (what the user does with it, what the message says)
         lambda t: preprocess(_scan(t / "a.nii", low=5000, high=9000), evolve(SMALL, hu="none")),
         "every voxel became 1000 HU",
     ),
-    "hu='header' without one": (lambda t: preprocess(_edited(t, 112, _f4(np.nan, np.nan)), evolve(SMALL, hu="header")), "needs scl_slope"),
+    "hu='header' without one": (
+        lambda t: preprocess(_edited(t, 112, _f4(np.nan, np.nan)), evolve(SMALL, hu="header")),
+        "needs scl_slope",
+    ),
     "no spacing at all": (
-        lambda t: preprocess(_scan(t / "a.nii", affine=None), SMALL, {"ImageOrientationPatient": "[1, 0, 0, 0, 1, 0]"}),
+        lambda t: preprocess(
+            _scan(t / "a.nii", affine=None), SMALL, {"ImageOrientationPatient": "[1, 0, 0, 0, 1, 0]"}
+        ),
         "set spacing_from='metadata'",
     ),
-    "no axes at all": (lambda t: preprocess(_scan(t / "a.nii", affine=None), SMALL), "nothing says where its axes grow to"),
+    "no axes at all": (
+        lambda t: preprocess(_scan(t / "a.nii", affine=None), SMALL),
+        "nothing says where its axes grow to",
+    ),
     "no spacing in the metadata": (
         lambda t: preprocess(_scan(t / "a.nii"), evolve(SMALL, spacing_from="metadata"), META),
         "number in 'XYSpacing'",
     ),
     "smaller than a voxel": (
-        lambda t: preprocess(_scan(t / "a.nii", affine=np.diag([-0.1, -0.1, 0.1, 1])), evolve(SMALL, spacing_mm=(9.0, 9.0, 9.0))),
+        lambda t: preprocess(
+            _scan(t / "a.nii", affine=np.diag([-0.1, -0.1, 0.1, 1])),
+            evolve(SMALL, spacing_mm=(9.0, 9.0, 9.0)),
+        ),
         "smaller than one output voxel",
     ),
-    "too flat": (lambda t: preprocess(_scan(t / "a.nii", shape=(300, 300, 2)), CtConfig(preset="reference", size=(9, 9, 9))), "too flat"),
+    "too flat": (
+        lambda t: preprocess(
+            _scan(t / "a.nii", shape=(300, 300, 2)), CtConfig(preset="reference", size=(9, 9, 9))
+        ),
+        "too flat",
+    ),
     # settings
-    "an unknown preset": (lambda t: CtConfig(preset="raw"), "preset must be one of mm, reference, ctclip, merlin, got 'raw'"),
-    "antialias where it is not": (lambda t: CtConfig(preset="reference", antialias="on"), "antialias belongs to preset 'mm'"),
-    "spacing where it is not": (lambda t: CtConfig(preset="merlin", spacing_mm=(1.0, 1.0, 1.0)), "spacing_mm belongs to preset 'mm'"),
+    "an unknown preset": (
+        lambda t: CtConfig(preset="raw"),
+        "preset must be one of mm, reference, ctclip, merlin, got 'raw'",
+    ),
+    "antialias where it is not": (
+        lambda t: CtConfig(preset="reference", antialias="on"),
+        "antialias belongs to preset 'mm'",
+    ),
+    "spacing where it is not": (
+        lambda t: CtConfig(preset="merlin", spacing_mm=(1.0, 1.0, 1.0)),
+        "spacing_mm belongs to preset 'mm'",
+    ),
     "flip where it is not": (lambda t: CtConfig(flip=True), "flip belongs to preset 'reference'"),
     "two numbers of size": (lambda t: CtConfig(size=(2, 3)), "size must be .. or three positive numbers"),
-    "a size without end": (lambda t: CtConfig(size=(100_000,) * 3), "at most 1,073,741,824 voxels, got .* 1,000,000,000,000,000"),
-    "spacing of kilometres": (lambda t: CtConfig(spacing_mm=(1e9, 1.0, 1.0)), "spacing_mm must be between 0.01 and 1000 mm"),
-    "negative spacing": (lambda t: CtConfig(spacing_mm=(1.0, -1.0, 1.0)), "spacing_mm must be .. or three positive numbers"),
+    "a size without end": (
+        lambda t: CtConfig(size=(100_000,) * 3),
+        "at most 1,073,741,824 voxels, got .* 1,000,000,000,000,000",
+    ),
+    "spacing of kilometres": (
+        lambda t: CtConfig(spacing_mm=(1e9, 1.0, 1.0)),
+        "spacing_mm must be between 0.01 and 1000 mm",
+    ),
+    "negative spacing": (
+        lambda t: CtConfig(spacing_mm=(1.0, -1.0, 1.0)),
+        "spacing_mm must be .. or three positive numbers",
+    ),
     # folders and tables
     "a folder without scans": (lambda t: _run(t, t), "holds no .nii or .nii.gz file"),
-    "a folder of DICOM": (lambda t: _run(t, _dicom(t).parent), "holds no .nii or .nii.gz file, but 2 files of DICOM; .*dcm2niix"),
+    "a folder of DICOM": (
+        lambda t: _run(t, _dicom(t).parent),
+        "holds no .nii or .nii.gz file, but 2 files of DICOM; .*dcm2niix",
+    ),
     "no such folder": (lambda t: _run(t, t / "nowhere"), "nowhere: no such file"),
     "two scans of one name": (
         lambda t: _run(t, _folder(t, "x/a.nii", "y/a.nii.gz")),
@@ -255,7 +361,9 @@ BROKEN = {  # what is wrong: (what the user does with it, what the message says)
         "its cells are separated by semicolons; save the table with commas",
     ),
     "metadata without a scale": (
-        lambda t: _run(t, _folder(t), metadata_csv=_text(t, "m.csv", "VolumeName,RescaleSlope\na.nii.gz,1\n")),
+        lambda t: _run(
+            t, _folder(t), metadata_csv=_text(t, "m.csv", "VolumeName,RescaleSlope\na.nii.gz,1\n")
+        ),
         "must have the column 'RescaleIntercept' to say how its scans are read, found 'VolumeName', 'RescaleSlope'",
     ),
     "metadata without spacing": (
@@ -271,9 +379,14 @@ BROKEN = {  # what is wrong: (what the user does with it, what the message says)
         lambda t: _run(t, _text(t, "a.csv", "file,age\na.nii,3\n")),
         "column 'path' or 'VolumeName', found 'file', 'age'",
     ),
-    "a CSV that is no text": (lambda t: _run(t, _bytes(t, "a.csv", b"\xff\xfe\0")), "not a readable UTF-8 CSV"),
+    "a CSV that is no text": (
+        lambda t: _run(t, _bytes(t, "a.csv", b"\xff\xfe\0")),
+        "not a readable UTF-8 CSV",
+    ),
     "metadata of other scans": (
-        lambda t: _run(t, _folder(t), metadata_csv=_text(t, "m.csv", "VolumeName,RescaleSlope\nb.nii.gz,1\n")),
+        lambda t: _run(
+            t, _folder(t), metadata_csv=_text(t, "m.csv", "VolumeName,RescaleSlope\nb.nii.gz,1\n")
+        ),
         "has a row for none of the 1 scans; it names 'b', they 'a'",
     ),
     "two metadata rows": (
@@ -287,18 +400,33 @@ BROKEN = {  # what is wrong: (what the user does with it, what the message says)
     # stores
     "another file as store": (lambda t: store.open_store(_text(t, "s.h5", "hello")), "not a whole store"),
     "no store": (lambda t: store.open_store(t / "s.h5"), "no such file"),
-    "a truncated store": (lambda t: store.open_store(_cut(_stored(t), 3000)), "not a whole store .*truncated"),
+    "a truncated store": (
+        lambda t: store.open_store(_cut(_stored(t), 3000)),
+        "not a whole store .*truncated",
+    ),
     "other HDF5": (lambda t: store.open_store(_h5(t)), "but not a store"),
-    "a later version": (lambda t: store.open_store(_h5(t, format="medvl-store", version=9)), "version 9, this medvl reads version 1"),
+    "a later version": (
+        lambda t: store.open_store(_h5(t, format="medvl-store", version=9)),
+        "version 9, this medvl reads version 1",
+    ),
     "other settings": (
         lambda t: preprocess_folder(_folder(t), _stored(t), evolve(SMALL, dtype="int16"), progress=False),
         r"other settings .wanted / found.: \$.dtype: int16 / uint8",
     ),
-    "a name that is not there": (lambda t: store.open_store(_stored(t)).read("b"), "has no 'b'; it has 1 arrays, such as a"),
+    "a name that is not there": (
+        lambda t: store.open_store(_stored(t)).read("b"),
+        "has no 'b'; it has 1 arrays, such as a",
+    ),
     "no names": (lambda t: store.create(t / "s.h5", [], (2,), "u1", {}, ()), "a store needs names"),
     "a store that exists": (lambda t: store.create(_stored(t), ["a"], (2,), "u1", {}, ()), "exists already"),
-    "a field of the store's own": (lambda t: store.create(t / "s.h5", ["a"], (2,), "u1", {}, [("done", "u1")]), "name, content, done are"),
-    "an array put twice": (lambda t: store.put(store.open_store(_stored(t)), "a", np.zeros(SMALL.size, "u1"), _row()), "written already"),
+    "a field of the store's own": (
+        lambda t: store.create(t / "s.h5", ["a"], (2,), "u1", {}, [("done", "u1")]),
+        "name, content, done are",
+    ),
+    "an array put twice": (
+        lambda t: store.put(store.open_store(_stored(t)), "a", np.zeros(SMALL.size, "u1"), _row()),
+        "written already",
+    ),
     "an array without room": (
         lambda t: store.put(store.open_store(_stored(t)), "z", np.zeros(SMALL.size, "u1"), _row()),
         "has no room for 'z'",
@@ -316,7 +444,8 @@ def test_broken_input_is_refused_with_a_reason(tmp_path, case):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [({"hu_rule": "x" * 17}, "may have 16 bytes, got 17"), ({"more": 1}, "must have .*, got .*more")]
+    ("change", "message"),
+    [({"hu_rule": "x" * 17}, "may have 16 bytes, got 17"), ({"more": 1}, "must have .*, got .*more")],
 )
 def test_rows_are_not_cut_and_not_guessed(tmp_path, change, message):
     store.create(tmp_path / "s.h5", ["a"], (2,), "u1", {}, ingest.FIELDS)
@@ -364,7 +493,10 @@ def test_a_scan_that_was_replaced_under_its_name_is_noticed(tmp_path):
     assert preprocess_folder(tmp_path / "in", out, SMALL, progress=False).skipped == 2
     before = out.read_bytes()
     _scan(paths[0], 7)
-    with pytest.raises(ValueError, match=r"1 scans are other files than those that were written into it, e\.g\. 0; give the new files"):
+    with pytest.raises(
+        ValueError,
+        match=r"1 scans are other files than those that were written into it, e\.g\. 0; give the new files",
+    ):
         preprocess_folder(tmp_path / "in", out, SMALL, progress=False)
     assert out.read_bytes() == before
 
@@ -379,13 +511,22 @@ def test_a_store_of_an_older_medvl_is_gone_on_with(tmp_path):
 def test_metadata_rows_and_csv_sources(tmp_path):
     for i in range(3):
         _scan(tmp_path / "in" / f"{i}.nii.gz", i, low=0, high=2000)
-    (tmp_path / "m.csv").write_text("VolumeName,RescaleSlope,RescaleIntercept\n0.nii.gz,1,-1024\n2.nii.gz,1.0,-1000\n")
-    (tmp_path / "list.csv").write_text("VolumeName,path\nx,in/0.nii.gz\ny,in/1.nii.gz\nz,in/2.nii.gz\nw,in/3.nii.gz\n")
-    summary = preprocess_folder(tmp_path / "list.csv", tmp_path / "s.h5", SMALL, tmp_path / "m.csv", progress=False)
+    (tmp_path / "m.csv").write_text(
+        "VolumeName,RescaleSlope,RescaleIntercept\n0.nii.gz,1,-1024\n2.nii.gz,1.0,-1000\n"
+    )
+    (tmp_path / "list.csv").write_text(
+        "VolumeName,path\nx,in/0.nii.gz\ny,in/1.nii.gz\nz,in/2.nii.gz\nw,in/3.nii.gz\n"
+    )
+    summary = preprocess_folder(
+        tmp_path / "list.csv", tmp_path / "s.h5", SMALL, tmp_path / "m.csv", progress=False
+    )
     assert (summary.done, sorted(summary.rejected)) == (2, ["1", "3"])
     assert "m.csv: has no row for it" in summary.rejected["1"]
     s = store.open_store(tmp_path / "s.h5")
-    assert [(s.row(n)["hu_rule"], s.row(n)["intercept"]) for n in ("0", "2")] == [("metadata", -1024.0), ("metadata", -1000.0)]
+    assert [(s.row(n)["hu_rule"], s.row(n)["intercept"]) for n in ("0", "2")] == [
+        ("metadata", -1024.0),
+        ("metadata", -1000.0),
+    ]
 
 
 def test_a_pipe_among_scans_costs_one_scan_and_dicom_beside_scans_is_told(tmp_path, caplog):
@@ -426,7 +567,9 @@ def test_one_run_at_a_time(tmp_path):
 
 def test_a_real_folder(tmp_path, shared_data):
     """Every CT of the shared files becomes a volume; the MR and the two masks do not."""
-    summary = preprocess_folder(shared_data / "ct/nifti", tmp_path / "s.h5", evolve(SMALL, size=(40, 56, 56)), progress=False)
+    summary = preprocess_folder(
+        shared_data / "ct/nifti", tmp_path / "s.h5", evolve(SMALL, size=(40, 56, 56)), progress=False
+    )
     assert summary.done == 9
     assert sorted(summary.rejected) == [
         "totalseg_abdomen_3mm_sm_seg",
@@ -475,11 +618,15 @@ def test_kill_9_at_any_moment_loses_nothing(tmp_path):
 def _started_with_workers(tmp_path, out):
     (tmp_path / "run.py").write_text(_MANY)
     env = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    return subprocess.Popen([sys.executable, tmp_path / "run.py", tmp_path / "in", out, "2"], start_new_session=True, env=env)
+    return subprocess.Popen(
+        [sys.executable, tmp_path / "run.py", tmp_path / "in", out, "2"], start_new_session=True, env=env
+    )
 
 
 def _started_alone(tmp_path, out):
-    run = workers.context().Process(target=preprocess_folder, args=(tmp_path / "in", out, SMALL), kwargs={"progress": False})
+    run = workers.context().Process(
+        target=preprocess_folder, args=(tmp_path / "in", out, SMALL), kwargs={"progress": False}
+    )
     run.start()
     return run
 
@@ -510,7 +657,9 @@ def _dies(job, out):
 
 def test_a_worker_that_dies_costs_one_scan(tmp_path):
     names = ["a", "b", "bad", "c", "d", "e"]
-    jobs = [ingest._Job(name=n, path=_scan(tmp_path / f"{n}.nii", i), metadata=None) for i, n in enumerate(names)]
+    jobs = [
+        ingest._Job(name=n, path=_scan(tmp_path / f"{n}.nii", i), metadata=None) for i, n in enumerate(names)
+    ]
     out = tmp_path / "s.h5"
     store.create(out, names, SMALL.size, "u1", ct.settings_of(SMALL), ingest.FIELDS)
     one = functools.partial(_dies, out=out)
@@ -522,7 +671,12 @@ def test_a_worker_that_dies_costs_one_scan(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "cfg", [SMALL, CtConfig(preset="ctclip", size=(40, 60, 60)), CtConfig(preset="reference", size=(16, 20, 20), flip=True)]
+    "cfg",
+    [
+        SMALL,
+        CtConfig(preset="ctclip", size=(40, 60, 60)),
+        CtConfig(preset="reference", size=(16, 20, 20), flip=True),
+    ],
 )
 def test_contact_sheet_shows_head_up_and_the_patients_right_on_the_left(tmp_path, cfg):
     """A drawn patient: bright block low in the body, at the back, on the right."""
@@ -539,7 +693,9 @@ def test_contact_sheet_shows_head_up_and_the_patients_right_on_the_left(tmp_path
     assert x < 90  # the patient's right is on the left
     assert y > 110  # the back is at the bottom
     image = coronal[coronal.any(1)][:, coronal.any(0)]
-    assert image[-len(image) // 4 :].mean() > image[: len(image) // 4].mean()  # the feet, drawn denser, are at the bottom
+    assert (
+        image[-len(image) // 4 :].mean() > image[: len(image) // 4].mean()
+    )  # the feet, drawn denser, are at the bottom
     store_path = tmp_path / "s.h5"
     preprocess_folder(tmp_path, store_path, cfg, progress=False)
     contact_sheet(store.open_store(store_path), tmp_path / "store.png")

@@ -8,19 +8,31 @@ from medvl.ct import names
 
 
 def test_patients_by_ct_rate_names(caplog):
-    assert names.patients_of(["valid_1_a_1.nii.gz", "valid_1_b_1", "train_12_a_2"]) == ["valid_1", "valid_1", "train_12"]
+    assert names.patients_of(["valid_1_a_1.nii.gz", "valid_1_b_1", "train_12_a_2"]) == [
+        "valid_1",
+        "valid_1",
+        "train_12",
+    ]
     assert not caplog.records
 
 
 def test_other_names_count_as_patients_of_their_own_and_that_is_said(caplog):
     with caplog.at_level(logging.WARNING):
-        assert names.patients_of(["valid_1_a_1", "P001_CT0", "P001_CT1"]) == ["valid_1", "P001_CT0", "P001_CT1"]
+        assert names.patients_of(["valid_1_a_1", "P001_CT0", "P001_CT1"]) == [
+            "valid_1",
+            "P001_CT0",
+            "P001_CT1",
+        ]
     assert "2 of 3 volumes are not named as in CT-RATE" in caplog.text
 
 
 @pytest.mark.parametrize("pattern", ["(P[0-9]+)_CT", "P[0-9]+", "^(?P<patient>[^_]+)_"])
 def test_patients_by_a_pattern(pattern, caplog):
-    assert names.patients_of(["P001_CT0.nii.gz", "P001_CT1.nii.gz", "P002_CT0.nii.gz"], pattern) == ["P001", "P001", "P002"]
+    assert names.patients_of(["P001_CT0.nii.gz", "P001_CT1.nii.gz", "P002_CT0.nii.gz"], pattern) == [
+        "P001",
+        "P001",
+        "P002",
+    ]
     assert not caplog.records
 
 

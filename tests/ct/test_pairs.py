@@ -24,7 +24,12 @@ def volumes(tmp_path, rng=np.random.default_rng(0)):
     path = tmp_path / "v.h5"
     store.create(path, [*OCCUPIED, "train_4_a_1"], (8, 4, 4), "uint8", {}, ingest.FIELDS)
     for name, occupied in OCCUPIED.items():
-        store.put(store.open_store(path), name, rng.integers(0, 255, (8, 4, 4)).astype("uint8"), ROW | {"occupied": occupied})
+        store.put(
+            store.open_store(path),
+            name,
+            rng.integers(0, 255, (8, 4, 4)).astype("uint8"),
+            ROW | {"occupied": occupied},
+        )
     return store.open_store(path)
 
 
@@ -51,12 +56,20 @@ def test_slices_are_cut_to_what_any_volume_has(volumes):
     assert batch["mask"].tolist() == [[True] * 3 + [False] * 3, [False] * 2 + [True] * 4]
     for i, name in enumerate(names):
         first, stop = OCCUPIED[name]
-        torch.testing.assert_close(batch["slices"][i][batch["mask"][i]], torch.from_numpy(volumes.read(name)[first:stop]))
+        torch.testing.assert_close(
+            batch["slices"][i][batch["mask"][i]], torch.from_numpy(volumes.read(name)[first:stop])
+        )
 
 
 def test_some_sentences_are_sentences_of_the_report(gen):
     text = "No nodule. Heart is large. There is a small effusion; no pericardial fluid. Normal liver."
-    whole = {"No nodule.", "Heart is large.", "There is a small effusion;", "no pericardial fluid.", "Normal liver."}
+    whole = {
+        "No nodule.",
+        "Heart is large.",
+        "There is a small effusion;",
+        "no pericardial fluid.",
+        "Normal liver.",
+    }
     assert some_sentences(text, 0, gen) == text
     assert some_sentences("One.", 3, gen) == "One."
     drawn = [some_sentences(text, 2, gen) for _ in range(200)]

@@ -33,7 +33,11 @@ def _drawn(path, shape, spacing, seed=0, low=-1300, high=1500, dtype=np.int16):
     """A smooth drawing with noise, sharp edges and saturated regions, in LPS order as scanners write it."""
     g = torch.Generator().manual_seed(seed)
     coarse = torch.rand((1, 1, *(n // 8 + 2 for n in shape)), generator=g)
-    v = F.interpolate(coarse, size=shape, mode="trilinear")[0, 0] * (high - low) * 1.6 + low * 1.6 + torch.randn(shape, generator=g) * 25
+    v = (
+        F.interpolate(coarse, size=shape, mode="trilinear")[0, 0] * (high - low) * 1.6
+        + low * 1.6
+        + torch.randn(shape, generator=g) * 25
+    )
     v[: shape[0] // 3, : shape[1] // 2] = high
     affine = np.diag([-spacing[0], -spacing[1], spacing[2], 1.0])
     affine[:3, 3] = 120, 130, -400
@@ -43,15 +47,25 @@ def _drawn(path, shape, spacing, seed=0, low=-1300, high=1500, dtype=np.int16):
 def _canonical(path):
     """HU [z, y, x] float32, superior, anterior, right, clipped; and its spacing."""
     image = nib.as_closest_canonical(nib.load(path))
-    return np.clip(image.get_fdata(), -1000, 1000).transpose(2, 1, 0).astype(np.float32), image.header.get_zooms()[::-1]
+    return np.clip(image.get_fdata(), -1000, 1000).transpose(2, 1, 0).astype(
+        np.float32
+    ), image.header.get_zooms()[::-1]
 
 
 def _interpolated(v, new, size):
     """Trilinear to `new`, then centre crop or pad with -1000 to `size`."""
-    v = F.interpolate(torch.from_numpy(np.ascontiguousarray(v))[None, None], size=new, mode="trilinear", align_corners=False)[0, 0].numpy()
-    v = v[tuple(slice(max(0, (n - k) // 2), max(0, (n - k) // 2) + k) for n, k in zip(v.shape, size, strict=True))]
+    v = F.interpolate(
+        torch.from_numpy(np.ascontiguousarray(v))[None, None], size=new, mode="trilinear", align_corners=False
+    )[0, 0].numpy()
+    v = v[
+        tuple(
+            slice(max(0, (n - k) // 2), max(0, (n - k) // 2) + k) for n, k in zip(v.shape, size, strict=True)
+        )
+    ]
     before = [(k - n) // 2 for n, k in zip(v.shape, size, strict=True)]
-    return np.pad(v, [(b, k - n - b) for b, n, k in zip(before, v.shape, size, strict=True)], constant_values=-1000)
+    return np.pad(
+        v, [(b, k - n - b) for b, n, k in zip(before, v.shape, size, strict=True)], constant_values=-1000
+    )
 
 
 def _naive_reference(path, size=(160, 224, 224)):
@@ -65,14 +79,23 @@ def _naive_ctclip(path, size):
     """CT-CLIP data_inference_nii.py: [z, x, y], x growing to the left and y to posterior as in CT-RATE's files; clip before resize."""
     v, spacing = _canonical(path)
     v, spacing = v[:, ::-1, ::-1].transpose(0, 2, 1), (spacing[0], spacing[2], spacing[1])
-    return _interpolated(v, [int(n * (round(float(s), 6) / t)) for n, s, t in zip(v.shape, spacing, (1.5, 0.75, 0.75), strict=True)], size)
+    return _interpolated(
+        v,
+        [
+            int(n * (round(float(s), 6) / t))
+            for n, s, t in zip(v.shape, spacing, (1.5, 0.75, 0.75), strict=True)
+        ],
+        size,
+    )
 
 
 def _sampled(v, at):
     """Linear samples of v [z, y, x] at source indices `at` (three 1-d arrays), float64, edges repeated."""
     unit = [torch.from_numpy(2 * np.asarray(a) / (n - 1) - 1) for a, n in zip(at, v.shape, strict=True)]
     grid = torch.stack(torch.meshgrid(*unit, indexing="ij")[::-1], -1)[None]
-    sampled = F.grid_sample(torch.from_numpy(v.astype(np.float64))[None, None], grid, "bilinear", "border", align_corners=True)
+    sampled = F.grid_sample(
+        torch.from_numpy(v.astype(np.float64))[None, None], grid, "bilinear", "border", align_corners=True
+    )
     return sampled[0, 0].numpy()
 
 
@@ -98,7 +121,9 @@ def test_reference_equals_naive_on_drawn_scans(tmp_path, shape, spacing):
     path = _drawn(tmp_path / "a.nii", shape, spacing)
     cfg, size = CtConfig(preset="reference", size=(80, 112, 112)), (80, 112, 112)
     _close(preprocess(path, cfg).voxels, _naive_reference(path, size))
-    np.testing.assert_array_equal(preprocess(path, evolve(cfg, flip=True)).voxels, preprocess(path, cfg).voxels[:, ::-1])
+    np.testing.assert_array_equal(
+        preprocess(path, evolve(cfg, flip=True)).voxels, preprocess(path, cfg).voxels[:, ::-1]
+    )
 
 
 def test_reference_equals_naive_on_real_scans(shared_data):
@@ -107,7 +132,10 @@ def test_reference_equals_naive_on_real_scans(shared_data):
             _close(preprocess(path, CtConfig(preset="reference")).voxels, _naive_reference(path))
 
 
-@pytest.mark.parametrize(("shape", "spacing"), [((50, 60, 30), (0.9, 0.8, 3)), ((90, 100, 70), (0.7, 0.7, 2)), ((40, 40, 90), (2.0, 2, 1))])
+@pytest.mark.parametrize(
+    ("shape", "spacing"),
+    [((50, 60, 30), (0.9, 0.8, 3)), ((90, 100, 70), (0.7, 0.7, 2)), ((40, 40, 90), (2.0, 2, 1))],
+)
 def test_ctclip_equals_naive(tmp_path, shape, spacing):
     path, size = _drawn(tmp_path / "a.nii", shape, spacing), (72, 90, 80)
     v = preprocess(path, CtConfig(preset="ctclip", size=size, dtype="int16"))
@@ -116,22 +144,35 @@ def test_ctclip_equals_naive(tmp_path, shape, spacing):
 
 
 @pytest.mark.parametrize(
-    ("shape", "spacing"), [((50, 60, 30), (2, 2, 2.5)), ((90, 100, 70), (0.7, 0.8, 5)), ((30, 150, 260), (2.0, 1.5, 1))]
+    ("shape", "spacing"),
+    [((50, 60, 30), (2, 2, 2.5)), ((90, 100, 70), (0.7, 0.8, 5)), ((30, 150, 260), (2.0, 1.5, 1))],
 )
 def test_merlin_equals_a_naive_formula(tmp_path, shape, spacing):
     """MONAI Spacing keeps the first voxel of RAS order in place and clips after; benches/bench_ct.py compares with MONAI itself."""
     path, size = _drawn(tmp_path / "a.nii", shape, spacing), (40, 60, 70)
     v, t = nib.as_closest_canonical(nib.load(path)).get_fdata().transpose(2, 1, 0), (3.0, 1.5, 1.5)
     new = [round((n - 1) * s / k + 1) for n, s, k in zip(v.shape, spacing[::-1], t, strict=True)]
-    naive = _sampled(v, [np.minimum(np.arange(m) * k / s, n - 1) for m, n, s, k in zip(new, v.shape, spacing[::-1], t, strict=True)])
+    naive = _sampled(
+        v,
+        [
+            np.minimum(np.arange(m) * k / s, n - 1)
+            for m, n, s, k in zip(new, v.shape, spacing[::-1], t, strict=True)
+        ],
+    )
     pads = [(max(k - n, 0) // 2, max(k - n, 0) - max(k - n, 0) // 2) for n, k in zip(new, size, strict=True)]
     naive = np.pad(naive.clip(-1000, 1000), pads, constant_values=-1000)
-    naive = naive[tuple(slice(n // 2 - k // 2, n // 2 - k // 2 + k) for n, k in zip(naive.shape, size, strict=True))]
-    assert np.abs(preprocess(path, CtConfig(preset="merlin", size=size, dtype="int16")).voxels - naive).max() <= 0.51
+    naive = naive[
+        tuple(slice(n // 2 - k // 2, n // 2 - k // 2 + k) for n, k in zip(naive.shape, size, strict=True))
+    ]
+    assert (
+        np.abs(preprocess(path, CtConfig(preset="merlin", size=size, dtype="int16")).voxels - naive).max()
+        <= 0.51
+    )
 
 
 @pytest.mark.parametrize(
-    ("shape", "spacing"), [((50, 60, 30), (2, 2, 2.5)), ((90, 100, 70), (0.7, 0.8, 5)), ((30, 150, 200), (2.0, 1.5, 1))]
+    ("shape", "spacing"),
+    [((50, 60, 30), (2, 2, 2.5)), ((90, 100, 70), (0.7, 0.8, 5)), ((30, 150, 200), (2.0, 1.5, 1))],
 )
 def test_mm_without_antialias_equals_a_naive_formula(tmp_path, shape, spacing):
     path, cfg = _drawn(tmp_path / "a.nii", shape, spacing), evolve(SMALL, antialias="off")
@@ -158,7 +199,9 @@ def test_mm_antialias_equals_torch(tmp_path):
     theirs = F.interpolate(torch.from_numpy(v)[None], size=(40, 25), mode="bilinear", antialias=True)[0]
     assert np.abs(preprocess(path, plane).voxels - theirs.numpy()).max() <= 0.51
     along = CtConfig(size=(17, 100, 90), spacing_mm=(2.0 * 60 / 17, 0.7, 0.8), dtype="int16")
-    theirs = F.interpolate(torch.from_numpy(v.transpose(1, 0, 2).copy())[None], size=(17, 90), mode="bilinear", antialias=True)[0]
+    theirs = F.interpolate(
+        torch.from_numpy(v.transpose(1, 0, 2).copy())[None], size=(17, 90), mode="bilinear", antialias=True
+    )[0]
     assert np.abs(preprocess(path, along).voxels - theirs.numpy().transpose(1, 0, 2)).max() <= 0.51
 
 
@@ -169,7 +212,9 @@ def test_all_48_axis_orders_give_the_same_bits(tmp_path, preset):
     voxels, affine = np.asanyarray(image.dataobj), image.affine
     cfg = CtConfig(preset=preset, size=(21, 20, 18), spacing_mm=(5.0, 4.0, 3.0) if preset == "mm" else ())
     expected = preprocess(path, cfg)
-    for perm, signs in itertools.product(itertools.permutations(range(3)), itertools.product((1, -1), repeat=3)):
+    for perm, signs in itertools.product(
+        itertools.permutations(range(3)), itertools.product((1, -1), repeat=3)
+    ):
         ornt = np.array([perm, signs]).T
         moved = nib.orientations.apply_orientation(voxels, ornt)
         order = affine @ nib.orientations.inv_ornt_aff(ornt, voxels.shape)
@@ -218,10 +263,14 @@ def test_uint8_is_the_rounded_int16_and_to_hu_its_inverse(tmp_path):
         grey = preprocess(path, cfg).voxels
         error = to_hu(grey) - hu
         assert error.dtype == np.float32
-        low, high = (-2000 / 255 - 0.6, 0.6) if preset == "reference" else (-1000 / 255 - 0.6, 1000 / 255 + 0.6)
+        low, high = (
+            (-2000 / 255 - 0.6, 0.6) if preset == "reference" else (-1000 / 255 - 0.6, 1000 / 255 + 0.6)
+        )
         assert low <= error.min() <= error.max() <= high
     np.testing.assert_allclose(to_hu(np.array([0, 51, 255], np.uint8)), [-1000, -600, 1000], atol=1e-3)
-    torch.testing.assert_close(to_hu(torch.tensor([[0, 255]], dtype=torch.uint8)), torch.tensor([[-1000.0, 1000.0]]))
+    torch.testing.assert_close(
+        to_hu(torch.tensor([[0, 255]], dtype=torch.uint8)), torch.tensor([[-1000.0, 1000.0]])
+    )
     with pytest.raises(ValueError, match=r"uint8 or int16, got torch.float32"):
         to_hu(torch.zeros(2))
 
@@ -263,7 +312,12 @@ def test_padding_outside_the_field_of_view_does_not_pass_for_hu(tmp_path):
     assert preprocess(path, SMALL, ROW).hu_rule == "metadata"
     with pytest.raises(ScanError, match="they are raw"):
         preprocess(path, SMALL)
-    assert preprocess(_write(tmp_path / "b.nii", voxels - np.int16(1024), np.diag([-4, -4, 4, 1.0])), SMALL, ROW).hu_rule == "stored"
+    assert (
+        preprocess(
+            _write(tmp_path / "b.nii", voxels - np.int16(1024), np.diag([-4, -4, 4, 1.0])), SMALL, ROW
+        ).hu_rule
+        == "stored"
+    )
 
 
 def test_raw_values_padded_with_zeros_keep_their_scale(tmp_path):
@@ -274,7 +328,9 @@ def test_raw_values_padded_with_zeros_keep_their_scale(tmp_path):
     raw[:6] = 0
     v = preprocess(_write(tmp_path / "b.nii", raw, image.affine), SMALL, ROW | {"RescaleIntercept": "-8192"})
     hu = np.where(raw == 0, -1000, np.asanyarray(image.dataobj)).astype(np.int16)
-    np.testing.assert_array_equal(v.voxels, preprocess(_write(tmp_path / "c.nii", hu, image.affine), SMALL).voxels)
+    np.testing.assert_array_equal(
+        v.voxels, preprocess(_write(tmp_path / "c.nii", hu, image.affine), SMALL).voxels
+    )
 
 
 def _as_int16(path, voxels, affine):
@@ -332,7 +388,9 @@ def test_a_row_of_another_modality_is_refused(tmp_path):
     path = _write(tmp_path / "a.nii", _chest(), LPS)
     with pytest.raises(ScanError, match=r"Modality 'PT'"):
         preprocess(path, SMALL, ROW | {"Modality": "PT"})
-    np.testing.assert_array_equal(preprocess(path, SMALL, ROW | {"Modality": "CT"}).voxels, preprocess(path, SMALL).voxels)
+    np.testing.assert_array_equal(
+        preprocess(path, SMALL, ROW | {"Modality": "CT"}).voxels, preprocess(path, SMALL).voxels
+    )
 
 
 @pytest.mark.parametrize("row", [None, ROW])
@@ -363,7 +421,9 @@ def test_a_scale_that_is_chosen_is_held_against_the_values(tmp_path):
     assert v.hu_rule == "header+metadata"
     assert np.abs(v.voxels - expected.voxels).max() <= 1
     hu = _as_int16(tmp_path / "a.nii", _chest(), LPS)
-    with pytest.raises(ScanError, match=r"hu='none' leaves out the header's scale .*: with it 9\d% .*set hu='header'"):
+    with pytest.raises(
+        ScanError, match=r"hu='none' leaves out the header's scale .*: with it 9\d% .*set hu='header'"
+    ):
         preprocess(hu, evolve(SMALL, hu="none"))
     with pytest.raises(ScanError, match=r"hu='metadata' needs a metadata row"):
         preprocess(hu, evolve(SMALL, hu="metadata"))
@@ -376,7 +436,10 @@ def test_another_spacing_in_the_metadata_is_taken_with_a_word(tmp_path, caplog):
     row = ROW | {"XYSpacing": "[3.0, 3.0]", "ZSpacing": "2.5"}
     v = preprocess(tmp_path / "a.nii", evolve(SMALL, spacing_from="metadata"), row)
     assert v.source_spacing_mm == (2.5, 3.0, 3.0)
-    assert "spacing is (3.0, 3.0, 2.5) mm by its metadata, which are taken, and (3.0, 3.0, 5.0) by its header" in caplog.text
+    assert (
+        "spacing is (3.0, 3.0, 2.5) mm by its metadata, which are taken, and (3.0, 3.0, 5.0) by its header"
+        in caplog.text
+    )
     caplog.clear()
     preprocess(tmp_path / "a.nii", evolve(SMALL, spacing_from="metadata"), row | {"ZSpacing": "5.01"})
     assert not caplog.text
@@ -442,7 +505,9 @@ def test_real_scans_in_hu_are_taken_so_with_any_row(shared_data):
 
 def _head(fov_mm, skull_mm):
     """A head [x, y, z] in HU: brain, a skull of two layers of cortical bone, scalp with fat, an air-filled sinus; blurred, with noise."""
-    z, y, x = np.mgrid[-1:1:24j, -1:1:96j, -1:1:96j] * np.array([1, fov_mm / 2, fov_mm / 2]).reshape(3, 1, 1, 1)
+    z, y, x = np.mgrid[-1:1:24j, -1:1:96j, -1:1:96j] * np.array([1, fov_mm / 2, fov_mm / 2]).reshape(
+        3, 1, 1, 1
+    )
     depth_mm = 80 * (1 - np.sqrt((x / 75) ** 2 + (y / 92) ** 2 + (z / 2.2) ** 2))
     skull = depth_mm - 5
     hu = np.select([depth_mm < 0, skull < 0, skull < skull_mm], [-1000, -60, 1300], 33).astype(float)
@@ -489,8 +554,13 @@ def test_float_and_wide_scans_equal_int16(tmp_path):
     path = _drawn(tmp_path / "a.nii", (24, 22, 20), (4, 4, 4))
     image = nib.load(path)
     for dtype in ("f4", "f8", "i4", "i8"):
-        nib.save(nib.Nifti1Image(np.asanyarray(image.dataobj).astype(dtype), image.affine, dtype=dtype), tmp_path / "b.nii.gz")
-        np.testing.assert_array_equal(preprocess(tmp_path / "b.nii.gz", SMALL).voxels, preprocess(path, SMALL).voxels)
+        nib.save(
+            nib.Nifti1Image(np.asanyarray(image.dataobj).astype(dtype), image.affine, dtype=dtype),
+            tmp_path / "b.nii.gz",
+        )
+        np.testing.assert_array_equal(
+            preprocess(tmp_path / "b.nii.gz", SMALL).voxels, preprocess(path, SMALL).voxels
+        )
 
 
 BLANK = {  # headers that say nothing of where the axes grow to
@@ -512,14 +582,18 @@ def test_axes_and_spacing_of_a_blank_header_come_from_metadata(tmp_path, kind, p
     assert v.source_spacing_mm == ((4.0, 3.0, 2.0) if preset == "ctclip" else (4.0, 2.0, 3.0))
     np.testing.assert_array_equal(v.voxels, preprocess(good, cfg).voxels)
     for row in (None, ROW):
-        with pytest.raises(ScanError, match=r"nothing says where its axes grow to: .*ImageOrientationPatient"):
+        with pytest.raises(
+            ScanError, match=r"nothing says where its axes grow to: .*ImageOrientationPatient"
+        ):
             preprocess(tmp_path / "b.nii", evolve(cfg, spacing_from="metadata" if row else "header"), row)
     if preset != "reference":
         with pytest.raises(ScanError, match=r"has no spacing; set spacing_from='metadata'"):
             preprocess(tmp_path / "b.nii", cfg, OF_CT_RATE)
 
 
-@pytest.mark.parametrize("printed", ["[1, 0, 0, 0, 1, 0]", "['1', '0', '0', '0', '1', '0']", "(1.0,0,0,0,1.0,0)", r"1\0\0\0\1\0"])
+@pytest.mark.parametrize(
+    "printed", ["[1, 0, 0, 0, 1, 0]", "['1', '0', '0', '0', '1', '0']", "(1.0,0,0,0,1.0,0)", r"1\0\0\0\1\0"]
+)
 def test_an_orientation_is_read_however_it_was_printed(tmp_path, printed):
     good = _drawn(tmp_path / "a.nii", (24, 22, 20), (3, 3, 4))
     nib.save(nib.Nifti1Image(np.asanyarray(nib.load(good).dataobj), None), tmp_path / "b.nii")
@@ -582,16 +656,31 @@ def _sheared(degrees):
 REVERSED = _times(LPS, 1, 1, -1)
 TURNED = nib.affines.from_matvec(np.array([[0.8, -0.6, 0], [0.6, 0.8, 0], [0, 0, 1.0]])) @ LPS
 DOUBTFUL = {  # headers that say two things, and what the one sentence gives of both
-    "a tilted gantry": (dict(sform=_sheared(18.5)), r"sheared: the axes y and z are at 108.5 degrees and must be at 90"),
+    "a tilted gantry": (
+        dict(sform=_sheared(18.5)),
+        r"sheared: the axes y and z are at 108.5 degrees and must be at 90",
+    ),
     "z too long in the sform": (
         dict(sform=_times(LPS, 1, 1, 1.33), qform=LPS),
         r"sform 3 x 3 x 6.65 mm along L-P-S, qform 3 x 3 x 5 mm along L-P-S",
     ),
-    "z reversed in the sform": (dict(sform=REVERSED, qform=LPS), r"along L-P-I, qform 3 x 3 x 5 mm along L-P-S"),
-    "another spacing in pixdim": (dict(sform=LPS, pixdim=(3, 3, 3.75)), r"sform 3 x 3 x 5 mm, pixdim 3 x 3 x 3.75 mm"),
-    "micrometres that are mm": (dict(sform=LPS, units=3), r"voxels of 0.003 x 0.003 x 0.005 mm, .*xyzt_units"),
+    "z reversed in the sform": (
+        dict(sform=REVERSED, qform=LPS),
+        r"along L-P-I, qform 3 x 3 x 5 mm along L-P-S",
+    ),
+    "another spacing in pixdim": (
+        dict(sform=LPS, pixdim=(3, 3, 3.75)),
+        r"sform 3 x 3 x 5 mm, pixdim 3 x 3 x 3.75 mm",
+    ),
+    "micrometres that are mm": (
+        dict(sform=LPS, units=3),
+        r"voxels of 0.003 x 0.003 x 0.005 mm, .*xyzt_units",
+    ),
     "metres that are mm": (dict(qform=LPS, units=1), r"voxels of 3000 x 3000 x 5000 mm"),
-    "mm that are micrometres": (dict(sform=_times(LPS, 1000, 1000, 1000)), r"voxels of 3000 x 3000 x 5000 mm"),
+    "mm that are micrometres": (
+        dict(sform=_times(LPS, 1000, 1000, 1000)),
+        r"voxels of 3000 x 3000 x 5000 mm",
+    ),
 }
 
 

@@ -7,7 +7,31 @@ import pytest
 
 from medvl.ct import names, reports
 
-PREVALENCE = np.array([10.3, 28.5, 10.7, 7.4, 25.2, 13.7, 26.0, 19.7, 23.5, 44.8, 39.0, 27.3, 12.4, 8.3, 11.7, 19.1, 10.9, 8.2]) / 100
+PREVALENCE = (
+    np.array(
+        [
+            10.3,
+            28.5,
+            10.7,
+            7.4,
+            25.2,
+            13.7,
+            26.0,
+            19.7,
+            23.5,
+            44.8,
+            39.0,
+            27.3,
+            12.4,
+            8.3,
+            11.7,
+            19.1,
+            10.9,
+            8.2,
+        ]
+    )
+    / 100
+)
 
 
 def _write(path, text):
@@ -38,7 +62,10 @@ def test_reports_are_the_named_columns(tmp_path, caplog):
 
 @pytest.mark.parametrize("text", ["None", "N/A", "n/a.", "NA", "null", "-", "Not available."])
 def test_what_says_that_there_is_no_text_is_no_text(tmp_path, text):
-    path = _write(tmp_path / "r.csv", f"VolumeName,Findings_EN,Impressions_EN\na,{text},Normal.\nb,None of note.,{text}\n")
+    path = _write(
+        tmp_path / "r.csv",
+        f"VolumeName,Findings_EN,Impressions_EN\na,{text},Normal.\nb,None of note.,{text}\n",
+    )
     assert reports.read_reports(path, "both") == {"a": "Normal.", "b": "None of note."}
 
 
@@ -69,7 +96,10 @@ def test_reports_refuse_a_volume_twice_and_unknown_columns(tmp_path):
 
 
 def test_labels_are_the_table(tmp_path):
-    path = _write(tmp_path / "labels.csv", "VolumeName,Emphysema,Lung nodule\nvalid_1_a_1.nii.gz,0,1\nvalid_2_a_1.nii.gz,1.0,0.0\n")
+    path = _write(
+        tmp_path / "labels.csv",
+        "VolumeName,Emphysema,Lung nodule\nvalid_1_a_1.nii.gz,0,1\nvalid_2_a_1.nii.gz,1.0,0.0\n",
+    )
     volumes, findings, labels = reports.read_labels(path)
     assert (volumes, findings) == (("valid_1_a_1", "valid_2_a_1"), ("Emphysema", "Lung nodule"))
     assert labels.dtype == np.int8
@@ -97,7 +127,10 @@ def test_labels_refuse_bad_tables(tmp_path):
 
 def test_prompts_are_the_published_ones():
     assert reports.prompts_for("Lung nodule", "reference") == (("Lung nodule",), ("no Lung nodule",))
-    assert reports.prompts_for("Lung nodule", "ctclip") == (("Lung nodule is present.",), ("Lung nodule is not present.",))
+    assert reports.prompts_for("Lung nodule", "ctclip") == (
+        ("Lung nodule is present.",),
+        ("Lung nodule is not present.",),
+    )
     assert len(reports.FINDINGS) == len(set(reports.FINDINGS)) == 18
 
 
@@ -178,14 +211,21 @@ def test_a_rare_finding_reaches_every_split():
 
 def test_split_depends_on_the_seed_alone():
     volumes, labels = _cohort(3, patients=100)
-    a, b, c = (reports.split_patients(volumes, labels, {"x": 1, "y": 1}, seed)["x"].tolist() for seed in (0, 0, 1))
+    a, b, c = (
+        reports.split_patients(volumes, labels, {"x": 1, "y": 1}, seed)["x"].tolist() for seed in (0, 0, 1)
+    )
     assert a == b != c
-    assert reports.split_patients([f"{v}.nii.gz" for v in volumes], labels, {"x": 1, "y": 1}, 0)["x"].tolist() == a
+    assert (
+        reports.split_patients([f"{v}.nii.gz" for v in volumes], labels, {"x": 1, "y": 1}, 0)["x"].tolist()
+        == a
+    )
 
 
 def test_split_refuses_what_it_cannot_split():
     with pytest.raises(ValueError, match="2 patients are too few"):
-        reports.split_patients(["v_1_a_1", "v_1_a_2", "v_2_a_1"], np.zeros((3, 2)), {"x": 1, "y": 1, "z": 1}, 0)
+        reports.split_patients(
+            ["v_1_a_1", "v_1_a_2", "v_2_a_1"], np.zeros((3, 2)), {"x": 1, "y": 1, "z": 1}, 0
+        )
     with pytest.raises(ValueError, match="size above 0"):
         reports.split_patients(["a", "b"], np.zeros((2, 1)), {"x": 1, "y": 0}, 0)
     with pytest.raises(ValueError, match=r"got \(2,\) for 2 volumes"):

@@ -68,7 +68,10 @@ def test_affine_follows_nibabels_rule(tmp_path, qcode, scode):
     assert _same_as_nibabel(tmp_path / "a.nii").header.placed == bool(qcode or scode)
 
 
-@pytest.mark.parametrize(("slope", "inter", "scaled"), [(2.0, -1024.0, True), (1.0, 0.0, True), (0.0, 5.0, False), (np.nan, np.nan, False)])
+@pytest.mark.parametrize(
+    ("slope", "inter", "scaled"),
+    [(2.0, -1024.0, True), (1.0, 0.0, True), (0.0, 5.0, False), (np.nan, np.nan, False)],
+)
 def test_scale_of_the_header(tmp_path, slope, inter, scaled):
     image = nib.Nifti1Image(_drawn("i2"), AFFINE)
     nib.save(image, tmp_path / "a.nii")
@@ -91,12 +94,16 @@ def test_gzip_of_several_members_and_zero_padding(tmp_path):
     cuts = [0, 100, 353, 90000, 90001, len(raw)]
     members = b"".join(gzip.compress(raw[a:b]) for a, b in itertools.pairwise(cuts))
     (tmp_path / "b.nii.gz").write_bytes(members + b"\0" * 1000)
-    np.testing.assert_array_equal(read_scan(tmp_path / "b.nii.gz").voxels, read_scan(tmp_path / "a.nii").voxels)
+    np.testing.assert_array_equal(
+        read_scan(tmp_path / "b.nii.gz").voxels, read_scan(tmp_path / "a.nii").voxels
+    )
 
 
 def test_header_needs_only_the_first_kilobytes(tmp_path):
     rng = np.random.default_rng(0)
-    nib.save(nib.Nifti1Image(rng.integers(-1000, 1000, (128, 128, 40), np.int16), AFFINE), tmp_path / "a.nii.gz")
+    nib.save(
+        nib.Nifti1Image(rng.integers(-1000, 1000, (128, 128, 40), np.int16), AFFINE), tmp_path / "a.nii.gz"
+    )
     whole = tmp_path / "a.nii.gz"
     damaged = tmp_path / "b.nii.gz"
     raw = bytearray(whole.read_bytes())

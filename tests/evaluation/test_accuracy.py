@@ -7,7 +7,16 @@ import torch
 from scipy.stats import binomtest
 
 from medvl.evaluation import answers
-from medvl.evaluation.accuracy import Accuracy, Difference, accuracy, by, by_tfidf, episode_accuracy, paired, to_results
+from medvl.evaluation.accuracy import (
+    Accuracy,
+    Difference,
+    accuracy,
+    by,
+    by_tfidf,
+    episode_accuracy,
+    paired,
+    to_results,
+)
 
 
 def _rows(gen, k=12, most=4, share=0.6):
@@ -40,7 +49,11 @@ def test_accuracy_is_the_naive_loop(gen):
     got = accuracy(right, groups, n=200, gen=_seeded())
     low, high = _naive(right, groups, 200, _seeded())
     assert got == Accuracy(
-        value=pytest.approx(right.mean()), low=pytest.approx(low), high=pytest.approx(high), n=len(right), groups=len(set(groups))
+        value=pytest.approx(right.mean()),
+        low=pytest.approx(low),
+        high=pytest.approx(high),
+        n=len(right),
+        groups=len(set(groups)),
     )
     assert got.low < got.value < got.high
     for same in (right.tolist(), torch.tensor(right), right.astype(float)):
@@ -55,7 +68,9 @@ def test_order_and_names_of_groups_do_not_matter(gen):
     moved = [f"other {groups[i]}" for i in order]
     for f in (accuracy, episode_accuracy):
         assert f(right, groups, gen=_seeded()) == f(right[order], moved, gen=_seeded())
-    assert paired(right, other, groups, gen=_seeded()) == paired(right[order], other[order], moved, gen=_seeded())
+    assert paired(right, other, groups, gen=_seeded()) == paired(
+        right[order], other[order], moved, gen=_seeded()
+    )
 
 
 def test_an_episode_is_right_when_all_its_rows_are(gen):
@@ -65,7 +80,9 @@ def test_an_episode_is_right_when_all_its_rows_are(gen):
     assert 0 < got.value < accuracy(right, groups, gen=_seeded()).value
     assert got == accuracy(list(whole.values()), range(len(whole)), gen=_seeded())
     assert got.n == got.groups == len(whole)
-    assert episode_accuracy(right, range(len(right)), gen=_seeded()) == accuracy(right, range(len(right)), gen=_seeded())
+    assert episode_accuracy(right, range(len(right)), gen=_seeded()) == accuracy(
+        right, range(len(right)), gen=_seeded()
+    )
 
 
 def test_intervals_cover(gen):
@@ -98,8 +115,14 @@ def test_paired_by_group_is_every_flip(gen):
     for _ in range(8):
         a, groups = _rows(gen, k=9, most=5)
         b = (torch.rand(len(a), generator=gen) < 0.35).numpy()
-        sums = [sum(int(x) - int(y) for x, y, h in zip(a, b, groups, strict=True) if h == g) for g in sorted(set(groups))]
-        flips = [abs(sum(s * d for s, d in zip(signs, sums, strict=True))) for signs in itertools.product((1, -1), repeat=len(sums))]
+        sums = [
+            sum(int(x) - int(y) for x, y, h in zip(a, b, groups, strict=True) if h == g)
+            for g in sorted(set(groups))
+        ]
+        flips = [
+            abs(sum(s * d for s, d in zip(signs, sums, strict=True)))
+            for signs in itertools.product((1, -1), repeat=len(sums))
+        ]
         got = paired(a, b, groups, n=300, gen=_seeded())
         ps.append(got.p)
         assert got.p == pytest.approx(np.mean([f >= abs(sum(sums)) for f in flips]), abs=1e-12)
@@ -175,22 +198,35 @@ def test_the_scoring_of_older_benchmarks():
     assert by_tfidf(said, gold, episodes, threshold=0.8, gen=_seeded())["step"].value == pytest.approx(1 / 3)
     with pytest.raises(ValueError, match="one length, got 4, 5, 5"):
         by_tfidf(said[:4], gold, episodes, gen=_seeded())
-    with pytest.raises(ValueError, match="needs a step that is not skipped, got 1 steps, all 'Click at a button'"):
+    with pytest.raises(
+        ValueError, match="needs a step that is not skipped, got 1 steps, all 'Click at a button'"
+    ):
         by_tfidf(["x"], [answers.SKIPPED_STEP], [0], gen=_seeded())
 
 
 def test_results():
     right, groups = [True, False, True, True], [0, 0, 1, 2]
-    records = {"all": accuracy(right, groups, gen=_seeded())} | by(right, ["CT", "CT", "MR", "MR"], groups, gen=_seeded())
+    records = {"all": accuracy(right, groups, gen=_seeded())} | by(
+        right, ["CT", "CT", "MR", "MR"], groups, gen=_seeded()
+    )
     rows = to_results(records, split="test", experiment="tune-1")
     assert [(r.what, r.subject, r.split, r.n, r.experiment) for r in rows] == [
         ("accuracy", s, "test", n, "tune-1") for s, n in (("all", 4), ("CT", 2), ("MR", 2))
     ]
-    assert [(r.value, r.extra) for r in rows] == [(0.75, {"groups": 3}), (0.5, {"groups": 1}), (1.0, {"groups": 2})]
+    assert [(r.value, r.extra) for r in rows] == [
+        (0.75, {"groups": 3}),
+        (0.5, {"groups": 1}),
+        (1.0, {"groups": 2}),
+    ]
     assert (rows[0].low, rows[0].high) == (records["all"].low, records["all"].high)
     pair = paired(right, [False] * 4, groups, gen=_seeded())
     (row,) = to_results({"mixture - base": pair}, split="test")
-    assert (row.what, row.value, row.low, row.extra) == ("accuracy_difference", 0.75, pair.low, {"groups": 3, "p": pair.p})
+    assert (row.what, row.value, row.low, row.extra) == (
+        "accuracy_difference",
+        0.75,
+        pair.low,
+        {"groups": 3, "p": pair.p},
+    )
     assert isinstance(pair, Difference)
     assert pair.p == 0.25
     assert to_results({"a": pair}, split="test", what="gain")[0].what == "gain"
@@ -201,11 +237,24 @@ def test_errors():
         return accuracy(right, groups, n=n, gen=_seeded())
 
     for right, groups in (([], []), ([True], ["a", "b"]), ([[True]], ["a"])):
-        for g in (f, lambda r, h: episode_accuracy(r, h, gen=_seeded()), lambda r, h: by(r, h, h, gen=_seeded())):
-            with pytest.raises(ValueError, match="must have one or more rows and a group for each, got right"):
+        for g in (
+            f,
+            lambda r, h: episode_accuracy(r, h, gen=_seeded()),
+            lambda r, h: by(r, h, h, gen=_seeded()),
+        ):
+            with pytest.raises(
+                ValueError, match="must have one or more rows and a group for each, got right"
+            ):
                 g(right, groups)
-    for right, found in (([0.5, 1.0], r"0\.5, 1\.0"), ([True, None], "None, True"), (["yes", "no"], "no, yes"), ([1.0, math.nan], "nan")):
-        with pytest.raises(ValueError, match=rf"accuracy: every row must be right \(true\) or wrong \(false\), got .*{found}"):
+    for right, found in (
+        ([0.5, 1.0], r"0\.5, 1\.0"),
+        ([True, None], "None, True"),
+        (["yes", "no"], "no, yes"),
+        ([1.0, math.nan], "nan"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"accuracy: every row must be right \(true\) or wrong \(false\), got .*{found}"
+        ):
             f(right, ["a", "b"])
     with pytest.raises(ValueError, match="n must be 1 or more, got 0"):
         f([True, False], ["a", "b"], 0)
@@ -213,5 +262,7 @@ def test_errors():
         paired([True, True], [True], ["a", "b"], gen=_seeded())
     with pytest.raises(ValueError, match="by: each of 3 rows must have a category, got 2 categories"):
         by([True] * 3, ["CT"] * 2, range(3), gen=_seeded())
-    with pytest.raises(ValueError, match="by: each of 3 rows must have a category, got 2 without; leave such rows out"):
+    with pytest.raises(
+        ValueError, match="by: each of 3 rows must have a category, got 2 without; leave such rows out"
+    ):
         by([True] * 3, ["CT", "", None], range(3), gen=_seeded())

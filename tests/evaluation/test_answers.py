@@ -238,20 +238,43 @@ def test_all_ways_to_state_and_deny_a_finding_of_a_side():
                 "{} effusion is absent",
                 "Negative for {} effusion",
             ),
-            *("{} effusion cannot be seen", "The {} effusion is not visible", "No {} effusion identified", "Without any {} effusion"),
-            *("Free of {} effusion", "Denies {} effusion", "There isn't evidence of a {} effusion", "no signs of {} effusion"),
+            *(
+                "{} effusion cannot be seen",
+                "The {} effusion is not visible",
+                "No {} effusion identified",
+                "Without any {} effusion",
+            ),
+            *(
+                "Free of {} effusion",
+                "Denies {} effusion",
+                "There isn't evidence of a {} effusion",
+                "no signs of {} effusion",
+            ),
         ],
     }
-    names = {"left": ("left", "L", "Lt.", "left-sided"), "right": ("Right", "r", "rt", "right sided"), "bilateral": ("bilateral",)}
+    names = {
+        "left": ("left", "L", "Lt.", "left-sided"),
+        "right": ("Right", "r", "rt", "right sided"),
+        "bilateral": ("bilateral",),
+    }
     said = [
-        (way.format(name), (kind, side)) for kind, held in ways.items() for way in held for side, given in names.items() for name in given
+        (way.format(name), (kind, side))
+        for kind, held in ways.items()
+        for way in held
+        for side, given in names.items()
+        for name in given
     ]
     of: dict = {}
     for text, meant in said:
-        assert (polarity(text), sides(text)) == (meant[0], {"left", "right"} if meant[1] == "bilateral" else {meant[1]}), text
+        assert (polarity(text), sides(text)) == (
+            meant[0],
+            {"left", "right"} if meant[1] == "bilateral" else {meant[1]},
+        ), text
         of.setdefault(meant, set()).add(normalise(text))
         for gold in (("yes", "left"), ("no", "left"), ("yes", "right"), ("no", "bilateral")):
-            assert same_answer(text, f"{'No ' if gold[0] == 'no' else ''}{gold[1]} effusion") == (meant == gold), (text, gold)
+            assert same_answer(text, f"{'No ' if gold[0] == 'no' else ''}{gold[1]} effusion") == (
+                meant == gold
+            ), (text, gold)
     assert sorted(len(v) for v in of.values()) == [1] * 6
     assert len(set.union(*of.values())) == 6
 
@@ -304,12 +327,31 @@ def test_normalise():
 
 
 def test_polarity():
-    texts = ("No effusion", "Effusion is absent", "effusion", "Effusion but no mass", "cannot be excluded", "maybe", "Yes, no.", " ")
+    texts = (
+        "No effusion",
+        "Effusion is absent",
+        "effusion",
+        "Effusion but no mass",
+        "cannot be excluded",
+        "maybe",
+        "Yes, no.",
+        " ",
+    )
     assert [polarity(t) for t in texts] == ["no", "no", "yes", "both", "both", "both", "both", ""]
 
 
 def test_sides():
-    texts = ("L lung", "rt. kidney", "both sides", "left and right", "Bilateral effusion", "L4", "5 L", "mmol/L", "upright")
+    texts = (
+        "L lung",
+        "rt. kidney",
+        "both sides",
+        "left and right",
+        "Bilateral effusion",
+        "L4",
+        "5 L",
+        "mmol/L",
+        "upright",
+    )
     both = {"left", "right"}
     assert [sides(t) for t in texts] == [{"left"}, {"right"}, both, both, both, set(), set(), set(), set()]
 

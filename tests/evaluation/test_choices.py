@@ -5,7 +5,14 @@ import json
 import pytest
 import torch
 
-from medvl.evaluation.choices import ask, comparable, extract_letter, lettered, letters_by_likelihood, split_options
+from medvl.evaluation.choices import (
+    ask,
+    comparable,
+    extract_letter,
+    lettered,
+    letters_by_likelihood,
+    split_options,
+)
 
 SETS = (  # options that are easily taken for each other, or hold letters, numbers and signs
     ("Adenocarcinoma", "Squamous cell carcinoma", "Small cell carcinoma", "Non-small cell carcinoma"),
@@ -16,7 +23,12 @@ SETS = (  # options that are easily taken for each other, or hold letters, numbe
     ("grade 1", "grade 1-2", "grade 2", "grade 3"),
     ("Stage I", "Stage II", "Stage III", "Stage IV"),
     ("T1a N0 M0", "T1a N0", "T2 N0 M0", "T2 N1 M1"),
-    ("Invasive ductal carcinoma", "Ductal carcinoma in situ", "Invasive carcinoma", "Microinvasive carcinoma"),
+    (
+        "Invasive ductal carcinoma",
+        "Ductal carcinoma in situ",
+        "Invasive carcinoma",
+        "Microinvasive carcinoma",
+    ),
     ("Well differentiated", "Moderately differentiated", "Poorly differentiated", "Undifferentiated"),
     ("A benign tumor", "A malignant tumor", "Both", "None of the above"),
     ("Less than 5 cm", "5 cm", "More than 5 cm", ">10 cm"),
@@ -44,8 +56,27 @@ LETTERED = (  # plain answers with a letter: all must be understood
         "\\boxed{{{l}}}",
         "`{l}`",
     ),
-    *("{l}. {t}", "{l}. {t}.", "{l}.{t} ", "{l}: {t}", "{l}) {t}", "({l}) {t}", "**{l}. {t}**", "**{l}** {t}", "{l} {t}", "{l} - {t}"),
-    *("{l}. {t}. ", "{l}\n\n{t}", "{l}: a", "{l}. The findings speak for it.", "({l}) because of the nuclei", "Option {l}", "Answer {l}."),
+    *(
+        "{l}. {t}",
+        "{l}. {t}.",
+        "{l}.{t} ",
+        "{l}: {t}",
+        "{l}) {t}",
+        "({l}) {t}",
+        "**{l}. {t}**",
+        "**{l}** {t}",
+        "{l} {t}",
+        "{l} - {t}",
+    ),
+    *(
+        "{l}. {t}. ",
+        "{l}\n\n{t}",
+        "{l}: a",
+        "{l}. The findings speak for it.",
+        "({l}) because of the nuclei",
+        "Option {l}",
+        "Answer {l}.",
+    ),
     *(
         "Answer: {l}",
         "Answer: {l}. {t}",
@@ -55,18 +86,80 @@ LETTERED = (  # plain answers with a letter: all must be understood
         "The answer is ({l}).",
         "Answer: {l}) {t}",
     ),
-    *("The correct answer is {l}.", "The correct answer is option {l}: {t}.", "Final answer: {l}", "The answer is {l} because of it"),
-    *("The slide shows much. The answer is {l}.", "Option {l}: {t}", "I choose {l}.", "{l} is the correct answer."),
+    *(
+        "The correct answer is {l}.",
+        "The correct answer is option {l}: {t}.",
+        "Final answer: {l}",
+        "The answer is {l} because of it",
+    ),
+    *(
+        "The slide shows much. The answer is {l}.",
+        "Option {l}: {t}",
+        "I choose {l}.",
+        "{l} is the correct answer.",
+    ),
 )
-NAMED = ("{t}", "{t}.", " {t} ", "Answer: {t}", "The answer is {t}.", "**{t}**", "Answer: **{t}**", "- {t}")  # all must be understood
+NAMED = (
+    "{t}",
+    "{t}.",
+    " {t} ",
+    "Answer: {t}",
+    "The answer is {t}.",
+    "**{t}**",
+    "Answer: **{t}**",
+    "- {t}",
+)  # all must be understood
 LOOSE = (  # the option or nothing
-    *("This is a case of {t}.", "A case of {t}", "The diagnosis is {t}", "{u}", "It is most likely {t}.", "a {t}", "A {t}", "An {t}"),
-    *("{t}, as the nuclei show", "The slide shows {t} in a biopsy.", "I see {t}", "I think it is {t}.", "{t} is seen.", "{t} {t}"),
-    *("A typical pattern. {t}.", "Diagnosis: {t}", "Given A and the rest, {t}", "Well, {t}!", "{m}. {t}", "{m}) {t}", "{m}", "({m}) {t}"),
-    *("b. {t}", "The {t} of group A", "ANSWER: {t}", "A. {t} B. {t}", "It seems {t}", "{t}: type A", "D: {t}", "I. {t}", "II. {t}"),
+    *(
+        "This is a case of {t}.",
+        "A case of {t}",
+        "The diagnosis is {t}",
+        "{u}",
+        "It is most likely {t}.",
+        "a {t}",
+        "A {t}",
+        "An {t}",
+    ),
+    *(
+        "{t}, as the nuclei show",
+        "The slide shows {t} in a biopsy.",
+        "I see {t}",
+        "I think it is {t}.",
+        "{t} is seen.",
+        "{t} {t}",
+    ),
+    *(
+        "A typical pattern. {t}.",
+        "Diagnosis: {t}",
+        "Given A and the rest, {t}",
+        "Well, {t}!",
+        "{m}. {t}",
+        "{m}) {t}",
+        "{m}",
+        "({m}) {t}",
+    ),
+    *(
+        "b. {t}",
+        "The {t} of group A",
+        "ANSWER: {t}",
+        "A. {t} B. {t}",
+        "It seems {t}",
+        "{t}: type A",
+        "D: {t}",
+        "I. {t}",
+        "II. {t}",
+    ),
 )
 NOTHING = (  # another or several are named, or it is denied: never a letter, or the one that is meant in a set of two
-    *("not {l}", "Not {l}.", "It is not {l}.", "The answer is not {l}.", "{l} is wrong.", "{l}) is incorrect", "Option {l} is wrong."),
+    *(
+        "not {l}",
+        "Not {l}.",
+        "It is not {l}.",
+        "The answer is not {l}.",
+        "{l} is wrong.",
+        "{l}) is incorrect",
+        "Option {l} is wrong.",
+    ),
     *(
         "{l} or {o}",
         "{l} and {o}",
@@ -83,10 +176,38 @@ NOTHING = (  # another or several are named, or it is denied: never a letter, or
         "Is the answer {l}?",
         "Neither {l} nor {o} is correct.",
     ),
-    *("{l}. {s}", "{o}: {t}", "({o}) {t}", "Answer: {l}. {s}", "It is not {l}. {t}", "I would not choose {l}.", "{l} versus {o}"),
-    *("{t} or {s}", "Either {t} or {s}.", "The differential is {t} versus {s}.", "It is between {t} and {s}", "{t}? {s}?"),
-    *("{t}?", "{l}: unlikely", "I doubt the answer is {l}.", "{t} was considered.", "Past history: {t}", "{l}. {o}"),
-    *("I would rule out {t}.", "{t} has been excluded.", "No evidence of {t}", "{t} is unlikely.", "All but {l}", "{l} is not it. {l}?"),
+    *(
+        "{l}. {s}",
+        "{o}: {t}",
+        "({o}) {t}",
+        "Answer: {l}. {s}",
+        "It is not {l}. {t}",
+        "I would not choose {l}.",
+        "{l} versus {o}",
+    ),
+    *(
+        "{t} or {s}",
+        "Either {t} or {s}.",
+        "The differential is {t} versus {s}.",
+        "It is between {t} and {s}",
+        "{t}? {s}?",
+    ),
+    *(
+        "{t}?",
+        "{l}: unlikely",
+        "I doubt the answer is {l}.",
+        "{t} was considered.",
+        "Past history: {t}",
+        "{l}. {o}",
+    ),
+    *(
+        "I would rule out {t}.",
+        "{t} has been excluded.",
+        "No evidence of {t}",
+        "{t} is unlikely.",
+        "All but {l}",
+        "{l} is not it. {l}?",
+    ),
     *(
         "{t}\n{s}",
         "- {t}\n- {s}",
@@ -96,7 +217,12 @@ NOTHING = (  # another or several are named, or it is denied: never a letter, or
         "The wrong answer is {l}",
         "{l} > {o}",
     ),
-    *("It is neither {t} nor {s}.", "There is no sign of {t} or {s}.", "Answer: {l}, {o}", "The answer is {l}, which is wrong."),
+    *(
+        "It is neither {t} nor {s}.",
+        "There is no sign of {t} or {s}.",
+        "Answer: {l}, {o}",
+        "The answer is {l}, which is wrong.",
+    ),
 )
 BLANK = (  # no option at all
     *(
@@ -112,7 +238,14 @@ BLANK = (  # no option at all
         "ANSWER:",
         "Answer: a mass",
     ),
-    *("A small biopsy shows B-cell lymphoma.", "D.C.I.S.", "C.O.P.D. is seen", "Both A and B are right", "All of A, B, C and D", "A B C D"),
+    *(
+        "A small biopsy shows B-cell lymphoma.",
+        "D.C.I.S.",
+        "C.O.P.D. is seen",
+        "Both A and B are right",
+        "All of A, B, C and D",
+        "A B C D",
+    ),
     *(
         "Vitamin C and group A",
         "A/B",
@@ -144,14 +277,23 @@ def cases(templates):
         table = lettered(options)
         for letter, text in table.items():
             other = next(k for k in [*list(table)[list(table).index(letter) + 1 :], *table] if k != letter)
-            marks = {"l": letter, "t": text, "o": other, "s": table[other], "u": text.upper(), "m": letter.lower()}
+            marks = {
+                "l": letter,
+                "t": text,
+                "o": other,
+                "s": table[other],
+                "u": text.upper(),
+                "m": letter.lower(),
+            }
             for template in templates:
                 yield options, letter, template.format(**marks)
 
 
 @pytest.mark.parametrize("templates", [LETTERED, NAMED], ids=["letter", "text"])
 def test_every_plain_answer_is_understood(templates):
-    found = [(said, options, letter, extract_letter(said, options)) for options, letter, said in cases(templates)]
+    found = [
+        (said, options, letter, extract_letter(said, options)) for options, letter, said in cases(templates)
+    ]
     assert len(found) > 400
     assert not [f for f in found if f[2] != f[3]]
 
@@ -255,12 +397,24 @@ def test_part_of_another_thing_is_not_that_option(said, options):
 
 def test_gaps_and_options_without_text():
     table = {"A": "x ray", "B": "", "D": "none"}
-    assert [extract_letter(s, table) for s in ("C", "D. none", "B", "B. something", "x-ray", "")] == ["", "D", "B", "B", "A", ""]
+    assert [extract_letter(s, table) for s in ("C", "D. none", "B", "B. something", "x-ray", "")] == [
+        "",
+        "D",
+        "B",
+        "B",
+        "A",
+        "",
+    ]
 
 
 def test_options_with_one_text_are_told_by_letter_only():
     table = ["Grade 1", "grade 1.", "Grade 2"]
-    assert [extract_letter(s, table) for s in ("Grade 1", "It is grade 1.", "B. Grade 1", "Grade 2")] == ["", "", "B", "C"]
+    assert [extract_letter(s, table) for s in ("Grade 1", "It is grade 1.", "B. Grade 1", "Grade 2")] == [
+        "",
+        "",
+        "B",
+        "C",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -275,7 +429,11 @@ def test_options_with_one_text_are_told_by_letter_only():
         ("Which? x B. y C. z D. w", "Which? x", {"B": "y", "C": "z", "D": "w"}),
         ("Which? A. B. y", "Which?", {"A": "", "B": "y"}),
         ("Which? (A) x (B) y", "Which?", {"A": "x", "B": "y"}),
-        ("Hepatitis A. or vitamin? A) Hepatitis B. C. B) D.C.I.S.", "Hepatitis A. or vitamin?", {"A": "Hepatitis B. C.", "B": "D.C.I.S."}),
+        (
+            "Hepatitis A. or vitamin? A) Hepatitis B. C. B) D.C.I.S.",
+            "Hepatitis A. or vitamin?",
+            {"A": "Hepatitis B. C.", "B": "D.C.I.S."},
+        ),
         ("Is hepatitis B. seen beside vitamin D. now?", "Is hepatitis B. seen beside vitamin D. now?", {}),
         ("A tumor of 5 cm. What is it?", "A tumor of 5 cm. What is it?", {}),
         ("", "", {}),
@@ -300,7 +458,15 @@ def test_every_real_question_is_split_and_its_answer_found(shared_data):
             _, options = split_options(asked)
             assert [*options] == ["A", "B", "C", "D"]
             assert gold in options
-            for said in ("Answer: {t}", "This is a case of {t}.", "{t}", "A {t}", "{l}) {t}", "{l}", "The answer is ({l})"):
+            for said in (
+                "Answer: {t}",
+                "This is a case of {t}.",
+                "{t}",
+                "A {t}",
+                "{l}) {t}",
+                "{l}",
+                "The answer is ({l})",
+            ):
                 found = extract_letter(said.format(t=options[gold], l=gold), options)
                 wrong += [(said, options, gold, found)] if found != gold else []
                 count += 1
@@ -319,8 +485,20 @@ def test_likelihoods_choose_the_letter():
 
 
 def test_comparable():
-    same = [("grade 3.", "Grade 3"), ("A tumor", "tumor"), ("non\u2011small cell", "Non-small  cell"), ("Crohn\u2019s", "crohns")]
-    other = [("1+", "1"), (">5 cm", "<5 cm"), ("grade 1-2", "grade 1 2"), ("ER-", "ER+"), ("2.5", "2 5"), ("is", "isn't")]
+    same = [
+        ("grade 3.", "Grade 3"),
+        ("A tumor", "tumor"),
+        ("non\u2011small cell", "Non-small  cell"),
+        ("Crohn\u2019s", "crohns"),
+    ]
+    other = [
+        ("1+", "1"),
+        (">5 cm", "<5 cm"),
+        ("grade 1-2", "grade 1 2"),
+        ("ER-", "ER+"),
+        ("2.5", "2 5"),
+        ("is", "isn't"),
+    ]
     assert all(comparable(a) == comparable(b) for a, b in same)
     assert not any(comparable(a) == comparable(b) for a, b in other)
 

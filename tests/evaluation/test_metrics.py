@@ -26,8 +26,14 @@ def _columns(f, scores, labels):
 @pytest.mark.parametrize("ties", [False, True])
 def test_ranking_metrics_are_scikit_learns(ties):
     scores, labels, _ = _data(ties=ties)
-    np.testing.assert_allclose(metrics.auroc(scores, labels), _columns(sk.roc_auc_score, scores, labels), **EXACT)
-    np.testing.assert_allclose(metrics.average_precision(scores, labels), _columns(sk.average_precision_score, scores, labels), **EXACT)
+    np.testing.assert_allclose(
+        metrics.auroc(scores, labels), _columns(sk.roc_auc_score, scores, labels), **EXACT
+    )
+    np.testing.assert_allclose(
+        metrics.average_precision(scores, labels),
+        _columns(sk.average_precision_score, scores, labels),
+        **EXACT,
+    )
 
 
 def test_auroc_is_the_share_of_ordered_pairs():
@@ -59,11 +65,16 @@ def test_whole_weights_are_repeated_rows(ties):
     scores, labels, _ = _data(n=80, ties=ties)
     weights = np.random.default_rng(1).integers(0, 4, (80, 6))
     thresholds = [0.5] * 5
-    by_weight = {"auroc": metrics.auroc(scores, labels, weights), "ap": metrics.average_precision(scores, labels, weights)}
+    by_weight = {
+        "auroc": metrics.auroc(scores, labels, weights),
+        "ap": metrics.average_precision(scores, labels, weights),
+    }
     by_weight |= metrics.at_threshold(scores, labels, thresholds, weights)
     for r in range(6):
         s, y = np.repeat(scores, weights[:, r], 0), np.repeat(labels, weights[:, r], 0)
-        by_row = {"auroc": metrics.auroc(s, y), "ap": metrics.average_precision(s, y)} | metrics.at_threshold(s, y, thresholds)
+        by_row = {"auroc": metrics.auroc(s, y), "ap": metrics.average_precision(s, y)} | metrics.at_threshold(
+            s, y, thresholds
+        )
         assert by_weight.keys() == by_row.keys()
         for name, value in by_row.items():
             np.testing.assert_allclose(by_weight[name][r], value, err_msg=name, **EXACT)
@@ -84,7 +95,9 @@ def test_threshold_metrics_are_scikit_learns():
     ours = metrics.at_threshold(scores, labels, thresholds)
     assert ours.keys() == theirs.keys()
     for name, f in theirs.items():
-        np.testing.assert_allclose(ours[name], [f(labels[:, j], called[:, j]) for j in range(5)], err_msg=name, **EXACT)
+        np.testing.assert_allclose(
+            ours[name], [f(labels[:, j], called[:, j]) for j in range(5)], err_msg=name, **EXACT
+        )
 
 
 def test_threshold_metrics_that_have_no_value_are_nan():
@@ -111,7 +124,11 @@ def test_best_thresholds_beat_every_other(rule, ties):
     def gain(thresholds):
         out = metrics.at_threshold(scores, labels, thresholds)
         specificity = 2 * out["balanced_accuracy"] - out["recall"]
-        return {"youden": out["balanced_accuracy"], "f1": out["f1"], "corner": -np.hypot(1 - out["recall"], 1 - specificity)}[rule]
+        return {
+            "youden": out["balanced_accuracy"],
+            "f1": out["f1"],
+            "corner": -np.hypot(1 - out["recall"], 1 - specificity),
+        }[rule]
 
     best = metrics.best_thresholds(scores, labels, rule)
     tried = np.stack([gain(np.full(5, t)) for t in np.unique(scores)])
@@ -128,7 +145,10 @@ def test_best_threshold_edges():
 
 
 def _statistics(scores, labels, weights):
-    return {"auroc": metrics.auroc(scores, labels, weights), "ap": metrics.average_precision(scores, labels, weights)}
+    return {
+        "auroc": metrics.auroc(scores, labels, weights),
+        "ap": metrics.average_precision(scores, labels, weights),
+    }
 
 
 def test_bootstrap_is_a_loop_over_resampled_patients():
@@ -142,12 +162,19 @@ def test_bootstrap_is_a_loop_over_resampled_patients():
         for draw in torch.randint(k, (size, k), generator=gen).tolist():
             rows = np.concatenate([np.flatnonzero(groups == order[g]) for g in draw])
             y, s = labels[rows], scores[rows]
-            naive.append([sk.roc_auc_score(y[:, j], s[:, j]) if 0 < y[:, j].sum() < len(y) else np.nan for j in range(5)])
+            naive.append(
+                [
+                    sk.roc_auc_score(y[:, j], s[:, j]) if 0 < y[:, j].sum() < len(y) else np.nan
+                    for j in range(5)
+                ]
+            )
     naive, got = np.array(naive), ours["auroc"]
     assert 0 < np.isnan(naive[:, 0]).sum() < n
     np.testing.assert_array_equal(got.undefined, np.isnan(naive).sum(0))
     np.testing.assert_allclose([got.low, got.high], np.nanquantile(naive, [0.025, 0.975], axis=0), **EXACT)
-    np.testing.assert_allclose([got.mean_low, got.mean_high], np.quantile(np.nanmean(naive, 1), [0.025, 0.975]), **EXACT)
+    np.testing.assert_allclose(
+        [got.mean_low, got.mean_high], np.quantile(np.nanmean(naive, 1), [0.025, 0.975]), **EXACT
+    )
     np.testing.assert_allclose(got.value, metrics.auroc(scores, labels), **EXACT)
     assert got.mean == pytest.approx(np.mean(got.value), abs=1e-12)
     assert got.averaged == 5
@@ -157,7 +184,10 @@ def test_bootstrap_depends_on_the_seed_alone_and_leaves_out_what_has_no_value():
     scores, labels, groups = _data()
     labels[:, 1] = 0
     a, b, c = (
-        metrics.bootstrap(_statistics, scores, labels, groups, n=50, gen=torch.Generator().manual_seed(k))["auroc"] for k in (1, 1, 2)
+        metrics.bootstrap(_statistics, scores, labels, groups, n=50, gen=torch.Generator().manual_seed(k))[
+            "auroc"
+        ]
+        for k in (1, 1, 2)
     )
     np.testing.assert_array_equal(a.low, b.low)
     assert not np.array_equal(a.low[0], c.low[0])
@@ -173,7 +203,9 @@ def test_clustered_intervals_are_wider_than_those_of_rows():
     scores, labels, patients = np.repeat(scores, 4, 0), np.repeat(labels, 4, 0), np.repeat(np.arange(200), 4)
 
     def width(groups):
-        out = metrics.bootstrap(_statistics, scores, labels, groups, n=300, gen=torch.Generator().manual_seed(0))["auroc"]
+        out = metrics.bootstrap(
+            _statistics, scores, labels, groups, n=300, gen=torch.Generator().manual_seed(0)
+        )["auroc"]
         return (out.high - out.low).mean()
 
     assert width(patients) / width(np.arange(800)) == pytest.approx(2, rel=0.15)
@@ -198,7 +230,10 @@ def test_intervals_cover_the_truth():
 
 
 def _naive_recall(similarity, groups_q, groups_g, k):
-    hits = [any(groups_g[i] == g for i in np.argsort(-row)[:k]) for row, g in zip(similarity, groups_q, strict=True)]
+    hits = [
+        any(groups_g[i] == g for i in np.argsort(-row)[:k])
+        for row, g in zip(similarity, groups_q, strict=True)
+    ]
     return sum(hits) / len(hits)
 
 
@@ -221,7 +256,9 @@ def test_recall_takes_any_recon_and_gives_no_credit_for_ties():
 def test_torch_of_any_precision_is_taken():
     scores, labels, _ = _data()
     s = torch.tensor(scores).bfloat16().requires_grad_()
-    np.testing.assert_array_equal(metrics.auroc(s, torch.tensor(labels).bool()), metrics.auroc(s.detach().float().numpy(), labels))
+    np.testing.assert_array_equal(
+        metrics.auroc(s, torch.tensor(labels).bool()), metrics.auroc(s.detach().float().numpy(), labels)
+    )
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -11,15 +11,35 @@ import torch
 from attrs import evolve
 from safetensors.torch import load_file, save_file
 
-from medvl.hub import skeletons as hub
+from medvl.hub import skeletons
 from medvl.hub.peft_files import read_adapter, write_adapter
 from medvl.weights import compose, lora
 from medvl.weights.lora import LoraConfig, apply_lora
 
 P = "base_model.model."
-TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 48}
-TEXT |= {"vocab_size": 64, "max_position_embeddings": 64, "head_dim": 16, "bos_token_id": 1, "eos_token_id": 2}
-TOWER = {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 2, "spatial_merge_size": 2}
+TEXT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 48,
+}
+TEXT |= {
+    "vocab_size": 64,
+    "max_position_embeddings": 64,
+    "head_dim": 16,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+TOWER = {
+    "depth": 1,
+    "embed_dim": 16,
+    "hidden_size": 32,
+    "num_heads": 2,
+    "mlp_ratio": 2,
+    "patch_size": 2,
+    "spatial_merge_size": 2,
+}
 MODELS = {
     "qwen3": {"model_type": "qwen3", **TEXT, "tie_word_embeddings": False},
     "tied": {"model_type": "qwen3", **TEXT, "tie_word_embeddings": True},
@@ -52,12 +72,16 @@ def made(kind):
     """(skeleton, params, a module of transformers with the same weights)."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    skeleton, params = hub.init_skeleton(MODELS[kind], torch.Generator().manual_seed(0), head="language")
+    skeleton, params = skeletons.init_skeleton(
+        MODELS[kind], torch.Generator().manual_seed(0), head="language"
+    )
     gen = torch.Generator().manual_seed(1)
     params = {n: t + 0.1 * torch.randn(t.shape, generator=gen) for n, t in params.items()}
     config = dict(MODELS[kind])
     cfg = AutoConfig.for_model(config.pop("model_type"), **config)
-    model = (AutoModelForImageTextToText if kind == "qwen2_vl" else AutoModelForCausalLM).from_config(cfg).eval()
+    model = (
+        (AutoModelForImageTextToText if kind == "qwen2_vl" else AutoModelForCausalLM).from_config(cfg).eval()
+    )
     model.load_state_dict(params, strict=False)
     return skeleton, params, model
 
@@ -83,7 +107,8 @@ def trained(kind, **config):
     import peft
 
     model = peft.get_peft_model(
-        copy.deepcopy(made(kind)[2]), peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM"} | config)
+        copy.deepcopy(made(kind)[2]),
+        peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM"} | config),
     )
     gen = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -123,21 +148,36 @@ CASES = {
             "alpha_pattern": {r"model\.layers\.1\..*": 5, "up_proj": 3},
         },
     ),
-    "rslora": ("qwen3", {"target_modules": ["o_proj"], "use_rslora": True, "rank_pattern": {"layers.1.self_attn.o_proj": 3}}),
+    "rslora": (
+        "qwen3",
+        {"target_modules": ["o_proj"], "use_rslora": True, "rank_pattern": {"layers.1.self_attn.o_proj": 3}},
+    ),
     "regex": ("qwen3", {"target_modules": r".*layers\.1.*(q|gate)_proj"}),
-    "layers": ("qwen3", {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1], "exclude_modules": ["up_proj"]}),
-    "saved": ("qwen3", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens", "input_layernorm"]}),
+    "layers": (
+        "qwen3",
+        {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1], "exclude_modules": ["up_proj"]},
+    ),
+    "saved": (
+        "qwen3",
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens", "input_layernorm"]},
+    ),
     "embedding": ("qwen3", {"target_modules": ["embed_tokens", "q_proj"]}),
     "embedding-head": ("qwen3", {"target_modules": ["embed_tokens", "lm_head"]}),
     "tied-embedding": ("tied", {"target_modules": ["embed_tokens", "q_proj"]}),
     "tied-head": ("tied", {"target_modules": ["lm_head", "q_proj"]}),
     "conv1d": ("gpt2", {"target_modules": ["c_attn", "c_fc", "c_proj"], "fan_in_fan_out": True}),
     "conv1d-wte": ("gpt2", {"target_modules": ["c_attn", "wte"], "fan_in_fan_out": True}),
-    "gaussian": ("gpt2", {"target_modules": "all-linear", "fan_in_fan_out": True, "init_lora_weights": "gaussian"}),
+    "gaussian": (
+        "gpt2",
+        {"target_modules": "all-linear", "fan_in_fan_out": True, "init_lora_weights": "gaussian"},
+    ),
     "tower": ("qwen2_vl", {"target_modules": ["q_proj", "v_proj", "qkv", "fc1", "mlp.0", "mlp.2"]}),
     "tower-regex": (
         "qwen2_vl",
-        {"target_modules": r"model\.(visual.*\.(qkv|proj)|language_model.*o_proj)", "exclude_modules": ".*patch_embed.*"},
+        {
+            "target_modules": r"model\.(visual.*\.(qkv|proj)|language_model.*o_proj)",
+            "exclude_modules": ".*patch_embed.*",
+        },
     ),
 }
 
@@ -164,11 +204,16 @@ def test_equals_peft_and_goes_back_to_peft(folder, tmp_path, case):
     kind, (where, want) = CASES[case][0], folder(case)
     plain = logits(made(kind)[2], kind)
     assert (want - plain).abs().max() > 0.05
-    for adapter in (read_adapter(where, made(kind)[0]), *([read_adapter(where)] if case != "tied-head" else [])):
+    for adapter in (
+        read_adapter(where, made(kind)[0]),
+        *([read_adapter(where)] if case != "tied-head" else []),
+    ):
         torch.testing.assert_close(ours(kind, adapter), want, rtol=0, atol=2e-6)
     write_adapter(read_adapter(where, made(kind)[0]), tmp_path / "again")
     before, after = (load_file(f / "adapter_model.safetensors") for f in (where, tmp_path / "again"))
-    if case != "tied-head":  # its base, which peft adds to the file, is the embedding's in a model without a head's weight
+    if (
+        case != "tied-head"
+    ):  # its base, which peft adds to the file, is the embedding's in a model without a head's weight
         assert before.keys() == after.keys()
         assert all(torch.equal(t, after[k]) for k, t in before.items())
     again = theirs(kind, tmp_path / "again")
@@ -176,7 +221,11 @@ def test_equals_peft_and_goes_back_to_peft(folder, tmp_path, case):
     first = theirs(kind, where)
     assert again.base_model.targeted_module_names == first.base_model.targeted_module_names
     old, new = (json.loads((f / "adapter_config.json").read_text()) for f in (where, tmp_path / "again"))
-    free = ("target_modules", "exclude_modules", "layers_to_transform")  # written as the full names of the layers
+    free = (
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+    )  # written as the full names of the layers
     assert {k: v for k, v in old.items() if k not in free} == {k: v for k, v in new.items() if k not in free}
 
 
@@ -193,11 +242,18 @@ def test_writes_what_was_never_in_a_folder(tmp_path):
     """Ranks and scales of all kinds, a gate, a dropout, a norm that is replaced."""
     skeleton = made("qwen3")[0]
     gen = torch.Generator().manual_seed(4)
-    cfg = LoraConfig(targets=("q_proj", "down_proj", "embed_tokens"), rank_pattern={"0.self_attn.q_proj": 3, "down_proj": 5}, dropout=0.1)
+    cfg = LoraConfig(
+        targets=("q_proj", "down_proj", "embed_tokens"),
+        rank_pattern={"0.self_attn.q_proj": 3, "down_proj": 5},
+        dropout=0.1,
+    )
     adapter = lora.init_lora(cfg, skeleton, gen)
     adapter = evolve(
         adapter,
-        factors={m: {k: 0.3 * torch.randn(t.shape, generator=gen) for k, t in f.items()} for m, f in adapter.factors.items()},
+        factors={
+            m: {k: 0.3 * torch.randn(t.shape, generator=gen) for k, t in f.items()}
+            for m, f in adapter.factors.items()
+        },
         scale={m: 0.1 * i + 1 / 3 for i, m in enumerate(adapter.factors)},
         gate={m: torch.rand(len(f["a"]), generator=gen) for m, f in adapter.factors.items() if "1" in m},
         full={"model.norm.weight": torch.rand(32, generator=gen)},
@@ -207,14 +263,23 @@ def test_writes_what_was_never_in_a_folder(tmp_path):
     model = theirs("qwen3", tmp_path / "a")
     torch.testing.assert_close(logits(model, "qwen3"), want, rtol=0, atol=2e-6)
     config = model.peft_config["default"]
-    assert (config.base_model_name_or_path, config.task_type, config.lora_dropout) == ("some/model", "CAUSAL_LM", 0.1)
+    assert (config.base_model_name_or_path, config.task_type, config.lora_dropout) == (
+        "some/model",
+        "CAUSAL_LM",
+        0.1,
+    )
     again = read_adapter(tmp_path / "a", skeleton)
     torch.testing.assert_close(ours("qwen3", again), want, rtol=0, atol=2e-6)
     assert again.dropout == 0.1
     assert again.scale == pytest.approx(adapter.scale, rel=1e-12)
-    write_adapter(adapter, tmp_path / "b", targets=("q_proj", "down_proj", "embed_tokens"), task="FEATURE_EXTRACTION")
+    write_adapter(
+        adapter, tmp_path / "b", targets=("q_proj", "down_proj", "embed_tokens"), task="FEATURE_EXTRACTION"
+    )
     config = json.loads((tmp_path / "b/adapter_config.json").read_text())
-    assert (config["target_modules"], config["task_type"]) == (["q_proj", "down_proj", "embed_tokens"], "FEATURE_EXTRACTION")
+    assert (config["target_modules"], config["task_type"]) == (
+        ["q_proj", "down_proj", "embed_tokens"],
+        "FEATURE_EXTRACTION",
+    )
     torch.testing.assert_close(logits(theirs("qwen3", tmp_path / "b"), "qwen3"), want, rtol=0, atol=2e-6)
 
 
@@ -223,7 +288,9 @@ def test_a_changed_adapter_has_a_changed_config(folder, tmp_path):
     kept = {m: f for m, f in adapter.factors.items() if "layers.1" in m}
     less = evolve(adapter, factors=kept, scale={m: 2 * s for m, s in adapter.scale.items() if m in kept})
     write_adapter(less, tmp_path / "less")
-    torch.testing.assert_close(logits(theirs("qwen3", tmp_path / "less"), "qwen3"), ours("qwen3", less), rtol=0, atol=2e-6)
+    torch.testing.assert_close(
+        logits(theirs("qwen3", tmp_path / "less"), "qwen3"), ours("qwen3", less), rtol=0, atol=2e-6
+    )
     assert read_adapter(tmp_path / "less", made("qwen3")[0]).factors.keys() == kept.keys()
 
 
@@ -252,18 +319,38 @@ def test_other_containers_and_keys(folder, tmp_path):
     where = folder("saved")[0]
     want = read_adapter(where)
     same(read_adapter(rewrite(where, tmp_path / "bin", bin=True)), want)
-    infix = {"lora_A": "lora_A.default", "lora_B": "lora_B.default", "lm_head": "lm_head.modules_to_save.default"}
+    infix = {
+        "lora_A": "lora_A.default",
+        "lora_B": "lora_B.default",
+        "lm_head": "lm_head.modules_to_save.default",
+    }
     named = lambda s: {re.sub("lora_A|lora_B|lm_head", lambda hit: infix[hit[0]], k): t for k, t in s.items()}
     same(read_adapter(rewrite(where, tmp_path / "infix", named)), want)
-    same(read_adapter(rewrite(where, tmp_path / "bare", lambda s: {k.removeprefix(P): t for k, t in s.items()})), want)
+    same(
+        read_adapter(
+            rewrite(where, tmp_path / "bare", lambda s: {k.removeprefix(P): t for k, t in s.items()})
+        ),
+        want,
+    )
     wte = folder("conv1d-wte")[0]
     named = lambda s: {re.sub("_[AB]$", lambda hit: hit[0] + ".other", k): t for k, t in s.items()}
-    same(read_adapter(rewrite(wte, tmp_path / "wte", named), made("gpt2")[0]), read_adapter(wte, made("gpt2")[0]))
+    same(
+        read_adapter(rewrite(wte, tmp_path / "wte", named), made("gpt2")[0]),
+        read_adapter(wte, made("gpt2")[0]),
+    )
     half = read_adapter(where, dtype=torch.bfloat16)
     assert {t.dtype for f in half.factors.values() for t in f.values()} == {torch.bfloat16}
     write_adapter(half, tmp_path / "half")
-    assert {t.dtype for t in load_file(tmp_path / "half/adapter_model.safetensors").values()} == {torch.bfloat16}
-    harmless = {"new_option": False, "another": None, "third": [], "eva_config": {"rho": 2.0}, "init_lora_weights": "eva"}
+    assert {t.dtype for t in load_file(tmp_path / "half/adapter_model.safetensors").values()} == {
+        torch.bfloat16
+    }
+    harmless = {
+        "new_option": False,
+        "another": None,
+        "third": [],
+        "eva_config": {"rho": 2.0},
+        "init_lora_weights": "eva",
+    }
     same(read_adapter(rewrite(where, tmp_path / "new", **harmless)), want)
 
 
@@ -289,7 +376,10 @@ def test_reads_the_hub_cache(folder, tmp_path, monkeypatch):
 # Names of older versions ----------------------------------------------------------------------------------------------------------------
 def older(state):
     """Keys of Qwen2-VL before transformers 4.52."""
-    return {k.replace(f"{P}model.visual", f"{P}visual").replace(f"{P}model.language_model", f"{P}model"): t for k, t in state.items()}
+    return {
+        k.replace(f"{P}model.visual", f"{P}visual").replace(f"{P}model.language_model", f"{P}model"): t
+        for k, t in state.items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -310,24 +400,40 @@ def test_older_names_are_mapped(folder, tmp_path, case, config):
     skeleton, params, _ = made("qwen2_vl")
     adapter = read_adapter(tmp_path / "old", skeleton)
     torch.testing.assert_close(ours("qwen2_vl", adapter), want, rtol=0, atol=2e-6)
-    with pytest.raises(ValueError, match=r"apply_lora: the model has no weight (visual|model\.layers)"):  # peft leaves it inactive
+    with pytest.raises(
+        ValueError, match=r"apply_lora: the model has no weight (visual|model\.layers)"
+    ):  # peft leaves it inactive
         apply_lora(params, read_adapter(tmp_path / "old"))
     write_adapter(adapter, tmp_path / "new")  # under today's names peft reads it
-    torch.testing.assert_close(logits(theirs("qwen2_vl", tmp_path / "new"), "qwen2_vl"), want, rtol=0, atol=1e-6)
-    cut = rewrite(tmp_path / "old", tmp_path / "cut", lambda s: {k: t for k, t in s.items() if "layers.1" not in k})
+    torch.testing.assert_close(
+        logits(theirs("qwen2_vl", tmp_path / "new"), "qwen2_vl"), want, rtol=0, atol=1e-6
+    )
+    cut = rewrite(
+        tmp_path / "old", tmp_path / "cut", lambda s: {k: t for k, t in s.items() if "layers.1" not in k}
+    )
     with pytest.raises(ValueError, match=r"lacks model\.language_model\.layers\.1\."):
         read_adapter(cut, skeleton)
 
 
 LLAVA = {
     "model_type": "llava",
-    "vision_config": {"model_type": "clip_vision_model", "num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
+    "vision_config": {
+        "model_type": "clip_vision_model",
+        "num_hidden_layers": 1,
+        "image_size": 28,
+        "patch_size": 14,
+    }
     | {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16},
     "text_config": {"model_type": "llama"} | TEXT,
 }
 INTERN = {
     "model_type": "internvl",
-    "vision_config": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    "vision_config": {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
     | {"image_size": [28, 28], "patch_size": [14, 14]},
     "text_config": {"model_type": "qwen2"} | TEXT,
 }
@@ -335,18 +441,18 @@ INTERN = {
 
 @pytest.mark.parametrize("config", [LLAVA, INTERN], ids=["llava", "internvl"])
 def test_older_layouts_of_other_models(config):
-    skeleton = hub.empty_skeleton(config, head="language")
+    skeleton = skeletons.empty_skeleton(config, head="language")
     old = {
         "language_model.model.layers.0.self_attn.q_proj.weight": "model.language_model.layers.0.self_attn.q_proj.weight",
         "multi_modal_projector.linear_1.weight": "model.multi_modal_projector.linear_1.weight",
         "language_model.lm_head.weight": "lm_head.weight",
     }
-    assert hub.rename(skeleton, [*old, "model.layers.99.self_attn.q_proj.weight"]) == old
-    assert hub.rename(skeleton, old.values()) == {n: n for n in old.values()}
+    assert skeletons.rename(skeleton, [*old, "model.layers.99.self_attn.q_proj.weight"]) == old
+    assert skeletons.rename(skeleton, old.values()) == {n: n for n in old.values()}
 
 
 def test_an_adapter_of_the_whole_model_serves_its_decoder(folder):
-    decoder = hub.empty_skeleton(MODELS["qwen3"])
+    decoder = skeletons.empty_skeleton(MODELS["qwen3"])
     adapter = read_adapter(folder("linear")[0], decoder)
     assert "layers.0.self_attn.q_proj" in adapter.factors
     with pytest.raises(ValueError, match=r"has no lm_head.weight, under no name of older versions"):
@@ -356,9 +462,17 @@ def test_an_adapter_of_the_whole_model_serves_its_decoder(folder):
 def test_ends_of_names_do_not_demand_a_tower_that_was_left_alone(folder, tmp_path):
     skeleton = made("qwen2_vl")[0]
     for side, other in (("visual", "language_model"), ("language_model", "visual")):
-        cut = rewrite(folder("tower")[0], tmp_path / side, lambda s, side=side: {k: t for k, t in s.items() if side not in k})
+        cut = rewrite(
+            folder("tower")[0],
+            tmp_path / side,
+            lambda s, side=side: {k: t for k, t in s.items() if side not in k},
+        )
         assert all(other in m for m in read_adapter(cut, skeleton).factors)
-    regex = rewrite(folder("tower-regex")[0], tmp_path / "regex", lambda s: {k: t for k, t in s.items() if "visual" not in k})
+    regex = rewrite(
+        folder("tower-regex")[0],
+        tmp_path / "regex",
+        lambda s: {k: t for k, t in s.items() if "visual" not in k},
+    )
     with pytest.raises(ValueError, match=r"lacks model\.visual\.blocks\.0\.attn\.qkv, .*target_modules"):
         read_adapter(regex, skeleton)
 
@@ -396,12 +510,20 @@ CONFIGS = [
     ({"rank_pattern": {"(": 2}}, r"rank_pattern.*'\(' is not a regular expression"),
     ({"target_modules": "*q_proj"}, "target_modules.*not a regular expression"),
     ({"target_modules": 3}, "target_modules = 3.*a regex or a list of names"),
-    ({"r": 8}, r"layers.0.*lora_A.weight must be \[r, in\].* rank 8 of the config, got \[4, 48\] and \[32, 4\]"),
-    ({"rank_pattern": {"1.self_attn.v_proj": 3}}, r"layers.1.self_attn.v_proj.lora_A.weight .* rank 3 .* got \[4, 32\] and \[16, 4\]"),
+    (
+        {"r": 8},
+        r"layers.0.*lora_A.weight must be \[r, in\].* rank 8 of the config, got \[4, 48\] and \[32, 4\]",
+    ),
+    (
+        {"rank_pattern": {"1.self_attn.v_proj": 3}},
+        r"layers.1.self_attn.v_proj.lora_A.weight .* rank 3 .* got \[4, 32\] and \[16, 4\]",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("config", "message"), CONFIGS, ids=[next(iter(c)) + str(i) for i, (c, _) in enumerate(CONFIGS)])
+@pytest.mark.parametrize(
+    ("config", "message"), CONFIGS, ids=[next(iter(c)) + str(i) for i, (c, _) in enumerate(CONFIGS)]
+)
 def test_configs_that_are_refused(folder, tmp_path, config, message):
     where = rewrite(folder("linear")[0], tmp_path / "x", **config)
     with pytest.raises(ValueError, match=message):
@@ -411,24 +533,45 @@ def test_configs_that_are_refused(folder, tmp_path, config, message):
 STATES = [
     (lambda s: s.pop(f"{P}{Q}.lora_B.weight"), f"{Q}.lora_A.weight has no lora_B beside it"),
     (lambda s: s.pop(f"{P}{V}.lora_A.weight"), f"{V}.lora_B.weight has no lora_A beside it"),
-    (lambda s: [s.pop(f"{P}{V}.lora_{x}.weight") for x in "AB"], f"lacks {V}, which target_modules in its config name"),
-    (lambda s: s.update({f"{P}{Q}.lora_magnitude_vector": torch.ones(32)}), "unexpected .*lora_magnitude_vector"),
+    (
+        lambda s: [s.pop(f"{P}{V}.lora_{x}.weight") for x in "AB"],
+        f"lacks {V}, which target_modules in its config name",
+    ),
+    (
+        lambda s: s.update({f"{P}{Q}.lora_magnitude_vector": torch.ones(32)}),
+        "unexpected .*lora_magnitude_vector",
+    ),
     (lambda s: s.update({f"{P}{Q}.lora_B.bias": torch.ones(32)}), "unexpected .*lora_B.bias"),
     (lambda s: s.update({f"{P}{Q}.bias": torch.ones(32)}), f"unexpected {P}{Q}.bias"),
     (lambda s: s.update({f"{P}model.norm.weight": torch.ones(32)}), "unexpected .*norm.weight"),
-    (lambda s: s.update({f"{P}{Q}.lora_A.default.weight": torch.ones(4, 32)}), "lora_A.* one too many .*one adapter"),
-    (lambda s: s.update({f"{P}{Q}.lora_embedding_A": torch.ones(4, 32)}), "lora_(embedding_)?A.* one too many"),
+    (
+        lambda s: s.update({f"{P}{Q}.lora_A.default.weight": torch.ones(4, 32)}),
+        "lora_A.* one too many .*one adapter",
+    ),
+    (
+        lambda s: s.update({f"{P}{Q}.lora_embedding_A": torch.ones(4, 32)}),
+        "lora_(embedding_)?A.* one too many",
+    ),
     (
         lambda s: s.update({k: s[f"{P}{Q}.lora_A.weight"] * torch.nan for k in [f"{P}{Q}.lora_A.weight"]}),
         "lora_A.weight must be finite .* NaN",
     ),
-    (lambda s: s.update({f"{P}{Q}.lora_B.weight": torch.ones(32, 4).int()}), "lora_B.weight must hold floating point numbers"),
+    (
+        lambda s: s.update({f"{P}{Q}.lora_B.weight": torch.ones(32, 4).int()}),
+        "lora_B.weight must hold floating point numbers",
+    ),
     (
         lambda s: s.update({f"{P}{Q}.lora_A.weight": torch.ones(4, 31)}),
         rf"{Q} has A \[4, 31\] and B \[32, 4\], but its weight is \[32, 32\]",
     ),
-    (lambda s: s.update({f"{P}{Q}.lora_A.weight": torch.ones(4, 32, 1)}), r"must be \[r, in\].*got \[4, 32, 1\]"),
-    (lambda s: s.update({f"{P}{Q}.lora_B.weight": torch.ones(32, 3)}), r"rank 4 of the config, got \[4, 32\] and \[32, 3\]"),
+    (
+        lambda s: s.update({f"{P}{Q}.lora_A.weight": torch.ones(4, 32, 1)}),
+        r"must be \[r, in\].*got \[4, 32, 1\]",
+    ),
+    (
+        lambda s: s.update({f"{P}{Q}.lora_B.weight": torch.ones(32, 3)}),
+        r"rank 4 of the config, got \[4, 32\] and \[32, 3\]",
+    ),
     (
         lambda s: {k.replace("layers.1", "layers.7"): t for k, t in s.items()},
         r"qwen3 has no model.layers.7.* its weights look like model.embed",
@@ -441,14 +584,19 @@ STATES = [
         lambda s: {re.sub(r"lora_([AB]).weight", r"lora_embedding_\1", k): t for k, t in s.items()},
         "factors of kind embedding, but is linear",
     ),
-    (lambda s: s.update({f"{P}lm_head.weight": torch.ones(60, 32)}), r"lm_head.weight must be \[64, 32\] as in qwen3, got \[60, 32\]"),
+    (
+        lambda s: s.update({f"{P}lm_head.weight": torch.ones(60, 32)}),
+        r"lm_head.weight must be \[64, 32\] as in qwen3, got \[60, 32\]",
+    ),
     (lambda s: {"x": torch.ones(1)}, "unexpected x"),
 ]
 
 
 @pytest.mark.parametrize(("change", "message"), STATES, ids=[m[:30] for _, m in STATES])
 def test_files_that_are_refused(folder, tmp_path, change, message):
-    where = rewrite(folder("linear")[0], tmp_path / "x", lambda s: new if isinstance(new := change(s), dict) else s)
+    where = rewrite(
+        folder("linear")[0], tmp_path / "x", lambda s: new if isinstance(new := change(s), dict) else s
+    )
     with pytest.raises(ValueError, match=message):
         read_adapter(where, made("qwen3")[0])
 
@@ -469,7 +617,10 @@ def test_folders_that_are_broken(folder, tmp_path):
     with pytest.raises(ValueError, match="holds no LoRA factors"):
         read_adapter(where)
     (where / "adapter_model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"must hold adapter_model.safetensors or adapter_model.bin, found adapter_config.json"):
+    with pytest.raises(
+        ValueError,
+        match=r"must hold adapter_model.safetensors or adapter_model.bin, found adapter_config.json",
+    ):
         read_adapter(where)
     (where / "adapter_model.bin").write_bytes(b"not a pickle")
     with pytest.raises(ValueError, match=r"adapter_model.bin is not a file of plain tensors"):
@@ -484,14 +635,22 @@ def test_folders_that_are_broken(folder, tmp_path):
 def test_tied_weights_are_not_untied(folder, tmp_path):
     where = folder("linear")[0]
     head, table = torch.ones(64, 32), {f"{P}model.embed_tokens.weight": torch.ones(64, 32)}
-    both = rewrite(where, tmp_path / "both", lambda s: s | table | {f"{P}lm_head.weight": head})  # a resized vocabulary
+    both = rewrite(
+        where, tmp_path / "both", lambda s: s | table | {f"{P}lm_head.weight": head}
+    )  # a resized vocabulary
     assert list(read_adapter(both, made("tied")[0]).full) == ["model.embed_tokens.weight"]
     assert len(read_adapter(both, made("qwen3")[0]).full) == 2
     differ = rewrite(where, tmp_path / "differ", lambda s: s | table | {f"{P}lm_head.weight": 2 * head})
-    with pytest.raises(ValueError, match=r"embed_tokens.weight and .*lm_head.weight differ, but are one weight|differ, but are one"):
+    with pytest.raises(
+        ValueError,
+        match=r"embed_tokens.weight and .*lm_head.weight differ, but are one weight|differ, but are one",
+    ):
         read_adapter(differ, made("tied")[0])
     saved = rewrite(where, tmp_path / "saved", lambda s: s | table, modules_to_save=["embed_tokens"])
-    with pytest.raises(ValueError, match=r"replaces one of model.embed_tokens.weight, lm_head.weight.*tie_word_embeddings = false"):
+    with pytest.raises(
+        ValueError,
+        match=r"replaces one of model.embed_tokens.weight, lm_head.weight.*tie_word_embeddings = false",
+    ):
         read_adapter(saved, made("tied")[0])
 
 
@@ -504,15 +663,24 @@ def test_two_names_for_one_layer(folder, tmp_path):
 def test_what_is_not_written(folder, tmp_path):
     adapter = read_adapter(folder("linear")[0])
     gated = evolve(adapter, gate={Q: torch.ones(2, 4)})
-    routed = evolve(adapter, factors=adapter.factors | {Q: adapter.factors[Q] | {"router": torch.ones(2, 32)}})
-    nan = evolve(adapter, factors=adapter.factors | {Q: {"a": torch.full((4, 32), torch.nan), "b": adapter.factors[Q]["b"]}})
+    routed = evolve(
+        adapter, factors=adapter.factors | {Q: adapter.factors[Q] | {"router": torch.ones(2, 32)}}
+    )
+    nan = evolve(
+        adapter,
+        factors=adapter.factors | {Q: {"a": torch.full((4, 32), torch.nan), "b": adapter.factors[Q]["b"]}},
+    )
     for wrong, more, message in (
         (gated, {}, rf"{Q} of .* differs by sample \(gate \[2, 4\]\)"),
         (routed, {}, rf"{Q} of .* have routers .*write_hlora"),
         (nan, {}, rf"{Q}.lora_A.weight must be finite"),
         (evolve(adapter, factors={}), {}, "must correct at least one layer"),
         (evolve(adapter, scale=adapter.scale | {Q: torch.inf}), {}, f"the scale of {Q} of .* must be finite"),
-        (adapter, {"targets": ["q_proj", "v_proj"]}, r'targets must name every layer of .* \["q_proj", "v_proj"\] misses .*down_proj'),
+        (
+            adapter,
+            {"targets": ["q_proj", "v_proj"]},
+            r'targets must name every layer of .* \["q_proj", "v_proj"\] misses .*down_proj',
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             write_adapter(wrong, tmp_path / "out", **more)
@@ -541,6 +709,11 @@ def test_adapters_of_the_token_table_and_the_head_are_mixed_without_peft_s_copie
     with torch.no_grad():
         torch.testing.assert_close(skeleton(mixed, **x).logits, ours(kind, read), rtol=0, atol=1e-5)
     half = {n: t.bfloat16() for n, t in params.items()}
-    assert lora.without_copies(evolve(read, full={n: t.bfloat16().float() for n, t in read.full.items()}), half).full == {}
+    assert (
+        lora.without_copies(
+            evolve(read, full={n: t.bfloat16().float() for n, t in read.full.items()}), half
+        ).full
+        == {}
+    )
     moved = {n: t + 1e-3 for n, t in read.full.items()}
     assert lora.without_copies(evolve(read, full=moved), params).full.keys() == moved.keys()

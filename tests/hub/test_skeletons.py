@@ -21,12 +21,24 @@ import medvl
 from medvl.hub import checkpoints
 from medvl.hub import skeletons as hub
 from medvl.hub.dinov2 import config_of
-from medvl.weights import four_bit as quant
+from medvl.weights import four_bit
 from medvl.weights import lazy as weights
 from tests import tiny
 
-VISION = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
-TEXT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96, "vocab_size": 99}
+VISION = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
+TEXT = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 96,
+    "vocab_size": 99,
+}
 TINY = {
     "dinov2": {"model_type": "dinov2", **VISION},
     "giant": {"model_type": "dinov2", **VISION, "use_swiglu_ffn": True},
@@ -63,7 +75,11 @@ def folders(tmp_path_factory):
 
 def inputs_of(kind, px=32):
     gen = torch.Generator().manual_seed(1)
-    return torch.randint(5, 90, (2, 9), generator=gen) if kind in ("clip_text", "bert") else torch.randn(2, 3, px, px, generator=gen)
+    return (
+        torch.randint(5, 90, (2, 9), generator=gen)
+        if kind in ("clip_text", "bert")
+        else torch.randn(2, 3, px, px, generator=gen)
+    )
 
 
 @pytest.mark.parametrize("kind", TINY)
@@ -73,12 +89,18 @@ def test_equals_transformers_on_one_checkpoint(folders, kind):
     peer = AutoModel.from_pretrained(folders[kind]).eval()
     skeleton, params = hub.load(folders[kind])
     assert all(p.is_meta for p in skeleton.module.parameters())
-    sizes = (32, 48) if kind in ("dinov2", "giant", "registers", "dinov3") else (32,)  # 48: positions are interpolated
+    sizes = (
+        (32, 48) if kind in ("dinov2", "giant", "registers", "dinov3") else (32,)
+    )  # 48: positions are interpolated
     for px in sizes:
         x = inputs_of(kind, px)
         with torch.no_grad():
             torch.testing.assert_close(
-                skeleton(params, x).last_hidden_state, peer(x).last_hidden_state, rtol=0, atol=1e-5, msg=f"{kind} at {px} px"
+                skeleton(params, x).last_hidden_state,
+                peer(x).last_hidden_state,
+                rtol=0,
+                atol=1e-5,
+                msg=f"{kind} at {px} px",
             )
 
 
@@ -86,15 +108,28 @@ def test_equals_transformers_on_one_checkpoint(folders, kind):
 def test_save_writes_the_checkpoint_that_was_loaded(folders, kind, tmp_path):
     skeleton, params = hub.load(folders[kind])
     hub.save(skeleton, params, tmp_path / "out")
-    before, after = load_file(folders[kind] / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    before, after = (
+        load_file(folders[kind] / "model.safetensors"),
+        load_file(tmp_path / "out" / "model.safetensors"),
+    )
     before = {k: t for k, t in before.items() if "pooler" not in k}  # the plain encoder has none
     assert before.keys() == after.keys()
     assert all(torch.equal(before[k], after[k]) for k in before)
-    assert json.loads((tmp_path / "out/config.json").read_text())["architectures"] == [type(skeleton.module).__name__]
+    assert json.loads((tmp_path / "out/config.json").read_text())["architectures"] == [
+        type(skeleton.module).__name__
+    ]
 
 
 def test_a_shared_weight_stays_shared(tmp_path, gen):
-    config = {"model_type": "t5", "d_model": 32, "d_kv": 16, "num_heads": 2, "num_layers": 1, "d_ff": 32, "vocab_size": 50}
+    config = {
+        "model_type": "t5",
+        "d_model": 32,
+        "d_kv": 16,
+        "num_heads": 2,
+        "num_layers": 1,
+        "d_ff": 32,
+        "vocab_size": 50,
+    }
     skeleton, params = hub.init_skeleton(config, gen)
     hub.save(skeleton, params, tmp_path / "t5")
     skeleton, loaded = hub.load(tmp_path / "t5")
@@ -111,19 +146,25 @@ def test_a_classifier_checkpoint_gives_its_encoder(tmp_path):
 
     for kind in ("dinov2", "vit"):
         config = dict(TINY[kind])
-        model = AutoModelForImageClassification.from_config(AutoConfig.for_model(config.pop("model_type"), **config)).eval()
+        model = AutoModelForImageClassification.from_config(
+            AutoConfig.for_model(config.pop("model_type"), **config)
+        ).eval()
         model.save_pretrained(tmp_path / kind)
         assert any(k.startswith(f"{kind}.") for k in load_file(tmp_path / kind / "model.safetensors"))
         skeleton, params = hub.load(tmp_path / kind)
         x = inputs_of(kind)
         with torch.no_grad():
-            assert torch.equal(skeleton(params, x).last_hidden_state, getattr(model, kind)(x).last_hidden_state)
+            assert torch.equal(
+                skeleton(params, x).last_hidden_state, getattr(model, kind)(x).last_hidden_state
+            )
 
 
 def test_one_tower_of_clip(tmp_path):
     from transformers import CLIPConfig, CLIPModel
 
-    text, vision = ({k: v for k, v in TINY[f"clip_{t}"].items() if k != "model_type"} for t in ("text", "vision"))
+    text, vision = (
+        {k: v for k, v in TINY[f"clip_{t}"].items() if k != "model_type"} for t in ("text", "vision")
+    )
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision)).eval()
     model.save_pretrained(tmp_path / "clip")
     for part, x in (("text", inputs_of("clip_text")), ("vision", inputs_of("clip_vision"))):
@@ -174,11 +215,16 @@ def test_what_is_nowhere_stops_at_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.hf_hub_download", never)
-    with pytest.raises(ValueError, match=rf"someone/nothing is no folder.*{tmp_path}/cache.*HF_HUB_OFFLINE.*hf download someone/nothing"):
+    with pytest.raises(
+        ValueError,
+        match=rf"someone/nothing is no folder.*{tmp_path}/cache.*HF_HUB_OFFLINE.*hf download someone/nothing",
+    ):
         hub.load("someone/nothing")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(ValueError, match=r"127.0.0.1:9 cannot be reached .*refused.*hf download someone/nothing"):
+    with pytest.raises(
+        ValueError, match=r"127.0.0.1:9 cannot be reached .*refused.*hf download someone/nothing"
+    ):
         hub.load("someone/nothing")
     with pytest.raises(ValueError, match="no file or folder /no/such/folder"):
         hub.load("/no/such/folder")
@@ -196,7 +242,9 @@ def break_json(folder):
 
 
 def break_model_type(folder):
-    (folder / "config.json").write_text('{"model_type": "cxr-bert", "auto_map": {"AutoModel": "modeling.Own"}}')
+    (folder / "config.json").write_text(
+        '{"model_type": "cxr-bert", "auto_map": {"AutoModel": "modeling.Own"}}'
+    )
 
 
 def break_config(folder):
@@ -206,7 +254,9 @@ def break_config(folder):
 
 def break_shard(folder):
     (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"layernorm.weight": "model-00001-of-00002.safetensors"}}')
+    (folder / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"layernorm.weight": "model-00001-of-00002.safetensors"}}'
+    )
 
 
 def break_with(change):
@@ -227,7 +277,10 @@ BROKEN = [
     (lambda f: (f / "model.safetensors").unlink(), "must hold model.safetensors or .* found config.json"),
     (break_with(lambda s: s.pop("layernorm.weight")), "missing layernorm.weight"),
     (break_with(lambda s: s.update(foo=torch.zeros(2))), "unexpected foo"),
-    (break_with(lambda s: s.update({"layernorm.bias": torch.zeros(3)})), r"of another shape layernorm.bias \[3\] instead of \[64\]"),
+    (
+        break_with(lambda s: s.update({"layernorm.bias": torch.zeros(3)})),
+        r"of another shape layernorm.bias \[3\] instead of \[64\]",
+    ),
     (
         break_with(lambda s: s.update({"layernorm.bias": torch.zeros(64).char()})),
         r"found layernorm.bias \(int8\); other quantised files are not read",
@@ -245,12 +298,22 @@ def test_broken_checkpoints_say_what_is_wrong(folders, tmp_path, damage, message
 
 
 def test_all_faults_are_one_error_and_unused_keys_are_none(folders):
-    config, state = json.loads((folders["dinov2"] / "config.json").read_text()), load_file(folders["dinov2"] / "model.safetensors")
+    config, state = (
+        json.loads((folders["dinov2"] / "config.json").read_text()),
+        load_file(folders["dinov2"] / "model.safetensors"),
+    )
     del state["embeddings.mask_token"]
-    _, params = hub.bind(config, state | {"classifier.weight": torch.zeros(2, 64), "pooler.dense.bias": torch.zeros(64)})
+    _, params = hub.bind(
+        config, state | {"classifier.weight": torch.zeros(2, 64), "pooler.dense.bias": torch.zeros(64)}
+    )
     assert torch.equal(params["embeddings.mask_token"], torch.zeros(1, 64))
-    state = {k: t for k, t in state.items() if k != "layernorm.weight"} | {"foo": torch.zeros(2), "layernorm.bias": torch.zeros(3)}
-    with pytest.raises(ValueError, match=r"missing layernorm.weight; unexpected foo; of another shape layernorm.bias"):
+    state = {k: t for k, t in state.items() if k != "layernorm.weight"} | {
+        "foo": torch.zeros(2),
+        "layernorm.bias": torch.zeros(3),
+    }
+    with pytest.raises(
+        ValueError, match=r"missing layernorm.weight; unexpected foo; of another shape layernorm.bias"
+    ):
         hub.bind(config, state)
 
 
@@ -289,7 +352,9 @@ def test_language_models_equal_transformers_on_one_checkpoint(kind, tmp_path):
     assert len(list((tmp_path / "ours").glob("model-*.safetensors"))) > 1
     with torch.no_grad():
         assert torch.equal(again.eval()(**x).logits, skeleton(loaded, **x).logits)
-    before, after = ({k for f in (tmp_path / d).glob("*.safetensors") for k in load_file(f)} for d in ("theirs", "ours"))
+    before, after = (
+        {k for f in (tmp_path / d).glob("*.safetensors") for k in load_file(f)} for d in ("theirs", "ours")
+    )
     assert before == after
 
 
@@ -297,15 +362,28 @@ def test_layouts_of_before_transformers_5_are_mapped(tmp_path):
     """Qwen2-VL before 4.52 (visual.*, model.*) and the in-memory names of today (model.visual.*, model.language_model.*) are one model."""
     for kind in ("qwen2_vl", "qwen2_5_vl"):
         skeleton, params = tiny.model(kind)
-        old = {n.replace("model.language_model.", "model.").replace("model.visual.", "visual."): t for n, t in params.items()}
+        old = {
+            n.replace("model.language_model.", "model.").replace("model.visual.", "visual."): t
+            for n, t in params.items()
+        }
         for state in (old, params):
             _, loaded = hub.bind(skeleton.config, state, head="language")
             assert hub.digest(loaded) == hub.digest(params)
     skeleton, params = tiny.model("internvl")
-    old = {"language_model." + n.removeprefix("model.language_model."): t for n, t in params.items() if "model.language_model" in n}
+    old = {
+        "language_model." + n.removeprefix("model.language_model."): t
+        for n, t in params.items()
+        if "model.language_model" in n
+    }
     old = {n.replace("language_model.", "language_model.model.", 1): t for n, t in old.items()}
-    old |= {n.removeprefix("model."): t for n, t in params.items() if "model.language_model" not in n and n != "lm_head.weight"}
-    _, loaded = hub.bind(skeleton.config, old | {"language_model.lm_head.weight": params["lm_head.weight"]}, head="language")
+    old |= {
+        n.removeprefix("model."): t
+        for n, t in params.items()
+        if "model.language_model" not in n and n != "lm_head.weight"
+    }
+    _, loaded = hub.bind(
+        skeleton.config, old | {"language_model.lm_head.weight": params["lm_head.weight"]}, head="language"
+    )
     assert hub.digest(loaded) == hub.digest(params)
 
 
@@ -315,7 +393,10 @@ def test_a_tied_head_under_either_name():
     both = params | {"lm_head.weight": params["model.embed_tokens.weight"].clone()}
     for state in (both, {n: t for n, t in both.items() if n != "model.embed_tokens.weight"}):
         assert hub.digest(hub.bind(skeleton.config, state, head="language")[1]) == hub.digest(params)
-    with pytest.raises(ValueError, match=r"lm_head.weight and model.embed_tokens.weight are one weight by its config, but differ"):
+    with pytest.raises(
+        ValueError,
+        match=r"lm_head.weight and model.embed_tokens.weight are one weight by its config, but differ",
+    ):
         hub.bind(skeleton.config, both | {"lm_head.weight": torch.zeros(160, 32)}, head="language")
 
 
@@ -346,7 +427,9 @@ def test_weights_are_read_one_at_a_time_after_all_are_known_to_fit(tmp_path, mon
 
 
 def test_an_empty_skeleton_costs_nothing():
-    skeleton = hub.empty_skeleton({"model_type": "qwen2_5_vl"}, head="language")  # transformers' default has 76 billion parameters
+    skeleton = hub.empty_skeleton(
+        {"model_type": "qwen2_5_vl"}, head="language"
+    )  # transformers' default has 76 billion parameters
     assert sum(p.numel() for p in skeleton.module.parameters()) > 7e10
 
 
@@ -361,14 +444,21 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_real_configs_have_their_published_size(shared_data, name):
-    skeleton = hub.empty_skeleton(json.loads((shared_data / f"configs/{name}.json").read_text()), head="language")
-    params = {n: torch.empty(p.shape, dtype=torch.bfloat16, device="meta") for n, p in skeleton.module.named_parameters()}
+    skeleton = hub.empty_skeleton(
+        json.loads((shared_data / f"configs/{name}.json").read_text()), head="language"
+    )
+    params = {
+        n: torch.empty(p.shape, dtype=torch.bfloat16, device="meta")
+        for n, p in skeleton.module.named_parameters()
+    }
     assert sum(p.numel() for p in params.values()) == PUBLISHED[name]
     assert weights.nbytes(params) == 2 * PUBLISHED[name]
-    four = quant.quantize(params)
-    assert quant.bits_per_weight(four) == pytest.approx(4.127, abs=0.002)
+    four = four_bit.quantize(params)
+    assert four_bit.bits_per_weight(four) == pytest.approx(4.127, abs=0.002)
     if name.startswith("qwen2.5-vl"):
-        assert weights.nbytes(four) == pytest.approx(6.90e9, rel=0.001)  # tower, table and head stay in bfloat16
+        assert weights.nbytes(four) == pytest.approx(
+            6.90e9, rel=0.001
+        )  # tower, table and head stay in bfloat16
 
 
 def test_adapted_weights_are_not_saved_unmerged(tmp_path):
@@ -415,7 +505,10 @@ def test_a_stored_config_builds_the_same_skeleton(folders, gen):
     skeleton, params = hub.load(folders["registers"])
     again, random = hub.init_skeleton(skeleton.config, gen)
     assert {n: t.shape for n, t in random.items()} == {n: t.shape for n, t in params.items()}
-    assert again.config == skeleton.config | {"_name_or_path": again.config["_name_or_path"], "dtype": again.config["dtype"]}
+    assert again.config == skeleton.config | {
+        "_name_or_path": again.config["_name_or_path"],
+        "dtype": again.config["dtype"],
+    }
 
 
 def test_calls_are_pure_and_carry_gradients(folders):
@@ -428,7 +521,9 @@ def test_calls_are_pure_and_carry_gradients(folders):
         assert torch.equal(skeleton(params, x).last_hidden_state, first)
     assert hub.digest(params) == before
     leaf = params["layernorm.bias"].clone().requires_grad_()
-    (grad,) = torch.autograd.grad(skeleton(params | {"layernorm.bias": leaf}, x).last_hidden_state.sum(), leaf)
+    (grad,) = torch.autograd.grad(
+        skeleton(params | {"layernorm.bias": leaf}, x).last_hidden_state.sum(), leaf
+    )
     torch.testing.assert_close(grad, torch.full((64,), 2.0 * 17))
     assert all(p.is_meta and not p.requires_grad for p in skeleton.module.parameters())
 
@@ -468,7 +563,9 @@ def test_threads_share_a_checkpointed_skeleton_and_take_their_own_gradients(fold
     variants = [{n: t * s for n, t in params.items()} for s in (1.0, 0.9, 0.8, 0.7)]
 
     def gradient(of, i):
-        leaves = {n: t.clone().requires_grad_() for n, t in variants[i].items() if n != "embeddings.mask_token"}
+        leaves = {
+            n: t.clone().requires_grad_() for n, t in variants[i].items() if n != "embeddings.mask_token"
+        }
         loss = of(variants[i] | leaves, x).last_hidden_state.square().sum()
         return torch.autograd.grad(loss, list(leaves.values()))
 
@@ -513,12 +610,16 @@ def test_loading_leaves_modules_that_other_threads_build_alone(folders):
         thread.join()
     assert built
     assert not wrong
-    assert all(p.is_meta for skeletons in loaded for skeleton in skeletons for p in skeleton.module.parameters())
+    assert all(
+        p.is_meta for skeletons in loaded for skeleton in skeletons for p in skeleton.module.parameters()
+    )
 
 
 def test_models_built_in_threads_are_those_built_alone():
     before = torch.nn.Module.register_parameter
-    build = lambda i: hub.init_skeleton(tiny.CONFIGS["qwen2"], torch.Generator().manual_seed(i), head="language")[1]
+    build = lambda i: hub.init_skeleton(
+        tiny.CONFIGS["qwen2"], torch.Generator().manual_seed(i), head="language"
+    )[1]
     alone = [build(i) for i in range(4)]
     for _ in range(3):
         together = in_threads(build, 4)
@@ -531,10 +632,14 @@ def test_models_built_in_threads_are_those_built_alone():
 def test_calls_refuse_other_names_and_inner_checkpointing(folders):
     skeleton, params = hub.load(folders["dinov2"])
     x = inputs_of("dinov2")
-    with pytest.raises(ValueError, match=r"must be exactly its .* missing layernorm.bias, unknown layernorm.bais"):
+    with pytest.raises(
+        ValueError, match=r"must be exactly its .* missing layernorm.bias, unknown layernorm.bais"
+    ):
         skeleton({n.replace("layernorm.bias", "layernorm.bais"): t for n, t in params.items()}, x)
     turn_on = "activation_checkpointing_enable"  # transformers 5.17 has it under its older name only
-    getattr(skeleton.module, turn_on if hasattr(skeleton.module, turn_on) else "gradient_checkpointing_enable")()
+    getattr(
+        skeleton.module, turn_on if hasattr(skeleton.module, turn_on) else "gradient_checkpointing_enable"
+    )()
     with pytest.raises(ValueError, match=r"use checkpointed\(skeleton\)"):
         skeleton(params, x)
 
@@ -569,8 +674,14 @@ BAD_INDEX = [
     (lambda folder, w: {}, r"weight_map must be {weight: file}, found {}"),
     (lambda folder, w: None, r"weight_map must be {weight: file}, found null"),
     (lambda folder, w: dict.fromkeys(w, 7), r"weight_map must name .safetensors files .*, found 7 for"),
-    (lambda folder, w: {n: ["model-00001-of-00002.safetensors"] for n in w}, r"weight_map must name .safetensors files"),
-    (lambda folder, w: dict.fromkeys(w, "config.json"), r'weight_map must name .safetensors files .*, found "config.json"'),
+    (
+        lambda folder, w: {n: ["model-00001-of-00002.safetensors"] for n in w},
+        r"weight_map must name .safetensors files",
+    ),
+    (
+        lambda folder, w: dict.fromkeys(w, "config.json"),
+        r'weight_map must name .safetensors files .*, found "config.json"',
+    ),
 ]
 
 
@@ -581,7 +692,9 @@ def test_an_index_names_files_beside_it(folders, tmp_path, weight_map, message):
         hub.load(folder)
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.uint16, torch.int16, torch.uint8, torch.bool, torch.float8_e4m3fn])
+@pytest.mark.parametrize(
+    "dtype", [torch.int32, torch.uint16, torch.int16, torch.uint8, torch.bool, torch.float8_e4m3fn]
+)
 def test_weights_of_other_dtypes_are_refused_by_name(folders, tmp_path, dtype):
     skeleton, params = hub.load(folders["vit"])
     hub.save(skeleton, params, tmp_path / "vit")
@@ -595,7 +708,20 @@ def test_weights_of_other_dtypes_are_refused_by_name(folders, tmp_path, dtype):
     assert torch.equal(entry.read(), state[name].to(dtype))
 
 
-@pytest.mark.parametrize("name", ["./nosuch", "../nosuch", ".", "/nosuch/at/all", "a/b/c", "my--model", "a..b", "org/model.git", "~/model"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "./nosuch",
+        "../nosuch",
+        ".",
+        "/nosuch/at/all",
+        "a/b/c",
+        "my--model",
+        "a..b",
+        "org/model.git",
+        "~/model",
+    ],
+)
 def test_a_path_that_is_not_there_is_no_hub_name(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"hub: (there is no file or folder|the folder \. must hold)") as e:
@@ -638,7 +764,10 @@ def resized_as_the_hub(embedding, side):
     return torch.cat([embedding[:, :1], new.permute(0, 2, 3, 1).reshape(1, side * side, -1)], 1)
 
 
-@pytest.mark.parametrize(("kind", "image", "says"), [("dinov2", 518, True), ("dinov2", 28, False), ("dinov2_with_registers", 518, False)])
+@pytest.mark.parametrize(
+    ("kind", "image", "says"),
+    [("dinov2", 518, True), ("dinov2", 28, False), ("dinov2_with_registers", 518, False)],
+)
 def test_position_embeddings_that_are_not_the_hub_s_are_said_at_load(tmp_path, kind, image, says):
     config = {"model_type": kind, **VISION, "image_size": image, "patch_size": 14, "num_hidden_layers": 1}
     skeleton, params = hub.init_skeleton(config, torch.Generator().manual_seed(0))
@@ -651,7 +780,9 @@ def test_position_embeddings_that_are_not_the_hub_s_are_said_at_load(tmp_path, k
         own = hub.empty_skeleton(config | {"image_size": 224})
         x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(1))
         name = "embeddings.position_embeddings"
-        params = params | {name: torch.randn(params[name].shape, generator=torch.Generator().manual_seed(2)) * 0.02}
+        params = params | {
+            name: torch.randn(params[name].shape, generator=torch.Generator().manual_seed(2)) * 0.02
+        }
         with torch.no_grad():
             theirs = own(params | {name: resized_as_the_hub(params[name], 16)}, x).last_hidden_state
             ours = skeleton(params, x).last_hidden_state
@@ -664,13 +795,38 @@ IMPOSSIBLE = [
     ("qwen2", "num_attention_heads", 0, r"num_attention_heads must be from 1 to \d+, got 0"),
     ("qwen2", "num_attention_heads", 64, "num_attention_heads must be at most hidden_size, got 64 and 32"),
     ("qwen2", "num_key_value_heads", 3, "num_key_value_heads must divide num_attention_heads, got 3 and 4"),
-    ("qwen2", "intermediate_size", 10**13, r"intermediate_size must be from \d to 4194304, got 10000000000000"),
+    (
+        "qwen2",
+        "intermediate_size",
+        10**13,
+        r"intermediate_size must be from \d to 4194304, got 10000000000000",
+    ),
     ("qwen2", "num_hidden_layers", 10**9, r"num_hidden_layers must be from \d to 1024, got 1000000000"),
     ("qwen2", "hidden_size", 28, "heads must have an even number of values for rotary positions, got 7"),
-    ("qwen2_5_vl", "text_config.rope_parameters.mrope_section", [2, 1], r"mrope_section must be three numbers whose sum is 4, .*\[2, 1\]"),
-    ("qwen2_5_vl", "text_config.rope_parameters.mrope_section", [2, 2, 2], "mrope_section must be three numbers whose sum is 4"),
-    ("qwen3_vl", "text_config.rope_parameters.mrope_section", None, "config.text_config: mrope_section must be three numbers"),
-    ("qwen3_vl", "vision_config.num_heads", 3, "vision_config: num_heads must divide hidden_size, got 3 and 32"),
+    (
+        "qwen2_5_vl",
+        "text_config.rope_parameters.mrope_section",
+        [2, 1],
+        r"mrope_section must be three numbers whose sum is 4, .*\[2, 1\]",
+    ),
+    (
+        "qwen2_5_vl",
+        "text_config.rope_parameters.mrope_section",
+        [2, 2, 2],
+        "mrope_section must be three numbers whose sum is 4",
+    ),
+    (
+        "qwen3_vl",
+        "text_config.rope_parameters.mrope_section",
+        None,
+        "config.text_config: mrope_section must be three numbers",
+    ),
+    (
+        "qwen3_vl",
+        "vision_config.num_heads",
+        3,
+        "vision_config: num_heads must divide hidden_size, got 3 and 32",
+    ),
     ("qwen3_vl", "vision_config.depth", 10**6, r"vision_config.depth must be from \d to 1024"),
     ("qwen3_vl", "vision_config.patch_size", -1, r"vision_config.patch_size must be from 1 to \d+, got -1"),
     ("qwen3_vl", "vision_config.out_hidden_size", 10**6, r"out_hidden_size must be from \d to 131072"),
@@ -680,16 +836,28 @@ IMPOSSIBLE = [
     ("internvl", "vision_config.patch_size", [], "config: no internvl can be built of these sizes"),
     ("dinov2", "patch_size", 0, r"patch_size must be from 1 to \d+, got 0"),
     ("dinov2", "patch_size", 64, "image_size 32 and patch_size 64 must make 1 to 262144 patches, got 0"),
-    ("dinov2", "image_size", 100_000, "image_size 100000 and patch_size 8 must make 1 to 262144 patches, got 156250000"),
+    (
+        "dinov2",
+        "image_size",
+        100_000,
+        "image_size 100000 and patch_size 8 must make 1 to 262144 patches, got 156250000",
+    ),
     ("dinov2", "num_attention_heads", -1, r"num_attention_heads must be from 1 to \d+, got -1"),
-    ("dinov2", "hidden_size", float("nan"), r"hidden_size must be from 1 to \d+, got nan|config: not a dinov2"),
+    (
+        "dinov2",
+        "hidden_size",
+        float("nan"),
+        r"hidden_size must be from 1 to \d+, got nan|config: not a dinov2",
+    ),
     ("dinov2", "num_labels", 10**8, r"num_labels must be from \d to 1048576"),
     ("qwen2", "num_labels", 10**8, r"num_labels must be from \d to 1048576"),
     ("dinov2", "image_size", [8], "config: no dinov2 can be built of these sizes .IndexError"),
 ]
 
 
-@pytest.mark.parametrize(("kind", "key", "value", "message"), IMPOSSIBLE, ids=[f"{k}-{n}-{v}"[:60] for k, n, v, _ in IMPOSSIBLE])
+@pytest.mark.parametrize(
+    ("kind", "key", "value", "message"), IMPOSSIBLE, ids=[f"{k}-{n}-{v}"[:60] for k, n, v, _ in IMPOSSIBLE]
+)
 def test_impossible_sizes_are_refused_before_anything_is_made(kind, key, value, message, monkeypatch):
     config = copy.deepcopy(tiny.CONFIGS.get(kind) or TINY[kind])
     part = config
@@ -704,9 +872,16 @@ def test_impossible_sizes_are_refused_before_anything_is_made(kind, key, value, 
 
 def test_a_model_larger_than_memory_is_not_begun(monkeypatch):
     """A thousand layers would take minutes to build, and the first of them all the memory."""
-    config = tiny.CONFIGS["qwen2"] | {"hidden_size": 2**16, "intermediate_size": 2**20, "num_hidden_layers": 1000}
+    config = tiny.CONFIGS["qwen2"] | {
+        "hidden_size": 2**16,
+        "intermediate_size": 2**20,
+        "num_hidden_layers": 1000,
+    }
     monkeypatch.setattr(hub, "_built", lambda *args: pytest.fail("was built"))
-    with pytest.raises(ValueError, match=r"config: a qwen2 of these sizes has 274,877.9 GB of float32 weights or more, this machine"):
+    with pytest.raises(
+        ValueError,
+        match=r"config: a qwen2 of these sizes has 274,877.9 GB of float32 weights or more, this machine",
+    ):
         hub.init_skeleton(config, torch.Generator(), head="language")
 
 
@@ -746,21 +921,34 @@ def test_importing_medvl_does_not_import_transformers():
     """It takes seconds, and a list of tasks must not: every import of it stands inside a function."""
     for path in Path(medvl.__file__).parent.rglob("*.py"):
         for node in ast.parse(path.read_text()).body:
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None) or ""]
+            names = (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else [getattr(node, "module", None) or ""]
+            )
             assert not any(n.split(".")[0] == "transformers" for n in names), path
 
 
 # Original DINOv2 ------------------------------------------------------------------------------------------------------------------------
 def original(swiglu=False, registers=0, d=128, depth=2, grid=4):
     """A random state dict with the names and shapes of the original DINOv2 checkpoints."""
-    shapes = {"cls_token": (1, 1, d), "mask_token": (1, d), "pos_embed": (1, grid**2 + 1, d), "patch_embed.proj.weight": (d, 3, 14, 14)}
+    shapes = {
+        "cls_token": (1, 1, d),
+        "mask_token": (1, d),
+        "pos_embed": (1, grid**2 + 1, d),
+        "patch_embed.proj.weight": (d, 3, 14, 14),
+    }
     shapes |= {"patch_embed.proj.bias": (d,), "norm.weight": (d,), "norm.bias": (d,)}
     shapes |= {"register_tokens": (1, registers, d)} if registers else {}
     hidden = (int(4 * d * 2 / 3) + 7) // 8 * 8
     mlp = {"w12": (2 * hidden, d), "w3": (d, hidden)} if swiglu else {"fc1": (4 * d, d), "fc2": (d, 4 * d)}
     for i in range(depth):
         linear = {"attn.qkv": (3 * d, d), "attn.proj": (d, d)} | {f"mlp.{k}": s for k, s in mlp.items()}
-        shapes |= {f"blocks.{i}.{n}.{leaf}": s[: 2 - (leaf == "bias")] for n, s in linear.items() for leaf in ("weight", "bias")}
+        shapes |= {
+            f"blocks.{i}.{n}.{leaf}": s[: 2 - (leaf == "bias")]
+            for n, s in linear.items()
+            for leaf in ("weight", "bias")
+        }
         shapes |= {f"blocks.{i}.{n}.{leaf}": (d,) for n in ("norm1", "norm2") for leaf in ("weight", "bias")}
         shapes |= {f"blocks.{i}.ls{k}.gamma": (d,) for k in (1, 2)}
     gen = torch.Generator().manual_seed(0)
@@ -783,7 +971,11 @@ def naive_dinov2(p, x):
         z = torch.cat([z[:, :1], p["register_tokens"].expand(len(z), -1, -1), z[:, 1:]], 1)
     for i in range(2):
         b = f"blocks.{i}."
-        q, k, v = linear(norm(z, b + "norm1"), b + "attn.qkv").unflatten(-1, (3, d // 64, 64)).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            linear(norm(z, b + "norm1"), b + "attn.qkv")
+            .unflatten(-1, (3, d // 64, 64))
+            .permute(2, 0, 3, 1, 4)
+        )
         heads = (q @ k.mT / 8).softmax(-1) @ v
         z = z + p[b + "ls1.gamma"] * linear(heads.transpose(1, 2).flatten(2), b + "attn.proj")
         h = norm(z, b + "norm2")
@@ -805,7 +997,9 @@ def test_original_dinov2(tmp_path, swiglu, registers):
     assert (skeleton.config["image_size"], skeleton.config["num_attention_heads"]) == (56, 2)
     x = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        torch.testing.assert_close(skeleton(params, x).last_hidden_state, naive_dinov2(state, x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            skeleton(params, x).last_hidden_state, naive_dinov2(state, x), rtol=1e-4, atol=1e-4
+        )
     for names in (params, hub.from_dinov2(state)):
         back = hub.to_dinov2(names)
         assert back.keys() == state.keys()
@@ -819,7 +1013,11 @@ def test_original_dinov2_of_published_shapes():
         giant = {k: torch.empty(v.shape) for k, v in original(swiglu=True, d=192, depth=3).items()}
     assert len(small) == 176
     config = config_of(small, "x")
-    assert (config["model_type"], config["hidden_size"], config["num_hidden_layers"]) == ("dinov2_with_registers", 384, 12)
+    assert (config["model_type"], config["hidden_size"], config["num_hidden_layers"]) == (
+        "dinov2_with_registers",
+        384,
+        12,
+    )
     assert (config["num_attention_heads"], config["image_size"], config["num_register_tokens"]) == (6, 518, 4)
     assert config_of(giant, "x")["use_swiglu_ffn"]
 
@@ -829,7 +1027,9 @@ def test_original_dinov2_refuses_other_keys():
         hub.from_dinov2({"blocks.0.attn.rel_pos": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"'encoder.layer.0.foo' is no key of a Hugging Face DINOv2"):
         hub.to_dinov2({"encoder.layer.0.foo": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"attn.qkv.bias needs query, key, value, but there is no key, value"):
+    with pytest.raises(
+        ValueError, match=r"attn.qkv.bias needs query, key, value, but there is no key, value"
+    ):
         hub.to_dinov2({"encoder.layer.0.attention.q_proj.bias": torch.zeros(1)})
     state = {k: v[:100] if k == "patch_embed.proj.weight" else v for k, v in original().items()}
     with pytest.raises(ValueError, match=r"multiple of 64 .* found 100"):
@@ -841,7 +1041,10 @@ NOT_OF_THEIR_OWN = {
         lambda: {"w": torch.zeros(1).expand(2**20, 2**20)},
         r"w must be \[1048576, 1048576\] numbers of their own, the file holds 4",
     ),
-    "without numbers": (lambda: {"w": torch.zeros(3, device="meta")}, r"w must be \[3\] numbers of their own"),
+    "without numbers": (
+        lambda: {"w": torch.zeros(3, device="meta")},
+        r"w must be \[3\] numbers of their own",
+    ),
     "sparse": (lambda: {"w": torch.ones(3).to_sparse()}, r"w must be \[3\] numbers of their own"),
     "numbered": (lambda: {1: torch.zeros(3)}, "must hold one flat dict of tensors"),
 }
@@ -857,7 +1060,10 @@ def test_tensors_hold_as_many_numbers_as_they_have(tmp_path, kind):
 
 def test_a_compressed_pickle_is_refused_before_it_is_unpacked(tmp_path):
     torch.save({"w": torch.zeros(2**20)}, tmp_path / "plain.bin")
-    with zipfile.ZipFile(tmp_path / "plain.bin") as plain, zipfile.ZipFile(tmp_path / "w.bin", "w", zipfile.ZIP_DEFLATED) as packed:
+    with (
+        zipfile.ZipFile(tmp_path / "plain.bin") as plain,
+        zipfile.ZipFile(tmp_path / "w.bin", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
         for name in plain.namelist():
             packed.writestr(name, plain.read(name))
     with pytest.raises(ValueError, match=r"must be as torch.save writes it, \d+ members are compressed"):
@@ -868,7 +1074,12 @@ def test_two_weights_of_one_tensor_are_read(tmp_path):
     w = torch.arange(6.0).view(2, 3)
     torch.save({"a": w, "b": w, "c": w.T, "d": w[1]}, tmp_path / "w.bin")
     found = checkpoints.open_weights(tmp_path / "w.bin", "w")
-    assert {k: e.read().tolist() for k, e in found.items()} == {"a": w.tolist(), "b": w.tolist(), "c": w.T.tolist(), "d": w[1].tolist()}
+    assert {k: e.read().tolist() for k, e in found.items()} == {
+        "a": w.tolist(),
+        "b": w.tolist(),
+        "c": w.T.tolist(),
+        "d": w[1].tolist(),
+    }
 
 
 @pytest.mark.parametrize(
@@ -889,8 +1100,13 @@ def test_a_generation_config_that_is_none_is_named(tmp_path, gen, content, messa
     (tmp_path / "m" / "generation_config.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=f"m/generation_config.json:? {message}"):
         hub.load(tmp_path / "m", head="language")
-    (tmp_path / "m" / "generation_config.json").write_text('{"eos_token_id": [2, 3], "repetition_penalty": 1.05}')
-    assert hub.load(tmp_path / "m", head="language")[0].generation == {"eos_token_id": [2, 3], "repetition_penalty": 1.05}
+    (tmp_path / "m" / "generation_config.json").write_text(
+        '{"eos_token_id": [2, 3], "repetition_penalty": 1.05}'
+    )
+    assert hub.load(tmp_path / "m", head="language")[0].generation == {
+        "eos_token_id": [2, 3],
+        "repetition_penalty": 1.05,
+    }
 
 
 def test_an_empty_pickle_is_told(tmp_path):
@@ -902,11 +1118,24 @@ def test_an_empty_pickle_is_told(tmp_path):
 def test_kernels_that_a_config_names_are_not_fetched():
     """A name such as owner/kernel would be downloaded and run; which kernel computes a layer is not part of the architecture."""
     nested = {"attn_implementation": {"": "owner/kernel", "text_config": "owner/kernel"}}
-    for config in ({"attn_implementation": "owner/kernel"}, {"_attn_implementation": "flash_attention_2"}, nested):
-        skeleton = hub.empty_skeleton(tiny.CONFIGS["qwen2"] | config | {"experts_implementation": "owner/kernel"}, head="language")
+    for config in (
+        {"attn_implementation": "owner/kernel"},
+        {"_attn_implementation": "flash_attention_2"},
+        nested,
+    ):
+        skeleton = hub.empty_skeleton(
+            tiny.CONFIGS["qwen2"] | config | {"experts_implementation": "owner/kernel"}, head="language"
+        )
         assert skeleton.module.config._attn_implementation == "sdpa"
     inner = tiny.CONFIGS["qwen2_vl"] | {
         "vision_config": tiny.CONFIGS["qwen2_vl"]["vision_config"] | {"attn_implementation": "owner/kernel"}
     }
-    assert hub.empty_skeleton(inner, head="language").module.config.vision_config._attn_implementation == "sdpa"
-    assert hub.empty_skeleton(tiny.CONFIGS["qwen2"] | {"attn_implementation": "eager"}).module.config._attn_implementation == "eager"
+    assert (
+        hub.empty_skeleton(inner, head="language").module.config.vision_config._attn_implementation == "sdpa"
+    )
+    assert (
+        hub.empty_skeleton(
+            tiny.CONFIGS["qwen2"] | {"attn_implementation": "eager"}
+        ).module.config._attn_implementation
+        == "eager"
+    )

@@ -14,7 +14,11 @@ from tokenizers import processors
 import medvl
 from medvl.hub import tokens
 
-REPORTS = ["The heart is normal in size.", "No pleural effusion; the heart is  NORMAL.", "Nodule of 12 mm in the left upper lobe."] * 4
+REPORTS = [
+    "The heart is normal in size.",
+    "No pleural effusion; the heart is  NORMAL.",
+    "Nodule of 12 mm in the left upper lobe.",
+] * 4
 
 
 def test_real_clip_tokenizer(shared_data):
@@ -91,11 +95,16 @@ def test_tokenizer_errors(tmp_path):
 
 def test_a_tokenizer_that_is_nowhere_stops_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(ValueError, match=r"someone/nothing is no folder.*tokenizer.json.*HF_HUB_OFFLINE.*hf download someone/nothing"):
+    with pytest.raises(
+        ValueError,
+        match=r"someone/nothing is no folder.*tokenizer.json.*HF_HUB_OFFLINE.*hf download someone/nothing",
+    ):
         tokens.tokenizer("someone/nothing")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(ValueError, match=r"127.0.0.1:9 cannot be reached .*refused.*hf download someone/nothing"):
+    with pytest.raises(
+        ValueError, match=r"127.0.0.1:9 cannot be reached .*refused.*hf download someone/nothing"
+    ):
         tokens.tokenizer("someone/nothing")
 
 
@@ -124,7 +133,9 @@ def planted(folder, changes, config=None):
     ran = folder.parent / "ran"
     (folder / "own.py").write_text(PLANTED.format(ran=str(ran)))
     path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps({k: v for k, v in (json.loads(path.read_text()) | changes).items() if v is not None}))
+    path.write_text(
+        json.dumps({k: v for k, v in (json.loads(path.read_text()) | changes).items() if v is not None})
+    )
     if config is not None:
         (folder / "config.json").write_text(json.dumps(config))
     return ran
@@ -135,7 +146,10 @@ def planted(folder, changes, config=None):
     [
         ({"tokenizer_class": "Own", "auto_map": MAP}, None),
         ({"tokenizer_class": "Own", "auto_map": MAP["AutoTokenizer"]}, None),
-        ({"tokenizer_class": None, "auto_map": MAP}, {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"} | MAP}),
+        (
+            {"tokenizer_class": None, "auto_map": MAP},
+            {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"} | MAP},
+        ),
     ],
 )
 def test_code_in_a_tokenizer_folder_is_neither_run_nor_asked_about(tmp_path, monkeypatch, changes, config):
@@ -163,7 +177,9 @@ def test_a_known_tokenizer_beside_code_is_read_without_it(tmp_path, monkeypatch,
     assert not ran.exists()
 
 
-@pytest.mark.parametrize("changes", [{"auto_map": "own.Own"}, {"auto_map": {"AutoTokenizer": ["own.Own"]}}, {"tokenizer_class": 3}])
+@pytest.mark.parametrize(
+    "changes", [{"auto_map": "own.Own"}, {"auto_map": {"AutoTokenizer": ["own.Own"]}}, {"tokenizer_class": 3}]
+)
 def test_a_malformed_tokenizer_config_is_one_error(tmp_path, changes):
     ran = planted(tmp_path / "tok", {"tokenizer_class": "Own"} | changes)
     with pytest.raises(ValueError, match=r"tokenizer: .*/tok does not hold one that transformers reads"):
@@ -180,7 +196,10 @@ def test_a_deeply_nested_tokenizer_config_is_one_error(tmp_path):
 
 def test_a_tokenizer_json_without_a_model_is_one_error(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"tokenizer: .*tokenizer\.json does not hold one that transformers reads \(Model missing"):
+    with pytest.raises(
+        ValueError,
+        match=r"tokenizer: .*tokenizer\.json does not hold one that transformers reads \(Model missing",
+    ):
         tokens.tokenizer(tmp_path / "tokenizer.json")
 
 

@@ -6,12 +6,22 @@ from pathlib import Path
 
 import pytest
 
-from medvl.language.conversations import Conversation, check_gold, limit_images, read_conversations, read_tasks, warn_of_one_file
+from medvl.language.conversations import (
+    Conversation,
+    check_gold,
+    limit_images,
+    read_conversations,
+    read_tasks,
+    warn_of_one_file,
+)
 from tests.tiny import turns
 
 
 def write(path, *records):
-    path.write_text("".join((r if isinstance(r, str) else json.dumps(r, ensure_ascii=False)) + "\n" for r in records), encoding="utf-8")
+    path.write_text(
+        "".join((r if isinstance(r, str) else json.dumps(r, ensure_ascii=False)) + "\n" for r in records),
+        encoding="utf-8",
+    )
     return path
 
 
@@ -44,77 +54,154 @@ def test_the_three_shapes_are_one(folder):
     assert found[4].images == (folder / "b.png",)
     assert found[4].messages == tuple(turns("<image>", "a", "b", "", system="Kurz."))
     assert found[5].messages == tuple(turns("q", "", system="s"))
-    assert read_conversations(write(folder.parent / "y.jsonl", {"image": "b.png", "query": "<image>", "response": "a"}), root=folder)
+    assert read_conversations(
+        write(folder.parent / "y.jsonl", {"image": "b.png", "query": "<image>", "response": "a"}), root=folder
+    )
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_read(folder):
     path = folder / "x.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"query": "a\xe2\x80\xa8b", "response": "c"}\r\n\r\n{"query": "d", "response": "e"}')
-    assert [(c.line, c.messages[0]["content"]) for c in read_conversations(path)] == [(1, "a\u2028b"), (3, "d")]
+    path.write_bytes(
+        b'\xef\xbb\xbf{"query": "a\xe2\x80\xa8b", "response": "c"}\r\n\r\n{"query": "d", "response": "e"}'
+    )
+    assert [(c.line, c.messages[0]["content"]) for c in read_conversations(path)] == [
+        (1, "a\u2028b"),
+        (3, "d"),
+    ]
 
 
 GOOD = {"query": "q", "response": "a"}
 WRONG = {
     "bad JSON": ('{"query": ', "not a line of JSON in UTF-8"),
     "deep JSON": ("[" * 100_000, "not a line of JSON in UTF-8"),
-    "videos": (GOOD | {"videos": ["a.mp4"]}, 'must not have "videos": videos are not read; give frames as images'),
+    "videos": (
+        GOOD | {"videos": ["a.mp4"]},
+        'must not have "videos": videos are not read; give frames as images',
+    ),
     "audios": (GOOD | {"audios": ["a.wav"]}, 'must not have "audios": sound is not read'),
     "objects": (GOOD | {"objects": {"ref": ["x"], "bbox": [[0, 0, 1, 1]]}}, 'must not have "objects": boxes'),
-    "rejected": (GOOD | {"rejected_response": "b"}, 'must not have "rejected_response": pairs of a better and a worse answer'),
-    "rejected messages": ({"messages": turns("q", "a"), "rejected_messages": turns("q", "b")}, 'must not have "rejected_messages"'),
+    "rejected": (
+        GOOD | {"rejected_response": "b"},
+        'must not have "rejected_response": pairs of a better and a worse answer',
+    ),
+    "rejected messages": (
+        {"messages": turns("q", "a"), "rejected_messages": turns("q", "b")},
+        'must not have "rejected_messages"',
+    ),
     "a bad answer of KTO": (GOOD | {"label": False}, 'must not have "label": false: by KTO'),
     "a good answer of KTO": (GOOD | {"label": True}, 'must not have "label": true: by KTO'),
-    "tools": ({"messages": turns("q", "a"), "tools": [{"name": "f"}]}, 'must not have "tools": calls of tools'),
-    "another key for images": (GOOD | {"image_path": "b.png"}, 'must not have "image_path": images are read from "images"'),
-    "tag of a video": ({"query": "<video>q", "response": "a"}, "the tag <video> of the user stands for something that is not read"),
-    "tag of a box": ({"query": "q", "response": "<ref-object><bbox>"}, "the tag <ref-object> of the assistant stands for"),
+    "tools": (
+        {"messages": turns("q", "a"), "tools": [{"name": "f"}]},
+        'must not have "tools": calls of tools',
+    ),
+    "another key for images": (
+        GOOD | {"image_path": "b.png"},
+        'must not have "image_path": images are read from "images"',
+    ),
+    "tag of a video": (
+        {"query": "<video>q", "response": "a"},
+        "the tag <video> of the user stands for something that is not read",
+    ),
+    "tag of a box": (
+        {"query": "q", "response": "<ref-object><bbox>"},
+        "the tag <ref-object> of the assistant stands for",
+    ),
     "tag of sound": ({"query": "<audio>q", "response": "a"}, "the tag <audio> of the user"),
     "numbered images": ({"query": "<image_1> q", "response": "a"}, "the tag <image_1> of the user"),
     "Phi's images": ({"query": "<|image_1|> q", "response": "a"}, r"the tag <\|image_1\|> of the user"),
     "Alpaca without output": ({"instruction": "q", "input": ""}, "found instruction, input"),
-    "Alpaca with a list": ({"instruction": "q", "input": [1], "output": "a"}, '"instruction" and "input" must be texts'),
+    "Alpaca with a list": (
+        {"instruction": "q", "input": [1], "output": "a"},
+        '"instruction" and "input" must be texts',
+    ),
     "an image on the web": (
-        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://x/a.png"}}]}, *turns("q", "a")[1:]]},
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://x/a.png"}}]},
+                *turns("q", "a")[1:],
+            ]
+        },
         'message 0: an image must be the name of a file, got "https://x/a.png"; write it to a file',
     ),
     "a part that is no text": (
-        {"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}, *turns("q", "a")[1:]]},
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "video", "video": "a.mp4"}]},
+                *turns("q", "a")[1:],
+            ]
+        },
         'message 0: parts must be {"type": "text".*got {"type": "video"',
     ),
     "images in parts and beside": (
         {
-            "messages": [{"role": "user", "content": [{"type": "image", "image": "b.png"}]}, *turns("q", "a")[1:]],
+            "messages": [
+                {"role": "user", "content": [{"type": "image", "image": "b.png"}]},
+                *turns("q", "a")[1:],
+            ],
             "images": ["b.png"],
         },
         'images must be in the messages or in "images", not in both',
     ),
     "an array": ("[", "not a line of JSON"),
     "not an object": ("[1, 2]", r"must be a JSON object, one per line, got \[1, 2\]"),
-    "unknown shape": ({"text": "q"}, 'must have "messages", or "conversations", or "query" and "response".*found text'),
+    "unknown shape": (
+        {"text": "q"},
+        'must have "messages", or "conversations", or "query" and "response".*found text',
+    ),
     "no response": ({"query": "q"}, "found query"),
     "two shapes": (GOOD | {"messages": turns("q", "a")}, "found query, response, messages"),
-    "history no pairs": (GOOD | {"history": ["a", "b"]}, r'"history" must be a list of \[question, answer\], got \["a", "b"\]'),
-    "history of messages": ({"messages": turns("q", "a"), "history": [["a", "b"]]}, r'and "history" only beside the last two\)'),
+    "history no pairs": (
+        GOOD | {"history": ["a", "b"]},
+        r'"history" must be a list of \[question, answer\], got \["a", "b"\]',
+    ),
+    "history of messages": (
+        {"messages": turns("q", "a"), "history": [["a", "b"]]},
+        r'and "history" only beside the last two\)',
+    ),
     "empty": ({}, "found nothing"),
     "no assistant": ({"messages": turns("q")}, "needs a turn of the assistant"),
     "wrong order": ({"messages": turns("q", "a")[::-1]}, "got assistant user"),
-    "two systems": ({"messages": turns("q", "a", system="s"), "system": "t"}, "got system system user assistant"),
-    "unknown role": ({"conversations": [{"from": "bot", "value": "x"}, {"from": "gpt", "value": "x"}]}, "got bot assistant"),
-    "list content": ({"messages": [{"role": "user", "content": []}, *turns("q", "a")[1:]]}, "message 0 must be"),
+    "two systems": (
+        {"messages": turns("q", "a", system="s"), "system": "t"},
+        "got system system user assistant",
+    ),
+    "unknown role": (
+        {"conversations": [{"from": "bot", "value": "x"}, {"from": "gpt", "value": "x"}]},
+        "got bot assistant",
+    ),
+    "list content": (
+        {"messages": [{"role": "user", "content": []}, *turns("q", "a")[1:]]},
+        "message 0 must be",
+    ),
     "number": ({"query": 3, "response": "a"}, "message 0 must be"),
     "null": ({"query": "q", "response": None}, "message 1 must be"),
     "not messages": ({"messages": "q"}, "message 0 must be"),
-    "other keys": ({"messages": [turns("q")[0] | {"loss": False}, *turns("q", "a")[1:]]}, 'message 0 must be .*"loss"'),
+    "other keys": (
+        {"messages": [turns("q")[0] | {"loss": False}, *turns("q", "a")[1:]]},
+        'message 0 must be .*"loss"',
+    ),
     "more tags": ({"query": "<image>", "response": "a"}, "got 1 tags and 0 images"),
     "fewer tags": (GOOD | {"images": ["b.png"]}, "got 0 tags and 1 images"),
-    "tag in an answer": ({"query": "q", "response": "<image>", "images": ["b.png"]}, "found it in one of the assistant"),
+    "tag in an answer": (
+        {"query": "q", "response": "<image>", "images": ["b.png"]},
+        "found it in one of the assistant",
+    ),
     "images no list": (GOOD | {"images": {"a": 1}}, '"images" must be a list of file names'),
     "images no names": (GOOD | {"images": [None]}, '"images" must be a list of file names'),
     "images twice": (GOOD | {"images": ["b.png"], "image": "b.png"}, '"images" must be a list of file names'),
-    "half a character": (json.dumps(GOOD | {"query": "q \ud800"}), r"message 0 must be text .* UTF-8, it holds '\\ud800'"),
-    "a name beyond names": ({"query": "<image>", "response": "a", "image": "a" * 5000}, "image 'aaaa.*' is not there"),
+    "half a character": (
+        json.dumps(GOOD | {"query": "q \ud800"}),
+        r"message 0 must be text .* UTF-8, it holds '\\ud800'",
+    ),
+    "a name beyond names": (
+        {"query": "<image>", "response": "a", "image": "a" * 5000},
+        "image 'aaaa.*' is not there",
+    ),
     "a name with a NUL": ({"query": "<image>", "response": "a", "image": "a\0.png"}, "is not there"),
-    "missing image": ({"query": "<image>", "response": "a", "image": "no.png"}, "image 'no.png' is not there"),
+    "missing image": (
+        {"query": "<image>", "response": "a", "image": "no.png"},
+        "image 'no.png' is not there",
+    ),
 }
 
 
@@ -142,21 +229,39 @@ def test_what_is_empty_is_as_if_it_were_not_there(folder):
         (c,) = read_conversations(write(folder / "x.jsonl", line))
         assert c.messages == tuple(turns("q", "a"))
         assert c.images == ()
-        (c,) = read_conversations(write(folder / "x.jsonl", {"messages": turns("q", "a"), "history": empty, "system": empty}))
+        (c,) = read_conversations(
+            write(folder / "x.jsonl", {"messages": turns("q", "a"), "history": empty, "system": empty})
+        )
         assert c.messages == tuple(turns("q", "a"))
-    (c,) = read_conversations(write(folder / "x.jsonl", {"query": "<image>", "response": "a", "images": [], "image": "b.png"}))
+    (c,) = read_conversations(
+        write(folder / "x.jsonl", {"query": "<image>", "response": "a", "images": [], "image": "b.png"})
+    )
     assert c.images == (folder / "b.png",)
     (c,) = read_conversations(
-        write(folder / "x.jsonl", {"query": "<image>", "response": "a", "images": [{"path": "b.png", "bytes": None}]})
+        write(
+            folder / "x.jsonl",
+            {"query": "<image>", "response": "a", "images": [{"path": "b.png", "bytes": None}]},
+        )
     )
     assert c.images == (folder / "b.png",)
 
 
 def test_alpaca_and_history(folder):
     lines = [
-        {"instruction": "Translate.", "input": "Ödem", "output": "oedema", "system": "s", "history": [["a", "b"], ["c", "d"]]},
+        {
+            "instruction": "Translate.",
+            "input": "Ödem",
+            "output": "oedema",
+            "system": "s",
+            "history": [["a", "b"], ["c", "d"]],
+        },
         {"instruction": "Name it.", "input": "", "output": "CT."},
-        {"query": "<image>c", "response": "d", "history": [["<image>a", "b"]], "images": ["b.png", "images/a.png"]},
+        {
+            "query": "<image>c",
+            "response": "d",
+            "history": [["<image>a", "b"]],
+            "images": ["b.png", "images/a.png"],
+        },
     ]
     found = read_conversations(write(folder / "x.jsonl", *lines))
     assert found[0].messages == tuple(turns("a", "b", "c", "d", "Translate.\nÖdem", "oedema", system="s"))
@@ -169,11 +274,32 @@ def test_contents_as_lists_of_parts(folder):
     def part(kind, value):
         return {"type": kind, kind: value}
 
-    user = [part("text", "First "), part("image_url", {"url": "images/a.png"}), part("text", "\nthen "), part("image", "b.png")]
+    user = [
+        part("text", "First "),
+        part("image_url", {"url": "images/a.png"}),
+        part("text", "\nthen "),
+        part("image", "b.png"),
+    ]
     lines = [
-        {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": [part("text", "Both.")], "tool_calls": None}]},
-        {"messages": [{"role": "user", "content": [{"type": "image"}, part("text", "q")]}, *turns("q", "a")[1:]], "images": ["b.png"]},
-        {"messages": [{"role": "user", "content": [part("image_url", f"file://{folder}/b.png")]}, *turns("q", "a")[1:]]},
+        {
+            "messages": [
+                {"role": "user", "content": user},
+                {"role": "assistant", "content": [part("text", "Both.")], "tool_calls": None},
+            ]
+        },
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "image"}, part("text", "q")]},
+                *turns("q", "a")[1:],
+            ],
+            "images": ["b.png"],
+        },
+        {
+            "messages": [
+                {"role": "user", "content": [part("image_url", f"file://{folder}/b.png")]},
+                *turns("q", "a")[1:],
+            ]
+        },
     ]
     found = read_conversations(write(folder / "x.jsonl", *lines))
     assert found[0].messages == tuple(turns("First <image>\nthen <image>", "Both."))
@@ -183,7 +309,11 @@ def test_contents_as_lists_of_parts(folder):
 
 
 def test_arrays_of_llava_llava_med_and_vl_health(folder):
-    llava = {"id": "0", "image": "b.png", "conversations": [{"from": "human", "value": "q\n<image>"}, {"from": "gpt", "value": "a"}]}
+    llava = {
+        "id": "0",
+        "image": "b.png",
+        "conversations": [{"from": "human", "value": "q\n<image>"}, {"from": "gpt", "value": "a"}],
+    }
     med = {"id": "1", "image": "b.png", "domain": {"ct_scan": True}, "conversatons": llava["conversations"]}
     health = {"image": "images/a.png", "conversations": llava["conversations"]}
     text = {"id": "3", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
@@ -198,7 +328,8 @@ def test_arrays_of_llava_llava_med_and_vl_health(folder):
     assert [lines[c.line - 1].strip() for c in found] == ["{"] * 4
     path.write_text(json.dumps([llava, text, llava | {"image": "no.png"}], indent=1))
     with pytest.raises(
-        ValueError, match=rf"x.json, line {path.read_text()[: path.read_text().index('no.png')].count(chr(10)) - 1}, record 3: "
+        ValueError,
+        match=rf"x.json, line {path.read_text()[: path.read_text().index('no.png')].count(chr(10)) - 1}, record 3: ",
     ):
         read_conversations(path)
 
@@ -224,11 +355,15 @@ def test_arrays_that_are_broken(folder):
 def test_an_answer_without_a_word_is_named_where_it_must_be_compared(folder):
     found = read_conversations(write(folder / "x.jsonl", GOOD, "", GOOD | {"response": " ."}))
     check_gold(found[:1])
-    with pytest.raises(ValueError, match=r'x.jsonl, line 3: the last answer must hold a word to be compared with, got " ."'):
+    with pytest.raises(
+        ValueError, match=r'x.jsonl, line 3: the last answer must hold a word to be compared with, got " ."'
+    ):
         check_gold(found)
     found = read_conversations(write(folder / "x.jsonl", {"messages": turns("q", "", "r", "a")}))
     check_gold(found)
-    with pytest.raises(ValueError, match=r'x.jsonl, line 1: each answer must hold a word to be compared with, got ""'):
+    with pytest.raises(
+        ValueError, match=r'x.jsonl, line 1: each answer must hold a word to be compared with, got ""'
+    ):
         check_gold(found, every=True)
 
 
@@ -249,9 +384,25 @@ def test_relative_images_start_from_the_root(tmp_path):
     for name in ("project/in.png", "project/sub/in.png", "beside.png", "data/lines.jsonl"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    names = ["in.png", "./in.png", "sub/in.png", "./../beside.png", "../beside.png", str(tmp_path / "beside.png")]
-    path = write(tmp_path / "data/lines.jsonl", *({"query": "<image>", "response": "a", "images": [n]} for n in names))
-    wanted = ["project/in.png", "project/in.png", "project/sub/in.png", "beside.png", "beside.png", "beside.png"]
+    names = [
+        "in.png",
+        "./in.png",
+        "sub/in.png",
+        "./../beside.png",
+        "../beside.png",
+        str(tmp_path / "beside.png"),
+    ]
+    path = write(
+        tmp_path / "data/lines.jsonl", *({"query": "<image>", "response": "a", "images": [n]} for n in names)
+    )
+    wanted = [
+        "project/in.png",
+        "project/in.png",
+        "project/sub/in.png",
+        "beside.png",
+        "beside.png",
+        "beside.png",
+    ]
     assert [c.images[0].resolve() for c in read_conversations(path, root=tmp_path / "project")] == [
         (tmp_path / name).resolve() for name in wanted
     ]
@@ -260,14 +411,35 @@ def test_relative_images_start_from_the_root(tmp_path):
 
 
 def held(*contents, images=()):
-    return Conversation(messages=tuple(turns(*contents)), images=tuple(map(Path, images)), id="7", line=3, extra={"year": 2024})
+    return Conversation(
+        messages=tuple(turns(*contents)),
+        images=tuple(map(Path, images)),
+        id="7",
+        line=3,
+        extra={"year": 2024},
+    )
 
 
 def test_the_last_images_of_a_turn_are_kept():
-    c = held("<image>\n<image>\n<image>\nWhat is new?", "Nothing.", "And <image> to <image>?", "No.", "Sure?", "Yes.", images="abcde")
+    c = held(
+        "<image>\n<image>\n<image>\nWhat is new?",
+        "Nothing.",
+        "And <image> to <image>?",
+        "No.",
+        "Sure?",
+        "Yes.",
+        images="abcde",
+    )
     got = limit_images(c, 1)
     assert got.images == (Path("c"), Path("e"))
-    assert [m["content"] for m in got.messages] == ["<image>\nWhat is new?", "Nothing.", "And  to <image>?", "No.", "Sure?", "Yes."]
+    assert [m["content"] for m in got.messages] == [
+        "<image>\nWhat is new?",
+        "Nothing.",
+        "And  to <image>?",
+        "No.",
+        "Sure?",
+        "Yes.",
+    ]
     assert (got.id, got.line, got.extra) == (c.id, c.line, c.extra)
     got = limit_images(c, 2)
     assert got.images == tuple(map(Path, "bcde"))
@@ -282,14 +454,20 @@ def test_other_tags_and_line_ends():
     c = held("[i.*]\r\n[i.*]\n\n<image>[i.*]x", "", images="abc")
     assert [m["content"] for m in limit_images(c, 1, tag="[i.*]").messages] == ["\n<image>[i.*]x", ""]
     assert limit_images(c, 1, tag="[i.*]").images == (Path("c"),)
-    system = Conversation(messages=tuple(turns("<image><image>q", "a", system="s")), images=(Path("a"), Path("b")))
+    system = Conversation(
+        messages=tuple(turns("<image><image>q", "a", system="s")), images=(Path("a"), Path("b"))
+    )
     assert limit_images(system, 1).messages == tuple(turns("<image>q", "a", system="s"))
 
 
 def test_limits_that_are_none():
-    with pytest.raises(ValueError, match="limit_images: most must be at least 1 image, or 0 for no limit, got -1"):
+    with pytest.raises(
+        ValueError, match="limit_images: most must be at least 1 image, or 0 for no limit, got -1"
+    ):
         limit_images(held("q", "a"), -1)
-    with pytest.raises(ValueError, match="limit_images: every tag '<image>' needs its image, got 2 tags and 1 images"):
+    with pytest.raises(
+        ValueError, match="limit_images: every tag '<image>' needs its image, got 2 tags and 1 images"
+    ):
         limit_images(held("<image><image>", "a", images="a"), 1)
 
 
@@ -302,7 +480,12 @@ def test_one_file_for_all_splits_is_told(caplog):
 
 def test_a_file_is_limited_with_one_warning(folder, caplog):
     three = {"query": "<image>" * 3 + "q", "response": "a", "images": ["b.png", "b.png", "images/a.png"]}
-    path = write(folder / "x.jsonl", three, three | {"query": "<image> <image>\n<image>"}, {"query": "q", "response": "a"})
+    path = write(
+        folder / "x.jsonl",
+        three,
+        three | {"query": "<image> <image>\n<image>"},
+        {"query": "q", "response": "a"},
+    )
     with caplog.at_level(logging.WARNING):
         found = read_conversations(path, max_images=3)
     assert found == read_conversations(path)
@@ -311,13 +494,19 @@ def test_a_file_is_limited_with_one_warning(folder, caplog):
         found = read_conversations(path, max_images=1)
     assert [[p.name for p in c.images] for c in found] == [["a.png"], ["a.png"], []]
     assert [c.messages[0]["content"] for c in found] == ["<image>q", " <image>", "q"]
-    assert caplog.messages == [f"{path}: 4 images of 2 of 3 conversations are left out: a turn of the user may have 1, its last"]
+    assert caplog.messages == [
+        f"{path}: 4 images of 2 of 3 conversations are left out: a turn of the user may have 1, its last"
+    ]
 
 
 def test_tasks_from_one_file_each(folder):
     for task in ("mri", "ct", "chest x-ray"):
         (folder / task).mkdir()
-        write(folder / task / "train.jsonl", {"query": f"{task} 1", "response": "a"}, GOOD | {"task": task, "category": "pos"})
+        write(
+            folder / task / "train.jsonl",
+            {"query": f"{task} 1", "response": "a"},
+            GOOD | {"task": task, "category": "pos"},
+        )
     write(folder / "ct" / "test.jsonl", GOOD)
     (folder / "mri" / "deep").mkdir()
     write(folder / "mri" / "deep" / "train.jsonl", GOOD)
@@ -330,7 +519,10 @@ def test_tasks_from_one_file_each(folder):
     with pytest.raises(ValueError, match=r"\{task\}/valid.jsonl: no file is called so, whatever the task"):
         read_tasks(folder / "{task}" / "{split}.jsonl", "valid")
     write(folder / "mri" / "train.jsonl", GOOD, "", GOOD | {"task": "ct"})
-    with pytest.raises(ValueError, match=r'mri/train.jsonl, line 3: "task" must be "mri" like the file\'s, or not be there, got "ct"'):
+    with pytest.raises(
+        ValueError,
+        match=r'mri/train.jsonl, line 3: "task" must be "mri" like the file\'s, or not be there, got "ct"',
+    ):
         read_tasks(folder / "{task}" / "{split}.jsonl", "train")
 
 
@@ -341,7 +533,10 @@ def test_patterns_are_taken_literally(folder):
     for name in ("ct_train.jsonl", "us_ct_train.jsonl", "train.jsonl", "_train.jsonl", "ct_train_old.jsonl"):
         write(odd / name, GOOD)
         write(folder / "a*" / name, GOOD)
-    assert [c.extra["task"] for c in read_tasks(f"{odd}/{{task}}_{{split}}.jsonl", "train")] == ["ct", "us_ct"]
+    assert [c.extra["task"] for c in read_tasks(f"{odd}/{{task}}_{{split}}.jsonl", "train")] == [
+        "ct",
+        "us_ct",
+    ]
     for task, name in (("ct", "ct"), ("us", "mri")):
         (folder / task).mkdir()
         write(folder / task / f"{name}.jsonl", GOOD)
@@ -355,7 +550,10 @@ def test_tasks_from_the_lines_of_one_file(folder):
     assert [c.extra["task"] for c in found] == ["mri", "ct", "mri"]
     assert [c.messages[0]["content"] for c in found] == ["0", "1", "2"]
     write(folder / "organs.jsonl", GOOD | {"organ": "chest"})
-    assert read_tasks(folder / "organs.jsonl", "any", key="organ")[0].extra == {"organ": "chest", "task": "chest"}
+    assert read_tasks(folder / "organs.jsonl", "any", key="organ")[0].extra == {
+        "organ": "chest",
+        "task": "chest",
+    }
     with pytest.raises(ValueError, match=r"test.jsonl: no such file"):
         read_tasks(folder / "{split}.jsonl", "test")
     for line, said in (

@@ -57,7 +57,9 @@ def by_window(values, black, white):
 @pytest.mark.parametrize("syntax", [pydicom.uid.ExplicitVRLittleEndian, RLELossless, JPEG2000Lossless])
 @pytest.mark.parametrize("photometric", ["MONOCHROME2", "MONOCHROME1"])
 def test_a_window_in_rescaled_greys(syntax, photometric):
-    content = made(syntax=syntax, PhotometricInterpretation=photometric, RescaleSlope="1.5", RescaleIntercept="-100")
+    content = made(
+        syntax=syntax, PhotometricInterpretation=photometric, RescaleSlope="1.5", RescaleIntercept="-100"
+    )
     want = by_window(GREYS * 1.5 - 100, -160, 240)
     got = shown(content, window=(-160, 240))
     assert np.abs(got - (want if photometric == "MONOCHROME2" else 255 - want)).max() == 0
@@ -65,7 +67,12 @@ def test_a_window_in_rescaled_greys(syntax, photometric):
 
 @pytest.mark.parametrize("function", [None, "LINEAR", "LINEAR_EXACT", "SIGMOID"])
 def test_the_first_window_of_the_file(function, caplog):
-    tags = {"RescaleSlope": 2, "RescaleIntercept": -1024, "WindowCenter": [40, 300], "WindowWidth": [400, 1500]}
+    tags = {
+        "RescaleSlope": 2,
+        "RescaleIntercept": -1024,
+        "WindowCenter": [40, 300],
+        "WindowWidth": [400, 1500],
+    }
     got = shown(made(**tags, **({"VOILUTFunction": function} if function else {})))
     greys = GREYS * 2.0 - 1024
     if function == "SIGMOID":
@@ -86,7 +93,10 @@ def test_greys_without_a_window(tmp_path, caplog):
         got = shown(tmp_path / name)
         assert np.abs(got - by_window(GREYS.astype(float), GREYS.min(), GREYS.max())).max() == 0
     assert len(caplog.records) == 1  # of a folder, not of each of its images
-    assert "name no window are shown from their lowest grey to their highest; give one (chat.window, embed.window)" in caplog.text
+    assert (
+        "name no window are shown from their lowest grey to their highest; give one (chat.window, embed.window)"
+        in caplog.text
+    )
     assert (shown(made(np.full((4, 6), 700, np.uint16))) == 0).all()
 
 
@@ -103,7 +113,9 @@ def test_greys_of_8_bits_are_shown_as_they_are(caplog):
 def test_colours_stay():
     colours = np.random.default_rng(2).integers(0, 256, (40, 50, 3)).astype(np.uint8)
     for syntax in (pydicom.uid.ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless):
-        assert np.array_equal(np.array(open_image(made(colours, syntax), window=(0, 9), only_deep=True)), colours)
+        assert np.array_equal(
+            np.array(open_image(made(colours, syntax), window=(0, 9), only_deep=True)), colours
+        )
     with pytest.raises(ValueError, match="a window is for greys, got colours"):
         open_image(made(colours), window=(0, 9))
     blue = made(np.full((4, 6, 3), (29, 255, 107), np.uint8), PhotometricInterpretation="YBR_FULL")
@@ -118,11 +130,23 @@ def enhanced():
     ("content", "message"),
     [
         (lambda: made(PixelData=None), r"it holds no pixels \(PixelData\)"),
-        (lambda: made(np.zeros((4, 6), np.uint8), Rows=2, NumberOfFrames=2), "several frames, or an enhanced object, are not read"),
-        (lambda: made(SharedFunctionalGroupsSequence=enhanced()), "several frames, or an enhanced object, are not read"),
-        (lambda: made(PhotometricInterpretation="PALETTE COLOR"), "must be greys, RGB or YBR, got PALETTE COLOR"),
+        (
+            lambda: made(np.zeros((4, 6), np.uint8), Rows=2, NumberOfFrames=2),
+            "several frames, or an enhanced object, are not read",
+        ),
+        (
+            lambda: made(SharedFunctionalGroupsSequence=enhanced()),
+            "several frames, or an enhanced object, are not read",
+        ),
+        (
+            lambda: made(PhotometricInterpretation="PALETTE COLOR"),
+            "must be greys, RGB or YBR, got PALETTE COLOR",
+        ),
         (lambda: made(Rows=60000, Columns=60000), "at most 89478485 pixels, got 60000 x 60000"),
-        (lambda: made(syntax=JPEG2000Lossless, Rows=39), r"must be \(40, 50, 1\) as those of its coded picture, got \(39, 50, 1\)"),
+        (
+            lambda: made(syntax=JPEG2000Lossless, Rows=39),
+            r"must be \(40, 50, 1\) as those of its coded picture, got \(39, 50, 1\)",
+        ),
         (lambda: made(np.zeros((4, 6, 3), np.uint16)), "colours must be three of 8 bits, got uint16"),
         (lambda: made(WindowCenter=40, WindowWidth=0), "Window Width"),
         (lambda: made(Rows=None), "Rows"),
@@ -131,16 +155,22 @@ def enhanced():
     ],
 )
 def test_what_is_not_read_is_one_sentence(content, message):
-    with pytest.raises(ValueError, match=f"open_image: image of .* bytes: this DICOM file cannot be read: .*{message}") as e:
+    with pytest.raises(
+        ValueError, match=f"open_image: image of .* bytes: this DICOM file cannot be read: .*{message}"
+    ) as e:
         open_image(content())
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("uid", ["1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.4.100", "1.2.3.4"])  # deflated, MPEG2, one's own
+@pytest.mark.parametrize(
+    "uid", ["1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.4.100", "1.2.3.4"]
+)  # deflated, MPEG2, one's own
 def test_transfer_syntaxes_that_are_not_read(uid):
     uid = uid.encode() + bytes(len(uid) % 2)
     content = made().replace(b"UI\x14\x001.2.840.10008.1.2.1\0", b"UI" + len(uid).to_bytes(2, "little") + uid)
-    with pytest.raises(ValueError, match=r"its transfer syntax \(.*\) is not read; pip install 'medvl\[dicom\]'"):
+    with pytest.raises(
+        ValueError, match=r"its transfer syntax \(.*\) is not read; pip install 'medvl\[dicom\]'"
+    ):
         open_image(content)
 
 
@@ -150,7 +180,9 @@ def test_pages_and_a_missing_pydicom(tmp_path, monkeypatch):
         open_image(made(), page=1)
     (tmp_path / "a.dcm").write_bytes(made())
     monkeypatch.setitem(sys.modules, "pydicom", None)
-    with pytest.raises(ValueError, match=r"a.dcm: is a DICOM file, which needs pydicom; pip install 'medvl\[dicom\]'"):
+    with pytest.raises(
+        ValueError, match=r"a.dcm: is a DICOM file, which needs pydicom; pip install 'medvl\[dicom\]'"
+    ):
         open_image(tmp_path / "a.dcm")
 
 
@@ -185,7 +217,9 @@ def test_real_files(shared_data):
     for path in paths:
         image = pydicom.dcmread(path)
         greys = image.pixel_array * float(image.RescaleSlope) + float(image.RescaleIntercept)
-        assert np.abs(shown(path, window=(-160, 240), only_deep=True) - by_window(greys, -160, 240)).max() == 0
+        assert (
+            np.abs(shown(path, window=(-160, 240), only_deep=True) - by_window(greys, -160, 240)).max() == 0
+        )
     first = pydicom.dcmread(paths[0])
     greys = first.pixel_array - 1024.0
     assert np.abs(shown(paths[0]) - np.round((((greys - 39.5) / 299 + 0.5) * 255).clip(0, 255))).max() == 0

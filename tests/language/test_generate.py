@@ -10,14 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from medvl.hub import skeletons as hub
-from medvl.hub import tokens
+from medvl.hub import skeletons, tokens
 from medvl.language import generate as g
 from medvl.language import qwen_vl, vlm
 from medvl.language.generate import Sampling, generate, only, phases, score_options
-from medvl.weights import four_bit as quant
-from medvl.weights import lazy as weights
-from medvl.weights import lora
+from medvl.weights import four_bit, lazy, lora
 from tests import tiny
 
 NAMES = {"input_ids": "ids", "attention_mask": "mask"}
@@ -32,7 +29,9 @@ def ours(inputs):
 
 def peers_tokens(skeleton, params, inputs, n, **kwargs):
     with torch.no_grad():
-        out = tiny.peer(skeleton, params).generate(**inputs, do_sample=False, max_new_tokens=n, pad_token_id=0, **kwargs)
+        out = tiny.peer(skeleton, params).generate(
+            **inputs, do_sample=False, max_new_tokens=n, pad_token_id=0, **kwargs
+        )
     return out[:, inputs["input_ids"].shape[1] :]
 
 
@@ -84,12 +83,14 @@ def test_greedy_is_decoding_without_a_cache(kind):
 
 def test_layers_with_and_without_a_window():
     config = tiny.CONFIGS["qwen2"] | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
-    skeleton, params = hub.init_skeleton(config, torch.Generator().manual_seed(0), head="language")
+    skeleton, params = skeletons.init_skeleton(config, torch.Generator().manual_seed(0), head="language")
     params = {n: t * (4 if t.dim() == 2 else 1) for n, t in params.items()}
     assert set(skeleton.config["layer_types"]) == {"full_attention", "sliding_attention"}
     inputs = tiny.batch("qwen2")
     want = peers_tokens(skeleton, params, inputs, 16, min_new_tokens=16, eos_token_id=None)
-    assert generate(Sampling(max_tokens=16), skeleton, params, ours(inputs)).ids == tuple(map(tuple, want.tolist()))
+    assert generate(Sampling(max_tokens=16), skeleton, params, ours(inputs)).ids == tuple(
+        map(tuple, want.tolist())
+    )
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen2_5_vl"])
@@ -101,7 +102,9 @@ def test_a_repetition_penalty_is_that_of_transformers_but_for_padding(kind):
     assert got.ids != plain.ids
     for i in range(2):
         one = tiny.sample(kind, inputs, i, COUNTS)
-        want = peers_tokens(skeleton, params, one, 20, min_new_tokens=20, eos_token_id=None, repetition_penalty=1.3)
+        want = peers_tokens(
+            skeleton, params, one, 20, min_new_tokens=20, eos_token_id=None, repetition_penalty=1.3
+        )
         assert got.ids[i] == tuple(want[0].tolist())
 
 
@@ -155,14 +158,18 @@ def test_calls_leave_nothing_behind_and_threads_do_not_meet(kind):
     batches = [ours(tiny.batch(kind, counts, seed=s)) for s, counts in ((1, (1, 2)), (2, (0, 3, 1)))]
     other = {n: t * 0.8 for n, t in params.items()}
     cfg = Sampling(max_tokens=8)
-    want = [generate(cfg, copy.deepcopy(skeleton), p, b) for p, b in zip((params, other), batches, strict=True)]
+    want = [
+        generate(cfg, copy.deepcopy(skeleton), p, b) for p, b in zip((params, other), batches, strict=True)
+    ]
     assert [generate(cfg, skeleton, p, b) for p, b in zip((params, other), batches, strict=True)] == want
     assert generate(cfg, skeleton, params, batches[0]) == want[0]
     assert getattr(skeleton.module.model, "rope_deltas", None) is None
     wrong = []
 
     def work(i):
-        wrong.extend(i for _ in range(3) if generate(cfg, skeleton, (params, other)[i], batches[i]) != want[i])
+        wrong.extend(
+            i for _ in range(3) if generate(cfg, skeleton, (params, other)[i], batches[i]) != want[i]
+        )
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
     [t.start() for t in threads]
@@ -216,7 +223,9 @@ def test_the_cache_is_found_under_its_older_and_its_newer_name(kind):
     with torch.no_grad():
         written, scores = tokens_of(renamed)
         want = tokens_of(tiny.peer(skeleton, params))
-    assert torch.equal(written, peers_tokens(skeleton, params, inputs, 5, min_new_tokens=5, eos_token_id=None))
+    assert torch.equal(
+        written, peers_tokens(skeleton, params, inputs, 5, min_new_tokens=5, eos_token_id=None)
+    )
     assert torch.equal(scores, want[1])
 
 
@@ -231,7 +240,9 @@ def test_generation_uses_no_name_that_goes_away():
 def test_positions_go_on_as_mrope_next_says():
     skeleton, params = model("qwen2_5_vl")
     batch = ours(tiny.batch("qwen2_5_vl"))
-    positions, delta = qwen_vl.mrope(batch["ids"], batch["mask"].bool(), batch["image_grid_thw"], image_token=150)
+    positions, delta = qwen_vl.mrope(
+        batch["ids"], batch["mask"].bool(), batch["image_grid_thw"], image_token=150
+    )
     call = vlm.arguments(skeleton, batch)
     assert torch.equal(g._next_position(call), qwen_vl.mrope_next(delta, batch["mask"].sum(1)))
     plain = {k: v for k, v in batch.items() if k != "mm_token_type_ids"}
@@ -249,25 +260,37 @@ def test_prompts_may_be_embeddings():
 
 def test_left_padded_moves_and_trims():
     ids, mask = torch.tensor([[5, 6, 0, 0], [7, 0, 0, 0]]), torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]])
-    out = g.left_padded({"ids": ids, "mask": mask, "position_ids": ids.expand(3, -1, -1), "inputs_embeds": ids[..., None].float()})
+    out = g.left_padded(
+        {
+            "ids": ids,
+            "mask": mask,
+            "position_ids": ids.expand(3, -1, -1),
+            "inputs_embeds": ids[..., None].float(),
+        }
+    )
     assert out["ids"].tolist() == [[5, 6], [0, 7]]
     assert out["mask"].tolist() == [[1, 1], [0, 1]]
     assert out["position_ids"].tolist() == [[[5, 6], [0, 7]]] * 3
     assert out["inputs_embeds"][..., 0].tolist() == [[5, 6], [0, 7]]
-    with pytest.raises(ValueError, match=r"left_padded: ids must be of the mask's rows and tokens \[2, 4\], got \[2, 3\]"):
+    with pytest.raises(
+        ValueError, match=r"left_padded: ids must be of the mask's rows and tokens \[2, 4\], got \[2, 3\]"
+    ):
         g.left_padded({"ids": ids[:, 1:], "mask": mask})
 
 
 def test_four_bits_and_weights_per_sample(gen):
     """The base of a QLoRA, and adapters mixed for each row: the rows are those of calls of their own."""
     skeleton, params = model("phi3")
-    base = quant.quantize(params, quant.QuantConfig(blocksize=64))
+    base = four_bit.quantize(params, four_bit.QuantConfig(blocksize=64))
     adapter = lora.init_lora(lora.LoraConfig(rank=4, pattern="all-linear"), skeleton, gen)
-    held = {f"{m}.weight": [torch.randn(t.shape, generator=gen) * 0.3 for t in (f["a"], f["b"])] for m, f in adapter.factors.items()}
+    held = {
+        f"{m}.weight": [torch.randn(t.shape, generator=gen) * 0.3 for t in (f["a"], f["b"])]
+        for m, f in adapter.factors.items()
+    }
     gate = torch.tensor([[1.0, 1, 0, 0], [0, 0, 1, 1], [0.5, 0, 0, 0.5]])
 
     def of(rows):
-        return base | {n: weights.low_rank(base[n], a, b, gate=rows) for n, (a, b) in held.items()}
+        return base | {n: lazy.low_rank(base[n], a, b, gate=rows) for n, (a, b) in held.items()}
 
     inputs, counts = tiny.batch("phi3", (1, 2, 0)), (1, 2, 0)
     got = generate(Sampling(max_tokens=12), skeleton, of(gate), ours(inputs))
@@ -279,7 +302,11 @@ def test_four_bits_and_weights_per_sample(gen):
 
 # Drawing --------------------------------------------------------------------------------------------------------------------------------
 WAYS = [{"temperature": 0.7}, {"temperature": 1.3, "top_k": 12}, {"temperature": 1.0, "top_p": 0.6}]
-WAYS += [{"temperature": 2.0, "top_k": 30, "top_p": 0.8}, {"temperature": 1.0, "top_p": 1e-6}, {"temperature": 1.0, "top_k": 999}]
+WAYS += [
+    {"temperature": 2.0, "top_k": 30, "top_p": 0.8},
+    {"temperature": 1.0, "top_p": 1e-6},
+    {"temperature": 1.0, "top_k": 999},
+]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -325,7 +352,9 @@ def test_draws_belong_to_their_row():
     cfg = Sampling(max_tokens=10, temperature=1.5, seed=4)
 
     def run(rows, **kwargs):
-        return generate(kwargs.pop("cfg", cfg), skeleton, params, {k: v[rows] for k, v in batch.items()}, **kwargs).ids
+        return generate(
+            kwargs.pop("cfg", cfg), skeleton, params, {k: v[rows] for k, v in batch.items()}, **kwargs
+        ).ids
 
     whole = run([0, 1, 2, 3])
     assert run([0, 1, 2, 3]) == whole
@@ -333,7 +362,9 @@ def test_draws_belong_to_their_row():
     assert run([0, 1]) == whole[:2]
     assert run([0, 1, 2, 3], cfg=Sampling(max_tokens=10, temperature=1.5, seed=5)) != whole
     assert run([0, 1, 2, 3], gen=torch.Generator().manual_seed(4)) == whole
-    assert [row[:6] for row in whole] == list(run([0, 1, 2, 3], cfg=Sampling(max_tokens=6, temperature=1.5, seed=4)))
+    assert [row[:6] for row in whole] == list(
+        run([0, 1, 2, 3], cfg=Sampling(max_tokens=6, temperature=1.5, seed=4))
+    )
     own = [torch.Generator().manual_seed(i) for i in range(4)]
     mine = run([0, 1, 2, 3], gen=own)
     assert run([3, 1], gen=[torch.Generator().manual_seed(i) for i in (3, 1)]) == (mine[3], mine[1])
@@ -342,7 +373,9 @@ def test_draws_belong_to_their_row():
 def test_the_same_prompt_draws_differently_in_different_rows():
     skeleton, params = model("qwen3")
     ids = torch.tensor([[5, 6, 7]]).expand(3, -1)
-    assert len(set(generate(Sampling(max_tokens=10, temperature=2.0), skeleton, params, {"ids": ids}).ids)) == 3
+    assert (
+        len(set(generate(Sampling(max_tokens=10, temperature=2.0), skeleton, params, {"ids": ids}).ids)) == 3
+    )
 
 
 # Allowed tokens -------------------------------------------------------------------------------------------------------------------------
@@ -379,9 +412,18 @@ def test_a_mask_sees_what_was_written():
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (lambda s, i: torch.zeros(160, dtype=torch.bool), "no token is allowed in row 0 at step 0: its mask is empty"),
-        (lambda s, i: torch.arange(160).expand(2, -1) < torch.tensor([[160], [160 * (s < 3)]]), "row 1 at step 3: its mask is empty"),
-        (lambda s, i: torch.ones(160), r"allowed must give bool \[v\] or \[2, v\] with v <= 160, got torch.float32 \[160\]"),
+        (
+            lambda s, i: torch.zeros(160, dtype=torch.bool),
+            "no token is allowed in row 0 at step 0: its mask is empty",
+        ),
+        (
+            lambda s, i: torch.arange(160).expand(2, -1) < torch.tensor([[160], [160 * (s < 3)]]),
+            "row 1 at step 3: its mask is empty",
+        ),
+        (
+            lambda s, i: torch.ones(160),
+            r"allowed must give bool \[v\] or \[2, v\] with v <= 160, got torch.float32 \[160\]",
+        ),
         (lambda s, i: torch.ones(3, 160, dtype=torch.bool), r"got torch.bool \[3, 160\]"),
         (lambda s, i: torch.ones(161, dtype=torch.bool), r"got torch.bool \[161\]"),
     ],
@@ -390,7 +432,13 @@ def test_a_mask_sees_what_was_written():
 def test_masks_that_cannot_be_are_refused(mask, message, temperature):
     skeleton, params = model("qwen2")
     with pytest.raises(ValueError, match=message):
-        generate(Sampling(max_tokens=8, temperature=temperature), skeleton, params, ours(tiny.batch("qwen2")), allowed=mask)
+        generate(
+            Sampling(max_tokens=8, temperature=temperature),
+            skeleton,
+            params,
+            ours(tiny.batch("qwen2")),
+            allowed=mask,
+        )
 
 
 # Texts ----------------------------------------------------------------------------------------------------------------------------------
@@ -398,8 +446,10 @@ def test_masks_that_cannot_be_are_refused(mask, message, temperature):
 def writer():
     """(tokenizer of single bytes and a few words, model with its vocabulary)."""
     tok = tokens.train_bpe(["the heart is normal. no nodule, no effusion."] * 4, 290)
-    skeleton, params = hub.init_skeleton(
-        tiny.CONFIGS["qwen2"] | {"vocab_size": len(tok) + 3}, torch.Generator().manual_seed(0), head="language"
+    skeleton, params = skeletons.init_skeleton(
+        tiny.CONFIGS["qwen2"] | {"vocab_size": len(tok) + 3},
+        torch.Generator().manual_seed(0),
+        head="language",
     )
     return tok, skeleton, {n: t * (5 if t.dim() == 2 else 1) for n, t in params.items()}
 
@@ -437,7 +487,9 @@ def test_pieces_are_whole_characters():
     assert len(pieces[0]) > 15
     assert not any("\ufffd" in p for row in pieces for p in row)
     cut, _ = told([ids_of(tok, "3 🫁")[:-1]], max_tokens=len(ids_of(tok, "3 🫁")) - 1)
-    assert cut.texts[0].strip() == "3 \ufffd"  # the limit fell into a character: what the tokenizer makes of it
+    assert (
+        cut.texts[0].strip() == "3 \ufffd"
+    )  # the limit fell into a character: what the tokenizer makes of it
 
 
 @pytest.mark.parametrize(
@@ -466,7 +518,9 @@ def test_stop_strings_of_several_tokens_are_cut(text, stop, want):
 
 def test_a_row_that_stops_does_not_stop_the_others():
     tok, *_ = writer()
-    out, _ = told([ids_of(tok, "the heart is normal"), ids_of(tok, "no effusion, no nodule")], stop=("heart", "nodule"))
+    out, _ = told(
+        [ids_of(tok, "the heart is normal"), ids_of(tok, "no effusion, no nodule")], stop=("heart", "nodule")
+    )
     assert [t.strip() for t in out.texts] == ["the", "no effusion, no"]
     assert out.reasons == ("stop", "stop")
 
@@ -489,7 +543,9 @@ def test_texts_without_a_listener():
     tok, skeleton, params = writer()
     batch = {"ids": torch.tensor([[5, 6, 7], [8, 9, 10]])}
     out = generate(Sampling(max_tokens=12), skeleton, params, batch, tok=tok)
-    assert out.texts == tuple(tok.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False) for row in out.ids)
+    assert out.texts == tuple(
+        tok.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False) for row in out.ids
+    )
     assert generate(Sampling(max_tokens=12), skeleton, params, batch).texts == ()
 
 
@@ -497,7 +553,7 @@ def test_texts_without_a_listener():
 def test_real_tokenizers_are_told_in_pieces(shared_data, name, size):
     tok = tokens.tokenizer(shared_data / "tokenizers" / name)
     config = tiny.CONFIGS["qwen2"] | {"vocab_size": size, "hidden_size": 8, "num_hidden_layers": 1}
-    skeleton, params = hub.init_skeleton(config, torch.Generator().manual_seed(0), head="language")
+    skeleton, params = skeletons.init_skeleton(config, torch.Generator().manual_seed(0), head="language")
     text = "No 8 mm nodule;  größe 结节 🫁,\n\n- HbA1c 8.4 % .\nAnswer: B"
     ids = ids_of(tok, text)
     pieces = []
@@ -523,12 +579,18 @@ def test_an_error_in_a_listener_ends_the_call():
         raise ConnectionError("the listener has gone")
 
     with pytest.raises(ConnectionError, match="has gone"):
-        generate(Sampling(max_tokens=12), skeleton, params, {"ids": torch.tensor([[5, 6]])}, tok=tok, on_token=gone)
+        generate(
+            Sampling(max_tokens=12), skeleton, params, {"ids": torch.tensor([[5, 6]])}, tok=tok, on_token=gone
+        )
     assert all(p.is_meta for p in skeleton.module.parameters())
 
 
 # Options --------------------------------------------------------------------------------------------------------------------------------
-OPTIONS = [[[33], [34, 35, 36], [40, 41, 42, 43, 44, 45, 46, 47]], [[50, 51], [60], [61, 62]], [[70, 71, 72], [80, 81]]]
+OPTIONS = [
+    [[33], [34, 35, 36], [40, 41, 42, 43, 44, 45, 46, 47]],
+    [[50, 51], [60], [61, 62]],
+    [[70, 71, 72], [80, 81]],
+]
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "phi3", "gpt2", "qwen2_5_vl", "internvl"])
@@ -545,7 +607,9 @@ def test_options_score_as_in_whole_texts(kind, side):
             n = one["ids"].shape[1]
             ids = torch.cat([one["ids"], torch.tensor([option])], 1)
             with torch.no_grad():
-                logits = skeleton(params, **vlm.arguments(skeleton, {**one, "ids": ids, "mask": torch.ones_like(ids)})).logits
+                logits = skeleton(
+                    params, **vlm.arguments(skeleton, {**one, "ids": ids, "mask": torch.ones_like(ids)})
+                ).logits
             want = logits[0, n - 1 : -1].log_softmax(-1).gather(1, torch.tensor(option)[:, None]).sum()
             torch.testing.assert_close(total[i, k], want, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(mean[i, k], want / len(option), rtol=1e-5, atol=1e-5)
@@ -569,10 +633,14 @@ def test_options_with_weights_per_sample(gen):
     a, b = torch.randn(2, 32, generator=gen), torch.randn(48, 2, generator=gen)
     gate = torch.tensor([[1.0, 0], [0, 2]])
     inputs = tiny.batch("qwen2")
-    got, _ = score_options(skeleton, params | {name: weights.low_rank(params[name], a, b, gate=gate)}, ours(inputs), OPTIONS[:2])
+    got, _ = score_options(
+        skeleton, params | {name: lazy.low_rank(params[name], a, b, gate=gate)}, ours(inputs), OPTIONS[:2]
+    )
     for i in range(2):
         mine = params | {name: params[name] + (b * gate[i]) @ a}
-        one, _ = score_options(skeleton, mine, ours(tiny.sample("qwen2", inputs, i, COUNTS)), OPTIONS[i : i + 1])
+        one, _ = score_options(
+            skeleton, mine, ours(tiny.sample("qwen2", inputs, i, COUNTS)), OPTIONS[i : i + 1]
+        )
         torch.testing.assert_close(got[i], one[0])
 
 
@@ -595,7 +663,10 @@ def test_options_that_cannot_be_are_refused(options, message):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"max_tokens": 0}, r"max_tokens >= 1 \(nothing is generated without a limit\) .*, got max_tokens 0, min_tokens 0"),
+        (
+            {"max_tokens": 0},
+            r"max_tokens >= 1 \(nothing is generated without a limit\) .*, got max_tokens 0, min_tokens 0",
+        ),
         ({"max_tokens": 4, "min_tokens": 5}, "min_tokens <= max_tokens, got max_tokens 4, min_tokens 5"),
         ({"temperature": -0.1}, "temperature >= 0"),
         ({"temperature": float("nan")}, "temperature >= 0"),
@@ -618,18 +689,53 @@ def test_sampling_refuses(wrong, message):
     ("kind", "change", "kwargs", "message"),
     [
         ("qwen2", {"ids": torch.ones(2, 6)}, {}, r"ids must be whole numbers \[b, t\], got float32 \[2, 6\]"),
-        ("qwen2", {"ids": torch.ones(2, 4, dtype=torch.int64)}, {}, r"ids must be of the mask's rows and tokens \[2, 6\], got \[2, 4\]"),
+        (
+            "qwen2",
+            {"ids": torch.ones(2, 4, dtype=torch.int64)},
+            {},
+            r"ids must be of the mask's rows and tokens \[2, 6\], got \[2, 4\]",
+        ),
         ("qwen2", {"mask": torch.tensor([[1] * 6, [0] * 6])}, {}, r"rows \[1\] have none"),
         ("qwen2", {}, {"on_token": print}, r"need a tokenizer \(tok=tokens.tokenizer\(...\)\)"),
         ("qwen2", {}, {"cfg": Sampling(stop=("x",))}, r"need a tokenizer .*, got stop \('x',\)"),
-        ("qwen2", {}, {"cfg": Sampling(end=(160,))}, r"end ids must be below the vocabulary's 160, got \[160\]"),
-        ("qwen2", {}, {"cfg": Sampling(max_tokens=600)}, "prompt of 6 tokens and max_tokens 600 are more than the 512 positions of qwen2"),
-        ("qwen2", {}, {"cfg": Sampling(temperature=1.0), "gen": [torch.Generator()]}, "one for each of 2 rows, got 1"),
+        (
+            "qwen2",
+            {},
+            {"cfg": Sampling(end=(160,))},
+            r"end ids must be below the vocabulary's 160, got \[160\]",
+        ),
+        (
+            "qwen2",
+            {},
+            {"cfg": Sampling(max_tokens=600)},
+            "prompt of 6 tokens and max_tokens 600 are more than the 512 positions of qwen2",
+        ),
+        (
+            "qwen2",
+            {},
+            {"cfg": Sampling(temperature=1.0), "gen": [torch.Generator()]},
+            "one for each of 2 rows, got 1",
+        ),
         ("internvl", {"pixel_values": None}, {}, "12 image placeholders .* and no pixel_values"),
-        ("internvl", {"pixel_values": torch.ones(2, 3, 16, 16)}, {}, "images make 8 visual tokens, the ids hold 12"),
-        ("internvl", {"ids": torch.ones(2, 17, dtype=torch.int64), "mask": None}, {}, r"no placeholder \(id 150\) in any of 2 rows"),
+        (
+            "internvl",
+            {"pixel_values": torch.ones(2, 3, 16, 16)},
+            {},
+            "images make 8 visual tokens, the ids hold 12",
+        ),
+        (
+            "internvl",
+            {"ids": torch.ones(2, 17, dtype=torch.int64), "mask": None},
+            {},
+            r"no placeholder \(id 150\) in any of 2 rows",
+        ),
         ("qwen2_5_vl", {"image_grid_thw": None}, {}, "needs image_grid_thw"),
-        ("qwen2_5_vl", {"position_ids": torch.ones(2, 3, dtype=torch.int64)}, {}, "must be of the mask's rows and tokens"),
+        (
+            "qwen2_5_vl",
+            {"position_ids": torch.ones(2, 3, dtype=torch.int64)},
+            {},
+            "must be of the mask's rows and tokens",
+        ),
     ],
 )
 def test_bad_calls_are_refused(kind, change, kwargs, message):
@@ -641,7 +747,7 @@ def test_bad_calls_are_refused(kind, change, kwargs, message):
 
 def test_a_checkpointed_skeleton_has_no_cache():
     skeleton, params = model("qwen2")
-    batch, again = ours(tiny.batch("qwen2")), hub.checkpointed(skeleton)
+    batch, again = ours(tiny.batch("qwen2")), skeletons.checkpointed(skeleton)
     with pytest.raises(ValueError, match="qwen2 is checkpointed, its layers would leave the cache empty"):
         generate(Sampling(max_tokens=2), again, params, batch)
     with pytest.raises(ValueError, match="is checkpointed"):
@@ -650,7 +756,10 @@ def test_a_checkpointed_skeleton_has_no_cache():
 
 def test_special_tokens_are_no_stop_strings():
     tok, skeleton, params = writer()
-    with pytest.raises(ValueError, match=rf"<\|endoftext\|> are tokens, not text; give their ids \[{tok.eos_token_id}\] as end"):
+    with pytest.raises(
+        ValueError,
+        match=rf"<\|endoftext\|> are tokens, not text; give their ids \[{tok.eos_token_id}\] as end",
+    ):
         generate(Sampling(stop=("<|endoftext|>",)), skeleton, params, {"ids": torch.tensor([[5]])}, tok=tok)
 
 
@@ -659,7 +768,9 @@ def test_logits_that_are_not_finite_are_an_error():
     broken = params | {"lm_head.weight": params["lm_head.weight"] * torch.nan}
     for temperature in (0.0, 1.0):
         with pytest.raises(FloatingPointError, match="row 0 at step 0 are not finite"):
-            generate(Sampling(max_tokens=2, temperature=temperature), skeleton, broken, ours(tiny.batch("qwen2")))
+            generate(
+                Sampling(max_tokens=2, temperature=temperature), skeleton, broken, ours(tiny.batch("qwen2"))
+            )
 
 
 def test_constructors_refuse():
@@ -680,4 +791,6 @@ def test_a_gpu_writes_the_same(kind):
     there, held = ({k: t.cuda() for k, t in x.items()} for x in (batch, params))
     for cfg in (Sampling(max_tokens=12), Sampling(max_tokens=12, temperature=1.0, top_p=0.9)):
         allowed = only(range(3, 140))
-        assert generate(cfg, skeleton, held, there, allowed=allowed) == generate(cfg, skeleton, params, batch, allowed=only(range(3, 140)))
+        assert generate(cfg, skeleton, held, there, allowed=allowed) == generate(
+            cfg, skeleton, params, batch, allowed=only(range(3, 140))
+        )

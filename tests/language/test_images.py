@@ -21,7 +21,9 @@ def test_files_are_turned_upright_as_transformers_does(format, tmp_path):
         exif = Image.Exif()
         exif[0x0112] = orientation
         path = tmp_path / f"{orientation}.img"  # the content decides
-        path.write_bytes(saved(drawn((40, 23)), format, exif=exif, **({"lossless": True} if format == "WEBP" else {})))
+        path.write_bytes(
+            saved(drawn((40, 23)), format, exif=exif, **({"lossless": True} if format == "WEBP" else {}))
+        )
         got = open_image(path)
         assert got.mode == "RGB"
         assert got.size == ((40, 23) if orientation < 5 else (23, 40))
@@ -36,7 +38,10 @@ def test_deep_greys_are_shown_through_a_window(tmp_path):
         got = np.array(open_image(tmp_path / name, window=(500, 3000)))
         want = [[round(min(1, max(0, (int(v) - 500) / 2500)) * 255) for v in row] for row in grey]
         assert np.array_equal(got, np.repeat(np.array(want)[..., None], 3, -1))
-        with pytest.raises(ValueError, match=r"more than 8 bits .* need window=\(black, white\) .* values from 0 to 4053 and window=None"):
+        with pytest.raises(
+            ValueError,
+            match=r"more than 8 bits .* need window=\(black, white\) .* values from 0 to 4053 and window=None",
+        ):
             open_image(tmp_path / name)
         with pytest.raises(ValueError, match=r"with black < white, got .* window=\(5, 5\)"):
             open_image(tmp_path / name, window=(5, 5))
@@ -62,7 +67,14 @@ def test_pages(tmp_path):
 def header_only(width, height) -> bytes:
     """A PNG that says it is large and holds nothing."""
     body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body)) + struct.pack(">I", 0) + b"IDAT"
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", 13)
+        + body
+        + struct.pack(">I", zlib.crc32(body))
+        + struct.pack(">I", 0)
+        + b"IDAT"
+    )
 
 
 @pytest.mark.parametrize(
@@ -76,10 +88,27 @@ def header_only(width, height) -> bytes:
         (saved(drawn((60, 60)), "JPEG")[:900], "cannot be read, broken or truncated"),
         (header_only(20, 20), "cannot be read, broken or truncated"),
         (header_only(0, 20), "cannot be read, broken or truncated|must be an image"),
-        (header_only(10_000, 8_948), f"must have at most {LARGEST} pixels, got 10000 x 8948; make it smaller"),
-        (header_only(60_000, 60_000), f"must have at most {LARGEST} pixels .*decompression bomb.*; make it smaller"),
+        (
+            header_only(10_000, 8_948),
+            f"must have at most {LARGEST} pixels, got 10000 x 8948; make it smaller",
+        ),
+        (
+            header_only(60_000, 60_000),
+            f"must have at most {LARGEST} pixels .*decompression bomb.*; make it smaller",
+        ),
     ],
-    ids=["missing", "empty", "text", "postscript", "png-cut", "jpeg-cut", "png-nothing", "png-zero", "large", "bomb"],
+    ids=[
+        "missing",
+        "empty",
+        "text",
+        "postscript",
+        "png-cut",
+        "jpeg-cut",
+        "png-nothing",
+        "png-zero",
+        "large",
+        "bomb",
+    ],
 )
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_files_that_are_none(content, message, tmp_path):
@@ -97,7 +126,9 @@ def test_files_that_are_none(content, message, tmp_path):
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_broken_files_give_an_image_or_one_kind_of_error():
     rng = random.Random(0)
-    formats = [saved(drawn((40, 30)), f) for f in ("PNG", "JPEG", "TIFF", "WEBP", "GIF", "BMP", "PPM", "JPEG2000")]
+    formats = [
+        saved(drawn((40, 30)), f) for f in ("PNG", "JPEG", "TIFF", "WEBP", "GIF", "BMP", "PPM", "JPEG2000")
+    ]
     opened, errors = 0, []
     for i in range(800):
         content = bytearray(formats[i % len(formats)])
@@ -115,16 +146,26 @@ def test_what_is_a_picture_already():
     image = drawn((9, 5))
     assert to_rgb(image, "here") is image
     assert np.array_equal(np.array(to_rgb(np.array(image), "here")), np.array(image))
-    with pytest.raises(ValueError, match=r"^here: an array must be uint8 \[y, x, 3\] and not empty, got uint8 \[5, 9\]"):
+    with pytest.raises(
+        ValueError, match=r"^here: an array must be uint8 \[y, x, 3\] and not empty, got uint8 \[5, 9\]"
+    ):
         to_rgb(np.array(image)[..., 0], "here")
 
 
 def test_pixels_are_capped_as_the_plain_formula_says():
-    for size, most in (((400, 300), 30_000), ((300, 400), 100_000), ((640, 481), 100_000), ((333, 97), 5_000), ((90, 60), 5_399)):
+    for size, most in (
+        ((400, 300), 30_000),
+        ((300, 400), 100_000),
+        ((640, 481), 100_000),
+        ((333, 97), 5_000),
+        ((90, 60), 5_399),
+    ):
         image = drawn(size)
         got = cap_pixels(image, most)
         scale = math.sqrt(most / (size[0] * size[1]))
-        want = image.resize((math.floor(size[0] * scale + 1e-9), math.floor(size[1] * scale + 1e-9)), Image.Resampling.BICUBIC)
+        want = image.resize(
+            (math.floor(size[0] * scale + 1e-9), math.floor(size[1] * scale + 1e-9)), Image.Resampling.BICUBIC
+        )
         assert got.size == want.size
         assert np.array_equal(np.array(got), np.array(want))
         assert got.width * got.height <= most
@@ -137,7 +178,9 @@ def test_small_enough_images_stay_themselves():
         assert cap_pixels(image, most) is image
     assert cap_pixels(image, 1199).size == (39, 29)
     assert image.size == (40, 30)
-    with pytest.raises(ValueError, match=r"cap_pixels: most must be at least 1 pixel, or 0 for no limit, got -1"):
+    with pytest.raises(
+        ValueError, match=r"cap_pixels: most must be at least 1 pixel, or 0 for no limit, got -1"
+    ):
         cap_pixels(image, -1)
 
 
@@ -167,6 +210,10 @@ def test_what_is_no_image_file(tmp_path):
 def test_a_window_for_deep_greys_alone(tmp_path):
     Image.fromarray(np.full((4, 4), 1000, np.uint16)).save(tmp_path / "deep.png")
     drawn((9, 9)).save(tmp_path / "colours.png")
-    assert open_image(tmp_path / "deep.png", window=(0, 2000), only_deep=True).getpixel((0, 0)) == (128, 128, 128)
+    assert open_image(tmp_path / "deep.png", window=(0, 2000), only_deep=True).getpixel((0, 0)) == (
+        128,
+        128,
+        128,
+    )
     got = open_image(tmp_path / "colours.png", window=(0, 2000), only_deep=True)
     assert np.array_equal(np.array(got), np.array(open_image(tmp_path / "colours.png")))

@@ -58,7 +58,19 @@ def before_523() -> bool:
 
 
 # Tiles ----------------------------------------------------------------------------------------------------------------------------------
-SIZES = [(448, 448), (896, 448), (850, 1100), (1, 1), (3, 500), (211, 123), (640, 480), (13, 2000), (1350, 900), (100, 14), (900, 900)]
+SIZES = [
+    (448, 448),
+    (896, 448),
+    (850, 1100),
+    (1, 1),
+    (3, 500),
+    (211, 123),
+    (640, 480),
+    (13, 2000),
+    (1350, 900),
+    (100, 14),
+    (900, 900),
+]
 
 
 def test_tiles_are_those_of_transformers_to_the_bit():
@@ -71,10 +83,17 @@ def test_tiles_are_those_of_transformers_to_the_bit():
         assert torch.equal(values, want)
 
 
-@pytest.mark.parametrize("change", [{"max_patches": 1}, {"max_patches": 6}, {"min_patches": 4}, {"min_patches": 5, "max_patches": 5}])
+@pytest.mark.parametrize(
+    "change",
+    [{"max_patches": 1}, {"max_patches": 6}, {"min_patches": 4}, {"min_patches": 5, "max_patches": 5}],
+)
 @pytest.mark.parametrize("size", [16, 30])
 def test_other_bounds_and_sizes_are_those_of_transformers(change, size):
-    raw = RAW | {"size": {"height": size, "width": size}, "image_mean": [0.5, 0.1, 0.9], "image_std": [0.5, 1, 0.2]} | change
+    raw = (
+        RAW
+        | {"size": {"height": size, "width": size}, "image_mean": [0.5, 0.1, 0.9], "image_std": [0.5, 1, 0.2]}
+        | change
+    )
     images = [drawn(s, seed=i) for i, s in enumerate(SIZES)]
     want, want_counts = tiles_of(raw, images)
     values, counts = tile_all(tile_config(raw), images)
@@ -96,7 +115,9 @@ def test_every_level_of_grey_is_normalised_as_in_transformers():
     ramp = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
     got = tile(tile_config(SMALL), ramp)
     assert torch.equal(got, tiles_of(SMALL, [Image.fromarray(ramp)])[0])
-    want = (torch.from_numpy(ramp).double() / 255 - torch.tensor(RAW["image_mean"])) / torch.tensor(RAW["image_std"])
+    want = (torch.from_numpy(ramp).double() / 255 - torch.tensor(RAW["image_mean"])) / torch.tensor(
+        RAW["image_std"]
+    )
     torch.testing.assert_close(got[0].permute(1, 2, 0), want.float(), rtol=0, atol=1e-6)
 
 
@@ -162,9 +183,16 @@ def test_grids_are_those_of_transformers():
     rng, seen = random.Random(0), set()
     for i in range(300):
         least = rng.choice([1, 1, 1, 2, 5])
-        cfg = TileConfig(size=rng.choice([448, 448, 384, 16]), most=rng.choice([12, 12, 5, 6, 40]), least=least)
+        cfg = TileConfig(
+            size=rng.choice([448, 448, 384, 16]), most=rng.choice([12, 12, 5, 6, 40]), least=least
+        )
         height = rng.randrange(1, 3000)
-        width = max(1, (rng.randrange(1, 3000), int(height * 10 ** rng.uniform(-2, 2)), height * rng.choice([1, 2, 3]))[i % 3])
+        width = max(
+            1,
+            (rng.randrange(1, 3000), int(height * 10 ** rng.uniform(-2, 2)), height * rng.choice([1, 2, 3]))[
+                i % 3
+            ],
+        )
         if i % 4 == 0:  # where two grids are equally near
             width, height = 5 * height // 2, 2 * (height // 2) or 2
         got = grid_of(cfg, height, width)
@@ -174,8 +202,14 @@ def test_grids_are_those_of_transformers():
         assert want == columns * rows + (columns * rows > 1)
         seen.add(got)
     assert len(seen) > 25
-    for least, most, height, width in ((3, 4, 8, 16), (5, 6, 8, 26), (7, 8, 8, 10)):  # which of two equally near ones is the smaller
-        assert grid_of(TileConfig(size=16, most=most, least=least), height, width) == peer((height, width), (16, 16), least, most)
+    for least, most, height, width in (
+        (3, 4, 8, 16),
+        (5, 6, 8, 26),
+        (7, 8, 8, 10),
+    ):  # which of two equally near ones is the smaller
+        assert grid_of(TileConfig(size=16, most=most, least=least), height, width) == peer(
+            (height, width), (16, 16), least, most
+        )
 
 
 @pytest.mark.parametrize(
@@ -222,7 +256,12 @@ def test_the_tokens_are_those_of_transformers():
     from transformers import InternVLProcessor
 
     cfg = tile_config(RAW)
-    names = {"start_image_token": "<img>", "image_token": "<IMG_CONTEXT>", "end_image_token": "</img>", "image_seq_length": cfg.tokens}
+    names = {
+        "start_image_token": "<img>",
+        "image_token": "<IMG_CONTEXT>",
+        "end_image_token": "</img>",
+        "image_seq_length": cfg.tokens,
+    }
     if not hasattr(InternVLProcessor, "replace_image_token"):
         pytest.skip("this release of transformers writes the tokens elsewhere")
     for n in (1, 3, 13):
@@ -235,10 +274,19 @@ def test_the_tokens_are_those_of_transformers():
 def test_configs_are_read_in_all_their_forms():
     assert tile_config(RAW) == TileConfig()
     old = {"image_seq_length": 64, "processor_class": "InternVLProcessor"}
-    assert tile_config(RAW | old) == tile_config({"image_processor": RAW, "video_processor": {"size": 3}, **old}) == TileConfig(tokens=64)
+    assert (
+        tile_config(RAW | old)
+        == tile_config({"image_processor": RAW, "video_processor": {"size": 3}, **old})
+        == TileConfig(tokens=64)
+    )
     assert tile_config({"image_processor": RAW | old, "image_seq_length": None}) == TileConfig(tokens=64)
-    assert tile_config({k: v for k, v in RAW.items() if k in ("size", "image_mean", "image_std")}) == TileConfig()
-    assert tile_config(peer_of(RAW | {"max_patches": 6, "min_patches": 2}).to_dict()) == TileConfig(most=6, least=2)
+    assert (
+        tile_config({k: v for k, v in RAW.items() if k in ("size", "image_mean", "image_std")})
+        == TileConfig()
+    )
+    assert tile_config(peer_of(RAW | {"max_patches": 6, "min_patches": 2}).to_dict()) == TileConfig(
+        most=6, least=2
+    )
     assert tile_config(RAW | {"max_patches": None}).most == 12
 
 
@@ -253,16 +301,28 @@ def test_configs_are_read_in_all_their_forms():
             "must have size, image_mean, image_std, got only image_seq",
         ),
         (RAW | {"image_std": None}, "must have image_std, got only crop_to_patches"),
-        (RAW | {"image_processor_type": "Qwen2VLImageProcessor"}, "must be GotOcr2ImageProcessor as in InternVL's files, got 'Qwen2VL"),
-        (RAW | {"processor_class": "GotOcr2Processor"}, "processor_class must be InternVLProcessor as in InternVL's files, got 'GotOcr2P"),
-        ({"image_processor": RAW, "processor_class": "GotOcr2Processor"}, "processor_class must be InternVLProcessor"),
+        (
+            RAW | {"image_processor_type": "Qwen2VLImageProcessor"},
+            "must be GotOcr2ImageProcessor as in InternVL's files, got 'Qwen2VL",
+        ),
+        (
+            RAW | {"processor_class": "GotOcr2Processor"},
+            "processor_class must be InternVLProcessor as in InternVL's files, got 'GotOcr2P",
+        ),
+        (
+            {"image_processor": RAW, "processor_class": "GotOcr2Processor"},
+            "processor_class must be InternVLProcessor",
+        ),
         (RAW | {"do_resize": False}, "steps of InternVL are fixed, got do_resize=False, not True"),
         (RAW | {"do_center_crop": True}, "got do_center_crop=True, not False"),
         (RAW | {"resample": 2, "rescale_factor": 1.0}, "got rescale_factor=1.0, not .*; resample=2, not 3"),
         (RAW | {"max_tiles": 12}, "unknown keys max_tiles; known are image_mean"),
         (RAW | {"size": 448}, "size must hold height and width, equal as tiles are square, got 448"),
         (RAW | {"size": {"shortest_edge": 448}}, "size must hold height and width, .* got {'shortest_edge'"),
-        (RAW | {"size": {"height": 448, "width": 224}}, "equal as tiles are square, got {'height': 448, 'width': 224}"),
+        (
+            RAW | {"size": {"height": 448, "width": 224}},
+            "equal as tiles are square, got {'height': 448, 'width': 224}",
+        ),
         (RAW | {"size": {"height": "448", "width": "448"}}, "whole numbers >= 1, got size='448'"),
         (RAW | {"max_patches": 12.0}, "whole numbers >= 1, got most=12.0"),
         (RAW | {"min_patches": 0}, "whole numbers >= 1, got least=0"),
@@ -291,9 +351,23 @@ def test_config_errors(raw, message):
         (np.zeros((0, 60, 3), np.uint8), r"not empty, got uint8 \[0, 60, 3\]"),
         (Image.new("RGB", (0, 60)), "grid_of: height and width must be positive, got 60 x 0"),
         ("page.png", "must be a PIL image, an array or a tensor, got str; open_image reads files"),
-        (Image.open(io.BytesIO(saved(drawn((60, 60)), "PNG")[:2000])), "the image: cannot be read, broken or truncated"),
+        (
+            Image.open(io.BytesIO(saved(drawn((60, 60)), "PNG")[:2000])),
+            "the image: cannot be read, broken or truncated",
+        ),
     ],
-    ids=["I;16", "F", "float", "float tensor", "channels first", "grey array", "empty array", "empty", "path", "cut"],
+    ids=[
+        "I;16",
+        "F",
+        "float",
+        "float tensor",
+        "channels first",
+        "grey array",
+        "empty array",
+        "empty",
+        "path",
+        "cut",
+    ],
 )
 def test_image_errors(image, message):
     with pytest.raises(ValueError, match=message):
@@ -304,10 +378,14 @@ def test_image_errors(image, message):
 
 def test_numbers_that_are_none():
     for height, width in ((0, 5), (5, -1)):
-        with pytest.raises(ValueError, match=f"grid_of: height and width must be positive, got {height} x {width}"):
+        with pytest.raises(
+            ValueError, match=f"grid_of: height and width must be positive, got {height} x {width}"
+        ):
             grid_of(TileConfig(), height, width)
     for tiles in (0, -1, 1.0, True, "3"):
-        with pytest.raises(ValueError, match=f"visual_tokens: tiles must be a whole number >= 1, got {tiles!r}"):
+        with pytest.raises(
+            ValueError, match=f"visual_tokens: tiles must be a whole number >= 1, got {tiles!r}"
+        ):
             visual_tokens(TileConfig(), tiles)
     with pytest.raises(ValueError, match="thumbnail must be true or false, got 1"):
         TileConfig(thumbnail=1)

@@ -64,10 +64,23 @@ def before_523() -> bool:
 
 
 # Patches --------------------------------------------------------------------------------------------------------------------------------
-SIZES = [(56, 56), (850, 1100), (1, 1), (3, 500), (211, 123), (27, 29), (640, 480), (100, 14), (13, 2000), (392, 28)]
+SIZES = [
+    (56, 56),
+    (850, 1100),
+    (1, 1),
+    (3, 500),
+    (211, 123),
+    (27, 29),
+    (640, 480),
+    (100, 14),
+    (13, 2000),
+    (392, 28),
+]
 
 
-@pytest.mark.parametrize("raw", [QWEN2, QWEN3, QWEN2 | {"max_pixels": 100_000}, QWEN2 | {"min_pixels": 500_000}])
+@pytest.mark.parametrize(
+    "raw", [QWEN2, QWEN3, QWEN2 | {"max_pixels": 100_000}, QWEN2 | {"min_pixels": 500_000}]
+)
 def test_patches_are_those_of_transformers_to_the_bit(raw):
     cfg, peer = image_config(raw), peer_of(raw)
     images = [drawn(size, seed=i) for i, size in enumerate(SIZES)]
@@ -93,23 +106,35 @@ def test_transparent_pixels_are_white_whatever_lies_beneath():
     white = patchify(ImageConfig(), Image.new("RGB", (56, 56), "white"))[0]
     for mode, clear in (("RGBA", (200, 10, 90, 0)), ("LA", (0, 0)), ("La", (0, 0)), ("RGBa", (0, 0, 0, 0))):
         assert torch.equal(patchify(ImageConfig(), Image.new(mode, (56, 56), clear))[0], white), mode
-    for image, clear in ((Image.new("P", (56, 56), 3), 3), (Image.new("L", (56, 56), 7), 7), (Image.new("RGB", (56, 56)), (0, 0, 0))):
+    for image, clear in (
+        (Image.new("P", (56, 56), 3), 3),
+        (Image.new("L", (56, 56), 7), 7),
+        (Image.new("RGB", (56, 56)), (0, 0, 0)),
+    ):
         image.info["transparency"] = clear
         assert torch.equal(patchify(ImageConfig(), image)[0], white), image.mode
 
 
 def test_real_images_are_those_of_transformers(shared_data):
-    paths = [*sorted((shared_data / "medvqa" / "vqa_rad" / "images").glob("*.jpg"))[::15], *sorted((shared_data / "medvqa").glob("*.png"))]
+    paths = [
+        *sorted((shared_data / "medvqa" / "vqa_rad" / "images").glob("*.jpg"))[::15],
+        *sorted((shared_data / "medvqa").glob("*.png")),
+    ]
     assert len(paths) > 8
     images = [open_image(p) for p in paths]
-    for raw in (QWEN2 | {"max_pixels": 1003520}, QWEN3 | {"size": {"shortest_edge": 65536, "longest_edge": 1 << 20}}):
+    for raw in (
+        QWEN2 | {"max_pixels": 1003520},
+        QWEN3 | {"size": {"shortest_edge": 65536, "longest_edge": 1 << 20}},
+    ):
         want = peer_of(raw)([Image.open(p) for p in paths], return_tensors="pt")
         values, grids = patchify_all(image_config(raw), images)
         assert torch.equal(grids, want["image_grid_thw"])
         assert torch.equal(values, want["pixel_values"])
 
 
-@pytest.mark.parametrize("cfg", [ImageConfig(), ImageConfig(patch=4, merge=3, temporal=1, min_pixels=1)], ids=["qwen", "odd"])
+@pytest.mark.parametrize(
+    "cfg", [ImageConfig(), ImageConfig(patch=4, merge=3, temporal=1, min_pixels=1)], ids=["qwen", "odd"]
+)
 def test_a_lit_pixel_is_found_by_the_naive_formula(cfg):
     unit = cfg.patch * cfg.merge
     height, width = 2 * unit, 5 * unit
@@ -122,7 +147,10 @@ def test_a_lit_pixel_is_found_by_the_naive_formula(cfg):
         change = (patchify(cfg, lit)[0] - patchify(cfg, dark)[0]).nonzero().tolist()
         token = (y // unit) * (width // unit) + x // unit
         row = token * cfg.merge**2 + (y // cfg.patch % cfg.merge) * cfg.merge + x // cfg.patch % cfg.merge
-        columns = [((c * cfg.temporal + t) * cfg.patch + y % cfg.patch) * cfg.patch + x % cfg.patch for t in range(cfg.temporal)]
+        columns = [
+            ((c * cfg.temporal + t) * cfg.patch + y % cfg.patch) * cfg.patch + x % cfg.patch
+            for t in range(cfg.temporal)
+        ]
         assert change == [[row, column] for column in columns]
 
 
@@ -178,14 +206,25 @@ def test_sizes_are_those_of_transformers():
 def test_pages_take_the_known_number_of_tokens(size, cap, tokens):
     cfg = ImageConfig(max_pixels=cap or ImageConfig().max_pixels)
     h, w = smart_resize(cfg, *size)
-    assert visual_tokens(cfg, (1, h // 14, w // 14)) == visual_tokens(cfg, torch.tensor([1, h // 14, w // 14])) == tokens
+    assert (
+        visual_tokens(cfg, (1, h // 14, w // 14))
+        == visual_tokens(cfg, torch.tensor([1, h // 14, w // 14]))
+        == tokens
+    )
 
 
 # Records --------------------------------------------------------------------------------------------------------------------------------
 def test_configs_are_read_in_all_their_forms(shared_data):
-    assert image_config(json.loads((shared_data / "configs" / "qwen2.5-vl_preprocessor_config.json").read_text())) == ImageConfig()
+    assert (
+        image_config(
+            json.loads((shared_data / "configs" / "qwen2.5-vl_preprocessor_config.json").read_text())
+        )
+        == ImageConfig()
+    )
     three = image_config(QWEN3)
-    assert three == ImageConfig(patch=16, mean=(0.5,) * 3, std=(0.5,) * 3, min_pixels=65536, max_pixels=16777216)
+    assert three == ImageConfig(
+        patch=16, mean=(0.5,) * 3, std=(0.5,) * 3, min_pixels=65536, max_pixels=16777216
+    )
     assert image_config({"image_processor": QWEN3, "processor_class": "Qwen3VLProcessor"}) == three
     for raw in (QWEN2, QWEN3, QWEN3 | {"min_pixels": 10, "max_pixels": 99999}, QWEN3 | {"min_pixels": None}):
         peer = peer_of(raw)
@@ -202,16 +241,25 @@ def _without(key):
     ("raw", "message"),
     [
         ([], "must be a record of keys and values, got list"),
-        ({}, "must have patch_size, merge_size, temporal_patch_size, image_mean, image_std, min_pixels, max_pixels, got only an empty"),
+        (
+            {},
+            "must have patch_size, merge_size, temporal_patch_size, image_mean, image_std, min_pixels, max_pixels, got only an empty",
+        ),
         (_without("patch_size"), "must have patch_size, got only image_mean"),
         (_without("max_pixels"), "must have max_pixels"),
-        (QWEN2 | {"image_processor_type": "CLIPImageProcessor"}, "must be one of Qwen-VL's, got 'CLIPImageProcessor'"),
+        (
+            QWEN2 | {"image_processor_type": "CLIPImageProcessor"},
+            "must be one of Qwen-VL's, got 'CLIPImageProcessor'",
+        ),
         (QWEN2 | {"do_resize": False}, "steps of Qwen-VL are fixed, got do_resize=False, not True"),
         (QWEN2 | {"resample": 2}, "got resample=2, not 3"),
         (QWEN2 | {"rescale_factor": 1.0}, "got rescale_factor=1.0"),
         (QWEN2 | {"patch_sise": 14}, "unknown keys patch_sise; known are image_mean"),
         (QWEN3 | {"size": 448}, "size must hold shortest_edge and longest_edge, got 448"),
-        (QWEN3 | {"size": {"height": 448, "width": 448}}, "size must hold shortest_edge and longest_edge, got {'height'"),
+        (
+            QWEN3 | {"size": {"height": 448, "width": 448}},
+            "size must hold shortest_edge and longest_edge, got {'height'",
+        ),
         (QWEN2 | {"patch_size": "14"}, "whole numbers >= 1, got patch='14'"),
         (QWEN2 | {"merge_size": True}, "whole numbers >= 1, got merge=True"),
         (QWEN2 | {"temporal_patch_size": 0}, "whole numbers >= 1, got temporal=0"),
@@ -244,9 +292,25 @@ def test_config_errors(raw, message):
         (Image.new("RGB", (0, 60)), "height and width must be positive, got 60 x 0"),
         (Image.new("RGB", (6000, 20)), "at most 200 times the shorter, got 20 x 6000; crop or tile it"),
         ("page.png", "must be a PIL image, an array or a tensor, got str; open_image reads files"),
-        (Image.open(io.BytesIO(saved(drawn((60, 60)), "PNG")[:2000])), "the image: cannot be read, broken or truncated"),
+        (
+            Image.open(io.BytesIO(saved(drawn((60, 60)), "PNG")[:2000])),
+            "the image: cannot be read, broken or truncated",
+        ),
     ],
-    ids=["I;16", "I", "F", "float", "float tensor", "channels first", "grey array", "empty array", "empty", "thin", "path", "cut"],
+    ids=[
+        "I;16",
+        "I",
+        "F",
+        "float",
+        "float tensor",
+        "channels first",
+        "grey array",
+        "empty array",
+        "empty",
+        "thin",
+        "path",
+        "cut",
+    ],
 )
 def test_image_errors(image, message):
     with pytest.raises(ValueError, match=message):
@@ -264,7 +328,9 @@ def test_sizes_out_of_bounds(height, width):
 
 @pytest.mark.parametrize("grid", [(1, 3, 4), (1, 4, 0), (0, 2, 2), (4, 4), (1, -2, 2)])
 def test_grids_that_are_none(grid):
-    with pytest.raises(ValueError, match=r"visual_tokens: grid must be \(t, h, w\) >= 1 with h and w multiples of 2, got \("):
+    with pytest.raises(
+        ValueError, match=r"visual_tokens: grid must be \(t, h, w\) >= 1 with h and w multiples of 2, got \("
+    ):
         visual_tokens(ImageConfig(), grid)
 
 
@@ -274,9 +340,28 @@ def tiny(kind):
     import transformers as hf
 
     rope = {"rope_type": "default", "type": "mrope", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
-    text = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text |= {"num_key_value_heads": 1, "rope_parameters": rope, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    vision = {"depth": 2, "patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2, "num_heads": 2, "hidden_size": 32}
+    text = {
+        "vocab_size": 128,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    text |= {
+        "num_key_value_heads": 1,
+        "rope_parameters": rope,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    vision = {
+        "depth": 2,
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "spatial_merge_size": 2,
+        "num_heads": 2,
+        "hidden_size": 32,
+    }
     vision |= {
         "qwen2_vl": {"embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2},
         "qwen2_5_vl": {
@@ -286,16 +371,25 @@ def tiny(kind):
             "fullatt_block_indexes": [1],
             "tokens_per_second": 2,
         },
-        "qwen3_vl": {"out_hidden_size": 32, "intermediate_size": 48, "deepstack_visual_indexes": [0], "num_position_embeddings": 64},
+        "qwen3_vl": {
+            "out_hidden_size": 32,
+            "intermediate_size": 48,
+            "deepstack_visual_indexes": [0],
+            "num_position_embeddings": 64,
+        },
     }[kind]
     name = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}[kind]
     if kind == "qwen3_vl":
         text |= {"head_dim": 16}
-    cfg = getattr(hf, f"{name}Config")(text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=VIDEO)
+    cfg = getattr(hf, f"{name}Config")(
+        text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=VIDEO
+    )
     torch.manual_seed(0)
     model = getattr(hf, f"{name}ForConditionalGeneration")(cfg).eval()
     for w in model.parameters():
-        w.data.add_(torch.randn_like(w) * 0.2)  # far from its initialisation, so that positions tell in the logits
+        w.data.add_(
+            torch.randn_like(w) * 0.2
+        )  # far from its initialisation, so that positions tell in the logits
     return model
 
 
@@ -305,13 +399,19 @@ def layout(rng, *, rows=3, videos=False, per_frame=False, touching=False):
     for _ in range(rows):
         row = [rng.randrange(3, 100) for _ in range(rng.randint(1, 5))]
         for _ in range(rng.randint(0, 3)):
-            t, h, w = (rng.randint(1, 3) if videos and rng.random() < 0.5 else 0), 2 * rng.randint(1, 4), 2 * rng.randint(1, 4)
+            t, h, w = (
+                (rng.randint(1, 3) if videos and rng.random() < 0.5 else 0),
+                2 * rng.randint(1, 4),
+                2 * rng.randint(1, 4),
+            )
             if t:
                 video_grids.append([t, h, w])
                 for i in range(t if per_frame else 1):
                     row += [7] * (i > 0) + [VIDEO] * ((1 if per_frame else t) * h * w // 4)
             else:
-                grids.append([rng.choice([1, 1, 1, 2]), h, w])  # no image has two, but it says what would happen
+                grids.append(
+                    [rng.choice([1, 1, 1, 2]), h, w]
+                )  # no image has two, but it says what would happen
                 row += [IMAGE] * (grids[-1][0] * h * w // 4)
             row += [rng.randrange(3, 100) for _ in range(rng.randint(0 if touching else 1, 4))]
         texts.append(row)
@@ -331,14 +431,20 @@ def test_positions_are_those_of_transformers(kind):
     visual = 0
     for i in range(80):
         ids, mask, grid, videos = layout(rng, videos=i % 2 == 1, per_frame=kind == "qwen3_vl")
-        seconds = torch.tensor([rng.choice([1.0, 2.0] if before_523() else [0.5, 1.0, 0.73, 2.4]) for _ in videos])
+        seconds = torch.tensor(
+            [rng.choice([1.0, 2.0] if before_523() else [0.5, 1.0, 0.73, 2.4]) for _ in videos]
+        )
         how, theirs = {}, {}
         if kind == "qwen2_5_vl" and i % 4 == 1:
             theirs = {"second_per_grid_ts": seconds if i % 8 == 1 else seconds.tolist()}
             how = {"seconds": theirs["second_per_grid_ts"], "tokens_per_second": 2}
         elif kind == "qwen2_5_vl":
             how = {"tokens_per_second": 2}
-        frames = videos.repeat_interleave(videos[:, 0], 0).index_fill(1, torch.tensor([0]), 1) if kind == "qwen3_vl" else videos
+        frames = (
+            videos.repeat_interleave(videos[:, 0], 0).index_fill(1, torch.tensor([0]), 1)
+            if kind == "qwen3_vl"
+            else videos
+        )
         want, want_delta = peer.get_rope_index(
             ids,
             mm_token_type_ids=token_types(ids, IMAGE, VIDEO),
@@ -365,7 +471,9 @@ def naive(types, grids, intervals):
             continue
         t, h, w = grids.pop(0)
         interval = intervals.pop(0)
-        places += [(now + int(a * interval), now + b, now + c) for a in range(t) for b in range(h) for c in range(w)]
+        places += [
+            (now + int(a * interval), now + b, now + c) for a in range(t) for b in range(h) for c in range(w)
+        ]
         now, i = now + max(h, w), i + t * h * w
     return places
 
@@ -384,7 +492,9 @@ def test_images_may_touch():
             assert torch.equal(got[:, i, mask[i]], want)
             assert (got[:, i, ~mask[i]] == 0).all()
             assert delta[i, 0] == want.max() + 1 - want.shape[1]
-        touching += len(grid) - int(((token_types(ids, IMAGE).diff(dim=1, prepend=torch.zeros(3, 1))) == 1).sum())
+        touching += len(grid) - int(
+            ((token_types(ids, IMAGE).diff(dim=1, prepend=torch.zeros(3, 1))) == 1).sum()
+        )
     assert touching > 20
     ids = torch.tensor([[5, *[IMAGE] * 10, 6]])
     got, _ = mrope(ids, torch.ones_like(ids).bool(), torch.tensor([[1, 4, 6], [1, 8, 2]]), image_token=IMAGE)
@@ -409,7 +519,10 @@ def test_the_next_position_is_that_of_the_longer_text():
         ids, mask, grid, _ = layout(rng)
         _, delta = mrope(ids, mask, grid, image_token=IMAGE)
         for n in range(3):
-            longer, more = torch.cat([ids, torch.full((3, n + 1), 9)], 1), torch.cat([mask, torch.ones(3, n + 1).bool()], 1)
+            longer, more = (
+                torch.cat([ids, torch.full((3, n + 1), 9)], 1),
+                torch.cat([mask, torch.ones(3, n + 1).bool()], 1),
+            )
             want = mrope(longer, more, grid, image_token=IMAGE)[0][:, :, -1:]
             assert torch.equal(mrope_next(delta, mask.sum(1) + n), want)
     assert mrope_next(torch.tensor([[-3], [0]]), 10).tolist() == [[[7], [10]]] * 3
@@ -448,10 +561,18 @@ def test_decoding_step_by_step_is_what_generate_does(kind):
     model = tiny(kind)
     ids, mask, pixels, grid = batch_of(ImageConfig())
     call = {"input_ids": ids, "attention_mask": mask.long(), "pixel_values": pixels, "image_grid_thw": grid}
-    how = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    how = {
+        "max_new_tokens": 6,
+        "min_new_tokens": 6,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
     want = model.generate(**call, mm_token_type_ids=token_types(ids, IMAGE), **how)
     model = tiny(kind)  # without what generate has left in it
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # by the version of transformers
+    name = (
+        "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    )  # by the version of transformers
     positions, delta = mrope(ids, mask, grid, image_token=IMAGE)
     cached = mask.sum(1)
     with torch.no_grad():
@@ -479,18 +600,33 @@ ON = torch.ones_like(ROWS).bool()
     [
         ((ROWS.float(), ON, GRID), r"ids must be whole numbers \[b, t\], got torch.float32 \[2, 9\]"),
         ((ROWS[0], ON[0], GRID), r"ids must be whole numbers \[b, t\], got torch.int64 \[9\]"),
-        ((ROWS, ON.long(), GRID), r"mask must be bool \[2, 9\] like ids, got torch.int64 \[2, 9\]; use mask.bool"),
+        (
+            (ROWS, ON.long(), GRID),
+            r"mask must be bool \[2, 9\] like ids, got torch.int64 \[2, 9\]; use mask.bool",
+        ),
         ((ROWS, ON[:, :8], GRID), r"mask must be bool \[2, 9\] like ids, got torch.bool \[2, 8\]"),
         ((ROWS, ON, GRID.float()), r"grid must be whole numbers \[n, 3\], got torch.float32 \[2, 3\]"),
         ((ROWS, ON, GRID[0]), r"grid must be whole numbers \[n, 3\], got torch.int64 \[3\]"),
-        ((ROWS, ON, GRID + 1), r"grid row 0 must be \(t, h, w\) >= 1 with h and w multiples of 2, got \(2, 5, 7\)"),
-        ((ROWS, ON, None), "row 0 has 6 image tokens from its token 1 on for which there is no image grid left"),
-        ((ROWS, ON, GRID[:1]), "row 1 has 4 image tokens from its token 3 on for which there is no image grid left"),
+        (
+            (ROWS, ON, GRID + 1),
+            r"grid row 0 must be \(t, h, w\) >= 1 with h and w multiples of 2, got \(2, 5, 7\)",
+        ),
+        (
+            (ROWS, ON, None),
+            "row 0 has 6 image tokens from its token 1 on for which there is no image grid left",
+        ),
+        (
+            (ROWS, ON, GRID[:1]),
+            "row 1 has 4 image tokens from its token 3 on for which there is no image grid left",
+        ),
         (
             (ROWS[:, :6], ON[:, :6], GRID),
             "row 0: the image at its token 1 must have 1 x 2 x 3 = 6 tokens by its grid, found 5; never truncate",
         ),
-        ((ROWS, ON, GRID.flip(0)), "row 0: the image at its token 5 must have 1 x 2 x 3 = 6 tokens by its grid, found 2"),
+        (
+            (ROWS, ON, GRID.flip(0)),
+            "row 0: the image at its token 5 must have 1 x 2 x 3 = 6 tokens by its grid, found 2",
+        ),
         (
             (ROWS, ON, GRID[[0, 1, 1]]),
             r"after the last row, 1, 1 of 3 images .* found no tokens; tokens per row: \[6, 4\]. Were ids truncated",
@@ -511,5 +647,7 @@ def test_video_and_step_errors():
     with pytest.raises(ValueError, match="row 0: the video at its token 1 must have 3 x 1 x 1 = 3 tokens"):
         mrope(ids, ids > 0, None, **how | {"video_grid": torch.tensor([[3, 2, 2]])})
     for delta, n in ((torch.zeros(2), 3), (torch.zeros(2, 1), torch.zeros(3)), (torch.zeros(2, 2), 3)):
-        with pytest.raises(ValueError, match=r"delta must be \[b, 1\] and cached_length a number or \[b\], got"):
+        with pytest.raises(
+            ValueError, match=r"delta must be \[b, 1\] and cached_length a number or \[b\], got"
+        ):
             mrope_next(delta, n)

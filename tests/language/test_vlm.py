@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from medvl.components.losses import token_cross_entropy
-from medvl.hub import skeletons as hub
+from medvl.hub import skeletons
 from medvl.language import qwen_vl, vlm
-from medvl.weights import lazy as weights
-from medvl.weights import lora
+from medvl.weights import lazy, lora
 from tests import tiny
 
 NAMES = {"input_ids": "ids", "attention_mask": "mask"}
@@ -31,11 +30,16 @@ def theirs(inputs):
 
 def labels_of(inputs, gen):
     labels = inputs["input_ids"].clone()
-    return labels.masked_fill((torch.rand(labels.shape, generator=gen) < 0.4) | (inputs["attention_mask"] == 0) | (labels > 140), -100)
+    return labels.masked_fill(
+        (torch.rand(labels.shape, generator=gen) < 0.4) | (inputs["attention_mask"] == 0) | (labels > 140),
+        -100,
+    )
 
 
 # Splice ---------------------------------------------------------------------------------------------------------------------------------
-IDS = torch.tensor([[9, 9, 3, 4, 9], [1, 2, 3, 4, 5], [0, 9, 5, 9, 9]])  # placeholder 9; the middle row is text alone
+IDS = torch.tensor(
+    [[9, 9, 3, 4, 9], [1, 2, 3, 4, 5], [0, 9, 5, 9, 9]]
+)  # placeholder 9; the middle row is text alone
 
 
 def naive_splice(ids, visual, table, token):
@@ -57,7 +61,9 @@ def test_splice_is_the_loop_over_tokens(gen, token):
     got, want = vlm.splice(ids, visual, table, token), naive_splice(ids, visual, table, token)
     assert torch.equal(got, want)
     for a, b in zip(
-        torch.autograd.grad((got * pull).sum(), (visual, table)), torch.autograd.grad((want * pull).sum(), (visual, table)), strict=True
+        torch.autograd.grad((got * pull).sum(), (visual, table)),
+        torch.autograd.grad((want * pull).sum(), (visual, table)),
+        strict=True,
     ):
         torch.testing.assert_close(a, b)
     assert vlm.visual_rows(ids, token).tolist() == [0, 0, 0, 2, 2, 2]
@@ -67,16 +73,26 @@ def test_splice_takes_the_dtype_of_the_table_and_lazy_tables(gen):
     table, visual = torch.randn(10, 4, generator=gen), torch.randn(6, 4, generator=gen)
     assert vlm.splice(IDS, visual, table.bfloat16(), 9).dtype == torch.bfloat16
     a, b = torch.randn(2, 10, generator=gen), torch.randn(4, 2, generator=gen)
-    adapted = weights.low_rank(table, a, b, kind="embedding")
-    torch.testing.assert_close(vlm.splice(IDS, visual, adapted, 9), vlm.splice(IDS, visual, weights.dense(adapted), 9))
+    adapted = lazy.low_rank(table, a, b, kind="embedding")
+    torch.testing.assert_close(
+        vlm.splice(IDS, visual, adapted, 9), vlm.splice(IDS, visual, lazy.dense(adapted), 9)
+    )
 
 
 def test_splice_counts_by_row(gen):
     table = torch.randn(10, 4, generator=gen)
     vlm.splice(IDS, torch.randn(6, 4), table, 9, counts=[3, 0, 3])
     for visual, counts, message in [
-        (torch.randn(5, 4), None, r"6 placeholders \(id 9\) meet 5 visual tokens: row 0 has 3, row 1 has 0, row 2 has 3"),
-        (torch.randn(6, 4), [2, 0, 4], r"one placeholder \(id 9\) per visual token; row 0 has 3 for 2, row 2 has 3 for 4"),
+        (
+            torch.randn(5, 4),
+            None,
+            r"6 placeholders \(id 9\) meet 5 visual tokens: row 0 has 3, row 1 has 0, row 2 has 3",
+        ),
+        (
+            torch.randn(6, 4),
+            [2, 0, 4],
+            r"one placeholder \(id 9\) per visual token; row 0 has 3 for 2, row 2 has 3 for 4",
+        ),
         (torch.randn(6, 4), [3, 3], "one number per row, got 2 for 3 rows"),
         (torch.randn(6, 5), None, r"visual must be floats \[n, 4\], got float32 \[6, 5\]"),
         (torch.ones(6, 4, dtype=torch.int64), None, r"got int64 \[6, 4\]"),
@@ -95,13 +111,19 @@ def test_splice_is_what_the_models_do_with_pixels(kind):
     inputs = tiny.batch(kind, (2, 0, 1))
     peer = tiny.peer(skeleton, params)
     with torch.no_grad():
-        seen = peer.get_image_features(**{k: inputs[k] for k in ("pixel_values", "image_grid_thw") if k in inputs}).pooler_output
+        seen = peer.get_image_features(
+            **{k: inputs[k] for k in ("pixel_values", "image_grid_thw") if k in inputs}
+        ).pooler_output
         visual = seen.flatten(0, 1) if kind == "internvl" else torch.cat(seen)
         table = params["model.language_model.embed_tokens.weight"]
-        embeds = vlm.splice(inputs["input_ids"], visual, table, 150, counts=(inputs["input_ids"] == 150).sum(1).tolist())
+        embeds = vlm.splice(
+            inputs["input_ids"], visual, table, 150, counts=(inputs["input_ids"] == 150).sum(1).tolist()
+        )
         batch = ours(inputs)
         spliced = {k: v for k, v in batch.items() if k != "pixel_values"} | {"inputs_embeds": embeds}
-        torch.testing.assert_close(vlm.hidden_states(skeleton, params, **spliced), vlm.hidden_states(skeleton, params, **batch))
+        torch.testing.assert_close(
+            vlm.hidden_states(skeleton, params, **spliced), vlm.hidden_states(skeleton, params, **batch)
+        )
 
 
 # Hidden states --------------------------------------------------------------------------------------------------------------------------
@@ -133,23 +155,35 @@ def test_gradients_are_those_of_transformers(kind, again, gen):
     peer = tiny.peer(skeleton, params)
     (peer(**theirs(inputs), labels=labels).loss * (labels[:, 1:] != -100).sum()).backward()
     leaves = {n: t.clone().requires_grad_() for n, t in params.items()}
-    total, _ = vlm.answer_loss(hub.checkpointed(skeleton) if again else skeleton, leaves, ours(inputs) | {"labels": labels}, chunk=7)
+    total, _ = vlm.answer_loss(
+        skeletons.checkpointed(skeleton) if again else skeleton,
+        leaves,
+        ours(inputs) | {"labels": labels},
+        chunk=7,
+    )
     grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, materialize_grads=True)
     want = dict(peer.named_parameters())
     for n, g in zip(leaves, grads, strict=True):
-        torch.testing.assert_close(g, torch.zeros_like(g) if want[n].grad is None else want[n].grad, rtol=1e-3, atol=2e-4, msg=n)
+        torch.testing.assert_close(
+            g, torch.zeros_like(g) if want[n].grad is None else want[n].grad, rtol=1e-3, atol=2e-4, msg=n
+        )
 
 
 def test_a_head_with_a_bias():
     config = {k: v for k, v in tiny.TEXT.items() if k != "num_key_value_heads"}
-    skeleton, params = hub.init_skeleton({"model_type": "phi", **config}, torch.Generator().manual_seed(0), head="language")
+    skeleton, params = skeletons.init_skeleton(
+        {"model_type": "phi", **config}, torch.Generator().manual_seed(0), head="language"
+    )
     params["lm_head.bias"] = torch.linspace(-1, 1, 160)
     assert vlm.head_of(skeleton) == ("lm_head.weight", "lm_head.bias")
     inputs = tiny.batch("qwen2")
     batch = ours(inputs) | {"labels": inputs["input_ids"]}
     total, count = vlm.answer_loss(skeleton, params, batch)
     logits = skeleton(params, **vlm.arguments(skeleton, ours(inputs))).logits
-    torch.testing.assert_close(total, F.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["input_ids"][:, 1:].flatten(), reduction="sum"))
+    torch.testing.assert_close(
+        total,
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["input_ids"][:, 1:].flatten(), reduction="sum"),
+    )
     assert count == inputs["input_ids"][:, 1:].numel()
 
 
@@ -159,27 +193,41 @@ def test_a_lazy_head_and_weights_per_sample(gen):
     name, bias = vlm.head_of(skeleton)
     assert (name, bias) == ("lm_head.weight", None)
     a, b = torch.randn(3, 32, generator=gen), torch.randn(160, 3, generator=gen)
-    adapted = params | {name: weights.low_rank(params[name], a, b)}
-    merged = params | {name: weights.dense(adapted[name])}
+    adapted = params | {name: lazy.low_rank(params[name], a, b)}
+    merged = params | {name: lazy.dense(adapted[name])}
     both = [vlm.answer_loss(skeleton, p, batch | {"labels": batch["ids"]})[0] for p in (adapted, merged)]
     torch.testing.assert_close(*both)
     gate = torch.tensor([[1.0, 0, 2], [0, 1, 0]])
     hidden = vlm.hidden_states(skeleton, params, **batch)
-    mixed = weights.low_rank(params[name], a, b, gate=gate)
-    rows = [token_cross_entropy(hidden[i : i + 1], params[name] + (b * gate[i]) @ a, batch["ids"][i : i + 1])[0] for i in range(2)]
+    mixed = lazy.low_rank(params[name], a, b, gate=gate)
+    rows = [
+        token_cross_entropy(hidden[i : i + 1], params[name] + (b * gate[i]) @ a, batch["ids"][i : i + 1])[0]
+        for i in range(2)
+    ]
     logits = F.linear(hidden, mixed)
-    torch.testing.assert_close(F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["ids"][:, 1:].flatten(), reduction="sum"), sum(rows))
+    torch.testing.assert_close(
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["ids"][:, 1:].flatten(), reduction="sum"),
+        sum(rows),
+    )
 
 
 def test_a_tower_with_weights_per_sample(gen):
     skeleton, params = model("qwen2_5_vl")
-    adapter = lora.init_lora(lora.LoraConfig(rank=2, pattern=r".*visual.*(qkv|fc|mlp\.\d)", vision=True), skeleton, gen)
-    factors = {m: {k: torch.randn(t.shape, generator=gen) * 0.2 for k, t in f.items()} for m, f in adapter.factors.items()}
+    adapter = lora.init_lora(
+        lora.LoraConfig(rank=2, pattern=r".*visual.*(qkv|fc|mlp\.\d)", vision=True), skeleton, gen
+    )
+    factors = {
+        m: {k: torch.randn(t.shape, generator=gen) * 0.2 for k, t in f.items()}
+        for m, f in adapter.factors.items()
+    }
     inputs, counts = tiny.batch("qwen2_5_vl", (2, 1)), (2, 1)
     gate = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
 
     def of(gates, rows):
-        held = {f"{m}.weight": weights.low_rank(params[f"{m}.weight"], f["a"], f["b"], gate=gates, rows=rows) for m, f in factors.items()}
+        held = {
+            f"{m}.weight": lazy.low_rank(params[f"{m}.weight"], f["a"], f["b"], gate=gates, rows=rows)
+            for m, f in factors.items()
+        }
         return params | held
 
     got = vlm.hidden_states(skeleton, of(gate, vlm.visual_rows(inputs["input_ids"], 150)), **ours(inputs))
@@ -199,7 +247,12 @@ def test_padding_and_other_rows_change_nothing(kind):
         for i in range(2):
             one = ours(tiny.sample(kind, tiny.batch(kind, (1, 2)), i, (1, 2)))
             alone = vlm.hidden_states(skeleton, params, **{k: v for k, v in one.items() if k != "mask"})
-            torch.testing.assert_close(vlm.hidden_states(skeleton, params, **left)[i, -alone.shape[1] :], alone[0], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                vlm.hidden_states(skeleton, params, **left)[i, -alone.shape[1] :],
+                alone[0],
+                rtol=1e-5,
+                atol=1e-5,
+            )
 
 
 # Heads ----------------------------------------------------------------------------------------------------------------------------------
@@ -209,26 +262,35 @@ def test_heads_have_the_names_of_params():
         name, bias = vlm.head_of(skeleton)
         assert name in params
         assert bias is None
-        assert name == {"qwen3": "model.embed_tokens.weight", "gpt2": "transformer.wte.weight"}.get(kind, name)
+        assert name == {"qwen3": "model.embed_tokens.weight", "gpt2": "transformer.wte.weight"}.get(
+            kind, name
+        )
         assert params[name].shape == (160, 32)
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "gemma2", "final_logit_softcapping": 30.0}, "logits of gemma2 .*final_logit_softcapping 30.0"),
+        (
+            {"model_type": "gemma2", "final_logit_softcapping": 30.0},
+            "logits of gemma2 .*final_logit_softcapping 30.0",
+        ),
         ({"model_type": "cohere", "logit_scale": 0.0625}, "logits of cohere .*logit_scale 0.0625"),
         ({"model_type": "granite", "logits_scaling": 8.0}, "logits of granite .*logits_scaling 8.0"),
     ],
 )
 def test_heads_that_are_not_all_are_refused(config, message):
-    skeleton = hub.empty_skeleton({**tiny.TEXT, **config}, head="language")
+    skeleton = skeletons.empty_skeleton({**tiny.TEXT, **config}, head="language")
     with pytest.raises(ValueError, match=message):
         vlm.head_of(skeleton)
 
 
 def test_scales_that_do_nothing_are_fine_and_encoders_have_no_head():
-    assert vlm.head_of(hub.empty_skeleton({**tiny.TEXT, "model_type": "granite", "logits_scaling": 1.0}, head="language"))
+    assert vlm.head_of(
+        skeletons.empty_skeleton(
+            {**tiny.TEXT, "model_type": "granite", "logits_scaling": 1.0}, head="language"
+        )
+    )
     skeleton, params = model("qwen2", head="")
     with pytest.raises(ValueError, match="has no language head; load it with head='language'"):
         vlm.hidden_states(skeleton, params, **ours(tiny.batch("qwen2")))
@@ -255,11 +317,17 @@ def test_positions_may_be_given_or_made_of_any_of_their_sources():
     whole = vlm.hidden_states(skeleton, params, **batch)
     bare = {k: v for k, v in batch.items() if k != "mm_token_type_ids"}
     positions, _ = qwen_vl.mrope(batch["ids"], batch["mask"].bool(), batch["image_grid_thw"], image_token=150)
-    for same in (bare, bare | {"position_ids": positions}, bare | {"position_ids": torch.cat([positions[:1], positions])}):
+    for same in (
+        bare,
+        bare | {"position_ids": positions},
+        bare | {"position_ids": torch.cat([positions[:1], positions])},
+    ):
         assert torch.equal(vlm.hidden_states(skeleton, params, **same), whole)
     with torch.no_grad():  # the trap: transformers takes the same call for a text on one axis
         silent = tiny.peer(skeleton, params)(
-            input_ids=batch["ids"], attention_mask=batch["mask"], **{k: batch[k] for k in ("pixel_values", "image_grid_thw")}
+            input_ids=batch["ids"],
+            attention_mask=batch["mask"],
+            **{k: batch[k] for k in ("pixel_values", "image_grid_thw")},
         ).logits
     mine = F.linear(whole, params[vlm.head_of(skeleton)[0]])
     assert (silent - mine)[batch["mask"].bool()].abs().max() > 0.01
@@ -274,25 +342,73 @@ def without(*names, **more):
     ("kind", "change", "message"),
     [
         ("qwen2", without("ids"), r"needs ids \[b, t\] or inputs_embeds \[b, t, d\], got only mask"),
-        ("qwen2", without(ids=lambda b: b["ids"].float()), r"ids must be whole numbers \[b, t\], got float32 \[2, 6\]"),
+        (
+            "qwen2",
+            without(ids=lambda b: b["ids"].float()),
+            r"ids must be whole numbers \[b, t\], got float32 \[2, 6\]",
+        ),
         ("qwen2", without(ids=lambda b: b["ids"] > 0), r"ids must be whole numbers \[b, t\], got bool"),
-        ("qwen2", without(ids=lambda b: b["ids"] + 100), "ids must be from 0 to 159, the token table's last, got 100 to"),
-        ("qwen2", without(ids=lambda b: b["ids"] - 1), "must be from 0 to 159, the token table's last, got -1 to"),
-        ("qwen2", without(mask=lambda b: b["mask"][:, 1:]), r"mask must be bool or whole numbers \[2, 6\], .*, got int64 \[2, 5\]"),
+        (
+            "qwen2",
+            without(ids=lambda b: b["ids"] + 100),
+            "ids must be from 0 to 159, the token table's last, got 100 to",
+        ),
+        (
+            "qwen2",
+            without(ids=lambda b: b["ids"] - 1),
+            "must be from 0 to 159, the token table's last, got -1 to",
+        ),
+        (
+            "qwen2",
+            without(mask=lambda b: b["mask"][:, 1:]),
+            r"mask must be bool or whole numbers \[2, 6\], .*, got int64 \[2, 5\]",
+        ),
         ("qwen2", without(mask=lambda b: b["mask"].float()), r"mask must be bool .* got float32"),
-        ("qwen2", without(mask=lambda b: b["mask"] * torch.tensor([[1], [0]])), r"every row needs a token, rows \[1\] have none"),
-        ("qwen2", lambda b: {"ids": b["ids"][:0], "mask": b["mask"][:0]}, r"needs rows and tokens, got \[0, 6\]"),
-        ("qwen2", without(position_ids=lambda b: b["mask"].float()), r"position_ids must be whole numbers \[2, 6\], got float32"),
-        ("qwen2", without(position_ids=lambda b: b["mask"].expand(3, -1, -1)), r"must be whole numbers \[2, 6\], got int64 \[3, 2, 6\]"),
+        (
+            "qwen2",
+            without(mask=lambda b: b["mask"] * torch.tensor([[1], [0]])),
+            r"every row needs a token, rows \[1\] have none",
+        ),
+        (
+            "qwen2",
+            lambda b: {"ids": b["ids"][:0], "mask": b["mask"][:0]},
+            r"needs rows and tokens, got \[0, 6\]",
+        ),
+        (
+            "qwen2",
+            without(position_ids=lambda b: b["mask"].float()),
+            r"position_ids must be whole numbers \[2, 6\], got float32",
+        ),
+        (
+            "qwen2",
+            without(position_ids=lambda b: b["mask"].expand(3, -1, -1)),
+            r"must be whole numbers \[2, 6\], got int64 \[3, 2, 6\]",
+        ),
         (
             "qwen2",
             without(inputs_embeds=lambda b: torch.ones(2, 8, 32)),
             r"inputs_embeds must be floats \[b, t, d\], .* got float32 \[2, 8, 32\]",
         ),
-        ("qwen2", without(pixel_valeus=lambda b: torch.ones(1)), r"qwen2 takes no pixel_valeus; it takes attention_mask, .*input_ids"),
-        ("internvl", without("pixel_values"), r"12 image placeholders \(id 150\) and no pixel_values: row 0 has 4, row 1 has 8"),
-        ("internvl", without(ids=lambda b: b["ids"].masked_fill(b["ids"] == 150, 3)), r"no placeholder \(id 150\) in any of 2 rows"),
-        ("internvl", without(pixel_values=lambda b: b["pixel_values"][1:]), r"make 8 visual tokens, the ids hold 12 .* row 1 has 8"),
+        (
+            "qwen2",
+            without(pixel_valeus=lambda b: torch.ones(1)),
+            r"qwen2 takes no pixel_valeus; it takes attention_mask, .*input_ids",
+        ),
+        (
+            "internvl",
+            without("pixel_values"),
+            r"12 image placeholders \(id 150\) and no pixel_values: row 0 has 4, row 1 has 8",
+        ),
+        (
+            "internvl",
+            without(ids=lambda b: b["ids"].masked_fill(b["ids"] == 150, 3)),
+            r"no placeholder \(id 150\) in any of 2 rows",
+        ),
+        (
+            "internvl",
+            without(pixel_values=lambda b: b["pixel_values"][1:]),
+            r"make 8 visual tokens, the ids hold 12 .* row 1 has 8",
+        ),
         (
             "internvl",
             without(pixel_values=lambda b: b["pixel_values"].byte()),
@@ -304,13 +420,23 @@ def without(*names, **more):
             "pixel_values go with ids, not with inputs_embeds",
         ),
         ("qwen2_5_vl", without("image_grid_thw"), r"needs image_grid_thw \[n, 3\] beside pixel_values"),
-        ("qwen2_5_vl", without(image_grid_thw=lambda b: b["image_grid_thw"][1:]), "says .* patches, pixel_values have"),
         (
             "qwen2_5_vl",
-            without("pixel_values", "image_grid_thw", inputs_embeds=lambda b: torch.ones(*b["ids"].shape, 32)),
+            without(image_grid_thw=lambda b: b["image_grid_thw"][1:]),
+            "says .* patches, pixel_values have",
+        ),
+        (
+            "qwen2_5_vl",
+            without(
+                "pixel_values", "image_grid_thw", inputs_embeds=lambda b: torch.ones(*b["ids"].shape, 32)
+            ),
             r"three axes; with inputs_embeds it needs position_ids \[3, b, t\] \(qwen_vl.mrope\)",
         ),
-        ("qwen2_5_vl", without(video_grid_thw=lambda b: b["image_grid_thw"]), "with .*video_grid_thw it needs position_ids"),
+        (
+            "qwen2_5_vl",
+            without(video_grid_thw=lambda b: b["image_grid_thw"]),
+            "with .*video_grid_thw it needs position_ids",
+        ),
         ("qwen2_5_vl", without(mm_token_type_ids=lambda b: b["mm_token_type_ids"].flip(1)), "mrope: "),
         (
             "qwen2_5_vl",
@@ -330,7 +456,9 @@ def test_bad_batches_are_refused(kind, change, message):
 def test_a_loss_needs_labels():
     skeleton, params = model("qwen2")
     batch = ours(tiny.batch("qwen2"))
-    with pytest.raises(ValueError, match=r"answer_loss: the batch must have labels \[b, t\], got only ids, mask"):
+    with pytest.raises(
+        ValueError, match=r"answer_loss: the batch must have labels \[b, t\], got only ids, mask"
+    ):
         vlm.answer_loss(skeleton, params, batch)
     with pytest.raises(ValueError, match="labels int64"):
         vlm.answer_loss(skeleton, params, batch | {"labels": batch["ids"][:, 1:]})

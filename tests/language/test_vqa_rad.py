@@ -33,7 +33,13 @@ def questions(cases=12, each=3, **kwargs):
     organs = ("CHEST", "ABD", "HEAD")
     return [
         ROW
-        | {"qid": i * each + j, "image_name": f"s{i}.jpg", "image_case_url": f"u{i}", "image_organ": organs[i % 3], "question": f"Why {j}?"}
+        | {
+            "qid": i * each + j,
+            "image_name": f"s{i}.jpg",
+            "image_case_url": f"u{i}",
+            "image_organ": organs[i % 3],
+            "question": f"Why {j}?",
+        }
         | {k: v(i, j) for k, v in kwargs.items()}
         for i in range(cases)
         for j in range(each)
@@ -55,7 +61,11 @@ def convert(tmp_path):
 
 
 def read(folder):
-    return {name: read_conversations(folder / f"{name}.jsonl") for name in SPLITS if (folder / f"{name}.jsonl").exists()}
+    return {
+        name: read_conversations(folder / f"{name}.jsonl")
+        for name in SPLITS
+        if (folder / f"{name}.jsonl").exists()
+    }
 
 
 def of_images(found):
@@ -76,7 +86,10 @@ def test_the_real_file(shared_data, tmp_path):
         "valid": {"abdomen": 46, "chest": 51, "head": 45},
         "test": {"abdomen": 92, "chest": 110, "head": 84},
     }
-    cases = {name: Counter(t for t, _ in {(c.extra["task"], c.extra["episode_id"]) for c in held}) for name, held in found.items()}
+    cases = {
+        name: Counter(t for t, _ in {(c.extra["task"], c.extra["episode_id"]) for c in held})
+        for name, held in found.items()
+    }
     assert cases == {
         "train": {"abdomen": 46, "chest": 51, "head": 44},
         "valid": {"abdomen": 6, "chest": 7, "head": 6},
@@ -98,11 +111,26 @@ def test_the_real_file(shared_data, tmp_path):
 
 def test_the_real_files_modalities_and_published_split(shared_data, tmp_path):
     source = shared_data / "medvqa" / "vqa_rad"
-    counts = convert_vqa_rad(source / "vqa_rad_share.json", source / "images", tmp_path / "m", group="modality")
-    assert [counts[k] for k in ("train", "valid", "test", "images", "unknown", "shared")] == [253, 37, 76, 47, 153, 0]
+    counts = convert_vqa_rad(
+        source / "vqa_rad_share.json", source / "images", tmp_path / "m", group="modality"
+    )
+    assert [counts[k] for k in ("train", "valid", "test", "images", "unknown", "shared")] == [
+        253,
+        37,
+        76,
+        47,
+        153,
+        0,
+    ]
     every = [c for held in read(tmp_path / "m").values() for c in held]
-    assert Counter(t for t, _ in {(c.extra["task"], c.extra["episode_id"]) for c in every}) == {"ct": 13, "mri": 17, "xray": 17}
-    counts = convert_vqa_rad(source / "vqa_rad_share.json", source / "images", tmp_path / "p", split="published")
+    assert Counter(t for t, _ in {(c.extra["task"], c.extra["episode_id"]) for c in every}) == {
+        "ct": 13,
+        "mri": 17,
+        "xray": 17,
+    }
+    counts = convert_vqa_rad(
+        source / "vqa_rad_share.json", source / "images", tmp_path / "p", split="published"
+    )
     assert [counts[k] for k in ("train", "valid", "test", "shared")] == [1011, 122, 287, 125]
     found = of_images(read(tmp_path / "p"))
     assert not found["train"] & found["valid"]
@@ -114,7 +142,10 @@ def test_the_real_files_modalities_and_published_split(shared_data, tmp_path):
 def test_every_case_is_on_one_side(convert, tmp_path, seed):
     """Images 0 and 12 share a case, 3 and 12 too by another address of 12: the three are one."""
     rows = questions(60)
-    rows += [ROW | {"qid": f"x{i}", "image_name": "s12.jpg", "image_case_url": u} for i, u in enumerate(("u0", "u3"))]
+    rows += [
+        ROW | {"qid": f"x{i}", "image_name": "s12.jpg", "image_case_url": u}
+        for i, u in enumerate(("u0", "u3"))
+    ]
     counts = convert(rows, seed=seed)
     found = read(tmp_path / "out")
     images = of_images(found)
@@ -138,26 +169,43 @@ def test_the_seed_decides_and_the_order_of_the_file_does_not(convert, tmp_path):
     convert(rows, "d", seed=2)
     texts = {out: [(tmp_path / out / f"{name}.jsonl").read_text() for name in SPLITS] for out in "abd"}
     assert texts["a"] == texts["b"] != texts["d"]
-    assert of_images(read(tmp_path / "a")) == of_images(read(tmp_path / "c")) != of_images(read(tmp_path / "d"))
+    assert (
+        of_images(read(tmp_path / "a")) == of_images(read(tmp_path / "c")) != of_images(read(tmp_path / "d"))
+    )
 
 
 def test_a_line(convert, tmp_path):
-    dirty = {"qid": "7", "question": " What\tis \u00b5? ", "answer": 2, "answer_type": "open ", "question_type": "PRSE, pos"}
+    dirty = {
+        "qid": "7",
+        "question": " What\tis \u00b5? ",
+        "answer": 2,
+        "answer_type": "open ",
+        "question_type": "PRSE, pos",
+    }
     rows = questions(9)
     rows[0] = rows[0] | dirty
     convert(rows)
     line = next(c for held in read(tmp_path / "out").values() for c in held if c.id == "7")
-    assert line.messages == ({"role": "user", "content": "<image>\nWhat is \u00b5?"}, {"role": "assistant", "content": "2"})
+    assert line.messages == (
+        {"role": "user", "content": "<image>\nWhat is \u00b5?"},
+        {"role": "assistant", "content": "2"},
+    )
     assert line.extra == {"task": "chest", "category": "pres", "family": "open", "episode_id": "s0"}
     texts = "".join((tmp_path / "out" / f"{name}.jsonl").read_text() for name in SPLITS)
     assert '"images": ["../images/s0.jpg"]' in texts
     one = (tmp_path / "out" / "test.jsonl").read_text().splitlines()[0]
     assert list(json.loads(one)) == ["id", "images", "messages", "task", "category", "family", "episode_id"]
-    assert {c.extra["task"] for c in read_tasks(tmp_path / "out" / "{split}.jsonl", "train")} == {"chest", "abdomen", "head"}
+    assert {c.extra["task"] for c in read_tasks(tmp_path / "out" / "{split}.jsonl", "train")} == {
+        "chest",
+        "abdomen",
+        "head",
+    }
 
 
 def test_repeats_are_kept_counted_and_said(convert, tmp_path, caplog):
-    rows = questions(12, question=lambda i, j: ("Is it big?", "is it  big", "Is it small?")[j] if i < 3 else f"Why {j}?")
+    rows = questions(
+        12, question=lambda i, j: ("Is it big?", "is it  big", "Is it small?")[j] if i < 3 else f"Why {j}?"
+    )
     rows[1] |= {"answer": "No"}  # of s0; that of s1 only in another case
     rows[4] |= {"answer": "yes."}
     with caplog.at_level(logging.WARNING):
@@ -165,7 +213,10 @@ def test_repeats_are_kept_counted_and_said(convert, tmp_path, caplog):
     assert (counts["repeated"], counts["contradicting"]) == (3, 1)
     assert sum(counts[name] for name in SPLITS) == 36
     assert len(caplog.messages) == 1
-    assert "vqa.json: 1 questions are asked again of the same image and answered otherwise; all are kept" in caplog.messages[0]
+    assert (
+        "vqa.json: 1 questions are asked again of the same image and answered otherwise; all are kept"
+        in caplog.messages[0]
+    )
 
 
 def test_questions_without_a_text_or_an_answer_are_left_out(convert, caplog):
@@ -181,7 +232,12 @@ def test_questions_without_a_text_or_an_answer_are_left_out(convert, caplog):
 
 
 def test_the_published_flag(convert, tmp_path, caplog):
-    rows = questions(12, phrase_type=lambda i, j: ("test_para" if j else "test_freeform") if (i, j) in ((0, 0), (0, 1), (1, 2)) else "para")
+    rows = questions(
+        12,
+        phrase_type=lambda i, j: (
+            ("test_para" if j else "test_freeform") if (i, j) in ((0, 0), (0, 1), (1, 2)) else "para"
+        ),
+    )
     rows[2] |= {"phrase_type": "test_freeform"}  # all of s0 is tested
     with caplog.at_level(logging.WARNING):
         counts = convert(rows, split="published", valid=0)
@@ -240,8 +296,12 @@ def test_tasks_by_modality(convert, tmp_path, caplog):
     assert (counts["images"], counts["unknown"], sum(counts[name] for name in SPLITS)) == (11, 7, 33)
     assert "7 images are left out: no question says their modality, or several differ" in caplog.messages[0]
     every = [c for held in read(tmp_path / "out").values() for c in held]
-    assert {(c.extra["episode_id"], c.extra["task"]) for c in every} == {(f"s{i}", ("ct", "mri")[i % 3]) for i in range(1, 18) if i % 3 < 2}
-    with pytest.raises(ValueError, match=r'vqa.json: no question says the modality of its image; take group="organ"'):
+    assert {(c.extra["episode_id"], c.extra["task"]) for c in every} == {
+        (f"s{i}", ("ct", "mri")[i % 3]) for i in range(1, 18) if i % 3 < 2
+    }
+    with pytest.raises(
+        ValueError, match=r'vqa.json: no question says the modality of its image; take group="organ"'
+    ):
         convert(questions(6), group="modality")
 
 
@@ -250,11 +310,16 @@ def test_pictures_of_one_size(convert, tmp_path):
     for held in read(tmp_path / "out").values():
         for c in held:
             assert c.images[0] == tmp_path / "out" / "images" / f"{c.extra['episode_id']}.png"
-            with Image.open(c.images[0]) as got, Image.open(tmp_path / "images" / f"{c.extra['episode_id']}.jpg") as was:
+            with (
+                Image.open(c.images[0]) as got,
+                Image.open(tmp_path / "images" / f"{c.extra['episode_id']}.jpg") as was,
+            ):
                 assert got.format == "PNG"
                 want = (25, round(20 * 25 / was.width))
                 assert got.size == want
-                assert np.array_equal(np.array(got), np.array(was.convert("RGB").resize(want, Image.Resampling.BICUBIC)))
+                assert np.array_equal(
+                    np.array(got), np.array(was.convert("RGB").resize(want, Image.Resampling.BICUBIC))
+                )
     convert(questions(12), "large", size=1000)
     assert Image.open(tmp_path / "large" / "images" / "s0.png").size == (30, 20)  # never enlarged
     texts = "".join((tmp_path / "large" / f"{name}.jsonl").read_text() for name in SPLITS)
@@ -282,12 +347,24 @@ def test_images_that_are_not_there_are_one_error(convert, tmp_path):
 WRONG = {
     "no dict": ([3], r"question 0: must be an object with qid, .*answer_type, got 3"),
     "a key": ([{k: v for k, v in ROW.items() if k != "answer"}], "question 0: must be an object with qid"),
-    "organ": ([ROW | {"image_organ": "FOOT"}], "question 0: image_organ must be HEAD, CHEST, ABD, .*got 'FOOT'"),
+    "organ": (
+        [ROW | {"image_organ": "FOOT"}],
+        "question 0: image_organ must be HEAD, CHEST, ABD, .*got 'FOOT'",
+    ),
     "family": ([ROW, ROW | {"answer_type": "NULL"}], "question 1: .* answer_type OPEN or CLOSED.*'null'"),
-    "phrase": ([ROW | {"phrase_type": "test"}], "question 0: .* phrase_type freeform or para or one of them after test_, .*'test'"),
-    "path": ([ROW | {"image_name": "../s.jpg"}], r"question 0: image_name must be the name of a file, got '../s.jpg'"),
+    "phrase": (
+        [ROW | {"phrase_type": "test"}],
+        "question 0: .* phrase_type freeform or para or one of them after test_, .*'test'",
+    ),
+    "path": (
+        [ROW | {"image_name": "../s.jpg"}],
+        r"question 0: image_name must be the name of a file, got '../s.jpg'",
+    ),
     "no image": ([ROW | {"image_name": ""}], "question 0: image_name must be"),
-    "tag": ([ROW | {"question": "What is <image>?"}], "question 0: every tag '<image>' needs its image, got 1 tags and 0 images"),
+    "tag": (
+        [ROW | {"question": "What is <image>?"}],
+        "question 0: every tag '<image>' needs its image, got 1 tags and 0 images",
+    ),
     "none": ([], r"must be a JSON list of questions, got \[\]"),
     "a dict": ({"a": 1}, r"must be a JSON list of questions, got \{"),
     "all empty": ([ROW | {"answer": ""}] * 2, "none of its 2 questions has a text and an answer"),
@@ -312,13 +389,20 @@ def test_wrong_calls(convert, tmp_path):
         convert_vqa_rad(tmp_path / "vqa.json", tmp_path, tmp_path / "out")
     rows = questions(6)
     for options in ({"group": "case"}, {"split": "flag"}):
-        with pytest.raises(ValueError, match=r'convert_vqa_rad: group is "organ" or "modality", split "case" or "published", got'):
+        with pytest.raises(
+            ValueError,
+            match=r'convert_vqa_rad: group is "organ" or "modality", split "case" or "published", got',
+        ):
             convert(rows, **options)
     for options in ({"valid": -0.1}, {"valid": 0.5, "test": 0.5}, {"size": -1}):
-        with pytest.raises(ValueError, match=r"convert_vqa_rad: valid and test must be shares >= 0 that leave some for train, size >= 0"):
+        with pytest.raises(
+            ValueError,
+            match=r"convert_vqa_rad: valid and test must be shares >= 0 that leave some for train, size >= 0",
+        ):
             convert(rows, **options)
     with pytest.raises(
-        ValueError, match=r"convert_vqa_rad: abdomen has 2 cases, too few for train, valid, test; take smaller shares or none"
+        ValueError,
+        match=r"convert_vqa_rad: abdomen has 2 cases, too few for train, valid, test; take smaller shares or none",
     ):
         convert(rows)
     counts = convert(rows, valid=0, test=0)
@@ -328,7 +412,8 @@ def test_wrong_calls(convert, tmp_path):
 def test_no_table_of_an_earlier_run_stays_beside_new_ones(convert, tmp_path):
     convert(questions(12))
     with pytest.raises(
-        ValueError, match=r"out: valid.jsonl is of an earlier run and this one has no valid; remove it or take another folder"
+        ValueError,
+        match=r"out: valid.jsonl is of an earlier run and this one has no valid; remove it or take another folder",
     ):
         convert(questions(12), valid=0)
 

@@ -16,9 +16,17 @@ from sklearn.metrics import roc_auc_score
 
 from medvl.base import files
 from medvl.ct import names
-from medvl.phantoms import chests as phantoms
+from medvl.phantoms import chests
 from medvl.phantoms.canvas import Canvas, cover, smooth_noise, splat
-from medvl.phantoms.chest_case import FINDINGS, Case, Lesion, PhantomConfig, aorta_path, draw_case, heart_shape
+from medvl.phantoms.chest_case import (
+    FINDINGS,
+    Case,
+    Lesion,
+    PhantomConfig,
+    aorta_path,
+    draw_case,
+    heart_shape,
+)
 from medvl.phantoms.chest_report import _TERMS, write_report
 from medvl.phantoms.chest_voxels import draw_view, render
 
@@ -29,7 +37,15 @@ TINY = PhantomConfig(patients=7, seed=5, valid=1, test=2, second_recon=0.5, colu
 def _canvas(shape=(30, 40, 44), step=(7.0, 4.0, 4.5)) -> Canvas:
     z, y, x = (np.arange(n, dtype=np.float32) * s - (n - 1) * s / 2 for n, s in zip(shape, step, strict=True))
     zeros = np.zeros(shape, np.float32)
-    return Canvas(hu=zeros, lung=zeros.copy(), z=z[:, None, None], y=y[None, :, None], x=x[None, None, :], step=step, rough=zeros)
+    return Canvas(
+        hu=zeros,
+        lung=zeros.copy(),
+        z=z[:, None, None],
+        y=y[None, :, None],
+        x=x[None, None, :],
+        step=step,
+        rough=zeros,
+    )
 
 
 def _case(*findings: str, seed: int = 0) -> Case:
@@ -49,7 +65,9 @@ def _ras(volume) -> tuple[np.ndarray, np.ndarray]:
 
 def _at(volume, points) -> np.ndarray:
     """HU of the voxels nearest to points [n, 3] in mm."""
-    index = np.rint(np.c_[np.atleast_2d(points), np.ones(len(np.atleast_2d(points)))] @ np.linalg.inv(volume.affine).T)[:, :3].astype(int)
+    index = np.rint(
+        np.c_[np.atleast_2d(points), np.ones(len(np.atleast_2d(points)))] @ np.linalg.inv(volume.affine).T
+    )[:, :3].astype(int)
     return volume.hu[tuple(index.T)]
 
 
@@ -60,7 +78,10 @@ def _pair(case: Case, **without) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return a, b, np.abs(np.diag(affine)[:3])
 
 
-@pytest.mark.parametrize(("radii", "tilt"), [((3, 3, 3), (0, 0)), ((6, 5, 9), (0, 0)), ((12, 12, 12), (0, 0)), ((30, 24, 4), (0.2, -0.3))])
+@pytest.mark.parametrize(
+    ("radii", "tilt"),
+    [((3, 3, 3), (0, 0)), ((6, 5, 9), (0, 0)), ((12, 12, 12), (0, 0)), ((30, 24, 4), (0.2, -0.3))],
+)
 def test_cover_is_true_to_size(radii, tilt):
     """The shares add up to the ellipsoid's volume, and each is what 20 000 random points in its voxel say."""
     c, at = _canvas(), (3.1, -8.2, 5.3)
@@ -86,14 +107,23 @@ def test_splat_keeps_volume_and_centre():
     share = splat(c, points, volume) * np.prod(c.step)
     assert share.sum() == pytest.approx(volume.sum(), rel=1e-5)
     for axis, k in ((c.x, 0), (c.y, 1), (c.z, 2)):
-        assert (share * axis).sum() / share.sum() == pytest.approx((points[:, k] * volume).sum() / volume.sum(), abs=1e-3)
+        assert (share * axis).sum() / share.sum() == pytest.approx(
+            (points[:, k] * volume).sum() / volume.sum(), abs=1e-3
+        )
 
 
 def test_smooth_noise_is_linear_interpolation_fixed_in_the_patient():
-    gen, places = np.random.default_rng(0), tuple(np.random.default_rng(k).uniform(-150, 150, 7).astype(np.float32) for k in range(3))
+    gen, places = (
+        np.random.default_rng(0),
+        tuple(np.random.default_rng(k).uniform(-150, 150, 7).astype(np.float32) for k in range(3)),
+    )
     found = smooth_noise(places, 20, np.random.default_rng(4))
-    grid = np.random.default_rng(4).standard_normal([int(n / 20) + 2 for n in (380, 480, 480)], dtype=np.float32)
-    at = np.stack(np.meshgrid(*((p + o) / 20 for p, o in zip(places, (190, 240, 240), strict=True)), indexing="ij"))
+    grid = np.random.default_rng(4).standard_normal(
+        [int(n / 20) + 2 for n in (380, 480, 480)], dtype=np.float32
+    )
+    at = np.stack(
+        np.meshgrid(*((p + o) / 20 for p, o in zip(places, (190, 240, 240), strict=True)), indexing="ij")
+    )
     np.testing.assert_allclose(found, map_coordinates(grid, at, order=1), atol=1e-4)
     some = tuple(np.sort(gen.choice(7, 3, replace=False)) for _ in range(3))
     part = smooth_noise(tuple(p[i] for p, i in zip(places, some, strict=True)), 20, np.random.default_rng(4))
@@ -101,17 +131,17 @@ def test_smooth_noise_is_linear_interpolation_fixed_in_the_patient():
 
 
 def test_a_volume_is_a_function_of_config_and_name():
-    a, b, other = (phantoms.volume_of(CFG, n) for n in ("train_1_a_1", "train_1_a_1", "train_2_a_1"))
+    a, b, other = (chests.volume_of(CFG, n) for n in ("train_1_a_1", "train_1_a_1", "train_2_a_1"))
     assert np.array_equal(a.hu, b.hu)
     assert np.array_equal(a.affine, b.affine)
     assert a.hu.shape != other.hu.shape or not np.array_equal(a.hu, other.hu)
-    assert phantoms.case_of(CFG, "train_1_a_1") != phantoms.case_of(evolve(CFG, seed=4), "train_1_a_1")
+    assert chests.case_of(CFG, "train_1_a_1") != chests.case_of(evolve(CFG, seed=4), "train_1_a_1")
 
 
 def test_reconstructions_show_one_patient_with_another_view():
-    assert phantoms.case_of(CFG, "train_8_a_1") == phantoms.case_of(CFG, "train_8_a_2")
-    assert phantoms.report_of(CFG, "train_8_a_1") == phantoms.report_of(CFG, "train_8_a_2")
-    one, two, other = (phantoms.volume_of(CFG, n) for n in ("train_8_a_1", "train_8_a_2", "train_9_a_1"))
+    assert chests.case_of(CFG, "train_8_a_1") == chests.case_of(CFG, "train_8_a_2")
+    assert chests.report_of(CFG, "train_8_a_1") == chests.report_of(CFG, "train_8_a_2")
+    one, two, other = (chests.volume_of(CFG, n) for n in ("train_8_a_1", "train_8_a_2", "train_9_a_1"))
     assert one.affine.tolist() != two.affine.tolist()
     points = np.random.default_rng(0).uniform((-90, -70, -120), (90, 70, 100), (6000, 3))
     a, b, c = (_at(v, points).astype(float) for v in (one, two, other))
@@ -129,9 +159,14 @@ def test_tissues_have_their_hounsfield_units():
         assert np.mean(_at(v, near + heart_shape(b)[0])) == pytest.approx(b["blood"] - 4, abs=6)
         assert 40 < np.mean(liver) < 75
         assert 5 < np.std(liver) < 30  # noise
-        lung = _at(v, np.random.default_rng(0).uniform((-0.8 * b["ta"], -30, 0), (-0.45 * b["ta"], 30, 60), (2000, 3)))
+        lung = _at(
+            v,
+            np.random.default_rng(0).uniform((-0.8 * b["ta"], -30, 0), (-0.45 * b["ta"], 30, 60), (2000, 3)),
+        )
         assert -920 < np.median(lung) < -780
-        assert np.mean(_ras(v)[0][:8, -8:]) == pytest.approx(-1000, abs=8)  # air in front of the right shoulder
+        assert np.mean(_ras(v)[0][:8, -8:]) == pytest.approx(
+            -1000, abs=8
+        )  # air in front of the right shoulder
 
 
 @pytest.mark.parametrize(
@@ -175,7 +210,9 @@ def test_cardiomegaly_widens_the_heart():
 @pytest.mark.parametrize("size", [6.0, 12.0, 25.0])
 def test_a_nodule_weighs_what_its_diameter_says(size):
     case, lesion = _case(), Lesion(side="right", zone="middle", size_mm=size, at=(62.0, 5.0, 10.0), hu=40.0)
-    case = evolve(case, findings={"Lung nodule": (lesion,)}, body=case.body | {"gap": 18.0, "ta": 130.0, "tb": 95.0})
+    case = evolve(
+        case, findings={"Lung nodule": (lesion,)}, body=case.body | {"gap": 18.0, "ta": 130.0, "tb": 95.0}
+    )
     with_it, without, step = _pair(case)
     lung = np.median(without[(with_it - without) > 20])
     volume = (with_it - without).sum() * step.prod() / (lesion.hu - lung)
@@ -191,7 +228,9 @@ def test_a_plaque_weighs_what_its_length_and_thickness_say(to):
     change = with_it - without
     volume = change.sum() * step.prod() / (lesion.hu - 60)
     assert volume == pytest.approx(np.pi * 2.5**2 * (length + 4 / 3 * 2.5), rel=0.1)
-    far = np.linalg.norm(np.argwhere(change > 40) * step - np.argwhere(change == change.max())[0] * step, axis=1)
+    far = np.linalg.norm(
+        np.argwhere(change > 40) * step - np.argwhere(change == change.max())[0] * step, axis=1
+    )
     assert far.max() > 0.5 * length  # it is a rod, not a ball
 
 
@@ -224,7 +263,7 @@ def test_fluid_lies_in_the_costophrenic_angle_of_its_side():
 
 @pytest.fixture(scope="module")
 def cases() -> list[Case]:
-    return [phantoms.case_of(CFG, f"train_{i}_a_1") for i in range(1000)]
+    return [chests.case_of(CFG, f"train_{i}_a_1") for i in range(1000)]
 
 
 def test_prevalence_and_correlation_are_like_life(cases):
@@ -232,16 +271,24 @@ def test_prevalence_and_correlation_are_like_life(cases):
     assert (labels.mean(0) > 0.13).all()
     assert (labels.mean(0) < 0.45).all()
     rho = np.corrcoef(labels.T)[~np.eye(len(FINDINGS), dtype=bool)]
-    pair = np.corrcoef(labels.T)[FINDINGS.index("Arterial wall calcification"), FINDINGS.index("Coronary artery wall calcification")]
+    pair = np.corrcoef(labels.T)[
+        FINDINGS.index("Arterial wall calcification"), FINDINGS.index("Coronary artery wall calcification")
+    ]
     assert 0.1 < pair < 0.6
     assert rho.max() < 0.6
     assert 0.02 < (labels.sum(1) == 0).mean() < 0.25
 
 
 def test_the_view_says_nothing_of_the_findings(cases):
-    views = [draw_view(CFG, phantoms._gen(CFG.seed, f"train_{i}_a_1")) for i in range(len(cases))]
+    views = [draw_view(CFG, chests._gen(CFG.seed, f"train_{i}_a_1")) for i in range(len(cases))]
     labels = np.array([list(c.labels.values()) for c in cases])
-    table = np.array([[*v.shape[:2], *v.step[:2], v.noise, v.kernel == "sharp", v.axes == "LPS", *v.origin] for v in views], float)
+    table = np.array(
+        [
+            [*v.shape[:2], *v.step[:2], v.noise, v.kernel == "sharp", v.axes == "LPS", *v.origin]
+            for v in views
+        ],
+        float,
+    )
     areas = np.array([[roc_auc_score(y, x) for x in table.T] for y in labels.T])
     assert np.abs(areas - 0.5).max() < 0.08  # 3.5 standard errors of a rare finding's area at n = 1000
     assert np.abs(areas - 0.5).mean() < 0.025
@@ -279,21 +326,21 @@ def test_reports_give_side_and_size():
 
 
 def test_draw_writes_the_layout_of_ct_rate(tmp_path):
-    counts = phantoms.draw(TINY, tmp_path, workers=1)
-    assert counts == {s: len(list(phantoms.volume_names(TINY, s))) for s in phantoms.SPLITS}
-    assert {names.patient_of(n) for n in phantoms.volume_names(TINY, "test")} == {"test_1", "test_2"}
+    counts = chests.draw(TINY, tmp_path, workers=1)
+    assert counts == {s: len(list(chests.volume_names(TINY, s))) for s in chests.SPLITS}
+    assert {names.patient_of(n) for n in chests.volume_names(TINY, "test")} == {"test_1", "test_2"}
     intercepts = set()
-    for split in phantoms.SPLITS:
-        volumes = list(phantoms.volume_names(TINY, split))
+    for split in chests.SPLITS:
+        volumes = list(chests.volume_names(TINY, split))
         tables = {
-            "reports": files.read_csv(tmp_path / f"{split}_reports.csv", phantoms.REPORT_COLUMNS),
+            "reports": files.read_csv(tmp_path / f"{split}_reports.csv", chests.REPORT_COLUMNS),
             "labels": files.read_csv(tmp_path / f"{split}_labels.csv", FINDINGS),
-            "metadata": files.read_csv(tmp_path / f"{split}_metadata.csv", phantoms.METADATA_COLUMNS),
+            "metadata": files.read_csv(tmp_path / f"{split}_metadata.csv", chests.METADATA_COLUMNS),
         }
         for rows in tables.values():
             assert [r["VolumeName"] for r in rows] == [f"{v}.nii.gz" for v in volumes]
         for i, v in enumerate(volumes):
-            image, drawn = nib.load(tmp_path / split / f"{v}.nii.gz"), phantoms.volume_of(TINY, v)
+            image, drawn = nib.load(tmp_path / split / f"{v}.nii.gz"), chests.volume_of(TINY, v)
             assert np.array_equal(np.asarray(image.dataobj), drawn.hu)
             np.testing.assert_allclose(image.affine, drawn.affine, atol=1e-4)
             intercepts.add(float(image.dataobj.inter))
@@ -302,18 +349,18 @@ def test_draw_writes_the_layout_of_ct_rate(tmp_path):
             assert (int(row["Columns"]), int(row["Rows"]), int(row["NumberofSlices"])) == ras.shape
             assert json.loads(row["XYSpacing"]) == pytest.approx([affine[0, 0], affine[1, 1]], abs=1e-4)
             assert float(row["ZSpacing"]) == pytest.approx(affine[2, 2], abs=1e-4)
-            assert {k: int(tables["labels"][i][k]) for k in FINDINGS} == phantoms.case_of(TINY, v).labels
-            assert tables["reports"][i] == {"VolumeName": f"{v}.nii.gz"} | phantoms.report_of(TINY, v)
+            assert {k: int(tables["labels"][i][k]) for k in FINDINGS} == chests.case_of(TINY, v).labels
+            assert tables["reports"][i] == {"VolumeName": f"{v}.nii.gz"} | chests.report_of(TINY, v)
     assert intercepts == {0.0, -1024.0}
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
-    phantoms.draw(TINY, tmp_path / "one", workers=2)
+    chests.draw(TINY, tmp_path / "one", workers=2)
     before = {p.name: p.read_bytes() for p in (tmp_path / "one").rglob("*") if p.is_file()}
     for name in ("phantoms.json", "train_labels.csv", "train/train_2_a_1.nii.gz"):
         (tmp_path / "one" / name).unlink()
     kept = (tmp_path / "one/train/train_1_a_1.nii.gz").stat().st_mtime_ns
-    phantoms.draw(TINY, tmp_path / "one", workers=1)
+    chests.draw(TINY, tmp_path / "one", workers=1)
     assert {p.name: p.read_bytes() for p in (tmp_path / "one").rglob("*") if p.is_file()} == before
     assert (tmp_path / "one/train/train_1_a_1.nii.gz").stat().st_mtime_ns == kept
     assert not [n for n in before if n.endswith(".tmp")]
@@ -330,7 +377,9 @@ if __name__ == "__main__":
 def test_workers_end_when_the_drawing_is_killed(tmp_path):
     (tmp_path / "run.py").write_text(_DRAW)
     env = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    run = subprocess.Popen([sys.executable, tmp_path / "run.py", tmp_path / "out"], start_new_session=True, env=env)
+    run = subprocess.Popen(
+        [sys.executable, tmp_path / "run.py", tmp_path / "out"], start_new_session=True, env=env
+    )
     while len(list(tmp_path.glob("out/train/*.nii.gz"))) < 4:
         assert run.poll() is None
         time.sleep(0.02)
@@ -349,17 +398,22 @@ def test_workers_end_when_the_drawing_is_killed(tmp_path):
 def test_a_script_that_cannot_have_workers_is_told_so(tmp_path):
     (tmp_path / "run.py").write_text(_DRAW.replace('if __name__ == "__main__":', "if True:"))
     env = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    done = subprocess.run([sys.executable, "run.py", "out"], env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "run.py", "out"], env=env, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 1
-    assert 'ValueError: worker processes cannot start: a script that asks for workers needs `if __name__ == "__main__":`' in done.stderr
+    assert (
+        'ValueError: worker processes cannot start: a script that asks for workers needs `if __name__ == "__main__":`'
+        in done.stderr
+    )
     assert not list(tmp_path.glob("out/train/*"))
 
 
 def test_two_configs_never_share_a_folder(tmp_path):
     small = PhantomConfig(patients=1, seed=0, columns=(32, 32), slices=(8, 8))
-    phantoms.draw(small, tmp_path, workers=1)
+    chests.draw(small, tmp_path, workers=1)
     with pytest.raises(ValueError, match=r"another PhantomConfig \(\$.seed: 0 / 1\)"):
-        phantoms.draw(evolve(small, seed=1), tmp_path, workers=1)
+        chests.draw(evolve(small, seed=1), tmp_path, workers=1)
 
 
 @pytest.mark.parametrize(
@@ -379,8 +433,8 @@ def test_config_refuses(wrong, says):
 
 def test_variation_says_how_much_bodies_differ():
     def spread(variation: float) -> float:
-        cfg = phantoms.PhantomConfig(patients=40, seed=3, variation=variation)
-        return float(np.std([phantoms.case_of(cfg, v).body["a"] for v in phantoms.volume_names(cfg, "train")]))
+        cfg = chests.PhantomConfig(patients=40, seed=3, variation=variation)
+        return float(np.std([chests.case_of(cfg, v).body["a"] for v in chests.volume_names(cfg, "train")]))
 
     assert spread(0.0) == 0
     assert 0.2 * spread(1.0) < spread(0.3) < 0.4 * spread(1.0)

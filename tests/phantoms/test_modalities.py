@@ -6,17 +6,22 @@ import pytest
 from attrs import evolve
 
 from medvl.language.conversations import read_conversations
-from medvl.phantoms import modalities as pm
-from medvl.phantoms import styles as phantom_styles
+from medvl.phantoms import modalities, styles
 
-CFG = pm.ModalityConfig(base=96, base_valid=16, train=12, valid=1, test=2)
+CFG = modalities.ModalityConfig(base=96, base_valid=16, train=12, valid=1, test=2)
 OWN = ("train", "valid", "test")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("modalities")
-    assert pm.draw_modalities(CFG, path) == {"base_train": 96, "base_valid": 16, "train": 288, "valid": 24, "test": 48}
+    assert modalities.draw_modalities(CFG, path) == {
+        "base_train": 96,
+        "base_valid": 16,
+        "train": 288,
+        "valid": 24,
+        "test": 48,
+    }
     return path
 
 
@@ -25,7 +30,7 @@ def _lines(folder, split):
 
 
 def _case(line, split):
-    return pm.draw_case(CFG, split, line["task"], int(line["episode_id"].split("-")[-1]))[1]
+    return modalities.draw_case(CFG, split, line["task"], int(line["episode_id"].split("-")[-1]))[1]
 
 
 def _naive_own(case, family):
@@ -60,76 +65,97 @@ def test_general_answers_are_what_was_drawn(folder):
     for split in ("base_train", "base_valid"):
         for line in _lines(folder, split):
             case, answer = _case(line, split), line["messages"][1]["content"]
-            mark = pm.MARKS[case.modality][case.kind]
+            mark = modalities.MARKS[case.modality][case.kind]
             look = ("Bright" if mark.bright else "Dark") + (" and sharp" if mark.sharp else " and soft")
-            count, name = ("One", "Two", "Three")[case.n - 1], pm.NAMES[case.modality]
+            count, name = ("One", "Two", "Three")[case.n - 1], modalities.NAMES[case.modality]
             there = ("There is one lesion.", "There are two lesions.", "There are three lesions.")[case.n - 1]
             expected = {"count": there, "side": f"On the {case.side}.", "kind": f"{look}."}
             marks = "mark" if case.n == 1 else "marks"
-            expected["describe"] = f"{name}. {count} {marks}, {look.lower()}, on the {case.side}: {', '.join(case.heights)}."
+            expected["describe"] = (
+                f"{name}. {count} {marks}, {look.lower()}, on the {case.side}: {', '.join(case.heights)}."
+            )
             if line["family"] == "terms":
-                own = [pm.own_answer(f, case) for f in pm.FAMILIES]
+                own = [modalities.own_answer(f, case) for f in modalities.FAMILIES]
                 assert all(o.rstrip(".").lower() in answer.lower() for o in own)
             else:
                 assert answer == expected[line["family"]]
 
 
 def test_conventions_differ():
-    case = pm.Case(modality="xray", n=2, side="left", kind="nodule", marks=())
-    assert pm.general_answer("side", case) == "On the left."
-    assert pm.own_answer("side", case) == "On the right."
-    assert pm.own_answer("side", evolve(case, modality="endoscopy", kind="polyp")) == "Left wall."
-    spoken = {m: [s.counts, s.sides, tuple(pm.MARKS[m])] for m, s in pm.SPEECH.items()}
+    case = modalities.Case(modality="xray", n=2, side="left", kind="nodule", marks=())
+    assert modalities.general_answer("side", case) == "On the left."
+    assert modalities.own_answer("side", case) == "On the right."
+    assert modalities.own_answer("side", evolve(case, modality="endoscopy", kind="polyp")) == "Left wall."
+    spoken = {m: [s.counts, s.sides, tuple(modalities.MARKS[m])] for m, s in modalities.SPEECH.items()}
     for m, words in spoken.items():  # a neighbour helps, none replaces
-        shared = [sum(a == b for a, b in zip(words, other, strict=True)) for o, other in spoken.items() if o != m]
+        shared = [
+            sum(a == b for a, b in zip(words, other, strict=True)) for o, other in spoken.items() if o != m
+        ]
         assert 1 <= max(shared) < 3, m
 
 
-@pytest.mark.parametrize("modality", pm.MODALITIES)
+@pytest.mark.parametrize("modality", modalities.MODALITIES)
 def test_balance(modality):
     drawn = Counter()
     for i in range(12):
-        _, case = pm.draw_case(CFG, "train", modality, i)
+        _, case = modalities.draw_case(CFG, "train", modality, i)
         drawn[case.n, case.side, case.kind] += 1
-    assert drawn == {(n, side, kind): 1 for n in (1, 2, 3) for side in pm.SIDES for kind in pm.MARKS[modality]}
+    assert drawn == {
+        (n, side, kind): 1
+        for n in (1, 2, 3)
+        for side in modalities.SIDES
+        for kind in modalities.MARKS[modality]
+    }
 
 
 def test_every_family_and_answer_is_there(folder):
     own = _lines(folder, "train")
-    assert Counter((line["task"], line["family"]) for line in own) == {(m, f): 12 for m in pm.MODALITIES for f in pm.FAMILIES}
-    for m in pm.MODALITIES:
+    assert Counter((line["task"], line["family"]) for line in own) == {
+        (m, f): 12 for m in modalities.MODALITIES for f in modalities.FAMILIES
+    }
+    for m in modalities.MODALITIES:
         said = Counter(line["messages"][1]["content"] for line in own if line["task"] == m)
-        s = pm.SPEECH[m]
-        assert said == dict.fromkeys(s.counts, 4) | dict.fromkeys(s.sides, 6) | {f"{k.capitalize()}.": 6 for k in pm.MARKS[m]}
+        s = modalities.SPEECH[m]
+        assert said == dict.fromkeys(s.counts, 4) | dict.fromkeys(s.sides, 6) | {
+            f"{k.capitalize()}.": 6 for k in modalities.MARKS[m]
+        }
         assert max(len(a.split()) for a in said) <= 6
-    neutral = np.mean([line["messages"][0]["content"].split("\n")[1] in pm.NEUTRAL[line["family"]] for line in own])
+    neutral = np.mean(
+        [line["messages"][0]["content"].split("\n")[1] in modalities.NEUTRAL[line["family"]] for line in own]
+    )
     assert 0.4 < neutral < 0.6
     base = _lines(folder, "base_train")
-    assert Counter(line["task"] for line in base) == dict.fromkeys(pm.MODALITIES, 12)
+    assert Counter(line["task"] for line in base) == dict.fromkeys(modalities.MODALITIES, 12)
     families = Counter(line["family"] for line in base)
     assert min(families.values()) >= 5
     assert families["describe"] >= 30
     answers = {line["messages"][1]["content"] for line in base}
     assert {"There is one lesion.", "There are three lesions.", "On the left.", "On the right."} <= answers
-    assert all(any(f"{a} and {b}" in x.lower() for x in answers) for a in ("bright", "dark") for b in ("sharp", "soft"))
+    assert all(
+        any(f"{a} and {b}" in x.lower() for x in answers)
+        for a in ("bright", "dark")
+        for b in ("sharp", "soft")
+    )
 
 
 def test_own_words_are_not_shared():
-    for m, speech in pm.SPEECH.items():
+    for m, speech in modalities.SPEECH.items():
         for family, asked in speech.asks.items():
-            others = [q for o, s in pm.SPEECH.items() if o != m for q in s.asks[family]]
-            assert not {*asked} & {*others, *pm.NEUTRAL[family]}
-            assert not any(kind in q.lower() for q in asked for kind in pm.MARKS[m]), "a question gives its answer away"
+            others = [q for o, s in modalities.SPEECH.items() if o != m for q in s.asks[family]]
+            assert not {*asked} & {*others, *modalities.NEUTRAL[family]}
+            assert not any(kind in q.lower() for q in asked for kind in modalities.MARKS[m]), (
+                "a question gives its answer away"
+            )
 
 
 def test_files_are_read(folder):
     specialties = {"radiology", "ophthalmology", "dermatology", "pathology", "gastroenterology"}
-    for split in pm.SPLITS:
+    for split in modalities.SPLITS:
         read = read_conversations(folder / f"{split}.jsonl")
         assert len({c.id for c in read}) == len(read)
         for c in read:
             assert c.extra.keys() == {"task", "category", "family", "episode_id"}
-            assert c.extra["task"] in pm.MODALITIES
+            assert c.extra["task"] in modalities.MODALITIES
             assert c.id == f"{c.extra['episode_id']}-{c.extra['family']}"
             assert len(c.images) == 1
             assert c.images[0].stem == c.extra["episode_id"].split("-", 1)[1]
@@ -140,42 +166,49 @@ def test_files_are_read(folder):
 
 def test_same_files_twice_and_tables_are_left_alone(folder, tmp_path):
     cfg = evolve(CFG, base=8, base_valid=2, train=1, test=1, modalities=("mri", "ct"))
-    counts = pm.draw_modalities(cfg, tmp_path)
+    counts = modalities.draw_modalities(cfg, tmp_path)
     assert counts == {"base_train": 8, "base_valid": 2, "train": 6, "valid": 6, "test": 6}
     one = "train/ct-0.png"
-    assert (tmp_path / one).read_bytes() == (folder / one).read_bytes(), "a case does not depend on how many others there are"
+    assert (tmp_path / one).read_bytes() == (folder / one).read_bytes(), (
+        "a case does not depend on how many others there are"
+    )
     (tmp_path / "train.jsonl").write_text("mine")
     before = (tmp_path / "test.jsonl").read_bytes()
     (tmp_path / "test.jsonl").unlink()
-    assert pm.draw_modalities(cfg, tmp_path) == counts
+    assert modalities.draw_modalities(cfg, tmp_path) == counts
     assert (tmp_path / "train.jsonl").read_text() == "mine"
     assert (tmp_path / "test.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("modality", pm.MODALITIES)
+@pytest.mark.parametrize("modality", modalities.MODALITIES)
 def test_a_picture_is_pure_in_seed_split_and_number(modality):
     def picture(cfg=CFG, split="train", number=0):
-        return pm.draw_case(cfg, split, modality, number)[0]
+        return modalities.draw_case(cfg, split, modality, number)[0]
 
     first = picture()
     assert first.dtype == np.uint8
     assert first.shape == (112, 112, 3)
     np.testing.assert_array_equal(first, picture(evolve(CFG, train=500, modalities=(modality,))))
     assert picture(evolve(CFG, size=56)).shape == (56, 56, 3)
-    others = [picture(evolve(CFG, seed=1)), picture(number=1), *(picture(split=s) for s in pm.SPLITS if s != "train")]
+    others = [
+        picture(evolve(CFG, seed=1)),
+        picture(number=1),
+        *(picture(split=s) for s in modalities.SPLITS if s != "train"),
+    ]
     assert len({p.tobytes() for p in [first, *others]}) == 7
 
 
-@pytest.mark.parametrize("modality", pm.MODALITIES)
+@pytest.mark.parametrize("modality", modalities.MODALITIES)
 def test_marks_are_where_the_case_says(modality):
     """A picture with and without its marks: they differ at the marks, towards bright or dark, and nowhere else."""
-    y, x = phantom_styles.grid(112)
-    for mark in pm.MARKS[modality].values():
-        scene = phantom_styles.draw(modality, 112, np.random.default_rng(3))
+    y, x = styles.grid(112)
+    for mark in modalities.MARKS[modality].values():
+        scene = styles.draw(modality, 112, np.random.default_rng(3))
         at = np.argwhere(scene.zone)[::97][:3]
         places = np.array([(x[0, j], y[i, 0], 0.06) for i, j in at])
         empty, marked = (
-            phantom_styles.add_marks(scene, mark, p, np.random.default_rng(0)).astype(float).mean(2) for p in (places[:0], places)
+            styles.add_marks(scene, mark, p, np.random.default_rng(0)).astype(float).mean(2)
+            for p in (places[:0], places)
         )
         change = np.abs(marked - empty)
         near = np.min([np.hypot(x - cx, y - cy) / r for cx, cy, r in places], 0)
@@ -184,24 +217,24 @@ def test_marks_are_where_the_case_says(modality):
         assert change[near < 0.5].mean() > 5 * change[near > 1.8].mean()
 
 
-@pytest.mark.parametrize("modality", pm.MODALITIES)
+@pytest.mark.parametrize("modality", modalities.MODALITIES)
 def test_kinds_tell_apart_by_the_colour_inside(modality):
     def inside(split, number):
-        picture, case = pm.draw_case(CFG, split, modality, number)
+        picture, case = modalities.draw_case(CFG, split, modality, number)
         yy, xx = np.mgrid[:112, :112]
         core = np.min([np.hypot(xx - x, yy - y) / r for x, y, r in case.marks], 0) < 0.6
         return picture[core].mean(0), case.kind
 
     known, asked = ([inside(split, i) for i in range(12)] for split in ("train", "test"))
-    means = {k: np.mean([c for c, kind in known if kind == k], 0) for k in pm.MARKS[modality]}
+    means = {k: np.mean([c for c, kind in known if kind == k], 0) for k in modalities.MARKS[modality]}
     found = [min(means, key=lambda k: np.abs(means[k] - c).sum()) == kind for c, kind in asked]
     assert all(found)
 
 
-@pytest.mark.parametrize("modality", pm.MODALITIES)
+@pytest.mark.parametrize("modality", modalities.MODALITIES)
 def test_marks_do_not_touch(modality):
     for i in range(24):
-        _, case = pm.draw_case(CFG, "base_train", modality, i)
+        _, case = modalities.draw_case(CFG, "base_train", modality, i)
         at = np.array(case.marks)
         gaps = np.hypot(*(at[:, None, :2] - at[:, :2]).transpose(2, 0, 1))[~np.eye(case.n, dtype=bool)]
         assert gaps.min(initial=99) > 16
@@ -211,10 +244,14 @@ def test_marks_do_not_touch(modality):
 
 def test_modalities_tell_apart_by_thumbnails():
     def small(split, m, number):
-        return pm.draw_case(CFG, split, m, number)[0].reshape(16, 7, 16, 7, 3).mean((1, 3)).ravel()
+        return modalities.draw_case(CFG, split, m, number)[0].reshape(16, 7, 16, 7, 3).mean((1, 3)).ravel()
 
-    means = np.stack([np.mean([small("train", m, i) for i in range(12)], 0) for m in pm.MODALITIES])
-    found = [np.argmin(((small("test", m, i) - means) ** 2).sum(1)) == k for k, m in enumerate(pm.MODALITIES) for i in range(6)]
+    means = np.stack([np.mean([small("train", m, i) for i in range(12)], 0) for m in modalities.MODALITIES])
+    found = [
+        np.argmin(((small("test", m, i) - means) ** 2).sum(1)) == k
+        for k, m in enumerate(modalities.MODALITIES)
+        for i in range(6)
+    ]
     assert np.mean(found) > 0.9
 
 
@@ -232,14 +269,14 @@ def test_modalities_tell_apart_by_thumbnails():
 )
 def test_errors(change, message):
     with pytest.raises(ValueError, match=message):
-        pm.ModalityConfig(**change)
+        modalities.ModalityConfig(**change)
 
 
-@pytest.mark.parametrize("modality", pm.MODALITIES)
+@pytest.mark.parametrize("modality", modalities.MODALITIES)
 def test_every_mark_has_a_third_of_its_own(modality):
     for i in range(12):
-        _, case = pm.draw_case(CFG, "train", modality, i)
+        _, case = modalities.draw_case(CFG, "train", modality, i)
         assert len({*case.heights}) == case.n
-        assert [h for h in pm.HEIGHTS if h in case.heights] == [*case.heights]
+        assert [h for h in modalities.HEIGHTS if h in case.heights] == [*case.heights]
         ys = [y for _, y, _ in case.marks]
         assert ys == sorted(ys)

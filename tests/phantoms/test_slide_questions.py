@@ -9,8 +9,7 @@ import pytest
 from attrs import asdict, evolve
 
 from medvl.base import files
-from medvl.phantoms import slide_questions as st
-from medvl.phantoms import slides as ps
+from medvl.phantoms import slide_questions, slides
 from tests.phantoms.test_slides import CFG, SMALL
 
 CHANCE = {len(o): 1 / len(o) for o in ("AB", "ABC", "ABCD")}
@@ -19,8 +18,14 @@ CHANCE = {len(o): 1 / len(o) for o in ("AB", "ABC", "ABCD")}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("slides")
-    n = len(st.FAMILIES)
-    assert st.draw_slides(CFG, path) == {"slides": 65, "captions": 120, "train": 60 * n, "valid": 2 * n, "test": 3 * n}
+    n = len(slide_questions.FAMILIES)
+    assert slide_questions.draw_slides(CFG, path) == {
+        "slides": 65,
+        "captions": 120,
+        "train": 60 * n,
+        "valid": 2 * n,
+        "test": 3 * n,
+    }
     return path
 
 
@@ -29,8 +34,8 @@ def _lines(folder):
 
 
 def _asked(cfg, split, n):
-    truths = [ps.draw_truth(cfg, split, i) for i in range(n)]
-    return [(t, q) for i, t in enumerate(truths) for q in st.questions(cfg, split, i)]
+    truths = [slides.draw_truth(cfg, split, i) for i in range(n)]
+    return [(t, q) for i, t in enumerate(truths) for q in slide_questions.questions(cfg, split, i)]
 
 
 def _naive_answer(t, family, question, options):
@@ -45,13 +50,19 @@ def _naive_answer(t, family, question, options):
     many = t.tissues["lymphocytes"] / t.patches > 0.07
     return {
         "dominant": max(t.tissues, key=t.tissues.get).capitalize(),
-        "necrosis": "Under 5 percent" if share < 0.05 else "5 to 15 percent" if share < 0.15 else "Over 15 percent",
+        "necrosis": "Under 5 percent"
+        if share < 0.05
+        else "5 to 15 percent"
+        if share < 0.15
+        else "Over 15 percent",
         "lymphocytes": "Dense" if many else "Sparse",
         "motif": t.motif.capitalize(),
         "class": t.tumour_class.capitalize(),
         "differential": t.tumour_class.capitalize(),
         "grade": f"Grade {1 + (share > 0.05) + (share > 0.15)}",
-        "treatment": {"a": "Surgical resection", "s": "Radiotherapy", "m": "Checkpoint inhibitor"}.get(t.tumour_class[0])
+        "treatment": {"a": "Surgical resection", "s": "Radiotherapy", "m": "Checkpoint inhibitor"}.get(
+            t.tumour_class[0]
+        )
         if t.tumour_class != "small cell carcinoma"
         else "Platinum chemotherapy",
         "immune": "Inflamed" if many else "Immune desert",
@@ -60,13 +71,13 @@ def _naive_answer(t, family, question, options):
 
 
 def test_answers_are_what_was_drawn():
-    for truth, q in _asked(SMALL, "train", 60) + _asked(ps.SlideConfig(), "test", 8):
+    for truth, q in _asked(SMALL, "train", 60) + _asked(slides.SlideConfig(), "test", 8):
         right = q.options["ABCD".index(q.letter)]
         assert right == _naive_answer(truth, q.family, q.question, q.options), (truth, q)
         assert 2 <= len({*q.options}) == len(q.options) <= 4
         if q.family == "present":  # only one is right
             assert sum(o.lower() in truth.tissues for o in q.options) == 1
-        assert {*st.FAMILIES[q.family].facts} <= asdict(truth).keys()
+        assert {*slide_questions.FAMILIES[q.family].facts} <= asdict(truth).keys()
 
 
 def test_letters_are_balanced():
@@ -87,39 +98,43 @@ def test_questions_without_slides_are_guesses():
         hits.append("ABCD"[q.options.index(best)] == q.letter)
         chance.append(CHANCE[len(q.options)])
     assert abs(np.mean(hits) - np.mean(chance)) < 0.04
-    yes = [q.options["ABCD".index(q.letter)] for _, q in _asked(SMALL, "train", 300) if q.family in ("tissue", "motif_there")]
+    yes = [
+        q.options["ABCD".index(q.letter)]
+        for _, q in _asked(SMALL, "train", 300)
+        if q.family in ("tissue", "motif_there")
+    ]
     assert 0.44 < np.mean([a == "Yes" for a in yes]) < 0.56
 
 
 def test_captions_say_what_was_drawn():
     for i in range(60):
-        t = ps.draw_truth(SMALL, "train", i)
-        two = st.captions(SMALL, "train", i)
+        t = slides.draw_truth(SMALL, "train", i)
+        two = slide_questions.captions(SMALL, "train", i)
         assert len(two) == 2
         for asked, text in two:
             low = text.lower()
             assert asked.startswith("<image>\n")
-            assert [c for c in ps.CLASSES if c in low] == [t.tumour_class]
+            assert [c for c in slides.CLASSES if c in low] == [t.tumour_class]
             assert f"grade {t.grade}" in low
-            assert {m for m in ps.MOTIFS if m in low} == {t.motif} - {"none"}
-            assert {x for x in ps.OPTIONAL if x in low} == t.tissues.keys() & {*ps.OPTIONAL}
+            assert {m for m in slides.MOTIFS if m in low} == {t.motif} - {"none"}
+            assert {x for x in slides.OPTIONAL if x in low} == t.tissues.keys() & {*slides.OPTIONAL}
             assert t.dominant in low
             assert ("dense" in low or "many" in low) == (t.lymphocytes == "high")
             words = (("under 5", "hardly any"), ("5 to 15", "some necrosis"), ("over 15", "much necrosis"))
             assert [k + 1 for k, said in enumerate(words) if any(w in low for w in said)] == [t.grade]
-    assert len({text for i in range(60) for _, text in st.captions(SMALL, "train", i)}) == 120
+    assert len({text for i in range(60) for _, text in slide_questions.captions(SMALL, "train", i)}) == 120
 
 
 def test_tables_have_their_shapes(folder):
     with open(folder / "test.csv", newline="") as f:
         rows = list(csv.DictReader(f))
     asked = _asked(CFG, "test", 3)
-    assert tuple(rows[0]) == st.COLUMNS
+    assert tuple(rows[0]) == slide_questions.COLUMNS
     for row, (truth, q) in zip(rows, asked, strict=True):
         assert [row[k] for k in "ABCD"] == [*q.options, "", ""][:4]
         assert (row["Slide"], row["Question"], row["Answer"]) == (truth.name, q.question, q.letter)
-        assert row["Narrow Category"] == st.FAMILIES[q.family].narrow
-        assert row["Tumor"] == ps.CLASSES[truth.tumour_class][0]
+        assert row["Narrow Category"] == slide_questions.FAMILIES[q.family].narrow
+        assert row["Tumor"] == slides.CLASSES[truth.tumour_class][0]
     assert {r["Broad Category"] for r in rows} == {"Microscopy", "Diagnosis", "Clinical"}
     assert Counter(r["Narrow Category"] for r in rows)["Rare Motifs"] == 6
     for name in ("train", "valid", "captions"):
@@ -132,35 +147,48 @@ def test_tables_have_their_shapes(folder):
             assert human["value"].count("<image>") == 1
             if name != "captions":
                 assert gpt["value"] in human["value"].split("\n")[2:]
-    labels = files.read_csv(folder / "labels.csv", ["slide", "split", "class", "grade", "lymphocytes", "motif"])
+    labels = files.read_csv(
+        folder / "labels.csv", ["slide", "split", "class", "grade", "lymphocytes", "motif"]
+    )
     lines = _lines(folder)
     assert len(labels) == len(lines) == 65
     for row, line in zip(labels, lines, strict=True):
         assert (row["slide"], row["split"], row["class"], row["motif"]) == tuple(
             line[k] for k in ("name", "split", "tumour_class", "motif")
         )
-    assert [q["id"] for line in lines if line["split"] == "test" for q in line["questions"]] == [r["ID"] for r in rows]
-    assert lines[3]["motif_rows"] == ps.draw_slide(CFG, "train", 3).motif_rows.tolist()
+    assert [q["id"] for line in lines if line["split"] == "test" for q in line["questions"]] == [
+        r["ID"] for r in rows
+    ]
+    assert lines[3]["motif_rows"] == slides.draw_slide(CFG, "train", 3).motif_rows.tolist()
 
 
 def test_prompt_is_the_benchmark_script_s():
-    assert st.prompt("Which?", ("Fat", "Mucus")) == "<image>\nWhich?\nA. Fat\nB. Mucus"
+    assert slide_questions.prompt("Which?", ("Fat", "Mucus")) == "<image>\nWhich?\nA. Fat\nB. Mucus"
 
 
 def test_same_files_twice_and_tables_are_left_alone(folder, tmp_path):
     cfg = evolve(CFG, train=2, valid=1, test=1)
-    counts = st.draw_slides(cfg, tmp_path)
+    counts = slide_questions.draw_slides(cfg, tmp_path)
     one = "features/TCGA-TR-0001-01Z-00-DX1.h5"
-    assert (tmp_path / one).read_bytes() == (folder / one).read_bytes(), "a slide does not depend on how many others there are"
+    assert (tmp_path / one).read_bytes() == (folder / one).read_bytes(), (
+        "a slide does not depend on how many others there are"
+    )
     before = {f.name: f.read_bytes() for f in tmp_path.iterdir() if f.is_file()}
-    assert before.keys() == {"train.json", "valid.json", "captions.json", "test.csv", "labels.csv", "truth.jsonl"}
+    assert before.keys() == {
+        "train.json",
+        "valid.json",
+        "captions.json",
+        "test.csv",
+        "labels.csv",
+        "truth.jsonl",
+    }
     for name in before:
         (tmp_path / name).write_text("mine")
     (tmp_path / one).unlink()
-    assert st.draw_slides(cfg, tmp_path) == counts
+    assert slide_questions.draw_slides(cfg, tmp_path) == counts
     assert {(tmp_path / name).read_text() for name in before} == {"mine"}
     assert not (tmp_path / one).exists(), "nothing is drawn where the last table is there"
     for name in before:
         (tmp_path / name).unlink()
-    st.draw_slides(cfg, tmp_path)
+    slide_questions.draw_slides(cfg, tmp_path)
     assert before == {name: (tmp_path / name).read_bytes() for name in before}

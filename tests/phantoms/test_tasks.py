@@ -2,7 +2,17 @@ import numpy as np
 import pytest
 from attrs import asdict, evolve
 
-from medvl.phantoms.tasks import FINDINGS, LESIONS, ORGANS, PALETTES, Task, TaskConfig, draw_sample, draw_tasks, task_list
+from medvl.phantoms.tasks import (
+    FINDINGS,
+    LESIONS,
+    ORGANS,
+    PALETTES,
+    Task,
+    TaskConfig,
+    draw_sample,
+    draw_tasks,
+    task_list,
+)
 
 CFG = TaskConfig(tasks=12, samples=5, size=40)
 
@@ -63,11 +73,20 @@ def test_of_many_tasks_no_two_are_alike():
 
 def plain(**other):
     look = {"palette": "grey", "cycles": 7.0, "angle": 0.0, "lesion": "disc", "dark": False}
-    return Task(number=0, name="t", **look | {"organ": "lung", "finding": "mass", "question": "count"} | other)
+    return Task(
+        number=0, name="t", **look | {"organ": "lung", "finding": "mass", "question": "count"} | other
+    )
 
 
 @pytest.mark.parametrize(
-    "other", [{"palette": "pink"}, {"cycles": 16.0}, {"angle": 90.0}, {"dark": True}, *({"lesion": k} for k in LESIONS[1:])]
+    "other",
+    [
+        {"palette": "pink"},
+        {"cycles": 16.0},
+        {"angle": 90.0},
+        {"dark": True},
+        *({"lesion": k} for k in LESIONS[1:]),
+    ],
 )
 def test_every_factor_of_the_look_shows(other):
     """With the same nuisances the pictures differ, and the text does not."""
@@ -91,13 +110,17 @@ def test_what_is_asked_shows_more_often_than_what_is_remarked():
 
 def test_nuisances_are_strong():
     """Within a task the brightness varies more than between tasks of one palette."""
-    light = np.array([[draw_sample(CFG, plain(angle=a), i)[1].mean() for i in range(20)] for a in (0.0, 45.0, 90.0)])
+    light = np.array(
+        [[draw_sample(CFG, plain(angle=a), i)[1].mean() for i in range(20)] for a in (0.0, 45.0, 90.0)]
+    )
     assert light.std(1).mean() > 2 * light.mean(1).std()
 
 
 @pytest.mark.parametrize("wrong", [{"tasks": 0}, {"samples": 0}, {"size": 31}, {"seed": -1}])
 def test_errors(wrong):
-    with pytest.raises(ValueError, match="needs tasks and samples >= 1, size >= 32 and seed >= 0, got TaskConfig"):
+    with pytest.raises(
+        ValueError, match="needs tasks and samples >= 1, size >= 32 and seed >= 0, got TaskConfig"
+    ):
         TaskConfig(**wrong)
 
 

@@ -8,10 +8,26 @@ import random
 import pytest
 
 from medvl.evaluation import results
-from medvl.slides.bench import Answered, Written, _common, answered, bleu, rouge_l, score, score_texts, score_written, write_benchmark
+from medvl.slides.bench import (
+    Answered,
+    Written,
+    _common,
+    answered,
+    bleu,
+    rouge_l,
+    score,
+    score_texts,
+    score_written,
+    write_benchmark,
+)
 
 TCGA = {  # SlideChat's right answers and questions, arXiv 2410.11761, table 5
-    "Microscopy": {"Architecture": (613, 696), "Tumor": (489, 562), "Cytomorphology": (529, 601), "Changes": (553, 633)},
+    "Microscopy": {
+        "Architecture": (613, 696),
+        "Tumor": (489, 562),
+        "Cytomorphology": (529, 601),
+        "Changes": (553, 633),
+    },
     "Diagnosis": {
         "Detection": (470, 581),
         "Classification": (405, 532),
@@ -19,7 +35,12 @@ TCGA = {  # SlideChat's right answers and questions, arXiv 2410.11761, table 5
         "Grading": (411, 601),
         "Differential": (432, 586),
     },
-    "Clinical": {"Treatment": (498, 597), "Biomarkers": (447, 502), "Risk": (542, 591), "Prognosis": (505, 674)},
+    "Clinical": {
+        "Treatment": (498, 597),
+        "Biomarkers": (447, 502),
+        "Risk": (542, 591),
+        "Prognosis": (505, 674),
+    },
 }
 BCNB = {  # table 6, with the number of options
     "Tumor type": (954, 1058, 3),
@@ -39,7 +60,9 @@ def table(size=4, text="option"):
 def row(right, i=0, size=4, **kwargs):
     gold = "ABCD"[i % size]
     chosen = gold if right else "ABCD"[(i + 1) % size]
-    return Answered(**({"slide": f"s{i % 50}", "options": table(size), "gold": gold, "chosen": chosen} | kwargs))
+    return Answered(
+        **({"slide": f"s{i % 50}", "options": table(size), "gold": gold, "chosen": chosen} | kwargs)
+    )
 
 
 def value(found, what, subject):
@@ -48,14 +71,21 @@ def value(found, what, subject):
 
 
 def test_published_percentages_of_slidebench_tcga(gen):
-    rows = [row(i < hits, i, broad=b, narrow=k) for b, parts in TCGA.items() for k, (hits, n) in parts.items() for i in range(n)]
+    rows = [
+        row(i < hits, i, broad=b, narrow=k)
+        for b, parts in TCGA.items()
+        for k, (hits, n) in parts.items()
+        for i in range(n)
+    ]
     assert len(rows) == 7827
     found = score(rows, split="test", n=50, gen=gen)
     percent = {b: 100 * value(found, "accuracy", b) for b in ("overall", *TCGA)}
     wanted = {"overall": 81.17, "Microscopy": 87.64, "Diagnosis": 73.27, "Clinical": 84.26}
     assert percent == pytest.approx(wanted, abs=0.0055)
     assert value(found, "accuracy", "Diagnosis / Grading") == 411 / 601
-    assert value(found, "macro_accuracy", "broad") == pytest.approx((2184 / 2492 + 2177 / 2971 + 1992 / 2364) / 3, abs=1e-12)
+    assert value(found, "macro_accuracy", "broad") == pytest.approx(
+        (2184 / 2492 + 2177 / 2971 + 1992 / 2364) / 3, abs=1e-12
+    )
     shares = [hits / n for parts in TCGA.values() for hits, n in parts.values()]
     assert value(found, "macro_accuracy", "narrow") == pytest.approx(sum(shares) / 13, abs=1e-12)
     assert value(found, "random", "overall") == pytest.approx(0.25)
@@ -64,7 +94,11 @@ def test_published_percentages_of_slidebench_tcga(gen):
 
 
 def test_published_percentages_of_slidebench_bcnb(gen):
-    rows = [row(i < hits, i, size, broad=task, slide=str(i)) for task, (hits, n, size) in BCNB.items() for i in range(n)]
+    rows = [
+        row(i < hits, i, size, broad=task, slide=str(i))
+        for task, (hits, n, size) in BCNB.items()
+        for i in range(n)
+    ]
     found = score(rows, n=20, gen=gen)
     assert len(rows) == 7274
     assert 100 * value(found, "accuracy", "overall") == pytest.approx(54.14, abs=0.005)
@@ -92,7 +126,15 @@ def test_what_is_invalid_or_missing_is_wrong_and_counted(gen):
     ]
     found = score(rows, n=20, gen=gen)
     got = {r.what: r.value for r in found if r.subject == "overall"}
-    wanted = {"accuracy": 1 / 6, "invalid": 3, "missing": 1, "without_gold": 2, "best_letter": 4 / 6, "majority": 4 / 6, "random": 1 / 4}
+    wanted = {
+        "accuracy": 1 / 6,
+        "invalid": 3,
+        "missing": 1,
+        "without_gold": 2,
+        "best_letter": 4 / 6,
+        "majority": 4 / 6,
+        "random": 1 / 4,
+    }
     assert got == wanted | {"balanced_accuracy": 1 / 4}
 
 
@@ -101,7 +143,13 @@ def test_balanced_accuracy_and_baselines(gen):
     options = [{"A": "Positive", "B": "Negative"}, {"A": "negative.", "B": "positive"}]
     positive = lambda i: "AB"[i % 2]
     rows = [
-        Answered(slide=str(i), options=options[i % 2], gold=positive(i) if i < 8 else positive(i + 1), chosen=positive(i), broad="ER")
+        Answered(
+            slide=str(i),
+            options=options[i % 2],
+            gold=positive(i) if i < 8 else positive(i + 1),
+            chosen=positive(i),
+            broad="ER",
+        )
         for i in range(10)
     ]
     found = score(rows, n=20, gen=gen)
@@ -126,7 +174,9 @@ def test_the_order_of_rows_does_not_matter_and_slides_are_drawn_whole(gen):
     for a, b in zip(score(rows, n=100, gen=seeded()), score(mixed, n=100, gen=seeded()), strict=True):
         assert (a.what, a.subject, a.n, a.extra) == (b.what, b.subject, b.n, b.extra)
         assert [a.value, a.low, a.high] == pytest.approx([b.value, b.low, b.high], abs=0, nan_ok=True)
-    alike = [row(i < 60, i, broad="AB"[i % 2], slide=f"s{i // 60}") for i in range(120)]  # one slide all right, one all wrong
+    alike = [
+        row(i < 60, i, broad="AB"[i % 2], slide=f"s{i // 60}") for i in range(120)
+    ]  # one slide all right, one all wrong
     for r in score(alike, n=200, gen=seeded()):
         if "accuracy" in r.what and r.what != "balanced_accuracy":
             assert (r.low, r.high, r.extra["groups"]) == (0, 1, 2)
@@ -136,7 +186,9 @@ def test_the_order_of_rows_does_not_matter_and_slides_are_drawn_whole(gen):
 
 def test_slides_of_one_case_are_drawn_together(gen):
     named = lambda i: f"TCGA-AB-{i // 60:04d}-01Z-00-DX{i // 10 % 6}"
-    rows = [row(i < 60, i, broad="AB"[i % 2], slide=named(i)) for i in range(120)]  # twelve slides of two patients
+    rows = [
+        row(i < 60, i, broad="AB"[i % 2], slide=named(i)) for i in range(120)
+    ]  # twelve slides of two patients
     for r in score(rows, n=200, gen=gen):
         if "accuracy" in r.what and r.what != "balanced_accuracy":
             assert (r.low, r.high, r.extra["groups"]) == (0, 1, 2)
@@ -151,9 +203,25 @@ def test_macro_interval_is_that_of_the_mean_over_one_category(gen):
 
 
 def test_files(tmp_path, gen):
-    rows = [row(i % 3 > 0, i, broad="AB"[i % 2], narrow=f"n{i % 4}", options=table(text=f"t{i}"), said="x", id=str(i)) for i in range(40)]
-    found = [*score(rows, split="test", experiment="e", n=20, gen=gen), *score_texts(["a b"], ["a b"], subject="open")]
-    out = write_benchmark(tmp_path, rows, found, source={"file": "f.csv", "sha256": "ab"}, facts={"commit": "c"})
+    rows = [
+        row(
+            i % 3 > 0,
+            i,
+            broad="AB"[i % 2],
+            narrow=f"n{i % 4}",
+            options=table(text=f"t{i}"),
+            said="x",
+            id=str(i),
+        )
+        for i in range(40)
+    ]
+    found = [
+        *score(rows, split="test", experiment="e", n=20, gen=gen),
+        *score_texts(["a b"], ["a b"], subject="open"),
+    ]
+    out = write_benchmark(
+        tmp_path, rows, found, source={"file": "f.csv", "sha256": "ab"}, facts={"commit": "c"}
+    )
     kept = json.loads((tmp_path / "benchmark_results.json").read_text())
     assert kept == json.loads(json.dumps(out))
     assert [*kept] == ["source", "commit", "metrics", "results", "predictions"]
@@ -162,7 +230,16 @@ def test_files(tmp_path, gen):
     assert kept["metrics"]["open"]["rouge_l"] == 1
     assert sum(p["right"] for p in kept["predictions"]) == round(40 * kept["metrics"]["overall"]["accuracy"])
     assert kept["predictions"][3] | {"options": 0} == {
-        **{"right": False, "slide": "s3", "options": 0, "gold": "D", "chosen": "A", "broad": "B", "narrow": "n3", "missing": False},
+        **{
+            "right": False,
+            "slide": "s3",
+            "options": 0,
+            "gold": "D",
+            "chosen": "A",
+            "broad": "B",
+            "narrow": "n3",
+            "missing": False,
+        },
         **{"said": "x", "id": "3", "extra": {}},
     }
     with open(tmp_path / "benchmark_categories.csv", newline="") as f:
@@ -179,8 +256,24 @@ def test_files(tmp_path, gen):
 
 
 def test_open_answers_are_scored_exactly_where_they_are_short(tmp_path, gen):
-    said = ["Yes.", "No", "no", "", "The tumor is ductal carcinoma", "ductal carcinoma", "A long report of much tissue and fat."]
-    gold = ["Yes", "Yes", "No", "Yes", "ductal carcinoma", "Ductal carcinoma.", "A long report of much tissue and of fat."]
+    said = [
+        "Yes.",
+        "No",
+        "no",
+        "",
+        "The tumor is ductal carcinoma",
+        "ductal carcinoma",
+        "A long report of much tissue and fat.",
+    ]
+    gold = [
+        "Yes",
+        "Yes",
+        "No",
+        "Yes",
+        "ductal carcinoma",
+        "Ductal carcinoma.",
+        "A long report of much tissue and of fat.",
+    ]
     rows = [
         Written(slide=f"s{i % 2}", question="q", gold=g, said=s, missing=not s, id=str(i))
         for i, (s, g) in enumerate(zip(said, gold, strict=True))
@@ -190,7 +283,9 @@ def test_open_answers_are_scored_exactly_where_they_are_short(tmp_path, gen):
     assert value(found, "accuracy", "short answers") == 1 / 2
     assert value(found, "bleu_1", "") == bleu(said, gold)[0]
     assert {r.subject: r.n for r in found if r.what == "accuracy"} == {"yes or no": 4, "short answers": 2}
-    out = write_benchmark(tmp_path, [], found, source={"file": "f.csv", "sha256": "ab"}, facts={}, written=rows)
+    out = write_benchmark(
+        tmp_path, [], found, source={"file": "f.csv", "sha256": "ab"}, facts={}, written=rows
+    )
     kept = json.loads((tmp_path / "benchmark_results.json").read_text())
     assert kept == json.loads(json.dumps(out))
     assert kept["predictions"] == []
@@ -233,18 +328,24 @@ GOLD = (
 
 
 def test_bleu_by_hand():
-    assert bleu(["the the the cat"], ["the cat the dog"], 2) == pytest.approx((3 / 4, math.sqrt(3 / 4 * 1 / 3)))
+    assert bleu(["the the the cat"], ["the cat the dog"], 2) == pytest.approx(
+        (3 / 4, math.sqrt(3 / 4 * 1 / 3))
+    )
     assert bleu(["the cat"], ["The  cat, sat here"], 2) == pytest.approx((math.exp(-1), math.exp(-1)))
     assert bleu(["a b c d e"], ["a b c d e"]) == (1, 1, 1, 1)
     assert bleu(["a b c d"], ["a b"], 1) == (0.5,)  # no reward for length
-    assert bleu(["a b c", "x"], ["a b c", "y"], 2) == pytest.approx((3 / 4, math.sqrt(3 / 4)))  # one division for all texts
+    assert bleu(["a b c", "x"], ["a b c", "y"], 2) == pytest.approx(
+        (3 / 4, math.sqrt(3 / 4))
+    )  # one division for all texts
     assert bleu(["a"], ["b"]) == bleu([""], ["b"]) == (0, 0, 0, 0)
     assert bleu(["a b"], ["a b"]) == (1, 1, 0, 0)
 
 
 def test_rouge_l_by_hand():
     assert rouge_l(["a c b"], ["a b c d"]) == pytest.approx((2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4),))
-    assert rouge_l(["a c b"], ["a b c d"], 1.2) == pytest.approx((2.44 * (2 / 3) * (2 / 4) / (2 / 4 + 1.44 * 2 / 3),))
+    assert rouge_l(["a c b"], ["a b c d"], 1.2) == pytest.approx(
+        (2.44 * (2 / 3) * (2 / 4) / (2 / 4 + 1.44 * 2 / 3),)
+    )
     assert rouge_l(["", "a", "b"], ["a", "", "B."]) == (0, 0, 1)
 
 
@@ -264,7 +365,9 @@ def test_common_words_equal_the_plain_table():
 
 def test_overlap_equals_the_peers():
     """Figures of sacrebleu 2.6.0 (tokenize "none" on the same words, no smoothing) and rouge-score 0.1.2 (no stemmer)."""
-    assert bleu(SAID, GOLD) == pytest.approx((0.503867880296749, 0.3973020219782847, 0.31420103459180476, 0.22111386875262667), abs=1e-14)
+    assert bleu(SAID, GOLD) == pytest.approx(
+        (0.503867880296749, 0.3973020219782847, 0.31420103459180476, 0.22111386875262667), abs=1e-14
+    )
     assert rouge_l(SAID, GOLD) == pytest.approx((2 / 3, 0.8, 0, 0.5), abs=1e-14)
     rows = {r.what: r.value for r in score_texts(SAID, GOLD)}
     assert [*rows] == ["bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from medvl.slides import features as slides
-from medvl.slides import formats as slide_formats
+from medvl.slides import formats
 from medvl.slides.features import about_slide, chunks, feature_files, find_slides, near_names, read_slide
 
 NAME = "TCGA-GV-A40G-01Z-00-DX1.8288CA92-B611-4ACF-986E-0B8A3F620B94"
@@ -36,9 +36,17 @@ def write_trident(path, x, xy, patch_size_level0=512, **attrs):
     """TRIDENT: chunks (1, d), everything known in attributes, None as text."""
     with h5py.File(path, "w") as f:
         chunk = (1, *x.shape[1:]) if len(x) else None
-        held = f.create_dataset("features", data=x, chunks=chunk, maxshape=(None, *x.shape[1:]) if chunk else None)
+        held = f.create_dataset(
+            "features", data=x, chunks=chunk, maxshape=(None, *x.shape[1:]) if chunk else None
+        )
         held.attrs.update({"name": "s", "savetodir": "/out", "encoder": "uni_v1"})
-        own = {"patch_size": 256, "level0_magnification": 40, "target_magnification": 20, "overlap": 0, "savetodir": "None"}
+        own = {
+            "patch_size": 256,
+            "level0_magnification": 40,
+            "target_magnification": 20,
+            "overlap": 0,
+            "savetodir": "None",
+        }
         own |= {"patch_size_level0": patch_size_level0} if patch_size_level0 else {}
         f.create_dataset("coords", data=xy.astype("i8")).attrs.update(own | attrs)
 
@@ -79,14 +87,31 @@ def same(path, x, xy=None, **known):
 def test_trident(tmp_path, dtype):
     x, xy = features(dtype=dtype), grid(11, 512)
     write_trident(tmp_path / f"{NAME}.h5", x, xy)
-    slide, about = same(tmp_path / f"{NAME}.h5", x, xy, name=NAME, patch_size=512, magnification=20.0, encoder="uni_v1", mpp=None)
+    slide, about = same(
+        tmp_path / f"{NAME}.h5",
+        x,
+        xy,
+        name=NAME,
+        patch_size=512,
+        magnification=20.0,
+        encoder="uni_v1",
+        mpp=None,
+    )
     assert slide.dtype == np.dtype(dtype)
     assert (about.patch_size, about.magnification, about.encoder, about.name) == (512, 20.0, "uni_v1", NAME)
 
 
 def test_what_trident_does_not_know_is_unknown(tmp_path, caplog):
     x, xy = features(), grid(11, 512)
-    write_trident(tmp_path / "a.h5", x, xy, patch_size_level0=0, level0_magnification="None", target_magnification="None", mpp=0.25)
+    write_trident(
+        tmp_path / "a.h5",
+        x,
+        xy,
+        patch_size_level0=0,
+        level0_magnification="None",
+        target_magnification="None",
+        mpp=0.25,
+    )
     _, about = same(tmp_path / "a.h5", x, xy, patch_size=512, magnification=None, mpp=0.25)
     assert about.patch_size is None  # it reads no coordinates
     assert "a.h5: does not say its patch size; taken as 512 level-0 pixels" in caplog.text
@@ -127,7 +152,10 @@ def test_the_patch_size_that_clam_and_trident_write(tmp_path, attrs, size):
 
 def test_patch_sizes_that_are_none(tmp_path):
     for attrs, what in (
-        ({"patch_size": 256, "downsample": (4.0, 2.0)}, r"downsample must be one number, or the same for x and y, got \[4. 2.\]"),
+        (
+            {"patch_size": 256, "downsample": (4.0, 2.0)},
+            r"downsample must be one number, or the same for x and y, got \[4. 2.\]",
+        ),
         ({"patch_size": 256, "downsample": 1e-9}, "a patch must have a side of 1 level-0 pixel or more"),
         ({"patch_size": "big", "downsample": 1.0}, "patch_size must be a number, got 'big'"),
     ):
@@ -142,7 +170,9 @@ def write_stamp(path, x, xy, mpp=0.0, **attrs):
     """STAMP 2: "feats" in float16, upper left corners in micrometres."""
     with h5py.File(path, "w") as f:
         f["feats"], f["coords"] = x.astype("f2"), (xy * 0.25).astype("f4")
-        f.attrs.update({"extractor": "uni2", "unit": "um", "tile_size_um": 256.0, "tile_size_px": 224} | attrs)
+        f.attrs.update(
+            {"extractor": "uni2", "unit": "um", "tile_size_um": 256.0, "tile_size_px": 224} | attrs
+        )
         if mpp:
             f.attrs["mpp"] = mpp
 
@@ -169,15 +199,24 @@ def test_gigapath_tiles(tmp_path):
     same(tmp_path / "a.h5", x, xy)
     with h5py.File(tmp_path / "a.h5", "r+") as f:
         f["coords"][3] = (0.25, 0.5)
-    with pytest.raises(ValueError, match=r"coords must be whole level-0 pixels, got \[0.25, 0.5\] for patch 3"):
+    with pytest.raises(
+        ValueError, match=r"coords must be whole level-0 pixels, got \[0.25, 0.5\] for patch 3"
+    ):
         read_slide(tmp_path / "a.h5")
 
 
-@pytest.mark.parametrize("kind", ["bare", "features", "feature", "feat", "feats", "embeddings", "batch", "coords", "old", "parameter"])
+@pytest.mark.parametrize(
+    "kind",
+    ["bare", "features", "feature", "feat", "feats", "embeddings", "batch", "coords", "old", "parameter"],
+)
 def test_pytorch(tmp_path, kind):
     x, xy = features(), grid(11)
     t = torch.from_numpy(x)
-    held = {"bare": t, "batch": t[None], "coords": {"features": t, "coords": torch.from_numpy(xy), "patch_size_level0": 256}}
+    held = {
+        "bare": t,
+        "batch": t[None],
+        "coords": {"features": t, "coords": torch.from_numpy(xy), "patch_size_level0": 256},
+    }
     held |= {"old": t, "parameter": torch.nn.Parameter(t)}
     path = tmp_path / "a.pt"
     torch.save(held.get(kind, {kind: t}), path, _use_new_zipfile_serialization=kind != "old")
@@ -188,7 +227,9 @@ def test_pytorch(tmp_path, kind):
 def test_number_types_of_pytorch(tmp_path, stored, read):
     t = torch.from_numpy(features()).to(getattr(torch, stored))
     torch.save(t, tmp_path / "a.pth")
-    slide, _ = same(tmp_path / "a.pth", t.to(getattr(torch, {"f2": "float16", "f4": "float32"}[read])).numpy())
+    slide, _ = same(
+        tmp_path / "a.pth", t.to(getattr(torch, {"f2": "float16", "f4": "float32"}[read])).numpy()
+    )
     assert slide.dtype == np.dtype(read)
 
 
@@ -201,7 +242,9 @@ class _Evil:
 def test_no_pickle_is_ever_run(tmp_path):
     x = features()
     torch.save(x, tmp_path / "n.pt")  # TRIDENT's .pt
-    with pytest.raises(ValueError, match=r"n.pt: holds a NumPy array pickled by torch.save.*weights_only=False") as e:
+    with pytest.raises(
+        ValueError, match=r"n.pt: holds a NumPy array pickled by torch.save.*weights_only=False"
+    ) as e:
         read_slide(tmp_path / "n.pt")
     exec(str(e.value).split('python -c "')[1].rstrip('"'))  # what the message says to do
     same(tmp_path / "n.pt", x)
@@ -215,7 +258,9 @@ def test_no_pickle_is_ever_run(tmp_path):
     for name in ("e.pt", "p.pt"):
         with pytest.raises(ValueError, match="holds Python objects"):
             read_slide(tmp_path / name)
-    np.save(tmp_path / "o.npy", np.array({"feature": x}, dtype=object), allow_pickle=True)  # GTEx-TCGA-Embeddings
+    np.save(
+        tmp_path / "o.npy", np.array({"feature": x}, dtype=object), allow_pickle=True
+    )  # GTEx-TCGA-Embeddings
     np.save(tmp_path / "q.npy", np.array([_Evil()], dtype=object), allow_pickle=True)
     for name in ("o.npy", "q.npy"):
         with pytest.raises(ValueError, match=r"holds Python objects.*allow_pickle=True\)"):
@@ -266,12 +311,18 @@ def test_csv_of_other_tools(tmp_path):
 def test_an_index_of_the_rows_is_no_feature(tmp_path, caplog, n, d, name, start, quoted):
     """DataFrame.to_csv(header=False), or with a header whose first cell names the index or not."""
     path, x = tmp_path / "a.csv", np.round(features(n, d), 4)
-    rows = [[f'"{i + start}"' if quoted else str(i + start), *(f"{v:.4f}" for v in row)] for i, row in enumerate(x)]
+    rows = [
+        [f'"{i + start}"' if quoted else str(i + start), *(f"{v:.4f}" for v in row)]
+        for i, row in enumerate(x)
+    ]
     header = [] if name is None else [[name, *(f"f{i}" for i in range(d))]]
     path.write_text("".join(",".join(row) + "\n" for row in [*header, *rows]))
     for dims in (0, d):
         np.testing.assert_array_equal(read_slide(path, dims=dims).features, x)
-    assert "a.csv: the first column counts the rows: it is an index and no feature, and is left out" in caplog.text
+    assert (
+        "a.csv: the first column counts the rows: it is an index and no feature, and is left out"
+        in caplog.text
+    )
 
 
 def test_a_first_feature_that_only_looks_like_an_index(tmp_path):
@@ -285,7 +336,11 @@ def test_a_first_feature_that_only_looks_like_an_index(tmp_path):
 @pytest.mark.parametrize("header", [True, False])
 @pytest.mark.parametrize(
     "leading",
-    [lambda n: [[256 * i, 0] for i in range(n)], lambda n: [[3 * i] for i in range(n)], lambda n: [[f"{n - i}.0"] for i in range(n)]],
+    [
+        lambda n: [[256 * i, 0] for i in range(n)],
+        lambda n: [[3 * i] for i in range(n)],
+        lambda n: [[f"{n - i}.0"] for i in range(n)],
+    ],
     ids=["places", "chosen rows", "backwards"],
 )
 def test_places_and_row_numbers_in_front_are_no_features(tmp_path, leading, header):
@@ -296,7 +351,9 @@ def test_places_and_row_numbers_in_front_are_no_features(tmp_path, leading, head
     write_rows = lambda rows: "".join(",".join(map(str, row)) + "\n" for row in rows)
     (tmp_path / "a.csv").write_text(write_rows([names] * header + rows))
     for dims in (0, 512):
-        with pytest.raises(ValueError, match=r"hold whole numbers such as .*: row numbers or places, no features"):
+        with pytest.raises(
+            ValueError, match=r"hold whole numbers such as .*: row numbers or places, no features"
+        ):
             read_slide(tmp_path / "a.csv", dims=dims)
     behind = [[*row[-512:], *row[:-512]] for row in rows]
     (tmp_path / "b.csv").write_text(write_rows(behind))
@@ -304,9 +361,9 @@ def test_places_and_row_numbers_in_front_are_no_features(tmp_path, leading, head
 
 
 def test_a_csv_is_read_once_to_count_its_rows(tmp_path, monkeypatch):
-    path, reads, lines = tmp_path / "a.csv", [], slide_formats._lines
+    path, reads, lines = tmp_path / "a.csv", [], formats._lines
     write_csv(path, np.round(features(9, 12), 4))
-    monkeypatch.setattr(slide_formats, "_lines", lambda path: reads.append(path) or lines(path))
+    monkeypatch.setattr(formats, "_lines", lambda path: reads.append(path) or lines(path))
     about_slide(path)
     about_slide(path)
     list(chunks(path, 4))
@@ -324,7 +381,9 @@ def test_line_ends_and_lines_without_end(tmp_path):
     with pytest.raises(ValueError, match=r"a.csv: line 1 has a NUL byte; the file is damaged"):
         about_slide(path)
     path.write_text("0.5," * 10**6)
-    with pytest.raises(ValueError, match=r"a.csv: line 1 has 2097152 characters or more; a line is one patch"):
+    with pytest.raises(
+        ValueError, match=r"a.csv: line 1 has 2097152 characters or more; a line is one patch"
+    ):
         about_slide(path)
     write_csv(path, x, tail='"p.png')
     with pytest.raises(ValueError, match=r"a.csv: "):
@@ -336,7 +395,9 @@ def test_numbers_behind_the_features_of_a_csv(tmp_path, header):
     """x and y behind 512 features: it cannot be told what they are, so it must be said."""
     x = np.round(features(5, 514), 4)
     write_csv(tmp_path / "a.csv", x, header)
-    with pytest.raises(ValueError, match=r"has 514 columns of numbers; are 2 of them no features. Say dims=512 or dims=514"):
+    with pytest.raises(
+        ValueError, match=r"has 514 columns of numbers; are 2 of them no features. Say dims=512 or dims=514"
+    ):
         read_slide(tmp_path / "a.csv")
     np.testing.assert_array_equal(read_slide(tmp_path / "a.csv", dims=512).features, x[:, :512])
     np.testing.assert_array_equal(next(chunks(tmp_path / "a.csv", 99, dims=514))[0], x)
@@ -350,7 +411,9 @@ def test_faults_of_a_csv(tmp_path):
     write_csv(path, x, tail="p.png")
     whole = path.read_text()
     path.write_text(whole[: whole.rindex(",") - 20])
-    with pytest.raises(ValueError, match=r"a.csv: patch 4 \(from 0\): must have 12 columns, found \d+; was the file cut off"):
+    with pytest.raises(
+        ValueError, match=r"a.csv: patch 4 \(from 0\): must have 12 columns, found \d+; was the file cut off"
+    ):
         read_slide(path)
     path.write_text(whole.replace(f"{x[2, 3]:.4f}", "oops"))
     with pytest.raises(ValueError, match=r"patch 2 \(from 0\): column 4 must be a number, found 'oops'"):
@@ -392,7 +455,9 @@ def test_nan_and_infinity(tmp_path, value, dtype, caplog):
     x[[5, 8], [2, 0]] = value
     write_trident(tmp_path / "a.h5", x, xy)
     for read in (read_slide, lambda p: list(chunks(p, 4))):
-        with pytest.raises(ValueError, match=r"a.h5: patch 5 \(from 0\) holds NaN or infinity; `invoke slides pack --drop`"):
+        with pytest.raises(
+            ValueError, match=r"a.h5: patch 5 \(from 0\) holds NaN or infinity; `invoke slides pack --drop`"
+        ):
             read(tmp_path / "a.h5")
     keep = np.delete(np.arange(11), [5, 8])
     slide = read_slide(tmp_path / "a.h5", drop=True)
@@ -420,7 +485,9 @@ def test_a_number_beyond_float32_is_infinite(tmp_path):
 def test_other_widths_and_shapes(tmp_path):
     write_clam(tmp_path / "a.h5", features(3, 512), grid(3))
     assert read_slide(tmp_path / "a.h5", dims=512).features.shape == (3, 512)
-    with pytest.raises(ValueError, match=r"a.h5: features must be 1024 numbers per patch, got 512; `doubled` makes \[x, x\]"):
+    with pytest.raises(
+        ValueError, match=r"a.h5: features must be 1024 numbers per patch, got 512; `doubled` makes \[x, x\]"
+    ):
         read_slide(tmp_path / "a.h5", dims=1024)
     with pytest.raises(ValueError, match="must be 768 numbers per patch, got 512; another encoder"):
         list(chunks(tmp_path / "a.h5", dims=768))
@@ -483,7 +550,9 @@ def test_room_that_was_never_written_is_no_patch_of_zeros(tmp_path):
     with h5py.File(tmp_path / "a.h5", "r+") as f:
         f["features"].resize(170, 0)  # then the next batch is written
         f["coords"].resize(170, 0)
-    with pytest.raises(ValueError, match=r"a.h5: 'features' has room for 6 chunks and holds 3; was its writer killed\?"):
+    with pytest.raises(
+        ValueError, match=r"a.h5: 'features' has room for 6 chunks and holds 3; was its writer killed\?"
+    ):
         read_slide(tmp_path / "a.h5")
     with h5py.File(tmp_path / "a.h5", "w") as f:  # compressed files hold less, and are whole
         f.create_dataset("features", data=np.zeros((70, 6), "f4"), compression="gzip")
@@ -502,8 +571,14 @@ def test_features_of_other_files_are_never_read(tmp_path):
             with pytest.raises(ValueError, match=rf"a.h5: 'features' must lie in this file, found {what}"):
                 read(tmp_path / "a.h5")
 
-    says("a dataset whose numbers", lambda f: f.create_dataset("features", (4, 6), "f4", external=[(str(tmp_path / "secret"), 0, 96)]))
-    says("a link", lambda f: f.__setitem__("features", h5py.ExternalLink(str(tmp_path / "other.h5"), "features")))
+    says(
+        "a dataset whose numbers",
+        lambda f: f.create_dataset("features", (4, 6), "f4", external=[(str(tmp_path / "secret"), 0, 96)]),
+    )
+    says(
+        "a link",
+        lambda f: f.__setitem__("features", h5py.ExternalLink(str(tmp_path / "other.h5"), "features")),
+    )
     says("a link", lambda f: f.__setitem__("features", h5py.SoftLink("/x")))
     layout = h5py.VirtualLayout((4, 6), "f4")
     layout[:] = h5py.VirtualSource(str(tmp_path / "other.h5"), "features", (4, 6))
@@ -519,7 +594,9 @@ def test_unfinished_compressed_features_are_no_zeros(tmp_path):
     with h5py.File(tmp_path / "a.h5", "w") as f:
         held = f.create_dataset("features", (500, 6), "f4", chunks=(100, 6), compression="gzip")
         held[:400] = features(400)
-    with pytest.raises(ValueError, match=r"a.h5: 'features' has room for 5 chunks and holds 4; was its writer killed\?"):
+    with pytest.raises(
+        ValueError, match=r"a.h5: 'features' has room for 5 chunks and holds 4; was its writer killed\?"
+    ):
         about_slide(tmp_path / "a.h5")
 
 
@@ -544,20 +621,31 @@ def test_zeros_behind_the_patches_are_said_once(tmp_path, caplog, size):
 
 def test_sizes_are_checked_before_anything_is_allocated(tmp_path):
     with h5py.File(tmp_path / "a.h5", "w") as f:  # few bytes that unpack to 96 MB
-        f.create_dataset("features", data=np.zeros((15625, 1536), "f4"), chunks=(15625, 1536), compression="gzip")
+        f.create_dataset(
+            "features", data=np.zeros((15625, 1536), "f4"), chunks=(15625, 1536), compression="gzip"
+        )
     torch.save(torch.zeros(1, 1536).expand(10**9, 1536), tmp_path / "a.pt")
     assert (tmp_path / "a.h5").stat().st_size < 200_000
     assert (tmp_path / "a.pt").stat().st_size < 10_000
     torch.save({"features": torch.zeros(10**9, 1536, device="meta")}, tmp_path / "m.pt")
     torch.save(torch.zeros(400, 600), tmp_path / "z.pt")
-    with zipfile.ZipFile(tmp_path / "z.pt") as whole, zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as packed:
+    with (
+        zipfile.ZipFile(tmp_path / "z.pt") as whole,
+        zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
         for name in whole.namelist():
             packed.writestr(name, whole.read(name))
     for name, what in (
         ("a.h5", r"'features' would unpack \d+ bytes to 96000000"),
-        ("a.pt", r"features must be \[1000000000, 1536\] numbers of their own, the file holds 6144 bytes; .*contiguous"),
+        (
+            "a.pt",
+            r"features must be \[1000000000, 1536\] numbers of their own, the file holds 6144 bytes; .*contiguous",
+        ),
         ("m.pt", r"features must be \[1000000000, 1536\] numbers of their own, the file holds 0 bytes"),
-        ("packed.pt", r"must be as torch.save writes it, \d+ members are compressed and unpack to 9\d{5} bytes"),
+        (
+            "packed.pt",
+            r"must be as torch.save writes it, \d+ members are compressed and unpack to 9\d{5} bytes",
+        ),
     ):
         for read in (about_slide, read_slide):
             with pytest.raises(ValueError, match=f"{name}: {what}"):
@@ -576,7 +664,9 @@ def test_damaged_files_are_read_or_refused(tmp_path, kind):
     elif kind == "csv":
         write_csv(path, features(70), tail="p.png")
     else:
-        torch.save({"features": torch.from_numpy(features(70))}, path, _use_new_zipfile_serialization=kind == "pt")
+        torch.save(
+            {"features": torch.from_numpy(features(70))}, path, _use_new_zipfile_serialization=kind == "pt"
+        )
     whole, refused = path.read_bytes(), 0
     for i in range(100):
         data = bytearray(whole[: gen.integers(len(whole))] if i % 2 else whole)
@@ -595,7 +685,9 @@ def test_damaged_files_are_read_or_refused(tmp_path, kind):
 def test_patch_size_from_coordinates():
     xy = grid(40, 512, 7)[np.random.default_rng(0).permutation(40)[:30]]
     assert slides.patch_size_of(xy) == 512
-    two = np.concatenate([grid(30, 256, 6), grid(30, 256, 6) + np.array([3000, 7])])  # two pieces of tissue, each with its own grid
+    two = np.concatenate(
+        [grid(30, 256, 6), grid(30, 256, 6) + np.array([3000, 7])]
+    )  # two pieces of tissue, each with its own grid
     assert slides.patch_size_of(two) == 256
     assert slides.patch_size_of(np.array([[0, 0], [512, 512], [1024, 1536]])) == 512
     row = np.array([[512 * i, 0] for i in (*range(0, 40, 2), *range(1, 40, 2))])
@@ -636,7 +728,11 @@ def test_dx1_is_not_dx10():
     assert stems_of("A-DX10", stems) == ("A-DX10.4F",)
     assert stems_of("A-DX2", [*stems, "A-DX2.1"]) == ("A-DX2",)  # the whole name wins
     assert stems_of("A-DX3", [*stems, "A-DX3.1", "A-DX3.2"]) == ("A-DX3.1", "A-DX3.2")
-    for name, near in (("B-DX1", " (near: B-DX10"), ("A", " (none of 4 is near)"), ("a-dx1.8c", " (near: A-DX1.8C.9")):
+    for name, near in (
+        ("B-DX1", " (near: B-DX10"),
+        ("A", " (none of 4 is near)"),
+        ("a-dx1.8c", " (near: A-DX1.8C.9"),
+    ):
         assert stems_of(name, stems) == ()  # another case is offered, not taken
         assert near_names(name, stems).startswith(near)
 
@@ -677,12 +773,22 @@ def test_paths_that_are_written_decide(tmp_path):
 
 
 def test_finding_files(tmp_path):
-    for name in ("BLCA/A-DX1.8C.h5", "BLCA/A-DX10.4F.h5", "LUSC/B-DX1.pt", "LUSC/._B-DX1.pt", "LUSC/notes.txt"):
+    for name in (
+        "BLCA/A-DX1.8C.h5",
+        "BLCA/A-DX10.4F.h5",
+        "LUSC/B-DX1.pt",
+        "LUSC/._B-DX1.pt",
+        "LUSC/notes.txt",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     found = find_slides(["./BLCA/A-DX1.csv", "B-DX1", "B-DX2"], feature_files(tmp_path), tmp_path)
     places = {name: match.places for name, match in found.items()}
-    assert places == {"./BLCA/A-DX1.csv": (tmp_path / "BLCA/A-DX1.8C.h5",), "B-DX1": (tmp_path / "LUSC/B-DX1.pt",), "B-DX2": ()}
+    assert places == {
+        "./BLCA/A-DX1.csv": (tmp_path / "BLCA/A-DX1.8C.h5",),
+        "B-DX1": (tmp_path / "LUSC/B-DX1.pt",),
+        "B-DX2": (),
+    }
     assert list(feature_files(tmp_path)) == ["A-DX1.8C", "A-DX10.4F", "B-DX1"]
     (tmp_path / "LUSC/A-DX1.99.h5").touch()
     (tmp_path / "LUSC/B-DX1.h5").touch()
@@ -701,17 +807,26 @@ def test_real_files(shared_data, caplog):
     assert slide.features.shape == (196, 1536)
     assert slide.patch_size == 16
     assert "taken as 16 level-0 pixels" in caplog.text
-    tokens = read_slide(folder / "prov_normal_000_1.npy").features  # [1, 197, 1536]: the class token and 196 patches
+    tokens = read_slide(
+        folder / "prov_normal_000_1.npy"
+    ).features  # [1, 197, 1536]: the class token and 196 patches
     assert tokens.shape == (197, 1536)
     np.testing.assert_array_equal(tokens[1:], slide.features)
-    np.testing.assert_array_equal(np.concatenate([c[0] for c in chunks(folder / "prov_normal_000_1.npy", 50)]), tokens)
+    np.testing.assert_array_equal(
+        np.concatenate([c[0] for c in chunks(folder / "prov_normal_000_1.npy", 50)]), tokens
+    )
     with pytest.raises(ValueError, match="one vector of 1536 numbers, the embedding of a whole slide"):
         read_slide(folder / "prov_normal_000_1.pt")
 
 
 def test_real_names(shared_data):
-    asked = [r["image"][0] for r in json.loads((shared_data / "pathology" / "slidechat_train_data_example.json").read_text())]
-    stems = [slides.slide_name(a) + end for a in dict.fromkeys(asked) for end in (".8288CA92-B611", "0.9999-0000")]
+    asked = [
+        r["image"][0]
+        for r in json.loads((shared_data / "pathology" / "slidechat_train_data_example.json").read_text())
+    ]
+    stems = [
+        slides.slide_name(a) + end for a in dict.fromkeys(asked) for end in (".8288CA92-B611", "0.9999-0000")
+    ]
     for name in asked:
         assert stems_of(name, stems) == (name.removesuffix(".csv") + ".8288CA92-B611",)
     one = json.loads((shared_data / "pathology" / "wsi_bench" / "1_Report_test.json").read_text())[0]["image"]
@@ -721,6 +836,10 @@ def test_real_names(shared_data):
 def test_what_is_no_file_is_told_from_what_is_not_there(tmp_path):
     (tmp_path / "folder.h5").mkdir()
     os.mkfifo(tmp_path / "pipe.h5")
-    for name, what in {"folder.h5": "found a folder", "pipe.h5": "found a pipe", "nothing.h5": "no such file"}.items():
+    for name, what in {
+        "folder.h5": "found a folder",
+        "pipe.h5": "found a pipe",
+        "nothing.h5": "no such file",
+    }.items():
         with pytest.raises(ValueError, match=f"{name}: .*{what}"):
             read_slide(tmp_path / name)

@@ -22,7 +22,9 @@ def heads(gen):
 
 def _naive(p, tokens):
     """Logits of one slide [k, d], token by token and number by number."""
-    dot = lambda layer, i, x: sum(float(w) * v for w, v in zip(layer["weight"][i], x, strict=True)) + float(layer["bias"][i])
+    dot = lambda layer, i, x: (
+        sum(float(w) * v for w, v in zip(layer["weight"][i], x, strict=True)) + float(layer["bias"][i])
+    )
     scores = []
     for t in tokens.tolist():
         gated = [math.tanh(dot(p["tanh"], i, t)) / (1 + math.exp(-dot(p["sigmoid"], i, t))) for i in range(7)]
@@ -66,15 +68,28 @@ def test_heads_at_the_start(gen):
 
 
 def test_loss_is_the_mean_of_labels_over_the_slides_that_have_them(gen):
-    logits = {n: torch.randn(4, c, generator=gen, dtype=torch.float64, requires_grad=True) for n, c in CLASSES.items()}
-    labels = {"class": torch.tensor([0, 3, 1, 2]), "motif": torch.tensor([-1, 1, -1, -1]), "grade": torch.tensor([-1, -1, -1, -1])}
+    logits = {
+        n: torch.randn(4, c, generator=gen, dtype=torch.float64, requires_grad=True)
+        for n, c in CLASSES.items()
+    }
+    labels = {
+        "class": torch.tensor([0, 3, 1, 2]),
+        "motif": torch.tensor([-1, 1, -1, -1]),
+        "grade": torch.tensor([-1, -1, -1, -1]),
+    }
     loss, right = label_loss(logits, labels | {"mask": torch.ones(7)})
     total = 0.0
     for name, y in labels.items():
         known = [i for i in range(4) if y[i] >= 0]
-        each = [math.log(sum(map(math.exp, logits[name][i].tolist()))) - float(logits[name][i, y[i]].detach()) for i in known]
+        each = [
+            math.log(sum(map(math.exp, logits[name][i].tolist()))) - float(logits[name][i, y[i]].detach())
+            for i in known
+        ]
         total += sum(each) / max(1, len(known)) / 3
-        hits = [int(max(range(CLASSES[name]), key=logits[name][i].tolist().__getitem__) == int(y[i])) for i in known]
+        hits = [
+            int(max(range(CLASSES[name]), key=logits[name][i].tolist().__getitem__) == int(y[i]))
+            for i in known
+        ]
         assert float(right[name]) == pytest.approx(sum(hits) / max(1, len(known)))
     assert float(loss.detach()) == pytest.approx(total, rel=1e-12)
     loss.backward()
@@ -88,7 +103,9 @@ def test_a_slide_without_labels_changes_nothing(heads, gen):
     labels = {n: torch.tensor([0, 1, 1]) for n in CLASSES}
     loss, right = label_loss(classify(heads, tokens), labels)
     far = torch.cat([tokens, torch.full((1, 6, D), 50.0, dtype=torch.float64)])
-    more, again = label_loss(classify(heads, far), {n: torch.cat([y, torch.tensor([-1])]) for n, y in labels.items()})
+    more, again = label_loss(
+        classify(heads, far), {n: torch.cat([y, torch.tensor([-1])]) for n, y in labels.items()}
+    )
     torch.testing.assert_close(more, loss, rtol=1e-12, atol=0)
     assert {n: float(r) for n, r in again.items()} == {n: float(r) for n, r in right.items()}
 
@@ -119,15 +136,21 @@ def test_classes_of_a_table():
 
 
 def test_errors(heads, gen):
-    with pytest.raises(ValueError, match=re.escape("init_heads: needs labels of two classes or more, got {}")):
+    with pytest.raises(
+        ValueError, match=re.escape("init_heads: needs labels of two classes or more, got {}")
+    ):
         init_heads(D, {}, gen)
     with pytest.raises(ValueError, match=re.escape("two classes or more, got {'a': 2, 'b': 1}")):
         init_heads(D, {"a": 2, "b": 1}, gen)
     for shape in ((6, D), (2, 6, D + 1)):
-        with pytest.raises(ValueError, match=rf"classify: tokens must be \[b, k, 5\], got \[{', '.join(map(str, shape))}\]"):
+        with pytest.raises(
+            ValueError, match=rf"classify: tokens must be \[b, k, 5\], got \[{', '.join(map(str, shape))}\]"
+        ):
             classify(heads, torch.zeros(shape, dtype=torch.float64))
     logits = {"a": torch.zeros(3, 2)}
-    with pytest.raises(ValueError, match=r"label_loss: label 'a' must be \[3\], a class for each slide, got \[2\]"):
+    with pytest.raises(
+        ValueError, match=r"label_loss: label 'a' must be \[3\], a class for each slide, got \[2\]"
+    ):
         label_loss(logits, {"a": torch.zeros(2, dtype=torch.int64)})
     with pytest.raises(ValueError, match=r"label 'a' must be \[3\], a class for each slide, got only b"):
         label_loss(logits, {"b": torch.zeros(3, dtype=torch.int64)})

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from medvl.language import images
-from medvl.slides import maps as slide_maps
+from medvl.slides import maps
 from medvl.slides.maps import draw_map, draw_slots, draw_top, to_geojson, write_map
 from medvl.slides.relevance import percentiles, top_patches
 from tests.slides.test_relevance import routing
@@ -36,7 +36,9 @@ def _naive(over, count, r, scale):
     if scale == "percentile":
         return (over * percentiles(r)).sum(-1) / np.maximum(count, 1)
     mean = (over * np.where(r > 0, r, 0)).sum(-1) / np.maximum(count, 1)
-    return np.array([[max(0.0, 1 + math.log10(v / mean.max()) / 4) if v > 0 else 0.0 for v in row] for row in mean])
+    return np.array(
+        [[max(0.0, 1 + math.log10(v / mean.max()) / 4) if v > 0 else 0.0 for v in row] for row in mean]
+    )
 
 
 @pytest.mark.parametrize("scale", ["share", "percentile"])
@@ -45,18 +47,28 @@ def test_map_is_the_naive_one_over_the_thumbnail(scale):
     r[:20] *= 10.0 ** -np.arange(20)  # over more than the four powers of ten
     rng = np.random.default_rng(2)
     thumbnail = rng.integers(0, 255, (250, 500, 3)).astype(np.uint8)
-    drawn = np.asarray(draw_map(r, coords, 100, thumbnail=thumbnail, level0_size=(1000, 500), size=500, scale=scale))[:250]
+    drawn = np.asarray(
+        draw_map(r, coords, 100, thumbnail=thumbnail, level0_size=(1000, 500), size=500, scale=scale)
+    )[:250]
     over = _cover(coords, 100, 0.5, (250, 500))
     count = over.sum(-1)
     assert count.max() > 2
     assert (count == 0).any()
     mean = np.round(_naive(over, count, r, scale), 9)
-    wanted = np.where(count[..., None] > 0, 0.6 * thumbnail + 0.4 * 255 * slide_maps._colours()(mean)[..., :3], thumbnail)
+    wanted = np.where(
+        count[..., None] > 0, 0.6 * thumbnail + 0.4 * 255 * maps._colours()(mean)[..., :3], thumbnail
+    )
     assert np.abs(drawn - wanted).max() < 0.8  # rounded twice
     np.testing.assert_array_equal(drawn[count == 0], thumbnail[count == 0])  # untouched
     shuffled = np.random.default_rng(3).permutation(len(r))
     again = draw_map(
-        r[shuffled], coords[shuffled], 100, thumbnail=Image.fromarray(thumbnail), level0_size=(1000, 500), size=500, scale=scale
+        r[shuffled],
+        coords[shuffled],
+        100,
+        thumbnail=Image.fromarray(thumbnail),
+        level0_size=(1000, 500),
+        size=500,
+        scale=scale,
     )
     np.testing.assert_array_equal(np.asarray(again)[:250], drawn)
 
@@ -69,7 +81,7 @@ def test_slots_are_those_of_most_patches():
     over = _cover(coords, 100, 0.5, (250, 500))
     votes = np.stack([over[..., (w.argmax(1) == k) & w.any(1)].sum(-1) for k in range(6)], -1)
     best = np.where(votes.any(-1), votes.argmax(-1), 6)
-    colours = np.array([*slide_maps._slot_colours(6), slide_maps._TISSUE])
+    colours = np.array([*maps._slot_colours(6), maps._TISSUE])
     covered = over.any(-1)
     np.testing.assert_array_equal(drawn[covered], colours[best][covered])
     assert (best[covered] == 6).any()  # a patch without weight is grey
@@ -78,17 +90,17 @@ def test_slots_are_those_of_most_patches():
 def test_many_small_patches_leave_no_seam():
     side = 700
     coords = np.stack(np.meshgrid(np.arange(side), np.arange(side)), -1).reshape(-1, 2) * 256
-    canvas = slide_maps._canvas("f", len(coords), coords, 256, None, (side * 256, side * 256), 512, None)
-    covered = slide_maps._sums(canvas, np.ones(len(coords)))
+    canvas = maps._canvas("f", len(coords), coords, 256, None, (side * 256, side * 256), 512, None)
+    covered = maps._sums(canvas, np.ones(len(coords)))
     assert covered.shape == (512, 512)
     assert covered.min() >= 1  # less than a pixel each, and every pixel has one
     for corner in ([210, 210], [255.9 * side, 3]):  # between two pixels' middles, at the edge
-        one = slide_maps._canvas("f", 1, [corner], 256, None, (side * 256, side * 256), 512, None)
-        assert slide_maps._sums(one, np.ones(1)).sum() == 1
+        one = maps._canvas("f", 1, [corner], 256, None, (side * 256, side * 256), 512, None)
+        assert maps._sums(one, np.ones(1)).sum() == 1
 
 
 def test_slot_colours_are_apart():
-    colours = slide_maps._slot_colours(40)
+    colours = maps._slot_colours(40)
     assert len(set(colours[:32])) == 32
     assert colours[0] == (0, 0x72, 0xB2)
     assert colours[32:] == colours[:8]
@@ -97,9 +109,11 @@ def test_slot_colours_are_apart():
 
 
 def _texts(monkeypatch):
-    said, draw = [], slide_maps.ImageDraw.ImageDraw.text
+    said, draw = [], maps.ImageDraw.ImageDraw.text
     monkeypatch.setattr(
-        slide_maps.ImageDraw.ImageDraw, "text", lambda self, xy, text, *a, **k: (said.append(text), draw(self, xy, text, *a, **k))
+        maps.ImageDraw.ImageDraw,
+        "text",
+        lambda self, xy, text, *a, **k: (said.append(text), draw(self, xy, text, *a, **k)),
     )
     return said
 
@@ -108,7 +122,13 @@ def test_what_is_written_on_the_pictures(monkeypatch):
     said = _texts(monkeypatch)
     coords, _ = _slide(n=3)
     draw_map([1.0, 2.0, 7.0], [[0, 0], [200, 0], [800, 300]], 100, level0_size=(1000, 500), mpp=0.5, mark=2)
-    assert {"1", "2", "0.1 mm", "1/10,000 or less", "patch 1 holds 70.0 % of the relevance, the top 1 % (1 of 3) 70.0 %"} <= set(said)
+    assert {
+        "1",
+        "2",
+        "0.1 mm",
+        "1/10,000 or less",
+        "patch 1 holds 70.0 % of the relevance, the top 1 % (1 of 3) 70.0 %",
+    } <= set(said)
     assert "3" not in said
     said.clear()
     draw_map([-1.0, 0.0], None, 100)
@@ -122,8 +142,11 @@ def test_what_is_written_on_the_pictures(monkeypatch):
 def test_the_scale_bar_is_as_long_as_it_says(monkeypatch):
     said = _texts(monkeypatch)
     for mpp, mm in ((0.5, 0.2), (0.25, 0.1)):
-        plain, barred = (np.asarray(draw_map([1.0], [[0, 0]], 10, level0_size=(2000, 1000), size=1000, mpp=m)) for m in (None, mpp))
-        dark = ((barred[:500] == slide_maps._INK) & (plain[:500] != slide_maps._INK)).all(-1)
+        plain, barred = (
+            np.asarray(draw_map([1.0], [[0, 0]], 10, level0_size=(2000, 1000), size=1000, mpp=m))
+            for m in (None, mpp)
+        )
+        dark = ((barred[:500] == maps._INK) & (plain[:500] != maps._INK)).all(-1)
         assert abs(dark.sum(1).max() - 1000 * mm / mpp / 2) <= 1  # two level-0 pixels per pixel
         assert f"{mm} mm" in said
 
@@ -148,7 +171,10 @@ def test_pictures_refuse_what_is_not_this_slide():
             {"thumbnail": thumbnail, "level0_size": (500, 1000)},
             r"must begin inside of the slide, \[500.0, 1000.0\] level-0 pixels, got \d+ of 40",
         ),
-        ({"thumbnail": thumbnail.swapaxes(0, 1), "level0_size": whole}, r"show the whole slide, 1000 x 500, got one of 50 x 100"),
+        (
+            {"thumbnail": thumbnail.swapaxes(0, 1), "level0_size": whole},
+            r"show the whole slide, 1000 x 500, got one of 50 x 100",
+        ),
         ({"level0_size": (1000, 0)}, r"level0_size must be \(width, height\) > 0"),
         ({"mpp": 0.0}, r"patch_size and mpp must be > 0 and size >= 64, got 100, 0.0 and 1024"),
         ({"alpha": 1.5}, r"alpha must be in 0..1, got 1.5"),
@@ -192,7 +218,11 @@ def test_geojson_is_what_qupath_reads():
     assert shapes["type"] == "FeatureCollection"
     assert len(shapes["features"]) == 200
     for j, f in enumerate(shapes["features"]):
-        assert (f["type"], f["geometry"]["type"], f["properties"]["objectType"]) == ("Feature", "Polygon", "detection")
+        assert (f["type"], f["geometry"]["type"], f["properties"]["objectType"]) == (
+            "Feature",
+            "Polygon",
+            "detection",
+        )
         x = 64 * j
         assert f["geometry"]["coordinates"] == [[[x, 32], [x + 64, 32], [x + 64, 96], [x, 96], [x, 32]]]
         rank = 1 + (r > r[j]).sum()
@@ -225,7 +255,10 @@ def test_geojson_where_qupath_crops_the_slide():
     coords, r = _slide()
     moved = to_geojson(r, coords + np.array([12288, 2048]), 10, offset=(12288, 2048))
     assert moved == to_geojson(r, coords, 10)
-    with pytest.raises(ValueError, match=r"offset must be the slide's \(bounds-x, bounds-y\), got \(12288, 2048\); a patch at \["):
+    with pytest.raises(
+        ValueError,
+        match=r"offset must be the slide's \(bounds-x, bounds-y\), got \(12288, 2048\); a patch at \[",
+    ):
         to_geojson(r, coords, 10, offset=(12288, 2048))
 
 
@@ -233,7 +266,10 @@ def test_geojson_of_the_top_patches():
     coords, r = _slide()
     top = to_geojson(r, coords, 10.5, top=4, classes=[("hot", 0.0)])["features"]
     assert [f["properties"]["measurements"]["Relevance rank"] for f in top] == [1, 2, 3, 4]
-    assert top[0]["geometry"]["coordinates"][0][2] == [coords[r.argmax()][0] + 10.5, coords[r.argmax()][1] + 10.5]
+    assert top[0]["geometry"]["coordinates"][0][2] == [
+        coords[r.argmax()][0] + 10.5,
+        coords[r.argmax()][1] + 10.5,
+    ]
     assert {f["properties"]["classification"]["name"] for f in top} == {"hot"}
     with pytest.raises(ValueError, match="needs coords"):
         to_geojson(r, None, 10)
@@ -248,9 +284,17 @@ def test_a_map_in_files(tmp_path):
     coords, r = _slide()
     w, _ = routing(n=40)
     read = lambda x, y, side: Image.new("RGB", (side, side), "red")
-    into = write_map(tmp_path, "TCGA-1.DX1", r, w, coords, 100, top=5, read_region=read, level0_size=(1000, 500), size=200)
+    into = write_map(
+        tmp_path, "TCGA-1.DX1", r, w, coords, 100, top=5, read_region=read, level0_size=(1000, 500), size=200
+    )
     assert into == tmp_path / "TCGA-1.DX1"
-    assert sorted(f.name for f in into.iterdir()) == ["map.geojson", "map.png", "slots.png", "top.csv", "top.png"]
+    assert sorted(f.name for f in into.iterdir()) == [
+        "map.geojson",
+        "map.png",
+        "slots.png",
+        "top.csv",
+        "top.png",
+    ]
     for name, wanted in (
         ("map", draw_map(r, coords, 100, level0_size=(1000, 500), size=200, mark=5)),
         ("slots", draw_slots(w, coords, 100, level0_size=(1000, 500), size=200)),
@@ -271,7 +315,9 @@ def test_a_map_that_fails_writes_nothing(tmp_path):
     for name in ("", "..", "a/b", "a\\b"):
         with pytest.raises(ValueError, match="the name becomes that of a file"):
             write_map(tmp_path, name, r, w, coords, 100)
-    with pytest.raises(ValueError, match=r"weights must be \[40, k\], a row per patch of relevance, got 39 rows"):
+    with pytest.raises(
+        ValueError, match=r"weights must be \[40, k\], a row per patch of relevance, got 39 rows"
+    ):
         write_map(tmp_path, "a", r, w[1:], coords, 100)
     with pytest.raises(ValueError, match="draw_slots: weights"):
         write_map(tmp_path, "a", r, -w, coords, 100)
@@ -286,7 +332,13 @@ def test_over_a_real_slide(shared_data, tmp_path):
     coords = coords[np.array(grey) < 225]
     r = -np.linalg.norm(coords - [1200, 1400], axis=1) + 1000
     read = lambda x, y, side: slide.crop((x, y, x + side, y + side))
-    keys = {"thumbnail": slide.resize((555, 742)), "level0_size": slide.size, "mpp": 0.499, "size": 400, "read_region": read}
+    keys = {
+        "thumbnail": slide.resize((555, 742)),
+        "level0_size": slide.size,
+        "mpp": 0.499,
+        "size": 400,
+        "read_region": read,
+    }
     into = write_map(tmp_path, "cmu-1", r, np.random.default_rng(0).random((len(r), 16)), coords, 240, **keys)
     drawn = Image.open(into / "map.png")
     left = (drawn.width - 299) // 2

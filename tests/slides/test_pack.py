@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from medvl.base import files
-from medvl.slides import check as slide_check
+from medvl.slides import check
 from medvl.slides import features as slides
 from medvl.slides import pack as slide_store
 from medvl.slides.check import check_slides, describe
@@ -47,7 +47,12 @@ def test_what_is_packed_is_read(folder, tmp_path, caplog):
     packed = pack(files_of(source), tmp_path / "s.h5", encoder="uni_v1", size=4)
     assert packed == slide_store.Packed(done=4, skipped=0, patches=25, dropped=0, empty=1)
     store = pickle.loads(pickle.dumps(open_slides(tmp_path / "s.h5")))
-    assert (store.names, store.dims, store.dtype, store.encoder) == (("S0", "S1", "S2", "S3"), D, np.dtype("f2"), "uni_v1")
+    assert (store.names, store.dims, store.dtype, store.encoder) == (
+        ("S0", "S1", "S2", "S3"),
+        D,
+        np.dtype("f2"),
+        "uni_v1",
+    )
     for name, (x, xy) in made.items():
         xy = None if name == "S3" else xy
         slide, parts, about = store.read(name), list(store.chunks(name, 4)), store.about(name)
@@ -64,13 +69,25 @@ def test_what_is_packed_is_read(folder, tmp_path, caplog):
             np.testing.assert_array_equal(slide.coords, xy)
             np.testing.assert_array_equal(np.concatenate([xy[:0], *(p[1] for p in parts)]), xy)
         held = x.tobytes() + (b"" if xy is None else xy.astype("<i8").tobytes())
-        assert store.source(name) == (f"{name}.pt" if name == "S3" else f"{name}.h5", hashlib.sha256(held).hexdigest())
-    known = {n: (store.read(n).patch_size, store.read(n).magnification, store.read(n).encoder) for n in store.names}
-    assert known == {"S0": (512, 20, "uni_v1"), "S1": (512, 20, "uni_v1"), "S2": (512, None, "uni_v1"), "S3": (None, None, "uni_v1")}
+        assert store.source(name) == (
+            f"{name}.pt" if name == "S3" else f"{name}.h5",
+            hashlib.sha256(held).hexdigest(),
+        )
+    known = {
+        n: (store.read(n).patch_size, store.read(n).magnification, store.read(n).encoder) for n in store.names
+    }
+    assert known == {
+        "S0": (512, 20, "uni_v1"),
+        "S1": (512, 20, "uni_v1"),
+        "S2": (512, None, "uni_v1"),
+        "S3": (None, None, "uni_v1"),
+    }
     assert "the patch size of 1 slides (S2) was not said" in caplog.text
     with h5py.File(tmp_path / "s.h5") as f:  # plain h5py reads it
         row = f["rows"][2]
-        np.testing.assert_array_equal(f["features"][row["start"] : row["start"] + row["count"]], made["S2"][0])
+        np.testing.assert_array_equal(
+            f["features"][row["start"] : row["start"] + row["count"]], made["S2"][0]
+        )
         assert f["features"].shape == (25, D)
 
 
@@ -87,7 +104,10 @@ def test_overflow_names_the_slide_and_the_others_are_packed(folder, tmp_path):
     x = features(7, D)
     x[3, 2] = -70000
     np.save(source / "big.npy", x)
-    with pytest.raises(ValueError, match=r"s.h5: 4 slides are packed now, 1 of 5 cannot be: big: holds 70000, float16 ends at 65504") as e:
+    with pytest.raises(
+        ValueError,
+        match=r"s.h5: 4 slides are packed now, 1 of 5 cannot be: big: holds 70000, float16 ends at 65504",
+    ) as e:
         pack(files_of(source), tmp_path / "s.h5", encoder="uni_v1")
     assert "dtype='float32'" in str(e.value)
     assert open_slides(tmp_path / "s.h5").names == ("S0", "S1", "S2", "S3")
@@ -104,13 +124,17 @@ def test_overflow_names_the_slide_and_the_others_are_packed(folder, tmp_path):
 def test_slides_of_another_kind_are_refused(folder, tmp_path):
     source, _ = folder
     np.save(source / "wide.npy", features(3, D + 1))
-    with pytest.raises(ValueError, match=r"the same dims, found 6 \(4, such as S0\), 7 \(1, such as wide\); say dims="):
+    with pytest.raises(
+        ValueError, match=r"the same dims, found 6 \(4, such as S0\), 7 \(1, such as wide\); say dims="
+    ):
         pack(files_of(source), tmp_path / "s.h5", encoder="uni_v1")
     assert not (tmp_path / "s.h5").exists()
     write_trident(source / "virchow.h5", features(3, D), grid(3))
     with h5py.File(source / "virchow.h5", "r+") as f:
         f["features"].attrs["encoder"] = "virchow"
-    with pytest.raises(ValueError, match=r"the same encoder, found uni_v1 \(2, such as S0\), virchow \(1, such as virchow\)"):
+    with pytest.raises(
+        ValueError, match=r"the same encoder, found uni_v1 \(2, such as S0\), virchow \(1, such as virchow\)"
+    ):
         pack(files_of(source), tmp_path / "s.h5", dims=D)
     with pytest.raises(ValueError, match=r"4 slides are packed now, 2 of 6 cannot be") as e:
         pack(files_of(source), tmp_path / "s.h5", dims=D, encoder="uni_v1")
@@ -118,10 +142,14 @@ def test_slides_of_another_kind_are_refused(folder, tmp_path):
     assert "wide has 7 features per patch, the store 6" in str(e.value)
     np.save(source / "late.npy", features(3, D))  # says no encoder, and nobody says it for it
     with pytest.raises(
-        ValueError, match=r"0 slides are packed now, 1 of 1 cannot be: late does not say its encoder, .* say encoder='uni_v1'"
+        ValueError,
+        match=r"0 slides are packed now, 1 of 1 cannot be: late does not say its encoder, .* say encoder='uni_v1'",
     ):
         pack([source / "late.npy"], tmp_path / "s.h5")
-    with pytest.raises(ValueError, match="was made with other settings: dims 7, it has 6; encoder 'x', it has 'uni_v1'; dtype 'float32'"):
+    with pytest.raises(
+        ValueError,
+        match="was made with other settings: dims 7, it has 6; encoder 'x', it has 'uni_v1'; dtype 'float32'",
+    ):
         pack([source / "late.npy"], tmp_path / "s.h5", dims=7, encoder="x", dtype="float32")
     pack([source / "S3.pt"], tmp_path / "unknown.h5")
     with pytest.raises(ValueError, match="S0 is of the encoder 'uni_v1', the store's is 'unknown'"):
@@ -150,7 +178,9 @@ def test_bad_patches(folder, tmp_path, caplog):
     np.save(source / "bad.npy", x)
     with pytest.raises(ValueError, match=r"1 of 1 cannot be: .*bad.npy: patch 2 \(from 0\) holds NaN"):
         pack([source / "bad.npy"], tmp_path / "s.h5")
-    assert pack([source / "bad.npy"], tmp_path / "s.h5", drop=True) == slide_store.Packed(done=1, skipped=0, patches=7, dropped=2, empty=0)
+    assert pack([source / "bad.npy"], tmp_path / "s.h5", drop=True) == slide_store.Packed(
+        done=1, skipped=0, patches=7, dropped=2, empty=0
+    )
     assert "2 of 9 patches hold NaN" in caplog.text
     want = np.delete(x, [2, 5], 0)
     np.testing.assert_array_equal(open_slides(tmp_path / "s.h5").read("bad").features, want)
@@ -166,7 +196,9 @@ def test_more_slides_later(folder, tmp_path):
     assert pack(everything[2:], tmp_path / "s.h5", encoder="uni_v1").done == 2
     old = open_slides(tmp_path / "s.h5")
     was = {n: (old.read(n), old.source(n), old.about(n)) for n in old.names}
-    assert pack(everything, tmp_path / "s.h5", encoder="uni_v1") == slide_store.Packed(done=2, skipped=2, patches=11, dropped=0, empty=1)
+    assert pack(everything, tmp_path / "s.h5", encoder="uni_v1") == slide_store.Packed(
+        done=2, skipped=2, patches=11, dropped=0, empty=1
+    )
     store = open_slides(tmp_path / "s.h5")
     assert sorted(store.names) == ["S0", "S1", "S2", "S3"]
     for name, (slide, source_name, about) in was.items():
@@ -199,7 +231,10 @@ def test_a_slide_without_its_flag_is_absent(folder, tmp_path, monkeypatch):
         assert f["rows"]["done"].tolist() == [1, 0, 0]
         np.testing.assert_array_equal(f["features"][11:20], made["S3"][0])
     assert open_slides(tmp_path / "s.h5").names == ("S0",)
-    assert pack([source / "S0.h5", source / "S3.pt", source / "S2.h5"], tmp_path / "s.h5", encoder="uni_v1").done == 2
+    assert (
+        pack([source / "S0.h5", source / "S3.pt", source / "S2.h5"], tmp_path / "s.h5", encoder="uni_v1").done
+        == 2
+    )
     for name in ("S0", "S3", "S2"):
         np.testing.assert_array_equal(open_slides(tmp_path / "s.h5").read(name).features, made[name][0])
 
@@ -210,7 +245,9 @@ def test_a_killed_packer_loses_nothing_that_was_done(tmp_path):
     for i in range(60):
         np.save(tmp_path / "in" / f"n{i:02}.npy", features(3000, 64, "f2", i))
     out = tmp_path / "killed.h5"
-    run = multiprocessing.get_context("spawn").Process(target=pack, args=(sorted((tmp_path / "in").iterdir()), out))
+    run = multiprocessing.get_context("spawn").Process(
+        target=pack, args=(sorted((tmp_path / "in").iterdir()), out)
+    )
     run.start()
     until = time.monotonic() + 60
     while time.monotonic() < until and not (out.exists() and len(open_slides(out).names) > 3):
@@ -221,7 +258,9 @@ def test_a_killed_packer_loses_nothing_that_was_done(tmp_path):
     done = open_slides(out).names
     assert 3 < len(done) < 60
     for name in done:
-        np.testing.assert_array_equal(open_slides(out).read(name).features, np.load(tmp_path / "in" / f"{name}.npy"))
+        np.testing.assert_array_equal(
+            open_slides(out).read(name).features, np.load(tmp_path / "in" / f"{name}.npy")
+        )
     packed = pack(sorted((tmp_path / "in").iterdir()), out)
     assert (packed.done, packed.skipped) == (60 - len(done), len(done))
     pack(sorted((tmp_path / "in").iterdir()), tmp_path / "whole.h5")
@@ -238,7 +277,12 @@ def test_a_store_is_not_one_slide(folder, tmp_path):
     """Its slides would be laid over each other."""
     pack(files_of(folder[0]), tmp_path / "store.h5", encoder="uni_v1")
     said = r"store.h5: is a packed store of \d slides, not one slide"
-    for read in (slides.read_slide, slides.about_slide, slides.count_bad, lambda path: next(slides.chunks(path))):
+    for read in (
+        slides.read_slide,
+        slides.about_slide,
+        slides.count_bad,
+        lambda path: next(slides.chunks(path)),
+    ):
         with pytest.raises(ValueError, match=said):
             read(tmp_path / "store.h5")
     with pytest.raises(ValueError, match=said):
@@ -283,7 +327,9 @@ def test_a_changed_file_is_packed_again(folder, tmp_path, caplog):
     pack(everything, out, encoder="uni_v1")
     os.utime(source / "S2.h5", (1, 1))  # the same content
     same = out.read_bytes()
-    assert pack(everything, out, encoder="uni_v1") == slide_store.Packed(done=0, skipped=4, patches=0, dropped=0, empty=0)
+    assert pack(everything, out, encoder="uni_v1") == slide_store.Packed(
+        done=0, skipped=4, patches=0, dropped=0, empty=0
+    )
     assert out.read_bytes() == same
     other = features(5, D, "f4", 99)
     write_clam(source / "S2.h5", other, made["S2"][1])  # as many patches, other numbers
@@ -306,7 +352,9 @@ def test_a_store_of_before_has_no_keys_of_its_files(folder, tmp_path, monkeypatc
     assert pack(files_of(source)[:3], tmp_path / "s.h5", encoder="uni_v1").skipped == 3
     write_clam(source / "S2.h5", features(5, D, "f4", 99), made["S2"][1])
     assert pack(files_of(source), tmp_path / "s.h5", encoder="uni_v1").done == 2
-    np.testing.assert_array_equal(open_slides(tmp_path / "s.h5").read("S2").features, features(5, D, "f4", 99).astype("f2"))
+    np.testing.assert_array_equal(
+        open_slides(tmp_path / "s.h5").read("S2").features, features(5, D, "f4", 99).astype("f2")
+    )
 
 
 def test_a_check_without_questions_looks_at_everything(folder, tmp_path, capsys):
@@ -334,9 +382,16 @@ def test_a_check_without_questions_looks_at_everything(folder, tmp_path, capsys)
 def test_a_check_goes_on_behind_a_malformed_record(folder, tmp_path, capsys):
     source, _ = folder
     good = {"slide_id": "S0", "question": "Which?", "answer": "fat"}
-    (tmp_path / "a.json").write_text(json.dumps([good, {"slide_id": "S1"}, good | {"slide_id": "S2"}, good | {"slide_id": "none"}]))
+    (tmp_path / "a.json").write_text(
+        json.dumps([good, {"slide_id": "S1"}, good | {"slide_id": "S2"}, good | {"slide_id": "none"}])
+    )
     (tmp_path / "b.json").write_text("[")
-    assert ask.slides("check", str(source), (str(tmp_path / "b.json"), str(tmp_path / "a.json")), "", 0, "", False) == 3
+    assert (
+        ask.slides(
+            "check", str(source), (str(tmp_path / "b.json"), str(tmp_path / "a.json")), "", 0, "", False
+        )
+        == 3
+    )
     out = capsys.readouterr().out
     assert f"cannot be read: {tmp_path / 'b.json'}: neither JSON nor a CSV" in out
     assert "a.json: 1 faulty records\n  2: must be an object with the texts slide_id, question, answer" in out
@@ -360,7 +415,9 @@ def test_stores_that_are_none(folder, tmp_path):
     source, _ = folder
     with pytest.raises(ValueError, match="no such file"):
         open_slides(tmp_path / "none.h5")
-    with pytest.raises(ValueError, match="must be a store of format medvl-slides and version 1, found None and None"):
+    with pytest.raises(
+        ValueError, match="must be a store of format medvl-slides and version 1, found None and None"
+    ):
         open_slides(source / "S0.h5")
     pack(files_of(source), tmp_path / "s.h5", encoder="uni_v1")
     store = open_slides(tmp_path / "s.h5")
@@ -390,7 +447,14 @@ def test_everything_that_is_wrong_is_listed(folder, tmp_path):
     np.save(source / "nobody.npy", x)
     names = ["./T/S0.csv", "S1", "S2", "S3", "wide", "bad", "vector", "pickled", "virchow", "S", "none"]
     found = check_slides(source, {n: f"a.json, line {i}" for i, n in enumerate(names, 1)})
-    assert (found.wanted, found.found, found.dims, found.encoder, found.unknown, found.ok) == (11, 6, D, "uni_v1", 1, False)
+    assert (found.wanted, found.found, found.dims, found.encoder, found.unknown, found.ok) == (
+        11,
+        6,
+        D,
+        "uni_v1",
+        1,
+        False,
+    )
     assert found.missing == {"S": "a.json, line 10", "none": "a.json, line 11"}
     assert found.duplicates == {"S2": [str(source / "S2.csv"), str(source / "S2.h5")]}
     assert found.unreadable.keys() == {"vector", "pickled"}
@@ -443,13 +507,19 @@ def test_a_csv_whose_features_must_be_told(tmp_path):
 
 def test_real_files(shared_data, tmp_path):
     folder = shared_data / "pathology" / "gigapath"
-    pack([folder / "prov_normal_000_1_trident_style.h5", folder / "prov_normal_000_1.npy"], tmp_path / "s.h5", dtype="float32")
+    pack(
+        [folder / "prov_normal_000_1_trident_style.h5", folder / "prov_normal_000_1.npy"],
+        tmp_path / "s.h5",
+        dtype="float32",
+    )
     store = open_slides(tmp_path / "s.h5")
     both = [store.read(n) for n in ("prov_normal_000_1", "prov_normal_000_1_trident_style")]
     np.testing.assert_array_equal(both[0].features[1:], both[1].features)
-    np.testing.assert_array_equal(both[1].features, slides.read_slide(folder / "prov_normal_000_1_trident_style.h5").features)
+    np.testing.assert_array_equal(
+        both[1].features, slides.read_slide(folder / "prov_normal_000_1_trident_style.h5").features
+    )
     assert both[1].patch_size == 16
     asked = json.loads((shared_data / "pathology" / "slidechat_train_data_example.json").read_text())
     found = check_slides(folder, {r["image"][0]: r["id"] for r in asked})
     assert found.missing == {r["image"][0]: r["id"] for r in asked}
-    assert "prov_normal_000_1" in slide_check.check_slides(folder, {"prov_normal_000_1": "here"}).duplicates
+    assert "prov_normal_000_1" in check.check_slides(folder, {"prov_normal_000_1": "here"}).duplicates

@@ -44,7 +44,13 @@ def test_slidebench(write, caplog):
     assert one.choices == {"A": "None", "B": "NA", "C": "High"}
     assert texts(one) == ["<image>\nWhich grade, please?\nA. None\nB. NA\nC. High", "C. High"]
     assert [m["role"] for m in one.messages] == ["user", "assistant"]
-    assert (one.id, one.answer, one.category, one.task, one.row) == ("0", "C", ("Diagnosis", "Grading"), "BLCA", 1)
+    assert (one.id, one.answer, one.category, one.task, one.row) == (
+        "0",
+        "C",
+        ("Diagnosis", "Grading"),
+        "BLCA",
+        1,
+    )
     assert one.slides == one.names == ("TCGA-GV-A40G-01Z-00-DX1",)
     assert (two.row, [*two.choices]) == (2, ["A", "B", "C", "D"])
     (er,) = read_slide_talks(write(BCNB))
@@ -58,7 +64,12 @@ def test_conversations_keep_every_turn_and_have_the_slide_first(write):
         human("What is it?\n<image>", "A tumor. "),
         human("<image>\nWhat is it?", "A tumor.", id=3, image="a/b.pt"),
         human(
-            "x", "", id="m", image=["a.csv", "b.csv"], conversations=turns("Two <image> slides?", "Yes.", "Which? A. x B. y", "B: y "), n=1
+            "x",
+            "",
+            id="m",
+            image=["a.csv", "b.csv"],
+            conversations=turns("Two <image> slides?", "Yes.", "Which? A. x B. y", "B: y "),
+            n=1,
         ),
     ]
     one, two, three = read_slide_talks(write(records))
@@ -66,7 +77,12 @@ def test_conversations_keep_every_turn_and_have_the_slide_first(write):
     assert (one.slides, one.names, one.choices, one.answer) == (("./BLCA/s.csv",), ("s",), {}, "A tumor.")
     assert (two.id, two.slides, two.names) == ("3", ("a/b.pt",), ("b",))
     assert texts(three) == ["<image>\n<image>\nTwo\nslides?", "Yes.", "Which? A. x B. y", "B: y"]
-    assert (three.names, three.choices, three.answer, three.extra) == (("a", "b"), {"A": "x", "B": "y"}, "B", {"n": 1})
+    assert (three.names, three.choices, three.answer, three.extra) == (
+        ("a", "b"),
+        {"A": "x", "B": "y"},
+        "B",
+        {"n": 1},
+    )
 
 
 def test_the_simple_formats(write):
@@ -75,22 +91,46 @@ def test_the_simple_formats(write):
     assert (caption.slides, caption.names, caption.answer) == (("f/s1.pt",), ("s1",), "Two nodes.")
     (other,) = read_slide_talks(write("slide_id,caption\ns1,Two nodes.\n"), describe="What?")
     assert (texts(other)[0], other.slides) == ("<image>\nWhat?", ("s1",))
-    (question,) = read_slide_talks(write([{"slide_id": "s1", "question": "What?", "answer": "A node", "features_path": "f.npy", "k": 1}]))
+    (question,) = read_slide_talks(
+        write([{"slide_id": "s1", "question": "What?", "answer": "A node", "features_path": "f.npy", "k": 1}])
+    )
     assert texts(question) == ["<image>\nWhat?", "A node"]
     assert (question.slides, question.extra) == (("f.npy",), {"k": 1})
-    sample = {"slide_id": "s1", "question": "Which?", "choices": ["A) x", "B) y"], "answer": "B", "category": "Grading"}
+    sample = {
+        "slide_id": "s1",
+        "question": "Which?",
+        "choices": ["A) x", "B) y"],
+        "answer": "B",
+        "category": "Grading",
+    }
     (bench,) = read_slide_talks(write({"samples": [sample]}))
     assert texts(bench) == ["<image>\nWhich?\nA. x\nB. y", "B. y"]
     assert (bench.choices, bench.answer, bench.category) == ({"A": "x", "B": "y"}, "B", ("Grading",))
-    (plain,) = read_slide_talks(write({"samples": [sample | {"choices": ["x", "y"], "answer": "y", "category": ["Diagnosis", "Grading"]}]}))
-    assert (plain.choices, plain.answer, plain.category) == ({"A": "x", "B": "y"}, "B", ("Diagnosis", "Grading"))
+    (plain,) = read_slide_talks(
+        write(
+            {
+                "samples": [
+                    sample | {"choices": ["x", "y"], "answer": "y", "category": ["Diagnosis", "Grading"]}
+                ]
+            }
+        )
+    )
+    assert (plain.choices, plain.answer, plain.category) == (
+        {"A": "x", "B": "y"},
+        "B",
+        ("Diagnosis", "Grading"),
+    )
 
 
 @pytest.mark.parametrize("given", [["A) x", "B) y"], ["x", "y"], {"A": "x", "B": "y"}])
 def test_a_plain_list_with_choices_is_no_open_question(write, given):
     question = {"slide_id": "s1", "question": "Which?", "answer": "y"}
     closed, open_ = read_slide_talks(write([question | {"choices": given}, question]))
-    assert (closed.choices, closed.answer, texts(closed)[0]) == ({"A": "x", "B": "y"}, "B", "<image>\nWhich?\nA. x\nB. y")
+    assert (closed.choices, closed.answer, texts(closed)[0]) == (
+        {"A": "x", "B": "y"},
+        "B",
+        "<image>\nWhich?\nA. x\nB. y",
+    )
     assert (open_.choices, open_.answer) == ({}, "y")
     with pytest.raises(ValueError, match=r"row 1: options must be called \"choices\", found 'options'"):
         read_slide_talks(write([question | {"options": given}]))
@@ -98,7 +138,12 @@ def test_a_plain_list_with_choices_is_no_open_question(write, given):
 
 def test_wsi_vqa(write):
     records = [
-        {"Id": "TCGA-PL-A8LZ", "Question": "Which?", "Choice": ["grade 1", "grade 2", "grade 3"], "Answer": "Grade 3."},
+        {
+            "Id": "TCGA-PL-A8LZ",
+            "Question": "Which?",
+            "Choice": ["grade 1", "grade 2", "grade 3"],
+            "Answer": "Grade 3.",
+        },
         {"Id": "TCGA-PL-A8LZ", "Question": "What?", "Answer": "A lobular carcinoma."},
     ]
     closed, free = read_slide_talks(write(records))
@@ -111,8 +156,14 @@ FAULTS = [
     (human("Which? A. x B. y D. w", "A. x"), "an option letter that is missing: C"),
     (human("Which? A. x B. C. z", "A. x"), "an option without text: B"),
     (human("Which? A. x B. X.", "A"), "options with one text: A, B"),
-    (human("Which? A. x B. y", "C. z"), 'an answer that is not among the options, or says none of them clearly: "C. z"'),
-    (human("Which? A. x B. y", "A. y"), 'an answer that is not among the options, or says none of them clearly: "A. y"'),
+    (
+        human("Which? A. x B. y", "C. z"),
+        'an answer that is not among the options, or says none of them clearly: "C. z"',
+    ),
+    (
+        human("Which? A. x B. y", "A. y"),
+        'an answer that is not among the options, or says none of them clearly: "A. y"',
+    ),
     (human("What?", " "), "an empty answer"),
     (human("<image>", "x"), "an empty question"),
     (human("What?", "x", image=[]), "no slide"),
@@ -151,9 +202,13 @@ def test_faults_of_tables_and_structure(write):
     gap = TCGA.replace("NA,High,,C", ",High,w,C")
     assert [f.what for f in check_slide_talks(write(gap))] == ["an option letter that is missing: B"]
     assert read_slide_talks(write(gap))[0].choices == {"A": "None", "C": "High", "D": "w"}
-    assert [f.what for f in check_slide_talks(write(TCGA.replace("\n1,", "\n0,")))] == ["an id that is there before: 0"]
+    assert [f.what for f in check_slide_talks(write(TCGA.replace("\n1,", "\n0,")))] == [
+        "an id that is there before: 0"
+    ]
     broken = [human("What?\n<image>", "x"), {"id": "b", "conversations": "no"}]
-    assert [(f.row, f.what[:25]) for f in check_slide_talks(write(broken))] == [(2, 'must have "conversations"')]
+    assert [(f.row, f.what[:25]) for f in check_slide_talks(write(broken))] == [
+        (2, 'must have "conversations"')
+    ]
 
 
 @pytest.mark.parametrize(
@@ -162,13 +217,25 @@ def test_faults_of_tables_and_structure(write):
         ([human("What?", "x"), 5], 'row 2: must have "conversations"'),
         ([{"conversations": [{"from": "human"}]}], 'row 1: must have "conversations"'),
         ([human("What?", "x", conversations=turns("What?"))], "row 1: needs a turn of the assistant"),
-        ([human("What?", "x", conversations=turns("a", "b", "c"))], "row 1: roles must be user and assistant in turn"),
+        (
+            [human("What?", "x", conversations=turns("a", "b", "c"))],
+            "row 1: roles must be user and assistant in turn",
+        ),
         ([human("What?", 5)], "row 1: message 1 must be"),
         ([human("What?", "<image>")], "row 1: only the user's texts may hold <image>"),
         ([human("What?", "x", image=5)], 'row 1: "image" must be a name or a list of names, got 5'),
-        ([{"slide_id": "s", "question": "q<image>", "answer": "a"}], "row 1: question and answer must not hold <image>"),
-        ([{"slide_id": "s", "question": "q", "answer": "a"}, {"slide_id": "s"}], "row 2: must be an object with the texts slide_id"),
-        ({"samples": [{"slide_id": "s", "question": "q", "answer": "a", "choices": "A"}]}, 'row 1: "choices" must be a list of texts'),
+        (
+            [{"slide_id": "s", "question": "q<image>", "answer": "a"}],
+            "row 1: question and answer must not hold <image>",
+        ),
+        (
+            [{"slide_id": "s", "question": "q", "answer": "a"}, {"slide_id": "s"}],
+            "row 2: must be an object with the texts slide_id",
+        ),
+        (
+            {"samples": [{"slide_id": "s", "question": "q", "answer": "a", "choices": "A"}]},
+            'row 1: "choices" must be a list of texts',
+        ),
         ([{"Id": "s", "Question": "q", "Answer": "a", "Choice": "A"}], 'row 1: "Choice" must be a list'),
         ({"sample": []}, "none of the formats that are read"),
         ([], "none of the formats that are read"),
@@ -185,21 +252,49 @@ def test_what_cannot_be_read_is_said(write, content, message):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        (human("Grade?", "High", rejected_response="Low"), 'must not have "rejected_response": pairs of a better and a worse answer'),
+        (
+            human("Grade?", "High", rejected_response="Low"),
+            'must not have "rejected_response": pairs of a better and a worse answer',
+        ),
         (human("Grade?", "High", videos=["a.mp4"]), 'must not have "videos": videos are not read'),
         (human("Grade?", "High", label=False), 'must not have "label": false: by KTO'),
-        (human("Grade?", "High", system="Answer in German."), 'must not have "system": every turn must be one of the conversation'),
+        (
+            human("Grade?", "High", system="Answer in German."),
+            'must not have "system": every turn must be one of the conversation',
+        ),
         (human("Grade?", "High", images=["t.csv"]), 'must not have "images": slides are read from "image"'),
-        (human("Where is <bbox>?", "Here"), "the tag <bbox> of the user stands for something that is not read"),
-        ({"image": "s.csv", "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!", "loss": True}]}, '"loss"'),
-        ({"slide_id": "s", "question": "Grade?", "answer": "High", "rejected": "Low"}, 'must not have "rejected"'),
-        ({"Id": "s", "Question": "Grade?", "Answer": "High", "objects": {"bbox": [[1, 2, 3, 4]]}}, 'must not have "objects"'),
+        (
+            human("Where is <bbox>?", "Here"),
+            "the tag <bbox> of the user stands for something that is not read",
+        ),
+        (
+            {
+                "image": "s.csv",
+                "conversations": [
+                    {"from": "human", "value": "?"},
+                    {"from": "gpt", "value": "!", "loss": True},
+                ],
+            },
+            '"loss"',
+        ),
+        (
+            {"slide_id": "s", "question": "Grade?", "answer": "High", "rejected": "Low"},
+            'must not have "rejected"',
+        ),
+        (
+            {"Id": "s", "Question": "Grade?", "Answer": "High", "objects": {"bbox": [[1, 2, 3, 4]]}},
+            'must not have "objects"',
+        ),
     ],
 )
 def test_keys_and_tags_that_are_not_honoured(write, record, message):
     good = {"id": "g", "label": "pT2", "videos": [], "rejected": None, "remark": "x"}
     plain = "conversations" not in record
-    first = {k: "s" for k in record if k not in ("rejected", "objects")} if plain else human("<image>Grade?", "High")
+    first = (
+        {k: "s" for k in record if k not in ("rejected", "objects")}
+        if plain
+        else human("<image>Grade?", "High")
+    )
     path = write([good | first, record])
     with pytest.raises(ValueError, match=f"file, row 2: .*{message}"):
         read_slide_talks(path)
@@ -224,7 +319,9 @@ def test_options_of_reading_are_checked(write):
 
 
 def test_digests(write):
-    assert files.file_digest(write("abc")) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert (
+        files.file_digest(write("abc")) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    )
     assert published_as("668d063d" + "0" * 52 + "020b").startswith("SlideBench-VQA-TCGA")
     assert published_as("668d063d" + "0" * 52 + "020c") == ""
     assert published_as("8dcd8a9b" + "0" * 52 + "f8e5").startswith("SlideInstruct stage 2")
@@ -239,7 +336,11 @@ def test_the_real_training_example(shared_data):
     path = shared_data / "pathology" / "slidechat_train_data_example.json"
     assert check_slide_talks(path) == []
     talks = read_slide_talks(path)
-    assert [t.names for t in talks] == [("TCGA-A7-A0CJ-01Z-00-DX2",), ("TCGA-AR-A255-01Z-00-DX1",), ("TCGA-A7-A6VV-01Z-00-DX2",)]
+    assert [t.names for t in talks] == [
+        ("TCGA-A7-A0CJ-01Z-00-DX2",),
+        ("TCGA-AR-A255-01Z-00-DX1",),
+        ("TCGA-A7-A6VV-01Z-00-DX2",),
+    ]
     assert all(texts(t)[0].startswith("<image>\n") and texts(t)[0].count("<image>") == 1 for t in talks)
     assert all(texts(t)[1] == texts(t)[1].strip() == t.answer and not t.choices for t in talks)
 

@@ -18,7 +18,9 @@ CFG = CompressConfig(dim=12, slots=3, hidden=5)
 
 def _expert(d, hidden):
     module = nn.Module()
-    module.net = nn.Sequential(nn.Linear(d, hidden), nn.GELU(), nn.Dropout(0.25), nn.Linear(hidden, d), nn.LayerNorm(d))
+    module.net = nn.Sequential(
+        nn.Linear(d, hidden), nn.GELU(), nn.Dropout(0.25), nn.Linear(hidden, d), nn.LayerNorm(d)
+    )
     return module
 
 
@@ -73,7 +75,11 @@ def test_checkpoint_of_pretraining(reference, state, gen, tmp_path):
 @pytest.mark.parametrize("name", ["c.pt", "c.bin", "c.safetensors"])
 def test_what_is_written_is_what_the_reference_reads(reference, state, gen, tmp_path, name):
     write_compressor(read_compressor_of(state, tmp_path), tmp_path / name)
-    written = load_file(tmp_path / name) if name.endswith("safetensors") else torch.load(tmp_path / name, weights_only=True)
+    written = (
+        load_file(tmp_path / name)
+        if name.endswith("safetensors")
+        else torch.load(tmp_path / name, weights_only=True)
+    )
     for p in reference.parameters():
         p.data.zero_()
     reference.load_state_dict(written)
@@ -89,27 +95,39 @@ def read_compressor_of(state, tmp_path):
 def test_dtype_and_file_size(state, gen, tmp_path):
     params = init_compress(CFG, gen)
     write_compressor(params, tmp_path / "c.pt")
-    assert (tmp_path / "c.pt").stat().st_size < 4 * tree.count(params) + 12_000  # views of stacked experts are not saved whole
+    assert (tmp_path / "c.pt").stat().st_size < 4 * tree.count(
+        params
+    ) + 12_000  # views of stacked experts are not saved whole
     _, half, _ = read_compressor(tmp_path / "c.pt", dtype=torch.bfloat16)
     assert {t.dtype for t in tree.flatten(half).values()} == {torch.bfloat16}
 
 
 def _broken(state, **changes):
-    return {k: t for k, t in (state | {k.replace("__", "."): t for k, t in changes.items()}).items() if t is not None}
+    return {
+        k: t
+        for k, t in (state | {k.replace("__", "."): t for k, t in changes.items()}).items()
+        if t is not None
+    }
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"gate__bias": None}, r"must hold 3 experts: missing gate.bias, unexpected none"),
-        ({"experts__1__net__3__bias": None, "experts__2__net__4__weight": None}, r"missing experts.1.net.3.bias, experts.2.net.4.weight"),
+        (
+            {"experts__1__net__3__bias": None, "experts__2__net__4__weight": None},
+            r"missing experts.1.net.3.bias, experts.2.net.4.weight",
+        ),
         ({"experts__3__net__0__bias": torch.zeros(5)}, r"missing none, unexpected experts.3.net.0.bias"),
         ({"experts__0__net__1__weight": torch.zeros(5)}, r"unexpected experts.0.net.1.weight"),
         ({"classifier__weight": torch.zeros(5)}, r"unexpected classifier.weight"),
         ({"gate__weight": None}, r"missing gate.weight"),
         ({"gate__weight": torch.zeros(3)}, r"gate.weight must be \[slots, dim\]"),
         ({"gate__bias": torch.zeros(4)}, r"gate.bias must be \[3\], got \[4\]"),
-        ({"experts__2__net__0__weight": torch.zeros(6, 12)}, r"experts.2.net.0.weight must be \[5, 12\], got \[6, 12\]"),
+        (
+            {"experts__2__net__0__weight": torch.zeros(6, 12)},
+            r"experts.2.net.0.weight must be \[5, 12\], got \[6, 12\]",
+        ),
         ({"gate__bias": torch.tensor([0.0, torch.nan, 0.0])}, r"gate.bias must be finite"),
         ({"gate__bias": torch.zeros(3, dtype=torch.int64)}, r"gate.bias must hold floating point"),
     ],
@@ -130,7 +148,11 @@ def test_other_files(state, gen, tmp_path):
         read_compressor(tmp_path / "no.pt")
     with pytest.raises(ValueError, match=r"must end in .pt, .pth, .bin, .safetensors, got c.npy"):
         read_compressor(tmp_path / "c.npy")
-    for name, content in [("bomb.pt", pickle.dumps({"gate.weight": Bomb()}, 2)), ("cut.pt", b"PK\x03\x04abc"), ("empty.pt", b"")]:
+    for name, content in [
+        ("bomb.pt", pickle.dumps({"gate.weight": Bomb()}, 2)),
+        ("cut.pt", b"PK\x03\x04abc"),
+        ("empty.pt", b""),
+    ]:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=r"is not a file of plain tensors, or broken"):
             read_compressor(tmp_path / name)
@@ -156,7 +178,9 @@ def test_names_as_wrappers_write_them(state, tmp_path, prefix, wrap):
 
 def test_a_checkpoint_with_numpy_metrics_says_how_to_read_it(state, tmp_path):
     torch.save({"model_state_dict": state, "best_auc": np.float64(0.9)}, tmp_path / "best.pt")
-    with pytest.raises(ValueError, match=r"best.pt holds NumPy numbers beside its weights, such as metrics.*best_weights.pt") as e:
+    with pytest.raises(
+        ValueError, match=r"best.pt holds NumPy numbers beside its weights, such as metrics.*best_weights.pt"
+    ) as e:
         read_compressor(tmp_path / "best.pt")
     exec(str(e.value).split('python -c "')[1].rstrip('"'))
     read_compressor(tmp_path / "best_weights.pt")
@@ -166,8 +190,12 @@ def test_what_cannot_be_written(gen, tmp_path):
     params = init_compress(CFG, gen)
     with pytest.raises(ValueError, match=r"must end in .pt, .pth, .bin, got c.safetensors"):
         write_compressor(params, tmp_path / "c.safetensors", rest={})
-    with pytest.raises(ValueError, match="must be those of kind moe, gate and experts, got mu, scale, experts"):
-        write_compressor(init_compress(CompressConfig(kind="soft_moe", dim=4, slots=2, hidden=3), gen), tmp_path / "c.pt")
+    with pytest.raises(
+        ValueError, match="must be those of kind moe, gate and experts, got mu, scale, experts"
+    ):
+        write_compressor(
+            init_compress(CompressConfig(kind="soft_moe", dim=4, slots=2, hidden=3), gen), tmp_path / "c.pt"
+        )
     with pytest.raises(ValueError, match=r"must not begin with compressor\., got compressor.gate.weight"):
         write_compressor(params, tmp_path / "c.pt", rest={"compressor.gate.weight": torch.zeros(1)})
     params["gate"]["bias"][1] = torch.inf
@@ -191,7 +219,11 @@ def test_projector(gen, tmp_path, name):
     write_projector(params, tmp_path / name)
     again = read_projector(tmp_path / name)[1]
     assert all(torch.equal(t, tree.flatten(again)[n]) for n, t in tree.flatten(params).items())
-    written = load_file(tmp_path / name) if name.endswith("safetensors") else torch.load(tmp_path / name, weights_only=True)
+    written = (
+        load_file(tmp_path / name)
+        if name.endswith("safetensors")
+        else torch.load(tmp_path / name, weights_only=True)
+    )
     assert written.keys() == peer.state_dict().keys()
 
 
@@ -207,7 +239,11 @@ def test_projector(gen, tmp_path, name):
 )
 def test_projectors_that_do_not_fit(gen, changes, message, tmp_path):
     params = init_project(ProjectConfig(inputs=6, hidden=9, outputs=4), gen)
-    state = {f"proj.{i}.{kind}": params[n][kind] for i, n in ((0, "up"), (2, "down")) for kind in ("weight", "bias")}
+    state = {
+        f"proj.{i}.{kind}": params[n][kind]
+        for i, n in ((0, "up"), (2, "down"))
+        for kind in ("weight", "bias")
+    }
     torch.save(_broken(state, **changes), tmp_path / "p.pt")
     with pytest.raises(ValueError, match=message):
         read_projector(tmp_path / "p.pt")

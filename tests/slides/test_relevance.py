@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from medvl.slides import relevance as sr
+from medvl.slides import relevance
 from medvl.slides.relevance import TopPatch, patch_relevance, relevance_chunk, top_patches
 
 
@@ -22,15 +22,17 @@ def routing(n=50, k=6, seed=0):
 def test_gradient_attribution_of_a_linear_score(gen):
     x, slope = (torch.randn(5, 3, generator=gen, dtype=torch.float64) for _ in range(2))
     weight = torch.nn.Parameter(slope.clone())
-    found = sr.gradient_attribution(lambda v: (v * weight).sum() + 7, x, signed=True)
+    found = relevance.gradient_attribution(lambda v: (v * weight).sum() + 7, x, signed=True)
     torch.testing.assert_close(found, (slope * x).sum(-1))
     assert (found < 0).any()
-    torch.testing.assert_close(sr.gradient_attribution(lambda v: (v * weight).sum(), x), found.abs())
+    torch.testing.assert_close(relevance.gradient_attribution(lambda v: (v * weight).sum(), x), found.abs())
     assert weight.grad is None
     assert not x.requires_grad
     with torch.no_grad():  # what calls it may well be under no_grad
-        torch.testing.assert_close(sr.gradient_attribution(lambda v: (v * slope).sum(), x, signed=True), found)
-    half = sr.gradient_attribution(lambda v: (v * slope.bfloat16()).sum(), x.bfloat16(), signed=True)
+        torch.testing.assert_close(
+            relevance.gradient_attribution(lambda v: (v * slope).sum(), x, signed=True), found
+        )
+    half = relevance.gradient_attribution(lambda v: (v * slope.bfloat16()).sum(), x.bfloat16(), signed=True)
     assert half.dtype == torch.float32
     torch.testing.assert_close(half.double(), found, atol=0.05, rtol=0.05)
 
@@ -38,8 +40,10 @@ def test_gradient_attribution_of_a_linear_score(gen):
 def test_occlusion_is_what_each_token_does(gen):
     x, slope = (torch.randn(5, 3, generator=gen, dtype=torch.float64) for _ in range(2))
     linear = lambda v: (v * slope).flatten(1).sum(-1)
-    zero = sr.occlusion_attribution(linear, x, torch.zeros(3), chunk=2)
-    torch.testing.assert_close(zero, sr.gradient_attribution(lambda v: linear(v[None])[0], x, signed=True))
+    zero = relevance.occlusion_attribution(linear, x, torch.zeros(3), chunk=2)
+    torch.testing.assert_close(
+        zero, relevance.gradient_attribution(lambda v: linear(v[None])[0], x, signed=True)
+    )
     each = torch.randn(5, 3, generator=gen, dtype=torch.float64)
     crooked = lambda v: torch.tanh(v @ slope.T).flatten(1).logsumexp(-1)
     naive = []
@@ -48,34 +52,40 @@ def test_occlusion_is_what_each_token_does(gen):
         without[i] = each[i]
         naive.append(crooked(x[None])[0] - crooked(without[None])[0])
     for chunk in (1, 3, 16):
-        torch.testing.assert_close(sr.occlusion_attribution(crooked, x, each, chunk=chunk), torch.stack(naive))
+        torch.testing.assert_close(
+            relevance.occlusion_attribution(crooked, x, each, chunk=chunk), torch.stack(naive)
+        )
 
 
 def test_attention_is_the_mean_over_layers_heads_and_rows(gen):
     layers = [torch.randn(4, 9, 9, generator=gen).softmax(-1) for _ in range(3)]
     rows, slots = [6, 8], [2, 3, 5]
     naive = [np.mean([float(a[h, i, j]) for a in layers for h in range(4) for i in rows]) for j in slots]
-    np.testing.assert_allclose(sr.attention_attribution(layers, rows, torch.tensor(slots)), naive, rtol=1e-6)
+    np.testing.assert_allclose(
+        relevance.attention_attribution(layers, rows, torch.tensor(slots)), naive, rtol=1e-6
+    )
 
 
 def test_attribution_refuses_what_it_cannot_read(gen):
     x = torch.randn(4, 3, generator=gen)
     with pytest.raises(ValueError, match=r"visual must be floats \[k, d\], got torch.int64 \[4\]"):
-        sr.gradient_attribution(torch.sum, torch.arange(4))
+        relevance.gradient_attribution(torch.sum, torch.arange(4))
     with pytest.raises(ValueError, match=r"score must give one number, got \[4\]"):
-        sr.gradient_attribution(lambda v: v.sum(-1), x)
+        relevance.gradient_attribution(lambda v: v.sum(-1), x)
     for score in (lambda v: v.detach().sum(), lambda v: torch.ones(1, requires_grad=True).sum()):
         with pytest.raises(ValueError, match="must depend on the visual tokens"):
-            sr.gradient_attribution(score, x)
-    with pytest.raises(ValueError, match=r"baseline must be \[3\] or \[4, 3\] and chunk >= 1, got \[4\] and 16"):
-        sr.occlusion_attribution(lambda v: v.sum((1, 2)), x, torch.zeros(4))
+            relevance.gradient_attribution(score, x)
+    with pytest.raises(
+        ValueError, match=r"baseline must be \[3\] or \[4, 3\] and chunk >= 1, got \[4\] and 16"
+    ):
+        relevance.occlusion_attribution(lambda v: v.sum((1, 2)), x, torch.zeros(4))
     with pytest.raises(ValueError, match=r"one number per variant, \[1\], got \[1, 4\]"):
-        sr.occlusion_attribution(lambda v: v.sum(-1), x, torch.zeros(3))
+        relevance.occlusion_attribution(lambda v: v.sum(-1), x, torch.zeros(3))
     square = torch.ones(1, 5, 5)
     with pytest.raises(ValueError, match=r"needs layers of \[h, t, t\], got \[\[1, 5, 5\], \[5, 5\]\]"):
-        sr.attention_attribution([square, square[0]], [1], [0])
+        relevance.attention_attribution([square, square[0]], [1], [0])
     with pytest.raises(ValueError, match=r"positions in 0..4, got \[5\] and \[0\]"):
-        sr.attention_attribution([square], [5], [0])
+        relevance.attention_attribution([square], [5], [0])
 
 
 # Patches --------------------------------------------------------------------------------------------------------------------------------
@@ -86,7 +96,9 @@ def test_relevance_is_the_formula_and_shares_all_out():
     np.testing.assert_allclose(r, naive, rtol=1e-12)
     assert r.sum() == pytest.approx(a[:5].sum(), abs=1e-12)  # the slot without mass gives nothing
     np.testing.assert_allclose(patch_relevance(torch.tensor(w), torch.tensor(a)), r)
-    np.testing.assert_allclose(patch_relevance(w * [1, 9, 1e-3, 1, 1e-310, 1], a), r, rtol=1e-6, atol=1e-6)  # only shares count
+    np.testing.assert_allclose(
+        patch_relevance(w * [1, 9, 1e-3, 1, 1e-310, 1], a), r, rtol=1e-6, atol=1e-6
+    )  # only shares count
     padded = patch_relevance(np.vstack([w, np.zeros((3, 6))]), a)
     np.testing.assert_array_equal(padded, [*r, 0, 0, 0])
     assert patch_relevance(np.zeros((0, 6)), a).shape == (0,)
@@ -110,7 +122,9 @@ def test_relevance_refuses_what_is_none():
     w, a = routing()
     with pytest.raises(ValueError, match=r"patch_relevance: weights must be \[n, k\], got \[6\]"):
         patch_relevance(w[0], a)
-    with pytest.raises(ValueError, match=r"weights must be \[n, k\], finite and >= 0, got \[50, 6\] with 1 wrong"):
+    with pytest.raises(
+        ValueError, match=r"weights must be \[n, k\], finite and >= 0, got \[50, 6\] with 1 wrong"
+    ):
         patch_relevance(np.where(w == w.max(), -1, w), a)
     with pytest.raises(ValueError, match=r"must be finite \[6\], totals >= 0, got \[6\] and \[5\]"):
         patch_relevance(w, a[:5])
@@ -121,21 +135,29 @@ def test_relevance_refuses_what_is_none():
 
 
 def test_percentiles_and_shares():
-    np.testing.assert_array_equal(sr.percentiles([3.0, 1.0, 3.0, 9.0]), [0.625, 0.25, 0.625, 1.0])
-    assert sr.mass_share([3.0, 1.0, -5.0, 0.0], np.array([True, False, True, True])) == 0.75
-    assert math.isnan(sr.mass_share([0.0, -1.0], np.array([True, True])))
+    np.testing.assert_array_equal(relevance.percentiles([3.0, 1.0, 3.0, 9.0]), [0.625, 0.25, 0.625, 1.0])
+    assert relevance.mass_share([3.0, 1.0, -5.0, 0.0], np.array([True, False, True, True])) == 0.75
+    assert math.isnan(relevance.mass_share([0.0, -1.0], np.array([True, True])))
     with pytest.raises(ValueError, match=r"chosen must be bool \[2\], got int64 \[2\]"):
-        sr.mass_share([0.0, 1.0], [0, 1])
-    with pytest.raises(ValueError, match=r"relevance must be \[n\], finite, of at least one patch, got \[2\] with 1 wrong"):
-        sr.percentiles([0.0, math.inf])
+        relevance.mass_share([0.0, 1.0], [0, 1])
+    with pytest.raises(
+        ValueError, match=r"relevance must be \[n\], finite, of at least one patch, got \[2\] with 1 wrong"
+    ):
+        relevance.percentiles([0.0, math.inf])
 
 
 def test_top_patches():
     coords = np.arange(10).reshape(5, 2) * 10
     found = top_patches([1.0, 5.0, 2.0, 5.0, 0.0], coords, 3)
-    assert [(p.rank, p.row, p.x, p.y, p.relevance) for p in found] == [(1, 1, 20, 30, 5.0), (2, 3, 60, 70, 5.0), (3, 2, 40, 50, 2.0)]
+    assert [(p.rank, p.row, p.x, p.y, p.relevance) for p in found] == [
+        (1, 1, 20, 30, 5.0),
+        (2, 3, 60, 70, 5.0),
+        (3, 2, 40, 50, 2.0),
+    ]
     assert [p.percentile for p in found] == [0.9, 0.9, 0.6]
-    assert top_patches([1.0, 2.0], None)[0] == TopPatch(rank=1, row=1, x=None, y=None, relevance=2.0, percentile=1.0)
+    assert top_patches([1.0, 2.0], None)[0] == TopPatch(
+        rank=1, row=1, x=None, y=None, relevance=2.0, percentile=1.0
+    )
     with pytest.raises(ValueError, match="k must be >= 1, got 0"):
         top_patches([1.0], None, 0)
     with pytest.raises(ValueError, match=r"coords must be \[2, 2\]"):

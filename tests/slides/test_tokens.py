@@ -12,10 +12,10 @@ import torch
 from attrs import evolve
 
 from medvl.base.tree import map_leaves
-from medvl.components import compress as compressor
+from medvl.components import compress
 from medvl.components.slots import CompressConfig
 from medvl.slides import features as slides
-from medvl.slides import pack as slide_store
+from medvl.slides import pack
 from medvl.slides import tokens as slide_tokens
 from medvl.slides.relevance import patch_relevance
 from medvl.slides.tokens import open_features, patch_weights, whole
@@ -33,7 +33,7 @@ SPAWN = multiprocessing.get_context("spawn")  # a fork of a process with threads
 
 
 def weights(cfg, seed=0):
-    return compressor.init_compress(cfg, torch.Generator().manual_seed(seed))
+    return compress.init_compress(cfg, torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture
@@ -52,19 +52,19 @@ def folder(tmp_path):
 
 @pytest.fixture
 def store(folder, tmp_path):
-    slide_store.pack(sorted(p for p in folder[0].rglob("*.*")), tmp_path / "s.h5", encoder="uni_v1")
+    pack.pack(sorted(p for p in folder[0].rglob("*.*")), tmp_path / "s.h5", encoder="uni_v1")
     return tmp_path / "s.h5"
 
 
 def counted(monkeypatch):
     """Every slide that is compressed, as the number of its patches."""
-    seen, real = [], compressor.compress_stream
+    seen, real = [], compress.compress_stream
 
     def counting(cfg, params, chunks):
         seen.append(sum(len(x) for x in chunks()))
         return real(cfg, params, chunks)
 
-    monkeypatch.setattr(compressor, "compress_stream", counting)
+    monkeypatch.setattr(compress, "compress_stream", counting)
     return seen
 
 
@@ -126,14 +126,20 @@ def test_which_slide_is_not_guessed(folder, store):
     with pytest.raises(ValueError, match="not a whole store"):
         open_features(place / "S3.pt", ["S0"])
     shutil.copy(place / "S0.h5", place / "more" / "S0.h5")
-    with pytest.raises(ValueError, match=r"open_features: S0 must have one file, there are .*S0.h5, .*more/S0.h5; .*remove all but one"):
+    with pytest.raises(
+        ValueError,
+        match=r"open_features: S0 must have one file, there are .*S0.h5, .*more/S0.h5; .*remove all but one",
+    ):
         open_features(place, ["S3", "S0"])
     assert open_features(place, ["S3"]).names == ("S3",)  # not asked for
     shutil.copy(place / "S0.h5", place / "S2.XY-Z.h5")
-    with pytest.raises(ValueError, match=r"open_features: S2 must be one slide, 2 match: S2.AB-C, S2.XY-Z; give the full name"):
+    with pytest.raises(
+        ValueError,
+        match=r"open_features: S2 must be one slide, 2 match: S2.AB-C, S2.XY-Z; give the full name",
+    ):
         open_features(place, ["S2"])
     assert open_features(place, ["S2.AB-C"]).patch_size("S2.AB-C") == 512
-    slide_store.pack([place / "S2.XY-Z.h5"], store, encoder="uni_v1")
+    pack.pack([place / "S2.XY-Z.h5"], store, encoder="uni_v1")
     with pytest.raises(ValueError, match=r"S2 must be one slide, 2 match: S2.AB-C, S2.XY-Z"):
         open_features(store, ["S2"])
 
@@ -143,13 +149,18 @@ def test_a_case_is_one_bag_of_all_its_slides(tmp_path, caplog):
     case, parts = "TCGA-A2-A0YH", [features(n, D, "f2", n) for n in (9, 5)]
     for i, x in enumerate(parts, 1):
         write_trident(tmp_path / f"{case}-01Z-00-DX{i}.4A-UUID{i}.h5", x, grid(len(x), 512))
-    slide_store.pack(sorted(tmp_path.iterdir()), tmp_path / "packed" / "s.h5")
+    pack.pack(sorted(tmp_path.iterdir()), tmp_path / "packed" / "s.h5")
     np.save(tmp_path / "one.npy", np.concatenate(parts))
-    want = slide_tokens.slide_tokens(CFG, weights(CFG), open_features(tmp_path, ["one"]), tmp_path / "tokens", chunk=4)["one"]
+    want = slide_tokens.slide_tokens(
+        CFG, weights(CFG), open_features(tmp_path, ["one"]), tmp_path / "tokens", chunk=4
+    )["one"]
     for where in (tmp_path, tmp_path / "packed" / "s.h5"):
         caplog.clear()
         of = open_features(where, [case])
-        assert f"{where}: 1 cases have several slides, which are taken as one bag each, such as {case}" in caplog.text
+        assert (
+            f"{where}: 1 cases have several slides, which are taken as one bag each, such as {case}"
+            in caplog.text
+        )
         np.testing.assert_array_equal(whole(of, case), np.concatenate(parts))
         assert of.patch_size(case) is None  # coordinates are of each slide alone
         assert all(xy is None for _, xy in of.chunks(case, 4))
@@ -165,7 +176,9 @@ def test_two_encoders_of_one_width_do_not_mix(tmp_path):
         write_trident(tmp_path / f"{name}.h5", features(5), grid(5))
         with h5py.File(tmp_path / f"{name}.h5", "r+") as f:
             f["features"].attrs["encoder"] = encoder
-    with pytest.raises(ValueError, match=r"all slides must be of one encoder, A is of 'uni_v1', B is of 'phikon_v2'"):
+    with pytest.raises(
+        ValueError, match=r"all slides must be of one encoder, A is of 'uni_v1', B is of 'phikon_v2'"
+    ):
         open_features(tmp_path, ["A", "B", "C"])
     assert open_features(tmp_path, ["A", "C"]).encoder == "uni_v1"
     assert open_features(tmp_path, ["C"]).encoder == ""
@@ -175,7 +188,9 @@ def test_one_width(folder, store):
     place, _ = folder
     for where in (place, store):
         assert open_features(where, ["S0", "S3"], dims=D).dims == D
-        with pytest.raises(ValueError, match=r"all slides must have features of one width \(8 wanted\), S\d has 6"):
+        with pytest.raises(
+            ValueError, match=r"all slides must have features of one width \(8 wanted\), S\d has 6"
+        ):
             open_features(where, ["S0", "S3"], dims=8)
     with pytest.raises(ValueError, match=r"one width \(8 wanted\), S0 has 6"):
         open_features(store, ["gone"], dims=8)  # also where no slide is asked for
@@ -194,12 +209,14 @@ def test_tokens_are_those_of_the_whole_slide(folder, store, tmp_path, kind):
     place, made = folder
     cfg, params = KINDS[kind], weights(KINDS[kind])
     for i, where in enumerate((place, store)):
-        got = slide_tokens.slide_tokens(cfg, params, open_features(where, ["S1", "S0", "S2"]), tmp_path / f"kept-{i}", chunk=4)
+        got = slide_tokens.slide_tokens(
+            cfg, params, open_features(where, ["S1", "S0", "S2"]), tmp_path / f"kept-{i}", chunk=4
+        )
         assert list(got) == ["S1", "S0", "S2"]
         for n, t in got.items():
             assert t.dtype == torch.float32
             assert t.shape == (4, D)
-            want = compressor.compress(cfg, params, torch.from_numpy(made[n][0])[None]).tokens[0]
+            want = compress.compress(cfg, params, torch.from_numpy(made[n][0])[None]).tokens[0]
             torch.testing.assert_close(t, want, rtol=2**-10, atol=1e-6)
             assert torch.equal(t, t.half().float())
         assert not torch.allclose(got["S0"], got["S2"], atol=0.01)
@@ -214,7 +231,9 @@ def test_tokens_are_made_once(folder, tmp_path, monkeypatch):
     got = slide_tokens.slide_tokens(CFG, params, of, tmp_path / "kept", chunk=3)
     assert seen == [5, 23, 0, 9]
     assert torch.equal(got["S0"], got["S0.h5"])
-    again = slide_tokens.slide_tokens(CFG, params, open_features(folder[0], names[::-1]), tmp_path / "kept", chunk=99)
+    again = slide_tokens.slide_tokens(
+        CFG, params, open_features(folder[0], names[::-1]), tmp_path / "kept", chunk=99
+    )
     assert list(again) == names[::-1]
     assert all(torch.equal(got[n], again[n]) for n in names)
     shuffled = {n: params[n] for n in reversed(params)}  # the order of the weights is nothing
@@ -229,11 +248,18 @@ def test_a_moved_store_finds_its_tokens_another_does_not(folder, store, tmp_path
     seen, params = counted(monkeypatch), weights(CFG)
     got = slide_tokens.slide_tokens(CFG, params, open_features(store, ["S0", "S3"]), tmp_path / "kept")
     store.rename(tmp_path / "moved.h5")
-    alike(got, slide_tokens.slide_tokens(CFG, params, open_features(tmp_path / "moved.h5", ["S0", "S3"]), tmp_path / "kept"))
+    alike(
+        got,
+        slide_tokens.slide_tokens(
+            CFG, params, open_features(tmp_path / "moved.h5", ["S0", "S3"]), tmp_path / "kept"
+        ),
+    )
     assert len(seen) == 2
     np.save(folder[0] / "S3.npy", -folder[1]["S3"][0])
-    slide_store.pack([folder[0] / "S0.h5", folder[0] / "S3.npy"], tmp_path / "other.h5", encoder="uni_v1")
-    new = slide_tokens.slide_tokens(CFG, params, open_features(tmp_path / "other.h5", ["S0", "S3"]), tmp_path / "kept")
+    pack.pack([folder[0] / "S0.h5", folder[0] / "S3.npy"], tmp_path / "other.h5", encoder="uni_v1")
+    new = slide_tokens.slide_tokens(
+        CFG, params, open_features(tmp_path / "other.h5", ["S0", "S3"]), tmp_path / "kept"
+    )
     assert seen == [23, 9, 9]
     assert torch.equal(new["S0"], got["S0"])
     assert not torch.allclose(new["S3"], got["S3"], atol=0.01)
@@ -257,7 +283,9 @@ def test_changed_features_are_computed_anew(folder, tmp_path, monkeypatch, how):
     x = _rewritten(folder[0] / "S0.h5", how)
     new = slide_tokens.slide_tokens(CFG, params, open_features(folder[0], ["S0", "S3"]), tmp_path / "kept")
     assert seen == [23, 9, len(x)]
-    torch.testing.assert_close(new["S0"], compressor.compress(CFG, params, torch.from_numpy(x)[None]).tokens[0], rtol=2**-10, atol=1e-6)
+    torch.testing.assert_close(
+        new["S0"], compress.compress(CFG, params, torch.from_numpy(x)[None]).tokens[0], rtol=2**-10, atol=1e-6
+    )
     assert torch.equal(new["S3"], old["S3"])
 
 
@@ -318,7 +346,10 @@ def test_a_killed_writer_leaves_no_half_file(folder, tmp_path):
 
 def test_processes_at_the_same_time(folder, tmp_path, monkeypatch):
     params, names = weights(CFG), ["S0", "S1", "S2", "S3", "S4"]
-    both = [SPAWN.Process(target=_written, args=(folder[0], some, tmp_path / "kept")) for some in (names, names[::-1])]
+    both = [
+        SPAWN.Process(target=_written, args=(folder[0], some, tmp_path / "kept"))
+        for some in (names, names[::-1])
+    ]
     for p in both:
         p.start()
     for p in both:
@@ -337,16 +368,26 @@ def test_tokens_errors(folder, tmp_path):
     with pytest.raises(ValueError, match="every slide must have features, 1 have none, the first is S4"):
         slide_tokens.slide_tokens(CFG, params, of, kept, names=["S0", "S4"])
     wide = evolve(CFG, dim=8)
-    for call in (lambda: slide_tokens.slide_tokens(wide, weights(wide), of, kept), lambda: patch_weights(wide, weights(wide), of, "S0")):
-        with pytest.raises(ValueError, match=r"slide S0: .*x must be floating point \[c, 8\], got torch.float16 \[23, 6\]"):
+    for call in (
+        lambda: slide_tokens.slide_tokens(wide, weights(wide), of, kept),
+        lambda: patch_weights(wide, weights(wide), of, "S0"),
+    ):
+        with pytest.raises(
+            ValueError, match=r"slide S0: .*x must be floating point \[c, 8\], got torch.float16 \[23, 6\]"
+        ):
             call()
     np.save(place / "S7.npy", np.where(np.arange(42).reshape(7, D) == 25, np.nan, features(7, D)))
     bad = open_features(place, ["S7"])
-    for call in (lambda: slide_tokens.slide_tokens(CFG, params, bad, kept), lambda: patch_weights(CFG, params, bad, "S7")):
+    for call in (
+        lambda: slide_tokens.slide_tokens(CFG, params, bad, kept),
+        lambda: patch_weights(CFG, params, bad, "S7"),
+    ):
         with pytest.raises(ValueError, match=r"slide S7: .*patch 4 .*holds NaN or infinity"):
             call()
     np.save(place / "S8.npy", features(7, D) * 1e6)
-    with pytest.raises(ValueError, match="slide S8: its tokens are beyond 16 bits; are the features normalised"):
+    with pytest.raises(
+        ValueError, match="slide S8: its tokens are beyond 16 bits; are the features normalised"
+    ):
         slide_tokens.slide_tokens(CFG, params, open_features(place, ["S8"]), kept)
     assert not list(kept.rglob("*.npy"))
     slide_tokens.slide_tokens(CFG, params, of, kept, names=["S0"])
@@ -369,7 +410,7 @@ def test_weights_sum_to_the_mass_and_attribution_is_exact(folder, store, kind):
         of = open_features(where, ["S0", "S3"])
         for n in of.names:
             x, xy = made[n]
-            want = compressor.compress(cfg, params, torch.from_numpy(x)[None], routing=True)
+            want = compress.compress(cfg, params, torch.from_numpy(x)[None], routing=True)
             w, at = patch_weights(cfg, params, of, n, chunk=4)
             assert w.shape == (len(x), 4)
             np.testing.assert_allclose(w, want.routing[0].numpy(), rtol=1e-4, atol=1e-6)
@@ -388,12 +429,16 @@ def test_a_score_of_the_means_is_shared_out_whole(folder):
     """A token that is the mean of its patches by their weights, and a score linear in tokens: what patches bring adds up to the score."""
     place, made = folder
     params, x = weights(CFG, 1), made["S0"][0].astype(float)
-    params["experts"]["norm"] = map_leaves(torch.zeros_like, params["experts"]["norm"])  # tokens are the means alone
+    params["experts"]["norm"] = map_leaves(
+        torch.zeros_like, params["experts"]["norm"]
+    )  # tokens are the means alone
     w, _ = patch_weights(CFG, params, open_features(place, ["S0"]), "S0", chunk=5)
-    tokens = compressor.compress(CFG, params, torch.from_numpy(x)[None]).tokens[0].numpy()
+    tokens = compress.compress(CFG, params, torch.from_numpy(x)[None]).tokens[0].numpy()
     np.testing.assert_allclose((w / w.sum(0)).T @ x, tokens, rtol=1e-4, atol=1e-5)
     slope = np.random.default_rng(0).standard_normal(tokens.shape)
-    assert patch_relevance(w, (slope * tokens).sum(1)).sum() == pytest.approx((slope * tokens).sum(), rel=1e-9)
+    assert patch_relevance(w, (slope * tokens).sum(1)).sum() == pytest.approx(
+        (slope * tokens).sum(), rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -403,7 +448,9 @@ def test_a_slide_without_patches(folder, store, tmp_path, kind):
         of = open_features(where, ["S1"])
         got = slide_tokens.slide_tokens(cfg, params, of, tmp_path / "kept")["S1"]
         assert got.isfinite().all()
-        torch.testing.assert_close(got, compressor.compress(cfg, params, torch.zeros(1, 0, D)).tokens[0], rtol=2**-10, atol=1e-6)
+        torch.testing.assert_close(
+            got, compress.compress(cfg, params, torch.zeros(1, 0, D)).tokens[0], rtol=2**-10, atol=1e-6
+        )
         w, at = patch_weights(cfg, params, of, "S1")
         assert w.shape == (0, 4)
         assert w.dtype == np.float32

@@ -9,7 +9,7 @@ import pytest
 from medvl.base import config
 from medvl.base.config import ConfigError
 from medvl.systems import run
-from medvl.training import loop as train
+from medvl.training import loop
 from tests.systems.adapters import test_run as test_adapters
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,13 +57,23 @@ def test_every_number_of_a_record_is_finite(system, value):
     floats = [path for path, number in numbers(raw) if isinstance(number, float)]
     assert len(floats) >= 6
     for path in floats:
-        refused(system, raw, path, value, rf"must be a finite number of at most 1e\+30, got {value}".replace("e+300", r"e\+300"))
+        refused(
+            system,
+            raw,
+            path,
+            value,
+            rf"must be a finite number of at most 1e\+30, got {value}".replace("e+300", r"e\+300"),
+        )
 
 
 def test_numbers_in_free_settings_of_a_model_are_finite_too():
     raw = plain("tune")
     refused(
-        "tune", raw, ("model", "config", "text_config", "rms_norm_eps"), float("nan"), r"rms_norm_eps: must be a finite number .* got nan"
+        "tune",
+        raw,
+        ("model", "config", "text_config", "rms_norm_eps"),
+        float("nan"),
+        r"rms_norm_eps: must be a finite number .* got nan",
     )
 
 
@@ -90,15 +100,51 @@ def test_nan_does_not_pass_a_record_that_is_made_in_python():
 
 
 PLANS = {
-    "warm-up of a stage": ("tune", "train.stages.0.warmup=100000", r"stage \w+: warmup must lie within its \d+ steps, got 100000"),
-    "warm-up of ct_clip": ("ct_clip", "train.stages.0.warmup=100000", r"stage \w+: warmup must lie within its \d+ steps, got 100000"),
-    "warm-up of a compressor": ("slide_vqa", "pretrain.warmup=100000", r"pretrain.warmup must lie within its \d+ steps, got 100000"),
-    "warm-up of questions": ("slide_vqa", "train.stages.1.warmup=100000", r"stage questions: warmup must lie within its \d+ steps"),
-    "warm-up of a base": ("adapters", "base.stages.0.warmup=100000", r"stage \w+: warmup must lie within its \d+ steps"),
-    "warm-up of adapters": ("adapters", "train.stages.0.warmup=100000", r"stage \w+: warmup must lie within its \d+ steps"),
-    "a speed that climbs": ("ct_clip", "train.stages.0.speeds.0.lr=-1.0", r"speeds .*\.lr must be 0 or more, got -1"),
-    "a speed's regex": ("ct_clip", 'train.stages.0.speeds.0.match="("', r"speeds: pattern '\(' is not a regular expression"),
-    "a stage's regex": ("ct_clip", 'train.stages.0.train=["("]', r"stage \w+: pattern '\(' is not a regular expression"),
+    "warm-up of a stage": (
+        "tune",
+        "train.stages.0.warmup=100000",
+        r"stage \w+: warmup must lie within its \d+ steps, got 100000",
+    ),
+    "warm-up of ct_clip": (
+        "ct_clip",
+        "train.stages.0.warmup=100000",
+        r"stage \w+: warmup must lie within its \d+ steps, got 100000",
+    ),
+    "warm-up of a compressor": (
+        "slide_vqa",
+        "pretrain.warmup=100000",
+        r"pretrain.warmup must lie within its \d+ steps, got 100000",
+    ),
+    "warm-up of questions": (
+        "slide_vqa",
+        "train.stages.1.warmup=100000",
+        r"stage questions: warmup must lie within its \d+ steps",
+    ),
+    "warm-up of a base": (
+        "adapters",
+        "base.stages.0.warmup=100000",
+        r"stage \w+: warmup must lie within its \d+ steps",
+    ),
+    "warm-up of adapters": (
+        "adapters",
+        "train.stages.0.warmup=100000",
+        r"stage \w+: warmup must lie within its \d+ steps",
+    ),
+    "a speed that climbs": (
+        "ct_clip",
+        "train.stages.0.speeds.0.lr=-1.0",
+        r"speeds .*\.lr must be 0 or more, got -1",
+    ),
+    "a speed's regex": (
+        "ct_clip",
+        'train.stages.0.speeds.0.match="("',
+        r"speeds: pattern '\(' is not a regular expression",
+    ),
+    "a stage's regex": (
+        "ct_clip",
+        'train.stages.0.train=["("]',
+        r"stage \w+: pattern '\(' is not a regular expression",
+    ),
     "a rate of nothing": ("adapters", "train.stages.0.lr=0.0", r"stage \w+: lr must be above 0, got 0"),
 }
 
@@ -111,7 +157,10 @@ def test_a_plan_that_cannot_run_is_refused_with_whose_it_is(plan):
 
 
 @pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/b", "..", "", ".x", "a\\b", "x" * 300, "a\nb"])
-@pytest.mark.parametrize(("system", "stages"), [("tune", "train"), ("ct_clip", "train"), ("slide_vqa", "train"), ("adapters", "base")])
+@pytest.mark.parametrize(
+    ("system", "stages"),
+    [("tune", "train"), ("ct_clip", "train"), ("slide_vqa", "train"), ("adapters", "base")],
+)
 def test_a_stage_is_named_as_a_folder_can_be(system, stages, name):
     raw = plain(system)
     raw[stages]["stages"][0]["name"] = name
@@ -125,9 +174,18 @@ LATE_ADAPTERS = {
         {"train__stages": [ADAPTER | {"train": ["lora/nowhere.*"]}]},
         r"stage lora: pattern .* matches no parameter",
     ),
-    "a target that is not there": ({"lora": {"rank": 2, "targets": ["nothing"]}}, "lora: target 'nothing': no layer ends in it"),
-    "a batch above a task": ({"train__batch": 16}, r"task \w+: needs 16 conversations of the split train for a batch, found 12"),
-    "a retriever of single samples": ({"retriever": {"kind": "contrast"}, "pool": {"samples": 1}}, r"retriever is trained on two samples"),
+    "a target that is not there": (
+        {"lora": {"rank": 2, "targets": ["nothing"]}},
+        "lora: target 'nothing': no layer ends in it",
+    ),
+    "a batch above a task": (
+        {"train__batch": 16},
+        r"task \w+: needs 16 conversations of the split train for a batch, found 12",
+    ),
+    "a retriever of single samples": (
+        {"retriever": {"kind": "contrast"}, "pool": {"samples": 1}},
+        r"retriever is trained on two samples",
+    ),
     "an embedder that is not there": ({"embed": {"kind": "text", "name": "./nowhere"}}, "nowhere"),
 }
 
@@ -143,14 +201,17 @@ def test_adapters_that_cannot_be_made_are_refused_before_their_base_is_trained(c
 
 
 def test_a_second_stage_of_ct_clip_is_looked_at_before_the_first_is_trained(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "fit", lambda *_, **__: pytest.fail("trained"))
+    monkeypatch.setattr(loop, "fit", lambda *_, **__: pytest.fail("trained"))
     monkeypatch.setattr(run, "RUNS", tmp_path / "runs")
     raw = plain("ct_clip")
     raw["data"] |= {"folder": str(tmp_path / "data"), "cache": str(tmp_path / "cache"), "workers": 1}
     raw["data"]["phantoms"] |= {"patients": 30, "valid": 10, "test": 10}
     raw["train"]["batch"] = 4
     first = raw["train"]["stages"][0]
-    for late, match in (({"train": ["vitt/.*"]}, "pattern 'vitt/"), ({"speeds": [SPEED | {"match": "nowhere/.*"}]}, "pattern 'nowhere/")):
+    for late, match in (
+        ({"train": ["vitt/.*"]}, "pattern 'vitt/"),
+        ({"speeds": [SPEED | {"match": "nowhere/.*"}]}, "pattern 'nowhere/"),
+    ):
         raw["train"]["stages"] = [first, first | {"name": "late"} | late]
         (tmp_path / "toy.json").write_text(json.dumps(raw))
         with pytest.raises(ValueError, match=f"stage late: {match}"):

@@ -18,7 +18,7 @@ from attrs import evolve
 
 from medvl.base import files
 from medvl.systems import run
-from medvl.training import loop as train
+from medvl.training import loop
 from tests.systems.tune.test_run import record
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,11 +74,18 @@ def test_a_second_run_in_one_folder_is_refused_and_a_dead_one_blocks_nobody(trai
 
 def test_evaluations_run_side_by_side_where_their_results_do(trained):
     exp, folder = trained
-    with files.alone(folder, shared=True), files.alone(folder / "results-other"):  # another evaluation, with other questions
+    with (
+        files.alone(folder, shared=True),
+        files.alone(folder / "results-other"),
+    ):  # another evaluation, with other questions
         assert run.evaluate(exp, log=lambda _: None)
         with pytest.raises(ValueError, match="another run is writing to it"):
             run.run(exp, log=lambda _: None)
-    with files.alone(folder, shared=True), files.alone(folder / "results"), pytest.raises(ValueError, match="results: another run"):
+    with (
+        files.alone(folder, shared=True),
+        files.alone(folder / "results"),
+        pytest.raises(ValueError, match="results: another run"),
+    ):
         run.evaluate(exp, log=lambda _: None)
     assert not [p for p in folder.parent.rglob(".*")]
 
@@ -134,8 +141,10 @@ def test_a_lost_best_state_is_not_replaced_by_the_last(trained):
 
 def test_a_run_that_is_not_trained_to_its_end_is_not_evaluated(trained):
     with changed(trained[1] / "1-lora/last.pt") as path:
-        train.save(path, evolve(train.read_state(path), step=2))
-        evaluated_both_ways(trained, r"1-lora: is at step 2 of 3; the command that trains it goes on from there")
+        loop.save(path, evolve(loop.read_state(path), step=2))
+        evaluated_both_ways(
+            trained, r"1-lora: is at step 2 of 3; the command that trains it goes on from there"
+        )
 
 
 def test_without_the_last_state_a_warning_says_what_is_not_known(trained, caplog):
@@ -147,12 +156,15 @@ def test_without_the_last_state_a_warning_says_what_is_not_known(trained, caplog
 
 def test_a_checkpoint_of_another_model_is_refused(trained):
     with changed(trained[1] / "1-lora/best.pt") as path:
-        state = train.read_state(path)
+        state = loop.read_state(path)
         name = next(iter(state.params["lora"]))
-        other = state.params | {"lora": state.params["lora"] | {name: {"a": torch.zeros(3, 32), "b": torch.zeros(32, 3)}}}
-        train.save(path, evolve(state, params=other))
+        other = state.params | {
+            "lora": state.params["lora"] | {name: {"a": torch.zeros(3, 32), "b": torch.zeros(32, 3)}}
+        }
+        loop.save(path, evolve(state, params=other))
         evaluated_both_ways(
-            trained, r"best\.pt: 2 parameters differ from the model, e\.g\. lora/.*: \(3, 32\) in the file, \(2, 32\) in the"
+            trained,
+            r"best\.pt: 2 parameters differ from the model, e\.g\. lora/.*: \(3, 32\) in the file, \(2, 32\) in the",
         )
 
 
@@ -162,7 +174,9 @@ def test_a_record_that_was_changed_is_found_out(trained, caplog):
         raw = json.loads(path.read_text())
         raw["lora"]["alpha"] = 99.0
         path.write_text(json.dumps(raw))
-        evaluated_both_ways(trained, r"config\.json: was changed after the run was trained with it, \$\.lora\.alpha: .*99\.0")
+        evaluated_both_ways(
+            trained, r"config\.json: was changed after the run was trained with it, \$\.lora\.alpha: .*99\.0"
+        )
         raw["lora"]["alpha"] = 16.0
         raw["evaluate"]["max_tokens"] = 3
         path.write_text(json.dumps(raw))
@@ -170,7 +184,9 @@ def test_a_record_that_was_changed_is_found_out(trained, caplog):
         assert "was changed after the run was trained with it: $.evaluate.max_tokens: 4 / 3" in caplog.text
 
 
-@pytest.mark.parametrize("garbage", [b"\xff\xfe\x00garbage\n", b"{}\n", b"[1]\n", b'{"step": "x"}\n', b"null\n"])
+@pytest.mark.parametrize(
+    "garbage", [b"\xff\xfe\x00garbage\n", b"{}\n", b"[1]\n", b'{"step": "x"}\n', b"null\n"]
+)
 def test_garbage_in_the_metrics_stops_nothing_and_is_kept(garbage, trained, caplog):
     exp, folder = trained
     with changed(folder / "1-lora/metrics.jsonl") as path:

@@ -8,10 +8,9 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from medvl.components.losses import token_cross_entropy
-from medvl.hub import skeletons as hub
+from medvl.hub import skeletons
 from medvl.training import estimate
-from medvl.weights import four_bit as quant
-from medvl.weights import lazy as weights
+from medvl.weights import four_bit, lazy
 from tests import tiny
 
 
@@ -45,7 +44,9 @@ def test_what_is_alive_is_counted():
 
 def test_views_and_what_is_known_count_once():
     w = torch.empty(100, 10, device="meta")
-    assert estimate.peak_of(lambda: w.t().view(-1)[:5] if False else w[:5].t(), {"a": w, "b": w[1:]}) == {"b": 4000}
+    assert estimate.peak_of(lambda: w.t().view(-1)[:5] if False else w[:5].t(), {"a": w, "b": w[1:]}) == {
+        "b": 4000
+    }
 
 
 def test_values_of_masks_are_followed():
@@ -59,7 +60,9 @@ def test_values_of_masks_are_followed():
         raise AssertionError("the mask has a gap")
 
     assert estimate.peak_of(call, {"x": x})["x"] == 96
-    with pytest.raises(ValueError, match=r"looks at the values of a tensor \[\] float32, which has none here"):
+    with pytest.raises(
+        ValueError, match=r"looks at the values of a tensor \[\] float32, which has none here"
+    ):
         estimate.peak_of(lambda: x.sum().item(), {})
 
 
@@ -67,7 +70,7 @@ def test_values_of_masks_are_followed():
 @pytest.mark.parametrize("base", ["dense", "nf4"])
 def test_a_training_step_is_foretold_to_a_tenth(kind, base):
     skeleton, params = tiny.model(kind)
-    params = quant.quantize(params) if base == "nf4" else params
+    params = four_bit.quantize(params) if base == "nf4" else params
     x = tiny.batch(kind, side="right") | {"use_cache": False}
     x["input_ids"] = x["input_ids"].repeat(1, 1)
     head = next(n for n in ("lm_head.weight", "model.embed_tokens.weight") if n in params)
@@ -76,7 +79,7 @@ def test_a_training_step_is_foretold_to_a_tenth(kind, base):
 
     def step(skel, p, f, inputs):
         leaves = {n: [t.detach().requires_grad_() for t in ab] for n, ab in f.items()}
-        held = {**p, **{n: weights.low_rank(p[n], *ab) for n, ab in leaves.items()}, head: weights.passed(p[head])}
+        held = {**p, **{n: lazy.low_rank(p[n], *ab) for n, ab in leaves.items()}, head: lazy.passed(p[head])}
         hidden = skel(held, **inputs).logits
         loss, _ = token_cross_entropy(hidden, p[head], inputs["input_ids"], chunk=8)
         return torch.autograd.grad(loss, [t for ab in leaves.values() for t in ab], allow_unused=True)
@@ -84,30 +87,37 @@ def test_a_training_step_is_foretold_to_a_tenth(kind, base):
     real = handed_out(lambda: step(skeleton, params, factors, x))
     meta = {n: w.to("meta") for n, w in params.items()}
     f = {n: [t.to("meta") for t in ab] for n, ab in factors.items()}
-    seen = {k: t.to("meta") if isinstance(t, torch.Tensor) and t.is_floating_point() else t for k, t in x.items()}
-    bare = hub.empty_skeleton(tiny.CONFIGS[kind], head="language")
+    seen = {
+        k: t.to("meta") if isinstance(t, torch.Tensor) and t.is_floating_point() else t for k, t in x.items()
+    }
+    bare = skeletons.empty_skeleton(tiny.CONFIGS[kind], head="language")
     parts = estimate.peak_of(lambda: step(bare, meta, f, seen), {"weights": meta, "factors": f})
     assert parts["activations and gradients"] == pytest.approx(real, rel=0.1)
-    assert parts["weights"] == weights.nbytes(params)
+    assert parts["weights"] == lazy.nbytes(params)
 
 
 def test_dropping_activations_is_seen():
-    skeleton = hub.empty_skeleton(tiny.CONFIGS["qwen3"], head="language")
-    meta = {n: torch.empty(p.shape, device="meta", requires_grad=True) for n, p in skeleton.module.named_parameters()}
+    skeleton = skeletons.empty_skeleton(tiny.CONFIGS["qwen3"], head="language")
+    meta = {
+        n: torch.empty(p.shape, device="meta", requires_grad=True)
+        for n, p in skeleton.module.named_parameters()
+    }
     ids = torch.ones(8, 128, dtype=torch.int64)
 
     def peak(skel):
-        call = lambda: torch.autograd.grad(skel(meta, input_ids=ids, use_cache=False).logits.sum(), list(meta.values()), allow_unused=True)
+        call = lambda: torch.autograd.grad(
+            skel(meta, input_ids=ids, use_cache=False).logits.sum(), list(meta.values()), allow_unused=True
+        )
         return sum(estimate.peak_of(call, {"weights": meta}).values())
 
-    assert peak(hub.checkpointed(skeleton)) < 0.7 * peak(skeleton)
+    assert peak(skeletons.checkpointed(skeleton)) < 0.7 * peak(skeleton)
 
 
 def test_a_weight_in_four_bits_counts_its_bytes():
-    q = quant.four_bit(torch.empty(256, 128, device="meta"))
-    assert weights.nbytes({"q": q}) == weights.nbytes({"q": quant.four_bit(torch.randn(256, 128))})
+    q = four_bit.four_bit(torch.empty(256, 128, device="meta"))
+    assert lazy.nbytes({"q": q}) == lazy.nbytes({"q": four_bit.four_bit(torch.randn(256, 128))})
     parts = estimate.peak_of(lambda: F.linear(torch.empty(2, 128, device="meta"), q), {"q": q})
-    assert parts["q"] == weights.nbytes({"q": q})
+    assert parts["q"] == lazy.nbytes({"q": q})
 
 
 def test_a_matrix_in_parts_is_whole_while_it_is_used():
@@ -118,12 +128,18 @@ def test_a_matrix_in_parts_is_whole_while_it_is_used():
             return F.linear(F.linear(x, estimate.gathered(part, 100)), estimate.gathered(part, 100))
 
     small = 3 * 100 * 4
-    assert estimate.peak_of(used, {"part": part, "x": x}) == {"part": 20_000, "x": small, "activations and gradients": 40_000 + 2 * small}
+    assert estimate.peak_of(used, {"part": part, "x": x}) == {
+        "part": 20_000,
+        "x": small,
+        "activations and gradients": 40_000 + 2 * small,
+    }
 
     def gradient():
         y = F.linear(x, estimate.gathered(part, 100))  # x is frozen, so that no whole weight is kept for it
         return torch.autograd.grad(y, [part], torch.empty_like(y))
 
     parts = estimate.peak_of(gradient, {"part": part, "x": x})
-    assert parts["activations and gradients"] == 40_000 + 20_000 + 2 * small  # of the whole gradient, and what is kept of it
+    assert (
+        parts["activations and gradients"] == 40_000 + 20_000 + 2 * small
+    )  # of the whole gradient, and what is kept of it
     assert repr(estimate.gathered(part, 100)) == "_Part([100, 100], float32, 50 rows of it here)"

@@ -30,7 +30,7 @@ from medvl.training.loop import (
     value_and_grad,
 )
 from medvl.training.optim import Optimizer, Rate, adamw, routed, warmup_cosine, with_master
-from medvl.weights import lazy as weights
+from medvl.weights import lazy
 from medvl.weights.four_bit import eight_bit
 from tests import tiny
 
@@ -75,7 +75,9 @@ def test_gradient_caching_equals_the_whole_batch(loss, chunk, gen):
     params, batch = _params(gen), _batch(gen)
     whole = lambda p, b: contrast(p, embed(p, b), loss)
     value, aux, want = value_and_grad(whole)(params, batch)
-    got_value, got_aux, got = cached_value_and_grad(embed, lambda p, r: contrast(p, r, loss), chunk=chunk)(params, batch)
+    got_value, got_aux, got = cached_value_and_grad(embed, lambda p, r: contrast(p, r, loss), chunk=chunk)(
+        params, batch
+    )
     assert abs(value - got_value) < 1e-12
     assert _worst(got, want) < 1e-9
     assert _worst(got_aux.means, aux.means) < 1e-12
@@ -105,7 +107,9 @@ def test_value_and_grad_is_autograd_and_leaves_arguments_alone(gen):
     }
     contrast(nested, embed(nested, batch))[0].backward()
     for k, g in flatten(grads).items():
-        torch.testing.assert_close(g, torch.zeros(2, dtype=torch.float64) if k == "unused" else leaves[k].grad, rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            g, torch.zeros(2, dtype=torch.float64) if k == "unused" else leaves[k].grad, rtol=0, atol=1e-12
+        )
         assert torch.equal(before[k], flatten(params)[k])
         assert not flatten(params)[k].requires_grad
 
@@ -120,7 +124,9 @@ def test_autocast_covers_embed_and_not_the_loss(gen):
 
     def c(p, rows):
         seen["loss"] = (rows["image"] @ rows["text"].T).dtype
-        return clip_loss(F.normalize(rows["image"], dim=-1), F.normalize(rows["text"], dim=-1), p["scale"].float()), Aux()
+        return clip_loss(
+            F.normalize(rows["image"], dim=-1), F.normalize(rows["text"], dim=-1), p["scale"].float()
+        ), Aux()
 
     for chunk in (4, 16):
         seen.clear()
@@ -226,14 +232,21 @@ def _tokens():
 
 def _token_params():
     gen = torch.Generator().manual_seed(2)
-    return {"w": torch.randn(7, 4, generator=gen, dtype=torch.float64), "in": {"w": torch.randn(4, 4, generator=gen, dtype=torch.float64)}}
+    return {
+        "w": torch.randn(7, 4, generator=gen, dtype=torch.float64),
+        "in": {"w": torch.randn(4, 4, generator=gen, dtype=torch.float64)},
+    }
 
 
 def token_loss(p, batch):
     logits = torch.tanh(batch["x"] @ p["in"]["w"]) @ p["w"].t()
     kept = batch["labels"] >= 0
     right = (logits.argmax(-1) == batch["labels"])[kept].sum()
-    return F.cross_entropy(logits[kept], batch["labels"][kept], reduction="sum"), kept.sum(), Aux(metrics={"accuracy": right})
+    return (
+        F.cross_entropy(logits[kept], batch["labels"][kept], reduction="sum"),
+        kept.sum(),
+        Aux(metrics={"accuracy": right}),
+    )
 
 
 def _whole_batch():
@@ -258,7 +271,11 @@ def test_micro_batches_of_unequal_tokens_equal_one_batch(chunk):
 def test_a_mean_of_means_is_another_gradient():
     value, want = _whole_batch()
     mean = value_and_grad(lambda p, b: ((s := token_loss(p, b))[0] / s[1], Aux()))
-    pieces = [mean(_token_params(), {k: v[i : i + 1] for k, v in _tokens().items()}) for i, n in enumerate(TRAINED) if n]
+    pieces = [
+        mean(_token_params(), {k: v[i : i + 1] for k, v in _tokens().items()})
+        for i, n in enumerate(TRAINED)
+        if n
+    ]
     assert abs(sum(p[0] for p in pieces) / 4 - value) > 0.1
     assert _worst({k: sum(flatten(p[2])[k] for p in pieces) / 4 for k in want}, want) > 0.05
 
@@ -300,7 +317,9 @@ def test_what_has_no_row_per_sample_is_cut_by_the_caller():
 
     grad = token_value_and_grad(loss, chunk=2, cut=cut, rows=lambda b: len(b["labels"]))
     assert grad({"w": torch.ones(1, dtype=torch.float64)}, batch)[2]["w"] == patches.sum() / 5
-    with pytest.raises(ValueError, match="must have the batch's 5 rows, pixel_values has 7; say how to cut it with `cut`"):
+    with pytest.raises(
+        ValueError, match="must have the batch's 5 rows, pixel_values has 7; say how to cut it with `cut`"
+    ):
         token_value_and_grad(loss, chunk=2, rows=lambda b: 5)({"w": torch.ones(1)}, batch)
 
 
@@ -379,7 +398,9 @@ def test_resume_is_bit_exact_and_repeats_no_line(tmp_path):
         )
     again = _run(tmp_path / "cut")
     assert _same(whole, again)
-    assert tiny.without_clock(tmp_path / "whole/metrics.jsonl") == tiny.without_clock(tmp_path / "cut/metrics.jsonl")
+    assert tiny.without_clock(tmp_path / "whole/metrics.jsonl") == tiny.without_clock(
+        tmp_path / "cut/metrics.jsonl"
+    )
 
 
 def test_running_means_follow_the_batches(tmp_path):
@@ -401,7 +422,9 @@ _run(sys.argv[1], steps=int(sys.argv[2]), slow=0.02)
 
 def _process(folder, steps=40):
     env, code = os.environ | {"PYTHONPATH": str(ROOT)}, SCRIPT
-    return subprocess.Popen([sys.executable, "-c", code, folder, str(steps)], env=env, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, folder, str(steps)], env=env, stderr=subprocess.PIPE, text=True
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -436,7 +459,14 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
 
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        fit(step, State(params={"w": torch.ones(3)}, opt={}), batch_at, steps=20, folder=tmp_path, every=Every(log=1, save=2))
+        fit(
+            step,
+            State(params={"w": torch.ones(3)}, opt={}),
+            batch_at,
+            steps=20,
+            folder=tmp_path,
+            every=Every(log=1, save=2),
+        )
     assert steps == [0, 1, 2, 3, 4, 5]
     assert read_state(tmp_path / "last.pt").step == 4
     assert signal.getsignal(signal.SIGINT) is before
@@ -453,7 +483,9 @@ def test_a_signal_at_the_end_begins_nothing_new(when, tmp_path):
         if "4/4" in line and when == "after it":
             os.kill(os.getpid(), signal.SIGTERM)
 
-    run = lambda: fit(step, State(params={"w": torch.ones(3)}, opt={}), lambda i: None, steps=4, folder=tmp_path, log=log)
+    run = lambda: fit(
+        step, State(params={"w": torch.ones(3)}, opt={}), lambda i: None, steps=4, folder=tmp_path, log=log
+    )
     with pytest.raises(Stopped) as stopped:
         run()
     assert stopped.value.code == 128 + signal.SIGTERM
@@ -479,7 +511,9 @@ def test_killed_at_random_moments_ends_in_the_same_bits(tmp_path):
     assert done == sorted(set(done))
     assert done[-1] < steps
     assert _same(whole, _run(tmp_path / "cut", steps=steps))
-    assert tiny.without_clock(tmp_path / "whole/metrics.jsonl") == tiny.without_clock(tmp_path / "cut/metrics.jsonl")
+    assert tiny.without_clock(tmp_path / "whole/metrics.jsonl") == tiny.without_clock(
+        tmp_path / "cut/metrics.jsonl"
+    )
 
 
 @pytest.mark.parametrize(
@@ -540,7 +574,8 @@ def test_a_resume_with_another_optimiser_says_so(tmp_path):
     step, state = _start(torch.Generator().manual_seed(0))
     other = State(params=state.params, opt={"momentum": state.params})
     with pytest.raises(
-        ValueError, match=r"12 optimiser moments differ from this stage's, e\.g\. mean/image/w: \(6, 6\) in the file, absent"
+        ValueError,
+        match=r"12 optimiser moments differ from this stage's, e\.g\. mean/image/w: \(6, 6\) in the file, absent",
     ):
         fit(step, other, _batch_at, steps=9, folder=tmp_path)
 
@@ -549,10 +584,13 @@ def test_a_resume_with_another_optimiser_says_so(tmp_path):
 def _lora_run(folder, steps, stop=None, **seed):
     """A run whose loss goes through a low-rank weight with dropout; the state it ends with."""
     gen = torch.Generator().manual_seed(0)
-    base, params = torch.randn(6, 5, generator=gen), {"a": torch.randn(2, 5, generator=gen), "b": torch.randn(6, 2, generator=gen)}
+    base, params = (
+        torch.randn(6, 5, generator=gen),
+        {"a": torch.randn(2, 5, generator=gen), "b": torch.randn(6, 2, generator=gen)},
+    )
 
     def loss(p, x):
-        return F.linear(x, weights.low_rank(base, p["a"], p["b"], dropout=0.5)).square().mean(), Aux()
+        return F.linear(x, lazy.low_rank(base, p["a"], p["b"], dropout=0.5)).square().mean(), Aux()
 
     def batch_at(i):
         if i == stop:
@@ -561,7 +599,14 @@ def _lora_run(folder, steps, stop=None, **seed):
 
     optimizer = adamw(lambda n: Rate(lr=1e-2))
     step = make_step(value_and_grad(loss), optimizer, **seed)
-    return fit(step, State(params=params, opt=optimizer.init(params)), batch_at, steps=steps, folder=folder, every=Every(save=2))
+    return fit(
+        step,
+        State(params=params, opt=optimizer.init(params)),
+        batch_at,
+        steps=steps,
+        folder=folder,
+        every=Every(save=2),
+    )
 
 
 def test_a_resumed_run_draws_the_same_dropout(tmp_path):
@@ -600,7 +645,9 @@ OPTIMISERS = {
     "adamw": lambda rate: adamw(rate),
     "master": lambda rate: with_master(adamw(rate)),
     "8bit": lambda rate: adamw(rate, packing=eight_bit()),
-    "routed": lambda rate: routed(lambda n: "one" if n == "w" else "two", {"one": adamw(rate), "two": adamw(rate)}),
+    "routed": lambda rate: routed(
+        lambda n: "one" if n == "w" else "two", {"one": adamw(rate), "two": adamw(rate)}
+    ),
 }
 
 
@@ -614,24 +661,45 @@ def test_a_gradient_that_is_not_finite_is_never_saved(kind, clip, value, tmp_pat
     def train(stop, at=batch_at):
         own = {k: t.clone() for k, t in params.items()}
         step = make_step(value_and_grad(loss), optimizer, clip=clip)
-        return fit(step, State(params=own, opt=optimizer.init(own)), at, steps=stop, folder=tmp_path, every=Every(log=1, save=1))
+        return fit(
+            step,
+            State(params=own, opt=optimizer.init(own)),
+            at,
+            steps=stop,
+            folder=tmp_path,
+            every=Every(log=1, save=1),
+        )
 
     for _ in range(2):  # the rerun meets the same step, and still loses nothing
-        with pytest.raises(FloatingPointError, match=r"norm of the gradient is (nan|inf) \(loss .*\) at step 3; the last good state is"):
+        with pytest.raises(
+            FloatingPointError,
+            match=r"norm of the gradient is (nan|inf) \(loss .*\) at step 3; the last good state is",
+        ):
             train(6)
         state = read_state(tmp_path / "last.pt")
         assert state.step == 2
         assert all(t.isfinite().all() for t in flatten(state.params).values())
     assert train(6, lambda i: torch.ones(3)).step == 6  # with better data it goes on from there
-    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]
 
 
-@pytest.mark.parametrize("every", [Every(log=0, save=0), Every(log=5, save=5), Every(log=0, save=0, validate=5)])
+@pytest.mark.parametrize(
+    "every", [Every(log=0, save=0), Every(log=5, save=5), Every(log=0, save=0, validate=5)]
+)
 def test_a_wrong_gradient_between_two_looks_is_told_with_its_step(every, tmp_path):
     params, loss, batch_at = _wrong_gradient(float("nan"))
     frozen = lambda p, b: loss(p | {"w": p["w"].nan_to_num(1.0)}, b)  # the loss never shows it
     optimizer = adamw(lambda n: Rate(lr=0.1))
-    with pytest.raises(FloatingPointError, match=r"norm of the gradient is nan \(loss .*\) at step 3; no state was saved yet"):
+    with pytest.raises(
+        FloatingPointError, match=r"norm of the gradient is nan \(loss .*\) at step 3; no state was saved yet"
+    ):
         fit(
             make_step(value_and_grad(frozen), optimizer),
             State(params=params, opt=optimizer.init(params)),
@@ -645,11 +713,16 @@ def test_a_wrong_gradient_between_two_looks_is_told_with_its_step(every, tmp_pat
 
 
 def test_an_update_that_overflows_is_not_saved(tmp_path):
-    grow = Optimizer(lambda p: {"mean": {"w": torch.zeros(3)}}, lambda g, opt, p, step: ({"w": p["w"] * 1e30}, opt))
+    grow = Optimizer(
+        lambda p: {"mean": {"w": torch.zeros(3)}}, lambda g, opt, p, step: ({"w": p["w"] * 1e30}, opt)
+    )
     step = make_step(value_and_grad(lambda p, b: (p["w"].sum() * 1e-30, Aux())), grow)
     start = State(params={"w": torch.ones(3)}, opt=grow.init({}))
     run = partial(fit, step, start, lambda i: None, steps=4, folder=tmp_path, every=Every(save=1))
-    with pytest.raises(FloatingPointError, match="trained numbers are not finite after the update at step 2; the last good state is"):
+    with pytest.raises(
+        FloatingPointError,
+        match="trained numbers are not finite after the update at step 2; the last good state is",
+    ):
         run()
     assert torch.equal(read_state(tmp_path / "last.pt").params["w"], torch.full((3,), 1e30))
     save(tmp_path / "last.pt", State(params={"w": torch.full((3,), float("nan"))}, opt=grow.init({}), step=1))
@@ -676,7 +749,12 @@ def test_another_number_of_processes_goes_on_unless_each_of_them_draws(tmp_path,
     if not dropout:
         assert train_to(4).step == 4
         return
-    with pytest.raises(ValueError, match=r"last.pt: was trained by 4 processes, now there are 1; each draws .* start 4, or remove"):
+    with pytest.raises(
+        ValueError,
+        match=r"last.pt: was trained by 4 processes, now there are 1; each draws .* start 4, or remove",
+    ):
         train_to(4)
-    torch.save({k: v for k, v in raw.items() if k not in ("processes", "drawn")}, tmp_path / "last.pt")  # of an older medvl
+    torch.save(
+        {k: v for k, v in raw.items() if k not in ("processes", "drawn")}, tmp_path / "last.pt"
+    )  # of an older medvl
     assert train_to(4).step == 4

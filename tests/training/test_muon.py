@@ -42,7 +42,9 @@ def test_a_convolution_moves_as_its_matrix_and_vectors_are_refused(gen):
     kernel, grad = torch.randn(8, 3, 2, 2, generator=gen), torch.randn(8, 3, 2, 2, generator=gen)
     ours = muon(lambda n: Rate(lr=0.1))
     a, _ = ours.update({"k": grad}, ours.init({"k": kernel}), {"k": kernel.clone()}, 0)
-    b, _ = ours.update({"k": grad.flatten(1)}, ours.init({"k": kernel.flatten(1)}), {"k": kernel.flatten(1).clone()}, 0)
+    b, _ = ours.update(
+        {"k": grad.flatten(1)}, ours.init({"k": kernel.flatten(1)}), {"k": kernel.flatten(1).clone()}, 0
+    )
     assert torch.equal(a["k"].flatten(1), b["k"])
     with pytest.raises(ValueError, match=r"1 parameters are none, e\.g\. bias"):
         ours.init({"bias": torch.zeros(3)})

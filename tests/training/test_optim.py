@@ -3,8 +3,8 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from medvl.base.tree import count, flatten, map_leaves, split
-from medvl.hub import skeletons as hub
-from medvl.training import loop as train
+from medvl.hub import skeletons
+from medvl.training import loop
 from medvl.training.muon import muon
 from medvl.training.optim import Rate, adamw, clip_by_norm, routed, state_bytes, warmup_cosine, with_master
 from medvl.weights import rounding
@@ -33,7 +33,9 @@ def test_bit_equal_to_torch(gen):
     schedule = warmup_cosine(20, 5)
     torch_opt = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6)
     torch_schedule = LambdaLR(torch_opt, schedule)
-    rate = lambda n: Rate(lr=1e-3, weight_decay=0.05) if n.startswith("vit") else Rate(lr=1e-2, weight_decay=0.2)
+    rate = lambda n: (
+        Rate(lr=1e-3, weight_decay=0.05) if n.startswith("vit") else Rate(lr=1e-2, weight_decay=0.2)
+    )
     ours = adamw(rate, schedule)
     state = ours.init(mine)
     for step in range(20):
@@ -53,7 +55,11 @@ def test_routed_is_each_optimiser_alone(gen):
     both = routed(lambda n: "muon" if n == "vit/w" else "adamw", {"adamw": adamw(rate), "muon": muon(rate)})
     state = both.init(params)
     assert {n for n in flatten(state) if n.startswith("muon")} == {"muon/mean/vit/w"}
-    assert {n for n in flatten(state) if "mean" in n} == {"adamw/mean/vit/b", "adamw/mean/text/w", "muon/mean/vit/w"}
+    assert {n for n in flatten(state) if "mean" in n} == {
+        "adamw/mean/vit/b",
+        "adamw/mean/text/w",
+        "muon/mean/vit/w",
+    }
     got = flatten(both.update(grads, state, clone(params), 0)[0])
     for alone, patterns in ((muon(rate), ["vit/w"]), (adamw(rate), ["vit/b", "text/w"])):
         part, of_part = split(params, patterns)[0], split(grads, patterns)[0]
@@ -108,7 +114,10 @@ def _walk(optimizer, params, steps=range(10), state=None):
 
 
 def _half(gen):
-    return {"w": torch.randn(40, 33, generator=gen).bfloat16(), "b": torch.randn(40, generator=gen).bfloat16()}
+    return {
+        "w": torch.randn(40, 33, generator=gen).bfloat16(),
+        "b": torch.randn(40, generator=gen).bfloat16(),
+    }
 
 
 @pytest.mark.parametrize("piece", [2**24, 256])
@@ -117,7 +126,10 @@ def test_16_bit_parameters_step_in_float32_and_are_rounded_once(piece, gen, monk
     params = _half(gen) | {"turned": torch.randn(33, 40, generator=gen).bfloat16().t()}
     got, state = _walk(adamw(lambda n: Rate(lr=1e-2, weight_decay=0.1)), params)
     peer = {n: torch.nn.Parameter(t.float()) for n, t in params.items()}
-    groups = [{"params": [peer["w"], peer["turned"]], "weight_decay": 0.1}, {"params": [peer["b"]], "weight_decay": 0.0}]
+    groups = [
+        {"params": [peer["w"], peer["turned"]], "weight_decay": 0.1},
+        {"params": [peer["b"]], "weight_decay": 0.0},
+    ]
     other = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.98), eps=1e-6)
     for step in range(10):
         for n, g in _grads(params, step).items():
@@ -144,14 +156,22 @@ def test_moments_of_16_bit_parameters_do_not_stand_still():
     assert narrow.min() == 1.0
 
 
-@pytest.mark.parametrize("kind", [adamw, lambda rate: routed(lambda n: "m" if n == "w" else "a", {"m": muon(rate), "a": adamw(rate)})])
+@pytest.mark.parametrize(
+    "kind",
+    [adamw, lambda rate: routed(lambda n: "m" if n == "w" else "a", {"m": muon(rate), "a": adamw(rate)})],
+)
 def test_a_master_walks_as_float32_does(kind, gen):
-    params, rate = _half(gen) | {"wide": torch.randn(5, generator=gen)}, lambda n: Rate(lr=1e-4, weight_decay=0.1)
+    params, rate = (
+        _half(gen) | {"wide": torch.randn(5, generator=gen)},
+        lambda n: Rate(lr=1e-4, weight_decay=0.1),
+    )
     got, state = _walk(with_master(kind(rate)), params)
     plain, moments = kind(rate), {n: t.float() for n, t in params.items()}
     inner = plain.init(moments)
     for step in range(10):
-        moments, inner = plain.update({n: g.float() for n, g in _grads(params, step).items()}, inner, moments, step)
+        moments, inner = plain.update(
+            {n: g.float() for n, g in _grads(params, step).items()}, inner, moments, step
+        )
     assert state["master"].keys() == {"w", "b"}
     for n, t in moments.items():
         assert torch.equal(got[n], t.to(params[n].dtype)), n
@@ -175,24 +195,36 @@ def test_stochastic_rounding_is_a_function_of_seed_step_and_name(gen):
     assert not torch.equal(moved["w"], later["w"])
 
 
-QWEN = {"model_type": "qwen3", **TEXT, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "tie_word_embeddings": True}
+QWEN = {
+    "model_type": "qwen3",
+    **TEXT,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "head_dim": 16,
+    "tie_word_embeddings": True,
+}
 
 
 def test_a_language_model_in_bfloat16_moves_as_in_float32_at_a_small_rate(gen):
     """Twenty steps at 1e-5. Rounded to the nearest, most weights never move; a master or stochastic rounding takes the whole way."""
-    skeleton, params = hub.init_skeleton(QWEN, gen, head="language")
+    skeleton, params = skeletons.init_skeleton(QWEN, gen, head="language")
     start = {n: t.bfloat16().float() for n, t in params.items()}
     ids = torch.randint(3, 160, (2, 8, 24), generator=gen)
 
     def loss(p, batch):
-        return skeleton(p, input_ids=batch, labels=batch, use_cache=False).loss.float(), train.Aux()
+        return skeleton(p, input_ids=batch, labels=batch, use_cache=False).loss.float(), loop.Aux()
 
     def change(optimizer, dtype):
         p = {n: t.to(dtype, copy=True) for n, t in start.items()}
-        step, state = train.make_step(train.value_and_grad(loss), optimizer), train.State(params=p, opt=optimizer.init(p))
+        step, state = (
+            loop.make_step(loop.value_and_grad(loss), optimizer),
+            loop.State(params=p, opt=optimizer.init(p)),
+        )
         for i in range(20):
             state, _ = step(state, ids[i % 2])
-        of = lambda tree: torch.cat([(tree[n].float() - t).flatten() for n, t in start.items() if t.dim() > 1])
+        of = lambda tree: torch.cat(
+            [(tree[n].float() - t).flatten() for n, t in start.items() if t.dim() > 1]
+        )
         return of(state.params), of(state.opt["master"]) if "master" in state.opt else None
 
     rate = lambda n: Rate(lr=1e-5)
@@ -203,10 +235,15 @@ def test_a_language_model_in_bfloat16_moves_as_in_float32_at_a_small_rate(gen):
     naive, _ = change(adamw(rate), BF16)
     rounded, master = change(with_master(adamw(rate)), BF16)
     drawn, _ = change(adamw(rate, rounding="stochastic"), BF16)
-    found = {k: [round(f(d), 3) for f in (moved, along, far)] for k, d in (("naive", naive), ("rounded", rounded), ("drawn", drawn))}
+    found = {
+        k: [round(f(d), 3) for f in (moved, along, far)]
+        for k, d in (("naive", naive), ("rounded", rounded), ("drawn", drawn))
+    }
     assert found["naive"] == pytest.approx([0.16, 0.17, 0.94], abs=0.05), found
     assert found["rounded"] == pytest.approx([0.85, 1.03, 0.25], abs=0.05), found
-    assert found["drawn"] == pytest.approx([0.75, 1.0, 0.74], abs=0.05), found  # far off weight by weight, but not on the whole
+    assert found["drawn"] == pytest.approx([0.75, 1.0, 0.74], abs=0.05), (
+        found
+    )  # far off weight by weight, but not on the whole
     assert far(master) < 0.03
 
 
@@ -216,7 +253,10 @@ def test_a_language_model_in_bfloat16_moves_as_in_float32_at_a_small_rate(gen):
 def test_8_bit_moments_are_bitsandbytes(dtype, piece, gen, monkeypatch):
     bnb = pytest.importorskip("bitsandbytes")
     monkeypatch.setattr(rounding, "PIECE", piece)
-    params = {"w": torch.randn(65, 99, generator=gen).to(dtype), "small": torch.randn(30, 40, generator=gen).to(dtype)}
+    params = {
+        "w": torch.randn(65, 99, generator=gen).to(dtype),
+        "small": torch.randn(30, 40, generator=gen).to(dtype),
+    }
     peer = {n: torch.nn.Parameter(t.clone()) for n, t in params.items()}
     other = bnb.optim.AdamW8bit(list(peer.values()), lr=1e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
     for step in range(10):
@@ -243,7 +283,10 @@ def test_8_bit_moments_are_bitsandbytes(dtype, piece, gen, monkeypatch):
 
 def test_float64_parameters_keep_their_precision_over_8_bit_moments(gen):
     params = {"w": torch.randn(64, 64, generator=gen)}
-    got, want = (_walk(adamw(lambda n: Rate(lr=1e-3), packing=eight_bit()), {"w": params["w"].to(d)})[0]["w"] for d in (torch.double, None))
+    got, want = (
+        _walk(adamw(lambda n: Rate(lr=1e-3), packing=eight_bit()), {"w": params["w"].to(d)})[0]["w"]
+        for d in (torch.double, None)
+    )
     assert got.dtype == torch.float64
     torch.testing.assert_close(got.float(), want, rtol=0, atol=1e-6)
     assert (got.float().double() != got).float().mean() > 0.9
@@ -267,8 +310,8 @@ def test_every_state_is_saved_and_resumed_to_the_same_bits(kind, gen, tmp_path):
     params = {"w": torch.randn(65, 99, generator=gen).bfloat16(), "b": torch.randn(65, generator=gen)}
     whole, end = _walk(ours, params)
     part, state = _walk(ours, params, range(5))
-    train.save(tmp_path / "last.pt", train.State(params=part, opt=state, step=5))
-    back = train.resume(tmp_path, train.State(params=params, opt=ours.init(params)))
+    loop.save(tmp_path / "last.pt", loop.State(params=part, opt=state, step=5))
+    back = loop.resume(tmp_path, loop.State(params=params, opt=ours.init(params)))
     again, last = _walk(ours, back.params, range(5, 10), back.opt)
     for n, t in flatten({"p": whole, "s": end}).items():
         assert torch.equal(t, flatten({"p": again, "s": last})[n]), n
@@ -286,13 +329,19 @@ def test_state_bytes_are_what_a_state_holds(gen):
         "muon": routed(lambda n: "m" if n == "w" else "a", {"m": muon(rate), "a": adamw(rate)}),
     }.items():
         held = sum(t.nbytes for t in flatten(o.init(params)).values())
-        assert state_bytes(o, map_leaves(lambda t: t.to("meta"), params)) == held == state_bytes(o, params), name
+        assert state_bytes(o, map_leaves(lambda t: t.to("meta"), params)) == held == state_bytes(o, params), (
+            name
+        )
         each[name] = held / count(params)
-    assert each == pytest.approx({"adamw": 8, "stochastic": 8, "master": 12, "packed": 2.04, "muon": 4}, abs=0.01)
+    assert each == pytest.approx(
+        {"adamw": 8, "stochastic": 8, "master": 12, "packed": 2.04, "muon": 4}, abs=0.01
+    )
 
 
 def test_low_precision_errors_say_what_to_do():
     with pytest.raises(ValueError, match="rounding must be 'nearest' or 'stochastic', got 'up'"):
         adamw(lambda n: Rate(lr=1), rounding="up")
-    with pytest.raises(ValueError, match=r"stochastic rounding is for bfloat16, 1 parameters are float16, e\.g\. w"):
+    with pytest.raises(
+        ValueError, match=r"stochastic rounding is for bfloat16, 1 parameters are float16, e\.g\. w"
+    ):
         adamw(lambda n: Rate(lr=1), rounding="stochastic").init({"w": torch.zeros(2, dtype=torch.float16)})

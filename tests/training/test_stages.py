@@ -6,8 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from medvl.training import estimate
-from medvl.training import loop as train
+from medvl.training import estimate, loop
 from medvl.training.stages import Stage, TrainConfig, gradient_of, memory_of, rows_of
 
 D = 256
@@ -16,7 +15,9 @@ MATRIX = D * D * 4
 
 def recorded(**change):
     stage = Stage(name="all", steps=2, lr=1e-3, train=change.pop("train", ("model/.*", "lora/.*")))
-    return TrainConfig(**{"stages": (stage,), "batch": 4, "chunk": 1, "shard": True, "rounding": "nearest"} | change)
+    return TrainConfig(
+        **{"stages": (stage,), "batch": 4, "chunk": 1, "shard": True, "rounding": "nearest"} | change
+    )
 
 
 def foretold(cfg, processes):
@@ -26,7 +27,11 @@ def foretold(cfg, processes):
 
     def loss_sum(p, batch):
         h = F.linear(batch["ids"], p["model"]["a"], p["model"]["bias"])
-        return F.linear(F.linear(h, p["model"]["b"]), p["lora"]["x"]).sum(), torch.tensor(len(batch["ids"])), train.Aux()
+        return (
+            F.linear(F.linear(h, p["model"]["b"]), p["lora"]["x"]).sum(),
+            torch.tensor(len(batch["ids"])),
+            loop.Aux(),
+        )
 
     batch = {"ids": meta(rows_of(cfg, processes), D)}
     cut = lambda b, span: {"ids": b["ids"][span]}
@@ -70,9 +75,11 @@ def test_a_gradient_goes_as_soon_as_its_successor_is_there():
         h = batch["ids"]
         for w in p["model"].values():
             h = F.linear(h, w)
-        return h.sum(), torch.tensor(len(h)), train.Aux()
+        return h.sum(), torch.tensor(len(h)), loop.Aux()
 
-    grad = gradient_of(recorded(shard=False, rounding="master"), loss_sum, lambda b, span: {"ids": b["ids"][span]})
+    grad = gradient_of(
+        recorded(shard=False, rounding="master"), loss_sum, lambda b, span: {"ids": b["ids"][span]}
+    )
     batch = {"ids": torch.empty(3, D, dtype=torch.bfloat16, device="meta")}
     got = estimate.peak_of(lambda: grad(params, batch), {"weights": params})["activations and gradients"]
     assert got == pytest.approx(3 * weights, rel=0.05)

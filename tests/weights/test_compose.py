@@ -30,7 +30,12 @@ class Net(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.embed, self.up, self.conv, self.out = nn.Embedding(23, 16), nn.Linear(16, 20), Conv1D(18, 20), nn.Linear(18, 7)
+        self.embed, self.up, self.conv, self.out = (
+            nn.Embedding(23, 16),
+            nn.Linear(16, 20),
+            Conv1D(18, 20),
+            nn.Linear(18, 7),
+        )
 
     def forward(self, ids):
         return self.out(torch.tanh(self.conv(torch.tanh(self.up(self.embed(ids))))))
@@ -48,16 +53,29 @@ def logits(adapter, ids=IDS):
     return torch.func.functional_call(net(), apply_lora(dict(net().named_parameters()), adapter), (ids,))
 
 
-def make(ranks=(4, 4, 4), alphas=(8, 2, 4), modules=None, seed=0, sizes=SIZES, kinds=KINDS, dtype=torch.float32):
+def make(
+    ranks=(4, 4, 4), alphas=(8, 2, 4), modules=None, seed=0, sizes=SIZES, kinds=KINDS, dtype=torch.float32
+):
     """Adapters x, y, z... with random factors; `modules[j]` are those of adapter j."""
     gen, made = torch.Generator().manual_seed(seed), []
     for j, (r, alpha) in enumerate(zip(ranks, alphas, strict=True)):
         own = modules[j] if modules else list(sizes)
         factors = {
-            m: {"a": torch.randn(r, sizes[m][1], generator=gen) / 4, "b": torch.randn(sizes[m][0], r, generator=gen) / 4} for m in own
+            m: {
+                "a": torch.randn(r, sizes[m][1], generator=gen) / 4,
+                "b": torch.randn(sizes[m][0], r, generator=gen) / 4,
+            }
+            for m in own
         }
         factors = {m: {k: t.to(dtype) for k, t in f.items()} for m, f in factors.items()}
-        made.append(Adapter(factors=factors, scale=dict.fromkeys(own, alpha / r), kinds={m: kinds[m] for m in own}, name="xyzuvw"[j]))
+        made.append(
+            Adapter(
+                factors=factors,
+                scale=dict.fromkeys(own, alpha / r),
+                kinds={m: kinds[m] for m in own},
+                name="xyzuvw"[j],
+            )
+        )
     return made
 
 
@@ -106,9 +124,13 @@ def distance(got, adapters, weights, m):
 def assert_equals_peft(adapters, weights, rule, rank=None, density=None, sign="total"):
     model = in_peft(net(), adapters)
     names = [a.name for a in adapters]
-    model.add_weighted_adapter(names, weights, "sum", rule, svd_rank=rank, density=density, majority_sign_method=sign)
+    model.add_weighted_adapter(
+        names, weights, "sum", rule, svd_rank=rank, density=density, majority_sign_method=sign
+    )
     model.set_adapter("sum")
-    got = compose_adapters(adapters, weights, mode="fusion", rule=rule, rank=rank, density=density, majority_sign=sign)
+    got = compose_adapters(
+        adapters, weights, mode="fusion", rule=rule, rank=rank, density=density, majority_sign=sign
+    )
     assert got.gate == {}
     for m in got.factors:
         torch.testing.assert_close(delta(got, m).float(), peer_delta(model, m), rtol=0, atol=1e-5)
@@ -125,7 +147,9 @@ def test_cat_linear_and_svd_equal_peft(rule, weights):
     assert_equals_peft(make(), weights, rule)
 
 
-@pytest.mark.parametrize(("density", "sign"), [(0.5, "total"), (0.3, "frequency"), (1.0, "frequency"), (0.11, "total")])
+@pytest.mark.parametrize(
+    ("density", "sign"), [(0.5, "total"), (0.3, "frequency"), (1.0, "frequency"), (0.11, "total")]
+)
 @pytest.mark.parametrize("rule", ["ties", "ties_svd"])
 def test_ties_equals_peft(rule, density, sign):
     assert_equals_peft(make(), W3, rule, density=density, sign=sign)
@@ -137,7 +161,10 @@ def test_magnitude_prune_equals_peft(rule, density):
     assert_equals_peft(make(), W3, rule, density=density)
 
 
-@pytest.mark.parametrize(("rule", "options"), [("svd", {}), ("ties_svd", {"density": 0.5}), ("magnitude_prune_svd", {"density": 0.5})])
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [("svd", {}), ("ties_svd", {"density": 0.5}), ("magnitude_prune_svd", {"density": 0.5})],
+)
 @pytest.mark.parametrize("rank", [None, 1, 5, 7])
 def test_svd_of_mixed_ranks_equals_peft_at_any_rank(rule, options, rank):
     assert_equals_peft(make((2, 4, 6)), W3, rule, rank=rank, **options)
@@ -161,7 +188,16 @@ def test_dare_equals_pefts_functions_at_the_same_seed(rule):
     theirs = getattr(merge_utils, rule.removesuffix("_svd"))
     sign = {"majority_sign": "frequency"} if kwargs else {}
     gen = torch.Generator().manual_seed(7)
-    got = compose_adapters(adapters, W3, mode="fusion", rule=rule, density=0.6, gen=gen, rank=64 if "svd" in rule else None, **sign)
+    got = compose_adapters(
+        adapters,
+        W3,
+        mode="fusion",
+        rule=rule,
+        density=0.6,
+        gen=gen,
+        rank=64 if "svd" in rule else None,
+        **sign,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         for m in SIZES:
@@ -171,7 +207,10 @@ def test_dare_equals_pefts_functions_at_the_same_seed(rule):
                 want = theirs(full, torch.tensor(W3), 0.6, **kwargs)
             else:
                 a, b = ([x.factors[m][k] for x in adapters] for k in "ab")
-                left, right = theirs(a, c.abs().sqrt() * c.sign(), 0.6, **kwargs), theirs(b, c.abs().sqrt(), 0.6, **kwargs)
+                left, right = (
+                    theirs(a, c.abs().sqrt() * c.sign(), 0.6, **kwargs),
+                    theirs(b, c.abs().sqrt(), 0.6, **kwargs),
+                )
                 want = right @ left
             torch.testing.assert_close(delta(got, m).float(), want, rtol=0, atol=1e-5)
 
@@ -197,7 +236,9 @@ def test_rslora_sources_are_not_scaled_twice():
         got = compose_adapters(adapters, W3, mode="fusion", rule=rule, rank=12 if rule == "svd" else None)
         for m in SIZES:
             torch.testing.assert_close(delta(got, m), exact(adapters, W3, m), rtol=0, atol=1e-6)
-            torch.testing.assert_close(delta(got, m).float() * math.sqrt(12), peer_delta(model, m), rtol=0, atol=1e-4)  # what peft does
+            torch.testing.assert_close(
+                delta(got, m).float() * math.sqrt(12), peer_delta(model, m), rtol=0, atol=1e-4
+            )  # what peft does
 
 
 def test_a_rank_above_what_there_is_gives_all_there_is():
@@ -205,7 +246,9 @@ def test_a_rank_above_what_there_is_gives_all_there_is():
     adapters = make((2, 4, 6))
     for rule, density in {"svd": None, "ties_svd": 1.0}.items():
         got = compose_adapters(adapters, W3, mode="fusion", rule=rule, rank=64, density=density)
-        assert {m: got.rank(m) for m in SIZES} == {m: min(*s, *([12] if rule == "svd" else [])) for m, s in SIZES.items()}
+        assert {m: got.rank(m) for m in SIZES} == {
+            m: min(*s, *([12] if rule == "svd" else [])) for m, s in SIZES.items()
+        }
         assert (max(fusion_error(adapters, W3, got).values()) < 1e-6) == (rule == "svd")
 
 
@@ -213,7 +256,8 @@ def test_ranks_that_differ_by_module():
     """rank_pattern: each module has its own rank, and so has the result."""
     one, two = make((2, 3), alphas=(2, 6)), make((5, 4), alphas=(1, 2), seed=3)
     adapters = [
-        evolve(p, factors=p.factors | {"up": q.factors["up"]}, scale=p.scale | {"up": q.scale["up"]}) for p, q in zip(one, two, strict=True)
+        evolve(p, factors=p.factors | {"up": q.factors["up"]}, scale=p.scale | {"up": q.scale["up"]})
+        for p, q in zip(one, two, strict=True)
     ]
     got = compose_adapters(adapters, [0.5, -2.0], mode="fusion")
     assert {m: got.rank(m) for m in SIZES} == {"embed": 5, "up": 9, "conv": 5, "out": 5}
@@ -231,7 +275,9 @@ def test_scales_that_differ_by_module():
 @pytest.mark.parametrize("rule", ["ties", "magnitude_prune", "linear", "svd", "ties_svd"])
 def test_one_adapter_by_any_rule_is_itself_when_nothing_is_pruned(rule):
     adapters = make((4,), (8,))
-    got = compose_adapters(adapters, [-0.7], mode="fusion", rule=rule, density=None if rule in ("linear", "svd") else 1.0)
+    got = compose_adapters(
+        adapters, [-0.7], mode="fusion", rule=rule, density=None if rule in ("linear", "svd") else 1.0
+    )
     assert all(distance(got, adapters, [-0.7], m) < 1e-5 for m in SIZES)
 
 
@@ -243,7 +289,8 @@ def test_one_adapter_is_pruned_when_that_is_asked():
 
 # The error of a fusion ------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("rule", "options"), [("cat", {}), ("svd", {"rank": 3}), ("linear", {}), ("average", {}), ("ties", {"density": 0.5})]
+    ("rule", "options"),
+    [("cat", {}), ("svd", {"rank": 3}), ("linear", {}), ("average", {}), ("ties", {"density": 0.5})],
 )
 def test_error_is_the_dense_one(rule, options):
     adapters = make(modules=[["up", "out"], ["embed", "up", "out"], ["conv", "up", "out"]])
@@ -276,7 +323,11 @@ def test_error_of_mixtures_of_missing_modules_and_of_nothing():
 
 
 # Mixtures -------------------------------------------------------------------------------------------------------------------------------
-QWEN = {f"model.layers.{i}.{m}": s for i in (0, 1) for m, s in {"self_attn.q_proj": (32, 32), "mlp.down_proj": (32, 48)}.items()}
+QWEN = {
+    f"model.layers.{i}.{m}": s
+    for i in (0, 1)
+    for m, s in {"self_attn.q_proj": (32, 32), "mlp.down_proj": (32, 48)}.items()
+}
 SOME = [[*QWEN], [*QWEN][:3], [*QWEN][1:]]
 
 
@@ -298,7 +349,9 @@ def test_mixture_per_sample_is_pefts_cat_per_sample():
         want = model(input_ids=ids[i : i + 1], use_cache=False).logits[0]
         torch.testing.assert_close(got[i], want, rtol=0, atol=1e-5)
         assert (want - base[i]).abs().max() > 0.05
-    other = run(compose_adapters(adapters, torch.stack([weights[0], -weights[1]])), ids)  # rows know nothing of each other
+    other = run(
+        compose_adapters(adapters, torch.stack([weights[0], -weights[1]])), ids
+    )  # rows know nothing of each other
     torch.testing.assert_close(other[0], got[0], rtol=0, atol=1e-6)
     assert (other[1] - got[1]).abs().max() > 0.05
     fused = compose_adapters(adapters, weights[1], mode="fusion", rule="svd", rank=28)
@@ -311,11 +364,18 @@ def test_mixture_of_every_kind_of_layer_per_sample():
     got = logits(compose_adapters(adapters, weights))
     for i, row in enumerate(weights):
         one = compose_adapters(adapters, row)
-        assert all(distance(one, adapters, row, m) < 1e-6 for m in one.factors if any(row) and exact(adapters, row, m).norm() > 0)
+        assert all(
+            distance(one, adapters, row, m) < 1e-6
+            for m in one.factors
+            if any(row) and exact(adapters, row, m).norm() > 0
+        )
         torch.testing.assert_close(got[i : i + 1], logits(one, IDS[i : i + 1]), rtol=0, atol=1e-6)
     torch.testing.assert_close(got[1], net()(IDS[1]).detach(), rtol=0, atol=1e-6)
     torch.testing.assert_close(
-        got[3], logits(evolve(adapters[0], scale={m: -s for m, s in adapters[0].scale.items()}))[3], rtol=0, atol=1e-6
+        got[3],
+        logits(evolve(adapters[0], scale={m: -s for m, s in adapters[0].scale.items()}))[3],
+        rtol=0,
+        atol=1e-6,
     )
 
 
@@ -327,7 +387,12 @@ def test_some_of_a_pool_are_a_pool_of_these():
         assert some.names == want.names
         assert some.factors.keys() == want.factors.keys()
         w = [0.5, -2.0, 1.5][: len(chosen)]
-        torch.testing.assert_close(logits(compose_adapters(some, [w] * 4)), logits(compose_adapters(want, [w] * 4)), rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            logits(compose_adapters(some, [w] * 4)),
+            logits(compose_adapters(want, [w] * 4)),
+            rtol=0,
+            atol=1e-6,
+        )
         assert max(fusion_error(some, w, compose_adapters(some, w, mode="fusion")).values()) < 1e-6
     for wrong in ([], [0, 0], [3], [-1]):
         with pytest.raises(ValueError, match=r"select: choose some of the 3 adapters 0..2, each once"):
@@ -336,35 +401,56 @@ def test_some_of_a_pool_are_a_pool_of_these():
 
 def test_a_layer_that_flattens_its_batch_refuses_weights_per_sample():
     """GPT-2's Conv1D: which row is whose could only be guessed."""
-    with pytest.raises(ValueError, match=r"weights for 4 samples meet 20 rows; this layer flattens its batch"):
+    with pytest.raises(
+        ValueError, match=r"weights for 4 samples meet 20 rows; this layer flattens its batch"
+    ):
         logits(compose_adapters(make(), [W3] * 4))
-    torch.testing.assert_close(logits(compose_adapters(make(), [W3])), logits(compose_adapters(make(), W3)), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        logits(compose_adapters(make(), [W3])), logits(compose_adapters(make(), W3)), rtol=0, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
-    "as_", [list, tuple, torch.tensor, lambda w: torch.tensor(w, dtype=torch.float64), lambda w: [torch.tensor(x) for x in w]]
+    "as_",
+    [
+        list,
+        tuple,
+        torch.tensor,
+        lambda w: torch.tensor(w, dtype=torch.float64),
+        lambda w: [torch.tensor(x) for x in w],
+    ],
 )
 def test_weights_of_any_type(as_):
     adapters = make()
     got, want = compose_adapters(adapters, as_(W3)), compose_adapters(stack_adapters(adapters), W3)
     assert got.gate["up"].dtype == torch.float32
     torch.testing.assert_close(got.gate["up"], want.gate["up"], rtol=0, atol=1e-7)
-    assert torch.equal(compose_adapters(adapters, torch.tensor([1, 0, -2])).gate["up"], compose_adapters(adapters, (1.0, 0, -2)).gate["up"])
+    assert torch.equal(
+        compose_adapters(adapters, torch.tensor([1, 0, -2])).gate["up"],
+        compose_adapters(adapters, (1.0, 0, -2)).gate["up"],
+    )
 
 
 def test_one_adapter_and_fusion_by_cat_of_samples_are_mixtures():
     adapters = make()
-    torch.testing.assert_close(logits(compose_adapters(adapters[:1], [1.0])), logits(adapters[0]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        logits(compose_adapters(adapters[:1], [1.0])), logits(adapters[0]), rtol=0, atol=1e-6
+    )
     rows, adapters = [W3, [1.0, 0, 0], [0, 0, 0], [0, 2.0, 1]], make(modules=[["embed", "up", "out"]] * 3)
     torch.testing.assert_close(
-        logits(compose_adapters(adapters, rows, mode="fusion")), logits(compose_adapters(adapters, rows)), rtol=0, atol=0
+        logits(compose_adapters(adapters, rows, mode="fusion")),
+        logits(compose_adapters(adapters, rows)),
+        rtol=0,
+        atol=0,
     )
 
 
 def test_the_gradient_reaches_the_weights():
     adapters, w = make(), torch.tensor(W3, requires_grad=True)
     mixed = compose_adapters(adapters, w)
-    torch.func.functional_call(net(), apply_lora(dict(net().named_parameters()), mixed), (IDS,)).sum().backward()
+    torch.func.functional_call(
+        net(), apply_lora(dict(net().named_parameters()), mixed), (IDS,)
+    ).sum().backward()
     h = 1e-2
     sums = [logits(compose_adapters(adapters, [W3[0], W3[1] + d, W3[2]])).double().sum() for d in (h, -h)]
     assert float(w.grad[1]) == pytest.approx(float(sums[0] - sums[1]) / (2 * h), rel=1e-2)
@@ -381,16 +467,25 @@ def test_a_mixture_can_be_composed_again():
 def test_half_precision_factors_stay_so(rule):
     adapters = make(dtype=torch.bfloat16)
     got = compose_adapters(
-        adapters, W3, mode="fusion", rule=rule, density=1.0 if "prune" in rule else None, rank=12 if "svd" in rule else None
+        adapters,
+        W3,
+        mode="fusion",
+        rule=rule,
+        density=1.0 if "prune" in rule else None,
+        rank=12 if "svd" in rule else None,
     )
     assert {t.dtype for f in got.factors.values() for t in f.values()} == {torch.bfloat16}
     assert rule == "linear" or max(fusion_error(adapters, W3, got).values()) < 0.01
-    assert max(fusion_error(adapters, W3, compose_adapters(adapters, W3)).values()) < 1e-6  # gates are float32
+    assert (
+        max(fusion_error(adapters, W3, compose_adapters(adapters, W3)).values()) < 1e-6
+    )  # gates are float32
 
 
 # What is refused ------------------------------------------------------------------------------------------------------------------------
 def routed(a):
-    return evolve(a, factors={m: f | {"router": torch.zeros(2, f["a"].shape[1])} for m, f in a.factors.items()})
+    return evolve(
+        a, factors={m: f | {"router": torch.zeros(2, f["a"].shape[1])} for m, f in a.factors.items()}
+    )
 
 
 SPECIAL = {
@@ -432,13 +527,21 @@ def test_what_is_no_plain_correction_is_used_alone(what):
         (W3, {"rule": "cats", "mode": "fusion"}, "rule one of cat, linear.*got 'fusion', 'cats'"),
         (W3, {"rule": "ties", "mode": "fusion", "majority_sign": "mean"}, "majority_sign total or frequency"),
         (W3, {"rule": "svd"}, "a mixture is exact and has no rule, got 'svd'; set mode='fusion'"),
-        ([W3], {"rule": "svd", "mode": "fusion"}, r"'svd' makes one set of factors, of weights \[3\], got \[1, 3\]"),
+        (
+            [W3],
+            {"rule": "svd", "mode": "fusion"},
+            r"'svd' makes one set of factors, of weights \[3\], got \[1, 3\]",
+        ),
         (W3, {"rank": 4}, "rank .* belongs to svd rules, got 4 for rule 'cat'"),
         (W3, {"rule": "svd", "mode": "fusion", "rank": 0}, "rank must be at least 1"),
         (W3, {"rule": "ties", "mode": "fusion"}, r"'ties' needs density in \(0, 1\], .* got None"),
         (W3, {"rule": "ties", "mode": "fusion", "density": 1.5}, "got 1.5"),
         (W3, {"rule": "dare_ties", "mode": "fusion", "density": 0.0}, "got 0.0"),
-        (W3, {"rule": "linear", "mode": "fusion", "density": 0.5}, "'linear' keeps all values and has no density"),
+        (
+            W3,
+            {"rule": "linear", "mode": "fusion", "density": 0.5},
+            "'linear' keeps all values and has no density",
+        ),
         (W3, {"rule": "dare_linear", "mode": "fusion", "density": 0.5}, "draws at random: give gen"),
         (W3, {"gen": torch.Generator()}, "'cat' draws nothing"),
         (W3, {"rule": "svd", "mode": "fusion", "majority_sign": "frequency"}, "'svd' elects no sign"),
@@ -456,17 +559,22 @@ def test_errors_of_adapters():
         stack_adapters(make()[0])
     one, two = make()[0], evolve(make(sizes=SIZES | {"up": (20, 17)})[1], name="brain")
     with pytest.raises(
-        ValueError, match=r"up is linear 16 -> 20 on cpu for 'x' and linear 17 -> 20 on cpu for 'brain'; .* same base model"
+        ValueError,
+        match=r"up is linear 16 -> 20 on cpu for 'x' and linear 17 -> 20 on cpu for 'brain'; .* same base model",
     ):
         stack_adapters([one, two])
     with pytest.raises(ValueError, match="conv is conv1d 20 -> 18 on cpu for 'x' and linear"):
         stack_adapters([one, evolve(make()[1], kinds=KINDS | {"conv": "linear"})])
-    with pytest.raises(ValueError, match=r"'x', up: A must be \[r, in\] and B \[out, r\], got \[4, 16\] and \[20, 3\]"):
+    with pytest.raises(
+        ValueError, match=r"'x', up: A must be \[r, in\] and B \[out, r\], got \[4, 16\] and \[20, 3\]"
+    ):
         stack_adapters([evolve(one, factors={"up": {"a": torch.zeros(4, 16), "b": torch.zeros(20, 3)}})])
     for rule in ("linear", "average", "ties", "dare_ties"):
         pruned = {"density": 0.5} if rule in ("ties", "dare_ties") else {}
         gen = torch.Generator() if "dare" in rule else None
-        with pytest.raises(ValueError, match=f"'{rule}' needs equal ranks, embed has 'x' 2, 'y' 4; 'cat' and 'svd' take any"):
+        with pytest.raises(
+            ValueError, match=f"'{rule}' needs equal ranks, embed has 'x' 2, 'y' 4; 'cat' and 'svd' take any"
+        ):
             compose_adapters(make((2, 4), (1, 1)), [1.0, 1.0], mode="fusion", rule=rule, gen=gen, **pruned)
 
 
@@ -488,7 +596,9 @@ def test_order_does_not_matter_and_weights_scale_linearly():
         got = compose_adapters([adapters[i] for i in turned], [W3[i] for i in turned], mode=mode)
         torch.testing.assert_close(logits(got), want, rtol=0, atol=1e-6)
     for rule in ("cat", "svd"):
-        one, three = (compose_adapters(adapters, [c * w for w in W3], mode="fusion", rule=rule) for c in (1, -3))
+        one, three = (
+            compose_adapters(adapters, [c * w for w in W3], mode="fusion", rule=rule) for c in (1, -3)
+        )
         for m in SIZES:
             torch.testing.assert_close(delta(three, m), -3 * delta(one, m), rtol=0, atol=1e-5)
 
@@ -518,7 +628,9 @@ def test_composing_500_times_leaves_nothing_behind():
     counts = []
     for i in range(500):
         mixed = compose_adapters(pool, rows[i])
-        assert all(mixed.factors[m][k] is t for m, f in pool.factors.items() for k, t in f.items())  # nothing is copied
+        assert all(
+            mixed.factors[m][k] is t for m, f in pool.factors.items() for k, t in f.items()
+        )  # nothing is copied
         assert len({id(g) for g in mixed.gate.values()}) == 1  # layers that look alike share a gate
         if i in (1, 499):
             gc.collect()
@@ -531,4 +643,6 @@ def test_composing_500_times_leaves_nothing_behind():
     assert pool.kinds == KINDS
     assert all(torch.equal(before[m, k], t) for m, f in pool.factors.items() for k, t in f.items())
     del adapters
-    torch.testing.assert_close(compose_adapters(pool, rows[0]).gate["up"], compose_adapters(make((4, 8, 16)), rows[0]).gate["up"])
+    torch.testing.assert_close(
+        compose_adapters(pool, rows[0]).gate["up"], compose_adapters(make((4, 8, 16)), rows[0]).gate["up"]
+    )

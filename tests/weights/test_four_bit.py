@@ -9,10 +9,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from medvl.hub import skeletons as hub
-from medvl.weights import four_bit as quant
-from medvl.weights import lazy as weights
-from medvl.weights import lora
+from medvl.hub import skeletons
+from medvl.weights import four_bit, lazy, lora
 from medvl.weights.four_bit import QuantConfig
 from tests import tiny
 
@@ -32,22 +30,24 @@ def matrix(shape=(48, 96), dtype=torch.float32, seed=0):
 @pytest.mark.parametrize("double", [True, False])
 def test_equals_bitsandbytes_to_the_byte(dtype, shape, kind, double):
     w = matrix(shape, dtype)
-    ours = quant.four_bit(w, QuantConfig(kind=kind, double=double))
+    ours = four_bit.four_bit(w, QuantConfig(kind=kind, double=double))
     packed, state = peer.quantize_4bit(w, quant_type=kind, compress_statistics=double, blocksize=64)
     assert torch.equal(ours.packed, packed)
     assert torch.equal(ours.absmax, state.absmax)
-    assert torch.equal(weights.dense(ours), peer.dequantize_4bit(packed, state))
-    stored = quant.pack(ours)
-    assert {k: v.tolist() for k, v in state.as_dict(packed=True).items()} == {k[1:]: v.tolist() for k, v in stored.items() if k}
-    again = quant.unpack(stored)
-    assert torch.equal(weights.dense(again), weights.dense(ours))
+    assert torch.equal(lazy.dense(ours), peer.dequantize_4bit(packed, state))
+    stored = four_bit.pack(ours)
+    assert {k: v.tolist() for k, v in state.as_dict(packed=True).items()} == {
+        k[1:]: v.tolist() for k, v in stored.items() if k
+    }
+    again = four_bit.unpack(stored)
+    assert torch.equal(lazy.dense(again), lazy.dense(ours))
     assert repr(again) == repr(ours)
 
 
 def test_values_are_the_nearest_of_the_code():
     """The naive formula: each block of 64 divided by its largest magnitude, each value the nearest of 16."""
     w = matrix((6, 64))
-    got = weights.dense(quant.four_bit(w, QuantConfig(double=False)))
+    got = lazy.dense(four_bit.four_bit(w, QuantConfig(double=False)))
     code = torch.tensor(CODE)
     scale = w.view(-1, 64).abs().amax(1, keepdim=True)
     near = (w.view(-1, 64) / scale.clamp(min=1e-30)).unsqueeze(-1).sub(code).abs().argmin(-1)
@@ -55,22 +55,27 @@ def test_values_are_the_nearest_of_the_code():
 
 
 def test_bits_per_weight():
-    w = {"w": quant.four_bit(matrix((1024, 1024)))}
-    assert quant.bits_per_weight(w) == pytest.approx(4.127, abs=0.01)
-    assert quant.bits_per_weight({"w": quant.four_bit(matrix((1024, 1024)), QuantConfig(double=False))}) == 4.5
+    w = {"w": four_bit.four_bit(matrix((1024, 1024)))}
+    assert four_bit.bits_per_weight(w) == pytest.approx(4.127, abs=0.01)
+    assert (
+        four_bit.bits_per_weight({"w": four_bit.four_bit(matrix((1024, 1024)), QuantConfig(double=False))})
+        == 4.5
+    )
 
 
 def test_products_and_gradients_equal_linear4bit():
     """bitsandbytes' own layer, in training mode: its evaluation mode repacks the weight in place."""
     w, bias = matrix((64, 96)), torch.randn(64)
     layer = bnb.nn.Linear4bit(96, 64, quant_type="nf4", compress_statistics=True)
-    layer.weight = bnb.nn.Params4bit(w.clone(), requires_grad=False, quant_type="nf4", compress_statistics=True)
+    layer.weight = bnb.nn.Params4bit(
+        w.clone(), requires_grad=False, quant_type="nf4", compress_statistics=True
+    )
     layer.bias = torch.nn.Parameter(bias.clone())
     layer = layer.to("cpu").train()
     x = torch.randn(2, 5, 96)
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
     b = bias.clone().requires_grad_()
-    out, want = F.linear(ours, quant.four_bit(w), b), layer(theirs)
+    out, want = F.linear(ours, four_bit.four_bit(w), b), layer(theirs)
     torch.testing.assert_close(out, want, rtol=0, atol=1e-6)
     grads = torch.autograd.grad(out.square().sum(), (ours, b))
     for g, h in zip(grads, torch.autograd.grad(want.square().sum(), (theirs, layer.bias)), strict=True):
@@ -78,7 +83,7 @@ def test_products_and_gradients_equal_linear4bit():
 
 
 def test_the_backward_pass_keeps_no_written_out_weight():
-    q, kept = quant.four_bit(matrix((256, 256))), []
+    q, kept = four_bit.four_bit(matrix((256, 256))), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.nbytes), t)[1], lambda t: t):
         F.linear(torch.randn(1, 256, requires_grad=True), q)
     assert sum(kept) <= 4 * 256
@@ -87,28 +92,34 @@ def test_the_backward_pass_keeps_no_written_out_weight():
 def test_a_model_is_quantised_where_it_should_be():
     for kind in ("qwen3", "qwen2_5_vl", "internvl", "phi3"):
         skeleton, params = tiny.model(kind)
-        q = quant.quantize(params)
-        hit = {n for n, w in q.items() if isinstance(w, quant.FourBit)}
-        layers = {n for n in params if ".layers." in n and n.endswith("_proj.weight") and "visual" not in n and "vision" not in n}
+        q = four_bit.quantize(params)
+        hit = {n for n, w in q.items() if isinstance(w, four_bit.FourBit)}
+        layers = {
+            n
+            for n in params
+            if ".layers." in n and n.endswith("_proj.weight") and "visual" not in n and "vision" not in n
+        }
         assert hit == layers, kind
         assert all(q[n] is params[n] for n in params.keys() - hit)
         x = tiny.batch(kind)
-        written = {n: weights.dense(w) for n, w in q.items()}
+        written = {n: lazy.dense(w) for n, w in q.items()}
         with torch.no_grad():
-            torch.testing.assert_close(skeleton(q, **x).logits, skeleton(written, **x).logits, rtol=0, atol=1e-6)
-    everything = quant.quantize(params, QuantConfig(skip=()))
-    assert all(isinstance(w, quant.FourBit) == (w.dim() == 2) for w in everything.values())
+            torch.testing.assert_close(
+                skeleton(q, **x).logits, skeleton(written, **x).logits, rtol=0, atol=1e-6
+            )
+    everything = four_bit.quantize(params, QuantConfig(skip=()))
+    assert all(isinstance(w, four_bit.FourBit) == (w.dim() == 2) for w in everything.values())
 
 
 def test_quantising_while_loading_is_quantising_afterwards(tmp_path):
     skeleton, params = tiny.model("qwen2_5_vl")
-    hub.save(skeleton, params, tmp_path / "m")
-    _, loaded = hub.load(tmp_path / "m", head="language", each=quant.quantizer())
-    want = quant.quantize(params)
-    assert {n: repr(w) for n, w in loaded.items() if isinstance(w, weights.Lazy)} == {
-        n: repr(w) for n, w in want.items() if isinstance(w, weights.Lazy)
+    skeletons.save(skeleton, params, tmp_path / "m")
+    _, loaded = skeletons.load(tmp_path / "m", head="language", each=four_bit.quantizer())
+    want = four_bit.quantize(params)
+    assert {n: repr(w) for n, w in loaded.items() if isinstance(w, lazy.Lazy)} == {
+        n: repr(w) for n, w in want.items() if isinstance(w, lazy.Lazy)
     }
-    assert all(torch.equal(weights.dense(loaded[n]), weights.dense(want[n])) for n in want)
+    assert all(torch.equal(lazy.dense(loaded[n]), lazy.dense(want[n])) for n in want)
 
 
 # Files of transformers ------------------------------------------------------------------------------------------------------------------
@@ -118,7 +129,7 @@ def test_reads_and_writes_the_4_bit_files_of_transformers(tmp_path, kind):
 
     auto = AutoModelForCausalLM if kind == "qwen3" else AutoModelForImageTextToText
     skeleton, params = tiny.model(kind)
-    hub.save(skeleton, params, tmp_path / "whole")
+    skeletons.save(skeleton, params, tmp_path / "whole")
     skip = ["lm_head", *(["model.visual"] if kind != "qwen3" else [])]
     how = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -136,21 +147,26 @@ def test_reads_and_writes_the_4_bit_files_of_transformers(tmp_path, kind):
             m.training = False
     with torch.no_grad():
         want = theirs(**x).logits
-        skeleton, loaded = hub.load(tmp_path / "theirs", head="language")
-        assert sum(isinstance(w, quant.FourBit) for w in loaded.values()) == 14
+        skeleton, loaded = skeletons.load(tmp_path / "theirs", head="language")
+        assert sum(isinstance(w, four_bit.FourBit) for w in loaded.values()) == 14
         torch.testing.assert_close(skeleton(loaded, **x).logits, want, rtol=0, atol=1e-5)
-    hub.save(skeleton, loaded, tmp_path / "ours")
-    files = [{k: t for f in sorted((tmp_path / d).glob("*.safetensors")) for k, t in load_file(f).items()} for d in ("theirs", "ours")]
+    skeletons.save(skeleton, loaded, tmp_path / "ours")
+    files = [
+        {k: t for f in sorted((tmp_path / d).glob("*.safetensors")) for k, t in load_file(f).items()}
+        for d in ("theirs", "ours")
+    ]
     assert files[0].keys() == files[1].keys()
     assert all(torch.equal(files[0][k], files[1][k]) for k in files[0] if "quant_state" not in k)
     assert all(
-        quant.header({".quant_state.": f[k]}) == quant.header({".quant_state.": files[0][k]})
+        four_bit.header({".quant_state.": f[k]}) == four_bit.header({".quant_state.": files[0][k]})
         for f in files
         for k in f
         if "quant_state" in k
     )
     again = auto.from_pretrained(tmp_path / "ours", dtype=torch.float32)
-    of = [[n for n, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)] for model in (theirs, again)]
+    of = [
+        [n for n, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)] for model in (theirs, again)
+    ]
     assert of[0] == of[1]
     for m in again.modules():
         m.training = isinstance(m, bnb.nn.Linear4bit)
@@ -160,7 +176,7 @@ def test_reads_and_writes_the_4_bit_files_of_transformers(tmp_path, kind):
 
 # Bad input ------------------------------------------------------------------------------------------------------------------------------
 def stored(**change):
-    held = quant.pack(quant.four_bit(matrix()))
+    held = four_bit.pack(four_bit.four_bit(matrix()))
     state = next(k for k in held if "quant_state" in k)
     about = json.loads(bytes(held[state].tolist()).decode()) | change
     return held | {state: torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)}
@@ -170,20 +186,26 @@ BAD = [
     (lambda: QuantConfig(blocksize=48), "blocksize must be a power of two from 32 to 4096, got 48"),
     (lambda: QuantConfig(kind="int4"), "kind must be 'nf4' or 'fp4', got 'int4'"),
     (lambda: QuantConfig(skip=("(",)), r"skip holds '\(', which is no regular expression"),
-    (lambda: quant.four_bit(torch.ones(4)), r"needs a matrix of 16- or 32-bit floats, got \[4\] float32"),
-    (lambda: quant.four_bit(torch.ones(4, 4).double()), r"got \[4, 4\] float64"),
-    (lambda: quant.four_bit(torch.full((4, 4), torch.inf)), "values that are not finite"),
-    (lambda: quant.quantize({"a.weight": torch.ones(4)}), "none of 1 weights is a matrix"),
+    (lambda: four_bit.four_bit(torch.ones(4)), r"needs a matrix of 16- or 32-bit floats, got \[4\] float32"),
+    (lambda: four_bit.four_bit(torch.ones(4, 4).double()), r"got \[4, 4\] float64"),
+    (lambda: four_bit.four_bit(torch.full((4, 4), torch.inf)), "values that are not finite"),
+    (lambda: four_bit.quantize({"a.weight": torch.ones(4)}), "none of 1 weights is a matrix"),
     (
-        lambda: quant.quantize({"a.weight": quant.four_bit(matrix(), QuantConfig(kind="fp4"))}),
+        lambda: four_bit.quantize({"a.weight": four_bit.four_bit(matrix(), QuantConfig(kind="fp4"))}),
         "a.weight must be a plain tensor, got FourBit",
     ),
-    (lambda: quant.unpack({k: t for k, t in stored().items() if "quant_state" not in k}), "it is missing"),
-    (lambda: quant.unpack({k: t for k, t in stored().items() if k != ".absmax"}), "lacks .absmax"),
-    (lambda: quant.unpack({k: t for k, t in stored().items() if k != ".nested_absmax"}), "lacks .nested_absmax"),
-    (lambda: quant.unpack(stored(shape=[48, 95])), r"\[48, 95\] needs 2280 bytes and 72 scales, got \(2304, 72\)"),
-    (lambda: quant.unpack(stored(quant_type="int3")), "quant_type is 'int3'"),
-    (lambda: quant.unpack(stored(nested_blocksize=128)), "blocks of 256, got 128"),
+    (lambda: four_bit.unpack({k: t for k, t in stored().items() if "quant_state" not in k}), "it is missing"),
+    (lambda: four_bit.unpack({k: t for k, t in stored().items() if k != ".absmax"}), "lacks .absmax"),
+    (
+        lambda: four_bit.unpack({k: t for k, t in stored().items() if k != ".nested_absmax"}),
+        "lacks .nested_absmax",
+    ),
+    (
+        lambda: four_bit.unpack(stored(shape=[48, 95])),
+        r"\[48, 95\] needs 2280 bytes and 72 scales, got \(2304, 72\)",
+    ),
+    (lambda: four_bit.unpack(stored(quant_type="int3")), "quant_type is 'int3'"),
+    (lambda: four_bit.unpack(stored(nested_blocksize=128)), "blocks of 256, got 128"),
 ]
 
 
@@ -195,12 +217,14 @@ def test_bad_weights_and_files(call, message):
 
 def test_a_broken_4_bit_file_says_where(tmp_path):
     skeleton, params = tiny.model("qwen3")
-    hub.save(skeleton, quant.quantize(params), tmp_path / "m")
+    skeletons.save(skeleton, four_bit.quantize(params), tmp_path / "m")
     state = load_file(tmp_path / "m/model.safetensors")
     state.pop("model.layers.0.mlp.up_proj.weight.absmax")
     save_file(state, tmp_path / "m/model.safetensors")
-    with pytest.raises(ValueError, match=r"model.layers.0.mlp.up_proj.weight: quant: a 4-bit weight lacks .absmax"):
-        hub.load(tmp_path / "m", head="language")
+    with pytest.raises(
+        ValueError, match=r"model.layers.0.mlp.up_proj.weight: quant: a 4-bit weight lacks .absmax"
+    ):
+        skeletons.load(tmp_path / "m", head="language")
 
 
 # Experts of mixture models --------------------------------------------------------------------------------------------------------------
@@ -214,7 +238,9 @@ MIXTURES = {
 
 def mixture(kind, **change):
     """A skeleton with one layer of experts, and random weights."""
-    skeleton = hub.empty_skeleton({"model_type": kind} | MIXTURE | MIXTURES[kind] | change, head="language")
+    skeleton = skeletons.empty_skeleton(
+        {"model_type": kind} | MIXTURE | MIXTURES[kind] | change, head="language"
+    )
     gen = torch.Generator().manual_seed(0)
     shapes = {n: p.shape for n, p in skeleton.module.named_parameters()}
     return skeleton, {n: torch.randn(s, generator=gen) * 0.15 + ("norm" in n) for n, s in shapes.items()}
@@ -230,12 +256,14 @@ def gradient(skeleton, params, name, ids):
 @pytest.mark.parametrize("kind", MIXTURES)
 def test_experts_are_quantised_and_answer_as_their_values(kind, how):
     skeleton, params = mixture(kind, experts_implementation=how)
-    four = quant.quantize(params)
-    stacks = [n for n in four if weights.EXPERTS.search(n) and not n.endswith("_bias")]
+    four = four_bit.quantize(params)
+    stacks = [n for n in four if lazy.EXPERTS.search(n) and not n.endswith("_bias")]
     assert len(stacks) == 2
-    assert all(isinstance(four[n], quant.FourBit) and four[n].dim() == 3 for n in stacks)
-    assert sum(w.numel() for w in four.values() if isinstance(w, quant.FourBit)) > 0.6 * sum(w.numel() for w in params.values())
-    plain = {n: weights.dense(w) for n, w in four.items()}
+    assert all(isinstance(four[n], four_bit.FourBit) and four[n].dim() == 3 for n in stacks)
+    assert sum(w.numel() for w in four.values() if isinstance(w, four_bit.FourBit)) > 0.6 * sum(
+        w.numel() for w in params.values()
+    )
+    plain = {n: lazy.dense(w) for n, w in four.items()}
     ids = torch.arange(3, 15)[None]
     with torch.no_grad():
         torch.testing.assert_close(skeleton(four, ids).logits, skeleton(plain, ids).logits, rtol=0, atol=1e-6)
@@ -247,21 +275,24 @@ def test_experts_are_quantised_and_answer_as_their_values(kind, how):
 
 def test_quantised_experts_of_a_file_and_what_is_said_of_the_rest(tmp_path):
     skeleton, params = mixture("qwen3_moe")
-    hub.save(skeleton, params, tmp_path / "whole")
-    again, four = hub.load(tmp_path / "whole", head="language", each=quant.quantizer())
-    want = quant.quantize(params)
-    assert hub.digest(four) == hub.digest(want)
+    skeletons.save(skeleton, params, tmp_path / "whole")
+    again, four = skeletons.load(tmp_path / "whole", head="language", each=four_bit.quantizer())
+    want = four_bit.quantize(params)
+    assert skeletons.digest(four) == skeletons.digest(want)
     with pytest.raises(ValueError, match="experts in 4 bits, for which no file has a place"):
-        hub.save(again, four, tmp_path / "four")
+        skeletons.save(again, four, tmp_path / "four")
     assert not (tmp_path / "four").exists()
-    shaped = quant.quantize({n: t.to("meta") for n, t in params.items()})
-    assert weights.nbytes(shaped) == weights.nbytes(want)
+    shaped = four_bit.quantize({n: t.to("meta") for n, t in params.items()})
+    assert lazy.nbytes(shaped) == lazy.nbytes(want)
     with pytest.warns(UserWarning, match=r"quantize: conv \[4, 4, 3\] stays in full precision"):
-        quant.quantize({"conv": torch.ones(4, 4, 3), "w": torch.ones(64, 64)})
+        four_bit.quantize({"conv": torch.ones(4, 4, 3), "w": torch.ones(64, 64)})
 
 
 def test_all_linear_says_that_it_leaves_experts_alone(gen):
     skeleton, _ = mixture("qwen3_moe")
-    with pytest.warns(UserWarning, match="all-linear corrects no experts: model.layers.0.mlp.experts.gate_up_proj and 1 more hold 49,152"):
+    with pytest.warns(
+        UserWarning,
+        match="all-linear corrects no experts: model.layers.0.mlp.experts.gate_up_proj and 1 more hold 49,152",
+    ):
         adapter = lora.init_lora(lora.LoraConfig(pattern="all-linear"), skeleton, gen)
     assert not [m for m in adapter.factors if "experts" in m]

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from medvl.hub import skeletons as hub
-from medvl.weights import four_bit as quant
+from medvl.hub import skeletons
+from medvl.weights import four_bit
 from medvl.weights import lazy as weights
 from tests import tiny
 
@@ -30,7 +30,9 @@ def test_low_rank_is_the_sum():
     bias = torch.randn(12).double()
     torch.testing.assert_close(F.linear(X, lazy, bias), F.linear(X, dense, bias), rtol=0, atol=1e-12)
     torch.testing.assert_close(weights.dense(lazy), dense, rtol=0, atol=1e-12)
-    torch.testing.assert_close(nn.functional.linear(X[0, 0], lazy), dense @ X[0, 0], rtol=0, atol=1e-12)  # one row, no batch
+    torch.testing.assert_close(
+        nn.functional.linear(X[0, 0], lazy), dense @ X[0, 0], rtol=0, atol=1e-12
+    )  # one row, no batch
 
 
 def test_a_gate_per_sample_belongs_to_its_rows():
@@ -40,7 +42,9 @@ def test_a_gate_per_sample_belongs_to_its_rows():
     want = torch.stack([F.linear(x, d) for x, d in zip(X, each, strict=True)])
     lazy = weights.low_rank(w, a, b, gate=gate)
     torch.testing.assert_close(F.linear(X, lazy), want, rtol=0, atol=1e-12)
-    torch.testing.assert_close(F.linear(X[:, -1], lazy), want[:, -1], rtol=0, atol=1e-12)  # the last token only
+    torch.testing.assert_close(
+        F.linear(X[:, -1], lazy), want[:, -1], rtol=0, atol=1e-12
+    )  # the last token only
 
 
 def test_rows_of_a_tower_find_their_sample():
@@ -62,8 +66,12 @@ def test_a_router_mixes_experts_by_token():
     w, a, b = parts()
     router = torch.randn(2, 10).double()
     share = (X @ router.T).softmax(-1)
-    want = X @ w.T + sum(3.0 * share[..., i : i + 1] * (X @ a[2 * i : 2 * i + 2].T @ b[:, 2 * i : 2 * i + 2].T) for i in (0, 1))
-    torch.testing.assert_close(F.linear(X, weights.low_rank(w, a, b, scale=3, router=router)), want, rtol=0, atol=1e-12)
+    want = X @ w.T + sum(
+        3.0 * share[..., i : i + 1] * (X @ a[2 * i : 2 * i + 2].T @ b[:, 2 * i : 2 * i + 2].T) for i in (0, 1)
+    )
+    torch.testing.assert_close(
+        F.linear(X, weights.low_rank(w, a, b, scale=3, router=router)), want, rtol=0, atol=1e-12
+    )
 
 
 def test_conv1d_and_embedding():
@@ -78,9 +86,13 @@ def test_conv1d_and_embedding():
     lazy = weights.low_rank(table, a, b, kind="embedding")
     torch.testing.assert_close(F.embedding(ids, lazy), (table + (b @ a).T)[ids], rtol=0, atol=1e-12)
     each = torch.stack([(table + ((b * g) @ a).T)[i] for g, i in zip(gate, ids, strict=True)])
-    torch.testing.assert_close(F.embedding(ids, weights.low_rank(table, a, b, gate=gate, kind="embedding")), each, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        F.embedding(ids, weights.low_rank(table, a, b, gate=gate, kind="embedding")), each, rtol=0, atol=1e-12
+    )
     h = torch.randn(2, 6).double()
-    assert torch.equal(F.linear(h, lazy), F.linear(h, table))  # a tied head does not see the embedding's correction
+    assert torch.equal(
+        F.linear(h, lazy), F.linear(h, table)
+    )  # a tied head does not see the embedding's correction
     head = weights.low_rank(lazy, torch.randn(2, 6).double(), torch.randn(20, 2).double())
     assert torch.equal(F.embedding(ids, head), F.embedding(ids, lazy))  # nor the embedding the head's
 
@@ -88,7 +100,7 @@ def test_conv1d_and_embedding():
 def test_kinds_nest():
     w, a, b = parts(dtype=torch.float32)
     x = X.float()
-    q = quant.four_bit(w)
+    q = four_bit.four_bit(w)
     twice = weights.low_rank(weights.low_rank(q, a, b), 2 * a, b, scale=0.5)
     want = F.linear(x, weights.dense(q) + 2 * b @ a)
     torch.testing.assert_close(F.linear(x, twice), want, rtol=0, atol=1e-5)
@@ -109,7 +121,12 @@ def test_precision_is_the_wider_of_base_and_adapter():
     assert torch.equal(out, want)
     with torch.autocast("cpu", torch.bfloat16):
         assert F.linear(X.float(), weights.low_rank(w, a, b)).dtype == torch.bfloat16
-        torch.testing.assert_close(F.linear(X.float(), weights.low_rank(quant.four_bit(w), a, b)).float(), want.float(), rtol=0.1, atol=0.5)
+        torch.testing.assert_close(
+            F.linear(X.float(), weights.low_rank(four_bit.four_bit(w), a, b)).float(),
+            want.float(),
+            rtol=0.1,
+            atol=0.5,
+        )
 
 
 def test_dropout_is_of_the_input_of_a():
@@ -139,9 +156,11 @@ def test_dropout_of_experts_is_behind_a_and_before_the_gates():
 # What it is as a value ------------------------------------------------------------------------------------------------------------------
 def test_moving_copying_counting():
     w, a, b = parts(dtype=torch.float32)
-    lazy = weights.low_rank(quant.four_bit(w), a, b, rows=torch.tensor([0, 1]), gate=torch.ones(2, 4))
+    lazy = weights.low_rank(four_bit.four_bit(w), a, b, rows=torch.tensor([0, 1]), gate=torch.ones(2, 4))
     half = lazy.to(torch.bfloat16)
-    assert [half.dtype, half.base.dtype, half.a.dtype, half.rows.dtype] == [torch.bfloat16] * 3 + [torch.int64]
+    assert [half.dtype, half.base.dtype, half.a.dtype, half.rows.dtype] == [torch.bfloat16] * 3 + [
+        torch.int64
+    ]
     assert half.base.packed.dtype == torch.uint8
     assert half.base.nested.dtype == torch.float32  # scales keep theirs
     assert lazy.to("meta").a.is_meta
@@ -153,17 +172,30 @@ def test_moving_copying_counting():
     assert not lazy.requires_grad
     assert lazy.base.nbytes == 60 + 2 + 4 + 4 + 1024
     moved = weights.to({"x": lazy, "w": w}, dtype=torch.bfloat16)
-    assert [moved["x"].dtype, moved["w"].dtype, moved["x"].base.absmax.dtype] == [torch.bfloat16] * 2 + [torch.uint8]
+    assert [moved["x"].dtype, moved["w"].dtype, moved["x"].base.absmax.dtype] == [torch.bfloat16] * 2 + [
+        torch.uint8
+    ]
     held = weights.nbytes({"x": lazy})
-    assert held == 60 + 2 + 4 + 4 + 256 * 4 + 4 * (40 + 48 + 8) + 16  # codes, scales, offset, nested, its code, A, B, gate, rows
+    assert (
+        held == 60 + 2 + 4 + 4 + 256 * 4 + 4 * (40 + 48 + 8) + 16
+    )  # codes, scales, offset, nested, its code, A, B, gate, rows
     assert weights.nbytes({"x": w, "tied": w, "view": w[:3]}) == w.nbytes
 
 
 def test_what_a_lazy_weight_cannot_do_is_said():
     w, a, b = parts()
     lazy = weights.low_rank(w, a, b)
-    for call in (lambda: lazy + 1, lambda: lazy @ X[0].T, lambda: torch.stack([lazy, lazy]), lambda: lazy.sum(), lambda: F.conv1d(X, lazy)):
-        with pytest.raises(NotImplementedError, match=r"LowRank\(\[12, 10\], linear, rank 4 over float64\), which answers only linear"):
+    for call in (
+        lambda: lazy + 1,
+        lambda: lazy @ X[0].T,
+        lambda: torch.stack([lazy, lazy]),
+        lambda: lazy.sum(),
+        lambda: F.conv1d(X, lazy),
+    ):
+        with pytest.raises(
+            NotImplementedError,
+            match=r"LowRank\(\[12, 10\], linear, rank 4 over float64\), which answers only linear",
+        ):
             call()
     with pytest.raises(TypeError, match="has no gradient of its own; its parts may have"):
         lazy.requires_grad_()
@@ -175,11 +207,20 @@ def test_what_a_lazy_weight_cannot_do_is_said():
 
 
 BAD = [
-    (lambda w, a, b: weights.low_rank(w, a[:, :9], b), r"must fit the weight, got \[4, 9\] and \[12, 4\] for \[12, 10\]"),
+    (
+        lambda w, a, b: weights.low_rank(w, a[:, :9], b),
+        r"must fit the weight, got \[4, 9\] and \[12, 4\] for \[12, 10\]",
+    ),
     (lambda w, a, b: weights.low_rank(w, a, b[:, :3]), r"must fit the weight, got \[4, 10\] and \[12, 3\]"),
     (lambda w, a, b: weights.low_rank(w.T, a, b), r"for \[10, 12\] of kind linear"),
-    (lambda w, a, b: weights.low_rank(w, a, b, gate=torch.ones(3)), r"the gate must be \[4\] or \[b, 4\], got \[3\]"),
-    (lambda w, a, b: weights.low_rank(w, a, b, router=torch.ones(3, 10)), r"the router must be \[n, 10\] with n dividing rank 4"),
+    (
+        lambda w, a, b: weights.low_rank(w, a, b, gate=torch.ones(3)),
+        r"the gate must be \[4\] or \[b, 4\], got \[3\]",
+    ),
+    (
+        lambda w, a, b: weights.low_rank(w, a, b, router=torch.ones(3, 10)),
+        r"the router must be \[n, 10\] with n dividing rank 4",
+    ),
     (
         lambda w, a, b: F.linear(X, weights.low_rank(w, a, b, gate=torch.ones(2, 4))),
         "weights for 2 samples meet 3 rows; give weights for every",
@@ -189,7 +230,9 @@ BAD = [
         "3 samples meet 15 rows; this layer flattens its batch, so it cannot have weights per sample",
     ),
     (
-        lambda w, a, b: F.linear(X[:, 0], weights.low_rank(w, a, b, gate=torch.ones(2, 4), rows=torch.tensor([0, 1]))),
+        lambda w, a, b: F.linear(
+            X[:, 0], weights.low_rank(w, a, b, gate=torch.ones(2, 4), rows=torch.tensor([0, 1]))
+        ),
         "3 rows do not belong to 2 visual tokens",
     ),
 ]
@@ -208,7 +251,10 @@ def adapted(params, r=4, gate=None, seed=3, grad=False):
     done, leaves = dict(params), {}
     for n, w in params.items():
         if n.endswith("_proj.weight"):
-            a, b = torch.randn(r, w.shape[1], generator=gen) * 0.1, torch.randn(w.shape[0], r, generator=gen) * 0.1
+            a, b = (
+                torch.randn(r, w.shape[1], generator=gen) * 0.1,
+                torch.randn(w.shape[0], r, generator=gen) * 0.1,
+            )
             leaves |= {f"{n}/a": a.requires_grad_(grad), f"{n}/b": b.requires_grad_(grad)}
             done[n] = weights.low_rank(w, a, b, gate=gate)
     return done, leaves
@@ -218,22 +264,26 @@ def adapted(params, r=4, gate=None, seed=3, grad=False):
 def test_gradients_are_those_of_dense_weights_with_and_without_checkpointing(kind):
     skeleton, params = tiny.model(kind)
     x = tiny.batch(kind)
-    lazy, leaves = adapted(quant.quantize(params), grad=True)
+    lazy, leaves = adapted(four_bit.quantize(params), grad=True)
 
     def gradient(skel, p):
         logits = skel(p, **x, use_cache=False).logits
         return torch.autograd.grad(logits.square().mean(), list(leaves.values()))
 
-    base = {f"{n}/{i}": t for n, w in lazy.items() for i, t in enumerate(weights.leaves(w)) if not t.requires_grad}
-    before = hub.digest(base)
-    plain, again = gradient(skeleton, lazy), gradient(hub.checkpointed(skeleton), lazy)
-    written = {n: weights.dense(w.base) + w.b @ w.a if isinstance(w, weights.LowRank) else w for n, w in lazy.items()}
+    base = {
+        f"{n}/{i}": t for n, w in lazy.items() for i, t in enumerate(weights.leaves(w)) if not t.requires_grad
+    }
+    before = skeletons.digest(base)
+    plain, again = gradient(skeleton, lazy), gradient(skeletons.checkpointed(skeleton), lazy)
+    written = {
+        n: weights.dense(w.base) + w.b @ w.a if isinstance(w, weights.LowRank) else w for n, w in lazy.items()
+    }
     dense = gradient(skeleton, written)
     for g, c, d in zip(plain, again, dense, strict=True):
         assert torch.equal(g, c)
         torch.testing.assert_close(g, d, rtol=1e-4, atol=1e-7)
     assert max(float(g.abs().max()) for g in plain) > 1e-3
-    assert hub.digest(base) == before
+    assert skeletons.digest(base) == before
 
 
 def test_checkpointing_outlives_the_call():
@@ -241,8 +291,10 @@ def test_checkpointing_outlives_the_call():
     skeleton, params = tiny.model("qwen3")
     x = tiny.batch("qwen3")
     leaf = {n: t.clone().requires_grad_() for n, t in params.items()}
-    want = torch.autograd.grad(skeleton(leaf, **x, use_cache=False).logits.square().mean(), list(leaf.values()))
-    skel = hub.checkpointed(skeleton)
+    want = torch.autograd.grad(
+        skeleton(leaf, **x, use_cache=False).logits.square().mean(), list(leaf.values())
+    )
+    skel = skeletons.checkpointed(skeleton)
     loss = skel(leaf, **x, use_cache=False).logits.square().mean()
     skel({n: t * 2 for n, t in params.items()}, **x, use_cache=False)
     for g, w in zip(torch.autograd.grad(loss, list(leaf.values())), want, strict=True):
@@ -260,22 +312,33 @@ def test_checkpointing_saves_activations():
             skel(leaf, **x, use_cache=False)
         return sum(sizes)
 
-    assert kept(hub.checkpointed(skeleton)) < 0.5 * kept(skeleton)
+    assert kept(skeletons.checkpointed(skeleton)) < 0.5 * kept(skeleton)
 
 
 def test_compiles_in_one_graph():
     skeleton, params = tiny.model("qwen3")
-    lazy, _ = adapted(quant.quantize(params), gate=torch.rand(2, 4))
+    lazy, _ = adapted(four_bit.quantize(params), gate=torch.rand(2, 4))
     x = tiny.batch("qwen3")["input_ids"]
     with torch.no_grad():
-        run = torch.compile(lambda p, ids: skeleton(p, input_ids=ids, use_cache=False).logits, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(run(lazy, x), skeleton(lazy, input_ids=x, use_cache=False).logits, rtol=0, atol=1e-5)
+        run = torch.compile(
+            lambda p, ids: skeleton(p, input_ids=ids, use_cache=False).logits,
+            fullgraph=True,
+            backend="aot_eager",
+        )
+        torch.testing.assert_close(
+            run(lazy, x), skeleton(lazy, input_ids=x, use_cache=False).logits, rtol=0, atol=1e-5
+        )
 
 
 def test_threads_with_different_mixtures_are_exact():
     skeleton, params = tiny.model("qwen2")
     x = tiny.batch("qwen2")
-    variants = [adapted(quant.quantize(params), gate=torch.rand(2, 4, generator=torch.Generator().manual_seed(i)))[0] for i in (1, 2)]
+    variants = [
+        adapted(four_bit.quantize(params), gate=torch.rand(2, 4, generator=torch.Generator().manual_seed(i)))[
+            0
+        ]
+        for i in (1, 2)
+    ]
     wrong: list[float] = []
     with torch.no_grad():
         want = [skeleton(v, **x).logits for v in variants]

@@ -9,10 +9,8 @@ from attrs import evolve
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
-from medvl.hub import skeletons as hub
-from medvl.weights import four_bit as quant
-from medvl.weights import lazy as weights
-from medvl.weights import lora
+from medvl.hub import skeletons
+from medvl.weights import four_bit, lazy, lora
 from medvl.weights.lora import LoraConfig
 from tests import tiny
 
@@ -102,10 +100,14 @@ def test_a_new_adapter_changes_nothing_and_is_drawn_as_in_peft(gen):
     skeleton, params = tiny.model("qwen3")
     x = tiny.batch("qwen3")
     for experts in (2, 0):
-        cfg = LoraConfig(rank=4, targets=("q_proj", "down_proj", *(() if experts else ("embed_tokens",))), experts=experts)
+        cfg = LoraConfig(
+            rank=4, targets=("q_proj", "down_proj", *(() if experts else ("embed_tokens",))), experts=experts
+        )
         adapter = lora.init_lora(cfg, skeleton, gen)
         with torch.no_grad():
-            assert torch.equal(skeleton(lora.apply_lora(params, adapter), **x).logits, skeleton(params, **x).logits)
+            assert torch.equal(
+                skeleton(lora.apply_lora(params, adapter), **x).logits, skeleton(params, **x).logits
+            )
         a = adapter.factors["model.layers.0.mlp.down_proj"]["a"]
         assert a.abs().max() <= 48**-0.5
         assert a.std() == pytest.approx((48 * 3) ** -0.5, rel=0.15)
@@ -125,14 +127,16 @@ def test_a_list_never_reaches_the_vision_tower_unasked(gen):
     assert not any("visual" in m or "lm_head" in m for m in linear)
     regex = lora.targets(LoraConfig(pattern=r".*visual.*qkv"), skeleton)
     assert len(regex) == 2
-    left = lora.targets(LoraConfig(targets=("up_proj", "q_proj"), exclude=("layers.0.mlp.up_proj",)), skeleton)
+    left = lora.targets(
+        LoraConfig(targets=("up_proj", "q_proj"), exclude=("layers.0.mlp.up_proj",)), skeleton
+    )
     assert len(left) == 3
 
 
 def test_counting():
     skeleton, params = tiny.model("qwen3")
     adapter = lora.init_lora(LoraConfig(rank=2, targets=("q_proj",)), skeleton, torch.Generator())
-    own, base, share = lora.count(adapter, quant.quantize(params))
+    own, base, share = lora.count(adapter, four_bit.quantize(params))
     assert own == 2 * 2 * (32 + 32)
     assert base == sum(t.numel() for t in params.values())
     assert share == pytest.approx(100 * own / (own + base))
@@ -153,13 +157,21 @@ def test_h_lora_is_the_gated_sum_of_its_experts(gen):
     share = (h @ f["router"].T).softmax(-1)
     want = h @ w.T
     for i in range(4):  # alpha / r_i with r_i = rank / 4 is the scale of each expert
-        want = want + share[..., i : i + 1] * (16 / 2) * (h @ f["a"][2 * i : 2 * i + 2].T @ f["b"][:, 2 * i : 2 * i + 2].T)
+        want = want + share[..., i : i + 1] * (16 / 2) * (
+            h @ f["a"][2 * i : 2 * i + 2].T @ f["b"][:, 2 * i : 2 * i + 2].T
+        )
     torch.testing.assert_close(
-        torch.nn.functional.linear(h, lora.apply_lora(params, adapter)[f"{name}.weight"]), want, rtol=1e-6, atol=1e-5
+        torch.nn.functional.linear(h, lora.apply_lora(params, adapter)[f"{name}.weight"]),
+        want,
+        rtol=1e-6,
+        atol=1e-5,
     )
     for f in adapter.factors.values():
         f["router"].zero_()
-    plain = evolve(adapter, factors={m: {k: t for k, t in f.items() if k != "router"} for m, f in adapter.factors.items()})
+    plain = evolve(
+        adapter,
+        factors={m: {k: t for k, t in f.items() if k != "router"} for m, f in adapter.factors.items()},
+    )
     plain = evolve(plain, scale={m: 16 / 8 for m in plain.scale})
     with torch.no_grad():
         routed, even = (skeleton(lora.apply_lora(params, a), **x).logits for a in (adapter, plain))
@@ -173,15 +185,19 @@ def test_qlora_gradients_are_those_of_peft_over_linear4bit():
     import bitsandbytes as bnb
 
     skeleton, params = tiny.model("qwen3")
-    base = quant.quantize(params)
+    base = four_bit.quantize(params)
     module = tiny.peer(skeleton, params)
     for n, w in base.items():
-        if isinstance(w, quant.FourBit):
+        if isinstance(w, four_bit.FourBit):
             old = module.get_submodule(n.removesuffix(".weight"))
             new = bnb.nn.Linear4bit(old.in_features, old.out_features, bias=False, quant_type="nf4")
-            new.weight = bnb.nn.Params4bit(params[n].clone(), requires_grad=False, quant_type="nf4", compress_statistics=True)
+            new.weight = bnb.nn.Params4bit(
+                params[n].clone(), requires_grad=False, quant_type="nf4", compress_statistics=True
+            )
             module.set_submodule(n.removesuffix(".weight"), new.to("cpu"))
-    model = get_peft_model(module, peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj", "down_proj"])).train()
+    model = get_peft_model(
+        module, peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj", "down_proj"])
+    ).train()
     factors = {}
     for name, m in model.named_modules():
         if hasattr(m, "lora_A"):
@@ -191,8 +207,10 @@ def test_qlora_gradients_are_those_of_peft_over_linear4bit():
     leaves = {m: {k: t.detach().clone().requires_grad_() for k, t in f.items()} for m, f in factors.items()}
     kinds, scale = dict.fromkeys(factors, "linear"), dict.fromkeys(factors, 2.0)
     x = tiny.batch("qwen3")
-    before = {n: copy.deepcopy(list(weights.leaves(w))) for n, w in base.items()}
-    ours = skeleton(lora.apply_lora(base, lora.Adapter(factors=leaves, kinds=kinds, scale=scale)), **x, use_cache=False).logits
+    before = {n: copy.deepcopy(list(lazy.leaves(w))) for n, w in base.items()}
+    ours = skeleton(
+        lora.apply_lora(base, lora.Adapter(factors=leaves, kinds=kinds, scale=scale)), **x, use_cache=False
+    ).logits
     want = model(**x, use_cache=False).logits
     torch.testing.assert_close(ours, want, rtol=0, atol=1e-5)
     flat = [(leaves[m][k], factors[m][k]) for m in leaves for k in "ab"]
@@ -201,7 +219,7 @@ def test_qlora_gradients_are_those_of_peft_over_linear4bit():
         torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-7)
     assert max(float(g.abs().max()) for g in got) > 1e-3
     for n, w in base.items():
-        assert all(torch.equal(t, old) for t, old in zip(weights.leaves(w), before[n], strict=True)), n
+        assert all(torch.equal(t, old) for t, old in zip(lazy.leaves(w), before[n], strict=True)), n
 
 
 # Merging --------------------------------------------------------------------------------------------------------------------------------
@@ -217,12 +235,16 @@ def test_merged_weights_answer_like_adapted_ones(case):
             lora.merge(params, adapter)
         both = lora.merge(params, adapter, also_head=True).params["transformer.wte.weight"]
         f = adapter.factors["transformer.wte"]
-        torch.testing.assert_close(both, params["transformer.wte.weight"] + 2 * (f["b"] @ f["a"]).T, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            both, params["transformer.wte.weight"] + 2 * (f["b"] @ f["a"]).T, rtol=0, atol=1e-5
+        )
         adapter = evolve(
-            adapter, factors={m: f for m, f in adapter.factors.items() if "wte" not in m}, kinds=dict.fromkeys(adapter.kinds, "conv1d")
+            adapter,
+            factors={m: f for m, f in adapter.factors.items() if "wte" not in m},
+            kinds=dict.fromkeys(adapter.kinds, "conv1d"),
         )
     done = lora.merge(params, adapter)
-    assert not any(isinstance(w, weights.Lazy) for w in done.params.values())
+    assert not any(isinstance(w, lazy.Lazy) for w in done.params.values())
     with torch.no_grad():
         want = skeleton(lora.apply_lora(params, adapter), **x).logits
         torch.testing.assert_close(skeleton(done.params, **x).logits, want, rtol=0, atol=1e-5)
@@ -246,34 +268,36 @@ def test_an_adapter_on_a_tied_head_is_merged_where_the_head_is_untied(kind, gen,
     assert (want - bare).abs().max() > 0.1
     with pytest.raises(ValueError, match=r"merge: lm_head has the weight .* of another layer, .*hub.untie"):
         lora.merge(params, adapter)
-    own, weights_ = hub.untie(skeleton, params)
+    own, weights_ = skeletons.untie(skeleton, params)
     with torch.no_grad():
         torch.testing.assert_close(own(weights_, ids).logits, bare, rtol=0, atol=0)
     merged = lora.merge(weights_, adapter).params
     with torch.no_grad():
         torch.testing.assert_close(own(merged, ids).logits, want, rtol=0, atol=1e-5)
-    hub.save(own, merged, tmp_path / "saved")
+    skeletons.save(own, merged, tmp_path / "saved")
     peer = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
     with torch.no_grad():
         torch.testing.assert_close(peer(ids).logits, want, rtol=0, atol=1e-5)
-    again, read = hub.load(tmp_path / "saved", head="language")
-    assert hub.digest(read) == hub.digest(merged)
+    again, read = skeletons.load(tmp_path / "saved", head="language")
+    assert skeletons.digest(read) == skeletons.digest(merged)
     with pytest.raises(ValueError, match=r"untie: no two layers of .* share a weight"):
-        hub.untie(again, read)
+        skeletons.untie(again, read)
 
 
 def test_merging_onto_rounded_weights_says_what_is_lost(gen):
     skeleton, params = tiny.model("qwen3")
-    base = quant.quantize({n: t.bfloat16() for n, t in params.items()})
+    base = four_bit.quantize({n: t.bfloat16() for n, t in params.items()})
     adapter = lora.init_lora(LoraConfig(rank=4, pattern="all-linear"), skeleton, gen)
     for f in adapter.factors.values():
         f["b"].normal_(std=0.003, generator=gen)
     done = lora.merge(base, adapter)
     name = "model.layers.0.mlp.up_proj"
-    w, f = weights.dense(base[f"{name}.weight"]).float(), adapter.factors[name]
+    w, f = lazy.dense(base[f"{name}.weight"]).float(), adapter.factors[name]
     exact = w + adapter.scale[name] * f["b"] @ f["a"]
     assert torch.equal(done.params[f"{name}.weight"], exact.bfloat16())
-    assert done.lost[name] == pytest.approx(float((exact.bfloat16().float() - exact).norm() / (exact - w).norm()), rel=1e-4)
+    assert done.lost[name] == pytest.approx(
+        float((exact.bfloat16().float() - exact).norm() / (exact - w).norm()), rel=1e-4
+    )
     assert 0.01 < done.lost[name] < 1
     assert lora.merge(base, adapter, dtype=torch.float32).lost[name] < 1e-6
 
@@ -281,7 +305,9 @@ def test_merging_onto_rounded_weights_says_what_is_lost(gen):
 # Errors ---------------------------------------------------------------------------------------------------------------------------------
 def fresh(**change):
     skeleton, _ = tiny.model("qwen2_5_vl")
-    return lora.init_lora(LoraConfig(**{"rank": 4, "targets": ("q_proj",)} | change), skeleton, torch.Generator())
+    return lora.init_lora(
+        LoraConfig(**{"rank": 4, "targets": ("q_proj",)} | change), skeleton, torch.Generator()
+    )
 
 
 def applied(adapter, kind="qwen2_5_vl", **kwargs):
@@ -292,7 +318,10 @@ ONE = "model.language_model.layers.0.self_attn.q_proj"
 BAD = [
     (lambda: LoraConfig(rank=0, targets=("q_proj",)), "ranks must be positive"),
     (lambda: LoraConfig(rank=4, dropout=1.0, targets=("q_proj",)), r"dropout in \[0, 1\)"),
-    (lambda: LoraConfig(rank=6, experts=4, targets=("q_proj",)), r"4 experts must divide the rank, got \[6\]"),
+    (
+        lambda: LoraConfig(rank=6, experts=4, targets=("q_proj",)),
+        r"4 experts must divide the rank, got \[6\]",
+    ),
     (lambda: LoraConfig(), "give either targets .* or pattern"),
     (lambda: LoraConfig(targets=("q_proj",), pattern=".*"), "give either targets .* or pattern"),
     (lambda: LoraConfig(pattern="("), r"'\(' is not a regular expression"),
@@ -302,15 +331,23 @@ BAD = [
         r"target 'qkv': only layers of the vision tower \(model.visual.blocks.0.attn.qkv...\) .* vision=True",
     ),
     (lambda: fresh(targets=(), pattern=".*query"), "names no layer"),
-    (lambda: fresh(targets=("embed_tokens",), experts=2), "is an embedding, which has no hidden state to route by"),
+    (
+        lambda: fresh(targets=("embed_tokens",), experts=2),
+        "is an embedding, which has no hidden state to route by",
+    ),
     (lambda: fresh(exclude=("q_proj",)), "names no layer"),
-    (lambda: applied(fresh(), "qwen2"), f"the model has no weight {ONE}.weight; its weights look like model.embed_tokens"),
+    (
+        lambda: applied(fresh(), "qwen2"),
+        f"the model has no weight {ONE}.weight; its weights look like model.embed_tokens",
+    ),
     (
         lambda: applied(evolve(fresh(), factors={ONE: {"a": torch.ones(4, 31), "b": torch.ones(32, 4)}})),
         f"{ONE} of Adapter.*must fit the weight, .* was the adapter made for another model",
     ),
     (
-        lambda: applied(evolve(a := fresh(targets=("qkv",), vision=True), gate={m: torch.ones(2, 4) for m in a.factors})),
+        lambda: applied(
+            evolve(a := fresh(targets=("qkv",), vision=True), gate={m: torch.ones(2, 4) for m in a.factors})
+        ),
         "model.visual.blocks.0.attn.qkv sees images and its weights differ by sample; give rows=",
     ),
     (
@@ -318,7 +355,9 @@ BAD = [
         r"replaces model.language_model.norm.weight \[3\], the model has \[32\] there",
     ),
     (
-        lambda: lora.merge(tiny.model("qwen2_5_vl")[1], evolve(a := fresh(), gate={m: torch.ones(2, 4) for m in a.factors})),
+        lambda: lora.merge(
+            tiny.model("qwen2_5_vl")[1], evolve(a := fresh(), gate={m: torch.ones(2, 4) for m in a.factors})
+        ),
         "its correction depends on the sample",
     ),
 ]

@@ -6,10 +6,8 @@ import peft
 import pytest
 import torch
 
-from medvl.language import generate as generation
-from medvl.language import vlm
-from medvl.weights import compose, lora
-from medvl.weights import four_bit as quant
+from medvl.language import generate, vlm
+from medvl.weights import compose, four_bit, lora
 from tests import tiny
 
 W = torch.tensor([[0.6, -0.3, 0.5], [0.2, 0.9, 0.0]])  # a row for each sample, one weight negative, one zero
@@ -26,7 +24,11 @@ def joined(request):
     model, adapters = None, []
     for j, r in enumerate(RANKS):
         config = peft.LoraConfig(r=r, lora_alpha=2 * r - 3, target_modules="all-linear")
-        model = peft.get_peft_model(module, config, f"a{j}") if model is None else (model.add_adapter(f"a{j}", config), model)[1]
+        model = (
+            peft.get_peft_model(module, config, f"a{j}")
+            if model is None
+            else (model.add_adapter(f"a{j}", config), model)[1]
+        )
     gen = torch.Generator().manual_seed(3)
     for j in range(len(RANKS)):
         factors, scale = {}, {}
@@ -37,8 +39,13 @@ def joined(request):
                     a.copy_(torch.randn(a.shape, generator=gen) * 0.1)
                     b.copy_(torch.randn(b.shape, generator=gen) * 0.1)
                 path = name.removeprefix("base_model.model.")
-                factors[path], scale[path] = {"a": a.detach().clone(), "b": b.detach().clone()}, m.scaling[f"a{j}"]
-        adapters.append(lora.Adapter(factors=factors, scale=scale, kinds=dict.fromkeys(factors, "linear"), name=f"a{j}"))
+                factors[path], scale[path] = (
+                    {"a": a.detach().clone(), "b": b.detach().clone()},
+                    m.scaling[f"a{j}"],
+                )
+        adapters.append(
+            lora.Adapter(factors=factors, scale=scale, kinds=dict.fromkeys(factors, "linear"), name=f"a{j}")
+        )
     assert any("visual" in m or "vision_tower" in m for m in factors)
     assert any("merger" in m or "projector" in m for m in factors)
     return kind, skeleton, params, model, compose.stack_adapters(adapters)
@@ -57,7 +64,9 @@ def test_a_mixture_per_sample_is_pefts_cat_for_each(joined, side):
         got = skeleton(mixed(params, pool, x["input_ids"]), **x).logits
         bare = skeleton(params, **x).logits
         for b in range(2):
-            model.add_weighted_adapter(["a0", "a1", "a2"], W[b].tolist(), f"{side}{b}", combination_type="cat")
+            model.add_weighted_adapter(
+                ["a0", "a1", "a2"], W[b].tolist(), f"{side}{b}", combination_type="cat"
+            )
             model.set_adapter(f"{side}{b}")
             want = model(**tiny.sample(kind, x, b, COUNTS)).logits[0]
             model.delete_adapter(f"{side}{b}")
@@ -75,15 +84,17 @@ def house(x):
 @pytest.mark.parametrize("base", ["dense", "nf4"])
 def test_greedy_answers_of_a_batch_are_those_of_each_sample(joined, base):
     kind, skeleton, params, _, pool = joined
-    params = quant.quantize(params) if base == "nf4" else params
-    cfg = generation.Sampling(max_tokens=8)
+    params = four_bit.quantize(params) if base == "nf4" else params
+    cfg = generate.Sampling(max_tokens=8)
     x = tiny.batch(kind, COUNTS)
-    together = generation.generate(cfg, skeleton, mixed(params, pool, x["input_ids"]), house(x))
+    together = generate.generate(cfg, skeleton, mixed(params, pool, x["input_ids"]), house(x))
     for b in range(2):
         one = tiny.sample(kind, x, b, COUNTS)
-        alone = generation.generate(cfg, skeleton, mixed(params, pool, one["input_ids"], W[b : b + 1]), house(one))
+        alone = generate.generate(
+            cfg, skeleton, mixed(params, pool, one["input_ids"], W[b : b + 1]), house(one)
+        )
         assert together.ids[b] == alone.ids[0]
-    bare = generation.generate(cfg, skeleton, params, house(x))
+    bare = generate.generate(cfg, skeleton, params, house(x))
     assert bare.ids != together.ids
 
 
@@ -102,7 +113,13 @@ def test_a_text_only_row_and_two_threads(joined):
     def work(i):
         with torch.no_grad():
             for _ in range(4):
-                wrong.append(float((skeleton(mixed(params, pool, x["input_ids"], weights[i]), **x).logits - want[i]).abs().max()))
+                wrong.append(
+                    float(
+                        (skeleton(mixed(params, pool, x["input_ids"], weights[i]), **x).logits - want[i])
+                        .abs()
+                        .max()
+                    )
+                )
 
     threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
     for t in threads:
@@ -118,7 +135,12 @@ def test_weights_for_another_batch_are_refused(joined):
     mix, rows = compose.compose_adapters(pool, W), vlm.visual_rows(x["input_ids"], 150)
     with pytest.raises(ValueError, match=r"weights for 3 samples meet \d+ rows"), torch.no_grad():
         skeleton(mixed(params, pool, x["input_ids"], W[[0, 1, 1]]), **x)
-    with pytest.raises(ValueError, match=r"rows do not belong to 5 visual tokens; rows must be of the ids of this batch"), torch.no_grad():
+    with (
+        pytest.raises(
+            ValueError, match=r"rows do not belong to 5 visual tokens; rows must be of the ids of this batch"
+        ),
+        torch.no_grad(),
+    ):
         skeleton(lora.apply_lora(params, mix, rows=rows[:5]), **x)
     with pytest.raises(ValueError, match="sees images and its weights differ by sample"):
         lora.apply_lora(params, mix)

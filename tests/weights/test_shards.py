@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from medvl.base.tree import flatten
-from medvl.hub import skeletons as hub
-from medvl.training import loop as train
+from medvl.hub import skeletons
+from medvl.training import loop
 from medvl.training.optim import Rate, adamw
 from medvl.weights import lazy as weights
 from medvl.weights import shards
@@ -24,22 +24,27 @@ CLIP = 0.5  # less than every gradient's norm
 
 
 def model(dtype=torch.float64):
-    skeleton, params = hub.init_skeleton(CONFIG, torch.Generator().manual_seed(0), head="language")
-    return hub.checkpointed(skeleton), {n: t.to(dtype) for n, t in params.items()}
+    skeleton, params = skeletons.init_skeleton(CONFIG, torch.Generator().manual_seed(0), head="language")
+    return skeletons.checkpointed(skeleton), {n: t.to(dtype) for n, t in params.items()}
 
 
 def batch_at(step):
     gen = torch.Generator().manual_seed(step)
     ids = torch.randint(3, 160, (4, 12), generator=gen)
-    return {"ids": ids, "labels": torch.where(torch.arange(12) < torch.tensor([2, 12, 5, 9])[:, None], ids, -100)}
+    return {
+        "ids": ids,
+        "labels": torch.where(torch.arange(12) < torch.tensor([2, 12, 5, 9])[:, None], ids, -100),
+    }
 
 
 def loss_sum(skeleton):
     def run(p, batch):
         logits = skeleton(shards.as_weights(p), input_ids=batch["ids"], use_cache=False).logits[:, :-1]
         labels = batch["labels"][:, 1:]
-        total = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
-        return total, (labels >= 0).sum(), train.Aux()
+        total = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
+        )
+        return total, (labels >= 0).sum(), loop.Aux()
 
     return run
 
@@ -47,7 +52,7 @@ def loss_sum(skeleton):
 def mean_loss(skeleton):
     def run(p, batch):
         out = skeleton(shards.as_weights(p), input_ids=batch["ids"], labels=batch["ids"], use_cache=False)
-        return out.loss, train.Aux()
+        return out.loss, loop.Aux()
 
     return run
 
@@ -61,23 +66,23 @@ def run(folder, steps, mesh=None, stop=None, rows=slice(None), grad=None, ours=N
     skeleton, params = model(dtype)
     leaves = shards.shard(params, mesh, least=LEAST)
     ours = ours or optimizer()
-    state = train.State(params=leaves, opt=ours.init(leaves))
-    grad = grad(skeleton) if grad else train.token_value_and_grad(loss_sum(skeleton), chunk=1)
+    state = loop.State(params=leaves, opt=ours.init(leaves))
+    grad = grad(skeleton) if grad else loop.token_value_and_grad(loss_sum(skeleton), chunk=1)
 
     def batches(i):
         if i == stop:
             raise KeyboardInterrupt
         return {k: v[rows] for k, v in batch_at(i).items()}
 
-    step = train.make_step(grad, ours, clip=CLIP)
-    return train.fit(step, state, batches, steps=steps, folder=folder, every=train.Every(log=1, save=1))
+    step = loop.make_step(grad, ours, clip=CLIP)
+    return loop.fit(step, state, batches, steps=steps, folder=folder, every=loop.Every(log=1, save=1))
 
 
 TWO = """
 import sys, torch, torch.distributed as dist
 from pathlib import Path
 from tests.weights import test_shards as t
-from medvl.base import processes; from medvl.weights import shards, lazy as weights; from medvl.training import loop as train
+from medvl.base import processes; from medvl.weights import shards, lazy as weights; from medvl.training import loop
 from medvl.training.muon import muon; from medvl.training.optim import adamw, clip_by_norm, Rate, state_bytes, with_master
 from medvl.weights.four_bit import eight_bit
 from medvl.base.tree import flatten
@@ -135,7 +140,7 @@ def one(tmp_path_factory):
     """What one process leaves that has the whole batch."""
     out = tmp_path_factory.mktemp("one")
     run(out / "tokens", 5)
-    run(out / "mean", 3, grad=lambda s: train.value_and_grad(mean_loss(s)))
+    run(out / "mean", 3, grad=lambda s: loop.value_and_grad(mean_loss(s)))
     return out
 
 
@@ -152,7 +157,7 @@ def two(tmp_path_factory):
 
 
 def _worst(a, b, of="params"):
-    a, b = (flatten(getattr(train.read_state(x / "last.pt"), of)) for x in (a, b))
+    a, b = (flatten(getattr(loop.read_state(x / "last.pt"), of)) for x in (a, b))
     assert a.keys() == b.keys()
     return max((a[n] - b[n]).abs().max().item() for n in a)
 
@@ -167,7 +172,7 @@ def test_steps_of_two_processes_are_those_of_one(one, two, loss):
     assert _worst(one / loss, two / loss) < 1e-9
     assert _worst(one / loss, two / loss, "opt") < 1e-9
     start = model()[1]
-    moved = train.read_state(two / loss / "last.pt").params
+    moved = loop.read_state(two / loss / "last.pt").params
     assert min((moved[n] - start[n]).abs().max() for n in start) > 1e-3
     lines = [(x / loss / "metrics.jsonl").read_text().splitlines()[0] for x in (one, two)]
     norms = [float(line.split('"grad_norm": ')[1].split(",")[0].rstrip("}")) for line in lines]
@@ -185,7 +190,9 @@ def test_each_process_holds_half(one, two):
         assert held["params"] < 0.6 * whole
         assert _known(two, rank)["state_bytes"] == held["opt"]
     kinds = _known(two)["kinds"]
-    assert {n for n, k in kinds.items() if k == "DTensor"} == {n for n, t in params.items() if t.dim() == 2 and t.numel() >= LEAST}
+    assert {n for n, k in kinds.items() if k == "DTensor"} == {
+        n for n, t in params.items() if t.dim() == 2 and t.numel() >= LEAST
+    }
 
 
 def test_a_resumed_pair_ends_in_the_same_bits(two):
@@ -209,7 +216,7 @@ def run_folder(one, state, tmp_path):
 def test_whole_leaves_stay_alike_on_all_processes(two, kind):
     assert _known(two)[kind] is True
     assert _known(two, 1)[kind] is True
-    assert {t.dtype for t in train.read_state(two / kind / "last.pt").params.values()} == {torch.bfloat16}
+    assert {t.dtype for t in loop.read_state(two / kind / "last.pt").params.values()} == {torch.bfloat16}
 
 
 def test_rows_that_do_not_divide_are_cut_gathered_and_clipped(two):
@@ -226,10 +233,16 @@ def test_rows_that_do_not_divide_are_cut_gathered_and_clipped(two):
 def test_errors_of_shards_say_what_to_do(two):
     known = _known(two)
     assert known["muon"] == "muon: needs whole matrices, 1 are sharded, e.g. w; leave them to adamw"
-    assert known["packed"] == "adamw: 8-bit moments need whole parameters, 1 are sharded, e.g. w; leave packing out"
+    assert (
+        known["packed"]
+        == "adamw: 8-bit moments need whole parameters, 1 are sharded, e.g. w; leave packing out"
+    )
     assert "needs whole parameters, got shards" in known["cached"]
     assert "every process needs as many micro-batches, got [2, 3]" in known["unequal"]
-    assert known["nothing"] == "shard: none of 2 parameters is a plain matrix of at least 16384 values that a pattern matches"
+    assert (
+        known["nothing"]
+        == "shard: none of 2 parameters is a plain matrix of at least 16384 values that a pattern matches"
+    )
 
 
 def test_one_process_needs_no_group(gen):

@@ -49,7 +49,9 @@ class DataConfig:
 class PoolConfig:
     """Where the adapters come from."""
 
-    registry: str = ""  # a registry that is there; "" = an adapter is trained for each task, and a registry made of them
+    registry: str = (
+        ""  # a registry that is there; "" = an adapter is trained for each task, and a registry made of them
+    )
     root: str = ""  # where the registry's relative paths start; "" = as it says, or at its folder
     samples: int = 20  # training samples that an adapter's vector is the mean of
     hold: HoldConfig = HoldConfig()
@@ -69,9 +71,15 @@ class EvaluateConfig:
     domains: tuple[Literal["in", "out"], ...] = ("in", "out")
     recall: tuple[int, ...] = (1, 3, 5)
     by_k: tuple[int, ...] = ()  # mixtures of so many adapters are scored, too
-    history: Literal["given", "own"] = "given"  # what stands before a later turn: the written answers, or the model's own
-    per: Literal["turn", "episode"] = "turn"  # adapters are chosen for each question, or by the first of its episode
-    rule: Literal["strict", "tfidf"] = "strict"  # "tfidf": that of the reference; it takes opposites for equal
+    history: Literal["given", "own"] = (
+        "given"  # what stands before a later turn: the written answers, or the model's own
+    )
+    per: Literal["turn", "episode"] = (
+        "turn"  # adapters are chosen for each question, or by the first of its episode
+    )
+    rule: Literal["strict", "tfidf"] = (
+        "strict"  # "tfidf": that of the reference; it takes opposites for equal
+    )
     max_tokens: int = 64
     batch: int = 8
     bootstrap: int = 1000
@@ -94,12 +102,16 @@ class Config:
     model: ModelConfig
     data: DataConfig = DataConfig()
     chat: ChatConfig = ChatConfig()
-    base: TrainConfig | None = None  # stages that make the base model, on general conversations; None = it is used as it is
+    base: TrainConfig | None = (
+        None  # stages that make the base model, on general conversations; None = it is used as it is
+    )
     lora: LoraConfig = config.kept(LoraConfig(pattern="all-linear", vision=True))
     train: TrainConfig | None = None  # stages of each task's adapter
     pool: PoolConfig = PoolConfig()
     embed: EmbedConfig = EmbedConfig()
-    retriever: RetrieverConfig = RetrieverConfig(kind="none")  # a map on the embeddings that brings samples of a task together
+    retriever: RetrieverConfig = RetrieverConfig(
+        kind="none"
+    )  # a map on the embeddings that brings samples of a task together
     retrieve: RetrieveConfig = RetrieveConfig()
     fusion: FusionConfig = FusionConfig()
     evaluate: EvaluateConfig = field(default=EvaluateConfig())
@@ -107,15 +119,21 @@ class Config:
     def __attrs_post_init__(self) -> None:
         config.within(self, "experiment", seed=config.SEED)
         if bool(self.pool.registry) == bool(self.train):
-            raise ValueError("either pool.registry names adapters that are there, or [train] says how each task's is trained")
+            raise ValueError(
+                "either pool.registry names adapters that are there, or [train] says how each task's is trained"
+            )
         if self.base is not None and any(p.startswith("lora/") for p in self.base.patterns):
             raise ValueError('base.stages train the model itself: names must start with "model/"')
         if self.train is not None and not all(p.startswith("lora/") for p in self.train.patterns):
             raise ValueError('train.stages train adapters: names must start with "lora/"')
         if self.base is not None and self.pool.registry:
-            raise ValueError("adapters of a registry belong to the model they were trained on: leave [base] out")
+            raise ValueError(
+                "adapters of a registry belong to the model they were trained on: leave [base] out"
+            )
         if self.evaluate.history == "own" and self.evaluate.per == "turn":
-            raise ValueError('evaluate.history = "own" goes with evaluate.per = "episode": later questions depend on the answers')
+            raise ValueError(
+                'evaluate.history = "own" goes with evaluate.per = "episode": later questions depend on the answers'
+            )
 
     @property
     def trained(self) -> bool:
@@ -132,7 +150,9 @@ class Model:
     registry: Path
 
 
-def init(cfg: Config, folder: Path, texts: list[str], *, device: torch.device = torch.device("cpu")) -> tuple[Model, Tree]:
+def init(
+    cfg: Config, folder: Path, texts: list[str], *, device: torch.device = torch.device("cpu")
+) -> tuple[Model, Tree]:
     """The base model and its starting weights {"model": {name: weight}}.
 
     Args:
@@ -160,7 +180,9 @@ def _check_registry(cfg: Config) -> None:
     held = registry.read_registry(path, cfg.pool.root)
     registry.check_files(path, held)
     if not held.embedder:
-        raise ValueError(f"{path}: has vectors but no embedder, so questions have none; `invoke adapters build` fits one")
+        raise ValueError(
+            f"{path}: has vectors but no embedder, so questions have none; `invoke adapters build` fits one"
+        )
     check_embedder(registry.place_of(path, held) / held.embedder)
 
 
@@ -172,13 +194,17 @@ def gather(model: Model, params: Tree) -> Experts:
     """
     cfg = model.cfg
     place: dict[str, str] = {"base": cfg.model.name, "root": cfg.pool.root}
-    return experts.gather(model.chat, params["model"], model.registry, **place, fusion=cfg.fusion, hold=cfg.pool.hold)
+    return experts.gather(
+        model.chat, params["model"], model.registry, **place, fusion=cfg.fusion, hold=cfg.pool.hold
+    )
 
 
 def new_adapter(cfg: Config, chat: Chat, number: int, device: torch.device) -> lora.Adapter:
     """The adapter of task `number` before its training."""
     assert cfg.train is not None
-    adapter = lora.init_lora(cfg.lora, chat.skeleton, Generator().manual_seed(cfg.seed + 1 + number), device=device)
+    adapter = lora.init_lora(
+        cfg.lora, chat.skeleton, Generator().manual_seed(cfg.seed + 1 + number), device=device
+    )
     for stage in cfg.train.stages:
         check_stage(stage, {"lora": adapter.factors})
     return adapter

@@ -17,15 +17,20 @@ from medvl.adapters.registry import Record, Registry
 from medvl.base import config, files, processes
 from medvl.base.tree import Tree, map_leaves
 from medvl.evaluation.results import Result
-from medvl.hub import skeletons as hub
+from medvl.hub import skeletons
 from medvl.hub.peft_files import write_adapter
 from medvl.language import chat, vqa_rad
-from medvl.language import labels as conversations
+from medvl.language import encoding as conversations
 from medvl.language.chat import Chat, Encoded
-from medvl.language.conversations import Conversation, check_gold, read_conversations, read_tasks, warn_of_one_file
-from medvl.phantoms import modalities as phantom_modalities
-from medvl.systems.adapters import record as adapters
-from medvl.systems.adapters import tables as adapters_report
+from medvl.language.conversations import (
+    Conversation,
+    check_gold,
+    read_conversations,
+    read_tasks,
+    warn_of_one_file,
+)
+from medvl.phantoms import modalities
+from medvl.systems.adapters import record, tables
 from medvl.systems.adapters.record import Config, Model
 from medvl.training import loop as train
 from medvl.training import stages as tuning
@@ -44,8 +49,11 @@ def prepare(cfg: Config, log: Callable[[str], None] = print) -> None:
     """
     folder = folder_of(cfg)
     if cfg.data.source == "phantoms":
-        drawn = phantom_modalities.draw_modalities(cfg.data.phantoms, folder)
-        log(f"{sum(drawn.values())} pictures and cases drawn in {folder}: " + ", ".join(f"{n} {split}" for split, n in drawn.items()))
+        drawn = modalities.draw_modalities(cfg.data.phantoms, folder)
+        log(
+            f"{sum(drawn.values())} pictures and cases drawn in {folder}: "
+            + ", ".join(f"{n} {split}" for split, n in drawn.items())
+        )
     if cfg.data.source == "vqa_rad":
         _cut_vqa_rad(cfg, folder, log)
     wanted = SPLITS if cfg.train or cfg.base else ("test",)
@@ -64,24 +72,34 @@ def _cut_vqa_rad(cfg: Config, folder: Path, log: Callable[[str], None]) -> None:
     digest = files.file_digest(source) if source.is_file() else ""
     if (folder / "test.jsonl").exists():
         if digest and mark.exists() and mark.read_text() != digest:
-            raise ValueError(f"{folder}: was cut from another {source} than there is now; remove the folder to cut it anew")
+            raise ValueError(
+                f"{folder}: was cut from another {source} than there is now; remove the folder to cut it anew"
+            )
         return
     if digest:
         files.write_text(mark, digest)  # first: tables without it would be taken for those of any file
-    cut = vqa_rad.convert_vqa_rad(source, source.parent / "images", folder, group=cfg.data.group, seed=cfg.seed)
+    cut = vqa_rad.convert_vqa_rad(
+        source, source.parent / "images", folder, group=cfg.data.group, seed=cfg.seed
+    )
     log(f"VQA-RAD in {folder}: " + ", ".join(f"{n} {what}" for what, n in cut.items()))
 
 
 def folder_of(cfg: Config) -> Path:
     """The folder that `{folder}` stands for; what is drawn or cut by one record has a folder of its own."""
-    made = {"phantoms": cfg.data.phantoms, "vqa_rad": (cfg.data.vqa_rad, cfg.data.group, cfg.seed)}.get(cfg.data.source)
+    made = {"phantoms": cfg.data.phantoms, "vqa_rad": (cfg.data.vqa_rad, cfg.data.group, cfg.seed)}.get(
+        cfg.data.source
+    )
     return Path(cfg.data.folder) / (f"{cfg.data.source}-{config.digest(made)}" if made else "")
 
 
 def read(cfg: Config, split: str) -> list[Conversation]:
     """The conversations of a split, each with its task; in the test split every answer holds a word, where words are compared."""
-    pattern = config.fill(cfg.data.conversations, "data.conversations", folder=folder_of(cfg), split=None, task=None)
-    conversations = read_tasks(pattern, split, key=cfg.data.task, root=cfg.data.root or None, max_images=cfg.chat.max_images)
+    pattern = config.fill(
+        cfg.data.conversations, "data.conversations", folder=folder_of(cfg), split=None, task=None
+    )
+    conversations = read_tasks(
+        pattern, split, key=cfg.data.task, root=cfg.data.root or None, max_images=cfg.chat.max_images
+    )
     if split == "test" and cfg.evaluate.rule == "strict":
         check_gold(conversations, every=True)
     return conversations
@@ -101,13 +119,17 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
     read(cfg, "test")  # what evaluation would stop at is an error now, not after the training
     general = read_general(cfg, "train") if cfg.base else []
     held = read(cfg, "train") if cfg.train else []
-    model, params = adapters.init(cfg, folder, [m["content"] for c in (*general, *held) for m in c.messages], device=_device(cfg))
+    model, params = record.init(
+        cfg, folder, [m["content"] for c in (*general, *held) for m in c.messages], device=_device(cfg)
+    )
     if cfg.train is not None:
         _check_adapters(model, held, read(cfg, "valid"))
     if cfg.base is not None:
         parts = _parts(model.chat, general, read_general(cfg, "valid"), cfg.base, "base", log)
         loss = _loss(model.chat, cfg.base, lambda p, train: p["model"])
-        params = _fit_stages(cfg, cfg.base, model.chat, params, loss, lambda p: p["model"], parts, folder / "base", log)
+        params = _fit_stages(
+            cfg, cfg.base, model.chat, params, loss, lambda p: p["model"], parts, folder / "base", log
+        )
         if not (folder / "model").exists() and processes.rank() == 0:
             chat.save_chat(model.chat, params["model"], folder / "model")
     if cfg.train is not None:
@@ -123,7 +145,7 @@ def _check_adapters(model: Model, held: Sequence[Conversation], valid: Sequence[
     """Raise where the adapters, or a registry of them, cannot be made: before the base model is trained, and the other adapters."""
     cfg = model.cfg
     assert cfg.train is not None
-    adapters.new_adapter(cfg, model.chat, 0, torch.device("meta"))
+    record.new_adapter(cfg, model.chat, 0, torch.device("meta"))
     tasks = _tasks(held)
     for task in tasks:
         own = [[c for c in part if c.extra["task"] == task] for part in (held, valid)]
@@ -136,11 +158,17 @@ def _check_adapters(model: Model, held: Sequence[Conversation], valid: Sequence[
         for stage in cfg.train.stages:
             tuning.planned(cfg.train, stage, fit)
         if not own[1]:
-            raise ValueError(f"task {task}: the split valid must have conversations of every task that train has, found none")
+            raise ValueError(
+                f"task {task}: the split valid must have conversations of every task that train has, found none"
+            )
         if cfg.retriever.kind != "none" and min(len(own[0]), cfg.pool.samples) < 2:
-            raise ValueError(f"task {task}: a retriever is trained on two samples of every task or more; raise pool.samples")
+            raise ValueError(
+                f"task {task}: a retriever is trained on two samples of every task or more; raise pool.samples"
+            )
     if cfg.retriever.kind != "none" and len(tasks) < 2:
-        raise ValueError(f"retriever.kind {cfg.retriever.kind!r} tells tasks apart and needs two or more, found {len(tasks)}")
+        raise ValueError(
+            f"retriever.kind {cfg.retriever.kind!r} tells tasks apart and needs two or more, found {len(tasks)}"
+        )
     if cfg.embed.kind != "local":
         embed.open_embedder(cfg.embed)
 
@@ -152,9 +180,11 @@ def registry_of(folder: Path) -> Path:
         ValueError: no run, or one that is not trained to its end.
     """
     cfg = config.load(config.run_folder(folder) / "config.json", Config)
-    path = adapters.registry_path(cfg, folder)
+    path = record.registry_path(cfg, folder)
     if cfg.train is not None and not path.exists():
-        raise ValueError(f"{folder}: the run is not trained to its end, it has no registry yet; `invoke train --exp {folder}` goes on")
+        raise ValueError(
+            f"{folder}: the run is not trained to its end, it has no registry yet; `invoke train --exp {folder}` goes on"
+        )
     return path
 
 
@@ -166,12 +196,17 @@ def load(folder: Path) -> tuple[Model, Tree, Tree]:
     """
     cfg = config.load_run(folder, Config)
     registry_of(folder)
-    model, params = adapters.init(cfg, folder, [], device=_device(cfg))
+    model, params = record.init(cfg, folder, [], device=_device(cfg))
     return model, tuning.read_stages(cfg.base, params, folder / "base") if cfg.base else params, {}
 
 
 def _fit_adapters(
-    model: Model, params: Tree, held: Sequence[Conversation], valid: Sequence[Conversation], folder: Path, log: Callable[[str], None]
+    model: Model,
+    params: Tree,
+    held: Sequence[Conversation],
+    valid: Sequence[Conversation],
+    folder: Path,
+    log: Callable[[str], None],
 ) -> None:
     """One adapter for each task, written in peft's format."""
     cfg = model.cfg
@@ -182,7 +217,7 @@ def _fit_adapters(
             continue
         own = [[c for c in part if c.extra["task"] == task] for part in (held, valid)]
         parts = _parts(model.chat, own[0], own[1], cfg.train, f"adapter {task}", log)
-        adapter = adapters.new_adapter(cfg, model.chat, i, _device(cfg))
+        adapter = record.new_adapter(cfg, model.chat, i, _device(cfg))
         weights = partial(_adapted, adapter)
         trained = _fit_stages(
             cfg,
@@ -232,20 +267,32 @@ def _fit_stages(
 
 
 def _parts(
-    talks: Chat, held: Sequence[Conversation], valid: Sequence[Conversation], how: tuning.TrainConfig, name: str, log: Callable[[str], None]
+    talks: Chat,
+    held: Sequence[Conversation],
+    valid: Sequence[Conversation],
+    how: tuning.TrainConfig,
+    name: str,
+    log: Callable[[str], None],
 ) -> tuple[Encoded, Encoded]:
     parts = chat.encode(talks, held), chat.encode(talks, valid[: how.valid or None])
-    log(f"{name}: {len(parts[0].samples)} conversations, {parts[0].refused} more are longer than the context and left out")
+    log(
+        f"{name}: {len(parts[0].samples)} conversations, {parts[0].refused} more are longer than the context and left out"
+    )
     return parts
 
 
 def _loss(talks: Chat, how: tuning.TrainConfig, weights: Callable[..., dict[str, Tensor]]) -> train.LossSum:
-    skeleton = hub.checkpointed(talks.skeleton) if how.checkpoint else talks.skeleton
-    return lambda p, batch: (*chat.loss_sum(talks, skeleton, weights(p, train=True), batch, logits=how.logits), train.Aux())
+    skeleton = skeletons.checkpointed(talks.skeleton) if how.checkpoint else talks.skeleton
+    return lambda p, batch: (
+        *chat.loss_sum(talks, skeleton, weights(p, train=True), batch, logits=how.logits),
+        train.Aux(),
+    )
 
 
 # The registry ---------------------------------------------------------------------------------------------------------------------------
-def make_registry(cfg: Config, held: Sequence[Conversation], folder: Path, log: Callable[[str], None] = print) -> Path:
+def make_registry(
+    cfg: Config, held: Sequence[Conversation], folder: Path, log: Callable[[str], None] = print
+) -> Path:
     """Fit or open the embedder, and write the registry with a vector for each adapter of `folder`/adapters."""
     samples = {task: [c for c in held if c.extra["task"] == task] for task in _tasks(held)}
     categories = {task: category_of(task, talks, cfg.data.category) for task, talks in samples.items()}
@@ -287,7 +334,9 @@ def build_registry(
         ValueError: an adapter without samples, or none at all; as `registry.extend`.
     """
     if missing := [name for name in paths if not samples.get(name)]:
-        raise ValueError(f"{path}: no samples for {', '.join(missing)}; every adapter needs some of what it was trained on")
+        raise ValueError(
+            f"{path}: no samples for {', '.join(missing)}; every adapter needs some of what it was trained on"
+        )
     for name in paths:
         files.check_name(name, f"{path}: the adapter")
     chosen = {name: drawn(samples[name], m, seed + i) for i, name in enumerate(paths)}
@@ -305,7 +354,9 @@ def build_registry(
     for name, folder in paths.items():
         mean = retrieve.adapter_vector(vectors[[i for i, task in enumerate(tasks) if task == name]])
         category, count = (categories or {}).get(name, ""), len(chosen[name])
-        about = Record(name=name, path=folder, vector="", category=category, samples=count, embedder=made.name)
+        about = Record(
+            name=name, path=folder, vector="", category=category, samples=count, embedder=made.name
+        )
         records.append((about, mean))
     registry.extend(path, Registry(base=base, embedder=home), records)
     log(f"registry of {len(paths)} adapters: {path}; vectors by {made.name}")
@@ -316,7 +367,12 @@ def category_of(name: str, samples: Sequence[Conversation], key: str = "category
     """The category that an adapter's samples say, the commonest of them; "" where none says any."""
     found = Counter(str(c.extra[key]) for c in samples if c.extra.get(key))
     if len(found) > 1:
-        _log.warning("%s: its samples have %d categories, the commonest is taken: %s", name, len(found), found.most_common(1)[0][0])
+        _log.warning(
+            "%s: its samples have %d categories, the commonest is taken: %s",
+            name,
+            len(found),
+            found.most_common(1)[0][0],
+        )
     return found.most_common(1)[0][0] if found else ""
 
 
@@ -342,9 +398,11 @@ def _device(cfg: Config) -> torch.device:
 
 
 # Evaluation -----------------------------------------------------------------------------------------------------------------------------
-def assess(model: Model, params: Tree, means: Tree, folder: Path, experiment: str) -> tuple[list[Result], Path]:
+def assess(
+    model: Model, params: Tree, means: Tree, folder: Path, experiment: str
+) -> tuple[list[Result], Path]:
     """Score every mode on the test conversations; see `adapters_report`."""
-    return adapters_report.assess(model, params, read(model.cfg, "test"), folder, experiment)
+    return tables.assess(model, params, read(model.cfg, "test"), folder, experiment)
 
 
 # Before a run ---------------------------------------------------------------------------------------------------------------------------
@@ -355,8 +413,10 @@ def labels(cfg: Config, folder: Path, number: int = 0) -> str:
         raise ValueError(f"labels: sample must be below {len(held)}, got {number}")
     general = read_general(cfg, "train") if cfg.base else []
     texts = [m["content"] for c in (*general, *held) for m in c.messages]
-    model, _ = adapters.init(cfg, folder, texts, device=torch.device("meta"))
-    samples = chat.encode(model.chat, held[number : number + 1]).samples  # of reasoning models one for each answer
+    model, _ = record.init(cfg, folder, texts, device=torch.device("meta"))
+    samples = chat.encode(
+        model.chat, held[number : number + 1]
+    ).samples  # of reasoning models one for each answer
     return "\n\n".join(conversations.show(model.chat.tokenizer, sample) for sample in samples)
 
 
@@ -367,7 +427,9 @@ def memory(cfg: Config, folder: Path, processes: int = 1) -> dict[str, dict[str,
     held = read(cfg, "train") if folder_of(cfg).exists() else []
     general = read_general(cfg, "train") if cfg.base and held else []
     meta = torch.device("meta")
-    model, params = adapters.init(cfg, folder, [m["content"] for c in (*general, *held) for m in c.messages], device=meta)
+    model, params = record.init(
+        cfg, folder, [m["content"] for c in (*general, *held) for m in c.messages], device=meta
+    )
     found: dict[str, dict[str, int]] = {}
     for how, of, name in ((cfg.base, general, "base"), (cfg.train, held, "adapter")):
         if how is None:
@@ -376,7 +438,7 @@ def memory(cfg: Config, folder: Path, processes: int = 1) -> dict[str, dict[str,
         weights: Callable[..., dict[str, Tensor]] = lambda p, train: p["model"]
         tree = params
         if name == "adapter":
-            adapter = adapters.new_adapter(cfg, model.chat, 0, meta)
+            adapter = record.new_adapter(cfg, model.chat, 0, meta)
             tree = params | {"lora": adapter.factors}
             weights = partial(_adapted, adapter)
         loss = _loss(model.chat, how, weights)

@@ -45,7 +45,9 @@ class Step:
     def query(self) -> tuple[str, tuple[Path, ...]]:
         """What adapters are found by: the question; its images, or those of earlier turns where it has none."""
         asked = self.talk.messages[-2]["content"]
-        return asked, self.talk.images[len(self.talk.images) - asked.count("<image>") :] if "<image>" in asked else self.talk.images
+        return asked, self.talk.images[
+            len(self.talk.images) - asked.count("<image>") :
+        ] if "<image>" in asked else self.talk.images
 
 
 @frozen(kw_only=True)
@@ -69,7 +71,11 @@ def steps_of(held: Sequence[Conversation], cfg: Config) -> list[Step]:
         if cfg.evaluate.limit and taken[task] > cfg.evaluate.limit:
             continue
         episode = str(c.extra.get("episode_id") or c.id or f"line {c.line}")
-        about: dict[str, Any] = {"task": task, "category": str(c.extra.get(cfg.data.category, "")), "episode": f"{task}: {episode}"}
+        about: dict[str, Any] = {
+            "task": task,
+            "category": str(c.extra.get(cfg.data.category, "")),
+            "episode": f"{task}: {episode}",
+        }
         ends = [i for i, m in enumerate(c.messages) if m["role"] == "assistant"]
         for turn, i in enumerate(ends):
             said = c.messages[: i + 1]
@@ -84,14 +90,18 @@ def runs_of(cfg: Config) -> list[Run]:
     for mode in cfg.evaluate.modes:
         domains = cfg.evaluate.domains[:1] if mode in ("bare", "oracle") else cfg.evaluate.domains
         found += [Run(mode=mode, domain=d, k=k) for d in domains]
-    found += [Run(mode="mixture", domain=d, k=n) for d in cfg.evaluate.domains for n in cfg.evaluate.by_k if n != k]
+    found += [
+        Run(mode="mixture", domain=d, k=n) for d in cfg.evaluate.domains for n in cfg.evaluate.by_k if n != k
+    ]
     return found
 
 
 def queries_of(of: Experts, steps: Sequence[Step], cfg: Config) -> Tensor:
     """Embeddings of the steps, or of the first of their episodes, float32 [n, d]; nan where there is nothing to embed (it warns)."""
     first = dict[str, int]()
-    place = [first.setdefault(s.episode, i) if cfg.evaluate.per == "episode" else i for i, s in enumerate(steps)]
+    place = [
+        first.setdefault(s.episode, i) if cfg.evaluate.per == "episode" else i for i, s in enumerate(steps)
+    ]
     asked = {i: n for n, i in enumerate(sorted({*place}))}
     vectors = experts.queries(of, [steps[i].query[0] for i in asked], [steps[i].query[1] for i in asked])
     return vectors[[asked[i] for i in place]]
@@ -101,10 +111,14 @@ def chosen(run: Run, of: Experts, steps: Sequence[Step], queries: Tensor, cfg: C
     """Which adapters each step gets; out of domain not its own."""
     own = torch.tensor([of.names.index(s.task) if s.task in of.names else -1 for s in steps])
     barred = (torch.arange(len(of.names)) == own[:, None]) & (run.domain == "out")
-    return experts.choose(run.mode, evolve(cfg.retrieve, k=run.k), queries, of.vectors, own=own, exclude=barred)
+    return experts.choose(
+        run.mode, evolve(cfg.retrieve, k=run.k), queries, of.vectors, own=own, exclude=barred
+    )
 
 
-def answer_all(of: Experts, steps: Sequence[Step], found: Retrieved, mode: Mode, cfg: Config, path: Path) -> list[Line]:
+def answer_all(
+    of: Experts, steps: Sequence[Step], found: Retrieved, mode: Mode, cfg: Config, path: Path
+) -> list[Line]:
     """A line for each step: the answer, whether it is right, or why there is none (which counts as wrong); in the order of the steps.
 
     Lines are written batch by batch, so that whatever stops a later batch, the same call goes on behind the last one.
@@ -115,18 +129,30 @@ def answer_all(of: Experts, steps: Sequence[Step], found: Retrieved, mode: Mode,
     batches = _batches(steps, cfg)
     kept, _ = progress.kept_lines(path, [row for batch in batches for row in batch])
     if unknown := [line["row"] for line in kept if not line.keys() >= _LINE]:
-        raise ValueError(f"{path}, row {unknown[0]}: not a line of answers; remove the file to do it all again")
+        raise ValueError(
+            f"{path}, row {unknown[0]}: not a line of answers; remove the file to do it all again"
+        )
     said = {line["row"]: line["answer"] for line in kept}
 
     def work(rows: Sequence[int]) -> list[Line]:
         talks = [_asked(steps, row, said, cfg) for row in rows]
         replies = _tried(of, talks, _of(found, rows), mode, cfg)
-        said.update({row: text for row, (text, _) in zip(rows, replies, strict=True)})  # later turns of an episode build on these
-        return [_line(steps[row], _shares_of(of, found, row), *reply, cfg) for row, reply in zip(rows, replies, strict=True)]
+        said.update(
+            {row: text for row, (text, _) in zip(rows, replies, strict=True)}
+        )  # later turns of an episode build on these
+        return [
+            _line(steps[row], _shares_of(of, found, row), *reply, cfg)
+            for row, reply in zip(rows, replies, strict=True)
+        ]
 
-    lines = sorted(progress.resumed(path, batches, work, title=path.stem.rpartition("-")[0]), key=lambda line: line["row"])
+    lines = sorted(
+        progress.resumed(path, batches, work, title=path.stem.rpartition("-")[0]),
+        key=lambda line: line["row"],
+    )
     if all("error" in line for line in lines):
-        raise ValueError(f"{path.stem}: none of {len(lines)} questions could be answered; the first: {lines[0]['error']}")
+        raise ValueError(
+            f"{path.stem}: none of {len(lines)} questions could be answered; the first: {lines[0]['error']}"
+        )
     return lines
 
 
@@ -134,7 +160,10 @@ def _batches(steps: Sequence[Step], cfg: Config) -> list[list[int]]:
     """Steps that are answered together; with its own history, all first turns before all second ones."""
     rounds = [list(range(len(steps)))]
     if cfg.evaluate.history == "own":
-        rounds = [[i for i, s in enumerate(steps) if s.turn == turn] for turn in range(max(s.turn for s in steps) + 1)]
+        rounds = [
+            [i for i, s in enumerate(steps) if s.turn == turn]
+            for turn in range(max(s.turn for s in steps) + 1)
+        ]
     size = cfg.evaluate.batch
     return [rows[i : i + size] for rows in rounds for i in range(0, len(rows), size)]
 
@@ -157,19 +186,33 @@ def _asked(steps: Sequence[Step], i: int, said: dict[int, str], cfg: Config) -> 
     talk = steps[i].talk
     if cfg.evaluate.history == "given":
         return talk
-    own = iter([said[j] for j, s in enumerate(steps[:i]) if s.episode == steps[i].episode and s.talk.line == talk.line])
+    own = iter(
+        [
+            said[j]
+            for j, s in enumerate(steps[:i])
+            if s.episode == steps[i].episode and s.talk.line == talk.line
+        ]
+    )
     last = len(talk.messages) - 1
     return evolve(
         talk,
-        messages=tuple(m | {"content": next(own)} if m["role"] == "assistant" and n < last else m for n, m in enumerate(talk.messages)),
+        messages=tuple(
+            m | {"content": next(own)} if m["role"] == "assistant" and n < last else m
+            for n, m in enumerate(talk.messages)
+        ),
     )
 
 
-def _tried(of: Experts, talks: Sequence[Conversation], found: Retrieved, mode: Mode, cfg: Config) -> list[tuple[str, str]]:
+def _tried(
+    of: Experts, talks: Sequence[Conversation], found: Retrieved, mode: Mode, cfg: Config
+) -> list[tuple[str, str]]:
     """(answer, error) of each; where a batch fails, its rows are tried one by one, so that only the faulty one is lost."""
     try:
         data = chat.encode(of.chat, talks, prompt=True)
-        return [(text, "") for text in experts.answers(of, data, range(len(talks)), found, mode, cfg.evaluate.max_tokens)]
+        return [
+            (text, "")
+            for text in experts.answers(of, data, range(len(talks)), found, mode, cfg.evaluate.max_tokens)
+        ]
     except (ValueError, FloatingPointError) as e:
         if len(talks) == 1:
             _log.warning("not answered, counts as wrong: %s", e)
@@ -180,7 +223,10 @@ def _tried(of: Experts, talks: Sequence[Conversation], found: Retrieved, mode: M
 def _of(found: Retrieved, rows: Sequence[int]) -> Retrieved:
     rows = list(rows)
     return Retrieved(
-        indices=found.indices[rows], similarity=found.similarity[rows], weights=found.weights[rows], abstained=found.abstained[rows]
+        indices=found.indices[rows],
+        similarity=found.similarity[rows],
+        weights=found.weights[rows],
+        abstained=found.abstained[rows],
     )
 
 
@@ -189,9 +235,21 @@ def stamp(cfg: Config, path: Path, steps: Sequence[Step]) -> str:
     registry, its vectors, adapters and embedder; of a model in a folder, whose files are large, their sizes and times."""
     whole = hashlib.sha256()
     parts: list[Any] = [cfg.model, cfg.chat, cfg.base, cfg.retrieve, cfg.fusion, cfg.embed, cfg.retriever]
-    parts += [(cfg.seed, cfg.evaluate.history, cfg.evaluate.per, cfg.evaluate.rule, cfg.evaluate.max_tokens, cfg.evaluate.batch)]
+    parts += [
+        (
+            cfg.seed,
+            cfg.evaluate.history,
+            cfg.evaluate.per,
+            cfg.evaluate.rule,
+            cfg.evaluate.max_tokens,
+            cfg.evaluate.batch,
+        )
+    ]
     whole.update(json.dumps([config.unstructure(p) for p in parts], sort_keys=True, default=str).encode())
-    pictures = {p: files.file_digest(p) for p in track(sorted({p for s in steps for p in s.talk.images}), "reading images")}
+    pictures = {
+        p: files.file_digest(p)
+        for p in track(sorted({p for s in steps for p in s.talk.images}), "reading images")
+    }
     for s in steps:
         images = [(p.name, pictures[p]) for p in s.talk.images]
         whole.update(json.dumps([s.talk.messages, images, s.task, s.episode]).encode())
@@ -199,9 +257,16 @@ def stamp(cfg: Config, path: Path, steps: Sequence[Step]) -> str:
     place = registry.place_of(path, held)
     folders = [place / r.path for r in held.adapters] + ([place / held.embedder] if held.embedder else [])
     kept = [path, *(place / r.vector for r in held.adapters)]
-    kept += [p for folder in folders for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".bin", ".json")]
+    kept += [
+        p
+        for folder in folders
+        for p in sorted(folder.iterdir())
+        if p.suffix in (".safetensors", ".bin", ".json")
+    ]
     for file in track(kept, "reading adapters"):
         whole.update(files.file_digest(file).encode())
-    for file in sorted(Path(cfg.model.name).iterdir()) if cfg.model.name and Path(cfg.model.name).is_dir() else ():
+    for file in (
+        sorted(Path(cfg.model.name).iterdir()) if cfg.model.name and Path(cfg.model.name).is_dir() else ()
+    ):
         whole.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
     return whole.hexdigest()[:8]

@@ -21,8 +21,7 @@ from medvl.components.encode import EncodeConfig
 from medvl.components.fuse import FuseConfig
 from medvl.components.text import TextConfig
 from medvl.ct.preprocess import CtConfig, size_of
-from medvl.hub import skeletons as hub
-from medvl.hub import tokens
+from medvl.hub import skeletons, tokens
 from medvl.phantoms.chest_case import PhantomConfig
 from medvl.training import loop as train
 
@@ -37,25 +36,40 @@ class DataConfig:
     source: Literal["files", "phantoms"] = "files"
     folder: str = "data/ct_rate"
     phantoms: PhantomConfig = PhantomConfig(patients=1, seed=0)
-    store: str = "{folder}/{split}.h5"  # made by `invoke preprocess`; phantoms are preprocessed by the run itself
-    stores: dict[str, str] = field(factory=dict)  # of single splits: {test = "{folder}/valid.h5"} where two share a store
+    store: str = (
+        "{folder}/{split}.h5"  # made by `invoke preprocess`; phantoms are preprocessed by the run itself
+    )
+    stores: dict[str, str] = field(
+        factory=dict
+    )  # of single splits: {test = "{folder}/valid.h5"} where two share a store
     reports: str = "{folder}/{split}_reports.csv"
     labels: str = "{folder}/{split}_labels.csv"
     metadata: str = "{folder}/{split}_metadata.csv"
     # whose a volume is, where names are not CT-RATE's: a column of labels or metadata, or a regular expression as "(P[0-9]+)_"
     patient_column: str = ""
     patient_pattern: str = ""
-    text: Literal["findings", "impression", "both", "either"] = "both"  # both joined, or one of the two drawn for each training step
+    text: Literal["findings", "impression", "both", "either"] = (
+        "both"  # both joined, or one of the two drawn for each training step
+    )
     impressions: float = 0.5  # text = "either": how often it is the impression
     missing: Literal["error", "empty", "drop"] = "drop"  # reports without text
     sentences: int = 0  # show 1 to this many sentences of a report in a training step; 0 = all, in order
     draws: int = 1  # texts of a scan in a training step, each contrasted by itself; worth it where images cost more than texts
-    shuffle: bool = False  # give every training scan another scan's report: the control that must learn nothing
+    shuffle: bool = (
+        False  # give every training scan another scan's report: the control that must learn nothing
+    )
     cache: str = "cache"  # slice features of frozen encoders
     workers: int = 2
 
     def __attrs_post_init__(self) -> None:
-        config.within(self, "data", impressions=config.SHARE, sentences=config.COUNT_OR_NONE, draws=(1, 1024), workers=config.PROCESSES)
+        config.within(
+            self,
+            "data",
+            impressions=config.SHARE,
+            sentences=config.COUNT_OR_NONE,
+            draws=(1, 1024),
+            workers=config.PROCESSES,
+        )
         inside: Any = dict.fromkeys(("store", "reports", "labels", "metadata"), ("folder", "split", "ct"))
         config.check_patterns(self, "data", folder=(), cache=(), **inside)
         if unknown := sorted({*self.stores} - {*SPLITS}):
@@ -100,9 +114,13 @@ class ContrastConfig:
     bias: float = -10.0  # siglip only
 
     def __attrs_post_init__(self) -> None:
-        config.within(self, "contrast", dim=config.WIDTH, scale=(1e-3, 1e6), scale_max=(1e-3, 1e6), bias=(-1e6, 1e6))
+        config.within(
+            self, "contrast", dim=config.WIDTH, scale=(1e-3, 1e6), scale_max=(1e-3, 1e6), bias=(-1e6, 1e6)
+        )
         if self.scale > self.scale_max:
-            raise ValueError(f"contrast.scale must not be above contrast.scale_max, got {self.scale:g} and {self.scale_max:g}")
+            raise ValueError(
+                f"contrast.scale must not be above contrast.scale_max, got {self.scale:g} and {self.scale_max:g}"
+            )
 
 
 @frozen(kw_only=True)
@@ -154,7 +172,9 @@ class TrainConfig:
         if not self.stages:
             raise ValueError("train.stages must hold at least one stage")
         config.within(self, "train", batch=(1, 2**20), chunk=(1, 2**20), clip=(0, 1e6))
-        config.within(self, "train", log=config.COUNT_OR_NONE, save=config.COUNT_OR_NONE, validate=config.COUNT_OR_NONE)
+        config.within(
+            self, "train", log=config.COUNT_OR_NONE, save=config.COUNT_OR_NONE, validate=config.COUNT_OR_NONE
+        )
 
 
 @frozen(kw_only=True)
@@ -191,13 +211,19 @@ class Config:
 
     def __attrs_post_init__(self) -> None:
         if bool(self.vit.name) == bool(self.vit.config):
-            raise ValueError("vit must have either a name (hub, folder or .pth) or a config to build from scratch")
+            raise ValueError(
+                "vit must have either a name (hub, folder or .pth) or a config to build from scratch"
+            )
         config.within(self, "experiment", seed=config.SEED)
         patch = self.vit.config.get("patch_size")
-        if isinstance(patch, int) and patch > 0:  # with a name it is known, and asked again, when the encoder is loaded
+        if (
+            isinstance(patch, int) and patch > 0
+        ):  # with a name it is known, and asked again, when the encoder is loaded
             encode.check_size(self.encode, size_of(self.ct)[1:], patch)
         if self.vit.whiten and self.vit.name:
-            raise ValueError(f"vit.whiten is for encoders built from scratch; the weights of {self.vit.name!r} would be lost")
+            raise ValueError(
+                f"vit.whiten is for encoders built from scratch; the weights of {self.vit.name!r} would be lost"
+            )
 
 
 @frozen(kw_only=True, eq=False)
@@ -205,8 +231,8 @@ class Model:
     """Everything of a trained system that is not a weight."""
 
     cfg: Config
-    vit: hub.Skeleton
-    writer: hub.Skeleton | None  # a named text encoder
+    vit: skeletons.Skeleton
+    writer: skeletons.Skeleton | None  # a named text encoder
     tokenizer: Any
 
 
@@ -217,7 +243,11 @@ def init(cfg: Config, folder: Path, texts: Sequence[str] = ()) -> tuple[Model, T
         folder: of the run; a tokenizer trained on `texts` is kept there and taken from there the next time.
     """
     gen = torch.Generator().manual_seed(cfg.seed)
-    vit, weights = hub.load_encoder(cfg.vit.name, "vision") if cfg.vit.name else hub.init_skeleton(cfg.vit.config, gen)
+    vit, weights = (
+        skeletons.load_encoder(cfg.vit.name, "vision")
+        if cfg.vit.name
+        else skeletons.init_skeleton(cfg.vit.config, gen)
+    )
     encode.check_size(cfg.encode, size_of(cfg.ct)[1:], encode.patch_of(vit))
     if (got := encode.width(cfg.encode, vit)) != (taken := cfg.fuse.inputs or cfg.fuse.dim):
         raise ValueError(
@@ -226,11 +256,13 @@ def init(cfg: Config, folder: Path, texts: Sequence[str] = ()) -> tuple[Model, T
         )
     tok, tower = _tokenizer(cfg, folder, texts), cfg.words.tower
     if len(tok) > tower.vocabulary:
-        raise ValueError(f"words.tower.vocabulary must hold the tokenizer's {len(tok)} tokens, found {tower.vocabulary}")
+        raise ValueError(
+            f"words.tower.vocabulary must hold the tokenizer's {len(tok)} tokens, found {tower.vocabulary}"
+        )
     params: Tree = {"vit": weights, "fuse": fusion.init_fuse(cfg.fuse, gen)}
     writer, width = None, tower.dim
     if cfg.words.encoder:
-        writer, params["text"] = hub.load_encoder(cfg.words.encoder, "text")
+        writer, params["text"] = skeletons.load_encoder(cfg.words.encoder, "text")
         width = _check_writer(cfg.words, writer, params["text"])
     else:
         params["text"] = text.init_text(tower, gen)
@@ -238,11 +270,14 @@ def init(cfg: Config, folder: Path, texts: Sequence[str] = ()) -> tuple[Model, T
         side: layers.init_linear(size, cfg.contrast.dim, gen, std=size**-0.5, bias=False)
         for side, size in (("image", fusion.width(cfg.fuse)), ("text", width))
     }
-    params["contrast"] = {"log_scale": torch.tensor(math.log(cfg.contrast.scale)), "bias": torch.tensor(cfg.contrast.bias)}
+    params["contrast"] = {
+        "log_scale": torch.tensor(math.log(cfg.contrast.scale)),
+        "bias": torch.tensor(cfg.contrast.bias),
+    }
     return Model(cfg=cfg, vit=vit, writer=writer, tokenizer=tok), params
 
 
-def _check_writer(cfg: WordsConfig, writer: hub.Skeleton, params: Tree) -> int:
+def _check_writer(cfg: WordsConfig, writer: skeletons.Skeleton, params: Tree) -> int:
     """The width of a named text encoder's rows.
 
     Raises:
@@ -251,11 +286,15 @@ def _check_writer(cfg: WordsConfig, writer: hub.Skeleton, params: Tree) -> int:
     known = writer.module.config
     longest = getattr(known, "max_position_embeddings", cfg.tower.context)
     if cfg.tower.context > longest:
-        raise ValueError(f"words.tower.context must be at most the {longest} positions of {cfg.encoder}, got {cfg.tower.context}")
+        raise ValueError(
+            f"words.tower.context must be at most the {longest} positions of {cfg.encoder}, got {cfg.tower.context}"
+        )
     # Two texts that differ in their second token: a causal encoder gives both the same first row, whatever the report says.
     ids = torch.tensor([[1, 2], [1, 3]])
     with torch.no_grad():
-        rows = text.encode_text_with(params, ids, torch.ones_like(ids, dtype=torch.bool), model=writer, pool=cfg.pool)
+        rows = text.encode_text_with(
+            params, ids, torch.ones_like(ids, dtype=torch.bool), model=writer, pool=cfg.pool
+        )
     if torch.equal(rows[0], rows[1]):
         raise ValueError(
             f"words.pool = {cfg.pool!r} takes a token of {cfg.encoder} that does not see the text behind it; set 'last' or 'mean'"
@@ -268,7 +307,11 @@ def embed_volumes(model: Model, params: Tree, batch: Mapping[str, Tensor]) -> Te
     "mask" and "position_mm" [b, s]."""
     device = params["fuse"]["norm"]["weight"].device
     mask, z = batch["mask"].to(device), batch["slices"]
-    z = encode.encode_slices(model.cfg.encode, params["vit"], z, mask, vit=model.vit) if z.dim() == 4 else z.to(device).float()
+    z = (
+        encode.encode_slices(model.cfg.encode, params["vit"], z, mask, vit=model.vit)
+        if z.dim() == 4
+        else z.to(device).float()
+    )
     return fusion.fuse(model.cfg.fuse, params["fuse"], z, mask, batch["position_mm"].to(device))
 
 
@@ -288,7 +331,9 @@ def statistics(cfg: ContrastConfig, rows: Tensor) -> Tree:
     if cfg.normalise == "none":
         return {}
     rows = rows.float().flatten(0, -2)
-    return {"mean": rows.mean(0)} | ({"variance": rows.var(0, correction=0)} if cfg.normalise == "standardise" else {})
+    return {"mean": rows.mean(0)} | (
+        {"variance": rows.var(0, correction=0)} if cfg.normalise == "standardise" else {}
+    )
 
 
 def place(params: Tree, side: Literal["image", "text"], rows: Tensor, of: Tree) -> Tensor:
@@ -316,7 +361,11 @@ def contrast(cfg: ContrastConfig, params: Tree, rows: Mapping[str, Tensor]) -> t
 def bound(cfg: ContrastConfig, params: Tree) -> Tree:
     """Trained leaves after a step, the logit scale at most `scale_max`."""
     found = params.get("contrast", {}).get("log_scale")
-    return params if found is None else merge(params, {"contrast": {"log_scale": found.clamp(max=math.log(cfg.scale_max))}})
+    return (
+        params
+        if found is None
+        else merge(params, {"contrast": {"log_scale": found.clamp(max=math.log(cfg.scale_max))}})
+    )
 
 
 def _tokenizer(cfg: Config, folder: Path, texts: Sequence[str]) -> Any:

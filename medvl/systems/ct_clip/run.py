@@ -16,18 +16,14 @@ from medvl.base import config, files, processes, store
 from medvl.base.display import track
 from medvl.base.tree import Tree, count, flatten, map_leaves, matching, merge, split
 from medvl.components import encode
-from medvl.ct import ingest, metadata_table, names, pairs, reports
-from medvl.ct import preprocess as ct
-from medvl.ct import zero_shot as evaluate
+from medvl.ct import ingest, metadata_table, names, pairs, preprocess, reports, zero_shot
 from medvl.evaluation import metrics, plots, report
 from medvl.evaluation.results import Result
-from medvl.hub import skeletons as hub
-from medvl.hub import tokens
-from medvl.phantoms import chests as phantoms
+from medvl.hub import skeletons, tokens
+from medvl.phantoms import chests
 from medvl.systems.ct_clip import model as ct_clip
 from medvl.systems.ct_clip.model import SPLITS, Config, Model, Speed, Stage
-from medvl.training import loop as train
-from medvl.training import order
+from medvl.training import loop, order
 from medvl.training.muon import muon
 from medvl.training.optim import Optimizer, Rate, adamw, routed, seeded, warmup_cosine
 
@@ -42,14 +38,21 @@ def prepare(cfg: Config, log: Callable[[str], None] = print) -> None:
         ValueError: lists every file that is missing and how to make it; as `check_labels`.
     """
     if cfg.data.source == "phantoms":
-        drawn = phantoms.draw(cfg.data.phantoms, folder_of(cfg), cfg.data.workers)
-        log(f"{sum(drawn.values())} chests drawn in {folder_of(cfg)}: " + ", ".join(f"{n} {split}" for split, n in drawn.items()))
+        drawn = chests.draw(cfg.data.phantoms, folder_of(cfg), cfg.data.workers)
+        log(
+            f"{sum(drawn.values())} chests drawn in {folder_of(cfg)}: "
+            + ", ".join(f"{n} {split}" for split, n in drawn.items())
+        )
         for name in SPLITS:
             scans, out = folder_of(cfg) / name, path(cfg, "store", name)
             done = ingest.preprocess_folder(scans, out, cfg.ct, path(cfg, "metadata", name), cfg.data.workers)
             if done.rejected:
-                raise ValueError(f"{scans}: {len(done.rejected)} drawn scans were rejected, e.g. {next(iter(done.rejected.items()))}")
-    missing = [path(cfg, kind, name) for name in SPLITS for kind in _TABLES if not path(cfg, kind, name).is_file()]
+                raise ValueError(
+                    f"{scans}: {len(done.rejected)} drawn scans were rejected, e.g. {next(iter(done.rejected.items()))}"
+                )
+    missing = [
+        path(cfg, kind, name) for name in SPLITS for kind in _TABLES if not path(cfg, kind, name).is_file()
+    ]
     if missing:
         raise ValueError(
             f"{len(missing)} files are missing: {', '.join(map(str, missing))}. `invoke preprocess --source SCANS --out STORE.h5` makes "
@@ -61,12 +64,16 @@ def prepare(cfg: Config, log: Callable[[str], None] = print) -> None:
 def folder_of(cfg: Config) -> Path:
     """The folder that `{folder}` stands for; phantoms of one PhantomConfig share one."""
     drawn = cfg.data.source == "phantoms"
-    return Path(cfg.data.folder) / f"phantoms-{config.digest(cfg.data.phantoms)}" if drawn else Path(cfg.data.folder)
+    return (
+        Path(cfg.data.folder) / f"phantoms-{config.digest(cfg.data.phantoms)}"
+        if drawn
+        else Path(cfg.data.folder)
+    )
 
 
 def path(cfg: Config, kind: Literal["store", "reports", "labels", "metadata"], name: str) -> Path:
     """Where a split's file is; `{ct}` stands for the digest of the CT settings."""
-    digest = config.digest(ct.settings_of(cfg.ct))
+    digest = config.digest(preprocess.settings_of(cfg.ct))
     pattern, where = getattr(cfg.data, kind), f"data.{kind}"
     if kind == "store" and name in cfg.data.stores:
         pattern, where = cfg.data.stores[name], f"data.stores.{name}"
@@ -75,10 +82,12 @@ def path(cfg: Config, kind: Literal["store", "reports", "labels", "metadata"], n
 
 def volumes(cfg: Config, name: str) -> store.Store:
     """The store of a split; refuses one made with other settings than the record's."""
-    return store.open_store(path(cfg, "store", name), expect=ct.settings_of(cfg.ct))
+    return store.open_store(path(cfg, "store", name), expect=preprocess.settings_of(cfg.ct))
 
 
-def labelled(cfg: Config, name: str, volumes: store.Store) -> tuple[tuple[str, ...], tuple[str, ...], np.ndarray]:
+def labelled(
+    cfg: Config, name: str, volumes: store.Store
+) -> tuple[tuple[str, ...], tuple[str, ...], np.ndarray]:
     """(names, findings, labels [n, c]) of the volumes of a split that have labels; what is on one side only is counted in a warning.
 
     Raises:
@@ -152,12 +161,18 @@ def _check_classes(cfg: Config, findings: Sequence[str], labels: np.ndarray) -> 
             "volumes with and without a finding"
         )
     if single:
-        _log.warning("%s, none or all have %s: these count neither in the validation score nor have thresholds", where, ", ".join(single))
+        _log.warning(
+            "%s, none or all have %s: these count neither in the validation score nor have thresholds",
+            where,
+            ", ".join(single),
+        )
 
 
 def report_parts(cfg: Config, name: str) -> dict[str, dict[str, str]]:
     """{part: {volume: text}} of a split's reports, as `data.text` says."""
-    kinds: tuple[reports.Text, ...] = ("findings", "impression") if cfg.data.text == "either" else (cfg.data.text,)
+    kinds: tuple[reports.Text, ...] = (
+        ("findings", "impression") if cfg.data.text == "either" else (cfg.data.text,)
+    )
     missing = "drop" if cfg.data.text == "either" else cfg.data.missing  # a report needs one of its two parts
     return {kind: reports.read_reports(path(cfg, "reports", name), kind, missing) for kind in kinds}
 
@@ -185,8 +200,12 @@ def cached_features(model: Model, params: Tree, volumes: store.Store, folder: Pa
         ValueError: a volume has changed since its features were computed.
     """
     settings = {
-        "weights": hub.digest(params["vit"]),
-        "encode": {k: v for k, v in config.unstructure(model.cfg.encode).items() if k not in ("budget_mib", "checkpoint")},
+        "weights": skeletons.digest(params["vit"]),
+        "encode": {
+            k: v
+            for k, v in config.unstructure(model.cfg.encode).items()
+            if k not in ("budget_mib", "checkpoint")
+        },
         "volumes": {"path": str(volumes.path.resolve()), "settings": volumes.settings},
         "row": [name for name, *_ in _FEATURE_FIELDS],
     }
@@ -206,7 +225,9 @@ def cached_features(model: Model, params: Tree, volumes: store.Store, folder: Pa
         for name in track(missing, "computing slice features"):
             batch = pairs.read_slices(volumes, [name])
             with torch.no_grad():
-                z = encode.encode_slices(model.cfg.encode, params["vit"], batch["slices"], batch["mask"], vit=model.vit)[0]
+                z = encode.encode_slices(
+                    model.cfg.encode, params["vit"], batch["slices"], batch["mask"], vit=model.vit
+                )[0]
             row, padded = _feature_row(volumes, name), np.zeros(shape, np.float16)
             padded[slice(*row["occupied"])] = z.cpu().numpy()
             store.put(features, name, padded, row)
@@ -245,7 +266,9 @@ def batches(model: Model, data: pairs.Pairs, size: int, seed: int) -> Callable[[
 
     def draw_texts(i: int, pair: int) -> list[str]:
         gen = seeded(torch.device("cpu"), "texts", seed, i, pair)
-        return [pairs.draw_text(data.texts[pair], shares, cfg.data.sentences, gen) for _ in range(cfg.data.draws)]
+        return [
+            pairs.draw_text(data.texts[pair], shares, cfg.data.sentences, gen) for _ in range(cfg.data.draws)
+        ]
 
     def batch_at(i: int) -> dict[str, Tensor]:
         chosen = share(i)
@@ -284,7 +307,9 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
     cut = tokens.truncated(model.tokenizer, texts, cfg.words.tower.context)
     log(f"{len(data.names)} volumes of {len(set(data.scans))} scans")
     if cut and not cfg.data.sentences:
-        log(f"{cut} of {len(texts)} texts are longer than {cfg.words.tower.context} tokens: what lies beyond is not read")
+        log(
+            f"{cut} of {len(texts)} texts are longer than {cfg.words.tower.context} tokens: what lies beyond is not read"
+        )
     if cfg.vit.whiten:
         params["vit"] = _whitened(model, params, data)
     params = map_leaves(lambda t: t.to(processes.device(cfg.train.device)), params)
@@ -295,7 +320,13 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
 
 
 def _fit_stage(
-    model: Model, params: Tree, means: Tree, stage: Stage, data: pairs.Pairs, folder: Path, log: Callable[[str], None]
+    model: Model,
+    params: Tree,
+    means: Tree,
+    stage: Stage,
+    data: pairs.Pairs,
+    folder: Path,
+    log: Callable[[str], None],
 ) -> tuple[Tree, Tree]:
     cfg = model.cfg
     trained, frozen = split(params, stage.train)
@@ -306,7 +337,7 @@ def _fit_stage(
         data = evolve(data, store=cached_features(model, params, data.store, cache))
         valid = cached_features(model, params, valid, cache)
     everything = lambda p: merge(frozen, p)
-    grad = train.cached_value_and_grad(
+    grad = loop.cached_value_and_grad(
         lambda p, rows: {
             "image": ct_clip.embed_volumes(model, everything(p), rows),
             "text": ct_clip.embed_texts(model, everything(p), rows),
@@ -316,19 +347,21 @@ def _fit_stage(
         precision=cfg.train.precision,
     )
     optimizer, schedule = _optimizer(stage, trained), warmup_cosine(stage.steps, stage.warmup)
-    step = train.make_step(grad, optimizer, clip=cfg.train.clip, bound=lambda p: ct_clip.bound(cfg.contrast, p))
+    step = loop.make_step(
+        grad, optimizer, clip=cfg.train.clip, bound=lambda p: ct_clip.bound(cfg.contrast, p)
+    )
 
-    def validate(state: train.State) -> dict[str, float]:
+    def validate(state: loop.State) -> dict[str, float]:
         return {"score": _mean_auroc(model, everything(state.params), state.means, valid)}
 
-    state = train.State(params=trained, opt=optimizer.init(trained), means=means)
-    state = train.fit(
+    state = loop.State(params=trained, opt=optimizer.init(trained), means=means)
+    state = loop.fit(
         step,
         state,
         batches(model, data, cfg.train.batch, cfg.seed),
         steps=stage.steps,
         folder=folder,
-        every=train.Every(log=cfg.train.log, save=cfg.train.save, validate=cfg.train.validate),
+        every=loop.Every(log=cfg.train.log, save=cfg.train.save, validate=cfg.train.validate),
         validate=validate,
         title=stage.name,
         lr=lambda i: stage.lr * schedule(i),
@@ -336,7 +369,7 @@ def _fit_stage(
     )
     if cfg.train.keep == "best":
         processes.meet()  # process 0 has written it
-        state = train.read_trained(folder, "best", processes.device(cfg.train.device), model=params)
+        state = loop.read_trained(folder, "best", processes.device(cfg.train.device), model=params)
     return everything(state.params), state.means
 
 
@@ -348,7 +381,9 @@ def _optimizer(stage: Stage, trained: Tree) -> Optimizer:
         hits = matching(list(flat), [speed.match])
         chosen |= dict.fromkeys([n for n in hits if speed.optimizer == "adamw" or flat[n].dim() > 1], speed)
     rate = lambda n: Rate(lr=chosen[n].lr, weight_decay=chosen[n].weight_decay)
-    return routed(lambda n: chosen[n].optimizer, {"adamw": adamw(rate, schedule), "muon": muon(rate, schedule)})
+    return routed(
+        lambda n: chosen[n].optimizer, {"adamw": adamw(rate, schedule), "muon": muon(rate, schedule)}
+    )
 
 
 def _whitened(model: Model, params: Tree, data: pairs.Pairs, scans: int = 200) -> Tree:
@@ -360,7 +395,9 @@ def _whitened(model: Model, params: Tree, data: pairs.Pairs, scans: int = 200) -
     trained = {n for stage in model.cfg.train.stages for n in flatten(split(params, stage.train)[0])}
     patch = [n for n, t in flatten(params).items() if n.startswith("vit/") and t.dim() == 4]
     if not trained.issuperset(patch):
-        raise ValueError(f"vit.whiten: a stage must train {', '.join(patch)}, or the checkpoints would not hold it")
+        raise ValueError(
+            f"vit.whiten: a stage must train {', '.join(patch)}, or the checkpoints would not hold it"
+        )
     chosen = data.names[:: max(1, len(data.names) // scans)]
     batch = pairs.read_slices(data.store, chosen)
     slices = batch["slices"][batch["mask"]]
@@ -374,7 +411,7 @@ def load(folder: Path) -> tuple[Model, Tree, Tree]:
     model, params = ct_clip.init(cfg, folder)
     means: Tree = {}
     for i, stage in enumerate(cfg.train.stages):
-        state = train.read_trained(folder / f"{i}-{stage.name}", cfg.train.keep, "cpu", model=params)
+        state = loop.read_trained(folder / f"{i}-{stage.name}", cfg.train.keep, "cpu", model=params)
         params, means = merge(params, state.params), state.means
     device = processes.device(cfg.train.device)
     return model, map_leaves(lambda t: t.to(device), params), map_leaves(lambda t: t.to(device), means)
@@ -387,7 +424,7 @@ def images(model: Model, params: Tree, means: Tree, of: store.Store, wanted: Seq
     """Volumes in the common space, [n, d] float32 on the CPU; each is encoded once."""
     size, rows = model.cfg.evaluate.batch, []
     for i in track(range(0, len(wanted), size), "embedding volumes, batch"):
-        with torch.no_grad(), train.autocast(params, model.cfg.train.precision):
+        with torch.no_grad(), loop.autocast(params, model.cfg.train.precision):
             z = ct_clip.embed_volumes(model, params, pairs.read_slices(of, wanted[i : i + size]))
         rows.append(ct_clip.place(params, "image", z, means.get("image", {})).detach().cpu())
     return torch.cat(rows)
@@ -398,7 +435,7 @@ def sentences(model: Model, params: Tree, means: Tree, said: Sequence[str]) -> T
     rows = []
     for i in range(0, len(said), 64):
         ids, words = tokens.tokenize(model.tokenizer, said[i : i + 64], model.cfg.words.tower.context)
-        with torch.no_grad(), train.autocast(params, model.cfg.train.precision):
+        with torch.no_grad(), loop.autocast(params, model.cfg.train.precision):
             z = ct_clip.embed_texts(model, params, {"ids": ids[:, None], "words": words[:, None]})[:, 0]
         rows.append(ct_clip.place(params, "text", z, means.get("text", {})).detach().cpu())
     return torch.cat(rows)
@@ -407,11 +444,18 @@ def sentences(model: Model, params: Tree, means: Tree, said: Sequence[str]) -> T
 def probabilities(model: Model, params: Tree, means: Tree, image: Tensor, findings: Sequence[str]) -> Tensor:
     """Zero-shot probability [n, c] of each finding for embedded volumes [n, d]."""
     pairs_of = [reports.prompts_for(f, model.cfg.evaluate.prompts) for f in findings]
-    sides = [sentences(model, params, means, [t for pair in pairs_of for t in pair[k]]).unflatten(0, (len(findings), -1)) for k in (0, 1)]
-    return evaluate.zero_shot(image, sides[0], sides[1], params["contrast"]["log_scale"].exp().cpu())
+    sides = [
+        sentences(model, params, means, [t for pair in pairs_of for t in pair[k]]).unflatten(
+            0, (len(findings), -1)
+        )
+        for k in (0, 1)
+    ]
+    return zero_shot.zero_shot(image, sides[0], sides[1], params["contrast"]["log_scale"].exp().cpu())
 
 
-def score_split(model: Model, params: Tree, means: Tree, name: str, of: store.Store | None = None) -> dict[str, Any]:
+def score_split(
+    model: Model, params: Tree, means: Tree, name: str, of: store.Store | None = None
+) -> dict[str, Any]:
     """{"names", "findings", "labels" [n, c], "scores" [n, c], "image" [n, d]} of a split's labelled volumes."""
     of = of or volumes(model.cfg, name)
     listed, findings, labels = labelled(model.cfg, name, of)
@@ -425,12 +469,14 @@ def _mean_auroc(model: Model, params: Tree, means: Tree, of: store.Store) -> flo
     return float(np.nanmean(metrics.auroc(found["scores"], found["labels"])))
 
 
-def assess(model: Model, params: Tree, means: Tree, folder: Path, experiment: str) -> tuple[list[Result], Path]:
+def assess(
+    model: Model, params: Tree, means: Tree, folder: Path, experiment: str
+) -> tuple[list[Result], Path]:
     """Score the test split with thresholds from the validation split; writes results, scores, plots and the report into `folder`."""
     cfg = model.cfg
     valid, test = (score_split(model, params, means, name) for name in ("valid", "test"))
     cuts = metrics.best_thresholds(valid["scores"], valid["labels"], cfg.evaluate.rule)
-    rows = evaluate.evaluate_findings(
+    rows = zero_shot.evaluate_findings(
         test["scores"],
         test["labels"],
         test["names"],
@@ -449,10 +495,15 @@ def assess(model: Model, params: Tree, means: Tree, folder: Path, experiment: st
             for n, s in zip(found["names"], found["scores"].tolist(), strict=True)
         ]
         files.write_csv(folder / f"scores_{name}.csv", table, ["VolumeName", *found["findings"]])
-    files.write_text(folder / "thresholds.json", json.dumps(dict(zip(test["findings"], cuts.tolist(), strict=True)), indent=1) + "\n")
+    files.write_text(
+        folder / "thresholds.json",
+        json.dumps(dict(zip(test["findings"], cuts.tolist(), strict=True)), indent=1) + "\n",
+    )
     sheet = folder / "volumes.png"
     shown = test["names"][:9]
-    labels = shown if cfg.evaluate.names else [f"row {i} of scores_test.csv" for i in range(1, len(shown) + 1)]
+    labels = (
+        shown if cfg.evaluate.names else [f"row {i} of scores_test.csv" for i in range(1, len(shown) + 1)]
+    )
     ingest.contact_sheet(volumes(cfg, "test"), sheet, shown, labels=labels)
     last = folder.parent / f"{len(cfg.train.stages) - 1}-{cfg.train.stages[-1].name}" / "metrics.jsonl"
     findings_only = [r for r in rows if r.what == "auroc"]
@@ -469,14 +520,18 @@ def assess(model: Model, params: Tree, means: Tree, folder: Path, experiment: st
     return rows, report.write_report(folder, f"{experiment}: zero-shot findings", rows, figures, notes)
 
 
-def _retrieval(model: Model, params: Tree, means: Tree, test: dict[str, Any], experiment: str) -> list[Result]:
+def _retrieval(
+    model: Model, params: Tree, means: Tree, test: dict[str, Any], experiment: str
+) -> list[Result]:
     """Report -> volume recall over the test split; any reconstruction of the report's scan is a hit."""
     told = {n: " ".join(parts.values()) for n, parts in _texts_by_name(model.cfg).items()}
     gallery = list(test["names"])
     queries = {names.scan_of(n): told[n] for n in gallery if n in told}
     words = sentences(model, params, means, list(queries.values()))
     ks = [k for k in (1, 5, 10, 50) if k <= len(gallery)]
-    recall = metrics.recall_at(words @ test["image"].T, list(queries), [names.scan_of(n) for n in gallery], ks)
+    recall = metrics.recall_at(
+        words @ test["image"].T, list(queries), [names.scan_of(n) for n in gallery], ks
+    )
     like: dict[str, Any] = {
         "split": "test",
         "n": len(queries),
@@ -495,7 +550,11 @@ def _texts_by_name(cfg: Config) -> dict[str, dict[str, str]]:
 
 
 def look(
-    folder: Path, scan: files.PathLike, findings: Sequence[str] = (), metadata_csv: files.PathLike = "", settings: Sequence[str] = ()
+    folder: Path,
+    scan: files.PathLike,
+    findings: Sequence[str] = (),
+    metadata_csv: files.PathLike = "",
+    settings: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Preprocess, embed and classify one scan with a trained run.
 
@@ -506,14 +565,20 @@ def look(
         {"volume": ct.Volume, "embedding" [d] float32, "probability" {finding: p}, "threshold" {finding: from validation, where known}}.
     """
     trained_with = config.load(Path(folder) / "config.json", Config).ct
-    cfg = config.structure(config.override(config.unstructure(trained_with), tuple(settings), "one scan"), ct.CtConfig, "one scan")
+    cfg = config.structure(
+        config.override(config.unstructure(trained_with), tuple(settings), "one scan"),
+        preprocess.CtConfig,
+        "one scan",
+    )
     if evolve(cfg, hu=trained_with.hu, spacing_from=trained_with.spacing_from) != trained_with:
-        raise ValueError(f"one scan: only hu and spacing_from may differ from what the run was trained with, got {', '.join(settings)}")
+        raise ValueError(
+            f"one scan: only hu and spacing_from may differ from what the run was trained with, got {', '.join(settings)}"
+        )
     row = None
     if metadata_csv:
         name = names.volume_name(scan)
-        row = metadata_table.read_metadata(metadata_csv, [name], ct.metadata_columns(cfg))[name]
-    volume = ct.preprocess(scan, cfg, row)
+        row = metadata_table.read_metadata(metadata_csv, [name], preprocess.metadata_columns(cfg))[name]
+    volume = preprocess.preprocess(scan, cfg, row)
     model, params, means = load(Path(folder))
     first, stop = volume.occupied
     z = np.arange(first, stop)
@@ -522,7 +587,7 @@ def look(
         "mask": torch.ones(1, stop - first, dtype=torch.bool),
         "position_mm": torch.from_numpy((z * volume.spacing_mm[0]).astype(np.float32))[None],
     }
-    with torch.no_grad(), train.autocast(params, model.cfg.train.precision):
+    with torch.no_grad(), loop.autocast(params, model.cfg.train.precision):
         rows = ct_clip.embed_volumes(model, params, batch)
     image = ct_clip.place(params, "image", rows, means.get("image", {})).detach().cpu()
     kept = Path(folder) / "results" / "thresholds.json"

@@ -15,11 +15,10 @@ from medvl.base import config
 from medvl.base.tree import Tree
 from medvl.components.project import ProjectConfig, init_project, project
 from medvl.components.slots import CompressConfig
-from medvl.hub import skeletons as hub
-from medvl.language import chat, vlm
-from medvl.language import labels as conversations
+from medvl.hub import skeletons
+from medvl.language import chat, encoding, vlm
 from medvl.language.chat import Chat, ChatConfig, ModelConfig
-from medvl.language.labels import QWEN_VL, Sample
+from medvl.language.encoding import QWEN_VL, Sample
 from medvl.phantoms.slides import SlideConfig
 from medvl.slides.questions import SlideTalk
 from medvl.slides.reference_files import read_compressor, read_projector
@@ -50,7 +49,9 @@ class DataConfig:
 
     def __attrs_post_init__(self) -> None:
         config.within(self, "data", dims=config.WIDTH_OR_NONE)
-        inside: Any = dict.fromkeys(("features", "labels", "captions", "questions", "valid", "test"), ("folder",))
+        inside: Any = dict.fromkeys(
+            ("features", "labels", "captions", "questions", "valid", "test"), ("folder",)
+        )
         config.check_patterns(self, "data", folder=(), **inside)
 
 
@@ -60,7 +61,9 @@ class PretrainConfig:
 
     file: str = ""  # a trained one, in the reference's format; nothing is trained then
     labels: tuple[str, ...] = ()  # columns of data.labels
-    head: Literal["places", "attention"] = "places"  # reads all tokens, each in its place; or attention over them, as attention-MIL
+    head: Literal["places", "attention"] = (
+        "places"  # reads all tokens, each in its place; or attention over them, as attention-MIL
+    )
     steps: int = 1000
     batch: int = 8  # slides
     most: int = 4096  # patches of a slide, evenly spread; 0 = all
@@ -68,21 +71,40 @@ class PretrainConfig:
     router_lr: float = 1e-2  # of the gate (moe): at the experts' rate it hardly moves, and what is rare stays a patch among thousands
     weight_decay: float = 1e-4
     warmup: int = 50
-    aux: float = 0.01  # weight of the balance of slots (moe); more of it and no slot is left free for what is rare
+    aux: float = (
+        0.01  # weight of the balance of slots (moe); more of it and no slot is left free for what is rare
+    )
     log: int = 50
     save: int = 200
     validate: int = 200
 
     def __attrs_post_init__(self) -> None:
-        config.within(self, "pretrain", steps=config.COUNT, batch=(1, 2**20), most=config.COUNT_OR_NONE, warmup=config.COUNT_OR_NONE)
-        config.within(self, "pretrain", lr=config.RATE, router_lr=config.RATE, weight_decay=config.RATE, aux=(0, 1e6))
-        config.within(self, "pretrain", log=config.COUNT_OR_NONE, save=config.COUNT_OR_NONE, validate=config.COUNT_OR_NONE)
+        config.within(
+            self,
+            "pretrain",
+            steps=config.COUNT,
+            batch=(1, 2**20),
+            most=config.COUNT_OR_NONE,
+            warmup=config.COUNT_OR_NONE,
+        )
+        config.within(
+            self, "pretrain", lr=config.RATE, router_lr=config.RATE, weight_decay=config.RATE, aux=(0, 1e6)
+        )
+        config.within(
+            self,
+            "pretrain",
+            log=config.COUNT_OR_NONE,
+            save=config.COUNT_OR_NONE,
+            validate=config.COUNT_OR_NONE,
+        )
         if self.lr <= 0:
             raise ValueError(f"pretrain.lr must be above 0, got {self.lr:g}")
         if self.labels and self.warmup > self.steps:
             raise ValueError(f"pretrain.warmup must lie within its {self.steps} steps, got {self.warmup}")
         if len({*self.labels} - {"slide", "split"}) < len(self.labels):
-            raise ValueError(f"pretrain.labels: must be columns, each once and neither slide nor split, got {', '.join(self.labels)}")
+            raise ValueError(
+                f"pretrain.labels: must be columns, each once and neither slide nor split, got {', '.join(self.labels)}"
+            )
 
 
 @frozen(kw_only=True)
@@ -93,7 +115,9 @@ class EvaluateConfig:
     max_tokens: int = 64
     batch: int = 16
     bootstrap: int = 1000
-    shuffled: bool = False  # a control: ask everything again about another slide; what is right then was not seen
+    shuffled: bool = (
+        False  # a control: ask everything again about another slide; what is right then was not seen
+    )
 
     def __attrs_post_init__(self) -> None:
         config.within(self, "evaluate", max_tokens=(1, 2**20), batch=(1, 2**20), bootstrap=config.DRAWS)
@@ -113,16 +137,22 @@ class Config:
     pretrain: PretrainConfig = PretrainConfig()
     hidden: int = 2048  # width inside the projector
     projector: str = ""  # a trained one, in the reference's format
-    cold: bool = False  # let questions be trained although no stage before trains captions and no projector is given
+    cold: bool = (
+        False  # let questions be trained although no stage before trains captions and no projector is given
+    )
     lora: LoraConfig = config.kept(LoraConfig(pattern="all-linear"))
     train: TrainConfig
     evaluate: EvaluateConfig = field(default=EvaluateConfig())
 
     def __attrs_post_init__(self) -> None:
         if bool(self.pretrain.file) == bool(self.pretrain.labels):
-            raise ValueError("pretrain needs either a file (a trained compressor) or labels (columns to train one on)")
+            raise ValueError(
+                "pretrain needs either a file (a trained compressor) or labels (columns to train one on)"
+            )
         if self.pretrain.file and self.compress.kind != "moe":
-            raise ValueError(f"pretrain.file is always of kind moe, got compress.kind {self.compress.kind!r}; train that one on labels")
+            raise ValueError(
+                f"pretrain.file is always of kind moe, got compress.kind {self.compress.kind!r}; train that one on labels"
+            )
         config.within(self, "experiment", seed=config.SEED, hidden=config.WIDTH)
         if wrong := [s.name for s in self.train.stages if s.data not in ("captions", "questions")]:
             raise ValueError(f'stage {wrong[0]}: data must be "captions" or "questions"')
@@ -134,13 +164,19 @@ class Config:
                 "or set cold = true"
             )
         if self.model.quantize != "none" and any(p.startswith("model/") for p in self.train.patterns):
-            raise ValueError(f"model.quantize {self.model.quantize!r} freezes the model; train projector/... and lora/...")
+            raise ValueError(
+                f"model.quantize {self.model.quantize!r} freezes the model; train projector/... and lora/..."
+            )
 
 
 def folder_of(cfg: Config) -> Path:
     """The folder that `{folder}` stands for; slides drawn by one record share one."""
     drawn = cfg.data.source == "phantoms"
-    return Path(cfg.data.folder) / f"slides-{config.digest(cfg.data.phantoms)}" if drawn else Path(cfg.data.folder)
+    return (
+        Path(cfg.data.folder) / f"slides-{config.digest(cfg.data.phantoms)}"
+        if drawn
+        else Path(cfg.data.folder)
+    )
 
 
 def path(cfg: Config, what: str) -> Path:
@@ -199,7 +235,9 @@ def init(
     if cfg.projector:
         sizes, projector = read_projector(cfg.projector)
         if (sizes.inputs, sizes.outputs) != (compressor[0].dim, width):
-            raise ValueError(f"{cfg.projector}: maps {sizes.inputs} to {sizes.outputs}; tokens have {compressor[0].dim}, the model {width}")
+            raise ValueError(
+                f"{cfg.projector}: maps {sizes.inputs} to {sizes.outputs}; tokens have {compressor[0].dim}, the model {width}"
+            )
     else:
         projector = init_project(sizes, gen)
     projector = {k: {n: t.to(device) for n, t in p.items()} for k, p in projector.items()}
@@ -207,7 +245,9 @@ def init(
     tree: Tree = {"model": params, "projector": projector} | ({"lora": adapter.factors} if adapter else {})
     for stage in cfg.train.stages:
         check_stage(stage, tree)
-    made = Model(cfg=cfg, chat=talks, project=sizes, compress=compressor[0], compressor=compressor[1], adapter=adapter)
+    made = Model(
+        cfg=cfg, chat=talks, project=sizes, compress=compressor[0], compressor=compressor[1], adapter=adapter
+    )
     return made, tree
 
 
@@ -220,11 +260,13 @@ def encode(model: Model, held: Sequence[SlideTalk], *, prompt: bool = False) -> 
         samples = list[Sample]()
         for talk, counts in zip(held, visual, strict=True):
             try:
-                samples.append(conversations.encode_prompt(model.chat.tokenizer, talk.messages[:-1], visual=counts, **how))
+                samples.append(
+                    encoding.encode_prompt(model.chat.tokenizer, talk.messages[:-1], visual=counts, **how)
+                )
             except ValueError as e:
                 raise ValueError(f"{talk.place}: {e}") from e
         return Encoded(talks=tuple(held), samples=tuple(samples), refused=0)
-    found, refused = conversations.encode_all(
+    found, refused = encoding.encode_all(
         model.chat.tokenizer,
         [t.messages for t in held],
         visual=visual,
@@ -233,21 +275,31 @@ def encode(model: Model, held: Sequence[SlideTalk], *, prompt: bool = False) -> 
         **how,
     )
     out = {i for i, _ in refused}
-    return Encoded(talks=tuple(t for i, t in enumerate(held) if i not in out), samples=tuple(found), refused=len(refused))
+    return Encoded(
+        talks=tuple(t for i, t in enumerate(held) if i not in out), samples=tuple(found), refused=len(refused)
+    )
 
 
 def blinded(talk: SlideTalk) -> SlideTalk:
     """The conversation without its slides."""
-    return evolve(talk, slides=(), messages=tuple(m | {"content": m["content"].replace("<image>\n", "")} for m in talk.messages))
+    return evolve(
+        talk,
+        slides=(),
+        messages=tuple(m | {"content": m["content"].replace("<image>\n", "")} for m in talk.messages),
+    )
 
 
 def collate(
-    model: Model, data: Encoded, tokens: Mapping[str, Tensor], chosen: Sequence[int], side: Literal["right", "left"] = "right"
+    model: Model,
+    data: Encoded,
+    tokens: Mapping[str, Tensor],
+    chosen: Sequence[int],
+    side: Literal["right", "left"] = "right",
 ) -> dict[str, Tensor]:
     """A batch of `loss_of`: ids, mask, labels, visual [b, t], images [b] (slides of each row), tokens [n, k, d] of them in their order."""
     tok = model.chat.tokenizer
     pad = tok.pad_token_id if tok.pad_token_id is not None else tok.eos_token_id or 0
-    batch = conversations.collate([data.samples[i] for i in chosen], pad, side=side)
+    batch = encoding.collate([data.samples[i] for i in chosen], pad, side=side)
     shown = [tokens[s] for i in chosen for s in data.talks[i].slides]
     batch["images"] = torch.tensor([len(data.talks[i].slides) for i in chosen])
     empty = torch.zeros(0, model.compress.slots, model.compress.dim)
@@ -260,16 +312,22 @@ def cut(batch: Mapping[str, Tensor], span: slice) -> dict[str, Tensor]:
     used = rows["mask"].any(0).nonzero()
     first, last = int(used[0]), int(used[-1]) + 1
     a, b = (int(batch["images"][:n].sum()) for n in (span.start, span.stop))
-    return {k: t[:, first:last] if t.dim() > 1 else t for k, t in rows.items()} | {"tokens": batch["tokens"][a:b]}
+    return {k: t[:, first:last] if t.dim() > 1 else t for k, t in rows.items()} | {
+        "tokens": batch["tokens"][a:b]
+    }
 
 
-def inputs_of(model: Model, params: Tree, weights: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def inputs_of(
+    model: Model, params: Tree, weights: Mapping[str, Tensor], batch: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """What the language model is called with: the embedded text, projected slide tokens in their places; gradients reach the projector."""
     device = next(iter(weights.values())).device
     (name,) = _embedding(model.chat, weights)
     real = torch.device("cpu") if device.type == "meta" else device
     token = model.chat.tokenizer.convert_tokens_to_ids(QWEN_VL.token)
-    visual = project(model.project, shards.as_weights(params["projector"]), batch["tokens"].to(device)).to(model.chat.dtype)
+    visual = project(model.project, shards.as_weights(params["projector"]), batch["tokens"].to(device)).to(
+        model.chat.dtype
+    )
     counts = (batch["images"] * model.compress.slots).tolist()
     embeds = vlm.splice(batch["ids"].to(real), visual.flatten(0, 1), weights[name], token, counts=counts)
     return {"inputs_embeds": embeds, "mask": batch["mask"].to(real)}
@@ -286,7 +344,7 @@ def weights_of(model: Model, params: Tree, *, train: bool = False) -> dict[str, 
 def loss_of(model: Model) -> Callable[[Tree, dict[str, Tensor]], tuple[Tensor, Tensor, train.Aux]]:
     """(all parameters, batch) -> sum of the losses of its trained tokens, and their number."""
     cfg = model.cfg.train
-    skeleton = hub.checkpointed(model.chat.skeleton) if cfg.checkpoint else model.chat.skeleton
+    skeleton = skeletons.checkpointed(model.chat.skeleton) if cfg.checkpoint else model.chat.skeleton
 
     def loss(params: Tree, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, train.Aux]:
         weights = weights_of(model, params, train=True)

@@ -19,11 +19,9 @@ from medvl.ct import names
 from medvl.evaluation import choices, plots, report
 from medvl.evaluation.results import Result
 from medvl.hub.checkpoints import read_json
-from medvl.language import chat
-from medvl.language import generate as generation
-from medvl.language import labels as conversations
-from medvl.phantoms import slide_questions as phantom_slide_talk
-from medvl.slides import bench as slidebench
+from medvl.language import chat, encoding, generate
+from medvl.phantoms import slide_questions
+from medvl.slides import bench
 from medvl.slides.features import slide_name
 from medvl.slides.questions import TAG, SlideTalk, published_as, read_slide_talks
 from medvl.slides.tokens import Features, open_features, slide_tokens
@@ -47,19 +45,25 @@ def prepare(cfg: Config, log: Callable[[str], None] = print) -> None:
         ValueError: what is missing; faults of single questions are warnings.
     """
     if cfg.data.source == "phantoms":
-        drawn = phantom_slide_talk.draw_slides(cfg.data.phantoms, folder_of(cfg))
+        drawn = slide_questions.draw_slides(cfg.data.phantoms, folder_of(cfg))
         log(f"drawn in {folder_of(cfg)}: " + ", ".join(f"{n} {what}" for what, n in drawn.items()))
     wanted = [*sorted({s.data for s in cfg.train.stages}), "valid", "test"]
     if missing := [path(cfg, what) for what in wanted if not path(cfg, what).is_file()]:
-        raise ValueError(f"{len(missing)} files are missing: {', '.join(map(str, missing))}; data.* says where they are")
+        raise ValueError(
+            f"{len(missing)} files are missing: {', '.join(map(str, missing))}; data.* says where they are"
+        )
     people: dict[str, set[str]] = {}
     for what in wanted:
         held = read(cfg, what)
         people[what] = {names.case_of(slide) for talk in held for slide in talk.names}
         if not cfg.data.blind and not slides_of(held):
-            raise ValueError(f"{path(cfg, what)}: none of {len(held)} records names a slide; data.blind = true takes none")
+            raise ValueError(
+                f"{path(cfg, what)}: none of {len(held)} records names a slide; data.blind = true takes none"
+            )
         of = open_features(path(cfg, "features"), slides_of(held), dims=cfg.data.dims)
-        log(f"{what}: {len(held)} conversations about {len(of.names)} slides, {len(of.missing)} without features")
+        log(
+            f"{what}: {len(held)} conversations about {len(of.names)} slides, {len(of.missing)} without features"
+        )
         if of.missing and (what != "test" or not (of.names or cfg.data.blind)):
             raise ValueError(
                 f"{path(cfg, what)}: {len(of.missing)} slides have no features below {path(cfg, 'features')}, the first is "
@@ -94,13 +98,22 @@ def read(cfg: Config, what: str) -> list[SlideTalk]:
         ValueError: as `read_slide_talks`; no answer has text.
     """
     held = read_slide_talks(path(cfg, what))
-    mute = {t.row for t in held if any(m["role"] == "assistant" and not m["content"].strip() for m in t.messages)}
+    mute = {
+        t.row for t in held if any(m["role"] == "assistant" and not m["content"].strip() for m in t.messages)
+    }
     if not mute or what == "test":
         return held
     rows = ", ".join(map(str, sorted(mute)[:5]))
     if len(mute) == len(held):
-        raise ValueError(f"{path(cfg, what)}: answers must have text to be trained on, each of {len(held)} records has an empty one")
-    _log.warning("%s: %d conversations have an answer without text and are left out, such as row %s", path(cfg, what), len(mute), rows)
+        raise ValueError(
+            f"{path(cfg, what)}: answers must have text to be trained on, each of {len(held)} records has an empty one"
+        )
+    _log.warning(
+        "%s: %d conversations have an answer without text and are left out, such as row %s",
+        path(cfg, what),
+        len(mute),
+        rows,
+    )
     return [t for t in held if t.row not in mute]
 
 
@@ -126,7 +139,10 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
     _remember_encoder(cfg, folder, slides_of([t for of in held.values() for t in of]))
     compressor = fit_compressor(cfg, folder, log)
     model, params = slide_vqa.init(cfg, folder, compressor, texts, device=processes.device(cfg.train.device))
-    tokens, valid = tokens_of(model, folder, [t for of in held.values() for t in of], together=True), encoded["valid"]
+    tokens, valid = (
+        tokens_of(model, folder, [t for of in held.values() for t in of], together=True),
+        encoded["valid"],
+    )
     if tokens and processes.rank() == 0:
         seen = slides_of([t for of in trained.values() for t in of])
         files.write_array(folder / _MEAN, torch.stack([tokens[s] for s in seen]).mean(0).numpy())
@@ -149,7 +165,9 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
     return model, params, {}
 
 
-def _encoded(cfg: Config, folder: Path, held: Mapping[str, Sequence[SlideTalk]], texts: Sequence[str]) -> dict[str, Encoded]:
+def _encoded(
+    cfg: Config, folder: Path, held: Mapping[str, Sequence[SlideTalk]], texts: Sequence[str]
+) -> dict[str, Encoded]:
     """Token ids of {file of the data: its conversations}, made by a model without weights, that refuses what a real one would."""
     sizes = _sizes(cfg, slides_of([t for of in held.values() for t in of]))
     model, _ = slide_vqa.init(cfg, folder, (sizes, {}), texts, device=torch.device("meta"))
@@ -175,7 +193,9 @@ def _sizes(cfg: Config, slides: Sequence[str]) -> CompressConfig:
     sizes = slide_vqa.open_compressor(cfg)[0] if cfg.pretrain.file else cfg.compress
     dims = open_features(path(cfg, "features"), slides[:1], dims=cfg.data.dims).dims or sizes.dim
     if cfg.pretrain.file and dims != sizes.dim:
-        raise ValueError(f"{cfg.pretrain.file}: takes patches of {sizes.dim} numbers, those of {slides[0]} have {dims}; another encoder?")
+        raise ValueError(
+            f"{cfg.pretrain.file}: takes patches of {sizes.dim} numbers, those of {slides[0]} have {dims}; another encoder?"
+        )
     return evolve(sizes, dim=dims)
 
 
@@ -186,12 +206,16 @@ def load(folder: Path) -> tuple[Model, Tree, Tree]:
         ValueError: no run, one that is not trained to its end, or whose files are broken.
     """
     cfg = config.load_run(folder, Config)
-    model, params = slide_vqa.init(cfg, folder, read_fitted(cfg, folder), device=processes.device(cfg.train.device))
+    model, params = slide_vqa.init(
+        cfg, folder, read_fitted(cfg, folder), device=processes.device(cfg.train.device)
+    )
     params = tuning.read_stages(cfg.train, params, folder, validated=_is_validated)
     return model, params, {}
 
 
-def tokens_of(model: Model, folder: Path, talks: Sequence[SlideTalk], *, together: bool = False) -> dict[str, Tensor]:
+def tokens_of(
+    model: Model, folder: Path, talks: Sequence[SlideTalk], *, together: bool = False
+) -> dict[str, Tensor]:
     """The tokens of all slides with features that are talked about.
 
     Args:
@@ -213,7 +237,9 @@ def _remember_encoder(cfg: Config, folder: Path, slides: Sequence[str]) -> None:
     """Keep in the run folder by which encoder the features were made that it is trained on, where they say it."""
     if cfg.data.blind and not cfg.pretrain.labels:
         return
-    labels = [row["slide"] for part in labelled(cfg)[0].values() for row in part] if cfg.pretrain.labels else []
+    labels = (
+        [row["slide"] for part in labelled(cfg)[0].values() for row in part] if cfg.pretrain.labels else []
+    )
     of = open_features(path(cfg, "features"), [*slides, *labels], dims=cfg.data.dims)
     check_encoder(folder, of)
     if of.encoder and processes.rank() == 0:
@@ -243,11 +269,17 @@ def mean_token(folder: Path, model: Model) -> Tensor:
         ValueError: the run was trained without slides.
     """
     if not (folder / _MEAN).exists():
-        raise ValueError(f"{folder}: must have seen slides (data.blind = false), found no {_MEAN}; train it again")
-    return torch.from_numpy(files.read_array(folder / _MEAN, (model.compress.slots, model.compress.dim), "train the run again"))
+        raise ValueError(
+            f"{folder}: must have seen slides (data.blind = false), found no {_MEAN}; train it again"
+        )
+    return torch.from_numpy(
+        files.read_array(folder / _MEAN, (model.compress.slots, model.compress.dim), "train the run again")
+    )
 
 
-def batches(model: Model, data: Encoded, tokens: dict[str, Tensor], cfg: Config) -> Callable[[int], dict[str, Tensor]]:
+def batches(
+    model: Model, data: Encoded, tokens: dict[str, Tensor], cfg: Config
+) -> Callable[[int], dict[str, Tensor]]:
     """i -> batch: this process's share of `train.batch` conversations.
 
     Raises:
@@ -262,7 +294,9 @@ def _is_validated(stage: Stage) -> bool:
     return stage.data == "questions"
 
 
-def _validation(model: Model, stage: Stage, data: Encoded, valid: Encoded, tokens: dict[str, Tensor]) -> Callable[[Tree], float] | None:
+def _validation(
+    model: Model, stage: Stage, data: Encoded, valid: Encoded, tokens: dict[str, Tensor]
+) -> Callable[[Tree], float] | None:
     """Questions are validated; of captions, which have no set of their own, the last state counts."""
     if not _is_validated(stage):
         return None
@@ -272,7 +306,10 @@ def _validation(model: Model, stage: Stage, data: Encoded, valid: Encoded, token
         total, n = 0.0, 0
         for i in track(range(0, len(valid.samples), size), "validating, batch"):
             with torch.no_grad():
-                value, count, _ = loss(params, slide_vqa.collate(model, valid, tokens, range(i, min(i + size, len(valid.samples)))))
+                value, count, _ = loss(
+                    params,
+                    slide_vqa.collate(model, valid, tokens, range(i, min(i + size, len(valid.samples)))),
+                )
             total, n = total + float(value), n + int(count)
         return total / n
 
@@ -280,7 +317,9 @@ def _validation(model: Model, stage: Stage, data: Encoded, valid: Encoded, token
 
 
 # Evaluation -----------------------------------------------------------------------------------------------------------------------------
-def assess(model: Model, params: Tree, means: Tree, folder: Path, experiment: str) -> tuple[list[Result], Path]:
+def assess(
+    model: Model, params: Tree, means: Tree, folder: Path, experiment: str
+) -> tuple[list[Result], Path]:
     """Answer the test questions; writes `benchmark_results.json`, a table of categories, and the report into `folder`."""
     cfg, held = model.cfg, read(model.cfg, "test")
     tokens = tokens_of(model, folder.parent, held)
@@ -296,11 +335,17 @@ def assess(model: Model, params: Tree, means: Tree, folder: Path, experiment: st
     results = _score(cfg, held, said, experiment)
     if control:
         other = _said(model, params, control, tokens, unfinished[1])
-        results += [evolve(r, what="accuracy_shuffled") for r in _score(cfg, held, other, experiment) if r.what == "accuracy"]
+        results += [
+            evolve(r, what="accuracy_shuffled")
+            for r in _score(cfg, held, other, experiment)
+            if r.what == "accuracy"
+        ]
     digest = files.file_digest(path(cfg, "test"))
     source = {"file": path(cfg, "test").name, "sha256": digest, "published_as": published_as(digest)}
     facts = {"experiment": experiment, "by": cfg.evaluate.by}
-    slidebench.write_benchmark(folder, _chosen(held, said), results, source=source, facts=facts, written=_written(held, said))
+    bench.write_benchmark(
+        folder, _chosen(held, said), results, source=source, facts=facts, written=_written(held, said)
+    )
     for path_of_answers in unfinished:
         path_of_answers.unlink(missing_ok=True)  # all of them are in the results now
     last = folder.parent / f"{len(cfg.train.stages) - 1}-{cfg.train.stages[-1].name}" / "metrics.jsonl"
@@ -309,10 +354,14 @@ def assess(model: Model, params: Tree, means: Tree, folder: Path, experiment: st
         f"Questions of {source['file']}, sha256 {digest[:16]}{known}. An answer that chooses no letter, or several, is wrong, and so is "
         "one whose slide has no features.",
     )
-    return results, report.write_report(folder, f"{experiment}: slides", results, plots.training_curves(last), notes)
+    return results, report.write_report(
+        folder, f"{experiment}: slides", results, plots.training_curves(last), notes
+    )
 
 
-def _said(model: Model, params: Tree, asked: Sequence[SlideTalk], tokens: dict[str, Tensor], path: Path) -> dict[int, str]:
+def _said(
+    model: Model, params: Tree, asked: Sequence[SlideTalk], tokens: dict[str, Tensor], path: Path
+) -> dict[int, str]:
     """{number of the question: answer} of those whose slides have features."""
     there = _answerable(model.cfg, asked, tokens)
     return dict(zip(there, answer(model, params, [asked[i] for i in there], tokens, path), strict=True))
@@ -320,33 +369,39 @@ def _said(model: Model, params: Tree, asked: Sequence[SlideTalk], tokens: dict[s
 
 def _answerable(cfg: Config, asked: Sequence[SlideTalk], tokens: Mapping[str, Tensor]) -> list[int]:
     """The numbers of the questions whose slides all have tokens."""
-    return [i for i, t in enumerate(asked) if cfg.data.blind or (t.slides and all(s in tokens for s in t.slides))]
+    return [
+        i for i, t in enumerate(asked) if cfg.data.blind or (t.slides and all(s in tokens for s in t.slides))
+    ]
 
 
 def _score(cfg: Config, held: Sequence[SlideTalk], said: Mapping[int, str], experiment: str) -> list[Result]:
     """The numbers of all questions: with options, and open ones."""
     how: dict[str, Any] = {"split": "test", "experiment": experiment, "n": cfg.evaluate.bootstrap}
     chosen, written = _chosen(held, said), _written(held, said)
-    results = slidebench.score(chosen, gen=Generator().manual_seed(cfg.seed), **how) if chosen else []
-    return results + (slidebench.score_written(written, gen=Generator().manual_seed(cfg.seed), **how) if written else [])
+    results = bench.score(chosen, gen=Generator().manual_seed(cfg.seed), **how) if chosen else []
+    return results + (
+        bench.score_written(written, gen=Generator().manual_seed(cfg.seed), **how) if written else []
+    )
 
 
-def _chosen(held: Sequence[SlideTalk], said: Mapping[int, str]) -> list[slidebench.Answered]:
+def _chosen(held: Sequence[SlideTalk], said: Mapping[int, str]) -> list[bench.Answered]:
     """What was chosen in the questions with options."""
     rows = []
     for i, t in enumerate(held):
         if t.choices:
-            rows.append(slidebench.answered(said.get(i), t.choices, t.answer, missing=i not in said, **_about(t)))
+            rows.append(bench.answered(said.get(i), t.choices, t.answer, missing=i not in said, **_about(t)))
     return rows
 
 
-def _written(held: Sequence[SlideTalk], said: Mapping[int, str]) -> list[slidebench.Written]:
+def _written(held: Sequence[SlideTalk], said: Mapping[int, str]) -> list[bench.Written]:
     """What was answered to the open questions."""
     rows = []
     for i, t in enumerate(held):
         if not t.choices:
             question = t.messages[-2]["content"].replace(TAG, "").strip()
-            written = slidebench.Written(question=question, gold=t.answer, said=said.get(i, ""), missing=i not in said, **_about(t))
+            written = bench.Written(
+                question=question, gold=t.answer, said=said.get(i, ""), missing=i not in said, **_about(t)
+            )
             rows.append(written)
     return rows
 
@@ -359,7 +414,11 @@ def _about(talk: SlideTalk) -> dict[str, str]:
 
 
 def answer(
-    model: Model, params: Tree, talks: Sequence[SlideTalk], tokens: dict[str, Tensor], path: files.PathLike | None = None
+    model: Model,
+    params: Tree,
+    talks: Sequence[SlideTalk],
+    tokens: dict[str, Tensor],
+    path: files.PathLike | None = None,
 ) -> list[str]:
     """Answers of conversations whose slides all have tokens: greedy text, or with `by = "likelihood"` the likeliest letter where a
     question has options (an open one beside it is answered by text).
@@ -373,7 +432,9 @@ def answer(
     weights = slide_vqa.weights_of(model, params)
     by_letter = [i for i, talk in enumerate(data.talks) if talk.choices and cfg.by == "likelihood"]
     by_text = [i for i in range(len(data.talks)) if i not in set(by_letter)]
-    batches = [rows[at : at + cfg.batch] for rows in (by_letter, by_text) for at in range(0, len(rows), cfg.batch)]
+    batches = [
+        rows[at : at + cfg.batch] for rows in (by_letter, by_text) for at in range(0, len(rows), cfg.batch)
+    ]
 
     def answer_batch(rows: Sequence[int]) -> list[dict[str, Any]]:
         batch = slide_vqa.collate(model, data, tokens, rows, side="left")
@@ -381,7 +442,10 @@ def answer(
             inputs = slide_vqa.inputs_of(model, params, weights, batch)
         reply = _likeliest if rows[0] in set(by_letter) else _generated
         texts = reply(model, weights, inputs, [data.talks[i] for i in rows])
-        return [{"row": row, "id": data.talks[row].id, "answer": text} for row, text in zip(rows, texts, strict=True)]
+        return [
+            {"row": row, "id": data.talks[row].id, "answer": text}
+            for row, text in zip(rows, texts, strict=True)
+        ]
 
     if path is None:
         lines = [line for rows in track(batches, "answering, batch") for line in answer_batch(rows)]
@@ -392,18 +456,28 @@ def answer(
     return [answers[i] for i in range(len(talks))]
 
 
-def _likeliest(model: Model, weights: dict[str, Tensor], inputs: dict[str, Tensor], talks: Sequence[SlideTalk]) -> Sequence[str]:
+def _likeliest(
+    model: Model, weights: dict[str, Tensor], inputs: dict[str, Tensor], talks: Sequence[SlideTalk]
+) -> Sequence[str]:
     """The likeliest letter of each question's options."""
     options = [choices.lettered(talk.choices) for talk in talks]
-    ids = {letter: model.chat.tokenizer(letter, add_special_tokens=False)["input_ids"] for row in options for letter in row}
-    scores, _ = generation.score_options(model.chat.skeleton, weights, inputs, [[ids[letter] for letter in row] for row in options])
+    ids = {
+        letter: model.chat.tokenizer(letter, add_special_tokens=False)["input_ids"]
+        for row in options
+        for letter in row
+    }
+    scores, _ = generate.score_options(
+        model.chat.skeleton, weights, inputs, [[ids[letter] for letter in row] for row in options]
+    )
     return choices.letters_by_likelihood(scores.tolist(), options)
 
 
-def _generated(model: Model, weights: dict[str, Tensor], inputs: dict[str, Tensor], talks: Sequence[SlideTalk]) -> Sequence[str]:
+def _generated(
+    model: Model, weights: dict[str, Tensor], inputs: dict[str, Tensor], talks: Sequence[SlideTalk]
+) -> Sequence[str]:
     """The greedy text of each answer."""
     how = chat.sampling_of(model.chat, model.cfg.evaluate.max_tokens)
-    return generation.generate(how, model.chat.skeleton, weights, inputs, tok=model.chat.tokenizer).texts
+    return generate.generate(how, model.chat.skeleton, weights, inputs, tok=model.chat.tokenizer).texts
 
 
 def _shuffled(held: Sequence[SlideTalk], seed: int, there: Collection[str]) -> list[SlideTalk]:
@@ -425,7 +499,7 @@ def labels(cfg: Config, folder: Path, number: int = 0) -> str:
     if not 0 <= number < len(held):
         raise ValueError(f"labels: sample must be below {len(held)}, got {number}")
     model, _ = slide_vqa.init(cfg, folder, (_file_sizes(cfg), {}), _texts(cfg), device=torch.device("meta"))
-    return conversations.show(model.chat.tokenizer, slide_vqa.encode(model, held[number : number + 1]).samples[0])
+    return encoding.show(model.chat.tokenizer, slide_vqa.encode(model, held[number : number + 1]).samples[0])
 
 
 def memory(cfg: Config, folder: Path, processes: int = 1) -> dict[str, dict[str, int]]:
@@ -437,7 +511,7 @@ def memory(cfg: Config, folder: Path, processes: int = 1) -> dict[str, dict[str,
     model, params = slide_vqa.init(cfg, folder, (sizes, {}), _texts(cfg), device=torch.device("meta"))
     n = tuning.rows_of(cfg.train, processes)
     ids = torch.ones(n, cfg.chat.context, dtype=torch.int64)
-    token = model.chat.tokenizer.convert_tokens_to_ids(conversations.QWEN_VL.token)
+    token = model.chat.tokenizer.convert_tokens_to_ids(encoding.QWEN_VL.token)
     ids[:, : model.compress.slots] = token
     batch = {"ids": ids, "labels": torch.ones_like(ids), "mask": ids.bool(), "visual": ids == token}
     batch["images"] = torch.ones(n, dtype=torch.int64)
@@ -455,5 +529,7 @@ def _file_sizes(cfg: Config) -> CompressConfig:
 
 
 def _texts(cfg: Config) -> list[str]:
-    held = [t for what in {s.data for s in cfg.train.stages} if path(cfg, what).exists() for t in read(cfg, what)]
+    held = [
+        t for what in {s.data for s in cfg.train.stages} if path(cfg, what).exists() for t in read(cfg, what)
+    ]
     return [m["content"] for t in held for m in t.messages]

@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 
 from medvl.base import config
 from medvl.base.tree import Tree
-from medvl.hub import skeletons as hub
+from medvl.hub import skeletons
 from medvl.language.chat import Chat, ChatConfig, ModelConfig, loss_sum, open_chat, tokenizer_of
 from medvl.phantoms.pictures import PictureConfig
 from medvl.training import loop as train
@@ -57,7 +57,9 @@ class Config:
     seed: int = 0
     model: ModelConfig
     data: DataConfig = DataConfig()
-    chat: ChatConfig = ChatConfig()  # a conversation whose answers do not fit its context is left out and counted
+    chat: ChatConfig = (
+        ChatConfig()
+    )  # a conversation whose answers do not fit its context is left out and counted
     lora: LoraConfig = config.kept(LoraConfig(pattern="all-linear"))
     train: TrainConfig
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -67,7 +69,9 @@ class Config:
         if any(stage.muon for stage in self.train.stages) and self.model.dtype != "float32":
             raise ValueError("a stage's muon needs whole float32 weights: model.dtype = 'float32'")
         if self.model.quantize != "none" and all(p.startswith("model/") for p in self.train.patterns):
-            raise ValueError(f"model.quantize {self.model.quantize!r} freezes the model; a stage must train lora/...")
+            raise ValueError(
+                f"model.quantize {self.model.quantize!r} freezes the model; a stage must train lora/..."
+            )
 
 
 @frozen(kw_only=True, eq=False)
@@ -79,7 +83,9 @@ class Model:
     adapter: lora.Adapter | None  # names, kinds and scales; the factors are in the params
 
 
-def init(cfg: Config, folder: Path, texts: Sequence[str] = (), *, device: torch.device = torch.device("cpu")) -> tuple[Model, Tree]:
+def init(
+    cfg: Config, folder: Path, texts: Sequence[str] = (), *, device: torch.device = torch.device("cpu")
+) -> tuple[Model, Tree]:
     """The model and starting weights {"model": {name: weight}, "lora": factors}.
 
     Args:
@@ -107,5 +113,8 @@ def weights_of(model: Model, params: Tree, *, train: bool = False) -> dict[str, 
 def loss_of(model: Model) -> Callable[[Tree, dict[str, Tensor]], tuple[Tensor, Tensor, train.Aux]]:
     """(all parameters, batch) -> sum of the losses of its trained tokens, and their number."""
     cfg = model.cfg.train
-    skeleton = hub.checkpointed(model.chat.skeleton) if cfg.checkpoint else model.chat.skeleton
-    return lambda p, batch: (*loss_sum(model.chat, skeleton, weights_of(model, p, train=True), batch, logits=cfg.logits), train.Aux())
+    skeleton = skeletons.checkpointed(model.chat.skeleton) if cfg.checkpoint else model.chat.skeleton
+    return lambda p, batch: (
+        *loss_sum(model.chat, skeleton, weights_of(model, p, train=True), batch, logits=cfg.logits),
+        train.Aux(),
+    )

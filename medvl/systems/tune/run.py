@@ -20,15 +20,14 @@ from medvl.evaluation.results import Result
 from medvl.hub.checkpoints import new_folder
 from medvl.hub.hlora_files import write_hlora
 from medvl.hub.peft_files import write_adapter
-from medvl.language import chat
-from medvl.language import generate as generation
-from medvl.language import labels as conversations
+from medvl.language import chat, generate
+from medvl.language import encoding as conversations
 from medvl.language.chat import Encoded
 from medvl.language.conversations import Conversation, check_gold, read_conversations, warn_of_one_file
-from medvl.phantoms import pictures as phantom_pictures
-from medvl.systems.tune import record as tune
+from medvl.phantoms import pictures
+from medvl.systems.tune import record
 from medvl.systems.tune.record import Config, Model
-from medvl.training import stages as tuning
+from medvl.training import stages
 from medvl.weights import lora
 
 SPLITS = ("train", "valid", "test")
@@ -41,8 +40,11 @@ def prepare(cfg: Config, log: Callable[[str], None] = print) -> None:
         ValueError: lists every file that is missing.
     """
     if cfg.data.source == "phantoms":
-        drawn = phantom_pictures.draw_pictures(cfg.data.phantoms, folder_of(cfg))
-        log(f"{sum(drawn.values())} pictures drawn in {folder_of(cfg)}: " + ", ".join(f"{n} {split}" for split, n in drawn.items()))
+        drawn = pictures.draw_pictures(cfg.data.phantoms, folder_of(cfg))
+        log(
+            f"{sum(drawn.values())} pictures drawn in {folder_of(cfg)}: "
+            + ", ".join(f"{n} {split}" for split, n in drawn.items())
+        )
     missing = [path(cfg, name) for name in SPLITS if not path(cfg, name).is_file()]
     if missing:
         raise ValueError(
@@ -55,7 +57,11 @@ def prepare(cfg: Config, log: Callable[[str], None] = print) -> None:
 def folder_of(cfg: Config) -> Path:
     """The folder that `{folder}` stands for; pictures of one PictureConfig share one."""
     drawn = cfg.data.source == "phantoms"
-    return Path(cfg.data.folder) / f"pictures-{config.digest(cfg.data.phantoms)}" if drawn else Path(cfg.data.folder)
+    return (
+        Path(cfg.data.folder) / f"pictures-{config.digest(cfg.data.phantoms)}"
+        if drawn
+        else Path(cfg.data.folder)
+    )
 
 
 def path(cfg: Config, name: str) -> Path:
@@ -65,7 +71,9 @@ def path(cfg: Config, name: str) -> Path:
 
 def read(cfg: Config, name: str) -> list[Conversation]:
     """The conversations of a split; in those of the test split the last answer, which is compared, holds a word."""
-    conversations = read_conversations(path(cfg, name), root=cfg.data.root or None, max_images=cfg.chat.max_images)
+    conversations = read_conversations(
+        path(cfg, name), root=cfg.data.root or None, max_images=cfg.chat.max_images
+    )
     if name == "test":
         check_gold(conversations)
     return conversations
@@ -75,24 +83,38 @@ def read(cfg: Config, name: str) -> list[Conversation]:
 def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[Model, Tree, Tree]:
     """Train (or go on with) all stages in the run folder; returns the model, its weights and no running means."""
     held = read(cfg, "train")
-    model, params = tune.init(cfg, folder, [m["content"] for c in held for m in c.messages], device=processes.device(cfg.train.device))
-    data, valid = chat.encode(model.chat, held), chat.encode(model.chat, read(cfg, "valid")[: cfg.train.valid or None])
+    model, params = record.init(
+        cfg,
+        folder,
+        [m["content"] for c in held for m in c.messages],
+        device=processes.device(cfg.train.device),
+    )
+    data, valid = (
+        chat.encode(model.chat, held),
+        chat.encode(model.chat, read(cfg, "valid")[: cfg.train.valid or None]),
+    )
     check_test(model)
     tokens = sum(len(s.ids) for s in data.samples)
-    log(f"{len(data.samples)} conversations of {tokens:,} tokens; {data.refused} more are longer than the context and left out")
+    log(
+        f"{len(data.samples)} conversations of {tokens:,} tokens; {data.refused} more are longer than the context and left out"
+    )
     if model.adapter is not None:
         own, base, share = lora.count(model.adapter, params["model"])
-        log(f"adapter: {own:,} numbers on {len(model.adapter.factors)} layers, {share:.2f} % of {own + base:,}")
-    params = tuning.parted(cfg.train, params)  # so that nothing here holds the whole
-    params = tuning.fit_stages(
+        log(
+            f"adapter: {own:,} numbers on {len(model.adapter.factors)} layers, {share:.2f} % of {own + base:,}"
+        )
+    params = stages.parted(cfg.train, params)  # so that nothing here holds the whole
+    params = stages.fit_stages(
         cfg.train,
         params,
-        tune.loss_of(model),
+        record.loss_of(model),
         lambda stage: chat.batches(model.chat, data, cfg.train.batch, cfg.seed),
         folder,
         cut=chat.cut,
         conversations=lambda stage: len(data.samples),
-        validate=lambda stage: lambda p: chat.mean_loss(model.chat, tune.weights_of(model, p), valid, cfg.evaluate.batch),
+        validate=lambda stage: (
+            lambda p: chat.mean_loss(model.chat, record.weights_of(model, p), valid, cfg.evaluate.batch)
+        ),
         seed=cfg.seed,
         log=log,
     )
@@ -108,7 +130,9 @@ def check_test(model: Model) -> None:
     chat.encode(model.chat, conversations)
     prompts = chat.encode(model.chat, conversations, prompt=True)
     longest = max(len(sample.ids) for sample in prompts.samples)
-    generation.check_length(chat.sampling_of(model.chat, model.cfg.evaluate.max_tokens), model.chat.skeleton, longest)
+    generate.check_length(
+        chat.sampling_of(model.chat, model.cfg.evaluate.max_tokens), model.chat.skeleton, longest
+    )
 
 
 def write_results(model: Model, params: Tree, folder: Path, log: Callable[[str], None] = print) -> None:
@@ -119,7 +143,11 @@ def write_results(model: Model, params: Tree, folder: Path, log: Callable[[str],
     record trains the same weights.
     """
     cfg, home = model.cfg, folder / "model"
-    trained = any(name.startswith("model/") for stage in cfg.train.stages for name in flatten(split(params, stage.train)[0]))
+    trained = any(
+        name.startswith("model/")
+        for stage in cfg.train.stages
+        for name in flatten(split(params, stage.train)[0])
+    )
     if (trained or not cfg.model.name) and not home.exists():
         chat.save_chat(model.chat, params["model"], home)
         log(f"the model, for transformers and for model.name: {home}")
@@ -145,17 +173,21 @@ def load(folder: Path) -> tuple[Model, Tree, Tree]:
         ValueError: no run, one that is not trained to its end, or whose files are broken.
     """
     cfg = config.load_run(folder, Config)
-    model, params = tune.init(cfg, folder, device=processes.device(cfg.train.device))
-    params = tuning.read_stages(cfg.train, params, folder)
+    model, params = record.init(cfg, folder, device=processes.device(cfg.train.device))
+    params = stages.read_stages(cfg.train, params, folder)
     return model, params, {}
 
 
 # Evaluation -----------------------------------------------------------------------------------------------------------------------------
-def assess(model: Model, params: Tree, means: Tree, folder: Path, experiment: str) -> tuple[list[Result], Path]:
+def assess(
+    model: Model, params: Tree, means: Tree, folder: Path, experiment: str
+) -> tuple[list[Result], Path]:
     """Answer the last question of every test conversation; writes answers, results and the report into `folder`."""
     cfg, held = model.cfg, read(model.cfg, "test")
     lines = answer_conversations(model, params, held, folder / "answers.unfinished.jsonl")
-    files.write_text(folder / "answers.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    files.write_text(
+        folder / "answers.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    )
     (folder / "answers.unfinished.jsonl").unlink()
     gold = [line["gold"] for line in lines]
     right = [line["right"] for line in lines]
@@ -167,24 +199,36 @@ def assess(model: Model, params: Tree, means: Tree, folder: Path, experiment: st
     if all(kinds):
         found |= by(right, kinds, each, n=cfg.evaluate.bootstrap, gen=gen)
     rows = to_results(found, split="test", experiment=experiment)
-    loss = chat.mean_loss(model.chat, tune.weights_of(model, params), chat.encode(model.chat, held), cfg.evaluate.batch)
+    loss = chat.mean_loss(
+        model.chat, record.weights_of(model, params), chat.encode(model.chat, held), cfg.evaluate.batch
+    )
     usual = max(set(gold), key=gold.count)
     like: dict[str, Any] = {"split": "test", "n": len(held), "experiment": experiment}
-    rows.append(Result(what="accuracy_of_the_usual_answer", subject="all", value=gold.count(usual) / len(gold), **like))
+    rows.append(
+        Result(
+            what="accuracy_of_the_usual_answer", subject="all", value=gold.count(usual) / len(gold), **like
+        )
+    )
     rows.append(Result(what="token_loss", subject="all", value=loss, **like))
     last = folder.parent / f"{len(cfg.train.stages) - 1}-{cfg.train.stages[-1].name}" / "metrics.jsonl"
-    notes = ("An answer is right when it says the same as the written one in the same words, side and negation included; greedy decoding.",)
-    return rows, report.write_report(folder, f"{experiment}: answers", rows, plots.training_curves(last), notes)
+    notes = (
+        "An answer is right when it says the same as the written one in the same words, side and negation included; greedy decoding.",
+    )
+    return rows, report.write_report(
+        folder, f"{experiment}: answers", rows, plots.training_curves(last), notes
+    )
 
 
-def answer_conversations(model: Model, params: Tree, conversations: Sequence[Conversation], path: Path) -> list[dict[str, Any]]:
+def answer_conversations(
+    model: Model, params: Tree, conversations: Sequence[Conversation], path: Path
+) -> list[dict[str, Any]]:
     """A line for each conversation: its answer, the written one, and whether they say the same.
 
     Lines are written to `path` batch by batch, so that those of earlier batches are kept where a later one fails. What an earlier
     evaluation left there is written over: it may be of other weights.
     """
     data = chat.encode(model.chat, conversations, prompt=True)
-    weights, size = tune.weights_of(model, params), model.cfg.evaluate.batch
+    weights, size = record.weights_of(model, params), model.cfg.evaluate.batch
     batches = [range(i, min(i + size, len(conversations))) for i in range(0, len(conversations), size)]
 
     def answer_batch(rows: Sequence[int]) -> list[dict[str, Any]]:
@@ -198,7 +242,13 @@ def answer_conversations(model: Model, params: Tree, conversations: Sequence[Con
 
 def _line(conversation: Conversation, text: str) -> dict[str, Any]:
     gold, category = conversation.messages[-1]["content"], str(conversation.extra.get("category", ""))
-    return {"id": conversation.id, "category": category, "answer": text, "gold": gold, "right": same_answer(text, gold)}
+    return {
+        "id": conversation.id,
+        "category": category,
+        "answer": text,
+        "gold": gold,
+        "right": same_answer(text, gold),
+    }
 
 
 def ask(folder: Path, text: str, images: Sequence[files.PathLike] = (), most: int = 256) -> str:
@@ -218,14 +268,16 @@ def ask(folder: Path, text: str, images: Sequence[files.PathLike] = (), most: in
 
 def answer(model: Model, params: Tree, data: Encoded) -> list[str]:
     """Greedy answers to prompts."""
-    weights, size = tune.weights_of(model, params), model.cfg.evaluate.batch
+    weights, size = record.weights_of(model, params), model.cfg.evaluate.batch
     texts = list[str]()
     for i in track(range(0, len(data.samples), size), "answering, batch"):
         texts += _answers(model, weights, data, range(i, min(i + size, len(data.samples))))
     return texts
 
 
-def _answers(model: Model, weights: dict[str, torch.Tensor], data: Encoded, rows: Sequence[int]) -> Sequence[str]:
+def _answers(
+    model: Model, weights: dict[str, torch.Tensor], data: Encoded, rows: Sequence[int]
+) -> Sequence[str]:
     batch = chat.collate(model.chat, data, rows, side="left")
     return chat.answer(model.chat, weights, batch, model.cfg.evaluate.max_tokens).texts
 
@@ -236,8 +288,12 @@ def labels(cfg: Config, folder: Path, number: int = 0) -> str:
     held = read(cfg, "train")
     if not 0 <= number < len(held):
         raise ValueError(f"labels: sample must be below {len(held)}, got {number}")
-    model, _ = tune.init(cfg, folder, [m["content"] for c in held for m in c.messages], device=torch.device("meta"))
-    samples = chat.encode(model.chat, held[number : number + 1]).samples  # of reasoning models one for each answer
+    model, _ = record.init(
+        cfg, folder, [m["content"] for c in held for m in c.messages], device=torch.device("meta")
+    )
+    samples = chat.encode(
+        model.chat, held[number : number + 1]
+    ).samples  # of reasoning models one for each answer
     return "\n\n".join(conversations.show(model.chat.tokenizer, sample) for sample in samples)
 
 
@@ -248,7 +304,9 @@ def memory(cfg: Config, folder: Path, processes: int = 1) -> dict[str, dict[str,
     """
     there = path(cfg, "train").exists()
     held = read(cfg, "train") if there else []
-    model, params = tune.init(cfg, folder, [m["content"] for c in held for m in c.messages], device=torch.device("meta"))
-    batch, loss = chat.fullest(model.chat, held, tuning.rows_of(cfg.train, processes)), tune.loss_of(model)
-    foretold = partial(tuning.memory_of, seed=cfg.seed, processes=processes)
+    model, params = record.init(
+        cfg, folder, [m["content"] for c in held for m in c.messages], device=torch.device("meta")
+    )
+    batch, loss = chat.fullest(model.chat, held, stages.rows_of(cfg.train, processes)), record.loss_of(model)
+    foretold = partial(stages.memory_of, seed=cfg.seed, processes=processes)
     return {s.name: foretold(cfg.train, s, params, loss, chat.cut, batch) for s in cfg.train.stages}

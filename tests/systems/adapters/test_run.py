@@ -23,8 +23,7 @@ from medvl.language.conversations import Conversation
 from medvl.systems import ask, run
 from medvl.systems.adapters import record as adapters
 from medvl.systems.adapters import run as adapters_run
-from medvl.systems.adapters import score as adapters_score
-from medvl.systems.adapters import tables as adapters_report
+from medvl.systems.adapters import score, tables
 from medvl.systems.adapters.record import Config
 from tests import tiny
 
@@ -34,7 +33,15 @@ MODEL = {
     "text_config": VISION["text_config"] | {"max_position_embeddings": 512},
     "vision_config": VISION["vision_config"] | {"patch_size": 14, "window_size": 56},
 }
-PICTURES = {"modalities": ["ct", "xray", "fundus"], "base": 12, "base_valid": 4, "train": 4, "valid": 1, "test": 2, "size": 56}
+PICTURES = {
+    "modalities": ["ct", "xray", "fundus"],
+    "base": 12,
+    "base_valid": 4,
+    "train": 4,
+    "valid": 1,
+    "test": 2,
+    "size": 56,
+}
 STAGE = {"batch": 4, "chunk": 4, "log": 1, "save": 2, "validate": 0, "checkpoint": False}
 
 
@@ -107,23 +114,40 @@ def test_a_run_from_pictures_to_a_table(trained):
     assert {r.n for r in rows if r.what == "episode_accuracy"} == {6}
     page = (folder / "results/summary.md").read_text()
     assert "Research use only, not for diagnosis" in page
-    for said in ("Step accuracy", "Episode accuracy", "mixture - bare", "Retrieval of a step's own adapter", "Step accuracy of each task"):
+    for said in (
+        "Step accuracy",
+        "Episode accuracy",
+        "mixture - bare",
+        "Retrieval of a step's own adapter",
+        "Step accuracy of each task",
+    ):
         assert said in page
     assert (folder / "results/report.html").stat().st_size > 20_000
-    lines = [json.loads(x) for x in next((folder / "results/answers").glob("mixture-out-2-*")).read_text().splitlines()]
+    lines = [
+        json.loads(x)
+        for x in next((folder / "results/answers").glob("mixture-out-2-*")).read_text().splitlines()
+    ]
     assert all(line["task"] not in line["adapters"] and len(line["adapters"]) == 2 for line in lines)
-    lines = [json.loads(x) for x in next((folder / "results/answers").glob("oracle-*")).read_text().splitlines()]
+    lines = [
+        json.loads(x) for x in next((folder / "results/answers").glob("oracle-*")).read_text().splitlines()
+    ]
     assert all(line["adapters"] == {line["task"]: 1.0} for line in lines)
 
 
 def test_reports_name_no_case_and_no_image(trained):
     """Episodes and files are called after patients; what they were is in the answers, which stay beside the data."""
     place, folder, _ = trained
-    steps = adapters_score.steps_of(adapters_run.read(build(record(place)), "test"), build(record(place)))
+    steps = score.steps_of(adapters_run.read(build(record(place)), "test"), build(record(place)))
     names = {s.episode.partition(": ")[2] for s in steps} | {p.stem for s in steps for p in s.talk.images}
     assert len(names) >= 12
     pages = [p for p in (folder / "results").iterdir() if p.is_file()]
-    assert {p.name for p in pages} >= {"summary.md", "report.html", "report.md", "results.csv", "results.jsonl"}
+    assert {p.name for p in pages} >= {
+        "summary.md",
+        "report.html",
+        "report.md",
+        "results.csv",
+        "results.jsonl",
+    }
     for page in pages:
         words = {*re.findall(r"[\w.-]+", page.read_text())}
         assert not words & names, page
@@ -160,7 +184,9 @@ def test_the_same_again_and_from_kept_answers(trained, monkeypatch):
     kept = {p.name: p.read_bytes() for p in (folder / "results/answers").iterdir()}
     calls = []
     monkeypatch.setattr(experts, "answers", lambda *a, **k: calls.append(a))
-    again = run.evaluate(str(place / "toy.json"), log=lambda _: None)  # from the lines that are there: no model is asked
+    again = run.evaluate(
+        str(place / "toy.json"), log=lambda _: None
+    )  # from the lines that are there: no model is asked
     assert not calls
     assert [(r.what, r.subject, r.split, r.value, r.low) for r in again if r.low == r.low] == [
         (r.what, r.subject, r.split, r.value, r.low) for r in rows if r.low == r.low
@@ -173,16 +199,16 @@ def test_answers_go_on_where_they_stopped(trained, tmp_path):
     _, folder, _ = trained
     model, params, _ = adapters_run.load(folder)
     cfg, of = model.cfg, experts.gather(model.chat, params["model"], model.registry)
-    steps = adapters_score.steps_of(adapters_run.read(cfg, "test"), cfg)
-    found = adapters_score.chosen(
-        adapters_score.Run(mode="mixture", domain="in", k=2), of, steps, adapters_score.queries_of(of, steps, cfg), cfg
+    steps = score.steps_of(adapters_run.read(cfg, "test"), cfg)
+    found = score.chosen(
+        score.Run(mode="mixture", domain="in", k=2), of, steps, score.queries_of(of, steps, cfg), cfg
     )
     whole = next((folder / "results/answers").glob("mixture-in-2-*")).read_bytes()
     gen = torch.Generator().manual_seed(0)
     for i in range(6):
         path = tmp_path / f"{i}.jsonl"
         path.write_bytes(whole[: int(torch.randint(len(whole), (), generator=gen))])
-        adapters_score.answer_all(of, steps, found, "mixture", cfg, path)
+        score.answer_all(of, steps, found, "mixture", cfg, path)
         assert path.read_bytes() == whole
 
 
@@ -193,14 +219,19 @@ def test_an_evaluation_killed_at_random_moments(trained, tmp_path):
     kept = {p.name: p.read_bytes() for p in (folder / "results/answers").iterdir()}
     for p in (folder / "results/answers").iterdir():
         p.unlink()
-    code = f"from pathlib import Path; from medvl.systems import run; run.RUNS = Path({str(folder.parent)!r})\n"
+    code = (
+        f"from pathlib import Path; from medvl.systems import run; run.RUNS = Path({str(folder.parent)!r})\n"
+    )
     code += f"run.evaluate({str(place / 'toy.json')!r}, log=lambda _: None)"
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     gen = torch.Generator().manual_seed(1)
     for _ in range(int(os.environ.get("MEDVL_KILLS", "2"))):
         had = sum(p.stat().st_size for p in (folder / "results/answers").iterdir())
         work = subprocess.Popen([sys.executable, "-c", code], env=env, cwd=Path(__file__).parents[3])
-        while work.poll() is None and sum(p.stat().st_size for p in (folder / "results/answers").iterdir()) == had:
+        while (
+            work.poll() is None
+            and sum(p.stat().st_size for p in (folder / "results/answers").iterdir()) == had
+        ):
             time.sleep(0.02)  # until it has begun to write
         time.sleep(float(torch.rand((), generator=gen)) * 0.5)
         work.send_signal(signal.SIGKILL)
@@ -228,7 +259,14 @@ def test_a_run_killed_between_two_writes_goes_on(trained, tmp_path, monkeypatch,
     shutil.copytree(folder, tmp_path / folder.name)
     work = tmp_path / folder.name
     shutil.rmtree(work / "results")
-    for left in ("registry.toml", "vectors", "adapters/xray", "adapters/fundus", "model", *(p.name for p in work.glob("embedder*"))):
+    for left in (
+        "registry.toml",
+        "vectors",
+        "adapters/xray",
+        "adapters/fundus",
+        "model",
+        *(p.name for p in work.glob("embedder*")),
+    ):
         shutil.rmtree(work / left) if (work / left).is_dir() else (work / left).unlink()
     cfg = config.load(work / "config.json", Config)
     real = getattr(module, name)
@@ -266,14 +304,17 @@ def test_tasks_that_would_be_other_places_are_refused_before_anything_is_trained
 # Steps ----------------------------------------------------------------------------------------------------------------------------------
 def talk(*turns, **extra):
     roles = ("user", "assistant")
-    return Conversation(messages=tuple({"role": roles[i % 2], "content": t} for i, t in enumerate(turns)), extra={"task": "ct"} | extra)
+    return Conversation(
+        messages=tuple({"role": roles[i % 2], "content": t} for i, t in enumerate(turns)),
+        extra={"task": "ct"} | extra,
+    )
 
 
 def test_every_turn_is_a_step(tmp_path):
     cfg = build(record(tmp_path))
     a, b = Path("a.png"), Path("b.png")
     held = evolve(talk("<image>\nq1", "a1", "q2", "a2", "<image>\nq3", "a3", episode_id="7"), images=(a, b))
-    steps = adapters_score.steps_of([held, evolve(talk("q", "a"), line=4)], cfg)
+    steps = score.steps_of([held, evolve(talk("q", "a"), line=4)], cfg)
     assert [s.gold for s in steps] == ["a1", "a2", "a3", "a"]
     assert [s.turn for s in steps] == [0, 1, 2, 0]
     assert [s.episode for s in steps] == ["ct: 7"] * 3 + ["ct: line 4"]
@@ -286,7 +327,9 @@ def test_its_own_answers_as_history(trained, monkeypatch, tmp_path):
     model, params, _ = adapters_run.load(folder)
     cfg = evolve(model.cfg, evaluate=evolve(model.cfg.evaluate, history="own", per="episode", batch=2))
     of = experts.gather(model.chat, params["model"], model.registry)
-    steps = adapters_score.steps_of([talk("q1", "a1", "q2", "a2", episode_id="1"), talk("r1", "b1", "r2", "b2", episode_id="2")], cfg)
+    steps = score.steps_of(
+        [talk("q1", "a1", "q2", "a2", episode_id="1"), talk("r1", "b1", "r2", "b2", episode_id="2")], cfg
+    )
     asked = []
 
     def answers(of, data, rows, found, mode, max_tokens):
@@ -295,7 +338,7 @@ def test_its_own_answers_as_history(trained, monkeypatch, tmp_path):
 
     monkeypatch.setattr(experts, "answers", answers)
     found = experts.choose("selection", cfg.retrieve, torch.ones(4, of.vectors.shape[1]), of.vectors)
-    lines = adapters_score.answer_all(of, steps, found, "selection", cfg, tmp_path / "x.jsonl")
+    lines = score.answer_all(of, steps, found, "selection", cfg, tmp_path / "x.jsonl")
     assert asked == [["q1"], ["r1"], ["q1", "said 0", "q2"], ["r1", "said 1", "r2"]]
     assert [line["answer"] for line in lines] == ["said 0", "said 2", "said 1", "said 3"]
 
@@ -304,15 +347,19 @@ def test_a_question_without_a_known_word_is_the_bare_models(trained, caplog):
     _, folder, _ = trained
     model, params, _ = adapters_run.load(folder)
     of = experts.gather(model.chat, params["model"], model.registry)
-    steps = adapters_score.steps_of([talk("How many lesions are there?", "a", id="1"), talk("qqq zzz", "a", id="2")], model.cfg)
-    queries = adapters_score.queries_of(of, steps, model.cfg)
+    steps = score.steps_of(
+        [talk("How many lesions are there?", "a", id="1"), talk("qqq zzz", "a", id="2")], model.cfg
+    )
+    queries = score.queries_of(of, steps, model.cfg)
     assert "1 of 2 questions have no word that the embedder knows" in caplog.text
-    found = adapters_score.chosen(adapters_score.Run(mode="mixture", domain="in", k=2), of, steps, queries, model.cfg)
+    found = score.chosen(score.Run(mode="mixture", domain="in", k=2), of, steps, queries, model.cfg)
     assert found.abstained.tolist() == [False, True]
     assert found.weights.sum(1).tolist() == [1.0, 0.0]
-    queries = adapters_score.queries_of(of, steps[1:], model.cfg)  # the same where it is the only one, and where it is asked alone
+    queries = score.queries_of(
+        of, steps[1:], model.cfg
+    )  # the same where it is the only one, and where it is asked alone
     for mode in ("selection", "mixture", "fusion"):
-        found = adapters_score.chosen(adapters_score.Run(mode=mode, domain="out", k=2), of, steps[1:], queries, model.cfg)
+        found = score.chosen(score.Run(mode=mode, domain="out", k=2), of, steps[1:], queries, model.cfg)
         assert found.abstained.tolist() == [True]
         said, bare = (experts.ask(of, "qqq zzz", mode=m, max_tokens=3) for m in (mode, "bare"))
         assert said == bare
@@ -325,13 +372,17 @@ def test_a_report_where_rows_have_no_adapter(trained, tmp_path, monkeypatch, k):
     _, folder, _ = trained
     model, params, _ = adapters_run.load(folder)
     cfg = evolve(
-        model.cfg, retrieve=evolve(model.cfg.retrieve, k=k), evaluate=evolve(model.cfg.evaluate, modes=("selection", "mixture"), by_k=())
+        model.cfg,
+        retrieve=evolve(model.cfg.retrieve, k=k),
+        evaluate=evolve(model.cfg.evaluate, modes=("selection", "mixture"), by_k=()),
     )
     monkeypatch.setattr(experts, "answers", lambda of, data, rows, *rest: ["a" for _ in rows])
     held = [talk("How many lesions are there?", "a", id="1"), talk("qqq zzz", "b", id="2")]
-    rows, page = adapters_report.assess(evolve(model, cfg=cfg), params, held, tmp_path, "x")
+    rows, page = tables.assess(evolve(model, cfg=cfg), params, held, tmp_path, "x")
     assert {(r.subject, r.split): (r.n, r.value) for r in rows if r.what == "step_accuracy"} == {
-        (mode, domain): (2, 0.5) for mode in ("selection", "mixture") for domain in ("in domain", "out of domain")
+        (mode, domain): (2, 0.5)
+        for mode in ("selection", "mixture")
+        for domain in ("in domain", "out of domain")
     }
     (recall,) = (r for r in rows if r.what == "recall_at_3")
     assert (recall.n, recall.value) == (2, 0.5)  # the one without a word missed it
@@ -343,15 +394,17 @@ def test_one_step_that_fails_is_one_that_is_wrong(trained, tmp_path, caplog):
     _, folder, _ = trained
     model, params, _ = adapters_run.load(folder)
     of = experts.gather(model.chat, params["model"], model.registry)
-    steps = adapters_score.steps_of([talk("q", "a", id="1"), talk("word " * 600, "a", id="2"), talk("q", "a", id="3")], model.cfg)
+    steps = score.steps_of(
+        [talk("q", "a", id="1"), talk("word " * 600, "a", id="2"), talk("q", "a", id="3")], model.cfg
+    )
     found = experts.choose("bare", model.cfg.retrieve, torch.ones(3, of.vectors.shape[1]), of.vectors)
-    lines = adapters_score.answer_all(of, steps, found, "bare", model.cfg, tmp_path / "x.jsonl")
+    lines = score.answer_all(of, steps, found, "bare", model.cfg, tmp_path / "x.jsonl")
     assert [("error" in line) for line in lines] == [False, True, False]
     assert "positions" in lines[1]["error"]
     assert not lines[1]["right"]
     assert "counts as wrong" in caplog.text
     with pytest.raises(ValueError, match="none of 1 questions could be answered"):
-        adapters_score.answer_all(of, steps[1:2], adapters_score._of(found, [1]), "bare", model.cfg, tmp_path / "y.jsonl")
+        score.answer_all(of, steps[1:2], score._of(found, [1]), "bare", model.cfg, tmp_path / "y.jsonl")
 
 
 def test_what_was_answered_is_kept_when_a_later_batch_fails(trained, tmp_path, monkeypatch):
@@ -359,7 +412,7 @@ def test_what_was_answered_is_kept_when_a_later_batch_fails(trained, tmp_path, m
     model, params, _ = adapters_run.load(folder)
     cfg = evolve(model.cfg, evaluate=evolve(model.cfg.evaluate, batch=2))
     of = experts.gather(model.chat, params["model"], model.registry)
-    steps = adapters_score.steps_of([talk(f"q{i}", "a", id=str(i)) for i in range(6)], cfg)
+    steps = score.steps_of([talk(f"q{i}", "a", id=str(i)) for i in range(6)], cfg)
     found = experts.choose("bare", cfg.retrieve, torch.ones(6, of.vectors.shape[1]), of.vectors)
     asked = []
 
@@ -371,13 +424,13 @@ def test_what_was_answered_is_kept_when_a_later_batch_fails(trained, tmp_path, m
 
     monkeypatch.setattr(experts, "answers", answers)
     with pytest.raises(RuntimeError, match="CUDA error"):
-        adapters_score.answer_all(of, steps, found, "bare", cfg, tmp_path / "x.jsonl")
-    lines = adapters_score.answer_all(of, steps, found, "bare", cfg, tmp_path / "x.jsonl")
+        score.answer_all(of, steps, found, "bare", cfg, tmp_path / "x.jsonl")
+    lines = score.answer_all(of, steps, found, "bare", cfg, tmp_path / "x.jsonl")
     assert asked == [["q0", "q1"], ["q2", "q3"], ["q4", "q5"], ["q4", "q5"]]
     assert [line["answer"] for line in lines] == ["a", "\ud800 b"] * 3
     assert [line["right"] for line in lines] == [True, False] * 3
     asked.clear()
-    assert adapters_score.answer_all(of, steps, found, "bare", cfg, tmp_path / "x.jsonl") == lines
+    assert score.answer_all(of, steps, found, "bare", cfg, tmp_path / "x.jsonl") == lines
     assert not asked
 
 
@@ -394,12 +447,12 @@ def test_a_file_of_answers_that_is_none_is_named(trained, tmp_path, content, mes
     _, folder, _ = trained
     model, params, _ = adapters_run.load(folder)
     of = experts.gather(model.chat, params["model"], model.registry)
-    steps = adapters_score.steps_of([talk("q", "a")], model.cfg)
+    steps = score.steps_of([talk("q", "a")], model.cfg)
     found = experts.choose("bare", model.cfg.retrieve, torch.ones(1, of.vectors.shape[1]), of.vectors)
     path = tmp_path / "x.jsonl"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(f"{path}, {message}")):
-        adapters_score.answer_all(of, steps, found, "bare", model.cfg, path)
+        score.answer_all(of, steps, found, "bare", model.cfg, path)
     assert path.read_bytes() == content
 
 
@@ -410,13 +463,13 @@ def test_answers_are_named_by_the_content_they_were_made_from(trained, tmp_path)
     model, _, _ = adapters_run.load(tmp_path / "run")
     picture = tmp_path / "a.bmp"
     tiny.drawn((8, 8)).save(picture)
-    steps = adapters_score.steps_of([evolve(talk("<image>\nq", "a"), images=(picture,))], model.cfg)
-    made = [adapters_score.stamp(model.cfg, model.registry, steps)]
+    steps = score.steps_of([evolve(talk("<image>\nq", "a"), images=(picture,))], model.cfg)
+    made = [score.stamp(model.cfg, model.registry, steps)]
     vector = next((tmp_path / "run/vectors").glob("ct-*.npy"))
     for path in (picture, vector, tmp_path / "run/adapters/xray/adapter_model.safetensors"):
         content = path.read_bytes()
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        made.append(adapters_score.stamp(model.cfg, model.registry, steps))
+        made.append(score.stamp(model.cfg, model.registry, steps))
     assert len({*made}) == len(made) == 4
 
 
@@ -429,7 +482,13 @@ def test_a_registry_built_from_a_folder(trained, tmp_path, capsys):
         own = [x | {"images": [str(root / i) for i in x["images"]]} for x in held if x["task"] == task]
         (tmp_path / f"{task}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in own))
     new = str(tmp_path / "new.toml")
-    ask.manage("build", new, path=str(folder / "adapters/{task}"), samples=str(tmp_path / "{task}.jsonl"), overrides=("dims=8",))
+    ask.manage(
+        "build",
+        new,
+        path=str(folder / "adapters/{task}"),
+        samples=str(tmp_path / "{task}.jsonl"),
+        overrides=("dims=8",),
+    )
     said = capsys.readouterr().out
     assert "| xray | radiology | 2 |" in said  # the category from the samples
     assert "| fundus | ophthalmology | 2 |" in said
@@ -450,11 +509,17 @@ def test_a_registry_built_from_a_folder(trained, tmp_path, capsys):
 def test_a_registry_built_of_checkpoints_and_one_file_of_samples(trained, tmp_path, capsys, caplog):
     """As ms-swift lays out its folders: the last checkpoint by number, said in the log; the base as it is called here."""
     place, folder, _ = trained
-    for task, checkpoints in {"ct": ("v0-2024/checkpoint-9", "v0-2024/checkpoint-10"), "xray": ("v1-2024/checkpoint-1",)}.items():
+    for task, checkpoints in {
+        "ct": ("v0-2024/checkpoint-9", "v0-2024/checkpoint-10"),
+        "xray": ("v1-2024/checkpoint-1",),
+    }.items():
         for name in checkpoints:
             shutil.copytree(folder / "adapters" / task, tmp_path / "output" / task / name)
     (tmp_path / "output/fundus/v0-2024/checkpoint-1").mkdir(parents=True)  # not trained yet
-    pattern, samples = str(tmp_path / "output/{task}/v*-2024/checkpoint-*"), str(next((place / "data").rglob("train.jsonl")))
+    pattern, samples = (
+        str(tmp_path / "output/{task}/v*-2024/checkpoint-*"),
+        str(next((place / "data").rglob("train.jsonl"))),
+    )
     given = {"path": pattern, "samples": samples, "base": str(folder / "model"), "overrides": ("dims=8",)}
     ask.manage("build", str(tmp_path / "a/new.json"), **given)
     said = capsys.readouterr().out
@@ -464,7 +529,10 @@ def test_a_registry_built_of_checkpoints_and_one_file_of_samples(trained, tmp_pa
     assert "left out, there is no adapter_config.json: fundus" in caplog.text
     assert "ct: 2 folders match, the last one is taken: " in caplog.text
     held = registry.read_registry(tmp_path / "a/new.json")
-    assert [r.path for r in held.adapters] == ["../output/ct/v0-2024/checkpoint-10", "../output/xray/v1-2024/checkpoint-1"]
+    assert [r.path for r in held.adapters] == [
+        "../output/ct/v0-2024/checkpoint-10",
+        "../output/xray/v1-2024/checkpoint-1",
+    ]
     of = experts.open_experts(tmp_path / "a/new.json", dtype="float32")
     assert of.names == ("ct", "xray")
 
@@ -474,15 +542,28 @@ def test_a_run_is_asked_as_its_registry_is(trained, capsys):
     place, folder, _ = trained
     picture = str(next((place / "data").rglob("test/*.png")))
     of = experts.open_experts(folder / "registry.toml", dtype="float32")
-    for given, mode, k in (({}, "mixture", 2), ({"mode": "selection"}, "selection", 1), ({"k": 1}, "mixture", 1), ({"k": 0}, "bare", 0)):
+    for given, mode, k in (
+        ({}, "mixture", 2),
+        ({"mode": "selection"}, "selection", 1),
+        ({"k": 1}, "mixture", 1),
+        ({"k": 0}, "bare", 0),
+    ):
         ask.ask("How many lesions are there?", run=str(folder), images=[picture], max_tokens=3, **given)
         said = capsys.readouterr().out
-        want = experts.ask(of, "How many lesions are there?", [picture], mode=mode, cfg=RetrieveConfig(k=k), max_tokens=3)
+        want = experts.ask(
+            of, "How many lesions are there?", [picture], mode=mode, cfg=RetrieveConfig(k=k), max_tokens=3
+        )
         assert said.startswith(want.text.strip() + "\n")
         assert len(re.findall(r"^\| (ct|xray|fundus) \|", said, re.MULTILINE)) == k
         assert all(f"| {name} |" in said for name, *_ in want.adapters)
         assert "Research use only, not for diagnosis" in said
-    ask.ask("How many lesions are there?", run=str(folder), images=[picture], max_tokens=3, overrides=("retrieve.threshold=1.0",))
+    ask.ask(
+        "How many lesions are there?",
+        run=str(folder),
+        images=[picture],
+        max_tokens=3,
+        overrides=("retrieve.threshold=1.0",),
+    )
     assert "no adapter: the bare model answered" in capsys.readouterr().out
 
 
@@ -490,7 +571,10 @@ NOT_ASKED = {
     "neither registry nor run": ({}, "needs either --adapters REGISTRY"),
     "both": ({"adapters": "r.toml", "run": "x"}, "needs either --adapters REGISTRY"),
     "no run": ({"run": "{tmp}"}, "must be the folder of a run, there is no config.json"),
-    "a slide": ({"run": "{run}", "slide": "x.h5"}, "takes --image and --mode and -k and --own and --set, not --slide"),
+    "a slide": (
+        {"run": "{run}", "slide": "x.h5"},
+        "takes --image and --mode and -k and --own and --set, not --slide",
+    ),
     "another base": ({"run": "{run}", "base": "x"}, "not --base"),
     "a dtype of its own": (
         {"run": "{run}", "overrides": ("dtype='float32'",)},
@@ -500,7 +584,10 @@ NOT_ASKED = {
     "tags without images": ({"run": "{run}", "question": "<image> q"}, "<image>"),
     "an image that is not there": ({"run": "{run}", "images": ["{tmp}/no.png"]}, "no.png"),
     "an unknown mode": ({"run": "{run}", "mode": "blend"}, "mode must be one of bare, selection"),
-    "a system that does not talk": ({"run": "{ct}"}, "is a ct_clip run, which does not talk; `invoke classify`"),
+    "a system that does not talk": (
+        {"run": "{ct}"},
+        "is a ct_clip run, which does not talk; `invoke classify`",
+    ),
 }
 
 
@@ -508,7 +595,9 @@ NOT_ASKED = {
 def test_what_a_run_cannot_be_asked(trained, tmp_path, given, message):
     (tmp_path / "ct").mkdir()
     (tmp_path / "ct/config.json").write_text('{"system": "ct_clip"}')
-    fill = lambda v: v.replace("{run}", str(trained[1])).replace("{ct}", f"{tmp_path}/ct").replace("{tmp}", str(tmp_path))
+    fill = lambda v: (
+        v.replace("{run}", str(trained[1])).replace("{ct}", f"{tmp_path}/ct").replace("{tmp}", str(tmp_path))
+    )
     given = {key: fill(v) if isinstance(v, str) else [fill(x) for x in v] for key, v in given.items()}
     with pytest.raises(ValueError, match=re.escape(message)):
         ask.ask(**({"question": "q"} | given))
@@ -518,7 +607,9 @@ def test_a_run_that_is_not_trained_to_its_end_says_how_to_go_on(trained, tmp_pat
     _, folder, _ = trained
     work = tmp_path / folder.name
     shutil.copytree(folder, work, ignore=shutil.ignore_patterns("registry.toml"))
-    with pytest.raises(ValueError, match=r"not trained to its end, it has no registry yet; `invoke train --exp .*` goes on"):
+    with pytest.raises(
+        ValueError, match=r"not trained to its end, it has no registry yet; `invoke train --exp .*` goes on"
+    ):
         ask.ask("q", run=str(work))
 
 
@@ -530,7 +621,9 @@ def test_one_key_of_lora_keeps_the_others(tmp_path):
 
 
 def test_the_environment_of_other_tools_becomes_part_of_the_record(tmp_path, monkeypatch):
-    (tmp_path / "toy.toml").write_text('system = "adapters"\n[model]\nname = "x"\n[pool]\nregistry = "r.toml"\n')
+    (tmp_path / "toy.toml").write_text(
+        'system = "adapters"\n[model]\nname = "x"\n[pool]\nregistry = "r.toml"\n'
+    )
     monkeypatch.setenv("MAX_PIXELS", "100000")
     monkeypatch.setenv("MAX_NUM", "12")
     cfg, _ = run.resolve(str(tmp_path / "toy.toml"))
@@ -542,10 +635,19 @@ def test_the_environment_of_other_tools_becomes_part_of_the_record(tmp_path, mon
 # What is refused ------------------------------------------------------------------------------------------------------------------------
 ONE = {"name": "x", "steps": 1, "lr": 1.0}
 BAD = {
-    "neither adapters nor training": ({"train": None}, "either pool.registry names adapters that are there, or"),
+    "neither adapters nor training": (
+        {"train": None},
+        "either pool.registry names adapters that are there, or",
+    ),
     "both": ({"pool__registry": "r.toml"}, "either pool.registry names adapters that are there, or"),
-    "an adapter in the base": ({"base__stages": [ONE | {"train": ["lora/.*"]}]}, "base.stages train the model"),
-    "the model in the adapters": ({"train__stages": [ONE | {"train": ["model/.*"]}]}, "train.stages train adapters"),
+    "an adapter in the base": (
+        {"base__stages": [ONE | {"train": ["lora/.*"]}]},
+        "base.stages train the model",
+    ),
+    "the model in the adapters": (
+        {"train__stages": [ONE | {"train": ["model/.*"]}]},
+        "train.stages train adapters",
+    ),
     "own history by turn": ({"evaluate__history": "own"}, 'goes with evaluate.per = "episode"'),
     "an unknown mode": ({"evaluate__modes": ["bare", "blend"]}, "blend"),
     "an unknown domain": ({"evaluate__domains": ["inside"]}, "inside"),
@@ -574,13 +676,22 @@ REFUSED = {
     "build of nothing": (("build", "new.toml", "{tmp}/none/{task}", "{tmp}/{task}.jsonl"), "none"),
     "add without a name": (("add", "r.toml", "x", "y.jsonl"), "needs name, path"),
     "show of another": (("show", "{run}/registry.toml", "", "", "pet"), "no adapter 'pet'"),
-    "add of a taken name": (("add", "{run}/registry.toml", "{run}/adapters/ct", "", "ct", "{vector}"), "has an adapter 'ct' already"),
-    "add of no adapter": (("add", "{run}/registry.toml", "{tmp}", "", "new", "{vector}"), "holds no adapter_config.json"),
+    "add of a taken name": (
+        ("add", "{run}/registry.toml", "{run}/adapters/ct", "", "ct", "{vector}"),
+        "has an adapter 'ct' already",
+    ),
+    "add of no adapter": (
+        ("add", "{run}/registry.toml", "{tmp}", "", "new", "{vector}"),
+        "holds no adapter_config.json",
+    ),
     "a name that leads elsewhere": (
         ("add", "{run}/registry.toml", "{run}/adapters/ct", "", "../../x", "{vector}"),
         "the name becomes that",
     ),
-    "build over one that is there": (("build", "{run}/registry.toml", "{tmp}/{task}", "{task}"), "is there; remove it, or add to it"),
+    "build over one that is there": (
+        ("build", "{run}/registry.toml", "{tmp}/{task}", "{task}"),
+        "is there; remove it, or add to it",
+    ),
 }
 
 
@@ -588,7 +699,10 @@ REFUSED = {
 def test_what_the_tasks_refuse(trained, tmp_path, given, message):
     _, folder, _ = trained
     (vector,) = (folder / "vectors").glob("ct-*.npy")
-    said = [g.replace("{run}", str(folder)).replace("{tmp}", str(tmp_path)).replace("{vector}", str(vector)) for g in given]
+    said = [
+        g.replace("{run}", str(folder)).replace("{tmp}", str(tmp_path)).replace("{vector}", str(vector))
+        for g in given
+    ]
     before = (folder / "registry.toml").read_bytes()
     with pytest.raises(ValueError, match=re.escape(message)):
         ask.manage(*said[:2], **dict(zip(("path", "samples", "name", "vector"), said[2:], strict=False)))
@@ -610,11 +724,18 @@ def test_data_and_questions_that_are_refused(trained, tmp_path):
     }.items():
         with pytest.raises(ValueError, match=re.escape(message)):
             call()
-    raw = record(place, data__source="files", data__folder=str(tmp_path), data__conversations="{folder}/{task}/{split}.jsonl")
+    raw = record(
+        place,
+        data__source="files",
+        data__folder=str(tmp_path),
+        data__conversations="{folder}/{task}/{split}.jsonl",
+    )
     with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
         adapters_run.prepare(build(raw), lambda _: None)
     (tmp_path / "train.jsonl").write_text('{"query": "q", "response": "a"}\n')
-    raw = record(place, data__source="files", data__folder=str(tmp_path), data__conversations="{folder}/{split}.jsonl")
+    raw = record(
+        place, data__source="files", data__folder=str(tmp_path), data__conversations="{folder}/{split}.jsonl"
+    )
     with pytest.raises(ValueError, match=r"train.jsonl, line 1.*task"):
         adapters_run.prepare(build(raw), lambda _: None)
 
@@ -630,7 +751,7 @@ def test_an_adapter_of_another_model_is_named_before_anything_runs(trained, tmp_
     save_file(state, file, {"format": "pt"})
     model, params, _ = adapters_run.load(other)
     with pytest.raises(ValueError, match=r"adapter 'fundus'"):
-        adapters_report.assess(model, params, adapters_run.read(model.cfg, "test"), tmp_path / "results", "x")
+        tables.assess(model, params, adapters_run.read(model.cfg, "test"), tmp_path / "results", "x")
     assert not (tmp_path / "results").exists()
 
 
@@ -648,7 +769,10 @@ def test_a_registry_that_is_there_is_evaluated_at_once(trained, tmp_path, monkey
     raw = record(place)
     for key in ("train", "base", "lora"):
         raw.pop(key)
-    raw |= {"model": {"name": str(folder / "model"), "dtype": "float32"}, "pool": {"registry": str(folder / "registry.toml")}}
+    raw |= {
+        "model": {"name": str(folder / "model"), "dtype": "float32"},
+        "pool": {"registry": str(folder / "registry.toml")},
+    }
     (tmp_path / "there.json").write_text(json.dumps(raw))
     monkeypatch.setattr(run, "RUNS", tmp_path / "runs")
     again = run.evaluate(str(tmp_path / "there.json"), log=lambda _: None)
@@ -656,11 +780,16 @@ def test_a_registry_that_is_there_is_evaluated_at_once(trained, tmp_path, monkey
     assert {(r.subject, r.split): r.value for r in again if r.what == "step_accuracy"} == want
 
 
-def test_a_registry_that_cannot_be_evaluated_is_refused_before_the_model_is_loaded(trained, tmp_path, monkeypatch):
+def test_a_registry_that_cannot_be_evaluated_is_refused_before_the_model_is_loaded(
+    trained, tmp_path, monkeypatch
+):
     place, folder, _ = trained
     shutil.copytree(folder, tmp_path / "run")
     raw = {k: v for k, v in record(place).items() if k not in ("train", "base", "lora")}
-    raw |= {"model": {"name": "no/model", "dtype": "float32"}, "pool": {"registry": str(tmp_path / "run/registry.toml")}}
+    raw |= {
+        "model": {"name": "no/model", "dtype": "float32"},
+        "pool": {"registry": str(tmp_path / "run/registry.toml")},
+    }
     for module in (adapters, experts.chat):
         monkeypatch.setattr(module, "open_chat", lambda *args, **kwargs: pytest.fail("the model was loaded"))
     (tmp_path / "there.json").write_text(json.dumps(raw))
@@ -703,7 +832,9 @@ def test_questions_that_cannot_be_asked_are_refused_before_a_model_is_loaded(tra
 
 def test_data_cut_from_another_file_is_not_taken(tmp_path, monkeypatch):
     """VQA-RAD that was replaced under its name."""
-    raw = record(tmp_path, data__source="vqa_rad", data__vqa_rad=str(tmp_path / "published"), data__general="")
+    raw = record(
+        tmp_path, data__source="vqa_rad", data__vqa_rad=str(tmp_path / "published"), data__general=""
+    )
     cfg, calls = build(raw), []
 
     def cut(source, images, folder, **how):
@@ -719,7 +850,9 @@ def test_data_cut_from_another_file_is_not_taken(tmp_path, monkeypatch):
         adapters_run.prepare(cfg, lambda _: None)
     assert len(calls) == 1
     (tmp_path / "published/vqa_rad_share.json").write_text("[2]")
-    with pytest.raises(ValueError, match=r"was cut from another .*vqa_rad_share.json than there is now; remove the folder"):
+    with pytest.raises(
+        ValueError, match=r"was cut from another .*vqa_rad_share.json than there is now; remove the folder"
+    ):
         adapters_run.prepare(cfg, lambda _: None)
     shutil.rmtree(tmp_path / "published")  # what was cut is enough
     adapters_run.prepare(cfg, lambda _: None)

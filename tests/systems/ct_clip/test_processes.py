@@ -36,7 +36,13 @@ def _train_in_two_processes(folder):
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     code = RUN.replace("meeting", str(folder / "meeting"))
     started = [
-        subprocess.Popen([sys.executable, "-c", code, str(rank), *SET, *DRAWN], cwd=folder, env=env, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(rank), *SET, *DRAWN],
+            cwd=folder,
+            env=env,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for rank in range(2)
     ]
     errors = [process.communicate()[1] for process in started]
@@ -45,7 +51,11 @@ def _train_in_two_processes(folder):
 
 def _losses(folder):
     (trained,) = (folder / "runs").iterdir()
-    lines = [line for stage in ("0-words", "1-all") for line in (trained / stage / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        line
+        for stage in ("0-words", "1-all")
+        for line in (trained / stage / "metrics.jsonl").read_text().splitlines()
+    ]
     return [json.loads(line)["loss"] for line in lines]
 
 

@@ -13,14 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from medvl.hub import skeletons as hub
+from medvl.hub import skeletons
 from medvl.systems import run
-from medvl.training import loop as train
+from medvl.training import loop
 from tests import tiny
 from tests.systems.slide_vqa.test_run import record
 
 ROOT = Path(__file__).resolve().parents[3]
-FRESH = multiprocessing.get_context("forkserver")  # a process that has imported all and done nothing; each of ours is forked from it
+FRESH = multiprocessing.get_context(
+    "forkserver"
+)  # a process that has imported all and done nothing; each of ours is forked from it
 FRESH.set_forkserver_preload(["medvl.systems.run", "transformers.models.qwen3.modeling_qwen3"])
 STEPS = {"compressor": 8, "0-captions": 12, "1-questions": 10}
 SLIDES = 14  # with tokens: of validation one is talked about
@@ -57,7 +59,9 @@ def _trains(name):
     """Whether a folder holds a state that is not the last of its part."""
 
     def inside(folder):
-        return (folder / name / "last.pt").exists() and train.read_state(folder / name / "last.pt").step < STEPS[name]
+        return (folder / name / "last.pt").exists() and loop.read_state(
+            folder / name / "last.pt"
+        ).step < STEPS[name]
 
     return inside
 
@@ -88,11 +92,15 @@ def _contents(folder):
     found = {str(p.relative_to(folder)): p.read_bytes() for p in kept}
     found |= {str(p.relative_to(folder)): tiny.without_clock(p) for p in folder.rglob("metrics.jsonl")}
     for path in folder.glob("*/*.pt"):  # an archive's own name differs
-        state = train.read_state(path)
-        of = {"params": state.params, "opt": state.opt, "at": {"step": torch.tensor(state.step), "best": torch.tensor(state.best)}}
-        found[str(path.relative_to(folder))] = hub.digest(of).encode()
+        state = loop.read_state(path)
+        of = {
+            "params": state.params,
+            "opt": state.opt,
+            "at": {"step": torch.tensor(state.step), "best": torch.tensor(state.best)},
+        }
+        found[str(path.relative_to(folder))] = skeletons.digest(of).encode()
     held = torch.load(folder / "moe_compressor.pt", weights_only=True)
-    return found | {"moe_compressor.pt": hub.digest(held).encode()}
+    return found | {"moe_compressor.pt": skeletons.digest(held).encode()}
 
 
 def _names(folder):
@@ -127,13 +135,22 @@ def test_killed_in_every_part_ends_in_the_same_bits(place):
             shutil.rmtree(place / "cut", ignore_errors=True)
         end = time.monotonic() + 1 + 5 * float(torch.rand((), generator=gen))
         _kill(place, lambda _, end=end: time.monotonic() > end, gen)
-    for left in ("compressor/.best.pt.k1ll3d.tmp", "tokens/.a.npy.k1ll3d.tmp", ".tokenizer.k1ll3d.tmp/tokenizer.json"):
+    for left in (
+        "compressor/.best.pt.k1ll3d.tmp",
+        "tokens/.a.npy.k1ll3d.tmp",
+        ".tokenizer.k1ll3d.tmp/tokenizer.json",
+    ):
         (cut / left).parent.mkdir(parents=True, exist_ok=True)
         (cut / left).write_bytes(b"half")
     code = f"from pathlib import Path; from tests.systems.slide_vqa.test_killed import _train; _train(Path({str(place)!r}), 'cut')"
     subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
     want, got = _contents(whole), _contents(cut)
-    assert {"1-questions/best.pt", "0-captions/last.pt", "compressor/best.pt", "results/benchmark_results.json"} <= want.keys()
+    assert {
+        "1-questions/best.pt",
+        "0-captions/last.pt",
+        "compressor/best.pt",
+        "results/benchmark_results.json",
+    } <= want.keys()
     assert sum(n.startswith("tokens/") for n in want) == SLIDES
     assert [n for n in {*want, *got} if want.get(n) != got.get(n)] == []
     assert _names(cut) == _names(whole)  # nothing more, nothing hidden

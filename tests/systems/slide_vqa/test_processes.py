@@ -14,25 +14,29 @@ from attrs import evolve
 
 from medvl.base import config, processes
 from medvl.base.tree import flatten, map_leaves, merge, split
-from medvl.components import compress as compressor
-from medvl.hub import skeletons as hub
+from medvl.components import compress
+from medvl.hub import skeletons
 from medvl.language import chat
 from medvl.systems.slide_vqa import model as slide_vqa
-from medvl.systems.slide_vqa import pretrain as slide_vqa_pretrain
+from medvl.systems.slide_vqa import pretrain
 from medvl.systems.slide_vqa import run as slide_vqa_run
 from medvl.systems.slide_vqa.model import Config
-from medvl.training import loop as train
-from medvl.training import stages as tuning
+from medvl.training import loop, stages
 from medvl.training.optim import Optimizer
-from medvl.weights import lazy as weights
-from medvl.weights import shards
+from medvl.weights import lazy, shards
 from tests.systems.slide_vqa import test_run as toy
 
 ROOT = Path(__file__).resolve().parents[3]
 # Every matrix is large enough to be cut; what stays whole (norms, biases) is 0.3 % of the values.
 MODEL = toy.MODEL | {"hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 4, "head_dim": 32}
 CAPTIONS = {"name": "captions", "data": "captions", "steps": 1, "lr": 1e-3, "train": ["projector/.*"]}
-QUESTIONS = {"name": "questions", "data": "questions", "steps": 3, "lr": 1e-3, "train": ["projector/.*", "model/.*"]}
+QUESTIONS = {
+    "name": "questions",
+    "data": "questions",
+    "steps": 3,
+    "lr": 1e-3,
+    "train": ["projector/.*", "model/.*"],
+}
 ADAPTED = QUESTIONS | {"train": ["projector/.*", "lora/.*"]}
 RUNS = {
     "float32": {"rounding": "nearest"},
@@ -47,7 +51,11 @@ def config_of(place, *, dtype="float32", rounding="master", stage=QUESTIONS, **c
         change["model"] = {"name": str(place / "model"), "dtype": dtype}
     else:
         change["model"] = {"config": MODEL, "tokenizer": str(place / "model"), "dtype": dtype}
-    held = {"hidden": 512, "pretrain": {"file": str(place / "moe_compressor.pt")}, "lora": {"rank": 128, "pattern": "all-linear"}}
+    held = {
+        "hidden": 512,
+        "pretrain": {"file": str(place / "moe_compressor.pt")},
+        "lora": {"rank": 128, "pattern": "all-linear"},
+    }
     how = {
         "train__shard": True,
         "train__rounding": rounding,
@@ -65,7 +73,10 @@ def opened(cfg, place, dtype=None):
     held = {what: slide_vqa_run.read(cfg, what) for what in ("captions", "questions")}
     tokens = slide_vqa_run.tokens_of(model, place, held["questions"])
     if dtype:
-        model, params = evolve(model, chat=evolve(model.chat, dtype=dtype)), map_leaves(lambda t: t.to(dtype), params)
+        model, params = (
+            evolve(model, chat=evolve(model.chat, dtype=dtype)),
+            map_leaves(lambda t: t.to(dtype), params),
+        )
     return model, params, tokens, held
 
 
@@ -81,25 +92,33 @@ WAYS = {
 def mixed(model, held):
     """Long captions and short answers, each with and without its slide."""
     seen = [*held["captions"][:2], *held["questions"][:2]]
-    return slide_vqa.encode(model, seen + [slide_vqa.blinded(t) for t in (*held["captions"][2:4], *held["questions"][2:4])])
+    return slide_vqa.encode(
+        model, seen + [slide_vqa.blinded(t) for t in (*held["captions"][2:4], *held["questions"][2:4])]
+    )
 
 
 def gradients(place, chosen, chunk, **change):
     """{case: loss, gradient and what rows are} of the batches `chosen` by number: this process's share, in float64."""
     cfg = config_of(place, train__chunk=chunk, **change)
     model, params, tokens, held = opened(cfg, place, torch.float64)
-    trained, frozen = split(tuning.parted(cfg.train, params), cfg.train.stages[-1].train)
+    trained, frozen = split(stages.parted(cfg.train, params), cfg.train.stages[-1].train)
     loss = slide_vqa.loss_of(model)
-    grad = tuning.gradient_of(cfg.train, lambda p, b: loss(merge(frozen, p), b), slide_vqa.cut)
+    grad = stages.gradient_of(cfg.train, lambda p, b: loss(merge(frozen, p), b), slide_vqa.cut)
     batch_at, found = slide_vqa_run.batches(model, mixed(model, held), tokens, cfg), {}
     for case, i in chosen.items():
         batch = batch_at(i)
         batch["tokens"] = batch["tokens"].double()
-        if case == "untrained" and processes.rank() == processes.world() - 1:  # the last process has nothing to train
+        if (
+            case == "untrained" and processes.rank() == processes.world() - 1
+        ):  # the last process has nothing to train
             batch["labels"][-2:] = -100
         value, aux, grads = grad(trained, batch)
         rows = {"images": batch["images"].tolist(), "trained": (batch["labels"][:, 1:] >= 0).sum(1).tolist()}
-        found[case] = rows | {"loss": value, "tokens": aux.metrics["tokens"], "grads": flatten(shards.gather(grads))}
+        found[case] = rows | {
+            "loss": value,
+            "tokens": aux.metrics["tokens"],
+            "grads": flatten(shards.gather(grads)),
+        }
     return found
 
 
@@ -107,7 +126,10 @@ def gradients(place, chosen, chunk, **change):
 def live():
     """Bytes of all plain tensors of this process, each storage once; a shard's part is one of them."""
     gc.collect()
-    plain = (torch.Tensor, torch.nn.Parameter)  # other tests may have left tensors of other kinds, which know no memory
+    plain = (
+        torch.Tensor,
+        torch.nn.Parameter,
+    )  # other tests may have left tensors of other kinds, which know no memory
     held = [o.untyped_storage() for o in gc.get_objects() if type(o) in plain and o.device.type == "cpu"]
     return sum({s.data_ptr(): s.nbytes() for s in held}.values())
 
@@ -119,7 +141,7 @@ def fitted(kind, place, out):
         {part: bytes}, as the optimiser gets it at the last step, "live" those of all tensors there are; of process 0 digest and answers;
         how many slides were compressed here.
     """
-    cfg, held, made, before = config_of(place, **RUNS[kind]), {}, tuning.optimizer_of, live()
+    cfg, held, made, before = config_of(place, **RUNS[kind]), {}, stages.optimizer_of, live()
 
     def counting(how, stage, *args):
         ours = made(how, stage, *args)
@@ -127,17 +149,19 @@ def fitted(kind, place, out):
         def update(grads, state, params, step):
             if stage.data == "questions" and step == stage.steps - 1:
                 parts = {"weights": params, "gradients": grads, "optimiser": state}
-                held.update({k: weights.nbytes(flatten(tree)) for k, tree in parts.items()} | {"live": live() - before})
+                held.update(
+                    {k: lazy.nbytes(flatten(tree)) for k, tree in parts.items()} | {"live": live() - before}
+                )
             return ours.update(grads, state, params, step)
 
         return Optimizer(ours.init, update)
 
-    compressed = mock.patch.object(compressor, "compress_stream", wraps=compressor.compress_stream)
-    with mock.patch.object(tuning, "optimizer_of", counting), compressed as seen:
+    compressed = mock.patch.object(compress, "compress_stream", wraps=compress.compress_stream)
+    with mock.patch.object(stages, "optimizer_of", counting), compressed as seen:
         model, params, _ = slide_vqa_run.fit(cfg, out, lambda _: None)
     if processes.rank() == 0:
         (out / "config.json").write_text(json.dumps(config.unstructure(cfg)))
-        return held, hub.digest(params), answers(model, params, out), seen.call_count
+        return held, skeletons.digest(params), answers(model, params, out), seen.call_count
     return held, "", [], seen.call_count
 
 
@@ -147,7 +171,9 @@ def answers(model, params, out):
 
 
 def losses(folder):
-    return [json.loads(line)["loss"] for line in (folder / "1-questions/metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)["loss"] for line in (folder / "1-questions/metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def share(rank, out):
@@ -159,7 +185,9 @@ def share(rank, out):
     torch.save(found, out / f"gradients{rank}.pt")
     with pytest.raises(ValueError, match="a sample for each process, got 1 for 2 processes"):
         gradients(place, chosen, 1, train__batch=1)
-    (out / f"runs{rank}.json").write_text(json.dumps({kind: fitted(kind, place, out / kind) for kind in RUNS}))
+    (out / f"runs{rank}.json").write_text(
+        json.dumps({kind: fitted(kind, place, out / kind) for kind in RUNS})
+    )
     processes.meet()
 
 
@@ -169,8 +197,13 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("slides")
     first = config.structure(toy.record(place, model__config=MODEL), Config, "test")
     slide_vqa_run.prepare(first, lambda _: None)
-    fit = slide_vqa_pretrain.fit_compressor(first, place, lambda _: None)
-    texts = [m["content"] for what in ("captions", "questions") for t in slide_vqa_run.read(first, what) for m in t.messages]
+    fit = pretrain.fit_compressor(first, place, lambda _: None)
+    texts = [
+        m["content"]
+        for what in ("captions", "questions")
+        for t in slide_vqa_run.read(first, what)
+        for m in t.messages
+    ]
     model, params = slide_vqa.init(first, place, fit, texts)
     chat.save_chat(model.chat, params["model"], place / "model")
     cfg = config_of(place)
@@ -200,7 +233,11 @@ def started(place):
 def one(place, started):
     """What one process comes to."""
     chosen = json.loads((place / "chosen.json").read_text())
-    ways = {way: gradients(place, chosen, **how | {"chunk": 4}) for way, how in WAYS.items() if way in ("one row at a time", "lora")}
+    ways = {
+        way: gradients(place, chosen, **how | {"chunk": 4})
+        for way, how in WAYS.items()
+        if way in ("one row at a time", "lora")
+    }
     return ways, {kind: fitted(kind, place, place / "one" / kind) for kind in RUNS}
 
 
@@ -209,7 +246,13 @@ def two(one, started):
     """What two processes came to, one after the other."""
     out, runs = started
     assert [r.wait(300) for r in runs] == [0, 0]
-    return [(torch.load(out / f"gradients{r}.pt", weights_only=True), json.loads((out / f"runs{r}.json").read_text())) for r in range(2)]
+    return [
+        (
+            torch.load(out / f"gradients{r}.pt", weights_only=True),
+            json.loads((out / f"runs{r}.json").read_text()),
+        )
+        for r in range(2)
+    ]
 
 
 # One batch ------------------------------------------------------------------------------------------------------------------------------
@@ -217,7 +260,10 @@ def two(one, started):
 @pytest.mark.parametrize("way", WAYS)
 def test_loss_and_gradient_of_two_processes_are_those_of_one_batch(one, two, way, case):
     """Float64 and each row's own arithmetic leave only the order of sums: 1e-15 is found."""
-    want, shares = one[0]["lora" if way == "lora" else "one row at a time"][case], [found[way][case] for found, _ in two]
+    want, shares = (
+        one[0]["lora" if way == "lora" else "one row at a time"][case],
+        [found[way][case] for found, _ in two],
+    )
     assert [n for s in shares for n in s["images"]] == want["images"]
     assert [n for s in shares for n in s["trained"]] == want["trained"]
     assert len(set(want["trained"])) > 2
@@ -237,7 +283,10 @@ def test_the_batches_are_what_they_are_chosen_for(one, two):
     assert [s["among"]["images"] for s in of] == [[1, 0], [0, 1]]
     assert of[1]["untrained"]["trained"] == [0, 0]
     assert float(ways["untrained"]["loss"]) != pytest.approx(float(ways["among"]["loss"]), rel=1e-4)
-    first, all_ = ways["untrained"]["loss"] * ways["untrained"]["tokens"], ways["among"]["loss"] * ways["among"]["tokens"]
+    first, all_ = (
+        ways["untrained"]["loss"] * ways["untrained"]["tokens"],
+        ways["among"]["loss"] * ways["among"]["tokens"],
+    )
     n, total = ways["untrained"]["tokens"], ways["among"]["tokens"]
     means = (first / n + (all_ - first) / (total - n)) / 2
     assert abs(float(means / ways["among"]["loss"]) - 1) > 1e-3
@@ -250,7 +299,9 @@ def test_each_process_holds_half(one, two, kind, rank):
     whole, half = one[1][kind][0], two[rank][1][kind][0]
     assert set(half) == {"weights", "gradients", "optimiser", "live"}
     values = whole["gradients"] // 4  # several micro-batches are added up in float32
-    assert whole["optimiser"] == pytest.approx((8 if kind == "float32" else 12) * values, rel=0.1)  # the projector needs no master
+    assert whole["optimiser"] == pytest.approx(
+        (8 if kind == "float32" else 12) * values, rel=0.1
+    )  # the projector needs no master
     for part, n in half.items():
         assert 0.45 * whole[part] < n < 0.55 * whole[part], part
 
@@ -274,11 +325,14 @@ def test_losses_of_the_steps_are_those_of_one_process(place, two, kind, most):
 def test_one_process_opens_what_two_wrote(place, one, two, kind):
     model, params, _ = slide_vqa_run.load(place / "two" / kind)
     _, digest, said, _ = two[0][1][kind]
-    assert hub.digest(params) == digest
+    assert skeletons.digest(params) == digest
     assert answers(model, params, place / "two" / kind) == said == one[1][kind][2]
     assert len(set(said)) > 1
     alone = flatten(slide_vqa_run.load(place / "one" / kind)[1])
-    far = {n: float((t.float() - alone[n].float()).norm() / alone[n].float().norm().clamp(min=1e-3)) for n, t in flatten(params).items()}
+    far = {
+        n: float((t.float() - alone[n].float()).norm() / alone[n].float().norm().clamp(min=1e-3))
+        for n, t in flatten(params).items()
+    }
     assert max(far.values()) < (2e-2 if kind == "master" else 1e-3)
 
 
@@ -305,9 +359,9 @@ def moved(place):
         batch_at = slide_vqa_run.batches(model, slide_vqa.encode(model, held["questions"]), tokens, cfg)
         stage, out = cfg.train.stages[-1], place / f"low-{kind}-{seed}"
         quiet = {"cut": slide_vqa.cut, "seed": seed, "log": lambda _: None}
-        params = tuning.fit_stage(cfg.train, stage, params, slide_vqa.loss_of(model), batch_at, out, **quiet)
+        params = stages.fit_stage(cfg.train, stage, params, slide_vqa.loss_of(model), batch_at, out, **quiet)
         if kind == "master":
-            params = {"model": train.read_state(out / "last.pt").opt["master"]["model"]}
+            params = {"model": loop.read_state(out / "last.pt").opt["master"]["model"]}
         loss = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["loss"]
         known[kind, seed] = _vector(params["model"]) - _vector(start["model"]), loss
         return known[kind, seed]

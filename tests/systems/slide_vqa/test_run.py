@@ -14,18 +14,17 @@ from attrs import evolve
 from medvl.base import config
 from medvl.base.config import ConfigError
 from medvl.base.tree import flatten, merge, split
-from medvl.components import compress as compressor
-from medvl.hub import skeletons as hub
-from medvl.slides import pack as slide_store
+from medvl.components import compress
+from medvl.hub import skeletons
+from medvl.slides import pack
 from medvl.slides.questions import SlideTalk
 from medvl.slides.tokens import open_features, slide_tokens
 from medvl.systems import run
-from medvl.systems.slide_vqa import look as slide_vqa_look
+from medvl.systems.slide_vqa import look, pretrain
 from medvl.systems.slide_vqa import model as slide_vqa
-from medvl.systems.slide_vqa import pretrain as slide_vqa_pretrain
 from medvl.systems.slide_vqa import run as slide_vqa_run
 from medvl.systems.slide_vqa.model import Config
-from medvl.training import loop as train
+from medvl.training import loop
 from medvl.training.stages import gradient_of
 
 MODEL = {
@@ -51,7 +50,15 @@ def record(tmp_path, **change):
         "data": {"source": "phantoms", "folder": str(tmp_path / "data"), "phantoms": SLIDES},
         "chat": {"context": 256, "template": "chatml"},
         "compress": {"slots": 4, "hidden": 16},
-        "pretrain": {"labels": ["class", "motif"], "steps": 2, "batch": 3, "log": 1, "save": 1, "validate": 0, "warmup": 0},
+        "pretrain": {
+            "labels": ["class", "motif"],
+            "steps": 2,
+            "batch": 3,
+            "log": 1,
+            "save": 1,
+            "validate": 0,
+            "warmup": 0,
+        },
         "lora": {"rank": 2, "pattern": "all-linear"},
         "train": {
             "batch": 4,
@@ -112,7 +119,9 @@ def test_a_run_is_evaluated_with_other_questions(trained, tmp_path, monkeypatch)
     assert all(p["chosen"] for p in kept["predictions"])  # the likeliest letter is always one
     assert {r.experiment for r in rows} == {f"toy-{out.name.removeprefix('results-')}"}
     assert (folder / "results/benchmark_results.json").read_bytes() == before
-    assert [r.value for r in run.evaluate(str(folder / "config.json"), log=lambda _: None)] == [r.value for r in trained[2]]
+    assert [r.value for r in run.evaluate(str(folder / "config.json"), log=lambda _: None)] == [
+        r.value for r in trained[2]
+    ]
     shutil.rmtree(out)
     with pytest.raises(ValueError, match=r"only data and evaluate may differ .* found \$.hidden: 16 / 8"):
         run.evaluate(str(folder / "config.json"), ("hidden=8",), log=lambda _: None)
@@ -124,12 +133,12 @@ def test_the_same_bits_after_a_stop(trained, monkeypatch):
     place, folder, _ = trained
     monkeypatch.setattr(run, "RUNS", place / "runs")
     names = ("compressor", "0-captions", "1-questions")
-    before = [hub.digest(train.read_state(folder / n / "last.pt").params) for n in names]
+    before = [skeletons.digest(loop.read_state(folder / n / "last.pt").params) for n in names]
     for n in names[1:]:
         for p in (folder / n).glob("*.pt"):
             p.unlink()
     run.run(str(place / "toy.json"), log=lambda _: None)
-    assert [hub.digest(train.read_state(folder / n / "last.pt").params) for n in names] == before
+    assert [skeletons.digest(loop.read_state(folder / n / "last.pt").params) for n in names] == before
 
 
 def test_the_compressor_stays_as_it_was_and_tokens_are_kept(trained):
@@ -155,7 +164,7 @@ def flatten_changed(params):
 def test_look_says_where_it_came_from(trained, tmp_path):
     place, folder, _ = trained
     slide = next((place / "data").rglob("*.h5"))
-    found = slide_vqa_look.look_at_slide(folder, slide, "Which tissue is there?", tmp_path / "maps", most=4)
+    found = look.look_at_slide(folder, slide, "Which tissue is there?", tmp_path / "maps", most=4)
     n = len(found["coords"])
     assert found["relevance"].shape == (n,)
     assert found["slots"].shape == (4,)
@@ -168,23 +177,33 @@ def test_look_says_where_it_came_from(trained, tmp_path):
 def test_a_slide_is_asked_by_its_name_or_out_of_a_store(trained, tmp_path):
     place, folder, _ = trained
     files = sorted((place / "data").rglob("*.h5"))[:3]
-    slide_store.pack(files, tmp_path / "store.h5", dtype="float32")
-    ask = lambda slide: slide_vqa_look.look_at_slide(folder, slide, "Which tissue is there?", tmp_path / "maps", most=4)
+    pack.pack(files, tmp_path / "store.h5", dtype="float32")
+    ask = lambda slide: look.look_at_slide(folder, slide, "Which tissue is there?", tmp_path / "maps", most=4)
     by_path = ask(files[0])
     for slide in (files[0].stem, f"{tmp_path / 'store.h5'}::{files[0].stem}"):
         found = ask(slide)
         assert found["answer"] == by_path["answer"]
         np.testing.assert_array_equal(found["relevance"], by_path["relevance"])
         assert found["map"] == by_path["map"]
-    with pytest.raises(ValueError, match=r"store.h5: is a packed store of 3 slides, not one slide; `invoke ask --slide .*store.h5::NAME`"):
+    with pytest.raises(
+        ValueError,
+        match=r"store.h5: is a packed store of 3 slides, not one slide; `invoke ask --slide .*store.h5::NAME`",
+    ):
         ask(tmp_path / "store.h5")
     with pytest.raises(
-        ValueError, match=rf"store.h5::{files[0].stem}x: no such file, and no slide of that name in .*\(near: .*{files[0].stem}"
+        ValueError,
+        match=rf"store.h5::{files[0].stem}x: no such file, and no slide of that name in .*\(near: .*{files[0].stem}",
     ):
         ask(f"{tmp_path / 'store.h5'}::{files[0].stem}x")
-    with pytest.raises(ValueError, match=r"NOBODY: no such file, and no slide of that name in .*features \(none of \d+ is near"):
+    with pytest.raises(
+        ValueError,
+        match=r"NOBODY: no such file, and no slide of that name in .*features \(none of \d+ is near",
+    ):
         ask("NOBODY")
-    with pytest.raises(ValueError, match=r"there.h5::A: no such file; and .*there.h5, where a slide of that name could lie, is not there"):
+    with pytest.raises(
+        ValueError,
+        match=r"there.h5::A: no such file; and .*there.h5, where a slide of that name could lie, is not there",
+    ):
         ask(f"{tmp_path / 'there.h5'}::A")
 
 
@@ -194,8 +213,10 @@ def test_a_token_is_worth_what_the_answer_loses_without_it(trained):
     talk = slide_vqa_run.read(model.cfg, "questions")[0]
     tokens = slide_vqa_run.tokens_of(model, folder, [talk])
     mean, said = slide_vqa_run.mean_token(folder, model), "B. Stroma"
-    found = slide_vqa_look.relevance_of_slots(model, params, talk, said, tokens, mean)
-    data = slide_vqa.encode(model, [evolve(talk, messages=(talk.messages[0], {"role": "assistant", "content": said}))])
+    found = look.relevance_of_slots(model, params, talk, said, tokens, mean)
+    data = slide_vqa.encode(
+        model, [evolve(talk, messages=(talk.messages[0], {"role": "assistant", "content": said}))]
+    )
     ((start, stop),) = data.samples[0].trained
 
     def lost(tokens):
@@ -219,7 +240,7 @@ def test_a_token_is_worth_what_the_answer_loses_without_it(trained):
 def started(trained, **change):
     place, folder, _ = trained
     cfg = config.structure(record(place, **change), Config, "test")
-    model, params = slide_vqa.init(cfg, folder, slide_vqa_pretrain.read_fitted(cfg, folder))
+    model, params = slide_vqa.init(cfg, folder, pretrain.read_fitted(cfg, folder))
     held = slide_vqa_run.read(cfg, "questions")
     return model, params, slide_vqa.encode(model, held), slide_vqa_run.tokens_of(model, folder, held)
 
@@ -228,14 +249,20 @@ def started(trained, **change):
 def test_micro_batches_with_and_without_slides_give_the_gradient_of_the_whole(trained, chunk):
     model, params, data, tokens = started(trained, train__chunk=4)
     bare = slide_vqa.encode(model, [slide_vqa.blinded(data.talks[1])])
-    mixed = evolve(data, talks=(data.talks[0], *bare.talks, *data.talks[2:]), samples=(data.samples[0], *bare.samples, *data.samples[2:]))
+    mixed = evolve(
+        data,
+        talks=(data.talks[0], *bare.talks, *data.talks[2:]),
+        samples=(data.samples[0], *bare.samples, *data.samples[2:]),
+    )
     batch = slide_vqa.collate(model, mixed, tokens, [0, 1, 2, 3])
     assert batch["images"].tolist() == [1, 0, 1, 1]
     trained_, frozen = split(params, ("projector/.*", "lora/.*"))
 
     def grad(m):
         loss = slide_vqa.loss_of(m)
-        return gradient_of(m.cfg.train, lambda p, b: loss(merge(frozen, p), b), slide_vqa.cut)(trained_, batch)
+        return gradient_of(m.cfg.train, lambda p, b: loss(merge(frozen, p), b), slide_vqa.cut)(
+            trained_, batch
+        )
 
     want_loss, _, want = grad(model)
     got_loss, _, got = grad(evolve(model, cfg=evolve(model.cfg, train=evolve(model.cfg.train, chunk=chunk))))
@@ -260,7 +287,9 @@ def test_a_conversation_that_cannot_be_encoded_is_named(trained):
     first = talk.messages[0]
     bad = evolve(talk, messages=({**first, "content": first["content"] + "<|im_end|>"}, *talk.messages[1:]))
     for prompt in (False, True):
-        with pytest.raises(ValueError, match=rf", row {talk.row}: encode: message 0 \(user\) must not hold special tokens"):
+        with pytest.raises(
+            ValueError, match=rf", row {talk.row}: encode: message 0 \(user\) must not hold special tokens"
+        ):
             slide_vqa.encode(model, [data.talks[0], bad], prompt=prompt)
 
 
@@ -294,7 +323,9 @@ def test_patients_that_were_trained_on_are_said(trained, tmp_path, caplog):
     (tmp_path / "test.csv").write_text(table)
     slide_vqa_run.prepare(cfg, lambda line: None)
     assert "no proof" not in caplog.text
-    slide_vqa_run.prepare(evolve(cfg, data=evolve(cfg.data, test=str(tmp_path / "test.csv"))), lambda line: None)
+    slide_vqa_run.prepare(
+        evolve(cfg, data=evolve(cfg.data, test=str(tmp_path / "test.csv"))), lambda line: None
+    )
     assert f"1 of {len(slides)} patients in test are in questions, too" in caplog.text
 
 
@@ -304,7 +335,9 @@ def test_a_question_without_features_counts_as_wrong(trained, tmp_path):
     table = slide_vqa.path(model.cfg, "test").read_text().splitlines()
     names = {t.slides[0] for t in slide_vqa_run.read(model.cfg, "test")}
     gone = sorted(names)[0]
-    (tmp_path / "test.csv").write_text("\n".join(line.replace(gone, "TCGA-ZZ-9999-01Z-00-DX1") for line in table) + "\n")
+    (tmp_path / "test.csv").write_text(
+        "\n".join(line.replace(gone, "TCGA-ZZ-9999-01Z-00-DX1") for line in table) + "\n"
+    )
     cfg = evolve(model.cfg, data=evolve(model.cfg.data, test=str(tmp_path / "test.csv")))
     rows, _ = slide_vqa_run.assess(evolve(model, cfg=cfg), params, {}, folder / "other", "x")
     kept = json.loads((folder / "other/benchmark_results.json").read_text())["predictions"]
@@ -326,23 +359,32 @@ def test_features_of_another_encoder_are_refused(trained, tmp_path):
         with h5py.File(path, "r+") as f:
             f["features"].attrs["encoder"] = "phikon"
     said = rf"was trained on features of the encoder '{trained_on['encoder']}', those of .* are of 'phikon'; take features of the same"
-    moved = evolve(model, cfg=evolve(model.cfg, data=evolve(model.cfg.data, features=str(tmp_path / "other"))))
+    moved = evolve(
+        model, cfg=evolve(model.cfg, data=evolve(model.cfg.data, features=str(tmp_path / "other")))
+    )
     with pytest.raises(ValueError, match=said):
         slide_vqa_run.tokens_of(moved, folder, slide_vqa_run.read(model.cfg, "test"))
     with pytest.raises(ValueError, match=said):
-        slide_vqa_look.look_at_slide(folder, next((tmp_path / "other").glob("*.h5")), "Which tissue is there?")
+        look.look_at_slide(folder, next((tmp_path / "other").glob("*.h5")), "Which tissue is there?")
 
 
 def test_captions_and_open_questions_leave_every_prediction(trained, tmp_path):
     _, folder, _ = trained
     model, params, _ = slide_vqa_run.load(folder)
     slides = slide_vqa_run.slides_of(slide_vqa_run.read(model.cfg, "test"))
-    asked = [{"slide_id": s, "question": "Is there fat?", "answer": a} for s, a in zip(slides, ("yes", "no", "Yes"), strict=True)]
+    asked = [
+        {"slide_id": s, "question": "Is there fat?", "answer": a}
+        for s, a in zip(slides, ("yes", "no", "Yes"), strict=True)
+    ]
     asked.append({"slide_id": "TCGA-ZZ-9999-01Z-00-DX1", "question": "Is there fat?", "answer": "no"})
-    asked.append({"slide_id": slides[0], "question": "Report.", "answer": "There is much fat in all of this tissue."})
+    asked.append(
+        {"slide_id": slides[0], "question": "Report.", "answer": "There is much fat in all of this tissue."}
+    )
     (tmp_path / "test.json").write_text(json.dumps(asked))
     cfg = evolve(
-        model.cfg, data=evolve(model.cfg.data, test=str(tmp_path / "test.json")), evaluate=evolve(model.cfg.evaluate, shuffled=True)
+        model.cfg,
+        data=evolve(model.cfg.data, test=str(tmp_path / "test.json")),
+        evaluate=evolve(model.cfg.evaluate, shuffled=True),
     )
     rows, _ = slide_vqa_run.assess(evolve(model, cfg=cfg), params, {}, folder / "open", "x")
     kept = json.loads((folder / "open/benchmark_results.json").read_text())
@@ -350,7 +392,11 @@ def test_captions_and_open_questions_leave_every_prediction(trained, tmp_path):
         (r["slide_id"], r["answer"], r["slide_id"] not in slides) for r in asked
     ]
     assert all(p["said"] for p in kept["open_predictions"] if not p["missing"])
-    assert {(r.what, r.n) for r in rows if r.subject == "yes or no"} == {("accuracy", 4), ("majority", 4), ("accuracy_shuffled", 4)}
+    assert {(r.what, r.n) for r in rows if r.subject == "yes or no"} == {
+        ("accuracy", 4),
+        ("majority", 4),
+        ("accuracy_shuffled", 4),
+    }
     assert kept["by"] == "text"
 
 
@@ -392,7 +438,9 @@ def test_answers_of_earlier_batches_are_kept_where_a_later_one_fails(trained, tm
     with pytest.raises(FloatingPointError):
         slide_vqa_run.answer(model, params, talks, tokens, path)
     kept = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [(line["row"], line["id"], line["answer"]) for line in kept] == [(i, talks[i].id, whole[i]) for i in range(4)]
+    assert [(line["row"], line["id"], line["answer"]) for line in kept] == [
+        (i, talks[i].id, whole[i]) for i in range(4)
+    ]
     monkeypatch.setattr(slide_vqa_run, "_generated", real)
     assert slide_vqa_run.answer(model, params, talks, tokens, path) == whole
     assert len(path.read_text().splitlines()) == 5
@@ -402,9 +450,21 @@ def test_answers_of_earlier_batches_are_kept_where_a_later_one_fails(trained, tm
 BAD = [
     ({"pretrain__labels": []}, "pretrain needs either a file"),
     ({"pretrain__file": "x.pt"}, "pretrain needs either a file"),
-    ({"train__stages": [STAGE | {"name": "q", "data": "questions"}]}, "questions are trained on a projector that captions have not"),
-    ({"train__stages": [STAGE | {"name": "q", "data": "answers"}]}, 'stage q: data must be "captions" or "questions"'),
-    ({"model__quantize": "nf4", "train__stages": [STAGE | {"name": "c", "data": "captions", "train": ["model/.*"]}]}, "freezes the model"),
+    (
+        {"train__stages": [STAGE | {"name": "q", "data": "questions"}]},
+        "questions are trained on a projector that captions have not",
+    ),
+    (
+        {"train__stages": [STAGE | {"name": "q", "data": "answers"}]},
+        'stage q: data must be "captions" or "questions"',
+    ),
+    (
+        {
+            "model__quantize": "nf4",
+            "train__stages": [STAGE | {"name": "c", "data": "captions", "train": ["model/.*"]}],
+        },
+        "freezes the model",
+    ),
     ({"compress__top_k": 9}, "top_k lie in 1..slots"),
     ({"compress__kind": "qformer"}, "qformer"),
     ({"evaluate__by": "gold"}, "gold"),
@@ -426,10 +486,12 @@ def test_cold_questions_when_told(tmp_path):
 def test_what_is_refused(trained, tmp_path):
     _, folder, _ = trained
     with pytest.raises(ValueError, match=r"nothing\.h5"):
-        slide_vqa_look.look_at_slide(folder, folder / "nothing.h5", "q")
+        look.look_at_slide(folder, folder / "nothing.h5", "q")
     model, _, data, tokens = started(trained)
     with pytest.raises(KeyError):
-        slide_vqa.collate(model, evolve(data, talks=(SlideTalk(messages=(), slides=("other",)),)), tokens, [0])
+        slide_vqa.collate(
+            model, evolve(data, talks=(SlideTalk(messages=(), slides=("other",)),)), tokens, [0]
+        )
     raw = record(tmp_path, data__source="files", data__folder=str(tmp_path))
     with pytest.raises(ValueError, match="4 files are missing"):
         slide_vqa_run.prepare(config.structure(raw, Config, "test"))
@@ -437,11 +499,13 @@ def test_what_is_refused(trained, tmp_path):
 
 def test_the_router_moves_at_its_own_rate(tmp_path):
     """Adam's first step is as long as the rate, whatever the gradient."""
-    raw = record(tmp_path, pretrain__steps=1, pretrain__lr=1e-3, pretrain__router_lr=7e-3, pretrain__weight_decay=0.0)
+    raw = record(
+        tmp_path, pretrain__steps=1, pretrain__lr=1e-3, pretrain__router_lr=7e-3, pretrain__weight_decay=0.0
+    )
     cfg = config.structure(raw, Config, "test")
     slide_vqa_run.prepare(cfg, lambda _: None)
-    sizes, after = slide_vqa_pretrain.fit_compressor(cfg, tmp_path / "run", lambda _: None)
-    before = flatten(compressor.init_compress(sizes, torch.Generator().manual_seed(cfg.seed)))
+    sizes, after = pretrain.fit_compressor(cfg, tmp_path / "run", lambda _: None)
+    before = flatten(compress.init_compress(sizes, torch.Generator().manual_seed(cfg.seed)))
     moved = {n: float((t - before[n]).abs().max()) for n, t in flatten(after).items()}
     assert moved["gate/weight"] == pytest.approx(7e-3, rel=1e-3)
     assert moved["experts/up/weight"] == pytest.approx(1e-3, rel=1e-3)

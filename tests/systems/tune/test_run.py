@@ -12,18 +12,17 @@ from PIL import Image
 from medvl.base import config
 from medvl.base.config import ConfigError
 from medvl.base.tree import flatten, merge, split
-from medvl.hub import skeletons as hub
+from medvl.hub import skeletons
 from medvl.language import chat, vlm
 from medvl.language.conversations import Conversation
-from medvl.phantoms import pictures as phantom_pictures
+from medvl.phantoms import pictures
 from medvl.systems import ask, run
 from medvl.systems.tune import record as tune
 from medvl.systems.tune import run as tune_run
 from medvl.systems.tune.record import Config
 from medvl.training import loop as train
 from medvl.training import stages as tuning
-from medvl.weights import lazy as weights
-from medvl.weights import lora
+from medvl.weights import lazy, lora
 from tests import tiny
 from tests.language.test_dicom_image import made
 
@@ -97,12 +96,18 @@ def test_a_run_from_pictures_to_a_report(tmp_path, monkeypatch, capsys):
     assert len(answers) == 6
     assert {r.what for r in rows} == {"accuracy", "accuracy_of_the_usual_answer", "token_loss"}
     assert "Research use only, not for diagnosis" in (folder / "results/report.html").read_text()
-    losses = [json.loads(line)["loss"] for line in (folder / "0-whole/metrics.jsonl").read_text().splitlines()]
+    losses = [
+        json.loads(line)["loss"] for line in (folder / "0-whole/metrics.jsonl").read_text().splitlines()
+    ]
     assert losses[-1] < losses[0]
-    before = [hub.digest(train.read_state(folder / s / "last.pt").params) for s in ("0-whole", "1-lora")]
+    before = [
+        skeletons.digest(train.read_state(folder / s / "last.pt").params) for s in ("0-whole", "1-lora")
+    ]
     (folder / "1-lora/last.pt").unlink()
     again = run.run(str(tmp_path / "toy.json"), log=lambda _: None)
-    assert [hub.digest(train.read_state(folder / s / "last.pt").params) for s in ("0-whole", "1-lora")] == before
+    assert [
+        skeletons.digest(train.read_state(folder / s / "last.pt").params) for s in ("0-whole", "1-lora")
+    ] == before
     assert [(r.what, r.subject, r.value) for r in again] == [(r.what, r.subject, r.value) for r in rows]
 
     line = json.loads(next((tmp_path / "data").rglob("test.jsonl")).read_text().splitlines()[0])
@@ -110,7 +115,9 @@ def test_a_run_from_pictures_to_a_report(tmp_path, monkeypatch, capsys):
     image = str(next((tmp_path / "data").rglob("test.jsonl")).parent / line["images"][0])
     capsys.readouterr()
     ask.ask(asked, run=str(folder), images=[image], max_tokens=4)
-    assert capsys.readouterr().out.startswith(answers[0]["answer"].strip() + "\n")  # the answer that the evaluation kept
+    assert capsys.readouterr().out.startswith(
+        answers[0]["answer"].strip() + "\n"
+    )  # the answer that the evaluation kept
     for given, message in (
         ({"mode": "mixture"}, r"\(tune\) takes --image, not --mode"),
         ({"slide": "x.h5"}, r"\(tune\) takes --image, not --slide"),
@@ -137,7 +144,9 @@ def test_a_run_leaves_what_transformers_and_peft_open(tmp_path):
     ids = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         want = peer(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-        got = model.chat.skeleton(tune.weights_of(model, params), **vlm.arguments(model.chat.skeleton, {"ids": ids})).logits
+        got = model.chat.skeleton(
+            tune.weights_of(model, params), **vlm.arguments(model.chat.skeleton, {"ids": ids})
+        ).logits
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     assert max(float(f["b"].abs().max()) for f in params["lora"].values()) > 0
     for name in ("model", "adapter"):
@@ -146,9 +155,17 @@ def test_a_run_leaves_what_transformers_and_peft_open(tmp_path):
     config_ = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
     assert config_["base_model_name_or_path"] == str(tmp_path / "run/model")
     assert "eos_token_id" in json.loads((tmp_path / "run/model/generation_config.json").read_text())
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.parent.name in ("model", "adapter")}
+    before = {
+        p: p.stat().st_mtime_ns
+        for p in (tmp_path / "run").rglob("*")
+        if p.parent.name in ("model", "adapter")
+    }
     tune_run.fit(cfg, tmp_path / "run", lines.append)
-    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.parent.name in ("model", "adapter")}
+    assert before == {
+        p: p.stat().st_mtime_ns
+        for p in (tmp_path / "run").rglob("*")
+        if p.parent.name in ("model", "adapter")
+    }
 
 
 def test_an_adapter_on_a_named_model_leaves_the_adapter_alone(tmp_path):
@@ -173,7 +190,9 @@ def test_labels_and_estimate_of_an_experiment(tmp_path, monkeypatch, capsys):
     (tmp_path / "toy.json").write_text(json.dumps(record(tmp_path)))
     run.labels(str(tmp_path / "toy.json"), number=2)
     said = capsys.readouterr().out
-    answer = json.loads((next((tmp_path / "data").iterdir()) / "train.jsonl").read_text().splitlines()[2])["messages"][1]["content"]
+    answer = json.loads((next((tmp_path / "data").iterdir()) / "train.jsonl").read_text().splitlines()[2])[
+        "messages"
+    ][1]["content"]
     assert f"« {answer.lower()}<|im_end|>»" in said
     assert "<|image_pad|> x 4" in said
     run.estimate(str(tmp_path / "toy.json"))
@@ -221,10 +240,15 @@ def test_images_go_with_their_rows(tmp_path):
 
 def test_a_model_that_sees_tiles(tmp_path):
     config_ = tiny.CONFIGS["internvl"] | {
-        "vision_config": tiny.CONFIGS["internvl"]["vision_config"] | {"image_size": [56, 56], "patch_size": [14, 14]}
+        "vision_config": tiny.CONFIGS["internvl"]["vision_config"]
+        | {"image_size": [56, 56], "patch_size": [14, 14]}
     }
-    model, params, data = started(tmp_path, model__config=config_, train__chunk=4, data__phantoms=SIZES | {"size": 112})
-    assert sum(b - a for a, b in data.samples[0].visual) == 20  # four tiles and a thumbnail, each of 4 x 4 patches joined two by two
+    model, params, data = started(
+        tmp_path, model__config=config_, train__chunk=4, data__phantoms=SIZES | {"size": 112}
+    )
+    assert (
+        sum(b - a for a, b in data.samples[0].visual) == 20
+    )  # four tiles and a thumbnail, each of 4 x 4 patches joined two by two
     trained, frozen = split(params, ("model/.*q_proj.*", "lora/.*"))
     batch = chat.collate(model.chat, data, [0, 1, 2, 3])
     _, _, want = gradient(model, lambda p: merge(frozen, p))(trained, batch)
@@ -232,8 +256,12 @@ def test_a_model_that_sees_tiles(tmp_path):
     _, _, got = gradient(evolve(model, cfg=cfg), lambda p: merge(frozen, p))(trained, batch)
     for n, g in flatten(got).items():
         torch.testing.assert_close(g, flatten(want)[n], rtol=1e-3, atol=1e-6, msg=n)
-    assert torch.equal(torch.cat([chat.cut(batch, slice(i, i + 1))["pixel_values"] for i in range(4)]), batch["pixel_values"])
-    said = tune_run.answer(model, params, chat.encode(model.chat, tune_run.read(model.cfg, "test"), prompt=True))
+    assert torch.equal(
+        torch.cat([chat.cut(batch, slice(i, i + 1))["pixel_values"] for i in range(4)]), batch["pixel_values"]
+    )
+    said = tune_run.answer(
+        model, params, chat.encode(model.chat, tune_run.read(model.cfg, "test"), prompt=True)
+    )
     assert len(said) == 6
 
 
@@ -241,28 +269,44 @@ def test_quantised_base_and_adapter(tmp_path):
     stage = [{"name": "lora", "steps": 1, "lr": 1e-3, "train": ["lora/.*"]}]
     model, params, data = started(tmp_path, model__quantize="nf4", train__stages=stage)
     trained, frozen = split(params, ("lora/.*",))
-    before = hub.digest({f"{n}/{i}": t for n, w in params["model"].items() for i, t in enumerate(weights.leaves(w))})
+    before = skeletons.digest(
+        {f"{n}/{i}": t for n, w in params["model"].items() for i, t in enumerate(lazy.leaves(w))}
+    )
     _, _, grads = gradient(model, lambda p: merge(frozen, p))(trained, chat.collate(model.chat, data, [0, 1]))
     assert max(float(g.abs().max()) for n, g in flatten(grads).items() if n.endswith("/b")) > 0
-    assert hub.digest({f"{n}/{i}": t for n, w in params["model"].items() for i, t in enumerate(weights.leaves(w))}) == before
+    assert (
+        skeletons.digest(
+            {f"{n}/{i}": t for n, w in params["model"].items() for i, t in enumerate(lazy.leaves(w))}
+        )
+        == before
+    )
 
 
 def test_a_model_from_a_folder(tmp_path, shared_data):
     """The real loading path: a checkpoint in the published layout with the published tokenizer and preprocessor."""
     tok = shared_data / "tokenizers/qwen2.5"
-    skeleton, params = hub.init_skeleton(
+    skeleton, params = skeletons.init_skeleton(
         MODEL
-        | {"image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652, "vision_end_token_id": 151653}
+        | {
+            "image_token_id": 151655,
+            "video_token_id": 151656,
+            "vision_start_token_id": 151652,
+            "vision_end_token_id": 151653,
+        }
         | {"text_config": MODEL["text_config"] | {"vocab_size": 151672}},
         torch.Generator().manual_seed(0),
         head="language",
     )
-    hub.save(skeleton, params, tmp_path / "qwen")
+    skeletons.save(skeleton, params, tmp_path / "qwen")
     for f in tok.iterdir():
         (tmp_path / "qwen" / f.name).write_bytes(f.read_bytes())
-    (tmp_path / "qwen/preprocessor_config.json").write_bytes((shared_data / "configs/qwen2.5-vl_preprocessor_config.json").read_bytes())
+    (tmp_path / "qwen/preprocessor_config.json").write_bytes(
+        (shared_data / "configs/qwen2.5-vl_preprocessor_config.json").read_bytes()
+    )
     stage = [{"name": "lora", "steps": 1, "lr": 1e-3, "train": ["lora/.*"]}]
-    model, loaded, data = started(tmp_path, model={"name": str(tmp_path / "qwen")}, chat__max_pixels=3136, train__stages=stage)
+    model, loaded, data = started(
+        tmp_path, model={"name": str(tmp_path / "qwen")}, chat__max_pixels=3136, train__stages=stage
+    )
     assert loaded["model"]["lm_head.weight"].dtype == torch.bfloat16
     said = tune_run.labels(model.cfg, tmp_path / "run", 0)
     answer = data.conversations[0].messages[1]["content"]
@@ -280,8 +324,10 @@ GEMMA = (  # turns as Gemma's, in the tokens that there are
 
 def opened(folder, generation=None, **cfg):
     """A small model in a folder, and the tokenizer with ChatML that the run makes."""
-    skeleton, params = hub.init_skeleton(tiny.CONFIGS["qwen3"] | {"vocab_size": 640}, torch.Generator().manual_seed(0), head="language")
-    hub.save(skeleton, params, folder / "model")
+    skeleton, params = skeletons.init_skeleton(
+        tiny.CONFIGS["qwen3"] | {"vocab_size": 640}, torch.Generator().manual_seed(0), head="language"
+    )
+    skeletons.save(skeleton, params, folder / "model")
     (folder / "model/generation_config.json").unlink()
     if generation:
         (folder / "model/generation_config.json").write_text(json.dumps(generation))
@@ -329,15 +375,26 @@ def test_a_saved_chat_keeps_generation_and_template(tmp_path):
 
 
 def test_options_end_and_allowed_tokens_reach_the_template(tmp_path):
-    held = [Conversation(messages=tuple(tiny.turns("q", "<|vision_start|> left", "r", "b")), line=3, file="x.jsonl")]
+    held = [
+        Conversation(
+            messages=tuple(tiny.turns("q", "<|vision_start|> left", "r", "b")), line=3, file="x.jsonl"
+        )
+    ]
     talks, _ = opened(tmp_path / "a")
-    with pytest.raises(ValueError, match=r"^x.jsonl, line 3: encode: message 1 \(assistant\) must not hold special tokens"):
+    with pytest.raises(
+        ValueError, match=r"^x.jsonl, line 3: encode: message 1 \(assistant\) must not hold special tokens"
+    ):
         chat.encode(talks, held)
-    talks, _ = opened(tmp_path / "b", allow=("<|vision_start|>",), options={"word": "Hello"}, template="{{ word }}" + GEMMA)
+    talks, _ = opened(
+        tmp_path / "b", allow=("<|vision_start|>",), options={"word": "Hello"}, template="{{ word }}" + GEMMA
+    )
     (sample,) = chat.encode(talks, held).samples
     text = talks.tokenizer.decode(sample.ids)
     assert text.startswith("<|startoftext|> hello<|vision_start|>")
-    assert talks.tokenizer.decode(sample.ids[sample.labels != -100]) == "<|vision_start|> left<|vision_end|> b<|vision_end|>"
+    assert (
+        talks.tokenizer.decode(sample.ids[sample.labels != -100])
+        == "<|vision_start|> left<|vision_end|> b<|vision_end|>"
+    )
     (asked,) = chat.encode(talks, held, prompt=True).samples
     assert asked.ids.tolist() == sample.ids[: len(asked.ids)].tolist()
 
@@ -346,7 +403,9 @@ def test_a_template_with_the_date_of_today_is_not_trained_on(tmp_path):
     template = "{% if not day is defined %}{% set day = strftime_now('%d') %}{% endif %}{{ day }}" + GEMMA
     held = [Conversation(messages=tuple(tiny.turns("q", "a")))]
     talks, _ = opened(tmp_path / "a", template=template)
-    with pytest.raises(ValueError, match=r"the template writes today's date into every conversation.*pin it by chat.options"):
+    with pytest.raises(
+        ValueError, match=r"the template writes today's date into every conversation.*pin it by chat.options"
+    ):
         chat.encode(talks, held)
     assert len(chat.encode(talks, held, prompt=True).samples) == 1  # to be asked it need not be pinned
     talks, _ = opened(tmp_path / "b", template=template, options={"day": "5"})
@@ -373,18 +432,25 @@ def test_several_turns_of_a_reasoning_template_are_a_sample_each(tmp_path):
         assert "no thought" in decode(asked.ids)
     assert len(chat.encode(talks, held, prompt=True).samples) == 2
     tag = replace_first(messages, "q", "<image>q")
-    parts = chat._one_answer_each(Conversation(messages=replace_first(tag, "s", "<image>s"), images=(Path("a"), Path("b"))))
+    parts = chat._one_answer_each(
+        Conversation(messages=replace_first(tag, "s", "<image>s"), images=(Path("a"), Path("b")))
+    )
     assert [[p.name for p in c.images] for c in parts] == [["a"], ["a"], ["a", "b"]]
 
 
 def test_answers_as_they_are_in_a_record(tmp_path):
-    template = "{% for m in messages %}<|vision_start|>{{ m.content.split(';')[-1] }}{% endfor %}<|vision_end|>"
+    template = (
+        "{% for m in messages %}<|vision_start|>{{ m.content.split(';')[-1] }}{% endfor %}<|vision_end|>"
+    )
     template += "{% if add_generation_prompt %}<|vision_start|>think{% endif %}"
     held = [Conversation(messages=tuple(tiny.turns("q", "one; a", "r", "two; b")))]
     talks, _ = opened(tmp_path, template=template, answers="raw")
     data = chat.encode(talks, held)
     decode = talks.tokenizer.decode
-    assert [decode(s.ids[s.labels != -100]) for s in data.samples] == [" one; a<|vision_end|>", " two; b<|vision_end|>"]
+    assert [decode(s.ids[s.labels != -100]) for s in data.samples] == [
+        " one; a<|vision_end|>",
+        " two; b<|vision_end|>",
+    ]
     (asked,) = chat.encode(talks, held, prompt=True).samples
     assert asked.ids.tolist() == data.samples[1].ids[: len(asked.ids)].tolist()
 
@@ -408,8 +474,14 @@ def test_what_evaluation_cannot_use_is_refused_before_training(tmp_path, monkeyp
     monkeypatch.setattr(run, "RUNS", tmp_path / "runs")
     Image.new("RGB", (2010, 10)).save(tmp_path / "strip.png")
     for test, message in (
-        ({"query": "q", "response": " . "}, r"files/test.jsonl, line 2: the last answer must hold a word to be compared with"),
-        ({"query": "<|im_end|>", "response": "a"}, r"files/test.jsonl, line 2: encode: message 0 \(user\) must not hold special tokens"),
+        (
+            {"query": "q", "response": " . "},
+            r"files/test.jsonl, line 2: the last answer must hold a word to be compared with",
+        ),
+        (
+            {"query": "<|im_end|>", "response": "a"},
+            r"files/test.jsonl, line 2: encode: message 0 \(user\) must not hold special tokens",
+        ),
         (
             {"query": "<image>", "response": "a", "image": str(tmp_path / "strip.png")},
             r"files/test.jsonl, line 2: .*strip.png: smart_resize: the longer side must be at most 200 times the shorter",
@@ -428,7 +500,10 @@ def test_a_record_that_trains_on_what_it_scores_says_so(tmp_path, caplog):
     assert not caplog.records
     raw["data"]["conversations"] = "{folder}/test.jsonl"
     tune_run.prepare(config.structure(raw, Config, "test"))
-    assert "{folder}/test.jsonl: is one file for all splits, so that what is scored was trained on" in caplog.text
+    assert (
+        "{folder}/test.jsonl: is one file for all splits, so that what is scored was trained on"
+        in caplog.text
+    )
 
 
 def test_answers_that_find_no_room_are_refused_before_training(tmp_path):
@@ -440,7 +515,9 @@ def test_answers_that_find_no_room_are_refused_before_training(tmp_path):
 
 
 def test_what_was_answered_is_kept_when_a_later_batch_fails(tmp_path, monkeypatch):
-    raw = with_files(tmp_path, [{"query": f"q {i}", "response": "a"} | ({"category": "x"} if i else {}) for i in range(5)])
+    raw = with_files(
+        tmp_path, [{"query": f"q {i}", "response": "a"} | ({"category": "x"} if i else {}) for i in range(5)]
+    )
     cfg = config.structure(raw, Config, "test")
     model, params, _ = tune_run.fit(cfg, tmp_path / "run", lambda _: None)
     real, calls = chat.answer, []
@@ -464,19 +541,30 @@ def test_what_was_answered_is_kept_when_a_later_batch_fails(tmp_path, monkeypatc
     assert len(lines) == 5
     assert lines[0].keys() == {"id", "category", "answer", "gold", "right"}
     assert not (home / "answers.unfinished.jsonl").exists()
-    assert {r.subject for r in rows if r.what == "accuracy"} == {"all", "x", "without a category"}  # one without does not hide the others
+    assert {r.subject for r in rows if r.what == "accuracy"} == {
+        "all",
+        "x",
+        "without a category",
+    }  # one without does not hide the others
 
 
 def test_deep_greys_are_shown_through_the_window(tmp_path):
     import numpy as np
 
-    for name, pixels in (("deep.png", np.full((56, 56), 1000, np.uint16)), ("plain.png", np.full((56, 56), 7, np.uint8))):
+    for name, pixels in (
+        ("deep.png", np.full((56, 56), 1000, np.uint16)),
+        ("plain.png", np.full((56, 56), 7, np.uint8)),
+    ):
         Image.fromarray(pixels).save(tmp_path / name)
-    (tmp_path / "ct.dcm").write_bytes(made(np.full((56, 56), 2024, np.uint16), RescaleSlope=1, RescaleIntercept=-1024))
+    (tmp_path / "ct.dcm").write_bytes(
+        made(np.full((56, 56), 2024, np.uint16), RescaleSlope=1, RescaleIntercept=-1024)
+    )
     names = ("deep.png", "plain.png", "ct.dcm")
     lines = [{"query": "<image>", "response": "a", "image": str(tmp_path / name)} for name in names]
     raw = with_files(tmp_path, [{"query": "q", "response": "a"}], train=lines)
-    with pytest.raises(ValueError, match=r"train.jsonl, line 5: open_image: .*deep.png: greys of more than 8 bits"):
+    with pytest.raises(
+        ValueError, match=r"train.jsonl, line 5: open_image: .*deep.png: greys of more than 8 bits"
+    ):
         tune_run.fit(config.structure(raw, Config, "test"), tmp_path / "run", lambda _: None)
     raw["chat"]["window"] = [500, 1500]
     cfg = config.structure(raw, Config, "test")
@@ -489,7 +577,13 @@ def test_deep_greys_are_shown_through_the_window(tmp_path):
 # Errors ---------------------------------------------------------------------------------------------------------------------------------
 BAD = [
     ({"model": {}}, "model must have either a name .* or a config"),
-    ({"model__quantize": "nf4", "train__stages": [{"name": "a", "steps": 1, "lr": 1.0, "train": ["model/.*"]}]}, "freezes the model"),
+    (
+        {
+            "model__quantize": "nf4",
+            "train__stages": [{"name": "a", "steps": 1, "lr": 1.0, "train": ["model/.*"]}],
+        },
+        "freezes the model",
+    ),
     ({"model__quantize": "int4"}, "must be one of 'none', 'nf4', 'fp4', got 'int4'"),
     ({"train__chunk": 3}, "train.chunk must divide train.batch, got 3 and 4"),
     ({"train__stages": []}, "at least one stage"),
@@ -499,11 +593,17 @@ BAD = [
     ({"train__lr": 3}, "unknown key 'lr'"),
     ({"chat__window": [3]}, r"chat.window must be \[black, white\] with black < white, got \[3.0\]"),
     ({"chat__window": [3, 3]}, r"chat.window must be \[black, white\]"),
-    ({"chat__options": {"tokenize": True}}, "chat.options must be variables of a template, 'tokenize' is none"),
+    (
+        {"chat__options": {"tokenize": True}},
+        "chat.options must be variables of a template, 'tokenize' is none",
+    ),
     ({"chat__options": {"a b": 1}}, "chat.options must be variables of a template, 'a b' is none"),
     ({"chat__repetition_penalty": -1.0}, "chat.repetition_penalty must be 0 or more"),
     (
-        {"model__dtype": "bfloat16", "train__stages": [{"name": "a", "steps": 1, "lr": 1.0, "muon": 0.02, "train": ["model/.*"]}]},
+        {
+            "model__dtype": "bfloat16",
+            "train__stages": [{"name": "a", "steps": 1, "lr": 1.0, "muon": 0.02, "train": ["model/.*"]}],
+        },
         "a stage's muon needs whole float32 weights",
     ),
 ]
@@ -517,7 +617,10 @@ def test_bad_records(tmp_path, change, message):
 
 IMPOSSIBLE = [
     ({"text_config__hidden_size": -1}, r"^config.text_config.hidden_size must be from 1 to 131072, got -1"),
-    ({"text_config__num_hidden_layers": 10**6}, r"^config.text_config.num_hidden_layers must be from 1 to 1024, got 1000000"),
+    (
+        {"text_config__num_hidden_layers": 10**6},
+        r"^config.text_config.num_hidden_layers must be from 1 to 1024, got 1000000",
+    ),
     ({"text_config__num_attention_heads": 0}, "num_attention_heads must be from 1"),
     ({"vision_config__patch_size": 0}, "vision_config.patch_size must be from 1"),
     (
@@ -529,18 +632,37 @@ IMPOSSIBLE = [
         },
         "of float32 weights",
     ),
-    ({"text_config__num_attention_heads": 3}, "num_key_value_heads must divide num_attention_heads, got 2 and 3"),
-    ({"text_config__num_key_value_heads": 3}, r"^config.text_config: num_key_value_heads must divide num_attention_heads, got 3 and 4"),
-    ({"vision_config__num_heads": 3}, r"^config.vision_config: num_heads must divide hidden_size, got 3 and 32"),
+    (
+        {"text_config__num_attention_heads": 3},
+        "num_key_value_heads must divide num_attention_heads, got 2 and 3",
+    ),
+    (
+        {"text_config__num_key_value_heads": 3},
+        r"^config.text_config: num_key_value_heads must divide num_attention_heads, got 3 and 4",
+    ),
+    (
+        {"vision_config__num_heads": 3},
+        r"^config.vision_config: num_heads must divide hidden_size, got 3 and 32",
+    ),
     ({"vision_config__out_hidden_size": 7}, r"^model.config: sizes of this qwen2_5_vl do not fit each other"),
-    ({"text_config__rope_parameters": tiny.ROPE | {"mrope_section": [9, 9, 9]}}, "mrope_section must be three numbers whose sum is 4"),
-    ({"text_config__rope_parameters": tiny.ROPE | {"rope_type": "none"}}, "can be built of these sizes .*none"),
+    (
+        {"text_config__rope_parameters": tiny.ROPE | {"mrope_section": [9, 9, 9]}},
+        "mrope_section must be three numbers whose sum is 4",
+    ),
+    (
+        {"text_config__rope_parameters": tiny.ROPE | {"rope_type": "none"}},
+        "can be built of these sizes .*none",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("change", "message"), IMPOSSIBLE, ids=[next(iter(c)) + str(i) for i, (c, _) in enumerate(IMPOSSIBLE)])
+@pytest.mark.parametrize(
+    ("change", "message"), IMPOSSIBLE, ids=[next(iter(c)) + str(i) for i, (c, _) in enumerate(IMPOSSIBLE)]
+)
 def test_models_that_cannot_be_built_are_refused_at_once(tmp_path, change, message):
-    cfg = config.structure(record(tmp_path, **{f"model__config__{key}": value for key, value in change.items()}), Config, "test")
+    cfg = config.structure(
+        record(tmp_path, **{f"model__config__{key}": value for key, value in change.items()}), Config, "test"
+    )
     with pytest.raises(ValueError, match=message):
         tune.init(cfg, tmp_path / "run", ["one two three"])
 
@@ -553,11 +675,17 @@ def test_one_key_of_lora_keeps_the_others(tmp_path):
         ({"targets": ["q_proj"]}, {"pattern": "", "targets": ("q_proj",)}),
         ({"pattern": ".*q_proj", "rank": 4}, {"pattern": ".*q_proj", "rank": 4}),
     ):
-        cfg = config.structure(config.override(raw, [f"lora.{k}={json.dumps(v)}" for k, v in change.items()]), Config, "test")
+        cfg = config.structure(
+            config.override(raw, [f"lora.{k}={json.dumps(v)}" for k, v in change.items()]), Config, "test"
+        )
         assert {k: getattr(cfg.lora, k) for k in want} == want
-        assert config.structure(config.unstructure(cfg), Config, "test") == cfg  # as a run's config.json says it
+        assert (
+            config.structure(config.unstructure(cfg), Config, "test") == cfg
+        )  # as a run's config.json says it
     with pytest.raises(ConfigError, match="give either targets"):
-        config.structure(config.override(raw, ('lora.targets=["q_proj"]', 'lora.pattern=".*"')), Config, "test")
+        config.structure(
+            config.override(raw, ('lora.targets=["q_proj"]', 'lora.pattern=".*"')), Config, "test"
+        )
 
 
 def test_what_a_stage_cannot_train(tmp_path):
@@ -572,35 +700,45 @@ def test_what_a_stage_cannot_train(tmp_path):
 
 def test_data_that_is_not_there_or_does_not_fit(tmp_path):
     cfg = config.structure(record(tmp_path, data={"folder": str(tmp_path / "none")}), Config, "test")
-    with pytest.raises(ValueError, match=r"3 files are missing: .*train.jsonl, .*JSON lines of conversations"):
+    with pytest.raises(
+        ValueError, match=r"3 files are missing: .*train.jsonl, .*JSON lines of conversations"
+    ):
         tune_run.prepare(cfg)
     blind = {"config": tiny.CONFIGS["qwen3"], "dtype": "float32"}
-    with pytest.raises(ValueError, match=r"train.jsonl, line 1: has images, as 12 conversations do, and qwen3 has no eyes"):
+    with pytest.raises(
+        ValueError, match=r"train.jsonl, line 1: has images, as 12 conversations do, and qwen3 has no eyes"
+    ):
         started(tmp_path, model=blind)
     with pytest.raises(ValueError, match="12 of 12 conversations do not fit the context of 10 tokens"):
         started(tmp_path, chat__context=10)
-    with pytest.raises(ValueError, match="ct_clip experiment; only systems that train a language model have labels"):
+    with pytest.raises(
+        ValueError, match="ct_clip experiment; only systems that train a language model have labels"
+    ):
         run.labels(str(Path(__file__).parents[3] / "experiments/ctclip_phantom.toml"))
 
 
 # Drawn pictures -------------------------------------------------------------------------------------------------------------------------
 def test_pictures_show_what_is_said(tmp_path):
-    cfg = phantom_pictures.PictureConfig(train=40, valid=1, test=1)
+    cfg = pictures.PictureConfig(train=40, valid=1, test=1)
     for i in range(40):
-        picture, question, answer, kind = phantom_pictures.draw_picture(cfg, "train", i)
+        picture, question, answer, kind = pictures.draw_picture(cfg, "train", i)
         bright = torch.from_numpy(picture[..., 0].copy()).float() > 125
         assert picture.shape == (112, 112, 3)
         if kind == "side":
             left = bright[:, :56].sum() > bright[:, 56:].sum()
-            assert answer == ("On the right." if left else "On the left.")  # the patient's right is on the left of the picture
+            assert answer == (
+                "On the right." if left else "On the left."
+            )  # the patient's right is on the left of the picture
         elif kind == "zone":
-            assert answer == ("In the upper zone." if bright[:56].sum() > bright[56:].sum() else "In the lower zone.")
+            assert answer == (
+                "In the upper zone." if bright[:56].sum() > bright[56:].sum() else "In the lower zone."
+            )
         else:
             quarters = sum(int(bright[y : y + 56, x : x + 56].sum() > 20) for y in (0, 56) for x in (0, 56))
             assert ("no", "one", "two", "three")[quarters] in answer
         assert question.endswith("?")
-    phantom_pictures.draw_pictures(cfg, tmp_path / "a")
-    phantom_pictures.draw_pictures(cfg, tmp_path / "b")
+    pictures.draw_pictures(cfg, tmp_path / "a")
+    pictures.draw_pictures(cfg, tmp_path / "b")
     names = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
     assert len(names) == 45
     assert all((tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in names)
@@ -613,7 +751,9 @@ def test_muon_moves_the_matrices_inside_layers(tmp_path):
     before = {n: t.clone() for n, t in params["model"].items()}
     optimizer = tuning.optimizer_of(model.cfg.train, model.cfg.train.stages[0], params)
     step = train.make_step(gradient(model, lambda p: p), optimizer)
-    state, _ = step(train.State(params=params, opt=optimizer.init(params)), chat.collate(model.chat, data, [0, 1]))
+    state, _ = step(
+        train.State(params=params, opt=optimizer.init(params)), chat.collate(model.chat, data, [0, 1])
+    )
     moved = {n for n, t in state.params["model"].items() if (t - before[n]).abs().max() > 1e-4}
     inner = {n for n, t in before.items() if t.dim() > 1 and "embed_tokens" not in n and "lm_head" not in n}
     assert moved == inner
@@ -637,12 +777,14 @@ def test_any_pattern_that_matches_an_adapter_makes_and_trains_it(pattern, tmp_pa
     assert all(f["b"].abs().max() > 0 for f in params["lora"].values())  # it starts at zero
     (tmp_path / "run/config.json").write_text(json.dumps(config.unstructure(cfg)))
     again = tune_run.load(tmp_path / "run")[1]
-    assert hub.digest(again) == hub.digest(params)
+    assert skeletons.digest(again) == skeletons.digest(params)
 
 
 @pytest.mark.parametrize("pattern", ["model/.*", "model/(?!lora).*", "(model|tower)/.*"])
 def test_a_pattern_that_matches_none_of_its_names_makes_no_adapter(pattern, tmp_path):
-    model, params, _ = started(tmp_path, train__stages=[{"name": "whole", "steps": 2, "lr": 1e-2, "train": [pattern]}])
+    model, params, _ = started(
+        tmp_path, train__stages=[{"name": "whole", "steps": 2, "lr": 1e-2, "train": [pattern]}]
+    )
     assert model.adapter is None
     assert [*params] == ["model"]
 
@@ -659,7 +801,9 @@ def test_epochs_are_as_many_steps_as_the_data_makes_them(tmp_path):
     lines = []
     cfg = built(tmp_path, train__stages=[stage | {"epochs": 1.5}, stage | {"name": "long", "steps": 9}])
     tune_run.fit(cfg, tmp_path / "run", lines.append)
-    assert "stage whole: 4 steps of 4 conversations are 1.33 epochs of 12" in lines  # 1.5 x 12 / 4 = 4.5, to the even number
+    assert (
+        "stage whole: 4 steps of 4 conversations are 1.33 epochs of 12" in lines
+    )  # 1.5 x 12 / 4 = 4.5, to the even number
     assert "stage long: 9 steps of 4 conversations are 3 epochs of 12" in lines
     assert [train.read_state(tmp_path / "run" / s / "last.pt").step for s in ("0-whole", "1-long")] == [4, 9]
     (tmp_path / "run/config.json").write_text(json.dumps(config.unstructure(cfg)))
@@ -676,7 +820,9 @@ def test_epochs_and_steps_that_cannot_be_are_refused_before_training(tmp_path):
     ):
         with pytest.raises(ConfigError, match=said):
             built(tmp_path, train__stages=[stage | wrong])
-    cfg = built(tmp_path, train__stages=[stage | {"steps": 3}, stage | {"name": "late", "epochs": 1, "warmup": 4}])
+    cfg = built(
+        tmp_path, train__stages=[stage | {"steps": 3}, stage | {"name": "late", "epochs": 1, "warmup": 4}]
+    )
     with pytest.raises(ValueError, match="stage late: warmup must lie within its 3 steps, got 4"):
         tune_run.fit(cfg, tmp_path / "run", lambda _: None)
     assert not list((tmp_path / "run").glob("*/last.pt"))

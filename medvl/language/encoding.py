@@ -21,8 +21,13 @@ _NOT_READ = {
     **dict.fromkeys(("videos", "video"), "videos are not read; give frames as images"),
     **dict.fromkeys(("audios", "audio"), "sound is not read"),
     "objects": "boxes and their names are not written into texts; write them as text yourself",
-    **dict.fromkeys(("rejected_response", "rejected_messages", "rejected_images", "rejected", "chosen"), _PAIRS),
-    **dict.fromkeys(("preferred_output", "non_preferred_output", "positive_messages", "negative_messages", "kto_tag"), _PAIRS),
+    **dict.fromkeys(
+        ("rejected_response", "rejected_messages", "rejected_images", "rejected", "chosen"), _PAIRS
+    ),
+    **dict.fromkeys(
+        ("preferred_output", "non_preferred_output", "positive_messages", "negative_messages", "kto_tag"),
+        _PAIRS,
+    ),
     **dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), _TOOLS),
     **dict.fromkeys(("loss", "loss_scale"), "every answer is trained alike"),
 }
@@ -56,17 +61,37 @@ INTERN_VL = Placeholder(token="<IMG_CONTEXT>", before="<img>", after="</img>")
 
 def _template(before: str, after: str, end: str, system: str = "") -> str:
     """A Jinja chat template: `before` role `after` content `end`, with a system turn of its own where the messages have none."""
-    first = "{% if messages[0].role != 'system' %}{{ " + repr(f"{before}system{after}{system}{end}") + " }}{% endif %}" if system else ""
+    first = (
+        "{% if messages[0].role != 'system' %}{{ "
+        + repr(f"{before}system{after}{system}{end}")
+        + " }}{% endif %}"
+        if system
+        else ""
+    )
     turns = f"{{% for m in messages %}}{{{{ {before!r} + m.role + {after!r} + m.content + {end!r} }}}}{{% endfor %}}"
-    return first + turns + "{% if add_generation_prompt %}{{ " + repr(f"{before}assistant{after}") + " }}{% endif %}"
+    return (
+        first
+        + turns
+        + "{% if add_generation_prompt %}{{ "
+        + repr(f"{before}assistant{after}")
+        + " }}{% endif %}"
+    )
 
 
 TEMPLATES = {
     "chatml": _template("<|im_start|>", "\n", "<|im_end|>\n"),
-    "qwen2": _template("<|im_start|>", "\n", "<|im_end|>\n", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
+    "qwen2": _template(
+        "<|im_start|>",
+        "\n",
+        "<|im_end|>\n",
+        "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+    ),
     "phi3": _template("<|", "|>\n", "<|end|>\n", "You are a helpful AI assistant."),
     "phi4": _template(
-        "<|im_start|>", "<|im_sep|>\n", "<|im_end|>\n", "You are a medieval knight and must provide explanations to modern people."
+        "<|im_start|>",
+        "<|im_sep|>\n",
+        "<|im_end|>\n",
+        "You are a medieval knight and must provide explanations to modern people.",
     ),
 }
 """Named templates. "chatml" is that of Qwen3's instruct models without thinking; the others are those HealthGPT was trained with (its phi4
@@ -136,7 +161,15 @@ def encode(
         ValueError: wrong roles or order, contents that are no strings, special tokens in a text, tags that do not match `visual`, or a
             template in which an answer does not follow the prompt that generation sees, or has no end token.
     """
-    how = _How(placeholder=placeholder, context=context, template=template, options=options or {}, allow=allow, end=end, turns=turns)
+    how = _How(
+        placeholder=placeholder,
+        context=context,
+        template=template,
+        options=options or {},
+        allow=allow,
+        end=end,
+        turns=turns,
+    )
     return _encode(_look(tok), how, messages, visual, "assistant")
 
 
@@ -158,7 +191,15 @@ def encode_prompt(
     Args and errors as `encode`; a prompt longer than `context` is always TooLong. The ids are the first ones of the whole conversation's,
     encoded with the same `turns`.
     """
-    how = _How(placeholder=placeholder, context=context, template=template, options=options or {}, allow=allow, end=end, turns=turns)
+    how = _How(
+        placeholder=placeholder,
+        context=context,
+        template=template,
+        options=options or {},
+        allow=allow,
+        end=end,
+        turns=turns,
+    )
     return _encode(_look(tok), how, messages, visual, "user")
 
 
@@ -188,10 +229,20 @@ def encode_all(
     n = len(conversations)
     for what, given in (("visual", visual), ("turns", turns or None), ("names", names or None)):
         if given is not None and len(given) != n:
-            raise ValueError(f"encode_all: {what} must have one row per conversation, got {len(given)} for {n}")
+            raise ValueError(
+                f"encode_all: {what} must have one row per conversation, got {len(given)} for {n}"
+            )
     visual = visual or [()] * n
     turns = turns or ["all"] * n
-    how = _How(placeholder=placeholder, context=context, template=template, options=options or {}, allow=allow, end=end, turns="all")
+    how = _How(
+        placeholder=placeholder,
+        context=context,
+        template=template,
+        options=options or {},
+        allow=allow,
+        end=end,
+        turns="all",
+    )
     kit, samples, refused = _look(tok), list[Sample](), list[tuple[int, TooLong]]()
     for i, messages in enumerate(track(conversations, "encoding conversations")):
         try:
@@ -214,7 +265,11 @@ def encode_all(
 
 
 def rewrites_history(
-    tok: Any, messages: Sequence[Message], *, template: str | None = None, options: Mapping[str, Any] | None = None
+    tok: Any,
+    messages: Sequence[Message],
+    *,
+    template: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> bool:
     """Whether the template writes an earlier answer in another way than behind its own prompt.
 
@@ -222,22 +277,40 @@ def rewrites_history(
     conversation is trained as one sample per answer: `encode(messages[:i], turns="last")`, whose ids are those that generation sees.
     """
     check_order(messages, messages[-1]["role"] if messages else "assistant", "encode")
-    how = _How(placeholder=None, context=None, template=template, options=options or {}, allow=(), end="", turns="all")
+    how = _How(
+        placeholder=None,
+        context=None,
+        template=template,
+        options=options or {},
+        allow=(),
+        end="",
+        turns="all",
+    )
     plain = [{"role": m["role"], "content": m["content"]} for m in messages]
     earlier = [i for i, m in enumerate(plain[:-1]) if m["role"] == "assistant"]
     if not earlier:
         return False
     text = _apply(tok, how, plain, plain[-1]["role"] == "user")
     prompts = [_apply(tok, how, plain[:i], True) for i in earlier]
-    return any(_span(text, prompt, plain[i]["content"]) is None for i, prompt in zip(earlier, prompts, strict=True))
+    return any(
+        _span(text, prompt, plain[i]["content"]) is None for i, prompt in zip(earlier, prompts, strict=True)
+    )
 
 
-def writes_date(tok: Any, messages: Sequence[Message], *, template: str | None = None, options: Mapping[str, Any] | None = None) -> bool:
+def writes_date(
+    tok: Any,
+    messages: Sequence[Message],
+    *,
+    template: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> bool:
     """Whether the template writes today's date into a conversation (Llama 3.2's does): its ids are others tomorrow."""
     mark = "the date of today"
     # A macro of this name hides the function of transformers that tells the date.
     dated = f"{{% macro strftime_now(form) %}}{mark}{{% endmacro %}}{_template_of(tok, template)}"
-    how = _How(placeholder=None, context=None, template=dated, options=options or {}, allow=(), end="", turns="all")
+    how = _How(
+        placeholder=None, context=None, template=dated, options=options or {}, allow=(), end="", turns="all"
+    )
     plain = [{"role": m["role"], "content": m["content"]} for m in messages]
     return mark in _apply(tok, how, plain, False)
 
@@ -249,20 +322,35 @@ def template_text(tok: Any, template: str | None = None, options: Mapping[str, A
         ValueError: there is none, or an option is nothing that JSON has.
     """
     jinja = _template_of(tok, template)
-    defaults = [f"{{% if {k} is not defined %}}{{% set {k} = {_literal(v)} %}}{{% endif %}}" for k, v in (options or {}).items()]
+    defaults = [
+        f"{{% if {k} is not defined %}}{{% set {k} = {_literal(v)} %}}{{% endif %}}"
+        for k, v in (options or {}).items()
+    ]
     return "".join(defaults) + jinja
 
 
-def end_ids(tok: Any, *, template: str | None = None, options: Mapping[str, Any] | None = None, end: str = "") -> tuple[int, ...]:
+def end_ids(
+    tok: Any, *, template: str | None = None, options: Mapping[str, Any] | None = None, end: str = ""
+) -> tuple[int, ...]:
     """The id of the token that ends an answer: the first that the template puts behind one, or `end`; () where there is neither."""
     kit = _look(tok)
-    how = _How(placeholder=None, context=None, template=template, options=options or {}, allow=(), end=end, turns="last")
+    how = _How(
+        placeholder=None,
+        context=None,
+        template=template,
+        options=options or {},
+        allow=(),
+        end=end,
+        turns="last",
+    )
     messages = [{"role": "user", "content": "a question"}]
     found = _endings(kit, _tail(tok, how, messages[:1]))
     return tuple(tok.convert_tokens_to_ids([*found[:1]]))
 
 
-def collate(samples: Sequence[Sample], pad_id: int, *, side: Literal["right", "left"] = "right", multiple_of: int = 1) -> dict[str, Tensor]:
+def collate(
+    samples: Sequence[Sample], pad_id: int, *, side: Literal["right", "left"] = "right", multiple_of: int = 1
+) -> dict[str, Tensor]:
     """Samples as rows of one length.
 
     Args:
@@ -303,11 +391,17 @@ def show(tok: Any, sample: Sample, marks: tuple[str, str] = ("«", "»")) -> str
     for a, b in sample.visual:
         visual[a:b] = [True] * (b - a)
     starts = {a for span in (*sample.trained, *sample.visual) for a in span if a < len(visual)} | {0}
-    starts |= {i for i in range(1, len(visual)) if trained[i] != trained[i - 1]}  # what the labels say, should the spans differ
+    starts |= {
+        i for i in range(1, len(visual)) if trained[i] != trained[i - 1]
+    }  # what the labels say, should the spans differ
     edges, parts = [*sorted(starts), len(visual)], []
     for a, b in pairwise(edges):
         ids = sample.ids[a:b].tolist()
-        text = f"{tok.convert_ids_to_tokens(ids[0])} x {b - a}" if visual[a] else tok.decode(ids, clean_up_tokenization_spaces=False)
+        text = (
+            f"{tok.convert_ids_to_tokens(ids[0])} x {b - a}"
+            if visual[a]
+            else tok.decode(ids, clean_up_tokenization_spaces=False)
+        )
         parts.append(f"{marks[0]}{text}{marks[1]}" if trained[a] else text)
     counts = f"{len(trained)} tokens, {sum(visual)} visual in {len(sample.visual)} images"
     return "".join(parts) + f"\n[{counts}, {sum(trained)} trained in {len(sample.trained)} turns]"
@@ -358,14 +452,22 @@ def _look(tok: Any) -> _Kit:
     if _ids(kit, f"{anchor}a")[1:] == _ids(kit, "a"):
         return evolve(kit, spaces=_ids(kit, "\na")[len(_ids(kit, "\n")) :] != _ids(kit, "a"))
     if swallows:  # it would eat the white space that answers start with
-        raise ValueError("encode: the tokenizer starts texts with a space, and all its special tokens swallow the space behind them")
+        raise ValueError(
+            "encode: the tokenizer starts texts with a space, and all its special tokens swallow the space behind them"
+        )
     return evolve(kit, anchor=anchor)
 
 
 def _ids(kit: _Kit, text: str, *, first: bool = False) -> list[int]:
     """Ids of a piece of text as they are in the middle of a text, or at its start (sentencepiece puts a space before the first word)."""
     anchor = "" if first else kit.anchor
-    ids = kit.tok(anchor + text, add_special_tokens=False, truncation=False, padding=False, verbose=False)["input_ids"] if text else []
+    ids = (
+        kit.tok(anchor + text, add_special_tokens=False, truncation=False, padding=False, verbose=False)[
+            "input_ids"
+        ]
+        if text
+        else []
+    )
     return ids[1:] if anchor and text else ids
 
 
@@ -389,7 +491,9 @@ def _encode(kit: _Kit, how: _How, messages: Sequence[Message], visual: Sequence[
         runs += [(len(ids) + a, len(ids) + b) for a, b in found]
         ids += piece
         if kit.spaces and stop > start and ids[-1] not in kit.special:
-            raise ValueError(f"encode: a tokenizer with a space before every piece needs answers behind a special token, not so {how.name}")
+            raise ValueError(
+                f"encode: a tokenizer with a space before every piece needs answers behind a special token, not so {how.name}"
+            )
         begin, at = len(ids), stop
         ids += _ids(kit, text[start:stop])
     if last == "user":  # what was answered before is part of the prompt
@@ -460,7 +564,9 @@ def _render(tok: Any, how: _How, messages: Sequence[Message]) -> tuple[str, list
         prompt = _apply(tok, how, plain[:i], True)
         span = _span(text, prompt, content)
         if span is None:
-            same = next((k for k, (a, b) in enumerate(zip(text, prompt, strict=False)) if a != b), len(prompt))
+            same = next(
+                (k for k, (a, b) in enumerate(zip(text, prompt, strict=False)) if a != b), len(prompt)
+            )
             near = slice(max(same - 20, 0), same + 40)
             raise ValueError(
                 f"encode: {how.name} must put answer {len(spans) + 1} unchanged behind the prompt of generation, but where the prompt "
@@ -472,15 +578,21 @@ def _render(tok: Any, how: _How, messages: Sequence[Message]) -> tuple[str, list
         stripped += not text[slice(*span)].endswith(content)
     if how.end and answers and answers[-1] == len(plain) - 1 and not text[spans[-1][1] :].strip():
         text = text[: spans[-1][1]] + how.end
-    if how.placeholder and text.count(how.placeholder.tag) != (n := sum(m["content"].count(how.placeholder.tag) for m in plain)):
-        raise ValueError(f"encode: {how.name} must keep the {n} tags {how.placeholder.tag!r} as they are, its text is {short(text)}")
+    if how.placeholder and text.count(how.placeholder.tag) != (
+        n := sum(m["content"].count(how.placeholder.tag) for m in plain)
+    ):
+        raise ValueError(
+            f"encode: {how.name} must keep the {n} tags {how.placeholder.tag!r} as they are, its text is {short(text)}"
+        )
     return text, spans, stripped
 
 
 def _tail(tok: Any, how: _How, prompt: list[dict[str, str]]) -> str:
     """What the template, or else `end`, puts behind an answer to this prompt."""
     mark = "the answer"
-    before, _, tail = _apply(tok, how, [*prompt, {"role": "assistant", "content": mark}], False).rpartition(mark)
+    before, _, tail = _apply(tok, how, [*prompt, {"role": "assistant", "content": mark}], False).rpartition(
+        mark
+    )
     if not before:
         raise ValueError(f"encode: {how.name} drops the answer {mark!r}")
     return tail if tail.strip() else how.end
@@ -508,22 +620,32 @@ def _apply(tok: Any, how: _How, messages: list[dict[str, str]], answer: bool) ->
     template = _template_of(tok, how.template)
     of_expressions = (TypeError, ArithmeticError, LookupError, AttributeError, RecursionError, MemoryError)
     try:
-        return tok.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=answer, **how.options)
+        return tok.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=answer, **how.options
+        )
     except (jinja2.TemplateError, *of_expressions) as e:
-        raise ValueError(f"encode: {how.name} does not take these messages: {str(e) or type(e).__name__}") from e
+        raise ValueError(
+            f"encode: {how.name} does not take these messages: {str(e) or type(e).__name__}"
+        ) from e
 
 
 def _template_of(tok: Any, template: str | None) -> str:
     """The Jinja text of a template by name, of one that is given, or of the tokenizer's own."""
     own = getattr(tok, "chat_template", None)
-    if isinstance(own, dict):  # several by name, as Command R and Hermes have them; the others are for calls of tools
+    if isinstance(
+        own, dict
+    ):  # several by name, as Command R and Hermes have them; the others are for calls of tools
         own = own.get("default")
     jinja = TEMPLATES.get(template or "", template or own)
     if not isinstance(jinja, str | None):
-        raise ValueError(f"encode: the tokenizer's chat template must be text, got {short(jinja)}; name another (chat.template)")
+        raise ValueError(
+            f"encode: the tokenizer's chat template must be text, got {short(jinja)}; name another (chat.template)"
+        )
     if not jinja or (template and "{" not in jinja):
         found = f"got {template!r}" if template else "the tokenizer has none"
-        raise ValueError(f"encode: needs a chat template, {found}; give one of {', '.join(TEMPLATES)} or a Jinja template")
+        raise ValueError(
+            f"encode: needs a chat template, {found}; give one of {', '.join(TEMPLATES)} or a Jinja template"
+        )
     return jinja
 
 
@@ -544,10 +666,18 @@ def _literal(value: Any) -> str:
 def check_order(messages: Sequence[Message], last: str, where: str) -> None:
     """Raise unless roles and contents are those of a conversation that ends with the role `last`."""
     for i, m in enumerate(messages):
-        if not isinstance(m, Mapping) or not isinstance(m.get("content"), str) or not isinstance(m.get("role"), str):
-            raise ValueError(f'{where}: message {i} must be {{"role": text, "content": text}}, got {short(m)}')
+        if (
+            not isinstance(m, Mapping)
+            or not isinstance(m.get("content"), str)
+            or not isinstance(m.get("role"), str)
+        ):
+            raise ValueError(
+                f'{where}: message {i} must be {{"role": text, "content": text}}, got {short(m)}'
+            )
         if hit := re.search("[\ud800-\udfff]", m["content"]):
-            raise ValueError(f"{where}: message {i} must be text that can be written as UTF-8, it holds {hit[0]!a}, half a character")
+            raise ValueError(
+                f"{where}: message {i} must be text that can be written as UTF-8, it holds {hit[0]!a}, half a character"
+            )
     roles = [m["role"] for m in messages]
     if "assistant" not in roles and last == "assistant":
         raise ValueError(f"{where}: needs a turn of the assistant, got {' '.join(roles) or 'no messages'}")
@@ -562,7 +692,9 @@ def _check_visual(kit: _Kit, holder: Placeholder | None, visual: Sequence[int]) 
     """The id of the token that stands for images."""
     if holder is None:
         if visual:
-            raise ValueError(f"encode: {len(visual)} images were given and no placeholder; give one, such as QWEN_VL")
+            raise ValueError(
+                f"encode: {len(visual)} images were given and no placeholder; give one, such as QWEN_VL"
+            )
         return -1
     if any(n < 1 for n in visual):
         raise ValueError(f"encode: every image must have at least one visual token, got {list(visual)}")
@@ -593,7 +725,12 @@ def _check_texts(kit: _Kit, how: _How, messages: Sequence[Message], visual: Sequ
     tag = how.placeholder.tag if how.placeholder else None
     for i, m in enumerate(messages):
         parts = m["content"].split(tag) if tag else [m["content"]]
-        held = {kit.tok.convert_ids_to_tokens(t) for part in parts for t in _ids(kit, part) if t in kit.special or t == pad}
+        held = {
+            kit.tok.convert_ids_to_tokens(t)
+            for part in parts
+            for t in _ids(kit, part)
+            if t in kit.special or t == pad
+        }
         if held := held - {*how.allow} if m["role"] == "assistant" else held:
             found = ", ".join(sorted(held))
             raise ValueError(
@@ -607,7 +744,9 @@ def check_tags(messages: Sequence[Message], tag: str, images: int, where: str) -
     """Raise unless the user's texts hold one tag per image, and no other text holds any."""
     for m in messages:
         if m["role"] != "user" and tag in m["content"]:
-            raise ValueError(f"{where}: only the user's texts may hold the tag {tag!r}, found it in one of the {m['role']}")
+            raise ValueError(
+                f"{where}: only the user's texts may hold the tag {tag!r}, found it in one of the {m['role']}"
+            )
     if (n := sum(m["content"].count(tag) for m in messages)) != images:
         raise ValueError(f"{where}: every tag {tag!r} needs its image, got {n} tags and {images} images")
 

@@ -9,8 +9,17 @@ import torch
 from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers
 
 from medvl.hub import tokens
-from medvl.language import labels as conv
-from medvl.language.labels import INTERN_VL, QWEN_VL, TEMPLATES, Placeholder, TooLong, encode, encode_all, encode_prompt
+from medvl.language import encoding
+from medvl.language.encoding import (
+    INTERN_VL,
+    QWEN_VL,
+    TEMPLATES,
+    Placeholder,
+    TooLong,
+    encode,
+    encode_all,
+    encode_prompt,
+)
 from tests.tiny import turns
 
 WORDS = [
@@ -30,7 +39,16 @@ WORDS = [
     "é",
 ]
 ENDS = {"chatml": "<|im_end|>", "qwen2": "<|im_end|>", "phi3": "<|end|>", "phi4": "<|im_end|>"}
-MARKS = ("<|im_start|>", "<|im_end|>", "<|im_sep|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|system|>", "<|end|>")
+MARKS = (
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|im_sep|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|system|>",
+    "<|end|>",
+)
 
 
 def small(strips=False, start=True):
@@ -39,7 +57,10 @@ def small(strips=False, start=True):
     tok.backend_tokenizer.normalizer = None
     tok.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     marks = (*MARKS, "<|user|>", "<|assistant|>")
-    tok.add_tokens([AddedToken(m, special=True, normalized=False, lstrip=strips, rstrip=strips) for m in marks], special_tokens=True)
+    tok.add_tokens(
+        [AddedToken(m, special=True, normalized=False, lstrip=strips, rstrip=strips) for m in marks],
+        special_tokens=True,
+    )
     tok.chat_template = TEMPLATES["chatml"]
     if not start:
         tok.bos_token = None
@@ -56,7 +77,9 @@ def spaced(every_piece):
     else:
         pre = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(prepend_scheme="first", split=False), pre])
     back.pre_tokenizer = pre
-    back.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)])
+    back.decoder = decoders.Sequence(
+        [decoders.ByteLevel(), decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)]
+    )
     return tok
 
 
@@ -71,12 +94,23 @@ def real(shared_data):
     folder = shared_data / "tokenizers"
     qwen2, qwen3, phi = (tokens.tokenizer(folder / n) for n in ("qwen2.5", "qwen3", "phi-3-mini"))
     file = tokens.tokenizer(folder / "phi-3-mini" / "tokenizer.json")
-    return {"qwen2.5": (qwen2, None), "qwen3": (qwen3, "chatml"), "phi": (phi, None), "phi3": (phi, "phi3"), "phi file": (file, "phi3")}
+    return {
+        "qwen2.5": (qwen2, None),
+        "qwen3": (qwen3, "chatml"),
+        "phi": (phi, None),
+        "phi3": (phi, "phi3"),
+        "phi file": (file, "phi3"),
+    }
 
 
 def cases(bpe):
     strict = small(strips=True, start=False)
-    return {"bpe": (bpe, None), "phi4": (strict, "phi4"), "first": (spaced(False), "phi3"), "each": (spaced(True), "phi3")}
+    return {
+        "bpe": (bpe, None),
+        "phi4": (strict, "phi4"),
+        "first": (spaced(False), "phi3"),
+        "each": (spaced(True), "phi3"),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +128,7 @@ def end_of(tok, template):
 
 def exact(tok, ids):
     """Text of ids in the middle of a text (decoders drop the first space of sentencepiece)."""
-    mark = conv._look(tok).anchor
+    mark = encoding._look(tok).anchor
     lead = tok.convert_tokens_to_ids(mark) if mark else None
     text = tok.decode([lead, *ids] if mark else ids, clean_up_tokenization_spaces=False)
     return text.removeprefix(mark)
@@ -102,7 +136,12 @@ def exact(tok, ids):
 
 def whole(tok, messages, template, answer=False):
     """Ids of the rendered text at once, as transformers makes them."""
-    text = tok.apply_chat_template(messages, chat_template=TEMPLATES.get(template, template), tokenize=False, add_generation_prompt=answer)
+    text = tok.apply_chat_template(
+        messages,
+        chat_template=TEMPLATES.get(template, template),
+        tokenize=False,
+        add_generation_prompt=answer,
+    )
     start = [tok.bos_token_id] if tok("")["input_ids"][:1] == [tok.bos_token_id] else []
     return start + tok(text, add_special_tokens=False)["input_ids"]
 
@@ -127,8 +166,19 @@ def check(tok, template, messages):
     return sample
 
 
-CHAT = [turns("Is there a nodule?", "Yes, 8 mm."), turns("What is it?", "CT.", "And this?", "An MR image.", "Thanks", "You are welcome.")]
-CHAT += [turns("Describe.", "The heart is normal.\nNo effusion.", "Erklären Sie?", "肺结节 🫁", system="You are a radiologist.")]
+CHAT = [
+    turns("Is there a nodule?", "Yes, 8 mm."),
+    turns("What is it?", "CT.", "And this?", "An MR image.", "Thanks", "You are welcome."),
+]
+CHAT += [
+    turns(
+        "Describe.",
+        "The heart is normal.\nNo effusion.",
+        "Erklären Sie?",
+        "肺结节 🫁",
+        system="You are a radiologist.",
+    )
+]
 
 
 def test_ids_are_those_of_the_whole_text_and_labels_those_of_the_answers(every):
@@ -142,7 +192,21 @@ def test_ids_are_those_of_the_whole_text_and_labels_those_of_the_answers(every):
 
 def test_answers_of_any_shape(every):
     for tok, template in every.values():
-        for answer in ["", " ", "\n", "\n\n", " yes", "\nyes", "yes\n", "yes \n ", "\n\n - a\n - b\n\n", "é́", "🫁", "\r\n", "a\tb"]:
+        for answer in [
+            "",
+            " ",
+            "\n",
+            "\n\n",
+            " yes",
+            "\nyes",
+            "yes\n",
+            "yes \n ",
+            "\n\n - a\n - b\n\n",
+            "é́",
+            "🫁",
+            "\r\n",
+            "a\tb",
+        ]:
             check(tok, template, turns("q", answer, "r", "s"))
             check(tok, template, turns("q", "s", "r", answer))
             sample = encode(tok, turns("q", answer), template=template)
@@ -152,7 +216,10 @@ def test_answers_of_any_shape(every):
 def test_a_hundred_random_conversations(every):
     dice = random.Random(0)
     for _ in range(100):
-        texts = ["".join(dice.choices([*WORDS, " ", " "], k=dice.randrange(12))) for _ in range(2 * dice.randint(1, 4))]
+        texts = [
+            "".join(dice.choices([*WORDS, " ", " "], k=dice.randrange(12)))
+            for _ in range(2 * dice.randint(1, 4))
+        ]
         messages = turns(*texts, system=dice.choice([None, "Be brief."]))
         for name, (tok, template) in every.items():
             sample = check(tok, template, messages)
@@ -187,25 +254,44 @@ def test_one_start_token_whether_the_template_or_the_tokenizer_writes_it(bpe):
 
 def test_named_templates_are_those_of_the_checkpoints(bpe, real):
     def text(name, *texts, answer=True):
-        return bpe.apply_chat_template(turns(*texts), chat_template=TEMPLATES[name], tokenize=False, add_generation_prompt=answer)
+        return bpe.apply_chat_template(
+            turns(*texts), chat_template=TEMPLATES[name], tokenize=False, add_generation_prompt=answer
+        )
 
-    assert text("phi3", "Q") == "<|system|>\nYou are a helpful AI assistant.<|end|>\n<|user|>\nQ<|end|>\n<|assistant|>\n"
+    assert (
+        text("phi3", "Q")
+        == "<|system|>\nYou are a helpful AI assistant.<|end|>\n<|user|>\nQ<|end|>\n<|assistant|>\n"
+    )
     knight = "<|im_start|>system<|im_sep|>\nYou are a medieval knight and must provide explanations to modern people.<|im_end|>\n"
-    assert text("phi4", "Q") == knight + "<|im_start|>user<|im_sep|>\nQ<|im_end|>\n<|im_start|>assistant<|im_sep|>\n"
+    assert (
+        text("phi4", "Q")
+        == knight + "<|im_start|>user<|im_sep|>\nQ<|im_end|>\n<|im_start|>assistant<|im_sep|>\n"
+    )
     assert text("chatml", "Q") == "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"
     for messages in [*CHAT, turns("q")]:
         for name, own in (("qwen2.5", "qwen2"), ("phi", "phi3")):
             tok = real[name][0]
-            system = [] if name == "qwen2.5" or messages[0]["role"] == "system" else turns(system="You are a helpful AI assistant.")
+            system = (
+                []
+                if name == "qwen2.5" or messages[0]["role"] == "system"
+                else turns(system="You are a helpful AI assistant.")
+            )
             want = tok.apply_chat_template(system + messages, tokenize=False, add_generation_prompt=True)
-            got = tok.apply_chat_template(messages, chat_template=TEMPLATES[own], tokenize=False, add_generation_prompt=True)
+            got = tok.apply_chat_template(
+                messages, chat_template=TEMPLATES[own], tokenize=False, add_generation_prompt=True
+            )
             assert got == want
-    assert real["qwen3"][0].apply_chat_template(turns("q"), tokenize=False, add_generation_prompt=True) == text("chatml", "q")
+    assert real["qwen3"][0].apply_chat_template(
+        turns("q"), tokenize=False, add_generation_prompt=True
+    ) == text("chatml", "q")
 
 
 def test_a_template_that_shows_training_another_prompt_is_refused(real):
     tok = real["qwen3"][0]  # a thinking model: its template writes <think> before the last answer only
-    with pytest.raises(ValueError, match=r"the tokenizer's chat template must put answer 1 unchanged behind the prompt.*enable_thinking"):
+    with pytest.raises(
+        ValueError,
+        match=r"the tokenizer's chat template must put answer 1 unchanged behind the prompt.*enable_thinking",
+    ):
         encode(tok, turns("q", "a"))
     with pytest.raises(ValueError, match="must end every answer with a special token"):
         encode(tok, turns("q", ""))
@@ -220,12 +306,14 @@ def test_several_turns_of_a_reasoning_model_are_one_sample_each(real):
     """What is trained is what generation sees: transformers' own text of each prompt, then the answer."""
     tok, off = real["qwen3"][0], {"enable_thinking": False}
     messages = turns("q", "a", "r", "b", "s", "c")
-    assert conv.rewrites_history(tok, messages, options=off)
-    assert not conv.rewrites_history(tok, messages[:2], options=off)
-    assert not conv.rewrites_history(tok, messages, template="chatml")
+    assert encoding.rewrites_history(tok, messages, options=off)
+    assert not encoding.rewrites_history(tok, messages[:2], options=off)
+    assert not encoding.rewrites_history(tok, messages, template="chatml")
     for i in (2, 4, 6):
         sample = encode(tok, messages[:i], options=off, turns="last")
-        prompt = tok.apply_chat_template(messages[: i - 1], tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        prompt = tok.apply_chat_template(
+            messages[: i - 1], tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
         assert prompt.endswith("<think>\n\n</think>\n\n")
         assert tok.decode(sample.ids) == f"{prompt}{messages[i - 1]['content']}<|im_end|>\n"
         assert tok.decode(sample.ids[sample.labels != -100]) == f"{messages[i - 1]['content']}<|im_end|>"
@@ -240,7 +328,7 @@ def test_reasoning_in_answers_is_trained_and_left_out_of_the_history(real):
     sample = encode(tok, turns("q", thought))
     assert tok.decode(sample.ids[sample.labels != -100]) == f"{thought}<|im_end|>"
     messages = turns("q", thought, "r", thought)
-    assert conv.rewrites_history(tok, messages)
+    assert encoding.rewrites_history(tok, messages)
     sample = encode(tok, messages, turns="last")
     assert tok.decode(sample.ids).count("Why?") == 1
     assert tok.decode(sample.ids[sample.labels != -100]) == f"{thought}<|im_end|>"
@@ -255,15 +343,17 @@ GLM = (
 
 def test_a_template_that_ends_answers_with_the_next_turn(bpe):
     """As GLM-4.5's: nothing stands behind the last answer, and each begins with a line break that is not in the prompt."""
-    with pytest.raises(ValueError, match=r'must end every answer with a special token.*chat.end = "<\|user\|>"'):
+    with pytest.raises(
+        ValueError, match=r'must end every answer with a special token.*chat.end = "<\|user\|>"'
+    ):
         encode(bpe, turns("q", "a"), template=GLM)
     sample = encode(bpe, turns("q", "a", "r", "b "), template=GLM, end="<|user|>")
     assert sample.stripped == 1
     assert bpe.decode(sample.ids[sample.labels != -100]) == "\na<|user|>\nb<|user|>"
     asked = encode_prompt(bpe, turns("q", "a", "r"), template=GLM, end="<|user|>")
     assert asked.ids.tolist() == sample.ids[: len(asked.ids)].tolist()
-    assert conv.end_ids(bpe, template=GLM, end="<|user|>") == (bpe.convert_tokens_to_ids("<|user|>"),)
-    assert conv.end_ids(bpe, template=GLM) == ()
+    assert encoding.end_ids(bpe, template=GLM, end="<|user|>") == (bpe.convert_tokens_to_ids("<|user|>"),)
+    assert encoding.end_ids(bpe, template=GLM) == ()
 
 
 R1 = (  # as DeepSeek-R1's: a prompt opens reasoning, and of answers all reasoning is dropped
@@ -284,7 +374,10 @@ def test_answers_as_they_are_behind_the_prompt(bpe):
     assert bpe.decode(sample.ids[sample.labels != -100]) == second + "<|end|>"
     asked = encode_prompt(bpe, turns("q", first, "r"), template=R1, turns="raw")
     assert asked.ids.tolist() == sample.ids[: len(asked.ids)].tolist()
-    assert encode(bpe, turns("q", " a "), turns="raw").ids.tolist() == encode(bpe, turns("q", " a ")).ids.tolist()
+    assert (
+        encode(bpe, turns("q", " a "), turns="raw").ids.tolist()
+        == encode(bpe, turns("q", " a ")).ids.tolist()
+    )
     with pytest.raises(ValueError, match="must end every answer with a special token"):
         encode(bpe, turns("q", "a"), template=R1.replace("<|end|>", ""), turns="raw")
 
@@ -294,8 +387,14 @@ def test_a_trimming_template_strips_answers_and_they_are_counted(bpe, caplog):
     held = [turns("q", "No. "), turns("q", "\nYes", "r", "No"), turns("q", "Yes")]
     samples, _ = encode_all(bpe, held, template=template)
     assert [s.stripped for s in samples] == [1, 1, 0]
-    assert [bpe.decode(s.ids[s.labels != -100]) for s in samples] == ["No.<|im_end|>", "Yes<|im_end|>No<|im_end|>", "Yes<|im_end|>"]
-    assert caplog.messages == ["2 answers lose white space at their ends, because the given template drops it"]
+    assert [bpe.decode(s.ids[s.labels != -100]) for s in samples] == [
+        "No.<|im_end|>",
+        "Yes<|im_end|>No<|im_end|>",
+        "Yes<|im_end|>",
+    ]
+    assert caplog.messages == [
+        "2 answers lose white space at their ends, because the given template drops it"
+    ]
     assert encode(bpe, turns("q", "No. ")).stripped == 0  # this template keeps it
 
 
@@ -306,21 +405,31 @@ def test_all_end_tokens_of_an_answer_are_trained(bpe, between):
     assert template != TEMPLATES["chatml"]
     sample = encode(bpe, turns("q", "a", "r", "b"), template=template)
     assert bpe.decode(sample.ids[sample.labels != -100]) == "a<|im_end|><|end|>b<|im_end|><|end|>"
-    assert [bpe.decode(sample.ids[slice(*span)]) for span in sample.trained] == ["a<|im_end|><|end|>", "b<|im_end|><|end|>"]
-    assert conv.end_ids(bpe, template=template) == (bpe.convert_tokens_to_ids("<|im_end|>"),)  # an answer is over with the first
+    assert [bpe.decode(sample.ids[slice(*span)]) for span in sample.trained] == [
+        "a<|im_end|><|end|>",
+        "b<|im_end|><|end|>",
+    ]
+    assert encoding.end_ids(bpe, template=template) == (
+        bpe.convert_tokens_to_ids("<|im_end|>"),
+    )  # an answer is over with the first
 
 
 def test_an_end_token_of_the_last_answer_alone_is_trained_there(bpe):
-    template = TEMPLATES["chatml"].replace("<|im_end|>\\n", "<|im_end|>") + "{% if not add_generation_prompt %}<|end|>{% endif %}"
+    template = (
+        TEMPLATES["chatml"].replace("<|im_end|>\\n", "<|im_end|>")
+        + "{% if not add_generation_prompt %}<|end|>{% endif %}"
+    )
     sample = encode(bpe, turns("q", "a", "r", "b"), template=template)
     assert bpe.decode(sample.ids[sample.labels != -100]) == "a<|im_end|>b<|im_end|><|end|>"
 
 
 def test_the_end_token_is_that_of_the_template(real):
-    assert conv.end_ids(real["qwen3"][0]) == (151645,)  # though this template takes no plain answer to train on
+    assert encoding.end_ids(real["qwen3"][0]) == (
+        151645,
+    )  # though this template takes no plain answer to train on
     for name, end in (("qwen2.5", "<|im_end|>"), ("qwen3", "<|im_end|>"), ("phi", "<|end|>")):
         tok, template = real[name]
-        assert conv.end_ids(tok, template=template) == (tok.convert_tokens_to_ids(end),)
+        assert encoding.end_ids(tok, template=template) == (tok.convert_tokens_to_ids(end),)
 
 
 DATED = (  # as Llama 3.2's
@@ -330,25 +439,30 @@ DATED = (  # as Llama 3.2's
 
 
 def test_a_template_that_writes_the_date_is_known(bpe):
-    assert conv.writes_date(bpe, turns("q", "a"), template=DATED)
-    assert not conv.writes_date(bpe, turns("q", "a"), template=DATED, options={"date_string": "26 Jul 2024"})
-    assert not conv.writes_date(bpe, turns("q", "a"))
+    assert encoding.writes_date(bpe, turns("q", "a"), template=DATED)
+    assert not encoding.writes_date(
+        bpe, turns("q", "a"), template=DATED, options={"date_string": "26 Jul 2024"}
+    )
+    assert not encoding.writes_date(bpe, turns("q", "a"))
     sample = encode(bpe, turns("q", "a"), template=DATED, options={"date_string": "26 Jul 2024"})
     assert "Today: 26 Jul 2024" in bpe.decode(sample.ids)
 
 
 def test_a_saved_template_knows_its_options(bpe):
     options = {"date_string": "Märt '24", "flag": False, "deep": {"a": [1, None, 2.5]}}
-    template = "{{ date_string }}{% if not flag %}!{% endif %}{{ deep.a[0] }}{{ deep.a[1] is none }}" + TEMPLATES["chatml"]
-    saved = conv.template_text(bpe, template, options)
+    template = (
+        "{{ date_string }}{% if not flag %}!{% endif %}{{ deep.a[0] }}{{ deep.a[1] is none }}"
+        + TEMPLATES["chatml"]
+    )
+    saved = encoding.template_text(bpe, template, options)
     want = encode(bpe, turns("q", "a"), template=template, options=options)
     assert torch.equal(encode(bpe, turns("q", "a"), template=saved).ids, want.ids)
     assert bpe.decode(want.ids).startswith("<|startoftext|>Märt '24!1True")
     other = encode(bpe, turns("q", "a"), template=saved, options={"flag": True})  # what is given counts
     assert bpe.decode(other.ids).startswith("<|startoftext|>Märt '241True")
-    assert conv.template_text(bpe, "chatml") == TEMPLATES["chatml"]
+    assert encoding.template_text(bpe, "chatml") == TEMPLATES["chatml"]
     with pytest.raises(ValueError, match="options of a template must be values of JSON"):
-        conv.template_text(bpe, None, {"x": object()})
+        encoding.template_text(bpe, None, {"x": object()})
 
 
 @pytest.mark.parametrize("system", [None, "Be brief."])
@@ -377,8 +491,12 @@ def test_images_with_real_tokenizers(real):
     filled = turns(f"<|vision_start|>{'<|image_pad|>' * n}<|vision_end|>\nWhat is it?", "CT.")
     assert sample.ids.tolist() == whole(tok, filled, None)
     assert (sample.ids == 151655).sum() == n
-    tok = real["phi"][0]  # its tokens swallow the line break behind them; the one behind an image is the user's and stays
-    sample = encode(tok, messages, placeholder=Placeholder(token="<|placeholder1|>"), visual=[n], template="phi3")
+    tok = real["phi"][
+        0
+    ]  # its tokens swallow the line break behind them; the one behind an image is the user's and stays
+    sample = encode(
+        tok, messages, placeholder=Placeholder(token="<|placeholder1|>"), visual=[n], template="phi3"
+    )
     a, b = sample.visual[0]
     assert sample.ids[a:b].tolist() == [32002] * n
     assert tok.decode(sample.ids[:a]) == "<|system|>You are a helpful AI assistant.<|end|><|user|>"
@@ -390,7 +508,9 @@ def test_codes_that_answers_may_hold(bpe):
     codes = ["<start_index>", *(f"<idx_{i}>" for i in range(8)), "<end_index>"]
     tok.add_tokens([AddedToken(c, special=True, normalized=False) for c in codes], special_tokens=True)
     messages = turns("Reconstruct the image.", "<start_index><idx_3><idx_7><end_index>")
-    with pytest.raises(ValueError, match=r"message 1 \(assistant\) must not hold special tokens .*<idx_3>, <idx_7>"):
+    with pytest.raises(
+        ValueError, match=r"message 1 \(assistant\) must not hold special tokens .*<idx_3>, <idx_7>"
+    ):
         encode(tok, messages)
     sample = encode(tok, messages, allow=set(codes))
     assert tok.decode(sample.ids[sample.labels != -100]) == "<start_index><idx_3><idx_7><end_index><|im_end|>"
@@ -425,13 +545,21 @@ def test_only_what_follows_the_last_end_token_is_cut(bpe):
 
 
 def test_what_is_refused_is_counted(bpe, caplog):
-    many = [turns("<image> q", "a" * 10), turns("<image> q", "a" * 90), turns("<image> q", "b"), turns("<image> q", "b")]
+    many = [
+        turns("<image> q", "a" * 10),
+        turns("<image> q", "a" * 90),
+        turns("<image> q", "b"),
+        turns("<image> q", "b"),
+    ]
     visual = [[4], [4], [99], [4]]
     with caplog.at_level(logging.WARNING):
         samples, refused = encode_all(bpe, many, placeholder=QWEN_VL, visual=visual, context=60)
     assert [i for i, _ in refused] == [1, 2]
     assert max(e.needed for _, e in refused) == 117
-    assert "2 of 4 conversations do not fit the context of 60 tokens (the longest needs 117) and are left out" in caplog.text
+    assert (
+        "2 of 4 conversations do not fit the context of 60 tokens (the longest needs 117) and are left out"
+        in caplog.text
+    )
     for got, i in zip(samples, (0, 3), strict=True):
         assert torch.equal(got.ids, encode(bpe, many[i], placeholder=QWEN_VL, visual=[4]).ids)
     caplog.clear()
@@ -439,10 +567,19 @@ def test_what_is_refused_is_counted(bpe, caplog):
     assert not caplog.records
     with pytest.raises(ValueError, match="4 of 4 conversations do not fit the context of 5 tokens"):
         encode_all(bpe, many, placeholder=QWEN_VL, visual=visual, context=5)
-    with pytest.raises(ValueError, match="conversation 3: encode: every tag '<image>' needs its image, got 1 tags and 0 images"):
+    with pytest.raises(
+        ValueError,
+        match="conversation 3: encode: every tag '<image>' needs its image, got 1 tags and 0 images",
+    ):
         encode_all(bpe, many, placeholder=QWEN_VL, visual=[*visual[:3], []])
     with pytest.raises(ValueError, match=r"^x.jsonl, line 8: encode: every tag '<image>' needs its image"):
-        encode_all(bpe, many, placeholder=QWEN_VL, visual=[*visual[:3], []], names=[f"x.jsonl, line {i}" for i in (2, 4, 6, 8)])
+        encode_all(
+            bpe,
+            many,
+            placeholder=QWEN_VL,
+            visual=[*visual[:3], []],
+            names=[f"x.jsonl, line {i}" for i in (2, 4, 6, 8)],
+        )
     with pytest.raises(ValueError, match="one row per conversation, got 1 for 4"):
         encode_all(bpe, many, placeholder=QWEN_VL, visual=[[4]])
 
@@ -450,7 +587,7 @@ def test_what_is_refused_is_counted(bpe, caplog):
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_collate(bpe, side):
     samples = [encode(bpe, turns("<image> q", "a" * n), placeholder=QWEN_VL, visual=[n]) for n in (1, 9, 4)]
-    batch = conv.collate(samples, 7, side=side, multiple_of=16)
+    batch = encoding.collate(samples, 7, side=side, multiple_of=16)
     length = max(len(s.ids) for s in samples)
     assert {k: (v.dtype, v.shape[0]) for k, v in batch.items()} == {
         "ids": (torch.int64, 3),
@@ -467,31 +604,37 @@ def test_collate(bpe, side):
         assert (batch["labels"][i][~batch["mask"][i]] == -100).all()
         assert torch.equal(batch["visual"][i], batch["ids"][i] == bpe.convert_tokens_to_ids("<|image_pad|>"))
         assert bool(batch["mask"][i, 0 if side == "right" else -1])
-    assert conv.collate(samples[1:2], 0)["ids"].shape == (1, length)
+    assert encoding.collate(samples[1:2], 0)["ids"].shape == (1, length)
 
 
 def test_collate_errors(bpe):
     sample = encode(bpe, turns("q", "a"))
     for bad in ({"samples": []}, {"side": "up"}, {"multiple_of": 0}):
         with pytest.raises(ValueError, match="needs samples, side right or left and multiple_of >= 1"):
-            conv.collate(**({"samples": [sample], "pad_id": 0} | bad))
+            encoding.collate(**({"samples": [sample], "pad_id": 0} | bad))
 
 
 def test_show(bpe):
     sample = encode(bpe, turns("<image><image>\nq «x»", "a\n", "r", ""), placeholder=QWEN_VL, visual=[256, 2])
-    images = "<|vision_start|><|image_pad|> x 256<|vision_end|><|vision_start|><|image_pad|> x 2<|vision_end|>"
-    assert conv.show(bpe, sample) == (
+    images = (
+        "<|vision_start|><|image_pad|> x 256<|vision_end|><|vision_start|><|image_pad|> x 2<|vision_end|>"
+    )
+    assert encoding.show(bpe, sample) == (
         f"<|startoftext|><|im_start|>user\n{images}\n"
         "q «x»<|im_end|>\n<|im_start|>assistant\n«a\n<|im_end|>»\n<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n«<|im_end|>»\n"
         f"\n[{len(sample.ids)} tokens, 258 visual in 2 images, 4 trained in 2 turns]"
     )
-    assert "\033[32ma\n<|im_end|>\033[0m" in conv.show(bpe, sample, ("\033[32m", "\033[0m"))
+    assert "\033[32ma\n<|im_end|>\033[0m" in encoding.show(bpe, sample, ("\033[32m", "\033[0m"))
 
 
 def test_show_follows_the_labels(bpe):
     sample = encode(bpe, turns("q", "abc"))
-    wrong = conv.Sample(ids=sample.ids, labels=torch.where(sample.ids == sample.ids[-1], sample.ids, -100), trained=sample.trained)
-    assert "assistant«\n»abc<|im_end|>«\n»" in conv.show(bpe, wrong)
+    wrong = encoding.Sample(
+        ids=sample.ids,
+        labels=torch.where(sample.ids == sample.ids[-1], sample.ids, -100),
+        trained=sample.trained,
+    )
+    assert "assistant«\n»abc<|im_end|>«\n»" in encoding.show(bpe, wrong)
 
 
 BAD = {
@@ -552,12 +695,19 @@ def test_bad_conversations(bpe, name):
 
 def test_of_several_templates_the_one_for_conversations_is_taken(bpe):
     tok = small()
-    tok.chat_template = {"default": TEMPLATES["chatml"], "tool_use": "{{ raise_exception('no') }}"}  # as Command R and Hermes have them
+    tok.chat_template = {
+        "default": TEMPLATES["chatml"],
+        "tool_use": "{{ raise_exception('no') }}",
+    }  # as Command R and Hermes have them
     assert torch.equal(encode(tok, turns("q", "a")).ids, encode(bpe, turns("q", "a"), template="chatml").ids)
-    assert conv.template_text(tok) == TEMPLATES["chatml"]
+    assert encoding.template_text(tok) == TEMPLATES["chatml"]
     for none in ({"tool_use": "x"}, ["x"], 5):
         tok.chat_template = none
-        for use in (lambda: encode(tok, turns("q", "a")), lambda: conv.end_ids(tok), lambda: conv.template_text(tok)):
+        for use in (
+            lambda: encode(tok, turns("q", "a")),
+            lambda: encoding.end_ids(tok),
+            lambda: encoding.template_text(tok),
+        ):
             with pytest.raises(ValueError, match=r"the tokenizer has none|chat template must be text, got"):
                 use()
 
@@ -570,5 +720,8 @@ def test_bad_prompts_and_tokenizers(bpe):
     with pytest.raises(ValueError, match="the tokenizer has none; give one of chatml, qwen2, phi3, phi4"):
         encode(tok, turns("q", "a"))
     with pytest.raises(ValueError, match="a space before every piece needs answers behind a special token"):
-        encode(spaced(True), turns("q", "a"), template=conv._template("<|im_start|>", ": ", "<|im_end|>"))
-    assert encode(tok, turns("q", "a"), template="chatml").ids.tolist() == encode(bpe, turns("q", "a")).ids.tolist()
+        encode(spaced(True), turns("q", "a"), template=encoding._template("<|im_start|>", ": ", "<|im_end|>"))
+    assert (
+        encode(tok, turns("q", "a"), template="chatml").ids.tolist()
+        == encode(bpe, turns("q", "a")).ids.tolist()
+    )
