@@ -222,9 +222,7 @@ def test_the_page_on_weights_runs(at_work):
         skeletons.load("merged", head="language", dtype=torch.bfloat16)[1][f"{q}.weight"],
     )
     again = skeletons.load("four", head="language", dtype=torch.bfloat16)[1]
-    assert all(
-        torch.equal(of["lazy"].dense(w), of["lazy"].dense(again[n])) for n, w in of["four"].items()
-    )
+    assert all(torch.equal(of["lazy"].dense(w), of["lazy"].dense(again[n])) for n, w in of["four"].items())
     for n, w in of["eight"].items():
         assert (of["lazy"].dense(w) - of["params"][n]).abs().max() <= 0.02 * of["params"][n].abs().max()
 

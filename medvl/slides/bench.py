@@ -34,7 +34,7 @@ _TABLE = (
 
 
 @frozen(kw_only=True)
-class Answered:
+class ChoiceAnswer:
     """What was chosen in a multiple-choice question, beside the written answer."""
 
     slide: str  # whose rows belong together: a slide, or a patient
@@ -54,16 +54,16 @@ class Answered:
         ):
             got = f"gold {self.gold!r}, chosen {self.chosen!r}, options {', '.join(self.options) or 'none'}"
             raise ValueError(
-                f'Answered: gold and chosen must be letters of the options, or "" for none, got {got} ({self.id})'
+                f'ChoiceAnswer: gold and chosen must be letters of the options, or "" for none, got {got} ({self.id})'
             )
         if self.missing and self.chosen:
             raise ValueError(
-                f"Answered: what is missing was not asked, got chosen {self.chosen!r} ({self.id})"
+                f"ChoiceAnswer: what is missing was not asked, got chosen {self.chosen!r} ({self.id})"
             )
 
 
 @frozen(kw_only=True)
-class Written:
+class OpenAnswer:
     """An open question's answer beside the written one."""
 
     slide: str  # whose rows belong together
@@ -89,9 +89,9 @@ class Written:
         return answers.same_answer(self.said, self.gold) if self.kind else None
 
 
-def answered(
+def extract_choice(
     said: str | None, options: choices.Options, gold: str, *, slide: str, missing: bool = False, **rest: Any
-) -> Answered:
+) -> ChoiceAnswer:
     """The record of an answer in words: `choices.extract_letter` says what it chooses.
 
     Args:
@@ -101,13 +101,18 @@ def answered(
     table = choices.lettered(options)
     chosen = "" if missing else choices.extract_letter(said, table)
     gold = gold if gold in table else ""
-    return Answered(
+    return ChoiceAnswer(
         slide=slide, options=table, gold=gold, chosen=chosen, missing=missing, said=said or "", **rest
     )
 
 
-def score(
-    rows: Sequence[Answered], *, split: str = "", experiment: str = "", n: int = 1000, gen: torch.Generator
+def score_choices(
+    rows: Sequence[ChoiceAnswer],
+    *,
+    split: str = "",
+    experiment: str = "",
+    n: int = 1000,
+    gen: torch.Generator,
 ) -> list[Result]:
     """How good the choices are: overall, by broad category ("Diagnosis") and by narrow one ("Diagnosis / Grading").
 
@@ -129,7 +134,7 @@ def score(
         ValueError: no rows, n below 1.
     """
     if not rows:
-        raise ValueError("score: needs at least one answer")
+        raise ValueError("score_choices: needs at least one answer")
     common: dict[str, Any] = {"split": split, "experiment": experiment}
     right, patients = (
         np.array([bool(r.gold) and r.chosen == r.gold for r in rows]),
@@ -154,8 +159,8 @@ def score(
     return out
 
 
-def score_written(
-    rows: Sequence[Written], *, split: str = "", experiment: str = "", n: int = 1000, gen: torch.Generator
+def score_open_answers(
+    rows: Sequence[OpenAnswer], *, split: str = "", experiment: str = "", n: int = 1000, gen: torch.Generator
 ) -> list[Result]:
     """How good the answers of open questions are.
 
@@ -192,12 +197,12 @@ def score_written(
 
 def write_benchmark(
     folder: files.PathLike,
-    rows: Sequence[Answered],
+    rows: Sequence[ChoiceAnswer],
     results: Sequence[Result],
     *,
     source: Mapping[str, Any],
     facts: Mapping[str, Any],
-    written: Sequence[Written] = (),
+    written: Sequence[OpenAnswer] = (),
 ) -> dict[str, Any]:
     """Write `benchmark_results.json` and `benchmark_categories.csv` into a folder; returns what the first holds.
 
@@ -205,7 +210,7 @@ def write_benchmark(
     "open_predictions" where there are open questions}; a number that does not exist is null, in the CSV an empty cell.
 
     Args:
-        results: of `score`, and others if wanted.
+        results: of `score_choices`, and others if wanted.
         source: what was answered; "sha256" of its file must be there, as benchmarks of one name differ.
         facts: more to keep, such as the experiment and the commit.
         written: the answers of open questions.
@@ -254,7 +259,7 @@ def _json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _levels(rows: Sequence[Answered]) -> dict[str, dict[str, list[int]]]:
+def _levels(rows: Sequence[ChoiceAnswer]) -> dict[str, dict[str, list[int]]]:
     """{level: {subject: its rows}}; rows without a category of a level are in none of it."""
     out: dict[str, dict[str, list[int]]] = {
         OVERALL: {OVERALL: [*range(len(rows))]},
@@ -272,7 +277,7 @@ def _levels(rows: Sequence[Answered]) -> dict[str, dict[str, list[int]]]:
 
 
 def _plain(
-    rows: Sequence[Answered], right: np.ndarray, categories: Sequence[str]
+    rows: Sequence[ChoiceAnswer], right: np.ndarray, categories: Sequence[str]
 ) -> list[tuple[str, float, dict[str, Any]]]:
     """(what, value, extra) of what has no interval."""
     task, total = _is_task(rows), len(rows)
@@ -297,12 +302,12 @@ def _plain(
     ]
 
 
-def _is_task(rows: Sequence[Answered]) -> bool:
+def _is_task(rows: Sequence[ChoiceAnswer]) -> bool:
     """Whether all rows have the same options, in any order."""
     return len({frozenset(map(choices.comparable, r.options.values())) for r in rows}) == 1
 
 
-def _text(row: Answered) -> str:
+def _text(row: ChoiceAnswer) -> str:
     return choices.comparable(row.options[row.gold]) if row.gold else ""
 
 

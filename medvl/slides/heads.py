@@ -13,7 +13,7 @@ from medvl.components import layers
 def init_heads(
     dim: int, classes: Mapping[str, int], gen: Generator, *, slots: int = 0, hidden: int = 128
 ) -> Tree:
-    """Parameters of `classify`, float32: {label: {"out"}} of all tokens side by side, or with "tanh", "sigmoid", "score" by attention.
+    """Parameters of `label_logits`, float32: {label: {"out"}} of all tokens side by side, or with "tanh", "sigmoid", "score" by attention.
 
     Args:
         classes: {label: how many classes it has}, two or more.
@@ -38,7 +38,7 @@ def init_heads(
     }
 
 
-def classify(params: Tree, tokens: Tensor) -> dict[str, Tensor]:
+def label_logits(params: Tree, tokens: Tensor) -> dict[str, Tensor]:
     """Logits {label: [b, classes]} of slides from their tokens [b, k, d]: for each label a linear layer over all, or gated attention.
 
     Raises:
@@ -53,7 +53,7 @@ def classify(params: Tree, tokens: Tensor) -> dict[str, Tensor]:
             or (tokens.shape[1] * tokens.shape[2] if side_by_side else tokens.shape[2]) != width
         ):
             want = f"[b, k, d] with k d = {width}" if side_by_side else f"[b, k, {width}]"
-            raise ValueError(f"classify: tokens must be {want}, got {list(tokens.shape)}")
+            raise ValueError(f"label_logits: tokens must be {want}, got {list(tokens.shape)}")
         if side_by_side:
             out[name] = layers.linear(p["out"], tokens.flatten(1))
             continue

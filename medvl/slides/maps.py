@@ -16,7 +16,7 @@ from medvl.slides.relevance import (
     TopPatch,
     as_coords,
     as_relevance,
-    as_weights,
+    as_routing_weights,
     mass_share,
     percentiles,
     top_patches,
@@ -132,7 +132,7 @@ def draw_slots(
     Where patches overlap most of them decide, the first slot on a tie. Patches without weight are grey. A slot has the same colour
     in every slide. Arguments and errors as `draw_map`, with weights [n, k] >= 0; alpha 0.6 over a thumbnail if None.
     """
-    w = as_weights("draw_slots", weights)
+    w = as_routing_weights("draw_slots", weights)
     if 0 in w.shape:
         raise ValueError(f"draw_slots: needs at least one patch and one slot, got weights {list(w.shape)}")
     canvas = _canvas("draw_slots", len(w), coords, patch_size, thumbnail, level0_size, size, mpp)

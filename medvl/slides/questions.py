@@ -42,7 +42,7 @@ _PUBLISHED = {  # the first and last digits of the sha256
 
 
 @frozen(kw_only=True)
-class SlideTalk:
+class SlideConversation:
     """A conversation about slides, or a question and its written answer."""
 
     messages: tuple[
@@ -74,13 +74,13 @@ class Fault:
     record: Any  # as read from the file
 
 
-def read_slide_talks(
+def read_slide_conversations(
     path: files.PathLike,
     kind: str = "auto",
     *,
     describe: str = DESCRIBE,
     faults: Literal["warn", "drop", "raise"] = "warn",
-) -> list[SlideTalk]:
+) -> list[SlideConversation]:
     """The records of a file as conversations, in their order.
 
     Kinds, told by content unless given:
@@ -96,15 +96,17 @@ def read_slide_talks(
     Where options have a place of their own, the user's text is "<image>\\nQuestion\\nA. x\\nB. y" and the answer's "B. y".
 
     Args:
-        faults: what to do with the records that `check_slide_talks` names for their content: "warn" keeps them and says how many, "drop"
+        faults: what to do with the records that `check_slide_conversations` names for their content: "warn" keeps them and says how many, "drop"
             leaves them out and says how many, "raise" raises.
     Raises:
         ValueError: with file and row: no such file, no known format, a record of another shape, roles out of order, keys and tags that
             would change what is trained and are not read (`conversations.check_keys`).
     """
     if faults not in ("warn", "drop", "raise"):
-        raise ValueError(f'read_slide_talks: faults must be "warn", "drop" or "raise", got {faults!r}')
-    path, seen, talks, wrong = Path(path), Counter[str](), list[SlideTalk](), list[Fault]()
+        raise ValueError(
+            f'read_slide_conversations: faults must be "warn", "drop" or "raise", got {faults!r}'
+        )
+    path, seen, talks, wrong = Path(path), Counter[str](), list[SlideConversation](), list[Fault]()
     for row, record, make in _records(path, kind, describe):
         talk = evolve(make(record, row, f"{path}, row {row}"), file=str(path))
         found = [Fault(row=row, what=what, record=record) for what in _faults(talk, record, seen)]
@@ -127,22 +129,24 @@ def read_slide_talks(
     return talks
 
 
-def check_slide_talks(path: files.PathLike, kind: str = "auto") -> list[Fault]:
+def check_slide_conversations(path: files.PathLike, kind: str = "auto") -> list[Fault]:
     """What is wrong with each record, in their order; [] if all is well. Nothing is left out or corrected.
 
     Named are: an empty question or answer, no slide, an id that is there before, an option letter that is missing, an option without text,
     two options with one text, an answer that is not among the options or does not say which it is, a number of tags that is not that of
-    the slides; and what `read_slide_talks` would raise.
+    the slides; and what `read_slide_conversations` would raise.
 
     Raises:
         ValueError: the file as a whole cannot be read.
     """
-    return audit_slide_talks(path, kind)[1]
+    return audit_slide_conversations(path, kind)[1]
 
 
-def audit_slide_talks(path: files.PathLike, kind: str = "auto") -> tuple[list[SlideTalk], list[Fault]]:
-    """(the records that can be read, what is wrong with each record) as `read_slide_talks` and `check_slide_talks` say."""
-    path, seen, talks, found = Path(path), Counter[str](), list[SlideTalk](), list[Fault]()
+def audit_slide_conversations(
+    path: files.PathLike, kind: str = "auto"
+) -> tuple[list[SlideConversation], list[Fault]]:
+    """(the records that can be read, what is wrong with each record) as `read_slide_conversations` and `check_slide_conversations` say."""
+    path, seen, talks, found = Path(path), Counter[str](), list[SlideConversation](), list[Fault]()
     for row, record, make in _records(path, kind, DESCRIBE):
         try:
             talk = make(record, row, "record")
@@ -160,7 +164,7 @@ def published_as(digest: str) -> str:
 
 
 # Files ----------------------------------------------------------------------------------------------------------------------------------
-_Make = Callable[[Any, int, str], SlideTalk]
+_Make = Callable[[Any, int, str], SlideConversation]
 
 
 def _records(path: Path, kind: str, describe: str) -> Iterator[tuple[int, Any, _Make]]:
@@ -201,7 +205,7 @@ def _records(path: Path, kind: str, describe: str) -> Iterator[tuple[int, Any, _
         "wsi_vqa": _wsi_vqa,
     }[found[0] if kind == "auto" else kind]
 
-    def checked(record: Any, row: int, where: str) -> SlideTalk:
+    def checked(record: Any, row: int, where: str) -> SlideConversation:
         if isinstance(record, dict):
             check_keys(record, where, _NOT_READ)
         talk = make(record, row, where)
@@ -221,14 +225,14 @@ def _json(path: Path) -> Any:
 
 
 # Records --------------------------------------------------------------------------------------------------------------------------------
-def _simple(record: Any, row: int, where: str, skip: tuple[str, ...] = ()) -> SlideTalk:
+def _simple(record: Any, row: int, where: str, skip: tuple[str, ...] = ()) -> SlideConversation:
     text = _texts(record, ("slide_id", "question", "answer"), where)
     return _asked(
         text["slide_id"], text["question"], {}, text["answer"], row=row, where=where, **_rest(record, skip)
     )
 
 
-def _sample(record: Any, row: int, where: str) -> SlideTalk:
+def _sample(record: Any, row: int, where: str) -> SlideConversation:
     text = _texts(record, ("slide_id", "question", "answer"), where)
     given = record.get("choices") or []
     if isinstance(given, dict):
@@ -257,7 +261,7 @@ def _sample(record: Any, row: int, where: str) -> SlideTalk:
     )
 
 
-def _slidebench(record: Any, row: int, where: str) -> SlideTalk:
+def _slidebench(record: Any, row: int, where: str) -> SlideConversation:
     options = {k: v.strip() for k, v in record.items() if re.fullmatch("[A-Z]", k) and v.strip()}
     levels = [k for k in ("Broad Category", "Narrow Category", "Task") if k in record]
     task = next((record[k] for k in ("Task", "Tumor") if k in record), "")
@@ -276,7 +280,7 @@ def _slidebench(record: Any, row: int, where: str) -> SlideTalk:
     )
 
 
-def _wsi_vqa(record: Any, row: int, where: str) -> SlideTalk:
+def _wsi_vqa(record: Any, row: int, where: str) -> SlideConversation:
     text = _texts(record, ("Id", "Question", "Answer"), where)
     given = record.get("Choice") or []
     if not isinstance(given, list):
@@ -292,7 +296,7 @@ def _wsi_vqa(record: Any, row: int, where: str) -> SlideTalk:
     return _asked(text["Id"], text["Question"], options, answer, row=row, where=where, extra=extra)
 
 
-def _conversation(record: Any, row: int, where: str) -> SlideTalk:
+def _conversation(record: Any, row: int, where: str) -> SlideConversation:
     turns = record.get("conversations") if isinstance(record, dict) else None
     if not isinstance(turns, list) or not all(
         isinstance(t, dict) and t.keys() >= {"from", "value"} for t in turns
@@ -326,7 +330,7 @@ def _conversation(record: Any, row: int, where: str) -> SlideTalk:
     first = next(m for m in messages if m["role"] == "user")
     first["content"] = f"{TAG}\n" * len(slides) + first["content"]
     extra = {k: v for k, v in record.items() if k not in ("id", "image", "conversations")}
-    return SlideTalk(
+    return SlideConversation(
         id=str(record.get("id", "")),
         slides=slides,
         names=tuple(map(_name, slides)),
@@ -346,7 +350,7 @@ def _inline(asked: str, said: str) -> tuple[dict[str, str], str]:
 
 def _asked(
     slide: str, question: str, options: Mapping[str, str], answer: str, *, where: str, **rest: Any
-) -> SlideTalk:
+) -> SlideConversation:
     """A record whose question, options and answer have places of their own."""
     question, answer = question.strip(), answer.strip()
     if TAG in question or TAG in answer:
@@ -364,7 +368,7 @@ def _asked(
         {"role": "assistant", "content": f"{letter}. {options[letter]}" if letter else answer},
     )
     names = (_name(slide or path),) if slides else ()
-    return SlideTalk(
+    return SlideConversation(
         slides=slides, names=names, messages=messages, choices=dict(options), answer=letter or answer, **rest
     )
 
@@ -395,7 +399,7 @@ def _name(slide: str) -> str:
 
 
 # Faults ---------------------------------------------------------------------------------------------------------------------------------
-def _faults(talk: SlideTalk, record: Any, seen: Counter[str]) -> list[str]:
+def _faults(talk: SlideConversation, record: Any, seen: Counter[str]) -> list[str]:
     """What is wrong with the content of a record."""
     found = [] if talk.slides and all(s.strip() for s in talk.slides) else ["no slide"]
     if talk.id:

@@ -142,13 +142,13 @@ def patch_relevance(weights: Any, slots: Any, *, sign: Sign = "signed") -> np.nd
     if whole.ndim != 2:
         raise ValueError(f"patch_relevance: weights must be [n, k], got {list(whole.shape)}")
     pieces = [whole[i : i + 65536] for i in range(0, len(whole), 65536)]  # in float64 only piece by piece
-    totals = sum((as_weights("patch_relevance", p).sum(0) for p in pieces), np.zeros(whole.shape[1]))
+    totals = sum((as_routing_weights("patch_relevance", p).sum(0) for p in pieces), np.zeros(whole.shape[1]))
     return np.concatenate([np.zeros(0), *(relevance_chunk(p, totals, slots, sign=sign) for p in pieces)])
 
 
 def relevance_chunk(weights: Any, totals: Any, slots: Any, *, sign: Sign = "signed") -> np.ndarray:
     """`patch_relevance` of some patches of a slide [m, k], given the totals W_k [k] over all its patches. Arguments and errors as there."""
-    w = as_weights("relevance_chunk", weights)
+    w = as_routing_weights("relevance_chunk", weights)
     mass, a = (np.asarray(_host(v), float) for v in (totals, slots))
     if (
         not (mass.shape == a.shape == w.shape[1:])
@@ -230,7 +230,7 @@ def _host(values: Any) -> Any:
     )
 
 
-def as_weights(where: str, weights: Any) -> np.ndarray:
+def as_routing_weights(where: str, weights: Any) -> np.ndarray:
     """float64 [n, k], finite and >= 0; `where` is who says what is wrong."""
     w = np.asarray(_host(weights), float)
     if w.ndim != 2 or not np.isfinite(w).all() or (w < 0).any():

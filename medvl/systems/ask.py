@@ -23,7 +23,7 @@ from medvl.language.chat import ChatConfig
 from medvl.language.conversations import read_conversations, read_tasks, task_paths
 from medvl.slides import check, pack
 from medvl.slides.features import feature_files
-from medvl.slides.questions import audit_slide_talks
+from medvl.slides.questions import audit_slide_conversations
 from medvl.slides.relevance import top_patches
 from medvl.systems.adapters import record as adapters
 from medvl.systems.adapters import run as adapters_run
@@ -221,7 +221,7 @@ def slides(
     wanted, faults = dict[str, str](), 0
     for file in data:
         try:
-            talks, bad = audit_slide_talks(file)
+            talks, bad = audit_slide_conversations(file)
         except ValueError as e:
             print(f"cannot be read: {e}")
             faults += 1

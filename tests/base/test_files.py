@@ -135,7 +135,7 @@ def test_what_is_no_file_is_refused_and_not_waited_for(place):
         config.read,
         store.open_store,
         images.open_image,
-        questions.read_slide_talks,
+        questions.read_slide_conversations,
         features.read_slide,
     ):
         for ending in (".json", ".h5", ".png"):

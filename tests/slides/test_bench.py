@@ -9,15 +9,15 @@ import pytest
 
 from medvl.evaluation import results
 from medvl.slides.bench import (
-    Answered,
-    Written,
+    ChoiceAnswer,
+    OpenAnswer,
     _common,
-    answered,
     bleu,
+    extract_choice,
     rouge_l,
-    score,
+    score_choices,
+    score_open_answers,
     score_texts,
-    score_written,
     write_benchmark,
 )
 
@@ -60,7 +60,7 @@ def table(size=4, text="option"):
 def row(right, i=0, size=4, **kwargs):
     gold = "ABCD"[i % size]
     chosen = gold if right else "ABCD"[(i + 1) % size]
-    return Answered(
+    return ChoiceAnswer(
         **({"slide": f"s{i % 50}", "options": table(size), "gold": gold, "chosen": chosen} | kwargs)
     )
 
@@ -78,7 +78,7 @@ def test_published_percentages_of_slidebench_tcga(gen):
         for i in range(n)
     ]
     assert len(rows) == 7827
-    found = score(rows, split="test", n=50, gen=gen)
+    found = score_choices(rows, split="test", n=50, gen=gen)
     percent = {b: 100 * value(found, "accuracy", b) for b in ("overall", *TCGA)}
     wanted = {"overall": 81.17, "Microscopy": 87.64, "Diagnosis": 73.27, "Clinical": 84.26}
     assert percent == pytest.approx(wanted, abs=0.0055)
@@ -99,7 +99,7 @@ def test_published_percentages_of_slidebench_bcnb(gen):
         for task, (hits, n, size) in BCNB.items()
         for i in range(n)
     ]
-    found = score(rows, n=20, gen=gen)
+    found = score_choices(rows, n=20, gen=gen)
     assert len(rows) == 7274
     assert 100 * value(found, "accuracy", "overall") == pytest.approx(54.14, abs=0.005)
     assert 100 * value(found, "macro_accuracy", "broad") == pytest.approx(53.59, abs=0.005)
@@ -110,12 +110,12 @@ def test_published_percentages_of_slidebench_bcnb(gen):
 def test_what_is_invalid_or_missing_is_wrong_and_counted(gen):
     options = table()
     rows = [
-        answered("A. option aa", options, "A", slide="1"),
-        answered("I cannot tell", options, "A", slide="1"),
-        answered(None, options, "A", slide="2"),
-        answered("A", options, "A", slide="2", missing=True),
-        answered("B", options, "E: none", slide="3", id="x"),
-        answered("none", options, "", slide="3"),
+        extract_choice("A. option aa", options, "A", slide="1"),
+        extract_choice("I cannot tell", options, "A", slide="1"),
+        extract_choice(None, options, "A", slide="2"),
+        extract_choice("A", options, "A", slide="2", missing=True),
+        extract_choice("B", options, "E: none", slide="3", id="x"),
+        extract_choice("none", options, "", slide="3"),
     ]
     assert [(r.chosen, r.gold, r.missing) for r in rows] == [
         ("A", "A", False),
@@ -124,7 +124,7 @@ def test_what_is_invalid_or_missing_is_wrong_and_counted(gen):
         ("B", "", False),
         ("", "", False),
     ]
-    found = score(rows, n=20, gen=gen)
+    found = score_choices(rows, n=20, gen=gen)
     got = {r.what: r.value for r in found if r.subject == "overall"}
     wanted = {
         "accuracy": 1 / 6,
@@ -143,7 +143,7 @@ def test_balanced_accuracy_and_baselines(gen):
     options = [{"A": "Positive", "B": "Negative"}, {"A": "negative.", "B": "positive"}]
     positive = lambda i: "AB"[i % 2]
     rows = [
-        Answered(
+        ChoiceAnswer(
             slide=str(i),
             options=options[i % 2],
             gold=positive(i) if i < 8 else positive(i + 1),
@@ -152,35 +152,37 @@ def test_balanced_accuracy_and_baselines(gen):
         )
         for i in range(10)
     ]
-    found = score(rows, n=20, gen=gen)
+    found = score_choices(rows, n=20, gen=gen)
     got = {r.what: r for r in found if r.subject == "ER"}
     assert (got["accuracy"].value, got["balanced_accuracy"].value, got["majority"].value) == (0.8, 0.5, 0.8)
     assert got["balanced_accuracy"].extra == {"by": "text", "classes": 2}
     assert (got["best_letter"].value, got["best_letter"].extra) == (0.5, {"letter": "A"})
     more = [*rows, *[row(i < 3, i, broad="other", options=table(text=f"t{i}")) for i in range(4)]]
-    found = score(more, n=20, gen=gen)
+    found = score_choices(more, n=20, gen=gen)
     by_letter = next(r for r in found if (r.what, r.subject) == ("balanced_accuracy", "other"))
     assert (by_letter.value, by_letter.extra["by"]) == (0.75, "letter")
     assert math.isnan(value(found, "majority", "other"))
     assert math.isnan(value(found, "majority", "overall"))
     two = [*rows, *[row(True, 0, broad="T") for _ in range(5)]]
-    assert value(score(two, n=20, gen=gen), "majority", "overall") == 13 / 15
+    assert value(score_choices(two, n=20, gen=gen), "majority", "overall") == 13 / 15
 
 
 def test_the_order_of_rows_does_not_matter_and_slides_are_drawn_whole(gen):
     rows = [row(i % 3 > 0, i, broad="AB"[i % 2], narrow=f"n{i % 4}", slide=f"s{i // 10}") for i in range(120)]
     mixed = random.Random(1).sample(rows, len(rows))
     seeded = lambda: gen.manual_seed(3)
-    for a, b in zip(score(rows, n=100, gen=seeded()), score(mixed, n=100, gen=seeded()), strict=True):
+    for a, b in zip(
+        score_choices(rows, n=100, gen=seeded()), score_choices(mixed, n=100, gen=seeded()), strict=True
+    ):
         assert (a.what, a.subject, a.n, a.extra) == (b.what, b.subject, b.n, b.extra)
         assert [a.value, a.low, a.high] == pytest.approx([b.value, b.low, b.high], abs=0, nan_ok=True)
     alike = [
         row(i < 60, i, broad="AB"[i % 2], slide=f"s{i // 60}") for i in range(120)
     ]  # one slide all right, one all wrong
-    for r in score(alike, n=200, gen=seeded()):
+    for r in score_choices(alike, n=200, gen=seeded()):
         if "accuracy" in r.what and r.what != "balanced_accuracy":
             assert (r.low, r.high, r.extra["groups"]) == (0, 1, 2)
-    for r in score(alike[:60], n=5, gen=seeded()):
+    for r in score_choices(alike[:60], n=5, gen=seeded()):
         assert math.isnan(r.low)
 
 
@@ -189,14 +191,14 @@ def test_slides_of_one_case_are_drawn_together(gen):
     rows = [
         row(i < 60, i, broad="AB"[i % 2], slide=named(i)) for i in range(120)
     ]  # twelve slides of two patients
-    for r in score(rows, n=200, gen=gen):
+    for r in score_choices(rows, n=200, gen=gen):
         if "accuracy" in r.what and r.what != "balanced_accuracy":
             assert (r.low, r.high, r.extra["groups"]) == (0, 1, 2)
 
 
 def test_macro_interval_is_that_of_the_mean_over_one_category(gen):
     rows = [row(i % 3 > 0, i, broad="A", slide=f"s{i // 4}") for i in range(120)]
-    found = {(r.what, r.subject): r for r in score(rows, n=500, gen=gen)}
+    found = {(r.what, r.subject): r for r in score_choices(rows, n=500, gen=gen)}
     micro, macro = found["accuracy", "A"], found["macro_accuracy", "broad"]
     assert (macro.value, macro.n) == (pytest.approx(micro.value), 120)
     assert [macro.low, macro.high] == pytest.approx([micro.low, micro.high], abs=0.02)
@@ -216,7 +218,7 @@ def test_files(tmp_path, gen):
         for i in range(40)
     ]
     found = [
-        *score(rows, split="test", experiment="e", n=20, gen=gen),
+        *score_choices(rows, split="test", experiment="e", n=20, gen=gen),
         *score_texts(["a b"], ["a b"], subject="open"),
     ]
     out = write_benchmark(
@@ -275,10 +277,10 @@ def test_open_answers_are_scored_exactly_where_they_are_short(tmp_path, gen):
         "A long report of much tissue and of fat.",
     ]
     rows = [
-        Written(slide=f"s{i % 2}", question="q", gold=g, said=s, missing=not s, id=str(i))
+        OpenAnswer(slide=f"s{i % 2}", question="q", gold=g, said=s, missing=not s, id=str(i))
         for i, (s, g) in enumerate(zip(said, gold, strict=True))
     ]
-    found = score_written(rows, n=20, gen=gen)
+    found = score_open_answers(rows, n=20, gen=gen)
     assert (value(found, "accuracy", "yes or no"), value(found, "majority", "yes or no")) == (2 / 4, 3 / 4)
     assert value(found, "accuracy", "short answers") == 1 / 2
     assert value(found, "bleu_1", "") == bleu(said, gold)[0]
@@ -295,12 +297,12 @@ def test_open_answers_are_scored_exactly_where_they_are_short(tmp_path, gen):
 
 
 def test_errors(tmp_path, gen):
-    with pytest.raises(ValueError, match="score: needs at least one answer"):
-        score([], gen=gen)
+    with pytest.raises(ValueError, match="score_choices: needs at least one answer"):
+        score_choices([], gen=gen)
     with pytest.raises(ValueError, match="replicates n must be 1 or more"):
-        score([row(True)], n=0, gen=gen)
+        score_choices([row(True)], n=0, gen=gen)
     for wrong in ({"gold": "E"}, {"chosen": "E"}, {"options": {}}):
-        with pytest.raises(ValueError, match="Answered: gold and chosen must be letters of the options"):
+        with pytest.raises(ValueError, match="ChoiceAnswer: gold and chosen must be letters of the options"):
             row(True, **wrong)
     with pytest.raises(ValueError, match="what is missing was not asked"):
         row(True, missing=True)

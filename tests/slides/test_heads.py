@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from medvl.base.tree import flatten, map_leaves
-from medvl.slides.heads import classes_of, classify, init_heads, label_loss
+from medvl.slides.heads import classes_of, init_heads, label_logits, label_loss
 
 CLASSES = {"class": 4, "motif": 2, "grade": 3}
 D = 5
@@ -36,14 +36,14 @@ def _naive(p, tokens):
 
 def test_logits_are_those_of_a_loop(heads, gen):
     tokens = torch.randn(3, 6, D, generator=gen, dtype=torch.float64)
-    found = classify(heads, tokens)
+    found = label_logits(heads, tokens)
     assert list(found) == list(CLASSES)
     for name, n in CLASSES.items():
         assert found[name].shape == (3, n)
         naive = torch.tensor([_naive(heads[name], t) for t in tokens], dtype=torch.float64)
         torch.testing.assert_close(found[name], naive, rtol=1e-12, atol=1e-12)
     for i in range(3):  # a slide alone, its tokens in another order
-        alone = classify(heads, tokens[i : i + 1, torch.randperm(6, generator=gen)])
+        alone = label_logits(heads, tokens[i : i + 1, torch.randperm(6, generator=gen)])
         for name, x in alone.items():
             torch.testing.assert_close(x[0], found[name][i], rtol=1e-12, atol=1e-12)
 
@@ -101,10 +101,10 @@ def test_loss_is_the_mean_of_labels_over_the_slides_that_have_them(gen):
 def test_a_slide_without_labels_changes_nothing(heads, gen):
     tokens = torch.randn(3, 6, D, generator=gen, dtype=torch.float64)
     labels = {n: torch.tensor([0, 1, 1]) for n in CLASSES}
-    loss, right = label_loss(classify(heads, tokens), labels)
+    loss, right = label_loss(label_logits(heads, tokens), labels)
     far = torch.cat([tokens, torch.full((1, 6, D), 50.0, dtype=torch.float64)])
     more, again = label_loss(
-        classify(heads, far), {n: torch.cat([y, torch.tensor([-1])]) for n, y in labels.items()}
+        label_logits(heads, far), {n: torch.cat([y, torch.tensor([-1])]) for n, y in labels.items()}
     )
     torch.testing.assert_close(more, loss, rtol=1e-12, atol=0)
     assert {n: float(r) for n, r in again.items()} == {n: float(r) for n, r in right.items()}
@@ -118,7 +118,7 @@ def test_heads_learn_what_one_token_says(gen):
     params = map_leaves(lambda t: t.requires_grad_(), init_heads(D, {"seen": 2}, gen, hidden=16))
     optimizer = torch.optim.Adam(flatten(params).values(), lr=0.02)
     for _ in range(60):
-        loss, right = label_loss(classify(params, x), {"seen": y})
+        loss, right = label_loss(label_logits(params, x), {"seen": y})
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -144,9 +144,10 @@ def test_errors(heads, gen):
         init_heads(D, {"a": 2, "b": 1}, gen)
     for shape in ((6, D), (2, 6, D + 1)):
         with pytest.raises(
-            ValueError, match=rf"classify: tokens must be \[b, k, 5\], got \[{', '.join(map(str, shape))}\]"
+            ValueError,
+            match=rf"label_logits: tokens must be \[b, k, 5\], got \[{', '.join(map(str, shape))}\]",
         ):
-            classify(heads, torch.zeros(shape, dtype=torch.float64))
+            label_logits(heads, torch.zeros(shape, dtype=torch.float64))
     logits = {"a": torch.zeros(3, 2)}
     with pytest.raises(
         ValueError, match=r"label_loss: label 'a' must be \[3\], a class for each slide, got \[2\]"
@@ -159,10 +160,10 @@ def test_errors(heads, gen):
 def test_heads_that_read_every_token_in_its_place(gen):
     params = init_heads(6, {"class": 3, "grade": 2}, gen, slots=4)
     tokens = torch.randn(5, 4, 6, generator=gen)
-    got = classify(params, tokens)
+    got = label_logits(params, tokens)
     for name, n in (("class", 3), ("grade", 2)):
         w, b = params[name]["out"]["weight"], params[name]["out"]["bias"]
         assert w.shape == (n, 24)
         torch.testing.assert_close(got[name], tokens.reshape(5, 24) @ w.T + b)
     with pytest.raises(ValueError, match=r"tokens must be \[b, k, d\] with k d = 24, got \[5, 3, 6\]"):
-        classify(params, tokens[:, :3])
+        label_logits(params, tokens[:, :3])

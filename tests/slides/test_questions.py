@@ -8,7 +8,7 @@ import pytest
 
 from medvl.base import files
 from medvl.ct.names import case_of
-from medvl.slides.questions import DESCRIBE, check_slide_talks, published_as, read_slide_talks
+from medvl.slides.questions import DESCRIBE, check_slide_conversations, published_as, read_slide_conversations
 
 TCGA = """\ufeffID,Slide,Tumor,Broad Category,Narrow Category,Question,A,B,C,D,Answer
 0,TCGA-GV-A40G-01Z-00-DX1,BLCA,Diagnosis,Grading,"Which grade, please?",None,NA,High,,C
@@ -40,7 +40,7 @@ def texts(talk):
 
 
 def test_slidebench(write, caplog):
-    one, two = read_slide_talks(write(TCGA))
+    one, two = read_slide_conversations(write(TCGA))
     assert one.choices == {"A": "None", "B": "NA", "C": "High"}
     assert texts(one) == ["<image>\nWhich grade, please?\nA. None\nB. NA\nC. High", "C. High"]
     assert [m["role"] for m in one.messages] == ["user", "assistant"]
@@ -53,7 +53,7 @@ def test_slidebench(write, caplog):
     )
     assert one.slides == one.names == ("TCGA-GV-A40G-01Z-00-DX1",)
     assert (two.row, [*two.choices]) == (2, ["A", "B", "C", "D"])
-    (er,) = read_slide_talks(write(BCNB))
+    (er,) = read_slide_conversations(write(BCNB))
     assert (er.choices, er.answer, er.slides) == ({"A": "Positive", "B": "Negative"}, "B", ("12",))
     assert (er.category, er.task, er.extra) == (("ER",), "ER", {})
     assert not caplog.records
@@ -72,7 +72,7 @@ def test_conversations_keep_every_turn_and_have_the_slide_first(write):
             n=1,
         ),
     ]
-    one, two, three = read_slide_talks(write(records))
+    one, two, three = read_slide_conversations(write(records))
     assert texts(one) == texts(two) == ["<image>\nWhat is it?", "A tumor."]
     assert (one.slides, one.names, one.choices, one.answer) == (("./BLCA/s.csv",), ("s",), {}, "A tumor.")
     assert (two.id, two.slides, two.names) == ("3", ("a/b.pt",), ("b",))
@@ -86,12 +86,12 @@ def test_conversations_keep_every_turn_and_have_the_slide_first(write):
 
 
 def test_the_simple_formats(write):
-    (caption,) = read_slide_talks(write("slide_id,caption,features_path\ns1,Two nodes.,f/s1.pt\n"))
+    (caption,) = read_slide_conversations(write("slide_id,caption,features_path\ns1,Two nodes.,f/s1.pt\n"))
     assert texts(caption) == [f"<image>\n{DESCRIBE}", "Two nodes."]
     assert (caption.slides, caption.names, caption.answer) == (("f/s1.pt",), ("s1",), "Two nodes.")
-    (other,) = read_slide_talks(write("slide_id,caption\ns1,Two nodes.\n"), describe="What?")
+    (other,) = read_slide_conversations(write("slide_id,caption\ns1,Two nodes.\n"), describe="What?")
     assert (texts(other)[0], other.slides) == ("<image>\nWhat?", ("s1",))
-    (question,) = read_slide_talks(
+    (question,) = read_slide_conversations(
         write([{"slide_id": "s1", "question": "What?", "answer": "A node", "features_path": "f.npy", "k": 1}])
     )
     assert texts(question) == ["<image>\nWhat?", "A node"]
@@ -103,10 +103,10 @@ def test_the_simple_formats(write):
         "answer": "B",
         "category": "Grading",
     }
-    (bench,) = read_slide_talks(write({"samples": [sample]}))
+    (bench,) = read_slide_conversations(write({"samples": [sample]}))
     assert texts(bench) == ["<image>\nWhich?\nA. x\nB. y", "B. y"]
     assert (bench.choices, bench.answer, bench.category) == ({"A": "x", "B": "y"}, "B", ("Grading",))
-    (plain,) = read_slide_talks(
+    (plain,) = read_slide_conversations(
         write(
             {
                 "samples": [
@@ -125,7 +125,7 @@ def test_the_simple_formats(write):
 @pytest.mark.parametrize("given", [["A) x", "B) y"], ["x", "y"], {"A": "x", "B": "y"}])
 def test_a_plain_list_with_choices_is_no_open_question(write, given):
     question = {"slide_id": "s1", "question": "Which?", "answer": "y"}
-    closed, open_ = read_slide_talks(write([question | {"choices": given}, question]))
+    closed, open_ = read_slide_conversations(write([question | {"choices": given}, question]))
     assert (closed.choices, closed.answer, texts(closed)[0]) == (
         {"A": "x", "B": "y"},
         "B",
@@ -133,7 +133,7 @@ def test_a_plain_list_with_choices_is_no_open_question(write, given):
     )
     assert (open_.choices, open_.answer) == ({}, "y")
     with pytest.raises(ValueError, match=r"row 1: options must be called \"choices\", found 'options'"):
-        read_slide_talks(write([question | {"options": given}]))
+        read_slide_conversations(write([question | {"options": given}]))
 
 
 def test_wsi_vqa(write):
@@ -146,7 +146,7 @@ def test_wsi_vqa(write):
         },
         {"Id": "TCGA-PL-A8LZ", "Question": "What?", "Answer": "A lobular carcinoma."},
     ]
-    closed, free = read_slide_talks(write(records))
+    closed, free = read_slide_conversations(write(records))
     assert texts(closed) == ["<image>\nWhich?\nA. grade 1\nB. grade 2\nC. grade 3", "C. grade 3"]
     assert (closed.answer, closed.slides, closed.id) == ("C", ("TCGA-PL-A8LZ",), "")
     assert (texts(free), free.choices) == (["<image>\nWhat?", "A lobular carcinoma."], {})
@@ -184,29 +184,29 @@ def test_a_fault_is_named_and_nothing_is_lost(write, caplog, record, what):
         record["conversations"][0]["value"] += "\n<image>"
     fine = human("What?\n<image>", "A. thing", id="first")
     path = write([fine, record])
-    (fault,) = check_slide_talks(path)
+    (fault,) = check_slide_conversations(path)
     assert (fault.row, fault.record) == (2, record)
     assert fault.what.startswith(what)
     with caplog.at_level(logging.WARNING):
-        assert len(read_slide_talks(path)) == 2
+        assert len(read_slide_conversations(path)) == 2
     assert "1 records are faulty (1 x " in caplog.text
     assert "row 2; they are kept" in caplog.text
-    assert [t.row for t in read_slide_talks(path, faults="drop")] == [1]
+    assert [t.row for t in read_slide_conversations(path, faults="drop")] == [1]
     with pytest.raises(ValueError, match=r"1 records are faulty .* row 2; correct"):
-        read_slide_talks(path, faults="raise")
+        read_slide_conversations(path, faults="raise")
 
 
 def test_faults_of_tables_and_structure(write):
     wrong = TCGA.replace("w,A", "w,E").replace("High,,C", ",,B")
-    assert [(f.row, f.what[:12]) for f in check_slide_talks(write(wrong))] == [(2, "an answer th")]
+    assert [(f.row, f.what[:12]) for f in check_slide_conversations(write(wrong))] == [(2, "an answer th")]
     gap = TCGA.replace("NA,High,,C", ",High,w,C")
-    assert [f.what for f in check_slide_talks(write(gap))] == ["an option letter that is missing: B"]
-    assert read_slide_talks(write(gap))[0].choices == {"A": "None", "C": "High", "D": "w"}
-    assert [f.what for f in check_slide_talks(write(TCGA.replace("\n1,", "\n0,")))] == [
+    assert [f.what for f in check_slide_conversations(write(gap))] == ["an option letter that is missing: B"]
+    assert read_slide_conversations(write(gap))[0].choices == {"A": "None", "C": "High", "D": "w"}
+    assert [f.what for f in check_slide_conversations(write(TCGA.replace("\n1,", "\n0,")))] == [
         "an id that is there before: 0"
     ]
     broken = [human("What?\n<image>", "x"), {"id": "b", "conversations": "no"}]
-    assert [(f.row, f.what[:25]) for f in check_slide_talks(write(broken))] == [
+    assert [(f.row, f.what[:25]) for f in check_slide_conversations(write(broken))] == [
         (2, 'must have "conversations"')
     ]
 
@@ -246,7 +246,7 @@ def test_faults_of_tables_and_structure(write):
 )
 def test_what_cannot_be_read_is_said(write, content, message):
     with pytest.raises(ValueError, match=f"file.*{message}"):
-        read_slide_talks(write(content))
+        read_slide_conversations(write(content))
 
 
 @pytest.mark.parametrize(
@@ -297,25 +297,25 @@ def test_keys_and_tags_that_are_not_honoured(write, record, message):
     )
     path = write([good | first, record])
     with pytest.raises(ValueError, match=f"file, row 2: .*{message}"):
-        read_slide_talks(path)
-    assert [fault.row for fault in check_slide_talks(path) if message in fault.what] == [2]
+        read_slide_conversations(path)
+    assert [fault.row for fault in check_slide_conversations(path) if message in fault.what] == [2]
 
 
 def test_a_column_that_is_not_honoured(write):
     with pytest.raises(ValueError, match='row 1: must not have "rejected_response"'):
-        read_slide_talks(write("slide_id,caption,rejected_response\ns,good,bad\n"))
+        read_slide_conversations(write("slide_id,caption,rejected_response\ns,good,bad\n"))
 
 
 def test_options_of_reading_are_checked(write):
     with pytest.raises(ValueError, match="kind must be auto or one of captions"):
-        read_slide_talks(write(TCGA), "csv")
+        read_slide_conversations(write(TCGA), "csv")
     with pytest.raises(ValueError, match="kind 'captions' must have slide_id, caption"):
-        read_slide_talks(write(TCGA), "captions")
+        read_slide_conversations(write(TCGA), "captions")
     with pytest.raises(ValueError, match="faults must be"):
-        read_slide_talks(write(TCGA), faults="keep")
+        read_slide_conversations(write(TCGA), faults="keep")
     with pytest.raises(ValueError, match="no such file"):
-        check_slide_talks("nowhere.json")
-    assert len(read_slide_talks(write(TCGA), "slidebench")) == 2
+        check_slide_conversations("nowhere.json")
+    assert len(read_slide_conversations(write(TCGA), "slidebench")) == 2
 
 
 def test_digests(write):
@@ -334,8 +334,8 @@ def test_cases():
 
 def test_the_real_training_example(shared_data):
     path = shared_data / "pathology" / "slidechat_train_data_example.json"
-    assert check_slide_talks(path) == []
-    talks = read_slide_talks(path)
+    assert check_slide_conversations(path) == []
+    talks = read_slide_conversations(path)
     assert [t.names for t in talks] == [
         ("TCGA-A7-A0CJ-01Z-00-DX2",),
         ("TCGA-AR-A255-01Z-00-DX1",),
@@ -347,7 +347,7 @@ def test_the_real_training_example(shared_data):
 
 def test_real_wsi_bench(shared_data):
     folder = shared_data / "pathology" / "wsi_bench"
-    found = {p.stem: read_slide_talks(p, faults="warn") for p in sorted(folder.glob("*.json"))}
+    found = {p.stem: read_slide_conversations(p, faults="warn") for p in sorted(folder.glob("*.json"))}
     assert {k: len(v) for k, v in found.items()} == {
         "1_Report_test": 208,
         "Diagnosis_choice_test": 413,
@@ -360,4 +360,4 @@ def test_real_wsi_bench(shared_data):
     golds = Counter(t.answer for t in found["Diagnosis_choice_test"])
     assert golds == {"C": 193, "B": 146, "D": 43, "A": 31}
     assert all(t.names[0].startswith("TCGA-") and "." in t.names[0] for t in found["1_Report_test"])
-    assert sum(len(check_slide_talks(p)) for p in folder.glob("*.json")) == 0
+    assert sum(len(check_slide_conversations(p)) for p in folder.glob("*.json")) == 0

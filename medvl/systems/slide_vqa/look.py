@@ -14,7 +14,7 @@ from medvl.base.tree import Tree
 from medvl.language import generate
 from medvl.slides.features import slide_name
 from medvl.slides.maps import write_map
-from medvl.slides.questions import SlideTalk
+from medvl.slides.questions import SlideConversation
 from medvl.slides.relevance import occlusion_attribution, patch_relevance
 from medvl.slides.tokens import open_slide, patch_weights, slide_tokens
 from medvl.systems.slide_vqa import model as slide_vqa
@@ -54,7 +54,7 @@ def look_at_slide(
     run.check_encoder(folder, of)
     tokens = slide_tokens(model.compress, model.compressor, of, folder / "tokens")
     turns = {"role": "user", "content": f"<image>\n{question}"}, {"role": "assistant", "content": ""}
-    talk = SlideTalk(messages=turns, slides=of.names)
+    talk = SlideConversation(messages=turns, slides=of.names)
     how = evolve(model.cfg.evaluate, max_tokens=most, by="text")
     (said,) = run.answer(evolve(model, cfg=evolve(model.cfg, evaluate=how)), params, [talk], tokens)
     slots = relevance_of_slots(model, params, talk, said, tokens, run.mean_token(folder, model))
@@ -74,7 +74,7 @@ def look_at_slide(
 
 
 def relevance_of_slots(
-    model: Model, params: Tree, talk: SlideTalk, said: str, tokens: dict[str, Tensor], mean: Tensor
+    model: Model, params: Tree, talk: SlideConversation, said: str, tokens: dict[str, Tensor], mean: Tensor
 ) -> np.ndarray:
     """What each token of a slide was worth for this answer, [k] in nats: by how much the answer's log-likelihood drops when that token is
     the mean of all training slides' instead. A token as every slide has it is worth nothing.

@@ -20,7 +20,7 @@ from medvl.language import chat, encoding, vlm
 from medvl.language.chat import Chat, ChatConfig, ModelConfig
 from medvl.language.encoding import QWEN_VL, Sample
 from medvl.phantoms.slides import SlideConfig
-from medvl.slides.questions import SlideTalk
+from medvl.slides.questions import SlideConversation
 from medvl.slides.reference_files import read_compressor, read_projector
 from medvl.training import loop as train
 from medvl.training.stages import TrainConfig, check_stage, new_adapter
@@ -200,7 +200,7 @@ class Model:
 class Encoded:
     """Conversations as token ids, with the slides they show."""
 
-    talks: tuple[SlideTalk, ...]
+    talks: tuple[SlideConversation, ...]
     samples: tuple[Sample, ...]
     refused: int
 
@@ -251,7 +251,7 @@ def init(
     return made, tree
 
 
-def encode(model: Model, held: Sequence[SlideTalk], *, prompt: bool = False) -> Encoded:
+def encode(model: Model, held: Sequence[SlideConversation], *, prompt: bool = False) -> Encoded:
     """Token ids of conversations, `slots` placeholders for each slide; those that do not fit the context are left out and counted."""
     held = [blinded(t) for t in held] if model.cfg.data.blind else list(held)
     how: dict[str, Any] = {"placeholder": QWEN_VL, **chat.template_of(model.cfg.chat)}
@@ -280,7 +280,7 @@ def encode(model: Model, held: Sequence[SlideTalk], *, prompt: bool = False) -> 
     )
 
 
-def blinded(talk: SlideTalk) -> SlideTalk:
+def blinded(talk: SlideConversation) -> SlideConversation:
     """The conversation without its slides."""
     return evolve(
         talk,

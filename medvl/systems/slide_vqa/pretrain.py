@@ -151,7 +151,7 @@ def _label_loss(
         cfg, params["compressor"], batch["x"].to(device), batch["mask"].to(device), gen=gen
     )
     loss, right = heads.label_loss(
-        heads.classify(params["heads"], got.tokens), {c: t.to(device) for c, t in batch.items()}
+        heads.label_logits(params["heads"], got.tokens), {c: t.to(device) for c, t in batch.items()}
     )
     balance = compress.reference_aux(got.aux) if cfg.kind == "moe" else torch.zeros((), device=device)
     return loss + aux * balance, loop.Aux(
@@ -175,7 +175,7 @@ def _labels_right(
             got = compress.compress(
                 cfg, params["compressor"], batch["x"].to(device), batch["mask"].to(device)
             )
-            logits = heads.classify(params["heads"], got.tokens)
+            logits = heads.label_logits(params["heads"], got.tokens)
         for c, x in logits.items():
             there = batch[c] >= 0
             hits[c] = hits.get(c, 0) + int((x.argmax(1).cpu() == batch[c])[there].sum())

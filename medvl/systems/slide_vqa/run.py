@@ -23,7 +23,7 @@ from medvl.language import chat, encoding, generate
 from medvl.phantoms import slide_questions
 from medvl.slides import bench
 from medvl.slides.features import slide_name
-from medvl.slides.questions import TAG, SlideTalk, published_as, read_slide_talks
+from medvl.slides.questions import TAG, SlideConversation, published_as, read_slide_conversations
 from medvl.slides.tokens import Features, open_features, slide_tokens
 from medvl.systems.slide_vqa import model as slide_vqa
 from medvl.systems.slide_vqa.model import Config, Encoded, Model, folder_of, path
@@ -91,13 +91,13 @@ def _warn_of_shared_patients(people: Mapping[str, set[str]], trained: str) -> No
             )
 
 
-def read(cfg: Config, what: str) -> list[SlideTalk]:
+def read(cfg: Config, what: str) -> list[SlideConversation]:
     """The conversations of captions, questions, valid or test; those whose answer has no text are only of use in a test.
 
     Raises:
-        ValueError: as `read_slide_talks`; no answer has text.
+        ValueError: as `read_slide_conversations`; no answer has text.
     """
-    held = read_slide_talks(path(cfg, what))
+    held = read_slide_conversations(path(cfg, what))
     mute = {
         t.row for t in held if any(m["role"] == "assistant" and not m["content"].strip() for m in t.messages)
     }
@@ -117,7 +117,7 @@ def read(cfg: Config, what: str) -> list[SlideTalk]:
     return [t for t in held if t.row not in mute]
 
 
-def slides_of(held: Sequence[SlideTalk]) -> list[str]:
+def slides_of(held: Sequence[SlideConversation]) -> list[str]:
     """The slides that are talked about, each once."""
     return list(dict.fromkeys(s for t in held for s in t.slides))
 
@@ -166,7 +166,7 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
 
 
 def _encoded(
-    cfg: Config, folder: Path, held: Mapping[str, Sequence[SlideTalk]], texts: Sequence[str]
+    cfg: Config, folder: Path, held: Mapping[str, Sequence[SlideConversation]], texts: Sequence[str]
 ) -> dict[str, Encoded]:
     """Token ids of {file of the data: its conversations}, made by a model without weights, that refuses what a real one would."""
     sizes = _sizes(cfg, slides_of([t for of in held.values() for t in of]))
@@ -214,7 +214,7 @@ def load(folder: Path) -> tuple[Model, Tree, Tree]:
 
 
 def tokens_of(
-    model: Model, folder: Path, talks: Sequence[SlideTalk], *, together: bool = False
+    model: Model, folder: Path, talks: Sequence[SlideConversation], *, together: bool = False
 ) -> dict[str, Tensor]:
     """The tokens of all slides with features that are talked about.
 
@@ -360,53 +360,57 @@ def assess(
 
 
 def _said(
-    model: Model, params: Tree, asked: Sequence[SlideTalk], tokens: dict[str, Tensor], path: Path
+    model: Model, params: Tree, asked: Sequence[SlideConversation], tokens: dict[str, Tensor], path: Path
 ) -> dict[int, str]:
     """{number of the question: answer} of those whose slides have features."""
     there = _answerable(model.cfg, asked, tokens)
     return dict(zip(there, answer(model, params, [asked[i] for i in there], tokens, path), strict=True))
 
 
-def _answerable(cfg: Config, asked: Sequence[SlideTalk], tokens: Mapping[str, Tensor]) -> list[int]:
+def _answerable(cfg: Config, asked: Sequence[SlideConversation], tokens: Mapping[str, Tensor]) -> list[int]:
     """The numbers of the questions whose slides all have tokens."""
     return [
         i for i, t in enumerate(asked) if cfg.data.blind or (t.slides and all(s in tokens for s in t.slides))
     ]
 
 
-def _score(cfg: Config, held: Sequence[SlideTalk], said: Mapping[int, str], experiment: str) -> list[Result]:
+def _score(
+    cfg: Config, held: Sequence[SlideConversation], said: Mapping[int, str], experiment: str
+) -> list[Result]:
     """The numbers of all questions: with options, and open ones."""
     how: dict[str, Any] = {"split": "test", "experiment": experiment, "n": cfg.evaluate.bootstrap}
     chosen, written = _chosen(held, said), _written(held, said)
-    results = bench.score(chosen, gen=Generator().manual_seed(cfg.seed), **how) if chosen else []
+    results = bench.score_choices(chosen, gen=Generator().manual_seed(cfg.seed), **how) if chosen else []
     return results + (
-        bench.score_written(written, gen=Generator().manual_seed(cfg.seed), **how) if written else []
+        bench.score_open_answers(written, gen=Generator().manual_seed(cfg.seed), **how) if written else []
     )
 
 
-def _chosen(held: Sequence[SlideTalk], said: Mapping[int, str]) -> list[bench.Answered]:
+def _chosen(held: Sequence[SlideConversation], said: Mapping[int, str]) -> list[bench.ChoiceAnswer]:
     """What was chosen in the questions with options."""
     rows = []
     for i, t in enumerate(held):
         if t.choices:
-            rows.append(bench.answered(said.get(i), t.choices, t.answer, missing=i not in said, **_about(t)))
+            rows.append(
+                bench.extract_choice(said.get(i), t.choices, t.answer, missing=i not in said, **_about(t))
+            )
     return rows
 
 
-def _written(held: Sequence[SlideTalk], said: Mapping[int, str]) -> list[bench.Written]:
+def _written(held: Sequence[SlideConversation], said: Mapping[int, str]) -> list[bench.OpenAnswer]:
     """What was answered to the open questions."""
     rows = []
     for i, t in enumerate(held):
         if not t.choices:
             question = t.messages[-2]["content"].replace(TAG, "").strip()
-            written = bench.Written(
+            written = bench.OpenAnswer(
                 question=question, gold=t.answer, said=said.get(i, ""), missing=i not in said, **_about(t)
             )
             rows.append(written)
     return rows
 
 
-def _about(talk: SlideTalk) -> dict[str, str]:
+def _about(talk: SlideConversation) -> dict[str, str]:
     """Whose question it is, and of which category."""
     broad, narrow = (*talk.category, "", "")[:2]
     slide = (*talk.names, *talk.slides, talk.id)[0]
@@ -416,7 +420,7 @@ def _about(talk: SlideTalk) -> dict[str, str]:
 def answer(
     model: Model,
     params: Tree,
-    talks: Sequence[SlideTalk],
+    talks: Sequence[SlideConversation],
     tokens: dict[str, Tensor],
     path: files.PathLike | None = None,
 ) -> list[str]:
@@ -457,7 +461,7 @@ def answer(
 
 
 def _likeliest(
-    model: Model, weights: dict[str, Tensor], inputs: dict[str, Tensor], talks: Sequence[SlideTalk]
+    model: Model, weights: dict[str, Tensor], inputs: dict[str, Tensor], talks: Sequence[SlideConversation]
 ) -> Sequence[str]:
     """The likeliest letter of each question's options."""
     options = [choices.lettered(talk.choices) for talk in talks]
@@ -473,14 +477,16 @@ def _likeliest(
 
 
 def _generated(
-    model: Model, weights: dict[str, Tensor], inputs: dict[str, Tensor], talks: Sequence[SlideTalk]
+    model: Model, weights: dict[str, Tensor], inputs: dict[str, Tensor], talks: Sequence[SlideConversation]
 ) -> Sequence[str]:
     """The greedy text of each answer."""
     how = chat.sampling_of(model.chat, model.cfg.evaluate.max_tokens)
     return generate.generate(how, model.chat.skeleton, weights, inputs, tok=model.chat.tokenizer).texts
 
 
-def _shuffled(held: Sequence[SlideTalk], seed: int, there: Collection[str]) -> list[SlideTalk]:
+def _shuffled(
+    held: Sequence[SlideConversation], seed: int, there: Collection[str]
+) -> list[SlideConversation]:
     """Every slide's questions about another slide that has features; where a slide has none, there is none to be shown in its place."""
     try:
         other = order.derangement((s for s in slides_of(held) if s in there), seed)

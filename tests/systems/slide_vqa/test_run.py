@@ -17,7 +17,7 @@ from medvl.base.tree import flatten, merge, split
 from medvl.components import compress
 from medvl.hub import skeletons
 from medvl.slides import pack
-from medvl.slides.questions import SlideTalk
+from medvl.slides.questions import SlideConversation
 from medvl.slides.tokens import open_features, slide_tokens
 from medvl.systems import run
 from medvl.systems.slide_vqa import look, pretrain
@@ -490,7 +490,7 @@ def test_what_is_refused(trained, tmp_path):
     model, _, data, tokens = started(trained)
     with pytest.raises(KeyError):
         slide_vqa.collate(
-            model, evolve(data, talks=(SlideTalk(messages=(), slides=("other",)),)), tokens, [0]
+            model, evolve(data, talks=(SlideConversation(messages=(), slides=("other",)),)), tokens, [0]
         )
     raw = record(tmp_path, data__source="files", data__folder=str(tmp_path))
     with pytest.raises(ValueError, match="4 files are missing"):
