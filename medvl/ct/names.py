@@ -1,4 +1,4 @@
-"""How volumes and slides are called, and which scan, case and patient they belong to."""
+"""How volumes are called, and which scan and patient they belong to."""
 
 import logging
 import re
@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 
 _CT_RATE = re.compile(r"(?P<scan>(?P<patient>.+_\d+)_[a-z]+)_\d+")
-_TCGA = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}(?![A-Z0-9])")
 _log = logging.getLogger(__name__)
 
 
@@ -81,14 +80,3 @@ def _patients_by_pattern(volumes: Sequence[str], pattern: str) -> list[str]:
             )
         patients.append(patient)
     return patients
-
-
-def case_of(name: str) -> str:
-    """The patient of a slide ("TCGA-GV-A40G" of "TCGA-GV-A40G-01Z-00-DX1"); any name not of TCGA's form is its own."""
-    hit = _TCGA.match(name)
-    return hit[0] if hit else name
-
-
-def is_case(name: str) -> bool:
-    """Whether a name is that of a TCGA patient and not of a slide."""
-    return _TCGA.fullmatch(name) is not None

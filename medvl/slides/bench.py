@@ -14,9 +14,9 @@ import torch
 from attrs import asdict, field, frozen
 
 from medvl.base import files
-from medvl.ct import names
 from medvl.evaluation import accuracy, answers, choices, metrics
 from medvl.evaluation.results import Result
+from medvl.slides import names
 
 OVERALL = "overall"
 _TABLE = (

@@ -10,8 +10,9 @@ from attrs import field, frozen
 from medvl.base.display import track
 from medvl.base.files import PathLike
 from medvl.hub.checkpoints import few
-from medvl.slides import features
+from medvl.slides import features, names
 from medvl.slides.features import About
+from medvl.slides.formats import SUFFIXES
 from medvl.slides.pack import Slides, content_digest, open_slides
 
 
@@ -56,7 +57,7 @@ def check_slides(
 
     Args:
         where: a folder, searched with all its subfolders, or a file that `slide_store.pack` wrote.
-        wanted: {name of a slide, as `slides.find_slides` takes it: where it is asked for ("train.json, line 3")}.
+        wanted: {name of a slide, as `names.find_slides` takes it: where it is asked for ("train.json, line 3")}.
         dims, encoder: what all must have; 0 and "": what most have. Files that do not say their encoder pass.
         values: read all patches, to find NaN and infinity, or in a store what is no longer as it was written; False looks at shapes.
     Returns:
@@ -67,13 +68,13 @@ def check_slides(
     """
     store = None if Path(where).is_dir() else open_slides(where)
     files: Mapping[str, Sequence[Any]] = (
-        features.feature_files(where) if store is None else {n: [n] for n in store.names}
+        names.feature_files(where) if store is None else {n: [n] for n in store.names}
     )
     if not wanted:
         wanted = {str(place): "all are looked at" for found in files.values() for place in found}
         if not wanted:
-            raise ValueError(f"{where}: holds no patch features ({', '.join(features.SUFFIXES)})")
-    matches = features.find_slides(wanted, files, where if store is None else "")
+            raise ValueError(f"{where}: holds no patch features ({', '.join(SUFFIXES)})")
+    matches = names.find_slides(wanted, files, where if store is None else "")
     # A case of several slides is looked at slide by slide.
     places = dict[str, Any]()
     for name, match in matches.items():
@@ -106,7 +107,7 @@ def check_slides(
         encoder=encoder,
         missing={n: wanted[n] for n, match in matches.items() if not match.places},
         near={
-            n: features.near_names(n, files)
+            n: names.near_names(n, files)
             for n in [n for n, match in matches.items() if not match.places][:20]
         },
         duplicates={n: [str(p) for p in match.places] for n, match in matches.items() if not match.clear},

@@ -1,11 +1,9 @@
-"""Patch features of whole slides, as CLAM, TRIDENT, SlideChat and others write them, and which file belongs to which slide."""
+"""Patch features of whole slides, as CLAM, TRIDENT, SlideChat and others write them."""
 
-import difflib
 import hashlib
 import logging
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,28 +12,12 @@ import numpy as np
 import torch
 from attrs import frozen
 
-from medvl.base import files
 from medvl.base.files import PathLike
-from medvl.ct.names import case_of, is_case
-from medvl.slides.formats import SUFFIXES, Block, Source, number_of, open_source, text_of, warn_once
+from medvl.slides.formats import Block, Source, number_of, open_source, text_of, warn_once
+from medvl.slides.names import slide_name
 
 _log = logging.getLogger(__name__)
 _PIECE = 2**16  # bytes of a file that `file_key` reads at each place
-_SCANS = (
-    ".svs",
-    ".tif",
-    ".tiff",
-    ".ndpi",
-    ".mrxs",
-    ".scn",
-    ".vms",
-    ".vmu",
-    ".bif",
-    ".svslide",
-    ".dcm",
-    ".czi",
-    ".isyntax",
-)
 
 
 @frozen(kw_only=True)
@@ -312,117 +294,3 @@ def file_key(path: PathLike) -> str:
             f.seek(max(0, at))
             digest.update(f.read(_PIECE))
     return f"{Path(path).name} {stat.st_size} {stat.st_mtime_ns} {digest.hexdigest()}"
-
-
-# Names ----------------------------------------------------------------------------------------------------------------------------------
-def slide_name(name: object) -> str:
-    """The name of a slide: the last part of a path, without the suffixes of feature files and scans ("./BLCA/A-01.csv" -> "A-01")."""
-    last = re.split(r"[/\\]", str(name))[-1]
-    for suffixes in (SUFFIXES, _SCANS):
-        end = next((s for s in suffixes if last.lower().endswith(s) and len(last) > len(s)), "")
-        last = last[: len(last) - len(end)]
-    return last
-
-
-@frozen(kw_only=True)
-class Match:
-    """What a name stands for among slides that are there: nothing, one, all slides of a case, or it cannot be told."""
-
-    stems: tuple[str, ...] = ()  # the slides
-    places: tuple[Any, ...] = ()  # their features: files, or names in a store
-    clear: bool = True  # False: one of these, but which is not said
-
-
-def find_slides(
-    names: Iterable[object], known: Mapping[str, Sequence[Any]], folder: PathLike = ""
-) -> dict[str, Match]:
-    """{name: what it stands for}, the names as texts, each once.
-
-    A name is a path of features as it is written (absolute or below `folder`); or a slide: the stem that is equal to it, else the stem
-    that is it, a dot and more ("A-DX1" is "A-DX1.UUID" and never "A-DX10"); or a TCGA case ("TCGA-GV-A40G"), which stands for all its
-    slides. Where several files would do, the folders that the name is written with decide ("BLCA/X.csv" beside "BRCA/X.csv").
-
-    Args:
-        names: known suffixes are taken off: `slide_name`.
-        known: {stem: its features}, as of `feature_files`.
-        folder: where paths begin; "" for a store, whose slides have no paths.
-    """
-    index = index_stems(known)
-    return {name: _match(name, index, known, folder) for name in map(str, names)}
-
-
-def _match(
-    name: str, index: Mapping[str, Sequence[str]], known: Mapping[str, Sequence[Any]], folder: PathLike
-) -> Match:
-    written = _as_written(name, folder) if folder else None
-    if written is not None:
-        return Match(stems=(slide_name(name),), places=(written,))
-    stems = index.get(slide_name(name), [])
-    if is_case(slide_name(name)):
-        each = [_narrowed(name, known[stem]) for stem in stems]  # of every slide its one file
-        clear = all(len(places) == 1 for places in each)
-        return Match(stems=tuple(stems), places=tuple(p for places in each for p in places), clear=clear)
-    places = _narrowed(name, [p for stem in stems for p in known[stem]])
-    kept = [stem for stem in stems if any(p in places for p in known[stem])]
-    return Match(stems=tuple(kept), places=tuple(places), clear=len(places) < 2)
-
-
-def _as_written(name: str, folder: PathLike) -> Path | None:
-    """The file of features that a name is the path of."""
-    path = Path(folder, name)  # an absolute name stays as it is
-    try:
-        return path if path.suffix.lower() in SUFFIXES and path.is_file() else None
-    except OSError:  # longer than a path can be
-        return None
-
-
-def _narrowed(name: str, places: Sequence[Any]) -> list[Any]:
-    """Of several files the one whose path ends as the name is written, with its suffix or at least with its folders; else all."""
-    parts = [part for part in re.split(r"[/\\]", name) if part not in ("", ".", "..")]
-    for wanted, of in ((parts, lambda p: p.parts), (parts[:-1], lambda p: p.parent.parts)):
-        ending = [
-            p for p in places if isinstance(p, Path) and wanted and list(of(p)[-len(wanted) :]) == wanted
-        ]
-        if len(places) > 1 and len(ending) == 1:
-            return ending
-    return list(places)
-
-
-def index_stems(stems: Iterable[str]) -> dict[str, list[str]]:
-    """{every name by which slides can be asked for: their stems}: a stem itself, what stands before its dots, and its TCGA case.
-
-    What is a stem itself stands for nothing else: where there are "S1" and "S1.1", "S1" is the first.
-    """
-    stems = sorted(set(stems))
-    found: dict[str, list[str]] = {}
-    for stem in stems:
-        shorter = {stem[: dot.start()] for dot in re.finditer(r"\.", stem)}
-        for name in sorted({*shorter, case_of(stem)}):
-            found.setdefault(name, []).append(stem)
-    return found | {stem: [stem] for stem in stems}
-
-
-def feature_files(folder: PathLike) -> dict[str, list[Path]]:
-    """{stem: the files of patch features so called} of a folder and all its subfolders, sorted; hidden files are left aside.
-
-    Raises:
-        ValueError: no such folder, or one below that cannot be read (`files.files_below`).
-    """
-    if not Path(folder).is_dir():
-        raise ValueError(f"{folder}: no such folder")
-    found: dict[str, list[Path]] = {}
-    for path in files.files_below(folder):
-        if path.name.lower().endswith(SUFFIXES) and not path.name.startswith("."):
-            found.setdefault(slide_name(path.name), []).append(path)
-    return {stem: sorted(paths) for stem, paths in sorted(found.items())}
-
-
-def near_names(name: str, stems: Iterable[str]) -> str:
-    """What an error says of a slide that is not there: " (near: A, B)", or that none of so many is near."""
-    stems = list(stems)
-    names = {
-        asked.casefold(): hits for asked, hits in index_stems(stems).items()
-    }  # upper and lower case are a near miss, not a match
-    near = difflib.get_close_matches(slide_name(name).casefold(), names, 3)
-    said = list(dict.fromkeys(stem for close in near for stem in names[close]))[:3]
-    return f" (near: {', '.join(said)})" if said else f" (none of {len(stems)} is near)"

@@ -27,6 +27,7 @@ from medvl.hub.checkpoints import few
 from medvl.slides import features as slides
 from medvl.slides.features import About, Slide
 from medvl.slides.formats import STORE, Block
+from medvl.slides.names import slide_name
 
 _log = logging.getLogger(__name__)
 
@@ -239,7 +240,7 @@ def pack(
     Slides that cannot be packed do not stop the others; one error at the end tells them all.
 
     Args:
-        paths: files of patch features (`slides.read_slide`), one per slide; the slide is called as `slides.slide_name` says.
+        paths: files of patch features (`slides.read_slide`), one per slide; the slide is called as `names.slide_name` says.
         dims, encoder: of all slides; 0 and "": what the store has, else what the files agree on. An encoder that is given also stands for
             files that do not say theirs.
         dtype: float16 or float32.
@@ -252,8 +253,8 @@ def pack(
     jobs: dict[str, Path] = {}
     for path in map(Path, paths):
         files.check_text(path)
-        if jobs.setdefault(slides.slide_name(path.name), path) != path:
-            name = slides.slide_name(path.name)
+        if jobs.setdefault(slide_name(path.name), path) != path:
+            name = slide_name(path.name)
             raise ValueError(
                 f"pack: two files are called {name!r}: {jobs[name]} and {path}; give one of them"
             )

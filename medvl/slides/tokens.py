@@ -18,9 +18,9 @@ from medvl.base.display import track
 from medvl.base.tree import Tree
 from medvl.components import compress
 from medvl.components.slots import CompressConfig, State
-from medvl.ct.names import is_case
 from medvl.hub import skeletons
 from medvl.slides import features as slides
+from medvl.slides import names as slide_names
 from medvl.slides import pack
 from medvl.slides.features import Block
 
@@ -46,7 +46,7 @@ def open_features(where: files.PathLike, names: Sequence[str], *, dims: int = 0)
 
     Args:
         where: a folder with one file per slide (any format of `slides`), or a store that `slide_store.pack` made.
-        names: slide ids, cases or names of files; matched as `slides.find_slides` does. A case of several slides is one bag of all patches.
+        names: slide ids, cases or names of files; matched as `slide_names.find_slides` does. A case of several slides is one bag of all patches.
     Raises:
         ValueError: no such folder or store; a name that several files match; widths that differ, or are not `dims`; two encoders.
     """
@@ -54,7 +54,7 @@ def open_features(where: files.PathLike, names: Sequence[str], *, dims: int = 0)
     if where.is_file():
         store = pack.open_slides(where)
         known: Mapping[str, Sequence[Any]] = {name: [name] for name in store.names}
-        matches = _clear(slides.find_slides(wanted, known))
+        matches = _clear(slide_names.find_slides(wanted, known))
         first = store.names[:1]  # its width is that of the store, also where no slide is asked for
         widths = {name: store.dims for name in (*[n for n in wanted if matches[n].places], *first)}
         encoders = {name: store.encoder for name in first}
@@ -64,8 +64,8 @@ def open_features(where: files.PathLike, names: Sequence[str], *, dims: int = 0)
             "key": lambda stem: store.source(stem)[1],
         }
     else:
-        known = slides.feature_files(where)
-        matches = _clear(slides.find_slides(wanted, known, where))
+        known = slide_names.feature_files(where)
+        matches = _clear(slide_names.find_slides(wanted, known, where))
         files_of = {_label(n, match, place): place for n, match in matches.items() for place in match.places}
         about = {
             label: slides.about_slide(place, dims=dims)
@@ -90,20 +90,20 @@ def open_features(where: files.PathLike, names: Sequence[str], *, dims: int = 0)
         _same_encoder(where, encoders),
         **read,
     )
-    return evolve(found, near=slides.near_names(missing[0], known) if missing else "")
+    return evolve(found, near=slide_names.near_names(missing[0], known) if missing else "")
 
 
-def _label(name: str, match: slides.Match, place: Any) -> str:
+def _label(name: str, match: slide_names.Match, place: Any) -> str:
     """What an error calls the features of a name, which are several for a case."""
     return name if len(match.places) == 1 else f"{name} ({place})"
 
 
-def _clear(matches: dict[str, slides.Match]) -> dict[str, slides.Match]:
+def _clear(matches: dict[str, slide_names.Match]) -> dict[str, slide_names.Match]:
     """Refuse a name that could be several."""
     for name, match in matches.items():
         if match.clear:
             continue
-        if len(match.stems) > 1 and not is_case(name):
+        if len(match.stems) > 1 and not slide_names.is_case(name):
             raise ValueError(
                 f"open_features: {name} must be one slide, {len(match.stems)} match: {', '.join(match.stems[:4])}; give the full name"
             )

@@ -22,7 +22,7 @@ from medvl.hub.peft_files import read_adapter
 from medvl.language.chat import ChatConfig
 from medvl.language.conversations import read_conversations, read_tasks, task_paths
 from medvl.slides import check, pack
-from medvl.slides.features import feature_files
+from medvl.slides.names import feature_files
 from medvl.slides.questions import audit_slide_conversations
 from medvl.slides.relevance import top_patches
 from medvl.systems.adapters import record as adapters

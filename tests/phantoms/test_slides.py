@@ -7,7 +7,8 @@ import pytest
 from attrs import evolve
 
 from medvl.phantoms import slides
-from medvl.slides.features import feature_files, read_slide
+from medvl.slides.features import read_slide
+from medvl.slides.names import feature_files
 
 CFG = slides.SlideConfig(train=60, valid=2, test=3, dim=32, patches=(100, 400), large=1, largest=20_000)
 SMALL = evolve(CFG, large=0)

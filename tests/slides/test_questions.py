@@ -7,7 +7,6 @@ from collections import Counter
 import pytest
 
 from medvl.base import files
-from medvl.ct.names import case_of
 from medvl.slides.questions import DESCRIBE, check_slide_conversations, published_as, read_slide_conversations
 
 TCGA = """\ufeffID,Slide,Tumor,Broad Category,Narrow Category,Question,A,B,C,D,Answer
@@ -325,11 +324,6 @@ def test_digests(write):
     assert published_as("668d063d" + "0" * 52 + "020b").startswith("SlideBench-VQA-TCGA")
     assert published_as("668d063d" + "0" * 52 + "020c") == ""
     assert published_as("8dcd8a9b" + "0" * 52 + "f8e5").startswith("SlideInstruct stage 2")
-
-
-def test_cases():
-    assert case_of("TCGA-GV-A40G-01Z-00-DX1.8288ca92") == "TCGA-GV-A40G"
-    assert (case_of("12"), case_of("TCGA-GV-A40G")) == ("12", "TCGA-GV-A40G")
 
 
 def test_the_real_training_example(shared_data):

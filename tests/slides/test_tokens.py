@@ -17,6 +17,7 @@ from medvl.components.slots import CompressConfig
 from medvl.slides import features as slides
 from medvl.slides import pack
 from medvl.slides import tokens as slide_tokens
+from medvl.slides.names import slide_name
 from medvl.slides.relevance import patch_relevance
 from medvl.slides.tokens import open_features, patch_weights, whole
 from tests.slides.test_features import features, grid, write_clam, write_csv, write_trident
@@ -86,7 +87,7 @@ def test_a_folder_and_a_store_give_the_same(folder, store):
         assert found.dims == D
         assert [found.patch_size(n) for n in found.names] == [None, 512, 512, 512, None]
         for n in found.names:
-            x, xy = made[slides.slide_name(n)]
+            x, xy = made[slide_name(n)]
             parts = list(found.chunks(n, 4))
             assert [len(p) for p, _ in parts] == [4] * (len(x) // 4) + [len(x) % 4] * (len(x) % 4 > 0)
             np.testing.assert_array_equal(np.concatenate([x[:0], *(p for p, _ in parts)]), x)

@@ -12,8 +12,8 @@ from torch import Tensor
 from medvl.base import files
 from medvl.base.tree import Tree
 from medvl.language import generate
-from medvl.slides.features import slide_name
 from medvl.slides.maps import write_map
+from medvl.slides.names import slide_name
 from medvl.slides.questions import SlideConversation
 from medvl.slides.relevance import occlusion_attribution, patch_relevance
 from medvl.slides.tokens import open_slide, patch_weights, slide_tokens

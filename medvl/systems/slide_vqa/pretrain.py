@@ -14,7 +14,7 @@ from medvl.base.tree import Tree, flatten, map_leaves
 from medvl.components import compress
 from medvl.components.slots import CompressConfig
 from medvl.slides import heads
-from medvl.slides.features import slide_name
+from medvl.slides.names import slide_name
 from medvl.slides.reference_files import write_compressor
 from medvl.slides.tokens import Features, open_features, whole
 from medvl.systems.slide_vqa import model

@@ -15,14 +15,13 @@ from medvl.base import config, files, processes, progress
 from medvl.base.display import track
 from medvl.base.tree import Tree
 from medvl.components.slots import CompressConfig
-from medvl.ct import names
 from medvl.evaluation import choices, plots, report
 from medvl.evaluation.results import Result
 from medvl.hub.checkpoints import read_json
 from medvl.language import chat, encoding, generate
 from medvl.phantoms import slide_questions
-from medvl.slides import bench
-from medvl.slides.features import slide_name
+from medvl.slides import bench, names
+from medvl.slides.names import slide_name
 from medvl.slides.questions import TAG, SlideConversation, published_as, read_slide_conversations
 from medvl.slides.tokens import Features, open_features, slide_tokens
 from medvl.systems.slide_vqa import model as slide_vqa
