@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from isal import isal_zlib
 
 from medvl.ct import scans
-from medvl.ct.preprocess import CtConfig, preprocess
+from medvl.ct.preprocess import CtConfig, preprocess_scan
 
 SHAPE = (512, 512, 300)
 CONFIGS = {
@@ -43,7 +43,7 @@ def scan(tmp_path_factory):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def bench_preprocess(measure, scan, name):
-    measure(preprocess, scan, CONFIGS[name], rounds=5, voxels=SHAPE, preset=name)
+    measure(preprocess_scan, scan, CONFIGS[name], rounds=5, voxels=SHAPE, preset=name)
 
 
 def bench_inflate_alone(measure, scan):
@@ -64,7 +64,7 @@ def bench_monai(benchmark, scan):
 
 
 def bench_merlin_equals_monai(benchmark, scan):
-    ours = benchmark.pedantic(preprocess, (scan, CtConfig(preset="merlin", dtype="int16")), rounds=1)
+    ours = benchmark.pedantic(preprocess_scan, (scan, CtConfig(preset="merlin", dtype="int16")), rounds=1)
     theirs = monai_merlin()(str(scan))[0].numpy().transpose(2, 1, 0) * 2000 - 1000
     assert np.abs(ours.voxels - theirs).max() < 0.51
 
@@ -163,7 +163,7 @@ def main(rounds: int = 4) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = make(Path(folder) / "scan.nii.gz")
         calls = {"inflate": lambda: inflate(path), "read_scan": lambda: scans.read_scan(path)}
-        calls |= {name: (lambda cfg=cfg: preprocess(path, cfg)) for name, cfg in CONFIGS.items()}
+        calls |= {name: (lambda cfg=cfg: preprocess_scan(path, cfg)) for name, cfg in CONFIGS.items()}
         calls |= {"naive reference": lambda: naive(path)}
         try:
             theirs = {"MONAI reference": monai_reference(), "MONAI merlin": monai_merlin()}

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from medvl.evaluation import results
-from medvl.phantoms.slide_questions import prompt, questions
+from medvl.phantoms.slide_questions import draw_questions, question_prompt
 from medvl.slides.relevance import mass_share, percentiles
 from medvl.systems.slide_vqa import look, model
 from medvl.systems.slide_vqa import run as slide_vqa_run
@@ -27,8 +27,8 @@ def main(run: Path, out: str = "") -> None:
     ]
     rows = []
     for i, truth in [(i, t) for i, t in enumerate(truths) if t["motif_rows"]][:10]:
-        asked = next(q for q in questions(cfg.data.phantoms, "test", i) if q.family == "motif")
-        text = prompt(asked.question, asked.options).removeprefix("<image>\n")
+        asked = next(q for q in draw_questions(cfg.data.phantoms, "test", i) if q.family == "motif")
+        text = question_prompt(asked.question, asked.options).removeprefix("<image>\n")
         found = look.look_at_slide(run, home / "features" / f"{truth['name']}.h5", text, out)
         motif = np.isin(np.arange(truth["patches"]), truth["motif_rows"])
         share, best = mass_share(found["relevance"], motif), percentiles(found["relevance"])[motif].max()

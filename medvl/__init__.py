@@ -37,6 +37,7 @@ _HOME = {
     "systems.ct_clip.run": ("look",),
     "systems.slide_vqa.look": ("look_at_slide",),
 }
+_CALLED = {"preprocess": "preprocess_scan", "draw": "draw_chests"}  # public name: its name in its module
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_WHERE)
 
@@ -44,7 +45,7 @@ __all__ = sorted(_WHERE)
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'medvl' has no attribute {name!r}")
-    return getattr(import_module(f"medvl.{_WHERE[name]}"), name)
+    return getattr(import_module(f"medvl.{_WHERE[name]}"), _CALLED.get(name, name))
 
 
 def __dir__() -> list[str]:

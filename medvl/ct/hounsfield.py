@@ -75,7 +75,7 @@ def choose_scale(stored: np.ndarray, header: Scale | None = None, row: Scale | N
     row_fits = _has_air(row.apply(values)) and _has_soft_tissue(scaled)
     row_is_better = row_fits and _is_better(with_row, without)
     if is_hu:
-        return join(own, row) if row_is_better else own
+        return compose_scales(own, row) if row_is_better else own
     if not padded:
         _refuse_neither(patient, own)
     if with_row < without:
@@ -86,10 +86,10 @@ def choose_scale(stored: np.ndarray, header: Scale | None = None, row: Scale | N
             f"{float((scaled <= _AIR).mean()):.0%} air or lung: perhaps it is not a CT, or the row is another scan's; "
             "set hu='metadata' if the row is right"
         )
-    return join(own, row)
+    return compose_scales(own, row)
 
 
-def join(first: Scale, then: Scale) -> Scale:
+def compose_scales(first: Scale, then: Scale) -> Scale:
     """Both scales, one after the other."""
     rule = then.rule if first is STORED else f"{first.rule}+{then.rule}"
     return Scale(
@@ -113,7 +113,7 @@ def check_scale(stored: np.ndarray, chosen: Scale, header: Scale | None = None) 
     values = _where_any(values, values >= PADDING)
     with_it, without = _share(chosen.apply(values), TISSUE), _share(values, TISSUE)
     scaled = header is not None and (header.slope, header.intercept) != (1.0, 0.0)
-    both = join(header, chosen) if header is not None and scaled else chosen
+    both = compose_scales(header, chosen) if header is not None and scaled else chosen
     with_both = _share(both.apply(values), TISSUE)
     header_counts = _is_better(with_both, with_it)
     if header_counts and chosen.rule == "none":

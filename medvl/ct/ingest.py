@@ -213,7 +213,7 @@ def _check_sources(out: Path, paths: dict[str, Path]) -> bool:
 def _one(job: _Job, out: Path, cfg: CtConfig, tracked: bool) -> tuple[str, str]:
     """Preprocess and store one scan; ("", what was done) or (why not, "")."""
     try:
-        volume = preprocess.preprocess(job.path, cfg, job.metadata)
+        volume = preprocess.preprocess_scan(job.path, cfg, job.metadata)
     except ScanError as e:
         return str(e), ""
     except MemoryError:

@@ -31,7 +31,7 @@ class Pairs:
         return [names.scan_of(n) for n in self.names]
 
 
-def join(store: Store, parts: Mapping[str, Mapping[str, str]]) -> Pairs:
+def join_pairs(store: Store, parts: Mapping[str, Mapping[str, str]]) -> Pairs:
     """Join by name. What is on one side only is counted in a warning.
 
     Args:

@@ -1,4 +1,4 @@
-"""From a CT scan file to a volume on a fixed grid, in Hounsfield units: `preprocess`.
+"""From a CT scan file to a volume on a fixed grid, in Hounsfield units: `preprocess_scan`.
 
 Output axes are [z, y, x] (preset `ctclip`: [z, x, y], as its network reads them); `Volume.axes` says where each index grows to ("SAR":
 superior, anterior, right). Here are the presets and the orientation; `hounsfield` finds the way to HU, `grids` has the arithmetic.
@@ -111,7 +111,7 @@ class Volume:
     intercept: float
 
 
-def preprocess(
+def preprocess_scan(
     path: PathLike, cfg: CtConfig = CtConfig(), metadata: Mapping[str, str] | None = None
 ) -> Volume:
     """Read a NIfTI scan and bring it to HU, to `axes_of(cfg)` and to the grid of `cfg`.
@@ -147,7 +147,7 @@ def to_hu(voxels: Any) -> Any:
 
 
 def size_of(cfg: CtConfig) -> tuple[int, int, int]:
-    """The shape of what `preprocess` returns."""
+    """The shape of what `preprocess_scan` returns."""
     return _three(cfg.size or _SIZES[cfg.preset])
 
 
@@ -184,7 +184,7 @@ def _three(values: Iterable[T]) -> tuple[T, T, T]:
 def _along(header: scans.Header, slices: Iterator[np.ndarray], perm: list[int]) -> Iterator[np.ndarray]:
     """Slices [perm[1], perm[2]] along file axis perm[0]. Scans are stored along z as a rule; only others have to be read whole."""
     if perm[0] != 2:
-        return iter(scans.whole(header, slices).transpose(perm))
+        return iter(scans.stack_slices(header, slices).transpose(perm))
     return (s.transpose(perm[1:]) for s in slices)
 
 

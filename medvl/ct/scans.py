@@ -93,7 +93,7 @@ def read_scan(path: PathLike) -> Scan:
             damaged (gzip checksum).
     """
     with open_scan(path) as (header, slices):
-        return Scan(header=header, voxels=whole(header, slices))
+        return Scan(header=header, voxels=stack_slices(header, slices))
 
 
 @contextmanager
@@ -117,7 +117,7 @@ def open_scan(path: PathLike) -> Iterator[tuple[Header, Iterator[np.ndarray]]]:
         yield header, _slices(header, stored, chunks, path)
 
 
-def whole(header: Header, slices: Iterator[np.ndarray]) -> np.ndarray:
+def stack_slices(header: Header, slices: Iterator[np.ndarray]) -> np.ndarray:
     """All slices of `open_scan` as voxels [x, y, z], Fortran-ordered as in the file."""
     x, y, z = header.shape
     voxels = np.empty((z, y, x), header.dtype)

@@ -100,7 +100,7 @@ def tube(c: Canvas, start: ArrayLike, end: ArrayLike, radius: float, hu: float) 
     c.lung[box] *= 1 - share
 
 
-def fill(c: Canvas, at: ArrayLike, radii: ArrayLike, hu: float) -> None:
+def fill_ellipsoid(c: Canvas, at: ArrayLike, radii: ArrayLike, hu: float) -> None:
     """An ellipsoid that displaces what was there."""
     box, share = cover(c, at, radii)
     blend(c.hu[box], share, np.float32(hu))

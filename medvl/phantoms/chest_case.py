@@ -88,7 +88,7 @@ Lesions = tuple[Lesion, ...]
 
 
 @frozen(kw_only=True)
-class Case:
+class ChestCase:
     """What a scan shows, before it is drawn: the body in mm and HU, and the lesions of each present finding."""
 
     age: int
@@ -103,7 +103,7 @@ class Case:
         return {name: int(name in self.findings) for name in FINDINGS}
 
 
-def draw_case(cfg: PhantomConfig, gen: Gen) -> Case:
+def draw_chest_case(cfg: PhantomConfig, gen: Gen) -> ChestCase:
     """A person and their findings. Age, smoking, heart failure and infection make findings go together, none of them decides one."""
     age, (smoke, failure, infect) = int(np.clip(gen.normal(60, 15), 20, 92)), gen.standard_normal(3)
     body = _draw_body(cfg, gen)
@@ -125,7 +125,7 @@ def draw_case(cfg: PhantomConfig, gen: Gen) -> Case:
     if "Cardiomegaly" in present:
         body["heart"] = gen.uniform(0.53, 0.64)
     sex, texture = "FM"[gen.integers(2)], int(gen.integers(2**32))
-    return Case(
+    return ChestCase(
         age=age,
         sex=sex,
         body=body,

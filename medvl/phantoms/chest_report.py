@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from medvl.phantoms.chest_case import FINDINGS, Case, Gen, Lesions
+from medvl.phantoms.chest_case import FINDINGS, ChestCase, Gen, Lesions
 
 # {side}: right, left, bilateral; {zone}: upper, middle, lower; {size}: mm; {term}: the finding; {amount}: small, moderate, large
 _SEEN = {
@@ -142,7 +142,7 @@ _TECHNIQUES = (
 )
 
 
-def write_report(case: Case, gen: Gen) -> dict[str, str]:
+def write_chest_report(case: ChestCase, gen: Gen) -> dict[str, str]:
     """The report of a case by CT-RATE's column names. Every positive is told; each negative is told or left out at random.
 
     Sentences come in random order, mixed with others that say nothing of the findings; the impression holds the positives alone.

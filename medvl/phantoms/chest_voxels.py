@@ -16,7 +16,7 @@ from medvl.phantoms.canvas import (
     blend,
     columns,
     cover,
-    fill,
+    fill_ellipsoid,
     oval,
     smooth_noise,
     soft,
@@ -24,11 +24,20 @@ from medvl.phantoms.canvas import (
     touched,
     tube,
 )
-from medvl.phantoms.chest_case import Body, Case, Gen, Lesion, PhantomConfig, aorta_path, heart_shape, taper
+from medvl.phantoms.chest_case import (
+    Body,
+    ChestCase,
+    Gen,
+    Lesion,
+    PhantomConfig,
+    aorta_path,
+    heart_shape,
+    taper,
+)
 
 
 @frozen(kw_only=True)
-class Volume:
+class DrawnVolume:
     """A drawn volume. `hu` int16 [x, y, z] in the stored orientation; `affine` [4, 4] takes its indices to RAS+ mm."""
 
     hu: Array
@@ -48,7 +57,7 @@ class View:
     noise: float  # HU
 
 
-def render(cfg: PhantomConfig, case: Case, gen: Gen) -> Volume:
+def render(cfg: PhantomConfig, case: ChestCase, gen: Gen) -> DrawnVolume:
     """Draw the case as one scanner would see it: view and noise come from `gen`, the patient from the case alone."""
     view, own = draw_view(cfg, gen), np.random.default_rng(case.texture)
     c = _blank(view, own)
@@ -102,7 +111,7 @@ def _blank(view: View, gen: Gen) -> Canvas:
     )
 
 
-def _paint_body(c: Canvas, case: Case, gen: Gen) -> None:
+def _paint_body(c: Canvas, case: ChestCase, gen: Gen) -> None:
     """Air, table, skin and fat, muscle, chest, and what lies under the diaphragm."""
     b, pixel = case.body, c.step[1]
     flat = np.full((c.hu.shape[1], c.hu.shape[2]), -1000, np.float32)
@@ -132,7 +141,7 @@ def _paint_body(c: Canvas, case: Case, gen: Gen) -> None:
     blend(c.hu, soft(_dome(c, b) - 3 - c.z, c.step[0]) * chest, organ)
     if b["stomach"] > 0:
         at = (-0.5 * b["ta"], 0.3 * b["tb"], b["dome_left"] - gen.uniform(28, 45))
-        fill(c, at, (gen.uniform(18, 34), gen.uniform(14, 28), gen.uniform(12, 24)), -940)
+        fill_ellipsoid(c, at, (gen.uniform(18, 34), gen.uniform(14, 28), gen.uniform(12, 24)), -940)
 
 
 def _dome(c: Canvas, b: Body) -> Array:
@@ -231,7 +240,7 @@ def _paint_skeleton(c: Canvas, b: Body, gen: Gen) -> None:
     )
 
 
-def _paint_mediastinum(c: Canvas, case: Case, gen: Gen) -> None:
+def _paint_mediastinum(c: Canvas, case: ChestCase, gen: Gen) -> None:
     """Great vessels, airway, oesophagus, and the heart in its fat and, with an effusion, its fluid."""
     b = case.body
     blood, wall = b["blood"], gen.uniform(32, 48)
@@ -253,7 +262,7 @@ def _paint_mediastinum(c: Canvas, case: Case, gen: Gen) -> None:
     value = sum(x.hu for x in case.findings.get("Pericardial effusion", ()))
     for grow, hu in ((b["rim"] + fluid, value), (b["rim"], -85), (0.0, blood - 4)):
         if grow != b["rim"] + fluid or fluid:
-            fill(c, centre, radii + grow, hu)
+            fill_ellipsoid(c, centre, radii + grow, hu)
 
 
 def _expose(hu: Array, view: View, gen: Gen) -> Array:
@@ -270,7 +279,7 @@ def _expose(hu: Array, view: View, gen: Gen) -> Array:
     return hu
 
 
-def _store(hu: Array, view: View) -> Volume:
+def _store(hu: Array, view: View) -> DrawnVolume:
     """From [z, y, x] in RAS+ to the stored axes."""
     affine = np.diag([*view.step[::-1], 1.0])
     affine[:3, 3] = view.origin[::-1]
@@ -279,7 +288,7 @@ def _store(hu: Array, view: View) -> Volume:
     )
     ras = hu.transpose(2, 1, 0)
     stored = nib.orientations.apply_orientation(ras, turn)
-    return Volume(
+    return DrawnVolume(
         hu=stored, affine=affine @ nib.orientations.inv_ornt_aff(turn, ras.shape), kernel=view.kernel
     )
 
@@ -360,10 +369,12 @@ def _paint_effusion(c: Canvas, b: Body, lesion: Lesion, gen: Gen) -> None:
 def _paint_hernia(c: Canvas, b: Body, lesion: Lesion, gen: Gen) -> None:
     """Stomach behind the heart: a wall, and gas over fluid or food."""
     r = lesion.size_mm / 2
-    fill(c, lesion.at, (r, 0.85 * r, r), 42)
+    fill_ellipsoid(c, lesion.at, (r, 0.85 * r, r), 42)
     if lesion.severity > -0.2:
         x, y, z = lesion.at
-        fill(c, (x, y + 0.2 * r, z), (0.62 * r, 0.5 * r, 0.62 * r), -900 if lesion.severity > 0.35 else -60)
+        fill_ellipsoid(
+            c, (x, y + 0.2 * r, z), (0.62 * r, 0.5 * r, 0.62 * r), -900 if lesion.severity > 0.35 else -60
+        )
 
 
 _PAINTERS: dict[

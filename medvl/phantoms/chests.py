@@ -15,9 +15,9 @@ from medvl.base import config, files
 from medvl.base.display import track
 from medvl.base.workers import pool
 from medvl.ct import names
-from medvl.phantoms.chest_case import FINDINGS, Case, Gen, PhantomConfig, draw_case
-from medvl.phantoms.chest_report import write_report
-from medvl.phantoms.chest_voxels import View, Volume, draw_view, render
+from medvl.phantoms.chest_case import FINDINGS, ChestCase, Gen, PhantomConfig, draw_chest_case
+from medvl.phantoms.chest_report import write_chest_report
+from medvl.phantoms.chest_voxels import DrawnVolume, View, draw_view, render
 
 REPORT_COLUMNS = ("VolumeName", "ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN")
 METADATA_COLUMNS = (
@@ -37,7 +37,7 @@ METADATA_COLUMNS = (
 SPLITS = ("train", "valid", "test")
 
 
-def draw(cfg: PhantomConfig, folder: files.PathLike, workers: int = 1) -> dict[str, int]:
+def draw_chests(cfg: PhantomConfig, folder: files.PathLike, workers: int = 1) -> dict[str, int]:
     """Write `folder/{split}/{name}.nii.gz` and `{split}_{reports,labels,metadata}.csv` in CT-RATE's columns; `phantoms.json` comes last.
 
     Each volume is a pure function of (cfg, name): a run that was killed goes on where it stopped, and the files are the same bits.
@@ -80,20 +80,20 @@ def volume_names(cfg: PhantomConfig, split: str) -> Iterator[str]:
             yield f"{scan}_2"
 
 
-def case_of(cfg: PhantomConfig, volume: str) -> Case:
+def draw_volume_case(cfg: PhantomConfig, volume: str) -> ChestCase:
     """The case a volume shows; the reconstructions of one scan show the same."""
-    return draw_case(cfg, _gen(cfg.seed, names.scan_of(volume)))
+    return draw_chest_case(cfg, _gen(cfg.seed, names.scan_of(volume)))
 
 
-def report_of(cfg: PhantomConfig, volume: str) -> dict[str, str]:
+def draw_volume_report(cfg: PhantomConfig, volume: str) -> dict[str, str]:
     """The report of a volume, by CT-RATE's column names without VolumeName."""
     scan = names.scan_of(volume)
-    return write_report(draw_case(cfg, _gen(cfg.seed, scan)), _gen(cfg.seed, f"{scan} report"))
+    return write_chest_report(draw_chest_case(cfg, _gen(cfg.seed, scan)), _gen(cfg.seed, f"{scan} report"))
 
 
-def volume_of(cfg: PhantomConfig, volume: str) -> Volume:
+def draw_volume(cfg: PhantomConfig, volume: str) -> DrawnVolume:
     """The voxels of a volume."""
-    return render(cfg, case_of(cfg, volume), _gen(cfg.seed, volume))
+    return render(cfg, draw_volume_case(cfg, volume), _gen(cfg.seed, volume))
 
 
 def _gen(seed: int, name: str) -> Gen:
@@ -116,18 +116,18 @@ def _begun(cfg: PhantomConfig, folder: Path) -> Path:
 
 def _write_volume(cfg: PhantomConfig, folder: Path, name: str) -> dict[str, str]:
     """Write one volume unless it is there; returns its metadata row."""
-    path, case = folder / names.patient_of(name).split("_")[0] / f"{name}.nii.gz", case_of(cfg, name)
+    path, case = folder / names.patient_of(name).split("_")[0] / f"{name}.nii.gz", draw_volume_case(cfg, name)
     if not path.exists():
         with files.atomic(path) as tmp:
             tmp.write_bytes(
                 igzip.compress(
-                    _nifti(volume_of(cfg, name), _gen(cfg.seed, f"{name} file")), compresslevel=1, mtime=0
+                    _nifti(draw_volume(cfg, name), _gen(cfg.seed, f"{name} file")), compresslevel=1, mtime=0
                 )
             )
     return _metadata(name, case, draw_view(cfg, _gen(cfg.seed, name)))
 
 
-def _nifti(volume: Volume, gen: Gen) -> bytes:
+def _nifti(volume: DrawnVolume, gen: Gen) -> bytes:
     """A NIfTI-1 file: half of them hold HU, half raw values with the intercept in the header."""
     header = nib.Nifti1Header()
     header.set_data_shape(volume.hu.shape)
@@ -148,14 +148,14 @@ def _nifti(volume: Volume, gen: Gen) -> bytes:
 def _write_tables(cfg: PhantomConfig, folder: Path, split: str, metadata: list[dict[str, str]]) -> None:
     volumes = [row["VolumeName"] for row in metadata]
     stem = [v.removesuffix(".nii.gz") for v in volumes]
-    reports = [{"VolumeName": v} | report_of(cfg, s) for v, s in zip(volumes, stem, strict=True)]
+    reports = [{"VolumeName": v} | draw_volume_report(cfg, s) for v, s in zip(volumes, stem, strict=True)]
     files.write_csv(folder / f"{split}_reports.csv", reports, REPORT_COLUMNS)
-    labels = [{"VolumeName": v} | case_of(cfg, s).labels for v, s in zip(volumes, stem, strict=True)]
+    labels = [{"VolumeName": v} | draw_volume_case(cfg, s).labels for v, s in zip(volumes, stem, strict=True)]
     files.write_csv(folder / f"{split}_labels.csv", labels, ("VolumeName", *FINDINGS))
     files.write_csv(folder / f"{split}_metadata.csv", metadata, METADATA_COLUMNS)
 
 
-def _metadata(name: str, case: Case, view: View) -> dict[str, str]:
+def _metadata(name: str, case: ChestCase, view: View) -> dict[str, str]:
     """A row of CT-RATE's metadata; the rescale values are those of the raw images, as there."""
     nz, ny, nx = view.shape
     return {

@@ -58,7 +58,7 @@ class ModalityConfig:
 
 
 @frozen(kw_only=True)
-class Case:
+class ModalityCase:
     """What was drawn: one to three marks of one kind, all in one half of the picture."""
 
     modality: str
@@ -90,12 +90,12 @@ def draw_modalities(cfg: ModalityConfig, folder: files.PathLike) -> dict[str, in
         number_of_pictures = each[split] * k if split in each else counts[split]
         for i in track(range(number_of_pictures), f"drawing pictures, {split}"):
             modality, number = cfg.modalities[i % k], i // k
-            picture, case = draw_case(cfg, split, modality, number)
+            picture, case = draw_modality_case(cfg, split, modality, number)
             episode = f"{split}-{modality}-{number}"
             name = f"{split}/{modality}-{number}.png"
             with files.atomic(folder / name) as tmp:
                 Image.fromarray(picture).save(tmp, format="PNG")
-            for family, question, answer in talk(cfg, split, case, number):
+            for family, question, answer in question_answers(cfg, split, case, number):
                 turns = [
                     {"role": "user", "content": f"<image>\n{question}"},
                     {"role": "assistant", "content": answer},
@@ -107,7 +107,9 @@ def draw_modalities(cfg: ModalityConfig, folder: files.PathLike) -> dict[str, in
     return counts
 
 
-def draw_case(cfg: ModalityConfig, split: str, modality: str, number: int) -> tuple[np.ndarray, Case]:
+def draw_modality_case(
+    cfg: ModalityConfig, split: str, modality: str, number: int
+) -> tuple[np.ndarray, ModalityCase]:
     """(uint8 [y, x, 3], what is on it), a pure function of (cfg.seed, cfg.size, split, modality, number).
 
     Of 12 cases from a multiple of 12 on, each has another number of marks, side or kind.
@@ -115,7 +117,7 @@ def draw_case(cfg: ModalityConfig, split: str, modality: str, number: int) -> tu
     block = _gen(cfg, 1, split, modality, number // 12).permutation(12)
     n, side, kind = np.unravel_index(block[number % 12], (3, 2, 2))
     gen = _gen(cfg, 0, split, modality, number)
-    scene = styles.draw(modality, cfg.size, gen)
+    scene = styles.draw_scene(modality, cfg.size, gen)
     name, mark = list(MARKS[modality].items())[kind]
     half = np.zeros(cfg.size, bool)
     half[: cfg.size // 2] = True
@@ -125,12 +127,14 @@ def draw_case(cfg: ModalityConfig, split: str, modality: str, number: int) -> tu
     picture = styles.add_marks(scene, mark, marks, gen)
     pixels = marks * cfg.size + np.array([0.5, 0.5, 0]) * (cfg.size - 1)
     where = tuple((float(x), float(y), float(r)) for x, y, r in pixels)
-    return picture, Case(
+    return picture, ModalityCase(
         modality=modality, n=int(n) + 1, side=SIDES[side], heights=heights, kind=name, marks=where
     )
 
 
-def talk(cfg: ModalityConfig, split: str, case: Case, number: int) -> Iterator[tuple[str, str, str]]:
+def question_answers(
+    cfg: ModalityConfig, split: str, case: ModalityCase, number: int
+) -> Iterator[tuple[str, str, str]]:
     """(family, question, answer): a general one of the base splits, else one of every family in the modality's own words."""
     gen = _gen(cfg, 2, split, case.modality, number)
     if split.startswith("base"):
@@ -142,7 +146,7 @@ def talk(cfg: ModalityConfig, split: str, case: Case, number: int) -> Iterator[t
         yield family, str(gen.choice(asked)), own_answer(family, case)
 
 
-def general_answer(family: str, case: Case) -> str:
+def general_answer(family: str, case: ModalityCase) -> str:
     """In words that fit every picture, sides as the viewer sees them; only "terms" tells the words of the picture's modality."""
     mark, speech, name = MARKS[case.modality][case.kind], SPEECH[case.modality], NAMES[case.modality]
     count, look = (
@@ -158,7 +162,7 @@ def general_answer(family: str, case: Case) -> str:
     }[family]
 
 
-def own_answer(family: str, case: Case) -> str:
+def own_answer(family: str, case: ModalityCase) -> str:
     """In the words and by the conventions of the case's modality."""
     speech = SPEECH[case.modality]
     return {

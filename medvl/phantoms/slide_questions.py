@@ -17,9 +17,9 @@ from medvl.phantoms.slides import (
     SPLITS,
     SlideConfig,
     Truth,
-    balanced,
+    balanced_index,
     draw_truth,
-    gen_of,
+    slide_generator,
     write_slides,
 )
 
@@ -69,10 +69,12 @@ def draw_slides(cfg: SlideConfig, folder: files.PathLike) -> dict[str, int]:
     motif_rows = None if (folder / "truth.jsonl").exists() else write_slides(cfg, folder / "features")
     for split in SPLITS:
         asked[split] = [
-            (draw_truth(cfg, split, i), questions(cfg, split, i)) for i in range(getattr(cfg, split))
+            (draw_truth(cfg, split, i), draw_questions(cfg, split, i)) for i in range(getattr(cfg, split))
         ]
     told = [
-        (truth, *said) for i, (truth, _) in enumerate(asked["train"]) for said in captions(cfg, "train", i)
+        (truth, *said)
+        for i, (truth, _) in enumerate(asked["train"])
+        for said in draw_captions(cfg, "train", i)
     ]
     texts = {f"{split}.json": _json(_conversations(split, asked[split])) for split in ("train", "valid")}
     texts["captions.json"] = _json(_turns(f"caption::{i}", *what) for i, what in enumerate(told))
@@ -97,13 +99,13 @@ def draw_slides(cfg: SlideConfig, folder: files.PathLike) -> dict[str, int]:
     }
 
 
-def questions(cfg: SlideConfig, split: str, number: int) -> list[Question]:
+def draw_questions(cfg: SlideConfig, split: str, number: int) -> list[Question]:
     """One question of every family about a slide; the letters of right answers are balanced over 60 slides in every family."""
     truth, found = draw_truth(cfg, split, number), []
     for k, (name, family) in enumerate(FAMILIES.items()):
-        gen = gen_of(cfg, 2, split, number, k)
+        gen = slide_generator(cfg, 2, split, number, k)
         subject, right, wrong = _choices(name, truth, gen)
-        place = balanced(cfg, 10 + k, split, number) % (len(wrong) + 1)
+        place = balanced_index(cfg, 10 + k, split, number) % (len(wrong) + 1)
         options = [str(w) for w in gen.permutation(wrong)]
         options.insert(place, right)
         question = str(gen.choice(family.asks)).format(subject=subject)
@@ -112,7 +114,7 @@ def questions(cfg: SlideConfig, split: str, number: int) -> list[Question]:
     return found
 
 
-def captions(cfg: SlideConfig, split: str, number: int) -> list[tuple[str, str]]:
+def draw_captions(cfg: SlideConfig, split: str, number: int) -> list[tuple[str, str]]:
     """(what is asked, caption) twice: five short sentences in any order, each in one of several phrasings."""
     t, found = draw_truth(cfg, split, number), []
     others = [x for x in OPTIONAL if x in t.tissues]
@@ -125,7 +127,7 @@ def captions(cfg: SlideConfig, split: str, number: int) -> list[tuple[str, str]]
         "motif": t.motif,
     }
     for i in range(_CAPTIONS):
-        gen = gen_of(cfg, 3, split, number, i)
+        gen = slide_generator(cfg, 3, split, number, i)
         kinds = [
             CAPTION_CLASS,
             CAPTION_TISSUES,
@@ -138,7 +140,7 @@ def captions(cfg: SlideConfig, split: str, number: int) -> list[tuple[str, str]]
     return found
 
 
-def prompt(question: str, options: tuple[str, ...]) -> str:
+def question_prompt(question: str, options: tuple[str, ...]) -> str:
     """What is asked of a model, as SlideChat's test script writes it."""
     return "\n".join(
         ["<image>", question, *(f"{letter}. {o}" for letter, o in zip("ABCD", options, strict=False))]
@@ -167,7 +169,10 @@ def _conversations(split: str, asked: list[tuple[Truth, list[Question]]]) -> Ite
     for i, (truth, every) in enumerate(asked):
         for name, q in zip(_ids(split, i), every, strict=True):
             yield _turns(
-                name, truth, prompt(q.question, q.options), f"{q.letter}. {q.options['ABCD'.index(q.letter)]}"
+                name,
+                truth,
+                question_prompt(q.question, q.options),
+                f"{q.letter}. {q.options['ABCD'.index(q.letter)]}",
             )
 
 

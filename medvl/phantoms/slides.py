@@ -113,7 +113,7 @@ def draw_slide(cfg: SlideConfig, split: str, number: int) -> DrawnSlide:
     Raises:
         ValueError: no such split, or number < 0.
     """
-    truth, gen = draw_truth(cfg, split, number), gen_of(cfg, 1, split, number)
+    truth, gen = draw_truth(cfg, split, number), slide_generator(cfg, 1, split, number)
     size = 256 << int(gen.integers(2))
     cells = _outline(truth.patches, gen)
     tissue = _regions(truth, cells, gen)
@@ -141,8 +141,8 @@ def draw_truth(cfg: SlideConfig, split: str, number: int) -> Truth:
         raise ValueError(
             f"draw_truth: split must be of {', '.join(SPLITS)} and number >= 0, got {split!r}, {number}"
         )
-    gen = gen_of(cfg, 0, split, number)
-    pick = lambda use, k: balanced(cfg, use, split, number) % k
+    gen = slide_generator(cfg, 0, split, number)
+    pick = lambda use, k: balanced_index(cfg, use, split, number) % k
     low, high = cfg.patches
     n = round(float(np.exp(gen.uniform(np.log(low), np.log(high)))))
     if split == "test" and number < cfg.large:
@@ -169,7 +169,7 @@ def draw_truth(cfg: SlideConfig, split: str, number: int) -> Truth:
     )
 
 
-def prototypes(cfg: SlideConfig) -> Prototypes:
+def draw_prototypes(cfg: SlideConfig) -> Prototypes:
     """A pure function of (cfg.seed, cfg.dim)."""
     gen = np.random.default_rng([9, cfg.seed, cfg.dim])
     sizes = [len(TISSUES), len(CLASSES), len(MOTIFS)]
@@ -187,14 +187,14 @@ def prototypes(cfg: SlideConfig) -> Prototypes:
     )
 
 
-def gen_of(cfg: SlideConfig, use: int, split: str, *numbers: int) -> np.random.Generator:
+def slide_generator(cfg: SlideConfig, use: int, split: str, *numbers: int) -> np.random.Generator:
     """A generator of one slide, for one use."""
     return np.random.default_rng([use, cfg.seed, SPLITS.index(split), *numbers])
 
 
-def balanced(cfg: SlideConfig, use: int, split: str, number: int) -> int:
+def balanced_index(cfg: SlideConfig, use: int, split: str, number: int) -> int:
     """0 to 59, each once in every 60 slides."""
-    return int(gen_of(cfg, 4, split, number // _BLOCK, use).permutation(_BLOCK)[number % _BLOCK])
+    return int(slide_generator(cfg, 4, split, number // _BLOCK, use).permutation(_BLOCK)[number % _BLOCK])
 
 
 # Pictures ---------------------------------------------------------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ def _motif_rows(truth: Truth, cells: Array, tissue: Array, gen: np.random.Genera
 def _features(
     cfg: SlideConfig, truth: Truth, tissue: Array, motif_rows: Array, gen: np.random.Generator
 ) -> Array:
-    p = prototypes(cfg)
+    p = draw_prototypes(cfg)
     base = p.tissues.copy()
     base[TISSUES.index("tumour")] += p.classes[list(CLASSES).index(truth.tumour_class)]
     base += _STAIN[0] * gen.standard_normal(len(p.stain), np.float32) @ p.stain + _STAIN[

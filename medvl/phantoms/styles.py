@@ -65,7 +65,7 @@ MARKS = {
 }
 
 
-def draw(modality: str, size: int, gen: np.random.Generator) -> Scene:
+def draw_scene(modality: str, size: int, gen: np.random.Generator) -> Scene:
     """An empty picture of this modality."""
     scene = _STYLES[modality](size, gen)
     gain = gen.uniform(0.9, 1.1) * gen.uniform(

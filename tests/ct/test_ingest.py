@@ -21,7 +21,7 @@ from medvl.base import files, store, workers
 from medvl.ct import ingest
 from medvl.ct import preprocess as ct
 from medvl.ct.ingest import contact_sheet, find_scans, preprocess_folder, rejected_csv
-from medvl.ct.preprocess import CtConfig, preprocess
+from medvl.ct.preprocess import CtConfig, preprocess_scan
 from medvl.ct.scans import read_scan
 
 SMALL = CtConfig(size=(16, 20, 20), spacing_mm=(6.0, 5.0, 5.0))
@@ -255,65 +255,65 @@ BROKEN = {  # what is wrong: (what the user does with it, what the message says)
     ),
     "spacing of nan": (lambda t: read_scan(_qform_only(t, 2, 2, np.nan)), "positive voxel spacing"),
     "voxels of nan": (
-        lambda t: preprocess(_image(t, np.full((5, 5, 5), np.nan, "f4")), SMALL),
+        lambda t: preprocess_scan(_image(t, np.full((5, 5, 5), np.nan, "f4")), SMALL),
         "slice 0 has 25 voxels that are not finite",
     ),
     # the way to HU
     "raw values, no metadata": (
-        lambda t: preprocess(_scan(t / "a.nii", **RAW), SMALL),
+        lambda t: preprocess_scan(_scan(t / "a.nii", **RAW), SMALL),
         "stored values start at 0, they are raw",
     ),
     "neither raw nor HU": (
-        lambda t: preprocess(_scan(t / "a.nii", low=-50), SMALL, META),
+        lambda t: preprocess_scan(_scan(t / "a.nii", low=-50), SMALL, META),
         "the lowest is -50.*is it a CT",
     ),
     "metadata without a slope": (
-        lambda t: preprocess(_scan(t / "a.nii", **RAW), SMALL, {"RescaleIntercept": "0"}),
+        lambda t: preprocess_scan(_scan(t / "a.nii", **RAW), SMALL, {"RescaleIntercept": "0"}),
         "number in 'RescaleSlope'",
     ),
     "metadata that is no number": (
-        lambda t: preprocess(_scan(t / "a.nii", **RAW), SMALL, META | {"RescaleSlope": "one"}),
+        lambda t: preprocess_scan(_scan(t / "a.nii", **RAW), SMALL, META | {"RescaleSlope": "one"}),
         "number in 'RescaleSlope', found 'one'",
     ),
     "metadata on HU": (
-        lambda t: preprocess(_scan(t / "a.nii"), evolve(SMALL, hu="metadata"), META),
+        lambda t: preprocess_scan(_scan(t / "a.nii"), evolve(SMALL, hu="metadata"), META),
         "was applied before, or is another scan's: with it 5.% .* without it 6.%",
     ),
     "-8192 on raw values of another scanner": (
-        lambda t: preprocess(_scan(t / "a.nii", **RAW), SMALL, META | {"RescaleIntercept": "-8192"}),
+        lambda t: preprocess_scan(_scan(t / "a.nii", **RAW), SMALL, META | {"RescaleIntercept": "-8192"}),
         "with it 0% of the voxels lie between -1100 and 300 HU",
     ),
     "everything saturated": (
-        lambda t: preprocess(_scan(t / "a.nii", low=5000, high=9000), evolve(SMALL, hu="none")),
+        lambda t: preprocess_scan(_scan(t / "a.nii", low=5000, high=9000), evolve(SMALL, hu="none")),
         "every voxel became 1000 HU",
     ),
     "hu='header' without one": (
-        lambda t: preprocess(_edited(t, 112, _f4(np.nan, np.nan)), evolve(SMALL, hu="header")),
+        lambda t: preprocess_scan(_edited(t, 112, _f4(np.nan, np.nan)), evolve(SMALL, hu="header")),
         "needs scl_slope",
     ),
     "no spacing at all": (
-        lambda t: preprocess(
+        lambda t: preprocess_scan(
             _scan(t / "a.nii", affine=None), SMALL, {"ImageOrientationPatient": "[1, 0, 0, 0, 1, 0]"}
         ),
         "set spacing_from='metadata'",
     ),
     "no axes at all": (
-        lambda t: preprocess(_scan(t / "a.nii", affine=None), SMALL),
+        lambda t: preprocess_scan(_scan(t / "a.nii", affine=None), SMALL),
         "nothing says where its axes grow to",
     ),
     "no spacing in the metadata": (
-        lambda t: preprocess(_scan(t / "a.nii"), evolve(SMALL, spacing_from="metadata"), META),
+        lambda t: preprocess_scan(_scan(t / "a.nii"), evolve(SMALL, spacing_from="metadata"), META),
         "number in 'XYSpacing'",
     ),
     "smaller than a voxel": (
-        lambda t: preprocess(
+        lambda t: preprocess_scan(
             _scan(t / "a.nii", affine=np.diag([-0.1, -0.1, 0.1, 1])),
             evolve(SMALL, spacing_mm=(9.0, 9.0, 9.0)),
         ),
         "smaller than one output voxel",
     ),
     "too flat": (
-        lambda t: preprocess(
+        lambda t: preprocess_scan(
             _scan(t / "a.nii", shape=(300, 300, 2)), CtConfig(preset="reference", size=(9, 9, 9))
         ),
         "too flat",
@@ -467,7 +467,7 @@ def test_folder_equals_single_scans_and_lists_the_refused(tmp_path, caplog):
     assert s.names == tuple(f"valid_{i}_a_1" for i in range(4))
     for name, path in find_scans(tmp_path / "in").items():
         if name != "raw":
-            v = preprocess(path, SMALL)
+            v = preprocess_scan(path, SMALL)
             np.testing.assert_array_equal(s.read(name), v.voxels)
             row = s.row(name)
             assert {f[0]: row[f[0]] for f in ingest.FIELDS} == {f[0]: getattr(v, f[0]) for f in ingest.FIELDS}
@@ -685,7 +685,7 @@ def test_contact_sheet_shows_head_up_and_the_patients_right_on_the_left(tmp_path
     voxels[2:-2, 2:-2, 2:10] = 300  # the feet are denser
     voxels[17:23, 4:10, 4:10] = 1000  # RAS index: right, posterior, inferior
     nib.save(nib.Nifti1Image(voxels, np.diag([3.0, 3.0, 3.0, 1])), tmp_path / "drawn.nii.gz")
-    v = preprocess(tmp_path / "drawn.nii.gz", cfg)
+    v = preprocess_scan(tmp_path / "drawn.nii.gz", cfg)
     block = np.argwhere(v.voxels > v.voxels.max() * 0.9).mean(0)
     middle = evolve(v, occupied=(int(block[0]), int(block[0]) + 1))
     axial, coronal = (np.asarray(t, float) for t in _tiles(middle, tmp_path))

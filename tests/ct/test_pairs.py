@@ -6,7 +6,7 @@ import torch
 
 from medvl.base import store
 from medvl.ct import ingest
-from medvl.ct.pairs import draw_text, join, read_slices, some_sentences
+from medvl.ct.pairs import draw_text, join_pairs, read_slices, some_sentences
 
 ROW = {
     "spacing_mm": (3.0, 2.0, 2.0),
@@ -39,13 +39,13 @@ def test_join_is_by_name_and_counts_what_is_alone(volumes, caplog):
         "impression": {"train_1_a_2": "I", "train_1_a_1": "I"},
     }
     with caplog.at_level(logging.WARNING):
-        pairs = join(volumes, said)
+        pairs = join_pairs(volumes, said)
     assert pairs.names == ("train_1_a_1", "train_1_a_2", "train_2_a_1")
     assert pairs.texts == ({"impression": "I"}, {"findings": "one", "impression": "I"}, {"findings": "two"})
     assert pairs.scans == ["train_1_a", "train_1_a", "train_2_a"]
     assert "1 volumes have no report, 1 reports have no volume" in caplog.text
     with pytest.raises(ValueError, match="none of its 4 volumes has one of the 1 reports"):
-        join(volumes, {"both": {"valid_1_a_1": "other"}})
+        join_pairs(volumes, {"both": {"valid_1_a_1": "other"}})
 
 
 def test_slices_are_cut_to_what_any_volume_has(volumes):

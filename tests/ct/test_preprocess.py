@@ -12,7 +12,7 @@ from attrs import evolve
 from scipy import ndimage
 
 from medvl.ct import preprocess as ct
-from medvl.ct.preprocess import CtConfig, preprocess, to_hu
+from medvl.ct.preprocess import CtConfig, preprocess_scan, to_hu
 from medvl.ct.scans import ScanError
 
 PRESETS = ("mm", "reference", "ctclip", "merlin")
@@ -120,16 +120,16 @@ DRAWN = [
 def test_reference_equals_naive_on_drawn_scans(tmp_path, shape, spacing):
     path = _drawn(tmp_path / "a.nii", shape, spacing)
     cfg, size = CtConfig(preset="reference", size=(80, 112, 112)), (80, 112, 112)
-    _close(preprocess(path, cfg).voxels, _naive_reference(path, size))
+    _close(preprocess_scan(path, cfg).voxels, _naive_reference(path, size))
     np.testing.assert_array_equal(
-        preprocess(path, evolve(cfg, flip=True)).voxels, preprocess(path, cfg).voxels[:, ::-1]
+        preprocess_scan(path, evolve(cfg, flip=True)).voxels, preprocess_scan(path, cfg).voxels[:, ::-1]
     )
 
 
 def test_reference_equals_naive_on_real_scans(shared_data):
     for path in sorted((shared_data / "ct/nifti").glob("*.nii.gz")):
         if "_mask" not in path.name and "_seg" not in path.name and "negative" not in path.name:
-            _close(preprocess(path, CtConfig(preset="reference")).voxels, _naive_reference(path))
+            _close(preprocess_scan(path, CtConfig(preset="reference")).voxels, _naive_reference(path))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_reference_equals_naive_on_real_scans(shared_data):
 )
 def test_ctclip_equals_naive(tmp_path, shape, spacing):
     path, size = _drawn(tmp_path / "a.nii", shape, spacing), (72, 90, 80)
-    v = preprocess(path, CtConfig(preset="ctclip", size=size, dtype="int16"))
+    v = preprocess_scan(path, CtConfig(preset="ctclip", size=size, dtype="int16"))
     assert v.axes == "SLP"
     assert np.abs(v.voxels - _naive_ctclip(path, size)).max() <= 0.51
 
@@ -165,7 +165,9 @@ def test_merlin_equals_a_naive_formula(tmp_path, shape, spacing):
         tuple(slice(n // 2 - k // 2, n // 2 - k // 2 + k) for n, k in zip(naive.shape, size, strict=True))
     ]
     assert (
-        np.abs(preprocess(path, CtConfig(preset="merlin", size=size, dtype="int16")).voxels - naive).max()
+        np.abs(
+            preprocess_scan(path, CtConfig(preset="merlin", size=size, dtype="int16")).voxels - naive
+        ).max()
         <= 0.51
     )
 
@@ -184,7 +186,7 @@ def test_mm_without_antialias_equals_a_naive_formula(tmp_path, shape, spacing):
     naive = _sampled(v, [a.clip(0, n - 1) for a, n in zip(at, v.shape, strict=True)])
     inside = [(a >= -0.5) & (a <= n - 0.5) for a, n in zip(at, v.shape, strict=True)]
     naive = np.where(inside[0][:, None, None] & inside[1][:, None] & inside[2], naive, -1000)
-    ours = preprocess(path, cfg)
+    ours = preprocess_scan(path, cfg)
     assert np.abs(ours.voxels - naive).max() <= 0.51
     assert ours.occupied == (int(inside[0].argmax()), int(inside[0].argmax() + inside[0].sum()))
     assert (ours.spacing_mm, ours.source_shape) == (cfg.spacing_mm, shape[::-1])
@@ -197,12 +199,12 @@ def test_mm_antialias_equals_torch(tmp_path):
     v, _ = _canonical(path)
     plane = CtConfig(size=(60, 40, 25), spacing_mm=(2.0, 0.7 * 100 / 40, 0.8 * 90 / 25), dtype="int16")
     theirs = F.interpolate(torch.from_numpy(v)[None], size=(40, 25), mode="bilinear", antialias=True)[0]
-    assert np.abs(preprocess(path, plane).voxels - theirs.numpy()).max() <= 0.51
+    assert np.abs(preprocess_scan(path, plane).voxels - theirs.numpy()).max() <= 0.51
     along = CtConfig(size=(17, 100, 90), spacing_mm=(2.0 * 60 / 17, 0.7, 0.8), dtype="int16")
     theirs = F.interpolate(
         torch.from_numpy(v.transpose(1, 0, 2).copy())[None], size=(17, 90), mode="bilinear", antialias=True
     )[0]
-    assert np.abs(preprocess(path, along).voxels - theirs.numpy().transpose(1, 0, 2)).max() <= 0.51
+    assert np.abs(preprocess_scan(path, along).voxels - theirs.numpy().transpose(1, 0, 2)).max() <= 0.51
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -211,14 +213,14 @@ def test_all_48_axis_orders_give_the_same_bits(tmp_path, preset):
     image = nib.load(path)
     voxels, affine = np.asanyarray(image.dataobj), image.affine
     cfg = CtConfig(preset=preset, size=(21, 20, 18), spacing_mm=(5.0, 4.0, 3.0) if preset == "mm" else ())
-    expected = preprocess(path, cfg)
+    expected = preprocess_scan(path, cfg)
     for perm, signs in itertools.product(
         itertools.permutations(range(3)), itertools.product((1, -1), repeat=3)
     ):
         ornt = np.array([perm, signs]).T
         moved = nib.orientations.apply_orientation(voxels, ornt)
         order = affine @ nib.orientations.inv_ornt_aff(ornt, voxels.shape)
-        v = preprocess(_write(tmp_path / "b.nii", np.asfortranarray(moved), order), cfg)
+        v = preprocess_scan(_write(tmp_path / "b.nii", np.asfortranarray(moved), order), cfg)
         np.testing.assert_array_equal(v.voxels, expected.voxels)
         assert (v.axes, v.spacing_mm, v.source_shape, v.occupied) == (
             expected.axes,
@@ -241,7 +243,7 @@ def test_two_reconstructions_of_a_scan_come_out_alike(tmp_path, shared_data):
         paths.append(_write(tmp_path / f"{name}.nii", voxels, affine))
 
     def alike(cfg):
-        a, b = (preprocess(p, cfg).voxels.astype(np.float32) for p in paths)
+        a, b = (preprocess_scan(p, cfg).voxels.astype(np.float32) for p in paths)
         scan = (a > -1000) | (b > -1000)
         return np.corrcoef(a[scan], b[scan])[0, 1], np.abs(a - b)[scan].mean()
 
@@ -259,8 +261,8 @@ def test_uint8_is_the_rounded_int16_and_to_hu_its_inverse(tmp_path):
     path = _drawn(tmp_path / "a.nii", (40, 40, 30), (3, 3, 3))
     for preset in PRESETS:
         cfg = CtConfig(preset=preset, size=(30, 50, 60))
-        hu = to_hu(preprocess(path, evolve(cfg, dtype="int16")).voxels)
-        grey = preprocess(path, cfg).voxels
+        hu = to_hu(preprocess_scan(path, evolve(cfg, dtype="int16")).voxels)
+        grey = preprocess_scan(path, cfg).voxels
         error = to_hu(grey) - hu
         assert error.dtype == np.float32
         low, high = (
@@ -294,11 +296,11 @@ RULES = [  # hu, lowest stored HU + offset, header scale, row, rule
 @pytest.mark.parametrize(("hu", "offset", "scale", "row", "rule"), RULES)
 def test_every_way_to_hu_gives_the_same_volume(tmp_path, hu, offset, scale, row, rule):
     path = _drawn(tmp_path / "a.nii", (20, 20, 20), (4, 4, 4), low=-1000)
-    expected = preprocess(path, SMALL).voxels
+    expected = preprocess_scan(path, SMALL).voxels
     image = nib.load(path)
     header = {"slope": scale[0], "inter": scale[1]} if scale else {}
     _write(tmp_path / "b.nii", np.asanyarray(image.dataobj) + np.int16(offset), image.affine, **header)
-    v = preprocess(tmp_path / "b.nii", evolve(SMALL, hu=hu), row)
+    v = preprocess_scan(tmp_path / "b.nii", evolve(SMALL, hu=hu), row)
     assert v.hu_rule == rule
     np.testing.assert_array_equal(v.voxels, expected)
     assert v.intercept == -offset
@@ -309,11 +311,11 @@ def test_padding_outside_the_field_of_view_does_not_pass_for_hu(tmp_path):
     voxels = np.random.default_rng(0).integers(0, 2000, (20, 20, 20)).astype(np.int16)
     voxels[0] = -2000
     path = _write(tmp_path / "a.nii", voxels, np.diag([-4, -4, 4, 1.0]))
-    assert preprocess(path, SMALL, ROW).hu_rule == "metadata"
+    assert preprocess_scan(path, SMALL, ROW).hu_rule == "metadata"
     with pytest.raises(ScanError, match="they are raw"):
-        preprocess(path, SMALL)
+        preprocess_scan(path, SMALL)
     assert (
-        preprocess(
+        preprocess_scan(
             _write(tmp_path / "b.nii", voxels - np.int16(1024), np.diag([-4, -4, 4, 1.0])), SMALL, ROW
         ).hu_rule
         == "stored"
@@ -326,10 +328,12 @@ def test_raw_values_padded_with_zeros_keep_their_scale(tmp_path):
     image = nib.load(path)
     raw = np.asanyarray(image.dataobj) + np.int16(8192)
     raw[:6] = 0
-    v = preprocess(_write(tmp_path / "b.nii", raw, image.affine), SMALL, ROW | {"RescaleIntercept": "-8192"})
+    v = preprocess_scan(
+        _write(tmp_path / "b.nii", raw, image.affine), SMALL, ROW | {"RescaleIntercept": "-8192"}
+    )
     hu = np.where(raw == 0, -1000, np.asanyarray(image.dataobj)).astype(np.int16)
     np.testing.assert_array_equal(
-        v.voxels, preprocess(_write(tmp_path / "c.nii", hu, image.affine), SMALL).voxels
+        v.voxels, preprocess_scan(_write(tmp_path / "c.nii", hu, image.affine), SMALL).voxels
     )
 
 
@@ -381,15 +385,15 @@ def test_what_is_perhaps_not_a_ct_is_refused_whatever_its_header_scales(tmp_path
     assert nib.load(scaled).dataobj.slope != 1
     for path in (scaled, plain):
         with pytest.raises(ScanError, match=r"not a CT|is it a CT|was applied before"):
-            preprocess(path, SMALL, row)
+            preprocess_scan(path, SMALL, row)
 
 
 def test_a_row_of_another_modality_is_refused(tmp_path):
     path = _write(tmp_path / "a.nii", _chest(), LPS)
     with pytest.raises(ScanError, match=r"Modality 'PT'"):
-        preprocess(path, SMALL, ROW | {"Modality": "PT"})
+        preprocess_scan(path, SMALL, ROW | {"Modality": "PT"})
     np.testing.assert_array_equal(
-        preprocess(path, SMALL, ROW | {"Modality": "CT"}).voxels, preprocess(path, SMALL).voxels
+        preprocess_scan(path, SMALL, ROW | {"Modality": "CT"}).voxels, preprocess_scan(path, SMALL).voxels
     )
 
 
@@ -398,16 +402,16 @@ def test_floats_saved_as_int16_are_the_values_they_stand_for(tmp_path, row):
     """HU are taken as they are. Raw values take the metadata's scale on top of the header's, and are refused without."""
     hu = _chest()
     nib.save(nib.Nifti1Image(hu, LPS), tmp_path / "hu.nii")
-    expected = preprocess(tmp_path / "hu.nii", SMALL, row)
-    v = preprocess(_as_int16(tmp_path / "a.nii", hu, LPS), SMALL, row)
+    expected = preprocess_scan(tmp_path / "hu.nii", SMALL, row)
+    v = preprocess_scan(_as_int16(tmp_path / "a.nii", hu, LPS), SMALL, row)
     assert v.hu_rule == "header"
     assert np.abs(v.voxels - expected.voxels).max() <= 1
     raw = _as_int16(tmp_path / "b.nii", hu + 1024.0, LPS)
     if row is None:
         with pytest.raises(ScanError, match=r"values under the header's scale .* start at .* they are raw"):
-            preprocess(raw, SMALL)
+            preprocess_scan(raw, SMALL)
         return
-    v = preprocess(raw, SMALL, row)
+    v = preprocess_scan(raw, SMALL, row)
     assert v.hu_rule == "header+metadata"
     assert np.abs(v.voxels - expected.voxels).max() <= 1
 
@@ -415,33 +419,33 @@ def test_floats_saved_as_int16_are_the_values_they_stand_for(tmp_path, row):
 def test_a_scale_that_is_chosen_is_held_against_the_values(tmp_path):
     """Floats saved as integers stay what they stand for with hu='metadata'; hu='none' does not read the integers as HU."""
     nib.save(nib.Nifti1Image(_chest(), LPS), tmp_path / "hu.nii")
-    expected = preprocess(tmp_path / "hu.nii", SMALL)
+    expected = preprocess_scan(tmp_path / "hu.nii", SMALL)
     raw = _as_int16(tmp_path / "raw.nii", _chest() + 1024.0, LPS)
-    v = preprocess(raw, evolve(SMALL, hu="metadata"), ROW)
+    v = preprocess_scan(raw, evolve(SMALL, hu="metadata"), ROW)
     assert v.hu_rule == "header+metadata"
     assert np.abs(v.voxels - expected.voxels).max() <= 1
     hu = _as_int16(tmp_path / "a.nii", _chest(), LPS)
     with pytest.raises(
         ScanError, match=r"hu='none' leaves out the header's scale .*: with it 9\d% .*set hu='header'"
     ):
-        preprocess(hu, evolve(SMALL, hu="none"))
+        preprocess_scan(hu, evolve(SMALL, hu="none"))
     with pytest.raises(ScanError, match=r"hu='metadata' needs a metadata row"):
-        preprocess(hu, evolve(SMALL, hu="metadata"))
+        preprocess_scan(hu, evolve(SMALL, hu="metadata"))
     header = _write(tmp_path / "b.nii", _chest() + np.int16(1024), LPS, slope=1, inter=-1024)
-    assert preprocess(header, evolve(SMALL, hu="metadata"), ROW).hu_rule == "metadata"
+    assert preprocess_scan(header, evolve(SMALL, hu="metadata"), ROW).hu_rule == "metadata"
 
 
 def test_another_spacing_in_the_metadata_is_taken_with_a_word(tmp_path, caplog):
     nib.save(nib.Nifti1Image(_chest(), LPS), tmp_path / "a.nii")
     row = ROW | {"XYSpacing": "[3.0, 3.0]", "ZSpacing": "2.5"}
-    v = preprocess(tmp_path / "a.nii", evolve(SMALL, spacing_from="metadata"), row)
+    v = preprocess_scan(tmp_path / "a.nii", evolve(SMALL, spacing_from="metadata"), row)
     assert v.source_spacing_mm == (2.5, 3.0, 3.0)
     assert (
         "spacing is (3.0, 3.0, 2.5) mm by its metadata, which are taken, and (3.0, 3.0, 5.0) by its header"
         in caplog.text
     )
     caplog.clear()
-    preprocess(tmp_path / "a.nii", evolve(SMALL, spacing_from="metadata"), row | {"ZSpacing": "5.01"})
+    preprocess_scan(tmp_path / "a.nii", evolve(SMALL, spacing_from="metadata"), row | {"ZSpacing": "5.01"})
     assert not caplog.text
 
 
@@ -453,8 +457,8 @@ def test_a_header_that_scales_hu_again_is_refused(tmp_path, intercept):
         path = _write(tmp_path / "a.nii", voxels, LPS, slope=1, inter=intercept)
         for row in (None, ROW):
             with pytest.raises(ScanError, match=r"the header's scale 1 \* stored \+ -\d+ was applied before"):
-                preprocess(path, SMALL, row)
-        assert preprocess(path, evolve(SMALL, hu="none")).hu_rule == "none"
+                preprocess_scan(path, SMALL, row)
+        assert preprocess_scan(path, evolve(SMALL, hu="none")).hu_rule == "none"
 
 
 def _strays(raw):
@@ -484,14 +488,14 @@ def test_few_voxels_and_padding_do_not_decide(tmp_path, change):
     raw = change(hu + np.int16(1024))
     path = _write(tmp_path / "raw.nii", raw, LPS)
     with pytest.raises(ScanError, match="they are raw"):
-        preprocess(path, SMALL)
-    v = preprocess(path, SMALL, ROW)
+        preprocess_scan(path, SMALL)
+    v = preprocess_scan(path, SMALL, ROW)
     assert (v.hu_rule, v.intercept) == ("metadata", -1024.0)
     nib.save(nib.Nifti1Image((raw - np.int16(1024)).clip(-1024), LPS), tmp_path / "hu.nii")
-    expected = preprocess(tmp_path / "hu.nii", SMALL, ROW)
+    expected = preprocess_scan(tmp_path / "hu.nii", SMALL, ROW)
     assert expected.hu_rule == "stored"
     assert np.abs(v.voxels - expected.voxels).max() <= 1
-    np.testing.assert_array_equal(preprocess(tmp_path / "hu.nii", SMALL).voxels, expected.voxels)
+    np.testing.assert_array_equal(preprocess_scan(tmp_path / "hu.nii", SMALL).voxels, expected.voxels)
 
 
 def test_real_scans_in_hu_are_taken_so_with_any_row(shared_data):
@@ -500,7 +504,7 @@ def test_real_scans_in_hu_are_taken_so_with_any_row(shared_data):
         if "_mask" in path.name or "_seg" in path.name or "negative" in path.name:
             continue
         for intercept in ("-1024", "-8192", "0"):
-            assert preprocess(path, SMALL, ROW | {"RescaleIntercept": intercept}).hu_rule == "stored"
+            assert preprocess_scan(path, SMALL, ROW | {"RescaleIntercept": intercept}).hu_rule == "stored"
 
 
 def _head(fov_mm, skull_mm):
@@ -534,8 +538,8 @@ def test_a_head_in_hu_is_taken_so_with_any_row(tmp_path, fov_mm, skull_mm, air):
     nib.save(nib.Nifti1Image(hu, affine), tmp_path / "hu.nii")
     nib.save(nib.Nifti1Image(hu + np.int16(1024), affine), tmp_path / "raw.nii")
     for row in (None, ROW, ROW | {"RescaleIntercept": "-1000"}, ROW | {"RescaleIntercept": "-8192"}):
-        assert preprocess(tmp_path / "hu.nii", SMALL, row).hu_rule == "stored"
-    assert preprocess(tmp_path / "raw.nii", SMALL, ROW).hu_rule == "metadata"
+        assert preprocess_scan(tmp_path / "hu.nii", SMALL, row).hu_rule == "stored"
+    assert preprocess_scan(tmp_path / "raw.nii", SMALL, ROW).hu_rule == "metadata"
 
 
 @pytest.mark.parametrize("blur", [0, 1])
@@ -545,9 +549,9 @@ def test_a_raw_head_with_padding_is_raw(tmp_path, blur):
     raw[x**2 + y**2 > 1] = -1024
     raw = ndimage.gaussian_filter(raw, (blur, blur, 0)).round().astype(np.int16)
     nib.save(nib.Nifti1Image(raw, np.diag([-2.6, -2.6, 6.0, 1.0])), tmp_path / "raw.nii")
-    assert preprocess(tmp_path / "raw.nii", SMALL, ROW).hu_rule == "metadata"
+    assert preprocess_scan(tmp_path / "raw.nii", SMALL, ROW).hu_rule == "metadata"
     with pytest.raises(ScanError, match="they are raw"):
-        preprocess(tmp_path / "raw.nii", SMALL)
+        preprocess_scan(tmp_path / "raw.nii", SMALL)
 
 
 def test_float_and_wide_scans_equal_int16(tmp_path):
@@ -559,7 +563,7 @@ def test_float_and_wide_scans_equal_int16(tmp_path):
             tmp_path / "b.nii.gz",
         )
         np.testing.assert_array_equal(
-            preprocess(tmp_path / "b.nii.gz", SMALL).voxels, preprocess(path, SMALL).voxels
+            preprocess_scan(tmp_path / "b.nii.gz", SMALL).voxels, preprocess_scan(path, SMALL).voxels
         )
 
 
@@ -578,17 +582,19 @@ def test_axes_and_spacing_of_a_blank_header_come_from_metadata(tmp_path, kind, p
     good = _drawn(tmp_path / "a.nii", (24, 22, 20), (3, 2, 4))
     nib.save(BLANK[kind](np.asanyarray(nib.load(good).dataobj)), tmp_path / "b.nii")
     cfg = CtConfig(preset=preset, size=(20, 24, 26), dtype="int16")
-    v = preprocess(tmp_path / "b.nii", evolve(cfg, spacing_from="metadata"), OF_CT_RATE)
+    v = preprocess_scan(tmp_path / "b.nii", evolve(cfg, spacing_from="metadata"), OF_CT_RATE)
     assert v.source_spacing_mm == ((4.0, 3.0, 2.0) if preset == "ctclip" else (4.0, 2.0, 3.0))
-    np.testing.assert_array_equal(v.voxels, preprocess(good, cfg).voxels)
+    np.testing.assert_array_equal(v.voxels, preprocess_scan(good, cfg).voxels)
     for row in (None, ROW):
         with pytest.raises(
             ScanError, match=r"nothing says where its axes grow to: .*ImageOrientationPatient"
         ):
-            preprocess(tmp_path / "b.nii", evolve(cfg, spacing_from="metadata" if row else "header"), row)
+            preprocess_scan(
+                tmp_path / "b.nii", evolve(cfg, spacing_from="metadata" if row else "header"), row
+            )
     if preset != "reference":
         with pytest.raises(ScanError, match=r"has no spacing; set spacing_from='metadata'"):
-            preprocess(tmp_path / "b.nii", cfg, OF_CT_RATE)
+            preprocess_scan(tmp_path / "b.nii", cfg, OF_CT_RATE)
 
 
 @pytest.mark.parametrize(
@@ -598,8 +604,8 @@ def test_an_orientation_is_read_however_it_was_printed(tmp_path, printed):
     good = _drawn(tmp_path / "a.nii", (24, 22, 20), (3, 3, 4))
     nib.save(nib.Nifti1Image(np.asanyarray(nib.load(good).dataobj), None), tmp_path / "b.nii")
     row = ROW | {"ImageOrientationPatient": printed, "XYSpacing": "['3.0', '3.0']", "ZSpacing": "4"}
-    v = preprocess(tmp_path / "b.nii", evolve(SMALL, spacing_from="metadata"), row)
-    np.testing.assert_array_equal(v.voxels, preprocess(good, SMALL).voxels)
+    v = preprocess_scan(tmp_path / "b.nii", evolve(SMALL, spacing_from="metadata"), row)
+    np.testing.assert_array_equal(v.voxels, preprocess_scan(good, SMALL).voxels)
 
 
 @pytest.mark.parametrize("intercept", ["-1024,5", "[-1024, 0]"])
@@ -607,8 +613,8 @@ def test_a_row_of_several_intercepts_is_no_scale(tmp_path, intercept):
     """The first part of "-1024,5", or "0,97", would be a wrong scale without a word."""
     raw = _drawn(tmp_path / "a.nii", (24, 22, 20), (3, 3, 4), low=0, high=2500)
     with pytest.raises(ScanError, match="must have one number in 'RescaleIntercept', with a point"):
-        preprocess(raw, SMALL, ROW | {"RescaleIntercept": intercept})
-    preprocess(raw, evolve(SMALL, hu="metadata"), ROW | {"RescaleIntercept": "['-1024.0']"})
+        preprocess_scan(raw, SMALL, ROW | {"RescaleIntercept": intercept})
+    preprocess_scan(raw, evolve(SMALL, hu="metadata"), ROW | {"RescaleIntercept": "['-1024.0']"})
 
 
 def test_a_patient_on_the_belly_is_turned_and_what_could_be_mirrored_is_refused(tmp_path):
@@ -616,8 +622,8 @@ def test_a_patient_on_the_belly_is_turned_and_what_could_be_mirrored_is_refused(
     good = _drawn(tmp_path / "a.nii", (24, 22, 20), (3, 2, 4))
     nib.save(nib.Nifti1Image(np.asanyarray(nib.load(good).dataobj)[::-1, ::-1], None), tmp_path / "b.nii")
     cfg = evolve(SMALL, spacing_from="metadata")
-    turned = preprocess(tmp_path / "b.nii", cfg, ROW | {"ImageOrientationPatient": r"-1\0\0\0\-1\0"})
-    np.testing.assert_array_equal(turned.voxels, preprocess(good, SMALL).voxels)
+    turned = preprocess_scan(tmp_path / "b.nii", cfg, ROW | {"ImageOrientationPatient": r"-1\0\0\0\-1\0"})
+    np.testing.assert_array_equal(turned.voxels, preprocess_scan(good, SMALL).voxels)
     refused = {
         "[-1, 0, 0, 0, 1, 0]": "could come out mirrored or sheared",
         "[1, 0, 0, 0, 0.95, -0.312]": "could come out mirrored or sheared",  # a tilted gantry
@@ -627,7 +633,7 @@ def test_a_patient_on_the_belly_is_turned_and_what_could_be_mirrored_is_refused(
     }
     for cosines, message in refused.items():
         with pytest.raises(ScanError, match=message):
-            preprocess(tmp_path / "b.nii", cfg, ROW | {"ImageOrientationPatient": cosines})
+            preprocess_scan(tmp_path / "b.nii", cfg, ROW | {"ImageOrientationPatient": cosines})
 
 
 def _with_forms(path, sform=None, qform=None, pixdim=None, units=None, codes=(2, 1)):
@@ -689,7 +695,7 @@ DOUBTFUL = {  # headers that say two things, and what the one sentence gives of 
 def test_a_header_that_contradicts_itself_is_refused_with_both_sides(tmp_path, kind, preset):
     forms, message = DOUBTFUL[kind]
     with pytest.raises(ScanError, match=message):
-        preprocess(_with_forms(tmp_path / "a.nii", **forms), CtConfig(preset=preset), OF_CT_RATE)
+        preprocess_scan(_with_forms(tmp_path / "a.nii", **forms), CtConfig(preset=preset), OF_CT_RATE)
 
 
 SAME = {  # headers that say the same, in their way
@@ -706,8 +712,8 @@ SAME = {  # headers that say the same, in their way
 
 @pytest.mark.parametrize("kind", SAME)
 def test_headers_that_agree_within_one_percent_and_all_units_give_the_same_volume(tmp_path, kind):
-    expected = preprocess(_with_forms(tmp_path / "a.nii", sform=LPS), SMALL)
-    v = preprocess(_with_forms(tmp_path / "b.nii", **SAME[kind]), SMALL)
+    expected = preprocess_scan(_with_forms(tmp_path / "a.nii", sform=LPS), SMALL)
+    v = preprocess_scan(_with_forms(tmp_path / "b.nii", **SAME[kind]), SMALL)
     assert np.abs(v.voxels - expected.voxels).mean() < 0.1
     np.testing.assert_allclose(v.source_spacing_mm, expected.source_spacing_mm, rtol=0.006)
 
@@ -716,16 +722,16 @@ def test_forms_at_45_degrees_agree_though_their_closest_axes_differ_by_rounding(
     affine = LPS.copy()
     turn = np.sqrt(0.5) * np.array([[1, -1], [1, 1]])
     affine[1:3, :3] = turn @ affine[1:3, :3]
-    v = preprocess(_with_forms(tmp_path / "a.nii", sform=affine, qform=affine), SMALL)
-    expected = preprocess(_with_forms(tmp_path / "b.nii", sform=affine), SMALL)
+    v = preprocess_scan(_with_forms(tmp_path / "a.nii", sform=affine, qform=affine), SMALL)
+    expected = preprocess_scan(_with_forms(tmp_path / "b.nii", sform=affine), SMALL)
     np.testing.assert_array_equal(v.voxels, expected.voxels)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_oblique_scans_are_taken_to_their_closest_axes(tmp_path, preset):
     """Not rotated, and put in place by their first voxel (`merlin`) or centre as any other."""
-    straight = preprocess(_with_forms(tmp_path / "a.nii", sform=LPS), CtConfig(preset=preset))
-    oblique = preprocess(_with_forms(tmp_path / "b.nii", sform=TURNED), CtConfig(preset=preset))
+    straight = preprocess_scan(_with_forms(tmp_path / "a.nii", sform=LPS), CtConfig(preset=preset))
+    oblique = preprocess_scan(_with_forms(tmp_path / "b.nii", sform=TURNED), CtConfig(preset=preset))
     _close(oblique.voxels, straight.voxels)  # the lengths of turned axes are rounded
 
 
@@ -735,16 +741,18 @@ def test_antialias_keeps_small_bright_structures(tmp_path):
     voxels[tuple(at.T)] = 1000
     path = _write(tmp_path / "a.nii", voxels, np.diag([-0.7, -0.7, 1.0, 1.0]))
     cfg = CtConfig(size=(32, 44, 44), spacing_mm=(3.0, 1.75, 1.75), dtype="int16")
-    seen = {aa: (preprocess(path, evolve(cfg, antialias=aa)).voxels > -780).sum() for aa in ("on", "off")}
+    seen = {
+        aa: (preprocess_scan(path, evolve(cfg, antialias=aa)).voxels > -780).sum() for aa in ("on", "off")
+    }
     assert seen["on"] > 2 * seen["off"]
 
 
 def test_calls_at_once_give_the_same_and_leave_the_thread_count(tmp_path):
     paths = [_drawn(tmp_path / f"{i}.nii.gz", (40, 40, 30), (3, 3, 3), i) for i in range(4)]
-    expected = [preprocess(p, SMALL).voxels for p in paths]
+    expected = [preprocess_scan(p, SMALL).voxels for p in paths]
     before = torch.get_num_threads()
     with ThreadPoolExecutor(4) as pool:
-        for k, v in enumerate(pool.map(lambda p: preprocess(p, SMALL), paths * 5)):
+        for k, v in enumerate(pool.map(lambda p: preprocess_scan(p, SMALL), paths * 5)):
             np.testing.assert_array_equal(v.voxels, expected[k % 4])
     assert torch.get_num_threads() == before
 

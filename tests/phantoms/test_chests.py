@@ -20,14 +20,14 @@ from medvl.phantoms import chests
 from medvl.phantoms.canvas import Canvas, cover, smooth_noise, splat
 from medvl.phantoms.chest_case import (
     FINDINGS,
-    Case,
+    ChestCase,
     Lesion,
     PhantomConfig,
     aorta_path,
-    draw_case,
+    draw_chest_case,
     heart_shape,
 )
-from medvl.phantoms.chest_report import _TERMS, write_report
+from medvl.phantoms.chest_report import _TERMS, write_chest_report
 from medvl.phantoms.chest_voxels import draw_view, render
 
 CFG = PhantomConfig(patients=400, seed=3, valid=20, test=30)
@@ -48,11 +48,11 @@ def _canvas(shape=(30, 40, 44), step=(7.0, 4.0, 4.5)) -> Canvas:
     )
 
 
-def _case(*findings: str, seed: int = 0) -> Case:
+def _case(*findings: str, seed: int = 0) -> ChestCase:
     """The first case with these findings, without contrast medium, freed of its other findings."""
     gen = np.random.default_rng(seed)
     while True:
-        case = draw_case(CFG, gen)
+        case = draw_chest_case(CFG, gen)
         enlarged = "Cardiomegaly" in case.findings and "Cardiomegaly" not in findings
         if not enlarged and set(findings) <= case.findings.keys() and case.body["blood"] < 60:
             return evolve(case, findings={name: case.findings[name] for name in findings})
@@ -71,7 +71,7 @@ def _at(volume, points) -> np.ndarray:
     return volume.hu[tuple(index.T)]
 
 
-def _pair(case: Case, **without) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _pair(case: ChestCase, **without) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(with, without the findings, voxel size in mm): the same view and the same noise."""
     bare = evolve(case, findings={}, **without)
     (a, affine), (b, _) = (_ras(render(CFG, c, np.random.default_rng(1))) for c in (case, bare))
@@ -131,17 +131,19 @@ def test_smooth_noise_is_linear_interpolation_fixed_in_the_patient():
 
 
 def test_a_volume_is_a_function_of_config_and_name():
-    a, b, other = (chests.volume_of(CFG, n) for n in ("train_1_a_1", "train_1_a_1", "train_2_a_1"))
+    a, b, other = (chests.draw_volume(CFG, n) for n in ("train_1_a_1", "train_1_a_1", "train_2_a_1"))
     assert np.array_equal(a.hu, b.hu)
     assert np.array_equal(a.affine, b.affine)
     assert a.hu.shape != other.hu.shape or not np.array_equal(a.hu, other.hu)
-    assert chests.case_of(CFG, "train_1_a_1") != chests.case_of(evolve(CFG, seed=4), "train_1_a_1")
+    assert chests.draw_volume_case(CFG, "train_1_a_1") != chests.draw_volume_case(
+        evolve(CFG, seed=4), "train_1_a_1"
+    )
 
 
 def test_reconstructions_show_one_patient_with_another_view():
-    assert chests.case_of(CFG, "train_8_a_1") == chests.case_of(CFG, "train_8_a_2")
-    assert chests.report_of(CFG, "train_8_a_1") == chests.report_of(CFG, "train_8_a_2")
-    one, two, other = (chests.volume_of(CFG, n) for n in ("train_8_a_1", "train_8_a_2", "train_9_a_1"))
+    assert chests.draw_volume_case(CFG, "train_8_a_1") == chests.draw_volume_case(CFG, "train_8_a_2")
+    assert chests.draw_volume_report(CFG, "train_8_a_1") == chests.draw_volume_report(CFG, "train_8_a_2")
+    one, two, other = (chests.draw_volume(CFG, n) for n in ("train_8_a_1", "train_8_a_2", "train_9_a_1"))
     assert one.affine.tolist() != two.affine.tolist()
     points = np.random.default_rng(0).uniform((-90, -70, -120), (90, 70, 100), (6000, 3))
     a, b, c = (_at(v, points).astype(float) for v in (one, two, other))
@@ -262,8 +264,8 @@ def test_fluid_lies_in_the_costophrenic_angle_of_its_side():
 
 
 @pytest.fixture(scope="module")
-def cases() -> list[Case]:
-    return [chests.case_of(CFG, f"train_{i}_a_1") for i in range(1000)]
+def cases() -> list[ChestCase]:
+    return [chests.draw_volume_case(CFG, f"train_{i}_a_1") for i in range(1000)]
 
 
 def test_prevalence_and_correlation_are_like_life(cases):
@@ -297,7 +299,7 @@ def test_the_view_says_nothing_of_the_findings(cases):
 def test_reports_say_what_the_labels_say(cases):
     told = 0
     for i, case in enumerate(cases[:200]):
-        report = write_report(case, np.random.default_rng(i))
+        report = write_chest_report(case, np.random.default_rng(i))
         for name in FINDINGS:
             terms = [t for t in _TERMS[name]]
             sentences = [s for s in report["Findings_EN"].lower().split(". ") if any(t in s for t in terms)]
@@ -318,15 +320,15 @@ def test_reports_say_what_the_labels_say(cases):
 def test_reports_give_side_and_size():
     lesion = Lesion(side="left", zone="upper", size_mm=17.2, at=(-60, 0, 60), hu=30)
     case = evolve(_case(), findings={"Lung nodule": (lesion,)})
-    text = " ".join(write_report(case, np.random.default_rng(i))["Findings_EN"] for i in range(40))
+    text = " ".join(write_chest_report(case, np.random.default_rng(i))["Findings_EN"] for i in range(40))
     assert "17 mm" in text
     assert "left" in text
     assert "right" not in text
-    assert len({write_report(case, np.random.default_rng(i))["Findings_EN"] for i in range(40)}) > 30
+    assert len({write_chest_report(case, np.random.default_rng(i))["Findings_EN"] for i in range(40)}) > 30
 
 
 def test_draw_writes_the_layout_of_ct_rate(tmp_path):
-    counts = chests.draw(TINY, tmp_path, workers=1)
+    counts = chests.draw_chests(TINY, tmp_path, workers=1)
     assert counts == {s: len(list(chests.volume_names(TINY, s))) for s in chests.SPLITS}
     assert {names.patient_of(n) for n in chests.volume_names(TINY, "test")} == {"test_1", "test_2"}
     intercepts = set()
@@ -340,7 +342,7 @@ def test_draw_writes_the_layout_of_ct_rate(tmp_path):
         for rows in tables.values():
             assert [r["VolumeName"] for r in rows] == [f"{v}.nii.gz" for v in volumes]
         for i, v in enumerate(volumes):
-            image, drawn = nib.load(tmp_path / split / f"{v}.nii.gz"), chests.volume_of(TINY, v)
+            image, drawn = nib.load(tmp_path / split / f"{v}.nii.gz"), chests.draw_volume(TINY, v)
             assert np.array_equal(np.asarray(image.dataobj), drawn.hu)
             np.testing.assert_allclose(image.affine, drawn.affine, atol=1e-4)
             intercepts.add(float(image.dataobj.inter))
@@ -349,18 +351,20 @@ def test_draw_writes_the_layout_of_ct_rate(tmp_path):
             assert (int(row["Columns"]), int(row["Rows"]), int(row["NumberofSlices"])) == ras.shape
             assert json.loads(row["XYSpacing"]) == pytest.approx([affine[0, 0], affine[1, 1]], abs=1e-4)
             assert float(row["ZSpacing"]) == pytest.approx(affine[2, 2], abs=1e-4)
-            assert {k: int(tables["labels"][i][k]) for k in FINDINGS} == chests.case_of(TINY, v).labels
-            assert tables["reports"][i] == {"VolumeName": f"{v}.nii.gz"} | chests.report_of(TINY, v)
+            assert {k: int(tables["labels"][i][k]) for k in FINDINGS} == chests.draw_volume_case(
+                TINY, v
+            ).labels
+            assert tables["reports"][i] == {"VolumeName": f"{v}.nii.gz"} | chests.draw_volume_report(TINY, v)
     assert intercepts == {0.0, -1024.0}
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
-    chests.draw(TINY, tmp_path / "one", workers=2)
+    chests.draw_chests(TINY, tmp_path / "one", workers=2)
     before = {p.name: p.read_bytes() for p in (tmp_path / "one").rglob("*") if p.is_file()}
     for name in ("phantoms.json", "train_labels.csv", "train/train_2_a_1.nii.gz"):
         (tmp_path / "one" / name).unlink()
     kept = (tmp_path / "one/train/train_1_a_1.nii.gz").stat().st_mtime_ns
-    chests.draw(TINY, tmp_path / "one", workers=1)
+    chests.draw_chests(TINY, tmp_path / "one", workers=1)
     assert {p.name: p.read_bytes() for p in (tmp_path / "one").rglob("*") if p.is_file()} == before
     assert (tmp_path / "one/train/train_1_a_1.nii.gz").stat().st_mtime_ns == kept
     assert not [n for n in before if n.endswith(".tmp")]
@@ -368,9 +372,9 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
 
 _DRAW = """
 import sys
-from medvl.phantoms.chests import PhantomConfig, draw
+from medvl.phantoms.chests import PhantomConfig, draw_chests
 if __name__ == "__main__":
-    draw(PhantomConfig(patients=5000, seed=0, columns=(32, 32), slices=(8, 8)), sys.argv[1], workers=2)
+    draw_chests(PhantomConfig(patients=5000, seed=0, columns=(32, 32), slices=(8, 8)), sys.argv[1], workers=2)
 """
 
 
@@ -411,9 +415,9 @@ def test_a_script_that_cannot_have_workers_is_told_so(tmp_path):
 
 def test_two_configs_never_share_a_folder(tmp_path):
     small = PhantomConfig(patients=1, seed=0, columns=(32, 32), slices=(8, 8))
-    chests.draw(small, tmp_path, workers=1)
+    chests.draw_chests(small, tmp_path, workers=1)
     with pytest.raises(ValueError, match=r"another PhantomConfig \(\$.seed: 0 / 1\)"):
-        chests.draw(evolve(small, seed=1), tmp_path, workers=1)
+        chests.draw_chests(evolve(small, seed=1), tmp_path, workers=1)
 
 
 @pytest.mark.parametrize(
@@ -434,7 +438,9 @@ def test_config_refuses(wrong, says):
 def test_variation_says_how_much_bodies_differ():
     def spread(variation: float) -> float:
         cfg = chests.PhantomConfig(patients=40, seed=3, variation=variation)
-        return float(np.std([chests.case_of(cfg, v).body["a"] for v in chests.volume_names(cfg, "train")]))
+        return float(
+            np.std([chests.draw_volume_case(cfg, v).body["a"] for v in chests.volume_names(cfg, "train")])
+        )
 
     assert spread(0.0) == 0
     assert 0.2 * spread(1.0) < spread(0.3) < 0.4 * spread(1.0)

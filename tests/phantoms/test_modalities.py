@@ -30,7 +30,7 @@ def _lines(folder, split):
 
 
 def _case(line, split):
-    return modalities.draw_case(CFG, split, line["task"], int(line["episode_id"].split("-")[-1]))[1]
+    return modalities.draw_modality_case(CFG, split, line["task"], int(line["episode_id"].split("-")[-1]))[1]
 
 
 def _naive_own(case, family):
@@ -82,7 +82,7 @@ def test_general_answers_are_what_was_drawn(folder):
 
 
 def test_conventions_differ():
-    case = modalities.Case(modality="xray", n=2, side="left", kind="nodule", marks=())
+    case = modalities.ModalityCase(modality="xray", n=2, side="left", kind="nodule", marks=())
     assert modalities.general_answer("side", case) == "On the left."
     assert modalities.own_answer("side", case) == "On the right."
     assert modalities.own_answer("side", evolve(case, modality="endoscopy", kind="polyp")) == "Left wall."
@@ -98,7 +98,7 @@ def test_conventions_differ():
 def test_balance(modality):
     drawn = Counter()
     for i in range(12):
-        _, case = modalities.draw_case(CFG, "train", modality, i)
+        _, case = modalities.draw_modality_case(CFG, "train", modality, i)
         drawn[case.n, case.side, case.kind] += 1
     assert drawn == {
         (n, side, kind): 1
@@ -183,7 +183,7 @@ def test_same_files_twice_and_tables_are_left_alone(folder, tmp_path):
 @pytest.mark.parametrize("modality", modalities.MODALITIES)
 def test_a_picture_is_pure_in_seed_split_and_number(modality):
     def picture(cfg=CFG, split="train", number=0):
-        return modalities.draw_case(cfg, split, modality, number)[0]
+        return modalities.draw_modality_case(cfg, split, modality, number)[0]
 
     first = picture()
     assert first.dtype == np.uint8
@@ -203,7 +203,7 @@ def test_marks_are_where_the_case_says(modality):
     """A picture with and without its marks: they differ at the marks, towards bright or dark, and nowhere else."""
     y, x = styles.grid(112)
     for mark in modalities.MARKS[modality].values():
-        scene = styles.draw(modality, 112, np.random.default_rng(3))
+        scene = styles.draw_scene(modality, 112, np.random.default_rng(3))
         at = np.argwhere(scene.zone)[::97][:3]
         places = np.array([(x[0, j], y[i, 0], 0.06) for i, j in at])
         empty, marked = (
@@ -220,7 +220,7 @@ def test_marks_are_where_the_case_says(modality):
 @pytest.mark.parametrize("modality", modalities.MODALITIES)
 def test_kinds_tell_apart_by_the_colour_inside(modality):
     def inside(split, number):
-        picture, case = modalities.draw_case(CFG, split, modality, number)
+        picture, case = modalities.draw_modality_case(CFG, split, modality, number)
         yy, xx = np.mgrid[:112, :112]
         core = np.min([np.hypot(xx - x, yy - y) / r for x, y, r in case.marks], 0) < 0.6
         return picture[core].mean(0), case.kind
@@ -234,7 +234,7 @@ def test_kinds_tell_apart_by_the_colour_inside(modality):
 @pytest.mark.parametrize("modality", modalities.MODALITIES)
 def test_marks_do_not_touch(modality):
     for i in range(24):
-        _, case = modalities.draw_case(CFG, "base_train", modality, i)
+        _, case = modalities.draw_modality_case(CFG, "base_train", modality, i)
         at = np.array(case.marks)
         gaps = np.hypot(*(at[:, None, :2] - at[:, :2]).transpose(2, 0, 1))[~np.eye(case.n, dtype=bool)]
         assert gaps.min(initial=99) > 16
@@ -244,7 +244,12 @@ def test_marks_do_not_touch(modality):
 
 def test_modalities_tell_apart_by_thumbnails():
     def small(split, m, number):
-        return modalities.draw_case(CFG, split, m, number)[0].reshape(16, 7, 16, 7, 3).mean((1, 3)).ravel()
+        return (
+            modalities.draw_modality_case(CFG, split, m, number)[0]
+            .reshape(16, 7, 16, 7, 3)
+            .mean((1, 3))
+            .ravel()
+        )
 
     means = np.stack([np.mean([small("train", m, i) for i in range(12)], 0) for m in modalities.MODALITIES])
     found = [
@@ -275,7 +280,7 @@ def test_errors(change, message):
 @pytest.mark.parametrize("modality", modalities.MODALITIES)
 def test_every_mark_has_a_third_of_its_own(modality):
     for i in range(12):
-        _, case = modalities.draw_case(CFG, "train", modality, i)
+        _, case = modalities.draw_modality_case(CFG, "train", modality, i)
         assert len({*case.heights}) == case.n
         assert [h for h in modalities.HEIGHTS if h in case.heights] == [*case.heights]
         ys = [y for _, y, _ in case.marks]

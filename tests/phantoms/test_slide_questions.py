@@ -35,7 +35,7 @@ def _lines(folder):
 
 def _asked(cfg, split, n):
     truths = [slides.draw_truth(cfg, split, i) for i in range(n)]
-    return [(t, q) for i, t in enumerate(truths) for q in slide_questions.questions(cfg, split, i)]
+    return [(t, q) for i, t in enumerate(truths) for q in slide_questions.draw_questions(cfg, split, i)]
 
 
 def _naive_answer(t, family, question, options):
@@ -109,7 +109,7 @@ def test_questions_without_slides_are_guesses():
 def test_captions_say_what_was_drawn():
     for i in range(60):
         t = slides.draw_truth(SMALL, "train", i)
-        two = slide_questions.captions(SMALL, "train", i)
+        two = slide_questions.draw_captions(SMALL, "train", i)
         assert len(two) == 2
         for asked, text in two:
             low = text.lower()
@@ -122,7 +122,9 @@ def test_captions_say_what_was_drawn():
             assert ("dense" in low or "many" in low) == (t.lymphocytes == "high")
             words = (("under 5", "hardly any"), ("5 to 15", "some necrosis"), ("over 15", "much necrosis"))
             assert [k + 1 for k, said in enumerate(words) if any(w in low for w in said)] == [t.grade]
-    assert len({text for i in range(60) for _, text in slide_questions.captions(SMALL, "train", i)}) == 120
+    assert (
+        len({text for i in range(60) for _, text in slide_questions.draw_captions(SMALL, "train", i)}) == 120
+    )
 
 
 def test_tables_have_their_shapes(folder):
@@ -163,7 +165,7 @@ def test_tables_have_their_shapes(folder):
 
 
 def test_prompt_is_the_benchmark_script_s():
-    assert slide_questions.prompt("Which?", ("Fat", "Mucus")) == "<image>\nWhich?\nA. Fat\nB. Mucus"
+    assert slide_questions.question_prompt("Which?", ("Fat", "Mucus")) == "<image>\nWhich?\nA. Fat\nB. Mucus"
 
 
 def test_same_files_twice_and_tables_are_left_alone(folder, tmp_path):

@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 def test_features_are_prototypes_and_stain():
     """Without its stain a slide's patches lie around the prototype of the tissue, the class and the motif that the truth says."""
     cfg = evolve(SMALL, patches=(3000, 3000))
-    p = slides.prototypes(cfg)
+    p = slides.draw_prototypes(cfg)
     np.testing.assert_allclose(
         np.linalg.norm(np.concatenate([p.tissues, p.classes, p.motifs]), axis=1),
         [4] * 8 + [3] * 4 + [6] * 4,
@@ -130,7 +130,7 @@ def test_the_mean_shows_the_class_and_not_the_motif():
     from sklearn.linear_model import LogisticRegression
 
     cfg = evolve(SMALL, patches=(1000, 1500))
-    axes = slides.prototypes(cfg).motifs / 6
+    axes = slides.draw_prototypes(cfg).motifs / 6
     means, peaks, truths = [], [], []
     for i in range(180):
         s = slides.draw_slide(cfg, "train", i)

@@ -38,7 +38,7 @@ def prepare(cfg: Config, log: Callable[[str], None] = print) -> None:
         ValueError: lists every file that is missing and how to make it; as `check_labels`.
     """
     if cfg.data.source == "phantoms":
-        drawn = chests.draw(cfg.data.phantoms, folder_of(cfg), cfg.data.workers)
+        drawn = chests.draw_chests(cfg.data.phantoms, folder_of(cfg), cfg.data.workers)
         log(
             f"{sum(drawn.values())} chests drawn in {folder_of(cfg)}: "
             + ", ".join(f"{n} {split}" for split, n in drawn.items())
@@ -179,7 +179,7 @@ def report_parts(cfg: Config, name: str) -> dict[str, dict[str, str]]:
 
 def paired(cfg: Config, name: str, volumes: store.Store) -> pairs.Pairs:
     """A split's volumes (or features) with their reports."""
-    joined = pairs.join(volumes, report_parts(cfg, name))
+    joined = pairs.join_pairs(volumes, report_parts(cfg, name))
     return shuffle_reports(joined, cfg.seed) if cfg.data.shuffle and name == "train" else joined
 
 
@@ -578,7 +578,7 @@ def look(
     if metadata_csv:
         name = names.volume_name(scan)
         row = metadata_table.read_metadata(metadata_csv, [name], preprocess.metadata_columns(cfg))[name]
-    volume = preprocess.preprocess(scan, cfg, row)
+    volume = preprocess.preprocess_scan(scan, cfg, row)
     model, params, means = load(Path(folder))
     first, stop = volume.occupied
     z = np.arange(first, stop)

@@ -689,7 +689,7 @@ def test_the_commands_for_own_data_run_one_after_the_other(tmp_path, monkeypatch
     """docs/ct_clip.md, "On your own data": scans of two sets, a test set cut from one of them. Only the model is another."""
     monkeypatch.chdir(tmp_path)
     cfg = PhantomConfig(patients=36, valid=24, test=1, columns=(40, 48), slices=(10, 12), seed=1)
-    chests.draw(cfg, "scans", workers=1)
+    chests.draw_chests(cfg, "scans", workers=1)
     for split in ("train", "valid"):
         for kind, name in (("metadata", "metadata"), ("reports", "reports"), ("labels", "predicted_labels")):
             Path(f"scans/{split}_{kind}.csv").rename(f"{split}_{name}.csv")
