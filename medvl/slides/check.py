@@ -1,7 +1,7 @@
-"""Are the patch features that a training asks for all there, of one kind and whole? Everything that is wrong, at once."""
+"""Check the patch features that a training needs, and list every fault at once: missing, ambiguous, unreadable, unlike the rest."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +13,31 @@ from medvl.hub.checkpoints import few
 from medvl.slides import features, names
 from medvl.slides.features import About
 from medvl.slides.formats import SUFFIXES
+from medvl.slides.names import Match
 from medvl.slides.pack import Slides, content_digest, open_slides
+
+_MAX_SUGGESTIONS = 20  # missing slides for which near names are searched; the search compares with every file
 
 
 @frozen(kw_only=True)
 class SlideCheck:
-    """What `check_slides` found; slides are called as they were asked for."""
+    """Result of `check_slides`. Slides have the names under which they were requested."""
 
-    wanted: int
-    found: int = 0  # of these, with exactly one file that can be read
+    requested: int  # how many slides
+    usable: int = 0  # of these, with exactly one set of features that can be read
     patches: int = 0
-    dims: int = 0  # what was wanted, or what most have
-    encoder: str = ""  # likewise; "" where no file says it
-    missing: Mapping[str, str] = field(factory=dict)  # -> where it is asked for
-    near: Mapping[str, str] = field(factory=dict)  # of the first missing ones: names that are near, in words
+    dims: int = 0  # as required, or of most slides
+    encoder: str = ""  # likewise; "" where no file names one
+    missing: Mapping[str, str] = field(factory=dict)  # -> where the slide is requested
+    near: Mapping[str, str] = field(factory=dict)  # of the first missing ones -> similar names, in words
     duplicates: Mapping[str, Sequence[str]] = field(factory=dict)  # -> the slides or files it could be
     unreadable: Mapping[str, str] = field(factory=dict)  # -> the reason
     wrong_dims: Mapping[str, int] = field(factory=dict)
     wrong_encoder: Mapping[str, str] = field(factory=dict)
-    bad_patches: Mapping[str, tuple[int, int]] = field(
-        factory=dict
-    )  # NaN or infinity -> (how many patches, the first from 0)
-    empty: Sequence[str] = ()  # slides without a patch; no fault by itself
-    cases: Sequence[str] = ()  # names of cases with several slides, which are one bag of patches; no fault
-    unknown: int = 0  # files or slides that nothing asks for
+    bad_patches: Mapping[str, tuple[int, int]] = field(factory=dict)  # -> (how many not finite, first from 0)
+    empty: Sequence[str] = ()  # slides without a patch; not a fault by itself
+    cases: Sequence[str] = ()  # cases of several slides, read as one bag of patches; not a fault
+    unknown: int = 0  # files or slides that were not requested
 
     @property
     def ok(self) -> bool:
@@ -51,101 +52,126 @@ class SlideCheck:
 
 
 def check_slides(
-    where: PathLike, wanted: Mapping[str, str], *, dims: int = 0, encoder: str = "", values: bool = True
+    source: PathLike, requested: Mapping[str, str], *, dims: int = 0, encoder: str = "", values: bool = True
 ) -> SlideCheck:
-    """Look at everything that `wanted` asks for in a folder of patch features or a store of slides; at all of it if that is empty.
+    """Check the requested slides in a folder of patch features or a store of slides; all of them if `requested` is empty.
 
     Args:
-        where: a folder, searched with all its subfolders, or a file that `slide_store.pack` wrote.
-        wanted: {name of a slide, as `names.find_slides` takes it: where it is asked for ("train.json, line 3")}.
-        dims, encoder: what all must have; 0 and "": what most have. Files that do not say their encoder pass.
-        values: read all patches, to find NaN and infinity, or in a store what is no longer as it was written; False looks at shapes.
+        source: a folder, searched with all its subfolders, or a file that `pack.pack` wrote.
+        requested: {name of a slide, as `names.find_slides` takes it: where it is requested ("train.json, line 3")}.
+        dims, encoder: required of all slides; 0 and "": those of most slides. Files that name no encoder pass.
+        values: read all patches. In a folder this finds NaN and infinity, in a store it finds slides that
+            changed since they were packed. False reads shapes and attributes only.
     Returns:
-        all that is wrong; `describe` says it in words.
+        all faults; `describe` prints them.
     Raises:
-        ValueError: `where` is neither a folder nor a store, or nothing is asked for and nothing is there. Nothing else: faults of the data
-            are listed.
+        ValueError: `source` is neither a folder nor a store, or nothing is requested and the folder is empty.
+            Faults of the data never raise.
     """
-    store = None if Path(where).is_dir() else open_slides(where)
-    files: Mapping[str, Sequence[Any]] = (
-        names.feature_files(where) if store is None else {n: [n] for n in store.names}
-    )
-    if not wanted:
-        wanted = {str(place): "all are looked at" for found in files.values() for place in found}
-        if not wanted:
-            raise ValueError(f"{where}: holds no patch features ({', '.join(SUFFIXES)})")
-    matches = names.find_slides(wanted, files, where if store is None else "")
-    # A case of several slides is looked at slide by slide.
-    places = dict[str, Any]()
-    for name, match in matches.items():
-        if match.clear:
-            places |= {
-                name if len(match.places) == 1 else f"{name} ({place})": place for place in match.places
-            }
-    known, unreadable = dict[str, About](), dict[str, str]()
-    bad = dict[str, tuple[int, int]]()
-    for name, place in track(places.items(), "checking slides"):
-        try:
-            about = features.about_slide(place, dims=dims) if store is None else store.about(place)
-            if values and store is None and (worst := features.count_bad(place, dims=dims))[0]:
-                bad[name] = worst
-            elif values and store is not None:
-                _check_digest(store, place)
-            known[name] = about
-        except ValueError as e:
-            unreadable[name] = str(e)
-    dims = dims or _most(a.dims for a in known.values())
-    encoder = encoder or _most(a.encoder for a in known.values()) or ""
-    asked = {place for match in matches.values() for place in match.places}
+    store = None if Path(source).is_dir() else open_slides(source)
+    locations = _locations(source, store)
+    if not requested:
+        requested = {str(location): "all are looked at" for location in _flat(locations.values())}
+        if not requested:
+            raise ValueError(f"{source}: holds no patch features ({', '.join(SUFFIXES)})")
+    matches = names.find_slides(requested, locations, source if store is None else "")
+    selected = _select(matches)
+    abouts, unreadable, bad_patches = _inspect_all(selected, store, dims, values)
+
+    dims = dims or _most_common(about.dims for about in abouts.values()) or 0
+    encoder = encoder or _most_common(about.encoder for about in abouts.values()) or ""
+    readable = {selected[name] for name in abouts}
+    missing = [name for name, match in matches.items() if not match.places]
+    used = {*_flat(match.places for match in matches.values())}
     return SlideCheck(
-        wanted=len(wanted),
-        found=sum(
-            bool(m.places) and m.clear and {*m.places} <= {places[n] for n in known} for m in matches.values()
-        ),
-        patches=sum(a.rows for a in known.values()),
-        dims=dims or 0,
+        requested=len(requested),
+        usable=sum(_is_usable(match, readable) for match in matches.values()),
+        patches=sum(about.rows for about in abouts.values()),
+        dims=dims,
         encoder=encoder,
-        missing={n: wanted[n] for n, match in matches.items() if not match.places},
-        near={
-            n: names.near_names(n, files)
-            for n in [n for n, match in matches.items() if not match.places][:20]
-        },
+        missing={name: requested[name] for name in missing},
+        near={name: names.near_names(name, locations) for name in missing[:_MAX_SUGGESTIONS]},
         duplicates={n: [str(p) for p in match.places] for n, match in matches.items() if not match.clear},
         unreadable=unreadable,
-        wrong_dims={n: a.dims for n, a in known.items() if a.dims not in (0, dims)},
-        wrong_encoder={n: a.encoder for n, a in known.items() if a.encoder not in ("", encoder)},
-        bad_patches=bad,
-        empty=tuple(n for n, a in known.items() if not a.rows),
-        cases=tuple(n for n, match in matches.items() if match.clear and len(match.places) > 1),
-        unknown=len({p for found in files.values() for p in found} - asked),
+        wrong_dims={n: about.dims for n, about in abouts.items() if about.dims not in (0, dims)},
+        wrong_encoder={n: about.encoder for n, about in abouts.items() if about.encoder not in ("", encoder)},
+        bad_patches=bad_patches,
+        empty=tuple(name for name, about in abouts.items() if not about.rows),
+        cases=tuple(name for name, match in matches.items() if match.clear and len(match.places) > 1),
+        unknown=len({*_flat(locations.values())} - used),
     )
 
 
 def describe(check: SlideCheck, most: int = 5) -> list[str]:
-    """The lines to print: what was found, then every kind of fault with its first `most` slides."""
-    kind = f"{check.dims} features each" + (f" of {check.encoder}" if check.encoder else "")
-    lines = [
-        f"{check.found} of {check.wanted} slides found, {check.patches} patches, {kind}; {check.unknown} files are not asked for"
-    ]
+    """Lines to print: a summary, then each kind of fault with its first `most` slides."""
+    kind = f"{check.dims} features each"
+    if check.encoder:
+        kind += f" of {check.encoder}"
+    summary = (
+        f"{check.usable} of {check.requested} slides found, {check.patches} patches, {kind}; "
+        f"{check.unknown} files are not asked for"
+    )
+    missing = [f"{n} ({origin}){check.near.get(n, '')}" for n, origin in check.missing.items()]
+    duplicates = [f"{n} ({few(list(locations), 3)})" for n, locations in check.duplicates.items()]
+    bad_patches = [f"{n} ({count} patches, first {i})" for n, (count, i) in check.bad_patches.items()]
     faults: list[tuple[str, Sequence[str]]] = [
-        ("missing", [f"{n} ({asked}){check.near.get(n, '')}" for n, asked in check.missing.items()]),
-        ("found more than once", [f"{n} ({few(list(found), 3)})" for n, found in check.duplicates.items()]),
+        ("missing", missing),
+        ("found more than once", duplicates),
         ("unreadable", list(check.unreadable.values())),
-        ("with another number of features", [f"{n} ({d})" for n, d in check.wrong_dims.items()]),
-        ("of another encoder", [f"{n} ({e})" for n, e in check.wrong_encoder.items()]),
-        (
-            "with NaN or infinity",
-            [f"{n} ({k} patches, first {first})" for n, (k, first) in check.bad_patches.items()],
-        ),
+        ("with another number of features", [f"{n} ({dims})" for n, dims in check.wrong_dims.items()]),
+        ("of another encoder", [f"{n} ({encoder})" for n, encoder in check.wrong_encoder.items()]),
+        ("with NaN or infinity", bad_patches),
         ("without a patch", list(check.empty)),
         ("cases of several slides, each taken as one bag", list(check.cases)),
     ]
-    return lines + [f"{len(found)} {what}: {few(found, most)}" for what, found in faults if found]
+    return [summary] + [f"{len(slides)} {kind}: {few(slides, most)}" for kind, slides in faults if slides]
 
 
-def _most(values: Any) -> Any:
-    """The commonest that is not empty; the first of equally common ones."""
-    return next((v for v, _ in Counter(v for v in values if v).most_common(1)), None)
+def _locations(source: PathLike, store: Slides | None) -> Mapping[str, Sequence[Any]]:
+    """{slide: its files}, or in a store {slide: its name}."""
+    if store is None:
+        return names.feature_files(source)
+    return {name: [name] for name in store.names}
+
+
+def _flat(groups: Iterable[Sequence[Any]]) -> list[Any]:
+    return [item for group in groups for item in group]
+
+
+def _select(matches: Mapping[str, Match]) -> dict[str, Any]:
+    """{name: its file or its name in the store}. A case of several slides is checked slide by slide."""
+    selected = dict[str, Any]()
+    for name, match in matches.items():
+        if not match.clear:
+            continue
+        for location in match.places:
+            selected[name if len(match.places) == 1 else f"{name} ({location})"] = location
+    return selected
+
+
+def _inspect_all(
+    selected: Mapping[str, Any], store: Slides | None, dims: int, values: bool
+) -> tuple[dict[str, About], dict[str, str], dict[str, tuple[int, int]]]:
+    """({slide: what it holds}, {slide that cannot be read: reason}, {slide: (patches not finite, the first)})."""
+    abouts, unreadable = dict[str, About](), dict[str, str]()
+    bad_patches = dict[str, tuple[int, int]]()
+    for name, location in track(selected.items(), "checking slides"):
+        try:
+            if store is None:
+                about = features.about_slide(location, dims=dims)
+                count, first = features.count_bad(location, dims=dims) if values else (0, -1)
+            else:
+                # No patch of a store is NaN or infinite: `pack` refuses them. It can only have changed since.
+                about, count, first = store.about(location), 0, -1
+                if values:
+                    _check_digest(store, location)
+        except ValueError as error:
+            unreadable[name] = str(error)
+            continue
+        abouts[name] = about
+        if count:
+            bad_patches[name] = count, first
+    return abouts, unreadable, bad_patches
 
 
 def _check_digest(store: Slides, name: str) -> None:
@@ -153,3 +179,13 @@ def _check_digest(store: Slides, name: str) -> None:
         raise ValueError(
             f"{store.path}: {name!r} is not as it was written, its digest differs; pack it again into a new store"
         )
+
+
+def _is_usable(match: Match, readable: set[Any]) -> bool:
+    return bool(match.places) and match.clear and {*match.places} <= readable
+
+
+def _most_common(values: Iterable[Any]) -> Any:
+    """The most frequent value that is not empty, the first of equally frequent ones; None where all are empty."""
+    counts = Counter(value for value in values if value)
+    return counts.most_common(1)[0][0] if counts else None
