@@ -1,4 +1,4 @@
-"""What a compressor is pretrained on: labels of whole slides, told from its tokens by one head for each label."""
+"""Classification heads for pretraining a slide compressor: one head per label of a slide, on the slide's visual tokens."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,93 +13,116 @@ from medvl.components import layers
 def init_heads(
     dim: int, classes: Mapping[str, int], gen: Generator, *, slots: int = 0, hidden: int = 128
 ) -> Tree:
-    """Parameters of `label_logits`, float32: {label: {"out"}} of all tokens side by side, or with "tanh", "sigmoid", "score" by attention.
+    """Parameters of `label_logits`, float32 on CPU: {label: {"out"}}, with attention also "tanh", "sigmoid" and "score".
 
     Args:
-        classes: {label: how many classes it has}, two or more.
-        slots: k: a head reads all k tokens, each in its place, which suits slots that have roles of their own; 0: gated attention over the
-            tokens, whatever their order.
+        dim: width d of a token.
+        classes: {label: number of classes}, two or more each.
+        slots: k: a linear layer over all k tokens side by side, for slots that have roles of their own.
+            0: gated attention over the tokens, whatever their order.
+        hidden: width of the attention.
     Raises:
         ValueError: no label, or one with fewer than two classes.
     """
     if not classes or min(classes.values()) < 2:
         raise ValueError(f"init_heads: needs labels of two classes or more, got {dict(classes)}")
-    linear = lambda i, o: layers.init_linear(i, o, gen, std=i**-0.5)
-    if slots:
-        return {name: {"out": linear(slots * dim, n)} for name, n in classes.items()}
-    return {
-        name: {
-            "tanh": linear(dim, hidden),
-            "sigmoid": linear(dim, hidden),
-            "score": linear(hidden, 1),
-            "out": linear(dim, n),
+    heads: Tree = {}
+    for label, count in classes.items():
+        if slots:
+            heads[label] = {"out": _init_linear(slots * dim, count, gen)}
+            continue
+        # The layers are drawn in this order: another one would give other weights for the same seed.
+        heads[label] = {
+            "tanh": _init_linear(dim, hidden, gen),
+            "sigmoid": _init_linear(dim, hidden, gen),
+            "score": _init_linear(hidden, 1, gen),
+            "out": _init_linear(dim, count, gen),
         }
-        for name, n in classes.items()
-    }
+    return heads
 
 
 def label_logits(params: Tree, tokens: Tensor) -> dict[str, Tensor]:
-    """Logits {label: [b, classes]} of slides from their tokens [b, k, d]: for each label a linear layer over all, or gated attention.
+    """Logits {label: [b, classes]} of slides from their tokens [b, k, d].
 
     Raises:
         ValueError: tokens have another shape.
     Source: Ilse et al. 2018, arXiv:1802.04712, equation 9, over tokens instead of patches.
     """
-    out = {}
-    for name, p in params.items():
-        width, side_by_side = p["out"]["weight"].shape[1], "score" not in p
-        if (
-            tokens.dim() != 3
-            or (tokens.shape[1] * tokens.shape[2] if side_by_side else tokens.shape[2]) != width
-        ):
-            want = f"[b, k, d] with k d = {width}" if side_by_side else f"[b, k, {width}]"
-            raise ValueError(f"label_logits: tokens must be {want}, got {list(tokens.shape)}")
-        if side_by_side:
-            out[name] = layers.linear(p["out"], tokens.flatten(1))
+    logits = {}
+    for label, head in params.items():
+        _check_tokens(head, tokens)
+        if _is_side_by_side(head):
+            logits[label] = layers.linear(head["out"], tokens.flatten(1))
             continue
-        gate = torch.tanh(layers.linear(p["tanh"], tokens)) * torch.sigmoid(
-            layers.linear(p["sigmoid"], tokens)
-        )
-        share = layers.linear(p["score"], gate).softmax(1)  # [b, k, 1]
-        out[name] = layers.linear(p["out"], (share * tokens).sum(1))
-    return out
+        tanh = torch.tanh(layers.linear(head["tanh"], tokens))
+        gate = torch.sigmoid(layers.linear(head["sigmoid"], tokens))
+        attention = layers.linear(head["score"], tanh * gate).softmax(1)  # [b, k, 1]
+        logits[label] = layers.linear(head["out"], (attention * tokens).sum(1))
+    return logits
 
 
 def label_loss(
     logits: Mapping[str, Tensor], labels: Mapping[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(mean over labels of their cross-entropy, {label: share that is right}); -1 where a slide has no such label.
+    """(cross-entropy averaged over labels, {label: accuracy}). A label that no slide of the batch has counts 0.
 
-    A label that no slide of the batch has counts 0.
     Args:
-        labels: {label: int64 [b]}, others are not looked at.
+        logits: {label: [b, classes]}.
+        labels: {label: int64 [b]}, -1 where a slide has no such label. Labels without logits are ignored.
     Raises:
-        ValueError: a label is not there, or has another shape.
+        ValueError: a label is missing or has another shape.
     """
-    losses, right = [], {}
-    for name, x in logits.items():
-        if name not in labels or labels[name].shape != x.shape[:1]:
-            got = f"{list(labels[name].shape)}" if name in labels else f"only {', '.join(labels) or 'none'}"
-            raise ValueError(
-                f"label_loss: label {name!r} must be [{len(x)}], a class for each slide, got {got}"
-            )
-        y = labels[name]
-        known = y >= 0
-        n = known.sum().clamp(min=1)
-        losses.append(F.cross_entropy(x, y.clamp(min=0), reduction="none")[known].sum() / n)
-        right[name] = (x.argmax(1) == y)[known].float().sum() / n
-    return torch.stack(losses).mean(), right
+    losses, accuracies = [], {}
+    for label, x in logits.items():
+        _check_label(label, labels, len(x))
+        target = labels[label]
+        labelled = target >= 0
+        count = labelled.sum().clamp(min=1)
+        # The loss is taken of all slides and then selected, as cross_entropy of no slide would be NaN.
+        loss = F.cross_entropy(x, target.clamp(min=0), reduction="none")
+        losses.append(loss[labelled].sum() / count)
+        accuracies[label] = (x.argmax(1) == target)[labelled].float().sum() / count
+    return torch.stack(losses).mean(), accuracies
 
 
 def classes_of(rows: Sequence[Mapping[str, str]], columns: Sequence[str]) -> dict[str, list[str]]:
-    """{label: its classes in the order of the alphabet} of the columns of a table; an empty cell is no class.
+    """{column: its classes, sorted} of the rows of a table. An empty cell is no class.
 
     Raises:
         ValueError: a column with fewer than two classes (names it).
     """
-    found = {c: sorted({r[c] for r in rows} - {""}) for c in columns}
-    if single := [c for c, of in found.items() if len(of) < 2]:
-        raise ValueError(
-            f"classes_of: column {single[0]!r} must have two classes or more, found {found[single[0]]}"
-        )
-    return found
+    classes = {column: sorted({row[column] for row in rows} - {""}) for column in columns}
+    for column, names in classes.items():
+        if len(names) < 2:
+            raise ValueError(f"classes_of: column {column!r} must have two classes or more, found {names}")
+    return classes
+
+
+def _init_linear(inputs: int, outputs: int, gen: Generator) -> Tree:
+    return layers.init_linear(inputs, outputs, gen, std=inputs**-0.5)
+
+
+def _is_side_by_side(head: Tree) -> bool:
+    return "score" not in head
+
+
+def _check_tokens(head: Tree, tokens: Tensor) -> None:
+    width = head["out"]["weight"].shape[1]
+    if _is_side_by_side(head):
+        fits = tokens.dim() == 3 and tokens.shape[1] * tokens.shape[2] == width
+        expected = f"[b, k, d] with k d = {width}"
+    else:
+        fits = tokens.dim() == 3 and tokens.shape[2] == width
+        expected = f"[b, k, {width}]"
+    if not fits:
+        raise ValueError(f"label_logits: tokens must be {expected}, got {list(tokens.shape)}")
+
+
+def _check_label(label: str, labels: Mapping[str, Tensor], slides: int) -> None:
+    if label not in labels:
+        found = f"only {', '.join(labels) or 'none'}"
+    elif labels[label].shape != (slides,):
+        found = f"{list(labels[label].shape)}"
+    else:
+        return
+    raise ValueError(f"label_loss: label {label!r} must be [{slides}], a class for each slide, got {found}")
