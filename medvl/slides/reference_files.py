@@ -1,8 +1,8 @@
-"""The reference's files of its slide compressor and projector. A key without a place is an error, and so is a missing one."""
+"""Files of TC-SSA, the reference implementation, for its slide compressor and projector. Every key must be known and none may be missing."""
 
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,17 @@ from medvl.components.compress import CompressConfig
 from medvl.components.project import ProjectConfig
 from medvl.hub.checkpoints import Entry, entries_of, few, open_weights, read_finite, save_finite
 
-_WRAP, _PREFIX = "model_state_dict", "compressor."
-_WEIGHTS_ALONE = (
+_STATE, _PREFIX = "model_state_dict", "compressor."  # where a checkpoint of pretraining holds the compressor
+_CONVERT = (
     "python -c \"import torch; x = torch.load({0!r}, weights_only=False, map_location='cpu'); "
     "torch.save(x.get('model_state_dict', x.get('state_dict', x)), {1!r})\""
 )
-_EXPERT = {0: "up", 3: "down", 4: "norm"}  # 1 and 2 are the GELU and the dropout
+_EXPERT = {0: "up", 3: "down", 4: "norm"}  # modules of an expert; 1 and 2 are the GELU and the dropout
 _KEY = re.compile(r"gate\.(weight|bias)|experts\.(0|[1-9]\d*)\.net\.[034]\.(weight|bias)")
-_PROJECT = {"proj.0": "up", "proj.2": "down"}
+_PROJECTOR = {"proj.0": "up", "proj.2": "down"}
+_KINDS = ("weight", "bias")
+
+Shape = tuple[int, ...]
 
 
 def read_compressor(
@@ -32,146 +35,143 @@ def read_compressor(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> tuple[CompressConfig, Tree, dict[str, Tensor]]:
-    """A compressor of kind moe in the reference's format; nothing in the file is run.
+    """Read a compressor of kind moe in the format of the reference. No code of the file is run.
 
     Args:
         path: `moe_compressor.pt` (.pt, .pth, .bin or .safetensors) with `gate.weight`, `gate.bias` and
-            `experts.{i}.net.{0,3,4}.{weight,bias}`, or a checkpoint of its pretraining, where these are in `model_state_dict` and begin
-            with `compressor.`.
-        top_k: slots of a patch, which the file does not say.
+            `experts.{i}.net.{0,3,4}.{weight,bias}`, or a checkpoint of pretraining, which has these in
+            `model_state_dict` with the prefix `compressor.`.
+        top_k: slots of a patch. The file does not say it.
     Returns:
-        (config with dim, slots and hidden as in the file, params in `dtype` on `device`, rest): rest are the other tensors of a checkpoint
-        of pretraining as they are, such as its classifier's.
+        (config with dim, slots and hidden of the file, params in `dtype` on `device`, rest): rest are the other
+        tensors of a checkpoint of pretraining as they are, such as those of its classifier.
     Raises:
-        ValueError: no such file or a broken one, a key missing or unexpected, shapes that do not fit, numbers that are not finite, top_k
-            beyond the slots.
+        ValueError: no such file or a broken one, a missing or unexpected key, shapes that do not fit, numbers
+            that are not finite, top_k greater than the number of slots.
     Source: key names of the public code of TC-SSA, arXiv:2603.01143.
     """
     path = Path(path)
-    held, rest = _open(path, "read_compressor"), {}
-    if any(k.startswith(_PREFIX) for k in held):
-        rest = {k: e for k, e in held.items() if not k.startswith(_PREFIX)}
-        held = {k.removeprefix(_PREFIX): e for k, e in held.items() if k.startswith(_PREFIX)}
-    cfg = _inferred(held, path, top_k)
-    shapes = _shapes(cfg)
-    missing, extra = [k for k in shapes if k not in held], [k for k in held if k not in shapes]
-    if missing or extra:
-        raise ValueError(
-            f"read_compressor: {path} must hold {cfg.slots} experts: missing {few(missing)}, unexpected {few(extra)}"
-        )
-    _check_shapes("read_compressor", path, held, shapes)
-    get = lambda key: read_finite(held[key], key, path, dtype, device)
-    experts = {
-        name: {
-            kind: torch.stack([get(f"experts.{i}.net.{j}.{kind}") for i in range(cfg.slots)])
-            for kind in ("weight", "bias")
-        }
-        for j, name in _EXPERT.items()
-    }
-    params = {"gate": {kind: get(f"gate.{kind}") for kind in ("weight", "bias")}, "experts": experts}
-    return cfg, params, {k: e.read() for k, e in rest.items()}
+    entries, others = _split_checkpoint(_open(path, "read_compressor"))
+    cfg = _infer_config(entries, path, top_k)
+    shapes = _compressor_shapes(cfg)
+    _check_keys(f"read_compressor: {path} must hold {cfg.slots} experts", entries, shapes)
+    _check_shapes("read_compressor", path, entries, shapes)
+
+    read = _reader(entries, path, dtype, device)
+    experts: Tree = {name: {} for name in _EXPERT.values()}
+    for module, name in _EXPERT.items():
+        for kind in _KINDS:
+            weights = [read(f"experts.{i}.net.{module}.{kind}") for i in range(cfg.slots)]
+            experts[name][kind] = torch.stack(weights)
+    params = {"gate": {kind: read(f"gate.{kind}") for kind in _KINDS}, "experts": experts}
+    return cfg, params, {key: entry.read() for key, entry in others.items()}
 
 
 def write_compressor(params: Tree, path: files.PathLike, *, rest: Mapping[str, Tensor] | None = None) -> None:
-    """Write a compressor of kind moe in the reference's format, whole or not at all; a file of that name is replaced.
+    """Write a compressor of kind moe in the format of the reference, whole or not at all. An existing file is replaced.
 
     Args:
         path: ends in .pt, .pth, .bin or .safetensors.
-        rest: write a checkpoint of pretraining: these tensors and the compressor in `model_state_dict`; not as .safetensors.
+        rest: write a checkpoint of pretraining, with these tensors and the compressor in `model_state_dict`;
+            not as .safetensors.
     Raises:
-        ValueError: another ending; params of another kind; a name of `rest` that begins with `compressor.`; numbers that are not finite.
+        ValueError: another ending; params of another kind; a name in `rest` that begins with `compressor.`;
+            numbers that are not finite.
     """
     path = Path(path)
-    _check_ending("write_compressor", path, nested=rest is not None)
+    nested = rest is not None
+    _check_ending("write_compressor", path, nested=nested)
     if params.keys() != {"gate", "experts"} or params["experts"].keys() != set(_EXPERT.values()):
         raise ValueError(
             f"write_compressor: params must be those of kind moe, gate and experts, got {few(list(params))}"
         )
-    state = {f"gate.{kind}": t for kind, t in params["gate"].items()}
+    state = {f"gate.{kind}": tensor for kind, tensor in params["gate"].items()}
     for i in range(len(params["gate"]["weight"])):
-        state |= {
-            f"experts.{i}.net.{j}.{kind}": t[i]
-            for j, name in _EXPERT.items()
-            for kind, t in params["experts"][name].items()
-        }
-    if wrong := [n for n in rest or {} if n.startswith(_PREFIX)]:
-        raise ValueError(
-            f"write_compressor: names of the rest must not begin with {_PREFIX}, got {few(wrong)}"
-        )
+        for module, name in _EXPERT.items():
+            for kind, tensor in params["experts"][name].items():
+                state[f"experts.{i}.net.{module}.{kind}"] = tensor[i]
     if rest is not None:
-        state = {_PREFIX + n: t for n, t in state.items()} | dict(rest)
-    _save("write_compressor", state, path, nested=rest is not None)
+        wrong = [name for name in rest if name.startswith(_PREFIX)]
+        if wrong:
+            raise ValueError(
+                f"write_compressor: names of the rest must not begin with {_PREFIX}, got {few(wrong)}"
+            )
+        state = {_PREFIX + name: tensor for name, tensor in state.items()} | dict(rest)
+    with files.atomic(path) as temporary:
+        save_finite(state, temporary, "write_compressor", pickled=path.suffix != ".safetensors")
+        if nested:
+            torch.save({_STATE: torch.load(temporary, weights_only=True)}, temporary)
 
 
 def read_projector(
     path: files.PathLike, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> tuple[ProjectConfig, Tree]:
-    """A projector in the reference's format (`projector.pt`: `proj.0`, `proj.2`), with its widths.
+    """Read a projector in the format of the reference (`projector.pt`: `proj.0`, `proj.2`): (config with its widths, params).
 
     Raises:
         ValueError: as `read_compressor`.
     """
     path = Path(path)
-    held = _open(path, "read_projector")
-    keys = [f"{old}.{kind}" for old in _PROJECT for kind in ("weight", "bias")]
-    missing, extra = [k for k in keys if k not in held], [k for k in held if k not in keys]
-    if missing or extra:
-        raise ValueError(
-            f"read_projector: {path} must hold proj.0 and proj.2: missing {few(missing)}, unexpected {few(extra)}"
-        )
-    up, down = (held[f"{old}.weight"].shape for old in _PROJECT)
+    entries = _open(path, "read_projector")
+    keys = [f"{module}.{kind}" for module in _PROJECTOR for kind in _KINDS]
+    _check_keys(f"read_projector: {path} must hold proj.0 and proj.2", entries, keys)
+    up, down = entries["proj.0.weight"].shape, entries["proj.2.weight"].shape
     if not len(up) == len(down) == 2:
         raise ValueError(
-            f"read_projector: {path}: proj.0.weight and proj.2.weight must be [out, in], got {list(up)} and {list(down)}"
+            f"read_projector: {path}: proj.0.weight and proj.2.weight must be [out, in], "
+            f"got {list(up)} and {list(down)}"
         )
     cfg = ProjectConfig(inputs=up[1], hidden=up[0], outputs=down[0])
-    shapes = {
-        "proj.0.weight": up,
-        "proj.0.bias": up[:1],
+    shapes: dict[str, Shape] = {
+        "proj.0.weight": (cfg.hidden, cfg.inputs),
+        "proj.0.bias": (cfg.hidden,),
         "proj.2.weight": (cfg.outputs, cfg.hidden),
-        "proj.2.bias": down[:1],
+        "proj.2.bias": (cfg.outputs,),
     }
-    _check_shapes("read_projector", path, held, shapes)
-    get = lambda key: read_finite(held[key], key, path, dtype, device)
-    return cfg, {
-        new: {kind: get(f"{old}.{kind}") for kind in ("weight", "bias")} for old, new in _PROJECT.items()
-    }
+    _check_shapes("read_projector", path, entries, shapes)
+    read = _reader(entries, path, dtype, device)
+    params = {}
+    for module, name in _PROJECTOR.items():
+        params[name] = {kind: read(f"{module}.{kind}") for kind in _KINDS}
+    return cfg, params
 
 
-def write_projector(params: Tree, path: files.PathLike) -> None:
-    """Write a projector in the reference's format, whole or not at all; a file of that name is replaced.
+def _split_checkpoint(entries: dict[str, Entry]) -> tuple[dict[str, Entry], dict[str, Entry]]:
+    """(entries of the compressor without their prefix, all others)."""
+    if not any(key.startswith(_PREFIX) for key in entries):
+        return entries, {}
+    own, others = {}, {}
+    for key, entry in entries.items():
+        if key.startswith(_PREFIX):
+            own[key.removeprefix(_PREFIX)] = entry
+        else:
+            others[key] = entry
+    return own, others
 
-    Raises:
-        ValueError: another ending than .pt, .pth, .bin or .safetensors; other params; numbers that are not finite.
-    """
-    path = Path(path)
-    _check_ending("write_projector", path, nested=False)
-    if params.keys() != set(_PROJECT.values()):
-        raise ValueError(f"write_projector: params must have up and down, got {few(list(params))}")
-    state = {f"{old}.{kind}": t for old, new in _PROJECT.items() for kind, t in params[new].items()}
-    _save("write_projector", state, path, nested=False)
 
-
-def _inferred(held: Mapping[str, Entry], path: Path, top_k: int) -> CompressConfig:
-    if extra := [k for k in held if not _KEY.fullmatch(k)]:
-        raise ValueError(f"read_compressor: {path}: unexpected {few(extra)}")
-    if missing := [k for k in ("gate.weight", "experts.0.net.0.weight") if k not in held]:
+def _infer_config(entries: Mapping[str, Entry], path: Path, top_k: int) -> CompressConfig:
+    unexpected = [key for key in entries if not _KEY.fullmatch(key)]
+    if unexpected:
+        raise ValueError(f"read_compressor: {path}: unexpected {few(unexpected)}")
+    missing = [key for key in ("gate.weight", "experts.0.net.0.weight") if key not in entries]
+    if missing:
         raise ValueError(f"read_compressor: {path}: missing {few(missing)}")
-    gate, up = held["gate.weight"].shape, held["experts.0.net.0.weight"].shape
+    gate, up = entries["gate.weight"].shape, entries["experts.0.net.0.weight"].shape
     if not len(gate) == len(up) == 2:
         raise ValueError(
-            f"read_compressor: {path}: gate.weight must be [slots, dim], the first expert's [hidden, dim], got {gate} and {up}"
+            f"read_compressor: {path}: gate.weight must be [slots, dim], the first expert's [hidden, dim], "
+            f"got {gate} and {up}"
         )
     try:
         return CompressConfig(kind="moe", dim=gate[1], slots=gate[0], hidden=up[0], top_k=top_k)
-    except ValueError as e:
-        raise ValueError(f"read_compressor: {path}: {e}") from e
+    except ValueError as error:
+        raise ValueError(f"read_compressor: {path}: {error}") from error
 
 
-def _shapes(cfg: CompressConfig) -> dict[str, tuple[int, ...]]:
+def _compressor_shapes(cfg: CompressConfig) -> dict[str, Shape]:
+    """{key: shape} of a compressor of kind moe."""
     d, h = cfg.dim, cfg.hidden
-    shapes: dict[str, tuple[int, ...]] = {"gate.weight": (cfg.slots, d), "gate.bias": (cfg.slots,)}
-    one = {
+    expert: dict[str, Shape] = {
         "0.weight": (h, d),
         "0.bias": (h,),
         "3.weight": (d, h),
@@ -179,62 +179,87 @@ def _shapes(cfg: CompressConfig) -> dict[str, tuple[int, ...]]:
         "4.weight": (d,),
         "4.bias": (d,),
     }
-    return shapes | {f"experts.{i}.net.{k}": s for i in range(cfg.slots) for k, s in one.items()}
+    shapes: dict[str, Shape] = {"gate.weight": (cfg.slots, d), "gate.bias": (cfg.slots,)}
+    for i in range(cfg.slots):
+        for key, shape in expert.items():
+            shapes[f"experts.{i}.net.{key}"] = shape
+    return shapes
 
 
-def _check_shapes(
-    where: str, path: Path, held: Mapping[str, Entry], shapes: Mapping[str, tuple[int, ...]]
-) -> None:
-    for k, shape in shapes.items():
-        if held[k].shape != shape:
-            raise ValueError(f"{where}: {path}: {k} must be {list(shape)}, got {list(held[k].shape)}")
+def _check_keys(message: str, entries: Mapping[str, Entry], expected: Iterable[str]) -> None:
+    expected = list(expected)
+    missing = [key for key in expected if key not in entries]
+    unexpected = [key for key in entries if key not in expected]
+    if missing or unexpected:
+        raise ValueError(f"{message}: missing {few(missing)}, unexpected {few(unexpected)}")
 
 
-def _open(path: Path, where: str) -> dict[str, Entry]:
-    _check_ending(where, path, nested=False)
+def _check_shapes(caller: str, path: Path, entries: Mapping[str, Entry], shapes: Mapping[str, Shape]) -> None:
+    for key, shape in shapes.items():
+        if entries[key].shape != shape:
+            raise ValueError(f"{caller}: {path}: {key} must be {list(shape)}, got {list(entries[key].shape)}")
+
+
+def _reader(
+    entries: Mapping[str, Entry], path: Path, dtype: torch.dtype, device: str | torch.device
+) -> Callable[[str], Tensor]:
+    def read(key: str) -> Tensor:
+        return read_finite(entries[key], key, path, dtype, device)
+
+    return read
+
+
+def _open(path: Path, caller: str) -> dict[str, Entry]:
+    """The tensors of a file by their names, not yet read where the format allows it."""
+    _check_ending(caller, path, nested=False)
     if not path.is_file():
-        raise ValueError(f"{where}: {path}: no such file")
+        raise ValueError(f"{caller}: {path}: no such file")
     if path.suffix == ".safetensors":
-        return _unwrapped(open_weights(path, str(path)))
+        return _strip_wrappers(open_weights(path, str(path)))
+    state = _load_tensors(path, caller)
+    if isinstance(state, dict) and isinstance(state.get(_STATE), dict):
+        state = state[_STATE]
+    if not _is_state_dict(state):
+        raise ValueError(f"{caller}: {path} must hold a dict of tensors, by itself or as {_STATE}")
+    files.check_own_numbers(path, state)
+    return _strip_wrappers(entries_of(state))
+
+
+def _load_tensors(path: Path, caller: str) -> Any:
     files.check_stored(path)
     try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, ValueError, *files.BROKEN) as e:
-        if isinstance(e, pickle.UnpicklingError) and "numpy" in str(e):
-            alone = _WEIGHTS_ALONE.format(str(path), f"{path.with_suffix('')}_weights.pt")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, ValueError, *files.BROKEN) as error:
+        # The checkpoints of the reference hold metrics as NumPy numbers: say how to get the weights out.
+        if isinstance(error, pickle.UnpicklingError) and "numpy" in str(error):
+            command = _CONVERT.format(str(path), f"{path.with_suffix('')}_weights.pt")
             raise ValueError(
-                f"{where}: {path} holds NumPy numbers beside its weights, such as metrics; they can run code when they are loaded, and so "
-                f"are not. If you trust the file, write its weights alone once: {alone}"
-            ) from e
+                f"{caller}: {path} holds NumPy numbers beside its weights, such as metrics; they can run code "
+                f"when they are loaded, and so are not. If you trust the file, write its weights alone once: {command}"
+            ) from error
         raise ValueError(
-            f"{where}: {path} is not a file of plain tensors, or broken ({files.reason(e)})"
-        ) from e
-    if isinstance(state, dict) and isinstance(state.get(_WRAP), dict):
-        state = state[_WRAP]
-    if not isinstance(state, dict) or not all(
-        isinstance(k, str) and isinstance(t, Tensor) for k, t in state.items()
-    ):
-        raise ValueError(f"{where}: {path} must hold a dict of tensors, by itself or as {_WRAP}")
-    files.check_own_numbers(path, state)
-    return _unwrapped(entries_of(state))
+            f"{caller}: {path} is not a file of plain tensors, or broken ({files.reason(error)})"
+        ) from error
 
 
-def _unwrapped(entries: dict[str, Entry]) -> dict[str, Entry]:
-    """Names without what DistributedDataParallel and torch.compile put before all of them."""
+def _is_state_dict(state: Any) -> bool:
+    if not isinstance(state, dict):
+        return False
+    return all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items())
+
+
+def _strip_wrappers(entries: dict[str, Entry]) -> dict[str, Entry]:
+    """Remove the prefixes that DistributedDataParallel and torch.compile put before all names."""
+    # They nest in both orders, so that "module." is looked for before and after "_orig_mod.".
     for prefix in ("module.", "_orig_mod.", "module."):
         if entries and all(name.startswith(prefix) for name in entries):
             entries = {name.removeprefix(prefix): entry for name, entry in entries.items()}
     return entries
 
 
-def _check_ending(where: str, path: Path, nested: bool) -> None:
-    endings = (".pt", ".pth", ".bin") if nested else (".pt", ".pth", ".bin", ".safetensors")
+def _check_ending(caller: str, path: Path, nested: bool) -> None:
+    endings = [".pt", ".pth", ".bin"]
+    if not nested:
+        endings.append(".safetensors")
     if path.suffix not in endings:
-        raise ValueError(f"{where}: the file must end in {', '.join(endings)}, got {path.name}")
-
-
-def _save(where: str, state: Mapping[str, Tensor], path: Path, nested: bool) -> None:
-    with files.atomic(path) as tmp:
-        save_finite(state, tmp, where, pickled=path.suffix != ".safetensors")
-        if nested:
-            torch.save({_WRAP: torch.load(tmp, weights_only=True)}, tmp)
+        raise ValueError(f"{caller}: the file must end in {', '.join(endings)}, got {path.name}")

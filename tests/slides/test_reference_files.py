@@ -11,7 +11,7 @@ from torch import nn
 from medvl.base import tree
 from medvl.components.compress import CompressConfig, compress, init_compress
 from medvl.components.project import ProjectConfig, init_project, project
-from medvl.slides.reference_files import read_compressor, read_projector, write_compressor, write_projector
+from medvl.slides.reference_files import read_compressor, read_projector, write_compressor
 
 CFG = CompressConfig(dim=12, slots=3, hidden=5)
 
@@ -201,8 +201,6 @@ def test_what_cannot_be_written(gen, tmp_path):
     params["gate"]["bias"][1] = torch.inf
     with pytest.raises(ValueError, match=r"gate.bias must be finite"):
         write_compressor(params, tmp_path / "c.pt")
-    with pytest.raises(ValueError, match="must have up and down, got gate, experts"):
-        write_projector(params, tmp_path / "c.pt")
     assert not list(tmp_path.iterdir())
 
 
@@ -211,20 +209,12 @@ def test_what_cannot_be_written(gen, tmp_path):
 def test_projector(gen, tmp_path, name):
     peer = nn.Module()
     peer.proj = nn.Sequential(nn.Linear(6, 9), nn.GELU(), nn.Linear(9, 4))
-    torch.save(peer.state_dict(), tmp_path / "in.pt")
-    cfg, params = read_projector(tmp_path / "in.pt")
+    save = save_file if name.endswith("safetensors") else torch.save
+    save(peer.state_dict(), tmp_path / name)
+    cfg, params = read_projector(tmp_path / name)
     assert cfg == ProjectConfig(inputs=6, hidden=9, outputs=4)
     z = torch.randn(3, 6, generator=gen)
     torch.testing.assert_close(project(cfg, params, z), peer.proj(z))
-    write_projector(params, tmp_path / name)
-    again = read_projector(tmp_path / name)[1]
-    assert all(torch.equal(t, tree.flatten(again)[n]) for n, t in tree.flatten(params).items())
-    written = (
-        load_file(tmp_path / name)
-        if name.endswith("safetensors")
-        else torch.load(tmp_path / name, weights_only=True)
-    )
-    assert written.keys() == peer.state_dict().keys()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from medvl.components import compress
 from medvl.components.project import ProjectConfig, init_project
 from medvl.components.slots import CompressConfig
 from medvl.language.encoding import IGNORE
-from medvl.slides.reference_files import write_compressor, write_projector
+from medvl.slides.reference_files import write_compressor
 from medvl.systems import ask, run
 from medvl.systems.slide_vqa import model as slide_vqa
 from medvl.systems.slide_vqa import run as slide_vqa_run
@@ -180,8 +180,15 @@ def compressed(dim=D, slots=2):
 
 
 def projected(outputs=32):
+    """A projector in the reference's format."""
     sizes = ProjectConfig(inputs=D, hidden=8, outputs=outputs)
-    return lambda data: write_projector(init_project(sizes, torch.Generator().manual_seed(0)), data / "x.pt")
+    params = init_project(sizes, torch.Generator().manual_seed(0))
+    state = {
+        f"{module}.{kind}": tensor
+        for module, name in (("proj.0", "up"), ("proj.2", "down"))
+        for kind, tensor in params[name].items()
+    }
+    return lambda data: torch.save(state, data / "x.pt")
 
 
 FILE = {"pretrain": {"file": "DATA/x.pt"}}
