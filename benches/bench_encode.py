@@ -121,4 +121,4 @@ def bench_windows(measure, dtype):
 
 def bench_digest(measure):
     params = {str(i): torch.rand(2**22) for i in range(4)}
-    measure(skeletons.digest, params, rounds=5, mib=64)
+    measure(skeletons.weights_digest, params, rounds=5, mib=64)

@@ -56,7 +56,7 @@ def measure(benchmark, request):
             lambda: (fn(*args), wait()), rounds=rounds, warmup_rounds=1
         )  # without the wait we would time the launch
         now = {
-            "device": results.device(),
+            "device": results.device_name(),
             "threads": torch.get_num_threads(),
             "peak_mib": round(peak, 3),
             "shape": json.loads(json.dumps(shape)),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from medvl.hub import skeletons
+from medvl.hub import loading, skeletons
 from medvl.weights import four_bit, lazy
 
 SHAPE = {
@@ -56,7 +56,9 @@ def high_water() -> int:
 def load(folder: Path) -> dict:
     before = high_water()
     start = time.perf_counter()
-    _, params = skeletons.load(folder, head="language", dtype=torch.bfloat16, each=four_bit.quantizer())
+    _, params = loading.load_skeleton(
+        folder, head="language", dtype=torch.bfloat16, each=four_bit.quantizer()
+    )
     seconds = time.perf_counter() - start
     return {
         "parameters": sum(w.numel() for w in params.values()),

@@ -12,7 +12,9 @@ _HOME = {
     "ct.ingest": ("preprocess_folder", "contact_sheet"),
     "phantoms.chests": ("draw",),
     "ct.reports": ("read_reports", "read_labels", "split_patients"),
-    "hub.skeletons": ("load", "save", "init_skeleton", "checkpointed"),
+    "hub.loading": ("load",),
+    "hub.saving": ("save",),
+    "hub.skeletons": ("init_skeleton", "checkpointed"),
     "hub.tokens": ("tokenizer", "train_bpe", "tokenize"),
     "components.encode": ("EncodeConfig", "encode_slices"),
     "components.compress": ("CompressConfig", "init_compress", "compress", "compress_stream"),
@@ -37,7 +39,13 @@ _HOME = {
     "systems.ct_clip.run": ("look",),
     "systems.slide_vqa.look": ("look_at_slide",),
 }
-_CALLED = {"preprocess": "preprocess_scan", "draw": "draw_chests"}  # public name: its name in its module
+# Public names that differ from the names in their modules.
+_LONG_NAMES = {
+    "load": "load_skeleton",
+    "save": "save_skeleton",
+    "preprocess": "preprocess_scan",
+    "draw": "draw_chests",
+}
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_WHERE)
 
@@ -45,7 +53,7 @@ __all__ = sorted(_WHERE)
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'medvl' has no attribute {name!r}")
-    return getattr(import_module(f"medvl.{_WHERE[name]}"), _CALLED.get(name, name))
+    return getattr(import_module(f"medvl.{_WHERE[name]}"), _LONG_NAMES.get(name, name))
 
 
 def __dir__() -> list[str]:

@@ -12,7 +12,7 @@ from PIL import Image
 from tokenizers import AddedToken
 
 from medvl.adapters.embed import EmbedConfig
-from medvl.hub import skeletons, tokens
+from medvl.hub import loading, saving, skeletons, tokens
 from medvl.hub.peft_files import write_adapter
 from medvl.language import chat
 from medvl.language.conversations import read_conversations
@@ -108,7 +108,7 @@ def _make_models(cache):
     for name, (template, config) in STAND_INS.items():
         tok, snapshot = _tokenizer(template), _snapshot(cache, name)
         skeleton, params = skeletons.init_skeleton(config(tok), gen, head="language")
-        skeletons.save(skeleton, {n: t.bfloat16() for n, t in params.items()}, snapshot)
+        saving.save_skeleton(skeleton, {n: t.bfloat16() for n, t in params.items()}, snapshot)
         tok.save_pretrained(snapshot)
     vit = {
         "model_type": "dinov2_with_registers",
@@ -118,7 +118,7 @@ def _make_models(cache):
         "mlp_ratio": 1,
     }
     vit |= {"image_size": 224, "patch_size": 14}
-    skeletons.save(
+    saving.save_skeleton(
         *skeletons.init_skeleton(vit, gen), _snapshot(cache, "facebook/dinov2-with-registers-base")
     )
 
@@ -219,9 +219,9 @@ def test_the_page_on_weights_runs(at_work):
     assert [len(ids) for ids in of["answer"].ids] == [4, 4]
     assert torch.equal(
         of["merged"].params[f"{q}.weight"],
-        skeletons.load("merged", head="language", dtype=torch.bfloat16)[1][f"{q}.weight"],
+        loading.load_skeleton("merged", head="language", dtype=torch.bfloat16)[1][f"{q}.weight"],
     )
-    again = skeletons.load("four", head="language", dtype=torch.bfloat16)[1]
+    again = loading.load_skeleton("four", head="language", dtype=torch.bfloat16)[1]
     assert all(torch.equal(of["lazy"].dense(w), of["lazy"].dense(again[n])) for n, w in of["four"].items())
     for n, w in of["eight"].items():
         assert (of["lazy"].dense(w) - of["params"][n]).abs().max() <= 0.02 * of["params"][n].abs().max()

@@ -20,8 +20,8 @@ from medvl.adapters.retrieve import query_vector
 from medvl.base import config, files
 from medvl.base.display import track
 from medvl.components.text import pool_tokens
-from medvl.hub import skeletons, tokens
-from medvl.hub.checkpoints import find, new_folder, open_weights, read_json, save_finite
+from medvl.hub import loading, skeletons, tokens
+from medvl.hub.checkpoints import find_file, new_folder, open_weights, read_json, save_finite
 from medvl.language.images import Picture, cap_pixels, check_window, open_image, to_rgb
 
 # b queries, n texts or images of them, d width of a vector, e that behind a head
@@ -127,7 +127,7 @@ def open_embedder(cfg: EmbedConfig, *, device: str | torch.device = "cpu") -> Em
 
     Further layers that sentence-transformers keeps beside an encoder (Dense) are not read; give one of them as a head.
     Raises:
-        ValueError: kind "local" (fit or read one), an encoder of another kind, whatever `hub.load` and the tokenizer say.
+        ValueError: kind "local" (fit or read one), an encoder of another kind, whatever `loading.load_skeleton` and the tokenizer say.
     """
     if cfg.kind == "local":
         raise ValueError(
@@ -135,7 +135,7 @@ def open_embedder(cfg: EmbedConfig, *, device: str | torch.device = "cpu") -> Em
         )
     if cfg.kind == "vectors":
         return _named(Embedder(cfg=cfg))
-    about = read_json(find(cfg.name, ("config.json",)))
+    about = read_json(find_file(cfg.name, ("config.json",)))
     model, both = about.get("model_type"), cfg.kind == "image_text"
     if both and model not in ("clip", "siglip"):
         raise ValueError(
@@ -145,7 +145,7 @@ def open_embedder(cfg: EmbedConfig, *, device: str | torch.device = "cpu") -> Em
         raise ValueError(
             f"open_embedder: kind 'text' needs an encoder or decoder of text alone, {cfg.name} is a {model}"
         )
-    skeleton, params = skeletons.load(cfg.name, device=device)
+    skeleton, params = loading.load_skeleton(cfg.name, device=device)
     processor = tokens.image_processor(cfg.name) if both and cfg.shares[1] else None
     return _named(
         Embedder(
@@ -308,7 +308,7 @@ def read_embedder(folder: files.PathLike, *, device: str | torch.device = "cpu")
     raw, cfg = _about(folder)
     state = {
         n: entry.read()
-        for n, entry in open_weights(find(str(folder), ("embedder.safetensors",)), str(folder)).items()
+        for n, entry in open_weights(find_file(str(folder), ("embedder.safetensors",)), str(folder)).items()
     }
     head = state.pop("head", None)
     made = (
@@ -345,16 +345,16 @@ def check_embedder(folder: files.PathLike) -> None:
         ValueError: not such a folder, broken, or its encoder is not there.
     """
     _, cfg = _about(folder)
-    find(str(folder), ("embedder.safetensors",))
+    find_file(str(folder), ("embedder.safetensors",))
     if cfg.kind in ("text", "image_text"):
-        find(cfg.name, ("config.json",))
+        find_file(cfg.name, ("config.json",))
 
 
 def _about(folder: files.PathLike) -> tuple[dict[str, Any], EmbedConfig]:
     """What embedder.json of a saved embedder says, and its settings."""
     if not Path(folder).is_dir():
         raise ValueError(f"read_embedder: there is no folder {folder}")
-    path = find(str(folder), ("embedder.json",))
+    path = find_file(str(folder), ("embedder.json",))
     raw = read_json(path)
     if (
         raw.get("format") != _FORMAT
@@ -452,7 +452,7 @@ def _named(embedder: Embedder) -> Embedder:
         cfg.kind,
         *([Path(cfg.name).name] if cfg.name else []),
         config.digest(matters),
-        skeletons.digest(weights),
+        skeletons.weights_digest(weights),
     ]
     return evolve(embedder, name=":".join(parts))
 

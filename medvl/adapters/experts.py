@@ -138,7 +138,7 @@ def open_experts(
         base: hub name or folder of the model, if neither the registry nor its adapters say it (or it lies elsewhere now).
         root: where the registry's relative paths start, instead of what it says.
     Raises:
-        ValueError: as `gather` and `hub.load`; no base model named anywhere.
+        ValueError: as `gather` and `loading.load_skeleton`; no base model named anywhere.
     """
     held = registry.read_registry(path, root)
     registry.check(path, held, str(base))

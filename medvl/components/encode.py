@@ -23,7 +23,7 @@ _LARGEST_ON_CPU = (
 
 
 class Vit(Protocol):
-    """What `encode_slices` needs of a skeleton (`hub.load`)."""
+    """What `encode_slices` needs of a skeleton (`loading.load_skeleton`)."""
 
     @property
     def module(self) -> torch.nn.Module: ...

@@ -78,7 +78,7 @@ def encode_text_with(
     """The same from any Hugging Face text encoder: `model(params, input_ids=..., attention_mask=...)` -> [b, d].
 
     Args:
-        model: the skeleton that `hub.load` gave with `params`.
+        model: the skeleton that `loading.load_skeleton` gave with `params`.
         pool: "first" for BERT-like encoders ([CLS]), "last" for causal ones, "mean" over kept tokens.
     """
     hidden = model(params, input_ids=ids, attention_mask=mask.long()).last_hidden_state

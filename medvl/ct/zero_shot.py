@@ -109,7 +109,7 @@ def evaluate_findings(
         "n": len(s),
         "experiment": experiment,
         "commit": results.commit(),
-        "device": results.device(),
+        "device": results.device_name(),
     }
     rows = []
     for what, x in intervals.items():

@@ -62,7 +62,7 @@ def episode_accuracy(right: Any, groups: Sequence[Any], *, n: int = 1000, gen: t
     return accuracy(sums == sizes, range(len(sizes)), n=n, gen=gen)
 
 
-def by(
+def accuracy_by_category(
     right: Any, categories: Sequence[str], groups: Sequence[Any], *, n: int = 1000, gen: torch.Generator
 ) -> dict[str, Accuracy]:
     """The accuracy of each category, in the order of the alphabet; args and errors as `accuracy`.
@@ -72,11 +72,11 @@ def by(
     Raises:
         ValueError: also a row without a category ("" or None), or categories of another number.
     """
-    flags = _flags("by", right, groups)
+    flags = _flags("accuracy_by_category", right, groups)
     if len(categories) != len(flags) or (bare := sum(c is None or c == "" for c in categories)):
         got = f"{len(categories)} categories" if len(categories) != len(flags) else f"{bare} without"
         raise ValueError(
-            f"by: each of {len(flags)} rows must have a category, got {got}; leave such rows out or name them"
+            f"accuracy_by_category: each of {len(flags)} rows must have a category, got {got}; leave such rows out or name them"
         )
     codes, _ = metrics._codes(groups)
     seed = int(torch.randint(2**62, (), generator=gen))
@@ -89,7 +89,7 @@ def by(
     }
 
 
-def paired(
+def paired_difference(
     right_a: Any, right_b: Any, groups: Sequence[Any], *, n: int = 1000, gen: torch.Generator
 ) -> Difference:
     """Accuracy of a minus that of b on the same rows: the interval by bootstrap of whole groups, p by exact sign flips of whole groups.
@@ -104,7 +104,7 @@ def paired(
         ValueError: as `accuracy`; right_a and right_b of different lengths.
     Source: McNemar 1947, doi:10.1007/BF02295996; Fisher's randomisation test.
     """
-    a, b = _flags("paired", right_a, groups), _flags("paired", right_b, groups)
+    a, b = _flags("paired_difference", right_a, groups), _flags("paired_difference", right_b, groups)
     sums, sizes = _per_group(a.astype(np.int64) - b, groups)
     value, low, high = _share(sums, sizes, n, gen)
     return Difference(
@@ -112,7 +112,7 @@ def paired(
     )
 
 
-def by_tfidf(
+def tfidf_accuracy(
     said: Sequence[str | None],
     gold: Sequence[str],
     episodes: Sequence[Any],
@@ -132,11 +132,13 @@ def by_tfidf(
     """
     if not len(said) == len(gold) == len(episodes):
         raise ValueError(
-            f"by_tfidf: said, gold and episodes must have one length, got {len(said)}, {len(gold)}, {len(episodes)}"
+            f"tfidf_accuracy: said, gold and episodes must have one length, got {len(said)}, {len(gold)}, {len(episodes)}"
         )
     kept = [i for i, g in enumerate(gold) if not skip or g != skip]
     if not kept:
-        raise ValueError(f"by_tfidf: needs a step that is not skipped, got {len(gold)} steps, all {skip!r}")
+        raise ValueError(
+            f"tfidf_accuracy: needs a step that is not skipped, got {len(gold)} steps, all {skip!r}"
+        )
     right, groups = (
         [answers.same_by_tfidf(said[i], gold[i], threshold) for i in kept],
         metrics._codes(episodes)[0][kept].tolist(),

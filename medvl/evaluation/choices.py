@@ -214,7 +214,7 @@ _AFTER = frozenset(
 _JOINS = frozenset({"and", "or", "nor", "to", "is", "vs", "versus"})
 
 
-def lettered(options: Options) -> dict[str, str]:
+def letter_options(options: Options) -> dict[str, str]:
     """Options by letter, in their order; a sequence is lettered from A on.
 
     Raises:
@@ -230,15 +230,17 @@ def lettered(options: Options) -> dict[str, str]:
         or isinstance(options, str)
         or not all(isinstance(k, str) and re.fullmatch("[A-Z]", k) for k in table)
     ):
-        raise ValueError(f"lettered: needs 1 to 26 options with letters from A to Z, got {options!r:.80}")
+        raise ValueError(
+            f"letter_options: needs 1 to 26 options with letters from A to Z, got {options!r:.80}"
+        )
     if not all(isinstance(text, str) for text in table.values()):
-        raise ValueError(f"lettered: every option must be text, got {options!r:.80}")
+        raise ValueError(f"letter_options: every option must be text, got {options!r:.80}")
     return table
 
 
-def ask(question: str, options: Options) -> str:
+def format_question(question: str, options: Options) -> str:
     """A question with its options below, "A. text" each on a line of its own, as SlideChat asks."""
-    return "\n".join([question, *(f"{letter}. {text}" for letter, text in lettered(options).items())])
+    return "\n".join([question, *(f"{letter}. {text}" for letter, text in letter_options(options).items())])
 
 
 def split_options(text: str) -> tuple[str, dict[str, str]]:
@@ -281,9 +283,9 @@ def extract_letter(said: str | None, options: Options) -> str:
     Args:
         options: letter -> text, or texts from A on. An option without text is chosen by letter only.
     Raises:
-        ValueError: as `lettered`.
+        ValueError: as `letter_options`.
     """
-    table = lettered(options)
+    table = letter_options(options)
     text = unicodedata.normalize("NFKC", said or "")
     text = _THOUGHT.sub("", text).replace("\u3002", ". ")
     for pattern, new in _MARKUP:
@@ -306,14 +308,14 @@ def letters_by_likelihood(scores: Iterable[Iterable[float]], options: Sequence[O
     Args:
         scores: [b, o], as of `generation.score_options`: rows with fewer options are longer than these.
     Raises:
-        ValueError: as `lettered`; another number of rows, fewer scores than options, or a score of an option that is nan.
+        ValueError: as `letter_options`; another number of rows, fewer scores than options, or a score of an option that is nan.
     """
     rows, out = [[float(v) for v in row] for row in scores], []
     if len(rows) != len(options):
         raise ValueError(
             f"letters_by_likelihood: needs the options of every row, got {len(rows)} rows and {len(options)} sets of options"
         )
-    for i, (row, table) in enumerate(zip(rows, map(lettered, options), strict=True)):
+    for i, (row, table) in enumerate(zip(rows, map(letter_options, options), strict=True)):
         if len(row) < len(table) or any(v != v for v in row[: len(table)]):
             raise ValueError(
                 f"letters_by_likelihood: row {i} needs a number for each of {len(table)} options, got {row}"
@@ -322,7 +324,7 @@ def letters_by_likelihood(scores: Iterable[Iterable[float]], options: Sequence[O
     return out
 
 
-def comparable(text: str) -> str:
+def comparable_text(text: str) -> str:
     """An option's text without case, punctuation, markup, kind of dash and leading article; signs and numbers stay."""
     return " ".join(_words(text))
 

@@ -183,7 +183,7 @@ def bootstrap(
     }
 
 
-def recall_at(
+def group_recall_at(
     similarity: Any, groups_q: Sequence[Any], groups_g: Sequence[Any], ks: Sequence[int]
 ) -> dict[int, float]:
     """Share of queries with a gallery row of their own group among the k most similar, e.g. any reconstruction of the query's scan.
@@ -196,17 +196,17 @@ def recall_at(
     sim = _array(similarity)
     if sim.ndim != 2 or sim.shape != (len(groups_q), len(groups_g)) or not sim.size:
         raise ValueError(
-            f"recall_at: similarity must be [q, g] = {(len(groups_q), len(groups_g))}, got {sim.shape}"
+            f"group_recall_at: similarity must be [q, g] = {(len(groups_q), len(groups_g))}, got {sim.shape}"
         )
     if not np.isfinite(sim).all() or not ks or min(ks) < 1 or max(ks) > sim.shape[1]:
         raise ValueError(
-            f"recall_at: similarity must be finite and every k within 1..{sim.shape[1]}, got k={list(ks)}"
+            f"group_recall_at: similarity must be finite and every k within 1..{sim.shape[1]}, got k={list(ks)}"
         )
     codes = _codes([*groups_q, *groups_g])[0]
     same = codes[: len(sim), None] == codes[None, len(sim) :]
     if (lost := int((~same.any(1)).sum())) > 0:
         raise ValueError(
-            f"recall_at: every query's group must be in the gallery, {lost} of {len(sim)} are not"
+            f"group_recall_at: every query's group must be in the gallery, {lost} of {len(sim)} are not"
         )
     best = np.where(same, sim, -np.inf).max(1, keepdims=True)
     ahead = (~same & (sim >= best)).sum(1)  # wrong rows before the first right one

@@ -69,7 +69,7 @@ def write_report(
     for name, (_, png) in named.items():
         with files.atomic(folder / "figures" / name) as tmp:
             tmp.write_bytes(png)
-    write_results(folder / "results.csv", rows)
+    write_results_csv(folder / "results.csv", rows)
     files.write_text(folder / "report.md", _markdown(title, tables, generic, named, notes))
     files.write_text(folder / "report.html", _html(title, tables, generic, named, notes))
     if summary:
@@ -77,7 +77,7 @@ def write_report(
     return folder / "report.html"
 
 
-def write_results(path: files.PathLike, rows: Sequence[Result]) -> None:
+def write_results_csv(path: files.PathLike, rows: Sequence[Result]) -> None:
     """Every field of every result as CSV; what is nan is left empty, `extra` is JSON."""
     columns = [a.name for a in attrs.fields(Result)]
     files.write_csv(path, [{k: _plain(v) for k, v in attrs.asdict(r).items()} for r in rows], columns)

@@ -36,13 +36,13 @@ class Result:
     extra: dict[str, Any] = field(factory=dict)
 
 
-def write(path: files.PathLike, results: Iterable[Result]) -> None:
+def write_results(path: files.PathLike, results: Iterable[Result]) -> None:
     """Write results as JSON lines, atomically; nan becomes null."""
     lines = [json.dumps({k: None if _isnan(v) else v for k, v in asdict(r).items()}) for r in results]
     files.write_text(path, "".join(line + "\n" for line in lines))
 
 
-def read(path: files.PathLike) -> list[Result]:
+def read_results(path: files.PathLike) -> list[Result]:
     """Read what `write` wrote."""
     rows: list[dict[str, Any]] = [
         json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()
@@ -82,7 +82,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def device() -> str:
+def device_name() -> str:
     """The name of what computes here."""
     import torch
 

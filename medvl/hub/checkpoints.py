@@ -47,7 +47,7 @@ _DTYPES = {
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
-def find(name: str, choices: tuple[str, ...]) -> Path:
+def find_file(name: str, choices: tuple[str, ...]) -> Path:
     """The first of `choices` that is in the folder `name`, in the hub cache, or on the hub; never waits for a network that is not there."""
     from huggingface_hub import constants, try_to_load_from_cache
 
@@ -72,7 +72,7 @@ def find(name: str, choices: tuple[str, ...]) -> Path:
     return _download(name, choices, looked)
 
 
-def find_if_there(name: str, choice: str) -> Path | None:
+def find_optional_file(name: str, choice: str) -> Path | None:
     """The file `choice` beside the others of a checkpoint, None where the checkpoint has none.
 
     Of a hub name whose cache does not say whether there is such a file, the hub is asked; a warning says so where that cannot be done.
@@ -88,7 +88,7 @@ def find_if_there(name: str, choice: str) -> Path | None:
     if cached is not None:  # the cache knows that the hub has none
         return None
     try:
-        return find(name, (choice,))
+        return find_file(name, (choice,))
     except ValueError as e:
         if "the hub has none" not in str(e):
             _log.warning(
@@ -161,7 +161,7 @@ def open_weights(path: Path, name: str) -> dict[str, Entry]:
         return _open_safetensors(path)
     held: dict[str, Entry] = {}
     for shard in _shards(path):
-        held |= _open_safetensors(path.parent / shard if Path(name).is_dir() else find(name, (shard,)))
+        held |= _open_safetensors(path.parent / shard if Path(name).is_dir() else find_file(name, (shard,)))
     return held
 
 
@@ -220,7 +220,7 @@ def _read_at(path: Path, start: int, size: int, dtype: torch.dtype, shape: tuple
     return held.view(dtype).view(shape)
 
 
-def give_back() -> None:
+def release_memory() -> None:
     """Hand freed memory back to the system, where the C library can; glibc keeps what lies below a small tensor that lives on."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:

@@ -98,7 +98,7 @@ def _parse(key: str, block: str) -> tuple[str, str, str]:
     return hit[1] or "", hit[2], hit[3] or ""
 
 
-def config_of(state: Mapping[str, Tensor], where: str) -> dict[str, Any]:
+def dinov2_config(state: Mapping[str, Tensor], where: str) -> dict[str, Any]:
     """The config of an original DINOv2 checkpoint, from its shapes; DINOv2's heads are 64 wide."""
     if not {"pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight"} <= state.keys():
         found = ", ".join(list(state)[:6])

@@ -34,7 +34,7 @@ def read_hlora(
         path: a .bin (read with weights_only) or .safetensors file; it does not say how strong its corrections are.
         rank: of all experts together; each has rank / experts.
         alpha: the correction is alpha / (rank / experts) B diag(gates) A; of all published files, alpha = 2 rank.
-        skeleton: `hub.Skeleton` of the language model: then the file must correct each of its linear layers but the head, and only these.
+        skeleton: `skeletons.Skeleton` of the language model: then the file must correct each of its linear layers but the head, and only these.
     Returns:
         (adapter, rest): rest by names without `base_model.model.`, such as the projector's, the embedding's and the head's weights; all
         in `dtype` on `device`.

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from medvl.base import files
-from medvl.hub import skeletons
+from medvl.hub import weight_names
 from medvl.hub.checkpoints import (
     Entry,
     few,
-    find,
+    find_file,
     new_folder,
     open_weights,
     read_finite,
@@ -63,7 +63,7 @@ def read_adapter(
     Args:
         name: a folder with adapter_config.json and adapter_model.safetensors (or adapter_model.bin, read with weights_only), or a name on
             the Hugging Face hub, read from its cache and downloaded only if it is not there.
-        skeleton: `hub.Skeleton` of the model it is for. With it, names of older versions of transformers become the skeleton's, shapes and
+        skeleton: `skeletons.Skeleton` of the model it is for. With it, names of older versions of transformers become the skeleton's, shapes and
             kinds of layers are checked, and every layer that the config's target_modules name must be in the file; only where they are ends
             of names may the file lack the vision tower as a whole, or all but it. Without it names are taken as they are, `fan_in_fan_out`
             tells GPT-2's layers, and `apply_lora` finds what does not fit.
@@ -74,10 +74,10 @@ def read_adapter(
             or missing, a rank or shape that does not fit, numbers that are not finite.
     Source: Hu et al. 2021 (LoRA), arXiv:2106.09685; file format and rules of peft 0.21.
     """
-    where = find(str(name), ("adapter_config.json",))
+    where = find_file(str(name), ("adapter_config.json",))
     config = read_json(where)
     _check_config(config, where)
-    path = find(str(name), ("adapter_model.safetensors", "adapter_model.bin"))
+    path = find_file(str(name), ("adapter_model.safetensors", "adapter_model.bin"))
     held = open_weights(path, str(name))
     pairs, whole, kinds = _sorted_out(held, config, path)
     names = {m: m for m in pairs}
@@ -304,7 +304,7 @@ def _renamed(
 ) -> tuple[dict[str, str], dict[str, str]]:
     """({module in the file: the skeleton's}, {parameter of the skeleton: key}); of tied weights, the name that params have."""
     olds = dict.fromkeys([*(f"{m}.weight" for m in pairs), *whole])
-    new = skeletons.rename(skeleton, olds)
+    new = weight_names.current_names(skeleton, olds)
     if lost := [n for n in olds if n not in new]:
         own = [n for n, _ in skeleton.module.named_parameters()]
         raise ValueError(

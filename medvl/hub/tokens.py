@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from medvl.base import files
-from medvl.hub.checkpoints import few, find, new_folder, read_json
+from medvl.hub.checkpoints import few, find_file, new_folder, read_json
 
 START, END, PAD = "<|startoftext|>", "<|endoftext|>", "<|pad|>"
 
@@ -29,11 +29,11 @@ def tokenizer(name: files.PathLike) -> Any:
         read_json(path)
         with _Reading("tokenizer", path):
             return _unset(_wrap(path))
-    main = find(str(name), ("tokenizer.json", "vocab.json", "vocab.txt"))
+    main = find_file(str(name), ("tokenizer.json", "vocab.json", "vocab.txt"))
     if not path.is_dir():  # a hub name: AutoTokenizer finds all files in the snapshot folder
-        find(str(name), ("tokenizer_config.json",))
+        find_file(str(name), ("tokenizer_config.json",))
         if main.name == "vocab.json":
-            find(str(name), ("merges.txt",))
+            find_file(str(name), ("merges.txt",))
     if main.suffix == ".json":
         read_json(main)
     with _Reading("tokenizer", main.parent):
@@ -98,7 +98,7 @@ def image_processor(name: files.PathLike) -> Any:
     """
     import transformers
 
-    main = find(str(name), ("preprocessor_config.json", "processor_config.json"))
+    main = find_file(str(name), ("preprocessor_config.json", "processor_config.json"))
     about = read_json(main)
     about = about.get("image_processor", about)
     if not isinstance(about, dict):

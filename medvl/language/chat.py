@@ -15,8 +15,8 @@ from torch import Generator, Tensor
 from medvl.base import config, processes
 from medvl.base.display import track
 from medvl.base.files import PathLike, write_text
-from medvl.hub import skeletons, tokens
-from medvl.hub.checkpoints import find, new_folder, read_json
+from medvl.hub import loading, saving, skeletons, tokens
+from medvl.hub.checkpoints import find_file, new_folder, read_json
 from medvl.language import encoding as conversations
 from medvl.language import generate, images, intern_vl, qwen_vl, vlm
 from medvl.language.conversations import Conversation, limit_images
@@ -150,13 +150,13 @@ def open_chat(
         device: where the weights are; "meta" makes none, for an estimate.
         shard: matrices lie in parts on all processes.
     Raises:
-        ValueError: as `hub.load` and `hub.init_skeleton`.
+        ValueError: as `loading.load_skeleton` and `skeletons.init_skeleton`.
     """
     dtype = DTYPES[model.dtype]
     each = None if model.quantize == "none" else four_bit.quantizer(four_bit.QuantConfig(kind=model.quantize))
     if model.name and device.type != "meta":
         cut_ = shards.sharder(shards.mesh(device)) if shard else None
-        skeleton, params = skeletons.load(
+        skeleton, params = loading.load_skeleton(
             model.name, head="language", dtype=dtype, device=device, each=each or cut_
         )
     else:
@@ -248,7 +248,7 @@ def tokenizer_of(cfg: ModelConfig, folder: Path, texts: Sequence[str] = (), *, l
 def config_of(cfg: ModelConfig, tok: Any) -> dict[str, Any]:
     """The Hugging Face config; of a model built from scratch with the tokenizer's size and ids."""
     if cfg.name:
-        return read_json(find(cfg.name, ("config.json",)))
+        return read_json(find_file(cfg.name, ("config.json",)))
     raw = {**cfg.config}
     words = {
         "vocab_size": -(-len(tok) // 8) * 8,
@@ -553,7 +553,7 @@ def _sight(
         return None, None
     vision = skeleton.config["vision_config"]
     raw = (
-        read_json(find(model.name, ("preprocessor_config.json", "processor_config.json")))
+        read_json(find_file(model.name, ("preprocessor_config.json", "processor_config.json")))
         if model.name
         else None
     )
@@ -611,10 +611,10 @@ def save_chat(chat: Chat, params: Mapping[str, Tensor], folder: PathLike) -> Non
     the model came with is kept.
 
     Raises:
-        ValueError: as `hub.save`.
+        ValueError: as `saving.save_skeleton`.
     """
     with new_folder(folder) as tmp:
-        skeletons.save(chat.skeleton, params, tmp)
+        saving.save_skeleton(chat.skeleton, params, tmp)
         save_tokenizer(chat, tmp)
         if isinstance(chat.eyes, qwen_vl.ImageConfig):
             write_text(

@@ -98,7 +98,7 @@ def extract_choice(
         gold: the letter; anything that is no letter of the options counts as no written answer.
         rest: broad, narrow, id, extra.
     """
-    table = choices.lettered(options)
+    table = choices.letter_options(options)
     chosen = "" if missing else choices.extract_letter(said, table)
     gold = gold if gold in table else ""
     return ChoiceAnswer(
@@ -304,11 +304,11 @@ def _plain(
 
 def _is_task(rows: Sequence[ChoiceAnswer]) -> bool:
     """Whether all rows have the same options, in any order."""
-    return len({frozenset(map(choices.comparable, r.options.values())) for r in rows}) == 1
+    return len({frozenset(map(choices.comparable_text, r.options.values())) for r in rows}) == 1
 
 
 def _text(row: ChoiceAnswer) -> str:
-    return choices.comparable(row.options[row.gold]) if row.gold else ""
+    return choices.comparable_text(row.options[row.gold]) if row.gold else ""
 
 
 def _macro(

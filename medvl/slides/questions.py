@@ -289,7 +289,7 @@ def _wsi_vqa(record: Any, row: int, where: str) -> SlideConversation:
     same = [
         letter
         for letter, option in options.items()
-        if choices.comparable(option) == choices.comparable(text["Answer"])
+        if choices.comparable_text(option) == choices.comparable_text(text["Answer"])
     ]
     answer = same[0] if len(same) == 1 else text["Answer"]
     extra = {k: v for k, v in record.items() if k not in ("Id", "Question", "Answer", "Choice")}
@@ -363,7 +363,8 @@ def _asked(
     messages = (
         {
             "role": "user",
-            "content": f"{TAG}\n" * len(slides) + (choices.ask(question, options) if options else question),
+            "content": f"{TAG}\n" * len(slides)
+            + (choices.format_question(question, options) if options else question),
         },
         {"role": "assistant", "content": f"{letter}. {options[letter]}" if letter else answer},
     )
@@ -425,7 +426,7 @@ def _faults(talk: SlideConversation, record: Any, seen: Counter[str]) -> list[st
 
 def _option_faults(options: Mapping[str, str], answer: str) -> Iterator[str]:
     letters = [chr(i) for i in range(ord("A"), ord(max(options)) + 1)]
-    plain = {k: choices.comparable(text) for k, text in options.items() if text}
+    plain = {k: choices.comparable_text(text) for k, text in options.items() if text}
     times = Counter(plain.values())
     for what, wrong in (
         ("an option letter that is missing", [k for k in letters if k not in options]),

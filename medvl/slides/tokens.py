@@ -281,7 +281,7 @@ def _patches(of: Features, name: str, chunk: int) -> Iterator[Tensor]:
 
 
 def _digest(cfg: CompressConfig, params: Mapping) -> str:
-    return hashlib.sha256(f"{cfg} {skeletons.digest(dict(params))}".encode()).hexdigest()[:12]
+    return hashlib.sha256(f"{cfg} {skeletons.weights_digest(dict(params))}".encode()).hexdigest()[:12]
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from medvl.adapters.retrieve import RetrieveConfig
 from medvl.base import config, files, processes
 from medvl.base.display import track
 from medvl.evaluation import report, results
-from medvl.hub.checkpoints import find, read_json
+from medvl.hub.checkpoints import find_file, read_json
 from medvl.hub.peft_files import read_adapter
 from medvl.language.chat import ChatConfig
 from medvl.language.conversations import read_conversations, read_tasks, task_paths
@@ -402,4 +402,4 @@ def _kind(embedder: str) -> str:
     """The kind of an encoder by its config: one with two towers, or of text alone."""
     if not embedder:
         return "local"
-    return "image_text" if "vision_config" in read_json(find(embedder, ("config.json",))) else "text"
+    return "image_text" if "vision_config" in read_json(find_file(embedder, ("config.json",))) else "text"

@@ -210,7 +210,7 @@ def _assess(
 ) -> list[Result]:
     files.check_place(out, folder=True)
     rows, page = system.assess(model, params, means, out, name)
-    results.write(out / "results.jsonl", rows)
+    results.write_results(out / "results.jsonl", rows)
     log(page.with_suffix(".md").read_text().split("\n\nIntervals are")[0])
     log(f"report: {page}")
     return rows

@@ -131,7 +131,7 @@ def quantize(params: Mapping[str, Tensor], cfg: QuantConfig = QuantConfig()) -> 
 
 
 def quantizer(cfg: QuantConfig = QuantConfig()) -> Callable[[str, Tensor], Tensor]:
-    """(name, weight) -> what `quantize` makes of it; given to `hub.load` as `each`, the full-precision model is never held."""
+    """(name, weight) -> what `quantize` makes of it; given to `loading.load_skeleton` as `each`, the full-precision model is never held."""
     skip = [re.compile(p) for p in cfg.skip]
 
     def each(name: str, t: Tensor) -> Tensor:

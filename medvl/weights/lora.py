@@ -100,7 +100,7 @@ def targets(cfg: LoraConfig, skeleton: Any) -> dict[str, str]:
     """{module: kind} of the layers that `cfg` names, in the order of the model.
 
     Args:
-        skeleton: `hub.Skeleton`; only names, types and shapes of its module are read.
+        skeleton: `skeletons.Skeleton`; only names, types and shapes of its module are read.
     Raises:
         ValueError: a target that no layer has, or nothing left of it outside the vision tower (says what there is).
     """

@@ -49,7 +49,7 @@ def shard(params: Tree, mesh: Any, *, patterns: Sequence[str] = (".*",), least: 
 def sharder(
     mesh: Any, *, patterns: Sequence[str] = (".*",), least: int = 2**14
 ) -> Callable[[str, Tensor], Tensor]:
-    """(name, weight) -> what `shard` makes of it; given to `hub.load` as `each`, no process ever holds the whole model.
+    """(name, weight) -> what `shard` makes of it; given to `loading.load_skeleton` as `each`, no process ever holds the whole model.
 
     Args:
         mesh: or a number of processes, for an estimate: of what would be cut, a plain tensor without values and with a process's rows.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from medvl.components import encode
 from medvl.components.encode import WINDOWS, EncodeConfig, chunk_size, encode_slices, width, windows
-from medvl.hub import skeletons
+from medvl.hub import loading, saving, skeletons
 from medvl.weights import lora
 
 CPU = torch.device("cpu")
@@ -110,9 +110,9 @@ def test_windows_refuse_other_dtypes():
 def test_equals_transformers_on_one_checkpoint(kind, tmp_path):
     from transformers import AutoModel
 
-    skeletons.save(*vit_of(kind), tmp_path / kind)
+    saving.save_skeleton(*vit_of(kind), tmp_path / kind)
     peer = AutoModel.from_pretrained(tmp_path / kind).eval()
-    skeleton, params = skeletons.load(tmp_path / kind)
+    skeleton, params = loading.load_skeleton(tmp_path / kind)
     for px in (32, 48) if kind != "clip" else (32,):
         v, cfg = volumes(px), EncodeConfig()
         how = {"interpolate_pos_encoding": True} if kind == "vit" and px != 32 else {}

@@ -123,8 +123,8 @@ def test_a_finding_with_one_class_is_nan_and_said(caplog, tmp_path):
         (rows["auroc", "A"].value + rows["auroc", "C"].value) / 2
     )
     assert (rows["auroc", "mean"].extra["findings"], rows["auroc", "B"].extra["undefined"]) == (2, 5)
-    results.write(tmp_path / "r.jsonl", found)
-    assert results.read(tmp_path / "r.jsonl")[1].extra["threshold"] is None
+    results.write_results(tmp_path / "r.jsonl", found)
+    assert results.read_results(tmp_path / "r.jsonl")[1].extra["threshold"] is None
 
 
 def test_without_thresholds_only_what_ranks():

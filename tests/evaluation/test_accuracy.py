@@ -11,10 +11,10 @@ from medvl.evaluation.accuracy import (
     Accuracy,
     Difference,
     accuracy,
-    by,
-    by_tfidf,
+    accuracy_by_category,
     episode_accuracy,
-    paired,
+    paired_difference,
+    tfidf_accuracy,
     to_results,
 )
 
@@ -68,7 +68,7 @@ def test_order_and_names_of_groups_do_not_matter(gen):
     moved = [f"other {groups[i]}" for i in order]
     for f in (accuracy, episode_accuracy):
         assert f(right, groups, gen=_seeded()) == f(right[order], moved, gen=_seeded())
-    assert paired(right, other, groups, gen=_seeded()) == paired(
+    assert paired_difference(right, other, groups, gen=_seeded()) == paired_difference(
         right[order], other[order], moved, gen=_seeded()
     )
 
@@ -101,11 +101,11 @@ def test_one_row_per_group_is_mcnemar():
     for b, c in ((0, 0), (1, 0), (0, 5), (3, 9), (12, 12), (40, 17), (300, 210)):
         a_right = [True] * b + [False] * c + [True] * 7 + [False] * 4
         b_right = [False] * b + [True] * c + [True] * 7 + [False] * 4
-        got = paired(a_right, b_right, range(len(a_right)), n=50, gen=_seeded())
+        got = paired_difference(a_right, b_right, range(len(a_right)), n=50, gen=_seeded())
         want = binomtest(b, b + c, 0.5).pvalue if b + c else 1.0
         assert got.p == pytest.approx(want, rel=1e-9)
         assert got.difference == pytest.approx((b - c) / len(a_right))
-        mirrored = paired(b_right, a_right, range(len(a_right)), n=50, gen=_seeded())
+        mirrored = paired_difference(b_right, a_right, range(len(a_right)), n=50, gen=_seeded())
         assert (mirrored.difference, mirrored.p) == (-got.difference, got.p)
 
 
@@ -123,7 +123,7 @@ def test_paired_by_group_is_every_flip(gen):
             abs(sum(s * d for s, d in zip(signs, sums, strict=True)))
             for signs in itertools.product((1, -1), repeat=len(sums))
         ]
-        got = paired(a, b, groups, n=300, gen=_seeded())
+        got = paired_difference(a, b, groups, n=300, gen=_seeded())
         ps.append(got.p)
         assert got.p == pytest.approx(np.mean([f >= abs(sum(sums)) for f in flips]), abs=1e-12)
         low, high = _naive(a.astype(int) - b.astype(int), groups, 300, _seeded())
@@ -139,14 +139,14 @@ def test_p_is_fair_where_rows_of_a_group_agree(gen):
     for _ in range(300):
         a, b = (np.repeat((torch.rand(40, generator=gen) < 0.5).numpy(), 4) for _ in range(2))
         for name, groups in (("groups", np.repeat(np.arange(40), 4)), ("rows", np.arange(160))):
-            small[name] += paired(a, b, groups, n=1, gen=gen).p < 0.1
+            small[name] += paired_difference(a, b, groups, n=1, gen=gen).p < 0.1
     assert small["groups"] / 300 < 0.13
     assert small["rows"] / 300 > 0.25
 
 
 def test_many_groups_stay_quick_and_exact():
     d = np.repeat([1, 0, 0], 3000)
-    got = paired(d, 1 - d, np.arange(9000), n=2, gen=_seeded())
+    got = paired_difference(d, 1 - d, np.arange(9000), n=2, gen=_seeded())
     assert got.p == pytest.approx(binomtest(3000, 9000, 0.5).pvalue, rel=1e-9)
     assert 0 < got.p < 1e-200
 
@@ -157,7 +157,7 @@ def test_one_group_has_no_interval():
     assert math.isnan(got.low)
     assert math.isnan(got.high)
     assert math.isnan(episode_accuracy([True, True], "aa", gen=_seeded()).low)
-    pair = paired([True, True], [False, True], "aa", gen=_seeded())
+    pair = paired_difference([True, True], [False, True], "aa", gen=_seeded())
     assert (pair.difference, pair.p) == (0.5, 1.0)
     assert math.isnan(pair.low)
 
@@ -165,22 +165,31 @@ def test_one_group_has_no_interval():
 def test_categories_stand_alone(gen):
     right, groups = _rows(gen, k=30)
     kinds = [("CT", "MR", "US")[int(g.split()[1]) % 3] for g in groups]
-    got = by(right, kinds, groups, gen=_seeded())
+    got = accuracy_by_category(right, kinds, groups, gen=_seeded())
     assert list(got) == ["CT", "MR", "US"]
     assert sum(r.n for r in got.values()) == len(right)
     for kind, record in got.items():
         rows = [i for i, k in enumerate(kinds) if k == kind]
-        alone = by(right[rows], [kind] * len(rows), [groups[i] for i in rows], gen=_seeded())
+        alone = accuracy_by_category(
+            right[rows], [kind] * len(rows), [groups[i] for i in rows], gen=_seeded()
+        )
         assert alone == {kind: record}
         assert record.value == pytest.approx(right[rows].mean())
         assert record.low < record.value < record.high
-    assert by(right, kinds, groups, gen=_seeded(2)) != got
+    assert accuracy_by_category(right, kinds, groups, gen=_seeded(2)) != got
     order = torch.randperm(len(right), generator=gen).tolist()
-    assert by(right[order], [kinds[i] for i in order], [groups[i] for i in order], gen=_seeded()) == got
+    assert (
+        accuracy_by_category(
+            right[order], [kinds[i] for i in order], [groups[i] for i in order], gen=_seeded()
+        )
+        == got
+    )
 
 
 def test_a_category_of_one_group_does_not_stop_the_table():
-    got = by([True, False, True, True], ["CT", "CT", "OCT", "OCT"], torch.tensor([0, 1, 2, 2]), gen=_seeded())
+    got = accuracy_by_category(
+        [True, False, True, True], ["CT", "CT", "OCT", "OCT"], torch.tensor([0, 1, 2, 2]), gen=_seeded()
+    )
     assert (got["OCT"].value, got["OCT"].n, got["OCT"].groups) == (1.0, 2, 1)
     assert math.isnan(got["OCT"].low)
     assert not math.isnan(got["CT"].low)
@@ -190,23 +199,25 @@ def test_the_scoring_of_older_benchmarks():
     gold = ["Pleural effusion", answers.SKIPPED_STEP, "Scroll up", "Scroll up", answers.SKIPPED_STEP]
     said = ["No pleural effusion", "lung", "scroll up", "Scroll down", "lung"]
     episodes = [0, 0, 0, 1, 2]
-    got = by_tfidf(said, gold, episodes, gen=_seeded())
+    got = tfidf_accuracy(said, gold, episodes, gen=_seeded())
     assert (got["step"].value, got["step"].n, got["step"].groups) == (pytest.approx(2 / 3), 3, 2)
     assert (got["episode"].value, got["episode"].n) == (0.5, 2)
-    kept = by_tfidf(said, gold, episodes, skip="", gen=_seeded())
+    kept = tfidf_accuracy(said, gold, episodes, skip="", gen=_seeded())
     assert (kept["step"].value, kept["step"].n, kept["episode"].value) == (0.4, 5, 0.0)
-    assert by_tfidf(said, gold, episodes, threshold=0.8, gen=_seeded())["step"].value == pytest.approx(1 / 3)
+    assert tfidf_accuracy(said, gold, episodes, threshold=0.8, gen=_seeded())["step"].value == pytest.approx(
+        1 / 3
+    )
     with pytest.raises(ValueError, match="one length, got 4, 5, 5"):
-        by_tfidf(said[:4], gold, episodes, gen=_seeded())
+        tfidf_accuracy(said[:4], gold, episodes, gen=_seeded())
     with pytest.raises(
         ValueError, match="needs a step that is not skipped, got 1 steps, all 'Click at a button'"
     ):
-        by_tfidf(["x"], [answers.SKIPPED_STEP], [0], gen=_seeded())
+        tfidf_accuracy(["x"], [answers.SKIPPED_STEP], [0], gen=_seeded())
 
 
 def test_results():
     right, groups = [True, False, True, True], [0, 0, 1, 2]
-    records = {"all": accuracy(right, groups, gen=_seeded())} | by(
+    records = {"all": accuracy(right, groups, gen=_seeded())} | accuracy_by_category(
         right, ["CT", "CT", "MR", "MR"], groups, gen=_seeded()
     )
     rows = to_results(records, split="test", experiment="tune-1")
@@ -219,7 +230,7 @@ def test_results():
         (1.0, {"groups": 2}),
     ]
     assert (rows[0].low, rows[0].high) == (records["all"].low, records["all"].high)
-    pair = paired(right, [False] * 4, groups, gen=_seeded())
+    pair = paired_difference(right, [False] * 4, groups, gen=_seeded())
     (row,) = to_results({"mixture - base": pair}, split="test")
     assert (row.what, row.value, row.low, row.extra) == (
         "accuracy_difference",
@@ -240,7 +251,7 @@ def test_errors():
         for g in (
             f,
             lambda r, h: episode_accuracy(r, h, gen=_seeded()),
-            lambda r, h: by(r, h, h, gen=_seeded()),
+            lambda r, h: accuracy_by_category(r, h, h, gen=_seeded()),
         ):
             with pytest.raises(
                 ValueError, match="must have one or more rows and a group for each, got right"
@@ -258,11 +269,14 @@ def test_errors():
             f(right, ["a", "b"])
     with pytest.raises(ValueError, match="n must be 1 or more, got 0"):
         f([True, False], ["a", "b"], 0)
-    with pytest.raises(ValueError, match=r"paired: must have .* got right \[1\] and 2 groups"):
-        paired([True, True], [True], ["a", "b"], gen=_seeded())
-    with pytest.raises(ValueError, match="by: each of 3 rows must have a category, got 2 categories"):
-        by([True] * 3, ["CT"] * 2, range(3), gen=_seeded())
+    with pytest.raises(ValueError, match=r"paired_difference: must have .* got right \[1\] and 2 groups"):
+        paired_difference([True, True], [True], ["a", "b"], gen=_seeded())
     with pytest.raises(
-        ValueError, match="by: each of 3 rows must have a category, got 2 without; leave such rows out"
+        ValueError, match="accuracy_by_category: each of 3 rows must have a category, got 2 categories"
     ):
-        by([True] * 3, ["CT", "", None], range(3), gen=_seeded())
+        accuracy_by_category([True] * 3, ["CT"] * 2, range(3), gen=_seeded())
+    with pytest.raises(
+        ValueError,
+        match="accuracy_by_category: each of 3 rows must have a category, got 2 without; leave such rows out",
+    ):
+        accuracy_by_category([True] * 3, ["CT", "", None], range(3), gen=_seeded())

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from medvl.evaluation.choices import (
-    ask,
-    comparable,
+    comparable_text,
     extract_letter,
-    lettered,
+    format_question,
+    letter_options,
     letters_by_likelihood,
     split_options,
 )
@@ -274,7 +274,7 @@ BLANK = (  # no option at all
 
 def cases(templates):
     for options in SETS:
-        table = lettered(options)
+        table = letter_options(options)
         for letter, text in table.items():
             other = next(k for k in [*list(table)[list(table).index(letter) + 1 :], *table] if k != letter)
             marks = {
@@ -446,8 +446,11 @@ def test_split_options(text, question, options):
 def test_what_is_asked_can_be_split_again():
     for options in SETS:
         if not any("." in o for o in options):
-            assert split_options(ask("Which one?", options)) == ("Which one?", lettered(options))
-    assert ask("Q?", ["x", "y"]) == "Q?\nA. x\nB. y"
+            assert split_options(format_question("Which one?", options)) == (
+                "Which one?",
+                letter_options(options),
+            )
+    assert format_question("Q?", ["x", "y"]) == "Q?\nA. x\nB. y"
 
 
 def test_every_real_question_is_split_and_its_answer_found(shared_data):
@@ -499,11 +502,11 @@ def test_comparable():
         ("2.5", "2 5"),
         ("is", "isn't"),
     ]
-    assert all(comparable(a) == comparable(b) for a, b in same)
-    assert not any(comparable(a) == comparable(b) for a, b in other)
+    assert all(comparable_text(a) == comparable_text(b) for a, b in same)
+    assert not any(comparable_text(a) == comparable_text(b) for a, b in other)
 
 
 @pytest.mark.parametrize("options", [[], {}, ["x"] * 27, {"a": "x"}, {"AB": "x"}, "ABCD", [1, 2]])
 def test_options_that_are_none_are_refused(options):
-    with pytest.raises(ValueError, match="lettered: "):
+    with pytest.raises(ValueError, match="letter_options: "):
         extract_letter("A", options)

@@ -241,7 +241,7 @@ def test_recall_is_the_naive_count():
     rng = np.random.default_rng(0)
     groups_q, groups_g = [f"s{i}" for i in range(40)], [f"s{i % 40}" for i in range(90)]
     similarity = rng.normal(size=(40, 90)) + [[(a == b) * 1.0 for b in groups_g] for a in groups_q]
-    got = metrics.recall_at(torch.tensor(similarity), groups_q, groups_g, (1, 5, 50))
+    got = metrics.group_recall_at(torch.tensor(similarity), groups_q, groups_g, (1, 5, 50))
     assert got == {k: _naive_recall(similarity, groups_q, groups_g, k) for k in (1, 5, 50)}
     assert got[1] < got[5] < got[50]
 
@@ -249,8 +249,8 @@ def test_recall_is_the_naive_count():
 def test_recall_takes_any_recon_and_gives_no_credit_for_ties():
     groups = ["a", "a", "b", "b"]
     similarity = torch.tensor([[0.0, 1, 0.5, 0.2], [0, 1, 0.5, 0.2], [0, 1, 0.5, 0.2], [0, 1, 0.5, 0.2]])
-    assert metrics.recall_at(similarity, groups, groups, (1, 2)) == {1: 0.5, 2: 1.0}
-    assert metrics.recall_at(torch.ones(4, 4), groups, groups, (1, 2, 3)) == {1: 0, 2: 0, 3: 1}
+    assert metrics.group_recall_at(similarity, groups, groups, (1, 2)) == {1: 0.5, 2: 1.0}
+    assert metrics.group_recall_at(torch.ones(4, 4), groups, groups, (1, 2, 3)) == {1: 0, 2: 0, 3: 1}
 
 
 def test_torch_of_any_precision_is_taken():
@@ -304,10 +304,10 @@ def test_shapes_must_agree():
 def test_recall_refuses_what_it_cannot_count():
     similarity = np.eye(3)
     with pytest.raises(ValueError, match=r"must be \[q, g\] = \(3, 2\)"):
-        metrics.recall_at(similarity, "abc", "ab", [1])
+        metrics.group_recall_at(similarity, "abc", "ab", [1])
     with pytest.raises(ValueError, match="1 of 3 are not"):
-        metrics.recall_at(similarity, "abc", "abb", [1])
+        metrics.group_recall_at(similarity, "abc", "abb", [1])
     with pytest.raises(ValueError, match=r"within 1\.\.3"):
-        metrics.recall_at(similarity, "abc", "abc", [4])
+        metrics.group_recall_at(similarity, "abc", "abc", [4])
     with pytest.raises(ValueError, match="finite"):
-        metrics.recall_at(similarity * np.nan, "abc", "abc", [1])
+        metrics.group_recall_at(similarity * np.nan, "abc", "abc", [1])

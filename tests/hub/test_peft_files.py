@@ -11,7 +11,7 @@ import torch
 from attrs import evolve
 from safetensors.torch import load_file, save_file
 
-from medvl.hub import skeletons
+from medvl.hub import skeletons, weight_names
 from medvl.hub.peft_files import read_adapter, write_adapter
 from medvl.weights import compose, lora
 from medvl.weights.lora import LoraConfig, apply_lora
@@ -447,8 +447,8 @@ def test_older_layouts_of_other_models(config):
         "multi_modal_projector.linear_1.weight": "model.multi_modal_projector.linear_1.weight",
         "language_model.lm_head.weight": "lm_head.weight",
     }
-    assert skeletons.rename(skeleton, [*old, "model.layers.99.self_attn.q_proj.weight"]) == old
-    assert skeletons.rename(skeleton, old.values()) == {n: n for n in old.values()}
+    assert weight_names.current_names(skeleton, [*old, "model.layers.99.self_attn.q_proj.weight"]) == old
+    assert weight_names.current_names(skeleton, old.values()) == {n: n for n in old.values()}
 
 
 def test_an_adapter_of_the_whole_model_serves_its_decoder(folder):

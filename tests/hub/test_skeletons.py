@@ -18,9 +18,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import medvl
-from medvl.hub import checkpoints
-from medvl.hub import skeletons as hub
-from medvl.hub.dinov2 import config_of
+from medvl.hub import checkpoints, dinov2, loading, saving, skeletons
+from medvl.hub.dinov2 import dinov2_config
 from medvl.weights import four_bit
 from medvl.weights import lazy as weights
 from tests import tiny
@@ -87,7 +86,7 @@ def test_equals_transformers_on_one_checkpoint(folders, kind):
     from transformers import AutoModel
 
     peer = AutoModel.from_pretrained(folders[kind]).eval()
-    skeleton, params = hub.load(folders[kind])
+    skeleton, params = loading.load_skeleton(folders[kind])
     assert all(p.is_meta for p in skeleton.module.parameters())
     sizes = (
         (32, 48) if kind in ("dinov2", "giant", "registers", "dinov3") else (32,)
@@ -106,8 +105,8 @@ def test_equals_transformers_on_one_checkpoint(folders, kind):
 
 @pytest.mark.parametrize("kind", TINY)
 def test_save_writes_the_checkpoint_that_was_loaded(folders, kind, tmp_path):
-    skeleton, params = hub.load(folders[kind])
-    hub.save(skeleton, params, tmp_path / "out")
+    skeleton, params = loading.load_skeleton(folders[kind])
+    saving.save_skeleton(skeleton, params, tmp_path / "out")
     before, after = (
         load_file(folders[kind] / "model.safetensors"),
         load_file(tmp_path / "out" / "model.safetensors"),
@@ -130,9 +129,9 @@ def test_a_shared_weight_stays_shared(tmp_path, gen):
         "d_ff": 32,
         "vocab_size": 50,
     }
-    skeleton, params = hub.init_skeleton(config, gen)
-    hub.save(skeleton, params, tmp_path / "t5")
-    skeleton, loaded = hub.load(tmp_path / "t5")
+    skeleton, params = skeletons.init_skeleton(config, gen)
+    saving.save_skeleton(skeleton, params, tmp_path / "t5")
+    skeleton, loaded = loading.load_skeleton(tmp_path / "t5")
     assert loaded.keys() == params.keys()
     assert not any("embed_tokens" in n for n in loaded)
     ids = {"input_ids": torch.tensor([[3, 4]]), "decoder_input_ids": torch.tensor([[5]])}
@@ -151,7 +150,7 @@ def test_a_classifier_checkpoint_gives_its_encoder(tmp_path):
         ).eval()
         model.save_pretrained(tmp_path / kind)
         assert any(k.startswith(f"{kind}.") for k in load_file(tmp_path / kind / "model.safetensors"))
-        skeleton, params = hub.load(tmp_path / kind)
+        skeleton, params = loading.load_skeleton(tmp_path / kind)
         x = inputs_of(kind)
         with torch.no_grad():
             assert torch.equal(
@@ -168,29 +167,29 @@ def test_one_tower_of_clip(tmp_path):
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision)).eval()
     model.save_pretrained(tmp_path / "clip")
     for part, x in (("text", inputs_of("clip_text")), ("vision", inputs_of("clip_vision"))):
-        skeleton, params = hub.load(tmp_path / "clip", part=part)
+        skeleton, params = loading.load_skeleton(tmp_path / "clip", part=part)
         with torch.no_grad():
             want = getattr(model, f"{part}_model")(x).pooler_output
             torch.testing.assert_close(skeleton(params, x).pooler_output, want, rtol=0, atol=1e-5)
-    hub.save(skeleton, params, tmp_path / "vision")
+    saving.save_skeleton(skeleton, params, tmp_path / "vision")
     with pytest.raises(ValueError, match="has no text tower"):
-        hub.load(tmp_path / "vision", part="text")
+        loading.load_skeleton(tmp_path / "vision", part="text")
 
 
 def test_shards_and_plain_pickles_are_the_same_weights(folders, tmp_path):
-    model, want = model_of("dinov2"), hub.digest(hub.load(folders["dinov2"])[1])
+    model, want = model_of("dinov2"), skeletons.weights_digest(loading.load_skeleton(folders["dinov2"])[1])
     model.save_pretrained(tmp_path / "shards", max_shard_size="50KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
-    assert hub.digest(hub.load(tmp_path / "shards")[1]) == want
+    assert skeletons.weights_digest(loading.load_skeleton(tmp_path / "shards")[1]) == want
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/config.json").write_text((folders["dinov2"] / "config.json").read_text())
     torch.save(load_file(folders["dinov2"] / "model.safetensors"), tmp_path / "bin/pytorch_model.bin")
-    assert hub.digest(hub.load(tmp_path / "bin")[1]) == want
+    assert skeletons.weights_digest(loading.load_skeleton(tmp_path / "bin")[1]) == want
 
 
 def test_loads_in_the_wanted_dtype(folders):
-    skeleton, params = hub.load(folders["dinov3"], dtype=torch.bfloat16)
-    _, whole = hub.load(folders["dinov3"])
+    skeleton, params = loading.load_skeleton(folders["dinov3"], dtype=torch.bfloat16)
+    _, whole = loading.load_skeleton(folders["dinov3"])
     assert all(torch.equal(params[n], whole[n].bfloat16()) for n in whole)
     assert skeleton.module.get_buffer("rope_embeddings.inv_freq").dtype == torch.float32
     assert skeleton(params, inputs_of("dinov3").bfloat16()).last_hidden_state.dtype == torch.bfloat16
@@ -204,9 +203,11 @@ def test_reads_the_hub_cache(folders, tmp_path, monkeypatch):
     for name in ("config.json", "model.safetensors"):
         os.link(folders["dinov2"] / name, snapshot / name)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    skeleton, params = hub.load("someone/tiny")
+    skeleton, params = loading.load_skeleton("someone/tiny")
     assert skeleton.name == "someone/tiny"
-    assert hub.digest(params) == hub.digest(hub.load(folders["dinov2"])[1])
+    assert skeletons.weights_digest(params) == skeletons.weights_digest(
+        loading.load_skeleton(folders["dinov2"])[1]
+    )
 
 
 def test_what_is_nowhere_stops_at_once(tmp_path, monkeypatch):
@@ -219,17 +220,17 @@ def test_what_is_nowhere_stops_at_once(tmp_path, monkeypatch):
         ValueError,
         match=rf"someone/nothing is no folder.*{tmp_path}/cache.*HF_HUB_OFFLINE.*hf download someone/nothing",
     ):
-        hub.load("someone/nothing")
+        loading.load_skeleton("someone/nothing")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(
         ValueError, match=r"127.0.0.1:9 cannot be reached .*refused.*hf download someone/nothing"
     ):
-        hub.load("someone/nothing")
+        loading.load_skeleton("someone/nothing")
     with pytest.raises(ValueError, match="no file or folder /no/such/folder"):
-        hub.load("/no/such/folder")
+        loading.load_skeleton("/no/such/folder")
     with pytest.raises(ValueError, match=r"must hold config.json, found none"):
-        hub.load(tmp_path)
+        loading.load_skeleton(tmp_path)
 
 
 def break_truncated(folder):
@@ -294,7 +295,7 @@ def test_broken_checkpoints_say_what_is_wrong(folders, tmp_path, damage, message
         (tmp_path / name).write_bytes((folders["dinov2"] / name).read_bytes())
     damage(tmp_path)
     with pytest.raises(ValueError, match=message):
-        hub.load(tmp_path)
+        loading.load_skeleton(tmp_path)
 
 
 def test_all_faults_are_one_error_and_unused_keys_are_none(folders):
@@ -303,7 +304,7 @@ def test_all_faults_are_one_error_and_unused_keys_are_none(folders):
         load_file(folders["dinov2"] / "model.safetensors"),
     )
     del state["embeddings.mask_token"]
-    _, params = hub.bind(
+    _, params = loading.bind_weights(
         config, state | {"classifier.weight": torch.zeros(2, 64), "pooler.dense.bias": torch.zeros(64)}
     )
     assert torch.equal(params["embeddings.mask_token"], torch.zeros(1, 64))
@@ -314,7 +315,7 @@ def test_all_faults_are_one_error_and_unused_keys_are_none(folders):
     with pytest.raises(
         ValueError, match=r"missing layernorm.weight; unexpected foo; of another shape layernorm.bias"
     ):
-        hub.bind(config, state)
+        loading.bind_weights(config, state)
 
 
 class Bomb:
@@ -325,13 +326,13 @@ class Bomb:
 def test_a_pickle_is_never_run(tmp_path):
     torch.save({"a": Bomb()}, tmp_path / "x.pth")
     with pytest.raises(ValueError, match="not a file of plain tensors"):
-        hub.load(tmp_path / "x.pth")
+        loading.load_skeleton(tmp_path / "x.pth")
     torch.save({"model": {"a": torch.zeros(1)}}, tmp_path / "x.pth")
     with pytest.raises(ValueError, match="one flat dict of tensors"):
-        hub.load(tmp_path / "x.pth")
+        loading.load_skeleton(tmp_path / "x.pth")
     torch.save({"a": torch.zeros(1)}, tmp_path / "x.pth")
     with pytest.raises(ValueError, match=r"must be an original DINOv2 checkpoint .* found a"):
-        hub.load(tmp_path / "x.pth")
+        loading.load_skeleton(tmp_path / "x.pth")
 
 
 # Language models ------------------------------------------------------------------------------------------------------------------------
@@ -339,12 +340,12 @@ def test_a_pickle_is_never_run(tmp_path):
 def test_language_models_equal_transformers_on_one_checkpoint(kind, tmp_path):
     skeleton, params = tiny.model(kind)
     tiny.peer(skeleton, params).save_pretrained(tmp_path / "theirs")
-    skeleton, loaded = hub.load(tmp_path / "theirs", head="language")
+    skeleton, loaded = loading.load_skeleton(tmp_path / "theirs", head="language")
     x = tiny.batch(kind)
     with torch.no_grad():
         assert torch.equal(skeleton(loaded, **x).logits, tiny.peer(skeleton, params)(**x).logits)
     assert all(p.is_meta for p in skeleton.module.parameters())
-    hub.save(skeleton, loaded, tmp_path / "ours", shard_gb=4e-5)
+    saving.save_skeleton(skeleton, loaded, tmp_path / "ours", shard_gb=4e-5)
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     auto = AutoModelForImageTextToText if kind in tiny.VLM else AutoModelForCausalLM
@@ -367,8 +368,8 @@ def test_layouts_of_before_transformers_5_are_mapped(tmp_path):
             for n, t in params.items()
         }
         for state in (old, params):
-            _, loaded = hub.bind(skeleton.config, state, head="language")
-            assert hub.digest(loaded) == hub.digest(params)
+            _, loaded = loading.bind_weights(skeleton.config, state, head="language")
+            assert skeletons.weights_digest(loaded) == skeletons.weights_digest(params)
     skeleton, params = tiny.model("internvl")
     old = {
         "language_model." + n.removeprefix("model.language_model."): t
@@ -381,10 +382,10 @@ def test_layouts_of_before_transformers_5_are_mapped(tmp_path):
         for n, t in params.items()
         if "model.language_model" not in n and n != "lm_head.weight"
     }
-    _, loaded = hub.bind(
+    _, loaded = loading.bind_weights(
         skeleton.config, old | {"language_model.lm_head.weight": params["lm_head.weight"]}, head="language"
     )
-    assert hub.digest(loaded) == hub.digest(params)
+    assert skeletons.weights_digest(loaded) == skeletons.weights_digest(params)
 
 
 def test_a_tied_head_under_either_name():
@@ -392,29 +393,35 @@ def test_a_tied_head_under_either_name():
     assert "lm_head.weight" not in params
     both = params | {"lm_head.weight": params["model.embed_tokens.weight"].clone()}
     for state in (both, {n: t for n, t in both.items() if n != "model.embed_tokens.weight"}):
-        assert hub.digest(hub.bind(skeleton.config, state, head="language")[1]) == hub.digest(params)
+        assert skeletons.weights_digest(
+            loading.bind_weights(skeleton.config, state, head="language")[1]
+        ) == skeletons.weights_digest(params)
     with pytest.raises(
         ValueError,
         match=r"lm_head.weight and model.embed_tokens.weight are one weight by its config, but differ",
     ):
-        hub.bind(skeleton.config, both | {"lm_head.weight": torch.zeros(160, 32)}, head="language")
+        loading.bind_weights(
+            skeleton.config, both | {"lm_head.weight": torch.zeros(160, 32)}, head="language"
+        )
 
 
 def test_a_headless_decoder_and_a_head_that_is_missing():
     skeleton, params = tiny.model("qwen2")
-    _, bare = hub.bind(skeleton.config, params)
+    _, bare = loading.bind_weights(skeleton.config, params)
     assert bare.keys() == {n.removeprefix("model.") for n in params} - {"lm_head.weight"}
     with pytest.raises(ValueError, match=r"missing lm_head.weight"):
-        hub.bind(skeleton.config, {n: t for n, t in params.items() if n != "lm_head.weight"}, head="language")
+        loading.bind_weights(
+            skeleton.config, {n: t for n, t in params.items() if n != "lm_head.weight"}, head="language"
+        )
     with pytest.raises(ValueError, match=r"must be a language model that transformers has .* found 'dinov2'"):
-        hub.init_skeleton(TINY["dinov2"], torch.Generator(), head="language")
+        skeletons.init_skeleton(TINY["dinov2"], torch.Generator(), head="language")
 
 
 def test_weights_are_read_one_at_a_time_after_all_are_known_to_fit(tmp_path, monkeypatch):
     skeleton, params = tiny.model("qwen2")
-    hub.save(skeleton, params, tmp_path / "m", shard_gb=4e-5)
+    saving.save_skeleton(skeleton, params, tmp_path / "m", shard_gb=4e-5)
     seen: list[str] = []
-    hub.load(tmp_path / "m", head="language", each=lambda n, t: (seen.append(n), t)[1])
+    loading.load_skeleton(tmp_path / "m", head="language", each=lambda n, t: (seen.append(n), t)[1])
     assert sorted(seen) == sorted(params)
     shard = sorted((tmp_path / "m").glob("model-*.safetensors"))[-1]
     state = load_file(shard)
@@ -422,12 +429,12 @@ def test_weights_are_read_one_at_a_time_after_all_are_known_to_fit(tmp_path, mon
     save_file(state, shard)
     seen.clear()
     with pytest.raises(ValueError, match="of another shape"):
-        hub.load(tmp_path / "m", head="language", each=lambda n, t: (seen.append(n), t)[1])
+        loading.load_skeleton(tmp_path / "m", head="language", each=lambda n, t: (seen.append(n), t)[1])
     assert seen == []
 
 
 def test_an_empty_skeleton_costs_nothing():
-    skeleton = hub.empty_skeleton(
+    skeleton = skeletons.empty_skeleton(
         {"model_type": "qwen2_5_vl"}, head="language"
     )  # transformers' default has 76 billion parameters
     assert sum(p.numel() for p in skeleton.module.parameters()) > 7e10
@@ -444,7 +451,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_real_configs_have_their_published_size(shared_data, name):
-    skeleton = hub.empty_skeleton(
+    skeleton = skeletons.empty_skeleton(
         json.loads((shared_data / f"configs/{name}.json").read_text()), head="language"
     )
     params = {
@@ -466,23 +473,27 @@ def test_adapted_weights_are_not_saved_unmerged(tmp_path):
     name = "model.layers.0.mlp.up_proj.weight"
     lazy = weights.low_rank(params[name], torch.ones(2, 32), torch.ones(48, 2))
     with pytest.raises(ValueError, match=f"save: adapters are on {name}; merge them"):
-        hub.save(skeleton, params | {name: lazy}, tmp_path / "m")
+        saving.save_skeleton(skeleton, params | {name: lazy}, tmp_path / "m")
     assert not (tmp_path / "m").exists()
 
 
 # Skeletons ------------------------------------------------------------------------------------------------------------------------------
 def test_init_is_a_function_of_the_generator():
-    seeded = [hub.init_skeleton(TINY["dinov2"], torch.Generator().manual_seed(s))[1] for s in (0, 0, 1)]
-    assert hub.digest(seeded[0]) == hub.digest(seeded[1]) != hub.digest(seeded[2])
+    seeded = [skeletons.init_skeleton(TINY["dinov2"], torch.Generator().manual_seed(s))[1] for s in (0, 0, 1)]
+    assert (
+        skeletons.weights_digest(seeded[0])
+        == skeletons.weights_digest(seeded[1])
+        != skeletons.weights_digest(seeded[2])
+    )
     torch.manual_seed(5)
     want = torch.rand(3)
     torch.manual_seed(5)
-    hub.init_skeleton(TINY["dinov2"], torch.Generator().manual_seed(0))
+    skeletons.init_skeleton(TINY["dinov2"], torch.Generator().manual_seed(0))
     assert torch.equal(torch.rand(3), want)
 
 
 def test_init_follows_transformers_initialisation(gen):
-    _, params = hub.init_skeleton(TINY["dinov2"], gen)
+    _, params = skeletons.init_skeleton(TINY["dinov2"], gen)
     assert torch.equal(params["layernorm.weight"], torch.ones(64))
     weights = torch.cat([t.flatten() for n, t in params.items() if t.dim() == 2 and n.endswith(".weight")])
     assert weights.std() == pytest.approx(0.02, rel=0.05)
@@ -498,12 +509,12 @@ def test_init_follows_transformers_initialisation(gen):
 )
 def test_init_refuses_typos(gen, change, message):
     with pytest.raises(ValueError, match=message):
-        hub.init_skeleton(TINY["dinov2"] | change, gen)
+        skeletons.init_skeleton(TINY["dinov2"] | change, gen)
 
 
 def test_a_stored_config_builds_the_same_skeleton(folders, gen):
-    skeleton, params = hub.load(folders["registers"])
-    again, random = hub.init_skeleton(skeleton.config, gen)
+    skeleton, params = loading.load_skeleton(folders["registers"])
+    again, random = skeletons.init_skeleton(skeleton.config, gen)
     assert {n: t.shape for n, t in random.items()} == {n: t.shape for n, t in params.items()}
     assert again.config == skeleton.config | {
         "_name_or_path": again.config["_name_or_path"],
@@ -512,14 +523,14 @@ def test_a_stored_config_builds_the_same_skeleton(folders, gen):
 
 
 def test_calls_are_pure_and_carry_gradients(folders):
-    skeleton, params = hub.load(folders["dinov2"])
-    x, before = inputs_of("dinov2"), hub.digest(params)
+    skeleton, params = loading.load_skeleton(folders["dinov2"])
+    x, before = inputs_of("dinov2"), skeletons.weights_digest(params)
     with torch.no_grad():
         first = skeleton(params, x).last_hidden_state
         other = skeleton({n: t * 0.5 for n, t in params.items()}, x).last_hidden_state
         assert not torch.allclose(first, other)
         assert torch.equal(skeleton(params, x).last_hidden_state, first)
-    assert hub.digest(params) == before
+    assert skeletons.weights_digest(params) == before
     leaf = params["layernorm.bias"].clone().requires_grad_()
     (grad,) = torch.autograd.grad(
         skeleton(params | {"layernorm.bias": leaf}, x).last_hidden_state.sum(), leaf
@@ -542,7 +553,7 @@ def in_threads(work, n=4):
 
 @pytest.mark.parametrize("copied", [False, True])
 def test_threads_share_a_skeleton_and_are_exact(folders, copied):
-    skeleton, params = hub.load(folders["dinov3"])
+    skeleton, params = loading.load_skeleton(folders["dinov3"])
     x = inputs_of("dinov3")
     variants = [{n: t * s for n, t in params.items()} for s in (1.0, 0.9, 0.8, 0.7)]
     with torch.no_grad():
@@ -558,8 +569,8 @@ def test_threads_share_a_skeleton_and_are_exact(folders, copied):
 
 
 def test_threads_share_a_checkpointed_skeleton_and_take_their_own_gradients(folders):
-    plain, params = hub.load(folders["dinov2"])
-    skeleton, x = hub.checkpointed(plain), inputs_of("dinov2")
+    plain, params = loading.load_skeleton(folders["dinov2"])
+    skeleton, x = skeletons.checkpointed(plain), inputs_of("dinov2")
     variants = [{n: t * s for n, t in params.items()} for s in (1.0, 0.9, 0.8, 0.7)]
 
     def gradient(of, i):
@@ -577,7 +588,7 @@ def test_threads_share_a_checkpointed_skeleton_and_take_their_own_gradients(fold
 
 
 def test_threads_that_end_leave_no_copy_behind(folders):
-    skeleton, params = hub.load(folders["vit"])
+    skeleton, params = loading.load_skeleton(folders["vit"])
     copies = []
 
     def work():
@@ -604,7 +615,7 @@ def test_loading_leaves_modules_that_other_threads_build_alone(folders):
     thread = threading.Thread(target=build)
     thread.start()
     try:
-        loaded = in_threads(lambda i: [hub.load(folders["dinov2"])[0] for _ in range(4)], 2)
+        loaded = in_threads(lambda i: [loading.load_skeleton(folders["dinov2"])[0] for _ in range(4)], 2)
     finally:
         stop.set()
         thread.join()
@@ -617,7 +628,7 @@ def test_loading_leaves_modules_that_other_threads_build_alone(folders):
 
 def test_models_built_in_threads_are_those_built_alone():
     before = torch.nn.Module.register_parameter
-    build = lambda i: hub.init_skeleton(
+    build = lambda i: skeletons.init_skeleton(
         tiny.CONFIGS["qwen2"], torch.Generator().manual_seed(i), head="language"
     )[1]
     alone = [build(i) for i in range(4)]
@@ -630,7 +641,7 @@ def test_models_built_in_threads_are_those_built_alone():
 
 
 def test_calls_refuse_other_names_and_inner_checkpointing(folders):
-    skeleton, params = hub.load(folders["dinov2"])
+    skeleton, params = loading.load_skeleton(folders["dinov2"])
     x = inputs_of("dinov2")
     with pytest.raises(
         ValueError, match=r"must be exactly its .* missing layernorm.bias, unknown layernorm.bais"
@@ -647,8 +658,8 @@ def test_calls_refuse_other_names_and_inner_checkpointing(folders):
 def sharded(folders, tmp_path, weight_map):
     """A model folder with an index of two shards, and its weight_map as `weight_map` makes it."""
     folder = tmp_path / "models/vit"
-    skeleton, params = hub.load(folders["vit"])
-    hub.save(skeleton, params, folder, shard_gb=1e-4)
+    skeleton, params = loading.load_skeleton(folders["vit"])
+    saving.save_skeleton(skeleton, params, folder, shard_gb=1e-4)
     index = folder / "model.safetensors.index.json"
     raw = json.loads(index.read_text())
     assert len({*raw["weight_map"].values()}) > 1
@@ -689,21 +700,21 @@ BAD_INDEX = [
 def test_an_index_names_files_beside_it(folders, tmp_path, weight_map, message):
     folder = sharded(folders, tmp_path, weight_map)
     with pytest.raises(ValueError, match=message):
-        hub.load(folder)
+        loading.load_skeleton(folder)
 
 
 @pytest.mark.parametrize(
     "dtype", [torch.int32, torch.uint16, torch.int16, torch.uint8, torch.bool, torch.float8_e4m3fn]
 )
 def test_weights_of_other_dtypes_are_refused_by_name(folders, tmp_path, dtype):
-    skeleton, params = hub.load(folders["vit"])
-    hub.save(skeleton, params, tmp_path / "vit")
+    skeleton, params = loading.load_skeleton(folders["vit"])
+    saving.save_skeleton(skeleton, params, tmp_path / "vit")
     path = tmp_path / "vit/model.safetensors"
     state = load_file(path)
     name = next(iter(state))
     save_file(state | {name: state[name].to(dtype)}, path)
     with pytest.raises(ValueError, match=rf"weights must be float16, .*found {name} \({str(dtype)[6:]}\)"):
-        hub.load(tmp_path / "vit")
+        loading.load_skeleton(tmp_path / "vit")
     entry = checkpoints.open_weights(path, str(tmp_path / "vit"))[name]
     assert torch.equal(entry.read(), state[name].to(dtype))
 
@@ -725,34 +736,34 @@ def test_weights_of_other_dtypes_are_refused_by_name(folders, tmp_path, dtype):
 def test_a_path_that_is_not_there_is_no_hub_name(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"hub: (there is no file or folder|the folder \. must hold)") as e:
-        hub.load(name)
+        loading.load_skeleton(name)
     assert "epo id" not in str(e.value)
 
 
 def test_an_unknown_part_or_head_is_refused(folders):
     for call in (
-        lambda: hub.load(folders["bert"], head="languge"),
-        lambda: hub.bind(TINY["bert"], {}, head="vision"),
-        lambda: hub.empty_skeleton(TINY["bert"], head="Language"),
-        lambda: hub.init_skeleton(TINY["bert"], torch.Generator(), head="text"),
+        lambda: loading.load_skeleton(folders["bert"], head="languge"),
+        lambda: loading.bind_weights(TINY["bert"], {}, head="vision"),
+        lambda: skeletons.empty_skeleton(TINY["bert"], head="Language"),
+        lambda: skeletons.init_skeleton(TINY["bert"], torch.Generator(), head="text"),
     ):
         with pytest.raises(ValueError, match=r"head must be '' .* or 'language', got"):
             call()
     with pytest.raises(ValueError, match="part must be '', 'text' or 'vision', got 'visoin'"):
-        hub.load(folders["bert"], part="visoin")
+        loading.load_skeleton(folders["bert"], part="visoin")
 
 
 @pytest.mark.parametrize("change", [{"text_config": [1]}, {"text_config": "bert"}, {"text_config": None}])
 def test_a_tower_that_is_no_config_is_refused(folders, tmp_path, change):
-    skeleton, params = hub.load(folders["bert"])
-    hub.save(skeleton, params, tmp_path / "m")
+    skeleton, params = loading.load_skeleton(folders["bert"])
+    saving.save_skeleton(skeleton, params, tmp_path / "m")
     path = tmp_path / "m/config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ValueError, match="has no text tower"):
-        hub.load(tmp_path / "m", part="text")
+        loading.load_skeleton(tmp_path / "m", part="text")
     path.write_text("[" * 100_000)
     with pytest.raises(ValueError, match=r"config.json is not JSON"):
-        hub.load(tmp_path / "m")
+        loading.load_skeleton(tmp_path / "m")
 
 
 def resized_as_the_hub(embedding, side):
@@ -770,14 +781,14 @@ def resized_as_the_hub(embedding, side):
 )
 def test_position_embeddings_that_are_not_the_hub_s_are_said_at_load(tmp_path, kind, image, says):
     config = {"model_type": kind, **VISION, "image_size": image, "patch_size": 14, "num_hidden_layers": 1}
-    skeleton, params = hub.init_skeleton(config, torch.Generator().manual_seed(0))
-    hub.save(skeleton, params, tmp_path / "m")
+    skeleton, params = skeletons.init_skeleton(config, torch.Generator().manual_seed(0))
+    saving.save_skeleton(skeleton, params, tmp_path / "m")
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
-        hub.load(tmp_path / "m")
+        loading.load_skeleton(tmp_path / "m")
     assert [w for w in heard if "offset of 0.1" in str(w.message)] != [] if says else not heard
     if says:  # the difference is there, and it is that of the position embedding alone
-        own = hub.empty_skeleton(config | {"image_size": 224})
+        own = skeletons.empty_skeleton(config | {"image_size": 224})
         x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(1))
         name = "embeddings.position_embeddings"
         params = params | {
@@ -865,7 +876,10 @@ def test_impossible_sizes_are_refused_before_anything_is_made(kind, key, value, 
         part = part[name]
     part[key.split(".")[-1]] = value
     head = "language" if kind in tiny.CONFIGS else ""
-    for make in (hub.empty_skeleton, lambda c, head: hub.init_skeleton(c, torch.Generator(), head=head)):
+    for make in (
+        skeletons.empty_skeleton,
+        lambda c, head: skeletons.init_skeleton(c, torch.Generator(), head=head),
+    ):
         with pytest.raises(ValueError, match=message):
             make(config, head=head)
 
@@ -877,35 +891,35 @@ def test_a_model_larger_than_memory_is_not_begun(monkeypatch):
         "intermediate_size": 2**20,
         "num_hidden_layers": 1000,
     }
-    monkeypatch.setattr(hub, "_built", lambda *args: pytest.fail("was built"))
+    monkeypatch.setattr(skeletons, "build_module", lambda *args: pytest.fail("was built"))
     with pytest.raises(
         ValueError,
         match=r"config: a qwen2 of these sizes has 274,877.9 GB of float32 weights or more, this machine",
     ):
-        hub.init_skeleton(config, torch.Generator(), head="language")
+        skeletons.init_skeleton(config, torch.Generator(), head="language")
 
 
 def test_save_leaves_a_whole_folder_or_none(folders, tmp_path, monkeypatch):
-    skeleton, params = hub.load(folders["dinov2"])
-    hub.save(skeleton, params, tmp_path / "a")
+    skeleton, params = loading.load_skeleton(folders["dinov2"])
+    saving.save_skeleton(skeleton, params, tmp_path / "a")
     with pytest.raises(ValueError, match="is there already"):
-        hub.save(skeleton, params, tmp_path / "a")
+        saving.save_skeleton(skeleton, params, tmp_path / "a")
     with pytest.raises(ValueError, match="save: params must be"):
-        hub.save(skeleton, {}, tmp_path / "b")
+        saving.save_skeleton(skeleton, {}, tmp_path / "b")
 
     def full_disk(*args, **kwargs):
         raise OSError("no space left")
 
-    monkeypatch.setattr(hub, "save_file", full_disk)
+    monkeypatch.setattr(saving, "save_file", full_disk)
     with pytest.raises(OSError, match="no space"):
-        hub.save(skeleton, params, tmp_path / "b")
+        saving.save_skeleton(skeleton, params, tmp_path / "b")
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
 def test_digest_is_of_content():
     a = {"x": torch.arange(6.0), "y": torch.zeros(2, dtype=torch.bfloat16)}
     same = {"y": a["y"].clone(), "x": torch.arange(12.0)[::2] / 2}
-    assert hub.digest(a) == hub.digest(same)
+    assert skeletons.weights_digest(a) == skeletons.weights_digest(same)
     others = [
         a | {"x": torch.arange(6.0).view(2, 3)},
         a | {"x": torch.arange(6)},
@@ -913,8 +927,10 @@ def test_digest_is_of_content():
         {"z": a["x"], "y": a["y"]},
         {"x": a["x"]},
     ]
-    assert len({hub.digest(t) for t in [a, *others]}) == 6
-    assert hub.digest({"a": {"b": torch.tensor(1)}}) != hub.digest({"a": {"b": torch.tensor(2)}})
+    assert len({skeletons.weights_digest(t) for t in [a, *others]}) == 6
+    assert skeletons.weights_digest({"a": {"b": torch.tensor(1)}}) != skeletons.weights_digest(
+        {"a": {"b": torch.tensor(2)}}
+    )
 
 
 def test_importing_medvl_does_not_import_transformers():
@@ -992,7 +1008,7 @@ def naive_dinov2(p, x):
 def test_original_dinov2(tmp_path, swiglu, registers):
     state = original(swiglu, registers)
     torch.save(state, tmp_path / "dinov2_vitx14_pretrain.pth")
-    skeleton, params = hub.load(tmp_path / "dinov2_vitx14_pretrain.pth")
+    skeleton, params = loading.load_skeleton(tmp_path / "dinov2_vitx14_pretrain.pth")
     assert skeleton.name == "dinov2_vitx14_pretrain"
     assert (skeleton.config["image_size"], skeleton.config["num_attention_heads"]) == (56, 2)
     x = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(2))
@@ -1000,8 +1016,8 @@ def test_original_dinov2(tmp_path, swiglu, registers):
         torch.testing.assert_close(
             skeleton(params, x).last_hidden_state, naive_dinov2(state, x), rtol=1e-4, atol=1e-4
         )
-    for names in (params, hub.from_dinov2(state)):
-        back = hub.to_dinov2(names)
+    for names in (params, dinov2.from_dinov2(state)):
+        back = dinov2.to_dinov2(names)
         assert back.keys() == state.keys()
         assert all(torch.equal(back[k], state[k]) for k in state)
 
@@ -1012,28 +1028,28 @@ def test_original_dinov2_of_published_shapes():
         small = {k: torch.empty(v.shape) for k, v in original(registers=4, d=384, depth=12, grid=37).items()}
         giant = {k: torch.empty(v.shape) for k, v in original(swiglu=True, d=192, depth=3).items()}
     assert len(small) == 176
-    config = config_of(small, "x")
+    config = dinov2_config(small, "x")
     assert (config["model_type"], config["hidden_size"], config["num_hidden_layers"]) == (
         "dinov2_with_registers",
         384,
         12,
     )
     assert (config["num_attention_heads"], config["image_size"], config["num_register_tokens"]) == (6, 518, 4)
-    assert config_of(giant, "x")["use_swiglu_ffn"]
+    assert dinov2_config(giant, "x")["use_swiglu_ffn"]
 
 
 def test_original_dinov2_refuses_other_keys():
     with pytest.raises(ValueError, match=r"'blocks.0.attn.rel_pos' is no key of an original DINOv2"):
-        hub.from_dinov2({"blocks.0.attn.rel_pos": torch.zeros(1)})
+        dinov2.from_dinov2({"blocks.0.attn.rel_pos": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"'encoder.layer.0.foo' is no key of a Hugging Face DINOv2"):
-        hub.to_dinov2({"encoder.layer.0.foo": torch.zeros(1)})
+        dinov2.to_dinov2({"encoder.layer.0.foo": torch.zeros(1)})
     with pytest.raises(
         ValueError, match=r"attn.qkv.bias needs query, key, value, but there is no key, value"
     ):
-        hub.to_dinov2({"encoder.layer.0.attention.q_proj.bias": torch.zeros(1)})
+        dinov2.to_dinov2({"encoder.layer.0.attention.q_proj.bias": torch.zeros(1)})
     state = {k: v[:100] if k == "patch_embed.proj.weight" else v for k, v in original().items()}
     with pytest.raises(ValueError, match=r"multiple of 64 .* found 100"):
-        config_of(state, "x")
+        dinov2_config(state, "x")
 
 
 NOT_OF_THEIR_OWN = {
@@ -1096,14 +1112,16 @@ def test_two_weights_of_one_tensor_are_read(tmp_path):
     ],
 )
 def test_a_generation_config_that_is_none_is_named(tmp_path, gen, content, message):
-    hub.save(*hub.init_skeleton(tiny.CONFIGS["qwen2"], gen, head="language"), tmp_path / "m")
+    saving.save_skeleton(
+        *skeletons.init_skeleton(tiny.CONFIGS["qwen2"], gen, head="language"), tmp_path / "m"
+    )
     (tmp_path / "m" / "generation_config.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=f"m/generation_config.json:? {message}"):
-        hub.load(tmp_path / "m", head="language")
+        loading.load_skeleton(tmp_path / "m", head="language")
     (tmp_path / "m" / "generation_config.json").write_text(
         '{"eos_token_id": [2, 3], "repetition_penalty": 1.05}'
     )
-    assert hub.load(tmp_path / "m", head="language")[0].generation == {
+    assert loading.load_skeleton(tmp_path / "m", head="language")[0].generation == {
         "eos_token_id": [2, 3],
         "repetition_penalty": 1.05,
     }
@@ -1123,7 +1141,7 @@ def test_kernels_that_a_config_names_are_not_fetched():
         {"_attn_implementation": "flash_attention_2"},
         nested,
     ):
-        skeleton = hub.empty_skeleton(
+        skeleton = skeletons.empty_skeleton(
             tiny.CONFIGS["qwen2"] | config | {"experts_implementation": "owner/kernel"}, head="language"
         )
         assert skeleton.module.config._attn_implementation == "sdpa"
@@ -1131,10 +1149,11 @@ def test_kernels_that_a_config_names_are_not_fetched():
         "vision_config": tiny.CONFIGS["qwen2_vl"]["vision_config"] | {"attn_implementation": "owner/kernel"}
     }
     assert (
-        hub.empty_skeleton(inner, head="language").module.config.vision_config._attn_implementation == "sdpa"
+        skeletons.empty_skeleton(inner, head="language").module.config.vision_config._attn_implementation
+        == "sdpa"
     )
     assert (
-        hub.empty_skeleton(
+        skeletons.empty_skeleton(
             tiny.CONFIGS["qwen2"] | {"attn_implementation": "eager"}
         ).module.config._attn_implementation
         == "eager"

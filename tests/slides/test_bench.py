@@ -253,8 +253,8 @@ def test_files(tmp_path, gen):
     ]
     assert float(lines[1]["accuracy"]) == value(found, "accuracy", "A")
     assert (lines[1]["majority"], float(lines[1]["low"]) <= float(lines[1]["accuracy"])) == ("", True)
-    results.write(tmp_path / "r.jsonl", found)
-    assert len(results.read(tmp_path / "r.jsonl")) == len(found)
+    results.write_results(tmp_path / "r.jsonl", found)
+    assert len(results.read_results(tmp_path / "r.jsonl")) == len(found)
 
 
 def test_open_answers_are_scored_exactly_where_they_are_short(tmp_path, gen):

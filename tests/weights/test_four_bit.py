@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from medvl.hub import skeletons
+from medvl.hub import loading, saving, skeletons
 from medvl.weights import four_bit, lazy, lora
 from medvl.weights.four_bit import QuantConfig
 from tests import tiny
@@ -113,8 +113,8 @@ def test_a_model_is_quantised_where_it_should_be():
 
 def test_quantising_while_loading_is_quantising_afterwards(tmp_path):
     skeleton, params = tiny.model("qwen2_5_vl")
-    skeletons.save(skeleton, params, tmp_path / "m")
-    _, loaded = skeletons.load(tmp_path / "m", head="language", each=four_bit.quantizer())
+    saving.save_skeleton(skeleton, params, tmp_path / "m")
+    _, loaded = loading.load_skeleton(tmp_path / "m", head="language", each=four_bit.quantizer())
     want = four_bit.quantize(params)
     assert {n: repr(w) for n, w in loaded.items() if isinstance(w, lazy.Lazy)} == {
         n: repr(w) for n, w in want.items() if isinstance(w, lazy.Lazy)
@@ -129,7 +129,7 @@ def test_reads_and_writes_the_4_bit_files_of_transformers(tmp_path, kind):
 
     auto = AutoModelForCausalLM if kind == "qwen3" else AutoModelForImageTextToText
     skeleton, params = tiny.model(kind)
-    skeletons.save(skeleton, params, tmp_path / "whole")
+    saving.save_skeleton(skeleton, params, tmp_path / "whole")
     skip = ["lm_head", *(["model.visual"] if kind != "qwen3" else [])]
     how = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -147,10 +147,10 @@ def test_reads_and_writes_the_4_bit_files_of_transformers(tmp_path, kind):
             m.training = False
     with torch.no_grad():
         want = theirs(**x).logits
-        skeleton, loaded = skeletons.load(tmp_path / "theirs", head="language")
+        skeleton, loaded = loading.load_skeleton(tmp_path / "theirs", head="language")
         assert sum(isinstance(w, four_bit.FourBit) for w in loaded.values()) == 14
         torch.testing.assert_close(skeleton(loaded, **x).logits, want, rtol=0, atol=1e-5)
-    skeletons.save(skeleton, loaded, tmp_path / "ours")
+    saving.save_skeleton(skeleton, loaded, tmp_path / "ours")
     files = [
         {k: t for f in sorted((tmp_path / d).glob("*.safetensors")) for k, t in load_file(f).items()}
         for d in ("theirs", "ours")
@@ -217,14 +217,14 @@ def test_bad_weights_and_files(call, message):
 
 def test_a_broken_4_bit_file_says_where(tmp_path):
     skeleton, params = tiny.model("qwen3")
-    skeletons.save(skeleton, four_bit.quantize(params), tmp_path / "m")
+    saving.save_skeleton(skeleton, four_bit.quantize(params), tmp_path / "m")
     state = load_file(tmp_path / "m/model.safetensors")
     state.pop("model.layers.0.mlp.up_proj.weight.absmax")
     save_file(state, tmp_path / "m/model.safetensors")
     with pytest.raises(
         ValueError, match=r"model.layers.0.mlp.up_proj.weight: quant: a 4-bit weight lacks .absmax"
     ):
-        skeletons.load(tmp_path / "m", head="language")
+        loading.load_skeleton(tmp_path / "m", head="language")
 
 
 # Experts of mixture models --------------------------------------------------------------------------------------------------------------
@@ -275,12 +275,12 @@ def test_experts_are_quantised_and_answer_as_their_values(kind, how):
 
 def test_quantised_experts_of_a_file_and_what_is_said_of_the_rest(tmp_path):
     skeleton, params = mixture("qwen3_moe")
-    skeletons.save(skeleton, params, tmp_path / "whole")
-    again, four = skeletons.load(tmp_path / "whole", head="language", each=four_bit.quantizer())
+    saving.save_skeleton(skeleton, params, tmp_path / "whole")
+    again, four = loading.load_skeleton(tmp_path / "whole", head="language", each=four_bit.quantizer())
     want = four_bit.quantize(params)
-    assert skeletons.digest(four) == skeletons.digest(want)
+    assert skeletons.weights_digest(four) == skeletons.weights_digest(want)
     with pytest.raises(ValueError, match="experts in 4 bits, for which no file has a place"):
-        skeletons.save(again, four, tmp_path / "four")
+        saving.save_skeleton(again, four, tmp_path / "four")
     assert not (tmp_path / "four").exists()
     shaped = four_bit.quantize({n: t.to("meta") for n, t in params.items()})
     assert lazy.nbytes(shaped) == lazy.nbytes(want)

@@ -9,7 +9,7 @@ from attrs import evolve
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
-from medvl.hub import skeletons
+from medvl.hub import loading, saving, skeletons
 from medvl.weights import four_bit, lazy, lora
 from medvl.weights.lora import LoraConfig
 from tests import tiny
@@ -274,12 +274,12 @@ def test_an_adapter_on_a_tied_head_is_merged_where_the_head_is_untied(kind, gen,
     merged = lora.merge(weights_, adapter).params
     with torch.no_grad():
         torch.testing.assert_close(own(merged, ids).logits, want, rtol=0, atol=1e-5)
-    skeletons.save(own, merged, tmp_path / "saved")
+    saving.save_skeleton(own, merged, tmp_path / "saved")
     peer = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
     with torch.no_grad():
         torch.testing.assert_close(peer(ids).logits, want, rtol=0, atol=1e-5)
-    again, read = skeletons.load(tmp_path / "saved", head="language")
-    assert skeletons.digest(read) == skeletons.digest(merged)
+    again, read = loading.load_skeleton(tmp_path / "saved", head="language")
+    assert skeletons.weights_digest(read) == skeletons.weights_digest(merged)
     with pytest.raises(ValueError, match=r"untie: no two layers of .* share a weight"):
         skeletons.untie(again, read)
 

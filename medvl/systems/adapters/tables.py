@@ -14,7 +14,14 @@ from medvl.adapters.experts import Experts
 from medvl.adapters.retrieve import Retrieved
 from medvl.base.tree import Tree
 from medvl.evaluation import plots, report
-from medvl.evaluation.accuracy import Accuracy, accuracy, by, episode_accuracy, paired, to_results
+from medvl.evaluation.accuracy import (
+    Accuracy,
+    accuracy,
+    accuracy_by_category,
+    episode_accuracy,
+    paired_difference,
+    to_results,
+)
 from medvl.evaluation.results import Result
 from medvl.language.conversations import Conversation
 from medvl.systems.adapters import record
@@ -83,7 +90,7 @@ def _rows(
                 rows = [i for i, k in enumerate(of) if k]
                 if not rows:
                     continue
-                found = by(
+                found = accuracy_by_category(
                     [hits[i] for i in rows],
                     [of[i] for i in rows],
                     [episodes[i] for i in rows],
@@ -106,7 +113,7 @@ def _rows(
             ("mixture", "fusion"),
         ):
             if a in own and b in own:
-                between = {f"{a} - {b}": paired(own[a], own[b], episodes, n=n, gen=_gen(cfg))}
+                between = {f"{a} - {b}": paired_difference(own[a], own[b], episodes, n=n, gen=_gen(cfg))}
                 yield from to_results(
                     between, split=DOMAINS[domain], what="step_accuracy_difference", experiment=experiment
                 )
@@ -255,7 +262,7 @@ def _report(
     page = report.write_report(
         folder, f"{experiment}: adapters", shown, figures, notes, tables=tables, summary=True
     )
-    report.write_results(folder / "results.csv", rows)
+    report.write_results_csv(folder / "results.csv", rows)
     return page
 
 

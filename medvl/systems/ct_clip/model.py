@@ -21,7 +21,7 @@ from medvl.components.encode import EncodeConfig
 from medvl.components.fuse import FuseConfig
 from medvl.components.text import TextConfig
 from medvl.ct.preprocess import CtConfig, size_of
-from medvl.hub import skeletons, tokens
+from medvl.hub import loading, skeletons, tokens
 from medvl.phantoms.chest_case import PhantomConfig
 from medvl.training import loop as train
 
@@ -244,7 +244,7 @@ def init(cfg: Config, folder: Path, texts: Sequence[str] = ()) -> tuple[Model, T
     """
     gen = torch.Generator().manual_seed(cfg.seed)
     vit, weights = (
-        skeletons.load_encoder(cfg.vit.name, "vision")
+        loading.load_encoder(cfg.vit.name, "vision")
         if cfg.vit.name
         else skeletons.init_skeleton(cfg.vit.config, gen)
     )
@@ -262,7 +262,7 @@ def init(cfg: Config, folder: Path, texts: Sequence[str] = ()) -> tuple[Model, T
     params: Tree = {"vit": weights, "fuse": fusion.init_fuse(cfg.fuse, gen)}
     writer, width = None, tower.dim
     if cfg.words.encoder:
-        writer, params["text"] = skeletons.load_encoder(cfg.words.encoder, "text")
+        writer, params["text"] = loading.load_encoder(cfg.words.encoder, "text")
         width = _check_writer(cfg.words, writer, params["text"])
     else:
         params["text"] = text.init_text(tower, gen)

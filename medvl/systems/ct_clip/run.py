@@ -200,7 +200,7 @@ def cached_features(model: Model, params: Tree, volumes: store.Store, folder: Pa
         ValueError: a volume has changed since its features were computed.
     """
     settings = {
-        "weights": skeletons.digest(params["vit"]),
+        "weights": skeletons.weights_digest(params["vit"]),
         "encode": {
             k: v
             for k, v in config.unstructure(model.cfg.encode).items()
@@ -529,7 +529,7 @@ def _retrieval(
     queries = {names.scan_of(n): told[n] for n in gallery if n in told}
     words = sentences(model, params, means, list(queries.values()))
     ks = [k for k in (1, 5, 10, 50) if k <= len(gallery)]
-    recall = metrics.recall_at(
+    recall = metrics.group_recall_at(
         words @ test["image"].T, list(queries), [names.scan_of(n) for n in gallery], ks
     )
     like: dict[str, Any] = {

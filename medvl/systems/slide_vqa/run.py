@@ -463,7 +463,7 @@ def _likeliest(
     model: Model, weights: dict[str, Tensor], inputs: dict[str, Tensor], talks: Sequence[SlideConversation]
 ) -> Sequence[str]:
     """The likeliest letter of each question's options."""
-    options = [choices.lettered(talk.choices) for talk in talks]
+    options = [choices.letter_options(talk.choices) for talk in talks]
     ids = {
         letter: model.chat.tokenizer(letter, add_special_tokens=False)["input_ids"]
         for row in options

@@ -14,7 +14,7 @@ from medvl.base.display import track
 from medvl.base.progress import resumed
 from medvl.base.tree import Tree, flatten, split
 from medvl.evaluation import plots, report
-from medvl.evaluation.accuracy import accuracy, by, to_results
+from medvl.evaluation.accuracy import accuracy, accuracy_by_category, to_results
 from medvl.evaluation.answers import same_answer
 from medvl.evaluation.results import Result
 from medvl.hub.checkpoints import new_folder
@@ -197,7 +197,7 @@ def assess(
     gen, each = torch.Generator().manual_seed(cfg.seed), range(len(right))
     found = {"all": accuracy(right, each, n=cfg.evaluate.bootstrap, gen=gen)}
     if all(kinds):
-        found |= by(right, kinds, each, n=cfg.evaluate.bootstrap, gen=gen)
+        found |= accuracy_by_category(right, kinds, each, n=cfg.evaluate.bootstrap, gen=gen)
     rows = to_results(found, split="test", experiment=experiment)
     loss = chat.mean_loss(
         model.chat, record.weights_of(model, params), chat.encode(model.chat, held), cfg.evaluate.batch

@@ -19,7 +19,7 @@ from medvl.base.tree import flatten
 from medvl.components import encode
 from medvl.ct import ingest, pairs, preprocess
 from medvl.evaluation import results
-from medvl.hub import skeletons, tokens
+from medvl.hub import loading, tokens
 from medvl.phantoms import chests
 from medvl.phantoms.chest_case import PhantomConfig
 from medvl.systems import run
@@ -84,7 +84,7 @@ def test_a_run_leaves_everything_that_made_it(place, trained):
         assert (folder / "results" / name).stat().st_size > 0
     for name in ("last.pt", "best.pt", "metrics.jsonl"):
         assert (folder / "0-contrast" / name).stat().st_size > 0
-    rows = results.read(folder / "results/results.jsonl")
+    rows = results.read_results(folder / "results/results.jsonl")
     assert {"auroc", "auprc", "f1", "accuracy", "balanced_accuracy", "precision", "recall_at_1"} <= {
         r.what for r in rows
     }
@@ -564,7 +564,7 @@ def test_missing_things_are_named_with_what_to_do(trained, tmp_path):
 
 def test_weights_that_are_nowhere_stop_the_run_at_once(trained):
     with pytest.raises(ValueError, match=r"facebook/dinov2-with-registers-base.*hf download"):
-        skeletons.load("facebook/dinov2-with-registers-base")
+        loading.load_skeleton("facebook/dinov2-with-registers-base")
 
 
 def test_a_store_of_other_settings_is_refused(trained):

@@ -98,9 +98,9 @@ def _contents(folder):
             "opt": state.opt,
             "at": {"step": torch.tensor(state.step), "best": torch.tensor(state.best)},
         }
-        found[str(path.relative_to(folder))] = skeletons.digest(of).encode()
+        found[str(path.relative_to(folder))] = skeletons.weights_digest(of).encode()
     held = torch.load(folder / "moe_compressor.pt", weights_only=True)
-    return found | {"moe_compressor.pt": skeletons.digest(held).encode()}
+    return found | {"moe_compressor.pt": skeletons.weights_digest(held).encode()}
 
 
 def _names(folder):

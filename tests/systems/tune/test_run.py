@@ -12,7 +12,7 @@ from PIL import Image
 from medvl.base import config
 from medvl.base.config import ConfigError
 from medvl.base.tree import flatten, merge, split
-from medvl.hub import skeletons
+from medvl.hub import saving, skeletons
 from medvl.language import chat, vlm
 from medvl.language.conversations import Conversation
 from medvl.phantoms import pictures
@@ -101,12 +101,14 @@ def test_a_run_from_pictures_to_a_report(tmp_path, monkeypatch, capsys):
     ]
     assert losses[-1] < losses[0]
     before = [
-        skeletons.digest(train.read_state(folder / s / "last.pt").params) for s in ("0-whole", "1-lora")
+        skeletons.weights_digest(train.read_state(folder / s / "last.pt").params)
+        for s in ("0-whole", "1-lora")
     ]
     (folder / "1-lora/last.pt").unlink()
     again = run.run(str(tmp_path / "toy.json"), log=lambda _: None)
     assert [
-        skeletons.digest(train.read_state(folder / s / "last.pt").params) for s in ("0-whole", "1-lora")
+        skeletons.weights_digest(train.read_state(folder / s / "last.pt").params)
+        for s in ("0-whole", "1-lora")
     ] == before
     assert [(r.what, r.subject, r.value) for r in again] == [(r.what, r.subject, r.value) for r in rows]
 
@@ -269,13 +271,13 @@ def test_quantised_base_and_adapter(tmp_path):
     stage = [{"name": "lora", "steps": 1, "lr": 1e-3, "train": ["lora/.*"]}]
     model, params, data = started(tmp_path, model__quantize="nf4", train__stages=stage)
     trained, frozen = split(params, ("lora/.*",))
-    before = skeletons.digest(
+    before = skeletons.weights_digest(
         {f"{n}/{i}": t for n, w in params["model"].items() for i, t in enumerate(lazy.leaves(w))}
     )
     _, _, grads = gradient(model, lambda p: merge(frozen, p))(trained, chat.collate(model.chat, data, [0, 1]))
     assert max(float(g.abs().max()) for n, g in flatten(grads).items() if n.endswith("/b")) > 0
     assert (
-        skeletons.digest(
+        skeletons.weights_digest(
             {f"{n}/{i}": t for n, w in params["model"].items() for i, t in enumerate(lazy.leaves(w))}
         )
         == before
@@ -297,7 +299,7 @@ def test_a_model_from_a_folder(tmp_path, shared_data):
         torch.Generator().manual_seed(0),
         head="language",
     )
-    skeletons.save(skeleton, params, tmp_path / "qwen")
+    saving.save_skeleton(skeleton, params, tmp_path / "qwen")
     for f in tok.iterdir():
         (tmp_path / "qwen" / f.name).write_bytes(f.read_bytes())
     (tmp_path / "qwen/preprocessor_config.json").write_bytes(
@@ -327,7 +329,7 @@ def opened(folder, generation=None, **cfg):
     skeleton, params = skeletons.init_skeleton(
         tiny.CONFIGS["qwen3"] | {"vocab_size": 640}, torch.Generator().manual_seed(0), head="language"
     )
-    skeletons.save(skeleton, params, folder / "model")
+    saving.save_skeleton(skeleton, params, folder / "model")
     (folder / "model/generation_config.json").unlink()
     if generation:
         (folder / "model/generation_config.json").write_text(json.dumps(generation))
@@ -777,7 +779,7 @@ def test_any_pattern_that_matches_an_adapter_makes_and_trains_it(pattern, tmp_pa
     assert all(f["b"].abs().max() > 0 for f in params["lora"].values())  # it starts at zero
     (tmp_path / "run/config.json").write_text(json.dumps(config.unstructure(cfg)))
     again = tune_run.load(tmp_path / "run")[1]
-    assert skeletons.digest(again) == skeletons.digest(params)
+    assert skeletons.weights_digest(again) == skeletons.weights_digest(params)
 
 
 @pytest.mark.parametrize("pattern", ["model/.*", "model/(?!lora).*", "(model|tower)/.*"])
