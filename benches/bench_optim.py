@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from medvl.base.tree import flatten
 from medvl.training import optim
 from medvl.weights.four_bit import eight_bit
 
@@ -31,7 +32,7 @@ def bench_update(measure, kind):
     params, optimizer = _weights(dtype), make()
     grads, state = {n: torch.full_like(t, 1e-3) for n, t in params.items()}, optimizer.init(params)
     n = sum(t.numel() for t in params.values())
-    held = round(optim.state_bytes(optimizer, params) / n, 2)
+    held = round(sum(t.nbytes for t in flatten(state).values()) / n, 2)
     measure(
         lambda: optimizer.update(grads, state, params, 3)[0].keys(), rounds=5, parameters=n, state_bytes=held
     )
@@ -41,5 +42,7 @@ def bench_clip(measure):
     """The gradients' common norm, and all of them scaled."""
     grads = _weights(torch.float32)
     measure(
-        lambda: optim.clip_by_norm(grads, 0.1)[1], rounds=5, parameters=sum(t.numel() for t in grads.values())
+        lambda: optim.clip_gradients(dict(grads), 0.1),
+        rounds=5,
+        parameters=sum(t.numel() for t in grads.values()),
     )

@@ -8,7 +8,7 @@ from medvl.base.tree import count
 from medvl.components.fuse import FuseConfig, fuse, init_fuse
 from medvl.components.losses import clip_loss, siglip_loss
 from medvl.components.text import TextConfig, encode_text, init_text
-from medvl.training import loop, optim
+from medvl.training import gradients, loop, optim, states
 
 FUSE = FuseConfig(dim=192, depth=2, heads=3)
 TEXT = TextConfig(vocabulary=1000, context=64, dim=128, depth=2, heads=2)
@@ -24,7 +24,9 @@ def bench_loss(measure, loss):
         "clip": lambda p: clip_loss(p["image"], p["text"], 14.3),
         "siglip": lambda p: siglip_loss(p["image"], p["text"], 10.0, -10.0),
     }[loss]
-    measure(loop.value_and_grad(lambda p, _: (of(p), loop.Aux())), rows, None, rounds=10, b=1024, d=512)
+    measure(
+        gradients.value_and_grad(lambda p, _: (of(p), gradients.Aux())), rows, None, rounds=10, b=1024, d=512
+    )
 
 
 def _pieces():
@@ -54,7 +56,7 @@ def _embed(p, b):
 def _contrast(p, rows):
     return clip_loss(
         F.normalize(rows["image"] @ p["project"], dim=-1), F.normalize(rows["text"], dim=-1), 14.3
-    ), loop.Aux()
+    ), gradients.Aux()
 
 
 @pytest.mark.parametrize("chunk", [B, 8])
@@ -62,6 +64,8 @@ def bench_step(measure, chunk):
     """A step of AdamW on cached features: the whole batch at once, and in chunks of 8 with the same gradient."""
     params, batch = _pieces()
     optimizer = optim.adamw(lambda _: optim.Rate(lr=1e-4, weight_decay=0.2))
-    step = loop.make_step(loop.cached_value_and_grad(_embed, _contrast, chunk=chunk), optimizer, clip=1.0)
-    state = loop.State(params=params, opt=optimizer.init(params))
+    step = loop.make_step(
+        gradients.cached_value_and_grad(_embed, _contrast, chunk=chunk), optimizer, clip=1.0
+    )
+    state = states.State(params=params, opt=optimizer.init(params))
     measure(lambda: step(state, batch)[1], rounds=5, b=B, s=S, chunk=chunk, parameters=count(params))

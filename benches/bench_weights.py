@@ -13,7 +13,7 @@ from attrs import evolve
 from medvl.base.tree import count
 from medvl.hub import skeletons
 from medvl.language import generate, vlm
-from medvl.training import loop, optim
+from medvl.training import gradients, loop, optim, states
 from medvl.weights import compose, four_bit, lora
 
 CUDA = torch.cuda.is_available()
@@ -198,11 +198,13 @@ def bench_step(measure, kind, name):
 
     def loss(factors, batch):
         now = lora.apply_lora(base, evolve(adapter, factors=factors))
-        return *vlm.answer_loss(lean, now, batch), loop.Aux()
+        return *vlm.answer_loss(lean, now, batch), gradients.Aux()
 
     optimizer = optim.adamw(lambda _: optim.Rate(lr=1e-4))
-    step = loop.make_step(loop.token_value_and_grad(loss, chunk=B, precision=PRECISION), optimizer, clip=1.0)
-    state = loop.State(params=adapter.factors, opt=optimizer.init(adapter.factors))
+    step = loop.make_step(
+        gradients.token_value_and_grad(loss, chunk=B, precision=PRECISION), optimizer, clip=1.0
+    )
+    state = states.State(params=adapter.factors, opt=optimizer.init(adapter.factors))
     shape = {"kind": kind, "b": B, "t": T, "r": RANK, "parameters": count(adapter.factors)}
     metrics = measure(lambda: step(state, batch)[1], rounds=ROUNDS, **shape)
     assert metrics["grad_norm"] > 0

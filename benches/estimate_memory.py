@@ -19,7 +19,7 @@ from medvl.language import chat
 from medvl.systems.tune import record
 from medvl.systems.tune import run as tune_run
 from medvl.systems.tune.record import Config
-from medvl.training import loop, stages
+from medvl.training import loop, stages, states
 
 MODEL = {
     "model_type": "qwen2",
@@ -83,14 +83,14 @@ def _steps(cfg: Config) -> dict:
             "5"
         )  # the high water starts again: making random weights took more
     loss = record.loss_of(model)
-    optimizer = stages.optimizer_of(cfg.train, stage, trained)
+    optimizer = stages.make_optimizer(cfg.train, stage, trained)
     step = loop.make_step(
-        stages.gradient_of(cfg.train, lambda p, b: loss(merge(frozen, p), b), chat.cut),
+        stages.make_gradient(cfg.train, lambda p, b: loss(merge(frozen, p), b), chat.cut),
         optimizer,
         clip=1.0,
         seed=0,
     )
-    state = loop.State(params=trained, opt=optimizer.init(trained))
+    state = states.State(params=trained, opt=optimizer.init(trained))
     del trained
     for _ in range(2):
         state, _ = step(state, chat.fullest(model.chat, [], 4))

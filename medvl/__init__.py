@@ -34,7 +34,7 @@ _HOME = {
     "adapters.embed": ("EmbedConfig", "fit_local", "open_embedder"),
     "adapters.experts": ("open_experts", "ask"),
     "evaluation.answers": ("same_answer",),
-    "training.loop": ("value_and_grad", "cached_value_and_grad", "token_value_and_grad"),
+    "training.gradients": ("value_and_grad", "cached_value_and_grad", "token_value_and_grad"),
     "ct.zero_shot": ("zero_shot", "evaluate_findings"),
     "systems.ct_clip.run": ("look",),
     "systems.slide_vqa.look": ("look_at_slide",),

@@ -13,7 +13,7 @@ from torch import Tensor
 from medvl.adapters.retrieve import adapter_vector, recall_at
 from medvl.base import config
 from medvl.base.tree import Tree, map_leaves
-from medvl.training import loop
+from medvl.training import gradients, loop, states
 from medvl.training.optim import Rate, adamw, seeded, warmup_cosine
 
 Encode = Callable[[Tree, Tensor], Tensor]  # (params, rows int64 [b]) -> [b, e]
@@ -234,7 +234,7 @@ def fit_encoder(
         lambda name: Rate(lr=cfg.lr, weight_decay=cfg.weight_decay), warmup_cosine(cfg.steps, 0)
     )
     own = map_leaves(lambda t: t.detach().clone(), params)  # steps reuse what they are given
-    state, kept, best = loop.State(params=own, opt=optimizer.init(own)), own, -1.0
+    state, kept, best = states.State(params=own, opt=optimizer.init(own)), own, -1.0
     step = loop.make_step(partial(_grad, cfg, encode), optimizer)
     for i in range(cfg.steps + 1):
         if len(held) and (i % cfg.every == 0 or i == cfg.steps):
@@ -270,21 +270,27 @@ def task_recall(embeddings: Tensor, tasks: Sequence[Hashable], ks: Sequence[int]
     return _recall(embeddings, codes, torch.ones_like(codes, dtype=torch.bool), ks)
 
 
-def _grad(cfg: RetrieverConfig, encode: Encode, params: Tree, pairs: Pairs) -> tuple[Tensor, loop.Aux, Tree]:
+def _grad(
+    cfg: RetrieverConfig, encode: Encode, params: Tree, pairs: Pairs
+) -> tuple[Tensor, gradients.Aux, Tree]:
     """Each sample of a batch is encoded once, however often it was drawn."""
     b, p = pairs.negatives.shape
     rows, place = torch.cat([pairs.anchors, pairs.positives, pairs.negatives.flatten()]).unique(
         return_inverse=True
     )
 
-    def embed(params: Tree, batch: loop.Batch) -> loop.Batch:
+    def embed(params: Tree, batch: gradients.Batch) -> gradients.Batch:
         return {"z": _encoded(encode, params, batch["rows"])}
 
-    def contrast(params: Tree, found: loop.Batch) -> tuple[Tensor, loop.Aux]:
+    def contrast(params: Tree, found: gradients.Batch) -> tuple[Tensor, gradients.Aux]:
         anchor, positive, negatives = found["z"][place.to(found["z"].device)].split([b, b, b * p])
-        return task_contrast(anchor, positive, negatives.unflatten(0, (b, p)), cfg.temperature), loop.Aux()
+        return task_contrast(
+            anchor, positive, negatives.unflatten(0, (b, p)), cfg.temperature
+        ), gradients.Aux()
 
-    return loop.cached_value_and_grad(embed, contrast, chunk=cfg.chunk or len(rows))(params, {"rows": rows})
+    return gradients.cached_value_and_grad(embed, contrast, chunk=cfg.chunk or len(rows))(
+        params, {"rows": rows}
+    )
 
 
 def _encoded(encode: Encode, params: Tree, rows: Tensor) -> Tensor:

@@ -408,7 +408,7 @@ def collate(
 
 def batches(chat: Chat, data: Encoded, size: int, seed: int) -> Callable[[int], dict[str, Tensor]]:
     """i -> batch: this process's share of `size` conversations, a pure function of (seed, i)."""
-    share = order.batches(
+    share = order.batch_indices(
         [*map(str, range(len(data.samples)))], size, seed, rank=processes.rank(), world=processes.world()
     )
     return lambda i: collate(chat, data, share(i))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 
-def batches(
+def batch_indices(
     groups: Sequence[str], size: int, seed: int, *, rank: int = 0, world: int = 1
 ) -> Callable[[int], list[int]]:
     """i -> sample indices of a process's share of batch i, a pure function of (seed, i).

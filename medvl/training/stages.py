@@ -3,101 +3,24 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from attrs import evolve, frozen
+from attrs import evolve
 from torch import Tensor
 
-from medvl.base import config, processes
+from medvl.base import processes
 from medvl.base.tree import Tree, count, flatten, map_leaves, matching, merge, split, unflatten
 from medvl.hub import skeletons
-from medvl.training import estimate
-from medvl.training import loop as train
+from medvl.training import estimate, gradients, loop, states
 from medvl.training.muon import muon
 from medvl.training.optim import Optimizer, Rate, adamw, routed, warmup_cosine, with_master
+from medvl.training.record import Stage, TrainConfig
 from medvl.weights import four_bit, lora, shards
 from medvl.weights.four_bit import eight_bit
 
 
-@frozen(kw_only=True)
-class Stage:
-    """What is trained, how long and how fast. Names start with "model/", "lora/" or what else the system has; there is an adapter where a
-    stage's pattern matches one of its names."""
-
-    name: str
-    steps: int = 0
-    epochs: float = 0.0  # instead of steps: how often each conversation is trained on; how many steps that is, the data says
-    lr: float
-    data: str = ""  # which of the system's data, where it has several
-    weight_decay: float = 0.0
-    warmup: int = 0
-    muon: float = 0.0  # rate of Muon for the matrices inside layers, 0 = AdamW moves them too; worth it for models from scratch
-    train: tuple[str, ...] = ("lora/.*",)
-
-    def __attrs_post_init__(self) -> None:
-        train.check_stage(self)
-        config.within(self, f"stage {self.name}", epochs=(0, 10**6))
-        if self.steps and self.epochs:
-            raise ValueError(
-                f"stage {self.name}: needs either steps or epochs, got {self.steps} and {self.epochs:g}"
-            )
-        config.within(self, f"stage {self.name}", muon=config.RATE)
-        if self.lr + self.muon <= 0:
-            raise ValueError(f"stage {self.name}: lr must be above 0, got {self.lr:g}")
-
-
-@frozen(kw_only=True)
-class TrainConfig:
-    """The loop. The loss is the mean over all trained tokens of `batch` conversations; `chunk` of them are computed at a time."""
-
-    stages: tuple[Stage, ...]
-    batch: int = 16
-    chunk: int = 2
-    logits: int = 256  # tokens whose logits exist at a time
-    checkpoint: bool = True  # keep only the layers' inputs for the backward pass
-    rounding: Literal["master", "stochastic", "nearest"] = "master"  # of 16-bit weights that are trained
-    moments: Literal["float32", "8bit"] = "float32"
-    shard: bool = False  # matrices that are trained lie in parts on all processes
-    clip: float = 1.0
-    log: int = 10
-    save: int = 100
-    validate: int = 200
-    valid: int = 256  # conversations the validation loss is taken over, 0 = all
-    keep: Literal["best", "last"] = "best"  # by validation loss
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-
-    def __attrs_post_init__(self) -> None:
-        if not self.stages:
-            raise ValueError("train.stages must hold at least one stage")
-        if any(stage.muon for stage in self.stages) and self.shard:
-            raise ValueError("a stage's muon needs whole weights: train.shard = false")
-        if self.moments == "8bit" and self.shard:
-            raise ValueError(
-                "train.moments = '8bit' needs whole weights: train.shard = false, or moments = 'float32'"
-            )
-        config.within(
-            self,
-            "train",
-            batch=(1, 2**20),
-            chunk=(1, 2**20),
-            logits=(1, 2**20),
-            clip=(0, 1e6),
-            valid=config.COUNT_OR_NONE,
-        )
-        config.within(
-            self, "train", log=config.COUNT_OR_NONE, save=config.COUNT_OR_NONE, validate=config.COUNT_OR_NONE
-        )
-        if self.batch % self.chunk:
-            raise ValueError(f"train.chunk must divide train.batch, got {self.chunk} and {self.batch}")
-
-    @property
-    def patterns(self) -> tuple[str, ...]:
-        """What all stages train, as regexes over parameter names."""
-        return tuple(p for stage in self.stages for p in stage.train)
-
-
-def new_adapter(
+def init_trained_adapter(
     cfg: TrainConfig,
     record: lora.LoraConfig,
     skeleton: skeletons.Skeleton,
@@ -120,7 +43,7 @@ def new_adapter(
     return adapter if matched(flatten({"lora": adapter.factors})) else None
 
 
-def check_stage(stage: Stage, params: Tree) -> None:
+def check_trainable(stage: Stage, params: Tree) -> None:
     """Raise where a stage trains what does not exist or is frozen for good."""
     flat = flatten(params)
     try:
@@ -137,7 +60,7 @@ def check_stage(stage: Stage, params: Tree) -> None:
         )
 
 
-def planned(cfg: TrainConfig, stage: Stage, conversations: int) -> Stage:
+def plan_steps(cfg: TrainConfig, stage: Stage, conversations: int) -> Stage:
     """The stage in steps, where its record gives epochs; with so many conversations that fit the context.
 
     Raises:
@@ -151,7 +74,7 @@ def planned(cfg: TrainConfig, stage: Stage, conversations: int) -> Stage:
 def fit_stages(
     cfg: TrainConfig,
     params: Tree,
-    loss_sum: train.LossSum,
+    loss_sum: gradients.LossSum,
     batches: Callable[[Stage], Callable[[int], Any]],
     folder: Path,
     *,
@@ -170,7 +93,7 @@ def fit_stages(
         validate: stage -> (all parameters -> validation loss), or None: the last state is kept then.
     """
     stages = [
-        planned(cfg, stage, conversations(stage)) for stage in cfg.stages
+        plan_steps(cfg, stage, conversations(stage)) for stage in cfg.stages
     ]  # all, before the first is trained
     for i, stage in enumerate(stages):
         epochs = stage.steps * cfg.batch / conversations(stage)
@@ -178,7 +101,7 @@ def fit_stages(
             f"stage {stage.name}: {stage.steps:,} steps of {cfg.batch} conversations are {epochs:.3g} epochs of {conversations(stage):,}"
         )
         how: Any = {"cut": cut, "validate": validate(stage), "seed": seed, "log": log}
-        params = parted(cfg, params)  # by this name, so that nothing here holds the whole
+        params = shard_params(cfg, params)  # by this name, so that nothing here holds the whole
         params = fit_stage(cfg, stage, params, loss_sum, batches(stage), folder / f"{i}-{stage.name}", **how)
     if not shards.any_sharded(params):
         return params
@@ -196,11 +119,11 @@ def read_stages(
     Args:
         validated: whether a stage is; one that is not has only its last state.
     Raises:
-        ValueError: as `train.read_trained`.
+        ValueError: as `states.read_trained`.
     """
     for i, stage in enumerate(cfg.stages):
         keep = cfg.keep if validated(stage) else "last"
-        state = train.read_trained(
+        state = states.read_trained(
             folder / f"{i}-{stage.name}", keep, processes.device(cfg.device), model=params
         )
         params = merge(params, state.params)
@@ -211,7 +134,7 @@ def fit_stage(
     cfg: TrainConfig,
     stage: Stage,
     params: Tree,
-    loss_sum: train.LossSum,
+    loss_sum: gradients.LossSum,
     batch_at: Callable[[int], Any],
     folder: Path,
     *,
@@ -223,29 +146,29 @@ def fit_stage(
     """Train what the stage names, or go on with it in `folder`; returns all parameters. As `fit_stages`, for one."""
     trained, frozen_ = split(params, stage.train)
     device = processes.device(cfg.device)
-    trained = parted(cfg, trained)
+    trained = shard_params(cfg, trained)
     log(f"stage {stage.name}: {stage.steps} steps train {count(trained):,} of {count(params):,} parameters")
-    optimizer = optimizer_of(cfg, stage, trained, seed)
+    optimizer = make_optimizer(cfg, stage, trained, seed)
     schedule = warmup_cosine(stage.steps, stage.warmup)
-    step = train.make_step(
-        gradient_of(cfg, lambda p, b: loss_sum(merge(frozen_, p), b), cut),
+    step = loop.make_step(
+        make_gradient(cfg, lambda p, b: loss_sum(merge(frozen_, p), b), cut),
         optimizer,
         clip=cfg.clip,
         seed=seed,
     )
 
-    def scored(state: train.State) -> dict[str, float]:
+    def scored(state: states.State) -> dict[str, float]:
         assert validate is not None
         loss = validate(merge(frozen_, state.params))
         return {"score": -loss, "loss": loss}
 
-    state = train.fit(
+    state = loop.train_steps(
         step,
-        train.State(params=trained, opt=optimizer.init(trained)),
+        states.State(params=trained, opt=optimizer.init(trained)),
         batch_at,
         steps=stage.steps,
         folder=folder,
-        every=train.Every(log=cfg.log, save=cfg.save, validate=cfg.validate),
+        every=loop.Every(log=cfg.log, save=cfg.save, validate=cfg.validate),
         validate=scored if validate else None,
         title=stage.name,
         lr=lambda i: stage.lr * schedule(i),
@@ -253,12 +176,12 @@ def fit_stage(
     )
     if (cfg.keep == "best" and validate) or cfg.shard:
         processes.meet()  # process 0 has written it
-        state = train.read_trained(folder, cfg.keep if validate else "last", device, model=params)
+        state = states.read_trained(folder, cfg.keep if validate else "last", device, model=params)
         return merge(frozen_, state.params)
     return merge(frozen_, state.params)
 
 
-def parted(cfg: TrainConfig, params: Tree) -> Tree:
+def shard_params(cfg: TrainConfig, params: Tree) -> Tree:
     """The parameters, with `shard` as this process's parts. Give `fit_stage` these, and no process holds whole what it trains a part of.
 
     An adapter stays whole: it is small, and a low-rank weight wants plain factors.
@@ -271,12 +194,14 @@ def _parts(params: Tree, mesh: Any) -> dict[str, Tensor]:
     return {n: cut(n, t) for n, t in flatten(params).items()}
 
 
-def gradient_of(cfg: TrainConfig, loss_sum: train.LossSum, cut: Callable[[Any, slice], Any]) -> train.Grad:
+def make_gradient(
+    cfg: TrainConfig, loss_sum: gradients.LossSum, cut: Callable[[Any, slice], Any]
+) -> gradients.Grad:
     """The gradient of the mean token loss of a batch by what `loss_sum` takes."""
-    return train.token_value_and_grad(loss_sum, chunk=cfg.chunk, cut=cut, rows=lambda b: len(b["ids"]))
+    return gradients.token_value_and_grad(loss_sum, chunk=cfg.chunk, cut=cut, rows=lambda b: len(b["ids"]))
 
 
-def optimizer_of(cfg: TrainConfig, stage: Stage, trained: Tree, seed: int = 0) -> Optimizer:
+def make_optimizer(cfg: TrainConfig, stage: Stage, trained: Tree, seed: int = 0) -> Optimizer:
     """AdamW as the record wants it: the rounding of 16-bit weights, the precision of the moments, Muon for the matrices inside layers."""
     rate = Rate(lr=stage.lr, weight_decay=stage.weight_decay)
     low = any(t.dtype in (torch.bfloat16, torch.float16) for t in flatten(trained).values())
@@ -304,11 +229,11 @@ def optimizer_of(cfg: TrainConfig, stage: Stage, trained: Tree, seed: int = 0) -
     return routed(lambda n: "muon" if n in inner else "adamw", {"adamw": made, "muon": turned})
 
 
-def memory_of(
+def estimate_memory(
     cfg: TrainConfig,
     stage: Stage,
     params: Tree,
-    loss_sum: train.LossSum,
+    loss_sum: gradients.LossSum,
     cut: Callable[[Any, slice], Any],
     batch: Any,
     *,
@@ -317,10 +242,10 @@ def memory_of(
 ) -> dict[str, int]:
     """{part: bytes} of one of so many processes at the peak of a training step, on parameters without storage (device "meta").
 
-    With `shard` it holds its rows of what `parted` cuts, and a whole matrix only while that is used.
+    With `shard` it holds its rows of what `shard_params` cuts, and a whole matrix only while that is used.
 
     Args:
-        batch: of `rows_of(cfg, processes)` rows.
+        batch: of `estimate_rows(cfg, processes)` rows.
     """
     if stage.epochs:
         stage = evolve(stage, steps=max(1, stage.warmup), epochs=0.0)  # their number changes no byte
@@ -330,17 +255,17 @@ def memory_of(
         {n: estimate.gathered(t, rows[n]) if n in rows else t for n, t in flatten(p).items()}
     )
     trained, frozen_ = split(unflatten(parts), stage.train)
-    optimizer = optimizer_of(cfg, stage, trained, seed)
-    grad = gradient_of(cfg, lambda p, b: loss_sum(whole(merge(frozen_, p)), b), cut)
-    state = train.State(params=trained, opt=optimizer.init(trained))
-    step = train.make_step(grad, optimizer, clip=cfg.clip, seed=seed)
+    optimizer = make_optimizer(cfg, stage, trained, seed)
+    grad = make_gradient(cfg, lambda p, b: loss_sum(whole(merge(frozen_, p)), b), cut)
+    state = states.State(params=trained, opt=optimizer.init(trained))
+    step = loop.make_step(grad, optimizer, clip=cfg.clip, seed=seed)
     return estimate.peak_of(
         lambda: step(state, batch),
         {"frozen weights": frozen_, "trained weights": trained, "optimiser": state.opt},
     )
 
 
-def rows_of(cfg: TrainConfig, processes: int = 1) -> int:
+def estimate_rows(cfg: TrainConfig, processes: int = 1) -> int:
     """Conversations that an estimate must see of a process's share: of two micro-batches and more the gradients are added up."""
     if processes < 1 or cfg.batch < processes:
         raise ValueError(

@@ -1,7 +1,7 @@
 """Parameters in parts, one on each process: cut, used as weights, put together again. For training models that one device cannot hold.
 
-A sharded leaf is a `torch.distributed.tensor.DTensor` whose rows lie on the processes. `train.value_and_grad` gives its gradient in the
-same parts, `optim.adamw` moves each part where it lies, `train.save` writes whole tensors. With one process nothing is cut.
+A sharded leaf is a `torch.distributed.tensor.DTensor` whose rows lie on the processes. `gradients.value_and_grad` gives its gradient in the
+same parts, `optim.adamw` moves each part where it lies, `states.save_state` writes whole tensors. With one process nothing is cut.
 """
 
 import re

@@ -15,8 +15,10 @@ from tqdm import tqdm
 
 import tasks
 from medvl.base import display
-from medvl.training.loop import Aux, Every, State, fit, make_step, value_and_grad
+from medvl.training.gradients import Aux, value_and_grad
+from medvl.training.loop import Every, make_step, train_steps
 from medvl.training.optim import Rate, adamw, warmup_cosine
+from medvl.training.states import State
 
 STEP = re.compile(
     r"one: (\d+)/40 \((\d+) %\), (\d\d:\d\d|\?) left, [\d.e-]+ s/step, lr [\d.e-]+, loss [\d.]+, \d+\.\d\d GB, grad_norm [\d.]+"
@@ -158,7 +160,7 @@ def trained(folder, log, steps=40):
     optimizer = adamw(lambda n: Rate(lr=0.02), schedule)
     params = {"w": torch.ones(3)}
     step = make_step(value_and_grad(lambda p, b: (p["w"].square().sum(), Aux())), optimizer)
-    return fit(
+    return train_steps(
         step,
         State(params=params, opt=optimizer.init(params)),
         lambda i: None,
@@ -189,7 +191,7 @@ def test_training_says_where_it_is_how_fast_and_how_long(tmp_path):
 
 def test_the_clock_of_steps_stands_still_while_the_state_is_validated(tmp_path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("medvl.training.loop.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("medvl.training.journal.time.monotonic", lambda: now[0])
 
     def step(state, batch):
         now[0] += 2.0
@@ -201,7 +203,7 @@ def test_the_clock_of_steps_stands_still_while_the_state_is_validated(tmp_path, 
 
     lines = []
     start = State(params={"w": torch.ones(1)}, opt={})
-    fit(
+    train_steps(
         step,
         start,
         lambda i: None,

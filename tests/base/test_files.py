@@ -13,7 +13,7 @@ from medvl.hub.checkpoints import read_pickle
 from medvl.language import images
 from medvl.slides import features, questions
 from medvl.slides.reference_files import read_compressor
-from medvl.training.loop import read_state
+from medvl.training.states import read_state
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from medvl.base import processes
 PAIR = """
 import sys, torch
 from medvl.base import processes; from medvl.weights import shards
-from medvl.training.loop import Aux, cached_value_and_grad
+from medvl.training.gradients import Aux, cached_value_and_grad
 processes.join(init_method="file://" + sys.argv[2] + "/store", rank=int(sys.argv[1]), world_size=2)
 processes.join(init_method="file://" + sys.argv[2] + "/store", rank=int(sys.argv[1]), world_size=2)  # is joined already
 assert processes.gather(torch.tensor([processes.rank()])).tolist() == [0, 1]

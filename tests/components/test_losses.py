@@ -5,7 +5,7 @@ from torch.utils.checkpoint import checkpoint
 
 from medvl.components import losses
 from medvl.components.losses import clip_loss, siglip_loss, token_cross_entropy, token_mean, trained
-from medvl.training import loop
+from medvl.training import gradients
 
 
 def _pair(gen, b=5, d=8):
@@ -222,9 +222,9 @@ def test_the_loss_of_a_batch_is_a_mean_over_tokens(gen):
     def part(rows, total):
         def loss(p, _):
             s, n = token_cross_entropy(p["hidden"][rows], p["head"], labels[rows])
-            return token_mean(s, count if total else n), loop.Aux()
+            return token_mean(s, count if total else n), gradients.Aux()
 
-        return loop.value_and_grad(loss)(params, None)
+        return gradients.value_and_grad(loss)(params, None)
 
     whole, pieces, means = (
         part(slice(0, 4), True),

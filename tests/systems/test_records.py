@@ -201,7 +201,7 @@ def test_adapters_that_cannot_be_made_are_refused_before_their_base_is_trained(c
 
 
 def test_a_second_stage_of_ct_clip_is_looked_at_before_the_first_is_trained(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "fit", lambda *_, **__: pytest.fail("trained"))
+    monkeypatch.setattr(loop, "train_steps", lambda *_, **__: pytest.fail("trained"))
     monkeypatch.setattr(run, "RUNS", tmp_path / "runs")
     raw = plain("ct_clip")
     raw["data"] |= {"folder": str(tmp_path / "data"), "cache": str(tmp_path / "cache"), "workers": 1}

@@ -18,7 +18,7 @@ from attrs import evolve
 
 from medvl.base import files
 from medvl.systems import run
-from medvl.training import loop
+from medvl.training import states
 from tests.systems.tune.test_run import record
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -141,7 +141,7 @@ def test_a_lost_best_state_is_not_replaced_by_the_last(trained):
 
 def test_a_run_that_is_not_trained_to_its_end_is_not_evaluated(trained):
     with changed(trained[1] / "1-lora/last.pt") as path:
-        loop.save(path, evolve(loop.read_state(path), step=2))
+        states.save_state(path, evolve(states.read_state(path), step=2))
         evaluated_both_ways(
             trained, r"1-lora: is at step 2 of 3; the command that trains it goes on from there"
         )
@@ -156,12 +156,12 @@ def test_without_the_last_state_a_warning_says_what_is_not_known(trained, caplog
 
 def test_a_checkpoint_of_another_model_is_refused(trained):
     with changed(trained[1] / "1-lora/best.pt") as path:
-        state = loop.read_state(path)
+        state = states.read_state(path)
         name = next(iter(state.params["lora"]))
         other = state.params | {
             "lora": state.params["lora"] | {name: {"a": torch.zeros(3, 32), "b": torch.zeros(32, 3)}}
         }
-        loop.save(path, evolve(state, params=other))
+        states.save_state(path, evolve(state, params=other))
         evaluated_both_ways(
             trained,
             r"best\.pt: 2 parameters differ from the model, e\.g\. lora/.*: \(3, 32\) in the file, \(2, 32\) in the",

@@ -16,20 +16,11 @@ from attrs import evolve
 
 from medvl.base.tree import flatten
 from medvl.components.losses import clip_loss, siglip_loss
-from medvl.training.loop import (
-    Aux,
-    Every,
-    State,
-    Stopped,
-    cached_value_and_grad,
-    fit,
-    make_step,
-    read_state,
-    save,
-    token_value_and_grad,
-    value_and_grad,
-)
+from medvl.training.gradients import Aux, cached_value_and_grad, token_value_and_grad, value_and_grad
+from medvl.training.interrupt import Stopped
+from medvl.training.loop import Every, make_step, train_steps
 from medvl.training.optim import Optimizer, Rate, adamw, routed, warmup_cosine, with_master
+from medvl.training.states import State, read_state, save_state
 from medvl.weights import lazy
 from medvl.weights.four_bit import eight_bit
 from tests import tiny
@@ -140,7 +131,10 @@ from pathlib import Path
 from tests.training.test_loop import _params, _batch, _tokens, _token_params, token_loss, embed, contrast
 from medvl.base import processes
 from medvl.training.optim import Rate, adamw
-from medvl.training.loop import Aux, State, Stopped, cached_value_and_grad, fit, make_step, token_value_and_grad, value_and_grad
+from medvl.training.gradients import Aux, cached_value_and_grad, token_value_and_grad, value_and_grad
+from medvl.training.interrupt import Stopped
+from medvl.training.loop import make_step, train_steps
+from medvl.training.states import State
 
 rank, out = int(sys.argv[1]), Path(sys.argv[2])
 processes.join(init_method=f"file://{out}/store", rank=rank, world_size=2)
@@ -163,7 +157,7 @@ def seen(state, batch):
     return step(state, batch)
 
 try:
-    fit(seen, State(params=params, opt=optimizer.init(params)), lambda i: torch.ones(3), steps=20, folder=out / "run")
+    train_steps(seen, State(params=params, opt=optimizer.init(params)), lambda i: torch.ones(3), steps=20, folder=out / "run")
 except Stopped as stopped:
     (out / f"stopped{rank}").write_text(str(stopped.code))
 processes.meet()
@@ -171,7 +165,7 @@ processes.meet()
 lost = lambda p, x: ((p["w"] * x).sum() + (float("nan") if rank == 1 else 0.0), Aux())  # a loss of one process, no gradient
 step = make_step(value_and_grad(lost), optimizer)
 try:
-    fit(step, State(params=params, opt=optimizer.init(params)), lambda i: torch.ones(3), steps=2, folder=out / "lost")
+    train_steps(step, State(params=params, opt=optimizer.init(params)), lambda i: torch.ones(3), steps=2, folder=out / "lost")
 except FloatingPointError as e:
     (out / f"lost{rank}").write_text(str(e))
 processes.meet()
@@ -349,7 +343,7 @@ def _run(folder, steps=40, slow=0.0, gen=None, **every):
     step, state = _start(gen or torch.Generator().manual_seed(0))
     score = lambda s: {"score": float(flatten(s.params)["scale"])}
     wait = lambda i: (time.sleep(slow), _batch_at(i))[1]
-    return fit(
+    return train_steps(
         step,
         state,
         wait,
@@ -387,7 +381,7 @@ def test_resume_is_bit_exact_and_repeats_no_line(tmp_path):
         return _batch_at(i)
 
     with pytest.raises(KeyboardInterrupt):
-        fit(
+        train_steps(
             step,
             state,
             interrupted,
@@ -459,7 +453,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
 
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        fit(
+        train_steps(
             step,
             State(params={"w": torch.ones(3)}, opt={}),
             batch_at,
@@ -483,7 +477,7 @@ def test_a_signal_at_the_end_begins_nothing_new(when, tmp_path):
         if "4/4" in line and when == "after it":
             os.kill(os.getpid(), signal.SIGTERM)
 
-    run = lambda: fit(
+    run = lambda: train_steps(
         step, State(params={"w": torch.ones(3)}, opt={}), lambda i: None, steps=4, folder=tmp_path, log=log
     )
     with pytest.raises(Stopped) as stopped:
@@ -530,7 +524,7 @@ def test_killed_at_random_moments_ends_in_the_same_bits(tmp_path):
 )
 def test_a_state_of_other_fields_is_one_sentence(tmp_path, gen, change, message):
     _, state = _start(gen)
-    save(tmp_path / "last.pt", state)
+    save_state(tmp_path / "last.pt", state)
     raw = torch.load(tmp_path / "last.pt", weights_only=True)
     torch.save(change(raw), tmp_path / "last.pt")
     with pytest.raises(ValueError, match=rf"last.pt: not a whole checkpoint of medvl \({message}"):
@@ -539,7 +533,7 @@ def test_a_state_of_other_fields_is_one_sentence(tmp_path, gen, change, message)
 
 def test_a_state_of_an_older_medvl_is_read(tmp_path, gen):
     _, state = _start(gen)
-    save(tmp_path / "last.pt", state)
+    save_state(tmp_path / "last.pt", state)
     raw = torch.load(tmp_path / "last.pt", weights_only=True)
     torch.save({k: raw[k] for k in ("params", "opt", "means", "step", "best")}, tmp_path / "last.pt")
     found = read_state(tmp_path / "last.pt")
@@ -550,7 +544,7 @@ def test_errors_say_what_to_do(tmp_path, gen):
     _, state = _start(gen)
     bad = lambda s, b: (s, {"loss": torch.tensor(float("nan"))})
     with pytest.raises(FloatingPointError, match=r"loss is nan at step 1; no state was saved yet"):
-        fit(bad, state, _batch_at, steps=3, folder=tmp_path, every=Every(log=1))
+        train_steps(bad, state, _batch_at, steps=3, folder=tmp_path, every=Every(log=1))
     _run(tmp_path)
     with pytest.raises(ValueError, match="past the 10 asked for"):
         _run(tmp_path, steps=10)
@@ -562,7 +556,7 @@ def test_errors_say_what_to_do(tmp_path, gen):
     with pytest.raises(ValueError, match="not a whole checkpoint"):
         _run(tmp_path)
     other = State(params={"image": {"w": torch.zeros(2, 2)}}, opt={})
-    save(tmp_path / "last.pt", other)
+    save_state(tmp_path / "last.pt", other)
     with pytest.raises(ValueError, match="parameters differ from the model"):
         _run(tmp_path)
     with pytest.raises(ValueError, match="no such checkpoint"):
@@ -577,7 +571,7 @@ def test_a_resume_with_another_optimiser_says_so(tmp_path):
         ValueError,
         match=r"12 optimiser moments differ from this stage's, e\.g\. mean/image/w: \(6, 6\) in the file, absent",
     ):
-        fit(step, other, _batch_at, steps=9, folder=tmp_path)
+        train_steps(step, other, _batch_at, steps=9, folder=tmp_path)
 
 
 # Dropout --------------------------------------------------------------------------------------------------------------------------------
@@ -599,7 +593,7 @@ def _lora_run(folder, steps, stop=None, **seed):
 
     optimizer = adamw(lambda n: Rate(lr=1e-2))
     step = make_step(value_and_grad(loss), optimizer, **seed)
-    return fit(
+    return train_steps(
         step,
         State(params=params, opt=optimizer.init(params)),
         batch_at,
@@ -661,7 +655,7 @@ def test_a_gradient_that_is_not_finite_is_never_saved(kind, clip, value, tmp_pat
     def train(stop, at=batch_at):
         own = {k: t.clone() for k, t in params.items()}
         step = make_step(value_and_grad(loss), optimizer, clip=clip)
-        return fit(
+        return train_steps(
             step,
             State(params=own, opt=optimizer.init(own)),
             at,
@@ -700,7 +694,7 @@ def test_a_wrong_gradient_between_two_looks_is_told_with_its_step(every, tmp_pat
     with pytest.raises(
         FloatingPointError, match=r"norm of the gradient is nan \(loss .*\) at step 3; no state was saved yet"
     ):
-        fit(
+        train_steps(
             make_step(value_and_grad(frozen), optimizer),
             State(params=params, opt=optimizer.init(params)),
             batch_at,
@@ -718,14 +712,16 @@ def test_an_update_that_overflows_is_not_saved(tmp_path):
     )
     step = make_step(value_and_grad(lambda p, b: (p["w"].sum() * 1e-30, Aux())), grow)
     start = State(params={"w": torch.ones(3)}, opt=grow.init({}))
-    run = partial(fit, step, start, lambda i: None, steps=4, folder=tmp_path, every=Every(save=1))
+    run = partial(train_steps, step, start, lambda i: None, steps=4, folder=tmp_path, every=Every(save=1))
     with pytest.raises(
         FloatingPointError,
         match="trained numbers are not finite after the update at step 2; the last good state is",
     ):
         run()
     assert torch.equal(read_state(tmp_path / "last.pt").params["w"], torch.full((3,), 1e30))
-    save(tmp_path / "last.pt", State(params={"w": torch.full((3,), float("nan"))}, opt=grow.init({}), step=1))
+    save_state(
+        tmp_path / "last.pt", State(params={"w": torch.full((3,), float("nan"))}, opt=grow.init({}), step=1)
+    )
     with pytest.raises(ValueError, match=r"last\.pt: holds numbers that are not finite"):
         run()
 
@@ -739,7 +735,7 @@ def test_another_number_of_processes_goes_on_unless_each_of_them_draws(tmp_path,
     def train_to(steps):
         step = make_step(value_and_grad(loss), optimizer, seed=0)
         state = State(params=params, opt=optimizer.init(params))
-        return fit(step, state, lambda i: torch.ones(()), steps=steps, folder=tmp_path)
+        return train_steps(step, state, lambda i: torch.ones(()), steps=steps, folder=tmp_path)
 
     assert train_to(2).drawn == (dropout > 0)
     raw = torch.load(tmp_path / "last.pt", weights_only=True)

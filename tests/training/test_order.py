@@ -3,7 +3,7 @@ import time
 import pytest
 
 from medvl.ct.names import patient_of, scan_of, volume_name
-from medvl.training.order import batches, derangement, prefetch
+from medvl.training.order import batch_indices, derangement, prefetch
 
 NAMES = [f"train_{p}_{s}_{r}" for p in range(9) for s in "ab" for r in (1, 2, 3)[: 1 + p % 3]]
 GROUPS = [scan_of(n) for n in NAMES]
@@ -11,39 +11,39 @@ GROUPS = [scan_of(n) for n in NAMES]
 
 def test_no_batch_holds_two_reconstructions_of_a_scan():
     for i in range(40):
-        batch = batches(GROUPS, 6, 3)(i)
+        batch = batch_indices(GROUPS, 6, 3)(i)
         assert len({GROUPS[j] for j in batch}) == 6
 
 
 def test_an_epoch_visits_every_scan_once_and_all_volumes_come_up():
     per = len(set(GROUPS)) // 6
-    epoch = [GROUPS[j] for i in range(per) for j in batches(GROUPS, 6, 0)(i)]
+    epoch = [GROUPS[j] for i in range(per) for j in batch_indices(GROUPS, 6, 0)(i)]
     assert len(epoch) == len(set(epoch)) == per * 6
-    assert {j for i in range(60) for j in batches(GROUPS, 6, 0)(i)} == set(range(len(NAMES)))
+    assert {j for i in range(60) for j in batch_indices(GROUPS, 6, 0)(i)} == set(range(len(NAMES)))
 
 
 def test_pure_in_seed_and_i():
-    assert batches(GROUPS, 6, 1)(17) == batches(GROUPS, 6, 1)(17)
-    assert batches(GROUPS, 6, 1)(17) != batches(GROUPS, 6, 2)(17)
+    assert batch_indices(GROUPS, 6, 1)(17) == batch_indices(GROUPS, 6, 1)(17)
+    assert batch_indices(GROUPS, 6, 1)(17) != batch_indices(GROUPS, 6, 2)(17)
     with pytest.raises(ValueError, match=r"as many different groups \(scans\), found 18"):
-        batches(GROUPS, 19, 0)
+        batch_indices(GROUPS, 19, 0)
 
 
 def test_a_run_that_went_on_has_the_same_batches():
     """In any order, over epochs: what was asked before does not matter."""
-    one, per = batches(GROUPS, 6, 1), len(set(GROUPS)) // 6
-    assert [one(i) for i in range(3 * per)] == [batches(GROUPS, 6, 1)(i) for i in range(3 * per)]
-    assert one(0) == batches(GROUPS, 6, 1)(0)
+    one, per = batch_indices(GROUPS, 6, 1), len(set(GROUPS)) // 6
+    assert [one(i) for i in range(3 * per)] == [batch_indices(GROUPS, 6, 1)(i) for i in range(3 * per)]
+    assert one(0) == batch_indices(GROUPS, 6, 1)(0)
     assert one(0) != one(per)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 6])
 def test_shares_of_processes_are_the_batch(world):
-    shares = [batches(GROUPS, 6, 1, rank=r, world=world)(5) for r in range(world)]
-    assert [j for share in shares for j in share] == batches(GROUPS, 6, 1)(5)
+    shares = [batch_indices(GROUPS, 6, 1, rank=r, world=world)(5) for r in range(world)]
+    assert [j for share in shares for j in share] == batch_indices(GROUPS, 6, 1)(5)
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
     with pytest.raises(ValueError, match="a sample for each process, got 6 for 7"):
-        batches(GROUPS, 6, 1, world=7)
+        batch_indices(GROUPS, 6, 1, world=7)
 
 
 def test_prefetch_keeps_order_and_hands_errors_on():

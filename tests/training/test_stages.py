@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from medvl.training import estimate, loop
-from medvl.training.stages import Stage, TrainConfig, gradient_of, memory_of, rows_of
+from medvl.training import estimate, gradients
+from medvl.training.record import Stage, TrainConfig
+from medvl.training.stages import estimate_memory, estimate_rows, make_gradient
 
 D = 256
 MATRIX = D * D * 4
@@ -30,12 +31,12 @@ def foretold(cfg, processes):
         return (
             F.linear(F.linear(h, p["model"]["b"]), p["lora"]["x"]).sum(),
             torch.tensor(len(batch["ids"])),
-            loop.Aux(),
+            gradients.Aux(),
         )
 
-    batch = {"ids": meta(rows_of(cfg, processes), D)}
+    batch = {"ids": meta(estimate_rows(cfg, processes), D)}
     cut = lambda b, span: {"ids": b["ids"][span]}
-    return memory_of(cfg, cfg.stages[0], params, loss_sum, cut, batch, processes=processes)
+    return estimate_memory(cfg, cfg.stages[0], params, loss_sum, cut, batch, processes=processes)
 
 
 def test_a_process_holds_its_rows_of_the_model_and_the_whole_adapter():
@@ -59,11 +60,11 @@ def test_what_is_frozen_lies_in_parts_too_and_is_whole_while_it_is_used():
 
 
 def test_the_share_of_a_batch_decides_whether_gradients_are_added_up():
-    assert [rows_of(recorded(batch=32, chunk=4), n) for n in (1, 2, 4, 5, 8, 32)] == [8, 8, 8, 7, 4, 1]
+    assert [estimate_rows(recorded(batch=32, chunk=4), n) for n in (1, 2, 4, 5, 8, 32)] == [8, 8, 8, 7, 4, 1]
     for wrong in (0, 33):
         said = f"processes must lie in 1..train.batch, got {wrong} and a batch of 32"
         with pytest.raises(ValueError, match=re.escape(said)):
-            rows_of(recorded(batch=32), wrong)
+            estimate_rows(recorded(batch=32), wrong)
 
 
 def test_a_gradient_goes_as_soon_as_its_successor_is_there():
@@ -75,9 +76,9 @@ def test_a_gradient_goes_as_soon_as_its_successor_is_there():
         h = batch["ids"]
         for w in p["model"].values():
             h = F.linear(h, w)
-        return h.sum(), torch.tensor(len(h)), loop.Aux()
+        return h.sum(), torch.tensor(len(h)), gradients.Aux()
 
-    grad = gradient_of(
+    grad = make_gradient(
         recorded(shard=False, rounding="master"), loss_sum, lambda b, span: {"ids": b["ids"][span]}
     )
     batch = {"ids": torch.empty(3, D, dtype=torch.bfloat16, device="meta")}

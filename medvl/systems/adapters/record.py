@@ -19,7 +19,8 @@ from medvl.base import config
 from medvl.base.tree import Tree
 from medvl.language.chat import Chat, ChatConfig, ModelConfig, open_chat, tokenizer_of
 from medvl.phantoms.modalities import ModalityConfig
-from medvl.training.stages import TrainConfig, check_stage
+from medvl.training.record import TrainConfig
+from medvl.training.stages import check_trainable
 from medvl.weights import lora
 from medvl.weights.lora import LoraConfig
 
@@ -165,7 +166,7 @@ def init(
     chat, params = open_chat(cfg.model, cfg.chat, tok, gen, device=device)
     tree: Tree = {"model": params}
     for stage in cfg.base.stages if cfg.base else ():
-        check_stage(stage, tree)
+        check_trainable(stage, tree)
     return Model(cfg=cfg, chat=chat, registry=registry_path(cfg, folder)), tree
 
 
@@ -206,5 +207,5 @@ def new_adapter(cfg: Config, chat: Chat, number: int, device: torch.device) -> l
         cfg.lora, chat.skeleton, Generator().manual_seed(cfg.seed + 1 + number), device=device
     )
     for stage in cfg.train.stages:
-        check_stage(stage, {"lora": adapter.factors})
+        check_trainable(stage, {"lora": adapter.factors})
     return adapter

@@ -32,8 +32,9 @@ from medvl.language.conversations import (
 from medvl.phantoms import modalities
 from medvl.systems.adapters import record, tables
 from medvl.systems.adapters.record import Config, Model
-from medvl.training import loop as train
+from medvl.training import gradients
 from medvl.training import stages as tuning
+from medvl.training.record import TrainConfig
 from medvl.weights import lora
 
 _log = logging.getLogger("medvl")
@@ -156,7 +157,7 @@ def _check_adapters(model: Model, held: Sequence[Conversation], valid: Sequence[
                 "lower train.batch"
             )
         for stage in cfg.train.stages:
-            tuning.planned(cfg.train, stage, fit)
+            tuning.plan_steps(cfg.train, stage, fit)
         if not own[1]:
             raise ValueError(
                 f"task {task}: the split valid must have conversations of every task that train has, found none"
@@ -243,10 +244,10 @@ def _adapted(adapter: lora.Adapter, params: Tree, train: bool) -> dict[str, Tens
 
 def _fit_stages(
     cfg: Config,
-    how: tuning.TrainConfig,
+    how: TrainConfig,
     talks: Chat,
     params: Tree,
-    loss: train.LossSum,
+    loss: gradients.LossSum,
     weights: Callable[[Tree], dict[str, Tensor]],
     parts: tuple[Encoded, Encoded],
     folder: Path,
@@ -270,7 +271,7 @@ def _parts(
     talks: Chat,
     held: Sequence[Conversation],
     valid: Sequence[Conversation],
-    how: tuning.TrainConfig,
+    how: TrainConfig,
     name: str,
     log: Callable[[str], None],
 ) -> tuple[Encoded, Encoded]:
@@ -281,11 +282,11 @@ def _parts(
     return parts
 
 
-def _loss(talks: Chat, how: tuning.TrainConfig, weights: Callable[..., dict[str, Tensor]]) -> train.LossSum:
+def _loss(talks: Chat, how: TrainConfig, weights: Callable[..., dict[str, Tensor]]) -> gradients.LossSum:
     skeleton = skeletons.checkpointed(talks.skeleton) if how.checkpoint else talks.skeleton
     return lambda p, batch: (
         *chat.loss_sum(talks, skeleton, weights(p, train=True), batch, logits=how.logits),
-        train.Aux(),
+        gradients.Aux(),
     )
 
 
@@ -434,7 +435,7 @@ def memory(cfg: Config, folder: Path, processes: int = 1) -> dict[str, dict[str,
     for how, of, name in ((cfg.base, general, "base"), (cfg.train, held, "adapter")):
         if how is None:
             continue
-        batch = chat.fullest(model.chat, of, tuning.rows_of(how, processes))
+        batch = chat.fullest(model.chat, of, tuning.estimate_rows(how, processes))
         weights: Callable[..., dict[str, Tensor]] = lambda p, train: p["model"]
         tree = params
         if name == "adapter":
@@ -442,6 +443,6 @@ def memory(cfg: Config, folder: Path, processes: int = 1) -> dict[str, dict[str,
             tree = params | {"lora": adapter.factors}
             weights = partial(_adapted, adapter)
         loss = _loss(model.chat, how, weights)
-        foretold = partial(tuning.memory_of, seed=cfg.seed, processes=processes)
+        foretold = partial(tuning.estimate_memory, seed=cfg.seed, processes=processes)
         found |= {f"{name}: {s.name}": foretold(how, s, tree, loss, chat.cut, batch) for s in how.stages}
     return found

@@ -23,7 +23,8 @@ from medvl.components.text import TextConfig
 from medvl.ct.preprocess import CtConfig, size_of
 from medvl.hub import loading, skeletons, tokens
 from medvl.phantoms.chest_case import PhantomConfig
-from medvl.training import loop as train
+from medvl.training import gradients
+from medvl.training.record import check_stage
 
 SPLITS = ("train", "valid", "test")
 
@@ -150,7 +151,7 @@ class Stage:
     speeds: tuple[Speed, ...] = ()
 
     def __attrs_post_init__(self) -> None:
-        train.check_stage(self)
+        check_stage(self)
 
 
 @frozen(kw_only=True)
@@ -346,7 +347,7 @@ def place(params: Tree, side: Literal["image", "text"], rows: Tensor, of: Tree) 
     return F.normalize(layers.linear(params["project"][side], rows), dim=-1)
 
 
-def contrast(cfg: ContrastConfig, params: Tree, rows: Mapping[str, Tensor]) -> tuple[Tensor, train.Aux]:
+def contrast(cfg: ContrastConfig, params: Tree, rows: Mapping[str, Tensor]) -> tuple[Tensor, gradients.Aux]:
     """The loss over {"image" [b, d], "text" [b, k, d]} of a whole batch, normalised over that batch; the mean over the k texts."""
     means = {side: statistics(cfg, x) for side, x in rows.items()}
     image, words = (place(params, side, rows[side], means[side]) for side in ("image", "text"))
@@ -355,7 +356,7 @@ def contrast(cfg: ContrastConfig, params: Tree, rows: Mapping[str, Tensor]) -> t
         each = [losses.clip_loss(image, w, scale) for w in words.unbind(1)]
     else:
         each = [losses.siglip_loss(image, w, scale, params["contrast"]["bias"]) for w in words.unbind(1)]
-    return torch.stack(each).mean(), train.Aux(metrics={"scale": scale}, means=means)
+    return torch.stack(each).mean(), gradients.Aux(metrics={"scale": scale}, means=means)
 
 
 def bound(cfg: ContrastConfig, params: Tree) -> Tree:

@@ -23,7 +23,7 @@ from medvl.hub import skeletons, tokens
 from medvl.phantoms import chests
 from medvl.systems.ct_clip import model as ct_clip
 from medvl.systems.ct_clip.model import SPLITS, Config, Model, Speed, Stage
-from medvl.training import loop, order
+from medvl.training import gradients, loop, order, states
 from medvl.training.muon import muon
 from medvl.training.optim import Optimizer, Rate, adamw, routed, seeded, warmup_cosine
 
@@ -261,7 +261,7 @@ def batches(model: Model, data: pairs.Pairs, size: int, seed: int) -> Callable[[
     What is drawn for a pair is a function of (seed, i, pair), so that any number of processes show the same texts.
     """
     cfg, tok = model.cfg, model.tokenizer
-    share = order.batches(data.scans, size, seed, rank=processes.rank(), world=processes.world())
+    share = order.batch_indices(data.scans, size, seed, rank=processes.rank(), world=processes.world())
     shares = {"findings": 1 - cfg.data.impressions, "impression": cfg.data.impressions, "both": 1.0}
 
     def draw_texts(i: int, pair: int) -> list[str]:
@@ -289,7 +289,7 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
     """Train (or go on with) all stages in the run folder; returns the model, its weights and the running means of the chosen state.
 
     Raises:
-        ValueError: a batch that processes cannot share evenly; as `ct_clip.init`, `train.fit` and `cached_features`.
+        ValueError: a batch that processes cannot share evenly; as `ct_clip.init`, `loop.train_steps` and `cached_features`.
     """
     if cfg.train.batch % processes.world():
         raise ValueError(
@@ -337,7 +337,7 @@ def _fit_stage(
         data = evolve(data, store=cached_features(model, params, data.store, cache))
         valid = cached_features(model, params, valid, cache)
     everything = lambda p: merge(frozen, p)
-    grad = loop.cached_value_and_grad(
+    grad = gradients.cached_value_and_grad(
         lambda p, rows: {
             "image": ct_clip.embed_volumes(model, everything(p), rows),
             "text": ct_clip.embed_texts(model, everything(p), rows),
@@ -351,11 +351,11 @@ def _fit_stage(
         grad, optimizer, clip=cfg.train.clip, bound=lambda p: ct_clip.bound(cfg.contrast, p)
     )
 
-    def validate(state: loop.State) -> dict[str, float]:
+    def validate(state: states.State) -> dict[str, float]:
         return {"score": _mean_auroc(model, everything(state.params), state.means, valid)}
 
-    state = loop.State(params=trained, opt=optimizer.init(trained), means=means)
-    state = loop.fit(
+    state = states.State(params=trained, opt=optimizer.init(trained), means=means)
+    state = loop.train_steps(
         step,
         state,
         batches(model, data, cfg.train.batch, cfg.seed),
@@ -369,7 +369,7 @@ def _fit_stage(
     )
     if cfg.train.keep == "best":
         processes.meet()  # process 0 has written it
-        state = loop.read_trained(folder, "best", processes.device(cfg.train.device), model=params)
+        state = states.read_trained(folder, "best", processes.device(cfg.train.device), model=params)
     return everything(state.params), state.means
 
 
@@ -411,7 +411,7 @@ def load(folder: Path) -> tuple[Model, Tree, Tree]:
     model, params = ct_clip.init(cfg, folder)
     means: Tree = {}
     for i, stage in enumerate(cfg.train.stages):
-        state = loop.read_trained(folder / f"{i}-{stage.name}", cfg.train.keep, "cpu", model=params)
+        state = states.read_trained(folder / f"{i}-{stage.name}", cfg.train.keep, "cpu", model=params)
         params, means = merge(params, state.params), state.means
     device = processes.device(cfg.train.device)
     return model, map_leaves(lambda t: t.to(device), params), map_leaves(lambda t: t.to(device), means)
@@ -424,7 +424,7 @@ def images(model: Model, params: Tree, means: Tree, of: store.Store, wanted: Seq
     """Volumes in the common space, [n, d] float32 on the CPU; each is encoded once."""
     size, rows = model.cfg.evaluate.batch, []
     for i in track(range(0, len(wanted), size), "embedding volumes, batch"):
-        with torch.no_grad(), loop.autocast(params, model.cfg.train.precision):
+        with torch.no_grad(), gradients.autocast(params, model.cfg.train.precision):
             z = ct_clip.embed_volumes(model, params, pairs.read_slices(of, wanted[i : i + size]))
         rows.append(ct_clip.place(params, "image", z, means.get("image", {})).detach().cpu())
     return torch.cat(rows)
@@ -435,7 +435,7 @@ def sentences(model: Model, params: Tree, means: Tree, said: Sequence[str]) -> T
     rows = []
     for i in range(0, len(said), 64):
         ids, words = tokens.tokenize(model.tokenizer, said[i : i + 64], model.cfg.words.tower.context)
-        with torch.no_grad(), loop.autocast(params, model.cfg.train.precision):
+        with torch.no_grad(), gradients.autocast(params, model.cfg.train.precision):
             z = ct_clip.embed_texts(model, params, {"ids": ids[:, None], "words": words[:, None]})[:, 0]
         rows.append(ct_clip.place(params, "text", z, means.get("text", {})).detach().cpu())
     return torch.cat(rows)
@@ -587,7 +587,7 @@ def look(
         "mask": torch.ones(1, stop - first, dtype=torch.bool),
         "position_mm": torch.from_numpy((z * volume.spacing_mm[0]).astype(np.float32))[None],
     }
-    with torch.no_grad(), loop.autocast(params, model.cfg.train.precision):
+    with torch.no_grad(), gradients.autocast(params, model.cfg.train.precision):
         rows = ct_clip.embed_volumes(model, params, batch)
     image = ct_clip.place(params, "image", rows, means.get("image", {})).detach().cpu()
     kept = Path(folder) / "results" / "thresholds.json"

@@ -22,8 +22,9 @@ from medvl.language.encoding import QWEN_VL, Sample
 from medvl.phantoms.slides import SlideConfig
 from medvl.slides.questions import SlideConversation
 from medvl.slides.reference_files import read_compressor, read_projector
-from medvl.training import loop as train
-from medvl.training.stages import TrainConfig, check_stage, new_adapter
+from medvl.training import gradients
+from medvl.training.record import TrainConfig
+from medvl.training.stages import check_trainable, init_trained_adapter
 from medvl.weights import lora, shards
 from medvl.weights.lora import LoraConfig
 
@@ -241,10 +242,10 @@ def init(
     else:
         projector = init_project(sizes, gen)
     projector = {k: {n: t.to(device) for n, t in p.items()} for k, p in projector.items()}
-    adapter = new_adapter(cfg.train, cfg.lora, talks.skeleton, gen, device)
+    adapter = init_trained_adapter(cfg.train, cfg.lora, talks.skeleton, gen, device)
     tree: Tree = {"model": params, "projector": projector} | ({"lora": adapter.factors} if adapter else {})
     for stage in cfg.train.stages:
-        check_stage(stage, tree)
+        check_trainable(stage, tree)
     made = Model(
         cfg=cfg, chat=talks, project=sizes, compress=compressor[0], compressor=compressor[1], adapter=adapter
     )
@@ -341,16 +342,18 @@ def weights_of(model: Model, params: Tree, *, train: bool = False) -> dict[str, 
     return lora.apply_lora(base, evolve(model.adapter, factors=params["lora"]), train=train)
 
 
-def loss_of(model: Model) -> Callable[[Tree, dict[str, Tensor]], tuple[Tensor, Tensor, train.Aux]]:
+def loss_of(model: Model) -> Callable[[Tree, dict[str, Tensor]], tuple[Tensor, Tensor, gradients.Aux]]:
     """(all parameters, batch) -> sum of the losses of its trained tokens, and their number."""
     cfg = model.cfg.train
     skeleton = skeletons.checkpointed(model.chat.skeleton) if cfg.checkpoint else model.chat.skeleton
 
-    def loss(params: Tree, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, train.Aux]:
+    def loss(params: Tree, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, gradients.Aux]:
         weights = weights_of(model, params, train=True)
         inputs = inputs_of(model, params, weights, batch)
         labels = batch["labels"].to(inputs["mask"].device)
-        return *vlm.answer_loss(skeleton, weights, inputs | {"labels": labels}, chunk=cfg.logits), train.Aux()
+        return *vlm.answer_loss(
+            skeleton, weights, inputs | {"labels": labels}, chunk=cfg.logits
+        ), gradients.Aux()
 
     return loss
 

@@ -19,7 +19,7 @@ from medvl.slides.reference_files import write_compressor
 from medvl.slides.tokens import Features, open_features, whole
 from medvl.systems.slide_vqa import model
 from medvl.systems.slide_vqa.model import Config, path
-from medvl.training import loop, order
+from medvl.training import gradients, loop, order, states
 from medvl.training.optim import Rate, adamw, warmup_cosine
 
 
@@ -53,7 +53,7 @@ def fit_compressor(
     optimizer = adamw(
         lambda n: Rate(lr=rate(n), weight_decay=how.weight_decay), schedule, beta2=0.999, eps=1e-8
     )
-    chosen = order.batches(
+    chosen = order.batch_indices(
         [r["slide"] for r in parts["train"]],
         how.batch,
         cfg.seed,
@@ -61,11 +61,11 @@ def fit_compressor(
         world=processes.world(),
     )
     log(f"compressor: {how.steps} steps on {', '.join(how.labels)} of {len(parts['train'])} slides")
-    state = loop.fit(
+    state = loop.train_steps(
         loop.make_step(
-            loop.value_and_grad(partial(_label_loss, sizes, how.aux)), optimizer, clip=1.0, seed=cfg.seed
+            gradients.value_and_grad(partial(_label_loss, sizes, how.aux)), optimizer, clip=1.0, seed=cfg.seed
         ),
-        loop.State(params=params, opt=optimizer.init(params)),
+        states.State(params=params, opt=optimizer.init(params)),
         lambda i: at([parts["train"][j] for j in chosen(i)]),
         steps=how.steps,
         folder=folder / "compressor",
@@ -76,7 +76,7 @@ def fit_compressor(
         log=log,
     )
     processes.meet()
-    state = loop.read_trained(folder / "compressor", "best", "cpu", model=params)
+    state = states.read_trained(folder / "compressor", "best", "cpu", model=params)
     if processes.rank() == 0 and sizes.kind == "moe" and not (folder / "moe_compressor.pt").exists():
         write_compressor(state.params["compressor"], folder / "moe_compressor.pt")
     return sizes, state.params["compressor"]
@@ -121,8 +121,8 @@ def read_fitted(cfg: Config, folder: Path) -> tuple[CompressConfig, Tree]:
     if cfg.pretrain.file:
         return model.open_compressor(cfg)
     # It knows the width of the features that it was trained on; its own parameters say what it is.
-    best = loop.read_state(folder / "compressor" / "best.pt", "cpu")
-    params = loop.read_trained(folder / "compressor", "best", "cpu", model=best.params).params["compressor"]
+    best = states.read_state(folder / "compressor" / "best.pt", "cpu")
+    params = states.read_trained(folder / "compressor", "best", "cpu", model=best.params).params["compressor"]
     table = {"attention": "tanh/weight", "perceiver": "latents"}.get(cfg.compress.kind, "experts/norm/weight")
     return evolve(cfg.compress, dim=flatten(params)[table].shape[-1]), params
 
@@ -144,9 +144,9 @@ def _bags(
 
 def _label_loss(
     cfg: CompressConfig, aux: float, params: Tree, batch: dict[str, Tensor]
-) -> tuple[Tensor, loop.Aux]:
+) -> tuple[Tensor, gradients.Aux]:
     device = next(iter(flatten(params).values())).device
-    gen = Generator(device).manual_seed(int(torch.randint(2**31, ())))  # the step's own, see train.make_step
+    gen = Generator(device).manual_seed(int(torch.randint(2**31, ())))  # the step's own, see loop.make_step
     got = compress.compress(
         cfg, params["compressor"], batch["x"].to(device), batch["mask"].to(device), gen=gen
     )
@@ -154,7 +154,7 @@ def _label_loss(
         heads.label_logits(params["heads"], got.tokens), {c: t.to(device) for c, t in batch.items()}
     )
     balance = compress.reference_aux(got.aux) if cfg.kind == "moe" else torch.zeros((), device=device)
-    return loss + aux * balance, loop.Aux(
+    return loss + aux * balance, gradients.Aux(
         metrics={f"right_{c}": r for c, r in right.items()} | {"labels": loss, "balance": balance}
     )
 

@@ -29,7 +29,7 @@ from medvl.systems.slide_vqa.model import Config, Encoded, Model, folder_of, pat
 from medvl.systems.slide_vqa.pretrain import fit_compressor, labelled, read_fitted
 from medvl.training import order
 from medvl.training import stages as tuning
-from medvl.training.stages import Stage
+from medvl.training.record import Stage
 
 _log = logging.getLogger("medvl")
 _MEAN = "mean_token.npy"
@@ -148,7 +148,7 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
     for what in trained:
         n, refused = len(encoded[what].samples), encoded[what].refused
         log(f"{what}: {n} conversations, {refused} more are longer than the context and left out")
-    params = tuning.parted(cfg.train, params)  # so that nothing here holds the whole
+    params = tuning.shard_params(cfg.train, params)  # so that nothing here holds the whole
     params = tuning.fit_stages(
         cfg.train,
         params,
@@ -182,7 +182,7 @@ def _encoded(
                 f"{path(cfg, stage.data)}: stage {stage.name} needs {cfg.train.batch} conversations for a batch, found {n} that fit the "
                 "context; lower train.batch"
             )
-        tuning.planned(cfg.train, stage, n)
+        tuning.plan_steps(cfg.train, stage, n)
     found.pop("test")  # looked at in time; it is asked when all is trained
     return found
 
@@ -282,10 +282,12 @@ def batches(
     """i -> batch: this process's share of `train.batch` conversations.
 
     Raises:
-        ValueError: as `order.batches`.
+        ValueError: as `order.batch_indices`.
     """
     names = [*map(str, range(len(data.samples)))]
-    share = order.batches(names, cfg.train.batch, cfg.seed, rank=processes.rank(), world=processes.world())
+    share = order.batch_indices(
+        names, cfg.train.batch, cfg.seed, rank=processes.rank(), world=processes.world()
+    )
     return lambda i: slide_vqa.collate(model, data, tokens, share(i))
 
 
@@ -514,7 +516,7 @@ def memory(cfg: Config, folder: Path, processes: int = 1) -> dict[str, dict[str,
     """
     sizes = _file_sizes(cfg)
     model, params = slide_vqa.init(cfg, folder, (sizes, {}), _texts(cfg), device=torch.device("meta"))
-    n = tuning.rows_of(cfg.train, processes)
+    n = tuning.estimate_rows(cfg.train, processes)
     ids = torch.ones(n, cfg.chat.context, dtype=torch.int64)
     token = model.chat.tokenizer.convert_tokens_to_ids(encoding.QWEN_VL.token)
     ids[:, : model.compress.slots] = token
@@ -522,7 +524,7 @@ def memory(cfg: Config, folder: Path, processes: int = 1) -> dict[str, dict[str,
     batch["images"] = torch.ones(n, dtype=torch.int64)
     batch["tokens"] = torch.zeros(n, model.compress.slots, model.compress.dim)
     loss = slide_vqa.loss_of(model)
-    foretold = partial(tuning.memory_of, seed=cfg.seed, processes=processes)
+    foretold = partial(tuning.estimate_memory, seed=cfg.seed, processes=processes)
     return {s.name: foretold(cfg.train, s, params, loss, slide_vqa.cut, batch) for s in cfg.train.stages}
 
 

@@ -16,8 +16,9 @@ from medvl.base.tree import Tree
 from medvl.hub import skeletons
 from medvl.language.chat import Chat, ChatConfig, ModelConfig, loss_sum, open_chat, tokenizer_of
 from medvl.phantoms.pictures import PictureConfig
-from medvl.training import loop as train
-from medvl.training.stages import TrainConfig, check_stage, new_adapter
+from medvl.training import gradients
+from medvl.training.record import TrainConfig
+from medvl.training.stages import check_trainable, init_trained_adapter
 from medvl.weights import lora, shards
 from medvl.weights.lora import LoraConfig
 
@@ -95,10 +96,10 @@ def init(
     gen = Generator().manual_seed(cfg.seed)
     tok = tokenizer_of(cfg.model, folder, texts)
     chat, params = open_chat(cfg.model, cfg.chat, tok, gen, device=device, shard=cfg.train.shard)
-    adapter = new_adapter(cfg.train, cfg.lora, chat.skeleton, gen, device)
+    adapter = init_trained_adapter(cfg.train, cfg.lora, chat.skeleton, gen, device)
     tree: Tree = {"model": params} | ({"lora": adapter.factors} if adapter else {})
     for stage in cfg.train.stages:
-        check_stage(stage, tree)
+        check_trainable(stage, tree)
     return Model(cfg=cfg, chat=chat, adapter=adapter), tree
 
 
@@ -110,11 +111,11 @@ def weights_of(model: Model, params: Tree, *, train: bool = False) -> dict[str, 
     return lora.apply_lora(base, evolve(model.adapter, factors=params["lora"]), train=train)
 
 
-def loss_of(model: Model) -> Callable[[Tree, dict[str, Tensor]], tuple[Tensor, Tensor, train.Aux]]:
+def loss_of(model: Model) -> Callable[[Tree, dict[str, Tensor]], tuple[Tensor, Tensor, gradients.Aux]]:
     """(all parameters, batch) -> sum of the losses of its trained tokens, and their number."""
     cfg = model.cfg.train
     skeleton = skeletons.checkpointed(model.chat.skeleton) if cfg.checkpoint else model.chat.skeleton
     return lambda p, batch: (
         *loss_sum(model.chat, skeleton, weights_of(model, p, train=True), batch, logits=cfg.logits),
-        train.Aux(),
+        gradients.Aux(),
     )

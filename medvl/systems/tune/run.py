@@ -103,7 +103,7 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
         log(
             f"adapter: {own:,} numbers on {len(model.adapter.factors)} layers, {share:.2f} % of {own + base:,}"
         )
-    params = stages.parted(cfg.train, params)  # so that nothing here holds the whole
+    params = stages.shard_params(cfg.train, params)  # so that nothing here holds the whole
     params = stages.fit_stages(
         cfg.train,
         params,
@@ -307,6 +307,9 @@ def memory(cfg: Config, folder: Path, processes: int = 1) -> dict[str, dict[str,
     model, params = record.init(
         cfg, folder, [m["content"] for c in held for m in c.messages], device=torch.device("meta")
     )
-    batch, loss = chat.fullest(model.chat, held, stages.rows_of(cfg.train, processes)), record.loss_of(model)
-    foretold = partial(stages.memory_of, seed=cfg.seed, processes=processes)
+    batch, loss = (
+        chat.fullest(model.chat, held, stages.estimate_rows(cfg.train, processes)),
+        record.loss_of(model),
+    )
+    foretold = partial(stages.estimate_memory, seed=cfg.seed, processes=processes)
     return {s.name: foretold(cfg.train, s, params, loss, chat.cut, batch) for s in cfg.train.stages}

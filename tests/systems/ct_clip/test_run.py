@@ -25,7 +25,7 @@ from medvl.phantoms.chest_case import PhantomConfig
 from medvl.systems import run
 from medvl.systems.ct_clip import model as ct_clip
 from medvl.systems.ct_clip import run as ct_clip_run
-from medvl.training import loop
+from medvl.training import gradients, states
 
 ROOT = Path(__file__).resolve().parents[3]
 SET = (
@@ -251,7 +251,7 @@ def test_a_frozen_encoder_trains_from_the_cache(trained, monkeypatch):
     monkeypatch.setattr(store.Store, "read", lambda self, *a: asked.append(self.path.name) or read(self, *a))
     _, params, _ = ct_clip_run.fit(cfg, folder, log=lambda line: None)
     first = ct_clip.init(cfg, folder)[1]
-    state = loop.read_state(folder / "0-words/last.pt")
+    state = states.read_state(folder / "0-words/last.pt")
     assert not [n for n in flatten(state.params) if n.startswith("vit/")]
     assert any(not torch.equal(params["vit"][n], t) for n, t in first["vit"].items())
     assert any(n.startswith("features-") for n in asked)
@@ -318,7 +318,7 @@ def test_a_run_without_a_best_state_keeps_its_last(trained, tmp_path, monkeypatc
         ValueError, match=r"no validation has given a number.*the last one is .*last.pt.*train.keep"
     ):
         ct_clip_run.fit(trained[0], tmp_path / "run", lambda line: None)
-    assert loop.read_state(tmp_path / "run/0-contrast/last.pt").step == 4
+    assert states.read_state(tmp_path / "run/0-contrast/last.pt").step == 4
 
 
 def _clip_folder(folder, texts):
@@ -401,7 +401,7 @@ def test_gradients_reach_every_part(loss, trained):
         "image": ct_clip.embed_volumes(model, p, b),
         "text": ct_clip.embed_texts(model, p, b),
     }
-    _, _, grads = loop.cached_value_and_grad(
+    _, _, grads = gradients.cached_value_and_grad(
         embed, lambda p, r: ct_clip.contrast(cfg.contrast, p, r), chunk=6
     )(params, rows)
     still = {n for n, g in flatten(grads).items() if not g.abs().max() > 0}

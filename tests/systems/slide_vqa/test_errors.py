@@ -20,7 +20,7 @@ from medvl.systems import ask, run
 from medvl.systems.slide_vqa import model as slide_vqa
 from medvl.systems.slide_vqa import run as slide_vqa_run
 from medvl.systems.slide_vqa.model import Config
-from medvl.training import loop
+from medvl.training import states
 from tests.systems.slide_vqa.test_run import MODEL
 
 D = 8
@@ -442,7 +442,7 @@ def check_whole(runs):
     assert not [p for p in left if p.name.startswith(".") or "results" in p.parts]
     for p in left:
         if p.name in ("best.pt", "last.pt"):
-            loop.read_state(p)
+            states.read_state(p)
     return left
 
 

@@ -15,7 +15,7 @@ import torch
 
 from medvl.hub import skeletons
 from medvl.systems import run
-from medvl.training import loop
+from medvl.training import states
 from tests import tiny
 from tests.systems.slide_vqa.test_run import record
 
@@ -59,7 +59,7 @@ def _trains(name):
     """Whether a folder holds a state that is not the last of its part."""
 
     def inside(folder):
-        return (folder / name / "last.pt").exists() and loop.read_state(
+        return (folder / name / "last.pt").exists() and states.read_state(
             folder / name / "last.pt"
         ).step < STEPS[name]
 
@@ -92,7 +92,7 @@ def _contents(folder):
     found = {str(p.relative_to(folder)): p.read_bytes() for p in kept}
     found |= {str(p.relative_to(folder)): tiny.without_clock(p) for p in folder.rglob("metrics.jsonl")}
     for path in folder.glob("*/*.pt"):  # an archive's own name differs
-        state = loop.read_state(path)
+        state = states.read_state(path)
         of = {
             "params": state.params,
             "opt": state.opt,

@@ -21,7 +21,7 @@ from medvl.systems.slide_vqa import model as slide_vqa
 from medvl.systems.slide_vqa import pretrain
 from medvl.systems.slide_vqa import run as slide_vqa_run
 from medvl.systems.slide_vqa.model import Config
-from medvl.training import loop, stages
+from medvl.training import stages, states
 from medvl.training.optim import Optimizer
 from medvl.weights import lazy, shards
 from tests.systems.slide_vqa import test_run as toy
@@ -101,9 +101,9 @@ def gradients(place, chosen, chunk, **change):
     """{case: loss, gradient and what rows are} of the batches `chosen` by number: this process's share, in float64."""
     cfg = config_of(place, train__chunk=chunk, **change)
     model, params, tokens, held = opened(cfg, place, torch.float64)
-    trained, frozen = split(stages.parted(cfg.train, params), cfg.train.stages[-1].train)
+    trained, frozen = split(stages.shard_params(cfg.train, params), cfg.train.stages[-1].train)
     loss = slide_vqa.loss_of(model)
-    grad = stages.gradient_of(cfg.train, lambda p, b: loss(merge(frozen, p), b), slide_vqa.cut)
+    grad = stages.make_gradient(cfg.train, lambda p, b: loss(merge(frozen, p), b), slide_vqa.cut)
     batch_at, found = slide_vqa_run.batches(model, mixed(model, held), tokens, cfg), {}
     for case, i in chosen.items():
         batch = batch_at(i)
@@ -141,7 +141,7 @@ def fitted(kind, place, out):
         {part: bytes}, as the optimiser gets it at the last step, "live" those of all tensors there are; of process 0 digest and answers;
         how many slides were compressed here.
     """
-    cfg, held, made, before = config_of(place, **RUNS[kind]), {}, stages.optimizer_of, live()
+    cfg, held, made, before = config_of(place, **RUNS[kind]), {}, stages.make_optimizer, live()
 
     def counting(how, stage, *args):
         ours = made(how, stage, *args)
@@ -157,7 +157,7 @@ def fitted(kind, place, out):
         return Optimizer(ours.init, update)
 
     compressed = mock.patch.object(compress, "compress_stream", wraps=compress.compress_stream)
-    with mock.patch.object(stages, "optimizer_of", counting), compressed as seen:
+    with mock.patch.object(stages, "make_optimizer", counting), compressed as seen:
         model, params, _ = slide_vqa_run.fit(cfg, out, lambda _: None)
     if processes.rank() == 0:
         (out / "config.json").write_text(json.dumps(config.unstructure(cfg)))
@@ -361,7 +361,7 @@ def moved(place):
         quiet = {"cut": slide_vqa.cut, "seed": seed, "log": lambda _: None}
         params = stages.fit_stage(cfg.train, stage, params, slide_vqa.loss_of(model), batch_at, out, **quiet)
         if kind == "master":
-            params = {"model": loop.read_state(out / "last.pt").opt["master"]["model"]}
+            params = {"model": states.read_state(out / "last.pt").opt["master"]["model"]}
         loss = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["loss"]
         known[kind, seed] = _vector(params["model"]) - _vector(start["model"]), loss
         return known[kind, seed]

@@ -24,8 +24,8 @@ from medvl.systems.slide_vqa import look, pretrain
 from medvl.systems.slide_vqa import model as slide_vqa
 from medvl.systems.slide_vqa import run as slide_vqa_run
 from medvl.systems.slide_vqa.model import Config
-from medvl.training import loop
-from medvl.training.stages import gradient_of
+from medvl.training import states
+from medvl.training.stages import make_gradient
 
 MODEL = {
     "model_type": "qwen3",
@@ -133,12 +133,14 @@ def test_the_same_bits_after_a_stop(trained, monkeypatch):
     place, folder, _ = trained
     monkeypatch.setattr(run, "RUNS", place / "runs")
     names = ("compressor", "0-captions", "1-questions")
-    before = [skeletons.weights_digest(loop.read_state(folder / n / "last.pt").params) for n in names]
+    before = [skeletons.weights_digest(states.read_state(folder / n / "last.pt").params) for n in names]
     for n in names[1:]:
         for p in (folder / n).glob("*.pt"):
             p.unlink()
     run.run(str(place / "toy.json"), log=lambda _: None)
-    assert [skeletons.weights_digest(loop.read_state(folder / n / "last.pt").params) for n in names] == before
+    assert [
+        skeletons.weights_digest(states.read_state(folder / n / "last.pt").params) for n in names
+    ] == before
 
 
 def test_the_compressor_stays_as_it_was_and_tokens_are_kept(trained):
@@ -260,7 +262,7 @@ def test_micro_batches_with_and_without_slides_give_the_gradient_of_the_whole(tr
 
     def grad(m):
         loss = slide_vqa.loss_of(m)
-        return gradient_of(m.cfg.train, lambda p, b: loss(merge(frozen, p), b), slide_vqa.cut)(
+        return make_gradient(m.cfg.train, lambda p, b: loss(merge(frozen, p), b), slide_vqa.cut)(
             trained_, batch
         )
 

@@ -20,7 +20,7 @@ from medvl.systems import ask, run
 from medvl.systems.tune import record as tune
 from medvl.systems.tune import run as tune_run
 from medvl.systems.tune.record import Config
-from medvl.training import loop as train
+from medvl.training import loop, states
 from medvl.training import stages as tuning
 from medvl.weights import lazy, lora
 from tests import tiny
@@ -80,7 +80,7 @@ def started(tmp_path, **change):
 
 def gradient(model, everything):
     loss = tune.loss_of(model)
-    return tuning.gradient_of(model.cfg.train, lambda p, b: loss(everything(p), b), chat.cut)
+    return tuning.make_gradient(model.cfg.train, lambda p, b: loss(everything(p), b), chat.cut)
 
 
 # A run ----------------------------------------------------------------------------------------------------------------------------------
@@ -101,13 +101,13 @@ def test_a_run_from_pictures_to_a_report(tmp_path, monkeypatch, capsys):
     ]
     assert losses[-1] < losses[0]
     before = [
-        skeletons.weights_digest(train.read_state(folder / s / "last.pt").params)
+        skeletons.weights_digest(states.read_state(folder / s / "last.pt").params)
         for s in ("0-whole", "1-lora")
     ]
     (folder / "1-lora/last.pt").unlink()
     again = run.run(str(tmp_path / "toy.json"), log=lambda _: None)
     assert [
-        skeletons.weights_digest(train.read_state(folder / s / "last.pt").params)
+        skeletons.weights_digest(states.read_state(folder / s / "last.pt").params)
         for s in ("0-whole", "1-lora")
     ] == before
     assert [(r.what, r.subject, r.value) for r in again] == [(r.what, r.subject, r.value) for r in rows]
@@ -751,10 +751,10 @@ def test_muon_moves_the_matrices_inside_layers(tmp_path):
     stage = {"name": "a", "steps": 2, "lr": 1e-9, "muon": 0.05, "train": ["model/.*"]}
     model, params, data = started(tmp_path, train__stages=[stage])
     before = {n: t.clone() for n, t in params["model"].items()}
-    optimizer = tuning.optimizer_of(model.cfg.train, model.cfg.train.stages[0], params)
-    step = train.make_step(gradient(model, lambda p: p), optimizer)
+    optimizer = tuning.make_optimizer(model.cfg.train, model.cfg.train.stages[0], params)
+    step = loop.make_step(gradient(model, lambda p: p), optimizer)
     state, _ = step(
-        train.State(params=params, opt=optimizer.init(params)), chat.collate(model.chat, data, [0, 1])
+        states.State(params=params, opt=optimizer.init(params)), chat.collate(model.chat, data, [0, 1])
     )
     moved = {n for n, t in state.params["model"].items() if (t - before[n]).abs().max() > 1e-4}
     inner = {n for n, t in before.items() if t.dim() > 1 and "embed_tokens" not in n and "lm_head" not in n}
@@ -807,7 +807,7 @@ def test_epochs_are_as_many_steps_as_the_data_makes_them(tmp_path):
         "stage whole: 4 steps of 4 conversations are 1.33 epochs of 12" in lines
     )  # 1.5 x 12 / 4 = 4.5, to the even number
     assert "stage long: 9 steps of 4 conversations are 3 epochs of 12" in lines
-    assert [train.read_state(tmp_path / "run" / s / "last.pt").step for s in ("0-whole", "1-long")] == [4, 9]
+    assert [states.read_state(tmp_path / "run" / s / "last.pt").step for s in ("0-whole", "1-long")] == [4, 9]
     (tmp_path / "run/config.json").write_text(json.dumps(config.unstructure(cfg)))
     tune_run.load(tmp_path / "run")
     assert {*tune_run.memory(cfg, tmp_path / "run")} == {"whole", "long"}

@@ -1,0 +1,277 @@
+"""Gradients: the one binding in which they are taken, and large batches computed from small chunks, exactly."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from attrs import evolve, field, frozen
+from torch import Tensor
+
+from medvl.base import processes
+from medvl.base.tree import Tree, flatten, map_leaves, unflatten
+from medvl.weights import shards
+
+Batch = dict[str, Tensor]
+Loss = Callable[[Tree, Any], tuple[Tensor, "Aux"]]
+Grad = Callable[[Tree, Any], tuple[Tensor, "Aux", Tree]]
+LossSum = Callable[[Tree, Any], tuple[Tensor, Tensor | int, "Aux"]]
+_HALF = (torch.bfloat16, torch.float16)
+
+
+@frozen(kw_only=True)
+class Aux:
+    """What a loss returns besides its value: numbers to log, and batch means that the state follows with running means."""
+
+    metrics: dict[str, Tensor] = field(factory=dict)
+    means: Tree = field(factory=dict)
+
+
+def value_and_grad(loss: Loss, *, precision: str = "float32", reduce: bool = True) -> Grad:
+    """`(params, batch) -> (loss, aux, gradient of the loss by every leaf of params)`.
+
+    The only place that takes gradients, sets autocast (`precision="bfloat16"`) and averages over processes
+    (`reduce`). A leaf that the loss does not touch gets zeros. Forward and gradient run inside one call, so that
+    whatever binds weights during the forward pass (`torch.func.functional_call`) still binds them when
+    checkpointed activations are computed again.
+
+    Sharded leaves (`shards.shard`) get their part of the gradient, summed over processes where it arises: with
+    reduce=False it stays that sum, while other leaves have this process's own gradient.
+    """
+
+    def run(params: Tree, batch: Any) -> tuple[Tensor, Aux, Tree]:
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in flatten(params).items()}
+        with torch.enable_grad(), autocast(params, precision):
+            value, aux = loss(unflatten(leaves), batch)
+        reached: tuple[Tensor | None, ...] = ()
+        if value.requires_grad:
+            reached = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+        if leaves and all(grad is None for grad in reached):
+            raise ValueError(
+                "value_and_grad: the loss depends on none of the parameters; put what uses them "
+                "(apply_lora...) inside the loss"
+            )
+        grads = []
+        for leaf, grad in zip(leaves.values(), reached, strict=True):
+            grads.append(torch.zeros_like(leaf) if grad is None else grad)
+        if reduce and processes.world() > 1:
+            grads = _sum_over_processes(grads, processes.world())
+        metrics = {name: number.detach() for name, number in aux.metrics.items()}
+        aux = Aux(metrics=metrics, means=map_leaves(Tensor.detach, aux.means))
+        return value.detach(), aux, unflatten(dict(zip(leaves, grads, strict=True)))
+
+    return run
+
+
+def cached_value_and_grad(
+    embed: Callable[[Tree, Batch], Batch], contrast: Loss, *, chunk: int, precision: str = "float32"
+) -> Grad:
+    """The gradient of `contrast(params, embed(params, batch))`, exact for the whole batch, with activations of
+    `chunk` rows at a time.
+
+    Embed all chunks without gradients, take the loss over the whole batch (of all processes) and its gradient by
+    the embeddings, then embed each chunk again and pull that gradient through it: twice the forward passes, the
+    memory of one chunk. A batch that is one chunk of one process goes straight through.
+
+    Args:
+        embed: rows of a batch -> {name: [rows, ...]}; a row's embedding must not depend on the other rows. Runs in
+            `precision`.
+        contrast: (params, {name: [all rows, ...]}) -> loss over the whole batch; runs in full precision.
+    Source: Gao et al. 2021 (GradCache), arXiv:2101.06983, section 3.
+    """
+
+    def whole_loss(params: Tree, batch: Batch) -> tuple[Tensor, Aux]:
+        rows = embed(params, batch)
+        with autocast(params, "float32"):
+            return contrast(params, {name: _to_float32(tensor) for name, tensor in rows.items()})
+
+    def contrast_loss(tree: Tree, _: None) -> tuple[Tensor, Aux]:
+        return contrast(tree["params"], tree["rows"])
+
+    def chunk_loss(params: Tree, piece: tuple[Batch, Batch]) -> tuple[Tensor, Aux]:
+        # The gradient of <embeddings, gradient by the embeddings> is that of the loss, by the chain rule.
+        rows, row_grads = embed(params, piece[0]), piece[1]
+        products = [(rows[name].to(grad.dtype) * grad).sum() for name, grad in row_grads.items()]
+        return torch.stack(products).sum(), Aux()
+
+    whole_grad = value_and_grad(whole_loss, precision=precision, reduce=False)
+    contrast_grad = value_and_grad(contrast_loss, reduce=False)
+    chunk_grad = value_and_grad(chunk_loss, precision=precision, reduce=False)
+
+    def run(params: Tree, batch: Batch) -> tuple[Tensor, Aux, Tree]:
+        n = len(next(iter(batch.values())))
+        if shards.any_sharded(params):
+            raise ValueError(
+                "cached_value_and_grad: needs whole parameters, got shards; leave small towers whole"
+            )
+        if n <= chunk and processes.world() == 1:
+            return whole_grad(params, batch)
+
+        # 1. Embed everything without gradients; every process gets the rows of all.
+        spans = [slice(i, min(i + chunk, n)) for i in range(0, n, chunk)]
+        with torch.no_grad(), autocast(params, precision):
+            parts = [embed(params, _take_rows(batch, span)) for span in spans]
+        rows = {}
+        for name in parts[0]:
+            own = torch.cat([part[name] for part in parts])
+            rows[name] = processes.gather(_to_float32(own))
+
+        # 2. The loss of the whole batch, and its gradient by parameters and embeddings.
+        value, aux, grads = contrast_grad({"params": params, "rows": rows}, None)
+
+        # 3. Pull the embeddings' gradient through each chunk of this process.
+        total = {name: torch.zeros_like(leaf) for name, leaf in flatten(params).items()}
+        own_rows = slice(processes.rank() * n, (processes.rank() + 1) * n)
+        for span in spans:
+            row_grads = {name: grad[own_rows][span] for name, grad in grads["rows"].items()}
+            _, _, chunk_grads = chunk_grad(params, (_take_rows(batch, span), row_grads))
+            for name, grad in flatten(chunk_grads).items():
+                total[name] += grad
+        if processes.world() > 1:
+            for grad in total.values():
+                dist.all_reduce(grad)
+        # What the loss itself does with parameters is the same in all processes: added once, after the sum.
+        direct = flatten(grads["params"])
+        return value, aux, unflatten({name: total[name] + grad for name, grad in direct.items()})
+
+    return run
+
+
+def token_value_and_grad(
+    loss_sum: LossSum,
+    *,
+    chunk: int,
+    precision: str = "float32",
+    cut: Callable[[Any, slice], Any] | None = None,
+    rows: Callable[[Any], int] | None = None,
+) -> Grad:
+    """The mean loss over all trained tokens of all micro-batches and processes, and its exact gradient, `chunk`
+    rows at a time.
+
+    A mean of the micro-batches' means would weigh a token more, the fewer tokens its micro-batch trains.
+
+    Args:
+        loss_sum: (params, micro-batch) -> sum of the token losses, count of trained tokens, Aux whose metrics and
+            means are sums over these tokens, too. Metrics come out as means per token, with "tokens", the count.
+        cut: (batch, span of rows) -> micro-batch; needed where a tensor's first axis is not the batch, such as an
+            image's patches.
+        rows: batch -> its number of rows; the length of "ids", else of its first tensor, if left out.
+    16-bit gradients of several micro-batches are added up in float32. Where parameters are sharded, every process
+    needs the same number of micro-batches, since each of them gathers weights.
+    Raises:
+        ValueError: no trained token in the whole batch; rows of unequal number and no `cut`; micro-batches of
+            unequal number over shards.
+    """
+    if chunk < 1:
+        raise ValueError(f"token_value_and_grad: chunk must be at least one row, got {chunk}")
+
+    def counted_loss(params: Tree, piece: Any) -> tuple[Tensor, Aux]:
+        value, count, aux = loss_sum(params, piece)
+        if not isinstance(count, Tensor):
+            count = torch.tensor(count, device=value.device)
+        return value, evolve(aux, metrics=aux.metrics | {"tokens": count})
+
+    grad = value_and_grad(counted_loss, precision=precision, reduce=False)
+
+    def run(params: Tree, batch: Any) -> tuple[Tensor, Aux, Tree]:
+        n = rows(batch) if rows else _count_rows(batch)
+        spans = [slice(i, min(i + chunk, n)) for i in range(0, n, chunk)]
+        _check_same_number(params, len(spans))
+        if len(spans) == 1:
+            pieces: Iterable[Any] = [batch]
+        else:
+            pieces = (cut(batch, span) if cut else _cut_equal_rows(batch, n, span) for span in spans)
+        numbers, total = _add_up(grad, params, pieces, len(spans))
+        if processes.world() > 1:
+            for number in numbers.values():
+                dist.all_reduce(number)
+        count = float(numbers["metrics/tokens"])
+        if not count:
+            raise ValueError(
+                f"token_value_and_grad: no token of the batch ({n} rows) is trained; see that the context holds "
+                "the answers"
+            )
+        for name, number in numbers.items():
+            numbers[name] = number if name == "metrics/tokens" else number / count
+        mean = unflatten(numbers)
+        names, sums = list(total), list(total.values())
+        del total  # each sum is let go as soon as its mean is there
+        grads = dict(zip(names, _sum_over_processes(sums, count), strict=True))
+        return mean["loss"], Aux(metrics=mean["metrics"], means=mean.get("means", {})), unflatten(grads)
+
+    return run
+
+
+def autocast(params: Tree, precision: str) -> torch.autocast:
+    """Mixed precision on the device of `params`; does nothing unless `precision` is "bfloat16"."""
+    device = next(iter(flatten(params).values())).device.type
+    if device == "meta":
+        device = "cpu"
+    return torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def _add_up(
+    grad: Grad, params: Tree, pieces: Iterable[Any], n: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(loss, metrics and means; gradients) of n pieces, added up."""
+    numbers: dict[str, Tensor] = {}
+    total: dict[str, Tensor] = {}
+    for piece in pieces:
+        value, aux, grads = grad(params, piece)
+        new = flatten({"loss": value, "metrics": aux.metrics, "means": aux.means})
+        numbers = {name: number.double() + numbers.get(name, 0.0) for name, number in new.items()}
+        if n == 1:
+            return numbers, flatten(grads)
+        for name, piece_grad in flatten(grads).items():
+            if name not in total:
+                dtype = torch.float32 if piece_grad.dtype in _HALF else piece_grad.dtype
+                total[name] = torch.zeros_like(piece_grad, dtype=dtype)
+            total[name].add_(piece_grad)
+        del grads, piece_grad  # before the next piece makes its own
+    return numbers, total
+
+
+def _sum_over_processes(grads: list[Tensor], parts: float) -> list[Tensor]:
+    """The gradients divided by `parts` and summed; those of shards were summed where their weight was gathered."""
+    for i, grad in enumerate(grads):
+        grads[i] = grad / parts  # not in place: two leaves may have one gradient
+        if processes.world() > 1 and not shards.is_shard(grad):
+            dist.all_reduce(grads[i])
+    return grads
+
+
+def _check_same_number(params: Tree, n: int) -> None:
+    """Raise where processes that gather each other's shards have different numbers of micro-batches."""
+    if processes.world() == 1 or not shards.any_sharded(params):
+        return
+    device = next(iter(flatten(params).values())).device
+    numbers = processes.gather(torch.tensor([n], device=device)).tolist()
+    if len(set(numbers)) > 1:
+        raise ValueError(
+            "token_value_and_grad: with sharded parameters every process needs as many micro-batches, "
+            f"got {numbers}"
+        )
+
+
+def _count_rows(batch: Batch) -> int:
+    rows = batch["ids"] if "ids" in batch else next(iter(batch.values()))
+    return len(rows)
+
+
+def _cut_equal_rows(batch: Batch, n: int, span: slice) -> Batch:
+    """The rows of a batch whose tensors all have its n rows."""
+    wrong = [f"{name} has {len(tensor)}" for name, tensor in batch.items() if len(tensor) != n]
+    if wrong:
+        raise ValueError(
+            f"token_value_and_grad: every tensor must have the batch's {n} rows, {', '.join(wrong)}; say how to "
+            "cut it with `cut`"
+        )
+    return _take_rows(batch, span)
+
+
+def _take_rows(batch: Batch, span: slice) -> Batch:
+    return {name: tensor[span] for name, tensor in batch.items()}
+
+
+def _to_float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in _HALF else tensor

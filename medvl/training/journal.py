@@ -1,0 +1,114 @@
+"""What a run says of itself: a line of `metrics.jsonl` per logged step, and the line that is shown."""
+
+import json
+import logging
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from medvl.base import display, files, processes
+
+_log = logging.getLogger("medvl")
+
+
+def open_journal(path: Path, step: int) -> Callable[[dict[str, Any]], None]:
+    """An appender to `path`, after dropping lines past `step` (written by a run that was killed before it saved) and
+    broken ones.
+
+    A last line that is broken is half a line of a killed run, whose step is run again. For others there is a warning
+    and a copy of the file. Only process 0 writes.
+    """
+    if processes.rank() != 0:
+        return lambda line: None
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    whole, broken = list[str](), list[int]()
+    for number, raw in enumerate(lines, 1):
+        try:
+            if json.loads(raw)["step"] <= step:
+                whole.append(raw.decode())
+        except (ValueError, KeyError, TypeError, RecursionError):
+            broken.append(number)
+    if any(number < len(lines) for number in broken):
+        copy = path.with_name("metrics.broken.jsonl")
+        with files.atomic(copy) as tmp:
+            shutil.copyfile(path, tmp)
+        _log.warning(
+            "%s: %d lines, the first line %d, hold no step and are left out; %s is a copy",
+            path,
+            len(broken),
+            broken[0],
+            copy,
+        )
+    files.write_text(path, "".join(line + "\n" for line in whole))
+
+    def append(line: dict[str, Any]) -> None:
+        with open(path, "a", encoding="utf-8") as f:
+            f.write(json.dumps(line) + "\n")
+
+    return append
+
+
+class Pace:
+    """How fast a run goes, and the line that shows it. Its clock stands still while the state is validated and saved.
+
+    Args:
+        step: where the run begins.
+        bar: the progress bar of this process.
+        log: takes the lines; with a `display.Log` they replace each other in a terminal.
+    """
+
+    def __init__(self, title: str, step: int, steps: int, bar: tqdm, log: Callable[[str], None]) -> None:
+        self._step, self._bar, self._log = step, bar, log
+        self._line = partial(
+            tqdm.format_meter, total=steps, initial=step, prefix=title, bar_format=display.STEPS
+        )
+        self._start = self._since = time.monotonic()
+        self._since_step, self._seconds = step, 0.0
+
+    def count_step(self) -> None:
+        """Count a step."""
+        self._step += 1
+        self._bar.update()
+
+    def read_clock(self) -> dict[str, Any]:
+        """The time, and the seconds of a step since the clock went on."""
+        self._seconds = (time.monotonic() - self._since) / max(1, self._step - self._since_step)
+        return {"time": f"{datetime.now():%Y-%m-%dT%H:%M:%S}", "seconds_per_step": round(self._seconds, 4)}
+
+    def show(self, line: dict[str, Any], device: torch.device, *, stays: bool) -> None:
+        """Show the numbers of a step; `stays` where the next line does not replace them."""
+        numbers = {name: v for name, v in line.items() if name != "step" and name not in display.CLOCK}
+        shown = [f"{self._seconds:.3g} s/step"]
+        # Rate and loss first: a narrow terminal shows the first numbers only.
+        for name, digits in (("lr", ".2g"), ("loss", ".3g")):
+            if name in numbers:
+                shown.append(f"{name} {numbers.pop(name):{digits}}")
+        shown.append(f"{_peak_memory(device) / 1e9:.2f} GB")
+        shown += [f"{name} {value:.4g}" for name, value in numbers.items()]
+        postfix = ", ".join(shown)
+        self._bar.set_postfix_str(postfix)
+        show = self._log
+        if isinstance(self._log, display.Log) and not stays:
+            show = self._log.update
+        show(self._line(self._step, elapsed=time.monotonic() - self._start, postfix=postfix))
+
+    def go_on(self) -> None:
+        """Let the clock of steps go on."""
+        self._since, self._since_step = time.monotonic(), self._step
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Peak bytes of this process: on its GPU, or in main memory where it computes there."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
