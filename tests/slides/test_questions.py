@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from medvl.base import files
-from medvl.slides.questions import DESCRIBE, check_slide_conversations, published_as, read_slide_conversations
+from medvl.slides.questions import DESCRIBE, audit_slide_conversations, published_as, read_slide_conversations
 
 TCGA = """\ufeffID,Slide,Tumor,Broad Category,Narrow Category,Question,A,B,C,D,Answer
 0,TCGA-GV-A40G-01Z-00-DX1,BLCA,Diagnosis,Grading,"Which grade, please?",None,NA,High,,C
@@ -183,7 +183,7 @@ def test_a_fault_is_named_and_nothing_is_lost(write, caplog, record, what):
         record["conversations"][0]["value"] += "\n<image>"
     fine = human("What?\n<image>", "A. thing", id="first")
     path = write([fine, record])
-    (fault,) = check_slide_conversations(path)
+    (fault,) = audit_slide_conversations(path)[1]
     assert (fault.row, fault.record) == (2, record)
     assert fault.what.startswith(what)
     with caplog.at_level(logging.WARNING):
@@ -197,15 +197,17 @@ def test_a_fault_is_named_and_nothing_is_lost(write, caplog, record, what):
 
 def test_faults_of_tables_and_structure(write):
     wrong = TCGA.replace("w,A", "w,E").replace("High,,C", ",,B")
-    assert [(f.row, f.what[:12]) for f in check_slide_conversations(write(wrong))] == [(2, "an answer th")]
+    assert [(f.row, f.what[:12]) for f in audit_slide_conversations(write(wrong))[1]] == [(2, "an answer th")]
     gap = TCGA.replace("NA,High,,C", ",High,w,C")
-    assert [f.what for f in check_slide_conversations(write(gap))] == ["an option letter that is missing: B"]
+    assert [f.what for f in audit_slide_conversations(write(gap))[1]] == [
+        "an option letter that is missing: B"
+    ]
     assert read_slide_conversations(write(gap))[0].choices == {"A": "None", "C": "High", "D": "w"}
-    assert [f.what for f in check_slide_conversations(write(TCGA.replace("\n1,", "\n0,")))] == [
+    assert [f.what for f in audit_slide_conversations(write(TCGA.replace("\n1,", "\n0,")))[1]] == [
         "an id that is there before: 0"
     ]
     broken = [human("What?\n<image>", "x"), {"id": "b", "conversations": "no"}]
-    assert [(f.row, f.what[:25]) for f in check_slide_conversations(write(broken))] == [
+    assert [(f.row, f.what[:25]) for f in audit_slide_conversations(write(broken))[1]] == [
         (2, 'must have "conversations"')
     ]
 
@@ -297,7 +299,7 @@ def test_keys_and_tags_that_are_not_honoured(write, record, message):
     path = write([good | first, record])
     with pytest.raises(ValueError, match=f"file, row 2: .*{message}"):
         read_slide_conversations(path)
-    assert [fault.row for fault in check_slide_conversations(path) if message in fault.what] == [2]
+    assert [fault.row for fault in audit_slide_conversations(path)[1] if message in fault.what] == [2]
 
 
 def test_a_column_that_is_not_honoured(write):
@@ -313,7 +315,7 @@ def test_options_of_reading_are_checked(write):
     with pytest.raises(ValueError, match="faults must be"):
         read_slide_conversations(write(TCGA), faults="keep")
     with pytest.raises(ValueError, match="no such file"):
-        check_slide_conversations("nowhere.json")
+        audit_slide_conversations("nowhere.json")
     assert len(read_slide_conversations(write(TCGA), "slidebench")) == 2
 
 
@@ -328,7 +330,7 @@ def test_digests(write):
 
 def test_the_real_training_example(shared_data):
     path = shared_data / "pathology" / "slidechat_train_data_example.json"
-    assert check_slide_conversations(path) == []
+    assert audit_slide_conversations(path)[1] == []
     talks = read_slide_conversations(path)
     assert [t.names for t in talks] == [
         ("TCGA-A7-A0CJ-01Z-00-DX2",),
@@ -354,4 +356,4 @@ def test_real_wsi_bench(shared_data):
     golds = Counter(t.answer for t in found["Diagnosis_choice_test"])
     assert golds == {"C": 193, "B": 146, "D": 43, "A": 31}
     assert all(t.names[0].startswith("TCGA-") and "." in t.names[0] for t in found["1_Report_test"])
-    assert sum(len(check_slide_conversations(p)) for p in folder.glob("*.json")) == 0
+    assert sum(len(audit_slide_conversations(p)[1]) for p in folder.glob("*.json")) == 0

@@ -14,7 +14,7 @@ from medvl.base.tree import Tree
 from medvl.language import generate
 from medvl.slides.maps import write_map
 from medvl.slides.names import slide_name
-from medvl.slides.questions import SlideConversation
+from medvl.slides.question_formats import SlideConversation
 from medvl.slides.relevance import occlusion_attribution, patch_relevance
 from medvl.slides.tokens import open_slide, patch_weights, slide_tokens
 from medvl.systems.slide_vqa import model as slide_vqa

@@ -20,7 +20,7 @@ from medvl.language import chat, encoding, vlm
 from medvl.language.chat import Chat, ChatConfig, ModelConfig
 from medvl.language.encoding import QWEN_VL, Sample
 from medvl.phantoms.slides import SlideConfig
-from medvl.slides.questions import SlideConversation
+from medvl.slides.question_formats import SlideConversation
 from medvl.slides.reference_files import read_compressor, read_projector
 from medvl.training import gradients
 from medvl.training.record import TrainConfig

@@ -22,7 +22,8 @@ from medvl.language import chat, encoding, generate
 from medvl.phantoms import slide_questions
 from medvl.slides import bench, names
 from medvl.slides.names import slide_name
-from medvl.slides.questions import TAG, SlideConversation, published_as, read_slide_conversations
+from medvl.slides.question_formats import TAG, SlideConversation
+from medvl.slides.questions import published_as, read_slide_conversations
 from medvl.slides.tokens import Features, open_features, slide_tokens
 from medvl.systems.slide_vqa import model as slide_vqa
 from medvl.systems.slide_vqa.model import Config, Encoded, Model, folder_of, path

@@ -17,7 +17,7 @@ from medvl.base.tree import flatten, merge, split
 from medvl.components import compress
 from medvl.hub import skeletons
 from medvl.slides import pack
-from medvl.slides.questions import SlideConversation
+from medvl.slides.question_formats import SlideConversation
 from medvl.slides.tokens import open_features, slide_tokens
 from medvl.systems import run
 from medvl.systems.slide_vqa import look, pretrain
