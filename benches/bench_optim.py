@@ -5,17 +5,17 @@ import torch
 
 from medvl.base.tree import flatten
 from medvl.training import optim
-from medvl.weights.four_bit import eight_bit
+from medvl.weights.four_bit import eight_bit_moments
 
 RATE = optim.Rate(lr=1e-5, weight_decay=0.1)
 KINDS = {
     "float32": (torch.float32, lambda: optim.adamw(lambda _: RATE)),
-    "float32 8-bit": (torch.float32, lambda: optim.adamw(lambda _: RATE, packing=eight_bit())),
+    "float32 8-bit": (torch.float32, lambda: optim.adamw(lambda _: RATE, packing=eight_bit_moments())),
     "bfloat16 master": (torch.bfloat16, lambda: optim.with_master(optim.adamw(lambda _: RATE))),
     "bfloat16 stochastic": (torch.bfloat16, lambda: optim.adamw(lambda _: RATE, rounding="stochastic")),
     "bfloat16 stochastic 8-bit": (
         torch.bfloat16,
-        lambda: optim.adamw(lambda _: RATE, rounding="stochastic", packing=eight_bit()),
+        lambda: optim.adamw(lambda _: RATE, rounding="stochastic", packing=eight_bit_moments()),
     ),
 }
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from medvl.base.tree import count
+from medvl.base.tree import count_values
 from medvl.components.fuse import FuseConfig, fuse, init_fuse
 from medvl.components.losses import clip_loss, siglip_loss
 from medvl.components.text import TextConfig, encode_text, init_text
@@ -68,4 +68,4 @@ def bench_step(measure, chunk):
         gradients.cached_value_and_grad(_embed, _contrast, chunk=chunk), optimizer, clip=1.0
     )
     state = states.State(params=params, opt=optimizer.init(params))
-    measure(lambda: step(state, batch)[1], rounds=5, b=B, s=S, chunk=chunk, parameters=count(params))
+    measure(lambda: step(state, batch)[1], rounds=5, b=B, s=S, chunk=chunk, parameters=count_values(params))

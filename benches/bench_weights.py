@@ -10,7 +10,7 @@ import pytest
 import torch
 from attrs import evolve
 
-from medvl.base.tree import count
+from medvl.base.tree import count_values
 from medvl.hub import skeletons
 from medvl.language import generate, vlm
 from medvl.training import gradients, loop, optim, states
@@ -116,7 +116,7 @@ def adapters(kind, k, experts=0):
     for j, a in enumerate(made):
         for f in a.factors.values():
             f["b"].normal_(std=0.02, generator=seeded(100 + j, DEVICE))
-    return [lora.to(a, dtype=DTYPE) for a in made]
+    return [lora.move_adapter(a, dtype=DTYPE) for a in made]
 
 
 @cache
@@ -205,6 +205,6 @@ def bench_step(measure, kind, name):
         gradients.token_value_and_grad(loss, chunk=B, precision=PRECISION), optimizer, clip=1.0
     )
     state = states.State(params=adapter.factors, opt=optimizer.init(adapter.factors))
-    shape = {"kind": kind, "b": B, "t": T, "r": RANK, "parameters": count(adapter.factors)}
+    shape = {"kind": kind, "b": B, "t": T, "r": RANK, "parameters": count_values(adapter.factors)}
     metrics = measure(lambda: step(state, batch)[1], rounds=ROUNDS, **shape)
     assert metrics["grad_norm"] > 0

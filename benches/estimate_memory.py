@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from medvl.base import config, processes
-from medvl.base.tree import merge, split
+from medvl.base.tree import merge_trees, split_tree
 from medvl.language import chat
 from medvl.systems.tune import record
 from medvl.systems.tune import run as tune_run
@@ -73,8 +73,8 @@ def measured(variant: str) -> dict:
 def _steps(cfg: Config) -> dict:
     stage = cfg.train.stages[0]
     before = status("VmRSS")
-    model, params = record.init(cfg, Path("nowhere"), device=processes.device())
-    trained, frozen = split(params, stage.train)
+    model, params = record.init(cfg, Path("nowhere"), device=processes.choose_device())
+    trained, frozen = split_tree(params, stage.train)
     del params
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -85,7 +85,7 @@ def _steps(cfg: Config) -> dict:
     loss = record.loss_of(model)
     optimizer = stages.make_optimizer(cfg.train, stage, trained)
     step = loop.make_step(
-        stages.make_gradient(cfg.train, lambda p, b: loss(merge(frozen, p), b), chat.cut),
+        stages.make_gradient(cfg.train, lambda p, b: loss(merge_trees(frozen, p), b), chat.cut),
         optimizer,
         clip=1.0,
         seed=0,

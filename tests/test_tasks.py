@@ -96,7 +96,7 @@ ENDINGS = (
 
 
 def module_of(name):
-    """The files of a module of this name: docs speak of `evaluate.prompts` the setting and of `encode.width` the function."""
+    """The files of a module of this name: docs speak of `evaluate.prompts` the setting and of `encode.embedding_width` the function."""
     return [*(ROOT / "medvl").rglob(f"{name}.py")]
 
 
@@ -230,7 +230,7 @@ def test_a_run_of_a_version_with_fewer_settings_is_gone_on_with(tmp_path, monkey
     cfg, _ = run.resolve(str(ROOT / "experiments/tune_phantom.toml"))
     raw = config.unstructure(cfg)
     del raw["chat"]["window"]
-    old = tmp_path / "runs" / f"tune_phantom-{config.digest(raw)}"
+    old = tmp_path / "runs" / f"tune_phantom-{config.record_digest(raw)}"
     old.mkdir(parents=True)
     (old / "config.json").write_text(json.dumps(raw, indent=1))
     assert run.resolve(str(old)) == (cfg, old)

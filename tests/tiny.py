@@ -220,7 +220,7 @@ def saved(image, format, **kwargs) -> bytes:
 def without_clock(path):
     """The lines of a metrics.jsonl to the byte, but for the time and the pace, which another run cannot repeat."""
     lines = [json.loads(line) for line in path.read_bytes().splitlines()]
-    assert all({*display.CLOCK} <= line.keys() for line in lines)
+    assert all({*display.TIMING_KEYS} <= line.keys() for line in lines)
     return "".join(
-        json.dumps({k: v for k, v in line.items() if k not in display.CLOCK}) + "\n" for line in lines
+        json.dumps({k: v for k, v in line.items() if k not in display.TIMING_KEYS}) + "\n" for line in lines
     ).encode()

@@ -35,7 +35,7 @@ def cached(fetch: Callable[[int], Adapter], budget: int) -> Get:
     Levels are functions of each other, as from disk to memory to a GPU:
 
         host = cached(lambda i: read_adapter(folders[i], skeleton), 64 * 10**9)
-        near = cached(lambda i: lora.to(host([i])[0], "cuda"), 8 * 10**9)
+        near = cached(lambda i: lora.move_adapter(host([i])[0], "cuda"), 8 * 10**9)
 
     Threads may share it: one fetches at a time, so none fetches what another already did. An adapter that was let go lives on while a
     caller still uses it.

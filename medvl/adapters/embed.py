@@ -85,7 +85,7 @@ class EmbedConfig:
             or not any(self.shares)
         ):
             raise ValueError(f"EmbedConfig: shares must be two numbers >= 0, one above 0, got {self.shares}")
-        config.within(
+        config.check_bounds(
             self,
             "EmbedConfig",
             dims=config.WIDTH_OR_NONE,
@@ -93,7 +93,7 @@ class EmbedConfig:
             batch=(1, 2**20),
             shares=(0, 1e6),
         )
-        config.within(self, "EmbedConfig", max_images=(1, 2**20), max_pixels=(1, 2**28))
+        config.check_bounds(self, "EmbedConfig", max_images=(1, 2**20), max_pixels=(1, 2**28))
         check_window(self.window, "EmbedConfig.window")
 
 
@@ -451,7 +451,7 @@ def _named(embedder: Embedder) -> Embedder:
     parts = [
         cfg.kind,
         *([Path(cfg.name).name] if cfg.name else []),
-        config.digest(matters),
+        config.record_digest(matters),
         skeletons.weights_digest(weights),
     ]
     return evolve(embedder, name=":".join(parts))

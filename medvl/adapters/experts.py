@@ -34,7 +34,9 @@ class FusionConfig:
     seed: int = 0  # of rules that draw
 
     def __attrs_post_init__(self) -> None:
-        config.within(self, "FusionConfig", rank=config.WIDTH_OR_NONE, density=config.SHARE, seed=config.SEED)
+        config.check_bounds(
+            self, "FusionConfig", rank=config.WIDTH_OR_NONE, density=config.SHARE, seed=config.SEED
+        )
 
 
 @frozen(kw_only=True)
@@ -46,7 +48,7 @@ class HoldConfig:
     fused_gb: float = 2.0  # what mode "fusion" made
 
     def __attrs_post_init__(self) -> None:
-        config.within(self, "HoldConfig", host_gb=(0, 1e6), device_gb=(0, 1e6), fused_gb=(0, 1e6))
+        config.check_bounds(self, "HoldConfig", host_gb=(0, 1e6), device_gb=(0, 1e6), fused_gb=(0, 1e6))
 
 
 @frozen(kw_only=True, eq=False)
@@ -104,7 +106,7 @@ def gather(
     near = (
         host
         if device.type == "cpu"
-        else cache.cached(lambda i: lora.to(host([i])[0], device), int(hold.device_gb * 1e9))
+        else cache.cached(lambda i: lora.move_adapter(host([i])[0], device), int(hold.device_gb * 1e9))
     )
     pool = cache.pooled(near)
     how = {"rank": fusion.rank or None, "density": fusion.density or None, "seed": fusion.seed}

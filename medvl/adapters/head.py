@@ -55,7 +55,7 @@ class RetrieverConfig:
             raise ValueError(
                 f"RetrieverConfig: needs lr > 0 and weight_decay >= 0, got {self.lr} and {self.weight_decay}"
             )
-        config.within(
+        config.check_bounds(
             self,
             "RetrieverConfig",
             steps=config.COUNT_OR_NONE,
@@ -63,10 +63,10 @@ class RetrieverConfig:
             batch=(1, 2**20),
             chunk=(0, 2**20),
         )
-        config.within(
+        config.check_bounds(
             self, "RetrieverConfig", negatives=(1, 2**20), dims=config.WIDTH_OR_NONE, seed=config.SEED
         )
-        config.within(
+        config.check_bounds(
             self,
             "RetrieverConfig",
             lr=config.RATE,

@@ -164,7 +164,7 @@ def base_of(path: files.PathLike, registry: Registry) -> str:
 
 def _base(path: files.PathLike, registry: Registry, record: Record) -> str:
     try:
-        about = config.read(place_of(path, registry) / record.path / "adapter_config.json")
+        about = config.read_settings(place_of(path, registry) / record.path / "adapter_config.json")
     except ValueError as e:
         raise ValueError(f"{path}: {record.name}: {e}{_start(path, registry)}") from e
     return str(about.get("base_model_name_or_path") or "")
@@ -189,7 +189,7 @@ def add(
     Raises:
         ValueError: as `extend`. Nothing is changed then.
     """
-    with files.alone(path, wait=True):
+    with files.file_lock(path, wait=True):
         old = read_registry(path, root) if Path(path).exists() else Registry()
         if Path(path).exists() and isinstance(config.read_plain(path), list):
             _log.warning(

@@ -44,7 +44,7 @@ class RetrieveConfig:
             raise ValueError(
                 f"RetrieveConfig: threshold is a cosine and must be within -1..1, got {self.threshold}"
             )
-        config.within(self, "RetrieveConfig", k=(0, 2**20), temperature=(0, 1e6))
+        config.check_bounds(self, "RetrieveConfig", k=(0, 2**20), temperature=(0, 1e6))
 
 
 @frozen(kw_only=True, eq=False)

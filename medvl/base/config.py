@@ -19,7 +19,7 @@ T = TypeVar("T")
 _LARGEST = 1e30  # float32 ends at 3e38, and numbers of a record are multiplied
 Hook = Callable[[Any, Any], Any]
 DEPTH = 32  # how deep settings may be nested; a model's config has about four levels
-# Bounds of common settings, for `within`. The upper ones are far above what anybody needs: they catch a slip of the keyboard at once.
+# Bounds of common settings, for `check_bounds`. The upper ones are far above what anybody needs: they catch a slip of the keyboard at once.
 COUNT = (1, 2**31 - 1)  # samples, steps, tokens
 COUNT_OR_NONE = (0, 2**31 - 1)
 WIDTH = (1, 2**17)  # of vectors and tables, and pixels of a side
@@ -36,7 +36,7 @@ class ConfigError(ValueError):
     """A record that cannot be used; the message names the file and the path inside it."""
 
 
-def load(path: str | os.PathLike, record: type[T], overrides: tuple[str, ...] = ()) -> T:
+def load_record(path: str | os.PathLike, record: type[T], overrides: tuple[str, ...] = ()) -> T:
     """Structure a `.toml` or `.json` file into the attrs class `record`.
 
     Args:
@@ -44,10 +44,10 @@ def load(path: str | os.PathLike, record: type[T], overrides: tuple[str, ...] = 
     Raises:
         ConfigError: unreadable file, bad syntax, unknown key, wrong type or refused value; names the file and `$.path`.
     """
-    return structure(override(read(path), overrides, where=str(path)), record, where=str(path))
+    return structure(override(read_settings(path), overrides, where=str(path)), record, where=str(path))
 
 
-def read(path: str | os.PathLike) -> dict[str, Any]:
+def read_settings(path: str | os.PathLike) -> dict[str, Any]:
     """The raw dict of a `.toml` or `.json` file."""
     raw = read_plain(path)
     if not isinstance(raw, dict):
@@ -96,8 +96,10 @@ def load_run(folder: str | os.PathLike, record: type[T]) -> T:
     """
     path = run_folder(folder) / "config.json"
     kept = path.with_name("environment.json")
-    now = load(path, record)
-    before = read(kept).get("record") if kept.exists() else None  # runs of older versions did not keep it
+    now = load_record(path, record)
+    before = (
+        read_settings(kept).get("record") if kept.exists() else None
+    )  # runs of older versions did not keep it
     if before is None:
         return now
     before = structure(before, record, where=f"{kept}, record")
@@ -114,7 +116,7 @@ def load_run(folder: str | os.PathLike, record: type[T]) -> T:
 
 def system_of(folder: str | os.PathLike) -> str:
     """The system of a run, as its record says it."""
-    return str(read(Path(folder) / "config.json").get("system"))
+    return str(read_settings(Path(folder) / "config.json").get("system"))
 
 
 def override(raw: dict[str, Any], overrides: tuple[str, ...], where: str = "record") -> dict[str, Any]:
@@ -152,7 +154,7 @@ def structure(raw: Any, record: type[T], where: str = "record") -> T:
         raise ConfigError(f"{where}: {_say(e, None)}") from e
 
 
-def kept(default: Any) -> Any:
+def subrecord(default: Any) -> Any:
     """A field of a record that is a record itself: a table that sets some of its keys keeps what `default` says of the others.
 
     Without it they would have the defaults of the record's class. A key whose field has the metadata {"unless": KEY} is not kept where KEY
@@ -181,8 +183,8 @@ def unstructure(record: Any) -> Any:
     return json.loads(json.dumps(_converter.unstructure(record)))
 
 
-def within(record: Any, where: str, **bounds: tuple[float, float]) -> None:
-    """Raise where a number of a record, or one of an array of them, lies outside its bounds: `within(cfg, "train", batch=COUNT)`."""
+def check_bounds(record: Any, where: str, **bounds: tuple[float, float]) -> None:
+    """Raise where a number of a record, or one of an array of them, lies outside its bounds: `check_bounds(cfg, "train", batch=COUNT)`."""
     for name, (low, high) in bounds.items():
         held = getattr(record, name)
         for value in held if isinstance(held, tuple) else (held,):
@@ -191,8 +193,8 @@ def within(record: Any, where: str, **bounds: tuple[float, float]) -> None:
                 raise ValueError(f"{where}.{name} must be {bound}, got {_number(value)}")
 
 
-def fill(pattern: str, where: str, **values: Any) -> str:
-    """A name from a pattern: `fill("{folder}/{split}.h5", "data.store", folder="data", split="test")` is "data/test.h5".
+def fill_pattern(pattern: str, where: str, **values: Any) -> str:
+    """A name from a pattern: `fill_pattern("{folder}/{split}.h5", "data.store", folder="data", split="test")` is "data/test.h5".
 
     What is filled in may itself hold braces. A key whose value is None stays as it is, for somebody else to fill.
 
@@ -216,7 +218,7 @@ def check_patterns(record: Any, where: str, **keys: tuple[str, ...]) -> None:
     A plain path has none: `root=()`.
     """
     for name, known in keys.items():
-        fill(getattr(record, name), f"{where}.{name}", **dict.fromkeys(known))
+        fill_pattern(getattr(record, name), f"{where}.{name}", **dict.fromkeys(known))
 
 
 def check_regexes(patterns: Iterable[str], where: str) -> None:
@@ -228,7 +230,7 @@ def check_regexes(patterns: Iterable[str], where: str) -> None:
             raise ValueError(f"{where}: pattern {pattern!r} is not a regular expression: {e}") from e
 
 
-def digest(record: Any) -> str:
+def record_digest(record: Any) -> str:
     """Eight hex digits that identify a record (or plain data) by its content."""
     plain = unstructure(record) if attrs.has(type(record)) else record
     return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:8]

@@ -9,11 +9,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-CLOCK = ("time", "seconds_per_step")  # keys of metrics.jsonl that a resumed run does not repeat to the bit
-STEPS = "{desc}: {n:,}/{total:,} ({percentage:.0f} %), {remaining} left{postfix}{bar:0}"  # a bar, of no width, has the line cut to fit
+TIMING_KEYS = (
+    "time",
+    "seconds_per_step",
+)  # keys of metrics.jsonl that a resumed run does not repeat to the bit
+STEP_FORMAT = "{desc}: {n:,}/{total:,} ({percentage:.0f} %), {remaining} left{postfix}{bar:0}"  # a bar, of no width, has the line cut to fit
 
 
-def bar(items: Iterable[Any] | None, title: str, **settings: Any) -> Any:
+def progress_bar(items: Iterable[Any] | None, title: str, **settings: Any) -> Any:
     """tqdm as it is used everywhere: silent in a file, nothing in the first second, taken away at the end."""
     first = os.environ.get("RANK", "0") == "0"  # torchrun's; asked here, so that nothing heavy is imported
     # With a true `delay`, tqdm would leave the bar behind when something else is written in the first second.
@@ -31,7 +34,7 @@ def track(
     Args:
         total: number of items, where they have no length; with those done before.
     """
-    return bar(items, title, total=total, initial=done) if show else items
+    return progress_bar(items, title, total=total, initial=done) if show else items
 
 
 class Log:

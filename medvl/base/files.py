@@ -26,7 +26,7 @@ import numpy as np
 
 PathLike = str | os.PathLike
 _log = logging.getLogger(__name__)
-BROKEN = (  # what torch.load and np.load raise, beside ValueError, for files that were cut off or damaged, or are something else
+READ_ERRORS = (  # what torch.load and np.load raise, beside ValueError, for files that were cut off or damaged, or are something else
     *(OSError, RuntimeError, EOFError, LookupError, AttributeError, TypeError, AssertionError, OverflowError),
     *(struct.error, zipfile.BadZipFile, tokenize.TokenError),
 )
@@ -37,7 +37,7 @@ _LONGEST_CELL = 2**23  # Python's default is 131,072 characters, and reports of 
 _READING = threading.Lock()
 
 
-def reason(error: Exception) -> str:
+def error_reason(error: Exception) -> str:
     """The first sentence of what a reader of files says; torch goes on with the advice to run what the file holds, which nobody must."""
     lines = str(error).strip().splitlines()
     return lines[0].partition(". ")[0] if lines else type(error).__name__
@@ -62,7 +62,7 @@ def atomic(path: PathLike) -> Iterator[Path]:
 
 
 @contextmanager
-def alone(path: PathLike, *, wait: bool = False, shared: bool = False) -> Iterator[None]:
+def file_lock(path: PathLike, *, wait: bool = False, shared: bool = False) -> Iterator[None]:
     """One process at a time may write to `path` while the block lasts. Clears what a killed one left unfinished beside it.
 
     The lock is `.NAME.lock` beside the path: an flock, which the system gives back when the process ends, also by kill -9, so that a dead
@@ -133,7 +133,7 @@ def _locked(handle: int, kind: int) -> bool:
     return True
 
 
-def check_text(path: PathLike) -> None:
+def check_text_name(path: PathLike) -> None:
     """Raise where a path holds bytes that are no UTF-8: it could not be printed, or kept in a table or store."""
     try:
         os.fspath(path).encode()
@@ -143,7 +143,7 @@ def check_text(path: PathLike) -> None:
         ) from e
 
 
-def check_place(path: PathLike, *, folder: bool = False) -> None:
+def check_writable(path: PathLike, *, folder: bool = False) -> None:
     """Raise where a file (or, so asked, files in a folder) cannot be written: before long work and not after it. Leaves nothing behind.
 
     Raises:
@@ -151,7 +151,7 @@ def check_place(path: PathLike, *, folder: bool = False) -> None:
             nothing can be written, or a name that cannot be written as text.
     """
     path = Path(path)
-    check_text(path)
+    check_text_name(path)
     try:
         kind = "folder" if path.is_dir() else "file" if path.is_file() else "device" if path.exists() else ""
         if kind and kind != ("folder" if folder else "file"):
@@ -370,7 +370,7 @@ def open_array(path: PathLike) -> np.ndarray:
         raise ValueError(f"{path}: no such file")
     try:
         held = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, *BROKEN) as e:
+    except (ValueError, *READ_ERRORS) as e:
         raise ValueError(f"{path}: not a whole .npy of numbers ({e})") from e
     if not isinstance(held, np.ndarray):
         raise ValueError(f"{path}: not a .npy of numbers (it is an archive of arrays)")
@@ -392,14 +392,14 @@ def read_array(path: PathLike, shape: tuple[int, ...], remedy: str) -> np.ndarra
     return np.array(held)
 
 
-def check_stored(path: PathLike) -> None:
+def check_uncompressed(path: PathLike) -> None:
     """Refuse a file of torch.save whose members unpack to more than the file is long: torch.save compresses nothing."""
     if not zipfile.is_zipfile(path):
         return
     try:
         with zipfile.ZipFile(path) as members:
             sizes = [m.file_size for m in members.infolist() if m.compress_type != zipfile.ZIP_STORED]
-    except (ValueError, *BROKEN) as e:
+    except (ValueError, *READ_ERRORS) as e:
         raise ValueError(f"{path}: is not a whole file of torch.save ({e})") from e
     if sizes:
         raise ValueError(
@@ -407,7 +407,7 @@ def check_stored(path: PathLike) -> None:
         )
 
 
-def check_own_numbers(path: PathLike, tensors: Mapping[str, Any]) -> None:
+def check_tensor_storage(path: PathLike, tensors: Mapping[str, Any]) -> None:
     """Refuse tensors of a file of torch.save that hold fewer numbers than they have: a stride of 0 repeats a few without end."""
     for key, tensor in tensors.items():
         dense = str(tensor.layout) == "torch.strided" and not tensor.is_meta
@@ -419,7 +419,7 @@ def check_own_numbers(path: PathLike, tensors: Mapping[str, Any]) -> None:
             )
 
 
-def own_dataset(file: Any, name: str, path: PathLike) -> Any:
+def open_dataset(file: Any, name: str, path: PathLike) -> Any:
     """The dataset `name` of an open HDF5 file, all of it written and in that file.
 
     HDF5 follows links and external storage to any other file, and reads room that was never written as zeros. Nothing is read here.

@@ -15,7 +15,7 @@ from torch import Tensor
 _alone = False  # of the whole process, its threads too
 
 
-def join(**how: Any) -> None:
+def join_processes(**how: Any) -> None:
     """Meet the other processes that torchrun started, over NCCL where there are GPUs and over gloo where not; alone, nothing.
 
     What was joined is left when the interpreter exits. Joined twice is joined once.
@@ -45,7 +45,7 @@ def _leave() -> None:
 
 
 @contextmanager
-def alone() -> Iterator[None]:
+def single_process() -> Iterator[None]:
     """This process works for itself while the block lasts: there is one, and nothing is shared with the others or waits for them.
 
     For what process 0 does while the others wait or are gone: it may train and evaluate with the functions that share where they can.
@@ -58,7 +58,7 @@ def alone() -> Iterator[None]:
         _alone = before
 
 
-def world() -> int:
+def world_size() -> int:
     """Number of processes that train together."""
     joined = dist.is_available() and dist.is_initialized() and not _alone
     return dist.get_world_size() if joined else 1
@@ -66,16 +66,16 @@ def world() -> int:
 
 def rank() -> int:
     """Which of them this is."""
-    return dist.get_rank() if world() > 1 else 0
+    return dist.get_rank() if world_size() > 1 else 0
 
 
-def meet() -> None:
+def wait_for_all() -> None:
     """Wait until all processes are here."""
-    if world() > 1:
+    if world_size() > 1:
         dist.barrier()
 
 
-def device(wanted: str = "auto") -> torch.device:
+def choose_device(wanted: str = "auto") -> torch.device:
     """Where to compute: "auto" is this process's GPU if there is one."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ValueError(
@@ -86,10 +86,10 @@ def device(wanted: str = "auto") -> torch.device:
     return torch.device("cuda", rank() % torch.cuda.device_count())
 
 
-def gather(t: Tensor) -> Tensor:
+def gather_rows(t: Tensor) -> Tensor:
     """The rows of all processes, in their order: [n ...] of each, of the same shape -> [world * n ...]; without gradients."""
-    if world() == 1:
+    if world_size() == 1:
         return t
-    parts = [torch.empty_like(t) for _ in range(world())]
+    parts = [torch.empty_like(t) for _ in range(world_size())]
     dist.all_gather(parts, t.contiguous())
     return torch.cat(parts)

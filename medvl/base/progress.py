@@ -12,7 +12,7 @@ from medvl.base.files import PathLike
 Line = dict[str, Any]
 
 
-def resumed(
+def run_batches(
     path: PathLike,
     batches: Sequence[Sequence[int]],
     work: Callable[[Sequence[int]], Sequence[Line]],
@@ -32,7 +32,7 @@ def resumed(
     """
     path, wanted = Path(path), [row for batch in batches for row in batch]
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines, size = kept_lines(path, wanted)
+    lines, size = read_finished_lines(path, wanted)
     done, ends = 0, 0
     for batch in batches:
         if ends + len(batch) > len(lines):
@@ -46,7 +46,7 @@ def resumed(
             new = list(work(batch))
             if len(new) != len(batch):
                 raise ValueError(
-                    f"resumed: work must give a line for each of {len(batch)} rows, got {len(new)}"
+                    f"run_batches: work must give a line for each of {len(batch)} rows, got {len(new)}"
                 )
             new = [{"row": row} | line for row, line in zip(batch, new, strict=True)]
             f.write(
@@ -60,11 +60,11 @@ def resumed(
     return lines
 
 
-def kept_lines(path: PathLike, wanted: Sequence[int]) -> tuple[list[Line], list[int]]:
+def read_finished_lines(path: PathLike, wanted: Sequence[int]) -> tuple[list[Line], list[int]]:
     """(lines that are there whole, bytes before each of them and behind the last).
 
     Raises:
-        ValueError: as `resumed`.
+        ValueError: as `run_batches`.
     """
     path, lines, size = Path(path), list[Line](), [0]
     for number, raw in enumerate(path.read_bytes().splitlines(keepends=True) if path.exists() else (), 1):

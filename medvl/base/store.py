@@ -21,7 +21,7 @@ from attrs import field, frozen
 
 from medvl.base import files
 from medvl.base.config import differences
-from medvl.base.files import PathLike, own_dataset
+from medvl.base.files import PathLike, open_dataset
 
 FORMAT, VERSION = "medvl-store", 1
 _OWN = ("name", "content", "done")  # fields of a row that are not the caller's
@@ -145,7 +145,7 @@ def open_store(path: PathLike, expect: Mapping[str, Any] | None = None) -> Store
     try:
         with h5py.File(path, "r", locking=False) as f:
             _check_format(f, path)
-            arrays, rows = (own_dataset(f, name, path) for name in ("arrays", "rows"))
+            arrays, rows = (open_dataset(f, name, path) for name in ("arrays", "rows"))
             table, settings = rows[()], json.loads(f.attrs["settings"])
             places = {"offset": arrays.id.get_offset(), "rows_offset": rows.id.get_offset()}
             shape, dtype = arrays.shape[1:], arrays.dtype

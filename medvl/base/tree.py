@@ -32,7 +32,7 @@ def map_leaves(f: Callable[[Any], Any], tree: Tree) -> Tree:
     return {k: map_leaves(f, v) if isinstance(v, dict) else f(v) for k, v in tree.items()}
 
 
-def matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
+def match_names(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
     """The names that any regex matches in full, in the order of `names`.
 
     Raises:
@@ -53,16 +53,16 @@ def matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
     return [n for n in names if n in found]
 
 
-def split(tree: Tree, patterns: Iterable[str]) -> tuple[Tree, Tree]:
-    """(leaves whose name matches a pattern, the rest); `merge` puts them together again."""
+def split_tree(tree: Tree, patterns: Iterable[str]) -> tuple[Tree, Tree]:
+    """(leaves whose name matches a pattern, the rest); `merge_trees` puts them together again."""
     flat = flatten(tree)
-    hits = set(matching(flat, patterns))
+    hits = set(match_names(flat, patterns))
     return unflatten({n: t for n, t in flat.items() if n in hits}), unflatten(
         {n: t for n, t in flat.items() if n not in hits}
     )
 
 
-def merge(*trees: Tree) -> Tree:
+def merge_trees(*trees: Tree) -> Tree:
     """One tree with the leaves of all; a later tree wins where names meet."""
     flat: dict[str, Any] = {}
     for tree in trees:
@@ -70,7 +70,7 @@ def merge(*trees: Tree) -> Tree:
     return unflatten(flat)
 
 
-def count(tree: Tree) -> int:
+def count_values(tree: Tree) -> int:
     """Number of values in all tensors."""
     return sum(t.numel() for t in flatten(tree).values())
 

@@ -15,13 +15,13 @@ _WORK = ["medvl.data.ingest", "medvl.data.phantoms"]  # whose functions workers 
 
 
 @contextmanager
-def pool(count: int) -> Iterator[ProcessPoolExecutor]:
+def worker_pool(count: int) -> Iterator[ProcessPoolExecutor]:
     """So many processes to give functions of `_WORK` to.
 
     Raises:
         ValueError: they cannot start. The main script is imported by each of them, so it must be one that can be.
     """
-    with ProcessPoolExecutor(count, context(), _start) as workers:
+    with ProcessPoolExecutor(count, worker_context(), _start) as workers:
         try:
             workers.submit(os.getpid).result()
         except BrokenProcessPool as e:
@@ -32,7 +32,7 @@ def pool(count: int) -> Iterator[ProcessPoolExecutor]:
         yield workers
 
 
-def context() -> ForkServerContext:
+def worker_context() -> ForkServerContext:
     """Processes fork from a server that has imported `_WORK` and run nothing: fresh ones for the price of a fork, safe for h5py."""
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(_WORK)

@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 
 from medvl.base.tree import Tree
 from medvl.components import layers, slots
-from medvl.components.slots import CompressConfig, State
+from medvl.components.slots import CompressConfig, SlotState
 
 
 @frozen(kw_only=True, eq=False)
@@ -104,22 +104,24 @@ def compress(
         gated attention, Ilse et al. 2018, arXiv:1802.04712, eq. 9; Flamingo's resampler, Alayrac et al. 2022, arXiv:2204.14198.
     """
     _check("compress", cfg, x, mask, "[b, n, {}]")
-    p, n = slots.widened(params), x.shape[1]
+    p, n = slots.widen(params), x.shape[1]
     if not n:  # one that does not exist, so that every parameter has a gradient: 0
         x, mask = F.pad(x, (0, 0, 0, 1)), torch.zeros(len(x), 1, dtype=torch.bool, device=x.device)
-    state = slots.empty(cfg, p, len(x))
+    state = slots.empty_state(cfg, p, len(x))
     with torch.autocast(state.total.device.type, enabled=False):
         for turn in range(cfg.passes):
-            read, raws = slots.reader(cfg, p, state, gen), []
-            for part, raw in slots.parts(cfg, p, read, x, mask):
-                state = slots.merged(state, part)
+            read, raws = slots.make_scorer(cfg, p, state, gen), []
+            for part, raw in slots.block_sums(cfg, p, read, x, mask):
+                state = slots.add_states(state, part)
                 raws += [raw] if routing and turn == cfg.passes - 1 else []
             if turn < cfg.passes - 1:
-                state = slots.empty(cfg, p, len(x), slots.look(cfg, p, state, gen), turn + 1)
+                state = slots.empty_state(cfg, p, len(x), slots.update_latents(cfg, p, state, gen), turn + 1)
         out = _finish(cfg, p, state, gen)
         if not routing:
             return out
-        return evolve(out, routing=slots.shares(cfg, torch.cat(raws, 1), slots.closed(cfg, p, state))[:, :n])
+        return evolve(
+            out, routing=slots.slot_shares(cfg, torch.cat(raws, 1), slots.with_latents(cfg, p, state))[:, :n]
+        )
 
 
 def reference_aux(aux: dict[str, Tensor]) -> Tensor:
@@ -129,7 +131,7 @@ def reference_aux(aux: dict[str, Tensor]) -> Tensor:
 
 # A stream -------------------------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def begin(cfg: CompressConfig, params: Tree, after: State | None = None) -> State:
+def begin_state(cfg: CompressConfig, params: Tree, after: SlotState | None = None) -> SlotState:
     """The state before the first patch; `after`: the state at the end of a perceiver's last pass, which its next one builds on.
 
     Streaming gives what `compress` gives without `gen`, whatever the chunks, their order and who adds up what first (to the rounding of
@@ -138,51 +140,53 @@ def begin(cfg: CompressConfig, params: Tree, after: State | None = None) -> Stat
     Raises:
         ValueError: there is no pass after that of `after`.
     """
-    p = slots.widened(params)
+    p = slots.widen(params)
     if after is None:
-        return slots.empty(cfg, p, 1)
+        return slots.empty_state(cfg, p, 1)
     if after.turn + 1 >= cfg.passes:
         raise ValueError(
-            f"begin: there must be a pass after the one of the state, got pass {after.turn + 1} of {cfg.passes}; finalize it"
+            f"begin_state: there must be a pass after the one of the state, got pass {after.turn + 1} of {cfg.passes}; finalize it"
         )
     with torch.autocast(after.total.device.type, enabled=False):
-        return slots.empty(cfg, p, 1, slots.look(cfg, p, after, None), after.turn + 1)
+        return slots.empty_state(cfg, p, 1, slots.update_latents(cfg, p, after, None), after.turn + 1)
 
 
 @torch.no_grad()
-def update(cfg: CompressConfig, params: Tree, state: State, x: Tensor, mask: Tensor | None = None) -> State:
+def update_state(
+    cfg: CompressConfig, params: Tree, state: SlotState, x: Tensor, mask: Tensor | None = None
+) -> SlotState:
     """The state after the patches x [c, d] too; mask bool [c], true where a patch exists. x may lie on another device than the weights.
 
     Raises:
         ValueError: x or mask has another shape or dtype, or a patch that exists is not finite.
     """
-    return _updated(cfg, slots.widened(params), state, x, mask)
+    return _updated(cfg, slots.widen(params), state, x, mask)
 
 
 def _updated(
     cfg: CompressConfig,
     p: Tree,
-    state: State,
+    state: SlotState,
     x: Tensor,
     mask: Tensor | None = None,
     held: Tensor | None = None,
-) -> State:
-    _check("update", cfg, x, mask, "[c, {}]")
+) -> SlotState:
+    _check("update_state", cfg, x, mask, "[c, {}]")
     with torch.autocast(state.total.device.type, enabled=False):
-        read = slots.reader(cfg, p, state, None)
-        for part, _ in slots.parts(cfg, p, read, x[None], None if mask is None else mask[None], held):
-            state = slots.merged(state, part)
+        read = slots.make_scorer(cfg, p, state, None)
+        for part, _ in slots.block_sums(cfg, p, read, x[None], None if mask is None else mask[None], held):
+            state = slots.add_states(state, part)
     if not (state.total.isfinite().all() and state.weight.isfinite().all()):
         finite = x.isfinite().all(-1) if mask is None else x.isfinite().all(-1) | ~mask
         rows = (~finite).nonzero()[:3, 0].tolist()
         raise ValueError(
-            f"update: patches must be finite, got NaN or infinity in {f'rows {rows} of the chunk' if rows else 'sums'}"
+            f"update_state: patches must be finite, got NaN or infinity in {f'rows {rows} of the chunk' if rows else 'sums'}"
         )
     return state
 
 
 @torch.no_grad()
-def merge(a: State, b: State) -> State:
+def merge_states(a: SlotState, b: SlotState) -> SlotState:
     """The state of the patches of both: of chunks, of processes, or of several slides of one case, which become one bag.
 
     Raises:
@@ -190,16 +194,16 @@ def merge(a: State, b: State) -> State:
     """
     if a.total.shape != b.total.shape or a.sums.keys() != b.sums.keys() or a.turn != b.turn:
         got = f"{list(a.total.shape)} in pass {a.turn + 1} and {list(b.total.shape)} in pass {b.turn + 1}"
-        raise ValueError(f"merge: both states must come from one config and pass, got {got}")
+        raise ValueError(f"merge_states: both states must come from one config and pass, got {got}")
     if a.latents is not None and b.latents is not None and not torch.equal(a.latents, b.latents):
         raise ValueError(
-            "merge: the latents of both states must be the same; merge all states of a pass before the next begins"
+            "merge_states: the latents of both states must be the same; merge all states of a pass before the next begins"
         )
-    return slots.merged(a, b)
+    return slots.add_states(a, b)
 
 
 @torch.no_grad()
-def finalize(cfg: CompressConfig, params: Tree, state: State) -> Compressed:
+def finalize_state(cfg: CompressConfig, params: Tree, state: SlotState) -> Compressed:
     """Tokens [k, d], mass and count [k] and aux of one slide or case.
 
     Raises:
@@ -208,10 +212,10 @@ def finalize(cfg: CompressConfig, params: Tree, state: State) -> Compressed:
     if state.turn != cfg.passes - 1:
         done = f"pass {state.turn + 1} of {cfg.passes}"
         raise ValueError(
-            f"finalize: the state must be of the last pass, got {done}; begin(cfg, params, state) starts the next"
+            f"finalize_state: the state must be of the last pass, got {done}; begin_state(cfg, params, state) starts the next"
         )
     with torch.autocast(state.total.device.type, enabled=False):
-        out = _finish(cfg, slots.widened(params), state, None)
+        out = _finish(cfg, slots.widen(params), state, None)
     return evolve(out, tokens=out.tokens[0], mass=out.mass[0], count=out.count[0])
 
 
@@ -219,28 +223,28 @@ def finalize(cfg: CompressConfig, params: Tree, state: State) -> Compressed:
 def compress_stream(
     cfg: CompressConfig, params: Tree, chunks: Iterable[Tensor] | Callable[[], Iterable[Tensor]]
 ) -> Compressed:
-    """`finalize` of all chunks [c, d]; memory is that of one chunk.
+    """`finalize_state` of all chunks [c, d]; memory is that of one chunk.
 
     Args:
         chunks: for a perceiver with several passes, what can be read several times: a list, or a function that opens the stream anew.
     Raises:
-        ValueError: as `update`; an iterator for several passes.
+        ValueError: as `update_state`; an iterator for several passes.
     """
     if cfg.passes > 1 and isinstance(chunks, Iterator):
         raise ValueError(
             f"compress_stream: {cfg.passes} passes need chunks that can be read again, got an iterator; give a function"
         )
-    p = slots.widened(params)
-    state, held = begin(cfg, p), slots.scratch(p, 1, 2**20, cfg.dim)
+    p = slots.widen(params)
+    state, held = begin_state(cfg, p), slots.block_buffer(p, 1, 2**20, cfg.dim)
     for turn in range(cfg.passes):
-        state = begin(cfg, p, state) if turn else state
+        state = begin_state(cfg, p, state) if turn else state
         for x in chunks() if callable(chunks) else chunks:
             state = _updated(cfg, p, state, x, held=held)
-    return finalize(cfg, params, state)
+    return finalize_state(cfg, params, state)
 
 
 @torch.no_grad()
-def slot_weights(cfg: CompressConfig, params: Tree, x: Tensor, state: State | None = None) -> Tensor:
+def slot_weights(cfg: CompressConfig, params: Tree, x: Tensor, state: SlotState | None = None) -> Tensor:
     """Weight of each patch [c, d] in each slot, [c, k]: the rows of `compress`'s routing, so their sum over a slide is its mass.
 
     A patch's share in token k is weight / mass. Other kinds than moe compare a patch with all others and need the slide's last `state`.
@@ -249,37 +253,41 @@ def slot_weights(cfg: CompressConfig, params: Tree, x: Tensor, state: State | No
         ValueError: another shape; no state, or not of the last pass, where one is needed.
     """
     _check("slot_weights", cfg, x, None, "[c, {}]")
-    p = slots.widened(params)
+    p = slots.widen(params)
     if cfg.kind == "moe":
-        state = slots.empty(cfg, p, 1)
+        state = slots.empty_state(cfg, p, 1)
     if state is None or state.turn != cfg.passes - 1:
         got = "none" if state is None else f"that of pass {state.turn + 1} of {cfg.passes}"
         raise ValueError(
             f"slot_weights: {cfg.kind} needs the state of the slide at the end of its last pass, got {got}"
         )
     with torch.autocast(state.total.device.type, enabled=False):
-        closed, read = slots.closed(cfg, p, state), slots.reader(cfg, p, state, None)
-        shares = [slots.shares(cfg, raw, closed)[0] for _, raw in slots.parts(cfg, p, read, x[None], None)]
-    return torch.cat(shares) if shares else closed.weight.new_zeros(0, cfg.slots, dtype=slots.dtype_of(p))
+        closed, read = slots.with_latents(cfg, p, state), slots.make_scorer(cfg, p, state, None)
+        shares = [
+            slots.slot_shares(cfg, raw, closed)[0] for _, raw in slots.block_sums(cfg, p, read, x[None], None)
+        ]
+    return (
+        torch.cat(shares) if shares else closed.weight.new_zeros(0, cfg.slots, dtype=slots.compute_dtype(p))
+    )
 
 
 # Tokens -----------------------------------------------------------------------------------------------------------------------------------
-def _finish(cfg: CompressConfig, p: Tree, state: State, gen: Generator | None) -> Compressed:
+def _finish(cfg: CompressConfig, p: Tree, state: SlotState, gen: Generator | None) -> Compressed:
     if cfg.kind == "perceiver":
-        tokens = layers.norm(p["norm"], slots.look(cfg, p, state, gen))
+        tokens = layers.norm(p["norm"], slots.update_latents(cfg, p, state, gen))
     elif cfg.kind == "attention":
-        tokens = rearrange(slots.means(cfg, p, state), "b h k v -> b k (h v)")
+        tokens = rearrange(slots.slot_means(cfg, p, state), "b h k v -> b k (h v)")
     else:
-        tokens = _experts(cfg, p["experts"], slots.means(cfg, p, state)[:, 0], gen)
+        tokens = _experts(cfg, p["experts"], slots.slot_means(cfg, p, state)[:, 0], gen)
     count = (
         state.sums["chosen"] if cfg.kind == "moe" else state.sums["patches"][:, None].expand(-1, cfg.slots)
     )
     mass = state.weight[:, 0]
     if cfg.kind != "moe":
-        closed = slots.closed(cfg, p, state)
+        closed = slots.with_latents(cfg, p, state)
         share = (
             state.weight
-            * (state.top - slots.finite(closed.top)).exp()
+            * (state.top - slots.finite_top(closed.top)).exp()
             / closed.weight.masked_fill(closed.weight == 0, 1.0)
         )
         mass = share.view(len(share), -1, cfg.slots).mean(1)
@@ -290,7 +298,7 @@ def _finish(cfg: CompressConfig, p: Tree, state: State, gen: Generator | None) -
 def _experts(cfg: CompressConfig, p: Tree, c: Tensor, gen: Generator | None) -> Tensor:
     """c_k + norm_k(down_k gelu(up_k c_k)), every slot its own."""
     grouped = lambda w, x: torch.einsum("bki,koi->bko", x, w["weight"]) + w["bias"]
-    h = grouped(p["down"], slots.dropped(F.gelu(grouped(p["up"], c)), cfg.dropout, gen))
+    h = grouped(p["down"], slots.dropout(F.gelu(grouped(p["up"], c)), cfg.dropout, gen))
     return c + F.layer_norm(h, h.shape[-1:]) * p["norm"]["weight"] + p["norm"]["bias"]
 
 

@@ -55,7 +55,7 @@ class EncodeConfig:
             raise ValueError(
                 f"EncodeConfig: grid must be >= 1, and 1 for a pool with the class token, got {self.grid} and {self.pool!r}"
             )
-        config.within(
+        config.check_bounds(
             self,
             "EncodeConfig",
             resize=(0, 4096),
@@ -66,7 +66,7 @@ class EncodeConfig:
         )
 
 
-def width(cfg: EncodeConfig, vit: Vit) -> int:
+def embedding_width(cfg: EncodeConfig, vit: Vit) -> int:
     """The length d of a slice embedding."""
     return vit.config["hidden_size"] * len(cfg.pool.split("+")) * cfg.grid**2
 
@@ -114,7 +114,7 @@ def encode_slices(
         mask: bool [b, s], true where a slice exists.
         vit: skeleton of the encoder.
     Returns:
-        float32 [b, s, d] (float64 for dtype="float64") on the device of the weights, 0 where mask is false, d = `width(cfg, vit)`. Chunks
+        float32 [b, s, d] (float64 for dtype="float64") on the device of the weights, 0 where mask is false, d = `embedding_width(cfg, vit)`. Chunks
         and padding do not change it. "cls" is the class token after the last norm, "mean" and "max" go over patch tokens only, per cell of
         the grid: [cell rows, cell columns, (mean and max,) width] flattened (He et al. 2014, arXiv:1406.4729, one level).
     Raises:
@@ -125,7 +125,7 @@ def encode_slices(
         raise ValueError(
             f"encode_slices: voxels must be [b, s, y, x] and mask bool [b, s], got {list(voxels.shape)}, {mask.dtype} {list(mask.shape)}"
         )
-    size = check_size(cfg, (voxels.shape[2], voxels.shape[3]), patch_of(vit))
+    size = check_slice_size(cfg, (voxels.shape[2], voxels.shape[3]), patch_size(vit))
     dtype, extra = getattr(torch, cfg.dtype), _extra(size, vit)
     weights = {n: t if t.dtype == dtype else t.to(dtype) for n, t in params.items()}
     device = next(iter(weights.values())).device
@@ -145,7 +145,7 @@ def encode_slices(
             else chunk(v, volume)
         )
     out = torch.zeros(
-        len(slices), width(cfg, vit), device=device, dtype=torch.promote_types(dtype, torch.float32)
+        len(slices), embedding_width(cfg, vit), device=device, dtype=torch.promote_types(dtype, torch.float32)
     )
     if parts:
         out = out.index_copy(0, wanted.to(device), torch.cat(parts).to(out.dtype))
@@ -196,7 +196,7 @@ def chunk_size(cfg: EncodeConfig, vit: Vit, size: tuple[int, int], device: torch
     item = torch.finfo(getattr(torch, cfg.dtype)).bits // 8
     d, depth = c["hidden_size"], c["num_hidden_layers"]
     h = c.get("intermediate_size") or int(d * c["mlp_ratio"])
-    tokens = 1 + c.get("num_register_tokens", 0) + size[0] * size[1] // patch_of(vit) ** 2
+    tokens = 1 + c.get("num_register_tokens", 0) + size[0] * size[1] // patch_size(vit) ** 2
     kept = depth * (10 * d + 2 * h) if cfg.checkpoint and torch.is_grad_enabled() else 0
     each = 2 * 3 * 4 * size[0] * size[1] + tokens * item * (5 * d + 2 * h + kept)
     most = cfg.budget_mib * 2**20 // each
@@ -213,7 +213,7 @@ def _resize(pixels: Tensor, size: tuple[int, ...]) -> Tensor:
     )
 
 
-def check_size(cfg: EncodeConfig, stored: tuple[int, int], patch: int) -> tuple[int, int]:
+def check_slice_size(cfg: EncodeConfig, stored: tuple[int, int], patch: int) -> tuple[int, int]:
     """The size (y, x) in which slices that are `stored` so are encoded; raises where patches, or cells of them, do not fill it."""
     size = (cfg.resize, cfg.resize) if cfg.resize else stored
     if any(n % patch or not n for n in size):
@@ -229,7 +229,7 @@ def check_size(cfg: EncodeConfig, stored: tuple[int, int], patch: int) -> tuple[
     return size
 
 
-def patch_of(vit: Vit) -> int:
+def patch_size(vit: Vit) -> int:
     """The side of an encoder's patches, in pixels."""
     patch = vit.config["patch_size"]
     return patch if isinstance(patch, int) else patch[0]
@@ -251,7 +251,7 @@ def _pool(cfg: EncodeConfig, vit: Vit, size: tuple[int, int], out: Any) -> Tenso
         "n (r y c x) d -> n (r c) (y x) d",
         r=cfg.grid,
         c=cfg.grid,
-        y=size[0] // patch_of(vit) // cfg.grid,
+        y=size[0] // patch_size(vit) // cfg.grid,
     )
     found = {
         # CLIP's last norm is on the class token only

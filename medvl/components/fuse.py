@@ -35,7 +35,7 @@ class FuseConfig:
             )
         if self.base <= 1:
             raise ValueError(f"FuseConfig: base must be above 1, got {self.base}")
-        config.within(
+        config.check_bounds(
             self,
             "FuseConfig",
             dim=config.WIDTH,
@@ -43,10 +43,10 @@ class FuseConfig:
             depth=(0, 1024),
             heads=config.DEPTHS,
         )
-        config.within(self, "FuseConfig", unit_mm=(1e-3, 1e4), base=(1, 1e9))
+        config.check_bounds(self, "FuseConfig", unit_mm=(1e-3, 1e4), base=(1, 1e9))
 
 
-def width(cfg: FuseConfig) -> int:
+def fused_width(cfg: FuseConfig) -> int:
     """The length of a volume embedding."""
     return (cfg.dim + cfg.skip * (cfg.inputs or cfg.dim)) * len(cfg.pool.split("+"))
 
@@ -79,7 +79,7 @@ def fuse(cfg: FuseConfig, p: Tree, z: Tensor, mask: Tensor, position_mm: Tensor)
         mask: bool [b, s], true where a slice exists.
         position_mm: [b, s], height of every slice along the body axis in mm; what it says of masked slices is ignored.
     Returns:
-        volume embedding [b, `width(cfg)`], not normalised; padding does not change it, nor does moving all positions by the same distance.
+        volume embedding [b, `fused_width(cfg)`], not normalised; padding does not change it, nor does moving all positions by the same distance.
     Raises:
         ValueError: z, mask or position_mm has another shape.
     Source: pre-norm transformer with a class token, Dosovitskiy et al. 2021, arXiv:2010.11929, eq. 1-4; rotary positions, arXiv:2104.09864.

@@ -87,7 +87,7 @@ def token_cross_entropy(
         raise ValueError(
             f"token_cross_entropy: chunk must be >= 1 and reduction sum or none, got {chunk}, {reduction!r}"
         )
-    keep = trained(labels)
+    keep = trained_mask(labels)
     rows, targets = (
         hidden[:, :-1][keep[:, 1:].nonzero(as_tuple=True)],
         labels[keep],
@@ -110,7 +110,7 @@ def token_cross_entropy(
     ), keep.sum()
 
 
-def trained(labels: Tensor) -> Tensor:
+def trained_mask(labels: Tensor) -> Tensor:
     """Where in [b, t] a token is trained: it has a label, and a token before it."""
     keep = labels != IGNORE
     keep[:, :1] = False

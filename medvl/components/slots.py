@@ -60,7 +60,7 @@ class CompressConfig:
             raise ValueError(
                 f"CompressConfig: noise must be >= 0 and dropout lie in [0, 1), got {self.noise}, {self.dropout}"
             )
-        config.within(
+        config.check_bounds(
             self,
             "CompressConfig",
             dim=config.WIDTH,
@@ -68,11 +68,11 @@ class CompressConfig:
             slots=(1, 2**14),
             heads=config.DEPTHS,
         )
-        config.within(self, "CompressConfig", passes=config.DEPTHS, noise=(0, 100))
+        config.check_bounds(self, "CompressConfig", passes=config.DEPTHS, noise=(0, 100))
 
 
 @frozen(kw_only=True, eq=False)
-class State:
+class SlotState:
     """Sums over the patches of a slide so far, float64; g groups of r rows (heads and slots) with values of width v."""
 
     top: Tensor  # [b, g, r], the largest score, to which the next two are relative; 0 for moe
@@ -83,7 +83,9 @@ class State:
     turn: int = 0  # perceiver: which pass
 
 
-def empty(cfg: CompressConfig, p: Tree, b: int, latents: Tensor | None = None, turn: int = 0) -> State:
+def empty_state(
+    cfg: CompressConfig, p: Tree, b: int, latents: Tensor | None = None, turn: int = 0
+) -> SlotState:
     """No patches yet."""
     k, d = cfg.slots, cfg.dim
     groups, rows, width = {
@@ -92,31 +94,33 @@ def empty(cfg: CompressConfig, p: Tree, b: int, latents: Tensor | None = None, t
     }.get(cfg.kind, (1, k, d))
     if cfg.kind == "perceiver" and latents is None:
         latents = p["latents"].expand(b, -1, -1)
-    zeros = lambda *shape: torch.zeros(shape, dtype=torch.float64, device=device_of(p))
+    zeros = lambda *shape: torch.zeros(shape, dtype=torch.float64, device=compute_device(p))
     sums = {"patches": zeros(b)}
     if cfg.kind == "moe":
         sums |= {"chosen": zeros(b, k), "probability": zeros(b, k), "lse": zeros(b), "lse2": zeros(b)}
     top = zeros(b, groups, rows) if cfg.kind == "moe" else zeros(b, groups, rows) - math.inf
     total = zeros(b, groups, rows, width)
-    return State(top=top, weight=zeros(b, groups, rows), total=total, sums=sums, latents=latents, turn=turn)
+    return SlotState(
+        top=top, weight=zeros(b, groups, rows), total=total, sums=sums, latents=latents, turn=turn
+    )
 
 
-def scratch(p: Tree, b: int, n: int, d: int) -> Tensor:
-    """Memory for a block of `parts`: fresh pages for each would take as long as the products."""
-    device = device_of(p)
-    return torch.empty(b, min(n, _BLOCK.get(device.type, 16384)), d, dtype=dtype_of(p), device=device)
+def block_buffer(p: Tree, b: int, n: int, d: int) -> Tensor:
+    """Memory for a block of `block_sums`: fresh pages for each would take as long as the products."""
+    device = compute_device(p)
+    return torch.empty(b, min(n, _BLOCK.get(device.type, 16384)), d, dtype=compute_dtype(p), device=device)
 
 
-def parts(
+def block_sums(
     cfg: CompressConfig, p: Tree, read: Read, x: Tensor, mask: Tensor | None, held: Tensor | None = None
-) -> Iterator[tuple[State, Tensor]]:
+) -> Iterator[tuple[SlotState, Tensor]]:
     """The sums of each block of patches, and the scores [b, n, g, r] that they were made from (moe: the weights).
 
-    Without gradients blocks are widened in `held`, from `scratch`.
+    Without gradients blocks are widened in `held`, from `block_buffer`.
     """
-    device, dtype = device_of(p), dtype_of(p)
+    device, dtype = compute_device(p), compute_dtype(p)
     if held is None and not torch.is_grad_enabled():
-        held = scratch(p, *x.shape)
+        held = block_buffer(p, *x.shape)
     for i in range(0, x.shape[1], size := _BLOCK.get(device.type, 16384)):
         block, keep = x[:, i : i + size], None if mask is None else mask[:, i : i + size].to(device)
         if held is None or (keep is None and (x.dtype, x.device) == (dtype, device)):
@@ -132,7 +136,9 @@ def parts(
         yield _part(cfg, *read(block), keep)
 
 
-def _part(cfg: CompressConfig, scores: Tensor, values: Tensor, keep: Tensor | None) -> tuple[State, Tensor]:
+def _part(
+    cfg: CompressConfig, scores: Tensor, values: Tensor, keep: Tensor | None
+) -> tuple[SlotState, Tensor]:
     b, n = scores.shape[:2]
     sums = {"patches": scores.new_full((b,), n) if keep is None else keep.sum(1)}
     if cfg.kind == "moe":
@@ -152,9 +158,9 @@ def _part(cfg: CompressConfig, scores: Tensor, values: Tensor, keep: Tensor | No
     else:
         scores = scores if keep is None else scores.masked_fill(~keep[..., None, None], -math.inf)
         top = scores.detach().amax(1)
-        weight = (scores - finite(top)[:, None]).exp()
+        weight = (scores - finite_top(top)[:, None]).exp()
     total = torch.einsum("bngr,bngv->bgrv", weight, values)
-    part = State(
+    part = SlotState(
         top=top.double(),
         weight=weight.sum(1).double(),
         total=total.double(),
@@ -163,13 +169,13 @@ def _part(cfg: CompressConfig, scores: Tensor, values: Tensor, keep: Tensor | No
     return part, weight if cfg.kind == "moe" else scores
 
 
-def merged(a: State, b: State) -> State:
+def add_states(a: SlotState, b: SlotState) -> SlotState:
     """The sums of both; latents and pass are those of a.
 
     Source: online softmax, Milakov and Gimelshein 2018, arXiv:1805.02867, algorithm 3.
     """
     top = torch.maximum(a.top, b.top)
-    old, new = ((s.top - finite(top)).exp() for s in (a, b))
+    old, new = ((s.top - finite_top(top)).exp() for s in (a, b))
     return evolve(
         a,
         top=top,
@@ -179,7 +185,7 @@ def merged(a: State, b: State) -> State:
     )
 
 
-def finite(top: Tensor) -> Tensor:
+def finite_top(top: Tensor) -> Tensor:
     """Where there is no score yet, 0: -inf - -inf would be NaN."""
     return top.masked_fill(top == -math.inf, 0.0)
 
@@ -193,13 +199,13 @@ def _largest(logits: Tensor, top_k: int) -> Tensor:
     return found
 
 
-def reader(cfg: CompressConfig, p: Tree, state: State, gen: Generator | None) -> Read:
+def make_scorer(cfg: CompressConfig, p: Tree, state: SlotState, gen: Generator | None) -> Read:
     """From patches [b, n, d] to scores [b, n, g, r] and values [b, n, g, v]."""
     if cfg.kind == "attention":
 
         def gated(x: Tensor) -> tuple[Tensor, Tensor]:
             a = layers.linear(p["tanh"], x).tanh() * layers.linear(p["sigmoid"], x).sigmoid()
-            scores = layers.linear(p["score"], dropped(a, cfg.dropout, gen))
+            scores = layers.linear(p["score"], dropout(a, cfg.dropout, gen))
             return scores.unflatten(-1, (cfg.heads, cfg.slots)), x.unflatten(-1, (cfg.heads, -1))
 
         return gated
@@ -229,7 +235,7 @@ def reader(cfg: CompressConfig, p: Tree, state: State, gen: Generator | None) ->
     return routed
 
 
-def _asks(cfg: CompressConfig, layer: Tree, state: State) -> Tensor:
+def _asks(cfg: CompressConfig, layer: Tree, state: SlotState) -> Tensor:
     """Queries with the key projection folded in, [b, (h k), d]: q W_k x costs heads x slots products of width d per patch instead of d.
 
     The value projection waits likewise until patches are summed up.
@@ -244,65 +250,65 @@ def _asks(cfg: CompressConfig, layer: Tree, state: State) -> Tensor:
     return (torch.einsum("bhke,hed->bhkd", q, keys) * q.shape[-1] ** -0.5).flatten(1, 2)
 
 
-def closed(cfg: CompressConfig, p: Tree, state: State) -> State:
+def with_latents(cfg: CompressConfig, p: Tree, state: SlotState) -> SlotState:
     """The state with what is seen beside the patches: the latents themselves."""
     if cfg.kind != "perceiver":
         return state
     assert state.latents is not None
     layer = p["layers"][str(state.turn)]
     own = layers.norm(layer["latents"], state.latents)
-    return merged(
+    return add_states(
         state, _part(cfg, (own @ _asks(cfg, layer, state).mT)[:, :, None], own[:, :, None], None)[0]
     )
 
 
-def look(cfg: CompressConfig, p: Tree, state: State, gen: Generator | None) -> Tensor:
+def update_latents(cfg: CompressConfig, p: Tree, state: SlotState, gen: Generator | None) -> Tensor:
     """The latents [b, k, d] after a pass."""
     assert state.latents is not None
     layer = p["layers"][str(state.turn)]
-    seen = rearrange(means(cfg, p, closed(cfg, p, state)), "b 1 (h k) d -> b h k d", h=cfg.heads)
+    seen = rearrange(slot_means(cfg, p, with_latents(cfg, p, state)), "b 1 (h k) d -> b h k d", h=cfg.heads)
     values = rearrange(layer["v"]["weight"], "(h e) d -> h e d", h=cfg.heads)
     seen = rearrange(torch.einsum("bhkd,hed->bhke", seen, values), "b h k e -> b k (h e)")
     z = state.latents + layers.linear(layer["out"], seen)
     return z + layers.linear(
         layer["down"],
-        dropped(F.gelu(layers.linear(layer["up"], layers.norm(layer["norm"], z))), cfg.dropout, gen),
+        dropout(F.gelu(layers.linear(layer["up"], layers.norm(layer["norm"], z))), cfg.dropout, gen),
     )
 
 
-def means(cfg: CompressConfig, p: Tree, state: State) -> Tensor:
+def slot_means(cfg: CompressConfig, p: Tree, state: SlotState) -> Tensor:
     """What each row saw, [b, g, r, v]; 0 where nothing."""
     weight = state.weight + _TINY if cfg.kind == "moe" else state.weight.masked_fill(state.weight == 0, 1.0)
-    return (state.total / weight[..., None]).to(dtype_of(p))
+    return (state.total / weight[..., None]).to(compute_dtype(p))
 
 
-def shares(cfg: CompressConfig, raw: Tensor, closed: State) -> Tensor:
-    """Weights [b, n, k] from what `parts` gives, the mean over heads; `closed` has the sums over all patches."""
+def slot_shares(cfg: CompressConfig, raw: Tensor, closed: SlotState) -> Tensor:
+    """Weights [b, n, k] from what `block_sums` gives, the mean over heads; `with_latents` has the sums over all patches."""
     if cfg.kind == "moe":
         return raw[:, :, 0]
     weight = closed.weight.masked_fill(closed.weight == 0, 1.0)
-    share = (raw - finite(closed.top)[:, None]).exp() / weight[:, None]
+    share = (raw - finite_top(closed.top)[:, None]).exp() / weight[:, None]
     return share.flatten(2).unflatten(-1, (-1, cfg.slots)).mean(2).to(raw.dtype)
 
 
-def dropped(x: Tensor, rate: float, gen: Generator | None) -> Tensor:
+def dropout(x: Tensor, rate: float, gen: Generator | None) -> Tensor:
     """Dropout, where there is a generator."""
     if gen is None or not rate:
         return x
     return x * (torch.rand(x.shape, generator=gen, device=gen.device).to(x.device) >= rate) / (1 - rate)
 
 
-def dtype_of(p: Tree) -> torch.dtype:
+def compute_dtype(p: Tree) -> torch.dtype:
     """In which all is computed: float32, float64 if a parameter is."""
     return torch.float64 if any(t.dtype == torch.float64 for t in flatten(p).values()) else torch.float32
 
 
-def device_of(p: Tree) -> torch.device:
+def compute_device(p: Tree) -> torch.device:
     """Where all is computed."""
     return next(iter(flatten(p).values())).device
 
 
-def widened(p: Tree) -> Tree:
+def widen(p: Tree) -> Tree:
     """The parameters in that dtype."""
-    dtype = dtype_of(p)
+    dtype = compute_dtype(p)
     return map_leaves(lambda t: t.to(dtype), p)

@@ -27,8 +27,8 @@ class TextConfig:
     def __attrs_post_init__(self) -> None:
         if min(self.vocabulary, self.context, self.dim, self.depth, self.heads) < 1 or self.dim % self.heads:
             raise ValueError(f"TextConfig: sizes must be positive and dim a multiple of heads, got {self}")
-        config.within(self, "TextConfig", vocabulary=(1, 2**24), context=(1, 2**17), dim=config.WIDTH)
-        config.within(self, "TextConfig", depth=config.DEPTHS, heads=config.DEPTHS)
+        config.check_bounds(self, "TextConfig", vocabulary=(1, 2**24), context=(1, 2**17), dim=config.WIDTH)
+        config.check_bounds(self, "TextConfig", depth=config.DEPTHS, heads=config.DEPTHS)
 
 
 def init_text(cfg: TextConfig, gen: Generator) -> Tree:

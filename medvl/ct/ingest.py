@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from medvl.base import files, store
 from medvl.base.display import track
 from medvl.base.files import PathLike
-from medvl.base.workers import pool
+from medvl.base.workers import worker_pool
 from medvl.ct import metadata_table, names, preprocess, scans
 from medvl.ct.preprocess import CtConfig, Volume
 from medvl.ct.scans import ScanError
@@ -85,7 +85,7 @@ def preprocess_folder(
         if metadata_csv
         else None
     )
-    with files.alone(out):
+    with files.file_lock(out):
         files.remove_unfinished_file(rejected_csv(out))
         done = _room(out, paths, cfg)
         tracked = _check_sources(out, paths)
@@ -150,7 +150,7 @@ def find_scans(source: PathLike) -> dict[str, Path]:
         found = [source.parent / row[column] for row in rows]
     paths: dict[str, Path] = {}
     for path in sorted(found):
-        files.check_text(path)
+        files.check_text_name(path)
         if (other := paths.setdefault(names.volume_name(path), path)) is not path:
             raise ValueError(
                 f"{source}: two scans are called {names.volume_name(path)!r}: {other} and {path}; rename one"
@@ -261,7 +261,7 @@ def _parallel(
     while queue or suspects:
         alone = bool(suspects)
         held: dict[Future, _Job] = {}
-        with pool(1 if alone else workers) as processes:
+        with worker_pool(1 if alone else workers) as processes:
             try:
                 while held or (suspects if alone else queue):
                     while (suspects if alone else queue) and len(held) < (1 if alone else 2 * workers):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from medvl.base import files
-from medvl.base.display import CLOCK
+from medvl.base.display import TIMING_KEYS
 from medvl.evaluation import metrics
 from medvl.evaluation.results import Result
 
@@ -498,6 +498,10 @@ def _panels(lines: list[dict[str, Any]]) -> dict[str, dict[str, dict[int, float]
     panels: dict[str, dict[str, dict[int, float]]] = {}
     for line in lines:
         for key, value in line.items():
-            if key not in ("step", *CLOCK) and isinstance(value, int | float) and not isinstance(value, bool):
+            if (
+                key not in ("step", *TIMING_KEYS)
+                and isinstance(value, int | float)
+                and not isinstance(value, bool)
+            ):
                 panels.setdefault(_PARTS.sub("", key, count=1), {}).setdefault(key, {})[line["step"]] = value
     return panels

@@ -11,7 +11,7 @@ import tempfile
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from medvl.base import files
+from medvl.base.text import few
 
 _log = logging.getLogger(__name__)
 _DTYPES = {
@@ -229,16 +230,18 @@ def release_memory() -> None:
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """A flat dict of tensors that torch.save wrote; nothing in the file is run."""
-    files.check_stored(path)
+    files.check_uncompressed(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, ValueError, *files.BROKEN) as e:
-        raise ValueError(f"load: {path} is not a file of plain tensors, or broken ({files.reason(e)})") from e
+    except (pickle.UnpicklingError, ValueError, *files.READ_ERRORS) as e:
+        raise ValueError(
+            f"load: {path} is not a file of plain tensors, or broken ({files.error_reason(e)})"
+        ) from e
     if not isinstance(state, dict) or not all(
         isinstance(k, str) and isinstance(t, Tensor) for k, t in state.items()
     ):
         raise ValueError(f"load: {path} must hold one flat dict of tensors")
-    files.check_own_numbers(path, state)
+    files.check_tensor_storage(path, state)
     return state
 
 
@@ -282,10 +285,3 @@ def new_folder(folder: files.PathLike) -> Iterator[Path]:
         os.replace(tmp, folder)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
-
-
-def few(items: Sequence[Any], k: int = 6) -> str:
-    """The first of the items as text, and how many more there are."""
-    return (
-        ", ".join(map(str, items[:k])) + (f" and {len(items) - k} more" if len(items) > k else "")
-    ) or "none"

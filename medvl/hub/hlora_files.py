@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from medvl.base import files
-from medvl.hub.checkpoints import Entry, few, open_weights, read_finite, save_finite
+from medvl.base.text import few
+from medvl.hub.checkpoints import Entry, open_weights, read_finite, save_finite
 from medvl.hub.peft_files import PREFIX, check_fit, folded
 from medvl.weights import lora
 from medvl.weights.lora import Adapter, LoraConfig
@@ -78,7 +79,7 @@ def _routed(
         raise ValueError(
             f"read_hlora: {path} must hold {PREFIX}LAYER.lora_route|lora_A|lora_B.weight, found {what}"
         )
-    own = {} if skeleton is None else lora.targets(LoraConfig(pattern="all-linear"), skeleton)
+    own = {} if skeleton is None else lora.target_layers(LoraConfig(pattern="all-linear"), skeleton)
     if skeleton is not None and own.keys() != layers.keys():
         missing, extra = [m for m in own if m not in layers], [m for m in layers if m not in own]
         raise ValueError(

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from medvl.base import files
 from medvl.base.display import track
+from medvl.base.text import few
 from medvl.hub.architectures import check_head, find_architecture
 from medvl.hub.checkpoints import (
     Entry,
     entries_of,
-    few,
     find_file,
     find_optional_file,
     open_weights,
@@ -240,7 +240,9 @@ def _unpacked(held: dict[str, Entry]) -> dict[str, Entry]:
     taken = {w + suffix for w, of in parts.items() for suffix in of}
     out = {k: e for k, e in held.items() if k not in taken}
     for w, of in parts.items():
-        about = four_bit.header({k: e.read() for k, e in of.items() if k.startswith(".quant_state.")}, w)
+        about = four_bit.read_quant_header(
+            {k: e.read() for k, e in of.items() if k.startswith(".quant_state.")}, w
+        )
         out[w] = Entry(
             shape=tuple(about["shape"]), dtype=getattr(torch, about["dtype"]), read=partial(_unpack, of)
         )
@@ -248,4 +250,4 @@ def _unpacked(held: dict[str, Entry]) -> dict[str, Entry]:
 
 
 def _unpack(parts: dict[str, Entry]) -> Tensor:
-    return four_bit.unpack({k: e.read() for k, e in parts.items()})
+    return four_bit.unpack_weight({k: e.read() for k, e in parts.items()})

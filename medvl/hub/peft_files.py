@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from medvl.base import files
+from medvl.base.text import few
 from medvl.hub import weight_names
 from medvl.hub.checkpoints import (
     Entry,
-    few,
     find_file,
     new_folder,
     open_weights,
@@ -82,7 +82,7 @@ def read_adapter(
     pairs, whole, kinds = _sorted_out(held, config, path)
     names = {m: m for m in pairs}
     if skeleton is not None:
-        own = lora.targets(LoraConfig(pattern=".*"), skeleton)
+        own = lora.target_layers(LoraConfig(pattern=".*"), skeleton)
         names, whole = _renamed(skeleton, pairs, whole, held, config, path)
         for m, p in pairs.items():
             check_fit(

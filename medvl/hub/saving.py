@@ -12,11 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from medvl.base import files
+from medvl.base.text import few
 from medvl.hub.architectures import quiet
-from medvl.hub.checkpoints import (
-    few,
-    new_folder,
-)
+from medvl.hub.checkpoints import new_folder
 from medvl.hub.skeletons import Skeleton
 from medvl.hub.weight_names import published_state
 from medvl.weights import four_bit
@@ -41,7 +39,7 @@ def save_skeleton(
         )
     if adapted := [n for n, w in params.items() if isinstance(w, LowRank)]:
         raise ValueError(
-            f"save: adapters are on {few(adapted, 2)}; merge them (lora.merge) or write them apart (write_adapter)"
+            f"save: adapters are on {few(adapted, 2)}; merge them (lora.merge_adapter) or write them apart (write_adapter)"
         )
     packed = {n: w for n, w in params.items() if isinstance(w, four_bit.FourBit)}
     if stacked := [n for n, w in packed.items() if w.dim() == 3]:

@@ -14,10 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from medvl.base import tree
 from medvl.base.display import track
+from medvl.base.text import few
 from medvl.hub.architectures import build_module, check_memory, count_layer_weights, find_architecture, quiet
-from medvl.hub.checkpoints import (
-    few,
-)
 from medvl.weights.lazy import leaves
 
 Params = dict[str, Tensor]  # flat: {module name: tensor}

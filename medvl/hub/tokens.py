@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from medvl.base import files
-from medvl.hub.checkpoints import few, find_file, new_folder, read_json
+from medvl.base.text import few
+from medvl.hub.checkpoints import find_file, new_folder, read_json
 
 START, END, PAD = "<|startoftext|>", "<|endoftext|>", "<|pad|>"
 

@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medvl.hub.checkpoints import (
-    Entry,
-    few,
-)
+from medvl.base.text import few
+from medvl.hub.checkpoints import Entry
 from medvl.hub.skeletons import Skeleton
 from medvl.weights import four_bit
 
@@ -108,7 +106,7 @@ def published_state(
         state |= (
             {name: t}
             if old is None
-            else {name + suffix: part for suffix, part in four_bit.pack(packed[old]).items()}
+            else {name + suffix: part for suffix, part in four_bit.pack_weight(packed[old]).items()}
         )
     if codes:
         raise ValueError(

@@ -95,7 +95,7 @@ class ChatConfig:
     )
 
     def __attrs_post_init__(self) -> None:
-        config.within(
+        config.check_bounds(
             self,
             "chat",
             context=(2, 2**24),
@@ -103,7 +103,7 @@ class ChatConfig:
             min_pixels=(0, 2**28),
             max_images=(0, 2**20),
         )
-        config.within(self, "chat", repetition_penalty=(0, 100))
+        config.check_bounds(self, "chat", repetition_penalty=(0, 100))
         if self.max_pixels and self.min_pixels > self.max_pixels:
             raise ValueError(
                 f"chat.min_pixels must not be above chat.max_pixels, got {self.min_pixels} and {self.max_pixels}"
@@ -155,7 +155,7 @@ def open_chat(
     dtype = DTYPES[model.dtype]
     each = None if model.quantize == "none" else four_bit.quantizer(four_bit.QuantConfig(kind=model.quantize))
     if model.name and device.type != "meta":
-        cut_ = shards.sharder(shards.mesh(device)) if shard else None
+        cut_ = shards.sharder(shards.process_mesh(device)) if shard else None
         skeleton, params = loading.load_skeleton(
             model.name, head="language", dtype=dtype, device=device, each=each or cut_
         )
@@ -214,7 +214,7 @@ def _try_sizes(chat: Chat, params: skeletons.Params) -> None:
             **pixels,
         }
         with torch.no_grad():
-            loss, _ = loss_sum(chat, chat.skeleton, shards.as_weights(params), batch)
+            loss, _ = loss_sum(chat, chat.skeleton, shards.lazy_shards(params), batch)
     except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as e:
         raise ValueError(
             f"model.config: sizes of this {chat.skeleton.name} do not fit each other: {' '.join(str(e).split())}"
@@ -241,7 +241,7 @@ def tokenizer_of(cfg: ModelConfig, folder: Path, texts: Sequence[str] = (), *, l
         tok.chat_template = conversations.TEMPLATES["chatml"]
         with new_folder(kept) as tmp:
             tok.save_pretrained(tmp)
-    processes.meet()
+    processes.wait_for_all()
     return tokens.tokenizer(kept)
 
 
@@ -409,7 +409,7 @@ def collate(
 def batches(chat: Chat, data: Encoded, size: int, seed: int) -> Callable[[int], dict[str, Tensor]]:
     """i -> batch: this process's share of `size` conversations, a pure function of (seed, i)."""
     share = order.batch_indices(
-        [*map(str, range(len(data.samples)))], size, seed, rank=processes.rank(), world=processes.world()
+        [*map(str, range(len(data.samples)))], size, seed, rank=processes.rank(), world=processes.world_size()
     )
     return lambda i: collate(chat, data, share(i))
 

@@ -12,6 +12,7 @@ from attrs import evolve, frozen
 from torch import Tensor
 
 from medvl.base.display import track
+from medvl.base.text import short
 
 _log = logging.getLogger(__name__)
 _PAIRS = "pairs of a better and a worse answer are not trained here, and the worse one must not be taken for the better"
@@ -780,9 +781,3 @@ def check_keys(record: Mapping[str, Any], where: str, also: Mapping[str, str]) -
 def is_empty(value: Any) -> bool:
     """Whether a value of a record says as little as if it were not there."""
     return value is None or (isinstance(value, str | list | dict) and not value)
-
-
-def short(value: Any) -> str:
-    """A value as the text of an error."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from attrs import frozen
 from torch import Tensor, nn
 
-from medvl.hub.checkpoints import few
+from medvl.base.text import few
 from medvl.hub.skeletons import Skeleton
 from medvl.language import vlm
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from medvl.base.text import few
 from medvl.components import losses
-from medvl.hub.checkpoints import few
 from medvl.hub.skeletons import Skeleton
 from medvl.language import qwen_vl
 from medvl.weights import lazy

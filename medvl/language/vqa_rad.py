@@ -15,7 +15,8 @@ from PIL import Image
 
 from medvl.base import files
 from medvl.base.display import track
-from medvl.language.encoding import check_tags, short
+from medvl.base.text import short
+from medvl.language.encoding import check_tags
 from medvl.language.images import open_image
 
 _log = logging.getLogger(__name__)

@@ -57,7 +57,7 @@ class PhantomConfig:
             raise ValueError(
                 f"PhantomConfig: valid + test must be within the {self.patients} patients, got {self.valid} and {self.test}"
             )
-        config.within(
+        config.check_bounds(
             self,
             "PhantomConfig",
             patients=config.COUNT,

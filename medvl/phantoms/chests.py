@@ -13,7 +13,7 @@ from isal import igzip
 
 from medvl.base import config, files
 from medvl.base.display import track
-from medvl.base.workers import pool
+from medvl.base.workers import worker_pool
 from medvl.ct import names
 from medvl.phantoms.chest_case import FINDINGS, ChestCase, Gen, PhantomConfig, draw_chest_case
 from medvl.phantoms.chest_report import write_chest_report
@@ -56,7 +56,7 @@ def draw_chests(cfg: PhantomConfig, folder: files.PathLike, workers: int = 1) ->
     work = partial(_write_volume, cfg, folder)
     volumes = [v for each in plan.values() for v in each]
     if workers > 1:
-        with pool(workers) as processes:
+        with worker_pool(workers) as processes:
             rows = list(track(processes.map(work, volumes, chunksize=16), "drawing chests", len(volumes)))
     else:
         rows = [work(v) for v in track(volumes, "drawing chests")]
@@ -104,7 +104,7 @@ def _begun(cfg: PhantomConfig, folder: Path) -> Path:
     """The path of the last file; the config is written first, so that two configs never mix in one folder."""
     mine, start = json.loads(json.dumps(asdict(cfg))), folder / "phantoms.config.json"
     if start.exists():
-        other = config.differences(config.read(start), mine)
+        other = config.differences(config.read_settings(start), mine)
         if other:
             raise ValueError(
                 f"{folder}: holds phantoms of another PhantomConfig ({'; '.join(other)}); choose another folder or delete it"

@@ -46,7 +46,7 @@ class ModalityConfig:
             )
         if not self.modalities or len({*self.modalities}) < len(self.modalities):
             raise ValueError(f"ModalityConfig: needs at least one modality, each once, got {self.modalities}")
-        config.within(
+        config.check_bounds(
             self,
             "ModalityConfig",
             base=config.COUNT,
@@ -54,7 +54,7 @@ class ModalityConfig:
             size=(56, 4096),
             seed=config.SEED,
         )
-        config.within(self, "ModalityConfig", train=config.COUNT, valid=config.COUNT, test=config.COUNT)
+        config.check_bounds(self, "ModalityConfig", train=config.COUNT, valid=config.COUNT, test=config.COUNT)
 
 
 @frozen(kw_only=True)

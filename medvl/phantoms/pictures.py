@@ -26,8 +26,8 @@ class PictureConfig:
     seed: int = 0
 
     def __attrs_post_init__(self) -> None:
-        config.within(self, "PictureConfig", train=config.COUNT, valid=config.COUNT, test=config.COUNT)
-        config.within(self, "PictureConfig", size=(56, 4096), seed=config.SEED)
+        config.check_bounds(self, "PictureConfig", train=config.COUNT, valid=config.COUNT, test=config.COUNT)
+        config.check_bounds(self, "PictureConfig", size=(56, 4096), seed=config.SEED)
 
 
 def draw_pictures(cfg: PictureConfig, folder: files.PathLike) -> dict[str, int]:

@@ -55,10 +55,10 @@ class SlideConfig:
     seed: int = 0
 
     def __attrs_post_init__(self) -> None:
-        config.within(
+        config.check_bounds(
             self, "SlideConfig", train=config.COUNT, valid=config.COUNT, test=config.COUNT, seed=config.SEED
         )
-        config.within(
+        config.check_bounds(
             self, "SlideConfig", dim=(32, 2**17), patches=(100, 10**8), largest=(_SMALLEST_LARGE, 10**8)
         )
         if not 0 <= self.large <= self.test:

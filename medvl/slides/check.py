@@ -9,7 +9,7 @@ from attrs import field, frozen
 
 from medvl.base.display import track
 from medvl.base.files import PathLike
-from medvl.hub.checkpoints import few
+from medvl.base.text import few
 from medvl.slides import features, names
 from medvl.slides.features import About
 from medvl.slides.formats import SUFFIXES

@@ -19,13 +19,13 @@ import torch
 from attrs import frozen
 
 from medvl.base.files import (
-    BROKEN,
+    READ_ERRORS,
     PathLike,
-    check_own_numbers,
     check_regular,
-    check_stored,
-    own_dataset,
-    reason,
+    check_tensor_storage,
+    check_uncompressed,
+    error_reason,
+    open_dataset,
 )
 
 _log = logging.getLogger(__name__)
@@ -152,7 +152,7 @@ def _open_h5(path: Path, _: int) -> Iterator[Source]:
     with h5py.File(path, "r", locking=False) as f:
         try:
             source = _inspect_h5(path, f)
-        except (ValueError, *BROKEN) as e:
+        except (ValueError, *READ_ERRORS) as e:
             if isinstance(e, ValueError) and str(e).startswith(str(path)):
                 raise
             raise ValueError(f"{path}: is a broken HDF5 file ({e})") from e
@@ -166,8 +166,8 @@ def _inspect_h5(path: Path, f: h5py.File) -> Source:
             "of them, data.features takes the whole store, and slide_store.open_slides reads it"
         )
     names = dict.fromkeys(f)
-    features = own_dataset(f, _key(names, path), path)
-    coords = own_dataset(f, "coords", path) if "coords" in names else None
+    features = open_dataset(f, _key(names, path), path)
+    coords = open_dataset(f, "coords", path) if "coords" in names else None
     attrs = dict[str, Any]()
     for holder in (f, coords, features):  # what the features say of themselves goes first
         if holder is not None:
@@ -231,14 +231,14 @@ def _open_npy(path: Path, _: int) -> Iterator[Source]:
             )
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, *BROKEN) as e:
+    except (ValueError, *READ_ERRORS) as e:
         raise ValueError(f"{path}: is not a whole .npy file ({e})") from e
     yield _arrays(path, array, None, {})
 
 
 @contextmanager
 def _open_pt(path: Path, _: int) -> Iterator[Source]:
-    check_stored(path)
+    check_uncompressed(path)
     try:
         held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as e:
@@ -251,15 +251,15 @@ def _open_pt(path: Path, _: int) -> Iterator[Source]:
             f"{path}: holds {what}; it can run code when it is loaded, and so is not. If you trust the file, convert it once: "
             f"{_CONVERT.format(str(path))}"
         ) from e
-    except (ValueError, *BROKEN) as e:
-        raise ValueError(f"{path}: is not a whole file of torch.save ({reason(e)})") from e
+    except (ValueError, *READ_ERRORS) as e:
+        raise ValueError(f"{path}: is not a whole file of torch.save ({error_reason(e)})") from e
     held = {"features": held} if isinstance(held, torch.Tensor) else held
     if not isinstance(held, dict):
         raise ValueError(f"{path}: must hold a tensor, or a dict with one, got {type(held).__name__}")
     tensors = {
         k: v.detach() for k, v in held.items() if isinstance(v, torch.Tensor) and v.layout == torch.strided
     }
-    check_own_numbers(path, tensors)
+    check_tensor_storage(path, tensors)
     key = _key(tensors, path)
     yield _arrays(
         path,

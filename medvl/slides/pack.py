@@ -23,7 +23,7 @@ from attrs import field, frozen
 from medvl.base import files
 from medvl.base.display import track
 from medvl.base.files import PathLike
-from medvl.hub.checkpoints import few
+from medvl.base.text import few
 from medvl.slides import features as slides
 from medvl.slides.features import About, Slide
 from medvl.slides.formats import STORE, Block
@@ -137,7 +137,7 @@ def open_slides(path: PathLike) -> Slides:
                 raise ValueError(
                     f"{path}: must be a store of format {STORE} and version {VERSION}, found {found[0]} and {found[1]}"
                 )
-            arrays = {k: files.own_dataset(f, k, path) for k in ("features", "coords", "rows")}
+            arrays = {k: files.open_dataset(f, k, path) for k in ("features", "coords", "rows")}
             offsets = {k: array.id.get_offset() for k, array in arrays.items()}
             if None in offsets.values():
                 raise ValueError(
@@ -252,7 +252,7 @@ def pack(
     """
     jobs: dict[str, Path] = {}
     for path in map(Path, paths):
-        files.check_text(path)
+        files.check_text_name(path)
         if jobs.setdefault(slide_name(path.name), path) != path:
             name = slide_name(path.name)
             raise ValueError(
@@ -263,7 +263,7 @@ def pack(
             f"pack: needs files, dtype float16 or float32 and size >= 1, got {len(jobs)} files, {dtype!r} and {size}"
         )
     out = Path(out)
-    with files.alone(out):
+    with files.file_lock(out):
         old = open_slides(out) if out.exists() else None
         old = old if old and old.names else None  # one in which nothing is done binds nobody to its settings
         changed = [] if old is None else _changed(old, jobs, drop, size, progress)

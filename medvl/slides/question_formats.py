@@ -10,8 +10,9 @@ from typing import Any
 from attrs import field, frozen
 
 from medvl.base import files
+from medvl.base.text import short
 from medvl.evaluation import choices
-from medvl.language.encoding import check_keys, check_order, check_other_tags, short
+from medvl.language.encoding import check_keys, check_order, check_other_tags
 
 TAG = "<image>"
 KINDS = ("captions", "questions", "benchmark", "conversations", "slidebench", "wsi_vqa")

@@ -10,8 +10,8 @@ from typing import Any, Literal
 from attrs import evolve, frozen
 
 from medvl.base import files
+from medvl.base.text import short
 from medvl.evaluation import choices
-from medvl.language.encoding import short
 from medvl.slides.question_formats import TAG, SlideConversation, inline_choice, open_records
 
 _log = logging.getLogger(__name__)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from medvl.base import files
+from medvl.base.text import few
 from medvl.base.tree import Tree
 from medvl.components.compress import CompressConfig
 from medvl.components.project import ProjectConfig
-from medvl.hub.checkpoints import Entry, entries_of, few, open_weights, read_finite, save_finite
+from medvl.hub.checkpoints import Entry, entries_of, open_weights, read_finite, save_finite
 
 _STATE, _PREFIX = "model_state_dict", "compressor."  # where a checkpoint of pretraining holds the compressor
 _CONVERT = (
@@ -221,15 +222,15 @@ def _open(path: Path, caller: str) -> dict[str, Entry]:
         state = state[_STATE]
     if not _is_state_dict(state):
         raise ValueError(f"{caller}: {path} must hold a dict of tensors, by itself or as {_STATE}")
-    files.check_own_numbers(path, state)
+    files.check_tensor_storage(path, state)
     return _strip_wrappers(entries_of(state))
 
 
 def _load_tensors(path: Path, caller: str) -> Any:
-    files.check_stored(path)
+    files.check_uncompressed(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, ValueError, *files.BROKEN) as error:
+    except (pickle.UnpicklingError, ValueError, *files.READ_ERRORS) as error:
         # The checkpoints of the reference hold metrics as NumPy numbers: say how to get the weights out.
         if isinstance(error, pickle.UnpicklingError) and "numpy" in str(error):
             command = _CONVERT.format(str(path), f"{path.with_suffix('')}_weights.pt")
@@ -238,7 +239,7 @@ def _load_tensors(path: Path, caller: str) -> Any:
                 f"when they are loaded, and so are not. If you trust the file, write its weights alone once: {command}"
             ) from error
         raise ValueError(
-            f"{caller}: {path} is not a file of plain tensors, or broken ({files.reason(error)})"
+            f"{caller}: {path} is not a file of plain tensors, or broken ({files.error_reason(error)})"
         ) from error
 
 

@@ -17,7 +17,7 @@ from medvl.base import files
 from medvl.base.display import track
 from medvl.base.tree import Tree
 from medvl.components import compress
-from medvl.components.slots import CompressConfig, State
+from medvl.components.slots import CompressConfig, SlotState
 from medvl.hub import skeletons
 from medvl.slides import features as slides
 from medvl.slides import names as slide_names
@@ -266,13 +266,13 @@ def patch_weights(
     return np.concatenate(weights), np.concatenate(places) if places else None
 
 
-def _end(cfg: CompressConfig, params: Tree, chunks: Callable[[], Iterator[Tensor]]) -> State:
+def _end(cfg: CompressConfig, params: Tree, chunks: Callable[[], Iterator[Tensor]]) -> SlotState:
     """The state behind the last patch of the last pass."""
-    state = compress.begin(cfg, params)
+    state = compress.begin_state(cfg, params)
     for turn in range(cfg.passes):
-        state = compress.begin(cfg, params, state) if turn else state
+        state = compress.begin_state(cfg, params, state) if turn else state
         for x in chunks():
-            state = compress.update(cfg, params, state, x)
+            state = compress.update_state(cfg, params, state, x)
     return state
 
 

@@ -142,7 +142,7 @@ def _of_registry(path: str, k: int, base: str, overrides: Sequence[str]) -> tupl
         "hold": cfg.hold,
     }
     return experts.open_experts(
-        path, base=base, root=cfg.root, cfg=cfg.chat, device=processes.device(cfg.device), **how
+        path, base=base, root=cfg.root, cfg=cfg.chat, device=processes.choose_device(cfg.device), **how
     ), cfg.retrieve
 
 
@@ -173,7 +173,7 @@ def ask_slide(slide: str, question: str, run: str, out: str, max_tokens: int, of
         raise ValueError(
             f"ask: {run} is a slide_vqa run and needs --slide: a file of patch features, STORE.h5::NAME, or a slide's name"
         )
-    files.check_place(out, folder=True)
+    files.check_writable(out, folder=True)
     found = look.look_at_slide(run, slide, question, out, max_tokens, offset=_offset(offset))
     print(found["answer"].strip())
     print()
@@ -206,7 +206,7 @@ def slides(
     if action == "pack":
         if not out:
             raise ValueError("slides pack: needs out, the store to make or go on with")
-        files.check_place(out)
+        files.check_writable(out)
         paths = [p for of in feature_files(features).values() for p in of]
         if not paths:
             raise ValueError(f"{features}: holds no patch features (.h5, .pt, .npy or .csv files)")
@@ -268,7 +268,7 @@ def manage(
     if action not in ACTIONS:
         raise ValueError(f"adapters: the action must be one of {', '.join(ACTIONS)}, got {action!r}")
     if action in ("build", "add"):
-        files.check_place(where)
+        files.check_writable(where)
     if action == "build":
         _build(where, path, samples, embedder, base, overrides)
     elif action == "add":
@@ -300,7 +300,7 @@ def _build(
     )
     if "{task}" in samples:
         talks = {
-            name: read_conversations(config.fill(samples, "adapters build: samples", task=name))
+            name: read_conversations(config.fill_pattern(samples, "adapters build: samples", task=name))
             for name in found
         }
     else:

@@ -48,7 +48,7 @@ def names() -> dict[str, str]:
     found = {}
     for path in sorted(EXPERIMENTS.glob("*.toml")):
         try:
-            found[path.stem] = str(config.read(path).get("about", ""))
+            found[path.stem] = str(config.read_settings(path).get("about", ""))
         except config.ConfigError as e:
             found[path.stem] = f"(not an experiment: {e})"
     return found
@@ -75,8 +75,8 @@ def resolve(exp: str, overrides: Sequence[str] = ()) -> tuple[Any, Path]:
         ConfigError: no such experiment (lists those there are), unknown system, or a record that is not valid.
     """
     path = record_of(exp)
-    raw = config.read(path)
-    written = config.digest(
+    raw = config.read_settings(path)
+    written = config.record_digest(
         raw
     )  # that of a run's name, also where it was made by a version with fewer settings
     given = {
@@ -95,7 +95,7 @@ def resolve(exp: str, overrides: Sequence[str] = ()) -> tuple[Any, Path]:
             f"{path}: system must be one of {', '.join(SYSTEMS)}, found {raw.get('system')!r} @ $.system"
         )
     cfg: Any = config.structure(raw, SYSTEMS[raw["system"]][0], where=str(path))
-    name, digest = path.stem, config.digest(cfg)
+    name, digest = path.stem, config.record_digest(cfg)
     if path.name == "config.json":
         name, _, its_own = path.parent.name.rpartition("-")
         if its_own == digest or (its_own == written and not overrides):
@@ -121,13 +121,13 @@ def record_of(exp: str) -> Path:
 def run(exp: str, overrides: Sequence[str] = (), log: Callable[[str], None] = tqdm.write) -> list[Result]:
     """Train (or go on with) an experiment, then evaluate it; the same call after a stop goes on where that was."""
     cfg, folder = resolve(exp, overrides)
-    processes.join()
+    processes.join_processes()
     log = log if processes.rank() == 0 else (lambda _: None)
     start = time.monotonic()
     _check_places(cfg, folder)
     _, system = SYSTEMS[cfg.system]
     # A second run would remove the checkpoint that the first is writing.
-    with files.alone(folder) if processes.rank() == 0 else nullcontext():
+    with files.file_lock(folder) if processes.rank() == 0 else nullcontext():
         if processes.rank() == 0:
             files.remove_unfinished(folder)
             log = _kept(log, folder)
@@ -139,7 +139,7 @@ def run(exp: str, overrides: Sequence[str] = (), log: Callable[[str], None] = tq
         log(f"trained after {_minutes(start)}")
         rows: list[Result] = []
         if processes.rank() == 0:
-            with processes.alone():
+            with processes.single_process():
                 rows = _assess(system, model, params, means, folder / "results", folder.name, log)
         log(f"done after {_minutes(start)}")
     return rows
@@ -166,7 +166,7 @@ def evaluate(
         _check_places(cfg, folder)
         system.prepare(cfg, log)
         _describe(folder, cfg)
-    record = config.load(folder / "config.json", type(cfg))
+    record = config.load_record(folder / "config.json", type(cfg))
     if changed := config.differences(config.unstructure(record), config.unstructure(cfg)):
         raise ValueError(
             f"{folder / 'config.json'}: was changed after the run was trained with it, {changed[0]}; put that back"
@@ -179,13 +179,15 @@ def evaluate(
 
 def _evaluate_run(path: Path, cfg: Any, log: Callable[[str], None]) -> list[Result]:
     record, system = SYSTEMS[cfg.system]
-    changed = config.differences(config.unstructure(config.load(path, record)), config.unstructure(cfg))
+    changed = config.differences(
+        config.unstructure(config.load_record(path, record)), config.unstructure(cfg)
+    )
     if wrong := [d for d in changed if not d.startswith(("$.data.", "$.evaluate."))]:
         raise ValueError(
             f"{path}: only data and evaluate may differ from what the run was trained with, found {wrong[0]}"
         )
-    name = f"{path.parent.name.rpartition('-')[0]}-{config.digest(cfg)}"
-    out = path.parent / (f"results-{config.digest(cfg)}" if changed else "results")
+    name = f"{path.parent.name.rpartition('-')[0]}-{config.record_digest(cfg)}"
+    out = path.parent / (f"results-{config.record_digest(cfg)}" if changed else "results")
     with _evaluating(path.parent, out):
         log = _kept(log, path.parent)
         model, params, means = system.load(path.parent)
@@ -201,14 +203,14 @@ def _kept(log: Callable[[str], None], folder: Path) -> display.Log:
 @contextmanager
 def _evaluating(folder: Path, out: Path) -> Iterator[None]:
     """A run is evaluated by any number of processes, each with results of its own, and not while it is being trained."""
-    with files.alone(folder, shared=True), files.alone(out):
+    with files.file_lock(folder, shared=True), files.file_lock(out):
         yield
 
 
 def _assess(
     system: ModuleType, model: Any, params: Any, means: Any, out: Path, name: str, log: Callable[[str], None]
 ) -> list[Result]:
-    files.check_place(out, folder=True)
+    files.check_writable(out, folder=True)
     rows, page = system.assess(model, params, means, out, name)
     results.write_results(out / "results.jsonl", rows)
     log(page.with_suffix(".md").read_text().split("\n\nIntervals are")[0])
@@ -218,13 +220,13 @@ def _assess(
 
 def _check_places(cfg: Any, folder: Path) -> None:
     """Raise where a run will write and cannot: its folder, the data it draws, its cache."""
-    files.check_place(folder / "results", folder=True)
+    files.check_writable(folder / "results", folder=True)
     for name in ("config.json", "environment.json"):
-        files.check_place(folder / name)
+        files.check_writable(folder / name)
     if cfg.data.source != "files":
-        files.check_place(cfg.data.folder, folder=True)
+        files.check_writable(cfg.data.folder, folder=True)
     if hasattr(cfg.data, "cache"):
-        files.check_place(cfg.data.cache, folder=True)
+        files.check_writable(cfg.data.cache, folder=True)
 
 
 def _describe(folder: Path, cfg: Any) -> None:
@@ -235,7 +237,7 @@ def _describe(folder: Path, cfg: Any) -> None:
         }  # so that a config.json that was changed is found out
         path = folder / "config.json"
         if not path.exists() or folder.name.endswith(
-            config.digest(cfg)
+            config.record_digest(cfg)
         ):  # that of an older version is left, the run is named by it
             files.write_text(path, json.dumps(record, indent=1) + "\n")
         files.write_text(folder / "environment.json", json.dumps(environment, indent=1) + "\n")
@@ -244,9 +246,9 @@ def _describe(folder: Path, cfg: Any) -> None:
 def _first(make: Callable[[], None]) -> None:
     """Process 0 makes what all need; the others wait and find it made: they hold no lock that it holds, and draw nothing again."""
     if processes.rank() == 0:
-        with processes.alone():
+        with processes.single_process():
             make()
-    processes.meet()
+    processes.wait_for_all()
 
 
 def _minutes(start: float) -> str:
@@ -296,7 +298,7 @@ def preprocess(
     ):  # a table or the store can then never be what is replaced
         raise ValueError(f"preprocess: sheet must end in .png, got {sheet!r}")
     for path in filter(None, (out, str(ingest.rejected_csv(out)), sheet)):
-        files.check_place(path)
+        files.check_writable(path)
     _log.setLevel(logging.INFO)
     base: dict[str, Any] = {}
     if exp:
@@ -321,7 +323,7 @@ def embed(folder: str, scan: str, out: str, metadata: str = "", settings: Sequen
     """Write one scan's embedding, float32 [d], L2-normalised, to a .npy."""
     if not out.endswith(".npy"):  # a scan can then never be what is replaced
         raise ValueError(f"embed: out must end in .npy, got {out!r}")
-    files.check_place(out)
+    files.check_writable(out)
     found = ct_clip_run.look(_ct_run(folder, "embed"), scan, (), metadata, settings)
     files.write_array(out, found["embedding"].numpy())
     print(f"{out}: {len(found['embedding'])} numbers")
@@ -369,7 +371,7 @@ def split(
     Raises:
         ValueError: unusable tables or sizes, two tables that would be cut into one file, an output that exists.
     """
-    files.check_place(out, folder=True)
+    files.check_writable(out, folder=True)
     volumes, _, findings = reports.read_labels(labels, patient=patient)
     column = reports.read_patients((labels, *tables), patient) if patient else None
     patients = volume_names.patients_of(volumes, pattern, column)

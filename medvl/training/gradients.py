@@ -35,7 +35,7 @@ def value_and_grad(loss: Loss, *, precision: str = "float32", reduce: bool = Tru
     whatever binds weights during the forward pass (`torch.func.functional_call`) still binds them when
     checkpointed activations are computed again.
 
-    Sharded leaves (`shards.shard`) get their part of the gradient, summed over processes where it arises: with
+    Sharded leaves (`shards.shard_params`) get their part of the gradient, summed over processes where it arises: with
     reduce=False it stays that sum, while other leaves have this process's own gradient.
     """
 
@@ -54,8 +54,8 @@ def value_and_grad(loss: Loss, *, precision: str = "float32", reduce: bool = Tru
         grads = []
         for leaf, grad in zip(leaves.values(), reached, strict=True):
             grads.append(torch.zeros_like(leaf) if grad is None else grad)
-        if reduce and processes.world() > 1:
-            grads = _sum_over_processes(grads, processes.world())
+        if reduce and processes.world_size() > 1:
+            grads = _sum_over_processes(grads, processes.world_size())
         metrics = {name: number.detach() for name, number in aux.metrics.items()}
         aux = Aux(metrics=metrics, means=map_leaves(Tensor.detach, aux.means))
         return value.detach(), aux, unflatten(dict(zip(leaves, grads, strict=True)))
@@ -104,7 +104,7 @@ def cached_value_and_grad(
             raise ValueError(
                 "cached_value_and_grad: needs whole parameters, got shards; leave small towers whole"
             )
-        if n <= chunk and processes.world() == 1:
+        if n <= chunk and processes.world_size() == 1:
             return whole_grad(params, batch)
 
         # 1. Embed everything without gradients; every process gets the rows of all.
@@ -114,7 +114,7 @@ def cached_value_and_grad(
         rows = {}
         for name in parts[0]:
             own = torch.cat([part[name] for part in parts])
-            rows[name] = processes.gather(_to_float32(own))
+            rows[name] = processes.gather_rows(_to_float32(own))
 
         # 2. The loss of the whole batch, and its gradient by parameters and embeddings.
         value, aux, grads = contrast_grad({"params": params, "rows": rows}, None)
@@ -127,7 +127,7 @@ def cached_value_and_grad(
             _, _, chunk_grads = chunk_grad(params, (_take_rows(batch, span), row_grads))
             for name, grad in flatten(chunk_grads).items():
                 total[name] += grad
-        if processes.world() > 1:
+        if processes.world_size() > 1:
             for grad in total.values():
                 dist.all_reduce(grad)
         # What the loss itself does with parameters is the same in all processes: added once, after the sum.
@@ -182,7 +182,7 @@ def token_value_and_grad(
         else:
             pieces = (cut(batch, span) if cut else _cut_equal_rows(batch, n, span) for span in spans)
         numbers, total = _add_up(grad, params, pieces, len(spans))
-        if processes.world() > 1:
+        if processes.world_size() > 1:
             for number in numbers.values():
                 dist.all_reduce(number)
         count = float(numbers["metrics/tokens"])
@@ -235,17 +235,17 @@ def _sum_over_processes(grads: list[Tensor], parts: float) -> list[Tensor]:
     """The gradients divided by `parts` and summed; those of shards were summed where their weight was gathered."""
     for i, grad in enumerate(grads):
         grads[i] = grad / parts  # not in place: two leaves may have one gradient
-        if processes.world() > 1 and not shards.is_shard(grad):
+        if processes.world_size() > 1 and not shards.is_shard(grad):
             dist.all_reduce(grads[i])
     return grads
 
 
 def _check_same_number(params: Tree, n: int) -> None:
     """Raise where processes that gather each other's shards have different numbers of micro-batches."""
-    if processes.world() == 1 or not shards.any_sharded(params):
+    if processes.world_size() == 1 or not shards.any_sharded(params):
         return
     device = next(iter(flatten(params).values())).device
-    numbers = processes.gather(torch.tensor([n], device=device)).tolist()
+    numbers = processes.gather_rows(torch.tensor([n], device=device)).tolist()
     if len(set(numbers)) > 1:
         raise ValueError(
             "token_value_and_grad: with sharded parameters every process needs as many micro-batches, "

@@ -43,7 +43,7 @@ class Interrupt:
     def _note(self, number: int, frame: FrameType | None) -> None:
         again = self.number and number == signal.SIGINT
         # torchrun passes a Ctrl-C on to processes that the terminal has already sent it to: that is no second one.
-        if again and not (processes.world() > 1 and time.monotonic() - self._since < 1):
+        if again and not (processes.world_size() > 1 and time.monotonic() - self._since < 1):
             raise KeyboardInterrupt
         if not self.number:
             self.number, self._since = number, time.monotonic()

@@ -69,7 +69,7 @@ class Pace:
     def __init__(self, title: str, step: int, steps: int, bar: tqdm, log: Callable[[str], None]) -> None:
         self._step, self._bar, self._log = step, bar, log
         self._line = partial(
-            tqdm.format_meter, total=steps, initial=step, prefix=title, bar_format=display.STEPS
+            tqdm.format_meter, total=steps, initial=step, prefix=title, bar_format=display.STEP_FORMAT
         )
         self._start = self._since = time.monotonic()
         self._since_step, self._seconds = step, 0.0
@@ -86,7 +86,7 @@ class Pace:
 
     def show(self, line: dict[str, Any], device: torch.device, *, stays: bool) -> None:
         """Show the numbers of a step; `stays` where the next line does not replace them."""
-        numbers = {name: v for name, v in line.items() if name != "step" and name not in display.CLOCK}
+        numbers = {name: v for name, v in line.items() if name != "step" and name not in display.TIMING_KEYS}
         shown = [f"{self._seconds:.3g} s/step"]
         # Rate and loss first: a narrow terminal shows the first numbers only.
         for name, digits in (("lr", ".2g"), ("loss", ".3g")):

@@ -86,7 +86,7 @@ def train_steps(
 ) -> State:
     """Train to `steps`, or go on from `folder/last.pt` to the same bits that an undisturbed run ends with.
 
-    Writes `metrics.jsonl` (a line per logged step; all but the keys of `display.CLOCK` are the same after a stop),
+    Writes `metrics.jsonl` (a line per logged step; all but the keys of `display.TIMING_KEYS` are the same after a stop),
     `last.pt`, and `best.pt` (the state with the highest `score` that `validate` gave).
     On SIGTERM or Ctrl-C, in whichever process, the state is saved and `Stopped` is raised; the same call goes on from
     there. A second Ctrl-C ends at once. Shards are saved whole, so that any number of processes can go on, except
@@ -118,7 +118,9 @@ def train_steps(
     watched: Tensor | None = None
     with (
         Interrupt() as stop,
-        display.bar(None, title, total=steps, initial=first, bar_format=display.STEPS, smoothing=0) as bar,
+        display.progress_bar(
+            None, title, total=steps, initial=first, bar_format=display.STEP_FORMAT, smoothing=0
+        ) as bar,
     ):
         pace = Pace(title, first, steps, bar, log)
         for i, batch in prefetch(batch_at, state.step, steps):
@@ -169,10 +171,10 @@ def _is_due(step: int, every: int, steps: int) -> bool:
 def _check_processes(path: Path, state: State, steps: int) -> None:
     """Refuse to go on with another number of processes where what each of them draws for its share would then be
     something else."""
-    same = state.processes in (0, processes.world())
+    same = state.processes in (0, processes.world_size())
     if state.drawn and not same and state.step < steps:
         raise ValueError(
-            f"{path}: was trained by {state.processes} processes, now there are {processes.world()}; each draws "
+            f"{path}: was trained by {state.processes} processes, now there are {processes.world_size()}; each draws "
             "(dropout, noise) for its "
             f"share of a batch, so the result would change: start {state.processes}, or remove the file to train anew"
         )
@@ -268,7 +270,7 @@ def _follow_means(state: State, new: Tree, follow: float) -> Tree:
 
 def _in_any(flag: bool, device: torch.device) -> bool:
     """Whether the flag is up in any process; they must all ask."""
-    if processes.world() == 1:
+    if processes.world_size() == 1:
         return flag
     up = torch.tensor(int(flag), device=device)
     dist.all_reduce(up)
@@ -277,7 +279,7 @@ def _in_any(flag: bool, device: torch.device) -> bool:
 
 def _of_first_process(number: float, device: torch.device) -> float:
     """The number that process 0 has, so that all decide alike."""
-    if processes.world() == 1:
+    if processes.world_size() == 1:
         return number
     first = torch.tensor(number, dtype=torch.float64, device=device)
     dist.broadcast(first, 0)

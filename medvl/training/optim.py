@@ -18,8 +18,8 @@ from attrs import frozen
 from torch import Generator, Tensor
 from torch.optim.adamw import adamw as _adamw
 
-from medvl.base.tree import Tree, flatten, merge, unflatten
-from medvl.weights.rounding import HALF, Packing, bunches, in_pieces, is_large
+from medvl.base.tree import Tree, flatten, merge_trees, unflatten
+from medvl.weights.rounding import HALF, Packing, group_by_size, is_large, run_in_pieces
 
 
 @frozen
@@ -144,9 +144,9 @@ def adamw(
             if rounding == "stochastic" and tensor.dtype in HALF:
                 gen = seeded(tensor.device, seed, step, name, _place(tensor))
             moved_by = partial(kernel, r=r, step=step)
-            in_pieces(moved_by, _local(tensor), _local(g[name]), moments, packing, gen)
+            run_in_pieces(moved_by, _local(tensor), _local(g[name]), moments, packing, gen)
         for r, names in groups.items():
-            for bunch in bunches({name: flat[name].numel() for name in names}):
+            for bunch in group_by_size({name: flat[name].numel() for name in names}):
                 p, d, m, v = ([_local(tree[name]) for name in bunch] for tree in (flat, g, mean, square))
                 kernel(p, d, m, v, r, step)
         return params, state
@@ -166,17 +166,17 @@ def with_master(optimizer: Optimizer) -> Optimizer:
     def init(params: Tree) -> Tree:
         copies = {name: tensor.float() for name, tensor in flatten(params).items() if tensor.dtype in HALF}
         master = unflatten(copies)
-        return {"master": master, "inner": optimizer.init(merge(params, master))}
+        return {"master": master, "inner": optimizer.init(merge_trees(params, master))}
 
     def update(grads: Tree, state: Tree, params: Tree, step: int) -> tuple[Tree, Tree]:
         before = state.get("master", {})
-        moved, inner = optimizer.update(grads, state["inner"], merge(params, before), step)
+        moved, inner = optimizer.update(grads, state["inner"], merge_trees(params, before), step)
         flat, low = flatten(moved), flatten(params)
         master = {name: flat[name] for name in flatten(before)}
         for name, tensor in master.items():
             _local(low[name]).copy_(_local(tensor))
         rounded = unflatten({name: low[name] for name in master})
-        return merge(moved, rounded), {"master": unflatten(master), "inner": inner}
+        return merge_trees(moved, rounded), {"master": unflatten(master), "inner": inner}
 
     return Optimizer(init, update)
 
@@ -206,7 +206,7 @@ def routed(choose: Callable[[str], str], optimizers: Mapping[str, Optimizer]) ->
         for key, part in split_by_optimizer(params).items():
             part, states[key] = optimizers[key].update(own_grads[key], state[key], part, step)
             moved.append(part)
-        return merge(*moved), states
+        return merge_trees(*moved), states
 
     return Optimizer(init, update)
 

@@ -24,12 +24,12 @@ class Stage:
 
     def __attrs_post_init__(self) -> None:
         check_stage(self)
-        config.within(self, f"stage {self.name}", epochs=(0, 10**6))
+        config.check_bounds(self, f"stage {self.name}", epochs=(0, 10**6))
         if self.steps and self.epochs:
             raise ValueError(
                 f"stage {self.name}: needs either steps or epochs, got {self.steps} and {self.epochs:g}"
             )
-        config.within(self, f"stage {self.name}", muon=config.RATE)
+        config.check_bounds(self, f"stage {self.name}", muon=config.RATE)
         if self.lr + self.muon <= 0:
             raise ValueError(f"stage {self.name}: lr must be above 0, got {self.lr:g}")
 
@@ -63,7 +63,7 @@ class TrainConfig:
             raise ValueError(
                 "train.moments = '8bit' needs whole weights: train.shard = false, or moments = 'float32'"
             )
-        config.within(
+        config.check_bounds(
             self,
             "train",
             batch=(1, 2**20),
@@ -72,7 +72,7 @@ class TrainConfig:
             clip=(0, 1e6),
             valid=config.COUNT_OR_NONE,
         )
-        config.within(
+        config.check_bounds(
             self, "train", log=config.COUNT_OR_NONE, save=config.COUNT_OR_NONE, validate=config.COUNT_OR_NONE
         )
         if self.batch % self.chunk:
@@ -95,8 +95,8 @@ def check_stage(stage: Any) -> None:
     in_epochs = (
         getattr(stage, "epochs", 0) > 0
     )  # then the data says how many steps that is, and this is asked again
-    config.within(stage, where, steps=config.COUNT_OR_NONE if in_epochs else config.COUNT)
-    config.within(stage, where, lr=config.RATE, weight_decay=config.RATE, warmup=config.COUNT_OR_NONE)
+    config.check_bounds(stage, where, steps=config.COUNT_OR_NONE if in_epochs else config.COUNT)
+    config.check_bounds(stage, where, lr=config.RATE, weight_decay=config.RATE, warmup=config.COUNT_OR_NONE)
     if stage.warmup > stage.steps and not in_epochs:
         raise ValueError(f"{where}: warmup must lie within its {stage.steps} steps, got {stage.warmup}")
     if not stage.train:

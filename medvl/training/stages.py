@@ -10,14 +10,23 @@ from attrs import evolve
 from torch import Tensor
 
 from medvl.base import processes
-from medvl.base.tree import Tree, count, flatten, map_leaves, matching, merge, split, unflatten
+from medvl.base.tree import (
+    Tree,
+    count_values,
+    flatten,
+    map_leaves,
+    match_names,
+    merge_trees,
+    split_tree,
+    unflatten,
+)
 from medvl.hub import skeletons
 from medvl.training import estimate, gradients, loop, states
 from medvl.training.muon import muon
 from medvl.training.optim import Optimizer, Rate, adamw, routed, warmup_cosine, with_master
 from medvl.training.record import Stage, TrainConfig
 from medvl.weights import four_bit, lora, shards
-from medvl.weights.four_bit import eight_bit
+from medvl.weights.four_bit import eight_bit_moments
 
 
 def init_trained_adapter(
@@ -35,7 +44,9 @@ def init_trained_adapter(
     chosen = [re.compile(p) for p in cfg.patterns]
     matched = lambda names: any(p.fullmatch(n) for p in chosen for n in names)
     possible = [
-        f"lora/{module}/{factor}" for module in lora.adaptable(skeleton) for factor in ("a", "b", "router")
+        f"lora/{module}/{factor}"
+        for module in lora.adaptable_layers(skeleton)
+        for factor in ("a", "b", "router")
     ]
     if not matched(possible):
         return None
@@ -47,7 +58,7 @@ def check_trainable(stage: Stage, params: Tree) -> None:
     """Raise where a stage trains what does not exist or is frozen for good."""
     flat = flatten(params)
     try:
-        hit = matching(list(flat), stage.train)
+        hit = match_names(list(flat), stage.train)
     except ValueError as e:
         raise ValueError(f"stage {stage.name}: {e}") from e
     if frozen_ := [n for n in hit if isinstance(flat[n], four_bit.FourBit)]:
@@ -105,10 +116,10 @@ def fit_stages(
         params = fit_stage(cfg, stage, params, loss_sum, batches(stage), folder / f"{i}-{stage.name}", **how)
     if not shards.any_sharded(params):
         return params
-    device = processes.device(
+    device = processes.choose_device(
         cfg.device
     )  # what no stage trained lies in parts still, and process 0 evaluates alone
-    return map_leaves(lambda t: t.to(device), shards.gather(params))
+    return map_leaves(lambda t: t.to(device), shards.gather_shards(params))
 
 
 def read_stages(
@@ -124,9 +135,9 @@ def read_stages(
     for i, stage in enumerate(cfg.stages):
         keep = cfg.keep if validated(stage) else "last"
         state = states.read_trained(
-            folder / f"{i}-{stage.name}", keep, processes.device(cfg.device), model=params
+            folder / f"{i}-{stage.name}", keep, processes.choose_device(cfg.device), model=params
         )
-        params = merge(params, state.params)
+        params = merge_trees(params, state.params)
     return params
 
 
@@ -144,14 +155,16 @@ def fit_stage(
     log: Callable[[str], None] = print,
 ) -> Tree:
     """Train what the stage names, or go on with it in `folder`; returns all parameters. As `fit_stages`, for one."""
-    trained, frozen_ = split(params, stage.train)
-    device = processes.device(cfg.device)
+    trained, frozen_ = split_tree(params, stage.train)
+    device = processes.choose_device(cfg.device)
     trained = shard_params(cfg, trained)
-    log(f"stage {stage.name}: {stage.steps} steps train {count(trained):,} of {count(params):,} parameters")
+    log(
+        f"stage {stage.name}: {stage.steps} steps train {count_values(trained):,} of {count_values(params):,} parameters"
+    )
     optimizer = make_optimizer(cfg, stage, trained, seed)
     schedule = warmup_cosine(stage.steps, stage.warmup)
     step = loop.make_step(
-        make_gradient(cfg, lambda p, b: loss_sum(merge(frozen_, p), b), cut),
+        make_gradient(cfg, lambda p, b: loss_sum(merge_trees(frozen_, p), b), cut),
         optimizer,
         clip=cfg.clip,
         seed=seed,
@@ -159,7 +172,7 @@ def fit_stage(
 
     def scored(state: states.State) -> dict[str, float]:
         assert validate is not None
-        loss = validate(merge(frozen_, state.params))
+        loss = validate(merge_trees(frozen_, state.params))
         return {"score": -loss, "loss": loss}
 
     state = loop.train_steps(
@@ -175,10 +188,10 @@ def fit_stage(
         log=log,
     )
     if (cfg.keep == "best" and validate) or cfg.shard:
-        processes.meet()  # process 0 has written it
+        processes.wait_for_all()  # process 0 has written it
         state = states.read_trained(folder, cfg.keep if validate else "last", device, model=params)
-        return merge(frozen_, state.params)
-    return merge(frozen_, state.params)
+        return merge_trees(frozen_, state.params)
+    return merge_trees(frozen_, state.params)
 
 
 def shard_params(cfg: TrainConfig, params: Tree) -> Tree:
@@ -186,7 +199,9 @@ def shard_params(cfg: TrainConfig, params: Tree) -> Tree:
 
     An adapter stays whole: it is small, and a low-rank weight wants plain factors.
     """
-    return unflatten(_parts(params, shards.mesh(processes.device(cfg.device)) if cfg.shard else None))
+    return unflatten(
+        _parts(params, shards.process_mesh(processes.choose_device(cfg.device)) if cfg.shard else None)
+    )
 
 
 def _parts(params: Tree, mesh: Any) -> dict[str, Tensor]:
@@ -212,7 +227,7 @@ def make_optimizer(cfg: TrainConfig, stage: Stage, trained: Tree, seed: int = 0)
         eps=1e-8,
         rounding="stochastic" if low and cfg.rounding == "stochastic" else "nearest",
         seed=seed,
-        packing=eight_bit() if cfg.moments == "8bit" else None,
+        packing=eight_bit_moments() if cfg.moments == "8bit" else None,
     )
     made = with_master(made) if low and cfg.rounding == "master" else made
     if not stage.muon:
@@ -254,9 +269,9 @@ def estimate_memory(
     whole = lambda p: unflatten(
         {n: estimate.gathered(t, rows[n]) if n in rows else t for n, t in flatten(p).items()}
     )
-    trained, frozen_ = split(unflatten(parts), stage.train)
+    trained, frozen_ = split_tree(unflatten(parts), stage.train)
     optimizer = make_optimizer(cfg, stage, trained, seed)
-    grad = make_gradient(cfg, lambda p, b: loss_sum(whole(merge(frozen_, p)), b), cut)
+    grad = make_gradient(cfg, lambda p, b: loss_sum(whole(merge_trees(frozen_, p)), b), cut)
     state = states.State(params=trained, opt=optimizer.init(trained))
     step = loop.make_step(grad, optimizer, clip=cfg.clip, seed=seed)
     return estimate.peak_of(

@@ -39,7 +39,7 @@ def save_state(path: files.PathLike, state: State) -> None:
 
     Process 0 writes. Shards are gathered for it, one at a time, so with these every process must call.
     """
-    trees = shards.gather({name: getattr(state, name) for name in _TREES})
+    trees = shards.gather_shards({name: getattr(state, name) for name in _TREES})
     if processes.rank() != 0:
         return
     content: dict[str, Any] = {name: trees.get(name, {}) for name in _TREES}
@@ -47,7 +47,7 @@ def save_state(path: files.PathLike, state: State) -> None:
         "step": state.step,
         "best": state.best,
         "drawn": state.drawn,
-        "processes": processes.world(),
+        "processes": processes.world_size(),
         "steps": state.steps,
     }
     with files.atomic(path) as tmp:
@@ -66,9 +66,9 @@ def read_state(path: files.PathLike, device: str | torch.device = "cpu", *, mapp
         return State(**raw)
     except FileNotFoundError as e:
         raise ValueError(f"{path}: no such checkpoint; train first, or name a run folder that has one") from e
-    except (pickle.UnpicklingError, ValueError, *files.BROKEN) as e:
+    except (pickle.UnpicklingError, ValueError, *files.READ_ERRORS) as e:
         raise ValueError(
-            f"{path}: not a whole checkpoint of medvl ({files.reason(e)}); remove the folder {Path(path).parent} "
+            f"{path}: not a whole checkpoint of medvl ({files.error_reason(e)}); remove the folder {Path(path).parent} "
             "to train its stage anew"
         ) from e
 
@@ -175,8 +175,8 @@ def resume_state(folder: Path, state: State) -> State:
         return saved
     return evolve(
         saved,
-        params=shards.placed(saved.params, state.params),
-        opt=shards.placed(saved.opt, state.opt),
+        params=shards.place_like(saved.params, state.params),
+        opt=shards.place_like(saved.opt, state.opt),
         means=map_leaves(lambda leaf: leaf.to(device, copy=True), saved.means),
     )
 

@@ -90,7 +90,7 @@ def stack_adapters(adapters: Sequence[Adapter]) -> Pool:
     return Pool(names=names, factors=factors, kinds=kinds, layout=layout, layouts=tuple(layouts))
 
 
-def select(pool: Pool, chosen: Sequence[int]) -> Pool:
+def select_adapters(pool: Pool, chosen: Sequence[int]) -> Pool:
     """The pool of only these adapters, in this order: a mixture pays for the ranks that it holds, also where a weight is 0.
 
     Raises:
@@ -98,7 +98,9 @@ def select(pool: Pool, chosen: Sequence[int]) -> Pool:
     """
     chosen, k = [int(j) for j in chosen], len(pool)
     if not chosen or len({*chosen}) < len(chosen) or not all(0 <= j < k for j in chosen):
-        raise ValueError(f"select: choose some of the {k} adapters 0..{k - 1}, each once, got {chosen}")
+        raise ValueError(
+            f"select_adapters: choose some of the {k} adapters 0..{k - 1}, each once, got {chosen}"
+        )
     names = tuple(pool.names[j] for j in chosen)
     if pool.alone:
         return pool
@@ -159,7 +161,7 @@ def compose_adapters(
       takes a dense SVD: seconds for each wide module.
 
     Args:
-        adapters: a `Pool` when composing more than once; `select` takes some of many.
+        adapters: a `Pool` when composing more than once; `select_adapters` takes some of many.
         weights: [k], or [b, k] with a row for each sample of the batch that will come; any finite numbers, not normalised here.
         density: in (0, 1]; "ties", "dare" and "magnitude_prune" need it.
         majority_sign: of the sum of values, or of the count of signs ("ties").

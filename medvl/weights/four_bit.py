@@ -153,12 +153,12 @@ def quantizer(cfg: QuantConfig = QuantConfig()) -> Callable[[str, Tensor], Tenso
                 stacklevel=2,
             )
             return t
-        return four_bit(t, cfg)
+        return quantize_matrix(t, cfg)
 
     return each
 
 
-def four_bit(t: Tensor, cfg: QuantConfig = QuantConfig()) -> Tensor:
+def quantize_matrix(t: Tensor, cfg: QuantConfig = QuantConfig()) -> Tensor:
     """One matrix [n, m], or those of all experts [e, n, m], as four-bit codes: a `FourBit` of the same shape and dtype.
 
     Raises:
@@ -182,13 +182,13 @@ def four_bit(t: Tensor, cfg: QuantConfig = QuantConfig()) -> Tensor:
     return _of_state(packed, state)
 
 
-def pack(w: FourBit) -> dict[str, Tensor]:
+def pack_weight(w: FourBit) -> dict[str, Tensor]:
     """{suffix: tensor} of one weight as transformers and bitsandbytes store it: "" are the codes, ".absmax" and so on their scales."""
     return {"": w.packed} | {f".{k}": t for k, t in _state_of(w).as_dict(packed=True).items()}
 
 
-def unpack(held: Mapping[str, Tensor]) -> Tensor:
-    """The weight that `pack` wrote.
+def unpack_weight(held: Mapping[str, Tensor]) -> Tensor:
+    """The weight that `pack_weight` wrote.
 
     Raises:
         ValueError: parts missing, or of the wrong size.
@@ -199,7 +199,7 @@ def unpack(held: Mapping[str, Tensor]) -> Tensor:
         raise ValueError(
             "quant: a 4-bit weight must come with .quant_state.bitsandbytes__nf4 or __fp4; it is missing"
         )
-    about = header(held)
+    about = read_quant_header(held)
     need = {
         "",
         ".absmax",
@@ -218,7 +218,7 @@ def unpack(held: Mapping[str, Tensor]) -> Tensor:
     return _of_state(held[""], _functional().QuantState.from_dict(parts, device=held[""].device))
 
 
-def header(held: Mapping[str, Tensor], name: str = "a 4-bit weight") -> dict[str, Any]:
+def read_quant_header(held: Mapping[str, Tensor], name: str = "a 4-bit weight") -> dict[str, Any]:
     """What the quant_state of a stored 4-bit weight says: shape, dtype, quant_type, blocksize, nested_offset."""
     state = next(t for k, t in held.items() if k.startswith(".quant_state."))
     try:
@@ -328,7 +328,7 @@ def _functional() -> Any:
 
 
 # Optimiser states -----------------------------------------------------------------------------------------------------------------------
-def eight_bit() -> Packing:
+def eight_bit_moments() -> Packing:
     """Moments of `optim.adamw` in 8 bits, with a scale for every 256 values, exactly as bitsandbytes keeps them.
 
     Source: Dettmers et al. 2022, arXiv:2110.02861 (blockwise dynamic quantisation).

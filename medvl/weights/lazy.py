@@ -356,7 +356,7 @@ def dense(w: Tensor) -> Tensor:
     return w.dense() if isinstance(w, Lazy) else w
 
 
-def to(
+def move_params(
     params: Mapping[str, Tensor], device: str | torch.device | None = None, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
     """The params elsewhere or in another precision; codes and scales of 4-bit weights keep theirs."""

@@ -50,7 +50,7 @@ class LoraConfig:
             raise ValueError(
                 f"LoraConfig: ranks must be positive, dropout in [0, 1), experts not negative, got {self}"
             )
-        config.within(self, "LoraConfig", rank=config.WIDTH, alpha=(0, 1e6), experts=(0, 1024))
+        config.check_bounds(self, "LoraConfig", rank=config.WIDTH, alpha=(0, 1e6), experts=(0, 1024))
         if max(ranks) > config.WIDTH[1] or not all(
             0 <= alpha <= 1e6 for alpha in self.alpha_pattern.values()
         ):
@@ -96,7 +96,7 @@ class Adapter:
         return f"Adapter({self.name or 'unnamed'}: {len(self.factors)} layers, ranks {ranks}{', gated' if self.gate else ''})"
 
 
-def targets(cfg: LoraConfig, skeleton: Any) -> dict[str, str]:
+def target_layers(cfg: LoraConfig, skeleton: Any) -> dict[str, str]:
     """{module: kind} of the layers that `cfg` names, in the order of the model.
 
     Args:
@@ -104,7 +104,7 @@ def targets(cfg: LoraConfig, skeleton: Any) -> dict[str, str]:
     Raises:
         ValueError: a target that no layer has, or nothing left of it outside the vision tower (says what there is).
     """
-    kinds = adaptable(skeleton)
+    kinds = adaptable_layers(skeleton)
     excluded = {n for n in kinds if any(_ends(n, e) for e in cfg.exclude)}
     if cfg.pattern:
         linear = {
@@ -131,7 +131,7 @@ def targets(cfg: LoraConfig, skeleton: Any) -> dict[str, str]:
     return {n: k for n, k in kinds.items() if n in hit - excluded}
 
 
-def adaptable(skeleton: Any) -> dict[str, str]:
+def adaptable_layers(skeleton: Any) -> dict[str, str]:
     """{module: kind} of every layer that an adapter can be on, in the order of the model."""
     return {n: k for n, m in skeleton.module.named_modules() if (k := _kind(m))}
 
@@ -143,11 +143,11 @@ def init_lora(
 
     A warning says how much of a mixture model "all-linear" leaves alone: the experts of a layer are one parameter, no linear layers.
     Raises:
-        ValueError: as `targets`.
+        ValueError: as `target_layers`.
     Source: Hu et al. 2021 (LoRA), arXiv:2106.09685, initialised as peft does; router of H-LoRA as its A.
     """
     factors: Factors = {}
-    kinds, scale = targets(cfg, skeleton), {}
+    kinds, scale = target_layers(cfg, skeleton), {}
     experts = {
         n: p.numel() for n, p in skeleton.module.named_parameters() if p.dim() == 3 and EXPERTS.search(n)
     }
@@ -251,7 +251,7 @@ class Merged:
     ]  # |rounded - exact| / |s B A|: how much of the correction the dtype of the result rounds away
 
 
-def merge(
+def merge_adapter(
     params: Mapping[str, Tensor],
     adapter: Adapter,
     *,
@@ -269,7 +269,7 @@ def merge(
     sharing = [m for m in adapter.factors if f"{m}.weight" not in params]
     if sharing:
         raise ValueError(
-            f"merge: {sharing[0]} has the weight {_parameter(params, sharing[0])} of another layer, which its adapter does not correct; "
+            f"merge_adapter: {sharing[0]} has the weight {_parameter(params, sharing[0])} of another layer, which its adapter does not correct; "
             "give them a weight each (skeleton, params = hub.untie(skeleton, params)), or keep the adapter apart"
         )
     tied = (
@@ -279,7 +279,7 @@ def merge(
     )
     if tied:
         raise ValueError(
-            f"merge: {tied[0]} may be tied to the head, which its adapter does not correct; give them a weight each (hub.untie), "
+            f"merge_adapter: {tied[0]} may be tied to the head, which its adapter does not correct; give them a weight each (hub.untie), "
             "keep the adapter apart, or say also_head=True"
         )
     merged, change, lost = dict(apply_lora(params, adapter)), {}, {}
@@ -291,7 +291,7 @@ def merge(
             exact = dense(low_rank_over(w, base))
         except ValueError as e:
             raise ValueError(
-                f"merge: {name}: {e}; keep the adapter apart, or compose it with one weight vector"
+                f"merge_adapter: {name}: {e}; keep the adapter apart, or compose it with one weight vector"
             ) from e
         out = exact.to(dtype or params[where].dtype)
         merged[where] = out
@@ -308,7 +308,7 @@ def low_rank_over(w: Tensor, base: Tensor) -> Tensor:
     return low_rank(base, **held)
 
 
-def count(adapter: Adapter, params: Mapping[str, Tensor]) -> tuple[int, int, float]:
+def count_adapter(adapter: Adapter, params: Mapping[str, Tensor]) -> tuple[int, int, float]:
     """(numbers to train, numbers of the model without them, their share of the sum in percent)."""
     own = sum(t.numel() for f in adapter.factors.values() for t in f.values()) + sum(
         t.numel() for t in adapter.full.values()
@@ -317,7 +317,7 @@ def count(adapter: Adapter, params: Mapping[str, Tensor]) -> tuple[int, int, flo
     return own, base, 100 * own / max(1, own + base)
 
 
-def to(
+def move_adapter(
     adapter: Adapter, device: str | torch.device | None = None, dtype: torch.dtype | None = None
 ) -> Adapter:
     """The adapter elsewhere or in another precision.
@@ -326,7 +326,7 @@ def to(
         ValueError: a dtype that is no float.
     """
     if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"lora.to: factors are floats, got {dtype}")
+        raise ValueError(f"lora.move_adapter: factors are floats, got {dtype}")
     move = lambda held: {k: t.to(device=device, dtype=dtype) for k, t in held.items()}
     factors = {m: move(f) for m, f in adapter.factors.items()}
     return evolve(adapter, factors=factors, gate=move(adapter.gate), full=move(adapter.full))

@@ -35,7 +35,7 @@ def is_large(t: Tensor) -> bool:
     return t.numel() > PIECE
 
 
-def bunches(sizes: dict[str, int]) -> list[list[str]]:
+def group_by_size(sizes: dict[str, int]) -> list[list[str]]:
     """The names in bunches of about `PIECE` values: the kernel's scratch is as large as what it is given at once."""
     found: list[list[str]] = []
     room = 0
@@ -48,7 +48,7 @@ def bunches(sizes: dict[str, int]) -> list[list[str]]:
     return found
 
 
-def in_pieces(
+def run_in_pieces(
     kernel: Callable[..., None],
     t: Tensor,
     g: Tensor,

@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from medvl.base.tree import Tree, flatten, map_leaves, matching, unflatten
+from medvl.base.tree import Tree, flatten, map_leaves, match_names, unflatten
 from medvl.weights import lazy
 
 
-def mesh(device: str | torch.device = "cpu") -> Any:
+def process_mesh(device: str | torch.device = "cpu") -> Any:
     """All processes in a row, as `torch.distributed` has them; None where there is but one."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return None
@@ -25,23 +25,23 @@ def mesh(device: str | torch.device = "cpu") -> Any:
     return init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
 
 
-def shard(params: Tree, mesh: Any, *, patterns: Sequence[str] = (".*",), least: int = 2**14) -> Tree:
+def shard_params(params: Tree, mesh: Any, *, patterns: Sequence[str] = (".*",), least: int = 2**14) -> Tree:
     """The leaves to train: matrices as shards, the rest as it is. Every process must hold the same params.
 
     Args:
-        mesh: from `mesh`; None leaves all whole.
+        mesh: from `process_mesh`; None leaves all whole.
         patterns: regexes over names; what none matches in full stays whole, as must a matrix that no linear layer or lookup uses.
         least: values; a smaller matrix stays whole, and its gradient is averaged like any.
     Raises:
         ValueError: a pattern that matches nothing, or nothing to cut.
     """
     flat = flatten(params)
-    matching(flat, patterns)
+    match_names(flat, patterns)
     cut = sharder(mesh, patterns=patterns, least=least)
     leaves = {n: cut(n, t) for n, t in flat.items()}
     if mesh is not None and not any_sharded(leaves):
         raise ValueError(
-            f"shard: none of {len(flat)} parameters is a plain matrix of at least {least} values that a pattern matches"
+            f"shard_params: none of {len(flat)} parameters is a plain matrix of at least {least} values that a pattern matches"
         )
     return unflatten(leaves)
 
@@ -49,7 +49,7 @@ def shard(params: Tree, mesh: Any, *, patterns: Sequence[str] = (".*",), least: 
 def sharder(
     mesh: Any, *, patterns: Sequence[str] = (".*",), least: int = 2**14
 ) -> Callable[[str, Tensor], Tensor]:
-    """(name, weight) -> what `shard` makes of it; given to `loading.load_skeleton` as `each`, no process ever holds the whole model.
+    """(name, weight) -> what `shard_params` makes of it; given to `loading.load_skeleton` as `each`, no process ever holds the whole model.
 
     Args:
         mesh: or a number of processes, for an estimate: of what would be cut, a plain tensor without values and with a process's rows.
@@ -75,12 +75,12 @@ def sharder(
     return cut
 
 
-def as_weights(leaves: Tree) -> Tree:
+def lazy_shards(leaves: Tree) -> Tree:
     """What a skeleton is called with: shards as weights that are gathered when used and pass their gradient back in parts."""
     return map_leaves(lambda t: lazy.sharded(t) if is_shard(t) else t, leaves)
 
 
-def gather(leaves: Tree) -> Tree:
+def gather_shards(leaves: Tree) -> Tree:
     """Whole tensors: shards as CPU tensors on process 0 and left out on the others, the rest as it is. Every process must call it."""
     if not any_sharded(leaves):
         return leaves
@@ -88,7 +88,7 @@ def gather(leaves: Tree) -> Tree:
     return unflatten({n: t for n, t in whole.items() if t is not None})
 
 
-def placed(tree: Tree, like: Tree) -> Tree:
+def place_like(tree: Tree, like: Tree) -> Tree:
     """Whole tensors of any device, placed and cut as those of `like`; both have the same names."""
     flat = flatten(tree)
 

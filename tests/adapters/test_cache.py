@@ -73,7 +73,7 @@ def test_nbytes_counts_all_and_what_is_shared_once():
     gate = torch.ones(3, 2)
     assert nbytes(evolve(adapter, gate=dict.fromkeys(SIZES, gate))) == ONE + 24
     assert nbytes(evolve(adapter, full={"head.weight": torch.zeros(5, dtype=torch.float64)})) == ONE + 40
-    assert nbytes(lora.to(adapter, dtype=torch.bfloat16)) == ONE // 2
+    assert nbytes(lora.move_adapter(adapter, dtype=torch.bfloat16)) == ONE // 2
     pool = stack_adapters([make(0), make(1)])
     assert (
         nbytes(compose_adapters(pool, [[0.2, 0.8]] * 3)) == 2 * ONE + 3 * 4 * 4
@@ -136,7 +136,7 @@ def test_levels_from_files_to_another_precision(tmp_path):
         return read_adapter(folders[i])
 
     host = cached(fetch, 4 * ONE)
-    near = cached(lambda i: lora.to(host([i])[0], dtype=torch.bfloat16), ONE)  # two of them
+    near = cached(lambda i: lora.move_adapter(host([i])[0], dtype=torch.bfloat16), ONE)  # two of them
     for ids in ([0, 1], [2, 3], [0, 1], [3, 1]):
         for i, adapter in zip(ids, near(ids), strict=True):
             assert torch.equal(adapter.factors["up"]["a"], make(i).factors["up"]["a"].bfloat16())

@@ -123,9 +123,9 @@ def test_braces_that_nobody_fills_are_refused(system, setting):
 
 def test_patterns_are_filled_once():
     """What is filled in may hold braces itself; lone braces stay."""
-    assert config.fill("{a}/{b}{a}", "x", a="{b}", b=1) == "{b}/1{b}"
-    assert config.fill("a}b{", "x", a=1) == "a}b{"
-    assert config.fill("{a}/{b}", "x", a=None, b="c") == "{a}/c"
+    assert config.fill_pattern("{a}/{b}{a}", "x", a="{b}", b=1) == "{b}/1{b}"
+    assert config.fill_pattern("a}b{", "x", a=1) == "a}b{"
+    assert config.fill_pattern("{a}/{b}", "x", a=None, b="c") == "{a}/c"
     raw = config.override(
         example("ct_clip"),
         ('data.source="files"', 'data.folder="d"', 'data.store="{folder}/{ct}/{split}.h5"'),
@@ -160,7 +160,7 @@ def test_what_is_no_setting_is_refused_when_read(tmp_path, name, text, said):
     path = tmp_path / name
     path.write_text(text)
     with pytest.raises(ConfigError) as e:
-        config.read(path)
+        config.read_settings(path)
     assert said in str(e.value)
     assert str(e.value).startswith(f"{path}: ")
     assert "\n" not in str(e.value)
@@ -196,9 +196,9 @@ def test_a_place_in_a_list_is_one_that_is_there(place):
 def test_a_byte_order_mark_is_no_syntax_error(tmp_path):
     path = tmp_path / "a.toml"
     path.write_bytes(b"\xef\xbb\xbfa = 1\n")
-    assert config.read(path) == {"a": 1}
+    assert config.read_settings(path) == {"a": 1}
     path.with_suffix(".json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
-    assert config.read(path.with_suffix(".json")) == {"a": 1}
+    assert config.read_settings(path.with_suffix(".json")) == {"a": 1}
 
 
 @pytest.mark.parametrize("system", ["['tune']", "{}", "1", "'tunes'"])

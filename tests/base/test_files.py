@@ -46,7 +46,7 @@ def place(tmp_path):
 )
 def test_a_place_that_cannot_be_written_is_refused(place, name, folder, said):
     with pytest.raises(ValueError, match=re.escape(said)) as e:
-        files.check_place(place / name, folder=folder)
+        files.check_writable(place / name, folder=folder)
     assert str(e.value).isprintable()
 
 
@@ -60,29 +60,29 @@ def test_a_place_in_a_folder_that_is_read_only(place, monkeypatch):
     with pytest.raises(
         ValueError, match=r"a.h5: cannot be written \(Permission denied\); give another place"
     ):
-        files.check_place(place / "a.h5")
+        files.check_writable(place / "a.h5")
 
 
 def test_a_file_that_is_read_only(place, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, how: how != os.W_OK)
     with pytest.raises(ValueError, match="file: is there and may not be written to"):
-        files.check_place(place / "file")
+        files.check_writable(place / "file")
 
 
 def test_a_working_folder_that_was_removed(place, monkeypatch):
     monkeypatch.chdir(place / "folder")
     (place / "folder").rmdir()
     with pytest.raises(ValueError, match=r"a.h5: cannot be written \(No such file or directory\)"):
-        files.check_place("a.h5")
+        files.check_writable("a.h5")
 
 
 def test_a_good_place_is_left_as_it_was(place):
     before = sorted(place.rglob("*"))
-    files.check_place(place / "file")
-    files.check_place(place / "folder", folder=True)
-    files.check_place(place / "down" / "new" / "deep", folder=True)
-    files.check_place(place / "new" / "a.h5")
-    files.check_place(place / "nowhere")  # a link to nothing is replaced
+    files.check_writable(place / "file")
+    files.check_writable(place / "folder", folder=True)
+    files.check_writable(place / "down" / "new" / "deep", folder=True)
+    files.check_writable(place / "new" / "a.h5")
+    files.check_writable(place / "nowhere")  # a link to nothing is replaced
     assert sorted(place.rglob("*")) == before
     assert (place / "file").read_text() == "kept"
 
@@ -132,7 +132,7 @@ def test_what_is_no_file_is_refused_and_not_waited_for(place):
     with pytest.raises(ValueError, match=r"/dev/zero: must be a file, found a device"):
         files.read_csv("/dev/zero")
     for read in (
-        config.read,
+        config.read_settings,
         store.open_store,
         images.open_image,
         questions.read_slide_conversations,

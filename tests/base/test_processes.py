@@ -13,18 +13,18 @@ PAIR = """
 import sys, torch
 from medvl.base import processes; from medvl.weights import shards
 from medvl.training.gradients import Aux, cached_value_and_grad
-processes.join(init_method="file://" + sys.argv[2] + "/store", rank=int(sys.argv[1]), world_size=2)
-processes.join(init_method="file://" + sys.argv[2] + "/store", rank=int(sys.argv[1]), world_size=2)  # is joined already
-assert processes.gather(torch.tensor([processes.rank()])).tolist() == [0, 1]
-assert processes.world() == 2
+processes.join_processes(init_method="file://" + sys.argv[2] + "/store", rank=int(sys.argv[1]), world_size=2)
+processes.join_processes(init_method="file://" + sys.argv[2] + "/store", rank=int(sys.argv[1]), world_size=2)  # is joined already
+assert processes.gather_rows(torch.tensor([processes.rank()])).tolist() == [0, 1]
+assert processes.world_size() == 2
 if processes.rank() == 0:  # trains something for itself while the other waits, as the retriever of a registry
-    with processes.alone():
-        assert (processes.world(), processes.rank()) == (1, 0)
+    with processes.single_process():
+        assert (processes.world_size(), processes.rank()) == (1, 0)
         grad = cached_value_and_grad(lambda p, b: {"y": b["x"] * p["w"]}, lambda p, r: (r["y"].sum(), Aux()), chunk=1)
         assert grad({"w": torch.ones(())}, {"x": torch.arange(3.0)})[2]["w"] == 3
-    assert processes.world() == 2
-processes.meet()
-cut = shards.shard({"w": torch.ones(256, 256)}, shards.mesh())
+    assert processes.world_size() == 2
+processes.wait_for_all()
+cut = shards.shard_params({"w": torch.ones(256, 256)}, shards.process_mesh())
 for _ in range(20):
     kept = cut["w"].full_tensor()
 """
@@ -47,5 +47,5 @@ def test_processes_leave_in_order(
 
 def test_one_process_joins_nothing(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    processes.join()
-    assert (processes.world(), processes.rank()) == (1, 0)
+    processes.join_processes()
+    assert (processes.world_size(), processes.rank()) == (1, 0)

@@ -16,15 +16,15 @@ from medvl.base import tree
 from medvl.components import slots
 from medvl.components.compress import (
     CompressConfig,
-    begin,
+    begin_state,
     compress,
     compress_stream,
-    finalize,
+    finalize_state,
     init_compress,
-    merge,
+    merge_states,
     reference_aux,
     slot_weights,
-    update,
+    update_state,
 )
 
 D, K, H = 24, 6, 10
@@ -188,7 +188,7 @@ def test_gradients_are_the_references(gen):
     ("sizes", "count"), [((1024, 16), 16_850_960), ((1024, 32), 33_701_920), ((512, 32), 16_859_168)]
 )
 def test_number_of_parameters(sizes, count, gen):
-    assert tree.count(init_compress(CompressConfig(dim=sizes[0], slots=sizes[1]), gen)) == count
+    assert tree.count_values(init_compress(CompressConfig(dim=sizes[0], slots=sizes[1]), gen)) == count
 
 
 def test_balance_is_the_one_of_transformers(gen):
@@ -249,7 +249,7 @@ def test_noise_and_dropout_need_a_generator(gen):
 def test_dropout_keeps_the_mean(kind, gen):
     cfg, p = _case(kind, gen)
     cfg, x = evolve(cfg, noise=0.0, dropout=0.5), _patches(gen, 1, 50, D)
-    hidden = slots.dropped(torch.ones(400, 100), 0.5, gen)
+    hidden = slots.dropout(torch.ones(400, 100), 0.5, gen)
     assert set(hidden.unique().tolist()) == {0.0, 2.0}
     assert abs(float(hidden.mean()) - 1) < 0.02
     assert not torch.allclose(compress(cfg, p, x, gen=gen).tokens, compress(cfg, p, x).tokens)
@@ -412,7 +412,7 @@ def test_few_or_no_patches_are_defined(kind, n, gen):
             "perceiver 2": lambda: _perceiver(cfg, p, x[0])[0],
         }.get(kind, lambda: _mlp(p["experts"], torch.zeros(K, D).double()))
         torch.testing.assert_close(out.tokens, zero().expand(2, -1, -1))
-        _close(finalize(cfg, p, _all(begin(cfg, p), cfg, p, [])), _first(out))
+        _close(finalize_state(cfg, p, _all(begin_state(cfg, p), cfg, p, [])), _first(out))
 
 
 # Streams --------------------------------------------------------------------------------------------------------------------------------
@@ -423,9 +423,9 @@ def _first(out):
 def _all(state, cfg, p, chunks):
     """The state at the end of the last pass."""
     for turn in range(cfg.passes):
-        state = begin(cfg, p, state) if turn else state
+        state = begin_state(cfg, p, state) if turn else state
         for x in chunks:
-            state = update(cfg, p, state, x)
+            state = update_state(cfg, p, state, x)
     return state
 
 
@@ -454,15 +454,16 @@ def test_any_order_and_tree_of_merges(kind, gen):
     parts = x[torch.randperm(300, generator=gen)].split([1, 40, 9, 100, 150])
     state = None
     for _ in range(cfg.passes):
-        start = begin(cfg, p, state)
-        leaves = [update(cfg, p, start, c) for c in parts]
-        left = reduce(merge, leaves)
-        state = merge(
-            merge(leaves[3], merge(leaves[4], leaves[1])), merge(start, merge(leaves[2], leaves[0]))
+        start = begin_state(cfg, p, state)
+        leaves = [update_state(cfg, p, start, c) for c in parts]
+        left = reduce(merge_states, leaves)
+        state = merge_states(
+            merge_states(leaves[3], merge_states(leaves[4], leaves[1])),
+            merge_states(start, merge_states(leaves[2], leaves[0])),
         )
         for name in ("top", "weight", "total"):
             torch.testing.assert_close(getattr(state, name), getattr(left, name))
-    _close(finalize(cfg, p, state), want)
+    _close(finalize_state(cfg, p, state), want)
 
 
 @kinds
@@ -471,10 +472,12 @@ def test_masked_and_empty_chunks_are_no_chunks(kind, gen):
     x, nothing = _patches(gen, 50, D), torch.full((9, D), torch.nan, dtype=torch.float64)
     state = None
     for _ in range(cfg.passes):
-        state = update(cfg, p, begin(cfg, p, state), nothing, torch.zeros(9, dtype=torch.bool))
-        state = update(cfg, p, state, torch.cat([x, nothing]), torch.arange(59) < 50)
-        state = update(cfg, p, update(cfg, p, state, x[:0]), nothing, torch.zeros(9, dtype=torch.bool))
-    _close(finalize(cfg, p, state), _first(compress(cfg, p, x[None])))
+        state = update_state(cfg, p, begin_state(cfg, p, state), nothing, torch.zeros(9, dtype=torch.bool))
+        state = update_state(cfg, p, state, torch.cat([x, nothing]), torch.arange(59) < 50)
+        state = update_state(
+            cfg, p, update_state(cfg, p, state, x[:0]), nothing, torch.zeros(9, dtype=torch.bool)
+        )
+    _close(finalize_state(cfg, p, state), _first(compress(cfg, p, x[None])))
 
 
 @kinds
@@ -496,12 +499,12 @@ def test_shares_of_patches_when_streamed(kind, gen):
     x = _patches(gen, 1200, D)
     out = compress(cfg, p, x[None], routing=True)
     torch.testing.assert_close(out.routing.sum(1), out.mass)
-    state = _all(begin(cfg, p), cfg, p, x.split(500))
+    state = _all(begin_state(cfg, p), cfg, p, x.split(500))
     got = torch.cat([slot_weights(cfg, p, c, state) for c in x.split(700)])
     torch.testing.assert_close(got, out.routing[0])
     if kind == "moe":
         assert torch.equal(slot_weights(cfg, p, x), got)
-        centres = (got / finalize(cfg, p, state).mass).T @ x
+        centres = (got / finalize_state(cfg, p, state).mass).T @ x
         torch.testing.assert_close(_mlp(p["experts"], centres), out.tokens[0])
 
 
@@ -509,15 +512,15 @@ def test_shares_of_patches_when_streamed(kind, gen):
 def test_slides_of_one_case_are_one_bag(kind, gen):
     cfg, p = _case(kind, gen)
     slides = _patches(gen, 30, D), _patches(gen, 700, D) + 1, _patches(gen, 0, D)
-    case = reduce(merge, [update(cfg, p, begin(cfg, p), x) for x in slides])
-    _close(finalize(cfg, p, case), _first(compress(cfg, p, torch.cat(slides)[None])))
+    case = reduce(merge_states, [update_state(cfg, p, begin_state(cfg, p), x) for x in slides])
+    _close(finalize_state(cfg, p, case), _first(compress(cfg, p, torch.cat(slides)[None])))
 
 
 OTHER = """
 import pickle, sys
-from medvl.components.compress import begin, update
+from medvl.components.compress import begin_state, update_state
 cases = pickle.load(open(sys.argv[1], "rb"))
-states = {kind: update(cfg, p, begin(cfg, p), x) for kind, (cfg, p, x) in cases.items()}
+states = {kind: update_state(cfg, p, begin_state(cfg, p), x) for kind, (cfg, p, x) in cases.items()}
 pickle.dump(states, open(sys.argv[2], "wb"))
 """
 
@@ -533,19 +536,19 @@ def test_two_processes_are_one(gen, tmp_path):
     subprocess.run([sys.executable, "-c", OTHER, str(tmp_path / "in"), str(tmp_path / "out")], check=True)
     theirs = pickle.loads((tmp_path / "out").read_bytes())
     for kind, (cfg, p, x) in cases.items():
-        here = update(cfg, p, begin(cfg, p), x[:90])
-        _close(finalize(cfg, p, merge(here, theirs[kind])), _first(compress(cfg, p, x[None])))
+        here = update_state(cfg, p, begin_state(cfg, p), x[:90])
+        _close(finalize_state(cfg, p, merge_states(here, theirs[kind])), _first(compress(cfg, p, x[None])))
 
 
 def test_a_million_patches_lose_nothing(gen):
     """Sums are float64: 200 times the same 5,000 patches are the mean of them once."""
     cfg, p = _case("moe", gen, torch.float32)
     x = _patches(gen, 5000, D, dtype=torch.float32)
-    state = once = update(cfg, p, begin(cfg, p), x)
+    state = once = update_state(cfg, p, begin_state(cfg, p), x)
     for _ in range(199):
-        state = merge(state, once)
-    want = finalize(cfg, p, once)
-    got = finalize(cfg, p, state)
+        state = merge_states(state, once)
+    want = finalize_state(cfg, p, once)
+    got = finalize_state(cfg, p, state)
     torch.testing.assert_close(got.tokens, want.tokens, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(got.mass, want.mass * 200)
     assert int(got.count.sum()) == 2_000_000
@@ -562,10 +565,12 @@ def test_errors(gen):
         compress(cfg, p, x[..., :8])
     with pytest.raises(ValueError, match=r"mask must be bool \[2, 5\] like x, got torch.float32"):
         compress(cfg, p, x, torch.ones(2, 5))
-    with pytest.raises(ValueError, match=r"update: x must be floating point \[c, 24\], got torch.int64"):
-        update(cfg, p, begin(cfg, p), x[0].long())
-    with pytest.raises(ValueError, match=r"update: x must be .* got torch.float32 \[0\]"):
-        update(cfg, p, begin(cfg, p), torch.zeros(0))
+    with pytest.raises(
+        ValueError, match=r"update_state: x must be floating point \[c, 24\], got torch.int64"
+    ):
+        update_state(cfg, p, begin_state(cfg, p), x[0].long())
+    with pytest.raises(ValueError, match=r"update_state: x must be .* got torch.float32 \[0\]"):
+        update_state(cfg, p, begin_state(cfg, p), torch.zeros(0))
     with pytest.raises(ValueError, match=r"slot_weights: x must be"):
         slot_weights(cfg, p, x)
     for wrong, message in [
@@ -586,38 +591,39 @@ def test_patches_that_are_not_finite_are_named(kind, bad, gen):
     x = _patches(gen, 40, D, dtype=torch.float32)
     x[17, 3] = bad
     with pytest.raises(
-        ValueError, match=r"update: patches must be finite, got NaN or infinity in rows \[17\] of the chunk"
+        ValueError,
+        match=r"update_state: patches must be finite, got NaN or infinity in rows \[17\] of the chunk",
     ):
-        update(cfg, p, begin(cfg, p), x)
-    assert finalize(cfg, p, _all(begin(cfg, p), cfg, p, [])).tokens.isfinite().all()
+        update_state(cfg, p, begin_state(cfg, p), x)
+    assert finalize_state(cfg, p, _all(begin_state(cfg, p), cfg, p, [])).tokens.isfinite().all()
 
 
 def test_states_that_do_not_fit(gen):
     cfg, p = _case("perceiver 2", gen)
     x = _patches(gen, 10, D)
-    one = update(cfg, p, begin(cfg, p), x)
+    one = update_state(cfg, p, begin_state(cfg, p), x)
     with pytest.raises(
         ValueError,
-        match=r"finalize: the state must be of the last pass, got pass 1 of 2; begin\(cfg, params, state\)",
+        match=r"finalize_state: the state must be of the last pass, got pass 1 of 2; begin_state\(cfg, params, state\)",
     ):
-        finalize(cfg, p, one)
+        finalize_state(cfg, p, one)
     with pytest.raises(
         ValueError, match=r"slot_weights: perceiver needs the state .* got that of pass 1 of 2"
     ):
         slot_weights(cfg, p, x, one)
     with pytest.raises(ValueError, match="got none"):
         slot_weights(cfg, p, x)
-    two = begin(cfg, p, one)
-    with pytest.raises(ValueError, match=r"begin: there must be a pass after .* got pass 2 of 2"):
-        begin(cfg, p, two)
-    with pytest.raises(ValueError, match="merge: both states must come from one config and pass"):
-        merge(one, two)
-    with pytest.raises(ValueError, match="merge: the latents of both states must be the same"):
-        merge(two, begin(cfg, p, update(cfg, p, begin(cfg, p), x + 1)))
+    two = begin_state(cfg, p, one)
+    with pytest.raises(ValueError, match=r"begin_state: there must be a pass after .* got pass 2 of 2"):
+        begin_state(cfg, p, two)
+    with pytest.raises(ValueError, match="merge_states: both states must come from one config and pass"):
+        merge_states(one, two)
+    with pytest.raises(ValueError, match="merge_states: the latents of both states must be the same"):
+        merge_states(two, begin_state(cfg, p, update_state(cfg, p, begin_state(cfg, p), x + 1)))
     with pytest.raises(ValueError, match="compress_stream: 2 passes need chunks that can be read again"):
         compress_stream(cfg, p, iter([x]))
     again = compress_stream(cfg, p, lambda: iter(x.split(3)))
     _close(again, _first(compress(cfg, p, x[None])))
     other, q = _case("moe", gen)
-    with pytest.raises(ValueError, match="merge: both states"):
-        merge(begin(other, q), begin(*_case("soft_moe", gen)))
+    with pytest.raises(ValueError, match="merge_states: both states"):
+        merge_states(begin_state(other, q), begin_state(*_case("soft_moe", gen)))

@@ -10,7 +10,7 @@ from attrs import evolve
 from torch import Tensor
 
 from medvl.components import encode
-from medvl.components.encode import WINDOWS, EncodeConfig, chunk_size, encode_slices, width, windows
+from medvl.components.encode import WINDOWS, EncodeConfig, chunk_size, embedding_width, encode_slices, windows
 from medvl.hub import loading, saving, skeletons
 from medvl.weights import lora
 
@@ -140,7 +140,7 @@ def test_pools(kind):
         for pool, target in want.items():
             cfg = EncodeConfig(pool=pool)
             got = encode_slices(cfg, params, v, MASK, vit=skeleton)
-            assert got.shape == (3, 5, width(cfg, skeleton))
+            assert got.shape == (3, 5, embedding_width(cfg, skeleton))
             torch.testing.assert_close(got[1], target, rtol=1e-5, atol=1e-5)
 
 
@@ -158,7 +158,7 @@ def test_a_grid_pools_every_cell_by_itself():
             ]
             want = torch.cat([torch.cat([c.mean(1), c.amax(1)], 1) for c in cells], 1)
             got = encode_slices(cfg, params, v, MASK, vit=skeleton)
-            assert got.shape == (3, 5, width(cfg, skeleton))
+            assert got.shape == (3, 5, embedding_width(cfg, skeleton))
             torch.testing.assert_close(got[1], want, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="grid 3 must divide the 4 x 4 patches"):
         encode_slices(EncodeConfig(pool="max", grid=3), params, v, MASK, vit=skeleton)
@@ -303,7 +303,7 @@ def test_each_volume_has_its_own_mixture_of_adapters(kind, checkpoint, gen, monk
         adapter = lora.init_lora(lora.LoraConfig(rank=4, pattern="all-linear", vision=True), skeleton, gen)
         for f in adapter.factors.values():
             f["b"].normal_(std=0.2, generator=gen)
-        adapters.append(lora.to(adapter, dtype=torch.float64))
+        adapters.append(lora.move_adapter(adapter, dtype=torch.float64))
         gates.append(torch.rand(3, 4, generator=gen, dtype=torch.float64))
 
     def adapted(samples, leaf):

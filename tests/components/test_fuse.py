@@ -4,7 +4,7 @@ from attrs import evolve
 
 from medvl.base.tree import map_leaves
 from medvl.components import layers
-from medvl.components.fuse import FuseConfig, fuse, init_fuse, width
+from medvl.components.fuse import FuseConfig, fuse, fused_width, init_fuse
 
 CFG = FuseConfig(dim=24, depth=2, heads=3)
 POOLS = ["cls", "mean", "max", "mean+max", "attention"]
@@ -81,7 +81,7 @@ def test_padding_changes_nothing(pool, gen):
         torch.nn.functional.pad(mm, (4, 4), value=1e4),
     )
     torch.testing.assert_close(wide, want)
-    assert want.shape == (3, width(cfg))
+    assert want.shape == (3, fused_width(cfg))
 
 
 @pytest.mark.parametrize("pool", POOLS)
@@ -120,7 +120,7 @@ def test_inputs_are_projected_and_skip_shows_them_to_the_end(gen):
     assert init_fuse(cfg, gen).keys() == p.keys()
     z = torch.randn(3, 7, 10, generator=gen, dtype=torch.float64)
     got = fuse(cfg, p, z, mask, mm)
-    assert got.shape == (3, width(cfg)) == (3, 2 * 24 + 2 * 10)
+    assert got.shape == (3, fused_width(cfg)) == (3, 2 * 24 + 2 * 10)
     torch.testing.assert_close(got[:, :48], fuse(plain, p, layers.linear(p["into"], z), mask, mm))
     seen = torch.nn.functional.layer_norm(z, (10,), p["skip"]["weight"], p["skip"]["bias"])
     want = torch.stack([torch.cat([v[m].mean(0), v[m].amax(0)]) for v, m in zip(seen, mask, strict=True)])

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from medvl.components import losses
-from medvl.components.losses import clip_loss, siglip_loss, token_cross_entropy, token_mean, trained
+from medvl.components.losses import clip_loss, siglip_loss, token_cross_entropy, token_mean, trained_mask
 from medvl.training import gradients
 
 
@@ -104,7 +104,7 @@ def test_token_loss_is_the_plain_one(gen, chunk, biased):
     total, count = token_cross_entropy(hidden, head, labels, bias=bias, chunk=chunk)
     want = _plain(hidden, head, labels, bias)
     torch.testing.assert_close(total, want)
-    assert int(count) == int((labels[:, 1:] != -100).sum()) == int(trained(labels).sum())
+    assert int(count) == int((labels[:, 1:] != -100).sum()) == int(trained_mask(labels).sum())
     for got, g in zip(
         torch.autograd.grad(3 * total, wanted), torch.autograd.grad(3 * want, wanted), strict=True
     ):
@@ -217,7 +217,7 @@ def test_the_loss_of_a_batch_is_a_mean_over_tokens(gen):
     hidden, head, _, labels = _words(gen, b=4)
     labels[0], labels[0, 5] = -100, 2
     params = {"hidden": hidden, "head": head}
-    count = trained(labels).sum()
+    count = trained_mask(labels).sum()
 
     def part(rows, total):
         def loss(p, _):

@@ -20,7 +20,7 @@ def test_it_is_two_layers_and_a_gelu(gen):
 
 
 def test_number_of_parameters(gen):
-    assert tree.count(init_project(ProjectConfig(), gen)) == 7_344_640
+    assert tree.count_values(init_project(ProjectConfig(), gen)) == 7_344_640
 
 
 def test_errors(gen):

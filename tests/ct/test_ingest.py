@@ -560,7 +560,7 @@ def test_one_scan_is_a_source_and_what_is_done_may_be_removed(tmp_path):
 
 def test_one_run_at_a_time(tmp_path):
     source = _folder(tmp_path)
-    with files.alone(tmp_path / "s.h5"), pytest.raises(ValueError, match="another run is writing"):
+    with files.file_lock(tmp_path / "s.h5"), pytest.raises(ValueError, match="another run is writing"):
         _run(tmp_path, source)
     assert _run(tmp_path, source).done == 1
 
@@ -624,7 +624,7 @@ def _started_with_workers(tmp_path, out):
 
 
 def _started_alone(tmp_path, out):
-    run = workers.context().Process(
+    run = workers.worker_context().Process(
         target=preprocess_folder, args=(tmp_path / "in", out, SMALL), kwargs={"progress": False}
     )
     run.start()

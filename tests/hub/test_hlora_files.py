@@ -83,7 +83,7 @@ def test_key_names_and_shapes_of_the_published_files(tmp_path, name, config, ran
     """Of full size, without memory: written from the meta device, read as one number that is everywhere."""
     skeleton, width = skeletons.empty_skeleton(config, head="language"), config["hidden_size"]
     factors = {}
-    for m in lora.targets(LoraConfig(pattern="all-linear", experts=4), skeleton):
+    for m in lora.target_layers(LoraConfig(pattern="all-linear", experts=4), skeleton):
         out, into = skeleton.module.get_parameter(f"{m}.weight").shape
         meta = lambda *shape: torch.empty(*shape, device="meta")
         factors[m] = {"a": meta(rank, into), "b": meta(out, rank), "router": meta(4, into)}

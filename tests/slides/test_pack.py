@@ -253,7 +253,7 @@ def test_a_killed_packer_loses_nothing_that_was_done(tmp_path):
 
 def test_one_packer_at_a_time(folder, tmp_path):
     source, _ = folder
-    with files.alone(tmp_path / "s.h5"), pytest.raises(ValueError, match="another run is writing to it"):
+    with files.file_lock(tmp_path / "s.h5"), pytest.raises(ValueError, match="another run is writing to it"):
         pack(files_of(source), tmp_path / "s.h5")
 
 

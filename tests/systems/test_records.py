@@ -26,7 +26,7 @@ NEGATIVE = {"bias", "threshold", "mean"}  # numbers of a record that may be belo
 
 def plain(system):
     """The whole record of an experiment as plain data, defaults included."""
-    raw = config.read(ROOT / "experiments" / f"{EXPERIMENTS[system]}.toml")
+    raw = config.read_settings(ROOT / "experiments" / f"{EXPERIMENTS[system]}.toml")
     return config.unstructure(config.structure(raw, run.SYSTEMS[system][0]))
 
 
@@ -91,7 +91,7 @@ def test_nan_does_not_pass_a_record_that_is_made_in_python():
         lr: float
 
         def __attrs_post_init__(self):
-            config.within(self, "record", lr=(0, 1e30))
+            config.check_bounds(self, "record", lr=(0, 1e30))
 
     for wrong in (float("nan"), float("inf"), -1.0):
         with pytest.raises(ValueError, match=rf"record.lr must be .* got {wrong:g}"):

@@ -39,7 +39,7 @@ def trained(tmp_path_factory):
 HOLD = """
 import sys, time
 from medvl.base import files
-with files.alone(sys.argv[1]):
+with files.file_lock(sys.argv[1]):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -75,15 +75,15 @@ def test_a_second_run_in_one_folder_is_refused_and_a_dead_one_blocks_nobody(trai
 def test_evaluations_run_side_by_side_where_their_results_do(trained):
     exp, folder = trained
     with (
-        files.alone(folder, shared=True),
-        files.alone(folder / "results-other"),
+        files.file_lock(folder, shared=True),
+        files.file_lock(folder / "results-other"),
     ):  # another evaluation, with other questions
         assert run.evaluate(exp, log=lambda _: None)
         with pytest.raises(ValueError, match="another run is writing to it"):
             run.run(exp, log=lambda _: None)
     with (
-        files.alone(folder, shared=True),
-        files.alone(folder / "results"),
+        files.file_lock(folder, shared=True),
+        files.file_lock(folder / "results"),
         pytest.raises(ValueError, match="results: another run"),
     ):
         run.evaluate(exp, log=lambda _: None)
@@ -92,17 +92,20 @@ def test_evaluations_run_side_by_side_where_their_results_do(trained):
 
 def test_the_last_of_several_removes_the_lock(tmp_path):
     lock = tmp_path / ".x.lock"
-    with files.alone(tmp_path / "x", shared=True):
-        with files.alone(tmp_path / "x", shared=True):
+    with files.file_lock(tmp_path / "x", shared=True):
+        with files.file_lock(tmp_path / "x", shared=True):
             pass
         assert lock.exists()
-        with pytest.raises(ValueError, match="another run"), files.alone(tmp_path / "x"):
+        with pytest.raises(ValueError, match="another run"), files.file_lock(tmp_path / "x"):
             pass
     assert not lock.exists()
-    with files.alone(tmp_path / "x"):
+    with files.file_lock(tmp_path / "x"):
         assert lock.read_text() == f"process {os.getpid()} on {platform.node()}"
         for shared in (False, True):
-            with pytest.raises(ValueError, match="another run"), files.alone(tmp_path / "x", shared=shared):
+            with (
+                pytest.raises(ValueError, match="another run"),
+                files.file_lock(tmp_path / "x", shared=shared),
+            ):
                 pass
 
 
@@ -112,7 +115,7 @@ def test_where_a_file_system_has_no_locks_a_warning_says_so(shared, tmp_path, mo
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", without)
-    with caplog.at_level(logging.WARNING, "medvl"), files.alone(tmp_path / "x", shared=shared):
+    with caplog.at_level(logging.WARNING, "medvl"), files.file_lock(tmp_path / "x", shared=shared):
         pass
     assert "this file system has no locks (No locks available)" in caplog.text
 

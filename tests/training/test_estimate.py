@@ -114,8 +114,8 @@ def test_dropping_activations_is_seen():
 
 
 def test_a_weight_in_four_bits_counts_its_bytes():
-    q = four_bit.four_bit(torch.empty(256, 128, device="meta"))
-    assert lazy.nbytes({"q": q}) == lazy.nbytes({"q": four_bit.four_bit(torch.randn(256, 128))})
+    q = four_bit.quantize_matrix(torch.empty(256, 128, device="meta"))
+    assert lazy.nbytes({"q": q}) == lazy.nbytes({"q": four_bit.quantize_matrix(torch.randn(256, 128))})
     parts = estimate.peak_of(lambda: F.linear(torch.empty(2, 128, device="meta"), q), {"q": q})
     assert parts["q"] == lazy.nbytes({"q": q})
 

@@ -22,7 +22,7 @@ from medvl.training.loop import Every, make_step, train_steps
 from medvl.training.optim import Optimizer, Rate, adamw, routed, warmup_cosine, with_master
 from medvl.training.states import State, read_state, save_state
 from medvl.weights import lazy
-from medvl.weights.four_bit import eight_bit
+from medvl.weights.four_bit import eight_bit_moments
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -137,7 +137,7 @@ from medvl.training.loop import make_step, train_steps
 from medvl.training.states import State
 
 rank, out = int(sys.argv[1]), Path(sys.argv[2])
-processes.join(init_method=f"file://{out}/store", rank=rank, world_size=2)
+processes.join_processes(init_method=f"file://{out}/store", rank=rank, world_size=2)
 gen = torch.Generator().manual_seed(0)
 params, batch = _params(gen), _batch(gen)
 mine = {k: v[rank * 8 :][:8] for k, v in batch.items()}
@@ -160,7 +160,7 @@ try:
     train_steps(seen, State(params=params, opt=optimizer.init(params)), lambda i: torch.ones(3), steps=20, folder=out / "run")
 except Stopped as stopped:
     (out / f"stopped{rank}").write_text(str(stopped.code))
-processes.meet()
+processes.wait_for_all()
 
 lost = lambda p, x: ((p["w"] * x).sum() + (float("nan") if rank == 1 else 0.0), Aux())  # a loss of one process, no gradient
 step = make_step(value_and_grad(lost), optimizer)
@@ -168,7 +168,7 @@ try:
     train_steps(step, State(params=params, opt=optimizer.init(params)), lambda i: torch.ones(3), steps=2, folder=out / "lost")
 except FloatingPointError as e:
     (out / f"lost{rank}").write_text(str(e))
-processes.meet()
+processes.wait_for_all()
 """
 
 
@@ -638,7 +638,7 @@ def _wrong_gradient(value, at=3):
 OPTIMISERS = {
     "adamw": lambda rate: adamw(rate),
     "master": lambda rate: with_master(adamw(rate)),
-    "8bit": lambda rate: adamw(rate, packing=eight_bit()),
+    "8bit": lambda rate: adamw(rate, packing=eight_bit_moments()),
     "routed": lambda rate: routed(
         lambda n: "one" if n == "w" else "two", {"one": adamw(rate), "two": adamw(rate)}
     ),

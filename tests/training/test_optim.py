@@ -2,13 +2,13 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from medvl.base.tree import count, flatten, map_leaves, split
+from medvl.base.tree import count_values, flatten, map_leaves, split_tree
 from medvl.hub import skeletons
 from medvl.training import gradients, loop, states
 from medvl.training.muon import muon
 from medvl.training.optim import Rate, adamw, clip_gradients, routed, warmup_cosine, with_master
 from medvl.weights import rounding
-from medvl.weights.four_bit import eight_bit
+from medvl.weights.four_bit import eight_bit_moments
 from tests.tiny import TEXT
 
 BF16 = torch.bfloat16
@@ -62,7 +62,7 @@ def test_routed_is_each_optimiser_alone(gen):
     }
     got = flatten(both.update(grads, state, clone(params), 0)[0])
     for alone, patterns in ((muon(rate), ["vit/w"]), (adamw(rate), ["vit/b", "text/w"])):
-        part, of_part = split(params, patterns)[0], split(grads, patterns)[0]
+        part, of_part = split_tree(params, patterns)[0], split_tree(grads, patterns)[0]
         for name, t in flatten(alone.update(of_part, alone.init(part), clone(part), 0)[0]).items():
             assert torch.equal(got[name], t), name
 
@@ -268,7 +268,7 @@ def test_8_bit_moments_are_bitsandbytes(dtype, piece, gen, monkeypatch):
             g[:20] = 0  # rows that no token names: blocks of zeros
             peer[n].grad = g
         other.step()
-    ours = adamw(lambda n: Rate(lr=1e-3, weight_decay=0.1), packing=eight_bit())
+    ours = adamw(lambda n: Rate(lr=1e-3, weight_decay=0.1), packing=eight_bit_moments())
     state, got = ours.init(params), {n: t.clone() for n, t in params.items()}
     for step in range(10):
         grads = _grads(params, step)
@@ -288,7 +288,7 @@ def test_8_bit_moments_are_bitsandbytes(dtype, piece, gen, monkeypatch):
 def test_float64_parameters_keep_their_precision_over_8_bit_moments(gen):
     params = {"w": torch.randn(64, 64, generator=gen)}
     got, want = (
-        _walk(adamw(lambda n: Rate(lr=1e-3), packing=eight_bit()), {"w": params["w"].to(d)})[0]["w"]
+        _walk(adamw(lambda n: Rate(lr=1e-3), packing=eight_bit_moments()), {"w": params["w"].to(d)})[0]["w"]
         for d in (torch.double, None)
     )
     assert got.dtype == torch.float64
@@ -309,7 +309,7 @@ def test_large_float32_trees_are_walked_in_pieces_to_the_same_bits(piece, gen, m
 def test_every_state_is_saved_and_resumed_to_the_same_bits(kind, gen, tmp_path):
     rate = lambda n: Rate(lr=1e-4, weight_decay=0.1)
     rounding = "stochastic" if "stochastic" in kind else "nearest"
-    ours = adamw(rate, rounding=rounding, packing=eight_bit())
+    ours = adamw(rate, rounding=rounding, packing=eight_bit_moments())
     ours = with_master(ours) if "master" in kind else ours
     params = {"w": torch.randn(65, 99, generator=gen).bfloat16(), "b": torch.randn(65, generator=gen)}
     whole, end = _walk(ours, params)
@@ -329,11 +329,11 @@ def test_bytes_of_a_state_per_parameter(gen):
         "adamw": adamw(rate),
         "stochastic": adamw(rate, rounding="stochastic"),
         "master": with_master(adamw(rate)),
-        "packed": adamw(rate, packing=eight_bit()),
+        "packed": adamw(rate, packing=eight_bit_moments()),
         "muon": routed(lambda n: "m" if n == "w" else "a", {"m": muon(rate), "a": adamw(rate)}),
     }.items():
         held = sum(t.nbytes for t in flatten(o.init(params)).values())
-        each[name] = held / count(params)
+        each[name] = held / count_values(params)
     assert each == pytest.approx(
         {"adamw": 8, "stochastic": 8, "master": 12, "packed": 2.04, "muon": 4}, abs=0.01
     )

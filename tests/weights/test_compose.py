@@ -10,7 +10,7 @@ import torch
 from attrs import evolve
 from torch import nn
 
-from medvl.weights.compose import compose_adapters, fusion_error, select, stack_adapters
+from medvl.weights.compose import compose_adapters, fusion_error, select_adapters, stack_adapters
 from medvl.weights.lora import Adapter, apply_lora
 from tests import tiny
 
@@ -383,7 +383,7 @@ def test_some_of_a_pool_are_a_pool_of_these():
     adapters = make((2, 4, 6), modules=[["up", "out"], ["embed", "up"], ["out"]])
     pool = stack_adapters(adapters)
     for chosen in ([2, 0], [1], [0, 1, 2], [2]):
-        some, want = select(pool, chosen), stack_adapters([adapters[j] for j in chosen])
+        some, want = select_adapters(pool, chosen), stack_adapters([adapters[j] for j in chosen])
         assert some.names == want.names
         assert some.factors.keys() == want.factors.keys()
         w = [0.5, -2.0, 1.5][: len(chosen)]
@@ -395,8 +395,10 @@ def test_some_of_a_pool_are_a_pool_of_these():
         )
         assert max(fusion_error(some, w, compose_adapters(some, w, mode="fusion")).values()) < 1e-6
     for wrong in ([], [0, 0], [3], [-1]):
-        with pytest.raises(ValueError, match=r"select: choose some of the 3 adapters 0..2, each once"):
-            select(pool, wrong)
+        with pytest.raises(
+            ValueError, match=r"select_adapters: choose some of the 3 adapters 0..2, each once"
+        ):
+            select_adapters(pool, wrong)
 
 
 def test_a_layer_that_flattens_its_batch_refuses_weights_per_sample():

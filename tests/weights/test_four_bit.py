@@ -30,16 +30,16 @@ def matrix(shape=(48, 96), dtype=torch.float32, seed=0):
 @pytest.mark.parametrize("double", [True, False])
 def test_equals_bitsandbytes_to_the_byte(dtype, shape, kind, double):
     w = matrix(shape, dtype)
-    ours = four_bit.four_bit(w, QuantConfig(kind=kind, double=double))
+    ours = four_bit.quantize_matrix(w, QuantConfig(kind=kind, double=double))
     packed, state = peer.quantize_4bit(w, quant_type=kind, compress_statistics=double, blocksize=64)
     assert torch.equal(ours.packed, packed)
     assert torch.equal(ours.absmax, state.absmax)
     assert torch.equal(lazy.dense(ours), peer.dequantize_4bit(packed, state))
-    stored = four_bit.pack(ours)
+    stored = four_bit.pack_weight(ours)
     assert {k: v.tolist() for k, v in state.as_dict(packed=True).items()} == {
         k[1:]: v.tolist() for k, v in stored.items() if k
     }
-    again = four_bit.unpack(stored)
+    again = four_bit.unpack_weight(stored)
     assert torch.equal(lazy.dense(again), lazy.dense(ours))
     assert repr(again) == repr(ours)
 
@@ -47,7 +47,7 @@ def test_equals_bitsandbytes_to_the_byte(dtype, shape, kind, double):
 def test_values_are_the_nearest_of_the_code():
     """The naive formula: each block of 64 divided by its largest magnitude, each value the nearest of 16."""
     w = matrix((6, 64))
-    got = lazy.dense(four_bit.four_bit(w, QuantConfig(double=False)))
+    got = lazy.dense(four_bit.quantize_matrix(w, QuantConfig(double=False)))
     code = torch.tensor(CODE)
     scale = w.view(-1, 64).abs().amax(1, keepdim=True)
     near = (w.view(-1, 64) / scale.clamp(min=1e-30)).unsqueeze(-1).sub(code).abs().argmin(-1)
@@ -55,10 +55,12 @@ def test_values_are_the_nearest_of_the_code():
 
 
 def test_bits_per_weight():
-    w = {"w": four_bit.four_bit(matrix((1024, 1024)))}
+    w = {"w": four_bit.quantize_matrix(matrix((1024, 1024)))}
     assert four_bit.bits_per_weight(w) == pytest.approx(4.127, abs=0.01)
     assert (
-        four_bit.bits_per_weight({"w": four_bit.four_bit(matrix((1024, 1024)), QuantConfig(double=False))})
+        four_bit.bits_per_weight(
+            {"w": four_bit.quantize_matrix(matrix((1024, 1024)), QuantConfig(double=False))}
+        )
         == 4.5
     )
 
@@ -75,7 +77,7 @@ def test_products_and_gradients_equal_linear4bit():
     x = torch.randn(2, 5, 96)
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
     b = bias.clone().requires_grad_()
-    out, want = F.linear(ours, four_bit.four_bit(w), b), layer(theirs)
+    out, want = F.linear(ours, four_bit.quantize_matrix(w), b), layer(theirs)
     torch.testing.assert_close(out, want, rtol=0, atol=1e-6)
     grads = torch.autograd.grad(out.square().sum(), (ours, b))
     for g, h in zip(grads, torch.autograd.grad(want.square().sum(), (theirs, layer.bias)), strict=True):
@@ -83,7 +85,7 @@ def test_products_and_gradients_equal_linear4bit():
 
 
 def test_the_backward_pass_keeps_no_written_out_weight():
-    q, kept = four_bit.four_bit(matrix((256, 256))), []
+    q, kept = four_bit.quantize_matrix(matrix((256, 256))), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.nbytes), t)[1], lambda t: t):
         F.linear(torch.randn(1, 256, requires_grad=True), q)
     assert sum(kept) <= 4 * 256
@@ -158,7 +160,8 @@ def test_reads_and_writes_the_4_bit_files_of_transformers(tmp_path, kind):
     assert files[0].keys() == files[1].keys()
     assert all(torch.equal(files[0][k], files[1][k]) for k in files[0] if "quant_state" not in k)
     assert all(
-        four_bit.header({".quant_state.": f[k]}) == four_bit.header({".quant_state.": files[0][k]})
+        four_bit.read_quant_header({".quant_state.": f[k]})
+        == four_bit.read_quant_header({".quant_state.": files[0][k]})
         for f in files
         for k in f
         if "quant_state" in k
@@ -176,7 +179,7 @@ def test_reads_and_writes_the_4_bit_files_of_transformers(tmp_path, kind):
 
 # Bad input ------------------------------------------------------------------------------------------------------------------------------
 def stored(**change):
-    held = four_bit.pack(four_bit.four_bit(matrix()))
+    held = four_bit.pack_weight(four_bit.quantize_matrix(matrix()))
     state = next(k for k in held if "quant_state" in k)
     about = json.loads(bytes(held[state].tolist()).decode()) | change
     return held | {state: torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)}
@@ -186,26 +189,32 @@ BAD = [
     (lambda: QuantConfig(blocksize=48), "blocksize must be a power of two from 32 to 4096, got 48"),
     (lambda: QuantConfig(kind="int4"), "kind must be 'nf4' or 'fp4', got 'int4'"),
     (lambda: QuantConfig(skip=("(",)), r"skip holds '\(', which is no regular expression"),
-    (lambda: four_bit.four_bit(torch.ones(4)), r"needs a matrix of 16- or 32-bit floats, got \[4\] float32"),
-    (lambda: four_bit.four_bit(torch.ones(4, 4).double()), r"got \[4, 4\] float64"),
-    (lambda: four_bit.four_bit(torch.full((4, 4), torch.inf)), "values that are not finite"),
+    (
+        lambda: four_bit.quantize_matrix(torch.ones(4)),
+        r"needs a matrix of 16- or 32-bit floats, got \[4\] float32",
+    ),
+    (lambda: four_bit.quantize_matrix(torch.ones(4, 4).double()), r"got \[4, 4\] float64"),
+    (lambda: four_bit.quantize_matrix(torch.full((4, 4), torch.inf)), "values that are not finite"),
     (lambda: four_bit.quantize({"a.weight": torch.ones(4)}), "none of 1 weights is a matrix"),
     (
-        lambda: four_bit.quantize({"a.weight": four_bit.four_bit(matrix(), QuantConfig(kind="fp4"))}),
+        lambda: four_bit.quantize({"a.weight": four_bit.quantize_matrix(matrix(), QuantConfig(kind="fp4"))}),
         "a.weight must be a plain tensor, got FourBit",
     ),
-    (lambda: four_bit.unpack({k: t for k, t in stored().items() if "quant_state" not in k}), "it is missing"),
-    (lambda: four_bit.unpack({k: t for k, t in stored().items() if k != ".absmax"}), "lacks .absmax"),
     (
-        lambda: four_bit.unpack({k: t for k, t in stored().items() if k != ".nested_absmax"}),
+        lambda: four_bit.unpack_weight({k: t for k, t in stored().items() if "quant_state" not in k}),
+        "it is missing",
+    ),
+    (lambda: four_bit.unpack_weight({k: t for k, t in stored().items() if k != ".absmax"}), "lacks .absmax"),
+    (
+        lambda: four_bit.unpack_weight({k: t for k, t in stored().items() if k != ".nested_absmax"}),
         "lacks .nested_absmax",
     ),
     (
-        lambda: four_bit.unpack(stored(shape=[48, 95])),
+        lambda: four_bit.unpack_weight(stored(shape=[48, 95])),
         r"\[48, 95\] needs 2280 bytes and 72 scales, got \(2304, 72\)",
     ),
-    (lambda: four_bit.unpack(stored(quant_type="int3")), "quant_type is 'int3'"),
-    (lambda: four_bit.unpack(stored(nested_blocksize=128)), "blocks of 256, got 128"),
+    (lambda: four_bit.unpack_weight(stored(quant_type="int3")), "quant_type is 'int3'"),
+    (lambda: four_bit.unpack_weight(stored(nested_blocksize=128)), "blocks of 256, got 128"),
 ]
 
 

@@ -100,7 +100,7 @@ def test_conv1d_and_embedding():
 def test_kinds_nest():
     w, a, b = parts(dtype=torch.float32)
     x = X.float()
-    q = four_bit.four_bit(w)
+    q = four_bit.quantize_matrix(w)
     twice = weights.low_rank(weights.low_rank(q, a, b), 2 * a, b, scale=0.5)
     want = F.linear(x, weights.dense(q) + 2 * b @ a)
     torch.testing.assert_close(F.linear(x, twice), want, rtol=0, atol=1e-5)
@@ -122,7 +122,7 @@ def test_precision_is_the_wider_of_base_and_adapter():
     with torch.autocast("cpu", torch.bfloat16):
         assert F.linear(X.float(), weights.low_rank(w, a, b)).dtype == torch.bfloat16
         torch.testing.assert_close(
-            F.linear(X.float(), weights.low_rank(four_bit.four_bit(w), a, b)).float(),
+            F.linear(X.float(), weights.low_rank(four_bit.quantize_matrix(w), a, b)).float(),
             want.float(),
             rtol=0.1,
             atol=0.5,
@@ -156,7 +156,9 @@ def test_dropout_of_experts_is_behind_a_and_before_the_gates():
 # What it is as a value ------------------------------------------------------------------------------------------------------------------
 def test_moving_copying_counting():
     w, a, b = parts(dtype=torch.float32)
-    lazy = weights.low_rank(four_bit.four_bit(w), a, b, rows=torch.tensor([0, 1]), gate=torch.ones(2, 4))
+    lazy = weights.low_rank(
+        four_bit.quantize_matrix(w), a, b, rows=torch.tensor([0, 1]), gate=torch.ones(2, 4)
+    )
     half = lazy.to(torch.bfloat16)
     assert [half.dtype, half.base.dtype, half.a.dtype, half.rows.dtype] == [torch.bfloat16] * 3 + [
         torch.int64
@@ -171,7 +173,7 @@ def test_moving_copying_counting():
     assert lazy.shape == (12, 10)
     assert not lazy.requires_grad
     assert lazy.base.nbytes == 60 + 2 + 4 + 4 + 1024
-    moved = weights.to({"x": lazy, "w": w}, dtype=torch.bfloat16)
+    moved = weights.move_params({"x": lazy, "w": w}, dtype=torch.bfloat16)
     assert [moved["x"].dtype, moved["w"].dtype, moved["x"].base.absmax.dtype] == [torch.bfloat16] * 2 + [
         torch.uint8
     ]

@@ -120,14 +120,14 @@ def test_a_new_adapter_changes_nothing_and_is_drawn_as_in_peft(gen):
 def test_a_list_never_reaches_the_vision_tower_unasked(gen):
     skeleton, _ = tiny.model("qwen2_5_vl")
     names = ("gate_proj", "up_proj", "down_proj")
-    assert all(".language_model." in m for m in lora.targets(LoraConfig(targets=names), skeleton))
-    both = lora.targets(LoraConfig(targets=names, vision=True), skeleton)
+    assert all(".language_model." in m for m in lora.target_layers(LoraConfig(targets=names), skeleton))
+    both = lora.target_layers(LoraConfig(targets=names, vision=True), skeleton)
     assert sum("visual" in m for m in both) == 6
-    linear = lora.targets(LoraConfig(pattern="all-linear"), skeleton)
+    linear = lora.target_layers(LoraConfig(pattern="all-linear"), skeleton)
     assert not any("visual" in m or "lm_head" in m for m in linear)
-    regex = lora.targets(LoraConfig(pattern=r".*visual.*qkv"), skeleton)
+    regex = lora.target_layers(LoraConfig(pattern=r".*visual.*qkv"), skeleton)
     assert len(regex) == 2
-    left = lora.targets(
+    left = lora.target_layers(
         LoraConfig(targets=("up_proj", "q_proj"), exclude=("layers.0.mlp.up_proj",)), skeleton
     )
     assert len(left) == 3
@@ -136,7 +136,7 @@ def test_a_list_never_reaches_the_vision_tower_unasked(gen):
 def test_counting():
     skeleton, params = tiny.model("qwen3")
     adapter = lora.init_lora(LoraConfig(rank=2, targets=("q_proj",)), skeleton, torch.Generator())
-    own, base, share = lora.count(adapter, four_bit.quantize(params))
+    own, base, share = lora.count_adapter(adapter, four_bit.quantize(params))
     assert own == 2 * 2 * (32 + 32)
     assert base == sum(t.numel() for t in params.values())
     assert share == pytest.approx(100 * own / (own + base))
@@ -232,8 +232,8 @@ def test_merged_weights_answer_like_adapted_ones(case):
     x = tiny.batch(kind, side="right")
     if case == "conv1d":  # GPT-2's head is its embedding, and the adapter is not on the head
         with pytest.raises(ValueError, match=r"transformer.wte may be tied to the head"):
-            lora.merge(params, adapter)
-        both = lora.merge(params, adapter, also_head=True).params["transformer.wte.weight"]
+            lora.merge_adapter(params, adapter)
+        both = lora.merge_adapter(params, adapter, also_head=True).params["transformer.wte.weight"]
         f = adapter.factors["transformer.wte"]
         torch.testing.assert_close(
             both, params["transformer.wte.weight"] + 2 * (f["b"] @ f["a"]).T, rtol=0, atol=1e-5
@@ -243,7 +243,7 @@ def test_merged_weights_answer_like_adapted_ones(case):
             factors={m: f for m, f in adapter.factors.items() if "wte" not in m},
             kinds=dict.fromkeys(adapter.kinds, "conv1d"),
         )
-    done = lora.merge(params, adapter)
+    done = lora.merge_adapter(params, adapter)
     assert not any(isinstance(w, lazy.Lazy) for w in done.params.values())
     with torch.no_grad():
         want = skeleton(lora.apply_lora(params, adapter), **x).logits
@@ -266,12 +266,14 @@ def test_an_adapter_on_a_tied_head_is_merged_where_the_head_is_untied(kind, gen,
         want = skeleton(lora.apply_lora(params, adapter), ids).logits
         bare = skeleton(params, ids).logits
     assert (want - bare).abs().max() > 0.1
-    with pytest.raises(ValueError, match=r"merge: lm_head has the weight .* of another layer, .*hub.untie"):
-        lora.merge(params, adapter)
+    with pytest.raises(
+        ValueError, match=r"merge_adapter: lm_head has the weight .* of another layer, .*hub.untie"
+    ):
+        lora.merge_adapter(params, adapter)
     own, weights_ = skeletons.untie(skeleton, params)
     with torch.no_grad():
         torch.testing.assert_close(own(weights_, ids).logits, bare, rtol=0, atol=0)
-    merged = lora.merge(weights_, adapter).params
+    merged = lora.merge_adapter(weights_, adapter).params
     with torch.no_grad():
         torch.testing.assert_close(own(merged, ids).logits, want, rtol=0, atol=1e-5)
     saving.save_skeleton(own, merged, tmp_path / "saved")
@@ -290,7 +292,7 @@ def test_merging_onto_rounded_weights_says_what_is_lost(gen):
     adapter = lora.init_lora(LoraConfig(rank=4, pattern="all-linear"), skeleton, gen)
     for f in adapter.factors.values():
         f["b"].normal_(std=0.003, generator=gen)
-    done = lora.merge(base, adapter)
+    done = lora.merge_adapter(base, adapter)
     name = "model.layers.0.mlp.up_proj"
     w, f = lazy.dense(base[f"{name}.weight"]).float(), adapter.factors[name]
     exact = w + adapter.scale[name] * f["b"] @ f["a"]
@@ -299,7 +301,7 @@ def test_merging_onto_rounded_weights_says_what_is_lost(gen):
         float((exact.bfloat16().float() - exact).norm() / (exact - w).norm()), rel=1e-4
     )
     assert 0.01 < done.lost[name] < 1
-    assert lora.merge(base, adapter, dtype=torch.float32).lost[name] < 1e-6
+    assert lora.merge_adapter(base, adapter, dtype=torch.float32).lost[name] < 1e-6
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------------------------
@@ -355,7 +357,7 @@ BAD = [
         r"replaces model.language_model.norm.weight \[3\], the model has \[32\] there",
     ),
     (
-        lambda: lora.merge(
+        lambda: lora.merge_adapter(
             tiny.model("qwen2_5_vl")[1], evolve(a := fresh(), gate={m: torch.ones(2, 4) for m in a.factors})
         ),
         "its correction depends on the sample",

@@ -39,7 +39,7 @@ def batch_at(step):
 
 def loss_sum(skeleton):
     def run(p, batch):
-        logits = skeleton(shards.as_weights(p), input_ids=batch["ids"], use_cache=False).logits[:, :-1]
+        logits = skeleton(shards.lazy_shards(p), input_ids=batch["ids"], use_cache=False).logits[:, :-1]
         labels = batch["labels"][:, 1:]
         total = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
@@ -51,7 +51,7 @@ def loss_sum(skeleton):
 
 def mean_loss(skeleton):
     def run(p, batch):
-        out = skeleton(shards.as_weights(p), input_ids=batch["ids"], labels=batch["ids"], use_cache=False)
+        out = skeleton(shards.lazy_shards(p), input_ids=batch["ids"], labels=batch["ids"], use_cache=False)
         return out.loss, gradients.Aux()
 
     return run
@@ -64,7 +64,7 @@ def optimizer():
 def run(folder, steps, mesh=None, stop=None, rows=slice(None), grad=None, ours=None, dtype=torch.float64):
     """Train a tiny language model; the state at the end."""
     skeleton, params = model(dtype)
-    leaves = shards.shard(params, mesh, least=LEAST)
+    leaves = shards.shard_params(params, mesh, least=LEAST)
     ours = ours or optimizer()
     state = states.State(params=leaves, opt=ours.init(leaves))
     grad = grad(skeleton) if grad else gradients.token_value_and_grad(loss_sum(skeleton), chunk=1)
@@ -88,8 +88,8 @@ from medvl.weights.four_bit import eight_bit
 from medvl.base.tree import flatten
 
 rank, out = int(sys.argv[1]), Path(sys.argv[2])
-processes.join(init_method=f"file://{out}/store", rank=rank, world_size=2)
-mesh, rows = shards.mesh(), slice(rank * 2, rank * 2 + 2)
+processes.join_processes(init_method=f"file://{out}/store", rank=rank, world_size=2)
+mesh, rows = shards.process_mesh(), slice(rank * 2, rank * 2 + 2)
 known = {}
 
 state = t.run(out / "tokens", 5, mesh, rows=rows)
@@ -119,19 +119,19 @@ def refused(call):
         return str(e)
 
 odd = {"w": torch.arange(21.0).view(7, 3), "b": torch.arange(3.0)}
-cut = shards.shard(odd, mesh, least=1)
+cut = shards.shard_params(odd, mesh, least=1)
 clipped = dict(cut)
 known["odd"] = [list(cut["w"].to_local().shape), clip_gradients(clipped, 1.0)]
-known["clipped"] = shards.gather(clipped)
-known["back"] = shards.gather(shards.placed(odd, cut))
+known["clipped"] = shards.gather_shards(clipped)
+known["back"] = shards.gather_shards(shards.place_like(odd, cut))
 known["muon"] = refused(lambda: muon(lambda n: Rate(lr=1)).init({"w": cut["w"]}))
 known["packed"] = refused(lambda: adamw(lambda n: Rate(lr=1), packing=eight_bit()).init(cut))
 known["cached"] = refused(lambda: gradients.cached_value_and_grad(None, None, chunk=1)(cut, {"x": torch.zeros(2)}))
 unequal = gradients.token_value_and_grad(None, chunk=1)
 known["unequal"] = refused(lambda: unequal(cut, {"x": torch.zeros(2 + rank)}))
-known["nothing"] = refused(lambda: shards.shard(odd, mesh))
+known["nothing"] = refused(lambda: shards.shard_params(odd, mesh))
 torch.save(known, out / f"known{rank}.pt")
-processes.meet()
+processes.wait_for_all()
 """
 
 
@@ -240,20 +240,20 @@ def test_errors_of_shards_say_what_to_do(two):
     assert "every process needs as many micro-batches, got [2, 3]" in known["unequal"]
     assert (
         known["nothing"]
-        == "shard: none of 2 parameters is a plain matrix of at least 16384 values that a pattern matches"
+        == "shard_params: none of 2 parameters is a plain matrix of at least 16384 values that a pattern matches"
     )
 
 
 def test_one_process_needs_no_group(gen):
     assert not dist.is_initialized()
-    assert shards.mesh() is None
+    assert shards.process_mesh() is None
     params = {"a": {"w": torch.randn(200, 100, generator=gen)}, "b": torch.randn(3, generator=gen)}
-    leaves = shards.shard(params, shards.mesh())
+    leaves = shards.shard_params(params, shards.process_mesh())
     assert leaves["a"]["w"] is params["a"]["w"]
-    assert shards.as_weights(leaves)["a"]["w"] is params["a"]["w"]
-    assert shards.gather(leaves) is leaves
+    assert shards.lazy_shards(leaves)["a"]["w"] is params["a"]["w"]
+    assert shards.gather_shards(leaves) is leaves
     with pytest.raises(ValueError, match=r"pattern 'c.\*' matches no parameter"):
-        shards.shard(params, None, patterns=("c.*",))
+        shards.shard_params(params, None, patterns=("c.*",))
 
 
 def test_what_is_cut_and_what_stays(gen, tmp_path):
@@ -270,11 +270,11 @@ def test_what_is_cut_and_what_stays(gen, tmp_path):
             "lazy": lazy,
             "skip": w,
         }
-        leaves = shards.shard(params, mesh, patterns=("[^s].*",), least=4096)
+        leaves = shards.shard_params(params, mesh, patterns=("[^s].*",), least=4096)
         assert {n for n, t in leaves.items() if shards.is_shard(t)} == {"q", "k"}
         assert leaves["skip"] is w
         assert leaves["lazy"] is lazy
-        assert torch.equal(shards.gather(leaves)["k"], w.t())
+        assert torch.equal(shards.gather_shards(leaves)["k"], w.t())
         w.zero_()  # a shard keeps its own memory
         assert leaves["q"].to_local().abs().max() > 1
     finally:

@@ -58,7 +58,7 @@ class PoolConfig:
     hold: HoldConfig = HoldConfig()
 
     def __attrs_post_init__(self) -> None:
-        config.within(self, "pool", samples=config.COUNT)
+        config.check_bounds(self, "pool", samples=config.COUNT)
 
 
 @frozen(kw_only=True)
@@ -87,8 +87,8 @@ class EvaluateConfig:
     limit: int = 0  # test conversations of each task, 0 = all
 
     def __attrs_post_init__(self) -> None:
-        config.within(self, "evaluate", max_tokens=(1, 2**20), batch=(1, 2**20), bootstrap=config.DRAWS)
-        config.within(self, "evaluate", limit=config.COUNT_OR_NONE, recall=(1, 2**20), by_k=(1, MOST))
+        config.check_bounds(self, "evaluate", max_tokens=(1, 2**20), batch=(1, 2**20), bootstrap=config.DRAWS)
+        config.check_bounds(self, "evaluate", limit=config.COUNT_OR_NONE, recall=(1, 2**20), by_k=(1, MOST))
         if not self.modes or not self.domains:
             raise ValueError("evaluate needs modes and domains")
 
@@ -106,7 +106,7 @@ class Config:
     base: TrainConfig | None = (
         None  # stages that make the base model, on general conversations; None = it is used as it is
     )
-    lora: LoraConfig = config.kept(LoraConfig(pattern="all-linear", vision=True))
+    lora: LoraConfig = config.subrecord(LoraConfig(pattern="all-linear", vision=True))
     train: TrainConfig | None = None  # stages of each task's adapter
     pool: PoolConfig = PoolConfig()
     embed: EmbedConfig = EmbedConfig()
@@ -118,7 +118,7 @@ class Config:
     evaluate: EvaluateConfig = field(default=EvaluateConfig())
 
     def __attrs_post_init__(self) -> None:
-        config.within(self, "experiment", seed=config.SEED)
+        config.check_bounds(self, "experiment", seed=config.SEED)
         if bool(self.pool.registry) == bool(self.train):
             raise ValueError(
                 "either pool.registry names adapters that are there, or [train] says how each task's is trained"

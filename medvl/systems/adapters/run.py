@@ -90,12 +90,12 @@ def folder_of(cfg: Config) -> Path:
     made = {"phantoms": cfg.data.phantoms, "vqa_rad": (cfg.data.vqa_rad, cfg.data.group, cfg.seed)}.get(
         cfg.data.source
     )
-    return Path(cfg.data.folder) / (f"{cfg.data.source}-{config.digest(made)}" if made else "")
+    return Path(cfg.data.folder) / (f"{cfg.data.source}-{config.record_digest(made)}" if made else "")
 
 
 def read(cfg: Config, split: str) -> list[Conversation]:
     """The conversations of a split, each with its task; in the test split every answer holds a word, where words are compared."""
-    pattern = config.fill(
+    pattern = config.fill_pattern(
         cfg.data.conversations, "data.conversations", folder=folder_of(cfg), split=None, task=None
     )
     conversations = read_tasks(
@@ -110,7 +110,7 @@ def read_general(cfg: Config, split: str) -> list[Conversation]:
     """What the base model is trained on."""
     if not cfg.data.general:
         return read(cfg, split)
-    path = config.fill(cfg.data.general, "data.general", folder=folder_of(cfg), split=split)
+    path = config.fill_pattern(cfg.data.general, "data.general", folder=folder_of(cfg), split=split)
     return read_conversations(path, root=cfg.data.root or None, max_images=cfg.chat.max_images)
 
 
@@ -136,9 +136,9 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
     if cfg.train is not None:
         _fit_adapters(model, params, held, read(cfg, "valid"), folder, log)
         if processes.rank() == 0 and not model.registry.exists():
-            with processes.alone():  # a retriever is trained, by this process
+            with processes.single_process():  # a retriever is trained, by this process
                 make_registry(cfg, held, folder, log)
-        processes.meet()
+        processes.wait_for_all()
     return model, params, {}
 
 
@@ -180,7 +180,7 @@ def registry_of(folder: Path) -> Path:
     Raises:
         ValueError: no run, or one that is not trained to its end.
     """
-    cfg = config.load(config.run_folder(folder) / "config.json", Config)
+    cfg = config.load_record(config.run_folder(folder) / "config.json", Config)
     path = record.registry_path(cfg, folder)
     if cfg.train is not None and not path.exists():
         raise ValueError(
@@ -234,7 +234,7 @@ def _fit_adapters(
         if processes.rank() == 0:
             done = evolve(adapter, factors=map_leaves(lambda t: t.cpu(), trained["lora"]), name=task)
             write_adapter(done, out, base=cfg.model.name or "model")
-        processes.meet()
+        processes.wait_for_all()
 
 
 def _adapted(adapter: lora.Adapter, params: Tree, train: bool) -> dict[str, Tensor]:
@@ -348,7 +348,7 @@ def build_registry(
     if (head := retriever.head_of(retriever_cfg, vectors, tasks)) is not None:
         made = embed.with_head(made, head)
         vectors = embed.embed(made, texts, pictures)
-    home = f"embedder-{config.digest(made.name)}"  # named by content: what a run that was killed has left is found, another's stays
+    home = f"embedder-{config.record_digest(made.name)}"  # named by content: what a run that was killed has left is found, another's stays
     if not (path.parent / home).exists():
         embed.save_embedder(made, path.parent / home)
     records = []
@@ -395,7 +395,7 @@ def _tasks(held: Sequence[Conversation]) -> list[str]:
 
 def _device(cfg: Config) -> torch.device:
     how = cfg.train or cfg.base
-    return processes.device(how.device if how else "auto")
+    return processes.choose_device(how.device if how else "auto")
 
 
 # Evaluation -----------------------------------------------------------------------------------------------------------------------------

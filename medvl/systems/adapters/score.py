@@ -127,7 +127,7 @@ def answer_all(
         ValueError: the file holds other lines (says where); no step at all could be answered.
     """
     batches = _batches(steps, cfg)
-    kept, _ = progress.kept_lines(path, [row for batch in batches for row in batch])
+    kept, _ = progress.read_finished_lines(path, [row for batch in batches for row in batch])
     if unknown := [line["row"] for line in kept if not line.keys() >= _LINE]:
         raise ValueError(
             f"{path}, row {unknown[0]}: not a line of answers; remove the file to do it all again"
@@ -146,7 +146,7 @@ def answer_all(
         ]
 
     lines = sorted(
-        progress.resumed(path, batches, work, title=path.stem.rpartition("-")[0]),
+        progress.run_batches(path, batches, work, title=path.stem.rpartition("-")[0]),
         key=lambda line: line["row"],
     )
     if all("error" in line for line in lines):

@@ -14,7 +14,7 @@ from attrs import field, frozen
 from torch import Tensor
 
 from medvl.base import config, processes
-from medvl.base.tree import Tree, merge
+from medvl.base.tree import Tree, merge_trees
 from medvl.components import encode, layers, losses, text
 from medvl.components import fuse as fusion
 from medvl.components.encode import EncodeConfig
@@ -63,7 +63,7 @@ class DataConfig:
     workers: int = 2
 
     def __attrs_post_init__(self) -> None:
-        config.within(
+        config.check_bounds(
             self,
             "data",
             impressions=config.SHARE,
@@ -76,7 +76,7 @@ class DataConfig:
         if unknown := sorted({*self.stores} - {*SPLITS}):
             raise ValueError(f"data.stores is for {', '.join(SPLITS)}, found {', '.join(unknown)}")
         for split, pattern in self.stores.items():
-            config.fill(pattern, f"data.stores.{split}", **dict.fromkeys(inside["store"]))
+            config.fill_pattern(pattern, f"data.stores.{split}", **dict.fromkeys(inside["store"]))
         config.check_regexes([self.patient_pattern] if self.patient_pattern else [], "data.patient_pattern")
         if self.patient_column and self.patient_pattern:
             raise ValueError("data: give patient_column or patient_pattern, not both")
@@ -115,7 +115,7 @@ class ContrastConfig:
     bias: float = -10.0  # siglip only
 
     def __attrs_post_init__(self) -> None:
-        config.within(
+        config.check_bounds(
             self, "contrast", dim=config.WIDTH, scale=(1e-3, 1e6), scale_max=(1e-3, 1e6), bias=(-1e6, 1e6)
         )
         if self.scale > self.scale_max:
@@ -134,7 +134,7 @@ class Speed:
     optimizer: Literal["adamw", "muon"] = "adamw"
 
     def __attrs_post_init__(self) -> None:
-        config.within(self, f"speeds {self.match}", lr=config.RATE, weight_decay=config.RATE)
+        config.check_bounds(self, f"speeds {self.match}", lr=config.RATE, weight_decay=config.RATE)
         config.check_regexes([self.match], "speeds")
 
 
@@ -172,8 +172,8 @@ class TrainConfig:
     def __attrs_post_init__(self) -> None:
         if not self.stages:
             raise ValueError("train.stages must hold at least one stage")
-        config.within(self, "train", batch=(1, 2**20), chunk=(1, 2**20), clip=(0, 1e6))
-        config.within(
+        config.check_bounds(self, "train", batch=(1, 2**20), chunk=(1, 2**20), clip=(0, 1e6))
+        config.check_bounds(
             self, "train", log=config.COUNT_OR_NONE, save=config.COUNT_OR_NONE, validate=config.COUNT_OR_NONE
         )
 
@@ -190,7 +190,7 @@ class EvaluateConfig:
     names: bool = False  # write volume names, which may say who a patient is, below the scans of the report; else their row in the scores
 
     def __attrs_post_init__(self) -> None:
-        config.within(self, "evaluate", bootstrap=config.DRAWS, batch=(1, 2**20))
+        config.check_bounds(self, "evaluate", bootstrap=config.DRAWS, batch=(1, 2**20))
 
 
 @frozen(kw_only=True)
@@ -215,12 +215,12 @@ class Config:
             raise ValueError(
                 "vit must have either a name (hub, folder or .pth) or a config to build from scratch"
             )
-        config.within(self, "experiment", seed=config.SEED)
+        config.check_bounds(self, "experiment", seed=config.SEED)
         patch = self.vit.config.get("patch_size")
         if (
             isinstance(patch, int) and patch > 0
         ):  # with a name it is known, and asked again, when the encoder is loaded
-            encode.check_size(self.encode, size_of(self.ct)[1:], patch)
+            encode.check_slice_size(self.encode, size_of(self.ct)[1:], patch)
         if self.vit.whiten and self.vit.name:
             raise ValueError(
                 f"vit.whiten is for encoders built from scratch; the weights of {self.vit.name!r} would be lost"
@@ -249,8 +249,8 @@ def init(cfg: Config, folder: Path, texts: Sequence[str] = ()) -> tuple[Model, T
         if cfg.vit.name
         else skeletons.init_skeleton(cfg.vit.config, gen)
     )
-    encode.check_size(cfg.encode, size_of(cfg.ct)[1:], encode.patch_of(vit))
-    if (got := encode.width(cfg.encode, vit)) != (taken := cfg.fuse.inputs or cfg.fuse.dim):
+    encode.check_slice_size(cfg.encode, size_of(cfg.ct)[1:], encode.patch_size(vit))
+    if (got := encode.embedding_width(cfg.encode, vit)) != (taken := cfg.fuse.inputs or cfg.fuse.dim):
         raise ValueError(
             f"fuse.dim must be the width of the slice encoder, {got}, found {taken}; set fuse.dim={got} (and fuse.heads), or "
             f"fuse.inputs={got} to project it to fuse.dim"
@@ -269,7 +269,7 @@ def init(cfg: Config, folder: Path, texts: Sequence[str] = ()) -> tuple[Model, T
         params["text"] = text.init_text(tower, gen)
     params["project"] = {
         side: layers.init_linear(size, cfg.contrast.dim, gen, std=size**-0.5, bias=False)
-        for side, size in (("image", fusion.width(cfg.fuse)), ("text", width))
+        for side, size in (("image", fusion.fused_width(cfg.fuse)), ("text", width))
     }
     params["contrast"] = {
         "log_scale": torch.tensor(math.log(cfg.contrast.scale)),
@@ -365,7 +365,7 @@ def bound(cfg: ContrastConfig, params: Tree) -> Tree:
     return (
         params
         if found is None
-        else merge(params, {"contrast": {"log_scale": found.clamp(max=math.log(cfg.scale_max))}})
+        else merge_trees(params, {"contrast": {"log_scale": found.clamp(max=math.log(cfg.scale_max))}})
     )
 
 
@@ -377,5 +377,5 @@ def _tokenizer(cfg: Config, folder: Path, texts: Sequence[str]) -> Any:
         raise ValueError(f"{kept}: the run has no tokenizer yet; train it first")
     if processes.rank() == 0 and not kept.exists():
         tokens.train_bpe(texts, cfg.words.tower.vocabulary, kept)
-    processes.meet()
+    processes.wait_for_all()
     return tokens.tokenizer(kept)

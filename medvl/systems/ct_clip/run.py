@@ -14,7 +14,7 @@ from torch import Tensor
 
 from medvl.base import config, files, processes, store
 from medvl.base.display import track
-from medvl.base.tree import Tree, count, flatten, map_leaves, matching, merge, split
+from medvl.base.tree import Tree, count_values, flatten, map_leaves, match_names, merge_trees, split_tree
 from medvl.components import encode
 from medvl.ct import ingest, metadata_table, names, pairs, preprocess, reports, zero_shot
 from medvl.evaluation import metrics, plots, report
@@ -65,7 +65,7 @@ def folder_of(cfg: Config) -> Path:
     """The folder that `{folder}` stands for; phantoms of one PhantomConfig share one."""
     drawn = cfg.data.source == "phantoms"
     return (
-        Path(cfg.data.folder) / f"phantoms-{config.digest(cfg.data.phantoms)}"
+        Path(cfg.data.folder) / f"phantoms-{config.record_digest(cfg.data.phantoms)}"
         if drawn
         else Path(cfg.data.folder)
     )
@@ -73,11 +73,11 @@ def folder_of(cfg: Config) -> Path:
 
 def path(cfg: Config, kind: Literal["store", "reports", "labels", "metadata"], name: str) -> Path:
     """Where a split's file is; `{ct}` stands for the digest of the CT settings."""
-    digest = config.digest(preprocess.settings_of(cfg.ct))
+    digest = config.record_digest(preprocess.settings_of(cfg.ct))
     pattern, where = getattr(cfg.data, kind), f"data.{kind}"
     if kind == "store" and name in cfg.data.stores:
         pattern, where = cfg.data.stores[name], f"data.stores.{name}"
-    return Path(config.fill(pattern, where, folder=folder_of(cfg), split=name, ct=digest))
+    return Path(config.fill_pattern(pattern, where, folder=folder_of(cfg), split=name, ct=digest))
 
 
 def volumes(cfg: Config, name: str) -> store.Store:
@@ -209,18 +209,18 @@ def cached_features(model: Model, params: Tree, volumes: store.Store, folder: Pa
         "volumes": {"path": str(volumes.path.resolve()), "settings": volumes.settings},
         "row": [name for name, *_ in _FEATURE_FIELDS],
     }
-    out = folder / f"features-{config.digest(settings)}.h5"
-    shape = (volumes.shape[0], encode.width(model.cfg.encode, model.vit))
-    with files.alone(out, wait=True) if processes.rank() == 0 else nullcontext():
+    out = folder / f"features-{config.record_digest(settings)}.h5"
+    shape = (volumes.shape[0], encode.embedding_width(model.cfg.encode, model.vit))
+    with files.file_lock(out, wait=True) if processes.rank() == 0 else nullcontext():
         if processes.rank() == 0:
             if not out.exists():
                 store.create(out, volumes.names, shape, "float16", settings, _FEATURE_FIELDS)
             store.grow(out, volumes.names)
-        processes.meet()
+        processes.wait_for_all()
         features = store.open_store(out, expect=settings)
         _check_features(features, volumes)
         # By place in the list, not among those that are missing: processes see each other's as they come.
-        share = volumes.names[processes.rank() :: processes.world()]
+        share = volumes.names[processes.rank() :: processes.world_size()]
         missing = sorted({*share} - {*features.names})
         for name in track(missing, "computing slice features"):
             batch = pairs.read_slices(volumes, [name])
@@ -231,7 +231,7 @@ def cached_features(model: Model, params: Tree, volumes: store.Store, folder: Pa
             row, padded = _feature_row(volumes, name), np.zeros(shape, np.float16)
             padded[slice(*row["occupied"])] = z.cpu().numpy()
             store.put(features, name, padded, row)
-        processes.meet()
+        processes.wait_for_all()
     return store.open_store(out, expect=settings)
 
 
@@ -261,7 +261,7 @@ def batches(model: Model, data: pairs.Pairs, size: int, seed: int) -> Callable[[
     What is drawn for a pair is a function of (seed, i, pair), so that any number of processes show the same texts.
     """
     cfg, tok = model.cfg, model.tokenizer
-    share = order.batch_indices(data.scans, size, seed, rank=processes.rank(), world=processes.world())
+    share = order.batch_indices(data.scans, size, seed, rank=processes.rank(), world=processes.world_size())
     shares = {"findings": 1 - cfg.data.impressions, "impression": cfg.data.impressions, "both": 1.0}
 
     def draw_texts(i: int, pair: int) -> list[str]:
@@ -291,9 +291,9 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
     Raises:
         ValueError: a batch that processes cannot share evenly; as `ct_clip.init`, `loop.train_steps` and `cached_features`.
     """
-    if cfg.train.batch % processes.world():
+    if cfg.train.batch % processes.world_size():
         raise ValueError(
-            f"train.batch must be a multiple of the number of processes, got {cfg.train.batch} for {processes.world()}; the loss compares "
+            f"train.batch must be a multiple of the number of processes, got {cfg.train.batch} for {processes.world_size()}; the loss compares "
             "the rows of all of them"
         )
     data = paired(cfg, "train", volumes(cfg, "train"))
@@ -301,7 +301,7 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
     model, params = ct_clip.init(cfg, folder, texts)
     for stage in cfg.train.stages:  # a later one must not be found wrong when the first is trained
         try:
-            _optimizer(stage, split(params, stage.train)[0])
+            _optimizer(stage, split_tree(params, stage.train)[0])
         except ValueError as e:
             raise ValueError(f"stage {stage.name}: {e}") from e
     cut = tokens.truncated(model.tokenizer, texts, cfg.words.tower.context)
@@ -312,7 +312,7 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
         )
     if cfg.vit.whiten:
         params["vit"] = _whitened(model, params, data)
-    params = map_leaves(lambda t: t.to(processes.device(cfg.train.device)), params)
+    params = map_leaves(lambda t: t.to(processes.choose_device(cfg.train.device)), params)
     means: Tree = {}
     for i, stage in enumerate(cfg.train.stages):
         params, means = _fit_stage(model, params, means, stage, data, folder / f"{i}-{stage.name}", log)
@@ -329,14 +329,16 @@ def _fit_stage(
     log: Callable[[str], None],
 ) -> tuple[Tree, Tree]:
     cfg = model.cfg
-    trained, frozen = split(params, stage.train)
-    log(f"stage {stage.name}: {stage.steps} steps train {count(trained):,} of {count(params):,} parameters")
+    trained, frozen = split_tree(params, stage.train)
+    log(
+        f"stage {stage.name}: {stage.steps} steps train {count_values(trained):,} of {count_values(params):,} parameters"
+    )
     valid = volumes(cfg, "valid")
     if not any(n.startswith("vit/") for n in flatten(trained)):
         cache = Path(cfg.data.cache)
         data = evolve(data, store=cached_features(model, params, data.store, cache))
         valid = cached_features(model, params, valid, cache)
-    everything = lambda p: merge(frozen, p)
+    everything = lambda p: merge_trees(frozen, p)
     grad = gradients.cached_value_and_grad(
         lambda p, rows: {
             "image": ct_clip.embed_volumes(model, everything(p), rows),
@@ -368,8 +370,8 @@ def _fit_stage(
         log=log,
     )
     if cfg.train.keep == "best":
-        processes.meet()  # process 0 has written it
-        state = states.read_trained(folder, "best", processes.device(cfg.train.device), model=params)
+        processes.wait_for_all()  # process 0 has written it
+        state = states.read_trained(folder, "best", processes.choose_device(cfg.train.device), model=params)
     return everything(state.params), state.means
 
 
@@ -378,7 +380,7 @@ def _optimizer(stage: Stage, trained: Tree) -> Optimizer:
     flat, schedule = flatten(trained), warmup_cosine(stage.steps, stage.warmup)
     chosen = dict.fromkeys(flat, Speed(match=".*", lr=stage.lr, weight_decay=stage.weight_decay))
     for speed in stage.speeds:
-        hits = matching(list(flat), [speed.match])
+        hits = match_names(list(flat), [speed.match])
         chosen |= dict.fromkeys([n for n in hits if speed.optimizer == "adamw" or flat[n].dim() > 1], speed)
     rate = lambda n: Rate(lr=chosen[n].lr, weight_decay=chosen[n].weight_decay)
     return routed(
@@ -392,7 +394,7 @@ def _whitened(model: Model, params: Tree, data: pairs.Pairs, scans: int = 200) -
     Raises:
         ValueError: no stage trains the patch embedding, so that checkpoints would not hold it.
     """
-    trained = {n for stage in model.cfg.train.stages for n in flatten(split(params, stage.train)[0])}
+    trained = {n for stage in model.cfg.train.stages for n in flatten(split_tree(params, stage.train)[0])}
     patch = [n for n, t in flatten(params).items() if n.startswith("vit/") and t.dim() == 4]
     if not trained.issuperset(patch):
         raise ValueError(
@@ -412,8 +414,8 @@ def load(folder: Path) -> tuple[Model, Tree, Tree]:
     means: Tree = {}
     for i, stage in enumerate(cfg.train.stages):
         state = states.read_trained(folder / f"{i}-{stage.name}", cfg.train.keep, "cpu", model=params)
-        params, means = merge(params, state.params), state.means
-    device = processes.device(cfg.train.device)
+        params, means = merge_trees(params, state.params), state.means
+    device = processes.choose_device(cfg.train.device)
     return model, map_leaves(lambda t: t.to(device), params), map_leaves(lambda t: t.to(device), means)
 
 
@@ -564,7 +566,7 @@ def look(
     Returns:
         {"volume": ct.Volume, "embedding" [d] float32, "probability" {finding: p}, "threshold" {finding: from validation, where known}}.
     """
-    trained_with = config.load(Path(folder) / "config.json", Config).ct
+    trained_with = config.load_record(Path(folder) / "config.json", Config).ct
     cfg = config.structure(
         config.override(config.unstructure(trained_with), tuple(settings), "one scan"),
         preprocess.CtConfig,

@@ -49,7 +49,7 @@ class DataConfig:
     blind: bool = False  # a control: no slide is shown
 
     def __attrs_post_init__(self) -> None:
-        config.within(self, "data", dims=config.WIDTH_OR_NONE)
+        config.check_bounds(self, "data", dims=config.WIDTH_OR_NONE)
         inside: Any = dict.fromkeys(
             ("features", "labels", "captions", "questions", "valid", "test"), ("folder",)
         )
@@ -80,7 +80,7 @@ class PretrainConfig:
     validate: int = 200
 
     def __attrs_post_init__(self) -> None:
-        config.within(
+        config.check_bounds(
             self,
             "pretrain",
             steps=config.COUNT,
@@ -88,10 +88,10 @@ class PretrainConfig:
             most=config.COUNT_OR_NONE,
             warmup=config.COUNT_OR_NONE,
         )
-        config.within(
+        config.check_bounds(
             self, "pretrain", lr=config.RATE, router_lr=config.RATE, weight_decay=config.RATE, aux=(0, 1e6)
         )
-        config.within(
+        config.check_bounds(
             self,
             "pretrain",
             log=config.COUNT_OR_NONE,
@@ -121,7 +121,7 @@ class EvaluateConfig:
     )
 
     def __attrs_post_init__(self) -> None:
-        config.within(self, "evaluate", max_tokens=(1, 2**20), batch=(1, 2**20), bootstrap=config.DRAWS)
+        config.check_bounds(self, "evaluate", max_tokens=(1, 2**20), batch=(1, 2**20), bootstrap=config.DRAWS)
 
 
 @frozen(kw_only=True)
@@ -141,7 +141,7 @@ class Config:
     cold: bool = (
         False  # let questions be trained although no stage before trains captions and no projector is given
     )
-    lora: LoraConfig = config.kept(LoraConfig(pattern="all-linear"))
+    lora: LoraConfig = config.subrecord(LoraConfig(pattern="all-linear"))
     train: TrainConfig
     evaluate: EvaluateConfig = field(default=EvaluateConfig())
 
@@ -154,7 +154,7 @@ class Config:
             raise ValueError(
                 f"pretrain.file is always of kind moe, got compress.kind {self.compress.kind!r}; train that one on labels"
             )
-        config.within(self, "experiment", seed=config.SEED, hidden=config.WIDTH)
+        config.check_bounds(self, "experiment", seed=config.SEED, hidden=config.WIDTH)
         if wrong := [s.name for s in self.train.stages if s.data not in ("captions", "questions")]:
             raise ValueError(f'stage {wrong[0]}: data must be "captions" or "questions"')
         first = next((i for i, s in enumerate(self.train.stages) if s.data == "questions"), None)
@@ -174,7 +174,7 @@ def folder_of(cfg: Config) -> Path:
     """The folder that `{folder}` stands for; slides drawn by one record share one."""
     drawn = cfg.data.source == "phantoms"
     return (
-        Path(cfg.data.folder) / f"slides-{config.digest(cfg.data.phantoms)}"
+        Path(cfg.data.folder) / f"slides-{config.record_digest(cfg.data.phantoms)}"
         if drawn
         else Path(cfg.data.folder)
     )
@@ -182,7 +182,7 @@ def folder_of(cfg: Config) -> Path:
 
 def path(cfg: Config, what: str) -> Path:
     """Where a file of the data is."""
-    return Path(config.fill(getattr(cfg.data, what), f"data.{what}", folder=folder_of(cfg)))
+    return Path(config.fill_pattern(getattr(cfg.data, what), f"data.{what}", folder=folder_of(cfg)))
 
 
 @frozen(kw_only=True, eq=False)
@@ -326,7 +326,7 @@ def inputs_of(
     (name,) = _embedding(model.chat, weights)
     real = torch.device("cpu") if device.type == "meta" else device
     token = model.chat.tokenizer.convert_tokens_to_ids(QWEN_VL.token)
-    visual = project(model.project, shards.as_weights(params["projector"]), batch["tokens"].to(device)).to(
+    visual = project(model.project, shards.lazy_shards(params["projector"]), batch["tokens"].to(device)).to(
         model.chat.dtype
     )
     counts = (batch["images"] * model.compress.slots).tolist()
@@ -336,7 +336,7 @@ def inputs_of(
 
 def weights_of(model: Model, params: Tree, *, train: bool = False) -> dict[str, Tensor]:
     """The language model's weights: shards to be gathered, the adapter on them."""
-    base = shards.as_weights(params["model"])
+    base = shards.lazy_shards(params["model"])
     if model.adapter is None:
         return base
     return lora.apply_lora(base, evolve(model.adapter, factors=params["lora"]), train=train)

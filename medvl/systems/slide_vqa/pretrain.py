@@ -32,7 +32,7 @@ def fit_compressor(
     """
     if cfg.pretrain.file:
         return model.open_compressor(cfg)
-    how, device = cfg.pretrain, processes.device(cfg.train.device)
+    how, device = cfg.pretrain, processes.choose_device(cfg.train.device)
     parts, classes = labelled(cfg)
     of = open_features(
         path(cfg, "features"), [r["slide"] for part in parts.values() for r in part], dims=cfg.data.dims
@@ -58,7 +58,7 @@ def fit_compressor(
         how.batch,
         cfg.seed,
         rank=processes.rank(),
-        world=processes.world(),
+        world=processes.world_size(),
     )
     log(f"compressor: {how.steps} steps on {', '.join(how.labels)} of {len(parts['train'])} slides")
     state = loop.train_steps(
@@ -75,7 +75,7 @@ def fit_compressor(
         lr=lambda i: how.lr * schedule(i),
         log=log,
     )
-    processes.meet()
+    processes.wait_for_all()
     state = states.read_trained(folder / "compressor", "best", "cpu", model=params)
     if processes.rank() == 0 and sizes.kind == "moe" and not (folder / "moe_compressor.pt").exists():
         write_compressor(state.params["compressor"], folder / "moe_compressor.pt")

@@ -130,7 +130,7 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
         ValueError: what cannot be trained; all that the record, the questions and the language model's config show is refused before
             anything is.
     """
-    if cfg.train.shard and processes.world() == 1:
+    if cfg.train.shard and processes.world_size() == 1:
         _log.warning("train.shard: with one process nothing is cut; start several with torchrun")
     trained = {what: read(cfg, what) for what in sorted({s.data for s in cfg.train.stages})}
     texts = [m["content"] for of in trained.values() for t in of for m in t.messages]
@@ -138,7 +138,9 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
     encoded = _encoded(cfg, folder, held, texts)
     _remember_encoder(cfg, folder, slides_of([t for of in held.values() for t in of]))
     compressor = fit_compressor(cfg, folder, log)
-    model, params = slide_vqa.init(cfg, folder, compressor, texts, device=processes.device(cfg.train.device))
+    model, params = slide_vqa.init(
+        cfg, folder, compressor, texts, device=processes.choose_device(cfg.train.device)
+    )
     tokens, valid = (
         tokens_of(model, folder, [t for of in held.values() for t in of], together=True),
         encoded["valid"],
@@ -207,7 +209,7 @@ def load(folder: Path) -> tuple[Model, Tree, Tree]:
     """
     cfg = config.load_run(folder, Config)
     model, params = slide_vqa.init(
-        cfg, folder, read_fitted(cfg, folder), device=processes.device(cfg.train.device)
+        cfg, folder, read_fitted(cfg, folder), device=processes.choose_device(cfg.train.device)
     )
     params = tuning.read_stages(cfg.train, params, folder, validated=_is_validated)
     return model, params, {}
@@ -226,10 +228,10 @@ def tokens_of(
     of = open_features(path(model.cfg, "features"), slides_of(talks), dims=model.compress.dim)
     check_encoder(folder, of)
     tokens = partial(slide_tokens, model.compress, model.compressor, of, folder / "tokens")
-    if together and processes.world() > 1:
-        if mine := of.names[processes.rank() :: processes.world()]:
+    if together and processes.world_size() > 1:
+        if mine := of.names[processes.rank() :: processes.world_size()]:
             tokens(names=mine)
-        processes.meet()
+        processes.wait_for_all()
     return tokens()
 
 
@@ -287,7 +289,7 @@ def batches(
     """
     names = [*map(str, range(len(data.samples)))]
     share = order.batch_indices(
-        names, cfg.train.batch, cfg.seed, rank=processes.rank(), world=processes.world()
+        names, cfg.train.batch, cfg.seed, rank=processes.rank(), world=processes.world_size()
     )
     return lambda i: slide_vqa.collate(model, data, tokens, share(i))
 
@@ -457,7 +459,7 @@ def answer(
         lines = [line for rows in track(batches, "answering, batch") for line in answer_batch(rows)]
     else:
         Path(path).unlink(missing_ok=True)
-        lines = progress.resumed(path, batches, answer_batch, title="answering")
+        lines = progress.run_batches(path, batches, answer_batch, title="answering")
     answers = {line["row"]: line["answer"] for line in lines}
     return [answers[i] for i in range(len(talks))]
 

@@ -46,7 +46,7 @@ class EvaluateConfig:
     bootstrap: int = 1000
 
     def __attrs_post_init__(self) -> None:
-        config.within(self, "evaluate", max_tokens=(1, 2**20), batch=(1, 2**20), bootstrap=config.DRAWS)
+        config.check_bounds(self, "evaluate", max_tokens=(1, 2**20), batch=(1, 2**20), bootstrap=config.DRAWS)
 
 
 @frozen(kw_only=True)
@@ -61,12 +61,12 @@ class Config:
     chat: ChatConfig = (
         ChatConfig()
     )  # a conversation whose answers do not fit its context is left out and counted
-    lora: LoraConfig = config.kept(LoraConfig(pattern="all-linear"))
+    lora: LoraConfig = config.subrecord(LoraConfig(pattern="all-linear"))
     train: TrainConfig
     evaluate: EvaluateConfig = EvaluateConfig()
 
     def __attrs_post_init__(self) -> None:
-        config.within(self, "experiment", seed=config.SEED)
+        config.check_bounds(self, "experiment", seed=config.SEED)
         if any(stage.muon for stage in self.train.stages) and self.model.dtype != "float32":
             raise ValueError("a stage's muon needs whole float32 weights: model.dtype = 'float32'")
         if self.model.quantize != "none" and all(p.startswith("model/") for p in self.train.patterns):
@@ -105,7 +105,7 @@ def init(
 
 def weights_of(model: Model, params: Tree, *, train: bool = False) -> dict[str, Tensor]:
     """The weights that the skeleton is called with: shards to be gathered, the adapter on them."""
-    base = shards.as_weights(params["model"])
+    base = shards.lazy_shards(params["model"])
     if model.adapter is None:
         return base
     return lora.apply_lora(base, evolve(model.adapter, factors=params["lora"]), train=train)

@@ -11,8 +11,8 @@ from attrs import evolve
 
 from medvl.base import config, files, processes
 from medvl.base.display import track
-from medvl.base.progress import resumed
-from medvl.base.tree import Tree, flatten, split
+from medvl.base.progress import run_batches
+from medvl.base.tree import Tree, flatten, split_tree
 from medvl.evaluation import plots, report
 from medvl.evaluation.accuracy import accuracy, accuracy_by_category, to_results
 from medvl.evaluation.answers import same_answer
@@ -58,7 +58,7 @@ def folder_of(cfg: Config) -> Path:
     """The folder that `{folder}` stands for; pictures of one PictureConfig share one."""
     drawn = cfg.data.source == "phantoms"
     return (
-        Path(cfg.data.folder) / f"pictures-{config.digest(cfg.data.phantoms)}"
+        Path(cfg.data.folder) / f"pictures-{config.record_digest(cfg.data.phantoms)}"
         if drawn
         else Path(cfg.data.folder)
     )
@@ -66,7 +66,9 @@ def folder_of(cfg: Config) -> Path:
 
 def path(cfg: Config, name: str) -> Path:
     """Where a split's conversations are."""
-    return Path(config.fill(cfg.data.conversations, "data.conversations", folder=folder_of(cfg), split=name))
+    return Path(
+        config.fill_pattern(cfg.data.conversations, "data.conversations", folder=folder_of(cfg), split=name)
+    )
 
 
 def read(cfg: Config, name: str) -> list[Conversation]:
@@ -87,7 +89,7 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
         cfg,
         folder,
         [m["content"] for c in held for m in c.messages],
-        device=processes.device(cfg.train.device),
+        device=processes.choose_device(cfg.train.device),
     )
     data, valid = (
         chat.encode(model.chat, held),
@@ -99,7 +101,7 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
         f"{len(data.samples)} conversations of {tokens:,} tokens; {data.refused} more are longer than the context and left out"
     )
     if model.adapter is not None:
-        own, base, share = lora.count(model.adapter, params["model"])
+        own, base, share = lora.count_adapter(model.adapter, params["model"])
         log(
             f"adapter: {own:,} numbers on {len(model.adapter.factors)} layers, {share:.2f} % of {own + base:,}"
         )
@@ -120,7 +122,7 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
     )
     if processes.rank() == 0:
         write_results(model, params, folder, log)
-    processes.meet()
+    processes.wait_for_all()
     return model, params, {}
 
 
@@ -146,7 +148,7 @@ def write_results(model: Model, params: Tree, folder: Path, log: Callable[[str],
     trained = any(
         name.startswith("model/")
         for stage in cfg.train.stages
-        for name in flatten(split(params, stage.train)[0])
+        for name in flatten(split_tree(params, stage.train)[0])
     )
     if (trained or not cfg.model.name) and not home.exists():
         chat.save_chat(model.chat, params["model"], home)
@@ -173,7 +175,7 @@ def load(folder: Path) -> tuple[Model, Tree, Tree]:
         ValueError: no run, one that is not trained to its end, or whose files are broken.
     """
     cfg = config.load_run(folder, Config)
-    model, params = record.init(cfg, folder, device=processes.device(cfg.train.device))
+    model, params = record.init(cfg, folder, device=processes.choose_device(cfg.train.device))
     params = stages.read_stages(cfg.train, params, folder)
     return model, params, {}
 
@@ -236,7 +238,7 @@ def answer_conversations(
         return [_line(conversations[row], text) for row, text in zip(rows, texts, strict=True)]
 
     path.unlink(missing_ok=True)
-    lines = resumed(path, batches, answer_batch, title="answering")
+    lines = run_batches(path, batches, answer_batch, title="answering")
     return [{key: value for key, value in line.items() if key != "row"} for line in lines]
 
 

@@ -268,7 +268,7 @@ def test_a_run_killed_between_two_writes_goes_on(trained, tmp_path, monkeypatch,
         *(p.name for p in work.glob("embedder*")),
     ):
         shutil.rmtree(work / left) if (work / left).is_dir() else (work / left).unlink()
-    cfg = config.load(work / "config.json", Config)
+    cfg = config.load_record(work / "config.json", Config)
     real = getattr(module, name)
 
     def killing(*args, **kwargs):

@@ -21,7 +21,7 @@ RUN = """
 import sys
 from medvl.base import processes
 from medvl.systems import run
-processes.join(init_method="file://meeting", rank=int(sys.argv[1]), world_size=2)
+processes.join_processes(init_method="file://meeting", rank=int(sys.argv[1]), world_size=2)
 run.run("ctclip_phantom", sys.argv[2:])
 """
 

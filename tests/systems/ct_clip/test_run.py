@@ -67,8 +67,8 @@ def trained(place, monkeypatch):
 
 def test_a_run_leaves_everything_that_made_it(place, trained):
     cfg, folder = trained
-    kept = config.load(folder / "config.json", ct_clip.Config)
-    assert folder.name == f"ctclip_phantom-{config.digest(cfg)}"
+    kept = config.load_record(folder / "config.json", ct_clip.Config)
+    assert folder.name == f"ctclip_phantom-{config.record_digest(cfg)}"
     assert kept.train == cfg.train
     environment = json.loads((folder / "environment.json").read_text())
     assert {"python", "torch", "cuda", "gpu", "packages", "commit"} <= environment.keys()
@@ -362,7 +362,7 @@ def test_a_folder_of_clip_gives_its_towers(trained, tmp_path):
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "world", lambda: 4)
+    monkeypatch.setattr(processes, "world_size", lambda: 4)
     with pytest.raises(
         ValueError, match=r"train.batch must be a multiple of the number of processes, got 6 for 4"
     ):
@@ -696,7 +696,8 @@ def test_the_commands_for_own_data_run_one_after_the_other(tmp_path, monkeypatch
     Path("new.nii.gz").write_bytes(next(Path("scans/test").glob("*.nii.gz")).read_bytes())
 
     raw = config.override(
-        config.read(ROOT / "experiments/ctclip_vitb.toml"), ("vit.name=''", "words.tokenizer=''", *SET[3:])
+        config.read_settings(ROOT / "experiments/ctclip_vitb.toml"),
+        ("vit.name=''", "words.tokenizer=''", *SET[3:]),
     )
     del raw["vit"]["name"]
     raw["train"] |= {"batch": 4, "stages": [{"name": "contrast", "steps": 2, "lr": 1e-3}]}
@@ -704,7 +705,7 @@ def test_the_commands_for_own_data_run_one_after_the_other(tmp_path, monkeypatch
     exp = tmp_path / "ctclip_vitb.json"
     exp.write_text(json.dumps(config.unstructure(record)))
 
-    shipped = config.load(ROOT / "experiments/ctclip_vitb.toml", ct_clip.Config)
+    shipped = config.load_record(ROOT / "experiments/ctclip_vitb.toml", ct_clip.Config)
     assert (
         shipped.ct == preprocess.CtConfig()
     )  # as `invoke preprocess` makes stores; only this test's are smaller
@@ -723,7 +724,7 @@ def test_the_commands_for_own_data_run_one_after_the_other(tmp_path, monkeypatch
     ours = {
         "16": "1",
         "ctclip_vitb": str(exp),
-        "runs/ctclip_vitb-0a1b2c3d": f"runs/ctclip_vitb-{config.digest(record)}",
+        "runs/ctclip_vitb-0a1b2c3d": f"runs/ctclip_vitb-{config.record_digest(record)}",
     }
     for command in commands:
         argv = [ours.get(word, word) for word in command]

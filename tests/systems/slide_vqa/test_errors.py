@@ -697,7 +697,7 @@ def test_labels_count_the_tokens_of_the_compressors_file(place, capsys):
         (place / "toy.json").write_text(json.dumps(record(place / "data", **change, compress__top_k=1)))
         run.labels(str(place / "toy.json"), (), 0)
         counts.append(int(re.search(r"<\|image_pad\|> x (\d+)", capsys.readouterr().out)[1]))
-        cfg = config.load(place / "toy.json", Config)
+        cfg = config.load_record(place / "toy.json", Config)
         assert slide_vqa_run.memory(cfg, place / "runs" / "x")
     assert counts == [2, 5]
 

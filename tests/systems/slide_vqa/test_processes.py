@@ -13,7 +13,7 @@ import torch
 from attrs import evolve
 
 from medvl.base import config, processes
-from medvl.base.tree import flatten, map_leaves, merge, split
+from medvl.base.tree import flatten, map_leaves, merge_trees, split_tree
 from medvl.components import compress
 from medvl.hub import skeletons
 from medvl.language import chat
@@ -101,15 +101,15 @@ def gradients(place, chosen, chunk, **change):
     """{case: loss, gradient and what rows are} of the batches `chosen` by number: this process's share, in float64."""
     cfg = config_of(place, train__chunk=chunk, **change)
     model, params, tokens, held = opened(cfg, place, torch.float64)
-    trained, frozen = split(stages.shard_params(cfg.train, params), cfg.train.stages[-1].train)
+    trained, frozen = split_tree(stages.shard_params(cfg.train, params), cfg.train.stages[-1].train)
     loss = slide_vqa.loss_of(model)
-    grad = stages.make_gradient(cfg.train, lambda p, b: loss(merge(frozen, p), b), slide_vqa.cut)
+    grad = stages.make_gradient(cfg.train, lambda p, b: loss(merge_trees(frozen, p), b), slide_vqa.cut)
     batch_at, found = slide_vqa_run.batches(model, mixed(model, held), tokens, cfg), {}
     for case, i in chosen.items():
         batch = batch_at(i)
         batch["tokens"] = batch["tokens"].double()
         if (
-            case == "untrained" and processes.rank() == processes.world() - 1
+            case == "untrained" and processes.rank() == processes.world_size() - 1
         ):  # the last process has nothing to train
             batch["labels"][-2:] = -100
         value, aux, grads = grad(trained, batch)
@@ -117,7 +117,7 @@ def gradients(place, chosen, chunk, **change):
         found[case] = rows | {
             "loss": value,
             "tokens": aux.metrics["tokens"],
-            "grads": flatten(shards.gather(grads)),
+            "grads": flatten(shards.gather_shards(grads)),
         }
     return found
 
@@ -179,7 +179,7 @@ def losses(folder):
 def share(rank, out):
     """What each of two processes does."""
     place = out.parent
-    processes.join(init_method=f"file://{out}/store", rank=rank, world_size=2)
+    processes.join_processes(init_method=f"file://{out}/store", rank=rank, world_size=2)
     chosen = json.loads((place / "chosen.json").read_text())
     found = {way: gradients(place, chosen, **how) for way, how in WAYS.items()}
     torch.save(found, out / f"gradients{rank}.pt")
@@ -188,7 +188,7 @@ def share(rank, out):
     (out / f"runs{rank}.json").write_text(
         json.dumps({kind: fitted(kind, place, out / kind) for kind in RUNS})
     )
-    processes.meet()
+    processes.wait_for_all()
 
 
 @pytest.fixture(scope="module")

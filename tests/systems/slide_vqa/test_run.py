@@ -13,7 +13,7 @@ from attrs import evolve
 
 from medvl.base import config
 from medvl.base.config import ConfigError
-from medvl.base.tree import flatten, merge, split
+from medvl.base.tree import flatten, merge_trees, split_tree
 from medvl.components import compress
 from medvl.hub import skeletons
 from medvl.slides import pack
@@ -258,11 +258,11 @@ def test_micro_batches_with_and_without_slides_give_the_gradient_of_the_whole(tr
     )
     batch = slide_vqa.collate(model, mixed, tokens, [0, 1, 2, 3])
     assert batch["images"].tolist() == [1, 0, 1, 1]
-    trained_, frozen = split(params, ("projector/.*", "lora/.*"))
+    trained_, frozen = split_tree(params, ("projector/.*", "lora/.*"))
 
     def grad(m):
         loss = slide_vqa.loss_of(m)
-        return make_gradient(m.cfg.train, lambda p, b: loss(merge(frozen, p), b), slide_vqa.cut)(
+        return make_gradient(m.cfg.train, lambda p, b: loss(merge_trees(frozen, p), b), slide_vqa.cut)(
             trained_, batch
         )
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from medvl.base import config
 from medvl.base.config import ConfigError
-from medvl.base.tree import flatten, merge, split
+from medvl.base.tree import flatten, merge_trees, split_tree
 from medvl.hub import saving, skeletons
 from medvl.language import chat, vlm
 from medvl.language.conversations import Conversation
@@ -211,11 +211,11 @@ def test_labels_and_estimate_of_an_experiment(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("chunk", [1, 2, 4])
 def test_micro_batches_give_the_gradient_of_the_whole(tmp_path, chunk):
     model, params, data = started(tmp_path, train__chunk=4)
-    trained, frozen = split(params, ("model/.*proj.*", "lora/.*"))
+    trained, frozen = split_tree(params, ("model/.*proj.*", "lora/.*"))
     batch = chat.collate(model.chat, data, [0, 1, 2, 3])
 
     def grad_of(m):
-        return gradient(m, lambda p: merge(frozen, p))(trained, batch)
+        return gradient(m, lambda p: merge_trees(frozen, p))(trained, batch)
 
     loss, aux, want = grad_of(model)
     assert int(aux.metrics["tokens"]) == int((batch["labels"] != -100).sum())
@@ -251,11 +251,11 @@ def test_a_model_that_sees_tiles(tmp_path):
     assert (
         sum(b - a for a, b in data.samples[0].visual) == 20
     )  # four tiles and a thumbnail, each of 4 x 4 patches joined two by two
-    trained, frozen = split(params, ("model/.*q_proj.*", "lora/.*"))
+    trained, frozen = split_tree(params, ("model/.*q_proj.*", "lora/.*"))
     batch = chat.collate(model.chat, data, [0, 1, 2, 3])
-    _, _, want = gradient(model, lambda p: merge(frozen, p))(trained, batch)
+    _, _, want = gradient(model, lambda p: merge_trees(frozen, p))(trained, batch)
     cfg = evolve(model.cfg, train=evolve(model.cfg.train, chunk=1))
-    _, _, got = gradient(evolve(model, cfg=cfg), lambda p: merge(frozen, p))(trained, batch)
+    _, _, got = gradient(evolve(model, cfg=cfg), lambda p: merge_trees(frozen, p))(trained, batch)
     for n, g in flatten(got).items():
         torch.testing.assert_close(g, flatten(want)[n], rtol=1e-3, atol=1e-6, msg=n)
     assert torch.equal(
@@ -270,11 +270,13 @@ def test_a_model_that_sees_tiles(tmp_path):
 def test_quantised_base_and_adapter(tmp_path):
     stage = [{"name": "lora", "steps": 1, "lr": 1e-3, "train": ["lora/.*"]}]
     model, params, data = started(tmp_path, model__quantize="nf4", train__stages=stage)
-    trained, frozen = split(params, ("lora/.*",))
+    trained, frozen = split_tree(params, ("lora/.*",))
     before = skeletons.weights_digest(
         {f"{n}/{i}": t for n, w in params["model"].items() for i, t in enumerate(lazy.leaves(w))}
     )
-    _, _, grads = gradient(model, lambda p: merge(frozen, p))(trained, chat.collate(model.chat, data, [0, 1]))
+    _, _, grads = gradient(model, lambda p: merge_trees(frozen, p))(
+        trained, chat.collate(model.chat, data, [0, 1])
+    )
     assert max(float(g.abs().max()) for n, g in flatten(grads).items() if n.endswith("/b")) > 0
     assert (
         skeletons.weights_digest(
@@ -763,7 +765,7 @@ def test_muon_moves_the_matrices_inside_layers(tmp_path):
 
 def test_counts_are_told_before_training(tmp_path):
     model, params, _ = started(tmp_path)
-    own, base, share = lora.count(model.adapter, params["model"])
+    own, base, share = lora.count_adapter(model.adapter, params["model"])
     assert own == sum(t.numel() for t in flatten(params["lora"]).values())
     assert share == pytest.approx(100 * own / (own + base))
 

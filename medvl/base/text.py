@@ -1,0 +1,19 @@
+"""How values and lists are shortened in messages."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+
+def few(items: Sequence[Any], k: int = 6) -> str:
+    """The first `k` items as text, and how many more there are; "none" of an empty list."""
+    text = ", ".join(map(str, items[:k]))
+    if len(items) > k:
+        text += f" and {len(items) - k} more"
+    return text or "none"
+
+
+def short(value: Any) -> str:
+    """A value as JSON text of at most 80 characters."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else f"{text[:77]}..."
