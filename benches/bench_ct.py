@@ -184,8 +184,8 @@ def main(rounds: int = 4) -> None:
             )
         raw = np.prod(SHAPE) * 2 / 2**20
         for name, code in {
-            "mm": "b.preprocess(p)",
-            "reference": "b.preprocess(p, b.CONFIGS['reference'])",
+            "mm": "b.preprocess_scan(p)",
+            "reference": "b.preprocess_scan(p, b.CONFIGS['reference'])",
             "naive": "b.naive(p)",
         }.items():
             mib = _resident(path, code)

@@ -11,12 +11,12 @@ import time
 
 import torch
 import torch.nn.functional as F
+from drawn_tasks import TaskConfig, draw_tasks
 from torch import Tensor
 
 from medvl.adapters.embed import EmbedConfig, embed, fit_local
 from medvl.adapters.head import RetrieverConfig, train_retriever, whiten_tasks
 from medvl.adapters.retrieve import adapter_vector, recall_at
-from medvl.phantoms.tasks import TaskConfig, draw_tasks
 
 KS = (1, 3, 5)
 

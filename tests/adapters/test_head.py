@@ -21,7 +21,6 @@ from medvl.adapters.head import (
 )
 from medvl.components.text import pool_tokens
 from medvl.hub import skeletons
-from medvl.phantoms.tasks import TaskConfig
 from medvl.weights import lora
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -426,12 +425,13 @@ def test_record_errors(wrong, message):
 
 
 # Drawn tasks ----------------------------------------------------------------------------------------------------------------------------
-def test_of_drawn_imaging_tasks_it_finds_those_it_has_not_seen():
+def test_of_drawn_imaging_tasks_it_finds_those_it_has_not_seen(monkeypatch):
     """benches/train_retriever.py, shorter."""
+    monkeypatch.syspath_prepend(ROOT / "benches")  # as for a script of that folder
     spec = importlib.util.spec_from_file_location("train_retriever", ROOT / "benches" / "train_retriever.py")
     bench = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(bench)
-    found = bench.compare(TaskConfig(tasks=30, samples=20), RetrieverConfig(steps=500), 15, 12)
+    found = bench.compare(bench.TaskConfig(tasks=30, samples=20), RetrieverConfig(steps=500), 15, 12)
     for way in ("trained", "whitened"):
         mean, low, high = found["unseen"][1][f"{way} - untrained"]
         assert 0 < low < mean < high

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from attrs import asdict, evolve
 
-from medvl.phantoms.tasks import (
+from benches.drawn_tasks import (
     FINDINGS,
     LESIONS,
     ORGANS,
