@@ -1,4 +1,7 @@
-"""What a row of a metadata table (DICOM's attributes, CT-RATE's columns) says of its scan."""
+"""Metadata tables of scans: the columns of CT-RATE, which are named as DICOM's attributes.
+
+A row gives what a NIfTI header may have lost: the scale to Hounsfield units, the voxel spacing and the orientation.
+"""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -12,16 +15,15 @@ from medvl.ct import names
 RESCALE = ("RescaleSlope", "RescaleIntercept")
 SPACING = ("XYSpacing", "ZSpacing")
 ORIENTATION = "ImageOrientationPatient"
-_TO_RAS = np.array(
-    [-1.0, -1.0, 1.0]
-)  # DICOM counts to the left and to posterior, NIfTI to the right and to anterior
-_TOLERANCE = 0.01
+# DICOM's axes grow to the left and to posterior, NIfTI's to the right and to anterior.
+_TO_RAS = np.array([-1.0, -1.0, 1.0])
+_TOLERANCE = 0.01  # of direction cosines
 
 
 def read_metadata(
     path: PathLike, scans: Iterable[str], columns: Iterable[str] = ()
 ) -> dict[str, dict[str, str]]:
-    """The rows of a metadata table by volume name.
+    """Read the rows of a metadata table, by volume name.
 
     Args:
         scans: volume names, at least one of which must have a row.
@@ -43,7 +45,9 @@ def read_metadata(
     present = next(iter(rows.values()))
     missing = [column for column in columns if column not in present]
     if missing:
-        remedy = "; where stored values are HU, set hu='none'" if set(missing) & set(RESCALE) else ""
+        remedy = ""
+        if set(missing) & set(RESCALE):
+            remedy = "; where stored values are HU, set hu='none'"
         raise ValueError(
             f"{path}: must have the column {', '.join(map(repr, missing))} to say how its scans are read, found "
             f"{', '.join(map(repr, present))}{remedy}"
@@ -52,40 +56,56 @@ def read_metadata(
 
 
 def rescale(row: Mapping[str, str]) -> tuple[float, float]:
-    """(slope, intercept), raw values to HU. Raises ValueError where one is not one number; so do the other functions here."""
+    """Slope and intercept from raw values to HU.
+
+    Raises:
+        ValueError: one of the two is not a single number; the message goes on after the scan's name.
+    """
     for column in RESCALE:
-        if len(set(_bare(row.get(column, "")).split(","))) > 1:  # "-1024,5" is no list
+        # "-1024,5" is a number with a decimal comma, not a list: its first part would be a wrong scale.
+        parts = _strip_list(row.get(column, "")).split(",")
+        if len(set(parts)) > 1:
             raise ValueError(
                 f"its metadata row must have one number in {column!r}, with a point, found {row[column]!r}"
             )
-    return _number(row, RESCALE[0]), _number(row, RESCALE[1])
+    return _read_number(row, RESCALE[0]), _read_number(row, RESCALE[1])
 
 
 def spacing_mm(row: Mapping[str, str]) -> tuple[float, float, float]:
-    """Along the file's axes x, y, z. DICOM's PixelSpacing is (between rows, between columns), that is (y, x)."""
-    spacing = (_number(row, SPACING[0], 1), _number(row, SPACING[0], 0), _number(row, SPACING[1]))
-    if min(spacing) <= 0:
-        raise ValueError(f"the metadata's spacing must be positive, found {spacing} mm")
-    return spacing
+    """Voxel spacing in mm along the file's axes x, y, z.
+
+    Raises:
+        ValueError: not positive numbers; the message goes on after the scan's name.
+    """
+    # DICOM's PixelSpacing is (between rows, between columns), that is (y, x).
+    x = _read_number(row, SPACING[0], 1)
+    y = _read_number(row, SPACING[0], 0)
+    z = _read_number(row, SPACING[1])
+    if min(x, y, z) <= 0:
+        raise ValueError(f"the metadata's spacing must be positive, found {(x, y, z)} mm")
+    return x, y, z
 
 
 def directions(row: Mapping[str, str]) -> np.ndarray | None:
-    """Unit vectors [3, 3] in its columns: where the file's axes x, y, z grow to, as (right, anterior, superior).
+    """Directions of the file's axes in the patient: unit vectors [3, 3] in the columns x, y, z, in RAS+.
 
-    ImageOrientationPatient says where x and y grow to. Slices are taken to be stacked along the normal of both, which is how they are
-    sorted when a series becomes a volume, as long as that normal is superior: otherwise the stack may be mirrored or sheared.
+    ImageOrientationPatient gives those of x and y. Slices are assumed to be stacked along the normal of both, which is
+    how they are sorted when a series becomes a volume. The normal must be superior: otherwise the stack may be
+    mirrored or sheared.
 
     Returns:
-        None where the row does not have it.
+        None where the row does not have the orientation.
     Raises:
-        ValueError: not two unit vectors at right angles, or a normal that is not superior.
+        ValueError: not two unit vectors at right angles, or a normal that is not superior; the message goes on after
+            the scan's name.
     Source: DICOM PS3.3, C.7.6.2.1.1.
     """
-    text = _bare(row.get(ORIENTATION, ""))
+    text = _strip_list(row.get(ORIENTATION, ""))
     if not text:
         return None
     try:
-        cosines = np.array([float(part) for part in re.split(r"[,\\\s]+", text.strip())]).reshape(2, 3)
+        numbers = [float(part) for part in re.split(r"[,\\\s]+", text.strip())]
+        cosines = np.array(numbers).reshape(2, 3)
     except ValueError as e:
         raise ValueError(f"its metadata row must have six numbers in {ORIENTATION!r}, found {text!r}") from e
     x, y = cosines * _TO_RAS
@@ -97,23 +117,25 @@ def directions(row: Mapping[str, str]) -> np.ndarray | None:
     normal = np.cross(x, y)
     if np.abs(normal[:2]).max() > _TOLERANCE or normal[2] < 0:
         raise ValueError(
-            f"{ORIENTATION} {text!r} makes the normal of the slices grow to {np.round(normal, 3).tolist()} (right, anterior, superior) and "
-            "not to superior: whether the file stacks them that way cannot be known, it could come out mirrored or sheared; write the "
-            "affine into the header (qform or sform)"
+            f"{ORIENTATION} {text!r} makes the normal of the slices grow to {np.round(normal, 3).tolist()} "
+            "(right, anterior, superior) and not to superior: whether the file stacks them that way cannot be known, "
+            "it could come out mirrored or sheared; write the affine into the header (qform or sform)"
         )
     return np.stack([x, y, normal], 1)
 
 
-def _bare(cell: object) -> str:
+def _strip_list(cell: object) -> str:
     """A cell without the brackets and quotes of a printed list: "['0.7', '0.7']" -> "0.7, 0.7"."""
     return re.sub(r"""[][()'"]""", "", str(cell)).strip()
 
 
-def _number(row: Mapping[str, str], column: str, at: int = 0) -> float:
-    """A number of the row; a list "[0.34, 0.36]" gives its entry `at`."""
-    parts = _bare(row.get(column, "")).split(",")
+def _read_number(row: Mapping[str, str], column: str, index: int = 0) -> float:
+    """The number of a cell, or the entry `index` of a list such as "[0.34, 0.36]"."""
+    parts = _strip_list(row.get(column, "")).split(",")
+    if len(parts) == 1:
+        index = 0
     try:
-        value = float(parts[at if len(parts) > 1 else 0])
+        value = float(parts[index])
     except (ValueError, IndexError):
         value = np.nan
     if not np.isfinite(value):

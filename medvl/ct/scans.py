@@ -28,20 +28,20 @@ from medvl.ct import names
 _QUIET = logging.Logger("quiet")  # nibabel logs what it also raises
 _QUIET.addHandler(logging.NullHandler())
 
-CHUNK = (
-    1 << 17
-)  # compressed bytes per inflate call; its output stays in the cache: 1.15x faster than inflating the file in one call
+# Compressed bytes per inflate call. The output stays in the cache: 1.15x faster than inflating the file in one call.
+CHUNK = 1 << 17
 _MAX_RATIO = 1100  # deflate cannot shrink further than 1032:1
-_MM = {
-    1: 1000.0,
-    3: 0.001,
-}  # NIfTI's codes of metres and micrometres; 2 is mm, 0 says nothing and is read as mm
+# NIfTI's unit codes of metres and micrometres, in mm. Code 2 is mm; 0 is unknown and read as mm.
+_MM = {1: 1000.0, 3: 0.001}
 _VOXEL_MM = (0.01, 50.0)  # what a voxel of a CT may measure; a wrong unit is a factor of 1000
-_TOLERANCE = 0.01  # of lengths and angles that a header gives twice
+_TOLERANCE = 0.01  # between lengths or angles that a header gives twice
 _SAME_AXIS = math.cos(math.radians(5))
 _DAMAGED: Any = (OSError, IsalError)
 _MAX_AFTER = 1 << 20  # bytes; nothing belongs there, some programs pad
-FROM_DICOM = "DICOM is not read; `dcm2niix -z y -f %j -o OUT FOLDER` makes one .nii.gz of each series in a folder: take those of OUT"
+FROM_DICOM = (
+    "DICOM is not read; `dcm2niix -z y -f %j -o OUT FOLDER` makes one .nii.gz of each series in a folder: "
+    "take those of OUT"
+)
 
 
 class ScanError(ValueError):
@@ -50,19 +50,17 @@ class ScanError(ValueError):
 
 @frozen(kw_only=True)
 class Header:
-    """What the first bytes of a scan say.
+    """The header of a scan.
 
     scaled: scl_slope is usable (finite and not 0).
-    placed: a qform or sform is set, and is not the identity that programs write for a scan whose place they do not know.
-    doubt: what the header says against itself about lengths and axes, one sentence; "" where all agrees.
+    placed: a qform or sform is set, and is not the identity that programs write for a scan of unknown position.
+    doubt: one sentence on how the header contradicts itself about lengths or axes; "" where it is consistent.
     """
 
     name: str
     shape: tuple[int, int, int]  # x y z
     dtype: np.dtype  # as stored, native byte order
-    affine: (
-        np.ndarray
-    )  # [4, 4] float64: voxel index -> mm, to the patient's right, anterior, superior growing
+    affine: np.ndarray  # [4, 4] float64, voxel index -> mm in RAS+ (right, anterior, superior)
     spacing_mm: tuple[float, float, float]  # x y z, the lengths of the affine's columns
     slope: float
     intercept: float
@@ -73,7 +71,7 @@ class Header:
 
 @frozen(kw_only=True, eq=False)
 class Scan:
-    """A scan in memory; `voxels` [x, y, z] is a Fortran-ordered view of the file's bytes, stored dtype, not scaled."""
+    """A scan in memory. `voxels` [x, y, z] are Fortran-ordered, in the stored dtype, not scaled."""
 
     header: Header
     voxels: np.ndarray
@@ -89,8 +87,8 @@ def read_scan(path: PathLike) -> Scan:
     The affine follows nibabel's rule (sform, else qform, else pixdim alone), in mm whatever the unit in the header.
 
     Raises:
-        ScanError: not a readable file, not NIfTI, no 3-D scalar volume of at least two slices, no usable affine or spacing, truncated, or
-            damaged (gzip checksum).
+        ScanError: not a readable file, not NIfTI, no 3-D scalar volume of at least two slices, no usable affine or
+            spacing, truncated, or damaged (gzip checksum).
     """
     with open_scan(path) as (header, slices):
         return Scan(header=header, voxels=stack_slices(header, slices))
@@ -98,10 +96,13 @@ def read_scan(path: PathLike) -> Scan:
 
 @contextmanager
 def open_scan(path: PathLike) -> Iterator[tuple[Header, Iterator[np.ndarray]]]:
-    """The header, and the slices [x, y] of a scan one by one, z growing as in the file, inflated as they are asked for.
+    """Open a scan: its header, and an iterator over its slices [x, y] in the order of the file's z axis.
 
-    A volume that is used slice by slice never has to be in memory. The last slice comes only when the file's checksum is right.
-    Raises `ScanError` like `read_scan`, here or while slices are taken.
+    Slices are inflated as they are taken, so a volume that is used slice by slice is never whole in memory. The last
+    slice comes only when the file's checksum is right.
+
+    Raises:
+        ScanError: as `read_scan`, on opening or while slices are taken.
     """
     path = Path(path)
     try:
@@ -109,12 +110,12 @@ def open_scan(path: PathLike) -> Iterator[tuple[Header, Iterator[np.ndarray]]]:
     except ValueError as e:
         raise ScanError(str(e)) from e
     try:
-        f = open(path, "rb")  # noqa: SIM115 (closed below; the caller's own OSError must not pass for ours)
+        f = open(path, "rb")  # noqa: SIM115 (closed below; an OSError of the caller must not become a ScanError)
     except OSError as e:
-        raise _broken(path, e) from e
+        raise _read_error(path, e) from e
     with f:
-        header, stored, chunks = _start(f, path)
-        yield header, _slices(header, stored, chunks, path)
+        header, layout, chunks = _read_start(f, path)
+        yield header, _iter_slices(header, layout, chunks, path)
 
 
 def stack_slices(header: Header, slices: Iterator[np.ndarray]) -> np.ndarray:
@@ -136,177 +137,218 @@ def is_dicom(path: PathLike) -> bool:
         return False
 
 
-def read_header(path: PathLike) -> Header:
-    """The header alone, from the first KBs of the file; raises `ScanError` like `read_scan`, but cannot see damaged voxels."""
-    with open_scan(path) as (header, _):
-        return header
-
-
 @frozen
-class _Stored:
+class _Layout:
+    """How the voxels lie in the file."""
+
     dtype: np.dtype  # in the file's byte order
-    offset: int
+    offset: int  # bytes, of the first voxel
 
 
-def _start(f: Any, path: Path) -> tuple[Header, _Stored, Iterator[bytes]]:
+def _read_start(f: Any, path: Path) -> tuple[Header, _Layout, Iterator[bytes]]:
+    """The header, the layout of the voxels, and all inflated bytes of the file from its start, in chunks."""
     size = f.seek(0, io.SEEK_END)
     f.seek(0)
     zipped = f.read(2) == b"\x1f\x8b"
     f.seek(0)
-    chunks = _chunks(f, zipped, path)
+    chunks = _iter_chunks(f, zipped, path)
     head = b""
-    while len(head) < 540 and (chunk := next(chunks, b"")):
+    while len(head) < 540:  # a NIfTI-2 header
+        chunk = next(chunks, b"")
+        if not chunk:
+            break
         head += chunk
-    header, stored = _parse(head, path)
-    need = stored.offset + math.prod(header.shape) * stored.dtype.itemsize
-    if need > size * (_MAX_RATIO if zipped else 1):
+    header, layout = _parse_header(head, path)
+    # A corrupt header can ask for any number of voxels: refuse before memory is allocated for them.
+    need = layout.offset + math.prod(header.shape) * layout.dtype.itemsize
+    most = size * _MAX_RATIO if zipped else size
+    if need > most:
         raise ScanError(
             f"{path}: is truncated: its header asks for {need} bytes{' inflated' * zipped}, the file has {size}"
         )
-    return header, stored, itertools.chain([head], chunks)
+    return header, layout, itertools.chain([head], chunks)
 
 
-def _slices(header: Header, stored: _Stored, chunks: Iterator[bytes], path: Path) -> Iterator[np.ndarray]:
+def _iter_slices(
+    header: Header, layout: _Layout, chunks: Iterator[bytes], path: Path
+) -> Iterator[np.ndarray]:
+    """Cut the bytes of the file into slices [x, y] of the native byte order."""
     x, y, z = header.shape
-    rest = memoryview(b"")
-    skip = stored.offset
+    buffer = memoryview(b"")  # inflated bytes that no slice has taken yet
+    skip = layout.offset  # bytes before the first voxel that are still to come
     for i in range(z):
-        plane = np.empty(y * x, stored.dtype)
-        view, at = plane.data.cast("B"), 0
-        while at < len(view):
-            if not rest:
-                rest = memoryview(next(chunks, b""))
-                if not rest:
+        plane = np.empty(y * x, layout.dtype)
+        view = plane.data.cast("B")
+        filled = 0
+        while filled < len(view):
+            if not buffer:
+                buffer = memoryview(next(chunks, b""))
+                if not buffer:
                     raise ScanError(f"{path}: is truncated: holds {i} of the {z} slices its header asks for")
-                skipped = min(skip, len(rest))
-                rest, skip = rest[skipped:], skip - skipped
-            piece = rest[: len(view) - at]
-            view[at : at + len(piece)] = piece
-            rest, at = rest[len(piece) :], at + len(piece)
+                skipped = min(skip, len(buffer))
+                buffer = buffer[skipped:]
+                skip -= skipped
+            piece = buffer[: len(view) - filled]
+            view[filled : filled + len(piece)] = piece
+            buffer = buffer[len(piece) :]
+            filled += len(piece)
         if i == z - 1:
-            _drain(len(rest), chunks, path)
-        plane = plane if plane.dtype.isnative else plane.byteswap(inplace=True).view(header.dtype)
+            _read_to_end(len(buffer), chunks, path)
+        if not plane.dtype.isnative:
+            plane = plane.byteswap(inplace=True).view(header.dtype)
         yield plane.reshape(y, x).T
 
 
-def _drain(after: int, chunks: Iterator[bytes], path: Path) -> None:
-    """What follows the voxels, beside `after` bytes at hand, is inflated too, since the checksum is at the end; but not without end."""
+def _read_to_end(trailing: int, chunks: Iterator[bytes], path: Path) -> None:
+    """Inflate what follows the voxels, after `trailing` bytes that were already read: the checksum comes last.
+
+    The amount is limited, so that a file cannot keep us reading forever.
+    """
     for chunk in itertools.chain([b""], chunks):
-        after += len(chunk)
-        if after > _MAX_AFTER:
+        trailing += len(chunk)
+        if trailing > _MAX_AFTER:
             raise ScanError(f"{path}: is damaged, or no scan: other data follow its voxels")
 
 
-def _chunks(f: Any, zipped: bool, path: Path) -> Iterator[bytes]:
+def _iter_chunks(f: Any, zipped: bool, path: Path) -> Iterator[bytes]:
+    """The bytes of the file, inflated if it is gzip."""
     try:
-        yield from _inflate(f, path) if zipped else iter(lambda: f.read(CHUNK), b"")
+        if zipped:
+            yield from _inflate(f, path)
+        else:
+            while chunk := f.read(CHUNK):
+                yield chunk
     except _DAMAGED as e:
-        raise _broken(path, e) from e
+        raise _read_error(path, e) from e
 
 
 def _inflate(f: Any, path: Path) -> Iterator[bytes]:
     """Inflated chunks of a gzip file of one or more members; every member's checksum is verified."""
-    inflater, rest = isal_zlib.decompressobj(wbits=31), b""
-    while rest or (rest := f.read(CHUNK)):
-        if inflater.eof:
-            if not rest.strip(b"\0"):
-                rest = b""  # zero padding after the last member is allowed by gzip
+    inflater = isal_zlib.decompressobj(wbits=31)
+    buffer = b""  # compressed bytes
+    while buffer or (buffer := f.read(CHUNK)):
+        if inflater.eof:  # between two members
+            if not buffer.strip(b"\0"):
+                buffer = b""  # gzip allows zero padding after the last member
                 continue
-            if not b"\x1f\x8b".startswith(rest[:2]):
+            if not b"\x1f\x8b".startswith(buffer[:2]):
                 raise ScanError(
                     f"{path}: is damaged: other bytes follow the gzip stream; copy the file again"
                 )
             inflater = isal_zlib.decompressobj(wbits=31)
-        if out := inflater.decompress(rest):
-            yield out
-        rest = inflater.unused_data
+        chunk = inflater.decompress(buffer)
+        if chunk:
+            yield chunk
+        buffer = inflater.unused_data
     if not inflater.eof:
         raise ScanError(f"{path}: is truncated: the gzip stream ends early; copy the file again")
 
 
-def _parse(head: bytes, path: Path) -> tuple[Header, _Stored]:
+def _parse_header(head: bytes, path: Path) -> tuple[Header, _Layout]:
     raw = _raw_header(head, path)
-    shape = _shape(raw, path)
-    dtype, offset = _dtype(raw, path), float(raw["vox_offset"])
+    shape = _read_shape(raw, path)
+    dtype = _read_dtype(raw, path)
+    offset = float(raw["vox_offset"])
     if not (np.isfinite(offset) and offset >= len(raw.binaryblock)):
         raise ScanError(
-            f"{path}: its voxels must start after the header of {len(raw.binaryblock)} bytes, found vox_offset {offset:g}"
+            f"{path}: its voxels must start after the header of {len(raw.binaryblock)} bytes, "
+            f"found vox_offset {offset:g}"
         )
     if raw["sform_code"] <= 0:
-        _positive(raw["pixdim"][1:4], path)  # before nibabel mends it
-    placed = bool(raw["sform_code"] > 0 or raw["qform_code"] > 0)
+        # The spacing comes from pixdim; nibabel's check_fix below would silently replace a bad one.
+        _check_spacing(raw["pixdim"][1:4], path)
+    has_form = bool(raw["sform_code"] > 0 or raw["qform_code"] > 0)
     pixdim = np.asarray(raw["pixdim"][1:4], np.float64)
     to_mm = _MM.get(int(raw["xyzt_units"]) & 7, 1.0)
+    qform = None
     try:
         raw.check_fix(logger=_QUIET)
-        affine = _in_mm(raw.get_best_affine(), to_mm)
-        qform = _in_mm(raw.get_qform(), to_mm) if raw["qform_code"] > 0 else None
+        affine = _scale_affine(raw.get_best_affine(), to_mm)
+        if raw["qform_code"] > 0:
+            qform = _scale_affine(raw.get_qform(), to_mm)
     except HeaderDataError as e:
         raise ScanError(f"{path}: is not usable NIfTI: {e}") from e
-    if not np.isfinite(affine).all():
-        raise ScanError(f"{path}: must have a finite affine, found {affine[:3].tolist()}")
-    spacing = np.sqrt((affine[:3, :3] ** 2).sum(0))
-    _positive(spacing, path)
-    if abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-6:
-        raise ScanError(f"{path}: must have an affine that can be inverted, found {affine[:3].tolist()}")
+    spacing = _spacing_of(affine, path)
     slope, intercept = float(raw["scl_slope"]), float(raw["scl_inter"])
     scaled = bool(np.isfinite(slope) and slope != 0)
     if scaled and not np.isfinite(intercept):
         raise ScanError(f"{path}: has scl_slope {slope} with scl_inter {intercept}; both must be finite")
+    if not scaled:
+        slope, intercept = 1.0, 0.0
     header = Header(
         name=names.volume_name(path),
         shape=shape,
         dtype=dtype.newbyteorder("="),
         affine=affine,
         spacing_mm=tuple(spacing.tolist()),
-        slope=slope if scaled else 1.0,
-        intercept=intercept if scaled else 0.0,
+        slope=slope,
+        intercept=intercept,
         scaled=scaled,
-        placed=placed and not _is_identity(affine),
-        doubt=_doubt(affine, qform, pixdim * to_mm),
+        placed=has_form and not _is_identity(affine),
+        doubt=_find_contradiction(affine, qform, pixdim * to_mm),
     )
-    return header, _Stored(dtype, int(offset))
+    return header, _Layout(dtype, int(offset))
 
 
-def _in_mm(affine: Any, to_mm: float) -> np.ndarray:
+def _spacing_of(affine: np.ndarray, path: Path) -> np.ndarray:
+    """The lengths [3] in mm of the affine's columns, which must be usable."""
+    if not np.isfinite(affine).all():
+        raise ScanError(f"{path}: must have a finite affine, found {affine[:3].tolist()}")
+    spacing = np.sqrt((affine[:3, :3] ** 2).sum(0))
+    _check_spacing(spacing, path)
+    if abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-6:
+        raise ScanError(f"{path}: must have an affine that can be inverted, found {affine[:3].tolist()}")
+    return spacing
+
+
+def _scale_affine(affine: Any, to_mm: float) -> np.ndarray:
     affine = np.array(affine, np.float64)
     affine[:3] *= to_mm
     return affine
 
 
 def _is_identity(affine: np.ndarray) -> bool:
-    """Whether the affine is what NIfTI or ITK programs write for an array without a place: voxels of 1 mm, the first one at 0, 0, 0."""
+    """Whether this is the affine that NIfTI or ITK programs write for an array of unknown position: 1 mm voxels from 0, 0, 0."""
     return np.array_equal(affine, np.eye(4)) or np.array_equal(affine, np.diag([-1.0, -1.0, 1.0, 1.0]))
 
 
-def _doubt(affine: np.ndarray, qform: np.ndarray | None, pixdim_mm: np.ndarray) -> str:
-    """What speaks against an affine: its own angles and lengths, a qform that says otherwise, or else other spacings in pixdim."""
+def _find_contradiction(affine: np.ndarray, qform: np.ndarray | None, pixdim_mm: np.ndarray) -> str:
+    """One sentence on what contradicts an affine, "" where nothing does.
+
+    Checked are its own angles and lengths, then the qform, or without one the spacing in pixdim.
+    """
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    angles = (affine[:3, :3].T @ affine[:3, :3]) / np.outer(spacing, spacing)
-    i, j = max(((0, 1), (0, 2), (1, 2)), key=lambda pair: abs(angles[pair]))
-    if abs(angles[i, j]) > _TOLERANCE:
-        degrees = math.degrees(math.acos(np.clip(angles[i, j], -1, 1)))
+    cosines = (affine[:3, :3].T @ affine[:3, :3]) / np.outer(spacing, spacing)
+    i, j = max(((0, 1), (0, 2), (1, 2)), key=lambda pair: abs(cosines[pair]))
+    if abs(cosines[i, j]) > _TOLERANCE:
+        degrees = math.degrees(math.acos(np.clip(cosines[i, j], -1, 1)))
         return (
-            f"its affine is sheared: the axes {'xyz'[i]} and {'xyz'[j]} are at {degrees:.1f} degrees and must be at 90 (a tilted gantry?); "
-            "resample it to right angles first (dcm2niix does so)"
+            f"its affine is sheared: the axes {'xyz'[i]} and {'xyz'[j]} are at {degrees:.1f} degrees and must be at 90 "
+            "(a tilted gantry?); resample it to right angles first (dcm2niix does so)"
         )
     if spacing.min() < _VOXEL_MM[0] or spacing.max() > _VOXEL_MM[1]:
         return (
-            f"its header makes voxels of {_lengths(spacing)}, a CT's are between {_VOXEL_MM[0]:g} and {_VOXEL_MM[1]:g} mm; "
-            "are its unit (xyzt_units) and spacing right?"
+            f"its header makes voxels of {_format_mm(spacing)}, a CT's are between {_VOXEL_MM[0]:g} and "
+            f"{_VOXEL_MM[1]:g} mm; are its unit (xyzt_units) and spacing right?"
         )
     if qform is not None:
-        other, codes = np.linalg.norm(qform[:3, :3], axis=0), (_axes(affine), _axes(qform))
-        # at 45 degrees, rounding decides which axis is the closest
-        cosines = (affine[:3, :3] * qform[:3, :3]).sum(0) / (spacing * other)
-        turned = codes[0] != codes[1] and cosines.min() < _SAME_AXIS
+        other = np.linalg.norm(qform[:3, :3], axis=0)
+        codes, other_codes = _axis_codes(affine), _axis_codes(qform)
+        # At 45 degrees rounding decides which axis is the closest, so codes may differ where directions agree.
+        agreement = (affine[:3, :3] * qform[:3, :3]).sum(0) / (spacing * other)
+        turned = codes != other_codes and agreement.min() < _SAME_AXIS
         if _differ(spacing, other) or turned:
             return (
-                f"its header says two things: sform {_lengths(spacing)} along {codes[0]}, qform {_lengths(other)} along {codes[1]}; "
-                "write the right one into both"
+                f"its header says two things: sform {_format_mm(spacing)} along {codes}, "
+                f"qform {_format_mm(other)} along {other_codes}; write the right one into both"
             )
-    elif not np.array_equal(pixdim_mm, np.ones(3)) and (pixdim_mm > 0).all() and _differ(spacing, pixdim_mm):
-        return f"its header says two things: sform {_lengths(spacing)}, pixdim {_lengths(pixdim_mm)}; write the right one into both"
+        return ""
+    never_set = np.array_equal(pixdim_mm, np.ones(3))
+    if not never_set and (pixdim_mm > 0).all() and _differ(spacing, pixdim_mm):
+        return (
+            f"its header says two things: sform {_format_mm(spacing)}, pixdim {_format_mm(pixdim_mm)}; "
+            "write the right one into both"
+        )
     return ""
 
 
@@ -314,71 +356,80 @@ def _differ(a: np.ndarray, b: np.ndarray) -> bool:
     return bool((np.abs(a - b) > _TOLERANCE * np.maximum(a, b)).any())
 
 
-def _lengths(mm: np.ndarray) -> str:
-    return " x ".join(f"{value:.4g}" for value in mm) + " mm"
+def _format_mm(lengths: np.ndarray) -> str:
+    return " x ".join(f"{value:.4g}" for value in lengths) + " mm"
 
 
-def _axes(affine: np.ndarray) -> str:
+def _axis_codes(affine: np.ndarray) -> str:
     return "-".join(aff2axcodes(affine))
 
 
 def _raw_header(head: bytes, path: Path) -> Any:
+    """nibabel's header of the first bytes of a file, unchecked. Its size field tells byte order and version."""
     if not head:
         raise ScanError(f"{path}: is empty")
-    order: Any = "little" if int.from_bytes(head[:4], "little") in (348, 540) else "big"
+    order: Any = "big"
+    if int.from_bytes(head[:4], "little") in (348, 540):
+        order = "little"
     size = int.from_bytes(head[:4], order)
-    kind, magic = (Nifti2Header, b"n+2") if size == 540 else (Nifti1Header, b"n+1")
+    kind, magic = Nifti1Header, b"n+1"
+    if size == 540:
+        kind, magic = Nifti2Header, b"n+2"
     if head[128:132] == b"DICM":
         raise ScanError(f"{path}: is a DICOM file; {FROM_DICOM}")
     if size != kind.sizeof_hdr or len(head) < size:
         raise ScanError(
-            f"{path}: is not NIfTI (must begin with a header of 348 or 540 bytes, begins with {head[:4].hex(' ')})"
+            f"{path}: is not NIfTI (must begin with a header of 348 or 540 bytes, "
+            f"begins with {head[:4].hex(' ')})"
         )
     raw = kind(head[:size], order, check=False)
     if not bytes(raw["magic"]).startswith(magic):
-        found = bytes(raw["magic"])
         raise ScanError(
-            f"{path}: must be NIfTI in one file (magic {magic.decode()}), found {found!r}; .hdr/.img pairs are not read"
+            f"{path}: must be NIfTI in one file (magic {magic.decode()}), found {bytes(raw['magic'])!r}; "
+            ".hdr/.img pairs are not read"
         )
     return raw
 
 
-def _shape(raw: Any, path: Path) -> tuple[int, int, int]:
+def _read_shape(raw: Any, path: Path) -> tuple[int, int, int]:
     """x y z; trailing axes of length 1 are dropped."""
     rank = int(raw["dim"][0])
-    dims = [int(d) for d in raw["dim"][1 : max(1, rank) + 1]] if 1 <= rank <= 7 else []
+    dims = []
+    if 1 <= rank <= 7:
+        dims = [int(d) for d in raw["dim"][1 : max(1, rank) + 1]]
     while len(dims) > 3 and dims[-1] == 1:
         dims.pop()
     if len(dims) != 3 or min(dims) < 2:
-        found = dims or f"dim {raw['dim'].tolist()}"
+        shown = dims or f"dim {raw['dim'].tolist()}"
         raise ScanError(
-            f"{path}: must be one volume [x, y, z] of at least 2 voxels along each axis, found {found}"
+            f"{path}: must be one volume [x, y, z] of at least 2 voxels along each axis, found {shown}"
         )
     return dims[0], dims[1], dims[2]
 
 
-def _positive(spacing: np.ndarray, path: Path) -> None:
+def _check_spacing(spacing: np.ndarray, path: Path) -> None:
     if not (np.isfinite(spacing).all() and (spacing > 0).all()):
         raise ScanError(
             f"{path}: must have a positive voxel spacing in mm, found {np.asarray(spacing).tolist()}"
         )
 
 
-def _dtype(raw: Any, path: Path) -> np.dtype:
+def _read_dtype(raw: Any, path: Path) -> np.dtype:
     try:
         dtype = raw.get_data_dtype()
     except KeyError as e:
         raise ScanError(f"{path}: has the unknown data type {e}") from e
     if dtype.kind not in "iuf" or dtype.itemsize > 8:
-        found = f"colours {dtype.names}" if dtype.names else dtype
-        raise ScanError(f"{path}: must hold one real number of at most 64 bits per voxel, found {found}")
+        shown = f"colours {dtype.names}" if dtype.names else dtype
+        raise ScanError(f"{path}: must hold one real number of at most 64 bits per voxel, found {shown}")
     return dtype
 
 
-def _broken(path: Path, e: Exception) -> ScanError:
+def _read_error(path: Path, e: Exception) -> ScanError:
     if isinstance(e, IsADirectoryError):
         return ScanError(
-            f"{path}: cannot be read ({e.strerror}); a scan is one .nii or .nii.gz file. If it holds DICOM: {FROM_DICOM}"
+            f"{path}: cannot be read ({e.strerror}); a scan is one .nii or .nii.gz file. "
+            f"If it holds DICOM: {FROM_DICOM}"
         )
     if isinstance(e, OSError) and e.errno is not None:
         return ScanError(f"{path}: cannot be read ({e.strerror})")

@@ -7,7 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from medvl.ct.scans import ScanError, read_header, read_scan
+from medvl.ct.scans import ScanError, open_scan, read_scan
 
 AFFINE = np.array([[-0.7, 0.1, 0, 20], [0, -0.6, 0.2, 30], [0, 0.3, 2.5, -400], [0, 0, 0, 1.0]])
 DTYPES = ["i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8"]
@@ -29,7 +29,8 @@ def _same_as_nibabel(path):
     assert scan.voxels.dtype == theirs.dtype.newbyteorder("=")
     assert scan.voxels.dtype.isnative
     assert scan.voxels.flags.f_contiguous
-    assert read_header(path).affine.tolist() == scan.header.affine.tolist()
+    with open_scan(path) as (header, _):
+        assert header.affine.tolist() == scan.header.affine.tolist()
     return scan
 
 
@@ -109,6 +110,7 @@ def test_header_needs_only_the_first_kilobytes(tmp_path):
     raw = bytearray(whole.read_bytes())
     raw[-200000:] = bytes(200000)
     damaged.write_bytes(raw)
-    assert read_header(damaged).affine.tolist() == read_header(whole).affine.tolist()
+    with open_scan(whole) as (expected, _), open_scan(damaged) as (header, _):
+        assert header.affine.tolist() == expected.affine.tolist()
     with pytest.raises(ScanError, match=r"damaged|truncated"):
         read_scan(damaged)
