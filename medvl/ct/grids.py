@@ -1,7 +1,8 @@
-"""Linear resampling of a volume that comes slice by slice: one table of taps and weights per axis (`Axis`), one resampler for all.
+"""Linear resampling of a volume that comes slice by slice: a table of taps and weights per axis (`Axis`), and one resampler.
 
-Every grid here is separable and linear, so an axis is all there is to choose: `centred` (millimetres), `stretched` (voxel counts) or
-`anchored` (millimetres from the first voxel). Lengths are in mm; n counts source voxels along the axis, size those of the output.
+Every grid here is separable and linear, so it is a choice per axis: `centred` (millimetres), `stretched` (voxel counts)
+or `anchored` (millimetres from the first voxel). Lengths are in mm; n counts source voxels along the axis, `size` those
+of the output.
 """
 
 import threading
@@ -16,12 +17,16 @@ from attrs import evolve, frozen
 from torch import Tensor
 
 _LOCK = threading.Lock()
-_before: list[int] = []  # of each call at work, torch's thread count before the first
+_counts: list[int] = []  # one entry per running call: torch's thread count before the first of them
 
 
 @frozen(kw_only=True, eq=False)
 class Axis:
-    """One axis: output voxel `first + i` is the sum over t of weights[i, t] * source[taps[i, t]]; others lie outside the source."""
+    """One axis of a resampling.
+
+    Output voxel `first + i` is the sum over t of weights[i, t] * source[taps[i, t]]; other output voxels lie outside
+    the source.
+    """
 
     first: int
     taps: np.ndarray  # [i, t] int64, 0 .. n - 1
@@ -38,62 +43,70 @@ class Axis:
 
 
 def centred(n: int, spacing_mm: float, size: int, target_mm: float, antialias: bool) -> Axis:
-    """Output voxels of `target_mm`, both volumes centred; those whose centre lies in the source (its voxels are boxes).
+    """Output voxels of `target_mm`, with source and output centred on each other.
+
+    Kept are output voxels whose centre lies in the source, where source voxels are boxes.
 
     Args:
         antialias: when shrinking, weigh all that an output voxel covers by a triangle instead of reading two samples.
     Raises:
         ValueError: no output voxel's centre lies in the source; the message goes on after the volume's name.
-    Source: the triangle is that of torch's antialias=True (aten UpSampleKernel): support = the step, weights normalised over what exists.
+    Source: the triangle is that of torch's antialias=True (aten UpSampleKernel): its support is the step, and weights are
+        normalised over the source voxels that exist.
     """
-    at = (np.arange(size) - (size - 1) / 2) * (target_mm / spacing_mm) + (n - 1) / 2
-    inside = np.flatnonzero((at > -0.5 - 1e-6) & (at < n - 0.5 + 1e-6))
+    step = target_mm / spacing_mm  # source voxels per output voxel
+    centres = (np.arange(size) - (size - 1) / 2) * step + (n - 1) / 2
+    inside = np.flatnonzero((centres > -0.5 - 1e-6) & (centres < n - 0.5 + 1e-6))
     if not len(inside):
         raise ValueError(
             f"is smaller than one output voxel: {n} voxels of {spacing_mm:g} mm against {target_mm:g} mm"
         )
-    at, first = at[inside], int(inside[0])
+    first = int(inside[0])
+    centres = centres[inside]
     if not antialias or target_mm <= spacing_mm:
-        return _linear(first, at, n, target_mm)
-    step = target_mm / spacing_mm
-    taps = np.floor(at + 1 - step).astype(np.int64)[:, None] + np.arange(int(np.ceil(2 * step)) + 1)
-    weights = np.maximum(1 - np.abs(taps - at[:, None]) / step, 0) * ((taps >= 0) & (taps < n))
+        return _sample_linear(first, centres, n, target_mm)
+    lowest = np.floor(centres + 1 - step).astype(np.int64)
+    taps = lowest[:, None] + np.arange(int(np.ceil(2 * step)) + 1)
+    exists = (taps >= 0) & (taps < n)
+    weights = np.maximum(1 - np.abs(taps - centres[:, None]) / step, 0) * exists
     weights /= weights.sum(1, keepdims=True)
-    return Axis(
-        first=first, taps=taps.clip(0, n - 1), weights=weights.astype(np.float32), spacing_mm=target_mm
-    )
+    weights = weights.astype(np.float32)
+    return Axis(first=first, taps=taps.clip(0, n - 1), weights=weights, spacing_mm=target_mm)
 
 
 def stretched(n: int, spacing_mm: float, size: int, new: int) -> Axis:
-    """The whole source as `new` >= 1 voxels, then the centre of them cropped or padded to `size`.
+    """The whole source resized to `new` >= 1 voxels, then cropped or padded about its centre to `size`.
 
     Source: F.interpolate(size=new, align_corners=False), in its float32 arithmetic.
     """
-    crop, pad = max(new - size, 0) // 2, max(size - new, 0) // 2
+    crop = max(new - size, 0) // 2
+    pad = max(size - new, 0) // 2
     scale = np.float32(n) / np.float32(new)
-    at = scale * (np.arange(new, dtype=np.float32) + np.float32(0.5)) - np.float32(0.5)
-    return _linear(pad, at[crop : crop + min(new, size)], n, spacing_mm * n / new)
+    centres = scale * (np.arange(new, dtype=np.float32) + np.float32(0.5)) - np.float32(0.5)
+    centres = centres[crop : crop + min(new, size)]
+    return _sample_linear(pad, centres, n, spacing_mm * n / new)
 
 
 def anchored(n: int, spacing_mm: float, size: int, target_mm: float) -> Axis:
-    """Output voxels of `target_mm`, the first on the source's first, edges repeated; then padded and cropped about the centre to `size`.
+    """Output voxels of `target_mm`, the first on the source's first, edges repeated; then padded and cropped to `size`.
 
-    Source: MONAI Spacing (padding_mode="border"), SpatialPad and CenterSpatialCrop, for axes along the patient's; oblique ones are
-    centred there when rounding errors exceed 1e-8 (compute_shape_offset).
+    Source: MONAI Spacing (padding_mode="border"), SpatialPad and CenterSpatialCrop, for axes along the patient's. MONAI
+        centres oblique ones when rounding errors exceed 1e-8 (compute_shape_offset).
     """
     new = int(np.round((n - 1) * spacing_mm / target_mm + 1))
-    pad, padded = max(size - new, 0) // 2, max(new, size)
-    crop = padded // 2 - size // 2
-    at = np.arange(new) * (target_mm / spacing_mm)
-    return _linear(pad, at[crop : crop + size], n, target_mm)
+    pad = max(size - new, 0) // 2
+    crop = max(new, size) // 2 - size // 2
+    centres = np.arange(new) * (target_mm / spacing_mm)
+    return _sample_linear(pad, centres[crop : crop + size], n, target_mm)
 
 
-def _linear(first: int, at: np.ndarray, n: int, spacing_mm: float) -> Axis:
-    """Linear samples at source indices `at` [i], edges repeated."""
-    at = at.clip(0, n - 1)
-    low = at.astype(np.int64)
-    high = (at - low).astype(np.float32)
-    taps, weights = np.stack([low, np.minimum(low + 1, n - 1)], 1), np.stack([1 - high, high], 1)
+def _sample_linear(first: int, centres: np.ndarray, n: int, spacing_mm: float) -> Axis:
+    """Linear samples at source indices `centres` [i], edges repeated."""
+    centres = centres.clip(0, n - 1)
+    low = centres.astype(np.int64)
+    fraction = (centres - low).astype(np.float32)
+    taps = np.stack([low, np.minimum(low + 1, n - 1)], 1)
+    weights = np.stack([1 - fraction, fraction], 1)
     return Axis(first=first, taps=taps, weights=weights, spacing_mm=spacing_mm)
 
 
@@ -104,17 +117,18 @@ def resample(
     after: Callable[[Tensor], Tensor],
     out: np.ndarray,
 ) -> None:
-    """Fill `out` from source slices as they come; kept are only those that a coming output slice needs.
+    """Fill `out` from source slices as they come. Only slices that a later output slice needs are kept in memory.
 
-    Torch works on one thread meanwhile, which is faster here (see `_one_thread`); several calls may run at once.
+    Torch works on one thread meanwhile, which is faster here (see `_one_thread`). Several calls may run at once.
 
     Args:
         axes: of z, y and x.
         slices: [y, x] of any real type, along z in order; they are copied, not changed.
-        before, after: of values, on a float32 source slice [y, x] and on an output slice [x, y]; both may work in place.
+        before: applied to each float32 source slice [y, x]; may work in place.
+        after: applied to each output slice [x, y]; may work in place.
         out: [z, y, x], as many as the axes' taps, of the dtype that `after` returns.
     Raises:
-        ValueError: out has another shape, or the slices end before the last one that is needed.
+        ValueError: `out` has another shape, or the slices end before the last one that is needed.
     """
     size = tuple(len(a.taps) for a in axes)
     if out.shape != size:
@@ -130,31 +144,40 @@ def _fill(
     after: Callable[[Tensor], Tensor],
     out: np.ndarray,
 ) -> None:
-    """Along y once per source slice that is needed, then z, then x."""
-    az, ay, ax = axes
-    rows = zip(az.taps.tolist(), az.weights.tolist(), strict=True)
-    wanted = [{i: w for i, w in zip(*row, strict=True) if w} for row in rows]
-    uses = Counter(i for sources in wanted for i in sources)
-    due = defaultdict(list)  # source slice -> the output slices it completes
-    for k, sources in enumerate(wanted):
-        due[max(sources)].append(k)
+    """Resample along y once per source slice that is needed, then along z, then along x."""
+    axis_z, axis_y, axis_x = axes
+    sources = [_nonzero_taps(*row) for row in zip(axis_z.taps, axis_z.weights, strict=True)]
+    # How many output slices still need a source slice: it is dropped when none does.
+    uses = Counter(i for weights in sources for i in weights)
+    completed_by = defaultdict(list)  # source slice -> output slices of which it is the last source
+    for k, weights in enumerate(sources):
+        completed_by[max(weights)].append(k)
     planes: dict[int, Tensor] = {}
     for i, stored in enumerate(slices):
         if i in uses:
-            planes[i] = _along(ay, before(torch.from_numpy(stored.astype(np.float32, order="C"))))
-        for k in due.pop(i, ()):
-            plane = torch.zeros(len(ay.taps), stored.shape[1])
-            for j, w in wanted[k].items():
-                plane.add_(planes[j], alpha=w)
+            plane = before(torch.from_numpy(stored.astype(np.float32, order="C")))
+            planes[i] = _resample_rows(axis_y, plane)
+        for k in completed_by.pop(i, ()):
+            plane = torch.zeros(len(axis_y.taps), stored.shape[1])
+            for j, weight in sources[k].items():
+                plane.add_(planes[j], alpha=weight)
                 uses[j] -= 1
-            out[k] = after(_along(ax, plane.t().contiguous())).numpy().T
-        planes = {j: p for j, p in planes.items() if uses[j]}
-    if due:
-        raise ValueError(f"resample: the slices must go on to {max(due)}, counted from 0; they end early")
+            plane = after(_resample_rows(axis_x, plane.t().contiguous()))
+            out[k] = plane.numpy().T
+        planes = {j: plane for j, plane in planes.items() if uses[j]}
+    if completed_by:
+        raise ValueError(
+            f"resample: the slices must go on to {max(completed_by)}, counted from 0; they end early"
+        )
 
 
-def _along(axis: Axis, rows: Tensor) -> Tensor:
-    """Each row of the result is a weighted sum of rows of the input: an embedding bag."""
+def _nonzero_taps(taps: np.ndarray, weights: np.ndarray) -> dict[int, float]:
+    """{source slice: weight} of one output slice."""
+    return {i: weight for i, weight in zip(taps.tolist(), weights.tolist(), strict=True) if weight}
+
+
+def _resample_rows(axis: Axis, rows: Tensor) -> Tensor:
+    """Each row of the result is a weighted sum of rows of the input, which is an embedding bag."""
     return F.embedding_bag(
         torch.from_numpy(axis.taps), rows, per_sample_weights=torch.from_numpy(axis.weights), mode="sum"
     )
@@ -162,16 +185,19 @@ def _along(axis: Axis, rows: Tensor) -> Tensor:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Thousands of operations of 0.1 ms gain nothing from threads, and on busy cores wait for them: measured 30 to 90 times slower."""
+    """Run torch on one thread.
+
+    Thousands of operations of 0.1 ms gain nothing from threads, and on busy cores wait for them: measured 30 to 90
+    times slower. The thread count is the process's, so the last of several running calls restores it.
+    """
     with _LOCK:
-        _before.append(
-            _before[0] if _before else torch.get_num_threads()
-        )  # the count is the process's: the last call out restores it
+        count = _counts[0] if _counts else torch.get_num_threads()
+        _counts.append(count)
     torch.set_num_threads(1)
     try:
         yield
     finally:
         with _LOCK:
-            count = _before.pop()
-            if not _before:
+            count = _counts.pop()
+            if not _counts:
                 torch.set_num_threads(count)

@@ -1,19 +1,20 @@
 """Which scale takes the stored values of a scan to Hounsfield units (HU), judged by the values themselves.
 
-Nothing in a file says that it is a CT, and scales are lost, applied twice or left over from another scan. What a CT cannot do without is
-air (around the patient, in lungs or bowel) and soft tissue. All shares are of sampled voxels, so that a few strays decide nothing.
+Nothing in a NIfTI file says that it is a CT, and scales are lost, applied twice or left over from another scan. What
+every CT has is air (around the patient, in the lungs or the bowel) and soft tissue. All decisions compare shares of
+sampled voxels, so a few stray values change nothing.
 """
 
 import numpy as np
 from attrs import frozen
 
 TISSUE = (-1100.0, 300.0)  # air, lung, fat, water and soft tissue
+PADDING = -1500.0  # values below are padding outside the scanner's field of view, not tissue or air
 _SOFT = (-200.0, 300.0)
 _AIR = -200.0  # a CT has values below: air is -1000, lung -850
-_FEW = 0.005  # a share below is strays
-PADDING = -1500.0  # values below are padding outside the scanner's field of view, not tissue or air
+_FEW = 0.005  # a smaller share of the voxels is strays
 _BONE = 700.0  # of real chests 1 % lies above; raw soft tissue does (1064 with intercept -1024)
-_MOST_BONE = 0.25  # of a head's voxels without air; raw, more of any patient lies above _BONE
+_MOST_BONE = 0.25  # share of a head's voxels without air that lie above _BONE; raw, more of any patient does
 
 
 @frozen(kw_only=True)
@@ -37,8 +38,8 @@ STORED = Scale(rule="stored")
 def choose_scale(stored: np.ndarray, header: Scale | None = None, row: Scale | None = None) -> Scale:
     """The scale under which stored values are HU.
 
-    Values that are HU as the header's scale gives them are taken so; raw ones take the metadata's scale on top. Where both would do,
-    the metadata's is taken if it halves what is no tissue.
+    Values that are HU under the header's scale are taken so; raw ones take the metadata's scale on top. Where both
+    would do, the metadata's is taken if it halves the share of voxels that are no tissue.
 
     Args:
         stored: [n] sampled voxels.
@@ -47,124 +48,138 @@ def choose_scale(stored: np.ndarray, header: Scale | None = None, row: Scale | N
     Returns:
         rule "stored", "header", "metadata" or "header+metadata".
     Raises:
-        ValueError: no scale makes a CT of them; the message goes on after the scan's name.
+        ValueError: under no scale are they a CT; the message goes on after the scan's name.
     """
     stored = stored.astype(np.float64).ravel()
-    own = STORED if header is None or (header.slope, header.intercept) == (1.0, 0.0) else header
-    if own is not STORED:
-        _refuse_applied_before(stored, own)
-    values = own.apply(stored)
-    values = _where_any(values, values >= PADDING)
-    background = _background(values)
+    base = STORED
+    if header is not None and not _is_identity(header):
+        base = header
+        _refuse_applied_before(stored, header)
+    values = base.apply(stored)
+    values = _select(values, values >= PADDING)
+    background = _is_background(values)
     padded = _is_padding(values, background)
     if padded:
-        patient = _where_any(values, values > _AIR)
+        patient = _select(values, values > _AIR)
     elif _borders_on(values, background):
         patient = values  # the background is the air around the patient, with the partial volumes of the skin
     else:
-        patient = _where_any(values, ~background)
+        patient = _select(values, ~background)
     is_hu = _has_air(values) and not padded
     if row is None:
         if is_hu:
-            return own
+            return base
         if not padded:
-            _refuse_neither(patient, own)
-        raise ValueError(f"{_needs_row(own, patient)}; give it, or set {_as_it_is(own)} if they are HU")
+            _refuse_neither(patient, base)
+        raise ValueError(
+            f"{_needs_row(base, patient)}; give it, or set {_setting_to_keep(base)} if they are HU"
+        )
     scaled = row.apply(patient)
     with_row, without = _share(scaled, TISSUE), _share(patient, TISSUE)
     row_fits = _has_air(row.apply(values)) and _has_soft_tissue(scaled)
-    row_is_better = row_fits and _is_better(with_row, without)
     if is_hu:
-        return compose_scales(own, row) if row_is_better else own
+        if row_fits and _is_better(with_row, without):
+            return compose_scales(base, row)
+        return base
     if not padded:
-        _refuse_neither(patient, own)
+        _refuse_neither(patient, base)
     if with_row < without:
         raise ValueError(_applied_before("the metadata's", row, with_row, without))
     if not row_fits:
         raise ValueError(
-            f"the metadata's scale {row} makes {_share(scaled, _SOFT):.0%} of its voxels soft tissue ({_SOFT[0]:g} to {_SOFT[1]:g} HU) and "
-            f"{float((scaled <= _AIR).mean()):.0%} air or lung: perhaps it is not a CT, or the row is another scan's; "
-            "set hu='metadata' if the row is right"
+            f"the metadata's scale {row} makes {_share(scaled, _SOFT):.0%} of its voxels soft tissue "
+            f"({_SOFT[0]:g} to {_SOFT[1]:g} HU) and {float((scaled <= _AIR).mean()):.0%} air or lung: "
+            "perhaps it is not a CT, or the row is another scan's; set hu='metadata' if the row is right"
         )
-    return compose_scales(own, row)
+    return compose_scales(base, row)
 
 
 def compose_scales(first: Scale, then: Scale) -> Scale:
-    """Both scales, one after the other."""
+    """The scale that applies `first`, then `then`."""
     rule = then.rule if first is STORED else f"{first.rule}+{then.rule}"
-    return Scale(
-        rule=rule, slope=then.slope * first.slope, intercept=then.slope * first.intercept + then.intercept
-    )
+    intercept = then.slope * first.intercept + then.intercept
+    return Scale(rule=rule, slope=then.slope * first.slope, intercept=intercept)
 
 
 def check_scale(stored: np.ndarray, chosen: Scale, header: Scale | None = None) -> Scale:
-    """The scale that a user chose, held against the values.
+    """Check the scale that a user chose against the values.
 
     Args:
         stored: [n] sampled voxels.
         chosen: rule "none" or "metadata".
-        header: the header's scale, where it has one; such that floats were saved as integers with is part of what the values are.
+        header: the header's scale, where it has one. Programs that save floats as integers write one, and then the
+            values mean nothing without it.
     Returns:
-        the scale; of the metadata on top of the header's where that halves what is no tissue.
+        the scale; that of the metadata on top of the header's where this halves the share that is no tissue.
     Raises:
-        ValueError: without it, or with the header's, more of the voxels are tissue.
+        ValueError: without the scale, or with the header's, more of the voxels are tissue.
     """
     values = stored.astype(np.float64).ravel()
-    values = _where_any(values, values >= PADDING)
-    with_it, without = _share(chosen.apply(values), TISSUE), _share(values, TISSUE)
-    scaled = header is not None and (header.slope, header.intercept) != (1.0, 0.0)
-    both = compose_scales(header, chosen) if header is not None and scaled else chosen
+    values = _select(values, values >= PADDING)
+    with_chosen, without = _share(chosen.apply(values), TISSUE), _share(values, TISSUE)
+    both = chosen
+    if header is not None and not _is_identity(header):
+        both = compose_scales(header, chosen)
     with_both = _share(both.apply(values), TISSUE)
-    header_counts = _is_better(with_both, with_it)
-    if header_counts and chosen.rule == "none":
+    if not _is_better(with_both, with_chosen):
+        if without > with_chosen:
+            raise ValueError(_applied_before("the metadata's", chosen, with_chosen, without))
+        return chosen
+    if chosen.rule == "none":
         raise ValueError(
-            f"hu='none' leaves out the header's scale {both}: with it {with_both:.0%} of the voxels lie between {TISSUE[0]:g} and "
-            f"{TISSUE[1]:g} HU, without it {with_it:.0%}; set hu='header'"
+            f"hu='none' leaves out the header's scale {both}: with it {with_both:.0%} of the voxels lie between "
+            f"{TISSUE[0]:g} and {TISSUE[1]:g} HU, without it {with_chosen:.0%}; set hu='header'"
         )
-    if without > (with_both if header_counts else with_it):
-        raise ValueError(_applied_before("the metadata's", chosen, with_it, without))
-    return both if header_counts else chosen
+    if without > with_both:
+        raise ValueError(_applied_before("the metadata's", chosen, with_chosen, without))
+    return both
+
+
+def _is_identity(scale: Scale) -> bool:
+    return (scale.slope, scale.intercept) == (1.0, 0.0)
 
 
 def _applied_before(whose: str, scale: Scale, with_it: float, without: float) -> str:
     return (
-        f"{whose} scale {scale} was applied before, or is another scan's: with it {with_it:.0%} of the voxels lie between "
-        f"{TISSUE[0]:g} and {TISSUE[1]:g} HU, without it {without:.0%}; set hu='none' if stored values are HU"
+        f"{whose} scale {scale} was applied before, or is another scan's: with it {with_it:.0%} of the voxels lie "
+        f"between {TISSUE[0]:g} and {TISSUE[1]:g} HU, without it {without:.0%}; set hu='none' if stored values are HU"
     )
 
 
 def _refuse_applied_before(stored: np.ndarray, header: Scale) -> None:
-    """Refuse stored values that are HU already, and a header that scales them again."""
+    """Refuse stored values that are HU already, under a header that scales them again."""
     values = header.apply(stored)
-    inside = (np.maximum(stored, values) >= PADDING) & ~_background(stored)
-    is_hu = _has_air(stored) and _has_soft_tissue(_where_any(stored, inside))
-    stored, values = _where_any(stored, inside), _where_any(values, inside)
-    with_it, without = _share(values, TISSUE), _share(stored, TISSUE)
-    if is_hu and (without > with_it or not _has_soft_tissue(values)):
-        message = _applied_before("the header's", header, with_it, without)
+    # Padding and background would count as tissue under one of the two scales.
+    inside = (np.maximum(stored, values) >= PADDING) & ~_is_background(stored)
+    is_hu = _has_air(stored) and _has_soft_tissue(_select(stored, inside))
+    stored, values = _select(stored, inside), _select(values, inside)
+    with_header, without = _share(values, TISSUE), _share(stored, TISSUE)
+    if is_hu and (without > with_header or not _has_soft_tissue(values)):
+        message = _applied_before("the header's", header, with_header, without)
         raise ValueError(f"{message}, hu='header' if the header is right")
 
 
 def _is_better(share: float, other: float) -> bool:
-    """Whether a share of tissue is clearly better: what is no tissue is halved."""
+    """Whether a share of tissue is clearly better than another: what is no tissue is halved."""
     return 1 - share < (1 - other) / 2
 
 
-def _background(values: np.ndarray) -> np.ndarray:
-    """Which values are a constant background: one value makes up much of all that is as low as air."""
+def _is_background(values: np.ndarray) -> np.ndarray:
+    """Which values [n] are a constant background: one value that makes up much of all that is as low as air."""
     air = values[values <= _AIR]
     if not len(air):
         return np.zeros(len(values), bool)
-    kinds, counts = np.unique(air, return_counts=True)
+    distinct, counts = np.unique(air, return_counts=True)
     most = counts.argmax()
-    return (values == kinds[most]) & bool(counts[most] > 0.3 * len(air))
+    is_much = bool(counts[most] > 0.3 * len(air))
+    return (values == distinct[most]) & is_much
 
 
 def _is_padding(values: np.ndarray, background: np.ndarray) -> bool:
     """Whether a constant background is padding of raw values, and not air that was cut off at one value.
 
-    Raw soft tissue is denser than the bone of values in HU, and fills much more of the patient than the bone of a head does. Beside a head,
-    padding is told by its sharp edge.
+    Raw soft tissue is denser than bone is in HU, and fills much more of a patient than the bone of a head does. Where
+    a head has as much bone, padding is recognised by its sharp edge.
     """
     patient = values[values > _AIR]
     if not background.any() or float((values > _BONE).mean()) <= 10 * _FEW:
@@ -173,11 +188,11 @@ def _is_padding(values: np.ndarray, background: np.ndarray) -> bool:
 
 
 def _borders_on(values: np.ndarray, background: np.ndarray) -> bool:
-    """Whether values lead from a constant background to those of tissue, as partial volumes, fat and noise do."""
+    """Whether a constant background passes into tissue through values in between: partial volumes, fat and noise."""
     if not background.any():
         return False
-    rest = values[~background]
-    return _share(rest, (float(values[background][0]), -50.0)) >= 2 * _FEW
+    others = values[~background]
+    return _share(others, (float(values[background][0]), -50.0)) >= 2 * _FEW
 
 
 def _has_air(values: np.ndarray) -> bool:
@@ -188,33 +203,35 @@ def _has_soft_tissue(values: np.ndarray) -> bool:
     return _share(values, _SOFT) >= 10 * _FEW
 
 
-def _refuse_neither(values: np.ndarray, own: Scale) -> None:
+def _refuse_neither(values: np.ndarray, base: Scale) -> None:
+    """Refuse values that are too high for HU and too low for raw ones."""
     if np.quantile(values, _FEW) < -20:
         raise ValueError(
-            f"cannot tell whether {_values(own)} are HU: the lowest is {values.min():g} (HU reach -200, raw values start at 0); "
-            f"is it a CT? If so set {_as_it_is(own)} (they are HU) or hu='metadata'"
+            f"cannot tell whether {_describe(base)} are HU: the lowest is {values.min():g} (HU reach -200, raw values "
+            f"start at 0); is it a CT? If so set {_setting_to_keep(base)} (they are HU) or hu='metadata'"
         )
 
 
-def _needs_row(own: Scale, values: np.ndarray) -> str:
+def _needs_row(base: Scale, values: np.ndarray) -> str:
     lowest = values[values >= np.quantile(values, _FEW) - 20].min()  # without strays
     return (
-        f"needs a metadata row with RescaleSlope and RescaleIntercept: {_values(own)} start at {lowest:g}, they are raw, or this is "
-        "perhaps not a CT (is it a CT, and not MR, PET or a mask?)"
+        f"needs a metadata row with RescaleSlope and RescaleIntercept: {_describe(base)} start at {lowest:g}, they are "
+        "raw, or this is perhaps not a CT (is it a CT, and not MR, PET or a mask?)"
     )
 
 
-def _values(own: Scale) -> str:
-    return "stored values" if own is STORED else f"values under the header's scale ({own})"
+def _describe(base: Scale) -> str:
+    return "stored values" if base is STORED else f"values under the header's scale ({base})"
 
 
-def _as_it_is(own: Scale) -> str:
-    return "hu='none'" if own is STORED else "hu='header'"
+def _setting_to_keep(base: Scale) -> str:
+    return "hu='none'" if base is STORED else "hu='header'"
 
 
-def _share(values: np.ndarray, between: tuple[float, float]) -> float:
-    return float(((values >= between[0]) & (values <= between[1])).mean())
+def _share(values: np.ndarray, limits: tuple[float, float]) -> float:
+    return float(((values >= limits[0]) & (values <= limits[1])).mean())
 
 
-def _where_any(values: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    return values[chosen] if chosen.any() else values
+def _select(values: np.ndarray, selection: np.ndarray) -> np.ndarray:
+    """The selected values, or all where none is selected."""
+    return values[selection] if selection.any() else values

@@ -122,4 +122,4 @@ def test_what_cannot_be_resampled_is_refused():
     with pytest.raises(ValueError, match=r"must go on to 19, counted from 0; they end early"):
         resample(axes, v[:19], torch.abs, torch.abs, out)
     assert torch.get_num_threads() == before
-    assert not grids._before
+    assert not grids._counts
