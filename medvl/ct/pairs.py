@@ -21,22 +21,20 @@ class Pairs:
 
     store: Store
     names: tuple[str, ...]
-    texts: tuple[
-        dict[str, str], ...
-    ]  # of each volume, the parts of its report that have text: {"findings": ..., "impression": ...}
+    # For each volume the parts of its report that have text: {"findings": ..., "impression": ...}
+    texts: tuple[dict[str, str], ...]
 
     @property
     def scans(self) -> list[str]:
-        """The scan of every volume: reconstructions of one scan share it."""
+        """The scan of every volume; reconstructions of one scan share it."""
         return [names.scan_of(n) for n in self.names]
 
 
 def join_pairs(store: Store, parts: Mapping[str, Mapping[str, str]]) -> Pairs:
-    """Join by name. What is on one side only is counted in a warning.
+    """Join the volumes of a store with their reports by name. A warning counts those without a partner.
 
     Args:
-        parts: {part of the report: {volume name: text}}; a volume needs one of them.
-
+        parts: {part of the report: {volume name: text}}; a volume needs at least one part.
     Raises:
         ValueError: no name is on both sides.
     """
@@ -46,61 +44,75 @@ def join_pairs(store: Store, parts: Mapping[str, Mapping[str, str]]) -> Pairs:
             reports.setdefault(name, {})[part] = text
     both = tuple(sorted(n for n in store.names if n in reports))
     if not both:
-        some = f"{store.names[0] if store.names else 'nothing'} / {next(iter(reports), 'nothing')}"
+        volume = next(iter(store.names), "nothing")
+        report = next(iter(reports), "nothing")
         raise ValueError(
-            f"{store.path}: none of its {len(store.names)} volumes has one of the {len(reports)} reports (e.g. {some})"
+            f"{store.path}: none of its {len(store.names)} volumes has one of the {len(reports)} reports "
+            f"(e.g. {volume} / {report})"
         )
     if len(both) < max(len(store.names), len(reports)):
-        alone = len(store.names) - len(both), len(reports) - len(both)
         _log.warning(
             "%s: %d pairs; %d volumes have no report, %d reports have no volume",
             store.path.name,
             len(both),
-            *alone,
+            len(store.names) - len(both),
+            len(reports) - len(both),
         )
     return Pairs(store=store, names=both, texts=tuple(reports[n] for n in both))
 
 
-def read_slices(store: Store, wanted: Sequence[str]) -> dict[str, Tensor]:
-    """Arrays of some volumes, cut to the slices that any of them has.
+def read_slices(store: Store, volumes: Sequence[str]) -> dict[str, Tensor]:
+    """A batch of volumes, cut to the range of slices that any of them occupies.
 
     Returns:
-        "slices" [b, s, ...] as stored, "mask" bool [b, s] (scan, not padding), "position_mm" float32 [b, s], height along the body axis.
+        "slices" [b, s, ...] as stored, "mask" bool [b, s] (scan, not padding), "position_mm" float32 [b, s], height
+        along the body axis.
     """
-    rows = [store.row(n) for n in wanted]
-    first, stop = min(r["occupied"][0] for r in rows), max(r["occupied"][1] for r in rows)
+    rows = [store.row(name) for name in volumes]
+    first = min(row["occupied"][0] for row in rows)
+    stop = max(row["occupied"][1] for row in rows)
     index = np.arange(first, stop)
+    slices, masks, positions = [], [], []
+    for name, row in zip(volumes, rows, strict=True):
+        own_first, own_stop = row["occupied"]
+        slices.append(store.read(name, first, stop))
+        masks.append((own_first <= index) & (index < own_stop))
+        positions.append(index * row["spacing_mm"][0])
     return {
-        "slices": torch.from_numpy(np.stack([store.read(n, first, stop) for n in wanted])),
-        "mask": torch.from_numpy(
-            np.stack([(r["occupied"][0] <= index) & (index < r["occupied"][1]) for r in rows])
-        ),
-        "position_mm": torch.from_numpy(
-            np.stack([index * r["spacing_mm"][0] for r in rows]).astype(np.float32)
-        ),
+        "slices": torch.from_numpy(np.stack(slices)),
+        "mask": torch.from_numpy(np.stack(masks)),
+        "position_mm": torch.from_numpy(np.stack(positions).astype(np.float32)),
     }
 
 
 def draw_text(parts: Mapping[str, str], shares: Mapping[str, float], most: int, gen: torch.Generator) -> str:
-    """What a training step shows of a report: one part, drawn by `shares` from those that have text, then `some_sentences` of it."""
-    have = list(parts)
-    weights = torch.tensor([shares[p] for p in have])
-    part = (
-        have[int(torch.multinomial(weights, 1, generator=gen))]
-        if len(have) > 1 and weights.sum() > 0
-        else have[0]
-    )
+    """The text of a report for one training step: one part, drawn by `shares`, then `some_sentences` of it.
+
+    Args:
+        parts: {part: text} of the parts that have text.
+        shares: {part: how often it is drawn, relative to the others}.
+        most: number of sentences at most; 0 takes the whole part.
+    """
+    present = list(parts)
+    weights = torch.tensor([shares[part] for part in present])
+    part = present[0]
+    # A single part, or parts with no share, take no random number.
+    if len(present) > 1 and weights.sum() > 0:
+        part = present[int(torch.multinomial(weights, 1, generator=gen))]
     return some_sentences(parts[part], most, gen)
 
 
 def some_sentences(text: str, most: int, gen: torch.Generator) -> str:
-    """One to `most` sentences of a report, drawn at random, in random order; the text itself where `most` is 0.
+    """One to `most` random sentences of a report in random order; the text itself where `most` is 0.
 
-    A report is a set of statements: leaving some out keeps it true, says which words belong to which finding, and stops the text tower
-    from knowing reports by heart.
+    A report is a set of statements, so a part of them is still true. Leaving some out shows which words belong to which
+    finding, and keeps the text tower from learning whole reports by heart.
     """
-    sentences = [s for s in re.split(r"(?<=[.;])\s+", text.strip()) if s] if most else []
+    if not most:
+        return text
+    sentences = [s for s in re.split(r"(?<=[.;])\s+", text.strip()) if s]
     if len(sentences) < 2:
         return text
-    k = int(torch.randint(1, min(most, len(sentences)) + 1, (), generator=gen))
-    return " ".join(sentences[i] for i in torch.randperm(len(sentences), generator=gen)[:k].tolist())
+    count = int(torch.randint(1, min(most, len(sentences)) + 1, (), generator=gen))
+    order = torch.randperm(len(sentences), generator=gen)
+    return " ".join(sentences[i] for i in order[:count].tolist())

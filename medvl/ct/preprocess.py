@@ -1,7 +1,8 @@
 """From a CT scan file to a volume on a fixed grid, in Hounsfield units: `preprocess_scan`.
 
-Output axes are [z, y, x] (preset `ctclip`: [z, x, y], as its network reads them); `Volume.axes` says where each index grows to ("SAR":
-superior, anterior, right). Here are the presets and the orientation; `hounsfield` finds the way to HU, `grids` has the arithmetic.
+Output axes are [z, y, x] (preset `ctclip`: [z, x, y], as its network reads them). `Volume.axes` says where each index
+grows to ("SAR": superior, anterior, right). This module has the presets and the orientation; `hounsfield` finds the scale
+to HU, and `grids` resamples.
 """
 
 import itertools
@@ -35,25 +36,31 @@ _SIZES = {
     "merlin": (160, 224, 224),
 }
 _SPACINGS = {"mm": (3.0, 1.75, 1.75), "reference": (), "ctclip": (1.5, 0.75, 0.75), "merlin": (3.0, 1.5, 1.5)}
-_SAMPLED = 32  # voxels along each axis of a slice that are looked at to tell what the values are
+_SAMPLED = 32  # voxels along each axis of a slice that decide about the scale
 
 
 @frozen(kw_only=True)
 class CtConfig:
     """How a scan becomes a volume.
 
-    preset: `mm` a physical grid centred on the scan; `reference` one scale for all axes in voxel counts (peterhan91/clip_3d_ct);
-        `ctclip` (ibrahimethemhamamci/CT-CLIP, data_inference_nii.py); `merlin` (StanfordMIMI/Merlin, MONAI transforms;
-        oblique scans lie on their first voxel here, in MONAI sometimes on their centre).
-    size, spacing_mm: of the output's axes; () is the preset's own; only `mm` takes another spacing. `mm` covers 480 x 392 x 392 mm: a chest
-        CT's field of view is 350-400 mm (CT-RATE: median 0.68 mm x 512), and 480 mm hold a chest from neck to below the adrenals.
-    antialias: when shrinking, average what an output voxel covers (triangle filter) instead of reading two samples. auto: on for `mm`,
-        off for the other presets, whose authors did not. Measured on a real chest: two reconstructions of one scan (0.75 mm noisy, 5 mm
-        smooth) differ by 25 HU on average with it and by 47 HU without; see docs/ct_preprocess.md.
+    preset: `mm` is a physical grid centred on the scan; `reference` has one scale for all axes in voxel counts
+        (peterhan91/clip_3d_ct); `ctclip` is that of ibrahimethemhamamci/CT-CLIP (data_inference_nii.py); `merlin` that
+        of StanfordMIMI/Merlin (MONAI transforms; oblique scans lie on their first voxel here, in MONAI sometimes on
+        their centre).
+    size, spacing_mm: of the output's axes; () is the preset's own; only `mm` takes another spacing. `mm` covers
+        480 x 392 x 392 mm: a chest CT's field of view is 350-400 mm (CT-RATE: median 0.68 mm x 512), and 480 mm hold a
+        chest from neck to below the adrenals.
+    antialias: when shrinking, average what an output voxel covers (triangle filter) instead of reading two samples.
+        auto: on for `mm`, off for the other presets, whose authors did not. Measured on a real chest: two
+        reconstructions of one scan (0.75 mm noisy, 5 mm smooth) differ by 25 HU on average with it and by 47 HU
+        without; see docs/ct_preprocess.md.
     dtype: uint8 (2000 HU in 255 steps; `to_hu` is the inverse) or int16 (HU, rounded).
-    hu: where the scale to HU comes from; auto decides per scan and says so in `Volume.hu_rule`, see `hounsfield.choose_scale`.
-    spacing_from: metadata takes XYSpacing and ZSpacing of the metadata row, for scans whose header has lost them (CT-RATE v1).
-    flip: `reference` only: y grows to posterior (its slide_b2u=False) instead of anterior (True, the default of its first release).
+    hu: where the scale to HU comes from; auto decides per scan and records it in `Volume.hu_rule`, see
+        `hounsfield.choose_scale`.
+    spacing_from: metadata takes XYSpacing and ZSpacing of the metadata row, for scans whose header has lost them
+        (CT-RATE v1).
+    flip: `reference` only: y grows to posterior (its slide_b2u=False) instead of anterior (True, the default of its
+        first release).
     """
 
     preset: Literal["mm", "reference", "ctclip", "merlin"] = "mm"
@@ -76,20 +83,20 @@ class CtConfig:
             raise ValueError(
                 f"CtConfig: size must be at most {_MAX_VOXELS:,} voxels, got {self.size}, {math.prod(self.size):,}"
             )
-        if self.spacing_mm and (
-            len(self.spacing_mm) != 3 or not all(0 < s < np.inf for s in self.spacing_mm)
-        ):
+        finite = all(0 < s < np.inf for s in self.spacing_mm)
+        if self.spacing_mm and (len(self.spacing_mm) != 3 or not finite):
             raise ValueError(
                 f"CtConfig: spacing_mm must be () or three positive numbers of mm, got {self.spacing_mm}"
             )
-        if self.spacing_mm and not all(_MM[0] <= s <= _MM[1] for s in self.spacing_mm):
+        if not all(_MM[0] <= s <= _MM[1] for s in self.spacing_mm):
             raise ValueError(
                 f"CtConfig: spacing_mm must be between {_MM[0]:g} and {_MM[1]:g} mm, got {self.spacing_mm}"
             )
         if self.preset != "mm" and (self.spacing_mm or self.antialias == "on"):
-            what = "spacing_mm" if self.spacing_mm else "antialias"
+            setting = "spacing_mm" if self.spacing_mm else "antialias"
             raise ValueError(
-                f"CtConfig: {what} belongs to preset 'mm'; preset {self.preset!r} has its own arithmetic. Leave it out"
+                f"CtConfig: {setting} belongs to preset 'mm'; preset {self.preset!r} has its own arithmetic. "
+                "Leave it out"
             )
         if self.flip and self.preset != "reference":
             raise ValueError(f"CtConfig: flip belongs to preset 'reference', got preset {self.preset!r}")
@@ -105,8 +112,8 @@ class Volume:
     spacing_mm: tuple[float, float, float]
     source_spacing_mm: tuple[float, float, float]
     source_shape: tuple[int, int, int]
-    occupied: tuple[int, int]  # slices first:stop hold scan, the rest is padding
-    hu_rule: str  # what `slope` and `intercept` come from
+    occupied: tuple[int, int]  # slices first:stop hold scan, the others are padding
+    hu_rule: str  # where `slope` and `intercept` come from
     slope: float
     intercept: float
 
@@ -117,25 +124,26 @@ def preprocess_scan(
     """Read a NIfTI scan and bring it to HU, to `axes_of(cfg)` and to the grid of `cfg`.
 
     Args:
-        metadata: the scan's row of a metadata table: RescaleSlope and RescaleIntercept for `hu`, XYSpacing and ZSpacing for
-            `spacing_from`, ImageOrientationPatient where the header does not say where its axes grow to, Modality if it is there.
+        metadata: the scan's row of a metadata table: RescaleSlope and RescaleIntercept for `hu`, XYSpacing and ZSpacing
+            for `spacing_from`, ImageOrientationPatient where the header does not give the orientation, and Modality,
+            which is checked if it is there.
     Returns:
         the volume; where the scan does not reach it is -1000 HU. The 48 axis orders of one scan give the same bits.
     Raises:
-        ScanError: unreadable scan (`scans.read_scan`), a header that contradicts itself, axes that nothing names, no clear way to HU
-            (`hounsfield.choose_scale`), no usable spacing, or a volume that came out as one value.
+        ScanError: unreadable scan (`scans.read_scan`), a header that contradicts itself, unknown orientation, no clear
+            scale to HU (`hounsfield.choose_scale`), no usable spacing, or a volume that came out as one value.
     """
     volume, scale = _read_volume(path, cfg, metadata)
     if (volume.hu_rule, volume.slope, volume.intercept) != (scale.rule, scale.slope, scale.intercept):
-        # the first slices looked like something else than the whole: read it again, the scale is known now
+        # The first slices suggested another scale than all of them do: read again, the scale is known now.
         volume, _ = _read_volume(path, cfg, metadata, scale)
     return volume
 
 
 def to_hu(voxels: Any) -> Any:
-    """HU float32 of stored uint8 or int16 voxels, array or tensor, any shape. uint8 0 is -1000 HU, 255 is 1000 HU.
+    """HU, float32, of stored uint8 or int16 voxels: array or tensor, any shape. uint8 0 is -1000 HU, 255 is 1000 HU.
 
-    uint8 was rounded, except by preset `reference`, which truncates: there HU come out up to 7.8 too low.
+    uint8 was rounded, except by preset `reference`, which truncates: its HU come out up to 7.8 too low.
     """
     if isinstance(voxels, np.ndarray):
         return to_hu(torch.from_numpy(np.ascontiguousarray(voxels))).numpy()
@@ -153,27 +161,112 @@ def size_of(cfg: CtConfig) -> tuple[int, int, int]:
 
 def axes_of(cfg: CtConfig) -> str:
     """Where the output's indices grow to: letters of R L A P S I."""
-    return "SLP" if cfg.preset == "ctclip" else "SPR" if cfg.flip else "SAR"
+    if cfg.preset == "ctclip":
+        return "SLP"
+    return "SPR" if cfg.flip else "SAR"
 
 
 def metadata_columns(cfg: CtConfig) -> tuple[str, ...]:
     """The columns that a metadata table must have for these settings, beside `VolumeName`."""
-    scale = metadata_table.RESCALE if cfg.hu in ("auto", "metadata") else ()
-    return scale + (metadata_table.SPACING if cfg.spacing_from == "metadata" else ())
+    columns: tuple[str, ...] = ()
+    if cfg.hu in ("auto", "metadata"):
+        columns += metadata_table.RESCALE
+    if cfg.spacing_from == "metadata":
+        columns += metadata_table.SPACING
+    return columns
 
 
 def settings_of(cfg: CtConfig) -> dict[str, Any]:
-    """Plain data that says how volumes are made: the record with what its () stand for. Stores and checkpoints keep and compare it."""
-    own = {
+    """The settings as plain data, defaults of the preset filled in. Stores and checkpoints keep it and compare it."""
+    return config.unstructure(cfg) | {
         "size": list(size_of(cfg)),
         "spacing_mm": list(cfg.spacing_mm or _SPACINGS[cfg.preset]),
         "antialias": _antialias(cfg),
+        "axes": axes_of(cfg),
+        "hu_range": list(HU),
     }
-    return config.unstructure(cfg) | own | {"axes": axes_of(cfg), "hu_range": list(HU)}
 
 
 def _antialias(cfg: CtConfig) -> str:
-    return cfg.antialias if cfg.antialias != "auto" else "on" if cfg.preset == "mm" else "off"
+    if cfg.antialias != "auto":
+        return cfg.antialias
+    return "on" if cfg.preset == "mm" else "off"
+
+
+def _read_volume(
+    path: PathLike, cfg: CtConfig, row: Mapping[str, str] | None, known: Scale | None = None
+) -> tuple[Volume, Scale]:
+    """Read the volume once, with the scale `known` or else that of its first slices; returns it and the scale of all slices."""
+    with scans.open_scan(path) as (header, stored):
+        _refuse_header(header, row)
+        # The file is flipped afterwards for `flip`: the reference resamples before it flips.
+        target_axes = "SAR" if cfg.flip else axes_of(cfg)
+        perm, flips = _order_axes(_orientation(header, row), target_axes)
+        file_spacing = _spacing(cfg, header, row)
+        shape = _three(header.shape[p] for p in perm)
+        spacing = _three(file_spacing[p] for p in perm)
+        try:
+            grid = _make_grid(cfg, shape, spacing)
+        except ValueError as e:
+            raise ScanError(f"{path}: {e}") from e
+        sample: list[np.ndarray] = []
+        slices = _iter_along(header, stored, perm)
+        slices = _check_finite(header, slices)
+        slices = _sample_slices(slices, sample)
+        scale = known
+        if scale is None:
+            scale, slices = _first_scale(cfg, header, slices, sample, row)
+        # The scan fills a box of the output; the padding around it is -1000 HU.
+        padding = 0 if cfg.dtype == "uint8" else HU[0]
+        out = np.full(size_of(cfg), padding, cfg.dtype)
+        box = out[tuple(slice(axis.first, axis.stop) for axis in grid)]
+        _resample_into(box, cfg, scale, grid, shape, flips, slices)
+    final = known or _find_scale(cfg, header, sample, row)
+    if box.min() == box.max() and final == scale:
+        value = to_hu(box[:1, :1, :1]).item()
+        raise ScanError(
+            f"{path}: every voxel became {value:g} HU with scale {scale} ({scale.rule}); no tissue is left. "
+            "Check whether the scale was applied before; hu='none' takes stored values as HU"
+        )
+    if cfg.flip:
+        out = np.ascontiguousarray(out[:, ::-1])
+    volume = Volume(
+        name=header.name,
+        voxels=out,
+        axes=axes_of(cfg),
+        spacing_mm=_three(axis.spacing_mm for axis in grid),
+        source_spacing_mm=spacing,
+        source_shape=shape,
+        occupied=(grid[0].first, grid[0].stop),
+        hu_rule=scale.rule,
+        slope=scale.slope,
+        intercept=scale.intercept,
+    )
+    return volume, final
+
+
+def _resample_into(
+    box: np.ndarray,
+    cfg: CtConfig,
+    scale: Scale,
+    grid: list[grids.Axis],
+    shape: tuple[int, int, int],
+    flips: list[bool],
+    slices: Iterator[np.ndarray],
+) -> None:
+    """Resample source slices to HU on the grid. Axes that run backwards in the file are read in reverse."""
+    axes = []
+    for axis, n, flip in zip(grid, shape, flips, strict=True):
+        axes.append(axis.flipped(n) if flip else axis)
+    clip = cfg.preset != "merlin"  # MONAI's transforms clip after the interpolation only
+
+    def before(plane: Tensor) -> Tensor:
+        return _to_hu_(plane, scale.slope, scale.intercept, clip)
+
+    def after(hu: Tensor) -> Tensor:
+        return _encode_(hu, cfg)
+
+    grids.resample(axes, slices, before, after, box)
 
 
 def _three(values: Iterable[T]) -> tuple[T, T, T]:
@@ -181,75 +274,23 @@ def _three(values: Iterable[T]) -> tuple[T, T, T]:
     return z, y, x
 
 
-def _along(header: scans.Header, slices: Iterator[np.ndarray], perm: list[int]) -> Iterator[np.ndarray]:
-    """Slices [perm[1], perm[2]] along file axis perm[0]. Scans are stored along z as a rule; only others have to be read whole."""
+def _iter_along(header: scans.Header, slices: Iterator[np.ndarray], perm: list[int]) -> Iterator[np.ndarray]:
+    """Slices [perm[1], perm[2]] along file axis perm[0]. Most scans are stored along z; others have to be read whole."""
     if perm[0] != 2:
         return iter(scans.stack_slices(header, slices).transpose(perm))
-    return (s.transpose(perm[1:]) for s in slices)
+    return (plane.transpose(perm[1:]) for plane in slices)
 
 
-def _finite(header: scans.Header, slices: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    for i, s in enumerate(slices):
-        if s.dtype.kind == "f" and not np.isfinite(s.min() + s.max()):
-            raise ScanError(
-                f"{header.name}: slice {i} has {int((~np.isfinite(s)).sum())} voxels that are not finite numbers"
-            )
-        yield s
+def _check_finite(header: scans.Header, slices: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    for i, plane in enumerate(slices):
+        # An infinity or NaN anywhere shows in the sum of the extremes, without a mask of the plane.
+        if plane.dtype.kind == "f" and not np.isfinite(plane.min() + plane.max()):
+            count = int((~np.isfinite(plane)).sum())
+            raise ScanError(f"{header.name}: slice {i} has {count} voxels that are not finite numbers")
+        yield plane
 
 
-def _read_volume(
-    path: PathLike, cfg: CtConfig, row: Mapping[str, str] | None, known: Scale | None = None
-) -> tuple[Volume, Scale]:
-    """The volume, by the scale that is known or that its first slices show; and the scale that all of it shows."""
-    with scans.open_scan(path) as (header, stored):
-        _refuse_doubt(header, row)
-        perm, flips = _order(_axes_in_patient(header, row), "SAR" if cfg.flip else axes_of(cfg))
-        source_spacing = _spacing(cfg, header, row)
-        shape, spacing = _three(header.shape[p] for p in perm), _three(source_spacing[p] for p in perm)
-        try:
-            grid = _grid(cfg, shape, spacing)
-        except ValueError as e:
-            raise ScanError(f"{path}: {e}") from e
-        sample: list[np.ndarray] = []
-        slices = _sampled(_finite(header, _along(header, stored, perm)), sample)
-        scale = known
-        if scale is None:
-            scale, slices = _first_scale(cfg, header, slices, sample, row)
-        out = np.full(size_of(cfg), 0 if cfg.dtype == "uint8" else HU[0], cfg.dtype)
-        box = out[tuple(slice(a.first, a.stop) for a in grid)]
-        turned = [a.flipped(n) if flip else a for a, n, flip in zip(grid, shape, flips, strict=True)]
-        clip = cfg.preset != "merlin"
-        slope, intercept = scale.slope, scale.intercept
-        grids.resample(
-            turned,
-            slices,
-            lambda plane: _to_hu_(plane, slope, intercept, clip),
-            lambda hu: _encode_(hu, cfg),
-            box,
-        )
-    final = known or _scale(cfg, header, sample, row)
-    if box.min() == box.max() and final == scale:
-        at = to_hu(box[:1, :1, :1]).item()
-        raise ScanError(
-            f"{path}: every voxel became {at:g} HU with scale {scale} ({scale.rule}); "
-            "no tissue is left. Check whether the scale was applied before; hu='none' takes stored values as HU"
-        )
-    volume = Volume(
-        name=header.name,
-        voxels=np.ascontiguousarray(out[:, ::-1]) if cfg.flip else out,
-        axes=axes_of(cfg),
-        spacing_mm=_three(a.spacing_mm for a in grid),
-        source_spacing_mm=spacing,
-        source_shape=shape,
-        occupied=(grid[0].first, grid[0].stop),
-        hu_rule=scale.rule,
-        slope=slope,
-        intercept=intercept,
-    )
-    return volume, final
-
-
-def _sampled(slices: Iterator[np.ndarray], sample: list[np.ndarray]) -> Iterator[np.ndarray]:
+def _sample_slices(slices: Iterator[np.ndarray], sample: list[np.ndarray]) -> Iterator[np.ndarray]:
     """The slices as they pass, with some voxels of each added to `sample`."""
     for plane in slices:
         rows, columns = (max(1, n // _SAMPLED) for n in plane.shape)
@@ -264,52 +305,57 @@ def _first_scale(
     sample: list[np.ndarray],
     row: Mapping[str, str] | None,
 ) -> tuple[Scale, Iterator[np.ndarray]]:
-    """The scale as soon as some slices show it, and all slices; mostly the first is enough, so that no scan has to be in memory."""
-    seen: list[np.ndarray] = []
+    """The scale as soon as some slices show it, and all slices. The first is mostly enough, so no scan has to be in memory."""
     if cfg.hu != "auto":
-        return _scale(cfg, header, sample, row), slices
+        return _find_scale(cfg, header, sample, row), slices
+    passed: list[np.ndarray] = []
     for plane in slices:
-        seen.append(plane)
-        if len(seen) & (len(seen) - 1):  # after 1, 2, 4, 8, ... slices
+        passed.append(plane)
+        is_power_of_two = len(passed) & (len(passed) - 1) == 0
+        if not is_power_of_two:
             continue
         try:
-            return _scale(cfg, header, sample, row), itertools.chain(seen, slices)
+            return _find_scale(cfg, header, sample, row), itertools.chain(passed, slices)
         except ScanError:
-            continue  # not yet, or never: then all slices say why
-    return _scale(cfg, header, sample, row), iter(seen)
+            continue  # more slices may show it; if not, the error of all slices is raised below
+    return _find_scale(cfg, header, sample, row), iter(passed)
 
 
-def _scale(
+def _find_scale(
     cfg: CtConfig, header: scans.Header, sample: list[np.ndarray], row: Mapping[str, str] | None
 ) -> Scale:
-    """The scale of `cfg.hu`; a sample without slices is not looked at."""
-    own = Scale(rule="header", slope=header.slope, intercept=header.intercept) if header.scaled else None
+    """The scale of `cfg.hu`, checked against the sample unless that is empty."""
+    header_scale = None
+    if header.scaled:
+        header_scale = Scale(rule="header", slope=header.slope, intercept=header.intercept)
     if cfg.hu == "header":
-        if own is None:
+        if header_scale is None:
             raise ScanError(
-                f"{header.name}: hu='header' needs scl_slope in the header, it has none; use hu='none', 'metadata' or 'auto'"
+                f"{header.name}: hu='header' needs scl_slope in the header, it has none; use hu='none', 'metadata' or "
+                "'auto'"
             )
-        return own
-    given, fault = _rescale(row)
-    if cfg.hu == "metadata" and given is None:
-        raise ScanError(
-            f"{header.name}: hu='metadata' needs a metadata row with {' and '.join(metadata_table.RESCALE)}; {fault}"
-        )
-    chosen = given if cfg.hu == "metadata" and given is not None else Scale(rule="none")
+        return header_scale
+    row_scale, problem = _row_scale(row)
+    chosen = Scale(rule="none")
+    if cfg.hu == "metadata":
+        if row_scale is None:
+            raise ScanError(
+                f"{header.name}: hu='metadata' needs a metadata row with {' and '.join(metadata_table.RESCALE)}; {problem}"
+            )
+        chosen = row_scale
     if not sample:
         return chosen
     values = np.concatenate(sample)
     try:
-        return (
-            hounsfield.choose_scale(values, own, given)
-            if cfg.hu == "auto"
-            else hounsfield.check_scale(values, chosen, own)
-        )
+        if cfg.hu == "auto":
+            return hounsfield.choose_scale(values, header_scale, row_scale)
+        return hounsfield.check_scale(values, chosen, header_scale)
     except ValueError as e:
-        raise ScanError(f"{header.name}: {e}{fault and f'; {fault}'}") from e
+        reason = f"; {problem}" if problem else ""
+        raise ScanError(f"{header.name}: {e}{reason}") from e
 
 
-def _rescale(row: Mapping[str, str] | None) -> tuple[Scale | None, str]:
+def _row_scale(row: Mapping[str, str] | None) -> tuple[Scale | None, str]:
     """The scale of the metadata row, or why there is none."""
     if row is None:
         return None, ""
@@ -320,8 +366,11 @@ def _rescale(row: Mapping[str, str] | None) -> tuple[Scale | None, str]:
     return Scale(rule="metadata", slope=slope, intercept=intercept), ""
 
 
-def _refuse_doubt(header: scans.Header, row: Mapping[str, str] | None) -> None:
-    modality = str((row or {}).get("Modality", "")).strip()
+def _refuse_header(header: scans.Header, row: Mapping[str, str] | None) -> None:
+    """Refuse what is no CT, and a header that contradicts itself."""
+    modality = ""
+    if row is not None:
+        modality = str(row.get("Modality", "")).strip()
     if modality not in ("", "CT"):
         raise ScanError(
             f"{header.name}: its metadata row says Modality {modality!r}; only CT has Hounsfield units"
@@ -334,9 +383,8 @@ def _spacing(cfg: CtConfig, header: scans.Header, row: Mapping[str, str] | None)
     """Spacing in mm along the axes of the file."""
     if cfg.spacing_from == "metadata":
         if row is None:
-            raise ScanError(
-                f"{header.name}: spacing_from='metadata' needs a metadata row with {' and '.join(metadata_table.SPACING)}"
-            )
+            columns = " and ".join(metadata_table.SPACING)
+            raise ScanError(f"{header.name}: spacing_from='metadata' needs a metadata row with {columns}")
         try:
             spacing = metadata_table.spacing_mm(row)
         except ValueError as e:
@@ -356,63 +404,71 @@ def _spacing(cfg: CtConfig, header: scans.Header, row: Mapping[str, str] | None)
     return header.spacing_mm
 
 
-def _axes_in_patient(header: scans.Header, row: Mapping[str, str] | None) -> np.ndarray:
-    """An affine [4, 4] whose columns say where the file's axes grow to: the header's, or where it names none the metadata's."""
+def _orientation(header: scans.Header, row: Mapping[str, str] | None) -> np.ndarray:
+    """An affine [4, 4] with the directions of the file's axes: the header's, or the metadata's where it has none."""
     if header.placed:
         return header.affine
     try:
-        found = metadata_table.directions(row or {})
+        directions = metadata_table.directions(row or {})
     except ValueError as e:
         raise ScanError(f"{header.name}: {e}") from e
-    if found is None:
+    if directions is None:
         raise ScanError(
-            f"{header.name}: nothing says where its axes grow to: its header has no qform and no sform (or an identity without a place), "
-            f"and there is no metadata row with {metadata_table.ORIENTATION}; give one, or write the affine into the header. "
-            "A guess could mirror the patient"
+            f"{header.name}: nothing says where its axes grow to: its header has no qform and no sform (or an identity "
+            f"without a place), and there is no metadata row with {metadata_table.ORIENTATION}; give one, or write the "
+            "affine into the header. A guess could mirror the patient"
         )
     affine = np.eye(4)
-    affine[:3, :3] = found
+    affine[:3, :3] = directions
     return affine
 
 
-def _order(affine: np.ndarray, axes: str) -> tuple[list[int], list[bool]]:
+def _order_axes(affine: np.ndarray, axes: str) -> tuple[list[int], list[bool]]:
     """Which file axis each output axis is, and whether it runs backwards (nibabel's closest orientation)."""
     moves = ornt_transform(io_orientation(affine), axcodes2ornt(tuple(axes)))
     perm = [int(p) for p in np.argsort(moves[:, 0])]
     return perm, [bool(moves[p, 1] < 0) for p in perm]
 
 
-def _grid(cfg: CtConfig, shape: tuple[int, ...], spacing: tuple[float, ...]) -> list[grids.Axis]:
-    size, target = size_of(cfg), cfg.spacing_mm or _SPACINGS[cfg.preset]
+def _make_grid(cfg: CtConfig, shape: tuple[int, ...], spacing: tuple[float, ...]) -> list[grids.Axis]:
+    """The output's axes over a source of this shape and spacing in mm. Raises ValueError where nothing is left."""
+    size = size_of(cfg)
+    target = cfg.spacing_mm or _SPACINGS[cfg.preset]
     if cfg.preset == "mm":
-        return [
-            grids.centred(*a, _antialias(cfg) == "on") for a in zip(shape, spacing, size, target, strict=True)
-        ]
+        antialias = _antialias(cfg) == "on"
+        along = zip(shape, spacing, size, target, strict=True)
+        return [grids.centred(n, mm, k, target_mm, antialias) for n, mm, k, target_mm in along]
     if cfg.preset == "merlin":
-        return [grids.anchored(*a) for a in zip(shape, spacing, size, target, strict=True)]
+        along = zip(shape, spacing, size, target, strict=True)
+        return [grids.anchored(n, mm, k, target_mm) for n, mm, k, target_mm in along]
     if cfg.preset == "reference":
+        # one scale for all axes: the largest with which the whole scan fits
         scale = min(k / n for k, n in zip(size, shape, strict=True))
         new = [round(n * scale) for n in shape]
     else:
-        # rounded: 0.7 mm as float32 is 0.69999999, and the floor would lose a voxel against CT-CLIP's own 0.7 from the metadata
+        # Rounded: 0.7 mm as float32 is 0.69999999, and the floor would lose a voxel against CT-CLIP's own 0.7 from the
+        # metadata.
         new = [int(n * (round(s, 6) / t)) for n, s, t in zip(shape, spacing, target, strict=True)]
     if min(new) < 1:
         raise ValueError(
             f"is too flat for preset {cfg.preset!r}: {shape} voxels of {spacing} mm become {tuple(new)}"
         )
-    return [grids.stretched(*a) for a in zip(shape, spacing, size, new, strict=True)]
+    return [grids.stretched(n, mm, k, m) for n, mm, k, m in zip(shape, spacing, size, new, strict=True)]
 
 
 def _to_hu_(plane: Tensor, slope: float, intercept: float, clip: bool) -> Tensor:
+    """Stored values to HU, in place."""
     if (slope, intercept) != (1.0, 0.0):
         plane.mul_(slope).add_(intercept)
     return plane.clamp_(*HU) if clip else plane
 
 
 def _encode_(hu: Tensor, cfg: CtConfig) -> Tensor:
+    """HU to the output's dtype; works in place."""
     hu = hu.clamp_(*HU)
     if cfg.dtype == "int16":
         return hu.round_().to(torch.int16)
-    if cfg.preset == "reference":  # in the reference's order of operations, truncated
+    if cfg.preset == "reference":
+        # the reference's order of operations, and its truncation: another order rounds differently
         return hu.div_(1000).add_(1).div_(2).mul_(255).to(torch.uint8)
     return hu.sub_(HU[0]).mul_(255 / (HU[1] - HU[0])).round_().to(torch.uint8)
