@@ -13,6 +13,7 @@ Text = Literal["findings", "impression", "both"]
 Missing = Literal["error", "empty", "drop"]
 Templates = tuple[tuple[str, str], ...]
 
+# The 18 abnormalities of CT-RATE, in the order of its label file.
 FINDINGS = (
     "Medical material",
     "Arterial wall calcification",
@@ -33,8 +34,10 @@ FINDINGS = (
     "Bronchiectasis",
     "Interlobular septal thickening",
 )
-"""The 18 abnormalities of CT-RATE, in the order of its label file."""
 
+# Named sets of (positive, negative) templates: {} is the finding as written, {lower} the same within a sentence.
+# "reference" is CheXzero's pair, "ctclip" that of CT-CLIP's zero-shot script; "ensemble" varies how reports state and
+# deny a finding.
 PROMPTS: dict[str, Templates] = {
     "reference": (("{}", "no {}"),),
     "ctclip": (("{} is present.", "{} is not present."),),
@@ -48,16 +51,13 @@ PROMPTS: dict[str, Templates] = {
         ("The chest CT shows {lower}.", "The chest CT shows no {lower}."),
     ),
 }
-"""Named sets of (positive, negative) templates: {} is the finding as written, {lower} the same within a sentence.
-
-"reference" is CheXzero's pair, "ctclip" that of CT-CLIP's zero-shot script; "ensemble" varies how reports state and deny a finding."""
-
 _log = logging.getLogger(__name__)
 _COLUMNS = {
     "findings": ("Findings_EN",),
     "impression": ("Impressions_EN",),
     "both": ("Findings_EN", "Impressions_EN"),
 }
+# What databases, data frames and people write where there is no text.
 _ABSENT = {
     "",
     "nan",
@@ -73,55 +73,65 @@ _ABSENT = {
     "--",
 }
 _BINARY = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}  # tables that passed through a join hold 0.0 and 1.0
+_REMEDIES = {"empty": "they are kept with an empty text", "drop": "they are left out"}
 
 
 def read_reports(
     path: files.PathLike, text: Text = "impression", missing: Missing = "error"
 ) -> dict[str, str]:
-    """Volume name -> report text, from a CSV with VolumeName, Findings_EN and Impressions_EN, in file order.
+    """Read {volume name: report text} from a CSV with VolumeName, Findings_EN and Impressions_EN, in file order.
 
     Args:
-        text: which part; "both" joins findings and impression with a space and takes the one there is where the other is missing.
-        missing: what to do with a report without text (empty, NaN, None, N/A, "Not given."): refuse the file, keep it as "", or leave it
-            out; the number of such rows is logged as a warning.
+        text: which part; "both" joins findings and impression with a space, or is the one of them that has text.
+        missing: what to do with a report without text (empty, NaN, None, N/A, "Not given."): refuse the file, keep it
+            as "", or leave it out; the number of such rows is logged as a warning.
     Raises:
         ValueError: unreadable table, a volume listed twice, no text left, or a missing text under "error".
     """
     if text not in _COLUMNS or missing not in ("error", "empty", "drop"):
         raise ValueError(
-            f"read_reports: text must be one of {', '.join(_COLUMNS)} and missing error, empty or drop, got {text!r}, {missing!r}"
+            f"read_reports: text must be one of {', '.join(_COLUMNS)} and missing error, empty or drop, "
+            f"got {text!r}, {missing!r}"
         )
-    rows = files.read_csv(path, ("VolumeName", *_COLUMNS[text]))
-    texts = [" ".join(row[c].strip() for c in _COLUMNS[text] if not _is_absent(row[c])) for row in rows]
+    columns = _COLUMNS[text]
+    rows = files.read_csv(path, ("VolumeName", *columns))
+    texts = []
+    for row in rows:
+        present = [row[column].strip() for column in columns if not _is_absent(row[column])]
+        texts.append(" ".join(present))
     absent = [i for i, t in enumerate(texts) if not t]
     if absent and missing == "error":
         raise ValueError(
-            f"{path}: every row must have a text in {' or '.join(_COLUMNS[text])}, {len(absent)} of {len(rows)} have none, "
+            f"{path}: every row must have a text in {' or '.join(columns)}, {len(absent)} of {len(rows)} have none, "
             f"the first is row {absent[0] + 2}; fill them, or set missing to 'empty' or 'drop'"
         )
     if len(absent) == len(rows):
-        raise ValueError(f"{path}: none of the {len(rows)} rows has a text in {' or '.join(_COLUMNS[text])}")
+        raise ValueError(f"{path}: none of the {len(rows)} rows has a text in {' or '.join(columns)}")
     if absent:
-        _log.warning(
-            "%s: %d of %d reports have no %s text; %s", path, len(absent), len(rows), text, _DONE[missing]
-        )
-    volumes = _volumes(path, rows)
+        remedy = _REMEDIES[missing]
+        _log.warning("%s: %d of %d reports have no %s text; %s", path, len(absent), len(rows), text, remedy)
+    volumes = _read_volumes(path, rows)
     return {v: t for v, t in zip(volumes, texts, strict=True) if t or missing == "empty"}
 
 
 def read_labels(
     path: files.PathLike, findings: Sequence[str] = (), patient: str = ""
 ) -> tuple[tuple[str, ...], tuple[str, ...], np.ndarray]:
-    """(volume names, findings, int8 labels [n, c]) from a CSV with VolumeName and one column of 0 and 1 per finding.
+    """Read a CSV with VolumeName and one column of 0 and 1 per finding.
 
     Args:
         findings: which columns, in which order; all but VolumeName and `patient` when empty.
-        patient: a column that says whose volume it is, which is no label; it may be absent.
+        patient: a column with the patient of each volume, which is no label; it may be absent.
+    Returns:
+        volume names [n], findings [c], labels int8 [n, c].
     Raises:
-        ValueError: unreadable table, a missing column, a volume listed twice, or a value other than 0, 1, 0.0 or 1.0 (names the column).
+        ValueError: unreadable table, a missing column, a volume listed twice, or a value other than 0, 1, 0.0 or 1.0
+            (names the column).
     """
     rows = files.read_csv(path, ("VolumeName", *findings))
-    columns = tuple(findings) or tuple(c for c in rows[0] if c not in ("VolumeName", patient))
+    columns = tuple(findings)
+    if not columns:
+        columns = tuple(c for c in rows[0] if c not in ("VolumeName", patient))
     if not columns or len(set(columns)) < len(columns):
         raise ValueError(
             f"{path}: needs one or more label columns, each once, got {', '.join(columns) or 'only VolumeName'}"
@@ -129,40 +139,43 @@ def read_labels(
     labels = np.empty((len(rows), len(columns)), dtype=np.int8)
     for i, row in enumerate(rows):
         for j, column in enumerate(columns):
-            if (value := row[column].strip()) not in _BINARY:
+            value = row[column].strip()
+            if value not in _BINARY:
                 raise ValueError(
                     f"{path}: labels must be 0 or 1, found {value!r} in column {column!r}, row {i + 2}"
                 )
             labels[i, j] = _BINARY[value]
-    return _volumes(path, rows), columns, labels
+    return _read_volumes(path, rows), columns, labels
 
 
 def prompts_for(finding: str, prompts: str = "ensemble") -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(positive, negative) prompts of a finding under one of the sets in `PROMPTS`."""
+    """The positive and the negative prompts of a finding, from one of the sets in `PROMPTS`."""
     if prompts not in PROMPTS or not finding.strip():
         raise ValueError(
             f"prompts_for: needs a finding and a set of {', '.join(PROMPTS)}, got {finding!r}, {prompts!r}"
         )
-    lower = finding if finding[1:2].isupper() else finding[0].lower() + finding[1:]  # not COPD
-    positive, negative = zip(*PROMPTS[prompts], strict=True)
-    return tuple(t.format(finding, lower=lower) for t in positive), tuple(
-        t.format(finding, lower=lower) for t in negative
-    )
+    lower = finding
+    if not finding[1:2].isupper():  # an abbreviation such as COPD stays as it is
+        lower = finding[0].lower() + finding[1:]
+    positive = tuple(template.format(finding, lower=lower) for template, _ in PROMPTS[prompts])
+    negative = tuple(template.format(finding, lower=lower) for _, template in PROMPTS[prompts])
+    return positive, negative
 
 
 def read_patients(tables: Sequence[files.PathLike], column: str) -> dict[str, str]:
-    """{volume name: patient} from the first of these tables that has the column.
+    """Read {volume name: patient} from the first of these tables that has the column.
 
     Raises:
         ValueError: an unreadable table, a volume listed twice, or no table with that column (lists the columns there are).
     """
-    seen: list[str] = []
+    present: list[str] = []
     for path in tables:
         rows = files.read_csv(path, ("VolumeName",))
         if column in rows[0]:
-            return dict(zip(_volumes(path, rows), (row[column] for row in rows), strict=True))
-        seen += [f"{path} has {', '.join(rows[0])}"]
-    raise ValueError(f"patients: a table must have the column {column!r}; {'; '.join(seen)}")
+            patients = [row[column] for row in rows]
+            return dict(zip(_read_volumes(path, rows), patients, strict=True))
+        present.append(f"{path} has {', '.join(rows[0])}")
+    raise ValueError(f"patients: a table must have the column {column!r}; {'; '.join(present)}")
 
 
 def split_patients(
@@ -172,17 +185,18 @@ def split_patients(
     seed: int,
     patients: Sequence[str] = (),
 ) -> dict[str, np.ndarray]:
-    """Rows of each split, whole patients each, with close to equal prevalence of every finding and equal volumes per patient.
+    """Split volumes by patient, with nearly the same prevalence of every finding and volumes per patient in all splits.
 
-    Patients are placed one by one, those with much of something rare first; each goes where it leaves the shares of patients, volumes and
-    positives of each finding nearest to the wanted ones, so common patients even out what rare ones upset.
+    Patients are placed one by one, those with much of something rare first. Each goes where the shares of patients,
+    volumes and positives of each finding come nearest to the requested ones, so common patients even out what rare ones
+    upset.
 
     Args:
         volumes: [n] names.
         labels: [n, c] of 0 and 1.
         sizes: relative size of each split in volumes: {"train": 0.8, "val": 0.2} or {"val": 550, "test": 2489}.
         seed: order of patients that are alike.
-        patients: [n] whose volume each is; as `names.patients_of` reads them from the names when left out.
+        patients: [n] the patient of each volume; read from the names (`names.patients_of`) when left out.
     Returns:
         {split: ascending row numbers}; every row is in exactly one split.
     Raises:
@@ -191,27 +205,29 @@ def split_patients(
     labels = np.asarray(labels)
     if labels.ndim != 2 or len(labels) != len(volumes):
         raise ValueError(
-            f"split_patients: labels must be [n, c] with one row per volume, got {labels.shape} for {len(volumes)} volumes"
+            f"split_patients: labels must be [n, c] with one row per volume, got {labels.shape} for "
+            f"{len(volumes)} volumes"
         )
     patients = list(patients) or names.patients_of(volumes)
     if len(patients) != len(volumes):
         raise ValueError(
             f"split_patients: every volume must have a patient, got {len(patients)} for {len(volumes)} volumes"
         )
-    number = {p: i for i, p in enumerate(dict.fromkeys(patients))}
     if not sizes or not all(0 < size < float("inf") for size in sizes.values()):
         raise ValueError(f"split_patients: needs a size above 0 for each split, got {dict(sizes)}")
-    owner = np.array([number[p] for p in patients])
-    features = np.concatenate(
-        [np.ones((len(volumes), 1)), labels], 1
-    )  # volumes and positives, then summed by patient
-    burden = np.zeros((len(number), features.shape[1] + 1))
-    np.add.at(burden, owner, np.pad(features, ((0, 0), (1, 0))))
-    burden[:, 0] = 1  # and the patient itself
+    number = {p: i for i, p in enumerate(dict.fromkeys(patients))}
+    owner = np.array([number[p] for p in patients])  # [n], the patient's number of each volume
+    # What a patient brings, each to be spread evenly: itself, its volumes, its positives of each finding.
+    burden = np.zeros((len(number), labels.shape[1] + 2))
+    burden[:, 0] = 1
+    np.add.at(burden[:, 1], owner, 1)
+    np.add.at(burden[:, 2:], owner, labels)
+    burden /= np.maximum(burden.sum(0), 1)
     share = np.array(list(sizes.values()), dtype=float)
-    place = _place(burden / np.maximum(burden.sum(0), 1), share / share.sum(), np.random.default_rng(seed))
-    rows = {split: np.flatnonzero(place[owner] == k) for k, split in enumerate(sizes)}
-    if empty := [split for split, found in rows.items() if not len(found)]:
+    placement = _place_patients(burden, share / share.sum(), np.random.default_rng(seed))
+    rows = {split: np.flatnonzero(placement[owner] == k) for k, split in enumerate(sizes)}
+    empty = [split for split, members in rows.items() if not len(members)]
+    if empty:
         raise ValueError(
             f"split_patients: {len(number)} patients are too few for {dict(sizes)}, none is left for {', '.join(empty)}"
         )
@@ -219,38 +235,43 @@ def split_patients(
 
 
 def _is_absent(text: str) -> bool:
-    """Whether a cell says that there is no text: empty, or what databases and data frames write for it."""
     return text.strip().casefold().rstrip(".") in _ABSENT
 
 
-_DONE = {"empty": "they are kept with an empty text", "drop": "they are left out"}
-
-
-def _volumes(path: files.PathLike, rows: list[dict[str, str]]) -> tuple[str, ...]:
-    seen: dict[str, int] = {}
+def _read_volumes(path: files.PathLike, rows: list[dict[str, str]]) -> tuple[str, ...]:
+    """The volume names of a table, each of which must be there once."""
+    row_of: dict[str, int] = {}
     for i, row in enumerate(rows, 2):  # row 1 is the header
         volume = names.volume_name(row["VolumeName"].strip())
         if not volume:
             raise ValueError(f"{path}: VolumeName is empty in row {i}")
-        if volume in seen:
+        if volume in row_of:
             raise ValueError(
-                f"{path}: each volume must be there once, rows {seen[volume]} and {i} name the same one"
+                f"{path}: each volume must be there once, rows {row_of[volume]} and {i} name the same one"
             )
-        seen[volume] = i
-    return tuple(seen)
+        row_of[volume] = i
+    return tuple(row_of)
 
 
-def _place(burden: np.ndarray, share: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The split [p] of each patient; `burden` [p, f] are its shares of each total."""
+def _place_patients(burden: np.ndarray, share: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The split [p] of each patient.
+
+    Args:
+        burden: [p, f], a patient's share of each total.
+        share: [k], what each split is to have of all totals.
+    """
+    # A random order for patients that are alike, then those with the largest share of anything first.
     order = rng.permutation(len(burden))
     order = order[np.argsort(-burden[order].max(1), kind="stable")]
-    have = np.zeros((len(share), burden.shape[1]))  # share of each total that each split holds
+    present = np.zeros((len(share), burden.shape[1]))  # share of each total in each split so far
     placed = np.zeros(burden.shape[1])
-    place = np.empty(len(burden), dtype=np.int64)
+    placement = np.empty(len(burden), dtype=np.int64)
     for p in order:
         placed += burden[p]
-        off = have - share[:, None] * placed
-        cost = ((2 * off + burden[p]) * burden[p]).sum(1)  # the growth of the squared deviation
-        place[p] = k = int(np.argmin(cost))
-        have[k] += burden[p]
-    return place
+        # The growth of the squared deviation from the requested shares, if the patient went to each split.
+        deviation = present - share[:, None] * placed
+        cost = ((2 * deviation + burden[p]) * burden[p]).sum(1)
+        k = int(np.argmin(cost))
+        placement[p] = k
+        present[k] += burden[p]
+    return placement
