@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -85,7 +86,9 @@ def _steps(cfg: Config) -> dict:
     loss = record.loss_of(model)
     optimizer = stages.make_optimizer(cfg.train, stage, trained)
     step = loop.make_step(
-        stages.make_gradient(cfg.train, lambda p, b: loss(merge_trees(frozen, p), b), chat.cut),
+        stages.make_gradient(
+            cfg.train, lambda p, b: loss(merge_trees(frozen, p), b), partial(chat.micro_batch, model.chat)
+        ),
         optimizer,
         clip=1.0,
         seed=0,
@@ -93,7 +96,7 @@ def _steps(cfg: Config) -> dict:
     state = states.State(params=trained, opt=optimizer.init(trained))
     del trained
     for _ in range(2):
-        state, _ = step(state, chat.fullest(model.chat, [], 4))
+        state, _ = step(state, chat.fullest_batch(model.chat, [], 4))
     return {
         "peak": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else status("VmHWM") - before
     }

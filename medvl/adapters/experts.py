@@ -302,12 +302,14 @@ def ask(
         ValueError: the registry has no embedder, an unknown `own`, an image that cannot be read, and as `answers`.
     """
     check_mode(mode, own, experts.names)
-    talk, blind = chat.question(experts.chat, question, images), mode in ("bare", "oracle")
+    talk, blind = chat.make_question(experts.chat, question, images), mode in ("bare", "oracle")
     query = torch.ones(1, experts.vectors.shape[1]) if blind else queries(experts, [question], [talk.images])
     found = choose(
         mode, cfg, query, experts.vectors, own=torch.tensor([experts.names.index(own) if own else -1])
     )
-    (text,) = answers(experts, chat.encode(experts.chat, [talk], prompt=True), [0], found, mode, max_tokens)
+    (text,) = answers(
+        experts, chat.encode_conversations(experts.chat, [talk], prompt=True), [0], found, mode, max_tokens
+    )
     named = zip(
         found.indices[0].tolist(), found.similarity[0].tolist(), found.weights[0].tolist(), strict=True
     )
@@ -317,11 +319,12 @@ def ask(
 def _said(
     experts: Experts, data: Encoded, rows: Sequence[int], adapter: lora.Adapter | None, max_tokens: int
 ) -> list[str]:
-    batch = chat.collate(experts.chat, data, rows, side="left")
+    batch = chat.make_batch(experts.chat, data, rows, side="left")
     weights = experts.params
     if adapter is not None:
         token = experts.chat.skeleton.config.get("image_token_id")
         device = next(iter(weights.values())).device
         whose = None if token is None else vlm.visual_rows(batch["ids"], token).to(device)
         weights = lora.apply_lora(weights, adapter, rows=whose)
-    return list(chat.answer(experts.chat, weights, batch, max_tokens).texts)
+    sampling = chat.sampling_of(experts.chat, max_tokens)
+    return list(chat.generate_answers(experts.chat, weights, batch, sampling).texts)

@@ -1,61 +1,48 @@
-"""A language or vision-language model with its tokenizer and its eyes: conversations with images in, losses and answers out."""
+"""A language or vision-language model with its tokenizer: conversations in, losses and answers out."""
 
 import copy
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, Self
 
 import torch
-from attrs import evolve, field, frozen
-from PIL import Image
+from attrs import field, frozen
 from torch import Generator, Tensor
 
 from medvl.base import config, processes
 from medvl.base.display import track
 from medvl.base.files import PathLike, write_text
+from medvl.base.tree import Tree
+from medvl.evaluation import choices
 from medvl.hub import loading, saving, skeletons, tokens
 from medvl.hub.checkpoints import find_file, new_folder, read_json
-from medvl.language import encoding as conversations
-from medvl.language import generate, images, intern_vl, qwen_vl, vlm
+from medvl.language import encoding, generate, images, vision, vlm
 from medvl.language.conversations import Conversation, limit_images
-from medvl.language.encoding import Placeholder, Sample, Turns
+from medvl.language.encoding import Sample, Turns
 from medvl.language.generate import Generated, Sampling
+from medvl.language.vision import Vision
 from medvl.training import order
 from medvl.weights import four_bit, shards
 
 _log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-Eyes = qwen_vl.ImageConfig | intern_vl.TileConfig
-_QWEN_VL = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-_CHAT = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+# Special tokens of a tokenizer that is trained here: those of ChatML and of both kinds of image placeholders.
+_SPECIAL_TOKENS = (
+    *("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
+    *("<img>", "</img>", "<IMG_CONTEXT>"),
+)
 _OWN_OPTIONS = {  # what a template is called with anyway
-    *(
-        "conversation",
-        "messages",
-        "chat_template",
-        "add_generation_prompt",
-        "continue_final_message",
-        "tokenize",
-        "tokenizer_kwargs",
-    ),
-    *(
-        "sanitize_control_tokens",
-        "padding",
-        "truncation",
-        "max_length",
-        "return_tensors",
-        "return_dict",
-        "return_assistant_tokens_mask",
-    ),
+    *("conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message"),
+    *("tokenize", "tokenizer_kwargs", "sanitize_control_tokens", "padding", "truncation", "max_length"),
+    *("return_tensors", "return_dict", "return_assistant_tokens_mask"),
 }
-_TILES = ("<img>", "</img>", "<IMG_CONTEXT>")
 
 
 @frozen(kw_only=True)
 class ModelConfig:
-    """The model: a hub name or folder; or, without a name, a Hugging Face config built from scratch with a tokenizer of its own."""
+    """The model: a hub name or folder; without a name, a Hugging Face config that is built from scratch."""
 
     name: str = ""
     config: dict[str, Any] = field(factory=dict)
@@ -76,23 +63,23 @@ class ChatConfig:
 
     context: int = 2048  # tokens
     template: str = ""  # "" = the tokenizer's own
-    # Variables of the template: {enable_thinking = false} for reasoning models, {date_string = "26 Jul 2024"} for Llama 3.2.
+    # Variables of the template, such as {enable_thinking = false} for reasoning models.
     options: dict[str, Any] = field(factory=dict)
-    # "raw": each answer is put as it is behind the prompt of generation, whatever the template does with answers (DeepSeek-R1).
+    # "raw": each answer stands unchanged behind its generation prompt, whatever the template does
+    # (DeepSeek-R1).
     answers: Literal["template", "raw"] = "template"
-    end: str = ""  # special token behind the last answer, where the template puts nothing there (GLM-4.5: "<|user|>")
-    allow: tuple[
-        str, ...
-    ] = ()  # special tokens that answers may hold, such as those of boxes and image codes
+    # Special token behind the last answer, where the template puts nothing there (GLM-4.5: "<|user|>").
+    end: str = ""
+    # Special tokens that answers may hold, such as those of boxes and image codes.
+    allow: tuple[str, ...] = ()
     max_pixels: int = 0  # of an image (MAX_PIXELS elsewhere); 0 = what the checkpoint says
     min_pixels: int = 0
-    max_images: int = 0  # of a user's turn, the last ones; 0 = all. (MAX_NUM elsewhere means this for some models and tiles for others)
-    window: tuple[
-        float, ...
-    ] = ()  # (black, white): the greys of 16-bit and DICOM images that are shown as 0 and 255
-    repetition_penalty: float = (
-        0.0  # of answers; 0 = what the checkpoint's generation_config.json says, 1 = none
-    )
+    # Images of a user's turn, the last ones; 0 = all (MAX_NUM elsewhere means this or tiles, by model).
+    max_images: int = 0
+    # (black, white): the greys of 16-bit and DICOM images that are shown as 0 and 255.
+    window: tuple[float, ...] = ()
+    # Of answers; 0 = what the checkpoint's generation_config.json says, 1 = none.
+    repetition_penalty: float = 0.0
 
     def __attrs_post_init__(self) -> None:
         config.check_bounds(
@@ -106,7 +93,8 @@ class ChatConfig:
         config.check_bounds(self, "chat", repetition_penalty=(0, 100))
         if self.max_pixels and self.min_pixels > self.max_pixels:
             raise ValueError(
-                f"chat.min_pixels must not be above chat.max_pixels, got {self.min_pixels} and {self.max_pixels}"
+                f"chat.min_pixels must not be above chat.max_pixels, got {self.min_pixels} and "
+                f"{self.max_pixels}"
             )
         if wrong := [key for key in self.options if not key.isidentifier() or key in _OWN_OPTIONS]:
             raise ValueError(f"chat.options must be variables of a template, {wrong[0]!r} is none")
@@ -115,25 +103,44 @@ class ChatConfig:
 
 @frozen(kw_only=True, eq=False)
 class Chat:
-    """Everything of a model that talks but its weights."""
+    """A model that talks: everything but its weights."""
 
     skeleton: skeletons.Skeleton
     tokenizer: Any
     cfg: ChatConfig
     dtype: torch.dtype
-    placeholder: Placeholder | None = None
-    eyes: Eyes | None = None
+    vision: Vision | None = None
+
+
+class Dialogue(Protocol):
+    """A record of a conversation that can be encoded, such as `Conversation` and `SlideTalk`."""
+
+    @property
+    def messages(self) -> tuple[dict[str, str], ...]:
+        """{"role", "content"} of every turn; each tag in a content stands for one item."""
+
+    @property
+    def items(self) -> tuple[Any, ...]:
+        """What the tags stand for, in their order: whatever the chat's `Vision` takes."""
+
+    @property
+    def place(self) -> str:
+        """Where the record was read, for errors."""
+
+    def until(self, stop: int) -> Self:
+        """The first `stop` messages with their items."""
 
 
 @frozen(kw_only=True, eq=False)
 class Encoded:
-    """Conversations as token ids; images are opened when they are needed."""
+    """Conversations as token ids; their items are opened when a batch is made."""
 
-    conversations: tuple[Conversation, ...]
+    conversations: tuple[Dialogue, ...]
     samples: tuple[Sample, ...]
     refused: int  # too long for the context
 
 
+# Opening ----------------------------------------------------------------------------------------------------
 def open_chat(
     model: ModelConfig,
     cfg: ChatConfig,
@@ -153,25 +160,38 @@ def open_chat(
         ValueError: as `loading.load_skeleton` and `skeletons.init_skeleton`.
     """
     dtype = DTYPES[model.dtype]
-    each = None if model.quantize == "none" else four_bit.quantizer(four_bit.QuantConfig(kind=model.quantize))
+    convert = None
+    if model.quantize != "none":
+        convert = four_bit.quantizer(four_bit.QuantConfig(kind=model.quantize))
     if model.name and device.type != "meta":
-        cut_ = shards.sharder(shards.process_mesh(device)) if shard else None
+        if convert is None and shard:
+            convert = shards.sharder(shards.process_mesh(device))
         skeleton, params = loading.load_skeleton(
-            model.name, head="language", dtype=dtype, device=device, each=each or cut_
+            model.name, head="language", dtype=dtype, device=device, each=convert
         )
     else:
         skeleton = skeletons.empty_skeleton(config_of(model, tok), head="language")
         if device.type == "meta":
-            params = {
-                n: torch.empty(p.shape, dtype=dtype, device="meta")
-                for n, p in skeleton.module.named_parameters()
-            }
+            shapes = {name: p.shape for name, p in skeleton.module.named_parameters()}
+            params = {name: torch.empty(s, dtype=dtype, device="meta") for name, s in shapes.items()}
         else:
             skeleton, params = skeletons.init_skeleton(skeleton.config, gen, head="language")
-            params = {n: t.to(device, dtype) for n, t in params.items()}
-        params = {n: each(n, t) if each else t for n, t in params.items()}
-    holder, eyes = _sight(model, cfg, skeleton)
-    chat = Chat(skeleton=skeleton, tokenizer=tok, cfg=cfg, dtype=dtype, placeholder=holder, eyes=eyes)
+            params = {name: t.to(device, dtype) for name, t in params.items()}
+        if convert is not None:
+            params = {name: convert(name, t) for name, t in params.items()}
+    chat = Chat(
+        skeleton=skeleton,
+        tokenizer=tok,
+        cfg=cfg,
+        dtype=dtype,
+        vision=vision.vision_of(
+            skeleton.config,
+            model.name,
+            max_pixels=cfg.max_pixels,
+            min_pixels=cfg.min_pixels,
+            window=cfg.window,
+        ),
+    )
     if not model.name and device.type != "meta":
         _try_sizes(chat, params)
     return chat, params
@@ -180,30 +200,17 @@ def open_chat(
 def _try_sizes(chat: Chat, params: skeletons.Params) -> None:
     """Compute one small loss of a model that was built from a config, with an image where it sees them.
 
-    Sizes that do not fit each other are found here, and not when the data is read and the first step is computed.
+    Sizes that do not fit each other are found here, and not when the data is read and the first step is
+    computed.
     """
-    token, pixels = chat.tokenizer.convert_tokens_to_ids, dict[str, Tensor]()
-    ids, visual = [0, 1, 2, 3], [False] * 4
+    ids, visual, tensors = [0, 1, 2, 3], [False] * 4, dict[str, Tensor]()
     try:
-        if chat.placeholder is not None and chat.eyes is not None:
-            if isinstance(chat.eyes, intern_vl.TileConfig):
-                pixels["pixel_values"] = intern_vl.tile_all(
-                    chat.eyes, [Image.new("RGB", (chat.eyes.size, chat.eyes.size))]
-                )[0]
-                count = intern_vl.visual_tokens(chat.eyes, len(pixels["pixel_values"]))
-            else:
-                side = 2 * chat.eyes.patch * chat.eyes.merge
-                pixels["pixel_values"], grid = qwen_vl.patchify_all(
-                    chat.eyes, [Image.new("RGB", (side, side))]
-                )
-                pixels["image_grid_thw"] = grid
-                count = int(grid.prod()) // chat.eyes.merge**2
-            ids = [
-                token(chat.placeholder.before),
-                *[token(chat.placeholder.token)] * count,
-                token(chat.placeholder.after),
-                *ids,
-            ]
+        if chat.vision is not None and chat.vision.example is not None:
+            placeholder = chat.vision.placeholder
+            tensors = chat.vision.load_items([chat.vision.example])
+            count = chat.vision.count_tokens(chat.vision.example)
+            words = [placeholder.before, *[placeholder.token] * count, placeholder.after]
+            ids = [*chat.tokenizer.convert_tokens_to_ids(words), *ids]
             visual = [False, *[True] * count, False, *visual]
         row = torch.tensor([ids])
         batch = {
@@ -211,38 +218,44 @@ def _try_sizes(chat: Chat, params: skeletons.Params) -> None:
             "labels": row,
             "mask": torch.ones_like(row).bool(),
             "visual": torch.tensor([visual]),
-            **pixels,
+            **tensors,
         }
         with torch.no_grad():
             loss, _ = loss_sum(chat, chat.skeleton, shards.lazy_shards(params), batch)
     except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as e:
         raise ValueError(
-            f"model.config: sizes of this {chat.skeleton.name} do not fit each other: {' '.join(str(e).split())}"
+            f"model.config: sizes of this {chat.skeleton.name} do not fit each other: "
+            f"{' '.join(str(e).split())}"
         ) from e
     if not bool(loss.isfinite()):
         raise ValueError(
-            f"model.config: this {chat.skeleton.name} computes a loss of {float(loss)} before it is trained; see its numbers"
+            f"model.config: this {chat.skeleton.name} computes a loss of {float(loss)} before it is "
+            "trained; see its numbers"
         )
 
 
 def tokenizer_of(cfg: ModelConfig, folder: Path, texts: Sequence[str] = (), *, lower: bool = True) -> Any:
-    """The named tokenizer; or one trained on `texts` with the tokens of ChatML and of images, kept in `folder` and found there again.
+    """The named tokenizer; or one trained on `texts` with the tokens of ChatML and of images.
 
-    Of several processes the first trains and writes it, the others wait. With lower=False it tells capitals from small letters.
+    One that is trained is kept in `folder` and found there again. Of several processes the first trains and
+    writes it, the others wait.
+
+    Args:
+        lower: capitals become small letters.
     """
     if cfg.name or cfg.tokenizer:
         return tokens.tokenizer(cfg.tokenizer or cfg.name)
-    kept = folder / "tokenizer"
-    if not kept.exists() and not texts:
-        raise ValueError(f"{kept}: the run has no tokenizer yet; train it first")
-    if processes.rank() == 0 and not kept.exists():
+    path = folder / "tokenizer"
+    if not path.exists() and not texts:
+        raise ValueError(f"{path}: the run has no tokenizer yet; train it first")
+    if processes.rank() == 0 and not path.exists():
         tok = tokens.train_bpe(texts, 600, lower=lower)
-        tok.add_special_tokens({"additional_special_tokens": [*_CHAT, *_TILES]})
-        tok.chat_template = conversations.TEMPLATES["chatml"]
-        with new_folder(kept) as tmp:
+        tok.add_special_tokens({"additional_special_tokens": [*_SPECIAL_TOKENS]})
+        tok.chat_template = encoding.TEMPLATES["chatml"]
+        with new_folder(path) as tmp:
             tok.save_pretrained(tmp)
     processes.wait_for_all()
-    return tokens.tokenizer(kept)
+    return tokens.tokenizer(path)
 
 
 def config_of(cfg: ModelConfig, tok: Any) -> dict[str, Any]:
@@ -250,132 +263,139 @@ def config_of(cfg: ModelConfig, tok: Any) -> dict[str, Any]:
     if cfg.name:
         return read_json(find_file(cfg.name, ("config.json",)))
     raw = {**cfg.config}
-    words = {
-        "vocab_size": -(-len(tok) // 8) * 8,
+    vocabulary = {
+        "vocab_size": -(-len(tok) // 8) * 8,  # a multiple of 8, as matrix products like it
         "bos_token_id": tok.bos_token_id,
         "eos_token_id": tok.eos_token_id,
     }
     if "text_config" in raw:
-        raw["text_config"] = {**raw["text_config"], **words}
-        if raw["model_type"] == "internvl":
-            return raw | {"image_token_id": tok.convert_tokens_to_ids(conversations.INTERN_VL.token)}
-        at = {"image_token_id": 4, "video_token_id": 5, "vision_start_token_id": 2, "vision_end_token_id": 3}
-        return raw | {key: tok.convert_tokens_to_ids(_CHAT[i]) for key, i in at.items()}
-    return raw | words
+        raw["text_config"] = {**raw["text_config"], **vocabulary}
+        return raw | vision.placeholder_ids(raw["model_type"], tok)
+    return raw | vocabulary
 
 
-# Conversations --------------------------------------------------------------------------------------------------------------------------
-def encode(chat: Chat, held: Sequence[Conversation], *, prompt: bool = False) -> Encoded:
-    """Token ids of conversations; those that do not fit the context are left out and counted (a warning says so).
+# Conversations ----------------------------------------------------------------------------------------------
+def encode_conversations(chat: Chat, conversations: Sequence[Dialogue], *, prompt: bool = False) -> Encoded:
+    """Token ids of conversations; those longer than the context are left out and counted (it warns).
 
-    A conversation whose earlier answers the template writes in another way than behind their prompts (reasoning models) becomes one sample
-    per answer, each with what generation sees before it.
+    Where the template writes earlier answers in another way than behind their prompts (reasoning models), a
+    conversation becomes one sample per answer, each with what generation sees before it.
 
     Args:
-        prompt: without the last answer and of any length, for `answer`: one sample per conversation.
+        prompt: without the last answer and of any length, for `generate_answers`: one sample per
+            conversation.
     Raises:
-        ValueError: with the place of the conversation: images for a model without eyes, an image that cannot be read or is too long a
-            strip; as `conversations.encode`. A template that writes today's date, where something is trained.
+        ValueError: with the place of the conversation: images for a model that takes none, an image that
+            cannot be read or is too long a strip; as `encoding.encode`. A template that writes today's
+            date, where something is trained.
     """
-    blind = [c for c in held if c.images] if chat.eyes is None else []
-    if blind:
-        raise ValueError(
-            f"{blind[0].place}: has images, as {len(blind)} conversations do, and {chat.skeleton.name} has no eyes; "
-            "choose a vision-language model"
-        )
+    if chat.vision is None:
+        _check_no_items(chat, conversations)
     if prompt:
-        samples = [_encode_prompt(chat, c) for c in track(held, "encoding questions")]
-        return Encoded(conversations=tuple(held), samples=tuple(samples), refused=0)
-    _check_date(chat, held)
-    kept, turns = list[Conversation](), list[Turns]()
-    for c in track(held, "rendering conversations"):
-        whole = chat.cfg.answers == "template" and not _rewritten(chat, c, c.messages)
-        parts = [c] if whole else _one_answer_each(c)
-        apart: Turns = "last" if chat.cfg.answers == "template" else "raw"
-        kept += parts
-        turns += ["all" if whole else apart] * len(parts)
-    samples, refused = conversations.encode_all(
+        prompts = [_encode_prompt(chat, c) for c in track(conversations, "encoding questions")]
+        return Encoded(conversations=tuple(conversations), samples=tuple(prompts), refused=0)
+    _check_date(chat, conversations)
+    parts, turns = list[Dialogue](), list[Turns]()
+    for conversation in track(conversations, "rendering conversations"):
+        raw = chat.cfg.answers == "raw"
+        if raw or _rewrites_history(chat, conversation, conversation.messages):
+            answers = _split_by_answer(conversation)
+            parts += answers
+            turns += ["raw" if raw else "last"] * len(answers)
+        else:
+            parts.append(conversation)
+            turns.append("all")
+    samples, refused = encoding.encode_all(
         chat.tokenizer,
-        [c.messages for c in kept],
-        placeholder=chat.placeholder,
-        visual=[_visual_tokens(chat, c) for c in track(kept, "measuring images")],
+        [part.messages for part in parts],
+        placeholder=chat.vision.placeholder if chat.vision else None,
+        visual=[_count_visual_tokens(chat, part) for part in track(parts, "measuring images")],
         context=chat.cfg.context,
         turns=turns,
-        names=[c.place for c in kept],
-        **template_of(chat.cfg),
+        names=[part.place for part in parts],
+        **template_settings(chat.cfg),
     )
-    out = {i for i, _ in refused}
-    kept = [c for i, c in enumerate(kept) if i not in out]
-    return Encoded(conversations=tuple(kept), samples=tuple(samples), refused=len(refused))
+    too_long = {i for i, _ in refused}
+    fitting = [part for i, part in enumerate(parts) if i not in too_long]
+    return Encoded(conversations=tuple(fitting), samples=tuple(samples), refused=len(refused))
 
 
-def template_of(cfg: ChatConfig) -> dict[str, Any]:
-    """What `conversations.encode` and `encode_prompt` take of the record."""
+def template_settings(cfg: ChatConfig) -> dict[str, Any]:
+    """What `encoding.encode` and `encoding.encode_prompt` take of the record."""
     return {"template": cfg.template or None, "options": cfg.options, "allow": cfg.allow, "end": cfg.end}
 
 
-def _encode_prompt(chat: Chat, conversation: Conversation) -> Sample:
+def _check_no_items(chat: Chat, conversations: Sequence[Dialogue]) -> None:
+    with_items = [c for c in conversations if c.items]
+    if with_items:
+        raise ValueError(
+            f"{with_items[0].place}: has images, as {len(with_items)} conversations do, and "
+            f"{chat.skeleton.name} has no vision encoder; choose a vision-language model"
+        )
+
+
+def _encode_prompt(chat: Chat, conversation: Dialogue) -> Sample:
     messages = conversation.messages
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]
-    visual = _visual_tokens(chat, conversation)
-    apart = chat.cfg.answers == "raw" or _rewritten(chat, conversation, messages)
-    turns: Turns = "last" if apart else "all"
+    visual = _count_visual_tokens(chat, conversation)
+    rewritten = chat.cfg.answers == "raw" or _rewrites_history(chat, conversation, messages)
+    turns: Turns = "last" if rewritten else "all"
     try:
-        return conversations.encode_prompt(
+        return encoding.encode_prompt(
             chat.tokenizer,
             messages,
-            placeholder=chat.placeholder,
+            placeholder=chat.vision.placeholder if chat.vision else None,
             visual=visual,
             turns=turns,
-            **template_of(chat.cfg),
+            **template_settings(chat.cfg),
         )
     except ValueError as e:
         raise ValueError(f"{conversation.place}: {e}") from e
 
 
-def _rewritten(chat: Chat, conversation: Conversation, messages: Sequence[conversations.Message]) -> bool:
-    try:
-        return conversations.rewrites_history(
-            chat.tokenizer, messages, template=chat.cfg.template or None, options=chat.cfg.options
-        )
-    except ValueError as e:
-        raise ValueError(f"{conversation.place}: {e}") from e
-
-
-def _one_answer_each(conversation: Conversation) -> list[Conversation]:
-    """The conversation up to each of its answers, with the images of that part."""
-    tag, parts = Placeholder(token="").tag, []
-    for i, message in enumerate(conversation.messages):
-        if message["role"] == "assistant":
-            messages = conversation.messages[: i + 1]
-            seen = sum(m["content"].count(tag) for m in messages)
-            parts.append(evolve(conversation, messages=messages, images=conversation.images[:seen]))
-    return parts
-
-
-def _check_date(chat: Chat, held: Sequence[Conversation]) -> None:
-    """Refuse to train on today's date: a run that goes on tomorrow would train other tokens."""
+def _rewrites_history(chat: Chat, conversation: Dialogue, messages: Sequence[encoding.Message]) -> bool:
     template = chat.cfg.template or None
-    if held and conversations.writes_date(
-        chat.tokenizer, held[0].messages, template=template, options=chat.cfg.options
-    ):
-        raise ValueError(
-            "chat: the template writes today's date into every conversation, so that the tokens change from day to day; "
-            'pin it by chat.options, such as {date_string = "26 Jul 2024"} for Llama 3.2, or give another chat.template'
-        )
-
-
-def _visual_tokens(chat: Chat, conversation: Conversation) -> list[int]:
-    """Visual tokens of every image of a conversation."""
     try:
-        return [_tokens(chat, path) for path in conversation.images]
+        return encoding.rewrites_history(
+            chat.tokenizer, messages, template=template, options=chat.cfg.options
+        )
     except ValueError as e:
         raise ValueError(f"{conversation.place}: {e}") from e
 
 
-def question(chat: Chat, text: str, images: Sequence[PathLike] = ()) -> Conversation:
-    """One question about images, as `encode(..., prompt=True)` wants it; the images come first where the text has no tags for them.
+def _split_by_answer(conversation: Dialogue) -> list[Dialogue]:
+    """The conversation up to each of its answers."""
+    roles = [message["role"] for message in conversation.messages]
+    return [conversation.until(i + 1) for i, role in enumerate(roles) if role == "assistant"]
+
+
+def _check_date(chat: Chat, conversations: Sequence[Dialogue]) -> None:
+    """Refuse to train on today's date: a run that goes on tomorrow would train other tokens."""
+    if not conversations:
+        return
+    template, messages = chat.cfg.template or None, conversations[0].messages
+    if encoding.writes_date(chat.tokenizer, messages, template=template, options=chat.cfg.options):
+        raise ValueError(
+            "chat: the template writes today's date into every conversation, so that the tokens change "
+            "from day to day; "
+            'pin it by chat.options, such as {date_string = "26 Jul 2024"} for Llama 3.2, or give '
+            "another chat.template"
+        )
+
+
+def _count_visual_tokens(chat: Chat, conversation: Dialogue) -> list[int]:
+    """Visual tokens of every item of a conversation."""
+    if chat.vision is None:
+        return []
+    try:
+        return [chat.vision.count_tokens(item) for item in conversation.items]
+    except ValueError as e:
+        raise ValueError(f"{conversation.place}: {e}") from e
+
+
+def make_question(chat: Chat, text: str, images: Sequence[PathLike] = ()) -> Conversation:
+    """One question about images, to be encoded as a prompt; images without tags in the text come first.
 
     Raises:
         ValueError: no text, or tags that do not match the images.
@@ -384,231 +404,225 @@ def question(chat: Chat, text: str, images: Sequence[PathLike] = ()) -> Conversa
         raise ValueError("ask: the question must have text, got none")
     paths = tuple(map(Path, images))
     content = text if "<image>" in text else "<image>\n" * len(paths) + text
-    talk = Conversation(messages=({"role": "user", "content": content},), images=paths)
-    return limit_images(talk, chat.cfg.max_images)
+    conversation = Conversation(messages=({"role": "user", "content": content},), images=paths)
+    return limit_images(conversation, chat.cfg.max_images)
 
 
-def collate(
-    chat: Chat, data: Encoded, chosen: Sequence[int], side: Literal["right", "left"] = "right"
+# Batches ----------------------------------------------------------------------------------------------------
+def make_batch(
+    chat: Chat, data: Encoded, rows: Sequence[int], side: Literal["right", "left"] = "right"
 ) -> dict[str, Tensor]:
-    """A batch of `loss_sum`: ids, mask, labels, visual [b, t], images [b] (how many of each row), and their patches or tiles."""
+    """A batch: ids, mask, labels, visual [b, t], images [b] (the number of items), and the items' tensors."""
     tok = chat.tokenizer
     pad = tok.pad_token_id if tok.pad_token_id is not None else tok.eos_token_id or 0
-    batch = conversations.collate([data.samples[i] for i in chosen], pad, side=side)
-    paths = [p for i in chosen for p in data.conversations[i].images]
-    batch["images"] = torch.tensor([len(data.conversations[i].images) for i in chosen])
-    if not paths or chat.eyes is None:
+    batch = encoding.collate([data.samples[i] for i in rows], pad, side=side)
+    items = [data.conversations[i].items for i in rows]
+    batch["images"] = torch.tensor([len(of_row) for of_row in items])
+    if chat.vision is None:
         return batch
-    opened = [_opened(chat, p) for p in paths]
-    if isinstance(chat.eyes, intern_vl.TileConfig):
-        return batch | {"pixel_values": intern_vl.tile_all(chat.eyes, opened)[0]}
-    patches, grid = qwen_vl.patchify_all(chat.eyes, opened)
-    return batch | {"pixel_values": patches, "image_grid_thw": grid}
+    return batch | chat.vision.load_items([item for of_row in items for item in of_row])
 
 
-def batches(chat: Chat, data: Encoded, size: int, seed: int) -> Callable[[int], dict[str, Tensor]]:
-    """i -> batch: this process's share of `size` conversations, a pure function of (seed, i)."""
-    share = order.batch_indices(
-        [*map(str, range(len(data.samples)))], size, seed, rank=processes.rank(), world=processes.world_size()
-    )
-    return lambda i: collate(chat, data, share(i))
+def training_batches(chat: Chat, data: Encoded, size: int, seed: int) -> Callable[[int], dict[str, Tensor]]:
+    """i -> batch: this process's share of `size` conversations, a pure function of (seed, i).
+
+    Raises:
+        ValueError: as `order.batch_indices`.
+    """
+    names = [str(i) for i in range(len(data.samples))]
+    share = order.batch_indices(names, size, seed, rank=processes.rank(), world=processes.world_size())
+    return lambda i: make_batch(chat, data, share(i))
 
 
-def cut(batch: Mapping[str, Tensor], span: slice) -> dict[str, Tensor]:
-    """The rows of a batch in `span` with their images, without columns that are padding in all of them."""
-    rows = {k: batch[k][span] for k in ("ids", "mask", "labels", "visual", "images")}
-    used = rows["mask"].any(0).nonzero()
+def micro_batch(chat: Chat, batch: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
+    """The rows of a batch with their items, without columns that are padding in all of them."""
+    part = {name: batch[name][rows] for name in ("ids", "mask", "labels", "visual", "images")}
+    used = part["mask"].any(0).nonzero()
     first, last = int(used[0]), int(used[-1]) + 1
-    out = {k: t[:, first:last] if t.dim() > 1 else t for k, t in rows.items()}
-    if "pixel_values" not in batch:
-        return out
-    if "image_grid_thw" not in batch:  # tiles, each of as many visual tokens
-        seen = batch["visual"].sum(1)
-        each = int(seen.sum()) // len(batch["pixel_values"])
-        a, b = (int(seen[:n].sum()) // each for n in (span.start, span.stop))
-        return out | ({"pixel_values": batch["pixel_values"][a:b]} if b > a else {})
-    before, upto = (int(batch["images"][:n].sum()) for n in (span.start, span.stop))
-    if upto == before:
-        return out
-    sizes = batch["image_grid_thw"].prod(1)
-    a, b = int(sizes[:before].sum()), int(sizes[:upto].sum())
-    return out | {
-        "image_grid_thw": batch["image_grid_thw"][before:upto],
-        "pixel_values": batch["pixel_values"][a:b],
+    part = {name: t[:, first:last] if t.dim() > 1 else t for name, t in part.items()}
+    return part if chat.vision is None else part | chat.vision.select_rows(batch, rows)
+
+
+def fullest_batch(
+    chat: Chat, conversations: Sequence[Dialogue], size: int, item: Any = None
+) -> dict[str, Tensor]:
+    """A batch for an estimate of memory: the longest conversations.
+
+    Args:
+        conversations: without any, all rows are text that fills the context, every token trained.
+        item: what each of these rows shows besides.
+    """
+    if conversations:
+        data = encode_conversations(chat, conversations)
+        by_length = sorted(range(len(data.samples)), key=lambda i: -len(data.samples[i].ids))
+        longest = by_length[:size]
+        return make_batch(chat, data, (longest * size)[:size])
+    ids = torch.ones(size, chat.cfg.context, dtype=torch.int64)
+    batch = {"labels": torch.ones_like(ids), "mask": ids.bool()}
+    if chat.vision is None or item is None:
+        batch |= {"visual": ~ids.bool(), "images": torch.zeros(size, dtype=torch.int64)}
+        return {"ids": ids} | batch
+    ids[:, : chat.vision.count_tokens(item)] = _placeholder_id(chat, chat.vision)
+    batch |= {
+        "visual": ids == _placeholder_id(chat, chat.vision),
+        "images": torch.ones(size, dtype=torch.int64),
     }
+    return {"ids": ids} | batch | chat.vision.load_items([item] * size)
 
 
-def arguments(chat: Chat, batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """What of a batch the model is called with, on its device and in its dtype."""
-    real = (
-        torch.device("cpu") if device.type == "meta" else device
-    )  # an estimate counts, but must know lengths and masks
+def model_inputs(
+    chat: Chat, weights: Mapping[str, Tensor], batch: Mapping[str, Tensor], params: Tree | None = None
+) -> dict[str, Tensor]:
+    """What of a batch the model is called with, on the device of its weights and in its dtype.
+
+    Args:
+        params: of the system, where `Vision.embed` uses some; gradients reach them.
+    """
+    device = next(iter(weights.values())).device
+    # An estimate counts without storage, but must know lengths and masks.
+    index_device = torch.device("cpu") if device.type == "meta" else device
     inputs = {
-        k: t.to(device if t.is_floating_point() else real)
-        for k, t in batch.items()
-        if k not in ("images", "visual")
+        name: t.to(device if t.is_floating_point() else index_device)
+        for name, t in batch.items()
+        if name not in ("images", "visual")
     }
+    if chat.vision is not None and chat.vision.embed is not None:
+        visual = chat.vision.embed(params or {}, inputs).to(chat.dtype)
+        counts = batch["visual"].sum(1).tolist()
+        table = weights[token_table(chat)]
+        token = _placeholder_id(chat, chat.vision)
+        embedded = vlm.splice(inputs["ids"], visual, table, token, counts=counts)
+        text = {name: inputs[name] for name in ("mask", "labels") if name in inputs}
+        return {"inputs_embeds": embedded} | text
     if "pixel_values" in inputs:
         inputs["pixel_values"] = inputs["pixel_values"].to(chat.dtype)
     return inputs
 
 
-def fullest(chat: Chat, held: Sequence[Conversation], n: int) -> dict[str, Tensor]:
-    """A batch of n for an estimate: the longest of `held`, or, without any, text that fills the context, every token trained."""
-    if not held:
-        ids = torch.ones(n, chat.cfg.context, dtype=torch.int64)
-        return {
-            "ids": ids,
-            "labels": ids,
-            "mask": ids.bool(),
-            "visual": ~ids.bool(),
-            "images": torch.zeros(n, dtype=torch.int64),
-        }
-    data = encode(chat, held)
-    longest = sorted(range(len(data.samples)), key=lambda i: -len(data.samples[i].ids))[:n]
-    return collate(chat, data, (longest * n)[:n])
+def token_table(chat: Chat) -> str:
+    """The name of the weight of the model's token table [v, d]."""
+    module: Any = chat.skeleton.module
+    table = module.get_input_embeddings().weight
+    return next(name for name, p in module.named_parameters() if p is table)
 
 
-# Losses and answers ---------------------------------------------------------------------------------------------------------------------
+def _placeholder_id(chat: Chat, vision: Vision) -> int:
+    return chat.tokenizer.convert_tokens_to_ids(vision.placeholder.token)
+
+
+# Losses and answers -----------------------------------------------------------------------------------------
 def loss_sum(
     chat: Chat,
     skeleton: skeletons.Skeleton,
     weights: Mapping[str, Tensor],
     batch: Mapping[str, Tensor],
     *,
+    params: Tree | None = None,
     logits: int = 256,
 ) -> tuple[Tensor, Tensor]:
     """Sum of the losses of the trained tokens of a (micro-)batch, and their number.
 
     Args:
-        skeleton: the chat's, or `hub.checkpointed` of it.
+        skeleton: the chat's, or `skeletons.checkpointed` of it.
+        params: as of `model_inputs`.
         logits: tokens whose logits exist at a time.
     """
-    return vlm.answer_loss(skeleton, weights, arguments(chat, batch, _device(weights)), chunk=logits)
+    return vlm.answer_loss(skeleton, weights, model_inputs(chat, weights, batch, params), chunk=logits)
 
 
-def mean_loss(chat: Chat, weights: Mapping[str, Tensor], data: Encoded, size: int) -> float:
+def mean_loss(
+    chat: Chat, weights: Mapping[str, Tensor], data: Encoded, size: int, *, params: Tree | None = None
+) -> float:
     """Mean loss over all trained tokens, `size` conversations at a time."""
-    total, n = 0.0, 0
-    for i in track(range(0, len(data.samples), size), "computing the loss, batch"):
+    total, tokens = 0.0, 0
+    for start in track(range(0, len(data.samples), size), "computing the loss, batch"):
+        rows = range(start, min(start + size, len(data.samples)))
         with torch.no_grad():
-            value, count = loss_sum(
-                chat, chat.skeleton, weights, collate(chat, data, range(i, min(i + size, len(data.samples))))
-            )
-        total, n = total + float(value), n + int(count)
-    return total / n
+            loss, count = loss_sum(chat, chat.skeleton, weights, make_batch(chat, data, rows), params=params)
+        total, tokens = total + float(loss), tokens + int(count)
+    return total / tokens
 
 
-def answer(
-    chat: Chat, weights: Mapping[str, Tensor], batch: Mapping[str, Tensor], max_tokens: int
+def generate_answers(
+    chat: Chat,
+    weights: Mapping[str, Tensor],
+    batch: Mapping[str, Tensor],
+    sampling: Sampling,
+    *,
+    params: Tree | None = None,
 ) -> Generated:
-    """Greedy answers to the prompts of a batch.
+    """Answers to the prompts of a batch.
 
     Args:
         weights: also with adapters of weights per sample, which must be for the rows of this batch.
-        batch: from `collate(..., side="left")`.
+        batch: from `make_batch(..., side="left")`.
+        sampling: from `sampling_of`.
+        params: as of `model_inputs`.
     """
-    inputs = {k: t for k, t in arguments(chat, batch, _device(weights)).items() if k != "labels"}
-    return generate.generate(
-        sampling_of(chat, max_tokens), chat.skeleton, weights, inputs, tok=chat.tokenizer
-    )
+    with torch.no_grad():
+        inputs = model_inputs(chat, weights, batch, params)
+    inputs.pop("labels", None)
+    return generate.generate(sampling, chat.skeleton, weights, inputs, tok=chat.tokenizer)
+
+
+def likeliest_letters(
+    chat: Chat,
+    weights: Mapping[str, Tensor],
+    batch: Mapping[str, Tensor],
+    options: Sequence[choices.Options],
+    *,
+    params: Tree | None = None,
+) -> list[str]:
+    """The letter of each prompt's likeliest option.
+
+    Args:
+        batch: from `make_batch(..., side="left")`.
+        options: of each row; rows may have different numbers of them.
+        params: as of `model_inputs`.
+    """
+    with torch.no_grad():
+        inputs = model_inputs(chat, weights, batch, params)
+    inputs.pop("labels", None)
+    letter_ids = []
+    for row_options in options:
+        letters = choices.letter_options(row_options)
+        letter_ids.append([chat.tokenizer(x, add_special_tokens=False)["input_ids"] for x in letters])
+    scores, _ = generate.score_options(chat.skeleton, weights, inputs, letter_ids)
+    return choices.letters_by_likelihood(scores.tolist(), options)
 
 
 def sampling_of(chat: Chat, max_tokens: int) -> Sampling:
     """Greedy decoding as this model and its template want it.
 
-    An answer ends with the tokens of generation_config.json (of the model's config where it has none), with the one that the template puts
-    behind answers, and with the tokenizer's end token. The repetition penalty is generation_config's, unless chat.repetition_penalty says
-    another.
+    An answer ends with the tokens of generation_config.json (of the model's config where it has none), with
+    the one that the template puts behind answers, and with the tokenizer's end token. The repetition
+    penalty is generation_config's, unless chat.repetition_penalty says another.
     """
-    config: Any = chat.skeleton.module.config
-    own = chat.skeleton.generation.get("eos_token_id", config.get_text_config().eos_token_id)
-    cfg, tok = chat.cfg, chat.tokenizer
-    ends = {tok.eos_token_id, *(own if isinstance(own, list | tuple) else [own])}
-    ends |= {*conversations.end_ids(tok, template=cfg.template or None, options=cfg.options, end=cfg.end)}
+    cfg, tok, generation = chat.cfg, chat.tokenizer, chat.skeleton.generation
+    model_config: Any = chat.skeleton.module.config
+    of_model = generation.get("eos_token_id", model_config.get_text_config().eos_token_id)
+    ends = {tok.eos_token_id}
+    ends |= {*of_model} if isinstance(of_model, list | tuple) else {of_model}
+    ends |= {*encoding.end_ids(tok, template=cfg.template or None, options=cfg.options, end=cfg.end)}
     if ends == {None}:
         _log.warning(
             "%s: no token ends an answer, so that answers go on to their limit; name one: chat.end",
             chat.skeleton.name,
         )
-    penalty = cfg.repetition_penalty or chat.skeleton.generation.get("repetition_penalty") or 1.0
+    penalty = cfg.repetition_penalty or generation.get("repetition_penalty") or 1.0
     return Sampling(
         max_tokens=max_tokens,
-        end=tuple(sorted(e for e in ends if e is not None)),
+        end=tuple(sorted(end for end in ends if end is not None)),
         repetition_penalty=float(penalty),
     )
 
 
-def _device(weights: Mapping[str, Tensor]) -> torch.device:
-    return next(iter(weights.values())).device
-
-
-# Images ---------------------------------------------------------------------------------------------------------------------------------
-def _sight(
-    model: ModelConfig, cfg: ChatConfig, skeleton: skeletons.Skeleton
-) -> tuple[Placeholder | None, Eyes | None]:
-    """How images come into the model, where it can see."""
-    kind = skeleton.config["model_type"]
-    if kind not in (*_QWEN_VL, "internvl"):
-        return None, None
-    vision = skeleton.config["vision_config"]
-    raw = (
-        read_json(find_file(model.name, ("preprocessor_config.json", "processor_config.json")))
-        if model.name
-        else None
-    )
-    if kind == "internvl":
-        seen = {"tokens": skeleton.config["image_seq_length"]}
-        side = vision["image_size"][0] if isinstance(vision["image_size"], list) else vision["image_size"]
-        return conversations.INTERN_VL, evolve(
-            intern_vl.tile_config(raw) if raw else intern_vl.TileConfig(size=side), **seen
-        )
-    own = {
-        "patch": vision["patch_size"],
-        "merge": vision["spatial_merge_size"],
-        "temporal": vision["temporal_patch_size"],
-    }
-    eyes = qwen_vl.image_config(raw) if raw else qwen_vl.ImageConfig(**own)
-    if cfg.max_pixels:
-        eyes = evolve(eyes, max_pixels=cfg.max_pixels)
-    if cfg.min_pixels:
-        eyes = evolve(eyes, min_pixels=cfg.min_pixels)
-    return conversations.QWEN_VL, eyes
-
-
-def _opened(chat: Chat, path: Path) -> Image.Image:
-    """An image as the eyes want it: tiles know no most of pixels, so it is made smaller before."""
-    image = images.open_image(
-        path, window=images.check_window(chat.cfg.window, "chat.window"), only_deep=True
-    )
-    return (
-        images.cap_pixels(image, chat.cfg.max_pixels)
-        if isinstance(chat.eyes, intern_vl.TileConfig)
-        else image
-    )
-
-
-def _tokens(chat: Chat, path: Path) -> int:
-    """Visual tokens of an image."""
-    image = _opened(chat, path)
-    (width, height), cfg = image.size, chat.eyes
-    if isinstance(cfg, intern_vl.TileConfig):
-        columns, rows = intern_vl.grid_of(cfg, height, width)
-        return intern_vl.visual_tokens(cfg, columns * rows + (cfg.thumbnail and columns * rows > 1))
-    assert cfg is not None
-    try:
-        h, w = qwen_vl.smart_resize(cfg, height, width)
-    except ValueError as e:
-        raise ValueError(f"{path}: {e}") from e
-    return qwen_vl.visual_tokens(cfg, (1, h // cfg.patch, w // cfg.patch))
-
-
-# Files ----------------------------------------------------------------------------------------------------------------------------------
+# Files ------------------------------------------------------------------------------------------------------
 def save_chat(chat: Chat, params: Mapping[str, Tensor], folder: PathLike) -> None:
-    """Write weights, config, tokenizer and image settings as transformers has them; `ModelConfig(name=folder)` opens it again.
+    """Write weights, config, tokenizer and image settings as transformers has them.
 
-    The chat template is the one that the chat was trained with, chat.options in it as what it falls back to; a generation_config.json that
-    the model came with is kept.
+    `ModelConfig(name=folder)` opens it again. The chat template is the one that the chat was trained
+    with, chat.options in it as its defaults; a generation_config.json that the model came with is kept.
 
     Raises:
         ValueError: as `saving.save_skeleton`.
@@ -616,20 +630,14 @@ def save_chat(chat: Chat, params: Mapping[str, Tensor], folder: PathLike) -> Non
     with new_folder(folder) as tmp:
         saving.save_skeleton(chat.skeleton, params, tmp)
         save_tokenizer(chat, tmp)
-        if isinstance(chat.eyes, qwen_vl.ImageConfig):
-            write_text(
-                tmp / "preprocessor_config.json", json.dumps(qwen_vl.to_raw(chat.eyes), indent=1) + "\n"
-            )
-        elif isinstance(chat.eyes, intern_vl.TileConfig):
-            write_text(
-                tmp / "preprocessor_config.json", json.dumps(intern_vl.to_raw(chat.eyes), indent=1) + "\n"
-            )
+        if chat.vision is not None and chat.vision.preprocessor:
+            text = json.dumps(chat.vision.preprocessor, indent=1) + "\n"
+            write_text(tmp / "preprocessor_config.json", text)
 
 
 def save_tokenizer(chat: Chat, folder: Path) -> None:
-    """Write the tokenizer with the chat template that conversations are encoded with, chat.options in it as what it falls back to."""
+    """Write the tokenizer with the chat template of the conversations, chat.options in it as its defaults."""
     tokenizer = copy.deepcopy(chat.tokenizer)
-    tokenizer.chat_template = conversations.template_text(
-        tokenizer, chat.cfg.template or None, chat.cfg.options
-    )
+    template = chat.cfg.template or None
+    tokenizer.chat_template = encoding.template_text(tokenizer, template, chat.cfg.options)
     tokenizer.save_pretrained(folder)

@@ -56,6 +56,17 @@ class Conversation:
             return f"{self.file}, line {self.line}"
         return f"conversation {self.id}" if self.id else "this conversation"
 
+    @property
+    def items(self) -> tuple[Path, ...]:
+        """What the tags of the messages stand for, as `chat.Dialogue`."""
+        return self.images
+
+    def until(self, stop: int) -> "Conversation":
+        """The first `stop` messages, with the images of that part."""
+        messages = self.messages[:stop]
+        tags = sum(message["content"].count("<image>") for message in messages)
+        return evolve(self, messages=messages, images=self.images[:tags])
+
 
 def read_conversations(
     path: files.PathLike, *, tag: str = "<image>", root: files.PathLike | None = None, max_images: int = 0

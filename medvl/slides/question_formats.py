@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from medvl.base import files
 from medvl.base.text import short
@@ -59,6 +59,17 @@ class SlideConversation:
     def place(self) -> str:
         """File and row, for error messages."""
         return f"{self.file}, row {self.row}" if self.file else "this conversation"
+
+    @property
+    def items(self) -> tuple[str, ...]:
+        """What the tags of the messages stand for, as `chat.Dialogue`."""
+        return self.slides
+
+    def until(self, stop: int) -> "SlideConversation":
+        """The first `stop` messages, with the slides of that part."""
+        messages = self.messages[:stop]
+        tags = sum(message["content"].count(TAG) for message in messages)
+        return evolve(self, messages=messages, slides=self.slides[:tags])
 
 
 Parse = Callable[[Any, int, str], SlideConversation]  # (record, row from 1, origin for error messages)

@@ -96,7 +96,7 @@ def row(found, i):
 
 
 def logits(of, data, rows, adapter):
-    batch = chat.collate(of.chat, data, rows, side="left")
+    batch = chat.make_batch(of.chat, data, rows, side="left")
     whose = vlm.visual_rows(batch["ids"], of.chat.skeleton.config["image_token_id"])
     weights = of.params if adapter is None else lora.apply_lora(of.params, adapter, rows=whose)
     inputs = {k: t for k, t in batch.items() if k != "labels"}
@@ -108,7 +108,7 @@ def logits(of, data, rows, adapter):
 
 def test_one_batch_of_eight_mixtures_is_eight_single_runs(of, tmp_path, gen):
     made, of = of
-    data, found = chat.encode(of.chat, prompts(tmp_path), prompt=True), some(gen)
+    data, found = chat.encode_conversations(of.chat, prompts(tmp_path), prompt=True), some(gen)
     together = logits(of, data, range(8), cache.mix(of.pool, found))
     effect = 0.0
     for i in range(8):
@@ -138,7 +138,7 @@ def test_one_batch_of_eight_mixtures_is_eight_single_runs(of, tmp_path, gen):
 
 def test_the_order_of_rows_does_not_matter(of, tmp_path, gen):
     _, of = of
-    data, found = chat.encode(of.chat, prompts(tmp_path), prompt=True), some(gen)
+    data, found = chat.encode_conversations(of.chat, prompts(tmp_path), prompt=True), some(gen)
     order = [5, 2, 7, 0, 3, 1, 6, 4]
     turned = Retrieved(
         **{k: getattr(found, k)[order] for k in ("indices", "similarity", "weights", "abstained")}
@@ -192,7 +192,7 @@ def test_one_experts_answers_four_threads_as_it_answers_one(of, tmp_path):
 
 def test_rows_without_their_choice(of, tmp_path, gen):
     _, of = of
-    data = chat.encode(of.chat, prompts(tmp_path, 3), prompt=True)
+    data = chat.encode_conversations(of.chat, prompts(tmp_path, 3), prompt=True)
     with pytest.raises(ValueError, match="must be chosen for each of 3 rows, got 8"):
         experts.answers(of, data, range(3), some(gen), "mixture", 4)
 
@@ -205,7 +205,7 @@ def test_a_chat_saved_and_opened_again(of, tmp_path):
         model, ChatConfig(context=256), chat.tokenizer_of(model, tmp_path), torch.Generator()
     )
     assert all(torch.equal(t, params[n]) for n, t in of.params.items())
-    assert again.eyes == of.chat.eyes
+    assert again.vision.preprocessor == of.chat.vision.preprocessor
     held = prompts(tmp_path, 3)
-    a, b = (chat.encode(c, held, prompt=True) for c in (of.chat, again))
+    a, b = (chat.encode_conversations(c, held, prompt=True) for c in (of.chat, again))
     assert all(torch.equal(x.ids, y.ids) for x, y in zip(a.samples, b.samples, strict=True))

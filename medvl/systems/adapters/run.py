@@ -150,7 +150,7 @@ def _check_adapters(model: Model, held: Sequence[Conversation], valid: Sequence[
     tasks = _tasks(held)
     for task in tasks:
         own = [[c for c in part if c.extra["task"] == task] for part in (held, valid)]
-        fit = len(chat.encode(model.chat, own[0]).samples)
+        fit = len(chat.encode_conversations(model.chat, own[0]).samples)
         if fit < cfg.train.batch:
             raise ValueError(
                 f"task {task}: needs {cfg.train.batch} conversations of the split train for a batch, found {fit} that fit the context; "
@@ -257,9 +257,9 @@ def _fit_stages(
         how,
         params,
         loss,
-        lambda stage: chat.batches(talks, parts[0], how.batch, cfg.seed),
+        lambda stage: chat.training_batches(talks, parts[0], how.batch, cfg.seed),
         folder,
-        cut=chat.cut,
+        cut=partial(chat.micro_batch, talks),
         conversations=lambda stage: len(parts[0].samples),
         validate=lambda stage: lambda p: chat.mean_loss(talks, weights(p), parts[1], cfg.evaluate.batch),
         seed=cfg.seed,
@@ -275,7 +275,10 @@ def _parts(
     name: str,
     log: Callable[[str], None],
 ) -> tuple[Encoded, Encoded]:
-    parts = chat.encode(talks, held), chat.encode(talks, valid[: how.valid or None])
+    parts = (
+        chat.encode_conversations(talks, held),
+        chat.encode_conversations(talks, valid[: how.valid or None]),
+    )
     log(
         f"{name}: {len(parts[0].samples)} conversations, {parts[0].refused} more are longer than the context and left out"
     )
@@ -415,7 +418,7 @@ def labels(cfg: Config, folder: Path, number: int = 0) -> str:
     general = read_general(cfg, "train") if cfg.base else []
     texts = [m["content"] for c in (*general, *held) for m in c.messages]
     model, _ = record.init(cfg, folder, texts, device=torch.device("meta"))
-    samples = chat.encode(
+    samples = chat.encode_conversations(
         model.chat, held[number : number + 1]
     ).samples  # of reasoning models one for each answer
     return "\n\n".join(conversations.show(model.chat.tokenizer, sample) for sample in samples)
@@ -435,7 +438,7 @@ def memory(cfg: Config, folder: Path, processes: int = 1) -> dict[str, dict[str,
     for how, of, name in ((cfg.base, general, "base"), (cfg.train, held, "adapter")):
         if how is None:
             continue
-        batch = chat.fullest(model.chat, of, tuning.estimate_rows(how, processes))
+        batch = chat.fullest_batch(model.chat, of, tuning.estimate_rows(how, processes))
         weights: Callable[..., dict[str, Tensor]] = lambda p, train: p["model"]
         tree = params
         if name == "adapter":
@@ -444,5 +447,8 @@ def memory(cfg: Config, folder: Path, processes: int = 1) -> dict[str, dict[str,
             weights = partial(_adapted, adapter)
         loss = _loss(model.chat, how, weights)
         foretold = partial(tuning.estimate_memory, seed=cfg.seed, processes=processes)
-        found |= {f"{name}: {s.name}": foretold(how, s, tree, loss, chat.cut, batch) for s in how.stages}
+        found |= {
+            f"{name}: {s.name}": foretold(how, s, tree, loss, partial(chat.micro_batch, model.chat), batch)
+            for s in how.stages
+        }
     return found

@@ -208,7 +208,7 @@ def _tried(
 ) -> list[tuple[str, str]]:
     """(answer, error) of each; where a batch fails, its rows are tried one by one, so that only the faulty one is lost."""
     try:
-        data = chat.encode(of.chat, talks, prompt=True)
+        data = chat.encode_conversations(of.chat, talks, prompt=True)
         return [
             (text, "")
             for text in experts.answers(of, data, range(len(talks)), found, mode, cfg.evaluate.max_tokens)

@@ -230,7 +230,7 @@ def init(
     gen = Generator().manual_seed(cfg.seed)
     tok = chat.tokenizer_of(cfg.model, folder, texts, lower=False)  # answers are letters
     talks, params = chat.open_chat(cfg.model, cfg.chat, tok, gen, device=device, shard=cfg.train.shard)
-    talks = evolve(talks, placeholder=QWEN_VL, eyes=None)
+    talks = evolve(talks, vision=None)
     width = next(iter(_embedding(talks, params).values())).shape[1]
     sizes = ProjectConfig(inputs=compressor[0].dim, hidden=cfg.hidden, outputs=width)
     if cfg.projector:
@@ -255,7 +255,7 @@ def init(
 def encode(model: Model, held: Sequence[SlideConversation], *, prompt: bool = False) -> Encoded:
     """Token ids of conversations, `slots` placeholders for each slide; those that do not fit the context are left out and counted."""
     held = [blinded(t) for t in held] if model.cfg.data.blind else list(held)
-    how: dict[str, Any] = {"placeholder": QWEN_VL, **chat.template_of(model.cfg.chat)}
+    how: dict[str, Any] = {"placeholder": QWEN_VL, **chat.template_settings(model.cfg.chat)}
     visual = [[model.compress.slots] * len(t.slides) for t in held]
     if prompt:
         samples = list[Sample]()

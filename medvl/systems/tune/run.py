@@ -92,8 +92,8 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
         device=processes.choose_device(cfg.train.device),
     )
     data, valid = (
-        chat.encode(model.chat, held),
-        chat.encode(model.chat, read(cfg, "valid")[: cfg.train.valid or None]),
+        chat.encode_conversations(model.chat, held),
+        chat.encode_conversations(model.chat, read(cfg, "valid")[: cfg.train.valid or None]),
     )
     check_test(model)
     tokens = sum(len(s.ids) for s in data.samples)
@@ -110,9 +110,9 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
         cfg.train,
         params,
         record.loss_of(model),
-        lambda stage: chat.batches(model.chat, data, cfg.train.batch, cfg.seed),
+        lambda stage: chat.training_batches(model.chat, data, cfg.train.batch, cfg.seed),
         folder,
-        cut=chat.cut,
+        cut=partial(chat.micro_batch, model.chat),
         conversations=lambda stage: len(data.samples),
         validate=lambda stage: (
             lambda p: chat.mean_loss(model.chat, record.weights_of(model, p), valid, cfg.evaluate.batch)
@@ -129,8 +129,8 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
 def check_test(model: Model) -> None:
     """Raise at what evaluation would stop at, before the training: faults of the test split, and no room for its answers."""
     conversations = read(model.cfg, "test")
-    chat.encode(model.chat, conversations)
-    prompts = chat.encode(model.chat, conversations, prompt=True)
+    chat.encode_conversations(model.chat, conversations)
+    prompts = chat.encode_conversations(model.chat, conversations, prompt=True)
     longest = max(len(sample.ids) for sample in prompts.samples)
     generate.check_length(
         chat.sampling_of(model.chat, model.cfg.evaluate.max_tokens), model.chat.skeleton, longest
@@ -202,7 +202,10 @@ def assess(
         found |= accuracy_by_category(right, kinds, each, n=cfg.evaluate.bootstrap, gen=gen)
     rows = to_results(found, split="test", experiment=experiment)
     loss = chat.mean_loss(
-        model.chat, record.weights_of(model, params), chat.encode(model.chat, held), cfg.evaluate.batch
+        model.chat,
+        record.weights_of(model, params),
+        chat.encode_conversations(model.chat, held),
+        cfg.evaluate.batch,
     )
     usual = max(set(gold), key=gold.count)
     like: dict[str, Any] = {"split": "test", "n": len(held), "experiment": experiment}
@@ -229,7 +232,7 @@ def answer_conversations(
     Lines are written to `path` batch by batch, so that those of earlier batches are kept where a later one fails. What an earlier
     evaluation left there is written over: it may be of other weights.
     """
-    data = chat.encode(model.chat, conversations, prompt=True)
+    data = chat.encode_conversations(model.chat, conversations, prompt=True)
     weights, size = record.weights_of(model, params), model.cfg.evaluate.batch
     batches = [range(i, min(i + size, len(conversations))) for i in range(0, len(conversations), size)]
 
@@ -259,11 +262,11 @@ def ask(folder: Path, text: str, images: Sequence[files.PathLike] = (), most: in
     Args:
         most: tokens of the answer.
     Raises:
-        ValueError: no such run, or one that is not trained to its end; no question; an image that cannot be read, or that the model has
-            no eyes for.
+        ValueError: no such run, or one that is not trained to its end; no question; an image that cannot be read, or that the model
+            cannot see.
     """
     model, params, _ = load(folder)
-    data = chat.encode(model.chat, [chat.question(model.chat, text, images)], prompt=True)
+    data = chat.encode_conversations(model.chat, [chat.make_question(model.chat, text, images)], prompt=True)
     cfg = evolve(model.cfg, evaluate=evolve(model.cfg.evaluate, max_tokens=most))
     return answer(evolve(model, cfg=cfg), params, data)[0]
 
@@ -280,8 +283,9 @@ def answer(model: Model, params: Tree, data: Encoded) -> list[str]:
 def _answers(
     model: Model, weights: dict[str, torch.Tensor], data: Encoded, rows: Sequence[int]
 ) -> Sequence[str]:
-    batch = chat.collate(model.chat, data, rows, side="left")
-    return chat.answer(model.chat, weights, batch, model.cfg.evaluate.max_tokens).texts
+    batch = chat.make_batch(model.chat, data, rows, side="left")
+    sampling = chat.sampling_of(model.chat, model.cfg.evaluate.max_tokens)
+    return chat.generate_answers(model.chat, weights, batch, sampling).texts
 
 
 # Before a run ---------------------------------------------------------------------------------------------------------------------------
@@ -293,7 +297,7 @@ def labels(cfg: Config, folder: Path, number: int = 0) -> str:
     model, _ = record.init(
         cfg, folder, [m["content"] for c in held for m in c.messages], device=torch.device("meta")
     )
-    samples = chat.encode(
+    samples = chat.encode_conversations(
         model.chat, held[number : number + 1]
     ).samples  # of reasoning models one for each answer
     return "\n\n".join(conversations.show(model.chat.tokenizer, sample) for sample in samples)
@@ -310,8 +314,11 @@ def memory(cfg: Config, folder: Path, processes: int = 1) -> dict[str, dict[str,
         cfg, folder, [m["content"] for c in held for m in c.messages], device=torch.device("meta")
     )
     batch, loss = (
-        chat.fullest(model.chat, held, stages.estimate_rows(cfg.train, processes)),
+        chat.fullest_batch(model.chat, held, stages.estimate_rows(cfg.train, processes)),
         record.loss_of(model),
     )
     foretold = partial(stages.estimate_memory, seed=cfg.seed, processes=processes)
-    return {s.name: foretold(cfg.train, s, params, loss, chat.cut, batch) for s in cfg.train.stages}
+    return {
+        s.name: foretold(cfg.train, s, params, loss, partial(chat.micro_batch, model.chat), batch)
+        for s in cfg.train.stages
+    }

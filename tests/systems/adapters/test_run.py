@@ -169,7 +169,7 @@ def test_the_saved_model_is_the_trained_one(trained):
     model, params, _ = adapters_run.load(folder)
     again = experts.open_experts(folder / "registry.toml", dtype="float32")
     assert all(torch.equal(t, again.params[n]) for n, t in params["model"].items())
-    assert again.chat.eyes == model.chat.eyes
+    assert again.chat.vision.preprocessor == model.chat.vision.preprocessor
     picture = next((folder.parent.parent / "data").rglob("test/*.png"))
     for mode in ("bare", "selection", "mixture", "fusion"):
         said = experts.ask(again, "How many lesions are there?", [picture], mode=mode, max_tokens=3)

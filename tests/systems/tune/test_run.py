@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from medvl.base import config
 from medvl.base.config import ConfigError
 from medvl.base.tree import flatten, merge_trees, split_tree
 from medvl.hub import saving, skeletons
-from medvl.language import chat, vlm
+from medvl.language import chat, vision, vlm
 from medvl.language.conversations import Conversation
 from medvl.phantoms import pictures
 from medvl.systems import ask, run
@@ -75,12 +76,14 @@ def started(tmp_path, **change):
     cfg = built(tmp_path, **change)
     held = tune_run.read(cfg, "train")
     model, params = tune.init(cfg, tmp_path / "run", [m["content"] for c in held for m in c.messages])
-    return model, params, chat.encode(model.chat, held)
+    return model, params, chat.encode_conversations(model.chat, held)
 
 
 def gradient(model, everything):
     loss = tune.loss_of(model)
-    return tuning.make_gradient(model.cfg.train, lambda p, b: loss(everything(p), b), chat.cut)
+    return tuning.make_gradient(
+        model.cfg.train, lambda p, b: loss(everything(p), b), partial(chat.micro_batch, model.chat)
+    )
 
 
 # A run ----------------------------------------------------------------------------------------------------------------------------------
@@ -212,7 +215,7 @@ def test_labels_and_estimate_of_an_experiment(tmp_path, monkeypatch, capsys):
 def test_micro_batches_give_the_gradient_of_the_whole(tmp_path, chunk):
     model, params, data = started(tmp_path, train__chunk=4)
     trained, frozen = split_tree(params, ("model/.*proj.*", "lora/.*"))
-    batch = chat.collate(model.chat, data, [0, 1, 2, 3])
+    batch = chat.make_batch(model.chat, data, [0, 1, 2, 3])
 
     def grad_of(m):
         return gradient(m, lambda p: merge_trees(frozen, p))(trained, batch)
@@ -232,9 +235,9 @@ def test_images_go_with_their_rows(tmp_path):
     rows = [2, 0, 1]
     plain = evolve(data.conversations[0], images=())
     data = evolve(data, conversations=(plain, *data.conversations[1:]))  # row 1 of the batch has no image
-    batch = chat.collate(model.chat, data, rows)
+    batch = chat.make_batch(model.chat, data, rows)
     assert batch["images"].tolist() == [1, 0, 1]
-    parts = [chat.cut(batch, slice(i, i + 1)) for i in range(3)]
+    parts = [chat.micro_batch(model.chat, batch, slice(i, i + 1)) for i in range(3)]
     assert "pixel_values" not in parts[1]
     assert torch.equal(torch.cat([parts[0]["pixel_values"], parts[2]["pixel_values"]]), batch["pixel_values"])
     assert torch.equal(parts[2]["ids"][0], data.samples[1].ids)
@@ -252,17 +255,18 @@ def test_a_model_that_sees_tiles(tmp_path):
         sum(b - a for a, b in data.samples[0].visual) == 20
     )  # four tiles and a thumbnail, each of 4 x 4 patches joined two by two
     trained, frozen = split_tree(params, ("model/.*q_proj.*", "lora/.*"))
-    batch = chat.collate(model.chat, data, [0, 1, 2, 3])
+    batch = chat.make_batch(model.chat, data, [0, 1, 2, 3])
     _, _, want = gradient(model, lambda p: merge_trees(frozen, p))(trained, batch)
     cfg = evolve(model.cfg, train=evolve(model.cfg.train, chunk=1))
     _, _, got = gradient(evolve(model, cfg=cfg), lambda p: merge_trees(frozen, p))(trained, batch)
     for n, g in flatten(got).items():
         torch.testing.assert_close(g, flatten(want)[n], rtol=1e-3, atol=1e-6, msg=n)
     assert torch.equal(
-        torch.cat([chat.cut(batch, slice(i, i + 1))["pixel_values"] for i in range(4)]), batch["pixel_values"]
+        torch.cat([chat.micro_batch(model.chat, batch, slice(i, i + 1))["pixel_values"] for i in range(4)]),
+        batch["pixel_values"],
     )
     said = tune_run.answer(
-        model, params, chat.encode(model.chat, tune_run.read(model.cfg, "test"), prompt=True)
+        model, params, chat.encode_conversations(model.chat, tune_run.read(model.cfg, "test"), prompt=True)
     )
     assert len(said) == 6
 
@@ -275,7 +279,7 @@ def test_quantised_base_and_adapter(tmp_path):
         {f"{n}/{i}": t for n, w in params["model"].items() for i, t in enumerate(lazy.leaves(w))}
     )
     _, _, grads = gradient(model, lambda p: merge_trees(frozen, p))(
-        trained, chat.collate(model.chat, data, [0, 1])
+        trained, chat.make_batch(model.chat, data, [0, 1])
     )
     assert max(float(g.abs().max()) for n, g in flatten(grads).items() if n.endswith("/b")) > 0
     assert (
@@ -374,7 +378,10 @@ def test_a_saved_chat_keeps_generation_and_template(tmp_path):
     again = chat.ModelConfig(name=str(tmp_path / "saved"), dtype="float32")
     back, _ = chat.open_chat(again, chat.ChatConfig(), chat.tokenizer_of(again, tmp_path), torch.Generator())
     held = [Conversation(messages=tuple(messages))]
-    assert torch.equal(chat.encode(back, held).samples[0].ids, chat.encode(talks, held).samples[0].ids)
+    assert torch.equal(
+        chat.encode_conversations(back, held).samples[0].ids,
+        chat.encode_conversations(talks, held).samples[0].ids,
+    )
     assert ends_of(back) == ends_of(talks)
 
 
@@ -388,18 +395,18 @@ def test_options_end_and_allowed_tokens_reach_the_template(tmp_path):
     with pytest.raises(
         ValueError, match=r"^x.jsonl, line 3: encode: message 1 \(assistant\) must not hold special tokens"
     ):
-        chat.encode(talks, held)
+        chat.encode_conversations(talks, held)
     talks, _ = opened(
         tmp_path / "b", allow=("<|vision_start|>",), options={"word": "Hello"}, template="{{ word }}" + GEMMA
     )
-    (sample,) = chat.encode(talks, held).samples
+    (sample,) = chat.encode_conversations(talks, held).samples
     text = talks.tokenizer.decode(sample.ids)
     assert text.startswith("<|startoftext|> hello<|vision_start|>")
     assert (
         talks.tokenizer.decode(sample.ids[sample.labels != -100])
         == "<|vision_start|> left<|vision_end|> b<|vision_end|>"
     )
-    (asked,) = chat.encode(talks, held, prompt=True).samples
+    (asked,) = chat.encode_conversations(talks, held, prompt=True).samples
     assert asked.ids.tolist() == sample.ids[: len(asked.ids)].tolist()
 
 
@@ -410,10 +417,12 @@ def test_a_template_with_the_date_of_today_is_not_trained_on(tmp_path):
     with pytest.raises(
         ValueError, match=r"the template writes today's date into every conversation.*pin it by chat.options"
     ):
-        chat.encode(talks, held)
-    assert len(chat.encode(talks, held, prompt=True).samples) == 1  # to be asked it need not be pinned
+        chat.encode_conversations(talks, held)
+    assert (
+        len(chat.encode_conversations(talks, held, prompt=True).samples) == 1
+    )  # to be asked it need not be pinned
     talks, _ = opened(tmp_path / "b", template=template, options={"day": "5"})
-    assert len(chat.encode(talks, held).samples) == 1
+    assert len(chat.encode_conversations(talks, held).samples) == 1
 
 
 REASONING = (  # as Qwen3's without reasoning: only the last answer has the mark that its prompt ends with
@@ -426,17 +435,17 @@ def test_several_turns_of_a_reasoning_template_are_a_sample_each(tmp_path):
     talks, _ = opened(tmp_path, template=REASONING)
     messages = tuple(tiny.turns("q", "a", "r", "b", "s", "c"))
     held = [Conversation(messages=messages[:2]), Conversation(messages=messages)]
-    data = chat.encode(talks, held)
+    data = chat.encode_conversations(talks, held)
     assert [len(c.messages) for c in data.conversations] == [2, 2, 4, 6]
     decode = talks.tokenizer.decode
     assert [decode(s.ids[s.labels != -100]) for s in data.samples] == [f" {a}<|vision_end|>" for a in "aabc"]
     for conversation, sample in zip(data.conversations, data.samples, strict=True):
-        (asked,) = chat.encode(talks, [conversation], prompt=True).samples
+        (asked,) = chat.encode_conversations(talks, [conversation], prompt=True).samples
         assert asked.ids.tolist() == sample.ids[: len(asked.ids)].tolist()
         assert "no thought" in decode(asked.ids)
-    assert len(chat.encode(talks, held, prompt=True).samples) == 2
+    assert len(chat.encode_conversations(talks, held, prompt=True).samples) == 2
     tag = replace_first(messages, "q", "<image>q")
-    parts = chat._one_answer_each(
+    parts = chat._split_by_answer(
         Conversation(messages=replace_first(tag, "s", "<image>s"), images=(Path("a"), Path("b")))
     )
     assert [[p.name for p in c.images] for c in parts] == [["a"], ["a"], ["a", "b"]]
@@ -449,13 +458,13 @@ def test_answers_as_they_are_in_a_record(tmp_path):
     template += "{% if add_generation_prompt %}<|vision_start|>think{% endif %}"
     held = [Conversation(messages=tuple(tiny.turns("q", "one; a", "r", "two; b")))]
     talks, _ = opened(tmp_path, template=template, answers="raw")
-    data = chat.encode(talks, held)
+    data = chat.encode_conversations(talks, held)
     decode = talks.tokenizer.decode
     assert [decode(s.ids[s.labels != -100]) for s in data.samples] == [
         " one; a<|vision_end|>",
         " two; b<|vision_end|>",
     ]
-    (asked,) = chat.encode(talks, held, prompt=True).samples
+    (asked,) = chat.encode_conversations(talks, held, prompt=True).samples
     assert asked.ids.tolist() == data.samples[1].ids[: len(asked.ids)].tolist()
 
 
@@ -524,7 +533,7 @@ def test_what_was_answered_is_kept_when_a_later_batch_fails(tmp_path, monkeypatc
     )
     cfg = config.structure(raw, Config, "test")
     model, params, _ = tune_run.fit(cfg, tmp_path / "run", lambda _: None)
-    real, calls = chat.answer, []
+    real, calls = chat.generate_answers, []
 
     def fails(*args):
         calls.append(args)
@@ -532,13 +541,13 @@ def test_what_was_answered_is_kept_when_a_later_batch_fails(tmp_path, monkeypatc
             raise FloatingPointError("logits are not finite")
         return real(*args)
 
-    monkeypatch.setattr(chat, "answer", fails)
+    monkeypatch.setattr(chat, "generate_answers", fails)
     home = tmp_path / "run/results"
     with pytest.raises(FloatingPointError):
         tune_run.assess(model, params, {}, home, "x")
     kept = [json.loads(line) for line in (home / "answers.unfinished.jsonl").read_text().splitlines()]
     assert [line["row"] for line in kept] == [0, 1, 2]
-    monkeypatch.setattr(chat, "answer", real)
+    monkeypatch.setattr(chat, "generate_answers", real)
     rows, _ = tune_run.assess(model, params, {}, home, "x")
     lines = [json.loads(line) for line in (home / "answers.jsonl").read_text().splitlines()]
     assert [line["answer"] for line in lines[:3]] == [line["answer"] for line in kept]
@@ -574,7 +583,7 @@ def test_deep_greys_are_shown_through_the_window(tmp_path):
     cfg = config.structure(raw, Config, "test")
     held = tune_run.read(cfg, "train")
     model, _ = tune.init(cfg, tmp_path / "run", ["one"])
-    seen = [chat._opened(model.chat, c.images[0]).getpixel((0, 0))[0] for c in held[4:]]
+    seen = [vision.open_item(c.images[0], window=model.chat.cfg.window).getpixel((0, 0))[0] for c in held[4:]]
     assert seen == [128, 7, 128]  # eight bits need no window
 
 
@@ -710,7 +719,8 @@ def test_data_that_is_not_there_or_does_not_fit(tmp_path):
         tune_run.prepare(cfg)
     blind = {"config": tiny.CONFIGS["qwen3"], "dtype": "float32"}
     with pytest.raises(
-        ValueError, match=r"train.jsonl, line 1: has images, as 12 conversations do, and qwen3 has no eyes"
+        ValueError,
+        match=r"train.jsonl, line 1: has images, as 12 conversations do, and qwen3 has no vision encoder",
     ):
         started(tmp_path, model=blind)
     with pytest.raises(ValueError, match="12 of 12 conversations do not fit the context of 10 tokens"):
@@ -756,7 +766,7 @@ def test_muon_moves_the_matrices_inside_layers(tmp_path):
     optimizer = tuning.make_optimizer(model.cfg.train, model.cfg.train.stages[0], params)
     step = loop.make_step(gradient(model, lambda p: p), optimizer)
     state, _ = step(
-        states.State(params=params, opt=optimizer.init(params)), chat.collate(model.chat, data, [0, 1])
+        states.State(params=params, opt=optimizer.init(params)), chat.make_batch(model.chat, data, [0, 1])
     )
     moved = {n for n, t in state.params["model"].items() if (t - before[n]).abs().max() > 1e-4}
     inner = {n for n, t in before.items() if t.dim() > 1 and "embed_tokens" not in n and "lm_head" not in n}
