@@ -15,27 +15,15 @@ from PIL import Image, ImageDraw, ImageFont
 from medvl.base import files, store
 from medvl.base.display import track
 from medvl.base.files import PathLike
+from medvl.base.store import Store
 from medvl.base.workers import worker_pool
 from medvl.ct import metadata_table, names, preprocess, scans
 from medvl.ct.preprocess import CtConfig, Volume
 from medvl.ct.scans import ScanError
+from medvl.ct.volumes import check_sources, keeps_sources, read_volume, reserve_volumes, write_volume
 
 log = logging.getLogger(__name__)
 
-FIELDS = (  # a row of the store, beside its name: what `Volume` knows
-    ("spacing_mm", "f8", 3),
-    ("source_spacing_mm", "f8", 3),
-    ("source_shape", "i4", 3),
-    ("occupied", "i4", 2),
-    ("hu_rule", "S16"),
-    ("slope", "f8"),
-    ("intercept", "f8"),
-)
-SOURCE_FIELDS = (  # and which file it was made from, so that another file of that name is noticed
-    ("source_bytes", "i8"),
-    ("source_mtime_ns", "i8"),
-    ("source_digest", "S64"),
-)
 REJECTED = ("name", "path", "reason")
 
 
@@ -87,8 +75,11 @@ def preprocess_folder(
     )
     with files.file_lock(out):
         files.remove_unfinished_file(rejected_csv(out))
-        done = _room(out, paths, cfg)
-        tracked = _check_sources(out, paths)
+        done = reserve_volumes(out, paths, cfg)
+        _open_once.cache_clear()  # it may be another file now
+        stored = store.open_store(out)
+        if keeps_sources(stored):
+            check_sources(stored, paths)
         missing = (
             {}
             if rows is None
@@ -101,7 +92,7 @@ def preprocess_folder(
         ]
         rejected = missing | _work(
             jobs,
-            functools.partial(_one, out=out, cfg=cfg, tracked=tracked),
+            functools.partial(_one, out=out, cfg=cfg),
             out,
             workers,
             progress,
@@ -174,43 +165,7 @@ def _scans_below(folder: Path) -> list[Path]:
     return found
 
 
-def _room(out: Path, paths: Iterable[str], cfg: CtConfig) -> set[str]:
-    """Make the store, or open it and make room; returns the names that are done."""
-    settings = preprocess.settings_of(cfg)
-    if not out.exists():
-        store.create(
-            out, list(paths), preprocess.size_of(cfg), cfg.dtype, settings, (*FIELDS, *SOURCE_FIELDS)
-        )
-    done = set(store.open_store(out, expect=settings).names)
-    store.grow(out, paths)
-    _opened.cache_clear()  # it may be another file now
-    return done
-
-
-def _check_sources(out: Path, paths: dict[str, Path]) -> bool:
-    """Refuse scans that are other files than those in the store; False for a store that was made before it kept which files they were."""
-    volumes = store.open_store(out)
-    if "source_digest" not in volumes.fields:
-        return False
-    done = {*volumes.names}
-    replaced = []
-    for name, path in track(paths.items(), "comparing scans"):
-        if name in done and path.is_file():  # what is done may be removed
-            row, stat = volumes.row(name), path.stat()
-            same = (row["source_bytes"], row["source_mtime_ns"]) == (stat.st_size, stat.st_mtime_ns)
-            if not same and row["source_digest"] != files.file_digest(
-                path
-            ):  # a copy of the same file has another time
-                replaced.append(name)
-    if replaced:
-        raise ValueError(
-            f"{out}: {len(replaced)} scans are other files than those that were written into it, e.g. {replaced[0]}; give the new files "
-            "other names, or remove the store to make it anew"
-        )
-    return True
-
-
-def _one(job: _Job, out: Path, cfg: CtConfig, tracked: bool) -> tuple[str, str]:
+def _one(job: _Job, out: Path, cfg: CtConfig) -> tuple[str, str]:
     """Preprocess and store one scan; ("", what was done) or (why not, "")."""
     try:
         volume = preprocess.preprocess_scan(job.path, cfg, job.metadata)
@@ -218,24 +173,17 @@ def _one(job: _Job, out: Path, cfg: CtConfig, tracked: bool) -> tuple[str, str]:
         return str(e), ""
     except MemoryError:
         return "not enough memory", ""
-    row = {f[0]: getattr(volume, f[0]) for f in FIELDS}
-    if tracked:
-        stat = job.path.stat()
-        row |= {
-            "source_bytes": stat.st_size,
-            "source_mtime_ns": stat.st_mtime_ns,
-            "source_digest": files.file_digest(job.path),
-        }
-    store.put(_opened(out), job.name, volume.voxels, row)
+    write_volume(_open_once(out), job.name, volume, job.path)
     return (
         "",
         f"HU = {volume.slope:g} * stored + {volume.intercept:g} ({volume.hu_rule}), slices {volume.occupied}",
     )
 
 
-_opened = functools.lru_cache(maxsize=1)(
-    store.open_store
-)  # a worker reads the table of rows once and not for each scan
+@functools.lru_cache(maxsize=1)
+def _open_once(out: Path) -> Store:
+    """The store; a worker reads its table of rows once and not for each scan."""
+    return store.open_store(out)
 
 
 def _work(
@@ -289,7 +237,7 @@ def _parallel(
 
 
 def contact_sheet(
-    volumes: store.Store | Iterable[Volume],
+    volumes: Store | Iterable[Volume],
     path: PathLike,
     only: Sequence[str] = (),
     window_hu: tuple[float, float] = (-1000, 600),
@@ -304,7 +252,11 @@ def contact_sheet(
         only: names to show of a store; all when empty. A volume takes 0.3 MB of memory.
         labels: what to write below each instead of its name, which may say who the patient is.
     """
-    shown = _of_store(volumes, only) if isinstance(volumes, store.Store) else volumes
+    shown: Iterable[Volume]
+    if isinstance(volumes, Store):
+        shown = (read_volume(volumes, name) for name in only or volumes.names)
+    else:
+        shown = volumes
     cards = []
     for i, v in enumerate(shown):
         label = labels[i] if labels else v.name
@@ -318,14 +270,6 @@ def contact_sheet(
         sheet.paste(card, (i % columns * width, i // columns * height))
     with files.atomic(path) as tmp:
         sheet.save(tmp, format="PNG")
-
-
-def _of_store(s: store.Store, only: Sequence[str]) -> Iterator[Volume]:
-    for name in only or s.names:
-        row = s.row(name)
-        yield Volume(
-            name=name, voxels=s.read(name), axes=s.settings["axes"], **{f[0]: row[f[0]] for f in FIELDS}
-        )
 
 
 def _card(

@@ -23,6 +23,7 @@ from medvl.ct import preprocess as ct
 from medvl.ct.ingest import contact_sheet, find_scans, preprocess_folder, rejected_csv
 from medvl.ct.preprocess import CtConfig, preprocess_scan
 from medvl.ct.scans import read_scan
+from medvl.ct.volumes import FIELDS
 
 SMALL = CtConfig(size=(16, 20, 20), spacing_mm=(6.0, 5.0, 5.0))
 AFFINE = np.diag([-2.0, -2.0, 3.0, 1.0])
@@ -448,7 +449,7 @@ def test_broken_input_is_refused_with_a_reason(tmp_path, case):
     [({"hu_rule": "x" * 17}, "may have 16 bytes, got 17"), ({"more": 1}, "must have .*, got .*more")],
 )
 def test_rows_are_not_cut_and_not_guessed(tmp_path, change, message):
-    store.create(tmp_path / "s.h5", ["a"], (2,), "u1", {}, ingest.FIELDS)
+    store.create(tmp_path / "s.h5", ["a"], (2,), "u1", {}, FIELDS)
     with pytest.raises(ValueError, match=message):
         store.put(store.open_store(tmp_path / "s.h5"), "a", np.zeros(2, "u1"), _row(**change))
     with pytest.raises(ValueError, match=r"must be \(2,\) uint8, got \(2,\) int16"):
@@ -470,7 +471,7 @@ def test_folder_equals_single_scans_and_lists_the_refused(tmp_path, caplog):
             v = preprocess_scan(path, SMALL)
             np.testing.assert_array_equal(s.read(name), v.voxels)
             row = s.row(name)
-            assert {f[0]: row[f[0]] for f in ingest.FIELDS} == {f[0]: getattr(v, f[0]) for f in ingest.FIELDS}
+            assert {f[0]: row[f[0]] for f in FIELDS} == {f[0]: getattr(v, f[0]) for f in FIELDS}
     (row,) = files.read_csv(rejected_csv(out))
     assert (row["name"], row["path"]) == ("raw", str(bad))
     assert "they are raw" in row["reason"]
@@ -504,7 +505,7 @@ def test_a_scan_that_was_replaced_under_its_name_is_noticed(tmp_path):
 def test_a_store_of_an_older_medvl_is_gone_on_with(tmp_path):
     _scan(tmp_path / "in/0.nii.gz", 0)
     out = tmp_path / "s.h5"
-    store.create(out, ["0"], SMALL.size, "u1", ct.settings_of(SMALL), ingest.FIELDS)
+    store.create(out, ["0"], SMALL.size, "u1", ct.settings_of(SMALL), FIELDS)
     assert preprocess_folder(tmp_path / "in", out, SMALL, progress=False).done == 1
 
 
@@ -652,7 +653,7 @@ def _ended(run):
 def _dies(job, out):
     if job.name == "bad":
         os.kill(os.getpid(), signal.SIGKILL)
-    return ingest._one(job, out=out, cfg=SMALL, tracked=False)
+    return ingest._one(job, out=out, cfg=SMALL)
 
 
 def test_a_worker_that_dies_costs_one_scan(tmp_path):
@@ -661,7 +662,7 @@ def test_a_worker_that_dies_costs_one_scan(tmp_path):
         ingest._Job(name=n, path=_scan(tmp_path / f"{n}.nii", i), metadata=None) for i, n in enumerate(names)
     ]
     out = tmp_path / "s.h5"
-    store.create(out, names, SMALL.size, "u1", ct.settings_of(SMALL), ingest.FIELDS)
+    store.create(out, names, SMALL.size, "u1", ct.settings_of(SMALL), FIELDS)
     one = functools.partial(_dies, out=out)
     results = {job.name: reason for job, (reason, _) in ingest._parallel(jobs, one, out, workers=2)}
     assert sorted(results) == sorted(names)

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from medvl.base import store
-from medvl.ct import ingest
 from medvl.ct.pairs import draw_text, join_pairs, read_slices, some_sentences
+from medvl.ct.volumes import FIELDS
 
 ROW = {
     "spacing_mm": (3.0, 2.0, 2.0),
@@ -22,7 +22,7 @@ OCCUPIED = {"train_1_a_1": (2, 6), "train_1_a_2": (1, 4), "train_2_a_1": (3, 7),
 @pytest.fixture
 def volumes(tmp_path, rng=np.random.default_rng(0)):
     path = tmp_path / "v.h5"
-    store.create(path, [*OCCUPIED, "train_4_a_1"], (8, 4, 4), "uint8", {}, ingest.FIELDS)
+    store.create(path, [*OCCUPIED, "train_4_a_1"], (8, 4, 4), "uint8", {}, FIELDS)
     for name, occupied in OCCUPIED.items():
         store.put(
             store.open_store(path),

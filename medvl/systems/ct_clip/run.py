@@ -3,7 +3,6 @@
 import json
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,10 +18,11 @@ from medvl.components import encode
 from medvl.ct import ingest, metadata_table, names, pairs, preprocess, reports, zero_shot
 from medvl.evaluation import metrics, plots, report
 from medvl.evaluation.results import Result
-from medvl.hub import skeletons, tokens
+from medvl.hub import tokens
 from medvl.phantoms import chests
 from medvl.systems.ct_clip import model as ct_clip
 from medvl.systems.ct_clip.model import SPLITS, Config, Model, Speed, Stage
+from medvl.systems.ct_clip.slice_features import cached_features
 from medvl.training import gradients, loop, order, states
 from medvl.training.muon import muon
 from medvl.training.optim import Optimizer, Rate, adamw, routed, seeded, warmup_cosine
@@ -188,71 +188,6 @@ def shuffle_reports(data: pairs.Pairs, seed: int) -> pairs.Pairs:
     report = dict(zip(data.scans, data.texts, strict=True))
     other = order.derangement(report, seed)
     return evolve(data, texts=tuple(report[other[scan]] for scan in data.scans))
-
-
-def cached_features(model: Model, params: Tree, volumes: store.Store, folder: Path) -> store.Store:
-    """Slice features of every volume, computed once: a store keyed by the weights, the settings and the volumes' file.
-
-    Rows hold float16 [s, d] and which content of the volume they were made from. All processes must call this: each computes its share.
-    Another run over the same cache waits meanwhile, then finds the features.
-
-    Raises:
-        ValueError: a volume has changed since its features were computed.
-    """
-    settings = {
-        "weights": skeletons.weights_digest(params["vit"]),
-        "encode": {
-            k: v
-            for k, v in config.unstructure(model.cfg.encode).items()
-            if k not in ("budget_mib", "checkpoint")
-        },
-        "volumes": {"path": str(volumes.path.resolve()), "settings": volumes.settings},
-        "row": [name for name, *_ in _FEATURE_FIELDS],
-    }
-    out = folder / f"features-{config.record_digest(settings)}.h5"
-    shape = (volumes.shape[0], encode.embedding_width(model.cfg.encode, model.vit))
-    with files.file_lock(out, wait=True) if processes.rank() == 0 else nullcontext():
-        if processes.rank() == 0:
-            if not out.exists():
-                store.create(out, volumes.names, shape, "float16", settings, _FEATURE_FIELDS)
-            store.grow(out, volumes.names)
-        processes.wait_for_all()
-        features = store.open_store(out, expect=settings)
-        _check_features(features, volumes)
-        # By place in the list, not among those that are missing: processes see each other's as they come.
-        share = volumes.names[processes.rank() :: processes.world_size()]
-        missing = sorted({*share} - {*features.names})
-        for name in track(missing, "computing slice features"):
-            batch = pairs.read_slices(volumes, [name])
-            with torch.no_grad():
-                z = encode.encode_slices(
-                    model.cfg.encode, params["vit"], batch["slices"], batch["mask"], vit=model.vit
-                )[0]
-            row, padded = _feature_row(volumes, name), np.zeros(shape, np.float16)
-            padded[slice(*row["occupied"])] = z.cpu().numpy()
-            store.put(features, name, padded, row)
-        processes.wait_for_all()
-    return store.open_store(out, expect=settings)
-
-
-_FEATURE_FIELDS = (("spacing_mm", "f8", 3), ("occupied", "i4", 2), ("volume", "S32"))
-
-
-def _feature_row(volumes: store.Store, name: str) -> dict[str, Any]:
-    """What the features of a volume are made from: its geometry and the digest of its voxels."""
-    row = volumes.row(name)
-    return {"spacing_mm": row["spacing_mm"], "occupied": row["occupied"], "volume": volumes.content(name)}
-
-
-def _check_features(features: store.Store, volumes: store.Store) -> None:
-    done = {*features.names}
-    there = track([n for n in volumes.names if n in done], "comparing volumes")
-    stale = [n for n in there if features.row(n) != _feature_row(volumes, n)]
-    if stale:
-        raise ValueError(
-            f"{features.path}: {len(stale)} volumes of {volumes.path} have changed since their features were computed, e.g. {stale[0]}; "
-            "remove this file, and they are computed again"
-        )
 
 
 def batches(model: Model, data: pairs.Pairs, size: int, seed: int) -> Callable[[int], dict[str, Tensor]]:

@@ -18,6 +18,7 @@ from medvl.base import config, files, processes, store
 from medvl.base.tree import flatten
 from medvl.components import encode
 from medvl.ct import ingest, pairs, preprocess
+from medvl.ct.volumes import FIELDS, SOURCE_FIELDS
 from medvl.evaluation import results
 from medvl.hub import loading, tokens
 from medvl.phantoms import chests
@@ -25,6 +26,7 @@ from medvl.phantoms.chest_case import PhantomConfig
 from medvl.systems import run
 from medvl.systems.ct_clip import model as ct_clip
 from medvl.systems.ct_clip import run as ct_clip_run
+from medvl.systems.ct_clip.slice_features import cached_features
 from medvl.training import gradients, states
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -184,7 +186,7 @@ def test_volumes_do_not_depend_on_their_neighbours(trained):
 def test_cached_features_are_the_slices_and_follow_the_weights(trained, tmp_path):
     model, params, _ = ct_clip_run.load(trained[1])
     of = ct_clip_run.volumes(model.cfg, "valid")
-    cache = ct_clip_run.cached_features(model, params, of, tmp_path)
+    cache = cached_features(model, params, of, tmp_path)
     name = of.names[0]
     want = pairs.read_slices(of, [name])
     z = encode.encode_slices(model.cfg.encode, params["vit"], want["slices"], want["mask"], vit=model.vit)
@@ -192,9 +194,9 @@ def test_cached_features_are_the_slices_and_follow_the_weights(trained, tmp_path
         pairs.read_slices(cache, [name])["slices"].float(), z.detach(), atol=2e-3, rtol=2e-3
     )
     before = cache.path.stat().st_mtime_ns
-    assert ct_clip_run.cached_features(model, params, of, tmp_path).path.stat().st_mtime_ns == before
+    assert cached_features(model, params, of, tmp_path).path.stat().st_mtime_ns == before
     other = params | {"vit": {k: t + 0.1 for k, t in params["vit"].items()}}
-    assert ct_clip_run.cached_features(model, other, of, tmp_path).path != cache.path
+    assert cached_features(model, other, of, tmp_path).path != cache.path
 
 
 def test_features_of_a_scan_that_was_replaced_are_not_used(trained, tmp_path):
@@ -210,23 +212,23 @@ def test_features_of_a_scan_that_was_replaced_are_not_used(trained, tmp_path):
             true.shape,
             true.dtype,
             true.settings,
-            [*ingest.FIELDS, *ingest.SOURCE_FIELDS],
+            [*FIELDS, *SOURCE_FIELDS],
         )
         for n, (voxels, row) in volumes.items():
             store.put(store.open_store(path), n, voxels ^ np.uint8(change and n == name), row)
         return store.open_store(path)
 
     path = tmp_path / "volumes.h5"
-    ct_clip_run.cached_features(model, params, write(path, 0), tmp_path)
+    cached_features(model, params, write(path, 0), tmp_path)
     path.unlink()
     same = write(path, 0)  # made again from the same scans
-    ct_clip_run.cached_features(model, params, same, tmp_path)
+    cached_features(model, params, same, tmp_path)
     path.unlink()
     with pytest.raises(
         ValueError,
         match=f"1 volumes of .*volumes.h5 have changed since their features were computed, e.g. {name}",
     ):
-        ct_clip_run.cached_features(model, params, write(path, 1), tmp_path)
+        cached_features(model, params, write(path, 1), tmp_path)
 
 
 def test_another_run_waits_for_the_cache(trained, tmp_path, caplog):
@@ -234,7 +236,7 @@ def test_another_run_waits_for_the_cache(trained, tmp_path, caplog):
     model, params, _ = ct_clip_run.load(trained[1])
     volumes = ct_clip_run.volumes(model.cfg, "valid")
     with ThreadPoolExecutor(3) as pool:
-        runs = [pool.submit(ct_clip_run.cached_features, model, params, volumes, tmp_path) for _ in range(3)]
+        runs = [pool.submit(cached_features, model, params, volumes, tmp_path) for _ in range(3)]
         made = [run.result() for run in runs]
     assert {m.names for m in made} == {volumes.names}
     assert len(list(tmp_path.iterdir())) == 1  # the store; no lock is left

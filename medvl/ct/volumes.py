@@ -1,0 +1,97 @@
+"""Preprocessed volumes in a store: what a row says of its volume, and whether its scan is still the same file."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from medvl.base import files, store
+from medvl.base.display import track
+from medvl.base.store import Store
+from medvl.ct import preprocess
+from medvl.ct.preprocess import CtConfig, Volume
+
+FIELDS = (  # of a row, beside its name: what `Volume` knows
+    ("spacing_mm", "f8", 3),
+    ("source_spacing_mm", "f8", 3),
+    ("source_shape", "i4", 3),
+    ("occupied", "i4", 2),
+    ("hu_rule", "S16"),
+    ("slope", "f8"),
+    ("intercept", "f8"),
+)
+SOURCE_FIELDS = (  # the file that the volume was made from, so that another file of that name is noticed
+    ("source_bytes", "i8"),
+    ("source_mtime_ns", "i8"),
+    ("source_digest", "S64"),
+)
+
+
+def reserve_volumes(path: Path, names: Iterable[str], cfg: CtConfig) -> set[str]:
+    """Make a store with room for these volumes, or make room in the one that is there.
+
+    Returns:
+        the names of the volumes that are already in it.
+    Raises:
+        ValueError: the store was made with other settings.
+    """
+    names = list(names)
+    settings = preprocess.settings_of(cfg)
+    if not path.exists():
+        shape = preprocess.size_of(cfg)
+        store.create(path, names, shape, cfg.dtype, settings, (*FIELDS, *SOURCE_FIELDS))
+    stored = set(store.open_store(path, expect=settings).names)
+    store.grow(path, names)
+    return stored
+
+
+def keeps_sources(volumes: Store) -> bool:
+    """Whether rows say which file a volume was made from; stores of earlier versions do not."""
+    return "source_digest" in volumes.fields
+
+
+def check_sources(volumes: Store, scans: Mapping[str, Path]) -> None:
+    """Refuse scans that are other files than those that the stored volumes were made from.
+
+    A scan that was removed since is not missed, and neither is one whose volume is not stored yet.
+
+    Args:
+        volumes: a store that `keeps_sources`.
+        scans: {volume name: path of its scan}.
+    Raises:
+        ValueError: scans were replaced (counted, with the first of them).
+    """
+    stored = set(volumes.names)
+    replaced = []
+    for name, path in track(scans.items(), "comparing scans"):
+        if name in stored and path.is_file() and not _is_source(volumes, name, path):
+            replaced.append(name)
+    if replaced:
+        raise ValueError(
+            f"{volumes.path}: {len(replaced)} scans are other files than those that were written into it, "
+            f"e.g. {replaced[0]}; give the new files other names, or remove the store to make it anew"
+        )
+
+
+def _is_source(volumes: Store, name: str, path: Path) -> bool:
+    row, stat = volumes.row(name), path.stat()
+    if (row["source_bytes"], row["source_mtime_ns"]) == (stat.st_size, stat.st_mtime_ns):
+        return True
+    # A copy of the same file has another time, so only its content tells.
+    return row["source_digest"] == files.file_digest(path)
+
+
+def write_volume(volumes: Store, name: str, volume: Volume, source: Path) -> None:
+    """Write a volume and its row into the room that `reserve_volumes` made for this name."""
+    row = {field: getattr(volume, field) for field, *_ in FIELDS}
+    if keeps_sources(volumes):
+        stat = source.stat()
+        row["source_bytes"] = stat.st_size
+        row["source_mtime_ns"] = stat.st_mtime_ns
+        row["source_digest"] = files.file_digest(source)
+    store.put(volumes, name, volume.voxels, row)
+
+
+def read_volume(volumes: Store, name: str) -> Volume:
+    """A volume as `preprocess_scan` made it."""
+    row = volumes.row(name)
+    known = {field: row[field] for field, *_ in FIELDS}
+    return Volume(name=name, voxels=volumes.read(name), axes=volumes.settings["axes"], **known)

@@ -1,0 +1,101 @@
+"""The cache of a frozen slice encoder's features: computed once for a split, found again by weights and settings."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from medvl.base import config, files, processes, store
+from medvl.base.display import track
+from medvl.base.store import Store
+from medvl.base.tree import Tree
+from medvl.components import encode
+from medvl.ct import pairs
+from medvl.hub import skeletons
+from medvl.systems.ct_clip.model import Model
+
+_FIELDS = (("spacing_mm", "f8", 3), ("occupied", "i4", 2), ("volume", "S32"))  # volume: digest of its voxels
+
+
+def cached_features(model: Model, params: Tree, volumes: Store, folder: Path) -> Store:
+    """Slice features of every volume, each computed once: a store keyed by weights, settings and the volumes' file.
+
+    Rows hold float16 [s, d] and which content of the volume they were made from. All processes must call this: each
+    computes its share. Another run over the same cache waits meanwhile, then finds the features.
+
+    Raises:
+        ValueError: a volume has changed since its features were computed.
+    """
+    settings = _settings(model, params, volumes)
+    out = folder / f"features-{config.record_digest(settings)}.h5"
+    shape = (volumes.shape[0], encode.embedding_width(model.cfg.encode, model.vit))
+    is_first = processes.rank() == 0
+    # Process 0 holds the lock for all; the others wait for it in `wait_for_all`.
+    with files.file_lock(out, wait=True) if is_first else nullcontext():
+        if is_first:
+            if not out.exists():
+                store.create(out, volumes.names, shape, "float16", settings, _FIELDS)
+            store.grow(out, volumes.names)
+        processes.wait_for_all()
+        features = store.open_store(out, expect=settings)
+        _check_unchanged(features, volumes)
+        # A share is by place in the list, not among those that are missing: processes see each other's as they come.
+        share = volumes.names[processes.rank() :: processes.world_size()]
+        missing = sorted({*share} - {*features.names})
+        for name in track(missing, "computing slice features"):
+            store.put(
+                features, name, _encode_volume(model, params, volumes, name, shape), _row_of(volumes, name)
+            )
+        processes.wait_for_all()
+    return store.open_store(out, expect=settings)
+
+
+def _settings(model: Model, params: Tree, volumes: Store) -> dict[str, Any]:
+    """All that decides what the features are. Its digest names the file."""
+    encoder = config.unstructure(model.cfg.encode)
+    for key in ("budget_mib", "checkpoint"):  # of memory alone
+        encoder.pop(key, None)
+    return {
+        "weights": skeletons.weights_digest(params["vit"]),
+        "encode": encoder,
+        "volumes": {"path": str(volumes.path.resolve()), "settings": volumes.settings},
+        "row": [name for name, *_ in _FIELDS],
+    }
+
+
+def _encode_volume(
+    model: Model, params: Tree, volumes: Store, name: str, shape: tuple[int, int]
+) -> np.ndarray:
+    """float16 [s, d], zero where the volume has no scan."""
+    batch = pairs.read_slices(volumes, [name])
+    with torch.no_grad():
+        z = encode.encode_slices(
+            model.cfg.encode, params["vit"], batch["slices"], batch["mask"], vit=model.vit
+        )
+    first, stop = volumes.row(name)["occupied"]
+    padded = np.zeros(shape, np.float16)
+    padded[first:stop] = z[0].cpu().numpy()
+    return padded
+
+
+def _row_of(volumes: Store, name: str) -> dict[str, Any]:
+    """What the features of a volume are made from: its geometry and the digest of its voxels."""
+    row = volumes.row(name)
+    return {"spacing_mm": row["spacing_mm"], "occupied": row["occupied"], "volume": volumes.content(name)}
+
+
+def _check_unchanged(features: Store, volumes: Store) -> None:
+    """Refuse features of volumes that have another content now."""
+    computed = {*features.names}
+    both = [name for name in volumes.names if name in computed]
+    changed = []
+    for name in track(both, "comparing volumes"):
+        if features.row(name) != _row_of(volumes, name):
+            changed.append(name)
+    if changed:
+        raise ValueError(
+            f"{features.path}: {len(changed)} volumes of {volumes.path} have changed since their features were computed, "
+            f"e.g. {changed[0]}; remove this file, and they are computed again"
+        )
