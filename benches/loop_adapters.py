@@ -20,7 +20,7 @@ from cost_adapters import resident, rounds
 
 from medvl.adapters import cache
 from medvl.adapters import registry as registries
-from medvl.adapters.retrieve import RetrieveConfig, Retrieved, retrieve
+from medvl.adapters.retrieve import RetrieveConfig, Retrieved, retrieve_adapters
 from medvl.hub import peft_files, skeletons
 from medvl.language import generate, vlm
 from medvl.weights import lora
@@ -92,7 +92,7 @@ def loop(samples: int = 500) -> dict[str, float]:
     """Ours, adapters read from files into memory when they are asked for."""
     skeleton, params = skeletons.init_skeleton(MODEL, GEN, head="language")
     made, questions, found = adapters(skeleton), [question(i) for i in range(10)], {}
-    size, how = cache.nbytes(made[0]), generate.Sampling(max_tokens=TOKENS)
+    size, how = cache.adapter_nbytes(made[0]), generate.Sampling(max_tokens=TOKENS)
     print(
         f"{sum(w.numel() for w in params.values()):,} parameters, {POOL} adapters of {len(made[0].factors)} layers, {size:,} bytes each"
     )
@@ -101,15 +101,15 @@ def loop(samples: int = 500) -> dict[str, float]:
             peft_files.write_adapter(a, f"{tmp}/{j}")
 
         def pool(held: int) -> cache.Pools:
-            return cache.pooled(
-                cache.cached(lambda j: peft_files.read_adapter(f"{tmp}/{j}", skeleton), held * size)
+            return cache.cache_pool(
+                cache.cache_adapters(lambda j: peft_files.read_adapter(f"{tmp}/{j}", skeleton), held * size)
             )
 
-        whole, half, fuse = pool(POOL), pool(POOL // 2), cache.fused(pool(POOL), 4 * size, rule="svd")
+        whole, half, fuse = pool(POOL), pool(POOL // 2), cache.cache_fusions(pool(POOL), 4 * size, rule="svd")
         ways = {
-            "mixture": lambda got: cache.mix(whole, got),
-            "mixture, 4 of 8 adapters held": lambda got: cache.mix(half, got),
-            "fusion, svd": lambda got: fuse(*cache.groups(got)[0][1:]),
+            "mixture": lambda got: cache.mix_adapters(whole, got),
+            "mixture, 4 of 8 adapters held": lambda got: cache.mix_adapters(half, got),
+            "fusion, svd": lambda got: fuse(*cache.group_rows(got)[0][1:]),
         }
         for name, way in ways.items():
 
@@ -253,13 +253,15 @@ def registry(p: int = 10_000, n: int = 31) -> dict[str, float]:
             raw = torch.randn(p, d, generator=GEN)
             for i, row in enumerate((raw / raw.norm(dim=1, keepdim=True)).numpy()):
                 np.save(f"{tmp}/{i}.npy", row)
-            records = tuple(registries.Record(name=f"a{i}", path=f"{i}", vector=f"{i}.npy") for i in range(p))
+            records = tuple(
+                registries.AdapterRecord(name=f"a{i}", path=f"{i}", vector=f"{i}.npy") for i in range(p)
+            )
             path, times = Path(tmp, "registry.toml"), [time.perf_counter()]
             registries.write_registry(path, registries.Registry(adapters=records))
             times.append(time.perf_counter())
             read = registries.read_registry(path)
             times.append(time.perf_counter())
-            vectors = registries.vectors(path, read)
+            vectors = registries.read_vectors(path, read)
             times.append(time.perf_counter())
         about = [b - a for a, b in pairwise(times)]
         found |= {f"{d}: {k} s": s for k, s in zip(("write", "read", "vectors"), about, strict=True)} | {
@@ -272,7 +274,7 @@ def registry(p: int = 10_000, n: int = 31) -> dict[str, float]:
             queries, cfg = torch.randn(b, d, generator=GEN), RetrieveConfig(k=TOP, weighting="softmax")
             calls = {
                 "product": lambda q=queries, v=vectors: q @ v.T,
-                "retrieve": lambda q=queries, v=vectors, c=cfg: retrieve(c, q, v),
+                "retrieve": lambda q=queries, v=vectors, c=cfg: retrieve_adapters(c, q, v),
             }
             s, ratio = rounds(calls, n)["retrieve"]
             found |= {f"{d}: retrieve {b} ms": 1e3 * s, f"{d}: product {b} ms": 1e3 * s / ratio}

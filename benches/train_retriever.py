@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from drawn_tasks import TaskConfig, draw_tasks
 from torch import Tensor
 
-from medvl.adapters.embed import EmbedConfig, embed, fit_local
+from medvl.adapters.embed import EmbedConfig, embed_queries, fit_local
 from medvl.adapters.head import RetrieverConfig, train_retriever, whiten_tasks
-from medvl.adapters.retrieve import adapter_vector, recall_at
+from medvl.adapters.retrieve import adapter_recall, adapter_vector
 
 KS = (1, 3, 5)
 
@@ -25,7 +25,7 @@ def hits(samples: Tensor, queries: Tensor) -> dict[int, Tensor]:
     """{k: share of each task's queries whose task is among the k nearest adapter vectors, [t]}, of [t, m, e] and [t, q, e]."""
     vectors = torch.stack([adapter_vector(s) for s in samples])
     similarity = F.normalize(queries, dim=-1) @ vectors.T
-    found = [recall_at(of, torch.full((len(of),), t), KS) for t, of in enumerate(similarity)]
+    found = [adapter_recall(of, torch.full((len(of),), t), KS) for t, of in enumerate(similarity)]
     return {k: torch.tensor([f[k] for f in found], dtype=torch.float64) for k in KS}
 
 
@@ -50,7 +50,8 @@ def compare(
     texts, pictures = ([[s[1] for s in some] for some in kept], [[[s[2]] for s in some] for some in kept])
     embedder = fit_local(EmbedConfig(), texts[0], pictures[0])  # never sees what asks
     samples, queries = (
-        embed(embedder, t, p).unflatten(0, (tasks.tasks, -1)) for t, p in zip(texts, pictures, strict=True)
+        embed_queries(embedder, t, p).unflatten(0, (tasks.tasks, -1))
+        for t, p in zip(texts, pictures, strict=True)
     )
     known, names = samples[:seen].flatten(0, 1), [s[0] for s in kept[0][: seen * few]]
     heads = {"trained": train_retriever(cfg, known, names), "whitened": whiten_tasks(known, names)}

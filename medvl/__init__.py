@@ -45,6 +45,7 @@ _LONG_NAMES = {
     "save": "save_skeleton",
     "preprocess": "preprocess_scan",
     "draw": "draw_chests",
+    "ask": "ask_experts",
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_WHERE)

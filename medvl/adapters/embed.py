@@ -97,7 +97,7 @@ class EmbedConfig:
         check_window(self.window, "EmbedConfig.window")
 
 
-class Nothing(ValueError):
+class NothingToEmbed(ValueError):
     """There are `rows` without anything that can be embedded."""
 
     def __init__(self, said: str, rows: Sequence[int]) -> None:
@@ -110,7 +110,7 @@ class Nothing(ValueError):
 
 @frozen(kw_only=True, eq=False)
 class Embedder:
-    """What `embed` needs. `name` says what it is, by content: embedders of one name give the same vectors. Threads may share it."""
+    """What `embed_queries` needs. `name` says what it is, by content: embedders of one name give the same vectors. Threads may share it."""
 
     cfg: EmbedConfig
     name: str = ""
@@ -174,7 +174,7 @@ def with_head(embedder: Embedder, head: Tensor | None) -> Embedder:
 
 
 @torch.no_grad()
-def embed(embedder: Embedder, texts: Sequence[str], images: Pictures = ()) -> Tensor:
+def embed_queries(embedder: Embedder, texts: Sequence[str], images: Pictures = ()) -> Tensor:
     """The vectors of queries, float32 [b, d] of length 1 on the CPU; what else is in the batch changes them by no more than rounding.
 
     Args:
@@ -219,7 +219,7 @@ def embed(embedder: Embedder, texts: Sequence[str], images: Pictures = ()) -> Te
             else "whose share is 0"
         )
         said = f"embed: row {i} has nothing to embed: a text {unknown} ({texts[i][:60]!r}) and {len(pictures[i])} images that count"
-        raise Nothing(said, bad[:, 0].tolist())
+        raise NothingToEmbed(said, bad[:, 0].tolist())
     if local:
         text, image = embed_local.side_by_side(embedder.params, text, image, bool(seen))
     alone = torch.where(has_text[:, None], text, image)
@@ -250,7 +250,7 @@ def fit_local(cfg: EmbedConfig, texts: Sequence[str], images: Pictures = ()) -> 
     Texts: TF-IDF of words and pairs of words (sublinear), truncated SVD. Images: histogram, thumbnail, edge energy and spectrum,
     standardised, PCA. Each has its own coordinates, [text, image], so cosines of the two never mix. The same input gives the same embedder.
     Args:
-        texts, images: as in `embed`.
+        texts, images: as in `embed_queries`.
     Raises:
         ValueError: another kind, nothing to fit to, images that are all the same.
     Source: Deerwester et al. 1990, latent semantic analysis; scikit-learn's TfidfVectorizer, TruncatedSVD and PCA.
@@ -261,7 +261,9 @@ def fit_local(cfg: EmbedConfig, texts: Sequence[str], images: Pictures = ()) -> 
     k = cfg.dims or 64
     vocabulary, params = embed_local.fit_texts(k, [w for w in words if w])
     each = [(i, j, p) for i, row in enumerate(pictures) for j, p in enumerate(row)]
-    looks = [embed_local.features(_opened("fit_local", cfg, *one)) for one in track(each, "reading images")]
+    looks = [
+        embed_local.image_features(_opened("fit_local", cfg, *one)) for one in track(each, "reading images")
+    ]
     params |= embed_local.fit_images(k, np.stack(looks)) if looks else {}
     if not params:
         raise ValueError(

@@ -106,7 +106,7 @@ def image_directions(params: Mapping[str, Tensor], pictures: Iterable[Image.Imag
     """(vectors of RGB pictures, float32 [n, k] of length 1, bool [n]: whether a picture differs from the mean one); n > 0."""
     mean, weight, components = (params[f"image.{n}"].numpy() for n in ("mean", "weight", "components"))
     return _directions(
-        torch.from_numpy(np.stack([components @ ((features(p) - mean) * weight) for p in pictures]))
+        torch.from_numpy(np.stack([components @ ((image_features(p) - mean) * weight) for p in pictures]))
     )
 
 
@@ -126,7 +126,7 @@ def side_by_side(
     return torch.nn.functional.pad(text, (0, i)), torch.nn.functional.pad(right, (text.shape[1], 0))
 
 
-def features(image: Image.Image) -> np.ndarray:
+def image_features(image: Image.Image) -> np.ndarray:
     """What a picture looks like, float64 [f]: share of 64 colours, 16 x 16 of brightness and two colours, strength of edges in 4 x 4 places
     and 8 directions, and log power in 16 rings of its spectrum."""
     colour = np.asarray(image).reshape(-1, 3) // 64 @ np.array([16, 4, 1])

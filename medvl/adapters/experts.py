@@ -75,7 +75,7 @@ class Answer:
     ]  # (name, similarity, weight), the most similar first; none: the bare model
 
 
-def gather(
+def load_experts(
     talks: Chat,
     params: Mapping[str, Tensor],
     path: files.PathLike,
@@ -91,34 +91,36 @@ def gather(
         base: what the model is called; adapters that name another are a warning then.
         root: where the registry's relative paths start, instead of what it says.
     Raises:
-        ValueError: as `registry.check`; an adapter that does not fit the model says so when it is first used (`check_adapters`: at once).
+        ValueError: as `registry.check_registry`; an adapter that does not fit the model says so when it is first used (`check_adapters`: at once).
     """
     held = registry.read_registry(path, root)
-    folder = registry.place_of(path, held)
-    registry.check(path, held, str(base))
+    folder = registry.registry_root(path, held)
+    registry.check_registry(path, held, str(base))
     device = next(iter(params.values())).device
 
     def read(i: int) -> lora.Adapter:
         adapter = read_adapter(folder / held.adapters[i].path, talks.skeleton)
         return evolve(lora.without_copies(adapter, params), name=held.adapters[i].name)
 
-    host = cache.cached(read, int(hold.host_gb * 1e9))
+    host = cache.cache_adapters(read, int(hold.host_gb * 1e9))
     near = (
         host
         if device.type == "cpu"
-        else cache.cached(lambda i: lora.move_adapter(host([i])[0], device), int(hold.device_gb * 1e9))
+        else cache.cache_adapters(
+            lambda i: lora.move_adapter(host([i])[0], device), int(hold.device_gb * 1e9)
+        )
     )
-    pool = cache.pooled(near)
+    pool = cache.cache_pool(near)
     how = {"rank": fusion.rank or None, "density": fusion.density or None, "seed": fusion.seed}
     return Experts(
         chat=talks,
         params=params,
         names=tuple(r.name for r in held.adapters),
         categories=tuple(r.category for r in held.adapters),
-        vectors=registry.vectors(path, held),
+        vectors=registry.read_vectors(path, held),
         embedder=embed.read_embedder(folder / held.embedder) if held.embedder else None,
         pool=pool,
-        fuse=cache.fused(pool, int(hold.fused_gb * 1e9), rule=fusion.rule, **how),  # type: ignore[arg-type]
+        fuse=cache.cache_fusions(pool, int(hold.fused_gb * 1e9), rule=fusion.rule, **how),  # type: ignore[arg-type]
     )
 
 
@@ -140,18 +142,18 @@ def open_experts(
         base: hub name or folder of the model, if neither the registry nor its adapters say it (or it lies elsewhere now).
         root: where the registry's relative paths start, instead of what it says.
     Raises:
-        ValueError: as `gather` and `loading.load_skeleton`; no base model named anywhere.
+        ValueError: as `load_experts` and `loading.load_skeleton`; no base model named anywhere.
     """
     held = registry.read_registry(path, root)
-    registry.check(path, held, str(base))
-    name = str(base) or registry.base_of(path, held)
+    registry.check_registry(path, held, str(base))
+    name = str(base) or registry.base_model(path, held)
     if not name:
         raise ValueError(f"{path}: neither it nor its adapters say which model they are for; give base")
     if held.embedder:
-        embed.check_embedder(registry.place_of(path, held) / held.embedder)
+        embed.check_embedder(registry.registry_root(path, held) / held.embedder)
     model = ModelConfig(name=name, dtype=dtype, quantize=quantize)
     talks, params = chat.open_chat(model, cfg, chat.tokenizer_of(model, Path()), Generator(), device=device)
-    return gather(talks, params, path, base=base, root=root, fusion=fusion, hold=hold)
+    return load_experts(talks, params, path, base=base, root=root, fusion=fusion, hold=hold)
 
 
 def check_adapters(experts: Experts) -> None:
@@ -167,7 +169,7 @@ def check_adapters(experts: Experts) -> None:
             raise ValueError(f"adapter {name!r}: {e}") from e
 
 
-def queries(experts: Experts, texts: Sequence[str], images: embed.Pictures) -> Tensor:
+def embed_questions(experts: Experts, texts: Sequence[str], images: embed.Pictures) -> Tensor:
     """What adapters are found by: embeddings of questions with their images, float32 [b, d], nan where there is nothing to embed.
 
     The bare model answers what has no word that the embedder knows and no image that counts; a warning says of how many.
@@ -175,7 +177,7 @@ def queries(experts: Experts, texts: Sequence[str], images: embed.Pictures) -> T
     Args:
         images: a sequence for each of the texts.
     Raises:
-        ValueError: the registry has no embedder; an image that cannot be read; as `embed.embed`.
+        ValueError: the registry has no embedder; an image that cannot be read; as `embed.embed_queries`.
     """
     if experts.embedder is None:
         raise ValueError(
@@ -184,8 +186,8 @@ def queries(experts: Experts, texts: Sequence[str], images: embed.Pictures) -> T
     known = [*range(len(texts))]
     out = torch.full((len(texts), experts.vectors.shape[1]), torch.nan)
     try:
-        vectors = embed.embed(experts.embedder, texts, images)
-    except embed.Nothing as e:
+        vectors = embed.embed_queries(experts.embedder, texts, images)
+    except embed.NothingToEmbed as e:
         known = [i for i in known if i not in e.rows]
         _log.warning(
             "%d of %d questions have no word that the embedder knows and no image: the bare model answers them",
@@ -194,7 +196,7 @@ def queries(experts: Experts, texts: Sequence[str], images: embed.Pictures) -> T
         )
         if not known:
             return out
-        vectors = embed.embed(experts.embedder, [texts[i] for i in known], [images[i] for i in known])
+        vectors = embed.embed_queries(experts.embedder, [texts[i] for i in known], [images[i] for i in known])
     if vectors.shape[1] != out.shape[1]:
         raise ValueError(
             f"the registry's vectors have {out.shape[1]} numbers, those of its embedder {vectors.shape[1]}; build it again"
@@ -202,7 +204,7 @@ def queries(experts: Experts, texts: Sequence[str], images: embed.Pictures) -> T
     return out.index_copy(0, torch.tensor(known), vectors)
 
 
-def choose(
+def choose_adapters(
     mode: Mode,
     cfg: RetrieveConfig,
     queries: Tensor,
@@ -214,18 +216,18 @@ def choose(
     """Which adapters each query gets in a mode: none, the best, the cfg.k best with their weights, or its own.
 
     Args:
-        queries: from `queries`; a row of nan abstains.
+        queries: from `embed_questions`; a row of nan abstains.
         own: int64 [b], each row's own adapter, -1 where it has none (which then abstains): mode "oracle" takes it.
-        exclude: as of `retrieve.retrieve`; it does not concern "oracle".
+        exclude: as of `retrieve.retrieve_adapters`; it does not concern "oracle".
     Raises:
-        ValueError: an unknown mode, "oracle" without `own`, and as `retrieve.retrieve`.
+        ValueError: an unknown mode, "oracle" without `own`, and as `retrieve.retrieve_adapters`.
     """
     if mode not in MODES:
-        raise ValueError(f"choose: mode must be one of {', '.join(MODES)}, got {mode!r}")
+        raise ValueError(f"choose_adapters: mode must be one of {', '.join(MODES)}, got {mode!r}")
     if mode == "oracle":
         if own is None or own.shape != queries.shape[:1] or bool((own >= len(vectors)).any()):
             raise ValueError(
-                f"choose: mode oracle needs own [{len(queries)}] below {len(vectors)}, got {own}"
+                f"choose_adapters: mode oracle needs own [{len(queries)}] below {len(vectors)}, got {own}"
             )
         there = (own >= 0)[:, None]
         return Retrieved(
@@ -237,7 +239,7 @@ def choose(
     k = {"bare": 0, "selection": 1}.get(mode, cfg.k)
     nothing = queries.isnan().any(1, keepdim=True)
     barred = nothing if exclude is None else nothing | exclude
-    return retrieve.retrieve(
+    return retrieve.retrieve_adapters(
         evolve(cfg, k=k),
         queries.masked_fill(nothing, 1.0),
         vectors,
@@ -245,7 +247,7 @@ def choose(
     )
 
 
-def answers(
+def generate_answers(
     experts: Experts, data: Encoded, rows: Sequence[int], found: Retrieved, mode: Mode, max_tokens: int
 ) -> list[str]:
     """Greedy answers to the prompts `rows` of `data`, each with the adapters that were chosen for it.
@@ -259,12 +261,12 @@ def answers(
     """
     if len(found.indices) != len(rows):
         raise ValueError(
-            f"answers: adapters must be chosen for each of {len(rows)} rows, got {len(found.indices)}"
+            f"generate_answers: adapters must be chosen for each of {len(rows)} rows, got {len(found.indices)}"
         )
     if mode != "fusion":
-        return _said(experts, data, rows, cache.mix(experts.pool, found), max_tokens)
+        return _said(experts, data, rows, cache.mix_adapters(experts.pool, found), max_tokens)
     said = [""] * len(rows)
-    for places, ids, weights in cache.groups(found):
+    for places, ids, weights in cache.group_rows(found):
         fused = experts.fuse(ids, weights) if ids else None
         for place, text in zip(
             places, _said(experts, data, [rows[i] for i in places], fused, max_tokens), strict=True
@@ -284,7 +286,7 @@ def check_mode(mode: str, own: str, names: Sequence[str]) -> None:
         raise ValueError(f"ask: mode oracle needs the name of an adapter; there are {there}")
 
 
-def ask(
+def ask_experts(
     experts: Experts,
     question: str,
     images: Sequence[files.PathLike] = (),
@@ -299,15 +301,19 @@ def ask(
     Args:
         own: name of the adapter that mode "oracle" takes.
     Raises:
-        ValueError: the registry has no embedder, an unknown `own`, an image that cannot be read, and as `answers`.
+        ValueError: the registry has no embedder, an unknown `own`, an image that cannot be read, and as `generate_answers`.
     """
     check_mode(mode, own, experts.names)
     talk, blind = chat.make_question(experts.chat, question, images), mode in ("bare", "oracle")
-    query = torch.ones(1, experts.vectors.shape[1]) if blind else queries(experts, [question], [talk.images])
-    found = choose(
+    query = (
+        torch.ones(1, experts.vectors.shape[1])
+        if blind
+        else embed_questions(experts, [question], [talk.images])
+    )
+    found = choose_adapters(
         mode, cfg, query, experts.vectors, own=torch.tensor([experts.names.index(own) if own else -1])
     )
-    (text,) = answers(
+    (text,) = generate_answers(
         experts, chat.encode_conversations(experts.chat, [talk], prompt=True), [0], found, mode, max_tokens
     )
     named = zip(

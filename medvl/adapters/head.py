@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from attrs import frozen
 from torch import Tensor
 
-from medvl.adapters.retrieve import adapter_vector, recall_at
+from medvl.adapters.retrieve import adapter_recall, adapter_vector
 from medvl.base import config
 from medvl.base.tree import Tree, map_leaves
 from medvl.training import gradients, loop, states
@@ -317,7 +317,7 @@ def _recall(z: Tensor, codes: Tensor, asked: Tensor, ks: Sequence[int]) -> dict[
     total = torch.zeros_like(vectors).index_add_(0, codes.to(z.device), unit)
     own = (unit * F.normalize(total[codes] - unit, dim=-1)).sum(1)  # the mean without the sample itself
     similarity[torch.arange(len(codes)), codes] = own
-    return recall_at(similarity[asked], codes[asked], ks)
+    return adapter_recall(similarity[asked], codes[asked], ks)
 
 
 def _drawn(codes: Tensor, rows: Tensor, step: int, seed: int, batch: int, p: int) -> Pairs:

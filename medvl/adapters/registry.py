@@ -22,7 +22,7 @@ _LONGEST = 2**20  # numbers of a vector; embeddings have thousands
 
 
 @frozen(kw_only=True)
-class Record:
+class AdapterRecord:
     """One adapter. Paths are relative to the registry's root."""
 
     name: str
@@ -38,7 +38,7 @@ class Record:
 class Registry:
     """What a registry's file says."""
 
-    adapters: tuple[Record, ...] = ()
+    adapters: tuple[AdapterRecord, ...] = ()
     base: str = ""  # the model all were trained on (a folder relative to the root, or a hub name), "" = as their adapter_config.json say
     embedder: str = (
         ""  # folder of what made the vectors (`embed.read_embedder`), "" = only the vectors are there
@@ -69,12 +69,12 @@ def read_registry(path: files.PathLike, root: files.PathLike = "") -> Registry:
     return evolve(registry, root=os.path.relpath(root, path.parent)) if str(root) else registry
 
 
-def place_of(path: files.PathLike, registry: Registry) -> Path:
+def registry_root(path: files.PathLike, registry: Registry) -> Path:
     """The folder where the relative paths of a registry start."""
     return Path(path).parent / registry.root
 
 
-def vectors(path: files.PathLike, registry: Registry) -> Tensor:
+def read_vectors(path: files.PathLike, registry: Registry) -> Tensor:
     """The adapters' vectors, float32 [p, d], each of length 1.
 
     Only means are kept in these files; a mean of few samples may still tell about them.
@@ -83,7 +83,7 @@ def vectors(path: files.PathLike, registry: Registry) -> Tensor:
     """
     rows: list[np.ndarray] = []
     for r in registry.adapters:
-        file = place_of(path, registry) / r.vector
+        file = registry_root(path, registry) / r.vector
         try:
             held = files.open_array(file)
         except ValueError as e:
@@ -102,17 +102,17 @@ def vectors(path: files.PathLike, registry: Registry) -> Tensor:
     return torch.from_numpy(np.stack(rows))
 
 
-def check_files(path: files.PathLike, registry: Registry) -> dict[str, str]:
+def check_registry_files(path: files.PathLike, registry: Registry) -> dict[str, str]:
     """See that every adapter's folder and vector are there; returns {adapter: the base model it names}.
 
     Raises:
         ValueError: what is missing, with the adapter's name.
     """
-    vectors(path, registry)
+    read_vectors(path, registry)
     return {r.name: _base(path, registry, r) for r in registry.adapters}
 
 
-def check(path: files.PathLike, registry: Registry, base: str = "") -> None:
+def check_registry(path: files.PathLike, registry: Registry, base: str = "") -> None:
     """See that every adapter's folder and vector are there, and that all are of one base model.
 
     Args:
@@ -122,7 +122,7 @@ def check(path: files.PathLike, registry: Registry, base: str = "") -> None:
     Raises:
         ValueError: what is missing, with the adapter's name; adapters that name different models, and nothing says which is meant.
     """
-    bases = check_files(path, registry)
+    bases = check_registry_files(path, registry)
     wanted = base or registry.base
     if not wanted and len({_plain(b) for b in bases.values() if b}) > 1:
         named = ", ".join(f"{n} of {b}" for n, b in bases.items())
@@ -154,29 +154,31 @@ def _plain(base: str) -> str:
     return re.sub(r"-(?:unsloth-)?bnb-4bit$", "", name)
 
 
-def base_of(path: files.PathLike, registry: Registry) -> str:
+def base_model(path: files.PathLike, registry: Registry) -> str:
     """The base model: a folder, or a name on the hub; "" where nothing says it."""
     name = registry.base or next((b for r in registry.adapters if (b := _base(path, registry, r))), "")
     return (
-        str(place_of(path, registry) / name) if name and (place_of(path, registry) / name).is_dir() else name
+        str(registry_root(path, registry) / name)
+        if name and (registry_root(path, registry) / name).is_dir()
+        else name
     )
 
 
-def _base(path: files.PathLike, registry: Registry, record: Record) -> str:
+def _base(path: files.PathLike, registry: Registry, record: AdapterRecord) -> str:
     try:
-        about = config.read_settings(place_of(path, registry) / record.path / "adapter_config.json")
+        about = config.read_settings(registry_root(path, registry) / record.path / "adapter_config.json")
     except ValueError as e:
         raise ValueError(f"{path}: {record.name}: {e}{_start(path, registry)}") from e
     return str(about.get("base_model_name_or_path") or "")
 
 
 def _start(path: files.PathLike, registry: Registry) -> str:
-    return f"; relative paths start at {place_of(path, registry)}, give another root where they do not"
+    return f"; relative paths start at {registry_root(path, registry)}, give another root where they do not"
 
 
-def add(
+def add_adapter(
     path: files.PathLike,
-    record: Record,
+    record: AdapterRecord,
     vector: Tensor | np.ndarray | Sequence[float],
     root: files.PathLike = "",
 ) -> Registry:
@@ -187,7 +189,7 @@ def add(
     Args:
         root: as of `read_registry`.
     Raises:
-        ValueError: as `extend`. Nothing is changed then.
+        ValueError: as `add_adapters`. Nothing is changed then.
     """
     with files.file_lock(path, wait=True):
         old = read_registry(path, root) if Path(path).exists() else Registry()
@@ -195,13 +197,13 @@ def add(
             _log.warning(
                 "%s: was a list of LoraRetriever's, and is written as a registry of medvl's now", path
             )
-        return extend(path, old, [(record, vector)])
+        return add_adapters(path, old, [(record, vector)])
 
 
-def extend(
+def add_adapters(
     path: files.PathLike,
     registry: Registry,
-    new: Sequence[tuple[Record, Tensor | np.ndarray | Sequence[float]]],
+    new: Sequence[tuple[AdapterRecord, Tensor | np.ndarray | Sequence[float]]],
 ) -> Registry:
     """Write the registry with more adapters and their vectors: the vectors first, then the registry, so that a kill leaves the old one.
 
@@ -213,8 +215,8 @@ def extend(
         ValueError: a name that is taken or cannot be the name of a file, an adapter's folder that is no adapter, a vector that does not
             fit the others or would be written outside the registry's folder. Nothing is changed then.
     """
-    path, place = Path(path), place_of(path, registry)
-    size = len(vectors(path, registry)[0]) if registry.adapters else 0
+    path, place = Path(path), registry_root(path, registry)
+    size = len(read_vectors(path, registry)[0]) if registry.adapters else 0
     rows: dict[str, np.ndarray] = {}
     records = [*registry.adapters]
     for record, vector in new:

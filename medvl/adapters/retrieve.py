@@ -115,7 +115,7 @@ def query_vector(
 
 
 @torch.no_grad()
-def retrieve(
+def retrieve_adapters(
     cfg: RetrieveConfig, queries: Tensor, vectors: Tensor, *, exclude: Tensor | None = None
 ) -> Retrieved:
     """The cfg.k adapters most similar to each query by cosine, the most similar first, and their weights.
@@ -181,7 +181,7 @@ def mixture_weights(retrieved: Retrieved, p: int) -> Tensor:
     return dense.scatter_add(1, retrieved.indices.clamp(min=0), retrieved.weights)  # what is empty adds 0
 
 
-def subset(retrieved: Retrieved) -> tuple[Tensor, Tensor]:
+def used_adapters(retrieved: Retrieved) -> tuple[Tensor, Tensor]:
     """(ids int64 [n], weights [b, n]): the adapters that any row uses, ascending, and the weights over only these.
 
     A pool of adapters[i] for i in ids gives what the whole pool would. n = 0 where every row abstained: run the bare model.
@@ -193,11 +193,11 @@ def subset(retrieved: Retrieved) -> tuple[Tensor, Tensor]:
     return ids, retrieved.weights.new_zeros(len(used), len(ids)).scatter_add(1, place, retrieved.weights)
 
 
-def recall_at(found: Retrieved | Tensor, truth: Tensor, ks: Sequence[int]) -> dict[int, float]:
+def adapter_recall(found: Retrieved | Tensor, truth: Tensor, ks: Sequence[int]) -> dict[int, float]:
     """{k: share of rows whose right adapter is among their k best}; a row that abstained missed it.
 
     Args:
-        found: what `retrieve` gave, or similarities [b, p], of which equal ones count in the order of their index.
+        found: what `retrieve_adapters` gave, or similarities [b, p], of which equal ones count in the order of their index.
         truth: int64 [b], the right adapter of each row.
     Raises:
         ValueError: no row, other shapes, similarities that are not finite, a truth below 0 or, of similarities, not below p, k below 1 or
@@ -206,22 +206,22 @@ def recall_at(found: Retrieved | Tensor, truth: Tensor, ks: Sequence[int]) -> di
     table = found.indices if isinstance(found, Retrieved) else found
     if table.dim() != 2 or not table.numel() or truth.shape != table.shape[:1] or truth.is_floating_point():
         raise ValueError(
-            f"recall_at: must have [b, k] with b, k >= 1 and truth int64 [b], got {list(table.shape)} and {_about(truth)}"
+            f"adapter_recall: must have [b, k] with b, k >= 1 and truth int64 [b], got {list(table.shape)} and {_about(truth)}"
         )
     if not len(ks) or min(ks) < 1 or max(ks) > table.shape[1]:
-        raise ValueError(f"recall_at: every k must be within 1..{table.shape[1]}, got {list(ks)}")
+        raise ValueError(f"adapter_recall: every k must be within 1..{table.shape[1]}, got {list(ks)}")
     truth = truth.to(table.device)
     limit = table.shape[1] if isinstance(found, Tensor) else None
     if bool((truth < 0).any()) or (limit is not None and bool((truth >= limit).any())):
         raise ValueError(
-            f"recall_at: truth must be the index of an adapter, 0..{'' if limit is None else limit - 1}, got {truth.tolist()}"
+            f"adapter_recall: truth must be the index of an adapter, 0..{'' if limit is None else limit - 1}, got {truth.tolist()}"
         )
     if isinstance(found, Retrieved):
         hits = table == truth[:, None]
         return {int(k): float(hits[:, :k].any(1).double().mean()) for k in ks}
     if not bool(table.isfinite().all()):
         raise ValueError(
-            f"recall_at: similarities must be finite, row {int((~table.isfinite()).any(1).nonzero()[0])} has others"
+            f"adapter_recall: similarities must be finite, row {int((~table.isfinite()).any(1).nonzero()[0])} has others"
         )
     right = table.gather(1, truth[:, None])
     before = torch.arange(table.shape[1], device=table.device) < truth[:, None]

@@ -286,7 +286,7 @@ def encode_conversations(chat: Chat, conversations: Sequence[Dialogue], *, promp
             conversation.
     Raises:
         ValueError: with the place of the conversation: images for a model that takes none, an image that
-            cannot be read or is too long a strip; as `encoding.encode`. A template that writes today's
+            cannot be read or is too long a strip; as `encoding.encode_conversation`. A template that writes today's
             date, where something is trained.
     """
     if chat.vision is None:
@@ -305,7 +305,7 @@ def encode_conversations(chat: Chat, conversations: Sequence[Dialogue], *, promp
         else:
             parts.append(conversation)
             turns.append("all")
-    samples, refused = encoding.encode_all(
+    samples, refused = encoding.encode_conversations(
         chat.tokenizer,
         [part.messages for part in parts],
         placeholder=chat.vision.placeholder if chat.vision else None,
@@ -321,7 +321,7 @@ def encode_conversations(chat: Chat, conversations: Sequence[Dialogue], *, promp
 
 
 def template_settings(cfg: ChatConfig) -> dict[str, Any]:
-    """What `encoding.encode` and `encoding.encode_prompt` take of the record."""
+    """What `encoding.encode_conversation` and `encoding.encode_prompt` take of the record."""
     return {"template": cfg.template or None, "options": cfg.options, "allow": cfg.allow, "end": cfg.end}
 
 
@@ -415,7 +415,7 @@ def make_batch(
     """A batch: ids, mask, labels, visual [b, t], images [b] (the number of items), and the items' tensors."""
     tok = chat.tokenizer
     pad = tok.pad_token_id if tok.pad_token_id is not None else tok.eos_token_id or 0
-    batch = encoding.collate([data.samples[i] for i in rows], pad, side=side)
+    batch = encoding.collate_samples([data.samples[i] for i in rows], pad, side=side)
     items = [data.conversations[i].items for i in rows]
     batch["images"] = torch.tensor([len(of_row) for of_row in items])
     if chat.vision is None:

@@ -124,7 +124,7 @@ class TooLong(ValueError):
         )
 
 
-def encode(
+def encode_conversation(
     tok: Any,
     messages: Sequence[Message],
     *,
@@ -189,7 +189,7 @@ def encode_prompt(
 ) -> Sample:
     """What generation starts from: messages that end with the user's, and the header of the answer; no token is trained.
 
-    Args and errors as `encode`; a prompt longer than `context` is always TooLong. The ids are the first ones of the whole conversation's,
+    Args and errors as `encode_conversation`; a prompt longer than `context` is always TooLong. The ids are the first ones of the whole conversation's,
     encoded with the same `turns`.
     """
     how = _How(
@@ -204,7 +204,7 @@ def encode_prompt(
     return _encode(_look(tok), how, messages, visual, "user")
 
 
-def encode_all(
+def encode_conversations(
     tok: Any,
     conversations: Sequence[Sequence[Message]],
     *,
@@ -221,17 +221,17 @@ def encode_all(
     """Samples of the conversations that fit, in order, and (index, reason) of those that are too long; a warning says how many.
 
     Args:
-        visual: as for `encode`, one sequence per conversation.
-        turns: as for `encode`, one per conversation; "all" for each if left out.
+        visual: as for `encode_conversation`, one sequence per conversation.
+        turns: as for `encode_conversation`, one per conversation; "all" for each if left out.
         names: what errors call each conversation, such as its file and line; "conversation 3" if left out.
     Raises:
-        ValueError: as `encode`, with the name; or no conversation fits.
+        ValueError: as `encode_conversation`, with the name; or no conversation fits.
     """
     n = len(conversations)
     for what, given in (("visual", visual), ("turns", turns or None), ("names", names or None)):
         if given is not None and len(given) != n:
             raise ValueError(
-                f"encode_all: {what} must have one row per conversation, got {len(given)} for {n}"
+                f"encode_conversations: {what} must have one row per conversation, got {len(given)} for {n}"
             )
     visual = visual or [()] * n
     turns = turns or ["all"] * n
@@ -257,7 +257,7 @@ def encode_all(
         longest = max(e.needed for _, e in refused)
         count = f"{len(refused)} of {n} conversations do not fit the context of {context} tokens (the longest needs {longest})"
         if not samples:
-            raise ValueError(f"encode_all: {count}; make the images smaller or raise the context")
+            raise ValueError(f"encode_conversations: {count}; make the images smaller or raise the context")
         _log.warning("%s and are left out", count)
     stripped = sum(s.stripped for s in samples)
     if stripped:
@@ -275,7 +275,7 @@ def rewrites_history(
     """Whether the template writes an earlier answer in another way than behind its own prompt.
 
     Templates of reasoning models do: a prompt opens or skips the reasoning, and of earlier answers the reasoning is left out. Such a
-    conversation is trained as one sample per answer: `encode(messages[:i], turns="last")`, whose ids are those that generation sees.
+    conversation is trained as one sample per answer: `encode_conversation(messages[:i], turns="last")`, whose ids are those that generation sees.
     """
     check_order(messages, messages[-1]["role"] if messages else "assistant", "encode")
     how = _How(
@@ -349,7 +349,7 @@ def end_ids(
     return tuple(tok.convert_tokens_to_ids([*found[:1]]))
 
 
-def collate(
+def collate_samples(
     samples: Sequence[Sample], pad_id: int, *, side: Literal["right", "left"] = "right", multiple_of: int = 1
 ) -> dict[str, Tensor]:
     """Samples as rows of one length.
@@ -364,7 +364,7 @@ def collate(
     """
     if not samples or side not in ("right", "left") or multiple_of < 1:
         raise ValueError(
-            f"collate: needs samples, side right or left and multiple_of >= 1, got {len(samples)} samples, {side!r}, {multiple_of}"
+            f"collate_samples: needs samples, side right or left and multiple_of >= 1, got {len(samples)} samples, {side!r}, {multiple_of}"
         )
     length = -(-max(len(s.ids) for s in samples) // multiple_of) * multiple_of
     out = {
@@ -382,7 +382,7 @@ def collate(
     return out
 
 
-def show(tok: Any, sample: Sample, marks: tuple[str, str] = ("«", "»")) -> str:
+def show_sample(tok: Any, sample: Sample, marks: tuple[str, str] = ("«", "»")) -> str:
     """A sample as text for people: trained tokens between `marks`, visual tokens as "<|image_pad|> x 256", counts in the last line.
 
     Args:
@@ -423,7 +423,7 @@ class _Kit:
 
 @frozen(kw_only=True, eq=False)
 class _How:
-    """The options of `encode`."""
+    """The options of `encode_conversation`."""
 
     placeholder: Placeholder | None
     context: int | None

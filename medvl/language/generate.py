@@ -92,21 +92,21 @@ def generate(
 
     Args:
         params: weights of `skeleton`, of any kind; weights per sample must be for the rows of this batch.
-        inputs: a batch as of `vlm.arguments`, padded on either side; images are seen once, with the prompt.
+        inputs: a batch as of `vlm.model_inputs`, padded on either side; images are seen once, with the prompt.
         tok: tokenizer; needed for texts, stop strings and `on_token`.
         allowed: (step, ids generated so far [b, step]) -> bool mask [v] or [b, v] of the tokens that may come; a mask shorter than the
-            vocabulary forbids the rest. `only` and `phases` make some. Rows that are done are asked too, and not heard.
+            vocabulary forbids the rest. `allow_only` and `allow_in_phases` make some. Rows that are done are asked too, and not heard.
         on_token: (row, piece of text), called whenever more of a row's text is certain: whole characters, nothing of a stop string. The
             pieces of a row joined are its text. An exception in it ends the call.
         gen: a generator, or one for every row, on any device; of cfg.seed if left out. Used only with temperature > 0.
     Raises:
-        ValueError: as `vlm.arguments`; no token allowed; a prompt too long; a mask, tokenizer or stop string that cannot be used; a
+        ValueError: as `vlm.model_inputs`; no token allowed; a prompt too long; a mask, tokenizer or stop string that cannot be used; a
             skeleton that is `hub.checkpointed`.
         FloatingPointError: logits that are not finite.
     """
     _check_text(cfg, tok, on_token)
     _check_cache(skeleton)
-    call = vlm.arguments(skeleton, left_padded(inputs))
+    call = vlm.model_inputs(skeleton, left_padded(inputs))
     rows, size = _check_room(cfg, skeleton, call)
     draws = _draws(cfg, gen, rows, call["attention_mask"].device)
     ids: list[list[int]] = [[] for _ in range(rows)]
@@ -120,7 +120,7 @@ def generate(
         scores, end = next(steps), torch.tensor(cfg.end, dtype=torch.int64, device=draws.device)
         used = _prompt_tokens(call, size)
         for step in range(cfg.max_tokens):
-            scores = penalise(cfg, scores, used)
+            scores = penalise_repetition(cfg, scores, used)
             if step < cfg.min_tokens and cfg.end:
                 scores = scores.index_fill(1, end, -torch.inf)
             if allowed is not None:
@@ -167,15 +167,15 @@ def score_options(
     """How likely each of several answers is after its prompt. The prompt (with its images) is computed once.
 
     Args:
-        inputs: a batch as of `vlm.arguments`.
+        inputs: a batch as of `vlm.model_inputs`.
         options: token ids of the answers of each row; rows may have different numbers of them.
     Returns:
         log-likelihoods float32 [b, o], summed over the tokens of an option, and their means per token; -inf where a row has fewer options.
     Raises:
-        ValueError: as `vlm.arguments`; another number of rows, an option without tokens, ids outside the table.
+        ValueError: as `vlm.model_inputs`; another number of rows, an option without tokens, ids outside the table.
     """
     _check_cache(skeleton)
-    call = vlm.arguments(skeleton, left_padded(inputs))
+    call = vlm.model_inputs(skeleton, left_padded(inputs))
     mask, table = call["attention_mask"], skeleton.module.get_input_embeddings()  # type: ignore[operator]
     ids = [t for row in options for option in row for t in option]
     if len(options) != len(mask) or not all(row and all(row) for row in options):
@@ -216,14 +216,14 @@ def score_options(
     return torch.stack([s for s, _ in out], 1), torch.stack([m for _, m in out], 1)
 
 
-def only(ids: Sequence[int]) -> Allowed:
+def allow_only(ids: Sequence[int]) -> Allowed:
     """A mask that allows these tokens at every step.
 
     Raises:
         ValueError: no ids, or negative ones.
     """
     if not ids or min(ids) < 0:
-        raise ValueError(f"only: needs ids >= 0, got {list(ids)}")
+        raise ValueError(f"allow_only: needs ids >= 0, got {list(ids)}")
     mask = torch.zeros(max(ids) + 1, dtype=torch.bool)
     mask[list(ids)] = True
     on: dict[torch.device, Tensor] = {}
@@ -236,14 +236,14 @@ def only(ids: Sequence[int]) -> Allowed:
     return allowed
 
 
-def phases(*parts: tuple[int, Allowed]) -> Allowed:
-    """Masks one after the other, each for a number of steps; the last stays. Image codes: `phases((1024, only(codes)), (1, only([end])))`.
+def allow_in_phases(*parts: tuple[int, Allowed]) -> Allowed:
+    """Masks one after the other, each for a number of steps; the last stays. Image codes: `allow_in_phases((1024, allow_only(codes)), (1, allow_only([end])))`.
 
     Raises:
         ValueError: no parts, or one of less than a step.
     """
     if not parts or min(n for n, _ in parts) < 1:
-        raise ValueError(f"phases: needs parts of at least one step, got {[n for n, _ in parts]}")
+        raise ValueError(f"allow_in_phases: needs parts of at least one step, got {[n for n, _ in parts]}")
 
     def allowed(step: int, so_far: Tensor) -> Tensor:
         ends = itertools.accumulate(n for n, _ in parts)
@@ -253,7 +253,7 @@ def phases(*parts: tuple[int, Allowed]) -> Allowed:
     return allowed
 
 
-def probabilities(cfg: Sampling, logits: Tensor) -> Tensor:
+def sampling_probabilities(cfg: Sampling, logits: Tensor) -> Tensor:
     """What a token is drawn from, [b, v] -> float32 [b, v]: softmax at cfg.temperature (not 0) of the tokens that top_k and top_p leave.
 
     Source: top_p after Holtzman et al. 2020, arXiv:1904.09751, section 3.1; the same order as in transformers: temperature, top_k, top_p.
@@ -262,7 +262,7 @@ def probabilities(cfg: Sampling, logits: Tensor) -> Tensor:
     return share if ids is None else torch.zeros_like(logits, dtype=torch.float32).scatter(1, ids, share)
 
 
-def penalise(cfg: Sampling, logits: Tensor, used: Tensor) -> Tensor:
+def penalise_repetition(cfg: Sampling, logits: Tensor, used: Tensor) -> Tensor:
     """Logits [b, v] with cfg.repetition_penalty on the tokens that are `used`, bool [b, v].
 
     Source: Keskar et al. 2019 (CTRL), arXiv:1909.05858, section 4.1; RepetitionPenaltyLogitsProcessor of transformers, but for padding,

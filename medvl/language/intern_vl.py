@@ -76,17 +76,19 @@ class TileConfig:
                 )
 
 
-def tile_config(raw: Mapping[str, Any]) -> TileConfig:
+def parse_tile_config(raw: Mapping[str, Any]) -> TileConfig:
     """The record of a preprocessor_config.json, or of a processor_config.json with "image_processor" in it.
 
     Keys that are null are as if they were not there. Of what may be missing the defaults of transformers hold: min_patches 1, max_patches
     12, image_seq_length 256 (older models have it in a processor_config.json of its own: join the two records with |).
     Raises:
-        ValueError: another model's file, a key missing, unknown or of the wrong type, or steps that `tile` does not do.
+        ValueError: another model's file, a key missing, unknown or of the wrong type, or steps that `tile_image` does not do.
     """
     inner = raw.get("image_processor", raw) if isinstance(raw, Mapping) else raw
     if not isinstance(inner, Mapping):
-        raise ValueError(f"tile_config: must be a record of keys and values, got {type(inner).__name__}")
+        raise ValueError(
+            f"parse_tile_config: must be a record of keys and values, got {type(inner).__name__}"
+        )
     outer = [(k, raw.get(k)) for k in ("image_seq_length", "processor_class")]
     given = {k: v for k, v in [*inner.items(), *outer] if v is not None}
     for k, known in (
@@ -94,25 +96,27 @@ def tile_config(raw: Mapping[str, Any]) -> TileConfig:
         ("processor_class", "InternVLProcessor"),
     ):
         if not str(given.get(k, known)).startswith(known):
-            raise ValueError(f"tile_config: {k} must be {known} as in InternVL's files, got {given[k]!r}")
+            raise ValueError(
+                f"parse_tile_config: {k} must be {known} as in InternVL's files, got {given[k]!r}"
+            )
     if wrong := [f"{k}={given[k]!r}, not {v!r}" for k, v in _FIXED.items() if given.get(k, v) != v]:
-        raise ValueError(f"tile_config: the image steps of InternVL are fixed, got {'; '.join(wrong)}")
+        raise ValueError(f"parse_tile_config: the image steps of InternVL are fixed, got {'; '.join(wrong)}")
     if unknown := sorted(given.keys() - _READ - _FIXED.keys() - _IGNORED):
         raise ValueError(
-            f"tile_config: unknown keys {', '.join(unknown)}; known are {', '.join(sorted(_READ))}"
+            f"parse_tile_config: unknown keys {', '.join(unknown)}; known are {', '.join(sorted(_READ))}"
         )
     if missing := [k for k in ("size", "image_mean", "image_std") if k not in given]:
         raise ValueError(
-            f"tile_config: must have {', '.join(missing)}, got only {', '.join(sorted(given)) or 'an empty record'}"
+            f"parse_tile_config: must have {', '.join(missing)}, got only {', '.join(sorted(given)) or 'an empty record'}"
         )
     size = given["size"]
     if not isinstance(size, Mapping) or size.keys() != {"height", "width"} or size["height"] != size["width"]:
         raise ValueError(
-            f"tile_config: size must hold height and width, equal as tiles are square, got {size!r}"
+            f"parse_tile_config: size must hold height and width, equal as tiles are square, got {size!r}"
         )
     for k in ("image_mean", "image_std"):
         if not isinstance(given[k], list | tuple):
-            raise ValueError(f"tile_config: {k} must be a list of 3 numbers, got {given[k]!r}")
+            raise ValueError(f"parse_tile_config: {k} must be a list of 3 numbers, got {given[k]!r}")
     return TileConfig(
         size=size["height"],
         most=given.get("max_patches", 12),
@@ -123,14 +127,14 @@ def tile_config(raw: Mapping[str, Any]) -> TileConfig:
     )
 
 
-def to_raw(cfg: TileConfig) -> dict[str, Any]:
-    """The preprocessor_config.json of a record, as `tile_config` and transformers read it."""
+def dump_tile_config(cfg: TileConfig) -> dict[str, Any]:
+    """The preprocessor_config.json of a record, as `parse_tile_config` and transformers read it."""
     own = {"size": {"height": cfg.size, "width": cfg.size}, "min_patches": cfg.least, "max_patches": cfg.most}
     look = {"image_mean": list(cfg.mean), "image_std": list(cfg.std), "image_seq_length": cfg.tokens}
     return {"image_processor_type": "GotOcr2ImageProcessor", "crop_to_patches": True} | own | look | _FIXED
 
 
-def grid_of(cfg: TileConfig, height: int, width: int) -> tuple[int, int]:
+def tile_grid(cfg: TileConfig, height: int, width: int) -> tuple[int, int]:
     """The (columns, rows) of tiles an image of height x width pixels is cut into, its thumbnail not counted.
 
     Of all grids of `least` to `most` tiles, the one nearest to the image in width / height; of equally near ones, the largest that the
@@ -140,7 +144,7 @@ def grid_of(cfg: TileConfig, height: int, width: int) -> tuple[int, int]:
     Source: Chen et al. 2024, arXiv:2404.16821, section 3.2; equal to `get_optimal_tiled_canvas` of transformers' GotOcr2ImageProcessor.
     """
     if min(height, width) < 1:
-        raise ValueError(f"grid_of: height and width must be positive, got {height} x {width}")
+        raise ValueError(f"tile_grid: height and width must be positive, got {height} x {width}")
     grids = [
         (c, r) for c in range(1, cfg.most + 1) for r in range(1, cfg.most // c + 1) if c * r >= cfg.least
     ]
@@ -151,7 +155,7 @@ def grid_of(cfg: TileConfig, height: int, width: int) -> tuple[int, int]:
     return (filled or ties[:1])[-1]
 
 
-def tile(cfg: TileConfig, image: Picture) -> Tensor:
+def tile_image(cfg: TileConfig, image: Picture) -> Tensor:
     """Resize one image to its grid of tiles (which changes its shape a little), cut it and normalise.
 
     Args:
@@ -169,11 +173,11 @@ def tile(cfg: TileConfig, image: Picture) -> Tensor:
     return out
 
 
-def tile_all(cfg: TileConfig, images: Sequence[Picture]) -> tuple[Tensor, list[int]]:
-    """`tile` of several images, one after another: pixel_values [sum n, 3, size, size] and the tiles of each image; may be none.
+def tile_images(cfg: TileConfig, images: Sequence[Picture]) -> tuple[Tensor, list[int]]:
+    """`tile_image` of several images, one after another: pixel_values [sum n, 3, size, size] and the tiles of each image; may be none.
 
     Raises:
-        ValueError: as `tile`; says which image.
+        ValueError: as `tile_image`; says which image.
     """
     rgbs, counts = [], []
     for i, image in enumerate(images):
@@ -181,26 +185,26 @@ def tile_all(cfg: TileConfig, images: Sequence[Picture]) -> tuple[Tensor, list[i
             rgbs.append(to_rgb(image, "tile"))
             counts.append(_count(cfg, rgbs[-1]))
         except ValueError as e:
-            raise ValueError(f"tile_all: image {i}: {e}") from e
+            raise ValueError(f"tile_images: image {i}: {e}") from e
     out = _empty(cfg, sum(counts))
     for rgb, part in zip(rgbs, out.split(counts) if counts else (), strict=True):
         _fill(cfg, rgb, part)
     return out, counts
 
 
-def visual_tokens(cfg: TileConfig, tiles: int) -> int:
+def count_tile_tokens(cfg: TileConfig, tiles: int) -> int:
     """How many tokens `<IMG_CONTEXT>` an image of so many tiles, thumbnail counted, takes between its `<img>` and `</img>`.
 
     Raises:
         ValueError: tiles is no whole number >= 1.
     """
     if type(tiles) is not int or tiles < 1:
-        raise ValueError(f"visual_tokens: tiles must be a whole number >= 1, got {tiles!r}")
+        raise ValueError(f"count_tile_tokens: tiles must be a whole number >= 1, got {tiles!r}")
     return tiles * cfg.tokens
 
 
 def _count(cfg: TileConfig, rgb: Image.Image) -> int:
-    n = math.prod(grid_of(cfg, rgb.height, rgb.width))
+    n = math.prod(tile_grid(cfg, rgb.height, rgb.width))
     return n + (cfg.thumbnail and n > 1)
 
 
@@ -209,7 +213,7 @@ def _empty(cfg: TileConfig, n: int) -> Tensor:
 
 
 def _fill(cfg: TileConfig, rgb: Image.Image, out: Tensor) -> None:
-    columns, rows = grid_of(cfg, rgb.height, rgb.width)
+    columns, rows = tile_grid(cfg, rgb.height, rgb.width)
     _cut(cfg, rgb, columns, rows, out[: columns * rows])
     if len(out) > columns * rows:
         _cut(cfg, rgb, 1, 1, out[columns * rows :])

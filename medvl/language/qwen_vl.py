@@ -76,48 +76,48 @@ class ImageConfig:
                 )
 
 
-def image_config(raw: Mapping[str, Any]) -> ImageConfig:
+def parse_image_config(raw: Mapping[str, Any]) -> ImageConfig:
     """The record of a preprocessor_config.json, or of the "image_processor" in a processor_config.json.
 
     Pixel bounds are read as min_pixels and max_pixels or as size {"shortest_edge", "longest_edge"} (both are numbers of pixels); where a
     file has both, the first count, as in transformers. Keys that are null are as if they were not there.
     Raises:
-        ValueError: another model's file, a key missing, unknown or of the wrong type, or steps that `patchify` does not do.
+        ValueError: another model's file, a key missing, unknown or of the wrong type, or steps that `patchify_image` does not do.
     """
     raw = raw.get("image_processor", raw) if isinstance(raw, Mapping) else raw
     if not isinstance(raw, Mapping):
-        raise ValueError(f"image_config: must be a record of keys and values, got {type(raw).__name__}")
+        raise ValueError(f"parse_image_config: must be a record of keys and values, got {type(raw).__name__}")
     given = {k: v for k, v in raw.items() if v is not None}
     if "Qwen" not in str(given.get("image_processor_type", "Qwen")):
         raise ValueError(
-            f"image_config: image_processor_type must be one of Qwen-VL's, got {given['image_processor_type']!r}"
+            f"parse_image_config: image_processor_type must be one of Qwen-VL's, got {given['image_processor_type']!r}"
         )
     if wrong := [f"{k}={given[k]!r}, not {v!r}" for k, v in _FIXED.items() if given.get(k, v) != v]:
-        raise ValueError(f"image_config: the image steps of Qwen-VL are fixed, got {'; '.join(wrong)}")
+        raise ValueError(f"parse_image_config: the image steps of Qwen-VL are fixed, got {'; '.join(wrong)}")
     size = given.get("size", {})
     edges = ("shortest_edge", "longest_edge", "min_pixels", "max_pixels")
     if not isinstance(size, Mapping) or size.keys() - set(edges):
-        raise ValueError(f"image_config: size must hold shortest_edge and longest_edge, got {size!r}")
+        raise ValueError(f"parse_image_config: size must hold shortest_edge and longest_edge, got {size!r}")
     if unknown := sorted(given.keys() - _READ - _FIXED.keys() - _IGNORED):
         raise ValueError(
-            f"image_config: unknown keys {', '.join(unknown)}; known are {', '.join(sorted(_READ))}"
+            f"parse_image_config: unknown keys {', '.join(unknown)}; known are {', '.join(sorted(_READ))}"
         )
     found: dict[str, Any] = {ours: given.get(theirs) for ours, theirs in _SIZES.items()}
     for k, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
         found[k] = given.get(k, size.get(edge, size.get(k)))
     if missing := [_SIZES.get(k, k) for k, v in found.items() if v is None]:
         raise ValueError(
-            f"image_config: must have {', '.join(missing)}, got only {', '.join(sorted(given)) or 'an empty record'}"
+            f"parse_image_config: must have {', '.join(missing)}, got only {', '.join(sorted(given)) or 'an empty record'}"
         )
     for k in ("mean", "std"):
         if not isinstance(found[k], list | tuple):
-            raise ValueError(f"image_config: {_SIZES[k]} must be a list of 3 numbers, got {found[k]!r}")
+            raise ValueError(f"parse_image_config: {_SIZES[k]} must be a list of 3 numbers, got {found[k]!r}")
         found[k] = tuple(found[k])
     return ImageConfig(**found)
 
 
-def to_raw(cfg: ImageConfig) -> dict[str, Any]:
-    """The preprocessor_config.json of a record, as `image_config` and transformers read it."""
+def dump_image_config(cfg: ImageConfig) -> dict[str, Any]:
+    """The preprocessor_config.json of a record, as `parse_image_config` and transformers read it."""
     own = {
         theirs: list(v) if isinstance(v := getattr(cfg, ours), tuple) else v
         for ours, theirs in _SIZES.items()
@@ -150,7 +150,7 @@ def smart_resize(cfg: ImageConfig, height: int, width: int) -> tuple[int, int]:
     return h, w
 
 
-def patchify(cfg: ImageConfig, image: Picture) -> tuple[Tensor, Grid]:
+def patchify_image(cfg: ImageConfig, image: Picture) -> tuple[Tensor, Grid]:
     """Resize and normalise one image and cut it into patches.
 
     Args:
@@ -172,11 +172,11 @@ def patchify(cfg: ImageConfig, image: Picture) -> tuple[Tensor, Grid]:
     return out, grid
 
 
-def patchify_all(cfg: ImageConfig, images: Sequence[Picture]) -> tuple[Tensor, Tensor]:
-    """`patchify` of several images, one after another: pixel_values [sum p, ...] and image_grid_thw int64 [n, 3]; n may be 0.
+def patchify_images(cfg: ImageConfig, images: Sequence[Picture]) -> tuple[Tensor, Tensor]:
+    """`patchify_image` of several images, one after another: pixel_values [sum p, ...] and image_grid_thw int64 [n, 3]; n may be 0.
 
     Raises:
-        ValueError: as `patchify`; says which image.
+        ValueError: as `patchify_image`; says which image.
     """
     rgbs, grids = [], []
     for i, image in enumerate(images):
@@ -184,7 +184,7 @@ def patchify_all(cfg: ImageConfig, images: Sequence[Picture]) -> tuple[Tensor, T
             rgbs.append(to_rgb(image, "patchify"))
             grids.append(_grid(cfg, rgbs[-1]))
         except ValueError as e:
-            raise ValueError(f"patchify_all: image {i}: {e}") from e
+            raise ValueError(f"patchify_images: image {i}: {e}") from e
     counts = [h * w for _, h, w in grids]
     out = torch.empty(sum(counts), 3 * cfg.temporal * cfg.patch**2)
     for rgb, part in zip(rgbs, out.split(counts) if counts else (), strict=True):
@@ -211,13 +211,13 @@ def _fill(cfg: ImageConfig, rgb: Image.Image, out: Tensor) -> None:
         row.copy_(patches.float().div_(255).sub_(mean).div_(std).expand_as(row))
 
 
-def visual_tokens(cfg: ImageConfig, grid: Sequence[int] | Tensor) -> int:
+def count_image_tokens(cfg: ImageConfig, grid: Sequence[int] | Tensor) -> int:
     """How many tokens an image (or video) of a grid (t, h, w) takes in the language model: t h w / merge squared.
 
     Raises:
         ValueError: h or w is no positive multiple of merge.
     """
-    t, h, w = _block("visual_tokens", "grid", [int(x) for x in grid], cfg.merge)
+    t, h, w = _block("count_image_tokens", "grid", [int(x) for x in grid], cfg.merge)
     return t * h * w
 
 
@@ -249,7 +249,7 @@ def mrope(
     """Rotary positions on three axes (time, height, width) of a batch of texts with images.
 
     Args:
-        ids: [b, t]; every image is a run of `image_token`, as many as `visual_tokens` says. Images may touch: the grids part them.
+        ids: [b, t]; every image is a run of `image_token`, as many as `count_image_tokens` says. Images may touch: the grids part them.
         mask: bool [b, t], false at padding (on either side), whose positions are 0.
         grid: [n, 3] (t, h, w) in patches of all images, row by row; None where there is none.
         video_grid: the same for videos; for Qwen3-VL a row (1, h, w) for every frame, between which its timestamps stand.

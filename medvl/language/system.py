@@ -261,7 +261,7 @@ def show_labels(
     opened = init(torch.device("meta")).chat
     # A conversation of a reasoning model is one sample for each answer.
     samples = chat.encode_conversations(opened, conversations[number : number + 1]).samples
-    return "\n\n".join(encoding.show(opened.tokenizer, sample) for sample in samples)
+    return "\n\n".join(encoding.show_sample(opened.tokenizer, sample) for sample in samples)
 
 
 def estimate_memory(

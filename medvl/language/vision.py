@@ -71,12 +71,12 @@ def vision_of(
     if kind == "internvl":
         side = encoder["image_size"]
         side = side[0] if isinstance(side, list) else side
-        tile_config = intern_vl.tile_config(raw) if raw else intern_vl.TileConfig(size=side)
+        tile_config = intern_vl.parse_tile_config(raw) if raw else intern_vl.TileConfig(size=side)
         # What a tile becomes is decided by the model, whatever the file says.
         tile_config = evolve(tile_config, tokens=config["image_seq_length"])
         return intern_tiles(tile_config, max_pixels=max_pixels, window=window)
     if raw:
-        image_config = qwen_vl.image_config(raw)
+        image_config = qwen_vl.parse_image_config(raw)
     else:
         image_config = qwen_vl.ImageConfig(
             patch=encoder["patch_size"],
@@ -112,13 +112,13 @@ def qwen_patches(cfg: qwen_vl.ImageConfig, *, window: tuple[float, ...] = ()) ->
             h, w = qwen_vl.smart_resize(cfg, height, width)
         except ValueError as e:
             raise ValueError(f"{item}: {e}") from e
-        return qwen_vl.visual_tokens(cfg, (1, h // cfg.patch, w // cfg.patch))
+        return qwen_vl.count_image_tokens(cfg, (1, h // cfg.patch, w // cfg.patch))
 
     def load_items(items: Sequence[Path | Image.Image]) -> dict[str, Tensor]:
         if not items:
             return {}
         opened = [open_item(item, window=window) for item in items]
-        patches, grid = qwen_vl.patchify_all(cfg, opened)
+        patches, grid = qwen_vl.patchify_images(cfg, opened)
         return {"pixel_values": patches, "image_grid_thw": grid}
 
     def select_rows(batch: Batch, rows: slice) -> dict[str, Tensor]:
@@ -137,7 +137,7 @@ def qwen_patches(cfg: qwen_vl.ImageConfig, *, window: tuple[float, ...] = ()) ->
         load_items=load_items,
         select_rows=select_rows,
         example=Image.new("RGB", (side, side)),
-        preprocessor=qwen_vl.to_raw(cfg),
+        preprocessor=qwen_vl.dump_image_config(cfg),
     )
 
 
@@ -151,15 +151,15 @@ def intern_tiles(cfg: intern_vl.TileConfig, *, max_pixels: int = 0, window: tupl
 
     def count_tokens(item: Path | Image.Image) -> int:
         width, height = open_item(item, window=window, max_pixels=max_pixels).size
-        columns, rows = intern_vl.grid_of(cfg, height, width)
+        columns, rows = intern_vl.tile_grid(cfg, height, width)
         thumbnail = cfg.thumbnail and columns * rows > 1
-        return intern_vl.visual_tokens(cfg, columns * rows + thumbnail)
+        return intern_vl.count_tile_tokens(cfg, columns * rows + thumbnail)
 
     def load_items(items: Sequence[Path | Image.Image]) -> dict[str, Tensor]:
         if not items:
             return {}
         opened = [open_item(item, window=window, max_pixels=max_pixels) for item in items]
-        return {"pixel_values": intern_vl.tile_all(cfg, opened)[0]}
+        return {"pixel_values": intern_vl.tile_images(cfg, opened)[0]}
 
     def select_rows(batch: Batch, rows: slice) -> dict[str, Tensor]:
         # How many tiles a row has is told by its visual tokens: an image may have any number of tiles.
@@ -174,7 +174,7 @@ def intern_tiles(cfg: intern_vl.TileConfig, *, max_pixels: int = 0, window: tupl
         load_items=load_items,
         select_rows=select_rows,
         example=Image.new("RGB", (cfg.size, cfg.size)),
-        preprocessor=intern_vl.to_raw(cfg),
+        preprocessor=intern_vl.dump_tile_config(cfg),
     )
 
 

@@ -89,7 +89,7 @@ def visual_rows(ids: Tensor, token: int) -> Tensor:
     return torch.arange(len(ids), device=ids.device).repeat_interleave((ids == token).sum(1))
 
 
-def head_of(skeleton: Skeleton) -> tuple[str, str | None]:
+def language_head_names(skeleton: Skeleton) -> tuple[str, str | None]:
     """The names in params of the language head's weight and bias (None where it has none); a tied head has the token table's name.
 
     Raises:
@@ -99,21 +99,23 @@ def head_of(skeleton: Skeleton) -> tuple[str, str | None]:
     kind = skeleton.config.get("model_type")
     if behind := sorted(_settings(skeleton.config, _BEHIND_HEAD)):
         raise ValueError(
-            f"head_of: logits of {kind} are more than hidden states times head ({', '.join(behind)}); it cannot be split off"
+            f"language_head_names: logits of {kind} are more than hidden states times head ({', '.join(behind)}); it cannot be split off"
         )
     if kind == "chameleon":
-        raise ValueError("head_of: chameleon masks logits behind its head; it cannot be split off")
+        raise ValueError(
+            "language_head_names: chameleon masks logits behind its head; it cannot be split off"
+        )
     head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
     if head is None or getattr(head, "weight", None) is None:
         raise ValueError(
-            f"head_of: {skeleton.name} ({kind}) has no language head; load it with head='language'"
+            f"language_head_names: {skeleton.name} ({kind}) has no language head; load it with head='language'"
         )
     names = {id(p): n for n, p in module.named_parameters()}
     bias = getattr(head, "bias", None)
     return names[id(head.weight)], None if bias is None else names[id(bias)]
 
 
-def arguments(skeleton: Skeleton, batch: Mapping[str, Any]) -> dict[str, Any]:
+def model_inputs(skeleton: Skeleton, batch: Mapping[str, Any]) -> dict[str, Any]:
     """A batch in the house's names as the keyword arguments of the skeleton's call; positions always explicit.
 
     Positions count the tokens that exist, so padding may be on either side. Those of Qwen-VL have three axes: they are taken from
@@ -170,13 +172,13 @@ def hidden_states(skeleton: Skeleton, params: Mapping[str, Tensor], **batch: Any
     """The last hidden states [b, t, d], those that the language head would get.
 
     Args:
-        batch: as of `arguments`.
+        batch: as of `model_inputs`.
     Raises:
-        ValueError: as `arguments` and `head_of`.
+        ValueError: as `model_inputs` and `language_head_names`.
     """
-    name, _ = head_of(skeleton)
+    name, _ = language_head_names(skeleton)
     return skeleton(
-        {**params, name: lazy.passed(params[name])}, **arguments(skeleton, batch), use_cache=False
+        {**params, name: lazy.passed(params[name])}, **model_inputs(skeleton, batch), use_cache=False
     ).logits
 
 
@@ -186,13 +188,13 @@ def answer_loss(
     """Cross-entropy of the tokens that are trained, summed, and their number; logits of at most `chunk` tokens exist at a time.
 
     Args:
-        batch: as of `arguments`, and "labels" int64 [b, t], not shifted: -100 where a token is not trained, else its id.
+        batch: as of `model_inputs`, and "labels" int64 [b, t], not shifted: -100 where a token is not trained, else its id.
     Returns:
         sum in float32 and count. Divide by the count of the whole batch: `losses.token_mean`.
     Raises:
-        ValueError: as `arguments`, `head_of` and `losses.token_cross_entropy`; no labels.
+        ValueError: as `model_inputs`, `language_head_names` and `losses.token_cross_entropy`; no labels.
     """
-    name, bias = head_of(skeleton)
+    name, bias = language_head_names(skeleton)
     labels = batch.get("labels")
     if labels is None:
         raise ValueError(

@@ -12,7 +12,7 @@ from attrs import asdict, evolve, frozen
 from medvl.adapters import embed, experts, registry, retrieve
 from medvl.adapters.embed import EmbedConfig
 from medvl.adapters.experts import Answer, Experts, FusionConfig, HoldConfig
-from medvl.adapters.registry import Record
+from medvl.adapters.registry import AdapterRecord
 from medvl.adapters.retrieve import RetrieveConfig
 from medvl.base import config, files, processes
 from medvl.base.display import track
@@ -130,7 +130,7 @@ def ask(
         path = Path(adapters) if adapters else adapters_run.registry_of(folder)
         experts.check_mode(how["mode"], own, [r.name for r in registry.read_registry(path).adapters])
         of, choose = _of_run(folder, k, overrides) if run else _of_registry(adapters, k, base, overrides)
-        _print_answer(experts.ask(of, question, images, cfg=choose, **how))
+        _print_answer(experts.ask_experts(of, question, images, cfg=choose, **how))
 
 
 def _of_registry(path: str, k: int, base: str, overrides: Sequence[str]) -> tuple[Experts, RetrieveConfig]:
@@ -339,7 +339,7 @@ def _add(
     held = registry.read_registry(where, root) if where.exists() else registry.Registry()
     if name in {r.name for r in held.adapters}:
         raise ValueError(f"adapters add: {where} has an adapter {name!r} already; give another name")
-    place = registry.place_of(where, held)
+    place = registry.registry_root(where, held)
     if vector:
         mean, count, made = files.open_array(vector), 0, ""
     elif not held.embedder:
@@ -349,7 +349,9 @@ def _add(
     else:
         maker, talks = embed.read_embedder(place / held.embedder), read_conversations(samples)
         chosen, category = drawn(talks, 20, 0), category or category_of(name, talks)
-        vectors = embed.embed(maker, [query_of(c)[0] for c in chosen], [query_of(c)[1] for c in chosen])
+        vectors = embed.embed_queries(
+            maker, [query_of(c)[0] for c in chosen], [query_of(c)[1] for c in chosen]
+        )
         mean, count, made = retrieve.adapter_vector(vectors).numpy(), len(chosen), maker.name
     about = {
         "name": name,
@@ -357,21 +359,21 @@ def _add(
         "description": description,
         "category": category,
     }
-    registry.add(where, Record(**about, vector="", samples=count, embedder=made), mean, root)
+    registry.add_adapter(where, AdapterRecord(**about, vector="", samples=count, embedder=made), mean, root)
 
 
 def _list(where: Path, root: str, base: str) -> str:
     held = registry.read_registry(where, root)
-    registry.check(where, held, base)
+    registry.check_registry(where, held, base)
     rows = []
     for r in track(held.adapters, "reading adapters"):
-        adapter = read_adapter(registry.place_of(where, held) / r.path)
+        adapter = read_adapter(registry.registry_root(where, held) / r.path)
         ranks = sorted({adapter.rank(m) for m in adapter.factors})
         rows.append(
             (r.name, r.category, "/".join(map(str, ranks)), len(adapter.factors), r.samples, r.description)
         )
     made = next((r.embedder for r in held.adapters if r.embedder), "an embedder that is not named")
-    head = f"base model {base or registry.base_of(where, held) or 'not named'}, vectors by {made}"
+    head = f"base model {base or registry.base_model(where, held) or 'not named'}, vectors by {made}"
     return (
         head
         + "\n"
@@ -385,8 +387,8 @@ def _show(where: Path, root: str, name: str) -> str:
     if name not in found:
         raise ValueError(f"adapters show: no adapter {name!r} in {where}; there are {', '.join(found)}")
     adapter, vectors = (
-        read_adapter(registry.place_of(where, held) / found[name].path),
-        registry.vectors(where, held),
+        read_adapter(registry.registry_root(where, held) / found[name].path),
+        registry.read_vectors(where, held),
     )
     near = vectors @ vectors[[*found].index(name)]
     about = [f"{k}: {v}" for k, v in asdict(found[name]).items() if v not in ("", 0)]

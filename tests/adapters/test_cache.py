@@ -12,8 +12,15 @@ import pytest
 import torch
 from attrs import evolve
 
-from medvl.adapters.cache import cached, fused, groups, mix, nbytes, pooled
-from medvl.adapters.retrieve import RetrieveConfig, Retrieved, mixture_weights, retrieve
+from medvl.adapters.cache import (
+    adapter_nbytes,
+    cache_adapters,
+    cache_fusions,
+    cache_pool,
+    group_rows,
+    mix_adapters,
+)
+from medvl.adapters.retrieve import RetrieveConfig, Retrieved, mixture_weights, retrieve_adapters
 from medvl.hub.peft_files import read_adapter, write_adapter
 from medvl.weights import lora
 from medvl.weights.compose import compose_adapters, stack_adapters
@@ -69,20 +76,22 @@ def found(indices, weights):
 # What is held ---------------------------------------------------------------------------------------------------------------------------
 def test_nbytes_counts_all_and_what_is_shared_once():
     adapter = make(0)
-    assert nbytes(adapter) == ONE
+    assert adapter_nbytes(adapter) == ONE
     gate = torch.ones(3, 2)
-    assert nbytes(evolve(adapter, gate=dict.fromkeys(SIZES, gate))) == ONE + 24
-    assert nbytes(evolve(adapter, full={"head.weight": torch.zeros(5, dtype=torch.float64)})) == ONE + 40
-    assert nbytes(lora.move_adapter(adapter, dtype=torch.bfloat16)) == ONE // 2
+    assert adapter_nbytes(evolve(adapter, gate=dict.fromkeys(SIZES, gate))) == ONE + 24
+    assert (
+        adapter_nbytes(evolve(adapter, full={"head.weight": torch.zeros(5, dtype=torch.float64)})) == ONE + 40
+    )
+    assert adapter_nbytes(lora.move_adapter(adapter, dtype=torch.bfloat16)) == ONE // 2
     pool = stack_adapters([make(0), make(1)])
     assert (
-        nbytes(compose_adapters(pool, [[0.2, 0.8]] * 3)) == 2 * ONE + 3 * 4 * 4
+        adapter_nbytes(compose_adapters(pool, [[0.2, 0.8]] * 3)) == 2 * ONE + 3 * 4 * 4
     )  # both modules have one gate [3, 4]
 
 
 def test_the_least_recently_used_goes_first():
     alive, fetched = weakref.WeakSet(), []
-    get = cached(watched(alive, fetched), 3 * ONE)
+    get = cache_adapters(watched(alive, fetched), 3 * ONE)
     names = lambda: sorted(a.name for a in alive)
     assert [a.name for a in get([2, 0, 2, 1])] == ["a2", "a0", "a2", "a1"]
     assert fetched == [2, 0, 1]
@@ -108,16 +117,16 @@ def test_sizes_count_not_numbers():
         alive.add(adapter)
         return adapter
 
-    get = cached(fetch, 4 * ONE)
+    get = cache_adapters(fetch, 4 * ONE)
     get([0, 1, 2, 3])
     get([9])  # as large as two
     assert sorted(a.name for a in alive) == ["a2", "a3", "a9"]
     get([4])
-    assert sum(map(nbytes, alive)) == 4 * ONE
+    assert sum(map(adapter_nbytes, alive)) == 4 * ONE
 
 
 def test_what_a_caller_holds_stays_after_it_was_let_go():
-    get = cached(make, ONE)
+    get = cache_adapters(make, ONE)
     mine = get([0])[0]
     get([1])
     same(mine, make(0))
@@ -135,8 +144,8 @@ def test_levels_from_files_to_another_precision(tmp_path):
         read.append(i)
         return read_adapter(folders[i])
 
-    host = cached(fetch, 4 * ONE)
-    near = cached(lambda i: lora.move_adapter(host([i])[0], dtype=torch.bfloat16), ONE)  # two of them
+    host = cache_adapters(fetch, 4 * ONE)
+    near = cache_adapters(lambda i: lora.move_adapter(host([i])[0], dtype=torch.bfloat16), ONE)  # two of them
     for ids in ([0, 1], [2, 3], [0, 1], [3, 1]):
         for i, adapter in zip(ids, near(ids), strict=True):
             assert torch.equal(adapter.factors["up"]["a"], make(i).factors["up"]["a"].bfloat16())
@@ -150,17 +159,17 @@ def test_a_mixture_has_the_bits_of_composing_a_plain_list(gen):
     adapters = [lora.init_lora(cfg, skeleton, gen) for _ in range(6)]
     for f in (f for a in adapters for f in a.factors.values()):
         f["b"].normal_(std=0.3, generator=gen)
-    pool = pooled(cached(adapters.__getitem__, 4 * nbytes(adapters[0])))
+    pool = cache_pool(cache_adapters(adapters.__getitem__, 4 * adapter_nbytes(adapters[0])))
     ids = torch.randint(3, 140, (2, 9), generator=gen)
     vectors = torch.randn(6, 5, generator=gen)
     logits = lambda adapter: skeleton(lora.apply_lora(params, adapter), input_ids=ids).logits
     with torch.no_grad():
         for _ in range(3):
-            got = retrieve(
+            got = retrieve_adapters(
                 RetrieveConfig(k=2, weighting="softmax"), torch.randn(2, 5, generator=gen), vectors
             )
             some = got.indices.unique().tolist()
-            mixed = mix(pool, got)
+            mixed = mix_adapters(pool, got)
             want = compose_adapters([adapters[i] for i in some], mixture_weights(got, 6)[:, some])
             assert all(torch.equal(g, want.gate[m]) for m, g in mixed.gate.items())
             assert torch.equal(logits(mixed), logits(want))
@@ -170,11 +179,11 @@ def test_a_mixture_has_the_bits_of_composing_a_plain_list(gen):
 
 
 def test_rows_that_abstained_have_no_adapter():
-    pool = pooled(cached(make, 4 * ONE))
-    some = mix(pool, found([[3, 1], [-1, -1]], [[0.75, 0.25], [0.0, 0.0]]))
+    pool = cache_pool(cache_adapters(make, 4 * ONE))
+    some = mix_adapters(pool, found([[3, 1], [-1, -1]], [[0.75, 0.25], [0.0, 0.0]]))
     same(some, compose_adapters([make(1), make(3)], [[0.25, 0.75], [0.0, 0.0]]))
-    assert mix(pool, found([[-1, -1]], [[0.0, 0.0]])) is None
-    assert mix(pool, found([[], []], [[], []])) is None
+    assert mix_adapters(pool, found([[-1, -1]], [[0.0, 0.0]])) is None
+    assert mix_adapters(pool, found([[], []], [[], []])) is None
 
 
 def test_rows_of_one_choice_are_one_group():
@@ -183,8 +192,8 @@ def test_rows_of_one_choice_are_one_group():
         [[0.75, 0.25], [0, 0], [0.25, 0.75], [0.25, 0.75], [1, 0], [0, 0]],
     )
     want = [([0, 2], [1, 3], [0.25, 0.75]), ([1, 5], [], []), ([3], [1, 3], [0.75, 0.25]), ([4], [3], [1.0])]
-    assert groups(got) == want
-    assert groups(found([[], []], [[], []])) == [([0, 1], [], [])]
+    assert group_rows(got) == want
+    assert group_rows(found([[], []], [[], []])) == [([0, 1], [], [])]
 
 
 @pytest.mark.parametrize(
@@ -198,7 +207,7 @@ def test_rows_of_one_choice_are_one_group():
     ],
 )
 def test_a_fusion_has_the_bits_of_composing_a_plain_list(how):
-    fuse = fused(pooled(cached(make, 4 * ONE)), 10 * ONE, **how)
+    fuse = cache_fusions(cache_pool(cache_adapters(make, 4 * ONE)), 10 * ONE, **how)
     want = compose_adapters([make(1), make(3)], [0.25, 0.75], mode="fusion", **({"rule": "svd"} | how))
     got = fuse([3, 1], [0.75, 0.25])
     same(got, want)
@@ -207,25 +216,25 @@ def test_a_fusion_has_the_bits_of_composing_a_plain_list(how):
 
 
 def test_a_fusion_that_draws_is_the_same_whenever_it_is_made():
-    pool = pooled(cached(make, 4 * ONE))
+    pool = cache_pool(cache_adapters(make, 4 * ONE))
     how = {"rule": "dare_linear", "density": 0.5, "seed": 7}
-    one, other = fused(pool, ONE, **how), fused(pool, ONE, **how)
+    one, other = cache_fusions(pool, ONE, **how), cache_fusions(pool, ONE, **how)
     one([0, 2], [0.5, 0.5])
     same(one([1, 3], [0.5, 0.5]), other([1, 3], [0.5, 0.5]))
     same(one([0, 2], [0.5, 0.5]), other([0, 2], [0.5, 0.5]))
-    changed = fused(pool, ONE, **how | {"seed": 8})([0, 2], [0.5, 0.5])
+    changed = cache_fusions(pool, ONE, **how | {"seed": 8})([0, 2], [0.5, 0.5])
     assert not torch.equal(changed.factors["up"]["a"], one([0, 2], [0.5, 0.5]).factors["up"]["a"])
 
 
 def test_fused_adapters_have_a_budget_of_their_own():
     made = []
-    stack = pooled(cached(make, 4 * ONE))
+    stack = cache_pool(cache_adapters(make, 4 * ONE))
 
     def pool(ids):
         made.append(tuple(ids))
         return stack(ids)
 
-    fuse = fused(pool, 2 * ONE)  # of rank 2: as large as the adapters
+    fuse = cache_fusions(pool, 2 * ONE)  # of rank 2: as large as the adapters
     for ids in ([0, 1], [1, 2], [0, 1], [2, 3], [0, 1], [1, 2]):
         fuse(ids, [0.5, 0.5])
     assert made == [(0, 1), (1, 2), (2, 3), (1, 2)]
@@ -233,9 +242,9 @@ def test_fused_adapters_have_a_budget_of_their_own():
 
 def test_a_batch_with_the_last_adapters_copies_nothing():
     alive, fetched = weakref.WeakSet(), []
-    pool = pooled(cached(watched(alive, fetched), 2 * ONE))
-    first = mix(pool, found([[0, 1]], [[0.5, 0.5]]))
-    again = mix(pool, found([[1, 0], [0, 1]], [[0.75, 0.25], [1.0, 0.0]]))
+    pool = cache_pool(cache_adapters(watched(alive, fetched), 2 * ONE))
+    first = mix_adapters(pool, found([[0, 1]], [[0.5, 0.5]]))
+    again = mix_adapters(pool, found([[1, 0], [0, 1]], [[0.75, 0.25], [1.0, 0.0]]))
     assert all(again.factors[m][k] is t for m, f in first.factors.items() for k, t in f.items())
     held = weakref.ref(first.factors["up"]["a"])
     del first, again
@@ -249,27 +258,31 @@ def test_a_batch_with_the_last_adapters_copies_nothing():
 def test_a_stack_carries_no_gradient():
     grown = make(0)
     grown.factors["up"]["a"].requires_grad_()
-    pool = pooled(lambda ids: [grown])
-    assert not mix(pool, found([[0]], [[1.0]])).factors["up"]["a"].requires_grad
-    assert not fused(lambda ids: stack_adapters([grown]), ONE)([0], [0.5]).factors["up"]["a"].requires_grad
+    pool = cache_pool(lambda ids: [grown])
+    assert not mix_adapters(pool, found([[0]], [[1.0]])).factors["up"]["a"].requires_grad
+    assert (
+        not cache_fusions(lambda ids: stack_adapters([grown]), ONE)([0], [0.5])
+        .factors["up"]["a"]
+        .requires_grad
+    )
 
 
 # Long runs ------------------------------------------------------------------------------------------------------------------------------
 def test_nothing_grows_over_two_thousand_requests():
     alive, most, traced = weakref.WeakSet(), 0, []
-    get = cached(watched(alive), 5 * ONE)
-    pool = pooled(get)
-    fuse = fused(pool, 4 * ONE, rule="cat", rank=None)
+    get = cache_adapters(watched(alive), 5 * ONE)
+    pool = cache_pool(get)
+    fuse = cache_fusions(pool, 4 * ONE, rule="cat", rank=None)
     draw = random.Random(0)
     tracemalloc.start()
     try:
         for request in range(2000):
             ids = draw.sample(range(40), 3)
             weights = [draw.random() for _ in ids]
-            mix(pool, found([ids], [weights]))
+            mix_adapters(pool, found([ids], [weights]))
             if request % 4 == 0:
                 fuse(ids[:2], weights[:2])
-            most = max(most, sum(map(nbytes, alive)))
+            most = max(most, sum(map(adapter_nbytes, alive)))
             if request % 250 == 249:
                 gc.collect()
                 traced.append(tracemalloc.get_traced_memory()[0])
@@ -280,7 +293,7 @@ def test_nothing_grows_over_two_thousand_requests():
     assert statistics.median(after - before for before, after in itertools.pairwise(traced)) < 250 * 16
     tensors = sum(type(t) is torch.Tensor for t in gc.get_objects())
     for _ in range(50):
-        mix(pool, found([draw.sample(range(40), 3)], [[0.5, 0.3, 0.2]]))
+        mix_adapters(pool, found([draw.sample(range(40), 3)], [[0.5, 0.3, 0.2]]))
     gc.collect()
     assert sum(type(t) is torch.Tensor for t in gc.get_objects()) <= tensors + 10
 
@@ -297,9 +310,9 @@ def test_threads_share_one():
         busy.release()
         return made
 
-    get = cached(fetch, 4 * ONE)
-    pool = pooled(get)
-    fuse = fused(pool, 3 * ONE, rule="cat")
+    get = cache_adapters(fetch, 4 * ONE)
+    pool = cache_pool(get)
+    fuse = cache_fusions(pool, 3 * ONE, rule="cat")
 
     def work(seed):
         draw = random.Random(seed)
@@ -307,7 +320,7 @@ def test_threads_share_one():
             ids = sorted(draw.sample(range(12), 3))
             want = compose_adapters([make(i) for i in ids], [[0.5, 0.25, 0.25]])
             try:
-                same(mix(pool, found([ids], [[0.5, 0.25, 0.25]])), want)
+                same(mix_adapters(pool, found([ids], [[0.5, 0.25, 0.25]])), want)
                 same(
                     fuse(ids[:2], [0.5, 0.5]),
                     compose_adapters([make(i) for i in ids[:2]], [0.5, 0.5], mode="fusion"),
@@ -322,58 +335,60 @@ def test_threads_share_one():
     for t in threads:
         t.join()
     assert wrong == []
-    assert sum(map(nbytes, alive)) <= 4 * ONE
+    assert sum(map(adapter_nbytes, alive)) <= 4 * ONE
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------------------------
 def test_a_call_above_the_budget_says_what_it_needs():
     alive, before = weakref.WeakSet(), []
     inner = watched(alive)
-    get = cached(lambda i: (before.append(sum(map(nbytes, alive))), inner(i))[1], 2 * ONE)
+    get = cache_adapters(lambda i: (before.append(sum(map(adapter_nbytes, alive))), inner(i))[1], 2 * ONE)
     get([7, 8])
-    text = rf"cached: adapter 7, adapter 1, adapter 2, adapter 3 must fit together: need {4 * ONE:,} bytes, the budget is {2 * ONE:,}; "
+    text = rf"cache_adapters: adapter 7, adapter 1, adapter 2, adapter 3 must fit together: need {4 * ONE:,} bytes, the budget is {2 * ONE:,}; "
     with pytest.raises(ValueError, match=text + rf"set budget to {4 * ONE:,} or more"):
         get([7, 1, 2, 3])
     assert max(before) == 2 * ONE  # one at a time beside what is held
     gc.collect()
-    assert sum(map(nbytes, alive)) <= 2 * ONE
+    assert sum(map(adapter_nbytes, alive)) <= 2 * ONE
     assert [a.name for a in get([1, 2])] == ["a1", "a2"]
-    assert [a.name for a in cached(make, 4 * ONE)([7, 1, 2, 3])] == ["a7", "a1", "a2", "a3"]
-    fuse = fused(pooled(get), ONE, rule="cat")
+    assert [a.name for a in cache_adapters(make, 4 * ONE)([7, 1, 2, 3])] == ["a7", "a1", "a2", "a3"]
+    fuse = cache_fusions(cache_pool(get), ONE, rule="cat")
     with pytest.raises(
-        ValueError, match=rf"fused: the fusion of adapters \[0, 4\] must fit together: need {2 * ONE:,} bytes"
+        ValueError,
+        match=rf"cache_fusions: the fusion of adapters \[0, 4\] must fit together: need {2 * ONE:,} bytes",
     ):
         fuse([4, 0], [0.5, 0.5])
 
 
 @pytest.mark.parametrize("budget", [0, -1, float("nan"), float("inf")])
 def test_a_budget_is_a_number_of_bytes(budget):
-    with pytest.raises(ValueError, match="cached: budget must be a positive number of bytes, got"):
-        cached(make, budget)
-    with pytest.raises(ValueError, match="fused: budget must be a positive number of bytes, got"):
-        fused(pooled(cached(make, ONE)), budget)
+    with pytest.raises(ValueError, match="cache_adapters: budget must be a positive number of bytes, got"):
+        cache_adapters(make, budget)
+    with pytest.raises(ValueError, match="cache_fusions: budget must be a positive number of bytes, got"):
+        cache_fusions(cache_pool(cache_adapters(make, ONE)), budget)
 
 
 def test_errors():
-    get = cached(make, 4 * ONE)
-    with pytest.raises(
-        ValueError, match=r"cached: ids must be >= 0, got \[3, -1\]; -1 marks an empty place of `Retrieved`"
-    ):
-        get(torch.tensor([3, -1]))
-    fuse = fused(pooled(get), 4 * ONE)
+    get = cache_adapters(make, 4 * ONE)
     with pytest.raises(
         ValueError,
-        match="fused: needs ids and a weight for each, got 0 and 0; without ids run the bare model",
+        match=r"cache_adapters: ids must be >= 0, got \[3, -1\]; -1 marks an empty place of `Retrieved`",
+    ):
+        get(torch.tensor([3, -1]))
+    fuse = cache_fusions(cache_pool(get), 4 * ONE)
+    with pytest.raises(
+        ValueError,
+        match="cache_fusions: needs ids and a weight for each, got 0 and 0; without ids run the bare model",
     ):
         fuse([], [])
-    with pytest.raises(ValueError, match="fused: needs ids and a weight for each, got 2 and 1"):
+    with pytest.raises(ValueError, match="cache_fusions: needs ids and a weight for each, got 2 and 1"):
         fuse([0, 1], [1.0])
     with pytest.raises(ValueError, match="weights must be finite"):
         fuse([0, 1], [1.0, float("nan")])
     with pytest.raises(ValueError, match="'svdd'"):
-        fused(pooled(get), ONE, rule="svdd")([0, 1], [0.5, 0.5])
+        cache_fusions(cache_pool(get), ONE, rule="svdd")([0, 1], [0.5, 0.5])
     with pytest.raises(ValueError, match="needs density"):
-        fused(pooled(get), ONE, rule="ties")([0, 1], [0.5, 0.5])
+        cache_fusions(cache_pool(get), ONE, rule="ties")([0, 1], [0.5, 0.5])
 
 
 def test_what_fetching_raises_is_raised_and_what_was_there_stays():
@@ -385,7 +400,7 @@ def test_what_fetching_raises_is_raised_and_what_was_there_stays():
             raise ValueError("adapter 5 is broken")
         return make(i)
 
-    get = cached(fetch, 3 * ONE)
+    get = cache_adapters(fetch, 3 * ONE)
     get([0, 1])
     for _ in range(2):
         with pytest.raises(ValueError, match="adapter 5 is broken"):

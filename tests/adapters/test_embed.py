@@ -111,21 +111,21 @@ def test_local_text_is_tfidf_and_truncated_svd():
         TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), TruncatedSVD(3, random_state=0)
     ).fit(texts)
     asked = ["Is the heart normal? The heart.", "nodule effusion", "fundus"]
-    ours, theirs = embed.embed(made, asked), unit(peer.transform(asked))
+    ours, theirs = embed.embed_queries(made, asked), unit(peer.transform(asked))
     assert ours.shape == (3, 3)
     close(ours @ ours.T, theirs @ theirs.T)
     whole = embed.fit_local(
         embed.EmbedConfig(), texts
     )  # 64 components: all there are, so the cosines are those of TF-IDF itself
     tfidf = unit(peer[0].transform(texts).toarray())
-    close(embed.embed(whole, texts) @ embed.embed(whole, texts).T, tfidf @ tfidf.T)
+    close(embed.embed_queries(whole, texts) @ embed.embed_queries(whole, texts).T, tfidf @ tfidf.T)
 
 
 def test_local_images_are_standardised_features_and_pca():
     from sklearn.decomposition import PCA
     from sklearn.preprocessing import StandardScaler
 
-    x = np.stack([embed_local.features(cap_pixels(p, 900)) for p in PICTURES])
+    x = np.stack([embed_local.image_features(cap_pixels(p, 900)) for p in PICTURES])
     x = (
         StandardScaler().fit_transform(x)
         * (x.std(0) > 1e-9)
@@ -137,7 +137,7 @@ def test_local_images_are_standardised_features_and_pca():
     made = embed.fit_local(embed.EmbedConfig(dims=3, max_pixels=900), [""] * 5, [[p] for p in PICTURES])
     assert made.vocabulary == ()
     ours, theirs = (
-        embed.embed(made, [""] * 5, [[p] for p in PICTURES]),
+        embed.embed_queries(made, [""] * 5, [[p] for p in PICTURES]),
         unit(PCA(3, svd_solver="full").fit_transform(x)),
     )
     close(ours @ ours.T, theirs @ theirs.T)
@@ -146,21 +146,21 @@ def test_local_images_are_standardised_features_and_pca():
 def test_local_mixes_by_shares_without_cross_terms():
     made = embed.fit_local(embed.EmbedConfig(dims=3), REPORTS, [[p] for p in PICTURES[:4]])
     text, image = (
-        embed.embed(made, REPORTS[:2]),
-        embed.embed(made, ["", ""], [[PICTURES[0]], [PICTURES[1], PICTURES[2]]]),
+        embed.embed_queries(made, REPORTS[:2]),
+        embed.embed_queries(made, ["", ""], [[PICTURES[0]], [PICTURES[1], PICTURES[2]]]),
     )
     assert (text[:, 3:] == 0).all()
     assert (image[:, :3] == 0).all()
-    both = embed.embed(
+    both = embed.embed_queries(
         made, REPORTS[:2], [[PICTURES[0]], [PICTURES[1], PICTURES[2], PICTURES[3]]]
     )  # the fourth does not count
     close(both, unit(0.7 * text + 0.3 * image))
-    one = [embed.embed(made, [""], [[PICTURES[i]]])[0] for i in (1, 2)]
+    one = [embed.embed_queries(made, [""], [[PICTURES[i]]])[0] for i in (1, 2)]
     close(image[1], unit(one[0] + one[1]))
-    unknown = embed.embed(made, ["zzz qqq"], [[PICTURES[0]]])
+    unknown = embed.embed_queries(made, ["zzz qqq"], [[PICTURES[0]]])
     assert torch.equal(unknown, image[:1])
     only = evolve(made, cfg=evolve(made.cfg, shares=(1.0, 0.0)))
-    assert torch.equal(embed.embed(only, REPORTS[:2], [["/not/looked/at.png"]] * 2), text)
+    assert torch.equal(embed.embed_queries(only, REPORTS[:2], [["/not/looked/at.png"]] * 2), text)
 
 
 def test_local_rows_alone_and_saved_and_elsewhere(tmp_path):
@@ -169,16 +169,16 @@ def test_local_rows_alone_and_saved_and_elsewhere(tmp_path):
         picture.save(path)
     made = embed.fit_local(embed.EmbedConfig(), REPORTS, [[p] for p in PICTURES[:4]])
     seen = [paths[:2], [], [str(paths[2])]]
-    want = embed.embed(made, QUERIES, seen)
+    want = embed.embed_queries(made, QUERIES, seen)
     close(want.norm(dim=1), torch.ones(3))
     for i in range(3):
-        assert torch.equal(embed.embed(made, QUERIES[i : i + 1], seen[i : i + 1])[0], want[i])
+        assert torch.equal(embed.embed_queries(made, QUERIES[i : i + 1], seen[i : i + 1])[0], want[i])
     assert embed.fit_local(embed.EmbedConfig(), REPORTS, [[p] for p in paths[:4]]).name == made.name
     assert embed.fit_local(embed.EmbedConfig(), REPORTS[:3]).name != made.name
     embed.save_embedder(embed.with_head(made, torch.eye(want.shape[1])[:, :5]), tmp_path / "saved")
     again = embed.read_embedder(tmp_path / "saved")
     assert again.name == embed.with_head(made, torch.eye(want.shape[1])[:, :5]).name != made.name
-    assert torch.equal(embed.embed(again, QUERIES, seen), F.normalize(want[:, :5]))
+    assert torch.equal(embed.embed_queries(again, QUERIES, seen), F.normalize(want[:, :5]))
     embed.save_embedder(made, tmp_path / "bare")
     code = (
         "import sys, torch; from medvl.adapters import embed; folder, out, *paths = sys.argv[1:]; m = e.read_embedder(folder);"
@@ -255,7 +255,7 @@ def test_deep_greys_are_shown_through_the_window(tmp_path):
     plain = embed.fit_local(embed.EmbedConfig(), texts, seen)
     made = embed.fit_local(embed.EmbedConfig(window=(0, 4000)), texts, paths)
     assert made.name != plain.name  # other pictures would look other to it
-    assert torch.equal(embed.embed(made, texts, paths), embed.embed(plain, texts, seen))
+    assert torch.equal(embed.embed_queries(made, texts, paths), embed.embed_queries(plain, texts, seen))
     with pytest.raises(
         ValueError, match=r"EmbedConfig.window must be \[black, white\] with black < white, got \[3, 2\]"
     ):
@@ -264,10 +264,13 @@ def test_deep_greys_are_shown_through_the_window(tmp_path):
 
 def test_local_of_little():
     one = embed.fit_local(embed.EmbedConfig(), ["heart"])
-    assert embed.embed(one, ["The HEART"]).tolist() == [[1.0]]
-    assert embed.embed(embed.fit_local(embed.EmbedConfig(), ["the heart"]), ["heart"]).shape == (1, 1)
+    assert embed.embed_queries(one, ["The HEART"]).tolist() == [[1.0]]
+    assert embed.embed_queries(embed.fit_local(embed.EmbedConfig(), ["the heart"]), ["heart"]).shape == (1, 1)
     same = embed.fit_local(embed.EmbedConfig(), ["the heart"] * 4, [[p] for p in PICTURES[:2]] * 2)
-    assert embed.embed(same, ["heart"], [PICTURES[:1]]).shape == (1, 2)  # what does not vary has no component
+    assert embed.embed_queries(same, ["heart"], [PICTURES[:1]]).shape == (
+        1,
+        2,
+    )  # what does not vary has no component
 
 
 # Encoders -------------------------------------------------------------------------------------------------------------------------------
@@ -287,7 +290,10 @@ def test_text_equals_transformers_and_batches_do_not_matter(models, kind, pool):
     folder, model = models[kind]
     want = unit(torch.stack([naive(model, folder, "Ask: " + t, pool) for t in TEXTS]))
     for batch in (1, 3, 32):
-        close(embed.embed(encoder(models, kind, pool=pool, instruction="Ask: ", batch=batch), TEXTS), want)
+        close(
+            embed.embed_queries(encoder(models, kind, pool=pool, instruction="Ask: ", batch=batch), TEXTS),
+            want,
+        )
 
 
 def test_left_padding_of_the_tokenizer_changes_nothing(models, tmp_path):
@@ -307,7 +313,7 @@ def test_left_padding_of_the_tokenizer_changes_nothing(models, tmp_path):
     tok.save_pretrained(tmp_path / "left")
     made = embed.open_embedder(embed.EmbedConfig(kind="text", name=str(tmp_path / "left"), pool="last"))
     assert made.tokenizer.padding_side == "left"
-    close(embed.embed(made, TEXTS), want)
+    close(embed.embed_queries(made, TEXTS), want)
 
 
 def test_long_texts_are_cut_with_a_warning(models):
@@ -319,7 +325,7 @@ def test_long_texts_are_cut_with_a_warning(models):
             models["bert"][1](input_ids=torch.tensor([[*ids[:9], ids[-1]]])).last_hidden_state.mean(1)
         )
     with pytest.warns(UserWarning, match="1 of 2 texts are longer than 10 tokens"):
-        close(embed.embed(encoder(models, "bert", context=10), ["heart", long])[1:], want)
+        close(embed.embed_queries(encoder(models, "bert", context=10), ["heart", long])[1:], want)
     for kind, most in (
         ("bert", 64),
         ("roberta", 20),
@@ -327,14 +333,14 @@ def test_long_texts_are_cut_with_a_warning(models):
         ("siglip", 20),
     ):  # no more than it has positions
         with pytest.warns(UserWarning, match=f"1 of 1 texts are longer than {most} tokens"):
-            embed.embed(encoder(models, kind), [long])
+            embed.embed_queries(encoder(models, kind), [long])
 
 
 def test_matryoshka(models):
-    want = embed.embed(encoder(models, "bert"), TEXTS)
-    close(embed.embed(encoder(models, "bert", dims=8), TEXTS), unit(want[:, :8]))
+    want = embed.embed_queries(encoder(models, "bert"), TEXTS)
+    close(embed.embed_queries(encoder(models, "bert", dims=8), TEXTS), unit(want[:, :8]))
     with pytest.raises(ValueError, match=r"dims must be at most the width 24 of the embedding, got 25"):
-        embed.embed(encoder(models, "bert", dims=25), TEXTS)
+        embed.embed_queries(encoder(models, "bert", dims=25), TEXTS)
 
 
 def features(models, kind, texts=(), pictures=()):
@@ -364,12 +370,12 @@ def test_threads_share_an_embedder(models):
     """Long texts are cut off beside short ones: truncation is no setting that one thread leaves to another."""
     made = encoder(models, "bert", context=12)
     batches = [[REPORTS[i % 4] * (1 + 30 * (i % 2))] * (1 + 3 * (i % 3)) for i in range(8)]
-    want = [embed.embed(made, texts) for texts in batches]
+    want = [embed.embed_queries(made, texts) for texts in batches]
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
         with ThreadPoolExecutor(4) as pool:
-            found = list(pool.map(lambda i: embed.embed(made, batches[i % 8]), range(240)))
+            found = list(pool.map(lambda i: embed.embed_queries(made, batches[i % 8]), range(240)))
     finally:
         sys.setswitchinterval(before)
     assert all(torch.equal(f, want[i % 8]) for i, f in enumerate(found))
@@ -379,16 +385,16 @@ def test_threads_share_an_embedder(models):
 def test_image_text_equals_transformers(models, kind):
     text, image = features(models, kind, TEXTS), features(models, kind, pictures=PICTURES)
     made = encoder(models, kind, batch=2)
-    close(embed.embed(made, TEXTS), text)
-    close(embed.embed(made, [""] * 5, [[p] for p in PICTURES]), image)
+    close(embed.embed_queries(made, TEXTS), text)
+    close(embed.embed_queries(made, [""] * 5, [[p] for p in PICTURES]), image)
     words = ["<image>\n" + TEXTS[0], TEXTS[1], " <image>\n"]
     mean = unit(torch.stack([image[0] + image[1], image[2], image[2]]))
     want = unit(torch.stack([0.7 * text[0] + 0.3 * mean[0], text[1], mean[2]]))
-    found = embed.embed(made, words, SEEN)
+    found = embed.embed_queries(made, words, SEEN)
     close(found, want)
     for i in range(3):
-        close(embed.embed(made, words[i : i + 1], SEEN[i : i + 1])[0], found[i])
-    reduced = embed.embed(encoder(models, kind, dims=6), words, SEEN)
+        close(embed.embed_queries(made, words[i : i + 1], SEEN[i : i + 1])[0], found[i])
+    reduced = embed.embed_queries(encoder(models, kind, dims=6), words, SEEN)
     mean = unit(torch.stack([unit(image[0, :6]) + unit(image[1, :6]), image[2, :6], image[2, :6]]))
     close(reduced, unit(torch.stack([0.7 * unit(text[0, :6]) + 0.3 * mean[0], unit(text[1, :6]), mean[2]])))
 
@@ -396,9 +402,12 @@ def test_image_text_equals_transformers(models, kind):
 def test_large_images_are_made_smaller_first(models):
     large = tiny.drawn((400, 300))
     made = encoder(models, "clip", max_pixels=2000)
-    close(embed.embed(made, [""], [[large]]), features(models, "clip", pictures=[cap_pixels(large, 2000)]))
+    close(
+        embed.embed_queries(made, [""], [[large]]),
+        features(models, "clip", pictures=[cap_pixels(large, 2000)]),
+    )
     assert (
-        embed.embed(made, [""], [[large]]) - features(models, "clip", pictures=[large])
+        embed.embed_queries(made, [""], [[large]]) - features(models, "clip", pictures=[large])
     ).abs().max() > 1e-3
 
 
@@ -437,9 +446,11 @@ def test_encoders_are_saved_by_name(models, tmp_path):
     again = embed.read_embedder(tmp_path / "saved")
     assert again.name == made.name
     assert made.name.startswith("image_text:clip:")
-    assert torch.equal(embed.embed(again, QUERIES, SEEN), embed.embed(made, QUERIES, SEEN))
+    assert torch.equal(embed.embed_queries(again, QUERIES, SEEN), embed.embed_queries(made, QUERIES, SEEN))
     bare = encoder(models, "clip")
-    close(embed.embed(made, QUERIES, SEEN), unit(embed.embed(bare, QUERIES, SEEN) @ made.head))
+    close(
+        embed.embed_queries(made, QUERIES, SEEN), unit(embed.embed_queries(bare, QUERIES, SEEN) @ made.head)
+    )
     names = {
         encoder(models, "clip", **s).name
         for s in ({}, {"batch": 2}, {"pool": "last"}, {"dims": 4}, {"shares": (1.0, 1.0)})
@@ -455,7 +466,7 @@ def test_vectors(gen, tmp_path):
     embed.save_embedder(embed.with_head(made, head), tmp_path / "v")
     close(embed.embed_vectors(embed.read_embedder(tmp_path / "v"), x), unit(unit(x[:, :6]) @ head.double()))
     with pytest.raises(ValueError, match="are the caller's own: use embed_vectors"):
-        embed.embed(made, ["a"])
+        embed.embed_queries(made, ["a"])
     with pytest.raises(ValueError, match=r"head must be \[6, e\] like the vectors, got \[5, 4\]"):
         embed.embed_vectors(embed.with_head(made, head[:5]), x)
     with pytest.raises(ValueError, match=r"row 1 has length 0"):
@@ -500,9 +511,9 @@ def test_query_errors(models, tmp_path):
         (["heart"], [[PICTURES[0], 7]], r"image 1 of row 0: image must be a PIL image"),
     ):
         with pytest.raises(ValueError, match=said):
-            embed.embed(both, texts, images)
+            embed.embed_queries(both, texts, images)
     with pytest.raises(ValueError, match=r"row 1 has images, but local:.* was fitted without any"):
-        embed.embed(words, ["heart", "heart"], [[], PICTURES[:1]])
+        embed.embed_queries(words, ["heart", "heart"], [[], PICTURES[:1]])
     with pytest.raises(ValueError, match="at least two different images, or none, got 1"):
         embed.fit_local(embed.EmbedConfig(), ["heart"], [PICTURES[:1]])
     with pytest.raises(ValueError, match="at least two different images, or none, got 2"):
@@ -515,15 +526,15 @@ def test_query_errors(models, tmp_path):
     with pytest.raises(
         ValueError, match=r"kind 'text' takes no images, but row 1 has 1; set shares = \[1, 0\]"
     ):
-        embed.embed(bert, ["a", "b"], [[], PICTURES[:1]])
+        embed.embed_queries(bert, ["a", "b"], [[], PICTURES[:1]])
     close(
-        embed.embed(encoder(models, "bert", shares=(1.0, 0.0)), ["a"], [PICTURES[:1]]),
-        embed.embed(bert, ["a"]),
+        embed.embed_queries(encoder(models, "bert", shares=(1.0, 0.0)), ["a"], [PICTURES[:1]]),
+        embed.embed_queries(bert, ["a"]),
     )
     with pytest.raises(ValueError, match=r"row 1 has nothing to embed: a text without words .* and 0 images"):
-        embed.embed(bert, ["a", " <image>\n"])
+        embed.embed_queries(bert, ["a", " <image>\n"])
     with pytest.raises(ValueError, match=r"row 0 has nothing to embed: a text whose share is 0"):
-        embed.embed(encoder(models, "clip", shares=(0.0, 1.0)), ["heart"])
+        embed.embed_queries(encoder(models, "clip", shares=(0.0, 1.0)), ["heart"])
 
 
 def test_open_and_read_errors(models, tmp_path):

@@ -3,11 +3,11 @@
 import numpy as np
 from PIL import Image
 
-from medvl.adapters.embed_local import BLOCKS, features
+from medvl.adapters.embed_local import BLOCKS, image_features
 
 
 def test_features_tell_colour_place_direction_and_grain():
-    parts = lambda image: np.split(features(image), np.cumsum(BLOCKS)[:-1])
+    parts = lambda image: np.split(image_features(image), np.cumsum(BLOCKS)[:-1])
     plain = lambda *rgb: Image.new("RGB", (64, 64), rgb)
     assert parts(plain(90, 90, 90))[0].nonzero()[0].tolist() == [16 + 4 + 1]
     assert parts(plain(250, 0, 0))[0].nonzero()[0].tolist() == [3 * 16]
@@ -22,4 +22,4 @@ def test_features_tell_colour_place_direction_and_grain():
         assert [parts(p)[2].reshape(16, 8).sum(0).argmax() for p in (upright, lying)] == [0, 4]
         assert parts(upright)[3].argmax() == 64 // step // 4
     assert parts(plain(90, 90, 90))[3].max() < np.log(2e-6)
-    assert np.isfinite(features(Image.new("RGB", (1, 1)))).all()
+    assert np.isfinite(image_features(Image.new("RGB", (1, 1)))).all()

@@ -50,7 +50,7 @@ def of(request, tmp_path, gen):
         for f in a.factors.values():
             f["b"].normal_(std=0.2, generator=gen)
         made.append(a)
-    pool = cache.pooled(cache.cached(lambda i: made[i], 10**9))
+    pool = cache.cache_pool(cache.cache_adapters(lambda i: made[i], 10**9))
     return made, Experts(
         chat=talks,
         params=params,
@@ -59,7 +59,7 @@ def of(request, tmp_path, gen):
         vectors=torch.randn(6, 8, generator=gen),
         embedder=None,
         pool=pool,
-        fuse=cache.fused(pool, 10**9, rule="cat"),
+        fuse=cache.cache_fusions(pool, 10**9, rule="cat"),
     )
 
 
@@ -101,15 +101,15 @@ def logits(of, data, rows, adapter):
     weights = of.params if adapter is None else lora.apply_lora(of.params, adapter, rows=whose)
     inputs = {k: t for k, t in batch.items() if k != "labels"}
     with torch.no_grad():
-        return of.chat.skeleton(weights, **vlm.arguments(of.chat.skeleton, inputs), use_cache=False).logits[
-            :, -1
-        ]
+        return of.chat.skeleton(
+            weights, **vlm.model_inputs(of.chat.skeleton, inputs), use_cache=False
+        ).logits[:, -1]
 
 
 def test_one_batch_of_eight_mixtures_is_eight_single_runs(of, tmp_path, gen):
     made, of = of
     data, found = chat.encode_conversations(of.chat, prompts(tmp_path), prompt=True), some(gen)
-    together = logits(of, data, range(8), cache.mix(of.pool, found))
+    together = logits(of, data, range(8), cache.mix_adapters(of.pool, found))
     effect = 0.0
     for i in range(8):
         own = [
@@ -128,10 +128,12 @@ def test_one_batch_of_eight_mixtures_is_eight_single_runs(of, tmp_path, gen):
         torch.testing.assert_close(together[i], want, rtol=0, atol=1e-5)
         effect = max(effect, float((want - logits(of, data, [i], None)[0]).abs().max()))
     assert effect > 1e-2  # adapters matter
-    said = experts.answers(of, data, range(8), found, "mixture", 12)
-    assert said == [experts.answers(of, data, [i], row(found, i), "mixture", 12)[0] for i in range(8)]
+    said = experts.generate_answers(of, data, range(8), found, "mixture", 12)
+    assert said == [
+        experts.generate_answers(of, data, [i], row(found, i), "mixture", 12)[0] for i in range(8)
+    ]
     assert len({*said}) > 1
-    assert said == experts.answers(
+    assert said == experts.generate_answers(
         of, data, range(8), found, "fusion", 12
     )  # by "cat" a fusion is the mixture
 
@@ -143,15 +145,15 @@ def test_the_order_of_rows_does_not_matter(of, tmp_path, gen):
     turned = Retrieved(
         **{k: getattr(found, k)[order] for k in ("indices", "similarity", "weights", "abstained")}
     )
-    said = experts.answers(of, data, range(8), found, "mixture", 6)
-    assert experts.answers(of, data, order, turned, "mixture", 6) == [said[i] for i in order]
+    said = experts.generate_answers(of, data, range(8), found, "mixture", 6)
+    assert experts.generate_answers(of, data, order, turned, "mixture", 6) == [said[i] for i in order]
 
 
 def test_modes_choose_as_they_say(of):
     _, of = of
     queries = of.vectors[[2, 4]]
     own = torch.tensor([2, -1])
-    choose = lambda mode, **how: experts.choose(
+    choose = lambda mode, **how: experts.choose_adapters(
         mode, RetrieveConfig(k=3), queries, of.vectors, own=own, **how
     )
     assert choose("bare").indices.shape == (2, 0)
@@ -163,14 +165,14 @@ def test_modes_choose_as_they_say(of):
     barred = torch.zeros(6, dtype=torch.bool).index_fill(0, torch.tensor([2]), True)
     assert 2 not in choose("mixture", exclude=barred).indices
     with pytest.raises(ValueError, match=r"oracle needs own \[2\] below 6"):
-        experts.choose("oracle", RetrieveConfig(), queries, of.vectors, own=torch.tensor([6, 0]))
+        experts.choose_adapters("oracle", RetrieveConfig(), queries, of.vectors, own=torch.tensor([6, 0]))
 
 
 def test_one_experts_answers_four_threads_as_it_answers_one(of, tmp_path):
     """Many questions with their own adapters and images at once: each answer is that of the question asked alone."""
     _, of = of
     embedder = embed.fit_local(EmbedConfig(dims=2, shares=(1.0, 0.0)), WORDS)
-    vectors = embed.embed(embedder, [*WORDS, *WORDS[:2]])
+    vectors = embed.embed_queries(embedder, [*WORDS, *WORDS[:2]])
     of = evolve(of, embedder=embedder, vectors=vectors)
     talks = prompts(tmp_path, 6)
     questions = []
@@ -182,7 +184,7 @@ def test_one_experts_answers_four_threads_as_it_answers_one(of, tmp_path):
 
     def ask(question):
         text, images, mode = question
-        return experts.ask(of, text, images, mode=mode, cfg=cfg, max_tokens=8)
+        return experts.ask_experts(of, text, images, mode=mode, cfg=cfg, max_tokens=8)
 
     alone = [ask(q) for q in questions]
     assert len({a.text for a in alone}) > 10
@@ -194,7 +196,7 @@ def test_rows_without_their_choice(of, tmp_path, gen):
     _, of = of
     data = chat.encode_conversations(of.chat, prompts(tmp_path, 3), prompt=True)
     with pytest.raises(ValueError, match="must be chosen for each of 3 rows, got 8"):
-        experts.answers(of, data, range(3), some(gen), "mixture", 4)
+        experts.generate_answers(of, data, range(3), some(gen), "mixture", 4)
 
 
 def test_a_chat_saved_and_opened_again(of, tmp_path):

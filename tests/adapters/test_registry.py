@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from medvl.adapters import registry
-from medvl.adapters.registry import Record, Registry
+from medvl.adapters.registry import AdapterRecord, Registry
 from medvl.base.config import ConfigError
 
 
@@ -22,16 +22,16 @@ def place(tmp_path):
 
 
 def filled(place):
-    registry.add(
+    registry.add_adapter(
         place,
-        Record(
+        AdapterRecord(
             name="ct", path="ct", vector="ct.npy", samples=20, embedder="tfidf", description='chest "CT" é\n2'
         ),
         [3.0, 4.0],
     )
-    return registry.add(
+    return registry.add_adapter(
         place,
-        Record(name="xray", path="xray", vector="xray.npy", samples=20, embedder="tfidf"),
+        AdapterRecord(name="xray", path="xray", vector="xray.npy", samples=20, embedder="tfidf"),
         torch.tensor([0.0, 2.0]),
     )
 
@@ -41,9 +41,9 @@ def test_what_is_added_is_read_back(place, name):
     made = filled(place.with_name(name))
     assert registry.read_registry(place.with_name(name)) == made
     torch.testing.assert_close(
-        registry.vectors(place.with_name(name), made), torch.tensor([[0.6, 0.8], [0.0, 1.0]])
+        registry.read_vectors(place.with_name(name), made), torch.tensor([[0.6, 0.8], [0.0, 1.0]])
     )
-    registry.check(place.with_name(name), made)
+    registry.check_registry(place.with_name(name), made)
 
 
 def test_the_records_of_the_reference(place):
@@ -53,29 +53,47 @@ def test_the_records_of_the_reference(place):
     records = [{"lora_name": "ct", "lora_path": "ct", "embedding_path": "m.npy", "description": "CT"}]
     place.with_suffix(".json").write_text(json.dumps(records))
     made = registry.read_registry(place.with_suffix(".json"))
-    assert made.adapters == (Record(name="ct", path="ct", vector="m.npy", description="CT"),)
-    torch.testing.assert_close(registry.vectors(place.with_suffix(".json"), made), torch.tensor([[0.6, 0.8]]))
+    assert made.adapters == (AdapterRecord(name="ct", path="ct", vector="m.npy", description="CT"),)
+    torch.testing.assert_close(
+        registry.read_vectors(place.with_suffix(".json"), made), torch.tensor([[0.6, 0.8]])
+    )
 
 
 def test_a_refused_adapter_changes_nothing(place):
     filled(place)
     before = {p.name: p.read_bytes() for p in place.parent.iterdir() if p.is_file()}
     for record, vector, message in (
-        (Record(name="ct", path="ct", vector="new.npy"), [1.0, 0.0], "'ct' is there 2 times"),
-        (Record(name="us", path="us", vector="new.npy"), [1.0, 0.0], "us holds no adapter_config.json"),
+        (AdapterRecord(name="ct", path="ct", vector="new.npy"), [1.0, 0.0], "'ct' is there 2 times"),
         (
-            Record(name="us", path="ct", vector="new.npy"),
+            AdapterRecord(name="us", path="us", vector="new.npy"),
+            [1.0, 0.0],
+            "us holds no adapter_config.json",
+        ),
+        (
+            AdapterRecord(name="us", path="ct", vector="new.npy"),
             [1.0, 0.0, 0.0],
             "a vector of 3 numbers, the others 2",
         ),
-        (Record(name="us", path="ct", vector="new.npy"), [0.0, 0.0], "one finite vector .* that is not zero"),
-        (Record(name=" ", path="ct", vector="new.npy"), [1.0, 0.0], "the name becomes that of a file"),
-        (Record(name="../../x", path="ct", vector=""), [1.0, 0.0], "the name becomes that of a file"),
-        (Record(name="us", path="ct", vector="../new.npy"), [1.0, 0.0], "must lie in the registry's root"),
-        (Record(name="us", path="ct", vector="/tmp/new.npy"), [1.0, 0.0], "must lie in the registry's root"),
+        (
+            AdapterRecord(name="us", path="ct", vector="new.npy"),
+            [0.0, 0.0],
+            "one finite vector .* that is not zero",
+        ),
+        (AdapterRecord(name=" ", path="ct", vector="new.npy"), [1.0, 0.0], "the name becomes that of a file"),
+        (AdapterRecord(name="../../x", path="ct", vector=""), [1.0, 0.0], "the name becomes that of a file"),
+        (
+            AdapterRecord(name="us", path="ct", vector="../new.npy"),
+            [1.0, 0.0],
+            "must lie in the registry's root",
+        ),
+        (
+            AdapterRecord(name="us", path="ct", vector="/tmp/new.npy"),
+            [1.0, 0.0],
+            "must lie in the registry's root",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
-            registry.add(place, record, vector)
+            registry.add_adapter(place, record, vector)
     assert {p.name: p.read_bytes() for p in place.parent.iterdir() if p.is_file()} == before
 
 
@@ -84,16 +102,18 @@ def test_a_refused_adapter_changes_nothing(place):
 )
 def test_names_that_would_be_other_places_are_refused(place, name):
     with pytest.raises(ValueError, match="the name becomes that of a file"):
-        registry.add(place, Record(name=name, path="ct", vector=""), [1.0, 0.0])
+        registry.add_adapter(place, AdapterRecord(name=name, path="ct", vector=""), [1.0, 0.0])
     assert sorted(p.name for p in place.parent.iterdir()) == ["ct", "xray"]
 
 
 def test_registries_in_one_folder_leave_each_others_vectors_alone(place):
     one, other = place, place.with_name("other.toml")
-    registry.add(one, Record(name="ct", path="ct", vector=""), [3.0, 4.0])
-    registry.add(other, Record(name="ct", path="ct", vector=""), [0.0, 1.0])
+    registry.add_adapter(one, AdapterRecord(name="ct", path="ct", vector=""), [3.0, 4.0])
+    registry.add_adapter(other, AdapterRecord(name="ct", path="ct", vector=""), [0.0, 1.0])
     for path, wanted in ((one, [[0.6, 0.8]]), (other, [[0.0, 1.0]])):
-        torch.testing.assert_close(registry.vectors(path, registry.read_registry(path)), torch.tensor(wanted))
+        torch.testing.assert_close(
+            registry.read_vectors(path, registry.read_registry(path)), torch.tensor(wanted)
+        )
 
 
 def test_those_who_add_at_the_same_time_lose_nothing(place):
@@ -101,8 +121,8 @@ def test_those_who_add_at_the_same_time_lose_nothing(place):
     with ThreadPoolExecutor(4) as pool:
         list(
             pool.map(
-                lambda name: registry.add(
-                    place, Record(name=name, path="ct", vector=""), [1.0, float(name[1:])]
+                lambda name: registry.add_adapter(
+                    place, AdapterRecord(name=name, path="ct", vector=""), [1.0, float(name[1:])]
                 ),
                 names,
             )
@@ -117,7 +137,7 @@ def test_a_vector_that_claims_to_be_huge_is_refused_before_anything_is_allocated
     about = b"{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000000,), }"
     place.with_name("ct.npy").write_bytes(header + about.ljust(117) + b"\n" + bytes(16))
     with pytest.raises(ValueError, match=r"ct: .*ct\.npy: not a whole .npy of numbers"):
-        registry.vectors(place, registry.read_registry(place))
+        registry.read_vectors(place, registry.read_registry(place))
 
 
 def broken_vector(value):
@@ -168,7 +188,7 @@ def test_what_does_not_fit_is_named(place, damage, message):
     filled(place)
     damage(place)
     with pytest.raises(ValueError, match=message):
-        registry.check(place, registry.read_registry(place))
+        registry.check_registry(place, registry.read_registry(place))
 
 
 @pytest.mark.parametrize(
@@ -181,8 +201,8 @@ def test_what_does_not_fit_is_named(place, damage, message):
 def test_one_model_under_two_names(place, caplog, name):
     filled(place)
     rebased(name)(place)
-    registry.check(place, registry.read_registry(place))
-    registry.check(place, registry.read_registry(place), "some/where/Qwen2-VL-7B-Instruct")
+    registry.check_registry(place, registry.read_registry(place))
+    registry.check_registry(place, registry.read_registry(place), "some/where/Qwen2-VL-7B-Instruct")
     assert not caplog.records
 
 
@@ -190,14 +210,14 @@ def test_another_model_by_name_is_a_warning_where_the_model_is_given(place, capl
     """Names and shapes of layers are checked when an adapter is read; a name alone decides nothing."""
     filled(place)
     rebased("other")(place)
-    registry.check(place, registry.read_registry(place), "/models/Qwen2-VL-7B-Instruct")
+    registry.check_registry(place, registry.read_registry(place), "/models/Qwen2-VL-7B-Instruct")
     assert (
         "taken for adapters of /models/Qwen2-VL-7B-Instruct, but trained on another model by name: ct on other"
         in caplog.text
     )
     caplog.clear()
     place.write_text('base = "Qwen/Qwen2-VL-7B-Instruct"\n' + place.read_text())
-    registry.check(place, registry.read_registry(place))
+    registry.check_registry(place, registry.read_registry(place))
     assert "ct on other" in caplog.text
 
 
@@ -211,16 +231,18 @@ def test_paths_may_start_elsewhere(place, tmp_path, monkeypatch, caplog):
         ValueError,
         match=r"ct: .*config/m\.npy: no such file; relative paths start at .*config, give another root",
     ):
-        registry.check(listed, registry.read_registry(listed))
+        registry.check_registry(listed, registry.read_registry(listed))
     monkeypatch.chdir(tmp_path)
     for root in (tmp_path, "."):
         made = registry.read_registry(listed, root)
-        registry.check(listed, made)
-    made = registry.add(listed, Record(name="us", path="xray", vector=""), [0.0, 1.0], ".")  # keeps it
+        registry.check_registry(listed, made)
+    made = registry.add_adapter(
+        listed, AdapterRecord(name="us", path="xray", vector=""), [0.0, 1.0], "."
+    )  # keeps it
     assert "was a list of LoraRetriever's, and is written as a registry of medvl's now" in caplog.text
     again = registry.read_registry(listed)
     assert (again, again.root) == (made, "..")
-    torch.testing.assert_close(registry.vectors(listed, again), torch.tensor([[0.6, 0.8], [0.0, 1.0]]))
+    torch.testing.assert_close(registry.read_vectors(listed, again), torch.tensor([[0.6, 0.8], [0.0, 1.0]]))
     assert [p.parent for p in tmp_path.rglob("us-*.npy")] == [tmp_path / "vectors"]
 
 
@@ -228,7 +250,9 @@ def test_paths_may_start_elsewhere(place, tmp_path, monkeypatch, caplog):
 def test_any_text_is_read_back(place, ending):
     path = place.with_suffix(ending)
     text = 'a "b" \\ c\td\n\x7f\x01 \u00e9 \U0001f600'
-    registry.add(path, Record(name="\U0001f600", path="ct", vector="", description=text), [3.0, 4.0])
+    registry.add_adapter(
+        path, AdapterRecord(name="\U0001f600", path="ct", vector="", description=text), [3.0, 4.0]
+    )
     (found,) = registry.read_registry(path).adapters
     assert (found.name, found.description) == ("\U0001f600", text)
 

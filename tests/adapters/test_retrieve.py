@@ -7,12 +7,12 @@ from sklearn.metrics.pairwise import cosine_similarity
 
 from medvl.adapters.retrieve import (
     RetrieveConfig,
+    adapter_recall,
     adapter_vector,
     mixture_weights,
     query_vector,
-    recall_at,
-    retrieve,
-    subset,
+    retrieve_adapters,
+    used_adapters,
 )
 
 NAN = math.nan
@@ -44,7 +44,7 @@ def test_cosine_picks_another_adapter_than_inner_product_on_raw_means():
     query = torch.tensor([[1.0, 0.0, 0.0]])
     raw = query @ torch.stack([tight.mean(0), diverse.mean(0)]).T
     assert raw.argmax() == 0
-    found = retrieve(
+    found = retrieve_adapters(
         RetrieveConfig(k=1), query, torch.stack([adapter_vector(tight), adapter_vector(diverse)])
     )
     assert found.indices.tolist() == [[1]]
@@ -74,7 +74,7 @@ def test_a_row_without_an_image_takes_its_text_alone(gen, shares):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_retrieve_equals_naive_loop_and_sklearn(gen, dtype):
     q, v = (x.to(dtype) for x in _some(gen))
-    found = retrieve(RetrieveConfig(k=4), q, v)
+    found = retrieve_adapters(RetrieveConfig(k=4), q, v)
     table = cosine_similarity(q.double().numpy(), v.double().numpy())
     for i in range(len(q)):
         order = sorted(range(len(v)), key=lambda j: (-table[i, j], j))[:4]
@@ -87,12 +87,13 @@ def test_retrieve_equals_naive_loop_and_sklearn(gen, dtype):
 
 def test_lengths_batch_and_autocast_do_not_matter(gen):
     q, v = _some(gen)
-    found = retrieve(RetrieveConfig(k=3, weighting="softmax"), q, v)
+    found = retrieve_adapters(RetrieveConfig(k=3, weighting="softmax"), q, v)
     one = [
-        retrieve(RetrieveConfig(k=3, weighting="softmax"), q[i : i + 1] * 10.0**i, v * 1e3) for i in range(6)
+        retrieve_adapters(RetrieveConfig(k=3, weighting="softmax"), q[i : i + 1] * 10.0**i, v * 1e3)
+        for i in range(6)
     ]
     with torch.autocast("cpu", torch.bfloat16):
-        low = retrieve(RetrieveConfig(k=3, weighting="softmax"), q, v)
+        low = retrieve_adapters(RetrieveConfig(k=3, weighting="softmax"), q, v)
     for field in ("indices", "similarity", "weights"):
         torch.testing.assert_close(torch.cat([getattr(o, field) for o in one]), getattr(found, field))
         assert torch.equal(getattr(low, field), getattr(found, field))
@@ -104,7 +105,7 @@ def test_equal_vectors_come_in_the_order_of_their_index(gen):
         v = torch.randn(1, d, generator=gen).expand(p, d).contiguous()
         q = torch.randn(b, d, generator=gen)
         for order in (torch.arange(b), torch.arange(b).flip(0), torch.randperm(b, generator=gen)):
-            found = retrieve(RetrieveConfig(k=4), q[order], v)
+            found = retrieve_adapters(RetrieveConfig(k=4), q[order], v)
             assert found.indices.tolist() == [[0, 1, 2, 3]] * b
             assert (found.similarity == found.similarity[:, :1]).all()
 
@@ -114,7 +115,7 @@ def test_ties_among_other_vectors(gen):
     copies = torch.randint(5, (31,), generator=gen)
     q, barred = torch.randn(8, 40, generator=gen), torch.rand(8, 31, generator=gen) < 0.3
     for rows in (torch.arange(8), torch.randperm(8, generator=gen), torch.tensor([5])):
-        found = retrieve(RetrieveConfig(k=9), q[rows], base[copies], exclude=barred[rows])
+        found = retrieve_adapters(RetrieveConfig(k=9), q[rows], base[copies], exclude=barred[rows])
         for i, row in enumerate(rows):
             rank = (
                 torch.nn.functional.cosine_similarity(q[row : row + 1].double(), base.double())
@@ -127,11 +128,11 @@ def test_ties_among_other_vectors(gen):
 
 def test_exclusion_by_pool_and_by_row(gen):
     q, v = _some(gen)
-    free = retrieve(RetrieveConfig(k=9), q, v).indices
+    free = retrieve_adapters(RetrieveConfig(k=9), q, v).indices
     pool = torch.zeros(9, dtype=torch.bool)
     pool[free[0, 0]] = True
     for barred in (pool, F.one_hot(free[:, 0], 9).bool()):
-        found = retrieve(RetrieveConfig(k=2), q, v, exclude=barred).indices
+        found = retrieve_adapters(RetrieveConfig(k=2), q, v, exclude=barred).indices
         rows = barred.expand(6, 9)
         assert found.tolist() == [[j for j in free[i].tolist() if not rows[i, j]][:2] for i in range(6)]
 
@@ -140,7 +141,7 @@ def test_fewer_than_k(gen):
     q, v = _some(gen, b=3, p=4)
     barred = torch.tensor([[0, 0, 0, 0], [1, 1, 0, 1], [1, 1, 1, 1]]).bool()
     for weighting in ("uniform", "softmax"):
-        found = retrieve(RetrieveConfig(k=6, weighting=weighting), q, v, exclude=barred)
+        found = retrieve_adapters(RetrieveConfig(k=6, weighting=weighting), q, v, exclude=barred)
         assert (found.indices >= 0).sum(1).tolist() == [4, 1, 0]
         assert found.indices[1].tolist() == [2, -1, -1, -1, -1, -1]
         assert torch.equal(found.similarity.isnan(), found.indices < 0)
@@ -148,7 +149,7 @@ def test_fewer_than_k(gen):
         torch.testing.assert_close(found.weights.sum(1), torch.tensor([1.0, 1.0, 0.0]))
         assert found.abstained.tolist() == [False, False, True]
     assert (
-        retrieve(RetrieveConfig(k=2), q, v, exclude=torch.ones(4, dtype=torch.bool)).indices.tolist()
+        retrieve_adapters(RetrieveConfig(k=2), q, v, exclude=torch.ones(4, dtype=torch.bool)).indices.tolist()
         == [[-1, -1]] * 3
     )
 
@@ -156,7 +157,7 @@ def test_fewer_than_k(gen):
 def test_abstention_is_of_the_row():
     v = torch.eye(3)
     q = torch.tensor([[0.8, 0.6, 0.0], [0.6, 0.5, 0.5], [-1.0, 0.0, 0.0]])
-    found = retrieve(RetrieveConfig(k=2, threshold=0.7), q, v)
+    found = retrieve_adapters(RetrieveConfig(k=2, threshold=0.7), q, v)
     assert found.abstained.tolist() == [False, True, True]
     assert found.indices.tolist() == [
         [0, 1],
@@ -169,7 +170,7 @@ def test_abstention_is_of_the_row():
 def test_without_a_threshold_even_the_opposite_is_taken(gen):
     for _ in range(50):  # rounding puts some of these cosines below -1
         q = torch.randn(20, 7, generator=gen)
-        assert not retrieve(
+        assert not retrieve_adapters(
             RetrieveConfig(k=1), q, -q, exclude=~torch.eye(20, dtype=torch.bool)
         ).abstained.any()
 
@@ -177,7 +178,7 @@ def test_without_a_threshold_even_the_opposite_is_taken(gen):
 @pytest.mark.parametrize("t", [0.2, 0.02, 1e-30])
 def test_softmax_is_the_formula(gen, t):
     q, v = _some(gen)
-    found = retrieve(
+    found = retrieve_adapters(
         RetrieveConfig(k=3, weighting="softmax", temperature=t), q, v, exclude=torch.arange(9) < 7
     )
     s = found.similarity[:, :2].double()
@@ -199,7 +200,7 @@ def test_softmax_of_similarities_as_they_are_in_practice():
     v = torch.stack([angles.cos(), angles.sin()], 1)
     for t in (0.2, 0.02):
         raw = [math.exp(s / t) for s in (0.90, 0.84, 0.81)]
-        found = retrieve(
+        found = retrieve_adapters(
             RetrieveConfig(k=3, weighting="softmax", temperature=t), torch.tensor([[1.0, 0.0]]), v
         )
         assert found.weights[0].tolist() == pytest.approx([r / sum(raw) for r in raw], abs=1e-5)
@@ -208,7 +209,7 @@ def test_softmax_of_similarities_as_they_are_in_practice():
 def test_weights_by_similarity_pass_over_what_is_not_similar():
     v = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]])
     q = torch.tensor([[0.6, 0.8, -0.1], [-1.0, -0.5, 0.0]])
-    found = retrieve(RetrieveConfig(k=3, weighting="similarity"), q, v)
+    found = retrieve_adapters(RetrieveConfig(k=3, weighting="similarity"), q, v)
     assert found.indices.tolist() == [[1, 0, -1], [-1, -1, -1]]
     assert found.weights[0].tolist() == pytest.approx([8 / 14, 6 / 14, 0])
     assert found.weights[1].tolist() == [0, 0, 0]
@@ -216,11 +217,11 @@ def test_weights_by_similarity_pass_over_what_is_not_similar():
 
 
 def test_no_adapter_is_the_bare_model(gen):
-    found = retrieve(RetrieveConfig(k=0), *_some(gen))
+    found = retrieve_adapters(RetrieveConfig(k=0), *_some(gen))
     assert found.indices.shape == found.similarity.shape == found.weights.shape == (6, 0)
     assert found.abstained.all()
     assert mixture_weights(found, 9).tolist() == [[0.0] * 9] * 6
-    ids, weights = subset(found)
+    ids, weights = used_adapters(found)
     assert ids.tolist() == []
     assert weights.shape == (6, 0)
 
@@ -228,7 +229,7 @@ def test_no_adapter_is_the_bare_model(gen):
 def test_ten_thousand_adapters(gen):
     v, q = torch.randn(10_000, 1024, generator=gen), torch.randn(64, 1024, generator=gen)
     v[5000] = v[7000] = q[3] * 2
-    found = retrieve(RetrieveConfig(k=3), q, v)
+    found = retrieve_adapters(RetrieveConfig(k=3), q, v)
     assert found.indices[3, :2].tolist() == [5000, 7000]
     table = torch.from_numpy(cosine_similarity(q.numpy(), v.numpy()))
     torch.testing.assert_close(found.similarity, table.topk(3).values)
@@ -240,7 +241,7 @@ def test_dense_weights_and_the_subset_agree(gen):
     q, v = _some(gen, b=3)
     barred = torch.zeros(3, 9, dtype=torch.bool)
     barred[1], barred[2, :7] = True, True
-    found = retrieve(RetrieveConfig(k=3, weighting="softmax"), q, v, exclude=barred)
+    found = retrieve_adapters(RetrieveConfig(k=3, weighting="softmax"), q, v, exclude=barred)
     naive = [[0.0] * 9 for _ in range(3)]
     for i in range(3):
         for j, w in zip(found.indices[i].tolist(), found.weights[i].tolist(), strict=True):
@@ -248,7 +249,7 @@ def test_dense_weights_and_the_subset_agree(gen):
                 naive[i][j] = w
     dense = mixture_weights(found, 9)
     assert dense.tolist() == naive
-    ids, few = subset(found)
+    ids, few = used_adapters(found)
     assert ids.tolist() == sorted({*found.indices.flatten().tolist()} - {-1})
     assert torch.equal(dense[:, ids], few)
     assert few.sum() == dense.sum()
@@ -259,7 +260,7 @@ def test_recall_at(gen):
     q, v = _some(gen, b=40)
     v[4], truth = v[2], torch.randint(9, (40,), generator=gen)
     found, table = (
-        retrieve(RetrieveConfig(k=9), q, v),
+        retrieve_adapters(RetrieveConfig(k=9), q, v),
         torch.from_numpy(cosine_similarity(q.numpy(), v.numpy())),
     )
     table[:, 4] = table[:, 2]
@@ -267,16 +268,16 @@ def test_recall_at(gen):
         k: sum(int(truth[i]) in sorted(range(9), key=lambda j: (-table[i, j], j))[:k] for i in range(40)) / 40
         for k in (1, 3, 9)
     }
-    assert recall_at(found, truth, (1, 3, 9)) == pytest.approx(naive)
-    assert recall_at(table, truth, (1, 3, 9)) == pytest.approx(naive)
+    assert adapter_recall(found, truth, (1, 3, 9)) == pytest.approx(naive)
+    assert adapter_recall(table, truth, (1, 3, 9)) == pytest.approx(naive)
     assert 0 < naive[1] < naive[3] < naive[9] == 1
-    assert recall_at(retrieve(RetrieveConfig(k=3, threshold=1.0), q, v), truth, [3]) == {3: 0.0}
+    assert adapter_recall(retrieve_adapters(RetrieveConfig(k=3, threshold=1.0), q, v), truth, [3]) == {3: 0.0}
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------------------------
 Q, V = torch.eye(4)[:3], torch.eye(4)
 CFG = RetrieveConfig(k=2)
-FOUND = retrieve(CFG, Q, V)
+FOUND = retrieve_adapters(CFG, Q, V)
 ERRORS = {
     "k": (lambda: RetrieveConfig(k=-1), r"k must be a whole number of 0 to 65,536, got -1"),
     "k is a bool": (lambda: RetrieveConfig(k=True), r"k must be a whole number of 0 to 65,536, got True"),
@@ -356,48 +357,51 @@ ERRORS = {
         r"has_image must agree .* text False",
     ),
     "query nan": (
-        lambda: retrieve(CFG, _bad(Q, 1, NAN), V),
+        lambda: retrieve_adapters(CFG, _bad(Q, 1, NAN), V),
         r"retrieve: every row of queries must be finite .* row 1 has length nan",
     ),
     "vector zero": (
-        lambda: retrieve(CFG, Q, _bad(V, 3, 0)),
+        lambda: retrieve_adapters(CFG, Q, _bad(V, 3, 0)),
         r"retrieve: every row of vectors must be .* row 3 has length 0.0",
     ),
     "widths": (
-        lambda: retrieve(CFG, Q[:, :3], V),
+        lambda: retrieve_adapters(CFG, Q[:, :3], V),
         r"queries must be \[b, d\] and vectors \[p, d\], p >= 1, got .*\[3, 3\]",
     ),
-    "no vectors": (lambda: retrieve(CFG, Q, V[:0]), r"p >= 1, got .*\[0, 4\]"),
-    "one query": (lambda: retrieve(CFG, Q[0], V), r"queries must be \[b, d\]"),
-    "devices": (lambda: retrieve(CFG, Q, V.to("meta")), r"on one device, got cpu and meta"),
+    "no vectors": (lambda: retrieve_adapters(CFG, Q, V[:0]), r"p >= 1, got .*\[0, 4\]"),
+    "one query": (lambda: retrieve_adapters(CFG, Q[0], V), r"queries must be \[b, d\]"),
+    "devices": (lambda: retrieve_adapters(CFG, Q, V.to("meta")), r"on one device, got cpu and meta"),
     "exclude dtype": (
-        lambda: retrieve(CFG, Q, V, exclude=torch.ones(4)),
+        lambda: retrieve_adapters(CFG, Q, V, exclude=torch.ones(4)),
         r"exclude must be bool \[4\] or \[3, 4\], got torch.float32 \[4\]",
     ),
     "exclude shape": (
-        lambda: retrieve(CFG, Q, V, exclude=torch.ones(3).bool()),
+        lambda: retrieve_adapters(CFG, Q, V, exclude=torch.ones(3).bool()),
         r"exclude must be bool \[4\] or \[3, 4\], got .* \[3\]",
     ),
     "small pool": (lambda: mixture_weights(FOUND, 2), r"mixture_weights: p must be .* at least 3, got 2"),
     "truth below 0": (
-        lambda: recall_at(FOUND, torch.tensor([0, -1, 2]), [1]),
+        lambda: adapter_recall(FOUND, torch.tensor([0, -1, 2]), [1]),
         r"truth must be the index .*, got \[0, -1, 2\]",
     ),
-    "truth above p": (lambda: recall_at(V, torch.tensor([0, 4, 2, 1]), [1]), r"0..3, got \[0, 4, 2, 1\]"),
+    "truth above p": (
+        lambda: adapter_recall(V, torch.tensor([0, 4, 2, 1]), [1]),
+        r"0..3, got \[0, 4, 2, 1\]",
+    ),
     "truth shape": (
-        lambda: recall_at(FOUND, torch.tensor([0, 1]), [1]),
+        lambda: adapter_recall(FOUND, torch.tensor([0, 1]), [1]),
         r"truth int64 \[b\], got \[3, 2\] and int64 \[2\]",
     ),
     "recall k": (
-        lambda: recall_at(FOUND, torch.tensor([0, 1, 2]), [1, 3]),
+        lambda: adapter_recall(FOUND, torch.tensor([0, 1, 2]), [1, 3]),
         r"every k must be within 1..2, got \[1, 3\]",
     ),
     "no recall k": (
-        lambda: recall_at(FOUND, torch.tensor([0, 1, 2]), []),
+        lambda: adapter_recall(FOUND, torch.tensor([0, 1, 2]), []),
         r"every k must be within 1..2, got \[\]",
     ),
     "recall nan": (
-        lambda: recall_at(_bad(V, 2, NAN), torch.arange(4), [1]),
+        lambda: adapter_recall(_bad(V, 2, NAN), torch.arange(4), [1]),
         r"similarities must be finite, row 2",
     ),
 }

@@ -16,8 +16,8 @@ from medvl.language.encoding import (
     TEMPLATES,
     Placeholder,
     TooLong,
-    encode,
-    encode_all,
+    encode_conversation,
+    encode_conversations,
     encode_prompt,
 )
 from tests.tiny import turns
@@ -148,7 +148,7 @@ def whole(tok, messages, template, answer=False):
 
 def check(tok, template, messages):
     """Every answer and its end token are trained and nothing else; before each stand the ids of its prompt."""
-    sample = encode(tok, messages, template=template)
+    sample = encode_conversation(tok, messages, template=template)
     answers = [m["content"] for m in messages if m["role"] == "assistant"]
     labels = torch.full_like(sample.ids, -100)
     assert len(sample.trained) == len(answers)
@@ -209,7 +209,7 @@ def test_answers_of_any_shape(every):
         ]:
             check(tok, template, turns("q", answer, "r", "s"))
             check(tok, template, turns("q", "s", "r", answer))
-            sample = encode(tok, turns("q", answer), template=template)
+            sample = encode_conversation(tok, turns("q", answer), template=template)
             assert (sample.labels != -100).sum() == 1 if not answer else (sample.labels != -100).sum() >= 2
 
 
@@ -234,7 +234,7 @@ def test_labels_are_those_of_a_scanner_over_ids(real):
     for name in ("qwen2.5", "qwen3"):
         tok, template = real[name]
         for messages in CHAT:
-            sample = encode(tok, messages, template=template)
+            sample = encode_conversation(tok, messages, template=template)
             ids, keep = sample.ids.tolist(), torch.zeros(len(sample.ids), dtype=torch.bool)
             for i in range(len(ids)):
                 if ids[i : i + 3] == [151644, 77091, 198]:
@@ -244,12 +244,15 @@ def test_labels_are_those_of_a_scanner_over_ids(real):
 
 def test_one_start_token_whether_the_template_or_the_tokenizer_writes_it(bpe):
     messages = turns("q", "a")
-    ids = encode(bpe, messages).ids.tolist()
+    ids = encode_conversation(bpe, messages).ids.tolist()
     assert ids[0] == bpe.bos_token_id
     assert ids.count(bpe.bos_token_id) == 1
     assert bpe.eos_token_id not in ids
-    assert encode(bpe, messages, template="{{ bos_token }}" + TEMPLATES["chatml"]).ids.tolist() == ids
-    assert encode(small(start=False), messages).ids.tolist() == ids[1:]
+    assert (
+        encode_conversation(bpe, messages, template="{{ bos_token }}" + TEMPLATES["chatml"]).ids.tolist()
+        == ids
+    )
+    assert encode_conversation(small(start=False), messages).ids.tolist() == ids[1:]
 
 
 def test_named_templates_are_those_of_the_checkpoints(bpe, real):
@@ -292,12 +295,12 @@ def test_a_template_that_shows_training_another_prompt_is_refused(real):
         ValueError,
         match=r"the tokenizer's chat template must put answer 1 unchanged behind the prompt.*enable_thinking",
     ):
-        encode(tok, turns("q", "a"))
+        encode_conversation(tok, turns("q", "a"))
     with pytest.raises(ValueError, match="must end every answer with a special token"):
-        encode(tok, turns("q", ""))
+        encode_conversation(tok, turns("q", ""))
     with pytest.raises(ValueError, match=r"answer 1 unchanged.*<think>.*chatml.*chat.options"):
-        encode(tok, turns("q", "a", "r", "b"), options={"enable_thinking": False})
-    sample = encode(tok, turns("q", "a"), options={"enable_thinking": False})
+        encode_conversation(tok, turns("q", "a", "r", "b"), options={"enable_thinking": False})
+    sample = encode_conversation(tok, turns("q", "a"), options={"enable_thinking": False})
     assert tok.decode(sample.ids[sample.labels != -100]) == "a<|im_end|>"
     assert tok.decode(sample.ids).endswith("<think>\n\n</think>\n\na<|im_end|>\n")
 
@@ -310,7 +313,7 @@ def test_several_turns_of_a_reasoning_model_are_one_sample_each(real):
     assert not encoding.rewrites_history(tok, messages[:2], options=off)
     assert not encoding.rewrites_history(tok, messages, template="chatml")
     for i in (2, 4, 6):
-        sample = encode(tok, messages[:i], options=off, turns="last")
+        sample = encode_conversation(tok, messages[:i], options=off, turns="last")
         prompt = tok.apply_chat_template(
             messages[: i - 1], tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
@@ -325,11 +328,11 @@ def test_several_turns_of_a_reasoning_model_are_one_sample_each(real):
 def test_reasoning_in_answers_is_trained_and_left_out_of_the_history(real):
     tok = real["qwen3"][0]
     thought = "<think>\nWhy?\n</think>\n\nYes."
-    sample = encode(tok, turns("q", thought))
+    sample = encode_conversation(tok, turns("q", thought))
     assert tok.decode(sample.ids[sample.labels != -100]) == f"{thought}<|im_end|>"
     messages = turns("q", thought, "r", thought)
     assert encoding.rewrites_history(tok, messages)
-    sample = encode(tok, messages, turns="last")
+    sample = encode_conversation(tok, messages, turns="last")
     assert tok.decode(sample.ids).count("Why?") == 1
     assert tok.decode(sample.ids[sample.labels != -100]) == f"{thought}<|im_end|>"
 
@@ -346,8 +349,8 @@ def test_a_template_that_ends_answers_with_the_next_turn(bpe):
     with pytest.raises(
         ValueError, match=r'must end every answer with a special token.*chat.end = "<\|user\|>"'
     ):
-        encode(bpe, turns("q", "a"), template=GLM)
-    sample = encode(bpe, turns("q", "a", "r", "b "), template=GLM, end="<|user|>")
+        encode_conversation(bpe, turns("q", "a"), template=GLM)
+    sample = encode_conversation(bpe, turns("q", "a", "r", "b "), template=GLM, end="<|user|>")
     assert sample.stripped == 1
     assert bpe.decode(sample.ids[sample.labels != -100]) == "\na<|user|>\nb<|user|>"
     asked = encode_prompt(bpe, turns("q", "a", "r"), template=GLM, end="<|user|>")
@@ -367,25 +370,25 @@ def test_answers_as_they_are_behind_the_prompt(bpe):
     """For templates that drop what answers are to be trained on."""
     first, second = "why\n</think>\n\na", "how\n</think>\n\nb"
     with pytest.raises(ValueError, match=r'answer 1 unchanged.*chat.answers = "raw"'):
-        encode(bpe, turns("q", first), template=R1)
-    sample = encode(bpe, turns("q", first, "r", second), template=R1, turns="raw")
+        encode_conversation(bpe, turns("q", first), template=R1)
+    sample = encode_conversation(bpe, turns("q", first, "r", second), template=R1, turns="raw")
     text = "<|user|>q<|assistant|>\n\na<|end|><|user|>r<|assistant|><think>\n"
     assert bpe.decode(sample.ids).removeprefix(tokens.START) == text + second + "<|end|>"
     assert bpe.decode(sample.ids[sample.labels != -100]) == second + "<|end|>"
     asked = encode_prompt(bpe, turns("q", first, "r"), template=R1, turns="raw")
     assert asked.ids.tolist() == sample.ids[: len(asked.ids)].tolist()
     assert (
-        encode(bpe, turns("q", " a "), turns="raw").ids.tolist()
-        == encode(bpe, turns("q", " a ")).ids.tolist()
+        encode_conversation(bpe, turns("q", " a "), turns="raw").ids.tolist()
+        == encode_conversation(bpe, turns("q", " a ")).ids.tolist()
     )
     with pytest.raises(ValueError, match="must end every answer with a special token"):
-        encode(bpe, turns("q", "a"), template=R1.replace("<|end|>", ""), turns="raw")
+        encode_conversation(bpe, turns("q", "a"), template=R1.replace("<|end|>", ""), turns="raw")
 
 
 def test_a_trimming_template_strips_answers_and_they_are_counted(bpe, caplog):
     template = TEMPLATES["chatml"].replace("m.content", "m.content | trim")
     held = [turns("q", "No. "), turns("q", "\nYes", "r", "No"), turns("q", "Yes")]
-    samples, _ = encode_all(bpe, held, template=template)
+    samples, _ = encode_conversations(bpe, held, template=template)
     assert [s.stripped for s in samples] == [1, 1, 0]
     assert [bpe.decode(s.ids[s.labels != -100]) for s in samples] == [
         "No.<|im_end|>",
@@ -395,7 +398,7 @@ def test_a_trimming_template_strips_answers_and_they_are_counted(bpe, caplog):
     assert caplog.messages == [
         "2 answers lose white space at their ends, because the given template drops it"
     ]
-    assert encode(bpe, turns("q", "No. ")).stripped == 0  # this template keeps it
+    assert encode_conversation(bpe, turns("q", "No. ")).stripped == 0  # this template keeps it
 
 
 @pytest.mark.parametrize("between", ["", "\n"])
@@ -403,7 +406,7 @@ def test_all_end_tokens_of_an_answer_are_trained(bpe, between):
     """`<|im_end|><|end|>` behind each answer; the header of the next turn, which follows at once, is not trained."""
     template = TEMPLATES["chatml"].replace("<|im_end|>\\n", f"<|im_end|><|end|>{between}")
     assert template != TEMPLATES["chatml"]
-    sample = encode(bpe, turns("q", "a", "r", "b"), template=template)
+    sample = encode_conversation(bpe, turns("q", "a", "r", "b"), template=template)
     assert bpe.decode(sample.ids[sample.labels != -100]) == "a<|im_end|><|end|>b<|im_end|><|end|>"
     assert [bpe.decode(sample.ids[slice(*span)]) for span in sample.trained] == [
         "a<|im_end|><|end|>",
@@ -419,7 +422,7 @@ def test_an_end_token_of_the_last_answer_alone_is_trained_there(bpe):
         TEMPLATES["chatml"].replace("<|im_end|>\\n", "<|im_end|>")
         + "{% if not add_generation_prompt %}<|end|>{% endif %}"
     )
-    sample = encode(bpe, turns("q", "a", "r", "b"), template=template)
+    sample = encode_conversation(bpe, turns("q", "a", "r", "b"), template=template)
     assert bpe.decode(sample.ids[sample.labels != -100]) == "a<|im_end|>b<|im_end|><|end|>"
 
 
@@ -444,7 +447,7 @@ def test_a_template_that_writes_the_date_is_known(bpe):
         bpe, turns("q", "a"), template=DATED, options={"date_string": "26 Jul 2024"}
     )
     assert not encoding.writes_date(bpe, turns("q", "a"))
-    sample = encode(bpe, turns("q", "a"), template=DATED, options={"date_string": "26 Jul 2024"})
+    sample = encode_conversation(bpe, turns("q", "a"), template=DATED, options={"date_string": "26 Jul 2024"})
     assert "Today: 26 Jul 2024" in bpe.decode(sample.ids)
 
 
@@ -455,10 +458,12 @@ def test_a_saved_template_knows_its_options(bpe):
         + TEMPLATES["chatml"]
     )
     saved = encoding.template_text(bpe, template, options)
-    want = encode(bpe, turns("q", "a"), template=template, options=options)
-    assert torch.equal(encode(bpe, turns("q", "a"), template=saved).ids, want.ids)
+    want = encode_conversation(bpe, turns("q", "a"), template=template, options=options)
+    assert torch.equal(encode_conversation(bpe, turns("q", "a"), template=saved).ids, want.ids)
     assert bpe.decode(want.ids).startswith("<|startoftext|>Märt '24!1True")
-    other = encode(bpe, turns("q", "a"), template=saved, options={"flag": True})  # what is given counts
+    other = encode_conversation(
+        bpe, turns("q", "a"), template=saved, options={"flag": True}
+    )  # what is given counts
     assert bpe.decode(other.ids).startswith("<|startoftext|>Märt '241True")
     assert encoding.template_text(bpe, "chatml") == TEMPLATES["chatml"]
     with pytest.raises(ValueError, match="options of a template must be values of JSON"):
@@ -468,7 +473,7 @@ def test_a_saved_template_knows_its_options(bpe):
 @pytest.mark.parametrize("system", [None, "Be brief."])
 def test_images_become_runs_of_visual_tokens(bpe, system):
     messages = turns("<image>\n<image>\nNew?", "Yes.", "And <image>?", "No.", system=system)
-    sample = encode(bpe, messages, placeholder=QWEN_VL, visual=[3, 1, 2])
+    sample = encode_conversation(bpe, messages, placeholder=QWEN_VL, visual=[3, 1, 2])
     text = "<|vision_start|>{}<|vision_end|>"
     filled = [dict(m) for m in messages]
     for n in (3, 1, 2):
@@ -487,14 +492,14 @@ def test_images_become_runs_of_visual_tokens(bpe, system):
 def test_images_with_real_tokenizers(real):
     messages, n = turns("<image>\nWhat is it?", "CT."), 256
     tok = real["qwen2.5"][0]
-    sample = encode(tok, messages, placeholder=QWEN_VL, visual=[n])
+    sample = encode_conversation(tok, messages, placeholder=QWEN_VL, visual=[n])
     filled = turns(f"<|vision_start|>{'<|image_pad|>' * n}<|vision_end|>\nWhat is it?", "CT.")
     assert sample.ids.tolist() == whole(tok, filled, None)
     assert (sample.ids == 151655).sum() == n
     tok = real["phi"][
         0
     ]  # its tokens swallow the line break behind them; the one behind an image is the user's and stays
-    sample = encode(
+    sample = encode_conversation(
         tok, messages, placeholder=Placeholder(token="<|placeholder1|>"), visual=[n], template="phi3"
     )
     a, b = sample.visual[0]
@@ -511,32 +516,32 @@ def test_codes_that_answers_may_hold(bpe):
     with pytest.raises(
         ValueError, match=r"message 1 \(assistant\) must not hold special tokens .*<idx_3>, <idx_7>"
     ):
-        encode(tok, messages)
-    sample = encode(tok, messages, allow=set(codes))
+        encode_conversation(tok, messages)
+    sample = encode_conversation(tok, messages, allow=set(codes))
     assert tok.decode(sample.ids[sample.labels != -100]) == "<start_index><idx_3><idx_7><end_index><|im_end|>"
     with pytest.raises(ValueError, match=r"message 0 \(user\) must not hold special tokens .*<idx_3>"):
-        encode(tok, turns("<idx_3>", "a"), allow=set(codes))
+        encode_conversation(tok, turns("<idx_3>", "a"), allow=set(codes))
 
 
 def test_a_placeholder_that_is_no_special_token_is_refused_in_texts_too():
     tok = small()
     tok.add_tokens([AddedToken("<|fim_pad|>", special=False, normalized=False)])
     holder = Placeholder(token="<|fim_pad|>")
-    assert encode(tok, turns("<image> q", "a"), placeholder=holder, visual=[2]).visual[0][1] > 0
+    assert encode_conversation(tok, turns("<image> q", "a"), placeholder=holder, visual=[2]).visual[0][1] > 0
     with pytest.raises(ValueError, match=r"message 0 \(user\) .*found <\|fim_pad\|>"):
-        encode(tok, turns("<image> <|fim_pad|>", "a"), placeholder=holder, visual=[2])
+        encode_conversation(tok, turns("<image> <|fim_pad|>", "a"), placeholder=holder, visual=[2])
 
 
 def test_only_what_follows_the_last_end_token_is_cut(bpe):
     messages = turns("<image> q", "the heart is normal.")
-    sample = encode(bpe, messages, placeholder=QWEN_VL, visual=[5])
+    sample = encode_conversation(bpe, messages, placeholder=QWEN_VL, visual=[5])
     stop = sample.trained[-1][1]
     assert stop < len(sample.ids)
-    cut = encode(bpe, messages, placeholder=QWEN_VL, visual=[5], context=stop)
+    cut = encode_conversation(bpe, messages, placeholder=QWEN_VL, visual=[5], context=stop)
     assert cut.ids.tolist() == sample.ids[:stop].tolist()
     assert cut.labels.tolist() == sample.labels[:stop].tolist()
     with pytest.raises(TooLong, match=f"need {stop} tokens, context is {stop - 1}") as e:
-        encode(bpe, messages, placeholder=QWEN_VL, visual=[5], context=stop - 1)
+        encode_conversation(bpe, messages, placeholder=QWEN_VL, visual=[5], context=stop - 1)
     again = pickle.loads(pickle.dumps(e.value))
     assert (again.needed, again.context, str(again)) == (stop, stop - 1, str(e.value))
     prompt = encode_prompt(bpe, messages[:1], placeholder=QWEN_VL, visual=[5], context=stop)
@@ -553,7 +558,7 @@ def test_what_is_refused_is_counted(bpe, caplog):
     ]
     visual = [[4], [4], [99], [4]]
     with caplog.at_level(logging.WARNING):
-        samples, refused = encode_all(bpe, many, placeholder=QWEN_VL, visual=visual, context=60)
+        samples, refused = encode_conversations(bpe, many, placeholder=QWEN_VL, visual=visual, context=60)
     assert [i for i, _ in refused] == [1, 2]
     assert max(e.needed for _, e in refused) == 117
     assert (
@@ -561,19 +566,19 @@ def test_what_is_refused_is_counted(bpe, caplog):
         in caplog.text
     )
     for got, i in zip(samples, (0, 3), strict=True):
-        assert torch.equal(got.ids, encode(bpe, many[i], placeholder=QWEN_VL, visual=[4]).ids)
+        assert torch.equal(got.ids, encode_conversation(bpe, many[i], placeholder=QWEN_VL, visual=[4]).ids)
     caplog.clear()
-    assert encode_all(bpe, many, placeholder=QWEN_VL, visual=visual)[1] == []
+    assert encode_conversations(bpe, many, placeholder=QWEN_VL, visual=visual)[1] == []
     assert not caplog.records
     with pytest.raises(ValueError, match="4 of 4 conversations do not fit the context of 5 tokens"):
-        encode_all(bpe, many, placeholder=QWEN_VL, visual=visual, context=5)
+        encode_conversations(bpe, many, placeholder=QWEN_VL, visual=visual, context=5)
     with pytest.raises(
         ValueError,
         match="conversation 3: encode: every tag '<image>' needs its image, got 1 tags and 0 images",
     ):
-        encode_all(bpe, many, placeholder=QWEN_VL, visual=[*visual[:3], []])
+        encode_conversations(bpe, many, placeholder=QWEN_VL, visual=[*visual[:3], []])
     with pytest.raises(ValueError, match=r"^x.jsonl, line 8: encode: every tag '<image>' needs its image"):
-        encode_all(
+        encode_conversations(
             bpe,
             many,
             placeholder=QWEN_VL,
@@ -581,13 +586,16 @@ def test_what_is_refused_is_counted(bpe, caplog):
             names=[f"x.jsonl, line {i}" for i in (2, 4, 6, 8)],
         )
     with pytest.raises(ValueError, match="one row per conversation, got 1 for 4"):
-        encode_all(bpe, many, placeholder=QWEN_VL, visual=[[4]])
+        encode_conversations(bpe, many, placeholder=QWEN_VL, visual=[[4]])
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_collate(bpe, side):
-    samples = [encode(bpe, turns("<image> q", "a" * n), placeholder=QWEN_VL, visual=[n]) for n in (1, 9, 4)]
-    batch = encoding.collate(samples, 7, side=side, multiple_of=16)
+    samples = [
+        encode_conversation(bpe, turns("<image> q", "a" * n), placeholder=QWEN_VL, visual=[n])
+        for n in (1, 9, 4)
+    ]
+    batch = encoding.collate_samples(samples, 7, side=side, multiple_of=16)
     length = max(len(s.ids) for s in samples)
     assert {k: (v.dtype, v.shape[0]) for k, v in batch.items()} == {
         "ids": (torch.int64, 3),
@@ -604,37 +612,39 @@ def test_collate(bpe, side):
         assert (batch["labels"][i][~batch["mask"][i]] == -100).all()
         assert torch.equal(batch["visual"][i], batch["ids"][i] == bpe.convert_tokens_to_ids("<|image_pad|>"))
         assert bool(batch["mask"][i, 0 if side == "right" else -1])
-    assert encoding.collate(samples[1:2], 0)["ids"].shape == (1, length)
+    assert encoding.collate_samples(samples[1:2], 0)["ids"].shape == (1, length)
 
 
 def test_collate_errors(bpe):
-    sample = encode(bpe, turns("q", "a"))
+    sample = encode_conversation(bpe, turns("q", "a"))
     for bad in ({"samples": []}, {"side": "up"}, {"multiple_of": 0}):
         with pytest.raises(ValueError, match="needs samples, side right or left and multiple_of >= 1"):
-            encoding.collate(**({"samples": [sample], "pad_id": 0} | bad))
+            encoding.collate_samples(**({"samples": [sample], "pad_id": 0} | bad))
 
 
 def test_show(bpe):
-    sample = encode(bpe, turns("<image><image>\nq «x»", "a\n", "r", ""), placeholder=QWEN_VL, visual=[256, 2])
+    sample = encode_conversation(
+        bpe, turns("<image><image>\nq «x»", "a\n", "r", ""), placeholder=QWEN_VL, visual=[256, 2]
+    )
     images = (
         "<|vision_start|><|image_pad|> x 256<|vision_end|><|vision_start|><|image_pad|> x 2<|vision_end|>"
     )
-    assert encoding.show(bpe, sample) == (
+    assert encoding.show_sample(bpe, sample) == (
         f"<|startoftext|><|im_start|>user\n{images}\n"
         "q «x»<|im_end|>\n<|im_start|>assistant\n«a\n<|im_end|>»\n<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n«<|im_end|>»\n"
         f"\n[{len(sample.ids)} tokens, 258 visual in 2 images, 4 trained in 2 turns]"
     )
-    assert "\033[32ma\n<|im_end|>\033[0m" in encoding.show(bpe, sample, ("\033[32m", "\033[0m"))
+    assert "\033[32ma\n<|im_end|>\033[0m" in encoding.show_sample(bpe, sample, ("\033[32m", "\033[0m"))
 
 
 def test_show_follows_the_labels(bpe):
-    sample = encode(bpe, turns("q", "abc"))
+    sample = encode_conversation(bpe, turns("q", "abc"))
     wrong = encoding.Sample(
         ids=sample.ids,
         labels=torch.where(sample.ids == sample.ids[-1], sample.ids, -100),
         trained=sample.trained,
     )
-    assert "assistant«\n»abc<|im_end|>«\n»" in encoding.show(bpe, wrong)
+    assert "assistant«\n»abc<|im_end|>«\n»" in encoding.show_sample(bpe, wrong)
 
 
 BAD = {
@@ -690,7 +700,7 @@ BAD = {
 def test_bad_conversations(bpe, name):
     given, said = BAD[name]
     with pytest.raises(ValueError, match=said):
-        encode(bpe, **({"placeholder": QWEN_VL} | given))
+        encode_conversation(bpe, **({"placeholder": QWEN_VL} | given))
 
 
 def test_of_several_templates_the_one_for_conversations_is_taken(bpe):
@@ -699,12 +709,15 @@ def test_of_several_templates_the_one_for_conversations_is_taken(bpe):
         "default": TEMPLATES["chatml"],
         "tool_use": "{{ raise_exception('no') }}",
     }  # as Command R and Hermes have them
-    assert torch.equal(encode(tok, turns("q", "a")).ids, encode(bpe, turns("q", "a"), template="chatml").ids)
+    assert torch.equal(
+        encode_conversation(tok, turns("q", "a")).ids,
+        encode_conversation(bpe, turns("q", "a"), template="chatml").ids,
+    )
     assert encoding.template_text(tok) == TEMPLATES["chatml"]
     for none in ({"tool_use": "x"}, ["x"], 5):
         tok.chat_template = none
         for use in (
-            lambda: encode(tok, turns("q", "a")),
+            lambda: encode_conversation(tok, turns("q", "a")),
             lambda: encoding.end_ids(tok),
             lambda: encoding.template_text(tok),
         ):
@@ -718,10 +731,12 @@ def test_bad_prompts_and_tokenizers(bpe):
     tok = small()
     tok.chat_template = None
     with pytest.raises(ValueError, match="the tokenizer has none; give one of chatml, qwen2, phi3, phi4"):
-        encode(tok, turns("q", "a"))
+        encode_conversation(tok, turns("q", "a"))
     with pytest.raises(ValueError, match="a space before every piece needs answers behind a special token"):
-        encode(spaced(True), turns("q", "a"), template=encoding._template("<|im_start|>", ": ", "<|im_end|>"))
+        encode_conversation(
+            spaced(True), turns("q", "a"), template=encoding._template("<|im_start|>", ": ", "<|im_end|>")
+        )
     assert (
-        encode(tok, turns("q", "a"), template="chatml").ids.tolist()
-        == encode(bpe, turns("q", "a")).ids.tolist()
+        encode_conversation(tok, turns("q", "a"), template="chatml").ids.tolist()
+        == encode_conversation(bpe, turns("q", "a")).ids.tolist()
     )

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from medvl.hub import skeletons, tokens
 from medvl.language import generate as g
 from medvl.language import qwen_vl, vlm
-from medvl.language.generate import Sampling, generate, only, phases, score_options
+from medvl.language.generate import Sampling, allow_in_phases, allow_only, generate, score_options
 from medvl.weights import four_bit, lazy, lora
 from tests import tiny
 
@@ -71,11 +71,11 @@ def test_greedy_is_decoding_without_a_cache(kind):
     one = ours(tiny.sample(kind, tiny.batch(kind, COUNTS), 1, COUNTS))
     one.pop("mm_token_type_ids", None)
     texts = range(3, 140)  # a placeholder that the model writes would be one of the prompt below
-    got = generate(Sampling(max_tokens=12), skeleton, params, one, allowed=only(texts)).ids[0]
+    got = generate(Sampling(max_tokens=12), skeleton, params, one, allowed=allow_only(texts)).ids[0]
     for token in got:
         with torch.no_grad():
             hidden = vlm.hidden_states(skeleton, params, **{k: v for k, v in one.items() if k != "mask"})
-        logits = F.linear(hidden[0, -1], params[vlm.head_of(skeleton)[0]])
+        logits = F.linear(hidden[0, -1], params[vlm.language_head_names(skeleton)[0]])
         assert logits[3:140].argmax() + 3 == token
         one["ids"] = torch.cat([one["ids"], torch.tensor([[token]])], 1)
         one["mask"] = torch.ones_like(one["ids"])
@@ -116,8 +116,8 @@ def test_a_repetition_penalty_equals_the_processor():
     used = torch.zeros(3, 40, dtype=torch.bool).scatter_(1, ids, True)
     for penalty in (1.05, 0.8, 2.0):
         want = RepetitionPenaltyLogitsProcessor(penalty)(ids, logits.clone())
-        assert torch.equal(g.penalise(Sampling(repetition_penalty=penalty), logits, used), want)
-    assert g.penalise(Sampling(), logits, used) is logits
+        assert torch.equal(g.penalise_repetition(Sampling(repetition_penalty=penalty), logits, used), want)
+    assert g.penalise_repetition(Sampling(), logits, used) is logits
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen2_5_vl"])
@@ -207,7 +207,7 @@ def test_the_cache_is_found_under_its_older_and_its_newer_name(kind):
     skeleton, params = model("qwen3")
     inputs = tiny.batch("qwen3", COUNTS)
     renamed = kind(tiny.peer(skeleton, params))
-    call = vlm.arguments(skeleton, ours(inputs))
+    call = vlm.model_inputs(skeleton, ours(inputs))
     options = torch.tensor([[5, 6, 7], [8, 9, 0]])
     real = options > 0
 
@@ -243,7 +243,7 @@ def test_positions_go_on_as_mrope_next_says():
     positions, delta = qwen_vl.mrope(
         batch["ids"], batch["mask"].bool(), batch["image_grid_thw"], image_token=150
     )
-    call = vlm.arguments(skeleton, batch)
+    call = vlm.model_inputs(skeleton, batch)
     assert torch.equal(g._next_position(call), qwen_vl.mrope_next(delta, batch["mask"].sum(1)))
     plain = {k: v for k, v in batch.items() if k != "mm_token_type_ids"}
     given = generate(Sampling(max_tokens=6), skeleton, params, plain | {"position_ids": positions})
@@ -318,7 +318,7 @@ def test_probabilities_are_those_of_transformers(way, gen):
     steps += [TopKLogitsWarper(way["top_k"])] if "top_k" in way else []
     steps += [TopPLogitsWarper(way["top_p"])] if "top_p" in way else []
     want = LogitsProcessorList(steps)(torch.zeros(5, 1, dtype=torch.int64), logits.clone()).softmax(-1)
-    torch.testing.assert_close(g.probabilities(Sampling(**way), logits), want)
+    torch.testing.assert_close(g.sampling_probabilities(Sampling(**way), logits), want)
 
 
 @pytest.mark.parametrize("way", WAYS[:4])
@@ -328,7 +328,7 @@ def test_tokens_are_drawn_from_them(way):
     n, prompt = 4000, torch.tensor([[5, 9, 17]])
     cfg = Sampling(max_tokens=1, seed=3, **way)
     logits = skeleton(params, prompt).logits[:, -1].detach() * 1.0
-    p = g.probabilities(cfg, logits)[0].double()
+    p = g.sampling_probabilities(cfg, logits)[0].double()
     got = generate(cfg, skeleton, params, {"ids": prompt.expand(n, -1)}).ids
     seen = torch.bincount(torch.tensor(got).flatten(), minlength=160).double()
     assert seen[p == 0].sum() == 0
@@ -383,13 +383,19 @@ def test_only_letters_and_codes_in_phases():
     skeleton, params = model("qwen2")
     batch = ours(tiny.batch("qwen2"))
     with torch.no_grad():
-        logits = skeleton(params, **vlm.arguments(skeleton, batch)).logits[:, -1]
+        logits = skeleton(params, **vlm.model_inputs(skeleton, batch)).logits[:, -1]
     letters = [33, 34, 37, 40]
-    got = generate(Sampling(max_tokens=1), skeleton, params, batch, allowed=only(letters))
+    got = generate(Sampling(max_tokens=1), skeleton, params, batch, allowed=allow_only(letters))
     assert [row[0] for row in got.ids] == [letters[k] for k in logits[:, letters].argmax(1).tolist()]
     codes, end = range(100, 140), 7
     for cfg in (Sampling(max_tokens=50, end=(end,)), Sampling(max_tokens=50, end=(end,), temperature=3.0)):
-        got = generate(cfg, skeleton, params, batch, allowed=phases((32, only(codes)), (1, only([end]))))
+        got = generate(
+            cfg,
+            skeleton,
+            params,
+            batch,
+            allowed=allow_in_phases((32, allow_only(codes)), (1, allow_only([end]))),
+        )
         assert got.reasons == ("end", "end")
         assert all(len(row) == 32 and set(row) <= set(codes) for row in got.ids)
 
@@ -608,7 +614,7 @@ def test_options_score_as_in_whole_texts(kind, side):
             ids = torch.cat([one["ids"], torch.tensor([option])], 1)
             with torch.no_grad():
                 logits = skeleton(
-                    params, **vlm.arguments(skeleton, {**one, "ids": ids, "mask": torch.ones_like(ids)})
+                    params, **vlm.model_inputs(skeleton, {**one, "ids": ids, "mask": torch.ones_like(ids)})
                 ).logits
             want = logits[0, n - 1 : -1].log_softmax(-1).gather(1, torch.tensor(option)[:, None]).sum()
             torch.testing.assert_close(total[i, k], want, rtol=1e-5, atol=1e-5)
@@ -622,7 +628,7 @@ def test_letters_score_as_the_next_token():
     batch = ours(tiny.batch("qwen2"))
     total, mean = score_options(skeleton, params, batch, [[[t] for t in (33, 34, 35)]] * 2)
     with torch.no_grad():
-        logits = skeleton(params, **vlm.arguments(skeleton, batch)).logits[:, -1]
+        logits = skeleton(params, **vlm.model_inputs(skeleton, batch)).logits[:, -1]
     torch.testing.assert_close(total, logits.log_softmax(-1)[:, 33:36])
     assert torch.equal(total, mean)
 
@@ -774,13 +780,13 @@ def test_logits_that_are_not_finite_are_an_error():
 
 
 def test_constructors_refuse():
-    with pytest.raises(ValueError, match=r"only: needs ids >= 0, got \[\]"):
-        only([])
-    with pytest.raises(ValueError, match=r"only: needs ids >= 0, got \[-1\]"):
-        only([-1])
-    for parts in ((), ((0, only([1])),)):
-        with pytest.raises(ValueError, match="phases: needs parts of at least one step"):
-            phases(*parts)
+    with pytest.raises(ValueError, match=r"allow_only: needs ids >= 0, got \[\]"):
+        allow_only([])
+    with pytest.raises(ValueError, match=r"allow_only: needs ids >= 0, got \[-1\]"):
+        allow_only([-1])
+    for parts in ((), ((0, allow_only([1])),)):
+        with pytest.raises(ValueError, match="allow_in_phases: needs parts of at least one step"):
+            allow_in_phases(*parts)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -790,7 +796,7 @@ def test_a_gpu_writes_the_same(kind):
     batch = ours(tiny.batch(kind))
     there, held = ({k: t.cuda() for k, t in x.items()} for x in (batch, params))
     for cfg in (Sampling(max_tokens=12), Sampling(max_tokens=12, temperature=1.0, top_p=0.9)):
-        allowed = only(range(3, 140))
+        allowed = allow_only(range(3, 140))
         assert generate(cfg, skeleton, held, there, allowed=allowed) == generate(
-            cfg, skeleton, params, batch, allowed=only(range(3, 140))
+            cfg, skeleton, params, batch, allowed=allow_only(range(3, 140))
         )

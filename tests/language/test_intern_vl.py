@@ -9,7 +9,14 @@ import torch
 from PIL import Image
 
 from medvl.language.images import open_image
-from medvl.language.intern_vl import TileConfig, grid_of, tile, tile_all, tile_config, visual_tokens
+from medvl.language.intern_vl import (
+    TileConfig,
+    count_tile_tokens,
+    parse_tile_config,
+    tile_grid,
+    tile_image,
+    tile_images,
+)
 from tests import tiny
 from tests.tiny import drawn, saved
 
@@ -77,7 +84,7 @@ def test_tiles_are_those_of_transformers_to_the_bit():
     for chunk in range(0, len(SIZES), 4):  # a few at a time: an image is up to 31 MB
         images = [drawn(size, seed=i) for i, size in enumerate(SIZES[chunk : chunk + 4])]
         want, want_counts = tiles_of(RAW, images)
-        values, counts = tile_all(tile_config(RAW), images)
+        values, counts = tile_images(parse_tile_config(RAW), images)
         assert values.dtype == torch.float32
         assert counts == want_counts
         assert torch.equal(values, want)
@@ -96,7 +103,7 @@ def test_other_bounds_and_sizes_are_those_of_transformers(change, size):
     )
     images = [drawn(s, seed=i) for i, s in enumerate(SIZES)]
     want, want_counts = tiles_of(raw, images)
-    values, counts = tile_all(tile_config(raw), images)
+    values, counts = tile_images(parse_tile_config(raw), images)
     assert counts == want_counts
     assert torch.equal(values, want)
 
@@ -108,12 +115,12 @@ def test_modes_are_those_of_transformers(mode):
     image = drawn((90, 230), mode)
     want, (n,) = tiles_of(SMALL, [image])
     assert n > 1
-    assert torch.equal(tile(tile_config(SMALL), image), want)
+    assert torch.equal(tile_image(parse_tile_config(SMALL), image), want)
 
 
 def test_every_level_of_grey_is_normalised_as_in_transformers():
     ramp = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
-    got = tile(tile_config(SMALL), ramp)
+    got = tile_image(parse_tile_config(SMALL), ramp)
     assert torch.equal(got, tiles_of(SMALL, [Image.fromarray(ramp)])[0])
     want = (torch.from_numpy(ramp).double() / 255 - torch.tensor(RAW["image_mean"])) / torch.tensor(
         RAW["image_std"]
@@ -122,10 +129,10 @@ def test_every_level_of_grey_is_normalised_as_in_transformers():
 
 
 def test_transparent_pixels_are_white_whatever_lies_beneath():
-    cfg = tile_config(SMALL)
-    white = tile(cfg, Image.new("RGB", (32, 16), "white"))
+    cfg = parse_tile_config(SMALL)
+    white = tile_image(cfg, Image.new("RGB", (32, 16), "white"))
     for mode, clear in (("RGBA", (200, 10, 90, 0)), ("LA", (0, 0)), ("La", (0, 0)), ("RGBa", (0, 0, 0, 0))):
-        assert torch.equal(tile(cfg, Image.new(mode, (32, 16), clear)), white), mode
+        assert torch.equal(tile_image(cfg, Image.new(mode, (32, 16), clear)), white), mode
 
 
 def test_real_images_are_those_of_transformers(shared_data):
@@ -133,7 +140,7 @@ def test_real_images_are_those_of_transformers(shared_data):
     paths = [sorted((folder / "vqa_rad" / "images").glob("*.jpg"))[0], *sorted(folder.glob("*.png"))]
     assert len(paths) == 2
     want, want_counts = tiles_of(RAW, [Image.open(p) for p in paths])
-    values, counts = tile_all(tile_config(RAW), [open_image(p) for p in paths])
+    values, counts = tile_images(parse_tile_config(RAW), [open_image(p) for p in paths])
     assert counts == want_counts
     assert max(counts) > 1
     assert torch.equal(values, want)
@@ -142,12 +149,12 @@ def test_real_images_are_those_of_transformers(shared_data):
 def test_a_lit_pixel_is_found_by_the_naive_formula():
     cfg, rng = TileConfig(size=16, tokens=4), random.Random(0)
     dark = np.zeros((2 * 16, 3 * 16, 3), np.uint8)
-    assert grid_of(cfg, *dark.shape[:2]) == (3, 2)
+    assert tile_grid(cfg, *dark.shape[:2]) == (3, 2)
     for _ in range(60):
         y, x, c = rng.randrange(32), rng.randrange(48), rng.randrange(3)
         lit = dark.copy()
         lit[y, x, c] = 255
-        change = tile(cfg, lit) - tile(cfg, dark)
+        change = tile_image(cfg, lit) - tile_image(cfg, dark)
         assert change[:6].nonzero().tolist() == [[y // 16 * 3 + x // 16, c, y % 16, x % 16]]
         assert change[6, c].abs().sum() == change[6].abs().sum() > 0  # the thumbnail sees it too
 
@@ -155,23 +162,23 @@ def test_a_lit_pixel_is_found_by_the_naive_formula():
 def test_the_thumbnail_is_the_image_as_one_tile_or_left_out():
     image = drawn((80, 40))
     cfg = TileConfig(size=16, tokens=4)
-    with_it = tile(cfg, image)
+    with_it = tile_image(cfg, image)
     assert len(with_it) == 9  # of 2 x 1 and 4 x 2 the larger
-    assert torch.equal(tile(TileConfig(size=16, thumbnail=False), image), with_it[:-1])
-    assert torch.equal(tile(TileConfig(size=16, most=1), image), with_it[-1:])
+    assert torch.equal(tile_image(TileConfig(size=16, thumbnail=False), image), with_it[:-1])
+    assert torch.equal(tile_image(TileConfig(size=16, most=1), image), with_it[-1:])
 
 
 def test_arrays_tensors_and_batches_agree():
-    cfg, image = tile_config(SMALL), drawn((100, 70))
-    values, array = tile(cfg, image), np.array(image)
+    cfg, image = parse_tile_config(SMALL), drawn((100, 70))
+    values, array = tile_image(cfg, image), np.array(image)
     for same in (array, torch.from_numpy(array), np.ascontiguousarray(array[:, ::-1])[:, ::-1]):
-        assert torch.equal(tile(cfg, same), values)
+        assert torch.equal(tile_image(cfg, same), values)
     images = [image, drawn((16, 16)), drawn((33, 400))]
-    together, counts = tile_all(cfg, images)
-    each = [tile(cfg, i) for i in images]
+    together, counts = tile_images(cfg, images)
+    each = [tile_image(cfg, i) for i in images]
     assert torch.equal(together, torch.cat(each))
     assert counts == [len(t) for t in each] == [7, 1, 13]
-    none, counts = tile_all(cfg, [])
+    none, counts = tile_images(cfg, [])
     assert (none.shape, none.dtype, counts) == ((0, 3, 16, 16), torch.float32, [])
     assert np.array_equal(array, np.array(image))  # nothing was written to what was given
 
@@ -195,10 +202,10 @@ def test_grids_are_those_of_transformers():
         )
         if i % 4 == 0:  # where two grids are equally near
             width, height = 5 * height // 2, 2 * (height // 2) or 2
-        got = grid_of(cfg, height, width)
+        got = tile_grid(cfg, height, width)
         assert got == peer((height, width), (cfg.size, cfg.size), cfg.least, cfg.most), (cfg, height, width)
         want = peer_of(RAW).get_number_of_image_patches(height, width)
-        columns, rows = grid_of(TileConfig(), height, width)
+        columns, rows = tile_grid(TileConfig(), height, width)
         assert want == columns * rows + (columns * rows > 1)
         seen.add(got)
     assert len(seen) > 25
@@ -207,7 +214,7 @@ def test_grids_are_those_of_transformers():
         (5, 6, 8, 26),
         (7, 8, 8, 10),
     ):  # which of two equally near ones is the smaller
-        assert grid_of(TileConfig(size=16, most=most, least=least), height, width) == peer(
+        assert tile_grid(TileConfig(size=16, most=most, least=least), height, width) == peer(
             (height, width), (16, 16), least, most
         )
 
@@ -225,20 +232,20 @@ def test_grids_are_those_of_transformers():
     ],
 )
 def test_pages_are_cut_into_the_known_grids(size, grid):
-    assert grid_of(TileConfig(), *size) == grid
+    assert tile_grid(TileConfig(), *size) == grid
 
 
 def rows_of(cfg, counts):
     """A row of text with one image each, padded on the left, as InternVL's processor writes images."""
-    rows = [[5 + i, 152, *[150] * visual_tokens(cfg, n), 153, 7, 9] for i, n in enumerate(counts)]
+    rows = [[5 + i, 152, *[150] * count_tile_tokens(cfg, n), 153, 7, 9] for i, n in enumerate(counts)]
     longest = max(map(len, rows))
     return torch.tensor([[0] * (longest - len(r)) + r for r in rows])
 
 
 def test_the_model_says_the_same_of_our_tiles():
-    cfg, model = tile_config(SMALL), tiny.peer(*tiny.model("internvl"))
+    cfg, model = parse_tile_config(SMALL), tiny.peer(*tiny.model("internvl"))
     images = [drawn((60, 20), seed=1), drawn((16, 16), seed=2), drawn((30, 47), seed=3)]
-    values, counts = tile_all(cfg, images)
+    values, counts = tile_images(cfg, images)
     assert sorted(set(counts)) == [1, 4, 7]
     theirs, their_counts = tiles_of(SMALL, images)
     ours, peers = rows_of(cfg, counts), rows_of(cfg, their_counts)
@@ -255,7 +262,7 @@ def test_the_tokens_are_those_of_transformers():
 
     from transformers import InternVLProcessor
 
-    cfg = tile_config(RAW)
+    cfg = parse_tile_config(RAW)
     names = {
         "start_image_token": "<img>",
         "image_token": "<IMG_CONTEXT>",
@@ -266,28 +273,30 @@ def test_the_tokens_are_those_of_transformers():
         pytest.skip("this release of transformers writes the tokens elsewhere")
     for n in (1, 3, 13):
         text = InternVLProcessor.replace_image_token(SimpleNamespace(**names), {"num_patches": [n]}, 0)
-        assert text == f"<img>{'<IMG_CONTEXT>' * visual_tokens(cfg, n)}</img>"
-    assert visual_tokens(cfg, 13) == 3328
+        assert text == f"<img>{'<IMG_CONTEXT>' * count_tile_tokens(cfg, n)}</img>"
+    assert count_tile_tokens(cfg, 13) == 3328
 
 
 # Records --------------------------------------------------------------------------------------------------------------------------------
 def test_configs_are_read_in_all_their_forms():
-    assert tile_config(RAW) == TileConfig()
+    assert parse_tile_config(RAW) == TileConfig()
     old = {"image_seq_length": 64, "processor_class": "InternVLProcessor"}
     assert (
-        tile_config(RAW | old)
-        == tile_config({"image_processor": RAW, "video_processor": {"size": 3}, **old})
+        parse_tile_config(RAW | old)
+        == parse_tile_config({"image_processor": RAW, "video_processor": {"size": 3}, **old})
         == TileConfig(tokens=64)
     )
-    assert tile_config({"image_processor": RAW | old, "image_seq_length": None}) == TileConfig(tokens=64)
+    assert parse_tile_config({"image_processor": RAW | old, "image_seq_length": None}) == TileConfig(
+        tokens=64
+    )
     assert (
-        tile_config({k: v for k, v in RAW.items() if k in ("size", "image_mean", "image_std")})
+        parse_tile_config({k: v for k, v in RAW.items() if k in ("size", "image_mean", "image_std")})
         == TileConfig()
     )
-    assert tile_config(peer_of(RAW | {"max_patches": 6, "min_patches": 2}).to_dict()) == TileConfig(
+    assert parse_tile_config(peer_of(RAW | {"max_patches": 6, "min_patches": 2}).to_dict()) == TileConfig(
         most=6, least=2
     )
-    assert tile_config(RAW | {"max_patches": None}).most == 12
+    assert parse_tile_config(RAW | {"max_patches": None}).most == 12
 
 
 @pytest.mark.parametrize(
@@ -336,7 +345,7 @@ def test_configs_are_read_in_all_their_forms():
 )
 def test_config_errors(raw, message):
     with pytest.raises(ValueError, match=message):
-        tile_config(raw)
+        parse_tile_config(raw)
 
 
 @pytest.mark.parametrize(
@@ -349,7 +358,7 @@ def test_config_errors(raw, message):
         (np.zeros((3, 60, 60), np.uint8), r"got uint8 \[3, 60, 60\]"),
         (np.zeros((60, 60), np.uint8), r"got uint8 \[60, 60\]"),
         (np.zeros((0, 60, 3), np.uint8), r"not empty, got uint8 \[0, 60, 3\]"),
-        (Image.new("RGB", (0, 60)), "grid_of: height and width must be positive, got 60 x 0"),
+        (Image.new("RGB", (0, 60)), "tile_grid: height and width must be positive, got 60 x 0"),
         ("page.png", "must be a PIL image, an array or a tensor, got str; open_image reads files"),
         (
             Image.open(io.BytesIO(saved(drawn((60, 60)), "PNG")[:2000])),
@@ -371,21 +380,21 @@ def test_config_errors(raw, message):
 )
 def test_image_errors(image, message):
     with pytest.raises(ValueError, match=message):
-        tile(TileConfig(), image)
-    with pytest.raises(ValueError, match=f"tile_all: image 1: .*{message}"):
-        tile_all(TileConfig(), [Image.new("RGB", (60, 60)), image])
+        tile_image(TileConfig(), image)
+    with pytest.raises(ValueError, match=f"tile_images: image 1: .*{message}"):
+        tile_images(TileConfig(), [Image.new("RGB", (60, 60)), image])
 
 
 def test_numbers_that_are_none():
     for height, width in ((0, 5), (5, -1)):
         with pytest.raises(
-            ValueError, match=f"grid_of: height and width must be positive, got {height} x {width}"
+            ValueError, match=f"tile_grid: height and width must be positive, got {height} x {width}"
         ):
-            grid_of(TileConfig(), height, width)
+            tile_grid(TileConfig(), height, width)
     for tiles in (0, -1, 1.0, True, "3"):
         with pytest.raises(
-            ValueError, match=f"visual_tokens: tiles must be a whole number >= 1, got {tiles!r}"
+            ValueError, match=f"count_tile_tokens: tiles must be a whole number >= 1, got {tiles!r}"
         ):
-            visual_tokens(TileConfig(), tiles)
+            count_tile_tokens(TileConfig(), tiles)
     with pytest.raises(ValueError, match="thumbnail must be true or false, got 1"):
         TileConfig(thumbnail=1)

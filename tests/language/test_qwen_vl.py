@@ -14,14 +14,14 @@ from PIL import Image
 from medvl.language.images import open_image
 from medvl.language.qwen_vl import (
     ImageConfig,
-    image_config,
+    count_image_tokens,
     mrope,
     mrope_next,
-    patchify,
-    patchify_all,
+    parse_image_config,
+    patchify_image,
+    patchify_images,
     smart_resize,
     token_types,
-    visual_tokens,
 )
 from tests.tiny import drawn, saved
 
@@ -82,10 +82,10 @@ SIZES = [
     "raw", [QWEN2, QWEN3, QWEN2 | {"max_pixels": 100_000}, QWEN2 | {"min_pixels": 500_000}]
 )
 def test_patches_are_those_of_transformers_to_the_bit(raw):
-    cfg, peer = image_config(raw), peer_of(raw)
+    cfg, peer = parse_image_config(raw), peer_of(raw)
     images = [drawn(size, seed=i) for i, size in enumerate(SIZES)]
     want = peer(images, return_tensors="pt")
-    values, grids = patchify_all(cfg, images)
+    values, grids = patchify_images(cfg, images)
     assert values.dtype == torch.float32
     assert torch.equal(grids, want["image_grid_thw"])
     assert torch.equal(values, want["pixel_values"])
@@ -96,23 +96,23 @@ def test_modes_are_those_of_transformers(mode):
     if mode.endswith("A") and before_523():
         pytest.skip("transformers before 5.23 drops transparency")
     image = drawn((90, 130), mode)
-    values, grid = patchify(ImageConfig(), image)
+    values, grid = patchify_image(ImageConfig(), image)
     want = peer_of(QWEN2)(image, return_tensors="pt")
     assert grid == tuple(want["image_grid_thw"][0].tolist())
     assert torch.equal(values, want["pixel_values"])
 
 
 def test_transparent_pixels_are_white_whatever_lies_beneath():
-    white = patchify(ImageConfig(), Image.new("RGB", (56, 56), "white"))[0]
+    white = patchify_image(ImageConfig(), Image.new("RGB", (56, 56), "white"))[0]
     for mode, clear in (("RGBA", (200, 10, 90, 0)), ("LA", (0, 0)), ("La", (0, 0)), ("RGBa", (0, 0, 0, 0))):
-        assert torch.equal(patchify(ImageConfig(), Image.new(mode, (56, 56), clear))[0], white), mode
+        assert torch.equal(patchify_image(ImageConfig(), Image.new(mode, (56, 56), clear))[0], white), mode
     for image, clear in (
         (Image.new("P", (56, 56), 3), 3),
         (Image.new("L", (56, 56), 7), 7),
         (Image.new("RGB", (56, 56)), (0, 0, 0)),
     ):
         image.info["transparency"] = clear
-        assert torch.equal(patchify(ImageConfig(), image)[0], white), image.mode
+        assert torch.equal(patchify_image(ImageConfig(), image)[0], white), image.mode
 
 
 def test_real_images_are_those_of_transformers(shared_data):
@@ -127,7 +127,7 @@ def test_real_images_are_those_of_transformers(shared_data):
         QWEN3 | {"size": {"shortest_edge": 65536, "longest_edge": 1 << 20}},
     ):
         want = peer_of(raw)([Image.open(p) for p in paths], return_tensors="pt")
-        values, grids = patchify_all(image_config(raw), images)
+        values, grids = patchify_images(parse_image_config(raw), images)
         assert torch.equal(grids, want["image_grid_thw"])
         assert torch.equal(values, want["pixel_values"])
 
@@ -144,7 +144,7 @@ def test_a_lit_pixel_is_found_by_the_naive_formula(cfg):
         y, x, c = rng.randrange(height), rng.randrange(width), rng.randrange(3)
         lit = dark.copy()
         lit[y, x, c] = 255
-        change = (patchify(cfg, lit)[0] - patchify(cfg, dark)[0]).nonzero().tolist()
+        change = (patchify_image(cfg, lit)[0] - patchify_image(cfg, dark)[0]).nonzero().tolist()
         token = (y // unit) * (width // unit) + x // unit
         row = token * cfg.merge**2 + (y // cfg.patch % cfg.merge) * cfg.merge + x // cfg.patch % cfg.merge
         columns = [
@@ -156,18 +156,18 @@ def test_a_lit_pixel_is_found_by_the_naive_formula(cfg):
 
 def test_arrays_tensors_and_batches_agree():
     cfg, image = ImageConfig(), drawn((100, 70))
-    values, grid = patchify(cfg, image)
+    values, grid = patchify_image(cfg, image)
     array = np.array(image)
     for same in (array, torch.from_numpy(array), np.ascontiguousarray(array[:, ::-1])[:, ::-1]):
-        assert torch.equal(patchify(cfg, same)[0], values)
+        assert torch.equal(patchify_image(cfg, same)[0], values)
     images = [image, drawn((60, 60)), drawn((33, 400))]
-    together, grids = patchify_all(cfg, images)
-    each = [patchify(cfg, i) for i in images]
+    together, grids = patchify_images(cfg, images)
+    each = [patchify_image(cfg, i) for i in images]
     assert torch.equal(together, torch.cat([v for v, _ in each]))
     assert grids.tolist() == [list(g) for _, g in each]
     assert grids.dtype == torch.int64
     assert grid == (1, 4, 8)  # 70 pixels are two and a half tokens, rounded to even
-    none, grids = patchify_all(cfg, [])
+    none, grids = patchify_images(cfg, [])
     assert (none.shape, grids.shape, grids.dtype) == ((0, 1176), (0, 3), torch.int64)
     assert np.array_equal(array, np.array(image))  # nothing was written to what was given
 
@@ -207,8 +207,8 @@ def test_pages_take_the_known_number_of_tokens(size, cap, tokens):
     cfg = ImageConfig(max_pixels=cap or ImageConfig().max_pixels)
     h, w = smart_resize(cfg, *size)
     assert (
-        visual_tokens(cfg, (1, h // 14, w // 14))
-        == visual_tokens(cfg, torch.tensor([1, h // 14, w // 14]))
+        count_image_tokens(cfg, (1, h // 14, w // 14))
+        == count_image_tokens(cfg, torch.tensor([1, h // 14, w // 14]))
         == tokens
     )
 
@@ -216,20 +216,20 @@ def test_pages_take_the_known_number_of_tokens(size, cap, tokens):
 # Records --------------------------------------------------------------------------------------------------------------------------------
 def test_configs_are_read_in_all_their_forms(shared_data):
     assert (
-        image_config(
+        parse_image_config(
             json.loads((shared_data / "configs" / "qwen2.5-vl_preprocessor_config.json").read_text())
         )
         == ImageConfig()
     )
-    three = image_config(QWEN3)
+    three = parse_image_config(QWEN3)
     assert three == ImageConfig(
         patch=16, mean=(0.5,) * 3, std=(0.5,) * 3, min_pixels=65536, max_pixels=16777216
     )
-    assert image_config({"image_processor": QWEN3, "processor_class": "Qwen3VLProcessor"}) == three
+    assert parse_image_config({"image_processor": QWEN3, "processor_class": "Qwen3VLProcessor"}) == three
     for raw in (QWEN2, QWEN3, QWEN3 | {"min_pixels": 10, "max_pixels": 99999}, QWEN3 | {"min_pixels": None}):
         peer = peer_of(raw)
-        cfg = image_config(peer.to_dict())  # what transformers writes today
-        assert cfg == image_config(raw)
+        cfg = parse_image_config(peer.to_dict())  # what transformers writes today
+        assert cfg == parse_image_config(raw)
         assert (cfg.min_pixels, cfg.max_pixels) == (peer.size["shortest_edge"], peer.size["longest_edge"])
 
 
@@ -275,7 +275,7 @@ def _without(key):
 )
 def test_config_errors(raw, message):
     with pytest.raises(ValueError, match=message):
-        image_config(raw)
+        parse_image_config(raw)
 
 
 @pytest.mark.parametrize(
@@ -314,9 +314,9 @@ def test_config_errors(raw, message):
 )
 def test_image_errors(image, message):
     with pytest.raises(ValueError, match=message):
-        patchify(ImageConfig(), image)
-    with pytest.raises(ValueError, match=f"patchify_all: image 1: .*{message}"):
-        patchify_all(ImageConfig(), [Image.new("RGB", (60, 60)), image])
+        patchify_image(ImageConfig(), image)
+    with pytest.raises(ValueError, match=f"patchify_images: image 1: .*{message}"):
+        patchify_images(ImageConfig(), [Image.new("RGB", (60, 60)), image])
 
 
 @pytest.mark.parametrize(("height", "width"), [(0, 5), (5, -1), (201, 1), (28, 5601)])
@@ -329,9 +329,10 @@ def test_sizes_out_of_bounds(height, width):
 @pytest.mark.parametrize("grid", [(1, 3, 4), (1, 4, 0), (0, 2, 2), (4, 4), (1, -2, 2)])
 def test_grids_that_are_none(grid):
     with pytest.raises(
-        ValueError, match=r"visual_tokens: grid must be \(t, h, w\) >= 1 with h and w multiples of 2, got \("
+        ValueError,
+        match=r"count_image_tokens: grid must be \(t, h, w\) >= 1 with h and w multiples of 2, got \(",
     ):
-        visual_tokens(ImageConfig(), grid)
+        count_image_tokens(ImageConfig(), grid)
 
 
 # Positions ------------------------------------------------------------------------------------------------------------------------------
@@ -531,8 +532,8 @@ def test_the_next_position_is_that_of_the_longer_text():
 def batch_of(cfg, left=True):
     """Two rows, of one and of two images, the shorter padded."""
     images = [drawn((56, 84), seed=1), drawn((112, 56), seed=2), drawn((60, 60), seed=3)]
-    pixels, grid = patchify_all(cfg, images)
-    n = [visual_tokens(cfg, g) for g in grid]
+    pixels, grid = patchify_images(cfg, images)
+    n = [count_image_tokens(cfg, g) for g in grid]
     rows = [[5, 9, *[IMAGE] * n[0], 6, 7], [8, *[IMAGE] * n[1], 9, *[IMAGE] * n[2], 4, 3, 5]]
     longest = max(map(len, rows))
     rows = [[0] * (longest - len(r)) + r if left else r + [0] * (longest - len(r)) for r in rows]

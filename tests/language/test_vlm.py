@@ -139,7 +139,7 @@ def test_hidden_states_and_loss_are_those_of_transformers(kind, side, gen):
         total, count = vlm.answer_loss(skeleton, params, ours(inputs) | {"labels": labels}, chunk=5)
     keep = inputs["attention_mask"].bool()
     torch.testing.assert_close(got[keep], want.hidden_states[-1][keep], rtol=1e-5, atol=1e-5)
-    name, _ = vlm.head_of(skeleton)
+    name, _ = vlm.language_head_names(skeleton)
     torch.testing.assert_close(F.linear(got, params[name])[keep], want.logits[keep], rtol=1e-5, atol=1e-5)
     assert count == (labels[:, 1:] != -100).sum() > 5
     torch.testing.assert_close(total / count, want.loss, rtol=1e-5, atol=1e-5)
@@ -175,11 +175,11 @@ def test_a_head_with_a_bias():
         {"model_type": "phi", **config}, torch.Generator().manual_seed(0), head="language"
     )
     params["lm_head.bias"] = torch.linspace(-1, 1, 160)
-    assert vlm.head_of(skeleton) == ("lm_head.weight", "lm_head.bias")
+    assert vlm.language_head_names(skeleton) == ("lm_head.weight", "lm_head.bias")
     inputs = tiny.batch("qwen2")
     batch = ours(inputs) | {"labels": inputs["input_ids"]}
     total, count = vlm.answer_loss(skeleton, params, batch)
-    logits = skeleton(params, **vlm.arguments(skeleton, ours(inputs))).logits
+    logits = skeleton(params, **vlm.model_inputs(skeleton, ours(inputs))).logits
     torch.testing.assert_close(
         total,
         F.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["input_ids"][:, 1:].flatten(), reduction="sum"),
@@ -190,7 +190,7 @@ def test_a_head_with_a_bias():
 def test_a_lazy_head_and_weights_per_sample(gen):
     skeleton, params = model("phi3")
     batch = ours(tiny.batch("phi3"))
-    name, bias = vlm.head_of(skeleton)
+    name, bias = vlm.language_head_names(skeleton)
     assert (name, bias) == ("lm_head.weight", None)
     a, b = torch.randn(3, 32, generator=gen), torch.randn(160, 3, generator=gen)
     adapted = params | {name: lazy.low_rank(params[name], a, b)}
@@ -259,7 +259,7 @@ def test_padding_and_other_rows_change_nothing(kind):
 def test_heads_have_the_names_of_params():
     for kind in tiny.CONFIGS:
         skeleton, params = model(kind)
-        name, bias = vlm.head_of(skeleton)
+        name, bias = vlm.language_head_names(skeleton)
         assert name in params
         assert bias is None
         assert name == {"qwen3": "model.embed_tokens.weight", "gpt2": "transformer.wte.weight"}.get(
@@ -282,11 +282,11 @@ def test_heads_have_the_names_of_params():
 def test_heads_that_are_not_all_are_refused(config, message):
     skeleton = skeletons.empty_skeleton({**tiny.TEXT, **config}, head="language")
     with pytest.raises(ValueError, match=message):
-        vlm.head_of(skeleton)
+        vlm.language_head_names(skeleton)
 
 
 def test_scales_that_do_nothing_are_fine_and_encoders_have_no_head():
-    assert vlm.head_of(
+    assert vlm.language_head_names(
         skeletons.empty_skeleton(
             {**tiny.TEXT, "model_type": "granite", "logits_scaling": 1.0}, head="language"
         )
@@ -329,7 +329,7 @@ def test_positions_may_be_given_or_made_of_any_of_their_sources():
             attention_mask=batch["mask"],
             **{k: batch[k] for k in ("pixel_values", "image_grid_thw")},
         ).logits
-    mine = F.linear(whole, params[vlm.head_of(skeleton)[0]])
+    mine = F.linear(whole, params[vlm.language_head_names(skeleton)[0]])
     assert (silent - mine)[batch["mask"].bool()].abs().max() > 0.01
 
 
@@ -448,7 +448,7 @@ def without(*names, **more):
 def test_bad_batches_are_refused(kind, change, message):
     skeleton, params = model(kind)
     batch = ours(tiny.batch(kind))
-    vlm.arguments(skeleton, batch)
+    vlm.model_inputs(skeleton, batch)
     with pytest.raises(ValueError, match=message):
         vlm.hidden_states(skeleton, params, **change(batch))
 

@@ -179,23 +179,23 @@ def _check_registry(cfg: Config) -> None:
     """Raise before a model is loaded where the registry lacks what evaluation needs."""
     path = cfg.pool.registry
     held = registry.read_registry(path, cfg.pool.root)
-    registry.check_files(path, held)
+    registry.check_registry_files(path, held)
     if not held.embedder:
         raise ValueError(
             f"{path}: has vectors but no embedder, so questions have none; `invoke adapters build` fits one"
         )
-    check_embedder(registry.place_of(path, held) / held.embedder)
+    check_embedder(registry.registry_root(path, held) / held.embedder)
 
 
 def gather(model: Model, params: Tree) -> Experts:
     """The model with the adapters of its registry.
 
     Raises:
-        ValueError: as `experts.gather`.
+        ValueError: as `experts.load_experts`.
     """
     cfg = model.cfg
     place: dict[str, str] = {"base": cfg.model.name, "root": cfg.pool.root}
-    return experts.gather(
+    return experts.load_experts(
         model.chat, params["model"], model.registry, **place, fusion=cfg.fusion, hold=cfg.pool.hold
     )
 

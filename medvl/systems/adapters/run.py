@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 from medvl.adapters import embed, registry, retrieve
 from medvl.adapters import head as retriever
 from medvl.adapters.head import RetrieverConfig
-from medvl.adapters.registry import Record, Registry
+from medvl.adapters.registry import AdapterRecord, Registry
 from medvl.base import config, files, processes
 from medvl.base.tree import Tree, map_leaves
 from medvl.evaluation.results import Result
@@ -335,7 +335,7 @@ def build_registry(
         cfg: "local" is fitted on these samples; anything else is opened.
         retriever_cfg: the map on the embeddings that brings samples of one adapter together.
     Raises:
-        ValueError: an adapter without samples, or none at all; as `registry.extend`.
+        ValueError: an adapter without samples, or none at all; as `registry.add_adapters`.
     """
     if missing := [name for name in paths if not samples.get(name)]:
         raise ValueError(
@@ -347,10 +347,13 @@ def build_registry(
     queries = [query_of(c) for of in chosen.values() for c in of]
     texts, pictures = [q[0] for q in queries], [q[1] for q in queries]
     made = embed.fit_local(cfg, texts, pictures) if cfg.kind == "local" else embed.open_embedder(cfg)
-    vectors, tasks = embed.embed(made, texts, pictures), [name for name, of in chosen.items() for _ in of]
+    vectors, tasks = (
+        embed.embed_queries(made, texts, pictures),
+        [name for name, of in chosen.items() for _ in of],
+    )
     if (head := retriever.head_of(retriever_cfg, vectors, tasks)) is not None:
         made = embed.with_head(made, head)
-        vectors = embed.embed(made, texts, pictures)
+        vectors = embed.embed_queries(made, texts, pictures)
     home = f"embedder-{config.record_digest(made.name)}"  # named by content: what a run that was killed has left is found, another's stays
     if not (path.parent / home).exists():
         embed.save_embedder(made, path.parent / home)
@@ -358,11 +361,11 @@ def build_registry(
     for name, folder in paths.items():
         mean = retrieve.adapter_vector(vectors[[i for i, task in enumerate(tasks) if task == name]])
         category, count = (categories or {}).get(name, ""), len(chosen[name])
-        about = Record(
+        about = AdapterRecord(
             name=name, path=folder, vector="", category=category, samples=count, embedder=made.name
         )
         records.append((about, mean))
-    registry.extend(path, Registry(base=base, embedder=home), records)
+    registry.add_adapters(path, Registry(base=base, embedder=home), records)
     log(f"registry of {len(paths)} adapters: {path}; vectors by {made.name}")
     return path
 
@@ -421,7 +424,7 @@ def labels(cfg: Config, folder: Path, number: int = 0) -> str:
     samples = chat.encode_conversations(
         model.chat, held[number : number + 1]
     ).samples  # of reasoning models one for each answer
-    return "\n\n".join(conversations.show(model.chat.tokenizer, sample) for sample in samples)
+    return "\n\n".join(conversations.show_sample(model.chat.tokenizer, sample) for sample in samples)
 
 
 def memory(cfg: Config, folder: Path, processes: int = 1) -> dict[str, dict[str, int]]:

@@ -103,7 +103,9 @@ def queries_of(of: Experts, steps: Sequence[Step], cfg: Config) -> Tensor:
         first.setdefault(s.episode, i) if cfg.evaluate.per == "episode" else i for i, s in enumerate(steps)
     ]
     asked = {i: n for n, i in enumerate(sorted({*place}))}
-    vectors = experts.queries(of, [steps[i].query[0] for i in asked], [steps[i].query[1] for i in asked])
+    vectors = experts.embed_questions(
+        of, [steps[i].query[0] for i in asked], [steps[i].query[1] for i in asked]
+    )
     return vectors[[asked[i] for i in place]]
 
 
@@ -111,7 +113,7 @@ def chosen(run: Run, of: Experts, steps: Sequence[Step], queries: Tensor, cfg: C
     """Which adapters each step gets; out of domain not its own."""
     own = torch.tensor([of.names.index(s.task) if s.task in of.names else -1 for s in steps])
     barred = (torch.arange(len(of.names)) == own[:, None]) & (run.domain == "out")
-    return experts.choose(
+    return experts.choose_adapters(
         run.mode, evolve(cfg.retrieve, k=run.k), queries, of.vectors, own=own, exclude=barred
     )
 
@@ -211,7 +213,9 @@ def _tried(
         data = chat.encode_conversations(of.chat, talks, prompt=True)
         return [
             (text, "")
-            for text in experts.answers(of, data, range(len(talks)), found, mode, cfg.evaluate.max_tokens)
+            for text in experts.generate_answers(
+                of, data, range(len(talks)), found, mode, cfg.evaluate.max_tokens
+            )
         ]
     except (ValueError, FloatingPointError) as e:
         if len(talks) == 1:
@@ -254,7 +258,7 @@ def stamp(cfg: Config, path: Path, steps: Sequence[Step]) -> str:
         images = [(p.name, pictures[p]) for p in s.talk.images]
         whole.update(json.dumps([s.talk.messages, images, s.task, s.episode]).encode())
     held = registry.read_registry(path, cfg.pool.root)
-    place = registry.place_of(path, held)
+    place = registry.registry_root(path, held)
     folders = [place / r.path for r in held.adapters] + ([place / held.embedder] if held.embedder else [])
     kept = [path, *(place / r.vector for r in held.adapters)]
     kept += [

@@ -128,7 +128,7 @@ def _recalls(
         return
     own = torch.tensor([of.names.index(steps[i].task) for i in rows])
     most = evolve(cfg.retrieve, k=len(of.names), threshold=-1.0, weighting="uniform")
-    place = experts.choose("mixture", most, queries[rows], of.vectors).indices
+    place = experts.choose_adapters("mixture", most, queries[rows], of.vectors).indices
     for k in cfg.evaluate.recall:
         if k <= len(of.names):
             hit = (place[:, :k] == own[:, None]).any(1)

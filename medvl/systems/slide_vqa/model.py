@@ -267,7 +267,7 @@ def encode(model: Model, held: Sequence[SlideConversation], *, prompt: bool = Fa
             except ValueError as e:
                 raise ValueError(f"{talk.place}: {e}") from e
         return Encoded(talks=tuple(held), samples=tuple(samples), refused=0)
-    found, refused = encoding.encode_all(
+    found, refused = encoding.encode_conversations(
         model.chat.tokenizer,
         [t.messages for t in held],
         visual=visual,
@@ -300,7 +300,7 @@ def collate(
     """A batch of `loss_of`: ids, mask, labels, visual [b, t], images [b] (slides of each row), tokens [n, k, d] of them in their order."""
     tok = model.chat.tokenizer
     pad = tok.pad_token_id if tok.pad_token_id is not None else tok.eos_token_id or 0
-    batch = encoding.collate([data.samples[i] for i in chosen], pad, side=side)
+    batch = encoding.collate_samples([data.samples[i] for i in chosen], pad, side=side)
     shown = [tokens[s] for i in chosen for s in data.talks[i].slides]
     batch["images"] = torch.tensor([len(data.talks[i].slides) for i in chosen])
     empty = torch.zeros(0, model.compress.slots, model.compress.dim)

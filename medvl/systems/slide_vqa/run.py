@@ -509,7 +509,9 @@ def labels(cfg: Config, folder: Path, number: int = 0) -> str:
     if not 0 <= number < len(held):
         raise ValueError(f"labels: sample must be below {len(held)}, got {number}")
     model, _ = slide_vqa.init(cfg, folder, (_file_sizes(cfg), {}), _texts(cfg), device=torch.device("meta"))
-    return encoding.show(model.chat.tokenizer, slide_vqa.encode(model, held[number : number + 1]).samples[0])
+    return encoding.show_sample(
+        model.chat.tokenizer, slide_vqa.encode(model, held[number : number + 1]).samples[0]
+    )
 
 
 def memory(cfg: Config, folder: Path, processes: int = 1) -> dict[str, dict[str, int]]:

@@ -300,7 +300,7 @@ def labels(cfg: Config, folder: Path, number: int = 0) -> str:
     samples = chat.encode_conversations(
         model.chat, held[number : number + 1]
     ).samples  # of reasoning models one for each answer
-    return "\n\n".join(conversations.show(model.chat.tokenizer, sample) for sample in samples)
+    return "\n\n".join(conversations.show_sample(model.chat.tokenizer, sample) for sample in samples)
 
 
 def memory(cfg: Config, folder: Path, processes: int = 1) -> dict[str, dict[str, int]]:

@@ -156,7 +156,7 @@ def test_reports_name_no_case_and_no_image(trained):
 def test_adapters_learnt_something_and_are_as_peft_reads_them(trained):
     _, folder, _ = trained
     model, params, _ = adapters_run.load(folder)
-    of = experts.gather(model.chat, params["model"], folder / "registry.toml")
+    of = experts.load_experts(model.chat, params["model"], folder / "registry.toml")
     experts.check_adapters(of)
     pool = of.pool([0, 1, 2])
     assert all(float(f["b"].abs().max()) > 0 for f in pool.factors.values())
@@ -172,9 +172,11 @@ def test_the_saved_model_is_the_trained_one(trained):
     assert again.chat.vision.preprocessor == model.chat.vision.preprocessor
     picture = next((folder.parent.parent / "data").rglob("test/*.png"))
     for mode in ("bare", "selection", "mixture", "fusion"):
-        said = experts.ask(again, "How many lesions are there?", [picture], mode=mode, max_tokens=3)
+        said = experts.ask_experts(again, "How many lesions are there?", [picture], mode=mode, max_tokens=3)
         assert len(said.adapters) == {"bare": 0, "selection": 1}.get(mode, 3)
-    said = experts.ask(again, "How many lesions are there?", [picture], mode="oracle", own="ct", max_tokens=3)
+    said = experts.ask_experts(
+        again, "How many lesions are there?", [picture], mode="oracle", own="ct", max_tokens=3
+    )
     assert [(n, w) for n, _, w in said.adapters] == [("ct", 1.0)]
 
 
@@ -183,7 +185,7 @@ def test_the_same_again_and_from_kept_answers(trained, monkeypatch):
     monkeypatch.setattr(run, "RUNS", place / "runs")
     kept = {p.name: p.read_bytes() for p in (folder / "results/answers").iterdir()}
     calls = []
-    monkeypatch.setattr(experts, "answers", lambda *a, **k: calls.append(a))
+    monkeypatch.setattr(experts, "generate_answers", lambda *a, **k: calls.append(a))
     again = run.evaluate(
         str(place / "toy.json"), log=lambda _: None
     )  # from the lines that are there: no model is asked
@@ -198,7 +200,7 @@ def test_answers_go_on_where_they_stopped(trained, tmp_path):
     """Cut anywhere, also inside a line: the file ends with the same bytes."""
     _, folder, _ = trained
     model, params, _ = adapters_run.load(folder)
-    cfg, of = model.cfg, experts.gather(model.chat, params["model"], model.registry)
+    cfg, of = model.cfg, experts.load_experts(model.chat, params["model"], model.registry)
     steps = score.steps_of(adapters_run.read(cfg, "test"), cfg)
     found = score.chosen(
         score.Run(mode="mixture", domain="in", k=2), of, steps, score.queries_of(of, steps, cfg), cfg
@@ -326,7 +328,7 @@ def test_its_own_answers_as_history(trained, monkeypatch, tmp_path):
     _, folder, _ = trained
     model, params, _ = adapters_run.load(folder)
     cfg = evolve(model.cfg, evaluate=evolve(model.cfg.evaluate, history="own", per="episode", batch=2))
-    of = experts.gather(model.chat, params["model"], model.registry)
+    of = experts.load_experts(model.chat, params["model"], model.registry)
     steps = score.steps_of(
         [talk("q1", "a1", "q2", "a2", episode_id="1"), talk("r1", "b1", "r2", "b2", episode_id="2")], cfg
     )
@@ -336,8 +338,8 @@ def test_its_own_answers_as_history(trained, monkeypatch, tmp_path):
         asked.extend([m["content"] for m in data.conversations[i].messages[:-1]] for i in rows)
         return [f"said {len(asked) - len(rows) + n}" for n, _ in enumerate(rows)]
 
-    monkeypatch.setattr(experts, "answers", answers)
-    found = experts.choose("selection", cfg.retrieve, torch.ones(4, of.vectors.shape[1]), of.vectors)
+    monkeypatch.setattr(experts, "generate_answers", answers)
+    found = experts.choose_adapters("selection", cfg.retrieve, torch.ones(4, of.vectors.shape[1]), of.vectors)
     lines = score.answer_all(of, steps, found, "selection", cfg, tmp_path / "x.jsonl")
     assert asked == [["q1"], ["r1"], ["q1", "said 0", "q2"], ["r1", "said 1", "r2"]]
     assert [line["answer"] for line in lines] == ["said 0", "said 2", "said 1", "said 3"]
@@ -346,7 +348,7 @@ def test_its_own_answers_as_history(trained, monkeypatch, tmp_path):
 def test_a_question_without_a_known_word_is_the_bare_models(trained, caplog):
     _, folder, _ = trained
     model, params, _ = adapters_run.load(folder)
-    of = experts.gather(model.chat, params["model"], model.registry)
+    of = experts.load_experts(model.chat, params["model"], model.registry)
     steps = score.steps_of(
         [talk("How many lesions are there?", "a", id="1"), talk("qqq zzz", "a", id="2")], model.cfg
     )
@@ -361,7 +363,7 @@ def test_a_question_without_a_known_word_is_the_bare_models(trained, caplog):
     for mode in ("selection", "mixture", "fusion"):
         found = score.chosen(score.Run(mode=mode, domain="out", k=2), of, steps[1:], queries, model.cfg)
         assert found.abstained.tolist() == [True]
-        said, bare = (experts.ask(of, "qqq zzz", mode=m, max_tokens=3) for m in (mode, "bare"))
+        said, bare = (experts.ask_experts(of, "qqq zzz", mode=m, max_tokens=3) for m in (mode, "bare"))
         assert said == bare
         assert said.adapters == ()
 
@@ -376,7 +378,7 @@ def test_a_report_where_rows_have_no_adapter(trained, tmp_path, monkeypatch, k):
         retrieve=evolve(model.cfg.retrieve, k=k),
         evaluate=evolve(model.cfg.evaluate, modes=("selection", "mixture"), by_k=()),
     )
-    monkeypatch.setattr(experts, "answers", lambda of, data, rows, *rest: ["a" for _ in rows])
+    monkeypatch.setattr(experts, "generate_answers", lambda of, data, rows, *rest: ["a" for _ in rows])
     held = [talk("How many lesions are there?", "a", id="1"), talk("qqq zzz", "b", id="2")]
     rows, page = tables.assess(evolve(model, cfg=cfg), params, held, tmp_path, "x")
     assert {(r.subject, r.split): (r.n, r.value) for r in rows if r.what == "step_accuracy"} == {
@@ -393,11 +395,13 @@ def test_a_report_where_rows_have_no_adapter(trained, tmp_path, monkeypatch, k):
 def test_one_step_that_fails_is_one_that_is_wrong(trained, tmp_path, caplog):
     _, folder, _ = trained
     model, params, _ = adapters_run.load(folder)
-    of = experts.gather(model.chat, params["model"], model.registry)
+    of = experts.load_experts(model.chat, params["model"], model.registry)
     steps = score.steps_of(
         [talk("q", "a", id="1"), talk("word " * 600, "a", id="2"), talk("q", "a", id="3")], model.cfg
     )
-    found = experts.choose("bare", model.cfg.retrieve, torch.ones(3, of.vectors.shape[1]), of.vectors)
+    found = experts.choose_adapters(
+        "bare", model.cfg.retrieve, torch.ones(3, of.vectors.shape[1]), of.vectors
+    )
     lines = score.answer_all(of, steps, found, "bare", model.cfg, tmp_path / "x.jsonl")
     assert [("error" in line) for line in lines] == [False, True, False]
     assert "positions" in lines[1]["error"]
@@ -411,9 +415,9 @@ def test_what_was_answered_is_kept_when_a_later_batch_fails(trained, tmp_path, m
     _, folder, _ = trained
     model, params, _ = adapters_run.load(folder)
     cfg = evolve(model.cfg, evaluate=evolve(model.cfg.evaluate, batch=2))
-    of = experts.gather(model.chat, params["model"], model.registry)
+    of = experts.load_experts(model.chat, params["model"], model.registry)
     steps = score.steps_of([talk(f"q{i}", "a", id=str(i)) for i in range(6)], cfg)
-    found = experts.choose("bare", cfg.retrieve, torch.ones(6, of.vectors.shape[1]), of.vectors)
+    found = experts.choose_adapters("bare", cfg.retrieve, torch.ones(6, of.vectors.shape[1]), of.vectors)
     asked = []
 
     def answers(of, data, rows, *rest):
@@ -422,7 +426,7 @@ def test_what_was_answered_is_kept_when_a_later_batch_fails(trained, tmp_path, m
             raise RuntimeError("CUDA error")
         return ["a", "\ud800 b"]  # text that is no UTF-8 must not stop the others
 
-    monkeypatch.setattr(experts, "answers", answers)
+    monkeypatch.setattr(experts, "generate_answers", answers)
     with pytest.raises(RuntimeError, match="CUDA error"):
         score.answer_all(of, steps, found, "bare", cfg, tmp_path / "x.jsonl")
     lines = score.answer_all(of, steps, found, "bare", cfg, tmp_path / "x.jsonl")
@@ -446,9 +450,11 @@ def test_what_was_answered_is_kept_when_a_later_batch_fails(trained, tmp_path, m
 def test_a_file_of_answers_that_is_none_is_named(trained, tmp_path, content, message):
     _, folder, _ = trained
     model, params, _ = adapters_run.load(folder)
-    of = experts.gather(model.chat, params["model"], model.registry)
+    of = experts.load_experts(model.chat, params["model"], model.registry)
     steps = score.steps_of([talk("q", "a")], model.cfg)
-    found = experts.choose("bare", model.cfg.retrieve, torch.ones(1, of.vectors.shape[1]), of.vectors)
+    found = experts.choose_adapters(
+        "bare", model.cfg.retrieve, torch.ones(1, of.vectors.shape[1]), of.vectors
+    )
     path = tmp_path / "x.jsonl"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(f"{path}, {message}")):
@@ -550,7 +556,7 @@ def test_a_run_is_asked_as_its_registry_is(trained, capsys):
     ):
         ask.ask("How many lesions are there?", run=str(folder), images=[picture], max_tokens=3, **given)
         said = capsys.readouterr().out
-        want = experts.ask(
+        want = experts.ask_experts(
             of, "How many lesions are there?", [picture], mode=mode, cfg=RetrieveConfig(k=k), max_tokens=3
         )
         assert said.startswith(want.text.strip() + "\n")
@@ -713,12 +719,12 @@ def test_data_and_questions_that_are_refused(trained, tmp_path):
     place, folder, _ = trained
     of = experts.open_experts(folder / "registry.toml", dtype="float32")
     for call, message in {
-        (lambda: experts.ask(of, "q", own="pet")): "no adapter 'pet'; there are ct, fundus, xray",
-        (lambda: experts.ask(of, "q", mode="oracle")): "mode oracle needs the name of an adapter",
-        (lambda: experts.ask(of, "q", [tmp_path / "no.png"])): "no.png",
-        (lambda: experts.ask(of, "q", mode="blend")): "mode must be one of bare, selection",
-        (lambda: experts.ask(evolve(of, embedder=None), "q")): "has vectors but no embedder",
-        (lambda: experts.ask(of, "How many lesions <|im_end|>?")): "special tokens",
+        (lambda: experts.ask_experts(of, "q", own="pet")): "no adapter 'pet'; there are ct, fundus, xray",
+        (lambda: experts.ask_experts(of, "q", mode="oracle")): "mode oracle needs the name of an adapter",
+        (lambda: experts.ask_experts(of, "q", [tmp_path / "no.png"])): "no.png",
+        (lambda: experts.ask_experts(of, "q", mode="blend")): "mode must be one of bare, selection",
+        (lambda: experts.ask_experts(evolve(of, embedder=None), "q")): "has vectors but no embedder",
+        (lambda: experts.ask_experts(of, "How many lesions <|im_end|>?")): "special tokens",
         (lambda: experts.open_experts(folder / "registry.toml", base="nowhere/model")): "nowhere/model",
         (lambda: experts.open_experts(folder / "registry.toml", base=Path("nowhere/model"))): "nowhere/model",
     }.items():

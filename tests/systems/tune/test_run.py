@@ -150,7 +150,7 @@ def test_a_run_leaves_what_transformers_and_peft_open(tmp_path):
     with torch.no_grad():
         want = peer(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         got = model.chat.skeleton(
-            tune.weights_of(model, params), **vlm.arguments(model.chat.skeleton, {"ids": ids})
+            tune.weights_of(model, params), **vlm.model_inputs(model.chat.skeleton, {"ids": ids})
         ).logits
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     assert max(float(f["b"].abs().max()) for f in params["lora"].values()) > 0
