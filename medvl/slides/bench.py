@@ -19,7 +19,7 @@ from medvl.evaluation.results import Result
 from medvl.slides import names
 
 OVERALL = "overall"
-_TABLE = (
+_COLUMNS = (  # of benchmark_categories.csv, after "n"
     "accuracy",
     "low",
     "high",
@@ -31,30 +31,33 @@ _TABLE = (
     "missing",
     "without_gold",
 )
+_SHORT = 5  # words of a reference answer that are still compared exactly
+
+Levels = dict[str, dict[str, list[int]]]  # {level: {subject: indices of its rows}}
 
 
 @frozen(kw_only=True)
 class ChoiceAnswer:
-    """What was chosen in a multiple-choice question, beside the written answer."""
+    """The answer to a multiple-choice question, with the reference answer."""
 
-    slide: str  # whose rows belong together: a slide, or a patient
+    slide: str  # a slide, or a patient; rows of one patient are resampled together
     options: Mapping[str, str]  # letter -> text
-    gold: str  # letter, "" where the file says none clearly; then nothing is right
-    chosen: str = ""  # letter, "" where the answer chooses none
+    gold: str  # letter; "" where the file names none clearly, then no choice is right
+    chosen: str = ""  # letter; "" where the answer chooses none
     broad: str = ""  # categories
     narrow: str = ""
-    missing: bool = False  # the slide's features were not there, so it was not asked
+    missing: bool = False  # the slide had no features, so that the question was not asked
     said: str = ""
     id: str = ""
     extra: dict[str, Any] = field(factory=dict)
 
     def __attrs_post_init__(self) -> None:
-        if not self.options or any(
-            letter and letter not in self.options for letter in (self.gold, self.chosen)
-        ):
+        letters = [letter for letter in (self.gold, self.chosen) if letter]
+        if not self.options or any(letter not in self.options for letter in letters):
             got = f"gold {self.gold!r}, chosen {self.chosen!r}, options {', '.join(self.options) or 'none'}"
             raise ValueError(
-                f'ChoiceAnswer: gold and chosen must be letters of the options, or "" for none, got {got} ({self.id})'
+                'ChoiceAnswer: gold and chosen must be letters of the options, or "" for none, '
+                f"got {got} ({self.id})"
             )
         if self.missing and self.chosen:
             raise ValueError(
@@ -64,12 +67,12 @@ class ChoiceAnswer:
 
 @frozen(kw_only=True)
 class OpenAnswer:
-    """An open question's answer beside the written one."""
+    """The answer to an open question, with the reference answer."""
 
-    slide: str  # whose rows belong together
+    slide: str  # as of a ChoiceAnswer
     question: str
     gold: str
-    said: str = ""  # "" where the slide's features were not there
+    said: str = ""  # "" where the slide had no features
     missing: bool = False
     id: str = ""
     broad: str = ""
@@ -77,35 +80,40 @@ class OpenAnswer:
 
     @property
     def kind(self) -> str:
-        """ "yes or no", "short" (up to five words), or "" for what is too long to be the same twice."""
+        """Of the reference answer: "yes or no", "short" (up to five words), or "" where it is too long to be repeated exactly."""
         words = answers.normalise(self.gold).split()
-        if not answers.has_words(self.gold) or len(words) > 5:
+        if not answers.has_words(self.gold) or len(words) > _SHORT:
             return ""
         return "yes or no" if words in (["yes"], ["no"]) else "short"
 
     @property
     def right(self) -> bool | None:
-        """Whether it says what the written answer says (`answers.same_answer`); None where the kind is ""."""
+        """Whether the answer equals the reference answer (`answers.same_answer`); None where the kind is ""."""
         return answers.same_answer(self.said, self.gold) if self.kind else None
 
 
 def extract_choice(
     said: str | None, options: choices.Options, gold: str, *, slide: str, missing: bool = False, **rest: Any
 ) -> ChoiceAnswer:
-    """The record of an answer in words: `choices.extract_letter` says what it chooses.
+    """The choice in the text of an answer, by `choices.extract_letter`.
 
     Args:
-        gold: the letter; anything that is no letter of the options counts as no written answer.
+        gold: a letter; anything else counts as no reference answer.
         rest: broad, narrow, id, extra.
     """
-    table = choices.letter_options(options)
-    chosen = "" if missing else choices.extract_letter(said, table)
-    gold = gold if gold in table else ""
+    lettered = choices.letter_options(options)
     return ChoiceAnswer(
-        slide=slide, options=table, gold=gold, chosen=chosen, missing=missing, said=said or "", **rest
+        slide=slide,
+        options=lettered,
+        gold=gold if gold in lettered else "",
+        chosen="" if missing else choices.extract_letter(said, lettered),
+        missing=missing,
+        said=said or "",
+        **rest,
     )
 
 
+# Choices ------------------------------------------------------------------------------------------------
 def score_choices(
     rows: Sequence[ChoiceAnswer],
     *,
@@ -114,87 +122,190 @@ def score_choices(
     n: int = 1000,
     gen: torch.Generator,
 ) -> list[Result]:
-    """How good the choices are: overall, by broad category ("Diagnosis") and by narrow one ("Diagnosis / Grading").
+    """Scores of choices: overall, by broad category ("Diagnosis") and by narrow one ("Diagnosis / Grading").
 
-    Every row counts, also where the answer chose nothing or the features were missing: these are wrong. For each subject:
-    - "accuracy" with its 95 % interval, which draws whole patients (slides, where names are not TCGA's); "overall" is the mean over
-      questions (micro).
-    - "balanced_accuracy": the mean recall over the written answers, by text where all rows have the same options (a task), else by letter;
-      rows without a written answer are not in it.
-    - Baselines: "best_letter", the letter that is written most often given to every question; "majority", the text that is written most
-      often where all rows have the same options, overall where every category has; "random", the mean of 1 / options.
-    - "invalid", "missing" and "without_gold": numbers of rows. A missing row is not invalid too.
-    And "macro_accuracy" of the subjects "broad" and "narrow": the mean over categories, its interval as well.
+    All rows count; an answer without a choice or without features is wrong. For each subject:
+    - "accuracy" with its 95 % interval, which resamples whole patients (slides, where names are not TCGA's);
+      "overall" is the mean over questions (micro).
+    - "balanced_accuracy": mean recall over the reference answers: by text where all rows have the same options
+      (a task), else by letter. Rows without a reference answer are left out.
+    - Baselines: "best_letter", the most frequent letter given to every question; "majority", the most frequent
+      text where all rows have the same options, overall where this is so in every category; "random", the mean
+      of 1 / number of options.
+    - "invalid", "missing" and "without_gold": numbers of rows. A missing row is not also invalid.
+    And "macro_accuracy" of the subjects "broad" and "narrow": the mean over categories, with its interval.
 
     Args:
-        n: replicates of the intervals.
+        n: bootstrap replicates of the intervals.
     Returns:
-        the same whatever the order of the rows.
+        the same results for any order of the rows.
     Raises:
         ValueError: no rows, n below 1.
     """
     if not rows:
         raise ValueError("score_choices: needs at least one answer")
     common: dict[str, Any] = {"split": split, "experiment": experiment}
-    right, patients = (
-        np.array([bool(r.gold) and r.chosen == r.gold for r in rows]),
-        [names.case_of(r.slide) for r in rows],
-    )
+    correct = np.array([_is_correct(row) for row in rows])
+    patients = [names.case_of(row.slide) for row in rows]
+    categories = [row.narrow or row.broad for row in rows]
+    # Every interval starts from this seed: it then depends on its own rows only, not on the other subjects.
     seed = int(torch.randint(2**62, (), generator=gen))
-    draw = lambda: torch.Generator().manual_seed(seed)
-    out = []
+    results = []
     for level, subjects in _levels(rows).items():
-        for subject, where in subjects.items():
-            part = [rows[i] for i in where]
-            found = accuracy.accuracy(right[where], [patients[i] for i in where], n=n, gen=draw())
-            out += accuracy.to_results({subject: found}, **common)
-            plain = _plain(part, right[where], [rows[i].narrow or rows[i].broad for i in where])
-            out += [
-                Result(what=what, subject=subject, value=v, n=len(part), extra=extra, **common)
-                for what, v, extra in plain
-            ]
+        for subject, indices in subjects.items():
+            groups = [patients[i] for i in indices]
+            micro = accuracy.accuracy(correct[indices], groups, n=n, gen=_seeded(seed))
+            results += accuracy.to_results({subject: micro}, **common)
+            estimates = _point_estimates(
+                [rows[i] for i in indices], correct[indices], [categories[i] for i in indices]
+            )
+            for metric, value, extra in estimates:
+                result = Result(
+                    what=metric, subject=subject, value=value, n=len(indices), extra=extra, **common
+                )
+                results.append(result)
         if level != OVERALL:
-            found = _macro(right, subjects, patients, n, draw())
-            out += accuracy.to_results({level: found}, what="macro_accuracy", **common)
-    return out
+            macro = _macro_accuracy(correct, subjects, patients, n, _seeded(seed))
+            results += accuracy.to_results({level: macro}, what="macro_accuracy", **common)
+    return results
 
 
+def _is_correct(row: ChoiceAnswer) -> bool:
+    return bool(row.gold) and row.chosen == row.gold
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _levels(rows: Sequence[ChoiceAnswer]) -> Levels:
+    """The rows of every subject; rows without a category of a level are in none of it."""
+    overall = {OVERALL: list(range(len(rows)))}
+    broad, narrow = dict[str, list[int]](), dict[str, list[int]]()
+    for i, row in enumerate(rows):
+        if row.broad:
+            broad.setdefault(row.broad, []).append(i)
+        if row.narrow:
+            subject = f"{row.broad} / {row.narrow}" if row.broad else row.narrow
+            narrow.setdefault(subject, []).append(i)
+    levels = {OVERALL: overall, "broad": broad, "narrow": narrow}
+    return {level: dict(sorted(subjects.items())) for level, subjects in levels.items() if subjects}
+
+
+def _point_estimates(
+    rows: Sequence[ChoiceAnswer], correct: np.ndarray, categories: Sequence[str]
+) -> list[tuple[str, float, dict[str, Any]]]:
+    """[(metric, value, extra)] of the metrics without an interval."""
+    total = len(rows)
+    by_text = _same_options(rows)
+    gold = np.array([_gold_text(row) if by_text else row.gold for row in rows])
+    recalls = [correct[gold == answer].mean() for answer in sorted({*gold.tolist()} - {""})]
+    balanced = float(np.mean(recalls)) if recalls else math.nan
+    # Sorted, so that the order of the rows does not decide between equally frequent letters.
+    letters = Counter(sorted(row.gold for row in rows if row.gold))
+    best_letter, best_count = letters.most_common(1)[0] if letters else ("", 0)
+    random = sum(sorted(1 / len(row.options) for row in rows)) / total  # sorted: sums of floats depend on it
+    return [
+        ("balanced_accuracy", balanced, {"by": "text" if by_text else "letter", "classes": len(recalls)}),
+        ("best_letter", best_count / total, {"letter": best_letter}),
+        ("majority", _majority(rows, categories), {}),
+        ("random", random, {}),
+        ("invalid", sum(not row.chosen and not row.missing for row in rows), {}),
+        ("missing", sum(row.missing for row in rows), {}),
+        ("without_gold", sum(not row.gold for row in rows), {}),
+    ]
+
+
+def _majority(rows: Sequence[ChoiceAnswer], categories: Sequence[str]) -> float:
+    """Accuracy of giving the most frequent text of each category; NaN if the options of a category differ."""
+    by_category: dict[str, list[ChoiceAnswer]] = {}
+    for row, category in zip(rows, categories, strict=True):
+        by_category.setdefault(category, []).append(row)
+    hits = 0
+    for members in by_category.values():
+        if not _same_options(members):
+            return math.nan
+        texts = [_gold_text(row) for row in members]
+        counts = Counter(text for text in texts if text)
+        hits += max(counts.values(), default=0)
+    return hits / len(rows)
+
+
+def _same_options(rows: Sequence[ChoiceAnswer]) -> bool:
+    """Whether all rows have the same options, in any order."""
+    options = {frozenset(map(choices.comparable_text, row.options.values())) for row in rows}
+    return len(options) == 1
+
+
+def _gold_text(row: ChoiceAnswer) -> str:
+    return choices.comparable_text(row.options[row.gold]) if row.gold else ""
+
+
+def _macro_accuracy(
+    correct: np.ndarray,
+    subjects: Mapping[str, Sequence[int]],
+    patients: Sequence[str],
+    n: int,
+    gen: torch.Generator,
+) -> accuracy.Accuracy:
+    """Mean accuracy over c categories. A resampled patient brings its rows of all categories."""
+    codes, count = metrics._codes(patients)
+    c = len(subjects)
+    table = np.zeros((count, 2 * c))  # per patient: right answers of each category, then questions of each
+    for column, indices in enumerate(subjects.values()):
+        np.add.at(table[:, column], codes[indices], correct[indices])
+        np.add.at(table[:, c + column], codes[indices], 1)
+    table = table[np.lexsort(table.T)]  # the same for any order of the rows
+    table = table[table.any(1)]  # patients without a category of this level
+
+    def means(counts: np.ndarray, _: np.ndarray, weights: np.ndarray | None) -> dict[str, np.ndarray]:
+        if weights is None:
+            hits, sizes = np.split(np.ones((1, len(counts))) @ counts, 2, axis=1)
+            return {"": metrics._ratio(hits, sizes)[0]}
+        hits, sizes = np.split(weights.T @ counts, 2, axis=1)
+        return {"": metrics._ratio(hits, sizes)}
+
+    questions = int(table[:, c:].sum())
+    if len(table) < 2:
+        value = float(means(table, table, None)[""].mean())
+        return accuracy.Accuracy(value=value, low=math.nan, high=math.nan, n=questions, groups=len(table))
+    interval = metrics.bootstrap(means, table, np.zeros_like(table), range(len(table)), n=n, gen=gen)[""]
+    return accuracy.Accuracy(
+        value=interval.mean, low=interval.mean_low, high=interval.mean_high, n=questions, groups=len(table)
+    )
+
+
+# Open questions -----------------------------------------------------------------------------------------
 def score_open_answers(
     rows: Sequence[OpenAnswer], *, split: str = "", experiment: str = "", n: int = 1000, gen: torch.Generator
 ) -> list[Result]:
-    """How good the answers of open questions are.
+    """Scores of open answers.
 
-    "bleu_1" to "bleu_4" and "rouge_l" over all rows. Of the subjects "yes or no" and "short answers" also "accuracy" with its 95 %
-    interval, which draws whole patients, and "majority": the accuracy of giving the commonest written answer to every question.
+    "bleu_1" to "bleu_4" and "rouge_l" over all rows. For the subjects "yes or no" and "short answers" also
+    "accuracy" with its 95 % interval, which resamples whole patients, and "majority": the accuracy of giving
+    the most frequent reference answer to every question.
 
     Raises:
         ValueError: no rows.
     """
-    out = score_texts([r.said for r in rows], [r.gold for r in rows], split=split, experiment=experiment)
-    seed = int(torch.randint(2**62, (), generator=gen))
+    common: dict[str, Any] = {"split": split, "experiment": experiment}
+    results = score_texts([row.said for row in rows], [row.gold for row in rows], **common)
+    seed = int(torch.randint(2**62, (), generator=gen))  # as in `score_choices`
     for kind, subject in (("yes or no", "yes or no"), ("short", "short answers")):
-        part = [r for r in rows if r.kind == kind]
-        if not part:
+        members = [row for row in rows if row.kind == kind]
+        if not members:
             continue
-        common = Counter(answers.normalise(r.gold) for r in part).most_common(1)[0][1]
-        draw = torch.Generator().manual_seed(seed)
-        found = accuracy.accuracy(
-            [bool(r.right) for r in part], [names.case_of(r.slide) for r in part], n=n, gen=draw
-        )
-        out += accuracy.to_results({subject: found}, split=split, experiment=experiment)
-        out.append(
-            Result(
-                what="majority",
-                subject=subject,
-                value=common / len(part),
-                n=len(part),
-                split=split,
-                experiment=experiment,
-            )
-        )
-    return out
+        correct = [bool(row.right) for row in members]
+        patients = [names.case_of(row.slide) for row in members]
+        micro = accuracy.accuracy(correct, patients, n=n, gen=_seeded(seed))
+        results += accuracy.to_results({subject: micro}, **common)
+        golds = Counter(answers.normalise(row.gold) for row in members)
+        majority = golds.most_common(1)[0][1] / len(members)
+        results.append(Result(what="majority", subject=subject, value=majority, n=len(members), **common))
+    return results
 
 
+# Files --------------------------------------------------------------------------------------------------
 def write_benchmark(
     folder: files.PathLike,
     rows: Sequence[ChoiceAnswer],
@@ -204,144 +315,76 @@ def write_benchmark(
     facts: Mapping[str, Any],
     written: Sequence[OpenAnswer] = (),
 ) -> dict[str, Any]:
-    """Write `benchmark_results.json` and `benchmark_categories.csv` into a folder; returns what the first holds.
+    """Write `benchmark_results.json` and `benchmark_categories.csv` into a folder; returns the content of the first.
 
-    {"source", ...facts, "metrics": {subject: {metric: value}}, "results": all of each result, "predictions": one per row, and
-    "open_predictions" where there are open questions}; a number that does not exist is null, in the CSV an empty cell.
+    {"source", ...facts, "metrics": {subject: {metric: value}}, "results": all fields of each result,
+    "predictions": one per row, and "open_predictions" where there are open questions}. A number that is not
+    finite is null, in the CSV an empty cell.
 
     Args:
-        results: of `score_choices`, and others if wanted.
-        source: what was answered; "sha256" of its file must be there, as benchmarks of one name differ.
-        facts: more to keep, such as the experiment and the commit.
-        written: the answers of open questions.
+        results: of `score_choices`, with others if wanted.
+        source: the file of questions; needs its "sha256", as benchmarks of one name differ.
+        facts: more to record, such as the experiment and the commit.
+        written: answers to open questions.
     Raises:
-        ValueError: source without "sha256", or facts that are named like the parts.
+        ValueError: source without "sha256", or facts with a name of the other parts.
     """
-    parts = {"source", "metrics", "results", "predictions", "open_predictions"}
-    if not source.get("sha256") or parts & facts.keys():
+    reserved = {"source", "metrics", "results", "predictions", "open_predictions"}
+    if not source.get("sha256") or reserved & facts.keys():
         raise ValueError(
-            f'write_benchmark: source must have "sha256", and facts none of {sorted(parts)}, got {sorted(source)}, {sorted(facts)}'
+            f'write_benchmark: source must have "sha256", and facts none of {sorted(reserved)}, '
+            f"got {sorted(source)}, {sorted(facts)}"
         )
-    table: dict[str, dict[str, float]] = {}
-    for r in results:
-        table.setdefault(r.subject, {})[r.what] = r.value
-    keep = lambda r: {"right": bool(r.gold) and r.chosen == r.gold, **asdict(r)}
-    out = {
+    values: dict[str, dict[str, float]] = {}
+    for result in results:
+        values.setdefault(result.subject, {})[result.what] = result.value
+    content = {
         "source": dict(source),
         **facts,
-        "metrics": table,
-        "results": [asdict(r) for r in results],
-        "predictions": [*map(keep, rows)],
+        "metrics": values,
+        "results": [asdict(result) for result in results],
+        "predictions": [{"right": _is_correct(row), **asdict(row)} for row in rows],
     }
     if written:
-        out["open_predictions"] = [{"right": r.right, "kind": r.kind, **asdict(r)} for r in written]
-    out = _json(out)
-    files.write_text(
-        Path(folder) / "benchmark_results.json",
-        json.dumps(out, ensure_ascii=False, indent=1, allow_nan=False) + "\n",
-    )
+        predictions = [{"right": row.right, "kind": row.kind, **asdict(row)} for row in written]
+        content["open_predictions"] = predictions
+    content = _json_ready(content)
+    text = json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+    files.write_text(Path(folder) / "benchmark_results.json", text)
+    lines = _category_lines(_levels(rows), results, values)
+    columns = ("level", "category", "n", *_COLUMNS)
+    files.write_csv(Path(folder) / "benchmark_categories.csv", lines, columns)
+    return content
+
+
+def _category_lines(
+    levels: Levels, results: Sequence[Result], values: Mapping[str, Mapping[str, float]]
+) -> list[dict[str, Any]]:
+    """One line per subject with an accuracy; numbers that are not there or NaN are empty cells."""
     bounds = {r.subject: {"low": r.low, "high": r.high, "n": r.n} for r in results if r.what == "accuracy"}
     lines = []
-    for level, subjects in _levels(rows).items():
-        for subject in (s for s in subjects if s in bounds):
-            values = table[subject] | bounds[subject]
-            cells = {k: "" if math.isnan(v := values.get(k, math.nan)) else v for k in ("n", *_TABLE)}
-            lines.append({"level": level, "category": subject, **cells})
-    files.write_csv(Path(folder) / "benchmark_categories.csv", lines, ("level", "category", "n", *_TABLE))
-    return out
+    for level, subjects in levels.items():
+        for subject in subjects:
+            if subject not in bounds:
+                continue
+            line: dict[str, Any] = {"level": level, "category": subject}
+            numbers = {**values[subject], **bounds[subject]}
+            for column in ("n", *_COLUMNS):
+                number = numbers.get(column, math.nan)
+                line[column] = "" if math.isnan(number) else number
+            lines.append(line)
+    return lines
 
 
-def _json(value: Any) -> Any:
+def _json_ready(value: Any) -> Any:
+    """A copy in which numbers that are not finite, which JSON does not know, are None."""
     if isinstance(value, Mapping):
-        return {k: _json(v) for k, v in value.items()}
+        return {key: _json_ready(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_json(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _levels(rows: Sequence[ChoiceAnswer]) -> dict[str, dict[str, list[int]]]:
-    """{level: {subject: its rows}}; rows without a category of a level are in none of it."""
-    out: dict[str, dict[str, list[int]]] = {
-        OVERALL: {OVERALL: [*range(len(rows))]},
-        "broad": {},
-        "narrow": {},
-    }
-    for i, r in enumerate(rows):
-        for level, name in (
-            ("broad", r.broad),
-            ("narrow", " / ".join(filter(None, (r.broad, r.narrow))) if r.narrow else ""),
-        ):
-            if name:
-                out[level].setdefault(name, []).append(i)
-    return {level: dict(sorted(subjects.items())) for level, subjects in out.items() if subjects}
-
-
-def _plain(
-    rows: Sequence[ChoiceAnswer], right: np.ndarray, categories: Sequence[str]
-) -> list[tuple[str, float, dict[str, Any]]]:
-    """(what, value, extra) of what has no interval."""
-    task, total = _is_task(rows), len(rows)
-    gold = [_text(r) if task else r.gold for r in rows]
-    recalls = [right[[g == c for g in gold]].mean() for c in sorted({*gold} - {""})]
-    letters = Counter(sorted(r.gold for r in rows if r.gold))
-    best = letters.most_common(1)[0] if letters else ("", 0)
-    kinds = [[r for r, c in zip(rows, categories, strict=True) if c == name] for name in {*categories}]
-    tops = [max(Counter(filter(None, map(_text, k))).values(), default=0) for k in kinds if _is_task(k)]
-    return [
-        (
-            "balanced_accuracy",
-            float(np.mean(recalls)) if recalls else math.nan,
-            {"by": "text" if task else "letter", "classes": len(recalls)},
-        ),
-        ("best_letter", best[1] / total, {"letter": best[0]}),
-        ("majority", sum(tops) / total if len(tops) == len(kinds) else math.nan, {}),
-        ("random", sum(sorted(1 / len(r.options) for r in rows)) / total, {}),
-        ("invalid", sum(not r.chosen and not r.missing for r in rows), {}),
-        ("missing", sum(r.missing for r in rows), {}),
-        ("without_gold", sum(not r.gold for r in rows), {}),
-    ]
-
-
-def _is_task(rows: Sequence[ChoiceAnswer]) -> bool:
-    """Whether all rows have the same options, in any order."""
-    return len({frozenset(map(choices.comparable_text, r.options.values())) for r in rows}) == 1
-
-
-def _text(row: ChoiceAnswer) -> str:
-    return choices.comparable_text(row.options[row.gold]) if row.gold else ""
-
-
-def _macro(
-    right: np.ndarray,
-    subjects: Mapping[str, Sequence[int]],
-    patients: Sequence[str],
-    n: int,
-    gen: torch.Generator,
-) -> accuracy.Accuracy:
-    """The mean accuracy of categories; drawn patients bring their rows of all categories."""
-    codes, k = metrics._codes(patients)
-    table = np.zeros((k, 2 * len(subjects)))
-    for c, where in enumerate(subjects.values()):
-        np.add.at(table[:, c], codes[where], right[where])
-        np.add.at(table[:, len(subjects) + c], codes[where], 1)
-    table = table[np.lexsort(table.T)]
-    table = table[table.any(1)]
-
-    def means(counts: np.ndarray, _: np.ndarray, weights: np.ndarray | None) -> dict[str, np.ndarray]:
-        hits, sizes = np.split(
-            (np.ones((1, len(counts))) if weights is None else weights.T) @ counts, 2, axis=1
-        )
-        share = metrics._ratio(hits, sizes)
-        return {"": share[0] if weights is None else share}
-
-    rows = int(table[:, len(subjects) :].sum())
-    if len(table) < 2:
-        value = float(means(table, table, None)[""].mean())
-        return accuracy.Accuracy(value=value, low=math.nan, high=math.nan, n=rows, groups=len(table))
-    found = metrics.bootstrap(means, table, np.zeros_like(table), range(len(table)), n=n, gen=gen)[""]
-    return accuracy.Accuracy(
-        value=found.mean, low=found.mean_low, high=found.mean_high, n=rows, groups=len(table)
-    )
+        return [_json_ready(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 # Free text ------------------------------------------------------------------------------------------------------------------------------
