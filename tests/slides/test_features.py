@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from medvl.slides import csv_features
 from medvl.slides import features as slides
-from medvl.slides import formats
 from medvl.slides.features import about_slide, chunks, read_slide
 
 NAME = "TCGA-GV-A40G-01Z-00-DX1.8288CA92-B611-4ACF-986E-0B8A3F620B94"
@@ -360,9 +360,9 @@ def test_places_and_row_numbers_in_front_are_no_features(tmp_path, leading, head
 
 
 def test_a_csv_is_read_once_to_count_its_rows(tmp_path, monkeypatch):
-    path, reads, lines = tmp_path / "a.csv", [], formats._lines
+    path, reads, lines = tmp_path / "a.csv", [], csv_features._lines
     write_csv(path, np.round(features(9, 12), 4))
-    monkeypatch.setattr(formats, "_lines", lambda path: reads.append(path) or lines(path))
+    monkeypatch.setattr(csv_features, "_lines", lambda path: reads.append(path) or lines(path))
     about_slide(path)
     about_slide(path)
     list(chunks(path, 4))

@@ -1,0 +1,252 @@
+"""CSV files of patch features: one line per patch, the features first. The layout is detected, as no writer states it."""
+
+import csv
+import functools
+import itertools
+import logging
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from attrs import frozen
+
+_log = logging.getLogger(__name__)
+
+_WIDTHS = (384, 512, 768, 1024, 1280, 1536, 2048, 2560, 3072, 4608)  # of encoders in use
+_MAX_LINE = 2**21  # characters; some 50 times a line of the widest encoder
+_MAX_TRAILING = 8  # columns of numbers that may follow the features
+_SAMPLE = 8  # lines from which the layout is detected
+_BOM = "\xef\xbb\xbf"  # the byte order mark of UTF-8, read as Latin-1
+
+
+@frozen(kw_only=True)
+class CsvLayout:
+    """Where the features of a CSV are."""
+
+    has_header: bool
+    start: int  # first column of the features
+    width: int
+    rows: int
+
+
+def detect_layout(path: Path, dims: int) -> CsvLayout:
+    """Count the rows of a CSV and detect which columns are features.
+
+    Args:
+        dims: number of features, where numbers follow them; 0: not known.
+    Raises:
+        ValueError: not a CSV of features, or it does not show which columns are features.
+    """
+    status = os.stat(path)
+    return _scan(path, dims, (status.st_ino, status.st_size, status.st_mtime_ns))
+
+
+def read_csv_blocks(path: Path, layout: CsvLayout, size: int) -> Iterator[np.ndarray]:
+    """The features of a CSV as float32 [c, d], `size` rows at a time.
+
+    Raises:
+        ValueError: a cell that is no number, or a line with fewer columns than the first; says which patch.
+    """
+    columns = range(layout.start, layout.start + layout.width)
+    lines = itertools.islice(map(_fill_empty_cells, _lines(path)), int(layout.has_header), None)
+    for first in range(0, layout.rows, size):
+        block = list(itertools.islice(lines, size))
+        try:
+            x = np.loadtxt(block, "<f4", None, ",", usecols=columns, ndmin=2, quotechar='"')
+        except ValueError as error:
+            row, reason = _first_fault(block, columns)
+            raise ValueError(f"{path}: patch {first + row} (from 0): {reason}") from error
+        if len(x) != len(block):  # a quote that is not closed joins lines
+            raise ValueError(
+                f"{path}: patches {first} to {first + len(block) - 1} (from 0): "
+                f"{len(block)} lines are {len(x)} rows; an open quote?"
+            )
+        yield x
+
+
+@functools.lru_cache(maxsize=8192)
+def _scan(path: Path, dims: int, _version: tuple[int, int, int]) -> CsvLayout:
+    """`detect_layout`, once per version of a file: to count its rows it must be read whole."""
+    sample, count, counts_rows = list[str](), 0, True
+    for line in _lines(path):
+        if count < _SAMPLE:
+            sample.append(line)
+        # The first two lines may be a header and row 0 or 1: `_is_index` looks at these.
+        if count >= 2 and counts_rows:
+            numbers = (f"{count},", f"{count - 1},", f"{count + 1},")
+            counts_rows = line[:16].replace('"', "").startswith(numbers)
+        count += 1
+    try:
+        rows = [*csv.reader(sample)]
+    except csv.Error as error:
+        raise ValueError(f"{path}: is not a readable CSV ({error})") from error
+    first, second = _first_two(rows)
+    has_index = counts_rows and _is_index(first, second, count)
+    has_header, start, width = _detect_columns(path, dims, rows, has_index)
+    if has_index:
+        _log.warning(
+            "%s: the first column counts the rows: it is an index and no feature, and is left out", path
+        )
+    return CsvLayout(has_header=has_header, start=start, width=width, rows=max(0, count - has_header))
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a CSV that are not empty. Text after the numbers may be in any encoding."""
+    with open(path, encoding="latin-1") as file:
+        for number in itertools.count(1):
+            line = file.readline(_MAX_LINE)
+            if not line:
+                return
+            if len(line) == _MAX_LINE:
+                raise ValueError(
+                    f"{path}: line {number} has {_MAX_LINE} characters or more; a line is one patch, "
+                    "is this a CSV of features?"
+                )
+            # A cell with a NUL byte would count as text after the features, and so would all that follow.
+            if "\0" in line:
+                raise ValueError(f"{path}: line {number} has a NUL byte; the file is damaged")
+            if number == 1:
+                line = line.removeprefix(_BOM)
+            if line.strip():
+                yield line
+
+
+def _fill_empty_cells(line: str) -> str:
+    """Write "nan" into empty cells, which is how pandas writes NaN."""
+    may_have_some = ",," in line or line[0] == "," or line.rstrip()[-1] == ","  # the regex is slow
+    return re.sub(r"(^|,)(?=,|\s*$)", r"\1nan", line) if may_have_some else line
+
+
+def _first_fault(lines: Sequence[str], columns: range) -> tuple[int, str]:
+    """(row, reason) of the first line that cannot be read as numbers."""
+    for row, cells in enumerate(csv.reader(lines)):
+        if len(cells) < columns.stop:
+            return row, f"must have {columns.stop} columns, found {len(cells)}; was the file cut off?"
+        for column in columns:
+            if not _is_number(cells[column]):
+                return row, f"column {column + 1} must be a number, found {cells[column]!r}"
+    return 0, "cannot be read as numbers"
+
+
+# Layout -------------------------------------------------------------------------------------------------
+def _is_index(first: Sequence[str], second: Sequence[str], lines: int) -> bool:
+    """Whether the first column, whose cells from the third line on count up, counts rows.
+
+    It then starts 0, 1, 2 or 1, 2, 3, with or without a header above.
+    """
+    if len(first) < 2:
+        return False
+    # One or two rows alone do not show it; the width of an encoder plus one column does.
+    has_known_width = len(first) - 1 in _WIDTHS
+    if lines == 1:
+        return first[0] in ("0", "1") and has_known_width
+    above, below = first[0].strip(), second[0].strip()
+    without_header = (above, below) in (("0", "1"), ("1", "2")) and _numbered_names(first) < 2
+    with_header = below in ("0", "1") and not _is_number(above)
+    return without_header or (with_header and (lines > 2 or has_known_width or not above))
+
+
+def _detect_columns(
+    path: Path, dims: int, rows: Sequence[Sequence[str]], has_index: bool
+) -> tuple[bool, int, int]:
+    """(there is a header, first column of the features, their number), from the first rows.
+
+    A header numbers its columns or is all text.
+    """
+    first, second = _first_two(rows)
+    has_pandas_index = len(first) > 1 and not first[0] and first[1] == "0"
+    start = int(has_index or has_pandas_index)
+    has_header, width = _detect_header(first, second, start)
+    if any(first) and not width:
+        raise ValueError(
+            f"{path}: the features must be the first columns, found {first[0]!r} in the first of {len(first)}"
+        )
+    expected = dims or _nearest_width(width)
+    surplus = width - expected
+    if not expected or not 0 < surplus <= _MAX_TRAILING or (not dims and width in _WIDTHS):
+        return has_header, start, width
+
+    # Some columns of numbers are no features. Coordinates and row numbers in front cannot be told apart from
+    # features by position, but they are whole numbers.
+    data = [row[start : start + width] for row in rows[has_header:]]
+    if _hold_whole_numbers(data, range(surplus)) and not _hold_whole_numbers(data, range(expected, width)):
+        raise ValueError(
+            f"{path}: has {width} columns of numbers, and the first {surplus} hold whole numbers such as "
+            f"{', '.join(data[-1][:surplus])}: row numbers or places, no features; save the table without them"
+        )
+    if not dims:
+        raise ValueError(
+            f"{path}: has {width} columns of numbers; are {surplus} of them no features? "
+            f"Say dims={expected} or dims={width}"
+        )
+    return has_header, start, dims
+
+
+def _detect_header(first: Sequence[str], second: Sequence[str], start: int) -> tuple[bool, int]:
+    """(the first line is a header, how many columns from `start` on are numbers or named as such)."""
+    names = first[start:]
+    width = _numbered_names(names)
+    following = names[width : width + 1]
+    if width > 1 and (width >= 8 or not following or not _is_number(following[0])):
+        return True, width
+    if names and not any(map(_is_number, names)):
+        if second:
+            return True, _leading_numbers(second[start:])
+        return True, len([name for name in names if name])
+    return False, _leading_numbers(names)
+
+
+def _nearest_width(width: int) -> int:
+    """The width of an encoder that a few more columns than features would give; 0 for none."""
+    for known in _WIDTHS:
+        if 0 < width - known <= _MAX_TRAILING:
+            return known
+    return 0
+
+
+def _hold_whole_numbers(data: Sequence[Sequence[str]], columns: range) -> bool:
+    """Whether these columns hold whole numbers, not only zeros, in all rows."""
+    cells = [row[column] for row in data for column in columns if column < len(row)]
+    if not all(map(_is_number, cells)):
+        return False
+    values = [float(cell) for cell in cells]
+    return any(values) and all(value.is_integer() for value in values)
+
+
+def _numbered_names(names: Sequence[str]) -> int:
+    """How many names from the first on are 0, 1, 2, ... or f0, f1, f2, ... or f1, f2, f3, ..."""
+    match = re.fullmatch(r"(\D*)(0|1)", names[0].strip()) if names else None
+    if match is None or match.groups() == ("", "1"):
+        return 0
+    prefix, start = match[1], int(match[2])
+    for i, name in enumerate(names):
+        if name.strip() != f"{prefix}{start + i}":
+            return i
+    return len(names)
+
+
+def _leading_numbers(cells: Sequence[str]) -> int:
+    """How many cells from the first on are numbers or empty, without empty ones at the end."""
+    count = 0
+    for i, cell in enumerate(cells):
+        if not cell.strip():
+            continue
+        if not _is_number(cell):
+            break
+        count = i + 1
+    return count
+
+
+def _first_two(rows: Sequence[Sequence[str]]) -> tuple[Sequence[str], Sequence[str]]:
+    first, second = [*rows, [], []][:2]
+    return first, second
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
