@@ -1,6 +1,6 @@
-"""Who is scanned and what they have: the bodies and findings of drawn chests, before anything is drawn.
+"""Chest cases: the body and the findings of a person, before anything is drawn.
 
-Patient coordinates: x to the right, y to the front, z to the head, in mm, 0 at the hilum.
+Patient coordinates are in mm: x to the right, y to anterior, z to superior, 0 at the hilum.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def _share(_: Any, attribute: Any, value: float) -> None:
 
 @frozen(kw_only=True)
 class PhantomConfig:
-    """`patients` in all; `valid` and `test` of them are held out, the rest is for training."""
+    """How many patients, and how much they differ. `valid` and `test` of the `patients` are held out from training."""
 
     patients: int
     seed: int
@@ -46,16 +46,16 @@ class PhantomConfig:
     test: int = 0
     second_recon: float = field(default=0.2, validator=_share)  # share of scans reconstructed twice
     contrast: float = field(default=0.35, validator=_share)  # share of scans with enhanced blood
-    variation: float = field(
-        default=1.0, validator=_share
-    )  # how much bodies differ: 1 as people do, 0 all the same
+    # How much bodies differ: 1 as people do, 0 not at all.
+    variation: float = field(default=1.0, validator=_share)
     columns: tuple[int, int] = (64, 96)  # in-plane voxels, drawn evenly from this range
     slices: tuple[int, int] = (28, 40)
 
     def __attrs_post_init__(self):
         if min(self.valid, self.test) < 0 or self.patients < 1 or self.valid + self.test > self.patients:
             raise ValueError(
-                f"PhantomConfig: valid + test must be within the {self.patients} patients, got {self.valid} and {self.test}"
+                f"PhantomConfig: valid + test must be within the {self.patients} patients, "
+                f"got {self.valid} and {self.test}"
             )
         config.check_bounds(
             self,
@@ -72,7 +72,7 @@ class PhantomConfig:
 
 @frozen(kw_only=True)
 class Lesion:
-    """One drawn finding. `at` in mm in patient coordinates; `size_mm` is the largest diameter, or the depth of a fluid layer."""
+    """One lesion. `at` is in patient coordinates; `size_mm` is the largest diameter, or the depth of a fluid layer."""
 
     side: str = ""  # "right", "left" or ""
     zone: str = ""  # "upper", "middle", "lower" or ""
@@ -89,13 +89,13 @@ Lesions = tuple[Lesion, ...]
 
 @frozen(kw_only=True)
 class ChestCase:
-    """What a scan shows, before it is drawn: the body in mm and HU, and the lesions of each present finding."""
+    """A person to be scanned: the body in mm and HU, and the lesions of each present finding."""
 
     age: int
     sex: str  # "M" or "F"
     body: Body
     findings: dict[str, Lesions]
-    texture: int  # seed of what is peculiar to the patient and in no report: vessels, ribs, folds
+    texture: int  # seed of individual anatomy that no report mentions: vessels, ribs, folds
 
     @property
     def labels(self) -> dict[str, int]:
@@ -104,8 +104,12 @@ class ChestCase:
 
 
 def draw_chest_case(cfg: PhantomConfig, gen: Gen) -> ChestCase:
-    """A person and their findings. Age, smoking, heart failure and infection make findings go together, none of them decides one."""
-    age, (smoke, failure, infect) = int(np.clip(gen.normal(60, 15), 20, 92)), gen.standard_normal(3)
+    """A person and their findings.
+
+    Age, smoking, heart failure and infection make findings go together; none of them decides one.
+    """
+    age = int(np.clip(gen.normal(60, 15), 20, 92))
+    smoke, failure, infect = gen.standard_normal(3)
     body = _draw_body(cfg, gen)
     old = (age - 60) / 15
     log_odds = {
@@ -121,21 +125,22 @@ def draw_chest_case(cfg: PhantomConfig, gen: Gen) -> ChestCase:
         "Pleural effusion": -1.4 + 0.9 * failure + 0.4 * infect,
         "Consolidation": -1.4 + 0.9 * infect,
     }
-    present = [name for name in FINDINGS if gen.random() < 1 / (1 + np.exp(-log_odds[name]))]
+    present = []
+    for name in FINDINGS:
+        probability = 1 / (1 + np.exp(-log_odds[name]))
+        if gen.random() < probability:
+            present.append(name)
     if "Cardiomegaly" in present:
         body["heart"] = gen.uniform(0.53, 0.64)
-    sex, texture = "FM"[gen.integers(2)], int(gen.integers(2**32))
-    return ChestCase(
-        age=age,
-        sex=sex,
-        body=body,
-        texture=texture,
-        findings={name: _LESIONS[name](body, gen) for name in present},
-    )
+    sex = "FM"[gen.integers(2)]
+    texture = int(gen.integers(2**32))
+    findings = {name: _LESIONS[name](body, gen) for name in present}
+    return ChestCase(age=age, sex=sex, body=body, texture=texture, findings=findings)
 
 
 def _draw_body(cfg: PhantomConfig, gen: Gen) -> Body:
     def draw(low: float, high: float) -> float:
+        # cfg.variation narrows the range about its middle
         middle = (low + high) / 2
         return middle + cfg.variation * (gen.uniform(low, high) - middle)
 
@@ -168,25 +173,32 @@ def heart_shape(body: Body) -> tuple[Array, Array]:
     """Centre [3] and radii [3] of the heart in mm."""
     radius = body["heart"] * body["ta"]
     radii = radius * np.array([1.0, 0.80, 0.84])
-    return np.array(
-        [body["heart_x"], body["heart_y"], min(body["dome_right"], body["dome_left"]) + 0.72 * radii[2]]
-    ), radii
+    diaphragm = min(body["dome_right"], body["dome_left"])
+    centre = np.array([body["heart_x"], body["heart_y"], diaphragm + 0.72 * radii[2]])
+    return centre, radii
 
 
 def _zone(z: float) -> str:
-    return "upper" if z > 35 else "middle" if z > -25 else "lower"
+    if z > 35:
+        return "upper"
+    return "middle" if z > -25 else "lower"
 
 
-def _in_lung(
+def _draw_place(
     body: Body, gen: Gen, low: float, high: float, depth: tuple[float, float] = (0.0, 0.8)
 ) -> tuple[str, float, float, float]:
-    """A side and a place in that lung, z within low..high, at this depth (0 axis of the lung, 1 its wall)."""
+    """A side, and x, y, z in mm in that lung: z within low..high, depth from 0 (axis of the lung) to 1 (its wall)."""
     sign = 1 if gen.random() < 0.5 else -1
     z = gen.uniform(low, high)
-    width, r, turn = float(taper(body, z)), gen.uniform(*depth), gen.uniform(0, 2 * np.pi)
+    r = gen.uniform(*depth)
+    angle = gen.uniform(0, 2 * np.pi)
+    # The lung's section at this height is an ellipse between the mediastinum and the chest wall.
+    width = float(taper(body, z))
     outer, inner = body["ta"] * width, body["gap"] + 12
-    x = (outer + inner) / 2 + (outer - inner) / 2 * r * np.cos(turn)
-    return ("right" if sign > 0 else "left"), sign * x, 0.82 * body["tb"] * width * r * np.sin(turn), z
+    x = (outer + inner) / 2 + (outer - inner) / 2 * r * np.cos(angle)
+    y = 0.82 * body["tb"] * width * r * np.sin(angle)
+    side = "right" if sign > 0 else "left"
+    return side, sign * x, y, z
 
 
 def taper(body: Body, z: ArrayLike) -> Array:
@@ -195,136 +207,145 @@ def taper(body: Body, z: ArrayLike) -> Array:
     return np.sqrt(np.clip(1 - t**2.6, 1e-3, None))
 
 
-def _spots(
-    body: Body, gen: Gen, count: int, size: Callable[[], float], hu: Callable[[], float], **where: Any
+def _draw_spots(
+    body: Body, gen: Gen, count: int, size: Callable[[], float], hu: Callable[[], float], **place: Any
 ) -> Lesions:
-    found = []
+    """Lesions anywhere in the lungs; `place` goes to `_draw_place`."""
+    lesions = []
     for _ in range(count):
-        side, x, y, z = _in_lung(body, gen, **where)
-        found.append(
-            Lesion(side=side, zone=_zone(z), size_mm=round(size(), 1), at=(x, y, z), hu=round(hu(), 1))
-        )
-    return tuple(found)
+        side, x, y, z = _draw_place(body, gen, **place)
+        size_mm = round(size(), 1)
+        lesion = Lesion(side=side, zone=_zone(z), size_mm=size_mm, at=(x, y, z), hu=round(hu(), 1))
+        lesions.append(lesion)
+    return tuple(lesions)
 
 
-def _nodules(body: Body, gen: Gen) -> Lesions:
+def _draw_nodules(body: Body, gen: Gen) -> Lesions:
     def size() -> float:
         return float(np.clip(np.exp(gen.normal(2.7, 0.35)), 8, 30))
 
+    def hu() -> float:
+        return gen.uniform(0, 80)
+
     count = 1 + gen.poisson(0.9)
-    return _spots(body, gen, count, size, lambda: gen.uniform(0, 80), low=-40, high=85, depth=(0.2, 0.8))
+    return _draw_spots(body, gen, count, size, hu, low=-40, high=85, depth=(0.2, 0.8))
 
 
-def _opacities(body: Body, gen: Gen) -> Lesions:
-    return _spots(
-        body,
-        gen,
-        1 + gen.poisson(1.2),
-        lambda: gen.uniform(30, 85),
-        lambda: gen.uniform(-680, -540),
-        low=-60,
-        high=80,
-    )
+def _draw_opacities(body: Body, gen: Gen) -> Lesions:
+    def size() -> float:
+        return gen.uniform(30, 85)
+
+    def hu() -> float:
+        return gen.uniform(-680, -540)
+
+    count = 1 + gen.poisson(1.2)
+    return _draw_spots(body, gen, count, size, hu, low=-60, high=80)
 
 
-def _consolidations(body: Body, gen: Gen) -> Lesions:
+def _draw_consolidations(body: Body, gen: Gen) -> Lesions:
+    def size() -> float:
+        return gen.uniform(30, 75)
+
+    def hu() -> float:
+        return gen.uniform(0, 50)
+
     count = 1 + (gen.random() < 0.35)
-    return _spots(
-        body,
-        gen,
-        count,
-        lambda: gen.uniform(30, 75),
-        lambda: gen.uniform(0, 50),
-        low=-60,
-        high=60,
-        depth=(0.4, 0.9),
-    )
+    return _draw_spots(body, gen, count, size, hu, low=-60, high=60, depth=(0.4, 0.9))
 
 
-def _plates(body: Body, gen: Gen) -> Lesions:
+def _draw_atelectases(body: Body, gen: Gen) -> Lesions:
+    def size() -> float:
+        return gen.uniform(45, 85)
+
+    def hu() -> float:
+        return gen.uniform(10, 50)
+
     count = 1 + (gen.random() < 0.4)
-    return _spots(
-        body,
-        gen,
-        count,
-        lambda: gen.uniform(45, 85),
-        lambda: gen.uniform(10, 50),
-        low=-50,
-        high=-15,
-        depth=(0.1, 0.6),
-    )
+    return _draw_spots(body, gen, count, size, hu, low=-50, high=-15, depth=(0.1, 0.6))
 
 
-def _effusions(body: Body, gen: Gen) -> Lesions:
+def _draw_effusions(body: Body, gen: Gen) -> Lesions:
     sides = (("right",), ("left",), ("right", "left"))[gen.choice(3, p=(0.35, 0.3, 0.35))]
-    return tuple(
-        Lesion(side=s, zone="lower", size_mm=round(gen.uniform(14, 65), 1), hu=round(gen.uniform(-2, 18), 1))
-        for s in sides
-    )
+    lesions = []
+    for side in sides:
+        size_mm = round(gen.uniform(14, 65), 1)
+        lesions.append(Lesion(side=side, zone="lower", size_mm=size_mm, hu=round(gen.uniform(-2, 18), 1)))
+    return tuple(lesions)
 
 
-def _emphysema(body: Body, gen: Gen) -> Lesions:
-    return (
-        Lesion(
-            zone=("upper", "")[gen.integers(2)],
-            size_mm=round(gen.uniform(6, 16), 1),
-            severity=round(gen.uniform(0.35, 1.0), 2),
-        ),
-    )
+def _draw_emphysema(body: Body, gen: Gen) -> Lesions:
+    zone = ("upper", "")[gen.integers(2)]
+    size_mm = round(gen.uniform(6, 16), 1)  # of one hole
+    severity = round(gen.uniform(0.35, 1.0), 2)
+    return (Lesion(zone=zone, size_mm=size_mm, severity=severity),)
 
 
-def _hernia(body: Body, gen: Gen) -> Lesions:
-    size, low = gen.uniform(34, 70), min(body["dome_right"], body["dome_left"])
-    at = (gen.uniform(-16, 4), -0.32 * body["tb"], low + gen.uniform(0.1, 0.5) * size)
-    return (Lesion(size_mm=round(size, 1), at=at, severity=round(gen.uniform(-1, 1), 2)),)
+def _draw_hernia(body: Body, gen: Gen) -> Lesions:
+    """Stomach above the diaphragm, behind the heart."""
+    size = gen.uniform(34, 70)
+    diaphragm = min(body["dome_right"], body["dome_left"])
+    x = gen.uniform(-16, 4)
+    z = diaphragm + gen.uniform(0.1, 0.5) * size
+    severity = round(gen.uniform(-1, 1), 2)
+    return (Lesion(size_mm=round(size, 1), at=(x, -0.32 * body["tb"], z), severity=severity),)
 
 
-def _pericardial(body: Body, gen: Gen) -> Lesions:
+def _draw_pericardial_effusion(body: Body, gen: Gen) -> Lesions:
     return (Lesion(size_mm=round(gen.uniform(8, 22), 1), hu=round(gen.uniform(0, 16), 1)),)
 
 
-def _large_heart(body: Body, gen: Gen) -> Lesions:
-    return (Lesion(size_mm=round(2 * heart_shape(body)[1][0], 1)),)
+def _draw_large_heart(body: Body, gen: Gen) -> Lesions:
+    """The size of the heart itself, which `draw_chest_case` made large."""
+    _, radii = heart_shape(body)
+    return (Lesion(size_mm=round(2 * radii[0], 1)),)
 
 
-def _coronary(body: Body, gen: Gen) -> Lesions:
+def _draw_coronary_calcium(body: Body, gen: Gen) -> Lesions:
     """Calcium along three arteries on the heart's surface."""
     centre, radii = heart_shape(body)
+    # Start and end of each artery, in units of the heart's radii.
     paths = (
         ((-0.1, 0.7, 0.7), (-0.65, 0.75, -0.1)),
         ((0.5, 0.6, 0.6), (0.95, 0.1, -0.3)),
         ((-0.6, 0.2, 0.75), (-0.95, -0.3, 0.0)),
     )
-    found = []
+    plaques = []
     for _ in range(2 + gen.poisson(2.0)):
-        start, end = map(np.array, paths[gen.choice(3, p=(0.6, 0.2, 0.2))])
-        length, first = gen.uniform(6, 25), gen.random()
-        share = length / np.linalg.norm((end - start) * radii)
-        ends = [start + np.clip(t, 0, 1) * (end - start) for t in (first - share / 2, first + share / 2)]
-        found.append(_plaque([centre + (radii - 2.5) * e / np.linalg.norm(e) for e in ends], gen))
-    return tuple(found)
+        path = paths[gen.choice(3, p=(0.6, 0.2, 0.2))]
+        start, end = np.array(path[0]), np.array(path[1])
+        length = gen.uniform(6, 25)
+        middle = gen.random()  # along the artery, 0 to 1
+        half = length / np.linalg.norm((end - start) * radii) / 2
+        ends = []
+        for t in (middle - half, middle + half):
+            place = start + np.clip(t, 0, 1) * (end - start)
+            ends.append(centre + (radii - 2.5) * place / np.linalg.norm(place))
+        plaques.append(_draw_plaque(ends[0], ends[1], gen))
+    return tuple(plaques)
 
 
-def _arterial(body: Body, gen: Gen) -> Lesions:
+def _draw_aortic_calcium(body: Body, gen: Gen) -> Lesions:
     """Calcium in the wall of the thoracic aorta."""
-    path, found = aorta_path(body), []
+    path = aorta_path(body)
+    lengths = np.linalg.norm(np.diff(path, axis=0), axis=1)  # of the segments
+    plaques = []
     for _ in range(2 + gen.poisson(3.0)):
-        i = gen.choice(len(path) - 1, p=_lengths(path) / _lengths(path).sum())
-        along = (path[i + 1] - path[i]) / _lengths(path)[i]
-        middle, around = path[i] + gen.random() * (path[i + 1] - path[i]), gen.uniform(0, 2 * np.pi)
-        middle = middle + body["aorta"] * np.array([np.cos(around), np.sin(around), 0.0])
-        half = along * gen.uniform(4, 15)
-        found.append(_plaque([middle - half, middle + half], gen))
-    return tuple(found)
+        i = gen.choice(len(lengths), p=lengths / lengths.sum())
+        segment = path[i + 1] - path[i]
+        middle = path[i] + gen.random() * segment
+        angle = gen.uniform(0, 2 * np.pi)
+        middle = middle + body["aorta"] * np.array([np.cos(angle), np.sin(angle), 0.0])
+        half = segment / lengths[i] * gen.uniform(4, 15)
+        plaques.append(_draw_plaque(middle - half, middle + half, gen))
+    return tuple(plaques)
 
 
-def _plaque(ends: list[Array], gen: Gen) -> Lesion:
-    at, to = (tuple(e.tolist()) for e in ends)
-    length = float(np.linalg.norm(ends[1] - ends[0]))
+def _draw_plaque(start: Array, end: Array, gen: Gen) -> Lesion:
+    length = float(np.linalg.norm(end - start))
     return Lesion(
         size_mm=round(length, 1),
-        at=at,
-        to=to,
+        at=tuple(start.tolist()),
+        to=tuple(end.tolist()),
         thick_mm=round(gen.uniform(3, 6), 1),
         hu=round(gen.uniform(450, 1200), 0),
     )
@@ -337,20 +358,16 @@ def aorta_path(body: Body) -> Array:
     return np.array([(4, 12, -25), *arch, (-22, back, 10), (-20, back, -170)], float)
 
 
-def _lengths(path: Array) -> Array:
-    return np.linalg.norm(np.diff(path, axis=0), axis=1)
-
-
 _LESIONS: dict[str, Callable[[Body, Gen], Lesions]] = {
-    "Arterial wall calcification": _arterial,
-    "Cardiomegaly": _large_heart,
-    "Pericardial effusion": _pericardial,
-    "Coronary artery wall calcification": _coronary,
-    "Hiatal hernia": _hernia,
-    "Emphysema": _emphysema,
-    "Atelectasis": _plates,
-    "Lung nodule": _nodules,
-    "Lung opacity": _opacities,
-    "Pleural effusion": _effusions,
-    "Consolidation": _consolidations,
+    "Arterial wall calcification": _draw_aortic_calcium,
+    "Cardiomegaly": _draw_large_heart,
+    "Pericardial effusion": _draw_pericardial_effusion,
+    "Coronary artery wall calcification": _draw_coronary_calcium,
+    "Hiatal hernia": _draw_hernia,
+    "Emphysema": _draw_emphysema,
+    "Atelectasis": _draw_atelectases,
+    "Lung nodule": _draw_nodules,
+    "Lung opacity": _draw_opacities,
+    "Pleural effusion": _draw_effusions,
+    "Consolidation": _draw_consolidations,
 }

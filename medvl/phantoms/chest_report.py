@@ -1,11 +1,10 @@
-"""Radiology prose for a chest case: varied sentences for what is there, some for what is not, and an impression of the positives."""
-
-import numpy as np
+"""Radiology reports of chest cases: varied sentences for present findings, some for absent ones, and an impression."""
 
 from medvl.phantoms.chest_case import FINDINGS, ChestCase, Gen, Lesions
 
-# {side}: right, left, bilateral; {zone}: upper, middle, lower; {size}: mm; {term}: the finding; {amount}: small, moderate, large
-_SEEN = {
+# Sentences for a present finding. {side}: right, left, bilateral; {zone}: upper, middle, lower; {size}: mm; {term}: the
+# finding; {amount}: small, moderate, large.
+_POSITIVE = {
     "Arterial wall calcification": (
         "There is {term}.",
         "{term} is seen in the thoracic aorta.",
@@ -79,7 +78,8 @@ _SEEN = {
         "{term} measuring {size} mm is present in the {side} {zone} zone.",
     ),
 }
-_TERMS = {  # the first is the usual one
+# Synonyms of each finding; the first is the usual one.
+_TERMS = {
     "Arterial wall calcification": ("arterial wall calcification", "aortic wall calcification"),
     "Cardiomegaly": ("cardiomegaly", "cardiac enlargement"),
     "Pericardial effusion": ("pericardial effusion", "pericardial fluid"),
@@ -95,7 +95,8 @@ _TERMS = {  # the first is the usual one
     "Pleural effusion": ("pleural effusion", "pleural fluid"),
     "Consolidation": ("consolidation", "airspace consolidation"),
 }
-_UNSEEN = (
+# Sentences for an absent finding.
+_NEGATIVE = (
     "No {term}.",
     "No {term} is seen.",
     "There is no {term}.",
@@ -105,6 +106,7 @@ _UNSEEN = (
     "No evidence of {term}.",
     "The examination is without evidence of {term}.",
 )
+# Sentences about what is no finding here.
 _OTHER = (
     "The thyroid gland is unremarkable.",
     "Trachea and main bronchi are patent.",
@@ -118,6 +120,7 @@ _OTHER = (
     "Evaluation is limited by breathing motion.",
     "The esophagus is of normal caliber.",
 )
+# Impressions of a case without findings.
 _NORMAL = (
     "No acute abnormality.",
     "Examination within normal limits.",
@@ -125,7 +128,7 @@ _NORMAL = (
     "Findings within normal limits.",
     "Thorax CT without significant findings.",
 )
-_QUESTIONS = (
+_INDICATIONS = (
     "Cough.",
     "Shortness of breath.",
     "Chest pain.",
@@ -143,55 +146,67 @@ _TECHNIQUES = (
 
 
 def write_chest_report(case: ChestCase, gen: Gen) -> dict[str, str]:
-    """The report of a case by CT-RATE's column names. Every positive is told; each negative is told or left out at random.
+    """The report of a case, by CT-RATE's column names.
 
-    Sentences come in random order, mixed with others that say nothing of the findings; the impression holds the positives alone.
+    Every present finding has a sentence; each absent one is negated or left out at random. Sentences come in random
+    order, mixed with others that say nothing of the findings. The impression holds the present findings alone.
     """
     negated = [name for name in FINDINGS if name not in case.findings and gen.random() < 0.5]
-    told = [_seen(name, case.findings[name], gen) for name in case.findings] + [
-        _unseen(name, gen) for name in negated
-    ]
-    told += [_OTHER[i] for i in gen.choice(len(_OTHER), gen.integers(1, 5), replace=False)]
-    summed = [_seen(name, case.findings[name], gen) for name in case.findings]
+    sentences = [_affirm(name, lesions, gen) for name, lesions in case.findings.items()]
+    sentences += [_negate(name, gen) for name in negated]
+    sentences += [_OTHER[i] for i in gen.choice(len(_OTHER), gen.integers(1, 5), replace=False)]
+    impression = [_affirm(name, lesions, gen) for name, lesions in case.findings.items()]
+    # The order of these draws is part of the data: a dict evaluates its values in order.
     return {
-        "ClinicalInformation_EN": _one(_QUESTIONS, gen),
-        "Technique_EN": _one(_TECHNIQUES, gen),
-        "Findings_EN": " ".join(told[i] for i in gen.permutation(len(told))),
-        "Impressions_EN": " ".join(summed[i] for i in gen.permutation(len(summed))) or _one(_NORMAL, gen),
+        "ClinicalInformation_EN": _pick(_INDICATIONS, gen),
+        "Technique_EN": _pick(_TECHNIQUES, gen),
+        "Findings_EN": _shuffle(sentences, gen),
+        "Impressions_EN": _shuffle(impression, gen) or _pick(_NORMAL, gen),
     }
 
 
-def _one(choices: tuple[str, ...], gen: Gen) -> str:
+def _pick(choices: tuple[str, ...], gen: Gen) -> str:
     return choices[gen.integers(len(choices))]
 
 
-def _term(name: str, gen: Gen) -> str:
+def _shuffle(sentences: list[str], gen: Gen) -> str:
+    return " ".join(sentences[i] for i in gen.permutation(len(sentences)))
+
+
+def _draw_term(name: str, gen: Gen) -> str:
     usual, other = _TERMS[name]
     return usual if gen.random() < 0.7 else other
 
 
-def _seen(name: str, lesions: Lesions, gen: Gen) -> str:
+def _affirm(name: str, lesions: Lesions, gen: Gen) -> str:
+    """A sentence on a present finding, with the place and size of its largest lesion."""
     largest = max(lesions, key=lambda lesion: lesion.size_mm)
-    sides = {lesion.side for lesion in lesions}
+    side = largest.side
+    if name == "Pleural effusion" and len({lesion.side for lesion in lesions}) > 1:
+        side = "bilateral"
     words = {
-        "term": _term(name, gen),
-        "side": "bilateral" if name == "Pleural effusion" and len(sides) > 1 else largest.side,
+        "term": _draw_term(name, gen),
+        "side": side,
         "zone": largest.zone or "lower",
         "size": str(round(largest.size_mm)),
         "amount": _amount(name, largest.size_mm),
     }
-    text = _one(_SEEN[name], gen).format(**words)
-    return _sentence(text.replace("the bilateral side", "both sides").replace("the bilateral", "both sides"))
+    text = _pick(_POSITIVE[name], gen).format(**words)
+    text = text.replace("the bilateral side", "both sides").replace("the bilateral", "both sides")
+    return _capitalize(text)
 
 
 def _amount(name: str, size_mm: float) -> str:
     small, large = (12, 17) if name == "Pericardial effusion" else (28, 48)
-    return str(np.select([size_mm < small, size_mm > large], ["small", "large"], "moderate"))
+    if size_mm < small:
+        return "small"
+    return "large" if size_mm > large else "moderate"
 
 
-def _unseen(name: str, gen: Gen) -> str:
-    return _sentence(_one(_UNSEEN, gen).format(term=_term(name, gen)))
+def _negate(name: str, gen: Gen) -> str:
+    template = _pick(_NEGATIVE, gen)
+    return _capitalize(template.format(term=_draw_term(name, gen)))
 
 
-def _sentence(text: str) -> str:
+def _capitalize(text: str) -> str:
     return text[0].upper() + text[1:]

@@ -1,28 +1,31 @@
-"""Draw a chest case as CT voxels. Every object is true to its size in mm: what is smaller than a voxel fills only its part of it.
+"""Draw a chest case as CT voxels.
 
-Dims: z y x voxel axes, n points. Arrays are [z, y, x] in RAS+ until they are stored.
+Every object has its true size in mm: one that is smaller than a voxel fills only a share of it. Dims: z y x voxel axes,
+n points. Arrays are [z, y, x] in RAS+ until they are stored. The order of the random draws is part of the data: changing
+it changes every volume.
 """
 
 from collections.abc import Callable
 from itertools import pairwise
 
-import nibabel as nib
 import numpy as np
 from attrs import frozen
+from nibabel import orientations
 
 from medvl.phantoms.canvas import (
     Array,
+    Box,
     Canvas,
     blend,
-    columns,
-    cover,
+    bounding_box,
+    cover_ellipsoid,
     fill_ellipsoid,
-    oval,
+    fill_rod,
+    oval_distance,
+    paint_columns,
     smooth_noise,
-    soft,
+    soft_edge,
     splat,
-    touched,
-    tube,
 )
 from medvl.phantoms.chest_case import (
     Body,
@@ -47,7 +50,7 @@ class DrawnVolume:
 
 @frozen(kw_only=True)
 class View:
-    """How a scan is looked at; drawn without a look at the case."""
+    """How a scan is acquired and stored; independent of the case."""
 
     shape: tuple[int, int, int]  # z y x
     step: tuple[float, float, float]  # mm, z y x
@@ -58,220 +61,224 @@ class View:
 
 
 def render(cfg: PhantomConfig, case: ChestCase, gen: Gen) -> DrawnVolume:
-    """Draw the case as one scanner would see it: view and noise come from `gen`, the patient from the case alone."""
-    view, own = draw_view(cfg, gen), np.random.default_rng(case.texture)
-    c = _blank(view, own)
-    _paint_body(c, case, own)
-    _paint_lungs(c, case.body, own)
-    _paint_skeleton(c, case.body, own)
-    _paint_mediastinum(c, case, own)
+    """Draw the case as one scanner would see it: view and noise come from `gen`, the anatomy from the case alone."""
+    view = draw_view(cfg, gen)
+    anatomy = np.random.default_rng(case.texture)
+    c = _blank_canvas(view, anatomy)
+    _paint_body(c, case, anatomy)
+    _paint_lungs(c, case.body, anatomy)
+    _paint_skeleton(c, case.body, anatomy)
+    _paint_mediastinum(c, case, anatomy)
     for name, painter in _PAINTERS.items():
         for lesion in case.findings.get(name, ()):
-            painter(c, case.body, lesion, own)
-    hu = np.clip(np.rint(_expose(c.hu, view, gen)), -1024, 3071).astype(np.int16)
-    return _store(hu, view)
+            painter(c, case.body, lesion, anatomy)
+    hu = np.rint(_add_noise(c.hu, view, gen))
+    hu = np.clip(hu, -1024, 3071).astype(np.int16)
+    return _reorient(hu, view)
 
 
 def draw_view(cfg: PhantomConfig, gen: Gen) -> View:
-    n, nz = (
-        int(gen.integers(cfg.columns[0], cfg.columns[1] + 1)),
-        int(gen.integers(cfg.slices[0], cfg.slices[1] + 1)),
-    )
-    fov, low, high = gen.uniform(330, 420), gen.uniform(-172, -156), gen.uniform(134, 150)
+    n = int(gen.integers(cfg.columns[0], cfg.columns[1] + 1))
+    nz = int(gen.integers(cfg.slices[0], cfg.slices[1] + 1))
+    fov = gen.uniform(330, 420)
+    low, high = gen.uniform(-172, -156), gen.uniform(134, 150)
     step = (round((high - low) / nz, 3), round(fov / n, 4), round(fov / n, 4))
-    origin = (low, -fov / 2 + gen.uniform(-12, 6), -fov / 2 + gen.uniform(-9, 9))
-    return View(
-        shape=(nz, n, n),
-        step=step,
-        origin=origin,
-        axes=("LPS", "RAS", "LAS", "RPS", "PSR", "LPI")[gen.choice(6, p=(0.4, 0.2, 0.1, 0.1, 0.1, 0.1))],
-        kernel=("soft", "standard", "sharp")[gen.integers(3)],
-        noise=float(gen.uniform(8, 26)),
-    )
+    y = -fov / 2 + gen.uniform(-12, 6)
+    x = -fov / 2 + gen.uniform(-9, 9)
+    axes = ("LPS", "RAS", "LAS", "RPS", "PSR", "LPI")[gen.choice(6, p=(0.4, 0.2, 0.1, 0.1, 0.1, 0.1))]
+    kernel = ("soft", "standard", "sharp")[gen.integers(3)]
+    noise = float(gen.uniform(8, 26))
+    return View(shape=(nz, n, n), step=step, origin=(low, y, x), axes=axes, kernel=kernel, noise=noise)
 
 
-def _blank(view: View, gen: Gen) -> Canvas:
-    z, y, x = (
-        np.arange(n, dtype=np.float32) * s + o
-        for o, s, n in zip(view.origin, view.step, view.shape, strict=True)
-    )
-    hu, lung, rough = (
-        np.zeros(view.shape, np.float32),
-        np.zeros(view.shape, np.float32),
-        1.8 * smooth_noise((z, y, x), 16, gen),
-    )
+def _blank_canvas(view: View, gen: Gen) -> Canvas:
+    places = []
+    for first, step, n in zip(view.origin, view.step, view.shape, strict=True):
+        places.append(np.arange(n, dtype=np.float32) * step + first)
+    z, y, x = places
     return Canvas(
-        hu=hu,
-        lung=lung,
+        hu=np.zeros(view.shape, np.float32),
+        lung=np.zeros(view.shape, np.float32),
         z=z[:, None, None],
         y=y[None, :, None],
         x=x[None, None, :],
         step=view.step,
-        rough=rough,
+        rough=1.8 * smooth_noise((z, y, x), 16, gen),
     )
 
 
 def _paint_body(c: Canvas, case: ChestCase, gen: Gen) -> None:
-    """Air, table, skin and fat, muscle, chest, and what lies under the diaphragm."""
-    b, pixel = case.body, c.step[1]
+    """Air, table, skin and fat, muscle, chest, and the organs under the diaphragm."""
+    b = case.body
+    pixel = c.step[1]
+    # What is the same at every height is painted once, on one slice.
     flat = np.full((c.hu.shape[1], c.hu.shape[2]), -1000, np.float32)
     table = -b["b"] - gen.uniform(6, 14) + (c.x[0] / gen.uniform(600, 1200)) * c.x[0]
-    blend(flat, soft(4 - np.abs(c.y[0] - table), pixel) * (np.abs(c.x[0]) < 205), gen.uniform(-300, 100))
+    share = soft_edge(4 - np.abs(c.y[0] - table), pixel) * (np.abs(c.x[0]) < 205)
+    blend(flat, share, gen.uniform(-300, 100))
     if case.sex == "F":
         for sign in (-1, 1):
-            blend(
-                flat,
-                soft(
-                    oval(c, (sign * 0.45 * b["a"], 0.86 * b["b"]), gen.uniform(40, 60), gen.uniform(20, 45)),
-                    pixel,
-                ),
-                -90,
-            )
-    blend(flat, soft(oval(c, (0, 0), b["a"], b["b"], 2.3), pixel), -100)
-    blend(
-        flat,
-        soft(oval(c, (0, 0), b["a"] - b["fat"], b["b"] - 0.7 * b["fat"], 2.3), pixel),
-        gen.uniform(42, 60),
-    )
-    chest = soft(oval(c, (0, 0), b["ta"], b["tb"], 2.2), pixel)
+            centre = (sign * 0.45 * b["a"], 0.86 * b["b"])
+            breast = oval_distance(c, centre, gen.uniform(40, 60), gen.uniform(20, 45))
+            blend(flat, soft_edge(breast, pixel), -90)
+    skin = oval_distance(c, (0, 0), b["a"], b["b"], 2.3)
+    blend(flat, soft_edge(skin, pixel), -100)
+    muscle = oval_distance(c, (0, 0), b["a"] - b["fat"], b["b"] - 0.7 * b["fat"], 2.3)
+    blend(flat, soft_edge(muscle, pixel), gen.uniform(42, 60))
+    chest = soft_edge(oval_distance(c, (0, 0), b["ta"], b["tb"], 2.2), pixel)
     blend(flat, chest, -75)
     c.hu[:] = flat
+    # Liver on the right and spleen on the left, under the diaphragm.
     right = c.x[0] > gen.uniform(-45, -15)
-    organ = np.where(right, np.float32(gen.uniform(48, 68)), np.float32(gen.uniform(20, 52)))
-    blend(c.hu, soft(_dome(c, b) - 3 - c.z, c.step[0]) * chest, organ)
+    liver, spleen = np.float32(gen.uniform(48, 68)), np.float32(gen.uniform(20, 52))
+    share = soft_edge(_dome(c, b) - 3 - c.z, c.step[0]) * chest
+    blend(c.hu, share, np.where(right, liver, spleen))
     if b["stomach"] > 0:
         at = (-0.5 * b["ta"], 0.3 * b["tb"], b["dome_left"] - gen.uniform(28, 45))
-        fill_ellipsoid(c, at, (gen.uniform(18, 34), gen.uniform(14, 28), gen.uniform(12, 24)), -940)
+        radii = (gen.uniform(18, 34), gen.uniform(14, 28), gen.uniform(12, 24))
+        fill_ellipsoid(c, at, radii, -940)
 
 
 def _dome(c: Canvas, b: Body) -> Array:
     """Height [y, x] of the diaphragm in mm: a dome per side, deepest behind."""
     centre = 0.52 * b["ta"]
     top = np.where(c.x[0] > 0, np.float32(b["dome_right"]), np.float32(b["dome_left"]))
-    side, back = (np.abs(c.x[0]) - centre) / (0.5 * b["ta"]), c.y[0] / b["tb"]
+    side = (np.abs(c.x[0]) - centre) / (0.5 * b["ta"])
+    back = c.y[0] / b["tb"]
     return top - 34 * np.clip(side, 0, None) ** 2 - 26 * back**2 - 30 * np.clip(-back, 0, None) ** 2
 
 
 def _paint_lungs(c: Canvas, b: Body, gen: Gen) -> None:
     """Two lungs, denser behind, with vessels."""
-    narrow = (1 / taper(b, c.z)).astype(np.float32)
-    q = (np.abs(c.x / (b["ta"] - 3)) ** 2.2) * narrow**2.2 + (
-        np.abs(c.y / (b["tb"] - 3)) ** 2.2
-    ) * narrow**2.2
+    # Distance in mm to the nearest border, positive inside: chest wall, mediastinum, diaphragm, apex.
+    narrow = (1 / taper(b, c.z)).astype(np.float32) ** 2.2
+    q = (np.abs(c.x / (b["ta"] - 3)) ** 2.2) * narrow + (np.abs(c.y / (b["tb"] - 3)) ** 2.2) * narrow
     inside = (1 - q) * np.float32(0.45 * b["tb"])
     gap = b["gap"] + 14 * np.clip((c.z - 40) / 80, 0, 1) + gen.uniform(0, 8) * (c.y < 0)
     np.minimum(inside, np.abs(c.x + gen.uniform(-4, 4)) - gap, out=inside)
     np.minimum(inside, c.z - _dome(c, b), out=inside)
     np.minimum(inside, b["apex"] - c.z, out=inside)
-    c.lung[:] = soft(inside, c.step[1])
-    tissue = (
-        np.float32(b["lung"])
-        - np.float32(gen.uniform(10, 45)) * (c.y / b["tb"])
-        + np.float32(gen.uniform(6, 16)) * c.rough
-    )
+    c.lung[:] = soft_edge(inside, c.step[1])
+    gradient = np.float32(gen.uniform(10, 45)) * (c.y / b["tb"])
+    texture = np.float32(gen.uniform(6, 16)) * c.rough
+    tissue = np.float32(b["lung"]) - gradient + texture
     blend(c.hu, c.lung, tissue)
-    blend(c.hu, np.minimum(_vessels(c, b, gen), 1) * c.lung, np.float32(b["blood"]))
+    vessels = np.minimum(_vessel_shares(c, b, gen), 1)
+    blend(c.hu, vessels * c.lung, np.float32(b["blood"]))
 
 
-def _vessels(c: Canvas, b: Body, gen: Gen) -> Array:
-    """The share of each voxel [z, y, x] that vessels take: a tree from each hilum; thin ones take their true part."""
-    points, volumes = zip(_tree(b, -1, gen), _tree(b, 1, gen), strict=True)
-    return splat(c, np.concatenate(points), np.concatenate(volumes))
+def _vessel_shares(c: Canvas, b: Body, gen: Gen) -> Array:
+    """The share of each voxel [z, y, x] that vessels fill: a tree from each hilum, down to vessels thinner than a voxel."""
+    left_points, left_volumes = _draw_vessels(b, -1, gen)
+    right_points, right_volumes = _draw_vessels(b, 1, gen)
+    points = np.concatenate([left_points, right_points])
+    return splat(c, points, np.concatenate([left_volumes, right_volumes]))
 
 
-def _tree(b: Body, sign: int, gen: Gen) -> tuple[Array, Array]:
-    """Points [n, 3] (x y z, mm) in the vessels of one lung and the volume [n] in mm3 that each stands for."""
-    first, second, t = 10, 40, np.linspace(0, 1, 22)[None, :, None]
-    root = np.array([sign * (b["gap"] + 8), 0.0, -2.0])
+def _draw_vessels(b: Body, sign: int, gen: Gen) -> tuple[Array, Array]:
+    """Points [n, 3] (x y z, mm) in the vessels of one lung, and the volume [n] in mm3 of each point."""
+    num_major, num_minor, num_steps = 10, 40, 22
+    t = np.linspace(0, 1, num_steps)[None, :, None]
 
     def bend(start, end, bulge):
+        """Curved lines [line, step, 3] from start to end."""
         return (1 - t) * start + t * end + t * (1 - t) * gen.normal(0, bulge, (len(end), 1, 3))
 
-    major = bend(root + gen.normal(0, 5, (first, 1, 3)), _ends(b, sign, first, gen), 18)
-    take = gen.integers(first, size=second)
-    fork = major[take, gen.integers(4, 18, size=second)][:, None]
-    ends = fork + (_ends(b, sign, second, gen) - fork) * gen.uniform(0.4, 0.9, (second, 1, 1))
-    minor = bend(fork, ends, 10)
-    width = np.linspace(1, 0.25, 22)
-    radius = np.concatenate(
-        [gen.uniform(2.6, 4.2, (first, 1)) * width, gen.uniform(1.0, 2.0, (second, 1)) * width]
-    ).ravel()
+    # Major vessels run from the hilum to the wall, minor ones fork from them.
+    root = np.array([sign * (b["gap"] + 8), 0.0, -2.0])
+    starts = root + gen.normal(0, 5, (num_major, 1, 3))
+    major = bend(starts, _draw_vessel_ends(b, sign, num_major, gen), 18)
+    parent = gen.integers(num_major, size=num_minor)
+    forks = major[parent, gen.integers(4, 18, size=num_minor)][:, None]
+    ends = _draw_vessel_ends(b, sign, num_minor, gen)
+    ends = forks + (ends - forks) * gen.uniform(0.4, 0.9, (num_minor, 1, 1))
+    minor = bend(forks, ends, 10)
+    thinning = np.linspace(1, 0.25, num_steps)
+    major_radius = gen.uniform(2.6, 4.2, (num_major, 1)) * thinning
+    minor_radius = gen.uniform(1.0, 2.0, (num_minor, 1)) * thinning
+    radius = np.concatenate([major_radius, minor_radius]).ravel()
     line = np.concatenate([major, minor])
     length = np.linalg.norm(np.diff(line, axis=1, append=line[:, -1:]), axis=2).ravel()
-    spread = line.reshape(1, -1, 3) + gen.uniform(-0.8, 0.8, (2, len(radius), 3)) * radius[None, :, None]
-    return spread.reshape(-1, 3), np.tile(np.pi * radius**2 * length / 2, 2)
+    # Two points per step, scattered within the vessel, share the volume of the step.
+    points = line.reshape(1, -1, 3) + gen.uniform(-0.8, 0.8, (2, len(radius), 3)) * radius[None, :, None]
+    return points.reshape(-1, 3), np.tile(np.pi * radius**2 * length / 2, 2)
 
 
-def _ends(b: Body, sign: int, n: int, gen: Gen) -> Array:
+def _draw_vessel_ends(b: Body, sign: int, n: int, gen: Gen) -> Array:
     """Points [n, 1, 3] near the wall of one lung."""
-    z, turn = gen.uniform(-95, 0.86 * b["apex"], n), gen.uniform(-1.9, 1.9, n)
+    z = gen.uniform(-95, 0.86 * b["apex"], n)
+    angle = gen.uniform(-1.9, 1.9, n)
     width = taper(b, z) * gen.uniform(0.75, 0.95, n)
-    x, y = (
-        np.maximum(b["ta"] * width * np.cos(turn * 0.75), b["gap"] + 8),
-        b["tb"] * width * np.sin(turn * 0.8),
-    )
+    x = np.maximum(b["ta"] * width * np.cos(angle * 0.75), b["gap"] + 8)
+    y = b["tb"] * width * np.sin(angle * 0.8)
     return np.stack([sign * x, y, z], 1)[:, None]
 
 
 def _paint_skeleton(c: Canvas, b: Body, gen: Gen) -> None:
-    """Ribs, vertebrae with discs and canal, sternum: painted column by column, where they are."""
-    shell = soft(4.5 - np.abs(oval(c, (0, 0), b["ta"] + 5, b["tb"] + 5, 2.2)), c.step[1])
+    """Ribs, vertebrae with discs and canal, and sternum, painted only in the voxel columns that they touch."""
+    pixel, z = c.step[1], c.z[:, 0]
+    # Ribs are slanted stripes of a shell around the chest.
+    shell = soft_edge(4.5 - np.abs(oval_distance(c, (0, 0), b["ta"] + 5, b["tb"] + 5, 2.2)), pixel)
     iy, ix = np.nonzero(shell > 0.05)
     slope, gap = gen.uniform(0.35, 0.6), gen.uniform(23, 27)
-    phase = np.cos(2 * np.pi * (c.z[:, 0] - slope * c.y[0, iy, 0] + gen.uniform(0, gap)) / gap)
+    phase = np.cos(2 * np.pi * (z - slope * c.y[0, iy, 0] + gen.uniform(0, gap)) / gap)
     rib = np.clip(phase * 2.2, 0, 1) * shell[iy, ix] * (1 - c.lung[:, iy, ix])
     c.hu[:, iy, ix] += rib * (gen.uniform(260, 420) - c.hu[:, iy, ix])
+    # Vertebral bodies: a dense shell around spongy bone, with discs in between.
     at = gen.uniform(-5, 5), -b["tb"] + gen.uniform(12, 20)
-    radius, disc = (
-        gen.uniform(15, 20),
-        np.cos(2 * np.pi * (c.z[:, 0] + gen.uniform(0, 24)) / gen.uniform(22, 26)),
-    )
-    body = oval(c, at, radius, radius * 0.8)
-    columns(c, soft(body, c.step[1]), np.where(disc > 0.85, 70, b["bone"] + 160))
-    columns(c, soft(body - 3, c.step[1]), np.where(disc > 0.85, 70, b["bone"]))
+    radius = gen.uniform(15, 20)
+    phase = np.cos(2 * np.pi * (z + gen.uniform(0, 24)) / gen.uniform(22, 26))
+    is_disc = phase > 0.85
+    body = oval_distance(c, at, radius, radius * 0.8)
+    paint_columns(c, soft_edge(body, pixel), np.where(is_disc, 70, b["bone"] + 160))
+    paint_columns(c, soft_edge(body - 3, pixel), np.where(is_disc, 70, b["bone"]))
+    # Vertebral arch, and the canal within it.
     behind = (at[0], at[1] - radius * 0.8 - 9)
-    columns(c, soft(oval(c, behind, 16, 12), c.step[1]), np.full_like(disc, 320))
-    columns(c, soft(oval(c, behind, 9, 8), c.step[1]), np.full_like(disc, 25))
-    front = (0.0, b["tb"] + 5)
-    columns(
-        c,
-        soft(oval(c, front, gen.uniform(14, 22), 6), c.step[1]),
-        np.where(c.z[:, 0] > -70, gen.uniform(180, 300), 40),
-    )
+    arch, canal = oval_distance(c, behind, 16, 12), oval_distance(c, behind, 9, 8)
+    paint_columns(c, soft_edge(arch, pixel), np.full_like(phase, 320))
+    paint_columns(c, soft_edge(canal, pixel), np.full_like(phase, 25))
+    sternum = oval_distance(c, (0.0, b["tb"] + 5), gen.uniform(14, 22), 6)
+    paint_columns(c, soft_edge(sternum, pixel), np.where(z > -70, gen.uniform(180, 300), 40))
 
 
 def _paint_mediastinum(c: Canvas, case: ChestCase, gen: Gen) -> None:
     """Great vessels, airway, oesophagus, and the heart in its fat and, with an effusion, its fluid."""
     b = case.body
-    blood, wall = b["blood"], gen.uniform(32, 48)
+    blood = b["blood"]
+    wall = gen.uniform(32, 48)  # of the oesophagus
     for p, q in pairwise(aorta_path(b)):
-        tube(c, p, q, b["aorta"], blood)
-    tube(c, (14, -4, 8), (16, 0, 110), gen.uniform(7, 10), blood)  # superior vena cava
-    tube(c, (-8, 14, 8), (-24, -4, 10), gen.uniform(11, 14), blood)  # pulmonary trunk
+        fill_rod(c, p, q, b["aorta"], blood)
+    fill_rod(c, (14, -4, 8), (16, 0, 110), gen.uniform(7, 10), blood)  # superior vena cava
+    fill_rod(c, (-8, 14, 8), (-24, -4, 10), gen.uniform(11, 14), blood)  # pulmonary trunk
     for sign in (-1, 1):
-        tube(c, (-6, 4, 4), (sign * (b["gap"] + 12), -2, -2), gen.uniform(7, 10), blood)
-    centre, radii = heart_shape(b)
-    tube(
-        c, (-4, -0.45 * b["tb"], 120), (-6, -0.38 * b["tb"], b["dome_left"] - 20), gen.uniform(5, 8), wall
-    )  # oesophagus
+        fill_rod(c, (-6, 4, 4), (sign * (b["gap"] + 12), -2, -2), gen.uniform(7, 10), blood)
+    top, bottom = (-4, -0.45 * b["tb"], 120), (-6, -0.38 * b["tb"], b["dome_left"] - 20)
+    fill_rod(c, top, bottom, gen.uniform(5, 8), wall)  # oesophagus
+    # Trachea and main bronchi.
     carina = np.array([gen.uniform(-3, 3), -6, gen.uniform(16, 28)])
-    tube(c, (2, -2, 160), carina, gen.uniform(7, 9.5), -990)
+    fill_rod(c, (2, -2, 160), carina, gen.uniform(7, 9.5), -990)
     for sign in (-1, 1):
-        tube(c, carina, (sign * (b["gap"] + 14), -6, carina[2] - 26), gen.uniform(5, 7), -985)
-    fluid = sum(x.size_mm for x in case.findings.get("Pericardial effusion", ()))
-    value = sum(x.hu for x in case.findings.get("Pericardial effusion", ()))
-    for grow, hu in ((b["rim"] + fluid, value), (b["rim"], -85), (0.0, blood - 4)):
-        if grow != b["rim"] + fluid or fluid:
-            fill_ellipsoid(c, centre, radii + grow, hu)
+        fill_rod(c, carina, (sign * (b["gap"] + 14), -6, carina[2] - 26), gen.uniform(5, 7), -985)
+    # The heart from outside in: the fluid of an effusion, fat, blood.
+    centre, radii = heart_shape(b)
+    effusion = case.findings.get("Pericardial effusion", ())
+    if effusion:
+        depth = sum(lesion.size_mm for lesion in effusion)
+        fill_ellipsoid(c, centre, radii + (b["rim"] + depth), sum(lesion.hu for lesion in effusion))
+        # Fat shows between fluid and heart; without fluid it is not painted.
+        fill_ellipsoid(c, centre, radii + b["rim"], -85)
+    fill_ellipsoid(c, centre, radii, blood - 4)
 
 
-def _expose(hu: Array, view: View, gen: Gen) -> Array:
-    """Kernel and noise: a three-tap filter in the plane, smoothing or sharpening; the noise has the kernel's grain."""
+def _add_noise(hu: Array, view: View, gen: Gen) -> Array:
+    """Noise, then the reconstruction kernel: a three-tap filter in the plane. So the noise has the kernel's grain."""
     side = {"soft": 0.16, "standard": 0.08, "sharp": 0.0}[view.kernel]
-    grain = gen.standard_normal(hu.shape, dtype=np.float32)
-    grain *= np.float32(view.noise)
-    hu = np.add(hu, grain, out=grain)
-    for rows in (hu, hu.swapaxes(1, 2)) if side else ():
+    noise = gen.standard_normal(hu.shape, dtype=np.float32)
+    noise *= np.float32(view.noise)
+    hu = np.add(hu, noise, out=noise)
+    if not side:
+        return hu
+    for rows in (hu, hu.swapaxes(1, 2)):  # along y, along x; in place
         slope = np.diff(rows, axis=1)
         slope *= np.float32(side)
         rows[:, 1:-1] += slope[:, 1:]
@@ -279,90 +286,95 @@ def _expose(hu: Array, view: View, gen: Gen) -> Array:
     return hu
 
 
-def _store(hu: Array, view: View) -> DrawnVolume:
+def _reorient(hu: Array, view: View) -> DrawnVolume:
     """From [z, y, x] in RAS+ to the stored axes."""
     affine = np.diag([*view.step[::-1], 1.0])
     affine[:3, 3] = view.origin[::-1]
-    turn = nib.orientations.ornt_transform(
-        nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(view.axes)
-    )
+    source, target = orientations.axcodes2ornt("RAS"), orientations.axcodes2ornt(view.axes)
+    turn = orientations.ornt_transform(source, target)
     ras = hu.transpose(2, 1, 0)
-    stored = nib.orientations.apply_orientation(ras, turn)
-    return DrawnVolume(
-        hu=stored, affine=affine @ nib.orientations.inv_ornt_aff(turn, ras.shape), kernel=view.kernel
-    )
+    stored = orientations.apply_orientation(ras, turn)
+    affine = affine @ orientations.inv_ornt_aff(turn, ras.shape)
+    return DrawnVolume(hu=stored, affine=affine, kernel=view.kernel)
 
 
 def _paint_calcium(c: Canvas, b: Body, lesion: Lesion, gen: Gen) -> None:
     """A rod from end to end of the plaque, as a row of balls that together have its volume."""
-    start, end, ball = np.array(lesion.at), np.array(lesion.to), lesion.thick_mm / 2
-    count = int(np.ceil(lesion.size_mm / ball)) + 1
-    volume = np.pi * ball**2 * (lesion.size_mm + 4 / 3 * ball)
-    part = np.float32(volume / count / (4 / 3 * np.pi * ball**3) * (lesion.hu - 60))
+    start, end = np.array(lesion.at), np.array(lesion.to)
+    radius = lesion.thick_mm / 2
+    count = int(np.ceil(lesion.size_mm / radius)) + 1
+    volume = np.pi * radius**2 * (lesion.size_mm + 4 / 3 * radius)
+    # The balls overlap, so each adds the part of the contrast that its share of the volume is worth.
+    part = np.float32(volume / count / (4 / 3 * np.pi * radius**3) * (lesion.hu - 60))
     for t in np.linspace(0, 1, count):
-        box, share = cover(c, start + t * (end - start), np.full(3, ball))
+        box, share = cover_ellipsoid(c, start + t * (end - start), np.full(3, radius))
         c.hu[box] += share * part
 
 
 def _paint_emphysema(c: Canvas, b: Body, lesion: Lesion, gen: Gen) -> None:
-    """Holes of air as large as the lesion says, most in the upper lungs unless they are everywhere."""
-    holes = smooth_noise((c.z, c.y, c.x), lesion.size_mm * 1.6, gen)
-    high = soft(c.z + (30 if lesion.zone else 140), 70)
-    cut = np.float32(0.85 - 0.55 * lesion.severity)
-    share = np.clip((holes - cut) * 4, 0, 1) * c.lung * high * (c.hu < -650)  # vessels stay
+    """Holes of air of the lesion's size, in the upper lungs, or everywhere where it has no zone."""
+    noise = smooth_noise((c.z, c.y, c.x), lesion.size_mm * 1.6, gen)
+    lowest = -30 if lesion.zone else -140
+    upper = soft_edge(c.z - lowest, 70)
+    threshold = np.float32(0.85 - 0.55 * lesion.severity)
+    is_tissue = c.hu < -650  # vessels stay
+    share = np.clip((noise - threshold) * 4, 0, 1) * c.lung * upper * is_tissue
     blend(c.hu, share * np.float32(0.9), np.float32(-985))
 
 
 def _paint_nodule(c: Canvas, b: Body, lesion: Lesion, gen: Gen) -> None:
-    box, share = cover(c, lesion.at, np.full(3, lesion.size_mm / 2))
+    box, share = cover_ellipsoid(c, lesion.at, np.full(3, lesion.size_mm / 2))
     blend(c.hu[box], share, np.float32(lesion.hu))
 
 
-def _blob(c: Canvas, lesion: Lesion, ragged: float) -> tuple[tuple[slice, slice, slice], Array]:
-    """A region of aerated lung with an irregular edge."""
-    r, at = lesion.size_mm / 2, lesion.at
-    z, y, x = box = touched(c, np.array(at) - 1.4 * r, np.array(at) + 1.4 * r)
-    distance = np.sqrt((c.x[:, :, x] - at[0]) ** 2 + (c.y[:, y] - at[1]) ** 2 + (c.z[z] - at[2]) ** 2)
-    side = c.x[:, :, x] > 0 if at[0] > 0 else c.x[:, :, x] < 0
-    return box, soft(r - distance + np.float32(ragged * r) * c.rough[box], 8) * c.lung[box] * side
+def _ragged_region(c: Canvas, lesion: Lesion, ragged: float) -> tuple[Box, Array]:
+    """A box of voxels and the share of each that lies in a region of aerated lung with an irregular edge."""
+    radius, at = lesion.size_mm / 2, np.array(lesion.at)
+    z, y, x = box = bounding_box(c, at - 1.4 * radius, at + 1.4 * radius)
+    dx, dy, dz = c.x[:, :, x] - lesion.at[0], c.y[:, y] - lesion.at[1], c.z[z] - lesion.at[2]
+    distance = np.sqrt(dx**2 + dy**2 + dz**2)
+    edge = radius - distance + np.float32(ragged * radius) * c.rough[box]
+    # It does not reach over into the other lung.
+    same_side = c.x[:, :, x] > 0 if lesion.at[0] > 0 else c.x[:, :, x] < 0
+    return box, soft_edge(edge, 8) * c.lung[box] * same_side
 
 
 def _paint_opacity(c: Canvas, b: Body, lesion: Lesion, gen: Gen) -> None:
-    box, share = _blob(c, lesion, 0.45)
+    box, share = _ragged_region(c, lesion, 0.45)
     c.hu[box] += share * np.maximum(np.float32(lesion.hu) - c.hu[box], 0)
 
 
 def _paint_consolidation(c: Canvas, b: Body, lesion: Lesion, gen: Gen) -> None:
-    box, share = _blob(c, lesion, 0.35)
-    air = (
-        np.random.default_rng(gen.integers(2**32)).random(share.shape, dtype=np.float32) < 0.08
-    )  # air bronchograms
-    c.hu[box] += share * np.maximum(np.float32(lesion.hu) - 350 * air - c.hu[box], 0)
+    box, share = _ragged_region(c, lesion, 0.35)
+    # A generator of its own: how many numbers are drawn here depends on the view, what follows must not.
+    voxels = np.random.default_rng(gen.integers(2**32))
+    is_bronchogram = voxels.random(share.shape, dtype=np.float32) < 0.08
+    c.hu[box] += share * np.maximum(np.float32(lesion.hu) - 350 * is_bronchogram - c.hu[box], 0)
     c.lung[box] *= 1 - share
 
 
-def _paint_plate(c: Canvas, b: Body, lesion: Lesion, gen: Gen) -> None:
+def _paint_atelectasis(c: Canvas, b: Body, lesion: Lesion, gen: Gen) -> None:
     """A band 4-8 mm thick, just above the diaphragm and along it."""
     half = lesion.size_mm / 2
     x, y, _ = lesion.at
-    j, i = np.abs(c.y.ravel() - y).argmin(), np.abs(c.x.ravel() - x).argmin()
-    at = (x, y, float(_dome(c, b)[j, i]) + gen.uniform(10, 26))
+    row, column = np.abs(c.y.ravel() - y).argmin(), np.abs(c.x.ravel() - x).argmin()
+    diaphragm = float(_dome(c, b)[row, column])
+    at = (x, y, diaphragm + gen.uniform(10, 26))
     radii = (half, half * gen.uniform(0.6, 1.0), gen.uniform(2.6, 4.6))
-    box, share = cover(c, at, radii, tilt=tuple(gen.uniform(-0.3, 0.3, 2)))
+    box, share = cover_ellipsoid(c, at, radii, tilt=tuple(gen.uniform(-0.3, 0.3, 2)))
     blend(c.hu[box], share * c.lung[box], np.float32(lesion.hu))
 
 
 def _paint_effusion(c: Canvas, b: Body, lesion: Lesion, gen: Gen) -> None:
-    """Fluid that lies behind and below, and the lung it presses flat."""
+    """Fluid that lies behind and below, with a rim of lung that it compresses."""
     side = c.x > 0 if lesion.side == "right" else c.x < 0
-    low = -0.95 * b["tb"] * taper(b, c.z)
-    depth = (
-        lesion.size_mm - (c.y - low) - np.float32(0.30) * (c.z - (min(b["dome_right"], b["dome_left"]) - 40))
-    )
-    share = soft(depth, c.step[1]) * side * c.lung
-    rim = soft(depth + gen.uniform(3, 10), c.step[1]) * side * c.lung
+    back = -0.95 * b["tb"] * taper(b, c.z)
+    bottom = min(b["dome_right"], b["dome_left"]) - 40
+    depth = lesion.size_mm - (c.y - back) - np.float32(0.30) * (c.z - bottom)
+    fluid = soft_edge(depth, c.step[1]) * side * c.lung
+    rim = soft_edge(depth + gen.uniform(3, 10), c.step[1]) * side * c.lung
     blend(c.hu, rim, np.float32(35))
-    blend(c.hu, share, np.float32(lesion.hu))
+    blend(c.hu, fluid, np.float32(lesion.hu))
     c.lung[:] *= 1 - rim
 
 
@@ -372,18 +384,16 @@ def _paint_hernia(c: Canvas, b: Body, lesion: Lesion, gen: Gen) -> None:
     fill_ellipsoid(c, lesion.at, (r, 0.85 * r, r), 42)
     if lesion.severity > -0.2:
         x, y, z = lesion.at
-        fill_ellipsoid(
-            c, (x, y + 0.2 * r, z), (0.62 * r, 0.5 * r, 0.62 * r), -900 if lesion.severity > 0.35 else -60
-        )
+        content = -900 if lesion.severity > 0.35 else -60  # gas, or fat
+        fill_ellipsoid(c, (x, y + 0.2 * r, z), (0.62 * r, 0.5 * r, 0.62 * r), content)
 
 
-_PAINTERS: dict[
-    str, Callable[[Canvas, Body, Lesion, Gen], None]
-] = {  # in this order; the heart's are painted with the heart
+# In the order of painting; an effusion of the pericardium and a large heart are painted with the heart.
+_PAINTERS: dict[str, Callable[[Canvas, Body, Lesion, Gen], None]] = {
     "Emphysema": _paint_emphysema,
     "Lung opacity": _paint_opacity,
     "Lung nodule": _paint_nodule,
-    "Atelectasis": _paint_plate,
+    "Atelectasis": _paint_atelectasis,
     "Hiatal hernia": _paint_hernia,
     "Consolidation": _paint_consolidation,
     "Pleural effusion": _paint_effusion,

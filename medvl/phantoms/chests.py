@@ -1,4 +1,4 @@
-"""Folders of drawn chest CTs in CT-RATE's layout, with labels and reports: free of cost and of patients, and their truth is known."""
+"""Folders of drawn chest CTs in CT-RATE's layout, with labels and reports. They show no patient, and their truth is known."""
 
 import json
 import zlib
@@ -38,9 +38,11 @@ SPLITS = ("train", "valid", "test")
 
 
 def draw_chests(cfg: PhantomConfig, folder: files.PathLike, workers: int = 1) -> dict[str, int]:
-    """Write `folder/{split}/{name}.nii.gz` and `{split}_{reports,labels,metadata}.csv` in CT-RATE's columns; `phantoms.json` comes last.
+    """Write `folder/{split}/{name}.nii.gz` and `{split}_{reports,labels,metadata}.csv` in CT-RATE's columns.
 
-    Each volume is a pure function of (cfg, name): a run that was killed goes on where it stopped, and the files are the same bits.
+    Each volume is a pure function of (cfg, name): a run that was killed goes on where it stopped, and the files are the
+    same bits. `phantoms.json` comes last, and marks a complete folder.
+
     Args:
         workers: 1 works in this process; more are fresh processes, so a script needs `if __name__ == "__main__":`.
     Returns:
@@ -49,108 +51,112 @@ def draw_chests(cfg: PhantomConfig, folder: files.PathLike, workers: int = 1) ->
         ValueError: the folder holds phantoms of another PhantomConfig, or workers cannot start.
     """
     folder = Path(folder)
-    plan = {split: list(volume_names(cfg, split)) for split in SPLITS}
-    done = {split: len(volumes) for split, volumes in plan.items()}
-    if _begun(cfg, folder).exists():
-        return done
-    work = partial(_write_volume, cfg, folder)
-    volumes = [v for each in plan.values() for v in each]
+    names_of = {split: list(volume_names(cfg, split)) for split in SPLITS}
+    counts = {split: len(volumes) for split, volumes in names_of.items()}
+    complete = folder / "phantoms.json"
+    _check_config(cfg, folder)
+    if complete.exists():
+        return counts
+    write = partial(_write_volume, cfg, folder)
+    volumes = [volume for split in SPLITS for volume in names_of[split]]
     if workers > 1:
         with worker_pool(workers) as processes:
-            rows = list(track(processes.map(work, volumes, chunksize=16), "drawing chests", len(volumes)))
+            written = processes.map(write, volumes, chunksize=16)
+            rows = list(track(written, "drawing chests", len(volumes)))
     else:
-        rows = [work(v) for v in track(volumes, "drawing chests")]
+        rows = [write(volume) for volume in track(volumes, "drawing chests")]
     metadata = dict(zip(volumes, rows, strict=True))
-    for split, each in plan.items():
-        if each:
-            _write_tables(cfg, folder, split, [metadata[v] for v in each])
-    files.write_text(
-        folder / "phantoms.json", json.dumps({"config": asdict(cfg), "volumes": done}, indent=1) + "\n"
-    )
-    return done
+    for split, split_volumes in names_of.items():
+        if split_volumes:
+            _write_tables(cfg, folder, split, [metadata[volume] for volume in split_volumes])
+    record = {"config": asdict(cfg), "volumes": counts}
+    files.write_text(complete, json.dumps(record, indent=1) + "\n")
+    return counts
 
 
 def volume_names(cfg: PhantomConfig, split: str) -> Iterator[str]:
     """The names of a split, as in CT-RATE: split_patient_scan_recon ("train_12_a_1")."""
-    count = {"train": cfg.patients - cfg.valid - cfg.test, "valid": cfg.valid, "test": cfg.test}[split]
-    for patient in range(1, count + 1):
+    patients = {"train": cfg.patients - cfg.valid - cfg.test, "valid": cfg.valid, "test": cfg.test}
+    for patient in range(1, patients[split] + 1):
         scan = f"{split}_{patient}_a"
         yield f"{scan}_1"
-        if _gen(cfg.seed, f"{scan} recons").random() < cfg.second_recon:
+        if _generator(cfg.seed, f"{scan} recons").random() < cfg.second_recon:
             yield f"{scan}_2"
 
 
 def draw_volume_case(cfg: PhantomConfig, volume: str) -> ChestCase:
-    """The case a volume shows; the reconstructions of one scan show the same."""
-    return draw_chest_case(cfg, _gen(cfg.seed, names.scan_of(volume)))
+    """The case of a volume; the reconstructions of one scan have the same."""
+    return draw_chest_case(cfg, _generator(cfg.seed, names.scan_of(volume)))
 
 
 def draw_volume_report(cfg: PhantomConfig, volume: str) -> dict[str, str]:
     """The report of a volume, by CT-RATE's column names without VolumeName."""
     scan = names.scan_of(volume)
-    return write_chest_report(draw_chest_case(cfg, _gen(cfg.seed, scan)), _gen(cfg.seed, f"{scan} report"))
+    return write_chest_report(draw_volume_case(cfg, volume), _generator(cfg.seed, f"{scan} report"))
 
 
 def draw_volume(cfg: PhantomConfig, volume: str) -> DrawnVolume:
     """The voxels of a volume."""
-    return render(cfg, draw_volume_case(cfg, volume), _gen(cfg.seed, volume))
+    return render(cfg, draw_volume_case(cfg, volume), _generator(cfg.seed, volume))
 
 
-def _gen(seed: int, name: str) -> Gen:
+def _generator(seed: int, name: str) -> Gen:
+    """A generator for one use, by its name: what one volume draws does not depend on any other."""
     return np.random.default_rng([seed, zlib.crc32(name.encode())])
 
 
-def _begun(cfg: PhantomConfig, folder: Path) -> Path:
-    """The path of the last file; the config is written first, so that two configs never mix in one folder."""
-    mine, start = json.loads(json.dumps(asdict(cfg))), folder / "phantoms.config.json"
-    if start.exists():
-        other = config.differences(config.read_settings(start), mine)
-        if other:
-            raise ValueError(
-                f"{folder}: holds phantoms of another PhantomConfig ({'; '.join(other)}); choose another folder or delete it"
-            )
-    else:
-        files.write_text(start, json.dumps(mine, indent=1) + "\n")
-    return folder / "phantoms.json"
+def _check_config(cfg: PhantomConfig, folder: Path) -> None:
+    """Refuse a folder of another config. The config is written before all else, so that two never mix in one folder."""
+    config_file = folder / "phantoms.config.json"
+    record = json.loads(json.dumps(asdict(cfg)))
+    if not config_file.exists():
+        files.write_text(config_file, json.dumps(record, indent=1) + "\n")
+        return
+    differences = config.differences(config.read_settings(config_file), record)
+    if differences:
+        raise ValueError(
+            f"{folder}: holds phantoms of another PhantomConfig ({'; '.join(differences)}); choose another folder or "
+            "delete it"
+        )
 
 
 def _write_volume(cfg: PhantomConfig, folder: Path, name: str) -> dict[str, str]:
     """Write one volume unless it is there; returns its metadata row."""
-    path, case = folder / names.patient_of(name).split("_")[0] / f"{name}.nii.gz", draw_volume_case(cfg, name)
+    split = names.patient_of(name).split("_")[0]
+    path = folder / split / f"{name}.nii.gz"
     if not path.exists():
+        nifti = _encode_nifti(draw_volume(cfg, name), _generator(cfg.seed, f"{name} file"))
         with files.atomic(path) as tmp:
-            tmp.write_bytes(
-                igzip.compress(
-                    _nifti(draw_volume(cfg, name), _gen(cfg.seed, f"{name} file")), compresslevel=1, mtime=0
-                )
-            )
-    return _metadata(name, case, draw_view(cfg, _gen(cfg.seed, name)))
+            tmp.write_bytes(igzip.compress(nifti, compresslevel=1, mtime=0))
+    view = draw_view(cfg, _generator(cfg.seed, name))
+    return _metadata(name, draw_volume_case(cfg, name), view)
 
 
-def _nifti(volume: DrawnVolume, gen: Gen) -> bytes:
-    """A NIfTI-1 file: half of them hold HU, half raw values with the intercept in the header."""
+def _encode_nifti(volume: DrawnVolume, gen: Gen) -> bytes:
+    """A NIfTI-1 file. Half of them hold HU, half raw values with the intercept in the header, as files from hospitals do."""
+    intercept = -1024 if gen.random() < 0.5 else 0
     header = nib.Nifti1Header()
     header.set_data_shape(volume.hu.shape)
     header.set_data_dtype(np.int16)
     header.set_qform(volume.affine, 1)
     header.set_sform(volume.affine, 1)
     header.set_xyzt_units("mm")
-    intercept = -1024 if gen.random() < 0.5 else 0
-    header["scl_slope"], header["scl_inter"], header["vox_offset"], header["magic"] = (
-        1,
-        intercept,
-        352,
-        b"n+1",
-    )
-    return header.binaryblock + bytes(4) + (volume.hu - np.int16(intercept)).tobytes(order="F")
+    header["scl_slope"] = 1
+    header["scl_inter"] = intercept
+    header["vox_offset"] = 352
+    header["magic"] = b"n+1"
+    stored = volume.hu - np.int16(intercept)
+    return header.binaryblock + bytes(4) + stored.tobytes(order="F")
 
 
 def _write_tables(cfg: PhantomConfig, folder: Path, split: str, metadata: list[dict[str, str]]) -> None:
-    volumes = [row["VolumeName"] for row in metadata]
-    stem = [v.removesuffix(".nii.gz") for v in volumes]
-    reports = [{"VolumeName": v} | draw_volume_report(cfg, s) for v, s in zip(volumes, stem, strict=True)]
+    reports, labels = [], []
+    for row in metadata:
+        column = {"VolumeName": row["VolumeName"]}
+        name = row["VolumeName"].removesuffix(".nii.gz")
+        reports.append(column | draw_volume_report(cfg, name))
+        labels.append(column | draw_volume_case(cfg, name).labels)
     files.write_csv(folder / f"{split}_reports.csv", reports, REPORT_COLUMNS)
-    labels = [{"VolumeName": v} | draw_volume_case(cfg, s).labels for v, s in zip(volumes, stem, strict=True)]
     files.write_csv(folder / f"{split}_labels.csv", labels, ("VolumeName", *FINDINGS))
     files.write_csv(folder / f"{split}_metadata.csv", metadata, METADATA_COLUMNS)
 

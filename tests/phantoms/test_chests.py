@@ -17,7 +17,7 @@ from sklearn.metrics import roc_auc_score
 from medvl.base import files
 from medvl.ct import names
 from medvl.phantoms import chests
-from medvl.phantoms.canvas import Canvas, cover, smooth_noise, splat
+from medvl.phantoms.canvas import Canvas, cover_ellipsoid, smooth_noise, splat
 from medvl.phantoms.chest_case import (
     FINDINGS,
     ChestCase,
@@ -85,7 +85,7 @@ def _pair(case: ChestCase, **without) -> tuple[np.ndarray, np.ndarray, np.ndarra
 def test_cover_is_true_to_size(radii, tilt):
     """The shares add up to the ellipsoid's volume, and each is what 20 000 random points in its voxel say."""
     c, at = _canvas(), (3.1, -8.2, 5.3)
-    box, share = cover(c, at, radii, tilt)
+    box, share = cover_ellipsoid(c, at, radii, tilt)
     assert share.sum() * np.prod(c.step) == pytest.approx(4 / 3 * np.pi * np.prod(radii), rel=0.06)
     k = np.unravel_index(np.abs(share - 0.5).argmin(), share.shape)
     centre = [axis.ravel()[s][i] for axis, s, i in zip((c.x, c.y, c.z), box[::-1], k[::-1], strict=True)]
@@ -96,9 +96,9 @@ def test_cover_is_true_to_size(radii, tilt):
 
 def test_cover_of_a_large_ellipsoid_and_at_the_edge():
     c = _canvas()
-    _, share = cover(c, (0, 0, 0), (50, 40, 42))
+    _, share = cover_ellipsoid(c, (0, 0, 0), (50, 40, 42))
     assert share.sum() * np.prod(c.step) == pytest.approx(4 / 3 * np.pi * 50 * 40 * 42, rel=0.03)
-    assert cover(c, (0, 0, 500), (5, 5, 5))[1].size == 0
+    assert cover_ellipsoid(c, (0, 0, 500), (5, 5, 5))[1].size == 0
 
 
 def test_splat_keeps_volume_and_centre():
@@ -282,7 +282,7 @@ def test_prevalence_and_correlation_are_like_life(cases):
 
 
 def test_the_view_says_nothing_of_the_findings(cases):
-    views = [draw_view(CFG, chests._gen(CFG.seed, f"train_{i}_a_1")) for i in range(len(cases))]
+    views = [draw_view(CFG, chests._generator(CFG.seed, f"train_{i}_a_1")) for i in range(len(cases))]
     labels = np.array([list(c.labels.values()) for c in cases])
     table = np.array(
         [
