@@ -16,8 +16,7 @@ import torch
 
 from medvl.base import config, processes
 from medvl.base.tree import merge_trees, split_tree
-from medvl.language import chat
-from medvl.systems.tune import record
+from medvl.language import chat, system
 from medvl.systems.tune import run as tune_run
 from medvl.systems.tune.record import Config
 from medvl.training import loop, stages, states
@@ -74,7 +73,7 @@ def measured(variant: str) -> dict:
 def _steps(cfg: Config) -> dict:
     stage = cfg.train.stages[0]
     before = status("VmRSS")
-    model, params = record.init(cfg, Path("nowhere"), device=processes.choose_device())
+    model, params = system.init_model(cfg, Path("nowhere"), device=processes.choose_device())
     trained, frozen = split_tree(params, stage.train)
     del params
     if torch.cuda.is_available():
@@ -83,7 +82,7 @@ def _steps(cfg: Config) -> dict:
         Path("/proc/self/clear_refs").write_text(
             "5"
         )  # the high water starts again: making random weights took more
-    loss = record.loss_of(model)
+    loss = system.loss_function(model)
     optimizer = stages.make_optimizer(cfg.train, stage, trained)
     step = loop.make_step(
         stages.make_gradient(
@@ -108,7 +107,7 @@ def status(key: str) -> int:
 
 
 if __name__ == "__main__":
-    record.tokenizer_of = lambda *_, **__: Words()
+    chat.tokenizer_of = lambda *_, **__: Words()
     if sys.argv[1:2] == ["--measure"]:
         print(json.dumps(measured(sys.argv[2])))
         sys.exit()

@@ -1,4 +1,4 @@
-"""What all language systems share: a chat with its adapter is trained in stages, validated, asked, and estimated.
+"""What all language systems share: a chat with its adapter is trained, validated, asked and estimated.
 
 A language system is then its record, its `Vision`, its data and its report.
 """
@@ -27,6 +27,7 @@ from medvl.training import gradients, stages
 from medvl.training.record import Stage, TrainConfig
 from medvl.weights import lora, shards
 
+_UNFINISHED = ".unfinished.jsonl"  # end of the name of answers that are kept until all are there
 Params = (
     Tree  # {"model": {name: weight}, "lora": factors where there is an adapter, and what the system adds}
 )
@@ -179,10 +180,10 @@ def answer_prompts(
     Args:
         sampling: of text, from `chat.sampling_of`.
         size: prompts answered at a time.
-        options: of each prompt; where there are some the answer is the likeliest letter, and the text where there
-            are none. () = text everywhere.
-        path: answers are kept there batch by batch, and those that are kept are not computed again. Its name must
-            stand for all that decides them, see `stamp_answers`.
+        options: of each prompt; where there are some the answer is the likeliest letter, and the text where
+            there are none. () = text everywhere.
+        path: answers are kept there batch by batch, and those that are kept are not computed again. Its
+            name must stand for all that decides them, see `stamp_answers`.
     Raises:
         ValueError: as `progress.run_batches`.
     """
@@ -222,7 +223,7 @@ def stamp_answers(
     items: Callable[[Any], str],
     settings: Sequence[Any] = (),
 ) -> str:
-    """Eight hex digits of all that decides answers: the weights, the prompts as token ids, what they show, and how.
+    """Eight hex digits of all that decides answers: weights, prompts as token ids, what they show, settings.
 
     Args:
         items: item of a conversation -> a digest of its content.
@@ -240,6 +241,22 @@ def stamp_answers(
     return content.hexdigest()[:8]
 
 
+def unfinished_answers(folder: Path, stamp: str) -> Path:
+    """The file of answers that are kept until all are there, from `stamp_answers`."""
+    return folder / f"answers-{stamp}{_UNFINISHED}"
+
+
+def remove_unfinished_answers(folder: Path) -> None:
+    """Remove the kept answers, those of other weights too, once what is made of them is written."""
+    for path in folder.glob(f"answers*{_UNFINISHED}"):
+        path.unlink()
+
+
+def last_metrics(train: TrainConfig, folder: Path) -> Path:
+    """The metrics.jsonl of a run's last stage."""
+    return folder / f"{len(train.stages) - 1}-{train.stages[-1].name}" / "metrics.jsonl"
+
+
 # Before a run -----------------------------------------------------------------------------------------------
 def message_texts(conversations: Iterable[Dialogue]) -> list[str]:
     """The text of every message: what a tokenizer is trained on."""
@@ -247,18 +264,19 @@ def message_texts(conversations: Iterable[Dialogue]) -> list[str]:
 
 
 def show_labels(
-    init: Callable[[torch.device], LanguageModel], conversations: Sequence[Dialogue], number: int
+    init: Callable[..., tuple[LanguageModel, Params]], conversations: Sequence[Dialogue], number: int
 ) -> str:
     """One training conversation as the model gets it, the trained tokens marked.
 
     Args:
-        init: device -> the model; it is made without weights, and only where there is such a conversation.
+        init: makes the model, as `init_model` with all but its device; it is made without weights.
     Raises:
         ValueError: no conversation of this number.
     """
     if not 0 <= number < len(conversations):
         raise ValueError(f"labels: sample must be below {len(conversations)}, got {number}")
-    opened = init(torch.device("meta")).chat
+    model, _ = init(device=torch.device("meta"))
+    opened = model.chat
     # A conversation of a reasoning model is one sample for each answer.
     samples = chat.encode_conversations(opened, conversations[number : number + 1]).samples
     return "\n\n".join(encoding.show_sample(opened.tokenizer, sample) for sample in samples)

@@ -14,11 +14,10 @@ from medvl.base import config
 from medvl.base.config import ConfigError
 from medvl.base.tree import flatten, merge_trees, split_tree
 from medvl.hub import saving, skeletons
-from medvl.language import chat, vision, vlm
+from medvl.language import chat, system, vision, vlm
 from medvl.language.conversations import Conversation
 from medvl.phantoms import pictures
 from medvl.systems import ask, run
-from medvl.systems.tune import record as tune
 from medvl.systems.tune import run as tune_run
 from medvl.systems.tune.record import Config
 from medvl.training import loop, states
@@ -74,13 +73,13 @@ def built(tmp_path, **change):
 
 def started(tmp_path, **change):
     cfg = built(tmp_path, **change)
-    held = tune_run.read(cfg, "train")
-    model, params = tune.init(cfg, tmp_path / "run", [m["content"] for c in held for m in c.messages])
+    held = tune_run.read_split(cfg, "train")
+    model, params = system.init_model(cfg, tmp_path / "run", [m["content"] for c in held for m in c.messages])
     return model, params, chat.encode_conversations(model.chat, held)
 
 
 def gradient(model, everything):
-    loss = tune.loss_of(model)
+    loss = system.loss_function(model)
     return tuning.make_gradient(
         model.cfg.train, lambda p, b: loss(everything(p), b), partial(chat.micro_batch, model.chat)
     )
@@ -150,7 +149,7 @@ def test_a_run_leaves_what_transformers_and_peft_open(tmp_path):
     with torch.no_grad():
         want = peer(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         got = model.chat.skeleton(
-            tune.weights_of(model, params), **vlm.model_inputs(model.chat.skeleton, {"ids": ids})
+            system.model_weights(model, params), **vlm.model_inputs(model.chat.skeleton, {"ids": ids})
         ).logits
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     assert max(float(f["b"].abs().max()) for f in params["lora"].values()) > 0
@@ -224,7 +223,7 @@ def test_micro_batches_give_the_gradient_of_the_whole(tmp_path, chunk):
     assert int(aux.metrics["tokens"]) == int((batch["labels"] != -100).sum())
     for keep in (False, True):
         cfg = evolve(model.cfg, train=evolve(model.cfg.train, chunk=chunk, checkpoint=keep))
-        got_loss, _, got = grad_of(evolve(model, cfg=cfg))
+        got_loss, _, got = grad_of(evolve(model, cfg=cfg, train=cfg.train))
         assert float(got_loss) == pytest.approx(float(loss), abs=1e-6)
         for n, g in flatten(got).items():
             torch.testing.assert_close(g, flatten(want)[n], rtol=1e-3, atol=1e-6, msg=n)
@@ -258,16 +257,17 @@ def test_a_model_that_sees_tiles(tmp_path):
     batch = chat.make_batch(model.chat, data, [0, 1, 2, 3])
     _, _, want = gradient(model, lambda p: merge_trees(frozen, p))(trained, batch)
     cfg = evolve(model.cfg, train=evolve(model.cfg.train, chunk=1))
-    _, _, got = gradient(evolve(model, cfg=cfg), lambda p: merge_trees(frozen, p))(trained, batch)
+    _, _, got = gradient(evolve(model, cfg=cfg, train=cfg.train), lambda p: merge_trees(frozen, p))(
+        trained, batch
+    )
     for n, g in flatten(got).items():
         torch.testing.assert_close(g, flatten(want)[n], rtol=1e-3, atol=1e-6, msg=n)
     assert torch.equal(
         torch.cat([chat.micro_batch(model.chat, batch, slice(i, i + 1))["pixel_values"] for i in range(4)]),
         batch["pixel_values"],
     )
-    said = tune_run.answer(
-        model, params, chat.encode_conversations(model.chat, tune_run.read(model.cfg, "test"), prompt=True)
-    )
+    prompts = chat.encode_conversations(model.chat, tune_run.read_split(model.cfg, "test"), prompt=True)
+    said = system.answer_prompts(model, params, prompts, chat.sampling_of(model.chat, 4), size=3)
     assert len(said) == 6
 
 
@@ -535,25 +535,43 @@ def test_what_was_answered_is_kept_when_a_later_batch_fails(tmp_path, monkeypatc
     model, params, _ = tune_run.fit(cfg, tmp_path / "run", lambda _: None)
     real, calls = chat.generate_answers, []
 
-    def fails(*args):
+    def answer(*args, fail_at=0, **settings):
         calls.append(args)
-        if len(calls) == 2:
+        if len(calls) == fail_at:
             raise FloatingPointError("logits are not finite")
-        return real(*args)
+        return real(*args, **settings)
 
-    monkeypatch.setattr(chat, "generate_answers", fails)
+    def interrupted(home):
+        calls.clear()
+        monkeypatch.setattr(chat, "generate_answers", partial(answer, fail_at=2))
+        with pytest.raises(FloatingPointError):
+            tune_run.assess(model, params, {}, home, "x")
+        calls.clear()
+        monkeypatch.setattr(chat, "generate_answers", answer)
+        (unfinished,) = home.glob("answers-*.unfinished.jsonl")
+        return unfinished
+
+    tune_run.assess(model, params, {}, tmp_path / "whole", "x")
     home = tmp_path / "run/results"
-    with pytest.raises(FloatingPointError):
-        tune_run.assess(model, params, {}, home, "x")
-    kept = [json.loads(line) for line in (home / "answers.unfinished.jsonl").read_text().splitlines()]
+    unfinished = interrupted(home)
+    kept = [json.loads(line) for line in unfinished.read_text().splitlines()]
     assert [line["row"] for line in kept] == [0, 1, 2]
-    monkeypatch.setattr(chat, "generate_answers", real)
     rows, _ = tune_run.assess(model, params, {}, home, "x")
+    assert len(calls) == 1  # the second batch alone
+    assert (home / "answers.jsonl").read_bytes() == (tmp_path / "whole/answers.jsonl").read_bytes()
     lines = [json.loads(line) for line in (home / "answers.jsonl").read_text().splitlines()]
-    assert [line["answer"] for line in lines[:3]] == [line["answer"] for line in kept]
     assert len(lines) == 5
     assert lines[0].keys() == {"id", "category", "answer", "gold", "right"}
-    assert not (home / "answers.unfinished.jsonl").exists()
+    assert not [*home.glob("*.unfinished.jsonl")]
+    # Another weight or setting does not take them.
+    interrupted(home)
+    other = params | {"model": {name: t * 1.5 for name, t in params["model"].items()}}
+    tune_run.assess(model, other, {}, home, "x")
+    assert len(calls) == 2
+    interrupted(home)
+    cfg = evolve(model.cfg, evaluate=evolve(model.cfg.evaluate, max_tokens=2))
+    tune_run.assess(evolve(model, cfg=cfg), params, {}, home, "x")
+    assert len(calls) == 2
     assert {r.subject for r in rows if r.what == "accuracy"} == {
         "all",
         "x",
@@ -581,8 +599,8 @@ def test_deep_greys_are_shown_through_the_window(tmp_path):
         tune_run.fit(config.structure(raw, Config, "test"), tmp_path / "run", lambda _: None)
     raw["chat"]["window"] = [500, 1500]
     cfg = config.structure(raw, Config, "test")
-    held = tune_run.read(cfg, "train")
-    model, _ = tune.init(cfg, tmp_path / "run", ["one"])
+    held = tune_run.read_split(cfg, "train")
+    model, _ = system.init_model(cfg, tmp_path / "run", ["one"])
     seen = [vision.open_item(c.images[0], window=model.chat.cfg.window).getpixel((0, 0))[0] for c in held[4:]]
     assert seen == [128, 7, 128]  # eight bits need no window
 
@@ -677,7 +695,7 @@ def test_models_that_cannot_be_built_are_refused_at_once(tmp_path, change, messa
         record(tmp_path, **{f"model__config__{key}": value for key, value in change.items()}), Config, "test"
     )
     with pytest.raises(ValueError, match=message):
-        tune.init(cfg, tmp_path / "run", ["one two three"])
+        system.init_model(cfg, tmp_path / "run", ["one two three"])
 
 
 def test_one_key_of_lora_keeps_the_others(tmp_path):
