@@ -19,7 +19,8 @@ T = TypeVar("T")
 _LARGEST = 1e30  # float32 ends at 3e38, and numbers of a record are multiplied
 Hook = Callable[[Any, Any], Any]
 DEPTH = 32  # how deep settings may be nested; a model's config has about four levels
-# Bounds of common settings, for `check_bounds`. The upper ones are far above what anybody needs: they catch a slip of the keyboard at once.
+# Bounds of common settings, for `in_bounds` and `check_bounds`.
+# The upper ones are far above what anybody needs: they catch a slip of the keyboard at once.
 COUNT = (1, 2**31 - 1)  # samples, steps, tokens
 COUNT_OR_NONE = (0, 2**31 - 1)
 WIDTH = (1, 2**17)  # of vectors and tables, and pixels of a side
@@ -40,11 +41,14 @@ def load_record(path: str | os.PathLike, record: type[T], overrides: tuple[str, 
     """Structure a `.toml` or `.json` file into the attrs class `record`.
 
     Args:
-        overrides: `"key.path=value"` strings, value in TOML syntax (a bare word counts as a string); `stages.1.lr=3e-5` walks lists.
+        overrides: `"key.path=value"` strings, the value in TOML syntax (a bare word counts as a string);
+            `stages.1.lr=3e-5` walks lists.
     Raises:
-        ConfigError: unreadable file, bad syntax, unknown key, wrong type or refused value; names the file and `$.path`.
+        ConfigError: unreadable file, bad syntax, unknown key, wrong type or refused value; names the file and
+            `$.path`.
     """
-    return structure(override(read_settings(path), overrides, where=str(path)), record, where=str(path))
+    raw = override(read_settings(path), overrides, where=str(path))
+    return structure(raw, record, where=str(path))
 
 
 def read_settings(path: str | os.PathLike) -> dict[str, Any]:
@@ -58,32 +62,33 @@ def read_settings(path: str | os.PathLike) -> dict[str, Any]:
 def read_plain(path: str | os.PathLike) -> Any:
     """What a `.toml` or `.json` file holds: a dict, or of JSON also a list or another value."""
     path = Path(path)
-    if path.exists() and not (
-        path.is_file() or path.is_dir()
-    ):  # a pipe is waited for, a device read, without end
+    # A pipe would be waited for and a device read without end.
+    if path.exists() and not (path.is_file() or path.is_dir()):
         raise ConfigError(f"{path}: must be a file, found a pipe or device")
     try:
         text = path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark first
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"{path}: cannot be read as text ({e})") from e
+    syntax = "JSON" if path.suffix == ".json" else "TOML"
     try:
-        raw = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        raw = json.loads(text) if syntax == "JSON" else tomllib.loads(text)
     except (ValueError, RecursionError) as e:
-        raise ConfigError(f"{path}: not valid {'JSON' if path.suffix == '.json' else 'TOML'}: {e}") from e
+        raise ConfigError(f"{path}: not valid {syntax}: {e}") from e
     _check_plain(raw, str(path))
     return raw
 
 
-def run_folder(given: str | os.PathLike) -> Path:
-    """The folder of a run, given as such or as the `config.json` in it.
+def run_folder(path: str | os.PathLike) -> Path:
+    """The folder of a run, named as such or by the `config.json` in it.
 
     Raises:
         ConfigError: there is no run.
     """
-    folder = Path(given).parent if Path(given).name == "config.json" else Path(given)
+    folder = Path(path).parent if Path(path).name == "config.json" else Path(path)
     if not (folder / "config.json").is_file():
         raise ConfigError(
-            f"{given}: must be the folder of a run, there is no config.json; `invoke train` makes one and prints its name"
+            f"{path}: must be the folder of a run, there is no config.json; "
+            "`invoke train` makes one and prints its name"
         )
     return folder
 
@@ -92,44 +97,48 @@ def load_run(folder: str | os.PathLike, record: type[T]) -> T:
     """The record that a run was trained with.
 
     Raises:
-        ConfigError: no run; or its `config.json` was changed since, in more than data and evaluate (which a warning says).
+        ConfigError: no run; or its `config.json` was changed since, in more than data and evaluate (which a
+            warning says).
     """
     path = run_folder(folder) / "config.json"
-    kept = path.with_name("environment.json")
-    now = load_record(path, record)
-    before = (
-        read_settings(kept).get("record") if kept.exists() else None
-    )  # runs of older versions did not keep it
-    if before is None:
-        return now
-    before = structure(before, record, where=f"{kept}, record")
-    if changed := differences(unstructure(before), unstructure(now)):
-        wrong = [d for d in changed if not d.startswith(("$.data.", "$.evaluate."))]
-        if wrong:
-            raise ConfigError(
-                f"{path}: was changed after the run was trained with it, {wrong[0]}; put that back. Other data.* and evaluate.* are "
-                "given by --set, anything else is another run"
-            )
-        _log.warning("%s: was changed after the run was trained with it: %s", path, "; ".join(changed[:3]))
-    return now
+    environment = path.with_name("environment.json")
+    current = load_record(path, record)
+    # Runs of older versions did not store the record beside the environment.
+    stored = read_settings(environment).get("record") if environment.exists() else None
+    if stored is None:
+        return current
+    trained = structure(stored, record, where=f"{environment}, record")
+    changes = differences(unstructure(trained), unstructure(current))
+    refused = [change for change in changes if not change.startswith(("$.data.", "$.evaluate."))]
+    if refused:
+        raise ConfigError(
+            f"{path}: was changed after the run was trained with it, {refused[0]}; put that back. "
+            "Other data.* and evaluate.* are given by --set, anything else is another run"
+        )
+    if changes:
+        _log.warning("%s: was changed after the run was trained with it: %s", path, "; ".join(changes[:3]))
+    return current
 
 
 def system_of(folder: str | os.PathLike) -> str:
-    """The system of a run, as its record says it."""
+    """The name of the system that a run trained."""
     return str(read_settings(Path(folder) / "config.json").get("system"))
 
 
 def override(raw: dict[str, Any], overrides: tuple[str, ...], where: str = "record") -> dict[str, Any]:
-    """A copy of `raw` with each `"key.path=value"` set. New keys are allowed here; `structure` refuses unknown ones."""
+    """A copy of `raw` with each `"key.path=value"` set. New keys are allowed here; `structure` refuses
+    unknown ones.
+    """
     raw = copy.deepcopy(raw)
     for item in overrides:
         path, sep, text = item.partition("=")
         if not sep or not path.strip():
             raise ConfigError(f"{where}: --set needs key.path=value, got {item!r}")
-        value = _value(text, f"{where}: --set {path}")
+        value = _parse_value(text, f"{where}: --set {path}")
         *parents, last = path.strip().split(".")
         if len(parents) >= DEPTH:
             raise ConfigError(f"{where}: --set {path[:60]}...: no setting lies {len(parents) + 1} keys deep")
+        # Walk to the table or array that holds the last key; tables on the way that are not there are made.
         node: Any = raw
         for depth, key in enumerate(parents):
             node = _step(node, key, where, ".".join(parents[: depth + 1]))
@@ -147,35 +156,38 @@ def override(raw: dict[str, Any], overrides: tuple[str, ...], where: str = "reco
 def structure(raw: Any, record: type[T], where: str = "record") -> T:
     """Build `record` from plain data; unknown keys, wrong types and refused values are one ConfigError."""
     try:
-        return _converter.structure(_with_kept(raw, record), record)
+        return _converter.structure(_with_defaults(raw, record), record)
     except cattrs.BaseValidationError as e:
-        raise ConfigError(f"{where}: " + "; ".join(cattrs.transform_error(e, format_exception=_say))) from e
+        faults = cattrs.transform_error(e, format_exception=_describe)
+        raise ConfigError(f"{where}: " + "; ".join(faults)) from e
     except (ValueError, TypeError, KeyError) as e:
-        raise ConfigError(f"{where}: {_say(e, None)}") from e
+        raise ConfigError(f"{where}: {_describe(e, None)}") from e
 
 
 def subrecord(default: Any) -> Any:
-    """A field of a record that is a record itself: a table that sets some of its keys keeps what `default` says of the others.
+    """A field that is a record itself: a table that sets some of its keys gets the others from `default`.
 
-    Without it they would have the defaults of the record's class. A key whose field has the metadata {"unless": KEY} is not kept where KEY
-    is set.
+    Without it they would get the defaults of the record's class. A key whose field has the metadata
+    {"unless": KEY} is not taken from `default` where the table sets KEY.
     """
-    return attrs.field(default=default, metadata={"kept": True})
+    return attrs.field(default=default, metadata={"subrecord": True})
 
 
-def _with_kept(raw: Any, record: type) -> Any:
+def _with_defaults(raw: Any, record: type) -> Any:
+    """The raw settings with each table completed whose field is a `subrecord`."""
     if not isinstance(raw, dict) or not attrs.has(record):
         return raw
-    out = dict(raw)
-    for table in attrs.fields(record):
-        given = raw.get(table.name)
-        if table.metadata.get("kept") and isinstance(given, dict):
-            default = unstructure(table.default)
-            unless = {f.name: f.metadata.get("unless") for f in attrs.fields(type(table.default))}
-            out[table.name] = {
-                key: value for key, value in default.items() if unless[key] not in given
-            } | given
-    return out
+    completed = dict(raw)
+    for field in attrs.fields(record):
+        table = raw.get(field.name)
+        if not field.metadata.get("subrecord") or not isinstance(table, dict):
+            continue
+        defaults = unstructure(field.default)
+        for key_field in attrs.fields(type(field.default)):
+            if key_field.metadata.get("unless") in table:
+                del defaults[key_field.name]
+        completed[field.name] = defaults | table
+    return completed
 
 
 def unstructure(record: Any) -> Any:
@@ -183,20 +195,42 @@ def unstructure(record: Any) -> Any:
     return json.loads(json.dumps(_converter.unstructure(record)))
 
 
+def in_bounds(low: float, high: float) -> Callable[[Any, Any, Any], None]:
+    """A validator of a field: `dim: int = field(default=768, validator=in_bounds(*WIDTH))`.
+
+    The message calls the setting by the record's class, `FuseConfig.dim`. Of an array every number must lie
+    within the bounds.
+    """
+
+    def validate(record: Any, attribute: Any, value: Any) -> None:
+        _check_bounds(value, f"{type(record).__name__}.{attribute.name}", low, high)
+
+    return validate
+
+
 def check_bounds(record: Any, where: str, **bounds: tuple[float, float]) -> None:
-    """Raise where a number of a record, or one of an array of them, lies outside its bounds: `check_bounds(cfg, "train", batch=COUNT)`."""
+    """Raise where a number of a record, or one of an array of them, is out of bounds: `check_bounds(cfg,
+    "train", batch=COUNT)`.
+    """
     for name, (low, high) in bounds.items():
-        held = getattr(record, name)
-        for value in held if isinstance(held, tuple) else (held,):
-            if not low <= value <= high:  # which holds for NaN, too
-                bound = f"{_number(high)} or less" if value > high else f"{_number(low)} or more"
-                raise ValueError(f"{where}.{name} must be {bound}, got {_number(value)}")
+        _check_bounds(getattr(record, name), f"{where}.{name}", low, high)
+
+
+def _check_bounds(value: Any, name: str, low: float, high: float) -> None:
+    numbers = value if isinstance(value, tuple) else (value,)
+    for number in numbers:
+        # NaN fails this comparison, too.
+        if low <= number <= high:
+            continue
+        bound = f"{_format_number(high)} or less" if number > high else f"{_format_number(low)} or more"
+        raise ValueError(f"{name} must be {bound}, got {_format_number(number)}")
 
 
 def fill_pattern(pattern: str, where: str, **values: Any) -> str:
-    """A name from a pattern: `fill_pattern("{folder}/{split}.h5", "data.store", folder="data", split="test")` is "data/test.h5".
+    """A name from a pattern: `fill_pattern("{folder}/{split}.h5", "data.store", folder="data", split="test")`
+    is "data/test.h5".
 
-    What is filled in may itself hold braces. A key whose value is None stays as it is, for somebody else to fill.
+    The values may hold braces themselves. A key whose value is None stays as it is, to be filled later.
 
     Raises:
         ValueError: the pattern holds braces around something else.
@@ -205,20 +239,23 @@ def fill_pattern(pattern: str, where: str, **values: Any) -> str:
     def value_of(match: re.Match[str]) -> str:
         key = match[0][1:-1]
         if key not in values:
-            known = ", ".join(f"{{{k}}}" for k in values) or "nothing in braces"
-            raise ValueError(f"{where} may hold {known}, found {match[0]} in {pattern!r}")
-        return match[0] if values[key] is None else str(values[key])
+            allowed = ", ".join(f"{{{name}}}" for name in values) or "nothing in braces"
+            raise ValueError(f"{where} may hold {allowed}, found {match[0]} in {pattern!r}")
+        if values[key] is None:
+            return match[0]
+        return str(values[key])
 
     return re.sub(r"\{[^{}]*\}", value_of, pattern)
 
 
 def check_patterns(record: Any, where: str, **keys: tuple[str, ...]) -> None:
-    """Raise where a name or pattern of a record holds other braces than these: `check_patterns(cfg, "data", store=("folder", "split"))`.
+    """Raise where a pattern of a record holds other braces than these: `check_patterns(cfg, "data",
+    store=("folder", "split"))`.
 
     A plain path has none: `root=()`.
     """
-    for name, known in keys.items():
-        fill_pattern(getattr(record, name), f"{where}.{name}", **dict.fromkeys(known))
+    for name, allowed in keys.items():
+        fill_pattern(getattr(record, name), f"{where}.{name}", **dict.fromkeys(allowed))
 
 
 def check_regexes(patterns: Iterable[str], where: str) -> None:
@@ -233,25 +270,26 @@ def check_regexes(patterns: Iterable[str], where: str) -> None:
 def record_digest(record: Any) -> str:
     """Eight hex digits that identify a record (or plain data) by its content."""
     plain = unstructure(record) if attrs.has(type(record)) else record
-    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:8]
+    canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:8]
 
 
 def differences(a: Any, b: Any, path: str = "$") -> list[str]:
     """`["$.shape: [64, 64] / [32, 32]"]` for every leaf in which two plain values differ."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        return [
-            d
-            for k in sorted({*a, *b})
-            for d in differences(a.get(k, "(absent)"), b.get(k, "(absent)"), f"{path}.{k}")
-        ]
-    return [] if a == b else [f"{path}: {a} / {b}"]
+    if not (isinstance(a, dict) and isinstance(b, dict)):
+        return [] if a == b else [f"{path}: {a} / {b}"]
+    changes: list[str] = []
+    for key in sorted({*a, *b}):
+        changes += differences(a.get(key, "(absent)"), b.get(key, "(absent)"), f"{path}.{key}")
+    return changes
 
 
-def _number(value: float) -> str:
+def _format_number(value: float) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _value(text: str, where: str) -> Any:
+def _parse_value(text: str, where: str) -> Any:
+    """The value of `--set key=value`: TOML, or text where it is none."""
     try:
         value = tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:
@@ -263,7 +301,9 @@ def _value(text: str, where: str) -> Any:
 
 
 def _check_plain(value: Any, where: str, path: str = "$", depth: int = 0) -> None:
-    """Raise where settings hold what no setting can be: dates, numbers not finite or beyond 64 bits, text for no file, too many levels."""
+    """Raise where settings hold what none can be: dates, numbers not finite or beyond 64 bits, text for no
+    file, too many levels.
+    """
     if depth > DEPTH:
         raise ConfigError(f"{where}: settings are nested more than {DEPTH} deep @ {path[:60]}...")
     if isinstance(value, dict):
@@ -300,16 +340,20 @@ def _index(node: list, key: str, where: str, path: str) -> int:
     return int(key)
 
 
-def _say(e: BaseException, kind: type | None) -> str:
+def _describe(e: BaseException, kind: type | None) -> str:
+    """What is wrong, in the words of a ConfigError; called by cattrs for each fault."""
     if isinstance(e, cattrs.ForbiddenExtraKeysError):
-        known = [a.name for a in attrs.fields(e.cl)] if attrs.has(e.cl) else []
-        return f"unknown key {', '.join(sorted(map(repr, e.extra_fields)))}; {e.cl.__name__} has {', '.join(known)}"
+        known = [field.name for field in attrs.fields(e.cl)] if attrs.has(e.cl) else []
+        unknown = ", ".join(sorted(map(repr, e.extra_fields)))
+        return f"unknown key {unknown}; {e.cl.__name__} has {', '.join(known)}"
     if isinstance(e, KeyError):
         return f"required key {e} is missing"
     return str(e) or type(e).__name__
 
 
-def _exact(kind: type) -> Hook:
+# cattrs alone would convert: "7" to 7, 7.9 to 7, "abc" to ("a", "b", "c"). These hooks take a value as it is
+# or refuse it.
+def _exact_hook(kind: type) -> Hook:
     def hook(value: Any, _: Any) -> Any:
         if kind is float and type(value) is int:
             return float(value)
@@ -320,43 +364,44 @@ def _exact(kind: type) -> Hook:
     return hook
 
 
-def _one_of(kind: Any) -> Hook:
+def _literal_hook(kind: Any) -> Hook:
     choices = get_args(kind)
 
     def hook(value: Any, _: Any) -> Any:
-        if not any(type(value) is type(c) and value == c for c in choices):
+        # The types must be equal as well: True == 1.
+        if not any(type(value) is type(choice) and value == choice for choice in choices):
             raise ValueError(f"must be one of {', '.join(map(repr, choices))}, got {value!r}")
         return value
 
     return hook
 
 
-def _array(kind: Any) -> Hook:
-    """Tuples from arrays only: cattrs alone would turn the string "abc" into ("a", "b", "c")."""
+def _tuple_hook(kind: Any) -> Hook:
     kinds = get_args(kind)
 
     def hook(value: Any, _: Any) -> tuple:
         if not isinstance(value, list | tuple):
             raise TypeError(f"expected an array, got {value!r}")
-        each = kinds[:1] * len(value) if kinds[1:] == (Ellipsis,) else kinds
-        if len(each) != len(value):
-            raise ValueError(f"expected an array of {len(each)}, got {value!r}")
-        out, errors = [], []
-        for i, (item, k) in enumerate(zip(value, each, strict=True)):
+        item_kinds = kinds[:1] * len(value) if kinds[1:] == (Ellipsis,) else kinds
+        if len(item_kinds) != len(value):
+            raise ValueError(f"expected an array of {len(item_kinds)}, got {value!r}")
+        items, errors = [], []
+        for i, (item, item_kind) in enumerate(zip(value, item_kinds, strict=True)):
             try:
-                out.append(_converter.structure(item, k))
+                items.append(_converter.structure(item, item_kind))
             except (ValueError, TypeError, KeyError, cattrs.BaseValidationError) as e:
-                e.add_note(cattrs.IterableValidationNote(f"Structuring {kind} @ index {i}", i, k))
+                # The note tells `transform_error` the place: $.stages[0].steps.
+                e.add_note(cattrs.IterableValidationNote(f"Structuring {kind} @ index {i}", i, item_kind))
                 errors.append(e)
         if errors:
             raise cattrs.IterableValidationError(f"While structuring {kind}", errors, kind)
-        return tuple(out)
+        return tuple(items)
 
     return hook
 
 
 _converter = cattrs.Converter(forbid_extra_keys=True)
 for _kind in (int, float, bool, str):
-    _converter.register_structure_hook(_kind, _exact(_kind))
-_converter.register_structure_hook_factory(lambda k: get_origin(k) is tuple, _array)
-_converter.register_structure_hook_factory(lambda k: get_origin(k) is Literal, _one_of)
+    _converter.register_structure_hook(_kind, _exact_hook(_kind))
+_converter.register_structure_hook_factory(lambda k: get_origin(k) is tuple, _tuple_hook)
+_converter.register_structure_hook_factory(lambda k: get_origin(k) is Literal, _literal_hook)

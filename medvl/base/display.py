@@ -1,4 +1,6 @@
-"""What running work shows: tqdm's bars in a terminal, nothing where output goes into a file; of several processes only the first's."""
+"""Progress bars in a terminal, nothing where output goes into a file; only the first of several processes
+shows any.
+"""
 
 import os
 import sys
@@ -9,38 +11,48 @@ from typing import Any
 
 from tqdm import tqdm
 
-TIMING_KEYS = (
-    "time",
-    "seconds_per_step",
-)  # keys of metrics.jsonl that a resumed run does not repeat to the bit
-STEP_FORMAT = "{desc}: {n:,}/{total:,} ({percentage:.0f} %), {remaining} left{postfix}{bar:0}"  # a bar, of no width, has the line cut to fit
+TIMING_KEYS = ("time", "seconds_per_step")  # of metrics.jsonl; a resumed run does not repeat them to the bit
+# A bar of no width makes tqdm cut the line to fit the terminal.
+STEP_FORMAT = "{desc}: {n:,}/{total:,} ({percentage:.0f} %), {remaining} left{postfix}{bar:0}"
 
 
 def progress_bar(items: Iterable[Any] | None, title: str, **settings: Any) -> Any:
-    """tqdm as it is used everywhere: silent in a file, nothing in the first second, taken away at the end."""
-    first = os.environ.get("RANK", "0") == "0"  # torchrun's; asked here, so that nothing heavy is imported
-    # With a true `delay`, tqdm would leave the bar behind when something else is written in the first second.
-    later = {"mininterval": 1.0, "delay": 1e-9}
+    """A tqdm bar: silent where output goes into a file, not shown in the first second, removed at the end."""
+    # torchrun sets RANK. Reading it here avoids importing torch.
+    first_process = os.environ.get("RANK", "0") == "0"
     return tqdm(
-        items, title, leave=False, dynamic_ncols=True, disable=None if first else True, **later, **settings
+        items,
+        title,
+        leave=False,
+        dynamic_ncols=True,
+        # None: shown in a terminal, not in a file.
+        disable=None if first_process else True,
+        mininterval=1.0,
+        # With a `delay` of a second, tqdm would leave the bar behind when something else is written in that
+        # time.
+        delay=1e-9,
+        **settings,
     )
 
 
 def track(
     items: Iterable[Any], title: str, total: int | None = None, done: int = 0, show: bool = True
 ) -> Any:
-    """The items, one after the other, and a bar that says how far that is.
+    """The items, one after the other, with a progress bar.
 
     Args:
         total: number of items, where they have no length; with those done before.
+        done: number of items that were done before.
+        show: without a bar if false.
     """
     return progress_bar(items, title, total=total, initial=done) if show else items
 
 
 class Log:
-    """Where the lines of a run go: to `say` (such as tqdm.write), and with the time into a file.
+    """Writes the lines of a run: to `say` (such as tqdm.write), and with the time into a file.
 
     Args:
+        say: prints a line.
         path: of the file, in a folder that exists; lines are added to what is there.
     """
 
@@ -48,18 +60,18 @@ class Log:
         self._say, self._path = say, path
 
     def __call__(self, text: str) -> None:
-        """Say and keep a line."""
+        """Print a line and add it to the file."""
         self._say_now(text)
         self.keep(text)
 
     def update(self, text: str) -> None:
-        """Keep a line that a bar shows as well; it is said where nobody watches that."""
+        """Add a line that a bar shows as well; it is printed only where no terminal shows the bar."""
         if not (sys.stderr.isatty() and sys.stdout.isatty()):
             self._say_now(text)
         self.keep(text)
 
     def _say_now(self, text: str) -> None:
-        """Say a line; where output goes into a file, Python would keep some fifty of them back."""
+        """Print a line at once: where output goes into a file, Python would hold some fifty of them back."""
         self._say(text)
         sys.stdout.flush()
 

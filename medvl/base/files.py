@@ -1,4 +1,6 @@
-"""Files that are there whole or not at all, tables whose columns are checked, and arrays whose shape is."""
+"""Files that are written whole or not at all, locks, and checked reading of tables, arrays and HDF5
+datasets.
+"""
 
 import csv
 import errno
@@ -26,7 +28,9 @@ import numpy as np
 
 PathLike = str | os.PathLike
 _log = logging.getLogger(__name__)
-READ_ERRORS = (  # what torch.load and np.load raise, beside ValueError, for files that were cut off or damaged, or are something else
+# What torch.load and np.load raise, beside ValueError, for files that were cut off or damaged, or are
+# something else.
+READ_ERRORS = (
     *(OSError, RuntimeError, EOFError, LookupError, AttributeError, TypeError, AssertionError, OverflowError),
     *(struct.error, zipfile.BadZipFile, tokenize.TokenError),
 )
@@ -38,14 +42,18 @@ _READING = threading.Lock()
 
 
 def error_reason(error: Exception) -> str:
-    """The first sentence of what a reader of files says; torch goes on with the advice to run what the file holds, which nobody must."""
+    """The first sentence of a reader's error; torch goes on with the advice to run what the file holds, which
+    nobody must follow.
+    """
     lines = str(error).strip().splitlines()
     return lines[0].partition(". ")[0] if lines else type(error).__name__
 
 
 @contextmanager
 def atomic(path: PathLike) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; it replaces `path` when the block ends well and is removed when not."""
+    """A temporary path beside `path` to write to; it replaces `path` when the block ends, or is removed when
+    the block raises.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -53,58 +61,71 @@ def atomic(path: PathLike) -> Iterator[Path]:
     tmp = Path(name)
     try:
         yield tmp
+        # On the disk before it gets its name: otherwise a crash of the machine could leave an empty file of
+        # that name.
         with open(tmp, "rb") as f:
             os.fsync(f.fileno())
+        # mkstemp makes files that only their owner may read.
         tmp.chmod(0o666 & ~_umask())
         os.replace(tmp, path)
     finally:
         tmp.unlink(missing_ok=True)
 
 
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 @contextmanager
 def file_lock(path: PathLike, *, wait: bool = False, shared: bool = False) -> Iterator[None]:
-    """One process at a time may write to `path` while the block lasts. Clears what a killed one left unfinished beside it.
+    """One process at a time may write to `path` while the block lasts. Removes what a killed process left
+    unfinished beside it.
 
-    The lock is `.NAME.lock` beside the path: an flock, which the system gives back when the process ends, also by kill -9, so that a dead
-    process never blocks. NFS and Lustre keep it between machines where their locks are on; where a file system knows no locks, a warning
-    says so and the work goes on. The file says who holds it, and is removed at the end.
+    The lock is `.NAME.lock` beside the path: an flock, which the system gives back when the process ends,
+    also by kill -9, so that a dead process never blocks. NFS and Lustre share it between machines where their
+    locks are on. Where a file system has no locks, a warning says so and the work goes on. The file names the
+    process that holds the lock, and is removed at the end.
 
     Args:
         wait: until the other process is done, which a warning says.
-        shared: any number of processes may be inside so, and none that is not.
+        shared: several processes may hold a shared lock together, but none beside one that is not shared.
     Raises:
         ValueError: another process is writing to it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_name(f".{path.name}.lock")
-    handle = _lock(lock, path, wait, shared)
+    handle = _acquire(lock, path, wait, shared)
     try:
         if not shared:
             remove_unfinished_file(path)
         yield
     finally:
         with suppress(OSError):  # of a file system without locks
-            if not shared or _locked(
-                handle, fcntl.LOCK_EX | fcntl.LOCK_NB
-            ):  # else others are inside still, the last removes it
+            # The last of several shared holders removes the file: only it gets the exclusive lock.
+            if not shared or _flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB):
                 lock.unlink(missing_ok=True)
         os.close(handle)
 
 
-def _lock(lock: Path, path: Path, wait: bool, shared: bool) -> int:
+def _acquire(lock: Path, path: Path, wait: bool, shared: bool) -> int:
+    """Lock the file `lock`; returns its handle."""
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     while True:
         handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            if not _locked(handle, kind | fcntl.LOCK_NB):
-                who = os.pread(handle, 200, 0).decode("utf-8", "replace").strip()
-                holder = f"another run is writing to it{f' ({who})' if who else ''}"
+            if not _flock(handle, kind | fcntl.LOCK_NB):
+                owner = os.pread(handle, 200, 0).decode("utf-8", "replace").strip()
+                holder = "another run is writing to it"
+                if owner:
+                    holder += f" ({owner})"
                 if not wait:
                     os.close(handle)
                     raise ValueError(f"{path}: {holder}; wait until it ends")
                 _log.warning("%s: %s; waiting until it ends", path, holder)
-                _locked(handle, kind)
+                _flock(handle, kind)
         except OSError as e:
             if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 os.close(handle)
@@ -115,7 +136,8 @@ def _lock(lock: Path, path: Path, wait: bool, shared: bool) -> int:
                 e.strerror,
             )
             return handle
-        # Who held it before may have removed the file: then this is a lock on nothing, and others lock a new file.
+        # The holder before may have removed the file meanwhile. Then this is a lock on nothing, and others
+        # lock a new file: try again.
         if lock.exists() and os.path.samestat(os.fstat(handle), os.stat(lock)):
             if not shared:
                 os.truncate(handle, 0)
@@ -124,8 +146,8 @@ def _lock(lock: Path, path: Path, wait: bool, shared: bool) -> int:
         os.close(handle)
 
 
-def _locked(handle: int, kind: int) -> bool:
-    """Whether the lock was given; without LOCK_NB it waits."""
+def _flock(handle: int, kind: int) -> bool:
+    """Whether the lock was acquired; without LOCK_NB it waits."""
     try:
         fcntl.flock(handle, kind)
     except BlockingIOError:
@@ -134,7 +156,9 @@ def _locked(handle: int, kind: int) -> bool:
 
 
 def check_text_name(path: PathLike) -> None:
-    """Raise where a path holds bytes that are no UTF-8: it could not be printed, or kept in a table or store."""
+    """Raise where a path holds bytes that are no UTF-8: it could not be printed, or written into a table or
+    store.
+    """
     try:
         os.fspath(path).encode()
     except UnicodeEncodeError as e:
@@ -144,67 +168,83 @@ def check_text_name(path: PathLike) -> None:
 
 
 def check_writable(path: PathLike, *, folder: bool = False) -> None:
-    """Raise where a file (or, so asked, files in a folder) cannot be written: before long work and not after it. Leaves nothing behind.
+    """Raise where a file cannot be written, to fail before long work and not after it. Leaves nothing behind.
 
+    Args:
+        folder: `path` is a folder, in which files will be written.
     Raises:
-        ValueError: a folder where a file must be or the other way round, a device, something that lies under a file, a place where
-            nothing can be written, or a name that cannot be written as text.
+        ValueError: a folder where a file must be or the other way round, a device, something that lies under
+            a file, a place where nothing can be written, or a name that cannot be written as text.
     """
     path = Path(path)
     check_text_name(path)
+    expected = "folder" if folder else "file"
     try:
-        kind = "folder" if path.is_dir() else "file" if path.is_file() else "device" if path.exists() else ""
-        if kind and kind != ("folder" if folder else "file"):
-            raise ValueError(
-                f"{path}: must be a {'folder' if folder else 'file'} to write, and is a {kind}; give another name"
-            )
+        kind = _path_kind(path)
+        if kind not in ("", expected):
+            raise ValueError(f"{path}: must be a {expected} to write, and is a {kind}; give another name")
         if kind == "file" and not os.access(path, os.W_OK):
             raise ValueError(f"{path}: is there and may not be written to; give another name")
-        above = path if kind == "folder" else path.parent
-        while not os.path.lexists(above) and above != above.parent:
-            above = above.parent
-        if not above.is_dir():
-            raise ValueError(f"{path}: cannot be written, because {above} is no folder; give another place")
-        with tempfile.TemporaryFile(dir=above):
+        # Folders that are missing will be made, in the nearest one that exists.
+        parent = path if kind == "folder" else path.parent
+        while not os.path.lexists(parent) and parent != parent.parent:
+            parent = parent.parent
+        if not parent.is_dir():
+            raise ValueError(f"{path}: cannot be written, because {parent} is no folder; give another place")
+        with tempfile.TemporaryFile(dir=parent):
             pass
-        if len(os.fsencode(path.name)) > 230:  # of 255, and what is being written has a longer name
+        # File systems allow 255 bytes; the temporary file has a longer name.
+        if len(os.fsencode(path.name)) > 230:
             raise ValueError(f"{path}: the name is too long")
     except OSError as e:
         raise ValueError(f"{path}: cannot be written ({e.strerror}); give another place") from e
 
 
+def _path_kind(path: Path) -> str:
+    if path.is_dir():
+        return "folder"
+    if path.is_file():
+        return "file"
+    return "device" if path.exists() else ""
+
+
 def remove_unfinished_file(path: PathLike) -> None:
-    """Remove what was being written to one path when that was killed; nobody may be writing it."""
-    for left in Path(path).parent.glob(f".{glob.escape(Path(path).name)}.*.tmp"):
-        left.unlink()
+    """Remove temporary files of one path that a killed process left; nobody may be writing it."""
+    path = Path(path)
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        temporary.unlink()
 
 
 def remove_unfinished(folder: PathLike) -> None:
-    """Remove what was being written anywhere in a folder when that was killed; nobody may be writing there."""
-    for left in sorted(Path(folder).rglob(".*.tmp"), reverse=True):  # what lies in a folder before the folder
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    """Remove all temporary files and folders that a killed process left anywhere in a folder; nobody may be
+    writing there.
+    """
+    # In reverse order, what lies in a temporary folder comes before that folder.
+    for temporary in sorted(Path(folder).rglob(".*.tmp"), reverse=True):
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink()
 
 
 def check_name(name: str, what: str) -> str:
-    """The name, which must be good as the name of one file or folder, so that nothing is written beside the folder it belongs to.
+    """The name, if it can be that of a file or folder: nothing may be written outside the folder it belongs
+    to.
 
-    A name that starts with a dot is refused too: what is being written is called so, and swept away after a kill.
+    A name that starts with a dot is refused too: temporary files are called so, and are removed after a kill.
 
     Args:
         what: whose name it is, for the message, such as "adapter".
     Raises:
-        ValueError: an empty name, one of more than 200 bytes, "." or "..", or one with a slash, a backslash or a control character.
+        ValueError: an empty name, one of more than 200 bytes, "." or "..", or one with a slash, a backslash
+            or a control character.
     """
     too_long = len(name.encode("utf-8", "replace")) > 200  # file systems allow 255, and an ending is added
-    if (
-        not name.strip()
-        or name.startswith(".")
-        or too_long
-        or re.search(r"[/\\\x00-\x1f\x7f\ud800-\udfff]", name)
-    ):
+    forbidden = re.search(r"[/\\\x00-\x1f\x7f\ud800-\udfff]", name)
+    if not name.strip() or name.startswith(".") or too_long or forbidden:
         raise ValueError(
-            f"{what} {name[:80]!r}: the name becomes that of a file, so it must be of 1 to 200 bytes, without / and \\ and control "
-            "characters, and not start with a dot"
+            f"{what} {name[:80]!r}: the name becomes that of a file, so it must be of 1 to 200 bytes, "
+            "without / and \\ and control characters, and not start with a dot"
         )
     return name
 
@@ -221,42 +261,52 @@ def files_below(folder: PathLike) -> list[Path]:
     Raises:
         ValueError: a folder that cannot be read, or links that lead in a circle.
     """
-    folder, found, above = Path(folder), list[Path](), dict[str, set[str]]()
+    files: list[Path] = []
+    ancestors: dict[
+        str, set[str]
+    ] = {}  # real paths of the folders above each folder that is still to be visited
 
     def refuse(e: OSError) -> None:
         raise ValueError(
             f"{e.filename}: cannot be read ({e.strerror}); what lies in it would be left out"
         ) from e
 
-    for where, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        real = os.path.realpath(where)
-        path_to_here = above.pop(where, set()) | {real}
+    for current, folders, names in os.walk(Path(folder), onerror=refuse, followlinks=True):
+        chain = ancestors.pop(current, set()) | {os.path.realpath(current)}
         for name in folders:
-            below = os.path.join(where, name)
-            if os.path.realpath(below) in path_to_here:
+            below = os.path.join(current, name)
+            if os.path.realpath(below) in chain:
                 raise ValueError(f"{below}: is a link to a folder that it lies in; remove it")
-            above[below] = path_to_here
-        found += [Path(where, name) for name in names]
-    return found
+            ancestors[below] = chain
+        files += [Path(current, name) for name in names]
+    return files
 
 
 def check_regular(path: PathLike) -> None:
-    """Refuse a path that is there and is neither file nor folder: a pipe is waited for, a device read, without end."""
+    """Refuse a path that is there and is neither file nor folder: a pipe is waited for, a device read,
+    without end.
+    """
     try:
         mode = os.stat(path).st_mode
     except OSError:
         return  # whoever opens it says why
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        kind = "a pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
-        raise ValueError(f"{path}: must be a file, found {kind}")
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+        return
+    kind = "a device"
+    if stat.S_ISFIFO(mode):
+        kind = "a pipe"
+    elif stat.S_ISSOCK(mode):
+        kind = "a socket"
+    raise ValueError(f"{path}: must be a file, found {kind}")
 
 
 def read_csv(path: PathLike, columns: Iterable[str] = ()) -> list[dict[str, str]]:
     """The rows of a CSV with a header line, as dicts of strings.
 
     Raises:
-        ValueError: no such file, not UTF-8 text, other separators than commas, no rows, a missing or repeated column, a quote that is
-            not closed, or a row with more or fewer cells than the header; says which line.
+        ValueError: no such file, not UTF-8 text, other separators than commas, no rows, a missing or repeated
+            column, a quote that is not closed, or a row with more or fewer cells than the header; says which
+            line.
     """
     path = Path(path)
     check_regular(path)
@@ -267,26 +317,29 @@ def read_csv(path: PathLike, columns: Iterable[str] = ()) -> list[dict[str, str]
         raise ValueError(f"{path}: no such file") from e
     except (OSError, UnicodeDecodeError) as e:
         raise ValueError(f"{path}: not a readable UTF-8 CSV ({e})") from e
-    names = header[1]
-    separator = next((name for mark, name in SEPARATORS.items() if len(names) == 1 and mark in names[0]), "")
-    if separator:
-        raise ValueError(f"{path}: its cells are separated by {separator}; save the table with commas")
-    missing = [c for c in columns if c not in names]
+    _, names = header
+    # A table with other separators reads as one column whose name holds them all.
+    if len(names) == 1:
+        for mark, separator in SEPARATORS.items():
+            if mark in names[0]:
+                raise ValueError(
+                    f"{path}: its cells are separated by {separator}; save the table with commas"
+                )
+    missing = [column for column in columns if column not in names]
     if missing:
-        raise ValueError(
-            f"{path}: must have the column {', '.join(map(repr, missing))}, found {', '.join(map(repr, names)) or 'an empty file'}"
-        )
-    repeated = sorted({c for c in names if names.count(c) > 1})
+        present = ", ".join(map(repr, names)) or "an empty file"
+        raise ValueError(f"{path}: must have the column {', '.join(map(repr, missing))}, found {present}")
+    repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise ValueError(f"{path}: the column {', '.join(map(repr, repeated))} is there more than once")
-    for line, row in rows:
-        if len(row) != len(names):
+    for line, cells in rows:
+        if len(cells) != len(names):
             raise ValueError(
-                f"{path}, line {line}: must have {len(names)} cells like the header, found {len(row)}"
+                f"{path}, line {line}: must have {len(names)} cells like the header, found {len(cells)}"
             )
     if not rows:
         raise ValueError(f"{path}: has a header and no rows")
-    return [dict(zip(names, row, strict=True)) for _, row in rows]
+    return [dict(zip(names, cells, strict=True)) for _, cells in rows]
 
 
 @contextmanager
@@ -310,12 +363,10 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
             try:
                 row = next(reader, None)
             except csv.Error as e:
-                why = (
-                    "is a quote not closed?"
-                    if "new-line" not in str(e)
-                    else "do lines end in CR alone? Save it with LF"
-                )
-                raise ValueError(f"{path}, line {line}: not a readable CSV ({e}); {why}") from e
+                advice = "is a quote not closed?"
+                if "new-line" in str(e):
+                    advice = "do lines end in CR alone? Save it with LF"
+                raise ValueError(f"{path}, line {line}: not a readable CSV ({e}); {advice}") from e
             if row is None:
                 return
             if reader.line_num - line >= _LINES_OF_A_ROW:
@@ -327,6 +378,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _csv_lines(f: TextIO, path: Path) -> Iterator[str]:
+    """The lines of a table; raises where it is no text, before a file without line ends fills the memory."""
     for number in itertools.count(1):
         line = f.readline(_LONGEST_LINE + 1)
         if not line:
@@ -361,7 +413,8 @@ def file_digest(path: PathLike) -> str:
 
 
 def open_array(path: PathLike) -> np.ndarray:
-    """The array of a .npy, mapped: nothing is read or allocated before the sizes that the file claims were held against its length.
+    """The array of a .npy, memory-mapped: nothing is allocated before the size that the file claims was
+    compared with its length.
 
     Raises:
         ValueError: no such file, no .npy, one of Python objects, or one that is cut off.
@@ -369,31 +422,33 @@ def open_array(path: PathLike) -> np.ndarray:
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
     try:
-        held = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, *READ_ERRORS) as e:
         raise ValueError(f"{path}: not a whole .npy of numbers ({e})") from e
-    if not isinstance(held, np.ndarray):
+    if not isinstance(array, np.ndarray):
         raise ValueError(f"{path}: not a .npy of numbers (it is an archive of arrays)")
-    return held
+    return array
 
 
 def read_array(path: PathLike, shape: tuple[int, ...], remedy: str) -> np.ndarray:
-    """The numbers of a .npy.
+    """The numbers of a .npy of this shape.
 
     Raises:
         ValueError: the file is broken, or has another shape; ends with the remedy.
     """
     try:
-        held = open_array(path)
+        array = open_array(path)
     except ValueError as e:
         raise ValueError(f"{path}: must hold an array {list(shape)} and is broken ({e}); {remedy}") from e
-    if held.shape != shape:
-        raise ValueError(f"{path}: must hold an array {list(shape)}, found {list(held.shape)}; {remedy}")
-    return np.array(held)
+    if array.shape != shape:
+        raise ValueError(f"{path}: must hold an array {list(shape)}, found {list(array.shape)}; {remedy}")
+    return np.array(array)
 
 
 def check_uncompressed(path: PathLike) -> None:
-    """Refuse a file of torch.save whose members unpack to more than the file is long: torch.save compresses nothing."""
+    """Refuse a file of torch.save whose members unpack to more than the file is long: torch.save compresses
+    nothing.
+    """
     if not zipfile.is_zipfile(path):
         return
     try:
@@ -403,12 +458,15 @@ def check_uncompressed(path: PathLike) -> None:
         raise ValueError(f"{path}: is not a whole file of torch.save ({e})") from e
     if sizes:
         raise ValueError(
-            f"{path}: must be as torch.save writes it, {len(sizes)} members are compressed and unpack to {sum(sizes)} bytes"
+            f"{path}: must be as torch.save writes it, "
+            f"{len(sizes)} members are compressed and unpack to {sum(sizes)} bytes"
         )
 
 
 def check_tensor_storage(path: PathLike, tensors: Mapping[str, Any]) -> None:
-    """Refuse tensors of a file of torch.save that hold fewer numbers than they have: a stride of 0 repeats a few without end."""
+    """Refuse tensors of a file of torch.save whose storage is smaller than they are: a stride of 0 repeats a
+    few numbers without end.
+    """
     for key, tensor in tensors.items():
         dense = str(tensor.layout) == "torch.strided" and not tensor.is_meta
         stored = tensor.untyped_storage().nbytes() if dense else 0
@@ -420,52 +478,54 @@ def check_tensor_storage(path: PathLike, tensors: Mapping[str, Any]) -> None:
 
 
 def open_dataset(file: Any, name: str, path: PathLike) -> Any:
-    """The dataset `name` of an open HDF5 file, all of it written and in that file.
+    """The dataset `name` of an open HDF5 file, which must lie in that file and be written in full. Nothing is
+    read here.
 
-    HDF5 follows links and external storage to any other file, and reads room that was never written as zeros. Nothing is read here.
+    HDF5 follows links and external storage to any other file, and reads parts that were never written as
+    zeros.
 
     Raises:
-        ValueError: no dataset, a link, external storage or a virtual dataset; parts that were never written; a size that has nothing to
-            do with what the file holds.
+        ValueError: no dataset, a link, external storage or a virtual dataset; parts that were never written;
+            a size that has nothing to do with what the file holds.
     """
     import h5py
 
     key = name.encode()
     if not file.id.links.exists(key):
-        raise ValueError(
-            f"{path}: must hold a dataset {name!r}, found {', '.join(map(repr, list(file)[:6])) or 'none'}"
-        )
+        present = ", ".join(map(repr, list(file)[:6])) or "none"
+        raise ValueError(f"{path}: must hold a dataset {name!r}, found {present}")
     if file.id.links.get_info(key).type != h5py.h5l.TYPE_HARD:
         raise ValueError(
             f"{path}: {name!r} must lie in this file, found a link; copy what it leads to into the file"
         )
-    found = file[name]
-    if not isinstance(found, h5py.Dataset):
-        raise ValueError(f"{path}: {name!r} must be a dataset, found a {type(found).__name__.lower()}")
-    plan = found.id.get_create_plist()
-    if found.is_virtual or plan.get_external_count():
+    dataset = file[name]
+    if not isinstance(dataset, h5py.Dataset):
+        raise ValueError(f"{path}: {name!r} must be a dataset, found a {type(dataset).__name__.lower()}")
+    properties = dataset.id.get_create_plist()
+    if dataset.is_virtual or properties.get_external_count():
         raise ValueError(
-            f"{path}: {name!r} must lie in this file, found a dataset whose numbers lie in other files; copy them into it"
+            f"{path}: {name!r} must lie in this file, found a dataset whose numbers lie in other files; "
+            "copy them into it"
         )
-    stored = found.id.get_storage_size()
-    if plan.get_layout() == h5py.h5d.CHUNKED:
-        room, written, unit = 1, found.id.get_num_chunks(), "chunks"
-        for length, step in zip(found.shape, found.chunks, strict=True):
+    stored = dataset.id.get_storage_size()
+    if properties.get_layout() == h5py.h5d.CHUNKED:
+        unit = "chunks"
+        written = dataset.id.get_num_chunks()
+        room = 1
+        for length, step in zip(dataset.shape, dataset.chunks, strict=True):
             room *= -(-length // step)
     else:
-        room, written, unit = found.nbytes, stored, "bytes"
+        unit = "bytes"
+        written = stored
+        room = dataset.nbytes
     if written < room:
         raise ValueError(
             f"{path}: {name!r} has room for {room} {unit} and holds {written}; was its writer killed?"
         )
-    if found.nbytes > max(2**26, 100 * stored):  # compressed features are a half, never a hundredth
+    # Compressed features take a half of their size, never a hundredth.
+    if dataset.nbytes > max(2**26, 100 * stored):
         raise ValueError(
-            f"{path}: {name!r} would unpack {stored} bytes to {found.nbytes}; these are no measured numbers, write it again"
+            f"{path}: {name!r} would unpack {stored} bytes to {dataset.nbytes}; "
+            "these are no measured numbers, write it again"
         )
-    return found
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    return dataset

@@ -1,4 +1,6 @@
-"""The processes that train together: join them, who this is, wait for all, leave in order. One process needs none of it."""
+"""Processes that train together: join and leave the group, rank and world size, barriers. A lone process
+needs none of it.
+"""
 
 import atexit
 import os
@@ -12,26 +14,31 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_alone = False  # of the whole process, its threads too
+_single = False  # whether `single_process` is active; for the whole process, its threads too
 
 
-def join_processes(**how: Any) -> None:
-    """Meet the other processes that torchrun started, over NCCL where there are GPUs and over gloo where not; alone, nothing.
+def join_processes(**settings: Any) -> None:
+    """Join the other processes that torchrun started, over NCCL where there are GPUs and over gloo where not;
+    a lone process joins nothing.
 
-    What was joined is left when the interpreter exits. Joined twice is joined once.
+    The group is left when the interpreter exits. A second call does nothing.
 
     Args:
-        how: for `torch.distributed.init_process_group`, where torchrun's variables are not to be asked (init_method, rank, world_size).
+        settings: for `torch.distributed.init_process_group`, where torchrun's variables are not to be used
+            (init_method, rank, world_size).
     """
-    if dist.is_initialized() or not (how or int(os.environ.get("WORLD_SIZE", "1")) > 1):
+    started_together = bool(settings) or int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if dist.is_initialized() or not started_together:
         return
     if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # They may wait long for each other: process 0 draws data for an hour, or waits for another run's features. Who dies is noticed by
-    # torchrun, which ends the others.
-    dist.init_process_group(
-        **{"backend": "nccl" if torch.cuda.is_available() else "gloo", "timeout": timedelta(days=1)} | how
-    )
+    # They may wait long for each other: process 0 draws data for an hour, or waits for another run's
+    # features. torchrun notices a process that dies, and ends the others.
+    defaults = {
+        "backend": "nccl" if torch.cuda.is_available() else "gloo",
+        "timeout": timedelta(days=1),
+    }
+    dist.init_process_group(**(defaults | settings))
     atexit.register(_leave)
 
 
@@ -40,32 +47,36 @@ def _leave() -> None:
         return
     gloo = dist.get_backend() == "gloo"
     dist.destroy_process_group()
-    if gloo:  # its threads may be waiting for the interpreter to drop their last tensors; one that still waits when it ends aborts
+    # gloo's threads may be waiting for the interpreter to drop their last tensors. A thread that still waits
+    # when the interpreter ends aborts the process.
+    if gloo:
         time.sleep(0.3)
 
 
 @contextmanager
 def single_process() -> Iterator[None]:
-    """This process works for itself while the block lasts: there is one, and nothing is shared with the others or waits for them.
+    """Inside the block this process counts as the only one: nothing is shared with the others and nothing
+    waits for them.
 
-    For what process 0 does while the others wait or are gone: it may train and evaluate with the functions that share where they can.
+    For what process 0 does while the others wait or are gone: training and evaluation share their work
+    wherever there are others.
     """
-    global _alone
-    before, _alone = _alone, True
+    global _single
+    before, _single = _single, True
     try:
         yield
     finally:
-        _alone = before
+        _single = before
 
 
 def world_size() -> int:
     """Number of processes that train together."""
-    joined = dist.is_available() and dist.is_initialized() and not _alone
+    joined = dist.is_available() and dist.is_initialized() and not _single
     return dist.get_world_size() if joined else 1
 
 
 def rank() -> int:
-    """Which of them this is."""
+    """The number of this process, 0 .. world_size - 1."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
@@ -75,21 +86,27 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
-def choose_device(wanted: str = "auto") -> torch.device:
-    """Where to compute: "auto" is this process's GPU if there is one."""
-    if wanted == "cuda" and not torch.cuda.is_available():
+def choose_device(name: str = "auto") -> torch.device:
+    """The device to compute on: "auto" is this process's GPU if there is one.
+
+    Raises:
+        ValueError: "cuda" without a GPU.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "device 'cuda' was asked for and torch finds no GPU; set train.device to 'auto' or 'cpu'"
         )
-    if wanted == "cpu" or not torch.cuda.is_available():
+    if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", rank() % torch.cuda.device_count())
 
 
 def gather_rows(t: Tensor) -> Tensor:
-    """The rows of all processes, in their order: [n ...] of each, of the same shape -> [world * n ...]; without gradients."""
+    """The rows of all processes, by rank: [n ...] of each, of the same shape -> [world * n ...]; without
+    gradients.
+    """
     if world_size() == 1:
         return t
-    parts = [torch.empty_like(t) for _ in range(world_size())]
-    dist.all_gather(parts, t.contiguous())
-    return torch.cat(parts)
+    gathered = [torch.empty_like(t) for _ in range(world_size())]
+    dist.all_gather(gathered, t.contiguous())
+    return torch.cat(gathered)

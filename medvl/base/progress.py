@@ -1,4 +1,6 @@
-"""Work in batches whose results are kept as they come: killed at any moment, the same call goes on and ends with the same lines."""
+"""Work in batches whose results are written as they come: killed at any moment, the same call goes on and
+ends with the same lines.
+"""
 
 import json
 import os
@@ -19,67 +21,79 @@ def run_batches(
     *,
     title: str = "",
 ) -> list[Line]:
-    """One line of results per row, from `path` as far as it goes, from `work` where it ends.
+    """One line of results per row: from `path` as far as the file goes, from `work` for all later rows.
 
-    A batch that was not kept whole is done again whole: what a model says may depend, in the last bit, on what else was in its batch.
+    A batch that was not written whole is computed again: a model's answer may depend, in the last bit, on
+    what else was in its batch.
 
     Args:
-        path: JSON lines {"row": row, ...}; its folder is made. Its name must stand for all that decides the results.
-        batches: rows, each once, in the order in which they are done.
+        path: JSON lines {"row": row, ...}; its folder is made. Its name must stand for all that decides the
+            results.
+        batches: rows, each once, in the order in which they are computed.
         work: rows -> a line for each, of what JSON can hold.
+        title: of the progress bar.
     Raises:
         ValueError: the file holds other rows than these (says where), or `work` gave another number of lines.
     """
-    path, wanted = Path(path), [row for batch in batches for row in batch]
+    path = Path(path)
+    rows = [row for batch in batches for row in batch]
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines, size = read_finished_lines(path, wanted)
-    done, ends = 0, 0
+    lines, offsets = read_finished_lines(path, rows)
+    finished, batch_count = 0, 0
     for batch in batches:
-        if ends + len(batch) > len(lines):
+        if finished + len(batch) > len(lines):
             break
-        done, ends = done + 1, ends + len(batch)
-    lines = lines[:ends]
-    with open(path, "r+b" if path.exists() else "w+b") as f:
-        f.truncate(size[ends])
-        f.seek(0, os.SEEK_END)
-        for batch in track(batches[done:], f"{title}, batch" if title else "batch"):
-            new = list(work(batch))
-            if len(new) != len(batch):
+        finished += len(batch)
+        batch_count += 1
+    lines = lines[:finished]
+    mode = "r+b" if path.exists() else "w+b"
+    with open(path, mode) as file:
+        # Cut off the last batch if it is not whole, and whatever was left of a line when the process was
+        # killed.
+        file.truncate(offsets[finished])
+        file.seek(0, os.SEEK_END)
+        for batch in track(batches[batch_count:], f"{title}, batch" if title else "batch"):
+            results = list(work(batch))
+            if len(results) != len(batch):
                 raise ValueError(
-                    f"run_batches: work must give a line for each of {len(batch)} rows, got {len(new)}"
+                    f"run_batches: work must give a line for each of {len(batch)} rows, got {len(results)}"
                 )
-            new = [{"row": row} | line for row, line in zip(batch, new, strict=True)]
-            f.write(
-                "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in new).encode(
-                    errors="backslashreplace"
-                )
-            )
-            f.flush()
-            os.fsync(f.fileno())
-            lines += new
+            batch_lines = [{"row": row} | line for row, line in zip(batch, results, strict=True)]
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in batch_lines)
+            file.write(text.encode(errors="backslashreplace"))
+            # On the disk before the next batch starts, so that a crash of the machine costs one batch.
+            file.flush()
+            os.fsync(file.fileno())
+            lines += batch_lines
     return lines
 
 
-def read_finished_lines(path: PathLike, wanted: Sequence[int]) -> tuple[list[Line], list[int]]:
-    """(lines that are there whole, bytes before each of them and behind the last).
+def read_finished_lines(path: PathLike, rows: Sequence[int]) -> tuple[list[Line], list[int]]:
+    """Read the lines that were written whole.
 
+    Returns:
+        (lines, offsets): the offset in bytes of each line, and that of the end of the last one.
     Raises:
         ValueError: as `run_batches`.
     """
-    path, lines, size = Path(path), list[Line](), [0]
-    for number, raw in enumerate(path.read_bytes().splitlines(keepends=True) if path.exists() else (), 1):
+    path = Path(path)
+    lines: list[Line] = []
+    offsets = [0]
+    content = path.read_bytes() if path.exists() else b""
+    for number, raw in enumerate(content.splitlines(keepends=True), 1):
         if not raw.endswith(b"\n"):
-            break  # killed while it was written
+            break  # the process was killed while it wrote this line
         try:
             line = json.loads(raw)
         except (ValueError, RecursionError) as e:
             raise ValueError(
                 f"{path}, line {number}: not a line of results ({e}); remove the file to do it all again"
             ) from e
-        if number > len(wanted) or not isinstance(line, dict) or line.get("row") != wanted[number - 1]:
+        if number > len(rows) or not isinstance(line, dict) or line.get("row") != rows[number - 1]:
             raise ValueError(
-                f"{path}, line {number}: results of other rows or another order; remove the file to do it all again"
+                f"{path}, line {number}: results of other rows or another order; "
+                "remove the file to do it all again"
             )
         lines.append(line)
-        size.append(size[-1] + len(raw))
-    return lines, size
+        offsets.append(offsets[-1] + len(raw))
+    return lines, offsets

@@ -11,7 +11,10 @@ def flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:
     """`{"a": {"b": t}}` -> `{"a/b": t}`; empty dicts vanish."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}/")
+        else:
+            flat[f"{prefix}{key}"] = value
     return flat
 
 
@@ -29,7 +32,10 @@ def unflatten(flat: dict[str, Any]) -> Tree:
 
 def map_leaves(f: Callable[[Any], Any], tree: Tree) -> Tree:
     """The same tree with `f` applied to every leaf."""
-    return {k: map_leaves(f, v) if isinstance(v, dict) else f(v) for k, v in tree.items()}
+    mapped: Tree = {}
+    for key, value in tree.items():
+        mapped[key] = map_leaves(f, value) if isinstance(value, dict) else f(value)
+    return mapped
 
 
 def match_names(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
@@ -38,28 +44,41 @@ def match_names(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
     Raises:
         ValueError: a pattern is no regex or matches nothing (both say what names exist).
     """
-    names, found = list(names), set()
+    names = list(names)
+    matched: set[str] = set()
     for pattern in patterns:
         try:
-            hits = {n for n in names if re.fullmatch(pattern, n)}
+            hits = {name for name in names if re.fullmatch(pattern, name)}
         except re.error as e:
             raise ValueError(f"pattern {pattern!r} is not a regular expression: {e}") from e
+        # A pattern without a hit is a slip of the keyboard: nothing would be trained, and nobody would
+        # notice.
         if not hits:
-            shown = ", ".join(_spread(names))
+            examples = ", ".join(_spread(names))
             raise ValueError(
-                f"pattern {pattern!r} matches no parameter; the {len(names)} names look like {shown}"
+                f"pattern {pattern!r} matches no parameter; the {len(names)} names look like {examples}"
             )
-        found |= hits
-    return [n for n in names if n in found]
+        matched |= hits
+    return [name for name in names if name in matched]
+
+
+def _spread(names: list[str], k: int = 4) -> list[str]:
+    """At most `k` of the names, evenly spread over all."""
+    step = max(1, len(names) // k)
+    return names[::step][:k]
 
 
 def split_tree(tree: Tree, patterns: Iterable[str]) -> tuple[Tree, Tree]:
-    """(leaves whose name matches a pattern, the rest); `merge_trees` puts them together again."""
+    """(leaves whose name matches a pattern, all others); `merge_trees` puts them together again.
+
+    Raises:
+        ValueError: as `match_names`.
+    """
     flat = flatten(tree)
     hits = set(match_names(flat, patterns))
-    return unflatten({n: t for n, t in flat.items() if n in hits}), unflatten(
-        {n: t for n, t in flat.items() if n not in hits}
-    )
+    selected = {name: leaf for name, leaf in flat.items() if name in hits}
+    others = {name: leaf for name, leaf in flat.items() if name not in hits}
+    return unflatten(selected), unflatten(others)
 
 
 def merge_trees(*trees: Tree) -> Tree:
@@ -72,9 +91,4 @@ def merge_trees(*trees: Tree) -> Tree:
 
 def count_values(tree: Tree) -> int:
     """Number of values in all tensors."""
-    return sum(t.numel() for t in flatten(tree).values())
-
-
-def _spread(names: list[str], k: int = 4) -> list[str]:
-    step = max(1, len(names) // k)
-    return names[::step][:k]
+    return sum(leaf.numel() for leaf in flatten(tree).values())

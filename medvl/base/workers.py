@@ -1,4 +1,4 @@
-"""Worker processes: fresh ones, of one thread each, that end with their parent however that ended."""
+"""Worker processes: fresh ones of one thread each, which end with their parent, even if that was killed."""
 
 import multiprocessing
 import os
@@ -11,45 +11,51 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.context import ForkServerContext
 
-_WORK = ["medvl.data.ingest", "medvl.data.phantoms"]  # whose functions workers run
+_PRELOAD = ["medvl.ct.ingest", "medvl.phantoms.chests"]  # modules whose functions workers run
 
 
 @contextmanager
 def worker_pool(count: int) -> Iterator[ProcessPoolExecutor]:
-    """So many processes to give functions of `_WORK` to.
+    """A pool of `count` processes.
 
     Raises:
-        ValueError: they cannot start. The main script is imported by each of them, so it must be one that can be.
+        ValueError: they cannot start. Each of them imports the main script, so that must be a file and safe
+            to import.
     """
     with ProcessPoolExecutor(count, worker_context(), _start) as workers:
+        # Start one now: an error here means the script, an error later means the work.
         try:
             workers.submit(os.getpid).result()
         except BrokenProcessPool as e:
             raise ValueError(
-                'worker processes cannot start: a script that asks for workers needs `if __name__ == "__main__":` around what it does, '
+                "worker processes cannot start: a script that asks for workers needs "
+                '`if __name__ == "__main__":` around what it does, '
                 "and must be a file; or ask for one worker, which is this process"
             ) from e
         yield workers
 
 
 def worker_context() -> ForkServerContext:
-    """Processes fork from a server that has imported `_WORK` and run nothing: fresh ones for the price of a fork, safe for h5py."""
+    """A context whose processes are forked from a server that has imported `_PRELOAD` and run nothing.
+
+    They are as fresh as spawned ones, at the price of a fork, and safe for h5py.
+    """
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(_WORK)
+    server.set_forkserver_preload(_PRELOAD)
     return server
 
 
 def _start() -> None:
+    """Runs once in each worker."""
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def follow() -> (
-        None
-    ):  # a parent that is killed closes nothing that a waiting worker would notice by itself
+    def end_with_parent() -> None:
+        # A parent that is killed closes nothing that a waiting worker would notice by itself.
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()

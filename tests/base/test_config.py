@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from attrs import field, frozen
 
 from medvl.base import config
 from medvl.base.config import ConfigError
@@ -217,3 +218,25 @@ def test_overrides_change_a_copy():
         "e": 1.5,
     }
     assert json.dumps(raw) == before
+
+
+@frozen(kw_only=True)
+class Bounded:
+    width: int = field(default=4, validator=config.in_bounds(1, 8))
+    mean: tuple[float, ...] = field(default=(0.5, 0.5), validator=config.in_bounds(-1, 1))
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"width": 0}, r"Bounded.width must be 1 or more, got 0 @ \$"),
+        ({"width": 9}, "Bounded.width must be 8 or less, got 9"),
+        ({"mean": [0.0, 1.5]}, "Bounded.mean must be 1 or less, got 1.5"),
+    ],
+)
+def test_a_field_in_bounds_says_what_check_bounds_says(raw, message):
+    with pytest.raises(config.ConfigError, match=message):
+        config.structure(raw, Bounded)
+    with pytest.raises(ValueError, match=r"Bounded.mean must be -1 or more, got nan"):
+        Bounded(mean=(float("nan"),))
+    assert config.structure({"width": 8}, Bounded) == Bounded(width=8)
