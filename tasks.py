@@ -111,25 +111,25 @@ def evaluate(c, exp, set_=None):
 @task(iterable=["set_"], help=SET | {"sample": "which training conversation, from 0"})
 def labels(c, exp, set_=None, sample="0"):
     """Print one training conversation with the trained tokens marked."""
-    from medvl.systems import run
+    from medvl.commands import experiments
 
-    _call(run.labels, exp, set_ or (), _whole("sample", sample))
+    _call(experiments.print_labels, exp, set_ or (), _whole("sample", sample))
 
 
 @task(iterable=["set_"], help=SET | {"processes": "of torchrun, with as many GPUs: what each of them needs"})
 def estimate(c, exp, set_=None, processes="1"):
     """Print the memory that training an experiment will need, by part."""
-    from medvl.systems import run
+    from medvl.commands import experiments
 
-    _call(run.estimate, exp, set_ or (), _whole("processes", processes, 1, 2**20))
+    _call(experiments.print_memory, exp, set_ or (), _whole("processes", processes, 1, 2**20))
 
 
 @task
 def experiments(c):
     """List the experiments with a line each."""
-    from medvl.systems import run
+    from medvl.commands import experiments
 
-    _call(run.experiments)
+    _call(experiments.print_experiments)
 
 
 @task(
@@ -148,11 +148,11 @@ def experiments(c):
 def preprocess(c, source, out, exp="", set_=None, metadata="", workers="1", sheet=""):
     """Bring a folder of CT scans into a store; exit status 3 when scans were rejected."""
     _needs(source=source, out=out)
-    from medvl.systems import run
+    from medvl.commands import ct
 
     sys.exit(
         _call(
-            run.preprocess, source, out, exp, set_ or (), metadata, _whole("workers", workers, 1, 1024), sheet
+            ct.fill_store, source, out, exp, set_ or (), metadata, _whole("workers", workers, 1, 1024), sheet
         )
     )
 
@@ -191,7 +191,7 @@ def adapters(
 ):
     """A registry of adapters: build it from folders, add to it, list it, show one of it."""
     _needs(action=action)
-    from medvl.systems import ask
+    from medvl.commands import registries
 
     about = {
         "name": name,
@@ -201,7 +201,7 @@ def adapters(
         "embedder": embedder,
     }
     _call(
-        ask.manage,
+        registries.manage_registry,
         action,
         registry,
         path=path,
@@ -247,7 +247,7 @@ def ask(
     set_=None,
 ):
     """Ask the adapters that fit a question and its images, or a run about images or a slide. Research use, not for diagnosis."""
-    from medvl.systems import ask
+    from medvl.commands import questions
 
     given = {
         "adapters": adapters,
@@ -259,7 +259,7 @@ def ask(
         "base": base,
     }
     given |= {"k": _whole("k", k) if k else -1, "max_tokens": _whole("max-tokens", max_tokens, 1, 2**20)}
-    _call(ask.ask, question, **given, out=out, offset=offset, overrides=set_ or ())
+    _call(questions.print_answer, question, **given, out=out, offset=offset, overrides=set_ or ())
 
 
 @task(
@@ -278,10 +278,19 @@ def ask(
 def slides(c, action, features, data=None, out="", dims="0", encoder="", drop=False):
     """Audit patch features against questions before training, or pack them into one store; exit status 3 when something is wrong."""
     _needs(action=action, features=features)
-    from medvl.systems import ask
+    from medvl.commands import slides as commands
 
     sys.exit(
-        _call(ask.slides, action, features, data or (), out, _whole("dims", dims, 0, 2**17), encoder, drop)
+        _call(
+            commands.check_or_pack,
+            action,
+            features,
+            data or (),
+            out,
+            _whole("dims", dims, 0, 2**17),
+            encoder,
+            drop,
+        )
     )
 
 
@@ -297,9 +306,9 @@ SCAN = {
 def embed(c, run, scan, out, metadata="", set_=None):
     """Embed one scan with a trained run."""
     _needs(run=run, scan=scan, out=out)
-    from medvl.systems import run as runs
+    from medvl.commands import ct
 
-    _call(runs.embed, run, scan, out, metadata, set_ or ())
+    _call(ct.embed_scan, run, scan, out, metadata, set_ or ())
 
 
 @task(
@@ -310,9 +319,9 @@ def embed(c, run, scan, out, metadata="", set_=None):
 def classify(c, run, scan, finding=None, metadata="", set_=None):
     """Zero-shot findings of one scan with a trained run. Research use, not for diagnosis."""
     _needs(run=run, scan=scan)
-    from medvl.systems import run as runs
+    from medvl.commands import ct
 
-    _call(runs.classify, run, scan, finding or (), metadata, set_ or ())
+    _call(ct.print_findings, run, scan, finding or (), metadata, set_ or ())
 
 
 @task(
@@ -330,6 +339,8 @@ def classify(c, run, scan, finding=None, metadata="", set_=None):
 def split(c, labels, out, sizes="valid=550,test=2489", seed="0", table=None, patient="", pattern=""):
     """Split a label table by patient, prevalence of every finding kept."""
     _needs(labels=labels, out=out)
-    from medvl.systems import run
+    from medvl.commands import ct
 
-    _call(run.split, labels, out, sizes, _whole("seed", seed, 0, 2**32 - 1), table or (), patient, pattern)
+    _call(
+        ct.split_tables, labels, out, sizes, _whole("seed", seed, 0, 2**32 - 1), table or (), patient, pattern
+    )

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from tokenizers import AddedToken
 
+from medvl.adapters.build import build_registry
 from medvl.adapters.embed import EmbedConfig
 from medvl.hub import loading, saving, skeletons, tokens
 from medvl.hub.peft_files import write_adapter
@@ -18,7 +19,6 @@ from medvl.language import chat
 from medvl.language.conversations import read_conversations
 from medvl.language.encoding import TEMPLATES
 from medvl.systems import run as systems
-from medvl.systems.adapters.run import build_registry
 from medvl.weights import lora
 from tests import tiny
 from tests.systems.ct_clip.test_run import SET as CT_CLIP

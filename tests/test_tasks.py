@@ -22,9 +22,10 @@ import tasks
 from medvl.adapters.embed import EmbedConfig
 from medvl.base import config
 from medvl.base.config import ConfigError
+from medvl.commands import ct as ct_commands
 from medvl.ct.preprocess import CtConfig
 from medvl.systems import run
-from medvl.systems.ask import AskConfig
+from medvl.systems.adapters.ask import AskConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -66,7 +67,7 @@ def test_every_command_of_the_documentation_parses():
             raise AssertionError(f"{page}: {command}: {e}") from e
 
 
-SETTINGS = {name: record for name, (record, _) in run.SYSTEMS.items()}
+SETTINGS = {name: run.find_system(name).record for name in run.system_names()}
 OWN = {
     "adapters.md": "adapters",
     "ct_clip.md": "ct_clip",
@@ -131,7 +132,7 @@ def test_every_setting_in_a_command_of_the_documentation_is_one(monkeypatch):
     for page, command in commands():
         _, *argv = shlex.split(command.partition(" # ")[0])
         settings = [value for flag, value in pairwise(argv) if flag == "--set"]
-        if "--exp" in argv and (exp := argv[argv.index("--exp") + 1]) in run.names():
+        if "--exp" in argv and (exp := argv[argv.index("--exp") + 1]) in run.experiment_names():
             run.resolve(exp, settings)  # their values are good, too
         for key in (setting.partition("=")[0] for setting in settings):
             wrong = [record.__module__ for record in records_of(page, argv) if not has(record, key)]
@@ -213,14 +214,14 @@ def test_ct_settings_are_taken_of_ct_experiments_alone():
         ValueError,
         match=r"preprocess: .*tune_phantom.* is a tune experiment; only ct_clip experiments have settings of CT",
     ):
-        run.preprocess("scans", "out.h5", str(ROOT / "experiments/tune_phantom.toml"), (), "", 1, "")
+        ct_commands.fill_store("scans", "out.h5", str(ROOT / "experiments/tune_phantom.toml"), (), "", 1, "")
 
 
 def test_one_broken_experiment_does_not_hide_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "EXPERIMENTS", tmp_path)
     (tmp_path / "a.toml").write_text("about = 'good'\n")
     (tmp_path / "b.toml").write_text("about = \n")
-    found = run.names()
+    found = run.experiment_names()
     assert found["a"] == "good"
     assert "not valid TOML" in found["b"]
 
@@ -258,8 +259,8 @@ def test_a_run_folder_is_an_experiment_wherever_it_lies(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"must be the folder of a run, there is no config.json"):
         run.resolve(str(tmp_path))
     for look in (
-        lambda: run.classify(str(moved), "x.nii.gz", ()),
-        lambda: run.embed(str(moved / "config.json"), "x.nii.gz", "e.npy"),
+        lambda: ct_commands.print_findings(str(moved), "x.nii.gz", ()),
+        lambda: ct_commands.embed_scan(str(moved / "config.json"), "x.nii.gz", "e.npy"),
     ):
         with pytest.raises(ValueError, match="is a tune run; only ct_clip runs look at scans"):
             look()

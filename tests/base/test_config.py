@@ -9,7 +9,7 @@ from attrs import field, frozen
 from medvl.base import config
 from medvl.base.config import ConfigError
 from medvl.systems import run
-from medvl.systems.ask import AskConfig
+from medvl.systems.adapters.ask import AskConfig
 from medvl.systems.ct_clip import run as ct_clip_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,7 +51,7 @@ def refused(raw, record, path, value):
 @pytest.mark.parametrize("system", [*EXAMPLES, "ask"])
 def test_every_number_of_every_record_has_bounds(system):
     raw = config.unstructure(AskConfig()) if system == "ask" else example(system)
-    record = AskConfig if system == "ask" else run.SYSTEMS[system][0]
+    record = AskConfig if system == "ask" else run.find_system(system).record
     held = numbers(raw)
     assert len(held) > (8 if system == "ask" else 20)
     unbounded = {path: [] for path, _ in held}
@@ -92,7 +92,7 @@ def test_every_number_of_every_record_has_bounds(system):
 def test_a_number_out_of_bounds_is_refused_with_its_name(system, setting, said):
     raw = example(system)
     with pytest.raises(ConfigError) as e:
-        config.structure(config.override(raw, (setting,)), run.SYSTEMS[system][0], where="x.toml")
+        config.structure(config.override(raw, (setting,)), run.find_system(system).record, where="x.toml")
     assert said in str(e.value)
     assert str(e.value).startswith("x.toml: ")
 
@@ -117,7 +117,7 @@ def test_a_number_out_of_bounds_is_refused_with_its_name(system, setting, said):
 def test_braces_that_nobody_fills_are_refused(system, setting):
     key, _, pattern = setting.partition("=")
     with pytest.raises(ConfigError) as e:
-        config.structure(config.override(example(system), (setting,)), run.SYSTEMS[system][0])
+        config.structure(config.override(example(system), (setting,)), run.find_system(system).record)
     assert f"{key} may hold" in str(e.value)
     assert pattern.strip('"') in str(e.value)
 
@@ -131,7 +131,7 @@ def test_patterns_are_filled_once():
         example("ct_clip"),
         ('data.source="files"', 'data.folder="d"', 'data.store="{folder}/{ct}/{split}.h5"'),
     )
-    cfg = config.structure(raw, run.SYSTEMS["ct_clip"][0])
+    cfg = config.structure(raw, run.find_system("ct_clip").record)
     digest = ct_clip_run.path(cfg, "store", "test").parent.name
     assert ct_clip_run.path(cfg, "store", "test") == Path("d", digest, "test.h5")
     assert len(digest) == 8
@@ -206,7 +206,7 @@ def test_a_byte_order_mark_is_no_syntax_error(tmp_path):
 def test_a_system_that_is_none(tmp_path, system):
     path = tmp_path / "a.toml"
     path.write_text(f"system = {system}\n")
-    with pytest.raises(ConfigError, match="system must be one of ct_clip, tune, adapters, slide_vqa, found"):
+    with pytest.raises(ConfigError, match="system must be one of adapters, ct_clip, slide_vqa, tune, found"):
         run.resolve(str(path))
 
 

@@ -7,32 +7,32 @@ import numpy as np
 import pytest
 import torch
 
+from medvl.commands import slides as commands
 from medvl.slides.check import check_slides, describe
 from medvl.slides.pack import pack
-from medvl.systems import ask
 from tests.slides.test_features import features, grid, write_csv, write_trident
 from tests.slides.test_pack import D, files_of
 
 
 def test_a_check_without_questions_looks_at_everything(folder, tmp_path, capsys):
     source, made = folder
-    assert ask.slides("check", str(source), (), "", 0, "", False) == 0
+    assert commands.check_or_pack("check", str(source), (), "", 0, "", False) == 0
     assert "4 of 4 slides found, 25 patches" in capsys.readouterr().out
     x = made["S3"][0].copy()
     x[2] = np.nan
     (source / "more").mkdir()
     np.save(source / "more" / "S3.npy", x)  # of a name that is there, and bad
-    assert ask.slides("check", str(source), (), "", 0, "", False) == 3
+    assert commands.check_or_pack("check", str(source), (), "", 0, "", False) == 3
     out = capsys.readouterr().out
     assert "5 of 5 slides found" in out
     assert "1 with NaN or infinity: " in out
     pack(files_of(source)[:4], tmp_path / "s.h5", encoder="uni_v1")
-    assert ask.slides("check", str(tmp_path / "s.h5"), (), "", 0, "", False) == 0
+    assert commands.check_or_pack("check", str(tmp_path / "s.h5"), (), "", 0, "", False) == 0
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty: holds no patch features"):
-        ask.slides("check", str(tmp_path / "empty"), (), "", 0, "", False)
+        commands.check_or_pack("check", str(tmp_path / "empty"), (), "", 0, "", False)
     with pytest.raises(ValueError, match=r"empty: holds no patch features"):
-        ask.slides("pack", str(tmp_path / "empty"), (), str(tmp_path / "new.h5"), 0, "", False)
+        commands.check_or_pack("pack", str(tmp_path / "empty"), (), str(tmp_path / "new.h5"), 0, "", False)
     assert not (tmp_path / "new.h5").exists()
 
 
@@ -44,7 +44,7 @@ def test_a_check_goes_on_behind_a_malformed_record(folder, tmp_path, capsys):
     )
     (tmp_path / "b.json").write_text("[")
     assert (
-        ask.slides(
+        commands.check_or_pack(
             "check", str(source), (str(tmp_path / "b.json"), str(tmp_path / "a.json")), "", 0, "", False
         )
         == 3

@@ -27,7 +27,7 @@ NEGATIVE = {"bias", "threshold", "mean"}  # numbers of a record that may be belo
 def plain(system):
     """The whole record of an experiment as plain data, defaults included."""
     raw = config.read_settings(ROOT / "experiments" / f"{EXPERIMENTS[system]}.toml")
-    return config.unstructure(config.structure(raw, run.SYSTEMS[system][0]))
+    return config.unstructure(config.structure(raw, run.find_system(system).record))
 
 
 def numbers(value, path=()):
@@ -47,7 +47,7 @@ def numbers(value, path=()):
 def refused(system, raw, path, value, match):
     text = json.dumps(value).replace("NaN", "nan").replace("Infinity", "inf")
     with pytest.raises(ConfigError, match=match):
-        config.structure(config.override(raw, (f"{'.'.join(path)}={text}",)), run.SYSTEMS[system][0])
+        config.structure(config.override(raw, (f"{'.'.join(path)}={text}",)), run.find_system(system).record)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 1e300, -1e300])
@@ -153,7 +153,7 @@ PLANS = {
 def test_a_plan_that_cannot_run_is_refused_with_whose_it_is(plan):
     system, change, match = PLANS[plan]
     with pytest.raises(ConfigError, match=match):
-        config.structure(config.override(plain(system), (change,)), run.SYSTEMS[system][0])
+        config.structure(config.override(plain(system), (change,)), run.find_system(system).record)
 
 
 @pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/b", "..", "", ".x", "a\\b", "x" * 300, "a\nb"])
@@ -165,7 +165,7 @@ def test_a_stage_is_named_as_a_folder_can_be(system, stages, name):
     raw = plain(system)
     raw[stages]["stages"][0]["name"] = name
     with pytest.raises(ConfigError, match=r"stage .*: the name becomes that of a file"):
-        config.structure(raw, run.SYSTEMS[system][0])
+        config.structure(raw, run.find_system(system).record)
 
 
 # What only the data or the model shows is refused before the first step of the first stage ----------------------------------------------

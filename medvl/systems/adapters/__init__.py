@@ -1,0 +1,20 @@
+"""adapters: one model and many adapters; each question, with its images, gets those whose training samples are most like it."""
+
+from medvl.systems.adapters import run
+from medvl.systems.adapters.ask import ask
+from medvl.systems.adapters.record import Config
+from medvl.systems.system import System
+
+SYSTEM = System(
+    record=Config,
+    prepare=run.prepare,
+    fit=run.fit,
+    load=run.load,
+    assess=run.assess,
+    labels=run.labels,
+    memory=run.memory,
+    ask=ask,
+    takes=("--image", "--mode", "-k", "--own", "--set"),
+    trains=lambda cfg: cfg.trained,
+    environment={"MAX_PIXELS": "chat.max_pixels", "MAX_NUM": "chat.max_images"},
+)

@@ -1,19 +1,15 @@
 """How adapters runs: its data put in place, its base and adapters trained, the registry made, the answers of every mode scored."""
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 from attrs import evolve
-from torch import Generator, Tensor
+from torch import Tensor
 
-from medvl.adapters import embed, registry, retrieve
-from medvl.adapters import head as retriever
-from medvl.adapters.head import RetrieverConfig
-from medvl.adapters.registry import AdapterRecord, Registry
+from medvl.adapters import build, embed
 from medvl.base import config, files, processes
 from medvl.base.tree import Tree, map_leaves
 from medvl.evaluation.results import Result
@@ -115,7 +111,7 @@ def read_general(cfg: Config, split: str) -> list[Conversation]:
 
 
 # Training -------------------------------------------------------------------------------------------------------------------------------
-def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[Model, Tree, Tree]:
+def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[Model, Tree]:
     """Train (or go on with) the base model and an adapter for each task, and make the registry."""
     read(cfg, "test")  # what evaluation would stop at is an error now, not after the training
     general = read_general(cfg, "train") if cfg.base else []
@@ -139,7 +135,7 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
             with processes.single_process():  # a retriever is trained, by this process
                 make_registry(cfg, held, folder, log)
         processes.wait_for_all()
-    return model, params, {}
+    return model, params
 
 
 def _check_adapters(model: Model, held: Sequence[Conversation], valid: Sequence[Conversation]) -> None:
@@ -189,7 +185,7 @@ def registry_of(folder: Path) -> Path:
     return path
 
 
-def load(folder: Path) -> tuple[Model, Tree, Tree]:
+def load(folder: Path) -> tuple[Model, Tree]:
     """Model and base weights of a run, as `fit` returned them.
 
     Raises:
@@ -198,7 +194,7 @@ def load(folder: Path) -> tuple[Model, Tree, Tree]:
     cfg = config.load_run(folder, Config)
     registry_of(folder)
     model, params = record.init(cfg, folder, [], device=_device(cfg))
-    return model, tuning.read_stages(cfg.base, params, folder / "base") if cfg.base else params, {}
+    return model, tuning.read_stages(cfg.base, params, folder / "base") if cfg.base else params
 
 
 def _fit_adapters(
@@ -299,100 +295,19 @@ def make_registry(
 ) -> Path:
     """Fit or open the embedder, and write the registry with a vector for each adapter of `folder`/adapters."""
     samples = {task: [c for c in held if c.extra["task"] == task] for task in _tasks(held)}
-    categories = {task: category_of(task, talks, cfg.data.category) for task, talks in samples.items()}
-    return build_registry(
+    categories = {task: build.category_of(task, talks, cfg.data.category) for task, talks in samples.items()}
+    return build.build_registry(
         folder / "registry.toml",
         {task: f"adapters/{task}" for task in samples},
         samples,
         cfg.embed,
         base=cfg.model.name or "model",
         categories=categories,
-        m=cfg.pool.samples,
-        retriever_cfg=cfg.retriever,
+        num_samples=cfg.pool.samples,
+        retriever=cfg.retriever,
         seed=cfg.seed,
         log=log,
     )
-
-
-def build_registry(
-    path: Path,
-    paths: dict[str, str],
-    samples: dict[str, list[Conversation]],
-    cfg: embed.EmbedConfig,
-    *,
-    base: str = "",
-    categories: dict[str, str] | None = None,
-    m: int = 20,
-    retriever_cfg: RetrieverConfig = RetrieverConfig(kind="none"),
-    seed: int = 0,
-    log: Callable[[str], None] = print,
-) -> Path:
-    """A registry of adapters, from samples of what each was trained on.
-
-    Args:
-        paths: {adapter: its folder, relative to the registry's}.
-        samples: {adapter: conversations of its training split}; `m` of them, drawn at random, are embedded.
-        cfg: "local" is fitted on these samples; anything else is opened.
-        retriever_cfg: the map on the embeddings that brings samples of one adapter together.
-    Raises:
-        ValueError: an adapter without samples, or none at all; as `registry.add_adapters`.
-    """
-    if missing := [name for name in paths if not samples.get(name)]:
-        raise ValueError(
-            f"{path}: no samples for {', '.join(missing)}; every adapter needs some of what it was trained on"
-        )
-    for name in paths:
-        files.check_name(name, f"{path}: the adapter")
-    chosen = {name: drawn(samples[name], m, seed + i) for i, name in enumerate(paths)}
-    queries = [query_of(c) for of in chosen.values() for c in of]
-    texts, pictures = [q[0] for q in queries], [q[1] for q in queries]
-    made = embed.fit_local(cfg, texts, pictures) if cfg.kind == "local" else embed.open_embedder(cfg)
-    vectors, tasks = (
-        embed.embed_queries(made, texts, pictures),
-        [name for name, of in chosen.items() for _ in of],
-    )
-    if (head := retriever.head_of(retriever_cfg, vectors, tasks)) is not None:
-        made = embed.with_head(made, head)
-        vectors = embed.embed_queries(made, texts, pictures)
-    home = f"embedder-{config.record_digest(made.name)}"  # named by content: what a run that was killed has left is found, another's stays
-    if not (path.parent / home).exists():
-        embed.save_embedder(made, path.parent / home)
-    records = []
-    for name, folder in paths.items():
-        mean = retrieve.adapter_vector(vectors[[i for i, task in enumerate(tasks) if task == name]])
-        category, count = (categories or {}).get(name, ""), len(chosen[name])
-        about = AdapterRecord(
-            name=name, path=folder, vector="", category=category, samples=count, embedder=made.name
-        )
-        records.append((about, mean))
-    registry.add_adapters(path, Registry(base=base, embedder=home), records)
-    log(f"registry of {len(paths)} adapters: {path}; vectors by {made.name}")
-    return path
-
-
-def category_of(name: str, samples: Sequence[Conversation], key: str = "category") -> str:
-    """The category that an adapter's samples say, the commonest of them; "" where none says any."""
-    found = Counter(str(c.extra[key]) for c in samples if c.extra.get(key))
-    if len(found) > 1:
-        _log.warning(
-            "%s: its samples have %d categories, the commonest is taken: %s",
-            name,
-            len(found),
-            found.most_common(1)[0][0],
-        )
-    return found.most_common(1)[0][0] if found else ""
-
-
-def drawn(samples: Sequence[Conversation], m: int, seed: int) -> list[Conversation]:
-    """`m` of the samples at random, or all of them where there are no more."""
-    picked = torch.randperm(len(samples), generator=Generator().manual_seed(seed))[:m]
-    return [samples[i] for i in sorted(picked.tolist())]
-
-
-def query_of(conversation: Conversation) -> tuple[str, tuple[Path, ...]]:
-    """What is embedded of a conversation: the user's first text, and its images."""
-    first = next(m["content"] for m in conversation.messages if m["role"] == "user")
-    return first, conversation.images[: first.count("<image>")]
 
 
 def _tasks(held: Sequence[Conversation]) -> list[str]:
@@ -405,9 +320,7 @@ def _device(cfg: Config) -> torch.device:
 
 
 # Evaluation -----------------------------------------------------------------------------------------------------------------------------
-def assess(
-    model: Model, params: Tree, means: Tree, folder: Path, experiment: str
-) -> tuple[list[Result], Path]:
+def assess(model: Model, params: Tree, folder: Path, experiment: str) -> tuple[list[Result], Path]:
     """Score every mode on the test conversations; see `adapters_report`."""
     return tables.assess(model, params, read(model.cfg, "test"), folder, experiment)
 

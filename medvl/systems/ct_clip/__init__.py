@@ -1,0 +1,16 @@
+"""ct_clip: CT volumes and reports in one space; findings named in words, never trained for, are read off by comparison."""
+
+from pathlib import Path
+
+from medvl.systems.ct_clip import run
+from medvl.systems.ct_clip.model import Config
+from medvl.systems.system import System, drawn_data
+
+SYSTEM = System(
+    record=Config,
+    prepare=run.prepare,
+    fit=run.fit,
+    load=run.load,
+    assess=run.assess,
+    folders=lambda cfg: (*drawn_data(cfg), Path(cfg.data.cache)),
+)

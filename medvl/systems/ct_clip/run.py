@@ -220,8 +220,10 @@ def batches(model: Model, data: pairs.Pairs, size: int, seed: int) -> Callable[[
 # Training -------------------------------------------------------------------------------------------------------------------------------
 
 
-def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[Model, Tree, Tree]:
-    """Train (or go on with) all stages in the run folder; returns the model, its weights and the running means of the chosen state.
+def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[Model, Tree]:
+    """Train (or go on with) all stages in the run folder; returns the model and its parameters.
+
+    Under "running" they hold the running means of the towers' rows, in the state that was kept: what rows of one volume are normalised with.
 
     Raises:
         ValueError: a batch that processes cannot share evenly; as `ct_clip.init`, `loop.train_steps` and `cached_features`.
@@ -251,7 +253,7 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
     means: Tree = {}
     for i, stage in enumerate(cfg.train.stages):
         params, means = _fit_stage(model, params, means, stage, data, folder / f"{i}-{stage.name}", log)
-    return model, params, means
+    return model, params | {"running": means}
 
 
 def _fit_stage(
@@ -289,7 +291,7 @@ def _fit_stage(
     )
 
     def validate(state: states.State) -> dict[str, float]:
-        return {"score": _mean_auroc(model, everything(state.params), state.means, valid)}
+        return {"score": _mean_auroc(model, everything(state.params) | {"running": state.means}, valid)}
 
     state = states.State(params=trained, opt=optimizer.init(trained), means=means)
     state = loop.train_steps(
@@ -342,8 +344,8 @@ def _whitened(model: Model, params: Tree, data: pairs.Pairs, scans: int = 200) -
     return encode.whiten(model.cfg.encode, params["vit"], few)
 
 
-def load(folder: Path) -> tuple[Model, Tree, Tree]:
-    """Model, weights and running means of a trained run, as `fit` returned them."""
+def load(folder: Path) -> tuple[Model, Tree]:
+    """Model and parameters of a trained run, as `fit` returned them."""
     cfg = config.load_run(folder, Config)
     model, params = ct_clip.init(cfg, folder)
     means: Tree = {}
@@ -351,67 +353,61 @@ def load(folder: Path) -> tuple[Model, Tree, Tree]:
         state = states.read_trained(folder / f"{i}-{stage.name}", cfg.train.keep, "cpu", model=params)
         params, means = merge_trees(params, state.params), state.means
     device = processes.choose_device(cfg.train.device)
-    return model, map_leaves(lambda t: t.to(device), params), map_leaves(lambda t: t.to(device), means)
+    return model, map_leaves(lambda t: t.to(device), params | {"running": means})
 
 
 # Evaluation -----------------------------------------------------------------------------------------------------------------------------
 
 
-def images(model: Model, params: Tree, means: Tree, of: store.Store, wanted: Sequence[str]) -> Tensor:
+def images(model: Model, params: Tree, of: store.Store, wanted: Sequence[str]) -> Tensor:
     """Volumes in the common space, [n, d] float32 on the CPU; each is encoded once."""
     size, rows = model.cfg.evaluate.batch, []
     for i in track(range(0, len(wanted), size), "embedding volumes, batch"):
         with torch.no_grad(), gradients.autocast(params, model.cfg.train.precision):
             z = ct_clip.embed_volumes(model, params, pairs.read_slices(of, wanted[i : i + size]))
-        rows.append(ct_clip.place(params, "image", z, means.get("image", {})).detach().cpu())
+        rows.append(ct_clip.place(params, "image", z, params["running"].get("image", {})).detach().cpu())
     return torch.cat(rows)
 
 
-def sentences(model: Model, params: Tree, means: Tree, said: Sequence[str]) -> Tensor:
+def sentences(model: Model, params: Tree, said: Sequence[str]) -> Tensor:
     """Texts in the common space, [n, d] float32 on the CPU."""
     rows = []
     for i in range(0, len(said), 64):
         ids, words = tokens.tokenize(model.tokenizer, said[i : i + 64], model.cfg.words.tower.context)
         with torch.no_grad(), gradients.autocast(params, model.cfg.train.precision):
             z = ct_clip.embed_texts(model, params, {"ids": ids[:, None], "words": words[:, None]})[:, 0]
-        rows.append(ct_clip.place(params, "text", z, means.get("text", {})).detach().cpu())
+        rows.append(ct_clip.place(params, "text", z, params["running"].get("text", {})).detach().cpu())
     return torch.cat(rows)
 
 
-def probabilities(model: Model, params: Tree, means: Tree, image: Tensor, findings: Sequence[str]) -> Tensor:
+def probabilities(model: Model, params: Tree, image: Tensor, findings: Sequence[str]) -> Tensor:
     """Zero-shot probability [n, c] of each finding for embedded volumes [n, d]."""
     pairs_of = [reports.prompts_for(f, model.cfg.evaluate.prompts) for f in findings]
     sides = [
-        sentences(model, params, means, [t for pair in pairs_of for t in pair[k]]).unflatten(
-            0, (len(findings), -1)
-        )
+        sentences(model, params, [t for pair in pairs_of for t in pair[k]]).unflatten(0, (len(findings), -1))
         for k in (0, 1)
     ]
     return zero_shot.zero_shot(image, sides[0], sides[1], params["contrast"]["log_scale"].exp().cpu())
 
 
-def score_split(
-    model: Model, params: Tree, means: Tree, name: str, of: store.Store | None = None
-) -> dict[str, Any]:
+def score_split(model: Model, params: Tree, name: str, of: store.Store | None = None) -> dict[str, Any]:
     """{"names", "findings", "labels" [n, c], "scores" [n, c], "image" [n, d]} of a split's labelled volumes."""
     of = of or volumes(model.cfg, name)
     listed, findings, labels = labelled(model.cfg, name, of)
-    image = images(model, params, means, of, listed)
-    scores = probabilities(model, params, means, image, findings).numpy()
+    image = images(model, params, of, listed)
+    scores = probabilities(model, params, image, findings).numpy()
     return {"names": listed, "findings": findings, "labels": labels, "scores": scores, "image": image}
 
 
-def _mean_auroc(model: Model, params: Tree, means: Tree, of: store.Store) -> float:
-    found = score_split(model, params, means, "valid", of)
+def _mean_auroc(model: Model, params: Tree, of: store.Store) -> float:
+    found = score_split(model, params, "valid", of)
     return float(np.nanmean(metrics.auroc(found["scores"], found["labels"])))
 
 
-def assess(
-    model: Model, params: Tree, means: Tree, folder: Path, experiment: str
-) -> tuple[list[Result], Path]:
+def assess(model: Model, params: Tree, folder: Path, experiment: str) -> tuple[list[Result], Path]:
     """Score the test split with thresholds from the validation split; writes results, scores, plots and the report into `folder`."""
     cfg = model.cfg
-    valid, test = (score_split(model, params, means, name) for name in ("valid", "test"))
+    valid, test = (score_split(model, params, name) for name in ("valid", "test"))
     cuts = metrics.best_thresholds(valid["scores"], valid["labels"], cfg.evaluate.rule)
     rows = zero_shot.evaluate_findings(
         test["scores"],
@@ -425,7 +421,7 @@ def assess(
         seed=cfg.seed,
         patients=patients(cfg, "test", test["names"]),
     )
-    rows += _retrieval(model, params, means, test, experiment)
+    rows += _retrieval(model, params, test, experiment)
     for name, found in (("valid", valid), ("test", test)):
         table = [
             {"VolumeName": n} | dict(zip(found["findings"], s, strict=True))
@@ -457,14 +453,12 @@ def assess(
     return rows, report.write_report(folder, f"{experiment}: zero-shot findings", rows, figures, notes)
 
 
-def _retrieval(
-    model: Model, params: Tree, means: Tree, test: dict[str, Any], experiment: str
-) -> list[Result]:
+def _retrieval(model: Model, params: Tree, test: dict[str, Any], experiment: str) -> list[Result]:
     """Report -> volume recall over the test split; any reconstruction of the report's scan is a hit."""
     told = {n: " ".join(parts.values()) for n, parts in _texts_by_name(model.cfg).items()}
     gallery = list(test["names"])
     queries = {names.scan_of(n): told[n] for n in gallery if n in told}
-    words = sentences(model, params, means, list(queries.values()))
+    words = sentences(model, params, list(queries.values()))
     ks = [k for k in (1, 5, 10, 50) if k <= len(gallery)]
     recall = metrics.group_recall_at(
         words @ test["image"].T, list(queries), [names.scan_of(n) for n in gallery], ks
@@ -516,7 +510,7 @@ def look(
         name = names.volume_name(scan)
         row = metadata_table.read_metadata(metadata_csv, [name], preprocess.metadata_columns(cfg))[name]
     volume = preprocess.preprocess_scan(scan, cfg, row)
-    model, params, means = load(Path(folder))
+    model, params = load(Path(folder))
     first, stop = volume.occupied
     z = np.arange(first, stop)
     batch = {
@@ -526,11 +520,11 @@ def look(
     }
     with torch.no_grad(), gradients.autocast(params, model.cfg.train.precision):
         rows = ct_clip.embed_volumes(model, params, batch)
-    image = ct_clip.place(params, "image", rows, means.get("image", {})).detach().cpu()
+    image = ct_clip.place(params, "image", rows, params["running"].get("image", {})).detach().cpu()
     kept = Path(folder) / "results" / "thresholds.json"
     cuts = json.loads(kept.read_text()) if kept.exists() else {}
     asked = tuple(findings) or tuple(cuts) or model.cfg.evaluate.findings or reports.FINDINGS
-    p = probabilities(model, params, means, image, asked)[0].tolist()
+    p = probabilities(model, params, image, asked)[0].tolist()
     return {
         "volume": volume,
         "embedding": image[0],

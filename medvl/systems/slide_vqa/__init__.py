@@ -1,0 +1,18 @@
+"""slide_vqa: questions about whole slides of any number of patches, through the few tokens of a frozen compressor."""
+
+from medvl.systems.slide_vqa import run
+from medvl.systems.slide_vqa.ask import ask
+from medvl.systems.slide_vqa.model import Config
+from medvl.systems.system import System
+
+SYSTEM = System(
+    record=Config,
+    prepare=run.prepare,
+    fit=run.fit,
+    load=run.load,
+    assess=run.assess,
+    labels=run.labels,
+    memory=run.memory,
+    ask=ask,
+    takes=("--slide", "--offset"),
+)

@@ -49,7 +49,7 @@ def look_at_slide(
     if not question.strip():
         raise ValueError("ask: the question must have text, got none")
     folder = Path(folder)
-    model, params, _ = run.load(folder)
+    model, params = run.load(folder)
     of = open_slide(slide, slide_vqa.path(model.cfg, "features"), dims=model.compress.dim)
     run.check_encoder(folder, of)
     tokens = slide_tokens(model.compress, model.compressor, of, folder / "tokens")

@@ -123,7 +123,7 @@ def slides_of(held: Sequence[SlideConversation]) -> list[str]:
 
 
 # Stages ---------------------------------------------------------------------------------------------------------------------------------
-def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[Model, Tree, Tree]:
+def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[Model, Tree]:
     """Train (or go on with) the compressor and all stages in the run folder.
 
     Raises:
@@ -164,7 +164,7 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
         seed=cfg.seed,
         log=log,
     )
-    return model, params, {}
+    return model, params
 
 
 def _encoded(
@@ -201,7 +201,7 @@ def _sizes(cfg: Config, slides: Sequence[str]) -> CompressConfig:
     return evolve(sizes, dim=dims)
 
 
-def load(folder: Path) -> tuple[Model, Tree, Tree]:
+def load(folder: Path) -> tuple[Model, Tree]:
     """Model and weights of a trained run, as `fit` returned them.
 
     Raises:
@@ -212,7 +212,7 @@ def load(folder: Path) -> tuple[Model, Tree, Tree]:
         cfg, folder, read_fitted(cfg, folder), device=processes.choose_device(cfg.train.device)
     )
     params = tuning.read_stages(cfg.train, params, folder, validated=_is_validated)
-    return model, params, {}
+    return model, params
 
 
 def tokens_of(
@@ -321,9 +321,7 @@ def _validation(
 
 
 # Evaluation -----------------------------------------------------------------------------------------------------------------------------
-def assess(
-    model: Model, params: Tree, means: Tree, folder: Path, experiment: str
-) -> tuple[list[Result], Path]:
+def assess(model: Model, params: Tree, folder: Path, experiment: str) -> tuple[list[Result], Path]:
     """Answer the test questions; writes `benchmark_results.json`, a table of categories, and the report into `folder`."""
     cfg, held = model.cfg, read(model.cfg, "test")
     tokens = tokens_of(model, folder.parent, held)

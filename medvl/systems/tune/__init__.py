@@ -1,0 +1,18 @@
+"""tune: a language or vision-language model trained on conversations, whole or by LoRA, and scored by its answers."""
+
+from medvl.systems.system import System
+from medvl.systems.tune import run
+from medvl.systems.tune.ask import ask
+from medvl.systems.tune.record import Config
+
+SYSTEM = System(
+    record=Config,
+    prepare=run.prepare,
+    fit=run.fit,
+    load=run.load,
+    assess=run.assess,
+    labels=run.labels,
+    memory=run.memory,
+    ask=ask,
+    takes=("--image",),
+)

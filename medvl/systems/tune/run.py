@@ -74,7 +74,7 @@ def read_split(cfg: Config, split: str) -> list[Conversation]:
 
 
 # Training ---------------------------------------------------------------------------------------------------
-def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[LanguageModel, Tree, Tree]:
+def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[LanguageModel, Tree]:
     """Train all stages in the run folder, or go on with them."""
     train = read_split(cfg, "train")
     device = system.device_of(cfg.train)
@@ -95,7 +95,7 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
     if processes.rank() == 0:
         export_model(model, params, folder, log)
     processes.wait_for_all()
-    return model, params, {}
+    return model, params
 
 
 def check_test(model: LanguageModel) -> None:
@@ -146,7 +146,7 @@ def _trains_model(model: LanguageModel, params: Tree) -> bool:
     return False
 
 
-def load(folder: Path) -> tuple[LanguageModel, Tree, Tree]:
+def load(folder: Path) -> tuple[LanguageModel, Tree]:
     """Model and weights of a trained run, as `fit` returned them.
 
     Raises:
@@ -154,13 +154,11 @@ def load(folder: Path) -> tuple[LanguageModel, Tree, Tree]:
     """
     cfg = config.load_run(folder, Config)
     model, params = system.init_model(cfg, folder, device=system.device_of(cfg.train))
-    return model, stages.read_stages(cfg.train, params, folder), {}
+    return model, stages.read_stages(cfg.train, params, folder)
 
 
 # Evaluation -------------------------------------------------------------------------------------------------
-def assess(
-    model: LanguageModel, params: Tree, means: Tree, folder: Path, experiment: str
-) -> tuple[list[Result], Path]:
+def assess(model: LanguageModel, params: Tree, folder: Path, experiment: str) -> tuple[list[Result], Path]:
     """Answer the last question of every test conversation; writes answers and report into `folder`."""
     cfg, conversations = model.cfg, read_split(model.cfg, "test")
     lines = answer_conversations(model, params, conversations, folder)
@@ -243,7 +241,7 @@ def ask(folder: Path, text: str, images: Sequence[files.PathLike] = (), max_toke
         ValueError: no such run, or one that is not trained to its end; no question; an image that cannot be
             read, or that the model cannot see.
     """
-    model, params, _ = load(folder)
+    model, params = load(folder)
     question = chat.make_question(model.chat, text, images)
     prompts = chat.encode_conversations(model.chat, [question], prompt=True)
     sampling = chat.sampling_of(model.chat, max_tokens)

@@ -19,8 +19,9 @@ from medvl.adapters import embed, experts, registry
 from medvl.adapters.retrieve import RetrieveConfig
 from medvl.base import config
 from medvl.base.config import ConfigError
+from medvl.commands import experiments, questions, registries
 from medvl.language.conversations import Conversation
-from medvl.systems import ask, run
+from medvl.systems import run
 from medvl.systems.adapters import record as adapters
 from medvl.systems.adapters import run as adapters_run
 from medvl.systems.adapters import score, tables
@@ -155,7 +156,7 @@ def test_reports_name_no_case_and_no_image(trained):
 
 def test_adapters_learnt_something_and_are_as_peft_reads_them(trained):
     _, folder, _ = trained
-    model, params, _ = adapters_run.load(folder)
+    model, params = adapters_run.load(folder)
     of = experts.load_experts(model.chat, params["model"], folder / "registry.toml")
     experts.check_adapters(of)
     pool = of.pool([0, 1, 2])
@@ -166,7 +167,7 @@ def test_adapters_learnt_something_and_are_as_peft_reads_them(trained):
 
 def test_the_saved_model_is_the_trained_one(trained):
     _, folder, _ = trained
-    model, params, _ = adapters_run.load(folder)
+    model, params = adapters_run.load(folder)
     again = experts.open_experts(folder / "registry.toml", dtype="float32")
     assert all(torch.equal(t, again.params[n]) for n, t in params["model"].items())
     assert again.chat.vision.preprocessor == model.chat.vision.preprocessor
@@ -199,7 +200,7 @@ def test_the_same_again_and_from_kept_answers(trained, monkeypatch):
 def test_answers_go_on_where_they_stopped(trained, tmp_path):
     """Cut anywhere, also inside a line: the file ends with the same bytes."""
     _, folder, _ = trained
-    model, params, _ = adapters_run.load(folder)
+    model, params = adapters_run.load(folder)
     cfg, of = model.cfg, experts.load_experts(model.chat, params["model"], model.registry)
     steps = score.steps_of(adapters_run.read(cfg, "test"), cfg)
     found = score.chosen(
@@ -326,7 +327,7 @@ def test_every_turn_is_a_step(tmp_path):
 
 def test_its_own_answers_as_history(trained, monkeypatch, tmp_path):
     _, folder, _ = trained
-    model, params, _ = adapters_run.load(folder)
+    model, params = adapters_run.load(folder)
     cfg = evolve(model.cfg, evaluate=evolve(model.cfg.evaluate, history="own", per="episode", batch=2))
     of = experts.load_experts(model.chat, params["model"], model.registry)
     steps = score.steps_of(
@@ -347,7 +348,7 @@ def test_its_own_answers_as_history(trained, monkeypatch, tmp_path):
 
 def test_a_question_without_a_known_word_is_the_bare_models(trained, caplog):
     _, folder, _ = trained
-    model, params, _ = adapters_run.load(folder)
+    model, params = adapters_run.load(folder)
     of = experts.load_experts(model.chat, params["model"], model.registry)
     steps = score.steps_of(
         [talk("How many lesions are there?", "a", id="1"), talk("qqq zzz", "a", id="2")], model.cfg
@@ -372,7 +373,7 @@ def test_a_question_without_a_known_word_is_the_bare_models(trained, caplog):
 def test_a_report_where_rows_have_no_adapter(trained, tmp_path, monkeypatch, k):
     """A question with no known word beside others, or k = 0: all rows are counted, none is lost."""
     _, folder, _ = trained
-    model, params, _ = adapters_run.load(folder)
+    model, params = adapters_run.load(folder)
     cfg = evolve(
         model.cfg,
         retrieve=evolve(model.cfg.retrieve, k=k),
@@ -394,7 +395,7 @@ def test_a_report_where_rows_have_no_adapter(trained, tmp_path, monkeypatch, k):
 
 def test_one_step_that_fails_is_one_that_is_wrong(trained, tmp_path, caplog):
     _, folder, _ = trained
-    model, params, _ = adapters_run.load(folder)
+    model, params = adapters_run.load(folder)
     of = experts.load_experts(model.chat, params["model"], model.registry)
     steps = score.steps_of(
         [talk("q", "a", id="1"), talk("word " * 600, "a", id="2"), talk("q", "a", id="3")], model.cfg
@@ -413,7 +414,7 @@ def test_one_step_that_fails_is_one_that_is_wrong(trained, tmp_path, caplog):
 
 def test_what_was_answered_is_kept_when_a_later_batch_fails(trained, tmp_path, monkeypatch):
     _, folder, _ = trained
-    model, params, _ = adapters_run.load(folder)
+    model, params = adapters_run.load(folder)
     cfg = evolve(model.cfg, evaluate=evolve(model.cfg.evaluate, batch=2))
     of = experts.load_experts(model.chat, params["model"], model.registry)
     steps = score.steps_of([talk(f"q{i}", "a", id=str(i)) for i in range(6)], cfg)
@@ -449,7 +450,7 @@ def test_what_was_answered_is_kept_when_a_later_batch_fails(trained, tmp_path, m
 )
 def test_a_file_of_answers_that_is_none_is_named(trained, tmp_path, content, message):
     _, folder, _ = trained
-    model, params, _ = adapters_run.load(folder)
+    model, params = adapters_run.load(folder)
     of = experts.load_experts(model.chat, params["model"], model.registry)
     steps = score.steps_of([talk("q", "a")], model.cfg)
     found = experts.choose_adapters(
@@ -466,7 +467,7 @@ def test_answers_are_named_by_the_content_they_were_made_from(trained, tmp_path)
     """An image, a vector or an adapter that is replaced under its name, by one of the same size, is asked again."""
     _, folder, _ = trained
     shutil.copytree(folder, tmp_path / "run")
-    model, _, _ = adapters_run.load(tmp_path / "run")
+    model, _ = adapters_run.load(tmp_path / "run")
     picture = tmp_path / "a.bmp"
     tiny.drawn((8, 8)).save(picture)
     steps = score.steps_of([evolve(talk("<image>\nq", "a"), images=(picture,))], model.cfg)
@@ -488,7 +489,7 @@ def test_a_registry_built_from_a_folder(trained, tmp_path, capsys):
         own = [x | {"images": [str(root / i) for i in x["images"]]} for x in held if x["task"] == task]
         (tmp_path / f"{task}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in own))
     new = str(tmp_path / "new.toml")
-    ask.manage(
+    registries.manage_registry(
         "build",
         new,
         path=str(folder / "adapters/{task}"),
@@ -499,14 +500,18 @@ def test_a_registry_built_from_a_folder(trained, tmp_path, capsys):
     assert "| xray | radiology | 2 |" in said  # the category from the samples
     assert "| fundus | ophthalmology | 2 |" in said
     about = {"name": "ct again", "description": "the same"}
-    ask.manage("add", new, path=str(folder / "adapters/ct"), samples=str(tmp_path / "ct.jsonl"), **about)
-    ask.manage("show", new, name="ct again")
+    registries.manage_registry(
+        "add", new, path=str(folder / "adapters/ct"), samples=str(tmp_path / "ct.jsonl"), **about
+    )
+    registries.manage_registry("show", new, name="ct again")
     said = capsys.readouterr().out
     assert "category: radiology" in said
     assert re.search(r"\| ct \| 0\.9|\| ct \| 1\.0", said)
     picture = next((place / "data").rglob("test/*.png"))
     given = {"images": [str(picture)], "mode": "mixture", "k": 2, "base": str(folder / "model")}
-    ask.ask("Where is the lesion?", adapters=new, **given, max_tokens=3, overrides=('dtype="float32"',))
+    questions.print_answer(
+        "Where is the lesion?", adapters=new, **given, max_tokens=3, overrides=('dtype="float32"',)
+    )
     said = capsys.readouterr().out
     assert "Similarity" in said
     assert "Research use only, not for diagnosis" in said
@@ -527,7 +532,7 @@ def test_a_registry_built_of_checkpoints_and_one_file_of_samples(trained, tmp_pa
         str(next((place / "data").rglob("train.jsonl"))),
     )
     given = {"path": pattern, "samples": samples, "base": str(folder / "model"), "overrides": ("dims=8",)}
-    ask.manage("build", str(tmp_path / "a/new.json"), **given)
+    registries.manage_registry("build", str(tmp_path / "a/new.json"), **given)
     said = capsys.readouterr().out
     assert "| ct | radiology | 2 |" in said
     assert "fundus" not in said
@@ -554,7 +559,9 @@ def test_a_run_is_asked_as_its_registry_is(trained, capsys):
         ({"k": 1}, "mixture", 1),
         ({"k": 0}, "bare", 0),
     ):
-        ask.ask("How many lesions are there?", run=str(folder), images=[picture], max_tokens=3, **given)
+        questions.print_answer(
+            "How many lesions are there?", run=str(folder), images=[picture], max_tokens=3, **given
+        )
         said = capsys.readouterr().out
         want = experts.ask_experts(
             of, "How many lesions are there?", [picture], mode=mode, cfg=RetrieveConfig(k=k), max_tokens=3
@@ -563,7 +570,7 @@ def test_a_run_is_asked_as_its_registry_is(trained, capsys):
         assert len(re.findall(r"^\| (ct|xray|fundus) \|", said, re.MULTILINE)) == k
         assert all(f"| {name} |" in said for name, *_ in want.adapters)
         assert "Research use only, not for diagnosis" in said
-    ask.ask(
+    questions.print_answer(
         "How many lesions are there?",
         run=str(folder),
         images=[picture],
@@ -606,7 +613,7 @@ def test_what_a_run_cannot_be_asked(trained, tmp_path, given, message):
     )
     given = {key: fill(v) if isinstance(v, str) else [fill(x) for x in v] for key, v in given.items()}
     with pytest.raises(ValueError, match=re.escape(message)):
-        ask.ask(**({"question": "q"} | given))
+        questions.print_answer(**({"question": "q"} | given))
 
 
 def test_a_run_that_is_not_trained_to_its_end_says_how_to_go_on(trained, tmp_path):
@@ -616,7 +623,7 @@ def test_a_run_that_is_not_trained_to_its_end_says_how_to_go_on(trained, tmp_pat
     with pytest.raises(
         ValueError, match=r"not trained to its end, it has no registry yet; `invoke train --exp .*` goes on"
     ):
-        ask.ask("q", run=str(work))
+        questions.print_answer("q", run=str(work))
 
 
 def test_one_key_of_lora_keeps_the_others(tmp_path):
@@ -711,7 +718,9 @@ def test_what_the_tasks_refuse(trained, tmp_path, given, message):
     ]
     before = (folder / "registry.toml").read_bytes()
     with pytest.raises(ValueError, match=re.escape(message)):
-        ask.manage(*said[:2], **dict(zip(("path", "samples", "name", "vector"), said[2:], strict=False)))
+        registries.manage_registry(
+            *said[:2], **dict(zip(("path", "samples", "name", "vector"), said[2:], strict=False))
+        )
     assert (folder / "registry.toml").read_bytes() == before
 
 
@@ -755,7 +764,7 @@ def test_an_adapter_of_another_model_is_named_before_anything_runs(trained, tmp_
     file = other / "adapters/fundus/adapter_model.safetensors"
     state = {k: t[:, :-1].contiguous() if "lora_A" in k else t for k, t in load_file(file).items()}
     save_file(state, file, {"format": "pt"})
-    model, params, _ = adapters_run.load(other)
+    model, params = adapters_run.load(other)
     with pytest.raises(ValueError, match=r"adapter 'fundus'"):
         tables.assess(model, params, adapters_run.read(model.cfg, "test"), tmp_path / "results", "x")
     assert not (tmp_path / "results").exists()
@@ -764,10 +773,10 @@ def test_an_adapter_of_another_model_is_named_before_anything_runs(trained, tmp_
 def test_labels_of_an_experiment(trained, monkeypatch, capsys):
     place, _, _ = trained
     monkeypatch.setattr(run, "RUNS", place / "runs")
-    run.labels(str(place / "toy.json"), number=1)
+    experiments.print_labels(str(place / "toy.json"), number=1)
     assert "«" in capsys.readouterr().out
     with pytest.raises(ValueError, match="sample must be below"):
-        run.labels(str(place / "toy.json"), number=9999)
+        experiments.print_labels(str(place / "toy.json"), number=9999)
 
 
 def test_a_registry_that_is_there_is_evaluated_at_once(trained, tmp_path, monkeypatch):
@@ -806,10 +815,10 @@ def test_a_registry_that_cannot_be_evaluated_is_refused_before_the_model_is_load
     with pytest.raises(ValueError, match="no/encoder is no folder here"):
         run.evaluate(str(tmp_path / "there.json"), log=lambda _: None)
     with pytest.raises(ValueError, match="no/encoder is no folder here"):
-        ask.ask("q", adapters=str(tmp_path / "run/registry.toml"))
+        questions.print_answer("q", adapters=str(tmp_path / "run/registry.toml"))
     about.write_text(whole[:-9])
     with pytest.raises(ValueError, match=r"embedder\.json is not JSON"):
-        ask.ask("q", adapters=str(tmp_path / "run/registry.toml"))
+        questions.print_answer("q", adapters=str(tmp_path / "run/registry.toml"))
     about.write_text(whole)
     file = tmp_path / "run/registry.toml"
     file.write_text(re.sub("embedder = .*", "", file.read_text(), count=1))
@@ -833,7 +842,7 @@ def test_questions_that_cannot_be_asked_are_refused_before_a_model_is_loaded(tra
             ({"own": "pet"}, "no adapter 'pet'"),
         ):
             with pytest.raises(ValueError, match=message):
-                ask.ask(**({"question": "q"} | of | given))
+                questions.print_answer(**({"question": "q"} | of | given))
 
 
 def test_data_cut_from_another_file_is_not_taken(tmp_path, monkeypatch):
@@ -867,7 +876,7 @@ def test_data_cut_from_another_file_is_not_taken(tmp_path, monkeypatch):
 def test_memory_of_base_and_adapter_is_told(trained, monkeypatch, capsys):
     place, _, _ = trained
     monkeypatch.setattr(run, "RUNS", place / "runs")
-    run.estimate(str(place / "toy.json"))
+    experiments.print_memory(str(place / "toy.json"))
     said = capsys.readouterr().out
     assert "stage base: whole" in said
     assert "stage adapter: lora" in said

@@ -16,6 +16,7 @@ from invoke import Collection, Program
 import tasks
 from medvl.base import config, files, processes, store
 from medvl.base.tree import flatten
+from medvl.commands import ct as ct_commands
 from medvl.components import encode
 from medvl.ct import ingest, pairs, preprocess
 from medvl.ct.volumes import FIELDS, SOURCE_FIELDS
@@ -107,9 +108,9 @@ def test_a_report_names_no_volume_unless_asked(place, trained, tmp_path):
     pictures = {what: (tmp_path / f"{what}.png").read_bytes() for what in sheets}
     assert pictures["rows"] != pictures["names"]
     assert (folder / "results/volumes.png").read_bytes() == pictures["rows"]
-    model, params, means = ct_clip_run.load(folder)
+    model, params = ct_clip_run.load(folder)
     named = evolve(model, cfg=evolve(cfg, evaluate=evolve(cfg.evaluate, names=True)))
-    ct_clip_run.assess(named, params, means, folder / "results-names", "x")
+    ct_clip_run.assess(named, params, folder / "results-names", "x")
     assert (folder / "results-names/volumes.png").read_bytes() == pictures["names"]
 
 
@@ -158,9 +159,13 @@ def test_one_scan_is_read_by_its_metadata_row(trained, tmp_path, capsys):
     found = ct_clip_run.look(folder, blank, (), table, ["spacing_from=metadata"])
     assert (found["volume"].hu_rule, found["volume"].intercept) == ("metadata", -1024.0)
     np.testing.assert_array_equal(found["volume"].voxels, expected["volume"].voxels)
-    run.classify(str(folder), str(blank), ["Lung nodule"], str(table), ["spacing_from=metadata"])
+    ct_commands.print_findings(
+        str(folder), str(blank), ["Lung nodule"], str(table), ["spacing_from=metadata"]
+    )
     assert "HU by metadata" in capsys.readouterr().out
-    run.embed(str(folder), str(blank), str(tmp_path / "e.npy"), str(table), ["spacing_from=metadata"])
+    ct_commands.embed_scan(
+        str(folder), str(blank), str(tmp_path / "e.npy"), str(table), ["spacing_from=metadata"]
+    )
     np.testing.assert_allclose(np.load(tmp_path / "e.npy"), expected["embedding"].numpy(), rtol=1e-6)
     with pytest.raises(ValueError, match="nothing says where its axes grow to"):
         ct_clip_run.look(folder, blank)
@@ -176,15 +181,15 @@ def test_one_scan_is_read_by_its_metadata_row(trained, tmp_path, capsys):
 
 
 def test_volumes_do_not_depend_on_their_neighbours(trained):
-    model, params, means = ct_clip_run.load(trained[1])
+    model, params = ct_clip_run.load(trained[1])
     of = ct_clip_run.volumes(model.cfg, "test")
-    whole = ct_clip_run.images(model, params, means, of, of.names)
-    single = torch.cat([ct_clip_run.images(model, params, means, of, [n]) for n in of.names])
+    whole = ct_clip_run.images(model, params, of, of.names)
+    single = torch.cat([ct_clip_run.images(model, params, of, [n]) for n in of.names])
     torch.testing.assert_close(whole, single, atol=1e-5, rtol=1e-5)
 
 
 def test_cached_features_are_the_slices_and_follow_the_weights(trained, tmp_path):
-    model, params, _ = ct_clip_run.load(trained[1])
+    model, params = ct_clip_run.load(trained[1])
     of = ct_clip_run.volumes(model.cfg, "valid")
     cache = cached_features(model, params, of, tmp_path)
     name = of.names[0]
@@ -200,7 +205,7 @@ def test_cached_features_are_the_slices_and_follow_the_weights(trained, tmp_path
 
 
 def test_features_of_a_scan_that_was_replaced_are_not_used(trained, tmp_path):
-    model, params, _ = ct_clip_run.load(trained[1])
+    model, params = ct_clip_run.load(trained[1])
     true = ct_clip_run.volumes(model.cfg, "valid")
     volumes = {n: (true.read(n), true.row(n)) for n in true.names[:2]}
     name = true.names[0]
@@ -233,7 +238,7 @@ def test_features_of_a_scan_that_was_replaced_are_not_used(trained, tmp_path):
 
 def test_another_run_waits_for_the_cache(trained, tmp_path, caplog):
     """What two runs over one cache meet: the one that comes second waits, and computes nothing again."""
-    model, params, _ = ct_clip_run.load(trained[1])
+    model, params = ct_clip_run.load(trained[1])
     volumes = ct_clip_run.volumes(model.cfg, "valid")
     with ThreadPoolExecutor(3) as pool:
         runs = [pool.submit(cached_features, model, params, volumes, tmp_path) for _ in range(3)]
@@ -251,7 +256,7 @@ def test_a_frozen_encoder_trains_from_the_cache(trained, monkeypatch):
     cfg, folder = run.resolve("ctclip_phantom", (*SET, stage))
     asked, read = [], store.Store.read
     monkeypatch.setattr(store.Store, "read", lambda self, *a: asked.append(self.path.name) or read(self, *a))
-    _, params, _ = ct_clip_run.fit(cfg, folder, log=lambda line: None)
+    _, params = ct_clip_run.fit(cfg, folder, log=lambda line: None)
     first = ct_clip.init(cfg, folder)[1]
     state = states.read_state(folder / "0-words/last.pt")
     assert not [n for n in flatten(state.params) if n.startswith("vit/")]
@@ -386,8 +391,8 @@ def test_intervals_resample_patients_whatever_they_are_called(trained, tmp_path)
     cfg = _with_tables(plain, tmp_path, named)
     cfg = evolve(cfg, data=evolve(cfg.data, patient_column="PatientID"))
     ct_clip_run.check_labels(cfg)
-    model, params, means = ct_clip_run.load(trained[1])
-    rows, _ = ct_clip_run.assess(evolve(model, cfg=cfg), params, means, trained[1] / "results-patients", "x")
+    model, params = ct_clip_run.load(trained[1])
+    rows, _ = ct_clip_run.assess(evolve(model, cfg=cfg), params, trained[1] / "results-patients", "x")
     assert {r.extra["patients"] for r in rows if r.what == "auroc"} == {2}
     assert "PatientID" not in {r.subject for r in rows}
 
@@ -465,10 +470,10 @@ def test_whitening_starts_the_run_and_is_kept_by_it(trained, tmp_path):
         train=evolve(cfg.train, stages=(evolve(cfg.train.stages[0], steps=1, lr=1e-9),)),
     )
     (tmp_path / "config.json").write_text(json.dumps(config.unstructure(cfg)))
-    _, params, _ = ct_clip_run.fit(cfg, tmp_path, log=lambda line: None)
+    _, params = ct_clip_run.fit(cfg, tmp_path, log=lambda line: None)
     name = "embeddings.patch_embeddings.projection.weight"
     assert not torch.allclose(params["vit"][name], ct_clip.init(cfg, tmp_path)[1]["vit"][name], atol=0.01)
-    _, again, _ = ct_clip_run.load(tmp_path)
+    _, again = ct_clip_run.load(tmp_path)
     assert torch.equal(again["vit"][name], params["vit"][name])
     frozen = evolve(cfg, train=evolve(cfg.train, stages=(evolve(cfg.train.stages[0], train=("fuse/.*",)),)))
     with pytest.raises(ValueError, match=r"vit\.whiten: a stage must train vit/embeddings\.patch"):
@@ -578,7 +583,7 @@ def test_a_store_of_other_settings_is_refused(trained):
 
 
 def test_labels_without_volumes_are_counted(trained, caplog, tmp_path):
-    model, params, means = ct_clip_run.load(trained[1])
+    model, params = ct_clip_run.load(trained[1])
     cfg = model.cfg
     table = ct_clip_run.path(cfg, "labels", "test").read_text()
     first = table.splitlines()[1]
@@ -587,13 +592,13 @@ def test_labels_without_volumes_are_counted(trained, caplog, tmp_path):
     )
     model = evolve(model, cfg=evolve(cfg, data=evolve(cfg.data, labels=str(tmp_path / "{split}_labels.csv"))))
     with caplog.at_level(logging.WARNING):
-        ct_clip_run.score_split(model, params, means, "test")
+        ct_clip_run.score_split(model, params, "test")
     assert "1 labels have no volume, 0 volumes no label" in caplog.text
 
 
 def test_split_cuts_all_tables_alike(place, trained, tmp_path, capsys):
     source = next(Path("data").glob("phantoms-*"))
-    run.split(
+    ct_commands.split_tables(
         str(source / "train_labels.csv"), str(tmp_path), "a=0.5,b=0.5", 0, [str(source / "train_reports.csv")]
     )
     read = lambda part: [r["VolumeName"] for r in files.read_csv(tmp_path / f"{part}.csv")]
@@ -602,7 +607,7 @@ def test_split_cuts_all_tables_alike(place, trained, tmp_path, capsys):
     assert not {n.split("_")[1] for n in names["a_labels"]} & {n.split("_")[1] for n in names["b_labels"]}
     for sizes in ("half", "a=1,a=1", "../a=1,b=1"):
         with pytest.raises(ValueError, match="sizes must"):
-            run.split(str(source / "train_labels.csv"), str(tmp_path / "sizes"), sizes, 0)
+            ct_commands.split_tables(str(source / "train_labels.csv"), str(tmp_path / "sizes"), sizes, 0)
 
 
 def _patients_table(path, column=False):
@@ -625,7 +630,7 @@ def test_split_replaces_no_file(tmp_path):
     with pytest.raises(
         ValueError, match=r"valid_predicted_labels.csv exists and is not replaced; name another folder"
     ):
-        run.split(labels, str(tmp_path), "valid=550,test=2489", 0, pattern="(P[0-9]+)_")
+        ct_commands.split_tables(labels, str(tmp_path), "valid=550,test=2489", 0, pattern="(P[0-9]+)_")
     assert Path(labels).read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["valid_predicted_labels.csv"]  # nothing was begun
 
@@ -636,10 +641,12 @@ def test_split_refuses_two_tables_for_one_file_and_a_foreign_table(tmp_path):
     for table in tables:
         Path(table).write_text("VolumeName,Findings_EN\nP000_CT0.nii.gz,Clear.\n")
     with pytest.raises(ValueError, match="two of these would be cut into"):
-        run.split(labels, str(tmp_path / "out"), "a=1,b=1", 0, tables, pattern="(P[0-9]+)_")
+        ct_commands.split_tables(labels, str(tmp_path / "out"), "a=1,b=1", 0, tables, pattern="(P[0-9]+)_")
     Path(tables[0]).write_text("VolumeName,Findings_EN\nother.nii.gz,Clear.\n")
     with pytest.raises(ValueError, match="none of its 1 rows is about a volume of"):
-        run.split(labels, str(tmp_path / "out"), "a=1,b=1", 0, tables[:1], pattern="(P[0-9]+)_")
+        ct_commands.split_tables(
+            labels, str(tmp_path / "out"), "a=1,b=1", 0, tables[:1], pattern="(P[0-9]+)_"
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -648,7 +655,7 @@ def test_split_keeps_patients_whole_who_are_named_in_other_ways(tmp_path, caplog
     labels = _patients_table(tmp_path / "all_labels.csv", column=rule == "column")
     tables = [_patients_table(tmp_path / "all_metadata.csv", column=True)] if rule == "metadata" else []
     how = {"pattern": "(P[0-9]+)_"} if rule == "pattern" else {"patient": "PatientID"}
-    run.split(labels, str(tmp_path / "out"), "a=0.3,b=0.7", 0, tables, **how)
+    ct_commands.split_tables(labels, str(tmp_path / "out"), "a=0.3,b=0.7", 0, tables, **how)
     parts = [
         {r["VolumeName"].split("_")[0] for r in files.read_csv(tmp_path / f"out/{p}_labels.csv")}
         for p in "ab"
@@ -660,7 +667,9 @@ def test_split_keeps_patients_whole_who_are_named_in_other_ways(tmp_path, caplog
 
 
 def test_split_says_when_every_volume_counts_as_a_patient(tmp_path, caplog):
-    run.split(_patients_table(tmp_path / "all_labels.csv"), str(tmp_path / "out"), "a=1,b=1", 0)
+    ct_commands.split_tables(
+        _patients_table(tmp_path / "all_labels.csv"), str(tmp_path / "out"), "a=1,b=1", 0
+    )
     assert "240 of 240 volumes are not named as in CT-RATE" in caplog.text
     assert "P000" not in caplog.text  # no name of a volume in a log
 
@@ -670,11 +679,11 @@ def test_an_output_that_is_an_input_is_refused(tmp_path):
     table.write_text("name,path,reason\na,a.nii.gz,none\n")
     before = table.read_bytes()
     with pytest.raises(ValueError, match="writes its rejected scans there"):
-        run.preprocess(str(table), str(tmp_path / "train.h5"), "", (), "", 1, "")
+        ct_commands.fill_store(str(table), str(tmp_path / "train.h5"), "", (), "", 1, "")
     with pytest.raises(ValueError, match=r"sheet must end in .png"):
-        run.preprocess(str(tmp_path), str(tmp_path / "train.h5"), "", (), "", 1, str(table))
+        ct_commands.fill_store(str(tmp_path), str(tmp_path / "train.h5"), "", (), "", 1, str(table))
     with pytest.raises(ValueError, match=r"out must end in .npy"):
-        run.embed("runs/x", "scan.nii.gz", "scan.nii.gz")
+        ct_commands.embed_scan("runs/x", "scan.nii.gz", "scan.nii.gz")
     assert table.read_bytes() == before
 
 

@@ -11,15 +11,18 @@ import pytest
 import torch
 
 from medvl.base import config, files
+from medvl.commands import experiments, questions
 from medvl.components import compress
 from medvl.components.project import ProjectConfig, init_project
 from medvl.components.slots import CompressConfig
 from medvl.language.encoding import IGNORE
 from medvl.slides.reference_files import write_compressor
-from medvl.systems import ask, run
+from medvl.systems import run
 from medvl.systems.slide_vqa import model as slide_vqa
 from medvl.systems.slide_vqa import run as slide_vqa_run
+from medvl.systems.slide_vqa.ask import ask as ask_slide
 from medvl.systems.slide_vqa.model import Config
+from medvl.systems.system import Question
 from medvl.training import states
 from tests.systems.slide_vqa.test_run import MODEL
 
@@ -573,7 +576,9 @@ def test_bad_questions_to_a_run(trained, tmp_path, slide, question, most, messag
     place, folder = trained
     slide = slide(tmp_path) if slide else place / "data/features/A0.npy"
     with pytest.raises(ValueError, match=message):
-        ask.ask_slide(str(slide), question, str(folder), str(tmp_path / "maps"), most)
+        ask_slide(
+            folder, Question(text=question, slide=str(slide), out=str(tmp_path / "maps"), max_tokens=most)
+        )
     assert not (tmp_path / "maps").exists()
     check_kept(folder)
 
@@ -583,7 +588,7 @@ def test_an_offset_that_is_none(trained, tmp_path):
     with pytest.raises(
         ValueError, match=r"ask: --offset must be x,y in level-0 pixels, such as 12288,2048, got '5'"
     ):
-        ask.ask(
+        questions.print_answer(
             "q",
             slide=str(place / "data/features/A0.npy"),
             run=str(folder),
@@ -625,8 +630,11 @@ def test_runs_that_cannot_be_asked(trained, tmp_path, edit, message):
     place, folder = trained
     edit(shutil.copytree(folder, tmp_path / "copy"))
     with pytest.raises(ValueError, match=message):
-        ask.ask_slide(
-            str(place / "data/features/A0.npy"), "q", str(tmp_path / "copy"), str(tmp_path / "maps"), 2
+        ask_slide(
+            tmp_path / "copy",
+            Question(
+                text="q", slide=str(place / "data/features/A0.npy"), out=str(tmp_path / "maps"), max_tokens=2
+            ),
         )
     assert not (tmp_path / "maps").exists()
 
@@ -646,12 +654,14 @@ NOT_ASKED = [
 def test_what_a_slide_cannot_be_asked_with(trained, given, message):
     given = {key: str(trained[1]) if value == "{run}" else value for key, value in given.items()}
     with pytest.raises(ValueError, match=message):
-        ask.ask("Which grade?", **given)
+        questions.print_answer("Which grade?", **given)
 
 
 def test_a_run_answers_about_a_slide_of_its_features(trained, tmp_path, capsys):
     _, folder = trained
-    ask.ask("What is seen?", run=str(folder / "config.json"), slide="A0", out=str(tmp_path), max_tokens=2)
+    questions.print_answer(
+        "What is seen?", run=str(folder / "config.json"), slide="A0", out=str(tmp_path), max_tokens=2
+    )
     assert f"map: {tmp_path}/A0" in capsys.readouterr().out
 
 
@@ -695,7 +705,7 @@ def test_labels_count_the_tokens_of_the_compressors_file(place, capsys):
     counts = []
     for change in ({}, {"pretrain": {"file": str(place / "data/x.pt")}}):
         (place / "toy.json").write_text(json.dumps(record(place / "data", **change, compress__top_k=1)))
-        run.labels(str(place / "toy.json"), (), 0)
+        experiments.print_labels(str(place / "toy.json"), (), 0)
         counts.append(int(re.search(r"<\|image_pad\|> x (\d+)", capsys.readouterr().out)[1]))
         cfg = config.load_record(place / "toy.json", Config)
         assert slide_vqa_run.memory(cfg, place / "runs" / "x")
@@ -705,7 +715,7 @@ def test_labels_count_the_tokens_of_the_compressors_file(place, capsys):
 def test_a_sample_that_is_not_there(place):
     (place / "toy.json").write_text(json.dumps(record(place / "data")))
     with pytest.raises(ValueError, match=r"labels: sample must be below 8, got 8"):
-        run.labels(str(place / "toy.json"), (), 8)
+        experiments.print_labels(str(place / "toy.json"), (), 8)
 
 
 # Nothing to learn -----------------------------------------------------------------------------------------------------------------------
@@ -729,7 +739,7 @@ def test_a_conversation_without_a_trained_token_is_left_out_and_told(place, trai
         in caplog.text
     )
     _, folder = trained
-    model, params, _ = slide_vqa_run.load(folder)
+    model, params = slide_vqa_run.load(folder)
     data = slide_vqa.encode(model, read)
     assert data.refused == 1
     assert "1 of 3 conversations do not fit the context of 160 tokens" in caplog.text

@@ -158,7 +158,7 @@ def fitted(kind, place, out):
 
     compressed = mock.patch.object(compress, "compress_stream", wraps=compress.compress_stream)
     with mock.patch.object(stages, "make_optimizer", counting), compressed as seen:
-        model, params, _ = slide_vqa_run.fit(cfg, out, lambda _: None)
+        model, params = slide_vqa_run.fit(cfg, out, lambda _: None)
     if processes.rank() == 0:
         (out / "config.json").write_text(json.dumps(config.unstructure(cfg)))
         return held, skeletons.weights_digest(params), answers(model, params, out), seen.call_count
@@ -323,7 +323,7 @@ def test_losses_of_the_steps_are_those_of_one_process(place, two, kind, most):
 
 @pytest.mark.parametrize("kind", RUNS)
 def test_one_process_opens_what_two_wrote(place, one, two, kind):
-    model, params, _ = slide_vqa_run.load(place / "two" / kind)
+    model, params = slide_vqa_run.load(place / "two" / kind)
     _, digest, said, _ = two[0][1][kind]
     assert skeletons.weights_digest(params) == digest
     assert answers(model, params, place / "two" / kind) == said == one[1][kind][2]

@@ -145,7 +145,7 @@ def test_the_same_bits_after_a_stop(trained, monkeypatch):
 
 def test_the_compressor_stays_as_it_was_and_tokens_are_kept(trained):
     _, folder, _ = trained
-    model, params, _ = slide_vqa_run.load(folder)
+    model, params = slide_vqa_run.load(folder)
     assert not any(n.startswith("compressor") for n in flatten(params))
     held = slide_vqa_run.read(model.cfg, "test")
     of = open_features(slide_vqa.path(model.cfg, "features"), slide_vqa_run.slides_of(held))
@@ -211,7 +211,7 @@ def test_a_slide_is_asked_by_its_name_or_out_of_a_store(trained, tmp_path):
 
 def test_a_token_is_worth_what_the_answer_loses_without_it(trained):
     _, folder, _ = trained
-    model, params, _ = slide_vqa_run.load(folder)
+    model, params = slide_vqa_run.load(folder)
     talk = slide_vqa_run.read(model.cfg, "questions")[0]
     tokens = slide_vqa_run.tokens_of(model, folder, [talk])
     mean, said = slide_vqa_run.mean_token(folder, model), "B. Stroma"
@@ -297,7 +297,7 @@ def test_a_conversation_that_cannot_be_encoded_is_named(trained):
 
 def test_slides_of_other_questions(trained):
     _, folder, _ = trained
-    model, _, _ = slide_vqa_run.load(folder)
+    model, _ = slide_vqa_run.load(folder)
     held = slide_vqa_run.read(model.cfg, "test")
     names = slide_vqa_run.slides_of(held)
     other = slide_vqa_run._shuffled(held, 0, names)
@@ -308,7 +308,7 @@ def test_slides_of_other_questions(trained):
 def test_a_control_shows_no_slide_without_features(trained):
     """What is then not answered would count as wrong, and the control would look worse than it is."""
     _, folder, _ = trained
-    model, _, _ = slide_vqa_run.load(folder)
+    model, _ = slide_vqa_run.load(folder)
     held = slide_vqa_run.read(model.cfg, "test")
     gone, *there = slide_vqa_run.slides_of(held)
     other = slide_vqa_run._shuffled(held, 0, there)
@@ -333,7 +333,7 @@ def test_patients_that_were_trained_on_are_said(trained, tmp_path, caplog):
 
 def test_a_question_without_features_counts_as_wrong(trained, tmp_path):
     _, folder, _ = trained
-    model, params, _ = slide_vqa_run.load(folder)
+    model, params = slide_vqa_run.load(folder)
     table = slide_vqa.path(model.cfg, "test").read_text().splitlines()
     names = {t.slides[0] for t in slide_vqa_run.read(model.cfg, "test")}
     gone = sorted(names)[0]
@@ -353,7 +353,7 @@ def test_a_question_without_features_counts_as_wrong(trained, tmp_path):
 def test_features_of_another_encoder_are_refused(trained, tmp_path):
     """They have the width that the run was trained on, so nothing else would notice."""
     place, folder, _ = trained
-    model, _, _ = slide_vqa_run.load(folder)
+    model, _ = slide_vqa_run.load(folder)
     (features,) = {p.parent for p in (place / "data").rglob("*.h5")}
     trained_on = json.loads((folder / "encoder.json").read_text())
     shutil.copytree(features, tmp_path / "other")
@@ -372,7 +372,7 @@ def test_features_of_another_encoder_are_refused(trained, tmp_path):
 
 def test_captions_and_open_questions_leave_every_prediction(trained, tmp_path):
     _, folder, _ = trained
-    model, params, _ = slide_vqa_run.load(folder)
+    model, params = slide_vqa_run.load(folder)
     slides = slide_vqa_run.slides_of(slide_vqa_run.read(model.cfg, "test"))
     asked = [
         {"slide_id": s, "question": "Is there fat?", "answer": a}
@@ -405,7 +405,7 @@ def test_captions_and_open_questions_leave_every_prediction(trained, tmp_path):
 def test_closed_questions_by_likelihood_beside_open_ones_by_text(trained):
     """One open question in a batch must not turn the closed ones beside it into text."""
     _, folder, _ = trained
-    model, params, _ = slide_vqa_run.load(folder)
+    model, params = slide_vqa_run.load(folder)
     closed = slide_vqa_run.read(model.cfg, "test")[:4]
     open_ = evolve(slide_vqa_run.read(model.cfg, "captions")[0], choices={})
     tokens = slide_vqa_run.tokens_of(model, folder, [*closed, open_])
@@ -423,7 +423,7 @@ def test_closed_questions_by_likelihood_beside_open_ones_by_text(trained):
 
 def test_answers_of_earlier_batches_are_kept_where_a_later_one_fails(trained, tmp_path, monkeypatch):
     _, folder, _ = trained
-    model, params, _ = slide_vqa_run.load(folder)
+    model, params = slide_vqa_run.load(folder)
     talks = slide_vqa_run.read(model.cfg, "test")[:5]
     model = evolve(model, cfg=evolve(model.cfg, evaluate=evolve(model.cfg.evaluate, batch=2)))
     tokens = slide_vqa_run.tokens_of(model, folder, talks)

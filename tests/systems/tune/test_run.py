@@ -13,11 +13,12 @@ from PIL import Image
 from medvl.base import config
 from medvl.base.config import ConfigError
 from medvl.base.tree import flatten, merge_trees, split_tree
+from medvl.commands import experiments, questions
 from medvl.hub import saving, skeletons
 from medvl.language import chat, system, vision, vlm
 from medvl.language.conversations import Conversation
 from medvl.phantoms import pictures
-from medvl.systems import ask, run
+from medvl.systems import run
 from medvl.systems.tune import run as tune_run
 from medvl.systems.tune.record import Config
 from medvl.training import loop, states
@@ -118,7 +119,7 @@ def test_a_run_from_pictures_to_a_report(tmp_path, monkeypatch, capsys):
     asked = line["messages"][0]["content"].removeprefix("<image>\n")
     image = str(next((tmp_path / "data").rglob("test.jsonl")).parent / line["images"][0])
     capsys.readouterr()
-    ask.ask(asked, run=str(folder), images=[image], max_tokens=4)
+    questions.print_answer(asked, run=str(folder), images=[image], max_tokens=4)
     assert capsys.readouterr().out.startswith(
         answers[0]["answer"].strip() + "\n"
     )  # the answer that the evaluation kept
@@ -128,11 +129,11 @@ def test_a_run_from_pictures_to_a_report(tmp_path, monkeypatch, capsys):
         ({"images": [str(tmp_path / "no.png")]}, r"no\.png"),
     ):
         with pytest.raises(ValueError, match=message):
-            ask.ask("q", run=str(folder), **given)
+            questions.print_answer("q", run=str(folder), **given)
     (folder / "1-lora/best.pt").unlink(missing_ok=True)
     (folder / "1-lora/last.pt").unlink()
     with pytest.raises(ValueError, match=r"1-lora/last\.pt: no such checkpoint; train first"):
-        ask.ask("q", run=str(folder), images=[image])
+        questions.print_answer("q", run=str(folder), images=[image])
 
 
 def test_a_run_leaves_what_transformers_and_peft_open(tmp_path):
@@ -141,7 +142,7 @@ def test_a_run_leaves_what_transformers_and_peft_open(tmp_path):
 
     cfg = built(tmp_path)
     lines = list[str]()
-    model, params, _ = tune_run.fit(cfg, tmp_path / "run", lines.append)
+    model, params = tune_run.fit(cfg, tmp_path / "run", lines.append)
     assert [line for line in lines if str(tmp_path / "run/model") in line]
     base = AutoModelForImageTextToText.from_pretrained(tmp_path / "run/model").eval()
     peer = peft.PeftModel.from_pretrained(base, str(tmp_path / "run/adapter"))
@@ -192,21 +193,21 @@ def test_an_adapter_on_a_named_model_leaves_the_adapter_alone(tmp_path):
 def test_labels_and_estimate_of_an_experiment(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "RUNS", tmp_path / "runs")
     (tmp_path / "toy.json").write_text(json.dumps(record(tmp_path)))
-    run.labels(str(tmp_path / "toy.json"), number=2)
+    experiments.print_labels(str(tmp_path / "toy.json"), number=2)
     said = capsys.readouterr().out
     answer = json.loads((next((tmp_path / "data").iterdir()) / "train.jsonl").read_text().splitlines()[2])[
         "messages"
     ][1]["content"]
     assert f"« {answer.lower()}<|im_end|>»" in said
     assert "<|image_pad|> x 4" in said
-    run.estimate(str(tmp_path / "toy.json"))
+    experiments.print_memory(str(tmp_path / "toy.json"))
     said = capsys.readouterr().out
     assert said.count("at the peak") == 2
     assert "frozen weights" in said
-    run.estimate(str(tmp_path / "toy.json"), processes=2)
+    experiments.print_memory(str(tmp_path / "toy.json"), processes=2)
     assert capsys.readouterr().out.count("each of 2 processes:") == 2
     with pytest.raises(ValueError, match="labels: sample must be below 12, got 12"):
-        run.labels(str(tmp_path / "toy.json"), number=12)
+        experiments.print_labels(str(tmp_path / "toy.json"), number=12)
 
 
 # Pieces ---------------------------------------------------------------------------------------------------------------------------------
@@ -532,7 +533,7 @@ def test_what_was_answered_is_kept_when_a_later_batch_fails(tmp_path, monkeypatc
         tmp_path, [{"query": f"q {i}", "response": "a"} | ({"category": "x"} if i else {}) for i in range(5)]
     )
     cfg = config.structure(raw, Config, "test")
-    model, params, _ = tune_run.fit(cfg, tmp_path / "run", lambda _: None)
+    model, params = tune_run.fit(cfg, tmp_path / "run", lambda _: None)
     real, calls = chat.generate_answers, []
 
     def answer(*args, fail_at=0, **settings):
@@ -545,18 +546,18 @@ def test_what_was_answered_is_kept_when_a_later_batch_fails(tmp_path, monkeypatc
         calls.clear()
         monkeypatch.setattr(chat, "generate_answers", partial(answer, fail_at=2))
         with pytest.raises(FloatingPointError):
-            tune_run.assess(model, params, {}, home, "x")
+            tune_run.assess(model, params, home, "x")
         calls.clear()
         monkeypatch.setattr(chat, "generate_answers", answer)
         (unfinished,) = home.glob("answers-*.unfinished.jsonl")
         return unfinished
 
-    tune_run.assess(model, params, {}, tmp_path / "whole", "x")
+    tune_run.assess(model, params, tmp_path / "whole", "x")
     home = tmp_path / "run/results"
     unfinished = interrupted(home)
     kept = [json.loads(line) for line in unfinished.read_text().splitlines()]
     assert [line["row"] for line in kept] == [0, 1, 2]
-    rows, _ = tune_run.assess(model, params, {}, home, "x")
+    rows, _ = tune_run.assess(model, params, home, "x")
     assert len(calls) == 1  # the second batch alone
     assert (home / "answers.jsonl").read_bytes() == (tmp_path / "whole/answers.jsonl").read_bytes()
     lines = [json.loads(line) for line in (home / "answers.jsonl").read_text().splitlines()]
@@ -746,7 +747,7 @@ def test_data_that_is_not_there_or_does_not_fit(tmp_path):
     with pytest.raises(
         ValueError, match="ct_clip experiment; only systems that train a language model have labels"
     ):
-        run.labels(str(Path(__file__).parents[3] / "experiments/ctclip_phantom.toml"))
+        experiments.print_labels(str(Path(__file__).parents[3] / "experiments/ctclip_phantom.toml"))
 
 
 # Drawn pictures -------------------------------------------------------------------------------------------------------------------------
@@ -803,7 +804,7 @@ def test_counts_are_told_before_training(tmp_path):
 def test_any_pattern_that_matches_an_adapter_makes_and_trains_it(pattern, tmp_path):
     stages = [{"name": "both", "steps": 2, "lr": 1e-2, "train": [pattern]}]
     cfg = built(tmp_path, train__stages=stages)
-    model, params, _ = tune_run.fit(cfg, tmp_path / "run", lambda _: None)
+    model, params = tune_run.fit(cfg, tmp_path / "run", lambda _: None)
     assert model.adapter is not None
     assert len(params["lora"]) == 2 * MODEL["text_config"]["num_hidden_layers"]
     assert all(f["b"].abs().max() > 0 for f in params["lora"].values())  # it starts at zero

@@ -1,0 +1,124 @@
+"""A registry made from adapters and samples of what each was trained on."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Generator
+
+from medvl.adapters import embed, head, registry, retrieve
+from medvl.adapters.embed import Embedder
+from medvl.adapters.head import RetrieverConfig
+from medvl.adapters.registry import AdapterRecord, Registry
+from medvl.base import config, files
+from medvl.language.conversations import Conversation
+
+_log = logging.getLogger("medvl")
+
+
+def build_registry(
+    path: Path,
+    paths: Mapping[str, str],
+    samples: Mapping[str, Sequence[Conversation]],
+    cfg: embed.EmbedConfig,
+    *,
+    base: str = "",
+    categories: Mapping[str, str] | None = None,
+    num_samples: int = 20,
+    retriever: RetrieverConfig = RetrieverConfig(kind="none"),
+    seed: int = 0,
+    log: Callable[[str], None] = print,
+) -> Path:
+    """Write the registry of adapters: the vector of each is the mean embedding of some samples of what it was trained on.
+
+    Args:
+        path: of the registry's file to write.
+        paths: {adapter: its folder, relative to the registry's}.
+        samples: {adapter: conversations of its training split}.
+        cfg: the embedder; "local" is fitted on these samples, anything else is opened.
+        base: hub name or folder of the model that all adapters were trained on.
+        categories: {adapter: its group of similar adapters}.
+        num_samples: so many of an adapter's samples, drawn at random, are embedded.
+        retriever: the map on the embeddings that brings samples of one adapter together.
+    Raises:
+        ValueError: an adapter without samples, or none at all; as `registry.add_adapters`.
+    """
+    missing = [name for name in paths if not samples.get(name)]
+    if missing:
+        raise ValueError(
+            f"{path}: no samples for {', '.join(missing)}; every adapter needs some of what it was trained on"
+        )
+    for name in paths:
+        files.check_name(name, f"{path}: the adapter")
+    chosen = {name: draw_samples(samples[name], num_samples, seed + i) for i, name in enumerate(paths)}
+    texts, images, names = [], [], []
+    for name, conversations in chosen.items():
+        for conversation in conversations:
+            text, pictures = query_of(conversation)
+            texts.append(text)
+            images.append(pictures)
+            names.append(name)
+
+    embedder = embed.fit_local(cfg, texts, images) if cfg.kind == "local" else embed.open_embedder(cfg)
+    vectors = embed.embed_queries(embedder, texts, images)
+    trained_head = head.head_of(retriever, vectors, names)
+    if trained_head is not None:
+        embedder = embed.with_head(embedder, trained_head)
+        vectors = embed.embed_queries(embedder, texts, images)
+
+    # Named by its content: one that a killed run has left is found again, and that of another registry stays.
+    folder = f"embedder-{config.record_digest(embedder.name)}"
+    if not (path.parent / folder).exists():
+        embed.save_embedder(embedder, path.parent / folder)
+    records = []
+    for name, adapter_folder in paths.items():
+        rows = [i for i, row_name in enumerate(names) if row_name == name]
+        record = AdapterRecord(
+            name=name,
+            path=adapter_folder,
+            vector="",
+            category=(categories or {}).get(name, ""),
+            samples=len(chosen[name]),
+            embedder=embedder.name,
+        )
+        records.append((record, retrieve.adapter_vector(vectors[rows])))
+    registry.add_adapters(path, Registry(base=base, embedder=folder), records)
+    log(f"registry of {len(paths)} adapters: {path}; vectors by {embedder.name}")
+    return path
+
+
+def embed_samples(
+    embedder: Embedder, samples: Sequence[Conversation], num_samples: int = 20, seed: int = 0
+) -> tuple[torch.Tensor, int]:
+    """(vector [d] of an adapter that was trained on these samples, how many were embedded)."""
+    chosen = draw_samples(samples, num_samples, seed)
+    queries = [query_of(conversation) for conversation in chosen]
+    vectors = embed.embed_queries(embedder, [text for text, _ in queries], [images for _, images in queries])
+    return retrieve.adapter_vector(vectors), len(chosen)
+
+
+def draw_samples(samples: Sequence[Conversation], num_samples: int, seed: int) -> list[Conversation]:
+    """So many of the samples at random, in their order; all of them where there are no more."""
+    chosen = torch.randperm(len(samples), generator=Generator().manual_seed(seed))[:num_samples]
+    return [samples[i] for i in sorted(chosen.tolist())]
+
+
+def query_of(conversation: Conversation) -> tuple[str, tuple[Path, ...]]:
+    """What is embedded of a conversation: the user's first text, and its images."""
+    first = next(message["content"] for message in conversation.messages if message["role"] == "user")
+    return first, conversation.images[: first.count("<image>")]
+
+
+def category_of(name: str, samples: Sequence[Conversation], key: str = "category") -> str:
+    """The category that an adapter's samples say, the commonest of them; "" where none says any."""
+    counts = Counter(str(sample.extra[key]) for sample in samples if sample.extra.get(key))
+    if not counts:
+        return ""
+    commonest, _ = counts.most_common(1)[0]
+    if len(counts) > 1:
+        _log.warning(
+            "%s: its samples have %d categories, the commonest is taken: %s", name, len(counts), commonest
+        )
+    return commonest

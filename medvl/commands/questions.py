@@ -1,0 +1,100 @@
+"""`invoke ask`: one question to a trained run, or to a registry of adapters."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from medvl.base import config
+from medvl.evaluation import report
+from medvl.systems.adapters.ask import ask_registry
+from medvl.systems.run import find_system
+from medvl.systems.system import Question
+
+REGISTRY_TAKES = ("--image", "--mode", "-k", "--own", "--base", "--set")
+
+
+def print_answer(
+    text: str,
+    *,
+    adapters: str = "",
+    run: str = "",
+    slide: str = "",
+    images: Sequence[str] = (),
+    mode: str = "",
+    k: int = -1,
+    own: str = "",
+    base: str = "",
+    out: str = "maps",
+    max_tokens: int = 256,
+    offset: str = "",
+    overrides: Sequence[str] = (),
+) -> None:
+    """Print the answer of a registry of adapters, or of a run of any system that answers questions, and where it came from.
+
+    Args:
+        text: the question.
+        adapters: a registry of adapters.
+        run: the folder of a run, or its config.json.
+        mode: how adapters are combined; "" is "mixture".
+        k: adapters at most; -1 is the run's `retrieve.k` (of a registry 3).
+        own: the adapter of mode "oracle".
+        base: the model of a registry.
+    Raises:
+        ValueError: neither or both of a registry and a run; a run that answers no questions; an option that it does not take; as what
+            answers.
+    """
+    if bool(adapters) == bool(run):
+        raise ValueError(
+            "ask: needs either --adapters REGISTRY (with --image), or --run RUN (with --image, or with --slide)"
+        )
+    if max_tokens < 1:
+        raise ValueError(f"ask: --max-tokens must be 1 or more, got {max_tokens}")
+    given = {
+        "--image": images,
+        "--slide": slide,
+        "--mode": mode,
+        "-k": k >= 0,
+        "--own": own,
+        "--base": base,
+        "--set": overrides,
+        "--offset": offset,
+    }
+    flags = [flag for flag, value in given.items() if value]
+    question = Question(
+        text=text,
+        images=tuple(images),
+        slide=slide,
+        mode=mode or "mixture",
+        k=k,
+        adapter=own,
+        out=out,
+        offset=offset,
+        max_tokens=max_tokens,
+        overrides=tuple(overrides),
+    )
+    if adapters:
+        _check_question(question, flags, f"{adapters} (a registry)", REGISTRY_TAKES)
+        answer = ask_registry(adapters, question, base)
+    else:
+        folder = config.run_folder(run)
+        name = config.system_of(folder)
+        system = find_system(name)
+        if system.ask is None:
+            raise ValueError(
+                f"ask: {run} is a {name} run, which does not answer questions; `invoke classify` tells findings"
+            )
+        _check_question(question, flags, f"{run} ({name})", system.takes)
+        answer = system.ask(folder, question)
+    print(answer)
+    print(report.NOTICE)
+
+
+def _check_question(question: Question, flags: Sequence[str], where: str, takes: Sequence[str]) -> None:
+    """Raise at options that what is asked does not take, and at texts and images that are none."""
+    wrong = [flag for flag in flags if flag not in takes]
+    if wrong:
+        raise ValueError(f"ask: {where} takes {' and '.join(takes)}, not {wrong[0]}")
+    if not question.text.strip():
+        raise ValueError("ask: the question must have text, got none")
+    missing = [image for image in question.images if not Path(image).is_file()]
+    if missing:
+        raise ValueError(f"ask: {missing[0]}: there is no such image")

@@ -1,0 +1,66 @@
+"""`invoke slides`: patch features audited before training, or packed into one store."""
+
+from collections.abc import Sequence
+
+from medvl.base import files
+from medvl.slides import check, pack
+from medvl.slides.names import feature_files
+from medvl.slides.questions import audit_slide_conversations
+
+_SHOWN = 10  # faulty records that are printed of each file
+
+
+def check_or_pack(
+    action: str, features: str, data: Sequence[str], out: str, dims: int, encoder: str, drop: bool
+) -> int:
+    """Print what is wrong with features and questions, or pack features into a store; returns the exit status, 0 or 3.
+
+    Raises:
+        ValueError: an unknown action, or an argument is missing.
+    """
+    if action == "pack":
+        _pack(features, out, dims, encoder, drop)
+        return 0
+    if action != "check":
+        raise ValueError(f"slides: the action must be check or pack, got {action!r}")
+    return _check(features, data, dims, encoder)
+
+
+def _pack(features: str, out: str, dims: int, encoder: str, drop: bool) -> None:
+    if not out:
+        raise ValueError("slides pack: needs out, the store to make or go on with")
+    files.check_writable(out)
+    paths = [path for paths_of_slide in feature_files(features).values() for path in paths_of_slide]
+    if not paths:
+        raise ValueError(f"{features}: holds no patch features (.h5, .pt, .npy or .csv files)")
+    done = pack.pack(paths, out, dims=dims, encoder=encoder, drop=drop, progress=True)
+    print(
+        f"{out}: {done.done} slides of {done.patches:,} patches written, {done.skipped} were there, {done.empty} are empty, "
+        f"{done.dropped} patches left out"
+    )
+
+
+def _check(features: str, data: Sequence[str], dims: int, encoder: str) -> int:
+    wanted: dict[str, str] = {}  # {slide: the record that names it first}
+    num_faults = 0
+    for file in data:
+        try:
+            conversations, faults = audit_slide_conversations(file)
+        except ValueError as e:
+            print(f"cannot be read: {e}")
+            num_faults += 1
+            continue
+        for conversation in conversations:
+            for slide in conversation.slides:
+                wanted.setdefault(slide, f"{file}, record {conversation.row}")
+        num_faults += len(faults)
+        print(f"{file}: {len(faults)} faulty records")
+        for fault in faults[:_SHOWN]:
+            print(f"  {fault.row}: {fault.what}")
+    if data and not wanted:
+        raise ValueError(
+            f"slides check: no record of {', '.join(data)} names a slide; without --data all features are looked at"
+        )
+    found = check.check_slides(features, wanted, dims=dims, encoder=encoder)
+    print("\n".join(check.describe(found)))
+    return 0 if found.ok and num_faults == 0 else 3

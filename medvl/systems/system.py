@@ -1,0 +1,69 @@
+"""What a system is to the commands: one frozen record on the face of its folder."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from attrs import field, frozen
+
+from medvl.base.tree import Tree
+from medvl.evaluation.results import Result
+
+Log = Callable[[str], None]
+
+
+@frozen(kw_only=True)
+class Question:
+    """One question to a trained run, as `invoke ask` takes it."""
+
+    text: str
+    images: tuple[str, ...] = ()  # image files
+    slide: str = ""  # a file of patch features, STORE.h5::NAME, or the name of a slide of the run
+    mode: str = "mixture"  # how adapters are combined
+    k: int = -1  # adapters at most; -1 = as the run says
+    adapter: str = ""  # of mode "oracle"
+    out: str = "maps"  # folder for the map of a slide's answer
+    offset: str = ""  # "x,y" taken from the map's shapes
+    max_tokens: int = 256
+    overrides: tuple[str, ...] = ()  # "key=value" of how adapters are chosen
+
+
+def drawn_data(cfg: Any) -> tuple[Path, ...]:
+    """The folder that data is drawn into, where it is not files that are there."""
+    return () if cfg.data.source == "files" else (Path(cfg.data.folder),)
+
+
+def _always(cfg: Any) -> bool:
+    return True
+
+
+@frozen(kw_only=True, eq=False)
+class System:
+    """One kind of experiment. `medvl/systems/NAME/__init__.py` offers it as `SYSTEM`.
+
+    `cfg` below is a `record`; `model` is whatever the system calls everything that is not a weight, a record with the field `cfg`; `params`
+    is the tree of all weights. The same command after a stop goes on where it was: `prepare` and `fit` find what is done.
+    """
+
+    record: type  # the attrs record that the experiment's TOML becomes
+    prepare: Callable[[Any, Log], None]  # (cfg, log): puts the data in place, or says what is missing
+    fit: Callable[
+        [Any, Path, Log], tuple[Any, Tree]
+    ]  # (cfg, run folder, log) -> (model, params): trains all stages
+    load: Callable[[Path], tuple[Any, Tree]]  # run folder -> (model, params), as `fit` returned them
+    # (model, params, folder of the results, name of the run) -> rows and the report's page: scores the test split
+    assess: Callable[[Any, Tree, Path, str], tuple[list[Result], Path]]
+    # (cfg, run folder, number) -> text: a training sample with the trained tokens marked
+    labels: Callable[[Any, Path, int], str] | None = None
+    # (cfg, run folder, number of processes) -> {stage: {part: bytes}}: the memory that training needs
+    memory: Callable[[Any, Path, int], dict[str, dict[str, int]]] | None = None
+    ask: Callable[[Path, Question], str] | None = (
+        None  # (run folder, question) -> the answer as it is printed
+    )
+    takes: tuple[str, ...] = ()  # options of `invoke ask` that make sense for `ask`
+    trains: Callable[[Any], bool] = (
+        _always  # whether a record trains anything; if not, it is evaluated at once
+    )
+    folders: Callable[[Any], Sequence[Path]] = drawn_data  # cfg -> where it writes besides the run folder
+    # {variable: setting}: environment variables that other programs read for the same settings
+    environment: Mapping[str, str] = field(factory=dict)
