@@ -17,7 +17,7 @@ from medvl.hub import loading, saving, skeletons, tokens
 from medvl.hub.peft_files import write_adapter
 from medvl.language import chat
 from medvl.language.conversations import read_conversations
-from medvl.language.encoding import TEMPLATES
+from medvl.language.templates import TEMPLATES
 from medvl.systems import run as systems
 from medvl.weights import lora
 from tests import tiny

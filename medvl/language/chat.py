@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
 import torch
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 from torch import Generator, Tensor
 
 from medvl.base import config, processes
@@ -20,8 +20,17 @@ from medvl.hub import loading, saving, skeletons, tokens
 from medvl.hub.checkpoints import find_file, new_folder, read_json
 from medvl.language import encoding, generate, images, vision, vlm
 from medvl.language.conversations import Conversation, limit_images
-from medvl.language.encoding import Sample, Turns
+from medvl.language.encoding import Sample
 from medvl.language.generate import Generated, Sampling
+from medvl.language.messages import Message
+from medvl.language.templates import (
+    TEMPLATES,
+    ConversationFormat,
+    Turns,
+    rewrites_history,
+    template_text,
+    writes_date,
+)
 from medvl.language.vision import Vision
 from medvl.training import order
 from medvl.weights import four_bit, shards
@@ -251,7 +260,7 @@ def tokenizer_of(cfg: ModelConfig, folder: Path, texts: Sequence[str] = (), *, l
     if processes.rank() == 0 and not path.exists():
         tok = tokens.train_bpe(texts, 600, lower=lower)
         tok.add_special_tokens({"additional_special_tokens": [*_SPECIAL_TOKENS]})
-        tok.chat_template = encoding.TEMPLATES["chatml"]
+        tok.chat_template = TEMPLATES["chatml"]
         with new_folder(path) as tmp:
             tok.save_pretrained(tmp)
     processes.wait_for_all()
@@ -305,24 +314,31 @@ def encode_conversations(chat: Chat, conversations: Sequence[Dialogue], *, promp
         else:
             parts.append(conversation)
             turns.append("all")
-    samples, refused = encoding.encode_conversations(
+    samples, refused = encoding.encode_fitting(
         chat.tokenizer,
         [part.messages for part in parts],
-        placeholder=chat.vision.placeholder if chat.vision else None,
+        evolve(_format_with_items(chat), context=chat.cfg.context),
         visual=[_count_visual_tokens(chat, part) for part in track(parts, "measuring images")],
-        context=chat.cfg.context,
         turns=turns,
         names=[part.place for part in parts],
-        **template_settings(chat.cfg),
     )
     too_long = {i for i, _ in refused}
     fitting = [part for i, part in enumerate(parts) if i not in too_long]
     return Encoded(conversations=tuple(fitting), samples=tuple(samples), refused=len(refused))
 
 
-def template_settings(cfg: ChatConfig) -> dict[str, Any]:
-    """What `encoding.encode_conversation` and `encoding.encode_prompt` take of the record."""
-    return {"template": cfg.template or None, "options": cfg.options, "allow": cfg.allow, "end": cfg.end}
+def conversation_format(cfg: ChatConfig) -> ConversationFormat:
+    """The template of the record, as `encoding.encode_conversation` takes it; of any length, for texts only."""
+    return ConversationFormat(
+        template=cfg.template or None, options=cfg.options, allow=cfg.allow, end=cfg.end
+    )
+
+
+def _format_with_items(chat: Chat) -> ConversationFormat:
+    fmt = conversation_format(chat.cfg)
+    if chat.vision is None:
+        return fmt
+    return evolve(fmt, placeholder=chat.vision.placeholder)
 
 
 def _check_no_items(chat: Chat, conversations: Sequence[Dialogue]) -> None:
@@ -345,21 +361,17 @@ def _encode_prompt(chat: Chat, conversation: Dialogue) -> Sample:
         return encoding.encode_prompt(
             chat.tokenizer,
             messages,
-            placeholder=chat.vision.placeholder if chat.vision else None,
+            _format_with_items(chat),
             visual=visual,
             turns=turns,
-            **template_settings(chat.cfg),
         )
     except ValueError as e:
         raise ValueError(f"{conversation.place}: {e}") from e
 
 
-def _rewrites_history(chat: Chat, conversation: Dialogue, messages: Sequence[encoding.Message]) -> bool:
-    template = chat.cfg.template or None
+def _rewrites_history(chat: Chat, conversation: Dialogue, messages: Sequence[Message]) -> bool:
     try:
-        return encoding.rewrites_history(
-            chat.tokenizer, messages, template=template, options=chat.cfg.options
-        )
+        return rewrites_history(chat.tokenizer, messages, conversation_format(chat.cfg))
     except ValueError as e:
         raise ValueError(f"{conversation.place}: {e}") from e
 
@@ -374,8 +386,7 @@ def _check_date(chat: Chat, conversations: Sequence[Dialogue]) -> None:
     """Refuse to train on today's date: a run that goes on tomorrow would train other tokens."""
     if not conversations:
         return
-    template, messages = chat.cfg.template or None, conversations[0].messages
-    if encoding.writes_date(chat.tokenizer, messages, template=template, options=chat.cfg.options):
+    if writes_date(chat.tokenizer, conversations[0].messages, conversation_format(chat.cfg)):
         raise ValueError(
             "chat: the template writes today's date into every conversation, so that the tokens change "
             "from day to day; "
@@ -603,7 +614,7 @@ def sampling_of(chat: Chat, max_tokens: int) -> Sampling:
     of_model = generation.get("eos_token_id", model_config.get_text_config().eos_token_id)
     ends = {tok.eos_token_id}
     ends |= {*of_model} if isinstance(of_model, list | tuple) else {of_model}
-    ends |= {*encoding.end_ids(tok, template=cfg.template or None, options=cfg.options, end=cfg.end)}
+    ends |= {*encoding.end_ids(tok, conversation_format(cfg))}
     if ends == {None}:
         _log.warning(
             "%s: no token ends an answer, so that answers go on to their limit; name one: chat.end",
@@ -638,6 +649,5 @@ def save_chat(chat: Chat, params: Mapping[str, Tensor], folder: PathLike) -> Non
 def save_tokenizer(chat: Chat, folder: Path) -> None:
     """Write the tokenizer with the chat template of the conversations, chat.options in it as its defaults."""
     tokenizer = copy.deepcopy(chat.tokenizer)
-    template = chat.cfg.template or None
-    tokenizer.chat_template = encoding.template_text(tokenizer, template, chat.cfg.options)
+    tokenizer.chat_template = template_text(tokenizer, conversation_format(chat.cfg))
     tokenizer.save_pretrained(folder)

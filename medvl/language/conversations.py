@@ -14,7 +14,7 @@ from attrs import evolve, field, frozen
 from medvl.base import files
 from medvl.base.text import short
 from medvl.evaluation.answers import has_words
-from medvl.language.encoding import check_keys, check_order, check_other_tags, check_tags, is_empty
+from medvl.language.messages import check_keys, check_order, check_other_tags, check_tags, is_empty
 
 _log = logging.getLogger(__name__)
 _SHAPES = {  # what tells a shape: the keys that it must have

@@ -11,7 +11,7 @@ from torch import Tensor
 from medvl.base.tree import Tree
 from medvl.hub.checkpoints import find_file, read_json
 from medvl.language import images, intern_vl, qwen_vl
-from medvl.language.encoding import INTERN_VL, QWEN_VL, Placeholder
+from medvl.language.templates import INTERN_VL, QWEN_VL, Placeholder
 
 QWEN_VL_MODELS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 Batch = Mapping[str, Tensor]

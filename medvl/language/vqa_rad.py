@@ -16,8 +16,8 @@ from PIL import Image
 from medvl.base import files
 from medvl.base.display import track
 from medvl.base.text import short
-from medvl.language.encoding import check_tags
 from medvl.language.images import open_image
+from medvl.language.messages import check_tags
 
 _log = logging.getLogger(__name__)
 SPLITS = ("train", "valid", "test")

@@ -12,7 +12,7 @@ from attrs import evolve, field, frozen
 from medvl.base import files
 from medvl.base.text import short
 from medvl.evaluation import choices
-from medvl.language.encoding import check_keys, check_order, check_other_tags
+from medvl.language.messages import check_keys, check_order, check_other_tags
 
 TAG = "<image>"
 KINDS = ("captions", "questions", "benchmark", "conversations", "slidebench", "wsi_vqa")

@@ -9,17 +9,9 @@ import torch
 from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers
 
 from medvl.hub import tokens
-from medvl.language import encoding
-from medvl.language.encoding import (
-    INTERN_VL,
-    QWEN_VL,
-    TEMPLATES,
-    Placeholder,
-    TooLong,
-    encode_conversation,
-    encode_conversations,
-    encode_prompt,
-)
+from medvl.language import encoding, templates
+from medvl.language.encoding import TooLong, encode_conversation, encode_fitting, encode_prompt
+from medvl.language.templates import INTERN_VL, QWEN_VL, TEMPLATES, ConversationFormat, Placeholder
 from tests.tiny import turns
 
 WORDS = [
@@ -49,6 +41,19 @@ MARKS = (
     "<|system|>",
     "<|end|>",
 )
+
+
+def encode(tok, messages, *, visual=(), turns="all", **settings):
+    return encode_conversation(tok, messages, ConversationFormat(**settings), visual=visual, turns=turns)
+
+
+def prompt_of(tok, messages, *, visual=(), turns="all", **settings):
+    return encode_prompt(tok, messages, ConversationFormat(**settings), visual=visual, turns=turns)
+
+
+def encode_all(tok, conversations, *, visual=None, turns=(), names=(), **settings):
+    fmt = ConversationFormat(**settings)
+    return encode_fitting(tok, conversations, fmt, visual=visual, turns=turns, names=names)
 
 
 def small(strips=False, start=True):
@@ -128,7 +133,7 @@ def end_of(tok, template):
 
 def exact(tok, ids):
     """Text of ids in the middle of a text (decoders drop the first space of sentencepiece)."""
-    mark = encoding._look(tok).anchor
+    mark = encoding._tokenizer_traits(tok).anchor
     lead = tok.convert_tokens_to_ids(mark) if mark else None
     text = tok.decode([lead, *ids] if mark else ids, clean_up_tokenization_spaces=False)
     return text.removeprefix(mark)
@@ -148,7 +153,7 @@ def whole(tok, messages, template, answer=False):
 
 def check(tok, template, messages):
     """Every answer and its end token are trained and nothing else; before each stand the ids of its prompt."""
-    sample = encode_conversation(tok, messages, template=template)
+    sample = encode(tok, messages, template=template)
     answers = [m["content"] for m in messages if m["role"] == "assistant"]
     labels = torch.full_like(sample.ids, -100)
     assert len(sample.trained) == len(answers)
@@ -158,7 +163,7 @@ def check(tok, template, messages):
         assert tok.convert_ids_to_tokens(int(sample.ids[b - 1])) == end
         assert exact(tok, sample.ids[a : b - 1].tolist()) == answer
         labels[a:b] = sample.ids[a:b]
-        prompt = encode_prompt(tok, messages[:i], template=template)
+        prompt = prompt_of(tok, messages[:i], template=template)
         assert prompt.ids.tolist() == sample.ids[:a].tolist()
         assert (prompt.labels == -100).all()
         assert not prompt.trained
@@ -186,7 +191,7 @@ def test_ids_are_those_of_the_whole_text_and_labels_those_of_the_answers(every):
         for messages in CHAT:
             sample = check(tok, template, messages)
             assert sample.ids.tolist() == whole(tok, messages, template), name
-            prompt = encode_prompt(tok, messages[:-1], template=template)
+            prompt = prompt_of(tok, messages[:-1], template=template)
             assert prompt.ids.tolist() == whole(tok, messages[:-1], template, answer=True), name
 
 
@@ -209,7 +214,7 @@ def test_answers_of_any_shape(every):
         ]:
             check(tok, template, turns("q", answer, "r", "s"))
             check(tok, template, turns("q", "s", "r", answer))
-            sample = encode_conversation(tok, turns("q", answer), template=template)
+            sample = encode(tok, turns("q", answer), template=template)
             assert (sample.labels != -100).sum() == 1 if not answer else (sample.labels != -100).sum() >= 2
 
 
@@ -234,7 +239,7 @@ def test_labels_are_those_of_a_scanner_over_ids(real):
     for name in ("qwen2.5", "qwen3"):
         tok, template = real[name]
         for messages in CHAT:
-            sample = encode_conversation(tok, messages, template=template)
+            sample = encode(tok, messages, template=template)
             ids, keep = sample.ids.tolist(), torch.zeros(len(sample.ids), dtype=torch.bool)
             for i in range(len(ids)):
                 if ids[i : i + 3] == [151644, 77091, 198]:
@@ -244,15 +249,12 @@ def test_labels_are_those_of_a_scanner_over_ids(real):
 
 def test_one_start_token_whether_the_template_or_the_tokenizer_writes_it(bpe):
     messages = turns("q", "a")
-    ids = encode_conversation(bpe, messages).ids.tolist()
+    ids = encode(bpe, messages).ids.tolist()
     assert ids[0] == bpe.bos_token_id
     assert ids.count(bpe.bos_token_id) == 1
     assert bpe.eos_token_id not in ids
-    assert (
-        encode_conversation(bpe, messages, template="{{ bos_token }}" + TEMPLATES["chatml"]).ids.tolist()
-        == ids
-    )
-    assert encode_conversation(small(start=False), messages).ids.tolist() == ids[1:]
+    assert encode(bpe, messages, template="{{ bos_token }}" + TEMPLATES["chatml"]).ids.tolist() == ids
+    assert encode(small(start=False), messages).ids.tolist() == ids[1:]
 
 
 def test_named_templates_are_those_of_the_checkpoints(bpe, real):
@@ -295,12 +297,12 @@ def test_a_template_that_shows_training_another_prompt_is_refused(real):
         ValueError,
         match=r"the tokenizer's chat template must put answer 1 unchanged behind the prompt.*enable_thinking",
     ):
-        encode_conversation(tok, turns("q", "a"))
+        encode(tok, turns("q", "a"))
     with pytest.raises(ValueError, match="must end every answer with a special token"):
-        encode_conversation(tok, turns("q", ""))
+        encode(tok, turns("q", ""))
     with pytest.raises(ValueError, match=r"answer 1 unchanged.*<think>.*chatml.*chat.options"):
-        encode_conversation(tok, turns("q", "a", "r", "b"), options={"enable_thinking": False})
-    sample = encode_conversation(tok, turns("q", "a"), options={"enable_thinking": False})
+        encode(tok, turns("q", "a", "r", "b"), options={"enable_thinking": False})
+    sample = encode(tok, turns("q", "a"), options={"enable_thinking": False})
     assert tok.decode(sample.ids[sample.labels != -100]) == "a<|im_end|>"
     assert tok.decode(sample.ids).endswith("<think>\n\n</think>\n\na<|im_end|>\n")
 
@@ -309,18 +311,18 @@ def test_several_turns_of_a_reasoning_model_are_one_sample_each(real):
     """What is trained is what generation sees: transformers' own text of each prompt, then the answer."""
     tok, off = real["qwen3"][0], {"enable_thinking": False}
     messages = turns("q", "a", "r", "b", "s", "c")
-    assert encoding.rewrites_history(tok, messages, options=off)
-    assert not encoding.rewrites_history(tok, messages[:2], options=off)
-    assert not encoding.rewrites_history(tok, messages, template="chatml")
+    assert templates.rewrites_history(tok, messages, ConversationFormat(options=off))
+    assert not templates.rewrites_history(tok, messages[:2], ConversationFormat(options=off))
+    assert not templates.rewrites_history(tok, messages, ConversationFormat(template="chatml"))
     for i in (2, 4, 6):
-        sample = encode_conversation(tok, messages[:i], options=off, turns="last")
+        sample = encode(tok, messages[:i], options=off, turns="last")
         prompt = tok.apply_chat_template(
             messages[: i - 1], tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
         assert prompt.endswith("<think>\n\n</think>\n\n")
         assert tok.decode(sample.ids) == f"{prompt}{messages[i - 1]['content']}<|im_end|>\n"
         assert tok.decode(sample.ids[sample.labels != -100]) == f"{messages[i - 1]['content']}<|im_end|>"
-        asked = encode_prompt(tok, messages[: i - 1], options=off, turns="last")
+        asked = prompt_of(tok, messages[: i - 1], options=off, turns="last")
         assert asked.ids.tolist() == sample.ids[: len(asked.ids)].tolist()
         assert tok.decode(asked.ids) == prompt
 
@@ -328,11 +330,11 @@ def test_several_turns_of_a_reasoning_model_are_one_sample_each(real):
 def test_reasoning_in_answers_is_trained_and_left_out_of_the_history(real):
     tok = real["qwen3"][0]
     thought = "<think>\nWhy?\n</think>\n\nYes."
-    sample = encode_conversation(tok, turns("q", thought))
+    sample = encode(tok, turns("q", thought))
     assert tok.decode(sample.ids[sample.labels != -100]) == f"{thought}<|im_end|>"
     messages = turns("q", thought, "r", thought)
-    assert encoding.rewrites_history(tok, messages)
-    sample = encode_conversation(tok, messages, turns="last")
+    assert templates.rewrites_history(tok, messages)
+    sample = encode(tok, messages, turns="last")
     assert tok.decode(sample.ids).count("Why?") == 1
     assert tok.decode(sample.ids[sample.labels != -100]) == f"{thought}<|im_end|>"
 
@@ -349,14 +351,16 @@ def test_a_template_that_ends_answers_with_the_next_turn(bpe):
     with pytest.raises(
         ValueError, match=r'must end every answer with a special token.*chat.end = "<\|user\|>"'
     ):
-        encode_conversation(bpe, turns("q", "a"), template=GLM)
-    sample = encode_conversation(bpe, turns("q", "a", "r", "b "), template=GLM, end="<|user|>")
+        encode(bpe, turns("q", "a"), template=GLM)
+    sample = encode(bpe, turns("q", "a", "r", "b "), template=GLM, end="<|user|>")
     assert sample.stripped == 1
     assert bpe.decode(sample.ids[sample.labels != -100]) == "\na<|user|>\nb<|user|>"
-    asked = encode_prompt(bpe, turns("q", "a", "r"), template=GLM, end="<|user|>")
+    asked = prompt_of(bpe, turns("q", "a", "r"), template=GLM, end="<|user|>")
     assert asked.ids.tolist() == sample.ids[: len(asked.ids)].tolist()
-    assert encoding.end_ids(bpe, template=GLM, end="<|user|>") == (bpe.convert_tokens_to_ids("<|user|>"),)
-    assert encoding.end_ids(bpe, template=GLM) == ()
+    assert encoding.end_ids(bpe, ConversationFormat(template=GLM, end="<|user|>")) == (
+        bpe.convert_tokens_to_ids("<|user|>"),
+    )
+    assert encoding.end_ids(bpe, ConversationFormat(template=GLM)) == ()
 
 
 R1 = (  # as DeepSeek-R1's: a prompt opens reasoning, and of answers all reasoning is dropped
@@ -370,25 +374,25 @@ def test_answers_as_they_are_behind_the_prompt(bpe):
     """For templates that drop what answers are to be trained on."""
     first, second = "why\n</think>\n\na", "how\n</think>\n\nb"
     with pytest.raises(ValueError, match=r'answer 1 unchanged.*chat.answers = "raw"'):
-        encode_conversation(bpe, turns("q", first), template=R1)
-    sample = encode_conversation(bpe, turns("q", first, "r", second), template=R1, turns="raw")
+        encode(bpe, turns("q", first), template=R1)
+    sample = encode(bpe, turns("q", first, "r", second), template=R1, turns="raw")
     text = "<|user|>q<|assistant|>\n\na<|end|><|user|>r<|assistant|><think>\n"
     assert bpe.decode(sample.ids).removeprefix(tokens.START) == text + second + "<|end|>"
     assert bpe.decode(sample.ids[sample.labels != -100]) == second + "<|end|>"
-    asked = encode_prompt(bpe, turns("q", first, "r"), template=R1, turns="raw")
+    asked = prompt_of(bpe, turns("q", first, "r"), template=R1, turns="raw")
     assert asked.ids.tolist() == sample.ids[: len(asked.ids)].tolist()
     assert (
-        encode_conversation(bpe, turns("q", " a "), turns="raw").ids.tolist()
-        == encode_conversation(bpe, turns("q", " a ")).ids.tolist()
+        encode(bpe, turns("q", " a "), turns="raw").ids.tolist()
+        == encode(bpe, turns("q", " a ")).ids.tolist()
     )
     with pytest.raises(ValueError, match="must end every answer with a special token"):
-        encode_conversation(bpe, turns("q", "a"), template=R1.replace("<|end|>", ""), turns="raw")
+        encode(bpe, turns("q", "a"), template=R1.replace("<|end|>", ""), turns="raw")
 
 
 def test_a_trimming_template_strips_answers_and_they_are_counted(bpe, caplog):
     template = TEMPLATES["chatml"].replace("m.content", "m.content | trim")
     held = [turns("q", "No. "), turns("q", "\nYes", "r", "No"), turns("q", "Yes")]
-    samples, _ = encode_conversations(bpe, held, template=template)
+    samples, _ = encode_all(bpe, held, template=template)
     assert [s.stripped for s in samples] == [1, 1, 0]
     assert [bpe.decode(s.ids[s.labels != -100]) for s in samples] == [
         "No.<|im_end|>",
@@ -398,7 +402,7 @@ def test_a_trimming_template_strips_answers_and_they_are_counted(bpe, caplog):
     assert caplog.messages == [
         "2 answers lose white space at their ends, because the given template drops it"
     ]
-    assert encode_conversation(bpe, turns("q", "No. ")).stripped == 0  # this template keeps it
+    assert encode(bpe, turns("q", "No. ")).stripped == 0  # this template keeps it
 
 
 @pytest.mark.parametrize("between", ["", "\n"])
@@ -406,13 +410,13 @@ def test_all_end_tokens_of_an_answer_are_trained(bpe, between):
     """`<|im_end|><|end|>` behind each answer; the header of the next turn, which follows at once, is not trained."""
     template = TEMPLATES["chatml"].replace("<|im_end|>\\n", f"<|im_end|><|end|>{between}")
     assert template != TEMPLATES["chatml"]
-    sample = encode_conversation(bpe, turns("q", "a", "r", "b"), template=template)
+    sample = encode(bpe, turns("q", "a", "r", "b"), template=template)
     assert bpe.decode(sample.ids[sample.labels != -100]) == "a<|im_end|><|end|>b<|im_end|><|end|>"
     assert [bpe.decode(sample.ids[slice(*span)]) for span in sample.trained] == [
         "a<|im_end|><|end|>",
         "b<|im_end|><|end|>",
     ]
-    assert encoding.end_ids(bpe, template=template) == (
+    assert encoding.end_ids(bpe, ConversationFormat(template=template)) == (
         bpe.convert_tokens_to_ids("<|im_end|>"),
     )  # an answer is over with the first
 
@@ -422,7 +426,7 @@ def test_an_end_token_of_the_last_answer_alone_is_trained_there(bpe):
         TEMPLATES["chatml"].replace("<|im_end|>\\n", "<|im_end|>")
         + "{% if not add_generation_prompt %}<|end|>{% endif %}"
     )
-    sample = encode_conversation(bpe, turns("q", "a", "r", "b"), template=template)
+    sample = encode(bpe, turns("q", "a", "r", "b"), template=template)
     assert bpe.decode(sample.ids[sample.labels != -100]) == "a<|im_end|>b<|im_end|><|end|>"
 
 
@@ -432,7 +436,9 @@ def test_the_end_token_is_that_of_the_template(real):
     )  # though this template takes no plain answer to train on
     for name, end in (("qwen2.5", "<|im_end|>"), ("qwen3", "<|im_end|>"), ("phi", "<|end|>")):
         tok, template = real[name]
-        assert encoding.end_ids(tok, template=template) == (tok.convert_tokens_to_ids(end),)
+        assert encoding.end_ids(tok, ConversationFormat(template=template)) == (
+            tok.convert_tokens_to_ids(end),
+        )
 
 
 DATED = (  # as Llama 3.2's
@@ -442,12 +448,12 @@ DATED = (  # as Llama 3.2's
 
 
 def test_a_template_that_writes_the_date_is_known(bpe):
-    assert encoding.writes_date(bpe, turns("q", "a"), template=DATED)
-    assert not encoding.writes_date(
-        bpe, turns("q", "a"), template=DATED, options={"date_string": "26 Jul 2024"}
+    assert templates.writes_date(bpe, turns("q", "a"), ConversationFormat(template=DATED))
+    assert not templates.writes_date(
+        bpe, turns("q", "a"), ConversationFormat(template=DATED, options={"date_string": "26 Jul 2024"})
     )
-    assert not encoding.writes_date(bpe, turns("q", "a"))
-    sample = encode_conversation(bpe, turns("q", "a"), template=DATED, options={"date_string": "26 Jul 2024"})
+    assert not templates.writes_date(bpe, turns("q", "a"))
+    sample = encode(bpe, turns("q", "a"), template=DATED, options={"date_string": "26 Jul 2024"})
     assert "Today: 26 Jul 2024" in bpe.decode(sample.ids)
 
 
@@ -457,23 +463,21 @@ def test_a_saved_template_knows_its_options(bpe):
         "{{ date_string }}{% if not flag %}!{% endif %}{{ deep.a[0] }}{{ deep.a[1] is none }}"
         + TEMPLATES["chatml"]
     )
-    saved = encoding.template_text(bpe, template, options)
-    want = encode_conversation(bpe, turns("q", "a"), template=template, options=options)
-    assert torch.equal(encode_conversation(bpe, turns("q", "a"), template=saved).ids, want.ids)
+    saved = templates.template_text(bpe, ConversationFormat(template=template, options=options or {}))
+    want = encode(bpe, turns("q", "a"), template=template, options=options)
+    assert torch.equal(encode(bpe, turns("q", "a"), template=saved).ids, want.ids)
     assert bpe.decode(want.ids).startswith("<|startoftext|>Märt '24!1True")
-    other = encode_conversation(
-        bpe, turns("q", "a"), template=saved, options={"flag": True}
-    )  # what is given counts
+    other = encode(bpe, turns("q", "a"), template=saved, options={"flag": True})  # what is given counts
     assert bpe.decode(other.ids).startswith("<|startoftext|>Märt '241True")
-    assert encoding.template_text(bpe, "chatml") == TEMPLATES["chatml"]
+    assert templates.template_text(bpe, ConversationFormat(template="chatml")) == TEMPLATES["chatml"]
     with pytest.raises(ValueError, match="options of a template must be values of JSON"):
-        encoding.template_text(bpe, None, {"x": object()})
+        templates.template_text(bpe, ConversationFormat(options={"x": object()}))
 
 
 @pytest.mark.parametrize("system", [None, "Be brief."])
 def test_images_become_runs_of_visual_tokens(bpe, system):
     messages = turns("<image>\n<image>\nNew?", "Yes.", "And <image>?", "No.", system=system)
-    sample = encode_conversation(bpe, messages, placeholder=QWEN_VL, visual=[3, 1, 2])
+    sample = encode(bpe, messages, placeholder=QWEN_VL, visual=[3, 1, 2])
     text = "<|vision_start|>{}<|vision_end|>"
     filled = [dict(m) for m in messages]
     for n in (3, 1, 2):
@@ -484,7 +488,7 @@ def test_images_become_runs_of_visual_tokens(bpe, system):
     pad = bpe.convert_tokens_to_ids("<|image_pad|>")
     assert [i for a, b in sample.visual for i in range(a, b)] == (sample.ids == pad).nonzero()[:, 0].tolist()
     assert exact(bpe, sample.ids[sample.labels != -100].tolist()) == "Yes.<|im_end|>No.<|im_end|>"
-    prompt = encode_prompt(bpe, messages[:-1], placeholder=QWEN_VL, visual=[3, 1, 2])
+    prompt = prompt_of(bpe, messages[:-1], placeholder=QWEN_VL, visual=[3, 1, 2])
     assert prompt.ids.tolist() == sample.ids[: len(prompt.ids)].tolist()
     assert prompt.visual == sample.visual
 
@@ -492,14 +496,14 @@ def test_images_become_runs_of_visual_tokens(bpe, system):
 def test_images_with_real_tokenizers(real):
     messages, n = turns("<image>\nWhat is it?", "CT."), 256
     tok = real["qwen2.5"][0]
-    sample = encode_conversation(tok, messages, placeholder=QWEN_VL, visual=[n])
+    sample = encode(tok, messages, placeholder=QWEN_VL, visual=[n])
     filled = turns(f"<|vision_start|>{'<|image_pad|>' * n}<|vision_end|>\nWhat is it?", "CT.")
     assert sample.ids.tolist() == whole(tok, filled, None)
     assert (sample.ids == 151655).sum() == n
     tok = real["phi"][
         0
     ]  # its tokens swallow the line break behind them; the one behind an image is the user's and stays
-    sample = encode_conversation(
+    sample = encode(
         tok, messages, placeholder=Placeholder(token="<|placeholder1|>"), visual=[n], template="phi3"
     )
     a, b = sample.visual[0]
@@ -516,37 +520,37 @@ def test_codes_that_answers_may_hold(bpe):
     with pytest.raises(
         ValueError, match=r"message 1 \(assistant\) must not hold special tokens .*<idx_3>, <idx_7>"
     ):
-        encode_conversation(tok, messages)
-    sample = encode_conversation(tok, messages, allow=set(codes))
+        encode(tok, messages)
+    sample = encode(tok, messages, allow=set(codes))
     assert tok.decode(sample.ids[sample.labels != -100]) == "<start_index><idx_3><idx_7><end_index><|im_end|>"
     with pytest.raises(ValueError, match=r"message 0 \(user\) must not hold special tokens .*<idx_3>"):
-        encode_conversation(tok, turns("<idx_3>", "a"), allow=set(codes))
+        encode(tok, turns("<idx_3>", "a"), allow=set(codes))
 
 
 def test_a_placeholder_that_is_no_special_token_is_refused_in_texts_too():
     tok = small()
     tok.add_tokens([AddedToken("<|fim_pad|>", special=False, normalized=False)])
     holder = Placeholder(token="<|fim_pad|>")
-    assert encode_conversation(tok, turns("<image> q", "a"), placeholder=holder, visual=[2]).visual[0][1] > 0
+    assert encode(tok, turns("<image> q", "a"), placeholder=holder, visual=[2]).visual[0][1] > 0
     with pytest.raises(ValueError, match=r"message 0 \(user\) .*found <\|fim_pad\|>"):
-        encode_conversation(tok, turns("<image> <|fim_pad|>", "a"), placeholder=holder, visual=[2])
+        encode(tok, turns("<image> <|fim_pad|>", "a"), placeholder=holder, visual=[2])
 
 
 def test_only_what_follows_the_last_end_token_is_cut(bpe):
     messages = turns("<image> q", "the heart is normal.")
-    sample = encode_conversation(bpe, messages, placeholder=QWEN_VL, visual=[5])
+    sample = encode(bpe, messages, placeholder=QWEN_VL, visual=[5])
     stop = sample.trained[-1][1]
     assert stop < len(sample.ids)
-    cut = encode_conversation(bpe, messages, placeholder=QWEN_VL, visual=[5], context=stop)
+    cut = encode(bpe, messages, placeholder=QWEN_VL, visual=[5], context=stop)
     assert cut.ids.tolist() == sample.ids[:stop].tolist()
     assert cut.labels.tolist() == sample.labels[:stop].tolist()
     with pytest.raises(TooLong, match=f"need {stop} tokens, context is {stop - 1}") as e:
-        encode_conversation(bpe, messages, placeholder=QWEN_VL, visual=[5], context=stop - 1)
+        encode(bpe, messages, placeholder=QWEN_VL, visual=[5], context=stop - 1)
     again = pickle.loads(pickle.dumps(e.value))
     assert (again.needed, again.context, str(again)) == (stop, stop - 1, str(e.value))
-    prompt = encode_prompt(bpe, messages[:1], placeholder=QWEN_VL, visual=[5], context=stop)
+    prompt = prompt_of(bpe, messages[:1], placeholder=QWEN_VL, visual=[5], context=stop)
     with pytest.raises(TooLong):
-        encode_prompt(bpe, messages[:1], placeholder=QWEN_VL, visual=[5], context=len(prompt.ids) - 1)
+        prompt_of(bpe, messages[:1], placeholder=QWEN_VL, visual=[5], context=len(prompt.ids) - 1)
 
 
 def test_what_is_refused_is_counted(bpe, caplog):
@@ -558,7 +562,7 @@ def test_what_is_refused_is_counted(bpe, caplog):
     ]
     visual = [[4], [4], [99], [4]]
     with caplog.at_level(logging.WARNING):
-        samples, refused = encode_conversations(bpe, many, placeholder=QWEN_VL, visual=visual, context=60)
+        samples, refused = encode_all(bpe, many, placeholder=QWEN_VL, visual=visual, context=60)
     assert [i for i, _ in refused] == [1, 2]
     assert max(e.needed for _, e in refused) == 117
     assert (
@@ -566,19 +570,19 @@ def test_what_is_refused_is_counted(bpe, caplog):
         in caplog.text
     )
     for got, i in zip(samples, (0, 3), strict=True):
-        assert torch.equal(got.ids, encode_conversation(bpe, many[i], placeholder=QWEN_VL, visual=[4]).ids)
+        assert torch.equal(got.ids, encode(bpe, many[i], placeholder=QWEN_VL, visual=[4]).ids)
     caplog.clear()
-    assert encode_conversations(bpe, many, placeholder=QWEN_VL, visual=visual)[1] == []
+    assert encode_all(bpe, many, placeholder=QWEN_VL, visual=visual)[1] == []
     assert not caplog.records
     with pytest.raises(ValueError, match="4 of 4 conversations do not fit the context of 5 tokens"):
-        encode_conversations(bpe, many, placeholder=QWEN_VL, visual=visual, context=5)
+        encode_all(bpe, many, placeholder=QWEN_VL, visual=visual, context=5)
     with pytest.raises(
         ValueError,
         match="conversation 3: encode: every tag '<image>' needs its image, got 1 tags and 0 images",
     ):
-        encode_conversations(bpe, many, placeholder=QWEN_VL, visual=[*visual[:3], []])
+        encode_all(bpe, many, placeholder=QWEN_VL, visual=[*visual[:3], []])
     with pytest.raises(ValueError, match=r"^x.jsonl, line 8: encode: every tag '<image>' needs its image"):
-        encode_conversations(
+        encode_all(
             bpe,
             many,
             placeholder=QWEN_VL,
@@ -586,15 +590,12 @@ def test_what_is_refused_is_counted(bpe, caplog):
             names=[f"x.jsonl, line {i}" for i in (2, 4, 6, 8)],
         )
     with pytest.raises(ValueError, match="one row per conversation, got 1 for 4"):
-        encode_conversations(bpe, many, placeholder=QWEN_VL, visual=[[4]])
+        encode_all(bpe, many, placeholder=QWEN_VL, visual=[[4]])
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_collate(bpe, side):
-    samples = [
-        encode_conversation(bpe, turns("<image> q", "a" * n), placeholder=QWEN_VL, visual=[n])
-        for n in (1, 9, 4)
-    ]
+    samples = [encode(bpe, turns("<image> q", "a" * n), placeholder=QWEN_VL, visual=[n]) for n in (1, 9, 4)]
     batch = encoding.collate_samples(samples, 7, side=side, multiple_of=16)
     length = max(len(s.ids) for s in samples)
     assert {k: (v.dtype, v.shape[0]) for k, v in batch.items()} == {
@@ -616,16 +617,14 @@ def test_collate(bpe, side):
 
 
 def test_collate_errors(bpe):
-    sample = encode_conversation(bpe, turns("q", "a"))
+    sample = encode(bpe, turns("q", "a"))
     for bad in ({"samples": []}, {"side": "up"}, {"multiple_of": 0}):
         with pytest.raises(ValueError, match="needs samples, side right or left and multiple_of >= 1"):
             encoding.collate_samples(**({"samples": [sample], "pad_id": 0} | bad))
 
 
 def test_show(bpe):
-    sample = encode_conversation(
-        bpe, turns("<image><image>\nq «x»", "a\n", "r", ""), placeholder=QWEN_VL, visual=[256, 2]
-    )
+    sample = encode(bpe, turns("<image><image>\nq «x»", "a\n", "r", ""), placeholder=QWEN_VL, visual=[256, 2])
     images = (
         "<|vision_start|><|image_pad|> x 256<|vision_end|><|vision_start|><|image_pad|> x 2<|vision_end|>"
     )
@@ -638,7 +637,7 @@ def test_show(bpe):
 
 
 def test_show_follows_the_labels(bpe):
-    sample = encode_conversation(bpe, turns("q", "abc"))
+    sample = encode(bpe, turns("q", "abc"))
     wrong = encoding.Sample(
         ids=sample.ids,
         labels=torch.where(sample.ids == sample.ids[-1], sample.ids, -100),
@@ -700,7 +699,7 @@ BAD = {
 def test_bad_conversations(bpe, name):
     given, said = BAD[name]
     with pytest.raises(ValueError, match=said):
-        encode_conversation(bpe, **({"placeholder": QWEN_VL} | given))
+        encode(bpe, **({"placeholder": QWEN_VL} | given))
 
 
 def test_of_several_templates_the_one_for_conversations_is_taken(bpe):
@@ -710,16 +709,16 @@ def test_of_several_templates_the_one_for_conversations_is_taken(bpe):
         "tool_use": "{{ raise_exception('no') }}",
     }  # as Command R and Hermes have them
     assert torch.equal(
-        encode_conversation(tok, turns("q", "a")).ids,
-        encode_conversation(bpe, turns("q", "a"), template="chatml").ids,
+        encode(tok, turns("q", "a")).ids,
+        encode(bpe, turns("q", "a"), template="chatml").ids,
     )
-    assert encoding.template_text(tok) == TEMPLATES["chatml"]
+    assert templates.template_text(tok) == TEMPLATES["chatml"]
     for none in ({"tool_use": "x"}, ["x"], 5):
         tok.chat_template = none
         for use in (
-            lambda: encode_conversation(tok, turns("q", "a")),
+            lambda: encode(tok, turns("q", "a")),
             lambda: encoding.end_ids(tok),
-            lambda: encoding.template_text(tok),
+            lambda: templates.template_text(tok),
         ):
             with pytest.raises(ValueError, match=r"the tokenizer has none|chat template must be text, got"):
                 use()
@@ -727,16 +726,18 @@ def test_of_several_templates_the_one_for_conversations_is_taken(bpe):
 
 def test_bad_prompts_and_tokenizers(bpe):
     with pytest.raises(ValueError, match="ending with user, got user assistant"):
-        encode_prompt(bpe, turns("q", "a"))
+        prompt_of(bpe, turns("q", "a"))
     tok = small()
     tok.chat_template = None
     with pytest.raises(ValueError, match="the tokenizer has none; give one of chatml, qwen2, phi3, phi4"):
-        encode_conversation(tok, turns("q", "a"))
+        encode(tok, turns("q", "a"))
     with pytest.raises(ValueError, match="a space before every piece needs answers behind a special token"):
-        encode_conversation(
-            spaced(True), turns("q", "a"), template=encoding._template("<|im_start|>", ": ", "<|im_end|>")
+        encode(
+            spaced(True),
+            turns("q", "a"),
+            template=templates._make_template("<|im_start|>", ": ", "<|im_end|>"),
         )
     assert (
-        encode_conversation(tok, turns("q", "a"), template="chatml").ids.tolist()
-        == encode_conversation(bpe, turns("q", "a")).ids.tolist()
+        encode(tok, turns("q", "a"), template="chatml").ids.tolist()
+        == encode(bpe, turns("q", "a")).ids.tolist()
     )

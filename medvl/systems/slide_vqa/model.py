@@ -18,7 +18,8 @@ from medvl.components.slots import CompressConfig
 from medvl.hub import skeletons
 from medvl.language import chat, encoding, vlm
 from medvl.language.chat import Chat, ChatConfig, ModelConfig
-from medvl.language.encoding import QWEN_VL, Sample
+from medvl.language.encoding import Sample
+from medvl.language.templates import QWEN_VL
 from medvl.phantoms.slides import SlideConfig
 from medvl.slides.question_formats import SlideConversation
 from medvl.slides.reference_files import read_compressor, read_projector
@@ -255,25 +256,24 @@ def init(
 def encode(model: Model, held: Sequence[SlideConversation], *, prompt: bool = False) -> Encoded:
     """Token ids of conversations, `slots` placeholders for each slide; those that do not fit the context are left out and counted."""
     held = [blinded(t) for t in held] if model.cfg.data.blind else list(held)
-    how: dict[str, Any] = {"placeholder": QWEN_VL, **chat.template_settings(model.cfg.chat)}
+    fmt = evolve(chat.conversation_format(model.cfg.chat), placeholder=QWEN_VL)
     visual = [[model.compress.slots] * len(t.slides) for t in held]
     if prompt:
         samples = list[Sample]()
         for talk, counts in zip(held, visual, strict=True):
             try:
                 samples.append(
-                    encoding.encode_prompt(model.chat.tokenizer, talk.messages[:-1], visual=counts, **how)
+                    encoding.encode_prompt(model.chat.tokenizer, talk.messages[:-1], fmt, visual=counts)
                 )
             except ValueError as e:
                 raise ValueError(f"{talk.place}: {e}") from e
         return Encoded(talks=tuple(held), samples=tuple(samples), refused=0)
-    found, refused = encoding.encode_conversations(
+    found, refused = encoding.encode_fitting(
         model.chat.tokenizer,
         [t.messages for t in held],
+        evolve(fmt, context=model.cfg.chat.context),
         visual=visual,
-        context=model.cfg.chat.context,
         names=[t.place for t in held],
-        **how,
     )
     out = {i for i, _ in refused}
     return Encoded(

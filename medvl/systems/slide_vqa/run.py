@@ -18,7 +18,7 @@ from medvl.components.slots import CompressConfig
 from medvl.evaluation import choices, plots, report
 from medvl.evaluation.results import Result
 from medvl.hub.checkpoints import read_json
-from medvl.language import chat, encoding, generate
+from medvl.language import chat, encoding, generate, templates
 from medvl.phantoms import slide_questions
 from medvl.slides import bench, names
 from medvl.slides.names import slide_name
@@ -521,7 +521,7 @@ def memory(cfg: Config, folder: Path, processes: int = 1) -> dict[str, dict[str,
     model, params = slide_vqa.init(cfg, folder, (sizes, {}), _texts(cfg), device=torch.device("meta"))
     n = tuning.estimate_rows(cfg.train, processes)
     ids = torch.ones(n, cfg.chat.context, dtype=torch.int64)
-    token = model.chat.tokenizer.convert_tokens_to_ids(encoding.QWEN_VL.token)
+    token = model.chat.tokenizer.convert_tokens_to_ids(templates.QWEN_VL.token)
     ids[:, : model.compress.slots] = token
     batch = {"ids": ids, "labels": torch.ones_like(ids), "mask": ids.bool(), "visual": ids == token}
     batch["images"] = torch.ones(n, dtype=torch.int64)
