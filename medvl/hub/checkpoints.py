@@ -1,4 +1,7 @@
-"""The files of checkpoints: found in a folder, in the hub's cache or on the hub, read without running anything in them, written whole."""
+"""The files of checkpoints.
+
+They are looked for in a folder, in the hub's cache and on the hub, read without running anything in them, and written whole.
+"""
 
 import ctypes
 import json
@@ -27,6 +30,8 @@ from medvl.base import files
 from medvl.base.text import few
 
 _log = logging.getLogger(__name__)
+
+# The names of safetensors.
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -44,39 +49,51 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-# What the hub takes as a name; "./folder" and "../folder" are none.
+# What the hub accepts as a name; "./folder" and "../folder" are none.
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def find_file(name: str, choices: tuple[str, ...]) -> Path:
-    """The first of `choices` that is in the folder `name`, in the hub cache, or on the hub; never waits for a network that is not there."""
+    """The first of `choices` that is in the folder `name`, in the hub cache, or on the hub.
+
+    Never waits for a network that is not there.
+
+    Raises:
+        ValueError: none is there; says where it was looked for, and how to bring it.
+    """
     from huggingface_hub import constants, try_to_load_from_cache
 
     folder, wanted = Path(name), " or ".join(choices)
     if folder.is_dir():
-        if found := [folder / c for c in choices if (folder / c).is_file()]:
-            return found[0]
-        raise ValueError(
-            f"hub: the folder {folder} must hold {wanted}, found {few(sorted(p.name for p in folder.iterdir()))}"
-        )
+        for choice in choices:
+            if (folder / choice).is_file():
+                return folder / choice
+        names = sorted(p.name for p in folder.iterdir())
+        raise ValueError(f"hub: the folder {folder} must hold {wanted}, found {few(names)}")
     if not _HUB_NAME.fullmatch(name) or "--" in name or ".." in name or name.endswith(".git"):
         raise ValueError(f"hub: there is no file or folder {name}")
-    cached = [hit for c in choices if isinstance(hit := try_to_load_from_cache(name, c), str)]
-    if cached:
-        return Path(cached[0])
-    looked = f"hub: {name} is no folder here, and the cache {constants.HF_HUB_CACHE} has no {wanted} of it"
-    advice = f"on a connected machine run `hf download {name} --local-dir DIR`, bring DIR here and give its path as the name"
+
+    for choice in choices:
+        cached = try_to_load_from_cache(name, choice)
+        if isinstance(cached, str):
+            return Path(cached)
+    missing = f"hub: {name} is no folder here, and the cache {constants.HF_HUB_CACHE} has no {wanted} of it"
+    advice = (
+        f"on a connected machine run `hf download {name} --local-dir DIR`, "
+        "bring DIR here and give its path as the name"
+    )
     if constants.HF_HUB_OFFLINE:
-        raise ValueError(f"{looked}; HF_HUB_OFFLINE is set, so nothing is downloaded: {advice}")
-    if reason := _unreachable(constants.ENDPOINT):
-        raise ValueError(f"{looked}; {constants.ENDPOINT} cannot be reached ({reason}): {advice}")
-    return _download(name, choices, looked)
+        raise ValueError(f"{missing}; HF_HUB_OFFLINE is set, so nothing is downloaded: {advice}")
+    reason = _unreachable(constants.ENDPOINT)
+    if reason:
+        raise ValueError(f"{missing}; {constants.ENDPOINT} cannot be reached ({reason}): {advice}")
+    return _download(name, choices, missing)
 
 
 def find_optional_file(name: str, choice: str) -> Path | None:
     """The file `choice` beside the others of a checkpoint, None where the checkpoint has none.
 
-    Of a hub name whose cache does not say whether there is such a file, the hub is asked; a warning says so where that cannot be done.
+    If the cache of a hub name does not say whether there is such a file, the hub is asked; a warning says where that fails.
     """
     from huggingface_hub import try_to_load_from_cache
 
@@ -98,7 +115,7 @@ def find_optional_file(name: str, choice: str) -> Path | None:
         return None
 
 
-def _download(name: str, choices: tuple[str, ...], looked: str) -> Path:
+def _download(name: str, choices: tuple[str, ...], missing: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError
 
@@ -109,9 +126,9 @@ def _download(name: str, choices: tuple[str, ...], looked: str) -> Path:
             continue
         except (HfHubHTTPError, OSError) as e:
             raise ValueError(
-                f"{looked}; the download failed ({e}). Check the name; a gated model needs `hf auth login`"
+                f"{missing}; the download failed ({e}). Check the name; a gated model needs `hf auth login`"
             ) from e
-    raise ValueError(f"{looked}; the hub has none either")
+    raise ValueError(f"{missing}; the hub has none either")
 
 
 def _unreachable(url: str) -> str:
@@ -126,7 +143,11 @@ def _unreachable(url: str) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object."""
+    """Read a JSON object.
+
+    Raises:
+        ValueError: no file, not JSON, or another value than an object.
+    """
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:
@@ -140,9 +161,9 @@ def read_json(path: Path) -> dict[str, Any]:
 class Entry:
     """A tensor of a checkpoint that has not been read yet."""
 
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # () where only reading tells
     dtype: torch.dtype
-    read: Callable[[], Tensor]  # gives a tensor of its own each time
+    read: Callable[[], Tensor]  # a new tensor each time
 
 
 def entries_of(state: Mapping[str, Tensor]) -> dict[str, Entry]:
@@ -160,18 +181,21 @@ def open_weights(path: Path, name: str) -> dict[str, Entry]:
         return entries_of(read_pickle(path))
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
-    held: dict[str, Entry] = {}
+    entries: dict[str, Entry] = {}
     for shard in _shards(path):
-        held |= _open_safetensors(path.parent / shard if Path(name).is_dir() else find_file(name, (shard,)))
-    return held
+        # A shard in the hub's cache may not lie there yet.
+        file = path.parent / shard if Path(name).is_dir() else find_file(name, (shard,))
+        entries |= _open_safetensors(file)
+    return entries
 
 
 def _shards(index: Path) -> list[str]:
-    """The files that an index names; they must lie beside it."""
+    """The files that an index names. Names of other folders are refused: the index comes from outside."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(
-            f"load: {index} names no shards: weight_map must be {{weight: file}}, found {json.dumps(weight_map)[:60]}"
+            f"load: {index} names no shards: weight_map must be {{weight: file}}, "
+            f"found {json.dumps(weight_map)[:60]}"
         )
     for weight, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
@@ -183,11 +207,13 @@ def _shards(index: Path) -> list[str]:
 
 
 def _open_safetensors(path: Path) -> dict[str, Entry]:
-    """Each tensor is read into memory of its own: mapped pages would count as much again as long as the file is open."""
+    """The entries of a safetensors file.
+
+    Each tensor is read into memory of its own: mapped pages would count as much again as long as the file is open.
+    """
     try:
         with safe_open(path, framework="pt") as f:  # checks the whole header
-            slices = {k: f.get_slice(k) for k in f.keys()}  # noqa: SIM118 (not a dict)
-            shapes = {k: tuple(s.get_shape()) for k, s in slices.items()}
+            shapes = {key: tuple(f.get_slice(key).get_shape()) for key in f.keys()}  # noqa: SIM118 (not a dict)
         with open(path, "rb") as raw:
             length = int.from_bytes(raw.read(8), "little")
             header = json.loads(raw.read(length))
@@ -195,35 +221,36 @@ def _open_safetensors(path: Path) -> dict[str, Entry]:
         raise ValueError(f"load: {path} is missing, its index names it; download the folder again") from e
     except (SafetensorError, OSError) as e:
         raise ValueError(f"load: {path} is broken or cut off ({e}); download it again") from e
-    held = {}
-    for k, shape in shapes.items():
-        if header[k]["dtype"] not in _DTYPES:
-            raise ValueError(f"load: {path}: {k} has values of {header[k]['dtype']}, which are not read")
-        dtype, (start, stop) = _DTYPES[header[k]["dtype"]], header[k]["data_offsets"]
-        held[k] = Entry(
-            shape=shape,
-            dtype=dtype,
-            read=partial(_read_at, path, 8 + length + start, stop - start, dtype, shape),
-        )
-    return held
+    entries = {}
+    for key, shape in shapes.items():
+        dtype_name = header[key]["dtype"]
+        if dtype_name not in _DTYPES:
+            raise ValueError(f"load: {path}: {key} has values of {dtype_name}, which are not read")
+        dtype = _DTYPES[dtype_name]
+        start, stop = header[key]["data_offsets"]  # counted from the end of the header
+        read = partial(_read_bytes, path, 8 + length + start, stop - start, dtype, shape)
+        entries[key] = Entry(shape=shape, dtype=dtype, read=read)
+    return entries
 
 
-def _read_at(path: Path, start: int, size: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    held = torch.empty(size, dtype=torch.uint8)
+def _read_bytes(path: Path, start: int, size: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    buffer = torch.empty(size, dtype=torch.uint8)
+    view, filled = memoryview(buffer.numpy().data), 0
     with open(path, "rb", buffering=0) as f:
         f.seek(start)
-        view, done = memoryview(held.numpy().data), 0
-        while done < size:
-            n = f.readinto(view[done:])
+        while filled < size:  # one call reads at most 2 GB
+            n = f.readinto(view[filled:])
             if not n:
                 raise ValueError(f"{path} was cut off while it was read")
-            done += n
-    return held.view(dtype).view(shape)
+            filled += n
+    return buffer.view(dtype).view(shape)
 
 
 def release_memory() -> None:
-    """Hand freed memory back to the system, where the C library can; glibc keeps what lies below a small tensor that lives on."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    """Return freed memory to the system, where the C library can; glibc keeps what lies below a small tensor in use."""
+    if os.name != "posix":
+        return
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
@@ -237,9 +264,9 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         raise ValueError(
             f"load: {path} is not a file of plain tensors, or broken ({files.error_reason(e)})"
         ) from e
-    if not isinstance(state, dict) or not all(
-        isinstance(k, str) and isinstance(t, Tensor) for k, t in state.items()
-    ):
+    flat = isinstance(state, dict)
+    flat = flat and all(isinstance(k, str) and isinstance(t, Tensor) for k, t in state.items())
+    if not flat:
         raise ValueError(f"load: {path} must hold one flat dict of tensors")
     files.check_tensor_storage(path, state)
     return state
@@ -262,8 +289,10 @@ def _finite(t: Tensor) -> bool:
 
 def save_finite(state: Mapping[str, Tensor], path: Path, where: str, pickled: bool = False) -> None:
     """Write tensors that must be finite, each with a memory of its own, as safetensors or `pickled`."""
-    if wrong := [n for n, t in state.items() if not _finite(t)]:
+    wrong = [n for n, t in state.items() if not _finite(t)]
+    if wrong:
         raise ValueError(f"{where}: {few(wrong)} must be finite")
+    # Copies: safetensors refuses tensors that share memory, torch.save would write all of a view's storage.
     own = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in state.items()}
     if pickled:
         torch.save(own, path)
@@ -281,7 +310,7 @@ def new_folder(folder: files.PathLike) -> Iterator[Path]:
     tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
     try:
         yield tmp
-        tmp.chmod(0o755)
+        tmp.chmod(0o755)  # mkdtemp makes it for its owner alone
         os.replace(tmp, folder)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
