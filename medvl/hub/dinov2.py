@@ -30,6 +30,7 @@ _BLOCK = {
     "ls2.gamma": "layer_scale2.lambda1",
 }
 _QKV = ("query", "key", "value")
+_GATED = ("mlp.gate_proj", "mlp.up_proj")
 _BACK = {v: k for k, v in (_OUTER | _BLOCK).items()}
 # Names inside the transformers module where they differ from those of the published checkpoints.
 _MODULE = {f"attention.{p}_proj": f"attention.attention.{q}" for p, q in zip("qkv", _QKV, strict=True)}
@@ -37,27 +38,27 @@ _MODULE |= {"attention.o_proj": "attention.output.dense", "mlp.down_proj": "mlp.
 
 
 def from_dinov2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An original DINOv2 state dict with the names of the published Hugging Face checkpoints (for `bind`).
+    """An original DINOv2 state dict with the names of the published Hugging Face checkpoints (for `bind_weights`).
 
     Raises:
         ValueError: a key that is not DINOv2's.
     """
-    out: dict[str, Tensor] = {}
-    for key, t in state.items():
-        block, stem, leaf = _parse(key, r"blocks\.(\d+)\.")
+    published: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        block, stem, leaf = _split_key(key, r"blocks\.(\d+)\.")
         prefix = f"encoder.layer.{block}." if block else ""
+        names = _BLOCK if block else _OUTER
         if block and stem == "attn.qkv":
-            out |= {
-                f"{prefix}attention.attention.{q}{leaf}": p.contiguous()
-                for q, p in zip(_QKV, t.chunk(3), strict=True)
-            }
-        elif stem in (names := _BLOCK if block else _OUTER):
-            out[f"{prefix}{names[stem]}{leaf}"] = t
+            # The original keeps the three projections in one tensor.
+            for projection, piece in zip(_QKV, tensor.chunk(3), strict=True):
+                published[f"{prefix}attention.attention.{projection}{leaf}"] = piece.contiguous()
+        elif stem in names:
+            published[f"{prefix}{names[stem]}{leaf}"] = tensor
         else:
             raise ValueError(
                 f"from_dinov2: {key!r} is no key of an original DINOv2 checkpoint (like 'blocks.0.attn.qkv.weight')"
             )
-    return out
+    return published
 
 
 def to_dinov2(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -66,60 +67,70 @@ def to_dinov2(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: a key that is not DINOv2's.
     """
-    out: dict[str, Tensor] = {}
-    rows: dict[
-        str, dict[str, Tensor]
-    ] = {}  # pieces that the original keeps in one tensor, {key: {piece: tensor}}
-    for key, t in params.items():
-        block, stem, leaf = _parse(key, r"encoder\.layer\.(\d+)\.")
+    state: dict[str, Tensor] = {}
+    # Pieces that the original keeps in one tensor: {key: {piece: tensor}}.
+    joined: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in params.items():
+        block, stem, leaf = _split_key(key, r"encoder\.layer\.(\d+)\.")
         prefix = f"blocks.{block}." if block else ""
-        stem = _MODULE.get(stem, stem) if block else stem
+        if block:
+            stem = _MODULE.get(stem, stem)
         if stem.startswith("attention.attention."):
-            rows.setdefault(f"{prefix}attn.qkv{leaf}", {})[stem.rpartition(".")[2]] = t
-        elif stem in ("mlp.gate_proj", "mlp.up_proj"):
-            rows.setdefault(f"{prefix}mlp.w12{leaf}", {})[stem] = t
+            joined.setdefault(f"{prefix}attn.qkv{leaf}", {})[stem.rpartition(".")[2]] = tensor
+        elif stem in _GATED:
+            joined.setdefault(f"{prefix}mlp.w12{leaf}", {})[stem] = tensor
         elif stem in _BACK:
-            out[f"{prefix}{_BACK[stem]}{leaf}"] = t
+            state[f"{prefix}{_BACK[stem]}{leaf}"] = tensor
         else:
             raise ValueError(
                 f"to_dinov2: {key!r} is no key of a Hugging Face DINOv2 (like 'encoder.layer.0.norm1.weight')"
             )
-    for key, parts in rows.items():
-        order = _QKV if "qkv" in key else ("mlp.gate_proj", "mlp.up_proj")
-        if lost := [p for p in order if p not in parts]:
-            raise ValueError(f"to_dinov2: {key} needs {', '.join(order)}, but there is no {', '.join(lost)}")
-        out[key] = torch.cat([parts[p] for p in order])
-    return out
-
-
-def _parse(key: str, block: str) -> tuple[str, str, str]:
-    hit = re.fullmatch(rf"(?:{block})?(.+?)(\.weight|\.bias)?", key)
-    assert hit
-    return hit[1] or "", hit[2], hit[3] or ""
+    for key, pieces in joined.items():
+        order = _QKV if "qkv" in key else _GATED
+        missing = [piece for piece in order if piece not in pieces]
+        if missing:
+            raise ValueError(
+                f"to_dinov2: {key} needs {', '.join(order)}, but there is no {', '.join(missing)}"
+            )
+        state[key] = torch.cat([pieces[piece] for piece in order])
+    return state
 
 
 def dinov2_config(state: Mapping[str, Tensor], where: str) -> dict[str, Any]:
     """The config of an original DINOv2 checkpoint, from its shapes; DINOv2's heads are 64 wide."""
     if not {"pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight"} <= state.keys():
-        found = ", ".join(list(state)[:6])
+        keys = ", ".join(list(state)[:6])
         raise ValueError(
-            f"load: {where} must be an original DINOv2 checkpoint (pos_embed, blocks.0..., patch_embed...), found {found}"
+            f"load: {where} must be an original DINOv2 checkpoint (pos_embed, blocks.0..., patch_embed...), found {keys}"
         )
     width, channels, _, patch = state["patch_embed.proj.weight"].shape
-    swiglu = "blocks.0.mlp.w12.weight" in state
-    registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
     if width % 64:
         raise ValueError(
             f"load: {where}: the width of a DINOv2 must be a multiple of 64 (its heads are 64 wide), found {width}"
         )
-    return {
+    swiglu = "blocks.0.mlp.w12.weight" in state
+    mlp_ratio = 4 if swiglu else state["blocks.0.mlp.fc1.weight"].shape[0] // width
+    # One position is the class token's; registers have none.
+    grid = round((state["pos_embed"].shape[1] - 1) ** 0.5)
+    registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
+    config = {
         "model_type": "dinov2_with_registers" if registers else "dinov2",
         "hidden_size": width,
         "num_hidden_layers": 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
         "num_attention_heads": width // 64,
         "num_channels": channels,
         "patch_size": patch,
-        "image_size": patch * round((state["pos_embed"].shape[1] - 1) ** 0.5),
-        "mlp_ratio": 4 if swiglu else state["blocks.0.mlp.fc1.weight"].shape[0] // width,
+        "image_size": patch * grid,
+        "mlp_ratio": mlp_ratio,
         "use_swiglu_ffn": swiglu,
-    } | ({"num_register_tokens": registers} if registers else {})
+    }
+    if registers:
+        config["num_register_tokens"] = registers
+    return config
+
+
+def _split_key(key: str, block: str) -> tuple[str, str, str]:
+    """(number of the block or "", name inside it, ".weight", ".bias" or "")."""
+    match = re.fullmatch(rf"(?:{block})?(.+?)(\.weight|\.bias)?", key)
+    assert match
+    return match[1] or "", match[2], match[3] or ""

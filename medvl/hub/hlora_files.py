@@ -46,18 +46,17 @@ def read_hlora(
     """
     path = Path(path)
     if not path.is_file() or path.suffix not in (".bin", ".safetensors"):
-        raise ValueError(
-            f"read_hlora: {path} must be a .bin or .safetensors file, {'it has another name' if path.is_file() else 'nothing is there'}"
-        )
+        found = "it has another name" if path.is_file() else "nothing is there"
+        raise ValueError(f"read_hlora: {path} must be a .bin or .safetensors file, {found}")
     if rank < 1 or experts < 1 or rank % experts:
         raise ValueError(
             f"read_hlora: experts must divide the rank of all of them together, got rank {rank} and {experts} experts"
         )
-    return _routed(open_weights(path, str(path)), path, rank, alpha, experts, skeleton, dtype, device)
+    return _read_entries(open_weights(path, str(path)), path, rank, alpha, experts, skeleton, dtype, device)
 
 
-def _routed(
-    held: Mapping[str, Entry],
+def _read_entries(
+    entries: Mapping[str, Entry],
     path: Path,
     rank: int,
     alpha: float,
@@ -66,46 +65,78 @@ def _routed(
     dtype: torch.dtype,
     device: Any,
 ) -> tuple[Adapter, dict[str, Tensor]]:
-    layers: dict[str, dict[str, str]] = {}
-    others: dict[str, str] = {}
-    for key in held:
-        if hit := _ROUTED.fullmatch(key.removeprefix(PREFIX)):
-            layers.setdefault(hit["module"], {})[_PARTS[hit["part"]]] = key
-        else:
-            others[key.removeprefix(PREFIX)] = key
-    odd = [k for k in held if not k.startswith(PREFIX) or (k in others.values() and ".lora_" in k)]
-    if odd or not layers:
-        what = f"unexpected {few(odd)}" if odd else f"no layers, only {few(list(others))}"
-        raise ValueError(
-            f"read_hlora: {path} must hold {PREFIX}LAYER.lora_route|lora_A|lora_B.weight, found {what}"
-        )
-    own = {} if skeleton is None else lora.target_layers(LoraConfig(pattern="all-linear"), skeleton)
-    if skeleton is not None and own.keys() != layers.keys():
-        missing, extra = [m for m in own if m not in layers], [m for m in layers if m not in own]
-        raise ValueError(
-            f"read_hlora: {path} is not for {skeleton.name}: missing {few(missing)}, unexpected {few(extra)}"
-        )
-    for m, keys in layers.items():
-        if lacks := [name for name, part in _PARTS.items() if part not in keys]:
-            raise ValueError(f"read_hlora: {path}: {m} lacks {few(lacks)}")
-        a, b, router = (held[keys[k]].shape for k in ("a", "b", "router"))
-        if not len(a) == len(b) == 2 or a[0] != rank or b[1] != rank or router != (experts, a[1]):
-            raise ValueError(
-                f"read_hlora: {path}: {m} must have lora_A [{rank}, in], lora_B [out, {rank}] and lora_route [{experts}, in], "
-                f"got {list(a)}, {list(b)} and {list(router)}"
-            )
+    """Adapter and rest of the tensors of a file, as `read_hlora`."""
+    layers, others = _group_keys(entries, path)
+    targets: dict[str, str] = {}
+    if skeleton is not None:
+        targets = lora.target_layers(LoraConfig(pattern="all-linear"), skeleton)
+        _check_layers(layers, targets, skeleton, path)
+    for module, keys in layers.items():
+        _check_shapes(entries, module, keys, rank, experts, path)
         if skeleton is not None:
-            check_fit(skeleton, own, m, "linear", a, b, f"read_hlora: {path}")
+            a, b = entries[keys["a"]].shape, entries[keys["b"]].shape
+            check_fit(skeleton, targets, module, "linear", a, b, f"read_hlora: {path}")
+
+    # All keys fit: only now the tensors are read.
+    factors: dict[str, dict[str, Tensor]] = {}
+    for module, keys in layers.items():
+        factors[module] = {k: read_finite(entries[key], key, path, dtype, device) for k, key in keys.items()}
+    rest = {name: read_finite(entries[key], key, path, dtype, device) for name, key in others.items()}
     adapter = Adapter(
-        factors={
-            m: {k: read_finite(held[key], key, path, dtype, device) for k, key in keys.items()}
-            for m, keys in layers.items()
-        },
+        factors=factors,
         scale=dict.fromkeys(layers, alpha / rank * experts),
         kinds=dict.fromkeys(layers, "linear"),
         name=path.stem,
     )
-    return adapter, {n: read_finite(held[key], key, path, dtype, device) for n, key in others.items()}
+    return adapter, rest
+
+
+def _group_keys(entries: Mapping[str, Entry], path: Path) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """({module: {"router", "a" and "b": key}}, {name: key} of the other tensors), without peft's prefix."""
+    layers: dict[str, dict[str, str]] = {}
+    others: dict[str, str] = {}
+    unexpected = []
+    for key in entries:
+        name = key.removeprefix(PREFIX)
+        match = _ROUTED.fullmatch(name)
+        if match:
+            layers.setdefault(match["module"], {})[_PARTS[match["part"]]] = key
+        else:
+            others[name] = key
+        if not key.startswith(PREFIX) or (not match and ".lora_" in key):
+            unexpected.append(key)
+    if unexpected or not layers:
+        found = f"unexpected {few(unexpected)}" if unexpected else f"no layers, only {few(list(others))}"
+        raise ValueError(
+            f"read_hlora: {path} must hold {PREFIX}LAYER.lora_route|lora_A|lora_B.weight, found {found}"
+        )
+    return layers, others
+
+
+def _check_layers(layers: Mapping[str, Any], targets: Mapping[str, str], skeleton: Any, path: Path) -> None:
+    """The file must correct every linear layer of the model but the head, and no other."""
+    missing = [module for module in targets if module not in layers]
+    unexpected = [module for module in layers if module not in targets]
+    if missing or unexpected:
+        raise ValueError(
+            f"read_hlora: {path} is not for {skeleton.name}: missing {few(missing)}, unexpected {few(unexpected)}"
+        )
+
+
+def _check_shapes(
+    entries: Mapping[str, Entry], module: str, keys: Mapping[str, str], rank: int, experts: int, path: Path
+) -> None:
+    """A layer must have its three tensors: A [rank, in], B [out, rank], router [experts, in]."""
+    missing = [name for name, part in _PARTS.items() if part not in keys]
+    if missing:
+        raise ValueError(f"read_hlora: {path}: {module} lacks {few(missing)}")
+    a, b, router = (entries[keys[part]].shape for part in ("a", "b", "router"))
+    matrices = len(a) == len(b) == 2
+    if not matrices or a[0] != rank or b[1] != rank or router != (experts, a[1]):
+        raise ValueError(
+            f"read_hlora: {path}: {module} must have lora_A [{rank}, in], lora_B [out, {rank}] "
+            f"and lora_route [{experts}, in], got {list(a)}, {list(b)} and {list(router)}"
+        )
 
 
 def write_hlora(adapter: Adapter, path: files.PathLike, rest: Mapping[str, Tensor] | None = None) -> None:
@@ -129,18 +160,31 @@ def write_hlora(adapter: Adapter, path: files.PathLike, rest: Mapping[str, Tenso
 
 
 def _hlora_state(adapter: Adapter, rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    plain = [m for m, f in adapter.factors.items() if "router" not in f or adapter.kinds[m] != "linear"]
-    if plain or not adapter.factors:
+    """The tensors of the file under HealthGPT's names."""
+    unfit = []
+    for module, factors in adapter.factors.items():
+        if "router" not in factors or adapter.kinds[module] != "linear":
+            unfit.append(module)
+    if unfit or not adapter.factors:
         raise ValueError(
-            f"write_hlora: every layer of {adapter} must be linear and have a router, not so {few(plain)}; use write_adapter"
+            f"write_hlora: every layer of {adapter} must be linear and have a router, not so {few(unfit)}; "
+            "use write_adapter"
         )
-    alike = {(len(f["a"]), len(f["router"]), adapter.scale[m]) for m, f in adapter.factors.items()}
-    if len(alike) > 1:
+    # The reader knows one rank, number of experts and scale for all layers.
+    settings = set()
+    for module, factors in adapter.factors.items():
+        settings.add((len(factors["a"]), len(factors["router"]), adapter.scale[module]))
+    if len(settings) > 1:
         raise ValueError(
-            f"write_hlora: layers must have one rank, number of experts and scale, got {few(sorted(alike))}"
+            "write_hlora: layers must have one rank, number of experts and scale, "
+            f"got {few(sorted(settings))}"
         )
     state: dict[str, Tensor] = {}
-    for m, f in adapter.factors.items():
-        parts = {"lora_route": f["router"], "lora_A": f["a"], "lora_B": folded(adapter, m, "write_hlora")}
-        state |= {f"{PREFIX}{m}.{name}.weight": t for name, t in parts.items()}
-    return state | {PREFIX + n: t for n, t in {**adapter.full, **rest}.items()}
+    for module, factors in adapter.factors.items():
+        name = f"{PREFIX}{module}"
+        state[f"{name}.lora_route.weight"] = factors["router"]
+        state[f"{name}.lora_A.weight"] = factors["a"]
+        state[f"{name}.lora_B.weight"] = folded(adapter, module, "write_hlora")
+    for name, tensor in {**adapter.full, **rest}.items():
+        state[PREFIX + name] = tensor
+    return state

@@ -1,4 +1,7 @@
-"""Checkpoints as skeletons and params: every tensor finds its parameter before any is read, then one is read at a time."""
+"""Checkpoints as skeletons and params.
+
+Every tensor of a checkpoint is matched to its parameter and checked before any is read; then one is read at a time.
+"""
 
 import json
 import math
@@ -34,18 +37,18 @@ from medvl.weights import four_bit
 
 Each = Callable[[str, Tensor], Tensor]  # (name, weight) -> weight
 
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+_WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 
-# Keys a checkpoint may have that the plain encoder does not: heads of a task, poolers, the temperature of a contrastive pair.
-_HEADS = re.compile(
+# Keys of a checkpoint that the plain encoder does not have: task heads, poolers, the temperature of a contrastive pair.
+_TASK_HEADS = re.compile(
     r"(^|\.)(pooler|classifier|head|lm_head|cls|qa_outputs|score|visual_projection|text_projection|logit_scale)(\.|$)"
 )
 
-_UNUSED = re.compile(r"(^|\.)mask_token$")  # only masked pre-training reads it
+# Only masked pre-training reads it.
+_UNUSED = re.compile(r"(^|\.)mask_token$")
 
-_BUFFERS = re.compile(
-    r"(^|\.)(position_ids|inv_freq|masked_bias|attn\.bias)$"
-)  # old files hold these constants
+# Constants that old versions of transformers wrote into the file; the module makes them anew.
+_BUFFERS = re.compile(r"(^|\.)(position_ids|inv_freq|masked_bias|attn\.bias)$")
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -62,15 +65,16 @@ def load_skeleton(
     """An architecture and its weights; one weight at a time is read, cast, moved and given to `each`.
 
     Args:
-        name: a folder with config.json and model.safetensors (or shards with their index, or pytorch_model.bin); a name on the Hugging Face
-            hub, read from its cache and downloaded only if it is not there; or an original DINOv2 file (`dinov2_vitb14_pretrain.pth`).
-        part: of a checkpoint that holds two towers (CLIP), the one to take.
+        name: a folder with config.json and model.safetensors (or shards with their index, or pytorch_model.bin); a name on the Hugging
+            Face hub, read from its cache and downloaded only if it is not there; or an original DINOv2 file
+            (`dinov2_vitb14_pretrain.pth`).
+        part: the tower to take from a checkpoint that holds two (CLIP).
         head: "" takes the plain encoder or decoder, "language" the model that predicts tokens, with its vision tower if it has one.
-        each: (name, weight) -> what to keep of it, such as `quant.quantizer(cfg)`: then the whole model is never held in `dtype`.
+        each: (name, weight) -> what to keep of it, such as `four_bit.quantizer(cfg)`: then the whole model is never held in `dtype`.
     Returns:
         skeleton and params {module name: tensor}, detached, of `dtype` on `device`. Pickled files are read with weights_only=True.
-        Left out are task heads and poolers; a `mask_token` that is missing is zeros (only pre-training reads it). 4-bit weights that
-        transformers and bitsandbytes wrote come as `quant.FourBit`.
+        Task heads and poolers are left out; a missing `mask_token` is zeros (only pre-training reads it). 4-bit weights that
+        transformers and bitsandbytes wrote come as `four_bit.FourBit`.
     Raises:
         ValueError: nothing there (says what was looked for, and where), a broken file, keys missing, unexpected or of another shape.
     """
@@ -81,27 +85,59 @@ def load_skeleton(
     if path.is_file():
         state = read_pickle(path)
         config = dinov2_config(state, str(path))
-        _say_positions(config, path.stem)
+        _warn_of_positions(config, path.stem)
         return bind_weights(config, from_dinov2(state), name=path.stem, dtype=dtype, device=device)
+
     config = read_json(find_file(str(name), ("config.json",)))
-    held = open_weights(find_file(str(name), _WEIGHTS), str(name))
+    entries = open_weights(find_file(str(name), _WEIGHT_FILES), str(name))
     if part:
         if not isinstance(config.get(f"{part}_config"), dict):
             raise ValueError(
                 f"load: {name} has no {part} tower (its config.json has no {part}_config); leave part empty"
             )
         config = {"model_type": f"{config.get('model_type')}_{part}_model"} | config[f"{part}_config"]
-        held = {k: e for k, e in held.items() if k.startswith(f"{part}_model.")}
-    skeleton, params = _bind(config, held, str(name), head, dtype, torch.device(device), each)
-    _say_positions(config, str(name))
-    generation = find_optional_file(str(name), "generation_config.json") if head else None
-    if generation is not None:
-        skeleton = evolve(skeleton, generation=_read_generation(generation))
+        entries = {key: entry for key, entry in entries.items() if key.startswith(f"{part}_model.")}
+    skeleton, params = _bind_entries(config, entries, str(name), head, dtype, torch.device(device), each)
+    _warn_of_positions(config, str(name))
+
+    # Only a language model generates, and only its checkpoint says how.
+    if head:
+        generation = find_optional_file(str(name), "generation_config.json")
+        if generation is not None:
+            skeleton = evolve(skeleton, generation=_read_generation(generation))
     return skeleton, params
 
 
+def load_encoder(name: files.PathLike, tower: Literal["text", "vision"]) -> tuple[Skeleton, Params]:
+    """An encoder as `load_skeleton` gives it; the named tower of a checkpoint that holds two (CLIP, SigLIP)."""
+    if Path(name).is_file():
+        return load_skeleton(name)
+    config = read_json(find_file(str(name), ("config.json",)))
+    if f"{tower}_config" in config:
+        return load_skeleton(name, part=tower)
+    return load_skeleton(name)
+
+
+def bind_weights(
+    config: dict[str, Any],
+    state: Mapping[str, Tensor],
+    *,
+    name: str = "",
+    head: Literal["", "language"] = "",
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> tuple[Skeleton, Params]:
+    """Skeleton and params of a config dict and a state dict with the names of published checkpoints; transformers maps the names.
+
+    Raises:
+        ValueError: as `load_skeleton`.
+    """
+    name = name or str(config["model_type"])
+    return _bind_entries(config, entries_of(state), name, head, dtype, torch.device(device), None)
+
+
 def _read_generation(path: Path) -> dict[str, Any]:
-    """A generation_config.json, in which what is used of it is what it must be."""
+    """A generation_config.json; the settings that medvl reads are checked."""
     raw = read_json(path)
     ends = raw.get("eos_token_id")
     for end in ends if isinstance(ends, list) else [ends]:
@@ -117,137 +153,140 @@ def _read_generation(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _say_positions(config: Mapping[str, Any], name: str) -> None:
-    """Warn of the one place where transformers' DINOv2 is not that of its authors; with registers both do the same."""
+def _warn_of_positions(config: Mapping[str, Any], name: str) -> None:
+    """Warn where transformers' DINOv2 differs from its authors' code. With registers both do the same."""
     if config.get("model_type") == "dinov2" and config.get("image_size") == 518:
         warnings.warn(
-            f"load: {name} was trained at 518 px; at other sizes transformers stretches its position embedding without the offset of 0.1 "
-            "of the original code, and features differ from the DINOv2 hub's by about 2e-2. Models with registers do not differ",
+            f"load: {name} was trained at 518 px; at other sizes transformers stretches its position embedding without the offset "
+            "of 0.1 of the original code, and features differ from the DINOv2 hub's by about 2e-2. Models with registers do not differ",
             stacklevel=3,
         )
 
 
-def load_encoder(name: files.PathLike, tower: Literal["text", "vision"]) -> tuple[Skeleton, Params]:
-    """An encoder as `load` gives it; of a checkpoint that holds two (CLIP, SigLIP) the named one."""
-    config = {} if Path(name).is_file() else read_json(find_file(str(name), ("config.json",)))
-    return load_skeleton(name, part=tower if f"{tower}_config" in config else "")
-
-
-def bind_weights(
+def _bind_entries(
     config: dict[str, Any],
-    state: Mapping[str, Tensor],
-    *,
-    name: str = "",
-    head: Literal["", "language"] = "",
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-) -> tuple[Skeleton, Params]:
-    """Skeleton and params of a config dict and a state dict with the names of published checkpoints; transformers maps the names.
-
-    Raises:
-        ValueError: as `load`.
-    """
-    return _bind(
-        config, entries_of(state), name or str(config["model_type"]), head, dtype, torch.device(device), None
-    )
-
-
-def _bind(
-    config: dict[str, Any],
-    held: dict[str, Entry],
+    entries: dict[str, Entry],
     name: str,
     head: str,
     dtype: torch.dtype,
     device: torch.device,
     each: Each | None,
 ) -> tuple[Skeleton, Params]:
-    """Find each checkpoint tensor its parameter, see that all fit, and only then read them, one at a time."""
-    kind, cfg = find_architecture(config, head)
-    held = _unpacked(held)
-    wrong = [
-        f"{k} ({str(e.dtype)[6:]})"
-        for k, e in held.items()
-        if e.dtype not in _FLOATS and not _BUFFERS.search(k)
-    ]
+    """Match each checkpoint tensor to its parameter, check that all fit, and only then read them, one at a time."""
+    model_class, model_config = find_architecture(config, head)
+    entries = _join_four_bit(entries)
+    _check_dtypes(entries, name)
+    module = build_weightless(model_class, model_config)
+    placed, unplaced = place_entries(module, entries)
+    _merge_tied(module, placed, name)
+    shapes = {n: tuple(p.shape) for n, p in module.named_parameters()}
+    _check_complete(shapes, placed, unplaced, f"load: {name} is no {model_class.__name__} of this config: ")
+
+    params: Params = {}
+    for param, shape in track(shapes.items(), "reading weights"):
+        if param in placed:
+            # The entry goes with its use: the parts of a fused weight are freed with the last of them.
+            weight = _read_entry(placed.pop(param), param, name).to(device, dtype)
+        else:
+            weight = torch.zeros(shape, dtype=dtype, device=device)
+        # The shape of a weight that is made of several tensors of the file is known only now.
+        if tuple(weight.shape) != shape:
+            raise ValueError(
+                f"load: {name}: {param} must be {list(shape)}, the file's parts make {list(weight.shape)}"
+            )
+        if each is None:
+            params[param] = weight.detach()
+        else:
+            params[param] = each(param, weight).detach()
+            del weight
+            release_memory()
+    return make_skeleton(module, name, device), params
+
+
+def _check_dtypes(entries: Mapping[str, Entry], name: str) -> None:
+    wrong = []
+    for key, entry in entries.items():
+        if entry.dtype not in _FLOATS and not _BUFFERS.search(key):
+            wrong.append(f"{key} ({str(entry.dtype)[6:]})")
     if wrong:
         raise ValueError(
             f"load: {name}: weights must be float16, bfloat16, float32, float64 or bitsandbytes' 4-bit, found {few(wrong)}; "
             "other quantised files are not read"
         )
-    module = build_weightless(kind, cfg)
-    shapes = {n: tuple(p.shape) for n, p in module.named_parameters()}
-    plan, extra = place_entries(module, held)
-    _join_tied(module, plan, name)
-    missing = sorted(n for n in shapes.keys() - plan.keys() if not _UNUSED.search(n))
-    extra = sorted(k for k in extra if not (_HEADS.search(k) or _UNUSED.search(k) or _BUFFERS.search(k)))
-    misfit = sorted(
-        f"{n} {list(e.shape)} instead of {list(shapes[n])}"
-        for n, e in plan.items()
-        if e.shape and e.shape != shapes[n]
-    )
-    if missing or extra or misfit:
-        parts = (("missing", missing), ("unexpected", extra), ("of another shape", misfit))
-        raise ValueError(
-            f"load: {name} is no {kind.__name__} of this config: "
-            + "; ".join(f"{w} {few(ks)}" for w, ks in parts if ks)
-        )
-    params: Params = {}
-    for n, shape in track(shapes.items(), "reading weights"):
-        t = (
-            _read(plan.pop(n), n, name).to(device, dtype)
-            if n in plan
-            else torch.zeros(shape, dtype=dtype, device=device)
-        )
-        if tuple(t.shape) != shape:
-            raise ValueError(
-                f"load: {name}: {n} must be {list(shape)}, the file's parts make {list(t.shape)}"
-            )
-        params[n] = (each(n, t) if each else t).detach()
-        del t
-        if each:
-            release_memory()
-    return make_skeleton(module, name, device), params
 
 
-def _read(entry: Entry, name: str, of: str) -> Tensor:
+def _check_complete(
+    shapes: Mapping[str, tuple[int, ...]], placed: Mapping[str, Entry], unplaced: list[str], where: str
+) -> None:
+    """Raise one error that lists every parameter without a tensor, tensor without a parameter, and wrong shape."""
+    missing = sorted(n for n in shapes.keys() - placed.keys() if not _UNUSED.search(n))
+    unexpected = []
+    for key in sorted(unplaced):
+        if not (_TASK_HEADS.search(key) or _UNUSED.search(key) or _BUFFERS.search(key)):
+            unexpected.append(key)
+    misshaped = []
+    for n, entry in placed.items():
+        # An entry without a shape is made of several tensors and checked when it is read.
+        if entry.shape and entry.shape != shapes[n]:
+            misshaped.append(f"{n} {list(entry.shape)} instead of {list(shapes[n])}")
+    faults = (("missing", missing), ("unexpected", unexpected), ("of another shape", sorted(misshaped)))
+    text = "; ".join(f"{fault} {few(names)}" for fault, names in faults if names)
+    if text:
+        raise ValueError(where + text)
+
+
+def _read_entry(entry: Entry, param: str, name: str) -> Tensor:
     try:
         return entry.read()
     except ValueError as e:
-        raise ValueError(f"load: {of}: {name}: {e}") from e
+        raise ValueError(f"load: {name}: {param}: {e}") from e
 
 
-def _join_tied(module: Any, plan: dict[str, Entry], name: str) -> None:
-    """A tied weight may be in a file under either of its names, or under both."""
-    first = {id(p): n for n, p in module.named_parameters()}
-    for n, p in module.named_parameters(remove_duplicate=False):
-        one = first[id(p)]
-        if n == one or n not in plan:
+def _merge_tied(module: Any, placed: dict[str, Entry], name: str) -> None:
+    """Keep one entry of each tied weight, which a file may hold under either of its names or under both."""
+    first_name = {id(p): n for n, p in module.named_parameters()}
+    for other, p in module.named_parameters(remove_duplicate=False):
+        first = first_name[id(p)]
+        if other == first or other not in placed:
             continue
-        if one in plan and not torch.equal(plan[n].read(), plan[one].read()):
+        if first in placed and not torch.equal(placed[other].read(), placed[first].read()):
             raise ValueError(
-                f"load: {name}: {n} and {one} are one weight by its config, but differ in the file"
+                f"load: {name}: {other} and {first} are one weight by its config, but differ in the file"
             )
-        plan.setdefault(one, plan[n])
-        del plan[n]
+        placed.setdefault(first, placed[other])
+        del placed[other]
 
 
-def _unpacked(held: dict[str, Entry]) -> dict[str, Entry]:
-    """The same entries, those of each 4-bit weight as one."""
-    quantised = {k.partition(".quant_state.")[0] for k in held if ".quant_state.bitsandbytes__" in k}
-    parts = {
-        w: {k[len(w) :]: e for k, e in held.items() if k == w or k.startswith(f"{w}.")} for w in quantised
-    }
-    taken = {w + suffix for w, of in parts.items() for suffix in of}
-    out = {k: e for k, e in held.items() if k not in taken}
-    for w, of in parts.items():
-        about = four_bit.read_quant_header(
-            {k: e.read() for k, e in of.items() if k.startswith(".quant_state.")}, w
+def _join_four_bit(entries: dict[str, Entry]) -> dict[str, Entry]:
+    """The same entries, with the codes and scales of each 4-bit weight joined to one entry."""
+    quantised = {k.partition(".quant_state.")[0] for k in entries if ".quant_state.bitsandbytes__" in k}
+    # {weight: {suffix: entry}}; the codes are under the name of the weight itself, its suffix is "".
+    parts: dict[str, dict[str, Entry]] = {weight: {} for weight in quantised}
+    plain: dict[str, Entry] = {}
+    for key, entry in entries.items():
+        weight = _weight_of(key, quantised)
+        if weight is None:
+            plain[key] = entry
+        else:
+            parts[weight][key[len(weight) :]] = entry
+    for weight, suffixes in parts.items():
+        states = {s: entry.read() for s, entry in suffixes.items() if s.startswith(".quant_state.")}
+        header = four_bit.read_quant_header(states, weight)
+        plain[weight] = Entry(
+            shape=tuple(header["shape"]),
+            dtype=getattr(torch, header["dtype"]),
+            read=partial(_unpack_four_bit, suffixes),
         )
-        out[w] = Entry(
-            shape=tuple(about["shape"]), dtype=getattr(torch, about["dtype"]), read=partial(_unpack, of)
-        )
-    return out
+    return plain
 
 
-def _unpack(parts: dict[str, Entry]) -> Tensor:
-    return four_bit.unpack_weight({k: e.read() for k, e in parts.items()})
+def _weight_of(key: str, quantised: set[str]) -> str | None:
+    """The 4-bit weight that a key belongs to: the key itself, or what one of its dots ends."""
+    if key in quantised:
+        return key
+    dots = (i for i, c in enumerate(key) if c == ".")
+    return next((key[:i] for i in dots if key[:i] in quantised), None)
+
+
+def _unpack_four_bit(parts: dict[str, Entry]) -> Tensor:
+    return four_bit.unpack_weight({suffix: entry.read() for suffix, entry in parts.items()})

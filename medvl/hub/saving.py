@@ -1,4 +1,4 @@
-"""Skeleton and params as a folder that transformers' from_pretrained reads."""
+"""A skeleton and its params as a folder that transformers' from_pretrained reads."""
 
 import copy
 import json
@@ -26,66 +26,81 @@ def save_skeleton(
 ) -> None:
     """Write config.json and model.safetensors, with the names of published checkpoints, that transformers' from_pretrained reads.
 
-    A generation_config.json that the checkpoint came with is written as it was.
+    A generation_config.json that the checkpoint came with is written unchanged. 4-bit weights are written in the layout of
+    bitsandbytes; sharded ones are gathered (every process must call this, process 0 writes). A model above `shard_gb` (10^9 bytes)
+    is split into files with an index. The folder is there whole or not at all.
 
-    4-bit weights are written in the layout of bitsandbytes; sharded ones are gathered (every process must call this, process 0 writes). A
-    model above `shard_gb` (10^9 bytes) is split into files with an index. The folder is there whole or not at all.
     Raises:
         ValueError: the folder exists and is not empty, params are not the skeleton's, or adapters are still on them.
     """
+    _check_params(skeleton, params)
+    packed = {n: w for n, w in params.items() if isinstance(w, four_bit.FourBit)}
+    plain = {}
+    for name, weight in params.items():
+        if isinstance(weight, four_bit.FourBit):
+            plain[name] = weight.packed
+        else:
+            plain[name] = dense(weight).detach().contiguous()
+    state = published_state(skeleton.module, plain, packed)
+
+    with new_folder(folder) as tmp, quiet():
+        _write_config(skeleton.module, tmp, plain, packed)
+        if skeleton.generation:
+            text = json.dumps(skeleton.generation, indent=2, ensure_ascii=False) + "\n"
+            files.write_text(tmp / "generation_config.json", text)
+        shards = split_torch_state_dict_into_shards(
+            state, max_shard_size=int(shard_gb * 1e9), filename_pattern="model{suffix}.safetensors"
+        )
+        for file, names in shards.filename_to_tensors.items():
+            save_file({n: state[n] for n in names}, tmp / file, {"format": "pt"})
+        if shards.is_sharded:
+            index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+            files.write_text(tmp / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
+
+
+def _check_params(skeleton: Skeleton, params: Mapping[str, Tensor]) -> None:
+    """Refuse params that no checkpoint has a place for."""
     if params.keys() != skeleton._names:
         raise ValueError(
-            f"save: params must be the {len(skeleton._names)} weights of {skeleton.name}, got {len(params)}: {few(sorted(params))}"
+            f"save: params must be the {len(skeleton._names)} weights of {skeleton.name}, "
+            f"got {len(params)}: {few(sorted(params))}"
         )
-    if adapted := [n for n, w in params.items() if isinstance(w, LowRank)]:
+    adapted = [n for n, w in params.items() if isinstance(w, LowRank)]
+    if adapted:
         raise ValueError(
-            f"save: adapters are on {few(adapted, 2)}; merge them (lora.merge_adapter) or write them apart (write_adapter)"
+            f"save: adapters are on {few(adapted, 2)}; merge them (lora.merge_adapter) "
+            "or write them apart (write_adapter)"
         )
-    packed = {n: w for n, w in params.items() if isinstance(w, four_bit.FourBit)}
-    if stacked := [n for n, w in packed.items() if w.dim() == 3]:
+    stacked = [n for n, w in params.items() if isinstance(w, four_bit.FourBit) and w.dim() == 3]
+    if stacked:
         raise ValueError(
             f"save: {few(stacked, 2)} are experts in 4 bits, for which no file has a place; write them out first "
             "(weights.dense), or save the model that was quantised"
         )
-    plain = {
-        n: w.packed if isinstance(w, four_bit.FourBit) else dense(w).detach().contiguous()
-        for n, w in params.items()
-    }
-    state = published_state(skeleton.module, plain, packed)
-    with new_folder(folder) as tmp, quiet():
-        _save_config(skeleton.module, tmp, plain, packed)
-        if skeleton.generation:
-            text = json.dumps(skeleton.generation, indent=2, ensure_ascii=False) + "\n"
-            files.write_text(tmp / "generation_config.json", text)
-        split = split_torch_state_dict_into_shards(
-            state, max_shard_size=int(shard_gb * 1e9), filename_pattern="model{suffix}.safetensors"
-        )
-        for file, names in split.filename_to_tensors.items():
-            save_file({n: state[n] for n in names}, tmp / file, {"format": "pt"})
-        if split.is_sharded:
-            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-            files.write_text(tmp / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
 
 
-def _save_config(
+def _write_config(
     module: Any, folder: Path, plain: Mapping[str, Tensor], packed: Mapping[str, four_bit.FourBit]
 ) -> None:
+    """Write config.json, and generation_config.json where the module has one."""
     config = copy.deepcopy(module.config)
     config.architectures = [type(module).__name__]
     config.dtype = next((t.dtype for t in plain.values() if t.is_floating_point()), torch.float32)
     if packed:
-        one = next(iter(packed.values()))
-        whole = [
-            n for n, m in module.named_modules() if isinstance(m, nn.Linear) and f"{n}.weight" not in packed
-        ]
+        # One quantised weight stands for all: they come from one `QuantConfig`.
+        weight = next(iter(packed.values()))
+        not_quantised = []
+        for name, part in module.named_modules():
+            if isinstance(part, nn.Linear) and f"{name}.weight" not in packed:
+                not_quantised.append(name)
         config.quantization_config = {
             "quant_method": "bitsandbytes",
             "load_in_4bit": True,
-            "bnb_4bit_quant_type": one.kind,
-            "bnb_4bit_use_double_quant": one.nested is not None,
-            "bnb_4bit_compute_dtype": str(one.dtype)[6:],
+            "bnb_4bit_quant_type": weight.kind,
+            "bnb_4bit_use_double_quant": weight.nested is not None,
+            "bnb_4bit_compute_dtype": str(weight.dtype)[6:],
             "bnb_4bit_quant_storage": "uint8",
-            "llm_int8_skip_modules": whole,
+            "llm_int8_skip_modules": not_quantised,
         }
     config.save_pretrained(folder)
     if module.can_generate() and module.generation_config is not None:

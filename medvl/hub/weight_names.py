@@ -1,4 +1,4 @@
-"""The names of weights: those of published checkpoints, of older versions of transformers, and of the module, by transformers' own rules."""
+"""The names of weights in published checkpoints, in those of older transformers, and in the module, by transformers' own rules."""
 
 import copy
 from collections.abc import Iterable, Mapping
@@ -13,103 +13,124 @@ from medvl.hub.skeletons import Skeleton
 from medvl.weights import four_bit
 
 
-def place_entries(module: Any, held: Mapping[str, Entry]) -> tuple[dict[str, Entry], list[str]]:
-    """({parameter: where its values come from}, names that have no parameter), by transformers' own rules for old and split layouts."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        dot_natural_key,
-        rename_source_key,
-    )
+def place_entries(module: Any, entries: Mapping[str, Entry]) -> tuple[dict[str, Entry], list[str]]:
+    """Match the tensors of a checkpoint to the parameters of a module.
 
-    rules = get_model_conversion_mapping(module)
-    renamings = [r for r in rules if isinstance(r, WeightRenaming)]
-    converters = [r for r in rules if isinstance(r, WeightConverter)]
-    by_pattern = {p: c for c in converters for p in c.source_patterns}
-    meta, prefix = module.state_dict(), module.base_model_prefix
-    known = {n for n, _ in module.named_parameters(remove_duplicate=False)}
-    plan: dict[str, Entry] = {}
-    groups: dict[str, Any] = {}
-    extra = []
-    for key in sorted(held, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, prefix, meta)
-        if name not in meta and key in meta:
-            name, pattern = rename_source_key(key, [], [], prefix, meta)
-        if name not in known:
-            extra += [] if name in meta else [key]
+    A parameter that the module keeps as one and the file in pieces (or the other way round) gets an entry that converts them when
+    it is read. The rules that were used stay on the module: `save_skeleton` turns them back.
+
+    Returns:
+        ({parameter: its entry}, keys of the file that are no parameter).
+    """
+    from transformers.core_model_loading import dot_natural_key, rename_source_key
+
+    rules, renamings, converters = _conversion_rules(module)
+    converter_of = {pattern: c for c in converters for pattern in c.source_patterns}
+    tensors, prefix = module.state_dict(), module.base_model_prefix
+    params = {n for n, _ in module.named_parameters(remove_duplicate=False)}
+
+    placed: dict[str, Entry] = {}
+    conversions: dict[str, Any] = {}
+    unplaced = []
+    for key in sorted(entries, key=dot_natural_key):  # pieces are joined in the order of their numbers
+        name, pattern = rename_source_key(key, renamings, converters, prefix, tensors)
+        if name not in tensors and key in tensors:
+            # A rule for old names met a name that is of today already.
+            name, pattern = rename_source_key(key, [], [], prefix, tensors)
+        if name not in params:
+            if name not in tensors:  # what is left are buffers
+                unplaced.append(key)
         elif pattern is None:
-            plan[name] = held[key]
+            placed[name] = entries[key]
         else:
-            rule = groups.setdefault(name, copy.deepcopy(by_pattern[pattern]))
-            rule.add_tensor(name, key, pattern, held[key].read)
-    for name, rule in groups.items():
-        made: dict[str, Tensor] = {}
-        for target in rule.target_patterns:
-            one = name.replace(rule.target_patterns[0], target) if len(rule.target_patterns) > 1 else name
-            plan[one] = _entry(made, rule, name, module, one)
-    module._weight_conversions = [r for r in rules if r.was_used()]  # what `save` turns back
-    return plan, extra
+            # The converter collects what it is given, so every parameter needs one of its own.
+            conversion = conversions.setdefault(name, copy.deepcopy(converter_of[pattern]))
+            conversion.add_tensor(name, key, pattern, entries[key].read)
 
-
-def _convert(rule: Any, name: str, module: Any) -> dict[str, Tensor]:
-    made = rule.convert(name, model=module, config=module.config)
-    return {k: t[0] if isinstance(t, list) else t for k, t in made.items()}
-
-
-def _entry(made: dict[str, Tensor], rule: Any, name: str, module: Any, target: str) -> Entry:
-    """One of the weights that a rule makes of its parts; all are made when the first is read."""
-
-    def read() -> Tensor:
-        if not made:
-            made.update(_convert(rule, name, module))
-        return made[target]
-
-    return Entry(shape=(), dtype=torch.float32, read=read)
+    for name, conversion in conversions.items():
+        converted: dict[str, Tensor] = {}  # shared by the parameters that one conversion makes
+        targets = conversion.target_patterns
+        for target in targets:
+            param = name.replace(targets[0], target) if len(targets) > 1 else name
+            placed[param] = _converted_entry(converted, conversion, name, module, param)
+    module._weight_conversions = [rule for rule in rules if rule.was_used()]
+    return placed, unplaced
 
 
 def current_names(skeleton: Skeleton, names: Iterable[str]) -> dict[str, str]:
-    """{name: the skeleton's name} of those of `names` that are one of its weights, by today's names or, by transformers' rules, older ones.
+    """{name: the skeleton's name} of those of `names` that are one of its weights, by today's names or those of older transformers.
 
     Left out is what the model does not have, or only as part of a weight (experts that are fused now). A tied weight has all its names.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.core_model_loading import rename_source_key
 
     module: Any = skeleton.module
-    names, known = list(names), {n for n, _ in module.named_parameters(remove_duplicate=False)}
-    if known.issuperset(names):
+    names = list(names)
+    params = {n for n, _ in module.named_parameters(remove_duplicate=False)}
+    if params.issuperset(names):
         return {n: n for n in names}
-    rules = get_model_conversion_mapping(module)
-    renamings = [r for r in rules if isinstance(r, WeightRenaming)]
-    converters = [r for r in rules if isinstance(r, WeightConverter)]
-    meta, found = module.state_dict(), {}
-    for old in names:
-        new, converted = rename_source_key(old, renamings, converters, module.base_model_prefix, meta)
-        if new in known and converted is None:
-            found[old] = new
-        elif old in known:
-            found[old] = old
-    return found
+    _, renamings, converters = _conversion_rules(module)
+    tensors = module.state_dict()
+    current: dict[str, str] = {}
+    for name in names:
+        new, pattern = rename_source_key(name, renamings, converters, module.base_model_prefix, tensors)
+        if new in params and pattern is None:
+            current[name] = new
+        elif name in params:
+            current[name] = name
+    return current
 
 
 def published_state(
     module: Any, plain: dict[str, Tensor], packed: Mapping[str, four_bit.FourBit]
 ) -> dict[str, Tensor]:
-    """The state dict under the names of published checkpoints; each 4-bit weight with its scales."""
+    """The state dict under the names of published checkpoints.
+
+    Args:
+        plain: every weight of the module; of a 4-bit weight its codes.
+        packed: the 4-bit weights, each of which is written with its scales.
+    Raises:
+        ValueError: a 4-bit weight that the published checkpoint stores split or joined.
+    """
     from transformers.core_model_loading import revert_weight_conversion
 
-    codes = {id(w.packed): n for n, w in packed.items()}
+    # Names change, tensors that are not converted stay the same objects: codes are found again by identity.
+    name_of_codes = {id(weight.packed): name for name, weight in packed.items()}
     state: dict[str, Tensor] = {}
-    for name, t in revert_weight_conversion(module, plain).items():
-        old = codes.pop(id(t), None)
-        state |= (
-            {name: t}
-            if old is None
-            else {name + suffix: part for suffix, part in four_bit.pack_weight(packed[old]).items()}
-        )
-    if codes:
+    for name, tensor in revert_weight_conversion(module, plain).items():
+        param = name_of_codes.pop(id(tensor), None)
+        if param is None:
+            state[name] = tensor
+        else:
+            for suffix, part in four_bit.pack_weight(packed[param]).items():
+                state[name + suffix] = part
+    if name_of_codes:
         raise ValueError(
-            f"save: {few(sorted(codes.values()))} are stored split or joined; they cannot be saved in 4 bits"
+            f"save: {few(sorted(name_of_codes.values()))} are stored split or joined; they cannot be saved in 4 bits"
         )
     return state
+
+
+def _conversion_rules(module: Any) -> tuple[list[Any], list[Any], list[Any]]:
+    """transformers' rules for a module: (all, those that rename, those that split or join)."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+    rules = get_model_conversion_mapping(module)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    return rules, renamings, converters
+
+
+def _converted_entry(
+    converted: dict[str, Tensor], conversion: Any, name: str, module: Any, param: str
+) -> Entry:
+    """One of the weights that a conversion makes of its pieces; all are made when the first is read."""
+
+    def read() -> Tensor:
+        if not converted:
+            for made, tensor in conversion.convert(name, model=module, config=module.config).items():
+                converted[made] = tensor[0] if isinstance(tensor, list) else tensor
+        return converted[param]
+
+    return Entry(shape=(), dtype=torch.float32, read=read)
