@@ -14,7 +14,7 @@ from medvl.slides import features, names
 from medvl.slides.features import About
 from medvl.slides.formats import SUFFIXES
 from medvl.slides.names import Match
-from medvl.slides.pack import Slides, content_digest, open_slides
+from medvl.slides.store import Slides, content_digest, open_slides
 
 _MAX_SUGGESTIONS = 20  # missing slides for which near names are searched; the search compares with every file
 

@@ -21,7 +21,7 @@ from medvl.components.slots import CompressConfig, SlotState
 from medvl.hub import skeletons
 from medvl.slides import features as slides
 from medvl.slides import names as slide_names
-from medvl.slides import pack
+from medvl.slides import store as slide_store
 from medvl.slides.features import Block
 
 _log = logging.getLogger("medvl")
@@ -45,14 +45,14 @@ def open_features(where: files.PathLike, names: Sequence[str], *, dims: int = 0)
     """The features of these slides; slides without features are told, not raised.
 
     Args:
-        where: a folder with one file per slide (any format of `slides`), or a store that `slide_store.pack` made.
+        where: a folder with one file per slide (any format of `slides`), or a store that `pack.pack` made.
         names: slide ids, cases or names of files; matched as `slide_names.find_slides` does. A case of several slides is one bag of all patches.
     Raises:
         ValueError: no such folder or store; a name that several files match; widths that differ, or are not `dims`; two encoders.
     """
     where, wanted = Path(where), list(dict.fromkeys(names))
     if where.is_file():
-        store = pack.open_slides(where)
+        store = slide_store.open_slides(where)
         known: Mapping[str, Sequence[Any]] = {name: [name] for name in store.names}
         matches = _clear(slide_names.find_slides(wanted, known))
         first = store.names[:1]  # its width is that of the store, also where no slide is asked for

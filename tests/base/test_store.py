@@ -182,7 +182,9 @@ def test_a_row_knows_the_content_of_its_array(tmp_path):
 def test_a_store_made_before_rows_held_contents_is_read_and_written(tmp_path):
     old = np.dtype([("name", "S1"), ("count", "<i4"), ("done", "u1")])
     array = np.arange(12, dtype="u1").reshape(3, 4)
-    store._write_empty(tmp_path / "s.h5", ["a"], (3, 4), np.dtype("u1"), "{}", old)
+    table = np.zeros(1, old)
+    table["name"] = b"a"
+    store._write_empty(tmp_path / "s.h5", table, (3, 4), np.dtype("u1"), {})
     store.put(store.open_store(tmp_path / "s.h5"), "a", array, {"count": 5})
     opened = store.open_store(tmp_path / "s.h5")
     assert opened.row("a") == {"count": 5}

@@ -1,0 +1,253 @@
+"""One HDF5 file with the patch features of many slides, made to be streamed. A killed writer leaves each slide whole or absent.
+
+Layout (`base.rows` says how it is written): datasets `features` [n, d] and `coords` [n, 2], with the patches of all slides
+behind each other; dataset `rows`, one record for each slide: where its patches start, how many there are, and what is
+known of it.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from attrs import field, frozen
+
+from medvl.base import files, rows
+from medvl.base.display import track
+from medvl.base.files import PathLike
+from medvl.base.rows import Rows
+from medvl.slides.features import About, Slide, patch_size_of
+from medvl.slides.formats import STORE, Block
+
+_KIND = rows.Kind(format=STORE, version=1, noun="slides")
+_FIELDS = (  # of a row, between its name and `done`
+    ("start", "<i8"),
+    ("room", "<i8"),
+    ("count", "<i8"),  # patches; less than there is room for where some were dropped
+    ("has_coords", "u1"),
+    ("patch_size", "<i8"),  # level-0 pixels, -1 unknown
+    ("mpp", "<f8"),  # NaN unknown, like the next
+    ("magnification", "<f8"),
+    ("encoder", "S64"),  # as the source says it
+    ("source", "S255"),  # name of the file it was read from
+    ("digest", "S64"),  # SHA-256 of features and coordinates as they lie here
+    ("key", "S64"),  # SHA-256 of `features.file_key` of the source; stores of earlier versions have none
+)
+
+
+@frozen(kw_only=True, eq=False)
+class Slides:
+    """A store as it was when opened; `names` are the slides that were done then, in file order.
+
+    It may be pickled, forked and used by threads, as `rows.Rows`.
+    """
+
+    path: Path
+    dims: int
+    dtype: np.dtype
+    encoder: str  # "" unknown
+    names: tuple[str, ...]
+    _rows: Rows = field(alias="rows", repr=False)
+
+    def about(self, name: str) -> About:
+        """What is known of a slide; raises ValueError where it is not in the store."""
+        record = self._rows.record(name)
+        return About(
+            name=name,
+            rows=int(record["count"]),
+            dims=self.dims,
+            dtype=self.dtype,
+            has_coords=bool(record["has_coords"]),
+            patch_size=None if record["patch_size"] < 0 else int(record["patch_size"]),
+            mpp=_number_or_none(record["mpp"]),
+            magnification=_number_or_none(record["magnification"]),
+            encoder=self.encoder,
+        )
+
+    def source(self, name: str) -> tuple[str, str]:
+        """(name of the file a slide was read from, SHA-256 of its content here)."""
+        record = self._rows.record(name)
+        return record["source"].decode(), record["digest"].decode()
+
+    def source_key(self, name: str) -> str:
+        """SHA-256 of what `features.file_key` said of that file; "" in a store of an earlier version."""
+        record = self._rows.record(name)
+        return record["key"].decode() if "key" in (record.dtype.names or ()) else ""
+
+    def room(self, name: str) -> int:
+        """How many patches there is room for under this name; -1 where it is not in the file."""
+        i = self._rows.index.get(name)
+        return -1 if i is None else int(self._rows.table["room"][i])
+
+    def chunks(self, name: str, size: int = 4096) -> Iterator[Block]:
+        """The patches of a slide, `size` at a time, as `features.chunks`; every chunk is a fresh array."""
+        if size < 1:
+            raise ValueError(f"chunks: size must be at least 1 patch, got {size}")
+        record = self._rows.record(name)
+        count = int(record["count"])
+        return (_patches(self, record, at, min(size, count - at)) for at in range(0, count, size))
+
+    def read(self, name: str) -> Slide:
+        """All patches of a slide.
+
+        Raises:
+            ValueError: no such slide, or the file was replaced (by `pack`, to make room) or truncated since it was opened.
+        """
+        about = self.about(name)
+        features, coords = _patches(self, self._rows.record(name), 0, about.rows)
+        return Slide(
+            name=name,
+            features=features,
+            coords=coords,
+            patch_size=about.patch_size,
+            mpp=about.mpp,
+            magnification=about.magnification,
+            encoder=about.encoder,
+        )
+
+
+def _number_or_none(value: np.floating) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def open_slides(path: PathLike) -> Slides:
+    """Open a store of slides for reading, also while another process packs into it.
+
+    Raises:
+        ValueError: no such file, not a store of slides, truncated, or of another version.
+    """
+    opened = rows.open_rows(path, _KIND, ["features", "coords"])
+    features, coords = opened.datasets["features"], opened.datasets["coords"]
+    patches, dims = features.shape
+    if coords.shape != (patches, 2) or coords.dtype != np.dtype("<i8"):
+        raise ValueError(
+            f"{path}: coords must be [{patches}, 2] of int64, found {coords.shape} {coords.dtype}"
+        )
+    try:
+        start, room, count = (opened.table[key] for key in ("start", "room", "count"))
+        encoder = opened.settings["encoder"]
+    except (LookupError, TypeError, ValueError) as e:
+        raise ValueError(f"{path}: is not a whole store ({e})") from e
+    if (start < 0).any() or (count < 0).any() or (count > room).any() or (start + room > patches).any():
+        raise ValueError(f"{path}: names patches beyond the {patches} that it holds; pack it again")
+    return Slides(
+        path=opened.path,
+        dims=dims,
+        dtype=features.dtype,
+        encoder=encoder,
+        names=opened.names,
+        rows=opened,
+    )
+
+
+def _patches(store: Slides, record: np.void, first: int, count: int) -> Block:
+    """Patches first:first + count of a slide."""
+    start = int(record["start"]) + first
+    x = store._rows.read("features", start * store.dims, (count, store.dims))
+    xy = store._rows.read("coords", start * 2, (count, 2)) if record["has_coords"] else None
+    return x, xy
+
+
+def make_room(
+    path: Path,
+    old: Slides | None,
+    new: Mapping[str, int],
+    settings: Mapping[str, Any],
+    progress: bool = False,
+) -> None:
+    """Create a store, or replace one by a copy with more room; nobody may write to it meanwhile.
+
+    Args:
+        old: what is done in it is copied, except `new`; None creates a store.
+        new: {name: how many patches to reserve room for}.
+        settings: dims, encoder and dtype of all slides.
+    """
+    kept = [] if old is None else [name for name in old.names if name not in new]
+    old_records = [] if old is None else [old._rows.record(name) for name in kept]
+    names = [name.encode() for name in (*kept, *new)]
+    width = max((len(name) for name in names), default=1)
+    table = np.zeros(len(names), [("name", f"S{width}"), *_FIELDS, ("done", "u1")])
+    table["name"] = names
+    table["room"] = [*(record["count"] for record in old_records), *new.values()]
+    table["start"] = np.cumsum(table["room"]) - table["room"]
+    patches = max(1, int(table["room"].sum()))
+    datasets = {
+        "coords": ((patches, 2), np.dtype("<i8")),
+        "features": ((patches, settings["dims"]), np.dtype(settings["dtype"]).newbyteorder("<")),
+    }
+    with files.atomic(path) as tmp:
+        rows.create_rows(tmp, _KIND, settings, table, datasets)
+        if old is not None:
+            copy = open_slides(tmp)
+            for name in track(kept, "copying slides", show=progress):
+                _copy_slide(old, copy, name)
+
+
+def _copy_slide(old: Slides, new: Slides, name: str) -> None:
+    record, source = _reserved(new, name), old._rows.record(name)
+    # A store of an earlier version has fewer fields; where the patches lie is each file's own.
+    for key in {*(source.dtype.names or ())} - {"name", "start", "room", "done"}:
+        record[key] = source[key]
+    first, target, count = int(source["start"]), int(record["start"][0]), int(source["count"])
+    spans = {"features": (first * old.dims, target * old.dims, count * old.dims)}
+    if source["has_coords"]:
+        spans["coords"] = (first * 2, target * 2, count * 2)
+    rows.copy_row(old._rows, new._rows, name, record, spans)
+
+
+def put_slide(store: Slides, name: str, chunks: Iterable[Block], facts: Mapping[str, Any]) -> int:
+    """Write the patches and the record of a slide that has room.
+
+    Args:
+        chunks: (features [c, d] in the store's dtype, coordinates [c, 2] or None).
+        facts: fields of the record that the patches do not tell. A patch size of -1 (unknown) becomes the commonest
+            distance of neighbours.
+    Returns:
+        the number of patches.
+    Raises:
+        ValueError: more patches than there is room for; as `rows.row_writer`.
+    """
+    record = _reserved(store, name)
+    start, room = int(record["start"][0]), int(record["room"][0])
+    digest, places, count = hashlib.sha256(), [np.zeros((0, 2), "<i8")], 0
+    with rows.row_writer(store._rows, name) as writer:
+        for x, xy in chunks:
+            if count + len(x) > room:
+                raise ValueError(
+                    f"{store.path}: {name!r} has room for {room} patches and got more; did its file change?"
+                )
+            writer.write("features", (start + count) * store.dims, x)
+            digest.update(np.ascontiguousarray(x))  # type: ignore[arg-type]
+            if xy is not None:
+                places.append(xy)
+            count += len(x)
+        coords = np.concatenate(places)
+        writer.write("coords", start * 2, coords)
+        digest.update(coords)  # type: ignore[arg-type]
+        values = {**facts, "count": count, "digest": digest.hexdigest().encode()}
+        if values["patch_size"] < 0:
+            guess = patch_size_of(coords)
+            values["patch_size"] = -1 if guess is None else guess
+        for key in record.dtype.names or ():
+            if key in values:  # a store of an earlier version has no "key"
+                record[key] = values[key]
+        writer.finish(record)
+    return count
+
+
+def _reserved(store: Slides, name: str) -> np.ndarray:
+    """The record [1] of a name as room was made for it: where its patches go, and nothing else."""
+    i = store._rows.index[name]
+    return store._rows.table[i : i + 1].copy()
+
+
+def content_digest(chunks: Iterable[Block]) -> str:
+    """SHA-256 of features and then coordinates, as a store keeps it of each slide."""
+    digest, places = hashlib.sha256(), [np.zeros((0, 2), "<i8")]
+    for x, xy in chunks:
+        digest.update(np.ascontiguousarray(x))  # type: ignore[arg-type]
+        if xy is not None:
+            places.append(xy)
+    digest.update(np.ascontiguousarray(np.concatenate(places)))  # type: ignore[arg-type]
+    return digest.hexdigest()
