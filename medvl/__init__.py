@@ -36,7 +36,7 @@ _HOME = {
     "evaluation.answers": ("same_answer",),
     "training.gradients": ("value_and_grad", "cached_value_and_grad", "token_value_and_grad"),
     "ct.zero_shot": ("zero_shot", "evaluate_findings"),
-    "systems.ct_clip.run": ("look",),
+    "systems.ct_clip.look": ("look",),
     "systems.slide_vqa.look": ("look_at_slide",),
 }
 # Public names that differ from the names in their modules.
@@ -46,6 +46,7 @@ _LONG_NAMES = {
     "preprocess": "preprocess_scan",
     "draw": "draw_chests",
     "ask": "ask_experts",
+    "look": "look_at_scan",
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_WHERE)

@@ -11,7 +11,7 @@ from medvl.base import config, files, store
 from medvl.ct import ingest, names, preprocess, reports
 from medvl.evaluation import report, results
 from medvl.systems import ct_clip, run
-from medvl.systems.ct_clip.run import look
+from medvl.systems.ct_clip.look import look_at_scan
 
 _log = logging.getLogger("medvl")
 _ON_SHEET = 36  # volumes of a contact sheet
@@ -67,7 +67,7 @@ def embed_scan(folder: str, scan: str, out: str, metadata: str = "", settings: S
     if not out.endswith(".npy"):
         raise ValueError(f"embed: out must end in .npy, got {out!r}")
     files.check_writable(out)
-    embedding = look(_ct_run(folder, "embed"), scan, (), metadata, settings)["embedding"]
+    embedding = look_at_scan(_ct_run(folder, "embed"), scan, (), metadata, settings)["embedding"]
     files.write_array(out, embedding.numpy())
     print(f"{out}: {len(embedding)} numbers")
 
@@ -76,7 +76,7 @@ def print_findings(
     folder: str, scan: str, findings: Sequence[str], metadata: str = "", settings: Sequence[str] = ()
 ) -> None:
     """Print a table of zero-shot probabilities of one scan."""
-    scan_result = look(_ct_run(folder, "classify"), scan, findings, metadata, settings)
+    scan_result = look_at_scan(_ct_run(folder, "classify"), scan, findings, metadata, settings)
     volume, thresholds = scan_result["volume"], scan_result["threshold"]
     spacing_mm = tuple(round(mm, 2) for mm in volume.source_spacing_mm)
     print(

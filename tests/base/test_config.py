@@ -10,7 +10,7 @@ from medvl.base import config
 from medvl.base.config import ConfigError
 from medvl.systems import run
 from medvl.systems.adapters.ask import AskConfig
-from medvl.systems.ct_clip import run as ct_clip_run
+from medvl.systems.ct_clip import data as ct_data
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = {  # an experiment of each system, with all its optional tables
@@ -132,8 +132,8 @@ def test_patterns_are_filled_once():
         ('data.source="files"', 'data.folder="d"', 'data.store="{folder}/{ct}/{split}.h5"'),
     )
     cfg = config.structure(raw, run.find_system("ct_clip").record)
-    digest = ct_clip_run.path(cfg, "store", "test").parent.name
-    assert ct_clip_run.path(cfg, "store", "test") == Path("d", digest, "test.h5")
+    digest = ct_data.data_path(cfg, "store", "test").parent.name
+    assert ct_data.data_path(cfg, "store", "test") == Path("d", digest, "test.h5")
     assert len(digest) == 8
 
 

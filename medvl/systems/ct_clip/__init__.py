@@ -3,14 +3,16 @@
 from pathlib import Path
 
 from medvl.systems.ct_clip import run
+from medvl.systems.ct_clip.data import prepare_data
 from medvl.systems.ct_clip.model import Config
+from medvl.systems.ct_clip.score import assess
 from medvl.systems.system import System, drawn_data
 
 SYSTEM = System(
     record=Config,
-    prepare=run.prepare,
+    prepare=prepare_data,
     fit=run.fit,
     load=run.load,
-    assess=run.assess,
+    assess=assess,
     folders=lambda cfg: (*drawn_data(cfg), Path(cfg.data.cache)),
 )

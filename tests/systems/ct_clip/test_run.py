@@ -25,6 +25,8 @@ from medvl.hub import loading, tokens
 from medvl.phantoms import chests
 from medvl.phantoms.chest_case import PhantomConfig
 from medvl.systems import run
+from medvl.systems.ct_clip import data as ct_data
+from medvl.systems.ct_clip import look, score
 from medvl.systems.ct_clip import model as ct_clip
 from medvl.systems.ct_clip import run as ct_clip_run
 from medvl.systems.ct_clip.slice_features import cached_features
@@ -96,7 +98,7 @@ def test_a_run_leaves_everything_that_made_it(place, trained):
 
 def test_a_report_names_no_volume_unless_asked(place, trained, tmp_path):
     cfg, folder = trained
-    volumes = ct_clip_run.volumes(cfg, "test")
+    volumes = ct_data.open_volumes(cfg, "test")
     names = [r["VolumeName"] for r in files.read_csv(folder / "results/scores_test.csv")]
     for page in ("report.md", "report.html"):
         text = (folder / "results" / page).read_text()
@@ -110,7 +112,7 @@ def test_a_report_names_no_volume_unless_asked(place, trained, tmp_path):
     assert (folder / "results/volumes.png").read_bytes() == pictures["rows"]
     model, params = ct_clip_run.load(folder)
     named = evolve(model, cfg=evolve(cfg, evaluate=evolve(cfg.evaluate, names=True)))
-    ct_clip_run.assess(named, params, folder / "results-names", "x")
+    score.assess(named, params, folder / "results-names", "x")
     assert (folder / "results-names/volumes.png").read_bytes() == pictures["names"]
 
 
@@ -127,7 +129,7 @@ def test_the_same_command_again_trains_nothing(place, trained):
 def test_one_scan_is_what_the_split_says(trained):
     folder = trained[1]
     scan = next(Path("data").glob("phantoms-*/test/*.nii.gz"))
-    found = ct_clip_run.look(folder, scan)
+    found = look.look_at_scan(folder, scan)
     table = (folder / "results/scores_test.csv").read_text().splitlines()
     row = next(line for line in table if line.startswith(scan.name.removesuffix(".nii.gz") + ","))
     np.testing.assert_allclose(
@@ -135,7 +137,7 @@ def test_one_scan_is_what_the_split_says(trained):
     )
     assert found["embedding"].shape == (8,)
     assert abs(found["embedding"].norm() - 1) < 1e-5
-    other = ct_clip_run.look(folder, scan, ["Pneumothorax"])
+    other = look.look_at_scan(folder, scan, ["Pneumothorax"])
     assert list(other["probability"]) == ["Pneumothorax"]
     assert other["threshold"] == {}
 
@@ -155,8 +157,8 @@ def test_one_scan_is_read_by_its_metadata_row(trained, tmp_path, capsys):
     table = tmp_path / "m.csv"
     columns = "VolumeName,RescaleSlope,RescaleIntercept,XYSpacing,ZSpacing,ImageOrientationPatient\n"
     table.write_text(columns + f'blank.nii.gz,1,-1024,"[{y}, {x}]",{z},"[1, 0, 0, 0, 1, 0]"\n')
-    expected = ct_clip_run.look(folder, whole)
-    found = ct_clip_run.look(folder, blank, (), table, ["spacing_from=metadata"])
+    expected = look.look_at_scan(folder, whole)
+    found = look.look_at_scan(folder, blank, (), table, ["spacing_from=metadata"])
     assert (found["volume"].hu_rule, found["volume"].intercept) == ("metadata", -1024.0)
     np.testing.assert_array_equal(found["volume"].voxels, expected["volume"].voxels)
     ct_commands.print_findings(
@@ -168,29 +170,29 @@ def test_one_scan_is_read_by_its_metadata_row(trained, tmp_path, capsys):
     )
     np.testing.assert_allclose(np.load(tmp_path / "e.npy"), expected["embedding"].numpy(), rtol=1e-6)
     with pytest.raises(ValueError, match="nothing says where its axes grow to"):
-        ct_clip_run.look(folder, blank)
+        look.look_at_scan(folder, blank)
     with pytest.raises(
         ValueError,
         match="only hu and spacing_from may differ from what the run was trained with, got preset=merlin",
     ):
-        ct_clip_run.look(folder, blank, (), "", ["preset=merlin", "spacing_mm=[]"])
+        look.look_at_scan(folder, blank, (), "", ["preset=merlin", "spacing_mm=[]"])
     with pytest.raises(
         ValueError, match=r"m.csv: has a row for none of the 1 scans; it names 'blank', they 'whole'"
     ):
-        ct_clip_run.look(folder, whole, (), table)
+        look.look_at_scan(folder, whole, (), table)
 
 
 def test_volumes_do_not_depend_on_their_neighbours(trained):
     model, params = ct_clip_run.load(trained[1])
-    of = ct_clip_run.volumes(model.cfg, "test")
-    whole = ct_clip_run.images(model, params, of, of.names)
-    single = torch.cat([ct_clip_run.images(model, params, of, [n]) for n in of.names])
+    of = ct_data.open_volumes(model.cfg, "test")
+    whole = score.place_volumes(model, params, of, of.names)
+    single = torch.cat([score.place_volumes(model, params, of, [n]) for n in of.names])
     torch.testing.assert_close(whole, single, atol=1e-5, rtol=1e-5)
 
 
 def test_cached_features_are_the_slices_and_follow_the_weights(trained, tmp_path):
     model, params = ct_clip_run.load(trained[1])
-    of = ct_clip_run.volumes(model.cfg, "valid")
+    of = ct_data.open_volumes(model.cfg, "valid")
     cache = cached_features(model, params, of, tmp_path)
     name = of.names[0]
     want = pairs.read_slices(of, [name])
@@ -206,7 +208,7 @@ def test_cached_features_are_the_slices_and_follow_the_weights(trained, tmp_path
 
 def test_features_of_a_scan_that_was_replaced_are_not_used(trained, tmp_path):
     model, params = ct_clip_run.load(trained[1])
-    true = ct_clip_run.volumes(model.cfg, "valid")
+    true = ct_data.open_volumes(model.cfg, "valid")
     volumes = {n: (true.read(n), true.row(n)) for n in true.names[:2]}
     name = true.names[0]
 
@@ -239,7 +241,7 @@ def test_features_of_a_scan_that_was_replaced_are_not_used(trained, tmp_path):
 def test_another_run_waits_for_the_cache(trained, tmp_path, caplog):
     """What two runs over one cache meet: the one that comes second waits, and computes nothing again."""
     model, params = ct_clip_run.load(trained[1])
-    volumes = ct_clip_run.volumes(model.cfg, "valid")
+    volumes = ct_data.open_volumes(model.cfg, "valid")
     with ThreadPoolExecutor(3) as pool:
         runs = [pool.submit(cached_features, model, params, volumes, tmp_path) for _ in range(3)]
         made = [run.result() for run in runs]
@@ -267,8 +269,8 @@ def test_a_frozen_encoder_trains_from_the_cache(trained, monkeypatch):
 def test_the_shuffled_control_keeps_scans_together(trained):
     plain = trained[0]
     cfg = evolve(plain, data=evolve(plain.data, shuffle=True))
-    of = ct_clip_run.volumes(cfg, "train")
-    shuffled, true = ct_clip_run.paired(cfg, "train", of), ct_clip_run.paired(plain, "train", of)
+    of = ct_data.open_volumes(cfg, "train")
+    shuffled, true = ct_data.pair_reports(cfg, "train", of), ct_data.pair_reports(plain, "train", of)
     told = lambda data: [t["findings"] for t in data.texts]
     assert sorted(set(told(shuffled))) == sorted(set(told(true)))
     assert (
@@ -276,15 +278,15 @@ def test_the_shuffled_control_keeps_scans_together(trained):
     )  # some reports are alike
     marked = evolve(true, texts=tuple({"findings": scan} for scan in true.scans))
     for seed in range(20):
-        given = told(ct_clip_run.shuffle_reports(marked, seed))
+        given = told(ct_data.shuffle_reports(marked, seed))
         assert all(report != scan for report, scan in zip(given, true.scans, strict=True))
     assert len(set(zip(shuffled.scans, told(shuffled), strict=True))) == len(set(shuffled.scans))
 
 
 def _with_tables(cfg, folder, change):
     """The record with its label tables copied to `folder` and changed: change(split, rows) -> rows."""
-    for split in ct_clip_run.SPLITS:
-        rows = change(split, files.read_csv(ct_clip_run.path(cfg, "labels", split)))
+    for split in ct_clip.SPLITS:
+        rows = change(split, files.read_csv(ct_data.data_path(cfg, "labels", split)))
         files.write_csv(folder / f"{split}_labels.csv", rows, list(rows[0]))
     return evolve(cfg, data=evolve(cfg.data, labels=str(folder / "{split}_labels.csv")))
 
@@ -300,23 +302,23 @@ def test_validation_labels_of_one_class_are_refused_before_anything_is_trained(t
         ValueError,
         match=r"valid_labels.csv: of \d+ volumes, none or all have .*Cardiomegaly.*chooses checkpoint",
     ):
-        ct_clip_run.prepare(_with_tables(plain, tmp_path, one), lambda line: None)
+        ct_data.prepare_data(_with_tables(plain, tmp_path, one), lambda line: None)
 
 
 def test_findings_of_one_class_and_other_findings_are_said_at_the_start(trained, tmp_path, caplog):
     plain = trained[0]
-    finding = list(files.read_csv(ct_clip_run.path(plain, "labels", "valid"))[0])[1]
+    finding = list(files.read_csv(ct_data.data_path(plain, "labels", "valid"))[0])[1]
     for split in ("valid", "test"):
         (tmp_path / split).mkdir()
     with caplog.at_level(logging.WARNING):
         one = lambda split, rows: [r | {finding: "1"} for r in rows] if split == "valid" else rows
-        ct_clip_run.check_labels(_with_tables(plain, tmp_path / "valid", one))
+        ct_data.check_labels(_with_tables(plain, tmp_path / "valid", one))
     assert f"none or all have {finding}" in caplog.text
     less = lambda split, rows: (
         [{k: v for k, v in r.items() if k != finding} for r in rows] if split == "test" else rows
     )
     with pytest.raises(ValueError, match=f"must have the findings of .*they differ in {finding}"):
-        ct_clip_run.check_labels(_with_tables(plain, tmp_path / "test", less))
+        ct_data.check_labels(_with_tables(plain, tmp_path / "test", less))
 
 
 def test_a_run_without_a_best_state_keeps_its_last(trained, tmp_path, monkeypatch):
@@ -355,7 +357,7 @@ def test_a_folder_of_clip_gives_its_towers(trained, tmp_path):
         )
         torch.testing.assert_close(rows[0], clip.text_model(ids).last_hidden_state[:, -1])
         batch = pairs.read_slices(
-            ct_clip_run.volumes(cfg, "test"), ct_clip_run.volumes(cfg, "test").names[:2]
+            ct_data.open_volumes(cfg, "test"), ct_data.open_volumes(cfg, "test").names[:2]
         )
         assert ct_clip.embed_volumes(model, params, batch).shape == (2, 16)
     with pytest.raises(
@@ -379,9 +381,9 @@ def test_a_batch_that_processes_cannot_share_is_refused(trained, tmp_path, monke
 def test_a_patient_in_two_splits_is_refused(trained):
     plain = trained[0]
     with pytest.raises(ValueError, match="1 patients are both in train and in valid"):
-        ct_clip_run.check_labels(evolve(plain, data=evolve(plain.data, patient_pattern="_a_")))
+        ct_data.check_labels(evolve(plain, data=evolve(plain.data, patient_pattern="_a_")))
     with pytest.raises(ValueError, match="must have the column 'PatientID'"):
-        ct_clip_run.check_labels(evolve(plain, data=evolve(plain.data, patient_column="PatientID")))
+        ct_data.check_labels(evolve(plain, data=evolve(plain.data, patient_column="PatientID")))
 
 
 def test_intervals_resample_patients_whatever_they_are_called(trained, tmp_path):
@@ -390,9 +392,9 @@ def test_intervals_resample_patients_whatever_they_are_called(trained, tmp_path)
     named = lambda split, rows: [r | {"PatientID": f"{split}{next(number) % 2}"} for r in rows]
     cfg = _with_tables(plain, tmp_path, named)
     cfg = evolve(cfg, data=evolve(cfg.data, patient_column="PatientID"))
-    ct_clip_run.check_labels(cfg)
+    ct_data.check_labels(cfg)
     model, params = ct_clip_run.load(trained[1])
-    rows, _ = ct_clip_run.assess(evolve(model, cfg=cfg), params, trained[1] / "results-patients", "x")
+    rows, _ = score.assess(evolve(model, cfg=cfg), params, trained[1] / "results-patients", "x")
     assert {r.extra["patients"] for r in rows if r.what == "auroc"} == {2}
     assert "PatientID" not in {r.subject for r in rows}
 
@@ -402,8 +404,8 @@ def test_gradients_reach_every_part(loss, trained):
     cfg, folder = trained
     cfg = evolve(cfg, contrast=evolve(cfg.contrast, loss=loss))
     model, params = ct_clip.init(cfg, folder)
-    data = ct_clip_run.paired(cfg, "train", ct_clip_run.volumes(cfg, "train"))
-    rows = ct_clip_run.batches(model, data, 6, 0)(0)
+    data = ct_data.pair_reports(cfg, "train", ct_data.open_volumes(cfg, "train"))
+    rows = ct_data.training_batches(model, data, 6, 0)(0)
     embed = lambda p, b: {
         "image": ct_clip.embed_volumes(model, p, b),
         "text": ct_clip.embed_texts(model, p, b),
@@ -421,8 +423,8 @@ def test_several_texts_of_a_scan_are_several_contrasts(trained):
         cfg, data=evolve(cfg.data, draws=3, sentences=1), contrast=evolve(cfg.contrast, normalise="none")
     )
     model, params = ct_clip.init(cfg, folder)
-    data = ct_clip_run.paired(cfg, "train", ct_clip_run.volumes(cfg, "train"))
-    batch = ct_clip_run.batches(model, data, 5, 0)(0)
+    data = ct_data.pair_reports(cfg, "train", ct_data.open_volumes(cfg, "train"))
+    batch = ct_data.training_batches(model, data, 5, 0)(0)
     assert batch["ids"].shape[:2] == (5, 3)
     image, words = ct_clip.embed_volumes(model, params, batch), ct_clip.embed_texts(model, params, batch)
     one = [
@@ -576,23 +578,23 @@ def test_weights_that_are_nowhere_stop_the_run_at_once(trained):
 
 def test_a_store_of_other_settings_is_refused(trained):
     cfg = trained[0]
-    made = str(ct_clip_run.path(cfg, "store", "train"))
+    made = str(ct_data.data_path(cfg, "store", "train"))
     other = evolve(cfg, ct=evolve(cfg.ct, antialias="off"), data=evolve(cfg.data, store=made))
     with pytest.raises(ValueError, match=r"made with other settings \(wanted / found\).*antialias"):
-        ct_clip_run.volumes(other, "train")
+        ct_data.open_volumes(other, "train")
 
 
 def test_labels_without_volumes_are_counted(trained, caplog, tmp_path):
     model, params = ct_clip_run.load(trained[1])
     cfg = model.cfg
-    table = ct_clip_run.path(cfg, "labels", "test").read_text()
+    table = ct_data.data_path(cfg, "labels", "test").read_text()
     first = table.splitlines()[1]
     (tmp_path / "test_labels.csv").write_text(
         table + "test_999_a_1.nii.gz" + first[first.index(",") :] + "\n"
     )
     model = evolve(model, cfg=evolve(cfg, data=evolve(cfg.data, labels=str(tmp_path / "{split}_labels.csv"))))
     with caplog.at_level(logging.WARNING):
-        ct_clip_run.score_split(model, params, "test")
+        score.score_split(model, params, "test")
     assert "1 labels have no volume, 0 volumes no label" in caplog.text
 
 

@@ -1,0 +1,76 @@
+"""One scan for a trained run of ct_clip: its volume, embedding and findings."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from attrs import evolve
+from torch import Tensor
+
+from medvl.base import config, files
+from medvl.ct import metadata_table, names, preprocess, reports
+from medvl.ct.preprocess import CtConfig, Volume
+from medvl.systems.ct_clip.model import Config
+from medvl.systems.ct_clip.run import load
+from medvl.systems.ct_clip.score import finding_probabilities, place_batch
+
+
+def look_at_scan(
+    folder: Path,
+    scan: files.PathLike,
+    findings: Sequence[str] = (),
+    metadata_csv: files.PathLike = "",
+    settings: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Preprocess, embed and classify one scan with a trained run.
+
+    Args:
+        findings: to tell the probability of, in words; () = those of the run.
+        metadata_csv: a table with the scan's row, by `VolumeName`.
+        settings: of how this scan is read, `hu=...` and `spacing_from=...`; all else must be as the run was trained.
+    Returns:
+        {"volume": ct.Volume, "embedding" [d] float32, "probability" {finding: p}, "threshold" {finding: from validation, where known}}.
+    """
+    folder = Path(folder)
+    cfg = _scan_settings(config.load_record(folder / "config.json", Config).ct, settings)
+    row = None
+    if metadata_csv:
+        name = names.volume_name(scan)
+        row = metadata_table.read_metadata(metadata_csv, [name], preprocess.metadata_columns(cfg))[name]
+    volume = preprocess.preprocess_scan(scan, cfg, row)
+    ct_clip, params = load(folder)
+    embedding = place_batch(ct_clip, params, _batch_of_one(volume))
+    thresholds_json = folder / "results" / "thresholds.json"
+    thresholds = json.loads(thresholds_json.read_text()) if thresholds_json.exists() else {}
+    findings = tuple(findings) or tuple(thresholds) or ct_clip.cfg.evaluate.findings or reports.FINDINGS
+    probabilities = finding_probabilities(ct_clip, params, embedding, findings)[0].tolist()
+    return {
+        "volume": volume,
+        "embedding": embedding[0],
+        "probability": dict(zip(findings, probabilities, strict=True)),
+        "threshold": {finding: thresholds[finding] for finding in findings if finding in thresholds},
+    }
+
+
+def _scan_settings(trained_with: CtConfig, settings: Sequence[str]) -> CtConfig:
+    raw = config.override(config.unstructure(trained_with), tuple(settings), "one scan")
+    cfg = config.structure(raw, CtConfig, "one scan")
+    if evolve(cfg, hu=trained_with.hu, spacing_from=trained_with.spacing_from) != trained_with:
+        raise ValueError(
+            f"one scan: only hu and spacing_from may differ from what the run was trained with, got {', '.join(settings)}"
+        )
+    return cfg
+
+
+def _batch_of_one(volume: Volume) -> dict[str, Tensor]:
+    """The slices of a volume that hold something, as a batch [1, s, y, x] of `model.embed_volumes`."""
+    first, stop = volume.occupied
+    position_mm = (np.arange(first, stop) * volume.spacing_mm[0]).astype(np.float32)
+    return {
+        "slices": torch.from_numpy(volume.voxels[None, first:stop]),
+        "mask": torch.ones(1, stop - first, dtype=torch.bool),
+        "position_mm": torch.from_numpy(position_mm)[None],
+    }

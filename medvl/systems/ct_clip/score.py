@@ -1,0 +1,200 @@
+"""What a trained ct_clip says of volumes: zero-shot scores of findings, retrieval of volumes by report, and the report of a run."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from attrs import field, frozen
+from torch import Tensor
+
+from medvl.base import files, store
+from medvl.base.display import track
+from medvl.base.tree import Tree
+from medvl.ct import ingest, names, pairs, reports, zero_shot
+from medvl.evaluation import metrics, plots, report
+from medvl.evaluation.results import Result
+from medvl.hub import tokens
+from medvl.systems.ct_clip import data, model
+from medvl.systems.ct_clip.model import Model
+from medvl.training import gradients
+
+_TEXTS = 64  # texts that are embedded at a time
+_SHOWN = 9  # volumes of the report's contact sheet
+
+
+@frozen(kw_only=True, eq=False)
+class SplitScores:
+    """Zero-shot scores of the labelled volumes of a split."""
+
+    names: tuple[str, ...]
+    findings: tuple[str, ...]
+    labels: np.ndarray = field(repr=False)  # [n, c]
+    scores: np.ndarray = field(repr=False)  # [n, c], probabilities
+    embeddings: Tensor = field(repr=False)  # [n, d], of the volumes
+
+
+# Embeddings in the common space -------------------------------------------------------------------------------------------------
+def place_volumes(ct_clip: Model, params: Tree, volumes: store.Store, volume_names: Sequence[str]) -> Tensor:
+    """Volumes in the common space of volumes and texts, [n, d] float32 on the CPU; each is encoded once."""
+    size = ct_clip.cfg.evaluate.batch
+    rows = []
+    for start in track(range(0, len(volume_names), size), "embedding volumes, batch"):
+        batch = pairs.read_slices(volumes, volume_names[start : start + size])
+        rows.append(place_batch(ct_clip, params, batch))
+    return torch.cat(rows)
+
+
+def place_batch(ct_clip: Model, params: Tree, batch: dict[str, Tensor]) -> Tensor:
+    """A batch of slices (see `model.embed_volumes`) in the common space, [b, d] float32 on the CPU."""
+    with torch.no_grad(), gradients.autocast(params, ct_clip.cfg.train.precision):
+        rows = model.embed_volumes(ct_clip, params, batch)
+    statistics = params["running"].get("image", {})
+    return model.place(params, "image", rows, statistics).detach().cpu()
+
+
+def place_texts(ct_clip: Model, params: Tree, texts: Sequence[str]) -> Tensor:
+    """Texts in the common space, [n, d] float32 on the CPU."""
+    statistics = params["running"].get("text", {})
+    rows = []
+    for start in range(0, len(texts), _TEXTS):
+        ids, mask = tokens.tokenize(
+            ct_clip.tokenizer, texts[start : start + _TEXTS], ct_clip.cfg.words.tower.context
+        )
+        # The model takes k texts of each volume; here k is 1.
+        batch = {"ids": ids[:, None], "words": mask[:, None]}
+        with torch.no_grad(), gradients.autocast(params, ct_clip.cfg.train.precision):
+            embedded = model.embed_texts(ct_clip, params, batch)[:, 0]
+        rows.append(model.place(params, "text", embedded, statistics).detach().cpu())
+    return torch.cat(rows)
+
+
+# Scores -----------------------------------------------------------------------------------------------------------------------
+def finding_probabilities(
+    ct_clip: Model, params: Tree, embeddings: Tensor, findings: Sequence[str]
+) -> Tensor:
+    """Zero-shot probability [n, c] of each finding for volumes in the common space [n, d]."""
+    present: list[str] = []
+    absent: list[str] = []
+    for finding in findings:
+        sentences, negations = reports.prompts_for(finding, ct_clip.cfg.evaluate.prompts)
+        present += sentences
+        absent += negations
+    prompts_of_finding = (len(findings), -1)
+    positive = place_texts(ct_clip, params, present).unflatten(0, prompts_of_finding)
+    negative = place_texts(ct_clip, params, absent).unflatten(0, prompts_of_finding)
+    scale = params["contrast"]["log_scale"].exp().cpu()
+    return zero_shot.zero_shot(embeddings, positive, negative, scale)
+
+
+def score_split(ct_clip: Model, params: Tree, split: str, volumes: store.Store | None = None) -> SplitScores:
+    """Scores of a split's labelled volumes.
+
+    Args:
+        volumes: their slice features, where these were computed before; None reads the split's store.
+    """
+    if volumes is None:
+        volumes = data.open_volumes(ct_clip.cfg, split)
+    labelled = data.label_volumes(ct_clip.cfg, split, volumes)
+    embeddings = place_volumes(ct_clip, params, volumes, labelled.names)
+    scores = finding_probabilities(ct_clip, params, embeddings, labelled.findings)
+    return SplitScores(
+        names=labelled.names,
+        findings=labelled.findings,
+        labels=labelled.labels,
+        scores=scores.numpy(),
+        embeddings=embeddings,
+    )
+
+
+def mean_auroc(ct_clip: Model, params: Tree, volumes: store.Store) -> float:
+    """The validation score of training: AUROC on the validation split, the mean over findings with both classes."""
+    valid = score_split(ct_clip, params, "valid", volumes)
+    return float(np.nanmean(metrics.auroc(valid.scores, valid.labels)))
+
+
+# The report -------------------------------------------------------------------------------------------------------------------
+def assess(ct_clip: Model, params: Tree, folder: Path, experiment: str) -> tuple[list[Result], Path]:
+    """Score the test split with thresholds from the validation split; writes results, scores, plots and the report into `folder`."""
+    cfg = ct_clip.cfg
+    valid = score_split(ct_clip, params, "valid")
+    test = score_split(ct_clip, params, "test")
+    thresholds = metrics.best_thresholds(valid.scores, valid.labels, cfg.evaluate.rule)
+    rows = zero_shot.evaluate_findings(
+        test.scores,
+        test.labels,
+        test.names,
+        test.findings,
+        thresholds,
+        experiment=experiment,
+        split="test",
+        n_bootstrap=cfg.evaluate.bootstrap,
+        seed=cfg.seed,
+        patients=data.patients_of(cfg, "test", test.names),
+    )
+    rows += _retrieval(ct_clip, params, test, experiment)
+    _write_scores(folder / "scores_valid.csv", valid)
+    _write_scores(folder / "scores_test.csv", test)
+    threshold_of_finding = dict(zip(test.findings, thresholds.tolist(), strict=True))
+    files.write_text(folder / "thresholds.json", json.dumps(threshold_of_finding, indent=1) + "\n")
+    sheet = _write_sheet(ct_clip, test, folder)
+    last_stage = f"{len(cfg.train.stages) - 1}-{cfg.train.stages[-1].name}"
+    figures = {
+        "AUROC with 95 % intervals": plots.intervals([row for row in rows if row.what == "auroc"]),
+        "ROC curves of the test split": plots.roc(test.scores, test.labels, test.findings),
+        **plots.training_curves(folder.parent / last_stage / "metrics.jsonl"),
+        "Middle slices of nine test volumes as the model sees them": sheet,
+    }
+    notes = (
+        f"Zero-shot with the prompt set {cfg.evaluate.prompts!r}; thresholds by {cfg.evaluate.rule!r} on the validation split "
+        f"({len(valid.names)} volumes). Labels were not trained on; validation labels chose checkpoint and thresholds.",
+    )
+    return rows, report.write_report(folder, f"{experiment}: zero-shot findings", rows, figures, notes)
+
+
+def _write_scores(path: Path, split: SplitScores) -> None:
+    table: list[dict[str, Any]] = []
+    for name, scores in zip(split.names, split.scores.tolist(), strict=True):
+        table.append({"VolumeName": name} | dict(zip(split.findings, scores, strict=True)))
+    files.write_csv(path, table, ["VolumeName", *split.findings])
+
+
+def _write_sheet(ct_clip: Model, test: SplitScores, folder: Path) -> bytes:
+    """Write middle slices of some test volumes to volumes.png; returns the PNG."""
+    path = folder / "volumes.png"
+    shown = test.names[:_SHOWN]
+    # Names of volumes may say who a patient is: a report shows their row in the scores instead, unless it is asked for names.
+    labels = [f"row {row} of scores_test.csv" for row in range(1, len(shown) + 1)]
+    if ct_clip.cfg.evaluate.names:
+        labels = list(shown)
+    ingest.contact_sheet(data.open_volumes(ct_clip.cfg, "test"), path, shown, labels=labels)
+    return path.read_bytes()
+
+
+def _retrieval(ct_clip: Model, params: Tree, test: SplitScores, experiment: str) -> list[Result]:
+    """Report -> volume recall over the test split; any reconstruction of the report's scan is a hit."""
+    reports_of_split = data.pair_reports(ct_clip.cfg, "test", data.open_volumes(ct_clip.cfg, "test"))
+    text_of_volume = {
+        name: " ".join(parts.values())
+        for name, parts in zip(reports_of_split.names, reports_of_split.texts, strict=True)
+    }
+    text_of_scan = {
+        names.scan_of(name): text_of_volume[name] for name in test.names if name in text_of_volume
+    }
+    similarity = place_texts(ct_clip, params, list(text_of_scan.values())) @ test.embeddings.T
+    gallery = [names.scan_of(name) for name in test.names]
+    ks = [k for k in (1, 5, 10, 50) if k <= len(gallery)]
+    recall = metrics.group_recall_at(similarity, list(text_of_scan), gallery, ks)
+    return [
+        Result(
+            what=f"recall_at_{k}",
+            subject=f"report to one of {len(gallery)} volumes",
+            value=value,
+            split="test",
+            n=len(text_of_scan),
+            experiment=experiment,
+        )
+        for k, value in recall.items()
+    ]
