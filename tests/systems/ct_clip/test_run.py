@@ -322,7 +322,7 @@ def test_findings_of_one_class_and_other_findings_are_said_at_the_start(trained,
 
 
 def test_a_run_without_a_best_state_keeps_its_last(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(ct_clip_run, "_mean_auroc", lambda *args: float("nan"))
+    monkeypatch.setattr(ct_clip_run, "mean_auroc", lambda *args: float("nan"))
     with pytest.raises(
         ValueError, match=r"no validation has given a number.*the last one is .*last.pt.*train.keep"
     ):
