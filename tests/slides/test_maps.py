@@ -6,11 +6,12 @@ import math
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 from PIL import Image
 
 from medvl.language import images
-from medvl.slides import maps
-from medvl.slides.maps import draw_map, draw_slots, draw_top, to_geojson, write_map
+from medvl.slides.map_colours import INK, TISSUE, relevance_colours, slot_colours
+from medvl.slides.maps import draw_map, draw_slots, draw_top, write_map
 from medvl.slides.relevance import percentiles, top_patches
 from tests.slides.test_relevance import routing
 
@@ -55,9 +56,7 @@ def test_map_is_the_naive_one_over_the_thumbnail(scale):
     assert count.max() > 2
     assert (count == 0).any()
     mean = np.round(_naive(over, count, r, scale), 9)
-    wanted = np.where(
-        count[..., None] > 0, 0.6 * thumbnail + 0.4 * 255 * maps._colours()(mean)[..., :3], thumbnail
-    )
+    wanted = np.where(count[..., None] > 0, 0.6 * thumbnail + 0.4 * relevance_colours(mean), thumbnail)
     assert np.abs(drawn - wanted).max() < 0.8  # rounded twice
     np.testing.assert_array_equal(drawn[count == 0], thumbnail[count == 0])  # untouched
     shuffled = np.random.default_rng(3).permutation(len(r))
@@ -81,41 +80,19 @@ def test_slots_are_those_of_most_patches():
     over = _cover(coords, 100, 0.5, (250, 500))
     votes = np.stack([over[..., (w.argmax(1) == k) & w.any(1)].sum(-1) for k in range(6)], -1)
     best = np.where(votes.any(-1), votes.argmax(-1), 6)
-    colours = np.array([*maps._slot_colours(6), maps._TISSUE])
+    colours = np.array([*slot_colours(6), TISSUE])
     covered = over.any(-1)
     np.testing.assert_array_equal(drawn[covered], colours[best][covered])
     assert (best[covered] == 6).any()  # a patch without weight is grey
 
 
-def test_many_small_patches_leave_no_seam():
-    side = 700
-    coords = np.stack(np.meshgrid(np.arange(side), np.arange(side)), -1).reshape(-1, 2) * 256
-    canvas = maps._canvas("f", len(coords), coords, 256, None, (side * 256, side * 256), 512, None)
-    covered = maps._sums(canvas, np.ones(len(coords)))
-    assert covered.shape == (512, 512)
-    assert covered.min() >= 1  # less than a pixel each, and every pixel has one
-    for corner in ([210, 210], [255.9 * side, 3]):  # between two pixels' middles, at the edge
-        one = maps._canvas("f", 1, [corner], 256, None, (side * 256, side * 256), 512, None)
-        assert maps._sums(one, np.ones(1)).sum() == 1
-
-
-def test_slot_colours_are_apart():
-    colours = maps._slot_colours(40)
-    assert len(set(colours[:32])) == 32
-    assert colours[0] == (0, 0x72, 0xB2)
-    assert colours[32:] == colours[:8]
-    gaps = np.linalg.norm(np.array(colours[:32])[:, None] - np.array(colours[:32]), axis=-1)
-    assert gaps[~np.eye(32, dtype=bool)].min() > 25
-
-
 def _texts(monkeypatch):
-    said, draw = [], maps.ImageDraw.ImageDraw.text
+    """A list that grows by every text that is drawn."""
+    drawn, draw = [], Text.draw
     monkeypatch.setattr(
-        maps.ImageDraw.ImageDraw,
-        "text",
-        lambda self, xy, text, *a, **k: (said.append(text), draw(self, xy, text, *a, **k)),
+        Text, "draw", lambda self, renderer: (drawn.append(self.get_text()), draw(self, renderer))
     )
-    return said
+    return drawn
 
 
 def test_what_is_written_on_the_pictures(monkeypatch):
@@ -146,7 +123,7 @@ def test_the_scale_bar_is_as_long_as_it_says(monkeypatch):
             np.asarray(draw_map([1.0], [[0, 0]], 10, level0_size=(2000, 1000), size=1000, mpp=m))
             for m in (None, mpp)
         )
-        dark = ((barred[:500] == maps._INK) & (plain[:500] != maps._INK)).all(-1)
+        dark = ((barred[:500] == INK) & (plain[:500] != INK)).all(-1)
         assert abs(dark.sum(1).max() - 1000 * mm / mpp / 2) <= 1  # two level-0 pixels per pixel
         assert f"{mm} mm" in said
 
@@ -209,77 +186,6 @@ def test_the_grid_of_top_patches_is_cut_from_the_slide():
 
 
 # Files ----------------------------------------------------------------------------------------------------------------------------------
-def test_geojson_is_what_qupath_reads():
-    coords = np.stack([np.arange(200) * 64, np.full(200, 32)], 1)
-    r = 10 ** np.random.default_rng(0).uniform(-5, 1, size=200)
-    r[:9] *= -1
-    shapes = json.loads(json.dumps(to_geojson(r, coords, 64), allow_nan=False))
-    assert set(shapes) == {"type", "features"}
-    assert shapes["type"] == "FeatureCollection"
-    assert len(shapes["features"]) == 200
-    for j, f in enumerate(shapes["features"]):
-        assert (f["type"], f["geometry"]["type"], f["properties"]["objectType"]) == (
-            "Feature",
-            "Polygon",
-            "detection",
-        )
-        x = 64 * j
-        assert f["geometry"]["coordinates"] == [[[x, 32], [x + 64, 32], [x + 64, 96], [x, 96], [x, 32]]]
-        rank = 1 + (r > r[j]).sum()
-        measured = {"Relevance": r[j], "Relevance percentile": 1 - (rank - 1) / 200, "Relevance rank": rank}
-        assert f["properties"]["measurements"] == pytest.approx(measured)
-        kind = f["properties"]["classification"]
-        share = r[j] / r.max()
-        assert kind["name"] == f"Relevance {_class(share)} of the highest"
-        assert all(isinstance(c, int) and 0 <= c <= 255 for c in kind["color"])
-        assert len(kind["color"]) == 3
-    assert len({tuple(f["properties"]["classification"]["color"]) for f in shapes["features"]}) == 4
-
-
-def _class(share):
-    return next((f"over 1/{n}" for n in (10, 100, 1000) if share >= 1 / n), "under 1/1000")
-
-
-@pytest.mark.parametrize("holders", [0, 1])
-def test_patches_that_hold_nothing_are_in_no_upper_class(holders):
-    """By rank, half of those without any relevance would be an upper half."""
-    r = np.zeros(50)
-    r[7 : 7 + holders] = 2.0
-    shapes = to_geojson(r, np.stack([np.arange(50) * 64] * 2, 1), 64)["features"]
-    kinds = [f["properties"]["classification"]["name"] for f in shapes]
-    assert kinds.count("Relevance under 1/1000 of the highest") == 50 - holders
-    assert holders == 0 or kinds[7] == "Relevance over 1/10 of the highest"
-
-
-def test_geojson_where_qupath_crops_the_slide():
-    coords, r = _slide()
-    moved = to_geojson(r, coords + np.array([12288, 2048]), 10, offset=(12288, 2048))
-    assert moved == to_geojson(r, coords, 10)
-    with pytest.raises(
-        ValueError,
-        match=r"offset must be the slide's \(bounds-x, bounds-y\), got \(12288, 2048\); a patch at \[",
-    ):
-        to_geojson(r, coords, 10, offset=(12288, 2048))
-
-
-def test_geojson_of_the_top_patches():
-    coords, r = _slide()
-    top = to_geojson(r, coords, 10.5, top=4, classes=[("hot", 0.0)])["features"]
-    assert [f["properties"]["measurements"]["Relevance rank"] for f in top] == [1, 2, 3, 4]
-    assert top[0]["geometry"]["coordinates"][0][2] == [
-        coords[r.argmax()][0] + 10.5,
-        coords[r.argmax()][1] + 10.5,
-    ]
-    assert {f["properties"]["classification"]["name"] for f in top} == {"hot"}
-    with pytest.raises(ValueError, match="needs coords"):
-        to_geojson(r, None, 10)
-    with pytest.raises(ValueError, match="top >= 1 or None, got 10 and 0"):
-        to_geojson(r, coords, 10, top=0)
-    for classes in ([], [("a", 0.1)], [("a", 0.0), ("b", 0.0)], [("a", 0.0), ("b", 1.0)]):
-        with pytest.raises(ValueError, match="rising from 0 to below 1"):
-            to_geojson(r, coords, 10, classes=classes)
-
-
 def test_a_map_in_files(tmp_path):
     coords, r = _slide()
     w, _ = routing(n=40)
