@@ -1,10 +1,11 @@
-"""Drawn whole slides as patch features; what is said about them is in `phantom_slide_talk`. Free of patients.
+"""Drawn whole slides as patch features; `slide_questions` asks about them. They show no patient.
 
-A slide is a few pieces of tissue cut into patches. A patch has the prototype of its tissue as features, with variation and noise, and all
-are shifted by the slide's stain. Four slides in five have a rare motif, in one patch or a few of 10,000: a direction of its own, of which
-the mean over the slide shows nothing.
+A slide is a few pieces of tissue cut into patches. A patch has the prototype of its tissue as features, with variation and
+noise, and all are shifted by the slide's stain. Four slides in five have a rare motif in one patch, or a few of 10,000: a
+direction of its own, which does not show in the mean over the slide.
 """
 
+from itertools import combinations
 from pathlib import Path
 
 import h5py
@@ -24,18 +25,17 @@ CLASSES = {  # of the tumour: code, treatment
     "small cell carcinoma": ("SMC", "Platinum chemotherapy"),
     "melanoma": ("MEL", "Checkpoint inhibitor"),
 }
-MOTIFS = {
+MOTIFS = {  # and the tissue it lies in
     "mitosis cluster": "tumour",
     "vascular invasion": "stroma",
     "granuloma": "stroma",
     "microcalcification": "tumour",
-}  # and where
+}
 NO_MOTIF = "none"
 NECROSIS = ((0.01, 0.03), (0.08, 0.12), (0.17, 0.2))  # share of the patches, by grade
 LYMPHOCYTES = {"low": (0.01, 0.03), "high": (0.12, 0.16)}
-_BLOCK = (
-    60  # slides within which every label and every answer letter is balanced: a multiple of 2, 3, 4, 5 and 6
-)
+# Slides within which every label and every answer letter is balanced: a multiple of 2, 3, 4, 5 and 6.
+_BLOCK = 60
 _FILLED = 0.4  # share of the grid that is tissue
 _SMALLEST_LARGE = 20_000  # patches
 _CHUNK = 8192  # patches at a time
@@ -69,7 +69,7 @@ class SlideConfig:
 
 @frozen(kw_only=True)
 class Truth:
-    """What a slide holds; every question can be answered from it."""
+    """The ground truth of a slide; every question can be answered from it."""
 
     name: str
     patches: int
@@ -97,14 +97,17 @@ class DrawnSlide:
 
 @frozen(kw_only=True, eq=False)
 class Prototypes:
-    """What all slides of a seed and width share, float32. Tissues, classes and motifs are orthogonal."""
+    """Directions in feature space, the same for all slides of a seed and width; float32.
+
+    Tissues, classes and motifs are orthogonal.
+    """
 
     tissues: Array  # [tissue, d]
     classes: Array  # [class, d], added to the tumour's
     motifs: Array  # [motif, d], added to the surrounding tissue's
     stain: Array  # [3, d], directions in which slides differ
     spread: Array  # [8, d], directions in which patches differ
-    strength: Array  # [tissue, 8], how much they do
+    strength: Array  # [tissue, 8], the deviation of a tissue's patches along each
 
 
 def draw_slide(cfg: SlideConfig, split: str, number: int) -> DrawnSlide:
@@ -113,12 +116,13 @@ def draw_slide(cfg: SlideConfig, split: str, number: int) -> DrawnSlide:
     Raises:
         ValueError: no such split, or number < 0.
     """
-    truth, gen = draw_truth(cfg, split, number), slide_generator(cfg, 1, split, number)
-    size = 256 << int(gen.integers(2))
-    cells = _outline(truth.patches, gen)
-    tissue = _regions(truth, cells, gen)
-    motif_rows = _motif_rows(truth, cells, tissue, gen)
-    features = _features(cfg, truth, tissue, motif_rows, gen)
+    truth = draw_truth(cfg, split, number)
+    gen = slide_generator(cfg, 1, split, number)
+    size = 256 << int(gen.integers(2))  # 20x, or 40x read at half its resolution
+    cells = _draw_outline(truth.patches, gen)
+    tissue = _draw_regions(truth, cells, gen)
+    motif_rows = _draw_motif(truth, cells, tissue, gen)
+    features = _draw_features(cfg, truth, tissue, motif_rows, gen)
     coords = cells[:, ::-1] * size + gen.integers(4 * size, size=2)
     return DrawnSlide(
         name=truth.name,
@@ -132,7 +136,7 @@ def draw_slide(cfg: SlideConfig, split: str, number: int) -> DrawnSlide:
 
 
 def draw_truth(cfg: SlideConfig, split: str, number: int) -> Truth:
-    """What `draw_slide` draws. Of 60 slides from a multiple of 60 on, every class, grade, motif ... has its exact share.
+    """The ground truth of `draw_slide`. Of 60 slides from a multiple of 60 on, every label has its exact share.
 
     Raises:
         ValueError: as `draw_slide`.
@@ -142,47 +146,69 @@ def draw_truth(cfg: SlideConfig, split: str, number: int) -> Truth:
             f"draw_truth: split must be of {', '.join(SPLITS)} and number >= 0, got {split!r}, {number}"
         )
     gen = slide_generator(cfg, 0, split, number)
-    pick = lambda use, k: balanced_index(cfg, use, split, number) % k
-    low, high = cfg.patches
-    n = round(float(np.exp(gen.uniform(np.log(low), np.log(high)))))
-    if split == "test" and number < cfg.large:
-        n = round(float(np.geomspace(cfg.largest, _SMALLEST_LARGE, cfg.large)[number]))
-    grade, lymphocytes, pair = pick(1, 3), tuple(LYMPHOCYTES)[pick(2, 2)], pick(3, 6)
-    motif = (*MOTIFS, NO_MOTIF)[pick(4, 5)]
-    main = ("stroma", "tumour", *(OPTIONAL[i] for i in np.argwhere(np.triu(np.ones((4, 4)), 1))[pair]))
-    dominant = main[pick(5, 4)]
-    few = {"necrosis": gen.uniform(*NECROSIS[grade]), "lymphocytes": gen.uniform(*LYMPHOCYTES[lymphocytes])}
-    weights = {t: gen.uniform(2.6, 3.2) if t == dominant else gen.uniform(0.85, 1.15) for t in main}
-    shares = few | {t: w / sum(weights.values()) * (1 - sum(few.values())) for t, w in weights.items()}
-    counts = {t: max(1, round(shares[t] * n)) for t in TISSUES if t in shares}
-    counts[dominant] += n - sum(counts.values())
+    n = _draw_size(cfg, split, number, gen)
+    grade = balanced_index(cfg, 1, split, number) % 3
+    lymphocytes = tuple(LYMPHOCYTES)[balanced_index(cfg, 2, split, number) % 2]
+    pair = list(combinations(OPTIONAL, 2))[balanced_index(cfg, 3, split, number) % 6]
+    motif = (*MOTIFS, NO_MOTIF)[balanced_index(cfg, 4, split, number) % 5]
+    tumour_class = tuple(CLASSES)[balanced_index(cfg, 6, split, number) % 4]
+    main = ("stroma", "tumour", *pair)
+    dominant = main[balanced_index(cfg, 5, split, number) % 4]
+    # Necrosis and lymphocytes have the share of their label; the main tissues divide the remainder.
+    shares = {
+        "necrosis": gen.uniform(*NECROSIS[grade]),
+        "lymphocytes": gen.uniform(*LYMPHOCYTES[lymphocytes]),
+    }
+    remainder = 1 - sum(shares.values())
+    weights = {}
+    for name in main:
+        low, high = (2.6, 3.2) if name == dominant else (0.85, 1.15)
+        weights[name] = gen.uniform(low, high)
+    total = sum(weights.values())
+    shares |= {name: weight / total * remainder for name, weight in weights.items()}
+    counts = {name: max(1, round(shares[name] * n)) for name in TISSUES if name in shares}
+    counts[dominant] += n - sum(counts.values())  # what rounding left over
+    motif_patches = 0
+    if motif != NO_MOTIF:
+        motif_patches = max(1, round(n * gen.uniform(1e-4, 5e-4)))
     return Truth(
         name=f"TCGA-{split[:2].upper()}-{number:04d}-01Z-00-DX1",
         patches=n,
-        tumour_class=tuple(CLASSES)[pick(6, 4)],
+        tumour_class=tumour_class,
         grade=grade + 1,
         lymphocytes=lymphocytes,
         motif=motif,
-        motif_patches=0 if motif == NO_MOTIF else max(1, round(n * gen.uniform(1e-4, 5e-4))),
+        motif_patches=motif_patches,
         dominant=dominant,
         tissues=counts,
     )
 
 
+def _draw_size(cfg: SlideConfig, split: str, number: int, gen: np.random.Generator) -> int:
+    """How many patches a slide has."""
+    low, high = cfg.patches
+    # Drawn for large slides too, so that `large` changes nothing else about a slide.
+    n = float(np.exp(gen.uniform(np.log(low), np.log(high))))
+    if split == "test" and number < cfg.large:
+        n = float(np.geomspace(cfg.largest, _SMALLEST_LARGE, cfg.large)[number])
+    return round(n)
+
+
 def draw_prototypes(cfg: SlideConfig) -> Prototypes:
-    """A pure function of (cfg.seed, cfg.dim)."""
+    """The prototypes of all slides, a pure function of (cfg.seed, cfg.dim)."""
     gen = np.random.default_rng([9, cfg.seed, cfg.dim])
     sizes = [len(TISSUES), len(CLASSES), len(MOTIFS)]
-    axes = np.linalg.qr(gen.standard_normal((cfg.dim, sum(sizes))))[0].T.astype(np.float32)
+    orthogonal, _ = np.linalg.qr(gen.standard_normal((cfg.dim, sum(sizes))))
+    axes = orthogonal.T.astype(np.float32)
     tissues, classes, motifs = np.split(axes, np.cumsum(sizes)[:-1])
-    loose = gen.standard_normal((3 + _RANK, cfg.dim), np.float32)
-    loose /= np.linalg.norm(loose, axis=1, keepdims=True)
+    others = gen.standard_normal((3 + _RANK, cfg.dim), np.float32)
+    others /= np.linalg.norm(others, axis=1, keepdims=True)
     return Prototypes(
         tissues=tissues * 4,
         classes=classes * 3,
         motifs=motifs * _MOTIF,
-        stain=loose[:3],
-        spread=loose[3:],
+        stain=others[:3],
+        spread=others[3:],
         strength=gen.uniform(0.2, 1.0, (len(TISSUES), _RANK)).astype(np.float32),
     )
 
@@ -193,11 +219,12 @@ def slide_generator(cfg: SlideConfig, use: int, split: str, *numbers: int) -> np
 
 
 def balanced_index(cfg: SlideConfig, use: int, split: str, number: int) -> int:
-    """0 to 59, each once in every 60 slides."""
-    return int(slide_generator(cfg, 4, split, number // _BLOCK, use).permutation(_BLOCK)[number % _BLOCK])
+    """A number of 0 to 59, each once in every 60 slides; another order for each use."""
+    order = slide_generator(cfg, 4, split, number // _BLOCK, use).permutation(_BLOCK)
+    return int(order[number % _BLOCK])
 
 
-# Pictures ---------------------------------------------------------------------------------------------------------------------------------
+# Features -------------------------------------------------------------------------------------------------------------
 _RANK = 8  # of the variation within a tissue
 _NOISE = 0.5  # of every feature
 _MOTIF = 6.0  # length of a motif's direction: twelve times the noise
@@ -205,97 +232,117 @@ _STAIN = (1.0, 0.1)  # of a slide's shift: along the stain's directions, and of 
 
 
 def _bumps(rows: Array, columns: Array, at: Array, width: Array) -> tuple[Array, Array]:
-    """Gaussian bumps as a product: [row, bump], [column, bump]. `rows` and `columns` in the units of `at` [bump, 2] and `width` [bump]."""
-    along = [
-        np.exp(-0.5 * ((x[:, None] - at[:, i]) / width) ** 2).astype(np.float32)
-        for i, x in enumerate((rows, columns))
-    ]
-    return along[0], along[1]
+    """Gaussian bumps as a product of [row, bump] and [column, bump].
+
+    Args:
+        rows, columns: places, in the units of `at` [bump, 2] and `width` [bump].
+    """
+    factors = []
+    for axis, places in enumerate((rows, columns)):
+        z = (places[:, None] - at[:, axis]) / width
+        factors.append(np.exp(-0.5 * z**2).astype(np.float32))
+    return factors[0], factors[1]
 
 
-def _outline(n: int, gen: np.random.Generator) -> Array:
+def _draw_outline(n: int, gen: np.random.Generator) -> Array:
     """Row and column [n, 2] of a slide's patches, row by row: one to three pieces with uneven edges."""
     height = int(np.ceil(np.sqrt(n / _FILLED * gen.uniform(0.6, 1.6))))
     width = int(np.ceil(n / _FILLED / height))
+    # A height map of a few large bumps and 24 small ones, up or down; its n highest cells are tissue.
     pieces = int(gen.integers(1, 4))
     at = np.concatenate([gen.uniform(0.22, 0.78, (pieces, 2)), gen.uniform(0, 1, (24, 2))])
     size = np.concatenate([gen.uniform(0.14, 0.24, pieces), gen.uniform(0.03, 0.1, 24)])
     high = np.concatenate([np.ones(pieces), gen.uniform(-0.3, 0.3, 24)]).astype(np.float32)
     rows, columns = _bumps(np.linspace(0, 1, height), np.linspace(0, 1, width), at, size)
-    land = (rows * high) @ columns.T
-    inside = np.sort(np.argpartition(-land.ravel(), n - 1)[:n])
+    elevation = (rows * high) @ columns.T
+    inside = np.sort(np.argpartition(-elevation.ravel(), n - 1)[:n])
     return np.stack(np.divmod(inside, width), 1)
 
 
-def _regions(truth: Truth, cells: Array, gen: np.random.Generator) -> Array:
-    """The tissue [n] of every patch. Each takes the highest places of a land of its own that are left; stroma has the rest."""
-    tissue, rest = np.zeros(len(cells), np.int64), np.arange(len(cells))
-    top = cells.max(0) + 1
+def _draw_regions(truth: Truth, cells: Array, gen: np.random.Generator) -> Array:
+    """The tissue [n] of every patch.
+
+    One tissue after another takes the highest free cells of a height map of its own; stroma has what is left.
+    """
+    tissue = np.zeros(len(cells), np.int64)
+    free = np.arange(len(cells))
+    extent = cells.max(0) + 1
     for name in gen.permutation([t for t in truth.tissues if t != "stroma"]):
-        at = cells[gen.choice(rest, 3)]
-        size = gen.uniform(0.06, 0.16, 3) * top.mean()
-        rows, columns = _bumps(np.arange(top[0]), np.arange(top[1]), at, size)
-        land = np.einsum("nk,nk->n", rows[cells[rest, 0]], columns[cells[rest, 1]])
-        land += 0.05 * gen.random(len(rest), np.float32)  # ragged edges
-        taken = np.argpartition(-land, truth.tissues[name] - 1)[: truth.tissues[name]]
-        tissue[rest[taken]] = TISSUES.index(name)
-        rest = np.delete(rest, taken)
+        count = truth.tissues[name]
+        at = cells[gen.choice(free, 3)]
+        size = gen.uniform(0.06, 0.16, 3) * extent.mean()
+        rows, columns = _bumps(np.arange(extent[0]), np.arange(extent[1]), at, size)
+        elevation = np.einsum("nk,nk->n", rows[cells[free, 0]], columns[cells[free, 1]])
+        elevation += 0.05 * gen.random(len(free), np.float32)  # ragged edges
+        highest = np.argpartition(-elevation, count - 1)[:count]
+        tissue[free[highest]] = TISSUES.index(name)
+        free = np.delete(free, highest)
     return tissue
 
 
-def _motif_rows(truth: Truth, cells: Array, tissue: Array, gen: np.random.Generator) -> Array:
+def _draw_motif(truth: Truth, cells: Array, tissue: Array, gen: np.random.Generator) -> Array:
+    """Rows [m] of the patches with the motif: neighbours in the tissue that it lies in."""
     if truth.motif == NO_MOTIF:
         return np.zeros(0, np.int64)
     host = np.flatnonzero(tissue == TISSUES.index(MOTIFS[truth.motif]))
-    far = ((cells[host] - cells[gen.choice(host)]) ** 2).sum(1)
-    return np.sort(host[np.argsort(far, kind="stable")[: truth.motif_patches]])
+    centre = cells[gen.choice(host)]
+    distance = ((cells[host] - centre) ** 2).sum(1)
+    nearest = np.argsort(distance, kind="stable")[: truth.motif_patches]
+    return np.sort(host[nearest])
 
 
-def _features(
+def _draw_features(
     cfg: SlideConfig, truth: Truth, tissue: Array, motif_rows: Array, gen: np.random.Generator
 ) -> Array:
+    """Features float16 [n, d], drawn in chunks so that a slide of 200,000 patches takes little memory in float32."""
     p = draw_prototypes(cfg)
-    base = p.tissues.copy()
+    base = p.tissues.copy()  # [tissue, d]
     base[TISSUES.index("tumour")] += p.classes[list(CLASSES).index(truth.tumour_class)]
-    base += _STAIN[0] * gen.standard_normal(len(p.stain), np.float32) @ p.stain + _STAIN[
-        1
-    ] * gen.standard_normal(cfg.dim, np.float32)
+    along, everywhere = _STAIN
+    stain = along * gen.standard_normal(len(p.stain), np.float32) @ p.stain
+    base += stain + everywhere * gen.standard_normal(cfg.dim, np.float32)
     out = np.empty((len(tissue), cfg.dim), np.float16)
     for start in range(0, len(tissue), _CHUNK):
         kinds = tissue[start : start + _CHUNK]
+        stop = start + len(kinds)
         x = gen.standard_normal((len(kinds), cfg.dim), np.float32)
         x *= _NOISE
         x += (gen.standard_normal((len(kinds), _RANK), np.float32) * p.strength[kinds]) @ p.spread
         x += base[kinds]
-        if len(here := motif_rows[(motif_rows >= start) & (motif_rows < start + len(kinds))]):
-            x[here - start] += p.motifs[list(MOTIFS).index(truth.motif)]
-        out[start : start + len(kinds)] = x
+        rows = motif_rows[(motif_rows >= start) & (motif_rows < stop)]
+        if len(rows):
+            x[rows - start] += p.motifs[list(MOTIFS).index(truth.motif)]
+        out[start:stop] = x
     return out
 
 
-# Files ------------------------------------------------------------------------------------------------------------------------------------
+# Files ----------------------------------------------------------------------------------------------------------------
 def write_slides(cfg: SlideConfig, folder: Path) -> dict[str, list[int]]:
-    """Write all slides into a folder; the rows of the rare motif, by the slide's name."""
-    found = {}
+    """Write all slides into a folder; returns {slide name: rows of the rare motif}."""
+    motif_rows = {}
     for split in SPLITS:
         for number in track(range(getattr(cfg, split)), f"drawing slides, {split}"):
             slide = draw_slide(cfg, split, number)
             _write_slide(folder / f"{slide.name}.h5", slide)
-            found[slide.name] = slide.motif_rows.tolist()
-    return found
+            motif_rows[slide.name] = slide.motif_rows.tolist()
+    return motif_rows
 
 
 def _write_slide(path: Path, slide: DrawnSlide) -> None:
+    """Write a slide in TRIDENT's layout."""
     right, bottom = slide.coords.max(0) + slide.patch_size
     level = slide.patch_size // 256  # 20x, or 40x read at half its resolution
-    said = {
+    attributes = {
+        "name": slide.name,
         "patch_size": 256,
         "patch_size_level0": slide.patch_size,
         "level0_magnification": 20 * level,
         "target_magnification": 20,
+        "overlap": 0,
+        "level0_width": int(right),
+        "level0_height": int(bottom),
     }
-    said |= {"overlap": 0, "level0_width": int(right), "level0_height": int(bottom)}
     with files.atomic(path) as tmp, h5py.File(tmp, "w") as f:
         f["features"], f["coords"] = slide.features, slide.coords
         f["features"].attrs.update({"name": slide.name, "encoder": "phantom"})
-        f["coords"].attrs.update({"name": slide.name} | said)
+        f["coords"].attrs.update(attributes)

@@ -1,4 +1,4 @@
-"""How eight kinds of medical pictures look when drawn, and how a mark looks in each. Lengths are shares of a side, 0 is the middle."""
+"""Eight styles of drawn medical pictures, and two kinds of marks in each. Lengths are shares of a side, 0 is the middle."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -15,15 +15,15 @@ class Scene:
 
     image: Array
     zone: Array  # bool [y, x]: where the centre of a mark may lie
-    speckle: Array | float = 1.0  # multiplies the marked picture
-    grain: float = 5.0  # deviation of the noise added last
+    speckle: Array | float = 1.0  # multiplies the picture with its marks
+    grain: float = 5.0  # standard deviation of the noise that is added last
 
 
 @frozen(kw_only=True)
 class Mark:
     """One kind of mark in one kind of picture."""
 
-    bright: bool  # against what is around it
+    bright: bool  # brighter than its surroundings
     sharp: bool
     colour: tuple[float, ...]
     rim: tuple[float, ...] = ()  # of a thin edge, none when empty
@@ -68,12 +68,12 @@ MARKS = {
 def draw_scene(modality: str, size: int, gen: np.random.Generator) -> Scene:
     """An empty picture of this modality."""
     scene = _STYLES[modality](size, gen)
-    gain = gen.uniform(0.9, 1.1) * gen.uniform(
-        0.96, 1.04, scene.image.shape[2]
-    )  # of light, and of each colour
+    # The light differs from picture to picture, and the colour cast of each channel.
+    brightness = gen.uniform(0.9, 1.1)
+    gain = np.asarray(brightness * gen.uniform(0.96, 1.04, scene.image.shape[2]), np.float32)
     _, x = grid(size)
     return Scene(
-        image=scene.image * np.asarray(gain, np.float32),
+        image=scene.image * gain,
         zone=scene.zone & (np.abs(x) > 0.11),  # no mark reaches over the middle
         speckle=scene.speckle,
         grain=scene.grain * gen.uniform(0.7, 1.4),
@@ -81,272 +81,294 @@ def draw_scene(modality: str, size: int, gen: np.random.Generator) -> Scene:
 
 
 def add_marks(scene: Scene, mark: Mark, places: Array, gen: np.random.Generator) -> Array:
-    """uint8 [y, x, 3] with marks around places [n, 3] (x, y, radius)."""
+    """A picture uint8 [y, x, 3] with marks at places [n, 3] (x, y, radius)."""
     n = len(scene.image)
     y, x = grid(n)
-    image, bend = scene.image, 1 + 0.07 * noise(n, 10, gen)
-    for cx, cy, r in places.astype(np.float32):
+    image = scene.image
+    bend = 1 + 0.07 * noise(n, 10, gen)  # outlines are uneven
+    for mark_x, mark_y, radius in places.astype(np.float32):
         stretch = np.float32(gen.uniform(0.88, 1.14))
-        d = np.hypot((x - cx) * stretch, (y - cy) / stretch) * bend
+        distance = np.hypot((x - mark_x) * stretch, (y - mark_y) / stretch) * bend
         if mark.rim:
-            image = _mix(image, _inside(r + 0.012 - d, 1.5 / n), mark.rim)
-        share = _inside(r - d, 1.5 / n) if mark.sharp else 0.92 * np.exp(-((d / r) ** 3))
+            image = _mix(image, _inside(radius + 0.012 - distance, 1.5 / n), mark.rim)
+        if mark.sharp:
+            share = _inside(radius - distance, 1.5 / n)
+        else:
+            share = 0.92 * np.exp(-((distance / radius) ** 3))
         image = _mix(image, share, mark.colour)
-    image = image * scene.speckle + np.float32(scene.grain) * gen.standard_normal(
-        image.shape, dtype=np.float32
-    )
+    grain = np.float32(scene.grain) * gen.standard_normal(image.shape, dtype=np.float32)
+    image = image * scene.speckle + grain
     return np.broadcast_to(np.clip(image, 0, 255).astype(np.uint8), (n, n, 3))
 
 
 @lru_cache
 def grid(size: int) -> tuple[Array, Array]:
     """(y [y, 1], x [1, x]) of the pixels' centres, -0.5 to 0.5."""
-    at = ((np.arange(size) + 0.5) / size - 0.5).astype(np.float32)
-    return at[:, None], at[None]
+    centres = ((np.arange(size) + 0.5) / size - 0.5).astype(np.float32)
+    return centres[:, None], centres[None]
 
 
 def noise(size: int, cells: int, gen: np.random.Generator) -> Array:
     """Smooth noise [y, x], about unit normal at points a share 1 / cells apart."""
-    w = _weights(size, cells)
-    return w @ gen.standard_normal((cells + 1, cells + 1), dtype=np.float32) @ w.T
+    weights = _noise_weights(size, cells)
+    return weights @ gen.standard_normal((cells + 1, cells + 1), dtype=np.float32) @ weights.T
 
 
 @lru_cache
-def _weights(size: int, cells: int) -> Array:
-    """[size, cells + 1]: how much each point counts; eased, so that no grid shows."""
-    at = (np.arange(size) + 0.5) / size * cells
-    d = np.clip(1 - np.abs(at[:, None] - np.arange(cells + 1)), 0, 1)
-    return (d * d * (3 - 2 * d)).astype(np.float32)
+def _noise_weights(size: int, cells: int) -> Array:
+    """[size, cells + 1]: how much each point counts at each pixel. They are eased, so that no grid shows."""
+    index = (np.arange(size) + 0.5) / size * cells
+    weights = np.clip(1 - np.abs(index[:, None] - np.arange(cells + 1)), 0, 1)
+    return (weights * weights * (3 - 2 * weights)).astype(np.float32)
 
 
 def _inside(distance: Array, width: float = 0.015) -> Array:
+    """The share inside an edge at this distance (positive inside), soft over `width`."""
     return np.clip(distance / np.float32(width) + np.float32(0.5), 0, 1)
 
 
 def _oval(x: Array, y: Array, a: float, b: float, width: float = 0.02) -> Array:
-    """Share [y, x] inside an ellipse around 0."""
+    """The share [y, x] inside an ellipse around 0 with half axes a and b."""
     return _inside((1 - np.hypot(x / np.float32(a), y / np.float32(b))) * min(a, b), width)
 
 
 def _mix(image: Array, share: Array, value: Array | float | tuple[float, ...]) -> Array:
-    """image [y, x, c] with a share [y, x] of each pixel replaced."""
+    """A colour image [y, x, c] with a share [y, x] of each pixel replaced."""
     return image + share[..., None] * (np.asarray(value, np.float32) - image)
 
 
 def _mix_grey(image: Array, share: Array, value: Array | float) -> Array:
+    """A grey image [y, x] with a share [y, x] of each pixel replaced."""
     return image + share * (value - image)
 
 
-# The eight, in grey [y, x] and in colour [y, x, 3] --------------------------------------------------------------------------------------
+def _shifted_grid(n: int, gen: np.random.Generator, dx: float, dy: float) -> tuple[Array, Array]:
+    """x and y of the pixels' centres, shifted at random by up to dx and dy."""
+    y, x = grid(n)
+    x = x - np.float32(gen.uniform(-dx, dx))
+    y = y - np.float32(gen.uniform(-dy, dy))
+    return x, y
+
+
+# Each of the eight returns its scene, painted from back to front. Random numbers are drawn in the order of the lines: an
+# order that changes makes other pictures.
 def _ct(n: int, gen: np.random.Generator) -> Scene:
-    (y, x), u = grid(n), gen.uniform
-    x, y = x - np.float32(u(-0.02, 0.02)), y - np.float32(u(-0.025, 0.025))
+    """An axial slice of the chest in the lung window."""
+    u = gen.uniform
+    x, y = _shifted_grid(n, gen, 0.02, 0.025)
     a, b = u(0.455, 0.485), u(0.37, 0.42)
     image = _oval(x, y, a, b) * np.float32(85)  # fat
-    image = _mix_grey(image, _oval(x, y, a - 0.035, b - 0.03), 128 + 7 * noise(n, 12, gen))
-    turn = np.cos(np.arctan2(y / b, x / a) * 14 + u(0, 6))  # ribs cut across
-    image = _mix_grey(
-        image,
-        _inside(0.022 - np.abs(np.hypot(x / a, y / b) - 0.88) * b, 0.02) * _inside(turn - 0.35, 0.4),
-        215,
-    )
-    wide, tall, zone = u(0.155, 0.17), u(0.25, 0.28), np.zeros((n, n), bool)
-    vessels = 32 + 10 * noise(n, 8, gen) + 45 * _inside(noise(n, 30, gen) - 1.5, 0.8)
+    muscle = 128 + 7 * noise(n, 12, gen)
+    image = _mix_grey(image, _oval(x, y, a - 0.035, b - 0.03), muscle)
+    # ribs, cut across
+    turn = np.cos(np.arctan2(y / b, x / a) * 14 + u(0, 6))
+    ring = _inside(0.022 - np.abs(np.hypot(x / a, y / b) - 0.88) * b, 0.02)
+    image = _mix_grey(image, ring * _inside(turn - 0.35, 0.4), 215)
+    wide, tall = u(0.155, 0.17), u(0.25, 0.28)
+    vessels = 32 + 10 * noise(n, 8, gen)
+    vessels = vessels + 45 * _inside(noise(n, 30, gen) - 1.5, 0.8)
+    zone = np.zeros((n, n), bool)
     for side in (-1, 1):
-        lung = x - side * np.float32(0.215), y + 0.01 + 0.25 * (np.abs(x) - 0.2)
-        image = _mix_grey(image, _oval(*lung, wide, tall), vessels)
-        zone |= _oval(*lung, wide - 0.05, tall - 0.055) > 0.5
-    heart = x - np.float32(u(0.03, 0.05)), y + np.float32(u(0.08, 0.12))
-    image = _mix_grey(image, _oval(*heart, 0.12, 0.11), 150)
+        lung_x = x - side * np.float32(0.215)
+        lung_y = y + 0.01 + 0.25 * (np.abs(x) - 0.2)
+        image = _mix_grey(image, _oval(lung_x, lung_y, wide, tall), vessels)
+        zone |= _oval(lung_x, lung_y, wide - 0.05, tall - 0.055) > 0.5
+    heart_x, heart_y = x - np.float32(u(0.03, 0.05)), y + np.float32(u(0.08, 0.12))
+    image = _mix_grey(image, _oval(heart_x, heart_y, 0.12, 0.11), 150)
     image = _mix_grey(image, _oval(x - 0.05, y - 0.11, 0.035, 0.035), 160)  # aorta
-    image = _mix_grey(image, _oval(x, y - 0.2, 0.065, 0.06), 225)
-    image = _mix_grey(image, _oval(x, y - 0.275, 0.022, 0.022), 120)  # canal of the spine
-    image = _mix_grey(
-        image, _inside(0.012 - np.abs(y - 0.44 - 0.3 * x * x), 0.012) * (np.abs(x) < 0.4), 90
-    )  # table
-    clear = _oval(*heart, 0.18, 0.17) + _oval(x, y - 0.2, 0.14, 0.14) < 0.5
-    return Scene(image=image[..., None], zone=zone & clear & (np.abs(x) > 0.15), grain=7)
+    image = _mix_grey(image, _oval(x, y - 0.2, 0.065, 0.06), 225)  # vertebra
+    image = _mix_grey(image, _oval(x, y - 0.275, 0.022, 0.022), 120)  # spinal canal
+    table = _inside(0.012 - np.abs(y - 0.44 - 0.3 * x * x), 0.012) * (np.abs(x) < 0.4)
+    image = _mix_grey(image, table, 90)
+    near_heart_or_spine = _oval(heart_x, heart_y, 0.18, 0.17) + _oval(x, y - 0.2, 0.14, 0.14) >= 0.5
+    zone = zone & ~near_heart_or_spine & (np.abs(x) > 0.15)
+    return Scene(image=image[..., None], zone=zone, grain=7)
 
 
 def _xray(n: int, gen: np.random.Generator) -> Scene:
-    (y, x), u = grid(n), gen.uniform
-    x, y = x - np.float32(u(-0.02, 0.02)), y - np.float32(u(-0.02, 0.02))
-    image = (
-        150
-        + 25 * y
-        + 6 * noise(n, 5, gen)
-        - 110 * _inside(np.abs(x) - 0.46 + 0.5 * np.clip(-0.28 - y, 0, 1) * -1, 0.1)
-    )
-    wide, tall, zone, lungs = (
-        u(0.165, 0.185),
-        u(0.36, 0.4),
-        np.zeros((n, n), bool),
-        np.zeros((n, n), np.float32),
-    )
+    """A chest radiograph from the front."""
+    u = gen.uniform
+    x, y = _shifted_grid(n, gen, 0.02, 0.02)
+    outside = np.abs(x) - 0.46 + 0.5 * np.clip(-0.28 - y, 0, 1) * -1  # of the body; the shoulders are wider
+    image = 150 + 25 * y + 6 * noise(n, 5, gen) - 110 * _inside(outside, 0.1)
+    wide, tall = u(0.165, 0.185), u(0.36, 0.4)
+    zone = np.zeros((n, n), bool)
+    lungs = np.zeros((n, n), np.float32)
     for side in (-1, 1):
-        lung = x - side * np.float32(0.215) - side * 0.12 * y, y - 0.01
-        lungs = np.maximum(lungs, _oval(*lung, wide, tall, 0.04))
-        zone |= _oval(*lung, wide - 0.055, tall - 0.08) > 0.5
-    dome = 0.27 + u(-0.02, 0.02) + 1.6 * (np.abs(x) - 0.2) ** 2
-    lungs = lungs * _inside(dome - y, 0.03)
-    image = _mix_grey(image, lungs, 62 + 8 * noise(n, 9, gen) + 30 * np.exp(-((x / 0.16) ** 2)))
-    ribs = np.sin((y + 1.3 * (np.abs(x) - 0.13) ** 2 - 0.3 * np.abs(x)) * 2 * np.pi * u(10, 12) + u(0, 6))
+        lung_x = x - side * np.float32(0.215) - side * 0.12 * y
+        lungs = np.maximum(lungs, _oval(lung_x, y - 0.01, wide, tall, 0.04))
+        zone |= _oval(lung_x, y - 0.01, wide - 0.055, tall - 0.08) > 0.5
+    diaphragm = 0.27 + u(-0.02, 0.02) + 1.6 * (np.abs(x) - 0.2) ** 2
+    lungs = lungs * _inside(diaphragm - y, 0.03)
+    aerated = 62 + 8 * noise(n, 9, gen) + 30 * np.exp(-((x / 0.16) ** 2))
+    image = _mix_grey(image, lungs, aerated)
+    slant = y + 1.3 * (np.abs(x) - 0.13) ** 2 - 0.3 * np.abs(x)
+    ribs = np.sin(slant * 2 * np.pi * u(10, 12) + u(0, 6))
     image = image + 24 * _inside(ribs - 0.35, 0.7) * lungs
-    image = _mix_grey(
-        image,
-        _inside(0.022 - np.abs(y + 0.36 + 0.18 * np.abs(x)), 0.02) * _inside(0.36 - np.abs(x), 0.05),
-        image + 30,
-    )
-    image = _mix_grey(image, _inside(0.055 - np.abs(x), 0.04) * 0.8, 178 + 14 * np.sin(y * 2 * np.pi * 14))
-    heart = x - np.float32(u(0.05, 0.075)), y - np.float32(u(0.15, 0.19))
-    image = _mix_grey(image, _oval(*heart, 0.15, 0.14, 0.05), 188)
-    return Scene(
-        image=image[..., None], zone=zone & (_oval(*heart, 0.215, 0.205) < 0.5) & (y < dome - 0.07), grain=5
-    )
+    clavicles = _inside(0.022 - np.abs(y + 0.36 + 0.18 * np.abs(x)), 0.02) * _inside(0.36 - np.abs(x), 0.05)
+    image = _mix_grey(image, clavicles, image + 30)
+    spine = 178 + 14 * np.sin(y * 2 * np.pi * 14)
+    image = _mix_grey(image, _inside(0.055 - np.abs(x), 0.04) * 0.8, spine)
+    heart_x, heart_y = x - np.float32(u(0.05, 0.075)), y - np.float32(u(0.15, 0.19))
+    image = _mix_grey(image, _oval(heart_x, heart_y, 0.15, 0.14, 0.05), 188)
+    zone = zone & (_oval(heart_x, heart_y, 0.215, 0.205) < 0.5) & (y < diaphragm - 0.07)
+    return Scene(image=image[..., None], zone=zone, grain=5)
 
 
 def _mri(n: int, gen: np.random.Generator) -> Scene:
-    (y, x), u = grid(n), gen.uniform
-    x, y = x - np.float32(u(-0.02, 0.02)), y - np.float32(u(-0.02, 0.02))
-    x = x + np.float32(u(-0.08, 0.08)) * y
+    """An axial slice of the head."""
+    u = gen.uniform
+    x, y = _shifted_grid(n, gen, 0.02, 0.02)
+    x = x + np.float32(u(-0.08, 0.08)) * y  # the head is tilted
     a, b = u(0.37, 0.41), u(0.43, 0.47)
     image = _oval(x, y, a, b) * np.float32(185)  # scalp
     image = _mix_grey(image, _oval(x, y, a - 0.03, b - 0.03), 18)  # skull
-    folds = 92 - 48 * _inside(0.12 - np.abs(noise(n, 16, gen)), 0.2)
-    image = _mix_grey(image, _oval(x, y, a - 0.055, b - 0.055), folds)
+    cortex = 92 - 48 * _inside(0.12 - np.abs(noise(n, 16, gen)), 0.2)
+    image = _mix_grey(image, _oval(x, y, a - 0.055, b - 0.055), cortex)
+    # white matter, with an uneven border
     inner = _oval(x, y, a - 0.115, b - 0.115, 0.05)
-    image = _mix_grey(
-        image,
-        np.clip(inner + 0.35 * noise(n, 14, gen) * (inner > 0) * (inner < 1), 0, 1),
-        136 + 6 * noise(n, 8, gen),
-    )
-    image = _mix_grey(
-        image, _inside(0.006 - np.abs(x), 0.012) * _oval(x, y, a - 0.06, b - 0.06), 45
-    )  # between the hemispheres
+    share = np.clip(inner + 0.35 * noise(n, 14, gen) * (inner > 0) * (inner < 1), 0, 1)
+    image = _mix_grey(image, share, 136 + 6 * noise(n, 8, gen))
+    fissure = _inside(0.006 - np.abs(x), 0.012) * _oval(x, y, a - 0.06, b - 0.06)
+    image = _mix_grey(image, fissure, 45)
     size = u(0.8, 1.25)
     for side in (-1, 1):  # ventricles
-        image = _mix_grey(
-            image, _oval(x - side * (0.035 + 1.2 * (y + 0.01) ** 2), y + 0.01, 0.026 * size, 0.12 * size), 25
-        )
-    return Scene(
-        image=image[..., None], zone=(_oval(x, y, a - 0.13, b - 0.13) > 0.5) & (np.abs(x) > 0.14), grain=6
-    )
+        ventricle_x = x - side * (0.035 + 1.2 * (y + 0.01) ** 2)
+        ventricle = _oval(ventricle_x, y + 0.01, 0.026 * size, 0.12 * size)
+        image = _mix_grey(image, ventricle, 25)
+    zone = (_oval(x, y, a - 0.13, b - 0.13) > 0.5) & (np.abs(x) > 0.14)
+    return Scene(image=image[..., None], zone=zone, grain=6)
 
 
 def _ultrasound(n: int, gen: np.random.Generator) -> Scene:
-    (y, x), u = grid(n), gen.uniform
+    """A fan with speckle."""
+    u = gen.uniform
+    y, x = grid(n)
     x, y = x - np.float32(u(-0.02, 0.02)), y + np.float32(u(0.56, 0.6))
-    depth, angle, half = np.hypot(x, y), np.abs(np.arctan2(x, y)), u(0.62, 0.7)
+    depth, angle = np.hypot(x, y), np.abs(np.arctan2(x, y))
+    half = u(0.62, 0.7)  # angle of the fan
     fan = _inside((half - angle) * depth) * _inside(depth - 0.13) * _inside(1.04 - depth)
-    wave = np.sin(depth * 2 * np.pi * u(4, 7) + 1.2 * noise(n, 4, gen) + u(0, 6))
-    image = (78 + 14 * wave + 16 * noise(n, 6, gen)) * (1.15 - 0.45 * depth) + 70 * np.exp(
-        -(((depth - 0.16) / 0.03) ** 2)
-    )
-    speckle = np.exp(0.26 * noise(n, 50, gen) + 0.16 * gen.standard_normal((n, n), dtype=np.float32)) * fan
+    layers = depth * 2 * np.pi * u(4, 7)
+    layers = np.sin(layers + 1.2 * noise(n, 4, gen) + u(0, 6))
+    tissue = (78 + 14 * layers + 16 * noise(n, 6, gen)) * (1.15 - 0.45 * depth)
+    image = tissue + 70 * np.exp(-(((depth - 0.16) / 0.03) ** 2))
+    coarse = 0.26 * noise(n, 50, gen)
+    fine = 0.16 * gen.standard_normal((n, n), dtype=np.float32)
+    speckle = np.exp(coarse + fine) * fan
     zone = (angle < half - 0.15) & (depth > 0.42) & (depth < 0.94) & (np.abs(x) < 0.4)
     return Scene(image=image[..., None], zone=zone, speckle=speckle[..., None], grain=2)
 
 
 def _histology(n: int, gen: np.random.Generator) -> Scene:
-    (y, x), u = grid(n), gen.uniform
-    tissue = np.array([228, 168, 200], np.float32) + 9 * noise(n, 9, gen)[..., None] * np.array(
-        [0.5, 1.4, 0.8], np.float32
-    )
-    fibres = np.sin((x * np.float32(u(-1, 1)) + y) * 60 + 3 * noise(n, 5, gen))
-    image = _mix(tissue, 0.5 * _inside(noise(n, 4, gen) - 0.4, 0.6) * (0.7 + 0.3 * fibres), (236, 140, 172))
+    """A section in haematoxylin and eosin: stroma with fibres, and nuclei."""
+    u = gen.uniform
+    y, x = grid(n)
+    stain = 9 * noise(n, 9, gen)[..., None] * np.array([0.5, 1.4, 0.8], np.float32)
+    tissue = np.array([228, 168, 200], np.float32) + stain
+    slope = np.float32(u(-1, 1))
+    fibres = np.sin((x * slope + y) * 60 + 3 * noise(n, 5, gen))
+    share = 0.5 * _inside(noise(n, 4, gen) - 0.4, 0.6) * (0.7 + 0.3 * fibres)
+    image = _mix(tissue, share, (236, 140, 172))
+    # One nucleus in each square of a grid, off its centre.
     cells = int(u(9, 12))
     jitter = gen.uniform(-0.4, 0.4, (2, cells + 2, cells + 2)).astype(np.float32)
     radius = gen.uniform(0.12, 0.3, (cells + 2, cells + 2)).astype(np.float32)
-    py, px = (y + 0.5) * cells + 0.5, (x + 0.5) * cells + 0.5
-    iy, ix = py.astype(int), px.astype(int)
-    near = np.full((n, n), -1, np.float32)
-    for dy, dx in np.ndindex(2, 2):  # no nucleus reaches over the middle of the next one's square
-        jy, jx = iy + dy, ix + dx
-        d = (py - jy - jitter[0, jy, jx]) ** 2 + 1.3 * (px - jx - jitter[1, jy, jx]) ** 2
-        near = np.maximum(near, radius[jy, jx] - np.sqrt(d))
+    cell_y, cell_x = (y + 0.5) * cells + 0.5, (x + 0.5) * cells + 0.5
+    row, column = cell_y.astype(int), cell_x.astype(int)
+    inside = np.full((n, n), -1, np.float32)
+    for dy, dx in np.ndindex(2, 2):  # no nucleus reaches over the middle of the next square
+        j, i = row + dy, column + dx
+        distance = (cell_y - j - jitter[0, j, i]) ** 2 + 1.3 * (cell_x - i - jitter[1, j, i]) ** 2
+        inside = np.maximum(inside, radius[j, i] - np.sqrt(distance))
     chromatin = np.array([128, 78, 160], np.float32) + 12 * noise(n, 40, gen)[..., None]
-    image = _mix(image, 0.85 * _inside(near / cells, 0.014), chromatin)
+    image = _mix(image, 0.85 * _inside(inside / cells, 0.014), chromatin)
     return Scene(image=image, zone=(np.abs(x) < 0.41) & (np.abs(y) < 0.41), grain=4)
 
 
 def _fundus(n: int, gen: np.random.Generator) -> Scene:
-    """Of a right eye always: its disc, and with it the nose, is on the right of the picture."""
-    (y, x), u = grid(n), gen.uniform
-    x, y = x - np.float32(u(-0.012, 0.012)), y - np.float32(u(-0.012, 0.012))
+    """Always a right eye: its disc, and with it the nose, is on the right of the picture."""
+    u = gen.uniform
+    x, y = _shifted_grid(n, gen, 0.012, 0.012)
     r = np.hypot(x, y)
-    shade = (
-        1.08 - 1.3 * r * r + 0.05 * noise(n, 6, gen) - 0.3 * np.exp(-((np.hypot(x + 0.06, y) / 0.07) ** 2))
-    )  # the macula is dark
+    macula = np.exp(-((np.hypot(x + 0.06, y) / 0.07) ** 2))  # dark
+    shade = 1.08 - 1.3 * r * r + 0.05 * noise(n, 6, gen) - 0.3 * macula
     image = shade[..., None] * np.array([214, 104 + u(-10, 12), 44 + u(-8, 10)], np.float32)
-    dx, dy = u(0.27, 0.31), u(-0.03, 0.03)
-    ax = np.abs(x - np.float32(dx)) + 1e-3
-    for bend, width in zip(
-        (0.66, -0.66, 0.42, -0.42, 0.9, -0.9), (0.011, 0.011, 0.007, 0.007, 0.006, 0.006), strict=True
-    ):
-        c = bend * u(0.85, 1.15)
-        path = c * np.sqrt(ax) + 0.025 * np.sin(ax * u(20, 35) + u(0, 6)) * np.minimum(ax * 8, 1)
-        slope = 0.5 * c / np.sqrt(ax)
-        vessel = _inside(width * (1.1 - ax) - np.abs(y - dy - path) / np.sqrt(1 + slope * slope), 0.01)
+    # Vessels leave the disc and bend up or down.
+    disc_x, disc_y = u(0.27, 0.31), u(-0.03, 0.03)
+    along = np.abs(x - np.float32(disc_x)) + 1e-3
+    bends = (0.66, -0.66, 0.42, -0.42, 0.9, -0.9)
+    widths = (0.011, 0.011, 0.007, 0.007, 0.006, 0.006)
+    for bend, width in zip(bends, widths, strict=True):
+        curve = bend * u(0.85, 1.15)
+        wave = np.sin(along * u(20, 35) + u(0, 6))
+        path = curve * np.sqrt(along) + 0.025 * wave * np.minimum(along * 8, 1)
+        slope = 0.5 * curve / np.sqrt(along)
+        distance = np.abs(y - disc_y - path) / np.sqrt(1 + slope * slope)
+        vessel = _inside(width * (1.1 - along) - distance, 0.01)
         image = _mix(image, 0.75 * vessel, (128, 28, 18))
-    image = _mix(image, _oval(x - np.float32(dx), y - np.float32(dy), 0.07, 0.08, 0.025), (244, 190, 118))
-    image = _mix(
-        image, 0.8 * _oval(x - np.float32(dx), y - np.float32(dy), 0.03, 0.035, 0.02), (255, 226, 170)
-    )
+    from_disc_x, from_disc_y = x - np.float32(disc_x), y - np.float32(disc_y)
+    image = _mix(image, _oval(from_disc_x, from_disc_y, 0.07, 0.08, 0.025), (244, 190, 118))
+    image = _mix(image, 0.8 * _oval(from_disc_x, from_disc_y, 0.03, 0.035, 0.02), (255, 226, 170))
     image = image * _inside(0.475 - r)[..., None]
-    return Scene(image=image, zone=(r < 0.4) & (np.hypot(x - dx, y - dy) > 0.165), grain=4)
+    zone = (r < 0.4) & (np.hypot(x - disc_x, y - disc_y) > 0.165)
+    return Scene(image=image, zone=zone, grain=4)
 
 
 def _dermoscopy(n: int, gen: np.random.Generator) -> Scene:
-    (y, x), u = grid(n), gen.uniform
+    """A naevus on skin, with hairs."""
+    u = gen.uniform
+    y, x = grid(n)
     r = np.hypot(x, y)
-    image = np.array([222, 176, 150], np.float32) + (9 * noise(n, 7, gen) + 5 * noise(n, 30, gen))[..., None]
-    px, py = x - np.float32(u(-0.02, 0.02)), y - np.float32(u(-0.02, 0.02))
+    texture = 9 * noise(n, 7, gen)
+    texture = texture + 5 * noise(n, 30, gen)
+    image = np.array([222, 176, 150], np.float32) + texture[..., None]
+    naevus_x, naevus_y = _shifted_grid(n, gen, 0.02, 0.02)
     a, b = u(0.39, 0.44), u(0.36, 0.42)
-    spread = (1 - np.hypot(px / np.float32(a), py / np.float32(b))) + 0.08 * noise(n, 7, gen)
-    net = np.abs(noise(n, 22, gen))
-    pigment = np.array([142, 92, 64], np.float32) + (14 * noise(n, 6, gen) + 14 * (net - 0.8))[..., None]
-    image = _mix(image, 0.95 * _inside(spread, 0.16), pigment)
+    inside = (1 - np.hypot(naevus_x / np.float32(a), naevus_y / np.float32(b))) + 0.08 * noise(n, 7, gen)
+    network = np.abs(noise(n, 22, gen))
+    texture = 14 * noise(n, 6, gen) + 14 * (network - 0.8)
+    pigment = np.array([142, 92, 64], np.float32) + texture[..., None]
+    image = _mix(image, 0.95 * _inside(inside, 0.16), pigment)
     for _ in range(int(gen.integers(3, 8))):  # hairs
-        turn = u(0, np.pi)
-        along, across = np.cos(turn) * x + np.sin(turn) * y, np.cos(turn) * y - np.sin(turn) * x
+        angle = u(0, np.pi)
+        along = np.cos(angle) * x + np.sin(angle) * y
+        across = np.cos(angle) * y - np.sin(angle) * x
         hair = _inside(0.005 - np.abs(across - u(-0.45, 0.45) - u(-0.8, 0.8) * along * along), 0.008)
-        image = _mix(
-            image, 0.8 * hair * _inside(u(0.2, 0.5) - np.abs(along - u(-0.3, 0.3)), 0.02), (64, 44, 38)
-        )
+        length = u(0.2, 0.5)
+        hair = 0.8 * hair * _inside(length - np.abs(along - u(-0.3, 0.3)), 0.02)
+        image = _mix(image, hair, (64, 44, 38))
     image = image * (1.04 - 0.9 * np.clip(r - 0.35, 0, 1))[..., None]
-    return Scene(image=image, zone=_oval(px, py, a - 0.08, b - 0.08) > 0.5, grain=4)
+    return Scene(image=image, zone=_oval(naevus_x, naevus_y, a - 0.08, b - 0.08) > 0.5, grain=4)
 
 
 def _endoscopy(n: int, gen: np.random.Generator) -> Scene:
-    (y, x), u = grid(n), gen.uniform
-    px, py = x - np.float32(u(-0.05, 0.05)), y - np.float32(u(-0.06, 0.06))
-    r, turn = np.hypot(px, py) * (1 + 0.08 * noise(n, 4, gen)) + 1e-3, np.arctan2(py, px)
-    folds = np.sin(2 * np.pi * (u(1.6, 2.2) * np.log(r) + u(0, 1)) + 0.5 * np.cos(3 * turn + u(0, 6)))
-    light = np.clip(0.22 + 2.6 * r, 0, 0.92) * (1 + 0.12 * folds * _inside(r - 0.12, 0.1)) + 0.04 * noise(
-        n, 12, gen
-    )
-    image = np.clip(light, 0, 1.2)[..., None] * np.array([212, 98 + u(-10, 12), 88 + u(-10, 12)], np.float32)
-    image = _mix(
-        image,
-        0.3 * _inside(0.06 - np.abs(noise(n, 9, gen)), 0.05),
-        image * np.array([0.8, 0.5, 0.5], np.float32),
-    )
-    shine = np.zeros((n, n), np.float32)
-    for cx, cy, s in gen.uniform((-0.4, -0.4, 0.008), (0.4, 0.4, 0.02), (int(gen.integers(4, 9)), 3)).astype(
-        np.float32
-    ):
-        shine = np.maximum(shine, _oval(x - cx, y - cy, 1.6 * s, 0.8 * s))
-    image = _mix(image, 0.9 * shine, (255, 246, 240))
-    image = (
-        image
-        * (_inside(0.485 - np.maximum(np.abs(x), np.abs(y))) * _inside(0.64 - np.abs(x) - np.abs(y)))[
-            ..., None
-        ]
-    )
-    far = np.hypot(px, py)
-    return Scene(
-        image=image, zone=(far > 0.15) & (np.hypot(x, y) < 0.38) & (np.abs(x) + np.abs(y) < 0.54), grain=4
-    )
+    """The lumen of the bowel with its folds, and reflections of the light."""
+    u = gen.uniform
+    y, x = grid(n)
+    lumen_x, lumen_y = _shifted_grid(n, gen, 0.05, 0.06)
+    far = np.hypot(lumen_x, lumen_y)
+    r = far * (1 + 0.08 * noise(n, 4, gen)) + 1e-3
+    angle = np.arctan2(lumen_y, lumen_x)
+    spiral = u(1.6, 2.2) * np.log(r) + u(0, 1)
+    folds = np.sin(2 * np.pi * spiral + 0.5 * np.cos(3 * angle + u(0, 6)))
+    light = np.clip(0.22 + 2.6 * r, 0, 0.92) * (1 + 0.12 * folds * _inside(r - 0.12, 0.1))
+    light = light + 0.04 * noise(n, 12, gen)
+    mucosa = np.array([212, 98 + u(-10, 12), 88 + u(-10, 12)], np.float32)
+    image = np.clip(light, 0, 1.2)[..., None] * mucosa
+    vessels = 0.3 * _inside(0.06 - np.abs(noise(n, 9, gen)), 0.05)
+    image = _mix(image, vessels, image * np.array([0.8, 0.5, 0.5], np.float32))
+    count = int(gen.integers(4, 9))
+    spots = gen.uniform((-0.4, -0.4, 0.008), (0.4, 0.4, 0.02), (count, 3)).astype(np.float32)
+    reflections = np.zeros((n, n), np.float32)
+    for spot_x, spot_y, size in spots:
+        reflections = np.maximum(reflections, _oval(x - spot_x, y - spot_y, 1.6 * size, 0.8 * size))
+    image = _mix(image, 0.9 * reflections, (255, 246, 240))
+    # the picture is a square with cut corners
+    square = _inside(0.485 - np.maximum(np.abs(x), np.abs(y)))
+    corners = _inside(0.64 - np.abs(x) - np.abs(y))
+    image = image * (square * corners)[..., None]
+    zone = (far > 0.15) & (np.hypot(x, y) < 0.38) & (np.abs(x) + np.abs(y) < 0.54)
+    return Scene(image=image, zone=zone, grain=4)
 
 
 _STYLES: dict[str, Callable[[int, np.random.Generator], Scene]] = {
