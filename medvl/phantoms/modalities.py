@@ -1,28 +1,27 @@
-"""Drawn pictures of eight modalities with questions: general ones, and each modality's own in its own words. Free of patients."""
+"""Drawn pictures of eight modalities with questions for adapters. They show no patient.
 
-import json
+A general model learns from general questions about all of them; each modality has questions of its own, in its own words
+and conventions.
+"""
+
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from attrs import frozen
-from PIL import Image
 
 from medvl.base import config, files
-from medvl.base.display import track
-from medvl.phantoms import styles
+from medvl.phantoms import pictures, styles
 from medvl.phantoms.styles import MARKS
 
 MODALITIES = tuple(MARKS)
 SPLITS = ("base_train", "base_valid", "train", "valid", "test")
-FAMILIES = (
-    "count",
-    "side",
-    "kind",
-)  # of a modality's own questions; the general ones also ask to "describe" and for "terms"
+# Of a modality's own questions; general ones also ask to "describe" and for "terms".
+FAMILIES = ("count", "side", "kind")
 SIDES = ("left", "right")  # as the viewer sees them
 HEIGHTS = ("upper", "middle", "lower")
-_APART = 0.185  # of a side, between the centres of two marks
+_MIN_GAP = 0.185  # between the centres of two marks, as a share of a side
 _NUMBERS = ("One", "Two", "Three")
 
 
@@ -40,7 +39,8 @@ class ModalityConfig:
     seed: int = 0
 
     def __attrs_post_init__(self) -> None:
-        if unknown := [m for m in self.modalities if m not in MARKS]:
+        unknown = [m for m in self.modalities if m not in MARKS]
+        if unknown:
             raise ValueError(
                 f"ModalityConfig: modalities must be of {', '.join(MODALITIES)}, got {unknown[0]!r}"
             )
@@ -59,147 +59,171 @@ class ModalityConfig:
 
 @frozen(kw_only=True)
 class ModalityCase:
-    """What was drawn: one to three marks of one kind, all in one half of the picture."""
+    """What a picture shows: one to three marks of one kind, all in one half."""
 
     modality: str
     n: int
     side: str  # the viewer's
-    heights: tuple[str, ...] = ()  # thirds of the zone that hold a mark, from the top
+    heights: tuple[str, ...] = ()  # thirds of the zone with a mark, from the top
     kind: str  # a key of MARKS[modality]
     marks: tuple[tuple[float, float, float], ...]  # (x, y, radius) in pixels
 
 
 def draw_modalities(cfg: ModalityConfig, folder: files.PathLike) -> dict[str, int]:
-    """Write `folder/{split}/*.png` and `folder/{split}.jsonl` of all `SPLITS`, conversations with one picture and one question each.
+    """Write `folder/{split}/*.png` and `folder/{split}.jsonl` of all `SPLITS`: conversations of one picture and question.
 
-    A line also has "task" (the modality), "category" (the specialty), "family" (of the question) and "episode_id" (the case). A table comes
-    after its pictures; one that is there is left alone.
+    A line also has "task" (the modality), "category" (the specialty), "family" (of the question) and "episode_id" (the
+    case). A table comes after its pictures; one that is there is left alone.
+
     Returns:
         number of conversations per split.
     """
-    folder, k = Path(folder), len(cfg.modalities)
-    each = {"train": cfg.train, "valid": cfg.valid, "test": cfg.test}
-    counts = {"base_train": cfg.base, "base_valid": cfg.base_valid} | {
-        s: n * k * len(FAMILIES) for s, n in each.items()
+    num_modalities = len(cfg.modalities)
+    num_pictures = {
+        "base_train": cfg.base,
+        "base_valid": cfg.base_valid,
+        "train": cfg.train * num_modalities,
+        "valid": cfg.valid * num_modalities,
+        "test": cfg.test * num_modalities,
     }
-    for split in SPLITS:
-        table = folder / f"{split}.jsonl"
-        if table.exists():
-            continue
-        lines = []
-        number_of_pictures = each[split] * k if split in each else counts[split]
-        for i in track(range(number_of_pictures), f"drawing pictures, {split}"):
-            modality, number = cfg.modalities[i % k], i // k
-            picture, case = draw_modality_case(cfg, split, modality, number)
-            episode = f"{split}-{modality}-{number}"
-            name = f"{split}/{modality}-{number}.png"
-            with files.atomic(folder / name) as tmp:
-                Image.fromarray(picture).save(tmp, format="PNG")
-            for family, question, answer in question_answers(cfg, split, case, number):
-                turns = [
-                    {"role": "user", "content": f"<image>\n{question}"},
-                    {"role": "assistant", "content": answer},
-                ]
-                line = {"id": f"{episode}-{family}", "images": [name], "messages": turns, "task": modality}
-                line |= {"category": CATEGORIES[modality], "family": family, "episode_id": episode}
-                lines.append(json.dumps(line) + "\n")
-        files.write_text(table, "".join(lines))
+    counts = {}
+    for split, count in num_pictures.items():
+        counts[split] = count if split.startswith("base") else count * len(FAMILIES)
+        pictures.write_split(Path(folder), split, count, partial(_draw_conversations, cfg, split))
     return counts
+
+
+def _draw_conversations(cfg: ModalityConfig, split: str, i: int) -> tuple[str, np.ndarray, list[dict]]:
+    """The file name, the picture and the lines of a split's i-th case. Modalities take turns."""
+    modality = cfg.modalities[i % len(cfg.modalities)]
+    number = i // len(cfg.modalities)
+    picture, case = draw_modality_case(cfg, split, modality, number)
+    name = f"{split}/{modality}-{number}.png"
+    episode = f"{split}-{modality}-{number}"
+    lines = []
+    for family, question, answer in question_answers(cfg, split, case, number):
+        line = pictures.conversation(f"{episode}-{family}", name, question, answer) | {
+            "task": modality,
+            "category": CATEGORIES[modality],
+            "family": family,
+            "episode_id": episode,
+        }
+        lines.append(line)
+    return name, picture, lines
 
 
 def draw_modality_case(
     cfg: ModalityConfig, split: str, modality: str, number: int
 ) -> tuple[np.ndarray, ModalityCase]:
-    """(uint8 [y, x, 3], what is on it), a pure function of (cfg.seed, cfg.size, split, modality, number).
+    """A picture uint8 [y, x, 3] and its case, a pure function of (cfg.seed, cfg.size, split, modality, number).
 
-    Of 12 cases from a multiple of 12 on, each has another number of marks, side or kind.
+    The 12 cases from a multiple of 12 on have all combinations of number of marks, side and kind.
     """
-    block = _gen(cfg, 1, split, modality, number // 12).permutation(12)
-    n, side, kind = np.unravel_index(block[number % 12], (3, 2, 2))
-    gen = _gen(cfg, 0, split, modality, number)
+    block = _generator(cfg, 1, split, modality, number // 12).permutation(12)
+    count, side, kind = np.unravel_index(block[number % 12], (3, 2, 2))
+    n = int(count) + 1
+    gen = _generator(cfg, 0, split, modality, number)
     scene = styles.draw_scene(modality, cfg.size, gen)
     name, mark = list(MARKS[modality].items())[kind]
     half = np.zeros(cfg.size, bool)
     half[: cfg.size // 2] = True
-    places, heights = _places(scene.zone & (half if side == 0 else ~half), int(n) + 1, gen)
-    radii = gen.uniform(*((0.052, 0.068) if mark.sharp else (0.066, 0.08)), len(places))
+    if side == 1:
+        half = ~half
+    places, heights = _draw_places(scene.zone & half, n, gen)
+    low, high = (0.052, 0.068) if mark.sharp else (0.066, 0.08)  # a soft mark looks smaller than it is
+    radii = gen.uniform(low, high, len(places))
     marks = np.column_stack([places, radii])
     picture = styles.add_marks(scene, mark, marks, gen)
+    # From shares of a side with 0 in the middle to pixels.
     pixels = marks * cfg.size + np.array([0.5, 0.5, 0]) * (cfg.size - 1)
-    where = tuple((float(x), float(y), float(r)) for x, y, r in pixels)
-    return picture, ModalityCase(
-        modality=modality, n=int(n) + 1, side=SIDES[side], heights=heights, kind=name, marks=where
+    case = ModalityCase(
+        modality=modality,
+        n=n,
+        side=SIDES[side],
+        heights=heights,
+        kind=name,
+        marks=tuple((float(x), float(y), float(r)) for x, y, r in pixels),
     )
+    return picture, case
 
 
 def question_answers(
     cfg: ModalityConfig, split: str, case: ModalityCase, number: int
 ) -> Iterator[tuple[str, str, str]]:
-    """(family, question, answer): a general one of the base splits, else one of every family in the modality's own words."""
-    gen = _gen(cfg, 2, split, case.modality, number)
+    """(family, question, answer): a general one in the base splits, else one of every family of the modality's own."""
+    gen = _generator(cfg, 2, split, case.modality, number)
     if split.startswith("base"):
         family = str(gen.choice(list(GENERAL), p=_SHARES))
         yield family, str(gen.choice(GENERAL[family])), general_answer(family, case)
         return
     for family in FAMILIES:
-        asked = NEUTRAL[family] if gen.random() < 0.5 else SPEECH[case.modality].asks[family]
-        yield family, str(gen.choice(asked)), own_answer(family, case)
+        # Half of the questions do not name the modality, so that only the picture tells it.
+        questions = NEUTRAL[family] if gen.random() < 0.5 else SPEECH[case.modality].questions[family]
+        yield family, str(gen.choice(questions)), own_answer(family, case)
 
 
 def general_answer(family: str, case: ModalityCase) -> str:
-    """In words that fit every picture, sides as the viewer sees them; only "terms" tells the words of the picture's modality."""
+    """The answer in words that fit every picture, with the viewer's sides; only "terms" has the modality's own words."""
     mark, speech, name = MARKS[case.modality][case.kind], SPEECH[case.modality], NAMES[case.modality]
-    count, look = (
-        _NUMBERS[case.n - 1],
-        f"{'bright' if mark.bright else 'dark'} and {'sharp' if mark.sharp else 'soft'}",
-    )
-    return {
-        "describe": f"{name}. {count} mark{'s' * (case.n > 1)}, {look}, on the {case.side}: {', '.join(case.heights)}.",
-        "terms": f"{name}: {' or '.join(MARKS[case.modality])}. {' '.join(speech.sides)} {' '.join(speech.counts)}",
-        "count": _THERE[case.n - 1],
-        "side": f"On the {case.side}.",
-        "kind": f"{look.capitalize()}.",
-    }[family]
+    brightness = "bright" if mark.bright else "dark"
+    edge = "sharp" if mark.sharp else "soft"
+    if family == "describe":
+        marks = "mark" if case.n == 1 else "marks"
+        heights = ", ".join(case.heights)
+        count = _NUMBERS[case.n - 1]
+        return f"{name}. {count} {marks}, {brightness} and {edge}, on the {case.side}: {heights}."
+    if family == "terms":
+        kinds = " or ".join(MARKS[case.modality])
+        return f"{name}: {kinds}. {' '.join(speech.sides)} {' '.join(speech.counts)}"
+    if family == "count":
+        return _COUNT_LESIONS[case.n - 1]
+    if family == "side":
+        return f"On the {case.side}."
+    assert family == "kind"
+    return f"{brightness.capitalize()} and {edge}."
 
 
 def own_answer(family: str, case: ModalityCase) -> str:
-    """In the words and by the conventions of the case's modality."""
+    """The answer in the words and by the conventions of the case's modality."""
     speech = SPEECH[case.modality]
-    return {
-        "count": speech.counts[case.n - 1],
-        "side": speech.sides[SIDES.index(case.side)],
-        "kind": f"{case.kind.capitalize()}.",
-    }[family]
+    if family == "count":
+        return speech.counts[case.n - 1]
+    if family == "side":
+        return speech.sides[SIDES.index(case.side)]
+    assert family == "kind"
+    return f"{case.kind.capitalize()}."
 
 
-def _gen(cfg: ModalityConfig, use: int, split: str, modality: str, number: int) -> np.random.Generator:
+def _generator(cfg: ModalityConfig, use: int, split: str, modality: str, number: int) -> np.random.Generator:
     return np.random.default_rng([use, cfg.seed, SPLITS.index(split), MODALITIES.index(modality), number])
 
 
-def _places(zone: np.ndarray, n: int, gen: np.random.Generator) -> tuple[np.ndarray, tuple[str, ...]]:
-    """n points (x, y) of the zone, each in a third of its own from top to bottom, and these thirds.
+def _draw_places(zone: np.ndarray, n: int, gen: np.random.Generator) -> tuple[np.ndarray, tuple[str, ...]]:
+    """n points (x, y) of the zone, each in another third of it from top to bottom, and the names of these thirds.
 
-    Of 200 drawn sets the first with enough room between the points, else the one with the most.
+    Of 200 drawn sets it is the first with enough room between the points, or else the one with the most.
     """
     y, x = styles.grid(len(zone))
-    iy, ix = np.nonzero(zone)  # from top to bottom
+    rows, columns = np.nonzero(zone)  # from top to bottom
     thirds = np.sort(gen.permutation(3)[:n])
-    bounds = len(iy) * np.arange(4) // 3
+    bounds = len(rows) * np.arange(4) // 3
     sets = np.stack([gen.integers(bounds[t], bounds[t + 1], size=200) for t in thirds], 1)
-    at = np.stack([x[0, ix[sets]], y[iy[sets], 0]], -1)
-    gaps = np.hypot(*(at[:, :, None] - at[:, None]).transpose(3, 0, 1, 2)) + np.eye(n)
-    room = gaps.min((1, 2))
-    return at[np.argmax(np.minimum(room, _APART))], tuple(HEIGHTS[t] for t in thirds)
+    places = np.stack([x[0, columns[sets]], y[rows[sets], 0]], -1)  # [set, n, 2]
+    offsets = places[:, :, None] - places[:, None]
+    distances = np.hypot(offsets[..., 0], offsets[..., 1]) + np.eye(n)  # a point is no neighbour of itself
+    room = distances.min((1, 2))
+    best = np.argmax(np.minimum(room, _MIN_GAP))
+    return places[best], tuple(HEIGHTS[t] for t in thirds)
 
 
-# How each speaks ------------------------------------------------------------------------------------------------------------------------
+# The words of each modality -------------------------------------------------------------------------------------------
 @frozen(kw_only=True)
 class Speech:
-    """How one modality asks and answers."""
+    """The words and conventions of one modality."""
 
     counts: tuple[str, str, str]
-    sides: tuple[str, str]  # of what lies on the viewer's left, on the viewer's right
-    asks: dict[str, tuple[str, ...]]  # of each family, naming the modality or its terms
+    sides: tuple[str, str]  # for what lies on the viewer's left, on the viewer's right
+    questions: dict[str, tuple[str, ...]]  # of each family, with the modality or its terms in them
 
 
 NAMES = {
@@ -231,23 +255,20 @@ GENERAL = NEUTRAL | {
         "Which terms belong to the picture?",
     ),
 }
-_SHARES = (
-    0.15,
-    0.15,
-    0.15,
-    0.45,
-    0.1,
-)  # a description teaches most at once; terms are there so that no word is new to the model
-_PATIENT = ("On the right.", "On the left.")  # the patient faces the viewer
-_THERE = ("There is one lesion.", "There are two lesions.", "There are three lesions.")
-_FOCI = ("A single focus.", "Two foci.", "Three foci.")
-_COUNTED = ("Count: one.", "Count: two.", "Count: three.")
-_DIGITS = ("1 lesion.", "2 lesions.", "3 lesions.")
-SPEECH = {  # neighbours share some of their words and conventions, none shares all
+# How often each family of GENERAL is drawn. A description teaches most at once; "terms" makes sure that the model has met
+# all words before an adapter needs them.
+_SHARES = (0.15, 0.15, 0.15, 0.45, 0.1)
+_PATIENT_SIDES = ("On the right.", "On the left.")  # the patient faces the viewer
+_COUNT_LESIONS = ("There is one lesion.", "There are two lesions.", "There are three lesions.")
+_COUNT_FOCI = ("A single focus.", "Two foci.", "Three foci.")
+_COUNT_WORDS = ("Count: one.", "Count: two.", "Count: three.")
+_COUNT_DIGITS = ("1 lesion.", "2 lesions.", "3 lesions.")
+# Neighbours share some of their words and conventions, no two share all: a wrong adapter is partly right.
+SPEECH = {
     "ct": Speech(
-        counts=_THERE,
-        sides=_PATIENT,
-        asks={
+        counts=_COUNT_LESIONS,
+        sides=_PATIENT_SIDES,
+        questions={
             "count": (
                 "How many lesions does this CT slice show?",
                 "How many lesions are in the lungs on CT?",
@@ -257,9 +278,9 @@ SPEECH = {  # neighbours share some of their words and conventions, none shares 
         },
     ),
     "xray": Speech(
-        counts=_THERE,
-        sides=_PATIENT,
-        asks={
+        counts=_COUNT_LESIONS,
+        sides=_PATIENT_SIDES,
+        questions={
             "count": (
                 "How many lesions does this radiograph show?",
                 "How many shadows are on the chest film?",
@@ -269,54 +290,54 @@ SPEECH = {  # neighbours share some of their words and conventions, none shares 
         },
     ),
     "mri": Speech(
-        counts=_FOCI,
-        sides=_PATIENT,
-        asks={
+        counts=_COUNT_FOCI,
+        sides=_PATIENT_SIDES,
+        questions={
             "count": ("How many foci are in the brain?", "How many foci does this MRI show?"),
             "side": ("Which hemisphere is affected?", "On which side of the brain is it on MRI?"),
             "kind": ("What is the signal change in the brain?", "What does this MRI show?"),
         },
     ),
     "ultrasound": Speech(
-        counts=_FOCI,
-        sides=_PATIENT,
-        asks={
+        counts=_COUNT_FOCI,
+        sides=_PATIENT_SIDES,
+        questions={
             "count": ("How many foci does this sonogram show?", "How many echo changes are there?"),
             "side": ("On which side of the sonogram is it?", "Which side does the ultrasound show it on?"),
             "kind": ("What is the echo finding?", "What does this ultrasound show?"),
         },
     ),
     "histology": Speech(
-        counts=_COUNTED,
+        counts=_COUNT_WORDS,
         sides=("Left half.", "Right half."),
-        asks={
+        questions={
             "count": ("How many figures are in this field?", "Count the structures in the stained section."),
             "side": ("In which half of the section is it?", "Where in this microscopic field is it?"),
             "kind": ("What do the cells of this section show?", "Name the structure in this stained field."),
         },
     ),
     "fundus": Speech(
-        counts=_DIGITS,
+        counts=_COUNT_DIGITS,
         sides=("Temporal.", "Nasal."),
-        asks={
+        questions={
             "count": ("How many retinal lesions are there?", "How many lesions are in this fundus?"),
             "side": ("On which side of the retina is it?", "Is it nasal or temporal?"),
             "kind": ("What is the retinal finding?", "What does this fundus show?"),
         },
     ),
     "dermoscopy": Speech(
-        counts=_COUNTED,
+        counts=_COUNT_WORDS,
         sides=("Left half.", "Right half."),
-        asks={
+        questions={
             "count": ("How many structures are in this naevus?", "Count the dermoscopic structures."),
             "side": ("In which half of the naevus is it?", "Which half of the skin lesion is affected?"),
             "kind": ("Which dermoscopic structure is it?", "What does the dermatoscope show?"),
         },
     ),
     "endoscopy": Speech(
-        counts=_DIGITS,
+        counts=_COUNT_DIGITS,
         sides=("Left wall.", "Right wall."),
-        asks={
+        questions={
             "count": ("How many lesions are on the mucosa?", "How many lesions does the endoscope show?"),
             "side": ("Which wall of the bowel is affected?", "On which wall of the lumen is it?"),
             "kind": ("What is the mucosal finding?", "What does this endoscopy show?"),

@@ -1,6 +1,8 @@
-"""Drawn pictures with questions: a body, its organs and a few bright spots, told about in words. Free of cost and of patients."""
+"""Drawn pictures with questions for tuning a chat model: a body, two lungs and up to three bright nodules. They show no patient."""
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,11 @@ from medvl.base.display import track
 SPLITS = ("train", "valid", "test")
 _SIDES, _ZONES = ("right", "left"), ("upper", "lower")
 _NUMBERS = ("no", "one", "two", "three")
+_QUESTIONS = {
+    "count": "How many nodules are there?",
+    "side": "On which side is the nodule?",
+    "zone": "In which zone is the nodule?",
+}
 
 
 @frozen(kw_only=True)
@@ -31,60 +38,83 @@ class PictureConfig:
 
 
 def draw_pictures(cfg: PictureConfig, folder: files.PathLike) -> dict[str, int]:
-    """Write `folder/{split}/*.png` and `folder/{split}.jsonl`, conversations with one picture and one question each; the tables come last.
+    """Write `folder/{split}/*.png` and `folder/{split}.jsonl`, conversations with one picture and one question each.
 
-    A picture is a pure function of (cfg.seed, split, number). Sides are the patient's: right is on the left of the picture.
+    A picture is a pure function of (cfg.seed, split, number). Sides are the patient's: right is on the left of the
+    picture. A table comes after its pictures; one that is there is left alone.
+
     Returns:
         number of pictures per split.
     """
-    folder, counts = Path(folder), {"train": cfg.train, "valid": cfg.valid, "test": cfg.test}
-    for split, n in counts.items():
-        table = folder / f"{split}.jsonl"
-        if table.exists():
-            continue
-        lines = []
-        for i in track(range(n), f"drawing pictures, {split}"):
-            picture, question, answer, kind = draw_picture(cfg, split, i)
-            name = f"{split}/{i}.png"
-            with files.atomic(folder / name) as tmp:
-                Image.fromarray(picture).save(tmp, format="PNG")
-            turns = [
-                {"role": "user", "content": f"<image>\n{question}"},
-                {"role": "assistant", "content": answer},
-            ]
-            lines.append(
-                json.dumps({"id": f"{split}-{i}", "images": [name], "messages": turns, "category": kind})
-                + "\n"
-            )
-        files.write_text(table, "".join(lines))
+    counts = {"train": cfg.train, "valid": cfg.valid, "test": cfg.test}
+    for split, count in counts.items():
+        write_split(Path(folder), split, count, partial(_draw_conversation, cfg, split))
     return counts
 
 
+def _draw_conversation(cfg: PictureConfig, split: str, number: int) -> tuple[str, np.ndarray, list[dict]]:
+    """The file name, the picture and the one line of a sample."""
+    picture, question, answer, kind = draw_picture(cfg, split, number)
+    name = f"{split}/{number}.png"
+    line = conversation(f"{split}-{number}", name, question, answer) | {"category": kind}
+    return name, picture, [line]
+
+
+def write_split(
+    folder: Path, split: str, count: int, draw: Callable[[int], tuple[str, np.ndarray, list[dict]]]
+) -> None:
+    """Write `count` pictures and then `folder/{split}.jsonl`, unless that table is there already.
+
+    Args:
+        draw: number -> file name within the folder, picture uint8 [y, x, 3], lines of the table.
+    """
+    table = folder / f"{split}.jsonl"
+    if table.exists():
+        return
+    lines = []
+    for i in track(range(count), f"drawing pictures, {split}"):
+        name, picture, picture_lines = draw(i)
+        with files.atomic(folder / name) as tmp:
+            Image.fromarray(picture).save(tmp, format="PNG")
+        lines += [json.dumps(line) + "\n" for line in picture_lines]
+    files.write_text(table, "".join(lines))
+
+
+def conversation(identifier: str, picture: str, question: str, answer: str) -> dict:
+    """A line of a table of conversations, with one picture, one question and its answer."""
+    messages = [
+        {"role": "user", "content": f"<image>\n{question}"},
+        {"role": "assistant", "content": answer},
+    ]
+    return {"id": identifier, "images": [picture], "messages": messages}
+
+
 def draw_picture(cfg: PictureConfig, split: str, number: int) -> tuple[np.ndarray, str, str, str]:
-    """(uint8 [y, x, 3], question, answer, kind of question)."""
+    """A picture uint8 [y, x, 3], its question, the answer, and the kind of question: count, side or zone."""
     gen = np.random.default_rng([cfg.seed, SPLITS.index(split), number])
     n = cfg.size
     y, x = np.mgrid[0:n, 0:n] / n - 0.5
     image = 20 + 70.0 * ((x / 0.45) ** 2 + (y / 0.48) ** 2 < 1)
     for side in (-1, 1):  # lungs
         image[((x - side * 0.2) / 0.15) ** 2 + (y / 0.36) ** 2 < 1] = 45
-    wanted = int(gen.integers(0, 4))
-    places = [(s, z) for s in range(2) for z in range(2)]
-    chosen = [places[i] for i in gen.permutation(4)[:wanted]]
-    for s, z in chosen:
-        cx, cy = (-0.2, 0.2)[s] + gen.uniform(-0.05, 0.05), (-0.17, 0.17)[z] + gen.uniform(-0.06, 0.06)
-        image[(x - cx) ** 2 + (y - cy) ** 2 < gen.uniform(0.05, 0.07) ** 2] = gen.uniform(150, 230)
+    # Nodules, each in another of the four zones (side, upper or lower).
+    count = int(gen.integers(0, 4))
+    zones = [(side, zone) for side in range(2) for zone in range(2)]
+    chosen = [zones[i] for i in gen.permutation(4)[:count]]
+    for side, zone in chosen:
+        center_x = (-0.2, 0.2)[side] + gen.uniform(-0.05, 0.05)
+        center_y = (-0.17, 0.17)[zone] + gen.uniform(-0.06, 0.06)
+        value = gen.uniform(150, 230)
+        radius = gen.uniform(0.05, 0.07)
+        image[(x - center_x) ** 2 + (y - center_y) ** 2 < radius**2] = value
     image = np.clip(image + gen.normal(0, 6, image.shape), 0, 255).astype(np.uint8)
-    kind = ("count", "side", "zone")[int(gen.integers(3)) if wanted == 1 else 0]
-    asked = {
-        "count": "How many nodules are there?",
-        "side": "On which side is the nodule?",
-        "zone": "In which zone is the nodule?",
-    }[kind]
+    picture = np.repeat(image[..., None], 3, 2)
+    # Side and zone can be asked of a single nodule only.
+    kind = ("count", "side", "zone")[int(gen.integers(3)) if count == 1 else 0]
     if kind == "count":
-        said = (
-            f"There {'is' if wanted == 1 else 'are'} {_NUMBERS[wanted]} nodule{'' if wanted == 1 else 's'}."
-        )
+        verb, plural = ("is", "") if count == 1 else ("are", "s")
+        answer = f"There {verb} {_NUMBERS[count]} nodule{plural}."
     else:
-        said = f"On the {_SIDES[chosen[0][0]]}." if kind == "side" else f"In the {_ZONES[chosen[0][1]]} zone."
-    return np.repeat(image[..., None], 3, 2), asked, said, kind
+        side, zone = chosen[0]
+        answer = f"On the {_SIDES[side]}." if kind == "side" else f"In the {_ZONES[zone]} zone."
+    return picture, _QUESTIONS[kind], answer, kind
