@@ -1,8 +1,9 @@
-"""Linear resampling of a volume that comes slice by slice: a table of taps and weights per axis (`Axis`), and one resampler.
+"""Linear resampling of a volume that comes slice by slice: a table of taps and weights per axis (`Axis`), and
+one resampler.
 
-Every grid here is separable and linear, so it is a choice per axis: `centred` (millimetres), `stretched` (voxel counts)
-or `anchored` (millimetres from the first voxel). Lengths are in mm; n counts source voxels along the axis, `size` those
-of the output.
+Every grid here is separable and linear, so it is a choice per axis: `centred` (millimetres), `stretched`
+(voxel counts) or `anchored` (millimetres from the first voxel). Lengths are in mm; n counts source voxels
+along the axis, `size` those of the output.
 """
 
 import threading
@@ -24,8 +25,8 @@ _counts: list[int] = []  # one entry per running call: torch's thread count befo
 class Axis:
     """One axis of a resampling.
 
-    Output voxel `first + i` is the sum over t of weights[i, t] * source[taps[i, t]]; other output voxels lie outside
-    the source.
+    Output voxel `first + i` is the sum over t of weights[i, t] * source[taps[i, t]]; other output voxels lie
+    outside the source.
     """
 
     first: int
@@ -48,11 +49,12 @@ def centred(n: int, spacing_mm: float, size: int, target_mm: float, antialias: b
     Kept are output voxels whose centre lies in the source, where source voxels are boxes.
 
     Args:
-        antialias: when shrinking, weigh all that an output voxel covers by a triangle instead of reading two samples.
+        antialias: when shrinking, weigh all that an output voxel covers by a triangle instead of reading two
+            samples.
     Raises:
         ValueError: no output voxel's centre lies in the source; the message goes on after the volume's name.
-    Source: the triangle is that of torch's antialias=True (aten UpSampleKernel): its support is the step, and weights are
-        normalised over the source voxels that exist.
+    Source: the triangle is that of torch's antialias=True (aten UpSampleKernel): its support is the step, and
+        weights are normalised over the source voxels that exist.
     """
     step = target_mm / spacing_mm  # source voxels per output voxel
     centres = (np.arange(size) - (size - 1) / 2) * step + (n - 1) / 2
@@ -88,10 +90,11 @@ def stretched(n: int, spacing_mm: float, size: int, new: int) -> Axis:
 
 
 def anchored(n: int, spacing_mm: float, size: int, target_mm: float) -> Axis:
-    """Output voxels of `target_mm`, the first on the source's first, edges repeated; then padded and cropped to `size`.
+    """Output voxels of `target_mm`, the first on the source's first, edges repeated; then padded and cropped
+    to `size`.
 
-    Source: MONAI Spacing (padding_mode="border"), SpatialPad and CenterSpatialCrop, for axes along the patient's. MONAI
-        centres oblique ones when rounding errors exceed 1e-8 (compute_shape_offset).
+    Source: MONAI Spacing (padding_mode="border"), SpatialPad and CenterSpatialCrop, for axes along the
+        patient's. MONAI centres oblique ones when rounding errors exceed 1e-8 (compute_shape_offset).
     """
     new = int(np.round((n - 1) * spacing_mm / target_mm + 1))
     pad = max(size - new, 0) // 2
@@ -117,9 +120,11 @@ def resample(
     after: Callable[[Tensor], Tensor],
     out: np.ndarray,
 ) -> None:
-    """Fill `out` from source slices as they come. Only slices that a later output slice needs are kept in memory.
+    """Fill `out` from source slices as they come. Only slices that a later output slice needs are kept in
+    memory.
 
-    Torch works on one thread meanwhile, which is faster here (see `_one_thread`). Several calls may run at once.
+    Torch works on one thread meanwhile, which is faster here (see `_one_thread`). Several calls may run at
+    once.
 
     Args:
         axes: of z, y and x.
@@ -187,8 +192,8 @@ def _resample_rows(axis: Axis, rows: Tensor) -> Tensor:
 def _one_thread() -> Iterator[None]:
     """Run torch on one thread.
 
-    Thousands of operations of 0.1 ms gain nothing from threads, and on busy cores wait for them: measured 30 to 90
-    times slower. The thread count is the process's, so the last of several running calls restores it.
+    Thousands of operations of 0.1 ms gain nothing from threads, and on busy cores wait for them: measured 30
+    to 90 times slower. The thread count is the process's, so the last of several running calls restores it.
     """
     with _LOCK:
         count = _counts[0] if _counts else torch.get_num_threads()

@@ -1,8 +1,8 @@
 """Which scale takes the stored values of a scan to Hounsfield units (HU), judged by the values themselves.
 
-Nothing in a NIfTI file says that it is a CT, and scales are lost, applied twice or left over from another scan. What
-every CT has is air (around the patient, in the lungs or the bowel) and soft tissue. All decisions compare shares of
-sampled voxels, so a few stray values change nothing.
+Nothing in a NIfTI file says that it is a CT, and scales are lost, applied twice or left over from another
+scan. What every CT has is air (around the patient, in the lungs or the bowel) and soft tissue. All decisions
+compare shares of sampled voxels, so a few stray values change nothing.
 """
 
 import numpy as np
@@ -38,8 +38,8 @@ STORED = Scale(rule="stored")
 def choose_scale(stored: np.ndarray, header: Scale | None = None, row: Scale | None = None) -> Scale:
     """The scale under which stored values are HU.
 
-    Values that are HU under the header's scale are taken so; raw ones take the metadata's scale on top. Where both
-    would do, the metadata's is taken if it halves the share of voxels that are no tissue.
+    Values that are HU under the header's scale are taken so; raw ones take the metadata's scale on top. Where
+    both would do, the metadata's is taken if it halves the share of voxels that are no tissue.
 
     Args:
         stored: [n] sampled voxels.
@@ -107,8 +107,8 @@ def check_scale(stored: np.ndarray, chosen: Scale, header: Scale | None = None) 
     Args:
         stored: [n] sampled voxels.
         chosen: rule "none" or "metadata".
-        header: the header's scale, where it has one. Programs that save floats as integers write one, and then the
-            values mean nothing without it.
+        header: the header's scale, where it has one. Programs that save floats as integers write one, and
+            then the values mean nothing without it.
     Returns:
         the scale; that of the metadata on top of the header's where this halves the share that is no tissue.
     Raises:
@@ -127,8 +127,8 @@ def check_scale(stored: np.ndarray, chosen: Scale, header: Scale | None = None) 
         return chosen
     if chosen.rule == "none":
         raise ValueError(
-            f"hu='none' leaves out the header's scale {both}: with it {with_both:.0%} of the voxels lie between "
-            f"{TISSUE[0]:g} and {TISSUE[1]:g} HU, without it {with_chosen:.0%}; set hu='header'"
+            f"hu='none' leaves out the header's scale {both}: with it {with_both:.0%} of the voxels lie "
+            f"between {TISSUE[0]:g} and {TISSUE[1]:g} HU, without it {with_chosen:.0%}; set hu='header'"
         )
     if without > with_both:
         raise ValueError(_applied_before("the metadata's", chosen, with_chosen, without))
@@ -141,8 +141,9 @@ def _is_identity(scale: Scale) -> bool:
 
 def _applied_before(whose: str, scale: Scale, with_it: float, without: float) -> str:
     return (
-        f"{whose} scale {scale} was applied before, or is another scan's: with it {with_it:.0%} of the voxels lie "
-        f"between {TISSUE[0]:g} and {TISSUE[1]:g} HU, without it {without:.0%}; set hu='none' if stored values are HU"
+        f"{whose} scale {scale} was applied before, or is another scan's: with it {with_it:.0%} of the "
+        f"voxels lie between {TISSUE[0]:g} and {TISSUE[1]:g} HU, without it {without:.0%}; set hu='none' if "
+        "stored values are HU"
     )
 
 
@@ -165,7 +166,7 @@ def _is_better(share: float, other: float) -> bool:
 
 
 def _is_background(values: np.ndarray) -> np.ndarray:
-    """Which values [n] are a constant background: one value that makes up much of all that is as low as air."""
+    """Which values [n] are a constant background: one value that makes up much of what is as low as air."""
     air = values[values <= _AIR]
     if not len(air):
         return np.zeros(len(values), bool)
@@ -178,8 +179,8 @@ def _is_background(values: np.ndarray) -> np.ndarray:
 def _is_padding(values: np.ndarray, background: np.ndarray) -> bool:
     """Whether a constant background is padding of raw values, and not air that was cut off at one value.
 
-    Raw soft tissue is denser than bone is in HU, and fills much more of a patient than the bone of a head does. Where
-    a head has as much bone, padding is recognised by its sharp edge.
+    Raw soft tissue is denser than bone is in HU, and fills much more of a patient than the bone of a head
+    does. Where a head has as much bone, padding is recognised by its sharp edge.
     """
     patient = values[values > _AIR]
     if not background.any() or float((values > _BONE).mean()) <= 10 * _FEW:
@@ -188,7 +189,7 @@ def _is_padding(values: np.ndarray, background: np.ndarray) -> bool:
 
 
 def _borders_on(values: np.ndarray, background: np.ndarray) -> bool:
-    """Whether a constant background passes into tissue through values in between: partial volumes, fat and noise."""
+    """Whether a constant background passes into tissue through partial volumes, fat and noise."""
     if not background.any():
         return False
     others = values[~background]
@@ -207,16 +208,17 @@ def _refuse_neither(values: np.ndarray, base: Scale) -> None:
     """Refuse values that are too high for HU and too low for raw ones."""
     if np.quantile(values, _FEW) < -20:
         raise ValueError(
-            f"cannot tell whether {_describe(base)} are HU: the lowest is {values.min():g} (HU reach -200, raw values "
-            f"start at 0); is it a CT? If so set {_setting_to_keep(base)} (they are HU) or hu='metadata'"
+            f"cannot tell whether {_describe(base)} are HU: the lowest is {values.min():g} (HU reach -200, "
+            f"raw values start at 0); is it a CT? If so set {_setting_to_keep(base)} (they are HU) or "
+            "hu='metadata'"
         )
 
 
 def _needs_row(base: Scale, values: np.ndarray) -> str:
     lowest = values[values >= np.quantile(values, _FEW) - 20].min()  # without strays
     return (
-        f"needs a metadata row with RescaleSlope and RescaleIntercept: {_describe(base)} start at {lowest:g}, they are "
-        "raw, or this is perhaps not a CT (is it a CT, and not MR, PET or a mask?)"
+        f"needs a metadata row with RescaleSlope and RescaleIntercept: {_describe(base)} start at "
+        f"{lowest:g}, they are raw, or this is perhaps not a CT (is it a CT, and not MR, PET or a mask?)"
     )
 
 

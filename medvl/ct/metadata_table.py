@@ -1,6 +1,7 @@
 """Metadata tables of scans: the columns of CT-RATE, which are named as DICOM's attributes.
 
-A row gives what a NIfTI header may have lost: the scale to Hounsfield units, the voxel spacing and the orientation.
+A row gives what a NIfTI header may have lost: the scale to Hounsfield units, the voxel spacing and the
+orientation.
 """
 
 import re
@@ -29,7 +30,8 @@ def read_metadata(
         scans: volume names, at least one of which must have a row.
         columns: what the table must have beside `VolumeName`.
     Raises:
-        ValueError: as `files.read_csv`; two rows of one name, a row for none of the scans, or a missing column.
+        ValueError: as `files.read_csv`; two rows of one name, a row for none of the scans, or a missing
+            column.
     """
     rows: dict[str, dict[str, str]] = {}
     for row in files.read_csv(path, ["VolumeName"]):
@@ -40,7 +42,8 @@ def read_metadata(
     scans = list(scans)
     if not rows.keys() & set(scans):
         raise ValueError(
-            f"{path}: has a row for none of the {len(scans)} scans; it names {next(iter(rows))!r}, they {scans[0]!r}"
+            f"{path}: has a row for none of the {len(scans)} scans; it names {next(iter(rows))!r}, they "
+            f"{scans[0]!r}"
         )
     present = next(iter(rows.values()))
     missing = [column for column in columns if column not in present]
@@ -49,8 +52,8 @@ def read_metadata(
         if set(missing) & set(RESCALE):
             remedy = "; where stored values are HU, set hu='none'"
         raise ValueError(
-            f"{path}: must have the column {', '.join(map(repr, missing))} to say how its scans are read, found "
-            f"{', '.join(map(repr, present))}{remedy}"
+            f"{path}: must have the column {', '.join(map(repr, missing))} to say how its scans are read, "
+            f"found {', '.join(map(repr, present))}{remedy}"
         )
     return rows
 
@@ -89,15 +92,15 @@ def spacing_mm(row: Mapping[str, str]) -> tuple[float, float, float]:
 def directions(row: Mapping[str, str]) -> np.ndarray | None:
     """Directions of the file's axes in the patient: unit vectors [3, 3] in the columns x, y, z, in RAS+.
 
-    ImageOrientationPatient gives those of x and y. Slices are assumed to be stacked along the normal of both, which is
-    how they are sorted when a series becomes a volume. The normal must be superior: otherwise the stack may be
-    mirrored or sheared.
+    ImageOrientationPatient gives those of x and y. Slices are assumed to be stacked along the normal of both,
+    which is how they are sorted when a series becomes a volume. The normal must be superior: otherwise the
+    stack may be mirrored or sheared.
 
     Returns:
         None where the row does not have the orientation.
     Raises:
-        ValueError: not two unit vectors at right angles, or a normal that is not superior; the message goes on after
-            the scan's name.
+        ValueError: not two unit vectors at right angles, or a normal that is not superior; the message goes
+            on after the scan's name.
     Source: DICOM PS3.3, C.7.6.2.1.1.
     """
     text = _strip_list(row.get(ORIENTATION, ""))
@@ -118,8 +121,9 @@ def directions(row: Mapping[str, str]) -> np.ndarray | None:
     if np.abs(normal[:2]).max() > _TOLERANCE or normal[2] < 0:
         raise ValueError(
             f"{ORIENTATION} {text!r} makes the normal of the slices grow to {np.round(normal, 3).tolist()} "
-            "(right, anterior, superior) and not to superior: whether the file stacks them that way cannot be known, "
-            "it could come out mirrored or sheared; write the affine into the header (qform or sform)"
+            "(right, anterior, superior) and not to superior: whether the file stacks them that way cannot "
+            "be known, it could come out mirrored or sheared; write the affine into the header (qform or "
+            "sform)"
         )
     return np.stack([x, y, normal], 1)
 
@@ -140,6 +144,7 @@ def _read_number(row: Mapping[str, str], column: str, index: int = 0) -> float:
         value = np.nan
     if not np.isfinite(value):
         raise ValueError(
-            f"its metadata row must have a number in {column!r}, found {row.get(column, '(no such column)')!r}"
+            f"its metadata row must have a number in {column!r}, found "
+            f"{row.get(column, '(no such column)')!r}"
         )
     return value

@@ -65,8 +65,8 @@ def read_slices(store: Store, volumes: Sequence[str]) -> dict[str, Tensor]:
     """A batch of volumes, cut to the range of slices that any of them occupies.
 
     Returns:
-        "slices" [b, s, ...] as stored, "mask" bool [b, s] (scan, not padding), "position_mm" float32 [b, s], height
-        along the body axis.
+        "slices" [b, s, ...] as stored, "mask" bool [b, s] (scan, not padding), "position_mm" float32 [b, s],
+        height along the body axis.
     """
     rows = [store.row(name) for name in volumes]
     first = min(row["occupied"][0] for row in rows)
@@ -105,8 +105,8 @@ def draw_text(parts: Mapping[str, str], shares: Mapping[str, float], most: int, 
 def some_sentences(text: str, most: int, gen: torch.Generator) -> str:
     """One to `most` random sentences of a report in random order; the text itself where `most` is 0.
 
-    A report is a set of statements, so a part of them is still true. Leaving some out shows which words belong to which
-    finding, and keeps the text tower from learning whole reports by heart.
+    A report is a set of statements, so a part of them is still true. Leaving some out shows which words
+    belong to which finding, and keeps the text tower from learning whole reports by heart.
     """
     if not most:
         return text

@@ -1,8 +1,8 @@
 """From a CT scan file to a volume on a fixed grid, in Hounsfield units: `preprocess_scan`.
 
-Output axes are [z, y, x] (preset `ctclip`: [z, x, y], as its network reads them). `Volume.axes` says where each index
-grows to ("SAR": superior, anterior, right). This module has the presets and the orientation; `hounsfield` finds the scale
-to HU, and `grids` resamples.
+Output axes are [z, y, x] (preset `ctclip`: [z, x, y], as its network reads them). `Volume.axes` says where
+each index grows to ("SAR": superior, anterior, right). This module has the presets and the orientation;
+`hounsfield` finds the scale to HU, and `grids` resamples.
 """
 
 import itertools
@@ -43,24 +43,24 @@ _SAMPLED = 32  # voxels along each axis of a slice that decide about the scale
 class CtConfig:
     """How a scan becomes a volume.
 
-    preset: `mm` is a physical grid centred on the scan; `reference` has one scale for all axes in voxel counts
-        (peterhan91/clip_3d_ct); `ctclip` is that of ibrahimethemhamamci/CT-CLIP (data_inference_nii.py); `merlin` that
-        of StanfordMIMI/Merlin (MONAI transforms; oblique scans lie on their first voxel here, in MONAI sometimes on
-        their centre).
-    size, spacing_mm: of the output's axes; () is the preset's own; only `mm` takes another spacing. `mm` covers
-        480 x 392 x 392 mm: a chest CT's field of view is 350-400 mm (CT-RATE: median 0.68 mm x 512), and 480 mm hold a
-        chest from neck to below the adrenals.
-    antialias: when shrinking, average what an output voxel covers (triangle filter) instead of reading two samples.
-        auto: on for `mm`, off for the other presets, whose authors did not. Measured on a real chest: two
-        reconstructions of one scan (0.75 mm noisy, 5 mm smooth) differ by 25 HU on average with it and by 47 HU
-        without; see docs/ct_preprocess.md.
+    preset: `mm` is a physical grid centred on the scan; `reference` has one scale for all axes in voxel
+        counts (peterhan91/clip_3d_ct); `ctclip` is that of ibrahimethemhamamci/CT-CLIP
+        (data_inference_nii.py); `merlin` that of StanfordMIMI/Merlin (MONAI transforms; oblique scans lie on
+        their first voxel here, in MONAI sometimes on their centre).
+    size, spacing_mm: of the output's axes; () is the preset's own; only `mm` takes another spacing. `mm`
+        covers 480 x 392 x 392 mm: a chest CT's field of view is 350-400 mm (CT-RATE: median 0.68 mm x 512),
+        and 480 mm hold a chest from neck to below the adrenals.
+    antialias: when shrinking, average what an output voxel covers (triangle filter) instead of reading two
+        samples. auto: on for `mm`, off for the other presets, whose authors did not. Measured on a real
+        chest: two reconstructions of one scan (0.75 mm noisy, 5 mm smooth) differ by 25 HU on average with it
+        and by 47 HU without; see docs/ct_preprocess.md.
     dtype: uint8 (2000 HU in 255 steps; `to_hu` is the inverse) or int16 (HU, rounded).
     hu: where the scale to HU comes from; auto decides per scan and records it in `Volume.hu_rule`, see
         `hounsfield.choose_scale`.
-    spacing_from: metadata takes XYSpacing and ZSpacing of the metadata row, for scans whose header has lost them
-        (CT-RATE v1).
-    flip: `reference` only: y grows to posterior (its slide_b2u=False) instead of anterior (True, the default of its
-        first release).
+    spacing_from: metadata takes XYSpacing and ZSpacing of the metadata row, for scans whose header has lost
+        them (CT-RATE v1).
+    flip: `reference` only: y grows to posterior (its slide_b2u=False) instead of anterior (True, the default
+        of its first release).
     """
 
     preset: Literal["mm", "reference", "ctclip", "merlin"] = "mm"
@@ -81,7 +81,8 @@ class CtConfig:
             raise ValueError(f"CtConfig: size must be () or three positive numbers, got {self.size}")
         if math.prod(self.size) > _MAX_VOXELS:
             raise ValueError(
-                f"CtConfig: size must be at most {_MAX_VOXELS:,} voxels, got {self.size}, {math.prod(self.size):,}"
+                f"CtConfig: size must be at most {_MAX_VOXELS:,} voxels, got {self.size}, "
+                f"{math.prod(self.size):,}"
             )
         finite = all(0 < s < np.inf for s in self.spacing_mm)
         if self.spacing_mm and (len(self.spacing_mm) != 3 or not finite):
@@ -124,14 +125,16 @@ def preprocess_scan(
     """Read a NIfTI scan and bring it to HU, to `axes_of(cfg)` and to the grid of `cfg`.
 
     Args:
-        metadata: the scan's row of a metadata table: RescaleSlope and RescaleIntercept for `hu`, XYSpacing and ZSpacing
-            for `spacing_from`, ImageOrientationPatient where the header does not give the orientation, and Modality,
-            which is checked if it is there.
+        metadata: the scan's row of a metadata table: RescaleSlope and RescaleIntercept for `hu`, XYSpacing
+            and ZSpacing for `spacing_from`, ImageOrientationPatient where the header does not give the
+            orientation, and Modality, which is checked if it is there.
     Returns:
-        the volume; where the scan does not reach it is -1000 HU. The 48 axis orders of one scan give the same bits.
+        the volume; where the scan does not reach it is -1000 HU. The 48 axis orders of one scan give the same
+        bits.
     Raises:
-        ScanError: unreadable scan (`scans.read_scan`), a header that contradicts itself, unknown orientation, no clear
-            scale to HU (`hounsfield.choose_scale`), no usable spacing, or a volume that came out as one value.
+        ScanError: unreadable scan (`scans.read_scan`), a header that contradicts itself, unknown orientation,
+            no clear scale to HU (`hounsfield.choose_scale`), no usable spacing, or a volume that came out as
+            one value.
     """
     volume, scale = _read_volume(path, cfg, metadata)
     if (volume.hu_rule, volume.slope, volume.intercept) != (scale.rule, scale.slope, scale.intercept):
@@ -141,7 +144,8 @@ def preprocess_scan(
 
 
 def to_hu(voxels: Any) -> Any:
-    """HU, float32, of stored uint8 or int16 voxels: array or tensor, any shape. uint8 0 is -1000 HU, 255 is 1000 HU.
+    """HU, float32, of stored uint8 or int16 voxels: array or tensor, any shape. uint8 0 is -1000 HU, 255 is
+    1000 HU.
 
     uint8 was rounded, except by preset `reference`, which truncates: its HU come out up to 7.8 too low.
     """
@@ -177,7 +181,7 @@ def metadata_columns(cfg: CtConfig) -> tuple[str, ...]:
 
 
 def settings_of(cfg: CtConfig) -> dict[str, Any]:
-    """The settings as plain data, defaults of the preset filled in. Stores and checkpoints keep it and compare it."""
+    """The settings as plain data, defaults of the preset filled in, as stores and checkpoints keep it."""
     return config.unstructure(cfg) | {
         "size": list(size_of(cfg)),
         "spacing_mm": list(cfg.spacing_mm or _SPACINGS[cfg.preset]),
@@ -196,7 +200,11 @@ def _antialias(cfg: CtConfig) -> str:
 def _read_volume(
     path: PathLike, cfg: CtConfig, row: Mapping[str, str] | None, known: Scale | None = None
 ) -> tuple[Volume, Scale]:
-    """Read the volume once, with the scale `known` or else that of its first slices; returns it and the scale of all slices."""
+    """Read the volume once, with the scale `known` or else that of its first slices.
+
+    Returns:
+        the volume, and the scale that all slices show.
+    """
     with scans.open_scan(path) as (header, stored):
         _refuse_header(header, row)
         # The file is flipped afterwards for `flip`: the reference resamples before it flips.
@@ -275,7 +283,7 @@ def _three(values: Iterable[T]) -> tuple[T, T, T]:
 
 
 def _iter_along(header: scans.Header, slices: Iterator[np.ndarray], perm: list[int]) -> Iterator[np.ndarray]:
-    """Slices [perm[1], perm[2]] along file axis perm[0]. Most scans are stored along z; others have to be read whole."""
+    """Slices [perm[1], perm[2]] along file axis perm[0]. Scans that are not stored along z are read whole."""
     if perm[0] != 2:
         return iter(scans.stack_slices(header, slices).transpose(perm))
     return (plane.transpose(perm[1:]) for plane in slices)
@@ -305,7 +313,10 @@ def _first_scale(
     sample: list[np.ndarray],
     row: Mapping[str, str] | None,
 ) -> tuple[Scale, Iterator[np.ndarray]]:
-    """The scale as soon as some slices show it, and all slices. The first is mostly enough, so no scan has to be in memory."""
+    """The scale as soon as some slices show it, and all slices.
+
+    The first slice is mostly enough, so that a scan is seldom whole in memory.
+    """
     if cfg.hu != "auto":
         return _find_scale(cfg, header, sample, row), slices
     passed: list[np.ndarray] = []
@@ -331,8 +342,8 @@ def _find_scale(
     if cfg.hu == "header":
         if header_scale is None:
             raise ScanError(
-                f"{header.name}: hu='header' needs scl_slope in the header, it has none; use hu='none', 'metadata' or "
-                "'auto'"
+                f"{header.name}: hu='header' needs scl_slope in the header, it has none; use hu='none', "
+                "'metadata' or 'auto'"
             )
         return header_scale
     row_scale, problem = _row_scale(row)
@@ -340,7 +351,8 @@ def _find_scale(
     if cfg.hu == "metadata":
         if row_scale is None:
             raise ScanError(
-                f"{header.name}: hu='metadata' needs a metadata row with {' and '.join(metadata_table.RESCALE)}; {problem}"
+                f"{header.name}: hu='metadata' needs a metadata row with "
+                f"{' and '.join(metadata_table.RESCALE)}; {problem}"
             )
         chosen = row_scale
     if not sample:
@@ -405,7 +417,7 @@ def _spacing(cfg: CtConfig, header: scans.Header, row: Mapping[str, str] | None)
 
 
 def _orientation(header: scans.Header, row: Mapping[str, str] | None) -> np.ndarray:
-    """An affine [4, 4] with the directions of the file's axes: the header's, or the metadata's where it has none."""
+    """An affine [4, 4] with the directions of the file's axes: the header's, or else the metadata's."""
     if header.placed:
         return header.affine
     try:
@@ -414,9 +426,9 @@ def _orientation(header: scans.Header, row: Mapping[str, str] | None) -> np.ndar
         raise ScanError(f"{header.name}: {e}") from e
     if directions is None:
         raise ScanError(
-            f"{header.name}: nothing says where its axes grow to: its header has no qform and no sform (or an identity "
-            f"without a place), and there is no metadata row with {metadata_table.ORIENTATION}; give one, or write the "
-            "affine into the header. A guess could mirror the patient"
+            f"{header.name}: nothing says where its axes grow to: its header has no qform and no sform (or "
+            f"an identity without a place), and there is no metadata row with {metadata_table.ORIENTATION}; "
+            "give one, or write the affine into the header. A guess could mirror the patient"
         )
     affine = np.eye(4)
     affine[:3, :3] = directions
@@ -431,7 +443,7 @@ def _order_axes(affine: np.ndarray, axes: str) -> tuple[list[int], list[bool]]:
 
 
 def _make_grid(cfg: CtConfig, shape: tuple[int, ...], spacing: tuple[float, ...]) -> list[grids.Axis]:
-    """The output's axes over a source of this shape and spacing in mm. Raises ValueError where nothing is left."""
+    """The output's axes over a source of this shape and spacing in mm; ValueError where nothing is left."""
     size = size_of(cfg)
     target = cfg.spacing_mm or _SPACINGS[cfg.preset]
     if cfg.preset == "mm":
@@ -446,8 +458,8 @@ def _make_grid(cfg: CtConfig, shape: tuple[int, ...], spacing: tuple[float, ...]
         scale = min(k / n for k, n in zip(size, shape, strict=True))
         new = [round(n * scale) for n in shape]
     else:
-        # Rounded: 0.7 mm as float32 is 0.69999999, and the floor would lose a voxel against CT-CLIP's own 0.7 from the
-        # metadata.
+        # Rounded: 0.7 mm as float32 is 0.69999999, and the floor would lose a voxel against CT-CLIP's own 0.7
+        # from the metadata.
         new = [int(n * (round(s, 6) / t)) for n, s, t in zip(shape, spacing, target, strict=True)]
     if min(new) < 1:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Radiology reports and labels in CT-RATE's tables, prompts for findings, and splits that keep patients whole."""
+"""Radiology reports and labels in CT-RATE's tables, prompts for findings, and splits by patient."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -35,9 +35,9 @@ FINDINGS = (
     "Interlobular septal thickening",
 )
 
-# Named sets of (positive, negative) templates: {} is the finding as written, {lower} the same within a sentence.
-# "reference" is CheXzero's pair, "ctclip" that of CT-CLIP's zero-shot script; "ensemble" varies how reports state and
-# deny a finding.
+# Named sets of (positive, negative) templates: {} is the finding as written, {lower} the same within a
+# sentence. "reference" is CheXzero's pair, "ctclip" that of CT-CLIP's zero-shot script; "ensemble" varies how
+# reports state and deny a finding.
 PROMPTS: dict[str, Templates] = {
     "reference": (("{}", "no {}"),),
     "ctclip": (("{} is present.", "{} is not present."),),
@@ -79,12 +79,14 @@ _REMEDIES = {"empty": "they are kept with an empty text", "drop": "they are left
 def read_reports(
     path: files.PathLike, text: Text = "impression", missing: Missing = "error"
 ) -> dict[str, str]:
-    """Read {volume name: report text} from a CSV with VolumeName, Findings_EN and Impressions_EN, in file order.
+    """Read {volume name: report text} from a CSV with VolumeName, Findings_EN and Impressions_EN, in file
+    order.
 
     Args:
-        text: which part; "both" joins findings and impression with a space, or is the one of them that has text.
-        missing: what to do with a report without text (empty, NaN, None, N/A, "Not given."): refuse the file, keep it
-            as "", or leave it out; the number of such rows is logged as a warning.
+        text: which part; "both" joins findings and impression with a space, or is the one of them that has
+            text.
+        missing: what to do with a report without text (empty, NaN, None, N/A, "Not given."): refuse the file,
+            keep it as "", or leave it out; the number of such rows is logged as a warning.
     Raises:
         ValueError: unreadable table, a volume listed twice, no text left, or a missing text under "error".
     """
@@ -102,8 +104,8 @@ def read_reports(
     absent = [i for i, t in enumerate(texts) if not t]
     if absent and missing == "error":
         raise ValueError(
-            f"{path}: every row must have a text in {' or '.join(columns)}, {len(absent)} of {len(rows)} have none, "
-            f"the first is row {absent[0] + 2}; fill them, or set missing to 'empty' or 'drop'"
+            f"{path}: every row must have a text in {' or '.join(columns)}, {len(absent)} of {len(rows)} "
+            f"have none, the first is row {absent[0] + 2}; fill them, or set missing to 'empty' or 'drop'"
         )
     if len(absent) == len(rows):
         raise ValueError(f"{path}: none of the {len(rows)} rows has a text in {' or '.join(columns)}")
@@ -125,8 +127,8 @@ def read_labels(
     Returns:
         volume names [n], findings [c], labels int8 [n, c].
     Raises:
-        ValueError: unreadable table, a missing column, a volume listed twice, or a value other than 0, 1, 0.0 or 1.0
-            (names the column).
+        ValueError: unreadable table, a missing column, a volume listed twice, or a value other than 0, 1, 0.0
+            or 1.0 (names the column).
     """
     rows = files.read_csv(path, ("VolumeName", *findings))
     columns = tuple(findings)
@@ -134,7 +136,8 @@ def read_labels(
         columns = tuple(c for c in rows[0] if c not in ("VolumeName", patient))
     if not columns or len(set(columns)) < len(columns):
         raise ValueError(
-            f"{path}: needs one or more label columns, each once, got {', '.join(columns) or 'only VolumeName'}"
+            f"{path}: needs one or more label columns, each once, got "
+            f"{', '.join(columns) or 'only VolumeName'}"
         )
     labels = np.empty((len(rows), len(columns)), dtype=np.int8)
     for i, row in enumerate(rows):
@@ -166,7 +169,8 @@ def read_patients(tables: Sequence[files.PathLike], column: str) -> dict[str, st
     """Read {volume name: patient} from the first of these tables that has the column.
 
     Raises:
-        ValueError: an unreadable table, a volume listed twice, or no table with that column (lists the columns there are).
+        ValueError: an unreadable table, a volume listed twice, or no table with that column (lists the
+            columns there are).
     """
     present: list[str] = []
     for path in tables:
@@ -185,22 +189,25 @@ def split_patients(
     seed: int,
     patients: Sequence[str] = (),
 ) -> dict[str, np.ndarray]:
-    """Split volumes by patient, with nearly the same prevalence of every finding and volumes per patient in all splits.
+    """Split volumes by patient, with nearly the same prevalence of every finding and volumes per patient in
+    all splits.
 
-    Patients are placed one by one, those with much of something rare first. Each goes where the shares of patients,
-    volumes and positives of each finding come nearest to the requested ones, so common patients even out what rare ones
-    upset.
+    Patients are placed one by one, those with much of something rare first. Each goes where the shares of
+    patients, volumes and positives of each finding come nearest to the requested ones, so common patients
+    even out what rare ones upset.
 
     Args:
         volumes: [n] names.
         labels: [n, c] of 0 and 1.
-        sizes: relative size of each split in volumes: {"train": 0.8, "val": 0.2} or {"val": 550, "test": 2489}.
+        sizes: relative size of each split in volumes: {"train": 0.8, "val": 0.2} or {"val": 550, "test":
+            2489}.
         seed: order of patients that are alike.
         patients: [n] the patient of each volume; read from the names (`names.patients_of`) when left out.
     Returns:
         {split: ascending row numbers}; every row is in exactly one split.
     Raises:
-        ValueError: shapes that do not match, no sizes or a size not above 0, too few patients to give each split one.
+        ValueError: shapes that do not match, no sizes or a size not above 0, too few patients to give each
+            split one.
     """
     labels = np.asarray(labels)
     if labels.ndim != 2 or len(labels) != len(volumes):
@@ -211,7 +218,8 @@ def split_patients(
     patients = list(patients) or names.patients_of(volumes)
     if len(patients) != len(volumes):
         raise ValueError(
-            f"split_patients: every volume must have a patient, got {len(patients)} for {len(volumes)} volumes"
+            f"split_patients: every volume must have a patient, got {len(patients)} for {len(volumes)} "
+            "volumes"
         )
     if not sizes or not all(0 < size < float("inf") for size in sizes.values()):
         raise ValueError(f"split_patients: needs a size above 0 for each split, got {dict(sizes)}")
@@ -229,7 +237,8 @@ def split_patients(
     empty = [split for split, members in rows.items() if not len(members)]
     if empty:
         raise ValueError(
-            f"split_patients: {len(number)} patients are too few for {dict(sizes)}, none is left for {', '.join(empty)}"
+            f"split_patients: {len(number)} patients are too few for {dict(sizes)}, none is left for "
+            f"{', '.join(empty)}"
         )
     return rows
 

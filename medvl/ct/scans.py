@@ -1,4 +1,5 @@
-"""Read NIfTI scans: the stored voxels in file order, the affine and the scale. No float copy, no reorientation, no guess.
+"""Read NIfTI scans: the stored voxels in file order, the affine and the scale. No float copy, no
+reorientation, no guess.
 
 x y z are the voxel axes as the file stores them; a `.gz` is told by its first bytes, not by its name.
 """
@@ -28,7 +29,8 @@ from medvl.ct import names
 _QUIET = logging.Logger("quiet")  # nibabel logs what it also raises
 _QUIET.addHandler(logging.NullHandler())
 
-# Compressed bytes per inflate call. The output stays in the cache: 1.15x faster than inflating the file in one call.
+# Compressed bytes per inflate call. The output stays in the cache: 1.15x faster than inflating the file in
+# one call.
 CHUNK = 1 << 17
 _MAX_RATIO = 1100  # deflate cannot shrink further than 1032:1
 # NIfTI's unit codes of metres and micrometres, in mm. Code 2 is mm; 0 is unknown and read as mm.
@@ -53,7 +55,8 @@ class Header:
     """The header of a scan.
 
     scaled: scl_slope is usable (finite and not 0).
-    placed: a qform or sform is set, and is not the identity that programs write for a scan of unknown position.
+    placed: a qform or sform is set, and is not the identity that programs write for a scan of unknown
+        position.
     doubt: one sentence on how the header contradicts itself about lengths or axes; "" where it is consistent.
     """
 
@@ -84,11 +87,12 @@ class Scan:
 def read_scan(path: PathLike) -> Scan:
     """Read a NIfTI-1 or -2 single file (`.nii`, `.nii.gz`), any byte order, any real scalar type.
 
-    The affine follows nibabel's rule (sform, else qform, else pixdim alone), in mm whatever the unit in the header.
+    The affine follows nibabel's rule (sform, else qform, else pixdim alone), in mm whatever the unit in the
+    header.
 
     Raises:
-        ScanError: not a readable file, not NIfTI, no 3-D scalar volume of at least two slices, no usable affine or
-            spacing, truncated, or damaged (gzip checksum).
+        ScanError: not a readable file, not NIfTI, no 3-D scalar volume of at least two slices, no usable
+            affine or spacing, truncated, or damaged (gzip checksum).
     """
     with open_scan(path) as (header, slices):
         return Scan(header=header, voxels=stack_slices(header, slices))
@@ -98,8 +102,8 @@ def read_scan(path: PathLike) -> Scan:
 def open_scan(path: PathLike) -> Iterator[tuple[Header, Iterator[np.ndarray]]]:
     """Open a scan: its header, and an iterator over its slices [x, y] in the order of the file's z axis.
 
-    Slices are inflated as they are taken, so a volume that is used slice by slice is never whole in memory. The last
-    slice comes only when the file's checksum is right.
+    Slices are inflated as they are taken, so a volume that is used slice by slice is never whole in memory.
+    The last slice comes only when the file's checksum is right.
 
     Raises:
         ScanError: as `read_scan`, on opening or while slices are taken.
@@ -110,7 +114,8 @@ def open_scan(path: PathLike) -> Iterator[tuple[Header, Iterator[np.ndarray]]]:
     except ValueError as e:
         raise ScanError(str(e)) from e
     try:
-        f = open(path, "rb")  # noqa: SIM115 (closed below; an OSError of the caller must not become a ScanError)
+        # Closed below: a `with` here would turn the caller's own OSError into a ScanError.
+        f = open(path, "rb")  # noqa: SIM115
     except OSError as e:
         raise _read_error(path, e) from e
     with f:
@@ -164,7 +169,8 @@ def _read_start(f: Any, path: Path) -> tuple[Header, _Layout, Iterator[bytes]]:
     most = size * _MAX_RATIO if zipped else size
     if need > most:
         raise ScanError(
-            f"{path}: is truncated: its header asks for {need} bytes{' inflated' * zipped}, the file has {size}"
+            f"{path}: is truncated: its header asks for {need} bytes{' inflated' * zipped}, the file has "
+            f"{size}"
         )
     return header, layout, itertools.chain([head], chunks)
 
@@ -200,7 +206,8 @@ def _iter_slices(
 
 
 def _read_to_end(trailing: int, chunks: Iterator[bytes], path: Path) -> None:
-    """Inflate what follows the voxels, after `trailing` bytes that were already read: the checksum comes last.
+    """Inflate what follows the voxels, after `trailing` bytes that were already read: the checksum comes
+    last.
 
     The amount is limited, so that a file cannot keep us reading forever.
     """
@@ -308,7 +315,7 @@ def _scale_affine(affine: Any, to_mm: float) -> np.ndarray:
 
 
 def _is_identity(affine: np.ndarray) -> bool:
-    """Whether this is the affine that NIfTI or ITK programs write for an array of unknown position: 1 mm voxels from 0, 0, 0."""
+    """Whether this is the affine that NIfTI or ITK programs write for an array of unknown position."""
     return np.array_equal(affine, np.eye(4)) or np.array_equal(affine, np.diag([-1.0, -1.0, 1.0, 1.0]))
 
 
@@ -323,8 +330,8 @@ def _find_contradiction(affine: np.ndarray, qform: np.ndarray | None, pixdim_mm:
     if abs(cosines[i, j]) > _TOLERANCE:
         degrees = math.degrees(math.acos(np.clip(cosines[i, j], -1, 1)))
         return (
-            f"its affine is sheared: the axes {'xyz'[i]} and {'xyz'[j]} are at {degrees:.1f} degrees and must be at 90 "
-            "(a tilted gantry?); resample it to right angles first (dcm2niix does so)"
+            f"its affine is sheared: the axes {'xyz'[i]} and {'xyz'[j]} are at {degrees:.1f} degrees and "
+            "must be at 90 (a tilted gantry?); resample it to right angles first (dcm2niix does so)"
         )
     if spacing.min() < _VOXEL_MM[0] or spacing.max() > _VOXEL_MM[1]:
         return (
@@ -334,7 +341,8 @@ def _find_contradiction(affine: np.ndarray, qform: np.ndarray | None, pixdim_mm:
     if qform is not None:
         other = np.linalg.norm(qform[:3, :3], axis=0)
         codes, other_codes = _axis_codes(affine), _axis_codes(qform)
-        # At 45 degrees rounding decides which axis is the closest, so codes may differ where directions agree.
+        # At 45 degrees rounding decides which axis is the closest, so codes may differ where directions
+        # agree.
         agreement = (affine[:3, :3] * qform[:3, :3]).sum(0) / (spacing * other)
         turned = codes != other_codes and agreement.min() < _SAME_AXIS
         if _differ(spacing, other) or turned:
@@ -365,7 +373,7 @@ def _axis_codes(affine: np.ndarray) -> str:
 
 
 def _raw_header(head: bytes, path: Path) -> Any:
-    """nibabel's header of the first bytes of a file, unchecked. Its size field tells byte order and version."""
+    """nibabel's header of the first bytes of a file, unchecked. Its size tells byte order and version."""
     if not head:
         raise ScanError(f"{path}: is empty")
     order: Any = "big"
@@ -379,8 +387,8 @@ def _raw_header(head: bytes, path: Path) -> Any:
         raise ScanError(f"{path}: is a DICOM file; {FROM_DICOM}")
     if size != kind.sizeof_hdr or len(head) < size:
         raise ScanError(
-            f"{path}: is not NIfTI (must begin with a header of 348 or 540 bytes, "
-            f"begins with {head[:4].hex(' ')})"
+            f"{path}: is not NIfTI (must begin with a header of 348 or 540 bytes, begins with "
+            f"{head[:4].hex(' ')})"
         )
     raw = kind(head[:size], order, check=False)
     if not bytes(raw["magic"]).startswith(magic):

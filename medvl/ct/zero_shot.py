@@ -1,4 +1,7 @@
-"""Zero-shot scores from embeddings, and results from scores. Dims: n volumes, c findings, k prompts, d width."""
+"""Zero-shot scores from embeddings, and results from scores.
+
+Dims: n volumes, c findings, k prompts, d width.
+"""
 
 import logging
 import math
@@ -17,16 +20,18 @@ _log = logging.getLogger(__name__)
 def zero_shot(image: Tensor, positive: Tensor, negative: Tensor, scale: float | Tensor) -> Tensor:
     """Probability [n, c], float64, that a volume shows a finding rather than its denial.
 
-    p = softmax(scale * (cos+, cos-))[0] = sigmoid(scale * (cos+ - cos-)), where a finding's prompts are averaged and
-    normalised again. It grows with cos+ - cos-, so ranking metrics do not depend on `scale`; thresholds and calibration
-    do. It is float64 because in float32 all sure cases would round to 1 and tie (from a logit of 17 on; float64: 37).
+    p = softmax(scale * (cos+, cos-))[0] = sigmoid(scale * (cos+ - cos-)), where a finding's prompts are
+    averaged and normalised again. It grows with cos+ - cos-, so ranking metrics do not depend on `scale`;
+    thresholds and calibration do. It is float64 because in float32 all sure cases would round to 1 and tie
+    (from a logit of 17 on; float64: 37).
 
     Args:
         image: [n, d], L2-normalised.
         positive, negative: [c, k, d], L2-normalised; the numbers of prompts may differ.
         scale: the trained logit scale, exp(parameter), above 0.
     Raises:
-        ValueError: shapes that do not match, embeddings that are not normalised, prompts that cancel out, or a scale not above 0.
+        ValueError: shapes that do not match, embeddings that are not normalised, prompts that cancel out, or
+            a scale not above 0.
     """
     for name, x, shape in (
         ("image", image, "[n, d]"),
@@ -35,12 +40,14 @@ def zero_shot(image: Tensor, positive: Tensor, negative: Tensor, scale: float | 
     ):
         if x.ndim != len(shape.split(",")) or x.shape[-1] != image.shape[-1] or not x.numel():
             raise ValueError(
-                f"zero_shot: {name} must be {shape} with one d, got {tuple(x.shape)} beside image {tuple(image.shape)}"
+                f"zero_shot: {name} must be {shape} with one d, got {tuple(x.shape)} beside image "
+                f"{tuple(image.shape)}"
             )
         norm = x.float().norm(dim=-1)
         if not (norm - 1).abs().max() < 1e-2:  # bfloat16 rounds by up to 4e-3
             raise ValueError(
-                f"zero_shot: {name} must be L2-normalised, found norms from {norm.min():.3g} to {norm.max():.3g}"
+                f"zero_shot: {name} must be L2-normalised, found norms from {norm.min():.3g} to "
+                f"{norm.max():.3g}"
             )
     if len(positive) != len(negative):
         raise ValueError(
@@ -76,22 +83,23 @@ def evaluate_findings(
     Args:
         scores, labels: [n, c].
         volumes: [n] names.
-        thresholds: [c] from `metrics.best_thresholds` on the VALIDATION split; None leaves out what needs one.
-        patients: [n] the patient of each volume, read from CT-RATE's names when left out: a patient's scans and
-            reconstructions are resampled together.
+        thresholds: [c] from `metrics.best_thresholds` on the VALIDATION split; None leaves out what needs
+            one.
+        patients: [n] the patient of each volume, read from CT-RATE's names when left out: a patient's scans
+            and reconstructions are resampled together.
     Returns:
-        one Result per metric and finding, then its "mean" over the findings that have a value. `n` counts volumes;
-        `extra` holds positives, patients, threshold, replicates, replicates without a value, and for the mean how many
-        findings it averages.
+        one Result per metric and finding, then its "mean" over the findings that have a value. `n` counts
+        volumes; `extra` holds positives, patients, threshold, replicates, replicates without a value, and for
+        the mean how many findings it averages.
     Raises:
-        ValueError: as `metrics.checked` (names the finding) and `metrics.bootstrap`; names or findings of another
-            number or twice.
+        ValueError: as `metrics.checked` (names the finding) and `metrics.bootstrap`; names or findings of
+            another number or twice.
     """
     s, y = metrics.checked(scores, labels, findings)
     if len(findings) != s.shape[1] or len(set(volumes)) != len(s) or len(volumes) != len(s):
         raise ValueError(
-            f"evaluate_findings: must have a name for each of {s.shape[1]} findings and each of {len(s)} volumes, "
-            f"no volume twice, got {len(findings)} and {len(volumes)} ({len(set(volumes))} distinct)"
+            f"evaluate_findings: must have a name for each of {s.shape[1]} findings and each of {len(s)} "
+            f"volumes, no volume twice, got {len(findings)} and {len(volumes)} ({len(set(volumes))} distinct)"
         )
     prevalence = y.mean(0)
     one_class = [f for f, share in zip(findings, prevalence, strict=True) if share in (0, 1)]

@@ -1,6 +1,7 @@
 """Paint shapes on a voxel grid by the share of each voxel that they fill.
 
-Coordinates are in mm, points (x, y, z), arrays [z, y, x]. Everything is float32, which is also part of the drawn data.
+Coordinates are in mm, points (x, y, z), arrays [z, y, x]. Everything is float32, which is also part of the
+drawn data.
 """
 
 import numpy as np
@@ -70,7 +71,11 @@ def oval_distance(c: Canvas, at: tuple[float, float], a: float, b: float, power:
 
 
 def splat(c: Canvas, points: Array, volume: Array) -> Array:
-    """Spread volumes [n] in mm3 at points [n, 3] (x y z) over the eight voxels around each; returns shares [z, y, x]."""
+    """Spread volumes [n] in mm3 at points [n, 3] (x y z) over the eight voxels around each.
+
+    Returns:
+        the share of each voxel, [z, y, x].
+    """
     nz, ny, nx = c.hu.shape
     first = np.array([c.x.flat[0], c.y.flat[0], c.z.flat[0]])
     step = np.array(c.step[::-1])
@@ -127,7 +132,8 @@ def fill_ellipsoid(c: Canvas, at: ArrayLike, radii: ArrayLike, hu: float) -> Non
 def cover_ellipsoid(
     c: Canvas, at: ArrayLike, radii: ArrayLike, tilt: tuple[float, float] = (0.0, 0.0)
 ) -> tuple[Box, Array]:
-    """The voxels that an ellipsoid touches and the share of each that it fills, from 3 x 3 x 4 points per voxel.
+    """The voxels that an ellipsoid touches and the share of each that it fills, from 3 x 3 x 4 points per
+    voxel.
 
     Args:
         tilt: rise in mm per mm along x and along y.
@@ -158,7 +164,7 @@ def _subsample(centres: Array, step: float, n: int) -> Array:
 
 
 def paint_columns(c: Canvas, share: Array, value: Array) -> None:
-    """Paint a value [z, 1] with a share [y, x] at all heights; only columns with a visible share are touched."""
+    """Paint a value [z, 1] with a share [y, x] at all heights, only in columns with a visible share."""
     iy, ix = np.nonzero(share > 0.02)
     c.hu[:, iy, ix] += share[iy, ix] * (value - c.hu[:, iy, ix])
     c.lung[:, iy, ix] *= 1 - share[iy, ix]

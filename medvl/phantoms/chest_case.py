@@ -38,7 +38,7 @@ def _share(_: Any, attribute: Any, value: float) -> None:
 
 @frozen(kw_only=True)
 class PhantomConfig:
-    """How many patients, and how much they differ. `valid` and `test` of the `patients` are held out from training."""
+    """How many patients, and how much they differ. `valid` and `test` of the `patients` are held out."""
 
     patients: int
     seed: int
@@ -72,12 +72,12 @@ class PhantomConfig:
 
 @frozen(kw_only=True)
 class Lesion:
-    """One lesion. `at` is in patient coordinates; `size_mm` is the largest diameter, or the depth of a fluid layer."""
+    """One lesion; `size_mm` is the largest diameter, or the depth of a fluid layer."""
 
     side: str = ""  # "right", "left" or ""
     zone: str = ""  # "upper", "middle", "lower" or ""
     size_mm: float = 0.0
-    at: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    at: tuple[float, float, float] = (0.0, 0.0, 0.0)  # x, y, z in patient coordinates
     to: tuple[float, float, float] = (0.0, 0.0, 0.0)  # calcification: a plaque runs from `at` to here
     thick_mm: float = 0.0  # calcification
     hu: float = 0.0
@@ -187,7 +187,12 @@ def _zone(z: float) -> str:
 def _draw_place(
     body: Body, gen: Gen, low: float, high: float, depth: tuple[float, float] = (0.0, 0.8)
 ) -> tuple[str, float, float, float]:
-    """A side, and x, y, z in mm in that lung: z within low..high, depth from 0 (axis of the lung) to 1 (its wall)."""
+    """A side, and x, y, z in mm in that lung.
+
+    Args:
+        low, high: limits of z.
+        depth: limits of the distance from the axis of the lung (0) to its wall (1).
+    """
     sign = 1 if gen.random() < 0.5 else -1
     z = gen.uniform(low, high)
     r = gen.uniform(*depth)

@@ -1,9 +1,9 @@
-"""Radiology reports of chest cases: varied sentences for present findings, some for absent ones, and an impression."""
+"""Radiology reports of chest cases: sentences on present and some absent findings, and an impression."""
 
 from medvl.phantoms.chest_case import FINDINGS, ChestCase, Gen, Lesions
 
-# Sentences for a present finding. {side}: right, left, bilateral; {zone}: upper, middle, lower; {size}: mm; {term}: the
-# finding; {amount}: small, moderate, large.
+# Sentences for a present finding. {side}: right, left, bilateral; {zone}: upper, middle, lower; {size}: mm;
+# {term}: the finding; {amount}: small, moderate, large.
 _POSITIVE = {
     "Arterial wall calcification": (
         "There is {term}.",
@@ -148,8 +148,9 @@ _TECHNIQUES = (
 def write_chest_report(case: ChestCase, gen: Gen) -> dict[str, str]:
     """The report of a case, by CT-RATE's column names.
 
-    Every present finding has a sentence; each absent one is negated or left out at random. Sentences come in random
-    order, mixed with others that say nothing of the findings. The impression holds the present findings alone.
+    Every present finding has a sentence; each absent one is negated or left out at random. Sentences come in
+    random order, mixed with others that say nothing of the findings. The impression holds the present
+    findings alone.
     """
     negated = [name for name in FINDINGS if name not in case.findings and gen.random() < 0.5]
     sentences = [_affirm(name, lesions, gen) for name, lesions in case.findings.items()]

@@ -1,8 +1,9 @@
 """Draw a chest case as CT voxels.
 
-Every object has its true size in mm: one that is smaller than a voxel fills only a share of it. Dims: z y x voxel axes,
-n points. Arrays are [z, y, x] in RAS+ until they are stored. The order of the random draws is part of the data: changing
-it changes every volume.
+Every object has its true size in mm: one that is smaller than a voxel fills only a share of it. Dims: z y x
+    voxel axes,
+n points. Arrays are [z, y, x] in RAS+ until they are stored. The order of the random draws is part of the
+data: changing it changes every volume.
 """
 
 from collections.abc import Callable
@@ -41,10 +42,10 @@ from medvl.phantoms.chest_case import (
 
 @frozen(kw_only=True)
 class DrawnVolume:
-    """A drawn volume. `hu` int16 [x, y, z] in the stored orientation; `affine` [4, 4] takes its indices to RAS+ mm."""
+    """A drawn volume in the orientation of its file."""
 
-    hu: Array
-    affine: Array
+    hu: Array  # int16 [x, y, z]
+    affine: Array  # [4, 4], voxel index -> mm in RAS+
     kernel: str
 
 
@@ -61,7 +62,7 @@ class View:
 
 
 def render(cfg: PhantomConfig, case: ChestCase, gen: Gen) -> DrawnVolume:
-    """Draw the case as one scanner would see it: view and noise come from `gen`, the anatomy from the case alone."""
+    """Draw the case as one scanner would see it: `gen` gives view and noise, the case alone its anatomy."""
     view = draw_view(cfg, gen)
     anatomy = np.random.default_rng(case.texture)
     c = _blank_canvas(view, anatomy)
@@ -168,7 +169,7 @@ def _paint_lungs(c: Canvas, b: Body, gen: Gen) -> None:
 
 
 def _vessel_shares(c: Canvas, b: Body, gen: Gen) -> Array:
-    """The share of each voxel [z, y, x] that vessels fill: a tree from each hilum, down to vessels thinner than a voxel."""
+    """The share of each voxel [z, y, x] that vessels fill: a tree from each hilum, with ends thinner than a voxel."""
     left_points, left_volumes = _draw_vessels(b, -1, gen)
     right_points, right_volumes = _draw_vessels(b, 1, gen)
     points = np.concatenate([left_points, right_points])
@@ -215,7 +216,7 @@ def _draw_vessel_ends(b: Body, sign: int, n: int, gen: Gen) -> Array:
 
 
 def _paint_skeleton(c: Canvas, b: Body, gen: Gen) -> None:
-    """Ribs, vertebrae with discs and canal, and sternum, painted only in the voxel columns that they touch."""
+    """Ribs, vertebrae with discs and canal, and sternum, painted in the voxel columns that they touch."""
     pixel, z = c.step[1], c.z[:, 0]
     # Ribs are slanted stripes of a shell around the chest.
     shell = soft_edge(4.5 - np.abs(oval_distance(c, (0, 0), b["ta"] + 5, b["tb"] + 5, 2.2)), pixel)
@@ -271,7 +272,7 @@ def _paint_mediastinum(c: Canvas, case: ChestCase, gen: Gen) -> None:
 
 
 def _add_noise(hu: Array, view: View, gen: Gen) -> Array:
-    """Noise, then the reconstruction kernel: a three-tap filter in the plane. So the noise has the kernel's grain."""
+    """Noise, then the kernel, a three-tap filter in the plane: so the noise has the kernel's grain."""
     side = {"soft": 0.16, "standard": 0.08, "sharp": 0.0}[view.kernel]
     noise = gen.standard_normal(hu.shape, dtype=np.float32)
     noise *= np.float32(view.noise)

@@ -1,4 +1,4 @@
-"""Folders of drawn chest CTs in CT-RATE's layout, with labels and reports. They show no patient, and their truth is known."""
+"""Folders of drawn chest CTs in CT-RATE's layout, with labels and reports, of which the truth is known."""
 
 import json
 import zlib
@@ -40,11 +40,12 @@ SPLITS = ("train", "valid", "test")
 def draw_chests(cfg: PhantomConfig, folder: files.PathLike, workers: int = 1) -> dict[str, int]:
     """Write `folder/{split}/{name}.nii.gz` and `{split}_{reports,labels,metadata}.csv` in CT-RATE's columns.
 
-    Each volume is a pure function of (cfg, name): a run that was killed goes on where it stopped, and the files are the
-    same bits. `phantoms.json` comes last, and marks a complete folder.
+    Each volume is a pure function of (cfg, name): a run that was killed goes on where it stopped, and the
+    files are the same bits. `phantoms.json` comes last, and marks a complete folder.
 
     Args:
-        workers: 1 works in this process; more are fresh processes, so a script needs `if __name__ == "__main__":`.
+        workers: 1 works in this process; more are fresh processes, so a script needs `if __name__ ==
+            "__main__":`.
     Returns:
         number of volumes per split.
     Raises:
@@ -106,7 +107,7 @@ def _generator(seed: int, name: str) -> Gen:
 
 
 def _check_config(cfg: PhantomConfig, folder: Path) -> None:
-    """Refuse a folder of another config. The config is written before all else, so that two never mix in one folder."""
+    """Refuse a folder of another config. The config is written first, so that two never mix in one folder."""
     config_file = folder / "phantoms.config.json"
     record = json.loads(json.dumps(asdict(cfg)))
     if not config_file.exists():
@@ -115,8 +116,8 @@ def _check_config(cfg: PhantomConfig, folder: Path) -> None:
     differences = config.differences(config.read_settings(config_file), record)
     if differences:
         raise ValueError(
-            f"{folder}: holds phantoms of another PhantomConfig ({'; '.join(differences)}); choose another folder or "
-            "delete it"
+            f"{folder}: holds phantoms of another PhantomConfig ({'; '.join(differences)}); choose another "
+            "folder or delete it"
         )
 
 
@@ -133,7 +134,7 @@ def _write_volume(cfg: PhantomConfig, folder: Path, name: str) -> dict[str, str]
 
 
 def _encode_nifti(volume: DrawnVolume, gen: Gen) -> bytes:
-    """A NIfTI-1 file. Half of them hold HU, half raw values with the intercept in the header, as files from hospitals do."""
+    """A NIfTI-1 file. Half of them hold HU, half raw values with the intercept in the header."""
     intercept = -1024 if gen.random() < 0.5 else 0
     header = nib.Nifti1Header()
     header.set_data_shape(volume.hu.shape)

@@ -1,7 +1,7 @@
 """Drawn pictures of eight modalities with questions for adapters. They show no patient.
 
-A general model learns from general questions about all of them; each modality has questions of its own, in its own words
-and conventions.
+A general model learns from general questions about all of them; each modality has questions of its own, in
+its own words and conventions.
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ _NUMBERS = ("One", "Two", "Three")
 
 @frozen(kw_only=True)
 class ModalityConfig:
-    """How many pictures of each split. A general picture comes with one question, a case of a modality with three."""
+    """How many pictures of each split. A general picture has one question, a case of a modality three."""
 
     modalities: tuple[str, ...] = MODALITIES
     base: int = 4000  # general pictures, all modalities together
@@ -70,10 +70,11 @@ class ModalityCase:
 
 
 def draw_modalities(cfg: ModalityConfig, folder: files.PathLike) -> dict[str, int]:
-    """Write `folder/{split}/*.png` and `folder/{split}.jsonl` of all `SPLITS`: conversations of one picture and question.
+    """Write `folder/{split}/*.png` and `folder/{split}.jsonl` of all `SPLITS`: conversations of one picture
+    and question.
 
-    A line also has "task" (the modality), "category" (the specialty), "family" (of the question) and "episode_id" (the
-    case). A table comes after its pictures; one that is there is left alone.
+    A line also has "task" (the modality), "category" (the specialty), "family" (of the question) and
+    "episode_id" (the case). A table comes after its pictures; one that is there is left alone.
 
     Returns:
         number of conversations per split.
@@ -115,7 +116,8 @@ def _draw_conversations(cfg: ModalityConfig, split: str, i: int) -> tuple[str, n
 def draw_modality_case(
     cfg: ModalityConfig, split: str, modality: str, number: int
 ) -> tuple[np.ndarray, ModalityCase]:
-    """A picture uint8 [y, x, 3] and its case, a pure function of (cfg.seed, cfg.size, split, modality, number).
+    """A picture uint8 [y, x, 3] and its case, a pure function of (cfg.seed, cfg.size, split, modality,
+    number).
 
     The 12 cases from a multiple of 12 on have all combinations of number of marks, side and kind.
     """
@@ -150,7 +152,7 @@ def draw_modality_case(
 def question_answers(
     cfg: ModalityConfig, split: str, case: ModalityCase, number: int
 ) -> Iterator[tuple[str, str, str]]:
-    """(family, question, answer): a general one in the base splits, else one of every family of the modality's own."""
+    """(family, question, answer): one general question in the base splits, else all of the modality."""
     gen = _generator(cfg, 2, split, case.modality, number)
     if split.startswith("base"):
         family = str(gen.choice(list(GENERAL), p=_SHARES))
@@ -163,7 +165,7 @@ def question_answers(
 
 
 def general_answer(family: str, case: ModalityCase) -> str:
-    """The answer in words that fit every picture, with the viewer's sides; only "terms" has the modality's own words."""
+    """The answer in words that fit every picture, and the viewer's sides; "terms" tells the modality's own words."""
     mark, speech, name = MARKS[case.modality][case.kind], SPEECH[case.modality], NAMES[case.modality]
     brightness = "bright" if mark.bright else "dark"
     edge = "sharp" if mark.sharp else "soft"
@@ -199,7 +201,8 @@ def _generator(cfg: ModalityConfig, use: int, split: str, modality: str, number:
 
 
 def _draw_places(zone: np.ndarray, n: int, gen: np.random.Generator) -> tuple[np.ndarray, tuple[str, ...]]:
-    """n points (x, y) of the zone, each in another third of it from top to bottom, and the names of these thirds.
+    """n points (x, y) of the zone, each in another third of it from top to bottom, and the names of these
+    thirds.
 
     Of 200 drawn sets it is the first with enough room between the points, or else the one with the most.
     """
@@ -216,7 +219,7 @@ def _draw_places(zone: np.ndarray, n: int, gen: np.random.Generator) -> tuple[np
     return places[best], tuple(HEIGHTS[t] for t in thirds)
 
 
-# The words of each modality -------------------------------------------------------------------------------------------
+# The words of each modality ---------------------------------------------------------------------------------
 @frozen(kw_only=True)
 class Speech:
     """The words and conventions of one modality."""
@@ -255,8 +258,8 @@ GENERAL = NEUTRAL | {
         "Which terms belong to the picture?",
     ),
 }
-# How often each family of GENERAL is drawn. A description teaches most at once; "terms" makes sure that the model has met
-# all words before an adapter needs them.
+# How often each family of GENERAL is drawn. A description teaches most at once; "terms" makes sure that the
+# model has met all words before an adapter needs them.
 _SHARES = (0.15, 0.15, 0.15, 0.45, 0.1)
 _PATIENT_SIDES = ("On the right.", "On the left.")  # the patient faces the viewer
 _COUNT_LESIONS = ("There is one lesion.", "There are two lesions.", "There are three lesions.")

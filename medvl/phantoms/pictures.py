@@ -1,4 +1,4 @@
-"""Drawn pictures with questions for tuning a chat model: a body, two lungs and up to three bright nodules. They show no patient."""
+"""Drawn pictures with questions for tuning a chat model: a body, two lungs and up to three bright nodules."""
 
 import json
 from collections.abc import Callable
@@ -38,10 +38,11 @@ class PictureConfig:
 
 
 def draw_pictures(cfg: PictureConfig, folder: files.PathLike) -> dict[str, int]:
-    """Write `folder/{split}/*.png` and `folder/{split}.jsonl`, conversations with one picture and one question each.
+    """Write `folder/{split}/*.png` and `folder/{split}.jsonl`, conversations with one picture and one
+    question each.
 
-    A picture is a pure function of (cfg.seed, split, number). Sides are the patient's: right is on the left of the
-    picture. A table comes after its pictures; one that is there is left alone.
+    A picture is a pure function of (cfg.seed, split, number). Sides are the patient's: right is on the left
+    of the picture. A table comes after its pictures; one that is there is left alone.
 
     Returns:
         number of pictures per split.

@@ -51,17 +51,21 @@ class Question:
 
 
 def draw_slides(cfg: SlideConfig, folder: files.PathLike) -> dict[str, int]:
-    """Write slides, captions and questions: features in TRIDENT's layout, tables in the shapes of SlideChat and SlideBench.
+    """Write slides, captions and questions: features in TRIDENT's layout, tables in the shapes of SlideChat
+    and SlideBench.
 
-    - features/{name}.h5: "features" float16 [n, d], "coords" int64 [n, 2] with the attributes patch_size, patch_size_level0 and so on.
-    - captions.json (of train slides, two each), train.json, valid.json (a question each, answered "C. Text"): lists of {"id", "image":
-      ["./features/{name}.h5"], "conversations": [{"from", "value"}, ...]}.
-    - test.csv: `COLUMNS`; "Tumor" is the code of the tumour's class, empty options are of questions with fewer than four.
+    - features/{name}.h5: "features" float16 [n, d], "coords" int64 [n, 2] with the attributes patch_size,
+        patch_size_level0 and so on.
+    - captions.json (of train slides, two each), train.json, valid.json (a question each, answered "C. Text"):
+      lists of {"id", "image": ["./features/{name}.h5"], "conversations": [{"from", "value"}, ...]}.
+    - test.csv: `COLUMNS`; "Tumor" is the code of the tumour's class, empty options are of questions with
+        fewer than four.
     - labels.csv: slide, split, class, grade, lymphocytes, motif.
-    - truth.jsonl: a line per slide: "split", the fields of `Truth`, "motif_rows", "questions" (id, family, narrow, facts) in the order of
-      the tables.
+    - truth.jsonl: a line per slide: "split", the fields of `Truth`, "motif_rows", "questions" (id, family,
+      narrow, facts) in the order of the tables.
 
-    Tables come after the slides, truth.jsonl last: no slide is drawn if it is there. Any table that is there is left alone.
+    Tables come after the slides, truth.jsonl last: no slide is drawn if it is there. Any table that is there
+    is left alone.
     Returns:
         number of "slides", "captions", and questions of "train", "valid", "test".
     """
@@ -151,7 +155,7 @@ def _sentence(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-# Files ------------------------------------------------------------------------------------------------------------------------------------
+# Files ------------------------------------------------------------------------------------------------------
 def _json(items: Iterable[dict]) -> str:
     return "[\n" + ",\n".join(json.dumps(item) for item in items) + "\n]\n"
 
@@ -201,7 +205,7 @@ def _truth_line(split: str, i: int, truth: Truth, asked: list[Question], motif_r
     )
 
 
-# What is asked and said -------------------------------------------------------------------------------------------------------------------
+# What is asked and said -------------------------------------------------------------------------------------
 @frozen(kw_only=True)
 class Family:
     """Questions about one thing; {subject} is what `_choices` says."""

@@ -1,8 +1,8 @@
 """Drawn whole slides as patch features; `slide_questions` asks about them. They show no patient.
 
-A slide is a few pieces of tissue cut into patches. A patch has the prototype of its tissue as features, with variation and
-noise, and all are shifted by the slide's stain. Four slides in five have a rare motif in one patch, or a few of 10,000: a
-direction of its own, which does not show in the mean over the slide.
+A slide is a few pieces of tissue cut into patches. A patch has the prototype of its tissue as features, with
+variation and noise, and all are shifted by the slide's stain. Four slides in five have a rare motif in one
+patch, or a few of 10,000: a direction of its own, which does not show in the mean over the slide.
 """
 
 from itertools import combinations
@@ -136,7 +136,8 @@ def draw_slide(cfg: SlideConfig, split: str, number: int) -> DrawnSlide:
 
 
 def draw_truth(cfg: SlideConfig, split: str, number: int) -> Truth:
-    """The ground truth of `draw_slide`. Of 60 slides from a multiple of 60 on, every label has its exact share.
+    """The ground truth of `draw_slide`. Of 60 slides from a multiple of 60 on, every label has its exact
+    share.
 
     Raises:
         ValueError: as `draw_slide`.
@@ -224,7 +225,7 @@ def balanced_index(cfg: SlideConfig, use: int, split: str, number: int) -> int:
     return int(order[number % _BLOCK])
 
 
-# Features -------------------------------------------------------------------------------------------------------------
+# Features ---------------------------------------------------------------------------------------------------
 _RANK = 8  # of the variation within a tissue
 _NOISE = 0.5  # of every feature
 _MOTIF = 6.0  # length of a motif's direction: twelve times the noise
@@ -294,7 +295,7 @@ def _draw_motif(truth: Truth, cells: Array, tissue: Array, gen: np.random.Genera
 def _draw_features(
     cfg: SlideConfig, truth: Truth, tissue: Array, motif_rows: Array, gen: np.random.Generator
 ) -> Array:
-    """Features float16 [n, d], drawn in chunks so that a slide of 200,000 patches takes little memory in float32."""
+    """Features float16 [n, d], drawn in chunks so that large slides take little memory in float32."""
     p = draw_prototypes(cfg)
     base = p.tissues.copy()  # [tissue, d]
     base[TISSUES.index("tumour")] += p.classes[list(CLASSES).index(truth.tumour_class)]
@@ -316,7 +317,7 @@ def _draw_features(
     return out
 
 
-# Files ----------------------------------------------------------------------------------------------------------------
+# Files ------------------------------------------------------------------------------------------------------
 def write_slides(cfg: SlideConfig, folder: Path) -> dict[str, list[int]]:
     """Write all slides into a folder; returns {slide name: rows of the rare motif}."""
     motif_rows = {}

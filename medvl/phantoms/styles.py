@@ -1,4 +1,4 @@
-"""Eight styles of drawn medical pictures, and two kinds of marks in each. Lengths are shares of a side, 0 is the middle."""
+"""Eight styles of drawn pictures, and two kinds of marks in each. Lengths are shares of a side from the middle."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -150,8 +150,8 @@ def _shifted_grid(n: int, gen: np.random.Generator, dx: float, dy: float) -> tup
     return x, y
 
 
-# Each of the eight returns its scene, painted from back to front. Random numbers are drawn in the order of the lines: an
-# order that changes makes other pictures.
+# Each of the eight returns its scene, painted from back to front. Random numbers are drawn in the order of
+# the lines: an order that changes makes other pictures.
 def _ct(n: int, gen: np.random.Generator) -> Scene:
     """An axial slice of the chest in the lung window."""
     u = gen.uniform
