@@ -169,7 +169,7 @@ def _paint_lungs(c: Canvas, b: Body, gen: Gen) -> None:
 
 
 def _vessel_shares(c: Canvas, b: Body, gen: Gen) -> Array:
-    """The share of each voxel [z, y, x] that vessels fill: a tree from each hilum, with ends thinner than a voxel."""
+    """The share of each voxel [z, y, x] that vessels fill: a tree from each hilum, with thin ends."""
     left_points, left_volumes = _draw_vessels(b, -1, gen)
     right_points, right_volumes = _draw_vessels(b, 1, gen)
     points = np.concatenate([left_points, right_points])

@@ -165,7 +165,7 @@ def question_answers(
 
 
 def general_answer(family: str, case: ModalityCase) -> str:
-    """The answer in words that fit every picture, and the viewer's sides; "terms" tells the modality's own words."""
+    """The answer in words that fit every picture, and the viewer's sides; "terms" has the modality's."""
     mark, speech, name = MARKS[case.modality][case.kind], SPEECH[case.modality], NAMES[case.modality]
     brightness = "bright" if mark.bright else "dark"
     edge = "sharp" if mark.sharp else "soft"

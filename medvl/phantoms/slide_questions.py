@@ -1,4 +1,4 @@
-"""Captions and multiple-choice questions about drawn slides, and the files of both. Free of patients."""
+"""Captions and multiple-choice questions about drawn slides, and the files of both. They show no patient."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -44,274 +44,305 @@ _CAPTIONS = 2  # of each slide
 class Question:
     """One multiple-choice question of a slide."""
 
-    family: str  # of FAMILIES, which say its categories and the facts that it takes
+    family: str  # a key of FAMILIES
     question: str
     options: tuple[str, ...]  # 2 to 4
-    letter: str  # of the right one
+    letter: str  # of the right option
+
+
+_AskedSlide = tuple[Truth, list[Question]]
 
 
 def draw_slides(cfg: SlideConfig, folder: files.PathLike) -> dict[str, int]:
-    """Write slides, captions and questions: features in TRIDENT's layout, tables in the shapes of SlideChat
-    and SlideBench.
+    """Write slides, captions and questions: TRIDENT's layout of features, and tables as SlideChat and
+    SlideBench have them.
 
     - features/{name}.h5: "features" float16 [n, d], "coords" int64 [n, 2] with the attributes patch_size,
-        patch_size_level0 and so on.
+      patch_size_level0 and so on.
     - captions.json (of train slides, two each), train.json, valid.json (a question each, answered "C. Text"):
       lists of {"id", "image": ["./features/{name}.h5"], "conversations": [{"from", "value"}, ...]}.
-    - test.csv: `COLUMNS`; "Tumor" is the code of the tumour's class, empty options are of questions with
-        fewer than four.
+    - test.csv: `COLUMNS`; "Tumor" is the code of the tumour's class; questions of fewer than four options
+      leave the others empty.
     - labels.csv: slide, split, class, grade, lymphocytes, motif.
     - truth.jsonl: a line per slide: "split", the fields of `Truth`, "motif_rows", "questions" (id, family,
       narrow, facts) in the order of the tables.
 
     Tables come after the slides, truth.jsonl last: no slide is drawn if it is there. Any table that is there
     is left alone.
+
     Returns:
         number of "slides", "captions", and questions of "train", "valid", "test".
     """
-    folder, asked = Path(folder), dict[str, list[tuple[Truth, list[Question]]]]()
-    motif_rows = None if (folder / "truth.jsonl").exists() else write_slides(cfg, folder / "features")
+    folder = Path(folder)
+    truth_file = folder / "truth.jsonl"
+    motif_rows = None
+    if not truth_file.exists():
+        motif_rows = write_slides(cfg, folder / "features")
+    slides: dict[str, list[_AskedSlide]] = {split: [] for split in SPLITS}
     for split in SPLITS:
-        asked[split] = [
-            (draw_truth(cfg, split, i), draw_questions(cfg, split, i)) for i in range(getattr(cfg, split))
-        ]
-    told = [
-        (truth, *said)
-        for i, (truth, _) in enumerate(asked["train"])
-        for said in draw_captions(cfg, "train", i)
-    ]
-    texts = {f"{split}.json": _json(_conversations(split, asked[split])) for split in ("train", "valid")}
-    texts["captions.json"] = _json(_turns(f"caption::{i}", *what) for i, what in enumerate(told))
+        for number in range(getattr(cfg, split)):
+            slides[split].append((draw_truth(cfg, split, number), draw_questions(cfg, split, number)))
+    captions: list[dict] = []
+    for number, (truth, _) in enumerate(slides["train"]):
+        for prompt, caption in draw_captions(cfg, "train", number):
+            captions.append(_conversation(f"caption::{len(captions)}", truth, prompt, caption))
+    texts = {
+        "train.json": _json_list(_question_conversations("train", slides["train"])),
+        "valid.json": _json_list(_question_conversations("valid", slides["valid"])),
+        "captions.json": _json_list(captions),
+    }
     for name, text in texts.items():
         if not (folder / name).exists():
             files.write_text(folder / name, text)
     if not (folder / "test.csv").exists():
-        files.write_csv(folder / "test.csv", _bench("test", asked["test"]), COLUMNS)
+        files.write_csv(folder / "test.csv", _bench_rows("test", slides["test"]), COLUMNS)
     if not (folder / "labels.csv").exists():
-        files.write_csv(
-            folder / "labels.csv", [_label(s, truth) for s in SPLITS for truth, _ in asked[s]], _LABELS
-        )
+        labels = [_label_row(split, truth) for split in SPLITS for truth, _ in slides[split]]
+        files.write_csv(folder / "labels.csv", labels, _LABELS)
     if motif_rows is not None:
-        lines = [
-            _truth_line(s, i, *what, motif_rows[what[0].name])
-            for s in SPLITS
-            for i, what in enumerate(asked[s])
-        ]
-        files.write_text(folder / "truth.jsonl", "".join(lines))
-    return {"slides": sum(map(len, asked.values())), "captions": len(told)} | {
-        s: len(asked[s]) * len(FAMILIES) for s in SPLITS
-    }
+        lines = []
+        for split in SPLITS:
+            for number, (truth, questions) in enumerate(slides[split]):
+                lines.append(_truth_line(split, number, truth, questions, motif_rows[truth.name]))
+        files.write_text(truth_file, "".join(lines))
+    counts = {"slides": sum(map(len, slides.values())), "captions": len(captions)}
+    return counts | {split: len(slides[split]) * len(FAMILIES) for split in SPLITS}
 
 
 def draw_questions(cfg: SlideConfig, split: str, number: int) -> list[Question]:
-    """One question of every family about a slide; the letters of right answers are balanced over 60 slides in every family."""
-    truth, found = draw_truth(cfg, split, number), []
+    """One question of every family about a slide.
+
+    In every family the letters of the right options are balanced over 60 slides.
+    """
+    truth = draw_truth(cfg, split, number)
+    questions = []
     for k, (name, family) in enumerate(FAMILIES.items()):
         gen = slide_generator(cfg, 2, split, number, k)
-        subject, right, wrong = _choices(name, truth, gen)
+        subject, right, wrong = _draw_options(name, truth, gen)
         place = balanced_index(cfg, 10 + k, split, number) % (len(wrong) + 1)
-        options = [str(w) for w in gen.permutation(wrong)]
+        options = [str(option) for option in gen.permutation(wrong)]
         options.insert(place, right)
-        question = str(gen.choice(family.asks)).format(subject=subject)
-        shown = tuple(_sentence(o) for o in options)
-        found.append(Question(family=name, question=question, options=shown, letter="ABCD"[place]))
-    return found
+        text = str(gen.choice(family.phrasings)).format(subject=subject)
+        capitalized = tuple(_capitalize(option) for option in options)
+        questions.append(Question(family=name, question=text, options=capitalized, letter="ABCD"[place]))
+    return questions
 
 
 def draw_captions(cfg: SlideConfig, split: str, number: int) -> list[tuple[str, str]]:
-    """(what is asked, caption) twice: five short sentences in any order, each in one of several phrasings."""
-    t, found = draw_truth(cfg, split, number), []
-    others = [x for x in OPTIONAL if x in t.tissues]
+    """Two pairs (prompt, caption): five short sentences in any order, each in one of several phrasings."""
+    truth = draw_truth(cfg, split, number)
+    one, two = [tissue for tissue in OPTIONAL if tissue in truth.tissues]
     words = {
-        "tumour": t.tumour_class,
-        "grade": t.grade,
-        "dominant": t.dominant,
-        "one": others[0],
-        "two": others[1],
-        "motif": t.motif,
+        "tumour": truth.tumour_class,
+        "grade": truth.grade,
+        "dominant": truth.dominant,
+        "one": one,
+        "two": two,
+        "motif": truth.motif,
     }
+    kinds = [
+        CAPTION_CLASS,
+        CAPTION_TISSUES,
+        CAPTION_NECROSIS[truth.grade - 1],
+        CAPTION_LYMPHOCYTES[truth.lymphocytes],
+        CAPTION_NO_MOTIF if truth.motif == NO_MOTIF else CAPTION_MOTIF,
+    ]
+    captions = []
     for i in range(_CAPTIONS):
         gen = slide_generator(cfg, 3, split, number, i)
-        kinds = [
-            CAPTION_CLASS,
-            CAPTION_TISSUES,
-            CAPTION_NECROSIS[t.grade - 1],
-            CAPTION_LYMPHOCYTES[t.lymphocytes],
-        ]
-        kinds.append(CAPTION_NO_MOTIF if t.motif == NO_MOTIF else CAPTION_MOTIF)
-        said = [str(gen.choice(kinds[k])).format(**words) for k in gen.permutation(len(kinds))]
-        found.append((str(gen.choice(CAPTION_ASKS)), " ".join(map(_sentence, said))))
-    return found
+        sentences = []
+        for k in gen.permutation(len(kinds)):
+            sentence = str(gen.choice(kinds[k])).format(**words)
+            sentences.append(_capitalize(sentence))
+        prompt = str(gen.choice(CAPTION_PROMPTS))
+        captions.append((prompt, " ".join(sentences)))
+    return captions
 
 
 def question_prompt(question: str, options: tuple[str, ...]) -> str:
-    """What is asked of a model, as SlideChat's test script writes it."""
-    return "\n".join(
-        ["<image>", question, *(f"{letter}. {o}" for letter, o in zip("ABCD", options, strict=False))]
-    )
+    """The prompt of a question, as SlideChat's test script writes it."""
+    lines = [f"{letter}. {option}" for letter, option in zip("ABCD", options, strict=False)]
+    return "\n".join(["<image>", question, *lines])
 
 
-def _sentence(text: str) -> str:
+def _capitalize(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
 # Files ------------------------------------------------------------------------------------------------------
-def _json(items: Iterable[dict]) -> str:
+def _json_list(items: Iterable[dict]) -> str:
+    """A JSON list with one item a line."""
     return "[\n" + ",\n".join(json.dumps(item) for item in items) + "\n]\n"
 
 
-def _turns(name: str, truth: Truth, asked: str, answer: str) -> dict:
-    talk = [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]
-    return {"id": name, "image": [f"./features/{truth.name}.h5"], "conversations": talk}
+def _conversation(name: str, truth: Truth, prompt: str, answer: str) -> dict:
+    turns = [{"from": "human", "value": prompt}, {"from": "gpt", "value": answer}]
+    return {"id": name, "image": [f"./features/{truth.name}.h5"], "conversations": turns}
 
 
-def _ids(split: str, i: int) -> list[str]:
-    return [f"{split}::{i * len(FAMILIES) + k}" for k in range(len(FAMILIES))]
+def _question_ids(split: str, number: int) -> list[str]:
+    """The ids of a slide's questions, counted through the split."""
+    first = number * len(FAMILIES)
+    return [f"{split}::{first + k}" for k in range(len(FAMILIES))]
 
 
-def _conversations(split: str, asked: list[tuple[Truth, list[Question]]]) -> Iterator[dict]:
-    for i, (truth, every) in enumerate(asked):
-        for name, q in zip(_ids(split, i), every, strict=True):
-            yield _turns(
-                name,
-                truth,
-                question_prompt(q.question, q.options),
-                f"{q.letter}. {q.options['ABCD'.index(q.letter)]}",
-            )
+def _question_conversations(split: str, slides: list[_AskedSlide]) -> Iterator[dict]:
+    for number, (truth, questions) in enumerate(slides):
+        for name, question in zip(_question_ids(split, number), questions, strict=True):
+            prompt = question_prompt(question.question, question.options)
+            right = question.options["ABCD".index(question.letter)]
+            yield _conversation(name, truth, prompt, f"{question.letter}. {right}")
 
 
-def _bench(split: str, asked: list[tuple[Truth, list[Question]]]) -> Iterator[dict]:
-    for i, (truth, every) in enumerate(asked):
-        for name, q in zip(_ids(split, i), every, strict=True):
-            options = [*q.options, "", ""][:4]
-            f, code = FAMILIES[q.family], CLASSES[truth.tumour_class][0]
-            about = (name, truth.name, code, f.broad, f.narrow, q.question, *options, q.letter)
-            yield dict(zip(COLUMNS, about, strict=True))
+def _bench_rows(split: str, slides: list[_AskedSlide]) -> Iterator[dict]:
+    """Rows of SlideBench's table."""
+    for number, (truth, questions) in enumerate(slides):
+        code, _ = CLASSES[truth.tumour_class]
+        for name, question in zip(_question_ids(split, number), questions, strict=True):
+            family = FAMILIES[question.family]
+            options = [*question.options, "", ""][:4]
+            cells = (name, truth.name, code, family.broad, family.narrow, question.question)
+            yield dict(zip(COLUMNS, (*cells, *options, question.letter), strict=True))
 
 
-def _label(split: str, t: Truth) -> dict:
-    return dict(zip(_LABELS, (t.name, split, t.tumour_class, t.grade, t.lymphocytes, t.motif), strict=True))
+def _label_row(split: str, truth: Truth) -> dict:
+    cells = (truth.name, split, truth.tumour_class, truth.grade, truth.lymphocytes, truth.motif)
+    return dict(zip(_LABELS, cells, strict=True))
 
 
-def _truth_line(split: str, i: int, truth: Truth, asked: list[Question], motif_rows: list[int]) -> str:
-    kinds = [(q.family, FAMILIES[q.family]) for q in asked]
-    about = [
-        {"id": n, "family": k, "narrow": f.narrow, "facts": f.facts}
-        for n, (k, f) in zip(_ids(split, i), kinds, strict=True)
-    ]
-    return (
-        json.dumps({"split": split, **attrs.asdict(truth), "motif_rows": motif_rows, "questions": about})
-        + "\n"
-    )
+def _truth_line(
+    split: str, number: int, truth: Truth, questions: list[Question], motif_rows: list[int]
+) -> str:
+    records = []
+    for name, question in zip(_question_ids(split, number), questions, strict=True):
+        family = FAMILIES[question.family]
+        records.append(
+            {"id": name, "family": question.family, "narrow": family.narrow, "facts": family.facts}
+        )
+    line = {"split": split, **attrs.asdict(truth), "motif_rows": motif_rows, "questions": records}
+    return json.dumps(line) + "\n"
 
 
-# What is asked and said -------------------------------------------------------------------------------------
+# Questions and captions -------------------------------------------------------------------------------------
 @frozen(kw_only=True)
 class Family:
-    """Questions about one thing; {subject} is what `_choices` says."""
+    """A family of questions about one fact."""
 
-    broad: str
+    broad: str  # SlideBench's categories
     narrow: str
     facts: tuple[str, ...]  # fields of Truth that it takes to answer
-    asks: tuple[str, ...]
+    phrasings: tuple[str, ...]  # {subject} is what `_draw_options` returns
 
 
-def _family(place: str, fact: str, *asks: str) -> Family:
-    broad, narrow = place.split("/")
-    return Family(broad=broad, narrow=narrow, facts=(fact,), asks=asks)
+def _family(categories: str, fact: str, *phrasings: str) -> Family:
+    """A family; `categories` is "broad/narrow"."""
+    broad, narrow = categories.split("/")
+    return Family(broad=broad, narrow=narrow, facts=(fact,), phrasings=phrasings)
 
 
-def _choices(family: str, t: Truth, gen: np.random.Generator) -> tuple[str, str, list[str]]:
-    """(subject, right option, wrong ones)."""
-    there, absent = ([x for x in OPTIONAL if (x in t.tissues) == here] for here in (True, False))
-    grade, classes, motifs = t.grade - 1, list(CLASSES), [*MOTIFS, NO_MOTIF]
-    one_of = lambda right, every: ("", right, [x for x in every if x != right])
+def _draw_options(family: str, truth: Truth, gen: np.random.Generator) -> tuple[str, str, list[str]]:
+    """(subject, right option, wrong options) of a question."""
+    if family in ("tissue", "motif_there"):
+        subject, yes = _draw_subject(family, truth, gen)
+        return (subject, "yes", ["no"]) if yes else (subject, "no", ["yes"])
     if family == "present":
-        return "", str(gen.choice(there)), absent
-    if family in ("tissue", "motif_there"):  # as often yes as no: four of five slides have a motif
-        if family == "tissue":
-            yes = gen.random() < 0.5
-            subject = gen.choice(there if yes else absent)
-        else:
-            yes = t.motif != NO_MOTIF and gen.random() < 5 / 8
-            subject = t.motif if yes else gen.choice([m for m in MOTIFS if m != t.motif])
-        return str(subject), *(("yes", ["no"]) if yes else ("no", ["yes"]))
+        present = [tissue for tissue in OPTIONAL if tissue in truth.tissues]
+        absent = [tissue for tissue in OPTIONAL if tissue not in truth.tissues]
+        return "", str(gen.choice(present)), absent
+    classes = list(CLASSES)
     if family == "motif":
-        wrong = gen.permutation([m for m in motifs if m != t.motif])[:3]
-        return "", t.motif, [str(w) for w in wrong]
+        others = [motif for motif in (*MOTIFS, NO_MOTIF) if motif != truth.motif]
+        return "", truth.motif, [str(motif) for motif in gen.permutation(others)[:3]]
     if family == "differential":
-        return "", t.tumour_class, [str(gen.choice([c for c in classes if c != t.tumour_class]))]
-    return {
-        "dominant": one_of(t.dominant, [x for x in t.tissues if x not in ("necrosis", "lymphocytes")]),
-        "necrosis": one_of(NECROSIS_WORDS[grade], NECROSIS_WORDS),
-        "lymphocytes": one_of(LYMPHOCYTE_WORDS[t.lymphocytes], LYMPHOCYTE_WORDS.values()),
-        "class": one_of(t.tumour_class, classes),
-        "grade": one_of(f"grade {t.grade}", [f"grade {i}" for i in (1, 2, 3)]),
-        "treatment": one_of(CLASSES[t.tumour_class][1], [name for _, name in CLASSES.values()]),
-        "immune": one_of(IMMUNE_WORDS[t.lymphocytes], IMMUNE_WORDS.values()),
-        "outlook": one_of(OUTLOOK_WORDS[grade], OUTLOOK_WORDS),
+        others = [name for name in classes if name != truth.tumour_class]
+        return "", truth.tumour_class, [str(gen.choice(others))]
+    # All other families: the right option, and all there are.
+    grade = truth.grade - 1
+    right, options = {
+        "dominant": (truth.dominant, [t for t in truth.tissues if t not in ("necrosis", "lymphocytes")]),
+        "necrosis": (NECROSIS_WORDS[grade], NECROSIS_WORDS),
+        "lymphocytes": (LYMPHOCYTE_WORDS[truth.lymphocytes], LYMPHOCYTE_WORDS.values()),
+        "class": (truth.tumour_class, classes),
+        "grade": (f"grade {truth.grade}", ("grade 1", "grade 2", "grade 3")),
+        "treatment": (CLASSES[truth.tumour_class][1], [treatment for _, treatment in CLASSES.values()]),
+        "immune": (IMMUNE_WORDS[truth.lymphocytes], IMMUNE_WORDS.values()),
+        "outlook": (OUTLOOK_WORDS[grade], OUTLOOK_WORDS),
     }[family]
+    return "", right, [option for option in options if option != right]
 
 
+def _draw_subject(family: str, truth: Truth, gen: np.random.Generator) -> tuple[str, bool]:
+    """The subject of a yes-or-no question, and whether the answer is yes (in half of all slides)."""
+    if family == "tissue":
+        yes = gen.random() < 0.5
+        return str(gen.choice([t for t in OPTIONAL if (t in truth.tissues) == yes])), yes
+    # Four of five slides have a motif: asked for in 5 of 8 of them, the answer is yes in half of all.
+    if truth.motif != NO_MOTIF and gen.random() < 5 / 8:
+        return truth.motif, True
+    return str(gen.choice([motif for motif in MOTIFS if motif != truth.motif])), False
+
+
+# How a slide with a grade or a count of lymphocytes is described; `NECROSIS` and `LYMPHOCYTES` have the
+# shares.
 NECROSIS_WORDS = ("under 5 percent", "5 to 15 percent", "over 15 percent")
 LYMPHOCYTE_WORDS = {"low": "sparse", "high": "dense"}
 IMMUNE_WORDS = {"low": "immune desert", "high": "inflamed"}
 OUTLOOK_WORDS = ("favourable", "intermediate", "poor")
 _ARCHITECTURE, _RARE = "Microscopy/Tissue Architecture and Arrangement", "Microscopy/Rare Motifs"
-_HOW_DENSE = (
+_ASK_LYMPHOCYTES = (
     "How dense is the lymphocytic infiltrate?",
     "How are lymphocytes distributed?",
     "Describe the lymphocytes.",
 )
-_HOW_MUCH = (
+_ASK_NECROSIS = (
     "How much of the tissue is necrotic?",
     "What is the share of necrosis?",
     "How large is the necrotic area?",
 )
-_WHICH_MOST = (
+_ASK_DOMINANT = (
     "Which tissue takes the largest area?",
     "What is the dominant tissue of the slide?",
     "Which tissue is most abundant?",
 )
-_WHICH_HERE = (
+_ASK_PRESENT = (
     "Which of these tissues is present?",
     "Which of these tissues can be seen?",
     "Which tissue does the slide contain?",
 )
-_WHICH_RARE = (
+_ASK_MOTIF = (
     "Which rare finding is on the slide?",
     "Which of these small findings is there?",
     "Name the rare finding.",
 )
-_WHICH_TYPE = (
+_ASK_CLASS = (
     "What is the most likely diagnosis?",
     "Which type of tumour is this?",
     "How is the tumour classified?",
 )
-_WHICH_OF_TWO = (
+_ASK_DIFFERENTIAL = (
     "Which of these two diagnoses fits better?",
     "Which diagnosis do the features support?",
     "Which of the two is it?",
 )
-_WHICH_HELPS = (
+_ASK_TREATMENT = (
     "Which treatment fits this tumour?",
     "What should be offered first?",
     "Which therapy does the diagnosis call for?",
 )
-_WHICH_IMMUNE = (
+_ASK_IMMUNE = (
     "Which immune phenotype is it?",
     "How is the immune status?",
     "Which immune type does the slide suggest?",
 )
-_WHICH_GRADE = ("What is the grade of the tumour?", "Which grade is it?", "How is the tumour graded?")
-_WHICH_COURSE = (
+_ASK_GRADE = ("What is the grade of the tumour?", "Which grade is it?", "How is the tumour graded?")
+_ASK_OUTLOOK = (
     "What is the outlook?",
     "Which prognosis does the grade suggest?",
     "How is the expected course?",
 )
 FAMILIES = {
-    "dominant": _family(_ARCHITECTURE, "dominant", *_WHICH_MOST),
-    "present": _family(_ARCHITECTURE, "tissues", *_WHICH_HERE),
+    "dominant": _family(_ARCHITECTURE, "dominant", *_ASK_DOMINANT),
+    "present": _family(_ARCHITECTURE, "tissues", *_ASK_PRESENT),
     "tissue": _family(
         _ARCHITECTURE,
         "tissues",
@@ -319,9 +350,9 @@ FAMILIES = {
         "Does the slide contain {subject}?",
         "Can {subject} be seen?",
     ),
-    "necrosis": _family("Microscopy/Histopathological Changes", "grade", *_HOW_MUCH),
-    "lymphocytes": _family("Microscopy/Cytomorphological Characteristics", "lymphocytes", *_HOW_DENSE),
-    "motif": _family(_RARE, "motif", *_WHICH_RARE),
+    "necrosis": _family("Microscopy/Histopathological Changes", "grade", *_ASK_NECROSIS),
+    "lymphocytes": _family("Microscopy/Cytomorphological Characteristics", "lymphocytes", *_ASK_LYMPHOCYTES),
+    "motif": _family(_RARE, "motif", *_ASK_MOTIF),
     "motif_there": _family(
         _RARE,
         "motif",
@@ -329,14 +360,14 @@ FAMILIES = {
         "Does the slide show {subject}?",
         "Is {subject} found anywhere?",
     ),
-    "class": _family("Diagnosis/Disease Classification", "tumour_class", *_WHICH_TYPE),
-    "differential": _family("Diagnosis/Differential Diagnosis", "tumour_class", *_WHICH_OF_TWO),
-    "grade": _family("Diagnosis/Grading", "grade", *_WHICH_GRADE),
-    "treatment": _family("Clinical/Treatment Guidance", "tumour_class", *_WHICH_HELPS),
-    "immune": _family("Clinical/Biomarker Analysis", "lymphocytes", *_WHICH_IMMUNE),
-    "outlook": _family("Clinical/Prognostic Assessment", "grade", *_WHICH_COURSE),
+    "class": _family("Diagnosis/Disease Classification", "tumour_class", *_ASK_CLASS),
+    "differential": _family("Diagnosis/Differential Diagnosis", "tumour_class", *_ASK_DIFFERENTIAL),
+    "grade": _family("Diagnosis/Grading", "grade", *_ASK_GRADE),
+    "treatment": _family("Clinical/Treatment Guidance", "tumour_class", *_ASK_TREATMENT),
+    "immune": _family("Clinical/Biomarker Analysis", "lymphocytes", *_ASK_IMMUNE),
+    "outlook": _family("Clinical/Prognostic Assessment", "grade", *_ASK_OUTLOOK),
 }
-CAPTION_ASKS = (
+CAPTION_PROMPTS = (
     "<image>\nDescribe the slide.",
     "<image>\nWhat does the slide show?",
     "<image>\nWrite a short report of the slide.",

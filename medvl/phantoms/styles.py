@@ -1,4 +1,4 @@
-"""Eight styles of drawn pictures, and two kinds of marks in each. Lengths are shares of a side from the middle."""
+"""Eight styles of drawn pictures, and two kinds of marks in each. Lengths are shares of a side."""
 
 from collections.abc import Callable
 from functools import lru_cache

@@ -140,8 +140,8 @@ def test_every_family_and_answer_is_there(folder):
 
 def test_own_words_are_not_shared():
     for m, speech in modalities.SPEECH.items():
-        for family, asked in speech.asks.items():
-            others = [q for o, s in modalities.SPEECH.items() if o != m for q in s.asks[family]]
+        for family, asked in speech.questions.items():
+            others = [q for o, s in modalities.SPEECH.items() if o != m for q in s.questions[family]]
             assert not {*asked} & {*others, *modalities.NEUTRAL[family]}
             assert not any(kind in q.lower() for q in asked for kind in modalities.MARKS[m]), (
                 "a question gives its answer away"
