@@ -41,7 +41,7 @@ def _pack(features: str, out: str, dims: int, encoder: str, drop: bool) -> None:
 
 
 def _check(features: str, data: Sequence[str], dims: int, encoder: str) -> int:
-    wanted: dict[str, str] = {}  # {slide: the record that names it first}
+    record_of_slide: dict[str, str] = {}  # {slide: the record that names it first}
     num_faults = 0
     for file in data:
         try:
@@ -52,15 +52,15 @@ def _check(features: str, data: Sequence[str], dims: int, encoder: str) -> int:
             continue
         for conversation in conversations:
             for slide in conversation.slides:
-                wanted.setdefault(slide, f"{file}, record {conversation.row}")
+                record_of_slide.setdefault(slide, f"{file}, record {conversation.row}")
         num_faults += len(faults)
         print(f"{file}: {len(faults)} faulty records")
         for fault in faults[:_SHOWN]:
             print(f"  {fault.row}: {fault.what}")
-    if data and not wanted:
+    if data and not record_of_slide:
         raise ValueError(
             f"slides check: no record of {', '.join(data)} names a slide; without --data all features are looked at"
         )
-    found = check.check_slides(features, wanted, dims=dims, encoder=encoder)
-    print("\n".join(check.describe(found)))
-    return 0 if found.ok and num_faults == 0 else 3
+    audit = check.check_slides(features, record_of_slide, dims=dims, encoder=encoder)
+    print("\n".join(check.describe(audit)))
+    return 0 if audit.ok and num_faults == 0 else 3
