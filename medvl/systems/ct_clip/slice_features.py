@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from medvl.base import config, files, processes, store
+from medvl.base.cache import compute_missing
 from medvl.base.display import track
 from medvl.base.store import Store
 from medvl.base.tree import Tree
@@ -41,14 +42,15 @@ def cached_features(model: Model, params: Tree, volumes: Store, folder: Path) ->
         processes.wait_for_all()
         features = store.open_store(out, expect=settings)
         _check_unchanged(features, volumes)
-        # A share is by place in the list, not among those that are missing: processes see each other's as they come.
-        share = volumes.names[processes.rank() :: processes.world_size()]
-        missing = sorted({*share} - {*features.names})
-        for name in track(missing, "computing slice features"):
-            store.put(
-                features, name, _encode_volume(model, params, volumes, name, shape), _row_of(volumes, name)
-            )
-        processes.wait_for_all()
+        computed = {*features.names}
+
+        def compute(name: str) -> None:
+            array = _encode_volume(model, params, volumes, name, shape)
+            store.put(features, name, array, _row_of(volumes, name))
+
+        compute_missing(
+            volumes.names, computed.__contains__, compute, "computing slice features", together=True
+        )
     return store.open_store(out, expect=settings)
 
 
