@@ -161,7 +161,7 @@ def test_every_setting_that_the_documentation_speaks_of_is_one():
 
 def test_a_setting_that_is_none_is_noticed():
     assert has(SETTINGS["ct_clip"], "train.stages.0.speeds.0.lr")
-    assert has(SETTINGS["adapters"], "base.stages.0.muon")
+    assert has(SETTINGS["adapters"], "base.stages.0.speeds")
     assert has(SETTINGS["tune"], "model.config.text_config.hidden_size")
     assert has(SETTINGS["tune"], "lora.alpha_pattern")
     assert not has(SETTINGS["tune"], "data.test")

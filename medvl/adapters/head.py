@@ -233,23 +233,34 @@ def fit_encoder(
     optimizer = adamw(
         lambda name: Rate(lr=cfg.lr, weight_decay=cfg.weight_decay), warmup_cosine(cfg.steps, 0)
     )
-    own = map_leaves(lambda t: t.detach().clone(), params)  # steps reuse what they are given
-    state, kept, best = states.State(params=own, opt=optimizer.init(own)), own, -1.0
-    step = loop.make_step(partial(_grad, cfg, encode), optimizer)
-    for i in range(cfg.steps + 1):
-        if len(held) and (i % cfg.every == 0 or i == cfg.steps):
-            found = _recall(_embedded(cfg, encode, state.params, len(codes)), codes, out, [1])[1]
-            if found > best:
-                kept, best = map_leaves(torch.clone, state.params), found
-        if i < cfg.steps:
-            drawn = _drawn(codes, rows, i, cfg.seed, cfg.batch, cfg.negatives)
-            state, metrics = step(state, drawn)
-            for name, number in (("loss", metrics["loss"]), ("norm of the gradient", metrics["grad_norm"])):
-                if not torch.isfinite(number):
-                    raise FloatingPointError(
-                        f"fit_encoder: the {name} is {float(number)} at step {i + 1}; lower lr, now {cfg.lr}"
-                    )
-    return kept if len(held) else state.params
+    own = map_leaves(lambda leaf: leaf.detach().clone(), params)  # steps reuse what they are given
+    best, best_recall = own, -1.0
+
+    def validate(state: states.State) -> dict[str, float]:
+        nonlocal best, best_recall
+        embeddings = _embed_all(cfg, encode, state.params, len(codes))
+        recall = _recall(embeddings, codes, out, [1])[1]
+        if recall > best_recall:
+            best, best_recall = map_leaves(torch.clone, state.params), recall
+        return {"score": recall}
+
+    state = states.State(params=own, opt=optimizer.init(own))
+    if len(held):
+        validate(state)  # what is there before the training may be the best
+    try:
+        state = loop.train_steps(
+            loop.make_step(partial(_grad, cfg, encode), optimizer),
+            state,
+            lambda i: _drawn(codes, rows, i, cfg.seed, cfg.batch, cfg.negatives),
+            steps=cfg.steps,
+            folder=None,
+            every=loop.Every(log=0, save=0, validate=cfg.every),
+            validate=validate if len(held) else None,
+            title="retriever",
+        )
+    except loop.NotFinite as e:
+        raise FloatingPointError(f"fit_encoder: {e.reason} at step {e.step}; lower lr, now {cfg.lr}") from e
+    return best if len(held) else state.params
 
 
 def task_recall(embeddings: Tensor, tasks: Sequence[Hashable], ks: Sequence[int] = (1,)) -> dict[int, float]:
@@ -303,7 +314,7 @@ def _encoded(encode: Encode, params: Tree, rows: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _embedded(cfg: RetrieverConfig, encode: Encode, params: Tree, n: int) -> Tensor:
+def _embed_all(cfg: RetrieverConfig, encode: Encode, params: Tree, n: int) -> Tensor:
     return torch.cat(
         [_encoded(encode, params, rows).float() for rows in torch.arange(n).split(cfg.chunk or n)]
     )

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -173,21 +173,62 @@ def subrecord(default: Any) -> Any:
     return attrs.field(default=default, metadata={"subrecord": True})
 
 
-def _with_defaults(raw: Any, record: type) -> Any:
-    """The raw settings with each table completed whose field is a `subrecord`."""
+def table(
+    default: Any = attrs.NOTHING,
+    *,
+    defaults: Mapping[str, Any] | None = None,
+    upgrade: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    check: Callable[[Any, Any, Any], None] | None = None,
+) -> Any:
+    """A field that is a record itself, with defaults or an older spelling of its own.
+
+    Args:
+        default: the record where there is no table; left out, there must be one.
+        defaults: the values of keys that a table leaves out. Under the key of a list of tables they are those of
+            each of them: given as a dict, the list itself must be there; as a list of one dict, that list is the
+            default, too.
+        upgrade: a table in the older spelling -> the same in the present one.
+        check: an attrs validator, called with (record, field, value).
+    """
+    metadata = {"defaults": defaults or {}, "upgrade": upgrade}
+    return attrs.field(default=default, metadata=metadata, validator=check)
+
+
+def _with_defaults(raw: Any, record: Any) -> Any:
+    """The raw settings with each table upgraded and completed, at every depth, as its field says."""
     if not isinstance(raw, dict) or not attrs.has(record):
         return raw
     completed = dict(raw)
     for field in attrs.fields(record):
         table = raw.get(field.name)
-        if not field.metadata.get("subrecord") or not isinstance(table, dict):
+        if not isinstance(table, dict):
             continue
-        defaults = unstructure(field.default)
-        for key_field in attrs.fields(type(field.default)):
-            if key_field.metadata.get("unless") in table:
-                del defaults[key_field.name]
-        completed[field.name] = defaults | table
+        if field.metadata.get("upgrade"):
+            table = field.metadata["upgrade"](table)
+        if field.metadata.get("subrecord"):
+            defaults = unstructure(field.default)
+            for key_field in attrs.fields(type(field.default)):
+                if key_field.metadata.get("unless") in table:
+                    del defaults[key_field.name]
+            table = defaults | table
+        table = _fill_defaults(table, field.metadata.get("defaults", {}))
+        # The arguments of "record or None" hold the record.
+        for kind in get_args(field.type) or (field.type,):
+            table = _with_defaults(table, kind)
+        completed[field.name] = table
     return completed
+
+
+def _fill_defaults(table: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    filled = dict(table)
+    for key, default in defaults.items():
+        item_defaults = default[0] if isinstance(default, list) else default
+        items = table.get(key)
+        if isinstance(items, list) and isinstance(item_defaults, dict):
+            filled[key] = [item_defaults | item if isinstance(item, dict) else item for item in items]
+        elif key not in table and not isinstance(default, dict):
+            filled[key] = default
+    return filled
 
 
 def unstructure(record: Any) -> Any:

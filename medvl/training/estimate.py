@@ -18,66 +18,62 @@ _SMALL = 2**24  # values of an index tensor that are followed
 
 
 class Ledger(TorchDispatchMode):
-    """While it is entered, every storage that appears is entered with its size and struck out when it goes.
+    """While it is entered, every storage that appears is counted with its size, and no more when it goes.
 
-    Tensors on the meta device stand for what will be on the accelerator, and only they are counted. Index tensors and masks may be real;
-    their values are followed when they move to meta and through arithmetic with each other, so that a model may look at them.
+    Tensors on the meta device stand for what will be on the accelerator, and only they are counted. Index tensors and
+    masks may be real; their values are followed when they move to meta and through arithmetic with each other, so that
+    a model may look at them.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._events: list[tuple[int, int]] = []  # (storage, +bytes or -bytes)
-        self._held: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        self._alive: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self._numbers: dict[int, int] = {}  # address of a storage object -> its number
-        self._names: dict[int, str] = {}  # number -> part
+        self._parts: dict[int, str] = {}  # number -> part
 
     def enter_as(self, part: str, tree: Any) -> None:
         """Enter tensors that exist already, under the name of a part."""
-        for t in _tensors(tree):
-            self._names[self._enter(t)] = part
+        for tensor in _tensors(tree):
+            self._parts[self._enter(tensor)] = part
 
     def peak(self) -> dict[str, int]:
         """Bytes by part at the moment when most were alive; what was never named is "activations and gradients"."""
         now: Counter[str] = Counter()
         top: Counter[str] = Counter()
         for number, size in self._events:
-            now[self._names.get(number, "activations and gradients")] += size
+            now[self._parts.get(number, "activations and gradients")] += size
             if size > 0 and now.total() > top.total():
                 top = now.copy()
-        return {part: n for part, n in top.items() if n}
+        return {part: size for part, size in top.items() if size}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        held = list(_tensors((args, kwargs)))
+        inputs = list(_tensors((args, kwargs)))
         if func is torch.ops.aten._local_scalar_dense.default:
-            return func(_value(held[0], must=True))
-        if not (any(t.is_meta for t in held) or str(kwargs.get("device")) == "meta"):
+            return func(_value(inputs[0], must=True))
+        on_meta = any(tensor.is_meta for tensor in inputs) or str(kwargs.get("device")) == "meta"
+        if not on_meta:
             return func(*args, **kwargs)
-        value = None
-        if all(_value(t) is not None for t in held) and not any(t.is_floating_point() for t in held):
-            known = {k: torch.device("cpu") if k == "device" else v for k, v in kwargs.items()}
-            value = lambda: func(*tree_map(_value, args), **tree_map(_value, known))
-        out = func(*tree_map(_on_meta, args), **tree_map(_on_meta, kwargs))
-        if (
-            value is not None
-            and isinstance(out, Tensor)
-            and not out.is_floating_point()
-            and out.numel() <= _SMALL
-        ):
-            out._value = value()  # type: ignore[attr-defined]
-        for t in _tensors(out):
-            self._enter(t)
+        out = func(*tree_map(_to_meta, args), **tree_map(_to_meta, kwargs))
+        if _is_small_index(out) and _are_followed(inputs):
+            on_cpu = {}
+            for name, value in kwargs.items():
+                on_cpu[name] = torch.device("cpu") if name == "device" else value
+            out._value = func(*tree_map(_value, args), **tree_map(_value, on_cpu))
+        for tensor in _tensors(out):
+            self._enter(tensor)
         return out
 
-    def _enter(self, t: Tensor) -> int:
-        if not t.is_meta:
+    def _enter(self, tensor: Tensor) -> int:
+        if not tensor.is_meta:
             return -1
-        storage = t.untyped_storage()
+        storage = tensor.untyped_storage()
         key = id(storage)
-        if self._held.get(key) is storage:
+        if self._alive.get(key) is storage:
             return self._numbers[key]
         number, size = len(self._events), storage.nbytes()
-        self._held[key], self._numbers[key] = storage, number
+        self._alive[key], self._numbers[key] = storage, number
         self._events.append((number, size))
         weakref.finalize(storage, self._events.append, (number, -size))
         return number
@@ -96,15 +92,28 @@ def peak_of(call: Callable[[], Any], known: Mapping[str, Any]) -> dict[str, int]
     return ledger.peak()
 
 
+def _is_small_index(out: Any) -> bool:
+    return isinstance(out, Tensor) and not out.is_floating_point() and out.numel() <= _SMALL
+
+
+def _are_followed(inputs: list[Tensor]) -> bool:
+    """Whether the values of all inputs are known, and are indices or masks."""
+    return all(_value(tensor) is not None and not tensor.is_floating_point() for tensor in inputs)
+
+
 @contextmanager
 def _fused_attention() -> Iterator[None]:
-    """On meta, torch writes attention out as products; devices run one kernel that never holds the weights of all pairs."""
+    """On meta, torch writes attention out as products; devices run one kernel that never holds the weights of all
+    pairs."""
     real = F.scaled_dot_product_attention
 
     def attention(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return _Attention.apply(q, k, v) if q.is_meta else real(q, k, v, *args, **kwargs)
+        if q.is_meta:
+            return _Attention.apply(q, k, v)
+        return real(q, k, v, *args, **kwargs)
 
-    F.scaled_dot_product_attention = attention  # type: ignore[assignment]  # a function mode would not last into what autograd computes again
+    # Not by a function mode: that would not last into what autograd computes again.
+    F.scaled_dot_product_attention = attention  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -112,7 +121,8 @@ def _fused_attention() -> Iterator[None]:
 
 
 def gathered(part: Tensor, rows: int) -> Tensor:
-    """A matrix [rows, d] cut over processes, of which `part` lies here: whole while it is used, and so is its gradient until it is cut."""
+    """A matrix [rows, d] cut over processes, of which `part` lies here: whole while it is used, and so is its gradient
+    until it is cut."""
     return _Part.like((rows, *part.shape[1:]), part.dtype, part.device, shard=part)
 
 
@@ -160,21 +170,21 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
             yield from _tensors(v)
 
 
-def _value(t: Any, must: bool = False) -> Any:
-    """What a tensor holds, None where that is not known; anything else as it is."""
-    if not isinstance(t, Tensor) or not t.is_meta:
-        return t
-    found = getattr(t, "_value", None)
-    if must and found is None:
+def _value(item: Any, must: bool = False) -> Any:
+    """The values of a tensor, None where they are not known; anything else as it is."""
+    if not isinstance(item, Tensor) or not item.is_meta:
+        return item
+    value = getattr(item, "_value", None)
+    if must and value is None:
         raise ValueError(
-            f"estimate: the model looks at the values of a tensor {list(t.shape)} {str(t.dtype)[6:]}, which has none here"
+            f"estimate: the model looks at the values of a tensor {list(item.shape)} {str(item.dtype)[6:]}, which has "
+            "none here"
         )
-    return found
+    return value
 
 
-def _on_meta(t: Any) -> Any:
-    return (
-        t.to("meta")
-        if isinstance(t, Tensor) and t.dim() and not t.is_meta and not isinstance(t, lazy.Lazy)
-        else t
-    )
+def _to_meta(item: Any) -> Any:
+    """A tensor on meta. Scalars stay: their values decide what an operator does, and they take no memory."""
+    if not isinstance(item, Tensor) or isinstance(item, lazy.Lazy) or item.is_meta or not item.dim():
+        return item
+    return item.to("meta")

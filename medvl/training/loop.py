@@ -2,6 +2,7 @@
 
 import logging
 import math
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,7 +44,7 @@ def make_step(
         follow: how far a running mean moves to the batch's mean (further in the first steps).
         bound: puts parameters back into their range after the update.
         seed: torch's default generator is seeded with (seed, step, process) while the gradient is taken and put back
-            afterwards, so that dropout (`weights.low_rank`) draws the same masks when a run is resumed; left out, the
+            afterwards, so that dropout (`weights.lazy`) draws the same masks when a run is resumed; left out, the
             generator is left alone.
     """
 
@@ -62,6 +63,22 @@ def make_step(
     return step
 
 
+class NotFinite(FloatingPointError):
+    """The loss, the gradient's norm or a trained number is not finite.
+
+    Attributes:
+        reason: which of them, and what it is.
+        step: at which step, from 1.
+    """
+
+    def __init__(self, reason: str, step: int, there: str) -> None:
+        super().__init__(
+            f"fit: {reason} at step {step}; {there}. The same command meets the same step again: lower lr, or look "
+            "at the data"
+        )
+        self.reason, self.step = reason, step
+
+
 @frozen(kw_only=True)
 class Every:
     """How often, in optimiser steps; 0 = only at the end."""
@@ -77,9 +94,11 @@ def train_steps(
     batch_at: Callable[[int], Any],
     *,
     steps: int,
-    folder: files.PathLike,
+    folder: files.PathLike | None,
     every: Every = Every(),
     validate: Callable[[State], dict[str, float]] | None = None,
+    patience: int = 0,
+    keep_last: int = 1,
     title: str = "training",
     lr: Callable[[int], float] | None = None,
     log: Callable[[str], None] = lambda line: None,
@@ -88,32 +107,41 @@ def train_steps(
 
     Writes `metrics.jsonl` (a line per logged step; all but the keys of `display.TIMING_KEYS` are the same after a stop),
     `last.pt`, and `best.pt` (the state with the highest `score` that `validate` gave).
+    Where validations stop giving a better score, training may end before `steps` (`patience`); that, too, is the same
+    after a stop, because the count of them is part of the state.
     On SIGTERM or Ctrl-C, in whichever process, the state is saved and `Stopped` is raised; the same call goes on from
     there. A second Ctrl-C ends at once. Shards are saved whole, so that any number of processes can go on, except
     where steps draw (dropout, noise): that would be another result.
 
     Args:
         batch_at: step -> batch; a pure function, so that nothing about the data needs saving.
+        folder: None for a training of seconds: nothing is read or written, and a stop loses it.
         validate: state -> numbers, "score" among them: higher is better.
+        patience: how many validations in a row may give no better score before training ends, 0 = any number.
+        keep_last: with 2 or more, so many states are kept in `step-*.pt`, one of each save.
         title: what the lines that are shown begin with.
         lr: step (from 0) -> its learning rate, to be shown.
         log: takes the lines that are shown: step of steps, seconds a step (without saving and validation), time left
             (with them), learning rate, numbers of the step, memory (the peak of this process). With a `display.Log`
             they replace each other in a terminal.
     Raises:
-        FloatingPointError: the loss, the gradient's norm or a trained number is not finite, in whichever process;
+        NotFinite: the loss, the gradient's norm or a trained number is not finite, in whichever process;
             nothing of it is saved, and the last good state stays on disk.
     """
-    folder = Path(folder)
-    last = folder / "last.pt"
-    state = states.resume_state(folder, state)
+    last = None if folder is None else Path(folder) / "last.pt"
+    journal: Callable[[dict[str, Any]], None] = lambda line: None
+    if last is not None:
+        state = states.resume_state(last.parent, state)
     if state.step > steps:
         raise ValueError(
             f"{last}: is at step {state.step}, past the {steps} asked for; remove it to train anew"
         )
+    if _is_out_of_patience(state, patience):
+        return state
     _check_processes(last, state, steps)
     state = evolve(state, steps=steps)
-    journal = open_journal(folder / "metrics.jsonl", state.step)
+    if last is not None:
+        journal = open_journal(last.with_name("metrics.jsonl"), state.step)
     first = state.step
     watched: Tensor | None = None
     with (
@@ -146,21 +174,36 @@ def train_steps(
                 line |= {f"valid_{name}": score for name, score in scores.items()}
                 score = _of_first_process(scores["score"], device)
                 if score > state.best:
-                    state = evolve(state, best=score)
-                    states.save_state(folder / "best.pt", state)
+                    state = evolve(state, best=score, stale=0)
+                    if last is not None:
+                        states.save_state(last.with_name("best.pt"), state)
+                elif patience:
+                    state = evolve(state, stale=state.stale + 1)
+            ended = _is_out_of_patience(state, patience)
+            if ended:
+                state = evolve(state, steps=state.step)
             if log_due or validate_due:
                 journal(line)
                 pace.show(line, device, stays=validate_due or state.step == steps)
-            if save_due or halt:
+            if last is not None and (save_due or halt or ended):
                 states.save_state(last, state)
+                _keep_states(last, state.step, keep_last)
             if log_due or save_due or validate_due:
                 pace.go_on()
             if halt:
                 # Also at the last step: what comes after it, another stage or the evaluation, is not begun.
                 _log.warning(
-                    "stopped at step %d of %d; the same command goes on from %s", state.step, steps, last
+                    "stopped at step %d of %d; the same command goes on from %s",
+                    state.step,
+                    steps,
+                    last or "its start",
                 )
                 raise Stopped(128 + (stop.number or signal.SIGTERM))
+            if ended:
+                log(
+                    f"{title}: ends at step {state.step} of {steps}, {state.stale} validations gave no better score"
+                )
+                break
     return state
 
 
@@ -168,7 +211,22 @@ def _is_due(step: int, every: int, steps: int) -> bool:
     return step == steps or (every > 0 and step % every == 0)
 
 
-def _check_processes(path: Path, state: State, steps: int) -> None:
+def _is_out_of_patience(state: State, patience: int) -> bool:
+    return patience > 0 and state.stale >= patience
+
+
+def _keep_states(last: Path, step: int, number: int) -> None:
+    """Keep the state that was just written as one of the latest `number`, and let older ones go."""
+    if number < 2 or processes.rank() != 0:
+        return
+    path = last.with_name(f"step-{step:09d}.pt")
+    with files.atomic(path) as tmp:
+        shutil.copyfile(last, tmp)
+    for old in sorted(last.parent.glob("step-*.pt"))[:-number]:
+        old.unlink()
+
+
+def _check_processes(path: Path | None, state: State, steps: int) -> None:
     """Refuse to go on with another number of processes where what each of them draws for its share would then be
     something else."""
     same = state.processes in (0, processes.world_size())
@@ -196,7 +254,7 @@ def _watch(watched: Tensor | None, metrics: Batch, step: int) -> Tensor:
     return torch.where(watched.isfinite().all(), new, watched)
 
 
-def _check_finite(watched: Tensor, state: State | None, last: Path, first: int) -> None:
+def _check_finite(watched: Tensor, state: State | None, last: Path | None, first: int) -> None:
     """Raise, in all processes alike, where the loss, the gradient or (where it is about to be saved) the state is not
     finite.
 
@@ -214,11 +272,10 @@ def _check_finite(watched: Tensor, state: State | None, last: Path, first: int) 
     if not _in_any(bool(reason), watched.device):
         return
     reason = reason or "loss or gradient of another process is not finite"
-    there = f"the last good state is {last}" if first or last.exists() else "no state was saved yet"
-    raise FloatingPointError(
-        f"fit: {reason} at step {step:.0f}; {there}. The same command meets the same step again: lower lr, or look at "
-        "the data"
-    )
+    there = "no state was saved yet"
+    if last is not None and (first or last.exists()):
+        there = f"the last good state is {last}"
+    raise NotFinite(reason, int(step), there)
 
 
 # Random draws ----------------------------------------------------------------------------------------------------

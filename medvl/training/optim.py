@@ -60,7 +60,7 @@ def adamw(
         schedule: optimiser step (from 0) -> factor on every lr.
         rounding: of bfloat16 parameters: "stochastic" goes up or down with the odds of the distance, so that small
             steps add up on average; a pure function of `seed`, the step and the parameter's name.
-        packing: keeps both moments in 8 bits (`quant.eight_bit()`), the values of `torch.optim`'s arithmetic in
+        packing: keeps both moments in 8 bits (`four_bit.eight_bit_moments()`), the values of `torch.optim`'s arithmetic in
             between.
     State: 8 bytes a parameter, packed 2.03.
     Raises:

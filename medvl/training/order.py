@@ -13,8 +13,9 @@ def batch_indices(
 ) -> Callable[[int], list[int]]:
     """i -> sample indices of a process's share of batch i, a pure function of (seed, i).
 
-    A batch has at most one sample per group (group = scan: its reconstructions share one report and would be false negatives). Every epoch
-    visits each group once, in a new order, with one member drawn at random; the ragged tail is dropped.
+    A batch has at most one sample per group (group = scan: its reconstructions share one report and would be false
+    negatives). Every epoch visits each group once, in a new order, with one member drawn at random; the ragged tail is
+    dropped.
 
     Args:
         groups: group of every sample, e.g. `scan_of(name)`.
@@ -25,33 +26,38 @@ def batch_indices(
     members: dict[str, list[int]] = {}
     for index, group in enumerate(groups):
         members.setdefault(group, []).append(index)
-    every, per = list(members.values()), len(members) // size
-    if not per:
+    samples = list(members.values())  # of each group
+    batches_per_epoch = len(members) // size
+    if not batches_per_epoch:
         raise ValueError(
-            f"batches: a batch of {size} needs as many different groups (scans), found {len(members)}; lower the batch size"
+            f"batches: a batch of {size} needs as many different groups (scans), found {len(members)}; lower the batch "
+            "size"
         )
     if size < world:
         raise ValueError(
-            f"batches: a batch must hold a sample for each process, got {size} for {world} processes; raise the batch size"
+            f"batches: a batch must hold a sample for each process, got {size} for {world} processes; raise the batch "
+            "size"
         )
 
     @lru_cache(2)  # prefetching may be an epoch ahead
-    def drawn(epoch: int) -> tuple[list[int], list[float]]:
+    def draw_epoch(epoch: int) -> tuple[list[int], list[float]]:
         gen = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        order = torch.randperm(len(every), generator=gen)
-        return order.tolist(), torch.rand(len(every), generator=gen).tolist()
+        order = torch.randperm(len(samples), generator=gen)
+        return order.tolist(), torch.rand(len(samples), generator=gen).tolist()
 
-    def at(i: int) -> list[int]:
-        epoch, k = divmod(i, per)
-        order, pick = drawn(epoch)
-        mine = order[k * size + rank * size // world : k * size + (rank + 1) * size // world]
-        return [every[g][int(pick[g] * len(every[g]))] for g in mine]
+    def indices_of(i: int) -> list[int]:
+        epoch, k = divmod(i, batches_per_epoch)
+        order, pick = draw_epoch(epoch)
+        first, stop = rank * size // world, (rank + 1) * size // world
+        share = order[k * size + first : k * size + stop]
+        return [samples[group][int(pick[group] * len(samples[group]))] for group in share]
 
-    return at
+    return indices_of
 
 
 def derangement(items: Iterable[str], seed: int) -> dict[str, str]:
-    """{item: another of the items}: each is given once, and none to itself. For controls that show a sample what belongs to another.
+    """{item: another of the items}: each is assigned once, and none to itself. For controls that show a sample what
+    belongs to another.
 
     The items follow each other around a circle, in an order drawn by the seed.
     Raises:

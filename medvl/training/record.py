@@ -1,104 +1,195 @@
-"""The record of training: stages, and the loop that trains them."""
+"""The record of training: stages, the speeds of their parameters, and the loop, alike in every system.
+
+Systems differ in defaults only: a field made by `language_training` or `config.table(..., defaults=...)` says them.
+"""
 
 from typing import Any, Literal
 
-from attrs import frozen
+import attrs
+from attrs import evolve, frozen
 
 from medvl.base import config, files
+
+# A name for `Speed.match`: the matrices inside layers, which Muon is made for. Embeddings, output layer and positions
+# are matrices too, but each row of theirs is a vector of its own.
+MATRICES = "matrices"
+_INSIDE_LAYERS = r"(?!.*(embed_tokens|lm_head|pos_embed)\.).*"
+
+
+@frozen(kw_only=True)
+class Speed:
+    """Another rate or optimiser for some of the parameters that a stage trains.
+
+    `match` is a regex over their names, or "matrices": all that have two axes or more, but embeddings, the output
+    layer and positions. "muon" moves only matrices among those that match, so a regex may name whole blocks.
+    """
+
+    match: str
+    lr: float
+    weight_decay: float
+    optimizer: Literal["adamw", "muon"] = "adamw"
+
+    def __attrs_post_init__(self) -> None:
+        config.check_bounds(self, f"speeds {self.match}", lr=config.RATE, weight_decay=config.RATE)
+        config.check_regexes([self.match], "speeds")
+
+    @property
+    def pattern(self) -> str:
+        """The regex over parameter names."""
+        return _INSIDE_LAYERS if self.match == MATRICES else self.match
+
+    @property
+    def matrices_only(self) -> bool:
+        """Whether vectors that match keep the stage's own speed."""
+        return self.optimizer == "muon" or self.match == MATRICES
 
 
 @frozen(kw_only=True)
 class Stage:
-    """What is trained, how long and how fast. Names start with "model/", "lora/" or what else the system has; there is an adapter where a
-    stage's pattern matches one of its names."""
+    """What is trained, how long and how fast; steps are optimiser steps.
 
-    name: str
+    In a language system names start with "model/", "lora/" or what else the system has, and there is an adapter where
+    a stage's pattern matches one of its names.
+    """
+
+    name: str  # also that of its folder
     steps: int = 0
-    epochs: float = 0.0  # instead of steps: how often each conversation is trained on; how many steps that is, the data says
+    epochs: float = (
+        0.0  # instead of steps: how often each sample is trained on; the data gives the number of steps
+    )
     lr: float
     data: str = ""  # which of the system's data, where it has several
     weight_decay: float = 0.0
-    warmup: int = 0
-    muon: float = 0.0  # rate of Muon for the matrices inside layers, 0 = AdamW moves them too; worth it for models from scratch
-    train: tuple[str, ...] = ("lora/.*",)
+    warmup: int = 0  # steps
+    train: tuple[str, ...] = ("lora/.*",)  # regexes over parameter names
+    speeds: tuple[Speed, ...] = ()  # a later one wins over an earlier one
 
     def __attrs_post_init__(self) -> None:
-        check_stage(self)
-        config.check_bounds(self, f"stage {self.name}", epochs=(0, 10**6))
+        files.check_name(self.name, "stage")
+        where = f"stage {self.name}"
+        config.check_bounds(self, where, steps=config.COUNT if not self.epochs > 0 else config.COUNT_OR_NONE)
+        config.check_bounds(
+            self, where, lr=config.RATE, weight_decay=config.RATE, warmup=config.COUNT_OR_NONE
+        )
+        # With epochs the number of steps, and so whether the warm-up is shorter, is known when the data is read.
+        if self.warmup > self.steps and not self.epochs > 0:
+            raise ValueError(f"{where}: warmup must lie within its {self.steps} steps, got {self.warmup}")
+        if not self.train:
+            raise ValueError(f"{where}: train must name parameters, such as lora/.* or .*")
+        config.check_regexes(self.train, where)
+        config.check_bounds(self, where, epochs=(0, 10**6))
         if self.steps and self.epochs:
-            raise ValueError(
-                f"stage {self.name}: needs either steps or epochs, got {self.steps} and {self.epochs:g}"
-            )
-        config.check_bounds(self, f"stage {self.name}", muon=config.RATE)
-        if self.lr + self.muon <= 0:
-            raise ValueError(f"stage {self.name}: lr must be above 0, got {self.lr:g}")
+            raise ValueError(f"{where}: needs either steps or epochs, got {self.steps} and {self.epochs:g}")
+        if self.lr + sum(speed.lr for speed in self.speeds) <= 0:
+            raise ValueError(f"{where}: lr must be above 0, got {self.lr:g}")
+
+    @property
+    def has_muon(self) -> bool:
+        """Whether Muon moves some of its parameters."""
+        return any(speed.optimizer == "muon" for speed in self.speeds)
 
 
 @frozen(kw_only=True)
 class TrainConfig:
-    """The loop. The loss is the mean over all trained tokens of `batch` conversations; `chunk` of them are computed at a time."""
+    """The loop. The loss is that of `batch` samples; `chunk` of them are computed at a time, which only bounds memory.
+
+    A language system's loss is the mean over all trained tokens of the batch.
+    """
 
     stages: tuple[Stage, ...]
     batch: int = 16
     chunk: int = 2
-    logits: int = 256  # tokens whose logits exist at a time
+    logits: int = 256  # language systems: tokens whose logits exist at a time
     checkpoint: bool = True  # keep only the layers' inputs for the backward pass
+    precision: Literal["float32", "bfloat16"] = "float32"  # "bfloat16" = mixed, by autocast
     rounding: Literal["master", "stochastic", "nearest"] = "master"  # of 16-bit weights that are trained
     moments: Literal["float32", "8bit"] = "float32"
     shard: bool = False  # matrices that are trained lie in parts on all processes
-    clip: float = 1.0
-    log: int = 10
+    clip: float = 1.0  # upper bound of the gradient's norm, 0 = none
+    beta2: float = 0.999  # of AdamW: how slowly the mean square of a gradient is forgotten
+    eps: float = 1e-8  # of AdamW
+    log: int = 10  # steps from one to the next; also of `save` and `validate`
     save: int = 100
     validate: int = 200
-    valid: int = 256  # conversations the validation loss is taken over, 0 = all
-    keep: Literal["best", "last"] = "best"  # by validation loss
+    valid: int = 256  # samples the validation loss is taken over, 0 = all
+    patience: int = 0  # a stage ends after so many validations without a better score, 0 = never
+    keep: Literal["best", "last"] = "best"  # by validation score
+    keep_last: int = 1  # states on disk besides the best: the last one, or so many in `step-*.pt`
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __attrs_post_init__(self) -> None:
         if not self.stages:
             raise ValueError("train.stages must hold at least one stage")
-        if any(stage.muon for stage in self.stages) and self.shard:
+        if any(stage.has_muon for stage in self.stages) and self.shard:
             raise ValueError("a stage's muon needs whole weights: train.shard = false")
         if self.moments == "8bit" and self.shard:
             raise ValueError(
                 "train.moments = '8bit' needs whole weights: train.shard = false, or moments = 'float32'"
             )
+        size = (1, 2**20)
+        every = config.COUNT_OR_NONE
+        config.check_bounds(self, "train", batch=size, chunk=size, logits=size, clip=(0, 1e6), valid=every)
+        config.check_bounds(self, "train", log=every, save=every, validate=every)
         config.check_bounds(
-            self,
-            "train",
-            batch=(1, 2**20),
-            chunk=(1, 2**20),
-            logits=(1, 2**20),
-            clip=(0, 1e6),
-            valid=config.COUNT_OR_NONE,
+            self, "train", beta2=(0, 0.999999), eps=(0, 1), patience=every, keep_last=(0, 1000)
         )
-        config.check_bounds(
-            self, "train", log=config.COUNT_OR_NONE, save=config.COUNT_OR_NONE, validate=config.COUNT_OR_NONE
-        )
-        if self.batch % self.chunk:
-            raise ValueError(f"train.chunk must divide train.batch, got {self.chunk} and {self.batch}")
+        if self.patience and not self.validate:
+            raise ValueError("train.patience counts validations: train.validate must be above 0, got 0")
 
     @property
     def patterns(self) -> tuple[str, ...]:
         """What all stages train, as regexes over parameter names."""
-        return tuple(p for stage in self.stages for p in stage.train)
+        return tuple(pattern for stage in self.stages for pattern in stage.train)
 
 
-def check_stage(stage: Any) -> None:
-    """Raise where the record of a stage shows that it cannot run.
+def language_training(default: Any = attrs.NOTHING) -> Any:
+    """The field of a language system's record that holds a `TrainConfig`; its defaults are those of the class."""
+    return config.table(default, upgrade=upgrade_training, check=_check_micro_batches)
 
-    Args:
-        stage: with a name (also that of its folder), steps, warmup, lr, weight_decay, and regexes in `train`.
+
+def _check_micro_batches(_record: Any, _field: Any, cfg: TrainConfig | None) -> None:
+    """Micro-batches are of one size: processes that gather each other's weights take as many steps."""
+    if cfg is not None and cfg.batch % cfg.chunk:
+        raise ValueError(f"train.chunk must divide train.batch, got {cfg.chunk} and {cfg.batch}")
+
+
+def upgrade_training(table: dict[str, Any]) -> dict[str, Any]:
+    """A `train` table as it is written now, of one that was written when a stage's `muon = RATE` meant `speeds` of
+    the matrices inside layers. What it trains, and how, is the same."""
+    if not isinstance(table.get("stages"), list):
+        return table
+    return table | {"stages": [_upgrade_stage(stage) for stage in table["stages"]]}
+
+
+def _upgrade_stage(stage: Any) -> Any:
+    if not isinstance(stage, dict) or "muon" not in stage:
+        return stage
+    stage = dict(stage)
+    rate = stage.pop("muon")
+    if rate == 0:
+        return stage
+    muon = {
+        "match": MATRICES,
+        "lr": rate,
+        "weight_decay": stage.get("weight_decay", 0.0),
+        "optimizer": "muon",
+    }
+    return stage | {"speeds": [muon, *stage.get("speeds", ())]}
+
+
+def refuse_settings(cfg: TrainConfig, where: str, reason: str, **defaults: Any) -> None:
+    """Raise where a setting that a system has no use for differs from its default there."""
+    for name, default in defaults.items():
+        if getattr(cfg, name) != default:
+            raise ValueError(f"{where}.{name} = {getattr(cfg, name)!r}: {reason}")
+
+
+def plan_steps(cfg: TrainConfig, stage: Stage, samples: int) -> Stage:
+    """The stage in steps, where its record gives epochs; of so many samples.
+
+    Raises:
+        ValueError: its warm-up is longer.
     """
-    files.check_name(stage.name, "stage")
-    where = f"stage {stage.name}"
-    in_epochs = (
-        getattr(stage, "epochs", 0) > 0
-    )  # then the data says how many steps that is, and this is asked again
-    config.check_bounds(stage, where, steps=config.COUNT_OR_NONE if in_epochs else config.COUNT)
-    config.check_bounds(stage, where, lr=config.RATE, weight_decay=config.RATE, warmup=config.COUNT_OR_NONE)
-    if stage.warmup > stage.steps and not in_epochs:
-        raise ValueError(f"{where}: warmup must lie within its {stage.steps} steps, got {stage.warmup}")
-    if not stage.train:
-        raise ValueError(f"{where}: train must name parameters, such as lora/.* or .*")
-    config.check_regexes(stage.train, where)
+    if not stage.epochs:
+        return stage
+    return evolve(stage, steps=max(1, round(stage.epochs * samples / cfg.batch)), epochs=0.0)

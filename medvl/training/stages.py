@@ -1,4 +1,4 @@
-"""Stages that train a language model, or what is put on it: what moves and how fast, in which precision, and the memory it takes."""
+"""Stages of a record are trained one after the other: which parameters move, by which optimiser, in which precision."""
 
 import re
 from collections.abc import Callable
@@ -24,9 +24,140 @@ from medvl.hub import skeletons
 from medvl.training import estimate, gradients, loop, states
 from medvl.training.muon import muon
 from medvl.training.optim import Optimizer, Rate, adamw, routed, warmup_cosine, with_master
-from medvl.training.record import Stage, TrainConfig
+from medvl.training.record import Speed, Stage, TrainConfig, plan_steps
 from medvl.weights import four_bit, lora, shards
 from medvl.weights.four_bit import eight_bit_moments
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+# One stage of any system -----------------------------------------------------------------------------------------
+
+
+def train_stage(
+    cfg: TrainConfig,
+    stage: Stage,
+    trained: Tree,
+    grad: gradients.Grad,
+    batch_at: Callable[[int], Any],
+    folder: Path,
+    *,
+    model: Tree,
+    validate: Callable[[states.State], dict[str, float]] | None = None,
+    means: Tree | None = None,
+    bound: Callable[[Tree], Tree] = lambda params: params,
+    seed: int = 0,
+    keyed: bool = False,
+    title: str = "",
+    log: Callable[[str], None] = print,
+) -> states.State:
+    """Train what a stage names, or go on with it in `folder`; returns the state that its record keeps.
+
+    Args:
+        trained: the parameters of the stage, as `split_stage` gives them.
+        grad: of the trained parameters.
+        model: all parameters; what is kept must be like theirs.
+        validate: state -> numbers, "score" among them: higher is better. Left out, the last state is kept.
+        means: running means to go on from.
+        bound: puts parameters back into their range after a step.
+        keyed: see `make_optimizer`.
+    """
+    optimizer = make_optimizer(cfg, stage, trained, seed, keyed=keyed)
+    schedule = warmup_cosine(stage.steps, stage.warmup)
+    start = states.State(params=trained, opt=optimizer.init(trained), means=means or {})
+    state = loop.train_steps(
+        loop.make_step(grad, optimizer, clip=cfg.clip, bound=bound, seed=seed),
+        start,
+        batch_at,
+        steps=stage.steps,
+        folder=folder,
+        every=loop.Every(log=cfg.log, save=cfg.save, validate=cfg.validate),
+        validate=validate,
+        patience=cfg.patience,
+        keep_last=cfg.keep_last,
+        title=title or stage.name,
+        lr=lambda i: stage.lr * schedule(i),
+        log=log,
+    )
+    # Of shards every process goes on with the whole: it is read from the file.
+    if (cfg.keep == "best" and validate) or cfg.shard:
+        processes.wait_for_all()  # process 0 has written it
+        keep = cfg.keep if validate else "last"
+        state = states.read_trained(folder, keep, processes.choose_device(cfg.device), model=model)
+    return state
+
+
+def make_optimizer(
+    cfg: TrainConfig, stage: Stage, trained: Tree, seed: int = 0, *, keyed: bool = False
+) -> Optimizer:
+    """AdamW as the record describes it, and Muon where a speed of the stage asks for it.
+
+    16-bit weights are rounded, and moments kept, as the record says.
+
+    Args:
+        keyed: keep the state under the name of its optimiser even where there is only one. ct_clip's files have
+            always been so, and those of language systems have not.
+    Raises:
+        ValueError: a speed matches no parameter.
+    """
+    speeds = _choose_speeds(stage, trained)
+
+    def rate(name: str) -> Rate:
+        return Rate(lr=speeds[name].lr, weight_decay=speeds[name].weight_decay)
+
+    low = any(leaf.dtype in _HALF for leaf in flatten(trained).values())
+    schedule = warmup_cosine(stage.steps, stage.warmup)
+    optimizer = adamw(
+        rate,
+        schedule,
+        beta2=cfg.beta2,
+        eps=cfg.eps,
+        rounding="stochastic" if low and cfg.rounding == "stochastic" else "nearest",
+        seed=seed,
+        packing=eight_bit_moments() if cfg.moments == "8bit" else None,
+    )
+    if low and cfg.rounding == "master":
+        optimizer = with_master(optimizer)
+    if not (stage.has_muon or keyed):
+        return optimizer
+    return routed(lambda name: speeds[name].optimizer, {"adamw": optimizer, "muon": muon(rate, schedule)})
+
+
+def _choose_speeds(stage: Stage, trained: Tree) -> dict[str, Speed]:
+    """{parameter: its speed}; a later speed of the stage wins over an earlier one."""
+    flat = flatten(trained)
+    own = Speed(match=".*", lr=stage.lr, weight_decay=stage.weight_decay)
+    chosen = dict.fromkeys(flat, own)
+    for speed in stage.speeds:
+        for name in match_names(list(flat), [speed.pattern]):
+            if flat[name].dim() > 1 or not speed.matrices_only:
+                chosen[name] = speed
+    return chosen
+
+
+def check_trainable(stage: Stage, params: Tree) -> None:
+    """Raise where a stage trains what does not exist or cannot be trained."""
+    flat = flatten(params)
+    try:
+        trained, _ = split_tree(params, stage.train)
+        speeds = _choose_speeds(stage, trained)
+    except ValueError as e:
+        raise ValueError(f"stage {stage.name}: {e}") from e
+    for name in speeds:
+        if isinstance(flat[name], four_bit.FourBit):
+            raise ValueError(
+                f"stage {stage.name}: {name} has 4 bits and cannot be trained; train lora/... or set "
+                "model.quantize='none'"
+            )
+    for name, speed in speeds.items():
+        if speed.optimizer == "muon" and flat[name].dtype != torch.float32:
+            raise ValueError(
+                f"stage {stage.name}: muon needs whole float32 weights, {name} is {flat[name].dtype}; "
+                "model.dtype = 'float32'"
+            )
+
+
+# Stages of a language system -------------------------------------------------------------------------------------
 
 
 def init_trained_adapter(
@@ -36,50 +167,24 @@ def init_trained_adapter(
     gen: torch.Generator,
     device: str | torch.device = "cpu",
 ) -> lora.Adapter | None:
-    """The adapter before its training, where a stage's pattern matches one of its names ("lora/MODULE/a"); None where none does.
+    """The adapter before its training, where a stage's pattern matches one of its names ("lora/MODULE/a"); None where
+    none does.
 
     Raises:
         ValueError: a pattern is meant for an adapter, and the record makes none on this model; as `lora.init_lora`.
     """
-    chosen = [re.compile(p) for p in cfg.patterns]
-    matched = lambda names: any(p.fullmatch(n) for p in chosen for n in names)
-    possible = [
-        f"lora/{module}/{factor}"
-        for module in lora.adaptable_layers(skeleton)
-        for factor in ("a", "b", "router")
-    ]
+    patterns = [re.compile(pattern) for pattern in cfg.patterns]
+
+    def matched(names: Any) -> bool:
+        return any(pattern.fullmatch(name) for pattern in patterns for name in names)
+
+    possible = []
+    for module in lora.adaptable_layers(skeleton):
+        possible += [f"lora/{module}/{factor}" for factor in ("a", "b", "router")]
     if not matched(possible):
         return None
     adapter = lora.init_lora(record, skeleton, gen, device=device)
     return adapter if matched(flatten({"lora": adapter.factors})) else None
-
-
-def check_trainable(stage: Stage, params: Tree) -> None:
-    """Raise where a stage trains what does not exist or is frozen for good."""
-    flat = flatten(params)
-    try:
-        hit = match_names(list(flat), stage.train)
-    except ValueError as e:
-        raise ValueError(f"stage {stage.name}: {e}") from e
-    if frozen_ := [n for n in hit if isinstance(flat[n], four_bit.FourBit)]:
-        raise ValueError(
-            f"stage {stage.name}: {frozen_[0]} has 4 bits and cannot be trained; train lora/... or set model.quantize='none'"
-        )
-    if stage.muon and (low := [n for n in hit if flat[n].dtype != torch.float32]):
-        raise ValueError(
-            f"stage {stage.name}: muon needs whole float32 weights, {low[0]} is {flat[low[0]].dtype}; model.dtype = 'float32'"
-        )
-
-
-def plan_steps(cfg: TrainConfig, stage: Stage, conversations: int) -> Stage:
-    """The stage in steps, where its record gives epochs; with so many conversations that fit the context.
-
-    Raises:
-        ValueError: its warm-up is longer.
-    """
-    if not stage.epochs:
-        return stage
-    return evolve(stage, steps=max(1, round(stage.epochs * conversations / cfg.batch)), epochs=0.0)
 
 
 def fit_stages(
@@ -95,7 +200,8 @@ def fit_stages(
     seed: int = 0,
     log: Callable[[str], None] = print,
 ) -> Tree:
-    """Train all stages one after the other, or go on with them, each in a folder of its own; returns all parameters, whole.
+    """Train all stages one after the other, or go on with them, each in a folder of its own; returns all parameters,
+    whole.
 
     Args:
         loss_sum: (all parameters, micro-batch) -> sum of the token losses, their number, Aux.
@@ -103,23 +209,32 @@ def fit_stages(
         conversations: stage -> how many its batches are drawn from.
         validate: stage -> (all parameters -> validation loss), or None: the last state is kept then.
     """
-    stages = [
-        plan_steps(cfg, stage, conversations(stage)) for stage in cfg.stages
-    ]  # all, before the first is trained
+    # All are planned before the first is trained: a warm-up that is too long must not be found hours later.
+    stages = [plan_steps(cfg, stage, conversations(stage)) for stage in cfg.stages]
     for i, stage in enumerate(stages):
-        epochs = stage.steps * cfg.batch / conversations(stage)
+        number = conversations(stage)
         log(
-            f"stage {stage.name}: {stage.steps:,} steps of {cfg.batch} conversations are {epochs:.3g} epochs of {conversations(stage):,}"
+            f"stage {stage.name}: {stage.steps:,} steps of {cfg.batch} conversations are "
+            f"{stage.steps * cfg.batch / number:.3g} epochs of {number:,}"
         )
-        how: Any = {"cut": cut, "validate": validate(stage), "seed": seed, "log": log}
         params = shard_params(cfg, params)  # by this name, so that nothing here holds the whole
-        params = fit_stage(cfg, stage, params, loss_sum, batches(stage), folder / f"{i}-{stage.name}", **how)
+        params = fit_stage(
+            cfg,
+            stage,
+            params,
+            loss_sum,
+            batches(stage),
+            folder / f"{i}-{stage.name}",
+            cut=cut,
+            validate=validate(stage),
+            seed=seed,
+            log=log,
+        )
     if not shards.any_sharded(params):
         return params
-    device = processes.choose_device(
-        cfg.device
-    )  # what no stage trained lies in parts still, and process 0 evaluates alone
-    return map_leaves(lambda t: t.to(device), shards.gather_shards(params))
+    # What no stage trained lies in parts still, and process 0 evaluates alone.
+    device = processes.choose_device(cfg.device)
+    return map_leaves(lambda leaf: leaf.to(device), shards.gather_shards(params))
 
 
 def read_stages(
@@ -132,11 +247,10 @@ def read_stages(
     Raises:
         ValueError: as `states.read_trained`.
     """
+    device = processes.choose_device(cfg.device)
     for i, stage in enumerate(cfg.stages):
         keep = cfg.keep if validated(stage) else "last"
-        state = states.read_trained(
-            folder / f"{i}-{stage.name}", keep, processes.choose_device(cfg.device), model=params
-        )
+        state = states.read_trained(folder / f"{i}-{stage.name}", keep, device, model=params)
         params = merge_trees(params, state.params)
     return params
 
@@ -154,94 +268,59 @@ def fit_stage(
     seed: int = 0,
     log: Callable[[str], None] = print,
 ) -> Tree:
-    """Train what the stage names, or go on with it in `folder`; returns all parameters. As `fit_stages`, for one."""
-    trained, frozen_ = split_tree(params, stage.train)
-    device = processes.choose_device(cfg.device)
+    """Train what one stage names, or go on with it in `folder`; returns all parameters. As `fit_stages`."""
+    trained, frozen = split_tree(params, stage.train)
     trained = shard_params(cfg, trained)
     log(
         f"stage {stage.name}: {stage.steps} steps train {count_values(trained):,} of {count_values(params):,} parameters"
     )
-    optimizer = make_optimizer(cfg, stage, trained, seed)
-    schedule = warmup_cosine(stage.steps, stage.warmup)
-    step = loop.make_step(
-        make_gradient(cfg, lambda p, b: loss_sum(merge_trees(frozen_, p), b), cut),
-        optimizer,
-        clip=cfg.clip,
-        seed=seed,
-    )
 
-    def scored(state: states.State) -> dict[str, float]:
+    def score(state: states.State) -> dict[str, float]:
         assert validate is not None
-        loss = validate(merge_trees(frozen_, state.params))
+        with gradients.autocast(state.params, cfg.precision):
+            loss = validate(merge_trees(frozen, state.params))
         return {"score": -loss, "loss": loss}
 
-    state = loop.train_steps(
-        step,
-        states.State(params=trained, opt=optimizer.init(trained)),
+    state = train_stage(
+        cfg,
+        stage,
+        trained,
+        make_gradient(cfg, lambda p, batch: loss_sum(merge_trees(frozen, p), batch), cut),
         batch_at,
-        steps=stage.steps,
-        folder=folder,
-        every=loop.Every(log=cfg.log, save=cfg.save, validate=cfg.validate),
-        validate=scored if validate else None,
-        title=stage.name,
-        lr=lambda i: stage.lr * schedule(i),
+        folder,
+        model=params,
+        validate=score if validate else None,
+        seed=seed,
         log=log,
     )
-    if (cfg.keep == "best" and validate) or cfg.shard:
-        processes.wait_for_all()  # process 0 has written it
-        state = states.read_trained(folder, cfg.keep if validate else "last", device, model=params)
-        return merge_trees(frozen_, state.params)
-    return merge_trees(frozen_, state.params)
+    return merge_trees(frozen, state.params)
 
 
 def shard_params(cfg: TrainConfig, params: Tree) -> Tree:
-    """The parameters, with `shard` as this process's parts. Give `fit_stage` these, and no process holds whole what it trains a part of.
+    """The parameters, with `shard` as this process's parts. Give `fit_stage` these, and no process holds whole what it
+    trains a part of.
 
     An adapter stays whole: it is small, and a low-rank weight wants plain factors.
     """
-    return unflatten(
-        _parts(params, shards.process_mesh(processes.choose_device(cfg.device)) if cfg.shard else None)
-    )
+    mesh = shards.process_mesh(processes.choose_device(cfg.device)) if cfg.shard else None
+    return unflatten(_cut_matrices(params, mesh))
 
 
-def _parts(params: Tree, mesh: Any) -> dict[str, Tensor]:
+def _cut_matrices(params: Tree, mesh: Any) -> dict[str, Tensor]:
     cut = shards.sharder(mesh, patterns=("(?!lora/).*",))
-    return {n: cut(n, t) for n, t in flatten(params).items()}
+    return {name: cut(name, leaf) for name, leaf in flatten(params).items()}
 
 
 def make_gradient(
     cfg: TrainConfig, loss_sum: gradients.LossSum, cut: Callable[[Any, slice], Any]
 ) -> gradients.Grad:
     """The gradient of the mean token loss of a batch by what `loss_sum` takes."""
-    return gradients.token_value_and_grad(loss_sum, chunk=cfg.chunk, cut=cut, rows=lambda b: len(b["ids"]))
+    return gradients.token_value_and_grad(
+        loss_sum, chunk=cfg.chunk, precision=cfg.precision, cut=cut, rows=lambda batch: len(batch["ids"])
+    )
 
 
-def make_optimizer(cfg: TrainConfig, stage: Stage, trained: Tree, seed: int = 0) -> Optimizer:
-    """AdamW as the record wants it: the rounding of 16-bit weights, the precision of the moments, Muon for the matrices inside layers."""
-    rate = Rate(lr=stage.lr, weight_decay=stage.weight_decay)
-    low = any(t.dtype in (torch.bfloat16, torch.float16) for t in flatten(trained).values())
-    made = adamw(
-        lambda name: rate,
-        warmup_cosine(stage.steps, stage.warmup),
-        beta2=0.999,
-        eps=1e-8,
-        rounding="stochastic" if low and cfg.rounding == "stochastic" else "nearest",
-        seed=seed,
-        packing=eight_bit_moments() if cfg.moments == "8bit" else None,
-    )
-    made = with_master(made) if low and cfg.rounding == "master" else made
-    if not stage.muon:
-        return made
-    inner = {
-        n
-        for n, t in flatten(trained).items()
-        if t.dim() > 1 and not re.search(r"(embed_tokens|lm_head|pos_embed)\.", n)
-    }
-    turned = muon(
-        lambda name: Rate(lr=stage.muon, weight_decay=stage.weight_decay),
-        warmup_cosine(stage.steps, stage.warmup),
-    )
-    return routed(lambda n: "muon" if n in inner else "adamw", {"adamw": made, "muon": turned})
+# The memory of a stage -------------------------------------------------------------------------------------------
 
 
 def estimate_memory(
@@ -255,7 +334,8 @@ def estimate_memory(
     seed: int = 0,
     processes: int = 1,
 ) -> dict[str, int]:
-    """{part: bytes} of one of so many processes at the peak of a training step, on parameters without storage (device "meta").
+    """{part: bytes} of one of so many processes at the peak of a training step, on parameters without storage (device
+    "meta").
 
     With `shard` it holds its rows of what `shard_params` cuts, and a whole matrix only while that is used.
 
@@ -263,25 +343,34 @@ def estimate_memory(
         batch: of `estimate_rows(cfg, processes)` rows.
     """
     if stage.epochs:
-        stage = evolve(stage, steps=max(1, stage.warmup), epochs=0.0)  # their number changes no byte
-    parts = _parts(params, processes if cfg.shard and processes > 1 else None)
-    rows = {n: len(t) for n, t in flatten(params).items() if t.shape != parts[n].shape}
-    whole = lambda p: unflatten(
-        {n: estimate.gathered(t, rows[n]) if n in rows else t for n, t in flatten(p).items()}
-    )
-    trained, frozen_ = split_tree(unflatten(parts), stage.train)
+        # The number of steps changes no byte.
+        stage = evolve(stage, steps=max(1, stage.warmup), epochs=0.0)
+    parts = _cut_matrices(params, processes if cfg.shard and processes > 1 else None)
+    rows = {}
+    for name, leaf in flatten(params).items():
+        if leaf.shape != parts[name].shape:
+            rows[name] = len(leaf)
+
+    def gather(tree: Tree) -> Tree:
+        flat = flatten(tree)
+        for name in rows.keys() & flat.keys():
+            flat[name] = estimate.gathered(flat[name], rows[name])
+        return unflatten(flat)
+
+    trained, frozen = split_tree(unflatten(parts), stage.train)
     optimizer = make_optimizer(cfg, stage, trained, seed)
-    grad = make_gradient(cfg, lambda p, b: loss_sum(whole(merge_trees(frozen_, p)), b), cut)
+    grad = make_gradient(cfg, lambda p, piece: loss_sum(gather(merge_trees(frozen, p)), piece), cut)
     state = states.State(params=trained, opt=optimizer.init(trained))
     step = loop.make_step(grad, optimizer, clip=cfg.clip, seed=seed)
     return estimate.peak_of(
         lambda: step(state, batch),
-        {"frozen weights": frozen_, "trained weights": trained, "optimiser": state.opt},
+        {"frozen weights": frozen, "trained weights": trained, "optimiser": state.opt},
     )
 
 
 def estimate_rows(cfg: TrainConfig, processes: int = 1) -> int:
-    """Conversations that an estimate must see of a process's share: of two micro-batches and more the gradients are added up."""
+    """Conversations that an estimate must see of a process's share: of two micro-batches and more the gradients are
+    added up."""
     if processes < 1 or cfg.batch < processes:
         raise ValueError(
             f"estimate: processes must lie in 1..train.batch, got {processes} and a batch of {cfg.batch}"

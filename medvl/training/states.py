@@ -31,7 +31,9 @@ class State:
         False  # whether steps drew from torch's default generator, each process for its share of the batch
     )
     processes: int = 0  # how many trained it when it was saved; 0 = not known
-    steps: int = 0  # that `loop.train_steps` was asked for; 0 = not known
+    # that `loop.train_steps` was asked for, or at which it ended early; 0 = not known
+    steps: int = 0
+    stale: int = 0  # validations since the best one; counted where a run may end early
 
 
 def save_state(path: files.PathLike, state: State) -> None:
@@ -50,6 +52,8 @@ def save_state(path: files.PathLike, state: State) -> None:
         "processes": processes.world_size(),
         "steps": state.steps,
     }
+    if state.stale:
+        content["stale"] = state.stale
     with files.atomic(path) as tmp:
         torch.save(content, tmp)
 
@@ -76,7 +80,7 @@ def read_state(path: files.PathLike, device: str | torch.device = "cpu", *, mapp
 def _check_fields(raw: Any) -> None:
     """Raise where the content of a file is not what `save_state` writes."""
     kinds: dict[str, Any] = dict.fromkeys(_TREES, dict)
-    kinds |= {"step": int, "best": (float, int), "drawn": bool, "processes": int, "steps": int}
+    kinds |= {"step": int, "best": (float, int), "drawn": bool, "processes": int, "steps": int, "stale": int}
     if not isinstance(raw, dict):
         raise ValueError(f"found {type(raw).__name__}")
     if not {"params", "opt"} <= raw.keys() <= kinds.keys():

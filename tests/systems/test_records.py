@@ -112,8 +112,8 @@ PLANS = {
     ),
     "warm-up of a compressor": (
         "slide_vqa",
-        "pretrain.warmup=100000",
-        r"pretrain.warmup must lie within its \d+ steps, got 100000",
+        "pretrain.train.stages.0.warmup=100000",
+        r"stage compressor: warmup must lie within its \d+ steps, got 100000",
     ),
     "warm-up of questions": (
         "slide_vqa",

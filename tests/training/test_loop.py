@@ -20,7 +20,7 @@ from medvl.training.gradients import Aux, cached_value_and_grad, token_value_and
 from medvl.training.interrupt import Stopped
 from medvl.training.loop import Every, make_step, train_steps
 from medvl.training.optim import Optimizer, Rate, adamw, routed, warmup_cosine, with_master
-from medvl.training.states import State, read_state, save_state
+from medvl.training.states import State, read_state, read_trained, save_state
 from medvl.weights import lazy
 from medvl.weights.four_bit import eight_bit_moments
 from tests import tiny
@@ -754,3 +754,105 @@ def test_another_number_of_processes_goes_on_unless_each_of_them_draws(tmp_path,
         {k: v for k, v in raw.items() if k not in ("processes", "drawn")}, tmp_path / "last.pt"
     )  # of an older medvl
     assert train_to(4).step == 4
+
+
+# The end before the last step, and states besides the last one ----------------------------------------------------------
+SCORES = (1.0, 3.0, 2.0, 3.0, 2.5, 4.0, 0.0, 0.0)  # of the validations after steps 2, 4, ...
+
+
+def _patient(folder, scores=SCORES, steps=16, stop=None, **kw):
+    """A run that is validated every second step; the score is a function of the step alone."""
+
+    def batch_at(i):
+        if i == stop:
+            raise KeyboardInterrupt
+        return {"x": torch.full((2, 2), float(i))}
+
+    optimizer = adamw(lambda n: Rate(lr=0.1))
+    step = make_step(value_and_grad(lambda p, b: ((p["w"] * b["x"]).sum(), Aux())), optimizer)
+    start = {"w": torch.ones(2, 2)}
+    return train_steps(
+        step,
+        State(params=start, opt=optimizer.init(start)),
+        batch_at,
+        steps=steps,
+        folder=folder,
+        every=Every(log=1, save=kw.pop("save", 3), validate=2),
+        validate=lambda state: {"score": scores[state.step // 2 - 1]},
+        **kw,
+    )
+
+
+@pytest.mark.parametrize(("patience", "end"), [(0, 16), (1, 6), (2, 8), (3, 10), (4, 16)])
+def test_a_run_ends_after_validations_without_a_better_score(tmp_path, patience, end):
+    """An equal score is no better one: after 3.0 at step 4 come 2, 3 and 2.5, then 4."""
+    lines = []
+    state = _patient(tmp_path, patience=patience, log=lines.append)
+    assert state.step == end
+    last = read_state(tmp_path / "last.pt")
+    assert (last.step, last.steps) == (end, end)
+    assert read_state(tmp_path / "best.pt").step == (4 if end < 16 else 12)
+    assert ("gave no better score" in lines[-1]) == (end < 16)
+    assert read_trained(tmp_path, "best", model={"w": torch.ones(2, 2)}, device="cpu").step in (4, 12)
+
+
+@pytest.mark.parametrize("stop", range(1, 8))
+def test_a_run_that_ends_early_ends_so_after_a_stop_too(tmp_path, stop):
+    """Wherever it is stopped: between a validation and a save the validation comes again."""
+    whole = _patient(tmp_path / "whole", patience=2)
+    with pytest.raises(KeyboardInterrupt):
+        _patient(tmp_path / "cut", patience=2, stop=stop)
+    again = _patient(tmp_path / "cut", patience=2)
+    assert (again.step, again.stale, again.best) == (whole.step, whole.stale, whole.best) == (8, 2, 3.0)
+    assert torch.equal(again.params["w"], whole.params["w"])
+    for name in ("last.pt", "best.pt"):
+        one, two = (read_state(tmp_path / run / name) for run in ("whole", "cut"))
+        assert torch.equal(one.params["w"], two.params["w"])
+        assert evolve(one, params={}, opt={}) == evolve(two, params={}, opt={})
+    once_more = _patient(tmp_path / "cut", patience=2, stop=8)  # asks for no batch
+    assert torch.equal(once_more.params["w"], whole.params["w"])
+
+
+def test_a_file_says_nothing_of_patience_where_there_is_none(tmp_path):
+    _patient(tmp_path)
+    assert "stale" not in torch.load(tmp_path / "last.pt", weights_only=True)
+
+
+@pytest.mark.parametrize(("number", "kept"), [(0, []), (1, []), (2, [15, 16]), (9, [3, 6, 9, 12, 15, 16])])
+def test_the_latest_states_are_kept(tmp_path, number, kept):
+    _patient(tmp_path, keep_last=number)
+    paths = sorted(tmp_path.glob("step-*.pt"))
+    assert [read_state(path).step for path in paths] == kept
+    assert [path.name for path in paths] == [f"step-{step:09d}.pt" for step in kept]
+    if kept:
+        assert paths[-1].read_bytes() == (tmp_path / "last.pt").read_bytes()
+
+
+PATIENT = """
+import sys
+from medvl.base import processes
+from tests.training.test_loop import _patient
+rank, folder, kill = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+processes.join(init_method=f"file://{folder}/store{kill}", rank=rank, world_size=2)
+scores = [s if rank == 0 else 9.0 + i for i, s in enumerate((1.0, 3.0, 2.0, 3.0, 2.5, 4.0, 0.0, 0.0))]
+try:
+    state = _patient(f"{folder}/run", scores=scores, patience=2, stop=5 if kill == "1" else None)
+    print(state.step, state.stale, state.best)
+except KeyboardInterrupt:
+    print("stopped")
+"""
+
+
+def test_two_processes_end_at_the_same_step_by_the_score_of_the_first(tmp_path):
+    """The second one's scores rise for ever; with a stop in between, and without."""
+    for kill, said in (("1", "stopped"), ("0", "8 2 3.0")):
+        pair = [
+            subprocess.Popen(
+                [sys.executable, "-c", PATIENT, str(rank), str(tmp_path), kill],
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        assert [p.communicate(timeout=120)[0].strip() for p in pair] == [said, said]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from medvl.training.muon import muon, orthogonal
+from medvl.training.muon import muon, orthogonalize
 from medvl.training.optim import Rate
 
 
@@ -14,8 +14,8 @@ def test_orthogonal_is_the_polynomial_on_singular_values(shape, gen):
     s = s / (s.norm() + 1e-7)
     for _ in range(5):
         s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
-    torch.testing.assert_close(orthogonal(m), u @ s.diag() @ v)
-    found = torch.linalg.svdvals(orthogonal(torch.randn(64, 96, generator=gen)))
+    torch.testing.assert_close(orthogonalize(m), u @ s.diag() @ v)
+    found = torch.linalg.svdvals(orthogonalize(torch.randn(64, 96, generator=gen)))
     assert 0.6 < found.min() < found.max() < 1.3
 
 

@@ -19,7 +19,7 @@ from medvl.base import config
 from medvl.base.tree import Tree
 from medvl.language.chat import Chat, ChatConfig, ModelConfig, open_chat, tokenizer_of
 from medvl.phantoms.modalities import ModalityConfig
-from medvl.training.record import TrainConfig
+from medvl.training.record import TrainConfig, language_training
 from medvl.training.stages import check_trainable
 from medvl.weights import lora
 from medvl.weights.lora import LoraConfig
@@ -103,11 +103,10 @@ class Config:
     model: ModelConfig
     data: DataConfig = DataConfig()
     chat: ChatConfig = ChatConfig()
-    base: TrainConfig | None = (
-        None  # stages that make the base model, on general conversations; None = it is used as it is
-    )
+    # stages that make the base model, on general conversations; None = it is used as it is
+    base: TrainConfig | None = language_training(None)
     lora: LoraConfig = config.subrecord(LoraConfig(pattern="all-linear", vision=True))
-    train: TrainConfig | None = None  # stages of each task's adapter
+    train: TrainConfig | None = language_training(None)  # stages of each task's adapter
     pool: PoolConfig = PoolConfig()
     embed: EmbedConfig = EmbedConfig()
     retriever: RetrieverConfig = RetrieverConfig(

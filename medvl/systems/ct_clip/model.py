@@ -24,7 +24,7 @@ from medvl.ct.preprocess import CtConfig, size_of
 from medvl.hub import loading, skeletons, tokens
 from medvl.phantoms.chest_case import PhantomConfig
 from medvl.training import gradients
-from medvl.training.record import check_stage
+from medvl.training.record import TrainConfig, refuse_settings
 
 SPLITS = ("train", "valid", "test")
 
@@ -125,60 +125,6 @@ class ContrastConfig:
 
 
 @frozen(kw_only=True)
-class Speed:
-    """Another rate or optimiser for the parameters that a regex matches; `muon` takes the matrices among them."""
-
-    match: str
-    lr: float
-    weight_decay: float
-    optimizer: Literal["adamw", "muon"] = "adamw"
-
-    def __attrs_post_init__(self) -> None:
-        config.check_bounds(self, f"speeds {self.match}", lr=config.RATE, weight_decay=config.RATE)
-        config.check_regexes([self.match], "speeds")
-
-
-@frozen(kw_only=True)
-class Stage:
-    """What is trained, how long and how fast; steps are optimiser steps."""
-
-    name: str
-    steps: int
-    lr: float
-    weight_decay: float = 0.2
-    warmup: int = 0
-    train: tuple[str, ...] = (".*",)
-    speeds: tuple[Speed, ...] = ()
-
-    def __attrs_post_init__(self) -> None:
-        check_stage(self)
-
-
-@frozen(kw_only=True)
-class TrainConfig:
-    """The loop. `batch` is what the loss contrasts; `chunk` only bounds memory."""
-
-    stages: tuple[Stage, ...]
-    batch: int = 128
-    chunk: int = 4
-    precision: Literal["float32", "bfloat16"] = "float32"
-    clip: float = 1.0
-    log: int = 10
-    save: int = 100
-    validate: int = 200
-    keep: Literal["best", "last"] = "best"  # by mean AUROC on the validation split
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-
-    def __attrs_post_init__(self) -> None:
-        if not self.stages:
-            raise ValueError("train.stages must hold at least one stage")
-        config.check_bounds(self, "train", batch=(1, 2**20), chunk=(1, 2**20), clip=(0, 1e6))
-        config.check_bounds(
-            self, "train", log=config.COUNT_OR_NONE, save=config.COUNT_OR_NONE, validate=config.COUNT_OR_NONE
-        )
-
-
-@frozen(kw_only=True)
 class EvaluateConfig:
     """Zero-shot findings on the test split, thresholds from the validation split."""
 
@@ -191,6 +137,29 @@ class EvaluateConfig:
 
     def __attrs_post_init__(self) -> None:
         config.check_bounds(self, "evaluate", bootstrap=config.DRAWS, batch=(1, 2**20))
+
+
+# What a table `train` leaves out. The optimiser's numbers are CLIP's; the batch is what the loss contrasts.
+_TRAINING = {
+    "batch": 128,
+    "chunk": 4,
+    "checkpoint": False,
+    "beta2": 0.98,
+    "eps": 1e-6,
+    "valid": 0,
+    "stages": {"weight_decay": 0.2, "train": [".*"]},
+}
+
+
+def _check_training(_record: Any, _field: Any, cfg: TrainConfig) -> None:
+    whole = "the contrastive gradient needs whole weights; leave it out"
+    refuse_settings(cfg, "train", whole, shard=False)
+    refuse_settings(cfg, "train", "encode.checkpoint says it in ct_clip; leave it out", checkpoint=False)
+    refuse_settings(cfg, "train", "ct_clip is validated on all volumes; leave it out", valid=0)
+    refuse_settings(cfg, "train", "is for language systems; leave it out", logits=256)
+    for stage in cfg.stages:
+        if stage.data:
+            raise ValueError(f"stage {stage.name}: ct_clip has one kind of data, got data = {stage.data!r}")
 
 
 @frozen(kw_only=True)
@@ -207,7 +176,7 @@ class Config:
     fuse: FuseConfig = FuseConfig()
     words: WordsConfig = WordsConfig()
     contrast: ContrastConfig = ContrastConfig()
-    train: TrainConfig
+    train: TrainConfig = config.table(defaults=_TRAINING, check=_check_training)
     evaluate: EvaluateConfig = EvaluateConfig()
 
     def __attrs_post_init__(self) -> None:

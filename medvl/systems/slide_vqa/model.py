@@ -24,7 +24,7 @@ from medvl.phantoms.slides import SlideConfig
 from medvl.slides.question_formats import SlideConversation
 from medvl.slides.reference_files import read_compressor, read_projector
 from medvl.training import gradients
-from medvl.training.record import TrainConfig
+from medvl.training.record import TrainConfig, language_training, refuse_settings
 from medvl.training.stages import check_trainable, init_trained_adapter
 from medvl.weights import lora, shards
 from medvl.weights.lora import LoraConfig
@@ -57,56 +57,97 @@ class DataConfig:
         config.check_patterns(self, "data", folder=(), **inside)
 
 
+# A speed of the compressor's gate (moe): at the experts' rate it hardly moves, and what is rare stays a patch among
+# thousands. Compressors without a gate leave it out.
+GATE = "compressor/gate/.*"
+_PRETRAINING: dict[str, Any] = {
+    "batch": 8,
+    "log": 50,
+    "save": 200,
+    "validate": 200,
+    "valid": 0,
+    "checkpoint": False,
+    "stages": [
+        {
+            "name": "compressor",
+            "steps": 1000,
+            "lr": 1e-3,
+            "weight_decay": 1e-4,
+            "warmup": 50,
+            "train": [".*"],
+            "speeds": [{"match": GATE, "lr": 1e-2, "weight_decay": 1e-4}],
+        }
+    ],
+}
+
+
+def _check_pretraining(_record: Any, _field: Any, cfg: TrainConfig) -> None:
+    where = "pretrain.train"
+    if len(cfg.stages) != 1:
+        raise ValueError(f"{where}.stages must hold one stage, got {len(cfg.stages)}")
+    whole = "the slots are balanced over a whole batch of slides; leave it out"
+    refuse_settings(cfg, where, whole, chunk=2)
+    refuse_settings(
+        cfg, where, "the compressor is small and lies whole everywhere; leave it out", shard=False
+    )
+    refuse_settings(cfg, where, "the compressor keeps all its activations; leave it out", checkpoint=False)
+    refuse_settings(cfg, where, "all slides of the split valid are taken; leave it out", valid=0)
+    refuse_settings(cfg, where, "is for language models; leave it out", logits=256)
+    refuse_settings(cfg, where, "train.device says it for the whole run; leave it out", device="auto")
+
+
 @frozen(kw_only=True)
 class PretrainConfig:
-    """How a compressor learns what slides hold, from labels of whole slides; then it is frozen."""
+    """How a compressor learns what slides hold, from labels of whole slides; then it is frozen.
+
+    `train` has one stage. It is kept in the folder "compressor", and its batch is of slides.
+    """
 
     file: str = ""  # a trained one, in the reference's format; nothing is trained then
     labels: tuple[str, ...] = ()  # columns of data.labels
-    head: Literal["places", "attention"] = (
-        "places"  # reads all tokens, each in its place; or attention over them, as attention-MIL
-    )
-    steps: int = 1000
-    batch: int = 8  # slides
+    # what reads the tokens: all of them, each in its place, or attention over them, as attention-MIL
+    head: Literal["places", "attention"] = "places"
     most: int = 4096  # patches of a slide, evenly spread; 0 = all
-    lr: float = 1e-3
-    router_lr: float = 1e-2  # of the gate (moe): at the experts' rate it hardly moves, and what is rare stays a patch among thousands
-    weight_decay: float = 1e-4
-    warmup: int = 50
-    aux: float = (
-        0.01  # weight of the balance of slots (moe); more of it and no slot is left free for what is rare
+    # weight of the balance of slots (moe); more of it and no slot is left free for what is rare
+    aux: float = 0.01
+    train: TrainConfig = config.table(
+        config.structure(_PRETRAINING, TrainConfig), defaults=_PRETRAINING, check=_check_pretraining
     )
-    log: int = 50
-    save: int = 200
-    validate: int = 200
 
     def __attrs_post_init__(self) -> None:
-        config.check_bounds(
-            self,
-            "pretrain",
-            steps=config.COUNT,
-            batch=(1, 2**20),
-            most=config.COUNT_OR_NONE,
-            warmup=config.COUNT_OR_NONE,
-        )
-        config.check_bounds(
-            self, "pretrain", lr=config.RATE, router_lr=config.RATE, weight_decay=config.RATE, aux=(0, 1e6)
-        )
-        config.check_bounds(
-            self,
-            "pretrain",
-            log=config.COUNT_OR_NONE,
-            save=config.COUNT_OR_NONE,
-            validate=config.COUNT_OR_NONE,
-        )
-        if self.lr <= 0:
-            raise ValueError(f"pretrain.lr must be above 0, got {self.lr:g}")
-        if self.labels and self.warmup > self.steps:
-            raise ValueError(f"pretrain.warmup must lie within its {self.steps} steps, got {self.warmup}")
+        config.check_bounds(self, "pretrain", most=config.COUNT_OR_NONE, aux=(0, 1e6))
         if len({*self.labels} - {"slide", "split"}) < len(self.labels):
             raise ValueError(
-                f"pretrain.labels: must be columns, each once and neither slide nor split, got {', '.join(self.labels)}"
+                "pretrain.labels: must be columns, each once and neither slide nor split, "
+                f"got {', '.join(self.labels)}"
             )
+
+
+def upgrade_pretraining(table: dict[str, Any]) -> dict[str, Any]:
+    """A `pretrain` table as it is written now, of one from when it held steps and rates itself. What it trains, and
+    how, is the same.
+
+    Raises:
+        ValueError: a table has both.
+    """
+    of_stage = ("steps", "lr", "weight_decay", "warmup")
+    of_loop = ("batch", "log", "save", "validate")
+    old = {*of_stage, *of_loop, "router_lr"} & table.keys()
+    if not old:
+        return table
+    if "train" in table:
+        raise ValueError(
+            f"pretrain.{min(old)} is a setting of older records; beside pretrain.train write steps and rates as "
+            "pretrain.train.stages.0.*, batch and the like as pretrain.train.*"
+        )
+    stage: dict[str, Any] = {name: table[name] for name in of_stage if name in table}
+    (default,) = _PRETRAINING["stages"]
+    (gate,) = default["speeds"]
+    gate_speed = {"lr": table.get("router_lr", gate["lr"])}
+    gate_speed["weight_decay"] = table.get("weight_decay", gate["weight_decay"])
+    stage["speeds"] = [gate | gate_speed]
+    train = {name: table[name] for name in of_loop if name in table} | {"stages": [stage]}
+    return {name: value for name, value in table.items() if name not in old} | {"train": train}
 
 
 @frozen(kw_only=True)
@@ -136,14 +177,14 @@ class Config:
     data: DataConfig = DataConfig()
     chat: ChatConfig = ChatConfig()
     compress: CompressConfig = CompressConfig()
-    pretrain: PretrainConfig = PretrainConfig()
+    pretrain: PretrainConfig = config.table(PretrainConfig(), upgrade=upgrade_pretraining)
     hidden: int = 2048  # width inside the projector
     projector: str = ""  # a trained one, in the reference's format
     cold: bool = (
         False  # let questions be trained although no stage before trains captions and no projector is given
     )
     lora: LoraConfig = config.subrecord(LoraConfig(pattern="all-linear"))
-    train: TrainConfig
+    train: TrainConfig = language_training()
     evaluate: EvaluateConfig = field(default=EvaluateConfig())
 
     def __attrs_post_init__(self) -> None:

@@ -1,8 +1,8 @@
-"""How slide_vqa comes to a frozen compressor: read from a file, or trained to tell the labels of whole slides from its tokens."""
+"""How slide_vqa comes to a frozen compressor: read from a file, or trained to tell the labels of whole slides from its
+tokens."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,7 +10,7 @@ from attrs import evolve
 from torch import Generator, Tensor
 
 from medvl.base import files, processes
-from medvl.base.tree import Tree, flatten, map_leaves
+from medvl.base.tree import Tree, flatten, map_leaves, merge_trees, split_tree
 from medvl.components import compress
 from medvl.components.slots import CompressConfig
 from medvl.slides import heads
@@ -18,9 +18,10 @@ from medvl.slides.names import slide_name
 from medvl.slides.reference_files import write_compressor
 from medvl.slides.tokens import Features, open_features, whole
 from medvl.systems.slide_vqa import model
-from medvl.systems.slide_vqa.model import Config, path
-from medvl.training import gradients, loop, order, states
-from medvl.training.optim import Rate, adamw, warmup_cosine
+from medvl.systems.slide_vqa.model import GATE, Config, path
+from medvl.training import gradients, order, states
+from medvl.training.record import Stage, plan_steps
+from medvl.training.stages import train_stage
 
 
 def fit_compressor(
@@ -32,86 +33,118 @@ def fit_compressor(
     """
     if cfg.pretrain.file:
         return model.open_compressor(cfg)
-    how, device = cfg.pretrain, processes.choose_device(cfg.train.device)
+    training, device = cfg.pretrain.train, processes.choose_device(cfg.train.device)
     parts, classes = labelled(cfg)
-    of = open_features(
-        path(cfg, "features"), [r["slide"] for part in parts.values() for r in part], dims=cfg.data.dims
-    )
-    if of.missing:
+    names = [row["slide"] for part in parts.values() for row in part]
+    features = open_features(path(cfg, "features"), names, dims=cfg.data.dims)
+    if features.missing:
         raise ValueError(
-            f"{path(cfg, 'labels')}: {len(of.missing)} slides have no features, the first is {of.missing[0]}"
+            f"{path(cfg, 'labels')}: {len(features.missing)} slides have no features, the first is "
+            f"{features.missing[0]}"
         )
-    sizes = evolve(cfg.compress, dim=of.dims)
-    gen = Generator().manual_seed(cfg.seed)
-    params: Tree = {"compressor": compress.init_compress(sizes, gen)}
-    slots = sizes.slots if how.head == "places" else 0
-    params["heads"] = heads.init_heads(sizes.dim, {c: len(v) for c, v in classes.items()}, gen, slots=slots)
-    params = map_leaves(lambda t: t.to(device), params)
-    at = partial(_bags, of, cfg=cfg, classes=classes)
-    rate = lambda name: how.router_lr if name.startswith("compressor/gate/") else how.lr
-    schedule = warmup_cosine(how.steps, how.warmup)
-    optimizer = adamw(
-        lambda n: Rate(lr=rate(n), weight_decay=how.weight_decay), schedule, beta2=0.999, eps=1e-8
+    sizes = evolve(cfg.compress, dim=features.dims)
+    params = _init_params(cfg, sizes, classes)
+    params = map_leaves(lambda leaf: leaf.to(device), params)
+    stage = _stage_of(cfg, len(parts["train"]))
+    trained, frozen = split_tree(params, stage.train)
+    log(
+        f"compressor: {stage.steps} steps on {', '.join(cfg.pretrain.labels)} of {len(parts['train'])} slides"
     )
-    chosen = order.batch_indices(
-        [r["slide"] for r in parts["train"]],
-        how.batch,
+
+    def collate(rows: Sequence[dict[str, str]]) -> dict[str, Tensor]:
+        return _collate_bags(features, rows, cfg.pretrain.most, classes)
+
+    def loss(p: Tree, batch: dict[str, Tensor]) -> tuple[Tensor, gradients.Aux]:
+        return _label_loss(sizes, cfg.pretrain.aux, merge_trees(frozen, p), batch)
+
+    def validate(state: states.State) -> dict[str, float]:
+        with gradients.autocast(state.params, training.precision):
+            return _score_labels(
+                sizes, merge_trees(frozen, state.params), collate, parts["valid"], training.batch
+            )
+
+    indices = order.batch_indices(
+        [row["slide"] for row in parts["train"]],
+        training.batch,
         cfg.seed,
         rank=processes.rank(),
         world=processes.world_size(),
     )
-    log(f"compressor: {how.steps} steps on {', '.join(how.labels)} of {len(parts['train'])} slides")
-    state = loop.train_steps(
-        loop.make_step(
-            gradients.value_and_grad(partial(_label_loss, sizes, how.aux)), optimizer, clip=1.0, seed=cfg.seed
-        ),
-        states.State(params=params, opt=optimizer.init(params)),
-        lambda i: at([parts["train"][j] for j in chosen(i)]),
-        steps=how.steps,
-        folder=folder / "compressor",
-        every=loop.Every(log=how.log, save=how.save, validate=how.validate),
-        validate=lambda state: _labels_right(sizes, state.params, at, parts["valid"], how.batch),
+    state = train_stage(
+        evolve(training, device=cfg.train.device),
+        stage,
+        trained,
+        gradients.value_and_grad(loss, precision=training.precision),
+        lambda i: collate([parts["train"][j] for j in indices(i)]),
+        folder / "compressor",
+        model=params,
+        validate=validate,
+        seed=cfg.seed,
         title="compressor",
-        lr=lambda i: how.lr * schedule(i),
         log=log,
     )
-    processes.wait_for_all()
-    state = states.read_trained(folder / "compressor", "best", "cpu", model=params)
-    if processes.rank() == 0 and sizes.kind == "moe" and not (folder / "moe_compressor.pt").exists():
-        write_compressor(state.params["compressor"], folder / "moe_compressor.pt")
-    return sizes, state.params["compressor"]
+    params = map_leaves(lambda leaf: leaf.to("cpu"), merge_trees(frozen, state.params))
+    written = folder / "moe_compressor.pt"
+    if processes.rank() == 0 and sizes.kind == "moe" and not written.exists():
+        write_compressor(params["compressor"], written)
+    return sizes, params["compressor"]
+
+
+def _init_params(cfg: Config, sizes: CompressConfig, classes: dict[str, list[str]]) -> Tree:
+    """{"compressor", "heads": a classifier of each label}, on the CPU."""
+    gen = Generator().manual_seed(cfg.seed)
+    compressor = compress.init_compress(sizes, gen)
+    numbers = {label: len(values) for label, values in classes.items()}
+    slots = sizes.slots if cfg.pretrain.head == "places" else 0
+    return {"compressor": compressor, "heads": heads.init_heads(sizes.dim, numbers, gen, slots=slots)}
+
+
+def _stage_of(cfg: Config, slides: int) -> Stage:
+    """The stage in steps; without the gate's speed where the compressor has no gate."""
+    (stage,) = cfg.pretrain.train.stages
+    if cfg.compress.kind != "moe":
+        stage = evolve(stage, speeds=tuple(speed for speed in stage.speeds if speed.match != GATE))
+    return plan_steps(cfg.pretrain.train, stage, slides)
 
 
 def labelled(cfg: Config) -> tuple[dict[str, list[dict[str, str]]], dict[str, list[str]]]:
     """({"train", "valid": rows of slides}, {label: its classes}) of the table that a compressor is trained on.
 
     Raises:
-        ValueError: as `files.read_csv` and `slide_classify.classes_of`; a slide twice; too few slides, or none with a label, in a split.
+        ValueError: as `files.read_csv` and `slide_classify.classes_of`; a slide twice; too few slides, or none with a
+            label, in a split.
     """
-    where, how = path(cfg, "labels"), cfg.pretrain
-    rows = files.read_csv(where, ("slide", "split", *how.labels))
-    parts = {s: [r for r in rows if r["split"] == s] for s in ("train", "valid")}
-    if empty := [s for s, part in parts.items() if not part]:
-        splits = ", ".join(sorted({r["split"] for r in rows}))
+    table, labels = path(cfg, "labels"), cfg.pretrain.labels
+    rows = files.read_csv(table, ("slide", "split", *labels))
+    parts = {}
+    for split_name in ("train", "valid"):
+        parts[split_name] = [row for row in rows if row["split"] == split_name]
+    empty = [name for name, part in parts.items() if not part]
+    if empty:
+        splits = ", ".join(sorted({row["split"] for row in rows}))
         raise ValueError(
-            f'{where}: must have slides of the splits "train" and "valid", found none of {empty[0]!r}, only {splits}'
+            f'{table}: must have slides of the splits "train" and "valid", found none of {empty[0]!r}, only {splits}'
         )
-    times = Counter(slide_name(r["slide"]) for part in parts.values() for r in part)
-    if twice := [n for n, k in times.items() if k > 1]:
+    times = Counter(slide_name(row["slide"]) for part in parts.values() for row in part)
+    twice = [name for name, number in times.items() if number > 1]
+    if twice:
         raise ValueError(
-            f"{where}: every slide must be there once, in one split; {len(twice)} are there again, the first is {twice[0]}"
+            f"{table}: every slide must be there once, in one split; {len(twice)} are there again, the first is "
+            f"{twice[0]}"
         )
     try:
-        classes = heads.classes_of(parts["train"], how.labels)
+        classes = heads.classes_of(parts["train"], labels)
     except ValueError as e:
-        raise ValueError(f"{where}, split train: {e}") from e
-    if not any(r[c] in found for r in parts["valid"] for c, found in classes.items()):
+        raise ValueError(f"{table}, split train: {e}") from e
+    if not any(row[label] in values for row in parts["valid"] for label, values in classes.items()):
         raise ValueError(
-            f"{where}: slides of the split valid must have labels that train has, none has one of {', '.join(classes)}"
+            f"{table}: slides of the split valid must have labels that train has, none has one of "
+            f"{', '.join(classes)}"
         )
-    if len(parts["train"]) < how.batch:
+    batch = cfg.pretrain.train.batch
+    if len(parts["train"]) < batch:
         raise ValueError(
-            f"{where}: pretrain.batch is {how.batch}, found {len(parts['train'])} slides of the split train; lower it"
+            f"{table}: pretrain.train.batch is {batch}, found {len(parts['train'])} slides of the split train; lower it"
         )
     return parts, classes
 
@@ -121,66 +154,70 @@ def read_fitted(cfg: Config, folder: Path) -> tuple[CompressConfig, Tree]:
     if cfg.pretrain.file:
         return model.open_compressor(cfg)
     # It knows the width of the features that it was trained on; its own parameters say what it is.
-    best = states.read_state(folder / "compressor" / "best.pt", "cpu")
-    params = states.read_trained(folder / "compressor", "best", "cpu", model=best.params).params["compressor"]
+    home, keep = folder / "compressor", cfg.pretrain.train.keep
+    kept = states.read_state(home / f"{keep}.pt", "cpu")
+    params = states.read_trained(home, keep, "cpu", model=kept.params).params["compressor"]
     table = {"attention": "tanh/weight", "perceiver": "latents"}.get(cfg.compress.kind, "experts/norm/weight")
     return evolve(cfg.compress, dim=flatten(params)[table].shape[-1]), params
 
 
-def _bags(
-    of: Features, rows: Sequence[dict[str, str]], *, cfg: Config, classes: dict[str, list[str]]
+def _collate_bags(
+    features: Features, rows: Sequence[dict[str, str]], most: int, classes: dict[str, list[str]]
 ) -> dict[str, Tensor]:
-    """A ragged batch of slides: x [b, n, d], mask [b, n], and the number of the class of each label [b], -1 where there is none."""
-    bags = [torch.from_numpy(whole(of, r["slide"], cfg.pretrain.most)).float() for r in rows]
-    longest = max(max(map(len, bags)), 1)
-    x = torch.zeros(len(bags), longest, of.dims)
+    """A ragged batch of slides: x [b, n, d], mask [b, n], and the number of the class of each label [b], -1 where
+    there is none."""
+    bags = [torch.from_numpy(whole(features, row["slide"], most)).float() for row in rows]
+    longest = max(1, *map(len, bags))
+    x = torch.zeros(len(bags), longest, features.dims)
     for i, bag in enumerate(bags):
         x[i, : len(bag)] = bag
-    out = {"x": x, "mask": torch.arange(longest) < torch.tensor([len(b) for b in bags])[:, None]}
-    return out | {
-        c: torch.tensor([v.index(r[c]) if r[c] in v else -1 for r in rows]) for c, v in classes.items()
-    }
+    lengths = torch.tensor([len(bag) for bag in bags])
+    batch = {"x": x, "mask": torch.arange(longest) < lengths[:, None]}
+    for label, values in classes.items():
+        place = {value: number for number, value in enumerate(values)}
+        batch[label] = torch.tensor([place.get(row[label], -1) for row in rows])
+    return batch
 
 
 def _label_loss(
     cfg: CompressConfig, aux: float, params: Tree, batch: dict[str, Tensor]
 ) -> tuple[Tensor, gradients.Aux]:
     device = next(iter(flatten(params).values())).device
-    gen = Generator(device).manual_seed(int(torch.randint(2**31, ())))  # the step's own, see loop.make_step
-    got = compress.compress(
-        cfg, params["compressor"], batch["x"].to(device), batch["mask"].to(device), gen=gen
-    )
-    loss, right = heads.label_loss(
-        heads.label_logits(params["heads"], got.tokens), {c: t.to(device) for c, t in batch.items()}
-    )
-    balance = compress.reference_aux(got.aux) if cfg.kind == "moe" else torch.zeros((), device=device)
-    return loss + aux * balance, gradients.Aux(
-        metrics={f"right_{c}": r for c, r in right.items()} | {"labels": loss, "balance": balance}
-    )
+    # The step's own generator: torch's default one is seeded for each step, see loop.make_step.
+    gen = Generator(device).manual_seed(int(torch.randint(2**31, ())))
+    x, mask = batch["x"].to(device), batch["mask"].to(device)
+    compressed = compress.compress(cfg, params["compressor"], x, mask, gen=gen)
+    logits = heads.label_logits(params["heads"], compressed.tokens)
+    loss, right = heads.label_loss(logits, {name: tensor.to(device) for name, tensor in batch.items()})
+    balance = torch.zeros((), device=device)
+    if cfg.kind == "moe":
+        balance = compress.reference_aux(compressed.aux)
+    metrics = {f"right_{label}": share for label, share in right.items()}
+    return loss + aux * balance, gradients.Aux(metrics=metrics | {"labels": loss, "balance": balance})
 
 
-def _labels_right(
+def _score_labels(
     cfg: CompressConfig,
     params: Tree,
-    at: Callable[..., dict[str, Tensor]],
+    collate: Callable[[Sequence[dict[str, str]]], dict[str, Tensor]],
     rows: Sequence[dict[str, str]],
     size: int,
 ) -> dict[str, float]:
     """Mean share of right labels of the validation slides."""
     device = next(iter(flatten(params).values())).device
-    hits, known = dict[str, int](), dict[str, int]()
+    hits, known = Counter[str](), Counter[str]()
     for i in range(0, len(rows), size):
-        batch = at(rows[i : i + size])
+        batch = collate(rows[i : i + size])
+        x, mask = batch["x"].to(device), batch["mask"].to(device)
         with torch.no_grad():
-            got = compress.compress(
-                cfg, params["compressor"], batch["x"].to(device), batch["mask"].to(device)
-            )
-            logits = heads.label_logits(params["heads"], got.tokens)
-        for c, x in logits.items():
-            there = batch[c] >= 0
-            hits[c] = hits.get(c, 0) + int((x.argmax(1).cpu() == batch[c])[there].sum())
-            known[c] = known.get(c, 0) + int(there.sum())
-    shares = {f"right_{c}": hits[c] / known[c] for c in hits if known[c]}
+            compressed = compress.compress(cfg, params["compressor"], x, mask)
+            logits = heads.label_logits(params["heads"], compressed.tokens)
+        for label, scores in logits.items():
+            labelled_rows = batch[label] >= 0
+            right = (scores.argmax(1).cpu() == batch[label])[labelled_rows]
+            hits[label] += int(right.sum())
+            known[label] += int(labelled_rows.sum())
+    shares = {f"right_{label}": hits[label] / known[label] for label in hits if known[label]}
     if not shares:
         raise ValueError(f"pretrain: none of {len(rows)} validation slides has a label")
     return {"score": sum(shares.values()) / len(shares)} | shares

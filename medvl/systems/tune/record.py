@@ -12,7 +12,7 @@ from medvl.base import config
 from medvl.language.chat import ChatConfig, ModelConfig
 from medvl.language.system import check_quantized
 from medvl.phantoms.pictures import PictureConfig
-from medvl.training.record import TrainConfig
+from medvl.training.record import TrainConfig, language_training
 from medvl.weights.lora import LoraConfig
 
 
@@ -53,11 +53,11 @@ class Config:
     data: DataConfig = DataConfig()
     chat: ChatConfig = ChatConfig()  # a conversation longer than its context is left out and counted
     lora: LoraConfig = config.subrecord(LoraConfig(pattern="all-linear"))
-    train: TrainConfig
+    train: TrainConfig = language_training()
     evaluate: EvaluateConfig = EvaluateConfig()
 
     def __attrs_post_init__(self) -> None:
         config.check_bounds(self, "experiment", seed=config.SEED)
-        if any(stage.muon for stage in self.train.stages) and self.model.dtype != "float32":
+        if any(stage.has_muon for stage in self.train.stages) and self.model.dtype != "float32":
             raise ValueError("a stage's muon needs whole float32 weights: model.dtype = 'float32'")
         check_quantized(self.model, self.train, "a stage must train lora/...")

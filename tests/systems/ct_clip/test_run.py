@@ -31,6 +31,8 @@ from medvl.systems.ct_clip import model as ct_clip
 from medvl.systems.ct_clip import run as ct_clip_run
 from medvl.systems.ct_clip.slice_features import cached_features
 from medvl.training import gradients, states
+from medvl.training.record import Speed, Stage
+from medvl.training.stages import make_optimizer
 
 ROOT = Path(__file__).resolve().parents[3]
 SET = (
@@ -454,8 +456,8 @@ def test_rows_are_normalised_over_the_batch(normalise, mean, spread, gen):
 def test_a_speed_of_muon_takes_the_matrices_that_match(trained):
     cfg, folder = trained
     _, params = ct_clip.init(cfg, folder)
-    fast = ct_clip.Speed(match="fuse/blocks/.*", lr=0.03, weight_decay=0.1, optimizer="muon")
-    opt = ct_clip_run._optimizer(ct_clip.Stage(name="a", steps=4, lr=1e-3, speeds=(fast,)), params)
+    fast = Speed(match="fuse/blocks/.*", lr=0.03, weight_decay=0.1, optimizer="muon")
+    opt = make_optimizer(cfg.train, Stage(name="a", steps=4, lr=1e-3, speeds=(fast,)), params, keyed=True)
     state = flatten(opt.init(params))
     moved = {n for n, t in flatten(params).items() if n.startswith("fuse/blocks/") and t.dim() > 1}
     assert moved == {n.removeprefix("muon/mean/") for n in state if n.startswith("muon/")}

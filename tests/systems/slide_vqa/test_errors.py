@@ -200,8 +200,8 @@ LONG = "A. Stroma" + " word" * 300
 TURNS = talk("A0", ANSWER)["conversations"]
 
 RECORDS = [
-    ({"pretrain__steps": 0}, "pretrain.steps must be 1 or more, got 0"),
-    ({"pretrain__batch": 0}, "pretrain.batch must be 1 or more, got 0"),
+    ({"pretrain__steps": 0}, "stage compressor.steps must be 1 or more, got 0"),
+    ({"pretrain__batch": 0}, "train.batch must be 1 or more, got 0"),
     ({"pretrain__labels": ["class", "class"]}, "pretrain.labels: must be columns, each once"),
     ({"pretrain__labels": ["split"]}, "neither slide nor split, got split"),
     ({"pretrain__labels": "class"}, "expected an array, got 'class' @ $.pretrain.labels"),
@@ -226,7 +226,7 @@ RECORDS = [
     ({"train__chunk": 3}, "train.chunk must divide train.batch, got 3 and 2"),
     ({"train__stages__1__train": []}, "stage questions: train must name parameters"),
     ({"train__stages__0__warmup": 2}, "stage captions: warmup must lie within its 1 steps, got 2"),
-    ({"pretrain__warmup": 2}, "pretrain.warmup must lie within its 1 steps, got 2"),
+    ({"pretrain__warmup": 2}, "stage compressor: warmup must lie within its 1 steps, got 2"),
     ({"data__dims": -5}, "data.dims must"),
     ({"train__stages__1__steps": 0}, "stage questions.steps must be 1 or more, got 0"),
     ({"train__stages": [QUESTIONS, CAPTIONS]}, 'put a stage with data = "captions" before'),
@@ -272,7 +272,10 @@ UNTRAINABLE = [  # refused before anything is trained
     ({"data__test": "{folder}/gone.csv"}, r"1 files are missing: .*gone.csv; data\.\* says where they are"),
     ({"data__features": "{folder}/feats"}, r"feats: no such folder"),
     ({"pretrain__labels": ["grade"]}, r"labels.csv: must have the column 'grade', found 'slide', 'split'"),
-    ({"pretrain__batch": 5}, r"labels.csv: pretrain.batch is 5, found 4 slides of the split train; lower it"),
+    (
+        {"pretrain__batch": 5},
+        r"labels.csv: pretrain.train.batch is 5, found 4 slides of the split train; lower it",
+    ),
     (FILE, r"x.pt: no such file"),
     (PROJECTOR, r"read_projector: .*x.pt: no such file"),
 ]
