@@ -14,7 +14,7 @@ import torch
 from attrs import asdict, field, frozen
 
 from medvl.base import files
-from medvl.evaluation import accuracy, answers, choices, metrics
+from medvl.evaluation import accuracy, answers, choice_answers, choices, metrics
 from medvl.evaluation.results import Result
 from medvl.slides import names
 
@@ -95,7 +95,7 @@ class OpenAnswer:
 def extract_choice(
     said: str | None, options: choices.Options, gold: str, *, slide: str, missing: bool = False, **rest: Any
 ) -> ChoiceAnswer:
-    """The choice in the text of an answer, by `choices.extract_letter`.
+    """The choice in the text of an answer, by `choice_answers.extract_letter`.
 
     Args:
         gold: a letter; anything else counts as no reference answer.
@@ -106,7 +106,7 @@ def extract_choice(
         slide=slide,
         options=lettered,
         gold=gold if gold in lettered else "",
-        chosen="" if missing else choices.extract_letter(said, lettered),
+        chosen="" if missing else choice_answers.extract_letter(said, lettered),
         missing=missing,
         said=said or "",
         **rest,

@@ -11,7 +11,7 @@ from attrs import evolve, field, frozen
 
 from medvl.base import files
 from medvl.base.text import short
-from medvl.evaluation import choices
+from medvl.evaluation import choice_answers, choices
 from medvl.language.messages import check_keys, check_order, check_other_tags
 
 TAG = "<image>"
@@ -290,7 +290,7 @@ def find_letter(answer: str, options: Mapping[str, str]) -> str:
     """The letter of the option that an answer is or chooses; "" where there is none."""
     if answer in options:
         return answer
-    return choices.extract_letter(answer, options) if options else ""
+    return choice_answers.extract_letter(answer, options) if options else ""
 
 
 def _letter_options(texts: list[str]) -> dict[str, str]:

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
+from medvl.evaluation.choice_answers import extract_letter
 from medvl.evaluation.choices import (
     comparable_text,
-    extract_letter,
     format_question,
     letter_options,
     letters_by_likelihood,
