@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from attrs import frozen
 
-from medvl.evaluation import answers, metrics
+from medvl.evaluation import metrics
 from medvl.evaluation.results import Result
 
 Array = np.ndarray
@@ -51,14 +51,14 @@ def accuracy(right: Any, groups: Sequence[Any], *, n: int = 1000, gen: torch.Gen
     Raises:
         ValueError: no rows, values that are not right or wrong, groups of another number, n below 1.
     """
-    sums, sizes = _totals("accuracy", right, groups)
-    value, low, high = _share(sums, sizes, n, gen)
+    sums, sizes = _group_totals(_check_flags("accuracy", right, groups), groups)
+    value, low, high = _bootstrap_share(sums, sizes, n, gen)
     return Accuracy(value=value, low=low, high=high, n=int(sizes.sum()), groups=len(sizes))
 
 
 def episode_accuracy(right: Any, groups: Sequence[Any], *, n: int = 1000, gen: torch.Generator) -> Accuracy:
     """Share of groups (episodes, cases) of which every row is right; args and errors as `accuracy`. The record's `n` is its groups."""
-    sums, sizes = _totals("episode_accuracy", right, groups)
+    sums, sizes = _group_totals(_check_flags("episode_accuracy", right, groups), groups)
     return accuracy(sums == sizes, range(len(sizes)), n=n, gen=gen)
 
 
@@ -72,21 +72,28 @@ def accuracy_by_category(
     Raises:
         ValueError: also a row without a category ("" or None), or categories of another number.
     """
-    flags = _flags("accuracy_by_category", right, groups)
-    if len(categories) != len(flags) or (bare := sum(c is None or c == "" for c in categories)):
-        got = f"{len(categories)} categories" if len(categories) != len(flags) else f"{bare} without"
+    flags = _check_flags("accuracy_by_category", right, groups)
+    fault = ""
+    unnamed = sum(c is None or c == "" for c in categories)
+    if len(categories) != len(flags):
+        fault = f"{len(categories)} categories"
+    elif unnamed:
+        fault = f"{unnamed} without"
+    if fault:
         raise ValueError(
-            f"accuracy_by_category: each of {len(flags)} rows must have a category, got {got}; leave such rows out or name them"
+            f"accuracy_by_category: each of {len(flags)} rows must have a category, got {fault}; leave such rows out or name them"
         )
-    codes, _ = metrics._codes(groups)
+    codes, _ = metrics.group_codes(groups)
     seed = int(torch.randint(2**62, (), generator=gen))
     rows: dict[str, list[int]] = {}
-    for i, c in enumerate(categories):
-        rows.setdefault(str(c), []).append(i)
-    return {
-        c: accuracy(flags[rows[c]], codes[rows[c]].tolist(), n=n, gen=torch.Generator().manual_seed(seed))
-        for c in sorted(rows)
-    }
+    for i, category in enumerate(categories):
+        rows.setdefault(str(category), []).append(i)
+    accuracies = {}
+    for category in sorted(rows):
+        part = rows[category]
+        own_gen = torch.Generator().manual_seed(seed)
+        accuracies[category] = accuracy(flags[part], codes[part].tolist(), n=n, gen=own_gen)
+    return accuracies
 
 
 def paired_difference(
@@ -104,49 +111,13 @@ def paired_difference(
         ValueError: as `accuracy`; right_a and right_b of different lengths.
     Source: McNemar 1947, doi:10.1007/BF02295996; Fisher's randomisation test.
     """
-    a, b = _flags("paired_difference", right_a, groups), _flags("paired_difference", right_b, groups)
-    sums, sizes = _per_group(a.astype(np.int64) - b, groups)
-    value, low, high = _share(sums, sizes, n, gen)
+    a = _check_flags("paired_difference", right_a, groups)
+    b = _check_flags("paired_difference", right_b, groups)
+    sums, sizes = _group_totals(a.astype(np.int64) - b, groups)
+    value, low, high = _bootstrap_share(sums, sizes, n, gen)
     return Difference(
-        difference=value, low=low, high=high, p=_flips(sums), n=int(sizes.sum()), groups=len(sizes)
+        difference=value, low=low, high=high, p=_sign_flip_p(sums), n=int(sizes.sum()), groups=len(sizes)
     )
-
-
-def tfidf_accuracy(
-    said: Sequence[str | None],
-    gold: Sequence[str],
-    episodes: Sequence[Any],
-    *,
-    threshold: float = 0.6,
-    skip: str = answers.SKIPPED_STEP,
-    n: int = 1000,
-    gen: torch.Generator,
-) -> dict[str, Accuracy]:
-    """{"step", "episode"} accuracy as FedMABench scores them, only for comparison: `answers.same_by_tfidf` accepts opposites.
-
-    Args:
-        episodes: the episode of each step, whose steps are drawn together.
-        skip: steps with this written answer are left out (an episode of such steps alone too); "" leaves none out.
-    Raises:
-        ValueError: as `accuracy`; said, gold and episodes of different lengths, or every step is left out.
-    """
-    if not len(said) == len(gold) == len(episodes):
-        raise ValueError(
-            f"tfidf_accuracy: said, gold and episodes must have one length, got {len(said)}, {len(gold)}, {len(episodes)}"
-        )
-    kept = [i for i, g in enumerate(gold) if not skip or g != skip]
-    if not kept:
-        raise ValueError(
-            f"tfidf_accuracy: needs a step that is not skipped, got {len(gold)} steps, all {skip!r}"
-        )
-    right, groups = (
-        [answers.same_by_tfidf(said[i], gold[i], threshold) for i in kept],
-        metrics._codes(episodes)[0][kept].tolist(),
-    )
-    return {
-        "step": accuracy(right, groups, n=n, gen=gen),
-        "episode": episode_accuracy(right, groups, n=n, gen=gen),
-    }
 
 
 def to_results(
@@ -154,46 +125,46 @@ def to_results(
 ) -> list[Result]:
     """A row for each {subject: record}; `what` is "accuracy" or "accuracy_difference" unless given; `extra` holds groups, and p."""
     rows = []
-    for subject, r in records.items():
-        kind, value, extra = (
-            ("accuracy", r.value, {})
-            if isinstance(r, Accuracy)
-            else ("accuracy_difference", r.difference, {"p": r.p})
-        )
-        common: dict[str, Any] = {"subject": subject, "split": split, "n": r.n, "experiment": experiment}
+    for subject, record in records.items():
+        extra: dict[str, Any] = {"groups": record.groups}
+        if isinstance(record, Accuracy):
+            metric, value = "accuracy", record.value
+        else:
+            metric, value = "accuracy_difference", record.difference
+            extra["p"] = record.p
         rows.append(
             Result(
-                what=what or kind,
+                what=what or metric,
+                subject=subject,
+                split=split,
                 value=value,
-                low=r.low,
-                high=r.high,
-                extra={"groups": r.groups} | extra,
-                **common,
+                low=record.low,
+                high=record.high,
+                n=record.n,
+                experiment=experiment,
+                extra=extra,
             )
         )
     return rows
 
 
-def _flags(what: str, right: Any, groups: Sequence[Any]) -> Array:
+def _check_flags(what: str, right: Any, groups: Sequence[Any]) -> Array:
     """Right or wrong as bool [n]."""
     flags = right.detach().cpu().numpy() if isinstance(right, torch.Tensor) else np.asarray(right)
     if flags.ndim != 1 or not len(flags) or len(groups) != len(flags):
         raise ValueError(
-            f"{what}: must have one or more rows and a group for each, got right {list(flags.shape)} and {len(groups)} groups"
+            f"{what}: must have one or more rows and a group for each, "
+            f"got right {list(flags.shape)} and {len(groups)} groups"
         )
     if flags.dtype.kind not in "biuf" or not np.isin(flags, (0, 1)).all():
-        found = ", ".join(sorted({str(v) for v in flags.tolist()})[:4])
-        raise ValueError(f"{what}: every row must be right (true) or wrong (false), got {found}")
+        values = ", ".join(sorted({str(v) for v in flags.tolist()})[:4])
+        raise ValueError(f"{what}: every row must be right (true) or wrong (false), got {values}")
     return flags.astype(bool)
 
 
-def _totals(what: str, right: Any, groups: Sequence[Any]) -> tuple[Array, Array]:
-    return _per_group(_flags(what, right, groups), groups)
-
-
-def _per_group(values: Array, groups: Sequence[Any]) -> tuple[Array, Array]:
-    """(sum, rows) of each group, int64 [k]; sorted, so that no order of rows or groups shows in what is drawn from them."""
-    codes, k = metrics._codes(groups)
+def _group_totals(values: Array, groups: Sequence[Any]) -> tuple[Array, Array]:
+    """(sum, rows) of each group, int64 [k]; sorted, so that the order of rows and groups does not change what is drawn from them."""
+    codes, k = metrics.group_codes(groups)
     sizes = np.bincount(codes, minlength=k)
     sums = np.zeros(k, dtype=np.int64)
     np.add.at(sums, codes, values)
@@ -201,33 +172,40 @@ def _per_group(values: Array, groups: Sequence[Any]) -> tuple[Array, Array]:
     return sums[order], sizes[order]
 
 
-def _share(sums: Array, sizes: Array, n: int, gen: torch.Generator) -> tuple[float, float, float]:
-    """Sum over rows, and its bounds when groups are drawn."""
+def _bootstrap_share(sums: Array, sizes: Array, n: int, gen: torch.Generator) -> tuple[float, float, float]:
+    """Sum over rows, with its bounds when groups are drawn."""
     if n < 1:
         raise ValueError(f"accuracy: the replicates n must be 1 or more, got {n}")
     if len(sizes) < 2:
         return float(sums.sum() / sizes.sum()), float("nan"), float("nan")
 
-    def share(table: Array, _: Array, w: Array | None) -> dict[str, Array]:
-        total = (np.ones((1, len(table))) if w is None else w.T) @ table
-        ratio = total[:, :1] / total[:, 1:]
-        return {"": ratio[0] if w is None else ratio}
+    def share(table: Array, _: Array, weights: Array | None) -> dict[str, Array]:
+        if weights is None:
+            return {"": (table.sum(0)[:1]) / table.sum(0)[1:]}
+        total = weights.T @ table
+        return {"": total[:, :1] / total[:, 1:]}
 
-    table = np.stack([sums, sizes], 1)  # a group is a row here
-    found = metrics.bootstrap(share, table, np.zeros_like(table), range(len(table)), n=n, gen=gen)[""]
-    return float(found.value[0]), float(found.low[0]), float(found.high[0])
+    # `bootstrap` draws rows by group; here a group is a row, and there are no labels.
+    table = np.stack([sums, sizes], 1)
+    no_labels = np.zeros_like(table)
+    interval = metrics.bootstrap(share, table, no_labels, range(len(table)), n=n, gen=gen)[""]
+    return float(interval.value[0]), float(interval.low[0]), float(interval.high[0])
 
 
-def _flips(sums: Array) -> float:
-    """P(|sum of +-d| >= |sum of d|), every sign as likely: groups of equal |d| = m make m (2 Binomial - c), which are convolved."""
+def _sign_flip_p(sums: Array) -> float:
+    """P(|sum of +-d| >= |sum of d|) where every sign is as likely.
+
+    The c groups of equal |d| = m add m (2 Binomial(c, 1/2) - c); these distributions are convolved.
+    """
     from scipy.stats import binom  # here: half a second to import
 
     sizes, counts = np.unique(np.abs(sums[sums != 0]), return_counts=True)
-    dist, reach = np.ones(1), 0  # probabilities of -reach .. reach
-    for m, c in zip(sizes.tolist(), counts.tolist(), strict=True):
-        wider = np.zeros(2 * (reach + m * c) + 1)
-        for j, p in enumerate(binom.pmf(np.arange(c + 1), c, 0.5)):
-            wider[2 * m * j : 2 * m * j + len(dist)] += p * dist
-        dist, reach = wider, reach + m * c
-    far = np.abs(np.arange(-reach, reach + 1)) >= abs(int(sums.sum()))
-    return min(1.0, float(dist[far].sum()))
+    probabilities, reach = np.ones(1), 0  # of the sums -reach .. reach
+    for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
+        wider = np.zeros(2 * (reach + size * count) + 1)
+        for positive, p in enumerate(binom.pmf(np.arange(count + 1), count, 0.5)):
+            shift = 2 * size * positive
+            wider[shift : shift + len(probabilities)] += p * probabilities
+        probabilities, reach = wider, reach + size * count
+    as_far = np.abs(np.arange(-reach, reach + 1)) >= abs(int(sums.sum()))
+    return min(1.0, float(probabilities[as_far].sum()))

@@ -4,6 +4,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from medvl.evaluation.answers import word_set
 from medvl.evaluation.choices import (
     MARKUP,
     TOKEN,
@@ -48,170 +49,27 @@ _END_OF_LETTER = r"[\s.,;:!)\]}']*$|[ \t]*\n|\.(?=\s)|\.(?![\d.]|\w\.)|\s?:(?=\s
 _END_IN_SENTENCE = r"|[,;!](?=\s)|\s+(?:because|since)\b"
 
 # Words of a sentence that says why an option is not the answer.
-_REJECTING_WORDS = frozenset(
-    [
-        "less",
-        "unlikely",
-        "not",
-        "incorrect",
-        "wrong",
-        "false",
-        "excluded",
-        "excludes",
-        "distractor",
-        "distractors",
-        "cannot",
-    ]
+_REJECTING_WORDS = word_set(
+    "less unlikely not incorrect wrong false excluded excludes distractor distractors cannot"
 )
 # Words that deny or doubt what they stand beside.
-_DOUBTING_WORDS = frozenset(
-    [
-        "not",
-        "no",
-        "non",
-        "nor",
-        "neither",
-        "never",
-        "none",
-        "nothing",
-        "without",
-        "absent",
-        "absence",
-        "lack",
-        "lacks",
-        "lacking",
-        "cannot",
-        "exclude",
-        "excludes",
-        "excluded",
-        "excluding",
-        "except",
-        "rule",
-        "rules",
-        "ruled",
-        "unlikely",
-        "less",
-        "more",
-        "than",
-        "rather",
-        "instead",
-        "unlike",
-        "versus",
-        "vs",
-        "or",
-        "either",
-        "whether",
-        "if",
-        "incorrect",
-        "wrong",
-        "false",
-        "but",
-        "however",
-        "although",
-        "unless",
-        "may",
-        "might",
-        "could",
-        "possibly",
-        "perhaps",
-        "maybe",
-        "unsure",
-        "unclear",
-        "uncertain",
-        "unable",
-        "between",
-        "differential",
-        "deny",
-        "denies",
-        "denied",
-        "negative",
-        "until",
-        "hardly",
-        "under",
-        "over",
-        "above",
-        "below",
-        "least",
-        "both",
-        "doubt",
-        "hard",
-        "considered",
-        "thought",
-        "history",
-    ]
+_DOUBTING_WORDS = word_set(
+    "not no non nor neither never none nothing without absent absence lack lacks lacking cannot "
+    "exclude excludes excluded excluding except rule rules ruled unlikely less more than rather "
+    "instead unlike versus vs or either whether if incorrect wrong false but however although unless "
+    "may might could possibly perhaps maybe unsure unclear uncertain unable between differential deny "
+    "denies denied negative until hardly under over above below least both doubt hard considered "
+    "thought history"
 )
 # Words that may stand before the text of an option in a sentence that names it.
-_WORDS_BEFORE = frozenset(
-    [
-        "a",
-        "an",
-        "the",
-        "is",
-        "are",
-        "was",
-        "were",
-        "be",
-        "as",
-        "of",
-        "with",
-        "by",
-        "for",
-        "this",
-        "it",
-        "shows",
-        "show",
-        "showing",
-        "suggests",
-        "suggest",
-        "suggesting",
-        "indicates",
-        "indicate",
-        "indicating",
-        "demonstrates",
-        "reveals",
-        "represents",
-        "has",
-        "have",
-        "case",
-        "diagnosis",
-        "likely",
-        "probably",
-        "type",
-        "subtype",
-        "grade",
-        "stage",
-        "status",
-        "score",
-        "answer",
-    ]
+_WORDS_BEFORE = word_set(
+    "a an the is are was were be as of with by for this it shows show showing suggests suggest "
+    "suggesting indicates indicate indicating demonstrates reveals represents has have case diagnosis "
+    "likely probably type subtype grade stage status score answer"
 )
 # Words that may follow it.
-_WORDS_AFTER = frozenset(
-    [
-        "is",
-        "are",
-        "was",
-        "were",
-        "in",
-        "of",
-        "with",
-        "for",
-        "as",
-        "at",
-        "on",
-        "by",
-        "this",
-        "that",
-        "which",
-        "here",
-        "from",
-        "based",
-        "because",
-        "since",
-        "due",
-        "given",
-        "seen",
-    ]
+_WORDS_AFTER = word_set(
+    "is are was were in of with for as at on by this that which here from based because since due given seen"
 )
 _JOINING_WORDS = frozenset({"and", "or", "nor", "to", "is", "vs", "versus"})
 

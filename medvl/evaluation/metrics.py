@@ -102,13 +102,13 @@ def at_threshold(scores: Any, labels: Any, thresholds: Any, weights: Any = None)
     fn, neg = pos - tp, total - pos
     tn = neg - fp
     out = {
-        "accuracy": _ratio(tp + tn, total),
-        "balanced_accuracy": (_ratio(tp, pos) + _ratio(tn, neg)) / 2,
-        "precision": _ratio(tp, tp + fp),
-        "recall": _ratio(tp, pos),
-        "f1": _ratio(2 * tp, 2 * tp + fp + fn),
-        "f1_weighted": _ratio(
-            pos * _ratio(2 * tp, 2 * tp + fp + fn) + neg * _ratio(2 * tn, 2 * tn + fp + fn), total
+        "accuracy": ratio(tp + tn, total),
+        "balanced_accuracy": (ratio(tp, pos) + ratio(tn, neg)) / 2,
+        "precision": ratio(tp, tp + fp),
+        "recall": ratio(tp, pos),
+        "f1": ratio(2 * tp, 2 * tp + fp + fn),
+        "f1_weighted": ratio(
+            pos * ratio(2 * tp, 2 * tp + fp + fn) + neg * ratio(2 * tn, 2 * tn + fp + fn), total
         ),
     }
     known = (pos > 0) & (neg > 0) & ~np.isnan(t)
@@ -120,7 +120,7 @@ def roc_curve(scores: Any, labels: Any) -> tuple[Array, Array, Array]:
     """(false positive rate, true positive rate, threshold) of one finding from scores and labels [n]; starts at (0, 0, inf)."""
     s, y = checked(_array(scores)[:, None], _array(labels)[:, None])
     thresholds, tp, fp = _steps(s[:, 0], y[:, 0])
-    fpr, tpr = _ratio(fp, fp[-1:]), _ratio(tp, tp[-1:])
+    fpr, tpr = ratio(fp, fp[-1:]), ratio(tp, tp[-1:])
     return np.r_[0.0, fpr], np.r_[0.0, tpr], np.r_[np.inf, thresholds]
 
 
@@ -160,7 +160,7 @@ def bootstrap(
         ValueError: as `checked`; groups of another length, fewer than two groups, n below 1, level not between 0 and 1.
     """
     s, y = checked(scores, labels)
-    rows, k = _codes(groups)
+    rows, k = group_codes(groups)
     if len(rows) != len(s) or k < 2:
         raise ValueError(
             f"bootstrap: needs one group per row and two groups or more, got {len(rows)} groups ({k} distinct), {len(s)} rows"
@@ -202,7 +202,7 @@ def group_recall_at(
         raise ValueError(
             f"group_recall_at: similarity must be finite and every k within 1..{sim.shape[1]}, got k={list(ks)}"
         )
-    codes = _codes([*groups_q, *groups_g])[0]
+    codes = group_codes([*groups_q, *groups_g])[0]
     same = codes[: len(sim), None] == codes[None, len(sim) :]
     if (lost := int((~same.any(1)).sum())) > 0:
         raise ValueError(
@@ -243,7 +243,7 @@ def _auroc(s: Array, y: Array, w: Array) -> Array:
     below = _cumulative(w[neg])
     low, high = (np.searchsorted(s[neg], s[pos], side) for side in ("left", "right"))
     wins = below[low] if (low == high).all() else (below[low] + below[high]) / 2
-    return _ratio(np.einsum("kr,kr->r", w[pos], wins), w[pos].sum(0) * below[-1])
+    return ratio(np.einsum("kr,kr->r", w[pos], wins), w[pos].sum(0) * below[-1])
 
 
 def _average_precision(s: Array, y: Array, w: Array) -> Array:
@@ -255,7 +255,7 @@ def _average_precision(s: Array, y: Array, w: Array) -> Array:
     precision = tp / np.maximum(
         tp + fp, np.finfo(float).tiny
     )  # where both are 0 the positive has no weight either
-    return np.where(wrong[-1] > 0, _ratio(np.einsum("kr,kr->r", w[pos], precision), right[-1]), np.nan)
+    return np.where(wrong[-1] > 0, ratio(np.einsum("kr,kr->r", w[pos], precision), right[-1]), np.nan)
 
 
 def _sorted(s: Array, keep: Array) -> Array:
@@ -276,7 +276,7 @@ def _cumulative(w: Array) -> Array:
     return padded[: n + 1]
 
 
-def _ratio(a: Array, b: Array) -> Array:
+def ratio(a: Array, b: Array) -> Array:
     a, b = np.broadcast_arrays(a, b)
     return np.divide(a, b, out=np.full(a.shape, np.nan), where=b > 0)
 
@@ -324,10 +324,10 @@ def _bounds(replicates: Array, tail: float) -> tuple[float, float]:
 
 
 def _nanmean(x: Array) -> Array:
-    return _ratio(np.nansum(x, 1), (~np.isnan(x)).sum(1))
+    return ratio(np.nansum(x, 1), (~np.isnan(x)).sum(1))
 
 
-def _codes(groups: Sequence[Any]) -> tuple[Array, int]:
+def group_codes(groups: Sequence[Any]) -> tuple[Array, int]:
     """A whole number for each distinct group, in order of first appearance."""
     groups = groups.tolist() if isinstance(groups, torch.Tensor | np.ndarray) else list(groups)
     seen = {g: i for i, g in enumerate(dict.fromkeys(groups))}

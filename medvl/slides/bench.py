@@ -249,7 +249,7 @@ def _macro_accuracy(
     gen: torch.Generator,
 ) -> accuracy.Accuracy:
     """Mean accuracy over c categories. A resampled patient brings its rows of all categories."""
-    codes, count = metrics._codes(patients)
+    codes, count = metrics.group_codes(patients)
     c = len(subjects)
     table = np.zeros((count, 2 * c))  # per patient: right answers of each category, then questions of each
     for column, indices in enumerate(subjects.values()):
@@ -261,9 +261,9 @@ def _macro_accuracy(
     def means(counts: np.ndarray, _: np.ndarray, weights: np.ndarray | None) -> dict[str, np.ndarray]:
         if weights is None:
             hits, sizes = np.split(np.ones((1, len(counts))) @ counts, 2, axis=1)
-            return {"": metrics._ratio(hits, sizes)[0]}
+            return {"": metrics.ratio(hits, sizes)[0]}
         hits, sizes = np.split(weights.T @ counts, 2, axis=1)
-        return {"": metrics._ratio(hits, sizes)}
+        return {"": metrics.ratio(hits, sizes)}
 
     questions = int(table[:, c:].sum())
     if len(table) < 2:

@@ -6,7 +6,6 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from medvl.evaluation import answers
 from medvl.evaluation.accuracy import (
     Accuracy,
     Difference,
@@ -14,7 +13,6 @@ from medvl.evaluation.accuracy import (
     accuracy_by_category,
     episode_accuracy,
     paired_difference,
-    tfidf_accuracy,
     to_results,
 )
 
@@ -193,26 +191,6 @@ def test_a_category_of_one_group_does_not_stop_the_table():
     assert (got["OCT"].value, got["OCT"].n, got["OCT"].groups) == (1.0, 2, 1)
     assert math.isnan(got["OCT"].low)
     assert not math.isnan(got["CT"].low)
-
-
-def test_the_scoring_of_older_benchmarks():
-    gold = ["Pleural effusion", answers.SKIPPED_STEP, "Scroll up", "Scroll up", answers.SKIPPED_STEP]
-    said = ["No pleural effusion", "lung", "scroll up", "Scroll down", "lung"]
-    episodes = [0, 0, 0, 1, 2]
-    got = tfidf_accuracy(said, gold, episodes, gen=_seeded())
-    assert (got["step"].value, got["step"].n, got["step"].groups) == (pytest.approx(2 / 3), 3, 2)
-    assert (got["episode"].value, got["episode"].n) == (0.5, 2)
-    kept = tfidf_accuracy(said, gold, episodes, skip="", gen=_seeded())
-    assert (kept["step"].value, kept["step"].n, kept["episode"].value) == (0.4, 5, 0.0)
-    assert tfidf_accuracy(said, gold, episodes, threshold=0.8, gen=_seeded())["step"].value == pytest.approx(
-        1 / 3
-    )
-    with pytest.raises(ValueError, match="one length, got 4, 5, 5"):
-        tfidf_accuracy(said[:4], gold, episodes, gen=_seeded())
-    with pytest.raises(
-        ValueError, match="needs a step that is not skipped, got 1 steps, all 'Click at a button'"
-    ):
-        tfidf_accuracy(["x"], [answers.SKIPPED_STEP], [0], gen=_seeded())
 
 
 def test_results():
