@@ -1,4 +1,8 @@
-"""A folder of CT scans into one store: resumable, in many processes, with every refused scan and its reason in a table; contact sheets."""
+"""Preprocess a folder of CT scans into one store, and show what came out as a contact sheet.
+
+A run resumes where the last one stopped, works in several processes, and lists every refused scan with its
+reason in a table.
+"""
 
 import functools
 import logging
@@ -24,16 +28,17 @@ from medvl.ct.volumes import check_sources, keeps_sources, read_volume, reserve_
 
 log = logging.getLogger(__name__)
 
-REJECTED = ("name", "path", "reason")
+REJECTED = ("name", "path", "reason")  # columns of the table of rejected scans
+_WORKER_DIED = "its worker process died, most likely out of memory; preprocess it where there is more"
 
 
 @frozen(kw_only=True)
 class Summary:
-    """Of one run: volumes written, volumes that were there before, and {name: reason} of those refused."""
+    """What one run did."""
 
-    done: int
-    skipped: int
-    rejected: dict[str, str]
+    done: int  # volumes written
+    skipped: int  # volumes that were there before
+    rejected: dict[str, str]  # {name: reason}
 
 
 @frozen(kw_only=True)
@@ -51,28 +56,27 @@ def preprocess_folder(
     workers: int = 1,
     progress: bool = True,
 ) -> Summary:
-    """Preprocess every scan of `source` into the store `out`; run again to go on where a run was stopped or scans were added.
+    """Preprocess every scan of `source` into the store `out`.
 
-    Scans that cannot be used are listed in `rejected_csv(out)` (written at the end of a run) and tried again by the next run.
+    Run it again to resume a run that was stopped, or when scans were added. Scans that cannot be used are
+    listed in `rejected_csv(out)` at the end of a run, and the next run tries them again.
 
     Args:
-        source: a folder, searched with all its subfolders for `.nii` and `.nii.gz`, one such file, or a CSV with a column `path` (or
-            `VolumeName`), relative to the CSV.
+        source: a folder, searched with all its subfolders for `.nii` and `.nii.gz`, one such file, or a CSV
+            with a column `path` (or `VolumeName`), relative to the CSV.
         metadata_csv: table with a column `VolumeName`; a scan without a row in it is rejected.
-        workers: 1 works in this process; more are fresh processes, so a script needs `if __name__ == "__main__":`. A scan whose
-            worker dies (out of memory) is then rejected and the run goes on.
+        workers: 1 works in this process. More are fresh processes, so a script needs `if __name__ ==
+            "__main__":`; a scan whose worker dies (out of memory) is then rejected and the run goes on.
     Raises:
-        ValueError: no scans, two scans of one name, an unusable CSV, a store made with other settings, scans that are other files than
-            those that were written, or another run at work on it.
+        ValueError: no scans, two scans of one name, an unusable CSV, a store made with other settings, scans
+            that are other files than those that were written, or another run at work on it.
     """
     out = Path(out)
-    _keep_inputs(out, source, metadata_csv)
+    _refuse_overwrite(out, source, metadata_csv)
     paths = find_scans(source)
-    rows = (
-        metadata_table.read_metadata(metadata_csv, paths, preprocess.metadata_columns(cfg))
-        if metadata_csv
-        else None
-    )
+    rows = None
+    if metadata_csv:
+        rows = metadata_table.read_metadata(metadata_csv, paths, preprocess.metadata_columns(cfg))
     with files.file_lock(out):
         files.remove_unfinished_file(rejected_csv(out))
         done = reserve_volumes(out, paths, cfg)
@@ -80,42 +84,37 @@ def preprocess_folder(
         stored = store.open_store(out)
         if keeps_sources(stored):
             check_sources(stored, paths)
-        missing = (
-            {}
-            if rows is None
-            else {n: f"{metadata_csv}: has no row for it" for n in paths if n not in rows and n not in done}
-        )
-        jobs = [
-            _Job(name=n, path=p, metadata=rows[n] if rows else None)
-            for n, p in paths.items()
-            if n not in done and n not in missing
-        ]
-        rejected = missing | _work(
-            jobs,
-            functools.partial(_one, out=out, cfg=cfg),
-            out,
-            workers,
-            progress,
-            len(paths) - len(jobs),
-        )
-        files.write_csv(
-            rejected_csv(out),
-            [dict(zip(REJECTED, (n, paths[n], r), strict=True)) for n, r in sorted(rejected.items())],
-            REJECTED,
-        )
+        pending = [name for name in paths if name not in done]
+        rejected, jobs = {}, []
+        for name in pending:
+            if rows is not None and name not in rows:
+                rejected[name] = f"{metadata_csv}: has no row for it"
+            else:
+                metadata = rows[name] if rows is not None else None
+                jobs.append(_Job(name=name, path=paths[name], metadata=metadata))
+        run = functools.partial(_run_job, out=out, cfg=cfg)
+        rejected |= _run_jobs(jobs, run, out, workers, progress, len(paths) - len(jobs))
+        table = [(name, paths[name], reason) for name, reason in sorted(rejected.items())]
+        cells = [dict(zip(REJECTED, row, strict=True)) for row in table]
+        files.write_csv(rejected_csv(out), cells, REJECTED)
     return Summary(
-        done=len(jobs) + len(missing) - len(rejected),
-        skipped=len(paths) - len(jobs) - len(missing),
+        done=len(pending) - len(rejected),
+        skipped=len(paths) - len(pending),
         rejected=rejected,
     )
 
 
-def _keep_inputs(out: Path, *inputs: PathLike) -> None:
-    """Refuse an output that is one of the inputs; an existing file that is no store is refused when it is opened."""
+def _refuse_overwrite(out: Path, *inputs: PathLike) -> None:
+    """Refuse an input that the run would overwrite: its own table of rejected scans.
+
+    The store needs no check: an existing file that is no store is refused when it is opened.
+    """
+    table = rejected_csv(out)
     for path in inputs:
-        if path and rejected_csv(out).exists() and rejected_csv(out).resolve() == Path(path).resolve():
+        if path and table.exists() and table.resolve() == Path(path).resolve():
             raise ValueError(
-                f"{path}: a run into {out} writes its rejected scans there; give the table another name to read it"
+                f"{path}: a run into {out} writes its rejected scans there; give the table another name to "
+                "read it"
             )
 
 
@@ -125,12 +124,16 @@ def rejected_csv(out: PathLike) -> Path:
 
 
 def find_scans(source: PathLike) -> dict[str, Path]:
-    """{volume name: path} of a folder or CSV, sorted by name; raises ValueError for none and for two of one name."""
+    """{volume name: path} of a folder, a CSV or one scan, sorted by name.
+
+    Raises:
+        ValueError: no scans, or two of one name.
+    """
     source = Path(source)
     if source.is_dir():
-        found = _scans_below(source)
+        scan_paths = _scans_below(source)
     elif source.name.lower().endswith((".nii", ".nii.gz")):
-        found = [source]
+        scan_paths = [source]
     else:
         rows = files.read_csv(source)
         column = next((c for c in ("path", "VolumeName") if c in rows[0]), None)
@@ -138,35 +141,35 @@ def find_scans(source: PathLike) -> dict[str, Path]:
             raise ValueError(
                 f"{source}: must have a column 'path' or 'VolumeName', found {', '.join(map(repr, rows[0]))}"
             )
-        found = [source.parent / row[column] for row in rows]
+        scan_paths = [source.parent / row[column] for row in rows]
     paths: dict[str, Path] = {}
-    for path in sorted(found):
+    for path in sorted(scan_paths):
         files.check_text_name(path)
-        if (other := paths.setdefault(names.volume_name(path), path)) is not path:
-            raise ValueError(
-                f"{source}: two scans are called {names.volume_name(path)!r}: {other} and {path}; rename one"
-            )
+        name = names.volume_name(path)
+        if name in paths:
+            raise ValueError(f"{source}: two scans are called {name!r}: {paths[name]} and {path}; rename one")
+        paths[name] = path
     return dict(sorted(paths.items()))
 
 
 def _scans_below(folder: Path) -> list[Path]:
-    every = files.files_below(folder)
-    found = [path for path in every if path.name.lower().endswith((".nii", ".nii.gz"))]
-    others = [
-        path
-        for path in every
-        if path.suffix.lower() in (".dcm", ".ima") or (not found and scans.is_dicom(path))
-    ]
-    if not found:
-        dicom = f", but {len(others)} files of DICOM; {scans.FROM_DICOM}" if others else ""
-        raise ValueError(f"{folder}: holds no .nii or .nii.gz file{dicom}")
-    if others:
-        log.warning("%s: %d files of DICOM are left out; %s", folder, len(others), scans.FROM_DICOM)
-    return found
+    all_files = files.files_below(folder)
+    nifti = [path for path in all_files if path.name.lower().endswith((".nii", ".nii.gz"))]
+    dicom = []
+    for path in all_files:
+        # Without NIfTI files every file is opened, to say whether they are DICOM under other names.
+        if path.suffix.lower() in (".dcm", ".ima") or (not nifti and scans.is_dicom(path)):
+            dicom.append(path)
+    if not nifti:
+        hint = f", but {len(dicom)} files of DICOM; {scans.FROM_DICOM}" if dicom else ""
+        raise ValueError(f"{folder}: holds no .nii or .nii.gz file{hint}")
+    if dicom:
+        log.warning("%s: %d files of DICOM are left out; %s", folder, len(dicom), scans.FROM_DICOM)
+    return nifti
 
 
-def _one(job: _Job, out: Path, cfg: CtConfig) -> tuple[str, str]:
-    """Preprocess and store one scan; ("", what was done) or (why not, "")."""
+def _run_job(job: _Job, out: Path, cfg: CtConfig) -> tuple[str, str]:
+    """Preprocess and store one scan; returns ("", a summary) or (why it is rejected, "")."""
     try:
         volume = preprocess.preprocess_scan(job.path, cfg, job.metadata)
     except ScanError as e:
@@ -174,64 +177,65 @@ def _one(job: _Job, out: Path, cfg: CtConfig) -> tuple[str, str]:
     except MemoryError:
         return "not enough memory", ""
     write_volume(_open_once(out), job.name, volume, job.path)
-    return (
-        "",
-        f"HU = {volume.slope:g} * stored + {volume.intercept:g} ({volume.hu_rule}), slices {volume.occupied}",
-    )
+    scale = f"HU = {volume.slope:g} * stored + {volume.intercept:g} ({volume.hu_rule})"
+    return "", f"{scale}, slices {volume.occupied}"
 
 
 @functools.lru_cache(maxsize=1)
 def _open_once(out: Path) -> Store:
-    """The store; a worker reads its table of rows once and not for each scan."""
+    """The store, opened once per process: a worker reads its table of rows once and not for each scan."""
     return store.open_store(out)
 
 
-def _work(
-    jobs: list[_Job], one: Callable, out: Path, workers: int, progress: bool, before: int
+def _run_jobs(
+    jobs: list[_Job], run: Callable, out: Path, workers: int, progress: bool, skipped: int
 ) -> dict[str, str]:
-    """Do the jobs; {name: reason} of those refused."""
+    """Run the jobs and log each; returns {name: reason} of the rejected ones."""
+    results: Iterator[tuple[_Job, tuple[str, str]]] = ((job, run(job)) for job in jobs)
+    if workers > 1:
+        results = _run_parallel(jobs, run, out, workers)
     rejected = {}
-    results = map(lambda j: (j, one(j)), jobs) if workers <= 1 else _parallel(jobs, one, out, workers)
-    for job, (reason, said) in track(results, "scans", before + len(jobs), before, progress):
+    for job, (reason, summary) in track(results, "scans", skipped + len(jobs), skipped, progress):
         if reason:
             rejected[job.name] = reason
             log.warning("%s: rejected: %s", job.name, reason.replace(str(job.path), job.path.name))
         else:
-            log.info("%s: %s", job.name, said)
+            log.info("%s: %s", job.name, summary)
     return rejected
 
 
-def _parallel(
-    jobs: list[_Job], one: Callable, out: Path, workers: int
+def _run_parallel(
+    jobs: list[_Job], run: Callable, out: Path, workers: int
 ) -> Iterator[tuple[_Job, tuple[str, str]]]:
-    """Jobs in processes. When one dies the pool is lost with all it held: those are done again, one at a time, to find the culprit."""
+    """Run jobs in worker processes.
+
+    When one process dies, the pool is lost with all jobs in it, and nothing tells which of them killed it.
+    These suspects are run again, each alone in a pool of one, to find out.
+    """
     queue, suspects = deque(jobs), deque[_Job]()
     while queue or suspects:
         alone = bool(suspects)
-        held: dict[Future, _Job] = {}
-        with worker_pool(1 if alone else workers) as processes:
+        source = suspects if alone else queue
+        size = 1 if alone else workers
+        in_flight = 1 if alone else 2 * workers  # two a worker, so that none waits for its next job
+        running: dict[Future, _Job] = {}
+        with worker_pool(size) as processes:
             try:
-                while held or (suspects if alone else queue):
-                    while (suspects if alone else queue) and len(held) < (1 if alone else 2 * workers):
-                        job = (suspects if alone else queue)[0]
-                        held[processes.submit(one, job)] = job
-                        (suspects if alone else queue).popleft()
-                    for future in wait(held, return_when=FIRST_COMPLETED).done:
-                        yield held[future], future.result()
-                        del held[future]
+                while running or source:
+                    while source and len(running) < in_flight:
+                        # It leaves the queue only once it is submitted: a broken pool refuses it.
+                        running[processes.submit(run, source[0])] = source[0]
+                        source.popleft()
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        yield running[future], future.result()
+                        del running[future]
             except BrokenProcessPool:
                 stored = store.open_store(out).names
-                for job in held.values():
+                for job in running.values():
                     if job.name in stored:
                         yield job, ("", "stored before its worker died")
                     elif alone:
-                        yield (
-                            job,
-                            (
-                                "its worker process died, most likely out of memory; preprocess it where there is more",
-                                "",
-                            ),
-                        )
+                        yield job, (_WORKER_DIED, "")
                     else:
                         suspects.append(job)
 
@@ -246,46 +250,62 @@ def contact_sheet(
 ) -> None:
     """Write a PNG of the middle axial, coronal and sagittal slice of each volume, true to scale, names below.
 
-    Radiological display: head up, the patient's right on the image's left, the spine at the bottom (axial) or right (sagittal).
+    Radiological display: head up, the patient's right on the image's left, the spine at the bottom (axial) or
+        on the
+    right (sagittal).
 
     Args:
         only: names to show of a store; all when empty. A volume takes 0.3 MB of memory.
-        labels: what to write below each instead of its name, which may say who the patient is.
+        labels: text below each volume instead of its name, which may say who the patient is.
     """
-    shown: Iterable[Volume]
     if isinstance(volumes, Store):
-        shown = (read_volume(volumes, name) for name in only or volumes.names)
-    else:
-        shown = volumes
+        stored = volumes
+        volumes = (read_volume(stored, name) for name in only or stored.names)
     cards = []
-    for i, v in enumerate(shown):
-        label = labels[i] if labels else v.name
-        cards.append(_card(v, label, window_hu))
+    for i, volume in enumerate(volumes):
+        label = labels[i] if labels else volume.name
+        cards.append(_draw_card(volume, label, window_hu))
     if not cards:
         raise ValueError(f"{path}: a contact sheet needs at least one volume")
     columns = max(1, round((len(cards) / 3) ** 0.5))
     width, height = cards[0].size
-    sheet = Image.new("L", (columns * width, -(-len(cards) // columns) * height))
+    rows = -(-len(cards) // columns)
+    sheet = Image.new("L", (columns * width, rows * height))
     for i, card in enumerate(cards):
         sheet.paste(card, (i % columns * width, i // columns * height))
     with files.atomic(path) as tmp:
         sheet.save(tmp, format="PNG")
 
 
-def _card(
-    v: Volume, label: str, window_hu: tuple[float, float], tile: int = 200, margin: int = 18
+def _draw_card(
+    volume: Volume, label: str, window_hu: tuple[float, float], tile: int = 200, margin: int = 18
 ) -> Image.Image:
-    order = [next(i for i, letter in enumerate(v.axes) if letter in pair) for pair in ("SI", "AP", "RL")]
-    ipl = v.voxels.transpose(order)[tuple(slice(None, None, 1 if v.axes[i] in "IPL" else -1) for i in order)]
-    mm = np.array(ipl.shape) * [v.spacing_mm[i] for i in order]
-    middle = sum(v.occupied) // 2
-    z, y, x = middle if v.axes[0] == "I" else len(ipl) - 1 - middle, ipl.shape[1] // 2, ipl.shape[2] // 2
+    """The three slices of one volume side by side, with its label below."""
+    # To axes that grow to inferior, posterior and left, which is how an image is read from its upper left
+    # corner.
+    order, flips = [], []
+    for pair in ("SI", "AP", "RL"):
+        axis = next(i for i, letter in enumerate(volume.axes) if letter in pair)
+        order.append(axis)
+        flips.append(slice(None, None, 1 if volume.axes[axis] in "IPL" else -1))
+    voxels = volume.voxels.transpose(order)[tuple(flips)]
+    mm = np.array(voxels.shape) * [volume.spacing_mm[i] for i in order]
+    z = sum(volume.occupied) // 2
+    if volume.axes[0] != "I":
+        z = len(voxels) - 1 - z
+    y, x = voxels.shape[1] // 2, voxels.shape[2] // 2
+    slices = (
+        (voxels[z], 1, 2),
+        (voxels[:, y], 0, 2),
+        (voxels[:, :, x], 0, 1),
+    )  # and their axes, down and across
+    low, high = window_hu
     card = Image.new("L", (3 * tile, tile + margin))
-    for i, (plane, rows, columns) in enumerate(((ipl[z], 1, 2), (ipl[:, y], 0, 2), (ipl[:, :, x], 0, 1))):
-        low, high = window_hu
-        grey = ((preprocess.to_hu(plane) - low) / (high - low) * 255).clip(0, 255).astype(np.uint8)
-        size = [max(1, round(mm[a] / mm.max() * (tile - 4))) for a in (columns, rows)]
-        image = Image.fromarray(grey).resize((size[0], size[1]), Image.Resampling.BILINEAR)
-        card.paste(image, (i * tile + (tile - size[0]) // 2, (tile - size[1]) // 2))
+    for i, (plane, down, across) in enumerate(slices):
+        grey = (preprocess.to_hu(plane) - low) / (high - low) * 255
+        image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+        width, height = (max(1, round(mm[axis] / mm.max() * (tile - 4))) for axis in (across, down))
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+        card.paste(image, (i * tile + (tile - width) // 2, (tile - height) // 2))
     ImageDraw.Draw(card).text((4, tile), label, fill=255, font=ImageFont.load_default(12))
     return card

@@ -5,26 +5,27 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 
+# split_patient_scan_recon, such as "valid_1_a_1"
 _CT_RATE = re.compile(r"(?P<scan>(?P<patient>.+_\d+)_[a-z]+)_\d+")
 _log = logging.getLogger(__name__)
 
 
 def volume_name(path: object) -> str:
-    """The name of a volume: its file name without `.nii`, `.nii.gz` or `.npz` ("valid_1_a_1.nii.gz" -> "valid_1_a_1")."""
+    """The name of a volume: its file name without `.nii`, `.nii.gz` or `.npz`."""
     name = PurePath(str(path)).name
     return re.sub(r"(\.nii(\.gz)?|\.npz)$", "", name, flags=re.IGNORECASE)
 
 
 def scan_of(name: str) -> str:
     """The scan of a volume. CT-RATE names are split_patient_scan_recon; any other name is its own scan."""
-    hit = _CT_RATE.fullmatch(name)
-    return hit["scan"] if hit else name
+    match = _CT_RATE.fullmatch(name)
+    return match["scan"] if match else name
 
 
 def patient_of(name: str) -> str:
-    """The patient of a volume ("valid_1_a_1" -> "valid_1"); any name not of CT-RATE's form is its own patient."""
-    hit = _CT_RATE.fullmatch(name)
-    return hit["patient"] if hit else name
+    """The patient of a volume ("valid_1_a_1" -> "valid_1"); a name of another form is its own patient."""
+    match = _CT_RATE.fullmatch(name)
+    return match["patient"] if match else name
 
 
 def patients_of(
@@ -32,24 +33,30 @@ def patients_of(
 ) -> list[str]:
     """The patient of every volume.
 
-    Without a rule the names are read as CT-RATE's. Names of another form then count as one patient each, with a warning: several scans of
-    one patient would otherwise fall into both parts of a split, and intervals would come out too narrow.
+    Without a pattern or a column the names are read as CT-RATE's. Names of another form then count as one
+    patient each,
+    with a warning: several scans of one patient could fall into both parts of a split, and intervals would
+        come out too
+    narrow.
 
     Args:
         volumes: [n] names or file names.
-        pattern: a regular expression that is searched in each name; the patient is its first group, or all of it where it has none.
-        column: {volume name: patient}, for tables that say it.
+        pattern: a regular expression that is searched in each name; the patient is its first group, or the
+            whole match where it has none.
+        column: {volume name: patient}, from a table.
     Raises:
-        ValueError: both rules, an unusable pattern, a name that the pattern does not match, a volume without a patient in the column.
+        ValueError: pattern and column, an unusable pattern, a name that the pattern does not match, a volume
+            without a patient in the column.
     """
     volumes = [volume_name(v) for v in volumes]
     if pattern and column is not None:
         raise ValueError("patients: give a column or a pattern, not both")
     if column is not None:
-        without = [v for v in volumes if not column.get(v, "").strip()]
-        if without:
+        missing = [v for v in volumes if not column.get(v, "").strip()]
+        if missing:
             raise ValueError(
-                f"patients: every volume must have a patient, {len(without)} of {len(volumes)} have none, e.g. {without[0]}"
+                f"patients: every volume must have a patient, {len(missing)} of {len(volumes)} have none, "
+                f"e.g. {missing[0]}"
             )
         return [column[v].strip() for v in volumes]
     if pattern:
@@ -57,8 +64,9 @@ def patients_of(
     foreign = sum(_CT_RATE.fullmatch(v) is None for v in volumes)
     if foreign:
         _log.warning(
-            "%d of %d volumes are not named as in CT-RATE (split_patient_scan_recon), so each counts as a patient of its own; "
-            "where a patient has several, say how to tell: a column of patients or a pattern such as '(P[0-9]+)_'",
+            "%d of %d volumes are not named as in CT-RATE (split_patient_scan_recon), so each counts as a "
+            "patient of its own; where a patient has several, say how to tell: a column of patients or a "
+            "pattern such as '(P[0-9]+)_'",
             foreign,
             len(volumes),
         )
@@ -72,11 +80,12 @@ def _patients_by_pattern(volumes: Sequence[str], pattern: str) -> list[str]:
         raise ValueError(f"patients: {pattern!r} is not a regular expression ({e})") from e
     patients = []
     for volume in volumes:
-        hit = compiled.search(volume)
-        patient = (hit[1] if compiled.groups else hit[0]) if hit else ""
+        match = compiled.search(volume)
+        patient = match[min(1, compiled.groups)] if match else ""  # group 0 is the whole match
         if not patient:
             raise ValueError(
-                f"patients: the pattern {pattern!r} must find the patient in every name, it finds none in {volume!r}"
+                f"patients: the pattern {pattern!r} must find the patient in every name, it finds none in "
+                f"{volume!r}"
             )
         patients.append(patient)
     return patients

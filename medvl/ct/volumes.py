@@ -1,4 +1,4 @@
-"""Preprocessed volumes in a store: what a row says of its volume, and whether its scan is still the same file."""
+"""Preprocessed volumes in a store: what a row says of its volume, and whether its scan is still the same."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path

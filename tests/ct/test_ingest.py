@@ -653,7 +653,7 @@ def _ended(run):
 def _dies(job, out):
     if job.name == "bad":
         os.kill(os.getpid(), signal.SIGKILL)
-    return ingest._one(job, out=out, cfg=SMALL)
+    return ingest._run_job(job, out=out, cfg=SMALL)
 
 
 def test_a_worker_that_dies_costs_one_scan(tmp_path):
@@ -664,7 +664,7 @@ def test_a_worker_that_dies_costs_one_scan(tmp_path):
     out = tmp_path / "s.h5"
     store.create(out, names, SMALL.size, "u1", ct.settings_of(SMALL), FIELDS)
     one = functools.partial(_dies, out=out)
-    results = {job.name: reason for job, (reason, _) in ingest._parallel(jobs, one, out, workers=2)}
+    results = {job.name: reason for job, (reason, _) in ingest._run_parallel(jobs, one, out, workers=2)}
     assert sorted(results) == sorted(names)
     assert {n for n, reason in results.items() if reason} == {"bad"}
     assert "its worker process died" in results["bad"]
