@@ -1,4 +1,4 @@
-"""Scores of answers about slides: choices by category with intervals and baselines, free text by overlap of words, and their files."""
+"""Scores of answers about slides: of choices by category, with intervals and baselines, and of free text."""
 
 import json
 import math
@@ -80,7 +80,7 @@ class OpenAnswer:
 
     @property
     def kind(self) -> str:
-        """Of the reference answer: "yes or no", "short" (up to five words), or "" where it is too long to be repeated exactly."""
+        """Of the reference answer: "yes or no", "short" (up to five words), or "" for longer ones."""
         words = answers.normalise(self.gold).split()
         if not answers.has_words(self.gold) or len(words) > _SHORT:
             return ""
@@ -88,7 +88,7 @@ class OpenAnswer:
 
     @property
     def right(self) -> bool | None:
-        """Whether the answer equals the reference answer (`answers.same_answer`); None where the kind is ""."""
+        """Whether it equals the reference answer (`answers.same_answer`); None where the kind is ""."""
         return answers.same_answer(self.said, self.gold) if self.kind else None
 
 
@@ -127,11 +127,11 @@ def score_choices(
     All rows count; an answer without a choice or without features is wrong. For each subject:
     - "accuracy" with its 95 % interval, which resamples whole patients (slides, where names are not TCGA's);
       "overall" is the mean over questions (micro).
-    - "balanced_accuracy": mean recall over the reference answers: by text where all rows have the same options
-      (a task), else by letter. Rows without a reference answer are left out.
-    - Baselines: "best_letter", the most frequent letter given to every question; "majority", the most frequent
-      text where all rows have the same options, overall where this is so in every category; "random", the mean
-      of 1 / number of options.
+    - "balanced_accuracy": mean recall over the reference answers: by text where all rows have the same
+      options (a task), else by letter. Rows without a reference answer are left out.
+    - Baselines: "best_letter", the most frequent letter given to every question; "majority", the most
+      frequent text where all rows have the same options, overall where this is so in every category;
+      "random", the mean of 1 / number of options.
     - "invalid", "missing" and "without_gold": numbers of rows. A missing row is not also invalid.
     And "macro_accuracy" of the subjects "broad" and "narrow": the mean over categories, with its interval.
 
@@ -315,7 +315,7 @@ def write_benchmark(
     facts: Mapping[str, Any],
     written: Sequence[OpenAnswer] = (),
 ) -> dict[str, Any]:
-    """Write `benchmark_results.json` and `benchmark_categories.csv` into a folder; returns the content of the first.
+    """Write `benchmark_results.json` and `benchmark_categories.csv`; returns the content of the first.
 
     {"source", ...facts, "metrics": {subject: {metric: value}}, "results": all fields of each result,
     "predictions": one per row, and "open_predictions" where there are open questions}. A number that is not

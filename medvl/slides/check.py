@@ -1,4 +1,4 @@
-"""Check the patch features that a training needs, and list every fault at once: missing, ambiguous, unreadable, unlike the rest."""
+"""Check the patch features that a training needs, and list all faults at once."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -54,12 +54,14 @@ class SlideCheck:
 def check_slides(
     source: PathLike, requested: Mapping[str, str], *, dims: int = 0, encoder: str = "", values: bool = True
 ) -> SlideCheck:
-    """Check the requested slides in a folder of patch features or a store of slides; all of them if `requested` is empty.
+    """Check the requested slides in a folder of patch features or a store of slides.
 
     Args:
         source: a folder, searched with all its subfolders, or a file that `pack.pack` wrote.
-        requested: {name of a slide, as `names.find_slides` takes it: where it is requested ("train.json, line 3")}.
-        dims, encoder: required of all slides; 0 and "": those of most slides. Files that name no encoder pass.
+        requested: {name of a slide, as `names.find_slides` takes it: where it is requested, such as
+            "train.json, line 3"}. Empty: all slides are checked.
+        dims, encoder: required of all slides; 0 and "": those of most slides. Files that name no encoder
+            pass.
         values: read all patches. In a folder this finds NaN and infinity, in a store it finds slides that
             changed since they were packed. False reads shapes and attributes only.
     Returns:
@@ -75,29 +77,46 @@ def check_slides(
         if not requested:
             raise ValueError(f"{source}: holds no patch features ({', '.join(SUFFIXES)})")
     matches = names.find_slides(requested, locations, source if store is None else "")
+    missing, duplicates, cases = dict[str, str](), dict[str, list[str]](), list[str]()
+    for name, match in matches.items():
+        if not match.places:
+            missing[name] = requested[name]
+        elif not match.clear:
+            duplicates[name] = [str(location) for location in match.places]
+        elif len(match.places) > 1:
+            cases.append(name)
+
     selected = _select(matches)
     abouts, unreadable, bad_patches = _inspect_all(selected, store, dims, values)
-
     dims = dims or _most_common(about.dims for about in abouts.values()) or 0
     encoder = encoder or _most_common(about.encoder for about in abouts.values()) or ""
+    wrong_dims, wrong_encoder, empty = dict[str, int](), dict[str, str](), list[str]()
+    for name, about in abouts.items():
+        if about.dims not in (0, dims):
+            wrong_dims[name] = about.dims
+        if about.encoder not in ("", encoder):
+            wrong_encoder[name] = about.encoder
+        if not about.rows:
+            empty.append(name)
+
     readable = {selected[name] for name in abouts}
-    missing = [name for name, match in matches.items() if not match.places]
     used = {*_flat(match.places for match in matches.values())}
+    searched = list(missing)[:_MAX_SUGGESTIONS]
     return SlideCheck(
         requested=len(requested),
         usable=sum(_is_usable(match, readable) for match in matches.values()),
         patches=sum(about.rows for about in abouts.values()),
         dims=dims,
         encoder=encoder,
-        missing={name: requested[name] for name in missing},
-        near={name: names.near_names(name, locations) for name in missing[:_MAX_SUGGESTIONS]},
-        duplicates={n: [str(p) for p in match.places] for n, match in matches.items() if not match.clear},
+        missing=missing,
+        near={name: names.near_names(name, locations) for name in searched},
+        duplicates=duplicates,
         unreadable=unreadable,
-        wrong_dims={n: about.dims for n, about in abouts.items() if about.dims not in (0, dims)},
-        wrong_encoder={n: about.encoder for n, about in abouts.items() if about.encoder not in ("", encoder)},
+        wrong_dims=wrong_dims,
+        wrong_encoder=wrong_encoder,
         bad_patches=bad_patches,
-        empty=tuple(name for name, about in abouts.items() if not about.rows),
-        cases=tuple(name for name, match in matches.items() if match.clear and len(match.places) > 1),
+        empty=tuple(empty),
+        cases=tuple(cases),
         unknown=len({*_flat(locations.values())} - used),
     )
 
@@ -152,7 +171,7 @@ def _select(matches: Mapping[str, Match]) -> dict[str, Any]:
 def _inspect_all(
     selected: Mapping[str, Any], store: Slides | None, dims: int, values: bool
 ) -> tuple[dict[str, About], dict[str, str], dict[str, tuple[int, int]]]:
-    """({slide: what it holds}, {slide that cannot be read: reason}, {slide: (patches not finite, the first)})."""
+    """({slide: what it holds}, {unreadable slide: reason}, {slide: (patches not finite, the first)})."""
     abouts, unreadable = dict[str, About](), dict[str, str]()
     bad_patches = dict[str, tuple[int, int]]()
     for name, location in track(selected.items(), "checking slides"):
@@ -177,7 +196,8 @@ def _inspect_all(
 def _check_digest(store: Slides, name: str) -> None:
     if content_digest(store.chunks(name)) != store.source(name)[1]:
         raise ValueError(
-            f"{store.path}: {name!r} is not as it was written, its digest differs; pack it again into a new store"
+            f"{store.path}: {name!r} is not as it was written, its digest differs; "
+            "pack it again into a new store"
         )
 
 
@@ -186,6 +206,6 @@ def _is_usable(match: Match, readable: set[Any]) -> bool:
 
 
 def _most_common(values: Iterable[Any]) -> Any:
-    """The most frequent value that is not empty, the first of equally frequent ones; None where all are empty."""
+    """The most frequent value that is not empty, the first of equals; None where all are empty."""
     counts = Counter(value for value in values if value)
     return counts.most_common(1)[0][0] if counts else None

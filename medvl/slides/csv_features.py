@@ -1,4 +1,4 @@
-"""CSV files of patch features: one line per patch, the features first. The layout is detected, as no writer states it."""
+"""CSV files of patch features: one line per patch, features first. The layout must be detected."""
 
 import csv
 import functools
@@ -174,7 +174,8 @@ def _detect_columns(
     if _hold_whole_numbers(data, range(surplus)) and not _hold_whole_numbers(data, range(expected, width)):
         raise ValueError(
             f"{path}: has {width} columns of numbers, and the first {surplus} hold whole numbers such as "
-            f"{', '.join(data[-1][:surplus])}: row numbers or places, no features; save the table without them"
+            f"{', '.join(data[-1][:surplus])}: row numbers or places, no features; "
+            "save the table without them"
         )
     if not dims:
         raise ValueError(

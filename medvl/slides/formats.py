@@ -1,4 +1,4 @@
-"""Files of patch features in all formats that are in use, opened to be read in blocks: HDF5, PyTorch, NumPy and CSV."""
+"""Files of patch features, opened to be read in blocks: HDF5, PyTorch, NumPy and CSV."""
 
 import functools
 import logging
@@ -95,7 +95,7 @@ class Source:
 
 @contextmanager
 def open_source(path: PathLike, dims: int = 0) -> Iterator[Source]:
-    """Open a file of patch features. The format is detected from its first bytes; only CSV goes by its suffix.
+    """Open a file of patch features. Its first bytes decide on the format; only CSV goes by its suffix.
 
     Args:
         dims: number of features in a CSV that does not say it; ignored otherwise.
@@ -153,7 +153,7 @@ def text_of(attrs: Mapping[str, Any], key: str) -> str:
 
 
 def number_of(path: Path, attrs: Mapping[str, Any], key: str) -> float | None:
-    """An attribute as a number, None where it is missing; the mean of equal numbers, such as those of x and y.
+    """An attribute as a number, None where it is missing; the mean of several, such as those of x and y.
 
     Raises:
         ValueError: it is no number, or several that differ by more than one percent.
@@ -210,9 +210,9 @@ def _inspect_h5(path: Path, file: h5py.File) -> Source:
     mpp = number_of(path, attrs, "mpp")
     if not mpp or mpp < 0:
         warn_once(
-            f"{path}: coords are in micrometres and the file does not say the slide's mpp, so that no level-0 "
-            "pixels can be told: they are left out; give the file an attribute mpp (micrometres per level-0 "
-            "pixel) to have maps in their places"
+            f"{path}: coords are in micrometres and the file does not say the slide's mpp, so that no "
+            "level-0 pixels can be told: they are left out; give the file an attribute mpp (micrometres per "
+            "level-0 pixel) to have maps in their places"
         )
         return _make_source(path, features, None, attrs)
     return _make_source(path, features, coords, attrs, mpp=mpp)

@@ -9,8 +9,8 @@ import numpy as np
 from medvl.slides.map_colours import relevance_colours, relevance_level
 from medvl.slides.relevance import as_coords, as_relevance, percentiles
 
-# (name, least share of the highest relevance) of each class. Shares, as in the picture: by rank, where one patch
-# holds all the relevance, half of those that hold nothing would be an "upper half".
+# (name, least share of the highest relevance) of each class. Shares, as in the picture: by rank, where one
+# patch holds all the relevance, half of those that hold nothing would be an "upper half".
 CLASSES = (
     ("Relevance under 1/1000 of the highest", 0.0),
     ("Relevance over 1/1000 of the highest", 1e-3),
@@ -29,7 +29,9 @@ def to_geojson(
     classes: Sequence[tuple[str, float]] = CLASSES,
     offset: tuple[int, int] = (0, 0),
 ) -> dict[str, Any]:
-    """Patches as a GeoJSON FeatureCollection for QuPath 0.4 and later: detections with class, colour and measurements.
+    """Patches as a GeoJSON FeatureCollection for QuPath 0.4 and later.
+
+    Each patch is a detection with class, colour and measurements.
 
     Args:
         relevance: [n].
@@ -39,13 +41,14 @@ def to_geojson(
         classes: (name, least share of the highest relevance), rising from 0; colours as in `maps.draw_map`.
             QuPath reads a colon in a name as a subclass.
         offset: (x, y) that is subtracted from all coordinates. QuPath shows MRXS, SCN and VMS cropped to the
-            scanned part and counts from its corner: `openslide.bounds-x` and `openslide.bounds-y` of the slide.
+            scanned part and counts from its corner: `openslide.bounds-x` and `openslide.bounds-y` of the
+            slide.
     Returns:
         closed rings in level-0 pixels; measurements "Relevance", "Relevance percentile" (0 to 1) and
         "Relevance rank" (from 1).
     Raises:
-        ValueError: shapes, no coords, top < 1, classes that do not rise from 0 to below 1, or an offset that puts
-            a patch before 0.
+        ValueError: shapes, no coords, top < 1, classes that do not rise from 0 to below 1, or an offset
+            that puts a patch before 0.
     Source: qupath-core, QuPathTypeAdapters.java (how QuPath reads and writes objects).
     """
     r = as_relevance("to_geojson", relevance)

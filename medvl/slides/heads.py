@@ -1,4 +1,4 @@
-"""Classification heads for pretraining a slide compressor: one head per label of a slide, on the slide's visual tokens."""
+"""Classification heads to pretrain a slide compressor: one per label, on the visual tokens of a slide."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,7 +13,9 @@ from medvl.components import layers
 def init_heads(
     dim: int, classes: Mapping[str, int], gen: Generator, *, slots: int = 0, hidden: int = 128
 ) -> Tree:
-    """Parameters of `label_logits`, float32 on CPU: {label: {"out"}}, with attention also "tanh", "sigmoid" and "score".
+    """Parameters of `label_logits`, float32 on CPU: {label: {"out"}}.
+
+    With attention a label also has "tanh", "sigmoid" and "score".
 
     Args:
         dim: width d of a token.
@@ -64,7 +66,9 @@ def label_logits(params: Tree, tokens: Tensor) -> dict[str, Tensor]:
 def label_loss(
     logits: Mapping[str, Tensor], labels: Mapping[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(cross-entropy averaged over labels, {label: accuracy}). A label that no slide of the batch has counts 0.
+    """(cross-entropy averaged over labels, {label: accuracy}).
+
+    A label that no slide of the batch has counts 0.
 
     Args:
         logits: {label: [b, classes]}.

@@ -43,7 +43,7 @@ def place_patches(
     size: int,
     mpp: float | None = None,
 ) -> Canvas:
-    """Lay out n patches in a picture with a longer side of `size` pixels; arguments and errors as `maps.draw_map`."""
+    """Lay out n patches in a picture of `size` pixels; arguments and errors as `maps.draw_map`."""
     _check_arguments(caller, coords, patch_size, thumbnail, level0_size, size, mpp)
     if coords is None:  # a grid in the order of the file
         columns = math.ceil(math.sqrt(n))
@@ -83,8 +83,8 @@ def place_patches(
 def sum_over_patches(canvas: Canvas, values: np.ndarray) -> np.ndarray:
     """For every pixel [y, x] the sum of the values [n] of the patches that cover it.
 
-    Each value is added and subtracted at the corners of its patch, and summed up along both axes: the time does
-    not depend on the size of the patches.
+    Each value is added and subtracted at the corners of its patch, and summed up along both axes: the time
+    does not depend on the size of the patches.
     """
     width, height = canvas.size
     row = width + 1
@@ -96,7 +96,7 @@ def sum_over_patches(canvas: Canvas, values: np.ndarray) -> np.ndarray:
 
 
 def blend_colours(canvas: Canvas, colours: np.ndarray, covered: np.ndarray, alpha: float) -> np.ndarray:
-    """uint8 RGBA [y, x, 4]: colours [y, x, 3] over the slide, transparent where no patch is (covered [y, x])."""
+    """uint8 RGBA [y, x, 4]: colours [y, x, 3] over the slide, transparent where no patch is (`covered`)."""
     below = canvas.image if canvas.has_thumbnail else np.array(TISSUE, np.uint8)
     mixed = np.rint(below * (1 - alpha) + colours * alpha).astype(np.uint8)
     opacity = np.where(covered, 255, 0).astype(np.uint8)
@@ -122,7 +122,8 @@ def _check_arguments(
         )
     if thumbnail is not None and level0_size is None:
         raise ValueError(
-            f"{caller}: a thumbnail needs level0_size, the (width, height) of the slide in level-0 pixels, got None"
+            f"{caller}: a thumbnail needs level0_size, the (width, height) of the slide in level-0 pixels, "
+            "got None"
         )
 
 

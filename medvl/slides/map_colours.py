@@ -6,9 +6,9 @@ import numpy as np
 
 INK, TISSUE, PAPER, LINE = (34, 34, 34), (200, 200, 200), (250, 250, 248), (226, 226, 222)
 _DECADES = 4  # powers of ten below the highest relevance that the colours span
-# Of slots: the colours of Okabe and Ito, then each time the colour farthest from those before it (least CIE Lab
-# distance with normal, protan and deutan vision, Machado et al. 2009), from grey and from white. The nearest two
-# of 16 are 17 apart, of 32 they are 14 apart.
+# Of slots: the colours of Okabe and Ito, then each time the colour farthest from those before it (least CIE
+# Lab distance with normal, protan and deutan vision, Machado et al. 2009), from grey and from white. The
+# nearest two of 16 are 17 apart, of 32 they are 14 apart.
 _SLOTS = bytes.fromhex("""
 0072B2 E69F00 009E73 CC79A7 56B4E9 D55E00 F0E442 0000FF 691E00 B4F096 4B2D4B 2D1EA5 5A78FF E10F4B 2D2D78 FF965A
 87E1FF 3C4BF0 78D296 963C00 4B96F0 4B693C 964B78 4B2D2D D200B4 0000C3 C3F069 693C78 963CD2 D2693C B4F0C3 3CB4C3
@@ -16,7 +16,7 @@ _SLOTS = bytes.fromhex("""
 
 
 def relevance_level(relevance: np.ndarray) -> np.ndarray:
-    """Position on the colour scale, 0 to 1: logarithmic, from a ten-thousandth of the highest or less to the highest."""
+    """Position on the colour scale: logarithmic, 0 at 1/10,000 of the highest or less, 1 at the highest."""
     highest = relevance.max(initial=0)
     if highest <= 0:
         return np.zeros_like(relevance)

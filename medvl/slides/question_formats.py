@@ -186,7 +186,7 @@ def _parse_sample(record: Any, row: int, origin: str) -> SlideConversation:
 
 
 def _sample_options(record: Mapping[str, Any], origin: str) -> dict[str, str]:
-    """{letter: text} of "choices": by the letters in the texts, or A, B, ... where these are not all there and distinct."""
+    """{letter: text} of "choices". Unless all texts have a letter of their own, they become A, B, ..."""
     written = record.get("choices") or []
     if isinstance(written, dict):
         written = [f"{letter}) {option}" for letter, option in written.items()]

@@ -1,4 +1,4 @@
-"""Questions about whole slides: read a file in any of the published formats, and list the faults of its records."""
+"""Questions about whole slides: read files of the published formats, list the faults of their records."""
 
 import logging
 import re
@@ -47,8 +47,9 @@ def read_slide_conversations(
     - "questions": JSON list of {slide_id, question, answer}, optionally with features_path and choices.
     - "benchmark": JSON {"samples": [{slide_id, question, choices: ["A) ...", ...], answer: "A", category,
       features_path}, ...]}.
-    - "conversations": JSON list of {id, image: name or names, conversations: [{from, value}, ...]} of SlideChat
-      and WSI-Bench, with all turns. Options stand in the text ("A. x B. y" or "A) x B) y") and stay there.
+    - "conversations": JSON list of {id, image: name or names, conversations: [{from, value}, ...]} of
+      SlideChat and WSI-Bench, with all turns. Options stand in the text ("A. x B. y" or "A) x B) y") and
+      stay there.
     - "slidebench": CSV ID, Slide, Question, A, B, ..., Answer with Tumor, Broad Category and Narrow Category
       (TCGA) or Task (BCNB). "None" and "NA" are options, an empty cell is none.
     - "wsi_vqa": JSON list of {Id, Question, Answer, Choice if closed}; the answer is the text of an option.
@@ -57,8 +58,8 @@ def read_slide_conversations(
     answer's "B. y".
 
     Args:
-        faults: what to do with records whose content is faulty (`audit_slide_conversations`): "warn" keeps them,
-            "drop" leaves them out, both say how many; "raise" raises.
+        faults: what to do with records whose content is faulty (`audit_slide_conversations`): "warn" keeps
+            them, "drop" leaves them out, both say how many; "raise" raises.
     Raises:
         ValueError: with file and row: no such file, no known format, a record of another shape, roles out of
             order, keys and tags that are not supported and would change what is trained
@@ -93,9 +94,10 @@ def audit_slide_conversations(
 ) -> tuple[list[SlideConversation], list[Fault]]:
     """(the records that can be read, the faults of all records), both in the order of the file.
 
-    Faults are: an empty question or answer, no slide, an id that an earlier record has, a missing option letter,
-    an option without text, two options with one text, an answer that is not among the options or does not say
-    which it is, another number of tags than of slides; and what `read_slide_conversations` raises for a record.
+    Faults are: an empty question or answer, no slide, an id that an earlier record has, a missing option
+    letter, an option without text, two options with one text, an answer that is not among the options or
+    does not say which it is, another number of tags than of slides; and what `read_slide_conversations`
+    raises for a record.
 
     Raises:
         ValueError: the file as a whole cannot be read.

@@ -1,4 +1,4 @@
-"""Files of TC-SSA, the reference implementation, for its slide compressor and projector. Every key must be known and none may be missing."""
+"""Files of the reference implementation, TC-SSA, for its slide compressor and projector."""
 
 import pickle
 import re
@@ -44,8 +44,8 @@ def read_compressor(
             `model_state_dict` with the prefix `compressor.`.
         top_k: slots of a patch. The file does not say it.
     Returns:
-        (config with dim, slots and hidden of the file, params in `dtype` on `device`, rest): rest are the other
-        tensors of a checkpoint of pretraining as they are, such as those of its classifier.
+        (config with dim, slots and hidden of the file, params in `dtype` on `device`, rest): rest are the
+        other tensors of a checkpoint of pretraining as they are, such as those of its classifier.
     Raises:
         ValueError: no such file or a broken one, a missing or unexpected key, shapes that do not fit, numbers
             that are not finite, top_k greater than the number of slots.
@@ -69,7 +69,9 @@ def read_compressor(
 
 
 def write_compressor(params: Tree, path: files.PathLike, *, rest: Mapping[str, Tensor] | None = None) -> None:
-    """Write a compressor of kind moe in the format of the reference, whole or not at all. An existing file is replaced.
+    """Write a compressor of kind moe in the format of the reference, whole or not at all.
+
+    An existing file is replaced.
 
     Args:
         path: ends in .pt, .pth, .bin or .safetensors.
@@ -107,7 +109,9 @@ def write_compressor(params: Tree, path: files.PathLike, *, rest: Mapping[str, T
 def read_projector(
     path: files.PathLike, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> tuple[ProjectConfig, Tree]:
-    """Read a projector in the format of the reference (`projector.pt`: `proj.0`, `proj.2`): (config with its widths, params).
+    """Read a projector in the format of the reference: (config with its widths, params).
+
+    The file is `projector.pt` with `proj.0` and `proj.2`; every key must be known and none may be missing.
 
     Raises:
         ValueError: as `read_compressor`.
@@ -235,8 +239,9 @@ def _load_tensors(path: Path, caller: str) -> Any:
         if isinstance(error, pickle.UnpicklingError) and "numpy" in str(error):
             command = _CONVERT.format(str(path), f"{path.with_suffix('')}_weights.pt")
             raise ValueError(
-                f"{caller}: {path} holds NumPy numbers beside its weights, such as metrics; they can run code "
-                f"when they are loaded, and so are not. If you trust the file, write its weights alone once: {command}"
+                f"{caller}: {path} holds NumPy numbers beside its weights, such as metrics; they can run "
+                "code when they are loaded, and so are not. If you trust the file, write its weights alone "
+                f"once: {command}"
             ) from error
         raise ValueError(
             f"{caller}: {path} is not a file of plain tensors, or broken ({files.error_reason(error)})"

@@ -1,4 +1,4 @@
-"""Attribution of an answer about a slide: to the slide's visual tokens (slots), and from there to its patches."""
+"""Attribution of an answer about a slide: to its visual tokens (slots), and from there to its patches."""
 
 import math
 from collections.abc import Callable
@@ -18,7 +18,7 @@ _CHUNK = 65536  # patches whose weights are converted to float64 at once
 def occlusion_attribution(
     score: Callable[[Tensor], Tensor], visual: Tensor, baseline: Tensor, *, chunk: int = 16
 ) -> Tensor:
-    """By how much an answer's score drops when one visual token is replaced by a baseline. Exact; k + 1 forward passes.
+    """Drop of an answer's score when one visual token is replaced by a baseline; k + 1 forward passes.
 
     Args:
         score: visual tokens [b, k, d] -> [b], for example the log-likelihood of the answer.
@@ -28,7 +28,8 @@ def occlusion_attribution(
     Returns:
         [k]; positive where the token raised the score.
     Raises:
-        ValueError: visual or baseline have another shape, chunk < 1, or score does not give one number per variant.
+        ValueError: visual or baseline have another shape, chunk < 1, or score does not give one number per
+            variant.
     Source: Zeiler and Fergus 2014, arXiv:1311.2901, section 4.2.
     """
     if visual.dim() != 2 or not visual.is_floating_point() or not visual.numel():
@@ -64,8 +65,8 @@ def _scores(score: Callable[[Tensor], Tensor], variants: Tensor) -> Tensor:
 def patch_relevance(weights: Any, slots: Any, *, sign: Sign = "signed") -> np.ndarray:
     """Share of each patch in the relevance of the slots: r_j = sum_k a_k w_jk / W_k, where W_k = sum_j w_jk.
 
-    Exact where a slot is a weighted mean of its patches: the r_j sum to the sum of a_k over the slots with mass.
-    A slot without mass contributes nothing.
+    Exact where a slot is a weighted mean of its patches: the r_j sum to the sum of a_k over the slots with
+    mass. A slot without mass contributes nothing.
 
     Args:
         weights: routing weights [n, k] >= 0, 0 for padding.
@@ -76,7 +77,8 @@ def patch_relevance(weights: Any, slots: Any, *, sign: Sign = "signed") -> np.nd
     Returns:
         [n], float64.
     Raises:
-        ValueError: weights are not [n, k] or below 0, slots are not [k], a value is not finite, or another sign.
+        ValueError: weights are not [n, k] or below 0, slots are not [k], a value is not finite, or another
+            sign.
     """
     array = weights if isinstance(weights, Tensor) else np.asarray(weights)
     if array.ndim != 2:
@@ -91,7 +93,7 @@ def patch_relevance(weights: Any, slots: Any, *, sign: Sign = "signed") -> np.nd
 
 
 def relevance_chunk(weights: Any, totals: Any, slots: Any, *, sign: Sign = "signed") -> np.ndarray:
-    """`patch_relevance` of m patches of a slide from their weights [m, k] and the totals W_k [k] of all its patches."""
+    """`patch_relevance` of m patches of a slide: from their weights [m, k] and the totals W_k [k] of all."""
     w = as_routing_weights("relevance_chunk", weights)
     mass, a = np.asarray(_to_numpy(totals), float), np.asarray(_to_numpy(slots), float)
     wrong_mass = ~np.isfinite(mass) | (mass < 0)
