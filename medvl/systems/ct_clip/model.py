@@ -15,8 +15,7 @@ from torch import Tensor
 
 from medvl.base import config, processes
 from medvl.base.tree import Tree, merge_trees
-from medvl.components import encode, layers, losses, text
-from medvl.components import fuse as fusion
+from medvl.components import encode, fuse, layers, losses, text
 from medvl.components.encode import EncodeConfig
 from medvl.components.fuse import FuseConfig
 from medvl.components.text import TextConfig
@@ -201,150 +200,186 @@ class Model:
     """Everything of a trained system that is not a weight."""
 
     cfg: Config
-    vit: skeletons.Skeleton
-    writer: skeletons.Skeleton | None  # a named text encoder
+    vit: skeletons.Skeleton  # encodes slices
+    text_encoder: skeletons.Skeleton | None  # a named one; None = the tower that `components.text` computes
     tokenizer: Any
 
 
-def init(cfg: Config, folder: Path, texts: Sequence[str] = ()) -> tuple[Model, Tree]:
+def init_model(cfg: Config, folder: Path, texts: Sequence[str] = ()) -> tuple[Model, Tree]:
     """Skeletons, tokenizer and starting weights: a pure function of the record, of the named checkpoints and of `texts`.
 
     Args:
         folder: of the run; a tokenizer trained on `texts` is kept there and taken from there the next time.
+    Returns:
+        the model, and params {"vit", "fuse", "text", "project": {"image", "text"}, "contrast": {"log_scale" [], "bias" []}}.
+    Raises:
+        ValueError: sizes that do not fit each other.
     """
     gen = torch.Generator().manual_seed(cfg.seed)
-    vit, weights = (
-        loading.load_encoder(cfg.vit.name, "vision")
-        if cfg.vit.name
-        else skeletons.init_skeleton(cfg.vit.config, gen)
-    )
-    encode.check_slice_size(cfg.encode, size_of(cfg.ct)[1:], encode.patch_size(vit))
-    if (got := encode.embedding_width(cfg.encode, vit)) != (taken := cfg.fuse.inputs or cfg.fuse.dim):
+    if cfg.vit.name:
+        vit, vit_params = loading.load_encoder(cfg.vit.name, "vision")
+    else:
+        vit, vit_params = skeletons.init_skeleton(cfg.vit.config, gen)
+    _check_widths(cfg, vit)
+    tokenizer = _open_tokenizer(cfg, folder, texts)
+    tower = cfg.words.tower
+    if len(tokenizer) > tower.vocabulary:
         raise ValueError(
-            f"fuse.dim must be the width of the slice encoder, {got}, found {taken}; set fuse.dim={got} (and fuse.heads), or "
-            f"fuse.inputs={got} to project it to fuse.dim"
+            f"words.tower.vocabulary must hold the tokenizer's {len(tokenizer)} tokens, found {tower.vocabulary}"
         )
-    tok, tower = _tokenizer(cfg, folder, texts), cfg.words.tower
-    if len(tok) > tower.vocabulary:
-        raise ValueError(
-            f"words.tower.vocabulary must hold the tokenizer's {len(tok)} tokens, found {tower.vocabulary}"
-        )
-    params: Tree = {"vit": weights, "fuse": fusion.init_fuse(cfg.fuse, gen)}
-    writer, width = None, tower.dim
+
+    # The order of these draws from `gen` decides the starting weights.
+    params: Tree = {"vit": vit_params, "fuse": fuse.init_fuse(cfg.fuse, gen)}
+    text_encoder = None
     if cfg.words.encoder:
-        writer, params["text"] = loading.load_encoder(cfg.words.encoder, "text")
-        width = _check_writer(cfg.words, writer, params["text"])
+        text_encoder, params["text"] = loading.load_encoder(cfg.words.encoder, "text")
+        text_width = _check_text_encoder(cfg.words, text_encoder, params["text"])
     else:
         params["text"] = text.init_text(tower, gen)
+        text_width = tower.dim
     params["project"] = {
-        side: layers.init_linear(size, cfg.contrast.dim, gen, std=size**-0.5, bias=False)
-        for side, size in (("image", fusion.fused_width(cfg.fuse)), ("text", width))
+        "image": _init_projection(fuse.fused_width(cfg.fuse), cfg.contrast.dim, gen),
+        "text": _init_projection(text_width, cfg.contrast.dim, gen),
     }
     params["contrast"] = {
         "log_scale": torch.tensor(math.log(cfg.contrast.scale)),
         "bias": torch.tensor(cfg.contrast.bias),
     }
-    return Model(cfg=cfg, vit=vit, writer=writer, tokenizer=tok), params
+    return Model(cfg=cfg, vit=vit, text_encoder=text_encoder, tokenizer=tokenizer), params
 
 
-def _check_writer(cfg: WordsConfig, writer: skeletons.Skeleton, params: Tree) -> int:
+def _check_widths(cfg: Config, vit: skeletons.Skeleton) -> None:
+    encode.check_slice_size(cfg.encode, size_of(cfg.ct)[1:], encode.patch_size(vit))
+    encoded = encode.embedding_width(cfg.encode, vit)
+    expected = cfg.fuse.inputs or cfg.fuse.dim
+    if encoded != expected:
+        raise ValueError(
+            f"fuse.dim must be the width of the slice encoder, {encoded}, found {expected}; set fuse.dim={encoded} "
+            f"(and fuse.heads), or fuse.inputs={encoded} to project it to fuse.dim"
+        )
+
+
+def _init_projection(width: int, dim: int, gen: torch.Generator) -> Tree:
+    return layers.init_linear(width, dim, gen, std=width**-0.5, bias=False)
+
+
+def _open_tokenizer(cfg: Config, folder: Path, texts: Sequence[str]) -> Any:
+    """The named tokenizer, or byte-level BPE that is trained on `texts` once and kept in the run's folder."""
+    name = cfg.words.tokenizer or cfg.words.encoder
+    if name:
+        return tokens.tokenizer(name)
+    path = folder / "tokenizer"
+    if not path.exists() and not texts:
+        raise ValueError(f"{path}: the run has no tokenizer yet; train it first")
+    if processes.rank() == 0 and not path.exists():
+        tokens.train_bpe(texts, cfg.words.tower.vocabulary, path)
+    processes.wait_for_all()
+    return tokens.tokenizer(path)
+
+
+def _check_text_encoder(cfg: WordsConfig, encoder: skeletons.Skeleton, params: Tree) -> int:
     """The width of a named text encoder's rows.
 
     Raises:
         ValueError: the context is longer than its positions, or `pool` takes a token that does not see the text.
     """
-    known = writer.module.config
-    longest = getattr(known, "max_position_embeddings", cfg.tower.context)
-    if cfg.tower.context > longest:
+    positions = getattr(encoder.module.config, "max_position_embeddings", cfg.tower.context)
+    if cfg.tower.context > positions:
         raise ValueError(
-            f"words.tower.context must be at most the {longest} positions of {cfg.encoder}, got {cfg.tower.context}"
+            f"words.tower.context must be at most the {positions} positions of {cfg.encoder}, got {cfg.tower.context}"
         )
     # Two texts that differ in their second token: a causal encoder gives both the same first row, whatever the report says.
     ids = torch.tensor([[1, 2], [1, 3]])
+    mask = torch.ones_like(ids, dtype=torch.bool)
     with torch.no_grad():
-        rows = text.encode_text_with(
-            params, ids, torch.ones_like(ids, dtype=torch.bool), model=writer, pool=cfg.pool
-        )
+        rows = text.encode_text_with(params, ids, mask, model=encoder, pool=cfg.pool)
     if torch.equal(rows[0], rows[1]):
         raise ValueError(
-            f"words.pool = {cfg.pool!r} takes a token of {cfg.encoder} that does not see the text behind it; set 'last' or 'mean'"
+            f"words.pool = {cfg.pool!r} takes a token of {cfg.encoder} that does not see the text behind it; "
+            "set 'last' or 'mean'"
         )
     return rows.shape[1]
 
 
+# Forward pass -----------------------------------------------------------------------------------------------------------------
 def embed_volumes(model: Model, params: Tree, batch: Mapping[str, Tensor]) -> Tensor:
-    """[b, d] before normalisation and projection, from "slices" (voxels uint8 or int16 [b, s, y, x], or features [b, s, d]),
-    "mask" and "position_mm" [b, s]."""
+    """Rows [b, d] of the image tower, before normalisation and projection.
+
+    Args:
+        batch: "slices", voxels uint8 or int16 [b, s, y, x] or features [b, s, d]; "mask" bool and "position_mm" [b, s].
+    """
     device = params["fuse"]["norm"]["weight"].device
-    mask, z = batch["mask"].to(device), batch["slices"]
-    z = (
-        encode.encode_slices(model.cfg.encode, params["vit"], z, mask, vit=model.vit)
-        if z.dim() == 4
-        else z.to(device).float()
-    )
-    return fusion.fuse(model.cfg.fuse, params["fuse"], z, mask, batch["position_mm"].to(device))
+    mask, slices = batch["mask"].to(device), batch["slices"]
+    if slices.dim() == 4:
+        features = encode.encode_slices(model.cfg.encode, params["vit"], slices, mask, vit=model.vit)
+    else:
+        features = slices.to(device).float()  # the cache of a frozen encoder holds float16
+    return fuse.fuse(model.cfg.fuse, params["fuse"], features, mask, batch["position_mm"].to(device))
 
 
 def embed_texts(model: Model, params: Tree, batch: Mapping[str, Tensor]) -> Tensor:
-    """[b, k, d] before normalisation and projection, from "ids" and "words" (their mask) [b, k, t], k texts of each volume."""
+    """Rows [b, k, d] of the text tower, k texts of each volume, before normalisation and projection.
+
+    Args:
+        batch: "ids" and "words" (their mask), [b, k, t].
+    """
     device = params["project"]["text"]["weight"].device
-    ids, mask = batch["ids"].to(device).flatten(0, 1), batch["words"].to(device).flatten(0, 1)
-    if model.writer is not None:
-        rows = text.encode_text_with(params["text"], ids, mask, model=model.writer, pool=model.cfg.words.pool)
+    ids = batch["ids"].to(device).flatten(0, 1)
+    mask = batch["words"].to(device).flatten(0, 1)
+    if model.text_encoder is not None:
+        pool = model.cfg.words.pool
+        rows = text.encode_text_with(params["text"], ids, mask, model=model.text_encoder, pool=pool)
     else:
         rows = text.encode_text(model.cfg.words.tower, params["text"], ids, mask)
     return rows.unflatten(0, batch["ids"].shape[:2])
 
 
-def statistics(cfg: ContrastConfig, rows: Tensor) -> Tree:
+def batch_statistics(cfg: ContrastConfig, rows: Tensor) -> Tree:
     """What `place` normalises rows [..., d] with: {"mean" [d]} and, to standardise, {"variance" [d]} over the batch."""
     if cfg.normalise == "none":
         return {}
     rows = rows.float().flatten(0, -2)
-    return {"mean": rows.mean(0)} | (
-        {"variance": rows.var(0, correction=0)} if cfg.normalise == "standardise" else {}
-    )
+    statistics: Tree = {"mean": rows.mean(0)}
+    if cfg.normalise == "standardise":
+        statistics["variance"] = rows.var(0, correction=0)
+    return statistics
 
 
-def place(params: Tree, side: Literal["image", "text"], rows: Tensor, of: Tree) -> Tensor:
-    """Rows [..., d] of a tower in the common space: normalised by the statistics `of` a batch or the running ones, projected, L2 norm 1."""
+def place(params: Tree, side: Literal["image", "text"], rows: Tensor, statistics: Tree) -> Tensor:
+    """Rows [..., d] of a tower in the common space: normalised, projected, of L2 norm 1.
+
+    Args:
+        statistics: of the batch when training (`batch_statistics`), else the running ones, `params["running"][side]`.
+    """
     rows = rows.float()
-    if "mean" in of:
-        rows = rows - of["mean"]
-    if "variance" in of:
-        rows = rows * torch.rsqrt(of["variance"] + 1e-5)
+    if "mean" in statistics:
+        rows = rows - statistics["mean"]
+    if "variance" in statistics:
+        rows = rows * torch.rsqrt(statistics["variance"] + 1e-5)
     return F.normalize(layers.linear(params["project"][side], rows), dim=-1)
 
 
-def contrast(cfg: ContrastConfig, params: Tree, rows: Mapping[str, Tensor]) -> tuple[Tensor, gradients.Aux]:
+def contrastive_loss(
+    cfg: ContrastConfig, params: Tree, rows: Mapping[str, Tensor]
+) -> tuple[Tensor, gradients.Aux]:
     """The loss over {"image" [b, d], "text" [b, k, d]} of a whole batch, normalised over that batch; the mean over the k texts."""
-    means = {side: statistics(cfg, x) for side, x in rows.items()}
-    image, words = (place(params, side, rows[side], means[side]) for side in ("image", "text"))
+    statistics = {side: batch_statistics(cfg, tower) for side, tower in rows.items()}
+    image = place(params, "image", rows["image"], statistics["image"])
+    texts = place(params, "text", rows["text"], statistics["text"])
     scale = params["contrast"]["log_scale"].exp()
-    if cfg.loss == "clip":
-        each = [losses.clip_loss(image, w, scale) for w in words.unbind(1)]
-    else:
-        each = [losses.siglip_loss(image, w, scale, params["contrast"]["bias"]) for w in words.unbind(1)]
-    return torch.stack(each).mean(), gradients.Aux(metrics={"scale": scale}, means=means)
+    loss_of_text = []
+    for one_text in texts.unbind(1):
+        if cfg.loss == "clip":
+            loss_of_text.append(losses.clip_loss(image, one_text, scale))
+        else:
+            loss_of_text.append(losses.siglip_loss(image, one_text, scale, params["contrast"]["bias"]))
+    return torch.stack(loss_of_text).mean(), gradients.Aux(metrics={"scale": scale}, means=statistics)
 
 
-def bound(cfg: ContrastConfig, params: Tree) -> Tree:
-    """Trained leaves after a step, the logit scale at most `scale_max`."""
-    found = params.get("contrast", {}).get("log_scale")
-    return (
-        params
-        if found is None
-        else merge_trees(params, {"contrast": {"log_scale": found.clamp(max=math.log(cfg.scale_max))}})
-    )
-
-
-def _tokenizer(cfg: Config, folder: Path, texts: Sequence[str]) -> Any:
-    if cfg.words.tokenizer or cfg.words.encoder:
-        return tokens.tokenizer(cfg.words.tokenizer or cfg.words.encoder)
-    kept = folder / "tokenizer"
-    if not kept.exists() and not texts:
-        raise ValueError(f"{kept}: the run has no tokenizer yet; train it first")
-    if processes.rank() == 0 and not kept.exists():
-        tokens.train_bpe(texts, cfg.words.tower.vocabulary, kept)
-    processes.wait_for_all()
-    return tokens.tokenizer(kept)
+def bound_scale(cfg: ContrastConfig, params: Tree) -> Tree:
+    """Trained leaves after a step, the logit scale at most `scale_max` (100 in CLIP)."""
+    log_scale = params.get("contrast", {}).get("log_scale")
+    if log_scale is None:  # a stage that does not train it
+        return params
+    bounded = log_scale.clamp(max=math.log(cfg.scale_max))
+    return merge_trees(params, {"contrast": {"log_scale": bounded}})

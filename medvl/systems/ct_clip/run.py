@@ -28,7 +28,7 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
     are normalised with.
 
     Raises:
-        ValueError: a batch that processes cannot share evenly; as `ct_clip.init`, `loop.train_steps` and
+        ValueError: a batch that processes cannot share evenly; as `model.init_model`, `loop.train_steps` and
             `cached_features`.
     """
     if cfg.train.batch % processes.world_size():
@@ -39,7 +39,7 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
     data = pair_reports(cfg, "train", open_volumes(cfg, "train"))
     scans = len(set(data.scans))
     texts = [text for parts in data.texts for text in parts.values()]
-    model, params = ct_clip.init(cfg, folder, texts)
+    model, params = ct_clip.init_model(cfg, folder, texts)
     # A later stage must not be found wrong when the first is trained.
     for stage in cfg.train.stages:
         check_trainable(stage, params)
@@ -91,7 +91,7 @@ def _fit_stage(
         }
 
     def contrast(p: Tree, rows: gradients.Batch) -> tuple[Tensor, gradients.Aux]:
-        return ct_clip.contrast(cfg.contrast, merge_trees(frozen, p), rows)
+        return ct_clip.contrastive_loss(cfg.contrast, merge_trees(frozen, p), rows)
 
     def validate(state: states.State) -> dict[str, float]:
         whole = merge_trees(frozen, state.params)
@@ -109,7 +109,7 @@ def _fit_stage(
         model=params,
         validate=validate,
         means=means,
-        bound=lambda p: ct_clip.bound(cfg.contrast, p),
+        bound=lambda p: ct_clip.bound_scale(cfg.contrast, p),
         seed=cfg.seed,
         keyed=True,
         log=log,
@@ -143,7 +143,7 @@ def _whitened(model: Model, params: Tree, data: pairs.Pairs, scans: int = 200) -
 def load(folder: Path) -> tuple[Model, Tree]:
     """Model and parameters of a trained run, as `fit` returned them."""
     cfg = config.load_run(folder, Config)
-    model, params = ct_clip.init(cfg, folder)
+    model, params = ct_clip.init_model(cfg, folder)
     means: Tree = {}
     for i, stage in enumerate(cfg.train.stages):
         state = states.read_trained(folder / f"{i}-{stage.name}", cfg.train.keep, "cpu", model=params)

@@ -261,7 +261,7 @@ def test_a_frozen_encoder_trains_from_the_cache(trained, monkeypatch):
     asked, read = [], store.Store.read
     monkeypatch.setattr(store.Store, "read", lambda self, *a: asked.append(self.path.name) or read(self, *a))
     _, params = ct_clip_run.fit(cfg, folder, log=lambda line: None)
-    first = ct_clip.init(cfg, folder)[1]
+    first = ct_clip.init_model(cfg, folder)[1]
     state = states.read_state(folder / "0-words/last.pt")
     assert not [n for n in flatten(state.params) if n.startswith("vit/")]
     assert any(not torch.equal(params["vit"][n], t) for n, t in first["vit"].items())
@@ -351,7 +351,7 @@ def test_a_folder_of_clip_gives_its_towers(trained, tmp_path):
     clip = _clip_folder(tmp_path / "clip", ["There is a nodule.", "No nodule."])
     words = evolve(cfg.words, encoder=str(tmp_path / "clip"), pool="last")
     both = evolve(cfg, vit=ct_clip.VitConfig(name=str(tmp_path / "clip")), words=words)
-    model, params = ct_clip.init(both, tmp_path)
+    model, params = ct_clip.init_model(both, tmp_path)
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
         rows = ct_clip.embed_texts(
@@ -365,11 +365,13 @@ def test_a_folder_of_clip_gives_its_towers(trained, tmp_path):
     with pytest.raises(
         ValueError, match=r"words.pool = 'first' takes a token of .* that does not see the text behind it"
     ):
-        ct_clip.init(evolve(both, words=evolve(words, pool="first")), tmp_path)
+        ct_clip.init_model(evolve(both, words=evolve(words, pool="first")), tmp_path)
     with pytest.raises(
         ValueError, match=r"words.tower.context must be at most the 64 positions of .*, got 128"
     ):
-        ct_clip.init(evolve(both, words=evolve(words, tower=evolve(words.tower, context=128))), tmp_path)
+        ct_clip.init_model(
+            evolve(both, words=evolve(words, tower=evolve(words.tower, context=128))), tmp_path
+        )
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(trained, tmp_path, monkeypatch):
@@ -405,7 +407,7 @@ def test_intervals_resample_patients_whatever_they_are_called(trained, tmp_path)
 def test_gradients_reach_every_part(loss, trained):
     cfg, folder = trained
     cfg = evolve(cfg, contrast=evolve(cfg.contrast, loss=loss))
-    model, params = ct_clip.init(cfg, folder)
+    model, params = ct_clip.init_model(cfg, folder)
     data = ct_data.pair_reports(cfg, "train", ct_data.open_volumes(cfg, "train"))
     rows = ct_data.training_batches(model, data, 6, 0)(0)
     embed = lambda p, b: {
@@ -413,7 +415,7 @@ def test_gradients_reach_every_part(loss, trained):
         "text": ct_clip.embed_texts(model, p, b),
     }
     _, _, grads = gradients.cached_value_and_grad(
-        embed, lambda p, r: ct_clip.contrast(cfg.contrast, p, r), chunk=6
+        embed, lambda p, r: ct_clip.contrastive_loss(cfg.contrast, p, r), chunk=6
     )(params, rows)
     still = {n for n, g in flatten(grads).items() if not g.abs().max() > 0}
     assert still - {"contrast/bias"} == {"vit/embeddings.mask_token"}
@@ -424,7 +426,7 @@ def test_several_texts_of_a_scan_are_several_contrasts(trained):
     cfg = evolve(
         cfg, data=evolve(cfg.data, draws=3, sentences=1), contrast=evolve(cfg.contrast, normalise="none")
     )
-    model, params = ct_clip.init(cfg, folder)
+    model, params = ct_clip.init_model(cfg, folder)
     data = ct_data.pair_reports(cfg, "train", ct_data.open_volumes(cfg, "train"))
     batch = ct_data.training_batches(model, data, 5, 0)(0)
     assert batch["ids"].shape[:2] == (5, 3)
@@ -434,7 +436,7 @@ def test_several_texts_of_a_scan_are_several_contrasts(trained):
         for j in range(3)
     ]
     torch.testing.assert_close(words, torch.cat(one, 1))
-    loss = lambda t: ct_clip.contrast(cfg.contrast, params, {"image": image, "text": t})[0]
+    loss = lambda t: ct_clip.contrastive_loss(cfg.contrast, params, {"image": image, "text": t})[0]
     torch.testing.assert_close(loss(words), torch.stack([loss(t) for t in one]).mean())
     assert not torch.equal(loss(one[0]), loss(one[1]))
 
@@ -448,14 +450,14 @@ def test_rows_are_normalised_over_the_batch(normalise, mean, spread, gen):
     params = {"project": {"image": {"weight": torch.eye(8)}}}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ct_clip.F, "normalize", lambda t, dim: seen.append(t) or t)
-        ct_clip.place(params, "image", rows, ct_clip.statistics(cfg, rows))
+        ct_clip.place(params, "image", rows, ct_clip.batch_statistics(cfg, rows))
     torch.testing.assert_close(seen[0].flatten(0, 1).mean(0), torch.full((8,), mean), atol=0.1, rtol=0)
     torch.testing.assert_close(seen[0].flatten(0, 1).std(0), torch.full((8,), spread), atol=0.1, rtol=0)
 
 
 def test_a_speed_of_muon_takes_the_matrices_that_match(trained):
     cfg, folder = trained
-    _, params = ct_clip.init(cfg, folder)
+    _, params = ct_clip.init_model(cfg, folder)
     fast = Speed(match="fuse/blocks/.*", lr=0.03, weight_decay=0.1, optimizer="muon")
     opt = make_optimizer(cfg.train, Stage(name="a", steps=4, lr=1e-3, speeds=(fast,)), params, keyed=True)
     state = flatten(opt.init(params))
@@ -476,7 +478,9 @@ def test_whitening_starts_the_run_and_is_kept_by_it(trained, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config.unstructure(cfg)))
     _, params = ct_clip_run.fit(cfg, tmp_path, log=lambda line: None)
     name = "embeddings.patch_embeddings.projection.weight"
-    assert not torch.allclose(params["vit"][name], ct_clip.init(cfg, tmp_path)[1]["vit"][name], atol=0.01)
+    assert not torch.allclose(
+        params["vit"][name], ct_clip.init_model(cfg, tmp_path)[1]["vit"][name], atol=0.01
+    )
     _, again = ct_clip_run.load(tmp_path)
     assert torch.equal(again["vit"][name], params["vit"][name])
     frozen = evolve(cfg, train=evolve(cfg.train, stages=(evolve(cfg.train.stages[0], train=("fuse/.*",)),)))
@@ -486,10 +490,10 @@ def test_whitening_starts_the_run_and_is_kept_by_it(trained, tmp_path):
 
 def test_scale_is_bounded_after_a_step():
     cfg = ct_clip.ContrastConfig(scale_max=20.0)
-    assert ct_clip.bound(cfg, {"contrast": {"log_scale": torch.tensor(9.0)}})["contrast"][
+    assert ct_clip.bound_scale(cfg, {"contrast": {"log_scale": torch.tensor(9.0)}})["contrast"][
         "log_scale"
     ].exp().item() == pytest.approx(20.0)
-    assert ct_clip.bound(cfg, {"fuse": {}}) == {"fuse": {}}
+    assert ct_clip.bound_scale(cfg, {"fuse": {}}) == {"fuse": {}}
 
 
 @pytest.mark.parametrize("name", [p.stem for p in sorted((ROOT / "experiments").glob("*.toml"))])
