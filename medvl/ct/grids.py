@@ -57,6 +57,7 @@ def centred(n: int, spacing_mm: float, size: int, target_mm: float, antialias: b
         weights are normalised over the source voxels that exist.
     """
     step = target_mm / spacing_mm  # source voxels per output voxel
+    # Source index of each output voxel's centre; both volumes have their centre in the same place.
     centres = (np.arange(size) - (size - 1) / 2) * step + (n - 1) / 2
     inside = np.flatnonzero((centres > -0.5 - 1e-6) & (centres < n - 0.5 + 1e-6))
     if not len(inside):
@@ -67,10 +68,12 @@ def centred(n: int, spacing_mm: float, size: int, target_mm: float, antialias: b
     centres = centres[inside]
     if not antialias or target_mm <= spacing_mm:
         return _sample_linear(first, centres, n, target_mm)
+    # All source voxels within one step of the centre; there are at most ceil(2 * step) + 1 of them.
     lowest = np.floor(centres + 1 - step).astype(np.int64)
     taps = lowest[:, None] + np.arange(int(np.ceil(2 * step)) + 1)
     exists = (taps >= 0) & (taps < n)
     weights = np.maximum(1 - np.abs(taps - centres[:, None]) / step, 0) * exists
+    # At the edge a part of the triangle lies outside of the source.
     weights /= weights.sum(1, keepdims=True)
     weights = weights.astype(np.float32)
     return Axis(first=first, taps=taps.clip(0, n - 1), weights=weights, spacing_mm=target_mm)
@@ -81,6 +84,7 @@ def stretched(n: int, spacing_mm: float, size: int, new: int) -> Axis:
 
     Source: F.interpolate(size=new, align_corners=False), in its float32 arithmetic.
     """
+    # Of crop and pad at most one is above 0.
     crop = max(new - size, 0) // 2
     pad = max(size - new, 0) // 2
     scale = np.float32(n) / np.float32(new)
@@ -106,6 +110,7 @@ def anchored(n: int, spacing_mm: float, size: int, target_mm: float) -> Axis:
 def _sample_linear(first: int, centres: np.ndarray, n: int, spacing_mm: float) -> Axis:
     """Linear samples at source indices `centres` [i], edges repeated."""
     centres = centres.clip(0, n - 1)
+    # Truncation is a floor here: indices are not negative after the clip.
     low = centres.astype(np.int64)
     fraction = (centres - low).astype(np.float32)
     taps = np.stack([low, np.minimum(low + 1, n - 1)], 1)
@@ -159,10 +164,12 @@ def _fill(
         completed_by[max(weights)].append(k)
     planes: dict[int, Tensor] = {}
     for i, stored in enumerate(slices):
+        # Slices of no weight are passed over without a resampling in the plane.
         if i in uses:
             plane = before(torch.from_numpy(stored.astype(np.float32, order="C")))
             planes[i] = _resample_rows(axis_y, plane)
         for k in completed_by.pop(i, ()):
+            # Along z: a weighted sum of planes, which are at hand when the last of them has come.
             plane = torch.zeros(len(axis_y.taps), stored.shape[1])
             for j, weight in sources[k].items():
                 plane.add_(planes[j], alpha=weight)

@@ -60,12 +60,14 @@ def choose_scale(stored: np.ndarray, header: Scale | None = None, row: Scale | N
     background = _is_background(values)
     padded = _is_padding(values, background)
     if padded:
+        # Background and stray lower values are all padding; raw tissue lies above them.
         patient = _select(values, values > _AIR)
     elif _borders_on(values, background):
         patient = values  # the background is the air around the patient, with the partial volumes of the skin
     else:
         patient = _select(values, ~background)
     is_hu = _has_air(values) and not padded
+    # Without a row the values must be HU by themselves.
     if row is None:
         if is_hu:
             return base
@@ -74,6 +76,7 @@ def choose_scale(stored: np.ndarray, header: Scale | None = None, row: Scale | N
         raise ValueError(
             f"{_needs_row(base, patient)}; give it, or set {_setting_to_keep(base)} if they are HU"
         )
+    # With a row: compare how much of the patient is tissue with it and without it.
     scaled = row.apply(patient)
     with_row, without = _share(scaled, TISSUE), _share(patient, TISSUE)
     row_fits = _has_air(row.apply(values)) and _has_soft_tissue(scaled)
@@ -83,6 +86,7 @@ def choose_scale(stored: np.ndarray, header: Scale | None = None, row: Scale | N
         return base
     if not padded:
         _refuse_neither(patient, base)
+    # From here on the values are raw, and only the row's scale can be right.
     if with_row < without:
         raise ValueError(_applied_before("the metadata's", row, with_row, without))
     if not row_fits:
@@ -115,6 +119,7 @@ def check_scale(stored: np.ndarray, chosen: Scale, header: Scale | None = None) 
         ValueError: without the scale, or with the header's, more of the voxels are tissue.
     """
     values = stored.astype(np.float64).ravel()
+    # Without padding, which says nothing about the scale.
     values = _select(values, values >= PADDING)
     with_chosen, without = _share(chosen.apply(values), TISSUE), _share(values, TISSUE)
     both = chosen
@@ -171,6 +176,7 @@ def _is_background(values: np.ndarray) -> np.ndarray:
     if not len(air):
         return np.zeros(len(values), bool)
     distinct, counts = np.unique(air, return_counts=True)
+    # Only the commonest value counts: air with noise spreads over many.
     most = counts.argmax()
     is_much = bool(counts[most] > 0.3 * len(air))
     return (values == distinct[most]) & is_much

@@ -85,6 +85,7 @@ def preprocess_folder(
         if keeps_sources(stored):
             check_sources(stored, paths)
         pending = [name for name in paths if name not in done]
+        # Scans that are in the store already are not read again.
         rejected, jobs = {}, []
         for name in pending:
             if rows is not None and name not in rows:
@@ -136,6 +137,7 @@ def find_scans(source: PathLike) -> dict[str, Path]:
         scan_paths = [source]
     else:
         rows = files.read_csv(source)
+        # Paths are relative to the table, so that a folder can be moved with it.
         column = next((c for c in ("path", "VolumeName") if c in rows[0]), None)
         if column is None:
             raise ValueError(
@@ -144,6 +146,7 @@ def find_scans(source: PathLike) -> dict[str, Path]:
         scan_paths = [source.parent / row[column] for row in rows]
     paths: dict[str, Path] = {}
     for path in sorted(scan_paths):
+        # Such a name could not be written into the store or the table of rejected scans.
         files.check_text_name(path)
         name = names.volume_name(path)
         if name in paths:
@@ -174,6 +177,7 @@ def _run_job(job: _Job, out: Path, cfg: CtConfig) -> tuple[str, str]:
         volume = preprocess.preprocess_scan(job.path, cfg, job.metadata)
     except ScanError as e:
         return str(e), ""
+    # A scan that is too large for this machine is rejected, and the run goes on.
     except MemoryError:
         return "not enough memory", ""
     write_volume(_open_once(out), job.name, volume, job.path)
@@ -230,6 +234,7 @@ def _run_parallel(
                         yield running[future], future.result()
                         del running[future]
             except BrokenProcessPool:
+                # A worker may have died after it stored its scan.
                 stored = store.open_store(out).names
                 for job in running.values():
                     if job.name in stored:
@@ -267,6 +272,7 @@ def contact_sheet(
         cards.append(_draw_card(volume, label, window_hu))
     if not cards:
         raise ValueError(f"{path}: a contact sheet needs at least one volume")
+    # A card is three tiles wide and one high: this makes the sheet about square.
     columns = max(1, round((len(cards) / 3) ** 0.5))
     width, height = cards[0].size
     rows = -(-len(cards) // columns)

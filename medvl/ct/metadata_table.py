@@ -39,6 +39,7 @@ def read_metadata(
         if name in rows:
             raise ValueError(f"{path}: has two rows for {name!r}")
         rows[name] = row
+    # No row for any scan is most likely another table; a few scans without one are rejected one by one.
     scans = list(scans)
     if not rows.keys() & set(scans):
         raise ValueError(
@@ -112,6 +113,7 @@ def directions(row: Mapping[str, str]) -> np.ndarray | None:
     except ValueError as e:
         raise ValueError(f"its metadata row must have six numbers in {ORIENTATION!r}, found {text!r}") from e
     x, y = cosines * _TO_RAS
+    # Printed cosines are rounded, so unit lengths and right angles hold within a tolerance only.
     lengths = np.linalg.norm(cosines, axis=1)
     if not (np.abs(lengths - 1) <= _TOLERANCE).all() or abs(x @ y) > _TOLERANCE:
         raise ValueError(
@@ -136,6 +138,7 @@ def _strip_list(cell: object) -> str:
 def _read_number(row: Mapping[str, str], column: str, index: int = 0) -> float:
     """The number of a cell, or the entry `index` of a list such as "[0.34, 0.36]"."""
     parts = _strip_list(row.get(column, "")).split(",")
+    # One number stands for both directions in the plane.
     if len(parts) == 1:
         index = 0
     try:

@@ -61,6 +61,7 @@ def patients_of(
         return [column[v].strip() for v in volumes]
     if pattern:
         return _patients_by_pattern(volumes, pattern)
+    # Without a rule: CT-RATE's form, and a warning where it does not fit.
     foreign = sum(_CT_RATE.fullmatch(v) is None for v in volumes)
     if foreign:
         _log.warning(

@@ -38,10 +38,12 @@ def join_pairs(store: Store, parts: Mapping[str, Mapping[str, str]]) -> Pairs:
     Raises:
         ValueError: no name is on both sides.
     """
+    # From texts by part to parts by volume.
     reports: dict[str, dict[str, str]] = {}
     for part, texts in parts.items():
         for name, text in texts.items():
             reports.setdefault(name, {})[part] = text
+    # Sorted, so that a batch does not depend on the order of store or table.
     both = tuple(sorted(n for n in store.names if n in reports))
     if not both:
         volume = next(iter(store.names), "nothing")
@@ -69,6 +71,7 @@ def read_slices(store: Store, volumes: Sequence[str]) -> dict[str, Tensor]:
         height along the body axis.
     """
     rows = [store.row(name) for name in volumes]
+    # Padding at both ends is left out where no volume of the batch needs it.
     first = min(row["occupied"][0] for row in rows)
     stop = max(row["occupied"][1] for row in rows)
     index = np.arange(first, stop)
@@ -108,6 +111,7 @@ def some_sentences(text: str, most: int, gen: torch.Generator) -> str:
     A report is a set of statements, so a part of them is still true. Leaving some out shows which words
     belong to which finding, and keeps the text tower from learning whole reports by heart.
     """
+    # Nothing is drawn from `gen` then.
     if not most:
         return text
     sentences = [s for s in re.split(r"(?<=[.;])\s+", text.strip()) if s]

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 HU = (-1000.0, 1000.0)  # every preset clips to this
 _MAX_VOXELS = 1024**3
 _MM = (0.01, 1000.0)  # of an output voxel
+# Of the output's axes, and their voxels in mm; `reference` scales by voxel counts, so it has no spacing.
 _SIZES = {
     "mm": (160, 224, 224),
     "reference": (160, 224, 224),
@@ -73,6 +74,7 @@ class CtConfig:
     flip: bool = False
 
     def __attrs_post_init__(self) -> None:
+        # attrs does not check the values of a Literal.
         for f in fields(CtConfig):
             value, allowed = getattr(self, f.name), get_args(f.type)
             if get_origin(f.type) is Literal and value not in allowed:
@@ -84,6 +86,7 @@ class CtConfig:
                 f"CtConfig: size must be at most {_MAX_VOXELS:,} voxels, got {self.size}, "
                 f"{math.prod(self.size):,}"
             )
+        # Two messages: no lengths at all, and lengths that are no voxel's (a wrong unit, most likely).
         finite = all(0 < s < np.inf for s in self.spacing_mm)
         if self.spacing_mm and (len(self.spacing_mm) != 3 or not finite):
             raise ValueError(
@@ -149,6 +152,7 @@ def to_hu(voxels: Any) -> Any:
 
     uint8 was rounded, except by preset `reference`, which truncates: its HU come out up to 7.8 too low.
     """
+    # One arithmetic for arrays and tensors, so that both give the same bits.
     if isinstance(voxels, np.ndarray):
         return to_hu(torch.from_numpy(np.ascontiguousarray(voxels))).numpy()
     if voxels.dtype == torch.uint8:
@@ -217,6 +221,7 @@ def _read_volume(
             grid = _make_grid(cfg, shape, spacing)
         except ValueError as e:
             raise ScanError(f"{path}: {e}") from e
+        # A chain of generators: each slice is checked and sampled on its way to the resampling.
         sample: list[np.ndarray] = []
         slices = _iter_along(header, stored, perm)
         slices = _check_finite(header, slices)
@@ -230,6 +235,7 @@ def _read_volume(
         box = out[tuple(slice(axis.first, axis.stop) for axis in grid)]
         _resample_into(box, cfg, scale, grid, shape, flips, slices)
     final = known or _find_scale(cfg, header, sample, row)
+    # One value everywhere is no scan. Where the scales differ, the second reading decides.
     if box.min() == box.max() and final == scale:
         value = to_hu(box[:1, :1, :1]).item()
         raise ScanError(
@@ -301,6 +307,7 @@ def _check_finite(header: scans.Header, slices: Iterator[np.ndarray]) -> Iterato
 def _sample_slices(slices: Iterator[np.ndarray], sample: list[np.ndarray]) -> Iterator[np.ndarray]:
     """The slices as they pass, with some voxels of each added to `sample`."""
     for plane in slices:
+        # A regular grid of voxels: reproducible, and dense enough for shares of 0.5 %.
         rows, columns = (max(1, n // _SAMPLED) for n in plane.shape)
         sample.append(plane[::rows, ::columns].ravel())
         yield plane
@@ -355,6 +362,7 @@ def _find_scale(
                 f"{' and '.join(metadata_table.RESCALE)}; {problem}"
             )
         chosen = row_scale
+    # The scale was chosen by the user and no slice was read yet: it is checked at the end.
     if not sample:
         return chosen
     values = np.concatenate(sample)
@@ -380,6 +388,7 @@ def _row_scale(row: Mapping[str, str] | None) -> tuple[Scale | None, str]:
 
 def _refuse_header(header: scans.Header, row: Mapping[str, str] | None) -> None:
     """Refuse what is no CT, and a header that contradicts itself."""
+    # Tables of DICOM attributes may list scans of other modalities.
     modality = ""
     if row is not None:
         modality = str(row.get("Modality", "")).strip()
@@ -401,6 +410,7 @@ def _spacing(cfg: CtConfig, header: scans.Header, row: Mapping[str, str] | None)
             spacing = metadata_table.spacing_mm(row)
         except ValueError as e:
             raise ScanError(f"{header.name}: {e}") from e
+        # Sorted, since the file may hold the axes in another order than the row.
         if header.placed and not np.allclose(sorted(spacing), sorted(header.spacing_mm), rtol=0.01):
             log.warning(
                 "%s: spacing is %s mm by its metadata, which are taken, and %s by its header",
@@ -409,6 +419,7 @@ def _spacing(cfg: CtConfig, header: scans.Header, row: Mapping[str, str] | None)
                 header.spacing_mm,
             )
         return spacing
+    # A header without a place and with voxels of 1 mm is one that lost its spacing.
     if not header.placed and cfg.preset != "reference" and header.spacing_mm == (1.0, 1.0, 1.0):
         raise ScanError(
             f"{header.name}: its header has no spacing; set spacing_from='metadata' and give the metadata row"
@@ -437,6 +448,7 @@ def _orientation(header: scans.Header, row: Mapping[str, str] | None) -> np.ndar
 
 def _order_axes(affine: np.ndarray, axes: str) -> tuple[list[int], list[bool]]:
     """Which file axis each output axis is, and whether it runs backwards (nibabel's closest orientation)."""
+    # Rows are file axes: the output axis that each becomes, and its direction.
     moves = ornt_transform(io_orientation(affine), axcodes2ornt(tuple(axes)))
     perm = [int(p) for p in np.argsort(moves[:, 0])]
     return perm, [bool(moves[p, 1] < 0) for p in perm]
@@ -471,6 +483,7 @@ def _make_grid(cfg: CtConfig, shape: tuple[int, ...], spacing: tuple[float, ...]
 def _to_hu_(plane: Tensor, slope: float, intercept: float, clip: bool) -> Tensor:
     """Stored values to HU, in place."""
     if (slope, intercept) != (1.0, 0.0):
+        # In place: the plane is a copy that nothing else reads.
         plane.mul_(slope).add_(intercept)
     return plane.clamp_(*HU) if clip else plane
 

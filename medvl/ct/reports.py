@@ -99,9 +99,11 @@ def read_reports(
     rows = files.read_csv(path, ("VolumeName", *columns))
     texts = []
     for row in rows:
+        # "both" of a row that has one part is this part alone.
         present = [row[column].strip() for column in columns if not _is_absent(row[column])]
         texts.append(" ".join(present))
     absent = [i for i, t in enumerate(texts) if not t]
+    # Row 1 of the file is the header, and people count from 1.
     if absent and missing == "error":
         raise ValueError(
             f"{path}: every row must have a text in {' or '.join(columns)}, {len(absent)} of {len(rows)} "
@@ -139,6 +141,7 @@ def read_labels(
             f"{path}: needs one or more label columns, each once, got "
             f"{', '.join(columns) or 'only VolumeName'}"
         )
+    # Cell by cell, so that the message can name the wrong one.
     labels = np.empty((len(rows), len(columns)), dtype=np.int8)
     for i, row in enumerate(rows):
         for j, column in enumerate(columns):
@@ -215,6 +218,7 @@ def split_patients(
             f"split_patients: labels must be [n, c] with one row per volume, got {labels.shape} for "
             f"{len(volumes)} volumes"
         )
+    # All volumes of a patient go to one split, or the test would know patients from training.
     patients = list(patients) or names.patients_of(volumes)
     if len(patients) != len(volumes):
         raise ValueError(
@@ -223,6 +227,7 @@ def split_patients(
         )
     if not sizes or not all(0 < size < float("inf") for size in sizes.values()):
         raise ValueError(f"split_patients: needs a size above 0 for each split, got {dict(sizes)}")
+    # Patients are numbered in the order of their first volume.
     number = {p: i for i, p in enumerate(dict.fromkeys(patients))}
     owner = np.array([number[p] for p in patients])  # [n], the patient's number of each volume
     # What a patient brings, each to be spread evenly: itself, its volumes, its positives of each finding.
@@ -231,6 +236,7 @@ def split_patients(
     np.add.at(burden[:, 1], owner, 1)
     np.add.at(burden[:, 2:], owner, labels)
     burden /= np.maximum(burden.sum(0), 1)
+    # Sizes are relative: 0.8 and 0.2 are the same as 400 and 100.
     share = np.array(list(sizes.values()), dtype=float)
     placement = _place_patients(burden, share / share.sum(), np.random.default_rng(seed))
     rows = {split: np.flatnonzero(placement[owner] == k) for k, split in enumerate(sizes)}

@@ -154,6 +154,7 @@ def _read_start(f: Any, path: Path) -> tuple[Header, _Layout, Iterator[bytes]]:
     """The header, the layout of the voxels, and all inflated bytes of the file from its start, in chunks."""
     size = f.seek(0, io.SEEK_END)
     f.seek(0)
+    # By its content, since a file may have lost or gained a `.gz` in its name.
     zipped = f.read(2) == b"\x1f\x8b"
     f.seek(0)
     chunks = _iter_chunks(f, zipped, path)
@@ -376,6 +377,7 @@ def _raw_header(head: bytes, path: Path) -> Any:
     """nibabel's header of the first bytes of a file, unchecked. Its size tells byte order and version."""
     if not head:
         raise ScanError(f"{path}: is empty")
+    # The first field is the size of the header, which tells the byte order too.
     order: Any = "big"
     if int.from_bytes(head[:4], "little") in (348, 540):
         order = "little"
@@ -383,6 +385,7 @@ def _raw_header(head: bytes, path: Path) -> Any:
     kind, magic = Nifti1Header, b"n+1"
     if size == 540:
         kind, magic = Nifti2Header, b"n+2"
+    # Before the message that it is no NIfTI: this one says what to do.
     if head[128:132] == b"DICM":
         raise ScanError(f"{path}: is a DICOM file; {FROM_DICOM}")
     if size != kind.sizeof_hdr or len(head) < size:

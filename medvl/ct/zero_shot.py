@@ -101,6 +101,7 @@ def evaluate_findings(
             f"evaluate_findings: must have a name for each of {s.shape[1]} findings and each of {len(s)} "
             f"volumes, no volume twice, got {len(findings)} and {len(volumes)} ({len(set(volumes))} distinct)"
         )
+    # Ranking needs both classes: such a finding has no value, and the mean leaves it out.
     prevalence = y.mean(0)
     one_class = [f for f, share in zip(findings, prevalence, strict=True) if share in (0, 1)]
     if one_class:
@@ -116,6 +117,7 @@ def evaluate_findings(
         raise ValueError(
             f"evaluate_findings: must have a patient for each of {len(s)} volumes, got {len(patients)}"
         )
+    # Patients and not volumes are resampled: those of one patient are alike.
     gen = torch.Generator().manual_seed(seed)
     intervals = metrics.bootstrap(_statistics(thresholds), s, y, patients, n=n_bootstrap, gen=gen)
     cuts: list[float | None] = [None] * len(findings)
@@ -132,31 +134,23 @@ def evaluate_findings(
     rows = []
     for metric, x in intervals.items():
         for j, finding in enumerate(findings):
+            value, low, high = float(x.value[j]), float(x.low[j]), float(x.high[j])
             extra: dict[str, Any] = shared | {
                 "positives": int(y[:, j].sum()),
                 "threshold": cuts[j],
                 "undefined": int(x.undefined[j]),
             }
-            row = results.Result(
-                what=metric,
-                subject=finding,
-                value=float(x.value[j]),
-                low=float(x.low[j]),
-                high=float(x.high[j]),
-                extra=extra,
-                **common,
-            )
-            rows.append(row)
-        mean = results.Result(
-            what=metric,
-            subject="mean",
-            value=x.mean,
-            low=x.mean_low,
-            high=x.mean_high,
-            extra=shared | {"findings": x.averaged},
-            **common,
-        )
-        rows.append(mean)
+            row: dict[str, Any] = {
+                "subject": finding,
+                "value": value,
+                "low": low,
+                "high": high,
+                "extra": extra,
+            }
+            rows.append(results.Result(what=metric, **row, **common))
+        extra = shared | {"findings": x.averaged}
+        row = {"subject": "mean", "value": x.mean, "low": x.mean_low, "high": x.mean_high, "extra": extra}
+        rows.append(results.Result(what=metric, **row, **common))
     return rows
 
 
