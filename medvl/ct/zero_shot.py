@@ -5,7 +5,7 @@ Dims: n volumes, c findings, k prompts, d width.
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -131,12 +131,24 @@ def evaluate_findings(
         "device": results.device_name(),
     }
     shared: dict[str, Any] = {"patients": len(set(patients)), "replicates": n_bootstrap}
+    return _result_rows(intervals, y, findings, cuts, shared, common)
+
+
+def _result_rows(
+    intervals: Mapping[str, Any],
+    labels: Any,
+    findings: Sequence[str],
+    cuts: Sequence[float | None],
+    shared: dict[str, Any],
+    common: dict[str, Any],
+) -> list[results.Result]:
+    """Rows of each metric: one per finding, then their mean. `shared` goes into `extra`, `common` beside it."""
     rows = []
     for metric, x in intervals.items():
         for j, finding in enumerate(findings):
             value, low, high = float(x.value[j]), float(x.low[j]), float(x.high[j])
             extra: dict[str, Any] = shared | {
-                "positives": int(y[:, j].sum()),
+                "positives": int(labels[:, j].sum()),
                 "threshold": cuts[j],
                 "undefined": int(x.undefined[j]),
             }
