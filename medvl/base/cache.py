@@ -1,7 +1,7 @@
 """What frozen weights make of inputs, computed once and kept on disk for later runs and other processes.
 
-A cache is any place that shows an entry whole or not at all and is found by weights and settings: a `store.Store` where
-the inputs are known beforehand, a `CacheFolder` where they come one by one.
+A cache is any place that shows an entry whole or not at all and is found by weights and settings: a
+`store.Store` where the inputs are known beforehand, a `CacheFolder` where they come one by one.
 """
 
 import hashlib
@@ -31,7 +31,8 @@ def compute_missing(
     """
     share = names
     if together:
-        # By place in the list, not among those that are missing: processes see each other's entries as they come.
+        # By place in the list, not among those that are missing: processes see each other's entries as they
+        # come.
         share = names[processes.rank() :: processes.world_size()]
     missing = [name for name in share if not is_cached(name)]
     for name in track(missing, title):
@@ -43,7 +44,7 @@ def compute_missing(
 
 @frozen(kw_only=True)
 class CacheFolder:
-    """A folder with one .npy for each input, called by a digest of its key. Any number of processes may write at once.
+    """A folder with one .npy for each input, called by a digest of its key. Many processes may write at once.
 
     Attributes:
         folder: is of certain weights and settings; others must never find it.

@@ -1,13 +1,13 @@
-"""HDF5 files of rows whose room is reserved before they are written. A killed writer leaves each row whole or absent.
+"""HDF5 files of rows with reserved room: a killed writer leaves each row whole or absent.
 
-Layout, readable with plain h5py: contiguous datasets of numbers; the dataset `rows`, a compound table with one record
-for each row, whose first field is `name` and whose last is `done`; file attributes `format`, `version` and `settings`
-(JSON). Which numbers of a dataset belong to a row is for the kind of store to say: arrays of one shape (`store`), or
-rows of different lengths (`slides.store`).
+Layout, readable with plain h5py: contiguous datasets of numbers; the dataset `rows`, a compound table with
+one record for each row, whose first field is `name` and whose last is `done`; file attributes `format`,
+`version` and `settings` (JSON). Which numbers of a dataset belong to a row is for the kind of store to say:
+arrays of one shape (`store`), or rows of different lengths (`slides.store`).
 
-The file is created whole, with all its room reserved (sparse: room that is not written takes no disk), and never changes
-its structure. So writers need neither HDF5 nor a lock between them: each writes to offsets that are its row's alone,
-numbers and record first, then fsync, then the one byte `done`. POSIX only.
+The file is created whole, with all its room reserved (sparse: room that is not written takes no disk), and
+never changes its structure. So writers need neither HDF5 nor a lock between them: each writes to offsets that
+are its row's alone, numbers and record first, then fsync, then the one byte `done`. POSIX only.
 """
 
 import json
@@ -46,7 +46,7 @@ class Dataset:
 
 
 class _Descriptor:
-    """An open file, closed with the last reference to it, so that no thread reads from a number that was given away."""
+    """An open file. It is closed with the last reference to it, so no thread reads from a reused number."""
 
     def __init__(self, path: Path):
         self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -70,9 +70,9 @@ class _Kept:
 class Rows:
     """A file of rows as it was when opened; `names` are the rows that were done then, in file order.
 
-    It may be pickled, forked and used by threads. The file is opened at the first read and kept open; reads are `pread`,
-    which has no position that threads or forked processes could move. Every read checks that the path still leads to the
-    same file: another one that has taken its place has its rows elsewhere.
+    It may be pickled, forked and used by threads. The file is opened at the first read and kept open; reads
+    are `pread`, which has no position that threads or forked processes could move. Every read checks that the
+    path still leads to the same file: another one that has taken its place has its rows elsewhere.
     """
 
     path: Path
@@ -88,8 +88,8 @@ class Rows:
     def record(self, name: str) -> np.void:
         """The record of a row that is done.
 
-        One that was done when the file was opened is never written again, so it comes from memory: 47,000 looks at rows
-        take no system call. That the file is still the same is checked where its numbers are read.
+        One that was done when the file was opened is never written again, so it comes from memory, without
+        a system call. That the file is still the same is checked where its numbers are read.
 
         Raises:
             ValueError: no such name, or not written yet.
@@ -225,8 +225,8 @@ def open_rows(path: PathLike, kind: Kind, datasets: Sequence[str]) -> Rows:
     """Open a file for reading, also while others write to it.
 
     Raises:
-        ValueError: no such file, another kind of file or version, truncated, or a dataset that is missing or not as
-            `create_rows` writes it.
+        ValueError: no such file, another kind of file or version, truncated, or a dataset that is missing or
+            not as `create_rows` writes it.
     """
     path = Path(path)
     files.check_regular(path)
@@ -266,11 +266,13 @@ def _check_format(f: h5py.File, path: Path, kind: Kind) -> None:
     found = f.attrs.get("format"), f.attrs.get("version")
     if found[0] != kind.format:
         raise ValueError(
-            f"{path}: is an HDF5 file, but not a store of medvl (it lacks the attribute format={kind.format!r})"
+            f"{path}: is an HDF5 file, but not a store of medvl (it lacks the attribute "
+            f"format={kind.format!r})"
         )
     if found[1] != kind.version:
         raise ValueError(
-            f"{path}: is a store of version {found[1]}, this medvl reads version {kind.version}; make it again"
+            f"{path}: is a store of version {found[1]}, this medvl reads version {kind.version}; make it "
+            "again"
         )
 
 
@@ -281,9 +283,11 @@ def row_writer(rows: Rows, name: str, durable: bool = True) -> Iterator[RowWrite
     A row whose writer does not come to `finish` stays absent, and may be written again.
 
     Args:
-        durable: wait for the disk, so that a power cut keeps the row; False where the caller waits for the whole file.
+        durable: wait for the disk, so that a power cut keeps the row; False where the caller waits for the
+            whole file.
     Raises:
-        ValueError: the row is written already, or the file was replaced since it was opened or cannot be written.
+        ValueError: the row is written already, or the file was replaced since it was opened or cannot be
+            written.
     """
     try:
         descriptor = os.open(rows.path, os.O_RDWR | os.O_CLOEXEC)
@@ -303,7 +307,7 @@ def row_writer(rows: Rows, name: str, durable: bool = True) -> Iterator[RowWrite
 def copy_row(
     old: Rows, new: Rows, name: str, record: np.ndarray, spans: Mapping[str, tuple[int, int, int]]
 ) -> None:
-    """Copy a row into a file that nobody else sees yet, without waiting for the disk: `files.atomic` does that once.
+    """Copy a row into a file that nobody else sees yet. `files.atomic` waits for the disk, once for all.
 
     Args:
         record: [1], what stands in the new file.

@@ -1,7 +1,8 @@
 """One HDF5 file of equally shaped arrays, found by name. A killed writer leaves each array whole or absent.
 
-Layout (`rows` says how it is written): dataset `arrays` [n, *shape]; dataset `rows` [n], whose fields are `name`,
-`content` (a digest of the array; stores of earlier versions lack it), the caller's fields and, last, `done`.
+Layout (`rows` says how it is written): dataset `arrays` [n, *shape]; dataset `rows` [n], whose fields are
+`name`, `content` (a digest of the array; stores of earlier versions lack it), the caller's fields and, last,
+`done`.
 """
 
 import hashlib
@@ -62,8 +63,8 @@ class Store:
     def content(self, name: str) -> str:
         """Digest of the array of `name`, 32 hex digits.
 
-        What was made from the array keeps it, to know when the array became another. It is in the row; for a store of an
-        earlier version it is computed from the array, which raises like `read`.
+        What was made from the array keeps it, to know when the array became another. It is in the row; for a
+        store of an earlier version it is computed from the array, which raises like `read`.
         """
         if "content" not in (self._rows.table.dtype.names or ()):
             return _digest(self.read(name))
@@ -83,7 +84,8 @@ def create(
     Args:
         shape, dtype: of one array.
         settings: plain data saying how the arrays are made; `open_store(expect=...)` compares it.
-        fields: of a row, as for a numpy structured dtype: ("slope", "f8"), ("rule", "S16"), ("spacing_mm", "f8", 3).
+        fields: of a row, as for a numpy structured dtype: ("slope", "f8"), ("rule", "S16"), ("spacing_mm",
+            "f8", 3).
     Raises:
         ValueError: the file exists, no names, repeated names, or a field called name, content or done.
     """
@@ -124,7 +126,8 @@ def open_store(path: PathLike, expect: Mapping[str, Any] | None = None) -> Store
     Args:
         expect: the settings it must have been made with; None takes any.
     Raises:
-        ValueError: no such file, not a store, truncated, another version, or other settings (all differences are listed).
+        ValueError: no such file, not a store, truncated, another version, or other settings (all differences
+            are listed).
     """
     opened = rows.open_rows(path, _KIND, ["arrays"])
     if expect is not None:
@@ -151,11 +154,11 @@ def put(store: Store, name: str, array: np.ndarray, row: Mapping[str, Any]) -> N
     """Write one array and its row. Any number of processes may do so at once, each for names of its own.
 
     Args:
-        store: opened at any time since the store was made or has grown; what it costs does not depend on the number of
-            rows.
+        store: opened at any time since the store was made or has grown; what it costs does not depend on the
+            number of rows.
     Raises:
-        ValueError: no room for the name, already written, another shape or dtype, a row that is not exactly the store's
-            fields, or a file that was replaced since `open_store`.
+        ValueError: no room for the name, already written, another shape or dtype, a row that is not exactly
+            the store's fields, or a file that was replaced since `open_store`.
     """
     index = store._rows.index
     if name not in index:
@@ -174,7 +177,8 @@ def _empty_table(path: PathLike, names: Sequence[str], caller: np.dtype) -> np.n
     """The table of a store in which nothing is done, with the caller's fields behind the store's own."""
     if not names or len(set(names)) != len(names) or "" in names:
         raise ValueError(
-            f"{path}: a store needs names, each once and none empty; got {len(names)}, {len(set(names))} different"
+            f"{path}: a store needs names, each once and none empty; got {len(names)}, {len(set(names))} "
+            "different"
         )
     if set(_OWN) & set(caller.names or ()):
         raise ValueError(f"{path}: the fields {', '.join(_OWN)} are the store's own; name yours otherwise")
@@ -198,7 +202,8 @@ def _record(store: Store, name: str, content: str, row: Mapping[str, Any]) -> np
     fields = set(store.fields)
     if set(row) != fields:
         raise ValueError(
-            f"{store.path}: the row of {name!r} must have {', '.join(sorted(fields))}, got {', '.join(sorted(row))}"
+            f"{store.path}: the row of {name!r} must have {', '.join(sorted(fields))}, got "
+            f"{', '.join(sorted(row))}"
         )
     values: dict[str, Any] = {"name": name, **row}
     if "content" in (dtype.names or ()):

@@ -53,7 +53,7 @@ class Slide:
 
 
 def about_slide(path: PathLike, *, dims: int = 0) -> About:
-    """Shapes and attributes of a file of patch features; the patches are not read (the lines of a CSV are counted).
+    """Shapes and attributes of a file of patch features. Patches are not read; lines of a CSV are counted.
 
     Args:
         dims: how many columns of a CSV are features, where it does not say; not compared with what is found.
@@ -67,21 +67,22 @@ def about_slide(path: PathLike, *, dims: int = 0) -> About:
 def read_slide(path: PathLike, *, dims: int = 0, drop: bool = False) -> Slide:
     """All patches of a slide.
 
-    HDF5 of CLAM, TRIDENT or Prov-GigaPath; PyTorch files with a tensor or a dict of them; NumPy; CSV with or without
-    header, features first. [1, n, d] is [n, d]; float64 and bfloat16 become float32. No file is ever unpickled beyond plain
-    tensors.
+    HDF5 of CLAM, TRIDENT or Prov-GigaPath; PyTorch files with a tensor or a dict of them; NumPy; CSV with or
+    without header, features first. [1, n, d] is [n, d]; float64 and bfloat16 become float32. No file is ever
+    unpickled beyond plain tensors.
 
     Args:
-        dims: the d that is wanted; 0 takes any. In a CSV, columns of numbers behind the first `dims` are kept out, at most
-            8 of them.
-        drop: leave out patches with NaN or infinity, with a warning that counts them, instead of refusing the file.
+        dims: the d that is wanted; 0 takes any. In a CSV, columns of numbers behind the first `dims` are kept
+            out, at most 8 of them.
+        drop: leave out patches with NaN or infinity, with a warning that counts them, instead of refusing the
+            file.
     Returns:
-        the slide; features are [0, d] where it has no patch. A patch size that the file does not say is the commonest
-        distance of neighbours.
+        the slide; features are [0, d] where it has no patch. A patch size that the file does not say is the
+        commonest distance of neighbours.
     Raises:
-        ValueError: naming the file: not there, unknown or broken; Python objects (with how to convert them); the embedding
-            of a whole slide; another d; coordinates that do not match or are no level-0 pixels; NaN or infinity, with the
-            first such patch.
+        ValueError: naming the file: not there, unknown or broken; Python objects (with how to convert them);
+            the embedding of a whole slide; another d; coordinates that do not match or are no level-0 pixels;
+            NaN or infinity, with the first such patch.
     """
     path = Path(path)
     with open_source(path, dims) as source:
@@ -94,7 +95,8 @@ def read_slide(path: PathLike, *, dims: int = 0, drop: bool = False) -> Slide:
         patch_size = patch_size_of(coords)
         if patch_size is not None:
             _log.warning(
-                "%s: does not say its patch size; taken as %d level-0 pixels, the commonest distance of neighbours",
+                "%s: does not say its patch size; taken as %d level-0 pixels, the commonest distance of "
+                "neighbours",
                 path,
                 patch_size,
             )
@@ -112,8 +114,8 @@ def read_slide(path: PathLike, *, dims: int = 0, drop: bool = False) -> Slide:
 def chunks(path: PathLike, size: int = 4096, *, dims: int = 0, drop: bool = False) -> Iterator[Block]:
     """The patches of a slide in file order, `size` at a time: (features [c, d], coords [c, 2] or None).
 
-    Only these are read. An empty slide gives no chunk, and neither do `size` patches that all are dropped. Arguments and
-    errors as `read_slide`.
+    Only these are read. An empty slide gives no chunk, and neither do `size` patches that all are dropped.
+    Arguments and errors as `read_slide`.
     """
     if size < 1:
         raise ValueError(f"chunks: size must be at least 1 patch, got {size}")
@@ -165,7 +167,7 @@ def _about(path: Path, source: Source) -> About:
 
 
 def _written_patch_size(path: Path, attrs: Mapping[str, Any]) -> int | None:
-    """The side of a patch in level-0 pixels by the attributes of TRIDENT, CLAM or STAMP; None where these do not suffice."""
+    """The side of a patch in level-0 pixels by attributes of TRIDENT, CLAM or STAMP; None if they lack it."""
     number = partial(number_of, path, attrs)
     size = number("patch_size_level0")
     if size is not None:
@@ -202,9 +204,9 @@ def _check_dims(path: PathLike, dims: int, wanted: int) -> None:
     raise ValueError(f"{path}: features must be {wanted} numbers per patch, got {dims}{hint}")
 
 
-# Values -----------------------------------------------------------------------------------------------------------------
+# Values -----------------------------------------------------------------------------------------------------
 def _checked_blocks(path: Path, source: Source, size: int, drop: bool) -> Iterator[Block]:
-    """The blocks of a file with finite features and whole coordinates; patches with NaN or infinity raise, or are dropped."""
+    """The blocks of a file, coordinates as int64; patches with NaN or infinity raise, or are dropped."""
     start = dropped = zeros = 0
     for x, xy in source.blocks(size):
         zeros = _zeros_at_the_end(x, zeros)
@@ -215,8 +217,8 @@ def _checked_blocks(path: Path, source: Source, size: int, drop: bool) -> Iterat
             bad = _bad_rows(x)
             if not drop:
                 raise ValueError(
-                    f"{path}: patch {start + bad[0]} (from 0) holds NaN or infinity; `invoke slides pack --drop` makes a "
-                    "store without such patches, with a warning"
+                    f"{path}: patch {start + bad[0]} (from 0) holds NaN or infinity; `invoke slides pack "
+                    "--drop` makes a store without such patches, with a warning"
                 )
             x = np.delete(x, bad, 0)
             if xy is not None:
@@ -227,8 +229,8 @@ def _checked_blocks(path: Path, source: Source, size: int, drop: bool) -> Iterat
             yield x, xy
     if 0 < zeros < start:
         warn_once(
-            f"{path}: the last {zeros} of {start} patches are all zeros and are taken as they are; were they padded, or was "
-            "the writer killed?"
+            f"{path}: the last {zeros} of {start} patches are all zeros and are taken as they are; were "
+            "they padded, or was the writer killed?"
         )
     if dropped:
         _log.warning("%s: %d of %d patches hold NaN or infinity and are left out", path, dropped, start)
@@ -256,25 +258,25 @@ def _bad_rows(x: np.ndarray) -> np.ndarray:
 
 
 def _pixels(path: Path, xy: np.ndarray, start: int) -> np.ndarray:
-    """Coordinates as int64; refuses fractions, which are in another unit. `start` is the first patch of the block."""
+    """Coordinates as int64; refuses fractions, which are in another unit. `start`: the block's first patch."""
     if xy.dtype.kind not in "iu":
         is_whole = np.isfinite(xy) & (xy == np.round(xy))
         wrong = np.flatnonzero(~is_whole.all(1))
         if len(wrong):
             raise ValueError(
-                f"{path}: coords must be whole level-0 pixels, got {xy[wrong[0]].tolist()} for patch {start + wrong[0]} "
-                "(from 0); what unit is that?"
+                f"{path}: coords must be whole level-0 pixels, got {xy[wrong[0]].tolist()} for patch "
+                f"{start + wrong[0]} (from 0); what unit is that?"
             )
     return xy.astype(np.int64)
 
 
-# Patches ----------------------------------------------------------------------------------------------------------------
+# Patches ----------------------------------------------------------------------------------------------------
 def patch_size_of(coords: np.ndarray) -> int | None:
-    """The side of a patch in level-0 pixels, from its coordinates [n, 2]: the commonest distance of neighbours.
+    """The side of a patch in level-0 pixels from coordinates [n, 2]: the commonest distance of neighbours.
 
-    Neighbours are in one row or column. On one regular grid this is the smallest positive gap; where every piece of tissue
-    has a grid of its own (CLAM) the smallest gap would be the distance of two grids. Where patches overlap it is the step
-    between them, less than a patch. None for less than two patches.
+    Neighbours are in one row or column. On one regular grid this is the smallest positive gap; where every
+    piece of tissue has a grid of its own (CLAM) the smallest gap would be the distance of two grids. Where
+    patches overlap it is the step between them, less than a patch. None for less than two patches.
     """
     gaps = np.concatenate([_gaps(coords[:, 0], coords[:, 1]), _gaps(coords[:, 1], coords[:, 0])])
     if len(gaps):
@@ -286,7 +288,7 @@ def patch_size_of(coords: np.ndarray) -> int | None:
 
 
 def _gaps(along: np.ndarray, line: np.ndarray) -> np.ndarray:
-    """Positive distances of neighbours along one axis, of patches that have the other coordinate, `line`, in common."""
+    """Positive distances of neighbours along one axis, of patches that share the other one, `line`."""
     order = np.lexsort((along, line))
     gaps, same_line = np.diff(along[order]), np.diff(line[order]) == 0
     return gaps[same_line & (gaps > 0)]
@@ -305,7 +307,7 @@ def sample_rows(n: int, most: int) -> np.ndarray:
 
 
 def file_key(path: PathLike) -> str:
-    """What tells the content of a file from another under its name: size, time, and the bytes at three places.
+    """What tells a file from another content under its name: size, time, and the bytes at three places.
 
     Time and size do not suffice: unpacked archives may give all their files one time.
     """

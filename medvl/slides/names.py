@@ -60,7 +60,7 @@ def slide_name(name: object) -> str:
 
 @frozen(kw_only=True)
 class Match:
-    """The slides that a name stands for: none, one, all slides of a case, or several that it does not tell apart."""
+    """The slides that a name stands for: none, one, all of a case, or several that it does not tell apart."""
 
     stems: tuple[str, ...] = ()  # names of the slides
     places: tuple[Any, ...] = ()  # their features: files, or names in a store
@@ -74,10 +74,11 @@ def find_slides(
 
     A name is one of:
         - a path of a file of features as it is written, absolute or below `folder`;
-        - a slide: the stem that equals it, else the stems that begin with it and a dot ("A-DX1" is "A-DX1.UUID" and
-          never "A-DX10");
+        - a slide: the stem that equals it, else the stems that begin with it and a dot ("A-DX1" is
+          "A-DX1.UUID" and never "A-DX10");
         - a TCGA case ("TCGA-GV-A40G"), which stands for all its slides.
-    Where several files match, the folders that the name is written with decide ("BLCA/X.csv" beside "BRCA/X.csv").
+    Where several files match, the folders that the name is written with decide ("BLCA/X.csv" beside
+    "BRCA/X.csv").
 
     Args:
         names: known suffixes are taken off: `slide_name`.
@@ -146,7 +147,7 @@ def _ends_in(path: Path, parts: Sequence[str]) -> bool:
 
 
 def _index_stems(stems: Iterable[str]) -> dict[str, list[str]]:
-    """{name by which slides can be asked for: their stems}: a stem, what stands before each of its dots, its case.
+    """{name to ask for slides by: their stems}: a stem, what stands before each of its dots, and its case.
 
     A name that is itself a stem stands for nothing else: where there are "S1" and "S1.1", "S1" is the first.
     """
@@ -161,7 +162,7 @@ def _index_stems(stems: Iterable[str]) -> dict[str, list[str]]:
 
 
 def feature_files(folder: PathLike) -> dict[str, list[Path]]:
-    """{stem: the files of patch features of that name} of a folder and all below it, sorted; without hidden files.
+    """{stem: files of patch features of that name} of a folder and all below it, sorted; no hidden files.
 
     Raises:
         ValueError: no such folder, or one below that cannot be read (`files.files_below`).

@@ -1,4 +1,4 @@
-"""Files of patch features into one store of slides: run again to go on where a run was stopped, or to add slides."""
+"""Files of patch features into one store of slides; a run that was stopped goes on, slides can be added."""
 
 import hashlib
 import logging
@@ -27,7 +27,7 @@ _LONGEST_ENCODER = 64  # bytes, as a store has room for
 
 @frozen(kw_only=True)
 class Packed:
-    """Of one run: slides written, slides that were there before, patches written and left out, slides without a patch."""
+    """Of one run: slides written, there before, patches written, left out, slides without a patch."""
 
     done: int
     skipped: int
@@ -49,27 +49,29 @@ def pack(
 ) -> Packed:
     """Write files of patch features into one store.
 
-    Run again to go on where a run was stopped, or with more files to add them. A slide whose file has another content
-    than when it was packed is packed again, with a warning. A slide is in the store wholly or not at all. Adding slides
-    for which there is no room copies the store (once for all of them). Slides that cannot be packed do not stop the
-    others; one error at the end lists them all.
+    Run again to go on where a run was stopped, or with more files to add them. A slide whose file has another
+    content than when it was packed is packed again, with a warning. A slide is in the store wholly or not at
+    all. Adding slides for which there is no room copies the store (once for all of them). Slides that cannot
+    be packed do not stop the others; one error at the end lists them all.
 
     Args:
-        paths: files of patch features (`features.read_slide`), one per slide; `names.slide_name` says its name.
-        dims, encoder: of all slides; 0 and "": what the store has, else what the files agree on. An encoder that is given
-            also stands for files that do not say theirs.
+        paths: files of patch features (`features.read_slide`), one per slide; `names.slide_name` says its
+            name.
+        dims, encoder: of all slides; 0 and "": what the store has, else what the files agree on. An encoder
+            that is given also stands for files that do not say theirs.
         dtype: float16 or float32.
         drop: leave out patches with NaN or infinity.
         size: patches read at once.
     Raises:
-        ValueError: no files, two of one name, files that do not agree, other settings than the store's, another run at
-            work on it; or, at the end, all the slides that were refused: unreadable, another d or encoder, NaN, or values
-            beyond float16.
+        ValueError: no files, two of one name, files that do not agree, other settings than the store's,
+            another run at work on it; or, at the end, all the slides that were refused: unreadable, another d
+            or encoder, NaN, or values beyond float16.
     """
     sources = _sources_by_name(paths)
     if not sources or dtype not in ("float16", "float32") or size < 1:
         raise ValueError(
-            f"pack: needs files, dtype float16 or float32 and size >= 1, got {len(sources)} files, {dtype!r} and {size}"
+            f"pack: needs files, dtype float16 or float32 and size >= 1, got {len(sources)} files, "
+            f"{dtype!r} and {size}"
         )
     out = Path(out)
     with files.file_lock(out):
@@ -128,7 +130,7 @@ def _open_filled(out: Path) -> Slides | None:
     return store if store.names else None
 
 
-# What there is to do ----------------------------------------------------------------------------------------------------
+# What there is to do ----------------------------------------------------------------------------------------
 def _changed_slides(
     old: Slides, sources: Mapping[str, Path], drop: bool, size: int, progress: bool
 ) -> list[str]:
@@ -151,7 +153,7 @@ def _changed_slides(
 
 
 def _is_same_file(old: Slides, name: str, path: Path) -> bool:
-    """Whether size, time and samples of the content are those of the packed file, which spares reading all of it."""
+    """Whether size, time and samples of the content are those of the packed file, without reading it all."""
     key = old.source_key(name)
     return bool(key) and key == _file_key(path)
 
@@ -221,7 +223,8 @@ def _common(known: Mapping[str, About], key: str) -> Any:
     if len(counts) > 1:
         values = [f"{value} ({count}, such as {examples[value]})" for value, count in counts.most_common()]
         raise ValueError(
-            f"pack: all slides must have the same {key}, found {', '.join(values)}; say {key}= to refuse the others"
+            f"pack: all slides must have the same {key}, found {', '.join(values)}; say {key}= to refuse "
+            "the others"
         )
     return next(iter(counts), None)
 
@@ -245,7 +248,8 @@ def _refused(known: Mapping[str, About], settings: Mapping[str, Any], vouched: b
             faults[name] = f"{name}: the name of an encoder may have 64 bytes, got {about.encoder!r}"
         elif not about.encoder and encoder and not vouched and about.rows:
             faults[name] = (
-                f"{name} does not say its encoder, the store's is {encoder!r}; if it is that, say encoder={encoder!r}"
+                f"{name} does not say its encoder, the store's is {encoder!r}; if it is that, say "
+                f"encoder={encoder!r}"
             )
     return faults
 
@@ -255,7 +259,7 @@ def _lacks_room(old: Slides, accepted: Mapping[str, About], changed: list[str]) 
     return any(name in changed or old.room(name) < about.rows for name, about in accepted.items())
 
 
-# Writing ----------------------------------------------------------------------------------------------------------------
+# Writing ----------------------------------------------------------------------------------------------------
 def _pack_slide(store: Slides, name: str, path: Path, about: About, drop: bool, size: int) -> int:
     """Pack one file; returns how many patches were written."""
     facts = {

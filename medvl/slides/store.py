@@ -1,8 +1,8 @@
-"""One HDF5 file with the patch features of many slides, made to be streamed. A killed writer leaves each slide whole or absent.
+"""One HDF5 file with the patch features of many slides, made to be streamed. Each slide is whole or absent.
 
-Layout (`base.rows` says how it is written): datasets `features` [n, d] and `coords` [n, 2], with the patches of all slides
-behind each other; dataset `rows`, one record for each slide: where its patches start, how many there are, and what is
-known of it.
+Layout (`base.rows` says how it is written): datasets `features` [n, d] and `coords` [n, 2], with the patches
+of all slides behind each other; dataset `rows`, one record for each slide: where its patches start, how many
+there are, and what is known of it.
 """
 
 import hashlib
@@ -92,7 +92,8 @@ class Slides:
         """All patches of a slide.
 
         Raises:
-            ValueError: no such slide, or the file was replaced (by `pack`, to make room) or truncated since it was opened.
+            ValueError: no such slide, or the file was replaced (by `pack`, to make room) or truncated since
+                it was opened.
         """
         about = self.about(name)
         features, coords = _patches(self, self._rows.record(name), 0, about.rows)
@@ -201,8 +202,8 @@ def put_slide(store: Slides, name: str, chunks: Iterable[Block], facts: Mapping[
 
     Args:
         chunks: (features [c, d] in the store's dtype, coordinates [c, 2] or None).
-        facts: fields of the record that the patches do not tell. A patch size of -1 (unknown) becomes the commonest
-            distance of neighbours.
+        facts: fields of the record that the patches do not tell. A patch size of -1 (unknown) becomes the
+            commonest distance of neighbours.
     Returns:
         the number of patches.
     Raises:

@@ -1,4 +1,4 @@
-"""Patch features of slides by name, and a frozen compressor's tokens of them: computed from disk chunk by chunk, and cached."""
+"""Patch features of slides by name, and tokens that a frozen compressor makes of them."""
 
 import hashlib
 import logging
@@ -56,11 +56,11 @@ def open_features(where: files.PathLike, names: Sequence[str], *, dims: int = 0)
 
     Args:
         where: a folder with one file per slide (any format of `formats`), or a store that `pack.pack` made.
-        names: slides, cases or names of files; matched as `names.find_slides` does. A case of several slides is one bag of
-            all their patches.
+        names: slides, cases or names of files; matched as `names.find_slides` does. A case of several slides
+            is one bag of all their patches.
     Raises:
-        ValueError: no such folder or store; a name that several files match; widths that differ, or are not `dims`; two
-            encoders.
+        ValueError: no such folder or store; a name that several files match; widths that differ, or are not
+            `dims`; two encoders.
     """
     where, wanted = Path(where), list(dict.fromkeys(names))
     known: Mapping[str, Sequence[Any]]
@@ -119,13 +119,13 @@ def _check_clear(matches: dict[str, Match]) -> dict[str, Match]:
             continue
         if len(match.stems) > 1 and not is_case(name):
             raise ValueError(
-                f"open_features: {name} must be one slide, {len(match.stems)} match: {', '.join(match.stems[:4])}; "
-                "give the full name"
+                f"open_features: {name} must be one slide, {len(match.stems)} match: "
+                f"{', '.join(match.stems[:4])}; give the full name"
             )
         several = ", ".join(map(str, match.places[:4]))
         raise ValueError(
-            f"open_features: {name} must have one file, there are {several}; write the path in the questions, let "
-            "data.features be the folder of one kind, or remove all but one"
+            f"open_features: {name} must have one file, there are {several}; write the path in the "
+            "questions, let data.features be the folder of one kind, or remove all but one"
         )
     return matches
 
@@ -187,7 +187,8 @@ def _patch_size(path: Path, dims: int) -> int | None:
     size = patch_files.patch_size_of(np.concatenate(coords))
     if size is not None:
         _log.warning(
-            "%s: does not say its patch size; taken as %d level-0 pixels, the commonest distance of neighbours",
+            "%s: does not say its patch size; taken as %d level-0 pixels, the commonest distance of "
+            "neighbours",
             path,
             size,
         )
@@ -195,7 +196,7 @@ def _patch_size(path: Path, dims: int) -> int | None:
 
 
 def _check_width(where: Path, widths: Mapping[str, int], dims: int) -> int:
-    """The width that all slides have, and that is wanted; 0 where nothing says one. {slide: width, 0 if unknown}."""
+    """The width that all slides have and that is wanted, of {slide: width or 0}; 0 where nothing says one."""
     known = {width for width in widths.values() if width}
     if dims:
         known.add(dims)
@@ -225,11 +226,12 @@ def open_slide(slide: files.PathLike, where: files.PathLike = "", *, dims: int =
     """The features of one slide, under the name as it is written.
 
     Args:
-        slide: a file of patch features; `STORE::NAME`, a slide of a packed store; or the name of a slide in `where`.
+        slide: a file of patch features; `STORE::NAME`, a slide of a packed store; or the name of a slide in
+            `where`.
         where: a folder of feature files or a packed store.
     Raises:
-        ValueError: no such file or slide (with near names), several of the name, as `features.about_slide`; another width
-            than `dims`; no patch.
+        ValueError: no such file or slide (with near names), several of the name, as `features.about_slide`;
+            another width than `dims`; no patch.
     """
     written = str(slide)
     store, _, name = written.rpartition("::")
@@ -276,7 +278,7 @@ def whole(features: Features, name: str, most: int = 0) -> np.ndarray:
     return x[patch_files.sample_rows(len(x), most)] if most else x
 
 
-# Tokens -----------------------------------------------------------------------------------------------------------------
+# Tokens -----------------------------------------------------------------------------------------------------
 def slide_tokens(
     cfg: CompressConfig,
     params: Tree,
@@ -287,23 +289,24 @@ def slide_tokens(
     names: Sequence[str] = (),
     together: bool = False,
 ) -> dict[str, Tensor]:
-    """{slide: tokens float32 [k, d]} of a frozen compressor, in the precision of 16 bits; each is computed once and kept.
+    """{slide: tokens float32 [k, d]} of a frozen compressor, rounded to 16 bits; each is computed once.
 
     Args:
-        folder: the cache. Tokens lie in a folder of these weights, in a file for each content, so that other weights or
-            features never find them.
+        folder: the cache. Tokens lie in a folder of these weights, in a file for each content, so that other
+            weights or features never find them.
         chunk: patches read at once.
         names: of which slides; all if left out.
         together: all processes call this at once: each computes its share and reads the others'.
     Raises:
-        ValueError: a name without features; features of another width, or not finite (names the slide); a file of tokens
-            that is broken.
+        ValueError: a name without features; features of another width, or not finite (names the slide); a
+            file of tokens that is broken.
     """
     available = set(features.names)
     unknown = [name for name in names if name not in available]
     if unknown:
         raise ValueError(
-            f"slide_tokens: every slide must have features, {len(unknown)} have none, the first is {unknown[0]}"
+            f"slide_tokens: every slide must have features, {len(unknown)} have none, the first is "
+            f"{unknown[0]}"
         )
     names = names or features.names
     keys = {name: features.key(name) for name in names}
@@ -337,7 +340,8 @@ def _compress_slide(
     tokens = compressed.tokens.to("cpu", torch.float16)
     if not bool(tokens.isfinite().all()):
         raise ValueError(
-            f"slide {name}: its tokens are beyond 16 bits; are the features normalised as the compressor's were?"
+            f"slide {name}: its tokens are beyond 16 bits; are the features normalised as the compressor's "
+            "were?"
         )
     return tokens.numpy()
 
@@ -345,7 +349,7 @@ def _compress_slide(
 def patch_weights(
     cfg: CompressConfig, params: Tree, features: Features, name: str, chunk: int = 4096
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """(weights [n, k] of every patch in every slot, coordinates [n, 2] or None); without patches, [0, k] and None.
+    """(weights [n, k] of every patch in every slot, coordinates [n, 2] or None); [0, k] without patches.
 
     Raises:
         ValueError: features of another width, or not finite (names the slide).

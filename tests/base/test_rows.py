@@ -1,4 +1,4 @@
-"""Rows of both kinds of store, arrays of one shape and slides of different lengths: whole or absent, whoever dies or writes at once."""
+"""Rows of both kinds of store are whole or absent, whoever is killed or writes at once."""
 
 import multiprocessing
 import os

@@ -276,36 +276,6 @@ def test_a_store_is_not_one_slide(folder, tmp_path):
         open_slide(tmp_path / "store.h5")
 
 
-def test_a_store_of_other_files_or_of_rows_beyond_it(folder, tmp_path):
-    out = tmp_path / "s.h5"
-
-    def says(what, change):
-        out.unlink(missing_ok=True)
-        pack(files_of(folder[0]), out, encoder="uni_v1")
-        with h5py.File(out, "r+") as f:
-            change(f)
-        with pytest.raises(ValueError, match=rf"s.h5: {what}"):
-            open_slides(out)
-
-    def beyond(f):
-        rows = f["rows"][()]
-        rows["count"][0] = rows["room"][0] = 10**12
-        f["rows"][...] = rows
-
-    def external(f):
-        del f["features"]
-        f.create_dataset("features", (25, D), "f2", external=[(str(tmp_path / "secret"), 0, 25 * D * 2)])
-
-    def in_pieces(f):
-        held = f["coords"][()]
-        del f["coords"]
-        f.create_dataset("coords", data=held, chunks=(5, 2))
-
-    says("names patches beyond the 25 that it holds", beyond)
-    says("'features' must lie in this file", external)
-    says("must be a store that medvl wrote, its arrays do not lie in one piece", in_pieces)
-
-
 def test_a_changed_file_is_packed_again(folder, tmp_path, caplog):
     source, made = folder
     out, everything = tmp_path / "s.h5", files_of(source)
@@ -352,30 +322,6 @@ def test_a_run_that_packed_nothing_leaves_no_store(folder, tmp_path):
     assert pack([tmp_path / "in" / "S3.pt"], tmp_path / "s.h5", encoder="conch").done == 1
 
 
-def test_stores_that_are_none(folder, tmp_path):
-    source, _ = folder
-    with pytest.raises(ValueError, match="no such file"):
-        open_slides(tmp_path / "none.h5")
-    with pytest.raises(ValueError, match=r"is an HDF5 file, but not a store of medvl .*'medvl-slides'"):
-        open_slides(source / "S0.h5")
-    pack(files_of(source), tmp_path / "s.h5", encoder="uni_v1")
-    store = open_slides(tmp_path / "s.h5")
-    with pytest.raises(ValueError, match="has no 'x'; it has 4 slides, such as S0, S1, S2"):
-        store.read("x")
-    with pytest.raises(ValueError, match="size must be at least 1 patch, got 0"):
-        store.chunks("S0", 0)
-    data = (tmp_path / "s.h5").read_bytes()
-    (tmp_path / "cut.h5").write_bytes(data[:-300])
-    with pytest.raises(ValueError, match=r"cut.h5: is not a whole store \(.*truncated"):
-        open_slides(tmp_path / "cut.h5")
-
-
-# The check before a training ------------------------------------------------------------------------------------------------------------
-def test_a_csv_whose_features_must_be_told(tmp_path):
-    write_csv(tmp_path / "a.csv", features(3, 514), header=False)
-    assert pack([tmp_path / "a.csv"], tmp_path / "s.h5", dims=512).patches == 3
-
-
 def test_real_files(shared_data, tmp_path):
     folder = shared_data / "pathology" / "gigapath"
     pack(
@@ -390,3 +336,8 @@ def test_real_files(shared_data, tmp_path):
         both[1].features, slides.read_slide(folder / "prov_normal_000_1_trident_style.h5").features
     )
     assert both[1].patch_size == 16
+
+
+def test_a_csv_whose_features_must_be_told(tmp_path):
+    write_csv(tmp_path / "a.csv", features(3, 514), header=False)
+    assert pack([tmp_path / "a.csv"], tmp_path / "s.h5", dims=512).patches == 3

@@ -1,4 +1,4 @@
-"""The cache of a frozen slice encoder's features: computed once for a split, found again by weights and settings."""
+"""The cache of a frozen slice encoder's features: computed once, found again by weights and settings."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,10 +21,10 @@ _FIELDS = (("spacing_mm", "f8", 3), ("occupied", "i4", 2), ("volume", "S32"))  #
 
 
 def cached_features(model: Model, params: Tree, volumes: Store, folder: Path) -> Store:
-    """Slice features of every volume, each computed once: a store keyed by weights, settings and the volumes' file.
+    """Slice features of every volume: a store keyed by the weights, the settings and the volumes' file.
 
-    Rows hold float16 [s, d] and which content of the volume they were made from. All processes must call this: each
-    computes its share. Another run over the same cache waits meanwhile, then finds the features.
+    Rows hold float16 [s, d] and which content of the volume they were made from. All processes must call
+    this: each computes its share. Another run over the same cache waits meanwhile, then finds the features.
 
     Raises:
         ValueError: a volume has changed since its features were computed.
@@ -98,6 +98,7 @@ def _check_unchanged(features: Store, volumes: Store) -> None:
             changed.append(name)
     if changed:
         raise ValueError(
-            f"{features.path}: {len(changed)} volumes of {volumes.path} have changed since their features were computed, "
+            f"{features.path}: {len(changed)} volumes of {volumes.path} have changed since their features "
+            "were computed, "
             f"e.g. {changed[0]}; remove this file, and they are computed again"
         )
