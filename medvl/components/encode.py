@@ -1,4 +1,6 @@
-"""CT slices to embeddings: HU windows as image channels, and a vision transformer over the slices that exist, in chunks that fit."""
+"""CT slices to embeddings: HU windows as image channels, and a vision transformer over the slices that exist,
+in chunks that fit.
+"""
 
 import inspect
 from collections.abc import Mapping
@@ -6,7 +8,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
-from attrs import frozen
+from attrs import field, frozen
 from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -14,12 +16,11 @@ from torch.utils.checkpoint import checkpoint
 from medvl.base import config
 from medvl.weights.lazy import per_row
 
-# b batch, s slices, n slices of all volumes that exist, y x voxel axes, d width. Voxels are Hounsfield units: int16 as they are, uint8 as
-# -1000..1000 HU in 255 steps.
+# b batch, s slices, n slices of all volumes that exist, y x voxel axes, d width. Voxels are Hounsfield units:
+# int16 as they are, uint8 as -1000..1000 HU in 255 steps.
 WINDOWS = ((-600.0, 1500.0), (40.0, 400.0), (400.0, 1800.0))  # (centre, width) in HU: lung, mediastinum, bone
-_LARGEST_ON_CPU = (
-    16 * 2**20
-)  # bytes of one tensor; beyond it the allocator returns memory at once, training is 10-20 % slower
+# Bytes of one tensor. Beyond it the allocator returns memory at once, and training is 10-20 % slower.
+_LARGEST_ON_CPU = 16 * 2**20
 
 
 class Vit(Protocol):
@@ -34,36 +35,36 @@ class Vit(Protocol):
 
 @frozen(kw_only=True)
 class EncodeConfig:
-    """How slices become embeddings. `float64` is for checks; `minmax` stretches every slice by itself, so HU are not comparable."""
+    """How slices become embeddings. `float64` is for checks; `minmax` stretches every slice by itself, so HU
+    are not comparable.
+    """
 
     window: Literal["fixed", "minmax"] = "fixed"
-    resize: int = 0  # pixels of a side, bilinear; 0 keeps the size
+    # pixels of a side, bilinear; 0 keeps the size
+    resize: int = field(default=0, validator=config.in_bounds(0, 4096))
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     pool: Literal["cls", "mean", "max", "cls+mean", "mean+max"] = "cls"
-    grid: int = 1  # "mean" and "max" over each cell of a grid x grid partition, side by side: more than 1 keeps where things are
-    budget_mib: int = 2048  # for the activations of one chunk
+    # "mean" and "max" over each cell of a grid x grid partition, side by side: more than 1 keeps where things
+    # are.
+    grid: int = 1
+    # For the activations of one chunk.
+    budget_mib: int = field(default=2048, validator=config.in_bounds(1, 2**24))
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     checkpoint: bool = False  # keep only the pixels of a chunk for the gradient and compute it again
 
     def __attrs_post_init__(self) -> None:
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError(
-                f"EncodeConfig: mean and std must be 3 numbers, std positive, got mean={self.mean}, std={self.std}"
+                "EncodeConfig: mean and std must be 3 numbers, std positive, "
+                f"got mean={self.mean}, std={self.std}"
             )
         if self.grid < 1 or (self.grid > 1 and "cls" in self.pool):
             raise ValueError(
-                f"EncodeConfig: grid must be >= 1, and 1 for a pool with the class token, got {self.grid} and {self.pool!r}"
+                "EncodeConfig: grid must be >= 1, and 1 for a pool with the class token, "
+                f"got {self.grid} and {self.pool!r}"
             )
-        config.check_bounds(
-            self,
-            "EncodeConfig",
-            resize=(0, 4096),
-            grid=(1, 64),
-            budget_mib=(1, 2**24),
-            mean=(-10, 10),
-            std=(1e-3, 10),
-        )
+        config.check_bounds(self, "EncodeConfig", grid=(1, 64), mean=(-10, 10), std=(1e-3, 10))
 
 
 def embedding_width(cfg: EncodeConfig, vit: Vit) -> int:
@@ -77,8 +78,8 @@ def windows(cfg: EncodeConfig, voxels: Tensor) -> Tensor:
     Args:
         voxels: uint8 or int16 [..., y, x].
     Returns:
-        float32 [..., 3, y, x]: lung (-600, 1500), mediastinum (40, 400) and bone (400, 1800) windows scaled to 0..1, or with
-        window="minmax" the slice stretched to 0..1 and repeated; then (value - mean) / std.
+        float32 [..., 3, y, x]: lung (-600, 1500), mediastinum (40, 400) and bone (400, 1800) windows scaled
+        to 0..1, or with window="minmax" the slice stretched to 0..1 and repeated; then (value - mean) / std.
     Raises:
         ValueError: another dtype.
     """
@@ -90,16 +91,21 @@ def windows(cfg: EncodeConfig, voxels: Tensor) -> Tensor:
         v = voxels.float()
         low, high = v.amin((-2, -1), keepdim=True), v.amax((-2, -1), keepdim=True)
         v = (v - low) / (high - low).clamp(min=1)
-        return torch.stack([(v - m) / s for m, s in zip(cfg.mean, cfg.std, strict=True)], -3)
+        channels = [(v - mean) / std for mean, std in zip(cfg.mean, cfg.std, strict=True)]
+        return torch.stack(channels, -3)
     if voxels.dtype == torch.int16:
         return torch.stack([_window(cfg, voxels.float(), c) for c in range(3)], -3)
-    hu, levels = torch.arange(256, device=voxels.device) / 255 * 2000 - 1000, voxels.int().flatten()
-    return torch.stack([_window(cfg, hu, c).index_select(0, levels).view(voxels.shape) for c in range(3)], -3)
+    # uint8 has 256 levels: a table of each window is looked up instead of computing every voxel.
+    hu = torch.arange(256, device=voxels.device) / 255 * 2000 - 1000
+    levels = voxels.int().flatten()
+    tables = [_window(cfg, hu, c) for c in range(3)]
+    return torch.stack([table.index_select(0, levels).view(voxels.shape) for table in tables], -3)
 
 
 def _window(cfg: EncodeConfig, hu: Tensor, channel: int) -> Tensor:
     centre, size = WINDOWS[channel]
-    return (((hu - (centre - size / 2)) / size).clamp(0, 1) - cfg.mean[channel]) / cfg.std[channel]
+    share = ((hu - (centre - size / 2)) / size).clamp(0, 1)
+    return (share - cfg.mean[channel]) / cfg.std[channel]
 
 
 def encode_slices(
@@ -108,116 +114,139 @@ def encode_slices(
     """Embed every slice of a batch of volumes that exists.
 
     Args:
-        params: weights of `vit`; cast once per call if their dtype is not cfg.dtype (load them in that dtype to save this). Adapters with
-            weights per sample have a row for each of the b volumes, which all its slices take.
-        voxels: uint8 or int16 [b, s, y, x], HU; may lie on another device than the weights, slices are moved chunk by chunk.
+        params: weights of `vit`; cast once per call if their dtype is not cfg.dtype (load them in that dtype
+            to save this). Adapters with weights per sample have a row for each of the b volumes, which all
+            its slices take.
+        voxels: uint8 or int16 [b, s, y, x], HU; may lie on another device than the weights, slices are moved
+            chunk by chunk.
         mask: bool [b, s], true where a slice exists.
         vit: skeleton of the encoder.
     Returns:
-        float32 [b, s, d] (float64 for dtype="float64") on the device of the weights, 0 where mask is false, d = `embedding_width(cfg, vit)`. Chunks
-        and padding do not change it. "cls" is the class token after the last norm, "mean" and "max" go over patch tokens only, per cell of
-        the grid: [cell rows, cell columns, (mean and max,) width] flattened (He et al. 2014, arXiv:1406.4729, one level).
+        float32 [b, s, d] (float64 for dtype="float64") on the device of the weights, 0 where mask is false, d
+        = `embedding_width(cfg, vit)`. Chunks and padding do not change it. "cls" is the class token after the
+        last norm, "mean" and "max" go over patch tokens only, per cell of
+        the grid: [cell rows, cell columns, (mean and max,) width] flattened (He et al. 2014, arXiv:1406.4729,
+            one level).
     Raises:
-        ValueError: shapes or dtypes are others, y, x (after resize) are no multiples of the patch size, or weights per sample are for
-            another number of volumes.
+        ValueError: shapes or dtypes are others, y, x (after resize) are no multiples of the patch size, or
+            weights per sample are for another number of volumes.
     """
     if voxels.dim() != 4 or mask.shape != voxels.shape[:2] or mask.dtype != torch.bool:
         raise ValueError(
-            f"encode_slices: voxels must be [b, s, y, x] and mask bool [b, s], got {list(voxels.shape)}, {mask.dtype} {list(mask.shape)}"
+            "encode_slices: voxels must be [b, s, y, x] and mask bool [b, s], "
+            f"got {list(voxels.shape)}, {mask.dtype} {list(mask.shape)}"
         )
     size = check_slice_size(cfg, (voxels.shape[2], voxels.shape[3]), patch_size(vit))
-    dtype, extra = getattr(torch, cfg.dtype), _extra(size, vit)
-    weights = {n: t if t.dtype == dtype else t.to(dtype) for n, t in params.items()}
+    dtype = getattr(torch, cfg.dtype)
+    options = _forward_options(size, vit)
+    weights = {name: t if t.dtype == dtype else t.to(dtype) for name, t in params.items()}
     device = next(iter(weights.values())).device
 
-    def chunk(v: Tensor, volume: Tensor) -> Tensor:
+    def encode_chunk(v: Tensor, volume: Tensor) -> Tensor:
         pixels = _resize(windows(cfg, v.to(device, non_blocking=True)), size)
-        return _pool(cfg, vit, size, vit(per_row(weights, volume, len(voxels)), pixels.to(dtype), **extra))
+        out = vit(per_row(weights, volume, len(voxels)), pixels.to(dtype), **options)
+        return _pool(cfg, vit, size, out)
 
-    wanted = mask.flatten().nonzero()[:, 0].to(voxels.device)
-    slices, parts = voxels.flatten(0, 1), []
-    for i in wanted.split(chunk_size(cfg, vit, size, device)) if len(wanted) else ():
+    # Slices of all volumes in a row; those that do not exist are never encoded.
+    slices = voxels.flatten(0, 1)
+    existing = mask.flatten().nonzero()[:, 0].to(voxels.device)
+    recompute = cfg.checkpoint and torch.is_grad_enabled()
+    chunks: list[Tensor] = []
+    for i in existing.split(chunk_size(cfg, vit, size, device)) if len(existing) else ():
         v, volume = slices.index_select(0, i), i // voxels.shape[1]
-        again = cfg.checkpoint and torch.is_grad_enabled()
-        parts.append(
-            checkpoint(chunk, v, volume, use_reentrant=False, preserve_rng_state=False)
-            if again
-            else chunk(v, volume)
-        )
-    out = torch.zeros(
-        len(slices), embedding_width(cfg, vit), device=device, dtype=torch.promote_types(dtype, torch.float32)
-    )
-    if parts:
-        out = out.index_copy(0, wanted.to(device), torch.cat(parts).to(out.dtype))
+        if recompute:
+            chunk = checkpoint(encode_chunk, v, volume, use_reentrant=False, preserve_rng_state=False)
+        else:
+            chunk = encode_chunk(v, volume)
+        chunks.append(chunk)
+    out_dtype = torch.promote_types(dtype, torch.float32)
+    out = torch.zeros(len(slices), embedding_width(cfg, vit), device=device, dtype=out_dtype)
+    if chunks:
+        out = out.index_copy(0, existing.to(device), torch.cat(chunks).to(out.dtype))
     return out.unflatten(0, mask.shape)
 
 
 def whiten(
     cfg: EncodeConfig, params: Mapping[str, Tensor], voxels: Tensor, *, shrink: float = 0.01
 ) -> dict[str, Tensor]:
-    """Weights of an untrained encoder whose patch embedding is whitened: over the patches of these slices its outputs have mean 0,
-    variance 1 and no correlation, so that gradients do not spend their first epochs on the body's outline.
+    """Weights of an untrained encoder whose patch embedding is whitened: over the patches of these slices its
+    outputs have mean 0, variance 1 and no correlation, so that gradients do not spend their first epochs on
+    the body's outline.
 
     Args:
         params: weights of an encoder, flat; the patch embedding is its one convolution.
         voxels: uint8 or int16 [n, y, x], slices to take the statistics of.
         shrink: share of the mean variance added to each variance, so that noise is not blown up.
     Returns:
-        params with a new patch embedding: its first rows are the principal directions of a patch, most variance first; rows beyond the
+        params with a new patch embedding: its first rows are the principal directions of a patch, most
+            variance first; rows beyond the
         number of values in a patch stay as they are.
-    Source: the whitened first layer of Page 2018, "How to train your ResNet" part 8, and Jordan 2024, arXiv:2404.00498, for patches.
+    Source: the whitened first layer of Page 2018, "How to train your ResNet" part 8, and Jordan 2024,
+        arXiv:2404.00498, for patches.
     """
     names = [n for n, t in params.items() if t.dim() == 4]
     if len(names) != 1 or voxels.dim() != 3 or not len(voxels):
         raise ValueError(
             f"whiten: needs one patch embedding and slices [n, y, x], got {names} and {list(voxels.shape)}"
         )
-    weight, bias = params[names[0]], names[0].removesuffix("weight") + "bias"
-    pixels = _resize(windows(cfg, voxels), (cfg.resize, cfg.resize) if cfg.resize else voxels.shape[-2:]).to(
-        weight.device
-    )
-    patches = F.unfold(pixels, weight.shape[-2:], stride=weight.shape[-2:]).mT.flatten(0, 1).double()
+    weight = params[names[0]]
+    bias = names[0].removesuffix("weight") + "bias"
+    size = (cfg.resize, cfg.resize) if cfg.resize else voxels.shape[-2:]
+    pixels = _resize(windows(cfg, voxels), size).to(weight.device)
+    patch = weight.shape[-2:]
+    patches = F.unfold(pixels, patch, stride=patch).mT.flatten(0, 1).double()
     mean = patches.mean(0)
-    variance, directions = torch.linalg.eigh((patches - mean).mT @ (patches - mean) / len(patches))
+    covariance = (patches - mean).mT @ (patches - mean) / len(patches)
+    variance, directions = torch.linalg.eigh(covariance)
+    # eigh sorts by rising variance, so the rows are flipped.
     rows = (directions / (variance + shrink * variance.mean()).sqrt()).mT.flip(0)[: len(weight)]
     new = weight.flatten(1).double().clone()
     new[: len(rows)] = rows
-    out = dict(params) | {names[0]: new.view_as(weight).to(weight.dtype)}
-    return out | {bias: -(new @ mean).to(weight.dtype)} if bias in params else out
+    whitened = dict(params) | {names[0]: new.view_as(weight).to(weight.dtype)}
+    if bias in params:
+        whitened[bias] = -(new @ mean).to(weight.dtype)
+    return whitened
 
 
 def chunk_size(cfg: EncodeConfig, vit: Vit, size: tuple[int, int], device: torch.device) -> int:
-    """Slices [y, x] = `size` that go through the encoder together: as many as `budget_mib` holds, at least one.
+    """Slices [y, x] = `size` that go through the encoder together: as many as `budget_mib` holds, at least
+    one.
 
-    Counted per token: 5 d + 2 h values at the widest place of a block (h the hidden width of the MLP); with checkpoint=True the 10 d + 2 h
-    that a block keeps for its gradient, in all blocks. Without it a gradient keeps those of all slices whatever the chunk.
+    Counted per token: 5 d + 2 h values at the widest place of a block (h the hidden width of the MLP); with
+        checkpoint=True the 10 d + 2 h
+    that a block keeps for its gradient, in all blocks. Without it a gradient keeps those of all slices
+    whatever the chunk.
     """
     c = vit.config
-    item = torch.finfo(getattr(torch, cfg.dtype)).bits // 8
+    value_bytes = torch.finfo(getattr(torch, cfg.dtype)).bits // 8
     d, depth = c["hidden_size"], c["num_hidden_layers"]
     h = c.get("intermediate_size") or int(d * c["mlp_ratio"])
     tokens = 1 + c.get("num_register_tokens", 0) + size[0] * size[1] // patch_size(vit) ** 2
-    kept = depth * (10 * d + 2 * h) if cfg.checkpoint and torch.is_grad_enabled() else 0
-    each = 2 * 3 * 4 * size[0] * size[1] + tokens * item * (5 * d + 2 * h + kept)
-    most = cfg.budget_mib * 2**20 // each
+    for_gradient = depth * (10 * d + 2 * h) if cfg.checkpoint and torch.is_grad_enabled() else 0
+    # Three channels in float32, twice: before and after they are resized or cast.
+    pixel_bytes = 2 * 3 * 4 * size[0] * size[1]
+    slice_bytes = pixel_bytes + tokens * value_bytes * (5 * d + 2 * h + for_gradient)
+    most = cfg.budget_mib * 2**20 // slice_bytes
     if device.type == "cpu":
-        most = min(most, _LARGEST_ON_CPU // (tokens * h * item))
+        most = min(most, _LARGEST_ON_CPU // (tokens * h * value_bytes))
     return max(1, most)
 
 
 def _resize(pixels: Tensor, size: tuple[int, ...]) -> Tensor:
-    return (
-        pixels
-        if size == pixels.shape[-2:]
-        else F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=True)
-    )
+    if size == pixels.shape[-2:]:
+        return pixels
+    return F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=True)
 
 
 def check_slice_size(cfg: EncodeConfig, stored: tuple[int, int], patch: int) -> tuple[int, int]:
-    """The size (y, x) in which slices that are `stored` so are encoded; raises where patches, or cells of them, do not fill it."""
+    """The size (y, x) in which slices of the size `stored` are encoded.
+
+    Raises:
+        ValueError: patches, or the cells of the grid, do not fill it.
+    """
     size = (cfg.resize, cfg.resize) if cfg.resize else stored
     if any(n % patch or not n for n in size):
-        near = sorted({max(patch, n // patch * patch + k) for n in size for k in (0, patch)})
+        near = sorted({max(patch, n // patch * patch + step) for n in size for step in (0, patch)})
         raise ValueError(
             f"encode_slices: y and x must be multiples of the patch size {patch}, got {size[0]}x{size[1]}; "
             f"nearest are {', '.join(map(str, near))}: set EncodeConfig.resize or store slices of such a size"
@@ -235,30 +264,33 @@ def patch_size(vit: Vit) -> int:
     return patch if isinstance(patch, int) else patch[0]
 
 
-def _extra(size: tuple[int, int], vit: Vit) -> dict[str, bool]:
-    """Plain ViT and CLIP interpolate their position embedding only when asked; DINO does by itself."""
+def _forward_options(size: tuple[int, int], vit: Vit) -> dict[str, bool]:
+    """Plain ViT and CLIP interpolate their position embedding only where they are told to; DINO does by
+    itself.
+    """
     trained = vit.config["image_size"]
-    same = size == ((trained, trained) if isinstance(trained, int) else tuple(trained))
-    asked = not same and "interpolate_pos_encoding" in inspect.signature(vit.module.forward).parameters
-    return {"interpolate_pos_encoding": True} if asked else {}
+    trained_size = (trained, trained) if isinstance(trained, int) else tuple(trained)
+    has_option = "interpolate_pos_encoding" in inspect.signature(vit.module.forward).parameters
+    if size != trained_size and has_option:
+        return {"interpolate_pos_encoding": True}
+    return {}
 
 
 def _pool(cfg: EncodeConfig, vit: Vit, size: tuple[int, int], out: Any) -> Tensor:
+    """[n, d] of the encoder's output for n slices."""
     tokens = out.last_hidden_state
     patches = tokens[:, 1 + vit.config.get("num_register_tokens", 0) :]
-    cells = rearrange(
-        patches,
-        "n (r y c x) d -> n (r c) (y x) d",
-        r=cfg.grid,
-        c=cfg.grid,
-        y=size[0] // patch_size(vit) // cfg.grid,
-    )
-    found = {
-        # CLIP's last norm is on the class token only
-        "cls": lambda: (
-            out.pooler_output if vit.config["model_type"] == "clip_vision_model" else tokens[:, 0]
-        )[:, None],
-        "mean": lambda: cells.mean(2),
-        "max": lambda: cells.amax(2),
-    }
-    return torch.cat([found[kind]() for kind in cfg.pool.split("+")], -1).flatten(1)
+    cell_rows = size[0] // patch_size(vit) // cfg.grid
+    cells = rearrange(patches, "n (r y c x) d -> n (r c) (y x) d", r=cfg.grid, c=cfg.grid, y=cell_rows)
+    pooled = []
+    for kind in cfg.pool.split("+"):
+        if kind == "mean":
+            pooled.append(cells.mean(2))
+        elif kind == "max":
+            pooled.append(cells.amax(2))
+        elif vit.config["model_type"] == "clip_vision_model":
+            # CLIP's last norm is on the class token only.
+            pooled.append(out.pooler_output[:, None])
+        else:
+            pooled.append(tokens[:, :1])
+    return torch.cat(pooled, -1).flatten(1)

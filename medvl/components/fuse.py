@@ -3,7 +3,8 @@
 from typing import Literal
 
 import torch
-from attrs import frozen
+import torch.nn.functional as F
+from attrs import field, frozen
 from torch import Generator, Tensor
 
 from medvl.base import config
@@ -17,33 +18,30 @@ class FuseConfig:
 
     dim: int = 768
     inputs: int = 0  # width of the slice embeddings, projected to dim; 0 = dim, as they are
-    skip: bool = False  # append the slice embeddings themselves, normed and pooled: what is seen in one slice needs no attention
-    depth: int = 4
+    # Append the slice embeddings themselves, normed and pooled: what shows in one slice needs no attention.
+    skip: bool = False
+    depth: int = field(default=4, validator=config.in_bounds(0, 1024))
     heads: int = 12
     pool: Literal["cls", "mean", "max", "mean+max", "attention"] = "cls"
-    unit_mm: float = 3.0  # one radian of the fastest rotary pair per this many mm
+    # One radian of the fastest rotary pair per this many mm.
+    unit_mm: float = field(default=3.0, validator=config.in_bounds(1e-3, 1e4))
     base: float = 1000.0  # slowest rotary wavelength = 2 pi base units: the height of a body
 
     def __attrs_post_init__(self) -> None:
         if self.dim < 1 or self.heads < 1 or self.dim % (2 * self.heads):
             raise ValueError(
-                f"FuseConfig: dim must be a multiple of 2 x heads (rotary pairs), got dim={self.dim}, heads={self.heads}"
+                "FuseConfig: dim must be a multiple of 2 x heads (rotary pairs), "
+                f"got dim={self.dim}, heads={self.heads}"
             )
         if self.inputs < 0 or (self.skip and self.pool not in ("mean", "max", "mean+max")):
             raise ValueError(
-                f"FuseConfig: inputs must be >= 0, and skip needs pool mean, max or mean+max, got {self.inputs}, {self.pool!r}"
+                "FuseConfig: inputs must be >= 0, and skip needs pool mean, max or mean+max, "
+                f"got {self.inputs}, {self.pool!r}"
             )
         if self.base <= 1:
             raise ValueError(f"FuseConfig: base must be above 1, got {self.base}")
-        config.check_bounds(
-            self,
-            "FuseConfig",
-            dim=config.WIDTH,
-            inputs=config.WIDTH_OR_NONE,
-            depth=(0, 1024),
-            heads=config.DEPTHS,
-        )
-        config.check_bounds(self, "FuseConfig", unit_mm=(1e-3, 1e4), base=(1, 1e9))
+        config.check_bounds(self, "FuseConfig", dim=config.WIDTH, inputs=config.WIDTH_OR_NONE)
+        config.check_bounds(self, "FuseConfig", heads=config.DEPTHS, base=(1, 1e9))
 
 
 def fused_width(cfg: FuseConfig) -> int:
@@ -52,8 +50,8 @@ def fused_width(cfg: FuseConfig) -> int:
 
 
 def init_fuse(cfg: FuseConfig, gen: Generator) -> Tree:
-    """Parameters of `fuse`, float32 on CPU: {"blocks" {"0".. -> layers.block}, "norm"}; "cls" [d] or "query" [d], "kv" for pooling;
-    "into" [d, inputs]; "skip" norm."""
+    """Parameters of `fuse`, float32 on CPU: {"blocks" {"0".. -> layers.block}, "norm"}; "cls" [d] or "query"
+    [d], "kv" for pooling; "into" [d, inputs]; "skip" norm."""
     params: Tree = {
         "blocks": {str(i): layers.init_block(cfg.dim, cfg.depth, gen) for i in range(cfg.depth)},
         "norm": layers.init_norm(cfg.dim),
@@ -77,49 +75,56 @@ def fuse(cfg: FuseConfig, p: Tree, z: Tensor, mask: Tensor, position_mm: Tensor)
         p: from `init_fuse`.
         z: slice embeddings [b, s, cfg.inputs or d], in any order: only `position_mm` says where a slice lies.
         mask: bool [b, s], true where a slice exists.
-        position_mm: [b, s], height of every slice along the body axis in mm; what it says of masked slices is ignored.
+        position_mm: [b, s], height of every slice along the body axis in mm; what it says of masked slices is
+            ignored.
     Returns:
-        volume embedding [b, `fused_width(cfg)`], not normalised; padding does not change it, nor does moving all positions by the same distance.
+        volume embedding [b, `fused_width(cfg)`], not normalised; padding does not change it, nor does moving
+        all positions by the same distance.
     Raises:
         ValueError: z, mask or position_mm has another shape.
-    Source: pre-norm transformer with a class token, Dosovitskiy et al. 2021, arXiv:2010.11929, eq. 1-4; rotary positions, arXiv:2104.09864.
+    Source: pre-norm transformer with a class token, Dosovitskiy et al. 2021, arXiv:2010.11929, eq. 1-4;
+        rotary positions, arXiv:2104.09864.
     """
-    if (
-        z.dim() != 3
-        or z.shape[-1] != (cfg.inputs or cfg.dim)
-        or not (z.shape[:2] == mask.shape == position_mm.shape)
-    ):
+    inputs = cfg.inputs or cfg.dim
+    if z.dim() != 3 or z.shape[-1] != inputs or not (z.shape[:2] == mask.shape == position_mm.shape):
         raise ValueError(
-            f"fuse: z must be [b, s, {cfg.inputs or cfg.dim}], mask and position_mm [b, s], got z {tuple(z.shape)}, "
-            f"mask {tuple(mask.shape)}, position_mm {tuple(position_mm.shape)}; set fuse.dim (or fuse.inputs) to the slice encoder's width"
+            f"fuse: z must be [b, s, {inputs}], mask and position_mm [b, s], got z {tuple(z.shape)}, "
+            f"mask {tuple(mask.shape)}, position_mm {tuple(position_mm.shape)}; "
+            "set fuse.dim (or fuse.inputs) to the slice encoder's width"
         )
+    # Positions are relative to the middle of the scan: where the table stood says nothing.
     weight = mask.float()
     middle = (position_mm * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
-    place = torch.where(mask, position_mm - middle, 0.0) / cfg.unit_mm
-    seen = _pool(cfg, p, layers.norm(p["skip"], z), mask) if cfg.skip else None
+    position = torch.where(mask, position_mm - middle, 0.0) / cfg.unit_mm
+    skipped = _pool(cfg, p, layers.norm(p["skip"], z), mask) if cfg.skip else None
     if cfg.inputs:
         z = layers.linear(p["into"], z)
-    if cfg.pool == "cls":  # the class token sits in the middle of the scan and is always kept
+    if cfg.pool == "cls":  # the class token sits in the middle of the scan and always exists
         z = torch.cat([p["cls"].to(z.dtype).expand(len(z), 1, -1), z], 1)
         mask = torch.cat([mask.new_ones(len(z), 1), mask], 1)
-        place = torch.cat([place.new_zeros(len(z), 1), place], 1)
-    rope = layers.rotary(place, cfg.dim // cfg.heads, cfg.base)
+        position = torch.cat([position.new_zeros(len(z), 1), position], 1)
+    rope = layers.rotary(position, cfg.dim // cfg.heads, cfg.base)
     for i in range(cfg.depth):
         z = layers.block(p["blocks"][str(i)], z, cfg.heads, keep=mask[:, None, None], rope=rope)
     z = _pool(cfg, p, layers.norm(p["norm"], z), mask)
-    return z if seen is None else torch.cat([z, seen], -1)
+    return z if skipped is None else torch.cat([z, skipped], -1)
 
 
 def _pool(cfg: FuseConfig, p: Tree, z: Tensor, mask: Tensor) -> Tensor:
+    """One vector a volume of [b, s, d]; the parts of "mean+max" side by side."""
     if cfg.pool == "cls":
         return z[:, 0]
-    if cfg.pool in ("mean", "max", "mean+max"):
-        share = mask / mask.sum(1, keepdim=True).clamp(min=1)
-        found = {
-            "mean": lambda: torch.einsum("bs,bsd->bd", share.to(z.dtype), z),
-            "max": lambda: z.masked_fill(~mask[..., None], -torch.inf).amax(1).nan_to_num(neginf=0.0),
-        }
-        return torch.cat([found[kind]() for kind in cfg.pool.split("+")], -1)
-    k, v = layers.linear(p["kv"], z).unflatten(-1, (2, cfg.heads, -1)).permute(2, 0, 3, 1, 4)
-    q = p["query"].to(z.dtype).view(1, cfg.heads, 1, -1).expand(len(z), -1, -1, -1)
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None]).flatten(1)
+    if cfg.pool == "attention":
+        k, v = layers.linear(p["kv"], z).unflatten(-1, (2, cfg.heads, -1)).permute(2, 0, 3, 1, 4)
+        q = p["query"].to(z.dtype).view(1, cfg.heads, 1, -1).expand(len(z), -1, -1, -1)
+        pooled = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+        return pooled.flatten(1)
+    parts = []
+    for kind in cfg.pool.split("+"):
+        if kind == "mean":
+            share = mask / mask.sum(1, keepdim=True).clamp(min=1)
+            parts.append(torch.einsum("bs,bsd->bd", share.to(z.dtype), z))
+        else:
+            # A volume without slices would have -inf.
+            parts.append(z.masked_fill(~mask[..., None], -torch.inf).amax(1).nan_to_num(neginf=0.0))
+    return torch.cat(parts, -1)

@@ -1,6 +1,7 @@
 """Transformer pieces as pure functions over dicts of tensors.
 
-The letters of all shapes in medvl: b batch, s slices, n tokens in, m tokens kept, t text tokens, p patches, d width, h heads, e experts,
+The letters of all shapes in medvl: b batch, s slices, n tokens in, m tokens kept, t text tokens, p patches, d
+    width, h heads, e experts,
 k adapters, r rank, l layers, v vocabulary, c findings, x y z voxel axes.
 """
 
@@ -40,7 +41,9 @@ def norm(p: Tree, x: Tensor, eps: float = 1e-5) -> Tensor:
 
 
 def init_block(width: int, depth: int, gen: Generator, mlp: int = 4) -> Tree:
-    """Parameters of `block`; the two layers that write to the residual stream start smaller the deeper the stack (Radford et al. 2019)."""
+    """Parameters of `block`; the two layers that write to the residual stream start smaller the deeper the
+    stack (Radford et al. 2019).
+    """
     small = 0.02 / (2 * depth) ** 0.5
     return {
         "norm1": init_norm(width),
@@ -70,10 +73,10 @@ def block(
         causal: token i looks only at tokens up to i (with `keep`: both must allow it).
     Source: Vaswani et al. 2017, arXiv:1706.03762; pre-norm as in Xiong et al. 2020, arXiv:2002.04745.
     """
-    x = x + linear(
-        p["out"], attention(linear(p["qkv"], norm(p["norm1"], x)), heads, keep=keep, rope=rope, causal=causal)
-    )
-    return x + linear(p["down"], act(linear(p["up"], norm(p["norm2"], x))))
+    qkv = linear(p["qkv"], norm(p["norm1"], x))
+    x = x + linear(p["out"], attention(qkv, heads, keep=keep, rope=rope, causal=causal))
+    hidden = act(linear(p["up"], norm(p["norm2"], x)))
+    return x + linear(p["down"], hidden)
 
 
 def attention(
@@ -83,29 +86,30 @@ def attention(
     q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=heads)
     if rope is not None:
         q, k = rotate(q, rope), rotate(k, rope)
+    # torch takes a mask or is_causal, not both.
     if causal and keep is not None:
         n = q.shape[-2]
-        keep, causal = keep & torch.ones(n, n, dtype=torch.bool, device=q.device).tril(), False
-    return rearrange(
-        F.scaled_dot_product_attention(q, k, v, attn_mask=keep, is_causal=causal), "b h n d -> b n (h d)"
-    )
+        keep = keep & torch.ones(n, n, dtype=torch.bool, device=q.device).tril()
+        causal = False
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=keep, is_causal=causal)
+    return rearrange(mixed, "b h n d -> b n (h d)")
 
 
 def rotary(position: Tensor, head_width: int, base: float = 10000.0) -> Rope:
-    """(cos, sin), each [b, 1, n, head_width / 2], float32, for positions [b, n] in any unit (wavelengths 2 pi ... 2 pi `base` of it).
+    """(cos, sin), each [b, 1, n, head_width / 2], float32, for positions [b, n] in any unit (wavelengths 2 pi
+    ... 2 pi `base` of it).
 
     Source: Su et al. 2021, arXiv:2104.09864, eq. 15, on halves instead of interleaved pairs.
     """
-    speed = base ** (
-        -torch.arange(0, head_width, 2, device=position.device, dtype=torch.float32) / head_width
-    )
+    pairs = torch.arange(0, head_width, 2, device=position.device, dtype=torch.float32)
+    speed = base ** (-pairs / head_width)
     angle = position.float()[:, None, :, None] * speed
     return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Turn the pairs (x[i], x[i + half]) of [b, h, n, d] by the angles of `rope`; the dot product of two turned vectors depends only on
-    the difference of their positions."""
+    """Turn the pairs (x[i], x[i + half]) of [b, h, n, d] by the angles of `rope`; the dot product of two
+    turned vectors depends only on the difference of their positions."""
     cos, sin = (part.to(x.dtype) for part in rope)
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)

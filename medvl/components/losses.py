@@ -1,4 +1,6 @@
-"""Contrastive losses between two sets of embeddings whose rows belong together, and the next-token loss of a language model."""
+"""Contrastive losses between two sets of embeddings whose rows belong together, and the next-token loss of a
+language model.
+"""
 
 from typing import Any, Literal
 
@@ -27,7 +29,8 @@ def clip_loss(image: Tensor, text: Tensor, scale: Tensor | float) -> Tensor:
 
 
 def siglip_loss(image: Tensor, text: Tensor, scale: Tensor | float, bias: Tensor | float) -> Tensor:
-    """Sum over all pairs of -log sigmoid(+-(scale cos + bias)), divided by the rows: + for partners, - for all others.
+    """Sum over all pairs of -log sigmoid(+-(scale cos + bias)), divided by the rows: + for partners, - for
+    all others.
 
     Args and errors as `clip_loss`; start with scale = 10, bias = -10.
     Source: Zhai et al. 2023, arXiv:2303.15343, algorithm 1.
@@ -45,11 +48,12 @@ def _check(name: str, image: Tensor, text: Tensor) -> None:
         )
     if len(image) < 2:
         raise ValueError(
-            f"{name}: needs at least 2 rows to contrast, got {len(image)}; raise the batch (train.batch), the chunk may stay small"
+            f"{name}: needs at least 2 rows to contrast, got {len(image)}; "
+            "raise the batch (train.batch), the chunk may stay small"
         )
 
 
-# The next token -------------------------------------------------------------------------------------------------------------------------
+# The next token --------------------
 def token_cross_entropy(
     hidden: Tensor,
     head: Tensor,
@@ -59,23 +63,30 @@ def token_cross_entropy(
     chunk: int = 256,
     reduction: Literal["sum", "none"] = "sum",
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of the next token at the trained positions only, without ever holding the logits of more than `chunk` of them.
+    """Cross-entropy of the next token at the trained positions only, without ever holding the logits of more
+    than `chunk` of them.
 
-    Position i predicts labels[:, i + 1]; the shift is made here. The softmax is taken in float32. The gradient by a plain head and the
-    hidden states is taken in the forward pass, where the logits are at hand; any other head (a tensor subclass that answers F.linear: low
-    rank, quantised, sharded) is projected again chunk by chunk in the backward pass, and its parts get their gradients from autograd.
+    Position i predicts labels[:, i + 1]; the shift is made here. The softmax is taken in float32. The
+    gradient by a plain head and the hidden states is taken in the forward pass, where the logits are at hand;
+    any other head (a tensor subclass that answers F.linear: low rank, quantised, sharded) is projected again
+    chunk by chunk in the backward pass, and its parts get their gradients from autograd.
 
     Args:
         hidden: last hidden states [b, t, d], after the last norm.
-        head: [v, d], trainable or frozen. It gets rows [n, d] of any samples, so it cannot differ by sample; one that is gathered from
-            several processes must be gathered before (each process has its own number of chunks).
-        labels: int64 [b, t], not shifted, IGNORE (-100) where not trained; labels[:, 0] has no position before it and is left out.
+        head: [v, d], trainable or frozen. It gets rows [n, d] of any samples, so it cannot differ by sample;
+            one that is gathered from several processes must be gathered before (each process has its own
+            number of chunks).
+        labels: int64 [b, t], not shifted, IGNORE (-100) where not trained; labels[:, 0] has no position
+            before it and is left out.
         bias: [v].
-        chunk: tokens projected at once; chunk x v float32 logits are the memory this takes (and as many again in bfloat16).
+        chunk: tokens projected at once; chunk x v float32 logits are the memory this takes (and as many again
+            in bfloat16).
         reduction: "sum", or "none" for the loss of every label.
     Returns:
-        sum of the losses, float32 (float64 for such inputs), 0 where nothing is trained; with "none" [b, t], 0 where not trained.
-        number of trained tokens, int64. Divide one by the other only over a whole batch: `token_mean`.
+        sum of the losses, float32 (float64 for such inputs), 0 where nothing is trained; with "none" [b, t],
+        0 where not trained. number of trained tokens, int64. Divide one by the other only over a whole batch:
+        a mean of the means
+            of micro-batches would weigh a token of a short answer more than one of a long answer.
     Raises:
         ValueError: shapes, chunk or reduction are others; on a CPU also labels outside the vocabulary.
     Source: the fused linear cross-entropy of Hsu et al. 2024 (Liger), arXiv:2410.10989, in plain torch.
@@ -88,26 +99,29 @@ def token_cross_entropy(
             f"token_cross_entropy: chunk must be >= 1 and reduction sum or none, got {chunk}, {reduction!r}"
         )
     keep = trained_mask(labels)
-    rows, targets = (
-        hidden[:, :-1][keep[:, 1:].nonzero(as_tuple=True)],
-        labels[keep],
-    )  # places, so that only labels need values
-    if reduction == "sum" and type(head) in (Tensor, nn.Parameter) and torch.is_grad_enabled():
-        return _DenseLoss.apply(rows, head, bias, targets, chunk), keep.sum()
+    # By place and not by mask, so that only labels need values.
+    places = keep[:, 1:].nonzero(as_tuple=True)
+    rows, targets = hidden[:, :-1][places], labels[keep]
+    count = keep.sum()
+    plain_head = type(head) in (Tensor, nn.Parameter)
+    if reduction == "sum" and plain_head and torch.is_grad_enabled():
+        return _DenseLoss.apply(rows, head, bias, targets, chunk), count
 
-    def part(x: Tensor, y: Tensor) -> Tensor:
-        logits = _wide(F.linear(x, head, bias))
+    def chunk_losses(x: Tensor, y: Tensor) -> Tensor:
+        logits = _widen(F.linear(x, head, bias))
         _check_range(y, logits.shape[-1])
         return F.cross_entropy(logits, y, reduction="none")
 
-    pieces = zip(rows.split(chunk), targets.split(chunk), strict=True)
-    again = torch.is_grad_enabled()
-    losses = torch.cat(
-        [checkpoint(part, x, y, use_reentrant=False) if again else part(x, y) for x, y in pieces]
-    )
-    return losses.sum() if reduction == "sum" else losses.new_zeros(labels.shape).masked_scatter(
-        keep, losses
-    ), keep.sum()
+    losses_of_chunks = []
+    for x, y in zip(rows.split(chunk), targets.split(chunk), strict=True):
+        if torch.is_grad_enabled():
+            losses_of_chunks.append(checkpoint(chunk_losses, x, y, use_reentrant=False))
+        else:
+            losses_of_chunks.append(chunk_losses(x, y))
+    losses = torch.cat(losses_of_chunks)
+    if reduction == "sum":
+        return losses.sum(), count
+    return losses.new_zeros(labels.shape).masked_scatter(keep, losses), count
 
 
 def trained_mask(labels: Tensor) -> Tensor:
@@ -117,56 +131,29 @@ def trained_mask(labels: Tensor) -> Tensor:
     return keep
 
 
-def token_mean(total: Tensor, count: Tensor | int, processes: int = 1) -> Tensor:
-    """The share of one micro-batch of one process in the mean loss over all trained tokens of a batch.
-
-    A mean of the micro-batches' means would weigh a token of a short answer more than one of a long answer. Instead count first, which
-    takes only the labels, then give every micro-batch's sum the same divisor and add the gradients up:
-
-        count = sum(trained(b["labels"]).sum() for b in micro_batches)           # of this process
-        dist.all_reduce(count)                                                   # of all processes
-        for b in micro_batches:
-            loss, grads = ... token_mean(token_cross_entropy(...)[0], count, processes)
-
-    The sum of these losses over the micro-batches, averaged over the processes as gradients are, is the sum of all losses / `count`.
-
-    Args:
-        total: sum of the losses of one micro-batch.
-        count: trained tokens of all micro-batches of all processes.
-        processes: over how many of them gradients are averaged (not summed); 1 if they are summed.
-    Raises:
-        ValueError: processes < 1, or the count (if it lies on a CPU) is not above 0: such a batch trains nothing.
-    """
-    here = (
-        not isinstance(count, Tensor) or count.device.type == "cpu"
-    )  # elsewhere looking would wait for the device
-    if processes < 1 or (here and count < 1):
-        raise ValueError(
-            f"token_mean: needs at least one trained token and one process, got {int(count)} and {processes}"
-        )
-    return total * (processes / count)
-
-
-def _wide(t: Tensor) -> Tensor:
+def _widen(t: Tensor) -> Tensor:
+    """At least float32."""
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def _check_range(targets: Tensor, v: int) -> None:
-    if (
-        targets.device.type == "cpu"
-        and len(targets)
-        and not 0 <= int(targets.min()) <= int(targets.max()) < v
-    ):
-        found = f"{int(targets.min())}..{int(targets.max())}"
+    # On a GPU this would wait for it.
+    if targets.device.type != "cpu" or not len(targets):
+        return
+    low, high = int(targets.min()), int(targets.max())
+    if low < 0 or high >= v:
         raise ValueError(
-            f"token_cross_entropy: labels must be {IGNORE} or lie in 0..{v - 1}, found {found}: another tokenizer?"
+            f"token_cross_entropy: labels must be {IGNORE} or lie in 0..{v - 1}, found {low}..{high}: "
+            "another tokenizer?"
         )
 
 
 class _DenseLoss(torch.autograd.Function):
-    """Sum of the losses; its gradient is made chunk by chunk in the forward pass, so no logits wait for the backward pass.
+    """Sum of the losses; its gradient is made chunk by chunk in the forward pass, so no logits wait for the
+    backward pass.
 
-    For a frozen head 0.6 of the time that checkpointing takes (two products with the head, not three) and two thirds of its memory.
+    For a frozen head 0.6 of the time that checkpointing takes (two products with the head, not three) and two
+    thirds of its memory.
     """
 
     @staticmethod
@@ -174,26 +161,29 @@ class _DenseLoss(torch.autograd.Function):
         ctx: Any, rows: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, chunk: int
     ) -> Tensor:
         _check_range(targets, len(head))
-        kind, like = "cpu" if rows.is_meta else rows.device.type, torch.empty_like
+        kind = "cpu" if rows.is_meta else rows.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.dtype
-        by_rows = like(rows) if ctx.needs_input_grad[0] else None
-        by_head = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
-        by_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
-        total = _wide(rows.new_zeros(()))
+        grad_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
+        grad_head = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
+        total = _widen(rows.new_zeros(()))
         with torch.autocast(kind, enabled=False):
-            w, b = head.to(dtype), bias if bias is None else bias.to(dtype)
+            w = head.to(dtype)
+            b = bias if bias is None else bias.to(dtype)
             for i in range(0, len(rows), chunk):
                 x, y = rows[i : i + chunk].to(dtype), targets[i : i + chunk, None]
-                loss, z = _softmax_loss(_wide(F.linear(x, w, b)), y)
+                loss, grad_logits = _softmax_loss(_widen(F.linear(x, w, b)), y)
                 total += loss
-                z = z.to(dtype)
-                if by_rows is not None:
-                    by_rows[i : i + chunk] = z @ w
-                if by_head is not None:
-                    by_head.addmm_(z.T, x) if by_head.dtype == dtype else by_head.add_(z.T @ x)
-                if by_bias is not None:
-                    by_bias += z.sum(0)
-        ctx.save_for_backward(by_rows, by_head, by_bias)
+                grad_logits = grad_logits.to(dtype)
+                if grad_rows is not None:
+                    grad_rows[i : i + chunk] = grad_logits @ w
+                if grad_head is not None and grad_head.dtype == dtype:
+                    grad_head.addmm_(grad_logits.T, x)
+                elif grad_head is not None:
+                    grad_head.add_(grad_logits.T @ x)
+                if grad_bias is not None:
+                    grad_bias += grad_logits.sum(0)
+        ctx.save_for_backward(grad_rows, grad_head, grad_bias)
         return total
 
     @staticmethod
@@ -205,8 +195,8 @@ class _DenseLoss(torch.autograd.Function):
 def _softmax_loss(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """(sum of the losses, its gradient by the logits) of logits [n, v] and targets [n, 1]; in place."""
     z -= z.amax(1, keepdim=True)
-    hit = z.gather(1, y)
+    target_logits = z.gather(1, y)
     total = z.exp_().sum(1, keepdim=True)
     z /= total
-    z.scatter_add_(1, y, torch.full_like(hit, -1.0))
-    return (total.log() - hit).sum(), z
+    z.scatter_add_(1, y, torch.full_like(target_logits, -1.0))
+    return (total.log() - target_logits).sum(), z

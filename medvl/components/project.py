@@ -38,6 +38,8 @@ def project(cfg: ProjectConfig, params: Tree, tokens: Tensor) -> Tensor:
     """
     if tokens.shape[-1:] != (cfg.inputs,):
         raise ValueError(
-            f"project: tokens must be [..., {cfg.inputs}], got {list(tokens.shape)}; set project.inputs to their width"
+            f"project: tokens must be [..., {cfg.inputs}], got {list(tokens.shape)}; "
+            "set project.inputs to their width"
         )
-    return layers.linear(params["down"], F.gelu(layers.linear(params["up"], tokens)))
+    hidden = F.gelu(layers.linear(params["up"], tokens))
+    return layers.linear(params["down"], hidden)

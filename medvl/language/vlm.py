@@ -190,7 +190,7 @@ def answer_loss(
     Args:
         batch: as of `model_inputs`, and "labels" int64 [b, t], not shifted: -100 where a token is not trained, else its id.
     Returns:
-        sum in float32 and count. Divide by the count of the whole batch: `losses.token_mean`.
+        sum in float32 and count. Divide by the count of the whole batch.
     Raises:
         ValueError: as `model_inputs`, `language_head_names` and `losses.token_cross_entropy`; no labels.
     """

@@ -1,4 +1,6 @@
-"""Four-bit weights: NF4 and FP4 with doubly quantised scales, by the kernels of bitsandbytes. Only this file imports it."""
+"""Four-bit weights: NF4 and FP4 with doubly quantised scales, by the kernels of bitsandbytes. Only this file
+imports it.
+"""
 
 import json
 import logging
@@ -12,9 +14,10 @@ import torch.nn.functional as F
 from attrs import frozen
 from torch import Tensor
 
-from medvl.weights.lazy import EXPERTS, Lazy, nbytes
+from medvl.weights.lazy import EXPERTS, Lazy
 from medvl.weights.rounding import Packing
 
+_MISSING = "quantize: 4-bit weights and 8-bit moments need bitsandbytes; pip install 'medvl[quant]'"
 # What stays as it is unless asked for: tables, heads, towers and projectors, routers.
 SKIP = (
     r"(^|\.)(embed_tokens|wte|wpe|embeddings?|shared|lm_head|classifier|head|score)\.",
@@ -52,9 +55,11 @@ class QuantConfig:
 
 
 class FourBit(Lazy):
-    """A matrix held as 4-bit codes, two in a byte, with a scale for every block. Made by `quantize`; frozen: gradients pass through it.
+    """A matrix held as 4-bit codes, two in a byte, with a scale for every block. Made by `quantize`; frozen:
+    gradients pass through it.
 
-    Or the matrices of all experts of a layer, [experts, out, in]: those are written out while their layer runs.
+    Or the matrices of all experts of a layer, [experts, out, in]: those are written out while their layer
+    runs.
     """
 
     _parts = ("packed", "absmax", "offset", "nested", "nested_code")
@@ -78,8 +83,11 @@ class FourBit(Lazy):
 
     def moved(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Lazy:
         """Elsewhere, or standing for another precision; codes and scales stay what they are."""
-        held = {k: t if t is None or k not in self._parts else t.to(device) for k, t in self.__dict__.items()}
-        return type(self).like(self.shape, dtype or self.dtype, held["packed"].device, **held)
+        attributes = dict(self.__dict__)
+        for name in self._parts:
+            if attributes[name] is not None:
+                attributes[name] = attributes[name].to(device)
+        return type(self).like(self.shape, dtype or self.dtype, attributes["packed"].device, **attributes)
 
     def _about(self) -> str:
         return f"{list(self.shape)}, {self.kind} for {str(self.dtype)[6:]}"
@@ -90,76 +98,84 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, w: FourBit) -> Tensor:
-        ctx.weight, ctx.biased = w, bias is not None
+        ctx.weight, ctx.has_bias = w, bias is not None
+        # The fused kernel is for GPUs, blocks of 64 and more, and codes without padding.
         if w.blocksize < 64 or not x.is_cuda or w.packed.numel() * 2 != w.numel():
             return F.linear(x, _dequantize(w, x.dtype), bias)
-        import bitsandbytes  # noqa: F401 (registers the kernels)
-
-        scales = (
-            {"absmax_8bit": w.absmax, "absmax_code": w.nested_code, "absmax_offset": w.offset}
-            if w.nested is not None
-            else {}
-        )
-        absmax = w.absmax if w.nested is None else w.nested
-        return torch.ops.bitsandbytes.gemm_4bit.default(
-            x, w.packed, w.shape, absmax, w.blocksize, w.kind, bias=bias, **scales
-        )
+        scales: dict[str, Any] = {}
+        absmax = w.absmax
+        if w.nested is not None:
+            scales = {"absmax_8bit": w.absmax, "absmax_code": w.nested_code, "absmax_offset": w.offset}
+            absmax = w.nested
+        product = _kernels().gemm_4bit.default
+        return product(x, w.packed, w.shape, absmax, w.blocksize, w.kind, bias=bias, **scales)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        of_x = grad @ _dequantize(ctx.weight, grad.dtype) if ctx.needs_input_grad[0] else None
-        of_bias = grad.flatten(0, -2).sum(0) if ctx.biased and ctx.needs_input_grad[1] else None
-        return of_x, of_bias, None
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ _dequantize(ctx.weight, grad.dtype)
+        if ctx.has_bias and ctx.needs_input_grad[1]:
+            grad_bias = grad.flatten(0, -2).sum(0)
+        return grad_x, grad_bias, None
 
 
 def quantize(params: Mapping[str, Tensor], cfg: QuantConfig = QuantConfig()) -> dict[str, Tensor]:
-    """The params with every matrix that `cfg.skip` does not name as a `FourBit`, experts of mixture models too; the rest as it is.
+    """The params with every matrix that `cfg.skip` does not name as a `FourBit`, experts of mixture models
+    too; the rest as it is.
 
     A warning names what has more than two axes and stays in full precision without being named in `cfg.skip`.
 
     Raises:
-        ValueError: nothing to quantise, a weight that is quantised or adapted already, or of another dtype than 16- and 32-bit floats.
+        ValueError: nothing to quantise, a weight that is quantised or adapted already, or of another dtype
+            than 16- and 32-bit floats.
     Source: Dettmers et al. 2023 (QLoRA), arXiv:2305.14314.
     """
-    each = quantizer(cfg)
-    done = {n: each(n, t) for n, t in params.items()}
-    if not any(isinstance(w, FourBit) for w in done.values()):
+    convert = quantizer(cfg)
+    quantized = {name: convert(name, w) for name, w in params.items()}
+    if not any(isinstance(w, FourBit) for w in quantized.values()):
         raise ValueError(
             f"quantize: none of {len(params)} weights is a matrix that cfg.skip leaves to quantise"
         )
-    return done
+    return quantized
 
 
 def quantizer(cfg: QuantConfig = QuantConfig()) -> Callable[[str, Tensor], Tensor]:
-    """(name, weight) -> what `quantize` makes of it; given to `loading.load_skeleton` as `each`, the full-precision model is never held."""
-    skip = [re.compile(p) for p in cfg.skip]
+    """(name, weight) -> what `quantize` makes of it; given to `loading.load_skeleton` as `each`, the
+    full-precision model is never held.
+    """
+    skip = [re.compile(pattern) for pattern in cfg.skip]
 
-    def each(name: str, t: Tensor) -> Tensor:
-        if isinstance(t, FourBit) and (t.kind, t.blocksize, t.nested is not None) == (
-            cfg.kind,
-            cfg.blocksize,
-            cfg.double,
-        ):
-            return t
-        if isinstance(t, Lazy):
+    def convert(name: str, w: Tensor) -> Tensor:
+        # A file may hold the weight as it is wanted already.
+        if isinstance(w, FourBit) and _settings(w) == (cfg.kind, cfg.blocksize, cfg.double):
+            return w
+        if isinstance(w, Lazy):
             raise ValueError(
-                f"quantize: {name} must be a plain tensor, got {t!r}; quantise first, adapt afterwards"
+                f"quantize: {name} must be a plain tensor, got {w!r}; quantise first, adapt afterwards"
             )
-        if t.dim() < 2 or any(p.search(name) for p in skip):
-            return t
-        if t.dim() > 2 and not (t.dim() == 3 and EXPERTS.search(name)):
+        if w.dim() < 2 or any(pattern.search(name) for pattern in skip):
+            return w
+        of_experts = w.dim() == 3 and EXPERTS.search(name)
+        if w.dim() > 2 and not of_experts:
             warnings.warn(
-                f"quantize: {name} {list(t.shape)} stays in full precision, it is neither a matrix nor of experts",
+                f"quantize: {name} {list(w.shape)} stays in full precision, "
+                "it is neither a matrix nor of experts",
                 stacklevel=2,
             )
-            return t
-        return quantize_matrix(t, cfg)
+            return w
+        return quantize_matrix(w, cfg)
 
-    return each
+    return convert
+
+
+def _settings(w: FourBit) -> tuple[str, int, bool]:
+    return w.kind, w.blocksize, w.nested is not None
 
 
 def quantize_matrix(t: Tensor, cfg: QuantConfig = QuantConfig()) -> Tensor:
-    """One matrix [n, m], or those of all experts [e, n, m], as four-bit codes: a `FourBit` of the same shape and dtype.
+    """One matrix [n, m], or those of all experts [e, n, m], as four-bit codes: a `FourBit` of the same shape
+    and dtype.
 
     Raises:
         ValueError: not a float16, bfloat16 or float32 matrix, or values that are not finite.
@@ -173,137 +189,145 @@ def quantize_matrix(t: Tensor, cfg: QuantConfig = QuantConfig()) -> Tensor:
             f"quantize: needs a matrix of 16- or 32-bit floats, got {list(t.shape)} {str(t.dtype)[6:]}"
         )
     if t.is_meta:
-        return _shaped(t, cfg)
+        return _empty(t, cfg)
     if not torch.isfinite(t).all():
         raise ValueError(f"quantize: the weight {list(t.shape)} holds values that are not finite")
     packed, state = _functional().quantize_4bit(
         t.detach().contiguous(), blocksize=cfg.blocksize, compress_statistics=cfg.double, quant_type=cfg.kind
     )
-    return _of_state(packed, state)
+    return _from_state(packed, state)
 
 
 def pack_weight(w: FourBit) -> dict[str, Tensor]:
-    """{suffix: tensor} of one weight as transformers and bitsandbytes store it: "" are the codes, ".absmax" and so on their scales."""
-    return {"": w.packed} | {f".{k}": t for k, t in _state_of(w).as_dict(packed=True).items()}
+    """The tensors of one weight as transformers and bitsandbytes store them.
+
+    Returns:
+        {suffix of the name: tensor}: "" are the codes, ".absmax" and so on their scales.
+    """
+    state = _to_state(w).as_dict(packed=True)
+    return {"": w.packed} | {f".{name}": t for name, t in state.items()}
 
 
-def unpack_weight(held: Mapping[str, Tensor]) -> Tensor:
+def unpack_weight(tensors: Mapping[str, Tensor]) -> Tensor:
     """The weight that `pack_weight` wrote.
 
     Raises:
-        ValueError: parts missing, or of the wrong size.
+        ValueError: tensors missing, or of the wrong size.
     """
-    held = dict(held)
-    state = next((k for k in held if k.startswith(".quant_state.bitsandbytes__")), None)
-    if state is None:
+    if not any(suffix.startswith(".quant_state.bitsandbytes__") for suffix in tensors):
         raise ValueError(
             "quant: a 4-bit weight must come with .quant_state.bitsandbytes__nf4 or __fp4; it is missing"
         )
-    about = read_quant_header(held)
-    need = {
-        "",
-        ".absmax",
-        ".quant_map",
-        *((".nested_absmax", ".nested_quant_map") if "nested_offset" in about else ()),
-    }
-    if missing := sorted(need - held.keys()):
+    header = read_quant_header(tensors)
+    needed = {"", ".absmax", ".quant_map"}
+    if "nested_offset" in header:
+        needed |= {".nested_absmax", ".nested_quant_map"}
+    missing = sorted(needed - tensors.keys())
+    if missing:
         raise ValueError(f"quant: a 4-bit weight lacks {', '.join(missing)}")
-    n = torch.Size(about["shape"]).numel()
-    sizes = (held[""].numel(), held[".absmax"].numel())
-    if sizes != (-(-n // 2), -(-n // about["blocksize"])):
+    n = torch.Size(header["shape"]).numel()
+    code_bytes, scales = -(-n // 2), -(-n // header["blocksize"])
+    sizes = (tensors[""].numel(), tensors[".absmax"].numel())
+    if sizes != (code_bytes, scales):
         raise ValueError(
-            f"quant: {list(about['shape'])} needs {-(-n // 2)} bytes and {-(-n // about['blocksize'])} scales, got {sizes}"
+            f"quant: {list(header['shape'])} needs {code_bytes} bytes and {scales} scales, got {sizes}"
         )
-    parts = {k[1:]: t for k, t in held.items() if k}
-    return _of_state(held[""], _functional().QuantState.from_dict(parts, device=held[""].device))
+    parts = {suffix[1:]: t for suffix, t in tensors.items() if suffix}
+    state = _functional().QuantState.from_dict(parts, device=tensors[""].device)
+    return _from_state(tensors[""], state)
 
 
-def read_quant_header(held: Mapping[str, Tensor], name: str = "a 4-bit weight") -> dict[str, Any]:
-    """What the quant_state of a stored 4-bit weight says: shape, dtype, quant_type, blocksize, nested_offset."""
-    state = next(t for k, t in held.items() if k.startswith(".quant_state."))
+def read_quant_header(tensors: Mapping[str, Tensor], name: str = "a 4-bit weight") -> dict[str, Any]:
+    """The quant_state of a stored 4-bit weight: shape, dtype, quant_type, blocksize, nested_offset.
+
+    Raises:
+        ValueError: it cannot be read; says of which weight by `name`.
+    """
+    state = next(t for suffix, t in tensors.items() if suffix.startswith(".quant_state."))
     try:
-        about = json.loads(bytes(state.cpu().tolist()).decode())
-        shape, size = about["shape"], about["blocksize"]
-        if about["quant_type"] not in ("nf4", "fp4"):
-            raise ValueError(f"quant_type is {about['quant_type']!r}")
+        header = json.loads(bytes(state.cpu().tolist()).decode())
+        shape, blocksize = header["shape"], header["blocksize"]
+        if header["quant_type"] not in ("nf4", "fp4"):
+            raise ValueError(f"quant_type is {header['quant_type']!r}")
         if not isinstance(shape, list) or not shape or not all(type(n) is int and n > 0 for n in shape):
             raise ValueError(f"shape is {shape!r}")
-        if about["dtype"] not in ("float16", "bfloat16", "float32") or type(size) is not int or size < 1:
-            raise ValueError(f"dtype is {about['dtype']!r}, blocksize {size!r}")
-        return about
+        known_dtype = header["dtype"] in ("float16", "bfloat16", "float32")
+        if not known_dtype or type(blocksize) is not int or blocksize < 1:
+            raise ValueError(f"dtype is {header['dtype']!r}, blocksize {blocksize!r}")
+        return header
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise ValueError(f"quant: the quant_state of {name} cannot be read ({e!r})") from e
 
 
-def bits_per_weight(params: Mapping[str, Tensor]) -> float:
-    """Bits that a quantised weight takes on average, scales included."""
-    held = {n: w for n, w in params.items() if isinstance(w, FourBit)}
-    return 8 * nbytes(held) / max(1, sum(w.numel() for w in held.values()))
-
-
 def _dequantize(w: FourBit, dtype: torch.dtype) -> Tensor:
     """The values of `w` [n, m], exactly those of bitsandbytes, of any float dtype."""
-    import bitsandbytes  # noqa: F401 (registers the kernels)
-
-    ops, absmax = torch.ops.bitsandbytes, w.absmax
+    kernels = _kernels()
+    absmax = w.absmax
     if w.nested is not None:
         assert w.nested_code is not None
-        absmax = (
-            ops.dequantize_blockwise.default(w.absmax, w.nested, w.nested_code, 256, torch.float32) + w.offset
-        )
-    near = dtype if dtype in (torch.float16, torch.bfloat16, torch.float32) else torch.float32
-    return ops.dequantize_4bit.default(w.packed, absmax, w.blocksize, w.kind, w.shape, near).to(dtype)
+        scales = kernels.dequantize_blockwise.default(w.absmax, w.nested, w.nested_code, 256, torch.float32)
+        absmax = scales + w.offset
+    # The kernels write these three dtypes; others are converted from float32.
+    kernel_dtype = dtype if dtype in (torch.float16, torch.bfloat16, torch.float32) else torch.float32
+    values = kernels.dequantize_4bit.default(w.packed, absmax, w.blocksize, w.kind, w.shape, kernel_dtype)
+    return values.to(dtype)
 
 
-def _shaped(t: Tensor, cfg: QuantConfig) -> Tensor:
+def _empty(t: Tensor, cfg: QuantConfig) -> Tensor:
     """A weight without values, of the size that `t` would have."""
-    blocks, like = -(-t.numel() // cfg.blocksize), lambda n, dtype: torch.empty(n, dtype=dtype, device="meta")
-    held = {
-        "packed": like((-(-t.numel() // 2), 1), torch.uint8),
-        "absmax": like(blocks, torch.uint8 if cfg.double else torch.float32),
+
+    def empty(n: int | tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(n, dtype=dtype, device="meta")
+
+    blocks = -(-t.numel() // cfg.blocksize)
+    parts: dict[str, Tensor | None] = {
+        "packed": empty((-(-t.numel() // 2), 1), torch.uint8),
+        "absmax": empty(blocks, torch.uint8 if cfg.double else torch.float32),
+        "offset": None,
+        "nested": None,
+        "nested_code": None,
     }
-    nested: dict[str, Any] = {
-        "offset": like((), torch.float32),
-        "nested": like(-(-blocks // 256), torch.float32),
-        "nested_code": like(256, torch.float32),
-    }
-    nested = nested if cfg.double else dict.fromkeys(nested)
-    return FourBit.like(t.shape, t.dtype, t.device, **held, **nested, kind=cfg.kind, blocksize=cfg.blocksize)
+    if cfg.double:
+        parts["offset"] = empty((), torch.float32)
+        parts["nested"] = empty(-(-blocks // 256), torch.float32)
+        parts["nested_code"] = empty(256, torch.float32)
+    return FourBit.like(t.shape, t.dtype, t.device, **parts, kind=cfg.kind, blocksize=cfg.blocksize)
 
 
-def _of_state(packed: Tensor, state: Any) -> Tensor:
+def _from_state(packed: Tensor, state: Any) -> Tensor:
+    """The weight of codes and a QuantState of bitsandbytes."""
     nested = state.state2
-    held = {
+    if nested is not None and nested.blocksize != 256:
+        raise ValueError(f"quant: doubly quantised scales must come in blocks of 256, got {nested.blocksize}")
+    parts = {
         "packed": packed.view(-1, 1),
         "absmax": state.absmax,
         "offset": state.offset,
         "nested": None if nested is None else nested.absmax,
         "nested_code": None if nested is None else nested.code,
     }
-    if nested is not None and nested.blocksize != 256:
-        raise ValueError(f"quant: doubly quantised scales must come in blocks of 256, got {nested.blocksize}")
     return FourBit.like(
         torch.Size(state.shape),
         state.dtype,
         packed.device,
-        **held,
+        **parts,
         kind=state.quant_type,
         blocksize=state.blocksize,
     )
 
 
-def _state_of(w: FourBit) -> Any:
+def _to_state(w: FourBit) -> Any:
+    """The QuantState of bitsandbytes for a weight."""
     functional = _functional()
     nested = None
     if w.nested is not None:
         nested = functional.QuantState(
             absmax=w.nested, code=w.nested_code, blocksize=256, dtype=torch.float32
         )
-    code = functional.get_4bit_type(w.kind, device=w.packed.device)
     return functional.QuantState(
         absmax=w.absmax,
         shape=w.shape,
-        code=code,
+        code=functional.get_4bit_type(w.kind, device=w.packed.device),
         blocksize=w.blocksize,
         quant_type=w.kind,
         dtype=w.dtype,
@@ -312,37 +336,56 @@ def _state_of(w: FourBit) -> Any:
     )
 
 
+def _kernels() -> Any:
+    """`torch.ops.bitsandbytes`, which importing bitsandbytes registers. torch.compile can trace this; it
+    cannot trace `_functional`.
+    """
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as e:
+        raise ValueError(_MISSING) from e
+    return torch.ops.bitsandbytes
+
+
 def _functional() -> Any:
-    log = logging.getLogger(
-        "bitsandbytes.backends.cpu.ops"
-    )  # it warns of a kernel that it would download and that is not used here
+    """`bitsandbytes.functional`.
+
+    Raises:
+        ValueError: bitsandbytes is not installed.
+    """
+    # On import it warns of a kernel that it would download and that is not used here.
+    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
     level = log.level
     log.setLevel(logging.ERROR)
     try:
         import bitsandbytes.functional as functional
     except ImportError as e:
-        raise ValueError("quantize: 4-bit weights need bitsandbytes; pip install 'medvl[quant]'") from e
+        raise ValueError(_MISSING) from e
     finally:
         log.setLevel(level)
     return functional
 
 
-# Optimiser states -----------------------------------------------------------------------------------------------------------------------
+# Optimiser states
+#
+# --------------------
 def eight_bit_moments() -> Packing:
-    """Moments of `optim.adamw` in 8 bits, with a scale for every 256 values, exactly as bitsandbytes keeps them.
+    """Moments of `optim.adamw` in 8 bits, with a scale for every 256 values, exactly as bitsandbytes keeps
+    them.
 
     Source: Dettmers et al. 2022, arXiv:2110.02861 (blockwise dynamic quantisation).
     """
     functional = _functional()
-    maps = {signed: functional.create_dynamic_map(signed=signed) for signed in (True, False)}
-    ops = torch.ops.bitsandbytes
+    kernels = _kernels()
+    # Tables of the 256 values that codes stand for: of first moments, which have a sign, and of second ones.
+    tables = {signed: functional.create_dynamic_map(signed=signed) for signed in (True, False)}
 
     def pack(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-        maps[signed] = maps[signed].to(values.device)
-        return ops.quantize_blockwise.default(values, maps[signed], 256)
+        tables[signed] = tables[signed].to(values.device)
+        return kernels.quantize_blockwise.default(values, tables[signed], 256)
 
     def unpack(codes: Tensor, scale: Tensor, signed: bool) -> Tensor:
-        maps[signed] = maps[signed].to(codes.device)
-        return ops.dequantize_blockwise.default(codes, scale, maps[signed], 256, torch.float32)
+        tables[signed] = tables[signed].to(codes.device)
+        return kernels.dequantize_blockwise.default(codes, scale, tables[signed], 256, torch.float32)
 
     return Packing(pack=pack, unpack=unpack, block=256)

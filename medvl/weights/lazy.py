@@ -1,8 +1,10 @@
-"""Weights that are not plain tensors: low-rank corrections, shards, stand-ins. A forward pass uses them like any weight and knows of none.
+"""Weights that are not plain tensors: low-rank corrections, shards, stand-ins. A forward pass uses them like
+any weight and knows of none.
 
-A lazy weight is a tensor subclass without storage. It answers `F.linear` and `F.embedding` (and the `addmm` of GPT-2's
-Conv1D) by what it holds, and the weights of all experts of a layer, [experts, out, in], what their layers do with them;
-any other arithmetic is an error. Kinds nest: a low-rank correction over a 4-bit weight (`quant.FourBit`) is QLoRA.
+A lazy weight is a tensor subclass without storage. It answers `F.linear` and `F.embedding` (and the `addmm`
+of GPT-2's Conv1D) by what it holds, and the weights of all experts of a layer, [experts, out, in], what their
+layers do with them; any other arithmetic is an error. Kinds nest: a low-rank correction over a 4-bit weight
+(`quant.FourBit`) is QLoRA.
 """
 
 import copy
@@ -15,20 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _aten = torch.ops.aten
-EXPERTS = re.compile(
-    r"(^|\.)experts\.\w+$"
-)  # a parameter of a mixture model that holds the matrices of all experts of a layer
+# A parameter of a mixture model that holds the matrices of all experts of a layer.
+EXPERTS = re.compile(r"(^|\.)experts\.\w+$")
 # What layers do with such a parameter; grouped_mm has moved between versions of torch.
+_GROUPED = [getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None)]
 _OF_EXPERTS = (
-    Tensor.transpose,
-    Tensor.__getitem__,
-    torch.bmm,
-    torch.matmul,
-    *(
-        getattr(space, name)
-        for space, name in ((F, "grouped_mm"), (torch, "_grouped_mm"))
-        if hasattr(space, name)
-    ),
+    *(Tensor.transpose, Tensor.__getitem__, torch.bmm, torch.matmul),
+    *(function for function in _GROUPED if function is not None),
 )
 _COPIES = (
     _aten.detach.default,
@@ -40,14 +35,18 @@ _COPIES = (
 
 
 class Lazy(Tensor):
-    """A weight that knows how to be used in a layer. The tensors it holds are its `parts`; it has the shape of the weight it stands for."""
+    """A weight that knows how to be used in a layer. The tensors it holds are its `parts`; it has the shape
+    of the weight it stands for.
+    """
 
     _parts: tuple[str, ...] = ()  # attributes that hold tensors (lazy ones among them) or None
 
     @classmethod
-    def like(cls, shape: Sequence[int], dtype: torch.dtype, device: torch.device, **held: Any) -> "Lazy":
+    def like(
+        cls, shape: Sequence[int], dtype: torch.dtype, device: torch.device, **attributes: Any
+    ) -> "Lazy":
         w = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-        w.__dict__.update(held)
+        w.__dict__.update(attributes)
         return w
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -68,10 +67,13 @@ class Lazy(Tensor):
 
     def mapped(self, f: Callable[[Tensor], Tensor]) -> "Lazy":
         """The same weight with `f` applied to every tensor it holds."""
-        held = {k: f(v) if k in self._parts and v is not None else v for k, v in self.__dict__.items()}
-        parts = [held[k] for k in self._parts if held[k] is not None]
+        attributes = dict(self.__dict__)
+        for name in self._parts:
+            if attributes[name] is not None:
+                attributes[name] = f(attributes[name])
+        parts = [attributes[name] for name in self._parts if attributes[name] is not None]
         dtype = next((t.dtype for t in parts if t.is_floating_point()), self.dtype)
-        return type(self).like(self.shape, dtype, parts[0].device, **held)
+        return type(self).like(self.shape, dtype, parts[0].device, **attributes)
 
     def moved(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> "Lazy":
         """The same weight elsewhere or in another precision."""
@@ -94,11 +96,9 @@ class Lazy(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
-        if (
-            func in _COPIES
-            and isinstance(args[0], Lazy)
-            and (func is not _aten.view.default or args[0].shape == torch.Size(args[1]))
-        ):
+        # A view in another shape is no copy.
+        other_shape = func is _aten.view.default and args[0].shape != torch.Size(args[1])
+        if func in _COPIES and isinstance(args[0], Lazy) and not other_shape:
             if func is _aten.clone.default:
                 return args[0].mapped(_cloned)
             return args[0].moved(kwargs.get("dtype"), kwargs.get("device"))
@@ -160,22 +160,26 @@ class LowRank(Lazy):
         return (y + F.linear(self._gated(h, h), self.b)).to(y.dtype)
 
     def dense(self) -> Tensor:
-        if self.router is not None or (self.gate is not None and self.gate.dim() > 1):
-            raise ValueError(
-                f"{self!r} has no plain tensor: its correction depends on the {'token' if self.router is not None else 'sample'}"
-            )
-        base, gate = dense(self.base), self.scale if self.gate is None else self.gate * self.scale
+        if self.router is not None:
+            raise ValueError(f"{self!r} has no plain tensor: its correction depends on the token")
+        if self.gate is not None and self.gate.dim() > 1:
+            raise ValueError(f"{self!r} has no plain tensor: its correction depends on the sample")
+        base = dense(self.base)
+        gate = self.scale if self.gate is None else self.gate * self.scale
         change = (self.b * gate) @ self.a
-        return (base + (change if self.kind == "linear" else change.t())).to(base.dtype)
+        if self.kind != "linear":
+            change = change.t()
+        return (base + change).to(base.dtype)
 
     def per_row(self, samples: Tensor) -> "LowRank":
         """The same weight for a batch whose row i belongs to sample `samples[i]`."""
-        held = dict(self.__dict__)
+        attributes = dict(self.__dict__)
         if isinstance(self.base, LowRank):
-            held["base"] = self.base.per_row(samples)
+            attributes["base"] = self.base.per_row(samples)
         if self.gate is not None and self.gate.dim() == 2 and len(self.gate) > 1:
-            held["gate"], held["rows"] = self.gate[samples.to(self.gate.device)], None
-        return LowRank.like(self.shape, self.dtype, self.device, **held)  # type: ignore[return-value]
+            attributes["gate"] = self.gate[samples.to(self.gate.device)]
+            attributes["rows"] = None
+        return LowRank.like(self.shape, self.dtype, self.device, **attributes)  # type: ignore[return-value]
 
     def _add(self, y: Tensor, x: Tensor) -> Tensor:
         """`y` and the correction for `x`, added in the wider precision of the two and rounded once."""
@@ -205,43 +209,43 @@ class LowRank(Lazy):
         return h if self.scale == 1.0 else h * self.scale
 
     def _per_row(self, h: Tensor) -> Tensor:
-        """The gate [b, r] of each row's sample, shaped to multiply h: [b, t, r], or rows of several samples one after the other."""
+        """The gate [b, r] of each row's sample, shaped to multiply h: [b, t, r], or rows of several samples
+        one after the other.
+        """
         gate, n = self.gate, h.shape[0]
         assert gate is not None
-        if (
-            self.rows is not None
-        ):  # sample of each visual token; a tower sees tokens, patches (more) or tiles (fewer) in the same order
+        # `rows` has the sample of each visual token. A tower sees tokens, patches (more) or tiles (fewer) in
+        # the same order.
+        if self.rows is not None:
             total = len(self.rows)
             if n % total and total % n:
                 raise ValueError(
-                    f"{self!r}: {n} rows do not belong to {total} visual tokens; rows must be of the ids of this batch"
+                    f"{self!r}: {n} rows do not belong to {total} visual tokens; "
+                    "rows must be of the ids of this batch"
                 )
-            of = self.rows.repeat_interleave(n // total) if n >= total else self.rows[:: total // n]
-            gate = gate[of]
+            samples = self.rows.repeat_interleave(n // total) if n >= total else self.rows[:: total // n]
+            gate = gate[samples]
         elif n != len(gate) and len(gate) > 1:
-            flat = (
-                "; this layer flattens its batch, so it cannot have weights per sample"
-                if h.dim() == 2
-                else ""
-            )
-            what = flat or "; give weights for every sample of the batch"
-            raise ValueError(f"{self!r}: weights for {len(gate)} samples meet {n} rows{what}")
+            advice = "; give weights for every sample of the batch"
+            if h.dim() == 2:
+                advice = "; this layer flattens its batch, so it cannot have weights per sample"
+            raise ValueError(f"{self!r}: weights for {len(gate)} samples meet {n} rows{advice}")
         return gate[:, None, :] if h.dim() == 3 else gate
 
     def _about(self) -> str:
-        how = (
-            "routed"
-            if self.router is not None
-            else "per sample"
-            if self.gate is not None and self.gate.dim() > 1
-            else ""
-        )
+        gating = ""
+        if self.router is not None:
+            gating = " routed"
+        elif self.gate is not None and self.gate.dim() > 1:
+            gating = " per sample"
         base = repr(self.base) if isinstance(self.base, Lazy) else str(self.base.dtype)[6:]
-        return f"{list(self.shape)}, {self.kind}, rank {len(self.a)}{' ' + how if how else ''} over {base}"
+        return f"{list(self.shape)}, {self.kind}, rank {len(self.a)}{gating} over {base}"
 
 
 class Sharded(Lazy):
-    """A weight whose parts lie on several processes (`torch.distributed.tensor.DTensor`): gathered when used, its gradient scattered."""
+    """A weight whose parts lie on several processes (`torch.distributed.tensor.DTensor`): gathered when used,
+    its gradient scattered.
+    """
 
     _parts = ("shard",)
     shard: Any
@@ -256,7 +260,9 @@ class Sharded(Lazy):
 
 
 class Passed(Lazy):
-    """A head that hands its input on: logits become the hidden states before it. As an embedding it is its base (tied weights)."""
+    """A head that hands its input on: logits become the hidden states before it. As an embedding it is its
+    base (tied weights).
+    """
 
     _parts = ("base",)
     base: Tensor
@@ -283,47 +289,53 @@ def low_rank(
     """A weight that acts as `base + scale B diag(gate) A`, where the gate may differ by sample or by token.
 
     Args:
-        base: [out, in], of any kind of weight; [in, out] with kind "conv1d" (GPT-2), [v, d] with kind "embedding".
-        a, b: [r, in] and [out, r]; [r, v] and [d, r] with kind "embedding". Adapters side by side are one with the sum of their ranks.
+        base: [out, in], of any kind of weight; [in, out] with kind "conv1d" (GPT-2), [v, d] with kind
+            "embedding".
+        a, b: [r, in] and [out, r]; [r, v] and [d, r] with kind "embedding". Adapters side by side are one
+            with the sum of their ranks.
         gate: [r], or [b, r] with a row for each sample of the batch that will come; ones if left out.
         router: [n, in]; softmax over n experts of `x router^T` gates r / n ranks each, per token (H-LoRA).
-        rows: int64 [tokens], which sample each visual token belongs to: needed with a gate per sample where the layer is in a vision tower.
+        rows: int64 [tokens], which sample each visual token belongs to: needed with a gate per sample where
+            the layer is in a vision tower.
         kind: an embedding's correction is not seen by a head that shares its weight, nor the other way round.
-        dropout: of the input of A; with a router, of A's output before the gates, as H-LoRA has it. For training; drawn from torch's
-            default generator.
+        dropout: of the input of A; with a router, of A's output before the gates, as H-LoRA has it. For
+            training; drawn from torch's default generator.
     Raises:
         ValueError: shapes that do not fit.
-    Source: Hu et al. 2021 (LoRA), arXiv:2106.09685; gates and their dropout after Lin et al. 2025 (HealthGPT), arXiv:2502.09838, eq. 9,
-        and its public code, `llava/peft/tuners/lora.py`, `Linear.forward`.
+    Source: Hu et al. 2021 (LoRA), arXiv:2106.09685; gates and their dropout after Lin et al. 2025
+        (HealthGPT), arXiv:2502.09838, eq. 9, and its public code, `llava/peft/tuners/lora.py`,
+        `Linear.forward`.
     """
-    r, ends = len(a), (b.shape[0], a.shape[1])
-    if (
-        a.dim() != 2
-        or b.dim() != 2
-        or b.shape[1] != r
-        or base.shape != (ends if kind == "linear" else ends[::-1])
-    ):
+    r, shape = len(a), (b.shape[0], a.shape[1])
+    if kind != "linear":
+        shape = shape[::-1]
+    if a.dim() != 2 or b.dim() != 2 or b.shape[1] != r or base.shape != shape:
         sizes = f"{list(a.shape)} and {list(b.shape)} for {list(base.shape)} of kind {kind}"
         raise ValueError(f"low_rank: A [r, in] and B [out, r] must fit the weight, got {sizes}")
     if gate is not None and (gate.dim() > 2 or gate.shape[-1] != r):
         raise ValueError(f"low_rank: the gate must be [{r}] or [b, {r}], got {list(gate.shape)}")
     if router is not None and (kind == "embedding" or router.shape[-1] != a.shape[1] or r % len(router)):
         raise ValueError(
-            f"low_rank: the router must be [n, {a.shape[1]}] with n dividing rank {r}, got {list(router.shape)}"
+            f"low_rank: the router must be [n, {a.shape[1]}] with n dividing rank {r}, "
+            f"got {list(router.shape)}"
         )
-    held = {"base": base, "a": a, "b": b, "gate": gate, "router": router, "rows": rows}
+    parts = {"base": base, "a": a, "b": b, "gate": gate, "router": router, "rows": rows}
     return LowRank.like(
-        base.shape, base.dtype, base.device, **held, scale=float(scale), kind=kind, dropout=dropout
+        base.shape, base.dtype, base.device, **parts, scale=float(scale), kind=kind, dropout=dropout
     )
 
 
 def sharded(shard: Any) -> Tensor:
-    """A weight from a DTensor, gathered at each use; the gradient it passes back is the sum over processes, scattered as the shard is."""
+    """A weight from a DTensor, gathered at each use; the gradient it passes back is the sum over processes,
+    scattered as the shard is.
+    """
     return Sharded.like(shard.shape, shard.dtype, shard.device, shard=shard)
 
 
 def passed(base: Tensor) -> Tensor:
-    """In the place of a language head's weight: the model returns the hidden states [.., d] that the head would have got."""
+    """In the place of a language head's weight: the model returns the hidden states [.., d] that the head
+    would have got.
+    """
     return Passed.like(base.shape, base.dtype, base.device, base=base)
 
 
@@ -336,15 +348,15 @@ def per_row(params: Mapping[str, Tensor], samples: Tensor, count: int) -> dict[s
     Raises:
         ValueError: weights for another number of samples.
     """
+    rows = {}
     for name, w in params.items():
-        if (
-            isinstance(w, LowRank)
-            and w.gate is not None
-            and w.gate.dim() == 2
-            and len(w.gate) not in (1, count)
-        ):
-            raise ValueError(f"{name} has weights for {len(w.gate)} samples, the batch has {count}")
-    return {n: w.per_row(samples) if isinstance(w, LowRank) else w for n, w in params.items()}
+        if isinstance(w, LowRank):
+            gate = w.gate
+            if gate is not None and gate.dim() == 2 and len(gate) not in (1, count):
+                raise ValueError(f"{name} has weights for {len(gate)} samples, the batch has {count}")
+            w = w.per_row(samples)
+        rows[name] = w
+    return rows
 
 
 def dense(w: Tensor) -> Tensor:
@@ -360,7 +372,8 @@ def move_params(
     params: Mapping[str, Tensor], device: str | torch.device | None = None, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
     """The params elsewhere or in another precision; codes and scales of 4-bit weights keep theirs."""
-    return {n: _moved(w, dtype, None if device is None else torch.device(device)) for n, w in params.items()}
+    target = None if device is None else torch.device(device)
+    return {name: _moved(w, dtype, target) for name, w in params.items()}
 
 
 def leaves(w: Tensor) -> Iterator[Tensor]:
@@ -375,14 +388,15 @@ def leaves(w: Tensor) -> Iterator[Tensor]:
 
 def nbytes(params: Mapping[str, Tensor]) -> int:
     """Bytes of memory that the weights hold on this process; what several share counts once."""
-    held = {}
+    storages: dict[int, int] = {}
     for w in params.values():
         for t in leaves(w):
             t = t.to_local() if hasattr(t, "to_local") else t
-            held[t.untyped_storage().data_ptr() or id(t)] = (
-                t.untyped_storage().nbytes() if t.device.type != "meta" else t.nbytes
-            )
-    return sum(held.values())
+            storage = t.untyped_storage()
+            size = t.nbytes if t.device.type == "meta" else storage.nbytes()
+            # Tensors without memory have no address.
+            storages[storage.data_ptr() or id(t)] = size
+    return sum(storages.values())
 
 
 def _moved(t: Tensor, dtype: torch.dtype | None, device: torch.device | None) -> Tensor:

@@ -1,4 +1,6 @@
-"""Adapters: low-rank corrections of the weights of a model (LoRA), and the same with a gate per token (H-LoRA)."""
+"""Adapters: low-rank corrections of the weights of a model (LoRA), and the same with a gate per token
+(H-LoRA).
+"""
 
 import math
 import re
@@ -28,7 +30,8 @@ class LoraConfig:
     alpha: float = 16.0
     rslora: bool = False  # scale alpha / sqrt(rank) instead of alpha / rank
     dropout: float = 0.0
-    # Names of layers, or ends of names; layers of a vision tower or projector only if `vision`. Or one regex in `pattern` for full names.
+    # Names of layers, or ends of names; layers of a vision tower or projector only if `vision`. Or one regex
+    # in `pattern` for full names.
     targets: tuple[str, ...] = ()
     pattern: str = field(
         default="", metadata={"unless": "targets"}
@@ -51,9 +54,8 @@ class LoraConfig:
                 f"LoraConfig: ranks must be positive, dropout in [0, 1), experts not negative, got {self}"
             )
         config.check_bounds(self, "LoraConfig", rank=config.WIDTH, alpha=(0, 1e6), experts=(0, 1024))
-        if max(ranks) > config.WIDTH[1] or not all(
-            0 <= alpha <= 1e6 for alpha in self.alpha_pattern.values()
-        ):
+        alphas_in_bounds = all(0 <= alpha <= 1e6 for alpha in self.alpha_pattern.values())
+        if max(ranks) > config.WIDTH[1] or not alphas_in_bounds:
             raise ValueError(
                 f"LoraConfig: rank_pattern and alpha_pattern need ranks and alphas as above, got {self}"
             )
@@ -72,9 +74,11 @@ class LoraConfig:
 
 @frozen(kw_only=True, eq=False)
 class Adapter:
-    """Low-rank factors for layers of one model, as values; `apply_lora` puts them on params, `evolve(adapter, factors=...)` trains them.
+    """Low-rank factors for layers of one model, as values; `apply_lora` puts them on params, `evolve(adapter,
+    factors=...)` trains them.
 
-    The correction of module m is `scale[m] * b diag(gate[m]) a`. A gate [b, r] has a row for each sample of the batch that will come.
+    The correction of module m is `scale[m] * b diag(gate[m]) a`. A gate [b, r] has a row for each sample of
+    the batch that will come.
     """
 
     factors: Factors
@@ -93,7 +97,8 @@ class Adapter:
 
     def __repr__(self) -> str:
         ranks = sorted({len(f["a"]) for f in self.factors.values()})
-        return f"Adapter({self.name or 'unnamed'}: {len(self.factors)} layers, ranks {ranks}{', gated' if self.gate else ''})"
+        gated = ", gated" if self.gate else ""
+        return f"Adapter({self.name or 'unnamed'}: {len(self.factors)} layers, ranks {ranks}{gated})"
 
 
 def target_layers(cfg: LoraConfig, skeleton: Any) -> dict[str, str]:
@@ -102,38 +107,51 @@ def target_layers(cfg: LoraConfig, skeleton: Any) -> dict[str, str]:
     Args:
         skeleton: `skeletons.Skeleton`; only names, types and shapes of its module are read.
     Raises:
-        ValueError: a target that no layer has, or nothing left of it outside the vision tower (says what there is).
+        ValueError: a target that no layer has, or nothing left of it outside the vision tower (says what
+            there is).
     """
     kinds = adaptable_layers(skeleton)
-    excluded = {n for n in kinds if any(_ends(n, e) for e in cfg.exclude)}
-    if cfg.pattern:
-        linear = {
-            n
-            for n, k in kinds.items()
-            if k != "embedding" and not _HEAD.search(n) and (cfg.vision or not VISION.search(n))
-        }
-        hit = linear if cfg.pattern == "all-linear" else {n for n in kinds if re.fullmatch(cfg.pattern, n)}
+    if cfg.pattern == "all-linear":
+        layers = {n for n, kind in kinds.items() if kind != "embedding" and not _HEAD.search(n)}
+        layers = _without_vision(cfg, layers)
+    elif cfg.pattern:
+        layers = {n for n in kinds if re.fullmatch(cfg.pattern, n)}
     else:
-        hit = set()
-        for t in cfg.targets:
-            found = {n for n in kinds if _ends(n, t)}
-            kept = {n for n in found if cfg.vision or not VISION.search(n)}
-            if not kept:
-                why = (
-                    f"only layers of the vision tower ({sorted(found)[0]}...) end in it; set vision=True"
-                    if found
-                    else "no layer ends in it"
-                )
-                raise ValueError(f"lora: target {t!r}: {why}; there are {_ends_of(kinds)}")
-            hit |= kept
-    if not hit - excluded:
-        raise ValueError(f"lora: {cfg.pattern or cfg.targets} names no layer; there are {_ends_of(kinds)}")
-    return {n: k for n, k in kinds.items() if n in hit - excluded}
+        layers = set()
+        for target in cfg.targets:
+            layers |= _layers_of_target(cfg, target, kinds)
+    layers -= {n for n in layers if any(_is_end(n, end) for end in cfg.exclude)}
+    if not layers:
+        raise ValueError(f"lora: {cfg.pattern or cfg.targets} names no layer; there are {_last_names(kinds)}")
+    return {n: kind for n, kind in kinds.items() if n in layers}
+
+
+def _layers_of_target(cfg: LoraConfig, target: str, kinds: Mapping[str, str]) -> set[str]:
+    matches = {n for n in kinds if _is_end(n, target)}
+    layers = _without_vision(cfg, matches)
+    if layers:
+        return layers
+    if matches:
+        why = f"only layers of the vision tower ({sorted(matches)[0]}...) end in it; set vision=True"
+    else:
+        why = "no layer ends in it"
+    raise ValueError(f"lora: target {target!r}: {why}; there are {_last_names(kinds)}")
+
+
+def _without_vision(cfg: LoraConfig, layers: set[str]) -> set[str]:
+    if cfg.vision:
+        return layers
+    return {n for n in layers if not VISION.search(n)}
 
 
 def adaptable_layers(skeleton: Any) -> dict[str, str]:
     """{module: kind} of every layer that an adapter can be on, in the order of the model."""
-    return {n: k for n, m in skeleton.module.named_modules() if (k := _kind(m))}
+    kinds = {}
+    for name, module in skeleton.module.named_modules():
+        kind = _layer_kind(module)
+        if kind:
+            kinds[name] = kind
+    return kinds
 
 
 def init_lora(
@@ -141,41 +159,57 @@ def init_lora(
 ) -> Adapter:
     """A new adapter, float32: it changes nothing yet (B, or an embedding's A, is zero).
 
-    A warning says how much of a mixture model "all-linear" leaves alone: the experts of a layer are one parameter, no linear layers.
+    A warning says how much of a mixture model "all-linear" leaves alone: the experts of a layer are one
+    parameter, no linear layers.
     Raises:
         ValueError: as `target_layers`.
     Source: Hu et al. 2021 (LoRA), arXiv:2106.09685, initialised as peft does; router of H-LoRA as its A.
     """
+    kinds = target_layers(cfg, skeleton)
+    if cfg.pattern == "all-linear":
+        _warn_of_experts(skeleton)
     factors: Factors = {}
-    kinds, scale = target_layers(cfg, skeleton), {}
-    experts = {
-        n: p.numel() for n, p in skeleton.module.named_parameters() if p.dim() == 3 and EXPERTS.search(n)
-    }
-    if experts and cfg.pattern == "all-linear":
-        warnings.warn(
-            f"lora: all-linear corrects no experts: {next(iter(experts))} and {len(experts) - 1} more hold "
-            f"{sum(experts.values()):,} numbers as parameters without a layer, which stay as they are",
-            stacklevel=2,
-        )
+    scale: dict[str, float] = {}
     for name, kind in kinds.items():
         shape = skeleton.module.get_parameter(f"{name}.weight").shape
+        # Tables and GPT-2's Conv1D lie as [in, out].
         out, into = (shape[0], shape[1]) if kind == "linear" else (shape[1], shape[0])
         if cfg.experts and kind == "embedding":
             raise ValueError(
-                f"lora: {name} is an embedding, which has no hidden state to route by; experts need linear layers"
+                f"lora: {name} is an embedding, which has no hidden state to route by; "
+                "experts need linear layers"
             )
-        r = _first(cfg.rank_pattern, name, cfg.rank)
-        alpha = _first(cfg.alpha_pattern, name, cfg.alpha)
+        rank = _pattern_value(cfg.rank_pattern, name, cfg.rank)
+        alpha = _pattern_value(cfg.alpha_pattern, name, cfg.alpha)
+        # One factor is zero, so that the product is. The order of draws must stay: A or B, then the router.
         if kind == "embedding":
-            made = {"a": torch.zeros(r, into), "b": torch.randn(out, r, generator=gen)}
+            a = torch.zeros(rank, into)
+            b = torch.randn(out, rank, generator=gen)
+        elif cfg.init == "gaussian":
+            a = torch.randn(rank, into, generator=gen) / rank
+            b = torch.zeros(out, rank)
         else:
-            a = torch.randn(r, into, generator=gen) / r if cfg.init == "gaussian" else _kaiming(r, into, gen)
-            made = {"a": a, "b": torch.zeros(out, r)}
+            a = _kaiming(rank, into, gen)
+            b = torch.zeros(out, rank)
+        factors[name] = {"a": a.to(device), "b": b.to(device)}
         if cfg.experts:
-            made["router"] = _kaiming(cfg.experts, into, gen)
-        factors[name] = {k: t.to(device) for k, t in made.items()}
-        scale[name] = alpha / (math.sqrt(r) if cfg.rslora else r) * max(1, cfg.experts)
+            factors[name]["router"] = _kaiming(cfg.experts, into, gen).to(device)
+        divisor = math.sqrt(rank) if cfg.rslora else rank
+        scale[name] = alpha / divisor * max(1, cfg.experts)
     return Adapter(factors=factors, scale=scale, kinds=kinds, dropout=cfg.dropout)
+
+
+def _warn_of_experts(skeleton: Any) -> None:
+    sizes = {}
+    for name, p in skeleton.module.named_parameters():
+        if p.dim() == 3 and EXPERTS.search(name):
+            sizes[name] = p.numel()
+    if sizes:
+        warnings.warn(
+            f"lora: all-linear corrects no experts: {next(iter(sizes))} and {len(sizes) - 1} more hold "
+            f"{sum(sizes.values()):,} numbers as parameters without a layer, which stay as they are",
+            stacklevel=3,
+        )
 
 
 def apply_lora(
@@ -185,59 +219,69 @@ def apply_lora(
 
     Args:
         params: of any kind of weights, 4-bit, sharded or adapted ones among them.
-        rows: int64 [visual tokens], the sample each belongs to (`vlm.visual_rows(ids, token)`): needed when the adapter has a gate per
-            sample and corrects layers of a vision tower.
+        rows: int64 [visual tokens], the sample each belongs to (`vlm.visual_rows(ids, token)`): needed when
+            the adapter has a gate per sample and corrects layers of a vision tower.
         train: the adapter's dropout is on.
     Raises:
         ValueError: a layer that the params do not have, factors that do not fit, or `rows` missing.
     """
-    done = dict(params)
-    for where, t in adapter.full.items():
-        if where not in params or params[where].shape != t.shape:
-            held = list(params[where].shape) if where in params else "nothing"
+    adapted = dict(params)
+    for name, replacement in adapter.full.items():
+        if name not in params or params[name].shape != replacement.shape:
+            present = list(params[name].shape) if name in params else "nothing"
             raise ValueError(
-                f"apply_lora: {adapter} replaces {where} {list(t.shape)}, the model has {held} there"
+                f"apply_lora: {adapter} replaces {name} {list(replacement.shape)}, "
+                f"the model has {present} there"
             )
-        done[where] = t.to(params[where].device)
-    for name, f in adapter.factors.items():
-        where, gate = _parameter(params, name), adapter.gate.get(name)
-        seen = VISION.search(name) is not None and gate is not None and gate.dim() == 2
-        if seen and rows is None:
+        adapted[name] = replacement.to(params[name].device)
+    for module, factors in adapter.factors.items():
+        name = _weight_name(params, module)
+        gate = adapter.gate.get(module)
+        per_sample = gate is not None and gate.dim() == 2
+        # The rows that a vision tower sees are patches of several samples, so a gate per sample must be told
+        # whose they are.
+        needs_rows = per_sample and VISION.search(module) is not None
+        if needs_rows and rows is None:
             raise ValueError(
-                f"apply_lora: {name} sees images and its weights differ by sample; give rows=vlm.visual_rows(ids, image token)"
+                f"apply_lora: {module} sees images and its weights differ by sample; "
+                "give rows=vlm.visual_rows(ids, image token)"
             )
         try:
-            done[where] = low_rank(
-                done[where],
-                f["a"],
-                f["b"],
-                scale=adapter.scale[name],
+            adapted[name] = low_rank(
+                adapted[name],
+                factors["a"],
+                factors["b"],
+                scale=adapter.scale[module],
                 gate=gate,
-                router=f.get("router"),
-                rows=rows if seen else None,
-                kind=adapter.kinds[name],
+                router=factors.get("router"),
+                rows=rows if needs_rows else None,
+                kind=adapter.kinds[module],
                 dropout=adapter.dropout if train else 0.0,
             )
         except ValueError as e:
             raise ValueError(
-                f"apply_lora: {name} of {adapter}: {e}; was the adapter made for another model?"
+                f"apply_lora: {module} of {adapter}: {e}; was the adapter made for another model?"
             ) from e
-    return done
+    return adapted
 
 
 def without_copies(adapter: Adapter, params: Mapping[str, Tensor]) -> Adapter:
     """The adapter without whole tensors that are the base's own, up to the rounding of the base's dtype.
 
-    peft saves the token table or the head untouched beside an adapter that corrects it. An adapter that replaces
-    nothing can be mixed with others.
+    peft saves the token table or the head untouched beside an adapter that corrects it. An adapter that
+    replaces nothing can be mixed with others.
     """
-    changed = {}
+    replaced = {}
     for name, tensor in adapter.full.items():
-        base = params.get(name)
-        same = base is not None and not isinstance(base, Lazy) and base.shape == tensor.shape
-        if base is None or not same or not torch.equal(tensor.to(base.device, base.dtype), base):
-            changed[name] = tensor
-    return evolve(adapter, full=changed)
+        if not _is_copy(tensor, params.get(name)):
+            replaced[name] = tensor
+    return evolve(adapter, full=replaced)
+
+
+def _is_copy(tensor: Tensor, base: Tensor | None) -> bool:
+    if base is None or isinstance(base, Lazy) or base.shape != tensor.shape:
+        return False
+    return torch.equal(tensor.to(base.device, base.dtype), base)
 
 
 @frozen(kw_only=True, eq=False)
@@ -246,9 +290,8 @@ class Merged:
 
     params: dict[str, Tensor] = field(repr=False)
     change: dict[str, float]  # |s B A| / |W| of each module (Frobenius norms)
-    lost: dict[
-        str, float
-    ]  # |rounded - exact| / |s B A|: how much of the correction the dtype of the result rounds away
+    # |rounded - exact| / |s B A|: the share of the correction that the dtype of the result rounds away.
+    lost: dict[str, float]
 
 
 def merge_adapter(
@@ -258,63 +301,64 @@ def merge_adapter(
     dtype: torch.dtype | None = None,
     also_head: bool = False,
 ) -> Merged:
-    """Add an adapter into its weights, for export: 4-bit weights are written out, the sum is rounded to `dtype` (default: the weight's).
+    """Add an adapter into its weights, for export: 4-bit weights are written out, the sum is rounded to
+    `dtype` (default: the weight's).
 
     Args:
-        also_head: let an embedding that is tied to the head take its correction along; unmerged, the head does not see it.
+        also_head: let an embedding that is tied to the head take its correction along; unmerged, the head
+            does not see it.
     Raises:
-        ValueError: a gate per sample or token cannot be merged, the adapter does not fit, or it corrects one of two tied layers: the head
-            (untie them first), or an embedding that may be tied to it.
+        ValueError: a gate per sample or token cannot be merged, the adapter does not fit, or it corrects one
+            of two tied layers: the head (untie them first), or an embedding that may be tied to it.
     """
-    sharing = [m for m in adapter.factors if f"{m}.weight" not in params]
+    sharing = [module for module in adapter.factors if f"{module}.weight" not in params]
     if sharing:
         raise ValueError(
-            f"merge_adapter: {sharing[0]} has the weight {_parameter(params, sharing[0])} of another layer, which its adapter does not correct; "
-            "give them a weight each (skeleton, params = hub.untie(skeleton, params)), or keep the adapter apart"
+            f"merge_adapter: {sharing[0]} has the weight {_weight_name(params, sharing[0])} of another layer, "
+            "which its adapter does not correct; give them a weight each "
+            "(skeleton, params = hub.untie(skeleton, params)), or keep the adapter apart"
         )
-    tied = (
-        [m for m, k in adapter.kinds.items() if k == "embedding"]
-        if "lm_head.weight" not in params and not also_head
-        else []
-    )
-    if tied:
+    may_be_tied = "lm_head.weight" not in params and not also_head
+    embeddings = [module for module, kind in adapter.kinds.items() if kind == "embedding"]
+    if may_be_tied and embeddings:
         raise ValueError(
-            f"merge_adapter: {tied[0]} may be tied to the head, which its adapter does not correct; give them a weight each (hub.untie), "
-            "keep the adapter apart, or say also_head=True"
+            f"merge_adapter: {embeddings[0]} may be tied to the head, which its adapter does not correct; "
+            "give them a weight each (hub.untie), keep the adapter apart, or say also_head=True"
         )
-    merged, change, lost = dict(apply_lora(params, adapter)), {}, {}
-    for name in adapter.factors:
-        where = _parameter(params, name)
-        base = dense(params[where]).float()
-        w = merged[where]
+    merged = dict(apply_lora(params, adapter))
+    change: dict[str, float] = {}
+    lost: dict[str, float] = {}
+    for module in adapter.factors:
+        name = _weight_name(params, module)
+        base = dense(params[name]).float()
         try:
-            exact = dense(low_rank_over(w, base))
+            exact = dense(_over_base(merged[name], base))
         except ValueError as e:
             raise ValueError(
-                f"merge_adapter: {name}: {e}; keep the adapter apart, or compose it with one weight vector"
+                f"merge_adapter: {module}: {e}; keep the adapter apart, or compose it with one weight vector"
             ) from e
-        out = exact.to(dtype or params[where].dtype)
-        merged[where] = out
-        size = (exact - base).norm().clamp(min=1e-30)
-        change[name] = float(size / base.norm().clamp(min=1e-30))
-        lost[name] = float((out.float() - exact).norm() / size)
+        rounded = exact.to(dtype or params[name].dtype)
+        merged[name] = rounded
+        correction = (exact - base).norm().clamp(min=1e-30)  # no division by 0 below
+        change[module] = float(correction / base.norm().clamp(min=1e-30))
+        lost[module] = float((rounded.float() - exact).norm() / correction)
     return Merged(params=merged, change=change, lost=lost)
 
 
-def low_rank_over(w: Tensor, base: Tensor) -> Tensor:
+def _over_base(w: Tensor, base: Tensor) -> Tensor:
     """The same correction over another base."""
     assert isinstance(w, Lazy)
-    held: dict[str, Any] = {k: v for k, v in w.__dict__.items() if k != "base"}
-    return low_rank(base, **held)
+    attributes: dict[str, Any] = dict(w.__dict__)
+    del attributes["base"]
+    return low_rank(base, **attributes)
 
 
 def count_adapter(adapter: Adapter, params: Mapping[str, Tensor]) -> tuple[int, int, float]:
     """(numbers to train, numbers of the model without them, their share of the sum in percent)."""
-    own = sum(t.numel() for f in adapter.factors.values() for t in f.values()) + sum(
-        t.numel() for t in adapter.full.values()
-    )
+    trained = sum(t.numel() for factors in adapter.factors.values() for t in factors.values())
+    trained += sum(t.numel() for t in adapter.full.values())
     base = sum(w.numel() for w in params.values())
-    return own, base, 100 * own / max(1, own + base)
+    return trained, base, 100 * trained / max(1, trained + base)
 
 
 def move_adapter(
@@ -327,41 +371,51 @@ def move_adapter(
     """
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"lora.move_adapter: factors are floats, got {dtype}")
-    move = lambda held: {k: t.to(device=device, dtype=dtype) for k, t in held.items()}
-    factors = {m: move(f) for m, f in adapter.factors.items()}
+
+    def move(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: t.to(device=device, dtype=dtype) for name, t in tensors.items()}
+
+    factors = {module: move(f) for module, f in adapter.factors.items()}
     return evolve(adapter, factors=factors, gate=move(adapter.gate), full=move(adapter.full))
 
 
-def _parameter(params: Mapping[str, Tensor], module: str) -> str:
-    """The name of the module's weight; a tied head has its embedding's."""
-    if (name := f"{module}.weight") in params:
+def _weight_name(params: Mapping[str, Tensor], module: str) -> str:
+    """The name of a module's weight; a tied head has its embedding's."""
+    name = f"{module}.weight"
+    if name in params:
         return name
-    shared = [n for n in params if re.search(r"(^|\.)(embed_tokens|wte|word_embeddings)\.weight$", n)]
-    if module.rpartition(".")[2] == "lm_head" and len(shared) == 1:
-        return shared[0]
-    raise ValueError(
-        f"apply_lora: the model has no weight {name}; its weights look like {', '.join(list(params)[:: max(1, len(params) // 4)][:4])}"
-    )
+    tables = [n for n in params if re.search(r"(^|\.)(embed_tokens|wte|word_embeddings)\.weight$", n)]
+    if module.rpartition(".")[2] == "lm_head" and len(tables) == 1:
+        return tables[0]
+    step = max(1, len(params) // 4)
+    examples = ", ".join(list(params)[::step][:4])
+    raise ValueError(f"apply_lora: the model has no weight {name}; its weights look like {examples}")
 
 
-def _kind(m: nn.Module) -> str:
-    if isinstance(m, nn.Linear):
+def _layer_kind(module: nn.Module) -> str:
+    """ "linear", "embedding" or "conv1d"; "" for what no adapter can be on."""
+    if isinstance(module, nn.Linear):
         return "linear"
-    if isinstance(m, nn.Embedding):
+    if isinstance(module, nn.Embedding):
         return "embedding"
-    return "conv1d" if type(m).__name__ == "Conv1D" and hasattr(m, "nf") else ""
+    # By name, as only hub imports transformers.
+    return "conv1d" if type(module).__name__ == "Conv1D" and hasattr(module, "nf") else ""
 
 
-def _ends(name: str, end: str) -> bool:
+def _is_end(name: str, end: str) -> bool:
     return name == end or name.endswith(f".{end}")
 
 
-def _ends_of(kinds: Iterable[str]) -> str:
-    return ", ".join(sorted({n.rpartition(".")[2] for n in kinds}))
+def _last_names(layers: Iterable[str]) -> str:
+    return ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
 
 
-def _first(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", name)), default)
+def _pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    """The value of the first pattern that matches the end of a name, as peft has it."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
 
 
 def _kaiming(rows: int, columns: int, gen: Generator) -> Tensor:

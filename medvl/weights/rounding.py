@@ -1,4 +1,6 @@
-"""Values kept in 16 or 8 bits: widened to float32 a piece at a time, computed, rounded back. The arithmetic is the caller's."""
+"""Parameters and moments stored in 16 or 8 bits: widened to float32 a piece at a time, updated by a kernel,
+rounded back.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +15,9 @@ PIECE = 2**24  # values that are widened to float32 at a time; a multiple of any
 
 @frozen(kw_only=True)
 class Packing:
-    """How moments are kept in 8 bits: `pack(values, signed) -> (codes uint8, scale [blocks])` and `unpack(codes, scale, signed)`."""
+    """How moments are stored in 8 bits: `pack(values, signed) -> (codes uint8, scale [blocks])` and
+    `unpack(codes, scale, signed)`.
+    """
 
     pack: Callable[[Tensor, bool], tuple[Tensor, Tensor]]
     unpack: Callable[[Tensor, Tensor, bool], Tensor]
@@ -22,30 +26,35 @@ class Packing:
 
 
 def round_stochastic(values: Tensor, gen: Generator) -> Tensor:
-    """float32 -> bfloat16, to one of the two neighbours with the odds of the distance, so that the mean is exact; inf and nan stay."""
+    """Round float32 to bfloat16, to one of the two neighbours with a probability by distance, so that the
+    mean is exact.
+
+    inf and nan stay.
+    """
     noise = torch.randint(2**16, values.shape, dtype=torch.int32, device=values.device, generator=gen)
-    bits = (
-        values.contiguous().view(torch.int32) + noise
-    )  # carries into the upper half as often as the lower half is large
+    # The sum carries into the upper 16 bits, which bfloat16 has, as often as the lower 16 are large.
+    bits = values.contiguous().view(torch.int32) + noise
     return torch.where(values.isfinite(), (bits & -(2**16)).view(torch.float32), values).bfloat16()
 
 
 def is_large(t: Tensor) -> bool:
-    """Whether a tensor is walked in pieces even where nothing of it is rounded."""
+    """Whether a tensor is updated in pieces even where nothing of it is rounded."""
     return t.numel() > PIECE
 
 
 def group_by_size(sizes: dict[str, int]) -> list[list[str]]:
-    """The names in bunches of about `PIECE` values: the kernel's scratch is as large as what it is given at once."""
-    found: list[list[str]] = []
+    """The names in groups of about `PIECE` values: a kernel's scratch memory is as large as what it is given
+    at once.
+    """
+    groups: list[list[str]] = []
     room = 0
     for name, size in sizes.items():
         if size > room:
-            found.append([])
+            groups.append([])
             room = PIECE
-        found[-1].append(name)
+        groups[-1].append(name)
         room -= size
-    return found
+    return groups
 
 
 def run_in_pieces(
@@ -56,35 +65,47 @@ def run_in_pieces(
     packing: Packing | None,
     gen: Generator | None,
 ) -> None:
-    """Run `kernel` on one parameter, in float32 or wider, a piece at a time; round what is kept in fewer bits."""
-    p, g = t.contiguous().view(-1), g.reshape(-1)
-    for i in range(0, len(p), PIECE):
-        span = slice(i, i + PIECE)
-        wide = p[span].float() if p.dtype in HALF else p[span]
-        opened = [
-            _opened(m, packing, span, signed).to(wide.dtype)
-            for m, signed in zip(moments, (True, False), strict=True)
-        ]
-        kernel([wide], [g[span].to(wide.dtype)], *([m] for m in opened))
-        for m, values, signed in zip(moments, opened, (True, False), strict=True):
-            _closed(m, packing, span, signed, values)
-        if p.dtype in HALF:
-            p[span] = wide if gen is None else round_stochastic(wide, gen)
-    if p.data_ptr() != t.data_ptr():
-        t.copy_(p.view(t.shape))
+    """Run an optimiser's `kernel` on one parameter, in float32 or wider, a piece at a time, and round the
+    results. In place.
+
+    Args:
+        kernel: ([parameter], [gradient], [first moment], [second moment]), updates all but the gradient.
+        t, g: the parameter and its gradient.
+        moments: first and second; tensors, or {"codes", "scale"} of `packing`.
+        packing: of moments in 8 bits.
+        gen: rounds a bfloat16 parameter stochastically; None: to the nearest.
+    """
+    parameter, gradient = t.contiguous().view(-1), g.reshape(-1)
+    signs = (True, False)  # first moments have a sign, second ones have none
+    for start in range(0, len(parameter), PIECE):
+        span = slice(start, start + PIECE)
+        wide = parameter[span].float() if parameter.dtype in HALF else parameter[span]
+        wide_moments = []
+        for moment, signed in zip(moments, signs, strict=True):
+            wide_moments.append(_read_moment(moment, packing, span, signed).to(wide.dtype))
+        kernel([wide], [gradient[span].to(wide.dtype)], *([moment] for moment in wide_moments))
+        for moment, values, signed in zip(moments, wide_moments, signs, strict=True):
+            _write_moment(moment, packing, span, signed, values)
+        if parameter.dtype in HALF:
+            parameter[span] = wide if gen is None else round_stochastic(wide, gen)
+    # `contiguous` made a copy of a parameter that is not.
+    if parameter.data_ptr() != t.data_ptr():
+        t.copy_(parameter.view(t.shape))
 
 
-def _opened(held: Any, packing: Packing | None, span: slice, signed: bool) -> Tensor:
-    """The float32 values of a moment that lie in `span`: of a plain one a view, of a packed one a copy."""
-    if not isinstance(held, dict):
-        return held.view(-1)[span]
+def _read_moment(moment: Any, packing: Packing | None, span: slice, signed: bool) -> Tensor:
+    """The values of a moment in `span`: of a plain one a view, of a packed one a float32 copy."""
+    if not isinstance(moment, dict):
+        return moment.view(-1)[span]
     assert packing is not None
     blocks = slice(span.start // packing.block, span.stop // packing.block)
-    return packing.unpack(held["codes"].view(-1)[span], held["scale"][blocks], signed)
+    return packing.unpack(moment["codes"].view(-1)[span], moment["scale"][blocks], signed)
 
 
-def _closed(held: Any, packing: Packing | None, span: slice, signed: bool, values: Tensor) -> None:
-    if isinstance(held, dict):
+def _write_moment(moment: Any, packing: Packing | None, span: slice, signed: bool, values: Tensor) -> None:
+    """Pack new values; those of a plain moment were updated through the view."""
+    if isinstance(moment, dict):
         assert packing is not None
         blocks = slice(span.start // packing.block, span.stop // packing.block)
-        held["codes"].view(-1)[span], held["scale"][blocks] = packing.pack(values.float(), signed)
+        codes, scale = packing.pack(values.float(), signed)
+        moment["codes"].view(-1)[span], moment["scale"][blocks] = codes, scale

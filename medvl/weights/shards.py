@@ -1,7 +1,9 @@
-"""Parameters in parts, one on each process: cut, used as weights, put together again. For training models that one device cannot hold.
+"""Parameters in parts, one on each process: cut, used as weights, gathered. For training models that one
+device cannot hold.
 
-A sharded leaf is a `torch.distributed.tensor.DTensor` whose rows lie on the processes. `gradients.value_and_grad` gives its gradient in the
-same parts, `optim.adamw` moves each part where it lies, `states.save_state` writes whole tensors. With one process nothing is cut.
+A sharded leaf is a `torch.distributed.tensor.DTensor` whose rows lie on the processes.
+`gradients.value_and_grad` gives its gradient in the same parts, `optim.adamw` moves each part where it lies,
+`states.save_state` writes whole tensors. With one process nothing is cut.
 """
 
 import re
@@ -17,7 +19,7 @@ from medvl.weights import lazy
 
 
 def process_mesh(device: str | torch.device = "cpu") -> Any:
-    """All processes in a row, as `torch.distributed` has them; None where there is but one."""
+    """The device mesh [processes] of `torch.distributed`; None with one process."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return None
     from torch.distributed.device_mesh import init_device_mesh
@@ -30,18 +32,20 @@ def shard_params(params: Tree, mesh: Any, *, patterns: Sequence[str] = (".*",), 
 
     Args:
         mesh: from `process_mesh`; None leaves all whole.
-        patterns: regexes over names; what none matches in full stays whole, as must a matrix that no linear layer or lookup uses.
+        patterns: regexes over names; what none matches in full stays whole, as must a matrix that no linear
+            layer or lookup uses.
         least: values; a smaller matrix stays whole, and its gradient is averaged like any.
     Raises:
         ValueError: a pattern that matches nothing, or nothing to cut.
     """
     flat = flatten(params)
-    match_names(flat, patterns)
+    match_names(flat, patterns)  # raises where a pattern matches nothing
     cut = sharder(mesh, patterns=patterns, least=least)
-    leaves = {n: cut(n, t) for n, t in flat.items()}
+    leaves = {name: cut(name, t) for name, t in flat.items()}
     if mesh is not None and not any_sharded(leaves):
         raise ValueError(
-            f"shard_params: none of {len(flat)} parameters is a plain matrix of at least {least} values that a pattern matches"
+            f"shard_params: none of {len(flat)} parameters is a plain matrix of at least {least} values "
+            "that a pattern matches"
         )
     return unflatten(leaves)
 
@@ -49,22 +53,20 @@ def shard_params(params: Tree, mesh: Any, *, patterns: Sequence[str] = (".*",), 
 def sharder(
     mesh: Any, *, patterns: Sequence[str] = (".*",), least: int = 2**14
 ) -> Callable[[str, Tensor], Tensor]:
-    """(name, weight) -> what `shard_params` makes of it; given to `loading.load_skeleton` as `each`, no process ever holds the whole model.
+    """(name, weight) -> what `shard_params` makes of it; given to `loading.load_skeleton` as `each`, no
+    process ever holds the whole model.
 
     Args:
-        mesh: or a number of processes, for an estimate: of what would be cut, a plain tensor without values and with a process's rows.
+        mesh: or a number of processes, for an estimate: of what would be cut, a plain tensor without values
+            and with a process's rows.
     """
-    chosen = [re.compile(p) for p in patterns]
+    compiled = [re.compile(pattern) for pattern in patterns]
 
     def cut(name: str, t: Tensor) -> Tensor:
         plain = not isinstance(t, lazy.Lazy) and not is_shard(t) and t.is_floating_point()
-        if (
-            mesh is None
-            or not plain
-            or t.dim() != 2
-            or t.numel() < least
-            or not any(p.fullmatch(name) for p in chosen)
-        ):
+        if mesh is None or not plain or t.dim() != 2 or t.numel() < least:
+            return t
+        if not any(pattern.fullmatch(name) for pattern in compiled):
             return t
         if isinstance(mesh, int):
             return t.new_empty(-(-len(t) // mesh), t.shape[1])
@@ -76,26 +78,38 @@ def sharder(
 
 
 def lazy_shards(leaves: Tree) -> Tree:
-    """What a skeleton is called with: shards as weights that are gathered when used and pass their gradient back in parts."""
+    """What a skeleton is called with: shards as weights that are gathered when used and whose gradient comes
+    back in parts.
+    """
     return map_leaves(lambda t: lazy.sharded(t) if is_shard(t) else t, leaves)
 
 
 def gather_shards(leaves: Tree) -> Tree:
-    """Whole tensors: shards as CPU tensors on process 0 and left out on the others, the rest as it is. Every process must call it."""
+    """Whole tensors: shards as CPU tensors on process 0 and left out on the others, all other leaves as they
+    are.
+
+    Every process must call it.
+    """
     if not any_sharded(leaves):
         return leaves
-    whole = {n: _whole(t) if is_shard(t) else t for n, t in flatten(leaves).items()}
-    return unflatten({n: t for n, t in whole.items() if t is not None})
+    gathered = {}
+    for name, t in flatten(leaves).items():
+        tensor = _gather(t) if is_shard(t) else t
+        if tensor is not None:
+            gathered[name] = tensor
+    return unflatten(gathered)
 
 
 def place_like(tree: Tree, like: Tree) -> Tree:
-    """Whole tensors of any device, placed and cut as those of `like`; both have the same names."""
+    """Whole tensors of any device, moved and cut as those of `like`; both have the same names."""
     flat = flatten(tree)
-
-    def place(n: str, t: Any) -> Tensor:
-        return _cut(flat[n], t.device_mesh, t.placements) if is_shard(t) else flat[n].to(t.device, copy=True)
-
-    return unflatten({n: place(n, t) for n, t in flatten(like).items()})
+    placed = {}
+    for name, t in flatten(like).items():
+        if is_shard(t):
+            placed[name] = _cut(flat[name], t.device_mesh, t.placements)
+        else:
+            placed[name] = flat[name].to(t.device, copy=True)
+    return unflatten(placed)
 
 
 def is_shard(t: Any) -> bool:
@@ -109,15 +123,17 @@ def any_sharded(tree: Tree) -> bool:
 
 
 def _cut(t: Tensor, mesh: Any, placements: Any) -> Tensor:
-    """This process's part of a tensor that all hold; the rest of its memory is not kept."""
+    """This process's part of a tensor that all processes hold."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     t = t.detach().contiguous()
-    part = distribute_tensor(t, mesh, placements, src_data_rank=None)
-    own = part.to_local().to(mesh.device_type, copy=True)
-    return DTensor.from_local(own, mesh, placements, run_check=False, shape=t.shape, stride=t.stride())
+    # src_data_rank=None: every process cuts its own copy, nothing is sent.
+    distributed = distribute_tensor(t, mesh, placements, src_data_rank=None)
+    # A copy, as the part is a view: it would keep the memory of the whole tensor.
+    part = distributed.to_local().to(mesh.device_type, copy=True)
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=t.shape, stride=t.stride())
 
 
-def _whole(t: Any) -> Tensor | None:
+def _gather(t: Any) -> Tensor | None:
     full = t.full_tensor()
     return full.cpu() if dist.get_rank() == 0 else None

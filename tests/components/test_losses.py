@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from medvl.components import losses
-from medvl.components.losses import clip_loss, siglip_loss, token_cross_entropy, token_mean, trained_mask
+from medvl.components.losses import clip_loss, siglip_loss, token_cross_entropy, trained_mask
 from medvl.training import gradients
 
 
@@ -222,7 +222,7 @@ def test_the_loss_of_a_batch_is_a_mean_over_tokens(gen):
     def part(rows, total):
         def loss(p, _):
             s, n = token_cross_entropy(p["hidden"][rows], p["head"], labels[rows])
-            return token_mean(s, count if total else n), gradients.Aux()
+            return s / (count if total else n), gradients.Aux()
 
         return gradients.value_and_grad(loss)(params, None)
 
@@ -236,10 +236,6 @@ def test_the_loss_of_a_batch_is_a_mean_over_tokens(gen):
     for name in params:
         torch.testing.assert_close(sum(p[2][name] for p in pieces), whole[2][name])
     assert abs(sum(m[0] for m in means) / 4 - whole[0]) > 0.1
-    two = [
-        token_mean(torch.tensor(s), 10, processes=2) for s in (3.0, 4.0)
-    ]  # gradients are averaged over two processes
-    assert float(sum(two)) / 2 == pytest.approx(0.7)
 
 
 def test_token_loss_errors(gen):
@@ -259,6 +255,3 @@ def test_token_loss_errors(gen):
                 token_cross_entropy(
                     hidden, head, labels.masked_fill(torch.arange(11) == 4, value), reduction=reduction
                 )
-    for args in ((0,), (torch.tensor(0),), (3, 0)):
-        with pytest.raises(ValueError, match="at least one trained token and one process"):
-            token_mean(torch.tensor(1.0), *args)

@@ -461,7 +461,9 @@ def test_real_configs_have_their_published_size(shared_data, name):
     assert sum(p.numel() for p in params.values()) == PUBLISHED[name]
     assert weights.nbytes(params) == 2 * PUBLISHED[name]
     four = four_bit.quantize(params)
-    assert four_bit.bits_per_weight(four) == pytest.approx(4.127, abs=0.002)
+    quantised = {n: w for n, w in four.items() if isinstance(w, four_bit.FourBit)}
+    values = sum(w.numel() for w in quantised.values())
+    assert 8 * weights.nbytes(quantised) / values == pytest.approx(4.127, abs=0.002)
     if name.startswith("qwen2.5-vl"):
         assert weights.nbytes(four) == pytest.approx(
             6.90e9, rel=0.001

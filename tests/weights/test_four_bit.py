@@ -1,6 +1,7 @@
 """quant: bitsandbytes and transformers are the peers, to the byte."""
 
 import json
+import sys
 
 import bitsandbytes as bnb
 import bitsandbytes.functional as peer
@@ -54,15 +55,29 @@ def test_values_are_the_nearest_of_the_code():
     torch.testing.assert_close(got, (code[near] * scale).view_as(w), rtol=0, atol=1e-7)
 
 
-def test_bits_per_weight():
-    w = {"w": four_bit.quantize_matrix(matrix((1024, 1024)))}
-    assert four_bit.bits_per_weight(w) == pytest.approx(4.127, abs=0.01)
-    assert (
-        four_bit.bits_per_weight(
-            {"w": four_bit.quantize_matrix(matrix((1024, 1024)), QuantConfig(double=False))}
-        )
-        == 4.5
+def test_bytes_with_scales():
+    """4.127 bits a weight where scales are quantised too, 4.5 where not."""
+    w = matrix((1024, 1024))
+    double = four_bit.quantize_matrix(w)
+    assert 8 * lazy.nbytes({"w": double}) / w.numel() == pytest.approx(4.127, abs=0.01)
+    single = four_bit.quantize_matrix(w, QuantConfig(double=False))
+    assert 8 * lazy.nbytes({"w": single}) / w.numel() == 4.5
+
+
+def test_without_bitsandbytes_every_use_says_what_to_install(monkeypatch):
+    q = four_bit.quantize_matrix(matrix())
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+    uses = (
+        lambda: four_bit.quantize_matrix(matrix()),
+        lambda: F.linear(torch.randn(2, q.shape[1]), q),
+        lambda: lazy.dense(q),
+        lambda: four_bit.pack_weight(q),
+        four_bit.eight_bit_moments,
     )
+    for use in uses:
+        with pytest.raises(ValueError, match=r"need bitsandbytes; pip install 'medvl\[quant\]'"):
+            use()
 
 
 def test_products_and_gradients_equal_linear4bit():

@@ -84,7 +84,7 @@ from pathlib import Path
 from tests.weights import test_shards as t
 from medvl.base import processes; from medvl.weights import shards, lazy as weights; from medvl.training import gradients, loop, states
 from medvl.training.muon import muon; from medvl.training.optim import adamw, clip_gradients, Rate, with_master
-from medvl.weights.four_bit import eight_bit
+from medvl.weights.four_bit import eight_bit_moments
 from medvl.base.tree import flatten
 
 rank, out = int(sys.argv[1]), Path(sys.argv[2])
@@ -125,7 +125,7 @@ known["odd"] = [list(cut["w"].to_local().shape), clip_gradients(clipped, 1.0)]
 known["clipped"] = shards.gather_shards(clipped)
 known["back"] = shards.gather_shards(shards.place_like(odd, cut))
 known["muon"] = refused(lambda: muon(lambda n: Rate(lr=1)).init({"w": cut["w"]}))
-known["packed"] = refused(lambda: adamw(lambda n: Rate(lr=1), packing=eight_bit()).init(cut))
+known["packed"] = refused(lambda: adamw(lambda n: Rate(lr=1), packing=eight_bit_moments()).init(cut))
 known["cached"] = refused(lambda: gradients.cached_value_and_grad(None, None, chunk=1)(cut, {"x": torch.zeros(2)}))
 unequal = gradients.token_value_and_grad(None, chunk=1)
 known["unequal"] = refused(lambda: unequal(cut, {"x": torch.zeros(2 + rank)}))
