@@ -34,8 +34,10 @@ _DEFINITIONS = (
     "positive. The mean is over the findings that have a value. Thresholds were given to the evaluation, not found on these results."
 )
 
-
-Table = tuple[Sequence[str], Sequence[Sequence[Any]]]
+Table = tuple[Sequence[str], Sequence[Sequence[Any]]]  # (columns, lines)
+Captioned = tuple[str, Sequence[str], Sequence[Sequence[Any]]]  # (caption, columns, lines)
+Part = tuple[dict[str, str], Sequence[str], Sequence[Sequence[Any]]]  # (facts, columns, lines)
+Key = str | Callable[[Result], Any]  # what makes a line or a column of `pivot`
 
 
 def write_report(
@@ -44,7 +46,7 @@ def write_report(
     rows: Sequence[Result],
     figures: Mapping[str, bytes] | None = None,
     notes: Sequence[str] = (),
-    tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[Any]]]] = (),
+    tables: Sequence[Captioned] = (),
     summary: bool = False,
 ) -> Path:
     """Write `report.html` (self-contained), `report.md`, `results.csv` and `figures/*.png` into `folder`; returns the path of the HTML.
@@ -63,31 +65,38 @@ def write_report(
     if not rows:
         raise ValueError("write_report: needs at least one result")
     _check_tables(tables, summary)
-    named = _named(figures or {})
-    generic = [(facts, columns, body) for facts, part in _parts(rows) for columns, body in _tables(part)]
+    named_figures = _name_figures(figures or {})
+    parts: list[Part] = []
+    for facts, part_rows in _group_by_facts(rows):
+        for columns, lines in _result_tables(part_rows):
+            parts.append((facts, columns, lines))
+
     folder = Path(folder)
-    for name, (_, png) in named.items():
+    for name, (_, png) in named_figures.items():
         with files.atomic(folder / "figures" / name) as tmp:
             tmp.write_bytes(png)
     write_results_csv(folder / "results.csv", rows)
-    files.write_text(folder / "report.md", _markdown(title, tables, generic, named, notes))
-    files.write_text(folder / "report.html", _html(title, tables, generic, named, notes))
+    files.write_text(folder / "report.md", _markdown(title, tables, parts, named_figures, notes))
+    files.write_text(folder / "report.html", _html(title, tables, parts, named_figures, notes))
     if summary:
         files.write_text(folder / "summary.md", _markdown(title, tables, [], {}, notes))
     return folder / "report.html"
 
 
 def write_results_csv(path: files.PathLike, rows: Sequence[Result]) -> None:
-    """Every field of every result as CSV; what is nan is left empty, `extra` is JSON."""
+    """Every field of every result as CSV; nan is an empty cell, `extra` is JSON."""
     columns = [a.name for a in attrs.fields(Result)]
-    files.write_csv(path, [{k: _plain(v) for k, v in attrs.asdict(r).items()} for r in rows], columns)
+    lines = []
+    for r in rows:
+        lines.append({name: _csv_cell(value) for name, value in attrs.asdict(r).items()})
+    files.write_csv(path, lines, columns)
 
 
 def pivot(
     rows: Sequence[Result],
     *,
-    down: str | Callable[[Result], Any],
-    across: str | Callable[[Result], Any],
+    down: Key,
+    across: Key,
     what: str | None = None,
     corner: str | None = None,
 ) -> Table:
@@ -105,6 +114,41 @@ def pivot(
     Raises:
         ValueError: no row of that metric, a row without the key, or two rows of one cell.
     """
+    cells = _pivot_cells(rows, down, across, what)
+    line_names = list(dict.fromkeys(line for line, _ in cells))
+    column_names = list(dict.fromkeys(column for _, column in cells))
+    # The different n of each line and of each column.
+    n_of_line: dict[str, set[int]] = {name: set() for name in line_names}
+    n_of_column: dict[str, set[int]] = {name: set() for name in column_names}
+    for (line, column), r in cells.items():
+        n_of_line[line].add(r.n)
+        n_of_column[column].add(r.n)
+
+    any_n = any(r.n for r in cells.values())
+    by_line = any_n and all(len(n) == 1 for n in n_of_line.values())
+    by_column = any_n and not by_line and all(len(n) == 1 for n in n_of_column.values())
+    if corner is None:
+        corner = _title(down) if isinstance(down, str) else ""
+    lines = []
+    for name in line_names:
+        body: list[Any] = [name]
+        if by_line:
+            body += n_of_line[name]
+        for column in column_names:
+            body.append(_pivot_cell(cells.get((name, column)), any_n and not by_line and not by_column))
+        lines.append(body)
+    if by_line:
+        return (corner, "n", *column_names), lines
+    if by_column:
+        heads = [f"{name} (n = {max(n_of_column[name]):,})" for name in column_names]
+        return (corner, *heads), lines
+    return (corner, *column_names), lines
+
+
+def _pivot_cells(
+    rows: Sequence[Result], down: Key, across: Key, what: str | None
+) -> dict[tuple[str, str], Result]:
+    """{(line, column): row}."""
     chosen = [r for r in rows if what in (None, r.what)]
     if not chosen:
         raise ValueError(
@@ -112,207 +156,72 @@ def pivot(
         )
     cells: dict[tuple[str, str], Result] = {}
     for r in chosen:
-        key = _key(r, down), _key(r, across)
+        key = _key_value(r, down), _key_value(r, across)
         if key in cells:
             raise ValueError(
-                f"pivot: each cell must be one row, found two for {key}: {_called(cells[key])} and {_called(r)}"
+                f"pivot: each cell must be one row, found two for {key}: {_describe(cells[key])} and {_describe(r)}"
             )
         cells[key] = r
-    lines, heads = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
-    by_line, by_head = (
-        [{r.n for key, r in cells.items() if key[i] == name} for name in some]
-        for i, some in ((0, lines), (1, heads))
-    )
-    first = corner if corner is not None else _title(down) if isinstance(down, str) else ""
-    fill = lambda each=False: [
-        [line, *(_said(cells.get((line, head)), each) for head in heads)] for line in lines
-    ]
-    if not any(r.n for r in chosen):
-        return (first, *heads), fill()
-    if all(len(n) == 1 for n in by_line):
-        return (first, "n", *heads), [
-            [line[0], *n, *line[1:]] for line, n in zip(fill(), by_line, strict=True)
-        ]
-    if all(len(n) == 1 for n in by_head):
-        return (first, *(f"{head} (n = {max(n):,})" for head, n in zip(heads, by_head, strict=True))), fill()
-    return (first, *heads), fill(each=True)
+    return cells
 
 
-def _key(r: Result, key: str | Callable[[Result], Any]) -> str:
+def _key_value(r: Result, key: Key) -> str:
     if callable(key):
         return str(key(r))
-    known = attrs.asdict(r, recurse=False)
-    if key not in known and key not in r.extra:
+    fields = attrs.asdict(r, recurse=False)
+    if key in fields:
+        return str(fields[key])
+    if key not in r.extra:
         raise ValueError(
-            f"pivot: each row must have {key!r}, a field or in extra, but {_called(r)} has extra {sorted(r.extra)}"
+            f"pivot: each row must have {key!r}, a field or in extra, but {_describe(r)} has extra {sorted(r.extra)}"
         )
-    return str(known[key] if key in known else r.extra[key])
+    return str(r.extra[key])
 
 
-def _called(r: Result) -> str:
-    return " ".join(
-        filter(None, (r.what, r.subject and f"of {r.subject}", r.split and f"in {r.split}", r.experiment))
-    )
+def _describe(r: Result) -> str:
+    """A row in words, for messages."""
+    words = [r.what]
+    if r.subject:
+        words.append(f"of {r.subject}")
+    if r.split:
+        words.append(f"in {r.split}")
+    words.append(r.experiment)
+    return " ".join(word for word in words if word)
 
 
-def _said(r: Result | None, with_n: bool) -> Any:
+def _pivot_cell(r: Result | None, with_n: bool) -> Any:
     if r is None or math.isnan(r.value):
         return math.nan
-    interval = "" if math.isnan(r.low) else f" [{r.low:.3f}, {r.high:.3f}]"
-    return (
-        f"{r.value:.3f}{interval}" + (f" (n = {r.n:,})" if with_n else "") if interval or with_n else r.value
-    )
+    if math.isnan(r.low) and not with_n:
+        return r.value
+    text = f"{r.value:.3f}"
+    if not math.isnan(r.low):
+        text += f" [{r.low:.3f}, {r.high:.3f}]"
+    if with_n:
+        text += f" (n = {r.n:,})"
+    return text
 
 
-def _check_tables(tables: Sequence[tuple], summary: bool) -> None:
+def _check_tables(tables: Sequence[Captioned], summary: bool) -> None:
     if summary and not tables:
         raise ValueError("write_report: a summary needs tables, got none")
-    for caption, columns, body in tables:
-        lengths = sorted({len(line) for line in body} - {len(columns)})
-        if not caption.strip() or lengths:
+    for caption, columns, lines in tables:
+        wrong_lengths = sorted({len(line) for line in lines} - {len(columns)})
+        if not caption.strip() or wrong_lengths:
+            found = f"{caption!r} with {len(columns)} columns"
+            if wrong_lengths:
+                found += f", lines of {wrong_lengths}"
             raise ValueError(
-                f"write_report: a table must have a caption and lines as long as its columns, got {caption!r} with {len(columns)} columns"
-                + (f", lines of {lengths}" if lengths else "")
+                f"write_report: a table must have a caption and lines as long as its columns, got {found}"
             )
 
 
-def _parts(rows: Sequence[Result]) -> list[tuple[dict[str, str], list[Result]]]:
-    """Rows that share experiment, split, commit and device, with these facts."""
-    parts: dict[tuple[str, ...], list[Result]] = {}
-    for r in rows:
-        parts.setdefault(tuple(getattr(r, f) for f in _FACTS), []).append(r)
-    return [
-        ({f.capitalize(): v for f, v in zip(_FACTS, key, strict=True) if v}, part)
-        for key, part in parts.items()
-    ]
-
-
-def _tables(rows: list[Result]) -> list[Table]:
-    by_key = {(r.what, r.subject): r for r in rows}
-    if len(by_key) < len(rows):
-        count = Counter((r.what, r.subject) for r in rows)
-        twice = [f"{what} of {subject or 'all'}" for (what, subject), k in count.items() if k > 1]
-        raise ValueError(
-            f"write_report: each metric must be there once per finding, split and experiment, found twice: {', '.join(twice[:4])}"
-        )
-    findings = [r.subject for r in rows if r.what == "auroc"]
-    shown = {(w, f) for w in ("auroc", *_COLUMNS) for f in findings}
-    rest = [r for r in rows if (r.what, r.subject) not in shown]
-    tables = [_finding_table(by_key, findings)] if findings else []
-    return tables + ([_metric_table(rest)] if rest else [])
-
-
-def _finding_table(by_key: dict[tuple[str, str], Result], findings: list[str]) -> Table:
-    columns = [w for w in _COLUMNS if any((w, f) in by_key for f in findings)]
-    decided = any(by_key["auroc", f].extra.get("threshold") is not None for f in findings)
-    head = (
-        "Finding",
-        "n",
-        "Positives",
-        "AUROC",
-        "95 % interval",
-        *(_title(w) for w in columns),
-        *(("Threshold",) if decided else ()),
-    )
-    body = []
-    for f in findings:
-        r = by_key["auroc", f]
-        values = [by_key[w, f].value if (w, f) in by_key else math.nan for w in columns]
-        threshold = [_number(r.extra.get("threshold"))] if decided else []
-        name = f"{f} of {r.extra['findings']} findings" if "findings" in r.extra else f or "all"
-        body.append(
-            [name, r.n, r.extra.get("positives", math.nan), r.value, _interval(r), *values, *threshold]
-        )
-    return head, body
-
-
-def _metric_table(rows: list[Result]) -> Table:
-    timed = any(not math.isnan(r.latency_ms) or not math.isnan(r.peak_mib) for r in rows)
-    head = (
-        "Metric",
-        "Subject",
-        "n",
-        "Value",
-        "95 % interval",
-        *(("Shape", "Latency, ms", "Peak, MiB") if timed else ()),
-    )
-    tail = [[r.shape, r.latency_ms, r.peak_mib] if timed else [] for r in rows]
-    return head, [
-        [_title(r.what), r.subject, r.n, r.value, _interval(r), *t] for r, t in zip(rows, tail, strict=True)
-    ]
-
-
-def _markdown(
-    title: str,
-    captioned: Sequence[tuple],
-    tables: Sequence[tuple],
-    figures: dict[str, tuple[str, bytes]],
-    notes: Sequence[str],
-) -> str:
-    lines = [f"# {_line(title)}", f"**{NOTICE}**"]
-    for caption, columns, body in captioned:
-        lines += [f"## {_line(caption)}", _markdown_table(columns, body)]
-    lines += [f"## {_ALL}"] if captioned and tables else []
-    said = None
-    for facts, columns, body in tables:
-        if facts is not said:
-            lines.append("\n".join(f"- {k}: {_line(v)}" for k, v in facts.items()))
-            said = facts
-        lines.append(_markdown_table(columns, body))
-    lines += [*_definitions(tables), *map(_line, notes)]
-    lines += [
-        f"![{_line(caption)}](figures/{name})\n\n{_line(caption)}" for name, (caption, _) in figures.items()
-    ]
-    return "\n\n".join(line for line in lines if line) + "\n"
-
-
-def _markdown_table(columns: Sequence[str], body: Sequence[Sequence[Any]]) -> str:
-    """A table whose heads and cells stay text, whatever a finding or a task is called."""
-    cells = [[_in_cell(v) if isinstance(v, str) else v for v in row] for row in body]
-    heads = [_in_cell(c).replace("|", "\\|") for c in columns]
-    return results.markdown_table(heads, cells).rstrip()
-
-
-def _html(
-    title: str,
-    captioned: Sequence[tuple],
-    tables: Sequence[tuple],
-    figures: dict[str, tuple[str, bytes]],
-    notes: Sequence[str],
-) -> str:
-    parts, said = [], None
-    for caption, columns, body in captioned:
-        parts.append(
-            f'<h2>{html.escape(caption)}</h2><div class="wide pivot">{results.html_table(columns, body)}</div>'
-        )
-    parts += [f"<h2>{_ALL}</h2>"] if captioned else []
-    for facts, columns, body in tables:
-        if facts is not said:
-            pairs = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in facts.items())
-            parts.append(f"<dl>{pairs}</dl>" if pairs else "")
-            said = facts
-        kind = columns[0].lower()  # finding or metric
-        parts.append(f'<div class="wide {kind}">{results.html_table(columns, body)}</div>')
-    parts += [f"<p>{html.escape(n)}</p>" for n in (*_definitions(tables), *notes)]
-    for caption, png in figures.values():
-        text, data = html.escape(caption), base64.b64encode(png).decode()
-        parts.append(
-            f'<figure><div class="wide"><img alt="{text}" src="data:image/png;base64,{data}"></div><figcaption>{text}</figcaption></figure>'
-        )
-    return _PAGE.format(
-        title=html.escape(title), notice=html.escape(NOTICE), style=_STYLE, body="\n".join(parts)
-    )
-
-
-def _definitions(tables: Sequence[tuple]) -> list[str]:
-    return [_DEFINITIONS] if any(columns[0] == "Finding" for _, columns, _ in tables) else []
-
-
-def _named(figures: Mapping[str, bytes]) -> dict[str, tuple[str, bytes]]:
-    named = {
-        re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:60] + ".png": (caption, png)
-        for caption, png in figures.items()
-    }
+def _name_figures(figures: Mapping[str, bytes]) -> dict[str, tuple[str, bytes]]:
+    """{file name: (caption, PNG)}."""
+    named = {}
+    for caption, png in figures.items():
+        stem = re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:60]
+        named[f"{stem}.png"] = (caption, png)
     if len(named) < len(figures) or ".png" in named:
         raise ValueError(
             f"write_report: captions must give different file names, got {', '.join(map(repr, figures))}"
@@ -323,6 +232,154 @@ def _named(figures: Mapping[str, bytes]) -> dict[str, tuple[str, bytes]]:
     return named
 
 
+# Tables of results ---------------------------------------------------------------------------------------------------
+def _group_by_facts(rows: Sequence[Result]) -> list[tuple[dict[str, str], list[Result]]]:
+    """Rows that share experiment, split, commit and device, with these facts."""
+    groups: dict[tuple[str, ...], list[Result]] = {}
+    for r in rows:
+        groups.setdefault(tuple(getattr(r, name) for name in _FACTS), []).append(r)
+    parts = []
+    for values, part_rows in groups.items():
+        facts = {name.capitalize(): v for name, v in zip(_FACTS, values, strict=True) if v}
+        parts.append((facts, part_rows))
+    return parts
+
+
+def _result_tables(rows: list[Result]) -> list[Table]:
+    """The table of findings with an AUROC, and that of all other metrics."""
+    row_of = {(r.what, r.subject): r for r in rows}
+    if len(row_of) < len(rows):
+        counts = Counter((r.what, r.subject) for r in rows)
+        twice = [f"{what} of {subject or 'all'}" for (what, subject), count in counts.items() if count > 1]
+        raise ValueError(
+            "write_report: each metric must be there once per finding, split and experiment, "
+            f"found twice: {', '.join(twice[:4])}"
+        )
+    findings = [r.subject for r in rows if r.what == "auroc"]
+    in_findings = {(what, finding) for what in ("auroc", *_COLUMNS) for finding in findings}
+    others = [r for r in rows if (r.what, r.subject) not in in_findings]
+    tables = []
+    if findings:
+        tables.append(_finding_table(row_of, findings))
+    if others:
+        tables.append(_metric_table(others))
+    return tables
+
+
+def _finding_table(row_of: dict[tuple[str, str], Result], findings: list[str]) -> Table:
+    metrics = [what for what in _COLUMNS if any((what, finding) in row_of for finding in findings)]
+    aurocs = [row_of["auroc", finding] for finding in findings]
+    with_threshold = any(r.extra.get("threshold") is not None for r in aurocs)
+    columns = ["Finding", "n", "Positives", "AUROC", "95 % interval", *map(_title, metrics)]
+    if with_threshold:
+        columns.append("Threshold")
+    lines = []
+    for finding, r in zip(findings, aurocs, strict=True):
+        name = finding or "all"
+        if "findings" in r.extra:  # a mean says of how many
+            name = f"{finding} of {r.extra['findings']} findings"
+        line = [name, r.n, r.extra.get("positives", math.nan), r.value, _interval(r)]
+        for what in metrics:
+            other = row_of.get((what, finding))
+            line.append(math.nan if other is None else other.value)
+        if with_threshold:
+            threshold = r.extra.get("threshold")
+            line.append(math.nan if threshold is None else threshold)
+        lines.append(line)
+    return tuple(columns), lines
+
+
+def _metric_table(rows: list[Result]) -> Table:
+    timed = any(not math.isnan(r.latency_ms) or not math.isnan(r.peak_mib) for r in rows)
+    columns = ["Metric", "Subject", "n", "Value", "95 % interval"]
+    if timed:
+        columns += ["Shape", "Latency, ms", "Peak, MiB"]
+    lines = []
+    for r in rows:
+        line = [_title(r.what), r.subject, r.n, r.value, _interval(r)]
+        if timed:
+            line += [r.shape, r.latency_ms, r.peak_mib]
+        lines.append(line)
+    return tuple(columns), lines
+
+
+# Pages ---------------------------------------------------------------------------------------------------------------
+def _markdown(
+    title: str,
+    tables: Sequence[Captioned],
+    parts: Sequence[Part],
+    figures: dict[str, tuple[str, bytes]],
+    notes: Sequence[str],
+) -> str:
+    blocks = [f"# {_escape_line(title)}", f"**{NOTICE}**"]
+    for caption, columns, lines in tables:
+        blocks += [f"## {_escape_line(caption)}", _markdown_table(columns, lines)]
+    if tables and parts:
+        blocks.append(f"## {_ALL}")
+    last_facts = None
+    for facts, columns, lines in parts:
+        if facts is not last_facts:  # both tables of a part have the same dict
+            blocks.append("\n".join(f"- {name}: {_escape_line(v)}" for name, v in facts.items()))
+            last_facts = facts
+        blocks.append(_markdown_table(columns, lines))
+    blocks += _definitions(parts)
+    blocks += [_escape_line(note) for note in notes]
+    for name, (caption, _) in figures.items():
+        text = _escape_line(caption)
+        blocks.append(f"![{text}](figures/{name})\n\n{text}")
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _markdown_table(columns: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
+    """A table whose heads and cells stay text, whatever a finding or a task is called."""
+    cells = []
+    for line in lines:
+        cells.append([_escape_cell(value) if isinstance(value, str) else value for value in line])
+    heads = [_escape_cell(column).replace("|", "\\|") for column in columns]
+    return results.markdown_table(heads, cells).rstrip()
+
+
+def _html(
+    title: str,
+    tables: Sequence[Captioned],
+    parts: Sequence[Part],
+    figures: dict[str, tuple[str, bytes]],
+    notes: Sequence[str],
+) -> str:
+    blocks = []
+    for caption, columns, lines in tables:
+        table = results.html_table(columns, lines)
+        blocks.append(f'<h2>{html.escape(caption)}</h2><div class="wide pivot">{table}</div>')
+    if tables:
+        blocks.append(f"<h2>{_ALL}</h2>")
+    last_facts = None
+    for facts, columns, lines in parts:
+        if facts is not last_facts:
+            blocks.append(_html_facts(facts))
+            last_facts = facts
+        kind = columns[0].lower()  # the style of findings or of metrics
+        blocks.append(f'<div class="wide {kind}">{results.html_table(columns, lines)}</div>')
+    for note in (*_definitions(parts), *notes):
+        blocks.append(f"<p>{html.escape(note)}</p>")
+    for caption, png in figures.values():
+        text, data = html.escape(caption), base64.b64encode(png).decode()
+        image = f'<img alt="{text}" src="data:image/png;base64,{data}">'
+        blocks.append(f'<figure><div class="wide">{image}</div><figcaption>{text}</figcaption></figure>')
+    return _PAGE.format(
+        title=html.escape(title), notice=html.escape(NOTICE), style=_STYLE, body="\n".join(blocks)
+    )
+
+
+def _html_facts(facts: Mapping[str, str]) -> str:
+    pairs = [f"<dt>{html.escape(name)}</dt><dd>{html.escape(v)}</dd>" for name, v in facts.items()]
+    return f"<dl>{''.join(pairs)}</dl>" if pairs else ""
+
+
+def _definitions(parts: Sequence[Part]) -> list[str]:
+    """What the columns of findings are, where there are any."""
+    return [_DEFINITIONS] if any(columns[0] == "Finding" for _, columns, _ in parts) else []
+
+
 def _title(what: str) -> str:
     return _TITLES.get(what, what.replace("_", " ").capitalize())
 
@@ -331,25 +388,18 @@ def _interval(r: Result) -> str:
     return "–" if math.isnan(r.low) else f"{r.low:.3f}–{r.high:.3f}"
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
-
-
-def _line(text: str) -> str:
+def _escape_line(text: str) -> str:
     """Text that stays one paragraph of Markdown and holds no HTML."""
     return re.sub(r"([\\`*_\[\]|])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
-def _in_cell(text: str) -> str:
+def _escape_cell(text: str) -> str:
     """Text that stays one cell and holds neither HTML nor a link; "|" is left to the table."""
-    return re.sub(
-        r"[\\`*]|(?<![^\W_])_|_(?![^\W_])|\](?=[(\[])",
-        r"\\\g<0>",
-        html.escape(" ".join(text.split()), quote=False),
-    )
+    plain = html.escape(" ".join(text.split()), quote=False)
+    return re.sub(r"[\\`*]|(?<![^\W_])_|_(?![^\W_])|\](?=[(\[])", r"\\\g<0>", plain)
 
 
-def _plain(value: Any) -> Any:
+def _csv_cell(value: Any) -> Any:
     if isinstance(value, dict):
         return json.dumps(value, sort_keys=True)
     return "" if isinstance(value, float) and math.isnan(value) else value
