@@ -19,12 +19,8 @@ from medvl.evaluation.results import Result
 
 _log = logging.getLogger("medvl")
 
-_BLUE, _ORANGE, _GREEN, _PURPLE = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-)  # Okabe and Ito: told apart by the colour-blind and in grey
+# Colours of Okabe and Ito: the colour-blind can tell them apart, also in grey.
+_BLUE, _ORANGE, _GREEN, _PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 _SKY, _AMBER = "#56B4E9", "#E69F00"
 _GREY, _INK = "#C8C8C8", "#222222"
 
@@ -45,21 +41,22 @@ def roc(scores: Any, labels: Any, findings: Sequence[str]) -> bytes:
         for other in lines:
             axis.plot(*other, color=_GREY, lw=0.6, zorder=1)
         axis.plot([0, 1], [0, 1], color=_INK, lw=0.6, ls=":", zorder=2)
-        known = not math.isnan(area[j])
-        if known:
+        if math.isnan(area[j]):
+            label = "one class only"
+        else:
+            label = f"AUROC {area[j]:.3f}"
             axis.plot(*lines[j], color=_BLUE, lw=2, zorder=3)
-        said = f"AUROC {area[j]:.3f}" if known else "one class only"
         axis.text(
             0.97,
             0.05,
-            f"{said}\n{y[:, j].sum():,} of {len(y):,}",
+            f"{label}\n{y[:, j].sum():,} of {len(y):,}",
             ha="right",
             va="bottom",
             fontsize=8.5,
             bbox=_BOX,
             zorder=4,
         )
-        axis.set_title(_wrapped(findings[j]), fontsize=9)
+        axis.set_title(_wrap(findings[j]), fontsize=9)
         axis.set(
             xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal", xticks=[0, 0.5, 1], yticks=[0, 0.5, 1]
         )
@@ -82,14 +79,20 @@ def intervals(rows: Sequence[Result], what: str = "auroc") -> bytes:
         )
     chosen.sort(key=lambda r: (r.subject == "mean", math.isnan(r.value), -r.value))
     figure, (axis,) = _grid(1, 1, width=7.2, height=1.0 + 0.27 * len(chosen))
-    bounds = [v for r in chosen for v in (r.value, r.low, r.high) if not math.isnan(v)]
-    left, right = (min(bounds), max(bounds)) if bounds else (0.0, 1.0)
+    values: list[float] = []
+    for r in chosen:
+        values += [v for v in (r.value, r.low, r.high) if not math.isnan(v)]
+    left, right = (min(values), max(values)) if values else (0.0, 1.0)
     margin = 0.08 * max(right - left, 0.05)
     for i, r in enumerate(chosen):
-        color = _ORANGE if r.subject == "mean" else _BLUE
+        color, marker = _BLUE, "o"
+        if r.subject == "mean":
+            color, marker = _ORANGE, "D"
         axis.plot([r.low, r.high], [i, i], color=color, lw=2, solid_capstyle="round")
-        axis.plot([r.value], [i], "D" if r.subject == "mean" else "o", color=color, ms=6)
-        axis.text(1.01, i, _said(r), transform=axis.get_yaxis_transform(), va="center", fontsize=8.5)
+        axis.plot([r.value], [i], marker, color=color, ms=6)
+        axis.text(
+            1.01, i, _interval_label(r), transform=axis.get_yaxis_transform(), va="center", fontsize=8.5
+        )
     if what == "auroc" and left - margin < 0.5:
         axis.axvline(0.5, color=_INK, lw=0.8, ls=":")
     axis.set(
@@ -110,23 +113,18 @@ def curves(path: files.PathLike) -> bytes:
     Raises:
         ValueError: no such file, a line that is no such object, or no numbers.
     """
-    panels = _panels(_lines(Path(path)))
+    panels = _group_panels(_read_log(Path(path)))
     if not panels:
         raise ValueError(f"{path}: has no line with numbers beside its step")
-    figure, axes = _grid(
-        len(panels), 2 if len(panels) in (2, 4) else min(3, len(panels)), width=3.6, height=2.5
-    )
+    columns = 2 if len(panels) in (2, 4) else min(3, len(panels))
+    figure, axes = _grid(len(panels), columns, width=3.6, height=2.5)
     for axis, (name, series) in zip(axes, panels.items(), strict=True):
         for i, (key, points) in enumerate(series.items()):
-            few = "o" if len(points) < 40 else ""
-            axis.plot(
-                *zip(*sorted(points.items()), strict=True),
-                **_STYLES[i % len(_STYLES)],
-                lw=1.5,
-                marker=few,
-                ms=3,
-                label=key,
-            )
+            marker = "o" if len(points) < 40 else ""  # few points are shown one by one
+            steps = sorted(points)
+            values = [points[step] for step in steps]
+            style = _STYLES[i % len(_STYLES)]
+            axis.plot(steps, values, **style, lw=1.5, marker=marker, ms=3, label=key)
         axis.set_title(name if len(series) > 1 else next(iter(series)), fontsize=10)
         axis.ticklabel_format(axis="y", scilimits=(-3, 5), useMathText=True)
         axis.grid(color=_GREY, lw=0.5)
@@ -161,7 +159,7 @@ def matrix(
 
     Args:
         values: [n, m]; nan cells are grey and hatched.
-        rows, columns: n and m names; of a name of more than two lines the rest is cut, of many small cells not every name is shown.
+        rows, columns: n and m names; a name of more than two lines is cut, of many small cells not every name is shown.
         x, y: what the columns and the rows are.
         label: what the values are, beside the colour bar.
         low, high: values of the lightest and the darkest colour, the least and the greatest value if None; what lies beyond gets theirs.
@@ -172,27 +170,25 @@ def matrix(
     v = np.asarray(values, float)
     if v.shape != (len(rows), len(columns)) or not v.size or np.isinf(v).any():
         raise ValueError(
-            f"matrix: values must be [{len(rows)}, {len(columns)}] (rows, columns), at least one, finite or nan, got {list(v.shape)}, "
-            f"{int(np.isinf(v).sum())} infinite"
+            f"matrix: values must be [{len(rows)}, {len(columns)}] (rows, columns), at least one, finite or nan, "
+            f"got {list(v.shape)}, {int(np.isinf(v).sum())} infinite"
         )
-    low, high, beyond = _colours(v, low, high)
-    said = (
-        [[f"{c:z.{digits}f}" if c == c else "–" for c in row] for row in v.tolist()]
-        if max(v.shape) <= 20
-        else []
-    )
-    wide, tall = (
-        (max(0.5, 0.085 * max(len(c) for row in said for c in row)), 0.4)
-        if said
-        else (max(0.16, 6 / max(v.shape)),) * 2
-    )
-    wide, tall = min(wide, 20 / v.shape[1]), min(tall, 20 / v.shape[0])  # inches
-    names = [[_wrapped(n, 24, 2) if said else n[:48] for n in some] for some in (rows, columns)]
-    left, below = (0.075 * max(len(line) for n in some for line in n.split("\n")) for some in names)
-    wide = max(wide, (2.2 - left) / v.shape[1])
-    angle = 0 if below < wide else 45 if said else 90
-    inner = max(v.shape[0] * tall, 1.2)
-    width, height = left + v.shape[1] * wide + 1.4, inner + 0.7 + below * math.sin(math.radians(angle))
+    low, high, beyond = _color_limits(v, low, high)
+    numbers = _cell_numbers(v, digits) if max(v.shape) <= 20 else []
+    row_names = _short_names(rows, bool(numbers))
+    column_names = _short_names(columns, bool(numbers))
+
+    # Sizes in inches: the figure grows with its cells and names, so that no label covers another.
+    left, below = _longest_line(row_names), _longest_line(column_names)
+    cell_width, cell_height = _cell_size(v.shape, numbers)
+    cell_width = max(cell_width, (2.2 - left) / v.shape[1])
+    angle = 0
+    if below >= cell_width:
+        angle = 45 if numbers else 90
+    inner_height = max(v.shape[0] * cell_height, 1.2)
+    width = left + v.shape[1] * cell_width + 1.4
+    height = inner_height + 0.7 + below * math.sin(math.radians(angle))
+
     figure, (axis,) = _grid(1, 1, width=width, height=height)
     mesh = axis.pcolormesh(
         np.ma.masked_invalid(v),
@@ -200,35 +196,23 @@ def matrix(
         vmin=low,
         vmax=high,
         edgecolors="white",
-        linewidth=0.8 if said else 0.2,
+        linewidth=0.8 if numbers else 0.2,
     )
-    axis.patch.set(
-        facecolor=_GREY, hatch="" if said else "////", edgecolor="white"
-    )  # seen through cells without a value
-    for i, row in enumerate(said):
-        for j, text in enumerate(row):
-            color = _readable(mesh.cmap(mesh.norm(v[i, j]))) if v[i, j] == v[i, j] else "black"
-            axis.text(j + 0.5, i + 0.5, text, ha="center", va="center", fontsize=8.5, color=color)
-    every = [max(1, math.ceil(0.13 / size)) for size in (tall, wide)]
-    turned = (
-        {
-            "rotation": angle,
-            "ha": "right",
-            "va": "center" if angle == 90 else "top",
-            "rotation_mode": "anchor",
-        }
-        if angle
-        else {}
-    )
-    axis.set_yticks(np.arange(0.5, v.shape[0])[:: every[0]], names[0][:: every[0]], parse_math=False)
-    axis.set_xticks(
-        np.arange(0.5, v.shape[1])[:: every[1]], names[1][:: every[1]], parse_math=False, **turned
-    )
+    # The background shows where a cell has no value.
+    axis.patch.set(facecolor=_GREY, hatch="" if numbers else "////", edgecolor="white")
+    _write_numbers(axis, mesh, v, numbers)
+    _name_axes(axis, row_names, column_names, (cell_height, cell_width), angle)
     axis.set(xlabel=x, ylabel=y, ylim=(v.shape[0], 0))
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     bar = figure.colorbar(
-        mesh, ax=axis, label=label, aspect=inner / 0.22, pad=0.02, extend=beyond, extendfrac=0.15 / inner
+        mesh,
+        ax=axis,
+        label=label,
+        aspect=inner_height / 0.22,
+        pad=0.02,
+        extend=beyond,
+        extendfrac=0.15 / inner_height,
     )
     bar.ax.tick_params(labelsize=8)
     return _png(figure)
@@ -253,52 +237,41 @@ def lines(
     Raises:
         ValueError: no point, a point that is not three numbers with low <= high, or a number that is infinite.
     """
-    points = {
-        n: {float(k): _point(f"lines: {n!r} at {k}", p) for k, p in sorted(of.items())}
-        for n, of in series.items()
-    }
-    xs = sorted({k for of in points.values() for k in of})
-    if not xs or not all(map(math.isfinite, [*xs, *(references or {}).values()])):
+    points: dict[str, dict[float, tuple[float, ...]]] = {}
+    for name, given in series.items():
+        points[name] = {
+            float(k): _check_point(f"lines: {name!r} at {k}", p) for k, p in sorted(given.items())
+        }
+    references = references or {}
+    xs = sorted({k for by_x in points.values() for k in by_x})
+    if not xs or not all(map(math.isfinite, [*xs, *references.values()])):
         raise ValueError(
-            f"lines: needs at least one point, and finite x and references, got x {xs[:8]}, references {references or {}}"
+            f"lines: needs at least one point, and finite x and references, got x {xs[:8]}, references {references}"
         )
+
     scale = math.log10 if xs[0] > 0 and xs[-1] >= 20 * xs[0] else float
     start, end = scale(xs[0]), scale(xs[-1])
     span = (end - start) or 1.0
-    near = min((scale(b) - scale(a) for a, b in pairwise(xs)), default=span)
-    aside = min(0.012 * span, 0.5 * near / len(points))
+    nearest = min((scale(b) - scale(a) for a, b in pairwise(xs)), default=span)
+    offset = min(0.012 * span, 0.5 * nearest / len(points))  # between two series
     columns = max(1, min(4, int(7.2 / (0.75 + 0.08 * max(map(len, points))))))
-    figure, (axis,) = _grid(1, 1, width=7.2, height=3.9 + 0.2 * -(-len(points) // columns))
-    handles = []
-    for i, of in enumerate(points.values()):
-        at = [scale(k) + (i - (len(points) - 1) / 2) * aside for k in of]
+    legend_rows = -(-len(points) // columns)
+    figure, (axis,) = _grid(1, 1, width=7.2, height=3.9 + 0.2 * legend_rows)
+    handles: list[Any] = []
+    for i, by_x in enumerate(points.values()):
+        places = [scale(k) + (i - (len(points) - 1) / 2) * offset for k in by_x]
+        value, lows, highs = zip(*by_x.values(), strict=True) if by_x else ((), (), ())
+        # Seven colours and markers; after them the next kind of line.
         style = _LINES[i % len(_LINES)] | {"ls": ("-", "--", "-.", ":")[i // len(_LINES) % 4]}
-        handles += axis.plot(at, [p[0] for p in of.values()], **style, lw=1.6, ms=5, zorder=3)
-        axis.vlines(
-            at,
-            [p[1] for p in of.values()],
-            [p[2] for p in of.values()],
-            color=style["color"],
-            lw=1.4,
-            alpha=0.6,
-            zorder=2,
-        )
-    left, right = _limits(
-        [*(v for of in points.values() for p in of.values() for v in p), *(references or {}).values()]
-    )
-    axis.set(xlim=(start - 0.05 * span, end + 0.05 * span), ylim=(left, right), xlabel=x, ylabel=y)
-    axis.set_xticks(*zip(*((scale(k), f"{k:g}") for k in _apart(xs, scale, 0.035 * span)), strict=True))
-    for (name, value), place in zip(*_spread(references or {}, 0.055 * (right - left), right), strict=True):
-        axis.axhline(value, color=_INK, lw=1, ls=":", zorder=1)
-        axis.text(
-            1.01,
-            place,
-            f"{name}  {value:.3f}",
-            transform=axis.get_yaxis_transform(),
-            va="center",
-            fontsize=8.5,
-            parse_math=False,
-        )
+        handles += axis.plot(places, value, **style, lw=1.6, ms=5, zorder=3)
+        axis.vlines(places, lows, highs, color=style["color"], lw=1.4, alpha=0.6, zorder=2)
+
+    shown = [v for by_x in points.values() for p in by_x.values() for v in p]
+    bottom, top = _axis_limits([*shown, *references.values()])
+    axis.set(xlim=(start - 0.05 * span, end + 0.05 * span), ylim=(bottom, top), xlabel=x, ylabel=y)
+    labelled = _spaced(xs, scale, 0.035 * span)
+    axis.set_xticks([scale(k) for k in labelled], [f"{k:g}" for k in labelled])
+    _draw_references(axis, references, 0.055 * (top - bottom), top)
     axis.grid(axis="y", color=_GREY, lw=0.5)
     _legend(figure, handles, list(points), columns)
     return _png(figure)
@@ -314,33 +287,36 @@ def compare(rows: Sequence[tuple[str, str, float, float, float]], x: str) -> byt
     Raises:
         ValueError: no rows, a group with one name twice, or a row whose value, low and high are not three finite numbers, low <= high.
     """
-    points = {(g, n): _point(f"compare: {n!r} of {g!r}", tuple(p)) for g, n, *p in rows}
+    points = {
+        (group, name): _check_point(f"compare: {name!r} of {group!r}", tuple(p)) for group, name, *p in rows
+    }
     if not rows or len(points) < len(rows):
-        twice = [pair for i, pair in enumerate(r[:2] for r in rows) if pair in [r[:2] for r in rows[:i]]]
+        pairs = [row[:2] for row in rows]
+        twice = [pair for i, pair in enumerate(pairs) if pair in pairs[:i]]
         raise ValueError(
             f"compare: needs rows, each group with each name once, got {len(rows)} rows, twice {twice[:4]}"
         )
-    groups, names = (list(dict.fromkeys(pair[i] for pair in points)) for i in (0, 1))
-    step = len(names) + 0.8
+    groups = list(dict.fromkeys(group for group, _ in points))
+    names = list(dict.fromkeys(name for _, name in points))
+    step = len(names) + 0.8  # lines of a group and the space behind it
     columns = max(1, min(4, int(7.2 / (0.5 + 0.08 * max(map(len, names))))))
-    figure, (axis,) = _grid(
-        1, 1, width=8.2, height=0.9 + 0.2 * step * len(groups) + 0.2 * -(-len(names) // columns)
-    )
+    legend_rows = -(-len(names) // columns)
+    height = 0.9 + 0.2 * step * len(groups) + 0.2 * legend_rows
+    figure, (axis,) = _grid(1, 1, width=8.2, height=height)
     handles: dict[str, Any] = {}
-    for (g, n), (value, low, high) in points.items():
-        j, place = names.index(n), groups.index(g) * step + names.index(n)
-        style = _LINES[j % len(_LINES)]
+    for (group, name), (value, low, high) in points.items():
+        place = groups.index(group) * step + names.index(name)
+        style = _LINES[names.index(name) % len(_LINES)]
         axis.plot([low, high], [place, place], color=style["color"], lw=2, solid_capstyle="round")
-        (handles[n],) = axis.plot([value], [place], **style, ls="", ms=6)
-        said = _span(value, low, high) if value == value else "no value"
-        axis.text(1.01, place, said, transform=axis.get_yaxis_transform(), va="center", fontsize=8)
+        (handles[name],) = axis.plot([value], [place], **style, ls="", ms=6)
+        label = "no value" if math.isnan(value) else _format_interval(value, low, high)
+        axis.text(1.01, place, label, transform=axis.get_yaxis_transform(), va="center", fontsize=8)
     for i in range(1, len(groups)):
         axis.axhline(i * step - 0.9, color=_GREY, lw=0.6)
-    axis.set(
-        xlim=_limits([v for p in points.values() for v in p]), ylim=(len(groups) * step - 0.9, -0.9), xlabel=x
-    )
+    shown = [v for p in points.values() for v in p]
+    axis.set(xlim=_axis_limits(shown), ylim=(len(groups) * step - 0.9, -0.9), xlabel=x)
     middles = [i * step + (len(names) - 1) / 2 for i in range(len(groups))]
-    axis.set_yticks(middles, [_wrapped(g, 30, 2) for g in groups], parse_math=False)
+    axis.set_yticks(middles, [_wrap(group, 30, 2) for group in groups], parse_math=False)
     axis.tick_params(axis="y", length=0)
     axis.grid(axis="x", color=_GREY, lw=0.5)
     _legend(figure, list(handles.values()), list(handles), columns)
@@ -355,15 +331,16 @@ _TITLES = {
     "f1_weighted": "weighted F1",
 }
 _BOX = {"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 1.5}
+_COLORS = (_BLUE, _ORANGE, _GREEN, _PURPLE, _AMBER, _SKY, _INK)
 _STYLES = [
-    {"color": c, "ls": s}
-    for c, s in zip((_BLUE, _ORANGE, _GREEN, _PURPLE, _INK), ("-", "--", "-.", ":", "-"), strict=True)
+    {"color": _BLUE, "ls": "-"},
+    {"color": _ORANGE, "ls": "--"},
+    {"color": _GREEN, "ls": "-."},
+    {"color": _PURPLE, "ls": ":"},
+    {"color": _INK, "ls": "-"},
 ]
-_LINES = [
-    {"color": c, "marker": m}
-    for c, m in zip((_BLUE, _ORANGE, _GREEN, _PURPLE, _AMBER, _SKY, _INK), "osD^vPX", strict=True)
-]
-_PARTS = re.compile(r"(train|val|valid|test)[_/]")
+_LINES = [{"color": color, "marker": marker} for color, marker in zip(_COLORS, "osD^vPX", strict=True)]
+_SPLIT_PREFIX = re.compile(r"(train|val|valid|test)[_/]")
 
 
 def _grid(n: int, columns: int, width: float, height: float) -> tuple[Any, list]:
@@ -387,64 +364,143 @@ def _png(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _said(r: Result) -> str:
+def _interval_label(r: Result) -> str:
     if math.isnan(r.value):
         return "no value: one class only"
+    label = _format_interval(r.value, r.low, r.high)
     positives = r.extra.get("positives")
-    return _span(r.value, r.low, r.high) + (
-        f"  {positives:,} of {r.n:,}" if positives is not None else f"  n = {r.n:,}"
-    )
+    if positives is None:
+        return f"{label}  n = {r.n:,}"
+    return f"{label}  {positives:,} of {r.n:,}"
 
 
-def _span(value: float, low: float, high: float) -> str:
-    return f"{value:.3f}" + (f" [{low:.3f}, {high:.3f}]" if low == low else "")
+def _format_interval(value: float, low: float, high: float) -> str:
+    return f"{value:.3f}" if math.isnan(low) else f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def _wrapped(name: str, width: int = 22, most: int | None = None) -> str:
+def _wrap(name: str, width: int = 22, max_lines: int | None = None) -> str:
     import textwrap
 
-    return "\n".join(textwrap.wrap(name, width, max_lines=most, placeholder="…")) or name
+    return "\n".join(textwrap.wrap(name, width, max_lines=max_lines, placeholder="…")) or name
 
 
-def _point(where: str, point: tuple[float, ...]) -> tuple[float, ...]:
+def _check_point(where: str, point: tuple[float, ...]) -> tuple[float, ...]:
     if len(point) != 3 or any(map(math.isinf, point)) or point[1] > point[2]:
         raise ValueError(f"{where}: must be (value, low, high), finite or nan, low <= high, got {point}")
     return point
 
 
-def _colours(v: np.ndarray, low: float | None, high: float | None) -> tuple[float, float, str]:
-    """Least and greatest value of the colours, and on which side of them there are values (more than rounding beyond)."""
-    known = v[~np.isnan(v)] if not np.isnan(v).all() else np.array([0.0, 1.0])
+# Parts of a matrix ---------------------------------------------------------------------------------------------------
+def _color_limits(v: np.ndarray, low: float | None, high: float | None) -> tuple[float, float, str]:
+    """Least and greatest value of the colours, and the `extend` of the colour bar: on which side values lie beyond them."""
+    known = v[~np.isnan(v)]
+    if not len(known):
+        known = np.array([0.0, 1.0])
     least, greatest = float(known.min()), float(known.max())
-    aside = 0.0 if least < greatest else 0.5
-    low, high = least - aside if low is None else low, greatest + aside if high is None else high
+    margin = 0.0 if least < greatest else 0.5
+    if low is None:
+        low = least - margin
+    if high is None:
+        high = greatest + margin
     if not (low < high and math.isfinite(low) and math.isfinite(high)):
         raise ValueError(
             f"matrix: low must be below high, got {low:g} and {high:g}; the values lie in {least:g}..{greatest:g}"
         )
-    slack = 1e-5 * (high - low)
-    sides = least < low - slack, greatest > high + slack
-    return (
-        low,
-        high,
-        {(True, True): "both", (True, False): "min", (False, True): "max", (False, False): "neither"}[sides],
-    )
+    rounding = 1e-5 * (high - low)
+    below, above = least < low - rounding, greatest > high + rounding
+    if below and above:
+        return low, high, "both"
+    if below:
+        return low, high, "min"
+    return low, high, "max" if above else "neither"
 
 
-def _limits(values: Sequence[float]) -> tuple[float, float]:
-    """Of an axis that shows these values."""
-    known = [v for v in values if v == v] or [0.0, 1.0]
+def _cell_numbers(v: np.ndarray, digits: int) -> list[list[str]]:
+    """The numbers in the cells; "z" writes -0.00 as 0.00."""
+    numbers = []
+    for row in v.tolist():
+        numbers.append(["–" if math.isnan(value) else f"{value:z.{digits}f}" for value in row])
+    return numbers
+
+
+def _short_names(names: Sequence[str], wrapped: bool) -> list[str]:
+    return [_wrap(name, 24, 2) if wrapped else name[:48] for name in names]
+
+
+def _longest_line(names: Sequence[str]) -> float:
+    """The width in inches of the longest line of some names."""
+    return 0.075 * max(len(line) for name in names for line in name.split("\n"))
+
+
+def _cell_size(shape: tuple[int, ...], numbers: list[list[str]]) -> tuple[float, float]:
+    """(width, height) of a cell in inches: room for its number, and at most 20 inches for all."""
+    if numbers:
+        longest = max(len(number) for row in numbers for number in row)
+        width, height = max(0.5, 0.085 * longest), 0.4
+    else:
+        width = height = max(0.16, 6 / max(shape))
+    return min(width, 20 / shape[1]), min(height, 20 / shape[0])
+
+
+def _write_numbers(axis: Any, mesh: Any, v: np.ndarray, numbers: list[list[str]]) -> None:
+    for i, row in enumerate(numbers):
+        for j, text in enumerate(row):
+            color = "black"
+            if not math.isnan(v[i, j]):
+                color = _readable(mesh.cmap(mesh.norm(v[i, j])))
+            axis.text(j + 0.5, i + 0.5, text, ha="center", va="center", fontsize=8.5, color=color)
+
+
+def _name_axes(axis: Any, rows: list[str], columns: list[str], cell: tuple[float, float], angle: int) -> None:
+    """Write every name of rows and columns, or every k-th where cells are smaller than a line of text.
+
+    Args:
+        cell: (height, width) in inches.
+        angle: of the names of columns, in degrees.
+    """
+    row_step, column_step = (max(1, math.ceil(0.13 / size)) for size in cell)
+    rotation: dict[str, Any] = {}
+    if angle:
+        vertical = "center" if angle == 90 else "top"
+        rotation = {"rotation": angle, "ha": "right", "va": vertical, "rotation_mode": "anchor"}
+    row_places = np.arange(0.5, len(rows))[::row_step]
+    column_places = np.arange(0.5, len(columns))[::column_step]
+    axis.set_yticks(row_places, rows[::row_step], parse_math=False)
+    axis.set_xticks(column_places, columns[::column_step], parse_math=False, **rotation)
+
+
+# Axes and legends ----------------------------------------------------------------------------------------------------
+def _draw_references(axis: Any, references: Mapping[str, float], gap: float, top: float) -> None:
+    """Dotted lines across, with their names beside the axis."""
+    named, places = _spread(references, gap, top)
+    for (name, value), place in zip(named, places, strict=True):
+        axis.axhline(value, color=_INK, lw=1, ls=":", zorder=1)
+        axis.text(
+            1.01,
+            place,
+            f"{name}  {value:.3f}",
+            transform=axis.get_yaxis_transform(),
+            va="center",
+            fontsize=8.5,
+            parse_math=False,
+        )
+
+
+def _axis_limits(values: Sequence[float]) -> tuple[float, float]:
+    """The limits of an axis that shows these values; nan is left out."""
+    known = [v for v in values if not math.isnan(v)] or [0.0, 1.0]
+    # Values that are all the same, or all 0, still need an axis of some length.
     margin = 0.08 * (max(known) - min(known)) or 0.1 * abs(known[0]) or 0.5
     return min(known) - margin, max(known) + margin
 
 
-def _apart(xs: list[float], scale: Any, gap: float) -> list[float]:
+def _spaced(xs: list[float], scale: Any, gap: float) -> list[float]:
     """Those of sorted numbers that are far enough from each other for labels; first and last are among them."""
-    kept = xs[:1]
+    spaced = xs[:1]
     for k in xs[1:-1]:
-        if scale(k) - scale(kept[-1]) >= gap and scale(xs[-1]) - scale(k) >= gap:
-            kept.append(k)
-    return kept + xs[1:][-1:]
+        if scale(k) - scale(spaced[-1]) >= gap and scale(xs[-1]) - scale(k) >= gap:
+            spaced.append(k)
+    return spaced + xs[1:][-1:]
 
 
 def _spread(
@@ -468,14 +524,14 @@ def _readable(fill: Any) -> str:
 
 
 def _legend(figure: Any, handles: list, names: list[str], columns: int) -> None:
-    shown = figure.legend(
+    legend = figure.legend(
         handles, names, loc="outside lower center", ncols=columns, fontsize=8.5, frameon=False
     )
-    for text in shown.get_texts():
+    for text in legend.get_texts():
         text.set_parse_math(False)
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def _read_log(path: Path) -> list[dict[str, Any]]:
     try:
         content = path.read_bytes()
     except OSError as e:
@@ -493,15 +549,15 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _panels(lines: list[dict[str, Any]]) -> dict[str, dict[str, dict[int, float]]]:
-    """{panel: {key: {step: value}}}; what is no number (a name, a flag) is no curve."""
+def _group_panels(lines: list[dict[str, Any]]) -> dict[str, dict[str, dict[int, float]]]:
+    """{panel: {key: {step: value}}}; a value that is no number (a name, a flag) is no curve."""
     panels: dict[str, dict[str, dict[int, float]]] = {}
     for line in lines:
         for key, value in line.items():
-            if (
-                key not in ("step", *TIMING_KEYS)
-                and isinstance(value, int | float)
-                and not isinstance(value, bool)
-            ):
-                panels.setdefault(_PARTS.sub("", key, count=1), {}).setdefault(key, {})[line["step"]] = value
+            if key in ("step", *TIMING_KEYS):
+                continue
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                continue
+            panel = _SPLIT_PREFIX.sub("", key, count=1)
+            panels.setdefault(panel, {}).setdefault(key, {})[line["step"]] = value
     return panels
