@@ -54,16 +54,8 @@ def checked(scores: Any, labels: Any, findings: Sequence[str] = ()) -> tuple[Arr
         raise ValueError(
             f"metrics: must have one name per column, got {len(findings)} names and {s.shape[1]} columns"
         )
-    for what, table, bad in (
-        ("finite score", s, ~np.isfinite(s)),
-        ("label of 0 or 1", y, (y != 0) & (y != 1)),
-    ):
-        if bad.any():
-            i, j = (int(k) for k in np.argwhere(bad.T)[0][::-1])
-            name = repr(findings[j]) if findings else str(j)
-            raise ValueError(
-                f"metrics: every value must be a {what}, found {table[i, j]} in column {name}, row {i} ({bad[:, j].sum()} such)"
-            )
+    _check_values("finite score", s, ~np.isfinite(s), findings)
+    _check_values("label of 0 or 1", y, (y != 0) & (y != 1), findings)
     return s, y.astype(bool)
 
 
@@ -101,15 +93,15 @@ def at_threshold(scores: Any, labels: Any, thresholds: Any, weights: Any = None)
     tp, fp, pos = np.split(w.T @ np.hstack([called & y, called & ~y, y]).astype(float), 3, axis=1)
     fn, neg = pos - tp, total - pos
     tn = neg - fp
+    f1_positive = ratio(2 * tp, 2 * tp + fp + fn)
+    f1_negative = ratio(2 * tn, 2 * tn + fp + fn)
     out = {
         "accuracy": ratio(tp + tn, total),
         "balanced_accuracy": (ratio(tp, pos) + ratio(tn, neg)) / 2,
         "precision": ratio(tp, tp + fp),
         "recall": ratio(tp, pos),
-        "f1": ratio(2 * tp, 2 * tp + fp + fn),
-        "f1_weighted": ratio(
-            pos * ratio(2 * tp, 2 * tp + fp + fn) + neg * ratio(2 * tn, 2 * tn + fp + fn), total
-        ),
+        "f1": f1_positive,
+        "f1_weighted": ratio(pos * f1_positive + neg * f1_negative, total),
     }
     known = (pos > 0) & (neg > 0) & ~np.isnan(t)
     out = {k: np.where(known, v, np.nan) for k, v in out.items()}
@@ -173,14 +165,14 @@ def bootstrap(
     parts = []
     for start in track(range(0, n, _REPLICATES), "drawing replicates"):
         draws = torch.randint(k, (min(_REPLICATES, n - start), k), generator=gen).numpy()
-        times = np.stack([np.bincount(d, minlength=k) for d in draws], 1).astype(
-            np.float64
-        )  # [k, r]: how often each group was drawn
-        parts.append(statistics(s, y, times[rows]))
-    return {
-        name: _intervals(value, np.concatenate([p[name] for p in parts]), (1 - level) / 2)
-        for name, value in point.items()
-    }
+        counts = [np.bincount(d, minlength=k) for d in draws]
+        weights = np.stack(counts, 1).astype(np.float64)  # [k, r]: how often each group was drawn
+        parts.append(statistics(s, y, weights[rows]))
+    intervals = {}
+    for name, value in point.items():
+        replicates = np.concatenate([part[name] for part in parts])
+        intervals[name] = _intervals(value, replicates, (1 - level) / 2)
+    return intervals
 
 
 def group_recall_at(
@@ -204,7 +196,8 @@ def group_recall_at(
         )
     codes = group_codes([*groups_q, *groups_g])[0]
     same = codes[: len(sim), None] == codes[None, len(sim) :]
-    if (lost := int((~same.any(1)).sum())) > 0:
+    lost = int((~same.any(1)).sum())
+    if lost:
         raise ValueError(
             f"group_recall_at: every query's group must be in the gallery, {lost} of {len(sim)} are not"
         )
@@ -213,12 +206,21 @@ def group_recall_at(
     return {int(k): float((ahead < k).mean()) for k in ks}
 
 
+def _check_values(expected: str, table: Array, bad: Array, findings: Sequence[str]) -> None:
+    """Raise where a value [n, c] is bad; names the first column with such, and its first row."""
+    if bad.any():
+        column, row = (int(k) for k in np.argwhere(bad.T)[0])
+        name = repr(findings[column]) if findings else str(column)
+        raise ValueError(
+            f"metrics: every value must be a {expected}, found {table[row, column]} in column {name}, "
+            f"row {row} ({bad[:, column].sum()} such)"
+        )
+
+
 def _array(x: Any) -> Array:
-    return (
-        x.detach().to("cpu", torch.float64).numpy()
-        if isinstance(x, torch.Tensor)
-        else np.asarray(x, dtype=np.float64)
-    )
+    if isinstance(x, torch.Tensor):
+        return x.detach().to("cpu", torch.float64).numpy()
+    return np.asarray(x, dtype=np.float64)
 
 
 def _weights(weights: Any, n: int) -> Array:
@@ -252,9 +254,8 @@ def _average_precision(s: Array, y: Array, w: Array) -> Array:
     right, wrong = _cumulative(w[pos]), _cumulative(w[neg])
     tp = right[-1] - right[np.searchsorted(s[pos], s[pos], "left")]
     fp = wrong[-1] - wrong[np.searchsorted(s[neg], s[pos], "left")]
-    precision = tp / np.maximum(
-        tp + fp, np.finfo(float).tiny
-    )  # where both are 0 the positive has no weight either
+    # Where both are 0 the positive has no weight either.
+    precision = tp / np.maximum(tp + fp, np.finfo(float).tiny)
     return np.where(wrong[-1] > 0, ratio(np.einsum("kr,kr->r", w[pos], precision), right[-1]), np.nan)
 
 
@@ -277,6 +278,7 @@ def _cumulative(w: Array) -> Array:
 
 
 def ratio(a: Array, b: Array) -> Array:
+    """a / b, nan where b is not above 0."""
     a, b = np.broadcast_arrays(a, b)
     return np.divide(a, b, out=np.full(a.shape, np.nan), where=b > 0)
 
@@ -328,7 +330,7 @@ def _nanmean(x: Array) -> Array:
 
 
 def group_codes(groups: Sequence[Any]) -> tuple[Array, int]:
-    """A whole number for each distinct group, in order of first appearance."""
+    """(int64 [n], k): the groups as numbers 0 to k - 1, in order of first appearance."""
     groups = groups.tolist() if isinstance(groups, torch.Tensor | np.ndarray) else list(groups)
-    seen = {g: i for i, g in enumerate(dict.fromkeys(groups))}
-    return np.array([seen[g] for g in groups], dtype=np.int64), len(seen)
+    number = {g: i for i, g in enumerate(dict.fromkeys(groups))}
+    return np.array([number[g] for g in groups], dtype=np.int64), len(number)

@@ -38,23 +38,27 @@ class Result:
 
 def write_results(path: files.PathLike, results: Iterable[Result]) -> None:
     """Write results as JSON lines, atomically; nan becomes null."""
-    lines = [json.dumps({k: None if _isnan(v) else v for k, v in asdict(r).items()}) for r in results]
-    files.write_text(path, "".join(line + "\n" for line in lines))
+    lines = []
+    for r in results:
+        fields = {k: None if _is_nan(v) else v for k, v in asdict(r).items()}
+        lines.append(json.dumps(fields) + "\n")
+    files.write_text(path, "".join(lines))
 
 
 def read_results(path: files.PathLike) -> list[Result]:
-    """Read what `write` wrote."""
-    rows: list[dict[str, Any]] = [
-        json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()
-    ]
-    return [Result(**{k: _fill(v) for k, v in row.items()}) for row in rows]
+    """Read what `write_results` wrote."""
+    rows = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        fields: dict[str, Any] = {k: math.nan if v is None else v for k, v in json.loads(line).items()}
+        rows.append(Result(**fields))
+    return rows
 
 
 def environment() -> dict[str, Any]:
-    """Python, torch, CUDA, GPU, packages and commit: what one needs to make a number again. Holds no names of people, hosts or paths."""
-    import torch  # here: results.py is read by light tasks too
+    """Python, torch, CUDA, GPU, packages and commit: what is needed to reproduce a number. No names of people, hosts or paths."""
+    import torch  # here: light tasks import this module too
 
-    wanted = (
+    packages = (
         "torch",
         "transformers",
         "numpy",
@@ -77,13 +81,13 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda if cuda else None,
         "gpu": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
-        "packages": {p: importlib.metadata.version(p) for p in wanted if _installed(p)},
+        "packages": {p: importlib.metadata.version(p) for p in packages if _is_installed(p)},
         "commit": commit(),
     }
 
 
 def device_name() -> str:
-    """The name of what computes here."""
+    """The name of the GPU, or of the CPU where there is none."""
     import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu()
@@ -94,34 +98,36 @@ def commit() -> str:
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return ""
-    head, dirty = (
-        _git(root, "rev-parse", "--short=12", "HEAD"),
-        _git(root, "status", "--porcelain", "--untracked-files=no"),
-    )
+    head = _git(root, "rev-parse", "--short=12", "HEAD")
+    dirty = _git(root, "status", "--porcelain", "--untracked-files=no")
     return head + ("+" if head and dirty else "")
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A GitHub Markdown table; numbers are right-aligned, floats get three decimals."""
-    body = [[_cell(v) for v in row] for row in rows]
-    numeric = [all(_is_number(r[i]) for r in body) and bool(body) for i in range(len(columns))]
-    lines = ["| " + " | ".join(columns) + " |", "|" + "|".join("--:" if n else "---" for n in numeric) + "|"]
-    return (
-        "\n".join(lines + ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in body])
-        + "\n"
-    )
+    body = [[_format_cell(v) for v in row] for row in rows]
+    rules = []
+    for i in range(len(columns)):
+        numeric = bool(body) and all(_is_number(cells[i]) for cells in body)
+        rules.append("--:" if numeric else "---")
+    lines = ["| " + " | ".join(columns) + " |", "|" + "|".join(rules) + "|"]
+    for cells in body:
+        escaped = [cell.replace("|", "\\|") for cell in cells]
+        lines.append("| " + " | ".join(escaped) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def html_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """The same table as HTML, escaped."""
     head = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(_cell(v))}</td>" for v in row) + "</tr>\n" for row in rows
-    )
+    body = ""
+    for row in rows:
+        cells = "".join(f"<td>{html.escape(_format_cell(v))}</td>" for v in row)
+        body += f"<tr>{cells}</tr>\n"
     return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table>\n"
 
 
-def _cell(v: Any) -> str:
+def _format_cell(v: Any) -> str:
     if isinstance(v, float):
         return "–" if math.isnan(v) else f"{v:.3f}"
     return str(v)
@@ -131,15 +137,11 @@ def _is_number(text: str) -> bool:
     return text == "–" or text.replace(".", "", 1).replace("-", "", 1).isdigit()
 
 
-def _fill(v: Any) -> Any:
-    return math.nan if v is None else v
-
-
-def _isnan(v: Any) -> bool:
+def _is_nan(v: Any) -> bool:
     return isinstance(v, float) and math.isnan(v)
 
 
-def _installed(package: str) -> bool:
+def _is_installed(package: str) -> bool:
     try:
         importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -148,24 +150,19 @@ def _installed(package: str) -> bool:
 
 
 def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    names = (
-        [
-            line.split(":", 1)[1].strip()
-            for line in info.read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        if info.exists()
-        else []
-    )
-    return names[0] if names else platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")  # platform.processor() is empty on Linux
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def _git(root: Path, *args: str) -> str:
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             ["git", *args], cwd=root, capture_output=True, text=True, check=False, timeout=10
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    return process.stdout.strip() if process.returncode == 0 else ""

@@ -29,7 +29,7 @@ def tokenizer(name: files.PathLike) -> Any:
     if path.is_file():
         read_json(path)
         with _Reading("tokenizer", path):
-            return _unset(_wrap(path))
+            return _without_limits(_wrap(path))
     main = find_file(str(name), ("tokenizer.json", "vocab.json", "vocab.txt"))
     if not path.is_dir():  # a hub name: AutoTokenizer finds all files in the snapshot folder
         find_file(str(name), ("tokenizer_config.json",))
@@ -39,15 +39,18 @@ def tokenizer(name: files.PathLike) -> Any:
         read_json(main)
     with _Reading("tokenizer", main.parent):
         if main.name == "tokenizer.json" and not (main.parent / "tokenizer_config.json").is_file():
-            return _unset(_wrap(main))
+            return _without_limits(_wrap(main))
         # Without an explicit False, transformers asks on standard input whether to run the code that `auto_map` names.
-        return _unset(
+        return _without_limits(
             AutoTokenizer.from_pretrained(main.parent, local_files_only=True, trust_remote_code=False)
         )
 
 
-def _unset(tok: Any) -> Any:
-    """The tokenizer without truncation and padding of its file's: the first call would take them off, in the way of other threads."""
+def _without_limits(tok: Any) -> Any:
+    """The tokenizer without its file's truncation and padding.
+
+    A first call would take them off while other threads use the tokenizer.
+    """
     backend = getattr(tok, "backend_tokenizer", None)
     if backend is not None:
         backend.no_truncation()
@@ -100,21 +103,21 @@ def image_processor(name: files.PathLike) -> Any:
     import transformers
 
     main = find_file(str(name), ("preprocessor_config.json", "processor_config.json"))
-    about = read_json(main)
-    about = about.get("image_processor", about)
-    if not isinstance(about, dict):
+    config = read_json(main)
+    config = config.get("image_processor", config)
+    if not isinstance(config, dict):
         raise ValueError(
-            f"image_processor: {main}: image_processor must be an object, found {type(about).__name__}"
+            f"image_processor: {main}: image_processor must be an object, found {type(config).__name__}"
         )
-    said = str(about.get("image_processor_type") or about.get("feature_extractor_type"))
-    base = said.removesuffix("Fast").replace("FeatureExtractor", "ImageProcessor")
+    class_name = str(config.get("image_processor_type") or config.get("feature_extractor_type"))
+    base = class_name.removesuffix("Fast").replace("FeatureExtractor", "ImageProcessor")
     kind = getattr(transformers, f"{base}Pil", None) if base.endswith("ImageProcessor") else None
     if kind is None:  # AutoImageProcessor would ask for torchvision
         raise ValueError(
-            f"image_processor: {main} must name one that transformers has on Pillow (CLIPImageProcessor...), found {said!r}"
+            f"image_processor: {main} must name one that transformers has on Pillow (CLIPImageProcessor...), found {class_name!r}"
         )
     with _Reading("image_processor", main):
-        return kind.from_dict(about)
+        return kind.from_dict(config)
 
 
 def train_bpe(
@@ -217,9 +220,8 @@ def _wrap(path: Path, **special: str) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     fast = PreTrainedTokenizerFast(tokenizer_file=str(path), **special)
-    if (
-        not special
-    ):  # a bare file does not say which of its tokens end or pad a text: take them from its own template
+    if not special:
+        # A bare file does not say which of its tokens ends a text: the template puts it behind an empty one.
         ends = fast("")["input_ids"]
         if ends:
             fast.eos_token = fast.convert_ids_to_tokens(ends[-1])
