@@ -1,6 +1,8 @@
-"""Numbers from right and wrong answers that come in groups (the questions of a case, the steps of an episode).
+"""Numbers from right and wrong answers that come in groups (the questions of a case, the steps of an
+episode).
 
-Dims: n rows (answers), k groups. Rows of one group are not independent, so intervals and tests treat a group as one.
+Dims: n rows (answers), k groups. Rows of one group are not independent, so intervals and tests treat a group
+as one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +20,9 @@ Array = np.ndarray
 
 @frozen(kw_only=True)
 class Accuracy:
-    """A share of right rows with its 95 % interval; nan bounds with one group, which says nothing of others."""
+    """A share of right rows with its 95 % interval; nan bounds with one group, which says nothing of
+    others.
+    """
 
     value: float
     low: float
@@ -29,7 +33,9 @@ class Accuracy:
 
 @frozen(kw_only=True)
 class Difference:
-    """How much more often a is right than b, of the same rows, with its 95 % interval and two-sided p; nan bounds with one group."""
+    """How much more often a is right than b, of the same rows, with its 95 % interval and two-sided p; nan
+    bounds with one group.
+    """
 
     difference: float
     low: float
@@ -57,7 +63,9 @@ def accuracy(right: Any, groups: Sequence[Any], *, n: int = 1000, gen: torch.Gen
 
 
 def episode_accuracy(right: Any, groups: Sequence[Any], *, n: int = 1000, gen: torch.Generator) -> Accuracy:
-    """Share of groups (episodes, cases) of which every row is right; args and errors as `accuracy`. The record's `n` is its groups."""
+    """Share of groups (episodes, cases) of which every row is right; args and errors as `accuracy`. The
+    record's `n` is its groups.
+    """
     sums, sizes = _group_totals(_check_flags("episode_accuracy", right, groups), groups)
     return accuracy(sums == sizes, range(len(sizes)), n=n, gen=gen)
 
@@ -67,7 +75,8 @@ def accuracy_by_category(
 ) -> dict[str, Accuracy]:
     """The accuracy of each category, in the order of the alphabet; args and errors as `accuracy`.
 
-    A category's record depends only on its own rows and on `gen`, of which one number is taken: all categories draw from that.
+    A category's record depends only on its own rows and on `gen`, of which one number is taken: all
+    categories draw from that.
 
     Raises:
         ValueError: also a row without a category ("" or None), or categories of another number.
@@ -81,7 +90,8 @@ def accuracy_by_category(
         fault = f"{unnamed} without"
     if fault:
         raise ValueError(
-            f"accuracy_by_category: each of {len(flags)} rows must have a category, got {fault}; leave such rows out or name them"
+            f"accuracy_by_category: each of {len(flags)} rows must have a category, got {fault}; "
+            "leave such rows out or name them"
         )
     codes, _ = metrics.group_codes(groups)
     seed = int(torch.randint(2**62, (), generator=gen))
@@ -99,11 +109,13 @@ def accuracy_by_category(
 def paired_difference(
     right_a: Any, right_b: Any, groups: Sequence[Any], *, n: int = 1000, gen: torch.Generator
 ) -> Difference:
-    """Accuracy of a minus that of b on the same rows: the interval by bootstrap of whole groups, p by exact sign flips of whole groups.
+    """Accuracy of a minus that of b on the same rows: the interval by bootstrap of whole groups, p by exact
+    sign flips of whole groups.
 
-    Under the null hypothesis a and b may change places in every group. That has 2^k outcomes; as a group's difference is a whole number,
-    their distribution is computed by convolution, so p is exact and does not depend on `gen`. With one row per group it is McNemar's
-    exact test. With one group, or where a and b are right on the same rows, p is 1.
+    Under the null hypothesis a and b may change places in every group. That has 2^k outcomes; as a group's
+    difference is a whole number, their distribution is computed by convolution, so p is exact and does not
+    depend on `gen`. With one row per group it is McNemar's exact test. With one group, or where a and b are
+    right on the same rows, p is 1.
 
     Args:
         right_a, right_b: bool [n]; groups and n as `accuracy`.
@@ -123,7 +135,9 @@ def paired_difference(
 def to_results(
     records: Mapping[str, Accuracy | Difference], *, split: str, what: str = "", experiment: str = ""
 ) -> list[Result]:
-    """A row for each {subject: record}; `what` is "accuracy" or "accuracy_difference" unless given; `extra` holds groups, and p."""
+    """A row for each {subject: record}; `what` is "accuracy" or "accuracy_difference" unless given; `extra`
+    holds groups, and p.
+    """
     rows = []
     for subject, record in records.items():
         extra: dict[str, Any] = {"groups": record.groups}
@@ -163,7 +177,9 @@ def _check_flags(what: str, right: Any, groups: Sequence[Any]) -> Array:
 
 
 def _group_totals(values: Array, groups: Sequence[Any]) -> tuple[Array, Array]:
-    """(sum, rows) of each group, int64 [k]; sorted, so that the order of rows and groups does not change what is drawn from them."""
+    """(sum, rows) of each group, int64 [k]; sorted, so that the order of rows and groups does not change
+    what is drawn from them.
+    """
     codes, k = metrics.group_codes(groups)
     sizes = np.bincount(codes, minlength=k)
     sums = np.zeros(k, dtype=np.int64)

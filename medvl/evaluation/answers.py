@@ -1,7 +1,8 @@
-"""When a short medical answer is right: a strict rule that sees negation and side, and the text similarity of older benchmarks.
+"""When a short medical answer is right: a strict rule that sees negation and side, and the text similarity
+of older benchmarks.
 
-The rules of `normalise` are those that change a verdict on written answers of VQA-RAD and SLAKE, or on answers as language models
-write them (punctuation, articles, lead-ins, units, sides, denials).
+The rules of `normalise` are those that change a verdict on written answers of VQA-RAD and SLAKE, or on
+answers as language models write them (punctuation, articles, lead-ins, units, sides, denials).
 """
 
 import re
@@ -107,15 +108,19 @@ _DOUBTFUL = word_set(
 
 
 def same_answer(said: str | None, gold: str) -> bool:
-    """Whether an answer says what the written one says. In doubt it does not: words are compared in their order, no medicine is known.
+    """Whether an answer says what the written one says. In doubt it does not: words are compared in their
+    order, no medicine is known.
 
     Right is:
-    - the same text after `normalise`, which says what carries no meaning; a hyphen between letters may also be missing;
-    - to a gold "yes" also what starts with "yes", to a gold "no" what starts with "no" and then a comma, the end of a sentence, or it,
-      there, this, they, I, we, if every clause of the rest agrees: "Yes, there is a fracture", "No, there is no fracture". A clause
-      with doubt ("possibly") or two denials ("not absent") agrees with neither.
-    Wrong are hence, among others, synonyms, plurals, another order of words, added explanations of open answers; "No fracture" to "no"
-    ("Is the bone normal?"); "No, the lungs are clear" to "no" (it states something beside denying); "Yes" to "Yes, on the left".
+    - the same text after `normalise`, which says what carries no meaning; a hyphen between letters may also
+      be missing;
+    - to a gold "yes" also what starts with "yes", to a gold "no" what starts with "no" and then a comma, the
+      end of a sentence, or it, there, this, they, I, we, if every clause of the rest agrees: "Yes, there is
+      a fracture", "No, there is no fracture". A clause with doubt ("possibly") or two denials ("not absent")
+      agrees with neither.
+    Wrong are hence, among others, synonyms, plurals, another order of words, added explanations of open
+    answers; "No fracture" to "no" ("Is the bone normal?"); "No, the lungs are clear" to "no" (it states
+    something beside denying); "Yes" to "Yes, on the left".
 
     Args:
         said: None or a text without words is wrong.
@@ -143,31 +148,38 @@ def has_words(text: str) -> bool:
 def normalise(text: str) -> str:
     """A text without what carries no meaning: lower case, words and marks separated by one space.
 
-    - Unicode NFKC, white space, quotes, final punctuation. Within the text "." stands for any end of a sentence (; : ! and a new line
-      too): "No. Effusion." is not "No effusion". A comma is "and" if the text denies nothing. Brackets, "?" and signs stay.
-    - Articles ("a" only where it must be one: not in "hepatitis A", "A-lines"), "&", the hyphen within words, w/o, n't.
-    - Number words zero to twelve are digits; numbers stay ("1.0" is not "1") but for thousands ("1,000"); "5mm" is "5 mm".
-    - Lead-ins such as "There is", "It is", "The answer is", "Answer:", "The image shows", and "on the" before a side.
-    - Sides: L, lt, left-sided, left side -> "left"; both sides, bilaterally, and at the start "left and right" -> "bilateral".
-    - Denials: not, without, none, negative for, no evidence of -> "no"; "X is absent", "X is not seen", "X cannot be seen" -> "no X"
-      where X is one thing; "X is seen" -> "X".
+    - Unicode NFKC, white space, quotes, final punctuation. Within the text "." stands for any end of a
+      sentence (; : ! and a new line too): "No. Effusion." is not "No effusion". A comma is "and" if the text
+      denies nothing. Brackets, "?" and signs stay.
+    - Articles ("a" only where it must be one: not in "hepatitis A", "A-lines"), "&", the hyphen within
+      words, w/o, n't.
+    - Number words zero to twelve are digits; numbers stay ("1.0" is not "1") but for thousands ("1,000");
+      "5mm" is "5 mm".
+    - Lead-ins such as "There is", "It is", "The answer is", "Answer:", "The image shows", and "on the"
+      before a side.
+    - Sides: L, lt, left-sided, left side -> "left"; both sides, bilaterally, and at the start "left and
+      right" -> "bilateral".
+    - Denials: not, without, none, negative for, no evidence of -> "no"; "X is absent", "X is not seen", "X
+      cannot be seen" -> "no X" where X is one thing; "X is seen" -> "X".
     """
     return _normalise(text, join_hyphens=False)
 
 
 # The rule of older benchmarks -----------------------------------------------------------------------------------------------------------
 def same_by_tfidf(said: str | None, gold: str, threshold: float = 0.6) -> bool:
-    """Whether `tfidf_cosine` exceeds the threshold. Only for comparison with published numbers: it ACCEPTS OPPOSITES.
+    """Whether `tfidf_cosine` exceeds the threshold. Only for comparison with published numbers: it ACCEPTS
+    OPPOSITES.
 
-    "No pleural effusion" for "Pleural effusion" has .709 and "left lower lobe pneumonia" for "right lower lobe pneumonia" .603, both
-    right at 0.6, while "Scroll down" for "Scroll up" has .336.
+    "No pleural effusion" for "Pleural effusion" has .709 and "left lower lobe pneumonia" for "right lower
+    lobe pneumonia" .603, both right at 0.6, while "Scroll down" for "Scroll up" has .336.
     Source: the step rule of FedMABench, Wang et al. 2025, arXiv:2503.05143.
     """
     return tfidf_cosine(said, gold) > threshold
 
 
 def tfidf_cosine(said: str | None, gold: str) -> float:
-    """Cosine of the TF-IDF vectors of two texts, the vectoriser (scikit-learn's, as it is by default) fitted on this pair alone.
+    """Cosine of the TF-IDF vectors of two texts, the vectoriser (scikit-learn's, as it is by default) fitted
+    on this pair alone.
 
     0 where a text has no token: words of one letter are none, so "A" for "A" has 0.
     """
@@ -231,7 +243,9 @@ def _normalise_finding(text: str) -> str:
 
 
 def _polarities(text: str) -> set[str]:
-    """What the clauses of a normalised text do: "yes" (state), "no" (deny), or both where that is in doubt."""
+    """What the clauses of a normalised text do: "yes" (state), "no" (deny), or both where that is in
+    doubt.
+    """
     polarities: set[str] = set()
     for clause in _CLAUSE_END.split(text):
         clause = clause.strip(" .,")
@@ -248,7 +262,9 @@ def _polarities(text: str) -> set[str]:
 
 
 def _text_after(text: str, word: str) -> str | None:
-    """What follows a "yes" or "no" that the text starts with; None if it does not. "No" before a thing denies that thing only."""
+    """What follows a "yes" or "no" that the text starts with; None if it does not. "No" before a thing
+    denies that thing only.
+    """
     pattern = "yes(?= |$)" if word == "yes" else r"no(?= [.,-] | (?:it|there|this|they|i|we)\b|$)"
     lead = re.match(pattern, text)
     return text[lead.end() :].strip(" .,-") if lead else None

@@ -75,19 +75,23 @@ _JOINING_WORDS = frozenset({"and", "or", "nor", "to", "is", "vs", "versus"})
 
 
 def extract_letter(said: str | None, options: Options) -> str:
-    """The letter of the option that an answer chooses, "" where it chooses none, several, or it cannot be told.
+    """The letter of the option that an answer chooses, "" where it chooses none, several, or it cannot be
+    told.
 
-    The right answer is not an argument, and nothing is guessed: the returned letter was said. Case counts, so an article is no letter.
-    - A letter with a mark at the start: "B", "B. text", "B: text", "B) text", "(B) text", "[B]", "**B**", and "B text" or "B - text"
-      where the text is that of option B.
-    - "the answer is B", "Answer: (B) text", "Option B.", "I choose B", "It's B", "B is correct", not behind a denial or "if".
+    The right answer is not an argument, and nothing is guessed: the returned letter was said. Case counts,
+    so an article is no letter.
+    - A letter with a mark at the start: "B", "B. text", "B: text", "B) text", "(B) text", "[B]", "**B**",
+      and "B text" or "B - text" where the text is that of option B.
+    - "the answer is B", "Answer: (B) text", "Option B.", "I choose B", "It's B", "B is correct", not behind
+      a denial or "if".
     - A small letter where it can be no word: "(b)", "(b) text", "ANSWER: b".
-    - A later sentence that says why another letter is not it ("Option A is less likely.") changes nothing. The text between <think>
-      and </think> is not the answer.
-    - Without a letter, the full text of one option, alone or in a sentence that denies nothing and doubts nothing: "It is a case of
-      {text}." An option within a longer one ("grade 1" in "grade 1-2") counts only where the longer one is not meant.
-    "" is returned for other letters beside (unless they stand in the text of an option: "B. Luminal A"), a letter beside the text of
-    another option, "b.", "not B", "A or B", and a paraphrase.
+    - A later sentence that says why another letter is not it ("Option A is less likely.") changes nothing.
+      The text between <think> and </think> is not the answer.
+    - Without a letter, the full text of one option, alone or in a sentence that denies nothing and doubts
+      nothing: "It is a case of {text}." An option within a longer one ("grade 1" in "grade 1-2") counts only
+      where the longer one is not meant.
+    "" is returned for other letters beside (unless they stand in the text of an option: "B. Luminal A"), a
+    letter beside the text of another option, "b.", "not B", "A or B", and a paraphrase.
 
     Args:
         options: letter -> text, or texts from A on. An option without text is chosen by letter only.
@@ -138,10 +142,12 @@ def _stated_letters(text: str, words: Mapping[str, tuple[str, ...]]) -> Iterator
 def _letter_at_start(
     text: str, words: Mapping[str, tuple[str, ...]], *, in_sentence: bool = False
 ) -> str | None:
-    """The letter at the start of a text, if a mark, its end, or its option's text shows that it is meant as one.
+    """The letter at the start of a text, if a mark, its end, or its option's text shows that it is meant as
+    one.
 
     Args:
-        in_sentence: the text is the rest of a sentence ("the answer is ..."), so a comma or "because" ends the letter too.
+        in_sentence: the text is the rest of a sentence ("the answer is ..."), so a comma or "because" ends
+            the letter too.
     """
     match = re.match(r"([(\[{']?)\s*([A-Z])(?!\w)(.*)", text, re.DOTALL)
     if match is None or match[2] not in words:
@@ -172,7 +178,9 @@ def _is_denied_behind(rest: str, said: tuple[str, ...], option: tuple[str, ...])
 
 
 def _names_other(said: tuple[str, ...], option: tuple[str, ...], others: Sequence[tuple[str, ...]]) -> bool:
-    """Whether the words behind a letter are the text of another option, or a part of it that is not in this one."""
+    """Whether the words behind a letter are the text of another option, or a part of it that is not in this
+    one.
+    """
     for other in others:
         if said == other and said != option:
             return True
@@ -251,7 +259,9 @@ def _named_option(text: str, words: Mapping[str, tuple[str, ...]]) -> str:
 
 
 def _longest_spans(said: tuple[str, ...], words: Mapping[str, tuple[str, ...]]) -> list[tuple[int, int, str]]:
-    """(start, end, letter) where the text of an option stands, without those inside the span of a longer option."""
+    """(start, end, letter) where the text of an option stands, without those inside the span of a longer
+    option.
+    """
     spans = []
     for letter, option in words.items():
         for start in range(len(said)):
@@ -267,7 +277,9 @@ def _longest_spans(said: tuple[str, ...], words: Mapping[str, tuple[str, ...]]) 
 
 
 def _is_phrase(plain: str, tokens: Sequence[re.Match[str]], start: int, end: int) -> bool:
-    """Whether the tokens are a phrase of their own: no word beside makes another thing of them ("micro-invasive", "... in situ")."""
+    """Whether the tokens are a phrase of their own: no word beside makes another thing of them
+    ("micro-invasive", "... in situ").
+    """
     left = start == 0 or tokens[start - 1][0] in _WORDS_BEFORE
     if start and not left:
         before = tokens[start - 1]

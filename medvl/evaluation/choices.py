@@ -1,4 +1,6 @@
-"""Multiple-choice questions: options and their letters, read from a text and written into one, and the likeliest option."""
+"""Multiple-choice questions: options and their letters, read from a text and written into one, and the
+likeliest option.
+"""
 
 import re
 import unicodedata
@@ -47,8 +49,8 @@ def format_question(question: str, options: Options) -> str:
 def split_options(text: str) -> tuple[str, dict[str, str]]:
     """Question and options of a text that holds both, such as "Which? A) x B) y" or "Which?\\nA. x\\nB. y".
 
-    Letters must rise and have one kind of mark (. ) or :), A and another one or three others. The text of a letter that is left out
-    belongs to the option before it, so the options then have a gap.
+    Letters must rise and have one kind of mark (. ) or :), A and another one or three others. The text of a
+    letter that is left out belongs to the option before it, so the options then have a gap.
 
     Returns:
         (question, {letter: option}), texts stripped; (text, {}) where it holds no options.
@@ -74,12 +76,14 @@ def letters_by_likelihood(scores: Iterable[Iterable[float]], options: Sequence[O
     Args:
         scores: [b, o], as of `generate.score_options`: rows with fewer options are longer than these.
     Raises:
-        ValueError: as `letter_options`; another number of rows, fewer scores than options, or a score of an option that is nan.
+        ValueError: as `letter_options`; another number of rows, fewer scores than options, or a score of an
+            option that is nan.
     """
     rows = [[float(v) for v in row] for row in scores]
     if len(rows) != len(options):
         raise ValueError(
-            f"letters_by_likelihood: needs the options of every row, got {len(rows)} rows and {len(options)} sets of options"
+            f"letters_by_likelihood: needs the options of every row, got {len(rows)} rows and "
+            f"{len(options)} sets of options"
         )
     letters = []
     tables = map(letter_options, options)
@@ -94,7 +98,9 @@ def letters_by_likelihood(scores: Iterable[Iterable[float]], options: Sequence[O
 
 
 def comparable_text(text: str) -> str:
-    """An option's text without case, punctuation, markup, kind of dash and leading article; signs and numbers stay."""
+    """An option's text without case, punctuation, markup, kind of dash and leading article; signs and
+    numbers stay.
+    """
     return " ".join(option_words(text))
 
 
@@ -126,7 +132,9 @@ def without_article(words: Sequence[str]) -> tuple[str, ...]:
 
 
 def _rising_letters(matches: list[re.Match[str]]) -> list[re.Match[str]]:
-    """The longest run of marks whose letters rise, each letter that is left out counting against it; of equal ones the latest."""
+    """The longest run of marks whose letters rise, each letter that is left out counting against it; of
+    equal ones the latest.
+    """
     # The best run that ends in each mark.
     runs: list[list[re.Match[str]]] = []
     for match in matches:

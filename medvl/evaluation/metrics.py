@@ -1,7 +1,9 @@
-"""How good scores are: ranking and threshold metrics per finding, intervals that resample whole patients, retrieval.
+"""How good scores are: ranking and threshold metrics per finding, intervals that resample whole patients,
+retrieval.
 
-Scores and labels are `[n, c]`: n volumes, c findings. Each metric also takes `weights` `[n, r]` and then gives `[r, c]`: r columns of
-weights are r samples at once, a bootstrap replicate being whole-number weights. Without weights it gives `[c]`. All arithmetic is float64.
+Scores and labels are `[n, c]`: n volumes, c findings. Each metric also takes `weights` `[n, r]` and then
+gives `[r, c]`: r columns of weights are r samples at once, a bootstrap replicate being whole-number weights.
+Without weights it gives `[c]`. All arithmetic is float64.
 """
 
 import math
@@ -25,8 +27,9 @@ _REPLICATES = 64  # per pass: [n, 64] float64 stays near the cache, and memory d
 class Intervals:
     """A statistic of c findings and of their mean, with percentile bootstrap bounds.
 
-    `undefined` counts the replicates in which a finding had no value (one class only); they are left out of its bounds. The mean is over
-    the `averaged` findings that have a value in the full sample, within each replicate over those of them defined there.
+    `undefined` counts the replicates in which a finding had no value (one class only); they are left out of
+    its bounds. The mean is over the `averaged` findings that have a value in the full sample, within each
+    replicate over those of them defined there.
     """
 
     value: Array  # [c]
@@ -43,12 +46,14 @@ def checked(scores: Any, labels: Any, findings: Sequence[str] = ()) -> tuple[Arr
     """Scores as float64 and labels as bool, both [n, c].
 
     Raises:
-        ValueError: not two dimensions, unequal shapes, no rows, a score not finite or a label not 0 or 1 (names the column).
+        ValueError: not two dimensions, unequal shapes, no rows, a score not finite or a label not 0 or 1
+            (names the column).
     """
     s, y = _array(scores), _array(labels)
     if s.ndim != 2 or s.shape != y.shape or not s.size:
         raise ValueError(
-            f"metrics: scores and labels must both be [n, c] with n and c above 0, got {s.shape} and {y.shape}"
+            f"metrics: scores and labels must both be [n, c] with n and c above 0, got {s.shape} and "
+            f"{y.shape}"
         )
     if findings and len(findings) != s.shape[1]:
         raise ValueError(
@@ -60,7 +65,8 @@ def checked(scores: Any, labels: Any, findings: Sequence[str] = ()) -> tuple[Arr
 
 
 def auroc(scores: Any, labels: Any, weights: Any = None) -> Array:
-    """Area under the ROC curve, [c], or [r, c] with weights [n, r]; a tie counts one half; nan where one class is missing.
+    """Area under the ROC curve, [c], or [r, c] with weights [n, r]; a tie counts one half; nan where one
+    class is missing.
 
     Source: the Mann-Whitney form, Hanley and McNeil 1982, doi:10.1148/radiology.143.1.7063747.
     """
@@ -68,7 +74,8 @@ def auroc(scores: Any, labels: Any, weights: Any = None) -> Array:
 
 
 def average_precision(scores: Any, labels: Any, weights: Any = None) -> Array:
-    """Area under the precision-recall curve: the sum of precision times step in recall, without interpolation, tied scores being one step.
+    """Area under the precision-recall curve: the sum of precision times step in recall, without
+    interpolation, tied scores being one step.
 
     [c], or [r, c] with weights [n, r]; nan where one class is missing. Its chance level is the prevalence.
     """
@@ -81,9 +88,9 @@ def at_threshold(scores: Any, labels: Any, thresholds: Any, weights: Any = None)
     Args:
         thresholds: [c], chosen on other data than these; nan gives nan.
     Returns:
-        accuracy; balanced_accuracy (mean of recall and specificity); precision, recall and f1 of the positive class; f1_weighted (the F1
-        of both classes weighted by their share, often published as plain "F1"). All nan where one class is missing; precision also where
-        nothing was called positive.
+        accuracy; balanced_accuracy (mean of recall and specificity); precision, recall and f1 of the
+        positive class; f1_weighted (the F1 of both classes weighted by their share, often published as plain
+        "F1"). All nan where one class is missing; precision also where nothing was called positive.
     """
     s, y = checked(scores, labels)
     t, w = _array(thresholds), _weights(weights, len(s))
@@ -109,7 +116,9 @@ def at_threshold(scores: Any, labels: Any, thresholds: Any, weights: Any = None)
 
 
 def roc_curve(scores: Any, labels: Any) -> tuple[Array, Array, Array]:
-    """(false positive rate, true positive rate, threshold) of one finding from scores and labels [n]; starts at (0, 0, inf)."""
+    """(false positive rate, true positive rate, threshold) of one finding from scores and labels [n]; starts
+    at (0, 0, inf).
+    """
     s, y = checked(_array(scores)[:, None], _array(labels)[:, None])
     thresholds, tp, fp = _steps(s[:, 0], y[:, 0])
     fpr, tpr = ratio(fp, fp[-1:]), ratio(tp, tp[-1:])
@@ -117,14 +126,15 @@ def roc_curve(scores: Any, labels: Any) -> tuple[Array, Array, Array]:
 
 
 def best_thresholds(scores: Any, labels: Any, rule: Rule = "youden") -> Array:
-    """The threshold [c] of each finding that a rule likes best. Choose it on the validation split only, never on the data it is judged on.
+    """The threshold [c] of each finding that a rule likes best. Choose it on the validation split only,
+    never on the data it is judged on.
 
     Args:
-        rule: "youden" maximises recall + specificity - 1, "f1" the F1 of the positive class, "corner" minimises the distance of the ROC
-            curve to (0, 1).
+        rule: "youden" maximises recall + specificity - 1, "f1" the F1 of the positive class, "corner"
+            minimises the distance of the ROC curve to (0, 1).
     Returns:
-        halfway between the lowest score called positive and the next lower one; of equally good thresholds the highest; nan where one
-        class is missing.
+        halfway between the lowest score called positive and the next lower one; of equally good thresholds
+        the highest; nan where one class is missing.
     """
     if rule not in ("youden", "f1", "corner"):
         raise ValueError(f"best_thresholds: rule must be 'youden', 'f1' or 'corner', got {rule!r}")
@@ -142,20 +152,23 @@ def bootstrap(
     level: float = 0.95,
     gen: torch.Generator,
 ) -> dict[str, Intervals]:
-    """Percentile intervals of statistics, resampling groups (patients) with replacement, each with all its rows.
+    """Percentile intervals of statistics, resampling groups (patients) with replacement, each with all its
+    rows.
 
     Args:
         statistics: `f(scores, labels, weights) -> {name: [c], or [r, c] with weights [n, r]}`, such as
             `lambda s, y, w: {"auroc": auroc(s, y, w)}`; all of them see the same replicates.
         groups: the group of each row, [n].
     Raises:
-        ValueError: as `checked`; groups of another length, fewer than two groups, n below 1, level not between 0 and 1.
+        ValueError: as `checked`; groups of another length, fewer than two groups, n below 1, level not
+            between 0 and 1.
     """
     s, y = checked(scores, labels)
     rows, k = group_codes(groups)
     if len(rows) != len(s) or k < 2:
         raise ValueError(
-            f"bootstrap: needs one group per row and two groups or more, got {len(rows)} groups ({k} distinct), {len(s)} rows"
+            f"bootstrap: needs one group per row and two groups or more, got {len(rows)} groups ({k} "
+            f"distinct), {len(s)} rows"
         )
     if n < 1 or not 0 < level < 1:
         raise ValueError(
@@ -178,12 +191,14 @@ def bootstrap(
 def group_recall_at(
     similarity: Any, groups_q: Sequence[Any], groups_g: Sequence[Any], ks: Sequence[int]
 ) -> dict[int, float]:
-    """Share of queries with a gallery row of their own group among the k most similar, e.g. any reconstruction of the query's scan.
+    """Share of queries with a gallery row of their own group among the k most similar, e.g. any
+    reconstruction of the query's scan.
 
     Args:
         similarity: [q, g]; where a wrong row ties with the best right one, the wrong row counts as first.
     Raises:
-        ValueError: other shapes, similarities that are not finite, k not in 1..g, or a query whose group is not in the gallery.
+        ValueError: other shapes, similarities that are not finite, k not in 1..g, or a query whose group is
+            not in the gallery.
     """
     sim = _array(similarity)
     if sim.ndim != 2 or sim.shape != (len(groups_q), len(groups_g)) or not sim.size:
@@ -192,7 +207,8 @@ def group_recall_at(
         )
     if not np.isfinite(sim).all() or not ks or min(ks) < 1 or max(ks) > sim.shape[1]:
         raise ValueError(
-            f"group_recall_at: similarity must be finite and every k within 1..{sim.shape[1]}, got k={list(ks)}"
+            f"group_recall_at: similarity must be finite and every k within 1..{sim.shape[1]}, got "
+            f"k={list(ks)}"
         )
     codes = group_codes([*groups_q, *groups_g])[0]
     same = codes[: len(sim), None] == codes[None, len(sim) :]
@@ -240,7 +256,9 @@ def _per_finding(f: Callable[[Array, Array, Array], Array], scores: Any, labels:
 
 
 def _auroc(s: Array, y: Array, w: Array) -> Array:
-    """Weight of (positive above negative) pairs over that of all pairs: one cumulative sum over the sorted negatives."""
+    """Weight of (positive above negative) pairs over that of all pairs: one cumulative sum over the sorted
+    negatives.
+    """
     pos, neg = _sorted(s, y), _sorted(s, ~y)
     below = _cumulative(w[neg])
     low, high = (np.searchsorted(s[neg], s[pos], side) for side in ("left", "right"))
@@ -265,7 +283,9 @@ def _sorted(s: Array, keep: Array) -> Array:
 
 
 def _cumulative(w: Array) -> Array:
-    """[n, r] -> [n + 1, r], sums of the first 0 to n rows. In blocks: numpy's cumsum along this axis takes five times as long."""
+    """[n, r] -> [n + 1, r], sums of the first 0 to n rows. In blocks: numpy's cumsum along this axis takes
+    five times as long.
+    """
     n, r = w.shape
     size = math.isqrt(n) + 1
     padded = np.zeros((1 + size * (n // size + 1), r))
@@ -284,7 +304,9 @@ def ratio(a: Array, b: Array) -> Array:
 
 
 def _steps(s: Array, y: Array) -> tuple[Array, Array, Array]:
-    """Distinct scores from the highest down, and the true and false positives when calling positive from there up."""
+    """Distinct scores from the highest down, and the true and false positives when calling positive from
+    there up.
+    """
     order = np.argsort(-s, kind="stable")
     last = np.r_[np.flatnonzero(np.diff(s[order])), len(s) - 1]  # the last row of each run of equal scores
     tp = np.cumsum(y[order])[last]

@@ -1,4 +1,6 @@
-"""Figures as PNG bytes: ROC curves, intervals, matrices, comparisons, training. No window, no state; matplotlib is imported to draw one."""
+"""Figures as PNG bytes: ROC curves, intervals, matrices, comparisons, training. No window, no state;
+matplotlib is imported to draw one.
+"""
 
 import io
 import json
@@ -26,7 +28,8 @@ _GREY, _INK = "#C8C8C8", "#222222"
 
 
 def roc(scores: Any, labels: Any, findings: Sequence[str]) -> bytes:
-    """One panel per finding: its ROC curve over those of the others in grey, with AUROC, positives and n. PNG.
+    """One panel per finding: its ROC curve over those of the others in grey, with AUROC, positives and n.
+    PNG.
 
     Args:
         scores, labels: [n, c]; a finding with one class only gets a panel that says so.
@@ -106,9 +109,11 @@ def intervals(rows: Sequence[Result], what: str = "auroc") -> bytes:
 
 
 def curves(path: files.PathLike) -> bytes:
-    """Every number of a `metrics.jsonl` over `step`, one panel per metric; `val_x` (or `val/x`) shares the panel of `x`. PNG.
+    """Every number of a `metrics.jsonl` over `step`, one panel per metric; `val_x` (or `val/x`) shares the
+    panel of `x`. PNG.
 
-    Each line of the file is an object with "step" and some numbers. Where a step occurs twice (a resumed run) the later line counts.
+    Each line of the file is an object with "step" and some numbers. Where a step occurs twice (a resumed
+    run) the later line counts.
 
     Raises:
         ValueError: no such file, a line that is no such object, or no numbers.
@@ -135,7 +140,9 @@ def curves(path: files.PathLike) -> bytes:
 
 
 def training_curves(path: files.PathLike) -> dict[str, bytes]:
-    """{"Training": `curves`} for a report; nothing, and a warning, where it cannot be read: a report is worth more than a figure."""
+    """{"Training": `curves`} for a report; nothing, and a warning, where it cannot be read: a report is
+    worth more than a figure.
+    """
     try:
         return {"Training": curves(path)}
     except ValueError as e:
@@ -159,10 +166,12 @@ def matrix(
 
     Args:
         values: [n, m]; nan cells are grey and hatched.
-        rows, columns: n and m names; a name of more than two lines is cut, of many small cells not every name is shown.
+        rows, columns: n and m names; a name of more than two lines is cut, of many small cells not every
+            name is shown.
         x, y: what the columns and the rows are.
         label: what the values are, beside the colour bar.
-        low, high: values of the lightest and the darkest colour, the least and the greatest value if None; what lies beyond gets theirs.
+        low, high: values of the lightest and the darkest colour, the least and the greatest value if None;
+            what lies beyond gets theirs.
         digits: decimals of the numbers.
     Raises:
         ValueError: values are not [len(rows), len(columns)], are none or infinite, or low is not below high.
@@ -170,7 +179,8 @@ def matrix(
     v = np.asarray(values, float)
     if v.shape != (len(rows), len(columns)) or not v.size or np.isinf(v).any():
         raise ValueError(
-            f"matrix: values must be [{len(rows)}, {len(columns)}] (rows, columns), at least one, finite or nan, "
+            f"matrix: values must be [{len(rows)}, {len(columns)}] (rows, columns), at least one, "
+            "finite or nan, "
             f"got {list(v.shape)}, {int(np.isinf(v).sum())} infinite"
         )
     low, high, beyond = _color_limits(v, low, high)
@@ -227,15 +237,16 @@ def lines(
 ) -> bytes:
     """A value over a number, as recall over k: one line with 95 % intervals per series. PNG.
 
-    The axis is logarithmic where the greatest x is 20 times the least or more. Series stand a little aside of each other, so that their
-    intervals can be told apart.
+    The axis is logarithmic where the greatest x is 20 times the least or more. Series stand a little aside
+    of each other, so that their intervals can be told apart.
 
     Args:
         series: name -> {x: (value, low, high)}; nan bounds draw no interval, a nan value leaves a gap.
         x, y: what the axes are.
         references: name -> value of a dotted line across.
     Raises:
-        ValueError: no point, a point that is not three numbers with low <= high, or a number that is infinite.
+        ValueError: no point, a point that is not three numbers with low <= high, or a number that is
+            infinite.
     """
     points: dict[str, dict[float, tuple[float, ...]]] = {}
     for name, given in series.items():
@@ -246,7 +257,8 @@ def lines(
     xs = sorted({k for by_x in points.values() for k in by_x})
     if not xs or not all(map(math.isfinite, [*xs, *references.values()])):
         raise ValueError(
-            f"lines: needs at least one point, and finite x and references, got x {xs[:8]}, references {references}"
+            f"lines: needs at least one point, and finite x and references, got x {xs[:8]}, "
+            f"references {references}"
         )
 
     scale = math.log10 if xs[0] > 0 and xs[-1] >= 20 * xs[0] else float
@@ -278,14 +290,16 @@ def lines(
 
 
 def compare(rows: Sequence[tuple[str, str, float, float, float]], x: str) -> bytes:
-    """Dots with 95 % intervals, those of a group under each other, in one colour per name, with their numbers. PNG.
+    """Dots with 95 % intervals, those of a group under each other, in one colour per name, with their
+    numbers. PNG.
 
     Args:
-        rows: (group, name, value, low, high), as (mode, "in domain", 0.8, 0.7, 0.9); groups and names come in the order they are first
-            met. nan bounds draw no interval, a nan value no dot.
+        rows: (group, name, value, low, high), as (mode, "in domain", 0.8, 0.7, 0.9); groups and names come
+            in the order they are first met. nan bounds draw no interval, a nan value no dot.
         x: what the values are.
     Raises:
-        ValueError: no rows, a group with one name twice, or a row whose value, low and high are not three finite numbers, low <= high.
+        ValueError: no rows, a group with one name twice, or a row whose value, low and high are not three
+            finite numbers, low <= high.
     """
     points = {
         (group, name): _check_point(f"compare: {name!r} of {group!r}", tuple(p)) for group, name, *p in rows
@@ -392,7 +406,9 @@ def _check_point(where: str, point: tuple[float, ...]) -> tuple[float, ...]:
 
 # Parts of a matrix ---------------------------------------------------------------------------------------------------
 def _color_limits(v: np.ndarray, low: float | None, high: float | None) -> tuple[float, float, str]:
-    """Least and greatest value of the colours, and the `extend` of the colour bar: on which side values lie beyond them."""
+    """Least and greatest value of the colours, and the `extend` of the colour bar: on which side values lie
+    beyond them.
+    """
     known = v[~np.isnan(v)]
     if not len(known):
         known = np.array([0.0, 1.0])
@@ -404,7 +420,8 @@ def _color_limits(v: np.ndarray, low: float | None, high: float | None) -> tuple
         high = greatest + margin
     if not (low < high and math.isfinite(low) and math.isfinite(high)):
         raise ValueError(
-            f"matrix: low must be below high, got {low:g} and {high:g}; the values lie in {least:g}..{greatest:g}"
+            f"matrix: low must be below high, got {low:g} and {high:g}; the values lie in "
+            f"{least:g}..{greatest:g}"
         )
     rounding = 1e-5 * (high - low)
     below, above = least < low - rounding, greatest > high + rounding
@@ -495,7 +512,9 @@ def _axis_limits(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _spaced(xs: list[float], scale: Any, gap: float) -> list[float]:
-    """Those of sorted numbers that are far enough from each other for labels; first and last are among them."""
+    """Those of sorted numbers that are far enough from each other for labels; first and last are among
+    them.
+    """
     spaced = xs[:1]
     for k in xs[1:-1]:
         if scale(k) - scale(spaced[-1]) >= gap and scale(xs[-1]) - scale(k) >= gap:
@@ -506,7 +525,9 @@ def _spaced(xs: list[float], scale: Any, gap: float) -> list[float]:
 def _spread(
     named: Mapping[str, float], gap: float, top: float
 ) -> tuple[list[tuple[str, float]], list[float]]:
-    """The named values in rising order, and where to write their names, at least a gap apart and below the top."""
+    """The named values in rising order, and where to write their names, at least a gap apart and below the
+    top.
+    """
     order = sorted(named.items(), key=lambda item: item[1])
     places = [value for _, value in order]
     for i in range(1, len(places)):
@@ -517,7 +538,9 @@ def _spread(
 
 
 def _readable(fill: Any) -> str:
-    """Black or white, whichever stands out more: a contrast of 4.5 or more on any colour (WCAG 2.1, relative luminance)."""
+    """Black or white, whichever stands out more: a contrast of 4.5 or more on any colour (WCAG 2.1, relative
+    luminance).
+    """
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in fill[:3]]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
     return "black" if (luminance + 0.05) ** 2 > 1.05 * 0.05 else "white"

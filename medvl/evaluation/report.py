@@ -1,4 +1,6 @@
-"""One report of a set of results: Markdown with its figures, the same as one HTML file without links, and a CSV of every number."""
+"""One report of a set of results: Markdown with its figures, the same as one HTML file without links, and a
+CSV of every number.
+"""
 
 import base64
 import html
@@ -29,9 +31,12 @@ _TITLES = {
 _ALL = "All results"
 _FACTS = ("experiment", "split", "commit", "device")
 _DEFINITIONS = (
-    "Intervals are 95 % percentile bootstrap intervals that resample patients. F1, precision and recall are of the positive class; "
-    "weighted F1 is the mean over both classes by their share. A dash is a number that does not exist: one class only, or nothing called "
-    "positive. The mean is over the findings that have a value. Thresholds were given to the evaluation, not found on these results."
+    "Intervals are 95 % percentile bootstrap intervals that resample patients. F1, precision and "
+    "recall are of the positive class; "
+    "weighted F1 is the mean over both classes by their share. A dash is a number that does not "
+    "exist: one class only, or nothing called "
+    "positive. The mean is over the findings that have a value. Thresholds were given to the "
+    "evaluation, not found on these results."
 )
 
 Table = tuple[Sequence[str], Sequence[Sequence[Any]]]  # (columns, lines)
@@ -49,18 +54,21 @@ def write_report(
     tables: Sequence[Captioned] = (),
     summary: bool = False,
 ) -> Path:
-    """Write `report.html` (self-contained), `report.md`, `results.csv` and `figures/*.png` into `folder`; returns the path of the HTML.
+    """Write `report.html` (self-contained), `report.md`, `results.csv` and `figures/*.png` into `folder`;
+    returns the path of the HTML.
 
     Args:
-        rows: results of one or more splits and experiments; each gets its own tables: one line per finding where there is an AUROC per
-            finding, one line per metric otherwise.
+        rows: results of one or more splits and experiments; each gets its own tables: one line per finding
+            where there is an AUROC per finding, one line per metric otherwise.
         figures: caption -> PNG bytes, as `plots` makes them.
         notes: paragraphs below the tables, plain text.
-        tables: (caption, columns, lines), as `(caption, *pivot(...))`, shown in this order before those of the rows.
+        tables: (caption, columns, lines), as `(caption, *pivot(...))`, shown in this order before those of
+            the rows.
         summary: also write `summary.md`, the short page: title, notice, `tables` and notes.
     Raises:
-        ValueError: no rows, two rows of one metric and subject in one table, a figure that is no PNG, two captions with one file name, a
-            table without caption or with a line of another length than its columns, or a summary without tables.
+        ValueError: no rows, two rows of one metric and subject in one table, a figure that is no PNG, two
+            captions with one file name, a table without caption or with a line of another length than its
+            columns, or a summary without tables.
     """
     if not rows:
         raise ValueError("write_report: needs at least one result")
@@ -100,17 +108,21 @@ def pivot(
     what: str | None = None,
     corner: str | None = None,
 ) -> Table:
-    """Results as a table of two keys, as modes down and tasks across: cells "0.812 [0.790, 0.830]", value and 95 % interval.
+    """Results as a table of two keys, as modes down and tasks across: cells "0.812 [0.790, 0.830]", value
+    and 95 % interval.
 
-    n is written where it says enough: as a column where all cells of a line have the same, else in the heads where all of a column have,
-    else in every cell; nowhere if no row has one. Lines and columns come in the order in which they are first met.
+    n is written where it says enough: as a column where all cells of a line have the same, else in the heads
+    where all of a column have, else in every cell; nowhere if no row has one. Lines and columns come in the
+    order in which they are first met.
 
     Args:
-        down, across: what makes a line and a column: a field of `Result`, a key of its `extra`, or a function of the row.
+        down, across: what makes a line and a column: a field of `Result`, a key of its `extra`, or a
+            function of the row.
         what: the metric to show; None takes all rows, as with across="what".
         corner: head of the first column; None is `down` if it is a name.
     Returns:
-        (columns, lines). A cell without interval is the number itself, one without a row nan; `write_report` shows nan as a dash.
+        (columns, lines). A cell without interval is the number itself, one without a row nan; `write_report`
+        shows nan as a dash.
     Raises:
         ValueError: no row of that metric, a row without the key, or two rows of one cell.
     """
@@ -159,7 +171,8 @@ def _pivot_cells(
         key = _key_value(r, down), _key_value(r, across)
         if key in cells:
             raise ValueError(
-                f"pivot: each cell must be one row, found two for {key}: {_describe(cells[key])} and {_describe(r)}"
+                f"pivot: each cell must be one row, found two for {key}: {_describe(cells[key])} and "
+                f"{_describe(r)}"
             )
         cells[key] = r
     return cells
@@ -173,7 +186,8 @@ def _key_value(r: Result, key: Key) -> str:
         return str(fields[key])
     if key not in r.extra:
         raise ValueError(
-            f"pivot: each row must have {key!r}, a field or in extra, but {_describe(r)} has extra {sorted(r.extra)}"
+            f"pivot: each row must have {key!r}, a field or in extra, but {_describe(r)} has extra "
+            f"{sorted(r.extra)}"
         )
     return str(r.extra[key])
 

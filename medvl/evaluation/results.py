@@ -1,4 +1,6 @@
-"""A number is a result: one record for evaluations and benches, the environment it was made in, and tables of both."""
+"""A number is a result: one record for evaluations and benches, the environment it was made in, and tables
+of both.
+"""
 
 import html
 import importlib.metadata
@@ -55,7 +57,9 @@ def read_results(path: files.PathLike) -> list[Result]:
 
 
 def environment() -> dict[str, Any]:
-    """Python, torch, CUDA, GPU, packages and commit: what is needed to reproduce a number. No names of people, hosts or paths."""
+    """Python, torch, CUDA, GPU, packages and commit: what is needed to reproduce a number. No names of
+    people, hosts or paths.
+    """
     import torch  # here: light tasks import this module too
 
     packages = (
@@ -94,7 +98,9 @@ def device_name() -> str:
 
 
 def commit() -> str:
-    """The commit of the source this runs from, `+` behind it when files differ from it; "" outside a checkout."""
+    """The commit of the source this runs from, `+` behind it when files differ from it; "" outside a
+    checkout.
+    """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return ""

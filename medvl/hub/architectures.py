@@ -1,4 +1,6 @@
-"""From a config to the transformers class it describes; sizes that no model can have are refused before anything is built."""
+"""From a config to the transformers class it describes; sizes that no model can have are refused before
+anything is built.
+"""
 
 import inspect
 import math
@@ -148,7 +150,8 @@ def check_memory(count: int, model_type: str) -> None:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if 4 * count > memory:
         raise ValueError(
-            f"config: a {model_type} of these sizes has {4 * count / 1e9:,.1f} GB of float32 weights or more, "
+            f"config: a {model_type} of these sizes has {4 * count / 1e9:,.1f} GB of float32 weights "
+            "or more, "
             f"this machine {memory / 1e9:,.1f} GB of memory"
         )
 
@@ -170,9 +173,11 @@ def quiet() -> Iterator[None]:
 
 
 def _without_kernels(config: dict[str, Any]) -> dict[str, Any]:
-    """The config without a choice of kernels beyond PyTorch's own: transformers would fetch `owner/name` from the hub and run it.
+    """The config without a choice of kernels beyond PyTorch's own: transformers would fetch `owner/name`
+    from the hub and run it.
 
-    The choice does not change what the model computes, and a checkpoint may name a package that is not installed here.
+    The choice does not change what the model computes, and a checkpoint may name a package that is not
+    installed here.
     """
     plain = {}
     for key, value in config.items():
@@ -193,7 +198,9 @@ def _nested_configs(
 
 
 def _check_bounds(config: Mapping[str, Any], where: str) -> None:
-    """Raise where a size is out of its bounds. Before transformers reads it, which makes a list of as many layers."""
+    """Raise where a size is out of its bounds. Before transformers reads it, which makes a list of as many
+    layers.
+    """
     for name, (low, high) in _BOUNDS.items():
         value = config.get(name)
         for size in value if isinstance(value, list | tuple) else (value,):
@@ -237,7 +244,8 @@ def _check_rope(config: Mapping[str, Any], head_width: int, where: str) -> None:
         three_numbers = all(isinstance(n, int) and n > 0 for n in sections)
     if not three_numbers or sum(sections) != rotated // 2:
         raise ValueError(
-            f"{where}: mrope_section must be three numbers whose sum is {rotated // 2}, half of a head, got {sections}"
+            f"{where}: mrope_section must be three numbers whose sum is {rotated // 2}, half of a "
+            f"head, got {sections}"
         )
 
 

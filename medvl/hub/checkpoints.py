@@ -1,6 +1,7 @@
 """The files of checkpoints.
 
-They are looked for in a folder, in the hub's cache and on the hub, read without running anything in them, and written whole.
+They are looked for in a folder, in the hub's cache and on the hub, read without running anything in them,
+and written whole.
 """
 
 import ctypes
@@ -93,7 +94,8 @@ def find_file(name: str, choices: tuple[str, ...]) -> Path:
 def find_optional_file(name: str, choice: str) -> Path | None:
     """The file `choice` beside the others of a checkpoint, None where the checkpoint has none.
 
-    If the cache of a hub name does not say whether there is such a file, the hub is asked; a warning says where that fails.
+    If the cache of a hub name does not say whether there is such a file, the hub is asked; a warning says
+    where that fails.
     """
     from huggingface_hub import try_to_load_from_cache
 
@@ -132,7 +134,9 @@ def _download(name: str, choices: tuple[str, ...], missing: str) -> Path:
 
 
 def _unreachable(url: str) -> str:
-    """Why one short request fails, "" if any answer comes; the hub's own client would retry for half a minute."""
+    """Why one short request fails, "" if any answer comes; the hub's own client would retry for half a
+    minute.
+    """
     try:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=1.5).close()
     except urllib.error.HTTPError:
@@ -209,7 +213,8 @@ def _shards(index: Path) -> list[str]:
 def _open_safetensors(path: Path) -> dict[str, Entry]:
     """The entries of a safetensors file.
 
-    Each tensor is read into memory of its own: mapped pages would count as much again as long as the file is open.
+    Each tensor is read into memory of its own: mapped pages would count as much again as long as the file is
+    open.
     """
     try:
         with safe_open(path, framework="pt") as f:  # checks the whole header
@@ -247,7 +252,9 @@ def _read_bytes(path: Path, start: int, size: int, dtype: torch.dtype, shape: tu
 
 
 def release_memory() -> None:
-    """Return freed memory to the system, where the C library can; glibc keeps what lies below a small tensor in use."""
+    """Return freed memory to the system, where the C library can; glibc keeps what lies below a small tensor
+    in use.
+    """
     if os.name != "posix":
         return
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -273,7 +280,9 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def read_finite(entry: Entry, key: str, path: Path, dtype: torch.dtype, device: str | torch.device) -> Tensor:
-    """A tensor of an adapter in `dtype` on `device`; it must hold floating point numbers, all of them finite."""
+    """A tensor of an adapter in `dtype` on `device`; it must hold floating point numbers, all of them
+    finite.
+    """
     if not entry.dtype.is_floating_point:
         raise ValueError(f"read: {path}: {key} must hold floating point numbers")
     t = entry.read().to(device, dtype)
@@ -302,7 +311,9 @@ def save_finite(state: Mapping[str, Tensor], path: Path, where: str, pickled: bo
 
 @contextmanager
 def new_folder(folder: files.PathLike) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its name when the block ends well and vanishes when not."""
+    """A temporary folder beside `folder` that takes its name when the block ends well and vanishes when
+    not.
+    """
     folder = Path(folder)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ValueError(f"save: {folder} is there already; give a new folder or remove it")

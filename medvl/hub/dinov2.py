@@ -1,6 +1,8 @@
-"""Original DINOv2 checkpoints: their names, as published Hugging Face checkpoints have them and back, and their config from their shapes.
+"""Original DINOv2 checkpoints: their names, as published Hugging Face checkpoints have them and back, and
+their config from their shapes.
 
-Source of the names: github.com/facebookresearch/dinov2 and the checkpoints facebook/dinov2-* on the Hugging Face hub.
+Source of the names: github.com/facebookresearch/dinov2 and the checkpoints facebook/dinov2-* on the Hugging
+Face hub.
 """
 
 import re
@@ -38,7 +40,8 @@ _MODULE |= {"attention.o_proj": "attention.output.dense", "mlp.down_proj": "mlp.
 
 
 def from_dinov2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An original DINOv2 state dict with the names of the published Hugging Face checkpoints (for `bind_weights`).
+    """An original DINOv2 state dict with the names of the published Hugging Face checkpoints (for
+    `bind_weights`).
 
     Raises:
         ValueError: a key that is not DINOv2's.
@@ -56,13 +59,15 @@ def from_dinov2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             published[f"{prefix}{names[stem]}{leaf}"] = tensor
         else:
             raise ValueError(
-                f"from_dinov2: {key!r} is no key of an original DINOv2 checkpoint (like 'blocks.0.attn.qkv.weight')"
+                f"from_dinov2: {key!r} is no key of an original DINOv2 checkpoint (like "
+                "'blocks.0.attn.qkv.weight')"
             )
     return published
 
 
 def to_dinov2(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `from_dinov2`; takes the names of the published checkpoints or of the module (the params of a skeleton).
+    """The inverse of `from_dinov2`; takes the names of the published checkpoints or of the module (the
+    params of a skeleton).
 
     Raises:
         ValueError: a key that is not DINOv2's.
@@ -101,12 +106,14 @@ def dinov2_config(state: Mapping[str, Tensor], where: str) -> dict[str, Any]:
     if not {"pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight"} <= state.keys():
         keys = ", ".join(list(state)[:6])
         raise ValueError(
-            f"load: {where} must be an original DINOv2 checkpoint (pos_embed, blocks.0..., patch_embed...), found {keys}"
+            f"load: {where} must be an original DINOv2 checkpoint (pos_embed, blocks.0..., "
+            f"patch_embed...), found {keys}"
         )
     width, channels, _, patch = state["patch_embed.proj.weight"].shape
     if width % 64:
         raise ValueError(
-            f"load: {where}: the width of a DINOv2 must be a multiple of 64 (its heads are 64 wide), found {width}"
+            f"load: {where}: the width of a DINOv2 must be a multiple of 64 (its heads are 64 wide), "
+            f"found {width}"
         )
     swiglu = "blocks.0.mlp.w12.weight" in state
     mlp_ratio = 4 if swiglu else state["blocks.0.mlp.fc1.weight"].shape[0] // width

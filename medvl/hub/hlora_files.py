@@ -1,4 +1,6 @@
-"""H-LoRA adapters in HealthGPT's files. A key without a place is an error, and so is a layer without its keys."""
+"""H-LoRA adapters in HealthGPT's files. A key without a place is an error, and so is a layer without its
+keys.
+"""
 
 import re
 from collections.abc import Mapping
@@ -32,16 +34,19 @@ def read_hlora(
     """An H-LoRA adapter in HealthGPT's format, and the other tensors of its file.
 
     Args:
-        path: a .bin (read with weights_only) or .safetensors file; it does not say how strong its corrections are.
+        path: a .bin (read with weights_only) or .safetensors file; it does not say how strong its
+            corrections are.
         rank: of all experts together; each has rank / experts.
-        alpha: the correction is alpha / (rank / experts) B diag(gates) A; of all published files, alpha = 2 rank.
-        skeleton: `skeletons.Skeleton` of the language model: then the file must correct each of its linear layers but the head, and only these.
+        alpha: the correction is alpha / (rank / experts) B diag(gates) A; of all published files, alpha = 2
+            rank.
+        skeleton: `skeletons.Skeleton` of the language model: then the file must correct each of its linear
+            layers but the head, and only these.
     Returns:
-        (adapter, rest): rest by names without `base_model.model.`, such as the projector's, the embedding's and the head's weights; all
-        in `dtype` on `device`.
+        (adapter, rest): rest by names without `base_model.model.`, such as the projector's, the embedding's
+        and the head's weights; all in `dtype` on `device`.
     Raises:
-        ValueError: no such file, a broken one, a layer with one or two of its three tensors, shapes that do not fit, layers missing or
-            unexpected, numbers that are not finite.
+        ValueError: no such file, a broken one, a layer with one or two of its three tensors, shapes that do
+            not fit, layers missing or unexpected, numbers that are not finite.
     Source: Lin et al. 2025 (HealthGPT), arXiv:2502.09838, eq. 9; key names of its public code.
     """
     path = Path(path)
@@ -50,7 +55,8 @@ def read_hlora(
         raise ValueError(f"read_hlora: {path} must be a .bin or .safetensors file, {found}")
     if rank < 1 or experts < 1 or rank % experts:
         raise ValueError(
-            f"read_hlora: experts must divide the rank of all of them together, got rank {rank} and {experts} experts"
+            f"read_hlora: experts must divide the rank of all of them together, got rank {rank} and "
+            f"{experts} experts"
         )
     return _read_entries(open_weights(path, str(path)), path, rank, alpha, experts, skeleton, dtype, device)
 
@@ -119,7 +125,8 @@ def _check_layers(layers: Mapping[str, Any], targets: Mapping[str, str], skeleto
     unexpected = [module for module in layers if module not in targets]
     if missing or unexpected:
         raise ValueError(
-            f"read_hlora: {path} is not for {skeleton.name}: missing {few(missing)}, unexpected {few(unexpected)}"
+            f"read_hlora: {path} is not for {skeleton.name}: missing {few(missing)}, unexpected "
+            f"{few(unexpected)}"
         )
 
 
@@ -140,16 +147,19 @@ def _check_shapes(
 
 
 def write_hlora(adapter: Adapter, path: files.PathLike, rest: Mapping[str, Tensor] | None = None) -> None:
-    """Write an H-LoRA adapter as one file in HealthGPT's format, whole or not at all; a file of that name is replaced.
+    """Write an H-LoRA adapter as one file in HealthGPT's format, whole or not at all; a file of that name is
+    replaced.
 
-    The format has no place for the scale: whoever reads the file must know rank and alpha = scale x rank / experts.
+    The format has no place for the scale: whoever reads the file must know rank and alpha = scale x rank /
+    experts.
 
     Args:
         path: ends in .bin or .safetensors.
-        rest: other tensors to put into the file, as `read_hlora` gives them; the adapter's `full` ones are put there too.
+        rest: other tensors to put into the file, as `read_hlora` gives them; the adapter's `full` ones are
+            put there too.
     Raises:
-        ValueError: another ending; a layer that is not linear or has no router; ranks, numbers of experts or scales that differ; a gate
-            per sample; numbers that are not finite.
+        ValueError: another ending; a layer that is not linear or has no router; ranks, numbers of experts or
+            scales that differ; a gate per sample; numbers that are not finite.
     """
     path = Path(path)
     if path.suffix not in (".bin", ".safetensors"):

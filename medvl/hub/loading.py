@@ -1,6 +1,7 @@
 """Checkpoints as skeletons and params.
 
-Every tensor of a checkpoint is matched to its parameter and checked before any is read; then one is read at a time.
+Every tensor of a checkpoint is matched to its parameter and checked before any is read; then one is read at
+a time.
 """
 
 import json
@@ -65,18 +66,22 @@ def load_skeleton(
     """An architecture and its weights; one weight at a time is read, cast, moved and given to `each`.
 
     Args:
-        name: a folder with config.json and model.safetensors (or shards with their index, or pytorch_model.bin); a name on the Hugging
-            Face hub, read from its cache and downloaded only if it is not there; or an original DINOv2 file
-            (`dinov2_vitb14_pretrain.pth`).
+        name: a folder with config.json and model.safetensors (or shards with their index, or
+            pytorch_model.bin); a name on the Hugging Face hub, read from its cache and downloaded only if it
+            is not there; or an original DINOv2 file (`dinov2_vitb14_pretrain.pth`).
         part: the tower to take from a checkpoint that holds two (CLIP).
-        head: "" takes the plain encoder or decoder, "language" the model that predicts tokens, with its vision tower if it has one.
-        each: (name, weight) -> what to keep of it, such as `four_bit.quantizer(cfg)`: then the whole model is never held in `dtype`.
+        head: "" takes the plain encoder or decoder, "language" the model that predicts tokens, with its
+            vision tower if it has one.
+        each: (name, weight) -> what to keep of it, such as `four_bit.quantizer(cfg)`: then the whole model
+            is never held in `dtype`.
     Returns:
-        skeleton and params {module name: tensor}, detached, of `dtype` on `device`. Pickled files are read with weights_only=True.
-        Task heads and poolers are left out; a missing `mask_token` is zeros (only pre-training reads it). 4-bit weights that
-        transformers and bitsandbytes wrote come as `four_bit.FourBit`.
+        skeleton and params {module name: tensor}, detached, of `dtype` on `device`. Pickled files are read
+        with weights_only=True. Task heads and poolers are left out; a missing `mask_token` is zeros (only
+        pre-training reads it). 4-bit weights that transformers and bitsandbytes wrote come as
+        `four_bit.FourBit`.
     Raises:
-        ValueError: nothing there (says what was looked for, and where), a broken file, keys missing, unexpected or of another shape.
+        ValueError: nothing there (says what was looked for, and where), a broken file, keys missing,
+            unexpected or of another shape.
     """
     if part not in ("", "text", "vision"):
         raise ValueError(f"load: part must be '', 'text' or 'vision', got {part!r}")
@@ -109,7 +114,9 @@ def load_skeleton(
 
 
 def load_encoder(name: files.PathLike, tower: Literal["text", "vision"]) -> tuple[Skeleton, Params]:
-    """An encoder as `load_skeleton` gives it; the named tower of a checkpoint that holds two (CLIP, SigLIP)."""
+    """An encoder as `load_skeleton` gives it; the named tower of a checkpoint that holds two (CLIP,
+    SigLIP).
+    """
     if Path(name).is_file():
         return load_skeleton(name)
     config = read_json(find_file(str(name), ("config.json",)))
@@ -127,7 +134,8 @@ def bind_weights(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> tuple[Skeleton, Params]:
-    """Skeleton and params of a config dict and a state dict with the names of published checkpoints; transformers maps the names.
+    """Skeleton and params of a config dict and a state dict with the names of published checkpoints;
+    transformers maps the names.
 
     Raises:
         ValueError: as `load_skeleton`.
@@ -143,7 +151,8 @@ def _read_generation(path: Path) -> dict[str, Any]:
     for end in ends if isinstance(ends, list) else [ends]:
         if end is not None and (type(end) is not int or end < 0):
             raise ValueError(
-                f"load: {path}: eos_token_id must be a token or a list of tokens, found {json.dumps(end)[:60]}"
+                f"load: {path}: eos_token_id must be a token or a list of tokens, found "
+                f"{json.dumps(end)[:60]}"
             )
     penalty = raw.get("repetition_penalty")
     if penalty is not None and (type(penalty) not in (int, float) or not 0 < penalty < math.inf):
@@ -157,8 +166,10 @@ def _warn_of_positions(config: Mapping[str, Any], name: str) -> None:
     """Warn where transformers' DINOv2 differs from its authors' code. With registers both do the same."""
     if config.get("model_type") == "dinov2" and config.get("image_size") == 518:
         warnings.warn(
-            f"load: {name} was trained at 518 px; at other sizes transformers stretches its position embedding without the offset "
-            "of 0.1 of the original code, and features differ from the DINOv2 hub's by about 2e-2. Models with registers do not differ",
+            f"load: {name} was trained at 518 px; at other sizes transformers stretches its position "
+            "embedding without the offset "
+            "of 0.1 of the original code, and features differ from the DINOv2 hub's by about 2e-2. "
+            "Models with registers do not differ",
             stacklevel=3,
         )
 
@@ -172,7 +183,9 @@ def _bind_entries(
     device: torch.device,
     each: Each | None,
 ) -> tuple[Skeleton, Params]:
-    """Match each checkpoint tensor to its parameter, check that all fit, and only then read them, one at a time."""
+    """Match each checkpoint tensor to its parameter, check that all fit, and only then read them, one at a
+    time.
+    """
     model_class, model_config = find_architecture(config, head)
     entries = _join_four_bit(entries)
     _check_dtypes(entries, name)
@@ -210,7 +223,8 @@ def _check_dtypes(entries: Mapping[str, Entry], name: str) -> None:
             wrong.append(f"{key} ({str(entry.dtype)[6:]})")
     if wrong:
         raise ValueError(
-            f"load: {name}: weights must be float16, bfloat16, float32, float64 or bitsandbytes' 4-bit, found {few(wrong)}; "
+            f"load: {name}: weights must be float16, bfloat16, float32, float64 or bitsandbytes' "
+            f"4-bit, found {few(wrong)}; "
             "other quantised files are not read"
         )
 
@@ -218,7 +232,9 @@ def _check_dtypes(entries: Mapping[str, Entry], name: str) -> None:
 def _check_complete(
     shapes: Mapping[str, tuple[int, ...]], placed: Mapping[str, Entry], unplaced: list[str], where: str
 ) -> None:
-    """Raise one error that lists every parameter without a tensor, tensor without a parameter, and wrong shape."""
+    """Raise one error that lists every parameter without a tensor, tensor without a parameter, and wrong
+    shape.
+    """
     missing = sorted(n for n in shapes.keys() - placed.keys() if not _UNUSED.search(n))
     unexpected = []
     for key in sorted(unplaced):

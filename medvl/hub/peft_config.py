@@ -1,4 +1,6 @@
-"""peft's adapter_config.json: checked when it is read, its rules of names and strengths, made anew when an adapter is written."""
+"""peft's adapter_config.json: checked when it is read, its rules of names and strengths, made anew when an
+adapter is written.
+"""
 
 import json
 import math
@@ -84,7 +86,9 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def check_adapter_config(config: dict[str, Any], where: Path) -> None:
-    """Refuse what changes the forward pass or the base in a way that an `Adapter` does not hold, and whatever is not known."""
+    """Refuse what changes the forward pass or the base in a way that an `Adapter` does not hold, and
+    whatever is not known.
+    """
 
     def refuse(key: str, why: str) -> None:
         raise ValueError(
@@ -141,9 +145,9 @@ def demanded_modules(
 ) -> list[str]:
     """The layers of the model that must be in the file.
 
-    A config speaks of the names of its time: those of the file say how an older name is made of a newer one, and a layer for which
-    they do not is not demanded. Ends of names do not say which tower they were meant for: if the file has nothing of the vision
-    tower, or nothing but it, the other side is not demanded.
+    A config speaks of the names of its time: those of the file say how an older name is made of a newer one,
+    and a layer for which they do not is not demanded. Ends of names do not say which tower they were meant
+    for: if the file has nothing of the vision tower, or nothing but it, the other side is not demanded.
 
     Args:
         layers: {module: kind} of the model.
@@ -216,7 +220,8 @@ def adapter_config(adapter: Adapter, base: str, task: str, targets: list[str] | 
     missed = [m for m in modules if not is_targeted(config, m)]
     if missed:
         raise ValueError(
-            f"write_adapter: targets must name every layer of {adapter}, {json.dumps(targets)} misses {few(missed)}"
+            f"write_adapter: targets must name every layer of {adapter}, {json.dumps(targets)} "
+            f"misses {few(missed)}"
         )
     return config
 

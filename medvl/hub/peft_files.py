@@ -1,4 +1,6 @@
-"""Adapters as peft's folders. A key of the file that fits nowhere is an error, and so is a layer without its keys."""
+"""Adapters as peft's folders. A key of the file that fits nowhere is an error, and so is a layer without its
+keys.
+"""
 
 import json
 import re
@@ -50,20 +52,25 @@ def read_adapter(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> Adapter:
-    """An adapter that peft saved. The keys of its file say which layers it corrects, its config says how strongly.
+    """An adapter that peft saved. The keys of its file say which layers it corrects, its config says how
+    strongly.
 
     Args:
-        name: a folder with adapter_config.json and adapter_model.safetensors (or adapter_model.bin, read with weights_only), or a name
-            on the Hugging Face hub, read from its cache and downloaded only if it is not there.
-        skeleton: `skeletons.Skeleton` of the model it is for. With it, names of older versions of transformers become the skeleton's,
-            shapes and kinds of layers are checked, and every layer that the config's target_modules name must be in the file; only
-            where they are ends of names may the file lack the vision tower as a whole, or all but it. Without it names are taken
-            unchanged, `fan_in_fan_out` tells GPT-2's layers, and `apply_lora` finds what does not fit.
+        name: a folder with adapter_config.json and adapter_model.safetensors (or adapter_model.bin, read
+            with weights_only), or a name on the Hugging Face hub, read from its cache and downloaded only if
+            it is not there.
+        skeleton: `skeletons.Skeleton` of the model it is for. With it, names of older versions of
+            transformers become the skeleton's, shapes and kinds of layers are checked, and every layer that
+            the config's target_modules name must be in the file; only where they are ends of names may the
+            file lack the vision tower as a whole, or all but it. Without it names are taken unchanged,
+            `fan_in_fan_out` tells GPT-2's layers, and `apply_lora` finds what does not fit.
     Returns:
-        adapter with factors in `dtype` on `device`; `full` holds modules_to_save and resized or adapted embeddings.
+        adapter with factors in `dtype` on `device`; `full` holds modules_to_save and resized or adapted
+        embeddings.
     Raises:
-        ValueError: nothing there, a broken file, a kind of adapter that `Adapter` cannot hold (named), keys without their pair,
-            unexpected or missing, a rank or shape that does not fit, numbers that are not finite.
+        ValueError: nothing there, a broken file, a kind of adapter that `Adapter` cannot hold (named), keys
+            without their pair, unexpected or missing, a rank or shape that does not fit, numbers that are
+            not finite.
     Source: Hu et al. 2021 (LoRA), arXiv:2106.09685; file format and rules of peft 0.21.
     """
     config_path = find_file(str(name), ("adapter_config.json",))
@@ -114,25 +121,28 @@ def write_adapter(
     task: str = "",
     targets: Iterable[str] | str | None = None,
 ) -> None:
-    """Write a folder that `peft.PeftModel.from_pretrained` and `read_adapter` read; it is there whole or not at all.
+    """Write a folder that `peft.PeftModel.from_pretrained` and `read_adapter` read; it is there whole or not
+    at all.
 
     The settings of the adapter's `config` stay where they still hold. A gate [r] is multiplied into B.
 
     Args:
         base: name or path of the base model; if left out, that of the adapter's config.
         task: of peft's task types; if left out, that of the adapter's config, else CAUSAL_LM.
-        targets: target_modules to write, one regex or ends of names; they must name every layer of the adapter and no other layer of
-            the model (which cannot be checked here). If left out, the full names of the layers.
+        targets: target_modules to write, one regex or ends of names; they must name every layer of the
+            adapter and no other layer of the model (which cannot be checked here). If left out, the full
+            names of the layers.
     Raises:
-        ValueError: the folder exists and is not empty; a gate per sample, a router or numbers that are not finite; no layers; targets
-            that miss a layer.
+        ValueError: the folder exists and is not empty; a gate per sample, a router or numbers that are not
+            finite; no layers; targets that miss a layer.
     """
     if not adapter.factors:
         raise ValueError(f"write_adapter: {adapter} must correct at least one layer")
     routed = [module for module, factors in adapter.factors.items() if "router" in factors]
     if routed:
         raise ValueError(
-            f"write_adapter: {few(routed)} of {adapter} have routers (H-LoRA), which peft has no place for; use write_hlora"
+            f"write_adapter: {few(routed)} of {adapter} have routers (H-LoRA), which peft has no "
+            "place for; use write_hlora"
         )
     state: dict[str, Tensor] = {}
     for module, factors in adapter.factors.items():
@@ -178,7 +188,8 @@ def check_fit(
     corrected = (b[0], a[1]) if layers[module] == "linear" else (a[1], b[0])
     if corrected != shape:
         raise ValueError(
-            f"{where}: {module} has A {list(a)} and B {list(b)}, but its weight is {list(shape)} in {skeleton.name}"
+            f"{where}: {module} has A {list(a)} and B {list(b)}, but its weight is {list(shape)} in "
+            f"{skeleton.name}"
         )
 
 
@@ -198,7 +209,9 @@ def folded(adapter: Adapter, module: str, where: str) -> Tensor:
 def _group_keys(
     entries: Mapping[str, Entry], config: dict[str, Any], path: Path
 ) -> tuple[dict[str, dict[str, str]], dict[str, str], dict[str, str]]:
-    """({module: {"a": key, "b": key}}, {parameter replaced as a whole: key}, {module: kind}) of all keys of the file."""
+    """({module: {"a": key, "b": key}}, {parameter replaced as a whole: key}, {module: kind}) of all keys of
+    the file.
+    """
     pairs: dict[str, dict[str, str]] = {}
     full: dict[str, str] = {}
     kinds: dict[str, str] = {}
@@ -246,7 +259,8 @@ def _check_pairs(
         rank, _ = rank_and_scale(config, module)
         if len(a) != 2 or len(b) != 2 or not a[0] == b[1] == rank:
             raise ValueError(
-                f"read_adapter: {path}: {pair['a']} must be [r, in] and its B [out, r] with the rank {rank} of the config, "
+                f"read_adapter: {path}: {pair['a']} must be [r, in] and its B [out, r] with the rank "
+                f"{rank} of the config, "
                 f"got {list(a)} and {list(b)}"
             )
 
@@ -259,7 +273,9 @@ def _current_names(
     config: dict[str, Any],
     path: Path,
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """({module in the file: the skeleton's}, {parameter of the skeleton: key}); of tied weights, the name that params have."""
+    """({module in the file: the skeleton's}, {parameter of the skeleton: key}); of tied weights, the name
+    that params have.
+    """
     old_names = dict.fromkeys([*(f"{module}.weight" for module in pairs), *full])
     current = weight_names.current_names(skeleton, old_names)
     lost = [name for name in old_names if name not in current]
@@ -267,13 +283,15 @@ def _current_names(
         weights = [name for name, _ in skeleton.module.named_parameters()]
         examples = weights[:: max(1, len(weights) // 4)]
         raise ValueError(
-            f"read_adapter: {path}: {skeleton.name} has no {few(lost)}, under no name of older versions either; "
+            f"read_adapter: {path}: {skeleton.name} has no {few(lost)}, under no name of older "
+            "versions either; "
             f"its weights look like {few(examples, 4)}"
         )
     if len(set(current.values())) < len(current):
         twice = sorted(name for name, count in Counter(current.values()).items() if count > 1)
         raise ValueError(
-            f"read_adapter: {path}: {few(twice)} is there under an older and a newer name; the file must hold one adapter"
+            f"read_adapter: {path}: {few(twice)} is there under an older and a newer name; the file "
+            "must hold one adapter"
         )
     modules = {module: current[f"{module}.weight"].removesuffix(".weight") for module in pairs}
 
@@ -291,12 +309,14 @@ def _current_names(
             )
         if len(tied) > 1 and is_saved_module(config, old):
             raise ValueError(
-                f"read_adapter: {path}: {key} replaces one of {few(tied)}, which are one weight in {skeleton.name}; "
+                f"read_adapter: {path}: {key} replaces one of {few(tied)}, which are one weight in "
+                f"{skeleton.name}; "
                 "load the model with tie_word_embeddings = false"
             )
         if param in params and not torch.equal(entries[params[param]].read(), entries[key].read()):
             raise ValueError(
-                f"read_adapter: {path}: {params[param]} and {key} differ, but are one weight in {skeleton.name}"
+                f"read_adapter: {path}: {params[param]} and {key} differ, but are one weight in "
+                f"{skeleton.name}"
             )
         params.setdefault(param, key)
     return modules, params

@@ -24,14 +24,17 @@ from medvl.weights.lazy import LowRank, dense
 def save_skeleton(
     skeleton: Skeleton, params: Mapping[str, Tensor], folder: files.PathLike, *, shard_gb: float = 5.0
 ) -> None:
-    """Write config.json and model.safetensors, with the names of published checkpoints, that transformers' from_pretrained reads.
+    """Write config.json and model.safetensors, with the names of published checkpoints, that transformers'
+    from_pretrained reads.
 
-    A generation_config.json that the checkpoint came with is written unchanged. 4-bit weights are written in the layout of
-    bitsandbytes; sharded ones are gathered (every process must call this, process 0 writes). A model above `shard_gb` (10^9 bytes)
-    is split into files with an index. The folder is there whole or not at all.
+    A generation_config.json that the checkpoint came with is written unchanged. 4-bit weights are written in
+    the layout of bitsandbytes; sharded ones are gathered (every process must call this, process 0 writes). A
+    model above `shard_gb` (10^9 bytes) is split into files with an index. The folder is there whole or not
+    at all.
 
     Raises:
-        ValueError: the folder exists and is not empty, params are not the skeleton's, or adapters are still on them.
+        ValueError: the folder exists and is not empty, params are not the skeleton's, or adapters are still
+            on them.
     """
     _check_params(skeleton, params)
     packed = {n: w for n, w in params.items() if isinstance(w, four_bit.FourBit)}
@@ -74,7 +77,8 @@ def _check_params(skeleton: Skeleton, params: Mapping[str, Tensor]) -> None:
     stacked = [n for n, w in params.items() if isinstance(w, four_bit.FourBit) and w.dim() == 3]
     if stacked:
         raise ValueError(
-            f"save: {few(stacked, 2)} are experts in 4 bits, for which no file has a place; write them out first "
+            f"save: {few(stacked, 2)} are experts in 4 bits, for which no file has a place; write "
+            "them out first "
             "(weights.dense), or save the model that was quantised"
         )
 

@@ -1,4 +1,6 @@
-"""Hugging Face architectures as skeletons whose weights are values: built without weights, or with random ones, and called."""
+"""Hugging Face architectures as skeletons whose weights are values: built without weights, or with random
+ones, and called.
+"""
 
 import copy
 import hashlib
@@ -23,13 +25,14 @@ Params = dict[str, Tensor]  # flat: {module name: tensor}
 
 @frozen(kw_only=True, eq=False)
 class Skeleton:
-    """An architecture without weights: `skeleton(params, *args, **kwargs)` is the module's forward pass with these weights.
+    """An architecture without weights: `skeleton(params, *args, **kwargs)` is the module's forward pass with
+    these weights.
 
-    `module` has its parameters on the meta device and real buffers, in evaluation mode (no dropout, no stochastic depth).
-    It is never run itself: a call binds `params` to a copy of it, one for each thread, so any number of threads may
-    share a skeleton. The copy is made by a thread's first call and goes with the thread; it holds no weights.
-    `params` must have exactly the names of the module's parameters (ValueError); each may be any kind of weight,
-    see `weights`.
+    `module` has its parameters on the meta device and real buffers, in evaluation mode (no dropout, no
+    stochastic depth). It is never run itself: a call binds `params` to a copy of it, one for each thread, so
+    any number of threads may share a skeleton. The copy is made by a thread's first call and goes with the
+    thread; it holds no weights. `params` must have exactly the names of the module's parameters
+    (ValueError); each may be any kind of weight, see `weights`.
     """
 
     module: nn.Module = field(repr=False)
@@ -92,7 +95,8 @@ class Skeleton:
             recompute = getattr(layer, "_gradient_checkpointing_func", None)
             if layer.gradient_checkpointing and recompute is not _recompute:
                 raise ValueError(
-                    f"{self.name}: gradient checkpointing inside the module would recompute with other weights; "
+                    f"{self.name}: gradient checkpointing inside the module would recompute with "
+                    "other weights; "
                     "turn it off and use checkpointed(skeleton)"
                 )
 
@@ -110,7 +114,9 @@ class Skeleton:
 
 
 class _Bound(nn.Module):
-    """A module and a function that runs it, so that weights can be bound to the module while the function runs."""
+    """A module and a function that runs it, so that weights can be bound to the module while the function
+    runs.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -132,8 +138,9 @@ class _ThreadCopy(threading.local):
 def checkpointed(skeleton: Skeleton) -> Skeleton:
     """The same skeleton whose layers keep only their inputs for the backward pass and compute the rest again.
 
-    A layer keeps the weights that were bound to it during the forward pass, so the gradient is right wherever it is taken, also
-    after the call has returned. Of use under training only; do not give it a cache.
+    A layer keeps the weights that were bound to it during the forward pass, so the gradient is right
+    wherever it is taken, also after the call has returned. Of use under training only; do not give it a
+    cache.
 
     Raises:
         ValueError: the architecture has no layers that transformers can checkpoint.
@@ -157,7 +164,9 @@ def checkpointed(skeleton: Skeleton) -> Skeleton:
 
 
 def _recompute(run: Any, *args: Any) -> Any:
-    """What a checkpointed layer calls in place of torch's `checkpoint`: the same, with this call's weights."""
+    """What a checkpointed layer calls in place of torch's `checkpoint`: the same, with this call's
+    weights.
+    """
     layer = run.args[0] if run.args else run.func.__self__
     # By the time of the recomputation the call is over and the layer holds other weights, or none.
     weights = {f"module.{n}": t for n, t in layer.named_parameters()}
@@ -174,11 +183,12 @@ def init_skeleton(
     """An architecture with transformers' own random initialisation, float32 on CPU, a pure function of `gen`.
 
     Args:
-        config: such as {"model_type": "dinov2", "hidden_size": 96, ...}; what is left out has transformers' default.
+        config: such as {"model_type": "dinov2", "hidden_size": 96, ...}; what is left out has transformers'
+            default.
         head: as in `load_skeleton`.
     Raises:
-        ValueError: unknown model_type or key, a value of the wrong type, sizes that no model can have, or more weights than this
-            machine has memory for; before anything is allocated.
+        ValueError: unknown model_type or key, a value of the wrong type, sizes that no model can have, or
+            more weights than this machine has memory for; before anything is allocated.
     """
     model_class, model_config = find_architecture(config, head)
     known = {*type(model_config)().to_dict(), *model_config.attribute_map, "model_type"}
@@ -200,7 +210,9 @@ def init_skeleton(
 
 
 def empty_skeleton(config: dict[str, Any], *, head: Literal["", "language"] = "") -> Skeleton:
-    """The architecture alone, of any size, without allocating weights: what `load_skeleton` binds weights to."""
+    """The architecture alone, of any size, without allocating weights: what `load_skeleton` binds weights
+    to.
+    """
     model_class, model_config = find_architecture(config, head)
     return make_skeleton(build_weightless(model_class, model_config), str(config["model_type"]))
 
@@ -208,8 +220,8 @@ def empty_skeleton(config: dict[str, Any], *, head: Literal["", "language"] = ""
 def untie(skeleton: Skeleton, params: Mapping[str, Tensor]) -> tuple[Skeleton, Params]:
     """The same language model whose head has a weight of its own, not that of the token table.
 
-    So one of the two can be corrected alone, as an adapter on `lm_head` does, and merged or saved. The head's weight is a
-    copy of the token table, the others are the given params.
+    So one of the two can be corrected alone, as an adapter on `lm_head` does, and merged or saved. The
+    head's weight is a copy of the token table, the others are the given params.
 
     Raises:
         ValueError: no two layers share a weight.
@@ -237,7 +249,9 @@ def untie(skeleton: Skeleton, params: Mapping[str, Tensor]) -> tuple[Skeleton, P
 
 
 def weights_digest(params: tree.Tree) -> str:
-    """Sixteen hex digits of the content of a tree of tensors: names, dtypes, shapes and bytes. Independent of order and device."""
+    """Sixteen hex digits of the content of a tree of tensors: names, dtypes, shapes and bytes. Independent
+    of order and device.
+    """
     tensors = {}
     for name, weight in tree.flatten(params).items():
         for i, part in enumerate(leaves(weight)):  # the tensors of a lazy weight
@@ -254,7 +268,9 @@ _BUILDING = threading.Lock()
 
 
 def build_weightless(model_class: Any, model_config: Any) -> Any:
-    """The module with parameters on meta and real buffers: a parameter goes to meta when a module gets it, its memory is never touched."""
+    """The module with parameters on meta and real buffers: a parameter goes to meta when a module gets it,
+    its memory is never touched.
+    """
     builder = threading.get_ident()
 
     def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:

@@ -21,7 +21,8 @@ def tokenizer(name: files.PathLike) -> Any:
 
     Code that lies in the folder is never run, and nobody is asked whether it should be.
     Raises:
-        ValueError: nothing there, not a tokenizer, or one that needs code of its own; says what was looked for.
+        ValueError: nothing there, not a tokenizer, or one that needs code of its own; says what was looked
+            for.
     """
     from transformers import AutoTokenizer
 
@@ -83,7 +84,8 @@ class _Reading:
             return
         if "trust_remote_code" in str(error):
             raise ValueError(
-                f"{self.what}: {self.path} needs code of its own (auto_map in its config), which is never run; convert it with "
+                f"{self.what}: {self.path} needs code of its own (auto_map in its config), which is "
+                "never run; convert it with "
                 "save_pretrained of a tokenizer class that transformers has, or give its tokenizer.json alone"
             ) from error
         reason = " ".join(str(error).split())
@@ -93,12 +95,15 @@ class _Reading:
 
 
 def image_processor(name: files.PathLike) -> Any:
-    """The image processor of a checkpoint, on Pillow: `processor(images=[...], return_tensors="pt")["pixel_values"]`.
+    """The image processor of a checkpoint, on Pillow: `processor(images=[...],
+    return_tensors="pt")["pixel_values"]`.
 
     Args:
-        name: a folder or a name on the hub (cache first) with preprocessor_config.json, or processor_config.json.
+        name: a folder or a name on the hub (cache first) with preprocessor_config.json, or
+            processor_config.json.
     Raises:
-        ValueError: nothing there, or no image processor that transformers has on Pillow; says what was looked for.
+        ValueError: nothing there, or no image processor that transformers has on Pillow; says what was
+            looked for.
     """
     import transformers
 
@@ -114,7 +119,8 @@ def image_processor(name: files.PathLike) -> Any:
     kind = getattr(transformers, f"{base}Pil", None) if base.endswith("ImageProcessor") else None
     if kind is None:  # AutoImageProcessor would ask for torchvision
         raise ValueError(
-            f"image_processor: {main} must name one that transformers has on Pillow (CLIPImageProcessor...), found {class_name!r}"
+            f"image_processor: {main} must name one that transformers has on Pillow "
+            f"(CLIPImageProcessor...), found {class_name!r}"
         )
     with _Reading("image_processor", main):
         return kind.from_dict(config)
@@ -123,11 +129,13 @@ def image_processor(name: files.PathLike) -> Any:
 def train_bpe(
     texts: Sequence[str], vocab_size: int, folder: files.PathLike | None = None, *, lower: bool = True
 ) -> Any:
-    """A byte-level BPE tokenizer learnt from texts: lower case and single spaces as CLIP's, start and end token around every text.
+    """A byte-level BPE tokenizer learnt from texts: lower case and single spaces as CLIP's, start and end
+    token around every text.
 
     With lower=False case is kept, as letters of multiple choice need.
 
-    Deterministic. Every text can be encoded, there is no unknown token. Written to `folder` (must be new) if one is given.
+    Deterministic. Every text can be encoded, there is no unknown token. Written to `folder` (must be new) if
+    one is given.
     Source: Sennrich et al. 2016, arXiv:1508.07909; bytes as in Radford et al. 2019 (GPT-2).
     Raises:
         ValueError: vocab_size cannot hold the 256 bytes and the 3 special tokens, or there is no text.
@@ -145,7 +153,8 @@ def train_bpe(
 
     if vocab_size < 259 or not texts:
         raise ValueError(
-            f"train_bpe: needs texts and vocab_size >= 259 (256 bytes, 3 special tokens), got {len(texts)} texts, {vocab_size}"
+            "train_bpe: needs texts and vocab_size >= 259 (256 bytes, 3 special tokens), got "
+            f"{len(texts)} texts, {vocab_size}"
         )
     tok: Any = Tokenizer(models.BPE())
     spaces = [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
@@ -177,17 +186,19 @@ def tokenize(tok: Any, texts: Sequence[str], context: int) -> tuple[Tensor, Tens
 
     Args:
         tok: from `tokenizer` or `train_bpe`.
-        context: longest sequence; a longer text loses its tail and keeps its end token. The first time one does, a warning says so;
-            `truncated` counts them.
+        context: longest sequence; a longer text loses its tail and keeps its end token. The first time one
+            does, a warning says so; `truncated` counts them.
     Returns:
-        ids int64 [b, t] and mask bool [b, t], true at real tokens (CLIP pads with its end token, so ids do not tell).
+        ids int64 [b, t] and mask bool [b, t], true at real tokens (CLIP pads with its end token, so ids do
+        not tell).
     Raises:
         ValueError: no texts, not texts, or a tokenizer that puts no end token behind a text.
     """
     rows = _encode(tok, texts, context)
     if any(len(r) > context for r in rows):
         warnings.warn(
-            f"tokenize: texts longer than {context} tokens lose their tail (count them with tokens.truncated)",
+            f"tokenize: texts longer than {context} tokens lose their tail (count them with "
+            "tokens.truncated)",
             stacklevel=2,
         )
     rows = [r if len(r) <= context else [*r[: context - 1], r[-1]] for r in rows]
@@ -206,12 +217,14 @@ def _encode(tok: Any, texts: Sequence[str], context: int) -> list[list[int]]:
     bad = [type(t).__name__ for t in texts if not isinstance(t, str)]
     if isinstance(texts, str) or not len(texts) or bad or context < 3:
         raise ValueError(
-            f"tokenize: needs a list of texts and context >= 3, got {len(texts)} texts, context {context}, other types {few(bad)}"
+            f"tokenize: needs a list of texts and context >= 3, got {len(texts)} texts, context "
+            f"{context}, other types {few(bad)}"
         )
     empty = tok("", truncation=False)["input_ids"]
     if not empty or empty[-1] not in tok.all_special_ids:
         raise ValueError(
-            f"tokenize: the tokenizer must put an end token behind every text, but an empty text gives {empty}"
+            "tokenize: the tokenizer must put an end token behind every text, but an empty text "
+            f"gives {empty}"
         )
     return tok(list(texts), truncation=False, padding=False, verbose=False)["input_ids"]
 

@@ -1,4 +1,6 @@
-"""The names of weights in published checkpoints, in those of older transformers, and in the module, by transformers' own rules."""
+"""The names of weights in published checkpoints, in those of older transformers, and in the module, by
+transformers' own rules.
+"""
 
 import copy
 from collections.abc import Iterable, Mapping
@@ -16,8 +18,9 @@ from medvl.weights import four_bit
 def place_entries(module: Any, entries: Mapping[str, Entry]) -> tuple[dict[str, Entry], list[str]]:
     """Match the tensors of a checkpoint to the parameters of a module.
 
-    A parameter that the module keeps as one and the file in pieces (or the other way round) gets an entry that converts them when
-    it is read. The rules that were used stay on the module: `save_skeleton` turns them back.
+    A parameter that the module keeps as one and the file in pieces (or the other way round) gets an entry
+    that converts them when it is read. The rules that were used stay on the module: `save_skeleton` turns
+    them back.
 
     Returns:
         ({parameter: its entry}, keys of the file that are no parameter).
@@ -58,9 +61,11 @@ def place_entries(module: Any, entries: Mapping[str, Entry]) -> tuple[dict[str, 
 
 
 def current_names(skeleton: Skeleton, names: Iterable[str]) -> dict[str, str]:
-    """{name: the skeleton's name} of those of `names` that are one of its weights, by today's names or those of older transformers.
+    """{name: the skeleton's name} of those of `names` that are one of its weights, by today's names or those
+    of older transformers.
 
-    Left out is what the model does not have, or only as part of a weight (experts that are fused now). A tied weight has all its names.
+    Left out is what the model does not have, or only as part of a weight (experts that are fused now). A
+    tied weight has all its names.
     """
     from transformers.core_model_loading import rename_source_key
 
@@ -106,7 +111,8 @@ def published_state(
                 state[name + suffix] = part
     if name_of_codes:
         raise ValueError(
-            f"save: {few(sorted(name_of_codes.values()))} are stored split or joined; they cannot be saved in 4 bits"
+            f"save: {few(sorted(name_of_codes.values()))} are stored split or joined; they cannot be "
+            "saved in 4 bits"
         )
     return state
 
