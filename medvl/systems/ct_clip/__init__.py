@@ -4,7 +4,7 @@ from pathlib import Path
 
 from medvl.systems.ct_clip import run
 from medvl.systems.ct_clip.data import prepare_data
-from medvl.systems.ct_clip.model import Config
+from medvl.systems.ct_clip.record import Config
 from medvl.systems.ct_clip.score import assess
 from medvl.systems.system import System, drawn_data
 

@@ -14,7 +14,8 @@ from medvl.base import config, processes, store
 from medvl.ct import ingest, names, pairs, preprocess, reports
 from medvl.hub import tokens
 from medvl.phantoms import chests
-from medvl.systems.ct_clip.model import SPLITS, Config, Model
+from medvl.systems.ct_clip.model import Model
+from medvl.systems.ct_clip.record import SPLITS, Config
 from medvl.training import order
 from medvl.training.optim import seeded
 

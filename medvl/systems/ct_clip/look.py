@@ -13,7 +13,7 @@ from torch import Tensor
 from medvl.base import config, files
 from medvl.ct import metadata_table, names, preprocess, reports
 from medvl.ct.preprocess import CtConfig, Volume
-from medvl.systems.ct_clip.model import Config
+from medvl.systems.ct_clip.record import Config
 from medvl.systems.ct_clip.run import load
 from medvl.systems.ct_clip.score import finding_probabilities, place_batch
 

@@ -13,7 +13,8 @@ from medvl.ct import pairs
 from medvl.hub import tokens
 from medvl.systems.ct_clip import model as ct_clip
 from medvl.systems.ct_clip.data import open_volumes, pair_reports, training_batches
-from medvl.systems.ct_clip.model import Config, Model
+from medvl.systems.ct_clip.model import Model
+from medvl.systems.ct_clip.record import Config
 from medvl.systems.ct_clip.score import mean_auroc
 from medvl.systems.ct_clip.slice_features import cached_features
 from medvl.training import gradients, states

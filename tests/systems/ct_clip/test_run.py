@@ -28,6 +28,7 @@ from medvl.systems import run
 from medvl.systems.ct_clip import data as ct_data
 from medvl.systems.ct_clip import look, score
 from medvl.systems.ct_clip import model as ct_clip
+from medvl.systems.ct_clip import record as ct_record
 from medvl.systems.ct_clip import run as ct_clip_run
 from medvl.systems.ct_clip.slice_features import cached_features
 from medvl.training import gradients, states
@@ -74,7 +75,7 @@ def trained(place, monkeypatch):
 
 def test_a_run_leaves_everything_that_made_it(place, trained):
     cfg, folder = trained
-    kept = config.load_record(folder / "config.json", ct_clip.Config)
+    kept = config.load_record(folder / "config.json", ct_record.Config)
     assert folder.name == f"ctclip_phantom-{config.record_digest(cfg)}"
     assert kept.train == cfg.train
     environment = json.loads((folder / "environment.json").read_text())
@@ -287,7 +288,7 @@ def test_the_shuffled_control_keeps_scans_together(trained):
 
 def _with_tables(cfg, folder, change):
     """The record with its label tables copied to `folder` and changed: change(split, rows) -> rows."""
-    for split in ct_clip.SPLITS:
+    for split in ct_record.SPLITS:
         rows = change(split, files.read_csv(ct_data.data_path(cfg, "labels", split)))
         files.write_csv(folder / f"{split}_labels.csv", rows, list(rows[0]))
     return evolve(cfg, data=evolve(cfg.data, labels=str(folder / "{split}_labels.csv")))
@@ -350,7 +351,7 @@ def test_a_folder_of_clip_gives_its_towers(trained, tmp_path):
     cfg = trained[0]
     clip = _clip_folder(tmp_path / "clip", ["There is a nodule.", "No nodule."])
     words = evolve(cfg.words, encoder=str(tmp_path / "clip"), pool="last")
-    both = evolve(cfg, vit=ct_clip.VitConfig(name=str(tmp_path / "clip")), words=words)
+    both = evolve(cfg, vit=ct_record.VitConfig(name=str(tmp_path / "clip")), words=words)
     model, params = ct_clip.init_model(both, tmp_path)
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
@@ -445,7 +446,7 @@ def test_several_texts_of_a_scan_are_several_contrasts(trained):
     ("normalise", "mean", "spread"), [("none", 3.0, 2.0), ("centre", 0.0, 2.0), ("standardise", 0.0, 1.0)]
 )
 def test_rows_are_normalised_over_the_batch(normalise, mean, spread, gen):
-    cfg, rows = ct_clip.ContrastConfig(normalise=normalise), 3 + 2 * torch.randn(4000, 2, 8, generator=gen)
+    cfg, rows = ct_record.ContrastConfig(normalise=normalise), 3 + 2 * torch.randn(4000, 2, 8, generator=gen)
     seen = []
     params = {"project": {"image": {"weight": torch.eye(8)}}}
     with pytest.MonkeyPatch.context() as patch:
@@ -489,7 +490,7 @@ def test_whitening_starts_the_run_and_is_kept_by_it(trained, tmp_path):
 
 
 def test_scale_is_bounded_after_a_step():
-    cfg = ct_clip.ContrastConfig(scale_max=20.0)
+    cfg = ct_record.ContrastConfig(scale_max=20.0)
     assert ct_clip.bound_scale(cfg, {"contrast": {"log_scale": torch.tensor(9.0)}})["contrast"][
         "log_scale"
     ].exp().item() == pytest.approx(20.0)
@@ -643,11 +644,11 @@ def test_the_commands_for_own_data_run_one_after_the_other(tmp_path, monkeypatch
     )
     del raw["vit"]["name"]
     raw["train"] |= {"batch": 4, "stages": [{"name": "contrast", "steps": 2, "lr": 1e-3}]}
-    record = config.structure(raw, ct_clip.Config)
+    record = config.structure(raw, ct_record.Config)
     exp = tmp_path / "ctclip_vitb.json"
     exp.write_text(json.dumps(config.unstructure(record)))
 
-    shipped = config.load_record(ROOT / "experiments/ctclip_vitb.toml", ct_clip.Config)
+    shipped = config.load_record(ROOT / "experiments/ctclip_vitb.toml", ct_record.Config)
     assert (
         shipped.ct == preprocess.CtConfig()
     )  # as `invoke preprocess` makes stores; only this test's are smaller
