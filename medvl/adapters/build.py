@@ -31,7 +31,8 @@ def build_registry(
     seed: int = 0,
     log: Callable[[str], None] = print,
 ) -> Path:
-    """Write the registry of adapters: the vector of each is the mean embedding of some samples of what it was trained on.
+    """Write the registry of adapters: the vector of each is the mean embedding of some samples of what it was
+    trained on.
 
     Args:
         path: of the registry's file to write.

@@ -1,4 +1,6 @@
-"""`invoke preprocess`, `split`, `embed` and `classify`: scans into a store, tables cut by patient, one scan looked at."""
+"""`invoke preprocess`, `split`, `embed` and `classify`: scans into a store, tables cut by patient, one scan
+looked at.
+"""
 
 import logging
 import math
@@ -20,7 +22,9 @@ _ON_SHEET = 36  # volumes of a contact sheet
 def fill_store(
     source: str, out: str, exp: str, overrides: Sequence[str], metadata: str, workers: int, sheet: str
 ) -> int:
-    """Preprocess scans into a store and print what was done; returns the exit status: 0, or 3 when scans were rejected."""
+    """Preprocess scans into a store and print what was done; returns the exit status: 0, or 3 when scans were
+    rejected.
+    """
     # A table or the store can then never be what is replaced.
     if sheet and not sheet.lower().endswith(".png"):
         raise ValueError(f"preprocess: sheet must end in .png, got {sheet!r}")
@@ -60,7 +64,7 @@ def _write_sheet(store_path: str, sheet: str) -> None:
         print(f"contact sheet of {len(chosen)} volumes: {sheet}")
 
 
-# One scan ---------------------------------------------------------------------------------------------------------------------
+# One scan ---------------------------------------------------------------------------------------------------
 def embed_scan(folder: str, scan: str, out: str, metadata: str = "", settings: Sequence[str] = ()) -> None:
     """Write one scan's embedding, float32 [d], L2-normalised, to a .npy."""
     # A scan can then never be what is replaced.
@@ -80,7 +84,8 @@ def print_findings(
     volume, thresholds = scan_result["volume"], scan_result["threshold"]
     spacing_mm = tuple(round(mm, 2) for mm in volume.source_spacing_mm)
     print(
-        f"{volume.name}: HU by {volume.hu_rule}, {volume.source_shape} voxels of {spacing_mm} mm, slices {volume.occupied}"
+        f"{volume.name}: HU by {volume.hu_rule}, {volume.source_shape} voxels of {spacing_mm} mm, slices "
+        f"{volume.occupied}"
     )
     rows = []
     for finding, probability in scan_result["probability"].items():
@@ -101,7 +106,7 @@ def _ct_run(folder_or_config: str, task: str) -> Path:
     return folder
 
 
-# Tables cut by patient ----------------------------------------------------------------------------------------------------------
+# Tables cut by patient --------------------------------------------------------------------------------------
 def split_tables(
     labels: str,
     out: str,
@@ -111,7 +116,8 @@ def split_tables(
     patient: str = "",
     pattern: str = "",
 ) -> None:
-    """Cut a label table and others (reports, metadata) into parts by patient: `valid_reports.csv` -> `out/{part}_reports.csv`.
+    """Cut a label table and others (reports, metadata) into parts by patient: `valid_reports.csv` ->
+    `out/{part}_reports.csv`.
 
     Everything is read and checked before anything is written, and no file that exists is replaced.
 
@@ -120,7 +126,8 @@ def split_tables(
         patient: a column of one of the tables that says whose volume it is.
         pattern: a regular expression that finds the patient in a volume's name, see `names.patients_of`.
     Raises:
-        ValueError: unusable tables or sizes, two tables that would be cut into one file, an output that exists.
+        ValueError: unusable tables or sizes, two tables that would be cut into one file, an output that
+            exists.
     """
     files.check_writable(out, folder=True)
     volumes, _, findings = reports.read_labels(labels, patient=patient)
@@ -139,7 +146,8 @@ def split_tables(
             files.write_csv(outputs[part, path], rows_of_part, list(rows[0]))
         num_patients = len({patients[i] for i in indices})
         print(
-            f"{part}: {len(indices)} volumes of {num_patients} patients, mean prevalence {findings[indices].mean():.3f} "
+            f"{part}: {len(indices)} volumes of {num_patients} patients, mean prevalence "
+            f"{findings[indices].mean():.3f} "
             f"(all: {findings.mean():.3f})"
         )
 
@@ -179,11 +187,13 @@ def _outputs_of_split(parts: Sequence[str], tables: Sequence[str], out: Path) ->
             path = out / f"{part}_{name.partition('_')[2] or name}"
             if path in outputs.values():
                 raise ValueError(
-                    f"split: {' and '.join(tables)}: two of these would be cut into {path}; rename one of them"
+                    f"split: {' and '.join(tables)}: two of these would be cut into {path}; rename one of "
+                    "them"
                 )
             if path.exists():
                 raise ValueError(
-                    f"split: {path} exists and is not replaced; name another folder with --out, or move it away"
+                    f"split: {path} exists and is not replaced; name another folder with --out, or move it "
+                    "away"
                 )
             outputs[part, table] = path
     return outputs

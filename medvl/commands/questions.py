@@ -28,7 +28,8 @@ def print_answer(
     offset: str = "",
     overrides: Sequence[str] = (),
 ) -> None:
-    """Print the answer of a registry of adapters, or of a run of any system that answers questions, and where it came from.
+    """Print the answer of a registry of adapters, or of a run of any system that answers questions, and where
+    it came from.
 
     Args:
         text: the question.
@@ -39,12 +40,14 @@ def print_answer(
         own: the adapter of mode "oracle".
         base: the model of a registry.
     Raises:
-        ValueError: neither or both of a registry and a run; a run that answers no questions; an option that it does not take; as what
+        ValueError: neither or both of a registry and a run; a run that answers no questions; an option that
+            it does not take; as what
             answers.
     """
     if bool(adapters) == bool(run):
         raise ValueError(
-            "ask: needs either --adapters REGISTRY (with --image), or --run RUN (with --image, or with --slide)"
+            "ask: needs either --adapters REGISTRY (with --image), or --run RUN (with --image, or with "
+            "--slide)"
         )
     if max_tokens < 1:
         raise ValueError(f"ask: --max-tokens must be 1 or more, got {max_tokens}")
@@ -80,7 +83,8 @@ def print_answer(
         system = find_system(name)
         if system.ask is None:
             raise ValueError(
-                f"ask: {run} is a {name} run, which does not answer questions; `invoke classify` tells findings"
+                f"ask: {run} is a {name} run, which does not answer questions; `invoke classify` tells "
+                "findings"
             )
         _check_question(question, flags, f"{run} ({name})", system.takes)
         answer = system.ask(folder, question)

@@ -41,7 +41,8 @@ def manage_registry(
 
     Args:
         path: of one adapter's folder; to build, with {task}, e.g. "adapters/{task}/v0-*/checkpoint-*".
-        samples: conversations that an adapter was trained on; to build, a file for each {task}, or one whose lines say their task.
+        samples: conversations that an adapter was trained on; to build, a file for each {task}, or one whose
+            lines say their task.
         vector: a .npy [d] instead of samples.
         base: hub name or folder of the model that all were trained on.
         root: where the registry's relative paths start, instead of what it says.
@@ -70,7 +71,8 @@ def _build(
         raise ValueError(f"adapters build: {file} is there; remove it, or add to it")
     if "{task}" not in pattern or not samples:
         raise ValueError(
-            f"adapters build: needs path with {{task}} in it, e.g. 'adapters/{{task}}', and samples, got {pattern!r}, {samples!r}"
+            f"adapters build: needs path with {{task}} in it, e.g. 'adapters/{{task}}', and samples, got "
+            f"{pattern!r}, {samples!r}"
         )
     folders = _adapter_folders(pattern)
     settings = config.override({"name": embedder, "kind": _kind(embedder)}, tuple(overrides), "build")
@@ -130,7 +132,8 @@ def _add(
 ) -> None:
     if not name or not folder or bool(samples) == bool(vector):
         raise ValueError(
-            "adapters add: needs name, path (the adapter's folder), and either samples (JSONL) or vector (.npy)"
+            "adapters add: needs name, path (the adapter's folder), and either samples (JSONL) or vector "
+            "(.npy)"
         )
     files.check_name(name, "adapters add: the adapter")
     known = registry.read_registry(file, root) if file.exists() else registry.Registry()
@@ -141,7 +144,8 @@ def _add(
         mean, count, embedder_name = files.open_array(vector), 0, ""
     elif not known.embedder:
         raise ValueError(
-            f"adapters add: {file} has no embedder, so samples cannot be embedded; give vector, or build the registry"
+            f"adapters add: {file} has no embedder, so samples cannot be embedded; give vector, or build "
+            "the registry"
         )
     else:
         embedder = embed.read_embedder(place / known.embedder)

@@ -13,7 +13,8 @@ _SHOWN = 10  # faulty records that are printed of each file
 def check_or_pack(
     action: str, features: str, data: Sequence[str], out: str, dims: int, encoder: str, drop: bool
 ) -> int:
-    """Print what is wrong with features and questions, or pack features into a store; returns the exit status, 0 or 3.
+    """Print what is wrong with features and questions, or pack features into a store; returns the exit
+    status, 0 or 3.
 
     Raises:
         ValueError: an unknown action, or an argument is missing.
@@ -35,7 +36,8 @@ def _pack(features: str, out: str, dims: int, encoder: str, drop: bool) -> None:
         raise ValueError(f"{features}: holds no patch features (.h5, .pt, .npy or .csv files)")
     done = pack.pack(paths, out, dims=dims, encoder=encoder, drop=drop, progress=True)
     print(
-        f"{out}: {done.done} slides of {done.patches:,} patches written, {done.skipped} were there, {done.empty} are empty, "
+        f"{out}: {done.done} slides of {done.patches:,} patches written, {done.skipped} were there, "
+        f"{done.empty} are empty, "
         f"{done.dropped} patches left out"
     )
 
@@ -59,7 +61,8 @@ def _check(features: str, data: Sequence[str], dims: int, encoder: str) -> int:
             print(f"  {fault.row}: {fault.what}")
     if data and not record_of_slide:
         raise ValueError(
-            f"slides check: no record of {', '.join(data)} names a slide; without --data all features are looked at"
+            f"slides check: no record of {', '.join(data)} names a slide; without --data all features are "
+            "looked at"
         )
     audit = check.check_slides(features, record_of_slide, dims=dims, encoder=encoder)
     print("\n".join(check.describe(audit)))

@@ -35,7 +35,8 @@ def system_names() -> list[str]:
 def find_system(name: Any) -> System:
     """The system that a record names by `system = "NAME"`.
 
-    NAME is a folder of `medvl/systems`, or any other Python package that can be imported and offers `SYSTEM`, such as "mylab.retina".
+    NAME is a folder of `medvl/systems`, or any other Python package that can be imported and offers `SYSTEM`,
+    such as "mylab.retina".
 
     Raises:
         ConfigError: there is none.
@@ -59,9 +60,9 @@ def _is_package(module: str) -> bool:
     return spec is not None and spec.submodule_search_locations is not None
 
 
-# Experiments ------------------------------------------------------------------------------------------------------------------
+# Experiments ------------------------------------------------------------------------------------------------
 def experiment_names() -> dict[str, str]:
-    """{experiment: its line of description} of the folder `experiments`; of one that cannot be read, why not."""
+    """{experiment: its line of description} of the folder `experiments`; why one cannot be read instead."""
     names = {}
     for path in sorted(EXPERIMENTS.glob("*.toml")):
         try:
@@ -72,10 +73,12 @@ def experiment_names() -> dict[str, str]:
 
 
 def resolve(exp: str, overrides: Sequence[str] = ()) -> tuple[Any, Path]:
-    """(record, run folder) of an experiment: a name in `experiments/`, the path of a `.toml` or `.json`, or a run's folder.
+    """(record, run folder) of an experiment: a name in `experiments/`, the path of a `.toml` or `.json`, or a
+    run's folder.
 
     Raises:
-        ConfigError: no such experiment (lists those there are), unknown system, or a record that is not valid.
+        ConfigError: no such experiment (lists those there are), unknown system, or a record that is not
+            valid.
     """
     path = record_of(exp)
     raw = config.read_settings(path)
@@ -131,9 +134,11 @@ def record_of(exp: str) -> Path:
     return path
 
 
-# Training ---------------------------------------------------------------------------------------------------------------------
+# Training ---------------------------------------------------------------------------------------------------
 def run(exp: str, overrides: Sequence[str] = (), log: Log = tqdm.write) -> list[Result]:
-    """Train (or go on with) an experiment, then evaluate it; the same call after a stop goes on where that was."""
+    """Train (or go on with) an experiment, then evaluate it; the same call after a stop goes on where that
+    was.
+    """
     cfg, folder = resolve(exp, overrides)
     processes.join_processes()
     first = processes.rank() == 0
@@ -184,7 +189,9 @@ def _describe(folder: Path, cfg: Any) -> None:
 
 
 def _by_first_process(make: Callable[[], None]) -> None:
-    """Process 0 makes what all need; the others wait and find it made: they hold no lock that it holds, and draw nothing again."""
+    """Process 0 makes what all need; the others wait and find it made: they hold no lock that it holds, and
+    draw nothing again.
+    """
     if processes.rank() == 0:
         with processes.single_process():
             make()
@@ -202,12 +209,14 @@ def _kept_log(log: Log, folder: Path) -> display.Log:
     return display.Log(log, folder / "log.txt")
 
 
-# Evaluation -------------------------------------------------------------------------------------------------------------------
+# Evaluation -------------------------------------------------------------------------------------------------
 def evaluate(exp: str, overrides: Sequence[str] = (), log: Log = tqdm.write) -> list[Result]:
     """Evaluate a trained experiment again.
 
-    Where `exp` is a run's folder (or the `config.json` in it), that run is evaluated, and settings of data and evaluate may differ from
-    those it was trained with: other questions, another way to answer. Its results go into a folder of their own beside the others.
+    Where `exp` is a run's folder (or the `config.json` in it), that run is evaluated, and settings of data
+    and evaluate may differ from
+    those it was trained with: other questions, another way to answer. Its results go into a folder of their
+    own beside the others.
     """
     cfg, folder = resolve(exp, overrides)
     system = find_system(cfg.system)
@@ -217,7 +226,8 @@ def evaluate(exp: str, overrides: Sequence[str] = (), log: Log = tqdm.write) -> 
     if not (folder / "config.json").exists():
         if system.trains(cfg):
             raise ValueError(
-                f"{folder}: no such run; `invoke train --exp {exp}` makes it (the same --set must be given); a run that is there "
+                f"{folder}: no such run; `invoke train --exp {exp}` makes it (the same --set must be "
+                "given); a run that is there "
                 "is evaluated with other data.* or evaluate.* by `--exp runs/NAME --set ...`"
             )
         _check_places(system, cfg, folder)
@@ -227,7 +237,8 @@ def evaluate(exp: str, overrides: Sequence[str] = (), log: Log = tqdm.write) -> 
     changed = config.differences(config.unstructure(record), config.unstructure(cfg))
     if changed:
         raise ValueError(
-            f"{folder / 'config.json'}: was changed after the run was trained with it, {changed[0]}; put that back"
+            f"{folder / 'config.json'}: was changed after the run was trained with it, {changed[0]}; put "
+            "that back"
         )
     with _evaluating(folder, folder / "results"):
         log = _kept_log(log, folder)
@@ -255,7 +266,9 @@ def _evaluate_run(system: System, path: Path, cfg: Any, log: Log) -> list[Result
 
 @contextmanager
 def _evaluating(folder: Path, out: Path) -> Iterator[None]:
-    """A run is evaluated by any number of processes, each with results of its own, and not while it is being trained."""
+    """A run is evaluated by any number of processes, each with results of its own, and not while it is being
+    trained.
+    """
     with files.file_lock(folder, shared=True), files.file_lock(out):
         yield
 

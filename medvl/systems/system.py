@@ -41,8 +41,10 @@ def _always(cfg: Any) -> bool:
 class System:
     """One kind of experiment. `medvl/systems/NAME/__init__.py` offers it as `SYSTEM`.
 
-    `cfg` below is a `record`; `model` is whatever the system calls everything that is not a weight, a record with the field `cfg`; `params`
-    is the tree of all weights. The same command after a stop goes on where it was: `prepare` and `fit` find what is done.
+    `cfg` below is a `record`; `model` is whatever the system calls everything that is not a weight, a record
+    with the field `cfg`; `params`
+    is the tree of all weights. The same command after a stop goes on where it was: `prepare` and `fit` find
+    what is done.
     """
 
     record: type  # the attrs record that the experiment's TOML becomes
@@ -51,7 +53,8 @@ class System:
         [Any, Path, Log], tuple[Any, Tree]
     ]  # (cfg, run folder, log) -> (model, params): trains all stages
     load: Callable[[Path], tuple[Any, Tree]]  # run folder -> (model, params), as `fit` returned them
-    # (model, params, folder of the results, name of the run) -> rows and the report's page: scores the test split
+    # (model, params, folder of the results, name of the run) -> rows and the report's page: scores the test
+    # split
     assess: Callable[[Any, Tree, Path, str], tuple[list[Result], Path]]
     # (cfg, run folder, number) -> text: a training sample with the trained tokens marked
     labels: Callable[[Any, Path, int], str] | None = None

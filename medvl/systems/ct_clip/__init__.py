@@ -1,4 +1,6 @@
-"""ct_clip: CT volumes and reports in one space; findings named in words, never trained for, are read off by comparison."""
+"""ct_clip: CT volumes and reports in one space; findings named in words, never trained for, are read off by
+comparison.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,6 @@
-"""The data of ct_clip: where its files are, what is checked before training, volumes with their labels and reports, batches."""
+"""The data of ct_clip: where its files are, what is checked before training, volumes with their labels and
+reports, batches.
+"""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +35,7 @@ class LabelledVolumes:
     labels: np.ndarray  # int8 [n, c], c findings
 
 
-# Files ------------------------------------------------------------------------------------------------------------------------
+# Files ------------------------------------------------------------------------------------------------------
 def data_folder(cfg: Config) -> Path:
     """The folder that `{folder}` stands for; phantoms of one PhantomConfig share one."""
     folder = Path(cfg.data.folder)
@@ -63,8 +65,10 @@ def prepare_data(cfg: Config, log: Callable[[str], None] = print) -> None:
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
         raise ValueError(
-            f"{len(missing)} files are missing: {', '.join(missing)}. `invoke preprocess --source SCANS --out STORE.h5` makes "
-            "the stores; reports and labels are CSVs in CT-RATE's columns; data.store, data.reports and data.labels say where they are"
+            f"{len(missing)} files are missing: {', '.join(missing)}. `invoke preprocess --source SCANS "
+            "--out STORE.h5` makes "
+            "the stores; reports and labels are CSVs in CT-RATE's columns; data.store, data.reports and "
+            "data.labels say where they are"
         )
     check_labels(cfg)
 
@@ -88,7 +92,7 @@ def open_volumes(cfg: Config, split: str) -> store.Store:
     return store.open_store(data_path(cfg, "store", split), expect=preprocess.settings_of(cfg.ct))
 
 
-# Labels and patients ----------------------------------------------------------------------------------------------------------
+# Labels and patients ----------------------------------------------------------------------------------------
 def label_volumes(cfg: Config, split: str, volumes: store.Store) -> LabelledVolumes:
     """The volumes of a split that have labels; what is on one side only is counted in a warning.
 
@@ -113,7 +117,8 @@ def label_volumes(cfg: Config, split: str, volumes: store.Store) -> LabelledVolu
 
 
 def patients_of(cfg: Config, split: str, volume_names: Sequence[str]) -> list[str]:
-    """The patient of each of these volumes of a split, as `data.patient_column` or `data.patient_pattern` say.
+    """The patient of each of these volumes of a split, as `data.patient_column` or `data.patient_pattern`
+    say.
 
     Raises:
         ValueError: as `reports.read_patients` and `names.patients_of`.
@@ -129,7 +134,8 @@ def check_labels(cfg: Config) -> None:
     """Check that what is scored can be scored, and that no patient is in two splits.
 
     Raises:
-        ValueError: labels that cannot be used, validation and test tables with other findings, validation labels of one class only, a
+        ValueError: labels that cannot be used, validation and test tables with other findings, validation
+            labels of one class only, a
             patient in two splits.
     """
     patients = {"train": set(patients_of(cfg, "train", open_volumes(cfg, "train").names))}
@@ -143,7 +149,8 @@ def check_labels(cfg: Config) -> None:
     if findings["valid"] != findings["test"]:
         different = sorted(set(findings["valid"]) ^ set(findings["test"])) or ["their order"]
         raise ValueError(
-            f"{data_path(cfg, 'labels', 'test')}: must have the findings of {data_path(cfg, 'labels', 'valid')} in their order, "
+            f"{data_path(cfg, 'labels', 'test')}: must have the findings of "
+            f"{data_path(cfg, 'labels', 'valid')} in their order, "
             f"they differ in {', '.join(different)}; evaluate.findings can name those to score"
         )
     _check_patients(patients)
@@ -157,7 +164,8 @@ def _check_classes(cfg: Config, valid: LabelledVolumes) -> None:
     listed = ", ".join(one_class)
     if len(one_class) == len(valid.findings):
         raise ValueError(
-            f"{place}, none or all have {listed}; the validation split chooses checkpoint and thresholds, which needs "
+            f"{place}, none or all have {listed}; the validation split chooses checkpoint and thresholds, "
+            "which needs "
             "volumes with and without a finding"
         )
     if one_class:
@@ -173,12 +181,14 @@ def _check_patients(patients: Mapping[str, set[str]]) -> None:
         shared = patients[first] & patients[second]
         if shared:
             raise ValueError(
-                f"{len(shared)} patients are both in {first} and in {second}; what was learned of a patient says nothing of others. "
-                "`invoke split` cuts tables by patient; data.patient_column or data.patient_pattern say whose a volume is"
+                f"{len(shared)} patients are both in {first} and in {second}; what was learned of a patient "
+                "says nothing of others. "
+                "`invoke split` cuts tables by patient; data.patient_column or data.patient_pattern say "
+                "whose a volume is"
             )
 
 
-# Reports ----------------------------------------------------------------------------------------------------------------------
+# Reports ----------------------------------------------------------------------------------------------------
 def pair_reports(cfg: Config, split: str, volumes: store.Store) -> pairs.Pairs:
     """A split's volumes (or their slice features) with their reports."""
     data = pairs.join_pairs(volumes, _read_report_parts(cfg, split))
@@ -198,19 +208,22 @@ def _read_report_parts(cfg: Config, split: str) -> dict[str, dict[str, str]]:
 
 
 def shuffle_reports(data: pairs.Pairs, seed: int) -> pairs.Pairs:
-    """The control that must learn nothing: every scan has another scan's report; its reconstructions share it."""
+    """The control that must learn nothing: every scan has another scan's report; its reconstructions share
+    it.
+    """
     report = dict(zip(data.scans, data.texts, strict=True))
     other = order.derangement(report, seed)
     return evolve(data, texts=tuple(report[other[scan]] for scan in data.scans))
 
 
-# Batches ----------------------------------------------------------------------------------------------------------------------
+# Batches ----------------------------------------------------------------------------------------------------
 def training_batches(
     model: Model, data: pairs.Pairs, size: int, seed: int
 ) -> Callable[[int], dict[str, Tensor]]:
     """i -> batch: this process's rows of `size` pairs from different scans, with `data.draws` texts each.
 
-    What is drawn for a pair is a function of (seed, i, pair), so that any number of processes show the same texts.
+    What is drawn for a pair is a function of (seed, i, pair), so that any number of processes show the same
+    texts.
     """
     cfg = model.cfg.data
     context = model.cfg.words.tower.context

@@ -30,9 +30,11 @@ def look_at_scan(
     Args:
         findings: to tell the probability of, in words; () = those of the run.
         metadata_csv: a table with the scan's row, by `VolumeName`.
-        settings: of how this scan is read, `hu=...` and `spacing_from=...`; all else must be as the run was trained.
+        settings: of how this scan is read, `hu=...` and `spacing_from=...`; all else must be as the run was
+            trained.
     Returns:
-        {"volume": ct.Volume, "embedding" [d] float32, "probability" {finding: p}, "threshold" {finding: from validation, where known}}.
+        {"volume": ct.Volume, "embedding" [d] float32, "probability" {finding: p}, "threshold" {finding: from
+        validation, where known}}.
     """
     folder = Path(folder)
     cfg = _scan_settings(config.load_record(folder / "config.json", Config).ct, settings)
@@ -60,7 +62,8 @@ def _scan_settings(trained_with: CtConfig, settings: Sequence[str]) -> CtConfig:
     cfg = config.structure(raw, CtConfig, "one scan")
     if evolve(cfg, hu=trained_with.hu, spacing_from=trained_with.spacing_from) != trained_with:
         raise ValueError(
-            f"one scan: only hu and spacing_from may differ from what the run was trained with, got {', '.join(settings)}"
+            "one scan: only hu and spacing_from may differ from what the run was trained with, got "
+            f"{', '.join(settings)}"
         )
     return cfg
 

@@ -1,6 +1,8 @@
-"""ct_clip: CT volumes and reports in one space; findings named in words, never trained for, are read off by comparison.
+"""ct_clip: CT volumes and reports in one space; findings named in words, never trained for, are read off by
+comparison.
 
-slices -> `encode_slices` (a ViT) -> `fuse` (a transformer over slices) -> centre, project, normalise -> contrast <- the same of the report.
+slices -> `encode_slices` (a ViT) -> `fuse` (a transformer over slices) -> centre, project, normalise ->
+contrast <- the same of the report.
 """
 
 import math
@@ -33,12 +35,14 @@ class Model:
 
 
 def init_model(cfg: Config, folder: Path, texts: Sequence[str] = ()) -> tuple[Model, Tree]:
-    """Skeletons, tokenizer and starting weights: a pure function of the record, of the named checkpoints and of `texts`.
+    """Skeletons, tokenizer and starting weights: a pure function of the record, of the named checkpoints and
+    of `texts`.
 
     Args:
         folder: of the run; a tokenizer trained on `texts` is kept there and taken from there the next time.
     Returns:
-        the model, and params {"vit", "fuse", "text", "project": {"image", "text"}, "contrast": {"log_scale" [], "bias" []}}.
+        the model, and params {"vit", "fuse", "text", "project": {"image", "text"}, "contrast": {"log_scale"
+        [], "bias" []}}.
     Raises:
         ValueError: sizes that do not fit each other.
     """
@@ -52,7 +56,8 @@ def init_model(cfg: Config, folder: Path, texts: Sequence[str] = ()) -> tuple[Mo
     tower = cfg.words.tower
     if len(tokenizer) > tower.vocabulary:
         raise ValueError(
-            f"words.tower.vocabulary must hold the tokenizer's {len(tokenizer)} tokens, found {tower.vocabulary}"
+            f"words.tower.vocabulary must hold the tokenizer's {len(tokenizer)} tokens, found "
+            f"{tower.vocabulary}"
         )
 
     # The order of these draws from `gen` decides the starting weights.
@@ -81,7 +86,8 @@ def _check_widths(cfg: Config, vit: skeletons.Skeleton) -> None:
     expected = cfg.fuse.inputs or cfg.fuse.dim
     if encoded != expected:
         raise ValueError(
-            f"fuse.dim must be the width of the slice encoder, {encoded}, found {expected}; set fuse.dim={encoded} "
+            f"fuse.dim must be the width of the slice encoder, {encoded}, found {expected}; set "
+            f"fuse.dim={encoded} "
             f"(and fuse.heads), or fuse.inputs={encoded} to project it to fuse.dim"
         )
 
@@ -108,14 +114,17 @@ def _check_text_encoder(cfg: WordsConfig, encoder: skeletons.Skeleton, params: T
     """The width of a named text encoder's rows.
 
     Raises:
-        ValueError: the context is longer than its positions, or `pool` takes a token that does not see the text.
+        ValueError: the context is longer than its positions, or `pool` takes a token that does not see the
+            text.
     """
     positions = getattr(encoder.module.config, "max_position_embeddings", cfg.tower.context)
     if cfg.tower.context > positions:
         raise ValueError(
-            f"words.tower.context must be at most the {positions} positions of {cfg.encoder}, got {cfg.tower.context}"
+            f"words.tower.context must be at most the {positions} positions of {cfg.encoder}, got "
+            f"{cfg.tower.context}"
         )
-    # Two texts that differ in their second token: a causal encoder gives both the same first row, whatever the report says.
+    # Two texts that differ in their second token: a causal encoder gives both the same first row, whatever
+    # the report says.
     ids = torch.tensor([[1, 2], [1, 3]])
     mask = torch.ones_like(ids, dtype=torch.bool)
     with torch.no_grad():
@@ -128,12 +137,13 @@ def _check_text_encoder(cfg: WordsConfig, encoder: skeletons.Skeleton, params: T
     return rows.shape[1]
 
 
-# Forward pass -----------------------------------------------------------------------------------------------------------------
+# Forward pass -----------------------------------------------------------------------------------------------
 def embed_volumes(model: Model, params: Tree, batch: Mapping[str, Tensor]) -> Tensor:
     """Rows [b, d] of the image tower, before normalisation and projection.
 
     Args:
-        batch: "slices", voxels uint8 or int16 [b, s, y, x] or features [b, s, d]; "mask" bool and "position_mm" [b, s].
+        batch: "slices", voxels uint8 or int16 [b, s, y, x] or features [b, s, d]; "mask" bool and
+            "position_mm" [b, s].
     """
     device = params["fuse"]["norm"]["weight"].device
     mask, slices = batch["mask"].to(device), batch["slices"]
@@ -162,7 +172,9 @@ def embed_texts(model: Model, params: Tree, batch: Mapping[str, Tensor]) -> Tens
 
 
 def batch_statistics(cfg: ContrastConfig, rows: Tensor) -> Tree:
-    """What `place` normalises rows [..., d] with: {"mean" [d]} and, to standardise, {"variance" [d]} over the batch."""
+    """What `place` normalises rows [..., d] with: {"mean" [d]} and, to standardise, {"variance" [d]} over the
+    batch.
+    """
     if cfg.normalise == "none":
         return {}
     rows = rows.float().flatten(0, -2)
@@ -176,7 +188,8 @@ def place(params: Tree, side: Literal["image", "text"], rows: Tensor, statistics
     """Rows [..., d] of a tower in the common space: normalised, projected, of L2 norm 1.
 
     Args:
-        statistics: of the batch when training (`batch_statistics`), else the running ones, `params["running"][side]`.
+        statistics: of the batch when training (`batch_statistics`), else the running ones,
+            `params["running"][side]`.
     """
     rows = rows.float()
     if "mean" in statistics:
@@ -189,7 +202,9 @@ def place(params: Tree, side: Literal["image", "text"], rows: Tensor, statistics
 def contrastive_loss(
     cfg: ContrastConfig, params: Tree, rows: Mapping[str, Tensor]
 ) -> tuple[Tensor, gradients.Aux]:
-    """The loss over {"image" [b, d], "text" [b, k, d]} of a whole batch, normalised over that batch; the mean over the k texts."""
+    """The loss over {"image" [b, d], "text" [b, k, d]} of a whole batch, normalised over that batch; the mean
+    over the k texts.
+    """
     statistics = {side: batch_statistics(cfg, tower) for side, tower in rows.items()}
     image = place(params, "image", rows["image"], statistics["image"])
     texts = place(params, "text", rows["text"], statistics["text"])

@@ -21,7 +21,8 @@ _PER_SPLIT = ("folder", "split", "ct")  # what a file's pattern may hold in brac
 class DataConfig:
     """Where volumes, reports and labels are.
 
-    In file names `{split}` stands for train, valid and test, `{folder}` for the folder, `{ct}` for a digest of the CT settings.
+    In file names `{split}` stands for train, valid and test, `{folder}` for the folder, `{ct}` for a digest
+    of the CT settings.
     """
 
     source: Literal["files", "phantoms"] = "files"
@@ -34,7 +35,8 @@ class DataConfig:
     reports: str = "{folder}/{split}_reports.csv"
     labels: str = "{folder}/{split}_labels.csv"
     metadata: str = "{folder}/{split}_metadata.csv"
-    # Whose a volume is, where names are not CT-RATE's: a column of labels or metadata, or a regular expression as "(P[0-9]+)_".
+    # Whose a volume is, where names are not CT-RATE's: a column of labels or metadata, or a regular
+    # expression as "(P[0-9]+)_".
     patient_column: str = ""
     patient_pattern: str = ""
     # Both parts of a report joined, or ("either") one of the two drawn for each training step.
@@ -43,7 +45,8 @@ class DataConfig:
     missing: Literal["error", "empty", "drop"] = "drop"  # reports without text
     # Show 1 to this many sentences of a report in a training step; 0 = all, in order.
     sentences: int = 0
-    # Texts of a scan in a training step, each contrasted by itself; worth it where images cost more than texts.
+    # Texts of a scan in a training step, each contrasted by itself; worth it where images cost more than
+    # texts.
     draws: int = 1
     # The control that must learn nothing: give every training scan another scan's report.
     shuffle: bool = False
@@ -82,7 +85,9 @@ class DataConfig:
 
 @frozen(kw_only=True)
 class VitConfig:
-    """The slice encoder: a hub name, folder or .pth file; or, without a name, a Hugging Face config built from scratch."""
+    """The slice encoder: a hub name, folder or .pth file; or, without a name, a Hugging Face config built
+    from scratch.
+    """
 
     name: str = ""
     config: dict[str, Any] = field(factory=dict)
@@ -92,7 +97,9 @@ class VitConfig:
 
 @frozen(kw_only=True)
 class WordsConfig:
-    """Tokenizer and text encoder; without names, byte-level BPE trained on the reports and CLIP's tower from scratch."""
+    """Tokenizer and text encoder; without names, byte-level BPE trained on the reports and CLIP's tower from
+    scratch.
+    """
 
     tokenizer: str = ""
     encoder: str = ""
@@ -107,7 +114,8 @@ class ContrastConfig:
 
     loss: Literal["clip", "siglip"] = "clip"
     dim: int = 512
-    # Of a tower's rows, over the batch (running values when not training). Without `centre` all volumes start nearly parallel;
+    # Of a tower's rows, over the batch (running values when not training). Without `centre` all volumes start
+    # nearly parallel;
     # with `standardise` rare directions count as much as frequent ones.
     normalise: Literal["none", "centre", "standardise"] = "centre"
     scale: float = 1 / 0.07  # the logit scale at the start, CLIP's
@@ -120,7 +128,8 @@ class ContrastConfig:
         )
         if self.scale > self.scale_max:
             raise ValueError(
-                f"contrast.scale must not be above contrast.scale_max, got {self.scale:g} and {self.scale_max:g}"
+                f"contrast.scale must not be above contrast.scale_max, got {self.scale:g} and "
+                f"{self.scale_max:g}"
             )
 
 
@@ -133,7 +142,8 @@ class EvaluateConfig:
     rule: Literal["youden", "f1", "corner"] = "youden"
     bootstrap: int = 1000
     batch: int = 8
-    # Write volume names, which may say who a patient is, below the scans of the report; else their row in the scores.
+    # Write volume names, which may say who a patient is, below the scans of the report; else their row in the
+    # scores.
     names: bool = False
 
     def __attrs_post_init__(self) -> None:
@@ -192,5 +202,6 @@ class Config:
             encode.check_slice_size(self.encode, size_of(self.ct)[1:], patch)
         if self.vit.whiten and self.vit.name:
             raise ValueError(
-                f"vit.whiten is for encoders built from scratch; the weights of {self.vit.name!r} would be lost"
+                f"vit.whiten is for encoders built from scratch; the weights of {self.vit.name!r} would be "
+                "lost"
             )

@@ -25,7 +25,8 @@ from medvl.training.stages import check_trainable, train_stage
 def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[Model, Tree]:
     """Train (or go on with) all stages in the run folder; returns the model and its parameters.
 
-    Under "running" they hold the running means of the towers' rows, in the state that was kept: what rows of one volume
+    Under "running" they hold the running means of the towers' rows, in the state that was kept: what rows of
+    one volume
     are normalised with.
 
     Raises:
@@ -49,7 +50,8 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
     cut = tokens.truncated(model.tokenizer, texts, cfg.words.tower.context)
     if cut and not cfg.data.sentences:
         log(
-            f"{cut} of {len(texts)} texts are longer than {cfg.words.tower.context} tokens: what lies beyond is not read"
+            f"{cut} of {len(texts)} texts are longer than {cfg.words.tower.context} tokens: what lies "
+            "beyond is not read"
         )
     if cfg.vit.whiten:
         params["vit"] = _whitened(model, params, data)
@@ -74,7 +76,8 @@ def _fit_stage(
     cfg = model.cfg
     trained, frozen = split_tree(params, stage.train)
     log(
-        f"stage {stage.name}: {stage.steps} steps train {count_values(trained):,} of {count_values(params):,} "
+        f"stage {stage.name}: {stage.steps} steps train {count_values(trained):,} of "
+        f"{count_values(params):,} "
         "parameters"
     )
     valid = open_volumes(cfg, "valid")
@@ -119,7 +122,8 @@ def _fit_stage(
 
 
 def _whitened(model: Model, params: Tree, data: pairs.Pairs, scans: int = 200) -> Tree:
-    """The slice encoder with its patch embedding whitened over slices of scans that are spread over the training
+    """The slice encoder with its patch embedding whitened over slices of scans that are spread over the
+    training
     split.
 
     Raises:

@@ -1,4 +1,6 @@
-"""What a trained ct_clip says of volumes: zero-shot scores of findings, retrieval of volumes by report, and the report of a run."""
+"""What a trained ct_clip says of volumes: zero-shot scores of findings, retrieval of volumes by report, and
+the report of a run.
+"""
 
 import json
 from collections.abc import Sequence
@@ -36,7 +38,7 @@ class SplitScores:
     embeddings: Tensor = field(repr=False)  # [n, d], of the volumes
 
 
-# Embeddings in the common space -------------------------------------------------------------------------------------------------
+# Embeddings in the common space -----------------------------------------------------------------------------
 def place_volumes(ct_clip: Model, params: Tree, volumes: store.Store, volume_names: Sequence[str]) -> Tensor:
     """Volumes in the common space of volumes and texts, [n, d] float32 on the CPU; each is encoded once."""
     size = ct_clip.cfg.evaluate.batch
@@ -71,7 +73,7 @@ def place_texts(ct_clip: Model, params: Tree, texts: Sequence[str]) -> Tensor:
     return torch.cat(rows)
 
 
-# Scores -----------------------------------------------------------------------------------------------------------------------
+# Scores -----------------------------------------------------------------------------------------------------
 def finding_probabilities(
     ct_clip: Model, params: Tree, embeddings: Tensor, findings: Sequence[str]
 ) -> Tensor:
@@ -110,14 +112,18 @@ def score_split(ct_clip: Model, params: Tree, split: str, volumes: store.Store |
 
 
 def mean_auroc(ct_clip: Model, params: Tree, volumes: store.Store) -> float:
-    """The validation score of training: AUROC on the validation split, the mean over findings with both classes."""
+    """The validation score of training: AUROC on the validation split, the mean over findings with both
+    classes.
+    """
     valid = score_split(ct_clip, params, "valid", volumes)
     return float(np.nanmean(metrics.auroc(valid.scores, valid.labels)))
 
 
-# The report -------------------------------------------------------------------------------------------------------------------
+# The report -------------------------------------------------------------------------------------------------
 def assess(ct_clip: Model, params: Tree, folder: Path, experiment: str) -> tuple[list[Result], Path]:
-    """Score the test split with thresholds from the validation split; writes results, scores, plots and the report into `folder`."""
+    """Score the test split with thresholds from the validation split; writes results, scores, plots and the
+    report into `folder`.
+    """
     cfg = ct_clip.cfg
     valid = score_split(ct_clip, params, "valid")
     test = score_split(ct_clip, params, "test")
@@ -148,8 +154,10 @@ def assess(ct_clip: Model, params: Tree, folder: Path, experiment: str) -> tuple
         "Middle slices of nine test volumes as the model sees them": sheet,
     }
     notes = (
-        f"Zero-shot with the prompt set {cfg.evaluate.prompts!r}; thresholds by {cfg.evaluate.rule!r} on the validation split "
-        f"({len(valid.names)} volumes). Labels were not trained on; validation labels chose checkpoint and thresholds.",
+        f"Zero-shot with the prompt set {cfg.evaluate.prompts!r}; thresholds by {cfg.evaluate.rule!r} on "
+        "the validation split "
+        f"({len(valid.names)} volumes). Labels were not trained on; validation labels chose checkpoint and "
+        "thresholds.",
     )
     return rows, report.write_report(folder, f"{experiment}: zero-shot findings", rows, figures, notes)
 
@@ -165,7 +173,8 @@ def _write_sheet(ct_clip: Model, test: SplitScores, folder: Path) -> bytes:
     """Write middle slices of some test volumes to volumes.png; returns the PNG."""
     path = folder / "volumes.png"
     shown = test.names[:_SHOWN]
-    # Names of volumes may say who a patient is: a report shows their row in the scores instead, unless it is asked for names.
+    # Names of volumes may say who a patient is: a report shows their row in the scores instead, unless it is
+    # asked for names.
     labels = [f"row {row} of scores_test.csv" for row in range(1, len(shown) + 1)]
     if ct_clip.cfg.evaluate.names:
         labels = list(shown)
