@@ -22,8 +22,8 @@ from medvl.language.messages import check_tags
 _log = logging.getLogger(__name__)
 SPLITS = ("train", "valid", "test")
 ORGANS = {"HEAD": "head", "CHEST": "chest", "ABD": "abdomen"}
-_TYPOS = {"PRSE": "PRES"}
-_NOTHING = ("", "NULL", "NA")
+_TYPOS = {"PRSE": "PRES"}  # of question types in the published file
+_NOTHING = ("", "NULL", "NA")  # what stands where there is nothing
 _KEYS = (
     "qid",
     "phrase_type",
@@ -35,15 +35,20 @@ _KEYS = (
     "answer",
     "answer_type",
 )
-_NAMES = {  # sequences of MRI are MRI, views and kinds of radiographs are radiographs
+# Sequences of MRI are MRI; views and kinds of radiographs are radiographs.
+_MODALITY_NAMES = {
     "ct": r"c\.?t\.?|cat scan|computed tomography",
     "mri": r"mri?|magnetic resonance|t[12]|flair|dwi|adc|diffusion[- ]weighted",
     "xray": r"x-? ?ray|xr|cxr|radiograph|radiography|plain film",
     "ultrasound": r"ultrasound|sonogram|sonography",
     "pet": r"pet",
 }
-_WORD = {name: rf"(?<![a-z0-9])(?:{names})s?(?![a-z0-9])" for name, names in _NAMES.items()}
-_ASKS = re.compile(r"(is|was) (this|the) ((image|scan|picture|film) )?(an? |taken (via|with|by|using) )")
+_MODALITY_WORDS = {
+    name: rf"(?<![a-z0-9])(?:{names})s?(?![a-z0-9])" for name, names in _MODALITY_NAMES.items()
+}
+_ASKS_MODALITY = re.compile(
+    r"(is|was) (this|the) ((image|scan|picture|film) )?(an? |taken (via|with|by|using) )"
+)
 
 
 @frozen(kw_only=True)
@@ -71,85 +76,117 @@ def convert_vqa_rad(
     seed: int = 0,
     size: int = 0,
 ) -> dict[str, int]:
-    """The questions of VQA-RAD's JSON as `folder`/train.jsonl, valid.jsonl and test.jsonl, one question and its answer a line.
+    """Write VQA-RAD's JSON as `folder`/train.jsonl, valid.jsonl and test.jsonl, one question and its answer a line.
 
-    A line has "id" (qid), "images" (relative to `folder`), "messages", "task", "category" (pres, abn, ...; the first where a question has
-    several types), "family" ("closed" or "open"; 70 of 851 closed answers are neither yes nor no) and "episode_id" (the image:
-    its questions are one case). Texts stay as published but for runs of white space, so "Yes" and "yes" are both there.
+    A line has "id" (qid), "images" (relative to `folder`), "messages", "task", "category" (pres, abn, ...; the first
+    where a question has several types), "family" ("closed" or "open"; 70 of 851 closed answers are neither yes nor no)
+    and "episode_id" (the image: its questions are one case). Texts stay as published but for runs of white space, so
+    "Yes" and "yes" are both there.
 
-    All questions of an image, and all images of a case, go into one split, and every task has the same share of its cases there. The
-    published flag (phrase_type test_...) is of questions: in the file of 1,420 questions 125 of the 126 images that are tested are trained
-    on too, so split="published" is there to compare with others' numbers, not to learn how good a model is.
+    All questions of an image, and all images of a case, go into one split, and every task has the same share of its
+    cases there. The published flag (phrase_type test_...) is of questions: in the file of 1,420 questions 125 of the
+    126 images that are tested are trained on too. So split="published" is there to compare with others' numbers, not
+    to learn how good a model is.
 
     Args:
         source: the published file, a JSON list of questions.
         images: the folder of its images.
-        group: what a task is. "organ": head, chest, abdomen. "modality": ct, mri, xray ..., as far as questions of type MODALITY say it
-            (`modality_of`); images of which none or several are said are left out, with all their questions.
-        split: "case", or "published": the flag says what is tested and `test` is not used; `valid` is a share of the cases, without
-            the questions that are tested.
+        group: what a task is. "organ": head, chest, abdomen. "modality": ct, mri, xray ..., as far as questions of type
+            MODALITY say it (`modality_of`); images of which none or several are said are left out, with all their
+            questions.
+        split: "case", or "published": the flag says what is tested and `test` is not used; `valid` is a share of the
+            cases, without the questions that are tested.
         valid: share of the cases of every task; 0 for none.
         test: as `valid`.
-        size: pictures are written into `folder`/images as PNG, none wider or higher than this many pixels; 0 = lines name the originals.
+        size: pictures are written into `folder`/images as PNG, none wider or higher than this many pixels; 0 = lines
+            name the originals.
     Returns:
-        How many: "train", "valid", "test" conversations; "images" and "cases" of them; "unknown" images without a modality, "empty"
-        questions without a text or an answer (both left out); questions asked again of an image ("repeated"), those of them with another
-        answer ("contradicting"; all are kept); "shared" images that are in test and elsewhere (0 unless split="published").
+        How many: "train", "valid", "test" conversations; "images" and "cases" of them; "unknown" images without a
+        modality, "empty" questions without a text or an answer (both left out); questions asked again of an image
+        ("repeated"), those of them with another answer ("contradicting"; all are kept); "shared" images that are in
+        test and elsewhere (0 unless split="published").
     Raises:
-        ValueError: another format, a value that is not known, images that are not there, too few cases for the splits, or a table of an
-            earlier run that this one would not replace. Tables are written last.
+        ValueError: another format, an unknown value, images that are not there, too few cases for the splits, or a
+            table of an earlier run that this one would not replace. Tables are written last.
     Source: Lau et al. 2018, A dataset of clinically generated visual questions and answers about radiology images.
     """
+    _check_arguments(group, split, valid, test, size)
+    source = Path(source)
+    folder = Path(folder)
+    questions, empty = _read_questions(source)
+    paths = _find_images({question.image for question in questions}, Path(images))
+    task_of = _tasks_of_images(questions, group)
+    usable = [question for question in questions if question.image in task_of]
+    if not usable:
+        raise ValueError(f'{source}: no question says the modality of its image; take group="organ"')
+
+    # Cases are found over all questions: images that are left out may link two others to one case.
+    case_of = _cases_of_images(questions)
+    shares = {"valid": valid, "test": test}
+    if split == "published":
+        shares["test"] = 0.0
+    tasks_of_cases = [(case_of[question.image], task_of[question.image]) for question in usable]
+    split_of = _assign_splits(tasks_of_cases, shares, seed)
+
+    lines: dict[str, list[str]] = {name: [] for name in SPLITS}
+    splits_of_images = defaultdict[str, set[str]](set)
+    for question in usable:
+        place = split_of[case_of[question.image]]
+        if split == "published" and question.test:
+            place = "test"
+        picture = paths[question.image]
+        if size:
+            picture = _png_path(folder, question.image)
+        name = Path(os.path.relpath(picture.resolve(), folder.resolve())).as_posix()
+        lines[place].append(_format_line(question, task_of[question.image], name))
+        splits_of_images[question.image].add(place)
+
+    _check_old_tables(folder, lines)
+    if size:
+        for image in track(splits_of_images, "shrinking pictures"):
+            _shrink_image(paths[image], _png_path(folder, image), size)
+    for name in SPLITS:
+        if lines[name]:
+            files.write_text(folder / f"{name}.jsonl", "".join(lines[name]))
+
+    shared = [places for places in splits_of_images.values() if "test" in places and len(places) > 1]
+    counts = {name: len(lines[name]) for name in SPLITS} | {
+        "images": len(splits_of_images),
+        "cases": len({case_of[image] for image in splits_of_images}),
+        "unknown": len(paths) - len(splits_of_images),
+        "empty": empty,
+        **_count_repeats(usable),
+        "shared": len(shared),
+    }
+    _log_counts(source, counts)
+    return counts
+
+
+def _check_arguments(group: str, split: str, valid: float, test: float, size: int) -> None:
     if group not in ("organ", "modality") or split not in ("case", "published"):
         raise ValueError(
             f'convert_vqa_rad: group is "organ" or "modality", split "case" or "published", got {group!r} and {split!r}'
         )
     if min(valid, test) < 0 or valid + test >= 1 or size < 0:
         raise ValueError(
-            f"convert_vqa_rad: valid and test must be shares >= 0 that leave some for train, size >= 0, got {valid}, {test}, {size}"
+            "convert_vqa_rad: valid and test must be shares >= 0 that leave some for train, size >= 0, "
+            f"got {valid}, {test}, {size}"
         )
-    folder = Path(folder)
-    every, empty = _read(Path(source))
-    paths = _find({q.image for q in every}, Path(images))
-    said = _modalities(every) if group == "modality" else {}
-    tasks = [said.get(q.image, "") if group == "modality" else q.organ for q in every]
-    kept = [(q, task) for q, task in zip(every, tasks, strict=True) if task]
-    if not kept:
-        raise ValueError(f'{source}: no question says the modality of its image; take group="organ"')
-    case_of = _cases(every)
-    place = _place(
-        [(case_of[q.image], task) for q, task in kept],
-        {"valid": valid, "test": test if split == "case" else 0.0},
-        seed,
-    )
-    lines: dict[str, list[str]] = {name: [] for name in SPLITS}
-    sides = defaultdict(set)
-    for q, task in kept:
-        part = "test" if split == "published" and q.test else place[case_of[q.image]]
-        picture = folder / "images" / f"{Path(q.image).stem}.png" if size else paths[q.image]
-        lines[part].append(
-            _line(q, task, Path(os.path.relpath(picture.resolve(), folder.resolve())).as_posix())
-        )
-        sides[q.image].add(part)
-    if old := [name for name in SPLITS if not lines[name] and (folder / f"{name}.jsonl").exists()]:
-        raise ValueError(
-            f"{folder}: {old[0]}.jsonl is of an earlier run and this one has no {old[0]}; remove it or take another folder"
-        )
-    for name in track(sides if size else (), "shrinking pictures"):
-        _shrink(paths[name], folder / "images" / f"{Path(name).stem}.png", size)
+
+
+def _check_old_tables(folder: Path, lines: Mapping[str, list[str]]) -> None:
+    """Raise where a table of an earlier run would stay beside the new ones."""
     for name in SPLITS:
-        if lines[name]:
-            files.write_text(folder / f"{name}.jsonl", "".join(lines[name]))
-    counts = {name: len(found) for name, found in lines.items()} | {
-        "images": len(sides),
-        "cases": len({case_of[name] for name in sides}),
-        "unknown": len(paths) - len(sides),
-        "empty": empty,
-        **_repeats([q for q, _ in kept]),
-        "shared": sum("test" in parts and len(parts) > 1 for parts in sides.values()),
-    }
-    _say(Path(source), counts)
-    return counts
+        if not lines[name] and (folder / f"{name}.jsonl").exists():
+            raise ValueError(
+                f"{folder}: {name}.jsonl is of an earlier run and this one has no {name}; "
+                "remove it or take another folder"
+            )
+
+
+def _png_path(folder: Path, image: str) -> Path:
+    """Where a shrunk image is written."""
+    return folder / "images" / f"{Path(image).stem}.png"
 
 
 def modality_of(question: str, answer: str) -> str:
@@ -158,34 +195,46 @@ def modality_of(question: str, answer: str) -> str:
     The answer names it ("MR - Flair", "plain film"), or the question does ("Is this a CT scan?" yes; "Does this CT ...?"). What is
     denied says nothing, nor does a name among several.
     """
-    question, answer = question.lower(), answer.lower()
-    if re.search(r"\bnot\b|n't\b", question.replace("or not", "")) or re.search(r"\bnot\b", answer):
+    question = question.lower()
+    answer = answer.lower()
+    # "Is this a CT or not?" is no denial.
+    denied = re.search(r"\bnot\b|n't\b", question.replace("or not", "")) or re.search(r"\bnot\b", answer)
+    if denied:
         return ""
-    named, asked = _named(answer), _named(question)
-    if len(named) == 1:
-        return named[0]
-    if not named and len(asked) == 1:
-        confirmed = answer.strip(" .") == "yes" and _ASKS.match(question)
-        if confirmed or re.search(rf"\bthis {_WORD[asked[0]]}", question):
-            return asked[0]
+    in_answer = _named_modalities(answer)
+    in_question = _named_modalities(question)
+    if len(in_answer) == 1:
+        return in_answer[0]
+    if not in_answer and len(in_question) == 1:
+        modality = in_question[0]
+        confirmed = answer.strip(" .") == "yes" and _ASKS_MODALITY.match(question)
+        if confirmed or re.search(rf"\bthis {_MODALITY_WORDS[modality]}", question):
+            return modality
     return ""
 
 
-def _named(text: str) -> list[str]:
-    return [name for name, word in _WORD.items() if re.search(word, text)]
+def _named_modalities(text: str) -> list[str]:
+    return [name for name, pattern in _MODALITY_WORDS.items() if re.search(pattern, text)]
 
 
-def _modalities(questions: Iterable[_Question]) -> dict[str, str]:
-    """The modality of every image of which one is said, and no other."""
-    said = defaultdict(set)
-    for q in questions:
-        if "modality" in q.types:
-            said[q.image].add(modality_of(q.question, q.answer))
-    return {image: min(names - {""}) for image, names in said.items() if len(names - {""}) == 1}
+def _tasks_of_images(questions: Iterable[_Question], group: str) -> dict[str, str]:
+    """The task of every image that has one: its organ, or the one modality that its questions say."""
+    if group == "organ":
+        return {question.image: question.organ for question in questions}
+    modalities = defaultdict[str, set[str]](set)
+    for question in questions:
+        if "modality" in question.types:
+            modalities[question.image].add(modality_of(question.question, question.answer))
+    task_of = {}
+    for image, names in modalities.items():
+        names.discard("")  # questions that say none
+        if len(names) == 1:
+            task_of[image] = min(names)
+    return task_of
 
 
-def _read(source: Path) -> tuple[list[_Question], int]:
-    """The questions, and how many have no text or no answer and are left out."""
+def _read_questions(source: Path) -> tuple[list[_Question], int]:
+    """(questions, how many were left out because they have no text or no answer)."""
     try:
         files.check_regular(source)
         rows = json.loads(source.read_text(encoding="utf-8-sig"))
@@ -195,44 +244,43 @@ def _read(source: Path) -> tuple[list[_Question], int]:
         raise ValueError(f"{source}: cannot be read as JSON ({e})") from e
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{source}: must be a JSON list of questions, got {short(rows)}")
-    found = [_question(row, f"{source}, question {i}") for i, row in enumerate(rows)]
-    full = [q for q in found if q.question and q.answer]
-    if not full:
+    questions = [_parse_question(row, f"{source}, question {i}") for i, row in enumerate(rows)]
+    complete = [question for question in questions if question.question and question.answer]
+    if not complete:
         raise ValueError(f"{source}: none of its {len(rows)} questions has a text and an answer")
-    return full, len(found) - len(full)
+    return complete, len(questions) - len(complete)
 
 
-def _question(row: Any, where: str) -> _Question:
+def _parse_question(row: Any, where: str) -> _Question:
     if not isinstance(row, dict) or not row.keys() >= {*_KEYS}:
         raise ValueError(f"{where}: must be an object with {', '.join(_KEYS)}, got {short(row)}")
-    text = {
-        key: " ".join(str(row[key]).split()) for key in _KEYS
-    }  # answers that count are numbers; some texts hold tabs
-    text |= {key: "" for key in ("question", "answer", "image_case_url") if text[key].upper() in _NOTHING}
-    organ, family, phrase = (
-        text["image_organ"].upper(),
-        text["answer_type"].lower(),
-        text["phrase_type"].lower(),
-    )
-    if (
-        organ not in ORGANS
-        or family not in ("closed", "open")
-        or phrase.removeprefix("test_") not in ("freeform", "para")
-    ):
+    # Answers that count are numbers; some texts hold tabs.
+    text = {key: " ".join(str(row[key]).split()) for key in _KEYS}
+    for key in ("question", "answer", "image_case_url"):
+        if text[key].upper() in _NOTHING:
+            text[key] = ""
+
+    organ = text["image_organ"].upper()
+    family = text["answer_type"].lower()
+    phrase = text["phrase_type"].lower()
+    phrasing = phrase.removeprefix("test_")
+    if organ not in ORGANS or family not in ("closed", "open") or phrasing not in ("freeform", "para"):
         raise ValueError(
-            f"{where}: image_organ must be {', '.join(ORGANS)}, answer_type OPEN or CLOSED, phrase_type freeform or para or one of them "
-            f"after test_, got {organ!r}, {family!r} and {phrase!r}"
+            f"{where}: image_organ must be {', '.join(ORGANS)}, answer_type OPEN or CLOSED, phrase_type freeform or "
+            f"para or one of them after test_, got {organ!r}, {family!r} and {phrase!r}"
         )
     image = text["image_name"]
     if not image or Path(image).name != image:
         raise ValueError(f"{where}: image_name must be the name of a file, got {image!r}")
-    check_tags(
-        [{"role": "user", "content": text["question"]}, {"role": "assistant", "content": text["answer"]}],
-        "<image>",
-        0,
-        where,
-    )
-    kinds = [kind.strip().upper() for kind in text["question_type"].split(",")]
+    messages = [
+        {"role": "user", "content": text["question"]},
+        {"role": "assistant", "content": text["answer"]},
+    ]
+    check_tags(messages, "<image>", 0, where)
+    types = []
+    for name in text["question_type"].split(","):
+        name = name.strip().upper()
+        types.append(_TYPOS.get(name, name).lower())
     return _Question(
         id=text["qid"],
         image=image,
@@ -241,99 +289,143 @@ def _question(row: Any, where: str) -> _Question:
         test=phrase.startswith("test_"),
         question=text["question"],
         answer=text["answer"],
-        types=tuple(_TYPOS.get(kind, kind).lower() for kind in kinds),
+        types=tuple(types),
         family=family,
     )
 
 
-def _find(names: set[str], images: Path) -> dict[str, Path]:
-    """Where the images are."""
-    paths = {name: images / name for name in sorted(names)}
-    if absent := [name for name, path in paths.items() if not path.is_file()]:
+def _find_images(names: set[str], folder: Path) -> dict[str, Path]:
+    """The path of every image.
+
+    Raises:
+        ValueError: images that are not there, or two that differ only in their suffix.
+    """
+    paths = {name: folder / name for name in sorted(names)}
+    missing = [name for name, path in paths.items() if not path.is_file()]
+    if missing:
+        more = " ..." * (len(missing) > 3)
         raise ValueError(
-            f"{images}: {len(absent)} of {len(paths)} images are not there: {', '.join(absent[:3])}{' ...' * (len(absent) > 3)}"
+            f"{folder}: {len(missing)} of {len(paths)} images are not there: {', '.join(missing[:3])}{more}"
         )
     stems = Counter(Path(name).stem for name in paths)
-    if twice := [stem for stem, n in stems.items() if n > 1]:
-        raise ValueError(
-            f"{images}: {stems[twice[0]]} images are called {twice[0]!r}; rename all but one, in the questions too"
-        )
+    for stem, count in stems.items():
+        if count > 1:
+            raise ValueError(
+                f"{folder}: {count} images are called {stem!r}; rename all but one, in the questions too"
+            )
     return paths
 
 
-def _cases(questions: Iterable[_Question]) -> dict[str, str]:
-    """The case of every image: images with an address in common, directly or through others, are of one."""
-    head: dict[str, str] = {}
+def _cases_of_images(questions: Sequence[_Question]) -> dict[str, str]:
+    """The case of every image: images with an address in common, directly or through others, belong to one case."""
+    # Union-find over images and addresses. The smaller name becomes the root, so that the order of the questions does
+    # not matter.
+    parent: dict[str, str] = {}
 
-    def first(name: str) -> str:
-        while head.setdefault(name, name) != name:
-            name = head[name]
+    def root_of(name: str) -> str:
+        while parent.setdefault(name, name) != name:
+            name = parent[name]
         return name
 
-    images = {q.image for q in questions}
-    for q in questions:
-        a, b = sorted((first(f"image {q.image}"), first(f"case {q.case}" if q.case else f"image {q.image}")))
-        head[b] = a  # the smaller name wins, so that the order of the questions does not matter
-    return {image: first(f"image {image}") for image in images}
+    for question in questions:
+        image_root = root_of(f"image {question.image}")
+        case_root = image_root
+        if question.case:
+            case_root = root_of(f"case {question.case}")
+        smaller, larger = sorted((image_root, case_root))
+        parent[larger] = smaller
+    return {question.image: root_of(f"image {question.image}") for question in questions}
 
 
-def _place(cases: Sequence[tuple[str, str]], shares: Mapping[str, float], seed: int) -> dict[str, str]:
-    """The split of every case, with the same shares of every task's cases."""
-    task_of = defaultdict(set)
-    for case, task in cases:
-        task_of[case].add(task)
-    strata = defaultdict(list)
-    for case in sorted(task_of):
-        strata[" and ".join(sorted(task_of[case]))].append(case)
-    place, rng = dict[str, str](), np.random.default_rng(seed)
+def _assign_splits(
+    tasks_of_cases: Sequence[tuple[str, str]], shares: Mapping[str, float], seed: int
+) -> dict[str, str]:
+    """The split of every case, with the same shares of every task's cases.
+
+    Args:
+        tasks_of_cases: (case, task) of every question.
+        shares: {"valid": share, "test": share}; the others are for training.
+    """
+    tasks = defaultdict[str, set[str]](set)
+    for case, task in tasks_of_cases:
+        tasks[case].add(task)
+    strata = defaultdict[str, list[str]](list)
+    for case in sorted(tasks):
+        strata[" and ".join(sorted(tasks[case]))].append(case)
+
+    split_of = dict[str, str]()
+    rng = np.random.default_rng(seed)
     for task in sorted(strata):
-        n = len(strata[task])
-        counts = {name: max(1, round(share * n)) for name, share in shares.items() if share}
-        if sum(counts.values()) >= n:
+        cases = strata[task]
+        counts = {name: max(1, round(share * len(cases))) for name, share in shares.items() if share}
+        if sum(counts.values()) >= len(cases):
             raise ValueError(
-                f"convert_vqa_rad: {task} has {n} cases, too few for train, {', '.join(counts)}; take smaller shares or none"
+                f"convert_vqa_rad: {task} has {len(cases)} cases, too few for train, {', '.join(counts)}; "
+                "take smaller shares or none"
             )
-        order = [strata[task][i] for i in rng.permutation(n)]
-        parts = [name for name, count in counts.items() for _ in range(count)]
-        place |= dict(zip(order, parts + ["train"] * (n - len(parts)), strict=True))
-    return place
+        splits = list[str]()
+        for name, count in counts.items():
+            splits += [name] * count
+        splits += ["train"] * (len(cases) - len(splits))
+        for i, name in zip(rng.permutation(len(cases)), splits, strict=True):
+            split_of[cases[i]] = name
+    return split_of
 
 
-def _line(q: _Question, task: str, image: str) -> str:
-    turns = [
-        {"role": "user", "content": f"<image>\n{q.question}"},
-        {"role": "assistant", "content": q.answer},
-    ]
-    named = {"task": task, "category": q.types[0], "family": q.family, "episode_id": Path(q.image).stem}
-    return json.dumps({"id": q.id, "images": [image], "messages": turns, **named}, ensure_ascii=False) + "\n"
+def _format_line(question: _Question, task: str, image: str) -> str:
+    """A line of a table.
+
+    Args:
+        image: path relative to the table.
+    """
+    record = {
+        "id": question.id,
+        "images": [image],
+        "messages": [
+            {"role": "user", "content": f"<image>\n{question.question}"},
+            {"role": "assistant", "content": question.answer},
+        ],
+        "task": task,
+        "category": question.types[0],
+        "family": question.family,
+        "episode_id": Path(question.image).stem,
+    }
+    return json.dumps(record, ensure_ascii=False) + "\n"
 
 
-def _repeats(questions: Iterable[_Question]) -> dict[str, int]:
-    plain = lambda text: " ".join(re.findall(r"\w+", text.lower()))
-    answers = defaultdict(list)
-    for q in questions:
-        answers[q.image, plain(q.question)].append(plain(q.answer))
-    again = [found for found in answers.values() if len(found) > 1]
-    return {"repeated": len(again), "contradicting": sum(len({*found}) > 1 for found in again)}
+def _count_repeats(questions: Iterable[_Question]) -> dict[str, int]:
+    """Questions that are asked again of an image, and those of them with another answer; case does not matter."""
+    answers = defaultdict[tuple[str, str], list[str]](list)
+    for question in questions:
+        answers[question.image, _words(question.question)].append(_words(question.answer))
+    repeated = [texts for texts in answers.values() if len(texts) > 1]
+    contradicting = [texts for texts in repeated if len(set(texts)) > 1]
+    return {"repeated": len(repeated), "contradicting": len(contradicting)}
 
 
-def _shrink(source: Path, target: Path, size: int) -> None:
+def _words(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def _shrink_image(source: Path, target: Path, size: int) -> None:
+    """Write an image as PNG, none of its sides longer than `size` pixels."""
     image = open_image(source)
-    if (longest := max(image.size)) > size:
+    longest = max(image.size)
+    if longest > size:
         width, height = (max(1, round(side * size / longest)) for side in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     with files.atomic(target) as tmp:
         image.save(tmp, format="PNG")
 
 
-def _say(source: Path, counts: Mapping[str, int]) -> None:
-    _log.info("%s: %s", source, ", ".join(f"{n} {name}" for name, n in counts.items()))
-    said = {
+def _log_counts(source: Path, counts: Mapping[str, int]) -> None:
+    _log.info("%s: %s", source, ", ".join(f"{count} {name}" for name, count in counts.items()))
+    warnings = {
         "unknown": "images are left out: no question says their modality, or several differ",
         "empty": "questions have no text or no answer and are left out",
         "contradicting": "questions are asked again of the same image and answered otherwise; all are kept",
         "shared": "images are in test and in train or valid too: what is measured on test is not what new images will give",
     }
-    for name, text in said.items():
+    for name, text in warnings.items():
         if counts[name]:
             _log.warning("%s: %d %s", source, counts[name], text)
