@@ -70,26 +70,26 @@ def encode_conversation(
 ) -> Sample:
     """Token ids of a conversation, and labels of every answer of the assistant with its end tokens.
 
-    The text is cut where answers start and end, and the pieces are tokenised one by one. So the ids before an answer
-    are those of `encode_prompt`, whatever characters the answer starts with. Only what follows the last end token is
-    ever truncated.
+    The text is cut where answers start and end, and the pieces are tokenised one by one. So the ids before an
+    answer are those of `encode_prompt`, whatever characters the answer starts with. Only what follows the
+    last end token is ever truncated.
 
     Args:
         tok: a fast Hugging Face tokenizer; one that puts a start token before texts gets exactly one here.
         messages: optional system, then user and assistant in turn, ending with assistant.
         visual: number of visual tokens of every image, in the order of the tags in the user's texts.
-        turns: "all" answers are trained, or only the "last" one behind a history as the template writes it (see
-            `templates.rewrites_history`), or the last one "raw": as it is behind the prompt of generation, for
-            templates that open reasoning there and drop it from answers (DeepSeek-R1's).
+        turns: "all" answers are trained, or only the "last" one behind a history as the template writes it
+            (see `templates.rewrites_history`), or the last one "raw": as it is behind the prompt of
+            generation, for templates that open reasoning there and drop it from answers (DeepSeek-R1's).
     Returns:
-        White space at the ends of an answer is left out where the template drops it (`Sample.stripped` counts such
-        answers). White space that the template puts before an answer and not into the prompt belongs to the answer,
-        because the model has to write it.
+        White space at the ends of an answer is left out where the template drops it (`Sample.stripped` counts
+        such answers). White space that the template puts before an answer and not into the prompt belongs to
+        the answer, because the model has to write it.
     Raises:
         TooLong: a trained or a visual token would be cut.
-        ValueError: wrong roles or order, contents that are no strings, special tokens in a text, tags that do not
-            match `visual`, or a template in which an answer does not follow the prompt that generation sees, or has no
-            end token.
+        ValueError: wrong roles or order, contents that are no strings, special tokens in a text, tags that do
+            not match `visual`, or a template in which an answer does not follow the prompt that generation
+            sees, or has no end token.
     """
     return _encode_messages(_tokenizer_traits(tok), fmt, messages, visual, turns, "assistant")
 
@@ -104,8 +104,8 @@ def encode_prompt(
 ) -> Sample:
     """Token ids that generation starts from: messages that end with the user's, and the header of the answer.
 
-    No token is trained. The ids are the first ones of the whole conversation, encoded with the same `turns`. Arguments
-    and errors as `encode_conversation`; a prompt longer than the context is always TooLong.
+    No token is trained. The ids are the first ones of the whole conversation, encoded with the same `turns`.
+    Arguments and errors as `encode_conversation`; a prompt longer than the context is always TooLong.
     """
     return _encode_messages(_tokenizer_traits(tok), fmt, messages, visual, turns, "user")
 
@@ -170,7 +170,9 @@ def encode_fitting(
 
 
 def end_ids(tok: Any, fmt: ConversationFormat = ConversationFormat()) -> tuple[int, ...]:
-    """The id of the token that ends an answer: the first behind one in the template, or `fmt.end`; () for neither."""
+    """The id of the token that ends an answer: the first behind one in the template, or `fmt.end`; () for
+    neither.
+    """
     traits = _tokenizer_traits(tok)
     tail = answer_tail(tok, fmt, [{"role": "user", "content": "a question"}])
     endings = _leading_special_tokens(traits, tail)
@@ -188,15 +190,17 @@ def collate_samples(
 
     Args:
         pad_id: any id; `mask` tells padding from tokens.
-        side: where padding goes: right for training, left for generation (new tokens must follow the last one).
+        side: where padding goes: right for training, left for generation (new tokens must follow the last
+            one).
         multiple_of: the length t is rounded up to a multiple of this.
     Returns:
-        "ids" int64 [b, t], "mask" bool [b, t], "labels" int64 [b, t] (not shifted, IGNORE at padding), "visual" bool
-        [b, t], true at visual tokens (Qwen's `mm_token_type_ids` as integers).
+        "ids" int64 [b, t], "mask" bool [b, t], "labels" int64 [b, t] (not shifted, IGNORE at padding),
+        "visual" bool [b, t], true at visual tokens (Qwen's `mm_token_type_ids` as integers).
     """
     if not samples or side not in ("right", "left") or multiple_of < 1:
         raise ValueError(
-            f"collate_samples: needs samples, side right or left and multiple_of >= 1, got {len(samples)} samples, "
+            f"collate_samples: needs samples, side right or left and multiple_of >= 1, got {len(samples)} "
+            "samples, "
             f"{side!r}, {multiple_of}"
         )
     longest = max(len(sample.ids) for sample in samples)
@@ -253,7 +257,7 @@ def show_sample(tok: Any, sample: Sample, marks: tuple[str, str] = ("«", "»"))
     return "".join(texts) + f"\n[{counts}, {sum(trained)} trained in {len(sample.trained)} turns]"
 
 
-# Tokenizers -----------------------------------------------------------------------------------------------------------
+# Tokenizers -------------------------------------------------------------------------------------------------
 @frozen(kw_only=True, eq=False)
 class _TokenizerTraits:
     """What has to be known of a tokenizer to tokenise a text in pieces."""
@@ -295,7 +299,8 @@ def _tokenizer_traits(tok: Any) -> _TokenizerTraits:
         return evolve(traits, spaces=behind_line_break != word)
     if swallows_space:  # it would remove the white space that answers start with
         raise ValueError(
-            "encode: the tokenizer starts texts with a space, and all its special tokens swallow the space behind them"
+            "encode: the tokenizer starts texts with a space, and all its special tokens swallow the space "
+            "behind them"
         )
     return evolve(traits, anchor=anchor)
 
@@ -320,7 +325,9 @@ def _token_ids(traits: _TokenizerTraits, text: str, *, first: bool = False) -> l
 
 
 def _leading_special_tokens(traits: _TokenizerTraits, text: str) -> tuple[str, ...]:
-    """The special tokens, one right behind the other, that a text begins with; white space may stand before them."""
+    """The special tokens, one right behind the other, that a text begins with; white space may stand before
+    them.
+    """
     tokens = list[str]()
     position = len(text) - len(text.lstrip())
     while hit := traits.special_pattern.match(text, position):
@@ -329,7 +336,7 @@ def _leading_special_tokens(traits: _TokenizerTraits, text: str) -> tuple[str, .
     return tuple(tokens)
 
 
-# Samples --------------------------------------------------------------------------------------------------------------
+# Samples ----------------------------------------------------------------------------------------------------
 def _encode_messages(
     traits: _TokenizerTraits,
     fmt: ConversationFormat,
@@ -377,8 +384,8 @@ def _tokenize(
 ) -> tuple[list[int], list[Span], list[Span]]:
     """(ids, spans of answers with their end tokens, spans of visual tokens) of a rendered conversation."""
     text = rendered.text
-    # The special tokens behind the last answer. Behind earlier answers those end it that are the same; the header of the
-    # next turn, which may follow at once, is not trained.
+    # The special tokens behind the last answer. Behind earlier answers those end it that are the same; the
+    # header of the next turn, which may follow at once, is not trained.
     closing: tuple[str, ...] = ()
     if rendered.answers and not is_prompt:
         closing = _leading_special_tokens(traits, text[rendered.answers[-1][1] :])
@@ -404,7 +411,8 @@ def _tokenize(
         ids += piece
         if traits.spaces and stop > start and ids[-1] not in traits.special:
             raise ValueError(
-                "encode: a tokenizer with a space before every piece needs answers behind a special token, not so "
+                "encode: a tokenizer with a space before every piece needs answers behind a special token, "
+                "not so "
                 f"{fmt.description}"
             )
         answer_start = len(ids)
@@ -475,7 +483,7 @@ def _ending_length(traits: _TokenizerTraits, fmt: ConversationFormat, ids: Seque
     return first + max(1, tokens)
 
 
-# Checks ---------------------------------------------------------------------------------------------------------------
+# Checks -----------------------------------------------------------------------------------------------------
 def _image_token_id(traits: _TokenizerTraits, placeholder: Placeholder | None, visual: Sequence[int]) -> int:
     """The id of the token that stands for images, -1 where there is no placeholder."""
     if placeholder is None:
@@ -489,7 +497,8 @@ def _image_token_id(traits: _TokenizerTraits, placeholder: Placeholder | None, v
     ids = _token_ids(traits, placeholder.token)
     if len(ids) != 1:
         raise ValueError(
-            f"encode: the placeholder {placeholder.token!r} must be one token of the tokenizer, it is {len(ids)}; "
+            f"encode: the placeholder {placeholder.token!r} must be one token of the tokenizer, it is "
+            f"{len(ids)}; "
             "add it or take another"
         )
     return ids[0]
@@ -504,7 +513,8 @@ def _check_special_tokens(traits: _TokenizerTraits, fmt: ConversationFormat) -> 
         ids = _token_ids(traits, token)
         if len(ids) != 1 or (token == fmt.end and ids[0] not in traits.special):
             raise ValueError(
-                f"encode: {token!r} must be a special token of the tokenizer, to be allowed in answers or to end them; "
+                f"encode: {token!r} must be a special token of the tokenizer, to be allowed in answers or "
+                "to end them; "
                 f"it is {len(ids)} tokens"
             )
         if fmt.placeholder and token == fmt.placeholder.token:
@@ -532,7 +542,8 @@ def _check_texts(
             names -= set(fmt.allow)
         if names:
             raise ValueError(
-                f"encode: message {i} ({message['role']}) must not hold special tokens of the tokenizer, found "
+                f"encode: message {i} ({message['role']}) must not hold special tokens of the tokenizer, "
+                "found "
                 f"{', '.join(sorted(names))}; rewrite them"
             )
     if fmt.placeholder:

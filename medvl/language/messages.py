@@ -11,7 +11,8 @@ Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "conten
 
 _PAIRS = "pairs of a better and a worse answer are not trained here, and the worse one must not be taken for the better"
 _TOOLS = "calls of tools are not trained here"
-# Keys by which other programs change what is trained. Ignoring them would train a text that says something else.
+# Keys by which other programs change what is trained. Ignoring them would train a text that says something
+# else.
 _UNSUPPORTED_KEYS = {
     "videos": "videos are not read; give frames as images",
     "video": "videos are not read; give frames as images",
@@ -44,7 +45,8 @@ _SURROGATE = re.compile("[\ud800-\udfff]")  # half of a UTF-16 pair, which UTF-8
 
 
 def check_order(messages: Sequence[Message], last: str, where: str) -> None:
-    """Check roles and contents of a conversation: an optional system message, then user and assistant in turn.
+    """Check roles and contents of a conversation: an optional system message, then user and assistant in
+    turn.
 
     Args:
         last: the role of the last message, "user" or "assistant".
@@ -64,7 +66,8 @@ def check_order(messages: Sequence[Message], last: str, where: str) -> None:
             )
         if hit := _SURROGATE.search(message["content"]):
             raise ValueError(
-                f"{where}: message {i} must be text that can be written as UTF-8, it holds {hit[0]!a}, half a character"
+                f"{where}: message {i} must be text that can be written as UTF-8, it holds {hit[0]!a}, "
+                "half a character"
             )
     roles = [message["role"] for message in messages]
     if "assistant" not in roles and last == "assistant":
@@ -75,7 +78,8 @@ def check_order(messages: Sequence[Message], last: str, where: str) -> None:
     alternating = [("user", "assistant")[i % 2] for i in range(len(turns))]
     if not turns or turns != alternating or turns[-1] != last:
         raise ValueError(
-            f"{where}: roles must be user and assistant in turn after an optional system, ending with {last}, "
+            f"{where}: roles must be user and assistant in turn after an optional system, ending with "
+            f"{last}, "
             f"got {' '.join(roles)}"
         )
 
@@ -89,7 +93,8 @@ def check_tags(messages: Sequence[Message], tag: str, images: int, where: str) -
     for message in messages:
         if message["role"] != "user" and tag in message["content"]:
             raise ValueError(
-                f"{where}: only the user's texts may hold the tag {tag!r}, found it in one of the {message['role']}"
+                f"{where}: only the user's texts may hold the tag {tag!r}, found it in one of the "
+                f"{message['role']}"
             )
     tags = sum(message["content"].count(tag) for message in messages)
     if tags != images:
@@ -111,7 +116,8 @@ def check_other_tags(messages: Iterable[Message], tag: str, where: str) -> None:
 
 
 def check_keys(record: Mapping[str, Any], where: str, also: Mapping[str, str]) -> None:
-    """Check that a record has no key that changes what is trained in other programs and is not supported here.
+    """Check that a record has no key that changes what is trained in other programs and is not supported
+    here.
 
     Args:
         also: more such keys, of one kind of file, and why they are not supported.
@@ -123,7 +129,8 @@ def check_keys(record: Mapping[str, Any], where: str, also: Mapping[str, str]) -
             raise ValueError(f'{where}: must not have "{key}": {reason}')
     if isinstance(record.get("label"), bool):
         raise ValueError(
-            f'{where}: must not have "label": {json.dumps(record["label"])}: by KTO it says whether the answer is a '
+            f'{where}: must not have "label": {json.dumps(record["label"])}: by KTO it says whether the '
+            "answer is a "
             "good one, and every answer is trained as a good one here; take out the bad ones, and the key"
         )
 

@@ -9,15 +9,16 @@ from attrs import evolve, field, frozen
 from medvl.base.text import short
 from medvl.language.messages import Message, check_order
 
-# Which answers of a conversation are trained: all; the last; or the last one "raw", which is put behind the generation
-# prompt as it is, whatever the template does with answers.
+# Which answers of a conversation are trained: all; the last; or the last one "raw", which is put behind the
+# generation prompt as it is, whatever the template does with answers.
 Turns = Literal["all", "last", "raw"]
 Span = tuple[int, int]  # [start, stop)
 
 
 @frozen(kw_only=True)
 class Placeholder:
-    """How an image stands in a text: the user's `tag` becomes `before`, `token` once per visual token, and `after`.
+    """How an image stands in a text: the user's `tag` becomes `before`, `token` once per visual token, and
+    `after`.
 
     `token` may be any token that no text needs, e.g. Phi-3's "<|placeholder1|>": its embeddings are replaced.
     """
@@ -105,7 +106,8 @@ def render_conversation(
     """Write a conversation as text. Each trained answer stands right behind the prompt that generation sees.
 
     Raises:
-        ValueError: the template does not take the messages, or writes an answer in another way than behind its prompt.
+        ValueError: the template does not take the messages, or writes an answer in another way than behind
+            its prompt.
     """
     plain = _plain_messages(messages)
     last = len(plain) - 1
@@ -160,9 +162,9 @@ def rewrites_history(
 ) -> bool:
     """Whether the template writes an earlier answer in another way than behind its own prompt.
 
-    Templates of reasoning models do: a prompt opens or skips the reasoning, and of earlier answers the reasoning is
-    left out. Such a conversation is trained as one sample per answer, by `encode_conversation(tok, messages[:i],
-    turns="last")`, whose ids are those that generation sees.
+    Templates of reasoning models do: a prompt opens or skips the reasoning, and of earlier answers the
+    reasoning is left out. Such a conversation is trained as one sample per answer, by
+    `encode_conversation(tok, messages[:i], turns="last")`, whose ids are those that generation sees.
     """
     last_role = "assistant"
     if messages:
@@ -184,7 +186,9 @@ def rewrites_history(
 def writes_date(
     tok: Any, messages: Sequence[Message], fmt: ConversationFormat = ConversationFormat()
 ) -> bool:
-    """Whether the template writes today's date into a conversation (Llama 3.2's does): its ids change every day."""
+    """Whether the template writes today's date into a conversation (Llama 3.2's does): its ids change every
+    day.
+    """
     mark = "the date of today"
     # A macro of this name hides the function of transformers that returns the date.
     macro = f"{{% macro strftime_now(form) %}}{mark}{{% endmacro %}}"
@@ -193,7 +197,8 @@ def writes_date(
 
 
 def template_text(tok: Any, fmt: ConversationFormat = ConversationFormat()) -> str:
-    """The Jinja chat template that conversations are encoded with; it falls back to the values of `fmt.options`.
+    """The Jinja chat template that conversations are encoded with; it falls back to the values of
+    `fmt.options`.
 
     Raises:
         ValueError: there is no template, or an option is not a JSON value.
@@ -245,14 +250,16 @@ def _jinja_template(tok: Any, template: str | None) -> str:
     jinja = TEMPLATES.get(template or "", template or default)
     if not isinstance(jinja, str | None):
         raise ValueError(
-            f"encode: the tokenizer's chat template must be text, got {short(jinja)}; name another (chat.template)"
+            f"encode: the tokenizer's chat template must be text, got {short(jinja)}; name another "
+            "(chat.template)"
         )
     if not jinja or (template and "{" not in jinja):
         problem = "the tokenizer has none"
         if template:
             problem = f"got {template!r}"
         raise ValueError(
-            f"encode: needs a chat template, {problem}; give one of {', '.join(TEMPLATES)} or a Jinja template"
+            f"encode: needs a chat template, {problem}; give one of {', '.join(TEMPLATES)} or a Jinja "
+            "template"
         )
     return jinja
 
@@ -268,15 +275,16 @@ def _jinja_literal(value: Any) -> str:
         return "{" + ", ".join(items) + "}"
     if not isinstance(value, str | bool | int | float):
         raise ValueError(f"encode: options of a template must be values of JSON, got {value!r}")
-    # json.dumps writes characters outside ASCII as \\u escapes, which Jinja reads too, and true and false as Jinja does
+    # json.dumps writes characters outside ASCII as \\u escapes, which Jinja reads too, and true and false as
+    # Jinja does
     return json.dumps(value)
 
 
 def _find_answer(text: str, prompt: str, content: str) -> Span | None:
     """Where in a rendered conversation the answer `content` stands behind its prompt; None where it does not.
 
-    White space at the ends of an answer may be dropped. White space before it that is not in the prompt belongs to the
-    answer: the model has to write it (GLM-4.5's answers begin with a line break).
+    White space at the ends of an answer may be dropped. White space before it that is not in the prompt
+    belongs to the answer: the model has to write it (GLM-4.5's answers begin with a line break).
     """
     if not text.startswith(prompt):
         return None
@@ -293,7 +301,9 @@ def _find_answer(text: str, prompt: str, content: str) -> Span | None:
 
 
 def _misplaced_answer(fmt: ConversationFormat, number: int, text: str, prompt: str) -> str:
-    """The error of a template that does not put answer `number` behind its prompt; quotes where the two differ."""
+    """The error of a template that does not put answer `number` behind its prompt; quotes where the two
+    differ.
+    """
     differs = len(prompt)
     for i, (a, b) in enumerate(zip(text, prompt, strict=False)):
         if a != b:
@@ -301,9 +311,11 @@ def _misplaced_answer(fmt: ConversationFormat, number: int, text: str, prompt: s
             break
     near = slice(max(differs - 20, 0), differs + 40)
     return (
-        f"encode: {fmt.description} must put answer {number} unchanged behind the prompt of generation, but where the "
+        f"encode: {fmt.description} must put answer {number} unchanged behind the prompt of generation, "
+        "but where the "
         f"prompt has {prompt[near]!r} the conversation has {text[near]!r}; set chat.template to another "
-        '("chatml", or Jinja text), or chat.options to what the template takes ({enable_thinking = false} for a '
+        '("chatml", or Jinja text), or chat.options to what the template takes ({enable_thinking = false} '
+        "for a "
         'thinking model), or put answers as they are behind the prompt (chat.answers = "raw")'
     )
 
@@ -316,5 +328,6 @@ def _check_rendered_tags(fmt: ConversationFormat, messages: list[dict[str, str]]
     count = sum(message["content"].count(tag) for message in messages)
     if text.count(tag) != count:
         raise ValueError(
-            f"encode: {fmt.description} must keep the {count} tags {tag!r} as they are, its text is {short(text)}"
+            f"encode: {fmt.description} must keep the {count} tags {tag!r} as they are, its text is "
+            f"{short(text)}"
         )

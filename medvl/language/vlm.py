@@ -1,4 +1,6 @@
-"""The language side that all systems share: visual tokens in the place of placeholders, hidden states, the loss of answers."""
+"""Vision-language models: visual tokens in place of placeholders, inputs of the model, hidden states, answer
+loss.
+"""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -15,70 +17,88 @@ from medvl.language import qwen_vl
 from medvl.weights import lazy
 
 _MROPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # families whose three-axis positions `qwen_vl.mrope` makes
-# What architectures do to logits behind the head, by the names of their configs; these values mean that they do nothing.
-_BEHIND_HEAD = {
+# What architectures do to logits behind the head, by the names of their configs; these values mean that they
+# do nothing.
+_LOGIT_SETTINGS = {
     "final_logit_softcapping",
     "logits_soft_cap",
     "output_logit_soft_cap",
     "logit_scale",
     "logits_scaling",
+    "lm_head_multiplier",
+    "output_multiplier",
+    "output_multiplier_scale",
 }
-_BEHIND_HEAD |= {"lm_head_multiplier", "output_multiplier", "output_multiplier_scale"}
-_NOTHING = (None, 1, 1.0)
-_SEEN = (
+_NO_EFFECT = (None, 1, 1.0)
+# Inputs that may hold images, so that positions on one axis would be wrong.
+_VISUAL_INPUTS = (
     "pixel_values",
     "image_grid_thw",
     "pixel_values_videos",
     "video_grid_thw",
     "inputs_embeds",
-)  # what may hold images
+)
+_NOT_PASSED_ON = ("ids", "mask", "labels", "visual", "images", "position_ids")  # of a batch
 
 
 def splice(
     ids: Tensor, visual: Tensor, embedding: Tensor, token: int, *, counts: Sequence[int] | None = None
 ) -> Tensor:
-    """Embed a text whose placeholders are replaced by visual tokens, row by row and in each from left to right.
+    """Embed a text whose placeholders are replaced by visual tokens, row by row and in each from left to
+    right.
 
     Args:
-        ids: [b, t] with `token` once for every visual token; any number of images, anywhere, in any of the rows.
+        ids: [b, t] with `token` once for every visual token; any number of images, anywhere, in any of the
+            rows.
         visual: [n, d], the visual tokens of all rows one after the other.
         embedding: weight of the token table [v, d], any kind of weight.
         token: id of the placeholder; it need not be in the table.
-        counts: how many visual tokens each row should have; with it, errors of two rows cannot make up for each other.
+        counts: how many visual tokens each row should have; with it, errors of two rows cannot make up for
+            each other.
     Returns:
         [b, t, d] of the table's dtype; gradients reach `visual` and the table.
     Raises:
-        ValueError: placeholders and visual tokens differ in number (says in which rows), other shapes or dtypes.
+        ValueError: placeholders and visual tokens differ in number (says in which rows), other shapes or
+            dtypes.
     """
     _check_ids("splice", ids)
     if visual.dim() != 2 or not visual.is_floating_point() or visual.shape[1] != embedding.shape[1]:
         raise ValueError(
-            f"splice: visual must be floats [n, {embedding.shape[1]}], got {_about(visual)}; project to the table's width"
+            f"splice: visual must be floats [n, {embedding.shape[1]}], got {_describe(visual)}; project to "
+            "the table's width"
         )
-    place = ids == token
-    found = place.sum(1).tolist()
+    is_visual = ids == token
+    per_row = is_visual.sum(1).tolist()
     if counts is not None:
-        if len(counts) != len(found):
-            raise ValueError(
-                f"splice: counts must be one number per row, got {len(counts)} for {len(found)} rows"
-            )
-        if wrong := [
-            f"row {i} has {n} for {c}" for i, (n, c) in enumerate(zip(found, counts, strict=True)) if n != c
-        ]:
-            raise ValueError(
-                f"splice: every row must hold one placeholder (id {token}) per visual token; {few(wrong)}"
-            )
-    if sum(found) != len(visual):
-        rows = few([f"row {i} has {n}" for i, n in enumerate(found)])
+        _check_counts(per_row, counts, token)
+    if sum(per_row) != len(visual):
+        rows = few([f"row {i} has {n}" for i, n in enumerate(per_row)])
         raise ValueError(
-            f"splice: {sum(found)} placeholders (id {token}) meet {len(visual)} visual tokens: {rows}"
+            f"splice: {sum(per_row)} placeholders (id {token}) meet {len(visual)} visual tokens: {rows}"
         )
-    text = F.embedding(ids.masked_fill(place, 0), embedding)
-    return text.masked_scatter(place[..., None], visual.to(text.dtype))
+    # The placeholder need not be in the table, so that id 0 is looked up in its place.
+    text = F.embedding(ids.masked_fill(is_visual, 0), embedding)
+    return text.masked_scatter(is_visual[..., None], visual.to(text.dtype))
+
+
+def _check_counts(per_row: Sequence[int], counts: Sequence[int], token: int) -> None:
+    if len(counts) != len(per_row):
+        raise ValueError(
+            f"splice: counts must be one number per row, got {len(counts)} for {len(per_row)} rows"
+        )
+    wrong = list[str]()
+    for row, (n, count) in enumerate(zip(per_row, counts, strict=True)):
+        if n != count:
+            wrong.append(f"row {row} has {n} for {count}")
+    if wrong:
+        raise ValueError(
+            f"splice: every row must hold one placeholder (id {token}) per visual token; {few(wrong)}"
+        )
 
 
 def visual_rows(ids: Tensor, token: int) -> Tensor:
-    """Which sample each visual token belongs to, int64 [n]: what `weights.low_rank(rows=...)` needs in a vision tower.
+    """Which sample each visual token belongs to, int64 [n]: what `weights.low_rank(rows=...)` needs in a
+    vision tower.
 
     Args:
         ids: [b, t] with the placeholder `token` once for every visual token.
@@ -90,82 +110,111 @@ def visual_rows(ids: Tensor, token: int) -> Tensor:
 
 
 def language_head_names(skeleton: Skeleton) -> tuple[str, str | None]:
-    """The names in params of the language head's weight and bias (None where it has none); a tied head has the token table's name.
+    """The names in params of the language head's weight and bias (None without one).
+
+    A tied head has the name of the token table.
 
     Raises:
-        ValueError: there is no head (load with head="language"), or the logits are more than hidden states times head.
+        ValueError: there is no head (load with head="language"), or the logits are more than hidden states
+            times head.
     """
     module: Any = skeleton.module
     kind = skeleton.config.get("model_type")
-    if behind := sorted(_settings(skeleton.config, _BEHIND_HEAD)):
+    settings = sorted(_effective_settings(skeleton.config, _LOGIT_SETTINGS))
+    if settings:
         raise ValueError(
-            f"language_head_names: logits of {kind} are more than hidden states times head ({', '.join(behind)}); it cannot be split off"
+            f"language_head_names: logits of {kind} are more than hidden states times head "
+            f"({', '.join(settings)}); "
+            "it cannot be split off"
         )
     if kind == "chameleon":
         raise ValueError(
             "language_head_names: chameleon masks logits behind its head; it cannot be split off"
         )
-    head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+    head = None
+    if hasattr(module, "get_output_embeddings"):
+        head = module.get_output_embeddings()
     if head is None or getattr(head, "weight", None) is None:
         raise ValueError(
-            f"language_head_names: {skeleton.name} ({kind}) has no language head; load it with head='language'"
+            f"language_head_names: {skeleton.name} ({kind}) has no language head; load it with "
+            "head='language'"
         )
-    names = {id(p): n for n, p in module.named_parameters()}
+    # By identity: a tied head is found under the name that its weight has first.
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
     bias = getattr(head, "bias", None)
-    return names[id(head.weight)], None if bias is None else names[id(bias)]
+    if bias is None:
+        return names[id(head.weight)], None
+    return names[id(head.weight)], names[id(bias)]
 
 
 def model_inputs(skeleton: Skeleton, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch in the house's names as the keyword arguments of the skeleton's call; positions always explicit.
+    """The keyword arguments of the skeleton's call for a batch with medvl's names; positions are always
+    explicit.
 
-    Positions count the tokens that exist, so padding may be on either side. Those of Qwen-VL have three axes: they are taken from
-    "position_ids", or made from "image_grid_thw" and the placeholders; what transformers keeps of an earlier call is never read.
+    Positions count the tokens that exist, so padding may be on either side. Those of Qwen-VL have three axes:
+    they are taken from "position_ids", or made from "image_grid_thw" and the placeholders; what transformers
+    stores of an earlier call is never read.
 
     Args:
-        batch: "ids" [b, t] or "inputs_embeds" [b, t, d] (from `splice`; then "ids" are optional); "mask" [b, t], 1 where a token exists
-            (all do if left out); "position_ids" [b, t] or [3, b, t]; "mm_token_type_ids" [b, t]; "pixel_values", "image_grid_thw" and
-            whatever else the architecture takes. "labels", "visual" and "images" are left out.
+        batch: "ids" [b, t] or "inputs_embeds" [b, t, d] (from `splice`; then "ids" are optional); "mask" [b,
+            t], 1 where a token exists (all do if left out); "position_ids" [b, t] or [3, b, t];
+            "mm_token_type_ids" [b, t]; "pixel_values", "image_grid_thw" and whatever else the architecture
+            takes. "labels", "visual" and "images" are left out.
     Raises:
-        ValueError: a row without tokens, ids outside the table, images without placeholders or the other way round, another number of
-            placeholders than the images need, positions that cannot be known, unknown names.
+        ValueError: a row without tokens, ids outside the table, images without placeholders or the other way
+            round, another number of placeholders than the images need, positions that cannot be determined,
+            unknown names.
     """
-    ids, embeds, mask = batch.get("ids"), batch.get("inputs_embeds"), batch.get("mask")
-    if ids is None and embeds is None:
-        raise ValueError(
-            f"vlm: a batch needs ids [b, t] or inputs_embeds [b, t, d], got only {', '.join(sorted(batch)) or 'nothing'}"
-        )
-    if embeds is not None and (
-        embeds.dim() != 3
-        or not embeds.is_floating_point()
-        or (ids is not None and ids.shape != embeds.shape[:2])
-    ):
-        raise ValueError(
-            f"vlm: inputs_embeds must be floats [b, t, d], with [b, t] as of ids if there are any, got {_about(embeds)}"
-        )
-    like: Tensor = ids if embeds is None else embeds[..., 0]  # type: ignore[assignment]
-    mask = torch.ones_like(like, dtype=torch.int64) if mask is None else mask
-    if mask.shape != like.shape or mask.is_floating_point():
-        raise ValueError(
-            f"vlm: mask must be bool or whole numbers {list(like.shape)}, 1 where a token exists, got {_about(mask)}"
-        )
-    mask = mask.long()
+    ids = batch.get("ids")
+    embeds = batch.get("inputs_embeds")
+    mask = _checked_mask(batch)
     _check_rows(skeleton, ids if embeds is None else None, mask)
     _check_images(skeleton, batch, ids)
-    given = {
-        k: v
-        for k, v in batch.items()
-        if k not in ("ids", "mask", "labels", "visual", "images", "position_ids") and v is not None
-    }
+
+    inputs = {k: v for k, v in batch.items() if k not in _NOT_PASSED_ON and v is not None}
     takes = inspect.signature(skeleton.module.forward).parameters
-    if unknown := sorted(given.keys() - takes.keys() - {"mm_token_type_ids"}):
-        raise ValueError(
-            f"vlm: {skeleton.name} takes no {', '.join(unknown)}; it takes {', '.join(sorted(takes.keys() - {'kwargs'}))}"
-        )
+    unknown = sorted(inputs.keys() - takes.keys() - {"mm_token_type_ids"})
+    if unknown:
+        known = sorted(takes.keys() - {"kwargs"})
+        raise ValueError(f"vlm: {skeleton.name} takes no {', '.join(unknown)}; it takes {', '.join(known)}")
     positions = _positions(skeleton, batch, ids, mask)
-    given |= {"attention_mask": mask} | ({"input_ids": ids} if embeds is None else {})
-    if "mm_token_type_ids" not in takes or _mrope(skeleton):  # said by the positions
-        given.pop("mm_token_type_ids", None)
-    return given | ({"position_ids": positions} if "position_ids" in takes else {})
+    inputs["attention_mask"] = mask
+    if embeds is None:
+        inputs["input_ids"] = ids
+    # With explicit positions on three axes the types of tokens have no effect.
+    if "mm_token_type_ids" not in takes or _has_mrope(skeleton):
+        inputs.pop("mm_token_type_ids", None)
+    if "position_ids" in takes:
+        inputs["position_ids"] = positions
+    return inputs
+
+
+def _checked_mask(batch: Mapping[str, Any]) -> Tensor:
+    """The mask of a batch as int64 [b, t], after a check of the shapes of ids and embeddings."""
+    ids = batch.get("ids")
+    embeds = batch.get("inputs_embeds")
+    if ids is None and embeds is None:
+        names = ", ".join(sorted(batch)) or "nothing"
+        raise ValueError(f"vlm: a batch needs ids [b, t] or inputs_embeds [b, t, d], got only {names}")
+    if embeds is None:
+        tokens: Tensor = ids  # type: ignore[assignment]
+    else:
+        is_float = embeds.dim() == 3 and embeds.is_floating_point()
+        if not is_float or (ids is not None and ids.shape != embeds.shape[:2]):
+            raise ValueError(
+                "vlm: inputs_embeds must be floats [b, t, d], with [b, t] as of ids if there are any, "
+                f"got {_describe(embeds)}"
+            )
+        tokens = embeds[..., 0]
+    mask = batch.get("mask")
+    if mask is None:
+        mask = torch.ones_like(tokens, dtype=torch.int64)
+    if mask.shape != tokens.shape or mask.is_floating_point():
+        raise ValueError(
+            f"vlm: mask must be bool or whole numbers {list(tokens.shape)}, 1 where a token exists, got "
+            f"{_describe(mask)}"
+        )
+    return mask.long()
 
 
 def hidden_states(skeleton: Skeleton, params: Mapping[str, Tensor], **batch: Any) -> Tensor:
@@ -177,18 +226,20 @@ def hidden_states(skeleton: Skeleton, params: Mapping[str, Tensor], **batch: Any
         ValueError: as `model_inputs` and `language_head_names`.
     """
     name, _ = language_head_names(skeleton)
-    return skeleton(
-        {**params, name: lazy.passed(params[name])}, **model_inputs(skeleton, batch), use_cache=False
-    ).logits
+    # A head whose weight passes hidden states on: the "logits" are then the hidden states.
+    without_head = {**params, name: lazy.passed(params[name])}
+    return skeleton(without_head, **model_inputs(skeleton, batch), use_cache=False).logits
 
 
 def answer_loss(
     skeleton: Skeleton, params: Mapping[str, Tensor], batch: Mapping[str, Any], *, chunk: int = 256
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of the tokens that are trained, summed, and their number; logits of at most `chunk` tokens exist at a time.
+    """Cross-entropy of the tokens that are trained, summed, and their number; logits of at most `chunk`
+    tokens exist at a time.
 
     Args:
-        batch: as of `model_inputs`, and "labels" int64 [b, t], not shifted: -100 where a token is not trained, else its id.
+        batch: as of `model_inputs`, and "labels" int64 [b, t], not shifted: -100 where a token is not
+            trained, else its id.
     Returns:
         sum in float32 and count. Divide by the count of the whole batch.
     Raises:
@@ -200,106 +251,131 @@ def answer_loss(
         raise ValueError(
             f"answer_loss: the batch must have labels [b, t], got only {', '.join(sorted(batch))}"
         )
-    hidden, head = hidden_states(skeleton, params, **batch), params[name]
+    hidden = hidden_states(skeleton, params, **batch)
+    head = params[name]
     if isinstance(head, lazy.Sharded):  # gathered once: processes have different numbers of chunks
         head = lazy.dense(head)
-    return losses.token_cross_entropy(
-        hidden, head, labels, bias=None if bias is None else params[bias], chunk=chunk
-    )
+    head_bias = None
+    if bias is not None:
+        head_bias = params[bias]
+    return losses.token_cross_entropy(hidden, head, labels, bias=head_bias, chunk=chunk)
 
 
-# Checks ---------------------------------------------------------------------------------------------------------------------------------
+# Positions and checks ---------------------------------------------------------------------------------------
 def _positions(skeleton: Skeleton, batch: Mapping[str, Any], ids: Tensor | None, mask: Tensor) -> Tensor:
-    given = batch.get("position_ids")
-    several = any(
-        hasattr(m, "get_rope_index") for m in (skeleton.module, getattr(skeleton.module, "model", None))
-    )
-    if given is not None:
-        fits = given.shape == mask.shape or (
-            several and given.dim() == 3 and len(given) in (3, 4) and given.shape[1:] == mask.shape
-        )
-        if not fits or given.is_floating_point():
-            want = f"{list(mask.shape)}{f' or [3, {len(mask)}, {mask.shape[1]}]' if several else ''}"
-            raise ValueError(f"vlm: position_ids must be whole numbers {want}, got {_about(given)}")
-        return given
-    plain = (mask.cumsum(1) - 1).clamp(min=0)
-    seen = [
-        k
-        for k in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "inputs_embeds")
-        if batch.get(k) is not None
-    ]
-    if not several:
-        return plain
-    if not seen and ids is not None:
-        return plain.expand(3, -1, -1)
-    kinds, grid = batch.get("mm_token_type_ids"), batch.get("image_grid_thw")
-    if kinds is None and ids is not None and _mrope(skeleton):
-        kinds = qwen_vl.token_types(ids, skeleton.config["image_token_id"], skeleton.config["video_token_id"])
-    if not _mrope(skeleton) or grid is None or kinds is None or any("video" in k for k in seen):
+    """Positions int64 [b, t], or [3, b, t] of an architecture with three axes."""
+    positions = batch.get("position_ids")
+    modules = (skeleton.module, getattr(skeleton.module, "model", None))
+    three_axes = any(hasattr(module, "get_rope_index") for module in modules)
+    if positions is not None:
+        _check_positions(positions, mask, three_axes)
+        return positions
+    one_axis = (mask.cumsum(1) - 1).clamp(min=0)
+    visual_inputs = [name for name in _VISUAL_INPUTS if batch.get(name) is not None]
+    if not three_axes:
+        return one_axis
+    if not visual_inputs and ids is not None:
+        return one_axis.expand(3, -1, -1)
+
+    types = batch.get("mm_token_type_ids")
+    grid = batch.get("image_grid_thw")
+    if types is None and ids is not None and _has_mrope(skeleton):
+        image_token = skeleton.config["image_token_id"]
+        types = qwen_vl.token_types(ids, image_token, skeleton.config["video_token_id"])
+    has_video = any("video" in name for name in visual_inputs)
+    if not _has_mrope(skeleton) or grid is None or types is None or has_video:
         raise ValueError(
-            f"vlm: {skeleton.name} has positions on three axes; with {', '.join(seen)} it needs position_ids [3, b, t] (qwen_vl.mrope), "
-            "or image_grid_thw and ids (or mm_token_type_ids): without them transformers would count on one axis"
+            f"vlm: {skeleton.name} has positions on three axes; with {', '.join(visual_inputs)} it needs "
+            "position_ids "
+            "[3, b, t] (qwen_vl.mrope), or image_grid_thw and ids (or mm_token_type_ids): without them "
+            "transformers "
+            "would count on one axis"
         )
     merge = skeleton.config["vision_config"]["spatial_merge_size"]
-    return qwen_vl.mrope(kinds, mask.bool(), grid, image_token=1, video_token=2, merge=merge)[0]
+    # The types take the place of ids: 1 at images, 2 at videos.
+    return qwen_vl.mrope(types, mask.bool(), grid, image_token=1, video_token=2, merge=merge)[0]
 
 
-def _mrope(skeleton: Skeleton) -> bool:
+def _check_positions(positions: Tensor, mask: Tensor, three_axes: bool) -> None:
+    fits = positions.shape == mask.shape
+    if three_axes and positions.dim() == 3:  # transformers also takes 4: text positions before the three axes
+        fits = len(positions) in (3, 4) and positions.shape[1:] == mask.shape
+    if not fits or positions.is_floating_point():
+        shapes = f"{list(mask.shape)}"
+        if three_axes:
+            shapes += f" or [3, {len(mask)}, {mask.shape[1]}]"
+        raise ValueError(f"vlm: position_ids must be whole numbers {shapes}, got {_describe(positions)}")
+
+
+def _has_mrope(skeleton: Skeleton) -> bool:
     return skeleton.config.get("model_type") in _MROPE
 
 
 def _check_rows(skeleton: Skeleton, ids: Tensor | None, mask: Tensor) -> None:
-    """One look at the values, since on a GPU an id outside the table would end the process."""
+    """Check ids against the token table: on a GPU an id outside it would end the process."""
     if not mask.numel():
         raise ValueError(f"vlm: a batch needs rows and tokens, got {list(mask.shape)}")
+    low, high = 0, 0
     if ids is not None:
         _check_ids("vlm", ids)
-    low, high = (0, 0) if ids is None else torch.stack([ids.min(), ids.max()]).tolist()
+        low, high = torch.stack([ids.min(), ids.max()]).tolist()  # waits for the device once
     module: Any = skeleton.module
     size = module.get_input_embeddings().weight.shape[0]
     if low < 0 or high >= size:
         raise ValueError(
             f"vlm: ids must be from 0 to {size - 1}, the token table's last, got {low} to {high}"
         )
-    if empty := (mask.sum(1) == 0).nonzero()[:, 0].tolist():
+    empty = (mask.sum(1) == 0).nonzero()[:, 0].tolist()
+    if empty:
         raise ValueError(f"vlm: every row needs a token, rows {empty} have none (their mask is all 0)")
 
 
 def _check_images(skeleton: Skeleton, batch: Mapping[str, Any], ids: Tensor | None) -> None:
-    pixels, token = batch.get("pixel_values"), skeleton.config.get("image_token_id")
-    if pixels is not None and (batch.get("inputs_embeds") is not None or ids is None):
+    """Check that images and placeholders of a batch belong together."""
+    pixels = batch.get("pixel_values")
+    token = skeleton.config.get("image_token_id")
+    has_embeds = batch.get("inputs_embeds") is not None
+    if pixels is not None and (has_embeds or ids is None):
         raise ValueError(
             "vlm: pixel_values go with ids, not with inputs_embeds, which hold their visual tokens already"
         )
     if pixels is not None and not pixels.is_floating_point():
-        raise ValueError(f"vlm: pixel_values must be floats (normalised, not 0..255), got {_about(pixels)}")
-    if token is None or ids is None or batch.get("inputs_embeds") is not None:
+        raise ValueError(
+            f"vlm: pixel_values must be floats (normalised, not 0..255), got {_describe(pixels)}"
+        )
+    if token is None or ids is None or has_embeds:
         return
-    found = (ids == token).sum(1).tolist()
-    rows = few([f"row {i} has {n}" for i, n in enumerate(found) if n])
+    per_row = (ids == token).sum(1).tolist()
+    placeholders = sum(per_row)
+    rows = few([f"row {i} has {n}" for i, n in enumerate(per_row) if n])
     if pixels is None:
-        if sum(found):
-            raise ValueError(f"vlm: {sum(found)} image placeholders (id {token}) and no pixel_values: {rows}")
+        if placeholders:
+            raise ValueError(
+                f"vlm: {placeholders} image placeholders (id {token}) and no pixel_values: {rows}"
+            )
         return
-    if not sum(found):
+    if not placeholders:
         raise ValueError(
-            f"vlm: pixel_values {list(pixels.shape)} and no placeholder (id {token}) in any of {len(ids)} rows"
+            f"vlm: pixel_values {list(pixels.shape)} and no placeholder (id {token}) in any of {len(ids)} "
+            "rows"
         )
-    need = _visual_tokens(skeleton, batch, pixels)
-    if need is not None and need != sum(found):
+    expected = _count_visual_tokens(skeleton, batch, pixels)
+    if expected is not None and expected != placeholders:
         raise ValueError(
-            f"vlm: the images make {need} visual tokens, the ids hold {sum(found)} placeholders (id {token}): {rows}"
+            f"vlm: the images make {expected} visual tokens, the ids hold {placeholders} placeholders (id "
+            f"{token}): {rows}"
         )
 
 
-def _visual_tokens(skeleton: Skeleton, batch: Mapping[str, Any], pixels: Tensor) -> int | None:
-    """How many visual tokens the images make, where the architecture is one we know."""
+def _count_visual_tokens(skeleton: Skeleton, batch: Mapping[str, Any], pixels: Tensor) -> int | None:
+    """How many visual tokens the images make; None for an architecture that is not known here."""
     vision = skeleton.config.get("vision_config", {})
-    if _mrope(skeleton):
+    if _has_mrope(skeleton):
         grid = batch.get("image_grid_thw")
         if grid is None:
             raise ValueError(
-                f"vlm: {skeleton.name} needs image_grid_thw [n, 3] beside pixel_values: its positions have three axes"
+                f"vlm: {skeleton.name} needs image_grid_thw [n, 3] beside pixel_values: its positions have "
+                "three axes"
             )
         patches = int(grid.prod(1).sum())
         if patches != len(pixels):
@@ -308,21 +384,28 @@ def _visual_tokens(skeleton: Skeleton, batch: Mapping[str, Any], pixels: Tensor)
             )
         return patches // vision["spatial_merge_size"] ** 2
     if skeleton.config.get("model_type") == "internvl":
-        h, w = (n // p for n, p in zip(pixels.shape[-2:], vision["patch_size"], strict=True))
-        return len(pixels) * int(h * w * skeleton.config["downsample_ratio"] ** 2)
+        height, width = pixels.shape[-2:]
+        patch_height, patch_width = vision["patch_size"]
+        patches_of_tile = (height // patch_height) * (width // patch_width)
+        return len(pixels) * int(patches_of_tile * skeleton.config["downsample_ratio"] ** 2)
     return None
 
 
-def _settings(config: Mapping[str, Any], names: set[str]) -> set[str]:
-    """Those of the names that this config, or one inside it, sets to something."""
-    found = {f"{k} {v}" for k, v in config.items() if k in names and v not in _NOTHING}
-    return found.union(*(_settings(v, names) for v in config.values() if isinstance(v, Mapping)))
+def _effective_settings(config: Mapping[str, Any], names: set[str]) -> set[str]:
+    """Those of the names that this config, or one inside it, sets to a value with an effect."""
+    settings = set[str]()
+    for name, value in config.items():
+        if name in names and value not in _NO_EFFECT:
+            settings.add(f"{name} {value}")
+        if isinstance(value, Mapping):
+            settings |= _effective_settings(value, names)
+    return settings
 
 
-def _check_ids(name: str, ids: Tensor) -> None:
+def _check_ids(where: str, ids: Tensor) -> None:
     if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
-        raise ValueError(f"{name}: ids must be whole numbers [b, t], got {_about(ids)}")
+        raise ValueError(f"{where}: ids must be whole numbers [b, t], got {_describe(ids)}")
 
 
-def _about(t: Tensor) -> str:
-    return f"{str(t.dtype)[6:]} {list(t.shape)}"
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype)[6:]} {list(tensor.shape)}"

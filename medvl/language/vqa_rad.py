@@ -1,4 +1,6 @@
-"""VQA-RAD, questions about radiographs, CT and MRI, as published, into conversations with a task, a family and a category each."""
+"""VQA-RAD, questions about radiographs, CT and MRI, as published, into conversations with a task, a family
+and a category each.
+"""
 
 import json
 import logging
@@ -76,39 +78,41 @@ def convert_vqa_rad(
     seed: int = 0,
     size: int = 0,
 ) -> dict[str, int]:
-    """Write VQA-RAD's JSON as `folder`/train.jsonl, valid.jsonl and test.jsonl, one question and its answer a line.
+    """Write VQA-RAD's JSON as `folder`/train.jsonl, valid.jsonl and test.jsonl, one question and its answer a
+    line.
 
-    A line has "id" (qid), "images" (relative to `folder`), "messages", "task", "category" (pres, abn, ...; the first
-    where a question has several types), "family" ("closed" or "open"; 70 of 851 closed answers are neither yes nor no)
-    and "episode_id" (the image: its questions are one case). Texts stay as published but for runs of white space, so
-    "Yes" and "yes" are both there.
+    A line has "id" (qid), "images" (relative to `folder`), "messages", "task", "category" (pres, abn, ...;
+    the first where a question has several types), "family" ("closed" or "open"; 70 of 851 closed answers are
+    neither yes nor no) and "episode_id" (the image: its questions are one case). Texts stay as published but
+    for runs of white space, so "Yes" and "yes" are both there.
 
-    All questions of an image, and all images of a case, go into one split, and every task has the same share of its
-    cases there. The published flag (phrase_type test_...) is of questions: in the file of 1,420 questions 125 of the
-    126 images that are tested are trained on too. So split="published" is there to compare with others' numbers, not
-    to learn how good a model is.
+    All questions of an image, and all images of a case, go into one split, and every task has the same share
+    of its cases there. The published flag (phrase_type test_...) is of questions: in the file of 1,420
+    questions 125 of the 126 images that are tested are trained on too. So split="published" is there to
+    compare with others' numbers, not to learn how good a model is.
 
     Args:
         source: the published file, a JSON list of questions.
         images: the folder of its images.
-        group: what a task is. "organ": head, chest, abdomen. "modality": ct, mri, xray ..., as far as questions of type
-            MODALITY say it (`modality_of`); images of which none or several are said are left out, with all their
-            questions.
-        split: "case", or "published": the flag says what is tested and `test` is not used; `valid` is a share of the
-            cases, without the questions that are tested.
+        group: what a task is. "organ": head, chest, abdomen. "modality": ct, mri, xray ..., as far as
+            questions of type MODALITY say it (`modality_of`); images of which none or several are said are
+            left out, with all their questions.
+        split: "case", or "published": the flag says what is tested and `test` is not used; `valid` is a share
+            of the cases, without the questions that are tested.
         valid: share of the cases of every task; 0 for none.
         test: as `valid`.
-        size: pictures are written into `folder`/images as PNG, none wider or higher than this many pixels; 0 = lines
-            name the originals.
+        size: pictures are written into `folder`/images as PNG, none wider or higher than this many pixels; 0
+            = lines name the originals.
     Returns:
-        How many: "train", "valid", "test" conversations; "images" and "cases" of them; "unknown" images without a
-        modality, "empty" questions without a text or an answer (both left out); questions asked again of an image
-        ("repeated"), those of them with another answer ("contradicting"; all are kept); "shared" images that are in
-        test and elsewhere (0 unless split="published").
+        How many: "train", "valid", "test" conversations; "images" and "cases" of them; "unknown" images
+        without a modality, "empty" questions without a text or an answer (both left out); questions asked
+        again of an image ("repeated"), those of them with another answer ("contradicting"; all are kept);
+        "shared" images that are in test and elsewhere (0 unless split="published").
     Raises:
-        ValueError: another format, an unknown value, images that are not there, too few cases for the splits, or a
-            table of an earlier run that this one would not replace. Tables are written last.
-    Source: Lau et al. 2018, A dataset of clinically generated visual questions and answers about radiology images.
+        ValueError: another format, an unknown value, images that are not there, too few cases for the splits,
+            or a table of an earlier run that this one would not replace. Tables are written last.
+    Source: Lau et al. 2018, A dataset of clinically generated visual questions and answers about radiology
+    images.
     """
     _check_arguments(group, split, valid, test, size)
     source = Path(source)
@@ -165,7 +169,8 @@ def convert_vqa_rad(
 def _check_arguments(group: str, split: str, valid: float, test: float, size: int) -> None:
     if group not in ("organ", "modality") or split not in ("case", "published"):
         raise ValueError(
-            f'convert_vqa_rad: group is "organ" or "modality", split "case" or "published", got {group!r} and {split!r}'
+            f'convert_vqa_rad: group is "organ" or "modality", split "case" or "published", got {group!r} '
+            f"and {split!r}"
         )
     if min(valid, test) < 0 or valid + test >= 1 or size < 0:
         raise ValueError(
@@ -190,10 +195,11 @@ def _png_path(folder: Path, image: str) -> Path:
 
 
 def modality_of(question: str, answer: str) -> str:
-    """The modality that a question of type MODALITY and its answer say an image has: ct, mri, xray, ultrasound, pet, or "" for none.
+    """The modality that a question of type MODALITY and its answer say an image has: ct, mri, xray,
+    ultrasound, pet, or "" for none.
 
-    The answer names it ("MR - Flair", "plain film"), or the question does ("Is this a CT scan?" yes; "Does this CT ...?"). What is
-    denied says nothing, nor does a name among several.
+    The answer names it ("MR - Flair", "plain film"), or the question does ("Is this a CT scan?" yes; "Does
+    this CT ...?"). What is denied says nothing, nor does a name among several.
     """
     question = question.lower()
     answer = answer.lower()
@@ -266,7 +272,8 @@ def _parse_question(row: Any, where: str) -> _Question:
     phrasing = phrase.removeprefix("test_")
     if organ not in ORGANS or family not in ("closed", "open") or phrasing not in ("freeform", "para"):
         raise ValueError(
-            f"{where}: image_organ must be {', '.join(ORGANS)}, answer_type OPEN or CLOSED, phrase_type freeform or "
+            f"{where}: image_organ must be {', '.join(ORGANS)}, answer_type OPEN or CLOSED, phrase_type "
+            "freeform or "
             f"para or one of them after test_, got {organ!r}, {family!r} and {phrase!r}"
         )
     image = text["image_name"]
@@ -317,9 +324,11 @@ def _find_images(names: set[str], folder: Path) -> dict[str, Path]:
 
 
 def _cases_of_images(questions: Sequence[_Question]) -> dict[str, str]:
-    """The case of every image: images with an address in common, directly or through others, belong to one case."""
-    # Union-find over images and addresses. The smaller name becomes the root, so that the order of the questions does
-    # not matter.
+    """The case of every image: images with an address in common, directly or through others, belong to one
+    case.
+    """
+    # Union-find over images and addresses. The smaller name becomes the root, so that the order of the
+    # questions does not matter.
     parent: dict[str, str] = {}
 
     def root_of(name: str) -> str:
@@ -394,7 +403,9 @@ def _format_line(question: _Question, task: str, image: str) -> str:
 
 
 def _count_repeats(questions: Iterable[_Question]) -> dict[str, int]:
-    """Questions that are asked again of an image, and those of them with another answer; case does not matter."""
+    """Questions that are asked again of an image, and those of them with another answer; case does not
+    matter.
+    """
     answers = defaultdict[tuple[str, str], list[str]](list)
     for question in questions:
         answers[question.image, _words(question.question)].append(_words(question.answer))
@@ -424,7 +435,8 @@ def _log_counts(source: Path, counts: Mapping[str, int]) -> None:
         "unknown": "images are left out: no question says their modality, or several differ",
         "empty": "questions have no text or no answer and are left out",
         "contradicting": "questions are asked again of the same image and answered otherwise; all are kept",
-        "shared": "images are in test and in train or valid too: what is measured on test is not what new images will give",
+        "shared": "images are in test and in train or valid too: what is measured on test is not what new "
+        "images will give",
     }
     for name, text in warnings.items():
         if counts[name]:

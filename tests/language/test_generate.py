@@ -212,13 +212,13 @@ def test_the_cache_is_found_under_its_older_and_its_newer_name(kind):
     real = options > 0
 
     def tokens_of(model_):
-        steps, written = g._steps(model_, call, 6), []
+        steps, written = g._next_logits(model_, call, 6), []
         scores = next(steps)
         for _ in range(5):
             written.append(scores.argmax(-1))
             scores = steps.send(written[-1])
         prompt = model_(**call, use_cache=True)
-        return torch.stack(written, 1), g._continued(model_, call, prompt, options, real)
+        return torch.stack(written, 1), g._continuation(model_, call, prompt, options, real)
 
     with torch.no_grad():
         written, scores = tokens_of(renamed)
@@ -309,6 +309,12 @@ WAYS += [
 ]
 
 
+def probabilities(cfg, logits):
+    """What a token is drawn from, [b, v]."""
+    share, ids = g._shortlist(cfg, logits)
+    return share if ids is None else torch.zeros_like(logits).scatter(1, ids, share)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_probabilities_are_those_of_transformers(way, gen):
     from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -318,7 +324,7 @@ def test_probabilities_are_those_of_transformers(way, gen):
     steps += [TopKLogitsWarper(way["top_k"])] if "top_k" in way else []
     steps += [TopPLogitsWarper(way["top_p"])] if "top_p" in way else []
     want = LogitsProcessorList(steps)(torch.zeros(5, 1, dtype=torch.int64), logits.clone()).softmax(-1)
-    torch.testing.assert_close(g.sampling_probabilities(Sampling(**way), logits), want)
+    torch.testing.assert_close(probabilities(Sampling(**way), logits), want)
 
 
 @pytest.mark.parametrize("way", WAYS[:4])
@@ -328,7 +334,7 @@ def test_tokens_are_drawn_from_them(way):
     n, prompt = 4000, torch.tensor([[5, 9, 17]])
     cfg = Sampling(max_tokens=1, seed=3, **way)
     logits = skeleton(params, prompt).logits[:, -1].detach() * 1.0
-    p = g.sampling_probabilities(cfg, logits)[0].double()
+    p = probabilities(cfg, logits)[0].double()
     got = generate(cfg, skeleton, params, {"ids": prompt.expand(n, -1)}).ids
     seen = torch.bincount(torch.tensor(got).flatten(), minlength=160).double()
     assert seen[p == 0].sum() == 0
@@ -343,7 +349,7 @@ def test_tokens_are_drawn_from_them(way):
 def test_the_ends_of_a_draw_are_tokens_that_may_come(gen):
     scores = torch.randn(2, 160, generator=gen).index_fill(1, torch.tensor([0, 1, 158, 159]), -torch.inf)
     draw = torch.tensor([0.0, 1 - 2.0**-32], dtype=torch.float64)
-    assert g._choose(Sampling(temperature=1.0), scores, draw).tolist() == [2, 157]
+    assert g._choose_tokens(Sampling(temperature=1.0), scores, draw).tolist() == [2, 157]
 
 
 def test_draws_belong_to_their_row():
