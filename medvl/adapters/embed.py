@@ -1,4 +1,6 @@
-"""Queries of text and images as unit vectors, by which adapters are found: fitted here, from an encoder of the hub, or given."""
+"""Queries of text and images as unit vectors, by which adapters are found: fitted here, from an encoder of
+the hub, or given.
+"""
 
 import json
 import re
@@ -24,66 +26,61 @@ from medvl.hub import loading, skeletons, tokens
 from medvl.hub.checkpoints import find_file, new_folder, open_weights, read_json, save_finite
 from medvl.language.images import Picture, cap_pixels, check_window, open_image, to_rgb
 
-# b queries, n texts or images of them, d width of a vector, e that behind a head
+# b queries, n texts or images of them, d width of a vector, e width behind a head
 _FORMAT = "medvl embedder 1"
-_MATTERS = {  # settings that change the vectors
+# Settings that change the vectors, and so belong to the name of an embedder.
+_NAMED_SETTINGS = {
     "local": ("dims", "shares", "max_images", "max_pixels"),
     "text": ("instruction", "pool", "dims", "context"),
     "image_text": ("instruction", "dims", "context", "shares", "max_images", "max_pixels"),
-    "vectors": ("dims",),
 }
-Pictures = Sequence[Sequence[files.PathLike | bytes | Picture]]  # per query
+Pictures = Sequence[Sequence[files.PathLike | bytes | Picture]]  # of each query
 
 
 @frozen(kw_only=True)
 class EmbedConfig:
     """How a query becomes a vector.
 
-    "local" is fitted to texts and images (`fit_local`), "text" and "image_text" (CLIP, SigLIP) are encoders of the hub, of "vectors" the
-    caller brings the vectors. A side whose share is 0 is not looked at; a query with one side takes that alone.
+    "local" is fitted to texts and images (`fit_local`); "text" and "image_text" (CLIP, SigLIP) are encoders
+    of the hub. Texts or images whose share is 0 are not used; a query with only one of them takes that alone.
     """
 
-    kind: Literal["local", "text", "image_text", "vectors"] = "local"
-    name: str = ""  # folder or hub name of the encoder; of "vectors", what made them
-    instruction: str = (
-        ""  # of encoders: before every text, such as "Represent the sentence for similar task retrieval: "
-    )
+    kind: Literal["local", "text", "image_text"] = "local"
+    name: str = ""  # folder or hub name of the encoder
+    # Of encoders: before every text, such as "Represent the sentence for similar task retrieval: ".
+    instruction: str = ""
     pool: Literal["first", "last", "mean", "max"] = "mean"  # of "text": the one the encoder was trained with
-    dims: int = (
-        0  # the first of a Matryoshka embedding, 0 = all; of "local": components per side at most, 0 = 64
-    )
+    # The first dims of a Matryoshka embedding, 0 = all; of "local": components of texts and of images at
+    # most, 0 = 64.
+    dims: int = 0
     context: int = 512  # tokens; an encoder with fewer positions takes as many as it has
     shares: tuple[float, float] = (0.7, 0.3)  # of text and of images
-    max_images: int = 2  # the first images of a query that count
-    max_pixels: int = 100_000  # larger images are made smaller before they are looked at
-    window: tuple[
-        float, ...
-    ] = ()  # (black, white): the greys of 16-bit and DICOM images that are shown as 0 and 255
+    max_images: int = 2  # the first images of a query are used, up to so many
+    max_pixels: int = 100_000  # larger images are made smaller before they are encoded
+    # (black, white): the greys of 16-bit and DICOM images that are shown as 0 and 255.
+    window: tuple[float, ...] = ()
     batch: int = 32
 
     def __attrs_post_init__(self) -> None:
-        if self.kind not in _MATTERS or self.pool not in ("first", "last", "mean", "max"):
+        if self.kind not in _NAMED_SETTINGS or self.pool not in ("first", "last", "mean", "max"):
             raise ValueError(
-                f"EmbedConfig: kind must be one of {', '.join(_MATTERS)}, pool first, last, mean or max, got {self}"
+                f"EmbedConfig: kind must be one of {', '.join(_NAMED_SETTINGS)}, pool first, last, mean or "
+                f"max, got {self}"
             )
-        encoder = self.kind in ("text", "image_text")
-        if (
-            (encoder and not self.name)
-            or (self.kind == "local" and self.name)
-            or (self.instruction and not encoder)
-        ):
+        is_encoder = self.kind in ("text", "image_text")
+        if is_encoder != bool(self.name) or (self.instruction and not is_encoder):
             raise ValueError(
-                f"EmbedConfig: 'text' and 'image_text' need a name, 'local' has none, only they have an instruction, got {self}"
+                "EmbedConfig: 'text' and 'image_text' need a name, 'local' has none, only they have an "
+                "instruction, "
+                f"got {self}"
             )
         if self.dims < 0 or self.context < 3 or min(self.max_images, self.max_pixels, self.batch) < 1:
             raise ValueError(
-                f"EmbedConfig: dims must be >= 0, context >= 3, max_images, max_pixels and batch >= 1, got {self}"
+                "EmbedConfig: dims must be >= 0, context >= 3, max_images, max_pixels and batch >= 1, "
+                f"got {self}"
             )
-        if (
-            len(self.shares) != 2
-            or not all(isfinite(s) and s >= 0 for s in self.shares)
-            or not any(self.shares)
-        ):
+        are_shares = len(self.shares) == 2 and all(isfinite(share) and share >= 0 for share in self.shares)
+        if not are_shares or not any(self.shares):
             raise ValueError(f"EmbedConfig: shares must be two numbers >= 0, one above 0, got {self.shares}")
         config.check_bounds(
             self,
@@ -100,8 +97,8 @@ class EmbedConfig:
 class NothingToEmbed(ValueError):
     """There are `rows` without anything that can be embedded."""
 
-    def __init__(self, said: str, rows: Sequence[int]) -> None:
-        super().__init__(said, rows)
+    def __init__(self, message: str, rows: Sequence[int]) -> None:
+        super().__init__(message, rows)
         self.rows = tuple(rows)
 
     def __str__(self) -> str:
@@ -110,7 +107,10 @@ class NothingToEmbed(ValueError):
 
 @frozen(kw_only=True, eq=False)
 class Embedder:
-    """What `embed_queries` needs. `name` says what it is, by content: embedders of one name give the same vectors. Threads may share it."""
+    """What `embed_queries` needs; threads may share it.
+
+    The name is made of the content: embedders of one name give the same vectors.
+    """
 
     cfg: EmbedConfig
     name: str = ""
@@ -123,277 +123,303 @@ class Embedder:
 
 
 def open_embedder(cfg: EmbedConfig, *, device: str | torch.device = "cpu") -> Embedder:
-    """An embedder with an encoder of the hub, its weights float32 on `device`; or one of vectors, which needs nothing.
+    """An embedder with an encoder of the hub, its weights float32 on `device`.
 
-    Further layers that sentence-transformers keeps beside an encoder (Dense) are not read; give one of them as a head.
+    Further layers that sentence-transformers stores beside an encoder (Dense) are not read; give one of them
+    as a head.
+
     Raises:
-        ValueError: kind "local" (fit or read one), an encoder of another kind, whatever `loading.load_skeleton` and the tokenizer say.
+        ValueError: kind "local" (fit or read one), an encoder of another kind, whatever `load_skeleton` and
+            the tokenizer raise.
     """
     if cfg.kind == "local":
         raise ValueError(
-            "open_embedder: kind 'local' is fitted to texts and images: use fit_local, or read_embedder of a saved one"
+            "open_embedder: kind 'local' is fitted to texts and images: use fit_local, or read_embedder of "
+            "a saved one"
         )
-    if cfg.kind == "vectors":
-        return _named(Embedder(cfg=cfg))
-    about = read_json(find_file(cfg.name, ("config.json",)))
-    model, both = about.get("model_type"), cfg.kind == "image_text"
-    if both and model not in ("clip", "siglip"):
+    encoder_config = read_json(find_file(cfg.name, ("config.json",)))
+    model_type = encoder_config.get("model_type")
+    with_images = cfg.kind == "image_text"
+    if with_images and model_type not in ("clip", "siglip"):
         raise ValueError(
-            f"open_embedder: kind 'image_text' needs a clip or siglip model, {cfg.name} is a {model}"
+            f"open_embedder: kind 'image_text' needs a clip or siglip model, {cfg.name} is a {model_type}"
         )
-    if not both and ("vision_config" in about or about.get("is_encoder_decoder") or model == "t5"):
+    is_text_only = "vision_config" not in encoder_config
+    is_one_stack = not encoder_config.get("is_encoder_decoder") and model_type != "t5"
+    if not with_images and not (is_text_only and is_one_stack):
         raise ValueError(
-            f"open_embedder: kind 'text' needs an encoder or decoder of text alone, {cfg.name} is a {model}"
+            f"open_embedder: kind 'text' needs an encoder or decoder of text alone, {cfg.name} is a "
+            f"{model_type}"
         )
     skeleton, params = loading.load_skeleton(cfg.name, device=device)
-    processor = tokens.image_processor(cfg.name) if both and cfg.shares[1] else None
-    return _named(
-        Embedder(
-            cfg=cfg,
-            params=params,
-            skeleton=skeleton,
-            tokenizer=tokens.tokenizer(cfg.name),
-            processor=processor,
-        )
+    processor = None
+    if with_images and cfg.shares[1]:
+        processor = tokens.image_processor(cfg.name)
+    embedder = Embedder(
+        cfg=cfg,
+        params=params,
+        skeleton=skeleton,
+        tokenizer=tokens.tokenizer(cfg.name),
+        processor=processor,
     )
+    return _named(embedder)
 
 
 def with_head(embedder: Embedder, head: Tensor | None) -> Embedder:
-    """The embedder with a linear map [d, e] behind it, such as a trained one: vectors are multiplied by it and normalised again.
+    """The embedder with a linear map [d, e] behind it, such as a trained one.
+
+    Vectors are multiplied by it and normalised again.
 
     Raises:
         ValueError: not a finite floating point matrix.
     """
-    if head is not None and (
-        head.dim() != 2 or not head.numel() or not head.is_floating_point() or not bool(head.isfinite().all())
-    ):
+    if head is None:
+        return _named(evolve(embedder, head=None))
+    is_matrix = head.dim() == 2 and head.numel() and head.is_floating_point()
+    if not is_matrix or not bool(head.isfinite().all()):
         raise ValueError(
             f"with_head: head must be finite floating point [d, e], got {head.dtype} {list(head.shape)}"
         )
-    return _named(evolve(embedder, head=None if head is None else head.detach().float().cpu().clone()))
+    return _named(evolve(embedder, head=head.detach().float().cpu().clone()))
 
 
 @torch.no_grad()
 def embed_queries(embedder: Embedder, texts: Sequence[str], images: Pictures = ()) -> Tensor:
-    """The vectors of queries, float32 [b, d] of length 1 on the CPU; what else is in the batch changes them by no more than rounding.
+    """The vectors of queries, float32 [b, d] of length 1 on the CPU; they depend on the batch by no more than
+    rounding.
 
     Args:
-        texts: [b]; `<image>` tags are taken out. A blank one takes no share, nor does one without a word that "local" knows.
-        images: [b] sequences, empty ones too, of paths, contents of files or pictures; () = no images. Several: the mean of their vectors.
+        texts: [b]; `<image>` tags are taken out. A blank text takes no share, nor does one without a word
+            that "local" knows.
+        images: [b] sequences, empty ones too, of paths, contents of files or pictures; () = no images.
+            Several: the mean of their vectors.
     Raises:
-        Nothing: a row with neither text nor image to embed (a ValueError; its `rows` are all of them).
-        ValueError: kind "vectors"; images for "text" with a share above 0, or for "local" that was fitted without; an image that cannot be
-            read; dims above the width, a head of another one.
+        NothingToEmbed: rows with neither text nor image to embed (a ValueError; its `rows` are all of them).
+        ValueError: images for "text" with a share above 0, or for "local" that was fitted without; an image
+            that cannot be read; dims above the width, a head of another width.
     """
     cfg = embedder.cfg
-    if cfg.kind == "vectors":
-        raise ValueError("embed: the vectors of kind 'vectors' are the caller's own: use embed_vectors")
-    words, pictures = _queries("embed", cfg, texts, images)
-    if seen := [i for i, row in enumerate(pictures) if row]:
-        if cfg.kind == "text":
-            advice = "set shares = [1, 0] to leave images out, or use kind 'image_text'"
-            raise ValueError(
-                f"embed: kind 'text' takes no images, but row {seen[0]} has {len(pictures[seen[0]])}; {advice}"
-            )
-        if cfg.kind == "local" and "image.components" not in embedder.params:
-            raise ValueError(
-                f"embed: row {seen[0]} has images, but {embedder.name} was fitted without any; fit it again, with images"
-            )
-    local = cfg.kind == "local"
-    if local:
+    words, pictures = _check_queries("embed", cfg, texts, images)
+    with_images = any(pictures)
+    if with_images:
+        _check_takes_images(embedder, pictures)
+    if cfg.kind == "local":
         text, has_text = embed_local.text_directions(embedder.tokenizer, embedder.params, words)
     else:
-        text, has_text = _encoded_texts(embedder, words)
-    image, has_image = (
-        (_local_images if local else _encoded_images)(embedder, pictures)
-        if seen
-        else (text, torch.zeros_like(has_text))
-    )
-    if len(bad := (~(has_text | has_image)).nonzero()):
-        i = int(bad[0])
-        unknown = (
-            "of which no word is known"
-            if words[i] and local
-            else "without words"
-            if cfg.shares[0]
-            else "whose share is 0"
-        )
-        said = f"embed: row {i} has nothing to embed: a text {unknown} ({texts[i][:60]!r}) and {len(pictures[i])} images that count"
-        raise NothingToEmbed(said, bad[:, 0].tolist())
-    if local:
-        text, image = embed_local.side_by_side(embedder.params, text, image, bool(seen))
-    alone = torch.where(has_text[:, None], text, image)
-    return _headed(
-        embedder,
-        query_vector(alone, image, cfg.shares, has_image=has_image) if seen else query_vector(alone, None),
-    )
+        text, has_text = _encode_texts(embedder, words)
+    image = text
+    has_image = torch.zeros_like(has_text)
+    if with_images and cfg.kind == "local":
+        image, has_image = _local_images(embedder, pictures)
+    elif with_images:
+        image, has_image = _encode_images(embedder, pictures)
+    empty = (~(has_text | has_image)).nonzero()
+    if len(empty):
+        _raise_nothing(cfg, texts, words, pictures, empty[:, 0].tolist())
+
+    if cfg.kind == "local":
+        text, image = embed_local.side_by_side(embedder.params, text, image, with_images)
+    # A row without a text takes its image as its text too, so that it takes the image alone.
+    text_or_image = torch.where(has_text[:, None], text, image)
+    if not with_images:
+        return _apply_head(embedder, query_vector(text_or_image, None))
+    return _apply_head(embedder, query_vector(text_or_image, image, cfg.shares, has_image=has_image))
 
 
-def embed_vectors(embedder: Embedder, vectors: Tensor) -> Tensor:
-    """The caller's own vectors [b, d] of kind "vectors": the first `dims` of each, of length 1, behind the head if there is one.
-
-    Raises:
-        ValueError: another kind, not floating point [b, d], a row that is not finite or zero, dims above d, a head of another width.
-    """
-    if embedder.cfg.kind != "vectors":
-        raise ValueError(f"embed_vectors: only for kind 'vectors', got {embedder.cfg.kind!r}; use embed")
-    if vectors.dim() != 2 or not vectors.numel() or not vectors.is_floating_point():
+def _check_takes_images(embedder: Embedder, pictures: Sequence[Sequence[Any]]) -> None:
+    row = next(i for i, images in enumerate(pictures) if images)
+    if embedder.cfg.kind == "text":
         raise ValueError(
-            f"embed_vectors: vectors must be floating point [b, d], got {vectors.dtype} {list(vectors.shape)}"
+            f"embed: kind 'text' takes no images, but row {row} has {len(pictures[row])}; "
+            "set shares = [1, 0] to leave images out, or use kind 'image_text'"
         )
-    return _headed(embedder, _first("embed_vectors", embedder.cfg, vectors.detach().cpu()))
+    if embedder.cfg.kind == "local" and "image.components" not in embedder.params:
+        raise ValueError(
+            f"embed: row {row} has images, but {embedder.name} was fitted without any; fit it again, with "
+            "images"
+        )
+
+
+def _raise_nothing(
+    cfg: EmbedConfig,
+    texts: Sequence[str],
+    words: Sequence[str],
+    pictures: Sequence[Sequence[Any]],
+    rows: list[int],
+) -> None:
+    """Raise for rows without anything to embed; the message describes the first of them."""
+    row = rows[0]
+    if words[row] and cfg.kind == "local":
+        problem = "of which no word is known"
+    elif cfg.shares[0]:
+        problem = "without words"
+    else:
+        problem = "whose share is 0"
+    message = (
+        f"embed: row {row} has nothing to embed: a text {problem} ({texts[row][:60]!r}) "
+        f"and {len(pictures[row])} images that count"
+    )
+    raise NothingToEmbed(message, rows)
 
 
 def fit_local(cfg: EmbedConfig, texts: Sequence[str], images: Pictures = ()) -> Embedder:
-    """An embedder that needs no encoder, fitted to the queries of training splits: words for texts, colours and edges for images.
+    """An embedder that needs no encoder, fitted to the queries of training splits: words for texts, colours
+    and edges for images.
 
-    Texts: TF-IDF of words and pairs of words (sublinear), truncated SVD. Images: histogram, thumbnail, edge energy and spectrum,
-    standardised, PCA. Each has its own coordinates, [text, image], so cosines of the two never mix. The same input gives the same embedder.
+    Texts: TF-IDF of words and pairs of words (sublinear), truncated SVD. Images: histogram, thumbnail, edge
+    energy and spectrum, standardised, PCA. Each has its own coordinates, [text, image], so cosines of the two
+    never mix. The same input gives the same embedder.
     Args:
         texts, images: as in `embed_queries`.
     Raises:
         ValueError: another kind, nothing to fit to, images that are all the same.
-    Source: Deerwester et al. 1990, latent semantic analysis; scikit-learn's TfidfVectorizer, TruncatedSVD and PCA.
+    Source: Deerwester et al. 1990, latent semantic analysis; scikit-learn's TfidfVectorizer, TruncatedSVD and
+    PCA.
     """
     if cfg.kind != "local":
         raise ValueError(f"fit_local: only for kind 'local', got {cfg.kind!r}; use open_embedder")
-    words, pictures = _queries("fit_local", cfg, texts, images)
-    k = cfg.dims or 64
-    vocabulary, params = embed_local.fit_texts(k, [w for w in words if w])
-    each = [(i, j, p) for i, row in enumerate(pictures) for j, p in enumerate(row)]
-    looks = [
-        embed_local.image_features(_opened("fit_local", cfg, *one)) for one in track(each, "reading images")
-    ]
-    params |= embed_local.fit_images(k, np.stack(looks)) if looks else {}
+    words, pictures = _check_queries("fit_local", cfg, texts, images)
+    components = cfg.dims or 64
+    vocabulary, params = embed_local.fit_texts(components, [text for text in words if text])
+    features = []
+    for row, place, source in track(_enumerate_pictures(pictures), "reading images"):
+        features.append(embed_local.image_features(_open_picture("fit_local", cfg, row, place, source)))
+    if features:
+        params |= embed_local.fit_images(components, np.stack(features))
     if not params:
         raise ValueError(
-            f"fit_local: the texts must have words of two letters or more, or there must be images, got {len(texts)} rows"
+            "fit_local: the texts must have words of two letters or more, or there must be images, "
+            f"got {len(texts)} rows"
         )
-    return _named(
-        Embedder(
-            cfg=cfg,
-            params=params,
-            vocabulary=vocabulary,
-            tokenizer=embed_local.vectorizer_of(vocabulary, params),
-        )
+    embedder = Embedder(
+        cfg=cfg,
+        params=params,
+        vocabulary=vocabulary,
+        tokenizer=embed_local.vectorizer_of(vocabulary, params),
     )
+    return _named(embedder)
 
 
 def save_embedder(embedder: Embedder, folder: files.PathLike) -> None:
-    """Write embedder.json and embedder.safetensors, whole or not at all; of an encoder the name and a digest, not the weights.
+    """Write embedder.json and embedder.safetensors; of an encoder its name and a digest, not its weights.
+
+    The folder is written as a whole or not at all.
 
     Raises:
         ValueError: the folder exists and is not empty.
     """
-    state = dict(embedder.params) if embedder.cfg.kind == "local" else {}
-    about = {
+    state = dict[str, Tensor]()
+    if embedder.cfg.kind == "local":
+        state = dict(embedder.params)
+    if embedder.head is not None:
+        state["head"] = embedder.head
+    record = {
         "format": _FORMAT,
         "name": embedder.name,
         "cfg": config.unstructure(embedder.cfg),
         "vocabulary": embedder.vocabulary,
     }
     with new_folder(folder) as tmp:
-        save_finite(
-            state | ({} if embedder.head is None else {"head": embedder.head}),
-            tmp / "embedder.safetensors",
-            "save_embedder",
-        )
-        files.write_text(tmp / "embedder.json", json.dumps(about, ensure_ascii=False) + "\n")
+        save_finite(state, tmp / "embedder.safetensors", "save_embedder")
+        files.write_text(tmp / "embedder.json", json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def read_embedder(folder: files.PathLike, *, device: str | torch.device = "cpu") -> Embedder:
     """What `save_embedder` wrote, exactly; an encoder is found again by its name.
 
     Raises:
-        ValueError: not such a folder, broken, or the content is no longer what its name says (an encoder with other weights).
+        ValueError: not such a folder, broken, or the content is no longer what its name says (an encoder with
+            other weights).
     """
-    raw, cfg = _about(folder)
-    state = {
-        n: entry.read()
-        for n, entry in open_weights(find_file(str(folder), ("embedder.safetensors",)), str(folder)).items()
-    }
+    record, cfg = _read_settings(folder)
+    entries = open_weights(find_file(str(folder), ("embedder.safetensors",)), str(folder))
+    state = {name: entry.read() for name, entry in entries.items()}
     head = state.pop("head", None)
-    made = (
-        Embedder(cfg=cfg, params=state, vocabulary=tuple(raw["vocabulary"]))
-        if cfg.kind == "local"
-        else open_embedder(cfg, device=device)
-    )
+    if cfg.kind == "local":
+        embedder = Embedder(cfg=cfg, params=state, vocabulary=tuple(record["vocabulary"]))
+    else:
+        embedder = open_embedder(cfg, device=device)
     try:
         if cfg.kind == "local":
-            embed_local.check_fitted(made.vocabulary, state)
-        made = with_head(made, head)
+            embed_local.check_fitted(embedder.vocabulary, state)
+        embedder = with_head(embedder, head)
     except ValueError as e:
         raise ValueError(f"read_embedder: {folder}: {e}") from e
-    if made.name != raw["name"]:
-        what = (
-            "the file was changed"
-            if cfg.kind == "local"
-            else f"the file or the encoder {cfg.name} was changed"
-        )
+    if embedder.name != record["name"]:
+        reason = "the file was changed"
+        if cfg.kind != "local":
+            reason = f"the file or the encoder {cfg.name} was changed"
         raise ValueError(
-            f"read_embedder: {folder} must be {raw['name']}, but its content is {made.name}: {what}"
+            f"read_embedder: {folder} must be {record['name']}, but its content is {embedder.name}: {reason}"
         )
-    return (
-        evolve(made, tokenizer=embed_local.vectorizer_of(made.vocabulary, state))
-        if cfg.kind == "local"
-        else made
-    )
+    if cfg.kind == "local":
+        return evolve(embedder, tokenizer=embed_local.vectorizer_of(embedder.vocabulary, state))
+    return embedder
 
 
 def check_embedder(folder: files.PathLike) -> None:
-    """Raise where `read_embedder` will, as far as it can be told without reading weights: to be asked before other long work.
+    """Raise where `read_embedder` will, as far as this can be told without reading weights.
+
+    To be called before other long work.
 
     Raises:
         ValueError: not such a folder, broken, or its encoder is not there.
     """
-    _, cfg = _about(folder)
+    _, cfg = _read_settings(folder)
     find_file(str(folder), ("embedder.safetensors",))
     if cfg.kind in ("text", "image_text"):
         find_file(cfg.name, ("config.json",))
 
 
-def _about(folder: files.PathLike) -> tuple[dict[str, Any], EmbedConfig]:
-    """What embedder.json of a saved embedder says, and its settings."""
+def _read_settings(folder: files.PathLike) -> tuple[dict[str, Any], EmbedConfig]:
+    """The record in embedder.json of a saved embedder, and the settings in it."""
     if not Path(folder).is_dir():
         raise ValueError(f"read_embedder: there is no folder {folder}")
     path = find_file(str(folder), ("embedder.json",))
-    raw = read_json(path)
-    if (
-        raw.get("format") != _FORMAT
-        or not {"name", "cfg"} <= raw.keys()
-        or not isinstance(raw.get("vocabulary"), list)
-    ):
+    record = read_json(path)
+    is_complete = {"name", "cfg"} <= record.keys() and isinstance(record.get("vocabulary"), list)
+    if record.get("format") != _FORMAT or not is_complete:
         raise ValueError(
-            f"read_embedder: {path} must be {_FORMAT!r} with name, cfg and vocabulary, found {raw.get('format')!r}"
+            f"read_embedder: {path} must be {_FORMAT!r} with name, cfg and vocabulary, found "
+            f"{record.get('format')!r}"
         )
-    cfg = config.structure(raw["cfg"], EmbedConfig, where=str(path))
-    return raw, cfg
+    return record, config.structure(record["cfg"], EmbedConfig, where=str(path))
 
 
-# Queries --------------------------------------------------------------------------------------------------------------------------------
-def _queries(
-    who: str, cfg: EmbedConfig, texts: Sequence[str], images: Pictures
+# Queries ----------------------------------------------------------------------------------------------------
+def _check_queries(
+    where: str, cfg: EmbedConfig, texts: Sequence[str], images: Pictures
 ) -> tuple[list[str], list[list[Any]]]:
-    """(texts without tags, the images that count) of each row; none of a side whose share is 0."""
-    if isinstance(texts, str) or not len(texts) or not all(isinstance(t, str) for t in texts):
+    """(texts without tags, the images that are used) of each row; nothing where the share is 0."""
+    if isinstance(texts, str) or not len(texts) or not all(isinstance(text, str) for text in texts):
         raise ValueError(
-            f"{who}: texts must be a list of at least one text, got {type(texts).__name__} of {len(texts)}"
+            f"{where}: texts must be a list of at least one text, got {type(texts).__name__} of {len(texts)}"
         )
-    if len(images) not in (0, len(texts)) or any(
-        isinstance(row, str | bytes | Path | Image.Image | np.ndarray | Tensor) for row in images
-    ):
+    one_image = str | bytes | Path | Image.Image | np.ndarray | Tensor
+    if len(images) not in (0, len(texts)) or any(isinstance(row, one_image) for row in images):
         raise ValueError(
-            f"{who}: images must be a list of images for each of the {len(texts)} texts, got {len(images)} items"
+            f"{where}: images must be a list of images for each of the {len(texts)} texts, got "
+            f"{len(images)} items"
         )
-    words = [re.sub("<image>\n?", "", t).strip() if cfg.shares[0] else "" for t in texts]
-    return words, [list(row)[: cfg.max_images] if cfg.shares[1] else [] for row in images] or [
-        [] for _ in texts
+    words = [""] * len(texts)
+    pictures: list[list[Any]] = [[] for _ in texts]
+    if cfg.shares[0]:
+        words = [re.sub("<image>\n?", "", text).strip() for text in texts]
+    if cfg.shares[1] and len(images):
+        pictures = [list(row)[: cfg.max_images] for row in images]
+    return words, pictures
+
+
+def _enumerate_pictures(pictures: Sequence[Sequence[Any]]) -> list[tuple[int, int, Any]]:
+    """(row, place in it, picture) of all pictures."""
+    return [
+        (row, place, source) for row, images in enumerate(pictures) for place, source in enumerate(images)
     ]
 
 
-def _opened(who: str, cfg: EmbedConfig, row: int, place: int, source: Any) -> Image.Image:
-    """An image as RGB with at most cfg.max_pixels."""
-    where = f"{who}: image {place} of row {row}"
+def _open_picture(where: str, cfg: EmbedConfig, row: int, place: int, source: Any) -> Image.Image:
+    """A picture as RGB with at most cfg.max_pixels."""
+    where = f"{where}: image {place} of row {row}"
     if isinstance(source, str | bytes | Path):
         try:
             image = open_image(source, window=check_window(cfg.window, "EmbedConfig.window"), only_deep=True)
@@ -404,161 +430,174 @@ def _opened(who: str, cfg: EmbedConfig, row: int, place: int, source: Any) -> Im
     return cap_pixels(image, cfg.max_pixels)
 
 
-def _first(who: str, cfg: EmbedConfig, x: Tensor) -> Tensor:
+def _first_dims(where: str, cfg: EmbedConfig, vectors: Tensor) -> Tensor:
     """The first cfg.dims of each row, of length 1."""
-    if cfg.dims > x.shape[1]:
+    if cfg.dims > vectors.shape[1]:
         raise ValueError(
-            f"{who}: dims must be at most the width {x.shape[1]} of the embedding, got {cfg.dims}"
+            f"{where}: dims must be at most the width {vectors.shape[1]} of the embedding, got {cfg.dims}"
         )
-    return query_vector(x[:, : cfg.dims or None], None)
+    return query_vector(vectors[:, : cfg.dims or None], None)
 
 
-def _headed(embedder: Embedder, x: Tensor) -> Tensor:
+def _apply_head(embedder: Embedder, vectors: Tensor) -> Tensor:
     head = embedder.head
     if head is None:
-        return x
-    if head.shape[0] != x.shape[1]:
+        return vectors
+    if head.shape[0] != vectors.shape[1]:
         raise ValueError(
-            f"embed: the head must be [{x.shape[1]}, e] like the vectors, got {list(head.shape)}"
+            f"embed: the head must be [{vectors.shape[1]}, e] like the vectors, got {list(head.shape)}"
         )
-    return query_vector(x @ head, None)
+    return query_vector(vectors @ head, None)
 
 
-def _image_means(x: Tensor, rows: Sequence[int], b: int) -> tuple[Tensor, Tensor]:
+def _mean_per_row(vectors: Tensor, rows: Sequence[int], b: int) -> tuple[Tensor, Tensor]:
     """(mean of the vectors [n, d] of each of b rows, whether a row has one)."""
-    where = torch.tensor(rows, dtype=torch.int64)
-    count = torch.bincount(where, minlength=b)
-    return torch.zeros(b, x.shape[1]).index_add(0, where, x) / count.clamp(min=1)[:, None], count > 0
+    index = torch.tensor(rows, dtype=torch.int64)
+    count = torch.bincount(index, minlength=b)
+    sums = torch.zeros(b, vectors.shape[1]).index_add(0, index, vectors)
+    return sums / count.clamp(min=1)[:, None], count > 0
 
 
 def _local_images(embedder: Embedder, pictures: Sequence[Sequence[Any]]) -> tuple[Tensor, Tensor]:
-    each = [(i, j, p) for i, row in enumerate(pictures) for j, p in enumerate(row)]
-    opened = (_opened("embed", embedder.cfg, *one) for one in track(each, "embedding images"))
-    unit, seen = embed_local.image_directions(embedder.params, opened)
-    return _image_means(
-        unit[seen], [i for (i, _, _), s in zip(each, seen.tolist(), strict=True) if s], len(pictures)
-    )
+    """(vectors of images float32 [b, d], whether a row has one) by the fitted features."""
+    sources = _enumerate_pictures(pictures)
+    opened = (_open_picture("embed", embedder.cfg, *source) for source in track(sources, "embedding images"))
+    directions, has_direction = embed_local.image_directions(embedder.params, opened)
+    flags = has_direction.tolist()
+    rows = [row for (row, _, _), flag in zip(sources, flags, strict=True) if flag]
+    return _mean_per_row(directions[has_direction], rows, len(pictures))
 
 
 def _named(embedder: Embedder) -> Embedder:
-    cfg, head = embedder.cfg, embedder.head
-    matters = {n: v for n, v in attrs.asdict(cfg).items() if n in _MATTERS[cfg.kind]} | {
-        "vocabulary": embedder.vocabulary
-    }
+    """The embedder with its name: kind, encoder, and digests of settings and weights."""
+    cfg = embedder.cfg
+    settings = {name: value for name, value in attrs.asdict(cfg).items() if name in _NAMED_SETTINGS[cfg.kind]}
+    settings["vocabulary"] = embedder.vocabulary
     if cfg.window:  # without one, an embedder has the name it had before there were windows
-        matters["window"] = cfg.window
-    weights = {f"params.{n}": t for n, t in embedder.params.items()} | (
-        {} if head is None else {"head": head}
-    )
-    parts = [
-        cfg.kind,
-        *([Path(cfg.name).name] if cfg.name else []),
-        config.record_digest(matters),
-        skeletons.weights_digest(weights),
-    ]
+        settings["window"] = cfg.window
+    weights = {f"params.{name}": tensor for name, tensor in embedder.params.items()}
+    if embedder.head is not None:
+        weights["head"] = embedder.head
+    parts: list[str] = [cfg.kind]
+    if cfg.name:
+        parts.append(Path(cfg.name).name)
+    parts += [config.record_digest(settings), skeletons.weights_digest(weights)]
     return evolve(embedder, name=":".join(parts))
 
 
-# Encoders of the hub --------------------------------------------------------------------------------------------------------------------
-def _encoded_texts(embedder: Embedder, words: Sequence[str]) -> tuple[Tensor, Tensor]:
-    cfg, skeleton = embedder.cfg, embedder.skeleton
-    assert skeleton is not None
-    there = [i for i, w in enumerate(words) if w]
-    rows = _token_ids(embedder, [cfg.instruction + words[i] for i in there]) if there else []
-    order = sorted(
-        range(len(rows)), key=lambda i: len(rows[i])
-    )  # texts of about one length together: little padding
-    starts = track(range(0, len(order), cfg.batch), "embedding texts, batch")
-    parts = [_encode(embedder, [rows[i] for i in order[at : at + cfg.batch]]).float().cpu() for at in starts]
-    has = torch.zeros(len(words), dtype=torch.bool)
-    has[there] = True
-    if not parts:
-        return torch.zeros(len(words), cfg.dims or 1), has
-    found = _first("embed", cfg, torch.cat(parts))
-    return torch.zeros(len(words), found.shape[1]).index_copy(0, torch.tensor(there)[order], found), has
+# Encoders of the hub ----------------------------------------------------------------------------------------
+def _encode_texts(embedder: Embedder, words: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """(vectors of texts float32 [b, d], whether a row has one)."""
+    cfg = embedder.cfg
+    with_text = [i for i, text in enumerate(words) if text]
+    has_text = torch.zeros(len(words), dtype=torch.bool)
+    has_text[with_text] = True
+    if not with_text:
+        return torch.zeros(len(words), cfg.dims or 1), has_text
+    rows = _token_ids(embedder, [cfg.instruction + words[i] for i in with_text])
+    # Texts of about one length are encoded together: little padding.
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    batches = list[Tensor]()
+    for start in track(range(0, len(order), cfg.batch), "embedding texts, batch"):
+        batch = [rows[i] for i in order[start : start + cfg.batch]]
+        batches.append(_encode_token_ids(embedder, batch).float().cpu())
+    vectors = _first_dims("embed", cfg, torch.cat(batches))
+    places = torch.tensor(with_text)[order]
+    return torch.zeros(len(words), vectors.shape[1]).index_copy(0, places, vectors), has_text
 
 
-def _encode(embedder: Embedder, rows: list[list[int]]) -> Tensor:
+def _encode_token_ids(embedder: Embedder, rows: list[list[int]]) -> Tensor:
     """Token ids as vectors [n, d]; padded behind, which neither bidirectional nor causal encoders see."""
     cfg, skeleton, tok = embedder.cfg, embedder.skeleton, embedder.tokenizer
     assert skeleton is not None
-    device, kind = next(iter(embedder.params.values())).device, skeleton.config["model_type"]
-    # SigLIP reads the last place and was trained with padding up to it, which it sees
-    longest = _positions(embedder) if kind == "siglip" else max(map(len, rows))
+    device = next(iter(embedder.params.values())).device
+    is_siglip = skeleton.config["model_type"] == "siglip"
+    length = max(map(len, rows))
+    if is_siglip:  # it reads the last place and was trained with padding up to it, which it sees
+        length = _max_tokens(embedder)
     pad = next((i for i in (tok.pad_token_id, tok.eos_token_id) if i is not None), 0)
-    ids = torch.tensor([r + [pad] * (longest - len(r)) for r in rows], device=device)
-    mask = (torch.arange(longest) < torch.tensor([len(r) for r in rows])[:, None]).to(device)
-    seen = {} if kind == "siglip" else {"attention_mask": mask.long()}
+    ids = torch.tensor([row + [pad] * (length - len(row)) for row in rows], device=device)
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = (torch.arange(length) < lengths[:, None]).to(device)
+    arguments = {"input_ids": ids}
+    if not is_siglip:
+        arguments["attention_mask"] = mask.long()
     with torch.autocast(device.type, enabled=False):
         if cfg.kind == "image_text":
-            return skeleton(
-                embedder.params, input_ids=ids, pixel_values=_blank(skeleton, device), **seen
-            ).text_embeds
-        return pool_tokens(cfg.pool, skeleton(embedder.params, input_ids=ids, **seen).last_hidden_state, mask)
+            pixels = _blank_image(skeleton, device)  # the forward pass needs texts and images
+            return skeleton(embedder.params, pixel_values=pixels, **arguments).text_embeds
+        states = skeleton(embedder.params, **arguments).last_hidden_state
+        return pool_tokens(cfg.pool, states, mask)
 
 
-def _encoded_images(embedder: Embedder, pictures: Sequence[Sequence[Any]]) -> tuple[Tensor, Tensor]:
+def _encode_images(embedder: Embedder, pictures: Sequence[Sequence[Any]]) -> tuple[Tensor, Tensor]:
+    """(vectors of images float32 [b, d], whether a row has one)."""
     cfg, skeleton = embedder.cfg, embedder.skeleton
     assert skeleton is not None
-    device, parts = next(iter(embedder.params.values())).device, []
-    each = [(i, j, p) for i, row in enumerate(pictures) for j, p in enumerate(row)]
-    word = torch.zeros(1, 1, dtype=torch.int64, device=device)  # the forward pass wants both sides
-    for at in track(range(0, len(each), cfg.batch), "embedding images, batch"):
-        opened = [_opened("embed", cfg, *one) for one in each[at : at + cfg.batch]]
+    device = next(iter(embedder.params.values())).device
+    sources = _enumerate_pictures(pictures)
+    word = torch.zeros(1, 1, dtype=torch.int64, device=device)  # the forward pass needs texts and images
+    batches = list[Tensor]()
+    for start in track(range(0, len(sources), cfg.batch), "embedding images, batch"):
+        opened = [_open_picture("embed", cfg, *source) for source in sources[start : start + cfg.batch]]
         pixels = embedder.processor(images=opened, return_tensors="pt")["pixel_values"].to(device)
         with torch.autocast(device.type, enabled=False):
-            parts.append(
-                skeleton(embedder.params, input_ids=word, pixel_values=pixels).image_embeds.float().cpu()
-            )
-    return _image_means(_first("embed", cfg, torch.cat(parts)), [i for i, _, _ in each], len(pictures))
+            output = skeleton(embedder.params, input_ids=word, pixel_values=pixels)
+        batches.append(output.image_embeds.float().cpu())
+    vectors = _first_dims("embed", cfg, torch.cat(batches))
+    return _mean_per_row(vectors, [row for row, _, _ in sources], len(pictures))
 
 
-def _blank(skeleton: skeletons.Skeleton, device: torch.device) -> Tensor:
+def _blank_image(skeleton: skeletons.Skeleton, device: torch.device) -> Tensor:
     vision = skeleton.config["vision_config"]
     return torch.zeros(1, vision["num_channels"], vision["image_size"], vision["image_size"], device=device)
 
 
 def _token_ids(embedder: Embedder, texts: list[str]) -> list[list[int]]:
     """Token ids of texts; of one that is too long the tokenizer keeps its end token, if it sets one."""
-    tok, most = embedder.tokenizer, min(embedder.cfg.context, _positions(embedder))
+    tok = embedder.tokenizer
+    limit = min(embedder.cfg.context, _max_tokens(embedder))
     rows = tok(texts, truncation=False, padding=False, verbose=False)["input_ids"]
-    if n := sum(len(r) > most for r in rows):
+    too_long = [i for i, row in enumerate(rows) if len(row) > limit]
+    if too_long:
         warnings.warn(
-            f"embed: {n} of {len(rows)} texts are longer than {most} tokens and were cut off", stacklevel=5
-        )  # who called embed
-        rows = [
-            row if len(row) <= most else _cut_off(tok, text, most)
-            for text, row in zip(texts, rows, strict=True)
-        ]
-    if empty := [t for t, r in zip(texts, rows, strict=True) if not r]:
-        raise ValueError(
-            f"embed: the tokenizer of {embedder.cfg.name} must give every text a token, it gives {empty[0][:60]!r} none"
+            f"embed: {len(too_long)} of {len(rows)} texts are longer than {limit} tokens and were cut off",
+            stacklevel=5,  # the caller of embed_queries
         )
+        for i in too_long:
+            rows[i] = _truncate(tok, texts[i], limit)
+    for text, row in zip(texts, rows, strict=True):
+        if not row:
+            raise ValueError(
+                f"embed: the tokenizer of {embedder.cfg.name} must give every text a token, it gives "
+                f"{text[:60]!r} none"
+            )
     return rows
 
 
-def _cut_off(tok: Any, text: str, most: int) -> list[int]:
-    """At most `most` token ids of a text. `truncation=True` would be a setting of the tokenizer, which other threads use meanwhile."""
+def _truncate(tok: Any, text: str, limit: int) -> list[int]:
+    """At most `limit` token ids of a text.
+
+    `truncation=True` would change a setting of the tokenizer, which other threads use meanwhile.
+    """
     backend = tok.backend_tokenizer
     encoding = backend.encode(text, add_special_tokens=False)
-    encoding.truncate(most - backend.num_special_tokens_to_add(False), direction=tok.truncation_side)
+    encoding.truncate(limit - backend.num_special_tokens_to_add(False), direction=tok.truncation_side)
     return backend.post_process(encoding).ids
 
 
-def _positions(embedder: Embedder) -> int:
-    """The longest text the encoder and its tokenizer are made for."""
+def _max_tokens(embedder: Embedder) -> int:
+    """The longest text, in tokens, that the encoder and its tokenizer are made for."""
     assert embedder.skeleton is not None
-    about, module = embedder.skeleton.config, embedder.skeleton.module
-    about = about.get("text_config", about)
-    known = [
-        about.get("max_position_embeddings") or 10**9,
+    settings = embedder.skeleton.config
+    settings = settings.get("text_config", settings)
+    limits = [
+        settings.get("max_position_embeddings") or 10**9,
         int(min(embedder.tokenizer.model_max_length, 10**9)),
     ]
-    for n, m in module.named_modules():  # RoBERTa and MPNet count positions from behind the padding id
-        if (
-            n.endswith("embeddings.position_embeddings")
-            and isinstance(m, nn.Embedding)
-            and m.padding_idx is not None
-        ):
-            known.append(m.num_embeddings - m.padding_idx - 1)
-    return min(known)
+    for name, module in embedder.skeleton.module.named_modules():
+        is_table = name.endswith("embeddings.position_embeddings") and isinstance(module, nn.Embedding)
+        if is_table and module.padding_idx is not None:
+            # RoBERTa and MPNet count positions from behind the padding id.
+            limits.append(module.num_embeddings - module.padding_idx - 1)
+    return min(limits)

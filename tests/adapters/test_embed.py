@@ -458,25 +458,13 @@ def test_encoders_are_saved_by_name(models, tmp_path):
     assert len(names) == 3  # batch and, for this kind, pool do not change a vector
 
 
-# Vectors and errors ---------------------------------------------------------------------------------------------------------------------
-def test_vectors(gen, tmp_path):
-    x, head = torch.randn(3, 8, generator=gen), torch.randn(6, 4, generator=gen)
-    made = embed.open_embedder(embed.EmbedConfig(kind="vectors", name="jina-v4", dims=6))
-    close(embed.embed_vectors(made, x), unit(x[:, :6]))
-    embed.save_embedder(embed.with_head(made, head), tmp_path / "v")
-    close(embed.embed_vectors(embed.read_embedder(tmp_path / "v"), x), unit(unit(x[:, :6]) @ head.double()))
-    with pytest.raises(ValueError, match="are the caller's own: use embed_vectors"):
-        embed.embed_queries(made, ["a"])
-    with pytest.raises(ValueError, match=r"head must be \[6, e\] like the vectors, got \[5, 4\]"):
-        embed.embed_vectors(embed.with_head(made, head[:5]), x)
-    with pytest.raises(ValueError, match=r"row 1 has length 0"):
-        embed.embed_vectors(made, x * torch.tensor([1, 0, 1])[:, None])
-    with pytest.raises(ValueError, match=r"must be floating point \[b, d\], got torch.int64"):
-        embed.embed_vectors(made, x.long())
+# Errors -----------------------------------------------------------------------------------------------------
+def test_heads_that_do_not_fit():
+    made = embed.fit_local(embed.EmbedConfig(dims=2), REPORTS)
+    with pytest.raises(ValueError, match=r"head must be \[2, e\] like the vectors, got \[5, 4\]"):
+        embed.embed_queries(embed.with_head(made, torch.ones(5, 4)), REPORTS[:1])
     with pytest.raises(ValueError, match="finite floating point"):
-        embed.with_head(made, head * torch.inf)
-    with pytest.raises(ValueError, match="only for kind 'vectors', got 'local'"):
-        embed.embed_vectors(embed.Embedder(cfg=embed.EmbedConfig()), x)
+        embed.with_head(made, torch.full((2, 2), torch.inf))
 
 
 def test_config_errors():
@@ -520,8 +508,8 @@ def test_query_errors(models, tmp_path):
         embed.fit_local(embed.EmbedConfig(), ["heart"], [[PICTURES[0], PICTURES[0]]])
     with pytest.raises(ValueError, match="must have words of two letters or more"):
         embed.fit_local(embed.EmbedConfig(), ["<image>", "a b"])
-    with pytest.raises(ValueError, match="only for kind 'local', got 'vectors'"):
-        embed.fit_local(embed.EmbedConfig(kind="vectors"), REPORTS)
+    with pytest.raises(ValueError, match="only for kind 'local', got 'text'"):
+        embed.fit_local(embed.EmbedConfig(kind="text", name="bert"), REPORTS)
     bert = encoder(models, "bert")
     with pytest.raises(
         ValueError, match=r"kind 'text' takes no images, but row 1 has 1; set shares = \[1, 0\]"
