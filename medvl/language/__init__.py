@@ -1,0 +1,8 @@
+"""Language and vision-language models: conversations become tokens and labels, a loss, an answer.
+
+`conversations` reads files of conversations (`vqa_rad` writes those of VQA-RAD) and `messages` checks them;
+`templates` writes them as text and `encoding` as token ids and labels. `images` opens image files
+(`dicom_image` DICOM), `qwen_vl` and `intern_vl` make patches or tiles of them, and `vision` joins images and
+text of a model. `vlm` makes the inputs, hidden states and loss of a model, `generate` its answers; `chat` and
+`system` put all of this together.
+"""

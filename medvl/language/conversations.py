@@ -1,4 +1,4 @@
-"""Files of conversations with images: JSON lines and JSON arrays in the shapes that are common, as messages."""
+"""Files of conversations with images: JSON lines and JSON arrays in the common formats, as messages."""
 
 import glob
 import json
@@ -17,7 +17,8 @@ from medvl.evaluation.answers import has_words
 from medvl.language.messages import check_keys, check_order, check_other_tags, check_tags, is_empty
 
 _log = logging.getLogger(__name__)
-_SHAPES = {  # what tells a shape: the keys that it must have
+# The formats: of each the key that tells it, and the keys that it must have.
+_FORMATS = {
     "query": {"query", "response"},
     "instruction": {"instruction", "output"},
     "conversations": {"conversations"},
@@ -25,8 +26,8 @@ _SHAPES = {  # what tells a shape: the keys that it must have
     "messages": {"messages"},
 }
 _ROLES = {"human": "user", "gpt": "assistant"}
-_IMAGES = 'images are read from "images" (a list of file names) or "image" (one)'
-_NAMES_OF_IMAGES = (
+_IMAGE_KEYS = 'images are read from "images" (a list of file names) or "image" (one)'
+_OTHER_IMAGE_KEYS = (
     "image_path",
     "image_paths",
     "image_file",
@@ -73,46 +74,61 @@ def read_conversations(
 ) -> list[Conversation]:
     """Conversations from JSON lines, or from one JSON array of them, checked to the last.
 
-    The shapes of a conversation: {"query": text, "response": text}, {"instruction": text, "input": text or nothing, "output": text},
-    {"conversations": [{"from": "user" or "human" ..., "value": text}, ...]} or {"messages": [{"role": "user" ..., "content": text}, ...]},
-    where a content may be OpenAI's list of {"type": "text"} and {"type": "image_url"} or {"type": "image"}; with "images" (a list; or
-    "image", one name), "system", "history" (a list of [question, answer]; beside "query" and "instruction"), and "id" or "episode_id" where
-    wanted. What is empty or null is as if it were not there. The user's texts hold one `tag` per image; images are taken from left to
-    right.
+    The shapes of a conversation: {"query": text, "response": text}, {"instruction": text, "input": text or
+    nothing, "output": text}, {"conversations": [{"from": "user" or "human" ..., "value": text}, ...]} or
+    {"messages": [{"role": "user" ..., "content": text}, ...]}, where a content may be OpenAI's list of
+    {"type": "text"} and {"type": "image_url"} or {"type": "image"}; with "images" (a list; or "image", one
+    name), "system", "history" (a list of [question, answer]; beside "query" and "instruction"), and "id" or
+    "episode_id" where wanted. What is empty or null is as if it were not there. The user's texts hold one
+    `tag` per image; images are taken from left to right.
 
     Args:
         root: where relative image paths start, so "./../x" is beside it; the file's own folder when None.
-        max_images: `limit_images` of every conversation, one warning says of how many; 0 = no limit. Dropped images must be there too.
+        max_images: `limit_images` of every conversation, one warning says of how many; 0 = no limit. Dropped
+            images must be there too.
     Raises:
-        ValueError: with file and line: no UTF-8, no JSON, another shape, wrong roles or order, no turn of the assistant, contents that are
-            no strings, tags that do not match the images, an image that is not there, keys and tags that would change what is trained and
-            are not read (videos, boxes, worse answers); or the file is empty or absent.
+        ValueError: with file and line: no UTF-8, no JSON, another shape, wrong roles or order, no turn of the
+            assistant, contents that are no strings, tags that do not match the images, an image that is not
+            there, keys and tags that would change what is trained and are not read (videos, boxes, worse
+            answers); or the file is empty or absent.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     folder = path.parent if root is None else Path(root)
-    found = [
-        _conversation(record, where, line, tag, folder, str(path)) for line, where, record in _records(path)
-    ]
-    if not found:
+    conversations = list[Conversation]()
+    for line, where, record in _read_records(path):
+        conversations.append(_parse_conversation(record, where, line, tag, folder, str(path)))
+    if not conversations:
         raise ValueError(f"{path}: holds no conversation")
-    kept = [limit_images(c, max_images, tag) for c in found]
-    if dropped := [len(c.images) - len(s.images) for c, s in zip(found, kept, strict=True) if s is not c]:
-        said = f"{sum(dropped)} images of {len(dropped)} of {len(found)} conversations are left out"
-        _log.warning("%s: %s: a turn of the user may have %d, its last", path, said, max_images)
-    return kept
+    limited = [limit_images(conversation, max_images, tag) for conversation in conversations]
+    dropped = list[int]()  # images of each conversation that loses some
+    for before, after in zip(conversations, limited, strict=True):
+        if after is not before:
+            dropped.append(len(before.images) - len(after.images))
+    if dropped:
+        counts = f"{sum(dropped)} images of {len(dropped)} of {len(conversations)} conversations are left out"
+        _log.warning("%s: %s: a turn of the user may have %d, its last", path, counts, max_images)
+    return limited
 
 
 def check_gold(conversations: Iterable[Conversation], *, every: bool = False) -> None:
-    """Raise where the last answer, with which answers are to be compared, holds no word; with `every`, where any answer does not."""
-    for c in conversations:
-        answers = [m["content"] for m in c.messages if m["role"] == "assistant"]
-        for answer in answers if every else answers[-1:]:
+    """Check that the last answer, with which predictions are compared, holds a word; with `every`, all
+    answers.
+
+    Raises:
+        ValueError: one does not.
+    """
+    for conversation in conversations:
+        answers = [m["content"] for m in conversation.messages if m["role"] == "assistant"]
+        compared, name = answers[-1:], "the last"
+        if every:
+            compared, name = answers, "each"
+        for answer in compared:
             if not has_words(answer):
-                which = "each" if every else "the last"
                 raise ValueError(
-                    f"{c.place}: {which} answer must hold a word to be compared with, got {short(answer)}"
+                    f"{conversation.place}: {name} answer must hold a word to be compared with, got "
+                    f"{short(answer)}"
                 )
 
 
@@ -120,17 +136,19 @@ def warn_of_one_file(pattern: str) -> None:
     """Warn where a pattern names one file for all splits: what is scored was then trained on."""
     if "{split}" not in pattern:
         _log.warning(
-            "%s: is one file for all splits, so that what is scored was trained on; write {split} where their names differ",
+            "%s: is one file for all splits, so that what is scored was trained on; write {split} where "
+            "their names differ",
             pattern,
         )
 
 
-def _records(path: Path) -> Iterator[tuple[int, str, Any]]:
+def _read_records(path: Path) -> Iterator[tuple[int, str, Any]]:
     """(line, place for errors, record) of every record of a file of JSON lines, or of one JSON array."""
     content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     if content.lstrip()[:1] == b"[":
         yield from _array_records(path, content)
         return
+    # Split at line feeds only: str.splitlines would also split at separators that JSON texts may hold.
     for line, raw in enumerate(content.split(b"\n"), 1):
         if not raw.strip():
             continue
@@ -143,35 +161,43 @@ def _records(path: Path) -> Iterator[tuple[int, str, Any]]:
 
 
 def _array_records(path: Path, content: bytes) -> Iterator[tuple[int, str, Any]]:
-    """Records one after the other, so that each knows the line on which it begins."""
+    """The records of a JSON array one after the other, so that errors name the line on which each begins."""
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as e:
         line = content.count(b"\n", 0, e.start) + 1
         raise ValueError(f"{path}, line {line}: not UTF-8 ({e})") from e
-    decoder, blank = json.JSONDecoder(), re.compile(r"\s*")
-    at, line, counted, number = text.index("[") + 1, 1, 0, 0
-
-    def skip_blanks(at: int) -> int:
-        hit = blank.match(text, at)
-        return at if hit is None else hit.end()
-
-    at = skip_blanks(at)
-    while text[at : at + 1] != "]":
-        line, counted, number = line + text.count("\n", counted, at), at, number + 1
+    decoder = json.JSONDecoder()
+    line = 1
+    counted = 0  # characters whose line breaks are in `line`
+    number = 0
+    position = _skip_blanks(text, text.index("[") + 1)
+    while text[position : position + 1] != "]":
+        line += text.count("\n", counted, position)
+        counted = position
+        number += 1
         where = f"{path}, line {line}, record {number}"
         try:
-            record, at = decoder.raw_decode(text, at)
+            record, position = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as e:
             raise ValueError(f"{where}: not JSON, or the array is cut off ({e})") from e
         yield line, where, record
-        at = skip_blanks(at)
-        if text[at : at + 1] == ",":
-            at = skip_blanks(at + 1)
-        elif text[at : at + 1] != "]":
-            raise ValueError(f"{where}: a comma or ] must follow, got {short(text[at : at + 20])}")
-    if text[at + 1 :].strip():
-        raise ValueError(f"{path}: nothing may follow the array, got {short(text[at + 1 :].strip()[:40])}")
+        position = _skip_blanks(text, position)
+        if text[position : position + 1] == ",":
+            position = _skip_blanks(text, position + 1)
+        elif text[position : position + 1] != "]":
+            near = text[position : position + 20]
+            raise ValueError(f"{where}: a comma or ] must follow, got {short(near)}")
+    behind = text[position + 1 :].strip()
+    if behind:
+        raise ValueError(f"{path}: nothing may follow the array, got {short(behind[:40])}")
+
+
+def _skip_blanks(text: str, position: int) -> int:
+    """The position of the first character from `position` on that is no white space."""
+    while text[position : position + 1].isspace():
+        position += 1
+    return position
 
 
 def limit_images(conversation: Conversation, most: int, tag: str = "<image>") -> Conversation:
@@ -190,15 +216,15 @@ def limit_images(conversation: Conversation, most: int, tag: str = "<image>") ->
     counts = [m["content"].count(tag) for m in conversation.messages]
     if not most or max(counts) <= most:
         return conversation
-    messages, images, start = list[dict[str, str]](), list[Path](), 0
+    messages = list[dict[str, str]]()
+    images = list[Path]()
+    start = 0  # of the images of a message
     for message, count in zip(conversation.messages, counts, strict=True):
-        over = max(0, count - most)
-        images += conversation.images[start + over : start + count]
-        text = (
-            re.sub(re.escape(tag) + r"(\r?\n)?", "", message["content"], count=over)
-            if over
-            else message["content"]
-        )
+        surplus = max(0, count - most)
+        images += conversation.images[start + surplus : start + count]
+        text = message["content"]
+        if surplus:  # re.sub takes a count of 0 for all
+            text = re.sub(re.escape(tag) + r"(\r?\n)?", "", text, count=surplus)
         messages.append({**message, "content": text})
         start += count
     return evolve(conversation, messages=tuple(messages), images=tuple(images))
@@ -216,191 +242,254 @@ def read_tasks(
     """Conversations of several tasks, each with its task in `extra["task"]`.
 
     Args:
-        pattern: path with "{split}" where files differ by split. With "{task}" ("data/{task}/{split}.jsonl") every task has a file: what
-            stands there, within one name, is the task, and tasks come in sorted order. Without, it is one file, its lines say their task.
+        pattern: path with "{split}" where files differ by split. With "{task}" ("data/{task}/{split}.jsonl")
+            every task has a file: what stands there, within one name, is the task, and tasks come in sorted
+            order. Without, it is one file, its lines say their task.
         key: what lines call it; in files of one task a line needs none, but must not name another.
         tag, root, max_images: as `read_conversations`.
     Raises:
-        ValueError: no such file; with file and line, a task that is missing, no text, or another than the file's; and as
-            `read_conversations`.
+        ValueError: no such file; with file and line, a task that is missing, no text, or another than the
+            file's; and as `read_conversations`.
     """
     name = str(pattern).replace("{split}", split)
-    named = _task_files(name) if "{task}" in name else {"": Path(name)}
-    if not named:
+    paths = {"": Path(name)}
+    if "{task}" in name:
+        paths = _task_files(name)
+    if not paths:
         raise ValueError(f"{name}: no file is called so, whatever the task")
-    found = list[Conversation]()
-    for task in sorted(named):
-        for c in read_conversations(named[task], tag=tag, root=root, max_images=max_images):
-            own = c.extra.get(key, task)
-            if not isinstance(own, str) or not own.strip() or (task and own != task):
-                wanted = f'be "{task}" like the file\'s, or not be there' if task else "be there and be text"
-                got = (
-                    short(c.extra[key])
-                    if key in c.extra
-                    else f"only {', '.join(c.extra) or 'what every line has'}"
-                )
-                raise ValueError(f'{named[task]}, line {c.line}: "{key}" must {wanted}, got {got}')
-            found.append(evolve(c, extra=c.extra | {"task": own}))
-    return found
+    conversations = list[Conversation]()
+    for file_task in sorted(paths):
+        path = paths[file_task]
+        for conversation in read_conversations(path, tag=tag, root=root, max_images=max_images):
+            task = conversation.extra.get(key, file_task)
+            is_task = isinstance(task, str) and task.strip()
+            if not is_task or (file_task and task != file_task):
+                raise ValueError(_wrong_task(conversation, path, key, file_task))
+            conversations.append(evolve(conversation, extra=conversation.extra | {"task": task}))
+    return conversations
+
+
+def _wrong_task(conversation: Conversation, path: Path, key: str, file_task: str) -> str:
+    """The error of a conversation whose task is missing, is no text, or is not that of its file."""
+    rule = "be there and be text"
+    if file_task:
+        rule = f'be "{file_task}" like the file\'s, or not be there'
+    if key in conversation.extra:
+        value = short(conversation.extra[key])
+    else:
+        value = f"only {', '.join(conversation.extra) or 'what every line has'}"
+    return f'{path}, line {conversation.line}: "{key}" must {rule}, got {value}'
 
 
 def task_paths(pattern: str) -> dict[str, list[Path]]:
-    """What is there under the names of a pattern with "{task}", by the task that stands there, in natural order ("v2" before "v10").
+    """What is there under the names of a pattern with "{task}", by the task that stands there, in natural
+    order ("v2" before "v10").
 
     "{task}" may stand in it more than once, for the same text, and "*" for any text; both within one name.
     """
-    parts = re.split(r"(\{task\}|\*)", pattern)
-    regex, known = "", False
-    for part in parts:
-        if part == "{task}":
-            regex, known = regex + (r"(?P=task)" if known else "(?P<task>[^/]+)"), True
+    regex = ""
+    wildcards = ""  # the pattern of glob, which knows no names
+    for piece in re.split(r"(\{task\}|\*)", pattern):
+        if piece == "{task}":
+            regex += "(?P=task)" if "(?P<task>" in regex else "(?P<task>[^/]+)"
+            wildcards += "*"
+        elif piece == "*":
+            regex += "[^/]*"
+            wildcards += "*"
         else:
-            regex += "[^/]*" if part == "*" else re.escape(part)
-    found: dict[str, list[Path]] = {}
-    for path in glob.glob("".join("*" if part in ("{task}", "*") else glob.escape(part) for part in parts)):
-        if hit := re.fullmatch(regex, path):
-            found.setdefault(hit["task"], []).append(Path(path))
-    return {task: sorted(found[task], key=_natural) for task in sorted(found)}
+            regex += re.escape(piece)
+            wildcards += glob.escape(piece)
+    paths = dict[str, list[Path]]()
+    for path in glob.glob(wildcards):
+        hit = re.fullmatch(regex, path)
+        if hit:
+            paths.setdefault(hit["task"], []).append(Path(path))
+    return {task: sorted(paths[task], key=_natural) for task in sorted(paths)}
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
+    """A sort key by which numbers in names count as numbers."""
     return [(int(number or 0), text) for text, number in re.findall(r"(\D*)(\d*)", str(path))]
 
 
 def _task_files(pattern: str) -> dict[str, Path]:
-    """The file of each task."""
-    files_of = {task: [p for p in paths if p.is_file()] for task, paths in task_paths(pattern).items()}
-    if several := [task for task, paths in files_of.items() if len(paths) > 1]:
-        raise ValueError(
-            f"{pattern}: task {several[0]} must have one file, found {', '.join(map(str, files_of[several[0]][:4]))}"
-        )
-    return {task: paths[0] for task, paths in files_of.items() if paths}
+    """The one file of each task."""
+    of_task = dict[str, Path]()
+    for task, paths in task_paths(pattern).items():
+        existing = [path for path in paths if path.is_file()]
+        if len(existing) > 1:
+            raise ValueError(
+                f"{pattern}: task {task} must have one file, found {', '.join(map(str, existing[:4]))}"
+            )
+        if existing:
+            of_task[task] = existing[0]
+    return of_task
 
 
-def _conversation(record: Any, where: str, line: int, tag: str, folder: Path, file: str) -> Conversation:
+def _parse_conversation(
+    record: Any, where: str, line: int, tag: str, folder: Path, file: str
+) -> Conversation:
     if not isinstance(record, dict):
         raise ValueError(f"{where}: must be a JSON object, one per line, got {short(record)}")
-    rest = dict(record)
-    check_keys(rest, where, dict.fromkeys(_NAMES_OF_IMAGES, _IMAGES))
-    turns, inner = _messages(rest, where, tag)
-    messages = tuple(turns)
+    remaining = dict(record)  # the helpers take out the keys that they read
+    check_keys(remaining, where, dict.fromkeys(_OTHER_IMAGE_KEYS, _IMAGE_KEYS))
+    messages, images_in_messages = _take_messages(remaining, where, tag)
     check_order(messages, "assistant", where)
     check_other_tags(messages, tag, where)
-    images = _image_names(rest, where)
-    if inner and images:
+    images = _take_images(remaining, where)
+    if images_in_messages and images:
         raise ValueError(f'{where}: images must be in the messages or in "images", not in both')
-    images = inner or images
+    images = images_in_messages or images
     check_tags(messages, tag, len(images), where)
     paths = tuple(folder / name for name in images)
     for name, path in zip(images, paths, strict=True):
         if not os.path.isfile(path):  # and not path.is_file(), which raises for a name that is too long
             raise ValueError(
-                f"{where}: image {name[:100]!r} is not there (relative names start from {folder}; give another root)"
+                f"{where}: image {name[:100]!r} is not there (relative names start from {folder}; give "
+                "another root)"
             )
-    name = str(rest.pop("id" if "id" in rest else "episode_id", ""))
-    return Conversation(messages=messages, images=paths, id=name, line=line, extra=rest, file=file)
+    id_key = "id" if "id" in remaining else "episode_id"
+    return Conversation(
+        messages=tuple(messages),
+        images=paths,
+        id=str(remaining.pop(id_key, "")),
+        line=line,
+        extra=remaining,
+        file=file,
+    )
 
 
-def _image_names(rest: dict[str, Any], where: str) -> list[str]:
-    """Takes the images out of a record."""
-    given = [value for key in ("images", "image") if not is_empty(value := rest.pop(key, None))]
-    images = [given[0]] if given and not isinstance(given[0], list) else given[0] if given else []
-    # Data sets of the Hugging Face hub write {"path": name, "bytes": null}.
-    images = [
-        item["path"] if isinstance(item, dict) and is_empty(item.get("bytes")) and "path" in item else item
-        for item in images
-    ]
-    if len(given) > 1 or not all(isinstance(name, str) for name in images):
+def _take_images(record: dict[str, Any], where: str) -> list[str]:
+    """Take the names of images out of a record."""
+    values = [record.pop(key, None) for key in ("images", "image")]
+    values = [value for value in values if not is_empty(value)]
+    images = []
+    if values:
+        images = values[0] if isinstance(values[0], list) else [values[0]]
+    names = [_image_name(item) for item in images]
+    if len(values) > 1 or not all(isinstance(name, str) for name in names):
         raise ValueError(
-            f'{where}: "images" must be a list of file names (or "image" one), got {short(given)}'
+            f'{where}: "images" must be a list of file names (or "image" one), got {short(values)}'
         )
-    return images
+    return names
 
 
-def _messages(rest: dict[str, Any], where: str, tag: str) -> tuple[list[dict[str, str]], list[str]]:
-    """Takes the messages out of a record, and the images that are named inside them."""
-    history = rest.pop("history", None)
-    shapes = [keys for key, keys in _SHAPES.items() if key in rest]
-    plain = bool(shapes) and len(shapes[0]) == 2  # one question and its answer
-    if len(shapes) != 1 or not shapes[0] <= rest.keys() or not (is_empty(history) or plain):
+def _image_name(item: Any) -> Any:
+    """Data sets of the Hugging Face hub write an image as {"path": name, "bytes": null}."""
+    if isinstance(item, dict) and "path" in item and is_empty(item.get("bytes")):
+        return item["path"]
+    return item
+
+
+def _take_messages(record: dict[str, Any], where: str, tag: str) -> tuple[list[dict[str, str]], list[str]]:
+    """Take the messages out of a record, and the images that are named inside them."""
+    history = record.pop("history", None)
+    formats = [keys for key, keys in _FORMATS.items() if key in record]
+    is_pair = bool(formats) and len(formats[0]) == 2  # one question and its answer
+    is_complete = len(formats) == 1 and formats[0] <= record.keys()
+    if not is_complete or not (is_empty(history) or is_pair):
+        keys = [*record]
+        if history:
+            keys.append("history")
         raise ValueError(
-            f'{where}: must have "messages", or "conversations", or "query" and "response", or "instruction" and "output" (and "history" '
-            f"only beside the last two), found {', '.join([*rest, *(['history'] if history else [])]) or 'nothing'}"
+            f'{where}: must have "messages", or "conversations", or "query" and "response", or '
+            '"instruction" and '
+            f'"output" (and "history" only beside the last two), found {", ".join(keys) or "nothing"}'
         )
-    system = rest.pop("system", None)
-    messages = [] if is_empty(system) else [{"role": "system", "content": system}]
-    if plain:
-        return messages + _question_and_answer(rest, history or [], where), []
-    key = next(iter(shapes[0]))
-    role, content = ("role", "content") if key == "messages" else ("from", "value")
-    turns = rest.pop(key)
+    system = record.pop("system", None)
+    messages = list[dict[str, str]]()
+    if not is_empty(system):
+        messages.append({"role": "system", "content": system})
+    if is_pair:
+        return messages + _take_question_and_answer(record, history or [], where), []
+
+    key = next(iter(formats[0]))
+    role_key, content_key = "from", "value"
+    if key == "messages":
+        role_key, content_key = "role", "content"
+    turns = record.pop(key)
+    if not isinstance(turns, list):
+        turns = [turns]
     images = list[str]()
-    for i, turn in enumerate(turns if isinstance(turns, list) else [turns]):
-        own = (
-            {k: v for k, v in turn.items() if k in (role, content) or not is_empty(v)}
-            if isinstance(turn, dict)
-            else {}
-        )
-        if own.keys() != {role, content}:
+    for i, turn in enumerate(turns):
+        values = {}
+        if isinstance(turn, dict):  # other keys are ignored where they are empty
+            values = {k: v for k, v in turn.items() if k in (role_key, content_key) or not is_empty(v)}
+        if values.keys() != {role_key, content_key}:
             raise ValueError(
-                f'{where}: message {i} must be {{"{role}": text, "{content}": text}}, got {short(turn)}'
+                f'{where}: message {i} must be {{"{role_key}": text, "{content_key}": text}}, got '
+                f"{short(turn)}"
             )
-        text = own[content]
-        if isinstance(text, list):
-            text, names = _joined(text, f"{where}: message {i}", tag)
+        content = values[content_key]
+        if isinstance(content, list):
+            content, names = _join_parts(content, f"{where}: message {i}", tag)
             images += names
-        name = str(own[role])
-        messages.append({"role": _ROLES.get(name, name), "content": text})
+        role = str(values[role_key])
+        messages.append({"role": _ROLES.get(role, role), "content": content})
     return messages, images
 
 
-def _question_and_answer(rest: dict[str, Any], history: Any, where: str) -> list[dict[str, str]]:
-    """Takes a question with its answer out of a record, behind those of the history."""
-    if "query" in rest:
-        question, answer = rest.pop("query"), rest.pop("response")
+def _take_question_and_answer(record: dict[str, Any], history: Any, where: str) -> list[dict[str, str]]:
+    """Take a question with its answer out of a record, behind those of the history."""
+    if "query" in record:
+        question = record.pop("query")
+        answer = record.pop("response")
     else:
-        question, answer = rest.pop("instruction"), rest.pop("output")
-        if not is_empty(more := rest.pop("input", None)):
+        question = record.pop("instruction")
+        answer = record.pop("output")
+        more = record.pop("input", None)
+        if not is_empty(more):
             if not isinstance(more, str) or not isinstance(question, str):
                 raise ValueError(
-                    f'{where}: "instruction" and "input" must be texts, got {short(question)} and {short(more)}'
+                    f'{where}: "instruction" and "input" must be texts, got {short(question)} and '
+                    f"{short(more)}"
                 )
             question = f"{question}\n{more}"  # as LLaMA-Factory joins them
+    pairs = [history]
+    if isinstance(history, list):
+        pairs = [*history, [question, answer]]
     messages = list[dict[str, str]]()
-    for pair in [*history, [question, answer]] if isinstance(history, list) else [history]:
+    for pair in pairs:
         if not isinstance(pair, list) or len(pair) != 2:
             raise ValueError(f'{where}: "history" must be a list of [question, answer], got {short(history)}')
-        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+        messages.append({"role": "user", "content": pair[0]})
+        messages.append({"role": "assistant", "content": pair[1]})
     return messages
 
 
-def _joined(parts: list[Any], where: str, tag: str) -> tuple[str, list[str]]:
+def _join_parts(parts: list[Any], where: str, tag: str) -> tuple[str, list[str]]:
     """(text, names of images) of OpenAI's list of parts; an image without a name is one of "images"."""
     if not parts:
         raise ValueError(f"{where} must be text, got an empty list of parts")
-    texts, names = list[str](), list[str]()
+    text = ""
+    names = list[str]()
     for part in parts:
-        kind = part.get("type") if isinstance(part, dict) else None
+        kind = None
+        if isinstance(part, dict):
+            kind = part.get("type")
         if kind == "text" and isinstance(part.get("text"), str):
-            texts.append(part["text"])
+            text += part["text"]
         elif kind in ("image", "image_url"):
-            texts.append(tag)
-            names += _image_of(part, where)
+            text += tag
+            names += _image_of_part(part, where)
         else:
             raise ValueError(
                 f'{where}: parts must be {{"type": "text", "text": ...}} or an image, got {short(part)}'
             )
-    return "".join(texts), names
+    return text, names
 
 
-def _image_of(part: dict[str, Any], where: str) -> list[str]:
-    """The name of the image of a part, none where it names none."""
-    values = [value for key in ("image_url", "image", "path", "url") if not is_empty(value := part.get(key))]
+def _image_of_part(part: dict[str, Any], where: str) -> list[str]:
+    """The name of the image of a part; no name where the part has none."""
+    values = [part.get(key) for key in ("image_url", "image", "path", "url")]
+    values = [value for value in values if not is_empty(value)]
     if not values:
         return []
-    value = values[0].get("url") if isinstance(values[0], dict) else values[0]
-    if not isinstance(value, str) or re.match("(data|https?):", value):
+    name = values[0]
+    if isinstance(name, dict):
+        name = name.get("url")
+    if not isinstance(name, str) or re.match("(data|https?):", name):
         raise ValueError(
-            f"{where}: an image must be the name of a file, got {short(value)}; write it to a file"
+            f"{where}: an image must be the name of a file, got {short(name)}; write it to a file"
         )
-    return [value.removeprefix("file://")]
+    return [name.removeprefix("file://")]

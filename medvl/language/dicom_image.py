@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 _log = logging.getLogger(__name__)
-# What is read of a file. Names, dates and numbers of patients are passed over, so that no message can hold them.
+# What is read of a file. Names, dates and numbers of patients are passed over, so that no message can hold
+# them.
 _TAGS = [
     *(
         "Rows",
@@ -65,9 +66,10 @@ def read_dicom(
 ) -> np.ndarray:
     """The image of a DICOM file as it is looked at, uint8 [y, x], or [y, x, 3] of colours.
 
-    Greys are rescaled (RescaleSlope and RescaleIntercept, or the modality's table), shown through a window, and inverted where they are
-    MONOCHROME1. The window is `window`, else the first of the file. Without either, greys of 8 bits are shown as they are, and deeper ones
-    from their lowest to their highest, with a warning. A table of the file instead of a window (VOILUTSequence) is not applied.
+    Greys are rescaled (RescaleSlope and RescaleIntercept, or the modality's table), shown through a window,
+    and inverted where they are MONOCHROME1. The window is `window`, else the first of the file. Without
+    either, greys of 8 bits are shown as they are, and deeper ones from their lowest to their highest, with a
+    warning. A table of the file instead of a window (VOILUTSequence) is not applied.
 
     Args:
         where: what errors begin with.
@@ -75,8 +77,8 @@ def read_dicom(
         window: (black, white) in rescaled greys, for CT in HU: linear between them.
         only_deep: the window is for greys of more than 8 bits, and not for others or colours.
     Raises:
-        ValueError: pydicom is not installed; no pixels, several frames, an enhanced object, more than `most` pixels, a transfer syntax or
-            colours that are not read, a window for colours, a broken file.
+        ValueError: pydicom is not installed; no pixels, several frames, an enhanced object, more than `most`
+            pixels, a transfer syntax or colours that are not read, a window for colours, a broken file.
     Source: DICOM PS3.3, C.7.6.3, C.11.1 and C.11.2, by pydicom.
     """
     try:
@@ -132,14 +134,16 @@ def _checked(content: bytes, most: int) -> Any:
         raise ValueError("it holds no pixels (PixelData); give one that is an image")
     if (image.get("NumberOfFrames") or 1) > 1 or "SharedFunctionalGroupsSequence" in image:
         raise ValueError(
-            "several frames, or an enhanced object, are not read; write the frame that is meant to a file of its own"
+            "several frames, or an enhanced object, are not read; write the frame that is meant to a file "
+            "of its own"
         )
     if (
         image.PhotometricInterpretation not in ("MONOCHROME1", "MONOCHROME2", "RGB")
         and "YBR" not in image.PhotometricInterpretation
     ):
         raise ValueError(
-            f"colours of DICOM must be greys, RGB or YBR, got {image.PhotometricInterpretation}; write it as a PNG"
+            f"colours of DICOM must be greys, RGB or YBR, got {image.PhotometricInterpretation}; write it "
+            "as a PNG"
         )
     shape = image.Rows, image.Columns, image.SamplesPerPixel
     if (

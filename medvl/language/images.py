@@ -16,7 +16,8 @@ from medvl.base.files import PathLike
 from medvl.language import dicom_image
 
 Picture = Image.Image | np.ndarray | Tensor
-# Pixels of a file that is opened: where Pillow starts to warn of decompression bombs. An A4 page at 600 dpi has 35 million.
+# Pixels of a file that is opened: where Pillow starts to warn of decompression bombs. An A4 page at 600 dpi
+# has 35 million.
 LARGEST = 89_478_485
 _FORMATS = (
     "BMP",
@@ -50,14 +51,17 @@ def open_image(
     """Read an image file upright (EXIF orientation applied), whole, as RGB with what is transparent white.
 
     Args:
-        source: a path, or the content of a file. PNG, JPEG, JPEG 2000, TIFF, WebP, BMP, GIF or PPM, or one DICOM image as
-            `dicom_image.read_dicom` shows it; the content decides, not the name.
+        source: a path, or the content of a file. PNG, JPEG, JPEG 2000, TIFF, WebP, BMP, GIF or PPM, or one
+            DICOM image as `dicom_image.read_dicom` shows it; the content decides, not the name.
         page: of a file with several pages or frames, counted from 0.
-        window: (black, white): the greys shown as 0 and 255, linear between them. Files with greys of more than 8 bits need one.
-        only_deep: the window is for files with greys of more than 8 bits, and others are opened without it (a folder that has both).
+        window: (black, white): the greys shown as 0 and 255, linear between them. Files with greys of more
+            than 8 bits need one.
+        only_deep: the window is for files with greys of more than 8 bits, and others are opened without it (a
+            folder that has both).
     Raises:
-        ValueError: no such file, none of these formats, broken, truncated or empty; more than `LARGEST` pixels (refused before they are
-            decoded); several pages and no `page`; deep greys and no window, or a window for colours.
+        ValueError: no such file, none of these formats, broken, truncated or empty; more than `LARGEST`
+            pixels (refused before they are decoded); several pages and no `page`; deep greys and no window,
+            or a window for colours.
     """
     name = f"open_image: {f'image of {len(source)} bytes' if isinstance(source, bytes) else source}"
     if _is_dicom(source, name):
@@ -86,7 +90,8 @@ def open_image(
             image.seek(page or 0)
         if image.width * image.height > LARGEST:
             raise ValueError(
-                f"{name}: must have at most {LARGEST} pixels, got {image.width} x {image.height}; make it smaller"
+                f"{name}: must have at most {LARGEST} pixels, got {image.width} x {image.height}; make it "
+                "smaller"
             )
         with _reading(name):
             image.load()
@@ -136,18 +141,21 @@ def to_rgb(image: Picture, where: str) -> Image.Image:
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
             raise ValueError(
-                f"{where}: an array must be uint8 [y, x, 3] and not empty, got {image.dtype} {list(image.shape)}"
+                f"{where}: an array must be uint8 [y, x, 3] and not empty, got {image.dtype} "
+                f"{list(image.shape)}"
             )
         return Image.fromarray(image)
     if not isinstance(image, Image.Image):
         raise ValueError(
-            f"{where}: image must be a PIL image, an array or a tensor, got {type(image).__name__}; open_image reads files"
+            f"{where}: image must be a PIL image, an array or a tensor, got {type(image).__name__}; "
+            "open_image reads files"
         )
     with _reading(f"{where}: the image"):
         image.load()
     if image.mode[0] in "IF":
         raise ValueError(
-            f"{where}: greys of more than 8 bits (mode {image.mode}) need a window: open_image(path, window=(black, white)), or scale them"
+            f"{where}: greys of more than 8 bits (mode {image.mode}) need a window: open_image(path, "
+            "window=(black, white)), or scale them"
         )
     with _reading(f"{where}: the image (mode {image.mode})"):
         if not image.has_transparency_data:
@@ -156,8 +164,21 @@ def to_rgb(image: Picture, where: str) -> Image.Image:
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
+def check_statistics(where: str, name: str, values: tuple[float, ...]) -> None:
+    """Check the "mean" or "std" of the channels, by which pixels are normalised.
+
+    Raises:
+        ValueError: not 3 finite numbers, or a standard deviation that is not above 0.
+    """
+    is_std = name == "std"
+    are_numbers = len(values) == 3 and all(isinstance(x, int | float) and math.isfinite(x) for x in values)
+    if not are_numbers or (is_std and min(values) <= 0):
+        raise ValueError(f"{where}: {name} must be 3 finite numbers{' > 0' * is_std}, got {values!r}")
+
+
 def cap_pixels(image: Image.Image, most: int) -> Image.Image:
-    """An RGB image with at most `most` pixels: bicubic, its aspect ratio kept to the pixel, never enlarged, never without a pixel.
+    """An RGB image with at most `most` pixels: bicubic, its aspect ratio kept to the pixel, never enlarged,
+    never without a pixel.
 
     Args:
         most: largest width * height; 0 = no limit. An image within it is returned itself.
@@ -183,7 +204,8 @@ def _windowed(name: str, image: Image.Image, window: tuple[float, float] | None)
     grey = np.asarray(image).astype(np.float64)
     if window is None or not window[0] < window[1] or not np.isfinite(grey).all():
         raise ValueError(
-            f"{name}: greys of more than 8 bits must be finite and need window=(black, white) with black < white, "
+            f"{name}: greys of more than 8 bits must be finite and need window=(black, white) with black < "
+            "white, "
             f"got values from {grey.min():g} to {grey.max():g} and window={window}"
         )
     return Image.fromarray(dicom_image.window_greys(grey, *window))
@@ -200,7 +222,8 @@ def _reading(name: str) -> Iterator[None]:
         raise ValueError(f"{name}: must have at most {LARGEST} pixels ({e}); make it smaller") from e
     except UnidentifiedImageError as e:
         raise ValueError(
-            f"{name}: must be an image ({', '.join(_FORMATS)}), found none of these; empty or broken at its start?"
+            f"{name}: must be an image ({', '.join(_FORMATS)}), found none of these; empty or broken at "
+            "its start?"
         ) from e
     except _BROKEN as e:
         raise ValueError(f"{name}: cannot be read, broken or truncated ({e})") from e

@@ -181,8 +181,8 @@ def test_local_rows_alone_and_saved_and_elsewhere(tmp_path):
     assert torch.equal(embed.embed_queries(again, QUERIES, seen), F.normalize(want[:, :5]))
     embed.save_embedder(made, tmp_path / "bare")
     code = (
-        "import sys, torch; from medvl.adapters import embed; folder, out, *paths = sys.argv[1:]; m = e.read_embedder(folder);"
-        f"torch.save(e.embed(m, {QUERIES!r}, [paths[:2], [], paths[2:3]]), out)"
+        "import sys, torch; from medvl.adapters import embed; folder, out, *paths = sys.argv[1:]; m = embed.read_embedder(folder);"
+        f"torch.save(embed.embed_queries(m, {QUERIES!r}, [paths[:2], [], paths[2:3]]), out)"
     )
     subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "bare"), str(tmp_path / "x.pt"), *map(str, paths)],

@@ -237,14 +237,14 @@ def test_generation_uses_no_name_that_goes_away():
         score_options(skeleton, params, ours(tiny.batch("qwen3", COUNTS)), [[[5, 6], [7]]] * 2)
 
 
-def test_positions_go_on_as_mrope_next_says():
+def test_positions_go_on_as_the_delta_says():
     skeleton, params = model("qwen2_5_vl")
     batch = ours(tiny.batch("qwen2_5_vl"))
     positions, delta = qwen_vl.mrope(
         batch["ids"], batch["mask"].bool(), batch["image_grid_thw"], image_token=150
     )
     call = vlm.model_inputs(skeleton, batch)
-    assert torch.equal(g._next_position(call), qwen_vl.mrope_next(delta, batch["mask"].sum(1)))
+    assert torch.equal(g._next_position(call), (delta + batch["mask"].sum(1)[:, None]).expand(3, -1, -1))
     plain = {k: v for k, v in batch.items() if k != "mm_token_type_ids"}
     given = generate(Sampling(max_tokens=6), skeleton, params, plain | {"position_ids": positions})
     assert given == generate(Sampling(max_tokens=6), skeleton, params, batch)
