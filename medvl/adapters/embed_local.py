@@ -1,4 +1,6 @@
-"""Texts and pictures as vectors without an encoder: TF-IDF and truncated SVD of words, PCA of colours, edges and grain."""
+"""Texts and pictures as vectors without an encoder: TF-IDF and truncated SVD of words, PCA of colours, edges
+and grain.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -37,7 +39,8 @@ def fit_texts(k: int, words: list[str]) -> tuple[tuple[str, ...], dict[str, Tens
 
 
 def fit_images(k: int, x: np.ndarray) -> dict[str, Tensor]:
-    """{"image.mean" [f], "image.weight" [f], "image.components" [k, f]} of features [n, f], float64; each block counts the same.
+    """{"image.mean" [f], "image.weight" [f], "image.components" [k, f]} of features [n, f], float64; each
+    block counts the same.
 
     Raises:
         ValueError: fewer than two, or all the same.
@@ -103,7 +106,9 @@ def text_directions(
 
 
 def image_directions(params: Mapping[str, Tensor], pictures: Iterable[Image.Image]) -> tuple[Tensor, Tensor]:
-    """(vectors of RGB pictures, float32 [n, k] of length 1, bool [n]: whether a picture differs from the mean one); n > 0."""
+    """(vectors of RGB pictures, float32 [n, k] of length 1, bool [n]: whether a picture differs from the mean
+    one); n > 0.
+    """
     mean, weight, components = (params[f"image.{n}"].numpy() for n in ("mean", "weight", "components"))
     return _directions(
         torch.from_numpy(np.stack([components @ ((image_features(p) - mean) * weight) for p in pictures]))
@@ -127,8 +132,9 @@ def side_by_side(
 
 
 def image_features(image: Image.Image) -> np.ndarray:
-    """What a picture looks like, float64 [f]: share of 64 colours, 16 x 16 of brightness and two colours, strength of edges in 4 x 4 places
-    and 8 directions, and log power in 16 rings of its spectrum."""
+    """What a picture looks like, float64 [f]: share of 64 colours, 16 x 16 of brightness and two colours,
+    strength of edges in 4 x 4 places and 8 directions, and log power in 16 rings of its spectrum.
+    """
     colour = np.asarray(image).reshape(-1, 3) // 64 @ np.array([16, 4, 1])
     colours = np.sqrt(np.bincount(colour, minlength=64) / len(colour))
     thumbnail = np.asarray(image.resize((16, 16), Image.Resampling.BOX).convert("YCbCr")).reshape(-1) / 255

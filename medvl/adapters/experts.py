@@ -1,4 +1,4 @@
-"""A model and its experts: adapters of a registry, found by their likeness to a question and its images, mixed per sample, and asked."""
+"""A model and its experts: the adapters of a registry, retrieved for a question, mixed per sample, and asked."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -53,7 +53,9 @@ class HoldConfig:
 
 @frozen(kw_only=True, eq=False)
 class Experts:
-    """A base model, and the adapters of a registry as functions: they are read and moved when they are needed."""
+    """A base model, and the adapters of a registry as functions: they are read and moved when they are
+    needed.
+    """
 
     chat: Chat
     params: Mapping[str, Tensor] = field(repr=False)
@@ -67,12 +69,11 @@ class Experts:
 
 @frozen(kw_only=True)
 class Answer:
-    """What was said, and who said it."""
+    """An answer, and the adapters that gave it."""
 
     text: str
-    adapters: tuple[
-        tuple[str, float, float], ...
-    ]  # (name, similarity, weight), the most similar first; none: the bare model
+    # (name, similarity, weight), the most similar first; none: the bare model.
+    adapters: tuple[tuple[str, float, float], ...]
 
 
 def load_experts(
@@ -85,42 +86,56 @@ def load_experts(
     fusion: FusionConfig = FusionConfig(),
     hold: HoldConfig = HoldConfig(),
 ) -> Experts:
-    """The experts of a registry for a model that is already there.
+    """The experts of a registry for a model that is already open.
 
     Args:
-        base: what the model is called; adapters that name another are a warning then.
+        base: name of the model; adapters that name another are a warning then.
         root: where the registry's relative paths start, instead of what it says.
     Raises:
-        ValueError: as `registry.check_registry`; an adapter that does not fit the model says so when it is first used (`check_adapters`: at once).
+        ValueError: as `registry.check_registry`. An adapter that does not fit the model raises when it is
+            first used; `check_adapters` tries all of them at once.
     """
-    held = registry.read_registry(path, root)
-    folder = registry.registry_root(path, held)
-    registry.check_registry(path, held, str(base))
+    listed = registry.read_registry(path, root)
+    folder = registry.registry_root(path, listed)
+    registry.check_registry(path, listed, str(base))
     device = next(iter(params.values())).device
 
     def read(i: int) -> lora.Adapter:
-        adapter = read_adapter(folder / held.adapters[i].path, talks.skeleton)
-        return evolve(lora.without_copies(adapter, params), name=held.adapters[i].name)
+        record = listed.adapters[i]
+        adapter = read_adapter(folder / record.path, talks.skeleton)
+        return evolve(lora.without_copies(adapter, params), name=record.name)
 
-    host = cache.cache_adapters(read, int(hold.host_gb * 1e9))
-    near = (
-        host
-        if device.type == "cpu"
-        else cache.cache_adapters(
-            lambda i: lora.move_adapter(host([i])[0], device), int(hold.device_gb * 1e9)
-        )
+    # Two levels: read from disk to memory, moved from memory to a GPU.
+    on_host = cache.cache_adapters(read, int(hold.host_gb * 1e9))
+    on_device = on_host
+    if device.type != "cpu":
+
+        def move(i: int) -> lora.Adapter:
+            return lora.move_adapter(on_host([i])[0], device)
+
+        on_device = cache.cache_adapters(move, int(hold.device_gb * 1e9))
+    pool = cache.cache_pool(on_device)
+    vectors = registry.read_vectors(path, listed)
+    embedder = None
+    if listed.embedder:
+        embedder = embed.read_embedder(folder / listed.embedder)
+    fuse = cache.cache_fusions(
+        pool,
+        int(hold.fused_gb * 1e9),
+        rule=fusion.rule,
+        rank=fusion.rank or None,
+        density=fusion.density or None,
+        seed=fusion.seed,
     )
-    pool = cache.cache_pool(near)
-    how = {"rank": fusion.rank or None, "density": fusion.density or None, "seed": fusion.seed}
     return Experts(
         chat=talks,
         params=params,
-        names=tuple(r.name for r in held.adapters),
-        categories=tuple(r.category for r in held.adapters),
-        vectors=registry.read_vectors(path, held),
-        embedder=embed.read_embedder(folder / held.embedder) if held.embedder else None,
+        names=tuple(record.name for record in listed.adapters),
+        categories=tuple(record.category for record in listed.adapters),
+        vectors=vectors,
+        embedder=embedder,
         pool=pool,
-        fuse=cache.cache_fusions(pool, int(hold.fused_gb * 1e9), rule=fusion.rule, **how),  # type: ignore[arg-type]
+        fuse=fuse,
     )
 
 
@@ -139,18 +154,19 @@ def open_experts(
     """A registry and the model that its adapters were trained on.
 
     Args:
-        base: hub name or folder of the model, if neither the registry nor its adapters say it (or it lies elsewhere now).
+        base: hub name or folder of the model, if neither the registry nor its adapters say it (or it lies
+            elsewhere now).
         root: where the registry's relative paths start, instead of what it says.
     Raises:
         ValueError: as `load_experts` and `loading.load_skeleton`; no base model named anywhere.
     """
-    held = registry.read_registry(path, root)
-    registry.check_registry(path, held, str(base))
-    name = str(base) or registry.base_model(path, held)
+    listed = registry.read_registry(path, root)
+    registry.check_registry(path, listed, str(base))
+    name = str(base) or registry.base_model(path, listed)
     if not name:
         raise ValueError(f"{path}: neither it nor its adapters say which model they are for; give base")
-    if held.embedder:
-        embed.check_embedder(registry.registry_root(path, held) / held.embedder)
+    if listed.embedder:
+        embed.check_embedder(registry.registry_root(path, listed) / listed.embedder)
     model = ModelConfig(name=name, dtype=dtype, quantize=quantize)
     talks, params = chat.open_chat(model, cfg, chat.tokenizer_of(model, Path()), Generator(), device=device)
     return load_experts(talks, params, path, base=base, root=root, fusion=fusion, hold=hold)
@@ -170,9 +186,10 @@ def check_adapters(experts: Experts) -> None:
 
 
 def embed_questions(experts: Experts, texts: Sequence[str], images: embed.Pictures) -> Tensor:
-    """What adapters are found by: embeddings of questions with their images, float32 [b, d], nan where there is nothing to embed.
+    """The vectors by which adapters are retrieved: embeddings of questions with their images, float32 [b, d].
 
-    The bare model answers what has no word that the embedder knows and no image that counts; a warning says of how many.
+    A row is nan where there is nothing to embed: no word that the embedder knows and no image that is used.
+    The bare model answers such questions, and a warning counts them.
 
     Args:
         images: a sequence for each of the texts.
@@ -181,27 +198,32 @@ def embed_questions(experts: Experts, texts: Sequence[str], images: embed.Pictur
     """
     if experts.embedder is None:
         raise ValueError(
-            "the registry has vectors but no embedder, so a question has none; `invoke adapters build` fits one"
+            "the registry has vectors but no embedder, so a question has none; `invoke adapters build` "
+            "fits one"
         )
-    known = [*range(len(texts))]
+    rows = list(range(len(texts)))  # that can be embedded
     out = torch.full((len(texts), experts.vectors.shape[1]), torch.nan)
     try:
         vectors = embed.embed_queries(experts.embedder, texts, images)
     except embed.NothingToEmbed as e:
-        known = [i for i in known if i not in e.rows]
+        rows = [row for row in rows if row not in e.rows]
         _log.warning(
-            "%d of %d questions have no word that the embedder knows and no image: the bare model answers them",
+            "%d of %d questions have no word that the embedder knows and no image: the bare model answers "
+            "them",
             len(e.rows),
             len(texts),
         )
-        if not known:
+        if not rows:
             return out
-        vectors = embed.embed_queries(experts.embedder, [texts[i] for i in known], [images[i] for i in known])
+        some_texts = [texts[row] for row in rows]
+        some_images = [images[row] for row in rows]
+        vectors = embed.embed_queries(experts.embedder, some_texts, some_images)
     if vectors.shape[1] != out.shape[1]:
         raise ValueError(
-            f"the registry's vectors have {out.shape[1]} numbers, those of its embedder {vectors.shape[1]}; build it again"
+            f"the registry's vectors have {out.shape[1]} numbers, those of its embedder "
+            f"{vectors.shape[1]}; build it again"
         )
-    return out.index_copy(0, torch.tensor(known), vectors)
+    return out.index_copy(0, torch.tensor(rows), vectors)
 
 
 def choose_adapters(
@@ -213,11 +235,13 @@ def choose_adapters(
     own: Tensor | None = None,
     exclude: Tensor | None = None,
 ) -> Retrieved:
-    """Which adapters each query gets in a mode: none, the best, the cfg.k best with their weights, or its own.
+    """Which adapters each query gets in a mode: none, the best, the cfg.k best with their weights, or its
+    own.
 
     Args:
         queries: from `embed_questions`; a row of nan abstains.
-        own: int64 [b], each row's own adapter, -1 where it has none (which then abstains): mode "oracle" takes it.
+        own: int64 [b], each row's own adapter, -1 where it has none (which then abstains): mode "oracle"
+            takes it.
         exclude: as of `retrieve.retrieve_adapters`; it does not concern "oracle".
     Raises:
         ValueError: an unknown mode, "oracle" without `own`, and as `retrieve.retrieve_adapters`.
@@ -229,50 +253,52 @@ def choose_adapters(
             raise ValueError(
                 f"choose_adapters: mode oracle needs own [{len(queries)}] below {len(vectors)}, got {own}"
             )
-        there = (own >= 0)[:, None]
+        has_own = own >= 0
         return Retrieved(
             indices=own[:, None].clamp(min=-1),
             similarity=torch.nan * torch.ones(len(own), 1),
-            weights=there.float(),
-            abstained=~there[:, 0],
+            weights=has_own[:, None].float(),
+            abstained=~has_own,
         )
     k = {"bare": 0, "selection": 1}.get(mode, cfg.k)
-    nothing = queries.isnan().any(1, keepdim=True)
-    barred = nothing if exclude is None else nothing | exclude
+    is_empty = queries.isnan().any(1, keepdim=True)
+    # An empty row needs some vector to be compared; all adapters are excluded for it, so that it abstains.
+    queries = queries.masked_fill(is_empty, 1.0)
+    excluded = is_empty if exclude is None else is_empty | exclude
     return retrieve.retrieve_adapters(
-        evolve(cfg, k=k),
-        queries.masked_fill(nothing, 1.0),
-        vectors,
-        exclude=barred.expand(len(queries), len(vectors)),
+        evolve(cfg, k=k), queries, vectors, exclude=excluded.expand(len(queries), len(vectors))
     )
 
 
-def generate_answers(
-    experts: Experts, data: Encoded, rows: Sequence[int], found: Retrieved, mode: Mode, max_tokens: int
+def answer_prompts(
+    experts: Experts, data: Encoded, rows: Sequence[int], chosen: Retrieved, mode: Mode, max_tokens: int
 ) -> list[str]:
     """Greedy answers to the prompts `rows` of `data`, each with the adapters that were chosen for it.
 
-    All modes but "fusion" run the whole batch in one pass, whatever mixtures its rows have; "fusion" runs a pass for each set of adapters
-    and weights in it.
+    All modes but "fusion" run the whole batch in one pass, whatever mixtures its rows have; "fusion" runs a
+    pass for each set of adapters and weights in it.
+
     Args:
-        found: for these rows, in their order.
+        chosen: from `choose_adapters`, for these rows in their order.
     Raises:
-        ValueError: rows and `found` differ in number; as `generation.generate`.
+        ValueError: rows and `chosen` differ in number; as `generate.generate`.
     """
-    if len(found.indices) != len(rows):
+    if len(chosen.indices) != len(rows):
         raise ValueError(
-            f"generate_answers: adapters must be chosen for each of {len(rows)} rows, got {len(found.indices)}"
+            f"answer_prompts: adapters must be chosen for each of {len(rows)} rows, got {len(chosen.indices)}"
         )
     if mode != "fusion":
-        return _said(experts, data, rows, cache.mix_adapters(experts.pool, found), max_tokens)
-    said = [""] * len(rows)
-    for places, ids, weights in cache.group_rows(found):
-        fused = experts.fuse(ids, weights) if ids else None
-        for place, text in zip(
-            places, _said(experts, data, [rows[i] for i in places], fused, max_tokens), strict=True
-        ):
-            said[place] = text
-    return said
+        mixture = cache.mix_adapters(experts.pool, chosen)
+        return _answer_with(experts, data, rows, mixture, max_tokens)
+    answers = [""] * len(rows)
+    for places, ids, weights in cache.group_rows(chosen):
+        fused = None
+        if ids:
+            fused = experts.fuse(ids, weights)
+        texts = _answer_with(experts, data, [rows[place] for place in places], fused, max_tokens)
+        for place, text in zip(places, texts, strict=True):
+            answers[place] = text
+    return answers
 
 
 def check_mode(mode: str, own: str, names: Sequence[str]) -> None:
@@ -301,36 +327,41 @@ def ask_experts(
     Args:
         own: name of the adapter that mode "oracle" takes.
     Raises:
-        ValueError: the registry has no embedder, an unknown `own`, an image that cannot be read, and as `generate_answers`.
+        ValueError: the registry has no embedder, an unknown `own`, an image that cannot be read, and as
+            `answer_prompts`.
     """
     check_mode(mode, own, experts.names)
-    talk, blind = chat.make_question(experts.chat, question, images), mode in ("bare", "oracle")
-    query = (
-        torch.ones(1, experts.vectors.shape[1])
-        if blind
-        else embed_questions(experts, [question], [talk.images])
-    )
-    found = choose_adapters(
-        mode, cfg, query, experts.vectors, own=torch.tensor([experts.names.index(own) if own else -1])
-    )
-    (text,) = generate_answers(
-        experts, chat.encode_conversations(experts.chat, [talk], prompt=True), [0], found, mode, max_tokens
-    )
-    named = zip(
-        found.indices[0].tolist(), found.similarity[0].tolist(), found.weights[0].tolist(), strict=True
-    )
-    return Answer(text=text, adapters=tuple((experts.names[i], s, w) for i, s, w in named if i >= 0))
+    conversation = chat.make_question(experts.chat, question, images)
+    if mode in ("bare", "oracle"):  # these need no vector, nor an embedder
+        query = torch.ones(1, experts.vectors.shape[1])
+    else:
+        query = embed_questions(experts, [question], [conversation.images])
+    own_index = -1
+    if own:
+        own_index = experts.names.index(own)
+    chosen = choose_adapters(mode, cfg, query, experts.vectors, own=torch.tensor([own_index]))
+    prompts = chat.encode_conversations(experts.chat, [conversation], prompt=True)
+    (text,) = answer_prompts(experts, prompts, [0], chosen, mode, max_tokens)
+    adapters = []
+    columns = (chosen.indices[0].tolist(), chosen.similarity[0].tolist(), chosen.weights[0].tolist())
+    for i, similarity, weight in zip(*columns, strict=True):
+        if i >= 0:
+            adapters.append((experts.names[i], similarity, weight))
+    return Answer(text=text, adapters=tuple(adapters))
 
 
-def _said(
+def _answer_with(
     experts: Experts, data: Encoded, rows: Sequence[int], adapter: lora.Adapter | None, max_tokens: int
 ) -> list[str]:
+    """Greedy answers of the model with one adapter, or of the bare model."""
     batch = chat.make_batch(experts.chat, data, rows, side="left")
     weights = experts.params
     if adapter is not None:
-        token = experts.chat.skeleton.config.get("image_token_id")
-        device = next(iter(weights.values())).device
-        whose = None if token is None else vlm.visual_rows(batch["ids"], token).to(device)
-        weights = lora.apply_lora(weights, adapter, rows=whose)
+        sample_of_token = None  # which sample each visual token belongs to, for gates per sample
+        image_token = experts.chat.skeleton.config.get("image_token_id")
+        if image_token is not None:
+            device = next(iter(weights.values())).device
+            sample_of_token = vlm.visual_rows(batch["ids"], image_token).to(device)
+        weights = lora.apply_lora(weights, adapter, rows=sample_of_token)
     sampling = chat.sampling_of(experts.chat, max_tokens)
     return list(chat.generate_answers(experts.chat, weights, batch, sampling).texts)

@@ -128,12 +128,10 @@ def test_one_batch_of_eight_mixtures_is_eight_single_runs(of, tmp_path, gen):
         torch.testing.assert_close(together[i], want, rtol=0, atol=1e-5)
         effect = max(effect, float((want - logits(of, data, [i], None)[0]).abs().max()))
     assert effect > 1e-2  # adapters matter
-    said = experts.generate_answers(of, data, range(8), found, "mixture", 12)
-    assert said == [
-        experts.generate_answers(of, data, [i], row(found, i), "mixture", 12)[0] for i in range(8)
-    ]
+    said = experts.answer_prompts(of, data, range(8), found, "mixture", 12)
+    assert said == [experts.answer_prompts(of, data, [i], row(found, i), "mixture", 12)[0] for i in range(8)]
     assert len({*said}) > 1
-    assert said == experts.generate_answers(
+    assert said == experts.answer_prompts(
         of, data, range(8), found, "fusion", 12
     )  # by "cat" a fusion is the mixture
 
@@ -145,8 +143,8 @@ def test_the_order_of_rows_does_not_matter(of, tmp_path, gen):
     turned = Retrieved(
         **{k: getattr(found, k)[order] for k in ("indices", "similarity", "weights", "abstained")}
     )
-    said = experts.generate_answers(of, data, range(8), found, "mixture", 6)
-    assert experts.generate_answers(of, data, order, turned, "mixture", 6) == [said[i] for i in order]
+    said = experts.answer_prompts(of, data, range(8), found, "mixture", 6)
+    assert experts.answer_prompts(of, data, order, turned, "mixture", 6) == [said[i] for i in order]
 
 
 def test_modes_choose_as_they_say(of):
@@ -196,7 +194,7 @@ def test_rows_without_their_choice(of, tmp_path, gen):
     _, of = of
     data = chat.encode_conversations(of.chat, prompts(tmp_path, 3), prompt=True)
     with pytest.raises(ValueError, match="must be chosen for each of 3 rows, got 8"):
-        experts.generate_answers(of, data, range(3), some(gen), "mixture", 4)
+        experts.answer_prompts(of, data, range(3), some(gen), "mixture", 4)
 
 
 def test_a_chat_saved_and_opened_again(of, tmp_path):

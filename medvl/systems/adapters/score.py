@@ -213,7 +213,7 @@ def _tried(
         data = chat.encode_conversations(of.chat, talks, prompt=True)
         return [
             (text, "")
-            for text in experts.generate_answers(
+            for text in experts.answer_prompts(
                 of, data, range(len(talks)), found, mode, cfg.evaluate.max_tokens
             )
         ]

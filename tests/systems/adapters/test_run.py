@@ -186,7 +186,7 @@ def test_the_same_again_and_from_kept_answers(trained, monkeypatch):
     monkeypatch.setattr(run, "RUNS", place / "runs")
     kept = {p.name: p.read_bytes() for p in (folder / "results/answers").iterdir()}
     calls = []
-    monkeypatch.setattr(experts, "generate_answers", lambda *a, **k: calls.append(a))
+    monkeypatch.setattr(experts, "answer_prompts", lambda *a, **k: calls.append(a))
     again = run.evaluate(
         str(place / "toy.json"), log=lambda _: None
     )  # from the lines that are there: no model is asked
@@ -339,7 +339,7 @@ def test_its_own_answers_as_history(trained, monkeypatch, tmp_path):
         asked.extend([m["content"] for m in data.conversations[i].messages[:-1]] for i in rows)
         return [f"said {len(asked) - len(rows) + n}" for n, _ in enumerate(rows)]
 
-    monkeypatch.setattr(experts, "generate_answers", answers)
+    monkeypatch.setattr(experts, "answer_prompts", answers)
     found = experts.choose_adapters("selection", cfg.retrieve, torch.ones(4, of.vectors.shape[1]), of.vectors)
     lines = score.answer_all(of, steps, found, "selection", cfg, tmp_path / "x.jsonl")
     assert asked == [["q1"], ["r1"], ["q1", "said 0", "q2"], ["r1", "said 1", "r2"]]
@@ -379,7 +379,7 @@ def test_a_report_where_rows_have_no_adapter(trained, tmp_path, monkeypatch, k):
         retrieve=evolve(model.cfg.retrieve, k=k),
         evaluate=evolve(model.cfg.evaluate, modes=("selection", "mixture"), by_k=()),
     )
-    monkeypatch.setattr(experts, "generate_answers", lambda of, data, rows, *rest: ["a" for _ in rows])
+    monkeypatch.setattr(experts, "answer_prompts", lambda of, data, rows, *rest: ["a" for _ in rows])
     held = [talk("How many lesions are there?", "a", id="1"), talk("qqq zzz", "b", id="2")]
     rows, page = tables.assess(evolve(model, cfg=cfg), params, held, tmp_path, "x")
     assert {(r.subject, r.split): (r.n, r.value) for r in rows if r.what == "step_accuracy"} == {
@@ -427,7 +427,7 @@ def test_what_was_answered_is_kept_when_a_later_batch_fails(trained, tmp_path, m
             raise RuntimeError("CUDA error")
         return ["a", "\ud800 b"]  # text that is no UTF-8 must not stop the others
 
-    monkeypatch.setattr(experts, "generate_answers", answers)
+    monkeypatch.setattr(experts, "answer_prompts", answers)
     with pytest.raises(RuntimeError, match="CUDA error"):
         score.answer_all(of, steps, found, "bare", cfg, tmp_path / "x.jsonl")
     lines = score.answer_all(of, steps, found, "bare", cfg, tmp_path / "x.jsonl")
