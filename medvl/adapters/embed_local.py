@@ -51,10 +51,14 @@ def fit_images(k: int, x: np.ndarray) -> dict[str, Tensor]:
     alive = std > 1e-9
     if len(x) < 2 or not alive.any():
         raise ValueError(f"fit_local: there must be at least two different images, or none, got {len(x)}")
+    # Standardised; and divided by the root of its block's size, so that each block counts the same.
     weight = np.where(alive, 1 / np.where(alive, std, 1), 0) / np.repeat(np.sqrt(BLOCKS), BLOCKS)
     pca = PCA(min(k, len(x) - 1, x.shape[1]), svd_solver="covariance_eigh").fit((x - mean) * weight)
-    held = {"image.mean": torch.from_numpy(mean), "image.weight": torch.from_numpy(weight)}
-    return held | {"image.components": _components(pca.components_, pca.singular_values_)}
+    return {
+        "image.mean": torch.from_numpy(mean),
+        "image.weight": torch.from_numpy(weight),
+        "image.components": _components(pca.components_, pca.singular_values_),
+    }
 
 
 def _components(rows: np.ndarray, sizes: np.ndarray) -> Tensor:
@@ -109,46 +113,57 @@ def image_directions(params: Mapping[str, Tensor], pictures: Iterable[Image.Imag
     """(vectors of RGB pictures, float32 [n, k] of length 1, bool [n]: whether a picture differs from the mean
     one); n > 0.
     """
-    mean, weight, components = (params[f"image.{n}"].numpy() for n in ("mean", "weight", "components"))
-    return _directions(
-        torch.from_numpy(np.stack([components @ ((image_features(p) - mean) * weight) for p in pictures]))
-    )
+    mean = params["image.mean"].numpy()
+    weight = params["image.weight"].numpy()
+    components = params["image.components"].numpy()
+    rows = []
+    for picture in pictures:
+        standardised = (image_features(picture) - mean) * weight
+        rows.append(components @ standardised)
+    return _directions(torch.from_numpy(np.stack(rows)))
 
 
 def _directions(x: Tensor) -> tuple[Tensor, Tensor]:
     """(rows of length 1, whether a row has a direction)."""
-    n = torch.linalg.vector_norm(x, dim=1)
-    has = n > _NOTHING
-    return (x / torch.where(has, n, 1.0)[:, None]).float(), has
+    length = torch.linalg.vector_norm(x, dim=1)
+    has_direction = length > _NOTHING
+    return (x / torch.where(has_direction, length, 1.0)[:, None]).float(), has_direction
 
 
 def side_by_side(
     params: Mapping[str, Tensor], text: Tensor, image: Tensor, seen: bool
 ) -> tuple[Tensor, Tensor]:
     """[text, 0] and [0, image]; 0 for the images where none is seen."""
-    i = len(params.get("image.components", ()))
-    right = image if seen else torch.zeros(len(text), i)
-    return torch.nn.functional.pad(text, (0, i)), torch.nn.functional.pad(right, (text.shape[1], 0))
+    image_width = len(params.get("image.components", ()))
+    right = image if seen else torch.zeros(len(text), image_width)
+    padded_text = torch.nn.functional.pad(text, (0, image_width))
+    padded_image = torch.nn.functional.pad(right, (text.shape[1], 0))
+    return padded_text, padded_image
 
 
 def image_features(image: Image.Image) -> np.ndarray:
-    """What a picture looks like, float64 [f]: share of 64 colours, 16 x 16 of brightness and two colours,
-    strength of edges in 4 x 4 places and 8 directions, and log power in 16 rings of its spectrum.
+    """What a picture looks like, float64 [f].
+
+    Shares of 64 colours; 16 x 16 of brightness and two colours; strength of edges in 4 x 4 places and 8
+    directions; log power in 16 rings of the spectrum.
     """
-    colour = np.asarray(image).reshape(-1, 3) // 64 @ np.array([16, 4, 1])
+    colour = np.asarray(image).reshape(-1, 3) // 64 @ np.array([16, 4, 1])  # 4 levels of each channel
     colours = np.sqrt(np.bincount(colour, minlength=64) / len(colour))
-    thumbnail = np.asarray(image.resize((16, 16), Image.Resampling.BOX).convert("YCbCr")).reshape(-1) / 255
+    small = image.resize((16, 16), Image.Resampling.BOX).convert("YCbCr")
+    thumbnail = np.asarray(small).reshape(-1) / 255
     grey = np.asarray(image.convert("L").resize((128, 128), Image.Resampling.BOX)) / 255
+
     down, right = np.gradient(grey)
+    strength = np.hypot(down, right)
     direction = (np.arctan2(down, right) % np.pi / np.pi * 8).astype(int) % 8
     y, x = np.indices(grey.shape)
-    edges = np.sqrt(
-        np.bincount(((y // 32 * 4 + x // 32) * 8 + direction).ravel(), np.hypot(down, right).ravel(), 128)
-        / 32**2
-    )
+    place = y // 32 * 4 + x // 32
+    sums = np.bincount((place * 8 + direction).ravel(), strength.ravel(), 128)
+    edges = np.sqrt(sums / 32**2)
+
     power = np.abs(np.fft.fft2(grey - grey.mean())) ** 2 / grey.size
-    ring = np.minimum(np.hypot(*(np.minimum(i, 128 - i) for i in (y, x))) / 4, 15).astype(int)
-    spectrum = np.log(
-        np.bincount(ring.ravel(), power.ravel(), 16) / np.bincount(ring.ravel(), minlength=16) + 1e-6
-    )
+    radius = np.hypot(np.minimum(y, 128 - y), np.minimum(x, 128 - x))
+    ring = np.minimum(radius / 4, 15).astype(int)
+    mean_power = np.bincount(ring.ravel(), power.ravel(), 16) / np.bincount(ring.ravel(), minlength=16)
+    spectrum = np.log(mean_power + 1e-6)
     return np.concatenate([colours, thumbnail, edges, spectrum])

@@ -14,31 +14,25 @@ _log = logging.getLogger(__name__)
 # What is read of a file. Names, dates and numbers of patients are passed over, so that no message can hold
 # them.
 _TAGS = [
-    *(
-        "Rows",
-        "Columns",
-        "SamplesPerPixel",
-        "PhotometricInterpretation",
-        "PlanarConfiguration",
-        "NumberOfFrames",
-        "PixelData",
-    ),
-    *(
-        "BitsAllocated",
-        "BitsStored",
-        "HighBit",
-        "PixelRepresentation",
-        "ExtendedOffsetTable",
-        "ExtendedOffsetTableLengths",
-    ),
-    *(
-        "RescaleSlope",
-        "RescaleIntercept",
-        "ModalityLUTSequence",
-        "WindowCenter",
-        "WindowWidth",
-        "VOILUTFunction",
-    ),
+    "Rows",
+    "Columns",
+    "SamplesPerPixel",
+    "PhotometricInterpretation",
+    "PlanarConfiguration",
+    "NumberOfFrames",
+    "PixelData",
+    "BitsAllocated",
+    "BitsStored",
+    "HighBit",
+    "PixelRepresentation",
+    "ExtendedOffsetTable",
+    "ExtendedOffsetTableLengths",
+    "RescaleSlope",
+    "RescaleIntercept",
+    "ModalityLUTSequence",
+    "WindowCenter",
+    "WindowWidth",
+    "VOILUTFunction",
     "SharedFunctionalGroupsSequence",
 ]
 _DEFLATED = "1.2.840.10008.1.2.1.99"  # would be unpacked whole before anything is known of its size
@@ -100,8 +94,8 @@ def read_dicom(
         window = _grey_window(image, greys, window, only_deep, folder)
         shown = _by_file(image, greys) if window is None else window_greys(greys, *window)
     except (InvalidDicomError, *_BROKEN) as e:
-        said = " ".join(str(e).split())  # those of several decoders come on several lines
-        raise ValueError(f"{where}: this DICOM file cannot be read: {said}") from e
+        reason = " ".join(str(e).split())  # errors of several decoders come on several lines
+        raise ValueError(f"{where}: this DICOM file cannot be read: {reason}") from e
     return 255 - shown if image.PhotometricInterpretation == "MONOCHROME1" else shown
 
 

@@ -1,4 +1,4 @@
-"""Pictures: image files opened whole and upright, and whatever is a picture as RGB."""
+"""Image files, decoded as a whole and upright, and images of any kind as RGB."""
 
 import io
 import math
@@ -29,7 +29,8 @@ _FORMATS = (
     "TIFF",
     "WEBP",
 )  # no EPS: it would start another program
-_BROKEN = (
+# What Pillow's decoders raise on broken files.
+_DECODER_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
@@ -38,7 +39,7 @@ _BROKEN = (
     KeyError,
     OverflowError,
     struct.error,
-)  # what Pillow's decoders raise
+)
 
 
 def open_image(
@@ -63,43 +64,46 @@ def open_image(
             pixels (refused before they are decoded); several pages and no `page`; deep greys and no window,
             or a window for colours.
     """
-    name = f"open_image: {f'image of {len(source)} bytes' if isinstance(source, bytes) else source}"
+    if isinstance(source, bytes):
+        name = f"open_image: image of {len(source)} bytes"
+    else:
+        name = f"open_image: {source}"
     if _is_dicom(source, name):
         if page:
             raise ValueError(f"{name}: has one page or frame, got page={page}; leave it out")
-        return to_rgb(
-            Image.fromarray(
-                dicom_image.read_dicom(source, name, most=LARGEST, window=window, only_deep=only_deep)
-            ),
-            name,
-        )
-    with _reading(name):
-        image: Image.Image = Image.open(
-            io.BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS
-        )
+        pixels = dicom_image.read_dicom(source, name, most=LARGEST, window=window, only_deep=only_deep)
+        return to_rgb(Image.fromarray(pixels), name)
+    with _pillow_errors(name):
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        image: Image.Image = Image.open(file, formats=_FORMATS)
     with image:
-        with _reading(name):
-            pages = (
-                1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-            )  # a phone's MPO holds a preview behind its photograph
-        if (page is None and pages > 1) or not 0 <= (page or 0) < pages:
-            raise ValueError(
-                f"{name}: has {pages} pages or frames, got page={page}; give one from 0 to {pages - 1}"
-            )
-        with _reading(name):
-            image.seek(page or 0)
+        _seek_page(image, page, name)
         if image.width * image.height > LARGEST:
             raise ValueError(
                 f"{name}: must have at most {LARGEST} pixels, got {image.width} x {image.height}; make it "
                 "smaller"
             )
-        with _reading(name):
+        with _pillow_errors(name):
             image.load()
             image = ImageOps.exif_transpose(image)
-    deep = image.mode[0] in "IF"
-    if deep or (window is not None and not only_deep):
-        image = _windowed(name, image, window)
+    is_deep = image.mode[0] in "IF"
+    if is_deep or (window is not None and not only_deep):
+        image = _apply_window(name, image, window)
     return to_rgb(image, name)
+
+
+def _seek_page(image: Image.Image, page: int | None, name: str) -> None:
+    """Go to a page of an image file; a file of one page needs none."""
+    with _pillow_errors(name):
+        pages = getattr(image, "n_frames", 1)
+        if image.format == "MPO":  # a phone's MPO holds a preview behind its photograph
+            pages = 1
+    if (page is None and pages > 1) or not 0 <= (page or 0) < pages:
+        raise ValueError(
+            f"{name}: has {pages} pages or frames, got page={page}; give one from 0 to {pages - 1}"
+        )
+    with _pillow_errors(name):
+        image.seek(page or 0)
 
 
 def check_window(window: tuple[float, ...], where: str) -> tuple[float, float] | None:
@@ -123,7 +127,7 @@ def _is_dicom(source: PathLike | bytes, name: str) -> bool:
         raise ValueError(f"{name}: cannot be read, it must be a file")
     else:
         files.check_regular(source)
-        with _reading(name), open(source, "rb") as f:
+        with _pillow_errors(name), open(source, "rb") as f:
             start = f.read(132)
     return start[128:] == b"DICM"
 
@@ -150,14 +154,14 @@ def to_rgb(image: Picture, where: str) -> Image.Image:
             f"{where}: image must be a PIL image, an array or a tensor, got {type(image).__name__}; "
             "open_image reads files"
         )
-    with _reading(f"{where}: the image"):
+    with _pillow_errors(f"{where}: the image"):
         image.load()
     if image.mode[0] in "IF":
         raise ValueError(
             f"{where}: greys of more than 8 bits (mode {image.mode}) need a window: open_image(path, "
             "window=(black, white)), or scale them"
         )
-    with _reading(f"{where}: the image (mode {image.mode})"):
+    with _pillow_errors(f"{where}: the image (mode {image.mode})"):
         if not image.has_transparency_data:
             return image if image.mode == "RGB" else image.convert("RGB")
         image = image.convert({"La": "LA"}.get(image.mode, image.mode)).convert("RGBA")
@@ -191,14 +195,13 @@ def cap_pixels(image: Image.Image, most: int) -> Image.Image:
     width, height = image.size
     if not most or width * height <= most:
         return image
-    wide = min(max(1, math.isqrt(most * width // height)), most)
-    high = min(
-        max(1, math.isqrt(most * height // width)), most // wide
-    )  # of a long strip one side stays 1 and the other gives way
-    return image.resize((wide, high), Image.Resampling.BICUBIC)
+    # Of a long strip one side stays at 1 pixel and the other gives way.
+    new_width = min(max(1, math.isqrt(most * width // height)), most)
+    new_height = min(max(1, math.isqrt(most * height // width)), most // new_width)
+    return image.resize((new_width, new_height), Image.Resampling.BICUBIC)
 
 
-def _windowed(name: str, image: Image.Image, window: tuple[float, float] | None) -> Image.Image:
+def _apply_window(name: str, image: Image.Image, window: tuple[float, float] | None) -> Image.Image:
     if len(image.getbands()) > 1 or image.mode == "P":
         raise ValueError(f"{name}: a window is for greys, got mode {image.mode}; leave it out")
     grey = np.asarray(image).astype(np.float64)
@@ -212,8 +215,8 @@ def _windowed(name: str, image: Image.Image, window: tuple[float, float] | None)
 
 
 @contextmanager
-def _reading(name: str) -> Iterator[None]:
-    """What Pillow raises, as one kind of error."""
+def _pillow_errors(name: str) -> Iterator[None]:
+    """Turn what Pillow raises into a ValueError that begins with `name`."""
     try:
         yield
     except FileNotFoundError as e:
@@ -225,5 +228,5 @@ def _reading(name: str) -> Iterator[None]:
             f"{name}: must be an image ({', '.join(_FORMATS)}), found none of these; empty or broken at "
             "its start?"
         ) from e
-    except _BROKEN as e:
+    except _DECODER_ERRORS as e:
         raise ValueError(f"{name}: cannot be read, broken or truncated ({e})") from e
