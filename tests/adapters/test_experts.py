@@ -169,7 +169,8 @@ def test_modes_choose_as_they_say(of):
 def test_one_experts_answers_four_threads_as_it_answers_one(of, tmp_path):
     """Many questions with their own adapters and images at once: each answer is that of the question asked alone."""
     _, of = of
-    embedder = embed.fit_local(EmbedConfig(dims=2, shares=(1.0, 0.0)), WORDS)
+    # As many components as texts: with fewer, rounding decides which of the texts are seen at all.
+    embedder = embed.fit_local(EmbedConfig(dims=4, shares=(1.0, 0.0)), WORDS)
     vectors = embed.embed_queries(embedder, [*WORDS, *WORDS[:2]])
     of = evolve(of, embedder=embedder, vectors=vectors)
     talks = prompts(tmp_path, 6)
