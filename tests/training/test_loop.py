@@ -833,7 +833,7 @@ import sys
 from medvl.base import processes
 from tests.training.test_loop import _patient
 rank, folder, kill = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-processes.join(init_method=f"file://{folder}/store{kill}", rank=rank, world_size=2)
+processes.join_processes(init_method=f"file://{folder}/store{kill}", rank=rank, world_size=2)
 scores = [s if rank == 0 else 9.0 + i for i, s in enumerate((1.0, 3.0, 2.0, 3.0, 2.5, 4.0, 0.0, 0.0))]
 try:
     state = _patient(f"{folder}/run", scores=scores, patience=2, stop=5 if kill == "1" else None)
