@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import pickle
-import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -102,7 +101,7 @@ def test_a_writer_that_is_killed_leaves_no_row_that_only_looks_whole(kind, whole
         while writer.is_alive() and len(kind.open(path).names) < goal:
             time.sleep(0.001)
         time.sleep(gen.uniform(0, 0.003))
-        os.kill(writer.pid, signal.SIGKILL)
+        writer.kill()  # SIGKILL; nothing where it has ended
         writer.join()
         opened = kind.open(path)
         assert set(done) <= set(opened.names)
