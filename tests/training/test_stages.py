@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from medvl.training import estimate, gradients
+from medvl.training import estimate, gradients, states
 from medvl.training.record import Stage, TrainConfig
-from medvl.training.stages import estimate_memory, estimate_rows, make_gradient
+from medvl.training.stages import estimate_memory, estimate_rows, fit_stage, make_gradient
 
 D = 256
 MATRIX = D * D * 4
@@ -84,3 +84,73 @@ def test_a_gradient_goes_as_soon_as_its_successor_is_there():
     batch = {"ids": torch.empty(3, D, dtype=torch.bfloat16, device="meta")}
     got = estimate.peak_of(lambda: grad(params, batch), {"weights": params})["activations and gradients"]
     assert got == pytest.approx(3 * weights, rel=0.05)
+
+
+# One stage of a language system, on a matrix --------------------------------------------------------------
+def fitted(folder, steps=4, stop=None, drift=False, **settings):
+    """(trained matrix, dtypes of the products in training and in validation, lines)."""
+    stage = Stage(name="s", steps=steps, lr=0.1, train=("model/.*",))
+    cfg = TrainConfig(**{"stages": (stage,), "batch": 2, "chunk": 2, "save": 1, "validate": 1} | settings)
+    gen = torch.Generator().manual_seed(0)
+    params = {"model": {"w": torch.randn(8, 8, generator=gen)}}
+    start = params["model"]["w"].clone()
+    dtypes, lines = {"train": set(), "valid": set()}, []
+
+    def loss_sum(p, batch):
+        product = batch["ids"] @ p["model"]["w"]
+        dtypes["train"].add(product.dtype)
+        return product.float().square().sum(), torch.tensor(len(product)), gradients.Aux()
+
+    def validate(p):
+        product = torch.ones(2, 8) @ p["model"]["w"]
+        dtypes["valid"].add(product.dtype)
+        if drift:  # the farther from the start, the worse: the first validation is the best
+            return float((p["model"]["w"] - start).abs().sum())
+        return float(product.float().square().mean())
+
+    def batch_at(i):
+        if i == stop:
+            raise KeyboardInterrupt
+        return {"ids": torch.randn(2, 8, generator=torch.Generator().manual_seed(i))}
+
+    after = fit_stage(
+        cfg,
+        stage,
+        params,
+        loss_sum,
+        batch_at,
+        folder,
+        cut=lambda b, span: {"ids": b["ids"][span]},
+        validate=validate,
+        log=lines.append,
+    )
+    return after["model"]["w"], dtypes, lines
+
+
+def test_precision_is_that_of_training_and_validation_and_is_resumed(tmp_path):
+    exact, dtypes, _ = fitted(tmp_path / "32")
+    assert dtypes == {"train": {torch.float32}, "valid": {torch.float32}}
+    mixed, dtypes, _ = fitted(tmp_path / "16", precision="bfloat16")
+    assert dtypes == {"train": {torch.bfloat16}, "valid": {torch.bfloat16}}
+    assert mixed.dtype == torch.float32
+    assert not torch.equal(mixed, exact)
+    with pytest.raises(KeyboardInterrupt):
+        fitted(tmp_path / "cut", precision="bfloat16", stop=2)
+    assert torch.equal(fitted(tmp_path / "cut", precision="bfloat16")[0], mixed)
+
+
+def test_a_stage_ends_early_keeps_its_best_state_and_several_more(tmp_path):
+    best, _, lines = fitted(tmp_path / "a", steps=40, patience=2, drift=True, keep_last=2)
+    last = states.read_state(tmp_path / "a/last.pt")
+    assert last.step == 3
+    assert f"s: ends at step {last.step} of 40, 2 validations gave no better score" in lines
+    assert torch.equal(best, states.read_state(tmp_path / "a/best.pt").params["model"]["w"])
+    assert [p.name for p in sorted((tmp_path / "a").glob("step-*"))] == [
+        f"step-{n:09d}.pt" for n in (last.step - 1, last.step)
+    ]
+    assert torch.equal(fitted(tmp_path / "a", steps=40, patience=2, drift=True, keep_last=2, stop=0)[0], best)
+
+
+@pytest.mark.parametrize("settings", [{"beta2": 0.5}, {"eps": 1.0}])
+def test_numbers_of_adamw_change_what_is_trained(tmp_path, settings):
+    assert not torch.equal(fitted(tmp_path / "a")[0], fitted(tmp_path / "b", **settings)[0])
