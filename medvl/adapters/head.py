@@ -1,4 +1,5 @@
-"""Training what adapters are retrieved by: samples of one task are drawn together, samples of others apart."""
+"""Training what adapters are retrieved by: samples of one task are drawn together, samples of others
+apart."""
 
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
@@ -45,7 +46,8 @@ class RetrieverConfig:
                 raise ValueError(f"RetrieverConfig: {name} must be a whole number >= {low}, got {v!r}")
         if self.kind not in ("none", "contrast", "whiten") or not isfinite(self.shrink) or self.shrink <= 0:
             raise ValueError(
-                f"RetrieverConfig: kind must be none, contrast or whiten and shrink > 0, got {self.kind!r}, {self.shrink}"
+                "RetrieverConfig: kind must be none, contrast or whiten and shrink > 0, got "
+                f"{self.kind!r}, {self.shrink}"
             )
         if not isfinite(self.temperature) or self.temperature <= 0:
             raise ValueError(
@@ -93,14 +95,16 @@ def head_of(cfg: RetrieverConfig, vectors: Tensor, tasks: Sequence[Hashable]) ->
 
 
 def task_contrast(anchor: Tensor, positive: Tensor, negatives: Tensor, temperature: float) -> Tensor:
-    """Mean over rows of -log(exp(s+ / g) / (exp(s+ / g) + sum_j exp(s-_j / g))), s the cosine to the anchor, g the temperature; [].
+    """Mean over rows of -log(exp(s+ / g) / (exp(s+ / g) + sum_j exp(s-_j / g))), s the cosine to the
+    anchor, g the temperature; [].
 
     Args:
         anchor, positive: [b, d], of any length.
         negatives: [b, p, d], each row's own.
     Raises:
         ValueError: other shapes, no row or no negative, a temperature that is not finite and above 0.
-    Source: Zhao et al. 2024 (LoraRetriever), arXiv:2402.09997, section 4; the paper prints the ratio, the loss is its -log.
+    Source: Zhao et al. 2024 (LoraRetriever), arXiv:2402.09997, section 4; the paper prints the ratio, the
+        loss is its -log.
     """
     b, d = anchor.shape if anchor.dim() == 2 else (0, 0)
     if (
@@ -111,7 +115,8 @@ def task_contrast(anchor: Tensor, positive: Tensor, negatives: Tensor, temperatu
     ):
         got = f"{list(anchor.shape)}, {list(positive.shape)} and {list(negatives.shape)}"
         raise ValueError(
-            f"task_contrast: anchor and positive must be [b, d] and negatives [b, p, d], b and p above 0, got {got}"
+            "task_contrast: anchor and positive must be [b, d] and negatives [b, p, d], b and p above "
+            f"0, got {got}"
         )
     if not isfinite(temperature) or temperature <= 0:
         raise ValueError(f"task_contrast: temperature must be finite and above 0, got {temperature}")
@@ -123,8 +128,8 @@ def task_contrast(anchor: Tensor, positive: Tensor, negatives: Tensor, temperatu
 def draw_pairs(tasks: Sequence[Hashable], step: int, seed: int, batch: int, p: int) -> Pairs:
     """The batch of a step: a pure function of (seed, step).
 
-    An anchor's task is drawn first, so that a task of many samples counts no more than one of few; then anchor and positive among its
-    samples, and p samples among those of all other tasks, with replacement.
+    An anchor's task is drawn first, so that a task of many samples counts no more than one of few; then
+    anchor and positive among its samples, and p samples among those of all other tasks, with replacement.
     Args:
         tasks: the task of each of n samples.
     Raises:
@@ -140,18 +145,21 @@ def draw_pairs(tasks: Sequence[Hashable], step: int, seed: int, batch: int, p: i
 def train_retriever(
     cfg: RetrieverConfig, vectors: Tensor, tasks: Sequence[Hashable], held: Sequence[Hashable] = ()
 ) -> Tensor:
-    """A linear map [d, e] over an embedder's frozen vectors, after which `vectors @ head` of one task lie together.
+    """A linear map [d, e] over an embedder's frozen vectors, after which `vectors @ head` of one task lie
+    together.
 
-    It starts as the identity (its first e columns), so that the untrained retriever is the embedder, and weight decay pulls it back there.
-    Both adapters' samples and queries go through it: `adapter_vector(samples @ head)`, `retrieve(cfg, queries @ head, ...)`.
+    It starts as the identity (its first e columns), so that the untrained retriever is the embedder, and
+    weight decay pulls it back there. Both adapters' samples and queries go through it:
+    `adapter_vector(samples @ head)`, `retrieve(cfg, queries @ head, ...)`.
     Args:
         vectors: [n, d], of any length, one per sample.
         tasks: the task of each sample, of two samples at least.
         held: tasks among them that are not trained on; what finds these best is returned, see `fit_encoder`.
     Raises:
-        ValueError: vectors that are not floating point [n, d], finite and other than zero (names the row), dims above d, and as
-            `fit_encoder`.
-    Source: Zhao et al. 2024 (LoraRetriever), arXiv:2402.09997, section 4, which trains the whole embedder; that is `fit_encoder`.
+        ValueError: vectors that are not floating point [n, d], finite and other than zero (names the
+            row), dims above d, and as `fit_encoder`.
+    Source: Zhao et al. 2024 (LoraRetriever), arXiv:2402.09997, section 4, which trains the whole
+        embedder; that is `fit_encoder`.
     """
     wide, d = _vectors("train_retriever", vectors, tasks), vectors.shape[1]
     if cfg.dims > d:
@@ -167,16 +175,20 @@ def train_retriever(
 
 
 def whiten_tasks(vectors: Tensor, tasks: Sequence[Hashable], shrink: float = 0.1) -> Tensor:
-    """A head [d, d] in closed form: directions count the less, the more samples of one task differ along them.
+    """A head [d, d] in closed form: directions count the less, the more samples of one task differ along
+    them.
 
-    The inverse square root of the covariance within tasks; `vectors @ head` as of `train_retriever`, with which it is to be compared.
+    The inverse square root of the covariance within tasks; `vectors @ head` as of `train_retriever`, with
+    which it is to be compared.
     Args:
         vectors, tasks: as in `train_retriever`.
-        shrink: of the covariance towards a multiple of the identity, in parts of its mean variance; large = the embedder itself.
+        shrink: of the covariance towards a multiple of the identity, in parts of its mean variance; large
+            = the embedder itself.
     Raises:
-        ValueError: shrink that is not finite and above 0, fewer than two tasks, a task with one sample, samples that do not differ within
-            any task, vectors as `train_retriever` refuses them.
-    Source: Hatch et al. 2006, Within-class covariance normalization for SVM-based speaker recognition, section 3.
+        ValueError: shrink that is not finite and above 0, fewer than two tasks, a task with one sample,
+            samples that do not differ within any task, vectors as `train_retriever` refuses them.
+    Source: Hatch et al. 2006, Within-class covariance normalization for SVM-based speaker recognition,
+        section 3.
     """
     if not isfinite(shrink) or shrink <= 0:
         raise ValueError(f"whiten_tasks: shrink must be finite and above 0, got {shrink}")
@@ -207,44 +219,48 @@ def fit_encoder(
     tasks: Sequence[Hashable],
     held: Sequence[Hashable] = (),
 ) -> Tree:
-    """The parameters after training by `task_contrast`: a whole encoder's, an adapter's over a frozen one, a head's.
+    """The parameters after training by `task_contrast`: a whole encoder's, an adapter's over a frozen
+    one, a head's.
 
     Args:
-        encode: (params, rows int64 [b]) -> [b, e], the embeddings of the samples at these places; a row's must not depend on the others.
-            For adapters it applies them itself, so that the gradient reaches them.
+        encode: (params, rows int64 [b]) -> [b, e], the embeddings of the samples at these places; a row's
+            must not depend on the others. For adapters it applies them itself, so that the gradient
+            reaches them.
         params: what is trained; what is frozen `encode` holds itself. They are left as they were.
         tasks: the task of each sample, of two samples at least.
-        held: tasks that are not trained on. Every `cfg.every` steps recall@1 of their samples among all tasks is taken (`task_recall`),
-            and the earliest best is returned, which may be `params`. Left out, the last parameters are.
+        held: tasks that are not trained on. Every `cfg.every` steps recall@1 of their samples among all
+            tasks is taken (`task_recall`), and the earliest best is returned, which may be `params`. Left
+            out, the last parameters are.
     Raises:
-        ValueError: fewer than two tasks to train on, a task with one sample (names it), a held-out task that no sample has, embeddings
-            that are not [b, e].
+        ValueError: fewer than two tasks to train on, a task with one sample (names it), a held-out task
+            that no sample has, embeddings that are not [b, e].
         FloatingPointError: the loss is not finite.
     Source: Zhao et al. 2024 (LoraRetriever), arXiv:2402.09997, section 4.
     """
     names, codes = _codes(tasks)
     if missing := [t for t in held if t not in names]:
         raise ValueError(
-            f"fit_encoder: every task held out must be among tasks, {missing[0]!r} is not ({len(missing)} such)"
+            f"fit_encoder: every task held out must be among tasks, {missing[0]!r} is not "
+            f"({len(missing)} such)"
         )
-    out = torch.isin(codes, torch.tensor([names.index(t) for t in held], dtype=torch.int64))
-    rows = (~out).nonzero()[:, 0]
+    is_held_out = torch.isin(codes, torch.tensor([names.index(t) for t in held], dtype=torch.int64))
+    rows = (~is_held_out).nonzero()[:, 0]
     _check_tasks("fit_encoder", names, codes, rows)
     optimizer = adamw(
         lambda name: Rate(lr=cfg.lr, weight_decay=cfg.weight_decay), warmup_cosine(cfg.steps, 0)
     )
-    own = map_leaves(lambda leaf: leaf.detach().clone(), params)  # steps reuse what they are given
-    best, best_recall = own, -1.0
+    start = map_leaves(lambda leaf: leaf.detach().clone(), params)  # steps reuse what they are given
+    best, best_recall = start, -1.0
 
     def validate(state: states.State) -> dict[str, float]:
         nonlocal best, best_recall
         embeddings = _embed_all(cfg, encode, state.params, len(codes))
-        recall = _recall(embeddings, codes, out, [1])[1]
+        recall = _recall(embeddings, codes, is_held_out, [1])[1]
         if recall > best_recall:
             best, best_recall = map_leaves(torch.clone, state.params), recall
         return {"score": recall}
 
-    state = states.State(params=own, opt=optimizer.init(own))
+    state = states.State(params=start, opt=optimizer.init(start))
     if len(held):
         validate(state)  # what is there before the training may be the best
     try:
@@ -264,18 +280,21 @@ def fit_encoder(
 
 
 def task_recall(embeddings: Tensor, tasks: Sequence[Hashable], ks: Sequence[int] = (1,)) -> dict[int, float]:
-    """{k: share of samples whose task is among the k whose adapter vectors are nearest}, each sample left out of its own task's vector.
+    """{k: share of samples whose task is among the k whose adapter vectors are nearest}, each sample left
+    out of its own task's vector.
 
     Args:
         embeddings: [n, d], of any length.
         tasks: the task of each sample.
     Raises:
-        ValueError: fewer than two tasks, a task with one sample (names it), embeddings that `adapter_vector` refuses, k out of range.
+        ValueError: fewer than two tasks, a task with one sample (names it), embeddings that
+            `adapter_vector` refuses, k out of range.
     """
     names, codes = _codes(tasks)
     if embeddings.dim() != 2 or len(embeddings) != len(codes):
         raise ValueError(
-            f"task_recall: embeddings must be [n, d] and tasks [n], got {list(embeddings.shape)} and {len(codes)}"
+            f"task_recall: embeddings must be [n, d] and tasks [n], got {list(embeddings.shape)} and "
+            f"{len(codes)}"
         )
     _check_tasks("task_recall", names, codes)
     return _recall(embeddings, codes, torch.ones_like(codes, dtype=torch.bool), ks)
@@ -308,7 +327,8 @@ def _encoded(encode: Encode, params: Tree, rows: Tensor) -> Tensor:
     z = encode(params, rows)
     if z.dim() != 2 or len(z) != len(rows):
         raise ValueError(
-            f"fit_encoder: encode must give [b, e], here [{len(rows)}, e], got {list(z.shape)}; pool the tokens"
+            f"fit_encoder: encode must give [b, e], here [{len(rows)}, e], got {list(z.shape)}; pool "
+            "the tokens"
         )
     return z
 

@@ -1,4 +1,5 @@
-"""How much memory a computation will need, before there is any: it runs on tensors without storage, and what is alive is counted."""
+"""How much memory a computation will need, before there is any: it runs on tensors without storage, and
+what is alive is counted."""
 
 import weakref
 from collections import Counter
@@ -20,13 +21,14 @@ _SMALL = 2**24  # values of an index tensor that are followed
 class Ledger(TorchDispatchMode):
     """While it is entered, every storage that appears is counted with its size, and no more when it goes.
 
-    Tensors on the meta device stand for what will be on the accelerator, and only they are counted. Index tensors and
-    masks may be real; their values are followed when they move to meta and through arithmetic with each other, so that
-    a model may look at them.
+    Tensors on the meta device stand for what will be on the accelerator, and only they are counted. Index
+    tensors and masks may be real; their values are followed when they move to meta and through arithmetic
+    with each other, so that a model may look at them.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        # A storage is known by a running number: addresses are used again.
         self._events: list[tuple[int, int]] = []  # (storage, +bytes or -bytes)
         self._alive: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self._numbers: dict[int, int] = {}  # address of a storage object -> its number
@@ -38,7 +40,8 @@ class Ledger(TorchDispatchMode):
             self._parts[self._enter(tensor)] = part
 
     def peak(self) -> dict[str, int]:
-        """Bytes by part at the moment when most were alive; what was never named is "activations and gradients"."""
+        """Bytes by part at the moment when most were alive; what was never named is "activations and
+        gradients"."""
         now: Counter[str] = Counter()
         top: Counter[str] = Counter()
         for number, size in self._events:
@@ -55,15 +58,16 @@ class Ledger(TorchDispatchMode):
         on_meta = any(tensor.is_meta for tensor in inputs) or str(kwargs.get("device")) == "meta"
         if not on_meta:
             return func(*args, **kwargs)
-        out = func(*tree_map(_to_meta, args), **tree_map(_to_meta, kwargs))
-        if _is_small_index(out) and _are_followed(inputs):
+        # The operator runs without storage; only shapes and dtypes come out.
+        result = func(*tree_map(_to_meta, args), **tree_map(_to_meta, kwargs))
+        if _is_small_index(result) and _are_followed(inputs):
             on_cpu = {}
             for name, value in kwargs.items():
                 on_cpu[name] = torch.device("cpu") if name == "device" else value
-            out._value = func(*tree_map(_value, args), **tree_map(_value, on_cpu))
-        for tensor in _tensors(out):
+            result._value = func(*tree_map(_value, args), **tree_map(_value, on_cpu))
+        for tensor in _tensors(result):
             self._enter(tensor)
-        return out
+        return result
 
     def _enter(self, tensor: Tensor) -> int:
         if not tensor.is_meta:
@@ -79,21 +83,21 @@ class Ledger(TorchDispatchMode):
         return number
 
 
-def peak_of(call: Callable[[], Any], known: Mapping[str, Any]) -> dict[str, int]:
-    """Bytes by part at the peak of `call()`; `known` are the tensors that exist before it, by part.
+def peak_of(call: Callable[[], Any], existing: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes by part at the peak of `call()`; `existing` are the tensors that are there before it, by part.
 
     Kernels' own scratch memory is not seen, nor what a caching allocator keeps; add a tenth for both.
     """
     ledger = Ledger()
-    for part, tree in known.items():
+    for part, tree in existing.items():
         ledger.enter_as(part, tree)
     with ledger, _fused_attention():
         call()
     return ledger.peak()
 
 
-def _is_small_index(out: Any) -> bool:
-    return isinstance(out, Tensor) and not out.is_floating_point() and out.numel() <= _SMALL
+def _is_small_index(item: Any) -> bool:
+    return isinstance(item, Tensor) and not item.is_floating_point() and item.numel() <= _SMALL
 
 
 def _are_followed(inputs: list[Tensor]) -> bool:
@@ -103,8 +107,8 @@ def _are_followed(inputs: list[Tensor]) -> bool:
 
 @contextmanager
 def _fused_attention() -> Iterator[None]:
-    """On meta, torch writes attention out as products; devices run one kernel that never holds the weights of all
-    pairs."""
+    """On meta, torch writes attention out as products; devices run one kernel that never holds the
+    weights of all pairs."""
     real = F.scaled_dot_product_attention
 
     def attention(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -121,8 +125,8 @@ def _fused_attention() -> Iterator[None]:
 
 
 def gathered(part: Tensor, rows: int) -> Tensor:
-    """A matrix [rows, d] cut over processes, of which `part` lies here: whole while it is used, and so is its gradient
-    until it is cut."""
+    """A matrix [rows, d] cut over processes, of which `part` lies here: whole while it is used, and so is
+    its gradient until it is cut."""
     return _Part.like((rows, *part.shape[1:]), part.dtype, part.device, shard=part)
 
 
@@ -177,7 +181,8 @@ def _value(item: Any, must: bool = False) -> Any:
     value = getattr(item, "_value", None)
     if must and value is None:
         raise ValueError(
-            f"estimate: the model looks at the values of a tensor {list(item.shape)} {str(item.dtype)[6:]}, which has "
+            f"estimate: the model looks at the values of a tensor {list(item.shape)} "
+            f"{str(item.dtype)[6:]}, which has "
             "none here"
         )
     return value

@@ -1,4 +1,5 @@
-"""Gradients: the one binding in which they are taken, and large batches computed from small chunks, exactly."""
+"""Gradients: the one binding in which they are taken, and large batches computed from small chunks,
+exactly."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -21,7 +22,8 @@ _HALF = (torch.bfloat16, torch.float16)
 
 @frozen(kw_only=True)
 class Aux:
-    """What a loss returns besides its value: numbers to log, and batch means that the state follows with running means."""
+    """What a loss returns besides its value: numbers to log, and batch means that the state follows with
+    running means."""
 
     metrics: dict[str, Tensor] = field(factory=dict)
     means: Tree = field(factory=dict)
@@ -31,16 +33,17 @@ def value_and_grad(loss: Loss, *, precision: str = "float32", reduce: bool = Tru
     """`(params, batch) -> (loss, aux, gradient of the loss by every leaf of params)`.
 
     The only place that takes gradients, sets autocast (`precision="bfloat16"`) and averages over processes
-    (`reduce`). A leaf that the loss does not touch gets zeros. Forward and gradient run inside one call, so that
-    whatever binds weights during the forward pass (`torch.func.functional_call`) still binds them when
-    checkpointed activations are computed again.
+    (`reduce`). A leaf that the loss does not touch gets zeros. Forward and gradient run inside one call,
+    so that whatever binds weights during the forward pass (`torch.func.functional_call`) still binds them
+    when checkpointed activations are computed again.
 
-    Sharded leaves (`shards.shard_params`) get their part of the gradient, summed over processes where it arises: with
-    reduce=False it stays that sum, while other leaves have this process's own gradient.
+    Sharded leaves (`shards.shard_params`) get their part of the gradient, summed over processes where it
+    arises: with reduce=False it stays that sum, while other leaves have this process's own gradient.
     """
 
     def run(params: Tree, batch: Any) -> tuple[Tensor, Aux, Tree]:
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in flatten(params).items()}
+        # Also where the caller has switched gradients off.
         with torch.enable_grad(), autocast(params, precision):
             value, aux = loss(unflatten(leaves), batch)
         reached: tuple[Tensor | None, ...] = ()
@@ -66,16 +69,16 @@ def value_and_grad(loss: Loss, *, precision: str = "float32", reduce: bool = Tru
 def cached_value_and_grad(
     embed: Callable[[Tree, Batch], Batch], contrast: Loss, *, chunk: int, precision: str = "float32"
 ) -> Grad:
-    """The gradient of `contrast(params, embed(params, batch))`, exact for the whole batch, with activations of
-    `chunk` rows at a time.
+    """The gradient of `contrast(params, embed(params, batch))`, exact for the whole batch, with
+    activations of `chunk` rows at a time.
 
-    Embed all chunks without gradients, take the loss over the whole batch (of all processes) and its gradient by
-    the embeddings, then embed each chunk again and pull that gradient through it: twice the forward passes, the
-    memory of one chunk. A batch that is one chunk of one process goes straight through.
+    Embed all chunks without gradients, take the loss over the whole batch (of all processes) and its
+    gradient by the embeddings, then embed each chunk again and pull that gradient through it: twice the
+    forward passes, the memory of one chunk. A batch that is one chunk of one process goes straight through.
 
     Args:
-        embed: rows of a batch -> {name: [rows, ...]}; a row's embedding must not depend on the other rows. Runs in
-            `precision`.
+        embed: rows of a batch -> {name: [rows, ...]}; a row's embedding must not depend on the other
+            rows. Runs in `precision`.
         contrast: (params, {name: [all rows, ...]}) -> loss over the whole batch; runs in full precision.
     Source: Gao et al. 2021 (GradCache), arXiv:2101.06983, section 3.
     """
@@ -104,17 +107,15 @@ def cached_value_and_grad(
             raise ValueError(
                 "cached_value_and_grad: needs whole parameters, got shards; leave small towers whole"
             )
+        # One chunk of one process needs no second forward pass.
         if n <= chunk and processes.world_size() == 1:
             return whole_grad(params, batch)
 
         # 1. Embed everything without gradients; every process gets the rows of all.
         spans = [slice(i, min(i + chunk, n)) for i in range(0, n, chunk)]
         with torch.no_grad(), autocast(params, precision):
-            parts = [embed(params, _take_rows(batch, span)) for span in spans]
-        rows = {}
-        for name in parts[0]:
-            own = torch.cat([part[name] for part in parts])
-            rows[name] = processes.gather_rows(_to_float32(own))
+            chunks = [embed(params, _take_rows(batch, span)) for span in spans]
+        rows = _gather_embeddings(chunks)
 
         # 2. The loss of the whole batch, and its gradient by parameters and embeddings.
         value, aux, grads = contrast_grad({"params": params, "rows": rows}, None)
@@ -145,19 +146,20 @@ def token_value_and_grad(
     cut: Callable[[Any, slice], Any] | None = None,
     rows: Callable[[Any], int] | None = None,
 ) -> Grad:
-    """The mean loss over all trained tokens of all micro-batches and processes, and its exact gradient, `chunk`
-    rows at a time.
+    """The mean loss over all trained tokens of all micro-batches and processes, and its exact gradient,
+    `chunk` rows at a time.
 
     A mean of the micro-batches' means would weigh a token more, the fewer tokens its micro-batch trains.
 
     Args:
-        loss_sum: (params, micro-batch) -> sum of the token losses, count of trained tokens, Aux whose metrics and
-            means are sums over these tokens, too. Metrics come out as means per token, with "tokens", the count.
-        cut: (batch, span of rows) -> micro-batch; needed where a tensor's first axis is not the batch, such as an
-            image's patches.
+        loss_sum: (params, micro-batch) -> sum of the token losses, count of trained tokens, Aux whose
+            metrics and means are sums over these tokens, too. Metrics come out as means per token, with
+            "tokens", the count.
+        cut: (batch, span of rows) -> micro-batch; needed where a tensor's first axis is not the batch,
+            such as an image's patches.
         rows: batch -> its number of rows; the length of "ids", else of its first tensor, if left out.
-    16-bit gradients of several micro-batches are added up in float32. Where parameters are sharded, every process
-    needs the same number of micro-batches, since each of them gathers weights.
+    16-bit gradients of several micro-batches are added up in float32. Where parameters are sharded, every
+    process needs the same number of micro-batches, since each of them gathers weights.
     Raises:
         ValueError: no trained token in the whole batch; rows of unequal number and no `cut`; micro-batches of
             unequal number over shards.
@@ -177,6 +179,7 @@ def token_value_and_grad(
         n = rows(batch) if rows else _count_rows(batch)
         spans = [slice(i, min(i + chunk, n)) for i in range(0, n, chunk)]
         _check_same_number(params, len(spans))
+        # A generator, so that only one micro-batch exists at a time.
         if len(spans) == 1:
             pieces: Iterable[Any] = [batch]
         else:
@@ -185,10 +188,12 @@ def token_value_and_grad(
         if processes.world_size() > 1:
             for number in numbers.values():
                 dist.all_reduce(number)
+        # Sums are divided once, by the tokens of all micro-batches and processes.
         count = float(numbers["metrics/tokens"])
         if not count:
             raise ValueError(
-                f"token_value_and_grad: no token of the batch ({n} rows) is trained; see that the context holds "
+                f"token_value_and_grad: no token of the batch ({n} rows) is trained; see that the "
+                "context holds "
                 "the answers"
             )
         for name, number in numbers.items():
@@ -210,6 +215,15 @@ def autocast(params: Tree, precision: str) -> torch.autocast:
     return torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16")
 
 
+def _gather_embeddings(chunks: list[Batch]) -> Batch:
+    """The embeddings of all chunks of all processes, in float32 or wider."""
+    rows = {}
+    for name in chunks[0]:
+        local = torch.cat([chunk[name] for chunk in chunks])
+        rows[name] = processes.gather_rows(_to_float32(local))
+    return rows
+
+
 def _add_up(
     grad: Grad, params: Tree, pieces: Iterable[Any], n: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -219,6 +233,7 @@ def _add_up(
     for piece in pieces:
         value, aux, grads = grad(params, piece)
         new = flatten({"loss": value, "metrics": aux.metrics, "means": aux.means})
+        # In float64: thousands of token losses are added up.
         numbers = {name: number.double() + numbers.get(name, 0.0) for name, number in new.items()}
         if n == 1:
             return numbers, flatten(grads)
@@ -231,10 +246,11 @@ def _add_up(
     return numbers, total
 
 
-def _sum_over_processes(grads: list[Tensor], parts: float) -> list[Tensor]:
-    """The gradients divided by `parts` and summed; those of shards were summed where their weight was gathered."""
+def _sum_over_processes(grads: list[Tensor], divisor: float) -> list[Tensor]:
+    """The gradients divided by `divisor` and summed; those of shards were summed where their weight was
+    gathered."""
     for i, grad in enumerate(grads):
-        grads[i] = grad / parts  # not in place: two leaves may have one gradient
+        grads[i] = grad / divisor  # not in place: two leaves may have one gradient
         if processes.world_size() > 1 and not shards.is_shard(grad):
             dist.all_reduce(grads[i])
     return grads
@@ -263,7 +279,8 @@ def _cut_equal_rows(batch: Batch, n: int, span: slice) -> Batch:
     wrong = [f"{name} has {len(tensor)}" for name, tensor in batch.items() if len(tensor) != n]
     if wrong:
         raise ValueError(
-            f"token_value_and_grad: every tensor must have the batch's {n} rows, {', '.join(wrong)}; say how to "
+            f"token_value_and_grad: every tensor must have the batch's {n} rows, {', '.join(wrong)}; "
+            "say how to "
             "cut it with `cut`"
         )
     return _take_rows(batch, span)

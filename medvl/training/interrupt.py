@@ -10,15 +10,15 @@ from medvl.base import processes
 
 
 class Stopped(SystemExit):
-    """The run was asked to stop (SIGTERM, Ctrl-C) and has saved its state; the exit status is that of a process the
-    signal ended."""
+    """The run was asked to stop (SIGTERM, Ctrl-C) and has saved its state; the exit status is that of a
+    process the signal ended."""
 
 
 class Interrupt:
     """The signal, SIGTERM or SIGINT (Ctrl-C), that came in while the block lasts; 0 if none did.
 
-    The step at work is finished and saved. A second Ctrl-C ends the process at once, as it would without this block.
-    Only the main thread can catch signals; elsewhere this does nothing.
+    The step at work is finished and saved. A second Ctrl-C ends the process at once, as it would without
+    this block. Only the main thread can catch signals; elsewhere this does nothing.
     """
 
     _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -42,7 +42,8 @@ class Interrupt:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         again = self.number and number == signal.SIGINT
-        # torchrun passes a Ctrl-C on to processes that the terminal has already sent it to: that is no second one.
+        # torchrun passes a Ctrl-C on to processes that the terminal has already sent it to: that is no
+        # second one.
         if again and not (processes.world_size() > 1 and time.monotonic() - self._since < 1):
             raise KeyboardInterrupt
         if not self.number:
@@ -51,5 +52,6 @@ class Interrupt:
                 # Not by logging: a handler may come in the middle of another line.
                 os.write(
                     2,
-                    b"\nstopping after this step, then saving; Ctrl-C again ends at once and loses what is not saved\n",
+                    b"\nstopping after this step, then saving; Ctrl-C again ends at once and loses "
+                    b"what is not saved\n",
                 )

@@ -21,20 +21,21 @@ _log = logging.getLogger("medvl")
 
 
 def open_journal(path: Path, step: int) -> Callable[[dict[str, Any]], None]:
-    """An appender to `path`, after dropping lines past `step` (written by a run that was killed before it saved) and
-    broken ones.
+    """An appender to `path`, after dropping lines past `step` (written by a run that was killed before it
+    saved) and broken ones.
 
-    A last line that is broken is half a line of a killed run, whose step is run again. For others there is a warning
-    and a copy of the file. Only process 0 writes.
+    A last line that is broken is half a line of a killed run, whose step is run again. For others there
+    is a warning and a copy of the file. Only process 0 writes.
     """
     if processes.rank() != 0:
         return lambda line: None
+    # As bytes: half a line may end within a character.
     lines = path.read_bytes().splitlines() if path.exists() else []
-    whole, broken = list[str](), list[int]()
+    kept_lines, broken = list[str](), list[int]()
     for number, raw in enumerate(lines, 1):
         try:
             if json.loads(raw)["step"] <= step:
-                whole.append(raw.decode())
+                kept_lines.append(raw.decode())
         except (ValueError, KeyError, TypeError, RecursionError):
             broken.append(number)
     if any(number < len(lines) for number in broken):
@@ -48,8 +49,9 @@ def open_journal(path: Path, step: int) -> Callable[[dict[str, Any]], None]:
             broken[0],
             copy,
         )
-    files.write_text(path, "".join(line + "\n" for line in whole))
+    files.write_text(path, "".join(line + "\n" for line in kept_lines))
 
+    # Opened for each line, so that whoever follows the file sees it at once.
     def append(line: dict[str, Any]) -> None:
         with open(path, "a", encoding="utf-8") as f:
             f.write(json.dumps(line) + "\n")
@@ -58,7 +60,8 @@ def open_journal(path: Path, step: int) -> Callable[[dict[str, Any]], None]:
 
 
 class Pace:
-    """How fast a run goes, and the line that shows it. Its clock stands still while the state is validated and saved.
+    """How fast a run goes, and the line that shows it. Its clock stands still while the state is
+    validated and saved.
 
     Args:
         step: where the run begins.
@@ -87,14 +90,14 @@ class Pace:
     def show(self, line: dict[str, Any], device: torch.device, *, stays: bool) -> None:
         """Show the numbers of a step; `stays` where the next line does not replace them."""
         numbers = {name: v for name, v in line.items() if name != "step" and name not in display.TIMING_KEYS}
-        shown = [f"{self._seconds:.3g} s/step"]
+        fields = [f"{self._seconds:.3g} s/step"]
         # Rate and loss first: a narrow terminal shows the first numbers only.
         for name, digits in (("lr", ".2g"), ("loss", ".3g")):
             if name in numbers:
-                shown.append(f"{name} {numbers.pop(name):{digits}}")
-        shown.append(f"{_peak_memory(device) / 1e9:.2f} GB")
-        shown += [f"{name} {value:.4g}" for name, value in numbers.items()]
-        postfix = ", ".join(shown)
+                fields.append(f"{name} {numbers.pop(name):{digits}}")
+        fields.append(f"{_peak_memory(device) / 1e9:.2f} GB")
+        fields += [f"{name} {value:.4g}" for name, value in numbers.items()]
+        postfix = ", ".join(fields)
         self._bar.set_postfix_str(postfix)
         show = self._log
         if isinstance(self._log, display.Log) and not stays:

@@ -37,15 +37,16 @@ def make_step(
     bound: Callable[[Tree], Tree] = lambda p: p,
     seed: int | None = None,
 ) -> Step:
-    """One optimiser step, `(state, batch) -> (state, metrics)`; the state that goes in must not be used again.
+    """One optimiser step, `(state, batch) -> (state, metrics)`; the state that goes in must not be used
+    again.
 
     Args:
         clip: upper bound of the gradients' common norm, 0 = none.
         follow: how far a running mean moves to the batch's mean (further in the first steps).
         bound: puts parameters back into their range after the update.
-        seed: torch's default generator is seeded with (seed, step, process) while the gradient is taken and put back
-            afterwards, so that dropout (`weights.lazy`) draws the same masks when a run is resumed; left out, the
-            generator is left alone.
+        seed: torch's default generator is seeded with (seed, step, process) while the gradient is taken
+            and put back afterwards, so that dropout (`weights.lazy`) draws the same masks when a run is
+            resumed; left out, the generator is left alone.
     """
 
     def step(state: State, batch: Any) -> tuple[State, Batch]:
@@ -71,9 +72,10 @@ class NotFinite(FloatingPointError):
         step: at which step, from 1.
     """
 
-    def __init__(self, reason: str, step: int, there: str) -> None:
+    def __init__(self, reason: str, step: int, last_good: str) -> None:
         super().__init__(
-            f"fit: {reason} at step {step}; {there}. The same command meets the same step again: lower lr, or look "
+            f"fit: {reason} at step {step}; {last_good}. The same command meets the same step again: lower "
+            "lr, or look "
             "at the data"
         )
         self.reason, self.step = reason, step
@@ -105,13 +107,13 @@ def train_steps(
 ) -> State:
     """Train to `steps`, or go on from `folder/last.pt` to the same bits that an undisturbed run ends with.
 
-    Writes `metrics.jsonl` (a line per logged step; all but the keys of `display.TIMING_KEYS` are the same after a stop),
-    `last.pt`, and `best.pt` (the state with the highest `score` that `validate` gave).
-    Where validations stop giving a better score, training may end before `steps` (`patience`); that, too, is the same
-    after a stop, because the count of them is part of the state.
-    On SIGTERM or Ctrl-C, in whichever process, the state is saved and `Stopped` is raised; the same call goes on from
-    there. A second Ctrl-C ends at once. Shards are saved whole, so that any number of processes can go on, except
-    where steps draw (dropout, noise): that would be another result.
+    Writes `metrics.jsonl` (a line per logged step; all but the keys of `display.TIMING_KEYS` are the same
+    after a stop), `last.pt`, and `best.pt` (the state with the highest `score` that `validate` gave).
+    Where validations stop giving a better score, training may end before `steps` (`patience`); that, too,
+    is the same after a stop, because the count of them is part of the state.
+    On SIGTERM or Ctrl-C, in whichever process, the state is saved and `Stopped` is raised; the same call
+    goes on from there. A second Ctrl-C ends at once. Shards are saved whole, so that any number of
+    processes can go on, except where steps draw (dropout, noise): that would be another result.
 
     Args:
         batch_at: step -> batch; a pure function, so that nothing about the data needs saving.
@@ -121,9 +123,9 @@ def train_steps(
         keep_last: with 2 or more, so many states are kept in `step-*.pt`, one of each save.
         title: what the lines that are shown begin with.
         lr: step (from 0) -> its learning rate, to be shown.
-        log: takes the lines that are shown: step of steps, seconds a step (without saving and validation), time left
-            (with them), learning rate, numbers of the step, memory (the peak of this process). With a `display.Log`
-            they replace each other in a terminal.
+        log: takes the lines that are shown: step of steps, seconds a step (without saving and
+            validation), time left (with them), learning rate, numbers of the step, memory (the peak of
+            this process). With a `display.Log` they replace each other in a terminal.
     Raises:
         NotFinite: the loss, the gradient's norm or a trained number is not finite, in whichever process;
             nothing of it is saved, and the last good state stays on disk.
@@ -151,11 +153,13 @@ def train_steps(
         ) as bar,
     ):
         pace = Pace(title, first, steps, bar, log)
+        # The next batch is read while this one is computed.
         for i, batch in prefetch(batch_at, state.step, steps):
             state, metrics = step(state, batch)
             pace.count_step()
             device = metrics["loss"].device
             watched = _watch(watched, metrics, i + 1)
+            # All processes stop at the same step, whichever of them was signalled.
             halt = _in_any(stop.number > 0, device)
             log_due = _is_due(state.step, every.log, steps)
             save_due = _is_due(state.step, every.save, steps)
@@ -167,9 +171,11 @@ def train_steps(
                 if lr:
                     line["lr"] = lr(i)
                 line |= pace.read_clock()  # after float(), which waits for the device
+            # A better state is on disk before the line that tells of it, and before `last.pt` passes it.
             if validate_due:
                 assert validate is not None
                 scores = validate(state)
+                # A validation may take minutes: a signal in it is not left until the next step.
                 halt = _in_any(stop.number > 0, device)
                 line |= {f"valid_{name}": score for name, score in scores.items()}
                 score = _of_first_process(scores["score"], device)
@@ -181,6 +187,7 @@ def train_steps(
                     state = evolve(state, stale=state.stale + 1)
             ended = _is_out_of_patience(state, patience)
             if ended:
+                # The file says that this is the end, or the run would seem unfinished.
                 state = evolve(state, steps=state.step)
             if log_due or validate_due:
                 journal(line)
@@ -201,7 +208,8 @@ def train_steps(
                 raise Stopped(128 + (stop.number or signal.SIGTERM))
             if ended:
                 log(
-                    f"{title}: ends at step {state.step} of {steps}, {state.stale} validations gave no better score"
+                    f"{title}: ends at step {state.step} of {steps}, {state.stale} validations gave no "
+                    "better score"
                 )
                 break
     return state
@@ -219,6 +227,7 @@ def _keep_states(last: Path, step: int, number: int) -> None:
     """Keep the state that was just written as one of the latest `number`, and let older ones go."""
     if number < 2 or processes.rank() != 0:
         return
+    # Leading zeros, so that names sort by step.
     path = last.with_name(f"step-{step:09d}.pt")
     with files.atomic(path) as tmp:
         shutil.copyfile(last, tmp)
@@ -227,18 +236,20 @@ def _keep_states(last: Path, step: int, number: int) -> None:
 
 
 def _check_processes(path: Path | None, state: State, steps: int) -> None:
-    """Refuse to go on with another number of processes where what each of them draws for its share would then be
-    something else."""
+    """Refuse to go on with another number of processes where what each of them draws for its share would
+    then be something else."""
     same = state.processes in (0, processes.world_size())
     if state.drawn and not same and state.step < steps:
         raise ValueError(
-            f"{path}: was trained by {state.processes} processes, now there are {processes.world_size()}; each draws "
+            f"{path}: was trained by {state.processes} processes, now there are "
+            f"{processes.world_size()}; each draws "
             "(dropout, noise) for its "
-            f"share of a batch, so the result would change: start {state.processes}, or remove the file to train anew"
+            f"share of a batch, so the result would change: start {state.processes}, or remove the "
+            "file to train anew"
         )
 
 
-# Numbers that are not finite -------------------------------------------------------------------------------------
+# Numbers that are not finite --------------------------------------------------------------------------
 
 
 def _watch(watched: Tensor | None, metrics: Batch, step: int) -> Tensor:
@@ -255,11 +266,11 @@ def _watch(watched: Tensor | None, metrics: Batch, step: int) -> Tensor:
 
 
 def _check_finite(watched: Tensor, state: State | None, last: Path | None, first: int) -> None:
-    """Raise, in all processes alike, where the loss, the gradient or (where it is about to be saved) the state is not
-    finite.
+    """Raise, in all processes alike, where the loss, the gradient or (where it is about to be saved) the
+    state is not finite.
 
-    The loss of a step is that of the weights before it: it may be finite where the gradient, and so every weight
-    after it, is not.
+    The loss of a step is that of the weights before it: it may be finite where the gradient, and so every
+    weight after it, is not.
     """
     loss, norm, step = watched.tolist()
     reason = ""
@@ -272,17 +283,18 @@ def _check_finite(watched: Tensor, state: State | None, last: Path | None, first
     if not _in_any(bool(reason), watched.device):
         return
     reason = reason or "loss or gradient of another process is not finite"
-    there = "no state was saved yet"
+    last_good = "no state was saved yet"
     if last is not None and (first or last.exists()):
-        there = f"the last good state is {last}"
-    raise NotFinite(reason, int(step), there)
+        last_good = f"the last good state is {last}"
+    raise NotFinite(reason, int(step), last_good)
 
 
-# Random draws ----------------------------------------------------------------------------------------------------
+# Random draws -----------------------------------------------------------------------------------------
 
 
 class _Generators:
-    """Torch's default generators of the CPU and of a GPU, to see whether something was drawn from them since."""
+    """Torch's default generators of the CPU and of a GPU, to see whether something was drawn from them
+    since."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -322,7 +334,7 @@ def _follow_means(state: State, new: Tree, follow: float) -> Tree:
     return unflatten(means)
 
 
-# What processes agree on -----------------------------------------------------------------------------------------
+# What processes agree on ------------------------------------------------------------------------------
 
 
 def _in_any(flag: bool, device: torch.device) -> bool:

@@ -17,19 +17,20 @@ def muon(
     momentum: float = 0.95,
     iterations: int = 5,
 ) -> Optimizer:
-    """Momentum whose step on every matrix has all singular values near 1, so that no direction of the input waits for
-    another.
+    """Momentum whose step on every matrix has all singular values near 1, so that no direction of the
+    input waits for another.
 
     Args:
-        rate: parameter name -> Rate; lr is the size of a step per singular value (0.02-0.05), about ten times AdamW's.
+        rate: parameter name -> Rate; lr is the size of a step per singular value (0.02-0.05), about ten
+            times AdamW's.
         schedule: optimiser step (from 0) -> factor on every lr.
         iterations: of the polynomial that brings singular values between 0.7 and 1.2.
-    Made for weight matrices inside a network; a convolution's weight is the matrix [out, the rest]. Norms, biases,
-    embeddings and the last layer belong to AdamW: see `optim.routed`.
+    Made for weight matrices inside a network; a convolution's weight is the matrix [out, the rest].
+    Norms, biases, embeddings and the last layer belong to AdamW: see `optim.routed`.
     Raises:
         ValueError: a parameter is no matrix, or sharded: a step needs the whole matrix.
-    Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon: Nesterov momentum, steps of tall matrices times
-        sqrt(rows / columns).
+    Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon: Nesterov momentum, steps of tall
+        matrices times sqrt(rows / columns).
     """
 
     def init(params: Tree) -> Tree:
@@ -37,12 +38,14 @@ def muon(
         vectors = [name for name, tensor in flat.items() if tensor.dim() < 2]
         if vectors:
             raise ValueError(
-                f"muon: needs matrices, {len(vectors)} parameters are none, e.g. {vectors[0]}; leave them to adamw"
+                f"muon: needs matrices, {len(vectors)} parameters are none, e.g. {vectors[0]}; leave "
+                "them to adamw"
             )
         sharded = [name for name, tensor in flat.items() if is_shard(tensor)]
         if sharded:
             raise ValueError(
-                f"muon: needs whole matrices, {len(sharded)} are sharded, e.g. {sharded[0]}; leave them to adamw"
+                f"muon: needs whole matrices, {len(sharded)} are sharded, e.g. {sharded[0]}; leave "
+                "them to adamw"
             )
         return {"mean": map_leaves(zero_moment, params)}
 
@@ -54,7 +57,8 @@ def muon(
             mean = means[name].mul_(momentum).add_(g[name])
             nesterov = torch.add(g[name], mean, alpha=momentum)
             direction = orthogonalize(nesterov.flatten(1), iterations)
-            # A tall matrix spreads a step over more outputs: larger steps keep what an output moves by the same.
+            # A tall matrix spreads a step over more outputs: larger steps keep what an output moves by
+            # the same.
             scale = max(1.0, direction.shape[0] / direction.shape[1]) ** 0.5
             tensor.mul_(1 - lr * r.weight_decay).add_(direction.view_as(tensor), alpha=-lr * scale)
         return params, state
@@ -63,8 +67,8 @@ def muon(
 
 
 def orthogonalize(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """About U V^T of the matrix U S V^T [n, m]: an odd polynomial, applied again and again, drives singular values to
-    0.7-1.2.
+    """About U V^T of the matrix U S V^T [n, m]: an odd polynomial, applied again and again, drives
+    singular values to 0.7-1.2.
 
     Runs in bfloat16 on a GPU, where that is enough and fast, and in the matrix's own precision elsewhere.
     Source: Jordan et al. 2024, coefficients 3.4445, -4.7750, 2.0315.

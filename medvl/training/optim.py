@@ -1,9 +1,9 @@
 """Optimisers as pairs of functions, learning-rate schedules and gradient clipping.
 
-16-bit weights lose steps smaller than half their spacing (at a rate of 1e-5 most of them), so either a float32 master
-takes the steps (`with_master`) or weights are rounded up or down at random (`adamw(rounding="stochastic")`). Moments
-of 16-bit weights are float32: a running mean that moves by 1 % a step stands still in bfloat16, whose numbers lie
-0.4-0.8 % apart.
+16-bit weights lose steps smaller than half their spacing (at a rate of 1e-5 most of them), so either a
+float32 master takes the steps (`with_master`) or weights are rounded up or down at random
+(`adamw(rounding="stochastic")`). Moments of 16-bit weights are float32: a running mean that moves by 1 %
+a step stands still in bfloat16, whose numbers lie 0.4-0.8 % apart.
 """
 
 import hashlib
@@ -24,8 +24,8 @@ from medvl.weights.rounding import HALF, Packing, group_by_size, is_large, run_i
 
 @frozen
 class Optimizer:
-    """`init(params) -> state` and `update(grads, state, params, step) -> (params, state)`; update reuses the buffers
-    it is given."""
+    """`init(params) -> state` and `update(grads, state, params, step) -> (params, state)`; update reuses
+    the buffers it is given."""
 
     init: Callable[[Tree], Tree]
     update: Callable[[Tree, Tree, Tree, int], tuple[Tree, Tree]]
@@ -52,22 +52,22 @@ def adamw(
 ) -> Optimizer:
     """AdamW over a tree; bit-equal to `torch.optim.AdamW` with the same groups where parameters are float32.
 
-    16-bit parameters are computed in float32, 2**24 values at a time, and rounded once. Shards (`DTensor`) are moved
-    where they lie.
+    16-bit parameters are computed in float32, 2**24 values at a time, and rounded once. Shards
+    (`DTensor`) are moved where they lie.
 
     Args:
         rate: parameter name -> Rate. Scalars and vectors (norms, biases, temperatures) are never decayed.
         schedule: optimiser step (from 0) -> factor on every lr.
-        rounding: of bfloat16 parameters: "stochastic" goes up or down with the odds of the distance, so that small
-            steps add up on average; a pure function of `seed`, the step and the parameter's name.
-        packing: keeps both moments in 8 bits (`four_bit.eight_bit_moments()`), the values of `torch.optim`'s arithmetic in
-            between.
+        rounding: of bfloat16 parameters: "stochastic" goes up or down with the odds of the distance, so
+            that small steps add up on average; a pure function of `seed`, the step and the parameter's name.
+        packing: keeps both moments in 8 bits (`four_bit.eight_bit_moments()`), the values of
+            `torch.optim`'s arithmetic in between.
     State: 8 bytes a parameter, packed 2.03.
     Raises:
         ValueError: stochastic rounding of float16, 8-bit moments of shards.
-    Source: Loshchilov & Hutter 2019, arXiv:1711.05101; torch's functional kernel does the arithmetic. The defaults are
-        CLIP's. Dettmers et al. 2022, arXiv:2110.02861 (8-bit moments); Zamirai et al. 2021, arXiv:2010.06192
-        (stochastic rounding).
+    Source: Loshchilov & Hutter 2019, arXiv:1711.05101; torch's functional kernel does the arithmetic. The
+        defaults are CLIP's. Dettmers et al. 2022, arXiv:2110.02861 (8-bit moments); Zamirai et al. 2021,
+        arXiv:2010.06192 (stochastic rounding).
     """
     if rounding not in ("nearest", "stochastic"):
         raise ValueError(f"adamw: rounding must be 'nearest' or 'stochastic', got {rounding!r}")
@@ -88,12 +88,14 @@ def adamw(
         half = [name for name, tensor in flat.items() if tensor.dtype == torch.float16]
         if rounding == "stochastic" and half:
             raise ValueError(
-                f"adamw: stochastic rounding is for bfloat16, {len(half)} parameters are float16, e.g. {half[0]}"
+                f"adamw: stochastic rounding is for bfloat16, {len(half)} parameters are float16, e.g. "
+                f"{half[0]}"
             )
         sharded = [name for name, tensor in flat.items() if _is_shard(tensor)]
         if packing is not None and sharded:
             raise ValueError(
-                f"adamw: 8-bit moments need whole parameters, {len(sharded)} are sharded, e.g. {sharded[0]}; leave "
+                f"adamw: 8-bit moments need whole parameters, {len(sharded)} are sharded, e.g. "
+                f"{sharded[0]}; leave "
                 "packing out"
             )
         state = {}
@@ -135,6 +137,7 @@ def adamw(
             r = rate(name)
             if tensor.dim() <= 1:
                 r = Rate(lr=r.lr)
+            # Alone, a piece at a time: what is rounded or packed, and what is large. The rest shares kernels.
             mixed = tensor.dtype in HALF or g[name].dtype != tensor.dtype
             if not (packs(tensor) or mixed or is_large(tensor)):
                 groups.setdefault(r, []).append(name)  # many small tensors share a kernel, below
@@ -155,8 +158,8 @@ def adamw(
 
 
 def with_master(optimizer: Optimizer) -> Optimizer:
-    """The same optimiser on a float32 copy of every 16-bit parameter, kept in the state; the parameter is the copy,
-    rounded.
+    """The same optimiser on a float32 copy of every 16-bit parameter, kept in the state; the parameter is
+    the copy, rounded.
 
     What `bound` in `loop.make_step` does to a 16-bit parameter does not reach its copy.
     State: 4 bytes a parameter on top.
@@ -169,6 +172,7 @@ def with_master(optimizer: Optimizer) -> Optimizer:
         return {"master": master, "inner": optimizer.init(merge_trees(params, master))}
 
     def update(grads: Tree, state: Tree, params: Tree, step: int) -> tuple[Tree, Tree]:
+        # An empty tree is dropped where a state is flattened.
         before = state.get("master", {})
         moved, inner = optimizer.update(grads, state["inner"], merge_trees(params, before), step)
         flat, low = flatten(moved), flatten(params)
@@ -183,6 +187,7 @@ def with_master(optimizer: Optimizer) -> Optimizer:
 
 def seeded(device: torch.device, *key: Any) -> Generator:
     """A generator whose draws are a function of `key` alone (numbers and names)."""
+    # A hash spreads similar keys (steps 1 and 2) over all seeds; a sum of them would not.
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     generator = Generator("cpu" if device.type == "meta" else device)
     return generator.manual_seed(int.from_bytes(digest, "big") >> 1)
@@ -192,10 +197,10 @@ def routed(choose: Callable[[str], str], optimizers: Mapping[str, Optimizer]) ->
     """Several optimisers over one tree: `choose` says by name which of them moves a parameter."""
 
     def split_by_optimizer(tree: Tree) -> dict[str, Tree]:
-        parts: dict[str, dict[str, Tensor]] = {key: {} for key in optimizers}
+        by_optimizer: dict[str, dict[str, Tensor]] = {key: {} for key in optimizers}
         for name, tensor in flatten(tree).items():
-            parts[choose(name)][name] = tensor
-        return {key: unflatten(flat) for key, flat in parts.items() if flat}
+            by_optimizer[choose(name)][name] = tensor
+        return {key: unflatten(flat) for key, flat in by_optimizer.items() if flat}
 
     def init(params: Tree) -> Tree:
         return {key: optimizers[key].init(part) for key, part in split_by_optimizer(params).items()}
@@ -212,26 +217,26 @@ def routed(choose: Callable[[str], str], optimizers: Mapping[str, Optimizer]) ->
 
 
 def warmup_cosine(steps: int, warmup: int, floor: float = 0.0) -> Callable[[int], float]:
-    """Factor on the rate, counted in optimiser steps: linear from 1 / warmup to 1, then a half cosine down to `floor`
-    at the last step."""
+    """Factor on the rate, counted in optimiser steps: linear from 1 / warmup to 1, then a half cosine
+    down to `floor` at the last step."""
     if not 0 <= warmup <= steps:
         raise ValueError(f"warmup_cosine: warm-up must lie within the {steps} steps, got {warmup}")
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
-        done = (step - warmup) / max(1, steps - 1 - warmup)
-        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        progress = (step - warmup) / max(1, steps - 1 - warmup)
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
     return factor
 
 
 def clip_gradients(flat: dict[str, Tensor], limit: float) -> Tensor:
-    """Scale the gradients of a flat dict, in it, so that their common L2 norm is at most `limit` (0 leaves them as
-    they are); returns the norm before.
+    """Scale the gradients of a flat dict, in it, so that their common L2 norm is at most `limit` (0
+    leaves them as they are); returns the norm before.
 
-    Each gradient is let go as soon as its scaled one is there. Of sharded gradients the norm is that of all shards
-    together; every process must call it.
+    Each gradient is let go as soon as its scaled one is there. Of sharded gradients the norm is that of
+    all shards together; every process must call it.
     """
     local = [_local(grad) for grad in flat.values()]
     if any(grad.dtype in HALF for grad in local):
@@ -256,14 +261,15 @@ def clip_gradients(flat: dict[str, Tensor], limit: float) -> Tensor:
 
 
 def zero_moment(tensor: Tensor) -> Tensor:
-    """Where a moment of a tensor starts; float32 or wider and in order, so that it can be walked in pieces."""
+    """Where a moment of a tensor starts; float32 or wider and in order, so that it can be walked in
+    pieces."""
     dtype = torch.float32 if tensor.dtype in HALF else tensor.dtype
     if _is_shard(tensor):
         return torch.zeros_like(tensor, dtype=dtype)
     return torch.zeros(tensor.shape, dtype=dtype, device=tensor.device)
 
 
-# Shards ----------------------------------------------------------------------------------------------------------
+# Shards -----------------------------------------------------------------------------------------------
 
 
 def _is_shard(tensor: Any) -> bool:
@@ -279,13 +285,13 @@ def _place(tensor: Any) -> list[int]:
     return list(tensor.device_mesh.get_coordinate()) if _is_shard(tensor) else []
 
 
-def _shard_like(tensor: Any, own: Tensor) -> Tensor:
+def _shard_like(tensor: Any, local: Tensor) -> Tensor:
     if not _is_shard(tensor):
-        return own
+        return local
     from torch.distributed.tensor import DTensor
 
     return DTensor.from_local(
-        own,
+        local,
         tensor.device_mesh,
         tensor.placements,
         run_check=False,

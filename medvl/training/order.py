@@ -13,9 +13,9 @@ def batch_indices(
 ) -> Callable[[int], list[int]]:
     """i -> sample indices of a process's share of batch i, a pure function of (seed, i).
 
-    A batch has at most one sample per group (group = scan: its reconstructions share one report and would be false
-    negatives). Every epoch visits each group once, in a new order, with one member drawn at random; the ragged tail is
-    dropped.
+    A batch has at most one sample per group (group = scan: its reconstructions share one report and would
+    be false negatives). Every epoch visits each group once, in a new order, with one member drawn at
+    random; the ragged tail is dropped.
 
     Args:
         groups: group of every sample, e.g. `scan_of(name)`.
@@ -30,12 +30,14 @@ def batch_indices(
     batches_per_epoch = len(members) // size
     if not batches_per_epoch:
         raise ValueError(
-            f"batches: a batch of {size} needs as many different groups (scans), found {len(members)}; lower the batch "
+            f"batches: a batch of {size} needs as many different groups (scans), found {len(members)}; "
+            "lower the batch "
             "size"
         )
     if size < world:
         raise ValueError(
-            f"batches: a batch must hold a sample for each process, got {size} for {world} processes; raise the batch "
+            f"batches: a batch must hold a sample for each process, got {size} for {world} processes; "
+            "raise the batch "
             "size"
         )
 
@@ -56,8 +58,8 @@ def batch_indices(
 
 
 def derangement(items: Iterable[str], seed: int) -> dict[str, str]:
-    """{item: another of the items}: each is assigned once, and none to itself. For controls that show a sample what
-    belongs to another.
+    """{item: another of the items}: each is assigned once, and none to itself. For controls that show a
+    sample what belongs to another.
 
     The items follow each other around a circle, in an order drawn by the seed.
     Raises:
@@ -68,11 +70,12 @@ def derangement(items: Iterable[str], seed: int) -> dict[str, str]:
         raise ValueError(f"derangement: needs two different items or more, got {len(names)}")
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
     following = order[1:] + order[:1]
-    return {names[i]: names[other] for i, other in zip(order, following, strict=True)}
+    return {names[i]: names[j] for i, j in zip(order, following, strict=True)}
 
 
 def prefetch(batch_at: Callable[[int], Any], start: int, stop: int) -> Iterator[tuple[int, Any]]:
-    """(i, batch_at(i)) for i from start to stop, the next batch made in a thread while the caller computes."""
+    """(i, batch_at(i)) for i from start to stop, the next batch made in a thread while the caller
+    computes."""
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(batch_at, start) if start < stop else None
         for i in range(start, stop):

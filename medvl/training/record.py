@@ -1,6 +1,7 @@
 """The record of training: stages, the speeds of their parameters, and the loop, alike in every system.
 
-Systems differ in defaults only: a field made by `language_training` or `config.table(..., defaults=...)` says them.
+Systems differ in defaults only: a field made by `language_training` or `config.table(..., defaults=...)`
+says them.
 """
 
 from typing import Any, Literal
@@ -10,8 +11,8 @@ from attrs import evolve, frozen
 
 from medvl.base import config, files
 
-# A name for `Speed.match`: the matrices inside layers, which Muon is made for. Embeddings, output layer and positions
-# are matrices too, but each row of theirs is a vector of its own.
+# A name for `Speed.match`: the matrices inside layers, which Muon is made for. Embeddings, output layer
+# and positions are matrices too, but each row of theirs is a vector of its own.
 MATRICES = "matrices"
 _INSIDE_LAYERS = r"(?!.*(embed_tokens|lm_head|pos_embed)\.).*"
 
@@ -20,8 +21,9 @@ _INSIDE_LAYERS = r"(?!.*(embed_tokens|lm_head|pos_embed)\.).*"
 class Speed:
     """Another rate or optimiser for some of the parameters that a stage trains.
 
-    `match` is a regex over their names, or "matrices": all that have two axes or more, but embeddings, the output
-    layer and positions. "muon" moves only matrices among those that match, so a regex may name whole blocks.
+    `match` is a regex over their names, or "matrices": all that have two axes or more, but embeddings,
+    the output layer and positions. "muon" moves only matrices among those that match, so a regex may name
+    whole blocks.
     """
 
     match: str
@@ -48,8 +50,8 @@ class Speed:
 class Stage:
     """What is trained, how long and how fast; steps are optimiser steps.
 
-    In a language system names start with "model/", "lora/" or what else the system has, and there is an adapter where
-    a stage's pattern matches one of its names.
+    In a language system names start with "model/", "lora/" or what else the system has, and there is an
+    adapter where a stage's pattern matches one of its names.
     """
 
     name: str  # also that of its folder
@@ -66,22 +68,23 @@ class Stage:
 
     def __attrs_post_init__(self) -> None:
         files.check_name(self.name, "stage")
-        where = f"stage {self.name}"
-        config.check_bounds(self, where, steps=config.COUNT if not self.epochs > 0 else config.COUNT_OR_NONE)
+        title = f"stage {self.name}"
+        config.check_bounds(self, title, steps=config.COUNT if not self.epochs > 0 else config.COUNT_OR_NONE)
         config.check_bounds(
-            self, where, lr=config.RATE, weight_decay=config.RATE, warmup=config.COUNT_OR_NONE
+            self, title, lr=config.RATE, weight_decay=config.RATE, warmup=config.COUNT_OR_NONE
         )
-        # With epochs the number of steps, and so whether the warm-up is shorter, is known when the data is read.
+        # With epochs the number of steps, and so whether the warm-up is shorter, is known when the data
+        # is read.
         if self.warmup > self.steps and not self.epochs > 0:
-            raise ValueError(f"{where}: warmup must lie within its {self.steps} steps, got {self.warmup}")
+            raise ValueError(f"{title}: warmup must lie within its {self.steps} steps, got {self.warmup}")
         if not self.train:
-            raise ValueError(f"{where}: train must name parameters, such as lora/.* or .*")
-        config.check_regexes(self.train, where)
-        config.check_bounds(self, where, epochs=(0, 10**6))
+            raise ValueError(f"{title}: train must name parameters, such as lora/.* or .*")
+        config.check_regexes(self.train, title)
+        config.check_bounds(self, title, epochs=(0, 10**6))
         if self.steps and self.epochs:
-            raise ValueError(f"{where}: needs either steps or epochs, got {self.steps} and {self.epochs:g}")
+            raise ValueError(f"{title}: needs either steps or epochs, got {self.steps} and {self.epochs:g}")
         if self.lr + sum(speed.lr for speed in self.speeds) <= 0:
-            raise ValueError(f"{where}: lr must be above 0, got {self.lr:g}")
+            raise ValueError(f"{title}: lr must be above 0, got {self.lr:g}")
 
     @property
     def has_muon(self) -> bool:
@@ -91,7 +94,8 @@ class Stage:
 
 @frozen(kw_only=True)
 class TrainConfig:
-    """The loop. The loss is that of `batch` samples; `chunk` of them are computed at a time, which only bounds memory.
+    """The loop. The loss is that of `batch` samples; `chunk` of them are computed at a time, which only
+    bounds memory.
 
     A language system's loss is the mean over all trained tokens of the batch.
     """
@@ -143,7 +147,8 @@ class TrainConfig:
 
 
 def language_training(default: Any = attrs.NOTHING) -> Any:
-    """The field of a language system's record that holds a `TrainConfig`; its defaults are those of the class."""
+    """The field of a language system's record that holds a `TrainConfig`; its defaults are those of the
+    class."""
     return config.table(default, upgrade=upgrade_training, check=_check_micro_batches)
 
 
@@ -154,8 +159,9 @@ def _check_micro_batches(_record: Any, _field: Any, cfg: TrainConfig | None) -> 
 
 
 def upgrade_training(table: dict[str, Any]) -> dict[str, Any]:
-    """A `train` table as it is written now, of one that was written when a stage's `muon = RATE` meant `speeds` of
-    the matrices inside layers. What it trains, and how, is the same."""
+    """A `train` table as it is written now, of one that was written when a stage's `muon = RATE` meant
+    `speeds` of the matrices inside layers. What it trains, and how, is the same."""
+    # What is no list of tables is refused later, with its place.
     if not isinstance(table.get("stages"), list):
         return table
     return table | {"stages": [_upgrade_stage(stage) for stage in table["stages"]]}
@@ -166,6 +172,7 @@ def _upgrade_stage(stage: Any) -> Any:
         return stage
     stage = dict(stage)
     rate = stage.pop("muon")
+    # 0 meant that AdamW moves everything. The decay was the stage's own.
     if rate == 0:
         return stage
     muon = {
@@ -177,11 +184,11 @@ def _upgrade_stage(stage: Any) -> Any:
     return stage | {"speeds": [muon, *stage.get("speeds", ())]}
 
 
-def refuse_settings(cfg: TrainConfig, where: str, reason: str, **defaults: Any) -> None:
+def refuse_settings(cfg: TrainConfig, table: str, reason: str, **defaults: Any) -> None:
     """Raise where a setting that a system has no use for differs from its default there."""
     for name, default in defaults.items():
         if getattr(cfg, name) != default:
-            raise ValueError(f"{where}.{name} = {getattr(cfg, name)!r}: {reason}")
+            raise ValueError(f"{table}.{name} = {getattr(cfg, name)!r}: {reason}")
 
 
 def plan_steps(cfg: TrainConfig, stage: Stage, samples: int) -> Stage:

@@ -1,4 +1,5 @@
-"""Stages of a record are trained one after the other: which parameters move, by which optimiser, in which precision."""
+"""Stages of a record are trained one after the other: which parameters move, by which optimiser, in which
+precision."""
 
 import re
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from medvl.weights.four_bit import eight_bit_moments
 _HALF = (torch.bfloat16, torch.float16)
 
 
-# One stage of any system -----------------------------------------------------------------------------------------
+# One stage of any system ------------------------------------------------------------------------------
 
 
 def train_stage(
@@ -63,7 +64,7 @@ def train_stage(
         keyed: see `make_optimizer`.
     """
     optimizer = make_optimizer(cfg, stage, trained, seed, keyed=keyed)
-    schedule = warmup_cosine(stage.steps, stage.warmup)
+    schedule = warmup_cosine(stage.steps, stage.warmup)  # the optimiser has its own; this one is shown
     start = states.State(params=trained, opt=optimizer.init(trained), means=means or {})
     state = loop.train_steps(
         loop.make_step(grad, optimizer, clip=cfg.clip, bound=bound, seed=seed),
@@ -95,8 +96,8 @@ def make_optimizer(
     16-bit weights are rounded, and moments kept, as the record says.
 
     Args:
-        keyed: keep the state under the name of its optimiser even where there is only one. ct_clip's files have
-            always been so, and those of language systems have not.
+        keyed: keep the state under the name of its optimiser even where there is only one. ct_clip's
+            files have always been so, and those of language systems have not.
     Raises:
         ValueError: a speed matches no parameter.
     """
@@ -126,8 +127,8 @@ def make_optimizer(
 def _choose_speeds(stage: Stage, trained: Tree) -> dict[str, Speed]:
     """{parameter: its speed}; a later speed of the stage wins over an earlier one."""
     flat = flatten(trained)
-    own = Speed(match=".*", lr=stage.lr, weight_decay=stage.weight_decay)
-    chosen = dict.fromkeys(flat, own)
+    default = Speed(match=".*", lr=stage.lr, weight_decay=stage.weight_decay)
+    chosen = dict.fromkeys(flat, default)
     for speed in stage.speeds:
         for name in match_names(list(flat), [speed.pattern]):
             if flat[name].dim() > 1 or not speed.matrices_only:
@@ -157,7 +158,7 @@ def check_trainable(stage: Stage, params: Tree) -> None:
             )
 
 
-# Stages of a language system -------------------------------------------------------------------------------------
+# Stages of a language system --------------------------------------------------------------------------
 
 
 def init_trained_adapter(
@@ -167,11 +168,12 @@ def init_trained_adapter(
     gen: torch.Generator,
     device: str | torch.device = "cpu",
 ) -> lora.Adapter | None:
-    """The adapter before its training, where a stage's pattern matches one of its names ("lora/MODULE/a"); None where
-    none does.
+    """The adapter before its training, where a stage's pattern matches one of its names
+    ("lora/MODULE/a"); None where none does.
 
     Raises:
-        ValueError: a pattern is meant for an adapter, and the record makes none on this model; as `lora.init_lora`.
+        ValueError: a pattern is meant for an adapter, and the record makes none on this model; as
+            `lora.init_lora`.
     """
     patterns = [re.compile(pattern) for pattern in cfg.patterns]
 
@@ -183,6 +185,7 @@ def init_trained_adapter(
         possible += [f"lora/{module}/{factor}" for factor in ("a", "b", "router")]
     if not matched(possible):
         return None
+    # Only now: making one draws numbers.
     adapter = lora.init_lora(record, skeleton, gen, device=device)
     return adapter if matched(flatten({"lora": adapter.factors})) else None
 
@@ -200,8 +203,8 @@ def fit_stages(
     seed: int = 0,
     log: Callable[[str], None] = print,
 ) -> Tree:
-    """Train all stages one after the other, or go on with them, each in a folder of its own; returns all parameters,
-    whole.
+    """Train all stages one after the other, or go on with them, each in a folder of its own; returns all
+    parameters, whole.
 
     Args:
         loss_sum: (all parameters, micro-batch) -> sum of the token losses, their number, Aux.
@@ -269,10 +272,12 @@ def fit_stage(
     log: Callable[[str], None] = print,
 ) -> Tree:
     """Train what one stage names, or go on with it in `folder`; returns all parameters. As `fit_stages`."""
+    # Frozen parameters are bound into the loss; state, gradients and files hold the trained ones only.
     trained, frozen = split_tree(params, stage.train)
     trained = shard_params(cfg, trained)
     log(
-        f"stage {stage.name}: {stage.steps} steps train {count_values(trained):,} of {count_values(params):,} parameters"
+        f"stage {stage.name}: {stage.steps} steps train {count_values(trained):,} of "
+        f"{count_values(params):,} parameters"
     )
 
     def score(state: states.State) -> dict[str, float]:
@@ -297,8 +302,8 @@ def fit_stage(
 
 
 def shard_params(cfg: TrainConfig, params: Tree) -> Tree:
-    """The parameters, with `shard` as this process's parts. Give `fit_stage` these, and no process holds whole what it
-    trains a part of.
+    """The parameters, with `shard` as this process's parts. Give `fit_stage` these, and no process holds
+    whole what it trains a part of.
 
     An adapter stays whole: it is small, and a low-rank weight wants plain factors.
     """
@@ -320,7 +325,7 @@ def make_gradient(
     )
 
 
-# The memory of a stage -------------------------------------------------------------------------------------------
+# The memory of a stage --------------------------------------------------------------------------------
 
 
 def estimate_memory(
@@ -334,8 +339,8 @@ def estimate_memory(
     seed: int = 0,
     processes: int = 1,
 ) -> dict[str, int]:
-    """{part: bytes} of one of so many processes at the peak of a training step, on parameters without storage (device
-    "meta").
+    """{part: bytes} of one of so many processes at the peak of a training step, on parameters without
+    storage (device "meta").
 
     With `shard` it holds its rows of what `shard_params` cuts, and a whole matrix only while that is used.
 
@@ -345,10 +350,10 @@ def estimate_memory(
     if stage.epochs:
         # The number of steps changes no byte.
         stage = evolve(stage, steps=max(1, stage.warmup), epochs=0.0)
-    parts = _cut_matrices(params, processes if cfg.shard and processes > 1 else None)
+    local = _cut_matrices(params, processes if cfg.shard and processes > 1 else None)
     rows = {}
     for name, leaf in flatten(params).items():
-        if leaf.shape != parts[name].shape:
+        if leaf.shape != local[name].shape:
             rows[name] = len(leaf)
 
     def gather(tree: Tree) -> Tree:
@@ -357,7 +362,7 @@ def estimate_memory(
             flat[name] = estimate.gathered(flat[name], rows[name])
         return unflatten(flat)
 
-    trained, frozen = split_tree(unflatten(parts), stage.train)
+    trained, frozen = split_tree(unflatten(local), stage.train)
     optimizer = make_optimizer(cfg, stage, trained, seed)
     grad = make_gradient(cfg, lambda p, piece: loss_sum(gather(merge_trees(frozen, p)), piece), cut)
     state = states.State(params=trained, opt=optimizer.init(trained))
@@ -369,8 +374,8 @@ def estimate_memory(
 
 
 def estimate_rows(cfg: TrainConfig, processes: int = 1) -> int:
-    """Conversations that an estimate must see of a process's share: of two micro-batches and more the gradients are
-    added up."""
+    """Conversations that an estimate must see of a process's share: of two micro-batches and more the
+    gradients are added up."""
     if processes < 1 or cfg.batch < processes:
         raise ValueError(
             f"estimate: processes must lie in 1..train.batch, got {processes} and a batch of {cfg.batch}"

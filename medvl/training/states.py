@@ -1,4 +1,5 @@
-"""Training states: what a step changes, how it is written so that a run can go on, how trained weights are read back."""
+"""Training states: what a step changes, how it is written so that a run can go on, how trained weights
+are read back."""
 
 import logging
 import math
@@ -44,6 +45,7 @@ def save_state(path: files.PathLike, state: State) -> None:
     trees = shards.gather_shards({name: getattr(state, name) for name in _TREES})
     if processes.rank() != 0:
         return
+    # Plain tensors and numbers only: they are read with weights_only, which runs no code of the file.
     content: dict[str, Any] = {name: trees.get(name, {}) for name in _TREES}
     content |= {
         "step": state.step,
@@ -52,6 +54,7 @@ def save_state(path: files.PathLike, state: State) -> None:
         "processes": processes.world_size(),
         "steps": state.steps,
     }
+    # Only where it is counted, so that files of other runs stay as they were.
     if state.stale:
         content["stale"] = state.stale
     with files.atomic(path) as tmp:
@@ -59,7 +62,8 @@ def save_state(path: files.PathLike, state: State) -> None:
 
 
 def read_state(path: files.PathLike, device: str | torch.device = "cpu", *, mapped: bool = False) -> State:
-    """The state that `save_state` wrote, of whole tensors; `mapped` leaves them in the file until they are used.
+    """The state that `save_state` wrote, of whole tensors; `mapped` leaves them in the file until they
+    are used.
 
     Raises:
         ValueError: not there, cut short, or not such a file.
@@ -72,7 +76,8 @@ def read_state(path: files.PathLike, device: str | torch.device = "cpu", *, mapp
         raise ValueError(f"{path}: no such checkpoint; train first, or name a run folder that has one") from e
     except (pickle.UnpicklingError, ValueError, *files.READ_ERRORS) as e:
         raise ValueError(
-            f"{path}: not a whole checkpoint of medvl ({files.error_reason(e)}); remove the folder {Path(path).parent} "
+            f"{path}: not a whole checkpoint of medvl ({files.error_reason(e)}); remove the folder "
+            f"{Path(path).parent} "
             "to train its stage anew"
         ) from e
 
@@ -99,11 +104,12 @@ def read_trained(
     """The state that a finished run kept, without the optimiser's moments.
 
     Args:
-        keep: "best", the state with the highest validation score; where a run is not validated there is only "last".
+        keep: "best", the state with the highest validation score; where a run is not validated there is
+            only "last".
         model: the parameters that the trained ones belong to.
     Raises:
-        ValueError: not trained to its end; the file is missing or broken; it holds parameters that the model has not,
-            or of other shapes.
+        ValueError: not trained to its end; the file is missing or broken; it holds parameters that the
+            model has not, or of other shapes.
     """
     last, path = folder / "last.pt", folder / f"{keep}.pt"
     if last.exists() or not path.exists():
@@ -112,6 +118,7 @@ def read_trained(
         _log.warning(
             "%s: is missing, which would say whether the run was trained to its end; %s is taken", last, path
         )
+    # Mapped: of a large file only what is used is read, and moments are not.
     state = read_state(path, mapped=True)
     trained = flatten(state.params)
     expected = {name: leaf for name, leaf in flatten(model).items() if name in trained}
@@ -123,14 +130,14 @@ def read_trained(
     return evolve(state, params=map_leaves(copy, state.params), means=map_leaves(copy, state.means), opt={})
 
 
-def _check_ended(folder: Path, last: Path, wanted: Path) -> None:
-    """Raise where a run is not trained to its end, or has lost the state that is wanted."""
+def _check_ended(folder: Path, last: Path, path: Path) -> None:
+    """Raise where a run is not trained to its end, or has lost the state at `path`."""
     end = read_state(last, mapped=True)
     if end.step < end.steps:
         raise ValueError(
             f"{folder}: is at step {end.step} of {end.steps}; the command that trains it goes on from there"
         )
-    if wanted.exists():
+    if path.exists():
         return
     if math.isinf(end.best):
         raise ValueError(
@@ -138,18 +145,18 @@ def _check_ended(folder: Path, last: Path, wanted: Path) -> None:
             f'{last}; train.keep = "last" takes it'
         )
     raise ValueError(
-        f"{wanted}: is missing, so the state that was to be kept is lost; put it back, or train the run again"
+        f"{path}: is missing, so the state that was to be kept is lost; put it back, or train the run again"
     )
 
 
-def _check_same(path: Path, tree: Tree, expected: Tree, what: str) -> None:
+def _check_same(path: Path, tree: Tree, expected: Tree, fault: str) -> None:
     """Raise where the tensors of a file have other names or shapes than those they stand for."""
     in_file, in_model = _shapes(tree), _shapes(expected)
     wrong = sorted(name for name in {*in_file, *in_model} if in_file.get(name) != in_model.get(name))
     if wrong:
         name = wrong[0]
         both = f"{in_file.get(name, 'absent')} in the file, {in_model.get(name, 'absent')} in the model"
-        raise ValueError(f"{path}: {len(wrong)} {what}, e.g. {name}: {both}")
+        raise ValueError(f"{path}: {len(wrong)} {fault}, e.g. {name}: {both}")
 
 
 def _shapes(tree: Tree) -> dict[str, str]:
@@ -157,11 +164,11 @@ def _shapes(tree: Tree) -> dict[str, str]:
 
 
 def resume_state(folder: Path, state: State) -> State:
-    """The state of `folder/last.pt` where there is one, checked against the names and shapes of `state`, which is
-    returned otherwise.
+    """The state of `folder/last.pt` where there is one, checked against the names and shapes of `state`,
+    which is returned otherwise.
 
-    What is sharded in `state` is sharded again, over whatever number of processes there is now; each reads its own
-    part.
+    What is sharded in `state` is sharded again, over whatever number of processes there is now; each
+    reads its own part.
     """
     path = folder / "last.pt"
     if not path.exists():
@@ -171,8 +178,10 @@ def resume_state(folder: Path, state: State) -> State:
     saved = read_state(path, "cpu" if sharded else device, mapped=sharded)
     if not is_finite(saved):
         raise ValueError(
-            f"{path}: holds numbers that are not finite, so that nothing can go on from it; remove it to train anew"
+            f"{path}: holds numbers that are not finite, so that nothing can go on from it; remove it "
+            "to train anew"
         )
+    # Another model or optimiser under the same record: it has changed, or the library has.
     _check_same(path, saved.params, state.params, "parameters differ from the model")
     _check_same(path, saved.opt, state.opt, "optimiser moments differ from this stage's")
     if not sharded:
@@ -188,7 +197,7 @@ def resume_state(folder: Path, state: State) -> State:
 def is_finite(state: State) -> bool:
     """Whether every number of a state that lies on this process is finite."""
     for leaf in flatten({name: getattr(state, name) for name in _TREES}).values():
-        own = leaf.to_local() if shards.is_shard(leaf) else leaf
-        if isinstance(own, Tensor) and own.is_floating_point() and not bool(own.isfinite().all()):
+        local = leaf.to_local() if shards.is_shard(leaf) else leaf
+        if isinstance(local, Tensor) and local.is_floating_point() and not bool(local.isfinite().all()):
             return False
     return True

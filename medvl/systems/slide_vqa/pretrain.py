@@ -1,5 +1,5 @@
-"""How slide_vqa comes to a frozen compressor: read from a file, or trained to tell the labels of whole slides from its
-tokens."""
+"""How slide_vqa comes to a frozen compressor: read from a file, or trained to tell the labels of whole
+slides from its tokens."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -34,8 +34,8 @@ def fit_compressor(
     if cfg.pretrain.file:
         return model.open_compressor(cfg)
     training, device = cfg.pretrain.train, processes.choose_device(cfg.train.device)
-    parts, classes = labelled(cfg)
-    names = [row["slide"] for part in parts.values() for row in part]
+    rows_by_split, classes = labelled(cfg)
+    names = [row["slide"] for part in rows_by_split.values() for row in part]
     features = open_features(path(cfg, "features"), names, dims=cfg.data.dims)
     if features.missing:
         raise ValueError(
@@ -45,10 +45,11 @@ def fit_compressor(
     sizes = evolve(cfg.compress, dim=features.dims)
     params = _init_params(cfg, sizes, classes)
     params = map_leaves(lambda leaf: leaf.to(device), params)
-    stage = _stage_of(cfg, len(parts["train"]))
+    stage = _stage_of(cfg, len(rows_by_split["train"]))
     trained, frozen = split_tree(params, stage.train)
     log(
-        f"compressor: {stage.steps} steps on {', '.join(cfg.pretrain.labels)} of {len(parts['train'])} slides"
+        f"compressor: {stage.steps} steps on {', '.join(cfg.pretrain.labels)} of "
+        f"{len(rows_by_split['train'])} slides"
     )
 
     def collate(rows: Sequence[dict[str, str]]) -> dict[str, Tensor]:
@@ -60,11 +61,11 @@ def fit_compressor(
     def validate(state: states.State) -> dict[str, float]:
         with gradients.autocast(state.params, training.precision):
             return _score_labels(
-                sizes, merge_trees(frozen, state.params), collate, parts["valid"], training.batch
+                sizes, merge_trees(frozen, state.params), collate, rows_by_split["valid"], training.batch
             )
 
     indices = order.batch_indices(
-        [row["slide"] for row in parts["train"]],
+        [row["slide"] for row in rows_by_split["train"]],
         training.batch,
         cfg.seed,
         rank=processes.rank(),
@@ -75,7 +76,7 @@ def fit_compressor(
         stage,
         trained,
         gradients.value_and_grad(loss, precision=training.precision),
-        lambda i: collate([parts["train"][j] for j in indices(i)]),
+        lambda i: collate([rows_by_split["train"][j] for j in indices(i)]),
         folder / "compressor",
         model=params,
         validate=validate,
@@ -108,45 +109,49 @@ def _stage_of(cfg: Config, slides: int) -> Stage:
 
 
 def labelled(cfg: Config) -> tuple[dict[str, list[dict[str, str]]], dict[str, list[str]]]:
-    """({"train", "valid": rows of slides}, {label: its classes}) of the table that a compressor is trained on.
+    """({"train", "valid": rows of slides}, {label: its classes}) of the table that a compressor is
+    trained on.
 
     Raises:
-        ValueError: as `files.read_csv` and `slide_classify.classes_of`; a slide twice; too few slides, or none with a
-            label, in a split.
+        ValueError: as `files.read_csv` and `slide_classify.classes_of`; a slide twice; too few slides, or
+            none with a label, in a split.
     """
     table, labels = path(cfg, "labels"), cfg.pretrain.labels
     rows = files.read_csv(table, ("slide", "split", *labels))
-    parts = {}
+    rows_by_split = {}
     for split_name in ("train", "valid"):
-        parts[split_name] = [row for row in rows if row["split"] == split_name]
-    empty = [name for name, part in parts.items() if not part]
+        rows_by_split[split_name] = [row for row in rows if row["split"] == split_name]
+    empty = [name for name, part in rows_by_split.items() if not part]
     if empty:
         splits = ", ".join(sorted({row["split"] for row in rows}))
         raise ValueError(
-            f'{table}: must have slides of the splits "train" and "valid", found none of {empty[0]!r}, only {splits}'
+            f'{table}: must have slides of the splits "train" and "valid", found none of {empty[0]!r}, '
+            f"only {splits}"
         )
-    times = Counter(slide_name(row["slide"]) for part in parts.values() for row in part)
+    times = Counter(slide_name(row["slide"]) for part in rows_by_split.values() for row in part)
     twice = [name for name, number in times.items() if number > 1]
     if twice:
         raise ValueError(
-            f"{table}: every slide must be there once, in one split; {len(twice)} are there again, the first is "
+            f"{table}: every slide must be there once, in one split; {len(twice)} are there again, the "
+            "first is "
             f"{twice[0]}"
         )
     try:
-        classes = heads.classes_of(parts["train"], labels)
+        classes = heads.classes_of(rows_by_split["train"], labels)
     except ValueError as e:
         raise ValueError(f"{table}, split train: {e}") from e
-    if not any(row[label] in values for row in parts["valid"] for label, values in classes.items()):
+    if not any(row[label] in values for row in rows_by_split["valid"] for label, values in classes.items()):
         raise ValueError(
             f"{table}: slides of the split valid must have labels that train has, none has one of "
             f"{', '.join(classes)}"
         )
     batch = cfg.pretrain.train.batch
-    if len(parts["train"]) < batch:
+    if len(rows_by_split["train"]) < batch:
         raise ValueError(
-            f"{table}: pretrain.train.batch is {batch}, found {len(parts['train'])} slides of the split train; lower it"
+            f"{table}: pretrain.train.batch is {batch}, found {len(rows_by_split['train'])} slides of the "
+            "split train; lower it"
         )
-    return parts, classes
+    return rows_by_split, classes
 
 
 def read_fitted(cfg: Config, folder: Path) -> tuple[CompressConfig, Tree]:
@@ -155,8 +160,8 @@ def read_fitted(cfg: Config, folder: Path) -> tuple[CompressConfig, Tree]:
         return model.open_compressor(cfg)
     # It knows the width of the features that it was trained on; its own parameters say what it is.
     home, keep = folder / "compressor", cfg.pretrain.train.keep
-    kept = states.read_state(home / f"{keep}.pt", "cpu")
-    params = states.read_trained(home, keep, "cpu", model=kept.params).params["compressor"]
+    state = states.read_state(home / f"{keep}.pt", "cpu")
+    params = states.read_trained(home, keep, "cpu", model=state.params).params["compressor"]
     table = {"attention": "tanh/weight", "perceiver": "latents"}.get(cfg.compress.kind, "experts/norm/weight")
     return evolve(cfg.compress, dim=flatten(params)[table].shape[-1]), params
 
@@ -164,8 +169,8 @@ def read_fitted(cfg: Config, folder: Path) -> tuple[CompressConfig, Tree]:
 def _collate_bags(
     features: Features, rows: Sequence[dict[str, str]], most: int, classes: dict[str, list[str]]
 ) -> dict[str, Tensor]:
-    """A ragged batch of slides: x [b, n, d], mask [b, n], and the number of the class of each label [b], -1 where
-    there is none."""
+    """A ragged batch of slides: x [b, n, d], mask [b, n], and the number of the class of each label [b],
+    -1 where there is none."""
     bags = [torch.from_numpy(whole(features, row["slide"], most)).float() for row in rows]
     longest = max(1, *map(len, bags))
     x = torch.zeros(len(bags), longest, features.dims)
@@ -205,7 +210,7 @@ def _score_labels(
 ) -> dict[str, float]:
     """Mean share of right labels of the validation slides."""
     device = next(iter(flatten(params).values())).device
-    hits, known = Counter[str](), Counter[str]()
+    hits, totals = Counter[str](), Counter[str]()
     for i in range(0, len(rows), size):
         batch = collate(rows[i : i + size])
         x, mask = batch["x"].to(device), batch["mask"].to(device)
@@ -216,8 +221,8 @@ def _score_labels(
             labelled_rows = batch[label] >= 0
             right = (scores.argmax(1).cpu() == batch[label])[labelled_rows]
             hits[label] += int(right.sum())
-            known[label] += int(labelled_rows.sum())
-    shares = {f"right_{label}": hits[label] / known[label] for label in hits if known[label]}
+            totals[label] += int(labelled_rows.sum())
+    shares = {f"right_{label}": hits[label] / totals[label] for label in hits if totals[label]}
     if not shares:
         raise ValueError(f"pretrain: none of {len(rows)} validation slides has a label")
     return {"score": sum(shares.values()) / len(shares)} | shares
