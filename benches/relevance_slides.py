@@ -14,14 +14,14 @@ import numpy as np
 from medvl.evaluation import results
 from medvl.phantoms.slide_questions import draw_questions, question_prompt
 from medvl.slides.relevance import mass_share, percentiles
-from medvl.systems.slide_vqa import look, model
+from medvl.systems.slide_vqa import look, record
 from medvl.systems.slide_vqa import run as slide_vqa_run
 
 
 def main(run: Path, out: str = "") -> None:
     """Print a row for each slide, and how many hold 80 %."""
     cfg = slide_vqa_run.load(run)[0].cfg
-    home = model.folder_of(cfg)
+    home = record.data_folder(cfg)
     truths = [
         t for t in map(json.loads, (home / "truth.jsonl").read_text().splitlines()) if t["split"] == "test"
     ]

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import glob
 import hashlib
+import io
 import itertools
 import logging
 import os
@@ -20,9 +21,9 @@ import threading
 import tokenize
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 
@@ -300,9 +301,13 @@ def check_regular(path: PathLike) -> None:
     raise ValueError(f"{path}: must be a file, found {kind}")
 
 
-def read_csv(path: PathLike, columns: Iterable[str] = ()) -> list[dict[str, str]]:
+def read_csv(
+    path: PathLike, columns: Iterable[str] = (), file: BinaryIO | None = None
+) -> list[dict[str, str]]:
     """The rows of a CSV with a header line, as dicts of strings.
 
+    Args:
+        file: that is open already.
     Raises:
         ValueError: no such file, not UTF-8 text, other separators than commas, no rows, a missing or repeated
             column, a quote that is not closed, or a row with more or fewer cells than the header; says which
@@ -312,7 +317,7 @@ def read_csv(path: PathLike, columns: Iterable[str] = ()) -> list[dict[str, str]
     check_regular(path)
     try:
         with _long_cells():
-            header, *rows = [*_csv_rows(path)] or [(1, [])]
+            header, *rows = [*_csv_rows(path, file)] or [(1, [])]
     except FileNotFoundError as e:
         raise ValueError(f"{path}: no such file") from e
     except (OSError, UnicodeDecodeError) as e:
@@ -353,11 +358,12 @@ def _long_cells() -> Iterator[None]:
             csv.field_size_limit(before)
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+def _csv_rows(path: Path, file: BinaryIO | None) -> Iterator[tuple[int, list[str]]]:
     """(line where it begins, cells) of each row that is not empty."""
     # Lines end in LF or CR LF. A CR alone is left in its line, where the reader refuses it outside quotes.
-    with open(path, newline="\n", encoding="utf-8-sig") as f:
-        reader = csv.reader(_csv_lines(f, path), strict=True)
+    with open(path, "rb") if file is None else nullcontext(file) as raw:
+        text = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="\n")
+        reader = csv.reader(_csv_lines(text, path), strict=True)
         while True:
             line = reader.line_num + 1
             try:
@@ -368,6 +374,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
                     advice = "do lines end in CR alone? Save it with LF"
                 raise ValueError(f"{path}, line {line}: not a readable CSV ({e}); {advice}") from e
             if row is None:
+                text.detach()  # so that a file that was open stays open
                 return
             if reader.line_num - line >= _LINES_OF_A_ROW:
                 raise ValueError(

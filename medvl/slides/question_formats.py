@@ -3,9 +3,10 @@
 import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 from attrs import evolve, field, frozen
 
@@ -76,12 +77,15 @@ Parse = Callable[[Any, int, str], SlideConversation]  # (record, row from 1, ori
 
 
 # Files --------------------------------------------------------------------------------------------------
-def open_records(path: Path, kind: str, describe: str) -> tuple[list[Any], Parse]:
+def open_records(
+    path: Path, kind: str, describe: str, file: BinaryIO | None = None
+) -> tuple[list[Any], Parse]:
     """(records of a file as read, the function that parses one of them).
 
     Args:
         kind: one of KINDS, or "auto" to detect it from the content.
         describe: the question of records of the kind "captions".
+        file: that is open already.
     Raises:
         ValueError: no such file, an empty or unreadable one, none of the formats, or another than `kind`.
     """
@@ -90,8 +94,10 @@ def open_records(path: Path, kind: str, describe: str) -> tuple[list[Any], Parse
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     files.check_regular(path)
-    is_table = _is_table(path)
-    records: Any = files.read_csv(path) if is_table else _read_json(path)
+    records: Any
+    with open(path, "rb") if file is None else nullcontext(file) as opened:
+        is_table = _is_table(path, opened)
+        records = files.read_csv(path, file=opened) if is_table else _read_json(path, opened)
     if isinstance(records, dict):
         records, kinds = records.get("samples"), ["benchmark"]
     else:
@@ -125,18 +131,18 @@ def open_records(path: Path, kind: str, describe: str) -> tuple[list[Any], Parse
     return records, parse_checked
 
 
-def _is_table(path: Path) -> bool:
+def _is_table(path: Path, file: BinaryIO) -> bool:
     """Whether a file is a CSV: JSON starts with a bracket or a brace."""
-    with open(path, "rb") as file:
-        first = file.read(256).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    first = file.read(256).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    file.seek(0)
     if not first:
         raise ValueError(f"{path}: is empty; was it fetched whole?")
     return first not in (b"[", b"{")
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path, file: BinaryIO) -> Any:
     try:
-        return json.loads(path.read_bytes().decode("utf-8-sig"))
+        return json.loads(file.read().decode("utf-8-sig"))
     except ValueError as error:  # of the decoder and of the parser
         raise ValueError(
             f"{path}: neither JSON nor a CSV in UTF-8 ({error}); "

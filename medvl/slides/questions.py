@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from attrs import evolve, frozen
 
@@ -39,6 +39,7 @@ def read_slide_conversations(
     *,
     describe: str = DESCRIBE,
     faults: Literal["warn", "drop", "raise"] = "warn",
+    file: BinaryIO | None = None,
 ) -> list[SlideConversation]:
     """The records of a file as conversations, in their order.
 
@@ -60,6 +61,7 @@ def read_slide_conversations(
     Args:
         faults: what to do with records whose content is faulty (`audit_slide_conversations`): "warn" keeps
             them, "drop" leaves them out, both say how many; "raise" raises.
+        file: that is open already.
     Raises:
         ValueError: with file and row: no such file, no known format, a record of another shape, roles out of
             order, keys and tags that are not supported and would change what is trained
@@ -70,7 +72,7 @@ def read_slide_conversations(
             f'read_slide_conversations: faults must be "warn", "drop" or "raise", got {faults!r}'
         )
     path = Path(path)
-    records, parse = open_records(path, kind, describe)
+    records, parse = open_records(path, kind, describe, file)
     ids, conversations, all_faults = Counter[str](), list[SlideConversation](), list[Fault]()
     for row, record in enumerate(records, 1):
         conversation = evolve(parse(record, row, f"{path}, row {row}"), file=str(path))

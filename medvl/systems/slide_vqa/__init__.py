@@ -2,7 +2,8 @@
 
 from medvl.systems.slide_vqa import run
 from medvl.systems.slide_vqa.ask import ask
-from medvl.systems.slide_vqa.model import Config
+from medvl.systems.slide_vqa.assess import assess
+from medvl.systems.slide_vqa.record import Config
 from medvl.systems.system import System
 
 SYSTEM = System(
@@ -10,7 +11,7 @@ SYSTEM = System(
     prepare=run.prepare,
     fit=run.fit,
     load=run.load,
-    assess=run.assess,
+    assess=assess,
     labels=run.labels,
     memory=run.memory,
     ask=ask,

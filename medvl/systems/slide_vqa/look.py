@@ -1,6 +1,9 @@
-"""One slide and one question for a trained run of slide_vqa: the answer, and the patches that it came from."""
+"""One slide and one question for a trained run of slide_vqa: the answer, and the patches that it came
+from.
+"""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +14,20 @@ from torch import Tensor
 
 from medvl.base import files
 from medvl.base.tree import Tree
-from medvl.language import generate
+from medvl.language import chat, generate, system
 from medvl.slides.maps import write_map
 from medvl.slides.names import slide_name
 from medvl.slides.question_formats import SlideConversation
 from medvl.slides.relevance import occlusion_attribution, patch_relevance
-from medvl.slides.tokens import open_slide, patch_weights, slide_tokens
-from medvl.systems.slide_vqa import model as slide_vqa
-from medvl.systems.slide_vqa import run
-from medvl.systems.slide_vqa.model import Model
+from medvl.slides.tokens import Features, open_slide, patch_weights, slide_tokens
+from medvl.systems.slide_vqa import data, run
+from medvl.systems.slide_vqa.assess import answer_conversations
+from medvl.systems.slide_vqa.model import Model, encode_slides, with_tokens
+from medvl.systems.slide_vqa.record import data_path
+from medvl.systems.slide_vqa.tokens import read_mean_token
 
 _log = logging.getLogger("medvl")
+_PATCH_SIZE = 256  # level-0 pixels, where neither the file nor the coordinates tell it
 
 
 def look_at_slide(
@@ -29,7 +35,7 @@ def look_at_slide(
     slide: files.PathLike,
     question: str,
     out: files.PathLike = "",
-    most: int = 128,
+    max_tokens: int = 128,
     *,
     offset: tuple[int, int] = (0, 0),
 ) -> dict[str, Any]:
@@ -37,72 +43,96 @@ def look_at_slide(
 
     Args:
         folder: of the run.
-        slide: a file of patch features, of any format that is read; `STORE::NAME`; or the name of a slide in the run's features.
+        slide: a file of patch features, of any format that is read; `STORE::NAME`; or the name of a slide
+            in the run's features.
         out: write the map of where the answer came from into this folder.
-        most: tokens of the answer.
+        max_tokens: of the answer.
         offset: (x, y) that map.geojson is moved by, as `slide_maps.to_geojson` says.
     Returns:
-        "answer", "relevance" [n] of the patches, "coords" [n, 2] or None, "slots" [k] (what each token was worth), "map" (its folder).
+        "answer", "relevance" [n] of the patches, "coords" [n, 2] or None, "slots" [k] (what each token was
+        worth), "map" (its folder).
     Raises:
-        ValueError: no question, no such run or file, features of another width or not finite, a run that never saw slides.
+        ValueError: no question, no such run or file, features of another width or not finite, a run that
+            never saw slides.
     """
     if not question.strip():
         raise ValueError("ask: the question must have text, got none")
     folder = Path(folder)
     model, params = run.load(folder)
-    of = open_slide(slide, slide_vqa.path(model.cfg, "features"), dims=model.compress.dim)
-    run.check_encoder(folder, of)
-    tokens = slide_tokens(model.compress, model.compressor, of, folder / "tokens")
+    features = open_slide(slide, data_path(model.cfg, "features"), dims=model.compress.dim)
+    data.check_encoder(folder, features)
+    tokens = slide_tokens(model.compress, model.compressor, features, folder / "tokens")
     turns = {"role": "user", "content": f"<image>\n{question}"}, {"role": "assistant", "content": ""}
-    talk = SlideConversation(messages=turns, slides=of.names)
-    how = evolve(model.cfg.evaluate, max_tokens=most, by="text")
-    (said,) = run.answer(evolve(model, cfg=evolve(model.cfg, evaluate=how)), params, [talk], tokens)
-    slots = relevance_of_slots(model, params, talk, said, tokens, run.mean_token(folder, model))
-    weights, coords = patch_weights(model.compress, model.compressor, of, of.names[0])
+    conversation = SlideConversation(messages=turns, slides=features.names)
+    # A question of a user has no options: it is answered by text, however the run was evaluated.
+    by_text = evolve(model.cfg, evaluate=evolve(model.cfg.evaluate, by="text"))
+    (answer,) = answer_conversations(
+        evolve(model, cfg=by_text), params, [conversation], tokens, max_tokens=max_tokens
+    )
+    mean = read_mean_token(folder, model)
+    slots = relevance_of_slots(model, params, conversation, answer, tokens, mean)
+    (name,) = features.names
+    weights, coords = patch_weights(model.compress, model.compressor, features, name)
     relevance = patch_relevance(weights, slots, sign="positive")
-    found = {"answer": said, "relevance": relevance, "coords": coords, "slots": slots, "map": ""}
+    result = {"answer": answer, "relevance": relevance, "coords": coords, "slots": slots, "map": ""}
     if out:
-        size = of.patch_size(of.names[0])
-        if size is None and coords is not None:
-            _log.warning(
-                "%s: does not say its patch size, and one patch does not show it; drawn as 256 level-0 pixels",
-                slide,
-            )
-        name = slide_name(str(slide).rpartition("::")[2])
-        found["map"] = str(write_map(out, name, relevance, weights, coords, size or 256, offset=offset))
-    return found
+        size = _patch_size(features, name, coords)
+        map_name = slide_name(str(slide).rpartition("::")[2])
+        result["map"] = str(write_map(out, map_name, relevance, weights, coords, size, offset=offset))
+    return result
+
+
+def _patch_size(features: Features, name: str, coords: np.ndarray | None) -> int:
+    """The side of a patch in level-0 pixels."""
+    size = features.patch_size(name)
+    if size is None and coords is not None:
+        _log.warning(
+            "%s: does not say its patch size, and one patch does not show it; drawn as %d level-0 pixels",
+            name,
+            _PATCH_SIZE,
+        )
+    return size or _PATCH_SIZE
 
 
 def relevance_of_slots(
-    model: Model, params: Tree, talk: SlideConversation, said: str, tokens: dict[str, Tensor], mean: Tensor
+    model: Model,
+    params: Tree,
+    conversation: SlideConversation,
+    answer: str,
+    tokens: Mapping[str, Tensor],
+    mean: Tensor,
 ) -> np.ndarray:
-    """What each token of a slide was worth for this answer, [k] in nats: by how much the answer's log-likelihood drops when that token is
-    the mean of all training slides' instead. A token as every slide has it is worth nothing.
+    """What each token of a slide was worth for this answer, [k] in nats.
+
+    It is by how much the answer's log-likelihood drops when that token is the mean of all training slides'
+    instead. A token as every slide has it is worth nothing.
 
     Args:
-        talk: a conversation about one slide; its last answer is not looked at.
+        conversation: about one slide; its last answer is not looked at.
         tokens: {slide: [k, d]}.
-        mean: [k, d], from `slide_vqa_run.mean_token`.
+        mean: [k, d], from `tokens.read_mean_token`.
     """
-    data = slide_vqa.encode(model, [talk], prompt=True)
-    weights = slide_vqa.weights_of(model, params)
-    batches = [
-        slide_vqa.collate(model, data, of, [0], side="left") for of in (tokens, {talk.slides[0]: mean})
-    ]
+    (slide,) = conversation.slides
+    language = with_tokens(model, tokens)
+    skeleton, weights = language.chat.skeleton, system.model_weights(language, params)
+    prompts = encode_slides(model.cfg, language.chat, [conversation], prompt=True)
+    batch = chat.make_batch(language.chat, prompts, [0], side="left")
+    mean_batch = chat.make_batch(with_tokens(model, {slide: mean}).chat, prompts, [0], side="left")
     with torch.no_grad():
-        own, usual = (slide_vqa.inputs_of(model, params, weights, batch) for batch in batches)
-    places = batches[0]["visual"][0].nonzero()[:, 0].to(own["mask"].device)
-    ids = model.chat.tokenizer(said or "-", add_special_tokens=False)["input_ids"]
+        inputs = chat.model_inputs(language.chat, weights, batch, params)
+        mean_inputs = chat.model_inputs(language.chat, weights, mean_batch, params)
+    embedded, mask = inputs["inputs_embeds"], inputs["mask"]
+    places = batch["visual"][0].nonzero()[:, 0].to(mask.device)
+    ids = language.chat.tokenizer(answer or "-", add_special_tokens=False)["input_ids"]
 
     def score(variants: Tensor) -> Tensor:
+        """Log-likelihoods [b] of the answer behind the prompt with other visual tokens [b, k, d]."""
         b = len(variants)
-        embeds = own["inputs_embeds"].repeat(b, 1, 1).index_copy(1, places, variants)
-        inputs = {"inputs_embeds": embeds, "mask": own["mask"].repeat(b, 1)}
-        return generate.score_options(model.chat.skeleton, weights, inputs, [[ids]] * b)[0][:, 0]
+        variant_inputs = {
+            "inputs_embeds": embedded.repeat(b, 1, 1).index_copy(1, places, variants),
+            "mask": mask.repeat(b, 1),
+        }
+        return generate.score_options(skeleton, weights, variant_inputs, [[ids]] * b)[0][:, 0]
 
-    return (
-        occlusion_attribution(score, own["inputs_embeds"][0, places], usual["inputs_embeds"][0, places])
-        .cpu()
-        .double()
-        .numpy()
-    )
+    worth = occlusion_attribution(score, embedded[0, places], mean_inputs["inputs_embeds"][0, places])
+    return worth.cpu().double().numpy()

@@ -9,16 +9,17 @@ import torch
 from attrs import evolve
 from torch import Generator, Tensor
 
-from medvl.base import files, processes
+from medvl.base import processes
 from medvl.base.tree import Tree, flatten, map_leaves, merge_trees, split_tree
 from medvl.components import compress
 from medvl.components.slots import CompressConfig
 from medvl.slides import heads
 from medvl.slides.names import slide_name
 from medvl.slides.reference_files import write_compressor
-from medvl.slides.tokens import Features, open_features, whole
-from medvl.systems.slide_vqa import model
-from medvl.systems.slide_vqa.model import GATE, Config, path
+from medvl.slides.tokens import Features, whole
+from medvl.systems.slide_vqa import data
+from medvl.systems.slide_vqa.model import open_compressor
+from medvl.systems.slide_vqa.record import GATE, Config, data_path
 from medvl.training import gradients, order, states
 from medvl.training.record import Stage, plan_steps
 from medvl.training.stages import train_stage
@@ -32,14 +33,14 @@ def fit_compressor(
     Of several processes each has its share of the slides of a batch; the balance of slots is over its own.
     """
     if cfg.pretrain.file:
-        return model.open_compressor(cfg)
+        return open_compressor(cfg)
     training, device = cfg.pretrain.train, processes.choose_device(cfg.train.device)
     rows_by_split, classes = labelled(cfg)
     names = [row["slide"] for part in rows_by_split.values() for row in part]
-    features = open_features(path(cfg, "features"), names, dims=cfg.data.dims)
+    features = data.open_slides(cfg, names)
     if features.missing:
         raise ValueError(
-            f"{path(cfg, 'labels')}: {len(features.missing)} slides have no features, the first is "
+            f"{data_path(cfg, 'labels')}: {len(features.missing)} slides have no features, the first is "
             f"{features.missing[0]}"
         )
     sizes = evolve(cfg.compress, dim=features.dims)
@@ -116,8 +117,8 @@ def labelled(cfg: Config) -> tuple[dict[str, list[dict[str, str]]], dict[str, li
         ValueError: as `files.read_csv` and `slide_classify.classes_of`; a slide twice; too few slides, or
             none with a label, in a split.
     """
-    table, labels = path(cfg, "labels"), cfg.pretrain.labels
-    rows = files.read_csv(table, ("slide", "split", *labels))
+    table, labels = data_path(cfg, "labels"), cfg.pretrain.labels
+    rows = data.read_labels(cfg, ("slide", "split", *labels))
     rows_by_split = {}
     for split_name in ("train", "valid"):
         rows_by_split[split_name] = [row for row in rows if row["split"] == split_name]
@@ -157,7 +158,7 @@ def labelled(cfg: Config) -> tuple[dict[str, list[dict[str, str]]], dict[str, li
 def read_fitted(cfg: Config, folder: Path) -> tuple[CompressConfig, Tree]:
     """The compressor of a run, as `fit_compressor` returned it."""
     if cfg.pretrain.file:
-        return model.open_compressor(cfg)
+        return open_compressor(cfg)
     # It knows the width of the features that it was trained on; its own parameters say what it is.
     home, keep = folder / "compressor", cfg.pretrain.train.keep
     state = states.read_state(home / f"{keep}.pt", "cpu")

@@ -18,12 +18,14 @@ from medvl.components.slots import CompressConfig
 from medvl.language.encoding import IGNORE
 from medvl.slides.reference_files import write_compressor
 from medvl.systems import run
-from medvl.systems.slide_vqa import model as slide_vqa
 from medvl.systems.slide_vqa import run as slide_vqa_run
 from medvl.systems.slide_vqa.ask import ask as ask_slide
-from medvl.systems.slide_vqa.model import Config
+from medvl.systems.slide_vqa.data import read_split
+from medvl.systems.slide_vqa.record import Config
+from medvl.systems.slide_vqa.tokens import compute_tokens
 from medvl.systems.system import Question
 from medvl.training import states
+from tests.systems.slide_vqa import pieces
 from tests.systems.slide_vqa.test_run import MODEL
 
 D = 8
@@ -735,7 +737,7 @@ def test_a_conversation_without_a_trained_token_is_left_out_and_told(place, trai
     (place / "data/train.json").write_text(json.dumps([*held, talk("A2", ANSWER), long, talk("A3", ANSWER)]))
     cfg = config.structure(record(place / "data"), Config, "test")
     with caplog.at_level(logging.WARNING):
-        read = slide_vqa_run.read(cfg, "questions")
+        read = read_split(cfg, "questions")
     assert [t.row for t in read] == [3, 4, 5]
     assert (
         "train.json: 2 conversations have an answer without text and are left out, such as row 1, 2"
@@ -743,16 +745,16 @@ def test_a_conversation_without_a_trained_token_is_left_out_and_told(place, trai
     )
     _, folder = trained
     model, params = slide_vqa_run.load(folder)
-    data = slide_vqa.encode(model, read)
+    data = pieces.encode(model, read)
     assert data.refused == 1
     assert "1 of 3 conversations do not fit the context of 160 tokens" in caplog.text
     assert all(int((s.labels != IGNORE).sum()) > 1 for s in data.samples)
-    tokens = slide_vqa_run.tokens_of(model, folder, read)
+    tokens = compute_tokens(model, folder, read)
     for i in range(len(data.samples)):
-        loss, count, _ = slide_vqa.loss_of(model)(params, slide_vqa.collate(model, data, tokens, [i]))
+        loss, count, _ = pieces.loss_of(model)(params, pieces.make_batch(model, data, tokens, [i]))
         assert bool(loss.isfinite())
         assert int(count) > 1
-    assert len(slide_vqa_run.read(cfg, "test")) == 2
+    assert len(read_split(cfg, "test")) == 2
 
 
 def test_a_run_with_such_conversations_ends_with_finite_losses(place, runs):

@@ -20,10 +20,14 @@ from medvl.language import chat
 from medvl.systems.slide_vqa import model as slide_vqa
 from medvl.systems.slide_vqa import pretrain
 from medvl.systems.slide_vqa import run as slide_vqa_run
-from medvl.systems.slide_vqa.model import Config
+from medvl.systems.slide_vqa.assess import answer_conversations
+from medvl.systems.slide_vqa.data import read_split
+from medvl.systems.slide_vqa.record import Config
+from medvl.systems.slide_vqa.tokens import compute_tokens
 from medvl.training import stages, states
 from medvl.training.optim import Optimizer
 from medvl.weights import lazy, shards
+from tests.systems.slide_vqa import pieces
 from tests.systems.slide_vqa import test_run as toy
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -69,12 +73,12 @@ def config_of(place, *, dtype="float32", rounding="master", stage=QUESTIONS, **c
 
 def opened(cfg, place, dtype=None):
     """(model, parameters, tokens of slides, conversations of both kinds)."""
-    model, params = slide_vqa.init(cfg, place, slide_vqa.open_compressor(cfg))
-    held = {what: slide_vqa_run.read(cfg, what) for what in ("captions", "questions")}
-    tokens = slide_vqa_run.tokens_of(model, place, held["questions"])
+    model, params = pieces.open_model(cfg, place, slide_vqa.open_compressor(cfg))
+    held = {what: read_split(cfg, what) for what in ("captions", "questions")}
+    tokens = compute_tokens(model, place, held["questions"])
     if dtype:
         model, params = (
-            evolve(model, chat=evolve(model.chat, dtype=dtype)),
+            evolve(model, language=evolve(model.language, chat=evolve(model.language.chat, dtype=dtype))),
             map_leaves(lambda t: t.to(dtype), params),
         )
     return model, params, tokens, held
@@ -92,8 +96,8 @@ WAYS = {
 def mixed(model, held):
     """Long captions and short answers, each with and without its slide."""
     seen = [*held["captions"][:2], *held["questions"][:2]]
-    return slide_vqa.encode(
-        model, seen + [slide_vqa.blinded(t) for t in (*held["captions"][2:4], *held["questions"][2:4])]
+    return pieces.encode(
+        model, seen + [slide_vqa.without_slides(t) for t in (*held["captions"][2:4], *held["questions"][2:4])]
     )
 
 
@@ -102,9 +106,9 @@ def gradients(place, chosen, chunk, **change):
     cfg = config_of(place, train__chunk=chunk, **change)
     model, params, tokens, held = opened(cfg, place, torch.float64)
     trained, frozen = split_tree(stages.shard_params(cfg.train, params), cfg.train.stages[-1].train)
-    loss = slide_vqa.loss_of(model)
-    grad = stages.make_gradient(cfg.train, lambda p, b: loss(merge_trees(frozen, p), b), slide_vqa.cut)
-    batch_at, found = slide_vqa_run.batches(model, mixed(model, held), tokens, cfg), {}
+    loss = pieces.loss_of(model)
+    grad = stages.make_gradient(cfg.train, lambda p, b: loss(merge_trees(frozen, p), b), pieces.cut(model))
+    batch_at, found = pieces.batches(model, mixed(model, held), tokens, cfg), {}
     for case, i in chosen.items():
         batch = batch_at(i)
         batch["tokens"] = batch["tokens"].double()
@@ -166,8 +170,8 @@ def fitted(kind, place, out):
 
 
 def answers(model, params, out):
-    talks = slide_vqa_run.read(model.cfg, "test")[:13]
-    return slide_vqa_run.answer(model, params, talks, slide_vqa_run.tokens_of(model, out, talks))
+    talks = read_split(model.cfg, "test")[:13]
+    return answer_conversations(model, params, talks, compute_tokens(model, out, talks))
 
 
 def losses(folder):
@@ -201,14 +205,14 @@ def place(tmp_path_factory):
     texts = [
         m["content"]
         for what in ("captions", "questions")
-        for t in slide_vqa_run.read(first, what)
+        for t in read_split(first, what)
         for m in t.messages
     ]
-    model, params = slide_vqa.init(first, place, fit, texts)
-    chat.save_chat(model.chat, params["model"], place / "model")
+    model, params = pieces.open_model(first, place, fit, texts)
+    chat.save_chat(model.language.chat, params["model"], place / "model")
     cfg = config_of(place)
     model, _, tokens, held = opened(cfg, place)
-    batch_at = slide_vqa_run.batches(model, mixed(model, held), tokens, cfg)
+    batch_at = pieces.batches(model, mixed(model, held), tokens, cfg)
     images = {i: batch_at(i)["images"].tolist() for i in range(60)}
     apart = next(i for i, n in images.items() if n == [1, 1, 0, 0])
     among = next(i for i, n in images.items() if n == [1, 0, 0, 1])
@@ -356,10 +360,10 @@ def moved(place):
         cfg = config_of(place, dtype="float32" if wide else "bfloat16", rounding=rounding, stage=LOW, **how)
         model, _, _, _ = opened(cfg, place)
         params = map_leaves(torch.Tensor.float if wide else torch.clone, start)
-        batch_at = slide_vqa_run.batches(model, slide_vqa.encode(model, held["questions"]), tokens, cfg)
+        batch_at = pieces.batches(model, pieces.encode(model, held["questions"]), tokens, cfg)
         stage, out = cfg.train.stages[-1], place / f"low-{kind}-{seed}"
-        quiet = {"cut": slide_vqa.cut, "seed": seed, "log": lambda _: None}
-        params = stages.fit_stage(cfg.train, stage, params, slide_vqa.loss_of(model), batch_at, out, **quiet)
+        quiet = {"cut": pieces.cut(model), "seed": seed, "log": lambda _: None}
+        params = stages.fit_stage(cfg.train, stage, params, pieces.loss_of(model), batch_at, out, **quiet)
         if kind == "master":
             params = {"model": states.read_state(out / "last.pt").opt["master"]["model"]}
         loss = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["loss"]

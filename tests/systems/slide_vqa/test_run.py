@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import shutil
+from functools import partial
 
 import h5py
 import numpy as np
@@ -13,9 +14,10 @@ from attrs import evolve
 
 from medvl.base import config
 from medvl.base.config import ConfigError
-from medvl.base.tree import flatten, merge_trees, split_tree
+from medvl.base.tree import flatten, map_leaves, merge_trees, split_tree
 from medvl.components import compress
 from medvl.hub import skeletons
+from medvl.language import chat
 from medvl.slides import pack
 from medvl.slides.question_formats import SlideConversation
 from medvl.slides.tokens import open_features, slide_tokens
@@ -23,9 +25,13 @@ from medvl.systems import run
 from medvl.systems.slide_vqa import look, pretrain
 from medvl.systems.slide_vqa import model as slide_vqa
 from medvl.systems.slide_vqa import run as slide_vqa_run
-from medvl.systems.slide_vqa.model import Config
+from medvl.systems.slide_vqa.assess import answer_conversations, assess, shuffle_slides
+from medvl.systems.slide_vqa.data import read_split, slides_of
+from medvl.systems.slide_vqa.record import Config, data_path
+from medvl.systems.slide_vqa.tokens import compute_tokens, read_mean_token
 from medvl.training import states
 from medvl.training.stages import make_gradient
+from tests.systems.slide_vqa import pieces
 
 MODEL = {
     "model_type": "qwen3",
@@ -109,7 +115,7 @@ def test_a_run_is_evaluated_with_other_questions(trained, tmp_path, monkeypatch)
     place, folder, _ = trained
     monkeypatch.setattr(run, "RUNS", place / "runs")
     before = (folder / "results/benchmark_results.json").read_bytes()
-    table = slide_vqa.path(slide_vqa_run.load(folder)[0].cfg, "test").read_text().splitlines()
+    table = data_path(slide_vqa_run.load(folder)[0].cfg, "test").read_text().splitlines()
     (tmp_path / "few.csv").write_text("\n".join(table[:6]) + "\n")
     settings = (f"data.test={tmp_path / 'few.csv'}", "evaluate.by=likelihood")
     rows = run.evaluate(str(folder / "config.json"), settings, log=lambda _: None)
@@ -147,8 +153,8 @@ def test_the_compressor_stays_as_it_was_and_tokens_are_kept(trained):
     _, folder, _ = trained
     model, params = slide_vqa_run.load(folder)
     assert not any(n.startswith("compressor") for n in flatten(params))
-    held = slide_vqa_run.read(model.cfg, "test")
-    of = open_features(slide_vqa.path(model.cfg, "features"), slide_vqa_run.slides_of(held))
+    held = read_split(model.cfg, "test")
+    of = open_features(data_path(model.cfg, "features"), slides_of(held))
     (home,) = (folder / "tokens").iterdir()
     count = len([*home.iterdir()])
     got = slide_tokens(model.compress, model.compressor, of, folder / "tokens")
@@ -166,7 +172,7 @@ def flatten_changed(params):
 def test_look_says_where_it_came_from(trained, tmp_path):
     place, folder, _ = trained
     slide = next((place / "data").rglob("*.h5"))
-    found = look.look_at_slide(folder, slide, "Which tissue is there?", tmp_path / "maps", most=4)
+    found = look.look_at_slide(folder, slide, "Which tissue is there?", tmp_path / "maps", max_tokens=4)
     n = len(found["coords"])
     assert found["relevance"].shape == (n,)
     assert found["slots"].shape == (4,)
@@ -180,7 +186,9 @@ def test_a_slide_is_asked_by_its_name_or_out_of_a_store(trained, tmp_path):
     place, folder, _ = trained
     files = sorted((place / "data").rglob("*.h5"))[:3]
     pack.pack(files, tmp_path / "store.h5", dtype="float32")
-    ask = lambda slide: look.look_at_slide(folder, slide, "Which tissue is there?", tmp_path / "maps", most=4)
+    ask = lambda slide: look.look_at_slide(
+        folder, slide, "Which tissue is there?", tmp_path / "maps", max_tokens=4
+    )
     by_path = ask(files[0])
     for slide in (files[0].stem, f"{tmp_path / 'store.h5'}::{files[0].stem}"):
         found = ask(slide)
@@ -212,20 +220,20 @@ def test_a_slide_is_asked_by_its_name_or_out_of_a_store(trained, tmp_path):
 def test_a_token_is_worth_what_the_answer_loses_without_it(trained):
     _, folder, _ = trained
     model, params = slide_vqa_run.load(folder)
-    talk = slide_vqa_run.read(model.cfg, "questions")[0]
-    tokens = slide_vqa_run.tokens_of(model, folder, [talk])
-    mean, said = slide_vqa_run.mean_token(folder, model), "B. Stroma"
+    talk = read_split(model.cfg, "questions")[0]
+    tokens = compute_tokens(model, folder, [talk])
+    mean, said = read_mean_token(folder, model), "B. Stroma"
     found = look.relevance_of_slots(model, params, talk, said, tokens, mean)
-    data = slide_vqa.encode(
+    data = pieces.encode(
         model, [evolve(talk, messages=(talk.messages[0], {"role": "assistant", "content": said}))]
     )
     ((start, stop),) = data.samples[0].trained
 
     def lost(tokens):
-        batch = slide_vqa.collate(model, data, tokens, [0])
+        batch = pieces.make_batch(model, data, tokens, [0])
         batch["labels"][0, stop - 1 :] = -100  # its end token
         assert (batch["labels"] >= 0).sum() == stop - start - 1
-        return float(slide_vqa.loss_of(model)(params, batch)[0])
+        return float(pieces.loss_of(model)(params, batch)[0])
 
     whole = tokens[talk.slides[0]]
     for k in range(4):
@@ -233,8 +241,8 @@ def test_a_token_is_worth_what_the_answer_loses_without_it(trained):
         without[k] = mean[k]
         assert found[k] == pytest.approx(lost({talk.slides[0]: without}) - lost(tokens), abs=1e-5)
     assert np.abs(found).max() > 1e-4
-    train_slides = slide_vqa_run.slides_of(slide_vqa_run.read(model.cfg, "questions"))
-    every = slide_vqa_run.tokens_of(model, folder, slide_vqa_run.read(model.cfg, "questions"))
+    train_slides = slides_of(read_split(model.cfg, "questions"))
+    every = compute_tokens(model, folder, read_split(model.cfg, "questions"))
     torch.testing.assert_close(mean, torch.stack([every[s] for s in train_slides]).mean(0))
 
 
@@ -242,27 +250,27 @@ def test_a_token_is_worth_what_the_answer_loses_without_it(trained):
 def started(trained, **change):
     place, folder, _ = trained
     cfg = config.structure(record(place, **change), Config, "test")
-    model, params = slide_vqa.init(cfg, folder, pretrain.read_fitted(cfg, folder))
-    held = slide_vqa_run.read(cfg, "questions")
-    return model, params, slide_vqa.encode(model, held), slide_vqa_run.tokens_of(model, folder, held)
+    model, params = pieces.open_model(cfg, folder, pretrain.read_fitted(cfg, folder))
+    held = read_split(cfg, "questions")
+    return model, params, pieces.encode(model, held), compute_tokens(model, folder, held)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 4])
 def test_micro_batches_with_and_without_slides_give_the_gradient_of_the_whole(trained, chunk):
     model, params, data, tokens = started(trained, train__chunk=4)
-    bare = slide_vqa.encode(model, [slide_vqa.blinded(data.talks[1])])
+    bare = pieces.encode(model, [slide_vqa.without_slides(data.conversations[1])])
     mixed = evolve(
         data,
-        talks=(data.talks[0], *bare.talks, *data.talks[2:]),
+        conversations=(data.conversations[0], *bare.conversations, *data.conversations[2:]),
         samples=(data.samples[0], *bare.samples, *data.samples[2:]),
     )
-    batch = slide_vqa.collate(model, mixed, tokens, [0, 1, 2, 3])
+    batch = pieces.make_batch(model, mixed, tokens, [0, 1, 2, 3])
     assert batch["images"].tolist() == [1, 0, 1, 1]
     trained_, frozen = split_tree(params, ("projector/.*", "lora/.*"))
 
     def grad(m):
-        loss = slide_vqa.loss_of(m)
-        return make_gradient(m.cfg.train, lambda p, b: loss(merge_trees(frozen, p), b), slide_vqa.cut)(
+        loss = pieces.loss_of(m)
+        return make_gradient(m.cfg.train, lambda p, b: loss(merge_trees(frozen, p), b), pieces.cut(m))(
             trained_, batch
         )
 
@@ -277,30 +285,30 @@ def test_micro_batches_with_and_without_slides_give_the_gradient_of_the_whole(tr
 def test_a_blind_model_sees_nothing(trained):
     model, params, data, tokens = started(trained, data__blind=True)
     assert tokens == {}
-    assert all(not t.slides and "<image>" not in t.messages[0]["content"] for t in data.talks)
-    batch = slide_vqa.collate(model, data, tokens, [0, 1])
+    assert all(not t.slides and "<image>" not in t.messages[0]["content"] for t in data.conversations)
+    batch = pieces.make_batch(model, data, tokens, [0, 1])
     assert batch["tokens"].shape == (0, 4, 32)
-    assert float(slide_vqa.loss_of(model)(params, batch)[0]) > 0
+    assert float(pieces.loss_of(model)(params, batch)[0]) > 0
 
 
 def test_a_conversation_that_cannot_be_encoded_is_named(trained):
     model, _, data, _ = started(trained)
-    talk = data.talks[1]
+    talk = data.conversations[1]
     first = talk.messages[0]
     bad = evolve(talk, messages=({**first, "content": first["content"] + "<|im_end|>"}, *talk.messages[1:]))
     for prompt in (False, True):
         with pytest.raises(
             ValueError, match=rf", row {talk.row}: encode: message 0 \(user\) must not hold special tokens"
         ):
-            slide_vqa.encode(model, [data.talks[0], bad], prompt=prompt)
+            pieces.encode(model, [data.conversations[0], bad], prompt=prompt)
 
 
 def test_slides_of_other_questions(trained):
     _, folder, _ = trained
     model, _ = slide_vqa_run.load(folder)
-    held = slide_vqa_run.read(model.cfg, "test")
-    names = slide_vqa_run.slides_of(held)
-    other = slide_vqa_run._shuffled(held, 0, names)
+    held = read_split(model.cfg, "test")
+    names = slides_of(held)
+    other = shuffle_slides(held, 0, names)
     assert all(a.slides != b.slides for a, b in zip(held, other, strict=True))
     assert {s for t in held for s in t.slides} == {s for t in other for s in t.slides}
 
@@ -309,9 +317,9 @@ def test_a_control_shows_no_slide_without_features(trained):
     """What is then not answered would count as wrong, and the control would look worse than it is."""
     _, folder, _ = trained
     model, _ = slide_vqa_run.load(folder)
-    held = slide_vqa_run.read(model.cfg, "test")
-    gone, *there = slide_vqa_run.slides_of(held)
-    other = slide_vqa_run._shuffled(held, 0, there)
+    held = read_split(model.cfg, "test")
+    gone, *there = slides_of(held)
+    other = shuffle_slides(held, 0, there)
     for asked, shown in zip(held, other, strict=True):
         assert (gone in shown.slides) == (gone in asked.slides)
         assert gone in asked.slides or asked.slides != shown.slides
@@ -319,9 +327,9 @@ def test_a_control_shows_no_slide_without_features(trained):
 
 def test_patients_that_were_trained_on_are_said(trained, tmp_path, caplog):
     cfg = slide_vqa_run.load(trained[1])[0].cfg
-    slides = slide_vqa_run.slides_of(slide_vqa_run.read(cfg, "test"))
-    seen = slide_vqa_run.slides_of(slide_vqa_run.read(cfg, "questions"))[0]
-    table = slide_vqa.path(cfg, "test").read_text().replace(slides[0], seen)
+    slides = slides_of(read_split(cfg, "test"))
+    seen = slides_of(read_split(cfg, "questions"))[0]
+    table = data_path(cfg, "test").read_text().replace(slides[0], seen)
     (tmp_path / "test.csv").write_text(table)
     slide_vqa_run.prepare(cfg, lambda line: None)
     assert "no proof" not in caplog.text
@@ -334,14 +342,14 @@ def test_patients_that_were_trained_on_are_said(trained, tmp_path, caplog):
 def test_a_question_without_features_counts_as_wrong(trained, tmp_path):
     _, folder, _ = trained
     model, params = slide_vqa_run.load(folder)
-    table = slide_vqa.path(model.cfg, "test").read_text().splitlines()
-    names = {t.slides[0] for t in slide_vqa_run.read(model.cfg, "test")}
+    table = data_path(model.cfg, "test").read_text().splitlines()
+    names = {t.slides[0] for t in read_split(model.cfg, "test")}
     gone = sorted(names)[0]
     (tmp_path / "test.csv").write_text(
         "\n".join(line.replace(gone, "TCGA-ZZ-9999-01Z-00-DX1") for line in table) + "\n"
     )
     cfg = evolve(model.cfg, data=evolve(model.cfg.data, test=str(tmp_path / "test.csv")))
-    rows, _ = slide_vqa_run.assess(evolve(model, cfg=cfg), params, {}, folder / "other", "x")
+    rows, _ = assess(evolve(model, cfg=cfg), params, {}, folder / "other", "x")
     kept = json.loads((folder / "other/benchmark_results.json").read_text())["predictions"]
     lost = [p for p in kept if p["missing"]]
     assert len(kept) == 39  # the denominator stays
@@ -365,7 +373,7 @@ def test_features_of_another_encoder_are_refused(trained, tmp_path):
         model, cfg=evolve(model.cfg, data=evolve(model.cfg.data, features=str(tmp_path / "other")))
     )
     with pytest.raises(ValueError, match=said):
-        slide_vqa_run.tokens_of(moved, folder, slide_vqa_run.read(model.cfg, "test"))
+        compute_tokens(moved, folder, read_split(model.cfg, "test"))
     with pytest.raises(ValueError, match=said):
         look.look_at_slide(folder, next((tmp_path / "other").glob("*.h5")), "Which tissue is there?")
 
@@ -373,7 +381,7 @@ def test_features_of_another_encoder_are_refused(trained, tmp_path):
 def test_captions_and_open_questions_leave_every_prediction(trained, tmp_path):
     _, folder, _ = trained
     model, params = slide_vqa_run.load(folder)
-    slides = slide_vqa_run.slides_of(slide_vqa_run.read(model.cfg, "test"))
+    slides = slides_of(read_split(model.cfg, "test"))
     asked = [
         {"slide_id": s, "question": "Is there fat?", "answer": a}
         for s, a in zip(slides, ("yes", "no", "Yes"), strict=True)
@@ -388,7 +396,7 @@ def test_captions_and_open_questions_leave_every_prediction(trained, tmp_path):
         data=evolve(model.cfg.data, test=str(tmp_path / "test.json")),
         evaluate=evolve(model.cfg.evaluate, shuffled=True),
     )
-    rows, _ = slide_vqa_run.assess(evolve(model, cfg=cfg), params, {}, folder / "open", "x")
+    rows, _ = assess(evolve(model, cfg=cfg), params, {}, folder / "open", "x")
     kept = json.loads((folder / "open/benchmark_results.json").read_text())
     assert [(p["slide"], p["gold"], p["missing"]) for p in kept["open_predictions"]] == [
         (r["slide_id"], r["answer"], r["slide_id"] not in slides) for r in asked
@@ -406,13 +414,13 @@ def test_closed_questions_by_likelihood_beside_open_ones_by_text(trained):
     """One open question in a batch must not turn the closed ones beside it into text."""
     _, folder, _ = trained
     model, params = slide_vqa_run.load(folder)
-    closed = slide_vqa_run.read(model.cfg, "test")[:4]
-    open_ = evolve(slide_vqa_run.read(model.cfg, "captions")[0], choices={})
-    tokens = slide_vqa_run.tokens_of(model, folder, [*closed, open_])
+    closed = read_split(model.cfg, "test")[:4]
+    open_ = evolve(read_split(model.cfg, "captions")[0], choices={})
+    tokens = compute_tokens(model, folder, [*closed, open_])
 
     def answers(by, talks):
         cfg = evolve(model.cfg, evaluate=evolve(model.cfg.evaluate, by=by))
-        return slide_vqa_run.answer(evolve(model, cfg=cfg), params, talks, tokens)
+        return answer_conversations(evolve(model, cfg=cfg), params, talks, tokens)
 
     letters = answers("likelihood", closed)
     assert all(letter in talk.choices for letter, talk in zip(letters, closed, strict=True))
@@ -424,28 +432,45 @@ def test_closed_questions_by_likelihood_beside_open_ones_by_text(trained):
 def test_answers_of_earlier_batches_are_kept_where_a_later_one_fails(trained, tmp_path, monkeypatch):
     _, folder, _ = trained
     model, params = slide_vqa_run.load(folder)
-    talks = slide_vqa_run.read(model.cfg, "test")[:5]
+    talks = read_split(model.cfg, "test")[:5]
     model = evolve(model, cfg=evolve(model.cfg, evaluate=evolve(model.cfg.evaluate, batch=2)))
-    tokens = slide_vqa_run.tokens_of(model, folder, talks)
-    whole = slide_vqa_run.answer(model, params, talks, tokens)
-    real, calls, path = slide_vqa_run._generated, [], tmp_path / "answers.unfinished.jsonl"
+    tokens = compute_tokens(model, folder, talks)
+    whole = answer_conversations(model, params, talks, tokens)
+    real, calls = chat.generate_answers, []
 
-    def fails(*args):
+    def answer(*args, fail_at=0, **settings):
         calls.append(args)
-        if len(calls) == 3:
+        if len(calls) == fail_at:
             raise FloatingPointError("logits are not finite")
-        return real(*args)
+        return real(*args, **settings)
 
-    monkeypatch.setattr(slide_vqa_run, "_generated", fails)
-    with pytest.raises(FloatingPointError):
-        slide_vqa_run.answer(model, params, talks, tokens, path)
+    def interrupted():
+        calls.clear()
+        monkeypatch.setattr(chat, "generate_answers", partial(answer, fail_at=3))
+        with pytest.raises(FloatingPointError):
+            answer_conversations(model, params, talks, tokens, tmp_path)
+        calls.clear()
+        monkeypatch.setattr(chat, "generate_answers", answer)
+
+    interrupted()
+    (path,) = tmp_path.glob("answers-*.unfinished.jsonl")
     kept = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [(line["row"], line["id"], line["answer"]) for line in kept] == [
-        (i, talks[i].id, whole[i]) for i in range(4)
-    ]
-    monkeypatch.setattr(slide_vqa_run, "_generated", real)
-    assert slide_vqa_run.answer(model, params, talks, tokens, path) == whole
+    assert [(line["row"], line["answer"]) for line in kept] == [(i, whole[i]) for i in range(4)]
+    assert answer_conversations(model, params, talks, tokens, tmp_path) == whole
+    assert len(calls) == 1  # the last batch alone
     assert len(path.read_text().splitlines()) == 5
+    # Another weight, slide or setting does not take them.
+    other = params | {"projector": map_leaves(lambda t: t * 1.5, params["projector"])}
+    shown = {slide: t + 1 for slide, t in tokens.items()}
+    longer = evolve(model, cfg=evolve(model.cfg, evaluate=evolve(model.cfg.evaluate, max_tokens=2)))
+    for changed in (
+        (model, other, talks, tokens),
+        (model, params, talks, shown),
+        (longer, params, talks, tokens),
+    ):
+        calls.clear()
+        answer_conversations(*changed, tmp_path)
+        assert len(calls) == 3
     assert not list(folder.rglob("*unfinished*"))  # of an evaluation that went well
 
 
@@ -491,8 +516,11 @@ def test_what_is_refused(trained, tmp_path):
         look.look_at_slide(folder, folder / "nothing.h5", "q")
     model, _, data, tokens = started(trained)
     with pytest.raises(KeyError):
-        slide_vqa.collate(
-            model, evolve(data, talks=(SlideConversation(messages=(), slides=("other",)),)), tokens, [0]
+        pieces.make_batch(
+            model,
+            evolve(data, conversations=(SlideConversation(messages=(), slides=("other",)),)),
+            tokens,
+            [0],
         )
     raw = record(tmp_path, data__source="files", data__folder=str(tmp_path))
     with pytest.raises(ValueError, match="4 files are missing"):
