@@ -264,12 +264,12 @@ def message_texts(conversations: Iterable[Dialogue]) -> list[str]:
 
 
 def show_labels(
-    init: Callable[..., tuple[LanguageModel, Params]], conversations: Sequence[Dialogue], number: int
+    init: Callable[..., tuple[Any, Params]], conversations: Sequence[Dialogue], number: int
 ) -> str:
     """One training conversation as the model gets it, the trained tokens marked.
 
     Args:
-        init: makes the model, as `init_model` with all but its device; it is made without weights.
+        init: device -> (something with a `chat`, params); it is made without weights.
     Raises:
         ValueError: no conversation of this number.
     """

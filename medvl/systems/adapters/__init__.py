@@ -1,13 +1,13 @@
 """adapters: one model and many adapters; each question, with its images, gets those whose training samples are most like it."""
 
-from medvl.systems.adapters import run
+from medvl.systems.adapters import data, run
 from medvl.systems.adapters.ask import ask
 from medvl.systems.adapters.record import Config
 from medvl.systems.system import System
 
 SYSTEM = System(
     record=Config,
-    prepare=run.prepare,
+    prepare=data.prepare,
     fit=run.fit,
     load=run.load,
     assess=run.assess,

@@ -50,13 +50,13 @@ def assess(
             "%s: no adapter of this name in the registry; in and out of domain are the same there",
             ", ".join(strange),
         )
-    queries = score.queries_of(of, steps, cfg)
-    found = {run: score.chosen(run, of, steps, queries, cfg) for run in score.runs_of(cfg)}
-    stamp = score.stamp(cfg, model.registry, steps)
+    queries = score.embed_steps(of, steps, cfg)
+    found = {run: score.choose_for_steps(run, of, steps, queries, cfg) for run in score.runs_of(cfg)}
+    stamp = score.stamp_answers(cfg, model.registry, steps)
     right, failed = dict[Run, list[bool]](), 0
     for run, chosen_ in found.items():
         name = f"{run.mode}-{run.domain}-{run.k}-{stamp}.jsonl"
-        lines = score.answer_all(of, steps, chosen_, run.mode, cfg, folder / "answers" / name)
+        lines = score.answer_steps(of, steps, chosen_, run.mode, cfg, folder / "answers" / name)
         right[run] = [line["right"] for line in lines]
         failed += sum("error" in line for line in lines)
     rows = [

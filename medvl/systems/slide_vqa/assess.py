@@ -77,7 +77,7 @@ def answer_conversations(
     tokens: Mapping[str, Tensor],
     folder: Path | None = None,
     *,
-    max_tokens: int = 0,
+    max_tokens: int | None = None,
 ) -> list[str]:
     """Answers of conversations whose slides all have tokens.
 
@@ -87,11 +87,13 @@ def answer_conversations(
     Args:
         folder: answers are kept there batch by batch, and those that are there are not computed again, as
             long as all that decides them is the same.
-        max_tokens: of a text, 0 = as the record says.
+        max_tokens: of a text, None = as the record says.
     """
     cfg, language = model.cfg.evaluate, with_tokens(model, tokens)
     prompts = encode_slides(model.cfg, language.chat, conversations, prompt=True)
-    sampling = chat.sampling_of(language.chat, max_tokens or cfg.max_tokens)
+    if max_tokens is None:
+        max_tokens = cfg.max_tokens
+    sampling = chat.sampling_of(language.chat, max_tokens)
     options: list[dict[str, str]] = []
     if cfg.by == "likelihood":
         options = [conversation.choices for conversation in conversations]

@@ -22,9 +22,10 @@ from medvl.base.config import ConfigError
 from medvl.commands import experiments, questions, registries
 from medvl.language.conversations import Conversation
 from medvl.systems import run
+from medvl.systems.adapters import data, score, tables
 from medvl.systems.adapters import record as adapters
 from medvl.systems.adapters import run as adapters_run
-from medvl.systems.adapters import score, tables
+from medvl.systems.adapters.data import read_split
 from medvl.systems.adapters.record import Config
 from tests import tiny
 
@@ -138,8 +139,10 @@ def test_a_run_from_pictures_to_a_table(trained):
 def test_reports_name_no_case_and_no_image(trained):
     """Episodes and files are called after patients; what they were is in the answers, which stay beside the data."""
     place, folder, _ = trained
-    steps = score.steps_of(adapters_run.read(build(record(place)), "test"), build(record(place)))
-    names = {s.episode.partition(": ")[2] for s in steps} | {p.stem for s in steps for p in s.talk.images}
+    steps = score.steps_of(read_split(build(record(place)), "test"), build(record(place)))
+    names = {s.episode.partition(": ")[2] for s in steps} | {
+        p.stem for s in steps for p in s.conversation.images
+    }
     assert len(names) >= 12
     pages = [p for p in (folder / "results").iterdir() if p.is_file()]
     assert {p.name for p in pages} >= {
@@ -202,16 +205,16 @@ def test_answers_go_on_where_they_stopped(trained, tmp_path):
     _, folder, _ = trained
     model, params = adapters_run.load(folder)
     cfg, of = model.cfg, experts.load_experts(model.chat, params["model"], model.registry)
-    steps = score.steps_of(adapters_run.read(cfg, "test"), cfg)
-    found = score.chosen(
-        score.Run(mode="mixture", domain="in", k=2), of, steps, score.queries_of(of, steps, cfg), cfg
+    steps = score.steps_of(read_split(cfg, "test"), cfg)
+    found = score.choose_for_steps(
+        score.Run(mode="mixture", domain="in", k=2), of, steps, score.embed_steps(of, steps, cfg), cfg
     )
     whole = next((folder / "results/answers").glob("mixture-in-2-*")).read_bytes()
     gen = torch.Generator().manual_seed(0)
     for i in range(6):
         path = tmp_path / f"{i}.jsonl"
         path.write_bytes(whole[: int(torch.randint(len(whole), (), generator=gen))])
-        score.answer_all(of, steps, found, "mixture", cfg, path)
+        score.answer_steps(of, steps, found, "mixture", cfg, path)
         assert path.read_bytes() == whole
 
 
@@ -301,7 +304,7 @@ def test_tasks_that_would_be_other_places_are_refused_before_anything_is_trained
         (tmp_path / f"{split}.jsonl").write_text('{"query": "q", "response": "a", "task": "../../x"}\n')
     raw = record(tmp_path, data__source="files", data__folder=str(tmp_path), data__general="")
     with pytest.raises(ValueError, match=r"train: the task '../../x': the name becomes that of a file"):
-        adapters_run.prepare(build(raw), lambda _: None)
+        data.prepare(build(raw), lambda _: None)
 
 
 # Steps ----------------------------------------------------------------------------------------------------------------------------------
@@ -321,7 +324,7 @@ def test_every_turn_is_a_step(tmp_path):
     assert [s.gold for s in steps] == ["a1", "a2", "a3", "a"]
     assert [s.turn for s in steps] == [0, 1, 2, 0]
     assert [s.episode for s in steps] == ["ct: 7"] * 3 + ["ct: line 4"]
-    assert [s.talk.images for s in steps] == [(a,), (a,), (a, b), ()]
+    assert [s.conversation.images for s in steps] == [(a,), (a,), (a, b), ()]
     assert [s.query for s in steps[:3]] == [("<image>\nq1", (a,)), ("q2", (a,)), ("<image>\nq3", (b,))]
 
 
@@ -341,7 +344,7 @@ def test_its_own_answers_as_history(trained, monkeypatch, tmp_path):
 
     monkeypatch.setattr(experts, "answer_prompts", answers)
     found = experts.choose_adapters("selection", cfg.retrieve, torch.ones(4, of.vectors.shape[1]), of.vectors)
-    lines = score.answer_all(of, steps, found, "selection", cfg, tmp_path / "x.jsonl")
+    lines = score.answer_steps(of, steps, found, "selection", cfg, tmp_path / "x.jsonl")
     assert asked == [["q1"], ["r1"], ["q1", "said 0", "q2"], ["r1", "said 1", "r2"]]
     assert [line["answer"] for line in lines] == ["said 0", "said 2", "said 1", "said 3"]
 
@@ -353,16 +356,18 @@ def test_a_question_without_a_known_word_is_the_bare_models(trained, caplog):
     steps = score.steps_of(
         [talk("How many lesions are there?", "a", id="1"), talk("qqq zzz", "a", id="2")], model.cfg
     )
-    queries = score.queries_of(of, steps, model.cfg)
+    queries = score.embed_steps(of, steps, model.cfg)
     assert "1 of 2 questions have no word that the embedder knows" in caplog.text
-    found = score.chosen(score.Run(mode="mixture", domain="in", k=2), of, steps, queries, model.cfg)
+    found = score.choose_for_steps(score.Run(mode="mixture", domain="in", k=2), of, steps, queries, model.cfg)
     assert found.abstained.tolist() == [False, True]
     assert found.weights.sum(1).tolist() == [1.0, 0.0]
-    queries = score.queries_of(
+    queries = score.embed_steps(
         of, steps[1:], model.cfg
     )  # the same where it is the only one, and where it is asked alone
     for mode in ("selection", "mixture", "fusion"):
-        found = score.chosen(score.Run(mode=mode, domain="out", k=2), of, steps[1:], queries, model.cfg)
+        found = score.choose_for_steps(
+            score.Run(mode=mode, domain="out", k=2), of, steps[1:], queries, model.cfg
+        )
         assert found.abstained.tolist() == [True]
         said, bare = (experts.ask_experts(of, "qqq zzz", mode=m, max_tokens=3) for m in (mode, "bare"))
         assert said == bare
@@ -403,13 +408,15 @@ def test_one_step_that_fails_is_one_that_is_wrong(trained, tmp_path, caplog):
     found = experts.choose_adapters(
         "bare", model.cfg.retrieve, torch.ones(3, of.vectors.shape[1]), of.vectors
     )
-    lines = score.answer_all(of, steps, found, "bare", model.cfg, tmp_path / "x.jsonl")
+    lines = score.answer_steps(of, steps, found, "bare", model.cfg, tmp_path / "x.jsonl")
     assert [("error" in line) for line in lines] == [False, True, False]
     assert "positions" in lines[1]["error"]
     assert not lines[1]["right"]
     assert "counts as wrong" in caplog.text
     with pytest.raises(ValueError, match="none of 1 questions could be answered"):
-        score.answer_all(of, steps[1:2], score._of(found, [1]), "bare", model.cfg, tmp_path / "y.jsonl")
+        score.answer_steps(
+            of, steps[1:2], score._select_rows(found, [1]), "bare", model.cfg, tmp_path / "y.jsonl"
+        )
 
 
 def test_what_was_answered_is_kept_when_a_later_batch_fails(trained, tmp_path, monkeypatch):
@@ -429,13 +436,13 @@ def test_what_was_answered_is_kept_when_a_later_batch_fails(trained, tmp_path, m
 
     monkeypatch.setattr(experts, "answer_prompts", answers)
     with pytest.raises(RuntimeError, match="CUDA error"):
-        score.answer_all(of, steps, found, "bare", cfg, tmp_path / "x.jsonl")
-    lines = score.answer_all(of, steps, found, "bare", cfg, tmp_path / "x.jsonl")
+        score.answer_steps(of, steps, found, "bare", cfg, tmp_path / "x.jsonl")
+    lines = score.answer_steps(of, steps, found, "bare", cfg, tmp_path / "x.jsonl")
     assert asked == [["q0", "q1"], ["q2", "q3"], ["q4", "q5"], ["q4", "q5"]]
     assert [line["answer"] for line in lines] == ["a", "\ud800 b"] * 3
     assert [line["right"] for line in lines] == [True, False] * 3
     asked.clear()
-    assert score.answer_all(of, steps, found, "bare", cfg, tmp_path / "x.jsonl") == lines
+    assert score.answer_steps(of, steps, found, "bare", cfg, tmp_path / "x.jsonl") == lines
     assert not asked
 
 
@@ -459,7 +466,7 @@ def test_a_file_of_answers_that_is_none_is_named(trained, tmp_path, content, mes
     path = tmp_path / "x.jsonl"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(f"{path}, {message}")):
-        score.answer_all(of, steps, found, "bare", model.cfg, path)
+        score.answer_steps(of, steps, found, "bare", model.cfg, path)
     assert path.read_bytes() == content
 
 
@@ -471,12 +478,12 @@ def test_answers_are_named_by_the_content_they_were_made_from(trained, tmp_path)
     picture = tmp_path / "a.bmp"
     tiny.drawn((8, 8)).save(picture)
     steps = score.steps_of([evolve(talk("<image>\nq", "a"), images=(picture,))], model.cfg)
-    made = [score.stamp(model.cfg, model.registry, steps)]
+    made = [score.stamp_answers(model.cfg, model.registry, steps)]
     vector = next((tmp_path / "run/vectors").glob("ct-*.npy"))
     for path in (picture, vector, tmp_path / "run/adapters/xray/adapter_model.safetensors"):
         content = path.read_bytes()
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        made.append(score.stamp(model.cfg, model.registry, steps))
+        made.append(score.stamp_answers(model.cfg, model.registry, steps))
     assert len({*made}) == len(made) == 4
 
 
@@ -746,13 +753,13 @@ def test_data_and_questions_that_are_refused(trained, tmp_path):
         data__conversations="{folder}/{task}/{split}.jsonl",
     )
     with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
-        adapters_run.prepare(build(raw), lambda _: None)
+        data.prepare(build(raw), lambda _: None)
     (tmp_path / "train.jsonl").write_text('{"query": "q", "response": "a"}\n')
     raw = record(
         place, data__source="files", data__folder=str(tmp_path), data__conversations="{folder}/{split}.jsonl"
     )
     with pytest.raises(ValueError, match=r"train.jsonl, line 1.*task"):
-        adapters_run.prepare(build(raw), lambda _: None)
+        data.prepare(build(raw), lambda _: None)
 
 
 def test_an_adapter_of_another_model_is_named_before_anything_runs(trained, tmp_path):
@@ -766,7 +773,7 @@ def test_an_adapter_of_another_model_is_named_before_anything_runs(trained, tmp_
     save_file(state, file, {"format": "pt"})
     model, params = adapters_run.load(other)
     with pytest.raises(ValueError, match=r"adapter 'fundus'"):
-        tables.assess(model, params, adapters_run.read(model.cfg, "test"), tmp_path / "results", "x")
+        tables.assess(model, params, read_split(model.cfg, "test"), tmp_path / "results", "x")
     assert not (tmp_path / "results").exists()
 
 
@@ -858,19 +865,19 @@ def test_data_cut_from_another_file_is_not_taken(tmp_path, monkeypatch):
             (folder / f"{split}.jsonl").write_text('{"query": "q", "response": "a", "task": "head"}\n')
         return {"test": 1}
 
-    monkeypatch.setattr(adapters_run.vqa_rad, "convert_vqa_rad", cut)
+    monkeypatch.setattr(data.vqa_rad, "convert_vqa_rad", cut)
     (tmp_path / "published").mkdir()
     (tmp_path / "published/vqa_rad_share.json").write_text("[1]")
     for _ in range(2):
-        adapters_run.prepare(cfg, lambda _: None)
+        data.prepare(cfg, lambda _: None)
     assert len(calls) == 1
     (tmp_path / "published/vqa_rad_share.json").write_text("[2]")
     with pytest.raises(
         ValueError, match=r"was cut from another .*vqa_rad_share.json than there is now; remove the folder"
     ):
-        adapters_run.prepare(cfg, lambda _: None)
+        data.prepare(cfg, lambda _: None)
     shutil.rmtree(tmp_path / "published")  # what was cut is enough
-    adapters_run.prepare(cfg, lambda _: None)
+    data.prepare(cfg, lambda _: None)
 
 
 def test_memory_of_base_and_adapter_is_told(trained, monkeypatch, capsys):

@@ -1,0 +1,103 @@
+"""The conversations of adapters: drawn, cut from VQA-RAD, or read, each with its task."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from medvl.base import config, files
+from medvl.language import vqa_rad
+from medvl.language.conversations import (
+    Conversation,
+    check_gold,
+    read_conversations,
+    read_tasks,
+    warn_of_one_file,
+)
+from medvl.phantoms import modalities
+from medvl.systems.adapters.record import Config
+
+SPLITS = ("train", "valid", "test")
+
+
+def prepare(cfg: Config, log: Callable[[str], None] = print) -> None:
+    """Put the data in place: pictures are drawn, VQA-RAD is cut by case, files must be there.
+
+    Raises:
+        ValueError: what is missing, or not as it must be, with file and line.
+    """
+    folder = data_folder(cfg)
+    if cfg.data.source == "phantoms":
+        drawn = modalities.draw_modalities(cfg.data.phantoms, folder)
+        counts = ", ".join(f"{n} {split}" for split, n in drawn.items())
+        log(f"{sum(drawn.values())} pictures and cases drawn in {folder}: {counts}")
+    if cfg.data.source == "vqa_rad":
+        _cut_vqa_rad(cfg, folder, log)
+    splits = SPLITS if cfg.train or cfg.base else ("test",)
+    if len(splits) > 1:
+        warn_of_one_file(cfg.data.conversations)
+    for split in splits:
+        tasks = tasks_of(read_split(cfg, split))
+        if cfg.train:
+            for task in tasks:
+                files.check_name(task, f"{split}: the task")
+        log(f"{split}: {len(tasks)} tasks: {', '.join(tasks)}")
+
+
+def _cut_vqa_rad(cfg: Config, folder: Path, log: Callable[[str], None]) -> None:
+    """Cut VQA-RAD by case, if that has not been done, and keep the digest of the file it was cut from."""
+    source, mark = Path(cfg.data.vqa_rad) / "vqa_rad_share.json", folder / "source.sha256"
+    digest = files.file_digest(source) if source.is_file() else ""
+    if (folder / "test.jsonl").exists():
+        if digest and mark.exists() and mark.read_text() != digest:
+            raise ValueError(
+                f"{folder}: was cut from another {source} than there is now; remove the folder to cut it anew"
+            )
+        return
+    if digest:
+        files.write_text(mark, digest)  # first: tables without it would be taken for those of any file
+    images = source.parent / "images"
+    counts = vqa_rad.convert_vqa_rad(source, images, folder, group=cfg.data.group, seed=cfg.seed)
+    log(f"VQA-RAD in {folder}: " + ", ".join(f"{n} {what}" for what, n in counts.items()))
+
+
+def data_folder(cfg: Config) -> Path:
+    """The folder that `{folder}` stands for; what is drawn or cut by one record has a folder of its own."""
+    data = cfg.data
+    origins = {"phantoms": data.phantoms, "vqa_rad": (data.vqa_rad, data.group, cfg.seed)}
+    if data.source not in origins:
+        return Path(data.folder)
+    return Path(data.folder) / f"{data.source}-{config.record_digest(origins[data.source])}"
+
+
+def read_split(cfg: Config, split: str) -> list[Conversation]:
+    """The conversations of a split, each with its task.
+
+    In the test split every answer holds a word, where words are compared.
+    """
+    folder = data_folder(cfg)
+    pattern = config.fill_pattern(
+        cfg.data.conversations, "data.conversations", folder=folder, split=None, task=None
+    )
+    root = cfg.data.root or None
+    conversations = read_tasks(pattern, split, key=cfg.data.task, root=root, max_images=cfg.chat.max_images)
+    if split == "test" and cfg.evaluate.rule == "strict":
+        check_gold(conversations, every=True)
+    return conversations
+
+
+def read_general(cfg: Config, split: str) -> list[Conversation]:
+    """What the base model is trained on."""
+    if not cfg.data.general:
+        return read_split(cfg, split)
+    folder = data_folder(cfg)
+    path = config.fill_pattern(cfg.data.general, "data.general", folder=folder, split=split)
+    return read_conversations(path, root=cfg.data.root or None, max_images=cfg.chat.max_images)
+
+
+def tasks_of(conversations: Sequence[Conversation]) -> list[str]:
+    """The tasks of conversations, by name."""
+    return sorted({conversation.extra["task"] for conversation in conversations})
+
+
+def of_task(conversations: Sequence[Conversation], task: str) -> list[Conversation]:
+    """The conversations of one task."""
+    return [conversation for conversation in conversations if conversation.extra["task"] == task]
