@@ -8,7 +8,7 @@ from attrs import evolve, frozen
 
 from medvl.language import chat, system
 from medvl.language.chat import ChatConfig, ModelConfig
-from medvl.language.encoding import QWEN_VL
+from medvl.language.templates import QWEN_VL
 from medvl.language.vision import Vision, item_range
 from medvl.training.record import Stage, TrainConfig
 from medvl.weights import lora
