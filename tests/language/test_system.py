@@ -86,7 +86,8 @@ def squares_vision():
 
 
 def add_squares(opened, params, gen):
-    tokens = torch.randn(len(COLOURS), 2, WIDTH, generator=gen) * 0.5
+    device = next(iter(params["model"].values())).device
+    tokens = (torch.randn(len(COLOURS), 2, WIDTH, generator=gen) * 0.5).to(device)
     return evolve(opened, vision=squares_vision()), params | {"squares": {"tokens": tokens}}
 
 
