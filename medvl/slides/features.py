@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,27 @@ def about_slide(path: PathLike, *, dims: int = 0) -> About:
     """
     with open_source(path, dims) as source:
         return _about(Path(path), source)
+
+
+def open_patches(path: PathLike, *, dims: int, keep: Callable[[int], bool]) -> tuple[About, Block | None]:
+    """What a file says, and all its patches, if it is to be kept; the file is opened once.
+
+    Args:
+        keep: bytes -> whether so many are to be read.
+    Returns:
+        about, and features [n, d] with coordinates [n, 2] or None. The patches are None, too, where they are faulty: who
+        reads them by `chunks` raises.
+    """
+    path = Path(path)
+    with open_source(path, dims) as source:
+        about = _about(path, source)
+        if not keep(about.rows * about.dims * about.dtype.itemsize):
+            return about, None
+        try:
+            blocks = list(_checked(path, source, max(1, source.rows), drop=False))
+        except ValueError:
+            return about, None
+    return about, blocks[0] if blocks else empty(about, dims)
 
 
 def read_slide(path: PathLike, *, dims: int = 0, drop: bool = False) -> Slide:

@@ -21,6 +21,7 @@ from medvl.components import compress
 from medvl.components.slots import CompressConfig, SlotState
 from medvl.hub import skeletons
 from medvl.slides import features as patch_files
+from medvl.slides import opened
 from medvl.slides.features import Block
 from medvl.slides.names import Match, feature_files, find_slides, is_case, near_names
 from medvl.slides.store import Slides, open_slides
@@ -97,7 +98,7 @@ def _read_abouts(matches: Mapping[str, Match], dims: int) -> dict[str, patch_fil
             paths[label] = path
     abouts = {}
     for label, path in track(paths.items(), "opening features"):
-        abouts[label] = patch_files.about_slide(path, dims=dims)
+        abouts[label] = opened.about_file(path, dims)
     return abouts
 
 
@@ -171,17 +172,17 @@ def _store_reader(store: Slides) -> _Reader:
 def _file_reader(dims: int) -> _Reader:
     return _Reader(
         patch_size=lambda path: _patch_size(path, dims),
-        chunks=lambda path, size: patch_files.chunks(path, size, dims=dims),
-        key=patch_files.file_key,
+        chunks=lambda path, size: opened.file_chunks(path, size, dims=dims),
+        key=opened.file_key,
     )
 
 
 def _patch_size(path: Path, dims: int) -> int | None:
     """As `features.read_slide` says it, in the memory of one chunk."""
-    size = patch_files.about_slide(path, dims=dims).patch_size
+    size = opened.about_file(path, dims).patch_size
     if size is not None:
         return size
-    coords = [xy for _, xy in patch_files.chunks(path, dims=dims) if xy is not None]
+    coords = [xy for _, xy in opened.file_chunks(path, dims=dims) if xy is not None]
     if not coords:
         return None
     size = patch_files.patch_size_of(np.concatenate(coords))
@@ -237,7 +238,7 @@ def open_slide(slide: files.PathLike, where: files.PathLike = "", *, dims: int =
     store, _, name = written.rpartition("::")
     if Path(written).is_file():
         path = Path(written)
-        about = patch_files.about_slide(path, dims=dims)
+        about = opened.about_file(path, dims)
         width = _check_width(path, {written: about.dims}, dims)
         features = _of_places({written: [path]}, (), width, about.encoder, _file_reader(dims))
     elif Path(written).exists() or not (store or where):

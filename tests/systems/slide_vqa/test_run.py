@@ -349,7 +349,7 @@ def test_a_question_without_features_counts_as_wrong(trained, tmp_path):
         "\n".join(line.replace(gone, "TCGA-ZZ-9999-01Z-00-DX1") for line in table) + "\n"
     )
     cfg = evolve(model.cfg, data=evolve(model.cfg.data, test=str(tmp_path / "test.csv")))
-    rows, _ = assess(evolve(model, cfg=cfg), params, {}, folder / "other", "x")
+    rows, _ = assess(evolve(model, cfg=cfg), params, folder / "other", "x")
     kept = json.loads((folder / "other/benchmark_results.json").read_text())["predictions"]
     lost = [p for p in kept if p["missing"]]
     assert len(kept) == 39  # the denominator stays
@@ -396,7 +396,7 @@ def test_captions_and_open_questions_leave_every_prediction(trained, tmp_path):
         data=evolve(model.cfg.data, test=str(tmp_path / "test.json")),
         evaluate=evolve(model.cfg.evaluate, shuffled=True),
     )
-    rows, _ = assess(evolve(model, cfg=cfg), params, {}, folder / "open", "x")
+    rows, _ = assess(evolve(model, cfg=cfg), params, folder / "open", "x")
     kept = json.loads((folder / "open/benchmark_results.json").read_text())
     assert [(p["slide"], p["gold"], p["missing"]) for p in kept["open_predictions"]] == [
         (r["slide_id"], r["answer"], r["slide_id"] not in slides) for r in asked
