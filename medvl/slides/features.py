@@ -79,10 +79,10 @@ def open_patches(path: PathLike, *, dims: int, keep: Callable[[int], bool]) -> t
         if not keep(about.rows * about.dims * about.dtype.itemsize):
             return about, None
         try:
-            blocks = list(_checked(path, source, max(1, source.rows), drop=False))
+            blocks = list(_checked_blocks(path, source, max(1, source.rows), drop=False))
         except ValueError:
             return about, None
-    return about, blocks[0] if blocks else empty(about, dims)
+    return about, blocks[0] if blocks else _no_patches(about, dims)
 
 
 def read_slide(path: PathLike, *, dims: int = 0, drop: bool = False) -> Slide:
