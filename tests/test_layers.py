@@ -1,6 +1,7 @@
 """The import rule: a package imports only from packages before it, and inside a package there is no circle."""
 
 import ast
+import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -58,6 +59,16 @@ def test_every_package_imports_only_packages_before_it():
 def test_packages_on_the_list_are_those_that_there_are():
     assert {p.name for p in (ROOT / "medvl").iterdir() if (p / "__init__.py").exists()} == {*PACKAGES}
     assert [p.name for p in (ROOT / "medvl").glob("*.py")] == ["__init__.py"]
+
+
+@pytest.mark.parametrize(
+    "face", sorted((ROOT / "medvl").glob("*/**/__init__.py")), ids=lambda face: face.parent.name
+)
+def test_every_package_says_what_it_offers(face):
+    """Its docstring names each of its modules, so that a newcomer finds them and none is left behind."""
+    text = ast.get_docstring(ast.parse(face.read_text())) or ""
+    modules = {file.stem for file in face.parent.glob("*.py")} - {"__init__"}
+    assert modules <= set(re.findall(r"`(\w+)`", text))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
-"""ct_clip: CT volumes and reports in one space; findings named in words, never trained for, are read off by
-comparison.
+"""ct_clip: CT volumes and reports in one space; findings named in words are read off by comparison.
+
+`record` is the record of an experiment, `model` the two towers and their loss, `data` its files, labels,
+reports and batches, `slice_features` the cache of a frozen slice encoder, `run` trains, `score` scores
+findings and writes the report, `look` is one scan.
 """
 
 from pathlib import Path

@@ -1,4 +1,8 @@
-"""slide_vqa: questions about whole slides of any number of patches, through the few tokens of a frozen compressor."""
+"""slide_vqa: questions about whole slides of any number of patches, through a few tokens of each.
+
+`model` is the record of an experiment and the model, `pretrain` trains the compressor that makes the tokens,
+`run` is data, training and report, `look` one slide and the map of its answer, `ask` one question to a run.
+"""
 
 from medvl.systems.slide_vqa import run
 from medvl.systems.slide_vqa.ask import ask
