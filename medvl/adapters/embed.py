@@ -383,7 +383,7 @@ def _read_settings(folder: files.PathLike) -> tuple[dict[str, Any], EmbedConfig]
             f"read_embedder: {path} must be {_FORMAT!r} with name, cfg and vocabulary, found "
             f"{record.get('format')!r}"
         )
-    return record, config.structure(record["cfg"], EmbedConfig, where=str(path))
+    return record, config.structure(record["cfg"], EmbedConfig, source=str(path))
 
 
 # Queries ----------------------------------------------------------------------------------------------------

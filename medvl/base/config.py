@@ -47,8 +47,8 @@ def load_record(path: str | os.PathLike, record: type[T], overrides: tuple[str, 
         ConfigError: unreadable file, bad syntax, unknown key, wrong type or refused value; names the file and
             `$.path`.
     """
-    raw = override(read_settings(path), overrides, where=str(path))
-    return structure(raw, record, where=str(path))
+    raw = override(read_settings(path), overrides, source=str(path))
+    return structure(raw, record, source=str(path))
 
 
 def read_settings(path: str | os.PathLike) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def load_run(folder: str | os.PathLike, record: type[T]) -> T:
     stored = read_settings(environment).get("record") if environment.exists() else None
     if stored is None:
         return current
-    trained = structure(stored, record, where=f"{environment}, record")
+    trained = structure(stored, record, source=f"{environment}, record")
     changes = differences(unstructure(trained), unstructure(current))
     refused = [change for change in changes if not change.startswith(("$.data.", "$.evaluate."))]
     if refused:
@@ -125,7 +125,7 @@ def system_of(folder: str | os.PathLike) -> str:
     return str(read_settings(Path(folder) / "config.json").get("system"))
 
 
-def override(raw: dict[str, Any], overrides: tuple[str, ...], where: str = "record") -> dict[str, Any]:
+def override(raw: dict[str, Any], overrides: tuple[str, ...], source: str = "record") -> dict[str, Any]:
     """A copy of `raw` with each `"key.path=value"` set. New keys are allowed here; `structure` refuses
     unknown ones.
     """
@@ -133,35 +133,35 @@ def override(raw: dict[str, Any], overrides: tuple[str, ...], where: str = "reco
     for item in overrides:
         path, sep, text = item.partition("=")
         if not sep or not path.strip():
-            raise ConfigError(f"{where}: --set needs key.path=value, got {item!r}")
-        value = _parse_value(text, f"{where}: --set {path}")
+            raise ConfigError(f"{source}: --set needs key.path=value, got {item!r}")
+        value = _parse_value(text, f"{source}: --set {path}")
         *parents, last = path.strip().split(".")
         if len(parents) >= DEPTH:
-            raise ConfigError(f"{where}: --set {path[:60]}...: no setting lies {len(parents) + 1} keys deep")
+            raise ConfigError(f"{source}: --set {path[:60]}...: no setting lies {len(parents) + 1} keys deep")
         # Walk to the table or array that holds the last key; tables on the way that are not there are made.
         node: Any = raw
         for depth, key in enumerate(parents):
-            node = _step(node, key, where, ".".join(parents[: depth + 1]))
+            node = _step(node, key, source, ".".join(parents[: depth + 1]))
         if isinstance(node, list):
-            node[_index(node, last, where, path)] = value
+            node[_index(node, last, source, path)] = value
         elif isinstance(node, dict):
             node[last] = value
         else:
             raise ConfigError(
-                f"{where}: --set {path}: {'.'.join(parents)} is a {type(node).__name__}, it has no keys"
+                f"{source}: --set {path}: {'.'.join(parents)} is a {type(node).__name__}, it has no keys"
             )
     return raw
 
 
-def structure(raw: Any, record: type[T], where: str = "record") -> T:
+def structure(raw: Any, record: type[T], source: str = "record") -> T:
     """Build `record` from plain data; unknown keys, wrong types and refused values are one ConfigError."""
     try:
         return _converter.structure(_with_defaults(raw, record), record)
     except cattrs.BaseValidationError as e:
         faults = cattrs.transform_error(e, format_exception=_describe)
-        raise ConfigError(f"{where}: " + "; ".join(faults)) from e
+        raise ConfigError(f"{source}: " + "; ".join(faults)) from e
     except (ValueError, TypeError, KeyError) as e:
-        raise ConfigError(f"{where}: {_describe(e, None)}") from e
+        raise ConfigError(f"{source}: {_describe(e, None)}") from e
 
 
 def subrecord(default: Any) -> Any:
@@ -249,12 +249,12 @@ def in_bounds(low: float, high: float) -> Callable[[Any, Any, Any], None]:
     return validate
 
 
-def check_bounds(record: Any, where: str, **bounds: tuple[float, float]) -> None:
+def check_bounds(record: Any, section: str, **bounds: tuple[float, float]) -> None:
     """Raise where a number of a record, or one of an array of them, is out of bounds: `check_bounds(cfg,
     "train", batch=COUNT)`.
     """
     for name, (low, high) in bounds.items():
-        _check_bounds(getattr(record, name), f"{where}.{name}", low, high)
+        _check_bounds(getattr(record, name), f"{section}.{name}", low, high)
 
 
 def _check_bounds(value: Any, name: str, low: float, high: float) -> None:
@@ -267,7 +267,7 @@ def _check_bounds(value: Any, name: str, low: float, high: float) -> None:
         raise ValueError(f"{name} must be {bound}, got {_format_number(number)}")
 
 
-def fill_pattern(pattern: str, where: str, **values: Any) -> str:
+def fill_pattern(pattern: str, setting: str, **values: Any) -> str:
     """A name from a pattern: `fill_pattern("{folder}/{split}.h5", "data.store", folder="data", split="test")`
     is "data/test.h5".
 
@@ -281,7 +281,7 @@ def fill_pattern(pattern: str, where: str, **values: Any) -> str:
         key = match[0][1:-1]
         if key not in values:
             allowed = ", ".join(f"{{{name}}}" for name in values) or "nothing in braces"
-            raise ValueError(f"{where} may hold {allowed}, found {match[0]} in {pattern!r}")
+            raise ValueError(f"{setting} may hold {allowed}, found {match[0]} in {pattern!r}")
         if values[key] is None:
             return match[0]
         return str(values[key])
@@ -289,23 +289,23 @@ def fill_pattern(pattern: str, where: str, **values: Any) -> str:
     return re.sub(r"\{[^{}]*\}", value_of, pattern)
 
 
-def check_patterns(record: Any, where: str, **keys: tuple[str, ...]) -> None:
+def check_patterns(record: Any, section: str, **keys: tuple[str, ...]) -> None:
     """Raise where a pattern of a record holds other braces than these: `check_patterns(cfg, "data",
     store=("folder", "split"))`.
 
     A plain path has none: `root=()`.
     """
     for name, allowed in keys.items():
-        fill_pattern(getattr(record, name), f"{where}.{name}", **dict.fromkeys(allowed))
+        fill_pattern(getattr(record, name), f"{section}.{name}", **dict.fromkeys(allowed))
 
 
-def check_regexes(patterns: Iterable[str], where: str) -> None:
+def check_regexes(patterns: Iterable[str], setting: str) -> None:
     """Raise where one is no regular expression."""
     for pattern in patterns:
         try:
             re.compile(pattern)
         except re.error as e:
-            raise ValueError(f"{where}: pattern {pattern!r} is not a regular expression: {e}") from e
+            raise ValueError(f"{setting}: pattern {pattern!r} is not a regular expression: {e}") from e
 
 
 def record_digest(record: Any) -> str:
@@ -329,64 +329,66 @@ def _format_number(value: float) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _parse_value(text: str, where: str) -> Any:
+def _parse_value(text: str, source: str) -> Any:
     """The value of `--set key=value`: TOML, or text where it is none."""
     try:
         value = tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
     except (ValueError, RecursionError) as e:  # a number of thousands of digits, thousands of brackets
-        raise ConfigError(f"{where}: {e}") from e
-    _check_plain(value, where)
+        raise ConfigError(f"{source}: {e}") from e
+    _check_plain(value, source)
     return value
 
 
-def _check_plain(value: Any, where: str, path: str = "$", depth: int = 0) -> None:
+def _check_plain(value: Any, source: str, path: str = "$", depth: int = 0) -> None:
     """Raise where settings hold what none can be: dates, numbers not finite or beyond 64 bits, text for no
     file, too many levels.
     """
     if depth > DEPTH:
-        raise ConfigError(f"{where}: settings are nested more than {DEPTH} deep @ {path[:60]}...")
+        raise ConfigError(f"{source}: settings are nested more than {DEPTH} deep @ {path[:60]}...")
     if isinstance(value, dict):
         for key, item in value.items():
-            _check_plain(key, where, path, depth + 1)
-            _check_plain(item, where, f"{path}.{key}", depth + 1)
+            _check_plain(key, source, path, depth + 1)
+            _check_plain(item, source, f"{path}.{key}", depth + 1)
     elif isinstance(value, list):
         for i, item in enumerate(value):
-            _check_plain(item, where, f"{path}[{i}]", depth + 1)
+            _check_plain(item, source, f"{path}[{i}]", depth + 1)
     elif isinstance(value, str):
         if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
-            raise ConfigError(f"{where}: text holds characters that no file can hold, {value!a} @ {path!a}")
+            raise ConfigError(f"{source}: text holds characters that no file can hold, {value!a} @ {path!a}")
     elif isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise ConfigError(f"{where}: whole numbers have at most 64 bits @ {path}")
+        raise ConfigError(f"{source}: whole numbers have at most 64 bits @ {path}")
     elif isinstance(value, float) and not abs(value) <= _LARGEST:  # NaN would pass every check of a range
-        raise ConfigError(f"{where}: must be a finite number of at most {_LARGEST:g}, got {value} @ {path}")
+        raise ConfigError(f"{source}: must be a finite number of at most {_LARGEST:g}, got {value} @ {path}")
     elif not isinstance(value, int | float | None):
         raise ConfigError(
-            f"{where}: no setting is a {type(value).__name__}, got {value}; write text in quotes @ {path}"
+            f"{source}: no setting is a {type(value).__name__}, got {value}; write text in quotes @ {path}"
         )
 
 
-def _step(node: Any, key: str, where: str, path: str) -> Any:
+def _step(node: Any, key: str, source: str, path: str) -> Any:
     if isinstance(node, list):
-        return node[_index(node, key, where, path)]
+        return node[_index(node, key, source, path)]
     if isinstance(node, dict):
         return node.setdefault(key, {})
-    raise ConfigError(f"{where}: --set {path}: {type(node).__name__} has no keys")
+    raise ConfigError(f"{source}: --set {path}: {type(node).__name__} has no keys")
 
 
-def _index(node: list, key: str, where: str, path: str) -> int:
+def _index(node: list, key: str, source: str, path: str) -> int:
     if not key.isdecimal() or len(key) > 9 or int(key) >= len(node):
-        raise ConfigError(f"{where}: --set {path}: must be an index below {len(node)}, got {key!r}")
+        raise ConfigError(f"{source}: --set {path}: must be an index below {len(node)}, got {key!r}")
     return int(key)
 
 
 def _describe(e: BaseException, kind: type | None) -> str:
     """What is wrong, in the words of a ConfigError; called by cattrs for each fault."""
     if isinstance(e, cattrs.ForbiddenExtraKeysError):
-        known = [field.name for field in attrs.fields(e.cl)] if attrs.has(e.cl) else []
+        keys: list[str] = []
+        if attrs.has(e.cl):
+            keys = [field.name for field in attrs.fields(e.cl)]
         unknown = ", ".join(sorted(map(repr, e.extra_fields)))
-        return f"unknown key {unknown}; {e.cl.__name__} has {', '.join(known)}"
+        return f"unknown key {unknown}; {e.cl.__name__} has {', '.join(keys)}"
     if isinstance(e, KeyError):
         return f"required key {e} is missing"
     return str(e) or type(e).__name__

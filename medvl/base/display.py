@@ -36,16 +36,16 @@ def progress_bar(items: Iterable[Any] | None, title: str, **settings: Any) -> An
 
 
 def track(
-    items: Iterable[Any], title: str, total: int | None = None, done: int = 0, show: bool = True
+    items: Iterable[Any], title: str, total: int | None = None, initial: int = 0, show: bool = True
 ) -> Any:
     """The items, one after the other, with a progress bar.
 
     Args:
         total: number of items, where they have no length; with those done before.
-        done: number of items that were done before.
+        initial: number of items that were done before.
         show: without a bar if false.
     """
-    return progress_bar(items, title, total=total, initial=done) if show else items
+    return progress_bar(items, title, total=total, initial=initial) if show else items
 
 
 class Log:

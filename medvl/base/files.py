@@ -228,14 +228,14 @@ def remove_unfinished(folder: PathLike) -> None:
             temporary.unlink()
 
 
-def check_name(name: str, what: str) -> str:
+def check_name(name: str, noun: str) -> str:
     """The name, if it can be that of a file or folder: nothing may be written outside the folder it belongs
     to.
 
     A name that starts with a dot is refused too: temporary files are called so, and are removed after a kill.
 
     Args:
-        what: whose name it is, for the message, such as "adapter".
+        noun: whose name it is, for the message, such as "adapter".
     Raises:
         ValueError: an empty name, one of more than 200 bytes, "." or "..", or one with a slash, a backslash
             or a control character.
@@ -244,7 +244,7 @@ def check_name(name: str, what: str) -> str:
     forbidden = re.search(r"[/\\\x00-\x1f\x7f\ud800-\udfff]", name)
     if not name.strip() or name.startswith(".") or too_long or forbidden:
         raise ValueError(
-            f"{what} {name[:80]!r}: the name becomes that of a file, so it must be of 1 to 200 bytes, "
+            f"{noun} {name[:80]!r}: the name becomes that of a file, so it must be of 1 to 200 bytes, "
             "without / and \\ and control characters, and not start with a dot"
         )
     return name

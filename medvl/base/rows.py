@@ -114,9 +114,9 @@ class Rows:
             ValueError: the file was replaced or removed since it was opened, or is truncated.
         """
         place = self.datasets[dataset]
-        out = np.empty(tuple(shape), place.dtype)
+        array = np.empty(tuple(shape), place.dtype)
         at = place.offset + first * place.dtype.itemsize
-        view = _bytes(out)
+        view = _bytes(array)
         descriptor = self._open()
         try:
             while len(view):
@@ -126,7 +126,7 @@ class Rows:
                 view, at = view[count:], at + count
         except OSError as e:
             raise ValueError(f"{self.path}: cannot be read ({e.strerror})") from e
-        return out
+        return array
 
     def _open(self) -> _Descriptor:
         """The open file, the same as when its table was read.
@@ -245,7 +245,7 @@ def open_rows(path: PathLike, kind: Kind, datasets: Sequence[str]) -> Rows:
             table, settings = f["rows"][()], json.loads(f.attrs["settings"])
             identity = _identity(os.fstat(f.id.get_vfd_handle()))
         names = [name.decode() for name in table["name"]]
-        done = [name for name, flag in zip(names, table["done"], strict=True) if flag]
+        written = [name for name, flag in zip(names, table["done"], strict=True) if flag]
     except FileNotFoundError as e:
         raise ValueError(f"{path}: no such file") from e
     except (OSError, LookupError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as e:
@@ -254,7 +254,7 @@ def open_rows(path: PathLike, kind: Kind, datasets: Sequence[str]) -> Rows:
         path=path,
         kind=kind,
         settings=settings,
-        names=tuple(done),
+        names=tuple(written),
         table=table,
         index={name: i for i, name in enumerate(names)},
         datasets=places,
@@ -263,15 +263,15 @@ def open_rows(path: PathLike, kind: Kind, datasets: Sequence[str]) -> Rows:
 
 
 def _check_format(f: h5py.File, path: Path, kind: Kind) -> None:
-    found = f.attrs.get("format"), f.attrs.get("version")
-    if found[0] != kind.format:
+    version = f.attrs.get("version")
+    if f.attrs.get("format") != kind.format:
         raise ValueError(
             f"{path}: is an HDF5 file, but not a store of medvl (it lacks the attribute "
             f"format={kind.format!r})"
         )
-    if found[1] != kind.version:
+    if version != kind.version:
         raise ValueError(
-            f"{path}: is a store of version {found[1]}, this medvl reads version {kind.version}; make it "
+            f"{path}: is a store of version {version}, this medvl reads version {kind.version}; make it "
             "again"
         )
 

@@ -84,11 +84,11 @@ def resolve(exp: str, overrides: Sequence[str] = ()) -> tuple[Any, Path]:
     raw = config.read_settings(path)
     # The digest that names the run, also where it was made by a version with fewer settings.
     digest_in_file = config.record_digest(raw)
-    system = _system_of_record(config.override(raw, tuple(overrides), where=str(path)), path)
+    system = _system_of_record(config.override(raw, tuple(overrides), source=str(path)), path)
     if path.suffix == ".toml":
         raw = _with_environment(raw, system, path)
-    raw = config.override(raw, tuple(overrides), where=str(path))
-    cfg: Any = config.structure(raw, system.record, where=str(path))
+    raw = config.override(raw, tuple(overrides), source=str(path))
+    cfg: Any = config.structure(raw, system.record, source=str(path))
     digest = config.record_digest(cfg)
     name = path.stem
     if path.name == "config.json":
@@ -113,7 +113,7 @@ def _with_environment(raw: dict[str, Any], system: System, path: Path) -> dict[s
         return raw
     pairs = ", ".join(f"{variable} -> {setting}" for variable, setting in settings.items())
     _log.warning("%s: from the environment: %s", path, pairs)
-    return config.override(raw, tuple(settings.values()), where="the environment")
+    return config.override(raw, tuple(settings.values()), source="the environment")
 
 
 def record_of(exp: str) -> Path:

@@ -92,7 +92,7 @@ def test_every_number_of_every_record_has_bounds(system):
 def test_a_number_out_of_bounds_is_refused_with_its_name(system, setting, said):
     raw = example(system)
     with pytest.raises(ConfigError) as e:
-        config.structure(config.override(raw, (setting,)), run.find_system(system).record, where="x.toml")
+        config.structure(config.override(raw, (setting,)), run.find_system(system).record, source="x.toml")
     assert said in str(e.value)
     assert str(e.value).startswith("x.toml: ")
 
@@ -181,7 +181,7 @@ def test_what_is_no_setting_is_refused_when_read(tmp_path, name, text, said):
 )
 def test_what_is_no_setting_is_refused_as_an_override(item):
     with pytest.raises(ConfigError) as e:
-        config.override({}, (item,), where="x")
+        config.override({}, (item,), source="x")
     assert str(e.value).startswith("x: --set")
     assert str(e.value).isprintable()
 

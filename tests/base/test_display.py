@@ -147,7 +147,7 @@ def test_other_processes_show_nothing(clock, monkeypatch):
 
 def test_work_that_goes_on_counts_what_was_done_before(clock):
     with watched() as terminal:
-        for _ in display.track(iter(range(5)), "scans", total=100, done=90):
+        for _ in display.track(iter(range(5)), "scans", total=100, initial=90):
             seen, shown = terminal.screen, clock[0]
             clock[0] += 2
     assert shown == 1.8e9 + 8
