@@ -271,8 +271,7 @@ def _check_format(f: h5py.File, path: Path, kind: Kind) -> None:
         )
     if version != kind.version:
         raise ValueError(
-            f"{path}: is a store of version {version}, this medvl reads version {kind.version}; make it "
-            "again"
+            f"{path}: is a store of version {version}, this medvl reads version {kind.version}; make it again"
         )
 
 
