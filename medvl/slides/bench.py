@@ -31,7 +31,9 @@ _COLUMNS = (  # of benchmark_categories.csv, after "n"
     "missing",
     "without_gold",
 )
-_SHORT = 5  # words of a reference answer that are still compared exactly
+# Longest reference answer, in words, that is compared exactly: beyond it two texts that mean the same are
+# rarely equal, and only BLEU and ROUGE-L compare them.
+_SHORT = 5
 
 Levels = dict[str, dict[str, list[int]]]  # {level: {subject: indices of its rows}}
 
@@ -84,32 +86,46 @@ class OpenAnswer:
         words = answers.normalise(self.gold).split()
         if not answers.has_words(self.gold) or len(words) > _SHORT:
             return ""
-        return "yes or no" if words in (["yes"], ["no"]) else "short"
+        if words in (["yes"], ["no"]):
+            return "yes or no"
+        return "short"
 
     @property
     def right(self) -> bool | None:
         """Whether it equals the reference answer (`answers.same_answer`); None where the kind is ""."""
-        return answers.same_answer(self.said, self.gold) if self.kind else None
+        if not self.kind:
+            return None
+        return answers.same_answer(self.said, self.gold)
 
 
 def extract_choice(
-    said: str | None, options: choices.Options, gold: str, *, slide: str, missing: bool = False, **rest: Any
+    answer: str | None,
+    options: choices.Options,
+    gold: str,
+    *,
+    slide: str,
+    missing: bool = False,
+    **fields: Any,
 ) -> ChoiceAnswer:
     """The choice in the text of an answer, by `choice_answers.extract_letter`.
 
     Args:
         gold: a letter; anything else counts as no reference answer.
-        rest: broad, narrow, id, extra.
+        fields: broad, narrow, id, extra.
     """
     lettered = choices.letter_options(options)
+    # A question that was not asked has no choice, even if a text is given: it counts as missing, not as wrong.
+    chosen = ""
+    if not missing:
+        chosen = choice_answers.extract_letter(answer, lettered)
     return ChoiceAnswer(
         slide=slide,
         options=lettered,
         gold=gold if gold in lettered else "",
-        chosen="" if missing else choice_answers.extract_letter(said, lettered),
+        chosen=chosen,
         missing=missing,
-        said=said or "",
-        **rest,
+        said=answer or "",
+        **fields,
     )
 
 
@@ -156,15 +172,14 @@ def score_choices(
             groups = [patients[i] for i in indices]
             micro = accuracy.accuracy(correct[indices], groups, n=n, gen=_seeded(seed))
             results += accuracy.to_results({subject: micro}, **common)
-            estimates = _point_estimates(
-                [rows[i] for i in indices], correct[indices], [categories[i] for i in indices]
-            )
-            for metric, value, extra in estimates:
+            members = [rows[i] for i in indices]
+            member_categories = [categories[i] for i in indices]
+            for metric, value, extra in _point_estimates(members, correct[indices], member_categories):
                 result = Result(
                     what=metric, subject=subject, value=value, n=len(indices), extra=extra, **common
                 )
                 results.append(result)
-        if level != OVERALL:
+        if level != OVERALL:  # it has one subject: a mean over it would be its accuracy again
             macro = _macro_accuracy(correct, subjects, patients, n, _seeded(seed))
             results += accuracy.to_results({level: macro}, what="macro_accuracy", **common)
     return results
@@ -181,15 +196,23 @@ def _seeded(seed: int) -> torch.Generator:
 def _levels(rows: Sequence[ChoiceAnswer]) -> Levels:
     """The rows of every subject; rows without a category of a level are in none of it."""
     overall = {OVERALL: list(range(len(rows)))}
-    broad, narrow = dict[str, list[int]](), dict[str, list[int]]()
+    broad = dict[str, list[int]]()
+    narrow = dict[str, list[int]]()
     for i, row in enumerate(rows):
         if row.broad:
             broad.setdefault(row.broad, []).append(i)
         if row.narrow:
-            subject = f"{row.broad} / {row.narrow}" if row.broad else row.narrow
+            # One narrow name may be in several broad categories: the subject names both.
+            subject = row.narrow
+            if row.broad:
+                subject = f"{row.broad} / {row.narrow}"
             narrow.setdefault(subject, []).append(i)
-    levels = {OVERALL: overall, "broad": broad, "narrow": narrow}
-    return {level: dict(sorted(subjects.items())) for level, subjects in levels.items() if subjects}
+    levels = {OVERALL: overall}
+    if broad:
+        levels["broad"] = dict(sorted(broad.items()))
+    if narrow:
+        levels["narrow"] = dict(sorted(narrow.items()))
+    return levels
 
 
 def _point_estimates(
@@ -197,23 +220,45 @@ def _point_estimates(
 ) -> list[tuple[str, float, dict[str, Any]]]:
     """[(metric, value, extra)] of the metrics without an interval."""
     total = len(rows)
-    by_text = _same_options(rows)
-    gold = np.array([_gold_text(row) if by_text else row.gold for row in rows])
-    recalls = [correct[gold == answer].mean() for answer in sorted({*gold.tolist()} - {""})]
-    balanced = float(np.mean(recalls)) if recalls else math.nan
+    # Of a task, all questions have the same options in whatever order: the text is the class. Where the
+    # options differ there are about as many texts as questions, and only the letters recur.
+    if _same_options(rows):
+        by, classes = "text", [_gold_text(row) for row in rows]
+    else:
+        by, classes = "letter", [row.gold for row in rows]
+    recalls = _recalls(classes, correct)
+    balanced = math.nan
+    if recalls:
+        balanced = float(np.mean(recalls))
+
     # Sorted, so that the order of the rows does not decide between equally frequent letters.
     letters = Counter(sorted(row.gold for row in rows if row.gold))
-    best_letter, best_count = letters.most_common(1)[0] if letters else ("", 0)
-    random = sum(sorted(1 / len(row.options) for row in rows)) / total  # sorted: sums of floats depend on it
+    best_letter, best_count = "", 0
+    if letters:
+        best_letter, best_count = letters.most_common(1)[0]
+
+    chances = sorted(1 / len(row.options) for row in rows)  # sorted: sums of floats depend on the order
+    invalid = sum(not row.chosen and not row.missing for row in rows)
+    missing = sum(row.missing for row in rows)
+    without_gold = sum(not row.gold for row in rows)
     return [
-        ("balanced_accuracy", balanced, {"by": "text" if by_text else "letter", "classes": len(recalls)}),
+        ("balanced_accuracy", balanced, {"by": by, "classes": len(recalls)}),
         ("best_letter", best_count / total, {"letter": best_letter}),
         ("majority", _majority(rows, categories), {}),
-        ("random", random, {}),
-        ("invalid", sum(not row.chosen and not row.missing for row in rows), {}),
-        ("missing", sum(row.missing for row in rows), {}),
-        ("without_gold", sum(not row.gold for row in rows), {}),
+        ("random", sum(chances) / total, {}),
+        ("invalid", invalid, {}),
+        ("missing", missing, {}),
+        ("without_gold", without_gold, {}),
     ]
+
+
+def _recalls(classes: Sequence[str], correct: np.ndarray) -> list[np.floating]:
+    """Share of right answers of each class, sorted by class; "" is none."""
+    names_of_rows = np.array(classes)
+    recalls = []
+    for name in sorted({*classes} - {""}):
+        recalls.append(correct[names_of_rows == name].mean())
+    return recalls
 
 
 def _majority(rows: Sequence[ChoiceAnswer], categories: Sequence[str]) -> float:
@@ -233,12 +278,17 @@ def _majority(rows: Sequence[ChoiceAnswer], categories: Sequence[str]) -> float:
 
 def _same_options(rows: Sequence[ChoiceAnswer]) -> bool:
     """Whether all rows have the same options, in any order."""
-    options = {frozenset(map(choices.comparable_text, row.options.values())) for row in rows}
-    return len(options) == 1
+    option_sets = set()
+    for row in rows:
+        texts = map(choices.comparable_text, row.options.values())
+        option_sets.add(frozenset(texts))
+    return len(option_sets) == 1
 
 
 def _gold_text(row: ChoiceAnswer) -> str:
-    return choices.comparable_text(row.options[row.gold]) if row.gold else ""
+    if not row.gold:
+        return ""
+    return choices.comparable_text(row.options[row.gold])
 
 
 def _macro_accuracy(
@@ -248,28 +298,39 @@ def _macro_accuracy(
     n: int,
     gen: torch.Generator,
 ) -> accuracy.Accuracy:
-    """Mean accuracy over c categories. A resampled patient brings its rows of all categories."""
+    """Mean accuracy over c categories, with its interval.
+
+    Patients are resampled and not rows: a patient brings its rows of all categories, and rows of one patient
+    are not independent.
+    """
     codes, count = metrics.group_codes(patients)
     c = len(subjects)
     table = np.zeros((count, 2 * c))  # per patient: right answers of each category, then questions of each
     for column, indices in enumerate(subjects.values()):
         np.add.at(table[:, column], codes[indices], correct[indices])
         np.add.at(table[:, c + column], codes[indices], 1)
-    table = table[np.lexsort(table.T)]  # the same for any order of the rows
-    table = table[table.any(1)]  # patients without a category of this level
+    # The bootstrap draws patients by their position. Sorted by content, the draws are the same for any order
+    # of the rows.
+    table = table[np.lexsort(table.T)]
+    table = table[table.any(1)]  # leaves out patients without a category of this level
 
     def means(counts: np.ndarray, _: np.ndarray, weights: np.ndarray | None) -> dict[str, np.ndarray]:
+        """Accuracy of each category: [c] of all patients, or [replicates, c] by weights [patients, replicates]."""
         if weights is None:
-            hits, sizes = np.split(np.ones((1, len(counts))) @ counts, 2, axis=1)
+            totals = np.ones((1, len(counts))) @ counts
+            hits, sizes = np.split(totals, 2, axis=1)
             return {"": metrics.ratio(hits, sizes)[0]}
-        hits, sizes = np.split(weights.T @ counts, 2, axis=1)
+        totals = weights.T @ counts
+        hits, sizes = np.split(totals, 2, axis=1)
         return {"": metrics.ratio(hits, sizes)}
 
     questions = int(table[:, c:].sum())
-    if len(table) < 2:
+    if len(table) < 2:  # one patient cannot be resampled: there is no interval
         value = float(means(table, table, None)[""].mean())
         return accuracy.Accuracy(value=value, low=math.nan, high=math.nan, n=questions, groups=len(table))
-    interval = metrics.bootstrap(means, table, np.zeros_like(table), range(len(table)), n=n, gen=gen)[""]
+    # The counts of a patient are all that `means` needs; the second table of `bootstrap` stays empty.
+    unused = np.zeros_like(table)
+    interval = metrics.bootstrap(means, table, unused, range(len(table)), n=n, gen=gen)[""]
     return accuracy.Accuracy(
         value=interval.mean, low=interval.mean_low, high=interval.mean_high, n=questions, groups=len(table)
     )
@@ -289,7 +350,9 @@ def score_open_answers(
         ValueError: no rows.
     """
     common: dict[str, Any] = {"split": split, "experiment": experiment}
-    results = score_texts([row.said for row in rows], [row.gold for row in rows], **common)
+    texts = [row.said for row in rows]
+    references = [row.gold for row in rows]
+    results = score_texts(texts, references, **common)
     seed = int(torch.randint(2**62, (), generator=gen))  # as in `score_choices`
     for kind, subject in (("yes or no", "yes or no"), ("short", "short answers")):
         members = [row for row in rows if row.kind == kind]
@@ -299,8 +362,10 @@ def score_open_answers(
         patients = [names.case_of(row.slide) for row in members]
         micro = accuracy.accuracy(correct, patients, n=n, gen=_seeded(seed))
         results += accuracy.to_results({subject: micro}, **common)
+        # Normalised, as "Yes." and "yes" are one answer here as they are in `same_answer`.
         golds = Counter(answers.normalise(row.gold) for row in members)
-        majority = golds.most_common(1)[0][1] / len(members)
+        _, most_frequent = golds.most_common(1)[0]
+        majority = most_frequent / len(members)
         results.append(Result(what="majority", subject=subject, value=majority, n=len(members), **common))
     return results
 
@@ -337,7 +402,8 @@ def write_benchmark(
         )
     values: dict[str, dict[str, float]] = {}
     for result in results:
-        values.setdefault(result.subject, {})[result.what] = result.value
+        metrics_of_subject = values.setdefault(result.subject, {})
+        metrics_of_subject[result.what] = result.value
     content = {
         "source": dict(source),
         **facts,
@@ -345,12 +411,14 @@ def write_benchmark(
         "results": [asdict(result) for result in results],
         "predictions": [{"right": _is_correct(row), **asdict(row)} for row in rows],
     }
+    # Only where there are open questions: a benchmark of choices alone has no such key.
     if written:
         predictions = [{"right": row.right, "kind": row.kind, **asdict(row)} for row in written]
         content["open_predictions"] = predictions
     content = _json_ready(content)
     text = json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
     files.write_text(Path(folder) / "benchmark_results.json", text)
+
     lines = _category_lines(_levels(rows), results, values)
     columns = ("level", "category", "n", *_COLUMNS)
     files.write_csv(Path(folder) / "benchmark_categories.csv", lines, columns)
@@ -361,7 +429,11 @@ def _category_lines(
     levels: Levels, results: Sequence[Result], values: Mapping[str, Mapping[str, float]]
 ) -> list[dict[str, Any]]:
     """One line per subject with an accuracy; numbers that are not there or NaN are empty cells."""
-    bounds = {r.subject: {"low": r.low, "high": r.high, "n": r.n} for r in results if r.what == "accuracy"}
+    # `values` has one number of each metric; the interval and the number of questions are the accuracy's.
+    bounds = {}
+    for result in results:
+        if result.what == "accuracy":
+            bounds[result.subject] = {"low": result.low, "high": result.high, "n": result.n}
     lines = []
     for level, subjects in levels.items():
         for subject in subjects:
@@ -371,7 +443,10 @@ def _category_lines(
             numbers = {**values[subject], **bounds[subject]}
             for column in ("n", *_COLUMNS):
                 number = numbers.get(column, math.nan)
-                line[column] = "" if math.isnan(number) else number
+                if math.isnan(number):
+                    line[column] = ""
+                else:
+                    line[column] = number
             lines.append(line)
     return lines
 
@@ -387,31 +462,45 @@ def _json_ready(value: Any) -> Any:
     return value
 
 
-# Free text ------------------------------------------------------------------------------------------------------------------------------
-def bleu(said: Sequence[str], gold: Sequence[str], most: int = 4) -> tuple[float, ...]:
-    """BLEU-1 to BLEU-`most` of a corpus, one reference each: counts of all texts are added up before the division, no smoothing.
+# Free text ----------------------------------------------------------------------------------------------
+def bleu(texts: Sequence[str], references: Sequence[str], longest: int = 4) -> tuple[float, ...]:
+    """BLEU-1 to BLEU-`longest` of a corpus with one reference each, without smoothing.
 
-    Words are runs of letters and digits in lower case. BLEU-k is the geometric mean of the precisions of 1 to k words, a run of words
-    counting at most as often as it is in the reference, times exp(1 - gold words / said words) where less is said.
+    Words are runs of letters and digits in lower case. BLEU-k is the geometric mean of the precisions of runs
+    of 1 to k words, a run counting at most as often as it is in the reference, times the brevity penalty
+    exp(1 - words of the references / words of the texts) where the texts are shorter. Counts of all texts are
+    added up before the division.
 
     Raises:
-        ValueError: no texts, or another number of them.
+        ValueError: no texts, or another number of references.
     Source: Papineni et al. 2002, doi:10.3115/1073083.1073135.
     """
-    pairs = _pairs("bleu", said, gold)
-    hits, totals = [0] * most, [0] * most
-    for s, g in pairs:
-        for k in range(most):
-            mine, theirs = (Counter(tuple(t[i : i + k + 1]) for i in range(len(t) - k)) for t in (s, g))
-            hits[k], totals[k] = hits[k] + (mine & theirs).total(), totals[k] + mine.total()
-    length, wanted = (sum(len(p[i]) for p in pairs) for i in (0, 1))
-    short = min(0.0, 1 - wanted / length) if length else -math.inf
-    logs = [math.log(h / t) if h else -math.inf for h, t in zip(hits, totals, strict=True)]
-    return tuple(math.exp(short + sum(logs[: k + 1]) / (k + 1)) for k in range(most))
+    pairs = _word_pairs("bleu", texts, references)
+    hits, totals = [0] * longest, [0] * longest  # of runs of 1, 2, ... words
+    text_length = reference_length = 0
+    for words, reference in pairs:
+        text_length += len(words)
+        reference_length += len(reference)
+        for k in range(longest):
+            runs = _count_runs(words, k + 1)
+            shared = runs & _count_runs(reference, k + 1)
+            hits[k] += shared.total()
+            totals[k] += runs.total()
+    # The geometric mean is taken of logarithms. No words, or a precision of 0, is -inf: BLEU is then 0.
+    penalty = -math.inf
+    if text_length:
+        penalty = min(0.0, 1 - reference_length / text_length)
+    logs = []
+    for hit, total in zip(hits, totals, strict=True):
+        logs.append(math.log(hit / total) if hit else -math.inf)
+    return tuple(math.exp(penalty + sum(logs[:k]) / k) for k in range(1, longest + 1))
 
 
-def rouge_l(said: Sequence[str], gold: Sequence[str], beta: float = 1.0) -> tuple[float, ...]:
-    """ROUGE-L of each text: the F-measure of the words of the longest common subsequence, (1 + b^2) P R / (R + b^2 P); words as `bleu`.
+def rouge_l(texts: Sequence[str], references: Sequence[str], beta: float = 1.0) -> tuple[float, ...]:
+    """ROUGE-L of each text: the F-measure of the words of the longest common subsequence.
+
+    (1 + b^2) P R / (R + b^2 P), with P the share of the text's words and R that of the reference's. Words are
+    those of `bleu`.
 
     Args:
         beta: 1 as the rouge-score package has it; caption benchmarks take 1.2.
@@ -419,39 +508,75 @@ def rouge_l(said: Sequence[str], gold: Sequence[str], beta: float = 1.0) -> tupl
         ValueError: as `bleu`.
     Source: Lin 2004, ROUGE, https://aclanthology.org/W04-1013.
     """
-    out = []
-    for s, g in _pairs("rouge_l", said, gold):
-        common = _common(s, g)
-        p, r = (common / max(len(t), 1) for t in (s, g))
-        out.append((1 + beta**2) * p * r / (r + beta**2 * p) if common else 0.0)
-    return tuple(out)
+    scores = []
+    for words, reference in _word_pairs("rouge_l", texts, references):
+        common = _common_length(words, reference)
+        if not common:  # P and R are both 0, and F would be 0 / 0
+            scores.append(0.0)
+            continue
+        precision = common / len(words)
+        recall = common / len(reference)
+        scores.append((1 + beta**2) * precision * recall / (recall + beta**2 * precision))
+    return tuple(scores)
 
 
 def score_texts(
-    said: Sequence[str], gold: Sequence[str], *, subject: str = "", split: str = "", experiment: str = ""
+    texts: Sequence[str],
+    references: Sequence[str],
+    *,
+    subject: str = "",
+    split: str = "",
+    experiment: str = "",
 ) -> list[Result]:
-    """Rows "bleu_1" to "bleu_4" and "rouge_l" (the mean). They count words, not truth: "no" may be one word of twenty."""
-    values = {f"bleu_{k}": v for k, v in enumerate(bleu(said, gold), 1)} | {
-        "rouge_l": math.fsum(rouge_l(said, gold)) / len(said)
-    }
-    return [
-        Result(what=what, subject=subject, split=split, value=v, n=len(said), experiment=experiment)
-        for what, v in values.items()
-    ]
+    """Results "bleu_1" to "bleu_4" and "rouge_l" (the mean over texts).
 
-
-def _pairs(what: str, said: Sequence[str], gold: Sequence[str]) -> list[tuple[list[str], list[str]]]:
-    if not said or len(said) != len(gold) or isinstance(said, str):
-        raise ValueError(
-            f"{what}: needs a written text for each that is said, and at least one, got {len(said)} said and {len(gold)}"
+    They count words, not truth: "no" may be one word of twenty.
+    """
+    values = {}
+    for k, score in enumerate(bleu(texts, references), 1):
+        values[f"bleu_{k}"] = score
+    values["rouge_l"] = math.fsum(rouge_l(texts, references)) / len(texts)
+    results = []
+    for metric, value in values.items():
+        result = Result(
+            what=metric, subject=subject, split=split, value=value, n=len(texts), experiment=experiment
         )
-    words = lambda text: re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).lower())
-    return [(words(s), words(g)) for s, g in zip(said, gold, strict=True)]
+        results.append(result)
+    return results
 
 
-def _common(a: Sequence[str], b: Sequence[str]) -> int:
-    """Length of the longest common subsequence, a row of the table being the bits of one number (Crochemore et al. 2001)."""
-    places: dict[str, int] = {}
+def _word_pairs(
+    caller: str, texts: Sequence[str], references: Sequence[str]
+) -> list[tuple[list[str], list[str]]]:
+    """(words of a text, words of its reference) of each text."""
+    # A text in place of a list would be scored letter by letter.
+    if not texts or len(texts) != len(references) or isinstance(texts, str):
+        raise ValueError(
+            f"{caller}: needs a written text for each that is said, and at least one, "
+            f"got {len(texts)} said and {len(references)}"
+        )
+    pairs = []
+    for text, reference in zip(texts, references, strict=True):
+        pairs.append((_words(text), _words(reference)))
+    return pairs
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).lower())
+
+
+def _count_runs(words: Sequence[str], k: int) -> Counter[tuple[str, ...]]:
+    """How often each run of k words is in a text."""
+    return Counter(tuple(words[i : i + k]) for i in range(len(words) - k + 1))
+
+
+def _common_length(a: Sequence[str], b: Sequence[str]) -> int:
+    """Length of the longest common subsequence.
+
+    A row of the usual table is the bits of one number, so that reports of hundreds of words cost little.
+    Source: Crochemore et al. 2001.
+    """
+    places: dict[str, int] = {}  # word -> the bits of its positions in a
     for i, word in enumerate(a):
         places[word] = places.get(word, 0) | 1 << i
     full = (1 << len(a)) - 1
@@ -459,4 +584,5 @@ def _common(a: Sequence[str], b: Sequence[str]) -> int:
     for word in b:
         hit = row & places.get(word, 0)
         row = (row + hit) | (row - hit)
+    # Each bit that became 0 is a word of the subsequence. The sums carried beyond the bits of a: cut them off.
     return len(a) - (row & full).bit_count()

@@ -44,10 +44,10 @@ class Sheet:
 
     def write(self, x: float, y: float, text: str, font: float, align: str = "left") -> None:
         """Write text with its upper edge at y, in pixels of the sheet."""
-        height = self.figure.bbox.height
-        self.figure.text(
-            x / self.width, 1 - y / height, text, fontsize=font, color=INK_RGB, ha=align, va="top"
-        )
+        # matplotlib counts in shares of the figure, y from the bottom.
+        share_x = x / self.width
+        share_y = 1 - y / self.figure.bbox.height
+        self.figure.text(share_x, share_y, text, fontsize=font, color=INK_RGB, ha=align, va="top")
 
     def render(self) -> Image.Image:
         return render(self.figure)
@@ -57,6 +57,7 @@ def _draw_coordinates(axes: Any, canvas: Canvas) -> None:
     """Lines at round level-0 coordinates with numbers at the upper and left edge, below the patches."""
     width, height = canvas.size
     font = max(10, max(width, height) // 80)
+    # About five lines along the longer side; `scale` turns pixels of the picture into level-0 pixels.
     step = _round_down(max(width, height) / canvas.scale / 5)
     style: dict[str, Any] = {
         "fontsize": font,
@@ -67,8 +68,10 @@ def _draw_coordinates(axes: Any, canvas: Canvas) -> None:
     }
     for axis, length in enumerate((width, height)):
         origin = float(canvas.origin[axis])
+        # The picture may begin before the slide, by its margin; there are no coordinates below 0.
         first = math.ceil(max(origin, 0.0) / step) * step
-        for value in np.arange(first, origin + length / canvas.scale, step):
+        end = origin + length / canvas.scale
+        for value in np.arange(first, end, step):
             pixel = (value - origin) * canvas.scale
             if axis == 0:
                 axes.axvline(pixel, color=_LINE_RGB, linewidth=1, zorder=1)
@@ -87,20 +90,27 @@ def draw_marks(axes: Any, canvas: Canvas, best: np.ndarray) -> None:
     font = max(10, max(canvas.size) // 70)
     frames, numbers = list[Box](), list[Box]()
     for rank, (left, upper, right, lower) in enumerate(canvas.boxes[best].tolist(), 1):
-        gap = 0 if right - left > _SMALL else 3
+        is_small = right - left <= _SMALL
+        gap = 3 if is_small else 0
         frame = (left - gap, upper - gap, right + gap, lower + gap)
         if gap and _overlaps(frame, frames):
             continue  # a better patch's frame surrounds this one, too
         frames.append(frame)
-        width, height = frame[2] - frame[0], frame[3] - frame[1]
+        width = frame[2] - frame[0]
+        height = frame[3] - frame[1]
+        # White on a black outline is seen on any colour of the map and of the slide.
         outline = withStroke(linewidth=4, foreground="black")
         rectangle = Rectangle(
             frame[:2], width, height, fill=False, edgecolor="white", linewidth=2, path_effects=[outline]
         )
         axes.add_patch(rectangle).set_zorder(3)
         # The number stands inside of a large patch and beside a small one.
-        x, y = (left + 5, upper + 4) if right - left > 2.5 * font else (frame[2] + 3, frame[1] - 3)
-        place = (x, y, x + 0.7 * font * len(str(rank)), y + font)
+        if right - left > 2.5 * font:
+            x, y = left + 5, upper + 4
+        else:
+            x, y = frame[2] + 3, frame[1] - 3
+        text_length = 0.7 * font * len(str(rank))  # a digit is about 0.7 of the font's size wide
+        place = (x, y, x + text_length, y + font)
         if _overlaps(place, numbers):
             continue  # it would cover the number of a better patch
         numbers.append(place)
@@ -110,27 +120,37 @@ def draw_marks(axes: Any, canvas: Canvas, best: np.ndarray) -> None:
 
 def _overlaps(box: Box, others: Sequence[Box]) -> bool:
     left, upper, right, lower = box
-    return any(left < r and l < right and upper < b and t < lower for l, t, r, b in others)
+    for other_left, other_upper, other_right, other_lower in others:
+        in_x = left < other_right and other_left < right
+        in_y = upper < other_lower and other_upper < lower
+        if in_x and in_y:
+            return True
+    return False
 
 
 def _draw_scale_bar(axes: Any, canvas: Canvas, mpp: float) -> None:
     from matplotlib.patches import Rectangle
 
     width, height = canvas.size
-    um = _round_down(width / canvas.scale * mpp / 5)
-    length = round(um / mpp * canvas.scale)
+    um = _round_down(width / canvas.scale * mpp / 5)  # micrometres, at most a fifth of the width
+    length = round(um / mpp * canvas.scale)  # in pixels of the picture
     text = f"{um / 1000:g} mm"
     edge = max(canvas.size) // 64
     font = max(10, edge)
+
+    # A white box in the lower right corner holds the text and below it the bar.
     box_width = max(length, math.ceil(text_width(text, font))) + edge
     box_height = math.ceil(1.3 * font) + edge
-    left, top = width - box_width - edge // 2, height - box_height - edge // 2
-    bar = left + (box_width - length) // 2
+    left = width - box_width - edge // 2
+    top = height - box_height - edge // 2
+    bar_left = left + (box_width - length) // 2
+    bar_top = top + box_height - edge // 2
+    # Not antialiased, so that the bar has exactly its length.
     style: dict[str, Any] = {"linewidth": 0, "zorder": 3, "antialiased": False}
-    axes.add_patch(Rectangle((left, top), box_width, box_height, facecolor="white", **style))
-    axes.add_patch(
-        Rectangle((bar, top + box_height - edge // 2), length, edge // 4, facecolor=INK_RGB, **style)
-    )
+    box = Rectangle((left, top), box_width, box_height, facecolor="white", **style)
+    axes.add_patch(box)
+    bar = Rectangle((bar_left, bar_top), length, edge // 4, facecolor=INK_RGB, **style)
+    axes.add_patch(bar)
     axes.text(
         left + box_width / 2,
         top + edge // 4,
@@ -147,33 +167,40 @@ def draw_colour_bar(
     sheet: Sheet, font: int, below: np.ndarray, alpha: float, labels: tuple[str, str, str]
 ) -> None:
     """The colours as they look in the map: over the mean colour [3] of what is below the patches."""
-    left, right, top = font, sheet.width - font, sheet.legend_top + font // 2
-    levels = np.linspace(0, 1, right - left)
-    colours = np.rint(relevance_colours(levels) * alpha + below * (1 - alpha)).astype(np.uint8)
+    left, right = font, sheet.width - font
+    top = sheet.legend_top + font // 2
+    levels = np.linspace(0, 1, right - left)  # one per pixel of the bar
+    # Mixed as `blend_colours` mixes the map: a pure colour of the scale is nowhere in it.
+    mixed = relevance_colours(levels) * alpha + below * (1 - alpha)
+    colours = np.rint(mixed).astype(np.uint8)
     axes = add_axes(sheet.figure, (left, top, right, top + font))
     show_pixels(axes, np.repeat(colours[None], font, 0))
-    ends = ((left, "left"), ((left + right) / 2, "center"), (right, "right"))
-    for (x, align), label in zip(ends, labels, strict=True):
-        sheet.write(x, top + 1.3 * font, label, font, align)
+    label_top = top + 1.3 * font
+    low, middle, high = labels
+    sheet.write(left, label_top, low, font, "left")
+    sheet.write((left + right) / 2, label_top, middle, font, "center")
+    sheet.write(right, label_top, high, font, "right")
 
 
 def draw_shares(sheet: Sheet, font: int, shares: np.ndarray) -> None:
     """Bars of the share of each slot [k], with a dotted line where all bars would end if all were equal."""
     k = len(shares)
-    left, right, top = font, sheet.width - font, sheet.legend_top + font
+    left, right = font, sheet.width - font
+    top = sheet.legend_top + font
     axes = add_axes(sheet.figure, (left, top, right, top + 7 * font))
-    axes.set_axis_on()
+    axes.set_axis_on()  # for the numbers of the slots; there is no frame
     axes.set_facecolor("none")
     axes.spines[:].set_visible(False)
     bars = axes.bar(range(k), 100 * shares, width=0.85, align="edge", color=slot_colours(k) / 255)
     axes.axhline(100 / k, color=INK_RGB, linewidth=1, linestyle=":")
     axes.set_xlim(0, k)
-    axes.set_ylim(0, 125 * (float(shares.max()) or 1.0))  # room for the numbers on the bars
+    highest = float(shares.max()) or 1.0  # all 0: the axis needs a length all the same
+    axes.set_ylim(0, 125 * highest)  # in %, with a quarter more for the numbers on the bars
     axes.set_yticks([])
     step = (right - left) / k  # pixels per slot
-    every = math.ceil(text_width("00 ", font) / step)
-    slots = range(0, k, every)
-    axes.set_xticks([slot + 0.42 for slot in slots], [str(slot) for slot in slots])
+    every = math.ceil(text_width("00 ", font) / step)  # slots from one number to the next
+    slots = np.arange(0, k, every)
+    axes.set_xticks(slots + 0.42, slots.astype(str))  # the middle of a bar of width 0.85
     axes.tick_params(length=0, labelsize=font, labelcolor=INK_RGB)
     small = 0.8 * font
     if step > text_width("00.0 ", small):
@@ -190,9 +217,9 @@ def add_axes(figure: Any, box: Box) -> Any:
     """Axes without frame or ticks at a box in pixels, counted from the upper left corner."""
     width, height = figure.bbox.size
     left, upper, right, lower = box
-    axes = figure.add_axes(
-        (left / width, 1 - lower / height, (right - left) / width, (lower - upper) / height)
-    )
+    # matplotlib counts in shares of the figure, y from the bottom.
+    x, y = left / width, 1 - lower / height
+    axes = figure.add_axes((x, y, (right - left) / width, (lower - upper) / height))
     axes.set_axis_off()
     return axes
 
@@ -200,22 +227,27 @@ def add_axes(figure: Any, box: Box) -> Any:
 def show_pixels(axes: Any, pixels: np.ndarray, zorder: int = 0) -> None:
     """Show an array [y, x, 3 or 4] pixel by pixel; the axes, which have its size, count in its pixels."""
     height, width = pixels.shape[:2]
-    axes.imshow(pixels, extent=(0, width, height, 0), aspect="auto", interpolation="nearest", zorder=zorder)
+    extent = (0, width, height, 0)  # y downwards, as in the array
+    axes.imshow(pixels, extent=extent, aspect="auto", interpolation="nearest", zorder=zorder)
 
 
 def render(figure: Any) -> Image.Image:
+    """The picture of a figure, RGB."""
+    # The canvas directly, without pyplot: no window, and no state that is shared with the user's own plots.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     agg = FigureCanvasAgg(figure)
     agg.draw()
-    return Image.fromarray(np.asarray(agg.buffer_rgba())[..., :3].copy())
+    pixels = np.asarray(agg.buffer_rgba())
+    return Image.fromarray(pixels[..., :3].copy())  # a copy: the buffer is the canvas's
 
 
 def text_width(text: str, font: float) -> float:
     """Width of a line of text in pixels."""
     from matplotlib.textpath import TextPath
 
-    return float(np.ptp(TextPath((0, 0), text, size=font).vertices[:, 0]))
+    outline = TextPath((0, 0), text, size=font).vertices  # [points, 2]
+    return float(np.ptp(outline[:, 0]))
 
 
 def _round_down(value: float) -> float:

@@ -39,6 +39,7 @@ from medvl.slides.relevance import (
 # (x, y, side), all in level-0 pixels -> that square of the slide, of any resolution
 Reader = Callable[[int, int, int], images.Picture]
 
+# "1/10,000 or less" are the four decades of `map_colours.relevance_level`.
 _SCALE_LABELS = {  # at the left, the middle and the right of the colour bar
     "share": ("1/10,000 or less", "1/100", "highest relevance"),
     "percentile": ("least relevant", "percentile of patches", "most relevant"),

@@ -11,7 +11,7 @@ from medvl.evaluation import results
 from medvl.slides.bench import (
     ChoiceAnswer,
     OpenAnswer,
-    _common,
+    _common_length,
     bleu,
     extract_choice,
     rouge_l,
@@ -362,7 +362,7 @@ def test_common_words_equal_the_plain_table():
     draw = random.Random(0)
     for _ in range(300):
         a, b = ([draw.choice("vwxyz") for _ in range(draw.randrange(90))] for _ in range(2))
-        assert _common(a, b) == plain(a, b)
+        assert _common_length(a, b) == plain(a, b)
 
 
 def test_overlap_equals_the_peers():
