@@ -63,7 +63,7 @@ def load(folder: Path) -> dict:
     before = high_water()
     start = time.perf_counter()
     _, params = loading.load_skeleton(
-        folder, head="language", dtype=torch.bfloat16, each=four_bit.quantizer()
+        folder, head="language", dtype=torch.bfloat16, transform=four_bit.quantizer()
     )
     seconds = time.perf_counter() - start
     return {

@@ -133,22 +133,22 @@ def paired_difference(
 
 
 def to_results(
-    records: Mapping[str, Accuracy | Difference], *, split: str, what: str = "", experiment: str = ""
+    records: Mapping[str, Accuracy | Difference], *, split: str, metric: str = "", experiment: str = ""
 ) -> list[Result]:
-    """A row for each {subject: record}; `what` is "accuracy" or "accuracy_difference" unless given; `extra`
-    holds groups, and p.
+    """A row for each {subject: record}; the metric is "accuracy" or "accuracy_difference" unless
+    one is given; `extra` holds groups, and p.
     """
     rows = []
     for subject, record in records.items():
         extra: dict[str, Any] = {"groups": record.groups}
         if isinstance(record, Accuracy):
-            metric, value = "accuracy", record.value
+            name, value = "accuracy", record.value
         else:
-            metric, value = "accuracy_difference", record.difference
+            name, value = "accuracy_difference", record.difference
             extra["p"] = record.p
         rows.append(
             Result(
-                what=what or metric,
+                what=metric or name,
                 subject=subject,
                 split=split,
                 value=value,
@@ -162,17 +162,17 @@ def to_results(
     return rows
 
 
-def _check_flags(what: str, right: Any, groups: Sequence[Any]) -> Array:
+def _check_flags(caller: str, right: Any, groups: Sequence[Any]) -> Array:
     """Right or wrong as bool [n]."""
     flags = right.detach().cpu().numpy() if isinstance(right, torch.Tensor) else np.asarray(right)
     if flags.ndim != 1 or not len(flags) or len(groups) != len(flags):
         raise ValueError(
-            f"{what}: must have one or more rows and a group for each, "
+            f"{caller}: must have one or more rows and a group for each, "
             f"got right {list(flags.shape)} and {len(groups)} groups"
         )
     if flags.dtype.kind not in "biuf" or not np.isin(flags, (0, 1)).all():
         values = ", ".join(sorted({str(v) for v in flags.tolist()})[:4])
-        raise ValueError(f"{what}: every row must be right (true) or wrong (false), got {values}")
+        raise ValueError(f"{caller}: every row must be right (true) or wrong (false), got {values}")
     return flags.astype(bool)
 
 

@@ -107,7 +107,7 @@ _DOUBTFUL = word_set(
 )
 
 
-def same_answer(said: str | None, gold: str) -> bool:
+def same_answer(answer: str | None, gold: str) -> bool:
     """Whether an answer says what the written one says. In doubt it does not: words are compared in their
     order, no medicine is known.
 
@@ -123,19 +123,19 @@ def same_answer(said: str | None, gold: str) -> bool:
     something beside denying); "Yes" to "Yes, on the left".
 
     Args:
-        said: None or a text without words is wrong.
+        answer: None or a text without words is wrong.
     Raises:
         ValueError: gold has no words.
     """
     if not has_words(gold):
         raise ValueError(f"same_answer: gold must hold a word, got {gold!r}; leave such questions out")
     gold_forms = _forms(gold)
-    if gold_forms & _forms(said or ""):
+    if gold_forms & _forms(answer or ""):
         return True
-    plain = normalise(said or "")
+    plain = normalise(answer or "")
     for word in gold_forms & {"yes", "no"}:
-        rest = _text_after(plain, word)
-        if rest is not None and _polarities(rest) <= {word}:
+        explanation = _text_after(plain, word)
+        if explanation is not None and _polarities(explanation) <= {word}:
             return True
     return False
 
@@ -166,7 +166,7 @@ def normalise(text: str) -> str:
 
 
 # The rule of older benchmarks -----------------------------------------------------------------------------------------------------------
-def same_by_tfidf(said: str | None, gold: str, threshold: float = 0.6) -> bool:
+def same_by_tfidf(answer: str | None, gold: str, threshold: float = 0.6) -> bool:
     """Whether `tfidf_cosine` exceeds the threshold. Only for comparison with published numbers: it ACCEPTS
     OPPOSITES.
 
@@ -174,10 +174,10 @@ def same_by_tfidf(said: str | None, gold: str, threshold: float = 0.6) -> bool:
     lobe pneumonia" .603, both right at 0.6, while "Scroll down" for "Scroll up" has .336.
     Source: the step rule of FedMABench, Wang et al. 2025, arXiv:2503.05143.
     """
-    return tfidf_cosine(said, gold) > threshold
+    return tfidf_cosine(answer, gold) > threshold
 
 
-def tfidf_cosine(said: str | None, gold: str) -> float:
+def tfidf_cosine(answer: str | None, gold: str) -> float:
     """Cosine of the TF-IDF vectors of two texts, the vectoriser (scikit-learn's, as it is by default) fitted
     on this pair alone.
 
@@ -185,7 +185,7 @@ def tfidf_cosine(said: str | None, gold: str) -> float:
     """
     from sklearn.feature_extraction.text import TfidfVectorizer  # here: a second to import
 
-    vectoriser, pair = TfidfVectorizer(), [gold, said or ""]
+    vectoriser, pair = TfidfVectorizer(), [gold, answer or ""]
     tokens = vectoriser.build_analyzer()
     if not all(tokens(t) for t in pair):
         return 0.0

@@ -74,7 +74,7 @@ _WORDS_AFTER = word_set(
 _JOINING_WORDS = frozenset({"and", "or", "nor", "to", "is", "vs", "versus"})
 
 
-def extract_letter(said: str | None, options: Options) -> str:
+def extract_letter(answer: str | None, options: Options) -> str:
     """The letter of the option that an answer chooses, "" where it chooses none, several, or it cannot be
     told.
 
@@ -100,7 +100,7 @@ def extract_letter(said: str | None, options: Options) -> str:
     """
     table = letter_options(options)
     words = {letter: option_words(text) for letter, text in table.items()}
-    text = _clean(said or "")
+    text = _clean(answer or "")
     stated, named = set(_stated_letters(text, words)), _named_option(text, words)
     if len(stated) > 1 or (stated and named and named not in stated):
         return ""
@@ -110,9 +110,9 @@ def extract_letter(said: str | None, options: Options) -> str:
     return letter
 
 
-def _clean(said: str) -> str:
+def _clean(answer: str) -> str:
     """An answer without the model's thoughts and markup; a small letter that is meant as one is a capital."""
-    text = unicodedata.normalize("NFKC", said)
+    text = unicodedata.normalize("NFKC", answer)
     text = _THINKING.sub("", text).replace("\u3002", ". ")
     for pattern, new in MARKUP:
         text = re.sub(pattern, new, text)
@@ -152,46 +152,59 @@ def _letter_at_start(
     match = re.match(r"([(\[{']?)\s*([A-Z])(?!\w)(.*)", text, re.DOTALL)
     if match is None or match[2] not in words:
         return None
-    bracket, letter, rest = match.groups()
-    said = option_words(rest)
+    bracket, letter, text_behind = match.groups()
+    words_behind = option_words(text_behind)
     others = [w for k, w in words.items() if k != letter]
     # "B text": the text of this option, and of no other, makes any mark needless.
-    if said and said == words[letter] and said not in others and "?" not in rest:
+    if (
+        words_behind
+        and words_behind == words[letter]
+        and words_behind not in others
+        and "?" not in text_behind
+    ):
         return letter
-    in_brackets = bool(bracket) and re.match(r"\s*[.:]?[)\]}']", rest)
+    in_brackets = bool(bracket) and re.match(r"\s*[.:]?[)\]}']", text_behind)
     ends = _END_OF_LETTER + (_END_IN_SENTENCE if in_sentence else "")
-    if not in_brackets and not re.match(ends, rest):
+    if not in_brackets and not re.match(ends, text_behind):
         return None
-    if _is_denied_behind(rest, said, words[letter]):
+    if _is_denied_behind(text_behind, words_behind, words[letter]):
         return None
-    if said and (_names_other(said, words[letter], others) or _is_name_part(letter, said, words)):
+    if words_behind and (
+        _names_other(words_behind, words[letter], others) or _is_name_part(letter, words_behind, words)
+    ):
         return None
     return letter
 
 
-def _is_denied_behind(rest: str, said: tuple[str, ...], option: tuple[str, ...]) -> bool:
+def _is_denied_behind(text_behind: str, words_behind: tuple[str, ...], option: tuple[str, ...]) -> bool:
     """Whether the text behind a letter takes it back: "B is not likely", "B: no"."""
-    clause = _CLAUSE_BEHIND.match(rest)
+    clause = _CLAUSE_BEHIND.match(text_behind)
     if clause and not _DOUBTING_WORDS.isdisjoint(option_words(clause[0])):
         return True
-    return bool(said) and said != option and _DOUBTING_WORDS.issuperset(said)
+    return bool(words_behind) and words_behind != option and _DOUBTING_WORDS.issuperset(words_behind)
 
 
-def _names_other(said: tuple[str, ...], option: tuple[str, ...], others: Sequence[tuple[str, ...]]) -> bool:
+def _names_other(
+    words_behind: tuple[str, ...], option: tuple[str, ...], others: Sequence[tuple[str, ...]]
+) -> bool:
     """Whether the words behind a letter are the text of another option, or a part of it that is not in this
     one.
     """
-    for other in others:
-        if said == other and said != option:
+    for other_option in others:
+        if words_behind == other_option and words_behind != option:
             return True
-        if not _is_slight(said) and _contains(other, said) and not _contains(option, said):
+        if (
+            not _is_slight(words_behind)
+            and _contains(other_option, words_behind)
+            and not _contains(option, words_behind)
+        ):
             return True
     return False
 
 
-def _is_name_part(letter: str, said: tuple[str, ...], words: Mapping[str, tuple[str, ...]]) -> bool:
+def _is_name_part(letter: str, words_behind: tuple[str, ...], words: Mapping[str, tuple[str, ...]]) -> bool:
     """Whether the letter begins a name in the text of an option, as in "C. difficile"."""
-    name = (letter.lower(), *said[:1])
+    name = (letter.lower(), *words_behind[:1])
     return any(_contains(option, name) for option in words.values())
 
 
@@ -227,8 +240,8 @@ def _other_letters(text: str, table: Mapping[str, str], *, stated: bool) -> set[
 def _without_rejections(text: str) -> str:
     """A text without those sentences behind the first that say why something is not the answer."""
     first, *more = re.split(r"(?<=[.!;\n])(?=\s)", text)
-    rest = [sentence for sentence in more if _REJECTING_WORDS.isdisjoint(option_words(sentence))]
-    return "".join([first, *rest])
+    remaining = [sentence for sentence in more if _REJECTING_WORDS.isdisjoint(option_words(sentence))]
+    return "".join([first, *remaining])
 
 
 # Texts of options that are named -------------------------------------------------------------------------------------
@@ -236,13 +249,13 @@ def _named_option(text: str, words: Mapping[str, tuple[str, ...]]) -> str:
     """The one option whose full text the answer gives, or ""."""
     plain = plain_text(_LEAD_IN.sub("", text))
     tokens = list(TOKEN.finditer(plain))
-    said = tuple(token[0] for token in tokens)
-    same = [letter for letter, option in words.items() if option and option == without_article(said)]
+    answer_words = tuple(token[0] for token in tokens)
+    same = [letter for letter, option in words.items() if option and option == without_article(answer_words)]
     if "?" in text:
         return ""
     if same:
         return same[0] if len(same) == 1 else ""
-    spans = _longest_spans(said, words)
+    spans = _longest_spans(answer_words, words)
     letters = {letter for *_, letter in spans}
     if len(letters) != 1:
         return ""
@@ -251,22 +264,24 @@ def _named_option(text: str, words: Mapping[str, tuple[str, ...]]) -> str:
         if not _is_phrase(plain, tokens, start, end):
             return ""
         # A slight option must end the answer: "the grade is 2" names it, "2 nodules" does not.
-        if _is_slight(said[start:end]) and not _ends_answer(said, start, end):
+        if _is_slight(answer_words[start:end]) and not _ends_answer(answer_words, start, end):
             return ""
         inside.update(range(start, end))
-    outside = [word for i, word in enumerate(said) if i not in inside]
+    outside = [word for i, word in enumerate(answer_words) if i not in inside]
     return letters.pop() if _DOUBTING_WORDS.isdisjoint(outside) else ""
 
 
-def _longest_spans(said: tuple[str, ...], words: Mapping[str, tuple[str, ...]]) -> list[tuple[int, int, str]]:
+def _longest_spans(
+    answer_words: tuple[str, ...], words: Mapping[str, tuple[str, ...]]
+) -> list[tuple[int, int, str]]:
     """(start, end, letter) where the text of an option stands, without those inside the span of a longer
     option.
     """
     spans = []
     for letter, option in words.items():
-        for start in range(len(said)):
+        for start in range(len(answer_words)):
             end = start + len(option)
-            if option and said[start:end] == option:
+            if option and answer_words[start:end] == option:
                 spans.append((start, end, letter))
     longest = []
     for start, end, letter in spans:
@@ -296,9 +311,11 @@ def _is_phrase(plain: str, tokens: Sequence[re.Match[str]], start: int, end: int
     return left and mark and after not in _JOINING_WORDS and not _is_slight([after])
 
 
-def _ends_answer(said: Sequence[str], start: int, end: int) -> bool:
+def _ends_answer(answer_words: Sequence[str], start: int, end: int) -> bool:
     """Whether a slight option ends the answer, and nothing else in it is as slight (an article is not)."""
-    return end == len(said) and not any(_is_slight([word]) for word in said[:start] if word != "a")
+    return end == len(answer_words) and not any(
+        _is_slight([word]) for word in answer_words[:start] if word != "a"
+    )
 
 
 def _is_slight(words: Iterable[str]) -> bool:

@@ -102,7 +102,7 @@ def at_threshold(scores: Any, labels: Any, thresholds: Any, weights: Any = None)
     tn = neg - fp
     f1_positive = ratio(2 * tp, 2 * tp + fp + fn)
     f1_negative = ratio(2 * tn, 2 * tn + fp + fn)
-    out = {
+    values = {
         "accuracy": ratio(tp + tn, total),
         "balanced_accuracy": (ratio(tp, pos) + ratio(tn, neg)) / 2,
         "precision": ratio(tp, tp + fp),
@@ -110,9 +110,9 @@ def at_threshold(scores: Any, labels: Any, thresholds: Any, weights: Any = None)
         "f1": f1_positive,
         "f1_weighted": ratio(pos * f1_positive + neg * f1_negative, total),
     }
-    known = (pos > 0) & (neg > 0) & ~np.isnan(t)
-    out = {k: np.where(known, v, np.nan) for k, v in out.items()}
-    return out if weights is not None else {k: v[0] for k, v in out.items()}
+    defined = (pos > 0) & (neg > 0) & ~np.isnan(t)
+    values = {k: np.where(defined, v, np.nan) for k, v in values.items()}
+    return values if weights is not None else {k: v[0] for k, v in values.items()}
 
 
 def roc_curve(scores: Any, labels: Any) -> tuple[Array, Array, Array]:
@@ -175,15 +175,15 @@ def bootstrap(
             f"bootstrap: n must be 1 or more and level between 0 and 1, got n={n}, level={level}"
         )
     point = statistics(s, y, None)
-    parts = []
+    blocks = []
     for start in track(range(0, n, _REPLICATES), "drawing replicates"):
         draws = torch.randint(k, (min(_REPLICATES, n - start), k), generator=gen).numpy()
         counts = [np.bincount(d, minlength=k) for d in draws]
         weights = np.stack(counts, 1).astype(np.float64)  # [k, r]: how often each group was drawn
-        parts.append(statistics(s, y, weights[rows]))
+        blocks.append(statistics(s, y, weights[rows]))
     intervals = {}
     for name, value in point.items():
-        replicates = np.concatenate([part[name] for part in parts])
+        replicates = np.concatenate([part[name] for part in blocks])
         intervals[name] = _intervals(value, replicates, (1 - level) / 2)
     return intervals
 
@@ -251,8 +251,8 @@ def _weights(weights: Any, n: int) -> Array:
 def _per_finding(f: Callable[[Array, Array, Array], Array], scores: Any, labels: Any, weights: Any) -> Array:
     s, y = checked(scores, labels)
     w = _weights(weights, len(s))
-    out = np.stack([f(s[:, j], y[:, j], w) for j in range(s.shape[1])], -1)
-    return out if weights is not None else out[0]
+    values = np.stack([f(s[:, j], y[:, j], w) for j in range(s.shape[1])], -1)
+    return values if weights is not None else values[0]
 
 
 def _auroc(s: Array, y: Array, w: Array) -> Array:
@@ -325,25 +325,25 @@ def _best(s: Array, y: Array, rule: Rule) -> float:
 
 
 def _intervals(value: Array, replicates: Array, tail: float) -> Intervals:
-    known = ~np.isnan(value)
+    defined = ~np.isnan(value)
     low, high = np.array([_bounds(column, tail) for column in replicates.T]).T
-    means = _nanmean(replicates[:, known])
+    means = _nanmean(replicates[:, defined])
     mean_low, mean_high = _bounds(means, tail)
     return Intervals(
         value=value,
-        low=np.where(known, low, np.nan),
-        high=np.where(known, high, np.nan),
+        low=np.where(defined, low, np.nan),
+        high=np.where(defined, high, np.nan),
         undefined=np.isnan(replicates).sum(0),
-        mean=float(_nanmean(value[None, known])[0]),
+        mean=float(_nanmean(value[None, defined])[0]),
         mean_low=mean_low,
         mean_high=mean_high,
-        averaged=int(known.sum()),
+        averaged=int(defined.sum()),
     )
 
 
 def _bounds(replicates: Array, tail: float) -> tuple[float, float]:
-    known = replicates[~np.isnan(replicates)]
-    low, high = np.quantile(known, [tail, 1 - tail]) if len(known) else (np.nan, np.nan)
+    defined = replicates[~np.isnan(replicates)]
+    low, high = np.quantile(defined, [tail, 1 - tail]) if len(defined) else (np.nan, np.nan)
     return float(low), float(high)
 
 

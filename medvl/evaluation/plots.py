@@ -36,19 +36,19 @@ def roc(scores: Any, labels: Any, findings: Sequence[str]) -> bytes:
     """
     s, y = metrics.checked(scores, labels, findings)
     area = metrics.auroc(s, y)
-    lines = [metrics.roc_curve(s[:, j], y[:, j])[:2] for j in range(s.shape[1])]
+    curves_of_findings = [metrics.roc_curve(s[:, j], y[:, j])[:2] for j in range(s.shape[1])]
     order = np.argsort(-np.nan_to_num(area, nan=-1.0), kind="stable")
     columns = min(6, len(order))
     figure, axes = _grid(len(order), columns, width=2.15, height=2.5)
     for axis, j in zip(axes, order, strict=True):
-        for other in lines:
-            axis.plot(*other, color=_GREY, lw=0.6, zorder=1)
+        for curve in curves_of_findings:
+            axis.plot(*curve, color=_GREY, lw=0.6, zorder=1)
         axis.plot([0, 1], [0, 1], color=_INK, lw=0.6, ls=":", zorder=2)
         if math.isnan(area[j]):
             label = "one class only"
         else:
             label = f"AUROC {area[j]:.3f}"
-            axis.plot(*lines[j], color=_BLUE, lw=2, zorder=3)
+            axis.plot(*curves_of_findings[j], color=_BLUE, lw=2, zorder=3)
         axis.text(
             0.97,
             0.05,
@@ -68,17 +68,17 @@ def roc(scores: Any, labels: Any, findings: Sequence[str]) -> bytes:
     return _png(figure)
 
 
-def intervals(rows: Sequence[Result], what: str = "auroc") -> bytes:
-    """A dot and its 95 % interval for each subject of metric `what`, best on top, the mean below. PNG.
+def intervals(rows: Sequence[Result], metric: str = "auroc") -> bytes:
+    """A dot and its 95 % interval for each subject of a metric, best on top, the mean below. PNG.
 
     Raises:
         ValueError: no row of that metric, or a subject twice (rows of several splits or experiments).
     """
-    chosen = [r for r in rows if r.what == what]
+    chosen = [r for r in rows if r.what == metric]
     if not chosen or len({r.subject for r in chosen}) < len(chosen):
-        found = sorted({(r.what, r.split, r.experiment) for r in rows})
+        present = sorted({(r.what, r.split, r.experiment) for r in rows})
         raise ValueError(
-            f"intervals: needs rows of {what!r} with each subject once, got {len(chosen)} rows of {found}"
+            f"intervals: needs rows of {metric!r} with each subject once, got {len(chosen)} rows of {present}"
         )
     chosen.sort(key=lambda r: (r.subject == "mean", math.isnan(r.value), -r.value))
     figure, (axis,) = _grid(1, 1, width=7.2, height=1.0 + 0.27 * len(chosen))
@@ -96,14 +96,14 @@ def intervals(rows: Sequence[Result], what: str = "auroc") -> bytes:
         axis.text(
             1.01, i, _interval_label(r), transform=axis.get_yaxis_transform(), va="center", fontsize=8.5
         )
-    if what == "auroc" and left - margin < 0.5:
+    if metric == "auroc" and left - margin < 0.5:
         axis.axvline(0.5, color=_INK, lw=0.8, ls=":")
     axis.set(
         xlim=(left - margin, right + margin),
         ylim=(len(chosen) - 0.5, -0.5),
-        xlabel=f"{_TITLES.get(what, what)}, 95 % interval by patient",
+        xlabel=f"{_TITLES.get(metric, metric)}, 95 % interval by patient",
     )
-    axis.set_yticks(range(len(chosen)), [r.subject or what for r in chosen])
+    axis.set_yticks(range(len(chosen)), [r.subject or metric for r in chosen])
     axis.grid(axis="x", color=_GREY, lw=0.5)
     return _png(figure)
 
@@ -249,9 +249,9 @@ def lines(
             infinite.
     """
     points: dict[str, dict[float, tuple[float, ...]]] = {}
-    for name, given in series.items():
+    for name, values_by_x in series.items():
         points[name] = {
-            float(k): _check_point(f"lines: {name!r} at {k}", p) for k, p in sorted(given.items())
+            float(k): _check_point(f"lines: {name!r} at {k}", p) for k, p in sorted(values_by_x.items())
         }
     references = references or {}
     xs = sorted({k for by_x in points.values() for k in by_x})
@@ -278,8 +278,8 @@ def lines(
         handles += axis.plot(places, value, **style, lw=1.6, ms=5, zorder=3)
         axis.vlines(places, lows, highs, color=style["color"], lw=1.4, alpha=0.6, zorder=2)
 
-    shown = [v for by_x in points.values() for p in by_x.values() for v in p]
-    bottom, top = _axis_limits([*shown, *references.values()])
+    plotted = [v for by_x in points.values() for p in by_x.values() for v in p]
+    bottom, top = _axis_limits([*plotted, *references.values()])
     axis.set(xlim=(start - 0.05 * span, end + 0.05 * span), ylim=(bottom, top), xlabel=x, ylabel=y)
     labelled = _spaced(xs, scale, 0.035 * span)
     axis.set_xticks([scale(k) for k in labelled], [f"{k:g}" for k in labelled])
@@ -327,8 +327,8 @@ def compare(rows: Sequence[tuple[str, str, float, float, float]], x: str) -> byt
         axis.text(1.01, place, label, transform=axis.get_yaxis_transform(), va="center", fontsize=8)
     for i in range(1, len(groups)):
         axis.axhline(i * step - 0.9, color=_GREY, lw=0.6)
-    shown = [v for p in points.values() for v in p]
-    axis.set(xlim=_axis_limits(shown), ylim=(len(groups) * step - 0.9, -0.9), xlabel=x)
+    plotted = [v for p in points.values() for v in p]
+    axis.set(xlim=_axis_limits(plotted), ylim=(len(groups) * step - 0.9, -0.9), xlabel=x)
     middles = [i * step + (len(names) - 1) / 2 for i in range(len(groups))]
     axis.set_yticks(middles, [_wrap(group, 30, 2) for group in groups], parse_math=False)
     axis.tick_params(axis="y", length=0)
@@ -398,9 +398,9 @@ def _wrap(name: str, width: int = 22, max_lines: int | None = None) -> str:
     return "\n".join(textwrap.wrap(name, width, max_lines=max_lines, placeholder="…")) or name
 
 
-def _check_point(where: str, point: tuple[float, ...]) -> tuple[float, ...]:
+def _check_point(context: str, point: tuple[float, ...]) -> tuple[float, ...]:
     if len(point) != 3 or any(map(math.isinf, point)) or point[1] > point[2]:
-        raise ValueError(f"{where}: must be (value, low, high), finite or nan, low <= high, got {point}")
+        raise ValueError(f"{context}: must be (value, low, high), finite or nan, low <= high, got {point}")
     return point
 
 
@@ -409,10 +409,10 @@ def _color_limits(v: np.ndarray, low: float | None, high: float | None) -> tuple
     """Least and greatest value of the colours, and the `extend` of the colour bar: on which side values lie
     beyond them.
     """
-    known = v[~np.isnan(v)]
-    if not len(known):
-        known = np.array([0.0, 1.0])
-    least, greatest = float(known.min()), float(known.max())
+    defined = v[~np.isnan(v)]
+    if not len(defined):
+        defined = np.array([0.0, 1.0])
+    least, greatest = float(defined.min()), float(defined.max())
     margin = 0.0 if least < greatest else 0.5
     if low is None:
         low = least - margin
@@ -505,10 +505,10 @@ def _draw_references(axis: Any, references: Mapping[str, float], gap: float, top
 
 def _axis_limits(values: Sequence[float]) -> tuple[float, float]:
     """The limits of an axis that shows these values; nan is left out."""
-    known = [v for v in values if not math.isnan(v)] or [0.0, 1.0]
+    numbers = [v for v in values if not math.isnan(v)] or [0.0, 1.0]
     # Values that are all the same, or all 0, still need an axis of some length.
-    margin = 0.08 * (max(known) - min(known)) or 0.1 * abs(known[0]) or 0.5
-    return min(known) - margin, max(known) + margin
+    margin = 0.08 * (max(numbers) - min(numbers)) or 0.1 * abs(numbers[0]) or 0.5
+    return min(numbers) - margin, max(numbers) + margin
 
 
 def _spaced(xs: list[float], scale: Any, gap: float) -> list[float]:

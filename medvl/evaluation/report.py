@@ -41,7 +41,7 @@ _DEFINITIONS = (
 
 Table = tuple[Sequence[str], Sequence[Sequence[Any]]]  # (columns, lines)
 Captioned = tuple[str, Sequence[str], Sequence[Sequence[Any]]]  # (caption, columns, lines)
-Part = tuple[dict[str, str], Sequence[str], Sequence[Sequence[Any]]]  # (facts, columns, lines)
+Section = tuple[dict[str, str], Sequence[str], Sequence[Sequence[Any]]]  # (facts, columns, lines)
 Key = str | Callable[[Result], Any]  # what makes a line or a column of `pivot`
 
 
@@ -74,18 +74,18 @@ def write_report(
         raise ValueError("write_report: needs at least one result")
     _check_tables(tables, summary)
     named_figures = _name_figures(figures or {})
-    parts: list[Part] = []
-    for facts, part_rows in _group_by_facts(rows):
-        for columns, lines in _result_tables(part_rows):
-            parts.append((facts, columns, lines))
+    sections: list[Section] = []
+    for facts, section_rows in _group_by_facts(rows):
+        for columns, lines in _result_tables(section_rows):
+            sections.append((facts, columns, lines))
 
     folder = Path(folder)
     for name, (_, png) in named_figures.items():
         with files.atomic(folder / "figures" / name) as tmp:
             tmp.write_bytes(png)
     write_results_csv(folder / "results.csv", rows)
-    files.write_text(folder / "report.md", _markdown(title, tables, parts, named_figures, notes))
-    files.write_text(folder / "report.html", _html(title, tables, parts, named_figures, notes))
+    files.write_text(folder / "report.md", _markdown(title, tables, sections, named_figures, notes))
+    files.write_text(folder / "report.html", _html(title, tables, sections, named_figures, notes))
     if summary:
         files.write_text(folder / "summary.md", _markdown(title, tables, [], {}, notes))
     return folder / "report.html"
@@ -105,7 +105,7 @@ def pivot(
     *,
     down: Key,
     across: Key,
-    what: str | None = None,
+    metric: str | None = None,
     corner: str | None = None,
 ) -> Table:
     """Results as a table of two keys, as modes down and tasks across: cells "0.812 [0.790, 0.830]", value
@@ -118,7 +118,7 @@ def pivot(
     Args:
         down, across: what makes a line and a column: a field of `Result`, a key of its `extra`, or a
             function of the row.
-        what: the metric to show; None takes all rows, as with across="what".
+        metric: the metric to show; None takes all rows, as with across="what".
         corner: head of the first column; None is `down` if it is a name.
     Returns:
         (columns, lines). A cell without interval is the number itself, one without a row nan; `write_report`
@@ -126,7 +126,7 @@ def pivot(
     Raises:
         ValueError: no row of that metric, a row without the key, or two rows of one cell.
     """
-    cells = _pivot_cells(rows, down, across, what)
+    cells = _pivot_cells(rows, down, across, metric)
     line_names = list(dict.fromkeys(line for line, _ in cells))
     column_names = list(dict.fromkeys(column for _, column in cells))
     # The different n of each line and of each column.
@@ -158,13 +158,13 @@ def pivot(
 
 
 def _pivot_cells(
-    rows: Sequence[Result], down: Key, across: Key, what: str | None
+    rows: Sequence[Result], down: Key, across: Key, metric: str | None
 ) -> dict[tuple[str, str], Result]:
     """{(line, column): row}."""
-    chosen = [r for r in rows if what in (None, r.what)]
+    chosen = [r for r in rows if metric in (None, r.what)]
     if not chosen:
         raise ValueError(
-            f"pivot: needs rows of {what or 'any metric'!r}, found {sorted({r.what for r in rows})}"
+            f"pivot: needs rows of {metric or 'any metric'!r}, found {sorted({r.what for r in rows})}"
         )
     cells: dict[tuple[str, str], Result] = {}
     for r in chosen:
@@ -222,11 +222,11 @@ def _check_tables(tables: Sequence[Captioned], summary: bool) -> None:
     for caption, columns, lines in tables:
         wrong_lengths = sorted({len(line) for line in lines} - {len(columns)})
         if not caption.strip() or wrong_lengths:
-            found = f"{caption!r} with {len(columns)} columns"
+            problem = f"{caption!r} with {len(columns)} columns"
             if wrong_lengths:
-                found += f", lines of {wrong_lengths}"
+                problem += f", lines of {wrong_lengths}"
             raise ValueError(
-                f"write_report: a table must have a caption and lines as long as its columns, got {found}"
+                f"write_report: a table must have a caption and lines as long as its columns, got {problem}"
             )
 
 
@@ -252,11 +252,11 @@ def _group_by_facts(rows: Sequence[Result]) -> list[tuple[dict[str, str], list[R
     groups: dict[tuple[str, ...], list[Result]] = {}
     for r in rows:
         groups.setdefault(tuple(getattr(r, name) for name in _FACTS), []).append(r)
-    parts = []
-    for values, part_rows in groups.items():
+    sections = []
+    for values, section_rows in groups.items():
         facts = {name.capitalize(): v for name, v in zip(_FACTS, values, strict=True) if v}
-        parts.append((facts, part_rows))
-    return parts
+        sections.append((facts, section_rows))
+    return sections
 
 
 def _result_tables(rows: list[Result]) -> list[Table]:
@@ -264,13 +264,15 @@ def _result_tables(rows: list[Result]) -> list[Table]:
     row_of = {(r.what, r.subject): r for r in rows}
     if len(row_of) < len(rows):
         counts = Counter((r.what, r.subject) for r in rows)
-        twice = [f"{what} of {subject or 'all'}" for (what, subject), count in counts.items() if count > 1]
+        twice = [
+            f"{metric} of {subject or 'all'}" for (metric, subject), count in counts.items() if count > 1
+        ]
         raise ValueError(
             "write_report: each metric must be there once per finding, split and experiment, "
             f"found twice: {', '.join(twice[:4])}"
         )
     findings = [r.subject for r in rows if r.what == "auroc"]
-    in_findings = {(what, finding) for what in ("auroc", *_COLUMNS) for finding in findings}
+    in_findings = {(metric, finding) for metric in ("auroc", *_COLUMNS) for finding in findings}
     others = [r for r in rows if (r.what, r.subject) not in in_findings]
     tables = []
     if findings:
@@ -281,7 +283,7 @@ def _result_tables(rows: list[Result]) -> list[Table]:
 
 
 def _finding_table(row_of: dict[tuple[str, str], Result], findings: list[str]) -> Table:
-    metrics = [what for what in _COLUMNS if any((what, finding) in row_of for finding in findings)]
+    metrics = [metric for metric in _COLUMNS if any((metric, finding) in row_of for finding in findings)]
     aurocs = [row_of["auroc", finding] for finding in findings]
     with_threshold = any(r.extra.get("threshold") is not None for r in aurocs)
     columns = ["Finding", "n", "Positives", "AUROC", "95 % interval", *map(_title, metrics)]
@@ -293,9 +295,9 @@ def _finding_table(row_of: dict[tuple[str, str], Result], findings: list[str]) -
         if "findings" in r.extra:  # a mean says of how many
             name = f"{finding} of {r.extra['findings']} findings"
         line = [name, r.n, r.extra.get("positives", math.nan), r.value, _interval(r)]
-        for what in metrics:
-            other = row_of.get((what, finding))
-            line.append(math.nan if other is None else other.value)
+        for metric in metrics:
+            result = row_of.get((metric, finding))
+            line.append(math.nan if result is None else result.value)
         if with_threshold:
             threshold = r.extra.get("threshold")
             line.append(math.nan if threshold is None else threshold)
@@ -321,22 +323,22 @@ def _metric_table(rows: list[Result]) -> Table:
 def _markdown(
     title: str,
     tables: Sequence[Captioned],
-    parts: Sequence[Part],
+    sections: Sequence[Section],
     figures: dict[str, tuple[str, bytes]],
     notes: Sequence[str],
 ) -> str:
     blocks = [f"# {_escape_line(title)}", f"**{NOTICE}**"]
     for caption, columns, lines in tables:
         blocks += [f"## {_escape_line(caption)}", _markdown_table(columns, lines)]
-    if tables and parts:
+    if tables and sections:
         blocks.append(f"## {_ALL}")
     last_facts = None
-    for facts, columns, lines in parts:
+    for facts, columns, lines in sections:
         if facts is not last_facts:  # both tables of a part have the same dict
             blocks.append("\n".join(f"- {name}: {_escape_line(v)}" for name, v in facts.items()))
             last_facts = facts
         blocks.append(_markdown_table(columns, lines))
-    blocks += _definitions(parts)
+    blocks += _definitions(sections)
     blocks += [_escape_line(note) for note in notes]
     for name, (caption, _) in figures.items():
         text = _escape_line(caption)
@@ -356,7 +358,7 @@ def _markdown_table(columns: Sequence[str], lines: Sequence[Sequence[Any]]) -> s
 def _html(
     title: str,
     tables: Sequence[Captioned],
-    parts: Sequence[Part],
+    sections: Sequence[Section],
     figures: dict[str, tuple[str, bytes]],
     notes: Sequence[str],
 ) -> str:
@@ -367,13 +369,13 @@ def _html(
     if tables:
         blocks.append(f"<h2>{_ALL}</h2>")
     last_facts = None
-    for facts, columns, lines in parts:
+    for facts, columns, lines in sections:
         if facts is not last_facts:
             blocks.append(_html_facts(facts))
             last_facts = facts
         kind = columns[0].lower()  # the style of findings or of metrics
         blocks.append(f'<div class="wide {kind}">{results.html_table(columns, lines)}</div>')
-    for note in (*_definitions(parts), *notes):
+    for note in (*_definitions(sections), *notes):
         blocks.append(f"<p>{html.escape(note)}</p>")
     for caption, png in figures.values():
         text, data = html.escape(caption), base64.b64encode(png).decode()
@@ -389,13 +391,13 @@ def _html_facts(facts: Mapping[str, str]) -> str:
     return f"<dl>{''.join(pairs)}</dl>" if pairs else ""
 
 
-def _definitions(parts: Sequence[Part]) -> list[str]:
+def _definitions(sections: Sequence[Section]) -> list[str]:
     """What the columns of findings are, where there are any."""
-    return [_DEFINITIONS] if any(columns[0] == "Finding" for _, columns, _ in parts) else []
+    return [_DEFINITIONS] if any(columns[0] == "Finding" for _, columns, _ in sections) else []
 
 
-def _title(what: str) -> str:
-    return _TITLES.get(what, what.replace("_", " ").capitalize())
+def _title(name: str) -> str:
+    return _TITLES.get(name, name.replace("_", " ").capitalize())
 
 
 def _interval(r: Result) -> str:

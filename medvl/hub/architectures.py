@@ -97,16 +97,16 @@ def find_architecture(config: dict[str, Any], head: str = "") -> tuple[Any, Any]
     # 4-bit weights are told by their keys in the file; transformers would want bitsandbytes for the setting.
     config = {k: v for k, v in config.items() if k != "quantization_config"}
     config = _without_kernels(config)
-    for part, where in _nested_configs(config):
-        _check_bounds(part, where)
+    for part, config_name in _nested_configs(config):
+        _check_bounds(part, config_name)
     try:
         with quiet():
             model_config = CONFIG_MAPPING[model_type].from_dict(config)
     except (StrictDataclassError, *_UNBUILT) as e:
         raise ValueError(f"config: not a {model_type}: {' '.join(str(e).split())}") from e
     # Again with transformers' defaults filled in.
-    for part, where in _nested_configs(model_config.to_dict()):
-        _check_fit(part, where)
+    for part, config_name in _nested_configs(model_config.to_dict()):
+        _check_fit(part, config_name)
     return table[type(model_config)], model_config
 
 
@@ -188,16 +188,16 @@ def _without_kernels(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _nested_configs(
-    config: Mapping[str, Any], where: str = "config"
+    config: Mapping[str, Any], config_name: str = "config"
 ) -> Iterator[tuple[Mapping[str, Any], str]]:
     """(config, its name) of a model and of the towers inside it."""
-    yield config, where
+    yield config, config_name
     for name, part in config.items():
         if isinstance(part, dict) and name.endswith("_config"):
-            yield from _nested_configs(part, f"{where}.{name}")
+            yield from _nested_configs(part, f"{config_name}.{name}")
 
 
-def _check_bounds(config: Mapping[str, Any], where: str) -> None:
+def _check_bounds(config: Mapping[str, Any], config_name: str) -> None:
     """Raise where a size is out of its bounds. Before transformers reads it, which makes a list of as many
     layers.
     """
@@ -205,28 +205,32 @@ def _check_bounds(config: Mapping[str, Any], where: str) -> None:
         value = config.get(name)
         for size in value if isinstance(value, list | tuple) else (value,):
             if isinstance(size, int | float) and not low <= size <= high:
-                raise ValueError(f"{where}.{name} must be from {low} to {high}, got {size}")
+                raise ValueError(f"{config_name}.{name} must be from {low} to {high}, got {size}")
 
 
-def _check_fit(config: Mapping[str, Any], where: str) -> None:
+def _check_fit(config: Mapping[str, Any], config_name: str) -> None:
     """Raise where sizes do not fit each other."""
     width, heads = _first_size(config, _WIDTH_NAMES), _first_size(config, _HEAD_NAMES)
     groups = _first_size(config, ("num_key_value_heads",))
     if heads and groups and heads[1] % groups[1]:
         raise ValueError(
-            f"{where}: num_key_value_heads must divide {heads[0]}, got {groups[1]} and {heads[1]}"
+            f"{config_name}: num_key_value_heads must divide {heads[0]}, got {groups[1]} and {heads[1]}"
         )
     if width and heads:
         head_width = config.get("head_dim") or width[1] // heads[1]
         if head_width < 1:
-            raise ValueError(f"{where}: {heads[0]} must be at most {width[0]}, got {heads[1]} and {width[1]}")
-        if where.endswith("vision_config") and width[1] % heads[1]:
-            raise ValueError(f"{where}: {heads[0]} must divide {width[0]}, got {heads[1]} and {width[1]}")
-        _check_rope(config, head_width, where)
-    _check_patches(config, where)
+            raise ValueError(
+                f"{config_name}: {heads[0]} must be at most {width[0]}, got {heads[1]} and {width[1]}"
+            )
+        if config_name.endswith("vision_config") and width[1] % heads[1]:
+            raise ValueError(
+                f"{config_name}: {heads[0]} must divide {width[0]}, got {heads[1]} and {width[1]}"
+            )
+        _check_rope(config, head_width, config_name)
+    _check_patches(config, config_name)
 
 
-def _check_rope(config: Mapping[str, Any], head_width: int, where: str) -> None:
+def _check_rope(config: Mapping[str, Any], head_width: int, config_name: str) -> None:
     """Rotary positions turn pairs of a head's values; Qwen-VL's divide the pairs among three axes."""
     rope = config.get("rope_parameters") or config.get("rope_scaling")
     if not isinstance(rope, dict) or "rope_theta" not in rope:
@@ -234,7 +238,7 @@ def _check_rope(config: Mapping[str, Any], head_width: int, where: str) -> None:
     rotated = int(head_width * (rope.get("partial_rotary_factor") or 1))
     if rotated % 2:
         raise ValueError(
-            f"{where}: heads must have an even number of values for rotary positions, got {rotated}"
+            f"{config_name}: heads must have an even number of values for rotary positions, got {rotated}"
         )
     if "mrope_section" not in rope:
         return
@@ -244,12 +248,12 @@ def _check_rope(config: Mapping[str, Any], head_width: int, where: str) -> None:
         three_numbers = all(isinstance(n, int) and n > 0 for n in sections)
     if not three_numbers or sum(sections) != rotated // 2:
         raise ValueError(
-            f"{where}: mrope_section must be three numbers whose sum is {rotated // 2}, half of a "
+            f"{config_name}: mrope_section must be three numbers whose sum is {rotated // 2}, half of a "
             f"head, got {sections}"
         )
 
 
-def _check_patches(config: Mapping[str, Any], where: str) -> None:
+def _check_patches(config: Mapping[str, Any], config_name: str) -> None:
     """Raise where an image has no patch, or more than any model takes."""
     sides: list[list[int]] = []
     for name in ("image_size", "patch_size"):
@@ -263,7 +267,7 @@ def _check_patches(config: Mapping[str, Any], where: str) -> None:
     patches = (height // patch_height) * (width // patch_width)
     if not 1 <= patches <= _MAX_PATCHES:
         raise ValueError(
-            f"{where}: image_size {config['image_size']} and patch_size {config['patch_size']} "
+            f"{config_name}: image_size {config['image_size']} and patch_size {config['patch_size']} "
             f"must make 1 to {_MAX_PATCHES} patches, got {patches}"
         )
 

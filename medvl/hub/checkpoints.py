@@ -64,13 +64,13 @@ def find_file(name: str, choices: tuple[str, ...]) -> Path:
     """
     from huggingface_hub import constants, try_to_load_from_cache
 
-    folder, wanted = Path(name), " or ".join(choices)
+    folder, expected = Path(name), " or ".join(choices)
     if folder.is_dir():
         for choice in choices:
             if (folder / choice).is_file():
                 return folder / choice
         names = sorted(p.name for p in folder.iterdir())
-        raise ValueError(f"hub: the folder {folder} must hold {wanted}, found {few(names)}")
+        raise ValueError(f"hub: the folder {folder} must hold {expected}, found {few(names)}")
     if not _HUB_NAME.fullmatch(name) or "--" in name or ".." in name or name.endswith(".git"):
         raise ValueError(f"hub: there is no file or folder {name}")
 
@@ -78,7 +78,7 @@ def find_file(name: str, choices: tuple[str, ...]) -> Path:
         cached = try_to_load_from_cache(name, choice)
         if isinstance(cached, str):
             return Path(cached)
-    missing = f"hub: {name} is no folder here, and the cache {constants.HF_HUB_CACHE} has no {wanted} of it"
+    missing = f"hub: {name} is no folder here, and the cache {constants.HF_HUB_CACHE} has no {expected} of it"
     advice = (
         f"on a connected machine run `hf download {name} --local-dir DIR`, "
         "bring DIR here and give its path as the name"
@@ -296,17 +296,17 @@ def _finite(t: Tensor) -> bool:
     return not t.numel() or bool(torch.stack(t.aminmax()).isfinite().all())
 
 
-def save_finite(state: Mapping[str, Tensor], path: Path, where: str, pickled: bool = False) -> None:
+def save_finite(state: Mapping[str, Tensor], path: Path, context: str, pickled: bool = False) -> None:
     """Write tensors that must be finite, each with a memory of its own, as safetensors or `pickled`."""
     wrong = [n for n, t in state.items() if not _finite(t)]
     if wrong:
-        raise ValueError(f"{where}: {few(wrong)} must be finite")
+        raise ValueError(f"{context}: {few(wrong)} must be finite")
     # Copies: safetensors refuses tensors that share memory, torch.save would write all of a view's storage.
-    own = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in state.items()}
+    copies = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in state.items()}
     if pickled:
-        torch.save(own, path)
+        torch.save(copies, path)
     else:
-        save_file(own, path, {"format": "pt"})
+        save_file(copies, path, {"format": "pt"})
 
 
 @contextmanager

@@ -101,18 +101,18 @@ def to_dinov2(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def dinov2_config(state: Mapping[str, Tensor], where: str) -> dict[str, Any]:
+def dinov2_config(state: Mapping[str, Tensor], path: str) -> dict[str, Any]:
     """The config of an original DINOv2 checkpoint, from its shapes; DINOv2's heads are 64 wide."""
     if not {"pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight"} <= state.keys():
         keys = ", ".join(list(state)[:6])
         raise ValueError(
-            f"load: {where} must be an original DINOv2 checkpoint (pos_embed, blocks.0..., "
+            f"load: {path} must be an original DINOv2 checkpoint (pos_embed, blocks.0..., "
             f"patch_embed...), found {keys}"
         )
     width, channels, _, patch = state["patch_embed.proj.weight"].shape
     if width % 64:
         raise ValueError(
-            f"load: {where}: the width of a DINOv2 must be a multiple of 64 (its heads are 64 wide), "
+            f"load: {path}: the width of a DINOv2 must be a multiple of 64 (its heads are 64 wide), "
             f"found {width}"
         )
     swiglu = "blocks.0.mlp.w12.weight" in state

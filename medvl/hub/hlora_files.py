@@ -42,8 +42,8 @@ def read_hlora(
         skeleton: `skeletons.Skeleton` of the language model: then the file must correct each of its linear
             layers but the head, and only these.
     Returns:
-        (adapter, rest): rest by names without `base_model.model.`, such as the projector's, the embedding's
-        and the head's weights; all in `dtype` on `device`.
+        (adapter, other tensors): these by names without `base_model.model.`, such as the projector's, the
+            embedding's and the head's weights; all in `dtype` on `device`.
     Raises:
         ValueError: no such file, a broken one, a layer with one or two of its three tensors, shapes that do
             not fit, layers missing or unexpected, numbers that are not finite.
@@ -51,8 +51,8 @@ def read_hlora(
     """
     path = Path(path)
     if not path.is_file() or path.suffix not in (".bin", ".safetensors"):
-        found = "it has another name" if path.is_file() else "nothing is there"
-        raise ValueError(f"read_hlora: {path} must be a .bin or .safetensors file, {found}")
+        problem = "it has another name" if path.is_file() else "nothing is there"
+        raise ValueError(f"read_hlora: {path} must be a .bin or .safetensors file, {problem}")
     if rank < 1 or experts < 1 or rank % experts:
         raise ValueError(
             f"read_hlora: experts must divide the rank of all of them together, got rank {rank} and "
@@ -87,14 +87,16 @@ def _read_entries(
     factors: dict[str, dict[str, Tensor]] = {}
     for module, keys in layers.items():
         factors[module] = {k: read_finite(entries[key], key, path, dtype, device) for k, key in keys.items()}
-    rest = {name: read_finite(entries[key], key, path, dtype, device) for name, key in others.items()}
+    other_tensors = {
+        name: read_finite(entries[key], key, path, dtype, device) for name, key in others.items()
+    }
     adapter = Adapter(
         factors=factors,
         scale=dict.fromkeys(layers, alpha / rank * experts),
         kinds=dict.fromkeys(layers, "linear"),
         name=path.stem,
     )
-    return adapter, rest
+    return adapter, other_tensors
 
 
 def _group_keys(entries: Mapping[str, Entry], path: Path) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
@@ -112,9 +114,9 @@ def _group_keys(entries: Mapping[str, Entry], path: Path) -> tuple[dict[str, dic
         if not key.startswith(PREFIX) or (not match and ".lora_" in key):
             unexpected.append(key)
     if unexpected or not layers:
-        found = f"unexpected {few(unexpected)}" if unexpected else f"no layers, only {few(list(others))}"
+        problem = f"unexpected {few(unexpected)}" if unexpected else f"no layers, only {few(list(others))}"
         raise ValueError(
-            f"read_hlora: {path} must hold {PREFIX}LAYER.lora_route|lora_A|lora_B.weight, found {found}"
+            f"read_hlora: {path} must hold {PREFIX}LAYER.lora_route|lora_A|lora_B.weight, found {problem}"
         )
     return layers, others
 
@@ -146,7 +148,9 @@ def _check_shapes(
         )
 
 
-def write_hlora(adapter: Adapter, path: files.PathLike, rest: Mapping[str, Tensor] | None = None) -> None:
+def write_hlora(
+    adapter: Adapter, path: files.PathLike, other_tensors: Mapping[str, Tensor] | None = None
+) -> None:
     """Write an H-LoRA adapter as one file in HealthGPT's format, whole or not at all; a file of that name is
     replaced.
 
@@ -155,8 +159,8 @@ def write_hlora(adapter: Adapter, path: files.PathLike, rest: Mapping[str, Tenso
 
     Args:
         path: ends in .bin or .safetensors.
-        rest: other tensors to put into the file, as `read_hlora` gives them; the adapter's `full` ones are
-            put there too.
+        other_tensors: what else to put into the file, as `read_hlora` gives it; the adapter's `full` tensors
+            are put there too.
     Raises:
         ValueError: another ending; a layer that is not linear or has no router; ranks, numbers of experts or
             scales that differ; a gate per sample; numbers that are not finite.
@@ -164,12 +168,12 @@ def write_hlora(adapter: Adapter, path: files.PathLike, rest: Mapping[str, Tenso
     path = Path(path)
     if path.suffix not in (".bin", ".safetensors"):
         raise ValueError(f"write_hlora: the file must end in .bin or .safetensors, got {path.name}")
-    state = _hlora_state(adapter, rest or {})
+    state = _hlora_state(adapter, other_tensors or {})
     with files.atomic(path) as tmp:
         save_finite(state, tmp, f"write_hlora: {adapter}", pickled=path.suffix == ".bin")
 
 
-def _hlora_state(adapter: Adapter, rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _hlora_state(adapter: Adapter, other_tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of the file under HealthGPT's names."""
     unfit = []
     for module, factors in adapter.factors.items():
@@ -195,6 +199,6 @@ def _hlora_state(adapter: Adapter, rest: Mapping[str, Tensor]) -> dict[str, Tens
         state[f"{name}.lora_route.weight"] = factors["router"]
         state[f"{name}.lora_A.weight"] = factors["a"]
         state[f"{name}.lora_B.weight"] = folded(adapter, module, "write_hlora")
-    for name, tensor in {**adapter.full, **rest}.items():
+    for name, tensor in {**adapter.full, **other_tensors}.items():
         state[PREFIX + name] = tensor
     return state

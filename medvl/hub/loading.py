@@ -36,7 +36,7 @@ from medvl.hub.skeletons import Params, Skeleton, build_weightless, make_skeleto
 from medvl.hub.weight_names import place_entries
 from medvl.weights import four_bit
 
-Each = Callable[[str, Tensor], Tensor]  # (name, weight) -> weight
+WeightTransform = Callable[[str, Tensor], Tensor]  # (name, weight) -> weight
 
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 
@@ -61,9 +61,9 @@ def load_skeleton(
     head: Literal["", "language"] = "",
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-    each: Each | None = None,
+    transform: WeightTransform | None = None,
 ) -> tuple[Skeleton, Params]:
-    """An architecture and its weights; one weight at a time is read, cast, moved and given to `each`.
+    """An architecture and its weights; one weight at a time is read, cast, moved and given to `transform`.
 
     Args:
         name: a folder with config.json and model.safetensors (or shards with their index, or
@@ -72,8 +72,8 @@ def load_skeleton(
         part: the tower to take from a checkpoint that holds two (CLIP).
         head: "" takes the plain encoder or decoder, "language" the model that predicts tokens, with its
             vision tower if it has one.
-        each: (name, weight) -> what to keep of it, such as `four_bit.quantizer(cfg)`: then the whole model
-            is never held in `dtype`.
+        transform: (name, weight) -> what to keep of it, such as `four_bit.quantizer(cfg)`: then the whole
+            model is never held in `dtype`.
     Returns:
         skeleton and params {module name: tensor}, detached, of `dtype` on `device`. Pickled files are read
         with weights_only=True. Task heads and poolers are left out; a missing `mask_token` is zeros (only
@@ -102,7 +102,7 @@ def load_skeleton(
             )
         config = {"model_type": f"{config.get('model_type')}_{part}_model"} | config[f"{part}_config"]
         entries = {key: entry for key, entry in entries.items() if key.startswith(f"{part}_model.")}
-    skeleton, params = _bind_entries(config, entries, str(name), head, dtype, torch.device(device), each)
+    skeleton, params = _bind_entries(config, entries, str(name), head, dtype, torch.device(device), transform)
     _warn_of_positions(config, str(name))
 
     # Only a language model generates, and only its checkpoint says how.
@@ -181,7 +181,7 @@ def _bind_entries(
     head: str,
     dtype: torch.dtype,
     device: torch.device,
-    each: Each | None,
+    transform: WeightTransform | None,
 ) -> tuple[Skeleton, Params]:
     """Match each checkpoint tensor to its parameter, check that all fit, and only then read them, one at a
     time.
@@ -207,10 +207,10 @@ def _bind_entries(
             raise ValueError(
                 f"load: {name}: {param} must be {list(shape)}, the file's parts make {list(weight.shape)}"
             )
-        if each is None:
+        if transform is None:
             params[param] = weight.detach()
         else:
-            params[param] = each(param, weight).detach()
+            params[param] = transform(param, weight).detach()
             del weight
             release_memory()
     return make_skeleton(module, name, device), params
@@ -230,7 +230,7 @@ def _check_dtypes(entries: Mapping[str, Entry], name: str) -> None:
 
 
 def _check_complete(
-    shapes: Mapping[str, tuple[int, ...]], placed: Mapping[str, Entry], unplaced: list[str], where: str
+    shapes: Mapping[str, tuple[int, ...]], placed: Mapping[str, Entry], unplaced: list[str], context: str
 ) -> None:
     """Raise one error that lists every parameter without a tensor, tensor without a parameter, and wrong
     shape.
@@ -248,7 +248,7 @@ def _check_complete(
     faults = (("missing", missing), ("unexpected", unexpected), ("of another shape", sorted(misshaped)))
     text = "; ".join(f"{fault} {few(names)}" for fault, names in faults if names)
     if text:
-        raise ValueError(where + text)
+        raise ValueError(context + text)
 
 
 def _read_entry(entry: Entry, param: str, name: str) -> Tensor:
@@ -261,31 +261,31 @@ def _read_entry(entry: Entry, param: str, name: str) -> Tensor:
 def _merge_tied(module: Any, placed: dict[str, Entry], name: str) -> None:
     """Keep one entry of each tied weight, which a file may hold under either of its names or under both."""
     first_name = {id(p): n for n, p in module.named_parameters()}
-    for other, p in module.named_parameters(remove_duplicate=False):
+    for alias, p in module.named_parameters(remove_duplicate=False):
         first = first_name[id(p)]
-        if other == first or other not in placed:
+        if alias == first or alias not in placed:
             continue
-        if first in placed and not torch.equal(placed[other].read(), placed[first].read()):
+        if first in placed and not torch.equal(placed[alias].read(), placed[first].read()):
             raise ValueError(
-                f"load: {name}: {other} and {first} are one weight by its config, but differ in the file"
+                f"load: {name}: {alias} and {first} are one weight by its config, but differ in the file"
             )
-        placed.setdefault(first, placed[other])
-        del placed[other]
+        placed.setdefault(first, placed[alias])
+        del placed[alias]
 
 
 def _join_four_bit(entries: dict[str, Entry]) -> dict[str, Entry]:
     """The same entries, with the codes and scales of each 4-bit weight joined to one entry."""
     quantised = {k.partition(".quant_state.")[0] for k in entries if ".quant_state.bitsandbytes__" in k}
     # {weight: {suffix: entry}}; the codes are under the name of the weight itself, its suffix is "".
-    parts: dict[str, dict[str, Entry]] = {weight: {} for weight in quantised}
+    pieces: dict[str, dict[str, Entry]] = {weight: {} for weight in quantised}
     plain: dict[str, Entry] = {}
     for key, entry in entries.items():
         weight = _weight_of(key, quantised)
         if weight is None:
             plain[key] = entry
         else:
-            parts[weight][key[len(weight) :]] = entry
-    for weight, suffixes in parts.items():
+            pieces[weight][key[len(weight) :]] = entry
+    for weight, suffixes in pieces.items():
         states = {s: entry.read() for s, entry in suffixes.items() if s.startswith(".quant_state.")}
         header = four_bit.read_quant_header(states, weight)
         plain[weight] = Entry(
@@ -304,5 +304,5 @@ def _weight_of(key: str, quantised: set[str]) -> str | None:
     return next((key[:i] for i in dots if key[:i] in quantised), None)
 
 
-def _unpack_four_bit(parts: dict[str, Entry]) -> Tensor:
-    return four_bit.unpack_weight({suffix: entry.read() for suffix, entry in parts.items()})
+def _unpack_four_bit(pieces: dict[str, Entry]) -> Tensor:
+    return four_bit.unpack_weight({suffix: entry.read() for suffix, entry in pieces.items()})

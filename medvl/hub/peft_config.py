@@ -85,15 +85,13 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def check_adapter_config(config: dict[str, Any], where: Path) -> None:
+def check_adapter_config(config: dict[str, Any], path: Path) -> None:
     """Refuse what changes the forward pass or the base in a way that an `Adapter` does not hold, and
     whatever is not known.
     """
 
     def refuse(key: str, why: str) -> None:
-        raise ValueError(
-            f"read_adapter: {where}: {key} = {json.dumps(config.get(key))} cannot be read: {why}"
-        )
+        raise ValueError(f"read_adapter: {path}: {key} = {json.dumps(config.get(key))} cannot be read: {why}")
 
     if config.get("peft_type") != "LORA":
         refuse("peft_type", "it must be LORA")

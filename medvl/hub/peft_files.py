@@ -172,7 +172,7 @@ def check_fit(
     kind: str,
     a: tuple[int, ...],
     b: tuple[int, ...],
-    where: str,
+    context: str,
 ) -> None:
     """The factors A [r, in] and B [out, r] must suit the module: its kind and its shape.
 
@@ -182,25 +182,27 @@ def check_fit(
     """
     if module not in layers or (kind == "embedding") != (layers[module] == "embedding"):
         actual = layers.get(module, "no layer that LoRA corrects")
-        raise ValueError(f"{where}: {module} has factors of kind {kind}, but is {actual} in {skeleton.name}")
+        raise ValueError(
+            f"{context}: {module} has factors of kind {kind}, but is {actual} in {skeleton.name}"
+        )
     shape = tuple(skeleton.module.get_parameter(f"{module}.weight").shape)
     # Only a linear layer stores its weight as [out, in].
     corrected = (b[0], a[1]) if layers[module] == "linear" else (a[1], b[0])
     if corrected != shape:
         raise ValueError(
-            f"{where}: {module} has A {list(a)} and B {list(b)}, but its weight is {list(shape)} in "
+            f"{context}: {module} has A {list(a)} and B {list(b)}, but its weight is {list(shape)} in "
             f"{skeleton.name}"
         )
 
 
-def folded(adapter: Adapter, module: str, where: str) -> Tensor:
+def folded(adapter: Adapter, module: str, caller: str) -> Tensor:
     """B with the module's gate multiplied in."""
     b, gate = adapter.factors[module]["b"], adapter.gate.get(module)
     if gate is None:
         return b
     if gate.dim() > 1:
         raise ValueError(
-            f"{where}: {module} of {adapter} differs by sample (gate {list(gate.shape)}); "
+            f"{caller}: {module} of {adapter} differs by sample (gate {list(gate.shape)}); "
             "a file holds one adapter, give a gate [r]"
         )
     return b * gate.to(b)
@@ -232,8 +234,8 @@ def _group_keys(
                 )
             continue
         param = _WRAPPER.sub("", name)
-        known = param != name or RESIZED.search(name) or is_saved_module(config, name)
-        if ".lora_" in name or not known or full.setdefault(param, key) != key:
+        replaces_weight = param != name or RESIZED.search(name) or is_saved_module(config, name)
+        if ".lora_" in name or not replaces_weight or full.setdefault(param, key) != key:
             unexpected.append(key)
     if unexpected:
         raise ValueError(f"read_adapter: {path}: unexpected {few(unexpected)}")
@@ -251,9 +253,9 @@ def _check_pairs(
     """Every module must have A [r, in] and B [out, r] with the rank of the config."""
     for module, pair in pairs.items():
         if pair.keys() != {"a", "b"}:
-            other = "B" if "a" in pair else "A"
+            missing_factor = "B" if "a" in pair else "A"
             raise ValueError(
-                f"read_adapter: {path}: {next(iter(pair.values()))} has no lora_{other} beside it"
+                f"read_adapter: {path}: {next(iter(pair.values()))} has no lora_{missing_factor} beside it"
             )
         a, b = entries[pair["a"]].shape, entries[pair["b"]].shape
         rank, _ = rank_and_scale(config, module)
@@ -301,7 +303,7 @@ def _current_names(
     for old, key in full.items():
         p = every_name[current[old]]
         param = first_name[id(p)]
-        tied = [name for name, other in every_name.items() if other is p]
+        tied = [name for name, weight in every_name.items() if weight is p]
         if entries[key].shape != p.shape:
             raise ValueError(
                 f"read_adapter: {path}: {key} must be {list(p.shape)} as in {skeleton.name}, "

@@ -191,10 +191,10 @@ def init_skeleton(
             more weights than this machine has memory for; before anything is allocated.
     """
     model_class, model_config = find_architecture(config, head)
-    known = {*type(model_config)().to_dict(), *model_config.attribute_map, "model_type"}
-    unknown = sorted(config.keys() - known)
+    settings = {*type(model_config)().to_dict(), *model_config.attribute_map, "model_type"}
+    unknown = sorted(config.keys() - settings)
     if unknown:
-        keys = ", ".join(sorted(k for k in known if not k.startswith("_")))
+        keys = ", ".join(sorted(k for k in settings if not k.startswith("_")))
         raise ValueError(
             f"init_skeleton: a {config['model_type']} config has no {', '.join(unknown)}; it has {keys}"
         )

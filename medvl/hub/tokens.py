@@ -62,8 +62,8 @@ def _without_limits(tok: Any) -> Any:
 class _Reading:
     """Turns whatever transformers and tokenizers raise while they read `path` into one ValueError."""
 
-    def __init__(self, what: str, path: Path) -> None:
-        self.what, self.path = what, path
+    def __init__(self, reader: str, path: Path) -> None:
+        self.reader, self.path = reader, path
 
     def __enter__(self) -> None:
         return None
@@ -84,13 +84,13 @@ class _Reading:
             return
         if "trust_remote_code" in str(error):
             raise ValueError(
-                f"{self.what}: {self.path} needs code of its own (auto_map in its config), which is "
+                f"{self.reader}: {self.path} needs code of its own (auto_map in its config), which is "
                 "never run; convert it with "
                 "save_pretrained of a tokenizer class that transformers has, or give its tokenizer.json alone"
             ) from error
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"{self.what}: {self.path} does not hold one that transformers reads ({reason})"
+            f"{self.reader}: {self.path} does not hold one that transformers reads ({reason})"
         ) from error
 
 

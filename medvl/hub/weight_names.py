@@ -135,8 +135,8 @@ def _converted_entry(
 
     def read() -> Tensor:
         if not converted:
-            for made, tensor in conversion.convert(name, model=module, config=module.config).items():
-                converted[made] = tensor[0] if isinstance(tensor, list) else tensor
+            for target, tensor in conversion.convert(name, model=module, config=module.config).items():
+                converted[target] = tensor[0] if isinstance(tensor, list) else tensor
         return converted[param]
 
     return Entry(shape=(), dtype=torch.float32, read=read)

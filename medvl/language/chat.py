@@ -176,7 +176,7 @@ def open_chat(
         if convert is None and shard:
             convert = shards.sharder(shards.process_mesh(device))
         skeleton, params = loading.load_skeleton(
-            model.name, head="language", dtype=dtype, device=device, each=convert
+            model.name, head="language", dtype=dtype, device=device, transform=convert
         )
     else:
         skeleton = skeletons.empty_skeleton(config_of(model, tok), head="language")

@@ -181,7 +181,7 @@ def score_choices(
                 results.append(result)
         if level != OVERALL:  # it has one subject: a mean over it would be its accuracy again
             macro = _macro_accuracy(correct, subjects, patients, n, _seeded(seed))
-            results += accuracy.to_results({level: macro}, what="macro_accuracy", **common)
+            results += accuracy.to_results({level: macro}, metric="macro_accuracy", **common)
     return results
 
 

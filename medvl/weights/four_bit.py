@@ -141,7 +141,7 @@ def quantize(params: Mapping[str, Tensor], cfg: QuantConfig = QuantConfig()) -> 
 
 
 def quantizer(cfg: QuantConfig = QuantConfig()) -> Callable[[str, Tensor], Tensor]:
-    """(name, weight) -> what `quantize` makes of it; given to `loading.load_skeleton` as `each`, the
+    """(name, weight) -> what `quantize` makes of it; given to `loading.load_skeleton` as `transform`, the
     full-precision model is never held.
     """
     skip = [re.compile(pattern) for pattern in cfg.skip]

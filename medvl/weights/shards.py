@@ -53,7 +53,7 @@ def shard_params(params: Tree, mesh: Any, *, patterns: Sequence[str] = (".*",), 
 def sharder(
     mesh: Any, *, patterns: Sequence[str] = (".*",), least: int = 2**14
 ) -> Callable[[str, Tensor], Tensor]:
-    """(name, weight) -> what `shard_params` makes of it; given to `loading.load_skeleton` as `each`, no
+    """(name, weight) -> what `shard_params` makes of it; given to `loading.load_skeleton` as `transform`, no
     process ever holds the whole model.
 
     Args:

@@ -218,7 +218,7 @@ def test_results():
     )
     assert isinstance(pair, Difference)
     assert pair.p == 0.25
-    assert to_results({"a": pair}, split="test", what="gain")[0].what == "gain"
+    assert to_results({"a": pair}, split="test", metric="gain")[0].what == "gain"
 
 
 def test_errors():

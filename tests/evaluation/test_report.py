@@ -131,14 +131,14 @@ def _modes(n):
 
 
 def test_pivot_is_the_rows():
-    columns, body = report.pivot(_modes(lambda *_: 1200), down="mode", across="subject", what="accuracy")
+    columns, body = report.pivot(_modes(lambda *_: 1200), down="mode", across="subject", metric="accuracy")
     assert columns == ("Mode", "n", "A", "B")
     assert body[0] == ["bare", 1200, "0.500 [0.400, 0.550]", "0.600 [0.500, 0.650]"]
     assert body[1][:2] == ["oracle", 1200]
     assert math.isnan(body[1][2])
     assert body[1][3] == "0.800 [0.700, 0.850]"
     turned = report.pivot(
-        _modes(lambda *_: 1200), down=lambda r: f"task {r.subject}", across="mode", what="accuracy"
+        _modes(lambda *_: 1200), down=lambda r: f"task {r.subject}", across="mode", metric="accuracy"
     )
     assert turned[0] == ("", "n", "bare", "oracle")
     assert [line[0] for line in turned[1]] == ["task A", "task B"]
@@ -146,7 +146,7 @@ def test_pivot_is_the_rows():
 
 
 def test_pivot_says_n_where_it_is_the_same():
-    said = lambda n: report.pivot(_modes(n), down="mode", across="subject", what="accuracy", corner="How")
+    said = lambda n: report.pivot(_modes(n), down="mode", across="subject", metric="accuracy", corner="How")
     assert said(lambda mode, _: {"bare": 7, "oracle": 8}[mode])[1][1][:2] == ["oracle", 8]
     columns, body = said(lambda _, task: {"A": 7, "B": 1800}[task])
     assert columns == ("How", "A (n = 7)", "B (n = 1,800)")
@@ -172,7 +172,7 @@ def test_pivot_of_numbers_without_interval():
 def test_pivot_refuses_what_is_no_table():
     rows = _modes(lambda *_: 5)
     with pytest.raises(ValueError, match=r"needs rows of 'f1', found \['accuracy', 'recall_at_1'\]"):
-        report.pivot(rows, down="mode", across="subject", what="f1")
+        report.pivot(rows, down="mode", across="subject", metric="f1")
     with pytest.raises(
         ValueError, match=r"each row must have 'mode', .* but recall_at_1 of A in test has extra \[\]"
     ):
@@ -180,7 +180,7 @@ def test_pivot_refuses_what_is_no_table():
     with pytest.raises(
         ValueError, match=r"found two for \('bare', 'test'\): accuracy of A in test and accuracy of B in test"
     ):
-        report.pivot(rows, down="mode", across="split", what="accuracy")
+        report.pivot(rows, down="mode", across="split", metric="accuracy")
 
 
 EVIL = (
@@ -204,7 +204,7 @@ def test_report_shows_tables_first_and_escaped(tmp_path):
     plain = _written(tmp_path / "plain", _results(), notes=["Said."])
     table = (
         "In and out of domain",
-        *report.pivot(_modes(lambda *_: 100), down="mode", across="subject", what="accuracy"),
+        *report.pivot(_modes(lambda *_: 100), down="mode", across="subject", metric="accuracy"),
     )
     page, text, folder = _written(
         tmp_path, _results(), figures={"ROC": PNG}, notes=["Said."], tables=[EVIL, table]

@@ -421,7 +421,7 @@ def test_weights_are_read_one_at_a_time_after_all_are_known_to_fit(tmp_path, mon
     skeleton, params = tiny.model("qwen2")
     saving.save_skeleton(skeleton, params, tmp_path / "m", shard_gb=4e-5)
     seen: list[str] = []
-    loading.load_skeleton(tmp_path / "m", head="language", each=lambda n, t: (seen.append(n), t)[1])
+    loading.load_skeleton(tmp_path / "m", head="language", transform=lambda n, t: (seen.append(n), t)[1])
     assert sorted(seen) == sorted(params)
     shard = sorted((tmp_path / "m").glob("model-*.safetensors"))[-1]
     state = load_file(shard)
@@ -429,7 +429,7 @@ def test_weights_are_read_one_at_a_time_after_all_are_known_to_fit(tmp_path, mon
     save_file(state, shard)
     seen.clear()
     with pytest.raises(ValueError, match="of another shape"):
-        loading.load_skeleton(tmp_path / "m", head="language", each=lambda n, t: (seen.append(n), t)[1])
+        loading.load_skeleton(tmp_path / "m", head="language", transform=lambda n, t: (seen.append(n), t)[1])
     assert seen == []
 
 

@@ -131,7 +131,7 @@ def test_a_model_is_quantised_where_it_should_be():
 def test_quantising_while_loading_is_quantising_afterwards(tmp_path):
     skeleton, params = tiny.model("qwen2_5_vl")
     saving.save_skeleton(skeleton, params, tmp_path / "m")
-    _, loaded = loading.load_skeleton(tmp_path / "m", head="language", each=four_bit.quantizer())
+    _, loaded = loading.load_skeleton(tmp_path / "m", head="language", transform=four_bit.quantizer())
     want = four_bit.quantize(params)
     assert {n: repr(w) for n, w in loaded.items() if isinstance(w, lazy.Lazy)} == {
         n: repr(w) for n, w in want.items() if isinstance(w, lazy.Lazy)
@@ -300,7 +300,7 @@ def test_experts_are_quantised_and_answer_as_their_values(kind, how):
 def test_quantised_experts_of_a_file_and_what_is_said_of_the_rest(tmp_path):
     skeleton, params = mixture("qwen3_moe")
     saving.save_skeleton(skeleton, params, tmp_path / "whole")
-    again, four = loading.load_skeleton(tmp_path / "whole", head="language", each=four_bit.quantizer())
+    again, four = loading.load_skeleton(tmp_path / "whole", head="language", transform=four_bit.quantizer())
     want = four_bit.quantize(params)
     assert skeletons.weights_digest(four) == skeletons.weights_digest(want)
     with pytest.raises(ValueError, match="experts in 4 bits, for which no file has a place"):

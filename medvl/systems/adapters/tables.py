@@ -115,7 +115,7 @@ def _rows(
             if a in own and b in own:
                 between = {f"{a} - {b}": paired_difference(own[a], own[b], episodes, n=n, gen=_gen(cfg))}
                 yield from to_results(
-                    between, split=DOMAINS[domain], what="step_accuracy_difference", experiment=experiment
+                    between, split=DOMAINS[domain], metric="step_accuracy_difference", experiment=experiment
                 )
 
 
@@ -204,7 +204,7 @@ def _report(
     tables = [
         (
             f"{what} accuracy",
-            *report.pivot(rows, down=mode, across=domain, what=f"{what.lower()}_accuracy", corner="Mode"),
+            *report.pivot(rows, down=mode, across=domain, metric=f"{what.lower()}_accuracy", corner="Mode"),
         )
         for what in ("Step", "Episode")
     ]
