@@ -67,6 +67,7 @@ def episode_accuracy(right: Any, groups: Sequence[Any], *, n: int = 1000, gen: t
     record's `n` is its groups.
     """
     sums, sizes = _group_totals(_check_flags("episode_accuracy", right, groups), groups)
+    # Each group is now one row and stands for itself.
     return accuracy(sums == sizes, range(len(sizes)), n=n, gen=gen)
 
 
@@ -94,6 +95,7 @@ def accuracy_by_category(
             "leave such rows out or name them"
         )
     codes, _ = metrics.group_codes(groups)
+    # Every category starts from the same seed: adding one does not change the intervals of the others.
     seed = int(torch.randint(2**62, (), generator=gen))
     rows: dict[str, list[int]] = {}
     for i, category in enumerate(categories):
@@ -125,6 +127,7 @@ def paired_difference(
     """
     a = _check_flags("paired_difference", right_a, groups)
     b = _check_flags("paired_difference", right_b, groups)
+    # Of each row 1, 0 or -1. numpy does not subtract bools.
     sums, sizes = _group_totals(a.astype(np.int64) - b, groups)
     value, low, high = _bootstrap_share(sums, sizes, n, gen)
     return Difference(
@@ -182,6 +185,7 @@ def _group_totals(values: Array, groups: Sequence[Any]) -> tuple[Array, Array]:
     """
     codes, k = metrics.group_codes(groups)
     sizes = np.bincount(codes, minlength=k)
+    # bincount with weights would give floats; the sign-flip test needs exact whole numbers.
     sums = np.zeros(k, dtype=np.int64)
     np.add.at(sums, codes, values)
     order = np.lexsort((sums, sizes))
@@ -196,9 +200,11 @@ def _bootstrap_share(sums: Array, sizes: Array, n: int, gen: torch.Generator) ->
         return float(sums.sum() / sizes.sum()), float("nan"), float("nan")
 
     def share(table: Array, _: Array, weights: Array | None) -> dict[str, Array]:
+        # A share of rows, not a mean over groups: a large group counts as often as it has rows.
         if weights is None:
-            return {"": (table.sum(0)[:1]) / table.sum(0)[1:]}
-        total = weights.T @ table
+            total = table.sum(0)  # [sum, rows]
+            return {"": total[:1] / total[1:]}
+        total = weights.T @ table  # [r, 2]
         return {"": total[:, :1] / total[:, 1:]}
 
     # `bootstrap` draws rows by group; here a group is a row, and there are no labels.
@@ -216,12 +222,15 @@ def _sign_flip_p(sums: Array) -> float:
     from scipy.stats import binom  # here: half a second to import
 
     sizes, counts = np.unique(np.abs(sums[sums != 0]), return_counts=True)
+    # Start: the sum of no groups is 0 for certain. Groups with d = 0 change nothing and are left out.
     probabilities, reach = np.ones(1), 0  # of the sums -reach .. reach
     for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
         wider = np.zeros(2 * (reach + size * count) + 1)
         for positive, p in enumerate(binom.pmf(np.arange(count + 1), count, 0.5)):
+            # `positive` of the groups have a plus: their sum is size * (2 * positive - count), which lies
+            # 2 * size * positive above the least one.
             shift = 2 * size * positive
             wider[shift : shift + len(probabilities)] += p * probabilities
         probabilities, reach = wider, reach + size * count
     as_far = np.abs(np.arange(-reach, reach + 1)) >= abs(int(sums.sum()))
-    return min(1.0, float(probabilities[as_far].sum()))
+    return min(1.0, float(probabilities[as_far].sum()))  # rounding may pass 1

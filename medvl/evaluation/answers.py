@@ -31,7 +31,8 @@ def _digits(match: re.Match[str]) -> str:
     return str(_NUMBERS.index(match[1]))
 
 
-# Rules are applied in their order, each to the whole text. First the marks; "." comes to stand for any end of a sentence.
+# Rules are applied in their order, each to the whole text. First the marks; "." comes to stand for any end of
+# a sentence.
 _MARKS: tuple[_Rule, ...] = (
     (r"[;!\u3002\u2014\u2015]|[\n\r\v\f\x85\u2028\u2029]+", " . "),
     (r"[\u2010-\u2013\u2212\ufe63\uff0d]", "-"),
@@ -132,6 +133,8 @@ def same_answer(answer: str | None, gold: str) -> bool:
     gold_forms = _forms(gold)
     if gold_forms & _forms(answer or ""):
         return True
+    # What remains is a "yes" or "no" that is explained. A wrong explanation makes it wrong: "Yes, there is no
+    # fracture" answers neither.
     plain = normalise(answer or "")
     for word in gold_forms & {"yes", "no"}:
         explanation = _text_after(plain, word)
@@ -187,6 +190,7 @@ def tfidf_cosine(answer: str | None, gold: str) -> float:
 
     vectoriser, pair = TfidfVectorizer(), [gold, answer or ""]
     tokens = vectoriser.build_analyzer()
+    # Without a token in either text the vectoriser would raise: its vocabulary is empty.
     if not all(tokens(t) for t in pair):
         return 0.0
     vectors = vectoriser.fit_transform(pair).toarray()  # rows of norm 1
@@ -199,6 +203,8 @@ def _forms(text: str) -> set[str]:
 
 
 def _normalise(text: str, *, join_hyphens: bool) -> str:
+    # The order matters: rules for words rely on marks that stand apart, lead-ins on words that are already
+    # plain, denials on lead-ins that are gone.
     text = unicodedata.normalize("NFKC", text).strip().casefold()
     text = _replace(text, _MARKS)
     if join_hyphens:
@@ -206,6 +212,7 @@ def _normalise(text: str, *, join_hyphens: bool) -> str:
         text = re.sub(r"\b(?!(?:no|not|an?|l|r|lt|rt|left|right)-)([a-z]+)-(?=[a-z]+\b)", r"\1", text)
     text = _replace(text, _WORDS)
     text = _without_final_marks(_replace(text, _HYPHENS))
+    # "Answer: the image shows ...": lead-ins follow each other, so again until none is left.
     lead_in = _LEAD_IN.match(text)
     while lead_in is not None:
         text = _without_final_marks(text[lead_in.end() :])
@@ -237,6 +244,7 @@ def _normalise_finding(text: str) -> str:
     stated = _STATED.fullmatch(text)
     if stated:
         text = stated["finding"]
+    # "No effusion, mass" leaves open whether the mass is denied, so there the comma stays.
     if _NEGATIVE.isdisjoint(text.split()):
         text = re.sub(r" ,(?: and)?(?= )", " and", text)
     return text
@@ -251,7 +259,7 @@ def _polarities(text: str) -> set[str]:
         clause = clause.strip(" .,")
         if not clause:
             continue
-        words = re.split("[ /]", clause)
+        words = re.split("[ /]", clause)  # "and/or", "no/mild"
         denials = sum(word in _NEGATIVE for word in words)
         doubtful = not _DOUBTFUL.isdisjoint(words)
         if doubtful or denials > 1 or (denials and "yes" in words):

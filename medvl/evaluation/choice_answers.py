@@ -101,10 +101,13 @@ def extract_letter(answer: str | None, options: Options) -> str:
     table = letter_options(options)
     words = {letter: option_words(text) for letter, text in table.items()}
     text = _clean(answer or "")
-    stated, named = set(_stated_letters(text, words)), _named_option(text, words)
+    # An answer may give a letter, the text of an option, or both; both must then agree.
+    stated = set(_stated_letters(text, words))
+    named = _named_option(text, words)
     if len(stated) > 1 or (stated and named and named not in stated):
         return ""
     letter = next(iter(stated), named)
+    # Any other letter that stands alone leaves the choice in doubt.
     if letter and not _other_letters(text, table, stated=bool(stated)) <= {letter}:
         return ""
     return letter
@@ -112,7 +115,7 @@ def extract_letter(answer: str | None, options: Options) -> str:
 
 def _clean(answer: str) -> str:
     """An answer without the model's thoughts and markup; a small letter that is meant as one is a capital."""
-    text = unicodedata.normalize("NFKC", answer)
+    text = unicodedata.normalize("NFKC", answer)  # full-width letters and brackets of Chinese models
     text = _THINKING.sub("", text).replace("\u3002", ". ")
     for pattern, new in MARKUP:
         text = re.sub(pattern, new, text)
@@ -126,6 +129,7 @@ def _clean(answer: str) -> str:
 # Letters that are stated ---------------------------------------------------------------------------------------------
 def _stated_letters(text: str, words: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
     """Letters that the answer gives as its answer."""
+    # In three places: at the start, behind "the answer is", and before "is correct".
     letter = _letter_at_start(text, words)
     if letter is not None:
         yield letter
@@ -154,24 +158,23 @@ def _letter_at_start(
         return None
     bracket, letter, text_behind = match.groups()
     words_behind = option_words(text_behind)
-    others = [w for k, w in words.items() if k != letter]
+    option = words[letter]
+    others = [option_b for letter_b, option_b in words.items() if letter_b != letter]
     # "B text": the text of this option, and of no other, makes any mark needless.
-    if (
-        words_behind
-        and words_behind == words[letter]
-        and words_behind not in others
-        and "?" not in text_behind
-    ):
+    has_own_text = bool(words_behind) and words_behind == option and words_behind not in others
+    if has_own_text and "?" not in text_behind:
         return letter
+    # Otherwise a bracket, a mark or the end must show that the letter is no word: "A nodule" is none.
     in_brackets = bool(bracket) and re.match(r"\s*[.:]?[)\]}']", text_behind)
     ends = _END_OF_LETTER + (_END_IN_SENTENCE if in_sentence else "")
     if not in_brackets and not re.match(ends, text_behind):
         return None
-    if _is_denied_behind(text_behind, words_behind, words[letter]):
+    if _is_denied_behind(text_behind, words_behind, option):
         return None
-    if words_behind and (
-        _names_other(words_behind, words[letter], others) or _is_name_part(letter, words_behind, words)
-    ):
+    if not words_behind:
+        return letter
+    # What follows must not contradict the letter, nor make it a part of a name.
+    if _names_other(words_behind, option, others) or _is_name_part(letter, words_behind, words):
         return None
     return letter
 
@@ -193,11 +196,9 @@ def _names_other(
     for other_option in others:
         if words_behind == other_option and words_behind != option:
             return True
-        if (
-            not _is_slight(words_behind)
-            and _contains(other_option, words_behind)
-            and not _contains(option, words_behind)
-        ):
+        # "B. adenocarcinoma" where A is "lung adenocarcinoma" and B "squamous carcinoma".
+        in_other_only = _contains(other_option, words_behind) and not _contains(option, words_behind)
+        if in_other_only and not _is_slight(words_behind):
             return True
     return False
 
@@ -210,6 +211,7 @@ def _is_name_part(letter: str, words_behind: tuple[str, ...], words: Mapping[str
 
 def _is_doubted(text: str, position: int) -> bool:
     """Whether the sentence before a position denies or doubts."""
+    # Only the sentence that leads to the position: "It is not clear-cut. The answer is B" is no denial.
     sentence = re.split(r"[.!?;\n]", text[:position])[-1]
     return not _DOUBTING_WORDS.isdisjoint(option_words(sentence))
 
@@ -221,6 +223,7 @@ def _other_letters(text: str, table: Mapping[str, str], *, stated: bool) -> set[
         stated: a letter is given as the answer: then later sentences may say why others are not it.
     """
     # The longest first: an option may be part of another.
+    # Texts of one letter stay: taking them out would hide that very letter.
     for option in sorted(table.values(), key=len, reverse=True):
         if len(option.strip()) > 1:
             phrase = r"\s+".join(map(re.escape, option.split()))
@@ -240,8 +243,11 @@ def _other_letters(text: str, table: Mapping[str, str], *, stated: bool) -> set[
 def _without_rejections(text: str) -> str:
     """A text without those sentences behind the first that say why something is not the answer."""
     first, *more = re.split(r"(?<=[.!;\n])(?=\s)", text)
-    remaining = [sentence for sentence in more if _REJECTING_WORDS.isdisjoint(option_words(sentence))]
-    return "".join([first, *remaining])
+    remaining = [first]
+    for sentence in more:
+        if _REJECTING_WORDS.isdisjoint(option_words(sentence)):
+            remaining.append(sentence)
+    return "".join(remaining)
 
 
 # Texts of options that are named -------------------------------------------------------------------------------------
@@ -250,11 +256,14 @@ def _named_option(text: str, words: Mapping[str, tuple[str, ...]]) -> str:
     plain = plain_text(_LEAD_IN.sub("", text))
     tokens = list(TOKEN.finditer(plain))
     answer_words = tuple(token[0] for token in tokens)
-    same = [letter for letter, option in words.items() if option and option == without_article(answer_words)]
-    if "?" in text:
+    if "?" in text:  # a question back
         return ""
+    # The plainest case: the answer is the text of one option and nothing else. Two options may have one text.
+    whole_answer = without_article(answer_words)
+    same = [letter for letter, option in words.items() if option and option == whole_answer]
     if same:
         return same[0] if len(same) == 1 else ""
+    # Otherwise a sentence that holds the text of exactly one option.
     spans = _longest_spans(answer_words, words)
     letters = {letter for *_, letter in spans}
     if len(letters) != 1:
@@ -267,8 +276,11 @@ def _named_option(text: str, words: Mapping[str, tuple[str, ...]]) -> str:
         if _is_slight(answer_words[start:end]) and not _ends_answer(answer_words, start, end):
             return ""
         inside.update(range(start, end))
+    # Words of denial within the option's own text ("no tumour") are its meaning, others deny it.
     outside = [word for i, word in enumerate(answer_words) if i not in inside]
-    return letters.pop() if _DOUBTING_WORDS.isdisjoint(outside) else ""
+    if not _DOUBTING_WORDS.isdisjoint(outside):
+        return ""
+    return letters.pop()
 
 
 def _longest_spans(
@@ -285,8 +297,12 @@ def _longest_spans(
                 spans.append((start, end, letter))
     longest = []
     for start, end, letter in spans:
-        longer = any(s <= start and end <= e and e - s > end - start for s, e, _ in spans)
-        if not longer:
+        # "grade 1" within "grade 1-2" is not what was meant.
+        covered = False
+        for start_b, end_b, _ in spans:
+            if start_b <= start and end <= end_b and end_b - start_b > end - start:
+                covered = True
+        if not covered:
             longest.append((start, end, letter))
     return longest
 
@@ -295,6 +311,7 @@ def _is_phrase(plain: str, tokens: Sequence[re.Match[str]], start: int, end: int
     """Whether the tokens are a phrase of their own: no word beside makes another thing of them
     ("micro-invasive", "... in situ").
     """
+    # On the left: the start of the answer, a word that leads in, or a mark behind a word of substance.
     left = start == 0 or tokens[start - 1][0] in _WORDS_BEFORE
     if start and not left:
         before = tokens[start - 1]
@@ -302,7 +319,9 @@ def _is_phrase(plain: str, tokens: Sequence[re.Match[str]], start: int, end: int
         left = bool(re.search(r"[.,;:!\n]", gap)) and not _is_slight([before[0]])
     if end == len(tokens):
         return left
-    after, gap = tokens[end][0], plain[tokens[end - 1].end() : tokens[end].start()]
+    # On the right: the same, except that "in situ" makes another disease of a carcinoma.
+    after = tokens[end][0]
+    gap = plain[tokens[end - 1].end() : tokens[end].start()]
     if after == "in" and [token[0] for token in tokens[end + 1 : end + 2]] == ["situ"]:
         return False
     if after in _WORDS_AFTER:
@@ -313,9 +332,8 @@ def _is_phrase(plain: str, tokens: Sequence[re.Match[str]], start: int, end: int
 
 def _ends_answer(answer_words: Sequence[str], start: int, end: int) -> bool:
     """Whether a slight option ends the answer, and nothing else in it is as slight (an article is not)."""
-    return end == len(answer_words) and not any(
-        _is_slight([word]) for word in answer_words[:start] if word != "a"
-    )
+    slight = [word for word in answer_words[:start] if word != "a" and _is_slight([word])]
+    return end == len(answer_words) and not slight
 
 
 def _is_slight(words: Iterable[str]) -> bool:
@@ -325,5 +343,6 @@ def _is_slight(words: Iterable[str]) -> bool:
 
 
 def _contains(words: Sequence[str], part: Sequence[str]) -> bool:
+    """Whether `part` stands in `words` without a gap."""
     starts = range(len(words) - len(part) + 1)
     return any(tuple(words[i : i + len(part)]) == tuple(part) for i in starts)

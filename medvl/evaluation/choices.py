@@ -2,6 +2,7 @@
 likeliest option.
 """
 
+import math
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,8 +30,10 @@ def letter_options(options: Options) -> dict[str, str]:
     if isinstance(options, Mapping):
         table = dict(options)
     else:
+        # Behind Z come other signs; the check of the letters below refuses them.
         table = {chr(ord("A") + i): text for i, text in enumerate(options)}
     letters = all(isinstance(k, str) and re.fullmatch("[A-Z]", k) for k in table)
+    # A string is a sequence too, of its characters.
     if not table or isinstance(options, str) or not letters:
         raise ValueError(
             f"letter_options: needs 1 to 26 options with letters from A to Z, got {options!r:.80}"
@@ -56,13 +59,16 @@ def split_options(text: str) -> tuple[str, dict[str, str]]:
         (question, {letter: option}), texts stripped; (text, {}) where it holds no options.
     """
     for mark in ").:":  # the rarest in prose first
+        # Behind a letter and its mark stands a space or a word, but not a single letter with a point: "U.S.".
         pattern = rf"(?:(?<=[\s?.,;:])|^)\(?([A-Z]){re.escape(mark)}(?=\s|$|[^\W_](?!\.))"
         matches = _rising_letters(list(re.finditer(pattern, text)))
+        # Two marks without an "A" may as well be initials.
         needed = 2 if matches and matches[0][1] == "A" else 3
         if len(matches) >= needed:
             break
     else:
         return text, {}
+    # Each option ends where the next mark begins.
     ends = [match.start() for match in matches[1:]] + [len(text)]
     options = {}
     for match, end in zip(matches, ends, strict=True):
@@ -79,7 +85,9 @@ def letters_by_likelihood(scores: Iterable[Iterable[float]], options: Sequence[O
         ValueError: as `letter_options`; another number of rows, fewer scores than options, or a score of an
             option that is nan.
     """
-    rows = [[float(v) for v in row] for row in scores]
+    rows = []
+    for row in scores:
+        rows.append([float(score) for score in row])
     if len(rows) != len(options):
         raise ValueError(
             f"letters_by_likelihood: needs the options of every row, got {len(rows)} rows and "
@@ -88,10 +96,12 @@ def letters_by_likelihood(scores: Iterable[Iterable[float]], options: Sequence[O
     letters = []
     tables = map(letter_options, options)
     for i, (row, table) in enumerate(zip(rows, tables, strict=True)):
-        if len(row) < len(table) or any(v != v for v in row[: len(table)]):
+        # nan would win or lose by its place, as comparisons with it are false.
+        if len(row) < len(table) or any(math.isnan(score) for score in row[: len(table)]):
             raise ValueError(
                 f"letters_by_likelihood: row {i} needs a number for each of {len(table)} options, got {row}"
             )
+        # `max` returns the first of equals. The row may be longer: what is behind the options is padding.
         best, _ = max(zip(table, row, strict=False), key=lambda pair: pair[1])
         letters.append(best)
     return letters
@@ -112,6 +122,7 @@ def option_words(text: str) -> tuple[str, ...]:
 def plain_text(text: str) -> str:
     """Lower case, one kind of dash, no apostrophes, "n't" as "not"."""
     text = unicodedata.normalize("NFKC", text).casefold()
+    # In this order: "can't" holds an "n't", and what apostrophes are left are none of a negation.
     rules = (
         *MARKUP,
         ("[\u2010-\u2015\u2212]", "-"),
@@ -138,6 +149,7 @@ def _rising_letters(matches: list[re.Match[str]]) -> list[re.Match[str]]:
     # The best run that ends in each mark.
     runs: list[list[re.Match[str]]] = []
     for match in matches:
+        # The mark alone, or behind each earlier run that it can continue.
         candidates = [[match]]
         for run in runs:
             if run[-1][1] < match[1]:
@@ -148,5 +160,6 @@ def _rising_letters(matches: list[re.Match[str]]) -> list[re.Match[str]]:
 
 def _run_rank(run: list[re.Match[str]]) -> tuple[int, int, int]:
     """(length less the letters that are left out, length, where it starts)."""
+    # A run without gaps has span + 1 letters; each letter that is left out takes one off the length.
     span = ord(run[-1][1]) - ord(run[0][1])
     return 2 * len(run) - span, len(run), run[0].start()

@@ -20,7 +20,9 @@ Array = np.ndarray
 Statistics = Callable[[Array, Array, Array | None], dict[str, Array]]
 Rule = Literal["youden", "f1", "corner"]
 
-_REPLICATES = 64  # per pass: [n, 64] float64 stays near the cache, and memory does not grow with the number of replicates
+# Bootstrap replicates per pass: [n, 64] float64 stays near the cache, and memory does not grow with the
+# number of replicates.
+_REPLICATES = 64
 
 
 @frozen(kw_only=True)
@@ -93,12 +95,18 @@ def at_threshold(scores: Any, labels: Any, thresholds: Any, weights: Any = None)
         "F1"). All nan where one class is missing; precision also where nothing was called positive.
     """
     s, y = checked(scores, labels)
-    t, w = _array(thresholds), _weights(weights, len(s))
+    t = _array(thresholds)
+    w = _weights(weights, len(s))
     if t.shape != (s.shape[1],):
         raise ValueError(f"at_threshold: thresholds must be [{s.shape[1]}], one per finding, got {t.shape}")
-    called, total = s >= t, w.sum(0)[:, None]
-    tp, fp, pos = np.split(w.T @ np.hstack([called & y, called & ~y, y]).astype(float), 3, axis=1)
-    fn, neg = pos - tp, total - pos
+    # The confusion matrix of every finding in every replicate, each part [r, c]. One matrix product counts
+    # all three indicators at once; the other parts follow from the totals.
+    called = s >= t
+    indicators = np.hstack([called & y, called & ~y, y]).astype(float)  # [n, 3 c]
+    tp, fp, pos = np.split(w.T @ indicators, 3, axis=1)
+    total = w.sum(0)[:, None]  # [r, 1]
+    neg = total - pos
+    fn = pos - tp
     tn = neg - fp
     f1_positive = ratio(2 * tp, 2 * tp + fp + fn)
     f1_negative = ratio(2 * tn, 2 * tn + fp + fn)
@@ -110,9 +118,14 @@ def at_threshold(scores: Any, labels: Any, thresholds: Any, weights: Any = None)
         "f1": f1_positive,
         "f1_weighted": ratio(pos * f1_positive + neg * f1_negative, total),
     }
+    # A replicate without one of the classes has no value: accuracy alone would still give one, and the
+    # metrics would then be means over different replicates.
     defined = (pos > 0) & (neg > 0) & ~np.isnan(t)
-    values = {k: np.where(defined, v, np.nan) for k, v in values.items()}
-    return values if weights is not None else {k: v[0] for k, v in values.items()}
+    for name, value in values.items():
+        values[name] = np.where(defined, value, np.nan)
+    if weights is None:  # without weights there is one row, of ones
+        return {name: value[0] for name, value in values.items()}
+    return values
 
 
 def roc_curve(scores: Any, labels: Any) -> tuple[Array, Array, Array]:
@@ -121,7 +134,9 @@ def roc_curve(scores: Any, labels: Any) -> tuple[Array, Array, Array]:
     """
     s, y = checked(_array(scores)[:, None], _array(labels)[:, None])
     thresholds, tp, fp = _steps(s[:, 0], y[:, 0])
-    fpr, tpr = ratio(fp, fp[-1:]), ratio(tp, tp[-1:])
+    # With the lowest threshold everything is called positive, so the last counts are the totals.
+    fpr = ratio(fp, fp[-1:])
+    tpr = ratio(tp, tp[-1:])
     return np.r_[0.0, fpr], np.r_[0.0, tpr], np.r_[np.inf, thresholds]
 
 
@@ -175,9 +190,12 @@ def bootstrap(
             f"bootstrap: n must be 1 or more and level between 0 and 1, got n={n}, level={level}"
         )
     point = statistics(s, y, None)
+    # A replicate is not a copy of the rows but a weight for each: all rows of a patient get the number of
+    # times that the patient was drawn.
     blocks = []
     for start in track(range(0, n, _REPLICATES), "drawing replicates"):
-        draws = torch.randint(k, (min(_REPLICATES, n - start), k), generator=gen).numpy()
+        block_size = min(_REPLICATES, n - start)
+        draws = torch.randint(k, (block_size, k), generator=gen).numpy()
         counts = [np.bincount(d, minlength=k) for d in draws]
         weights = np.stack(counts, 1).astype(np.float64)  # [k, r]: how often each group was drawn
         blocks.append(statistics(s, y, weights[rows]))
@@ -210,8 +228,10 @@ def group_recall_at(
             f"group_recall_at: similarity must be finite and every k within 1..{sim.shape[1]}, got "
             f"k={list(ks)}"
         )
-    codes = group_codes([*groups_q, *groups_g])[0]
-    same = codes[: len(sim), None] == codes[None, len(sim) :]
+    # Queries and gallery are numbered together, so that one group has the same code in both.
+    codes, _ = group_codes([*groups_q, *groups_g])
+    query_codes, gallery_codes = codes[: len(sim)], codes[len(sim) :]
+    same = query_codes[:, None] == gallery_codes[None, :]  # [q, g]
     lost = int((~same.any(1)).sum())
     if lost:
         raise ValueError(
@@ -225,7 +245,8 @@ def group_recall_at(
 def _check_values(expected: str, table: Array, bad: Array, findings: Sequence[str]) -> None:
     """Raise where a value [n, c] is bad; names the first column with such, and its first row."""
     if bad.any():
-        column, row = (int(k) for k in np.argwhere(bad.T)[0])
+        # Transposed: `argwhere` goes row by row, and the first column is wanted.
+        column, row = np.argwhere(bad.T)[0].tolist()
         name = repr(findings[column]) if findings else str(column)
         raise ValueError(
             f"metrics: every value must be a {expected}, found {table[row, column]} in column {name}, "
@@ -234,12 +255,14 @@ def _check_values(expected: str, table: Array, bad: Array, findings: Sequence[st
 
 
 def _array(x: Any) -> Array:
+    """Any array or tensor as float64 on the CPU."""
     if isinstance(x, torch.Tensor):
-        return x.detach().to("cpu", torch.float64).numpy()
+        return x.detach().to("cpu", torch.float64).numpy()  # numpy has no bfloat16, so torch converts
     return np.asarray(x, dtype=np.float64)
 
 
 def _weights(weights: Any, n: int) -> Array:
+    """Weights [n, r]; without any, one column in which every row counts once."""
     if weights is None:
         return np.ones((n, 1))
     w = _array(weights)
@@ -249,9 +272,11 @@ def _weights(weights: Any, n: int) -> Array:
 
 
 def _per_finding(f: Callable[[Array, Array, Array], Array], scores: Any, labels: Any, weights: Any) -> Array:
+    """`f(scores [n], labels [n], weights [n, r]) -> [r]` for every finding: [c], or [r, c] with weights."""
     s, y = checked(scores, labels)
     w = _weights(weights, len(s))
-    values = np.stack([f(s[:, j], y[:, j], w) for j in range(s.shape[1])], -1)
+    columns = [f(s[:, j], y[:, j], w) for j in range(s.shape[1])]
+    values = np.stack(columns, -1)
     return values if weights is not None else values[0]
 
 
@@ -259,25 +284,38 @@ def _auroc(s: Array, y: Array, w: Array) -> Array:
     """Weight of (positive above negative) pairs over that of all pairs: one cumulative sum over the sorted
     negatives.
     """
-    pos, neg = _sorted(s, y), _sorted(s, ~y)
-    below = _cumulative(w[neg])
-    low, high = (np.searchsorted(s[neg], s[pos], side) for side in ("left", "right"))
-    wins = below[low] if (low == high).all() else (below[low] + below[high]) / 2
-    return ratio(np.einsum("kr,kr->r", w[pos], wins), w[pos].sum(0) * below[-1])
+    pos = _sorted(s, y)
+    neg = _sorted(s, ~y)
+    below = _cumulative(w[neg])  # [number of negatives + 1, r]
+    # For each positive: how many negatives score lower, and how many lower or the same.
+    low = np.searchsorted(s[neg], s[pos], "left")
+    high = np.searchsorted(s[neg], s[pos], "right")
+    wins = below[low]
+    if (low != high).any():  # without ties the second lookup is spared
+        wins = (wins + below[high]) / 2
+    pairs_won = np.einsum("kr,kr->r", w[pos], wins)
+    all_pairs = w[pos].sum(0) * below[-1]
+    return ratio(pairs_won, all_pairs)
 
 
 def _average_precision(s: Array, y: Array, w: Array) -> Array:
     """Mean over positives of the precision among all that score at least as high."""
-    pos, neg = _sorted(s, y), _sorted(s, ~y)
-    right, wrong = _cumulative(w[pos]), _cumulative(w[neg])
+    pos = _sorted(s, y)
+    neg = _sorted(s, ~y)
+    right = _cumulative(w[pos])
+    wrong = _cumulative(w[neg])
+    # At the score of each positive, all rows from there up are called positive; "left" takes ties along.
     tp = right[-1] - right[np.searchsorted(s[pos], s[pos], "left")]
     fp = wrong[-1] - wrong[np.searchsorted(s[neg], s[pos], "left")]
-    # Where both are 0 the positive has no weight either.
+    # Where both are 0 the positive has no weight either, so any finite number will do for its precision.
     precision = tp / np.maximum(tp + fp, np.finfo(float).tiny)
-    return np.where(wrong[-1] > 0, ratio(np.einsum("kr,kr->r", w[pos], precision), right[-1]), np.nan)
+    mean_precision = ratio(np.einsum("kr,kr->r", w[pos], precision), right[-1])
+    # Without a negative the precision is 1 whatever the scores are: no value rather than a perfect one.
+    return np.where(wrong[-1] > 0, mean_precision, np.nan)
 
 
 def _sorted(s: Array, keep: Array) -> Array:
+    """The numbers of the rows to keep, in rising order of their scores."""
     rows = np.flatnonzero(keep)
     return rows[np.argsort(s[rows])]
 
@@ -287,10 +325,12 @@ def _cumulative(w: Array) -> Array:
     five times as long.
     """
     n, r = w.shape
+    # About sqrt(n) blocks of sqrt(n) rows: both loops below are then short.
     size = math.isqrt(n) + 1
     padded = np.zeros((1 + size * (n // size + 1), r))
     padded[1 : n + 1] = w
-    blocks = padded[1:].reshape(-1, size, r)
+    blocks = padded[1:].reshape(-1, size, r)  # a view: the sums are written into `padded`
+    # First within all blocks at once, then each block gets the total of those before it.
     for i in range(1, size):
         blocks[:, i] += blocks[:, i - 1]
     blocks[1:] += np.cumsum(blocks[:-1, -1], 0)[:, None]
@@ -300,6 +340,7 @@ def _cumulative(w: Array) -> Array:
 def ratio(a: Array, b: Array) -> Array:
     """a / b, nan where b is not above 0."""
     a, b = np.broadcast_arrays(a, b)
+    # `where` skips the division instead of mending its result, so numpy has nothing to warn of.
     return np.divide(a, b, out=np.full(a.shape, np.nan), where=b > 0)
 
 
@@ -308,25 +349,45 @@ def _steps(s: Array, y: Array) -> tuple[Array, Array, Array]:
     there up.
     """
     order = np.argsort(-s, kind="stable")
-    last = np.r_[np.flatnonzero(np.diff(s[order])), len(s) - 1]  # the last row of each run of equal scores
+    # A threshold cannot cut between equal scores: only the last row of each run of them is a step.
+    last = np.r_[np.flatnonzero(np.diff(s[order])), len(s) - 1]
     tp = np.cumsum(y[order])[last]
-    return s[order][last], tp.astype(float), (last + 1 - tp).astype(float)
+    fp = last + 1 - tp
+    return s[order][last], tp.astype(float), fp.astype(float)
 
 
 def _best(s: Array, y: Array, rule: Rule) -> float:
+    """The best threshold of one finding, from its scores and labels [n]."""
     if y.all() or not y.any():
         return float("nan")
     thresholds, tp, fp = _steps(s, y)
-    tpr, fpr = tp / tp[-1], fp / fp[-1]
-    gain = {"youden": tpr - fpr, "f1": 2 * tp / (tp + fp + tp[-1]), "corner": -np.hypot(1 - tpr, fpr)}[rule]
-    i = int(np.argmax(gain))
-    middle = (thresholds[i] + thresholds[min(i + 1, len(thresholds) - 1)]) / 2
-    return float(middle if i + 1 < len(thresholds) and middle > thresholds[i + 1] else thresholds[i])
+    tpr = tp / tp[-1]
+    fpr = fp / fp[-1]
+    if rule == "youden":
+        gain = tpr - fpr
+    elif rule == "f1":
+        gain = 2 * tp / (tp + fp + tp[-1])
+    else:
+        gain = -np.hypot(1 - tpr, fpr)
+    i = int(np.argmax(gain))  # the first of equals: the highest threshold
+    if i + 1 == len(thresholds):
+        return float(thresholds[i])
+    # Halfway to the next lower score, so that new scores near the limit fall on the nearer side. Between
+    # neighbouring floats the middle rounds to the lower one, which would call that score positive too.
+    middle = (thresholds[i] + thresholds[i + 1]) / 2
+    return float(middle if middle > thresholds[i + 1] else thresholds[i])
 
 
 def _intervals(value: Array, replicates: Array, tail: float) -> Intervals:
+    """Intervals from the value [c] of the sample and those [r, c] of its replicates.
+
+    Args:
+        tail: share of the replicates beyond each bound.
+    """
     defined = ~np.isnan(value)
-    low, high = np.array([_bounds(column, tail) for column in replicates.T]).T
+    bounds = [_bounds(column, tail) for column in replicates.T]
+    low, high = np.array(bounds).T
+    # The mean is taken within each replicate, so its interval knows how the findings vary together.
     means = _nanmean(replicates[:, defined])
     mean_low, mean_high = _bounds(means, tail)
     return Intervals(
@@ -342,17 +403,23 @@ def _intervals(value: Array, replicates: Array, tail: float) -> Intervals:
 
 
 def _bounds(replicates: Array, tail: float) -> tuple[float, float]:
+    """The two quantiles of those replicates that have a value."""
     defined = replicates[~np.isnan(replicates)]
-    low, high = np.quantile(defined, [tail, 1 - tail]) if len(defined) else (np.nan, np.nan)
+    if not len(defined):
+        return float("nan"), float("nan")
+    low, high = np.quantile(defined, [tail, 1 - tail])
     return float(low), float(high)
 
 
 def _nanmean(x: Array) -> Array:
+    """[r, c] -> [r]. Unlike numpy's it does not warn where a row holds only nan."""
     return ratio(np.nansum(x, 1), (~np.isnan(x)).sum(1))
 
 
 def group_codes(groups: Sequence[Any]) -> tuple[Array, int]:
     """(int64 [n], k): the groups as numbers 0 to k - 1, in order of first appearance."""
     groups = groups.tolist() if isinstance(groups, torch.Tensor | np.ndarray) else list(groups)
-    number = {g: i for i, g in enumerate(dict.fromkeys(groups))}
-    return np.array([number[g] for g in groups], dtype=np.int64), len(number)
+    distinct = dict.fromkeys(groups)  # keeps the order of first appearance, as a set would not
+    number = {group: i for i, group in enumerate(distinct)}
+    codes = [number[group] for group in groups]
+    return np.array(codes, dtype=np.int64), len(number)

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,16 @@ def roc(scores: Any, labels: Any, findings: Sequence[str]) -> bytes:
     """
     s, y = metrics.checked(scores, labels, findings)
     area = metrics.auroc(s, y)
-    curves_of_findings = [metrics.roc_curve(s[:, j], y[:, j])[:2] for j in range(s.shape[1])]
+    curves_of_findings = []
+    for j in range(s.shape[1]):
+        fpr, tpr, _ = metrics.roc_curve(s[:, j], y[:, j])
+        curves_of_findings.append((fpr, tpr))
+    # The best finding first; those without an AUROC at the end.
     order = np.argsort(-np.nan_to_num(area, nan=-1.0), kind="stable")
     columns = min(6, len(order))
     figure, axes = _grid(len(order), columns, width=2.15, height=2.5)
     for axis, j in zip(axes, order, strict=True):
+        # From the back: all findings in grey, the diagonal of chance, this finding, its numbers.
         for curve in curves_of_findings:
             axis.plot(*curve, color=_GREY, lw=0.6, zorder=1)
         axis.plot([0, 1], [0, 1], color=_INK, lw=0.6, ls=":", zorder=2)
@@ -60,9 +65,8 @@ def roc(scores: Any, labels: Any, findings: Sequence[str]) -> bytes:
             zorder=4,
         )
         axis.set_title(_wrap(findings[j]), fontsize=9)
-        axis.set(
-            xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal", xticks=[0, 0.5, 1], yticks=[0, 0.5, 1]
-        )
+        limits, ticks = (-0.02, 1.02), [0, 0.5, 1]  # a little beyond 0 and 1: curves run along the edges
+        axis.set(xlim=limits, ylim=limits, aspect="equal", xticks=ticks, yticks=ticks)
     figure.supxlabel("1 - specificity", fontsize=9)
     figure.supylabel("sensitivity", fontsize=9)
     return _png(figure)
@@ -80,12 +84,16 @@ def intervals(rows: Sequence[Result], metric: str = "auroc") -> bytes:
         raise ValueError(
             f"intervals: needs rows of {metric!r} with each subject once, got {len(chosen)} rows of {present}"
         )
+    # The mean last, before it what has no value: nan would make the order of the others depend on its place.
     chosen.sort(key=lambda r: (r.subject == "mean", math.isnan(r.value), -r.value))
     figure, (axis,) = _grid(1, 1, width=7.2, height=1.0 + 0.27 * len(chosen))
+    # The axis shows what there is, not 0 to 1: intervals of a good model lie in a small part of that.
     values: list[float] = []
     for r in chosen:
         values += [v for v in (r.value, r.low, r.high) if not math.isnan(v)]
-    left, right = (min(values), max(values)) if values else (0.0, 1.0)
+    left, right = 0.0, 1.0
+    if values:
+        left, right = min(values), max(values)
     margin = 0.08 * max(right - left, 0.05)
     for i, r in enumerate(chosen):
         color, marker = _BLUE, "o"
@@ -93,14 +101,16 @@ def intervals(rows: Sequence[Result], metric: str = "auroc") -> bytes:
             color, marker = _ORANGE, "D"
         axis.plot([r.low, r.high], [i, i], color=color, lw=2, solid_capstyle="round")
         axis.plot([r.value], [i], marker, color=color, ms=6)
+        # This transform takes x as a share of the axis and y in data: the label stands right of the frame.
         axis.text(
             1.01, i, _interval_label(r), transform=axis.get_yaxis_transform(), va="center", fontsize=8.5
         )
+    # The level of chance, where it is near what the axis shows.
     if metric == "auroc" and left - margin < 0.5:
         axis.axvline(0.5, color=_INK, lw=0.8, ls=":")
     axis.set(
         xlim=(left - margin, right + margin),
-        ylim=(len(chosen) - 0.5, -0.5),
+        ylim=(len(chosen) - 0.5, -0.5),  # from the top down
         xlabel=f"{_TITLES.get(metric, metric)}, 95 % interval by patient",
     )
     axis.set_yticks(range(len(chosen)), [r.subject or metric for r in chosen])
@@ -121,15 +131,19 @@ def curves(path: files.PathLike) -> bytes:
     panels = _group_panels(_read_log(Path(path)))
     if not panels:
         raise ValueError(f"{path}: has no line with numbers beside its step")
-    columns = 2 if len(panels) in (2, 4) else min(3, len(panels))
+    columns = min(3, len(panels))
+    if len(panels) in (2, 4):  # four panels as a square
+        columns = 2
     figure, axes = _grid(len(panels), columns, width=3.6, height=2.5)
     for axis, (name, series) in zip(axes, panels.items(), strict=True):
         for i, (key, points) in enumerate(series.items()):
             marker = "o" if len(points) < 40 else ""  # few points are shown one by one
+            # A resumed run writes steps again, so the file is not always in their order.
             steps = sorted(points)
             values = [points[step] for step in steps]
             style = _STYLES[i % len(_STYLES)]
             axis.plot(steps, values, **style, lw=1.5, marker=marker, ms=3, label=key)
+        # A panel with one curve needs no legend: its title is the full key, such as "val_loss".
         axis.set_title(name if len(series) > 1 else next(iter(series)), fontsize=10)
         axis.ticklabel_format(axis="y", scilimits=(-3, 5), useMathText=True)
         axis.grid(color=_GREY, lw=0.5)
@@ -166,8 +180,7 @@ def matrix(
 
     Args:
         values: [n, m]; nan cells are grey and hatched.
-        rows, columns: n and m names; a name of more than two lines is cut, of many small cells not every
-            name is shown.
+        rows, columns: n and m names; long ones are cut, of many small cells not every name is shown.
         x, y: what the columns and the rows are.
         label: what the values are, beside the colour bar.
         low, high: values of the lightest and the darkest colour, the least and the greatest value if None;
@@ -184,14 +197,18 @@ def matrix(
             f"got {list(v.shape)}, {int(np.isinf(v).sum())} infinite"
         )
     low, high, beyond = _color_limits(v, low, high)
+    # More cells than 20 x 20 are too small for numbers, and get single lines of names too.
     numbers = _cell_numbers(v, digits) if max(v.shape) <= 20 else []
     row_names = _short_names(rows, bool(numbers))
     column_names = _short_names(columns, bool(numbers))
 
     # Sizes in inches: the figure grows with its cells and names, so that no label covers another.
-    left, below = _longest_line(row_names), _longest_line(column_names)
+    left = _longest_line(row_names)
+    below = _longest_line(column_names)
     cell_width, cell_height = _cell_size(v.shape, numbers)
+    # Names and cells together at least 2.2 inches wide, so that the label of the axis has room.
     cell_width = max(cell_width, (2.2 - left) / v.shape[1])
+    # Names of columns that are wider than their cells are turned.
     angle = 0
     if below >= cell_width:
         angle = 45 if numbers else 90
@@ -200,21 +217,13 @@ def matrix(
     height = inner_height + 0.7 + below * math.sin(math.radians(angle))
 
     figure, (axis,) = _grid(1, 1, width=width, height=height)
-    mesh = axis.pcolormesh(
-        np.ma.masked_invalid(v),
-        cmap="Blues",
-        vmin=low,
-        vmax=high,
-        edgecolors="white",
-        linewidth=0.8 if numbers else 0.2,
-    )
-    # The background shows where a cell has no value.
-    axis.patch.set(facecolor=_GREY, hatch="" if numbers else "////", edgecolor="white")
-    _write_numbers(axis, mesh, v, numbers)
+    mesh = _draw_cells(axis, v, low, high, numbers)
+    # The first row on top, as in a table.
     _name_axes(axis, row_names, column_names, (cell_height, cell_width), angle)
     axis.set(xlabel=x, ylabel=y, ylim=(v.shape[0], 0))
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
+    # The width of the bar and its arrows in inches, whatever the height: `aspect` and `extendfrac` are shares.
     bar = figure.colorbar(
         mesh,
         ax=axis,
@@ -250,36 +259,36 @@ def lines(
     """
     points: dict[str, dict[float, tuple[float, ...]]] = {}
     for name, values_by_x in series.items():
-        points[name] = {
-            float(k): _check_point(f"lines: {name!r} at {k}", p) for k, p in sorted(values_by_x.items())
-        }
+        points[name] = {}
+        for k, estimate in sorted(values_by_x.items()):
+            points[name][float(k)] = _check_point(f"lines: {name!r} at {k}", estimate)
     references = references or {}
-    xs = sorted({k for by_x in points.values() for k in by_x})
+    # The points of one series may lie at other x than those of another.
+    xs = sorted(set().union(*points.values()))
     if not xs or not all(map(math.isfinite, [*xs, *references.values()])):
         raise ValueError(
             f"lines: needs at least one point, and finite x and references, got x {xs[:8]}, "
             f"references {references}"
         )
 
-    scale = math.log10 if xs[0] > 0 and xs[-1] >= 20 * xs[0] else float
+    # Values are drawn at their logarithm on a plain axis and the ticks labelled by hand: the offset between
+    # series is then the same everywhere.
+    logarithmic = xs[0] > 0 and xs[-1] >= 20 * xs[0]
+    scale = math.log10 if logarithmic else float
     start, end = scale(xs[0]), scale(xs[-1])
-    span = (end - start) or 1.0
+    span = (end - start) or 1.0  # one x only
     nearest = min((scale(b) - scale(a) for a, b in pairwise(xs)), default=span)
-    offset = min(0.012 * span, 0.5 * nearest / len(points))  # between two series
-    columns = max(1, min(4, int(7.2 / (0.75 + 0.08 * max(map(len, points))))))
-    legend_rows = -(-len(points) // columns)
+    # Between two series; all of them together take at most half of the way to the next x.
+    offset = min(0.012 * span, 0.5 * nearest / len(points))
+    columns = _legend_columns(points, width=7.2, handle=0.75)
+    legend_rows = math.ceil(len(points) / columns)
     figure, (axis,) = _grid(1, 1, width=7.2, height=3.9 + 0.2 * legend_rows)
-    handles: list[Any] = []
-    for i, by_x in enumerate(points.values()):
-        places = [scale(k) + (i - (len(points) - 1) / 2) * offset for k in by_x]
-        value, lows, highs = zip(*by_x.values(), strict=True) if by_x else ((), (), ())
-        # Seven colours and markers; after them the next kind of line.
-        style = _LINES[i % len(_LINES)] | {"ls": ("-", "--", "-.", ":")[i // len(_LINES) % 4]}
-        handles += axis.plot(places, value, **style, lw=1.6, ms=5, zorder=3)
-        axis.vlines(places, lows, highs, color=style["color"], lw=1.4, alpha=0.6, zorder=2)
-
-    plotted = [v for by_x in points.values() for p in by_x.values() for v in p]
-    bottom, top = _axis_limits([*plotted, *references.values()])
+    handles = _draw_series(axis, list(points.values()), scale, offset)
+    plotted = list(references.values())
+    for by_x in points.values():
+        for point in by_x.values():
+            plotted += point
+    bottom, top = _axis_limits(plotted)
     axis.set(xlim=(start - 0.05 * span, end + 0.05 * span), ylim=(bottom, top), xlabel=x, ylabel=y)
     labelled = _spaced(xs, scale, 0.035 * span)
     axis.set_xticks([scale(k) for k in labelled], [f"{k:g}" for k in labelled])
@@ -301,9 +310,10 @@ def compare(rows: Sequence[tuple[str, str, float, float, float]], x: str) -> byt
         ValueError: no rows, a group with one name twice, or a row whose value, low and high are not three
             finite numbers, low <= high.
     """
-    points = {
-        (group, name): _check_point(f"compare: {name!r} of {group!r}", tuple(p)) for group, name, *p in rows
-    }
+    points: dict[tuple[str, str], tuple[float, ...]] = {}
+    for group, name, *point in rows:
+        points[group, name] = _check_point(f"compare: {name!r} of {group!r}", tuple(point))
+    # A pair that occurs twice has overwritten the first of them.
     if not rows or len(points) < len(rows):
         pairs = [row[:2] for row in rows]
         twice = [pair for i, pair in enumerate(pairs) if pair in pairs[:i]]
@@ -313,23 +323,26 @@ def compare(rows: Sequence[tuple[str, str, float, float, float]], x: str) -> byt
     groups = list(dict.fromkeys(group for group, _ in points))
     names = list(dict.fromkeys(name for _, name in points))
     step = len(names) + 0.8  # lines of a group and the space behind it
-    columns = max(1, min(4, int(7.2 / (0.5 + 0.08 * max(map(len, names))))))
-    legend_rows = -(-len(names) // columns)
+    columns = _legend_columns(names, width=7.2, handle=0.5)
+    legend_rows = math.ceil(len(names) / columns)
     height = 0.9 + 0.2 * step * len(groups) + 0.2 * legend_rows
     figure, (axis,) = _grid(1, 1, width=8.2, height=height)
     handles: dict[str, Any] = {}
     for (group, name), (value, low, high) in points.items():
         place = groups.index(group) * step + names.index(name)
+        # By name, not by position: a group may lack some of the names.
         style = _LINES[names.index(name) % len(_LINES)]
         axis.plot([low, high], [place, place], color=style["color"], lw=2, solid_capstyle="round")
         (handles[name],) = axis.plot([value], [place], **style, ls="", ms=6)
         label = "no value" if math.isnan(value) else _format_interval(value, low, high)
         axis.text(1.01, place, label, transform=axis.get_yaxis_transform(), va="center", fontsize=8)
+    # Thin rules in the spaces between groups.
     for i in range(1, len(groups)):
         axis.axhline(i * step - 0.9, color=_GREY, lw=0.6)
-    plotted = [v for p in points.values() for v in p]
+    plotted = [value for point in points.values() for value in point]
     axis.set(xlim=_axis_limits(plotted), ylim=(len(groups) * step - 0.9, -0.9), xlabel=x)
     middles = [i * step + (len(names) - 1) / 2 for i in range(len(groups))]
+    # Names come from data: a "$" in one must not start a formula.
     axis.set_yticks(middles, [_wrap(group, 30, 2) for group in groups], parse_math=False)
     axis.tick_params(axis="y", length=0)
     axis.grid(axis="x", color=_GREY, lw=0.5)
@@ -344,8 +357,10 @@ _TITLES = {
     "balanced_accuracy": "balanced accuracy",
     "f1_weighted": "weighted F1",
 }
+# Behind text that stands on curves.
 _BOX = {"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 1.5}
 _COLORS = (_BLUE, _ORANGE, _GREEN, _PURPLE, _AMBER, _SKY, _INK)
+# Of curves of training: colour and line differ, so that prints in black and white can be read too.
 _STYLES = [
     {"color": _BLUE, "ls": "-"},
     {"color": _ORANGE, "ls": "--"},
@@ -353,18 +368,22 @@ _STYLES = [
     {"color": _PURPLE, "ls": ":"},
     {"color": _INK, "ls": "-"},
 ]
+# Of series with intervals: each colour has a marker of its own.
 _LINES = [{"color": color, "marker": marker} for color, marker in zip(_COLORS, "osD^vPX", strict=True)]
+# "train_loss", "val_loss" and "val/loss" belong into one panel.
 _SPLIT_PREFIX = re.compile(r"(train|val|valid|test)[_/]")
 
 
 def _grid(n: int, columns: int, width: float, height: float) -> tuple[Any, list]:
+    """A figure of n panels and their axes; width and height of one panel in inches."""
+    # Figure itself, not pyplot, which keeps every figure and may open a window. Imported here: it takes long.
     from matplotlib.figure import Figure
 
-    rows = -(-n // columns)
+    rows = math.ceil(n / columns)
     figure = Figure(figsize=(columns * width, rows * height), facecolor="white")
     figure.set_layout_engine("constrained", h_pad=0.08, w_pad=0.08)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axis in axes[n:]:
+    for axis in axes[n:]:  # places that the last row leaves empty
         axis.remove()
     for axis in axes[:n]:
         axis.tick_params(labelsize=8, color=_GREY)
@@ -374,6 +393,7 @@ def _grid(n: int, columns: int, width: float, height: float) -> tuple[Any, list]
 
 def _png(figure: Any) -> bytes:
     buffer = io.BytesIO()
+    # Without the name and version of the software the bytes depend on the drawing alone.
     figure.savefig(buffer, format="png", dpi=140, metadata={"Software": None})
     return buffer.getvalue()
 
@@ -389,16 +409,20 @@ def _interval_label(r: Result) -> str:
 
 
 def _format_interval(value: float, low: float, high: float) -> str:
-    return f"{value:.3f}" if math.isnan(low) else f"{value:.3f} [{low:.3f}, {high:.3f}]"
+    if math.isnan(low):
+        return f"{value:.3f}"
+    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _wrap(name: str, width: int = 22, max_lines: int | None = None) -> str:
     import textwrap
 
-    return "\n".join(textwrap.wrap(name, width, max_lines=max_lines, placeholder="…")) or name
+    wrapped = textwrap.wrap(name, width, max_lines=max_lines, placeholder="…")
+    return "\n".join(wrapped) or name  # nothing is left of a name of spaces
 
 
 def _check_point(context: str, point: tuple[float, ...]) -> tuple[float, ...]:
+    # Comparisons with nan are false, so bounds of nan pass.
     if len(point) != 3 or any(map(math.isinf, point)) or point[1] > point[2]:
         raise ValueError(f"{context}: must be (value, low, high), finite or nan, low <= high, got {point}")
     return point
@@ -410,10 +434,10 @@ def _color_limits(v: np.ndarray, low: float | None, high: float | None) -> tuple
     beyond them.
     """
     defined = v[~np.isnan(v)]
-    if not len(defined):
+    if not len(defined):  # the cells are all grey, but the colour bar needs a range
         defined = np.array([0.0, 1.0])
     least, greatest = float(defined.min()), float(defined.max())
-    margin = 0.0 if least < greatest else 0.5
+    margin = 0.0 if least < greatest else 0.5  # all values alike: they get the middle colour
     if low is None:
         low = least - margin
     if high is None:
@@ -423,8 +447,10 @@ def _color_limits(v: np.ndarray, low: float | None, high: float | None) -> tuple
             f"matrix: low must be below high, got {low:g} and {high:g}; the values lie in "
             f"{least:g}..{greatest:g}"
         )
+    # A limit that was rounded for the eye does not make its own value one beyond.
     rounding = 1e-5 * (high - low)
-    below, above = least < low - rounding, greatest > high + rounding
+    below = least < low - rounding
+    above = greatest > high + rounding
     if below and above:
         return low, high, "both"
     if below:
@@ -441,12 +467,15 @@ def _cell_numbers(v: np.ndarray, digits: int) -> list[list[str]]:
 
 
 def _short_names(names: Sequence[str], wrapped: bool) -> list[str]:
+    """Names of at most two lines, or of one where cells are small."""
     return [_wrap(name, 24, 2) if wrapped else name[:48] for name in names]
 
 
 def _longest_line(names: Sequence[str]) -> float:
     """The width in inches of the longest line of some names."""
-    return 0.075 * max(len(line) for name in names for line in name.split("\n"))
+    lines = "\n".join(names).split("\n")
+    # 0.075 inches is the mean width of a character in this font and size.
+    return 0.075 * max(len(line) for line in lines)
 
 
 def _cell_size(shape: tuple[int, ...], numbers: list[list[str]]) -> tuple[float, float]:
@@ -457,6 +486,22 @@ def _cell_size(shape: tuple[int, ...], numbers: list[list[str]]) -> tuple[float,
     else:
         width = height = max(0.16, 6 / max(shape))
     return min(width, 20 / shape[1]), min(height, 20 / shape[0])
+
+
+def _draw_cells(axis: Any, v: np.ndarray, low: float, high: float, numbers: list[list[str]]) -> Any:
+    """Draw the coloured cells and, where there are any, the numbers in them; returns the mesh."""
+    mesh = axis.pcolormesh(
+        np.ma.masked_invalid(v),
+        cmap="Blues",
+        vmin=low,
+        vmax=high,
+        edgecolors="white",
+        linewidth=0.8 if numbers else 0.2,
+    )
+    # The background shows where a cell has no value. Cells with numbers have a dash there and need no hatch.
+    axis.patch.set(facecolor=_GREY, hatch="" if numbers else "////", edgecolor="white")
+    _write_numbers(axis, mesh, v, numbers)
+    return mesh
 
 
 def _write_numbers(axis: Any, mesh: Any, v: np.ndarray, numbers: list[list[str]]) -> None:
@@ -475,15 +520,41 @@ def _name_axes(axis: Any, rows: list[str], columns: list[str], cell: tuple[float
         cell: (height, width) in inches.
         angle: of the names of columns, in degrees.
     """
+    # A line of text is 0.13 inches high, and the names of narrow columns stand upright.
     row_step, column_step = (max(1, math.ceil(0.13 / size)) for size in cell)
     rotation: dict[str, Any] = {}
     if angle:
+        # The end of a name, not its middle, stands below its column.
         vertical = "center" if angle == 90 else "top"
         rotation = {"rotation": angle, "ha": "right", "va": vertical, "rotation_mode": "anchor"}
     row_places = np.arange(0.5, len(rows))[::row_step]
     column_places = np.arange(0.5, len(columns))[::column_step]
     axis.set_yticks(row_places, rows[::row_step], parse_math=False)
     axis.set_xticks(column_places, columns[::column_step], parse_math=False, **rotation)
+
+
+# Parts of a plot of lines --------------------------------------------------------------------------------------------
+def _draw_series(
+    axis: Any, series: Sequence[Mapping[float, tuple[float, ...]]], scale: Any, offset: float
+) -> list[Any]:
+    """Draw each series {x: (value, low, high)} with its intervals; returns the lines for a legend.
+
+    Args:
+        scale: x -> place on the axis.
+        offset: between the places of two series at one x.
+    """
+    handles: list[Any] = []
+    for i, by_x in enumerate(series):
+        shift = (i - (len(series) - 1) / 2) * offset  # the series stand around their common x
+        places = [scale(k) + shift for k in by_x]
+        # A series without points still has its name in the legend.
+        values, lows, highs = zip(*by_x.values(), strict=True) if by_x else ((), (), ())
+        # Seven colours and markers; after them the next kind of line.
+        kind = ("-", "--", "-.", ":")[i // len(_LINES) % 4]
+        style = _LINES[i % len(_LINES)] | {"ls": kind}
+        handles += axis.plot(places, values, **style, lw=1.6, ms=5, zorder=3)
+        axis.vlines(places, lows, highs, color=style["color"], lw=1.4, alpha=0.6, zorder=2)
+    return handles
 
 
 # Axes and legends ----------------------------------------------------------------------------------------------------
@@ -517,9 +588,13 @@ def _spaced(xs: list[float], scale: Any, gap: float) -> list[float]:
     """
     spaced = xs[:1]
     for k in xs[1:-1]:
-        if scale(k) - scale(spaced[-1]) >= gap and scale(xs[-1]) - scale(k) >= gap:
+        from_last_label = scale(k) - scale(spaced[-1])
+        to_end = scale(xs[-1]) - scale(k)
+        if from_last_label >= gap and to_end >= gap:
             spaced.append(k)
-    return spaced + xs[1:][-1:]
+    if len(xs) > 1:
+        spaced.append(xs[-1])
+    return spaced
 
 
 def _spread(
@@ -530,10 +605,12 @@ def _spread(
     """
     order = sorted(named.items(), key=lambda item: item[1])
     places = [value for _, value in order]
+    # First upwards, each name above the one before; then back, for those that this pushed over the top.
     for i in range(1, len(places)):
         places[i] = max(places[i], places[i - 1] + gap)
     for i in range(len(places) - 1, -1, -1):
-        places[i] = min(places[i], top - gap * (len(places) - 1 - i))
+        names_above = len(places) - 1 - i
+        places[i] = min(places[i], top - gap * names_above)
     return order, places
 
 
@@ -541,20 +618,40 @@ def _readable(fill: Any) -> str:
     """Black or white, whichever stands out more: a contrast of 4.5 or more on any colour (WCAG 2.1, relative
     luminance).
     """
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in fill[:3]]
+    linear = []
+    for channel in fill[:3]:  # sRGB; the fourth is opacity
+        if channel <= 0.04045:
+            linear.append(channel / 12.92)
+        else:
+            linear.append(((channel + 0.055) / 1.055) ** 2.4)
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    return "black" if (luminance + 0.05) ** 2 > 1.05 * 0.05 else "white"
+    # Contrast is (lighter + 0.05) / (darker + 0.05). Black has luminance 0 and white 1, so black wins where
+    # (luminance + 0.05) / 0.05 > 1.05 / (luminance + 0.05).
+    if (luminance + 0.05) ** 2 > 1.05 * 0.05:
+        return "black"
+    return "white"
+
+
+def _legend_columns(names: Iterable[str], width: float, handle: float) -> int:
+    """How many names stand side by side below a figure of this width, 1 to 4.
+
+    Args:
+        width, handle: of the legend, and of one entry without its name, in inches.
+    """
+    longest = max(map(len, names))
+    return max(1, min(4, int(width / (handle + 0.08 * longest))))
 
 
 def _legend(figure: Any, handles: list, names: list[str], columns: int) -> None:
     legend = figure.legend(
         handles, names, loc="outside lower center", ncols=columns, fontsize=8.5, frameon=False
     )
-    for text in legend.get_texts():
+    for text in legend.get_texts():  # figure.legend has no `parse_math`
         text.set_parse_math(False)
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`."""
     try:
         content = path.read_bytes()
     except OSError as e:
@@ -563,7 +660,7 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(content.splitlines(), 1):
         try:
             lines.append(json.loads(line))
-        except (ValueError, RecursionError) as e:
+        except (ValueError, RecursionError) as e:  # deeply nested brackets overflow the parser
             raise ValueError(f"{path}, line {number}: must be a JSON object with a step ({e})") from e
         if not isinstance(lines[-1], dict) or not isinstance(lines[-1].get("step"), int):
             raise ValueError(
@@ -581,6 +678,7 @@ def _group_panels(lines: list[dict[str, Any]]) -> dict[str, dict[str, dict[int, 
                 continue
             if not isinstance(value, int | float) or isinstance(value, bool):
                 continue
+            # A later line with the same step overwrites the earlier one: that is the resumed run.
             panel = _SPLIT_PREFIX.sub("", key, count=1)
             panels.setdefault(panel, {}).setdefault(key, {})[line["step"]] = value
     return panels

@@ -20,6 +20,7 @@ from medvl.evaluation.results import Result
 
 NOTICE = "Research use only, not for diagnosis."
 
+# Columns of the table of findings behind the AUROC, in this order.
 _COLUMNS = ("auprc", "f1", "f1_weighted", "accuracy", "balanced_accuracy", "precision", "recall")
 _TITLES = {
     "auroc": "AUROC",
@@ -29,6 +30,7 @@ _TITLES = {
     "f1_weighted": "Weighted F1",
 }
 _ALL = "All results"
+# What the rows of one table share; it stands once above the table, not in every line.
 _FACTS = ("experiment", "split", "commit", "device")
 _DEFINITIONS = (
     "Intervals are 95 % percentile bootstrap intervals that resample patients. F1, precision and "
@@ -74,12 +76,14 @@ def write_report(
         raise ValueError("write_report: needs at least one result")
     _check_tables(tables, summary)
     named_figures = _name_figures(figures or {})
+    # All tables are made before the first file is written: a row that is twice there leaves no half report.
     sections: list[Section] = []
     for facts, section_rows in _group_by_facts(rows):
         for columns, lines in _result_tables(section_rows):
             sections.append((facts, columns, lines))
 
     folder = Path(folder)
+    # The figures come first: no page ever names one that is not there.
     for name, (_, png) in named_figures.items():
         with files.atomic(folder / "figures" / name) as tmp:
             tmp.write_bytes(png)
@@ -136,9 +140,13 @@ def pivot(
         n_of_line[line].add(r.n)
         n_of_column[column].add(r.n)
 
+    # n is written once where it can be: of a line, else of a column, else in every cell.
     any_n = any(r.n for r in cells.values())
-    by_line = any_n and all(len(n) == 1 for n in n_of_line.values())
-    by_column = any_n and not by_line and all(len(n) == 1 for n in n_of_column.values())
+    one_n_per_line = all(len(n) == 1 for n in n_of_line.values())
+    one_n_per_column = all(len(n) == 1 for n in n_of_column.values())
+    by_line = any_n and one_n_per_line
+    by_column = any_n and one_n_per_column and not by_line
+    by_cell = any_n and not by_line and not by_column
     if corner is None:
         corner = _title(down) if isinstance(down, str) else ""
     lines = []
@@ -147,7 +155,7 @@ def pivot(
         if by_line:
             body += n_of_line[name]
         for column in column_names:
-            body.append(_pivot_cell(cells.get((name, column)), any_n and not by_line and not by_column))
+            body.append(_pivot_cell(cells.get((name, column)), by_cell))
         lines.append(body)
     if by_line:
         return (corner, "n", *column_names), lines
@@ -168,6 +176,7 @@ def _pivot_cells(
         )
     cells: dict[tuple[str, str], Result] = {}
     for r in chosen:
+        # Two rows of one cell mean that another key tells them apart, such as the split: none is dropped.
         key = _key_value(r, down), _key_value(r, across)
         if key in cells:
             raise ValueError(
@@ -179,6 +188,7 @@ def _pivot_cells(
 
 
 def _key_value(r: Result, key: Key) -> str:
+    """What a key says of a row: by a function, a field, or `extra`, in this order."""
     if callable(key):
         return str(key(r))
     fields = attrs.asdict(r, recurse=False)
@@ -204,6 +214,7 @@ def _describe(r: Result) -> str:
 
 
 def _pivot_cell(r: Result | None, with_n: bool) -> Any:
+    """A number where that is all there is to say (tables then align it), else a text."""
     if r is None or math.isnan(r.value):
         return math.nan
     if math.isnan(r.low) and not with_n:
@@ -234,8 +245,10 @@ def _name_figures(figures: Mapping[str, bytes]) -> dict[str, tuple[str, bytes]]:
     """{file name: (caption, PNG)}."""
     named = {}
     for caption, png in figures.items():
+        # Letters, digits and hyphens make a name that every file system and link takes.
         stem = re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:60]
         named[f"{stem}.png"] = (caption, png)
+    # ".png": a caption without letters and digits.
     if len(named) < len(figures) or ".png" in named:
         raise ValueError(
             f"write_report: captions must give different file names, got {', '.join(map(repr, figures))}"
@@ -251,7 +264,8 @@ def _group_by_facts(rows: Sequence[Result]) -> list[tuple[dict[str, str], list[R
     """Rows that share experiment, split, commit and device, with these facts."""
     groups: dict[tuple[str, ...], list[Result]] = {}
     for r in rows:
-        groups.setdefault(tuple(getattr(r, name) for name in _FACTS), []).append(r)
+        values = tuple(getattr(r, name) for name in _FACTS)
+        groups.setdefault(values, []).append(r)
     sections = []
     for values, section_rows in groups.items():
         facts = {name.capitalize(): v for name, v in zip(_FACTS, values, strict=True) if v}
@@ -262,18 +276,24 @@ def _group_by_facts(rows: Sequence[Result]) -> list[tuple[dict[str, str], list[R
 def _result_tables(rows: list[Result]) -> list[Table]:
     """The table of findings with an AUROC, and that of all other metrics."""
     row_of = {(r.what, r.subject): r for r in rows}
+    # A metric that is there twice would be shown once, by the later row.
     if len(row_of) < len(rows):
         counts = Counter((r.what, r.subject) for r in rows)
-        twice = [
-            f"{metric} of {subject or 'all'}" for (metric, subject), count in counts.items() if count > 1
-        ]
+        twice = []
+        for (metric, subject), count in counts.items():
+            if count > 1:
+                twice.append(f"{metric} of {subject or 'all'}")
         raise ValueError(
             "write_report: each metric must be there once per finding, split and experiment, "
             f"found twice: {', '.join(twice[:4])}"
         )
+    # A subject with an AUROC is a finding, and its other metrics become columns of its line.
     findings = [r.subject for r in rows if r.what == "auroc"]
-    in_findings = {(metric, finding) for metric in ("auroc", *_COLUMNS) for finding in findings}
-    others = [r for r in rows if (r.what, r.subject) not in in_findings]
+    others = []
+    for r in rows:
+        in_finding_table = r.subject in findings and r.what in ("auroc", *_COLUMNS)
+        if not in_finding_table:
+            others.append(r)
     tables = []
     if findings:
         tables.append(_finding_table(row_of, findings))
@@ -283,7 +303,16 @@ def _result_tables(rows: list[Result]) -> list[Table]:
 
 
 def _finding_table(row_of: dict[tuple[str, str], Result], findings: list[str]) -> Table:
-    metrics = [metric for metric in _COLUMNS if any((metric, finding) in row_of for finding in findings)]
+    """One line per finding.
+
+    Args:
+        row_of: {(metric, finding): row}.
+    """
+    # Only columns in which some finding has a number.
+    metrics = []
+    for metric in _COLUMNS:
+        if any((metric, finding) in row_of for finding in findings):
+            metrics.append(metric)
     aurocs = [row_of["auroc", finding] for finding in findings]
     with_threshold = any(r.extra.get("threshold") is not None for r in aurocs)
     columns = ["Finding", "n", "Positives", "AUROC", "95 % interval", *map(_title, metrics)]
@@ -306,6 +335,7 @@ def _finding_table(row_of: dict[tuple[str, str], Result], findings: list[str]) -
 
 
 def _metric_table(rows: list[Result]) -> Table:
+    """One line per metric and subject; the columns of benches only where a row has such numbers."""
     timed = any(not math.isnan(r.latency_ms) or not math.isnan(r.peak_mib) for r in rows)
     columns = ["Metric", "Subject", "n", "Value", "95 % interval"]
     if timed:
@@ -327,6 +357,7 @@ def _markdown(
     figures: dict[str, tuple[str, bytes]],
     notes: Sequence[str],
 ) -> str:
+    """The page as blocks with an empty line between each two: title, notice, tables, notes, figures."""
     blocks = [f"# {_escape_line(title)}", f"**{NOTICE}**"]
     for caption, columns, lines in tables:
         blocks += [f"## {_escape_line(caption)}", _markdown_table(columns, lines)]
@@ -335,7 +366,8 @@ def _markdown(
     last_facts = None
     for facts, columns, lines in sections:
         if facts is not last_facts:  # both tables of a part have the same dict
-            blocks.append("\n".join(f"- {name}: {_escape_line(v)}" for name, v in facts.items()))
+            items = [f"- {name}: {_escape_line(value)}" for name, value in facts.items()]
+            blocks.append("\n".join(items))
             last_facts = facts
         blocks.append(_markdown_table(columns, lines))
     blocks += _definitions(sections)
@@ -343,6 +375,7 @@ def _markdown(
     for name, (caption, _) in figures.items():
         text = _escape_line(caption)
         blocks.append(f"![{text}](figures/{name})\n\n{text}")
+    # Rows without facts gave an empty block.
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
@@ -350,7 +383,9 @@ def _markdown_table(columns: Sequence[str], lines: Sequence[Sequence[Any]]) -> s
     """A table whose heads and cells stay text, whatever a finding or a task is called."""
     cells = []
     for line in lines:
+        # Numbers stay numbers: `markdown_table` rounds and aligns them.
         cells.append([_escape_cell(value) if isinstance(value, str) else value for value in line])
+    # `markdown_table` escapes "|" in cells only.
     heads = [_escape_cell(column).replace("|", "\\|") for column in columns]
     return results.markdown_table(heads, cells).rstrip()
 
@@ -362,6 +397,7 @@ def _html(
     figures: dict[str, tuple[str, bytes]],
     notes: Sequence[str],
 ) -> str:
+    """The same page as one file: figures are inside as base64, no link leads out."""
     blocks = []
     for caption, columns, lines in tables:
         table = results.html_table(columns, lines)
@@ -378,7 +414,8 @@ def _html(
     for note in (*_definitions(sections), *notes):
         blocks.append(f"<p>{html.escape(note)}</p>")
     for caption, png in figures.values():
-        text, data = html.escape(caption), base64.b64encode(png).decode()
+        text = html.escape(caption)
+        data = base64.b64encode(png).decode()
         image = f'<img alt="{text}" src="data:image/png;base64,{data}">'
         blocks.append(f'<figure><div class="wide">{image}</div><figcaption>{text}</figcaption></figure>')
     return _PAGE.format(
@@ -388,12 +425,17 @@ def _html(
 
 def _html_facts(facts: Mapping[str, str]) -> str:
     pairs = [f"<dt>{html.escape(name)}</dt><dd>{html.escape(v)}</dd>" for name, v in facts.items()]
-    return f"<dl>{''.join(pairs)}</dl>" if pairs else ""
+    if not pairs:
+        return ""
+    return f"<dl>{''.join(pairs)}</dl>"
 
 
 def _definitions(sections: Sequence[Section]) -> list[str]:
     """What the columns of findings are, where there are any."""
-    return [_DEFINITIONS] if any(columns[0] == "Finding" for _, columns, _ in sections) else []
+    for _, columns, _ in sections:
+        if columns[0] == "Finding":
+            return [_DEFINITIONS]
+    return []
 
 
 def _title(name: str) -> str:
@@ -401,17 +443,21 @@ def _title(name: str) -> str:
 
 
 def _interval(r: Result) -> str:
-    return "–" if math.isnan(r.low) else f"{r.low:.3f}–{r.high:.3f}"
+    if math.isnan(r.low):
+        return "–"
+    return f"{r.low:.3f}–{r.high:.3f}"
 
 
 def _escape_line(text: str) -> str:
     """Text that stays one paragraph of Markdown and holds no HTML."""
+    # HTML first: its entities hold none of the marks that are escaped here.
     return re.sub(r"([\\`*_\[\]|])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
 def _escape_cell(text: str) -> str:
     """Text that stays one cell and holds neither HTML nor a link; "|" is left to the table."""
     plain = html.escape(" ".join(text.split()), quote=False)
+    # "_" within a word ("f1_weighted") and "[0.7, 0.9]" mean nothing to Markdown and stay as they are.
     return re.sub(r"[\\`*]|(?<![^\W_])_|_(?![^\W_])|\](?=[(\[])", r"\\\g<0>", plain)
 
 

@@ -42,7 +42,10 @@ def write_results(path: files.PathLike, results: Iterable[Result]) -> None:
     """Write results as JSON lines, atomically; nan becomes null."""
     lines = []
     for r in results:
-        fields = {k: None if _is_nan(v) else v for k, v in asdict(r).items()}
+        fields = asdict(r)
+        for name, value in fields.items():
+            if _is_nan(value):  # json would write NaN, which is not JSON
+                fields[name] = None
         lines.append(json.dumps(fields) + "\n")
     files.write_text(path, "".join(lines))
 
@@ -51,7 +54,10 @@ def read_results(path: files.PathLike) -> list[Result]:
     """Read what `write_results` wrote."""
     rows = []
     for line in Path(path).read_text(encoding="utf-8").splitlines():
-        fields: dict[str, Any] = {k: math.nan if v is None else v for k, v in json.loads(line).items()}
+        fields: dict[str, Any] = json.loads(line)
+        for name, value in fields.items():
+            if value is None:  # no field of a result is None
+                fields[name] = math.nan
         rows.append(Result(**fields))
     return rows
 
@@ -76,6 +82,9 @@ def environment() -> dict[str, Any]:
         "medvl",
     )
     cuda = torch.cuda.is_available()
+    gpus = []
+    if cuda:
+        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -84,7 +93,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda if cuda else None,
-        "gpu": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
+        "gpu": gpus,
         "packages": {p: importlib.metadata.version(p) for p in packages if _is_installed(p)},
         "commit": commit(),
     }
@@ -102,22 +111,28 @@ def commit() -> str:
     checkout.
     """
     root = Path(__file__).resolve().parents[2]
+    # Asked first: from an installed package git would go up and may find another repository.
     if not (root / ".git").exists():
         return ""
     head = _git(root, "rev-parse", "--short=12", "HEAD")
+    # Files that git does not track are left out: runs and notes do not change the source.
     dirty = _git(root, "status", "--porcelain", "--untracked-files=no")
     return head + ("+" if head and dirty else "")
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A GitHub Markdown table; numbers are right-aligned, floats get three decimals."""
-    body = [[_format_cell(v) for v in row] for row in rows]
+    body = []
+    for row in rows:
+        body.append([_format_cell(value) for value in row])
+    # A column is aligned as numbers if all of it are numbers or dashes.
     rules = []
     for i in range(len(columns)):
         numeric = bool(body) and all(_is_number(cells[i]) for cells in body)
         rules.append("--:" if numeric else "---")
     lines = ["| " + " | ".join(columns) + " |", "|" + "|".join(rules) + "|"]
     for cells in body:
+        # "|" would end the cell.
         escaped = [cell.replace("|", "\\|") for cell in cells]
         lines.append("| " + " | ".join(escaped) + " |")
     return "\n".join(lines) + "\n"
@@ -134,12 +149,13 @@ def html_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _format_cell(v: Any) -> str:
-    if isinstance(v, float):
-        return "–" if math.isnan(v) else f"{v:.3f}"
-    return str(v)
+    if _is_nan(v):
+        return "–"
+    return f"{v:.3f}" if isinstance(v, float) else str(v)
 
 
 def _is_number(text: str) -> bool:
+    # One point and one minus; what is left are digits.
     return text == "–" or text.replace(".", "", 1).replace("-", "", 1).isdigit()
 
 
@@ -169,6 +185,6 @@ def _git(root: Path, *args: str) -> str:
         process = subprocess.run(
             ["git", *args], cwd=root, capture_output=True, text=True, check=False, timeout=10
         )
-    except (OSError, subprocess.TimeoutExpired):
+    except (OSError, subprocess.TimeoutExpired):  # no git, or a disk that does not answer
         return ""
     return process.stdout.strip() if process.returncode == 0 else ""
