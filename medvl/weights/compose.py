@@ -1,5 +1,24 @@
 """Several adapters as one: mixtures (exact, also per sample) and fusions (one set of factors, by a rule that
 says what it costs).
+
+The rules of a fusion, per module, over the adapters j that have it; w_j is the weight of an adapter, s_j its
+scale in the module, c_j = w_j s_j and R the sum of the ranks:
+
+- "cat": the exact sum, of rank R. With weights [b, k] it is the mixture.
+- "svd": the nearest of rank `rank` (default: the largest rank of all). From two QR and the SVD of an R x R
+  core in float64; the full matrix is not formed. The energy kept is 1 - `fusion_error` squared.
+- "linear": A = sum sign(c_j) sqrt|c_j| A_j, B = sum sqrt|c_j| B_j. The product has the cross terms B_i A_j,
+  so it is the sum of one adapter only; and as the sign is on A alone, two adapters with weights 1 and -1 give
+  (B_1 + B_2)(A_1 - A_2), not their difference.
+- "average": A = sum w_j A_j and B = sum w_j B_j (sqrt(s_j) on both): cross terms, and w_j squared on each
+  adapter's product with itself.
+- "ties": A and B apart keep their share `density` of largest values, elect a sign for each place before
+  weighting; what agrees is weighted and averaged.
+- "dare_linear", "dare_ties": values are dropped at random (kept: `density`) and the remaining ones divided by
+  it, then as linear or ties.
+- "magnitude_prune": the share `density` of largest values is kept, then as linear.
+- "..._svd": the same on the full matrices s_j B_j A_j with weights w_j, then an SVD. Forms k dense matrices of
+  one module at a time and takes a dense SVD: seconds for each wide module.
 """
 
 import itertools
@@ -15,7 +34,7 @@ from medvl.weights.lora import Adapter, Factors
 _OfFactors = Literal["cat", "linear", "average", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 _OfMatrices = Literal["ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd"]
 Rule = Literal[_OfFactors, _OfMatrices]
-_PRUNES = ("ties", "dare", "magnitude")
+_PRUNES = ("ties", "dare", "magnitude")  # starts of the rules that keep only a share of the values
 
 
 @frozen(kw_only=True, eq=False)
@@ -74,21 +93,20 @@ def stack_adapters(adapters: Sequence[Adapter]) -> Pool:
     layout: dict[str, int] = {}
     layouts: list[Layout] = []
     places: dict[Any, int] = {}  # what a layout depends on -> its place in `layouts`
-    modules = dict.fromkeys(module for adapter in adapters for module in adapter.factors)
+    # A dict as an ordered set: fusions that draw at random go through the modules in this order.
+    modules: dict[str, None] = {}
+    for adapter in adapters:
+        modules |= dict.fromkeys(adapter.factors)
     for module in modules:
-        owners = [
-            (n, adapter) for n, adapter in zip(names, adapters, strict=True) if module in adapter.factors
-        ]
-        _check_factors(module, owners)
-        pairs = [_plain_factors(adapter, module) for _, adapter in owners]
-        a = torch.cat([a for a, _ in pairs])
-        b = torch.cat([b for _, b in pairs], 1)
-        factors[module] = {"a": a, "b": b}
+        factors[module] = _stack_factors(module, names, adapters)
+        # An adapter without the module has rank 0, so no column belongs to it and its scale is not used.
         ranks, scales = [], []
         for adapter in adapters:
             present = module in adapter.factors
             ranks.append(adapter.rank(module) if present else 0)
             scales.append(float(adapter.scale[module]) if present else 0.0)
+        # Gates are made in float32 at least, also over 16-bit factors.
+        a = factors[module]["a"]
         dtype = torch.promote_types(torch.float32, a.dtype)
         key = (tuple(ranks), tuple(scales), a.device, dtype)
         if key not in places:
@@ -102,7 +120,23 @@ def stack_adapters(adapters: Sequence[Adapter]) -> Pool:
     return Pool(names=names, factors=factors, kinds=kinds, layout=layout, layouts=tuple(layouts))
 
 
+def _stack_factors(module: str, names: Sequence[str], adapters: Sequence[Adapter]) -> dict[str, Tensor]:
+    """{"a" [R, in], "b" [out, R]} of one module, from all adapters that have it."""
+    owners = []
+    for name, adapter in zip(names, adapters, strict=True):
+        if module in adapter.factors:
+            owners.append((name, adapter))
+    _check_factors(module, owners)
+    rows, columns = [], []
+    for _, adapter in owners:
+        a, b = _plain_factors(adapter, module)
+        rows.append(a)
+        columns.append(b)
+    return {"a": torch.cat(rows), "b": torch.cat(columns, 1)}
+
+
 def _layout(ranks: tuple[int, ...], scales: tuple[float, ...], scale: Tensor) -> Layout:
+    # Ranks (2, 0, 3) give the owners 0 0 2 2 2.
     owner = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks)).to(scale.device)
     return Layout(ranks=ranks, scales=scales, owner=owner, scale=scale)
 
@@ -127,12 +161,13 @@ def select_adapters(pool: Pool, chosen: Sequence[int]) -> Pool:
         ranks = tuple(layout.ranks[j] for j in chosen)
         scales = tuple(layout.scales[j] for j in chosen)
         layouts.append(_layout(ranks, scales, layout.scale[chosen]))
+        # Adapter j has the columns from ends[j] - ranks[j] to ends[j].
         ends = list(itertools.accumulate(layout.ranks))
         stay: list[int] = []
         for j in chosen:
             stay += range(ends[j] - layout.ranks[j], ends[j])
         columns.append(torch.tensor(stay, device=layout.owner.device, dtype=torch.int64))
-    # A module that none of the chosen adapters corrects is left out.
+    # A module that none of the chosen adapters corrects is left out: its factors would be empty.
     modules = {module: i for module, i in pool.layout.items() if sum(layouts[i].ranks)}
     factors: Factors = {}
     for module, i in modules.items():
@@ -165,25 +200,7 @@ def compose_adapters(
     R], so composing for a new batch makes gates and nothing else; the gradient reaches `weights`. A module
     that an adapter leaves alone gets nothing from it.
 
-    A fusion has plain factors without a gate, of weights [k]. Per module, over the adapters that have it,
-    with c_j = w_j s_j:
-
-    - "cat": the exact sum, of rank R. With weights [b, k] it is the mixture.
-    - "svd": the nearest of rank `rank` (default: the largest rank of all). From two QR and the SVD of an R x
-      R core in float64; the full matrix is not formed. The energy kept is 1 - `fusion_error` squared.
-    - "linear": A = sum sign(c_j) sqrt|c_j| A_j, B = sum sqrt|c_j| B_j. The product has the cross terms B_i
-      A_j, so it is the sum of one adapter only; and as the sign is on A alone, two adapters with weights 1
-      and -1 give (B_1 + B_2)(A_1 - A_2), not their difference.
-    - "average": A = sum w_j A_j and B = sum w_j B_j (sqrt(s_j) on both): cross terms, and w_j squared on the
-      adapters' own.
-    - "ties": A and B apart keep their share `density` of largest values, elect a sign for each place before
-      weighting; what agrees is weighted and averaged.
-    - "dare_linear", "dare_ties": values are dropped at random (kept: `density`) and the rest divided by it,
-      then as linear or ties.
-    - "magnitude_prune": the share `density` of largest values is kept, then as linear.
-    - "..._svd": the same on the full matrices s_j B_j A_j with weights w_j, then an SVD. Forms k dense
-      matrices of one module at a time and
-      takes a dense SVD: seconds for each wide module.
+    A fusion has plain factors without a gate, of weights [k]; the module's docstring has the rules.
 
     Args:
         adapters: a `Pool` when composing more than once; `select_adapters` takes some of many.
@@ -200,28 +217,19 @@ def compose_adapters(
         `add_weighted_adapter`, for rslora and rank patterns as its formulas say, and for k = 1 too: there
         peft takes "linear" whatever was asked.
     """
-    pool = adapters if isinstance(adapters, Pool) else stack_adapters(adapters)
+    pool = _as_pool(adapters)
     fusion = _Fusion(rule=rule, rank=rank, density=density, sign=majority_sign, gen=gen)
     w = _check_weights(pool, weights)
     _check_options(mode, fusion, w)
     if pool.alone:
-        if rule != "cat" or not bool((w == 1).all()):
-            raise ValueError(
-                f"compose_adapters: {pool.names[0]!r} has {_special_part(pool.alone[0])}; "
-                f"it is used alone with weight 1, got {w.tolist()}, rule {rule!r}"
-            )
-        return pool.alone[0]
-    scale = dict.fromkeys(pool.factors, 1.0)
+        return _adapter_alone(pool, w, rule)
+    scale = dict.fromkeys(pool.factors, 1.0)  # the adapters' scales are in the gates or the fused factors
     kinds = dict(pool.kinds)
     name = "+".join(pool.names)
     if mode == "fusion" and w.dim() == 1:
         fused = {module: _fuse_module(pool, module, w, fusion) for module in pool.factors}
         return Adapter(factors=fused, scale=scale, kinds=kinds, name=name)
-    # A gate for each layout, not for each module: there are few of them.
-    gates = []
-    for layout in pool.layouts:
-        by_adapter = w.to(layout.scale) * layout.scale
-        gates.append(by_adapter.index_select(-1, layout.owner))
+    gates = _layout_gates(pool, w)
     return Adapter(
         factors={module: dict(factors) for module, factors in pool.factors.items()},
         scale=scale,
@@ -229,6 +237,30 @@ def compose_adapters(
         gate={module: gates[i] for module, i in pool.layout.items()},
         name=name,
     )
+
+
+def _as_pool(adapters: Sequence[Adapter] | Pool) -> Pool:
+    return adapters if isinstance(adapters, Pool) else stack_adapters(adapters)
+
+
+def _adapter_alone(pool: Pool, w: Tensor, rule: str) -> Adapter:
+    """A router, replaced tensors or a gate per sample cannot be weighted: the adapter is handed on as it is."""
+    if rule != "cat" or not bool((w == 1).all()):
+        raise ValueError(
+            f"compose_adapters: {pool.names[0]!r} has {_special_part(pool.alone[0])}; "
+            f"it is used alone with weight 1, got {w.tolist()}, rule {rule!r}"
+        )
+    return pool.alone[0]
+
+
+def _layout_gates(pool: Pool, w: Tensor) -> list[Tensor]:
+    """A gate [R] or [b, R] for each layout: a model has hundreds of modules, but few layouts."""
+    gates = []
+    for layout in pool.layouts:
+        by_adapter = w.to(layout.scale) * layout.scale  # [k] or [b, k]
+        # Each column takes the weight of its adapter; the gradient goes back to `w`.
+        gates.append(by_adapter.index_select(-1, layout.owner))
+    return gates
 
 
 def fusion_error(
@@ -243,7 +275,7 @@ def fusion_error(
         ValueError: weights per sample, an `adapter` that is no plain correction, or one of a module that the
             adapters do not have.
     """
-    pool = adapters if isinstance(adapters, Pool) else stack_adapters(adapters)
+    pool = _as_pool(adapters)
     w = _check_weights(pool, weights)
     if w.dim() == 2:
         raise ValueError(f"fusion_error: weights must be one vector [{len(pool)}], got {list(w.shape)}")
@@ -259,6 +291,7 @@ def fusion_error(
     errors = {}
     for module, factors in pool.factors.items():
         layout = pool.layouts[pool.layout[module]]
+        # The norm of B A is that of a core [R, R], however wide the layer is.
         a = factors["a"].double()
         b = factors["b"].double() * _column_weights(layout, w)
         exact = _qr_core(b, a)[1].norm()
@@ -293,24 +326,30 @@ def _fuse_module(pool: Pool, module: str, weights: Tensor, fusion: _Fusion) -> d
     a, b = pool.factors[module]["a"], pool.factors[module]["b"]
     members = [j for j, r in enumerate(layout.ranks) if r]  # adapters that have the module
     ranks = [layout.ranks[j] for j in members]
+    # The weights are worked out in float64 and rounded once, to the precision of the sums.
     scales = torch.tensor(layout.scales, dtype=torch.float64, device=a.device)
     w = weights.to(a.device, torch.float64)[members]
     s = scales[members]
     wide = torch.promote_types(torch.float32, a.dtype)
-    rank = fusion.rank or max(r for other in pool.layouts for r in other.ranks)
+    # The default is the largest rank of the pool, the same for all modules.
+    rank = fusion.rank or max(max(pool_layout.ranks) for pool_layout in pool.layouts)
     if rule == "cat":
         fused_a = a * _column_weights(layout, weights)[:, None].to(wide)
         fused_b = b
     elif rule == "svd":
-        q, core, p = _qr_core(b.double() * _column_weights(layout, weights), a.double())
+        weighted_b = b.double() * _column_weights(layout, weights)
+        q, core, p = _qr_core(weighted_b, a.double())
+        # Q and P are orthonormal, so the SVD of the small core is that of the whole product.
         u, size, v = torch.linalg.svd(core, full_matrices=False)
         fused_a = v[:rank] @ p.T
         fused_b = q @ (u[:, :rank] * size[:rank])
     elif rule.endswith("_svd"):
         matrices = []
         for member_a, member_b, scale in zip(a.split(ranks), b.split(ranks, 1), s, strict=True):
-            matrices.append((member_b.to(wide) @ member_a.to(wide)) * scale.to(wide))
-        u, size, v = torch.linalg.svd(_combine(matrices, w.to(wide), fusion), full_matrices=False)
+            product = member_b.to(wide) @ member_a.to(wide)
+            matrices.append(product * scale.to(wide))
+        combined = _combine(matrices, w.to(wide), fusion)
+        u, size, v = torch.linalg.svd(combined, full_matrices=False)
         fused_a = v[:rank]
         fused_b = u[:, :rank] * size[:rank]
     elif len(set(ranks)) > 1:
@@ -321,9 +360,11 @@ def _fuse_module(pool: Pool, module: str, weights: Tensor, fusion: _Fusion) -> d
     else:
         # Half of the weight goes to A and half to B; the sign goes to A alone.
         if rule == "average":
-            root, sign = w * s.abs().sqrt(), s.sign()
+            root = w * s.abs().sqrt()
+            sign = s.sign()
         else:
-            root, sign = (w * s).abs().sqrt(), (w * s).sign()
+            root = (w * s).abs().sqrt()
+            sign = (w * s).sign()
         fused_a = _combine(a.split(ranks), (root * sign).to(wide), fusion)
         fused_b = _combine(b.split(ranks, 1), root.to(wide), fusion)
     return {"a": fused_a.to(a.dtype).contiguous(), "b": fused_b.to(b.dtype).contiguous()}
@@ -333,16 +374,19 @@ def _combine(tensors: Sequence[Tensor], weights: Tensor, fusion: _Fusion) -> Ten
     """The weighted sum over adapters of tensors of one shape, pruned and with signs elected where the rule
     does so.
     """
-    t = torch.stack(list(tensors))
+    t = torch.stack(list(tensors))  # [k, ...]
+    # Pruning comes before the weights, as in peft: the largest values are those of each adapter by itself.
     if "dare" in fusion.rule:
         t = torch.stack([_drop_values(x, fusion) for x in t])
     elif fusion.rule.startswith(_PRUNES):
         t = torch.stack([_keep_largest(x, fusion) for x in t])
-    weighted = t * weights.view(-1, *[1] * (t.dim() - 1))
+    by_adapter = weights.view(-1, *[1] * (t.dim() - 1))
+    weighted = t * by_adapter
     if "ties" not in fusion.rule:
         return weighted.sum(0)
     votes = t if fusion.sign == "total" else t.sign()
     elected = torch.where(votes.sum(0) >= 0, 1.0, -1.0)
+    # A pruned value is 0, has the sign 0 and never agrees, so it does not count in the mean.
     agree = t.sign() == elected
     return (weighted * agree).sum(0) / agree.sum(0).clamp(min=1)
 
@@ -360,6 +404,7 @@ def _drop_values(x: Tensor, fusion: _Fusion) -> Tensor:
     if fusion.density == 1:
         return x
     odds = torch.full(x.shape, fusion.density, dtype=x.dtype, device=fusion.gen.device)
+    # Drawn where the generator lies, so that a seed gives the same on any device of the factors.
     keep = torch.bernoulli(odds, generator=fusion.gen)
     return x * keep.to(x.device) / fusion.density
 
@@ -394,11 +439,13 @@ def _check_weights(pool: Pool, weights: Any) -> Tensor:
 def _check_options(mode: str, fusion: _Fusion, w: Tensor) -> None:
     rule, sign, density = fusion.rule, fusion.sign, fusion.density
     prunes = rule.startswith(_PRUNES)
-    known = mode in ("mixture", "fusion") and rule in get_args(Rule) and sign in ("total", "frequency")
+    rules = get_args(Rule)
+    valid = mode in ("mixture", "fusion") and rule in rules and sign in ("total", "frequency")
+    # The first fault is reported; each later check relies on the ones before it.
     fault = ""
-    if not known:
+    if not valid:
         fault = (
-            f"mode mixture or fusion, rule one of {', '.join(get_args(Rule))}, "
+            f"mode mixture or fusion, rule one of {', '.join(rules)}, "
             f"majority_sign total or frequency; got {mode!r}, {rule!r}, {sign!r}"
         )
     elif mode == "mixture" and rule != "cat":
@@ -457,11 +504,16 @@ def _check_factors(module: str, owners: list[tuple[str, Adapter]]) -> None:
     first_name, _ = owners[0]
     for (name, _), layer in zip(owners, layers, strict=True):
         if layer != layers[0]:
-            first, other = (f"{kind} {i} -> {o} on {device}" for kind, o, i, device in (layers[0], layer))
             raise ValueError(
-                f"stack_adapters: {module} is {first} for {first_name!r} and {other} for {name!r}; "
+                f"stack_adapters: {module} is {_describe_layer(layers[0])} for {first_name!r} and "
+                f"{_describe_layer(layer)} for {name!r}; "
                 "adapters must be of the same base model and on one device"
             )
+
+
+def _describe_layer(layer: tuple[str, int, int, torch.device]) -> str:
+    kind, width_out, width_in, device = layer
+    return f"{kind} {width_in} -> {width_out} on {device}"
 
 
 def _plain_factors(adapter: Adapter, module: str) -> tuple[Tensor, Tensor]:
@@ -472,6 +524,7 @@ def _plain_factors(adapter: Adapter, module: str) -> tuple[Tensor, Tensor]:
     gate = adapter.gate.get(module)
     if gate is None:
         return a, b
+    # B takes the gate and with it its precision; A is widened along, so that both have one dtype.
     return a.to(torch.promote_types(a.dtype, gate.dtype)), b * gate
 
 

@@ -18,6 +18,7 @@ from medvl.weights.lazy import EXPERTS, Lazy
 from medvl.weights.rounding import Packing
 
 _MISSING = "quantize: 4-bit weights and 8-bit moments need bitsandbytes; pip install 'medvl[quant]'"
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # What stays as it is unless asked for: tables, heads, towers and projectors, routers.
 SKIP = (
     r"(^|\.)(embed_tokens|wte|wpe|embeddings?|shared|lm_head|classifier|head|score)\.",
@@ -73,6 +74,7 @@ class FourBit(Lazy):
     blocksize: int
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        # Autocast does not know the 4-bit kernel, so its casts are made here, as it makes them for F.linear.
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
             bias = bias if bias is None else bias.to(x.dtype)
@@ -102,6 +104,7 @@ class _Product(torch.autograd.Function):
         # The fused kernel is for GPUs, blocks of 64 and more, and codes without padding.
         if w.blocksize < 64 or not x.is_cuda or w.packed.numel() * 2 != w.numel():
             return F.linear(x, _dequantize(w, x.dtype), bias)
+        # Doubly quantised scales go in as their own codes; `absmax` is then the scales of those.
         scales: dict[str, Any] = {}
         absmax = w.absmax
         if w.nested is not None:
@@ -112,6 +115,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        # None for the weight: it is frozen.
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_x = grad @ _dequantize(ctx.weight, grad.dtype)
@@ -147,7 +151,7 @@ def quantizer(cfg: QuantConfig = QuantConfig()) -> Callable[[str, Tensor], Tenso
     skip = [re.compile(pattern) for pattern in cfg.skip]
 
     def convert(name: str, w: Tensor) -> Tensor:
-        # A file may hold the weight as it is wanted already.
+        # A file may hold the weight in these four bits already.
         if isinstance(w, FourBit) and _settings(w) == (cfg.kind, cfg.blocksize, cfg.double):
             return w
         if isinstance(w, Lazy):
@@ -180,16 +184,15 @@ def quantize_matrix(t: Tensor, cfg: QuantConfig = QuantConfig()) -> Tensor:
     Raises:
         ValueError: not a float16, bfloat16 or float32 matrix, or values that are not finite.
     """
-    if (
-        t.dtype not in (torch.float16, torch.bfloat16, torch.float32)
-        or t.dim() not in (2, 3)
-        or not t.numel()
-    ):
+    is_matrix = t.dim() in (2, 3) and t.numel() > 0
+    if t.dtype not in _KERNEL_DTYPES or not is_matrix:
         raise ValueError(
             f"quantize: needs a matrix of 16- or 32-bit floats, got {list(t.shape)} {str(t.dtype)[6:]}"
         )
+    # A model on the meta device is quantised too, to estimate its memory without its values.
     if t.is_meta:
         return _empty(t, cfg)
+    # One value that is not finite would spoil its whole block, which shares a scale.
     if not torch.isfinite(t).all():
         raise ValueError(f"quantize: the weight {list(t.shape)} holds values that are not finite")
     packed, state = _functional().quantize_4bit(
@@ -218,6 +221,7 @@ def unpack_weight(tensors: Mapping[str, Tensor]) -> Tensor:
         raise ValueError(
             "quant: a 4-bit weight must come with .quant_state.bitsandbytes__nf4 or __fp4; it is missing"
         )
+    # A file from anywhere is checked here, as the kernels trust the sizes that they are given.
     header = read_quant_header(tensors)
     needed = {"", ".absmax", ".quant_map"}
     if "nested_offset" in header:
@@ -225,15 +229,17 @@ def unpack_weight(tensors: Mapping[str, Tensor]) -> Tensor:
     missing = sorted(needed - tensors.keys())
     if missing:
         raise ValueError(f"quant: a 4-bit weight lacks {', '.join(missing)}")
+    # Two codes in a byte and a scale for each block, both rounded up.
     n = torch.Size(header["shape"]).numel()
-    code_bytes, scales = -(-n // 2), -(-n // header["blocksize"])
+    code_bytes = -(-n // 2)
+    scales = -(-n // header["blocksize"])
     sizes = (tensors[""].numel(), tensors[".absmax"].numel())
     if sizes != (code_bytes, scales):
         raise ValueError(
             f"quant: {list(header['shape'])} needs {code_bytes} bytes and {scales} scales, got {sizes}"
         )
-    parts = {suffix[1:]: t for suffix, t in tensors.items() if suffix}
-    state = _functional().QuantState.from_dict(parts, device=tensors[""].device)
+    state_tensors = {suffix[1:]: t for suffix, t in tensors.items() if suffix}
+    state = _functional().QuantState.from_dict(state_tensors, device=tensors[""].device)
     return _from_state(tensors[""], state)
 
 
@@ -249,6 +255,7 @@ def read_quant_header(tensors: Mapping[str, Tensor], name: str = "a 4-bit weight
         shape, blocksize = header["shape"], header["blocksize"]
         if header["quant_type"] not in ("nf4", "fp4"):
             raise ValueError(f"quant_type is {header['quant_type']!r}")
+        # `type`, not isinstance: true and false are integers in Python.
         if not isinstance(shape, list) or not shape or not all(type(n) is int and n > 0 for n in shape):
             raise ValueError(f"shape is {shape!r}")
         known_dtype = header["dtype"] in ("float16", "bfloat16", "float32")
@@ -268,7 +275,7 @@ def _dequantize(w: FourBit, dtype: torch.dtype) -> Tensor:
         scales = kernels.dequantize_blockwise.default(w.absmax, w.nested, w.nested_code, 256, torch.float32)
         absmax = scales + w.offset
     # The kernels write these three dtypes; others are converted from float32.
-    kernel_dtype = dtype if dtype in (torch.float16, torch.bfloat16, torch.float32) else torch.float32
+    kernel_dtype = dtype if dtype in _KERNEL_DTYPES else torch.float32
     values = kernels.dequantize_4bit.default(w.packed, absmax, w.blocksize, w.kind, w.shape, kernel_dtype)
     return values.to(dtype)
 
@@ -279,8 +286,8 @@ def _empty(t: Tensor, cfg: QuantConfig) -> Tensor:
     def empty(n: int | tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(n, dtype=dtype, device="meta")
 
-    blocks = -(-t.numel() // cfg.blocksize)
-    parts: dict[str, Tensor | None] = {
+    blocks = -(-t.numel() // cfg.blocksize)  # rounded up; the last one may be shorter
+    tensors: dict[str, Tensor | None] = {
         "packed": empty((-(-t.numel() // 2), 1), torch.uint8),
         "absmax": empty(blocks, torch.uint8 if cfg.double else torch.float32),
         "offset": None,
@@ -288,10 +295,10 @@ def _empty(t: Tensor, cfg: QuantConfig) -> Tensor:
         "nested_code": None,
     }
     if cfg.double:
-        parts["offset"] = empty((), torch.float32)
-        parts["nested"] = empty(-(-blocks // 256), torch.float32)
-        parts["nested_code"] = empty(256, torch.float32)
-    return FourBit.like(t.shape, t.dtype, t.device, **parts, kind=cfg.kind, blocksize=cfg.blocksize)
+        tensors["offset"] = empty((), torch.float32)
+        tensors["nested"] = empty(-(-blocks // 256), torch.float32)
+        tensors["nested_code"] = empty(256, torch.float32)
+    return FourBit.like(t.shape, t.dtype, t.device, **tensors, kind=cfg.kind, blocksize=cfg.blocksize)
 
 
 def _from_state(packed: Tensor, state: Any) -> Tensor:
@@ -299,7 +306,7 @@ def _from_state(packed: Tensor, state: Any) -> Tensor:
     nested = state.state2
     if nested is not None and nested.blocksize != 256:
         raise ValueError(f"quant: doubly quantised scales must come in blocks of 256, got {nested.blocksize}")
-    parts = {
+    tensors = {
         "packed": packed.view(-1, 1),
         "absmax": state.absmax,
         "offset": state.offset,
@@ -310,7 +317,7 @@ def _from_state(packed: Tensor, state: Any) -> Tensor:
         torch.Size(state.shape),
         state.dtype,
         packed.device,
-        **parts,
+        **tensors,
         kind=state.quant_type,
         blocksize=state.blocksize,
     )

@@ -4,7 +4,7 @@ any weight and knows of none.
 A lazy weight is a tensor subclass without storage. It answers `F.linear` and `F.embedding` (and the `addmm`
 of GPT-2's Conv1D) by what it holds, and the weights of all experts of a layer, [experts, out, in], what their
 layers do with them; any other arithmetic is an error. Kinds nest: a low-rank correction over a 4-bit weight
-(`quant.FourBit`) is QLoRA.
+(`four_bit.FourBit`) is QLoRA.
 """
 
 import copy
@@ -45,6 +45,7 @@ class Lazy(Tensor):
     def like(
         cls, shape: Sequence[int], dtype: torch.dtype, device: torch.device, **attributes: Any
     ) -> "Lazy":
+        # A wrapper has shape, dtype and device, but no memory of its own.
         w = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         w.__dict__.update(attributes)
         return w
@@ -71,9 +72,10 @@ class Lazy(Tensor):
         for name in self._parts:
             if attributes[name] is not None:
                 attributes[name] = f(attributes[name])
-        parts = [attributes[name] for name in self._parts if attributes[name] is not None]
-        dtype = next((t.dtype for t in parts if t.is_floating_point()), self.dtype)
-        return type(self).like(self.shape, dtype, parts[0].device, **attributes)
+        tensors = [attributes[name] for name in self._parts if attributes[name] is not None]
+        # The first part is the weight itself, or the base that it corrects, so it says dtype and device.
+        dtype = next((t.dtype for t in tensors if t.is_floating_point()), self.dtype)
+        return type(self).like(self.shape, dtype, tensors[0].device, **attributes)
 
     def moved(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> "Lazy":
         """The same weight elsewhere or in another precision."""
@@ -81,29 +83,34 @@ class Lazy(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """What torch calls instead of a function, such as F.linear, that is given a lazy weight."""
         kwargs = kwargs or {}
         if func is F.linear and isinstance(args[1], Lazy):
-            return args[1].linear(args[0], args[2] if len(args) > 2 else kwargs.get("bias"))
+            bias = args[2] if len(args) > 2 else kwargs.get("bias")
+            return args[1].linear(args[0], bias)
         if func is F.embedding and isinstance(args[1], Lazy):
             return args[1].embedding(args[0], *args[2:], **kwargs)
         if func is torch.addmm and len(args) == 3 and isinstance(args[2], Lazy) and not kwargs:
             return args[2].product(args[1], args[0])
+        # All else runs as torch has it; arithmetic on the weight then ends in `__torch_dispatch__`.
         with torch._C.DisableTorchFunctionSubclass():
             if func in _OF_EXPERTS:
-                args = [a.dense() if isinstance(a, Lazy) and a.dim() == 3 else a for a in args]
+                args = [_dense_experts(a) for a in args]
             return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        """Below autograd: copies and moves of a lazy weight work, any other operator raises."""
         kwargs = kwargs or {}
         # A view in another shape is no copy.
-        other_shape = func is _aten.view.default and args[0].shape != torch.Size(args[1])
-        if func in _COPIES and isinstance(args[0], Lazy) and not other_shape:
+        changes_shape = func is _aten.view.default and args[0].shape != torch.Size(args[1])
+        if func in _COPIES and isinstance(args[0], Lazy) and not changes_shape:
             if func is _aten.clone.default:
                 return args[0].mapped(_cloned)
             return args[0].moved(kwargs.get("dtype"), kwargs.get("device"))
+        weight = next(_lazies(args, kwargs))
         raise NotImplementedError(
-            f"{func} meets {next(a for a in _lazies(args, kwargs))!r}, which answers only linear, embedding and addmm; "
+            f"{func} meets {weight!r}, which answers only linear, embedding and addmm; "
             "weights.dense(w) makes a plain tensor of it"
         )
 
@@ -147,6 +154,7 @@ class LowRank(Lazy):
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         y = F.linear(x, self.base, bias)
+        # A head that shares the table of an adapted embedding uses it without the correction.
         return y if self.kind == "embedding" else self._add(y, x)
 
     def product(self, x: Tensor, bias: Tensor) -> Tensor:
@@ -154,8 +162,10 @@ class LowRank(Lazy):
 
     def embedding(self, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = F.embedding(ids, self.base, *args, **kwargs)
+        # The other way round: an adapter of the head does not change the token table that it shares.
         if self.kind != "embedding":
             return y
+        # Row i of A^T is what A makes of token i as a one-hot vector.
         h = F.embedding(ids, self.a.t())
         return (y + F.linear(self._gated(h, h), self.b)).to(y.dtype)
 
@@ -166,7 +176,7 @@ class LowRank(Lazy):
             raise ValueError(f"{self!r} has no plain tensor: its correction depends on the sample")
         base = dense(self.base)
         gate = self.scale if self.gate is None else self.gate * self.scale
-        change = (self.b * gate) @ self.a
+        change = (self.b * gate) @ self.a  # [out, in], whatever way the base lies
         if self.kind != "linear":
             change = change.t()
         return (base + change).to(base.dtype)
@@ -174,9 +184,11 @@ class LowRank(Lazy):
     def per_row(self, samples: Tensor) -> "LowRank":
         """The same weight for a batch whose row i belongs to sample `samples[i]`."""
         attributes = dict(self.__dict__)
+        # Adapters may lie over one another, each with a gate per sample.
         if isinstance(self.base, LowRank):
             attributes["base"] = self.base.per_row(samples)
         if self.gate is not None and self.gate.dim() == 2 and len(self.gate) > 1:
+            # One gate for each row of the batch; `rows`, which sorts tokens to samples, has done its work.
             attributes["gate"] = self.gate[samples.to(self.gate.device)]
             attributes["rows"] = None
         return LowRank.like(self.shape, self.dtype, self.device, **attributes)  # type: ignore[return-value]
@@ -185,13 +197,18 @@ class LowRank(Lazy):
         """`y` and the correction for `x`, added in the wider precision of the two and rounded once."""
         mixed = not x.is_meta and torch.is_autocast_enabled(x.device.type)
         routed = self.router is not None
-        into = x if routed else self._dropped(x)
-        h = F.linear(into if mixed else into.to(self.a.dtype), self.a)
+        a_input = x if routed else self._dropped(x)
+        # Under autocast F.linear casts by itself; without it, A may be float32 over a bfloat16 base.
+        if not mixed:
+            a_input = a_input.to(self.a.dtype)
+        h = F.linear(a_input, self.a)  # [..., r]
         if routed:  # H-LoRA drops what A makes of the input; its router sees the whole input
             h = self._dropped(h)
         h = self._gated(h, x)
+        # One dtype throughout: addmm adds while it multiplies, which saves a pass over y.
         if h.dtype == y.dtype == self.b.dtype and not mixed:
-            flat, h = y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1])
+            flat = y.reshape(-1, y.shape[-1])
+            h = h.reshape(-1, h.shape[-1])
             if torch.is_grad_enabled() or y is x:
                 return torch.addmm(flat, h, self.b.t()).view(y.shape)
             return flat.addmm_(h, self.b.t()).view(y.shape)  # y is fresh, nobody else has it
@@ -202,10 +219,13 @@ class LowRank(Lazy):
 
     def _gated(self, h: Tensor, x: Tensor) -> Tensor:
         if self.router is not None:
-            share = F.linear(x.to(self.router.dtype), self.router).softmax(-1)
-            h = (h.unflatten(-1, (share.shape[-1], -1)) * share.unsqueeze(-1).to(h.dtype)).flatten(-2)
+            # The ranks lie expert after expert, so h splits into [..., n, r / n], and expert i takes share i.
+            share = F.linear(x.to(self.router.dtype), self.router).softmax(-1)  # [..., n]
+            by_expert = h.unflatten(-1, (share.shape[-1], -1))
+            h = (by_expert * share.unsqueeze(-1).to(h.dtype)).flatten(-2)
         if self.gate is not None:
-            h = h * (self.gate if self.gate.dim() == 1 else self._per_row(h)).to(h.dtype)
+            gate = self.gate if self.gate.dim() == 1 else self._per_row(h)
+            h = h * gate.to(h.dtype)
         return h if self.scale == 1.0 else h * self.scale
 
     def _per_row(self, h: Tensor) -> Tensor:
@@ -223,6 +243,7 @@ class LowRank(Lazy):
                     f"{self!r}: {n} rows do not belong to {total} visual tokens; "
                     "rows must be of the ids of this batch"
                 )
+            # A patch takes the sample of the token that it is merged into, a tile that of its first token.
             samples = self.rows.repeat_interleave(n // total) if n >= total else self.rows[:: total // n]
             gate = gate[samples]
         elif n != len(gate) and len(gate) > 1:
@@ -253,10 +274,12 @@ class Sharded(Lazy):
     def dense(self) -> Tensor:
         from torch.distributed.tensor import Partial
 
+        # Every process has the gradient of its own part of the batch; these are summed and scattered.
         return self.shard.full_tensor(grad_placements=[Partial("sum")] * self.shard.device_mesh.ndim)
 
     def _about(self) -> str:
-        return f"{list(self.shape)}, {str(self.dtype)[6:]}, {self.shard.placements} on {self.shard.device_mesh.size()} processes"
+        processes = self.shard.device_mesh.size()
+        return f"{super()._about()}, {self.shard.placements} on {processes} processes"
 
 
 class Passed(Lazy):
@@ -306,7 +329,9 @@ def low_rank(
         (HealthGPT), arXiv:2502.09838, eq. 9, and its public code, `llava/peft/tuners/lora.py`,
         `Linear.forward`.
     """
-    r, shape = len(a), (b.shape[0], a.shape[1])
+    r = len(a)
+    shape = (b.shape[0], a.shape[1])
+    # A table and GPT-2's Conv1D lie as [in, out].
     if kind != "linear":
         shape = shape[::-1]
     if a.dim() != 2 or b.dim() != 2 or b.shape[1] != r or base.shape != shape:
@@ -319,9 +344,9 @@ def low_rank(
             f"low_rank: the router must be [n, {a.shape[1]}] with n dividing rank {r}, "
             f"got {list(router.shape)}"
         )
-    parts = {"base": base, "a": a, "b": b, "gate": gate, "router": router, "rows": rows}
+    tensors = {"base": base, "a": a, "b": b, "gate": gate, "router": router, "rows": rows}
     return LowRank.like(
-        base.shape, base.dtype, base.device, **parts, scale=float(scale), kind=kind, dropout=dropout
+        base.shape, base.dtype, base.device, **tensors, scale=float(scale), kind=kind, dropout=dropout
     )
 
 
@@ -382,7 +407,8 @@ def leaves(w: Tensor) -> Iterator[Tensor]:
         yield w
         return
     for name in w._parts:
-        if (part := getattr(w, name)) is not None:
+        part = getattr(w, name)
+        if part is not None:
             yield from leaves(part)
 
 
@@ -392,6 +418,7 @@ def nbytes(params: Mapping[str, Tensor]) -> int:
     for w in params.values():
         for t in leaves(w):
             t = t.to_local() if hasattr(t, "to_local") else t
+            # Views of one tensor and tied weights have one storage.
             storage = t.untyped_storage()
             size = t.nbytes if t.device.type == "meta" else storage.nbytes()
             # Tensors without memory have no address.
@@ -402,7 +429,15 @@ def nbytes(params: Mapping[str, Tensor]) -> int:
 def _moved(t: Tensor, dtype: torch.dtype | None, device: torch.device | None) -> Tensor:
     if isinstance(t, Lazy):
         return t.moved(dtype, device)
-    return t.to(device=device, dtype=dtype if t.is_floating_point() else None)
+    # Integers, such as the sample of each row, keep their dtype.
+    if not t.is_floating_point():
+        dtype = None
+    return t.to(device=device, dtype=dtype)
+
+
+def _dense_experts(argument: Any) -> Any:
+    is_experts = isinstance(argument, Lazy) and argument.dim() == 3
+    return argument.dense() if is_experts else argument
 
 
 def _cloned(t: Tensor) -> Tensor:

@@ -16,9 +16,11 @@ from medvl.base import config
 from medvl.weights.lazy import EXPERTS, Lazy, dense, low_rank
 
 Factors = dict[str, dict[str, Tensor]]  # {module: {"a" [r, in], "b" [out, r], with experts "router" [n, in]}}
+# Names of modules that see images, over the model families that are supported.
 VISION = re.compile(
     r"(^|\.)(visual|vision_tower|vision_model|vision_embed_tokens|multi_modal_projector|mm_projector)(\.|$)"
 )
+_TABLE = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings)\.weight$")  # of token embeddings
 _HEAD = re.compile(r"(^|\.)(lm_head|score|classifier|head)$")
 
 
@@ -59,12 +61,14 @@ class LoraConfig:
             raise ValueError(
                 f"LoraConfig: rank_pattern and alpha_pattern need ranks and alphas as above, got {self}"
             )
+        # The ranks of a layer are divided evenly among its experts.
         if self.experts and any(r % self.experts for r in ranks):
             raise ValueError(f"LoraConfig: {self.experts} experts must divide the rank, got {ranks}")
         if bool(self.targets) == bool(self.pattern):
             raise ValueError(
                 "LoraConfig: give either targets (names) or pattern (one regex, or 'all-linear')"
             )
+        # Compiled here only to fail early: a typing error should not show after a model was loaded.
         for regex in (self.pattern, *self.rank_pattern, *self.alpha_pattern):
             try:
                 re.compile(regex)
@@ -112,6 +116,7 @@ def target_layers(cfg: LoraConfig, skeleton: Any) -> dict[str, str]:
     """
     kinds = adaptable_layers(skeleton)
     if cfg.pattern == "all-linear":
+        # As peft's "all-linear": the head is linear too, but an adapter on it would be as wide as the vocabulary.
         layers = {n for n, kind in kinds.items() if kind != "embedding" and not _HEAD.search(n)}
         layers = _without_vision(cfg, layers)
     elif cfg.pattern:
@@ -127,6 +132,7 @@ def target_layers(cfg: LoraConfig, skeleton: Any) -> dict[str, str]:
 
 
 def _layers_of_target(cfg: LoraConfig, target: str, kinds: Mapping[str, str]) -> set[str]:
+    # Every target must name a layer, each for itself: one misspelt name of four would train a smaller adapter.
     matches = {n for n in kinds if _is_end(n, target)}
     layers = _without_vision(cfg, matches)
     if layers:
@@ -173,7 +179,7 @@ def init_lora(
     for name, kind in kinds.items():
         shape = skeleton.module.get_parameter(f"{name}.weight").shape
         # Tables and GPT-2's Conv1D lie as [in, out].
-        out, into = (shape[0], shape[1]) if kind == "linear" else (shape[1], shape[0])
+        width_out, width_in = (shape[0], shape[1]) if kind == "linear" else (shape[1], shape[0])
         if cfg.experts and kind == "embedding":
             raise ValueError(
                 f"lora: {name} is an embedding, which has no hidden state to route by; "
@@ -183,17 +189,18 @@ def init_lora(
         alpha = _pattern_value(cfg.alpha_pattern, name, cfg.alpha)
         # One factor is zero, so that the product is. The order of draws must stay: A or B, then the router.
         if kind == "embedding":
-            a = torch.zeros(rank, into)
-            b = torch.randn(out, rank, generator=gen)
+            a = torch.zeros(rank, width_in)
+            b = torch.randn(width_out, rank, generator=gen)
         elif cfg.init == "gaussian":
-            a = torch.randn(rank, into, generator=gen) / rank
-            b = torch.zeros(out, rank)
+            a = torch.randn(rank, width_in, generator=gen) / rank
+            b = torch.zeros(width_out, rank)
         else:
-            a = _kaiming(rank, into, gen)
-            b = torch.zeros(out, rank)
+            a = _kaiming(rank, width_in, gen)
+            b = torch.zeros(width_out, rank)
         factors[name] = {"a": a.to(device), "b": b.to(device)}
         if cfg.experts:
-            factors[name]["router"] = _kaiming(cfg.experts, into, gen).to(device)
+            factors[name]["router"] = _kaiming(cfg.experts, width_in, gen).to(device)
+        # Alpha counts against the ranks of one expert, rank / n, so the scale of all ranks is n times larger.
         divisor = math.sqrt(rank) if cfg.rslora else rank
         scale[name] = alpha / divisor * max(1, cfg.experts)
     return Adapter(factors=factors, scale=scale, kinds=kinds, dropout=cfg.dropout)
@@ -225,6 +232,7 @@ def apply_lora(
     Raises:
         ValueError: a layer that the params do not have, factors that do not fit, or `rows` missing.
     """
+    # The layers' corrections come after the replaced tensors: one may lie over the other.
     adapted = dict(params)
     for name, replacement in adapter.full.items():
         if name not in params or params[name].shape != replacement.shape:
@@ -279,6 +287,7 @@ def without_copies(adapter: Adapter, params: Mapping[str, Tensor]) -> Adapter:
 
 
 def _is_copy(tensor: Tensor, base: Tensor | None) -> bool:
+    # What a 4-bit base was before it was rounded is not known, so a tensor over it counts as another one.
     if base is None or isinstance(base, Lazy) or base.shape != tensor.shape:
         return False
     return torch.equal(tensor.to(base.device, base.dtype), base)
@@ -311,6 +320,7 @@ def merge_adapter(
         ValueError: a gate per sample or token cannot be merged, the adapter does not fit, or it corrects one
             of two tied layers: the head (untie them first), or an embedding that may be tied to it.
     """
+    # A module without a weight of its own uses that of another layer, which would change too.
     sharing = [module for module in adapter.factors if f"{module}.weight" not in params]
     if sharing:
         raise ValueError(
@@ -318,6 +328,7 @@ def merge_adapter(
             "which its adapter does not correct; give them a weight each "
             "(skeleton, params = hub.untie(skeleton, params)), or keep the adapter apart"
         )
+    # Whether an embedding is tied shows only in the missing weight of the head.
     may_be_tied = "lm_head.weight" not in params and not also_head
     embeddings = [module for module, kind in adapter.kinds.items() if kind == "embedding"]
     if may_be_tied and embeddings:
@@ -330,6 +341,7 @@ def merge_adapter(
     lost: dict[str, float] = {}
     for module in adapter.factors:
         name = _weight_name(params, module)
+        # The sum is made in float32 over the written-out base, and then rounded once.
         base = dense(params[name]).float()
         try:
             exact = dense(_over_base(merged[name], base))
@@ -347,7 +359,7 @@ def merge_adapter(
 
 def _over_base(w: Tensor, base: Tensor) -> Tensor:
     """The same correction over another base."""
-    assert isinstance(w, Lazy)
+    assert isinstance(w, Lazy)  # `apply_lora` put it there
     attributes: dict[str, Any] = dict(w.__dict__)
     del attributes["base"]
     return low_rank(base, **attributes)
@@ -384,9 +396,10 @@ def _weight_name(params: Mapping[str, Tensor], module: str) -> str:
     name = f"{module}.weight"
     if name in params:
         return name
-    tables = [n for n in params if re.search(r"(^|\.)(embed_tokens|wte|word_embeddings)\.weight$", n)]
+    tables = [n for n in params if _TABLE.search(n)]
     if module.rpartition(".")[2] == "lm_head" and len(tables) == 1:
         return tables[0]
+    # Four names from all over the model show what its weights are called.
     step = max(1, len(params) // 4)
     examples = ", ".join(list(params)[::step][:4])
     raise ValueError(f"apply_lora: the model has no weight {name}; its weights look like {examples}")

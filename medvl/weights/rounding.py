@@ -34,7 +34,9 @@ def round_stochastic(values: Tensor, gen: Generator) -> Tensor:
     noise = torch.randint(2**16, values.shape, dtype=torch.int32, device=values.device, generator=gen)
     # The sum carries into the upper 16 bits, which bfloat16 has, as often as the lower 16 are large.
     bits = values.contiguous().view(torch.int32) + noise
-    return torch.where(values.isfinite(), (bits & -(2**16)).view(torch.float32), values).bfloat16()
+    rounded = (bits & -(2**16)).view(torch.float32)  # the lower 16 bits cleared
+    # In inf and nan a carry would make another number.
+    return torch.where(values.isfinite(), rounded, values).bfloat16()
 
 
 def is_large(t: Tensor) -> bool:
@@ -75,15 +77,20 @@ def run_in_pieces(
         packing: of moments in 8 bits.
         gen: rounds a bfloat16 parameter stochastically; None: to the nearest.
     """
-    parameter, gradient = t.contiguous().view(-1), g.reshape(-1)
+    parameter = t.contiguous().view(-1)
+    gradient = g.reshape(-1)
     signs = (True, False)  # first moments have a sign, second ones have none
     for start in range(0, len(parameter), PIECE):
         span = slice(start, start + PIECE)
+        # A copy of a 16-bit parameter; of a wider one a view, which the kernel updates directly.
         wide = parameter[span].float() if parameter.dtype in HALF else parameter[span]
         wide_moments = []
         for moment, signed in zip(moments, signs, strict=True):
-            wide_moments.append(_read_moment(moment, packing, span, signed).to(wide.dtype))
-        kernel([wide], [gradient[span].to(wide.dtype)], *([moment] for moment in wide_moments))
+            values = _read_moment(moment, packing, span, signed)
+            wide_moments.append(values.to(wide.dtype))
+        # Lists of one tensor, as torch's kernels of several tensors take them.
+        first, second = wide_moments
+        kernel([wide], [gradient[span].to(wide.dtype)], [first], [second])
         for moment, values, signed in zip(moments, wide_moments, signs, strict=True):
             _write_moment(moment, packing, span, signed, values)
         if parameter.dtype in HALF:
@@ -108,4 +115,5 @@ def _write_moment(moment: Any, packing: Packing | None, span: slice, signed: boo
         assert packing is not None
         blocks = slice(span.start // packing.block, span.stop // packing.block)
         codes, scale = packing.pack(values.float(), signed)
-        moment["codes"].view(-1)[span], moment["scale"][blocks] = codes, scale
+        moment["codes"].view(-1)[span] = codes
+        moment["scale"][blocks] = scale

@@ -60,15 +60,18 @@ def sharder(
         mesh: or a number of processes, for an estimate: of what would be cut, a plain tensor without values
             and with a process's rows.
     """
+    # Compiled once: the function is called for every tensor of a model.
     compiled = [re.compile(pattern) for pattern in patterns]
 
     def cut(name: str, t: Tensor) -> Tensor:
+        # A lazy weight has no memory to cut, and integers are not trained.
         plain = not isinstance(t, lazy.Lazy) and not is_shard(t) and t.is_floating_point()
         if mesh is None or not plain or t.dim() != 2 or t.numel() < least:
             return t
         if not any(pattern.fullmatch(name) for pattern in compiled):
             return t
         if isinstance(mesh, int):
+            # DTensor gives the first processes the larger parts: n / processes rows, rounded up.
             return t.new_empty(-(-len(t) // mesh), t.shape[1])
         from torch.distributed.tensor import Shard
 
@@ -93,6 +96,7 @@ def gather_shards(leaves: Tree) -> Tree:
     if not any_sharded(leaves):
         return leaves
     gathered = {}
+    # `_gather` is collective, so all processes go through the leaves in the same order.
     for name, t in flatten(leaves).items():
         tensor = _gather(t) if is_shard(t) else t
         if tensor is not None:
@@ -100,14 +104,15 @@ def gather_shards(leaves: Tree) -> Tree:
     return unflatten(gathered)
 
 
-def place_like(tree: Tree, like: Tree) -> Tree:
-    """Whole tensors of any device, moved and cut as those of `like`; both have the same names."""
+def place_like(tree: Tree, template: Tree) -> Tree:
+    """Whole tensors of any device, moved and cut as those of `template`; both have the same names."""
     flat = flatten(tree)
     placed = {}
-    for name, t in flatten(like).items():
+    for name, t in flatten(template).items():
         if is_shard(t):
             placed[name] = _cut(flat[name], t.device_mesh, t.placements)
         else:
+            # A copy also where nothing moves: training updates parameters in place.
             placed[name] = flat[name].to(t.device, copy=True)
     return unflatten(placed)
 
@@ -124,6 +129,7 @@ def any_sharded(tree: Tree) -> bool:
 
 def _cut(t: Tensor, mesh: Any, placements: Any) -> Tensor:
     """This process's part of a tensor that all processes hold."""
+    # Imported late: torch.distributed.tensor takes long to import, and one process never needs it.
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     t = t.detach().contiguous()
@@ -136,4 +142,5 @@ def _cut(t: Tensor, mesh: Any, placements: Any) -> Tensor:
 
 def _gather(t: Any) -> Tensor | None:
     full = t.full_tensor()
+    # One copy in the host's memory: the processes of a machine share it.
     return full.cpu() if dist.get_rank() == 0 else None
