@@ -3,7 +3,16 @@ any size chunk by chunk.
 
 Every kind is a sum over patches, so both ways are the same sums (`slots`): blocks of patches are added up one
 after another, and so are those of chunks, processes or slides. Shapes: b slides, n patches in, k slots
-(tokens out), d width.
+(tokens out), d width. The kinds, of patches x_j:
+
+- moe: P = softmax over slots of the router's logits, w_jk = P_jk in the top_k slots of patch j (the first of
+  equal ones; not renormalised), W_k = sum_j w_jk, c_k = sum_j w_jk x_j / (W_k + 1e-9),
+  token_k = c_k + norm_k(down_k gelu(up_k c_k)).
+- soft_moe: the same experts on c_k = sum_j softmax_j(scale cos(x_j, mu_k)) x_j.
+- mean: the same experts on the mean of all x_j.
+- attention: softmax_j of score(tanh(V x_j) sigmoid(U x_j)) for each slot and head; a head pools its d / heads
+  columns of x.
+- perceiver: pre-norm cross-attention and feed-forward; latents see the patches and each other.
 """
 
 import math
@@ -95,16 +104,8 @@ def compress(
 ) -> Compressed:
     """Compress the patches of each slide to k tokens.
 
-    moe: P = softmax over slots of the router's logits, w_jk = P_jk in the top_k slots of patch j (the first
-        of equal ones; not
-    renormalised), c_k = sum w_jk x_j / (W_k + 1e-9), token_k = c_k + norm_k(down_k gelu(up_k c_k)). soft_moe:
-    the same experts on c_k = sum_j softmax_j(scale cos(x_j, mu_k)) x_j; mean: on the mean of all x_j.
-    attention: softmax_j of score(tanh(V x_j) sigmoid(U x_j)) for each slot and head; a head pools its d /
-        heads columns of x. perceiver: pre-norm cross-attention and feed-forward;
-    latents see the patches and each other.
-
     Computed in float32 (float64 if a parameter is), also under autocast: 16-bit logits would send patches to
-    other slots.
+    other slots. The module's docstring has the formulas.
 
     Args:
         params: from `init_compress`.
@@ -124,11 +125,14 @@ def compress(
         resampler, Alayrac et al. 2022, arXiv:2204.14198.
     """
     _check("compress", cfg, x, mask, "[b, n, {}]")
-    p, n = slots.widen(params), x.shape[1]
+    p = slots.widen(params)
+    n = x.shape[1]
     if not n:  # one that does not exist, so that every parameter has a gradient: 0
-        x, mask = F.pad(x, (0, 0, 0, 1)), torch.zeros(len(x), 1, dtype=torch.bool, device=x.device)
+        x = F.pad(x, (0, 0, 0, 1))
+        mask = torch.zeros(len(x), 1, dtype=torch.bool, device=x.device)
     state = slots.empty_state(cfg, p, len(x))
     with torch.autocast(state.total.device.type, enabled=False):
+        # One pass over all patches; a perceiver may take several, each with the latents of the one before.
         for pass_index in range(cfg.passes):
             last = pass_index == cfg.passes - 1
             score = slots.make_scorer(cfg, p, state, gen)
@@ -143,7 +147,9 @@ def compress(
         compressed = _finish(cfg, p, state, gen)
         if not routing:
             return compressed
-        shares = slots.slot_shares(cfg, torch.cat(scores, 1), slots.with_latents(cfg, p, state))
+        # Scores become weights only now, when the sums over all patches are known.
+        final = slots.with_latents(cfg, p, state)
+        shares = slots.slot_shares(cfg, torch.cat(scores, 1), final)
         return evolve(compressed, routing=shares[:, :n])
 
 
@@ -272,8 +278,9 @@ def compress_stream(
             f"compress_stream: {cfg.passes} passes need chunks that can be read again, got an iterator; "
             "give a function"
         )
-    p = slots.widen(params)
+    p = slots.widen(params)  # once for all chunks
     state = begin_state(cfg, p)
+    # A block is never longer than the device's block size, whatever is asked for here.
     buffer = slots.block_buffer(p, 1, 2**20, cfg.dim)
     for pass_index in range(cfg.passes):
         if pass_index:
@@ -303,6 +310,7 @@ def slot_weights(cfg: CompressConfig, params: Tree, x: Tensor, state: SlotState 
         raise ValueError(
             f"slot_weights: {cfg.kind} needs the state of the slide at the end of its last pass, got {got}"
         )
+    # Scores are compared with the sums of the whole slide, so this chunk may be any part of it.
     weights: list[Tensor] = []
     with torch.autocast(state.total.device.type, enabled=False):
         final = slots.with_latents(cfg, p, state)
@@ -316,18 +324,21 @@ def slot_weights(cfg: CompressConfig, params: Tree, x: Tensor, state: SlotState 
 
 # Tokens --------------------
 def _finish(cfg: CompressConfig, p: Tree, state: SlotState, gen: Generator | None) -> Compressed:
+    """Tokens, mass, count and losses from the sums over all patches."""
     if cfg.kind == "perceiver":
         tokens = layers.norm(p["norm"], slots.update_latents(cfg, p, state, gen))
     elif cfg.kind == "attention":
         tokens = rearrange(slots.slot_means(cfg, p, state), "b h k v -> b k (h v)")
     else:
-        tokens = _experts(cfg, p["experts"], slots.slot_means(cfg, p, state)[:, 0], gen)
+        means = slots.slot_means(cfg, p, state)[:, 0]  # [b, k, d]; these kinds have one group
+        tokens = _experts(cfg, p["experts"], means, gen)
     aux: dict[str, Tensor] = {}
     if cfg.kind == "moe":
         count = state.sums["chosen"]
         mass = state.weight[:, 0]
         aux = {name: t.to(tokens.dtype) for name, t in _router_losses(state.sums).items()}
     else:
+        # Every patch reaches every slot.
         count = state.sums["patches"][:, None].expand(-1, cfg.slots)
         mass = _attention_on_patches(cfg, p, state)
     return Compressed(tokens=tokens, mass=mass.to(tokens.dtype), count=count.long(), aux=aux)
@@ -339,7 +350,9 @@ def _attention_on_patches(cfg: CompressConfig, p: Tree, state: SlotState) -> Ten
     """
     final = slots.with_latents(cfg, p, state)
     weight = final.weight.masked_fill(final.weight == 0, 1.0)
-    share = state.weight * (state.top - slots.finite_top(final.top)).exp() / weight
+    # `state` is relative to the largest score of patches, `final` to that of patches and latents.
+    patch_weight = state.weight * (state.top - slots.finite_top(final.top)).exp()
+    share = patch_weight / weight
     return share.view(len(share), -1, cfg.slots).mean(1)
 
 
@@ -364,25 +377,26 @@ def _router_losses(sums: dict[str, Tensor]) -> dict[str, Tensor]:
     5); "z_reference": the square of its mean.
     """
     s = {name: t.sum(0) for name, t in sums.items()}  # over slides
-    k, n = len(s["chosen"]), s["patches"].clamp(min=1)
-    mean = s["probability"] / n
-    log_k = math.log(k) * (s["patches"] > 0).to(mean.dtype)
+    k = len(s["chosen"])
+    n = s["patches"].clamp(min=1)
+    mean = s["probability"] / n  # P [k]
+    log_k = math.log(k) * (s["patches"] > 0).to(mean.dtype)  # 0 without patches, and so is the entropy's loss
     entropy = -(mean * mean.clamp(min=torch.finfo(mean.dtype).tiny).log()).sum()
     return {
         "balance": k * (mean * s["chosen"] / n).sum(),
         "importance": mean.var(unbiased=False) * k**2,  # their mean is 1 / k
-        "entropy": (log_k - entropy) / max(math.log(k), 1e-30),
+        "entropy": (log_k - entropy) / max(math.log(k), 1e-30),  # of one slot 0 / 1e-30
         "z_loss": s["lse2"] / n,
         "z_reference": (s["lse"] / n).square(),
     }
 
 
-def _check(where: str, cfg: CompressConfig, x: Tensor, mask: Tensor | None, shape: str) -> None:
-    axes = shape.count(",") + 1
+def _check(caller: str, cfg: CompressConfig, x: Tensor, mask: Tensor | None, shape: str) -> None:
+    axes = shape.count(",") + 1  # `shape` is text such as "[b, n, {}]"
     if x.dim() != axes or x.shape[-1] != cfg.dim or not x.is_floating_point():
         got = f"{x.dtype} {list(x.shape)}; set compress.dim to the features' width"
-        raise ValueError(f"{where}: x must be floating point {shape.format(cfg.dim)}, got {got}")
+        raise ValueError(f"{caller}: x must be floating point {shape.format(cfg.dim)}, got {got}")
     if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool):
         raise ValueError(
-            f"{where}: mask must be bool {list(x.shape[:-1])} like x, got {mask.dtype} {list(mask.shape)}"
+            f"{caller}: mask must be bool {list(x.shape[:-1])} like x, got {mask.dtype} {list(mask.shape)}"
         )

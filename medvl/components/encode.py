@@ -44,9 +44,11 @@ class EncodeConfig:
     resize: int = field(default=0, validator=config.in_bounds(0, 4096))
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    # "cls" is the class token after the last norm; "mean" and "max" go over patch tokens only.
     pool: Literal["cls", "mean", "max", "cls+mean", "mean+max"] = "cls"
     # "mean" and "max" over each cell of a grid x grid partition, side by side: more than 1 keeps where things
-    # are.
+    # are. An embedding is [cell rows, cell columns, (mean and max,) width], flattened (He et al. 2014,
+    # arXiv:1406.4729, one level).
     grid: int = 1
     # For the activations of one chunk.
     budget_mib: int = field(default=2048, validator=config.in_bounds(1, 2**24))
@@ -89,17 +91,23 @@ def windows(cfg: EncodeConfig, voxels: Tensor) -> Tensor:
         )
     if cfg.window == "minmax":
         v = voxels.float()
-        low, high = v.amin((-2, -1), keepdim=True), v.amax((-2, -1), keepdim=True)
-        v = (v - low) / (high - low).clamp(min=1)
-        channels = [(v - mean) / std for mean, std in zip(cfg.mean, cfg.std, strict=True)]
+        low = v.amin((-2, -1), keepdim=True)
+        high = v.amax((-2, -1), keepdim=True)
+        v = (v - low) / (high - low).clamp(min=1)  # a slice of one value becomes 0
+        channels = []
+        for mean, std in zip(cfg.mean, cfg.std, strict=True):
+            channels.append((v - mean) / std)
         return torch.stack(channels, -3)
     if voxels.dtype == torch.int16:
         return torch.stack([_window(cfg, voxels.float(), c) for c in range(3)], -3)
     # uint8 has 256 levels: a table of each window is looked up instead of computing every voxel.
     hu = torch.arange(256, device=voxels.device) / 255 * 2000 - 1000
     levels = voxels.int().flatten()
-    tables = [_window(cfg, hu, c) for c in range(3)]
-    return torch.stack([table.index_select(0, levels).view(voxels.shape) for table in tables], -3)
+    channels = []
+    for c in range(3):
+        table = _window(cfg, hu, c)  # [256]
+        channels.append(table.index_select(0, levels).view(voxels.shape))
+    return torch.stack(channels, -3)
 
 
 def _window(cfg: EncodeConfig, hu: Tensor, channel: int) -> Tensor:
@@ -123,10 +131,7 @@ def encode_slices(
         vit: skeleton of the encoder.
     Returns:
         float32 [b, s, d] (float64 for dtype="float64") on the device of the weights, 0 where mask is false, d
-        = `embedding_width(cfg, vit)`. Chunks and padding do not change it. "cls" is the class token after the
-        last norm, "mean" and "max" go over patch tokens only, per cell of
-        the grid: [cell rows, cell columns, (mean and max,) width] flattened (He et al. 2014, arXiv:1406.4729,
-            one level).
+        = `embedding_width(cfg, vit)`. Chunks and padding do not change it.
     Raises:
         ValueError: shapes or dtypes are others, y, x (after resize) are no multiples of the patch size, or
             weights per sample are for another number of volumes.
@@ -144,26 +149,33 @@ def encode_slices(
 
     def encode_chunk(v: Tensor, volume: Tensor) -> Tensor:
         pixels = _resize(windows(cfg, v.to(device, non_blocking=True)), size)
-        out = vit(per_row(weights, volume, len(voxels)), pixels.to(dtype), **options)
-        return _pool(cfg, vit, size, out)
+        # An adapter's weights per volume become weights per slice.
+        params_of_slices = per_row(weights, volume, len(voxels))
+        output = vit(params_of_slices, pixels.to(dtype), **options)
+        return _pool(cfg, vit, size, output)
 
     # Slices of all volumes in a row; those that do not exist are never encoded.
     slices = voxels.flatten(0, 1)
     existing = mask.flatten().nonzero()[:, 0].to(voxels.device)
     recompute = cfg.checkpoint and torch.is_grad_enabled()
     chunks: list[Tensor] = []
-    for i in existing.split(chunk_size(cfg, vit, size, device)) if len(existing) else ():
-        v, volume = slices.index_select(0, i), i // voxels.shape[1]
+    slices_at_once = chunk_size(cfg, vit, size, device)
+    # `split` of an empty tensor gives one empty chunk, which encoders do not take.
+    for i in existing.split(slices_at_once) if len(existing) else ():
+        v = slices.index_select(0, i)
+        volume = i // voxels.shape[1]
         if recompute:
             chunk = checkpoint(encode_chunk, v, volume, use_reentrant=False, preserve_rng_state=False)
         else:
             chunk = encode_chunk(v, volume)
         chunks.append(chunk)
-    out_dtype = torch.promote_types(dtype, torch.float32)
-    out = torch.zeros(len(slices), embedding_width(cfg, vit), device=device, dtype=out_dtype)
+    # What comes after is small and computed in float32 at least.
+    embedding_dtype = torch.promote_types(dtype, torch.float32)
+    embeddings = torch.zeros(len(slices), embedding_width(cfg, vit), device=device, dtype=embedding_dtype)
     if chunks:
-        out = out.index_copy(0, existing.to(device), torch.cat(chunks).to(out.dtype))
-    return out.unflatten(0, mask.shape)
+        encoded = torch.cat(chunks).to(embedding_dtype)
+        embeddings = embeddings.index_copy(0, existing.to(device), encoded)
+    return embeddings.unflatten(0, mask.shape)
 
 
 def whiten(
@@ -179,8 +191,7 @@ def whiten(
         shrink: share of the mean variance added to each variance, so that noise is not blown up.
     Returns:
         params with a new patch embedding: its first rows are the principal directions of a patch, most
-            variance first; rows beyond the
-        number of values in a patch stay as they are.
+        variance first; rows beyond the number of values in a patch stay as they are.
     Source: the whitened first layer of Page 2018, "How to train your ResNet" part 8, and Jordan 2024,
         arXiv:2404.00498, for patches.
     """
@@ -194,15 +205,19 @@ def whiten(
     size = (cfg.resize, cfg.resize) if cfg.resize else voxels.shape[-2:]
     pixels = _resize(windows(cfg, voxels), size).to(weight.device)
     patch = weight.shape[-2:]
+    # All patches of all slices as rows [n, 3 y x], in the order of channels that a convolution's weight has.
     patches = F.unfold(pixels, patch, stride=patch).mT.flatten(0, 1).double()
     mean = patches.mean(0)
-    covariance = (patches - mean).mT @ (patches - mean) / len(patches)
+    centred = patches - mean
+    covariance = centred.mT @ centred / len(patches)
     variance, directions = torch.linalg.eigh(covariance)
+    spread = (variance + shrink * variance.mean()).sqrt()
     # eigh sorts by rising variance, so the rows are flipped.
-    rows = (directions / (variance + shrink * variance.mean()).sqrt()).mT.flip(0)[: len(weight)]
+    rows = (directions / spread).mT.flip(0)[: len(weight)]
     new = weight.flatten(1).double().clone()
     new[: len(rows)] = rows
     whitened = dict(params) | {names[0]: new.view_as(weight).to(weight.dtype)}
+    # The bias takes the mean off, so that outputs have mean 0.
     if bias in params:
         whitened[bias] = -(new @ mean).to(weight.dtype)
     return whitened
@@ -213,16 +228,17 @@ def chunk_size(cfg: EncodeConfig, vit: Vit, size: tuple[int, int], device: torch
     one.
 
     Counted per token: 5 d + 2 h values at the widest place of a block (h the hidden width of the MLP); with
-        checkpoint=True the 10 d + 2 h
-    that a block keeps for its gradient, in all blocks. Without it a gradient keeps those of all slices
-    whatever the chunk.
+    checkpoint=True the 10 d + 2 h that a block keeps for its gradient, in all blocks. Without it a gradient
+    keeps those of all slices whatever the chunk.
     """
     c = vit.config
     value_bytes = torch.finfo(getattr(torch, cfg.dtype)).bits // 8
     d, depth = c["hidden_size"], c["num_hidden_layers"]
     h = c.get("intermediate_size") or int(d * c["mlp_ratio"])
     tokens = 1 + c.get("num_register_tokens", 0) + size[0] * size[1] // patch_size(vit) ** 2
-    for_gradient = depth * (10 * d + 2 * h) if cfg.checkpoint and torch.is_grad_enabled() else 0
+    for_gradient = 0
+    if cfg.checkpoint and torch.is_grad_enabled():
+        for_gradient = depth * (10 * d + 2 * h)
     # Three channels in float32, twice: before and after they are resized or cast.
     pixel_bytes = 2 * 3 * 4 * size[0] * size[1]
     slice_bytes = pixel_bytes + tokens * value_bytes * (5 * d + 2 * h + for_gradient)
@@ -246,10 +262,13 @@ def check_slice_size(cfg: EncodeConfig, stored: tuple[int, int], patch: int) -> 
     """
     size = (cfg.resize, cfg.resize) if cfg.resize else stored
     if any(n % patch or not n for n in size):
-        near = sorted({max(patch, n // patch * patch + step) for n in size for step in (0, patch)})
+        near: set[int] = set()  # the multiples below and above each side
+        for n in size:
+            below = n // patch * patch
+            near |= {max(patch, below), max(patch, below + patch)}
         raise ValueError(
             f"encode_slices: y and x must be multiples of the patch size {patch}, got {size[0]}x{size[1]}; "
-            f"nearest are {', '.join(map(str, near))}: set EncodeConfig.resize or store slices of such a size"
+            f"nearest are {', '.join(map(str, sorted(near)))}: set EncodeConfig.resize or store slices of such a size"
         )
     if any(n // patch % cfg.grid for n in size):
         raise ValueError(
@@ -276,11 +295,13 @@ def _forward_options(size: tuple[int, int], vit: Vit) -> dict[str, bool]:
     return {}
 
 
-def _pool(cfg: EncodeConfig, vit: Vit, size: tuple[int, int], out: Any) -> Tensor:
+def _pool(cfg: EncodeConfig, vit: Vit, size: tuple[int, int], output: Any) -> Tensor:
     """[n, d] of the encoder's output for n slices."""
-    tokens = out.last_hidden_state
-    patches = tokens[:, 1 + vit.config.get("num_register_tokens", 0) :]
+    tokens = output.last_hidden_state  # [n, tokens, width]: class, registers, patches
+    num_special = 1 + vit.config.get("num_register_tokens", 0)
+    patches = tokens[:, num_special:]
     cell_rows = size[0] // patch_size(vit) // cfg.grid
+    # Patches lie row by row; r and c say which cell of the grid, y and x where in the cell.
     cells = rearrange(patches, "n (r y c x) d -> n (r c) (y x) d", r=cfg.grid, c=cfg.grid, y=cell_rows)
     pooled = []
     for kind in cfg.pool.split("+"):
@@ -290,7 +311,7 @@ def _pool(cfg: EncodeConfig, vit: Vit, size: tuple[int, int], out: Any) -> Tenso
             pooled.append(cells.amax(2))
         elif vit.config["model_type"] == "clip_vision_model":
             # CLIP's last norm is on the class token only.
-            pooled.append(out.pooler_output[:, None])
+            pooled.append(output.pooler_output[:, None])
         else:
             pooled.append(tokens[:, :1])
     return torch.cat(pooled, -1).flatten(1)

@@ -46,12 +46,16 @@ class FuseConfig:
 
 def fused_width(cfg: FuseConfig) -> int:
     """The length of a volume embedding."""
-    return (cfg.dim + cfg.skip * (cfg.inputs or cfg.dim)) * len(cfg.pool.split("+"))
+    width = cfg.dim
+    if cfg.skip:
+        width += cfg.inputs or cfg.dim
+    return width * len(cfg.pool.split("+"))
 
 
 def init_fuse(cfg: FuseConfig, gen: Generator) -> Tree:
     """Parameters of `fuse`, float32 on CPU: {"blocks" {"0".. -> layers.block}, "norm"}; "cls" [d] or "query"
     [d], "kv" for pooling; "into" [d, inputs]; "skip" norm."""
+    # The order of the draws decides what a seed gives: blocks first, then what the options add.
     params: Tree = {
         "blocks": {str(i): layers.init_block(cfg.dim, cfg.depth, gen) for i in range(cfg.depth)},
         "norm": layers.init_norm(cfg.dim),
@@ -94,8 +98,10 @@ def fuse(cfg: FuseConfig, p: Tree, z: Tensor, mask: Tensor, position_mm: Tensor)
         )
     # Positions are relative to the middle of the scan: where the table stood says nothing.
     weight = mask.float()
-    middle = (position_mm * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
+    num_slices = weight.sum(1, keepdim=True).clamp(min=1)
+    middle = (position_mm * weight).sum(1, keepdim=True) / num_slices
     position = torch.where(mask, position_mm - middle, 0.0) / cfg.unit_mm
+    # Before `z` is projected and gets a class token.
     skipped = _pool(cfg, p, layers.norm(p["skip"], z), mask) if cfg.skip else None
     if cfg.inputs:
         z = layers.linear(p["into"], z)
@@ -104,8 +110,9 @@ def fuse(cfg: FuseConfig, p: Tree, z: Tensor, mask: Tensor, position_mm: Tensor)
         mask = torch.cat([mask.new_ones(len(z), 1), mask], 1)
         position = torch.cat([position.new_zeros(len(z), 1), position], 1)
     rope = layers.rotary(position, cfg.dim // cfg.heads, cfg.base)
+    keep = mask[:, None, None]  # the same keys for all heads and queries
     for i in range(cfg.depth):
-        z = layers.block(p["blocks"][str(i)], z, cfg.heads, keep=mask[:, None, None], rope=rope)
+        z = layers.block(p["blocks"][str(i)], z, cfg.heads, keep=keep, rope=rope)
     z = _pool(cfg, p, layers.norm(p["norm"], z), mask)
     return z if skipped is None else torch.cat([z, skipped], -1)
 
@@ -115,16 +122,20 @@ def _pool(cfg: FuseConfig, p: Tree, z: Tensor, mask: Tensor) -> Tensor:
     if cfg.pool == "cls":
         return z[:, 0]
     if cfg.pool == "attention":
-        k, v = layers.linear(p["kv"], z).unflatten(-1, (2, cfg.heads, -1)).permute(2, 0, 3, 1, 4)
-        q = p["query"].to(z.dtype).view(1, cfg.heads, 1, -1).expand(len(z), -1, -1, -1)
+        # One learned query for all volumes, split into heads like keys and values: [b, h, 1 or s, d / h].
+        kv = layers.linear(p["kv"], z).unflatten(-1, (2, cfg.heads, -1))
+        k, v = kv.permute(2, 0, 3, 1, 4)
+        query = p["query"].to(z.dtype).view(1, cfg.heads, 1, -1)
+        q = query.expand(len(z), -1, -1, -1)
         pooled = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
         return pooled.flatten(1)
-    parts = []
+    vectors = []  # [b, d] each
     for kind in cfg.pool.split("+"):
         if kind == "mean":
             share = mask / mask.sum(1, keepdim=True).clamp(min=1)
-            parts.append(torch.einsum("bs,bsd->bd", share.to(z.dtype), z))
+            vectors.append(torch.einsum("bs,bsd->bd", share.to(z.dtype), z))
         else:
+            existing = z.masked_fill(~mask[..., None], -torch.inf)
             # A volume without slices would have -inf.
-            parts.append(z.masked_fill(~mask[..., None], -torch.inf).amax(1).nan_to_num(neginf=0.0))
-    return torch.cat(parts, -1)
+            vectors.append(existing.amax(1).nan_to_num(neginf=0.0))
+    return torch.cat(vectors, -1)

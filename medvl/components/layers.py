@@ -1,8 +1,7 @@
 """Transformer pieces as pure functions over dicts of tensors.
 
-The letters of all shapes in medvl: b batch, s slices, n tokens in, m tokens kept, t text tokens, p patches, d
-    width, h heads, e experts,
-k adapters, r rank, l layers, v vocabulary, c findings, x y z voxel axes.
+The letters of all shapes in medvl: b batch, s slices, n tokens in, m tokens kept, t text tokens, p patches,
+d width, h heads, e experts, k adapters, r rank, l layers, v vocabulary, c findings, x y z voxel axes.
 """
 
 from collections.abc import Callable
@@ -44,7 +43,9 @@ def init_block(width: int, depth: int, gen: Generator, mlp: int = 4) -> Tree:
     """Parameters of `block`; the two layers that write to the residual stream start smaller the deeper the
     stack (Radford et al. 2019).
     """
-    small = 0.02 / (2 * depth) ** 0.5
+    small = (
+        0.02 / (2 * depth) ** 0.5
+    )  # 2 x depth layers write to the stream: their sum does not grow with depth
     return {
         "norm1": init_norm(width),
         "qkv": init_linear(width, 3 * width, gen),
@@ -73,6 +74,7 @@ def block(
         causal: token i looks only at tokens up to i (with `keep`: both must allow it).
     Source: Vaswani et al. 2017, arXiv:1706.03762; pre-norm as in Xiong et al. 2020, arXiv:2002.04745.
     """
+    # Pre-norm: what is added to x is never normed itself, so gradients pass straight through all blocks.
     qkv = linear(p["qkv"], norm(p["norm1"], x))
     x = x + linear(p["out"], attention(qkv, heads, keep=keep, rope=rope, causal=causal))
     hidden = act(linear(p["up"], norm(p["norm2"], x)))
@@ -84,8 +86,10 @@ def attention(
 ) -> Tensor:
     """Scaled dot-product self-attention of packed [b, n, 3d] (q, k, v in this order) -> [b, n, d]."""
     q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=heads)
+    # Values carry no position: only the match of query and key depends on it.
     if rope is not None:
-        q, k = rotate(q, rope), rotate(k, rope)
+        q = rotate(q, rope)
+        k = rotate(k, rope)
     # torch takes a mask or is_causal, not both.
     if causal and keep is not None:
         n = q.shape[-2]
@@ -101,8 +105,9 @@ def rotary(position: Tensor, head_width: int, base: float = 10000.0) -> Rope:
 
     Source: Su et al. 2021, arXiv:2104.09864, eq. 15, on halves instead of interleaved pairs.
     """
+    # float32 also under bfloat16, which cannot tell apart positions beyond 256.
     pairs = torch.arange(0, head_width, 2, device=position.device, dtype=torch.float32)
-    speed = base ** (-pairs / head_width)
+    speed = base ** (-pairs / head_width)  # radians per unit of position: 1 for the first pair, then slower
     angle = position.float()[:, None, :, None] * speed
     return angle.cos(), angle.sin()
 
@@ -111,6 +116,7 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Turn the pairs (x[i], x[i + half]) of [b, h, n, d] by the angles of `rope`; the dot product of two
     turned vectors depends only on the difference of their positions."""
     cos, sin = (part.to(x.dtype) for part in rope)
+    # Pairs are across the halves, not of neighbours: the same rotation with the channels in another order.
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 

@@ -1,5 +1,10 @@
 """Contrastive losses between two sets of embeddings whose rows belong together, and the next-token loss of a
 language model.
+
+The next-token loss takes its logits in chunks: a vocabulary of 150,000 makes one float32 row of them 0.6 MB. By
+a plain head and the hidden states the gradient is taken in the forward pass, where the logits are at hand. Any
+other head (a tensor subclass that answers F.linear: low rank, quantised, sharded) is projected again chunk by
+chunk in the backward pass, and its parts get their gradients from autograd.
 """
 
 from typing import Any, Literal
@@ -23,7 +28,7 @@ def clip_loss(image: Tensor, text: Tensor, scale: Tensor | float) -> Tensor:
     Source: Radford et al. 2021, arXiv:2103.00020, fig. 3.
     """
     _check("clip_loss", image, text)
-    logits = scale * image @ text.T
+    logits = scale * image @ text.T  # [b, b], row an image, column a text; partners on the diagonal
     target = torch.arange(len(image), device=image.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
@@ -37,7 +42,7 @@ def siglip_loss(image: Tensor, text: Tensor, scale: Tensor | float, bias: Tensor
     """
     _check("siglip_loss", image, text)
     logits = scale * image @ text.T + bias
-    sign = 2 * torch.eye(len(image), device=logits.device, dtype=logits.dtype) - 1
+    sign = 2 * torch.eye(len(image), device=logits.device, dtype=logits.dtype) - 1  # 1 for partners, else -1
     return -F.logsigmoid(sign * logits).sum() / len(image)
 
 
@@ -66,10 +71,7 @@ def token_cross_entropy(
     """Cross-entropy of the next token at the trained positions only, without ever holding the logits of more
     than `chunk` of them.
 
-    Position i predicts labels[:, i + 1]; the shift is made here. The softmax is taken in float32. The
-    gradient by a plain head and the hidden states is taken in the forward pass, where the logits are at hand;
-    any other head (a tensor subclass that answers F.linear: low rank, quantised, sharded) is projected again
-    chunk by chunk in the backward pass, and its parts get their gradients from autograd.
+    Position i predicts labels[:, i + 1]; the shift is made here. The softmax is taken in float32.
 
     Args:
         hidden: last hidden states [b, t, d], after the last norm.
@@ -84,8 +86,8 @@ def token_cross_entropy(
         reduction: "sum", or "none" for the loss of every label.
     Returns:
         sum of the losses, float32 (float64 for such inputs), 0 where nothing is trained; with "none" [b, t],
-        0 where not trained. number of trained tokens, int64. Divide one by the other only over a whole batch:
-        a mean of the means
+            0 where not trained.
+        number of trained tokens, int64. Divide one by the other only over a whole batch: a mean of the means
             of micro-batches would weigh a token of a short answer more than one of a long answer.
     Raises:
         ValueError: shapes, chunk or reduction are others; on a CPU also labels outside the vocabulary.
@@ -101,27 +103,34 @@ def token_cross_entropy(
     keep = trained_mask(labels)
     # By place and not by mask, so that only labels need values.
     places = keep[:, 1:].nonzero(as_tuple=True)
-    rows, targets = hidden[:, :-1][places], labels[keep]
+    rows = hidden[:, :-1][places]  # [n, d], n trained tokens
+    targets = labels[keep]  # [n]
     count = keep.sum()
-    plain_head = type(head) in (Tensor, nn.Parameter)
+    plain_head = type(head) in (Tensor, nn.Parameter)  # not isinstance: a lazy weight is a Tensor too
     if reduction == "sum" and plain_head and torch.is_grad_enabled():
         return _DenseLoss.apply(rows, head, bias, targets, chunk), count
+    losses = _chunked_losses(rows, head, bias, targets, chunk)
+    if reduction == "sum":
+        return losses.sum(), count
+    return losses.new_zeros(labels.shape).masked_scatter(keep, losses), count
+
+
+def _chunked_losses(rows: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, chunk: int) -> Tensor:
+    """The loss of each row [n], with the gradients of autograd: for any head."""
 
     def chunk_losses(x: Tensor, y: Tensor) -> Tensor:
         logits = _widen(F.linear(x, head, bias))
         _check_range(y, logits.shape[-1])
         return F.cross_entropy(logits, y, reduction="none")
 
-    losses_of_chunks = []
+    losses = []
     for x, y in zip(rows.split(chunk), targets.split(chunk), strict=True):
+        # For a gradient only the rows of a chunk are kept, and its logits computed again.
         if torch.is_grad_enabled():
-            losses_of_chunks.append(checkpoint(chunk_losses, x, y, use_reentrant=False))
+            losses.append(checkpoint(chunk_losses, x, y, use_reentrant=False))
         else:
-            losses_of_chunks.append(chunk_losses(x, y))
-    losses = torch.cat(losses_of_chunks)
-    if reduction == "sum":
-        return losses.sum(), count
-    return losses.new_zeros(labels.shape).masked_scatter(keep, losses), count
+            losses.append(chunk_losses(x, y))
+    return torch.cat(losses)
 
 
 def trained_mask(labels: Tensor) -> Tensor:
@@ -163,20 +172,25 @@ class _DenseLoss(torch.autograd.Function):
         _check_range(targets, len(head))
         kind = "cpu" if rows.is_meta else rows.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.dtype
+        # Gradients are gathered over the chunks; None for what needs none.
         grad_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
         grad_head = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
         total = _widen(rows.new_zeros(()))
+        # Autocast is off and the casts are made here, once for all chunks: the head is the largest matrix.
         with torch.autocast(kind, enabled=False):
             w = head.to(dtype)
             b = bias if bias is None else bias.to(dtype)
             for i in range(0, len(rows), chunk):
-                x, y = rows[i : i + chunk].to(dtype), targets[i : i + chunk, None]
-                loss, grad_logits = _softmax_loss(_widen(F.linear(x, w, b)), y)
+                x = rows[i : i + chunk].to(dtype)
+                y = targets[i : i + chunk, None]
+                logits = _widen(F.linear(x, w, b))
+                loss, grad_logits = _softmax_loss(logits, y)
                 total += loss
                 grad_logits = grad_logits.to(dtype)
                 if grad_rows is not None:
                     grad_rows[i : i + chunk] = grad_logits @ w
+                # addmm_ adds without a second matrix of the head's size, but only in one dtype.
                 if grad_head is not None and grad_head.dtype == dtype:
                     grad_head.addmm_(grad_logits.T, x)
                 elif grad_head is not None:
@@ -189,14 +203,17 @@ class _DenseLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *(g if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors), None, None
+        # The loss is a scalar, so the chain rule is one factor. Targets and chunk have no gradient.
+        grads = [g if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors]
+        return *grads, None, None
 
 
 def _softmax_loss(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """(sum of the losses, its gradient by the logits) of logits [n, v] and targets [n, 1]; in place."""
-    z -= z.amax(1, keepdim=True)
+    z -= z.amax(1, keepdim=True)  # so that exp does not overflow
     target_logits = z.gather(1, y)
     total = z.exp_().sum(1, keepdim=True)
+    # The gradient is softmax minus one-hot.
     z /= total
     z.scatter_add_(1, y, torch.full_like(target_logits, -1.0))
     return (total.log() - target_logits).sum(), z

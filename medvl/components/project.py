@@ -25,8 +25,10 @@ class ProjectConfig:
 
 def init_project(cfg: ProjectConfig, gen: Generator) -> Tree:
     """Parameters of `project`, float32 on CPU: {"up", "down"}."""
+    # width_in ** -0.5 keeps the scale of what comes in; "up" is drawn first.
     up = layers.init_linear(cfg.inputs, cfg.hidden, gen, std=cfg.inputs**-0.5)
-    return {"up": up, "down": layers.init_linear(cfg.hidden, cfg.outputs, gen, std=cfg.hidden**-0.5)}
+    down = layers.init_linear(cfg.hidden, cfg.outputs, gen, std=cfg.hidden**-0.5)
+    return {"up": up, "down": down}
 
 
 def project(cfg: ProjectConfig, params: Tree, tokens: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
 """The sums over patches of which every kind of `compress` is made: blocks of them, added up in any order.
 
 Shapes: b slides, n patches, k slots, d width, h heads; g groups of r rows (heads and slots) with values of
-    width v.
+width v. A group is what shares its values: attention has a group for each head, [g = h, r = k, v = d / h]; all
+others have one, where a perceiver's rows are heads and slots, [1, h k, d], and the other kinds' slots,
+[1, k, d].
 """
 
 import math
@@ -98,15 +100,17 @@ def empty_state(
     cfg: CompressConfig, p: Tree, b: int, latents: Tensor | None = None, pass_index: int = 0
 ) -> SlotState:
     """The state of `b` slides without patches."""
-    k, d = cfg.slots, cfg.dim
-    groups, rows, width = 1, k, d
+    k = cfg.slots
+    groups, rows, width = 1, k, cfg.dim
     if cfg.kind == "attention":
-        groups, width = cfg.heads, d // cfg.heads
+        groups, width = cfg.heads, cfg.dim // cfg.heads
     if cfg.kind == "perceiver":
         rows = cfg.heads * k
+        # The first pass starts from the learned latents, the same for every slide.
         if latents is None:
             latents = p["latents"].expand(b, -1, -1)
 
+    # float64: a sum over a million patches in float32 would depend on their order.
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=compute_device(p))
 
@@ -115,7 +119,7 @@ def empty_state(
     if cfg.kind == "moe":
         sums |= {"chosen": zeros(b, k), "probability": zeros(b, k), "lse": zeros(b), "lse2": zeros(b)}
     else:
-        top = top - math.inf
+        top = top - math.inf  # no score yet
     return SlotState(
         top=top,
         weight=zeros(b, groups, rows),
@@ -156,8 +160,9 @@ def block_sums(
     for start in range(0, x.shape[1], size):
         block = x[:, start : start + size]
         keep = None if mask is None else mask[:, start : start + size].to(device)
-        as_it_is = keep is None and (x.dtype, x.device) == (dtype, device)
-        if buffer is None or as_it_is:
+        # What neither is converted nor masked needs no copy.
+        usable = keep is None and (x.dtype, x.device) == (dtype, device)
+        if buffer is None or usable:
             block = block.to(device, dtype)
         else:
             block = buffer[:, : block.shape[1]].copy_(block)
@@ -173,13 +178,19 @@ def block_sums(
 def _sum_block(
     cfg: CompressConfig, scores: Tensor, values: Tensor, keep: Tensor | None
 ) -> tuple[SlotState, Tensor]:
+    """The sums of one block, and its scores (moe: weights); scores [b, n, g, r], values [b, n, g, v]."""
     b, n = scores.shape[:2]
-    sums = {"patches": scores.new_full((b,), n) if keep is None else keep.sum(1)}
+    if keep is None:
+        exists = scores.new_ones(b, n, 1)
+        sums = {"patches": scores.new_full((b,), n)}
+    else:
+        exists = keep[..., None].to(scores.dtype)
+        sums = {"patches": keep.sum(1)}
     if cfg.kind == "moe":
-        logits = scores[:, :, 0]
-        exists = scores.new_ones(b, n, 1) if keep is None else keep[..., None].to(scores.dtype)
+        logits = scores[:, :, 0]  # [b, n, k]
         lse = logits.logsumexp(-1) * exists[..., 0]
         probability = logits.softmax(-1) * exists
+        # Which slots are chosen has no gradient; how much a patch counts in them has.
         chosen = _largest(logits.detach(), cfg.top_k) * exists
         sums["chosen"] = chosen.sum(1)
         sums["probability"] = probability.sum(1)
@@ -190,6 +201,7 @@ def _sum_block(
     else:
         if keep is not None:
             scores = scores.masked_fill(~keep[..., None, None], -math.inf)
+        # Relative to the block's largest score, so that exp cannot overflow. It cancels out, hence no gradient.
         top = scores.detach().amax(1)
         weight = (scores - finite_top(top)[:, None]).exp()
     total = torch.einsum("bngr,bngv->bgrv", weight, values)
@@ -199,6 +211,7 @@ def _sum_block(
         total=total.double(),
         sums={name: t.double() for name, t in sums.items()},
     )
+    # A softmax over patches is known only at the end; the router's weights are final.
     return state, weight if cfg.kind == "moe" else scores
 
 
@@ -208,6 +221,7 @@ def add_states(a: SlotState, b: SlotState) -> SlotState:
     Source: online softmax, Milakov and Gimelshein 2018, arXiv:1805.02867, algorithm 3.
     """
     top = torch.maximum(a.top, b.top)
+    # Both become relative to the larger top; one without scores (-inf) has the factor 0.
     factor_a = (a.top - finite_top(top)).exp()
     factor_b = (b.top - finite_top(top)).exp()
     return evolve(
@@ -241,7 +255,8 @@ def make_scorer(cfg: CompressConfig, p: Tree, state: SlotState, gen: Generator |
         def score_gated(x: Tensor) -> tuple[Tensor, Tensor]:
             gated = layers.linear(p["tanh"], x).tanh() * layers.linear(p["sigmoid"], x).sigmoid()
             scores = layers.linear(p["score"], dropout(gated, cfg.dropout, gen))
-            return scores.unflatten(-1, (cfg.heads, cfg.slots)), x.unflatten(-1, (cfg.heads, -1))
+            scores_by_head = scores.unflatten(-1, (cfg.heads, cfg.slots))
+            return scores_by_head, x.unflatten(-1, (cfg.heads, -1))
 
         return score_gated
     if cfg.kind == "perceiver":
@@ -250,22 +265,26 @@ def make_scorer(cfg: CompressConfig, p: Tree, state: SlotState, gen: Generator |
 
         def score_by_latents(x: Tensor) -> tuple[Tensor, Tensor]:
             x = layers.norm(layer["patches"], x)
-            return (x @ queries.mT)[:, :, None], x[:, :, None]
+            scores = x @ queries.mT
+            return scores[:, :, None], x[:, :, None]
 
         return score_by_latents
     if cfg.kind == "mean":
+        # Equal scores: the softmax over patches is the mean.
         return lambda x: (x.new_zeros(*x.shape[:2], 1, cfg.slots), x[:, :, None])
     if cfg.kind == "soft_moe":
         mu = p["scale"] * F.normalize(p["mu"], dim=-1, eps=1e-6)
 
         def score_by_cosine(x: Tensor) -> tuple[Tensor, Tensor]:
-            return (F.normalize(x, dim=-1, eps=1e-6) @ mu.T)[:, :, None], x[:, :, None]
+            cosines = F.normalize(x, dim=-1, eps=1e-6) @ mu.T  # times the scale, which is in mu
+            return cosines[:, :, None], x[:, :, None]
 
         return score_by_cosine
 
     def route(x: Tensor) -> tuple[Tensor, Tensor]:
         logits = layers.linear(p["gate"], x)
         if gen is not None and cfg.noise:
+            # Drawn where the generator lies, which may be another device.
             noise = torch.randn(logits.shape, generator=gen, device=gen.device)
             logits = logits + cfg.noise * noise.to(logits)
         return logits[:, :, None], x[:, :, None]
@@ -283,7 +302,8 @@ def _folded_queries(cfg: CompressConfig, layer: Tree, state: SlotState) -> Tenso
     latents = layers.norm(layer["latents"], state.latents)
     q = rearrange(layers.linear(layer["q"], latents), "b k (h e) -> b h k e", h=cfg.heads)
     keys = rearrange(layer["k"]["weight"], "(h e) d -> h e d", h=cfg.heads)
-    return (torch.einsum("bhke,hed->bhkd", q, keys) * q.shape[-1] ** -0.5).flatten(1, 2)
+    scaled = torch.einsum("bhke,hed->bhkd", q, keys) * q.shape[-1] ** -0.5
+    return scaled.flatten(1, 2)
 
 
 def with_latents(cfg: CompressConfig, p: Tree, state: SlotState) -> SlotState:
@@ -302,10 +322,12 @@ def update_latents(cfg: CompressConfig, p: Tree, state: SlotState, gen: Generato
     """The latents [b, k, d] after a pass: attention and feed-forward, each added to its input."""
     assert state.latents is not None
     layer = p["layers"][str(state.pass_index)]
+    # Means of normed patches, to which the value projection is applied once each instead of to every patch.
     means = slot_means(cfg, p, with_latents(cfg, p, state))
     means = rearrange(means, "b 1 (h k) d -> b h k d", h=cfg.heads)
     values = rearrange(layer["v"]["weight"], "(h e) d -> h e d", h=cfg.heads)
-    attended = rearrange(torch.einsum("bhkd,hed->bhke", means, values), "b h k e -> b k (h e)")
+    attended = torch.einsum("bhkd,hed->bhke", means, values)
+    attended = rearrange(attended, "b h k e -> b k (h e)")
     z = state.latents + layers.linear(layer["out"], attended)
     hidden = F.gelu(layers.linear(layer["up"], layers.norm(layer["norm"], z)))
     return z + layers.linear(layer["down"], dropout(hidden, cfg.dropout, gen))
@@ -329,15 +351,18 @@ def slot_shares(cfg: CompressConfig, scores: Tensor, final: SlotState) -> Tensor
     if cfg.kind == "moe":
         return scores[:, :, 0]
     weight = final.weight.masked_fill(final.weight == 0, 1.0)
-    share = (scores - finite_top(final.top)[:, None]).exp() / weight[:, None]
-    return share.flatten(2).unflatten(-1, (-1, cfg.slots)).mean(2).to(scores.dtype)
+    share = (scores - finite_top(final.top)[:, None]).exp() / weight[:, None]  # [b, n, g, r]
+    # Groups and rows are heads and slots, in whatever way they are divided.
+    by_head = share.flatten(2).unflatten(-1, (-1, cfg.slots))  # [b, n, h, k]
+    return by_head.mean(2).to(scores.dtype)
 
 
 def dropout(x: Tensor, rate: float, gen: Generator | None) -> Tensor:
     """Dropout, where there is a generator."""
     if gen is None or not rate:
         return x
-    keep = torch.rand(x.shape, generator=gen, device=gen.device).to(x.device) >= rate
+    numbers = torch.rand(x.shape, generator=gen, device=gen.device)
+    keep = numbers.to(x.device) >= rate
     return x * keep / (1 - rate)
 
 

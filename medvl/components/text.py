@@ -32,6 +32,7 @@ class TextConfig:
 
 def init_text(cfg: TextConfig, gen: Generator) -> Tree:
     """Parameters of `encode_text`: {"token" [v, d], "position" [t, d], "blocks", "norm"}; float32 on CPU."""
+    # The spreads of CLIP's own initialisation; in the order in which they are drawn.
     return {
         "token": torch.randn(cfg.vocabulary, cfg.dim, generator=gen) * 0.02,
         "position": torch.randn(cfg.context, cfg.dim, generator=gen) * 0.01,
@@ -62,12 +63,14 @@ def encode_text(cfg: TextConfig, p: Tree, ids: Tensor, mask: Tensor) -> Tensor:
         )
     # On a GPU this would wait for it, and an id out of range raises there anyway.
     if ids.device.type == "cpu" and ids.numel():
-        low, high = int(ids.min()), int(ids.max())
+        low = int(ids.min())
+        high = int(ids.max())
         if low < 0 or high >= cfg.vocabulary:
             raise ValueError(
                 f"encode_text: ids must lie in 0..{cfg.vocabulary - 1}, found {low}..{high}: another tokenizer?"
             )
     x = p["token"][ids] + p["position"][: ids.shape[1]]
+    # No mask: padding is at the end, where causal attention does not look.
     for i in range(cfg.depth):
         x = layers.block(p["blocks"][str(i)], x, cfg.heads, causal=True, act=layers.quick_gelu)
     return pool_tokens(cfg.pool, layers.norm(p["norm"], x), mask)
@@ -94,8 +97,11 @@ def pool_tokens(pool: Literal["first", "last", "mean", "max"], x: Tensor, mask: 
     if pool == "first":
         return x[:, 0]
     if pool == "last":
-        return x[torch.arange(len(x), device=x.device), mask.sum(1).clamp(min=1) - 1]
+        # Padding is at the end, so the number of tokens says which is last; an empty row takes its first.
+        last = mask.sum(1).clamp(min=1) - 1
+        return x[torch.arange(len(x), device=x.device), last]
     if pool == "max":
-        return x.masked_fill(~mask[..., None], -torch.inf).amax(1).nan_to_num(neginf=0.0)
+        existing = x.masked_fill(~mask[..., None], -torch.inf)
+        return existing.amax(1).nan_to_num(neginf=0.0)  # an empty row would be -inf
     share = mask / mask.sum(1, keepdim=True).clamp(min=1)
     return torch.einsum("bt,btd->bd", share.to(x.dtype), x)
