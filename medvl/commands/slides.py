@@ -34,11 +34,11 @@ def _pack(features: str, out: str, dims: int, encoder: str, drop: bool) -> None:
     paths = [path for paths_of_slide in feature_files(features).values() for path in paths_of_slide]
     if not paths:
         raise ValueError(f"{features}: holds no patch features (.h5, .pt, .npy or .csv files)")
-    done = pack.pack(paths, out, dims=dims, encoder=encoder, drop=drop, progress=True)
+    packed = pack.pack(paths, out, dims=dims, encoder=encoder, drop=drop, progress=True)
     print(
-        f"{out}: {done.done} slides of {done.patches:,} patches written, {done.skipped} were there, "
-        f"{done.empty} are empty, "
-        f"{done.dropped} patches left out"
+        f"{out}: {packed.written} slides of {packed.patches:,} patches written, {packed.skipped} were there, "
+        f"{packed.empty} are empty, "
+        f"{packed.dropped} patches left out"
     )
 
 
@@ -58,7 +58,7 @@ def _check(features: str, data: Sequence[str], dims: int, encoder: str) -> int:
         num_faults += len(faults)
         print(f"{file}: {len(faults)} faulty records")
         for fault in faults[:_SHOWN]:
-            print(f"  {fault.row}: {fault.what}")
+            print(f"  {fault.row}: {fault.text}")
     if data and not record_of_slide:
         raise ValueError(
             f"slides check: no record of {', '.join(data)} names a slide; without --data all features are "

@@ -70,54 +70,30 @@ def check_slides(
         ValueError: `source` is neither a folder nor a store, or nothing is requested and the folder is empty.
             Faults of the data never raise.
     """
-    store = None if Path(source).is_dir() else open_slides(source)
+    source_is_folder = Path(source).is_dir()
+    store = None if source_is_folder else open_slides(source)
     locations = _locations(source, store)
+    all_locations = {*_flat(locations.values())}
     if not requested:
         requested = {str(location): "all are looked at" for location in _flat(locations.values())}
         if not requested:
             raise ValueError(f"{source}: holds no patch features ({', '.join(SUFFIXES)})")
-    matches = names.find_slides(requested, locations, source if store is None else "")
-    missing, duplicates, cases = dict[str, str](), dict[str, list[str]](), list[str]()
-    for name, match in matches.items():
-        if not match.places:
-            missing[name] = requested[name]
-        elif not match.clear:
-            duplicates[name] = [str(location) for location in match.places]
-        elif len(match.places) > 1:
-            cases.append(name)
-
+    matches = names.find_slides(requested, locations, source if source_is_folder else "")
     selected = _select(matches)
-    abouts, unreadable, bad_patches = _inspect_all(selected, store, dims, values)
-    dims = dims or _most_common(about.dims for about in abouts.values()) or 0
-    encoder = encoder or _most_common(about.encoder for about in abouts.values()) or ""
-    wrong_dims, wrong_encoder, empty = dict[str, int](), dict[str, str](), list[str]()
-    for name, about in abouts.items():
-        if about.dims not in (0, dims):
-            wrong_dims[name] = about.dims
-        if about.encoder not in ("", encoder):
-            wrong_encoder[name] = about.encoder
-        if not about.rows:
-            empty.append(name)
-
-    readable = {selected[name] for name in abouts}
+    headers, unreadable, bad_patches = _inspect_all(selected, store, dims, values)
+    by_match = _match_faults(matches, requested, locations)
+    by_header = _header_faults(headers, dims, encoder)
+    readable = {selected[name] for name in headers}
     used = {*_flat(match.places for match in matches.values())}
-    searched = list(missing)[:_MAX_SUGGESTIONS]
     return SlideCheck(
         requested=len(requested),
         usable=sum(_is_usable(match, readable) for match in matches.values()),
-        patches=sum(about.rows for about in abouts.values()),
-        dims=dims,
-        encoder=encoder,
-        missing=missing,
-        near={name: names.near_names(name, locations) for name in searched},
-        duplicates=duplicates,
+        patches=sum(header.rows for header in headers.values()),
         unreadable=unreadable,
-        wrong_dims=wrong_dims,
-        wrong_encoder=wrong_encoder,
         bad_patches=bad_patches,
-        empty=tuple(empty),
-        cases=tuple(cases),
-        unknown=len({*_flat(locations.values())} - used),
+        unknown=len(all_locations - used),
+        **by_match,
+        **by_header,
     )
 
 
@@ -130,20 +106,32 @@ def describe(check: SlideCheck, most: int = 5) -> list[str]:
         f"{check.usable} of {check.requested} slides found, {check.patches} patches, {kind}; "
         f"{check.unknown} files are not asked for"
     )
-    missing = [f"{n} ({origin}){check.near.get(n, '')}" for n, origin in check.missing.items()]
-    duplicates = [f"{n} ({few(list(locations), 3)})" for n, locations in check.duplicates.items()]
-    bad_patches = [f"{n} ({count} patches, first {i})" for n, (count, i) in check.bad_patches.items()]
+    missing, duplicates, bad_patches = list[str](), list[str](), list[str]()
+    for name, origin in check.missing.items():
+        missing.append(f"{name} ({origin}){check.near.get(name, '')}")
+    for name, locations in check.duplicates.items():
+        duplicates.append(f"{name} ({few(list(locations), 3)})")
+    for name, (count, first) in check.bad_patches.items():
+        bad_patches.append(f"{name} ({count} patches, first {first})")
     faults: list[tuple[str, Sequence[str]]] = [
         ("missing", missing),
         ("found more than once", duplicates),
-        ("unreadable", list(check.unreadable.values())),
-        ("with another number of features", [f"{n} ({dims})" for n, dims in check.wrong_dims.items()]),
-        ("of another encoder", [f"{n} ({encoder})" for n, encoder in check.wrong_encoder.items()]),
+        ("unreadable", list(check.unreadable.values())),  # the reasons name the files
+        ("with another number of features", _with_values(check.wrong_dims)),
+        ("of another encoder", _with_values(check.wrong_encoder)),
         ("with NaN or infinity", bad_patches),
         ("without a patch", list(check.empty)),
         ("cases of several slides, each taken as one bag", list(check.cases)),
     ]
-    return [summary] + [f"{len(slides)} {kind}: {few(slides, most)}" for kind, slides in faults if slides]
+    lines = [summary]
+    for fault, slides in faults:
+        if slides:
+            lines.append(f"{len(slides)} {fault}: {few(slides, most)}")
+    return lines
+
+
+def _with_values(values: Mapping[str, Any]) -> list[str]:
+    return [f"{name} ({value})" for name, value in values.items()]
 
 
 def _locations(source: PathLike, store: Slides | None) -> Mapping[str, Sequence[Any]]:
@@ -161,36 +149,81 @@ def _select(matches: Mapping[str, Match]) -> dict[str, Any]:
     """{name: its file or its name in the store}. A case of several slides is checked slide by slide."""
     selected = dict[str, Any]()
     for name, match in matches.items():
-        if not match.clear:
+        if not match.clear:  # it is reported as a duplicate; which of its files is meant is not known
+            continue
+        if len(match.places) == 1:
+            selected[name] = match.places[0]
             continue
         for location in match.places:
-            selected[name if len(match.places) == 1 else f"{name} ({location})"] = location
+            selected[f"{name} ({location})"] = location
     return selected
+
+
+def _match_faults(
+    matches: Mapping[str, Match], requested: Mapping[str, str], locations: Mapping[str, Sequence[Any]]
+) -> dict[str, Any]:
+    """The fields of a SlideCheck that names alone decide."""
+    missing, duplicates, cases = dict[str, str](), dict[str, list[str]](), list[str]()
+    for name, match in matches.items():
+        if not match.places:
+            missing[name] = requested[name]
+        elif not match.clear:
+            duplicates[name] = [str(location) for location in match.places]
+        elif len(match.places) > 1:
+            cases.append(name)
+    near = {}
+    for name in list(missing)[:_MAX_SUGGESTIONS]:
+        near[name] = names.near_names(name, locations)
+    return {"missing": missing, "near": near, "duplicates": duplicates, "cases": tuple(cases)}
+
+
+def _header_faults(headers: Mapping[str, About], dims: int, encoder: str) -> dict[str, Any]:
+    """The fields of a SlideCheck that shapes and attributes decide."""
+    # Where nothing is required, the majority is right: the report then names the few files that differ.
+    dims = dims or _most_common(header.dims for header in headers.values()) or 0
+    encoder = encoder or _most_common(header.encoder for header in headers.values()) or ""
+    wrong_dims, wrong_encoder, empty = dict[str, int](), dict[str, str](), list[str]()
+    for name, header in headers.items():
+        if header.dims not in (0, dims):
+            wrong_dims[name] = header.dims
+        if header.encoder not in ("", encoder):
+            wrong_encoder[name] = header.encoder
+        if not header.rows:
+            empty.append(name)
+    return {
+        "dims": dims,
+        "encoder": encoder,
+        "wrong_dims": wrong_dims,
+        "wrong_encoder": wrong_encoder,
+        "empty": tuple(empty),
+    }
 
 
 def _inspect_all(
     selected: Mapping[str, Any], store: Slides | None, dims: int, values: bool
 ) -> tuple[dict[str, About], dict[str, str], dict[str, tuple[int, int]]]:
     """({slide: what it holds}, {unreadable slide: reason}, {slide: (patches not finite, the first)})."""
-    abouts, unreadable = dict[str, About](), dict[str, str]()
+    headers, unreadable = dict[str, About](), dict[str, str]()
     bad_patches = dict[str, tuple[int, int]]()
     for name, location in track(selected.items(), "checking slides"):
+        count, first = 0, -1
         try:
             if store is None:
-                about = features.about_slide(location, dims=dims)
-                count, first = features.count_bad(location, dims=dims) if values else (0, -1)
+                header = features.about_slide(location, dims=dims)
+                if values:
+                    count, first = features.count_bad(location, dims=dims)
             else:
                 # No patch of a store is NaN or infinite: `pack` refuses them. It can only have changed since.
-                about, count, first = store.about(location), 0, -1
+                header = store.about(location)
                 if values:
                     _check_digest(store, location)
-        except ValueError as error:
+        except ValueError as error:  # all faults are listed: one bad file does not end the check
             unreadable[name] = str(error)
             continue
-        abouts[name] = about
+        headers[name] = header
         if count:
             bad_patches[name] = count, first
-    return abouts, unreadable, bad_patches
+    return headers, unreadable, bad_patches
 
 
 def _check_digest(store: Slides, name: str) -> None:
@@ -202,10 +235,14 @@ def _check_digest(store: Slides, name: str) -> None:
 
 
 def _is_usable(match: Match, readable: set[Any]) -> bool:
+    # Of a case every slide must be readable: it is used as one bag of all their patches.
     return bool(match.places) and match.clear and {*match.places} <= readable
 
 
 def _most_common(values: Iterable[Any]) -> Any:
     """The most frequent value that is not empty, the first of equals; None where all are empty."""
     counts = Counter(value for value in values if value)
-    return counts.most_common(1)[0][0] if counts else None
+    if not counts:
+        return None
+    value, _ = counts.most_common(1)[0]
+    return value

@@ -295,8 +295,8 @@ def _features_key(names: Iterable[str], path: Path) -> str:
     for key in _KEYS:
         if key in names:
             return key
-    found = ", ".join(map(repr, names[:6])) or "none"
-    raise ValueError(f"{path}: must hold an array called {' or '.join(_KEYS)}, found {found}")
+    present = ", ".join(map(repr, names[:6])) or "none"
+    raise ValueError(f"{path}: must hold an array called {' or '.join(_KEYS)}, found {present}")
 
 
 def _make_source(

@@ -58,14 +58,16 @@ def to_geojson(
     bounds = [float(share) for _, share in classes]
     _check_arguments(xy, patch_size, top, classes, bounds, offset)
 
-    order = np.argsort(-r, kind="stable")
+    order = np.argsort(-r, kind="stable")  # best first, equal ones in the order of their rows
     rank = np.empty(len(r), int)
     rank[order] = np.arange(1, len(r) + 1)
-    rows = np.arange(len(r)) if top is None else order[:top]
-    highest = max(float(r.max(initial=0)), np.finfo(float).tiny)
-    class_of_row = np.maximum(np.searchsorted(bounds, r[rows] / highest, side="right") - 1, 0)
-    rings = (xy - np.array(offset))[rows, None] + patch_size * _CORNERS
-    if (rings == np.rint(rings)).all():
+    rows = order[:top]
+    if top is None:
+        rows = np.arange(len(r))
+    class_of_row = _classes_of_patches(r, bounds)[rows]
+    corners = xy[rows] - np.array(offset)
+    rings = corners[:, None] + patch_size * _CORNERS  # [rows, 5, 2]
+    if (rings == np.rint(rings)).all():  # then no corner is written as 512.0
         rings = rings.astype(int)
 
     classifications = _classifications(classes, bounds)
@@ -89,6 +91,7 @@ def _check_arguments(
     bounds: Sequence[float],
     offset: tuple[int, int],
 ) -> None:
+    # A patch before 0 shows that the offset is another slide's; QuPath would draw it beside the picture.
     before = (xy < np.array(offset)).any(1)
     if any(offset) and before.any():
         raise ValueError(
@@ -99,19 +102,31 @@ def _check_arguments(
         raise ValueError(
             f"to_geojson: patch_size must be > 0 and top >= 1 or None, got {patch_size} and {top}"
         )
-    following = [*bounds[1:], 1.0]
-    if not bounds or bounds[0] != 0 or any(b <= a for a, b in zip(bounds, following, strict=True)):
+    steps = np.diff([*bounds, 1.0])
+    if not bounds or bounds[0] != 0 or (steps <= 0).any():
         raise ValueError(
             "to_geojson: classes must be (name, least share of the highest), rising from 0 to below 1, "
             f"got {list(classes)}"
         )
 
 
+def _classes_of_patches(relevance: np.ndarray, bounds: Sequence[float]) -> np.ndarray:
+    """The class [n] of each patch."""
+    # At least the smallest number: where no patch is positive the shares are 0 or negative, not NaN.
+    highest = max(float(relevance.max(initial=0)), np.finfo(float).tiny)
+    classes = np.searchsorted(bounds, relevance / highest, side="right") - 1
+    return np.maximum(classes, 0)  # negative relevance is in the lowest class
+
+
 def _classifications(classes: Sequence[tuple[str, float]], bounds: Sequence[float]) -> list[dict[str, Any]]:
     """Name and colour of each class: the colour in the middle of its part of the picture's scale."""
     ends = relevance_level(np.array([*bounds, 1.0]))
-    colours = relevance_colours((ends[:-1] + ends[1:]) / 2).tolist()
-    return [{"name": name, "color": colour} for (name, _), colour in zip(classes, colours, strict=True)]
+    middles = (ends[:-1] + ends[1:]) / 2
+    colours = relevance_colours(middles).tolist()
+    classifications = []
+    for (name, _), colour in zip(classes, colours, strict=True):
+        classifications.append({"name": name, "color": colour})
+    return classifications
 
 
 def _feature(ring: list[Any], classification: dict[str, Any], measurements: dict[str, Any]) -> dict[str, Any]:

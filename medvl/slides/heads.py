@@ -31,6 +31,7 @@ def init_heads(
     heads: Tree = {}
     for label, count in classes.items():
         if slots:
+            # A slot keeps its role from slide to slide, so that each may have weights of its own.
             heads[label] = {"out": _init_linear(slots * dim, count, gen)}
             continue
         # The layers are drawn in this order: another one would give other weights for the same seed.
@@ -58,8 +59,10 @@ def label_logits(params: Tree, tokens: Tensor) -> dict[str, Tensor]:
             continue
         tanh = torch.tanh(layers.linear(head["tanh"], tokens))
         gate = torch.sigmoid(layers.linear(head["sigmoid"], tokens))
-        attention = layers.linear(head["score"], tanh * gate).softmax(1)  # [b, k, 1]
-        logits[label] = layers.linear(head["out"], (attention * tokens).sum(1))
+        scores = layers.linear(head["score"], tanh * gate)
+        attention = scores.softmax(1)  # [b, k, 1], over the tokens
+        pooled = (attention * tokens).sum(1)  # [b, d]
+        logits[label] = layers.linear(head["out"], pooled)
     return logits
 
 
@@ -81,7 +84,7 @@ def label_loss(
         _check_label(label, labels, len(x))
         target = labels[label]
         labelled = target >= 0
-        count = labelled.sum().clamp(min=1)
+        count = labelled.sum().clamp(min=1)  # no division by 0 where no slide of the batch has the label
         # The loss is taken of all slides and then selected, as cross_entropy of no slide would be NaN.
         loss = F.cross_entropy(x, target.clamp(min=0), reduction="none")
         losses.append(loss[labelled].sum() / count)
@@ -95,7 +98,10 @@ def classes_of(rows: Sequence[Mapping[str, str]], columns: Sequence[str]) -> dic
     Raises:
         ValueError: a column with fewer than two classes (names it).
     """
-    classes = {column: sorted({row[column] for row in rows} - {""}) for column in columns}
+    classes = {}
+    for column in columns:
+        cells = {row[column] for row in rows}
+        classes[column] = sorted(cells - {""})
     for column, names in classes.items():
         if len(names) < 2:
             raise ValueError(f"classes_of: column {column!r} must have two classes or more, found {names}")
@@ -103,6 +109,7 @@ def classes_of(rows: Sequence[Mapping[str, str]], columns: Sequence[str]) -> dic
 
 
 def _init_linear(inputs: int, outputs: int, gen: Generator) -> Tree:
+    # Outputs have about the variance of the inputs, whatever their number.
     return layers.init_linear(inputs, outputs, gen, std=inputs**-0.5)
 
 
@@ -111,7 +118,7 @@ def _is_side_by_side(head: Tree) -> bool:
 
 
 def _check_tokens(head: Tree, tokens: Tensor) -> None:
-    width = head["out"]["weight"].shape[1]
+    width = head["out"]["weight"].shape[1]  # k d side by side, d with attention
     if _is_side_by_side(head):
         fits = tokens.dim() == 3 and tokens.shape[1] * tokens.shape[2] == width
         expected = f"[b, k, d] with k d = {width}"
@@ -124,9 +131,9 @@ def _check_tokens(head: Tree, tokens: Tensor) -> None:
 
 def _check_label(label: str, labels: Mapping[str, Tensor], slides: int) -> None:
     if label not in labels:
-        found = f"only {', '.join(labels) or 'none'}"
+        actual = f"only {', '.join(labels) or 'none'}"
     elif labels[label].shape != (slides,):
-        found = f"{list(labels[label].shape)}"
+        actual = f"{list(labels[label].shape)}"
     else:
         return
-    raise ValueError(f"label_loss: label {label!r} must be [{slides}], a class for each slide, got {found}")
+    raise ValueError(f"label_loss: label {label!r} must be [{slides}], a class for each slide, got {actual}")

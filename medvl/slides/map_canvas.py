@@ -45,22 +45,29 @@ def place_patches(
 ) -> Canvas:
     """Lay out n patches in a picture of `size` pixels; arguments and errors as `maps.draw_map`."""
     _check_arguments(caller, coords, patch_size, thumbnail, level0_size, size, mpp)
-    if coords is None:  # a grid in the order of the file
+    # Upper left corners of the patches in level-0 pixels [n, 2].
+    if coords is None:  # a square grid in the order of the file
         columns = math.ceil(math.sqrt(n))
         order = np.arange(n)
         xy = np.stack([order % columns, order // columns], 1) * float(patch_size)
         margin = 0.0
     else:
         xy = as_coords(caller, coords, n)
-        margin = max(float(patch_size), _MARGIN * float(np.ptp(xy, axis=0).max()))
+        longer_side = float(np.ptp(xy, axis=0).max())
+        margin = max(float(patch_size), _MARGIN * longer_side)
+    # The region that is shown, in level-0 pixels: the complete slide, or the patches with a margin.
     if level0_size is None:
-        origin, extent = xy.min(0) - margin, np.ptp(xy, axis=0) + patch_size + 2 * margin
+        origin = xy.min(0) - margin
+        extent = np.ptp(xy, axis=0) + patch_size + 2 * margin
     else:
-        origin, extent = np.zeros(2), np.asarray(level0_size, float)
+        origin = np.zeros(2)
+        extent = np.asarray(level0_size, float)
         _check_inside(caller, xy, extent)
 
     scale = size / float(extent.max())
-    width, height = (max(1, round(float(side) * scale)) for side in extent)
+    # A long and narrow region has a pixel at least.
+    width = max(1, round(float(extent[0]) * scale))
+    height = max(1, round(float(extent[1]) * scale))
     if thumbnail is None:
         image = np.full((height, width, 3), PAPER, np.uint8)
     else:
@@ -87,16 +94,21 @@ def sum_over_patches(canvas: Canvas, values: np.ndarray) -> np.ndarray:
     does not depend on the size of the patches.
     """
     width, height = canvas.size
-    row = width + 1
+    row = width + 1  # one more than pixels, as right and lower edges lie behind the last pixel
     left, upper, right, lower = canvas.boxes.T
-    corners = [upper * row + left, lower * row + right, upper * row + right, lower * row + left]
+    # Added at the upper left and the lower right corner, subtracted at the two others.
+    corners = np.concatenate(
+        [upper * row + left, lower * row + right, upper * row + right, lower * row + left]
+    )
     steps = np.concatenate([values, values, -values, -values])
-    sums = np.bincount(np.concatenate(corners), steps, (height + 1) * row).reshape(height + 1, row)
+    sums = np.bincount(corners, steps, (height + 1) * row)
+    sums = sums.reshape(height + 1, row)
     return sums.cumsum(0).cumsum(1)[:-1, :-1]
 
 
 def blend_colours(canvas: Canvas, colours: np.ndarray, covered: np.ndarray, alpha: float) -> np.ndarray:
     """uint8 RGBA [y, x, 4]: colours [y, x, 3] over the slide, transparent where no patch is (`covered`)."""
+    # The canvas is nearly white, and colours mixed with it would be pale: they are mixed with a grey.
     below = canvas.image if canvas.has_thumbnail else np.array(TISSUE, np.uint8)
     mixed = np.rint(below * (1 - alpha) + colours * alpha).astype(np.uint8)
     opacity = np.where(covered, 255, 0).astype(np.uint8)
@@ -112,7 +124,8 @@ def _check_arguments(
     size: int,
     mpp: float | None,
 ) -> None:
-    if not (0 < patch_size < math.inf and size >= 64 and (mpp is None or 0 < mpp < math.inf)):
+    is_mpp = mpp is None or 0 < mpp < math.inf
+    if not (0 < patch_size < math.inf and size >= 64 and is_mpp):
         raise ValueError(
             f"{caller}: patch_size and mpp must be > 0 and size >= 64, got {patch_size}, {mpp} and {size}"
         )
@@ -130,12 +143,13 @@ def _check_arguments(
 def _check_inside(caller: str, xy: np.ndarray, extent: np.ndarray) -> None:
     if extent.shape != (2,) or not (np.isfinite(extent).all() and (extent > 0).all()):
         raise ValueError(f"{caller}: level0_size must be (width, height) > 0, got {extent.tolist()}")
+    # Where a patch ends is not checked: at the right and lower edge tiles may reach beyond the slide.
     outside = ((xy < 0) | (xy >= extent)).any(1)
     if outside.any():
-        found = f"{outside.sum():,} of {len(xy):,}, the first {xy[outside.argmax()].tolist()}"
+        first = xy[outside.argmax()].tolist()
         raise ValueError(
             f"{caller}: patches must begin inside of the slide, {extent.tolist()} level-0 pixels, "
-            f"got {found} outside; are these coordinates of level 0, as (x, y), of this slide?"
+            f"got {outside.sum():,} of {len(xy):,}, the first {first} outside; are these coordinates of level 0, as (x, y), of this slide?"
         )
 
 
@@ -143,9 +157,11 @@ def _fit_thumbnail(
     caller: str, thumbnail: images.Picture, size: tuple[int, int], extent: np.ndarray
 ) -> np.ndarray:
     picture = images.to_rgb(thumbnail, f"{caller}: thumbnail")
-    aspect = extent[0] / extent[1] / (picture.width / picture.height)
+    slide_aspect = extent[0] / extent[1]
+    picture_aspect = picture.width / picture.height
     tolerance = 0.02 + 1 / min(picture.size)  # the sides of a thumbnail are rounded to whole pixels
-    if abs(math.log(aspect)) > tolerance:
+    # By logarithm: twice as wide and half as wide are equally far off.
+    if abs(math.log(slide_aspect / picture_aspect)) > tolerance:
         raise ValueError(
             f"{caller}: the thumbnail must show the whole slide, {extent[0]:g} x {extent[1]:g}, "
             f"got one of {picture.width} x {picture.height}: another aspect"

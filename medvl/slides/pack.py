@@ -29,7 +29,7 @@ _LONGEST_ENCODER = 64  # bytes, as a store has room for
 class Packed:
     """Of one run: slides written, there before, patches written, left out, slides without a patch."""
 
-    done: int
+    written: int
     skipped: int
     patches: int
     dropped: int
@@ -38,7 +38,7 @@ class Packed:
 
 def pack(
     paths: Iterable[PathLike],
-    out: PathLike,
+    target: PathLike,
     *,
     dims: int = 0,
     encoder: str = "",
@@ -73,39 +73,53 @@ def pack(
             f"pack: needs files, dtype float16 or float32 and size >= 1, got {len(sources)} files, "
             f"{dtype!r} and {size}"
         )
-    out = Path(out)
-    with files.file_lock(out):
-        old = _open_filled(out)
-        changed = [] if old is None else _changed_slides(old, sources, drop, size, progress)
-        stored = set() if old is None else {*old.names} - {*changed}
-        todo = {name: path for name, path in sources.items() if name not in stored}
-        known, faults = _inspect(todo, dims, progress)
-        settings = _settings(out, old, known, dims, encoder, dtype)
-        faults |= _refused(known, settings, vouched=bool(encoder))
-        accepted = {name: about for name, about in known.items() if name not in faults}
-        if accepted and (old is None or _lacks_room(old, accepted, changed)):
-            rooms = {name: about.rows for name, about in accepted.items()}
-            make_room(out, old, rooms, settings, progress)
-        written = {}
-        store = open_slides(out) if accepted else None
-        for name in track(accepted, "packing slides", show=progress):
-            assert store is not None
-            try:
-                written[name] = _pack_slide(store, name, todo[name], known[name], drop, size)
-            except ValueError as e:
-                faults[name] = str(e)
-        if old is None and not written:
-            out.unlink(missing_ok=True)  # an empty store would bind the next run to these settings
-        else:
-            _warn_of_guesses(out, accepted)
+    target = Path(target)
+    with files.file_lock(target):
+        return _pack_sources(sources, target, dims, encoder, dtype, drop, size, progress)
+
+
+def _pack_sources(
+    sources: Mapping[str, Path],
+    target: Path,
+    dims: int,
+    encoder: str,
+    dtype: str,
+    drop: bool,
+    size: int,
+    progress: bool,
+) -> Packed:
+    """As `pack`, of {slide: its file}; no other run writes to the store meanwhile."""
+    old = _open_filled(target)
+    changed, stored = list[str](), set[str]()
+    if old is not None:
+        changed = _changed_slides(old, sources, drop, size, progress)
+        stored = {*old.names} - {*changed}
+    todo = {name: path for name, path in sources.items() if name not in stored}
+    # Everything is looked at before the first slide is written: room is made once for all of them.
+    headers, faults = _inspect(todo, dims, progress)
+    settings = _settings(target, old, headers, dims, encoder, dtype)
+    faults |= _refused(headers, settings, vouched=bool(encoder))
+    accepted = {name: header for name, header in headers.items() if name not in faults}
+    written: dict[str, int] = {}
+    if accepted:
+        if old is None or _lacks_room(old, accepted, changed):
+            rooms = {name: header.rows for name, header in accepted.items()}
+            make_room(target, old, rooms, settings, progress)
+        written, late_faults = _write_slides(target, accepted, todo, drop, size, progress)
+        faults |= late_faults
+    if old is None and not written:
+        target.unlink(missing_ok=True)  # an empty store would bind the next run to these settings
+    else:
+        _warn_of_guesses(target, accepted)
+    # Last: slides that can be packed are in the store, whatever the others are.
     if faults:
         counts = f"{len(written)} slides are packed now, {len(faults)} of {len(sources)} cannot be"
-        raise ValueError(f"{out}: {counts}: {few(list(faults.values()), 5)}")
+        raise ValueError(f"{target}: {counts}: {few(list(faults.values()), 5)}")
     return Packed(
-        done=len(written),
+        written=len(written),
         skipped=len(sources) - len(todo),
         patches=sum(written.values()),
-        dropped=sum(known[name].rows - count for name, count in written.items()),
+        dropped=sum(headers[name].rows - count for name, count in written.items()),
         empty=sum(count == 0 for count in written.values()),
     )
 
@@ -115,6 +129,7 @@ def _sources_by_name(paths: Iterable[PathLike]) -> dict[str, Path]:
     for path in map(Path, paths):
         files.check_text_name(path)
         name = slide_name(path.name)
+        # One file twice is no fault; two files of one slide are, as either could be meant.
         if sources.setdefault(name, path) != path:
             raise ValueError(
                 f"pack: two files are called {name!r}: {sources[name]} and {path}; give one of them"
@@ -122,12 +137,14 @@ def _sources_by_name(paths: Iterable[PathLike]) -> dict[str, Path]:
     return sources
 
 
-def _open_filled(out: Path) -> Slides | None:
+def _open_filled(target: Path) -> Slides | None:
     """The store that is there; None where nothing is done in it, so that its settings bind nobody."""
-    if not out.exists():
+    if not target.exists():
         return None
-    store = open_slides(out)
-    return store if store.names else None
+    store = open_slides(target)
+    if not store.names:
+        return None
+    return store
 
 
 # What there is to do ----------------------------------------------------------------------------------------
@@ -154,12 +171,14 @@ def _changed_slides(
 
 def _is_same_file(old: Slides, name: str, path: Path) -> bool:
     """Whether size, time and samples of the content are those of the packed file, without reading it all."""
+    # Stores of earlier versions have no key: their slides are compared by content.
     key = old.source_key(name)
     return bool(key) and key == _file_key(path)
 
 
 def _is_same_content(old: Slides, name: str, path: Path, drop: bool, size: int) -> bool:
     try:
+        # Converted as it was for packing: the digest is of what lies in the store.
         chunks = features.chunks(path, size, dims=old.dims, drop=drop)
         converted = (_converted(name, x, xy, old.dtype) for x, xy in chunks)
         return content_digest(converted) == old.source(name)[1]
@@ -173,55 +192,58 @@ def _file_key(path: Path) -> str:
 
 def _inspect(paths: Mapping[str, Path], dims: int, progress: bool) -> tuple[dict[str, About], dict[str, str]]:
     """({slide: what its file says of it}, {slide: why its file cannot be read})."""
-    known, faults = dict[str, About](), dict[str, str]()
+    headers, faults = dict[str, About](), dict[str, str]()
     for name, path in track(paths.items(), "opening features", show=progress):
         try:
-            known[name] = features.about_slide(path, dims=dims)
+            headers[name] = features.about_slide(path, dims=dims)
         except ValueError as e:
             faults[name] = str(e)
-    return known, faults
+    return headers, faults
 
 
 def _settings(
-    out: Path, old: Slides | None, known: Mapping[str, About], dims: int, encoder: str, dtype: str
+    target: Path, old: Slides | None, headers: Mapping[str, About], dims: int, encoder: str, dtype: str
 ) -> dict[str, Any]:
     """{dims, encoder, dtype} of the store: the old one's, what is asked for, or what the files agree on."""
     settings: dict[str, Any] = {"dims": dims, "encoder": encoder, "dtype": dtype}
     if old is not None:
-        return _settings_of(out, old, settings)
-    settings["dims"] = dims or _common(known, "dims") or 0
-    settings["encoder"] = encoder or _common(known, "encoder") or ""
+        return _settings_of(target, old, settings)
+    settings["dims"] = dims or _common(headers, "dims") or 0
+    settings["encoder"] = encoder or _common(headers, "encoder") or ""
     if not settings["dims"]:
         raise ValueError(
-            f"pack: no file says how many features a patch has ({len(known)} were looked at); say dims="
+            f"pack: no file says how many features a patch has ({len(headers)} were looked at); say dims="
         )
     return settings
 
 
-def _settings_of(out: Path, old: Slides, asked: Mapping[str, Any]) -> dict[str, Any]:
+def _settings_of(target: Path, old: Slides, requested: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a store; refuses others that are asked for."""
     settings = {"dims": old.dims, "encoder": old.encoder, "dtype": str(old.dtype)}
     different = []
-    for key, value in asked.items():
+    for key, value in requested.items():
         if value and value != settings[key]:
             different.append(f"{key} {value!r}, it has {settings[key]!r}")
     if different:
         raise ValueError(
-            f"{out}: was made with other settings: {'; '.join(different)}. Use these, or another file"
+            f"{target}: was made with other settings: {'; '.join(different)}. Use these, or another file"
         )
     return settings
 
 
-def _common(known: Mapping[str, About], key: str) -> Any:
+def _common(headers: Mapping[str, About], key: str) -> Any:
     """The value that all files that say it agree on; None where no file does."""
+    # One example of each value, so that the error shows which files to look at.
     counts, examples = Counter[Any](), dict[Any, str]()
-    for name, about in known.items():
-        value = getattr(about, key)
+    for name, header in headers.items():
+        value = getattr(header, key)
         if value:
             counts[value] += 1
             examples.setdefault(value, name)
     if len(counts) > 1:
-        values = [f"{value} ({count}, such as {examples[value]})" for value, count in counts.most_common()]
+        values = []
+        for value, count in counts.most_common():
+            values.append(f"{value} ({count}, such as {examples[value]})")
         raise ValueError(
             f"pack: all slides must have the same {key}, found {', '.join(values)}; say {key}= to refuse "
             "the others"
@@ -229,7 +251,7 @@ def _common(known: Mapping[str, About], key: str) -> Any:
     return next(iter(counts), None)
 
 
-def _refused(known: Mapping[str, About], settings: Mapping[str, Any], vouched: bool) -> dict[str, str]:
+def _refused(headers: Mapping[str, About], settings: Mapping[str, Any], vouched: bool) -> dict[str, str]:
     """{slide: why it does not belong into a store of these settings}.
 
     Args:
@@ -237,16 +259,17 @@ def _refused(known: Mapping[str, About], settings: Mapping[str, Any], vouched: b
     """
     dims, encoder = settings["dims"], settings["encoder"]
     faults = {}
-    for name, about in known.items():
-        if about.dims not in (0, dims):
-            faults[name] = f"{name} has {about.dims} features per patch, the store {dims}"
-        elif about.encoder not in ("", encoder):
+    for name, header in headers.items():
+        # 0 and "" are files that do not say it: an empty slide has no width.
+        if header.dims not in (0, dims):
+            faults[name] = f"{name} has {header.dims} features per patch, the store {dims}"
+        elif header.encoder not in ("", encoder):
             faults[name] = (
-                f"{name} is of the encoder {about.encoder!r}, the store's is {encoder or 'unknown'!r}"
+                f"{name} is of the encoder {header.encoder!r}, the store's is {encoder or 'unknown'!r}"
             )
-        elif len(about.encoder.encode()) > _LONGEST_ENCODER:
-            faults[name] = f"{name}: the name of an encoder may have 64 bytes, got {about.encoder!r}"
-        elif not about.encoder and encoder and not vouched and about.rows:
+        elif len(header.encoder.encode()) > _LONGEST_ENCODER:
+            faults[name] = f"{name}: the name of an encoder may have 64 bytes, got {header.encoder!r}"
+        elif not header.encoder and encoder and not vouched and header.rows:
             faults[name] = (
                 f"{name} does not say its encoder, the store's is {encoder!r}; if it is that, say "
                 f"encoder={encoder!r}"
@@ -256,18 +279,38 @@ def _refused(known: Mapping[str, About], settings: Mapping[str, Any], vouched: b
 
 def _lacks_room(old: Slides, accepted: Mapping[str, About], changed: list[str]) -> bool:
     """Whether some slide has no room, or not enough; a changed one needs new room, as its row is done."""
-    return any(name in changed or old.room(name) < about.rows for name, about in accepted.items())
+    return any(name in changed or old.room(name) < header.rows for name, header in accepted.items())
 
 
 # Writing ----------------------------------------------------------------------------------------------------
-def _pack_slide(store: Slides, name: str, path: Path, about: About, drop: bool, size: int) -> int:
+def _write_slides(
+    target: Path,
+    accepted: Mapping[str, About],
+    paths: Mapping[str, Path],
+    drop: bool,
+    size: int,
+    progress: bool,
+) -> tuple[dict[str, int], dict[str, str]]:
+    """({slide: patches written}, {slide: why it could not be written})."""
+    written, faults = dict[str, int](), dict[str, str]()
+    store = open_slides(target)
+    for name, header in track(accepted.items(), "packing slides", show=progress):
+        try:
+            written[name] = _pack_slide(store, name, paths[name], header, drop, size)
+        except ValueError as error:  # only the values of a file show NaN, or numbers beyond float16
+            faults[name] = str(error)
+    return written, faults
+
+
+def _pack_slide(store: Slides, name: str, path: Path, header: About, drop: bool, size: int) -> int:
     """Pack one file; returns how many patches were written."""
+    # What is not known has a value of its own, as a record holds numbers only.
     facts = {
-        "has_coords": about.has_coords,
-        "patch_size": -1 if about.patch_size is None else about.patch_size,
-        "mpp": np.nan if about.mpp is None else about.mpp,
-        "magnification": np.nan if about.magnification is None else about.magnification,
-        "encoder": about.encoder.encode(),
+        "has_coords": header.has_coords,
+        "patch_size": -1 if header.patch_size is None else header.patch_size,
+        "mpp": np.nan if header.mpp is None else header.mpp,
+        "magnification": np.nan if header.magnification is None else header.magnification,
+        "encoder": header.encoder.encode(),
         "source": path.name.encode(),
         "key": _file_key(path).encode(),
     }
@@ -278,7 +321,7 @@ def _pack_slide(store: Slides, name: str, path: Path, about: About, drop: bool, 
 
 def _converted(name: str, x: np.ndarray, xy: np.ndarray | None, dtype: np.dtype) -> Block:
     """A chunk with features in the store's dtype; refuses values that it cannot hold."""
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore"):  # an overflow is refused below, with the number
         y = x.astype(dtype, copy=False)
     if x.dtype != dtype and not np.isfinite(y).all():
         largest, limit = float(np.abs(x).max()), np.finfo(dtype).max
@@ -286,17 +329,18 @@ def _converted(name: str, x: np.ndarray, xy: np.ndarray | None, dtype: np.dtype)
     return y, xy
 
 
-def _warn_of_guesses(out: Path, packed: Mapping[str, About]) -> None:
-    store = open_slides(out)
+def _warn_of_guesses(target: Path, packed: Mapping[str, About]) -> None:
+    # The store is opened again: the records that this run wrote are not in the one it was written to.
+    store = open_slides(target)
     stored = set(store.names)
     guessed = []
-    for name, about in packed.items():
-        if name in stored and about.patch_size is None and store.about(name).patch_size is not None:
+    for name, header in packed.items():
+        if name in stored and header.patch_size is None and store.about(name).patch_size is not None:
             guessed.append(name)
     if guessed:
         _log.warning(
             "%s: the patch size of %d slides (%s) was not said; it is the commonest distance of neighbours",
-            out,
+            target,
             len(guessed),
             few(guessed, 3),
         )

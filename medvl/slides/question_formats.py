@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -28,6 +28,7 @@ _KEYS = {  # of the first record of a JSON list, likewise
     "wsi_vqa": ("Id", "Question", "Answer"),
 }
 _NOT_READ = {  # besides the keys that no conversation may have
+    # Both would change what is trained, or how many slides the model sees, without a word.
     "images": 'slides are read from "image" (a name or a list of names), "slide_id" and "features_path"',
     **dict.fromkeys(("system", "history"), "every turn must be one of the conversation"),
 }
@@ -69,6 +70,7 @@ class SlideConversation:
     def until(self, stop: int) -> "SlideConversation":
         """The first `stop` messages, with the slides of that part."""
         messages = self.messages[:stop]
+        # One tag stands for one slide, and all tags are in the first message of the user.
         tags = sum(message["content"].count(TAG) for message in messages)
         return evolve(self, messages=messages, slides=self.slides[:tags])
 
@@ -119,7 +121,9 @@ def open_records(
         "slidebench": _parse_slidebench,
         "wsi_vqa": _parse_wsi_vqa,
     }
-    parse = parsers[kinds[0] if kind == "auto" else kind]
+    if kind == "auto":
+        kind = kinds[0]
+    parse = parsers[kind]
 
     def parse_checked(record: Any, row: int, origin: str) -> SlideConversation:
         if isinstance(record, dict):
@@ -152,7 +156,9 @@ def _read_json(path: Path, file: BinaryIO) -> Any:
 
 def _matching_kinds(records: Any, keys_by_kind: Mapping[str, tuple[str, ...]]) -> list[str]:
     """The kinds whose keys the first record has."""
-    first = records[0] if isinstance(records, list) and records else None
+    if not isinstance(records, list) or not records:
+        return []
+    first = records[0]
     if not isinstance(first, dict):
         return []
     return [kind for kind, keys in keys_by_kind.items() if first.keys() >= {*keys}]
@@ -160,6 +166,7 @@ def _matching_kinds(records: Any, keys_by_kind: Mapping[str, tuple[str, ...]]) -
 
 # Records with fields for question and answer ------------------------------------------------------------
 def _parse_caption(describe: str, record: Any, row: int, origin: str) -> SlideConversation:
+    # A caption is the answer to one and the same question about every slide.
     record = {**record, "question": describe, "answer": record["caption"]}
     texts = _texts(record, ("slide_id", "question", "answer"), origin)
     return _single_question(
@@ -204,8 +211,12 @@ def _sample_options(record: Mapping[str, Any], origin: str) -> dict[str, str]:
                 f'{origin}: options must be called "choices", found {key!r}; '
                 "the question would be an open one without them"
             )
-    marked = [match for option in written if (match := _OPTION.fullmatch(option))]
-    options = {match[1]: match[2] for match in marked}
+    options = {}
+    for option in written:
+        match = _OPTION.fullmatch(option)
+        if match:
+            options[match[1]] = match[2]
+    # "T. rubrum" looks like an option T: only where every text has a letter of its own are these letters.
     if len(options) != len(written):
         return _letter_options([option.strip() for option in written])
     return options
@@ -214,12 +225,13 @@ def _sample_options(record: Mapping[str, Any], origin: str) -> dict[str, str]:
 def _parse_slidebench(record: Any, row: int, origin: str) -> SlideConversation:
     options = {}
     for key, text in record.items():
+        # A table has as many columns as its longest question has options; the others have empty cells.
         if re.fullmatch("[A-Z]", key) and text.strip():
             options[key] = text.strip()
     levels = [key for key in ("Broad Category", "Narrow Category", "Task") if key in record]
     task = record.get("Task", record.get("Tumor", ""))
     used = {"ID", "Slide", "Question", "Answer", "Tumor", *levels}
-    extra = {key: value for key, value in record.items() if key not in used and len(key) != 1}
+    used |= {key for key in record if len(key) == 1}  # the options
     return _single_question(
         record["Slide"].strip(),
         record["Question"],
@@ -230,7 +242,7 @@ def _parse_slidebench(record: Any, row: int, origin: str) -> SlideConversation:
         id=record["ID"].strip(),
         category=tuple(record[key].strip() for key in levels),
         task=task.strip(),
-        extra=extra,
+        extra=_without_keys(record, used),
     )
 
 
@@ -243,9 +255,10 @@ def _parse_wsi_vqa(record: Any, row: int, origin: str) -> SlideConversation:
     # The answer is the text of an option; it becomes a letter where exactly one option has this text.
     text = choices.comparable_text(texts["Answer"])
     letters = [letter for letter, option in options.items() if choices.comparable_text(option) == text]
-    answer = letters[0] if len(letters) == 1 else texts["Answer"]
-    used = ("Id", "Question", "Answer", "Choice")
-    extra = {key: value for key, value in record.items() if key not in used}
+    answer = texts["Answer"]
+    if len(letters) == 1:
+        answer = letters[0]
+    extra = _without_keys(record, ("Id", "Question", "Answer", "Choice"))
     return _single_question(
         texts["Id"], texts["Question"], options, answer, row=row, origin=origin, extra=extra
     )
@@ -273,11 +286,19 @@ def _single_question(
             f"{origin}: question and answer must not hold {TAG}, got {short(question + ' ' + answer)}"
         )
     path = path or slide
-    slides = (path,) if path else ()
-    names = (_slide_id(slide or path),) if path else ()
+    slides: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    if path:  # a record without a slide is a fault, which the reader of the file reports
+        slides = (path,)
+        names = (_slide_id(slide or path),)
+    prompt = question
+    if options:
+        prompt = choices.format_question(question, options)
+    # The answer is trained as "B. text", whichever of the two the file has.
     letter = find_letter(answer, options)
-    prompt = choices.format_question(question, options) if options else question
-    reply = f"{letter}. {options[letter]}" if letter else answer
+    reply = answer
+    if letter:
+        reply = f"{letter}. {options[letter]}"
     messages = (
         {"role": "user", "content": f"{TAG}\n" * len(slides) + prompt},
         {"role": "assistant", "content": reply},
@@ -296,7 +317,9 @@ def find_letter(answer: str, options: Mapping[str, str]) -> str:
     """The letter of the option that an answer is or chooses; "" where there is none."""
     if answer in options:
         return answer
-    return choice_answers.extract_letter(answer, options) if options else ""
+    if not options:
+        return ""
+    return choice_answers.extract_letter(answer, options)
 
 
 def _letter_options(texts: list[str]) -> dict[str, str]:
@@ -305,9 +328,15 @@ def _letter_options(texts: list[str]) -> dict[str, str]:
 
 def _texts(record: Any, keys: tuple[str, ...], origin: str) -> dict[str, str]:
     """The values of keys that must be there, as texts."""
-    if not isinstance(record, dict) or not all(isinstance(record.get(k), str | int | float) for k in keys):
-        raise ValueError(f"{origin}: must be an object with the texts {', '.join(keys)}, got {short(record)}")
-    return {key: str(record[key]).strip() for key in keys}
+    texts = {}
+    for key in keys:
+        value = record.get(key) if isinstance(record, dict) else None
+        if not isinstance(value, str | int | float):  # slide ids and answers may be plain numbers
+            raise ValueError(
+                f"{origin}: must be an object with the texts {', '.join(keys)}, got {short(record)}"
+            )
+        texts[key] = str(value).strip()
+    return texts
 
 
 def _common_fields(record: Mapping[str, Any], used: tuple[str, ...]) -> dict[str, Any]:
@@ -316,8 +345,12 @@ def _common_fields(record: Mapping[str, Any], used: tuple[str, ...]) -> dict[str
     return {
         "id": str(record.get("id", "")),
         "path": str(record.get("features_path") or "").strip(),
-        "extra": {key: value for key, value in record.items() if key not in used},
+        "extra": _without_keys(record, used),
     }
+
+
+def _without_keys(record: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key not in keys}
 
 
 def _slide_id(slide: str) -> str:
@@ -326,21 +359,21 @@ def _slide_id(slide: str) -> str:
 
 # Records with several turns -----------------------------------------------------------------------------
 def _parse_conversation(record: Any, row: int, origin: str) -> SlideConversation:
-    turns = _turns(record, origin)
+    entries = _turns(record, origin)
     slides = _slide_paths(record, origin)
     messages = []
-    for turn in turns:
-        check_keys(turn, origin, _NOT_READ)
-        sender = str(turn["from"])
-        messages.append({"role": _ROLES.get(sender, sender), "content": turn["value"]})
+    for entry in entries:
+        check_keys(entry, origin, _NOT_READ)
+        sender = str(entry["from"])
+        messages.append({"role": _ROLES.get(sender, sender), "content": entry["value"]})
     check_order(messages, "assistant", origin)
     for message in messages:
         message["content"] = _without_tags(message, origin)
+    # Only the last answer is scored; the turns before it are part of what is asked.
     options, answer = inline_choice(messages[-2]["content"], messages[-1]["content"])
     # The slides come first, wherever the tag stood.
     first = next(message for message in messages if message["role"] == "user")
     first["content"] = f"{TAG}\n" * len(slides) + first["content"]
-    used = ("id", "image", "conversations")
     return SlideConversation(
         id=str(record.get("id", "")),
         slides=slides,
@@ -349,7 +382,7 @@ def _parse_conversation(record: Any, row: int, origin: str) -> SlideConversation
         choices=options,
         answer=answer,
         row=row,
-        extra={key: value for key, value in record.items() if key not in used},
+        extra=_without_keys(record, ("id", "image", "conversations")),
     )
 
 
@@ -361,12 +394,15 @@ def inline_choice(question: str, answer: str) -> tuple[dict[str, str], str]:
 
 def _turns(record: Any, origin: str) -> list[dict[str, Any]]:
     turns: Any = record.get("conversations") if isinstance(record, dict) else None
-    is_list = isinstance(turns, list)
-    if not is_list or not all(isinstance(t, dict) and t.keys() >= {"from", "value"} for t in turns):
+    if not isinstance(turns, list) or not all(map(_is_turn, turns)):
         raise ValueError(
             f'{origin}: must have "conversations": [{{"from": who, "value": text}}, ...], got {short(record)}'
         )
     return turns
+
+
+def _is_turn(turn: Any) -> bool:
+    return isinstance(turn, dict) and turn.keys() >= {"from", "value"}
 
 
 def _slide_paths(record: Mapping[str, Any], origin: str) -> tuple[str, ...]:
@@ -384,5 +420,5 @@ def _without_tags(message: Mapping[str, str], origin: str) -> str:
             raise ValueError(
                 f"{origin}: only the user's texts may hold {TAG}, found it in one of the {message['role']}"
             )
-        content = re.sub(rf"\s*{TAG}\s*", "\n", content)
+        content = re.sub(rf"\s*{TAG}\s*", "\n", content)  # what stood before and after it stays apart
     return content.strip()

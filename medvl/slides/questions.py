@@ -29,7 +29,7 @@ class Fault:
     """A fault of a record."""
 
     row: int  # from 1
-    what: str
+    text: str  # with the details behind a colon: `_summarise` counts what stands before it
     record: Any  # as read from the file
 
 
@@ -73,12 +73,14 @@ def read_slide_conversations(
         )
     path = Path(path)
     records, parse = open_records(path, kind, describe, file)
-    ids, conversations, all_faults = Counter[str](), list[SlideConversation](), list[Fault]()
+    ids = Counter[str]()
+    conversations: list[SlideConversation] = []
+    all_faults: list[Fault] = []
     for row, record in enumerate(records, 1):
         conversation = evolve(parse(record, row, f"{path}, row {row}"), file=str(path))
         ids[conversation.id] += 1
         texts = _find_faults(conversation, record, repeated=ids[conversation.id] > 1)
-        all_faults += [Fault(row=row, what=text, record=record) for text in texts]
+        all_faults += [Fault(row=row, text=text, record=record) for text in texts]
         if not (texts and faults == "drop"):
             conversations.append(conversation)
     if all_faults:
@@ -87,7 +89,8 @@ def read_slide_conversations(
             raise ValueError(f"{summary}; correct them or leave them out")
         _log.warning("%s; %s", summary, "they are left out" if faults == "drop" else "they are kept")
     if not conversations:
-        raise ValueError(f"{path}: holds no record" + (" without a fault" if all_faults else ""))
+        which = " without a fault" if all_faults else ""
+        raise ValueError(f"{path}: holds no record{which}")
     return conversations
 
 
@@ -105,16 +108,19 @@ def audit_slide_conversations(
         ValueError: the file as a whole cannot be read.
     """
     records, parse = open_records(Path(path), kind, DESCRIBE)
-    ids, conversations, faults = Counter[str](), list[SlideConversation](), list[Fault]()
+    ids = Counter[str]()
+    conversations: list[SlideConversation] = []
+    faults: list[Fault] = []
     for row, record in enumerate(records, 1):
         try:
+            # A fault has its row in a field of its own: the origin in messages is only this word.
             conversation = parse(record, row, "record")
         except ValueError as error:
-            faults.append(Fault(row=row, what=str(error).removeprefix("record: "), record=record))
+            faults.append(Fault(row=row, text=str(error).removeprefix("record: "), record=record))
             continue
         ids[conversation.id] += 1
         texts = _find_faults(conversation, record, repeated=ids[conversation.id] > 1)
-        faults += [Fault(row=row, what=text, record=record) for text in texts]
+        faults += [Fault(row=row, text=text, record=record) for text in texts]
         conversations.append(conversation)
     return conversations, faults
 
@@ -125,7 +131,8 @@ def published_as(digest: str) -> str:
 
 
 def _summarise(faults: Sequence[Fault]) -> str:
-    kinds = Counter(re.sub(r": .*", "", fault.what) for fault in faults)
+    # Without the details, so that faults of one kind are counted together.
+    kinds = Counter(re.sub(r": .*", "", fault.text) for fault in faults)
     counts = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
     rows = sorted({fault.row for fault in faults})
     examples = ", ".join(map(str, rows[:5]))
@@ -139,7 +146,11 @@ def _find_faults(conversation: SlideConversation, record: Any, repeated: bool) -
         faults.append("no slide")
     if conversation.id and repeated:
         faults.append(f"an id that is there before: {conversation.id}")
-    turns = [m["content"].replace(TAG, "").strip() for m in conversation.messages if m["role"] != "system"]
+    turns = []
+    for message in conversation.messages:
+        if message["role"] != "system":
+            turns.append(message["content"].replace(TAG, "").strip())
+    # The order was checked when the record was parsed: user and assistant take turns, the answer is last.
     questions, answers = turns[::2], turns[1::2]
     for question, answer in zip(questions, answers, strict=True):
         if not question:
@@ -147,7 +158,9 @@ def _find_faults(conversation: SlideConversation, record: Any, repeated: bool) -
         if not answer:
             faults.append("an empty answer")
     if "conversations" in record:
-        tags = sum(turn["value"].count(TAG) for turn in record["conversations"])
+        # Counted as written: the messages have one tag per slide, whatever the file has. One tag may stand for
+        # all slides.
+        tags = sum(entry["value"].count(TAG) for entry in record["conversations"])
         if tags not in (1, len(conversation.slides)):
             faults.append(f"tags that are not as many as slides: {tags} and {len(conversation.slides)}")
         # The options of earlier turns stand in their text; those of the last turn are parsed already.
@@ -160,11 +173,19 @@ def _option_faults(options: Mapping[str, str], answer: str) -> Iterator[str]:
     """Faults of the options of a question {letter: text}; none for an open question."""
     if not options:
         return
-    expected = [chr(code) for code in range(ord("A"), ord(max(options)) + 1)]
-    texts = {letter: choices.comparable_text(text) for letter, text in options.items() if text}
+    last = max(options)
+    absent = []
+    for code in range(ord("A"), ord(last) + 1):
+        if chr(code) not in options:
+            absent.append(chr(code))
+    texts, without_text = {}, []
+    for letter, text in options.items():
+        if text:
+            texts[letter] = choices.comparable_text(text)
+        else:
+            without_text.append(letter)
     counts = Counter(texts.values())
-    absent = [letter for letter in expected if letter not in options]
-    without_text = [letter for letter, text in options.items() if not text]
+    # Two options that mean the same: whichever is right, an answer by its text cannot be judged.
     same_text = [letter for letter, text in texts.items() if counts[text] > 1]
     if absent:
         yield f"an option letter that is missing: {', '.join(absent)}"

@@ -17,6 +17,7 @@ from medvl.components.project import ProjectConfig
 from medvl.hub.checkpoints import Entry, entries_of, open_weights, read_finite, save_finite
 
 _STATE, _PREFIX = "model_state_dict", "compressor."  # where a checkpoint of pretraining holds the compressor
+# A command for the user: it writes the weights of a checkpoint alone, without the metrics that lie beside them.
 _CONVERT = (
     "python -c \"import torch; x = torch.load({0!r}, weights_only=False, map_location='cpu'); "
     "torch.save(x.get('model_state_dict', x.get('state_dict', x)), {1!r})\""
@@ -44,8 +45,8 @@ def read_compressor(
             `model_state_dict` with the prefix `compressor.`.
         top_k: slots of a patch. The file does not say it.
     Returns:
-        (config with dim, slots and hidden of the file, params in `dtype` on `device`, rest): rest are the
-        other tensors of a checkpoint of pretraining as they are, such as those of its classifier.
+        (config with dim, slots and hidden of the file, params in `dtype` on `device`, others): others are
+        the other tensors of a checkpoint of pretraining as they are, such as those of its classifier.
     Raises:
         ValueError: no such file or a broken one, a missing or unexpected key, shapes that do not fit, numbers
             that are not finite, top_k greater than the number of slots.
@@ -53,56 +54,64 @@ def read_compressor(
     """
     path = Path(path)
     entries, others = _split_checkpoint(_open(path, "read_compressor"))
+    # The shapes of two tensors give the config, and the config gives the shapes of all tensors.
     cfg = _infer_config(entries, path, top_k)
     shapes = _compressor_shapes(cfg)
     _check_keys(f"read_compressor: {path} must hold {cfg.slots} experts", entries, shapes)
     _check_shapes("read_compressor", path, entries, shapes)
 
     read = _reader(entries, path, dtype, device)
-    experts: Tree = {name: {} for name in _EXPERT.values()}
+    # The reference has one module per expert; here all experts are one tensor [slots, ...] for a batched product.
+    experts: Tree = {}
     for module, name in _EXPERT.items():
+        experts[name] = {}
         for kind in _KINDS:
             weights = [read(f"experts.{i}.net.{module}.{kind}") for i in range(cfg.slots)]
             experts[name][kind] = torch.stack(weights)
-    params = {"gate": {kind: read(f"gate.{kind}") for kind in _KINDS}, "experts": experts}
+    gate = {kind: read(f"gate.{kind}") for kind in _KINDS}
+    params = {"gate": gate, "experts": experts}
     return cfg, params, {key: entry.read() for key, entry in others.items()}
 
 
-def write_compressor(params: Tree, path: files.PathLike, *, rest: Mapping[str, Tensor] | None = None) -> None:
+def write_compressor(
+    params: Tree, path: files.PathLike, *, others: Mapping[str, Tensor] | None = None
+) -> None:
     """Write a compressor of kind moe in the format of the reference, whole or not at all.
 
     An existing file is replaced.
 
     Args:
         path: ends in .pt, .pth, .bin or .safetensors.
-        rest: write a checkpoint of pretraining, with these tensors and the compressor in `model_state_dict`;
+        others: write a checkpoint of pretraining, with these tensors and the compressor in `model_state_dict`;
             not as .safetensors.
     Raises:
-        ValueError: another ending; params of another kind; a name in `rest` that begins with `compressor.`;
+        ValueError: another ending; params of another kind; a name in `others` that begins with `compressor.`;
             numbers that are not finite.
     """
     path = Path(path)
-    nested = rest is not None
+    nested = others is not None
     _check_ending("write_compressor", path, nested=nested)
     if params.keys() != {"gate", "experts"} or params["experts"].keys() != set(_EXPERT.values()):
         raise ValueError(
             f"write_compressor: params must be those of kind moe, gate and experts, got {few(list(params))}"
         )
-    state = {f"gate.{kind}": tensor for kind, tensor in params["gate"].items()}
+    state = {}
+    for kind, tensor in params["gate"].items():
+        state[f"gate.{kind}"] = tensor
     for i in range(len(params["gate"]["weight"])):
         for module, name in _EXPERT.items():
             for kind, tensor in params["experts"][name].items():
                 state[f"experts.{i}.net.{module}.{kind}"] = tensor[i]
-    if rest is not None:
-        wrong = [name for name in rest if name.startswith(_PREFIX)]
+    if others is not None:
+        wrong = [name for name in others if name.startswith(_PREFIX)]
         if wrong:
             raise ValueError(
                 f"write_compressor: names of the rest must not begin with {_PREFIX}, got {few(wrong)}"
             )
-        state = {_PREFIX + name: tensor for name, tensor in state.items()} | dict(rest)
+        state = {_PREFIX + name: tensor for name, tensor in state.items()} | dict(others)
     with files.atomic(path) as temporary:
         save_finite(state, temporary, "write_compressor", pickled=path.suffix != ".safetensors")
-        if nested:
+        if nested:  # `save_finite` writes a plain dict of tensors, which is put one level down
             torch.save({_STATE: torch.load(temporary, weights_only=True)}, temporary)
 
 
@@ -145,13 +154,13 @@ def _split_checkpoint(entries: dict[str, Entry]) -> tuple[dict[str, Entry], dict
     """(entries of the compressor without their prefix, all others)."""
     if not any(key.startswith(_PREFIX) for key in entries):
         return entries, {}
-    own, others = {}, {}
+    compressor, others = {}, {}
     for key, entry in entries.items():
         if key.startswith(_PREFIX):
-            own[key.removeprefix(_PREFIX)] = entry
+            compressor[key.removeprefix(_PREFIX)] = entry
         else:
             others[key] = entry
-    return own, others
+    return compressor, others
 
 
 def _infer_config(entries: Mapping[str, Entry], path: Path, top_k: int) -> CompressConfig:
@@ -168,6 +177,7 @@ def _infer_config(entries: Mapping[str, Entry], path: Path, top_k: int) -> Compr
             f"got {gate} and {up}"
         )
     try:
+        # Weights of a linear layer are [outputs, inputs].
         return CompressConfig(kind="moe", dim=gate[1], slots=gate[0], hidden=up[0], top_k=top_k)
     except ValueError as error:
         raise ValueError(f"read_compressor: {path}: {error}") from error

@@ -42,6 +42,7 @@ def occlusion_attribution(
             f"occlusion_attribution: baseline must be {allowed} and chunk >= 1, "
             f"got {list(baseline.shape)} and {chunk}"
         )
+    # All variants that lack one token are scored, `chunk` of them at once, against all tokens together.
     tokens = torch.arange(len(visual), device=visual.device)
     complete = _scores(score, visual[None])
     occluded = []
@@ -80,6 +81,7 @@ def patch_relevance(weights: Any, slots: Any, *, sign: Sign = "signed") -> np.nd
         ValueError: weights are not [n, k] or below 0, slots are not [k], a value is not finite, or another
             sign.
     """
+    # A tensor stays one: it may be on a GPU or bfloat16, and is converted chunk by chunk.
     array = weights if isinstance(weights, Tensor) else np.asarray(weights)
     if array.ndim != 2:
         raise ValueError(f"patch_relevance: weights must be [n, k], got {list(array.shape)}")
@@ -88,14 +90,16 @@ def patch_relevance(weights: Any, slots: Any, *, sign: Sign = "signed") -> np.nd
     totals = np.zeros(array.shape[1])
     for chunk in chunks:
         totals = totals + as_routing_weights("patch_relevance", chunk).sum(0)
+    # A second pass: the share of a patch needs the total of its slots over all patches.
     relevance = [relevance_chunk(chunk, totals, slots, sign=sign) for chunk in chunks]
-    return np.concatenate([np.zeros(0), *relevance])
+    return np.concatenate([np.zeros(0), *relevance])  # [0] where the slide has no patch
 
 
 def relevance_chunk(weights: Any, totals: Any, slots: Any, *, sign: Sign = "signed") -> np.ndarray:
     """`patch_relevance` of m patches of a slide: from their weights [m, k] and the totals W_k [k] of all."""
     w = as_routing_weights("relevance_chunk", weights)
-    mass, a = np.asarray(_to_numpy(totals), float), np.asarray(_to_numpy(slots), float)
+    mass = np.asarray(_to_numpy(totals), float)
+    a = np.asarray(_to_numpy(slots), float)
     wrong_mass = ~np.isfinite(mass) | (mass < 0)
     wrong_slots = ~np.isfinite(a)
     if not (mass.shape == a.shape == w.shape[1:]) or wrong_mass.any() or wrong_slots.any():
@@ -129,12 +133,15 @@ def mass_share(relevance: Any, chosen: Any) -> float:
     Raises:
         ValueError: relevance is not [n] and finite, or chosen is not bool [n].
     """
-    r, mask = as_relevance("mass_share", relevance), np.asarray(_to_numpy(chosen))
+    r = as_relevance("mass_share", relevance)
+    mask = np.asarray(_to_numpy(chosen))
     if mask.shape != r.shape or mask.dtype != bool:
         raise ValueError(f"mass_share: chosen must be bool [{len(r)}], got {mask.dtype} {list(mask.shape)}")
     positive = np.maximum(r, 0)
     total = float(positive.sum())
-    return float(positive[mask].sum()) / total if total else math.nan
+    if not total:
+        return math.nan
+    return float(positive[mask].sum()) / total
 
 
 @frozen(kw_only=True)
@@ -160,9 +167,12 @@ def top_patches(relevance: Any, coords: Any, k: int = 15) -> list[TopPatch]:
     if k < 1:
         raise ValueError(f"top_patches: k must be >= 1, got {k}")
     percentile = percentiles(r)
+    best_rows = np.argsort(-r, kind="stable")[:k].tolist()
     patches = []
-    for rank, row in enumerate(np.argsort(-r, kind="stable")[:k].tolist(), 1):
-        x, y = (None, None) if xy is None else (round(xy[row, 0]), round(xy[row, 1]))
+    for rank, row in enumerate(best_rows, 1):
+        x = y = None
+        if xy is not None:
+            x, y = round(xy[row, 0]), round(xy[row, 1])
         patch = TopPatch(
             rank=rank, row=row, x=x, y=y, relevance=float(r[row]), percentile=float(percentile[row])
         )

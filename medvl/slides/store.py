@@ -73,15 +73,20 @@ class Slides:
     def source_key(self, name: str) -> str:
         """SHA-256 of what `features.file_key` said of that file; "" in a store of an earlier version."""
         record = self._rows.record(name)
-        return record["key"].decode() if "key" in (record.dtype.names or ()) else ""
+        if "key" not in (record.dtype.names or ()):
+            return ""
+        return record["key"].decode()
 
     def room(self, name: str) -> int:
         """How many patches there is room for under this name; -1 where it is not in the file."""
         i = self._rows.index.get(name)
-        return -1 if i is None else int(self._rows.table["room"][i])
+        if i is None:
+            return -1
+        return int(self._rows.table["room"][i])
 
     def chunks(self, name: str, size: int = 4096) -> Iterator[Block]:
         """The patches of a slide, `size` at a time, as `features.chunks`; every chunk is a fresh array."""
+        # Not a generator itself: a wrong size or name raises here, and not at the first chunk.
         if size < 1:
             raise ValueError(f"chunks: size must be at least 1 patch, got {size}")
         record = self._rows.record(name)
@@ -95,16 +100,16 @@ class Slides:
             ValueError: no such slide, or the file was replaced (by `pack`, to make room) or truncated since
                 it was opened.
         """
-        about = self.about(name)
-        features, coords = _patches(self, self._rows.record(name), 0, about.rows)
+        header = self.about(name)
+        features, coords = _patches(self, self._rows.record(name), 0, header.rows)
         return Slide(
             name=name,
             features=features,
             coords=coords,
-            patch_size=about.patch_size,
-            mpp=about.mpp,
-            magnification=about.magnification,
-            encoder=about.encoder,
+            patch_size=header.patch_size,
+            mpp=header.mpp,
+            magnification=header.magnification,
+            encoder=header.encoder,
         )
 
 
@@ -130,7 +135,9 @@ def open_slides(path: PathLike) -> Slides:
         encoder = opened.settings["encoder"]
     except (LookupError, TypeError, ValueError) as e:
         raise ValueError(f"{path}: is not a whole store ({e})") from e
-    if (start < 0).any() or (count < 0).any() or (count > room).any() or (start + room > patches).any():
+    # A damaged table must not read the patches of another slide.
+    beyond = (start < 0) | (count < 0) | (count > room) | (start + room > patches)
+    if beyond.any():
         raise ValueError(f"{path}: names patches beyond the {patches} that it holds; pack it again")
     return Slides(
         path=opened.path,
@@ -145,8 +152,11 @@ def open_slides(path: PathLike) -> Slides:
 def _patches(store: Slides, record: np.void, first: int, count: int) -> Block:
     """Patches first:first + count of a slide."""
     start = int(record["start"]) + first
+    # Offsets are in numbers, not in patches: a patch has d features and two coordinates.
     x = store._rows.read("features", start * store.dims, (count, store.dims))
-    xy = store._rows.read("coords", start * 2, (count, 2)) if record["has_coords"] else None
+    xy = None
+    if record["has_coords"]:
+        xy = store._rows.read("coords", start * 2, (count, 2))
     return x, xy
 
 
@@ -164,15 +174,22 @@ def make_room(
         new: {name: how many patches to reserve room for}.
         settings: dims, encoder and dtype of all slides.
     """
-    kept = [] if old is None else [name for name in old.names if name not in new]
-    old_records = [] if old is None else [old._rows.record(name) for name in kept]
-    names = [name.encode() for name in (*kept, *new)]
+    copied: list[str] = []
+    rooms: list[int] = []
+    if old is not None:
+        for name in old.names:
+            if name not in new:
+                copied.append(name)
+                # Only what is used: room that was left over because patches were dropped is not copied.
+                rooms.append(int(old._rows.record(name)["count"]))
+    rooms += new.values()
+    names = [name.encode() for name in (*copied, *new)]
     width = max((len(name) for name in names), default=1)
     table = np.zeros(len(names), [("name", f"S{width}"), *_FIELDS, ("done", "u1")])
     table["name"] = names
-    table["room"] = [*(record["count"] for record in old_records), *new.values()]
-    table["start"] = np.cumsum(table["room"]) - table["room"]
-    patches = max(1, int(table["room"].sum()))
+    table["room"] = rooms
+    table["start"] = np.cumsum(table["room"]) - table["room"]  # behind each other, in this order
+    patches = max(1, int(table["room"].sum()))  # the datasets are never empty, even if all slides are
     datasets = {
         "coords": ((patches, 2), np.dtype("<i8")),
         "features": ((patches, settings["dims"]), np.dtype(settings["dtype"]).newbyteorder("<")),
@@ -181,16 +198,18 @@ def make_room(
         rows.create_rows(tmp, _KIND, settings, table, datasets)
         if old is not None:
             copy = open_slides(tmp)
-            for name in track(kept, "copying slides", show=progress):
+            for name in track(copied, "copying slides", show=progress):
                 _copy_slide(old, copy, name)
 
 
 def _copy_slide(old: Slides, new: Slides, name: str) -> None:
-    record, source = _reserved(new, name), old._rows.record(name)
+    record = _reserved(new, name)
+    source = old._rows.record(name)
     # A store of an earlier version has fewer fields; where the patches lie is each file's own.
     for key in {*(source.dtype.names or ())} - {"name", "start", "room", "done"}:
         record[key] = source[key]
     first, target, count = int(source["start"]), int(record["start"][0]), int(source["count"])
+    # (where to read, where to write, how many), in numbers of the dataset
     spans = {"features": (first * old.dims, target * old.dims, count * old.dims)}
     if source["has_coords"]:
         spans["coords"] = (first * 2, target * 2, count * 2)
@@ -211,7 +230,9 @@ def put_slide(store: Slides, name: str, chunks: Iterable[Block], facts: Mapping[
     """
     record = _reserved(store, name)
     start, room = int(record["start"][0]), int(record["room"][0])
-    digest, places, count = hashlib.sha256(), [np.zeros((0, 2), "<i8")], 0
+    digest = hashlib.sha256()
+    places = [np.zeros((0, 2), "<i8")]  # coordinates of the chunks, written at once behind the features
+    count = 0
     with rows.row_writer(store._rows, name) as writer:
         for x, xy in chunks:
             if count + len(x) > room:
@@ -229,11 +250,12 @@ def put_slide(store: Slides, name: str, chunks: Iterable[Block], facts: Mapping[
         values = {**facts, "count": count, "digest": digest.hexdigest().encode()}
         if values["patch_size"] < 0:
             guess = patch_size_of(coords)
-            values["patch_size"] = -1 if guess is None else guess
+            if guess is not None:
+                values["patch_size"] = guess
         for key in record.dtype.names or ():
             if key in values:  # a store of an earlier version has no "key"
                 record[key] = values[key]
-        writer.finish(record)
+        writer.finish(record)  # last: a slide without its record is not there
     return count
 
 
@@ -245,7 +267,9 @@ def _reserved(store: Slides, name: str) -> np.ndarray:
 
 def content_digest(chunks: Iterable[Block]) -> str:
     """SHA-256 of features and then coordinates, as a store keeps it of each slide."""
-    digest, places = hashlib.sha256(), [np.zeros((0, 2), "<i8")]
+    # In this order whatever the size of chunks, so that the digest does not depend on it.
+    digest = hashlib.sha256()
+    places = [np.zeros((0, 2), "<i8")]
     for x, xy in chunks:
         digest.update(np.ascontiguousarray(x))  # type: ignore[arg-type]
         if xy is not None:

@@ -30,7 +30,7 @@ def files_of(folder):
 def test_what_is_packed_is_read(folder, tmp_path, caplog):
     source, made = folder
     packed = pack(files_of(source), tmp_path / "s.h5", encoder="uni_v1", size=4)
-    assert packed == Packed(done=4, skipped=0, patches=25, dropped=0, empty=1)
+    assert packed == Packed(written=4, skipped=0, patches=25, dropped=0, empty=1)
     store = pickle.loads(pickle.dumps(open_slides(tmp_path / "s.h5")))
     assert (store.names, store.dims, store.dtype, store.encoder) == (
         ("S0", "S1", "S2", "S3"),
@@ -101,7 +101,7 @@ def test_overflow_names_the_slide_and_the_others_are_packed(folder, tmp_path):
     x[3, 2] = 1
     np.save(source / "big.npy", x)  # mended: there is room for it
     before = os.stat(tmp_path / "s.h5").st_ino
-    assert pack(files_of(source), tmp_path / "s.h5", encoder="uni_v1").done == 1
+    assert pack(files_of(source), tmp_path / "s.h5", encoder="uni_v1").written == 1
     assert os.stat(tmp_path / "s.h5").st_ino == before
     np.testing.assert_array_equal(open_slides(tmp_path / "s.h5").read("big").features, x.astype("f2"))
 
@@ -164,7 +164,7 @@ def test_bad_patches(folder, tmp_path, caplog):
     with pytest.raises(ValueError, match=r"1 of 1 cannot be: .*bad.npy: patch 2 \(from 0\) holds NaN"):
         pack([source / "bad.npy"], tmp_path / "s.h5")
     assert pack([source / "bad.npy"], tmp_path / "s.h5", drop=True) == Packed(
-        done=1, skipped=0, patches=7, dropped=2, empty=0
+        written=1, skipped=0, patches=7, dropped=2, empty=0
     )
     assert "2 of 9 patches hold NaN" in caplog.text
     want = np.delete(x, [2, 5], 0)
@@ -178,11 +178,11 @@ def test_bad_patches(folder, tmp_path, caplog):
 def test_more_slides_later(folder, tmp_path):
     source, made = folder
     everything = files_of(source)
-    assert pack(everything[2:], tmp_path / "s.h5", encoder="uni_v1").done == 2
+    assert pack(everything[2:], tmp_path / "s.h5", encoder="uni_v1").written == 2
     old = open_slides(tmp_path / "s.h5")
     was = {n: (old.read(n), old.source(n), old.about(n)) for n in old.names}
     assert pack(everything, tmp_path / "s.h5", encoder="uni_v1") == Packed(
-        done=2, skipped=2, patches=11, dropped=0, empty=1
+        written=2, skipped=2, patches=11, dropped=0, empty=1
     )
     store = open_slides(tmp_path / "s.h5")
     assert sorted(store.names) == ["S0", "S1", "S2", "S3"]
@@ -217,7 +217,9 @@ def test_a_slide_without_its_flag_is_absent(folder, tmp_path, monkeypatch):
         np.testing.assert_array_equal(f["features"][11:20], made["S3"][0])
     assert open_slides(tmp_path / "s.h5").names == ("S0",)
     assert (
-        pack([source / "S0.h5", source / "S3.pt", source / "S2.h5"], tmp_path / "s.h5", encoder="uni_v1").done
+        pack(
+            [source / "S0.h5", source / "S3.pt", source / "S2.h5"], tmp_path / "s.h5", encoder="uni_v1"
+        ).written
         == 2
     )
     for name in ("S0", "S3", "S2"):
@@ -247,7 +249,7 @@ def test_a_killed_packer_loses_nothing_that_was_done(tmp_path):
             open_slides(out).read(name).features, np.load(tmp_path / "in" / f"{name}.npy")
         )
     packed = pack(sorted((tmp_path / "in").iterdir()), out)
-    assert (packed.done, packed.skipped) == (60 - len(done), len(done))
+    assert (packed.written, packed.skipped) == (60 - len(done), len(done))
     pack(sorted((tmp_path / "in").iterdir()), tmp_path / "whole.h5")
     assert out.read_bytes() == (tmp_path / "whole.h5").read_bytes()
 
@@ -282,13 +284,15 @@ def test_a_changed_file_is_packed_again(folder, tmp_path, caplog):
     pack(everything, out, encoder="uni_v1")
     os.utime(source / "S2.h5", (1, 1))  # the same content
     same = out.read_bytes()
-    assert pack(everything, out, encoder="uni_v1") == Packed(done=0, skipped=4, patches=0, dropped=0, empty=0)
+    assert pack(everything, out, encoder="uni_v1") == Packed(
+        written=0, skipped=4, patches=0, dropped=0, empty=0
+    )
     assert out.read_bytes() == same
     other = features(5, D, "f4", 99)
     write_clam(source / "S2.h5", other, made["S2"][1])  # as many patches, other numbers
     torch.save(torch.from_numpy(features(30, D, "f2", 98)), source / "S3.pt")  # more patches
     caplog.clear()
-    assert pack(everything, out, encoder="uni_v1").done == 2
+    assert pack(everything, out, encoder="uni_v1").written == 2
     assert "s.h5: the files of 2 slides have changed, they are packed again: S2, S3" in caplog.text
     store = open_slides(out)
     np.testing.assert_array_equal(store.read("S2").features, other.astype("f2"))
@@ -304,7 +308,7 @@ def test_a_store_of_before_has_no_keys_of_its_files(folder, tmp_path, monkeypatc
         pack(files_of(source)[:3], tmp_path / "s.h5", encoder="uni_v1")
     assert pack(files_of(source)[:3], tmp_path / "s.h5", encoder="uni_v1").skipped == 3
     write_clam(source / "S2.h5", features(5, D, "f4", 99), made["S2"][1])
-    assert pack(files_of(source), tmp_path / "s.h5", encoder="uni_v1").done == 2
+    assert pack(files_of(source), tmp_path / "s.h5", encoder="uni_v1").written == 2
     np.testing.assert_array_equal(
         open_slides(tmp_path / "s.h5").read("S2").features, features(5, D, "f4", 99).astype("f2")
     )
@@ -319,7 +323,7 @@ def test_a_run_that_packed_nothing_leaves_no_store(folder, tmp_path):
     with pytest.raises(ValueError, match="of the encoder 'uni_v1', the store's is 'conch'"):
         pack([tmp_path / "in" / "S1.h5"], tmp_path / "s.h5", encoder="conch")
     assert not (tmp_path / "s.h5").exists()
-    assert pack([tmp_path / "in" / "S3.pt"], tmp_path / "s.h5", encoder="conch").done == 1
+    assert pack([tmp_path / "in" / "S3.pt"], tmp_path / "s.h5", encoder="conch").written == 1
 
 
 def test_real_files(shared_data, tmp_path):

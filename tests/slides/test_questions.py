@@ -185,7 +185,7 @@ def test_a_fault_is_named_and_nothing_is_lost(write, caplog, record, what):
     path = write([fine, record])
     (fault,) = audit_slide_conversations(path)[1]
     assert (fault.row, fault.record) == (2, record)
-    assert fault.what.startswith(what)
+    assert fault.text.startswith(what)
     with caplog.at_level(logging.WARNING):
         assert len(read_slide_conversations(path)) == 2
     assert "1 records are faulty (1 x " in caplog.text
@@ -197,17 +197,17 @@ def test_a_fault_is_named_and_nothing_is_lost(write, caplog, record, what):
 
 def test_faults_of_tables_and_structure(write):
     wrong = TCGA.replace("w,A", "w,E").replace("High,,C", ",,B")
-    assert [(f.row, f.what[:12]) for f in audit_slide_conversations(write(wrong))[1]] == [(2, "an answer th")]
+    assert [(f.row, f.text[:12]) for f in audit_slide_conversations(write(wrong))[1]] == [(2, "an answer th")]
     gap = TCGA.replace("NA,High,,C", ",High,w,C")
-    assert [f.what for f in audit_slide_conversations(write(gap))[1]] == [
+    assert [f.text for f in audit_slide_conversations(write(gap))[1]] == [
         "an option letter that is missing: B"
     ]
     assert read_slide_conversations(write(gap))[0].choices == {"A": "None", "C": "High", "D": "w"}
-    assert [f.what for f in audit_slide_conversations(write(TCGA.replace("\n1,", "\n0,")))[1]] == [
+    assert [f.text for f in audit_slide_conversations(write(TCGA.replace("\n1,", "\n0,")))[1]] == [
         "an id that is there before: 0"
     ]
     broken = [human("What?\n<image>", "x"), {"id": "b", "conversations": "no"}]
-    assert [(f.row, f.what[:25]) for f in audit_slide_conversations(write(broken))[1]] == [
+    assert [(f.row, f.text[:25]) for f in audit_slide_conversations(write(broken))[1]] == [
         (2, 'must have "conversations"')
     ]
 
@@ -299,7 +299,7 @@ def test_keys_and_tags_that_are_not_honoured(write, record, message):
     path = write([good | first, record])
     with pytest.raises(ValueError, match=f"file, row 2: .*{message}"):
         read_slide_conversations(path)
-    assert [fault.row for fault in audit_slide_conversations(path)[1] if message in fault.what] == [2]
+    assert [fault.row for fault in audit_slide_conversations(path)[1] if message in fault.text] == [2]
 
 
 def test_a_column_that_is_not_honoured(write):

@@ -66,7 +66,7 @@ def test_checkpoint_of_pretraining(reference, state, gen, tmp_path):
     assert (cfg.top_k, cfg.slots, cfg.dim, cfg.hidden) == (1, 3, 12, 5)
     assert rest.keys() == other.keys()
     assert all(torch.equal(rest[k], t) for k, t in other.items())
-    write_compressor(params, tmp_path / "again.pth", rest=rest)
+    write_compressor(params, tmp_path / "again.pth", others=rest)
     again = torch.load(tmp_path / "again.pth", weights_only=True)["model_state_dict"]
     assert again.keys() == nested.keys()
     assert all(torch.equal(again[k], t) for k, t in nested.items())
@@ -189,7 +189,7 @@ def test_a_checkpoint_with_numpy_metrics_says_how_to_read_it(state, tmp_path):
 def test_what_cannot_be_written(gen, tmp_path):
     params = init_compress(CFG, gen)
     with pytest.raises(ValueError, match=r"must end in .pt, .pth, .bin, got c.safetensors"):
-        write_compressor(params, tmp_path / "c.safetensors", rest={})
+        write_compressor(params, tmp_path / "c.safetensors", others={})
     with pytest.raises(
         ValueError, match="must be those of kind moe, gate and experts, got mu, scale, experts"
     ):
@@ -197,7 +197,7 @@ def test_what_cannot_be_written(gen, tmp_path):
             init_compress(CompressConfig(kind="soft_moe", dim=4, slots=2, hidden=3), gen), tmp_path / "c.pt"
         )
     with pytest.raises(ValueError, match=r"must not begin with compressor\., got compressor.gate.weight"):
-        write_compressor(params, tmp_path / "c.pt", rest={"compressor.gate.weight": torch.zeros(1)})
+        write_compressor(params, tmp_path / "c.pt", others={"compressor.gate.weight": torch.zeros(1)})
     params["gate"]["bias"][1] = torch.inf
     with pytest.raises(ValueError, match=r"gate.bias must be finite"):
         write_compressor(params, tmp_path / "c.pt")
