@@ -33,14 +33,18 @@ def smooth_noise(places: tuple[Array, Array, Array], cell: float, gen: np.random
     Args:
         places: z, y and x of the voxels in mm.
     """
-    noise = gen.standard_normal([int(n / cell) + 2 for n in (380, 480, 480)], dtype=np.float32)
+    # A box of 380 x 480 x 480 mm around the hilum, whatever the view: so the draws do not depend on it.
+    size = (380, 480, 480)
+    points = [int(length / cell) + 2 for length in size]
+    noise = gen.standard_normal(points, dtype=np.float32)
     for axis in (2, 1, 0):  # the slowest axis last, where it is cheapest
-        origin = (190, 240, 240)[axis]
+        origin = size[axis] // 2
+        # In units of cells; places outside of the box take the value at its edge.
         index = (places[axis].ravel() + origin) / np.float32(cell)
         index = np.clip(index, 0, noise.shape[axis] - 1.001)
         lower = index.astype(int)
         shape = [1, 1, 1]
-        shape[axis] = -1
+        shape[axis] = -1  # along its own axis only
         fraction = (index - lower).reshape(shape)
         low = np.take(noise, lower, axis)
         # low + fraction * (high - low), in place
@@ -66,7 +70,9 @@ def oval_distance(c: Canvas, at: tuple[float, float], a: float, b: float, power:
 
     It is exact near the edge only, where it is used.
     """
-    q = np.abs((c.x[0] - at[0]) / a) ** power + np.abs((c.y[0] - at[1]) / b) ** power
+    across = np.abs((c.x[0] - at[0]) / a) ** power
+    along = np.abs((c.y[0] - at[1]) / b) ** power
+    q = across + along  # 1 on the edge, where it rises by power / a (or power / b) a mm
     return (1 - q) * np.float32(min(a, b) / power)
 
 
@@ -79,19 +85,26 @@ def splat(c: Canvas, points: Array, volume: Array) -> Array:
     nz, ny, nx = c.hu.shape
     first = np.array([c.x.flat[0], c.y.flat[0], c.z.flat[0]])
     step = np.array(c.step[::-1])
-    index = (points - first) / step
-    inside = ((index >= 0) & (index < np.array([nx, ny, nz]) - 1)).all(1)
-    index, share = index[inside], volume[inside] / step.prod()
+    index = (points - first) / step  # [n, 3], x y z
+    last = np.array([nx, ny, nz]) - 1
+    inside = ((index >= 0) & (index < last)).all(1)
+    index = index[inside]
+    share = volume[inside] / step.prod()  # of a voxel's volume
     lower = index.astype(int)
     fraction = index - lower
     corner = (lower[:, 2] * ny + lower[:, 1]) * nx + lower[:, 0]  # flat index of the lowest of the eight
-    parts = np.empty((8, len(index)))
+    shares = np.empty((8, len(index)))
     targets = np.empty((8, len(index)), np.int64)
     for k, (dz, dy, dx) in enumerate(np.ndindex(2, 2, 2)):
-        wx, wy, wz = (np.abs(1 - d - fraction[:, axis]) for axis, d in enumerate((dx, dy, dz)))
-        parts[k] = share * wx * wy * wz
-        targets[k] = corner + ((dz * ny + dy) * nx + dx)
-    total = np.bincount(targets.ravel(), parts.ravel(), minlength=nz * ny * nx)
+        # 1 - fraction for the lower neighbour (d = 0), fraction for the upper one (d = 1).
+        wx = np.abs(1 - dx - fraction[:, 0])
+        wy = np.abs(1 - dy - fraction[:, 1])
+        wz = np.abs(1 - dz - fraction[:, 2])
+        shares[k] = share * wx * wy * wz
+        offset = (dz * ny + dy) * nx + dx
+        targets[k] = corner + offset
+    # bincount adds up what falls on the same voxel; indexing with += would keep only the last.
+    total = np.bincount(targets.ravel(), shares.ravel(), minlength=nz * ny * nx)
     return total.astype(np.float32).reshape(nz, ny, nx)
 
 
@@ -100,8 +113,10 @@ def bounding_box(c: Canvas, low: Array, high: Array) -> Box:
     first = (c.z.flat[0], c.y.flat[0], c.x.flat[0])
     slices = []
     for a, b, origin, step, n in zip(low[::-1], high[::-1], first, c.step, c.hu.shape, strict=True):
+        # A voxel reaches half a step to either side of its centre; rounded outwards, to be safe.
         start = max(0, int((a - origin) / step - 0.5))
-        stop = max(0, min(n, int((b - origin) / step + 1.5) + 1))
+        stop = int((b - origin) / step + 1.5) + 1
+        stop = max(0, min(n, stop))
         slices.append(slice(start, stop))
     z, y, x = slices
     return z, y, x
@@ -109,14 +124,22 @@ def bounding_box(c: Canvas, low: Array, high: Array) -> Box:
 
 def fill_rod(c: Canvas, start: ArrayLike, end: ArrayLike, radius: float, hu: float) -> None:
     """Paint a straight rod with round ends; it displaces what was there."""
-    start, end = np.asarray(start, np.float32), np.asarray(end, np.float32)
-    low, high = np.minimum(start, end), np.maximum(start, end)
+    start = np.asarray(start, np.float32)
+    end = np.asarray(end, np.float32)
+    low = np.minimum(start, end)
+    high = np.maximum(start, end)
     z, y, x = box = bounding_box(c, low - radius - 2, high + radius + 2)
-    dx, dy, dz = c.x[:, :, x] - start[0], c.y[:, y] - start[1], c.z[z] - start[2]
+    dx = c.x[:, :, x] - start[0]
+    dy = c.y[:, y] - start[1]
+    dz = c.z[z] - start[2]
     along = end - start
-    # The nearest point of the axis, 0 at the start and 1 at the end.
-    t = np.clip((dx * along[0] + dy * along[1] + dz * along[2]) / (along @ along), 0, 1)
-    distance = np.sqrt((dx - t * along[0]) ** 2 + (dy - t * along[1]) ** 2 + (dz - t * along[2]) ** 2)
+    # The nearest point of the axis, 0 at the start and 1 at the end; clipped, so that the ends are round.
+    projection = dx * along[0] + dy * along[1] + dz * along[2]
+    t = np.clip(projection / (along @ along), 0, 1)
+    away_x = dx - t * along[0]
+    away_y = dy - t * along[1]
+    away_z = dz - t * along[2]
+    distance = np.sqrt(away_x**2 + away_y**2 + away_z**2)
     share = soft_edge(radius - distance, c.step[1])
     blend(c.hu[box], share, np.float32(hu))
     c.lung[box] *= 1 - share
@@ -138,23 +161,28 @@ def cover_ellipsoid(
     Args:
         tilt: rise in mm per mm along x and along y.
     """
-    at, radii = np.asarray(at, np.float32), np.asarray(radii, np.float32)
+    at = np.asarray(at, np.float32)
+    radii = np.asarray(radii, np.float32)
     rise = abs(tilt[0]) * radii[0] + abs(tilt[1]) * radii[1]
     reach = radii + np.array([0, 0, rise], np.float32)
     z, y, x = box = bounding_box(c, at - reach, at + reach)
     if radii.min() > 22:  # large against a voxel: the distance to the edge is accurate enough
-        dx, dy, dz = c.x[:, :, x] - at[0], c.y[:, y] - at[1], c.z[z] - at[2]
-        q = (dx / radii[0]) ** 2 + (dy / radii[1]) ** 2 + (dz / radii[2]) ** 2
+        dx = c.x[:, :, x] - at[0]
+        dy = c.y[:, y] - at[1]
+        dz = c.z[z] - at[2]
+        q = (dx / radii[0]) ** 2 + (dy / radii[1]) ** 2 + (dz / radii[2]) ** 2  # 1 on the edge
         return box, soft_edge((1 - q) * (radii.min() / 2), c.step[1])
     # Count sample points inside: 4 along z, where voxels are longest, 3 along y and x.
     dz = _subsample(c.z.ravel()[z], c.step[0], 4) - at[2]
     dy = _subsample(c.y.ravel()[y], c.step[1], 3) - at[1]
     dx = _subsample(c.x.ravel()[x], c.step[2], 3) - at[0]
-    shape = (len(dz) // 4, 4, len(dy) // 3, 3, len(dx) // 3, 3)
-    dz, dy = dz[:, None, None], dy[:, None]
+    shape = (len(dz) // 4, 4, len(dy) // 3, 3, len(dx) // 3, 3)  # voxels and points of each axis
+    dz = dz[:, None, None]
+    dy = dy[:, None]
     rise = dz - tilt[0] * dx - tilt[1] * dy
     inside = (dx / radii[0]) ** 2 + (dy / radii[1]) ** 2 + (rise / radii[2]) ** 2 < 1
-    return box, inside.reshape(shape).sum((1, 3, 5), dtype=np.float32) / np.float32(36)
+    count = inside.reshape(shape).sum((1, 3, 5), dtype=np.float32)
+    return box, count / np.float32(36)
 
 
 def _subsample(centres: Array, step: float, n: int) -> Array:
@@ -165,6 +193,8 @@ def _subsample(centres: Array, step: float, n: int) -> Array:
 
 def paint_columns(c: Canvas, share: Array, value: Array) -> None:
     """Paint a value [z, 1] with a share [y, x] at all heights, only in columns with a visible share."""
+    # Bones touch few of the columns: painting these alone is much faster than a blend of the volume.
     iy, ix = np.nonzero(share > 0.02)
-    c.hu[:, iy, ix] += share[iy, ix] * (value - c.hu[:, iy, ix])
-    c.lung[:, iy, ix] *= 1 - share[iy, ix]
+    share = share[iy, ix]  # [column]
+    c.hu[:, iy, ix] += share * (value - c.hu[:, iy, ix])
+    c.lung[:, iy, ix] *= 1 - share

@@ -1,9 +1,8 @@
 """Draw a chest case as CT voxels.
 
 Every object has its true size in mm: one that is smaller than a voxel fills only a share of it. Dims: z y x
-    voxel axes,
-n points. Arrays are [z, y, x] in RAS+ until they are stored. The order of the random draws is part of the
-data: changing it changes every volume.
+voxel axes, n points. Arrays are [z, y, x] in RAS+ until they are stored. The order of the random draws is part
+of the data: changing it changes every volume.
 """
 
 from collections.abc import Callable
@@ -66,6 +65,7 @@ def render(cfg: PhantomConfig, case: ChestCase, gen: Gen) -> DrawnVolume:
     view = draw_view(cfg, gen)
     anatomy = np.random.default_rng(case.texture)
     c = _blank_canvas(view, anatomy)
+    # From outside in: what is painted later displaces what was there.
     _paint_body(c, case, anatomy)
     _paint_lungs(c, case.body, anatomy)
     _paint_skeleton(c, case.body, anatomy)
@@ -79,11 +79,17 @@ def render(cfg: PhantomConfig, case: ChestCase, gen: Gen) -> DrawnVolume:
 
 
 def draw_view(cfg: PhantomConfig, gen: Gen) -> View:
+    """The first draws of `gen` in `render`; a volume's metadata takes them again without drawing the volume."""
     n = int(gen.integers(cfg.columns[0], cfg.columns[1] + 1))
     nz = int(gen.integers(cfg.slices[0], cfg.slices[1] + 1))
-    fov = gen.uniform(330, 420)
-    low, high = gen.uniform(-172, -156), gen.uniform(134, 150)
-    step = (round((high - low) / nz, 3), round(fov / n, 4), round(fov / n, 4))
+    fov = gen.uniform(330, 420)  # mm, in the plane
+    low = gen.uniform(-172, -156)  # mm, of the first and the last slice
+    high = gen.uniform(134, 150)
+    # Rounded to what the metadata prints, so that tables and voxels agree.
+    thickness = round((high - low) / nz, 3)
+    pixel = round(fov / n, 4)
+    step = (thickness, pixel, pixel)
+    # The patient does not lie quite in the middle.
     y = -fov / 2 + gen.uniform(-12, 6)
     x = -fov / 2 + gen.uniform(-9, 9)
     axes = ("LPS", "RAS", "LAS", "RPS", "PSR", "LPI")[gen.choice(6, p=(0.4, 0.2, 0.1, 0.1, 0.1, 0.1))]
@@ -114,7 +120,9 @@ def _paint_body(c: Canvas, case: ChestCase, gen: Gen) -> None:
     pixel = c.step[1]
     # What is the same at every height is painted once, on one slice.
     flat = np.full((c.hu.shape[1], c.hu.shape[2]), -1000, np.float32)
-    table = -b["b"] - gen.uniform(6, 14) + (c.x[0] / gen.uniform(600, 1200)) * c.x[0]
+    # The table is a curved sheet of 8 mm behind the back.
+    top = -b["b"] - gen.uniform(6, 14)
+    table = top + (c.x[0] / gen.uniform(600, 1200)) * c.x[0]
     share = soft_edge(4 - np.abs(c.y[0] - table), pixel) * (np.abs(c.x[0]) < 205)
     blend(flat, share, gen.uniform(-300, 100))
     if case.sex == "F":
@@ -131,8 +139,10 @@ def _paint_body(c: Canvas, case: ChestCase, gen: Gen) -> None:
     c.hu[:] = flat
     # Liver on the right and spleen on the left, under the diaphragm.
     right = c.x[0] > gen.uniform(-45, -15)
-    liver, spleen = np.float32(gen.uniform(48, 68)), np.float32(gen.uniform(20, 52))
-    share = soft_edge(_dome(c, b) - 3 - c.z, c.step[0]) * chest
+    liver = np.float32(gen.uniform(48, 68))
+    spleen = np.float32(gen.uniform(20, 52))
+    below = _dome(c, b) - 3 - c.z  # the diaphragm itself is 3 mm thick
+    share = soft_edge(below, c.step[0]) * chest
     blend(c.hu, share, np.where(right, liver, spleen))
     if b["stomach"] > 0:
         at = (-0.5 * b["ta"], 0.3 * b["tb"], b["dome_left"] - gen.uniform(28, 45))
@@ -146,16 +156,23 @@ def _dome(c: Canvas, b: Body) -> Array:
     top = np.where(c.x[0] > 0, np.float32(b["dome_right"]), np.float32(b["dome_left"]))
     side = (np.abs(c.x[0]) - centre) / (0.5 * b["ta"])
     back = c.y[0] / b["tb"]
-    return top - 34 * np.clip(side, 0, None) ** 2 - 26 * back**2 - 30 * np.clip(-back, 0, None) ** 2
+    to_side = 34 * np.clip(side, 0, None) ** 2
+    to_both_ends = 26 * back**2
+    to_back = 30 * np.clip(-back, 0, None) ** 2
+    return top - to_side - to_both_ends - to_back
 
 
 def _paint_lungs(c: Canvas, b: Body, gen: Gen) -> None:
     """Two lungs, denser behind, with vessels."""
     # Distance in mm to the nearest border, positive inside: chest wall, mediastinum, diaphragm, apex.
-    narrow = (1 / taper(b, c.z)).astype(np.float32) ** 2.2
-    q = (np.abs(c.x / (b["ta"] - 3)) ** 2.2) * narrow + (np.abs(c.y / (b["tb"] - 3)) ** 2.2) * narrow
+    narrow = (1 / taper(b, c.z)).astype(np.float32) ** 2.2  # the chest narrows towards the apex
+    across = np.abs(c.x / (b["ta"] - 3)) ** 2.2
+    along = np.abs(c.y / (b["tb"] - 3)) ** 2.2
+    q = across * narrow + along * narrow  # 1 on the chest wall
     inside = (1 - q) * np.float32(0.45 * b["tb"])
-    gap = b["gap"] + 14 * np.clip((c.z - 40) / 80, 0, 1) + gen.uniform(0, 8) * (c.y < 0)
+    # The mediastinum is wider at the top, and a little at the back.
+    widening = 14 * np.clip((c.z - 40) / 80, 0, 1)
+    gap = b["gap"] + widening + gen.uniform(0, 8) * (c.y < 0)
     np.minimum(inside, np.abs(c.x + gen.uniform(-4, 4)) - gap, out=inside)
     np.minimum(inside, c.z - _dome(c, b), out=inside)
     np.minimum(inside, b["apex"] - c.z, out=inside)
@@ -183,14 +200,16 @@ def _draw_vessels(b: Body, sign: int, gen: Gen) -> tuple[Array, Array]:
 
     def bend(start, end, bulge):
         """Curved lines [line, step, 3] from start to end."""
-        return (1 - t) * start + t * end + t * (1 - t) * gen.normal(0, bulge, (len(end), 1, 3))
+        straight = (1 - t) * start + t * end
+        return straight + t * (1 - t) * gen.normal(0, bulge, (len(end), 1, 3))
 
     # Major vessels run from the hilum to the wall, minor ones fork from them.
     root = np.array([sign * (b["gap"] + 8), 0.0, -2.0])
     starts = root + gen.normal(0, 5, (num_major, 1, 3))
     major = bend(starts, _draw_vessel_ends(b, sign, num_major, gen), 18)
     parent = gen.integers(num_major, size=num_minor)
-    forks = major[parent, gen.integers(4, 18, size=num_minor)][:, None]
+    step = gen.integers(4, 18, size=num_minor)  # of 22: neither at the hilum nor at the end
+    forks = major[parent, step][:, None]  # [line, 1, 3]
     ends = _draw_vessel_ends(b, sign, num_minor, gen)
     ends = forks + (ends - forks) * gen.uniform(0.4, 0.9, (num_minor, 1, 1))
     minor = bend(forks, ends, 10)
@@ -199,17 +218,22 @@ def _draw_vessels(b: Body, sign: int, gen: Gen) -> tuple[Array, Array]:
     minor_radius = gen.uniform(1.0, 2.0, (num_minor, 1)) * thinning
     radius = np.concatenate([major_radius, minor_radius]).ravel()
     line = np.concatenate([major, minor])
-    length = np.linalg.norm(np.diff(line, axis=1, append=line[:, -1:]), axis=2).ravel()
+    # From each point to the next; the last of a line is followed by itself and has length 0.
+    steps = np.diff(line, axis=1, append=line[:, -1:])
+    length = np.linalg.norm(steps, axis=2).ravel()
     # Two points per step, scattered within the vessel, share the volume of the step.
-    points = line.reshape(1, -1, 3) + gen.uniform(-0.8, 0.8, (2, len(radius), 3)) * radius[None, :, None]
-    return points.reshape(-1, 3), np.tile(np.pi * radius**2 * length / 2, 2)
+    offsets = gen.uniform(-0.8, 0.8, (2, len(radius), 3)) * radius[None, :, None]
+    points = line.reshape(1, -1, 3) + offsets
+    volume = np.pi * radius**2 * length / 2
+    return points.reshape(-1, 3), np.tile(volume, 2)
 
 
 def _draw_vessel_ends(b: Body, sign: int, n: int, gen: Gen) -> Array:
     """Points [n, 1, 3] near the wall of one lung."""
     z = gen.uniform(-95, 0.86 * b["apex"], n)
     angle = gen.uniform(-1.9, 1.9, n)
-    width = taper(b, z) * gen.uniform(0.75, 0.95, n)
+    width = taper(b, z) * gen.uniform(0.75, 0.95, n)  # short of the wall
+    # Never within the mediastinum.
     x = np.maximum(b["ta"] * width * np.cos(angle * 0.75), b["gap"] + 8)
     y = b["tb"] * width * np.sin(angle * 0.8)
     return np.stack([sign * x, y, z], 1)[:, None]
@@ -217,16 +241,20 @@ def _draw_vessel_ends(b: Body, sign: int, n: int, gen: Gen) -> Array:
 
 def _paint_skeleton(c: Canvas, b: Body, gen: Gen) -> None:
     """Ribs, vertebrae with discs and canal, and sternum, painted in the voxel columns that they touch."""
-    pixel, z = c.step[1], c.z[:, 0]
-    # Ribs are slanted stripes of a shell around the chest.
-    shell = soft_edge(4.5 - np.abs(oval_distance(c, (0, 0), b["ta"] + 5, b["tb"] + 5, 2.2)), pixel)
+    pixel = c.step[1]
+    z = c.z[:, 0]  # [z, 1]
+    # Ribs are slanted stripes of a shell of 9 mm around the chest, one every `gap` mm.
+    wall = oval_distance(c, (0, 0), b["ta"] + 5, b["tb"] + 5, 2.2)
+    shell = soft_edge(4.5 - np.abs(wall), pixel)
     iy, ix = np.nonzero(shell > 0.05)
-    slope, gap = gen.uniform(0.35, 0.6), gen.uniform(23, 27)
-    phase = np.cos(2 * np.pi * (z - slope * c.y[0, iy, 0] + gen.uniform(0, gap)) / gap)
+    slope = gen.uniform(0.35, 0.6)  # mm of height per mm of depth
+    gap = gen.uniform(23, 27)
+    height = z - slope * c.y[0, iy, 0] + gen.uniform(0, gap)  # [z, column]
+    phase = np.cos(2 * np.pi * height / gap)
     rib = np.clip(phase * 2.2, 0, 1) * shell[iy, ix] * (1 - c.lung[:, iy, ix])
     c.hu[:, iy, ix] += rib * (gen.uniform(260, 420) - c.hu[:, iy, ix])
     # Vertebral bodies: a dense shell around spongy bone, with discs in between.
-    at = gen.uniform(-5, 5), -b["tb"] + gen.uniform(12, 20)
+    at = (gen.uniform(-5, 5), -b["tb"] + gen.uniform(12, 20))
     radius = gen.uniform(15, 20)
     phase = np.cos(2 * np.pi * (z + gen.uniform(0, 24)) / gen.uniform(22, 26))
     is_disc = phase > 0.85
@@ -235,11 +263,13 @@ def _paint_skeleton(c: Canvas, b: Body, gen: Gen) -> None:
     paint_columns(c, soft_edge(body - 3, pixel), np.where(is_disc, 70, b["bone"]))
     # Vertebral arch, and the canal within it.
     behind = (at[0], at[1] - radius * 0.8 - 9)
-    arch, canal = oval_distance(c, behind, 16, 12), oval_distance(c, behind, 9, 8)
+    arch = oval_distance(c, behind, 16, 12)
+    canal = oval_distance(c, behind, 9, 8)
     paint_columns(c, soft_edge(arch, pixel), np.full_like(phase, 320))
     paint_columns(c, soft_edge(canal, pixel), np.full_like(phase, 25))
     sternum = oval_distance(c, (0.0, b["tb"] + 5), gen.uniform(14, 22), 6)
-    paint_columns(c, soft_edge(sternum, pixel), np.where(z > -70, gen.uniform(180, 300), 40))
+    bone = np.where(z > -70, gen.uniform(180, 300), 40)  # below its end there is muscle
+    paint_columns(c, soft_edge(sternum, pixel), bone)
 
 
 def _paint_mediastinum(c: Canvas, case: ChestCase, gen: Gen) -> None:
@@ -251,21 +281,26 @@ def _paint_mediastinum(c: Canvas, case: ChestCase, gen: Gen) -> None:
         fill_rod(c, p, q, b["aorta"], blood)
     fill_rod(c, (14, -4, 8), (16, 0, 110), gen.uniform(7, 10), blood)  # superior vena cava
     fill_rod(c, (-8, 14, 8), (-24, -4, 10), gen.uniform(11, 14), blood)  # pulmonary trunk
-    for sign in (-1, 1):
-        fill_rod(c, (-6, 4, 4), (sign * (b["gap"] + 12), -2, -2), gen.uniform(7, 10), blood)
-    top, bottom = (-4, -0.45 * b["tb"], 120), (-6, -0.38 * b["tb"], b["dome_left"] - 20)
+    for sign in (-1, 1):  # left and right pulmonary artery, to the hilum
+        hilum = (sign * (b["gap"] + 12), -2, -2)
+        fill_rod(c, (-6, 4, 4), hilum, gen.uniform(7, 10), blood)
+    top = (-4, -0.45 * b["tb"], 120)
+    bottom = (-6, -0.38 * b["tb"], b["dome_left"] - 20)
     fill_rod(c, top, bottom, gen.uniform(5, 8), wall)  # oesophagus
     # Trachea and main bronchi.
     carina = np.array([gen.uniform(-3, 3), -6, gen.uniform(16, 28)])
     fill_rod(c, (2, -2, 160), carina, gen.uniform(7, 9.5), -990)
     for sign in (-1, 1):
-        fill_rod(c, carina, (sign * (b["gap"] + 14), -6, carina[2] - 26), gen.uniform(5, 7), -985)
+        bronchus_end = (sign * (b["gap"] + 14), -6, carina[2] - 26)
+        fill_rod(c, carina, bronchus_end, gen.uniform(5, 7), -985)
     # The heart from outside in: the fluid of an effusion, fat, blood.
     centre, radii = heart_shape(b)
     effusion = case.findings.get("Pericardial effusion", ())
     if effusion:
+        # There is one lesion of this kind.
         depth = sum(lesion.size_mm for lesion in effusion)
-        fill_ellipsoid(c, centre, radii + (b["rim"] + depth), sum(lesion.hu for lesion in effusion))
+        fluid = sum(lesion.hu for lesion in effusion)
+        fill_ellipsoid(c, centre, radii + (b["rim"] + depth), fluid)
         # Fat shows between fluid and heart; without fluid it is not painted.
         fill_ellipsoid(c, centre, radii + b["rim"], -85)
     fill_ellipsoid(c, centre, radii, blood - 4)
@@ -279,6 +314,7 @@ def _add_noise(hu: Array, view: View, gen: Gen) -> Array:
     hu = np.add(hu, noise, out=noise)
     if not side:
         return hu
+    # side * left + (1 - 2 side) * middle + side * right, written as differences; the borders stay.
     for rows in (hu, hu.swapaxes(1, 2)):  # along y, along x; in place
         slope = np.diff(rows, axis=1)
         slope *= np.float32(side)
@@ -291,11 +327,12 @@ def _reorient(hu: Array, view: View) -> DrawnVolume:
     """From [z, y, x] in RAS+ to the stored axes."""
     affine = np.diag([*view.step[::-1], 1.0])
     affine[:3, 3] = view.origin[::-1]
-    source, target = orientations.axcodes2ornt("RAS"), orientations.axcodes2ornt(view.axes)
-    turn = orientations.ornt_transform(source, target)
-    ras = hu.transpose(2, 1, 0)
-    stored = orientations.apply_orientation(ras, turn)
-    affine = affine @ orientations.inv_ornt_aff(turn, ras.shape)
+    source = orientations.axcodes2ornt("RAS")
+    target = orientations.axcodes2ornt(view.axes)
+    reorientation = orientations.ornt_transform(source, target)
+    ras = hu.transpose(2, 1, 0)  # files have [x, y, z]
+    stored = orientations.apply_orientation(ras, reorientation)
+    affine = affine @ orientations.inv_ornt_aff(reorientation, ras.shape)
     return DrawnVolume(hu=stored, affine=affine, kernel=view.kernel)
 
 
@@ -306,7 +343,8 @@ def _paint_calcium(c: Canvas, b: Body, lesion: Lesion, gen: Gen) -> None:
     count = int(np.ceil(lesion.size_mm / radius)) + 1
     volume = np.pi * radius**2 * (lesion.size_mm + 4 / 3 * radius)
     # The balls overlap, so each adds the part of the contrast that its share of the volume is worth.
-    part = np.float32(volume / count / (4 / 3 * np.pi * radius**3) * (lesion.hu - 60))
+    ball = 4 / 3 * np.pi * radius**3
+    part = np.float32(volume / count / ball * (lesion.hu - 60))  # over 60 HU, soft tissue
     for t in np.linspace(0, 1, count):
         box, share = cover_ellipsoid(c, start + t * (end - start), np.full(3, radius))
         c.hu[box] += share * part
@@ -319,7 +357,8 @@ def _paint_emphysema(c: Canvas, b: Body, lesion: Lesion, gen: Gen) -> None:
     upper = soft_edge(c.z - lowest, 70)
     threshold = np.float32(0.85 - 0.55 * lesion.severity)
     is_tissue = c.hu < -650  # vessels stay
-    share = np.clip((noise - threshold) * 4, 0, 1) * c.lung * upper * is_tissue
+    holes = np.clip((noise - threshold) * 4, 0, 1)
+    share = holes * c.lung * upper * is_tissue
     blend(c.hu, share * np.float32(0.9), np.float32(-985))
 
 
@@ -330,9 +369,12 @@ def _paint_nodule(c: Canvas, b: Body, lesion: Lesion, gen: Gen) -> None:
 
 def _ragged_region(c: Canvas, lesion: Lesion, ragged: float) -> tuple[Box, Array]:
     """A box of voxels and the share of each that lies in a region of aerated lung with an irregular edge."""
-    radius, at = lesion.size_mm / 2, np.array(lesion.at)
+    radius = lesion.size_mm / 2
+    at = np.array(lesion.at)
     z, y, x = box = bounding_box(c, at - 1.4 * radius, at + 1.4 * radius)
-    dx, dy, dz = c.x[:, :, x] - lesion.at[0], c.y[:, y] - lesion.at[1], c.z[z] - lesion.at[2]
+    dx = c.x[:, :, x] - lesion.at[0]
+    dy = c.y[:, y] - lesion.at[1]
+    dz = c.z[z] - lesion.at[2]
     distance = np.sqrt(dx**2 + dy**2 + dz**2)
     edge = radius - distance + np.float32(ragged * radius) * c.rough[box]
     # It does not reach over into the other lung.
@@ -342,7 +384,9 @@ def _ragged_region(c: Canvas, lesion: Lesion, ragged: float) -> tuple[Box, Array
 
 def _paint_opacity(c: Canvas, b: Body, lesion: Lesion, gen: Gen) -> None:
     box, share = _ragged_region(c, lesion, 0.45)
-    c.hu[box] += share * np.maximum(np.float32(lesion.hu) - c.hu[box], 0)
+    # It only adds density: what is denser, such as vessels, stays.
+    rise = np.maximum(np.float32(lesion.hu) - c.hu[box], 0)
+    c.hu[box] += share * rise
 
 
 def _paint_consolidation(c: Canvas, b: Body, lesion: Lesion, gen: Gen) -> None:
@@ -350,7 +394,8 @@ def _paint_consolidation(c: Canvas, b: Body, lesion: Lesion, gen: Gen) -> None:
     # A generator of its own: how many numbers are drawn here depends on the view, what follows must not.
     voxels = np.random.default_rng(gen.integers(2**32))
     is_bronchogram = voxels.random(share.shape, dtype=np.float32) < 0.08
-    c.hu[box] += share * np.maximum(np.float32(lesion.hu) - 350 * is_bronchogram - c.hu[box], 0)
+    value = np.float32(lesion.hu) - 350 * is_bronchogram  # air in bronchi
+    c.hu[box] += share * np.maximum(value - c.hu[box], 0)
     c.lung[box] *= 1 - share
 
 
@@ -358,7 +403,9 @@ def _paint_atelectasis(c: Canvas, b: Body, lesion: Lesion, gen: Gen) -> None:
     """A band 4-8 mm thick, just above the diaphragm and along it."""
     half = lesion.size_mm / 2
     x, y, _ = lesion.at
-    row, column = np.abs(c.y.ravel() - y).argmin(), np.abs(c.x.ravel() - x).argmin()
+    # The height of the diaphragm in the column of voxels nearest to the lesion.
+    row = np.abs(c.y.ravel() - y).argmin()
+    column = np.abs(c.x.ravel() - x).argmin()
     diaphragm = float(_dome(c, b)[row, column])
     at = (x, y, diaphragm + gen.uniform(10, 26))
     radii = (half, half * gen.uniform(0.6, 1.0), gen.uniform(2.6, 4.6))
@@ -371,6 +418,7 @@ def _paint_effusion(c: Canvas, b: Body, lesion: Lesion, gen: Gen) -> None:
     side = c.x > 0 if lesion.side == "right" else c.x < 0
     back = -0.95 * b["tb"] * taper(b, c.z)
     bottom = min(b["dome_right"], b["dome_left"]) - 40
+    # The patient lies on the back, so it lies behind; it is thinner further up.
     depth = lesion.size_mm - (c.y - back) - np.float32(0.30) * (c.z - bottom)
     fluid = soft_edge(depth, c.step[1]) * side * c.lung
     rim = soft_edge(depth + gen.uniform(3, 10), c.step[1]) * side * c.lung

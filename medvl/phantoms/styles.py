@@ -70,7 +70,8 @@ def draw_scene(modality: str, size: int, gen: np.random.Generator) -> Scene:
     scene = _STYLES[modality](size, gen)
     # The light differs from picture to picture, and the colour cast of each channel.
     brightness = gen.uniform(0.9, 1.1)
-    gain = np.asarray(brightness * gen.uniform(0.96, 1.04, scene.image.shape[2]), np.float32)
+    cast = gen.uniform(0.96, 1.04, scene.image.shape[2])
+    gain = np.asarray(brightness * cast, np.float32)
     _, x = grid(size)
     return Scene(
         image=scene.image * gain,
@@ -87,18 +88,22 @@ def add_marks(scene: Scene, mark: Mark, places: Array, gen: np.random.Generator)
     image = scene.image
     bend = 1 + 0.07 * noise(n, 10, gen)  # outlines are uneven
     for mark_x, mark_y, radius in places.astype(np.float32):
-        stretch = np.float32(gen.uniform(0.88, 1.14))
+        stretch = np.float32(gen.uniform(0.88, 1.14))  # an ellipse of the same area as the circle
         distance = np.hypot((x - mark_x) * stretch, (y - mark_y) / stretch) * bend
-        if mark.rim:
-            image = _mix(image, _inside(radius + 0.012 - distance, 1.5 / n), mark.rim)
+        if mark.rim:  # a larger mark in the colour of the rim, under the mark itself
+            rim = _inside(radius + 0.012 - distance, 1.5 / n)
+            image = _mix(image, rim, mark.rim)
         if mark.sharp:
             share = _inside(radius - distance, 1.5 / n)
         else:
-            share = 0.92 * np.exp(-((distance / radius) ** 3))
+            share = 0.92 * np.exp(
+                -((distance / radius) ** 3)
+            )  # fades out, flatter in the middle than a Gaussian
         image = _mix(image, share, mark.colour)
     grain = np.float32(scene.grain) * gen.standard_normal(image.shape, dtype=np.float32)
     image = image * scene.speckle + grain
-    return np.broadcast_to(np.clip(image, 0, 255).astype(np.uint8), (n, n, 3))
+    picture = np.clip(image, 0, 255).astype(np.uint8)
+    return np.broadcast_to(picture, (n, n, 3))  # grey ones get three equal channels
 
 
 @lru_cache
@@ -111,14 +116,16 @@ def grid(size: int) -> tuple[Array, Array]:
 def noise(size: int, cells: int, gen: np.random.Generator) -> Array:
     """Smooth noise [y, x], about unit normal at points a share 1 / cells apart."""
     weights = _noise_weights(size, cells)
-    return weights @ gen.standard_normal((cells + 1, cells + 1), dtype=np.float32) @ weights.T
+    points = gen.standard_normal((cells + 1, cells + 1), dtype=np.float32)
+    return weights @ points @ weights.T
 
 
 @lru_cache
 def _noise_weights(size: int, cells: int) -> Array:
     """[size, cells + 1]: how much each point counts at each pixel. They are eased, so that no grid shows."""
     index = (np.arange(size) + 0.5) / size * cells
-    weights = np.clip(1 - np.abs(index[:, None] - np.arange(cells + 1)), 0, 1)
+    distance = np.abs(index[:, None] - np.arange(cells + 1))  # in cells; only the two nearest points count
+    weights = np.clip(1 - distance, 0, 1)
     return (weights * weights * (3 - 2 * weights)).astype(np.float32)
 
 
@@ -129,7 +136,8 @@ def _inside(distance: Array, width: float = 0.015) -> Array:
 
 def _oval(x: Array, y: Array, a: float, b: float, width: float = 0.02) -> Array:
     """The share [y, x] inside an ellipse around 0 with half axes a and b."""
-    return _inside((1 - np.hypot(x / np.float32(a), y / np.float32(b))) * min(a, b), width)
+    radius = np.hypot(x / np.float32(a), y / np.float32(b))  # 1 on the edge
+    return _inside((1 - radius) * min(a, b), width)
 
 
 def _mix(image: Array, share: Array, value: Array | float | tuple[float, ...]) -> Array:
@@ -160,26 +168,33 @@ def _ct(n: int, gen: np.random.Generator) -> Scene:
     image = _oval(x, y, a, b) * np.float32(85)  # fat
     muscle = 128 + 7 * noise(n, 12, gen)
     image = _mix_grey(image, _oval(x, y, a - 0.035, b - 0.03), muscle)
-    # ribs, cut across
-    turn = np.cos(np.arctan2(y / b, x / a) * 14 + u(0, 6))
-    ring = _inside(0.022 - np.abs(np.hypot(x / a, y / b) - 0.88) * b, 0.02)
-    image = _mix_grey(image, ring * _inside(turn - 0.35, 0.4), 215)
+    # Ribs, cut across: 14 pieces of a ring in the wall.
+    angle = np.arctan2(y / b, x / a)
+    phase = np.cos(angle * 14 + u(0, 6))
+    from_ring = np.abs(np.hypot(x / a, y / b) - 0.88) * b
+    ring = _inside(0.022 - from_ring, 0.02)
+    image = _mix_grey(image, ring * _inside(phase - 0.35, 0.4), 215)
+    # Lungs, with vessels where a fine noise is high.
     wide, tall = u(0.155, 0.17), u(0.25, 0.28)
     vessels = 32 + 10 * noise(n, 8, gen)
-    vessels = vessels + 45 * _inside(noise(n, 30, gen) - 1.5, 0.8)
+    fine = noise(n, 30, gen)
+    vessels = vessels + 45 * _inside(fine - 1.5, 0.8)
     zone = np.zeros((n, n), bool)
     for side in (-1, 1):
         lung_x = x - side * np.float32(0.215)
-        lung_y = y + 0.01 + 0.25 * (np.abs(x) - 0.2)
+        lung_y = y + 0.01 + 0.25 * (np.abs(x) - 0.2)  # slanted along the chest wall
         image = _mix_grey(image, _oval(lung_x, lung_y, wide, tall), vessels)
         zone |= _oval(lung_x, lung_y, wide - 0.05, tall - 0.055) > 0.5
-    heart_x, heart_y = x - np.float32(u(0.03, 0.05)), y + np.float32(u(0.08, 0.12))
+    heart_x = x - np.float32(u(0.03, 0.05))
+    heart_y = y + np.float32(u(0.08, 0.12))
     image = _mix_grey(image, _oval(heart_x, heart_y, 0.12, 0.11), 150)
     image = _mix_grey(image, _oval(x - 0.05, y - 0.11, 0.035, 0.035), 160)  # aorta
     image = _mix_grey(image, _oval(x, y - 0.2, 0.065, 0.06), 225)  # vertebra
     image = _mix_grey(image, _oval(x, y - 0.275, 0.022, 0.022), 120)  # spinal canal
-    table = _inside(0.012 - np.abs(y - 0.44 - 0.3 * x * x), 0.012) * (np.abs(x) < 0.4)
+    from_table = np.abs(y - 0.44 - 0.3 * x * x)
+    table = _inside(0.012 - from_table, 0.012) * (np.abs(x) < 0.4)
     image = _mix_grey(image, table, 90)
+    # A mark lies in the lungs, a mark's radius away from everything else.
     near_heart_or_spine = _oval(heart_x, heart_y, 0.18, 0.17) + _oval(x, y - 0.2, 0.14, 0.14) >= 0.5
     zone = zone & ~near_heart_or_spine & (np.abs(x) > 0.15)
     return Scene(image=image[..., None], zone=zone, grain=7)
@@ -189,27 +204,32 @@ def _xray(n: int, gen: np.random.Generator) -> Scene:
     """A chest radiograph from the front."""
     u = gen.uniform
     x, y = _shifted_grid(n, gen, 0.02, 0.02)
-    outside = np.abs(x) - 0.46 + 0.5 * np.clip(-0.28 - y, 0, 1) * -1  # of the body; the shoulders are wider
+    shoulders = 0.5 * np.clip(-0.28 - y, 0, 1)
+    outside = np.abs(x) - 0.46 - shoulders  # of the body; the shoulders are wider
     image = 150 + 25 * y + 6 * noise(n, 5, gen) - 110 * _inside(outside, 0.1)
     wide, tall = u(0.165, 0.185), u(0.36, 0.4)
     zone = np.zeros((n, n), bool)
     lungs = np.zeros((n, n), np.float32)
     for side in (-1, 1):
-        lung_x = x - side * np.float32(0.215) - side * 0.12 * y
+        lung_x = x - side * np.float32(0.215) - side * 0.12 * y  # apart below, together above
         lungs = np.maximum(lungs, _oval(lung_x, y - 0.01, wide, tall, 0.04))
         zone |= _oval(lung_x, y - 0.01, wide - 0.055, tall - 0.08) > 0.5
     diaphragm = 0.27 + u(-0.02, 0.02) + 1.6 * (np.abs(x) - 0.2) ** 2
     lungs = lungs * _inside(diaphragm - y, 0.03)
-    aerated = 62 + 8 * noise(n, 9, gen) + 30 * np.exp(-((x / 0.16) ** 2))
+    hila = 30 * np.exp(-((x / 0.16) ** 2))  # vessels make the lungs denser towards the middle
+    aerated = 62 + 8 * noise(n, 9, gen) + hila
     image = _mix_grey(image, lungs, aerated)
     slant = y + 1.3 * (np.abs(x) - 0.13) ** 2 - 0.3 * np.abs(x)
     ribs = np.sin(slant * 2 * np.pi * u(10, 12) + u(0, 6))
     image = image + 24 * _inside(ribs - 0.35, 0.7) * lungs
-    clavicles = _inside(0.022 - np.abs(y + 0.36 + 0.18 * np.abs(x)), 0.02) * _inside(0.36 - np.abs(x), 0.05)
+    from_clavicle = np.abs(y + 0.36 + 0.18 * np.abs(x))
+    clavicles = _inside(0.022 - from_clavicle, 0.02) * _inside(0.36 - np.abs(x), 0.05)
     image = _mix_grey(image, clavicles, image + 30)
     spine = 178 + 14 * np.sin(y * 2 * np.pi * 14)
     image = _mix_grey(image, _inside(0.055 - np.abs(x), 0.04) * 0.8, spine)
-    heart_x, heart_y = x - np.float32(u(0.05, 0.075)), y - np.float32(u(0.15, 0.19))
+    # On the right of the picture: the patient faces the viewer.
+    heart_x = x - np.float32(u(0.05, 0.075))
+    heart_y = y - np.float32(u(0.15, 0.19))
     image = _mix_grey(image, _oval(heart_x, heart_y, 0.15, 0.14, 0.05), 188)
     zone = zone & (_oval(heart_x, heart_y, 0.215, 0.205) < 0.5) & (y < diaphragm - 0.07)
     return Scene(image=image[..., None], zone=zone, grain=5)
@@ -223,11 +243,14 @@ def _mri(n: int, gen: np.random.Generator) -> Scene:
     a, b = u(0.37, 0.41), u(0.43, 0.47)
     image = _oval(x, y, a, b) * np.float32(185)  # scalp
     image = _mix_grey(image, _oval(x, y, a - 0.03, b - 0.03), 18)  # skull
-    cortex = 92 - 48 * _inside(0.12 - np.abs(noise(n, 16, gen)), 0.2)
+    # Dark sulci between the gyri, along the lines where a noise is 0.
+    sulci = _inside(0.12 - np.abs(noise(n, 16, gen)), 0.2)
+    cortex = 92 - 48 * sulci
     image = _mix_grey(image, _oval(x, y, a - 0.055, b - 0.055), cortex)
     # white matter, with an uneven border
     inner = _oval(x, y, a - 0.115, b - 0.115, 0.05)
-    share = np.clip(inner + 0.35 * noise(n, 14, gen) * (inner > 0) * (inner < 1), 0, 1)
+    unevenness = 0.35 * noise(n, 14, gen) * (inner > 0) * (inner < 1)
+    share = np.clip(inner + unevenness, 0, 1)
     image = _mix_grey(image, share, 136 + 6 * noise(n, 8, gen))
     fissure = _inside(0.006 - np.abs(x), 0.012) * _oval(x, y, a - 0.06, b - 0.06)
     image = _mix_grey(image, fissure, 45)
@@ -244,14 +267,20 @@ def _ultrasound(n: int, gen: np.random.Generator) -> Scene:
     """A fan with speckle."""
     u = gen.uniform
     y, x = grid(n)
-    x, y = x - np.float32(u(-0.02, 0.02)), y + np.float32(u(0.56, 0.6))
-    depth, angle = np.hypot(x, y), np.abs(np.arctan2(x, y))
-    half = u(0.62, 0.7)  # angle of the fan
+    # The probe is above the picture: distance and angle from it are the fan's own coordinates.
+    x = x - np.float32(u(-0.02, 0.02))
+    y = y + np.float32(u(0.56, 0.6))
+    depth = np.hypot(x, y)
+    angle = np.abs(np.arctan2(x, y))
+    half = u(0.62, 0.7)  # angle of the fan, from its middle
     fan = _inside((half - angle) * depth) * _inside(depth - 0.13) * _inside(1.04 - depth)
     layers = depth * 2 * np.pi * u(4, 7)
     layers = np.sin(layers + 1.2 * noise(n, 4, gen) + u(0, 6))
-    tissue = (78 + 14 * layers + 16 * noise(n, 6, gen)) * (1.15 - 0.45 * depth)
-    image = tissue + 70 * np.exp(-(((depth - 0.16) / 0.03) ** 2))
+    attenuation = 1.15 - 0.45 * depth  # echoes get weaker with depth
+    tissue = (78 + 14 * layers + 16 * noise(n, 6, gen)) * attenuation
+    skin = 70 * np.exp(-(((depth - 0.16) / 0.03) ** 2))
+    image = tissue + skin
+    # Speckle multiplies the picture: echoes of many scatterers that add up or cancel.
     coarse = 0.26 * noise(n, 50, gen)
     fine = 0.16 * gen.standard_normal((n, n), dtype=np.float32)
     speckle = np.exp(coarse + fine) * fan
@@ -263,23 +292,30 @@ def _histology(n: int, gen: np.random.Generator) -> Scene:
     """A section in haematoxylin and eosin: stroma with fibres, and nuclei."""
     u = gen.uniform
     y, x = grid(n)
+    # Where the stain is thicker, green changes most.
     stain = 9 * noise(n, 9, gen)[..., None] * np.array([0.5, 1.4, 0.8], np.float32)
     tissue = np.array([228, 168, 200], np.float32) + stain
     slope = np.float32(u(-1, 1))
     fibres = np.sin((x * slope + y) * 60 + 3 * noise(n, 5, gen))
-    share = 0.5 * _inside(noise(n, 4, gen) - 0.4, 0.6) * (0.7 + 0.3 * fibres)
+    stroma = _inside(noise(n, 4, gen) - 0.4, 0.6)  # islands of it
+    share = 0.5 * stroma * (0.7 + 0.3 * fibres)
     image = _mix(tissue, share, (236, 140, 172))
     # One nucleus in each square of a grid, off its centre.
     cells = int(u(9, 12))
     jitter = gen.uniform(-0.4, 0.4, (2, cells + 2, cells + 2)).astype(np.float32)
     radius = gen.uniform(0.12, 0.3, (cells + 2, cells + 2)).astype(np.float32)
-    cell_y, cell_x = (y + 0.5) * cells + 0.5, (x + 0.5) * cells + 0.5
-    row, column = cell_y.astype(int), cell_x.astype(int)
+    cell_y = (y + 0.5) * cells + 0.5
+    cell_x = (x + 0.5) * cells + 0.5
+    row = cell_y.astype(int)
+    column = cell_x.astype(int)
     inside = np.full((n, n), -1, np.float32)
     for dy, dx in np.ndindex(2, 2):  # no nucleus reaches over the middle of the next square
-        j, i = row + dy, column + dx
-        distance = (cell_y - j - jitter[0, j, i]) ** 2 + 1.3 * (cell_x - i - jitter[1, j, i]) ** 2
-        inside = np.maximum(inside, radius[j, i] - np.sqrt(distance))
+        j = row + dy
+        i = column + dx
+        offset_y = cell_y - j - jitter[0, j, i]
+        offset_x = cell_x - i - jitter[1, j, i]
+        distance = np.sqrt(offset_y**2 + 1.3 * offset_x**2)  # a little taller than wide
+        inside = np.maximum(inside, radius[j, i] - distance)
     chromatin = np.array([128, 78, 160], np.float32) + 12 * noise(n, 40, gen)[..., None]
     image = _mix(image, 0.85 * _inside(inside / cells, 0.014), chromatin)
     return Scene(image=image, zone=(np.abs(x) < 0.41) & (np.abs(y) < 0.41), grain=4)
@@ -290,23 +326,28 @@ def _fundus(n: int, gen: np.random.Generator) -> Scene:
     u = gen.uniform
     x, y = _shifted_grid(n, gen, 0.012, 0.012)
     r = np.hypot(x, y)
-    macula = np.exp(-((np.hypot(x + 0.06, y) / 0.07) ** 2))  # dark
+    from_macula = np.hypot(x + 0.06, y)
+    macula = np.exp(-((from_macula / 0.07) ** 2))  # dark
     shade = 1.08 - 1.3 * r * r + 0.05 * noise(n, 6, gen) - 0.3 * macula
-    image = shade[..., None] * np.array([214, 104 + u(-10, 12), 44 + u(-8, 10)], np.float32)
+    colour = np.array([214, 104 + u(-10, 12), 44 + u(-8, 10)], np.float32)
+    image = shade[..., None] * colour
     # Vessels leave the disc and bend up or down.
     disc_x, disc_y = u(0.27, 0.31), u(-0.03, 0.03)
-    along = np.abs(x - np.float32(disc_x)) + 1e-3
+    along = np.abs(x - np.float32(disc_x)) + 1e-3  # not 0: the slope divides by its root
     bends = (0.66, -0.66, 0.42, -0.42, 0.9, -0.9)
     widths = (0.011, 0.011, 0.007, 0.007, 0.006, 0.006)
     for bend, width in zip(bends, widths, strict=True):
         curve = bend * u(0.85, 1.15)
         wave = np.sin(along * u(20, 35) + u(0, 6))
         path = curve * np.sqrt(along) + 0.025 * wave * np.minimum(along * 8, 1)
+        # From the vertical distance to that across the vessel, by the slope of its path.
         slope = 0.5 * curve / np.sqrt(along)
         distance = np.abs(y - disc_y - path) / np.sqrt(1 + slope * slope)
-        vessel = _inside(width * (1.1 - along) - distance, 0.01)
+        vessel = _inside(width * (1.1 - along) - distance, 0.01)  # thinner away from the disc
         image = _mix(image, 0.75 * vessel, (128, 28, 18))
-    from_disc_x, from_disc_y = x - np.float32(disc_x), y - np.float32(disc_y)
+    # The disc with its brighter cup, over the vessels' roots.
+    from_disc_x = x - np.float32(disc_x)
+    from_disc_y = y - np.float32(disc_y)
     image = _mix(image, _oval(from_disc_x, from_disc_y, 0.07, 0.08, 0.025), (244, 190, 118))
     image = _mix(image, 0.8 * _oval(from_disc_x, from_disc_y, 0.03, 0.035, 0.02), (255, 226, 170))
     image = image * _inside(0.475 - r)[..., None]
@@ -324,7 +365,8 @@ def _dermoscopy(n: int, gen: np.random.Generator) -> Scene:
     image = np.array([222, 176, 150], np.float32) + texture[..., None]
     naevus_x, naevus_y = _shifted_grid(n, gen, 0.02, 0.02)
     a, b = u(0.39, 0.44), u(0.36, 0.42)
-    inside = (1 - np.hypot(naevus_x / np.float32(a), naevus_y / np.float32(b))) + 0.08 * noise(n, 7, gen)
+    radius = np.hypot(naevus_x / np.float32(a), naevus_y / np.float32(b))
+    inside = (1 - radius) + 0.08 * noise(n, 7, gen)  # with an uneven border
     network = np.abs(noise(n, 22, gen))
     texture = 14 * noise(n, 6, gen) + 14 * (network - 0.8)
     pigment = np.array([142, 92, 64], np.float32) + texture[..., None]
@@ -333,11 +375,15 @@ def _dermoscopy(n: int, gen: np.random.Generator) -> Scene:
         angle = u(0, np.pi)
         along = np.cos(angle) * x + np.sin(angle) * y
         across = np.cos(angle) * y - np.sin(angle) * x
-        hair = _inside(0.005 - np.abs(across - u(-0.45, 0.45) - u(-0.8, 0.8) * along * along), 0.008)
+        # A parabola that starts and ends somewhere along its way.
+        from_hair = np.abs(across - u(-0.45, 0.45) - u(-0.8, 0.8) * along * along)
+        hair = _inside(0.005 - from_hair, 0.008)
         length = u(0.2, 0.5)
-        hair = 0.8 * hair * _inside(length - np.abs(along - u(-0.3, 0.3)), 0.02)
+        from_middle = np.abs(along - u(-0.3, 0.3))
+        hair = 0.8 * hair * _inside(length - from_middle, 0.02)
         image = _mix(image, hair, (64, 44, 38))
-    image = image * (1.04 - 0.9 * np.clip(r - 0.35, 0, 1))[..., None]
+    light = 1.04 - 0.9 * np.clip(r - 0.35, 0, 1)  # falls off in the corners
+    image = image * light[..., None]
     return Scene(image=image, zone=_oval(naevus_x, naevus_y, a - 0.08, b - 0.08) > 0.5, grain=4)
 
 
@@ -349,19 +395,24 @@ def _endoscopy(n: int, gen: np.random.Generator) -> Scene:
     far = np.hypot(lumen_x, lumen_y)
     r = far * (1 + 0.08 * noise(n, 4, gen)) + 1e-3
     angle = np.arctan2(lumen_y, lumen_x)
-    spiral = u(1.6, 2.2) * np.log(r) + u(0, 1)
-    folds = np.sin(2 * np.pi * spiral + 0.5 * np.cos(3 * angle + u(0, 6)))
-    light = np.clip(0.22 + 2.6 * r, 0, 0.92) * (1 + 0.12 * folds * _inside(r - 0.12, 0.1))
+    # Rings in the logarithm of the radius look equally far apart in depth; each is bent at three places.
+    rings = u(1.6, 2.2) * np.log(r) + u(0, 1)
+    bend = 0.5 * np.cos(3 * angle + u(0, 6))
+    folds = np.sin(2 * np.pi * rings + bend)
+    # Dark in the depth of the lumen, where no folds are seen either.
+    fall_off = np.clip(0.22 + 2.6 * r, 0, 0.92)
+    light = fall_off * (1 + 0.12 * folds * _inside(r - 0.12, 0.1))
     light = light + 0.04 * noise(n, 12, gen)
     mucosa = np.array([212, 98 + u(-10, 12), 88 + u(-10, 12)], np.float32)
     image = np.clip(light, 0, 1.2)[..., None] * mucosa
-    vessels = 0.3 * _inside(0.06 - np.abs(noise(n, 9, gen)), 0.05)
+    vessels = 0.3 * _inside(0.06 - np.abs(noise(n, 9, gen)), 0.05)  # along the lines where a noise is 0
     image = _mix(image, vessels, image * np.array([0.8, 0.5, 0.5], np.float32))
     count = int(gen.integers(4, 9))
     spots = gen.uniform((-0.4, -0.4, 0.008), (0.4, 0.4, 0.02), (count, 3)).astype(np.float32)
     reflections = np.zeros((n, n), np.float32)
     for spot_x, spot_y, size in spots:
-        reflections = np.maximum(reflections, _oval(x - spot_x, y - spot_y, 1.6 * size, 0.8 * size))
+        spot = _oval(x - spot_x, y - spot_y, 1.6 * size, 0.8 * size)
+        reflections = np.maximum(reflections, spot)
     image = _mix(image, 0.9 * reflections, (255, 246, 240))
     # the picture is a square with cut corners
     square = _inside(0.485 - np.maximum(np.abs(x), np.abs(y)))
