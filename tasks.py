@@ -15,28 +15,33 @@ def _call(f, *args, **kwargs):
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     _explain(args)
+    # Warnings of torch and others come as log lines, without the line of code that Python prints with each.
     logging.captureWarnings(True)
     try:
-        with (
-            logging_redirect_tqdm()
-        ):  # a warning takes a bar away before it is written, and does not land behind it
-            done = f(*args, **kwargs)
+        # A log line takes a progress bar away before it is written, and does not land behind it.
+        with logging_redirect_tqdm():
+            result = f(*args, **kwargs)
+        # A closed pipe must show here, where it is handled, and not when Python ends.
         sys.stdout.flush()
-        return done
+        return result
     except (ValueError, FloatingPointError) as e:
         _refuse(str(e))
     except BrokenPipeError as e:
         if not _is_unread():
             _refuse(str(e))
-        nowhere = os.open(
-            os.devnull, os.O_WRONLY
-        )  # Python writes what is left at its end, and would complain
-        os.dup2(nowhere, 1)
-        os.dup2(nowhere, 2)
+        # Python writes what is left in its buffers at its end, and would complain of the closed pipe.
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
         sys.exit(128 + signal.SIGPIPE)
-    except OSError as e:  # a full disk, a folder that was removed meanwhile, a file that may not be read
-        _refuse(f"{e.filename}: {e.strerror}" if e.filename is not None else str(e))
+    # A full disk, a folder that was removed meanwhile, a file that may not be read.
+    except OSError as e:
+        message = str(e)
+        if e.filename is not None:
+            message = f"{e.filename}: {e.strerror}"
+        _refuse(message)
     except KeyboardInterrupt:
+        # 130 is what a shell gives for Ctrl-C.
         print("stopped; what is done is kept, the same command goes on from there", file=sys.stderr)
         sys.exit(130)
     finally:
@@ -44,15 +49,18 @@ def _call(f, *args, **kwargs):
 
 
 def _is_unread():
-    """Whether what is printed goes to a program that has ended, such as `head`."""
+    """Whether what is printed goes to a program that has ended, such as `head`.
+
+    A broken pipe may also be that of a worker process or of a download, which is an error like others.
+    """
     printed = select.poll()
     for descriptor in (1, 2):
         printed.register(descriptor, select.POLLOUT)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in printed.poll(0))
 
 
-def _refuse(what):
-    print(f"error: {what}", file=sys.stderr)
+def _refuse(message):
+    print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -62,30 +70,39 @@ def _whole(name, text, least=0, most=2**31 - 1):
         number = int(text)
     except ValueError:
         number = None
+    # The upper bound catches a slip of the keyboard here, in the words of the option.
     if number is None or not least <= number <= most:
         _refuse(f"--{name} must be a whole number from {least} to {most}, got {text!r}")
     return number
 
 
 def _explain(values):
-    """Show what a task takes, or refuse an option that it has not: invoke gives both to a positional argument that is missing."""
-    flag = next((v for v in values if isinstance(v, str) and re.fullmatch("-h|--[a-z][a-z-]*", v)), "")
-    if not flag:
+    """Show what a task takes, or refuse an option that it has not.
+
+    invoke takes both for the value of a positional argument that is missing: `invoke train --help` has the
+    experiment "--help".
+    """
+    flags = [v for v in values if isinstance(v, str) and re.fullmatch("-h|--[a-z][a-z-]*", v)]
+    if not flags:
         return
+    flag = flags[0]
     tasks = Collection.from_module(sys.modules[__name__])
+    # The task is not told to us; it is the first word on the command line that is one.
     name = next((a for a in sys.argv if a in tasks.task_names), "")
     if flag not in ("-h", "--help"):
         _refuse(f"{name} has no option {flag}; `invoke --help {name}` lists those it has")
     Program(namespace=tasks).run(["invoke", "--help", name])
 
 
-def _needs(**given):
-    """Refuse where an option that has no default was not given."""
-    _explain(given.values())
-    if missing := [f"--{name}" for name, value in given.items() if value is None]:
+def _needs(**options):
+    """Refuse where an option that has no default was not given: with `positional=[]` invoke passes None for it."""
+    _explain(options.values())
+    missing = [f"--{name}" for name, value in options.items() if value is None]
+    if missing:
         _refuse(f"{' and '.join(missing)} must be given; add --help to see what for")
 
 
+# Words of `--help` that several tasks share.
 SET = {
     "exp": "name in experiments/, path of a .toml, or a run's folder",
     "set_": "key.path=value in TOML syntax, repeatable",
@@ -150,11 +167,9 @@ def preprocess(c, source, out, exp="", set_=None, metadata="", workers="1", shee
     _needs(source=source, out=out)
     from medvl.commands import ct
 
-    sys.exit(
-        _call(
-            ct.fill_store, source, out, exp, set_ or (), metadata, _whole("workers", workers, 1, 1024), sheet
-        )
-    )
+    num_workers = _whole("workers", workers, 1, 1024)
+    status = _call(ct.fill_store, source, out, exp, set_ or (), metadata, num_workers, sheet)
+    sys.exit(status)
 
 
 @task(
@@ -193,20 +208,17 @@ def adapters(
     _needs(action=action)
     from medvl.commands import registries
 
-    about = {
-        "name": name,
-        "vector": vector,
-        "description": description,
-        "category": category,
-        "embedder": embedder,
-    }
     _call(
         registries.manage_registry,
         action,
         registry,
         path=path,
         samples=samples,
-        **about,
+        name=name,
+        vector=vector,
+        description=description,
+        category=category,
+        embedder=embedder,
         base=base,
         root=root,
         overrides=set_ or (),
@@ -249,17 +261,26 @@ def ask(
     """Ask the adapters that fit a question and its images, or a run about images or a slide. Research use, not for diagnosis."""
     from medvl.commands import questions
 
-    given = {
-        "adapters": adapters,
-        "run": run,
-        "slide": slide,
-        "images": image or (),
-        "mode": mode,
-        "own": own,
-        "base": base,
-    }
-    given |= {"k": _whole("k", k) if k else -1, "max_tokens": _whole("max-tokens", max_tokens, 1, 2**20)}
-    _call(questions.print_answer, question, **given, out=out, offset=offset, overrides=set_ or ())
+    # Not 0 where -k is left out: the run says how many, and 0 can be asked for.
+    num_adapters = -1
+    if k:
+        num_adapters = _whole("k", k)
+    _call(
+        questions.print_answer,
+        question,
+        adapters=adapters,
+        run=run,
+        slide=slide,
+        images=image or (),
+        mode=mode,
+        k=num_adapters,
+        own=own,
+        base=base,
+        out=out,
+        max_tokens=_whole("max-tokens", max_tokens, 1, 2**20),
+        offset=offset,
+        overrides=set_ or (),
+    )
 
 
 @task(
@@ -278,22 +299,15 @@ def ask(
 def slides(c, action, features, data=None, out="", dims="0", encoder="", drop=False):
     """Audit patch features against questions before training, or pack them into one store; exit status 3 when something is wrong."""
     _needs(action=action, features=features)
+    # The task has the module's name.
     from medvl.commands import slides as commands
 
-    sys.exit(
-        _call(
-            commands.check_or_pack,
-            action,
-            features,
-            data or (),
-            out,
-            _whole("dims", dims, 0, 2**17),
-            encoder,
-            drop,
-        )
-    )
+    width = _whole("dims", dims, 0, 2**17)
+    status = _call(commands.check_or_pack, action, features, data or (), out, width, encoder, drop)
+    sys.exit(status)
 
 
+# Options of the tasks about one scan.
 SCAN = {
     "run": "run folder",
     "scan": "NIfTI file",
@@ -341,6 +355,5 @@ def split(c, labels, out, sizes="valid=550,test=2489", seed="0", table=None, pat
     _needs(labels=labels, out=out)
     from medvl.commands import ct
 
-    _call(
-        ct.split_tables, labels, out, sizes, _whole("seed", seed, 0, 2**32 - 1), table or (), patient, pattern
-    )
+    seed_number = _whole("seed", seed, 0, 2**32 - 1)  # what numpy's generators take
+    _call(ct.split_tables, labels, out, sizes, seed_number, table or (), patient, pattern)

@@ -20,7 +20,13 @@ _ON_SHEET = 36  # volumes of a contact sheet
 
 
 def fill_store(
-    source: str, out: str, exp: str, overrides: Sequence[str], metadata: str, workers: int, sheet: str
+    source: str,
+    store_path: str,
+    exp: str,
+    overrides: Sequence[str],
+    metadata: str,
+    workers: int,
+    sheet: str,
 ) -> int:
     """Preprocess scans into a store and print what was done; returns the exit status: 0, or 3 when scans were
     rejected.
@@ -28,20 +34,27 @@ def fill_store(
     # A table or the store can then never be what is replaced.
     if sheet and not sheet.lower().endswith(".png"):
         raise ValueError(f"preprocess: sheet must end in .png, got {sheet!r}")
-    rejected_csv = ingest.rejected_csv(out)
-    for path in (out, str(rejected_csv), sheet):
+    rejected_csv = ingest.rejected_csv(store_path)
+    # Preprocessing takes hours: what cannot be written must be known before it.
+    for path in (store_path, str(rejected_csv), sheet):
         if path:
             files.check_writable(path)
+    # A line for each scan, which a library call does not print.
     _log.setLevel(logging.INFO)
     settings = config.override(_ct_settings(exp), tuple(overrides), "preprocess")
     cfg = config.structure(settings, preprocess.CtConfig, "preprocess")
-    done = ingest.preprocess_folder(source, out, cfg, metadata, workers)
-    print(f"{out}: {done.done} volumes written, {done.skipped} were there, {len(done.rejected)} rejected")
-    if done.rejected:
+    summary = ingest.preprocess_folder(source, store_path, cfg, metadata, workers)
+    num_rejected = len(summary.rejected)
+    print(
+        f"{store_path}: {summary.done} volumes written, {summary.skipped} were there, {num_rejected} rejected"
+    )
+    if num_rejected:
         print(f"rejected scans and reasons: {rejected_csv}")
+    # Of the store as it is now, so that it shows volumes of earlier runs, too.
     if sheet:
-        _write_sheet(out, sheet)
-    return 3 if done.rejected else 0
+        _write_sheet(store_path, sheet)
+    # Not 1 or 2, which a crash and a wrong option end with: a script can go on with what was written.
+    return 3 if num_rejected else 0
 
 
 def _ct_settings(exp: str) -> dict[str, Any]:
@@ -49,6 +62,7 @@ def _ct_settings(exp: str) -> dict[str, Any]:
     if not exp:
         return {}
     cfg, _ = run.resolve(exp)
+    # Other systems have no `ct` table at all.
     if not isinstance(cfg, ct_clip.SYSTEM.record):
         raise ValueError(
             f"preprocess: {exp} is a {cfg.system} experiment; only ct_clip experiments have settings of CT"
@@ -59,21 +73,24 @@ def _ct_settings(exp: str) -> dict[str, Any]:
 def _write_sheet(store_path: str, sheet: str) -> None:
     volumes = store.open_store(store_path)
     chosen = volumes.names[:_ON_SHEET]
+    # Where every scan was rejected there is nothing to show; the exit status says so.
     if chosen:
         ingest.contact_sheet(volumes, sheet, chosen)
         print(f"contact sheet of {len(chosen)} volumes: {sheet}")
 
 
 # One scan ---------------------------------------------------------------------------------------------------
-def embed_scan(folder: str, scan: str, out: str, metadata: str = "", settings: Sequence[str] = ()) -> None:
+def embed_scan(
+    folder: str, scan: str, embedding_file: str, metadata: str = "", settings: Sequence[str] = ()
+) -> None:
     """Write one scan's embedding, float32 [d], L2-normalised, to a .npy."""
     # A scan can then never be what is replaced.
-    if not out.endswith(".npy"):
-        raise ValueError(f"embed: out must end in .npy, got {out!r}")
-    files.check_writable(out)
+    if not embedding_file.endswith(".npy"):
+        raise ValueError(f"embed: out must end in .npy, got {embedding_file!r}")
+    files.check_writable(embedding_file)
     embedding = look_at_scan(_ct_run(folder, "embed"), scan, (), metadata, settings)["embedding"]
-    files.write_array(out, embedding.numpy())
-    print(f"{out}: {len(embedding)} numbers")
+    files.write_array(embedding_file, embedding.numpy())
+    print(f"{embedding_file}: {len(embedding)} numbers")
 
 
 def print_findings(
@@ -83,6 +100,7 @@ def print_findings(
     scan_result = look_at_scan(_ct_run(folder, "classify"), scan, findings, metadata, settings)
     volume, thresholds = scan_result["volume"], scan_result["threshold"]
     spacing_mm = tuple(round(mm, 2) for mm in volume.source_spacing_mm)
+    # How the scan was read comes first: with a wrong scale or spacing the table means nothing.
     print(
         f"{volume.name}: HU by {volume.hu_rule}, {volume.source_shape} voxels of {spacing_mm} mm, slices "
         f"{volume.occupied}"
@@ -90,10 +108,12 @@ def print_findings(
     rows = []
     for finding, probability in scan_result["probability"].items():
         threshold = thresholds.get(finding)
+        # Thresholds were fitted on the validation split: findings in the user's own words have none.
         if threshold is None:
             rows.append((finding, probability, math.nan, ""))
         else:
-            rows.append((finding, probability, threshold, "yes" if probability >= threshold else "no"))
+            called = "yes" if probability >= threshold else "no"
+            rows.append((finding, probability, threshold, called))
     table = results.markdown_table(("Finding", "Probability", "Threshold", "Called"), rows)
     print(table + report.NOTICE)
 
@@ -109,7 +129,7 @@ def _ct_run(folder_or_config: str, task: str) -> Path:
 # Tables cut by patient --------------------------------------------------------------------------------------
 def split_tables(
     labels: str,
-    out: str,
+    folder: str,
     sizes: str,
     seed: int,
     tables: Sequence[str] = (),
@@ -117,7 +137,7 @@ def split_tables(
     pattern: str = "",
 ) -> None:
     """Cut a label table and others (reports, metadata) into parts by patient: `valid_reports.csv` ->
-    `out/{part}_reports.csv`.
+    `folder/{part}_reports.csv`.
 
     Everything is read and checked before anything is written, and no file that exists is replaced.
 
@@ -129,17 +149,22 @@ def split_tables(
         ValueError: unusable tables or sizes, two tables that would be cut into one file, an output that
             exists.
     """
-    files.check_writable(out, folder=True)
+    files.check_writable(folder, folder=True)
+    all_tables = (labels, *tables)
     volumes, _, findings = reports.read_labels(labels, patient=patient)
-    column = reports.read_patients((labels, *tables), patient) if patient else None
+    column = None
+    if patient:
+        column = reports.read_patients(all_tables, patient)
     patients = names.patients_of(volumes, pattern, column)
-    parts = reports.split_patients(volumes, findings, _parse_sizes(sizes), seed, patients)
-    rows_of_table = {path: files.read_csv(path, ("VolumeName",)) for path in (labels, *tables)}
-    outputs = _outputs_of_split(list(parts), (labels, *tables), Path(out))
+    indices_of_part = reports.split_patients(volumes, findings, _parse_sizes(sizes), seed, patients)
+    rows_of_table = {path: files.read_csv(path, ("VolumeName",)) for path in all_tables}
+    outputs = _outputs_of_split(list(indices_of_part), all_tables, Path(folder))
     for path, rows in rows_of_table.items():
         _check_volumes(path, rows, {*volumes}, labels)
 
-    for part, indices in parts.items():
+    # All checks have passed: from here on only a full disk can stop it half-way.
+    for part, indices in indices_of_part.items():
+        # Tables need not list the volumes in the order of the labels, nor list all of them.
         chosen = {volumes[i] for i in indices}
         for path, rows in rows_of_table.items():
             rows_of_part = [row for row in rows if _volume_of(row) in chosen]
@@ -154,7 +179,9 @@ def split_tables(
 
 def _check_volumes(path: str, rows: Sequence[dict[str, str]], volumes: set[str], labels: str) -> None:
     """Raise where a table is about none of the labelled volumes, and warn of its rows about others."""
-    unknown = len({_volume_of(row) for row in rows} - volumes)
+    listed = {_volume_of(row) for row in rows}
+    unknown = len(listed - volumes)
+    # No name in common is another data set, or names of another form; a few unknown ones are normal.
     if unknown == len(rows):
         raise ValueError(f"split: {path}: none of its {len(rows)} rows is about a volume of {labels}")
     if unknown:
@@ -168,23 +195,33 @@ def _volume_of(row: dict[str, str]) -> str:
 
 
 def _parse_sizes(text: str) -> dict[str, float]:
-    try:
-        pairs = [part.split("=") for part in text.split(",")]
-        sizes = {name.strip(): float(size) for name, size in pairs}
-    except ValueError as e:
-        raise ValueError(f"split: sizes must be name=number,name=number, got {text!r}") from e
-    if len(sizes) < len(pairs) or not all(re.fullmatch(r"\w[\w.-]*", name) for name in sizes):
+    """{part: size} from "part=size,part=size"."""
+    items = text.split(",")
+    sizes = {}
+    for item in items:
+        try:
+            # Without exactly one "=" the unpacking is a ValueError, too.
+            name, size = item.split("=")
+            sizes[name.strip()] = float(size)
+        except ValueError as e:
+            raise ValueError(f"split: sizes must be name=number,name=number, got {text!r}") from e
+    # A name becomes that of a file: with a slash it would leave the folder.
+    valid = [name for name in sizes if re.fullmatch(r"\w[\w.-]*", name)]
+    if len(valid) < len(items):
         raise ValueError(f"split: sizes must name each part once, in letters and digits, got {text!r}")
     return sizes
 
 
-def _outputs_of_split(parts: Sequence[str], tables: Sequence[str], out: Path) -> dict[tuple[str, str], Path]:
+def _outputs_of_split(
+    part_names: Sequence[str], tables: Sequence[str], folder: Path
+) -> dict[tuple[str, str], Path]:
     """{(part, table): the file to write}; refuses what would overwrite a file, or be written twice."""
     outputs: dict[tuple[str, str], Path] = {}
-    for part in parts:
+    for part in part_names:
         for table in tables:
+            # "valid_reports.csv" is called by the split it came from: that is replaced by the part's name.
             name = Path(table).name
-            path = out / f"{part}_{name.partition('_')[2] or name}"
+            path = folder / f"{part}_{name.partition('_')[2] or name}"
             if path in outputs.values():
                 raise ValueError(
                     f"split: {' and '.join(tables)}: two of these would be cut into {path}; rename one of "

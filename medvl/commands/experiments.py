@@ -18,8 +18,8 @@ def print_experiments() -> None:
         raise config.ConfigError(
             f"{run.EXPERIMENTS.absolute()}: holds no experiments (*.toml); run this in the project folder"
         )
-    for name, about in names.items():
-        print(f"{name:24} {about}")
+    for name, description in names.items():
+        print(f"{name:24} {description}")
 
 
 def print_labels(exp: str, overrides: Sequence[str] = (), number: int = 0) -> None:
@@ -28,6 +28,8 @@ def print_labels(exp: str, overrides: Sequence[str] = (), number: int = 0) -> No
     system = run.find_system(cfg.system)
     if system.labels is None:
         raise ValueError(_has_no("labels", exp, cfg.system))
+    # Phantoms are drawn and their texts written if nobody has trained this experiment yet. What it logs
+    # would stand between the command and its answer.
     system.prepare(cfg, _silent)
     print(system.labels(cfg, folder, number))
 
@@ -39,10 +41,11 @@ def print_memory(exp: str, overrides: Sequence[str] = (), processes: int = 1) ->
     if system.memory is None:
         raise ValueError(_has_no("estimate", exp, cfg.system))
     per_process = f"each of {processes} processes" if processes > 1 else "one process"
-    for stage, parts in system.memory(cfg, folder, processes).items():
-        largest_first = sorted(parts.items(), key=lambda item: -item[1])
+    # Weights are not allocated for this: a laptop can tell what a run on GPUs will need.
+    for stage, bytes_of_part in system.memory(cfg, folder, processes).items():
+        largest_first = sorted(bytes_of_part.items(), key=lambda item: -item[1])
         rows = [(part, f"{nbytes / 1e9:.3f}") for part, nbytes in largest_first]
-        rows.append(("at the peak", f"{sum(parts.values()) / 1e9:.3f}"))
+        rows.append(("at the peak", f"{sum(bytes_of_part.values()) / 1e9:.3f}"))
         print(f"stage {stage}, {per_process}:")
         print(results.markdown_table(("Part", "GB"), rows))
 

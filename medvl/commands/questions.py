@@ -9,6 +9,7 @@ from medvl.systems.adapters.ask import ask_registry
 from medvl.systems.run import find_system
 from medvl.systems.system import Question
 
+# Options that make sense with a registry; a system lists its own in `System.takes`.
 REGISTRY_TAKES = ("--image", "--mode", "-k", "--own", "--base", "--set")
 
 
@@ -28,12 +29,9 @@ def print_answer(
     offset: str = "",
     overrides: Sequence[str] = (),
 ) -> None:
-    """Print the answer of a registry of adapters, or of a run of any system that answers questions, and where
-    it came from.
+    """Print the answer of a registry of adapters or of a run, and where it came from.
 
     Args:
-        text: the question.
-        adapters: a registry of adapters.
         run: the folder of a run, or its config.json.
         mode: how adapters are combined; "" is "mixture".
         k: adapters at most; -1 is the run's `retrieve.k` (of a registry 3).
@@ -41,17 +39,10 @@ def print_answer(
         base: the model of a registry.
     Raises:
         ValueError: neither or both of a registry and a run; a run that answers no questions; an option that
-            it does not take; as what
-            answers.
+            it does not take; as what answers.
     """
-    if bool(adapters) == bool(run):
-        raise ValueError(
-            "ask: needs either --adapters REGISTRY (with --image), or --run RUN (with --image, or with "
-            "--slide)"
-        )
-    if max_tokens < 1:
-        raise ValueError(f"ask: --max-tokens must be 1 or more, got {max_tokens}")
-    given = {
+    _check_arguments(adapters, run, max_tokens)
+    value_of_flag = {
         "--image": images,
         "--slide": slide,
         "--mode": mode,
@@ -61,7 +52,8 @@ def print_answer(
         "--set": overrides,
         "--offset": offset,
     }
-    flags = [flag for flag, value in given.items() if value]
+    # Before defaults are filled in: "mixture" that was not asked for must not be refused.
+    flags = [flag for flag, value in value_of_flag.items() if value]
     question = Question(
         text=text,
         images=tuple(images),
@@ -78,25 +70,43 @@ def print_answer(
         _check_question(question, flags, f"{adapters} (a registry)", REGISTRY_TAKES)
         answer = ask_registry(adapters, question, base)
     else:
-        folder = config.run_folder(run)
-        name = config.system_of(folder)
-        system = find_system(name)
-        if system.ask is None:
-            raise ValueError(
-                f"ask: {run} is a {name} run, which does not answer questions; `invoke classify` tells "
-                "findings"
-            )
-        _check_question(question, flags, f"{run} ({name})", system.takes)
-        answer = system.ask(folder, question)
+        answer = _ask_run(run, question, flags)
     print(answer)
     print(report.NOTICE)
 
 
-def _check_question(question: Question, flags: Sequence[str], where: str, takes: Sequence[str]) -> None:
-    """Raise at options that what is asked does not take, and at texts and images that are none."""
+def _check_arguments(adapters: str, run: str, max_tokens: int) -> None:
+    if bool(adapters) == bool(run):
+        raise ValueError(
+            "ask: needs either --adapters REGISTRY (with --image), or --run RUN (with --image, or with "
+            "--slide)"
+        )
+    if max_tokens < 1:
+        raise ValueError(f"ask: --max-tokens must be 1 or more, got {max_tokens}")
+
+
+def _ask_run(run: str, question: Question, flags: Sequence[str]) -> str:
+    folder = config.run_folder(run)
+    # The system is known from the run's record: the caller need not say what kind of run it is.
+    name = config.system_of(folder)
+    system = find_system(name)
+    if system.ask is None:
+        raise ValueError(
+            f"ask: {run} is a {name} run, which does not answer questions; `invoke classify` tells findings"
+        )
+    _check_question(question, flags, f"{run} ({name})", system.takes)
+    return system.ask(folder, question)
+
+
+def _check_question(question: Question, flags: Sequence[str], asked_of: str, takes: Sequence[str]) -> None:
+    """Raise at options that what is asked does not take, and at texts and images that are none.
+
+    Here and not in the systems, before any of them has spent a minute on loading weights.
+    """
     wrong = [flag for flag in flags if flag not in takes]
     if wrong:
-        raise ValueError(f"ask: {where} takes {' and '.join(takes)}, not {wrong[0]}")
+        raise ValueError(f"ask: {asked_of} takes {' and '.join(takes)}, not {wrong[0]}")
+    # A shell turns an unset variable into an empty question.
     if not question.text.strip():
         raise ValueError("ask: the question must have text, got none")
     missing = [image for image in question.images if not Path(image).is_file()]

@@ -52,12 +52,14 @@ def manage_registry(
     file = Path(registry_file)
     if action not in ACTIONS:
         raise ValueError(f"adapters: the action must be one of {', '.join(ACTIONS)}, got {action!r}")
+    # Embedding samples takes minutes: that the registry cannot be written must be known before it.
     if action in ("build", "add"):
         files.check_writable(file)
     if action == "build":
         _build(file, path, samples, embedder, base, overrides)
     elif action == "add":
         _add(file, root, path, samples, name, vector, description, category)
+    # A registry that was just built or added to is listed, which also checks that it can be read.
     if action == "show":
         print(_describe_adapter(file, root, name))
     else:
@@ -75,19 +77,20 @@ def _build(
             f"{pattern!r}, {samples!r}"
         )
     folders = _adapter_folders(pattern)
+    # --set comes last, so that it can also name another kind.
     settings = config.override({"name": embedder, "kind": _kind(embedder)}, tuple(overrides), "build")
     cfg = config.structure(settings, EmbedConfig, "build")
     conversations = _samples_of_tasks(samples, list(folders))
+    # Paths from the registry's folder, so that it can be moved together with its adapters. A base that is no
+    # folder here is a name of the hub.
     if base and Path(base).is_dir():
         base = os.path.relpath(base, file.parent)
-    build.build_registry(
-        file,
-        {name: os.path.relpath(folder, file.parent) for name, folder in folders.items()},
-        conversations,
-        cfg,
-        base=base,
-        categories={name: build.category_of(name, conversations[name]) for name in folders},
-    )
+    paths = {}
+    categories = {}
+    for name, folder in folders.items():
+        paths[name] = os.path.relpath(folder, file.parent)
+        categories[name] = build.category_of(name, conversations[name])
+    build.build_registry(file, paths, conversations, cfg, base=base, categories=categories)
 
 
 def _adapter_folders(pattern: str) -> dict[str, Path]:
@@ -95,8 +98,10 @@ def _adapter_folders(pattern: str) -> dict[str, Path]:
     folders_of_task = task_paths(pattern.rstrip("/"))
     adapters = {}
     for name, folders in folders_of_task.items():
+        # A checkpoint that was being written when its training was killed lacks this file.
         checkpoints = [folder for folder in folders if (folder / "adapter_config.json").is_file()]
-        if len(checkpoints) > 1:  # sorted by number
+        # They are sorted by the numbers in their names: the last one was trained longest.
+        if len(checkpoints) > 1:
             _log.warning(
                 "%s: %d folders match, the last one is taken: %s", name, len(checkpoints), checkpoints[-1]
             )
@@ -112,17 +117,24 @@ def _adapter_folders(pattern: str) -> dict[str, Path]:
 
 def _samples_of_tasks(samples: str, names: Sequence[str]) -> dict[str, list[Conversation]]:
     """{task: its conversations}, from a file for each {task}, or from one file whose lines say their task."""
+    samples_of_task: dict[str, list[Conversation]] = {name: [] for name in names}
     if "{task}" in samples:
-        paths = {name: config.fill_pattern(samples, "adapters build: samples", task=name) for name in names}
-        return {name: read_conversations(path) for name, path in paths.items()}
-    conversations = read_tasks(samples, "")
-    return {name: [c for c in conversations if c.extra["task"] == name] for name in names}
+        for name in names:
+            path = config.fill_pattern(samples, "adapters build: samples", task=name)
+            samples_of_task[name] = read_conversations(path)
+        return samples_of_task
+    for conversation in read_tasks(samples, ""):
+        # The file may hold tasks that have no adapter.
+        if conversation.extra["task"] in samples_of_task:
+            samples_of_task[conversation.extra["task"]].append(conversation)
+    return samples_of_task
 
 
 def _kind(embedder: str) -> str:
     """The kind of an encoder by its config: one with two towers, or of text alone."""
     if not embedder:
         return "local"
+    # Hugging Face's configs of image-text models hold one for each tower; a text encoder's has no such table.
     two_towers = "vision_config" in read_json(find_file(embedder, ("config.json",)))
     return "image_text" if two_towers else "text"
 
@@ -136,26 +148,31 @@ def _add(
             "(.npy)"
         )
     files.check_name(name, "adapters add: the adapter")
-    known = registry.read_registry(file, root) if file.exists() else registry.Registry()
-    if name in {adapter.name for adapter in known.adapters}:
+    contents = registry.Registry()
+    if file.exists():
+        contents = registry.read_registry(file, root)
+    if name in {adapter.name for adapter in contents.adapters}:
         raise ValueError(f"adapters add: {file} has an adapter {name!r} already; give another name")
-    place = registry.registry_root(file, known)
+    # The registry may say that its paths start elsewhere than in its own folder.
+    root_folder = registry.registry_root(file, contents)
+    # A vector is taken as it is: nobody can tell which embedder and how many samples it is of.
     if vector:
         mean, count, embedder_name = files.open_array(vector), 0, ""
-    elif not known.embedder:
+    # Samples must be embedded as those of the other adapters were, or the distances would mean nothing.
+    elif not contents.embedder:
         raise ValueError(
             f"adapters add: {file} has no embedder, so samples cannot be embedded; give vector, or build "
             "the registry"
         )
     else:
-        embedder = embed.read_embedder(place / known.embedder)
+        embedder = embed.read_embedder(root_folder / contents.embedder)
         conversations = read_conversations(samples)
         category = category or build.category_of(name, conversations)
         tensor, count = build.embed_samples(embedder, conversations)
         mean, embedder_name = tensor.numpy(), embedder.name
     record = AdapterRecord(
         name=name,
-        path=os.path.relpath(folder, place),
+        path=os.path.relpath(folder, root_folder),
         description=description,
         category=category,
         vector="",
@@ -167,38 +184,47 @@ def _add(
 
 def _describe_registry(file: Path, root: str, base: str) -> str:
     """A table of all adapters, below the names of base model and embedder."""
-    known = registry.read_registry(file, root)
-    registry.check_registry(file, known, base)
-    place = registry.registry_root(file, known)
+    contents = registry.read_registry(file, root)
+    registry.check_registry(file, contents, base)
+    root_folder = registry.registry_root(file, contents)
     rows = []
-    for record in track(known.adapters, "reading adapters"):
-        adapter = read_adapter(place / record.path)
+    for record in track(contents.adapters, "reading adapters"):
+        adapter = read_adapter(root_folder / record.path)
+        # PEFT's rank_pattern gives layers ranks of their own: "8/16".
         ranks = "/".join(str(rank) for rank in _ranks(adapter))
         num_layers = len(adapter.factors)
         rows.append((record.name, record.category, ranks, num_layers, record.samples, record.description))
-    embedders = [record.embedder for record in known.adapters if record.embedder]
+    # `check_registry` has seen that all that are named are the same.
+    embedders = [record.embedder for record in contents.adapters if record.embedder]
     embedder = embedders[0] if embedders else "an embedder that is not named"
-    base = base or registry.base_model(file, known) or "not named"
+    base = base or registry.base_model(file, contents) or "not named"
     table = results.markdown_table(("Adapter", "Category", "Rank", "Layers", "Samples", "Description"), rows)
     return f"base model {base}, vectors by {embedder}\n{table}"
 
 
 def _describe_adapter(file: Path, root: str, name: str) -> str:
     """What is known of one adapter, and the five most like it."""
-    known = registry.read_registry(file, root)
-    records = {record.name: record for record in known.adapters}
+    contents = registry.read_registry(file, root)
+    records = {record.name: record for record in contents.adapters}
     if name not in records:
         raise ValueError(f"adapters show: no adapter {name!r} in {file}; there are {', '.join(records)}")
-    adapter = read_adapter(registry.registry_root(file, known) / records[name].path)
-    lines = [f"{key}: {value}" for key, value in asdict(records[name]).items() if value not in ("", 0)]
-    numbers = sum(t.numel() for factors in adapter.factors.values() for t in factors.values())
-    lines.append(f"layers: {len(adapter.factors)}, ranks {_ranks(adapter)}, {numbers:,} numbers")
+    adapter = read_adapter(registry.registry_root(file, contents) / records[name].path)
+    lines = []
+    for key, value in asdict(records[name]).items():
+        # Empty fields were never set: they say nothing.
+        if value not in ("", 0):
+            lines.append(f"{key}: {value}")
+    num_values = 0
+    for factors in adapter.factors.values():
+        num_values += sum(tensor.numel() for tensor in factors.values())
+    lines.append(f"layers: {len(adapter.factors)}, ranks {_ranks(adapter)}, {num_values:,} numbers")
 
-    vectors = registry.read_vectors(file, known)
+    # Rows are L2-normalised and in the order of the registry: the product is the cosine.
+    vectors = registry.read_vectors(file, contents)
     cosines = vectors @ vectors[list(records).index(name)]
-    others = [(n, float(cosine)) for n, cosine in zip(records, cosines, strict=True) if n != name]
-    others.sort(key=lambda row: -row[1])
-    return "\n".join(lines) + "\n\n" + results.markdown_table(("Most like it", "Cosine"), others[:5])
+    neighbours = [(n, float(cosine)) for n, cosine in zip(records, cosines, strict=True) if n != name]
+    neighbours.sort(key=lambda row: -row[1])
+    return "\n".join(lines) + "\n\n" + results.markdown_table(("Most like it", "Cosine"), neighbours[:5])
 
 
 def _ranks(adapter: Adapter) -> list[int]:
