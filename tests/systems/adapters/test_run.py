@@ -620,7 +620,7 @@ def test_what_a_run_cannot_be_asked(trained, tmp_path, given, message):
     )
     given = {key: fill(v) if isinstance(v, str) else [fill(x) for x in v] for key, v in given.items()}
     with pytest.raises(ValueError, match=re.escape(message)):
-        questions.print_answer(**({"question": "q"} | given))
+        questions.print_answer(**({"text": "q"} | given))
 
 
 def test_a_run_that_is_not_trained_to_its_end_says_how_to_go_on(trained, tmp_path):
@@ -849,7 +849,7 @@ def test_questions_that_cannot_be_asked_are_refused_before_a_model_is_loaded(tra
             ({"own": "pet"}, "no adapter 'pet'"),
         ):
             with pytest.raises(ValueError, match=message):
-                questions.print_answer(**({"question": "q"} | of | given))
+                questions.print_answer(**({"text": "q"} | of | given))
 
 
 def test_data_cut_from_another_file_is_not_taken(tmp_path, monkeypatch):
