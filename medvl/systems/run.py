@@ -41,15 +41,17 @@ def find_system(name: Any) -> System:
     Raises:
         ConfigError: there is none.
     """
-    known = ", ".join(system_names())
+    choices = ", ".join(system_names())
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", name):
-        raise config.ConfigError(f"system must be one of {known}, found {name!r} @ $.system")
+        raise config.ConfigError(f"system must be one of {choices}, found {name!r} @ $.system")
+    # Ours first, so that a package "tune" that somebody has installed changes nothing.
     for module in (f"medvl.systems.{name}", name):
+        # Looked up before it is imported: an ImportError inside a system is a fault of it, and must be seen.
         if _is_package(module):
             system = vars(importlib.import_module(module)).get("SYSTEM")
             if isinstance(system, System):
                 return system
-    raise config.ConfigError(f"system must be one of {known}, found {name!r} @ $.system")
+    raise config.ConfigError(f"system must be one of {choices}, found {name!r} @ $.system")
 
 
 def _is_package(module: str) -> bool:
@@ -66,6 +68,7 @@ def experiment_names() -> dict[str, str]:
     names = {}
     for path in sorted(EXPERIMENTS.glob("*.toml")):
         try:
+            # The raw settings: a list of names needs no import of the systems.
             names[path.stem] = str(config.read_settings(path).get("about", ""))
         except config.ConfigError as e:
             names[path.stem] = f"(not an experiment: {e})"
@@ -84,7 +87,10 @@ def resolve(exp: str, overrides: Sequence[str] = ()) -> tuple[Any, Path]:
     raw = config.read_settings(path)
     # The digest that names the run, also where it was made by a version with fewer settings.
     digest_in_file = config.record_digest(raw)
+    # The overrides may name another system, whose environment variables then count. They are applied once
+    # more at the end, since --set wins over the environment.
     system = _system_of_record(config.override(raw, tuple(overrides), source=str(path)), path)
+    # The record of a run holds the settings it was trained with; the environment of today must not change it.
     if path.suffix == ".toml":
         raw = _with_environment(raw, system, path)
     raw = config.override(raw, tuple(overrides), source=str(path))
@@ -94,12 +100,14 @@ def resolve(exp: str, overrides: Sequence[str] = ()) -> tuple[Any, Path]:
     if path.name == "config.json":
         name, _, digest_in_name = path.parent.name.rpartition("-")
         unchanged = digest_in_name == digest_in_file and not overrides
+        # The run itself, wherever it lies now: folders may be moved, and copied to other machines.
         if digest_in_name == digest or unchanged:
-            return cfg, path.parent  # the run itself, wherever it lies now
+            return cfg, path.parent
     return cfg, RUNS / f"{name or path.parent.name}-{digest}"
 
 
 def _system_of_record(raw: dict[str, Any], path: Path) -> System:
+    # The message of `find_system` says which setting is wrong; here is known in which file.
     try:
         return find_system(raw.get("system"))
     except config.ConfigError as e:
@@ -108,7 +116,12 @@ def _system_of_record(raw: dict[str, Any], path: Path) -> System:
 
 def _with_environment(raw: dict[str, Any], system: System, path: Path) -> dict[str, Any]:
     """The record with the settings that environment variables give; a warning says which."""
-    settings = {v: f"{key}={os.environ[v]}" for v, key in system.environment.items() if os.environ.get(v)}
+    settings = {}
+    for variable, key in system.environment.items():
+        value = os.environ.get(variable)
+        # An empty variable is how a shell script switches one off.
+        if value:
+            settings[variable] = f"{key}={value}"
     if not settings:
         return raw
     pairs = ", ".join(f"{variable} -> {setting}" for variable, setting in settings.items())
@@ -123,13 +136,13 @@ def record_of(exp: str) -> Path:
         ConfigError: no such experiment or run.
     """
     path = Path(exp) if exp.endswith((".toml", ".json")) else EXPERIMENTS / f"{exp}.toml"
+    # An experiment wins over a folder of the same name.
     if not path.exists() and Path(exp).is_dir():
         return config.run_folder(exp) / "config.json"
     if not path.exists():
-        names = (
-            ", ".join(experiment_names())
-            or f"none in {EXPERIMENTS.absolute()} (run this in the project folder)"
-        )
+        names = ", ".join(experiment_names())
+        if not names:
+            names = f"none in {EXPERIMENTS.absolute()} (run this in the project folder)"
         raise config.ConfigError(f"{path}: no such experiment or run; there are {names}")
     return path
 
@@ -139,10 +152,13 @@ def run(exp: str, overrides: Sequence[str] = (), log: Log = tqdm.write) -> list[
     """Train (or go on with) an experiment, then evaluate it; the same call after a stop goes on where that
     was.
     """
+    # A slip in the record ends here, before processes wait for each other.
     cfg, folder = resolve(exp, overrides)
     processes.join_processes()
     first = processes.rank() == 0
-    log = log if first else (lambda _: None)
+    # All processes train the same: one line of each is enough.
+    if not first:
+        log = _discard_line
     start = time.monotonic()
     system = find_system(cfg.system)
     _check_places(system, cfg, folder)
@@ -153,16 +169,22 @@ def run(exp: str, overrides: Sequence[str] = (), log: Log = tqdm.write) -> list[
             log = _kept_log(log, folder)
         log(f"{folder}")
         _by_first_process(lambda: system.prepare(cfg, log))
+        # Only now: data that are missing leave no folder that looks like a run.
         _describe(folder, cfg)
         log(f"data in place after {_minutes_since(start)}")
         model, params = system.fit(cfg, folder, log)
         log(f"trained after {_minutes_since(start)}")
         rows: list[Result] = []
+        # Evaluation is not shared: the other processes end here, and the first must not wait for them.
         if first:
             with processes.single_process():
                 rows = _assess(system, model, params, folder / "results", folder.name, log)
         log(f"done after {_minutes_since(start)}")
     return rows
+
+
+def _discard_line(line: str) -> None:
+    pass
 
 
 def _check_places(system: System, cfg: Any, folder: Path) -> None:
@@ -224,6 +246,7 @@ def evaluate(exp: str, overrides: Sequence[str] = (), log: Log = tqdm.write) -> 
     if path.name == "config.json":
         return _evaluate_run(system, path, cfg, log)
     if not (folder / "config.json").exists():
+        # A record that trains nothing needs no run before.
         if system.trains(cfg):
             raise ValueError(
                 f"{folder}: no such run; `invoke train --exp {exp}` makes it (the same --set must be "
@@ -233,6 +256,7 @@ def evaluate(exp: str, overrides: Sequence[str] = (), log: Log = tqdm.write) -> 
         _check_places(system, cfg, folder)
         system.prepare(cfg, log)
         _describe(folder, cfg)
+    # The folder is named by the digest of `cfg`, so its record is this one, unless somebody has edited it.
     record = config.load_record(folder / "config.json", type(cfg))
     changed = config.differences(config.unstructure(record), config.unstructure(cfg))
     if changed:
@@ -250,6 +274,7 @@ def _evaluate_run(system: System, path: Path, cfg: Any, log: Log) -> list[Result
     folder = path.parent
     trained_with: Any = config.load_record(path, system.record)
     changed = config.differences(config.unstructure(trained_with), config.unstructure(cfg))
+    # Anything else would describe a model that was never trained.
     wrong = [difference for difference in changed if not difference.startswith(("$.data.", "$.evaluate."))]
     if wrong:
         raise ValueError(
@@ -257,26 +282,33 @@ def _evaluate_run(system: System, path: Path, cfg: Any, log: Log) -> list[Result
         )
     digest = config.record_digest(cfg)
     name = f"{folder.name.rpartition('-')[0]}-{digest}"
-    out = folder / (f"results-{digest}" if changed else "results")
-    with _evaluating(folder, out):
+    results_folder = folder / "results"
+    if changed:
+        results_folder = folder / f"results-{digest}"
+    with _evaluating(folder, results_folder):
         log = _kept_log(log, folder)
         model, params = system.load(folder)
-        return _assess(system, evolve(model, cfg=cfg), params, out, name, log)
+        # Loaded with the record it was trained with; data and evaluate are those of this call.
+        return _assess(system, evolve(model, cfg=cfg), params, results_folder, name, log)
 
 
 @contextmanager
-def _evaluating(folder: Path, out: Path) -> Iterator[None]:
+def _evaluating(folder: Path, results_folder: Path) -> Iterator[None]:
     """A run is evaluated by any number of processes, each with results of its own, and not while it is being
     trained.
     """
-    with files.file_lock(folder, shared=True), files.file_lock(out):
+    with files.file_lock(folder, shared=True), files.file_lock(results_folder):
         yield
 
 
-def _assess(system: System, model: Any, params: Any, out: Path, name: str, log: Log) -> list[Result]:
-    files.check_writable(out, folder=True)
-    rows, page = system.assess(model, params, out, name)
-    results.write_results(out / "results.jsonl", rows)
+def _assess(
+    system: System, model: Any, params: Any, results_folder: Path, name: str, log: Log
+) -> list[Result]:
+    """Score the test split, write rows and report into the folder, and log the report's tables."""
+    files.check_writable(results_folder, folder=True)
+    rows, page = system.assess(model, params, results_folder, name)
+    results.write_results(results_folder / "results.jsonl", rows)
+    # The Markdown twin of the page, up to its explanations: the tables fit a terminal.
     tables = page.with_suffix(".md").read_text().split("\n\nIntervals are")[0]
     log(tables)
     log(f"report: {page}")

@@ -30,7 +30,9 @@ class Question:
 
 def drawn_data(cfg: Any) -> tuple[Path, ...]:
     """The folder that data is drawn into, where it is not files that are there."""
-    return () if cfg.data.source == "files" else (Path(cfg.data.folder),)
+    if cfg.data.source == "files":
+        return ()
+    return (Path(cfg.data.folder),)
 
 
 def _always(cfg: Any) -> bool:
@@ -42,16 +44,15 @@ class System:
     """One kind of experiment. `medvl/systems/NAME/__init__.py` offers it as `SYSTEM`.
 
     `cfg` below is a `record`; `model` is whatever the system calls everything that is not a weight, a record
-    with the field `cfg`; `params`
-    is the tree of all weights. The same command after a stop goes on where it was: `prepare` and `fit` find
-    what is done.
+    with the field `cfg`; `params` is the tree of all weights. The same command after a stop goes on where it
+    was: `prepare` and `fit` find what is done.
     """
 
     record: type  # the attrs record that the experiment's TOML becomes
-    prepare: Callable[[Any, Log], None]  # (cfg, log): puts the data in place, or says what is missing
-    fit: Callable[
-        [Any, Path, Log], tuple[Any, Tree]
-    ]  # (cfg, run folder, log) -> (model, params): trains all stages
+    # (cfg, log): puts the data in place, or says what is missing; only the first process calls it
+    prepare: Callable[[Any, Log], None]
+    # (cfg, run folder, log) -> (model, params): trains all stages; every process calls it
+    fit: Callable[[Any, Path, Log], tuple[Any, Tree]]
     load: Callable[[Path], tuple[Any, Tree]]  # run folder -> (model, params), as `fit` returned them
     # (model, params, folder of the results, name of the run) -> rows and the report's page: scores the test
     # split
@@ -60,13 +61,12 @@ class System:
     labels: Callable[[Any, Path, int], str] | None = None
     # (cfg, run folder, number of processes) -> {stage: {part: bytes}}: the memory that training needs
     memory: Callable[[Any, Path, int], dict[str, dict[str, int]]] | None = None
-    ask: Callable[[Path, Question], str] | None = (
-        None  # (run folder, question) -> the answer as it is printed
-    )
+    # (run folder, question) -> the answer as it is printed
+    ask: Callable[[Path, Question], str] | None = None
     takes: tuple[str, ...] = ()  # options of `invoke ask` that make sense for `ask`
-    trains: Callable[[Any], bool] = (
-        _always  # whether a record trains anything; if not, it is evaluated at once
-    )
-    folders: Callable[[Any], Sequence[Path]] = drawn_data  # cfg -> where it writes besides the run folder
+    # cfg -> whether it trains anything; if not, it is evaluated at once
+    trains: Callable[[Any], bool] = _always
+    # cfg -> where it writes besides the run folder; checked before anything starts
+    folders: Callable[[Any], Sequence[Path]] = drawn_data
     # {variable: setting}: environment variables that other programs read for the same settings
     environment: Mapping[str, str] = field(factory=dict)

@@ -19,5 +19,6 @@ SYSTEM = System(
     fit=run.fit,
     load=run.load,
     assess=assess,
+    # Slice features of frozen encoders are written into the cache.
     folders=lambda cfg: (*drawn_data(cfg), Path(cfg.data.cache)),
 )

@@ -23,7 +23,7 @@ from medvl.training.optim import seeded
 
 _log = logging.getLogger("medvl")
 Kind = Literal["store", "reports", "labels", "metadata"]
-_NEEDED: tuple[Kind, ...] = ("store", "reports", "labels")
+_NEEDED: tuple[Kind, ...] = ("store", "reports", "labels")  # metadata may be absent
 
 
 @frozen(kw_only=True, eq=False)
@@ -47,8 +47,10 @@ def data_folder(cfg: Config) -> Path:
 def data_path(cfg: Config, kind: Kind, split: str) -> Path:
     """Where a split's file is; `{ct}` in the record stands for the digest of the CT settings."""
     pattern, setting = getattr(cfg.data, kind), f"data.{kind}"
+    # A split may have a store of its own.
     if kind == "store" and split in cfg.data.stores:
         pattern, setting = cfg.data.stores[split], f"data.stores.{split}"
+    # With the preset's defaults filled in: settings that mean the same find the same store.
     digest = config.record_digest(preprocess.settings_of(cfg.ct))
     return Path(config.fill_pattern(pattern, setting, folder=data_folder(cfg), split=split, ct=digest))
 
@@ -76,15 +78,18 @@ def prepare_data(cfg: Config, log: Callable[[str], None] = print) -> None:
 def _draw_phantoms(cfg: Config, log: Callable[[str], None]) -> None:
     folder, workers = data_folder(cfg), cfg.data.workers
     num_volumes = chests.draw_chests(cfg.data.phantoms, folder, workers)
-    parts = ", ".join(f"{n} {split}" for split, n in num_volumes.items())
-    log(f"{sum(num_volumes.values())} chests drawn in {folder}: {parts}")
+    counts = ", ".join(f"{n} {split}" for split, n in num_volumes.items())
+    log(f"{sum(num_volumes.values())} chests drawn in {folder}: {counts}")
     for split in SPLITS:
         scans = folder / split
-        out, metadata = data_path(cfg, "store", split), data_path(cfg, "metadata", split)
-        done = ingest.preprocess_folder(scans, out, cfg.ct, metadata, workers)
-        if done.rejected:
-            first = next(iter(done.rejected.items()))
-            raise ValueError(f"{scans}: {len(done.rejected)} drawn scans were rejected, e.g. {first}")
+        store_path = data_path(cfg, "store", split)
+        metadata = data_path(cfg, "metadata", split)
+        # What is drawn and stored already is left as it is.
+        summary = ingest.preprocess_folder(scans, store_path, cfg.ct, metadata, workers)
+        # Real scans may be rejected one by one; phantoms must all be usable.
+        if summary.rejected:
+            first = next(iter(summary.rejected.items()))
+            raise ValueError(f"{scans}: {len(summary.rejected)} drawn scans were rejected, e.g. {first}")
 
 
 def open_volumes(cfg: Config, split: str) -> store.Store:
@@ -101,6 +106,7 @@ def label_volumes(cfg: Config, split: str, volumes: store.Store) -> LabelledVolu
     """
     table = data_path(cfg, "labels", split)
     listed, findings, labels = reports.read_labels(table, cfg.evaluate.findings, cfg.data.patient_column)
+    # Volumes in the order of the table, not of the store: it is the order of all scores that are written.
     stored = set(volumes.names)
     rows = [i for i, name in enumerate(listed) if name in stored]
     if not rows:
@@ -125,8 +131,10 @@ def patients_of(cfg: Config, split: str, volume_names: Sequence[str]) -> list[st
     """
     column = None
     if cfg.data.patient_column:
+        # Metadata may be absent.
         tables = [data_path(cfg, "labels", split), data_path(cfg, "metadata", split)]
-        column = reports.read_patients([table for table in tables if table.exists()], cfg.data.patient_column)
+        present = [table for table in tables if table.exists()]
+        column = reports.read_patients(present, cfg.data.patient_column)
     return names.patients_of(volume_names, cfg.data.patient_pattern, column)
 
 
@@ -146,6 +154,7 @@ def check_labels(cfg: Config) -> None:
         patients[split] = set(patients_of(cfg, split, labelled.names))
         if split == "valid":
             _check_classes(cfg, labelled)
+    # Thresholds of the validation split are applied column by column to the test split.
     if findings["valid"] != findings["test"]:
         different = sorted(set(findings["valid"]) ^ set(findings["test"])) or ["their order"]
         raise ValueError(
@@ -158,6 +167,7 @@ def check_labels(cfg: Config) -> None:
 
 def _check_classes(cfg: Config, valid: LabelledVolumes) -> None:
     """Raise where no finding of the validation split has both classes; warn of those that have one."""
+    # AUROC and thresholds have no value where all volumes have a finding, or none.
     prevalence = valid.labels.mean(0)
     one_class = [f for f, share in zip(valid.findings, prevalence, strict=True) if share in (0, 1)]
     place = f"{data_path(cfg, 'labels', 'valid')}: of {len(valid.labels)} volumes"
@@ -212,8 +222,9 @@ def shuffle_reports(data: pairs.Pairs, seed: int) -> pairs.Pairs:
     it.
     """
     report = dict(zip(data.scans, data.texts, strict=True))
-    other = order.derangement(report, seed)
-    return evolve(data, texts=tuple(report[other[scan]] for scan in data.scans))
+    # No scan gets its own report back, as a plain shuffle would let some: that would be a little to learn.
+    donor = order.derangement(report, seed)
+    return evolve(data, texts=tuple(report[donor[scan]] for scan in data.scans))
 
 
 # Batches ----------------------------------------------------------------------------------------------------
@@ -230,9 +241,11 @@ def training_batches(
     indices_of_batch = order.batch_indices(
         data.scans, size, seed, rank=processes.rank(), world=processes.world_size()
     )
+    # With data.text other than "either" each pair has one part only, whose share does not matter.
     shares = {"findings": 1 - cfg.impressions, "impression": cfg.impressions, "both": 1.0}
 
     def draw_texts(i: int, pair: int) -> list[str]:
+        # Not one generator for the batch: its draws would depend on which pairs this process has.
         gen = seeded(torch.device("cpu"), "texts", seed, i, pair)
         return [pairs.draw_text(data.texts[pair], shares, cfg.sentences, gen) for _ in range(cfg.draws)]
 
@@ -242,6 +255,7 @@ def training_batches(
         for pair in chosen:
             texts += draw_texts(i, pair)
         ids, mask = tokens.tokenize(model.tokenizer, texts, context)
+        # "slices", "mask" and "position_mm"; the texts are tokenized flat, [b * k, t], and become [b, k, t].
         slices = pairs.read_slices(data.store, [data.names[pair] for pair in chosen])
         texts_of_volume = (len(chosen), -1)
         return slices | {

@@ -37,6 +37,7 @@ def look_at_scan(
         validation, where known}}.
     """
     folder = Path(folder)
+    # Everything about the scan comes first: a file that cannot be read costs no loading of weights.
     cfg = _scan_settings(config.load_record(folder / "config.json", Config).ct, settings)
     row = None
     if metadata_csv:
@@ -45,8 +46,10 @@ def look_at_scan(
     volume = preprocess.preprocess_scan(scan, cfg, row)
     ct_clip, params = load(folder)
     embedding = place_batch(ct_clip, params, _batch_of_one(volume))
+    # Of the run's own evaluation; a run that was not evaluated has none.
     thresholds_json = folder / "results" / "thresholds.json"
     thresholds = json.loads(thresholds_json.read_text()) if thresholds_json.exists() else {}
+    # Not asked for any: those that the run was scored on, which thresholds.json lists.
     findings = tuple(findings) or tuple(thresholds) or ct_clip.cfg.evaluate.findings or reports.FINDINGS
     probabilities = finding_probabilities(ct_clip, params, embedding, findings)[0].tolist()
     return {
@@ -60,6 +63,7 @@ def look_at_scan(
 def _scan_settings(trained_with: CtConfig, settings: Sequence[str]) -> CtConfig:
     raw = config.override(config.unstructure(trained_with), tuple(settings), "one scan")
     cfg = config.structure(raw, CtConfig, "one scan")
+    # How a scan is read depends on its file; the grid and the values must be those that the network knows.
     if evolve(cfg, hu=trained_with.hu, spacing_from=trained_with.spacing_from) != trained_with:
         raise ValueError(
             "one scan: only hu and spacing_from may differ from what the run was trained with, got "

@@ -104,6 +104,7 @@ def _open_tokenizer(cfg: Config, folder: Path, texts: Sequence[str]) -> Any:
     path = folder / "tokenizer"
     if not path.exists() and not texts:
         raise ValueError(f"{path}: the run has no tokenizer yet; train it first")
+    # One process trains and writes it, all others read the same file.
     if processes.rank() == 0 and not path.exists():
         tokens.train_bpe(texts, cfg.words.tower.vocabulary, path)
     processes.wait_for_all()
@@ -147,6 +148,7 @@ def embed_volumes(model: Model, params: Tree, batch: Mapping[str, Tensor]) -> Te
     """
     device = params["fuse"]["norm"]["weight"].device
     mask, slices = batch["mask"].to(device), batch["slices"]
+    # Four axes are voxels; three are features of a frozen encoder from its cache.
     if slices.dim() == 4:
         features = encode.encode_slices(model.cfg.encode, params["vit"], slices, mask, vit=model.vit)
     else:
@@ -161,6 +163,7 @@ def embed_texts(model: Model, params: Tree, batch: Mapping[str, Tensor]) -> Tens
         batch: "ids" and "words" (their mask), [b, k, t].
     """
     device = params["project"]["text"]["weight"].device
+    # The text towers take [n, t]: the k texts of a volume are rows of their own until the end.
     ids = batch["ids"].to(device).flatten(0, 1)
     mask = batch["words"].to(device).flatten(0, 1)
     if model.text_encoder is not None:
@@ -177,6 +180,7 @@ def batch_statistics(cfg: ContrastConfig, rows: Tensor) -> Tree:
     """
     if cfg.normalise == "none":
         return {}
+    # bfloat16 has 8 bits: means and variances over a batch need float32.
     rows = rows.float().flatten(0, -2)
     statistics: Tree = {"mean": rows.mean(0)}
     if cfg.normalise == "standardise":
@@ -209,6 +213,8 @@ def contrastive_loss(
     image = place(params, "image", rows["image"], statistics["image"])
     texts = place(params, "text", rows["text"], statistics["text"])
     scale = params["contrast"]["log_scale"].exp()
+    # Each of the k texts makes a loss of its own against all volumes: texts of one volume are no negatives of
+    # each other.
     loss_of_text = []
     for one_text in texts.unbind(1):
         if cfg.loss == "clip":

@@ -72,6 +72,7 @@ class DataConfig:
             labels=_PER_SPLIT,
             metadata=_PER_SPLIT,
         )
+        # A plain dict, whose keys the structuring does not check.
         unknown = sorted(set(self.stores) - set(SPLITS))
         if unknown:
             raise ValueError(f"data.stores is for {', '.join(SPLITS)}, found {', '.join(unknown)}")
@@ -115,8 +116,7 @@ class ContrastConfig:
     loss: Literal["clip", "siglip"] = "clip"
     dim: int = 512
     # Of a tower's rows, over the batch (running values when not training). Without `centre` all volumes start
-    # nearly parallel;
-    # with `standardise` rare directions count as much as frequent ones.
+    # nearly parallel; with `standardise` rare directions count as much as frequent ones.
     normalise: Literal["none", "centre", "standardise"] = "centre"
     scale: float = 1 / 0.07  # the logit scale at the start, CLIP's
     scale_max: float = 100.0
@@ -126,6 +126,7 @@ class ContrastConfig:
         config.check_bounds(
             self, "contrast", dim=config.WIDTH, scale=(1e-3, 1e6), scale_max=(1e-3, 1e6), bias=(-1e6, 1e6)
         )
+        # After the first step the scale would jump down to its bound.
         if self.scale > self.scale_max:
             raise ValueError(
                 f"contrast.scale must not be above contrast.scale_max, got {self.scale:g} and "
@@ -163,8 +164,9 @@ _TRAINING = {
 
 
 def _check_training(_record: Any, _field: Any, cfg: TrainConfig) -> None:
-    whole = "the contrastive gradient needs whole weights; leave it out"
-    refuse_settings(cfg, "train", whole, shard=False)
+    # Settings of TrainConfig that mean nothing here: taken silently they would look as if they worked.
+    reason = "the contrastive gradient needs whole weights; leave it out"
+    refuse_settings(cfg, "train", reason, shard=False)
     refuse_settings(cfg, "train", "encode.checkpoint says it in ct_clip; leave it out", checkpoint=False)
     refuse_settings(cfg, "train", "ct_clip is validated on all volumes; leave it out", valid=0)
     refuse_settings(cfg, "train", "is for language systems; leave it out", logits=256)

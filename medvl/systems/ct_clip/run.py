@@ -26,8 +26,7 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
     """Train (or go on with) all stages in the run folder; returns the model and its parameters.
 
     Under "running" they hold the running means of the towers' rows, in the state that was kept: what rows of
-    one volume
-    are normalised with.
+    one volume are normalised with.
 
     Raises:
         ValueError: a batch that processes cannot share evenly; as `model.init_model`, `loop.train_steps` and
@@ -40,19 +39,24 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
         )
     data = pair_reports(cfg, "train", open_volumes(cfg, "train"))
     scans = len(set(data.scans))
-    texts = [text for parts in data.texts for text in parts.values()]
+    texts: list[str] = []
+    for text_of_part in data.texts:
+        texts += text_of_part.values()
     model, params = ct_clip.init_model(cfg, folder, texts)
     # A later stage must not be found wrong when the first is trained.
     for stage in cfg.train.stages:
         check_trainable(stage, params)
+    # An epoch shows each scan once, in one of its reconstructions: its length is counted in scans.
     stages = [plan_steps(cfg.train, stage, scans) for stage in cfg.train.stages]
     log(f"{len(data.names)} volumes of {scans} scans")
     cut = tokens.truncated(model.tokenizer, texts, cfg.words.tower.context)
+    # Where some sentences are drawn for each step, none of them is always beyond the end.
     if cut and not cfg.data.sentences:
         log(
             f"{cut} of {len(texts)} texts are longer than {cfg.words.tower.context} tokens: what lies "
             "beyond is not read"
         )
+    # On the CPU, before the parameters move: starting weights do not depend on the device.
     if cfg.vit.whiten:
         params["vit"] = _whitened(model, params, data)
     device = processes.choose_device(cfg.train.device)
@@ -88,26 +92,30 @@ def _fit_stage(
         valid = cached_features(model, params, valid, cache)
 
     def embed(p: Tree, batch: gradients.Batch) -> gradients.Batch:
-        whole = merge_trees(frozen, p)
+        merged = merge_trees(frozen, p)
         return {
-            "image": ct_clip.embed_volumes(model, whole, batch),
-            "text": ct_clip.embed_texts(model, whole, batch),
+            "image": ct_clip.embed_volumes(model, merged, batch),
+            "text": ct_clip.embed_texts(model, merged, batch),
         }
 
     def contrast(p: Tree, rows: gradients.Batch) -> tuple[Tensor, gradients.Aux]:
         return ct_clip.contrastive_loss(cfg.contrast, merge_trees(frozen, p), rows)
 
     def validate(state: states.State) -> dict[str, float]:
-        whole = merge_trees(frozen, state.params)
-        return {"score": mean_auroc(model, whole | {"running": state.means}, valid)}
+        # By the running means, as a trained run will be evaluated, not by those of a batch.
+        merged = merge_trees(frozen, state.params)
+        return {"score": mean_auroc(model, merged | {"running": state.means}, valid)}
 
+    # The loss compares all rows of a batch, which does not fit into memory with its activations: rows are
+    # embedded `chunk` at a time, and the gradient is put together from them.
+    value_and_grad = gradients.cached_value_and_grad(
+        embed, contrast, chunk=cfg.train.chunk, precision=cfg.train.precision
+    )
     state = train_stage(
         cfg.train,
         stage,
         trained,
-        gradients.cached_value_and_grad(
-            embed, contrast, chunk=cfg.train.chunk, precision=cfg.train.precision
-        ),
+        value_and_grad,
         training_batches(model, data, cfg.train.batch, cfg.seed),
         folder,
         model=params,
@@ -123,8 +131,7 @@ def _fit_stage(
 
 def _whitened(model: Model, params: Tree, data: pairs.Pairs, scans: int = 200) -> Tree:
     """The slice encoder with its patch embedding whitened over slices of scans that are spread over the
-    training
-    split.
+    training split.
 
     Raises:
         ValueError: no stage trains the patch embedding, so that checkpoints would not hold it.
@@ -132,6 +139,7 @@ def _whitened(model: Model, params: Tree, data: pairs.Pairs, scans: int = 200) -
     trained: set[str] = set()
     for stage in model.cfg.train.stages:
         trained |= flatten(split_tree(params, stage.train)[0]).keys()
+    # The patch embedding is the encoder's only convolution: its weight [d, c, p, p] has four axes.
     patch = [name for name, leaf in flatten(params).items() if name.startswith("vit/") and leaf.dim() == 4]
     if not trained.issuperset(patch):
         raise ValueError(
@@ -150,6 +158,7 @@ def load(folder: Path) -> tuple[Model, Tree]:
     cfg = config.load_run(folder, Config)
     model, params = ct_clip.init_model(cfg, folder)
     means: Tree = {}
+    # Each stage holds the parameters it trained; what a later stage trained again comes from there.
     for i, stage in enumerate(cfg.train.stages):
         state = states.read_trained(folder / f"{i}-{stage.name}", cfg.train.keep, "cpu", model=params)
         params, means = merge_trees(params, state.params), state.means

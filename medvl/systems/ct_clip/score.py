@@ -84,6 +84,7 @@ def finding_probabilities(
         sentences, negations = reports.prompts_for(finding, ct_clip.cfg.evaluate.prompts)
         present += sentences
         absent += negations
+    # All prompts of all findings are embedded as one list [c * k], and become [c, k, d].
     prompts_of_finding = (len(findings), -1)
     positive = place_texts(ct_clip, params, present).unflatten(0, prompts_of_finding)
     negative = place_texts(ct_clip, params, absent).unflatten(0, prompts_of_finding)
@@ -125,6 +126,7 @@ def assess(ct_clip: Model, params: Tree, folder: Path, experiment: str) -> tuple
     report into `folder`.
     """
     cfg = ct_clip.cfg
+    # Thresholds are chosen here and applied to the test split, which must not take part in any choice.
     valid = score_split(ct_clip, params, "valid")
     test = score_split(ct_clip, params, "test")
     thresholds = metrics.best_thresholds(valid.scores, valid.labels, cfg.evaluate.rule)
@@ -146,6 +148,7 @@ def assess(ct_clip: Model, params: Tree, folder: Path, experiment: str) -> tuple
     threshold_of_finding = dict(zip(test.findings, thresholds.tolist(), strict=True))
     files.write_text(folder / "thresholds.json", json.dumps(threshold_of_finding, indent=1) + "\n")
     sheet = _write_sheet(ct_clip, test, folder)
+    # Earlier stages have curves of their own, in their folders.
     last_stage = f"{len(cfg.train.stages) - 1}-{cfg.train.stages[-1].name}"
     figures = {
         "AUROC with 95 % intervals": plots.intervals([row for row in rows if row.what == "auroc"]),
@@ -172,28 +175,30 @@ def _write_scores(path: Path, split: SplitScores) -> None:
 def _write_sheet(ct_clip: Model, test: SplitScores, folder: Path) -> bytes:
     """Write middle slices of some test volumes to volumes.png; returns the PNG."""
     path = folder / "volumes.png"
-    shown = test.names[:_SHOWN]
+    chosen = test.names[:_SHOWN]
     # Names of volumes may say who a patient is: a report shows their row in the scores instead, unless it is
     # asked for names.
-    labels = [f"row {row} of scores_test.csv" for row in range(1, len(shown) + 1)]
+    labels = [f"row {row} of scores_test.csv" for row in range(1, len(chosen) + 1)]
     if ct_clip.cfg.evaluate.names:
-        labels = list(shown)
-    ingest.contact_sheet(data.open_volumes(ct_clip.cfg, "test"), path, shown, labels=labels)
+        labels = list(chosen)
+    ingest.contact_sheet(data.open_volumes(ct_clip.cfg, "test"), path, chosen, labels=labels)
     return path.read_bytes()
 
 
 def _retrieval(ct_clip: Model, params: Tree, test: SplitScores, experiment: str) -> list[Result]:
     """Report -> volume recall over the test split; any reconstruction of the report's scan is a hit."""
     reports_of_split = data.pair_reports(ct_clip.cfg, "test", data.open_volumes(ct_clip.cfg, "test"))
-    text_of_volume = {
-        name: " ".join(parts.values())
-        for name, parts in zip(reports_of_split.names, reports_of_split.texts, strict=True)
-    }
-    text_of_scan = {
-        names.scan_of(name): text_of_volume[name] for name in test.names if name in text_of_volume
-    }
+    text_of_volume = {}
+    for name, text_of_part in zip(reports_of_split.names, reports_of_split.texts, strict=True):
+        text_of_volume[name] = " ".join(text_of_part.values())
+    # One query for each scan: its reconstructions share the report.
+    text_of_scan = {}
+    for name in test.names:
+        if name in text_of_volume:
+            text_of_scan[names.scan_of(name)] = text_of_volume[name]
     similarity = place_texts(ct_clip, params, list(text_of_scan.values())) @ test.embeddings.T
     gallery = [names.scan_of(name) for name in test.names]
+    # Recall at more than there is would always be 1.
     ks = [k for k in (1, 5, 10, 50) if k <= len(gallery)]
     recall = metrics.group_recall_at(similarity, list(text_of_scan), gallery, ks)
     return [

@@ -30,18 +30,20 @@ def cached_features(model: Model, params: Tree, volumes: Store, folder: Path) ->
         ValueError: a volume has changed since its features were computed.
     """
     settings = _settings(model, params, volumes)
-    out = folder / f"features-{config.record_digest(settings)}.h5"
+    path = folder / f"features-{config.record_digest(settings)}.h5"
     shape = (volumes.shape[0], encode.embedding_width(model.cfg.encode, model.vit))
     is_first = processes.rank() == 0
     # Process 0 holds the lock for all; the others wait for it in `wait_for_all`.
-    with files.file_lock(out, wait=True) if is_first else nullcontext():
+    with files.file_lock(path, wait=True) if is_first else nullcontext():
         if is_first:
-            if not out.exists():
-                store.create(out, volumes.names, shape, "float16", settings, _FIELDS)
-            store.grow(out, volumes.names)
+            if not path.exists():
+                store.create(path, volumes.names, shape, "float16", settings, _FIELDS)
+            # Volumes may have been added to the split since.
+            store.grow(path, volumes.names)
         processes.wait_for_all()
-        features = store.open_store(out, expect=settings)
+        features = store.open_store(path, expect=settings)
         _check_unchanged(features, volumes)
+        # Nobody else writes while the lock is held, so this need not be read again.
         computed = {*features.names}
 
         def compute(name: str) -> None:
@@ -51,13 +53,13 @@ def cached_features(model: Model, params: Tree, volumes: Store, folder: Path) ->
         compute_missing(
             volumes.names, computed.__contains__, compute, "computing slice features", together=True
         )
-    return store.open_store(out, expect=settings)
+    return store.open_store(path, expect=settings)
 
 
 def _settings(model: Model, params: Tree, volumes: Store) -> dict[str, Any]:
     """All that decides what the features are. Its digest names the file."""
     encoder = config.unstructure(model.cfg.encode)
-    for key in ("budget_mib", "checkpoint"):  # of memory alone
+    for key in ("budget_mib", "checkpoint"):  # of memory alone, and no part of what is computed
         encoder.pop(key, None)
     return {
         "weights": skeletons.weights_digest(params["vit"]),
@@ -76,6 +78,7 @@ def _encode_volume(
         z = encode.encode_slices(
             model.cfg.encode, params["vit"], batch["slices"], batch["mask"], vit=model.vit
         )
+    # Only slices that hold scan were encoded; the arrays of a store are of one shape.
     first, stop = volumes.row(name)["occupied"]
     padded = np.zeros(shape, np.float16)
     padded[first:stop] = z[0].cpu().numpy()
