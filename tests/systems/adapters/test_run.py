@@ -600,8 +600,8 @@ NOT_ASKED = {
         {"run": "{run}", "overrides": ("dtype='float32'",)},
         "unknown key 'dtype'; ChooseConfig has retrieve, fusion, hold",
     ),
-    "no words": ({"run": "{run}", "question": " "}, "the question must have text"),
-    "tags without images": ({"run": "{run}", "question": "<image> q"}, "<image>"),
+    "no words": ({"run": "{run}", "text": " "}, "the question must have text"),
+    "tags without images": ({"run": "{run}", "text": "<image> q"}, "<image>"),
     "an image that is not there": ({"run": "{run}", "images": ["{tmp}/no.png"]}, "no.png"),
     "an unknown mode": ({"run": "{run}", "mode": "blend"}, "mode must be one of bare, selection"),
     "a system that does not talk": (
@@ -842,7 +842,7 @@ def test_questions_that_cannot_be_asked_are_refused_before_a_model_is_loaded(tra
         monkeypatch.setattr(module, "open_chat", lambda *args, **kwargs: pytest.fail("the model was loaded"))
     for of in ({"run": str(folder)}, {"adapters": str(folder / "registry.toml")}):
         for given, message in (
-            ({"question": " "}, "the question must have text"),
+            ({"text": " "}, "the question must have text"),
             ({"images": ["no.png"]}, "no.png: there is no such image"),
             ({"mode": "blend"}, "mode must be one of"),
             ({"mode": "oracle"}, "mode oracle needs the name of an adapter; there are ct, fundus, xray"),
