@@ -1,12 +1,12 @@
-"""What adapters is found to be worth: accuracy of steps and episodes in every mode, in and out of domain, retrieval, and the report."""
+"""What adapters is found to be worth: accuracy in every mode and domain, retrieval, and the report."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import evolve
+from attrs import evolve, field, frozen
 from torch import Generator, Tensor
 
 from medvl.adapters import experts
@@ -24,8 +24,7 @@ from medvl.evaluation.accuracy import (
 )
 from medvl.evaluation.results import Result
 from medvl.language.conversations import Conversation
-from medvl.systems.adapters import record
-from medvl.systems.adapters import score as score
+from medvl.systems.adapters import record, score
 from medvl.systems.adapters.record import Config, Model
 from medvl.systems.adapters.score import Run, Step
 
@@ -35,259 +34,341 @@ RULES = {
     "strict": "by the strict rule (the same words, side and negation)",
     "tfidf": "by a TF-IDF cosine above 0.6 (which takes opposites for equal)",
 }
+# Modes that are compared on the same steps, where both were run.
+PAIRS = (
+    ("selection", "bare"),
+    ("mixture", "bare"),
+    ("fusion", "bare"),
+    ("mixture", "selection"),
+    ("mixture", "fusion"),
+)
+
+
+@frozen(kw_only=True, eq=False)
+class Evaluation:
+    """The test steps, which adapters each run chose for them, and what was right."""
+
+    cfg: Config
+    experiment: str
+    pool: Experts = field(repr=False)
+    steps: Sequence[Step] = field(repr=False)
+    queries: Tensor = field(repr=False)  # [n, d], embeddings of the steps
+    chosen: dict[Run, Retrieved] = field(repr=False)
+    right: dict[Run, list[bool]] = field(repr=False)  # of each step
+    num_failed: int  # answers that ended in an error; they count as wrong
+
+    @property
+    def episodes(self) -> list[str]:
+        """The episode of each step: steps of one are resampled together."""
+        return [step.episode for step in self.steps]
 
 
 def assess(
-    model: Model, params: Tree, held: Sequence[Conversation], folder: Path, experiment: str
+    model: Model, params: Tree, conversations: Sequence[Conversation], folder: Path, experiment: str
 ) -> tuple[list[Result], Path]:
-    """Answer every step in every run, going on where it stopped; writes answers, results, `summary.md` and the report into `folder`."""
+    """Answer every step in every run, going on where it stopped.
+
+    Writes answers, results, `summary.md` and the report into `folder`.
+    """
     cfg = model.cfg
-    of = record.gather(model, params)
-    experts.check_adapters(of)
-    steps = score.steps_of(held, cfg)
-    if strange := sorted({s.task for s in steps} - {*of.names}):
+    pool = record.gather(model, params)
+    experts.check_adapters(pool)
+    steps = score.steps_of(conversations, cfg)
+    unknown = sorted({step.task for step in steps} - set(pool.names))
+    if unknown:
         _log.warning(
             "%s: no adapter of this name in the registry; in and out of domain are the same there",
-            ", ".join(strange),
+            ", ".join(unknown),
         )
-    queries = score.embed_steps(of, steps, cfg)
-    found = {run: score.choose_for_steps(run, of, steps, queries, cfg) for run in score.runs_of(cfg)}
+    queries = score.embed_steps(pool, steps, cfg)
+    # For all runs before the first answer: what is wrong with a mode is found at once.
+    chosen = {run: score.choose_for_steps(run, pool, steps, queries, cfg) for run in score.runs_of(cfg)}
     stamp = score.stamp_answers(cfg, model.registry, steps)
-    right, failed = dict[Run, list[bool]](), 0
-    for run, chosen_ in found.items():
-        name = f"{run.mode}-{run.domain}-{run.k}-{stamp}.jsonl"
-        lines = score.answer_steps(of, steps, chosen_, run.mode, cfg, folder / "answers" / name)
+    right: dict[Run, list[bool]] = {}
+    num_failed = 0
+    for run, retrieved in chosen.items():
+        path = folder / "answers" / f"{run.mode}-{run.domain}-{run.k}-{stamp}.jsonl"
+        lines = score.answer_steps(pool, steps, retrieved, run.mode, cfg, path)
         right[run] = [line["right"] for line in lines]
-        failed += sum("error" in line for line in lines)
-    rows = [
-        *_recalls(of, steps, queries, cfg, experiment),
-        *_rows(right, steps, cfg, experiment),
-        *_picks(found, of, steps, cfg, experiment),
-    ]
-    return rows, _report(rows, found, of, steps, failed, cfg, folder, experiment)
+        num_failed += sum("error" in line for line in lines)
+    evaluation = Evaluation(
+        cfg=cfg,
+        experiment=experiment,
+        pool=pool,
+        steps=steps,
+        queries=queries,
+        chosen=chosen,
+        right=right,
+        num_failed=num_failed,
+    )
+    rows = [*_recalls(evaluation), *_accuracies(evaluation), *_differences(evaluation), *_choices(evaluation)]
+    return rows, _write_report(evaluation, rows, folder)
 
 
-# Numbers --------------------------------------------------------------------------------------------------------------------------------
-def _rows(
-    right: dict[Run, list[bool]], steps: Sequence[Step], cfg: Config, experiment: str
-) -> Iterator[Result]:
-    """Accuracy of steps and of episodes in every run, of each task and category; and pairs of runs on the same steps."""
-    episodes, n = [s.episode for s in steps], cfg.evaluate.bootstrap
-    kinds = {"task": [s.task for s in steps], "category": [s.category for s in steps]}
-    for run, hits in right.items():
+# Numbers ----------------------------------------------------------------------------------------------------
+def _recalls(evaluation: Evaluation) -> list[Result]:
+    """How often a step's own adapter is among the k nearest, by steps whose task has one."""
+    pool, cfg = evaluation.pool, evaluation.cfg
+    rows = [i for i, step in enumerate(evaluation.steps) if step.task in pool.names]
+    if not rows:
+        return []
+    own_adapter = torch.tensor([pool.names.index(evaluation.steps[i].task) for i in rows])
+    # All adapters in the order of their similarity, whatever the run's threshold.
+    ranking = evolve(cfg.retrieve, k=len(pool.names), threshold=-1.0, weighting="uniform")
+    ranked = experts.choose_adapters("mixture", ranking, evaluation.queries[rows], pool.vectors).indices
+    episodes = [evaluation.steps[i].episode for i in rows]
+    results = []
+    for k in cfg.evaluate.recall:
+        if k > len(pool.names):
+            continue
+        hits = (ranked[:, :k] == own_adapter[:, None]).any(1)
+        recall = accuracy(hits, episodes, n=cfg.evaluate.bootstrap, gen=_generator(cfg))
+        extra = {"domain": DOMAINS["in"], "k": k}
+        results.append(_result(evaluation, f"recall_at_{k}", "own adapter", recall, extra))
+    return results
+
+
+def _accuracies(evaluation: Evaluation) -> list[Result]:
+    """Accuracy of steps and of episodes in every run, and of the steps of each task and category."""
+    cfg, episodes = evaluation.cfg, evaluation.episodes
+    bootstrap = cfg.evaluate.bootstrap
+    results = []
+    for run, hits in evaluation.right.items():
         name = run.name(cfg)
         for domain in _domains(run, cfg):
             extra = {"mode": name, "k": run.k, "domain": DOMAINS[domain]}
-            yield _row("step_accuracy", name, accuracy(hits, episodes, n=n, gen=_gen(cfg)), extra, experiment)
-            yield _row(
-                "episode_accuracy",
-                name,
-                episode_accuracy(hits, episodes, n=n, gen=_gen(cfg)),
-                extra,
-                experiment,
-            )
-            for what, of in kinds.items():
-                rows = [i for i, k in enumerate(of) if k]
-                if not rows:
-                    continue
-                found = accuracy_by_category(
-                    [hits[i] for i in rows],
-                    [of[i] for i in rows],
-                    [episodes[i] for i in rows],
-                    n=n,
-                    gen=_gen(cfg),
-                )
-                for kind, one in found.items():
-                    yield _row(f"{what}_accuracy", f"{name}: {kind}", one, extra | {what: kind}, experiment)
+            of_steps = accuracy(hits, episodes, n=bootstrap, gen=_generator(cfg))
+            results.append(_result(evaluation, "step_accuracy", name, of_steps, extra))
+            of_episodes = episode_accuracy(hits, episodes, n=bootstrap, gen=_generator(cfg))
+            results.append(_result(evaluation, "episode_accuracy", name, of_episodes, extra))
+            results += _accuracies_by(evaluation, "task", hits, name, extra)
+            results += _accuracies_by(evaluation, "category", hits, name, extra)
+    return results
+
+
+def _accuracies_by(
+    evaluation: Evaluation, kind: str, hits: Sequence[bool], name: str, extra: dict[str, Any]
+) -> list[Result]:
+    """Accuracy of the steps of each task, or of each category; steps without one are left out."""
+    groups = [step.task if kind == "task" else step.category for step in evaluation.steps]
+    rows = [i for i, group in enumerate(groups) if group]
+    if not rows:
+        return []
+    episodes = evaluation.episodes
+    accuracies = accuracy_by_category(
+        [hits[i] for i in rows],
+        [groups[i] for i in rows],
+        [episodes[i] for i in rows],
+        n=evaluation.cfg.evaluate.bootstrap,
+        gen=_generator(evaluation.cfg),
+    )
+    return [
+        _result(evaluation, f"{kind}_accuracy", f"{name}: {group}", value, extra | {kind: group})
+        for group, value in accuracies.items()
+    ]
+
+
+def _differences(evaluation: Evaluation) -> list[Result]:
+    """Differences of step accuracy between pairs of modes on the same steps."""
+    cfg = evaluation.cfg
+    results: list[Result] = []
     for domain in cfg.evaluate.domains:
-        own = {
+        hits_of_mode = {
             run.mode: hits
-            for run, hits in right.items()
+            for run, hits in evaluation.right.items()
             if run.k == cfg.retrieve.k and domain in _domains(run, cfg)
         }
-        for a, b in (
-            ("selection", "bare"),
-            ("mixture", "bare"),
-            ("fusion", "bare"),
-            ("mixture", "selection"),
-            ("mixture", "fusion"),
-        ):
-            if a in own and b in own:
-                between = {f"{a} - {b}": paired_difference(own[a], own[b], episodes, n=n, gen=_gen(cfg))}
-                yield from to_results(
-                    between, split=DOMAINS[domain], metric="step_accuracy_difference", experiment=experiment
-                )
+        for first, second in PAIRS:
+            if first not in hits_of_mode or second not in hits_of_mode:
+                continue
+            difference = paired_difference(
+                hits_of_mode[first],
+                hits_of_mode[second],
+                evaluation.episodes,
+                n=cfg.evaluate.bootstrap,
+                gen=_generator(cfg),
+            )
+            results += to_results(
+                {f"{first} - {second}": difference},
+                split=DOMAINS[domain],
+                metric="step_accuracy_difference",
+                experiment=evaluation.experiment,
+            )
+    return results
 
 
-def _recalls(
-    of: Experts, steps: Sequence[Step], queries: Tensor, cfg: Config, experiment: str
-) -> Iterator[Result]:
-    """How often a step's own adapter is among the k nearest, by steps whose task has one."""
-    rows = [i for i, s in enumerate(steps) if s.task in of.names]
-    if not rows:
-        return
-    own = torch.tensor([of.names.index(steps[i].task) for i in rows])
-    most = evolve(cfg.retrieve, k=len(of.names), threshold=-1.0, weighting="uniform")
-    place = experts.choose_adapters("mixture", most, queries[rows], of.vectors).indices
-    for k in cfg.evaluate.recall:
-        if k <= len(of.names):
-            hit = (place[:, :k] == own[:, None]).any(1)
-            one = accuracy(hit, [steps[i].episode for i in rows], n=cfg.evaluate.bootstrap, gen=_gen(cfg))
-            yield _row(f"recall_at_{k}", "own adapter", one, {"domain": DOMAINS["in"], "k": k}, experiment)
-
-
-def _picks(
-    found: dict[Run, Retrieved], of: Experts, steps: Sequence[Step], cfg: Config, experiment: str
-) -> Iterator[Result]:
+def _choices(evaluation: Evaluation) -> list[Result]:
     """How often no adapter was near enough, and how often the nearest is of another category."""
-    for run, picked in found.items():
+    cfg, episodes, categories = evaluation.cfg, evaluation.episodes, evaluation.pool.categories
+    bootstrap = cfg.evaluate.bootstrap
+    results = []
+    for run, retrieved in evaluation.chosen.items():
+        # The mixture has all k adapters, the other modes fewer.
         if run.mode != "mixture" or run.k != cfg.retrieve.k:
             continue
-        episodes, best = [s.episode for s in steps], _nearest(picked).tolist()
         extra = {"domain": DOMAINS[run.domain], "k": run.k}
-        n = cfg.evaluate.bootstrap
-        yield _row(
-            "abstained",
-            "no adapter near enough",
-            accuracy(picked.abstained, episodes, n=n, gen=_gen(cfg)),
-            extra,
-            experiment,
-        )
-        if any(of.categories):
-            other = [i >= 0 and of.categories[i] != s.category for i, s in zip(best, steps, strict=True)]
-            yield _row(
-                "other_category",
-                "nearest adapter",
-                accuracy(other, episodes, n=n, gen=_gen(cfg)),
-                extra,
-                experiment,
-            )
+        abstained = accuracy(retrieved.abstained, episodes, n=bootstrap, gen=_generator(cfg))
+        results.append(_result(evaluation, "abstained", "no adapter near enough", abstained, extra))
+        if any(categories):
+            nearest = _nearest(retrieved).tolist()
+            is_other = [
+                i >= 0 and categories[i] != step.category
+                for i, step in zip(nearest, evaluation.steps, strict=True)
+            ]
+            share = accuracy(is_other, episodes, n=bootstrap, gen=_generator(cfg))
+            results.append(_result(evaluation, "other_category", "nearest adapter", share, extra))
+    return results
 
 
-def _nearest(picked: Retrieved) -> Tensor:
+def _result(
+    evaluation: Evaluation, quantity: str, subject: str, value: Accuracy, extra: dict[str, Any]
+) -> Result:
+    return Result(
+        what=quantity,
+        subject=subject,
+        value=value.value,
+        low=value.low,
+        high=value.high,
+        split=extra["domain"],
+        n=value.n,
+        experiment=evaluation.experiment,
+        extra=extra | {"groups": value.groups},
+    )
+
+
+def _nearest(retrieved: Retrieved) -> Tensor:
     """The nearest adapter of each row, int64 [b]; -1 where it has none, as all have with k = 0."""
-    return picked.indices[:, 0] if picked.indices.shape[1] else torch.full((len(picked.indices),), -1)
-
-
-def _row(what: str, subject: str, one: Accuracy, extra: dict[str, Any], experiment: str) -> Result:
-    like = {
-        "split": extra["domain"],
-        "n": one.n,
-        "experiment": experiment,
-        "extra": extra | {"groups": one.groups},
-    }
-    return Result(what=what, subject=subject, value=one.value, low=one.low, high=one.high, **like)
+    if retrieved.indices.shape[1] == 0:
+        return torch.full((len(retrieved.indices),), -1)
+    return retrieved.indices[:, 0]
 
 
 def _domains(run: Run, cfg: Config) -> Sequence[str]:
-    """Modes that know no domain stand in both."""
-    return cfg.evaluate.domains if run.mode in ("bare", "oracle") else (run.domain,)
+    """The domains that a run's numbers stand for; modes that know no domain stand in both."""
+    if run.mode in ("bare", "oracle"):
+        return cfg.evaluate.domains
+    return (run.domain,)
 
 
-def _gen(cfg: Config) -> Generator:
+def _generator(cfg: Config) -> Generator:
+    """A new one for each number, so that one does not depend on which others were made before."""
     return Generator().manual_seed(cfg.seed)
 
 
-# The report -----------------------------------------------------------------------------------------------------------------------------
-def _report(
-    rows: list[Result],
-    found: dict[Run, Retrieved],
-    of: Experts,
-    steps: Sequence[Step],
-    failed: int,
-    cfg: Config,
-    folder: Path,
-    experiment: str,
-) -> Path:
-    domain: Callable[[Result], str] = lambda r: r.extra["domain"]
-    mode: Callable[[Result], str] = lambda r: r.extra["mode"]
-    tables = [
-        (
-            f"{what} accuracy",
-            *report.pivot(rows, down=mode, across=domain, metric=f"{what.lower()}_accuracy", corner="Mode"),
-        )
-        for what in ("Step", "Episode")
-    ]
-    pairs = [r for r in rows if r.what == "step_accuracy_difference"]
-    if pairs:
-        body = [
-            (r.subject, r.split, r.value, f"{r.low:.3f} to {r.high:.3f}", f"{r.extra['p']:.2g}")
-            for r in pairs
-        ]
-        tables.append(("Pairs, by episode", ("Step accuracy", "", "Difference", "95 % interval", "p"), body))
-    seen = [r for r in rows if r.what.startswith("recall_at_")]
-    if seen:
-        tables.append(
-            ("Retrieval of a step's own adapter", *report.pivot(seen, down="subject", across="what"))
-        )
-    for name in cfg.evaluate.domains:
-        part = [
-            r
-            for r in rows
-            if r.what == "task_accuracy" and r.split == DOMAINS[name] and r.extra["k"] == cfg.retrieve.k
-        ]
-        tables.append(
-            (
-                f"Step accuracy of each task, {DOMAINS[name]}",
-                *report.pivot(part, down="task", across=mode, corner="Task"),
-            )
-        )
-    figures = {
-        "Similarity between adapters": plots.matrix(
-            (of.vectors @ of.vectors.T).tolist(), of.names, of.names, low=-1, high=1
-        )
-    }
-    shares = _shares(found, of, steps, cfg)
-    if shares:
-        tasks = sorted({s.task for s in steps})
-        figures["How often each adapter is the nearest, by task"] = plots.matrix(
-            shares, tasks, of.names, x="nearest adapter", y="task"
-        )
-    main = [r for r in rows if r.what == "step_accuracy" and r.extra["k"] == cfg.retrieve.k]
-    figures["Step accuracy of each mode"] = plots.compare(
-        [(r.split, r.subject, r.value, r.low, r.high) for r in main], "step accuracy"
-    )
-    by_k = _by_k(rows, cfg)
-    if cfg.evaluate.by_k and by_k:
-        figures["Step accuracy of mixtures by k"] = plots.lines(
-            by_k, "adapters in a mixture", "step accuracy"
-        )
+# The report -------------------------------------------------------------------------------------------------
+def _write_report(evaluation: Evaluation, rows: list[Result], folder: Path) -> Path:
+    cfg = evaluation.cfg
     notes = [
-        f"Answers are right {RULES[cfg.evaluate.rule]}; greedy decoding. An episode is right if all its steps are. Out of domain the "
-        "adapter of a step's own task may not be chosen; the bare model and the oracle (the own adapter) are the same in both. In brackets "
-        "95 % intervals that resample episodes; p is of an exact sign-flip test by episode.",
-        f"k = {cfg.retrieve.k}, {cfg.retrieve.weighting} weights, fusion by {cfg.fusion.rule}. {failed} answers failed and count as wrong.",
+        f"Answers are right {RULES[cfg.evaluate.rule]}; greedy decoding. An episode is right if all its steps "
+        "are. Out of domain the adapter of a step's own task may not be chosen; the bare model and the oracle "
+        "(the own adapter) are the same in both. In brackets 95 % intervals that resample episodes; p is of "
+        "an exact sign-flip test by episode.",
+        f"k = {cfg.retrieve.k}, {cfg.retrieve.weighting} weights, fusion by {cfg.fusion.rule}. "
+        f"{evaluation.num_failed} answers failed and count as wrong.",
     ]
-    shown = [r for r in rows if r.what in ("abstained", "other_category")]
     page = report.write_report(
-        folder, f"{experiment}: adapters", shown, figures, notes, tables=tables, summary=True
+        folder,
+        f"{evaluation.experiment}: adapters",
+        [row for row in rows if row.what in ("abstained", "other_category")],
+        _figures(evaluation, rows),
+        notes,
+        tables=_tables(cfg, rows),
+        summary=True,
     )
     report.write_results_csv(folder / "results.csv", rows)
     return page
 
 
-def _shares(
-    found: dict[Run, Retrieved], of: Experts, steps: Sequence[Step], cfg: Config
-) -> list[list[float]]:
-    """Share of a task's steps whose nearest adapter is each of the pool's, in domain."""
-    best = next(
-        (
-            _nearest(f)
-            for run, f in found.items()
-            if run.mode in ("selection", "mixture", "fusion") and run.domain == "in"
-        ),
-        None,
-    )
-    if best is None:
+def _domain_of(row: Result) -> str:
+    return row.extra["domain"]
+
+
+def _mode_of(row: Result) -> str:
+    return row.extra["mode"]
+
+
+def _tables(cfg: Config, rows: Sequence[Result]) -> list[tuple[str, Sequence[str], Sequence[Sequence[Any]]]]:
+    """(title, header, rows) of each table of the report."""
+    tables = []
+    for unit in ("Step", "Episode"):
+        header, body = report.pivot(
+            rows, down=_mode_of, across=_domain_of, metric=f"{unit.lower()}_accuracy", corner="Mode"
+        )
+        tables.append((f"{unit} accuracy", header, body))
+
+    differences = []
+    for row in rows:
+        if row.what == "step_accuracy_difference":
+            interval = f"{row.low:.3f} to {row.high:.3f}"
+            differences.append((row.subject, row.split, row.value, interval, f"{row.extra['p']:.2g}"))
+    if differences:
+        header = ("Step accuracy", "", "Difference", "95 % interval", "p")
+        tables.append(("Pairs, by episode", header, differences))
+
+    recalls = [row for row in rows if row.what.startswith("recall_at_")]
+    if recalls:
+        header, body = report.pivot(recalls, down="subject", across="what")
+        tables.append(("Retrieval of a step's own adapter", header, body))
+
+    for domain in cfg.evaluate.domains:
+        of_tasks = [
+            row
+            for row in rows
+            if row.what == "task_accuracy"
+            and row.split == DOMAINS[domain]
+            and row.extra["k"] == cfg.retrieve.k
+        ]
+        header, body = report.pivot(of_tasks, down="task", across=_mode_of, corner="Task")
+        tables.append((f"Step accuracy of each task, {DOMAINS[domain]}", header, body))
+    return tables
+
+
+def _figures(evaluation: Evaluation, rows: Sequence[Result]) -> dict[str, Any]:
+    """{title: picture} of the report."""
+    cfg, pool = evaluation.cfg, evaluation.pool
+    cosines = (pool.vectors @ pool.vectors.T).tolist()
+    figures = {"Similarity between adapters": plots.matrix(cosines, pool.names, pool.names, low=-1, high=1)}
+    tasks = sorted({step.task for step in evaluation.steps})
+    shares = _nearest_shares(evaluation, tasks)
+    if shares:
+        figures["How often each adapter is the nearest, by task"] = plots.matrix(
+            shares, tasks, pool.names, x="nearest adapter", y="task"
+        )
+    bars = []
+    for row in rows:
+        if row.what == "step_accuracy" and row.extra["k"] == cfg.retrieve.k:
+            bars.append((row.split, row.subject, row.value, row.low, row.high))
+    figures["Step accuracy of each mode"] = plots.compare(bars, "step accuracy")
+    by_k = _accuracy_by_k(rows)
+    if cfg.evaluate.by_k and by_k:
+        figures["Step accuracy of mixtures by k"] = plots.lines(
+            by_k, "adapters in a mixture", "step accuracy"
+        )
+    return figures
+
+
+def _nearest_shares(evaluation: Evaluation, tasks: Sequence[str]) -> list[list[float]]:
+    """Share of a task's steps whose nearest adapter is each of the pool's, in domain: [task][adapter]."""
+    in_domain = [
+        retrieved
+        for run, retrieved in evaluation.chosen.items()
+        if run.mode in ("selection", "mixture", "fusion") and run.domain == "in"
+    ]
+    if not in_domain:
         return []
-    tasks = [s.task for s in steps]
-    rows = {t: [i for i, of_ in enumerate(tasks) if of_ == t] for t in sorted({*tasks})}
-    return [[float((best[r] == j).float().mean()) for j in range(len(of.names))] for r in rows.values()]
+    nearest = _nearest(in_domain[0])
+    shares = []
+    for task in tasks:
+        rows = [i for i, step in enumerate(evaluation.steps) if step.task == task]
+        of_task = nearest[rows]
+        shares.append([float((of_task == i).float().mean()) for i in range(len(evaluation.pool.names))])
+    return shares
 
 
-def _by_k(rows: Sequence[Result], cfg: Config) -> dict[str, dict[float, tuple[float, float, float]]]:
+def _accuracy_by_k(rows: Sequence[Result]) -> dict[str, dict[float, tuple[float, float, float]]]:
+    """{domain: {k: (step accuracy, low, high)}} of mixtures."""
     lines: dict[str, dict[float, tuple[float, float, float]]] = {}
-    for r in rows:
-        if r.what == "step_accuracy" and r.subject.startswith("mixture"):
-            lines.setdefault(r.split, {})[r.extra["k"]] = (r.value, r.low, r.high)
+    for row in rows:
+        if row.what == "step_accuracy" and row.subject.startswith("mixture"):
+            lines.setdefault(row.split, {})[row.extra["k"]] = (row.value, row.low, row.high)
     return lines
