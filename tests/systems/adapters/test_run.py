@@ -604,9 +604,9 @@ NOT_ASKED = {
     "tags without images": ({"run": "{run}", "text": "<image> q"}, "<image>"),
     "an image that is not there": ({"run": "{run}", "images": ["{tmp}/no.png"]}, "no.png"),
     "an unknown mode": ({"run": "{run}", "mode": "blend"}, "mode must be one of bare, selection"),
-    "a system that does not talk": (
+    "a system that does not answer questions": (
         {"run": "{ct}"},
-        "is a ct_clip run, which does not talk; `invoke classify`",
+        "is a ct_clip run, which does not answer questions; `invoke classify`",
     ),
 }
 
