@@ -134,11 +134,11 @@ def pivot(
     line_names = list(dict.fromkeys(line for line, _ in cells))
     column_names = list(dict.fromkeys(column for _, column in cells))
     # The different n of each line and of each column.
-    n_of_line: dict[str, set[int]] = {name: set() for name in line_names}
-    n_of_column: dict[str, set[int]] = {name: set() for name in column_names}
+    n_of_line: dict[str, set[int]] = {}
+    n_of_column: dict[str, set[int]] = {}
     for (line, column), r in cells.items():
-        n_of_line[line].add(r.n)
-        n_of_column[column].add(r.n)
+        n_of_line.setdefault(line, set()).add(r.n)
+        n_of_column.setdefault(column, set()).add(r.n)
 
     # n is written once where it can be: of a line, else of a column, else in every cell.
     any_n = any(r.n for r in cells.values())
@@ -288,7 +288,7 @@ def _result_tables(rows: list[Result]) -> list[Table]:
             f"found twice: {', '.join(twice[:4])}"
         )
     # A subject with an AUROC is a finding, and its other metrics become columns of its line.
-    findings = [r.subject for r in rows if r.what == "auroc"]
+    findings = [r.subject for r in rows if r.what == "auroc"]  # in the order of the rows
     others = []
     for r in rows:
         in_finding_table = r.subject in findings and r.what in ("auroc", *_COLUMNS)
@@ -320,7 +320,7 @@ def _finding_table(row_of: dict[tuple[str, str], Result], findings: list[str]) -
         columns.append("Threshold")
     lines = []
     for finding, r in zip(findings, aurocs, strict=True):
-        name = finding or "all"
+        name = finding or "all"  # a result without a subject is about all samples
         if "findings" in r.extra:  # a mean says of how many
             name = f"{finding} of {r.extra['findings']} findings"
         line = [name, r.n, r.extra.get("positives", math.nan), r.value, _interval(r)]
@@ -406,7 +406,7 @@ def _html(
         blocks.append(f"<h2>{_ALL}</h2>")
     last_facts = None
     for facts, columns, lines in sections:
-        if facts is not last_facts:
+        if facts is not last_facts:  # as in `_markdown`: once for both tables
             blocks.append(_html_facts(facts))
             last_facts = facts
         kind = columns[0].lower()  # the style of findings or of metrics
@@ -439,6 +439,7 @@ def _definitions(sections: Sequence[Section]) -> list[str]:
 
 
 def _title(name: str) -> str:
+    """A metric or a key as the head of a column: "recall_at_5" is "Recall at 5"."""
     return _TITLES.get(name, name.replace("_", " ").capitalize())
 
 
@@ -463,7 +464,7 @@ def _escape_cell(text: str) -> str:
 
 def _csv_cell(value: Any) -> Any:
     if isinstance(value, dict):
-        return json.dumps(value, sort_keys=True)
+        return json.dumps(value, sort_keys=True)  # sorted, so that reports can be compared line by line
     return "" if isinstance(value, float) and math.isnan(value) else value
 
 

@@ -46,7 +46,7 @@ _BOUNDS: dict[str, tuple[int, int]] = {
     "max_position_embeddings": (-1, 2**27),
     **dict.fromkeys(("n_positions", "num_position_embeddings"), (1, 2**20)),
 }
-_MAX_PATCHES = 2**18
+_MAX_PATCHES = 2**18  # 512 x 512
 
 # What transformers and torch raise for a config that describes no model.
 _UNBUILT = (
@@ -79,6 +79,7 @@ def find_architecture(config: dict[str, Any], head: str = "") -> tuple[Any, Any]
     )
 
     check_head(head)
+    # Which class belongs to a config depends on the head: one model_type has several.
     # Models with a vision tower come first: some are in both tables, there without their tower.
     tables: Any = (MODEL_MAPPING,)
     if head:
@@ -86,7 +87,10 @@ def find_architecture(config: dict[str, Any], head: str = "") -> tuple[Any, Any]
     model_type = str(config.get("model_type"))
     table = None
     if model_type in CONFIG_MAPPING:
-        table = next((t for t in tables if CONFIG_MAPPING[model_type] in t), None)
+        for candidate in tables:
+            if CONFIG_MAPPING[model_type] in candidate:
+                table = candidate
+                break
     if table is None:
         expected = "an encoder that transformers has (dinov2, dinov3_vit, vit, bert...)"
         if head:
@@ -95,8 +99,9 @@ def find_architecture(config: dict[str, Any], head: str = "") -> tuple[Any, Any]
         raise ValueError(f"config: model_type must be {expected}, found {model_type!r}{own_code}")
 
     # 4-bit weights are told by their keys in the file; transformers would want bitsandbytes for the setting.
-    config = {k: v for k, v in config.items() if k != "quantization_config"}
+    config = {key: value for key, value in config.items() if key != "quantization_config"}
     config = _without_kernels(config)
+    # Bounds first: transformers makes lists as long as some of these numbers while it reads them.
     for part, config_name in _nested_configs(config):
         _check_bounds(part, config_name)
     try:
@@ -121,13 +126,14 @@ def build_module(model_class: Any, model_config: Any) -> Any:
     Raises:
         ValueError: transformers cannot build it.
     """
+    # Poolers belong to tasks and are left out (see `loading`); only some classes have the switch.
     options = {}
     if "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
         options["add_pooling_layer"] = False
     try:
         return model_class._from_config(model_config, dtype=torch.float32, **options).eval()
     except _UNBUILT as e:
-        reason = " ".join(str(e).split())[:300]
+        reason = " ".join(str(e).split())[:300]  # messages can be pages long
         raise ValueError(
             f"config: no {model_config.model_type} can be built of these sizes ({type(e).__name__}: {reason})"
         ) from e
@@ -140,6 +146,7 @@ def count_layer_weights(config: Mapping[str, Any]) -> int:
         depth = _first_size(part, _DEPTH_NAMES)
         width = _first_size(part, _WIDTH_NAMES)
         inner = _first_size(part, ("intermediate_size", "n_inner"))
+        # One matrix of the feed-forward block per layer is enough for a lower bound.
         if depth and width and inner:
             total += math.prod((depth[1], width[1], inner[1]))
     return total
@@ -147,6 +154,7 @@ def count_layer_weights(config: Mapping[str, Any]) -> int:
 
 def check_memory(count: int, model_type: str) -> None:
     """Refuse to draw more float32 weights than this machine has memory for."""
+    # Physical memory, not what is free: a refusal must not depend on what else is running.
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if 4 * count > memory:
         raise ValueError(
@@ -161,6 +169,7 @@ def quiet() -> Iterator[None]:
     """Without transformers' progress bars and load reports: what matters of them is raised."""
     from transformers.utils import logging
 
+    # Both settings belong to the whole process and are put back as they were.
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -203,6 +212,7 @@ def _check_bounds(config: Mapping[str, Any], config_name: str) -> None:
     """
     for name, (low, high) in _BOUNDS.items():
         value = config.get(name)
+        # A size may be a list, such as height and width.
         for size in value if isinstance(value, list | tuple) else (value,):
             if isinstance(size, int | float) and not low <= size <= high:
                 raise ValueError(f"{config_name}.{name} must be from {low} to {high}, got {size}")
@@ -210,8 +220,11 @@ def _check_bounds(config: Mapping[str, Any], config_name: str) -> None:
 
 def _check_fit(config: Mapping[str, Any], config_name: str) -> None:
     """Raise where sizes do not fit each other."""
-    width, heads = _first_size(config, _WIDTH_NAMES), _first_size(config, _HEAD_NAMES)
+    # Each is (the name of the setting in this config, its value), so that the message says what to change.
+    width = _first_size(config, _WIDTH_NAMES)
+    heads = _first_size(config, _HEAD_NAMES)
     groups = _first_size(config, ("num_key_value_heads",))
+    # Grouped-query attention: heads share keys and values in groups of equal size.
     if heads and groups and heads[1] % groups[1]:
         raise ValueError(
             f"{config_name}: num_key_value_heads must divide {heads[0]}, got {groups[1]} and {heads[1]}"
@@ -222,6 +235,7 @@ def _check_fit(config: Mapping[str, Any], config_name: str) -> None:
             raise ValueError(
                 f"{config_name}: {heads[0]} must be at most {width[0]}, got {heads[1]} and {width[1]}"
             )
+        # Vision towers cut their width into equal heads.
         if config_name.endswith("vision_config") and width[1] % heads[1]:
             raise ValueError(
                 f"{config_name}: {heads[0]} must divide {width[0]}, got {heads[1]} and {width[1]}"
@@ -235,6 +249,7 @@ def _check_rope(config: Mapping[str, Any], head_width: int, config_name: str) ->
     rope = config.get("rope_parameters") or config.get("rope_scaling")
     if not isinstance(rope, dict) or "rope_theta" not in rope:
         return
+    # Phi and others rotate only the first values of a head.
     rotated = int(head_width * (rope.get("partial_rotary_factor") or 1))
     if rotated % 2:
         raise ValueError(
@@ -242,7 +257,7 @@ def _check_rope(config: Mapping[str, Any], head_width: int, config_name: str) ->
         )
     if "mrope_section" not in rope:
         return
-    sections = rope["mrope_section"]
+    sections = rope["mrope_section"]  # pairs for time, height and width
     three_numbers = isinstance(sections, list | tuple) and len(sections) == 3
     if three_numbers:
         three_numbers = all(isinstance(n, int) and n > 0 for n in sections)
@@ -274,4 +289,7 @@ def _check_patches(config: Mapping[str, Any], config_name: str) -> None:
 
 def _first_size(config: Mapping[str, Any], names: Iterable[str]) -> tuple[str, int] | None:
     """(name, value) of the first of the names that the config sets to a whole number."""
-    return next(((n, config[n]) for n in names if isinstance(config.get(n), int)), None)
+    for name in names:
+        if isinstance(config.get(name), int):
+            return name, config[name]
+    return None

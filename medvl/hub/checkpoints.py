@@ -32,7 +32,7 @@ from medvl.base.text import few
 
 _log = logging.getLogger(__name__)
 
-# The names of safetensors.
+# By their names in the headers of safetensors files.
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -74,6 +74,8 @@ def find_file(name: str, choices: tuple[str, ...]) -> Path:
     if not _HUB_NAME.fullmatch(name) or "--" in name or ".." in name or name.endswith(".git"):
         raise ValueError(f"hub: there is no file or folder {name}")
 
+    # The cache first, then one short request: without it the hub's client would retry for half a minute on a
+    # machine without a network.
     for choice in choices:
         cached = try_to_load_from_cache(name, choice)
         if isinstance(cached, str):
@@ -110,6 +112,7 @@ def find_optional_file(name: str, choice: str) -> Path | None:
     try:
         return find_file(name, (choice,))
     except ValueError as e:
+        # That the hub has no such file is an answer. Any other reason leaves it open, and says so.
         if "the hub has none" not in str(e):
             _log.warning(
                 "%s: it may have a %s that is not in the cache, and is read without it (%s)", name, choice, e
@@ -124,7 +127,7 @@ def _download(name: str, choices: tuple[str, ...], missing: str) -> Path:
     for choice in choices:
         try:
             return Path(hf_hub_download(name, choice))
-        except RemoteEntryNotFoundError:
+        except RemoteEntryNotFoundError:  # the model is there, this file is not: try the next name
             continue
         except (HfHubHTTPError, OSError) as e:
             raise ValueError(
@@ -139,7 +142,7 @@ def _unreachable(url: str) -> str:
     """
     try:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=1.5).close()
-    except urllib.error.HTTPError:
+    except urllib.error.HTTPError:  # also an error is an answer
         return ""
     except OSError as e:  # URLError and timeouts
         return str(getattr(e, "reason", e))
@@ -172,7 +175,10 @@ class Entry:
 
 def entries_of(state: Mapping[str, Tensor]) -> dict[str, Entry]:
     """A state dict in memory as entries."""
-    return {k: Entry(shape=tuple(t.shape), dtype=t.dtype, read=partial(_copy, t)) for k, t in state.items()}
+    entries = {}
+    for key, tensor in state.items():
+        entries[key] = Entry(shape=tuple(tensor.shape), dtype=tensor.dtype, read=partial(_copy, tensor))
+    return entries
 
 
 def _copy(t: Tensor) -> Tensor:
@@ -202,6 +208,7 @@ def _shards(index: Path) -> list[str]:
             f"found {json.dumps(weight_map)[:60]}"
         )
     for weight, shard in weight_map.items():
+        # "../x.safetensors" and "/x.safetensors" have another name than their last part.
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise ValueError(
                 f"load: {index}: weight_map must name .safetensors files in the folder of the index, "
@@ -219,6 +226,8 @@ def _open_safetensors(path: Path) -> dict[str, Entry]:
     try:
         with safe_open(path, framework="pt") as f:  # checks the whole header
             shapes = {key: tuple(f.get_slice(key).get_shape()) for key in f.keys()}  # noqa: SIM118 (not a dict)
+        # safetensors does not tell where a tensor lies in the file. Its header does: 8 bytes with the length
+        # of the header, then JSON.
         with open(path, "rb") as raw:
             length = int.from_bytes(raw.read(8), "little")
             header = json.loads(raw.read(length))
@@ -239,8 +248,10 @@ def _open_safetensors(path: Path) -> dict[str, Entry]:
 
 
 def _read_bytes(path: Path, start: int, size: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """A tensor from `size` bytes of a file, read straight into its memory."""
     buffer = torch.empty(size, dtype=torch.uint8)
-    view, filled = memoryview(buffer.numpy().data), 0
+    view = memoryview(buffer.numpy().data)
+    filled = 0
     with open(path, "rb", buffering=0) as f:
         f.seek(start)
         while filled < size:  # one call reads at most 2 GB
@@ -257,6 +268,7 @@ def release_memory() -> None:
     """
     if os.name != "posix":
         return
+    # Only glibc has it; musl and macOS do not.
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -264,8 +276,11 @@ def release_memory() -> None:
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """A flat dict of tensors that torch.save wrote; nothing in the file is run."""
+    # A compressed file could unpack to any size.
     files.check_uncompressed(path)
     try:
+        # Mapped: its tensors are read when they are used. The format before torch 1.6 is no zip file and
+        # cannot be mapped.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, ValueError, *files.READ_ERRORS) as e:
         raise ValueError(
@@ -275,6 +290,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     flat = flat and all(isinstance(k, str) and isinstance(t, Tensor) for k, t in state.items())
     if not flat:
         raise ValueError(f"load: {path} must hold one flat dict of tensors")
+    # A small file can claim a large tensor, with strides of 0 over one value.
     files.check_tensor_storage(path, state)
     return state
 
@@ -286,6 +302,7 @@ def read_finite(entry: Entry, key: str, path: Path, dtype: torch.dtype, device: 
     if not entry.dtype.is_floating_point:
         raise ValueError(f"read: {path}: {key} must hold floating point numbers")
     t = entry.read().to(device, dtype)
+    # After the cast: a number of float32 may be infinite in float16.
     if not _finite(t):
         raise ValueError(f"read: {path}: {key} must be finite in {str(dtype)[6:]}, but holds NaN or infinity")
     return t
@@ -318,6 +335,7 @@ def new_folder(folder: files.PathLike) -> Iterator[Path]:
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ValueError(f"save: {folder} is there already; give a new folder or remove it")
     folder.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the folder, so on the same disk: the renaming at the end is then one step.
     tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
     try:
         yield tmp

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# {name in the original: name in the published checkpoint}, outside of the blocks and inside one.
 _OUTER = {
     "cls_token": "embeddings.cls_token",
     "mask_token": "embeddings.mask_token",
@@ -31,6 +32,7 @@ _BLOCK = {
     "mlp.w3": "mlp.weights_out",
     "ls2.gamma": "layer_scale2.lambda1",
 }
+# Pieces that the original stacks in one tensor, in its order: of attn.qkv, and of mlp.w12 (SwiGLU).
 _QKV = ("query", "key", "value")
 _GATED = ("mlp.gate_proj", "mlp.up_proj")
 _BACK = {v: k for k, v in (_OUTER | _BLOCK).items()}
@@ -48,6 +50,7 @@ def from_dinov2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     published: dict[str, Tensor] = {}
     for key, tensor in state.items():
+        # "blocks.3.mlp.fc1.weight" is block "3", stem "mlp.fc1", leaf ".weight".
         block, stem, leaf = _split_key(key, r"blocks\.(\d+)\.")
         prefix = f"encoder.layer.{block}." if block else ""
         names = _BLOCK if block else _OUTER
@@ -90,6 +93,7 @@ def to_dinov2(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise ValueError(
                 f"to_dinov2: {key!r} is no key of a Hugging Face DINOv2 (like 'encoder.layer.0.norm1.weight')"
             )
+    # Only now, when all pieces are collected, is it known whether one is missing.
     for key, pieces in joined.items():
         order = _QKV if "qkv" in key else _GATED
         missing = [piece for piece in order if piece not in pieces]
@@ -109,21 +113,25 @@ def dinov2_config(state: Mapping[str, Tensor], path: str) -> dict[str, Any]:
             f"load: {path} must be an original DINOv2 checkpoint (pos_embed, blocks.0..., "
             f"patch_embed...), found {keys}"
         )
-    width, channels, _, patch = state["patch_embed.proj.weight"].shape
+    width, channels, _, patch = state["patch_embed.proj.weight"].shape  # a convolution [out, in, p, p]
     if width % 64:
         raise ValueError(
             f"load: {path}: the width of a DINOv2 must be a multiple of 64 (its heads are 64 wide), "
             f"found {width}"
         )
+    # The giant model has a gated feed-forward block; transformers computes its inner width from the ratio 4.
     swiglu = "blocks.0.mlp.w12.weight" in state
     mlp_ratio = 4 if swiglu else state["blocks.0.mlp.fc1.weight"].shape[0] // width
     # One position is the class token's; registers have none.
     grid = round((state["pos_embed"].shape[1] - 1) ** 0.5)
-    registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
+    registers = 0
+    if "register_tokens" in state:
+        registers = state["register_tokens"].shape[1]
+    depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
     config = {
         "model_type": "dinov2_with_registers" if registers else "dinov2",
         "hidden_size": width,
-        "num_hidden_layers": 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
+        "num_hidden_layers": depth,
         "num_attention_heads": width // 64,
         "num_channels": channels,
         "patch_size": patch,

@@ -17,7 +17,9 @@ from medvl.hub.peft_files import PREFIX, check_fit, folded
 from medvl.weights import lora
 from medvl.weights.lora import Adapter, LoraConfig
 
+# HealthGPT's names of the three tensors of a layer. Unlike peft's there is no name of the adapter in them.
 _ROUTED = re.compile(r"(?P<module>.+)\.(?P<part>lora_route|lora_A|lora_B)\.weight")
+# {HealthGPT's name: the name in `Adapter.factors`}
 _PARTS = {"lora_route": "router", "lora_A": "a", "lora_B": "b"}
 
 
@@ -73,6 +75,7 @@ def _read_entries(
 ) -> tuple[Adapter, dict[str, Tensor]]:
     """Adapter and rest of the tensors of a file, as `read_hlora`."""
     layers, others = _group_keys(entries, path)
+    # All that can be told from names and shapes; the tensors come last.
     targets: dict[str, str] = {}
     if skeleton is not None:
         targets = lora.target_layers(LoraConfig(pattern="all-linear"), skeleton)
@@ -90,6 +93,7 @@ def _read_entries(
     other_tensors = {
         name: read_finite(entries[key], key, path, dtype, device) for name, key in others.items()
     }
+    # `Adapter.scale` stands before B diag(gates) A, and each expert has rank / experts.
     adapter = Adapter(
         factors=factors,
         scale=dict.fromkeys(layers, alpha / rank * experts),
@@ -101,6 +105,8 @@ def _read_entries(
 
 def _group_keys(entries: Mapping[str, Entry], path: Path) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
     """({module: {"router", "a" and "b": key}}, {name: key} of the other tensors), without peft's prefix."""
+    # Whatever is no factor is a weight of another part of the model, such as the projector: HealthGPT keeps
+    # all that it trains in one file.
     layers: dict[str, dict[str, str]] = {}
     others: dict[str, str] = {}
     unexpected = []
@@ -111,6 +117,7 @@ def _group_keys(entries: Mapping[str, Entry], path: Path) -> tuple[dict[str, dic
             layers.setdefault(match["module"], {})[_PARTS[match["part"]]] = key
         else:
             others[name] = key
+        # A key of plain LoRA, such as lora_A.default.weight, is not a tensor "beside" the adapter.
         if not key.startswith(PREFIX) or (not match and ".lora_" in key):
             unexpected.append(key)
     if unexpected or not layers:
@@ -136,6 +143,7 @@ def _check_shapes(
     entries: Mapping[str, Entry], module: str, keys: Mapping[str, str], rank: int, experts: int, path: Path
 ) -> None:
     """A layer must have its three tensors: A [rank, in], B [out, rank], router [experts, in]."""
+    # The message has the file's names, by which the reader can look.
     missing = [name for name, part in _PARTS.items() if part not in keys]
     if missing:
         raise ValueError(f"read_hlora: {path}: {module} lacks {few(missing)}")
@@ -168,6 +176,7 @@ def write_hlora(
     path = Path(path)
     if path.suffix not in (".bin", ".safetensors"):
         raise ValueError(f"write_hlora: the file must end in .bin or .safetensors, got {path.name}")
+    # All checks of shapes and settings come before the file is opened.
     state = _hlora_state(adapter, other_tensors or {})
     with files.atomic(path) as tmp:
         save_finite(state, tmp, f"write_hlora: {adapter}", pickled=path.suffix == ".bin")
@@ -198,7 +207,9 @@ def _hlora_state(adapter: Adapter, other_tensors: Mapping[str, Tensor]) -> dict[
         name = f"{PREFIX}{module}"
         state[f"{name}.lora_route.weight"] = factors["router"]
         state[f"{name}.lora_A.weight"] = factors["a"]
+        # The format has no gate [r] beside the router's: it is multiplied into B.
         state[f"{name}.lora_B.weight"] = folded(adapter, module, "write_hlora")
+    # Of a name in both, the given tensor counts.
     for name, tensor in {**adapter.full, **other_tensors}.items():
         state[PREFIX + name] = tensor
     return state

@@ -87,6 +87,7 @@ def load_skeleton(
         raise ValueError(f"load: part must be '', 'text' or 'vision', got {part!r}")
     check_head(head)
     path = Path(name)
+    # An original DINOv2 file has no config: it is computed from the shapes.
     if path.is_file():
         state = read_pickle(path)
         config = dinov2_config(state, str(path))
@@ -95,6 +96,7 @@ def load_skeleton(
 
     config = read_json(find_file(str(name), ("config.json",)))
     entries = open_weights(find_file(str(name), _WEIGHT_FILES), str(name))
+    # One tower of CLIP is a model of its own in transformers (clip_text_model), with the tower's config.
     if part:
         if not isinstance(config.get(f"{part}_config"), dict):
             raise ValueError(
@@ -147,8 +149,10 @@ def bind_weights(
 def _read_generation(path: Path) -> dict[str, Any]:
     """A generation_config.json; the settings that medvl reads are checked."""
     raw = read_json(path)
+    # Checked here, where the file can be named: a wrong value would otherwise stop generation never or late.
     ends = raw.get("eos_token_id")
     for end in ends if isinstance(ends, list) else [ends]:
+        # `type` instead of isinstance: true is an int too.
         if end is not None and (type(end) is not int or end < 0):
             raise ValueError(
                 f"load: {path}: eos_token_id must be a token or a list of tokens, found "
@@ -186,6 +190,7 @@ def _bind_entries(
     """Match each checkpoint tensor to its parameter, check that all fit, and only then read them, one at a
     time.
     """
+    # What can be told from headers comes first: a wrong checkpoint is refused before gigabytes are read.
     model_class, model_config = find_architecture(config, head)
     entries = _join_four_bit(entries)
     _check_dtypes(entries, name)
@@ -200,7 +205,7 @@ def _bind_entries(
         if param in placed:
             # The entry goes with its use: the parts of a fused weight are freed with the last of them.
             weight = _read_entry(placed.pop(param), param, name).to(device, dtype)
-        else:
+        else:  # a `mask_token`, the only weight that may be missing
             weight = torch.zeros(shape, dtype=dtype, device=device)
         # The shape of a weight that is made of several tensors of the file is known only now.
         if tuple(weight.shape) != shape:
@@ -211,12 +216,14 @@ def _bind_entries(
             params[param] = weight.detach()
         else:
             params[param] = transform(param, weight).detach()
+            # Else the memory of all weights in `dtype` would stay with the process.
             del weight
             release_memory()
     return make_skeleton(module, name, device), params
 
 
 def _check_dtypes(entries: Mapping[str, Entry], name: str) -> None:
+    """Raise where a weight is of no plain float type: other quantised formats store codes under its name."""
     wrong = []
     for key, entry in entries.items():
         if entry.dtype not in _FLOATS and not _BUFFERS.search(key):
@@ -235,6 +242,7 @@ def _check_complete(
     """Raise one error that lists every parameter without a tensor, tensor without a parameter, and wrong
     shape.
     """
+    # All faults at once: one at a time would cost a reader of a large checkpoint many tries.
     missing = sorted(n for n in shapes.keys() - placed.keys() if not _UNUSED.search(n))
     unexpected = []
     for key in sorted(unplaced):
@@ -245,10 +253,15 @@ def _check_complete(
         # An entry without a shape is made of several tensors and checked when it is read.
         if entry.shape and entry.shape != shapes[n]:
             misshaped.append(f"{n} {list(entry.shape)} instead of {list(shapes[n])}")
-    faults = (("missing", missing), ("unexpected", unexpected), ("of another shape", sorted(misshaped)))
-    text = "; ".join(f"{fault} {few(names)}" for fault, names in faults if names)
-    if text:
-        raise ValueError(context + text)
+    faults = []
+    if missing:
+        faults.append(f"missing {few(missing)}")
+    if unexpected:
+        faults.append(f"unexpected {few(unexpected)}")
+    if misshaped:
+        faults.append(f"of another shape {few(sorted(misshaped))}")
+    if faults:
+        raise ValueError(context + "; ".join(faults))
 
 
 def _read_entry(entry: Entry, param: str, name: str) -> Tensor:
@@ -260,11 +273,13 @@ def _read_entry(entry: Entry, param: str, name: str) -> Tensor:
 
 def _merge_tied(module: Any, placed: dict[str, Entry], name: str) -> None:
     """Keep one entry of each tied weight, which a file may hold under either of its names or under both."""
+    # torch names a shared parameter once unless it is told to repeat it; the first of its names is params'.
     first_name = {id(p): n for n, p in module.named_parameters()}
     for alias, p in module.named_parameters(remove_duplicate=False):
         first = first_name[id(p)]
         if alias == first or alias not in placed:
             continue
+        # A file may hold both, and then they must agree: one of them could not be kept.
         if first in placed and not torch.equal(placed[alias].read(), placed[first].read()):
             raise ValueError(
                 f"load: {name}: {alias} and {first} are one weight by its config, but differ in the file"
@@ -286,6 +301,7 @@ def _join_four_bit(entries: dict[str, Entry]) -> dict[str, Entry]:
         else:
             pieces[weight][key[len(weight) :]] = entry
     for weight, suffixes in pieces.items():
+        # Only the header with shape and dtype is read now, a short text; the codes wait.
         states = {s: entry.read() for s, entry in suffixes.items() if s.startswith(".quant_state.")}
         header = four_bit.read_quant_header(states, weight)
         plain[weight] = Entry(
@@ -300,8 +316,10 @@ def _weight_of(key: str, quantised: set[str]) -> str | None:
     """The 4-bit weight that a key belongs to: the key itself, or what one of its dots ends."""
     if key in quantised:
         return key
-    dots = (i for i, c in enumerate(key) if c == ".")
-    return next((key[:i] for i in dots if key[:i] in quantised), None)
+    for i, character in enumerate(key):
+        if character == "." and key[:i] in quantised:
+            return key[:i]
+    return None
 
 
 def _unpack_four_bit(pieces: dict[str, Entry]) -> Tensor:

@@ -17,12 +17,14 @@ from medvl.weights.lora import Adapter
 # Embeddings and heads: peft writes them as a whole where the vocabulary was resized.
 RESIZED = re.compile(r"(^|\.)(embed_tokens|lm_head|wte|word_embeddings|embed_in|embed_out)\.weight$")
 
-# Settings that are read here, that do not touch the forward pass, or that matter only together with one that is refused.
+# Settings that are read here, that do not touch the forward pass, or that matter only together with one that
+# is refused.
 _KNOWN = re.compile(
     "peft_type|r|lora_(alpha|dropout)|(rank|alpha|layers)_pattern|use_rslora|fan_in_fan_out|(target|exclude)_modules|"
     "layers_to_transform|modules_to_save|init_lora_weights|bias|task_type|auto_mapping|base_model_name_or_path|revision|"
     "inference_mode|peft_version|(eva|loftq|corda|lora_ga)_config|qalora_group_size|megatron_core"
 )
+# {setting: what it does that an `Adapter` does not hold}
 _REFUSED = {
     "use_dora": "DoRA rescales the rows of the weight",
     "lora_bias": "B has a bias",
@@ -71,6 +73,7 @@ def _are_layers(value: Any) -> bool:
     return isinstance(value, int)
 
 
+# {setting: (test of its value, what the message says it must be)}
 _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": (_is_positive_integer, "a positive integer"),
     "lora_alpha": (_is_number, "a number"),
@@ -97,6 +100,7 @@ def check_adapter_config(config: dict[str, Any], path: Path) -> None:
         refuse("peft_type", "it must be LORA")
     if config.get("bias") not in (None, "none"):
         refuse("bias", "it trains biases of the base")
+    # PiSSA, OLoRA and others subtract their start from the base. These only choose the first numbers.
     init = config.get("init_lora_weights")
     if not (init is None or isinstance(init, bool) or init in ("gaussian", "eva", "orthogonal")):
         refuse(
@@ -104,12 +108,14 @@ def check_adapter_config(config: dict[str, Any], path: Path) -> None:
             "it may change the base; save it as plain LoRA (peft's path_initial_model_for_weight_conversion)",
         )
     for key, value in config.items():
+        # peft writes all its settings, most of them empty: those mean nothing, whatever they are called.
         unset = value is None or value is False or value in ("", [], {})
         if not unset and not _KNOWN.fullmatch(key):
             refuse(key, _REFUSED.get(key, "what it does is not known here"))
     for key, (is_valid, expected) in _TYPES.items():
         if config.get(key) is not None and not is_valid(config[key]):
             refuse(key, f"it must be {expected}")
+    # Tried here: later, a broken one would fail without the name of its file.
     for key in (
         "target_modules",
         "exclude_modules",
@@ -127,15 +133,19 @@ def check_adapter_config(config: dict[str, Any], path: Path) -> None:
 
 def is_saved_module(config: Mapping[str, Any], name: str) -> bool:
     """Whether `modules_to_save` names the module or parameter: then the file holds all of it."""
-    return any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in config.get("modules_to_save") or [])
+    modules = config.get("modules_to_save") or []
+    return any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in modules)
 
 
 def rank_and_scale(config: Mapping[str, Any], module: str) -> tuple[int, float]:
     """(rank, scale) that the config gives a module."""
+    # 8 is peft's default of both. An alpha of 0 is a value, a rank of 0 is none.
     default_alpha = 8 if config.get("lora_alpha") is None else config["lora_alpha"]
     rank = _pattern_value(config, "rank_pattern", module, config.get("r") or 8)
     alpha = _pattern_value(config, "alpha_pattern", module, default_alpha)
-    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    if config.get("use_rslora"):  # rank-stabilised: Kalajdzievski 2023, arXiv:2312.03732
+        return rank, alpha / math.sqrt(rank)
+    return rank, alpha / rank
 
 
 def demanded_modules(
@@ -151,6 +161,7 @@ def demanded_modules(
         layers: {module: kind} of the model.
         names: {module in the file: the model's}.
     """
+    # "all-linear" is no regex: it is written out as the names that it stands for, without heads.
     targets = config.get("target_modules") or []
     if isinstance(targets, str) and targets.lower() == "all-linear":
         targets = []
@@ -158,6 +169,7 @@ def demanded_modules(
             if kind != "embedding" and not re.search(r"(^|\.)(lm_head|score|classifier)$", module):
                 targets.append(module)
         config = config | {"target_modules": targets}
+    # Which towers the file is about: True for vision, False for language.
     sides = {bool(lora.VISION.search(module)) for module in names.values()}
     stems = {_differing_stems(old, new) for old, new in names.items()}
     demanded = []
@@ -166,6 +178,7 @@ def demanded_modules(
         dotted = f".{module}"
         old_names = {old + dotted[len(new) :] for old, new in stems if dotted.startswith(f"{new}.")}
         named = [old[1:] for old in old_names if is_targeted(config, old[1:])]
+        # A regex and a full name say which tower is meant; an end such as "q_proj" fits both.
         exact = isinstance(targets, str) or any(old in targets for old in named)
         if named and (exact or bool(lora.VISION.search(module)) in sides):
             demanded.append(module)
@@ -186,8 +199,12 @@ def is_targeted(config: Mapping[str, Any], name: str) -> bool:
     if isinstance(lists, str):
         lists = [lists]
     patterns = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in lists] or [r".*?\.[^.]*\.(\d+)\."]
-    matches = (re.match(pattern, name) for pattern in patterns)
-    layer = next((int(match[1]) for match in matches if match), None)
+    layer = None
+    for pattern in patterns:
+        match = re.match(pattern, name)
+        if match:
+            layer = int(match[1])
+            break
     return layer in ([layers] if isinstance(layers, int) else layers)
 
 
@@ -201,7 +218,13 @@ def adapter_config(adapter: Adapter, base: str, task: str, targets: list[str] | 
     """
     old, modules = adapter.config, list(adapter.factors)
     config = {"init_lora_weights": True, "lora_bias": False, "use_dora": False, **old}
-    if not old or any(rank_and_scale(old, m) != (adapter.rank(m), adapter.scale[m]) for m in modules):
+    # The config's own rank, alpha and patterns stay where they still give what the adapter has.
+    unchanged = bool(old)
+    for module in modules:
+        if old and rank_and_scale(old, module) != (adapter.rank(module), adapter.scale[module]):
+            unchanged = False
+            break
+    if not unchanged:
         config |= _strength_settings(adapter)
     config |= {
         "peft_type": "LORA",
@@ -213,6 +236,7 @@ def adapter_config(adapter: Adapter, base: str, task: str, targets: list[str] | 
         "fan_in_fan_out": "conv1d" in adapter.kinds.values(),
         "bias": "none",
         "inference_mode": True,
+        # The targets are full names now, or the caller's: nothing else may narrow them.
         **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern")),
     }
     missed = [m for m in modules if not is_targeted(config, m)]
@@ -244,7 +268,7 @@ def _pattern_value(config: Mapping[str, Any], key: str, module: str, default: An
 
 def _names_module(targets: str | list[str] | None, name: str) -> bool:
     """Whether a regex, or a list of ends of names, names the module."""
-    if isinstance(targets, str):
+    if isinstance(targets, str):  # the whole name, unlike the patterns of rank and alpha
         return bool(re.fullmatch(targets, name))
     return any(name == end or name.endswith(f".{end}") for end in targets or [])
 
@@ -253,6 +277,7 @@ def _differing_stems(old: str, new: str) -> tuple[str, str]:
     """What two names have before the end that they share; each begins with a dot or is empty."""
     a, b = old.split("."), new.split(".")
     shared = 0
+    # Compared from the end: versions of transformers differ in what stands in front.
     while shared < min(len(a), len(b)) and a[-1 - shared] == b[-1 - shared]:
         shared += 1
     stem_a, stem_b = a[: len(a) - shared], b[: len(b) - shared]
@@ -280,6 +305,7 @@ def _strength_settings(adapter: Adapter) -> dict[str, Any]:
     wrong = [m for m in ranks if not math.isfinite(adapter.scale[m])]
     if wrong:
         raise ValueError(f"write_adapter: the scale of {few(wrong)} of {adapter} must be finite")
+    # peft stores alpha and divides by the rank; an `Adapter` holds the quotient.
     alphas = {m: _rounded(adapter.scale[m] * rank) for m, rank in ranks.items()}
     common_rank = Counter(ranks.values()).most_common(1)[0][0]
     common_alpha = Counter(alphas.values()).most_common(1)[0][0]

@@ -78,39 +78,63 @@ def read_adapter(
     check_adapter_config(config, config_path)
     path = find_file(str(name), ("adapter_model.safetensors", "adapter_model.bin"))
     entries = open_weights(path, str(name))
+    # Everything is checked by names, shapes and dtypes, before a tensor is read.
     pairs, full, kinds = _group_keys(entries, config, path)
     _check_pairs(pairs, entries, config, path)
+    # {module in the file: the model's}
     names = {module: module for module in pairs}
     if skeleton is not None:
-        layers = lora.target_layers(LoraConfig(pattern=".*"), skeleton)
-        names, full = _current_names(skeleton, pairs, full, entries, config, path)
-        for module, pair in pairs.items():
-            a, b = entries[pair["a"]].shape, entries[pair["b"]].shape
-            check_fit(skeleton, layers, names[module], kinds[module], a, b, f"read_adapter: {path}")
-        present = set(names.values())
-        missing = [module for module in demanded_modules(config, layers, names) if module not in present]
-        if missing:
-            raise ValueError(
-                f"read_adapter: {path} lacks {few(missing)}, which target_modules in its config name; "
-                "is it cut or for another model?"
-            )
-        kinds = {module: layers[names[module]] for module in pairs}
+        names, full, kinds = _fit_to_skeleton(skeleton, pairs, full, kinds, entries, config, path)
 
     # All keys fit: only now the tensors are read.
     factors: dict[str, dict[str, Tensor]] = {}
+    scales: dict[str, float] = {}
     for module, pair in pairs.items():
-        factors[names[module]] = {
+        name_in_model = names[module]
+        factors[name_in_model] = {
             part: read_finite(entries[key], key, path, dtype, device) for part, key in pair.items()
         }
+        # Patterns of the config were written for the names in the file.
+        _, scales[name_in_model] = rank_and_scale(config, module)
     return Adapter(
         factors=factors,
-        scale={names[module]: rank_and_scale(config, module)[1] for module in pairs},
+        scale=scales,
         kinds={names[module]: kinds[module] for module in pairs},
         full={param: read_finite(entries[key], key, path, dtype, device) for param, key in full.items()},
         dropout=config.get("lora_dropout") or 0.0,
         name=Path(name).name if Path(name).is_dir() else str(name),
         config=config,
     )
+
+
+def _fit_to_skeleton(
+    skeleton: Any,
+    pairs: Mapping[str, Mapping[str, str]],
+    full: dict[str, str],
+    kinds: Mapping[str, str],
+    entries: Mapping[str, Entry],
+    config: dict[str, Any],
+    path: Path,
+) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
+    """({module in the file: the model's}, {parameter of the model: key}, {module in the file: kind}).
+
+    Raises:
+        ValueError: a name or shape that the model does not have, or a layer missing that the config names.
+    """
+    layers = lora.target_layers(LoraConfig(pattern=".*"), skeleton)
+    names, full = _current_names(skeleton, pairs, full, entries, config, path)
+    for module, pair in pairs.items():
+        a, b = entries[pair["a"]].shape, entries[pair["b"]].shape
+        check_fit(skeleton, layers, names[module], kinds[module], a, b, f"read_adapter: {path}")
+    present = set(names.values())
+    missing = [module for module in demanded_modules(config, layers, names) if module not in present]
+    if missing:
+        raise ValueError(
+            f"read_adapter: {path} lacks {few(missing)}, which target_modules in its config name; "
+            "is it cut or for another model?"
+        )
+    # The model says of every layer what it is; the config has one `fan_in_fan_out` for all.
+    return names, full, {module: layers[names[module]] for module in pairs}
 
 
 def write_adapter(
@@ -146,6 +170,7 @@ def write_adapter(
         )
     state: dict[str, Tensor] = {}
     for module, factors in adapter.factors.items():
+        # peft keeps the factors of an embedding as bare parameters, those of other layers as linear layers.
         a, b = "lora_A.weight", "lora_B.weight"
         if adapter.kinds[module] == "embedding":
             a, b = "lora_embedding_A", "lora_embedding_B"
@@ -156,7 +181,7 @@ def write_adapter(
         if module in adapter.factors:  # peft wraps the layer that it corrects
             name = f"{module}.base_layer.{leaf}"
         state[PREFIX + name] = tensor
-    if targets is not None and not isinstance(targets, str):
+    if targets is not None and not isinstance(targets, str):  # any iterable; JSON wants a list
         targets = list(targets)
     config = adapter_config(adapter, base, task, targets)
     with new_folder(folder) as tmp:
@@ -200,6 +225,7 @@ def folded(adapter: Adapter, module: str, caller: str) -> Tensor:
     b, gate = adapter.factors[module]["b"], adapter.gate.get(module)
     if gate is None:
         return b
+    # [b, r]: each sample has its own.
     if gate.dim() > 1:
         raise ValueError(
             f"{caller}: {module} of {adapter} differs by sample (gate {list(gate.shape)}); "
@@ -223,9 +249,12 @@ def _group_keys(
         match = _FACTOR.fullmatch(name)
         if match:
             module, part = match["module"], match["linear"] or match["embedding"]
-            kind = "conv1d" if config.get("fan_in_fan_out") else "linear"
+            kind = "linear"
             if match["embedding"]:
                 kind = "embedding"
+            elif config.get("fan_in_fan_out"):  # peft's word for GPT-2's layers, whose weight is [in, out]
+                kind = "conv1d"
+            # Two adapters in one file would meet here: their names in the keys were dropped.
             first = pairs.setdefault(module, {}).setdefault(part.lower(), key)
             if first != key or kinds.setdefault(module, kind) != kind:
                 raise ValueError(
@@ -233,6 +262,7 @@ def _group_keys(
                     "a file holds one adapter"
                 )
             continue
+        # No factor: a weight that replaces the model's, for one of three reasons.
         param = _WRAPPER.sub("", name)
         replaces_weight = param != name or RESIZED.search(name) or is_saved_module(config, name)
         if ".lora_" in name or not replaces_weight or full.setdefault(param, key) != key:
@@ -278,10 +308,13 @@ def _current_names(
     """({module in the file: the skeleton's}, {parameter of the skeleton: key}); of tied weights, the name
     that params have.
     """
-    old_names = dict.fromkeys([*(f"{module}.weight" for module in pairs), *full])
+    # The rules for names are about weights, so every module is looked up by its weight.
+    weights_of_pairs = [f"{module}.weight" for module in pairs]
+    old_names = dict.fromkeys([*weights_of_pairs, *full])
     current = weight_names.current_names(skeleton, old_names)
     lost = [name for name in old_names if name not in current]
     if lost:
+        # A few from all over the model, not its first ones, which may all be of one tower.
         weights = [name for name, _ in skeleton.module.named_parameters()]
         examples = weights[:: max(1, len(weights) // 4)]
         raise ValueError(
@@ -296,7 +329,24 @@ def _current_names(
             "must hold one adapter"
         )
     modules = {module: current[f"{module}.weight"].removesuffix(".weight") for module in pairs}
+    return modules, _current_params(skeleton, full, current, entries, config, path)
 
+
+def _current_params(
+    skeleton: Any,
+    full: Mapping[str, str],
+    current: Mapping[str, str],
+    entries: Mapping[str, Entry],
+    config: dict[str, Any],
+    path: Path,
+) -> dict[str, str]:
+    """{parameter of the skeleton: key} of the weights that the adapter replaces as a whole.
+
+    Args:
+        full: {name in the file: key}.
+        current: {name in the file: the skeleton's}.
+    """
+    # Of tied weights torch lists the first name alone unless it is told to repeat them.
     every_name = dict(skeleton.module.named_parameters(remove_duplicate=False))
     first_name = {id(p): name for name, p in skeleton.module.named_parameters()}
     params: dict[str, str] = {}
@@ -309,16 +359,18 @@ def _current_names(
                 f"read_adapter: {path}: {key} must be {list(p.shape)} as in {skeleton.name}, "
                 f"got {list(entries[key].shape)}"
             )
+        # peft unties what it saves: the other layer would keep the old weight, which one weight cannot do.
         if len(tied) > 1 and is_saved_module(config, old):
             raise ValueError(
                 f"read_adapter: {path}: {key} replaces one of {few(tied)}, which are one weight in "
                 f"{skeleton.name}; "
                 "load the model with tie_word_embeddings = false"
             )
+        # The file may hold a tied weight under both names; it is then read once.
         if param in params and not torch.equal(entries[params[param]].read(), entries[key].read()):
             raise ValueError(
                 f"read_adapter: {path}: {params[param]} and {key} differ, but are one weight in "
                 f"{skeleton.name}"
             )
         params.setdefault(param, key)
-    return modules, params
+    return params

@@ -37,6 +37,7 @@ def save_skeleton(
             on them.
     """
     _check_params(skeleton, params)
+    # `published_state` takes plain tensors: a 4-bit weight goes in as its codes, its scales are added there.
     packed = {n: w for n, w in params.items() if isinstance(w, four_bit.FourBit)}
     plain = {}
     for name, weight in params.items():
@@ -56,6 +57,7 @@ def save_skeleton(
         )
         for file, names in shards.filename_to_tensors.items():
             save_file({n: state[n] for n in names}, tmp / file, {"format": "pt"})
+        # Last, so that an index never names files that are not there.
         if shards.is_sharded:
             index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
             files.write_text(tmp / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
@@ -68,6 +70,7 @@ def _check_params(skeleton: Skeleton, params: Mapping[str, Tensor]) -> None:
             f"save: params must be the {len(skeleton._names)} weights of {skeleton.name}, "
             f"got {len(params)}: {few(sorted(params))}"
         )
+    # Merging changes the weights for good, so it is not done silently.
     adapted = [n for n, w in params.items() if isinstance(w, LowRank)]
     if adapted:
         raise ValueError(
@@ -87,12 +90,15 @@ def _write_config(
     module: Any, folder: Path, plain: Mapping[str, Tensor], packed: Mapping[str, four_bit.FourBit]
 ) -> None:
     """Write config.json, and generation_config.json where the module has one."""
+    # A copy: the skeleton goes on living with its own config.
     config = copy.deepcopy(module.config)
     config.architectures = [type(module).__name__]
+    # from_pretrained takes the dtype from here. 4-bit codes are integers and do not count.
     config.dtype = next((t.dtype for t in plain.values() if t.is_floating_point()), torch.float32)
     if packed:
         # One quantised weight stands for all: they come from one `QuantConfig`.
         weight = next(iter(packed.values()))
+        # transformers quantises every linear layer that the config does not exempt by name.
         not_quantised = []
         for name, part in module.named_modules():
             if isinstance(part, nn.Linear) and f"{name}.weight" not in packed:

@@ -40,6 +40,7 @@ class Skeleton:
     config: dict[str, Any] = field(repr=False)
     # the checkpoint's generation_config.json, unchanged
     generation: dict[str, Any] = field(factory=dict, repr=False)
+    # Computed once: walking through all modules in every call would cost time.
     _names: frozenset[str] = field(init=False, repr=False)
     _buffers: tuple[str, ...] = field(init=False, repr=False)
     _layers: tuple[nn.Module, ...] = field(init=False, repr=False)
@@ -78,6 +79,7 @@ class Skeleton:
         """
         self._check_call(params)
         device = next(iter(params.values())).device
+        # functional_call replaces parameters and buffers by name, runs the module, and puts the old back.
         # Buffers are those of `module`, whatever an earlier call of this thread may have left in its copy.
         bound = {f"module.{n}": self.module.get_buffer(n).to(device) for n in self._buffers}
         for name, weight in params.items():
@@ -86,7 +88,8 @@ class Skeleton:
 
     def _check_call(self, params: Mapping[str, Tensor]) -> None:
         if params.keys() != self._names:
-            missing, unknown = sorted(self._names - params.keys()), sorted(params.keys() - self._names)
+            missing = sorted(self._names - params.keys())
+            unknown = sorted(params.keys() - self._names)
             raise ValueError(
                 f"{self.name}: params must be exactly its {len(self._names)} weights; "
                 f"missing {few(missing)}, unknown {few(unknown)}"
@@ -147,7 +150,7 @@ def checkpointed(skeleton: Skeleton) -> Skeleton:
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    module: Any = copy.deepcopy(skeleton.module)
+    module: Any = copy.deepcopy(skeleton.module)  # the given skeleton stays without checkpoints
     layers: list[Any] = [m for m in module.modules() if isinstance(m, GradientCheckpointingLayer)]
     # A layer inside a layer is recomputed with the outer one.
     inner: set[int] = set()
@@ -167,6 +170,7 @@ def _recompute(run: Any, *args: Any) -> Any:
     """What a checkpointed layer calls in place of torch's `checkpoint`: the same, with this call's
     weights.
     """
+    # transformers passes a partial, of the layer's bound method or with the layer as first argument.
     layer = run.args[0] if run.args else run.func.__self__
     # By the time of the recomputation the call is over and the layer holds other weights, or none.
     weights = {f"module.{n}": t for n, t in layer.named_parameters()}
@@ -191,6 +195,7 @@ def init_skeleton(
             more weights than this machine has memory for; before anything is allocated.
     """
     model_class, model_config = find_architecture(config, head)
+    # transformers keeps keys that it does not know, so a typing error would give the default without a word.
     settings = {*type(model_config)().to_dict(), *model_config.attribute_map, "model_type"}
     unknown = sorted(config.keys() - settings)
     if unknown:
@@ -198,11 +203,13 @@ def init_skeleton(
         raise ValueError(
             f"init_skeleton: a {config['model_type']} config has no {', '.join(unknown)}; it has {keys}"
         )
+    # transformers draws from the global generator, so `gen` gives the seed for that.
     seed = int(torch.randint(2**62, (), generator=gen))
     # The layers are counted from the config first: building many of them takes minutes even without weights.
     check_memory(count_layer_weights(model_config.to_dict()), config["model_type"])
     weightless = build_weightless(model_class, model_config)
     check_memory(sum(p.numel() for p in weightless.parameters()), config["model_type"])
+    # fork_rng puts the global generator back: who calls this sees its own numbers unchanged.
     with _BUILDING, torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)
         module = build_module(model_class, model_config)
@@ -229,8 +236,10 @@ def untie(skeleton: Skeleton, params: Mapping[str, Tensor]) -> tuple[Skeleton, P
     if not skeleton._tied:
         raise ValueError(f"untie: no two layers of {skeleton.name} share a weight")
     first_name = {id(p): n for n, p in skeleton.module.named_parameters()}
+    # {every name of a weight: the name that params have}
     source = {n: first_name[id(p)] for n, p in skeleton.module.named_parameters(remove_duplicate=False)}
     config = copy.deepcopy(skeleton.config)
+    # Models with a vision tower keep the setting in the config of their language model, some in both.
     for part in (config, config.get("text_config") or {}):
         if "tie_word_embeddings" in part:
             part["tie_word_embeddings"] = False
@@ -240,6 +249,7 @@ def untie(skeleton: Skeleton, params: Mapping[str, Tensor]) -> tuple[Skeleton, P
         raise ValueError(
             f"untie: {skeleton.name} without shared weights needs {few(missing)}, which it does not have"
         )
+    # The rules that turned the checkpoint's names into these, for `save_skeleton`.
     untied.module._weight_conversions = getattr(skeleton.module, "_weight_conversions", [])  # type: ignore[assignment]
     weights = {}
     for name, _ in untied.module.named_parameters():
@@ -256,6 +266,7 @@ def weights_digest(params: tree.Tree) -> str:
     for name, weight in tree.flatten(params).items():
         for i, part in enumerate(leaves(weight)):  # the tensors of a lazy weight
             tensors[f"{name} {i}" if i else name] = part
+    # Name, dtype and shape too: the same bytes can be another tensor.
     sha = hashlib.sha256()
     for name, tensor in track(sorted(tensors.items()), "hashing weights"):
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -297,6 +308,7 @@ def make_skeleton(module: Any, name: str, device: torch.device = torch.device("c
         for key, buffer in part._buffers.items():
             if buffer is not None:
                 part._buffers[key] = buffer.to(device)
+    # Through JSON: dtypes and enumerations become text, so the config can be stored and compared.
     config = json.loads(json.dumps(module.config.to_dict(), default=str))
     return Skeleton(module=module, name=name, config=config)
 
@@ -310,7 +322,7 @@ def _take_weights(module: Any, name: str) -> tuple[Skeleton, Params]:
         for key, p in list(part._parameters.items()):
             if p is None:
                 continue
-            if id(p) not in on_meta:
+            if id(p) not in on_meta:  # of tied weights once: both places then get the same meta parameter
                 on_meta[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
                 params[first_name[id(p)]] = p.detach().to("cpu", copy=True)
             part._parameters[key] = on_meta[id(p)]

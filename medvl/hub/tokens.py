@@ -13,6 +13,7 @@ from medvl.base import files
 from medvl.base.text import few
 from medvl.hub.checkpoints import find_file, new_folder, read_json
 
+# The special tokens of tokenizers that are trained here; the first two are CLIP's.
 START, END, PAD = "<|startoftext|>", "<|endoftext|>", "<|pad|>"
 
 
@@ -28,23 +29,29 @@ def tokenizer(name: files.PathLike) -> Any:
 
     path = Path(name)
     if path.is_file():
+        # First as plain JSON: the error for a broken file then names it.
         read_json(path)
         with _Reading("tokenizer", path):
             return _without_limits(_wrap(path))
+    # vocab.json is GPT-2's kind of tokenizer, vocab.txt BERT's.
     main = find_file(str(name), ("tokenizer.json", "vocab.json", "vocab.txt"))
-    if not path.is_dir():  # a hub name: AutoTokenizer finds all files in the snapshot folder
+    # Of a hub name the other files are brought too. AutoTokenizer is then given the snapshot folder, in which
+    # it finds all of them without asking the hub.
+    if not path.is_dir():
         find_file(str(name), ("tokenizer_config.json",))
         if main.name == "vocab.json":
             find_file(str(name), ("merges.txt",))
     if main.suffix == ".json":
         read_json(main)
-    with _Reading("tokenizer", main.parent):
-        if main.name == "tokenizer.json" and not (main.parent / "tokenizer_config.json").is_file():
+    folder = main.parent
+    with _Reading("tokenizer", folder):
+        # AutoTokenizer needs a config to choose a class; a tokenizer.json alone is complete without one.
+        if main.name == "tokenizer.json" and not (folder / "tokenizer_config.json").is_file():
             return _without_limits(_wrap(main))
-        # Without an explicit False, transformers asks on standard input whether to run the code that `auto_map` names.
-        return _without_limits(
-            AutoTokenizer.from_pretrained(main.parent, local_files_only=True, trust_remote_code=False)
-        )
+        # Without an explicit False, transformers asks on standard input whether to run the code that
+        # `auto_map` names.
+        tok = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return _without_limits(tok)
 
 
 def _without_limits(tok: Any) -> Any:
@@ -52,7 +59,7 @@ def _without_limits(tok: Any) -> Any:
 
     A first call would take them off while other threads use the tokenizer.
     """
-    backend = getattr(tok, "backend_tokenizer", None)
+    backend = getattr(tok, "backend_tokenizer", None)  # tokenizers in Python have none
     if backend is not None:
         backend.no_truncation()
         backend.no_padding()
@@ -80,6 +87,7 @@ class _Reading:
             ImportError,
             RecursionError,
         )
+        # Nothing was raised, or what is no fault of the file, such as KeyboardInterrupt: leave it as it is.
         if kind is None or not (kind is Exception or issubclass(kind, unreadable)):
             return
         if "trust_remote_code" in str(error):
@@ -88,7 +96,7 @@ class _Reading:
                 "never run; convert it with "
                 "save_pretrained of a tokenizer class that transformers has, or give its tokenizer.json alone"
             ) from error
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())  # on one line
         raise ValueError(
             f"{self.reader}: {self.path} does not hold one that transformers reads ({reason})"
         ) from error
@@ -109,15 +117,21 @@ def image_processor(name: files.PathLike) -> Any:
 
     main = find_file(str(name), ("preprocessor_config.json", "processor_config.json"))
     config = read_json(main)
+    # processor_config.json holds the settings one level down, beside those of the tokenizer.
     config = config.get("image_processor", config)
     if not isinstance(config, dict):
         raise ValueError(
             f"image_processor: {main}: image_processor must be an object, found {type(config).__name__}"
         )
+    # Files name the class under two keys and in three forms (CLIPImageProcessor, CLIPImageProcessorFast,
+    # CLIPFeatureExtractor). The class on Pillow is taken by its name: AutoImageProcessor would ask for
+    # torchvision.
     class_name = str(config.get("image_processor_type") or config.get("feature_extractor_type"))
     base = class_name.removesuffix("Fast").replace("FeatureExtractor", "ImageProcessor")
-    kind = getattr(transformers, f"{base}Pil", None) if base.endswith("ImageProcessor") else None
-    if kind is None:  # AutoImageProcessor would ask for torchvision
+    kind = None
+    if base.endswith("ImageProcessor"):
+        kind = getattr(transformers, f"{base}Pil", None)
+    if kind is None:
         raise ValueError(
             f"image_processor: {main} must name one that transformers has on Pillow "
             f"(CLIPImageProcessor...), found {class_name!r}"
@@ -157,21 +171,27 @@ def train_bpe(
             f"{len(texts)} texts, {vocab_size}"
         )
     tok: Any = Tokenizer(models.BPE())
-    spaces = [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
-    tok.normalizer = normalizers.Sequence([*spaces, *([normalizers.Lowercase()] if lower else [])])
+    # One form of each accented letter, single spaces, none at the ends.
+    steps = [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+    if lower:
+        steps.append(normalizers.Lowercase())
+    tok.normalizer = normalizers.Sequence(steps)
+    # The first word gets a space too, so that it has the same tokens as within a text.
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tok.decoder = decoders.ByteLevel()
+    # All 256 bytes are tokens from the start, so every text can be encoded. Sorted: they come in no fixed order.
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[START, END, PAD],
         initial_alphabet=sorted(alphabet),
-        min_frequency=2,
+        min_frequency=2,  # pairs that occur once are not merged
         show_progress=False,
     )
     tok.train_from_iterator(texts, trainer)
     ids = [(t, tok.token_to_id(t)) for t in (START, END)]
     tok.post_processor = processors.TemplateProcessing(single=f"{START} $A {END}", special_tokens=ids)
+    # transformers' class around it is read from a file, as that of any other tokenizer.
     with tempfile.TemporaryDirectory() as tmp:
         tok.save(f"{tmp}/tokenizer.json")
         fast = _wrap(Path(tmp) / "tokenizer.json", bos_token=START, eos_token=END, pad_token=PAD)
@@ -195,17 +215,25 @@ def tokenize(tok: Any, texts: Sequence[str], context: int) -> tuple[Tensor, Tens
         ValueError: no texts, not texts, or a tokenizer that puts no end token behind a text.
     """
     rows = _encode(tok, texts, context)
-    if any(len(r) > context for r in rows):
+    longest = max(map(len, rows))
+    if longest > context:
         warnings.warn(
             f"tokenize: texts longer than {context} tokens lose their tail (count them with "
             "tokens.truncated)",
             stacklevel=2,
         )
-    rows = [r if len(r) <= context else [*r[: context - 1], r[-1]] for r in rows]
-    longest = max(map(len, rows))
-    pad = tok.eos_token_id if tok.pad_token_id is None else tok.pad_token_id
-    ids = torch.tensor([r + [pad or 0] * (longest - len(r)) for r in rows])
-    return ids, torch.arange(longest) < torch.tensor([len(r) for r in rows])[:, None]
+        # The end token must stay: CLIP's text encoder reads the embedding at its place.
+        longest = context
+        rows = [row if len(row) <= context else [*row[: context - 1], row[-1]] for row in rows]
+
+    # Padding is masked, so which token fills it does not matter; 0 where a tokenizer has neither.
+    pad = tok.pad_token_id
+    if pad is None:
+        pad = tok.eos_token_id or 0
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
+    mask = torch.arange(longest) < lengths[:, None]
+    return ids, mask
 
 
 def truncated(tok: Any, texts: Sequence[str], context: int) -> int:
@@ -214,22 +242,32 @@ def truncated(tok: Any, texts: Sequence[str], context: int) -> int:
 
 
 def _encode(tok: Any, texts: Sequence[str], context: int) -> list[list[int]]:
+    """Token ids of each text, of its full length, with start and end token."""
+    # A string is a sequence of strings too: its letters would become a batch. With a context below 3 nothing
+    # would be left between start and end token.
     bad = [type(t).__name__ for t in texts if not isinstance(t, str)]
     if isinstance(texts, str) or not len(texts) or bad or context < 3:
         raise ValueError(
             f"tokenize: needs a list of texts and context >= 3, got {len(texts)} texts, context "
             f"{context}, other types {few(bad)}"
         )
+    # `tokenize` cuts before the last token and keeps it: that must be an end token.
     empty = tok("", truncation=False)["input_ids"]
     if not empty or empty[-1] not in tok.all_special_ids:
         raise ValueError(
             "tokenize: the tokenizer must put an end token behind every text, but an empty text "
             f"gives {empty}"
         )
+    # Not verbose: it would warn of texts longer than the model's limit, which are cut by the caller.
     return tok(list(texts), truncation=False, padding=False, verbose=False)["input_ids"]
 
 
 def _wrap(path: Path, **special: str) -> Any:
+    """transformers' class around a tokenizer.json.
+
+    Args:
+        special: its special tokens, such as eos_token; without any, the end token is found.
+    """
     from transformers import PreTrainedTokenizerFast
 
     fast = PreTrainedTokenizerFast(tokenizer_file=str(path), **special)

@@ -28,7 +28,11 @@ def place_entries(module: Any, entries: Mapping[str, Entry]) -> tuple[dict[str, 
     from transformers.core_model_loading import dot_natural_key, rename_source_key
 
     rules, renamings, converters = _conversion_rules(module)
-    converter_of = {pattern: c for c in converters for pattern in c.source_patterns}
+    converter_of: dict[str, Any] = {}
+    for converter in converters:
+        for pattern in converter.source_patterns:
+            converter_of[pattern] = converter
+    # The state dict has the buffers too, and keys that name one are no error.
     tensors, prefix = module.state_dict(), module.base_model_prefix
     params = {n for n, _ in module.named_parameters(remove_duplicate=False)}
 
@@ -46,11 +50,13 @@ def place_entries(module: Any, entries: Mapping[str, Entry]) -> tuple[dict[str, 
         elif pattern is None:
             placed[name] = entries[key]
         else:
+            # A piece of a weight, or a weight that becomes several.
             # The converter collects what it is given, so every parameter needs one of its own.
             conversion = conversions.setdefault(name, copy.deepcopy(converter_of[pattern]))
             conversion.add_tensor(name, key, pattern, entries[key].read)
 
     for name, conversion in conversions.items():
+        # The first target stands for all: the names of the others differ from it in this part only.
         converted: dict[str, Tensor] = {}  # shared by the parameters that one conversion makes
         targets = conversion.target_patterns
         for target in targets:
@@ -72,6 +78,7 @@ def current_names(skeleton: Skeleton, names: Iterable[str]) -> dict[str, str]:
     module: Any = skeleton.module
     names = list(names)
     params = {n for n, _ in module.named_parameters(remove_duplicate=False)}
+    # The usual case, and the rules could only mistake a name of today for an older one.
     if params.issuperset(names):
         return {n: n for n in names}
     _, renamings, converters = _conversion_rules(module)
@@ -109,6 +116,7 @@ def published_state(
         else:
             for suffix, part in four_bit.pack_weight(packed[param]).items():
                 state[name + suffix] = part
+    # Codes that were not found again were split or joined by a conversion, which does not know 4 bits.
     if name_of_codes:
         raise ValueError(
             f"save: {few(sorted(name_of_codes.values()))} are stored split or joined; they cannot be "
