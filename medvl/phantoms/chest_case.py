@@ -109,7 +109,7 @@ def draw_chest_case(cfg: PhantomConfig, gen: Gen) -> ChestCase:
     Age, smoking, heart failure and infection make findings go together; none of them decides one.
     """
     age = int(np.clip(gen.normal(60, 15), 20, 92))
-    smoke, failure, infect = gen.standard_normal(3)
+    smoke, failure, infect = gen.standard_normal(3)  # how much of each, unit normal
     body = _draw_body(cfg, gen)
     old = (age - 60) / 15
     log_odds = {
@@ -130,6 +130,7 @@ def draw_chest_case(cfg: PhantomConfig, gen: Gen) -> ChestCase:
         probability = 1 / (1 + np.exp(-log_odds[name]))
         if gen.random() < probability:
             present.append(name)
+    # Before the lesions are drawn: those of the heart lie on its surface.
     if "Cardiomegaly" in present:
         body["heart"] = gen.uniform(0.53, 0.64)
     sex = "FM"[gen.integers(2)]
@@ -199,8 +200,11 @@ def _draw_place(
     angle = gen.uniform(0, 2 * np.pi)
     # The lung's section at this height is an ellipse between the mediastinum and the chest wall.
     width = float(taper(body, z))
-    outer, inner = body["ta"] * width, body["gap"] + 12
-    x = (outer + inner) / 2 + (outer - inner) / 2 * r * np.cos(angle)
+    outer = body["ta"] * width
+    inner = body["gap"] + 12
+    middle = (outer + inner) / 2
+    half = (outer - inner) / 2
+    x = middle + half * r * np.cos(angle)
     y = 0.82 * body["tb"] * width * r * np.sin(angle)
     side = "right" if sign > 0 else "left"
     return side, sign * x, y, z
@@ -208,7 +212,9 @@ def _draw_place(
 
 def taper(body: Body, z: ArrayLike) -> Array:
     """How much narrower than its base the inner chest is at height z in mm (1 = as wide)."""
-    t = np.clip((np.asarray(z) + 20) / (body["apex"] + 20), 0, 1)
+    t = np.clip(
+        (np.asarray(z) + 20) / (body["apex"] + 20), 0, 1
+    )  # 0 up to 20 mm below the hilum, 1 at the apex
     return np.sqrt(np.clip(1 - t**2.6, 1e-3, None))
 
 
@@ -320,10 +326,12 @@ def _draw_coronary_calcium(body: Body, gen: Gen) -> Lesions:
         start, end = np.array(path[0]), np.array(path[1])
         length = gen.uniform(6, 25)
         middle = gen.random()  # along the artery, 0 to 1
-        half = length / np.linalg.norm((end - start) * radii) / 2
+        artery = np.linalg.norm((end - start) * radii)  # mm
+        half = length / artery / 2
         ends = []
         for t in (middle - half, middle + half):
             place = start + np.clip(t, 0, 1) * (end - start)
+            # Projected to 2.5 mm under the heart's surface.
             ends.append(centre + (radii - 2.5) * place / np.linalg.norm(place))
         plaques.append(_draw_plaque(ends[0], ends[1], gen))
     return tuple(plaques)
@@ -338,6 +346,7 @@ def _draw_aortic_calcium(body: Body, gen: Gen) -> Lesions:
         i = gen.choice(len(lengths), p=lengths / lengths.sum())
         segment = path[i + 1] - path[i]
         middle = path[i] + gen.random() * segment
+        # From the centre line to the wall, in any direction.
         angle = gen.uniform(0, 2 * np.pi)
         middle = middle + body["aorta"] * np.array([np.cos(angle), np.sin(angle), 0.0])
         half = segment / lengths[i] * gen.uniform(4, 15)

@@ -152,10 +152,12 @@ def write_chest_report(case: ChestCase, gen: Gen) -> dict[str, str]:
     random order, mixed with others that say nothing of the findings. The impression holds the present
     findings alone.
     """
+    # A number is drawn for absent findings only.
     negated = [name for name in FINDINGS if name not in case.findings and gen.random() < 0.5]
     sentences = [_affirm(name, lesions, gen) for name, lesions in case.findings.items()]
     sentences += [_negate(name, gen) for name in negated]
     sentences += [_OTHER[i] for i in gen.choice(len(_OTHER), gen.integers(1, 5), replace=False)]
+    # Drawn anew, so that the impression does not repeat the words of the findings.
     impression = [_affirm(name, lesions, gen) for name, lesions in case.findings.items()]
     # The order of these draws is part of the data: a dict evaluates its values in order.
     return {
@@ -175,8 +177,8 @@ def _shuffle(sentences: list[str], gen: Gen) -> str:
 
 
 def _draw_term(name: str, gen: Gen) -> str:
-    usual, other = _TERMS[name]
-    return usual if gen.random() < 0.7 else other
+    usual, rare = _TERMS[name]
+    return usual if gen.random() < 0.7 else rare
 
 
 def _affirm(name: str, lesions: Lesions, gen: Gen) -> str:
@@ -193,11 +195,13 @@ def _affirm(name: str, lesions: Lesions, gen: Gen) -> str:
         "amount": _amount(name, largest.size_mm),
     }
     text = _pick(_POSITIVE[name], gen).format(**words)
+    # "on the bilateral side" is no English.
     text = text.replace("the bilateral side", "both sides").replace("the bilateral", "both sides")
     return _capitalize(text)
 
 
 def _amount(name: str, size_mm: float) -> str:
+    # Limits in mm: about thirds of the depths that are drawn, 8-22 (pericardium) and 14-65 (pleura).
     small, large = (12, 17) if name == "Pericardial effusion" else (28, 48)
     if size_mm < small:
         return "small"

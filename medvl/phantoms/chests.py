@@ -55,11 +55,14 @@ def draw_chests(cfg: PhantomConfig, folder: files.PathLike, workers: int = 1) ->
     names_of = {split: list(volume_names(cfg, split)) for split in SPLITS}
     counts = {split: len(volumes) for split, volumes in names_of.items()}
     complete = folder / "phantoms.json"
+    # Before anything is written or skipped: files of another config must not be mixed with these.
     _check_config(cfg, folder)
     if complete.exists():
         return counts
     write = partial(_write_volume, cfg, folder)
-    volumes = [volume for split in SPLITS for volume in names_of[split]]
+    volumes: list[str] = []
+    for split in SPLITS:
+        volumes += names_of[split]
     if workers > 1:
         with worker_pool(workers) as processes:
             written = processes.map(write, volumes, chunksize=16)
@@ -70,6 +73,7 @@ def draw_chests(cfg: PhantomConfig, folder: files.PathLike, workers: int = 1) ->
     for split, split_volumes in names_of.items():
         if split_volumes:
             _write_tables(cfg, folder, split, [metadata[volume] for volume in split_volumes])
+    # Last: its presence says that the folder is complete.
     record = {"config": asdict(cfg), "volumes": counts}
     files.write_text(complete, json.dumps(record, indent=1) + "\n")
     return counts
@@ -109,7 +113,7 @@ def _generator(seed: int, name: str) -> Gen:
 def _check_config(cfg: PhantomConfig, folder: Path) -> None:
     """Refuse a folder of another config. The config is written first, so that two never mix in one folder."""
     config_file = folder / "phantoms.config.json"
-    record = json.loads(json.dumps(asdict(cfg)))
+    record = json.loads(json.dumps(asdict(cfg)))  # tuples become lists, as in the file
     if not config_file.exists():
         files.write_text(config_file, json.dumps(record, indent=1) + "\n")
         return
@@ -128,7 +132,9 @@ def _write_volume(cfg: PhantomConfig, folder: Path, name: str) -> dict[str, str]
     if not path.exists():
         nifti = _encode_nifti(draw_volume(cfg, name), _generator(cfg.seed, f"{name} file"))
         with files.atomic(path) as tmp:
+            # mtime=0: the same volume is the same file.
             tmp.write_bytes(igzip.compress(nifti, compresslevel=1, mtime=0))
+    # A fresh generator gives the view of the volume again, also of one that was there already.
     view = draw_view(cfg, _generator(cfg.seed, name))
     return _metadata(name, draw_volume_case(cfg, name), view)
 
@@ -144,7 +150,7 @@ def _encode_nifti(volume: DrawnVolume, gen: Gen) -> bytes:
     header.set_xyzt_units("mm")
     header["scl_slope"] = 1
     header["scl_inter"] = intercept
-    header["vox_offset"] = 352
+    header["vox_offset"] = 352  # bytes of the header (348) and of the empty extension after it (4)
     header["magic"] = b"n+1"
     stored = volume.hu - np.int16(intercept)
     return header.binaryblock + bytes(4) + stored.tobytes(order="F")
@@ -152,6 +158,7 @@ def _encode_nifti(volume: DrawnVolume, gen: Gen) -> bytes:
 
 def _write_tables(cfg: PhantomConfig, folder: Path, split: str, metadata: list[dict[str, str]]) -> None:
     reports, labels = [], []
+    # The report and the labels of a volume are drawn again: they are pure functions of its name.
     for row in metadata:
         column = {"VolumeName": row["VolumeName"]}
         name = row["VolumeName"].removesuffix(".nii.gz")

@@ -122,7 +122,7 @@ def draw_modality_case(
     The 12 cases from a multiple of 12 on have all combinations of number of marks, side and kind.
     """
     block = _generator(cfg, 1, split, modality, number // 12).permutation(12)
-    count, side, kind = np.unravel_index(block[number % 12], (3, 2, 2))
+    count, side, kind = np.unravel_index(block[number % 12], (3, 2, 2))  # 3 numbers, 2 sides, 2 kinds
     n = int(count) + 1
     gen = _generator(cfg, 0, split, modality, number)
     scene = styles.draw_scene(modality, cfg.size, gen)
@@ -166,7 +166,9 @@ def question_answers(
 
 def general_answer(family: str, case: ModalityCase) -> str:
     """The answer in words that fit every picture, and the viewer's sides; "terms" has the modality's."""
-    mark, speech, name = MARKS[case.modality][case.kind], SPEECH[case.modality], NAMES[case.modality]
+    mark = MARKS[case.modality][case.kind]
+    speech = SPEECH[case.modality]
+    name = NAMES[case.modality]
     brightness = "bright" if mark.bright else "dark"
     edge = "sharp" if mark.sharp else "soft"
     if family == "describe":
@@ -209,12 +211,13 @@ def _draw_places(zone: np.ndarray, n: int, gen: np.random.Generator) -> tuple[np
     y, x = styles.grid(len(zone))
     rows, columns = np.nonzero(zone)  # from top to bottom
     thirds = np.sort(gen.permutation(3)[:n])
-    bounds = len(rows) * np.arange(4) // 3
+    bounds = len(rows) * np.arange(4) // 3  # thirds of the zone's pixels, which need not be of equal height
     sets = np.stack([gen.integers(bounds[t], bounds[t + 1], size=200) for t in thirds], 1)
     places = np.stack([x[0, columns[sets]], y[rows[sets], 0]], -1)  # [set, n, 2]
     offsets = places[:, :, None] - places[:, None]
     distances = np.hypot(offsets[..., 0], offsets[..., 1]) + np.eye(n)  # a point is no neighbour of itself
     room = distances.min((1, 2))
+    # argmax takes the first of equal ones: capped, all sets with enough room are equal.
     best = np.argmax(np.minimum(room, _MIN_GAP))
     return places[best], tuple(HEIGHTS[t] for t in thirds)
 

@@ -75,6 +75,7 @@ def write_split(
     lines = []
     for i in track(range(count), f"drawing pictures, {split}"):
         name, picture, picture_lines = draw(i)
+        # An unfinished picture never has its final name, so a table that is there has all of its pictures.
         with files.atomic(folder / name) as tmp:
             Image.fromarray(picture).save(tmp, format="PNG")
         lines += [json.dumps(line) + "\n" for line in picture_lines]
@@ -95,23 +96,31 @@ def draw_picture(cfg: PictureConfig, split: str, number: int) -> tuple[np.ndarra
     gen = np.random.default_rng([cfg.seed, SPLITS.index(split), number])
     n = cfg.size
     y, x = np.mgrid[0:n, 0:n] / n - 0.5
-    image = 20 + 70.0 * ((x / 0.45) ** 2 + (y / 0.48) ** 2 < 1)
-    for side in (-1, 1):  # lungs
-        image[((x - side * 0.2) / 0.15) ** 2 + (y / 0.36) ** 2 < 1] = 45
+    body = (x / 0.45) ** 2 + (y / 0.48) ** 2 < 1
+    image = 20 + 70.0 * body
+    for side in (-1, 1):
+        lung = ((x - side * 0.2) / 0.15) ** 2 + (y / 0.36) ** 2 < 1
+        image[lung] = 45
     # Nodules, each in another of the four zones (side, upper or lower).
     count = int(gen.integers(0, 4))
-    zones = [(side, zone) for side in range(2) for zone in range(2)]
-    chosen = [zones[i] for i in gen.permutation(4)[:count]]
+    chosen = []
+    for i in gen.permutation(4)[:count]:
+        side, zone = divmod(int(i), 2)
+        chosen.append((side, zone))
     for side, zone in chosen:
         center_x = (-0.2, 0.2)[side] + gen.uniform(-0.05, 0.05)
         center_y = (-0.17, 0.17)[zone] + gen.uniform(-0.06, 0.06)
         value = gen.uniform(150, 230)
         radius = gen.uniform(0.05, 0.07)
-        image[(x - center_x) ** 2 + (y - center_y) ** 2 < radius**2] = value
-    image = np.clip(image + gen.normal(0, 6, image.shape), 0, 255).astype(np.uint8)
+        nodule = (x - center_x) ** 2 + (y - center_y) ** 2 < radius**2
+        image[nodule] = value
+    noisy = image + gen.normal(0, 6, image.shape)
+    image = np.clip(noisy, 0, 255).astype(np.uint8)
     picture = np.repeat(image[..., None], 3, 2)
     # Side and zone can be asked of a single nodule only.
-    kind = ("count", "side", "zone")[int(gen.integers(3)) if count == 1 else 0]
+    kind = "count"
+    if count == 1:
+        kind = ("count", "side", "zone")[int(gen.integers(3))]
     if kind == "count":
         verb, plural = ("is", "") if count == 1 else ("are", "s")
         answer = f"There {verb} {_NUMBERS[count]} nodule{plural}."

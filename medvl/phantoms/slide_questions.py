@@ -74,6 +74,7 @@ def draw_slides(cfg: SlideConfig, folder: files.PathLike) -> dict[str, int]:
         number of "slides", "captions", and questions of "train", "valid", "test".
     """
     folder = Path(folder)
+    # The rows of motifs are known only while slides are drawn; without them truth.jsonl cannot be written.
     truth_file = folder / "truth.jsonl"
     motif_rows = None
     if not truth_file.exists():
@@ -119,6 +120,7 @@ def draw_questions(cfg: SlideConfig, split: str, number: int) -> list[Question]:
     for k, (name, family) in enumerate(FAMILIES.items()):
         gen = slide_generator(cfg, 2, split, number, k)
         subject, right, wrong = _draw_options(name, truth, gen)
+        # The right option's place is not drawn but counted through, so that no letter is right more often.
         place = balanced_index(cfg, 10 + k, split, number) % (len(wrong) + 1)
         options = [str(option) for option in gen.permutation(wrong)]
         options.insert(place, right)
@@ -131,13 +133,13 @@ def draw_questions(cfg: SlideConfig, split: str, number: int) -> list[Question]:
 def draw_captions(cfg: SlideConfig, split: str, number: int) -> list[tuple[str, str]]:
     """Two pairs (prompt, caption): five short sentences in any order, each in one of several phrasings."""
     truth = draw_truth(cfg, split, number)
-    one, two = [tissue for tissue in OPTIONAL if tissue in truth.tissues]
+    first, second = [tissue for tissue in OPTIONAL if tissue in truth.tissues]  # a slide has two of them
     words = {
         "tumour": truth.tumour_class,
         "grade": truth.grade,
         "dominant": truth.dominant,
-        "one": one,
-        "two": two,
+        "one": first,
+        "two": second,
         "motif": truth.motif,
     }
     kinds = [
@@ -149,6 +151,7 @@ def draw_captions(cfg: SlideConfig, split: str, number: int) -> list[tuple[str, 
     ]
     captions = []
     for i in range(_CAPTIONS):
+        # A generator for each: more captions of a slide would leave these as they are.
         gen = slide_generator(cfg, 3, split, number, i)
         sentences = []
         for k in gen.permutation(len(kinds)):
@@ -200,7 +203,7 @@ def _bench_rows(split: str, slides: list[_AskedSlide]) -> Iterator[dict]:
         code, _ = CLASSES[truth.tumour_class]
         for name, question in zip(_question_ids(split, number), questions, strict=True):
             family = FAMILIES[question.family]
-            options = [*question.options, "", ""][:4]
+            options = [*question.options, "", ""][:4]  # of two to four options; missing ones are empty cells
             cells = (name, truth.name, code, family.broad, family.narrow, question.question)
             yield dict(zip(COLUMNS, (*cells, *options, question.letter), strict=True))
 

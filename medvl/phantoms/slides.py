@@ -148,6 +148,7 @@ def draw_truth(cfg: SlideConfig, split: str, number: int) -> Truth:
         )
     gen = slide_generator(cfg, 0, split, number)
     n = _draw_size(cfg, split, number, gen)
+    # Each label has an order of its own, so that no two of them go together.
     grade = balanced_index(cfg, 1, split, number) % 3
     lymphocytes = tuple(LYMPHOCYTES)[balanced_index(cfg, 2, split, number) % 2]
     pair = list(combinations(OPTIONAL, 2))[balanced_index(cfg, 3, split, number) % 6]
@@ -166,7 +167,8 @@ def draw_truth(cfg: SlideConfig, split: str, number: int) -> Truth:
         low, high = (2.6, 3.2) if name == dominant else (0.85, 1.15)
         weights[name] = gen.uniform(low, high)
     total = sum(weights.values())
-    shares |= {name: weight / total * remainder for name, weight in weights.items()}
+    for name, weight in weights.items():
+        shares[name] = weight / total * remainder
     counts = {name: max(1, round(shares[name] * n)) for name in TISSUES if name in shares}
     counts[dominant] += n - sum(counts.values())  # what rounding left over
     motif_patches = 0
@@ -247,8 +249,9 @@ def _bumps(rows: Array, columns: Array, at: Array, width: Array) -> tuple[Array,
 
 def _draw_outline(n: int, gen: np.random.Generator) -> Array:
     """Row and column [n, 2] of a slide's patches, row by row: one to three pieces with uneven edges."""
-    height = int(np.ceil(np.sqrt(n / _FILLED * gen.uniform(0.6, 1.6))))
-    width = int(np.ceil(n / _FILLED / height))
+    cells = n / _FILLED  # of the grid
+    height = int(np.ceil(np.sqrt(cells * gen.uniform(0.6, 1.6))))
+    width = int(np.ceil(cells / height))
     # A height map of a few large bumps and 24 small ones, up or down; its n highest cells are tissue.
     pieces = int(gen.integers(1, 4))
     at = np.concatenate([gen.uniform(0.22, 0.78, (pieces, 2)), gen.uniform(0, 1, (24, 2))])
@@ -256,7 +259,9 @@ def _draw_outline(n: int, gen: np.random.Generator) -> Array:
     high = np.concatenate([np.ones(pieces), gen.uniform(-0.3, 0.3, 24)]).astype(np.float32)
     rows, columns = _bumps(np.linspace(0, 1, height), np.linspace(0, 1, width), at, size)
     elevation = (rows * high) @ columns.T
-    inside = np.sort(np.argpartition(-elevation.ravel(), n - 1)[:n])
+    # Sorting brings the patches into the order of rows, in which slides are read.
+    highest = np.argpartition(-elevation.ravel(), n - 1)[:n]
+    inside = np.sort(highest)
     return np.stack(np.divmod(inside, width), 1)
 
 
@@ -273,7 +278,10 @@ def _draw_regions(truth: Truth, cells: Array, gen: np.random.Generator) -> Array
         at = cells[gen.choice(free, 3)]
         size = gen.uniform(0.06, 0.16, 3) * extent.mean()
         rows, columns = _bumps(np.arange(extent[0]), np.arange(extent[1]), at, size)
-        elevation = np.einsum("nk,nk->n", rows[cells[free, 0]], columns[cells[free, 1]])
+        # Only at the free cells: the whole map of a large slide would be many times larger.
+        rows = rows[cells[free, 0]]
+        columns = columns[cells[free, 1]]
+        elevation = np.einsum("nk,nk->n", rows, columns)
         elevation += 0.05 * gen.random(len(free), np.float32)  # ragged edges
         highest = np.argpartition(-elevation, count - 1)[:count]
         tissue[free[highest]] = TISSUES.index(name)
@@ -300,21 +308,24 @@ def _draw_features(
     base = p.tissues.copy()  # [tissue, d]
     base[TISSUES.index("tumour")] += p.classes[list(CLASSES).index(truth.tumour_class)]
     along, everywhere = _STAIN
+    # One shift for all patches of a slide, as they are stained together.
     stain = along * gen.standard_normal(len(p.stain), np.float32) @ p.stain
     base += stain + everywhere * gen.standard_normal(cfg.dim, np.float32)
-    out = np.empty((len(tissue), cfg.dim), np.float16)
+    features = np.empty((len(tissue), cfg.dim), np.float16)
     for start in range(0, len(tissue), _CHUNK):
         kinds = tissue[start : start + _CHUNK]
         stop = start + len(kinds)
         x = gen.standard_normal((len(kinds), cfg.dim), np.float32)
         x *= _NOISE
-        x += (gen.standard_normal((len(kinds), _RANK), np.float32) * p.strength[kinds]) @ p.spread
+        variation = gen.standard_normal((len(kinds), _RANK), np.float32) * p.strength[kinds]
+        x += variation @ p.spread
         x += base[kinds]
         rows = motif_rows[(motif_rows >= start) & (motif_rows < stop)]
         if len(rows):
-            x[rows - start] += p.motifs[list(MOTIFS).index(truth.motif)]
-        out[start:stop] = x
-    return out
+            motif = list(MOTIFS).index(truth.motif)
+            x[rows - start] += p.motifs[motif]
+        features[start:stop] = x
+    return features
 
 
 # Files ------------------------------------------------------------------------------------------------------
