@@ -1,8 +1,8 @@
 """The sums over patches of which every kind of `compress` is made: blocks of them, added up in any order.
 
 Shapes: b slides, n patches, k slots, d width, h heads; g groups of r rows (heads and slots) with values of
-width v. A group is what shares its values: attention has a group for each head, [g = h, r = k, v = d / h]; all
-others have one, where a perceiver's rows are heads and slots, [1, h k, d], and the other kinds' slots,
+width v. A group is what shares its values: attention has a group for each head, [g = h, r = k, v = d / h];
+all others have one, where a perceiver's rows are heads and slots, [1, h k, d], and the other kinds' slots,
 [1, k, d].
 """
 
@@ -201,7 +201,7 @@ def _sum_block(
     else:
         if keep is not None:
             scores = scores.masked_fill(~keep[..., None, None], -math.inf)
-        # Relative to the block's largest score, so that exp cannot overflow. It cancels out, hence no gradient.
+        # Relative to the largest score, so that exp cannot overflow. It cancels out, hence no gradient.
         top = scores.detach().amax(1)
         weight = (scores - finite_top(top)[:, None]).exp()
     total = torch.einsum("bngr,bngv->bgrv", weight, values)

@@ -1,8 +1,8 @@
 """Drawn data to learn from and to test on, of which the truth is known and which shows no patient.
 
 `chests` writes folders of chest CTs with reports, labels and metadata (`chest_case` draws the patient,
-`chest_voxels` the volume on a `canvas`, `chest_report` the text). `pictures` and `modalities` write pictures
-with questions, in the `styles` of eight modalities. `slides` draws whole slides as patch features, and
-`slide_questions` writes them with captions and questions. All are pure functions of a config and a name, so
-the order of the random draws must stay.
+`chest_voxels` the volume on a `canvas`, `chest_findings` the lesions in it, `chest_report` the text).
+`pictures` and `modalities` write pictures with questions, in the `styles` of eight modalities. `slides` draws
+whole slides as patch features, and `slide_questions` writes them with captions and questions. All are pure
+functions of a config and a name, so the order of the random draws must stay.
 """

@@ -218,6 +218,18 @@ def taper(body: Body, z: ArrayLike) -> Array:
     return np.sqrt(np.clip(1 - t**2.6, 1e-3, None))
 
 
+def diaphragm_height(body: Body, x: Array, y: Array) -> Array:
+    """Height in mm of the diaphragm over places in mm: a dome per side, deepest behind."""
+    centre = 0.52 * body["ta"]
+    top = np.where(x > 0, np.float32(body["dome_right"]), np.float32(body["dome_left"]))
+    side = (np.abs(x) - centre) / (0.5 * body["ta"])
+    back = y / body["tb"]
+    to_side = 34 * np.clip(side, 0, None) ** 2
+    to_both_ends = 26 * back**2
+    to_back = 30 * np.clip(-back, 0, None) ** 2
+    return top - to_side - to_both_ends - to_back
+
+
 def _draw_spots(
     body: Body, gen: Gen, count: int, size: Callable[[], float], hu: Callable[[], float], **place: Any
 ) -> Lesions:

@@ -17,8 +17,8 @@ scale in the module, c_j = w_j s_j and R the sum of the ranks:
 - "dare_linear", "dare_ties": values are dropped at random (kept: `density`) and the remaining ones divided by
   it, then as linear or ties.
 - "magnitude_prune": the share `density` of largest values is kept, then as linear.
-- "..._svd": the same on the full matrices s_j B_j A_j with weights w_j, then an SVD. Forms k dense matrices of
-  one module at a time and takes a dense SVD: seconds for each wide module.
+- "..._svd": the same on the full matrices s_j B_j A_j with weights w_j, then an SVD. Forms k dense matrices
+  of one module at a time and takes a dense SVD: seconds for each wide module.
 """
 
 import itertools
@@ -244,7 +244,7 @@ def _as_pool(adapters: Sequence[Adapter] | Pool) -> Pool:
 
 
 def _adapter_alone(pool: Pool, w: Tensor, rule: str) -> Adapter:
-    """A router, replaced tensors or a gate per sample cannot be weighted: the adapter is handed on as it is."""
+    """The one adapter of a pool as it is: a router, replaced tensors or a gate per sample has no weight."""
     if rule != "cat" or not bool((w == 1).all()):
         raise ValueError(
             f"compose_adapters: {pool.names[0]!r} has {_special_part(pool.alone[0])}; "

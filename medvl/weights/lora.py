@@ -116,7 +116,7 @@ def target_layers(cfg: LoraConfig, skeleton: Any) -> dict[str, str]:
     """
     kinds = adaptable_layers(skeleton)
     if cfg.pattern == "all-linear":
-        # As peft's "all-linear": the head is linear too, but an adapter on it would be as wide as the vocabulary.
+        # As peft's "all-linear": the head is linear too, but its adapter would be as wide as the vocabulary.
         layers = {n for n, kind in kinds.items() if kind != "embedding" and not _HEAD.search(n)}
         layers = _without_vision(cfg, layers)
     elif cfg.pattern:
@@ -132,7 +132,7 @@ def target_layers(cfg: LoraConfig, skeleton: Any) -> dict[str, str]:
 
 
 def _layers_of_target(cfg: LoraConfig, target: str, kinds: Mapping[str, str]) -> set[str]:
-    # Every target must name a layer, each for itself: one misspelt name of four would train a smaller adapter.
+    # Each target must name a layer: with one misspelt name of four a smaller adapter would be trained.
     matches = {n for n in kinds if _is_end(n, target)}
     layers = _without_vision(cfg, matches)
     if layers:
