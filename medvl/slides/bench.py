@@ -114,7 +114,7 @@ def extract_choice(
         fields: broad, narrow, id, extra.
     """
     lettered = choices.letter_options(options)
-    # A question that was not asked has no choice, even if a text is given: it counts as missing, not as wrong.
+    # A question that was not asked has no choice, even if a text is given: it counts as missing.
     chosen = ""
     if not missing:
         chosen = choice_answers.extract_letter(answer, lettered)
@@ -162,6 +162,7 @@ def score_choices(
         raise ValueError("score_choices: needs at least one answer")
     common: dict[str, Any] = {"split": split, "experiment": experiment}
     correct = np.array([_is_correct(row) for row in rows])
+    # Several slides of a patient are not independent: intervals draw patients.
     patients = [names.case_of(row.slide) for row in rows]
     categories = [row.narrow or row.broad for row in rows]
     # Every interval starts from this seed: it then depends on its own rows only, not on the other subjects.
@@ -315,7 +316,7 @@ def _macro_accuracy(
     table = table[table.any(1)]  # leaves out patients without a category of this level
 
     def means(counts: np.ndarray, _: np.ndarray, weights: np.ndarray | None) -> dict[str, np.ndarray]:
-        """Accuracy of each category: [c] of all patients, or [replicates, c] by weights [patients, replicates]."""
+        """Accuracy of each category: [c], or [replicates, c] by weights [patients, replicates]."""
         if weights is None:
             totals = np.ones((1, len(counts))) @ counts
             hits, sizes = np.split(totals, 2, axis=1)
@@ -584,5 +585,5 @@ def _common_length(a: Sequence[str], b: Sequence[str]) -> int:
     for word in b:
         hit = row & places.get(word, 0)
         row = (row + hit) | (row - hit)
-    # Each bit that became 0 is a word of the subsequence. The sums carried beyond the bits of a: cut them off.
+    # Each bit that became 0 is a word of the subsequence. The sums carry beyond the bits of a: cut them off.
     return len(a) - (row & full).bit_count()

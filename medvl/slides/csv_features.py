@@ -60,7 +60,7 @@ def read_csv_blocks(path: Path, layout: CsvLayout, size: int) -> Iterator[np.nda
             # No comments (None): "#" may be in the text behind the features.
             x = np.loadtxt(block, "<f4", None, ",", usecols=columns, ndmin=2, quotechar='"')
         except ValueError as error:
-            # NumPy counts rows and columns of what it was given; say which patch and column of the file it is.
+            # NumPy counts rows of the block that it was given; say which patch of the file it is.
             row, reason = _first_fault(block, columns)
             raise ValueError(f"{path}: patch {first + row} (from 0): {reason}") from error
         if len(x) != len(block):  # a quote that is not closed joins lines
@@ -82,7 +82,7 @@ def _scan(path: Path, dims: int, _version: tuple[int, int, int]) -> CsvLayout:
             sample.append(line)
         # The first two lines may be a header and row 0 or 1: `_is_index` looks at these.
         if count >= 2 and counts_rows:
-            # This line has number count - 1 (below a header, from 0), count, or count + 1 (no header, from 1).
+            # Its number is count - 1 (below a header, from 0), count, or count + 1 (no header, from 1).
             numbers = (f"{count},", f"{count - 1},", f"{count + 1},")
             counts_rows = line[:16].replace('"', "").startswith(numbers)
         count += 1
@@ -209,8 +209,8 @@ def _detect_header(first: Sequence[str], second: Sequence[str], start: int) -> t
     names = first[start:]
     width = _numbered_names(names)
     following = names[width : width + 1]
-    # Two or more numbered names that end at text or at the end of the line. Eight of them are a header whatever
-    # follows; features do not begin 0, 1, 2, 3, 4, 5, 6, 7.
+    # Two or more numbered names that end at text or at the end of the line. Eight of them are a header
+    # whatever follows: features do not begin 0, 1, 2, 3, 4, 5, 6, 7.
     if width > 1 and (width >= 8 or not following or not _is_number(following[0])):
         return True, width
     if names and not any(map(_is_number, names)):  # all text: the row below shows how many are numbers

@@ -70,19 +70,21 @@ def open_patches(path: PathLike, *, dims: int, keep: Callable[[int], bool]) -> t
     Args:
         keep: bytes -> whether so many are to be read.
     Returns:
-        about, and features [n, d] with coordinates [n, 2] or None. The patches are None, too, where they are faulty: who
-        reads them by `chunks` raises.
+        about, and features [n, d] with coordinates [n, 2] or None. The patches are None, too, where they are
+        faulty: who reads them by `chunks` raises.
     """
     path = Path(path)
     with open_source(path, dims) as source:
-        about = _about(path, source)
-        if not keep(about.rows * about.dims * about.dtype.itemsize):
-            return about, None
+        header = _about(path, source)
+        if not keep(header.rows * header.dims * header.dtype.itemsize):
+            return header, None
         try:
             blocks = list(_checked_blocks(path, source, max(1, source.rows), drop=False))
         except ValueError:
-            return about, None
-    return about, blocks[0] if blocks else _no_patches(about, dims)
+            return header, None
+    if not blocks:
+        return header, _no_patches(header, dims)
+    return header, blocks[0]
 
 
 def read_slide(path: PathLike, *, dims: int = 0, drop: bool = False) -> Slide:
@@ -107,11 +109,14 @@ def read_slide(path: PathLike, *, dims: int = 0, drop: bool = False) -> Slide:
     """
     path = Path(path)
     with open_source(path, dims) as source:
-        about = _about(path, source)
-        _check_dims(path, about.dims, dims)
+        header = _about(path, source)
+        _check_dims(path, header.dims, dims)
+        # One block of all patches, so that none is copied a second time.
         blocks = list(_checked_blocks(path, source, max(1, source.rows), drop))
-    features, coords = blocks[0] if blocks else _no_patches(about, dims)
-    patch_size = about.patch_size
+    features, coords = _no_patches(header, dims)
+    if blocks:
+        features, coords = blocks[0]
+    patch_size = header.patch_size
     if patch_size is None and coords is not None:
         patch_size = patch_size_of(coords)
         if patch_size is not None:
@@ -122,13 +127,13 @@ def read_slide(path: PathLike, *, dims: int = 0, drop: bool = False) -> Slide:
                 patch_size,
             )
     return Slide(
-        name=about.name,
+        name=header.name,
         features=features,
         coords=coords,
         patch_size=patch_size,
-        mpp=about.mpp,
-        magnification=about.magnification,
-        encoder=about.encoder,
+        mpp=header.mpp,
+        magnification=header.magnification,
+        encoder=header.encoder,
     )
 
 
@@ -138,6 +143,7 @@ def chunks(path: PathLike, size: int = 4096, *, dims: int = 0, drop: bool = Fals
     Only these are read. An empty slide gives no chunk, and neither do `size` patches that all are dropped.
     Arguments and errors as `read_slide`.
     """
+    # Not a generator itself: a wrong size raises here, and not at the first chunk.
     if size < 1:
         raise ValueError(f"chunks: size must be at least 1 patch, got {size}")
     return _read_chunks(Path(path), size, dims, drop)
@@ -163,10 +169,12 @@ def count_bad(path: PathLike, *, dims: int = 0) -> tuple[int, int]:
     return count, first
 
 
-def _no_patches(about: About, dims: int) -> Block:
+def _no_patches(header: About, dims: int) -> Block:
     """Features [0, d] and coordinates of a slide without patches."""
-    features = np.zeros((0, about.dims or dims), about.dtype)
-    coords = np.zeros((0, 2), np.int64) if about.has_coords else None
+    features = np.zeros((0, header.dims or dims), header.dtype)
+    coords = None
+    if header.has_coords:
+        coords = np.zeros((0, 2), np.int64)
     return features, coords
 
 
@@ -195,6 +203,7 @@ def _written_patch_size(path: Path, attrs: Mapping[str, Any]) -> int | None:
         if size < 1 or size % 1:
             raise ValueError(f"{path}: patch_size_level0 must be a whole number of pixels, got {size}")
         return int(size)
+    # The side that was read at some level or magnification; its ratio to level 0 is in other attributes.
     read_size, downsample = number("patch_size"), number("downsample")
     if downsample is None and number("patch_level") == 0:
         downsample = 1.0
@@ -215,14 +224,14 @@ def _written_patch_size(path: Path, attrs: Mapping[str, Any]) -> int | None:
     return round(size)
 
 
-def _check_dims(path: PathLike, dims: int, wanted: int) -> None:
-    """Refuse features of another width than is wanted; 0 is unknown, or any."""
-    if not wanted or not dims or dims == wanted:
+def _check_dims(path: PathLike, dims: int, required: int) -> None:
+    """Refuse features of another width than is required; 0 is unknown, or any."""
+    if not required or not dims or dims == required:
         return
     hint = "; another encoder?"
-    if 2 * dims == wanted:
+    if 2 * dims == required:  # old compressors were trained on features that stand twice
         hint = "; for a model that was trained on [x, x], write files of numpy.concatenate([x, x], 1)"
-    raise ValueError(f"{path}: features must be {wanted} numbers per patch, got {dims}{hint}")
+    raise ValueError(f"{path}: features must be {required} numbers per patch, got {dims}{hint}")
 
 
 # Values -----------------------------------------------------------------------------------------------------
@@ -241,11 +250,11 @@ def _checked_blocks(path: Path, source: Source, size: int, drop: bool) -> Iterat
                     f"{path}: patch {start + bad[0]} (from 0) holds NaN or infinity; `invoke slides pack "
                     "--drop` makes a store without such patches, with a warning"
                 )
-            x = np.delete(x, bad, 0)
+            x = np.delete(x, bad, 0)  # the coordinates below alike: row i is one patch in both
             if xy is not None:
                 xy = np.delete(xy, bad, 0)
             dropped += len(bad)
-        start += count
+        start += count  # of the rows in the file, so that numbers of patches are those of the file
         if len(x):
             yield x, xy
     if 0 < zeros < start:
@@ -262,7 +271,7 @@ def _zeros_at_the_end(x: np.ndarray, before: int) -> int:
     if not len(x) or x[-1].any():
         return 0
     filled = np.flatnonzero(x.any(1))
-    if not len(filled):
+    if not len(filled):  # the run of zeros goes on through this block
         return before + len(x)
     return len(x) - 1 - int(filled[-1])
 
@@ -310,8 +319,9 @@ def patch_size_of(coords: np.ndarray) -> int | None:
 
 def _gaps(along: np.ndarray, line: np.ndarray) -> np.ndarray:
     """Positive distances of neighbours along one axis, of patches that share the other one, `line`."""
-    order = np.lexsort((along, line))
-    gaps, same_line = np.diff(along[order]), np.diff(line[order]) == 0
+    order = np.lexsort((along, line))  # line by line, and along each line
+    gaps = np.diff(along[order])
+    same_line = np.diff(line[order]) == 0
     return gaps[same_line & (gaps > 0)]
 
 
@@ -332,8 +342,9 @@ def file_key(path: PathLike) -> str:
 
     Time and size do not suffice: unpacked archives may give all their files one time.
     """
+    digest = hashlib.sha256()
     with open(path, "rb") as f:
-        stat, digest = os.fstat(f.fileno()), hashlib.sha256()
+        stat = os.fstat(f.fileno())  # of the opened file: another may be put under its name meanwhile
         for start in (0, stat.st_size // 2, stat.st_size - _PIECE):
             f.seek(max(0, start))
             digest.update(f.read(_PIECE))

@@ -61,9 +61,7 @@ def to_geojson(
     order = np.argsort(-r, kind="stable")  # best first, equal ones in the order of their rows
     rank = np.empty(len(r), int)
     rank[order] = np.arange(1, len(r) + 1)
-    rows = order[:top]
-    if top is None:
-        rows = np.arange(len(r))
+    rows = np.arange(len(r)) if top is None else order[:top]
     class_of_row = _classes_of_patches(r, bounds)[rows]
     corners = xy[rows] - np.array(offset)
     rings = corners[:, None] + patch_size * _CORNERS  # [rows, 5, 2]

@@ -28,6 +28,7 @@ def init_heads(
     """
     if not classes or min(classes.values()) < 2:
         raise ValueError(f"init_heads: needs labels of two classes or more, got {dict(classes)}")
+    # Labels in their order, too: the generator goes on from one to the next.
     heads: Tree = {}
     for label, count in classes.items():
         if slots:

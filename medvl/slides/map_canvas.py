@@ -149,7 +149,8 @@ def _check_inside(caller: str, xy: np.ndarray, extent: np.ndarray) -> None:
         first = xy[outside.argmax()].tolist()
         raise ValueError(
             f"{caller}: patches must begin inside of the slide, {extent.tolist()} level-0 pixels, "
-            f"got {outside.sum():,} of {len(xy):,}, the first {first} outside; are these coordinates of level 0, as (x, y), of this slide?"
+            f"got {outside.sum():,} of {len(xy):,}, the first {first} outside; "
+            "are these coordinates of level 0, as (x, y), of this slide?"
         )
 
 

@@ -1,4 +1,10 @@
-"""Maps of where an answer about a slide came from: pictures, a table and shapes for QuPath."""
+"""Maps of where an answer about a slide came from: pictures, a table and shapes for QuPath.
+
+A map has one of two scales. "share" colours by relevance, over four powers of ten below the highest; lower and
+negative values have the darkest colour. "percentile" colours by rank among the patches of the slide, as most
+published maps do: it always spans all colours, and where a few patches hold nearly all relevance, the others look
+relevant too.
+"""
 
 import json
 import math
@@ -44,7 +50,6 @@ _SCALE_LABELS = {  # at the left, the middle and the right of the colour bar
     "share": ("1/10,000 or less", "1/100", "highest relevance"),
     "percentile": ("least relevant", "percentile of patches", "most relevant"),
 }
-_NO_COORDS = "; no coordinates: patches in the order of the file"
 
 
 # Pictures -----------------------------------------------------------------------------------------------
@@ -63,10 +68,6 @@ def draw_map(
 ) -> Image.Image:
     """Heat map of a slide, averaged where patches overlap; the legend gives the share of the top patches.
 
-    "share" colours by relevance, over four powers of ten below the highest; lower and negative values have the
-    darkest colour. "percentile" colours by rank among the patches of the slide, as most published maps do: it
-    always spans all colours, and where a few patches hold nearly all relevance, the others look relevant too.
-
     Args:
         relevance: [n].
         coords: (x, y) of the patches' upper left corners [n, 2] in level-0 pixels. None draws the patches
@@ -81,6 +82,7 @@ def draw_map(
         alpha: opacity of the colours; None: 0.4 over a thumbnail and 0.9 on the canvas.
         mark: number of top patches that are framed and numbered where there is room; one frame may surround
             several small patches.
+        scale: see the module.
     Raises:
         ValueError: shapes; a patch that begins outside of the slide (coordinates of another level, or x and y
             exchanged); a thumbnail without level0_size or of another aspect; a thumbnail, level0_size or mpp
@@ -101,21 +103,17 @@ def draw_map(
     )
     alpha = _opacity("draw_map", alpha, canvas, over_thumbnail=0.4)
     counts = sum_over_patches(canvas, np.ones(len(r)))
-    values = percentiles(r) if scale == "percentile" else np.maximum(r, 0)
-    levels = sum_over_patches(canvas, values) / np.maximum(counts, 1)
-    if scale == "share":
-        levels = relevance_level(levels)
-    # Rounded, so that no colour depends on the order in which a sum was taken.
-    overlay = blend_colours(canvas, relevance_colours(np.round(levels, 9)), counts > 0, alpha)
+    colours = relevance_colours(_levels(canvas, r, counts, scale))
+    overlay = blend_colours(canvas, colours, counts > 0, alpha)
 
     order = np.argsort(-r, kind="stable")
-    text = _share_text(r, order) + ("" if canvas.has_coords else _NO_COORDS)
+    text = _share_text(r, order) + _coords_note(canvas)
     font = max(10, size // 64)
+    # Below the picture: the colour bar, its labels and the text.
     sheet = Sheet(canvas, legend_height=5.5 * font, min_width=text_width(text, font) + 2 * font)
     axes = sheet.draw_slide(canvas, overlay, mpp)
     draw_marks(axes, canvas, order[:mark])
-    below = canvas.image[counts > 0].mean(0) if canvas.has_thumbnail else np.array(TISSUE)
-    draw_colour_bar(sheet, font, below, alpha, _SCALE_LABELS[scale])
+    draw_colour_bar(sheet, font, _background(canvas, counts), alpha, _SCALE_LABELS[scale])
     sheet.write(font, sheet.legend_top + 3.5 * font, text, font)
     return sheet.render()
 
@@ -152,17 +150,18 @@ def draw_slots(
         mpp=mpp,
     )
     alpha = _opacity("draw_slots", alpha, canvas, over_thumbnail=0.6)
-    colours = np.array([*slot_colours(k), TISSUE], np.uint8)
+    colours = np.array([*slot_colours(k), TISSUE], np.uint8)  # the last for patches without weight
     covered = sum_over_patches(canvas, np.ones(n)) > 0
     overlay = blend_colours(canvas, colours[_winning_slots(canvas, w)], covered, alpha)
 
-    text = f"share of each slot in the weights, %; dotted: even; {n:,} patches"
-    text += "" if canvas.has_coords else _NO_COORDS
+    text = f"share of each slot in the weights, %; dotted: even; {n:,} patches" + _coords_note(canvas)
     font = max(10, size // 64)
     sheet = Sheet(canvas, legend_height=12 * font, min_width=text_width(text, font) + 2 * font)
     sheet.draw_slide(canvas, overlay, mpp)
+    shares = w.sum(0)
     total = w.sum()
-    shares = w.sum(0) / total if total else w.sum(0)
+    if total:
+        shares = shares / total
     draw_shares(sheet, font, shares)
     sheet.write(font, sheet.legend_top + 10 * font, text, font)
     return sheet.render()
@@ -183,32 +182,63 @@ def draw_top(
     """
     if read_region is None:
         return None
-    if not patches or any(p.x is None or p.y is None for p in patches) or min(columns, tile, patch_size) <= 0:
+    has_coords = all(patch.x is not None and patch.y is not None for patch in patches)
+    if not patches or not has_coords or min(columns, tile, patch_size) <= 0:
         raise ValueError(
             "draw_top: needs patches with coordinates, columns, tile and patch_size > 0, "
             f"got {len(patches)} patches, {columns}, {tile}, {patch_size}"
         )
-    font, gap = max(10, tile // 14), tile // 12
-    step_x, step_y = tile + gap, tile + gap + 3 * font
+    font = max(10, tile // 14)
+    gap = tile // 12
+    step_x = tile + gap
+    step_y = tile + gap + 3 * font  # two lines of text below each patch
     rows = math.ceil(len(patches) / columns)
     figure = new_figure(min(columns, len(patches)) * step_x + gap, rows * step_y + gap)
     for i, patch in enumerate(patches):
-        left, top = gap + i % columns * step_x, gap + i // columns * step_y
+        left = gap + i % columns * step_x
+        top = gap + i // columns * step_y
         assert patch.x is not None
         assert patch.y is not None
         region = images.to_rgb(read_region(patch.x, patch.y, round(patch_size)), "draw_top: read_region")
         axes = add_axes(figure, (left, top, left + tile, top + tile))
-        show_pixels(axes, np.asarray(region.resize((tile, tile), Image.Resampling.LANCZOS)))
+        # The reader may give any resolution of the square.
+        resized = region.resize((tile, tile), Image.Resampling.LANCZOS)
+        show_pixels(axes, np.asarray(resized))
         label = f"{patch.rank}   {patch.relevance:.3g}\n({patch.x:,}, {patch.y:,})"
         axes.text(0, tile + 2, label, fontsize=font, color=INK_RGB, va="top", linespacing=1.1)
     return render(figure)
+
+
+def _levels(canvas: Canvas, relevance: np.ndarray, counts: np.ndarray, scale: str) -> np.ndarray:
+    """Position on the colour scale, 0 to 1, of every pixel [y, x]; `counts` patches cover it."""
+    values = percentiles(relevance) if scale == "percentile" else np.maximum(relevance, 0)
+    levels = sum_over_patches(canvas, values) / np.maximum(counts, 1)
+    # The mean of overlapping patches is taken of their relevance, not of positions on the logarithmic scale.
+    if scale == "share":
+        levels = relevance_level(levels)
+    # Rounded, so that no colour depends on the order in which a sum was taken.
+    return np.round(levels, 9)
+
+
+def _background(canvas: Canvas, counts: np.ndarray) -> np.ndarray:
+    """Mean colour [3] of what is below the patches."""
+    if not canvas.has_thumbnail:
+        return np.array(TISSUE)
+    return canvas.image[counts > 0].mean(0)
+
+
+def _coords_note(canvas: Canvas) -> str:
+    # A grid looks like tissue: who sees the picture alone must be told that it is none.
+    if canvas.has_coords:
+        return ""
+    return "; no coordinates: patches in the order of the file"
 
 
 def _share_text(relevance: np.ndarray, order: np.ndarray) -> str:
     """What the most relevant patch and the top hundredth hold; `order` [n] are the patches, best first."""
     n = len(relevance)
     hundredth = math.ceil(n / 100)
-    rank = np.argsort(order)
+    rank = np.argsort(order)  # the inverse of an order: the place of each patch in it
     first = 100 * mass_share(relevance, rank < 1)
     top = 100 * mass_share(relevance, rank < hundredth)
     if math.isnan(top):
@@ -221,7 +251,9 @@ def _winning_slots(canvas: Canvas, weights: np.ndarray) -> np.ndarray:
     k = weights.shape[1]
     slots = np.where(weights.any(1), weights.argmax(1), k)
     width, height = canvas.size
-    winner, most = np.full((height, width), k), np.zeros((height, width))
+    winner = np.full((height, width), k)
+    most = np.zeros((height, width))  # votes of the winner so far
+    # From the first slot to the last, and a later one must have more votes: the first wins a tie.
     for slot in np.unique(slots[slots < k]):
         votes = sum_over_patches(canvas, (slots == slot).astype(float))
         winner[votes > most] = slot

@@ -22,13 +22,13 @@ _Version = tuple[int, int]  # size and time of change
 
 @frozen(kw_only=True, eq=False)
 class _Opened:
-    about: About
+    header: About
     patches: Block | None  # all of them; None where they are not kept
 
 
 def about_file(path: Path, dims: int = 0) -> About:
     """As `features.about_slide`."""
-    return _open(path, _version_of(path), _columns(path, dims)).about
+    return _open(path, _version_of(path), _columns(path, dims)).header
 
 
 def file_chunks(path: Path, size: int = 4096, *, dims: int = 0) -> Iterator[Block]:
@@ -63,8 +63,8 @@ def _version_of(path: Path) -> _Version:
 
 @functools.lru_cache(maxsize=2**16)
 def _open(path: Path, version: _Version, dims: int) -> _Opened:
-    about, patches = features.open_patches(path, dims=dims, keep=_reserve)
-    return _Opened(about=about, patches=patches)
+    header, patches = features.open_patches(path, dims=dims, keep=_reserve)
+    return _Opened(header=header, patches=patches)
 
 
 @functools.lru_cache(maxsize=2**16)

@@ -22,7 +22,7 @@ from medvl.slides.store import Slides, content_digest, make_room, open_slides, p
 
 _log = logging.getLogger(__name__)
 
-_LONGEST_ENCODER = 64  # bytes, as a store has room for
+_LONGEST_ENCODER = 64  # bytes, as much as `store` has room for
 
 
 @frozen(kw_only=True)
@@ -208,6 +208,7 @@ def _settings(
     settings: dict[str, Any] = {"dims": dims, "encoder": encoder, "dtype": dtype}
     if old is not None:
         return _settings_of(target, old, settings)
+    # 0 and "" are not said: what all files agree on, or an error that names the two camps.
     settings["dims"] = dims or _common(headers, "dims") or 0
     settings["encoder"] = encoder or _common(headers, "encoder") or ""
     if not settings["dims"]:
@@ -220,7 +221,7 @@ def _settings(
 def _settings_of(target: Path, old: Slides, requested: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a store; refuses others that are asked for."""
     settings = {"dims": old.dims, "encoder": old.encoder, "dtype": str(old.dtype)}
-    different = []
+    different = []  # all of them in one error
     for key, value in requested.items():
         if value and value != settings[key]:
             different.append(f"{key} {value!r}, it has {settings[key]!r}")
@@ -269,6 +270,7 @@ def _refused(headers: Mapping[str, About], settings: Mapping[str, Any], vouched:
             )
         elif len(header.encoder.encode()) > _LONGEST_ENCODER:
             faults[name] = f"{name}: the name of an encoder may have 64 bytes, got {header.encoder!r}"
+        # Two encoders of one width would mix unnoticed: a file that says none is not taken on trust.
         elif not header.encoder and encoder and not vouched and header.rows:
             faults[name] = (
                 f"{name} does not say its encoder, the store's is {encoder!r}; if it is that, say "
@@ -333,7 +335,7 @@ def _warn_of_guesses(target: Path, packed: Mapping[str, About]) -> None:
     # The store is opened again: the records that this run wrote are not in the one it was written to.
     store = open_slides(target)
     stored = set(store.names)
-    guessed = []
+    guessed = []  # the file does not say it, and the store has one all the same
     for name, header in packed.items():
         if name in stored and header.patch_size is None and store.about(name).patch_size is not None:
             guessed.append(name)

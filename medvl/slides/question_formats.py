@@ -401,8 +401,8 @@ def _turns(record: Any, origin: str) -> list[dict[str, Any]]:
     return turns
 
 
-def _is_turn(turn: Any) -> bool:
-    return isinstance(turn, dict) and turn.keys() >= {"from", "value"}
+def _is_turn(entry: Any) -> bool:
+    return isinstance(entry, dict) and entry.keys() >= {"from", "value"}
 
 
 def _slide_paths(record: Mapping[str, Any], origin: str) -> tuple[str, ...]:

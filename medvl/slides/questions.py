@@ -158,8 +158,8 @@ def _find_faults(conversation: SlideConversation, record: Any, repeated: bool) -
         if not answer:
             faults.append("an empty answer")
     if "conversations" in record:
-        # Counted as written: the messages have one tag per slide, whatever the file has. One tag may stand for
-        # all slides.
+        # Counted as written, as the messages have one tag per slide whatever the file has. One tag may stand
+        # for all slides.
         tags = sum(entry["value"].count(TAG) for entry in record["conversations"])
         if tags not in (1, len(conversation.slides)):
             faults.append(f"tags that are not as many as slides: {tags} and {len(conversation.slides)}")

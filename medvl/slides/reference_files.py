@@ -17,7 +17,7 @@ from medvl.components.project import ProjectConfig
 from medvl.hub.checkpoints import Entry, entries_of, open_weights, read_finite, save_finite
 
 _STATE, _PREFIX = "model_state_dict", "compressor."  # where a checkpoint of pretraining holds the compressor
-# A command for the user: it writes the weights of a checkpoint alone, without the metrics that lie beside them.
+# A command for the user: it writes the weights of a checkpoint without the metrics that lie beside them.
 _CONVERT = (
     "python -c \"import torch; x = torch.load({0!r}, weights_only=False, map_location='cpu'); "
     "torch.save(x.get('model_state_dict', x.get('state_dict', x)), {1!r})\""
@@ -61,7 +61,7 @@ def read_compressor(
     _check_shapes("read_compressor", path, entries, shapes)
 
     read = _reader(entries, path, dtype, device)
-    # The reference has one module per expert; here all experts are one tensor [slots, ...] for a batched product.
+    # The reference has one module per expert; here all experts are one tensor [slots, ...].
     experts: Tree = {}
     for module, name in _EXPERT.items():
         experts[name] = {}
@@ -82,8 +82,8 @@ def write_compressor(
 
     Args:
         path: ends in .pt, .pth, .bin or .safetensors.
-        others: write a checkpoint of pretraining, with these tensors and the compressor in `model_state_dict`;
-            not as .safetensors.
+        others: write a checkpoint of pretraining, with these tensors and the compressor in
+            `model_state_dict`; not as .safetensors.
     Raises:
         ValueError: another ending; params of another kind; a name in `others` that begins with `compressor.`;
             numbers that are not finite.
@@ -129,6 +129,7 @@ def read_projector(
     entries = _open(path, "read_projector")
     keys = [f"{module}.{kind}" for module in _PROJECTOR for kind in _KINDS]
     _check_keys(f"read_projector: {path} must hold proj.0 and proj.2", entries, keys)
+    # The weights of both layers give the config, and the shapes of all four tensors must follow from it.
     up, down = entries["proj.0.weight"].shape, entries["proj.2.weight"].shape
     if not len(up) == len(down) == 2:
         raise ValueError(
@@ -229,9 +230,10 @@ def _open(path: Path, caller: str) -> dict[str, Entry]:
     _check_ending(caller, path, nested=False)
     if not path.is_file():
         raise ValueError(f"{caller}: {path}: no such file")
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors":  # tensors only: nothing to unpickle, and no nested dict
         return _strip_wrappers(open_weights(path, str(path)))
     state = _load_tensors(path, caller)
+    # A checkpoint of pretraining holds optimiser and step beside the weights.
     if isinstance(state, dict) and isinstance(state.get(_STATE), dict):
         state = state[_STATE]
     if not _is_state_dict(state):

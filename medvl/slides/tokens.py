@@ -52,62 +52,71 @@ class _Reader:
     key: Callable[[Any], str]
 
 
-def open_features(where: files.PathLike, names: Sequence[str], *, dims: int = 0) -> Features:
+def open_features(source: files.PathLike, names: Sequence[str], *, dims: int = 0) -> Features:
     """The features of these slides. Slides without features are listed, not raised.
 
     Args:
-        where: a folder with one file per slide (any format of `formats`), or a store that `pack.pack` made.
+        source: a folder with one file per slide (any format of `formats`), or a store that `pack.pack` made.
         names: slides, cases or names of files; matched as `names.find_slides` does. A case of several slides
             is one bag of all their patches.
     Raises:
         ValueError: no such folder or store; a name that several files match; widths that differ, or are not
             `dims`; two encoders.
     """
-    where, wanted = Path(where), list(dict.fromkeys(names))
-    known: Mapping[str, Sequence[Any]]
-    if where.is_file():
-        store = open_slides(where)
-        known = {name: [name] for name in store.names}
-        matches = _check_clear(find_slides(wanted, known))
+    source = Path(source)
+    names = list(dict.fromkeys(names))  # each once, in their order
+    by_stem: Mapping[str, Sequence[Any]]
+    # {slide, as errors call it: its width}, and likewise of encoders: checked to be one below.
+    widths, encoders = dict[str, int](), dict[str, str]()
+    if source.is_file():
+        store = open_slides(source)
+        by_stem = {name: [name] for name in store.names}
+        matches = _check_clear(find_slides(names, by_stem))
+        matched = [name for name in names if matches[name].places]
         first = store.names[:1]  # the store has its width and encoder, also where no slide is asked for
-        matched = [name for name in wanted if matches[name].places]
         widths = dict.fromkeys([*matched, *first], store.dims)
         encoders = dict.fromkeys(first, store.encoder)
         reader = _store_reader(store)
     else:
-        known = feature_files(where)
-        matches = _check_clear(find_slides(wanted, known, where))
-        abouts = _read_abouts(matches, dims)
-        widths = {label: about.dims for label, about in abouts.items()}
-        encoders = {label: about.encoder for label, about in abouts.items()}
+        by_stem = feature_files(source)
+        matches = _check_clear(find_slides(names, by_stem, source))
+        for label, header in _read_headers(matches, dims).items():
+            widths[label] = header.dims
+            encoders[label] = header.encoder
         reader = _file_reader(dims)
     places = {name: match.places for name, match in matches.items() if match.places}
-    _warn_of_cases(where, places)
-    missing = tuple(name for name in wanted if name not in places)
-    width = _check_width(where, widths, dims)
-    features = _of_places(places, missing, width, _check_encoder(where, encoders), reader)
-    return evolve(features, near=near_names(missing[0], known)) if missing else features
+    _warn_of_cases(source, places)
+    missing = tuple(name for name in names if name not in places)
+    width = _check_width(source, widths, dims)
+    encoder = _check_encoder(source, encoders)
+    features = _open_places(places, missing, width, encoder, reader)
+    if missing:
+        # Only here, as the search compares the name with every file.
+        features = evolve(features, near=near_names(missing[0], by_stem))
+    return features
 
 
-def _read_abouts(matches: Mapping[str, Match], dims: int) -> dict[str, patch_files.About]:
+def _read_headers(matches: Mapping[str, Match], dims: int) -> dict[str, patch_files.About]:
     """{what an error calls the features: what their file says}; a case of several slides has several."""
     paths = {}
     for name, match in matches.items():
+        if len(match.places) == 1:
+            paths[name] = match.places[0]
+            continue
         for path in match.places:
-            label = name if len(match.places) == 1 else f"{name} ({path})"
-            paths[label] = path
-    abouts = {}
+            paths[f"{name} ({path})"] = path
+    headers = {}
     for label, path in track(paths.items(), "opening features"):
-        abouts[label] = opened.about_file(path, dims)
-    return abouts
+        headers[label] = opened.about_file(path, dims)
+    return headers
 
 
-def _warn_of_cases(where: Path, places: Mapping[str, Sequence[Any]]) -> None:
+def _warn_of_cases(source: Path, places: Mapping[str, Sequence[Any]]) -> None:
     cases = [name for name, several in places.items() if len(several) > 1]
     if cases:
         _log.warning(
             "%s: %d cases have several slides, which are taken as one bag each, such as %s",
-            where,
+            source,
             len(cases),
             cases[0],
         )
@@ -118,6 +127,7 @@ def _check_clear(matches: dict[str, Match]) -> dict[str, Match]:
     for name, match in matches.items():
         if match.clear:
             continue
+        # Two remedies: a longer name tells several slides apart, but not several files of one slide.
         if len(match.stems) > 1 and not is_case(name):
             raise ValueError(
                 f"open_features: {name} must be one slide, {len(match.stems)} match: "
@@ -131,7 +141,7 @@ def _check_clear(matches: dict[str, Match]) -> dict[str, Match]:
     return matches
 
 
-def _of_places(
+def _open_places(
     places: Mapping[str, Sequence[Any]], missing: tuple[str, ...], width: int, encoder: str, reader: _Reader
 ) -> Features:
     """Features of {name: where they lie}.
@@ -140,15 +150,21 @@ def _of_places(
     """
 
     def chunks(name: str, size: int) -> Iterator[Block]:
-        alone = len(places[name]) == 1
+        has_coords = len(places[name]) == 1
         for place in places[name]:
             for x, xy in reader.chunks(place, size):
-                yield x, xy if alone else None
+                if has_coords:
+                    yield x, xy
+                else:
+                    yield x, None
 
     def patch_size(name: str) -> int | None:
         if len(places[name]) > 1:
             return None
         return reader.patch_size(places[name][0])
+
+    def key(name: str) -> str:
+        return " ".join(reader.key(place) for place in places[name])
 
     return Features(
         names=tuple(places),
@@ -157,11 +173,12 @@ def _of_places(
         encoder=encoder,
         patch_size=patch_size,
         chunks=chunks,
-        key=lambda name: " ".join(reader.key(place) for place in places[name]),
+        key=key,
     )
 
 
 def _store_reader(store: Slides) -> _Reader:
+    # A store has a digest of the content; of a file, which may be large, size, time and samples stand for it.
     return _Reader(
         patch_size=lambda name: store.about(name).patch_size,
         chunks=store.chunks,
@@ -182,6 +199,7 @@ def _patch_size(path: Path, dims: int) -> int | None:
     size = opened.about_file(path, dims).patch_size
     if size is not None:
         return size
+    # The file does not say it: all coordinates are read, but never all features at once.
     coords = [xy for _, xy in opened.file_chunks(path, dims=dims) if xy is not None]
     if not coords:
         return None
@@ -196,22 +214,23 @@ def _patch_size(path: Path, dims: int) -> int | None:
     return size
 
 
-def _check_width(where: Path, widths: Mapping[str, int], dims: int) -> int:
+def _check_width(source: Path, widths: Mapping[str, int], dims: int) -> int:
     """The width that all slides have and that is wanted, of {slide: width or 0}; 0 where nothing says one."""
-    known = {width for width in widths.values() if width}
-    if dims:
-        known.add(dims)
-    if len(known) > 1:
-        examples: dict[int, str] = {}
-        for name, width in widths.items():
+    examples: dict[
+        int, str
+    ] = {}  # {width: the first slide that has it}; an empty slide may not say its width
+    for name, width in widths.items():
+        if width:
             examples.setdefault(width, name)
-        listed = ", ".join(f"{examples[width]} has {width}" for width in sorted(known) if width in examples)
-        wanted = f" ({dims} wanted)" if dims else ""
-        raise ValueError(f"{where}: all slides must have features of one width{wanted}, {listed}")
-    return next(iter(known), dims)
+    allowed = {dims} if dims else set()
+    if len(examples.keys() | allowed) > 1:
+        listed = ", ".join(f"{examples[width]} has {width}" for width in sorted(examples))
+        required = f" ({dims} wanted)" if dims else ""
+        raise ValueError(f"{source}: all slides must have features of one width{required}, {listed}")
+    return next(iter(examples), dims)
 
 
-def _check_encoder(where: Path, encoders: Mapping[str, str]) -> str:
+def _check_encoder(source: Path, encoders: Mapping[str, str]) -> str:
     """The encoder of all files that say one: two encoders of one width would mix unnoticed."""
     examples: dict[str, str] = {}
     for name, encoder in encoders.items():
@@ -219,45 +238,48 @@ def _check_encoder(where: Path, encoders: Mapping[str, str]) -> str:
             examples.setdefault(encoder, name)
     if len(examples) > 1:
         listed = ", ".join(f"{name} is of {encoder!r}" for encoder, name in list(examples.items())[:4])
-        raise ValueError(f"{where}: all slides must be of one encoder, {listed}")
+        raise ValueError(f"{source}: all slides must be of one encoder, {listed}")
     return next(iter(examples), "")
 
 
-def open_slide(slide: files.PathLike, where: files.PathLike = "", *, dims: int = 0) -> Features:
+def open_slide(slide: files.PathLike, source: files.PathLike = "", *, dims: int = 0) -> Features:
     """The features of one slide, under the name as it is written.
 
     Args:
         slide: a file of patch features; `STORE::NAME`, a slide of a packed store; or the name of a slide in
-            `where`.
-        where: a folder of feature files or a packed store.
+            `source`.
+        source: a folder of feature files or a packed store.
     Raises:
         ValueError: no such file or slide (with near names), several of the name, as `features.about_slide`;
             another width than `dims`; no patch.
     """
     written = str(slide)
     store, _, name = written.rpartition("::")
+    # In this order: a file that exists is meant, even if its name holds "::".
     if Path(written).is_file():
         path = Path(written)
-        about = opened.about_file(path, dims)
-        width = _check_width(path, {written: about.dims}, dims)
-        features = _of_places({written: [path]}, (), width, about.encoder, _file_reader(dims))
-    elif Path(written).exists() or not (store or where):
+        header = opened.about_file(path, dims)
+        width = _check_width(path, {written: header.dims}, dims)
+        features = _open_places({written: [path]}, (), width, header.encoder, _file_reader(dims))
+    elif Path(written).exists() or not (store or source):
         raise ValueError(f"{written}: no such file; a slide is a file of patch features, or STORE.h5::NAME")
     else:
-        features = _renamed(_only_slide(store or where, name, written, dims), name, written)
+        features = _only_slide(store or source, name, written, dims)
+        features = _renamed(features, name, written)
+    # One patch is read: an empty slide would otherwise be answered from a compressor that has seen nothing.
     if next(features.chunks(written, 1), None) is None:
         raise ValueError(f"{written}: must hold patches, the slide has none; was tissue found on it?")
     return features
 
 
-def _only_slide(where: files.PathLike, name: str, written: str, dims: int) -> Features:
-    if not Path(where).exists():
+def _only_slide(source: files.PathLike, name: str, written: str, dims: int) -> Features:
+    if not Path(source).exists():
         raise ValueError(
-            f"{written}: no such file; and {where}, where a slide of that name could lie, is not there either"
+            f"{written}: no such file; and {source}, where a slide of that name could lie, is not there either"
         )
-    features = open_features(where, [name], dims=dims)
+    features = open_features(source, [name], dims=dims)
     if features.missing:
-        raise ValueError(f"{written}: no such file, and no slide of that name in {where}{features.near}")
+        raise ValueError(f"{written}: no such file, and no slide of that name in {source}{features.near}")
     return features
 
 
@@ -275,8 +297,12 @@ def _renamed(features: Features, name: str, written: str) -> Features:
 def whole(features: Features, name: str, most: int = 0) -> np.ndarray:
     """All patches of a slide [n, d], or `most` of them, evenly spread."""
     chunks = [x for x, _ in features.chunks(name, 65536)]
-    x = np.concatenate(chunks) if chunks else np.zeros((0, features.dims), np.float32)
-    return x[patch_files.sample_rows(len(x), most)] if most else x
+    if not chunks:
+        return np.zeros((0, features.dims), np.float32)
+    x = np.concatenate(chunks)
+    if not most:
+        return x
+    return x[patch_files.sample_rows(len(x), most)]
 
 
 # Tokens -----------------------------------------------------------------------------------------------------
@@ -311,6 +337,7 @@ def slide_tokens(
         )
     names = names or features.names
     keys = {name: features.key(name) for name in names}
+    # The folder's name says kind, slots and weights; the remedy is part of the error of a broken file.
     cache = CacheFolder(
         folder=Path(folder) / f"{cfg.kind}-{cfg.slots}-{_weights_name(cfg, params)}",
         shape=(cfg.slots, cfg.dim),
@@ -321,15 +348,18 @@ def slide_tokens(
         tokens = _compress_slide(cfg, params, features, name, chunk)
         cache.write(keys[name], tokens)
 
-    compute_missing(
-        names, lambda name: cache.has(keys[name]), compute, "compressing slides", together=together
-    )
+    def is_cached(name: str) -> bool:
+        return cache.has(keys[name])
+
+    compute_missing(names, is_cached, compute, "compressing slides", together=together)
+    # All are read from the cache, also those just computed: tokens are the same in the first run and later.
     return {name: torch.from_numpy(cache.read(keys[name])).float() for name in names}
 
 
 def _weights_name(cfg: CompressConfig, params: Mapping) -> str:
     """What the cache's folder is called after: weights, and the settings with which they are used."""
-    return hashlib.sha256(f"{cfg} {skeletons.weights_digest(dict(params))}".encode()).hexdigest()[:12]
+    text = f"{cfg} {skeletons.weights_digest(dict(params))}"
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _compress_slide(
@@ -339,6 +369,7 @@ def _compress_slide(
     with _slide_in_errors(name):
         compressed = compress.compress_stream(cfg, params, partial(_patches, features, name, chunk))
     tokens = compressed.tokens.to("cpu", torch.float16)
+    # Numbers above 65,504 became infinite; in the cache they would spoil every later training.
     if not bool(tokens.isfinite().all()):
         raise ValueError(
             f"slide {name}: its tokens are beyond 16 bits; are the features normalised as the compressor's "
@@ -355,23 +386,28 @@ def patch_weights(
     Raises:
         ValueError: features of another width, or not finite (names the slide).
     """
-    weights, coords = [np.zeros((0, cfg.slots), np.float32)], list[np.ndarray]()
+    weights = [np.zeros((0, cfg.slots), np.float32)]
+    coords: list[np.ndarray] = []
     with _slide_in_errors(name):
         state = None  # the weights of "moe" need no other patch
         if cfg.kind != "moe":
+            # Those of the other kinds depend on all patches: a pass before this one gathers what they need.
             state = _last_state(cfg, params, partial(_patches, features, name, chunk))
         for x, xy in features.chunks(name, chunk):
-            weights.append(compress.slot_weights(cfg, params, torch.from_numpy(x), state).cpu().numpy())
+            chunk_weights = compress.slot_weights(cfg, params, torch.from_numpy(x), state)
+            weights.append(chunk_weights.cpu().numpy())
             if xy is not None:
                 coords.append(xy)
-    return np.concatenate(weights), np.concatenate(coords) if coords else None
+    if not coords:
+        return np.concatenate(weights), None
+    return np.concatenate(weights), np.concatenate(coords)
 
 
 def _last_state(cfg: CompressConfig, params: Tree, chunks: Callable[[], Iterator[Tensor]]) -> SlotState:
     """The state after the last patch of the last pass."""
     state = compress.begin_state(cfg, params)
     for i in range(cfg.passes):
-        if i:
+        if i:  # a later pass starts from what the one before it has found
             state = compress.begin_state(cfg, params, state)
         for x in chunks():
             state = compress.update_state(cfg, params, state, x)
@@ -384,6 +420,7 @@ def _patches(features: Features, name: str, chunk: int) -> Iterator[Tensor]:
 
 @contextmanager
 def _slide_in_errors(name: str) -> Iterator[None]:
+    # The compressor knows patches only, and not whose they are.
     try:
         yield
     except ValueError as e:
