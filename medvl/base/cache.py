@@ -58,6 +58,7 @@ class CacheFolder:
 
     def path(self, key: str) -> Path:
         """Where the array of a key is. The key says what the content of the input is."""
+        # A digest, since a key may be longer than a file name and hold any character.
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.npy"
 
     def has(self, key: str) -> bool:

@@ -54,6 +54,7 @@ def load_record(path: str | os.PathLike, record: type[T], overrides: tuple[str, 
 def read_settings(path: str | os.PathLike) -> dict[str, Any]:
     """The raw dict of a `.toml` or `.json` file."""
     raw = read_plain(path)
+    # A TOML file always is one; JSON may hold anything.
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: must hold a table of settings, found {type(raw).__name__}")
     return raw
@@ -69,9 +70,13 @@ def read_plain(path: str | os.PathLike) -> Any:
         text = path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark first
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"{path}: cannot be read as text ({e})") from e
-    syntax = "JSON" if path.suffix == ".json" else "TOML"
+    syntax = "TOML"
+    parse: Callable[[str], Any] = tomllib.loads
+    if path.suffix == ".json":
+        syntax, parse = "JSON", json.loads
+    # Thousands of nested brackets are a RecursionError of either parser.
     try:
-        raw = json.loads(text) if syntax == "JSON" else tomllib.loads(text)
+        raw = parse(text)
     except (ValueError, RecursionError) as e:
         raise ConfigError(f"{path}: not valid {syntax}: {e}") from e
     _check_plain(raw, str(path))
@@ -84,7 +89,9 @@ def run_folder(path: str | os.PathLike) -> Path:
     Raises:
         ConfigError: there is no run.
     """
-    folder = Path(path).parent if Path(path).name == "config.json" else Path(path)
+    folder = Path(path)
+    if folder.name == "config.json":
+        folder = folder.parent
     if not (folder / "config.json").is_file():
         raise ConfigError(
             f"{path}: must be the folder of a run, there is no config.json; "
@@ -104,11 +111,15 @@ def load_run(folder: str | os.PathLike, record: type[T]) -> T:
     environment = path.with_name("environment.json")
     current = load_record(path, record)
     # Runs of older versions did not store the record beside the environment.
-    stored = read_settings(environment).get("record") if environment.exists() else None
+    stored = None
+    if environment.exists():
+        stored = read_settings(environment).get("record")
     if stored is None:
         return current
+    # Both through `structure`, so that a setting that came later has its default on both sides.
     trained = structure(stored, record, source=f"{environment}, record")
     changes = differences(unstructure(trained), unstructure(current))
+    # How a run is evaluated, and on which data, may be edited in its folder; its model may not.
     refused = [change for change in changes if not change.startswith(("$.data.", "$.evaluate."))]
     if refused:
         raise ConfigError(
@@ -129,6 +140,7 @@ def override(raw: dict[str, Any], overrides: tuple[str, ...], source: str = "rec
     """A copy of `raw` with each `"key.path=value"` set. New keys are allowed here; `structure` refuses
     unknown ones.
     """
+    # Tables inside are changed below, and those of the caller must not be.
     raw = copy.deepcopy(raw)
     for item in overrides:
         path, sep, text = item.partition("=")
@@ -136,6 +148,7 @@ def override(raw: dict[str, Any], overrides: tuple[str, ...], source: str = "rec
             raise ConfigError(f"{source}: --set needs key.path=value, got {item!r}")
         value = _parse_value(text, f"{source}: --set {path}")
         *parents, last = path.strip().split(".")
+        # `_check_plain` refuses deeper files; this refuses what --set would build.
         if len(parents) >= DEPTH:
             raise ConfigError(f"{source}: --set {path[:60]}...: no setting lies {len(parents) + 1} keys deep")
         # Walk to the table or array that holds the last key; tables on the way that are not there are made.
@@ -155,9 +168,11 @@ def override(raw: dict[str, Any], overrides: tuple[str, ...], source: str = "rec
 
 def structure(raw: Any, record: type[T], source: str = "record") -> T:
     """Build `record` from plain data; unknown keys, wrong types and refused values are one ConfigError."""
+    # cattrs knows nothing of defaults that depend on where a record stands, so they are filled in before.
     try:
         return _converter.structure(_with_defaults(raw, record), record)
     except cattrs.BaseValidationError as e:
+        # All faults of the record at once, each with its place: "... @ $.stages[0].lr".
         faults = cattrs.transform_error(e, format_exception=_describe)
         raise ConfigError(f"{source}: " + "; ".join(faults)) from e
     except (ValueError, TypeError, KeyError) as e:
@@ -201,12 +216,15 @@ def _with_defaults(raw: Any, record: Any) -> Any:
     completed = dict(raw)
     for field in attrs.fields(record):
         table = raw.get(field.name)
+        # No table, or something that `structure` will refuse.
         if not isinstance(table, dict):
             continue
+        # First the spelling: what follows looks keys up by their present names.
         if field.metadata.get("upgrade"):
             table = field.metadata["upgrade"](table)
         if field.metadata.get("subrecord"):
             defaults = unstructure(field.default)
+            # A key that contradicts one the table sets must not come from the default.
             for key_field in attrs.fields(type(field.default)):
                 if key_field.metadata.get("unless") in table:
                     del defaults[key_field.name]
@@ -222,6 +240,7 @@ def _with_defaults(raw: Any, record: Any) -> Any:
 def _fill_defaults(table: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     filled = dict(table)
     for key, default in defaults.items():
+        # For a list of tables, the defaults of each of its tables.
         item_defaults = default[0] if isinstance(default, list) else default
         items = table.get(key)
         if isinstance(items, list) and isinstance(item_defaults, dict):
@@ -233,6 +252,7 @@ def _fill_defaults(table: dict[str, Any], defaults: Mapping[str, Any]) -> dict[s
 
 def unstructure(record: Any) -> Any:
     """Plain dicts, lists and scalars of an attrs record (JSON-ready)."""
+    # Through JSON, so that tuples are lists, as they will be when the record is read from its file.
     return json.loads(json.dumps(_converter.unstructure(record)))
 
 
@@ -258,7 +278,9 @@ def check_bounds(record: Any, section: str, **bounds: tuple[float, float]) -> No
 
 
 def _check_bounds(value: Any, name: str, low: float, high: float) -> None:
-    numbers = value if isinstance(value, tuple) else (value,)
+    numbers = value
+    if not isinstance(value, tuple):
+        numbers = (value,)
     for number in numbers:
         # NaN fails this comparison, too.
         if low <= number <= high:
@@ -286,6 +308,7 @@ def fill_pattern(pattern: str, setting: str, **values: Any) -> str:
             return match[0]
         return str(values[key])
 
+    # Not str.format, which would read "{0.name}" and "{x:>9}", too, and stop at a single brace.
     return re.sub(r"\{[^{}]*\}", value_of, pattern)
 
 
@@ -310,7 +333,11 @@ def check_regexes(patterns: Iterable[str], setting: str) -> None:
 
 def record_digest(record: Any) -> str:
     """Eight hex digits that identify a record (or plain data) by its content."""
-    plain = unstructure(record) if attrs.has(type(record)) else record
+    plain = record
+    if attrs.has(type(record)):
+        plain = unstructure(record)
+    # Sorted keys and no spaces: equal content has equal text. Runs and caches are named by this digest, so it
+    # may never change.
     canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:8]
 
@@ -331,6 +358,7 @@ def _format_number(value: float) -> str:
 
 def _parse_value(text: str, source: str) -> Any:
     """The value of `--set key=value`: TOML, or text where it is none."""
+    # A shell takes quotes away: `--set preset="mm"` arrives as preset=mm, which is no TOML.
     try:
         value = tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:
@@ -398,6 +426,7 @@ def _describe(e: BaseException, kind: type | None) -> str:
 # or refuse it.
 def _exact_hook(kind: type) -> Hook:
     def hook(value: Any, _: Any) -> Any:
+        # `lr = 1` is a float that nobody would write as 1.0. `type` and not isinstance: True is an int.
         if kind is float and type(value) is int:
             return float(value)
         if type(value) is not kind:
@@ -425,9 +454,11 @@ def _tuple_hook(kind: Any) -> Hook:
     def hook(value: Any, _: Any) -> tuple:
         if not isinstance(value, list | tuple):
             raise TypeError(f"expected an array, got {value!r}")
+        # tuple[int, ...] is of any length.
         item_kinds = kinds[:1] * len(value) if kinds[1:] == (Ellipsis,) else kinds
         if len(item_kinds) != len(value):
             raise ValueError(f"expected an array of {len(item_kinds)}, got {value!r}")
+        # All items are tried, so that one message names all that are wrong.
         items, errors = [], []
         for i, (item, item_kind) in enumerate(zip(value, item_kinds, strict=True)):
             try:
@@ -443,6 +474,7 @@ def _tuple_hook(kind: Any) -> Hook:
     return hook
 
 
+# One of our own: hooks in cattrs' global converter would change other libraries that use it.
 _converter = cattrs.Converter(forbid_extra_keys=True)
 for _kind in (int, float, bool, str):
     _converter.register_structure_hook(_kind, _exact_hook(_kind))

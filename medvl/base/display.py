@@ -77,5 +77,6 @@ class Log:
 
     def keep(self, text: str) -> None:
         """Add a line to the file."""
+        # Opened for each line, so that a killed run has all of them.
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {text}\n")

@@ -36,10 +36,10 @@ READ_ERRORS = (
     *(struct.error, zipfile.BadZipFile, tokenize.TokenError),
 )
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}  # of tables that are not read
-_LONGEST_LINE = 2**24
+_LONGEST_LINE = 2**24  # characters
 _LINES_OF_A_ROW = 2000  # no report has so many; a quote that is not closed makes one row of all that follow
 _LONGEST_CELL = 2**23  # Python's default is 131,072 characters, and reports of 200 kB are real
-_READING = threading.Lock()
+_READING = threading.Lock()  # around the limit of a cell, see `_long_cells`
 
 
 def error_reason(error: Exception) -> str:
@@ -57,6 +57,8 @@ def atomic(path: PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, since a rename is atomic only within one file system. The name begins with a dot and
+    # that of the file, so that `remove_unfinished_file` knows whose it is.
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     os.close(handle)
     tmp = Path(name)
@@ -74,6 +76,7 @@ def atomic(path: PathLike) -> Iterator[Path]:
 
 
 def _umask() -> int:
+    # It can only be read by setting it.
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -100,6 +103,7 @@ def file_lock(path: PathLike, *, wait: bool = False, shared: bool = False) -> It
     lock = path.with_name(f".{path.name}.lock")
     handle = _acquire(lock, path, wait, shared)
     try:
+        # Whoever holds the lock alone knows that no other process is writing these files.
         if not shared:
             remove_unfinished_file(path)
         yield
@@ -117,6 +121,7 @@ def _acquire(lock: Path, path: Path, wait: bool, shared: bool) -> int:
     while True:
         handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         try:
+            # First without waiting, to be able to say who is waited for.
             if not _flock(handle, kind | fcntl.LOCK_NB):
                 owner = os.pread(handle, 200, 0).decode("utf-8", "replace").strip()
                 holder = "another run is writing to it"
@@ -140,6 +145,7 @@ def _acquire(lock: Path, path: Path, wait: bool, shared: bool) -> int:
         # The holder before may have removed the file meanwhile. Then this is a lock on nothing, and others
         # lock a new file: try again.
         if lock.exists() and os.path.samestat(os.fstat(handle), os.stat(lock)):
+            # Several shared holders would overwrite each other's names.
             if not shared:
                 os.truncate(handle, 0)
                 os.pwrite(handle, f"process {os.getpid()} on {platform.node()}".encode(), 0)
@@ -192,6 +198,7 @@ def check_writable(path: PathLike, *, folder: bool = False) -> None:
             parent = parent.parent
         if not parent.is_dir():
             raise ValueError(f"{path}: cannot be written, because {parent} is no folder; give another place")
+        # Tried out: permission bits do not tell of file systems that are mounted read-only.
         with tempfile.TemporaryFile(dir=parent):
             pass
         # File systems allow 255 bytes; the temporary file has a longer name.
@@ -202,6 +209,7 @@ def check_writable(path: PathLike, *, folder: bool = False) -> None:
 
 
 def _path_kind(path: Path) -> str:
+    """What a path is: "folder", "file" or "device"; "" where nothing is, or a link leads nowhere."""
     if path.is_dir():
         return "folder"
     if path.is_file():
@@ -212,6 +220,7 @@ def _path_kind(path: Path) -> str:
 def remove_unfinished_file(path: PathLike) -> None:
     """Remove temporary files of one path that a killed process left; nobody may be writing it."""
     path = Path(path)
+    # Escaped: a name with brackets is a pattern to glob.
     for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         temporary.unlink()
 
@@ -263,10 +272,11 @@ def files_below(folder: PathLike) -> list[Path]:
         ValueError: a folder that cannot be read, or links that lead in a circle.
     """
     files: list[Path] = []
-    ancestors: dict[
-        str, set[str]
-    ] = {}  # real paths of the folders above each folder that is still to be visited
+    # Real paths of the folders above each folder that is still to be visited. A link back to one of them is a
+    # circle; two links to one folder are not.
+    ancestors: dict[str, set[str]] = {}
 
+    # os.walk passes over what it cannot read, unless it is given this.
     def refuse(e: OSError) -> None:
         raise ValueError(
             f"{e.filename}: cannot be read ({e.strerror}); what lies in it would be left out"
@@ -316,6 +326,7 @@ def read_csv(
     path = Path(path)
     check_regular(path)
     try:
+        # All rows before any is returned: a fault in the last line is found before work on the first.
         with _long_cells():
             header, *rows = [*_csv_rows(path, file)] or [(1, [])]
     except FileNotFoundError as e:
@@ -330,6 +341,7 @@ def read_csv(
                 raise ValueError(
                     f"{path}: its cells are separated by {separator}; save the table with commas"
                 )
+    # Columns that nobody asks for may be there, under any name.
     missing = [column for column in columns if column not in names]
     if missing:
         present = ", ".join(map(repr, names)) or "an empty file"
@@ -337,6 +349,7 @@ def read_csv(
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise ValueError(f"{path}: the column {', '.join(map(repr, repeated))} is there more than once")
+    # csv.DictReader would fill or drop cells without a word.
     for line, cells in rows:
         if len(cells) != len(names):
             raise ValueError(
@@ -364,6 +377,7 @@ def _csv_rows(path: Path, file: BinaryIO | None) -> Iterator[tuple[int, list[str
     with open(path, "rb") if file is None else nullcontext(file) as raw:
         text = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="\n")
         reader = csv.reader(_csv_lines(text, path), strict=True)
+        # By `next` and not by a loop over the reader, whose errors would not say in which line the row began.
         while True:
             line = reader.line_num + 1
             try:
@@ -386,6 +400,7 @@ def _csv_rows(path: Path, file: BinaryIO | None) -> Iterator[tuple[int, list[str
 
 def _csv_lines(f: TextIO, path: Path) -> Iterator[str]:
     """The lines of a table; raises where it is no text, before a file without line ends fills the memory."""
+    # One character more than the limit is asked for, so that a line of exactly that length passes.
     for number in itertools.count(1):
         line = f.readline(_LONGEST_LINE + 1)
         if not line:
@@ -402,6 +417,7 @@ def _csv_lines(f: TextIO, path: Path) -> Iterator[str]:
 def write_csv(path: PathLike, rows: Iterable[dict], columns: Iterable[str]) -> None:
     """Write dict rows atomically; every row must have exactly these columns."""
     with atomic(path) as tmp, open(tmp, "w", newline="", encoding="utf-8") as f:
+        # The csv module's default is CR LF.
         writer = csv.DictWriter(f, list(columns), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -449,6 +465,7 @@ def read_array(path: PathLike, shape: tuple[int, ...], remedy: str) -> np.ndarra
         raise ValueError(f"{path}: must hold an array {list(shape)} and is broken ({e}); {remedy}") from e
     if array.shape != shape:
         raise ValueError(f"{path}: must hold an array {list(shape)}, found {list(array.shape)}; {remedy}")
+    # A copy in memory, so that no file stays mapped.
     return np.array(array)
 
 
@@ -456,6 +473,7 @@ def check_uncompressed(path: PathLike) -> None:
     """Refuse a file of torch.save whose members unpack to more than the file is long: torch.save compresses
     nothing.
     """
+    # torch.save before 1.6 wrote a plain pickle.
     if not zipfile.is_zipfile(path):
         return
     try:
@@ -475,6 +493,7 @@ def check_tensor_storage(path: PathLike, tensors: Mapping[str, Any]) -> None:
     few numbers without end.
     """
     for key, tensor in tensors.items():
+        # Sparse and meta tensors have no storage of their size, so they count as too small.
         dense = str(tensor.layout) == "torch.strided" and not tensor.is_meta
         stored = tensor.untyped_storage().nbytes() if dense else 0
         if stored < tensor.numel() * tensor.element_size():
@@ -495,12 +514,13 @@ def open_dataset(file: Any, name: str, path: PathLike) -> Any:
         ValueError: no dataset, a link, external storage or a virtual dataset; parts that were never written;
             a size that has nothing to do with what the file holds.
     """
-    import h5py
+    import h5py  # here: most users of this module read no HDF5
 
     key = name.encode()
     if not file.id.links.exists(key):
         present = ", ".join(map(repr, list(file)[:6])) or "none"
         raise ValueError(f"{path}: must hold a dataset {name!r}, found {present}")
+    # A link could lead to any file that the user may read, which nobody expects of a downloaded file.
     if file.id.links.get_info(key).type != h5py.h5l.TYPE_HARD:
         raise ValueError(
             f"{path}: {name!r} must lie in this file, found a link; copy what it leads to into the file"
@@ -515,6 +535,7 @@ def open_dataset(file: Any, name: str, path: PathLike) -> Any:
             "copy them into it"
         )
     stored = dataset.id.get_storage_size()
+    # Chunks that were never written are missing from the file; a contiguous dataset has no storage then.
     if properties.get_layout() == h5py.h5d.CHUNKED:
         unit = "chunks"
         written = dataset.id.get_num_chunks()

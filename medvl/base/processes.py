@@ -30,6 +30,7 @@ def join_processes(**settings: Any) -> None:
     started_together = bool(settings) or int(os.environ.get("WORLD_SIZE", "1")) > 1
     if dist.is_initialized() or not started_together:
         return
+    # Before the group is made: NCCL uses the current device, which is GPU 0 unless it is set.
     if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # They may wait long for each other: process 0 draws data for an hour, or waits for another run's
@@ -71,6 +72,7 @@ def single_process() -> Iterator[None]:
 
 def world_size() -> int:
     """Number of processes that train together."""
+    # Some builds of torch have no distributed package.
     joined = dist.is_available() and dist.is_initialized() and not _single
     return dist.get_world_size() if joined else 1
 
@@ -98,6 +100,7 @@ def choose_device(name: str = "auto") -> torch.device:
         )
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    # torchrun numbers processes through all machines, and those of one machine one after the other.
     return torch.device("cuda", rank() % torch.cuda.device_count())
 
 
@@ -107,6 +110,7 @@ def gather_rows(t: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return t
+    # NCCL needs contiguous memory, and rows are often a slice of something larger.
     gathered = [torch.empty_like(t) for _ in range(world_size())]
     dist.all_gather(gathered, t.contiguous())
     return torch.cat(gathered)

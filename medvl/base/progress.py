@@ -39,6 +39,7 @@ def run_batches(
     rows = [row for batch in batches for row in batch]
     path.parent.mkdir(parents=True, exist_ok=True)
     lines, offsets = read_finished_lines(path, rows)
+    # Rows and number of the batches that were written whole; the one after them may be there in part.
     finished, batch_count = 0, 0
     for batch in batches:
         if finished + len(batch) > len(lines):
@@ -46,6 +47,7 @@ def run_batches(
         finished += len(batch)
         batch_count += 1
     lines = lines[:finished]
+    # Not "a": what follows the last whole batch is cut off first.
     mode = "r+b" if path.exists() else "w+b"
     with open(path, mode) as file:
         # Cut off the last batch if it is not whole, and whatever was left of a line when the process was
@@ -60,6 +62,7 @@ def run_batches(
                 )
             batch_lines = [{"row": row} | line for row, line in zip(batch, results, strict=True)]
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in batch_lines)
+            # Lone surrogates, which a JSON file of questions may hold, are no UTF-8.
             file.write(text.encode(errors="backslashreplace"))
             # On the disk before the next batch starts, so that a crash of the machine costs one batch.
             file.flush()
@@ -89,6 +92,7 @@ def read_finished_lines(path: PathLike, rows: Sequence[int]) -> tuple[list[Line]
             raise ValueError(
                 f"{path}, line {number}: not a line of results ({e}); remove the file to do it all again"
             ) from e
+        # Another data set or order under the same name: going on would mix the results of two.
         if number > len(rows) or not isinstance(line, dict) or line.get("row") != rows[number - 1]:
             raise ValueError(
                 f"{path}, line {number}: results of other rows or another order; "

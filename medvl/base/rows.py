@@ -119,6 +119,7 @@ class Rows:
         view = _bytes(array)
         descriptor = self._open()
         try:
+            # A read may return less than it was asked for, at most 2 GiB at a time.
             while len(view):
                 count = os.preadv(descriptor.number, [view], at)
                 if not count:
@@ -166,6 +167,7 @@ class RowWriter:
     def finish(self, record: np.ndarray) -> None:
         """Write the record [1], wait for the disk, and flag the row as done."""
         i, table = self.rows.index[self.name], self.rows.datasets["rows"]
+        # `done` is a record's last byte. Written with the rest, it could reach the disk before the numbers.
         record["done"] = 0
         self.write("rows", i, record)
         self._sync()  # the flag must not reach the disk before what it vouches for
@@ -232,10 +234,12 @@ def open_rows(path: PathLike, kind: Kind, datasets: Sequence[str]) -> Rows:
     files.check_regular(path)
     places = {}
     try:
+        # Without HDF5's lock, which fails where a file system has none; the structure never changes.
         with h5py.File(path, "r", locking=False) as f:
             _check_format(f, path, kind)
             for name in (*datasets, "rows"):
                 dataset = files.open_dataset(f, name, path)
+                # Chunked or compressed datasets have none, so they are not of `create_rows`.
                 offset = dataset.id.get_offset()
                 if offset is None:
                     raise ValueError(
@@ -243,6 +247,7 @@ def open_rows(path: PathLike, kind: Kind, datasets: Sequence[str]) -> Rows:
                     )
                 places[name] = Dataset(offset=offset, shape=dataset.shape, dtype=dataset.dtype)
             table, settings = f["rows"][()], json.loads(f.attrs["settings"])
+            # Of the file that is open here, which the path may not lead to any more.
             identity = _identity(os.fstat(f.id.get_vfd_handle()))
         names = [name.decode() for name in table["name"]]
         written = [name for name, flag in zip(names, table["done"], strict=True) if flag]
@@ -292,6 +297,7 @@ def row_writer(rows: Rows, name: str, durable: bool = True) -> Iterator[RowWrite
         descriptor = os.open(rows.path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as e:
         raise _unwritable(rows.path, e) from e
+    # A descriptor of its own, for writing; closed when the block ends.
     try:
         if _identity(os.fstat(descriptor)) != rows._identity:
             raise _replaced(rows.path)
@@ -322,6 +328,7 @@ def copy_row(
 
 
 def _identity(stat: os.stat_result) -> tuple[int, int]:
+    # The size too: a new file may get the inode of the one it replaces. No time, since writers change it.
     return stat.st_ino, stat.st_size
 
 

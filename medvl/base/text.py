@@ -15,5 +15,6 @@ def few(items: Sequence[Any], k: int = 6) -> str:
 
 def short(value: Any) -> str:
     """A value as JSON text of at most 80 characters."""
+    # Whatever a file held: values that JSON does not know are shown by their `str`.
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -44,7 +44,7 @@ def match_names(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
     Raises:
         ValueError: a pattern is no regex or matches nothing (both say what names exist).
     """
-    names = list(names)
+    names = list(names)  # an iterator would be used up by the first pattern
     matched: set[str] = set()
     for pattern in patterns:
         try:
@@ -75,6 +75,7 @@ def split_tree(tree: Tree, patterns: Iterable[str]) -> tuple[Tree, Tree]:
         ValueError: as `match_names`.
     """
     flat = flatten(tree)
+    # All patterns at once: a leaf that two of them match is selected once.
     hits = set(match_names(flat, patterns))
     selected = {name: leaf for name, leaf in flat.items() if name in hits}
     others = {name: leaf for name, leaf in flat.items() if name not in hits}

@@ -47,6 +47,7 @@ def worker_context() -> ForkServerContext:
 
 def _start() -> None:
     """Runs once in each worker."""
+    # Each worker has a core; threads of several workers would wait for each other.
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C

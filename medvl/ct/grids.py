@@ -59,6 +59,7 @@ def centred(n: int, spacing_mm: float, size: int, target_mm: float, antialias: b
     step = target_mm / spacing_mm  # source voxels per output voxel
     # Source index of each output voxel's centre; both volumes have their centre in the same place.
     centres = (np.arange(size) - (size - 1) / 2) * step + (n - 1) / 2
+    # With a tolerance: whether a voxel exactly on the edge counts must not depend on rounding.
     inside = np.flatnonzero((centres > -0.5 - 1e-6) & (centres < n - 0.5 + 1e-6))
     if not len(inside):
         raise ValueError(
@@ -66,6 +67,7 @@ def centred(n: int, spacing_mm: float, size: int, target_mm: float, antialias: b
         )
     first = int(inside[0])
     centres = centres[inside]
+    # When enlarging there is nothing to average: two neighbours are all that an output voxel lies between.
     if not antialias or target_mm <= spacing_mm:
         return _sample_linear(first, centres, n, target_mm)
     # All source voxels within one step of the centre; there are at most ceil(2 * step) + 1 of them.
@@ -100,6 +102,7 @@ def anchored(n: int, spacing_mm: float, size: int, target_mm: float) -> Axis:
     Source: MONAI Spacing (padding_mode="border"), SpatialPad and CenterSpatialCrop, for axes along the
         patient's. MONAI centres oblique ones when rounding errors exceed 1e-8 (compute_shape_offset).
     """
+    # The distance of the outermost centres in output voxels, and one: both ends are samples.
     new = int(np.round((n - 1) * spacing_mm / target_mm + 1))
     pad = max(size - new, 0) // 2
     crop = max(new, size) // 2 - size // 2
@@ -123,9 +126,9 @@ def resample(
     slices: Iterable[np.ndarray],
     before: Callable[[Tensor], Tensor],
     after: Callable[[Tensor], Tensor],
-    out: np.ndarray,
+    target: np.ndarray,
 ) -> None:
-    """Fill `out` from source slices as they come. Only slices that a later output slice needs are kept in
+    """Fill `target` from source slices as they come. Only slices that a later output slice needs are kept in
     memory.
 
     Torch works on one thread meanwhile, which is faster here (see `_one_thread`). Several calls may run at
@@ -136,15 +139,15 @@ def resample(
         slices: [y, x] of any real type, along z in order; they are copied, not changed.
         before: applied to each float32 source slice [y, x]; may work in place.
         after: applied to each output slice [x, y]; may work in place.
-        out: [z, y, x], as many as the axes' taps, of the dtype that `after` returns.
+        target: [z, y, x], as many as the axes' taps, of the dtype that `after` returns.
     Raises:
-        ValueError: `out` has another shape, or the slices end before the last one that is needed.
+        ValueError: `target` has another shape, or the slices end before the last one that is needed.
     """
     size = tuple(len(a.taps) for a in axes)
-    if out.shape != size:
-        raise ValueError(f"resample: out must be {size} like the axes' taps, got {out.shape}")
+    if target.shape != size:
+        raise ValueError(f"resample: target must be {size} like the axes' taps, got {target.shape}")
     with _one_thread():
-        _fill(axes, slices, before, after, out)
+        _fill(axes, slices, before, after, target)
 
 
 def _fill(
@@ -152,10 +155,11 @@ def _fill(
     slices: Iterable[np.ndarray],
     before: Callable[[Tensor], Tensor],
     after: Callable[[Tensor], Tensor],
-    out: np.ndarray,
+    target: np.ndarray,
 ) -> None:
     """Resample along y once per source slice that is needed, then along z, then along x."""
     axis_z, axis_y, axis_x = axes
+    # For each output slice k: {source slice: weight}.
     sources = [_nonzero_taps(*row) for row in zip(axis_z.taps, axis_z.weights, strict=True)]
     # How many output slices still need a source slice: it is dropped when none does.
     uses = Counter(i for weights in sources for i in weights)
@@ -174,8 +178,9 @@ def _fill(
             for j, weight in sources[k].items():
                 plane.add_(planes[j], alpha=weight)
                 uses[j] -= 1
+            # [y, x] -> [x, y] and back: `_resample_rows` works along the first axis.
             plane = after(_resample_rows(axis_x, plane.t().contiguous()))
-            out[k] = plane.numpy().T
+            target[k] = plane.numpy().T
         planes = {j: plane for j, plane in planes.items() if uses[j]}
     if completed_by:
         raise ValueError(

@@ -50,6 +50,7 @@ def choose_scale(stored: np.ndarray, header: Scale | None = None, row: Scale | N
     Raises:
         ValueError: under no scale are they a CT; the message goes on after the scan's name.
     """
+    # float64, so that the decision does not depend on the stored type.
     stored = stored.astype(np.float64).ravel()
     base = STORED
     if header is not None and not _is_identity(header):
@@ -59,13 +60,8 @@ def choose_scale(stored: np.ndarray, header: Scale | None = None, row: Scale | N
     values = _select(values, values >= PADDING)
     background = _is_background(values)
     padded = _is_padding(values, background)
-    if padded:
-        # Background and stray lower values are all padding; raw tissue lies above them.
-        patient = _select(values, values > _AIR)
-    elif _borders_on(values, background):
-        patient = values  # the background is the air around the patient, with the partial volumes of the skin
-    else:
-        patient = _select(values, ~background)
+    patient = _patient_values(values, background, padded)
+    # Padding is as low as air, so it must not count as the air that only HU have.
     is_hu = _has_air(values) and not padded
     # Without a row the values must be HU by themselves.
     if row is None:
@@ -98,6 +94,16 @@ def choose_scale(stored: np.ndarray, header: Scale | None = None, row: Scale | N
     return compose_scales(base, row)
 
 
+def _patient_values(values: np.ndarray, background: np.ndarray, padded: bool) -> np.ndarray:
+    """The values of the patient, and of the air around it where that was measured."""
+    if padded:
+        # Background and stray lower values are all padding; raw tissue lies above them.
+        return _select(values, values > _AIR)
+    if _borders_on(values, background):
+        return values  # the background is the air around the patient, with the partial volumes of the skin
+    return _select(values, ~background)
+
+
 def compose_scales(first: Scale, then: Scale) -> Scale:
     """The scale that applies `first`, then `then`."""
     rule = then.rule if first is STORED else f"{first.rule}+{then.rule}"
@@ -122,6 +128,7 @@ def check_scale(stored: np.ndarray, chosen: Scale, header: Scale | None = None) 
     # Without padding, which says nothing about the scale.
     values = _select(values, values >= PADDING)
     with_chosen, without = _share(chosen.apply(values), TISSUE), _share(values, TISSUE)
+    # "none" leaves the header's scale out, "metadata" takes its place; the values may need it all the same.
     both = chosen
     if header is not None and not _is_identity(header):
         both = compose_scales(header, chosen)
@@ -165,9 +172,9 @@ def _refuse_applied_before(stored: np.ndarray, header: Scale) -> None:
         raise ValueError(f"{message}, hu='header' if the header is right")
 
 
-def _is_better(share: float, other: float) -> bool:
+def _is_better(share: float, baseline: float) -> bool:
     """Whether a share of tissue is clearly better than another: what is no tissue is halved."""
-    return 1 - share < (1 - other) / 2
+    return 1 - share < (1 - baseline) / 2
 
 
 def _is_background(values: np.ndarray) -> np.ndarray:
@@ -189,6 +196,7 @@ def _is_padding(values: np.ndarray, background: np.ndarray) -> bool:
     does. Where a head has as much bone, padding is recognised by its sharp edge.
     """
     patient = values[values > _AIR]
+    # In HU a few percent of a scan are as dense as bone; in raw values all soft tissue is.
     if not background.any() or float((values > _BONE).mean()) <= 10 * _FEW:
         return False
     return float((patient > _BONE).mean()) > _MOST_BONE or not _borders_on(values, background)
@@ -198,6 +206,7 @@ def _borders_on(values: np.ndarray, background: np.ndarray) -> bool:
     """Whether a constant background passes into tissue through partial volumes, fat and noise."""
     if not background.any():
         return False
+    # What lies between the background's value and soft tissue, which is above -50 HU.
     others = values[~background]
     return _share(others, (float(values[background][0]), -50.0)) >= 2 * _FEW
 

@@ -50,16 +50,16 @@ class _Job:
 
 def preprocess_folder(
     source: PathLike,
-    out: PathLike,
+    store_path: PathLike,
     cfg: CtConfig = CtConfig(),
     metadata_csv: PathLike = "",
     workers: int = 1,
     progress: bool = True,
 ) -> Summary:
-    """Preprocess every scan of `source` into the store `out`.
+    """Preprocess every scan of `source` into the store `store_path`.
 
     Run it again to resume a run that was stopped, or when scans were added. Scans that cannot be used are
-    listed in `rejected_csv(out)` at the end of a run, and the next run tries them again.
+    listed in `rejected_csv(store_path)` at the end of a run, and the next run tries them again.
 
     Args:
         source: a folder, searched with all its subfolders for `.nii` and `.nii.gz`, one such file, or a CSV
@@ -71,20 +71,22 @@ def preprocess_folder(
         ValueError: no scans, two scans of one name, an unusable CSV, a store made with other settings, scans
             that are other files than those that were written, or another run at work on it.
     """
-    out = Path(out)
-    _refuse_overwrite(out, source, metadata_csv)
+    store_path = Path(store_path)
+    _refuse_overwrite(store_path, source, metadata_csv)
     paths = find_scans(source)
     rows = None
     if metadata_csv:
         rows = metadata_table.read_metadata(metadata_csv, paths, preprocess.metadata_columns(cfg))
-    with files.file_lock(out):
-        files.remove_unfinished_file(rejected_csv(out))
-        done = reserve_volumes(out, paths, cfg)
-        _open_once.cache_clear()  # it may be another file now
-        stored = store.open_store(out)
+    # All that can be refused without the store has been refused: a wrong call leaves no empty store behind.
+    with files.file_lock(store_path):
+        files.remove_unfinished_file(rejected_csv(store_path))
+        stored_names = reserve_volumes(store_path, paths, cfg)
+        # Making room writes a new file in the place of the old one.
+        _open_once.cache_clear()
+        stored = store.open_store(store_path)
         if keeps_sources(stored):
             check_sources(stored, paths)
-        pending = [name for name in paths if name not in done]
+        pending = [name for name in paths if name not in stored_names]
         # Scans that are in the store already are not read again.
         rejected, jobs = {}, []
         for name in pending:
@@ -93,11 +95,14 @@ def preprocess_folder(
             else:
                 metadata = rows[name] if rows is not None else None
                 jobs.append(_Job(name=name, path=paths[name], metadata=metadata))
-        run = functools.partial(_run_job, out=out, cfg=cfg)
-        rejected |= _run_jobs(jobs, run, out, workers, progress, len(paths) - len(jobs))
-        table = [(name, paths[name], reason) for name, reason in sorted(rejected.items())]
-        cells = [dict(zip(REJECTED, row, strict=True)) for row in table]
-        files.write_csv(rejected_csv(out), cells, REJECTED)
+        # Sent to worker processes with each job, so it must be picklable: no closure.
+        run = functools.partial(_run_job, store_path=store_path, cfg=cfg)
+        rejected |= _run_jobs(jobs, run, store_path, workers, progress, len(paths) - len(jobs))
+        # Written also when none was rejected, in the place of the table of the run before.
+        rejected_rows = []
+        for name, reason in sorted(rejected.items()):
+            rejected_rows.append({"name": name, "path": paths[name], "reason": reason})
+        files.write_csv(rejected_csv(store_path), rejected_rows, REJECTED)
     return Summary(
         done=len(pending) - len(rejected),
         skipped=len(paths) - len(pending),
@@ -105,23 +110,23 @@ def preprocess_folder(
     )
 
 
-def _refuse_overwrite(out: Path, *inputs: PathLike) -> None:
+def _refuse_overwrite(store_path: Path, *inputs: PathLike) -> None:
     """Refuse an input that the run would overwrite: its own table of rejected scans.
 
     The store needs no check: an existing file that is no store is refused when it is opened.
     """
-    table = rejected_csv(out)
+    table = rejected_csv(store_path)
     for path in inputs:
         if path and table.exists() and table.resolve() == Path(path).resolve():
             raise ValueError(
-                f"{path}: a run into {out} writes its rejected scans there; give the table another name to "
-                "read it"
+                f"{path}: a run into {store_path} writes its rejected scans there; give the table "
+                "another name to read it"
             )
 
 
-def rejected_csv(out: PathLike) -> Path:
-    """Where a run into `out` lists the scans it refused: `volumes.h5` -> `volumes.rejected.csv`."""
-    return Path(out).with_suffix(".rejected.csv")
+def rejected_csv(store_path: PathLike) -> Path:
+    """Where a run into `store_path` lists the scans it refused: `volumes.h5` -> `volumes.rejected.csv`."""
+    return Path(store_path).with_suffix(".rejected.csv")
 
 
 def find_scans(source: PathLike) -> dict[str, Path]:
@@ -171,7 +176,7 @@ def _scans_below(folder: Path) -> list[Path]:
     return nifti
 
 
-def _run_job(job: _Job, out: Path, cfg: CtConfig) -> tuple[str, str]:
+def _run_job(job: _Job, store_path: Path, cfg: CtConfig) -> tuple[str, str]:
     """Preprocess and store one scan; returns ("", a summary) or (why it is rejected, "")."""
     try:
         volume = preprocess.preprocess_scan(job.path, cfg, job.metadata)
@@ -180,28 +185,30 @@ def _run_job(job: _Job, out: Path, cfg: CtConfig) -> tuple[str, str]:
     # A scan that is too large for this machine is rejected, and the run goes on.
     except MemoryError:
         return "not enough memory", ""
-    write_volume(_open_once(out), job.name, volume, job.path)
+    write_volume(_open_once(store_path), job.name, volume, job.path)
     scale = f"HU = {volume.slope:g} * stored + {volume.intercept:g} ({volume.hu_rule})"
     return "", f"{scale}, slices {volume.occupied}"
 
 
 @functools.lru_cache(maxsize=1)
-def _open_once(out: Path) -> Store:
+def _open_once(store_path: Path) -> Store:
     """The store, opened once per process: a worker reads its table of rows once and not for each scan."""
-    return store.open_store(out)
+    return store.open_store(store_path)
 
 
 def _run_jobs(
-    jobs: list[_Job], run: Callable, out: Path, workers: int, progress: bool, skipped: int
+    jobs: list[_Job], run: Callable, store_path: Path, workers: int, progress: bool, skipped: int
 ) -> dict[str, str]:
     """Run the jobs and log each; returns {name: reason} of the rejected ones."""
+    # Lazily, so that each scan is logged when it is done.
     results: Iterator[tuple[_Job, tuple[str, str]]] = ((job, run(job)) for job in jobs)
     if workers > 1:
-        results = _run_parallel(jobs, run, out, workers)
+        results = _run_parallel(jobs, run, store_path, workers)
     rejected = {}
     for job, (reason, summary) in track(results, "scans", skipped + len(jobs), skipped, progress):
         if reason:
             rejected[job.name] = reason
+            # The reason begins with the path of the scan, which the log need not repeat in full.
             log.warning("%s: rejected: %s", job.name, reason.replace(str(job.path), job.path.name))
         else:
             log.info("%s: %s", job.name, summary)
@@ -209,7 +216,7 @@ def _run_jobs(
 
 
 def _run_parallel(
-    jobs: list[_Job], run: Callable, out: Path, workers: int
+    jobs: list[_Job], run: Callable, store_path: Path, workers: int
 ) -> Iterator[tuple[_Job, tuple[str, str]]]:
     """Run jobs in worker processes.
 
@@ -217,6 +224,7 @@ def _run_parallel(
     These suspects are run again, each alone in a pool of one, to find out.
     """
     queue, suspects = deque(jobs), deque[_Job]()
+    # One pool for each turn of this loop; a turn ends when its jobs are done or its pool breaks.
     while queue or suspects:
         alone = bool(suspects)
         source = suspects if alone else queue
@@ -235,7 +243,7 @@ def _run_parallel(
                         del running[future]
             except BrokenProcessPool:
                 # A worker may have died after it stored its scan.
-                stored = store.open_store(out).names
+                stored = store.open_store(store_path).names
                 for job in running.values():
                     if job.name in stored:
                         yield job, ("", "stored before its worker died")
@@ -256,8 +264,7 @@ def contact_sheet(
     """Write a PNG of the middle axial, coronal and sagittal slice of each volume, true to scale, names below.
 
     Radiological display: head up, the patient's right on the image's left, the spine at the bottom (axial) or
-        on the
-    right (sagittal).
+    on the right (sagittal).
 
     Args:
         only: names to show of a store; all when empty. A volume takes 0.3 MB of memory.
@@ -296,20 +303,23 @@ def _draw_card(
         flips.append(slice(None, None, 1 if volume.axes[axis] in "IPL" else -1))
     voxels = volume.voxels.transpose(order)[tuple(flips)]
     mm = np.array(voxels.shape) * [volume.spacing_mm[i] for i in order]
+    # The middle of the scan, not of the padded volume; counted from the other end where the axis was flipped.
     z = sum(volume.occupied) // 2
     if volume.axes[0] != "I":
         z = len(voxels) - 1 - z
     y, x = voxels.shape[1] // 2, voxels.shape[2] // 2
+    # Axial, coronal, sagittal, each with its axes down and across.
     slices = (
         (voxels[z], 1, 2),
         (voxels[:, y], 0, 2),
         (voxels[:, :, x], 0, 1),
-    )  # and their axes, down and across
+    )
     low, high = window_hu
     card = Image.new("L", (3 * tile, tile + margin))
     for i, (plane, down, across) in enumerate(slices):
         grey = (preprocess.to_hu(plane) - low) / (high - low) * 255
         image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+        # One scale in mm for all three, so that they can be compared; 4 pixels stay free between the tiles.
         width, height = (max(1, round(mm[axis] / mm.max() * (tile - 4))) for axis in (across, down))
         image = image.resize((width, height), Image.Resampling.BILINEAR)
         card.paste(image, (i * tile + (tile - width) // 2, (tile - height) // 2))

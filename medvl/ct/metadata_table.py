@@ -46,6 +46,7 @@ def read_metadata(
             f"{path}: has a row for none of the {len(scans)} scans; it names {next(iter(rows))!r}, they "
             f"{scans[0]!r}"
         )
+    # All rows have the columns of the header.
     present = next(iter(rows.values()))
     missing = [column for column in columns if column not in present]
     if missing:
@@ -67,8 +68,8 @@ def rescale(row: Mapping[str, str]) -> tuple[float, float]:
     """
     for column in RESCALE:
         # "-1024,5" is a number with a decimal comma, not a list: its first part would be a wrong scale.
-        parts = _strip_list(row.get(column, "")).split(",")
-        if len(set(parts)) > 1:
+        entries = _strip_list(row.get(column, "")).split(",")
+        if len(set(entries)) > 1:
             raise ValueError(
                 f"its metadata row must have one number in {column!r}, with a point, found {row[column]!r}"
             )
@@ -137,14 +138,14 @@ def _strip_list(cell: object) -> str:
 
 def _read_number(row: Mapping[str, str], column: str, index: int = 0) -> float:
     """The number of a cell, or the entry `index` of a list such as "[0.34, 0.36]"."""
-    parts = _strip_list(row.get(column, "")).split(",")
+    entries = _strip_list(row.get(column, "")).split(",")
     # One number stands for both directions in the plane.
-    if len(parts) == 1:
+    if len(entries) == 1:
         index = 0
     try:
-        value = float(parts[index])
+        value = float(entries[index])
     except (ValueError, IndexError):
-        value = np.nan
+        value = np.nan  # refused below, together with cells that say "nan" or "inf"
     if not np.isfinite(value):
         raise ValueError(
             f"its metadata row must have a number in {column!r}, found "

@@ -34,10 +34,8 @@ def patients_of(
     """The patient of every volume.
 
     Without a pattern or a column the names are read as CT-RATE's. Names of another form then count as one
-    patient each,
-    with a warning: several scans of one patient could fall into both parts of a split, and intervals would
-        come out too
-    narrow.
+    patient each, with a warning: several scans of one patient could fall into both parts of a split, and
+    intervals would come out too narrow.
 
     Args:
         volumes: [n] names or file names.
@@ -51,6 +49,7 @@ def patients_of(
     volumes = [volume_name(v) for v in volumes]
     if pattern and column is not None:
         raise ValueError("patients: give a column or a pattern, not both")
+    # Every volume, or none: a patient made up for some would share nothing with its other scans.
     if column is not None:
         missing = [v for v in volumes if not column.get(v, "").strip()]
         if missing:

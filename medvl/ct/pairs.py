@@ -30,17 +30,17 @@ class Pairs:
         return [names.scan_of(n) for n in self.names]
 
 
-def join_pairs(store: Store, parts: Mapping[str, Mapping[str, str]]) -> Pairs:
+def join_pairs(store: Store, texts_of_part: Mapping[str, Mapping[str, str]]) -> Pairs:
     """Join the volumes of a store with their reports by name. A warning counts those without a partner.
 
     Args:
-        parts: {part of the report: {volume name: text}}; a volume needs at least one part.
+        texts_of_part: {part of the report: {volume name: text}}; a volume needs at least one part.
     Raises:
         ValueError: no name is on both sides.
     """
     # From texts by part to parts by volume.
     reports: dict[str, dict[str, str]] = {}
-    for part, texts in parts.items():
+    for part, texts in texts_of_part.items():
         for name, text in texts.items():
             reports.setdefault(name, {})[part] = text
     # Sorted, so that a batch does not depend on the order of store or table.
@@ -75,6 +75,7 @@ def read_slices(store: Store, volumes: Sequence[str]) -> dict[str, Tensor]:
     first = min(row["occupied"][0] for row in rows)
     stop = max(row["occupied"][1] for row in rows)
     index = np.arange(first, stop)
+    # A volume that is shorter than the range brings its own padding, which the mask excludes.
     slices, masks, positions = [], [], []
     for name, row in zip(volumes, rows, strict=True):
         own_first, own_stop = row["occupied"]
@@ -88,21 +89,23 @@ def read_slices(store: Store, volumes: Sequence[str]) -> dict[str, Tensor]:
     }
 
 
-def draw_text(parts: Mapping[str, str], shares: Mapping[str, float], most: int, gen: torch.Generator) -> str:
+def draw_text(
+    text_of_part: Mapping[str, str], shares: Mapping[str, float], most: int, gen: torch.Generator
+) -> str:
     """The text of a report for one training step: one part, drawn by `shares`, then `some_sentences` of it.
 
     Args:
-        parts: {part: text} of the parts that have text.
+        text_of_part: {part: text} of the parts that have text.
         shares: {part: how often it is drawn, relative to the others}.
         most: number of sentences at most; 0 takes the whole part.
     """
-    present = list(parts)
+    present = list(text_of_part)
     weights = torch.tensor([shares[part] for part in present])
     part = present[0]
     # A single part, or parts with no share, take no random number.
     if len(present) > 1 and weights.sum() > 0:
         part = present[int(torch.multinomial(weights, 1, generator=gen))]
-    return some_sentences(parts[part], most, gen)
+    return some_sentences(text_of_part[part], most, gen)
 
 
 def some_sentences(text: str, most: int, gen: torch.Generator) -> str:
@@ -114,9 +117,11 @@ def some_sentences(text: str, most: int, gen: torch.Generator) -> str:
     # Nothing is drawn from `gen` then.
     if not most:
         return text
+    # A sentence ends in "." or ";" before a space: "2.5 mm" stays whole.
     sentences = [s for s in re.split(r"(?<=[.;])\s+", text.strip()) if s]
     if len(sentences) < 2:
         return text
+    # First how many, then which: the order of these two draws is part of what a seed means.
     count = int(torch.randint(1, min(most, len(sentences)) + 1, (), generator=gen))
     order = torch.randperm(len(sentences), generator=gen)
     return " ".join(sentences[i] for i in order[:count].tolist())

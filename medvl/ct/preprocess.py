@@ -177,6 +177,7 @@ def axes_of(cfg: CtConfig) -> str:
 def metadata_columns(cfg: CtConfig) -> tuple[str, ...]:
     """The columns that a metadata table must have for these settings, beside `VolumeName`."""
     columns: tuple[str, ...] = ()
+    # "auto" needs them for scans whose stored values turn out to be raw.
     if cfg.hu in ("auto", "metadata"):
         columns += metadata_table.RESCALE
     if cfg.spacing_from == "metadata":
@@ -202,17 +203,19 @@ def _antialias(cfg: CtConfig) -> str:
 
 
 def _read_volume(
-    path: PathLike, cfg: CtConfig, row: Mapping[str, str] | None, known: Scale | None = None
+    path: PathLike, cfg: CtConfig, row: Mapping[str, str] | None, fixed_scale: Scale | None = None
 ) -> tuple[Volume, Scale]:
-    """Read the volume once, with the scale `known` or else that of its first slices.
+    """Read the volume once, with `fixed_scale` or else the scale of its first slices.
 
     Returns:
         the volume, and the scale that all slices show.
     """
     with scans.open_scan(path) as (header, stored):
+        # All that the header and the row can decide comes before any voxel is read.
         _refuse_header(header, row)
         # The file is flipped afterwards for `flip`: the reference resamples before it flips.
         target_axes = "SAR" if cfg.flip else axes_of(cfg)
+        # perm[i] is the file axis that becomes output axis i.
         perm, flips = _order_axes(_orientation(header, row), target_axes)
         file_spacing = _spacing(cfg, header, row)
         shape = _three(header.shape[p] for p in perm)
@@ -226,15 +229,15 @@ def _read_volume(
         slices = _iter_along(header, stored, perm)
         slices = _check_finite(header, slices)
         slices = _sample_slices(slices, sample)
-        scale = known
+        scale = fixed_scale
         if scale is None:
             scale, slices = _first_scale(cfg, header, slices, sample, row)
         # The scan fills a box of the output; the padding around it is -1000 HU.
         padding = 0 if cfg.dtype == "uint8" else HU[0]
-        out = np.full(size_of(cfg), padding, cfg.dtype)
-        box = out[tuple(slice(axis.first, axis.stop) for axis in grid)]
+        voxels = np.full(size_of(cfg), padding, cfg.dtype)
+        box = voxels[tuple(slice(axis.first, axis.stop) for axis in grid)]
         _resample_into(box, cfg, scale, grid, shape, flips, slices)
-    final = known or _find_scale(cfg, header, sample, row)
+    final = fixed_scale or _find_scale(cfg, header, sample, row)
     # One value everywhere is no scan. Where the scales differ, the second reading decides.
     if box.min() == box.max() and final == scale:
         value = to_hu(box[:1, :1, :1]).item()
@@ -243,10 +246,10 @@ def _read_volume(
             "Check whether the scale was applied before; hu='none' takes stored values as HU"
         )
     if cfg.flip:
-        out = np.ascontiguousarray(out[:, ::-1])
+        voxels = np.ascontiguousarray(voxels[:, ::-1])
     volume = Volume(
         name=header.name,
-        voxels=out,
+        voxels=voxels,
         axes=axes_of(cfg),
         spacing_mm=_three(axis.spacing_mm for axis in grid),
         source_spacing_mm=spacing,
@@ -269,6 +272,7 @@ def _resample_into(
     slices: Iterator[np.ndarray],
 ) -> None:
     """Resample source slices to HU on the grid. Axes that run backwards in the file are read in reverse."""
+    # Slices come in the order of the file and cannot be reversed on the way; the taps can.
     axes = []
     for axis, n, flip in zip(grid, shape, flips, strict=True):
         axes.append(axis.flipped(n) if flip else axis)
@@ -329,6 +333,7 @@ def _first_scale(
     passed: list[np.ndarray] = []
     for plane in slices:
         passed.append(plane)
+        # Tried after 1, 2, 4, 8 ... slices: the sample grows, and each try looks at all of it.
         is_power_of_two = len(passed) & (len(passed) - 1) == 0
         if not is_power_of_two:
             continue
@@ -352,6 +357,7 @@ def _find_scale(
                 f"{header.name}: hu='header' needs scl_slope in the header, it has none; use hu='none', "
                 "'metadata' or 'auto'"
             )
+        # Not checked against the voxels: this setting is the way past a check that is wrong.
         return header_scale
     row_scale, problem = _row_scale(row)
     chosen = Scale(rule="none")
@@ -441,6 +447,7 @@ def _orientation(header: scans.Header, row: Mapping[str, str] | None) -> np.ndar
             f"an identity without a place), and there is no metadata row with {metadata_table.ORIENTATION}; "
             "give one, or write the affine into the header. A guess could mirror the patient"
         )
+    # Directions alone: the order of axes needs neither the spacing nor the origin.
     affine = np.eye(4)
     affine[:3, :3] = directions
     return affine
@@ -473,6 +480,7 @@ def _make_grid(cfg: CtConfig, shape: tuple[int, ...], spacing: tuple[float, ...]
         # Rounded: 0.7 mm as float32 is 0.69999999, and the floor would lose a voxel against CT-CLIP's own 0.7
         # from the metadata.
         new = [int(n * (round(s, 6) / t)) for n, s, t in zip(shape, spacing, target, strict=True)]
+    # A few thin slices may shrink to nothing.
     if min(new) < 1:
         raise ValueError(
             f"is too flat for preset {cfg.preset!r}: {shape} voxels of {spacing} mm become {tuple(new)}"

@@ -160,6 +160,7 @@ def prompts_for(finding: str, prompts: str = "ensemble") -> tuple[tuple[str, ...
         raise ValueError(
             f"prompts_for: needs a finding and a set of {', '.join(PROMPTS)}, got {finding!r}, {prompts!r}"
         )
+    # Within a sentence, as reports are written.
     lower = finding
     if not finding[1:2].isupper():  # an abbreviation such as COPD stays as it is
         lower = finding[0].lower() + finding[1:]
@@ -202,15 +203,13 @@ def split_patients(
     Args:
         volumes: [n] names.
         labels: [n, c] of 0 and 1.
-        sizes: relative size of each split in volumes: {"train": 0.8, "val": 0.2} or {"val": 550, "test":
-            2489}.
+        sizes: relative size of each split in volumes: {"train": 0.8, "val": 0.2}, {"val": 550, "test": 2489}.
         seed: order of patients that are alike.
         patients: [n] the patient of each volume; read from the names (`names.patients_of`) when left out.
     Returns:
         {split: ascending row numbers}; every row is in exactly one split.
     Raises:
-        ValueError: shapes that do not match, no sizes or a size not above 0, too few patients to give each
-            split one.
+        ValueError: shapes that do not match, no sizes or one not above 0, too few patients for the splits.
     """
     labels = np.asarray(labels)
     if labels.ndim != 2 or len(labels) != len(volumes):

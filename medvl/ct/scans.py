@@ -126,6 +126,7 @@ def open_scan(path: PathLike) -> Iterator[tuple[Header, Iterator[np.ndarray]]]:
 def stack_slices(header: Header, slices: Iterator[np.ndarray]) -> np.ndarray:
     """All slices of `open_scan` as voxels [x, y, z], Fortran-ordered as in the file."""
     x, y, z = header.shape
+    # [z, y, x] in C order is [x, y, z] in Fortran order: each slice is copied into one piece of memory.
     voxels = np.empty((z, y, x), header.dtype)
     for i, plane in enumerate(slices):
         voxels[i] = plane.T
@@ -184,6 +185,7 @@ def _iter_slices(
     buffer = memoryview(b"")  # inflated bytes that no slice has taken yet
     skip = layout.offset  # bytes before the first voxel that are still to come
     for i in range(z):
+        # A new array each time: the caller may keep slices while it takes the next.
         plane = np.empty(y * x, layout.dtype)
         view = plane.data.cast("B")
         filled = 0
@@ -199,6 +201,7 @@ def _iter_slices(
             view[filled : filled + len(piece)] = piece
             buffer = buffer[len(piece) :]
             filled += len(piece)
+        # Before the last slice is given out, so that nobody has all slices of a damaged file.
         if i == z - 1:
             _read_to_end(len(buffer), chunks, path)
         if not plane.dtype.isnative:
@@ -212,6 +215,7 @@ def _read_to_end(trailing: int, chunks: Iterator[bytes], path: Path) -> None:
 
     The amount is limited, so that a file cannot keep us reading forever.
     """
+    # The empty chunk first, so that bytes that were read with the last slice are counted, too.
     for chunk in itertools.chain([b""], chunks):
         trailing += len(chunk)
         if trailing > _MAX_AFTER:
@@ -232,6 +236,7 @@ def _iter_chunks(f: Any, zipped: bool, path: Path) -> Iterator[bytes]:
 
 def _inflate(f: Any, path: Path) -> Iterator[bytes]:
     """Inflated chunks of a gzip file of one or more members; every member's checksum is verified."""
+    # 31 is a gzip header and the largest window, as in zlib.
     inflater = isal_zlib.decompressobj(wbits=31)
     buffer = b""  # compressed bytes
     while buffer or (buffer := f.read(CHUNK)):
@@ -277,6 +282,7 @@ def _parse_header(head: bytes, path: Path) -> tuple[Header, _Layout]:
     except HeaderDataError as e:
         raise ScanError(f"{path}: is not usable NIfTI: {e}") from e
     spacing = _spacing_of(affine, path)
+    # A slope of 0 means "no scale" in NIfTI; some programs write NaN.
     slope, intercept = float(raw["scl_slope"]), float(raw["scl_inter"])
     scaled = bool(np.isfinite(slope) and slope != 0)
     if scaled and not np.isfinite(intercept):
@@ -304,6 +310,7 @@ def _spacing_of(affine: np.ndarray, path: Path) -> np.ndarray:
         raise ScanError(f"{path}: must have a finite affine, found {affine[:3].tolist()}")
     spacing = np.sqrt((affine[:3, :3] ** 2).sum(0))
     _check_spacing(spacing, path)
+    # Of columns scaled to length 1, so that the limit does not depend on the spacing.
     if abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-6:
         raise ScanError(f"{path}: must have an affine that can be inverted, found {affine[:3].tolist()}")
     return spacing
@@ -327,6 +334,7 @@ def _find_contradiction(affine: np.ndarray, qform: np.ndarray | None, pixdim_mm:
     """
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     cosines = (affine[:3, :3].T @ affine[:3, :3]) / np.outer(spacing, spacing)
+    # The pair of axes that is farthest from a right angle.
     i, j = max(((0, 1), (0, 2), (1, 2)), key=lambda pair: abs(cosines[pair]))
     if abs(cosines[i, j]) > _TOLERANCE:
         degrees = math.degrees(math.acos(np.clip(cosines[i, j], -1, 1)))
@@ -340,16 +348,16 @@ def _find_contradiction(affine: np.ndarray, qform: np.ndarray | None, pixdim_mm:
             f"{_VOXEL_MM[1]:g} mm; are its unit (xyzt_units) and spacing right?"
         )
     if qform is not None:
-        other = np.linalg.norm(qform[:3, :3], axis=0)
-        codes, other_codes = _axis_codes(affine), _axis_codes(qform)
+        qform_spacing = np.linalg.norm(qform[:3, :3], axis=0)
+        codes, qform_codes = _axis_codes(affine), _axis_codes(qform)
         # At 45 degrees rounding decides which axis is the closest, so codes may differ where directions
         # agree.
-        agreement = (affine[:3, :3] * qform[:3, :3]).sum(0) / (spacing * other)
-        turned = codes != other_codes and agreement.min() < _SAME_AXIS
-        if _differ(spacing, other) or turned:
+        agreement = (affine[:3, :3] * qform[:3, :3]).sum(0) / (spacing * qform_spacing)
+        is_turned = codes != qform_codes and agreement.min() < _SAME_AXIS
+        if _differ(spacing, qform_spacing) or is_turned:
             return (
                 f"its header says two things: sform {_format_mm(spacing)} along {codes}, "
-                f"qform {_format_mm(other)} along {other_codes}; write the right one into both"
+                f"qform {_format_mm(qform_spacing)} along {qform_codes}; write the right one into both"
             )
         return ""
     never_set = np.array_equal(pixdim_mm, np.ones(3))
@@ -377,7 +385,7 @@ def _raw_header(head: bytes, path: Path) -> Any:
     """nibabel's header of the first bytes of a file, unchecked. Its size tells byte order and version."""
     if not head:
         raise ScanError(f"{path}: is empty")
-    # The first field is the size of the header, which tells the byte order too.
+    # The first field is the size of the header: read in the wrong byte order it is neither 348 nor 540.
     order: Any = "big"
     if int.from_bytes(head[:4], "little") in (348, 540):
         order = "little"
@@ -405,15 +413,16 @@ def _raw_header(head: bytes, path: Path) -> Any:
 def _read_shape(raw: Any, path: Path) -> tuple[int, int, int]:
     """x y z; trailing axes of length 1 are dropped."""
     rank = int(raw["dim"][0])
+    # A damaged header may give any rank; NIfTI has up to 7 axes.
     dims = []
     if 1 <= rank <= 7:
         dims = [int(d) for d in raw["dim"][1 : max(1, rank) + 1]]
     while len(dims) > 3 and dims[-1] == 1:
         dims.pop()
     if len(dims) != 3 or min(dims) < 2:
-        shown = dims or f"dim {raw['dim'].tolist()}"
+        shape = dims or f"dim {raw['dim'].tolist()}"
         raise ScanError(
-            f"{path}: must be one volume [x, y, z] of at least 2 voxels along each axis, found {shown}"
+            f"{path}: must be one volume [x, y, z] of at least 2 voxels along each axis, found {shape}"
         )
     return dims[0], dims[1], dims[2]
 
@@ -431,8 +440,9 @@ def _read_dtype(raw: Any, path: Path) -> np.dtype:
     except KeyError as e:
         raise ScanError(f"{path}: has the unknown data type {e}") from e
     if dtype.kind not in "iuf" or dtype.itemsize > 8:
-        shown = f"colours {dtype.names}" if dtype.names else dtype
-        raise ScanError(f"{path}: must hold one real number of at most 64 bits per voxel, found {shown}")
+        # Only the RGB types have named fields.
+        kind = f"colours {dtype.names}" if dtype.names else dtype
+        raise ScanError(f"{path}: must hold one real number of at most 64 bits per voxel, found {kind}")
     return dtype
 
 

@@ -101,17 +101,7 @@ def evaluate_findings(
             f"evaluate_findings: must have a name for each of {s.shape[1]} findings and each of {len(s)} "
             f"volumes, no volume twice, got {len(findings)} and {len(volumes)} ({len(set(volumes))} distinct)"
         )
-    # Ranking needs both classes: such a finding has no value, and the mean leaves it out.
-    prevalence = y.mean(0)
-    one_class = [f for f, share in zip(findings, prevalence, strict=True) if share in (0, 1)]
-    if one_class:
-        _log.warning(
-            "%s: %d of %d findings have one class only and no value: %s",
-            split,
-            len(one_class),
-            len(findings),
-            ", ".join(one_class),
-        )
+    _warn_of_one_class(y, findings, split)
     patients = list(patients) or names.patients_of(volumes)
     if len(patients) != len(s):
         raise ValueError(
@@ -132,6 +122,20 @@ def evaluate_findings(
     }
     shared: dict[str, Any] = {"patients": len(set(patients)), "replicates": n_bootstrap}
     return _result_rows(intervals, y, findings, cuts, shared, common)
+
+
+def _warn_of_one_class(labels: Any, findings: Sequence[str], split: str) -> None:
+    """Ranking needs both classes: a finding of one class has no value, and the mean leaves it out."""
+    prevalence = labels.mean(0)
+    one_class = [f for f, share in zip(findings, prevalence, strict=True) if share in (0, 1)]
+    if one_class:
+        _log.warning(
+            "%s: %d of %d findings have one class only and no value: %s",
+            split,
+            len(one_class),
+            len(findings),
+            ", ".join(one_class),
+        )
 
 
 def _result_rows(
@@ -168,8 +172,10 @@ def _result_rows(
 
 def _prototype(prompts: Tensor) -> Tensor:
     """The normalised mean [c, d] of the prompts [c, k, d] of each finding."""
+    # Embeddings are averaged before the comparison, as in CLIP's ensembles, not probabilities after it.
     mean = prompts.double().mean(1)
     norm = mean.norm(dim=-1, keepdim=True)
+    # Of opposite prompts nothing but rounding is left, which has a direction, too. `not >` also refuses NaN.
     if not norm.min() > 1e-4:
         raise ValueError(
             f"zero_shot: the prompts of finding {int(norm.argmin())} cancel out, their mean has norm "

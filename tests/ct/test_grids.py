@@ -115,7 +115,7 @@ def test_what_cannot_be_resampled_is_refused():
     axes, v = _axes(), np.zeros((20, 14, 16), np.float32)
     out = np.empty([len(a.taps) for a in axes], np.float32)
     with pytest.raises(
-        ValueError, match=r"resample: out must be \(.*\) like the axes' taps, got \(1, 2, 3\)"
+        ValueError, match=r"resample: target must be \(.*\) like the axes' taps, got \(1, 2, 3\)"
     ):
         resample(axes, v, torch.abs, torch.abs, np.empty((1, 2, 3), np.float32))
     before = torch.get_num_threads()

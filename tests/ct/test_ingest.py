@@ -653,7 +653,7 @@ def _ended(run):
 def _dies(job, out):
     if job.name == "bad":
         os.kill(os.getpid(), signal.SIGKILL)
-    return ingest._run_job(job, out=out, cfg=SMALL)
+    return ingest._run_job(job, store_path=out, cfg=SMALL)
 
 
 def test_a_worker_that_dies_costs_one_scan(tmp_path):
