@@ -137,7 +137,10 @@ def roc_curve(scores: Any, labels: Any) -> tuple[Array, Array, Array]:
     # With the lowest threshold everything is called positive, so the last counts are the totals.
     fpr = ratio(fp, fp[-1:])
     tpr = ratio(tp, tp[-1:])
-    return np.r_[0.0, fpr], np.r_[0.0, tpr], np.r_[np.inf, thresholds]
+    # The curve starts where nothing is called positive.
+    fpr = np.r_[0.0, fpr]
+    tpr = np.r_[0.0, tpr]
+    return fpr, tpr, np.r_[np.inf, thresholds]
 
 
 def best_thresholds(scores: Any, labels: Any, rule: Rule = "youden") -> Array:
@@ -154,7 +157,8 @@ def best_thresholds(scores: Any, labels: Any, rule: Rule = "youden") -> Array:
     if rule not in ("youden", "f1", "corner"):
         raise ValueError(f"best_thresholds: rule must be 'youden', 'f1' or 'corner', got {rule!r}")
     s, y = checked(scores, labels)
-    return np.array([_best(s[:, j], y[:, j], rule) for j in range(s.shape[1])])
+    thresholds = [_best(column, positive, rule) for column, positive in zip(s.T, y.T, strict=True)]
+    return np.array(thresholds)
 
 
 def bootstrap(
@@ -275,7 +279,7 @@ def _per_finding(f: Callable[[Array, Array, Array], Array], scores: Any, labels:
     """`f(scores [n], labels [n], weights [n, r]) -> [r]` for every finding: [c], or [r, c] with weights."""
     s, y = checked(scores, labels)
     w = _weights(weights, len(s))
-    columns = [f(s[:, j], y[:, j], w) for j in range(s.shape[1])]
+    columns = [f(s_column, y_column, w) for s_column, y_column in zip(s.T, y.T, strict=True)]
     values = np.stack(columns, -1)
     return values if weights is not None else values[0]
 
@@ -327,7 +331,8 @@ def _cumulative(w: Array) -> Array:
     n, r = w.shape
     # About sqrt(n) blocks of sqrt(n) rows: both loops below are then short.
     size = math.isqrt(n) + 1
-    padded = np.zeros((1 + size * (n // size + 1), r))
+    num_blocks = n // size + 1
+    padded = np.zeros((1 + size * num_blocks, r))  # row 0 is the sum of no rows
     padded[1 : n + 1] = w
     blocks = padded[1:].reshape(-1, size, r)  # a view: the sums are written into `padded`
     # First within all blocks at once, then each block gets the total of those before it.
@@ -418,6 +423,7 @@ def _nanmean(x: Array) -> Array:
 
 def group_codes(groups: Sequence[Any]) -> tuple[Array, int]:
     """(int64 [n], k): the groups as numbers 0 to k - 1, in order of first appearance."""
+    # Plain numbers: two equal elements of a tensor would be two keys.
     groups = groups.tolist() if isinstance(groups, torch.Tensor | np.ndarray) else list(groups)
     distinct = dict.fromkeys(groups)  # keeps the order of first appearance, as a set would not
     number = {group: i for i, group in enumerate(distinct)}

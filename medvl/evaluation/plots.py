@@ -90,7 +90,8 @@ def intervals(rows: Sequence[Result], metric: str = "auroc") -> bytes:
     # The axis shows what there is, not 0 to 1: intervals of a good model lie in a small part of that.
     values: list[float] = []
     for r in chosen:
-        values += [v for v in (r.value, r.low, r.high) if not math.isnan(v)]
+        values += (r.value, r.low, r.high)
+    values = [value for value in values if not math.isnan(value)]
     left, right = 0.0, 1.0
     if values:
         left, right = min(values), max(values)
@@ -218,22 +219,11 @@ def matrix(
 
     figure, (axis,) = _grid(1, 1, width=width, height=height)
     mesh = _draw_cells(axis, v, low, high, numbers)
-    # The first row on top, as in a table.
     _name_axes(axis, row_names, column_names, (cell_height, cell_width), angle)
-    axis.set(xlabel=x, ylabel=y, ylim=(v.shape[0], 0))
+    axis.set(xlabel=x, ylabel=y, ylim=(v.shape[0], 0))  # the first row on top, as in a table
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
-    # The width of the bar and its arrows in inches, whatever the height: `aspect` and `extendfrac` are shares.
-    bar = figure.colorbar(
-        mesh,
-        ax=axis,
-        label=label,
-        aspect=inner_height / 0.22,
-        pad=0.02,
-        extend=beyond,
-        extendfrac=0.15 / inner_height,
-    )
-    bar.ax.tick_params(labelsize=8)
+    _draw_color_bar(figure, axis, mesh, label, beyond, inner_height)
     return _png(figure)
 
 
@@ -289,7 +279,8 @@ def lines(
         for point in by_x.values():
             plotted += point
     bottom, top = _axis_limits(plotted)
-    axis.set(xlim=(start - 0.05 * span, end + 0.05 * span), ylim=(bottom, top), xlabel=x, ylabel=y)
+    margin = 0.05 * span
+    axis.set(xlim=(start - margin, end + margin), ylim=(bottom, top), xlabel=x, ylabel=y)
     labelled = _spaced(xs, scale, 0.035 * span)
     axis.set_xticks([scale(k) for k in labelled], [f"{k:g}" for k in labelled])
     _draw_references(axis, references, 0.055 * (top - bottom), top)
@@ -320,9 +311,11 @@ def compare(rows: Sequence[tuple[str, str, float, float, float]], x: str) -> byt
         raise ValueError(
             f"compare: needs rows, each group with each name once, got {len(rows)} rows, twice {twice[:4]}"
         )
+    # Without repetitions, in the order in which they are met.
     groups = list(dict.fromkeys(group for group, _ in points))
     names = list(dict.fromkeys(name for _, name in points))
     step = len(names) + 0.8  # lines of a group and the space behind it
+    bottom = len(groups) * step - 0.9
     columns = _legend_columns(names, width=7.2, handle=0.5)
     legend_rows = math.ceil(len(names) / columns)
     height = 0.9 + 0.2 * step * len(groups) + 0.2 * legend_rows
@@ -340,8 +333,10 @@ def compare(rows: Sequence[tuple[str, str, float, float, float]], x: str) -> byt
     for i in range(1, len(groups)):
         axis.axhline(i * step - 0.9, color=_GREY, lw=0.6)
     plotted = [value for point in points.values() for value in point]
-    axis.set(xlim=_axis_limits(plotted), ylim=(len(groups) * step - 0.9, -0.9), xlabel=x)
-    middles = [i * step + (len(names) - 1) / 2 for i in range(len(groups))]
+    axis.set(xlim=_axis_limits(plotted), ylim=(bottom, -0.9), xlabel=x)
+    # The name of a group stands beside the middle of its lines.
+    half_group = (len(names) - 1) / 2
+    middles = [i * step + half_group for i in range(len(groups))]
     # Names come from data: a "$" in one must not start a formula.
     axis.set_yticks(middles, [_wrap(group, 30, 2) for group in groups], parse_math=False)
     axis.tick_params(axis="y", length=0)
@@ -462,7 +457,10 @@ def _cell_numbers(v: np.ndarray, digits: int) -> list[list[str]]:
     """The numbers in the cells; "z" writes -0.00 as 0.00."""
     numbers = []
     for row in v.tolist():
-        numbers.append(["–" if math.isnan(value) else f"{value:z.{digits}f}" for value in row])
+        texts = []
+        for value in row:
+            texts.append("–" if math.isnan(value) else f"{value:z.{digits}f}")
+        numbers.append(texts)
     return numbers
 
 
@@ -502,6 +500,26 @@ def _draw_cells(axis: Any, v: np.ndarray, low: float, high: float, numbers: list
     axis.patch.set(facecolor=_GREY, hatch="" if numbers else "////", edgecolor="white")
     _write_numbers(axis, mesh, v, numbers)
     return mesh
+
+
+def _draw_color_bar(figure: Any, axis: Any, mesh: Any, label: str, beyond: str, height: float) -> None:
+    """Draw the colour bar beside the cells, with an arrow on each side on which values lie beyond it.
+
+    Args:
+        beyond: "min", "max", "both" or "neither".
+        height: of all cells, in inches.
+    """
+    # The bar is 0.22 inches wide and an arrow 0.15 long, whatever the height: matplotlib wants shares of it.
+    bar = figure.colorbar(
+        mesh,
+        ax=axis,
+        label=label,
+        aspect=height / 0.22,
+        pad=0.02,
+        extend=beyond,
+        extendfrac=0.15 / height,
+    )
+    bar.ax.tick_params(labelsize=8)
 
 
 def _write_numbers(axis: Any, mesh: Any, v: np.ndarray, numbers: list[list[str]]) -> None:
@@ -576,10 +594,13 @@ def _draw_references(axis: Any, references: Mapping[str, float], gap: float, top
 
 def _axis_limits(values: Sequence[float]) -> tuple[float, float]:
     """The limits of an axis that shows these values; nan is left out."""
-    numbers = [v for v in values if not math.isnan(v)] or [0.0, 1.0]
+    numbers = [value for value in values if not math.isnan(value)]
+    if not numbers:
+        numbers = [0.0, 1.0]
+    least, greatest = min(numbers), max(numbers)
     # Values that are all the same, or all 0, still need an axis of some length.
-    margin = 0.08 * (max(numbers) - min(numbers)) or 0.1 * abs(numbers[0]) or 0.5
-    return min(numbers) - margin, max(numbers) + margin
+    margin = 0.08 * (greatest - least) or 0.1 * abs(numbers[0]) or 0.5
+    return least - margin, greatest + margin
 
 
 def _spaced(xs: list[float], scale: Any, gap: float) -> list[float]:

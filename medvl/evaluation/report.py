@@ -41,9 +41,11 @@ _DEFINITIONS = (
     "evaluation, not found on these results."
 )
 
-Table = tuple[Sequence[str], Sequence[Sequence[Any]]]  # (columns, lines)
-Captioned = tuple[str, Sequence[str], Sequence[Sequence[Any]]]  # (caption, columns, lines)
-Section = tuple[dict[str, str], Sequence[str], Sequence[Sequence[Any]]]  # (facts, columns, lines)
+Columns = Sequence[str]
+Lines = Sequence[Sequence[Any]]  # as long as the columns
+Table = tuple[Columns, Lines]
+Captioned = tuple[str, Columns, Lines]  # the caption first
+Section = tuple[dict[str, str], Columns, Lines]  # the facts first
 Key = str | Callable[[Result], Any]  # what makes a line or a column of `pivot`
 
 
@@ -100,7 +102,8 @@ def write_results_csv(path: files.PathLike, rows: Sequence[Result]) -> None:
     columns = [a.name for a in attrs.fields(Result)]
     lines = []
     for r in rows:
-        lines.append({name: _csv_cell(value) for name, value in attrs.asdict(r).items()})
+        fields = attrs.asdict(r)
+        lines.append({name: _csv_cell(value) for name, value in fields.items()})
     files.write_csv(path, lines, columns)
 
 
@@ -268,7 +271,10 @@ def _group_by_facts(rows: Sequence[Result]) -> list[tuple[dict[str, str], list[R
         groups.setdefault(values, []).append(r)
     sections = []
     for values, section_rows in groups.items():
-        facts = {name.capitalize(): v for name, v in zip(_FACTS, values, strict=True) if v}
+        facts = {}
+        for name, value in zip(_FACTS, values, strict=True):
+            if value:
+                facts[name.capitalize()] = value
         sections.append((facts, section_rows))
     return sections
 
@@ -336,7 +342,7 @@ def _finding_table(row_of: dict[tuple[str, str], Result], findings: list[str]) -
 
 def _metric_table(rows: list[Result]) -> Table:
     """One line per metric and subject; the columns of benches only where a row has such numbers."""
-    timed = any(not math.isnan(r.latency_ms) or not math.isnan(r.peak_mib) for r in rows)
+    timed = not all(math.isnan(r.latency_ms) and math.isnan(r.peak_mib) for r in rows)
     columns = ["Metric", "Subject", "n", "Value", "95 % interval"]
     if timed:
         columns += ["Shape", "Latency, ms", "Peak, MiB"]
@@ -452,7 +458,8 @@ def _interval(r: Result) -> str:
 def _escape_line(text: str) -> str:
     """Text that stays one paragraph of Markdown and holds no HTML."""
     # HTML first: its entities hold none of the marks that are escaped here.
-    return re.sub(r"([\\`*_\[\]|])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
+    plain = html.escape(" ".join(text.split()), quote=False)
+    return re.sub(r"([\\`*_\[\]|])", r"\\\1", plain)
 
 
 def _escape_cell(text: str) -> str:
