@@ -127,7 +127,8 @@ def dinov2_config(state: Mapping[str, Tensor], path: str) -> dict[str, Any]:
     registers = 0
     if "register_tokens" in state:
         registers = state["register_tokens"].shape[1]
-    depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
+    blocks = [int(key.split(".")[1]) for key in state if key.startswith("blocks.")]
+    depth = 1 + max(blocks)
     config = {
         "model_type": "dinov2_with_registers" if registers else "dinov2",
         "hidden_size": width,

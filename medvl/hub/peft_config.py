@@ -175,7 +175,7 @@ def demanded_modules(
     demanded = []
     for module in layers:
         # The names that the module may have had when the file was written.
-        dotted = f".{module}"
+        dotted = f".{module}"  # stems begin with a dot, so they fit whole parts of a name only
         old_names = {old + dotted[len(new) :] for old, new in stems if dotted.startswith(f"{new}.")}
         named = [old[1:] for old in old_names if is_targeted(config, old[1:])]
         # A regex and a full name say which tower is meant; an end such as "q_proj" fits both.
@@ -280,8 +280,10 @@ def _differing_stems(old: str, new: str) -> tuple[str, str]:
     # Compared from the end: versions of transformers differ in what stands in front.
     while shared < min(len(a), len(b)) and a[-1 - shared] == b[-1 - shared]:
         shared += 1
-    stem_a, stem_b = a[: len(a) - shared], b[: len(b) - shared]
-    return "".join(f".{part}" for part in stem_a), "".join(f".{part}" for part in stem_b)
+    # The empty first part puts a dot in front of a stem that is not empty.
+    stem_a = a[: len(a) - shared]
+    stem_b = b[: len(b) - shared]
+    return ".".join(["", *stem_a]), ".".join(["", *stem_b])
 
 
 def _modules_to_save(adapter: Adapter) -> list[str]:
@@ -309,12 +311,21 @@ def _strength_settings(adapter: Adapter) -> dict[str, Any]:
     alphas = {m: _rounded(adapter.scale[m] * rank) for m, rank in ranks.items()}
     common_rank = Counter(ranks.values()).most_common(1)[0][0]
     common_alpha = Counter(alphas.values()).most_common(1)[0][0]
+    rank_pattern: dict[str, int] = {}
+    alpha_pattern: dict[str, float] = {}
+    for module in ranks:
+        # Anchored: peft also accepts a pattern behind any prefix, where it could fit a second layer.
+        pattern = f"^{re.escape(module)}"
+        if ranks[module] != common_rank:
+            rank_pattern[pattern] = ranks[module]
+        if alphas[module] != common_alpha:
+            alpha_pattern[pattern] = alphas[module]
     return {
         "r": common_rank,
         "lora_alpha": common_alpha,
         "use_rslora": False,
-        "rank_pattern": {f"^{re.escape(m)}": r for m, r in ranks.items() if r != common_rank},
-        "alpha_pattern": {f"^{re.escape(m)}": a for m, a in alphas.items() if a != common_alpha},
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
     }
 
 

@@ -38,10 +38,11 @@ def save_skeleton(
     """
     _check_params(skeleton, params)
     # `published_state` takes plain tensors: a 4-bit weight goes in as its codes, its scales are added there.
-    packed = {n: w for n, w in params.items() if isinstance(w, four_bit.FourBit)}
+    packed = {}
     plain = {}
     for name, weight in params.items():
         if isinstance(weight, four_bit.FourBit):
+            packed[name] = weight
             plain[name] = weight.packed
         else:
             plain[name] = dense(weight).detach().contiguous()

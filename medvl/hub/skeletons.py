@@ -81,7 +81,9 @@ class Skeleton:
         device = next(iter(params.values())).device
         # functional_call replaces parameters and buffers by name, runs the module, and puts the old back.
         # Buffers are those of `module`, whatever an earlier call of this thread may have left in its copy.
-        bound = {f"module.{n}": self.module.get_buffer(n).to(device) for n in self._buffers}
+        bound: dict[str, Tensor] = {}
+        for name in self._buffers:
+            bound[f"module.{name}"] = self.module.get_buffer(name).to(device)
         for name, weight in params.items():
             bound[f"module.{name}"] = weight
         return torch.func.functional_call(self._copy(), bound, (function,), tie_weights=self._tied)
@@ -199,7 +201,8 @@ def init_skeleton(
     settings = {*type(model_config)().to_dict(), *model_config.attribute_map, "model_type"}
     unknown = sorted(config.keys() - settings)
     if unknown:
-        keys = ", ".join(sorted(k for k in settings if not k.startswith("_")))
+        public = [name for name in settings if not name.startswith("_")]
+        keys = ", ".join(sorted(public))
         raise ValueError(
             f"init_skeleton: a {config['model_type']} config has no {', '.join(unknown)}; it has {keys}"
         )
