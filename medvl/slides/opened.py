@@ -17,7 +17,9 @@ from medvl.slides.features import About, Block
 KEPT_BYTES = 2 * 2**30  # of patches that a process keeps, those of the files that are opened first
 _kept_bytes = 0
 _lock = threading.Lock()
-_Version = tuple[int, int]  # size and time of change
+# Size, time of change of the content and of the entry. The last shows a file of the same size that was put in the
+# place of another with its time, as archives do when they are unpacked.
+_Version = tuple[int, int, int]
 
 
 @frozen(kw_only=True, eq=False)
@@ -57,8 +59,8 @@ def _version_of(path: Path) -> _Version:
     try:
         stat = path.stat()
     except OSError:
-        return -1, -1  # whoever opens it says why
-    return stat.st_size, stat.st_mtime_ns
+        return -1, -1, -1  # whoever opens it says why
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 @functools.lru_cache(maxsize=2**16)
