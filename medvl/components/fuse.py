@@ -113,8 +113,8 @@ def fuse(cfg: FuseConfig, p: Tree, z: Tensor, mask: Tensor, position_mm: Tensor)
     keep = mask[:, None, None]  # the same keys for all heads and queries
     for i in range(cfg.depth):
         z = layers.block(p["blocks"][str(i)], z, cfg.heads, keep=keep, rope=rope)
-    z = _pool(cfg, p, layers.norm(p["norm"], z), mask)
-    return z if skipped is None else torch.cat([z, skipped], -1)
+    fused = _pool(cfg, p, layers.norm(p["norm"], z), mask)
+    return fused if skipped is None else torch.cat([fused, skipped], -1)
 
 
 def _pool(cfg: FuseConfig, p: Tree, z: Tensor, mask: Tensor) -> Tensor:

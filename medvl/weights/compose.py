@@ -116,7 +116,9 @@ def stack_adapters(adapters: Sequence[Adapter]) -> Pool:
         layout[module] = places[key]
     kinds: dict[str, str] = {}
     for adapter in adapters:
-        kinds |= {module: kind for module, kind in adapter.kinds.items() if module in adapter.factors}
+        for module, kind in adapter.kinds.items():
+            if module in adapter.factors:
+                kinds[module] = kind
     return Pool(names=names, factors=factors, kinds=kinds, layout=layout, layouts=tuple(layouts))
 
 
@@ -148,8 +150,10 @@ def select_adapters(pool: Pool, chosen: Sequence[int]) -> Pool:
     Raises:
         ValueError: none chosen, one twice, or one that the pool does not have.
     """
-    chosen, k = [int(j) for j in chosen], len(pool)
-    if not chosen or len({*chosen}) < len(chosen) or not all(0 <= j < k for j in chosen):
+    k = len(pool)
+    chosen = [int(j) for j in chosen]
+    in_range = all(0 <= j < k for j in chosen)
+    if not chosen or len({*chosen}) < len(chosen) or not in_range:
         raise ValueError(
             f"select_adapters: choose some of the {k} adapters 0..{k - 1}, each once, got {chosen}"
         )
@@ -303,8 +307,10 @@ def fusion_error(
         difference = _qr_core(b, a)[1].norm()
         if exact > 0:
             errors[module] = float(difference / exact)
+        elif difference == 0:
+            errors[module] = 0.0
         else:
-            errors[module] = 0.0 if difference == 0 else float("inf")
+            errors[module] = float("inf")
     return errors
 
 
@@ -413,6 +419,7 @@ def _qr_core(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Q [out, R], C, P [in, R] with B A = Q C P^T and orthonormal columns of Q and P: norm and singular
     values are C's.
     """
+    # B = Q left and A^T = P right, so B A = Q (left right^T) P^T.
     q, left = torch.linalg.qr(b)
     p, right = torch.linalg.qr(a.T)
     return q, left @ right.T, p
@@ -421,6 +428,7 @@ def _qr_core(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _check_weights(pool: Pool, weights: Any) -> Tensor:
     k = len(pool)
     try:
+        # A tensor stays what it is: a gradient may go back to it.
         w = weights if isinstance(weights, Tensor) else torch.as_tensor(weights, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as e:
         raise ValueError(
@@ -474,6 +482,7 @@ def _check_options(mode: str, fusion: _Fusion, w: Tensor) -> None:
 def _special_part(adapter: Adapter) -> str:
     """What keeps an adapter from being composed with others, or ""."""
     routed = [module for module, factors in adapter.factors.items() if "router" in factors]
+    # A share per token cannot be added up with the gates of others.
     if routed:
         return f"a router per token (H-LoRA) on {routed[0]}"
     if adapter.full:

@@ -128,6 +128,7 @@ class Lazy(Tensor):
     def _about(self) -> str:
         return f"{list(self.shape)}, {str(self.dtype)[6:]}"
 
+    # torch's own copies the storage, which a lazy weight does not have.
     def __deepcopy__(self, memo: dict) -> "Lazy":
         return self.mapped(lambda t: copy.deepcopy(t, memo))
 
@@ -155,7 +156,9 @@ class LowRank(Lazy):
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         y = F.linear(x, self.base, bias)
         # A head that shares the table of an adapted embedding uses it without the correction.
-        return y if self.kind == "embedding" else self._add(y, x)
+        if self.kind == "embedding":
+            return y
+        return self._add(y, x)
 
     def product(self, x: Tensor, bias: Tensor) -> Tensor:
         return self._add(torch.addmm(bias, x, self.base), x)
@@ -174,7 +177,7 @@ class LowRank(Lazy):
             raise ValueError(f"{self!r} has no plain tensor: its correction depends on the token")
         if self.gate is not None and self.gate.dim() > 1:
             raise ValueError(f"{self!r} has no plain tensor: its correction depends on the sample")
-        base = dense(self.base)
+        base = dense(self.base)  # may itself be four-bit or low-rank
         gate = self.scale if self.gate is None else self.gate * self.scale
         change = (self.b * gate) @ self.a  # [out, in], whatever way the base lies
         if self.kind != "linear":
@@ -251,6 +254,7 @@ class LowRank(Lazy):
             if h.dim() == 2:
                 advice = "; this layer flattens its batch, so it cannot have weights per sample"
             raise ValueError(f"{self!r}: weights for {len(gate)} samples meet {n} rows{advice}")
+        # [b, r] for rows [n, r]; with an axis for the tokens of each row [b, t, r].
         return gate[:, None, :] if h.dim() == 3 else gate
 
     def _about(self) -> str:
@@ -259,7 +263,9 @@ class LowRank(Lazy):
             gating = " routed"
         elif self.gate is not None and self.gate.dim() > 1:
             gating = " per sample"
-        base = repr(self.base) if isinstance(self.base, Lazy) else str(self.base.dtype)[6:]
+        base = str(self.base.dtype)[6:]  # without "torch."
+        if isinstance(self.base, Lazy):
+            base = repr(self.base)
         return f"{list(self.shape)}, {self.kind}, rank {len(self.a)}{gating} over {base}"
 
 
@@ -417,7 +423,8 @@ def nbytes(params: Mapping[str, Tensor]) -> int:
     storages: dict[int, int] = {}
     for w in params.values():
         for t in leaves(w):
-            t = t.to_local() if hasattr(t, "to_local") else t
+            if hasattr(t, "to_local"):  # a shard: only the part on this process counts
+                t = t.to_local()
             # Views of one tensor and tied weights have one storage.
             storage = t.untyped_storage()
             size = t.nbytes if t.device.type == "meta" else storage.nbytes()

@@ -125,7 +125,8 @@ def target_layers(cfg: LoraConfig, skeleton: Any) -> dict[str, str]:
         layers = set()
         for target in cfg.targets:
             layers |= _layers_of_target(cfg, target, kinds)
-    layers -= {n for n in layers if any(_is_end(n, end) for end in cfg.exclude)}
+    for end in cfg.exclude:
+        layers -= {n for n in layers if _is_end(n, end)}
     if not layers:
         raise ValueError(f"lora: {cfg.pattern or cfg.targets} names no layer; there are {_last_names(kinds)}")
     return {n: kind for n, kind in kinds.items() if n in layers}
@@ -235,8 +236,8 @@ def apply_lora(
     # The layers' corrections come after the replaced tensors: one may lie over the other.
     adapted = dict(params)
     for name, replacement in adapter.full.items():
-        if name not in params or params[name].shape != replacement.shape:
-            present = list(params[name].shape) if name in params else "nothing"
+        present = list(params[name].shape) if name in params else "nothing"
+        if present != list(replacement.shape):
             raise ValueError(
                 f"apply_lora: {adapter} replaces {name} {list(replacement.shape)}, "
                 f"the model has {present} there"
@@ -367,8 +368,9 @@ def _over_base(w: Tensor, base: Tensor) -> Tensor:
 
 def count_adapter(adapter: Adapter, params: Mapping[str, Tensor]) -> tuple[int, int, float]:
     """(numbers to train, numbers of the model without them, their share of the sum in percent)."""
-    trained = sum(t.numel() for factors in adapter.factors.values() for t in factors.values())
-    trained += sum(t.numel() for t in adapter.full.values())
+    trained = sum(t.numel() for t in adapter.full.values())
+    for factors in adapter.factors.values():
+        trained += sum(t.numel() for t in factors.values())
     base = sum(w.numel() for w in params.values())
     return trained, base, 100 * trained / max(1, trained + base)
 
@@ -412,7 +414,9 @@ def _layer_kind(module: nn.Module) -> str:
     if isinstance(module, nn.Embedding):
         return "embedding"
     # By name, as only hub imports transformers.
-    return "conv1d" if type(module).__name__ == "Conv1D" and hasattr(module, "nf") else ""
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return "conv1d"
+    return ""
 
 
 def _is_end(name: str, end: str) -> bool:

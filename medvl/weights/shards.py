@@ -42,6 +42,7 @@ def shard_params(params: Tree, mesh: Any, *, patterns: Sequence[str] = (".*",), 
     match_names(flat, patterns)  # raises where a pattern matches nothing
     cut = sharder(mesh, patterns=patterns, least=least)
     leaves = {name: cut(name, t) for name, t in flat.items()}
+    # With patterns that match only norms nothing would be saved, silently.
     if mesh is not None and not any_sharded(leaves):
         raise ValueError(
             f"shard_params: none of {len(flat)} parameters is a plain matrix of at least {least} values "
