@@ -147,8 +147,8 @@ def fitted(kind, place, out):
     """
     cfg, held, made, before = config_of(place, **RUNS[kind]), {}, stages.make_optimizer, live()
 
-    def counting(how, stage, *args):
-        ours = made(how, stage, *args)
+    def counting(how, stage, *args, **settings):
+        ours = made(how, stage, *args, **settings)
 
         def update(grads, state, params, step):
             if stage.data == "questions" and step == stage.steps - 1:
