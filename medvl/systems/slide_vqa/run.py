@@ -134,6 +134,8 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
     sizes = _compressor_sizes(cfg, data.slides_of(every))
     texts, device = system.message_texts(in_training), system.device_of(cfg.train)
     language, params = init_model(cfg, folder, sizes, texts, device=device)
+    # Bound to this name, so that nothing here holds the whole while it is trained in parts.
+    params = stages.shard_params(cfg.train, params)
     encoded = _encode_splits(cfg, language, conversations)
     _keep_encoder(cfg, folder, data.slides_of(every))
     compress, compressor = fit_compressor(cfg, folder, log)

@@ -91,6 +91,8 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
         own, base, share = lora.count_adapter(model.adapter, params["model"])
         layers = len(model.adapter.factors)
         log(f"adapter: {own:,} numbers on {layers} layers, {share:.2f} % of {own + base:,}")
+    # Bound to this name, so that nothing here holds the whole while it is trained in parts.
+    params = stages.shard_params(cfg.train, params)
     params = system.fit_model(model, params, lambda stage: data, lambda stage: valid, folder, log)
     if processes.rank() == 0:
         export_model(model, params, folder, log)
