@@ -65,7 +65,9 @@ def _refuse(message):
 
 
 def _whole(name, text, least=0, most=2**31 - 1):
-    """A whole number from the command line. Tasks take text: what invoke itself cannot convert ends in a traceback."""
+    """A whole number from the command line. Tasks take text: what invoke itself cannot convert ends in a
+    traceback.
+    """
     try:
         number = int(text)
     except ValueError:
@@ -95,7 +97,9 @@ def _explain(values):
 
 
 def _needs(**options):
-    """Refuse where an option that has no default was not given: with `positional=[]` invoke passes None for it."""
+    """Refuse where an option that has no default was not given: with `positional=[]` invoke passes None for
+    it.
+    """
     _explain(options.values())
     missing = [f"--{name}" for name, value in options.items() if value is None]
     if missing:
@@ -258,7 +262,9 @@ def ask(
     offset="",
     set_=None,
 ):
-    """Ask the adapters that fit a question and its images, or a run about images or a slide. Research use, not for diagnosis."""
+    """Ask the adapters that fit a question and its images, or a run about images or a slide. Research use,
+    not for diagnosis.
+    """
     from medvl.commands import questions
 
     # Not 0 where -k is left out: the run says how many, and 0 can be asked for.
@@ -297,7 +303,9 @@ def ask(
     iterable=["data"],
 )
 def slides(c, action, features, data=None, out="", dims="0", encoder="", drop=False):
-    """Audit patch features against questions before training, or pack them into one store; exit status 3 when something is wrong."""
+    """Audit patch features against questions before training, or pack them into one store; exit status 3 when
+    something is wrong.
+    """
     _needs(action=action, features=features)
     # The task has the module's name.
     from medvl.commands import slides as commands

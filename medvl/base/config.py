@@ -19,8 +19,8 @@ T = TypeVar("T")
 _LARGEST = 1e30  # float32 ends at 3e38, and numbers of a record are multiplied
 Hook = Callable[[Any, Any], Any]
 DEPTH = 32  # how deep settings may be nested; a model's config has about four levels
-# Bounds of common settings, for `in_bounds` and `check_bounds`.
-# The upper ones are far above what anybody needs: they catch a slip of the keyboard at once.
+# Bounds of common settings, for `in_bounds` and `check_bounds`. The upper ones are far above what anybody
+# needs: they catch a slip of the keyboard at once.
 COUNT = (1, 2**31 - 1)  # samples, steps, tokens
 COUNT_OR_NONE = (0, 2**31 - 1)
 WIDTH = (1, 2**17)  # of vectors and tables, and pixels of a side
@@ -199,9 +199,9 @@ def table(
 
     Args:
         default: the record where there is no table; left out, there must be one.
-        defaults: the values of keys that a table leaves out. Under the key of a list of tables they are those of
-            each of them: given as a dict, the list itself must be there; as a list of one dict, that list is the
-            default, too.
+        defaults: the values of keys that a table leaves out. Under the key of a list of tables they are those
+            of each of them: given as a dict, the list itself must be there; as a list of one dict, that list
+            is the default, too.
         upgrade: a table in the older spelling -> the same in the present one.
         check: an attrs validator, called with (record, field, value).
     """

@@ -137,7 +137,8 @@ def _acquire(lock: Path, path: Path, wait: bool, shared: bool) -> int:
                 os.close(handle)
                 raise
             _log.warning(
-                "%s: this file system has no locks (%s), so see to it yourself that no other run writes there",
+                "%s: this file system has no locks (%s), so see to it yourself that no other run writes "
+                "there",
                 path,
                 e.strerror,
             )
@@ -392,7 +393,8 @@ def _csv_rows(path: Path, file: BinaryIO | None) -> Iterator[tuple[int, list[str
                 return
             if reader.line_num - line >= _LINES_OF_A_ROW:
                 raise ValueError(
-                    f"{path}, line {line}: this row would go on to line {reader.line_num}; is a quote not closed?"
+                    f"{path}, line {line}: this row would go on to line {reader.line_num}; is a quote not "
+                    "closed?"
                 )
             if row:
                 yield line, row
@@ -498,7 +500,8 @@ def check_tensor_storage(path: PathLike, tensors: Mapping[str, Any]) -> None:
         stored = tensor.untyped_storage().nbytes() if dense else 0
         if stored < tensor.numel() * tensor.element_size():
             raise ValueError(
-                f"{path}: {key} must be {list(tensor.shape)} numbers of their own, the file holds {stored} bytes; "
+                f"{path}: {key} must be {list(tensor.shape)} numbers of their own, the file holds {stored} "
+                "bytes; "
                 "write it again with tensor.contiguous()"
             )
 

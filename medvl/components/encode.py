@@ -268,7 +268,8 @@ def check_slice_size(cfg: EncodeConfig, stored: tuple[int, int], patch: int) -> 
             near |= {max(patch, below), max(patch, below + patch)}
         raise ValueError(
             f"encode_slices: y and x must be multiples of the patch size {patch}, got {size[0]}x{size[1]}; "
-            f"nearest are {', '.join(map(str, sorted(near)))}: set EncodeConfig.resize or store slices of such a size"
+            f"nearest are {', '.join(map(str, sorted(near)))}: set EncodeConfig.resize or store slices of "
+            "such a size"
         )
     if any(n // patch % cfg.grid for n in size):
         raise ValueError(

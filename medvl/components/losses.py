@@ -1,10 +1,11 @@
 """Contrastive losses between two sets of embeddings whose rows belong together, and the next-token loss of a
 language model.
 
-The next-token loss takes its logits in chunks: with a vocabulary of 150,000 one float32 row of them is 0.6 MB.
-The gradient by a plain head and by the hidden states is taken in the forward pass, where the logits are at
-hand. Any other head (a tensor subclass that answers F.linear: low rank, quantised, sharded) is projected again
-chunk by chunk in the backward pass, and its parts get their gradients from autograd.
+The next-token loss takes its logits in chunks: with a vocabulary of 150,000 one float32 row of them is 0.6
+MB. The gradient by a plain head and by the hidden states is taken in the forward pass, where the logits are
+at
+hand. Any other head (a tensor subclass that answers F.linear: low rank, quantised, sharded) is projected
+again chunk by chunk in the backward pass, and its parts get their gradients from autograd.
 """
 
 from typing import Any, Literal

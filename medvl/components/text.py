@@ -67,7 +67,8 @@ def encode_text(cfg: TextConfig, p: Tree, ids: Tensor, mask: Tensor) -> Tensor:
         high = int(ids.max())
         if low < 0 or high >= cfg.vocabulary:
             raise ValueError(
-                f"encode_text: ids must lie in 0..{cfg.vocabulary - 1}, found {low}..{high}: another tokenizer?"
+                f"encode_text: ids must lie in 0..{cfg.vocabulary - 1}, found {low}..{high}: another "
+                "tokenizer?"
             )
     x = p["token"][ids] + p["position"][: ids.shape[1]]
     # No mask: padding is at the end, where causal attention does not look.

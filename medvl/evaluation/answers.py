@@ -168,7 +168,7 @@ def normalise(text: str) -> str:
     return _normalise(text, join_hyphens=False)
 
 
-# The rule of older benchmarks -----------------------------------------------------------------------------------------------------------
+# The rule of older benchmarks -------------------------------------------------------------------------------
 def same_by_tfidf(answer: str | None, gold: str, threshold: float = 0.6) -> bool:
     """Whether `tfidf_cosine` exceeds the threshold. Only for comparison with published numbers: it ACCEPTS
     OPPOSITES.

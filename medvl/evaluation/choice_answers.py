@@ -126,7 +126,7 @@ def _clean(answer: str) -> str:
     return text.strip()
 
 
-# Letters that are stated ---------------------------------------------------------------------------------------------
+# Letters that are stated ------------------------------------------------------------------------------------
 def _stated_letters(text: str, words: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
     """Letters that the answer gives as its answer."""
     # In three places: at the start, behind "the answer is", and before "is correct".
@@ -222,8 +222,8 @@ def _other_letters(text: str, table: Mapping[str, str], *, stated: bool) -> set[
     Args:
         stated: a letter is given as the answer: then later sentences may say why others are not it.
     """
-    # The longest first: an option may be part of another.
-    # Texts of one letter stay: taking them out would hide that very letter.
+    # The longest first: an option may be part of another. Texts of one letter stay: taking them out would
+    # hide that very letter.
     for option in sorted(table.values(), key=len, reverse=True):
         if len(option.strip()) > 1:
             phrase = r"\s+".join(map(re.escape, option.split()))
@@ -250,7 +250,7 @@ def _without_rejections(text: str) -> str:
     return "".join(remaining)
 
 
-# Texts of options that are named -------------------------------------------------------------------------------------
+# Texts of options that are named ----------------------------------------------------------------------------
 def _named_option(text: str, words: Mapping[str, tuple[str, ...]]) -> str:
     """The one option whose full text the answer gives, or ""."""
     plain = plain_text(_LEAD_IN.sub("", text))

@@ -423,7 +423,7 @@ def _check_point(context: str, point: tuple[float, ...]) -> tuple[float, ...]:
     return point
 
 
-# Parts of a matrix ---------------------------------------------------------------------------------------------------
+# Parts of a matrix ------------------------------------------------------------------------------------------
 def _color_limits(v: np.ndarray, low: float | None, high: float | None) -> tuple[float, float, str]:
     """Least and greatest value of the colours, and the `extend` of the colour bar: on which side values lie
     beyond them.
@@ -551,7 +551,7 @@ def _name_axes(axis: Any, rows: list[str], columns: list[str], cell: tuple[float
     axis.set_xticks(column_places, columns[::column_step], parse_math=False, **rotation)
 
 
-# Parts of a plot of lines --------------------------------------------------------------------------------------------
+# Parts of a plot of lines -----------------------------------------------------------------------------------
 def _draw_series(
     axis: Any, series: Sequence[Mapping[float, tuple[float, ...]]], scale: Any, offset: float
 ) -> list[Any]:
@@ -575,7 +575,7 @@ def _draw_series(
     return handles
 
 
-# Axes and legends ----------------------------------------------------------------------------------------------------
+# Axes and legends -------------------------------------------------------------------------------------------
 def _draw_references(axis: Any, references: Mapping[str, float], gap: float, top: float) -> None:
     """Dotted lines across, with their names beside the axis."""
     named, places = _spread(references, gap, top)

@@ -79,8 +79,8 @@ def find_architecture(config: dict[str, Any], head: str = "") -> tuple[Any, Any]
     )
 
     check_head(head)
-    # Which class belongs to a config depends on the head: one model_type has several.
-    # Models with a vision tower come first: some are in both tables, there without their tower.
+    # Which class belongs to a config depends on the head: one model_type has several. Models with a vision
+    # tower come first: some are in both tables, there without their tower.
     tables: Any = (MODEL_MAPPING,)
     if head:
         tables = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING)

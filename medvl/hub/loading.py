@@ -40,7 +40,8 @@ WeightTransform = Callable[[str, Tensor], Tensor]  # (name, weight) -> weight
 
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 
-# Keys of a checkpoint that the plain encoder does not have: task heads, poolers, the temperature of a contrastive pair.
+# Keys of a checkpoint that the plain encoder does not have: task heads, poolers, the temperature of a
+# contrastive pair.
 _TASK_HEADS = re.compile(
     r"(^|\.)(pooler|classifier|head|lm_head|cls|qa_outputs|score|visual_projection|text_projection|logit_scale)(\.|$)"
 )

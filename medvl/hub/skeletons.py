@@ -288,7 +288,8 @@ def build_weightless(model_class: Any, model_config: Any) -> Any:
     builder = threading.get_ident()
 
     def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        # The patch acts on the whole process: modules that other threads build meanwhile keep their parameters.
+        # The patch acts on the whole process: modules that other threads build meanwhile keep their
+        # parameters.
         if threading.get_ident() == builder and param is not None and not param.is_meta:
             param = nn.Parameter(torch.empty_like(param, device="meta"), requires_grad=False)
         register(self, name, param)

@@ -179,7 +179,8 @@ def train_bpe(
     # The first word gets a space too, so that it has the same tokens as within a text.
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tok.decoder = decoders.ByteLevel()
-    # All 256 bytes are tokens from the start, so every text can be encoded. Sorted: they come in no fixed order.
+    # All 256 bytes are tokens from the start, so every text can be encoded. Sorted: they come in no fixed
+    # order.
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

@@ -50,8 +50,8 @@ def place_entries(module: Any, entries: Mapping[str, Entry]) -> tuple[dict[str, 
         elif pattern is None:
             placed[name] = entries[key]
         else:
-            # A piece of a weight, or a weight that becomes several.
-            # The converter collects what it is given, so every parameter needs one of its own.
+            # A piece of a weight, or a weight that becomes several. The converter collects what it is given,
+            # so every parameter needs one of its own.
             conversion = conversions.setdefault(name, copy.deepcopy(converter_of[pattern]))
             conversion.add_tensor(name, key, pattern, entries[key].read)
 

@@ -295,8 +295,8 @@ def encode_conversations(chat: Chat, conversations: Sequence[Dialogue], *, promp
             conversation.
     Raises:
         ValueError: with the place of the conversation: images for a model that takes none, an image that
-            cannot be read or is too long a strip; as `encoding.encode_conversation`. A template that writes today's
-            date, where something is trained.
+            cannot be read or is too long a strip; as `encoding.encode_conversation`. A template that writes
+            today's date, where something is trained.
     """
     if chat.vision is None:
         _check_no_items(chat, conversations)

@@ -64,8 +64,9 @@ TEMPLATES = {
         "You are a medieval knight and must provide explanations to modern people.",
     ),
 }
-"""Named templates. "chatml" is that of Qwen3's instruct models without thinking; the others are those HealthGPT was
-trained with. Its phi4 took the system turn from Phi-4's model card: give a system message to have another."""
+"""Named templates. "chatml" is that of Qwen3's instruct models without thinking; the others are those
+HealthGPT was trained with. Its phi4 took the system turn from Phi-4's model card: give a system message to
+have another."""
 
 
 @frozen(kw_only=True, eq=False)

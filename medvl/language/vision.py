@@ -31,9 +31,8 @@ class Vision:
     select_rows: Callable[
         [Batch, slice], dict[str, Tensor]
     ]  # (batch, rows of a micro-batch) -> their tensors
-    # (parameters of the system, batch on the device) -> visual tokens [n, d] that replace the placeholders
-    # in the embedded text;
-    # None: the model itself has a vision encoder and takes the tensors by name.
+    # (parameters of the system, batch on the device) -> visual tokens [n, d] that replace the placeholders in
+    # the embedded text; None: the model itself has a vision encoder and takes the tensors by name.
     embed: Callable[[Tree, Batch], Tensor] | None = None
     example: Any = None  # a small item that a model built from scratch is tried with
     preprocessor: dict[str, Any] = field(factory=dict)  # saved as preprocessor_config.json

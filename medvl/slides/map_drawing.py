@@ -1,4 +1,6 @@
-"""Parts of the picture of a slide, drawn with matplotlib: the sheet, coordinates, frames, scale bar and legends."""
+"""Parts of the picture of a slide, drawn with matplotlib: the sheet, coordinates, frames, scale bar and
+legends.
+"""
 
 import math
 from collections.abc import Sequence

@@ -1,9 +1,10 @@
 """Maps of where an answer about a slide came from: pictures, a table and shapes for QuPath.
 
-A map has one of two scales. "share" colours by relevance, over four powers of ten below the highest; lower and
-negative values have the darkest colour. "percentile" colours by rank among the patches of the slide, as most
-published maps do: it always spans all colours, and where a few patches hold nearly all relevance, the others look
-relevant too.
+A map has one of two scales. "share" colours by relevance, over four powers of ten below the highest; lower
+and negative values have the darkest colour. "percentile" colours by rank among the patches of the slide, as
+most
+published maps do: it always spans all colours, and where a few patches hold nearly all relevance, the others
+look relevant too.
 """
 
 import json
@@ -129,7 +130,8 @@ def draw_slots(
     mpp: float | None = None,
     alpha: float | None = None,
 ) -> Image.Image:
-    """Slot map: each patch has the colour of its strongest slot; below, the share of each slot in all weights.
+    """Slot map: each patch has the colour of its strongest slot; below, the share of each slot in all
+    weights.
 
     Where patches overlap, most of them decide, and the first slot on a tie. Patches without weight are
     grey. A slot has the same colour in every slide. Arguments and errors as `draw_map`, with weights [n, k]

@@ -1,7 +1,8 @@
-"""Files of patch features that this process has opened: what they say, and their patches while these fit in memory.
+"""Files of patch features that this process has opened: what they say, and their patches while these fit in
+memory.
 
-Checking, pretraining, compressing and evaluating need the same files. Each is opened once as long as its patches are
-kept, and else again whenever they are read. A file that was written anew is another file.
+Checking, pretraining, compressing and evaluating need the same files. Each is opened once as long as its
+patches are kept, and else again whenever they are read. A file that was written anew is another file.
 """
 
 import functools
@@ -17,8 +18,8 @@ from medvl.slides.features import About, Block
 KEPT_BYTES = 2 * 2**30  # of patches that a process keeps, those of the files that are opened first
 _kept_bytes = 0
 _lock = threading.Lock()
-# Size, time of change of the content and of the entry. The last shows a file of the same size that was put in the
-# place of another with its time, as archives do when they are unpacked.
+# Size, time of change of the content and of the entry. The last shows a file of the same size that was put in
+# the place of another with its time, as archives do when they are unpacked.
 _Version = tuple[int, int, int]
 
 

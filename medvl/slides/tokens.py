@@ -275,7 +275,8 @@ def open_slide(slide: files.PathLike, source: files.PathLike = "", *, dims: int 
 def _only_slide(source: files.PathLike, name: str, written: str, dims: int) -> Features:
     if not Path(source).exists():
         raise ValueError(
-            f"{written}: no such file; and {source}, where a slide of that name could lie, is not there either"
+            f"{written}: no such file; and {source}, where a slide of that name could lie, is not there "
+            "either"
         )
     features = open_features(source, [name], dims=dims)
     if features.missing:

@@ -108,11 +108,11 @@ def train_steps(
     """Train to `steps`, or go on from `folder/last.pt` to the same bits that an undisturbed run ends with.
 
     Writes `metrics.jsonl` (a line per logged step; all but the keys of `display.TIMING_KEYS` are the same
-    after a stop), `last.pt`, and `best.pt` (the state with the highest `score` that `validate` gave).
-    Where validations stop giving a better score, training may end before `steps` (`patience`); that, too,
-    is the same after a stop, because the count of them is part of the state.
-    On SIGTERM or Ctrl-C, in whichever process, the state is saved and `Stopped` is raised; the same call
-    goes on from there. A second Ctrl-C ends at once. Shards are saved whole, so that any number of
+    after a stop), `last.pt`, and `best.pt` (the state with the highest `score` that `validate` gave). Where
+    validations stop giving a better score, training may end before `steps` (`patience`); that, too, is the
+    same after a stop, because the count of them is part of the state. On SIGTERM or Ctrl-C, in whichever
+    process, the state is saved and `Stopped` is raised; the same call goes on from there. A second Ctrl-C
+    ends at once. Shards are saved whole, so that any number of
     processes can go on, except where steps draw (dropout, noise): that would be another result.
 
     Args:

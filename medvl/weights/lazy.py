@@ -134,7 +134,8 @@ class Lazy(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
-            f"{self!r} is not saved as it is: write adapters with write_adapter, models with saving.save_skeleton"
+            f"{self!r} is not saved as it is: write adapters with write_adapter, models with "
+            "saving.save_skeleton"
         )
 
 

@@ -48,7 +48,8 @@ class LoraConfig:
     def __attrs_post_init__(self) -> None:
         if isinstance(self.targets, str) or isinstance(self.exclude, str):
             raise ValueError(
-                f"LoraConfig: targets and exclude are tuples of names, got {self.targets!r} and {self.exclude!r}"
+                f"LoraConfig: targets and exclude are tuples of names, got {self.targets!r} and "
+                f"{self.exclude!r}"
             )
         ranks = [self.rank, *self.rank_pattern.values()]
         if min(ranks) < 1 or not 0 <= self.dropout < 1 or self.experts < 0:
@@ -325,7 +326,8 @@ def merge_adapter(
     sharing = [module for module in adapter.factors if f"{module}.weight" not in params]
     if sharing:
         raise ValueError(
-            f"merge_adapter: {sharing[0]} has the weight {_weight_name(params, sharing[0])} of another layer, "
+            f"merge_adapter: {sharing[0]} has the weight {_weight_name(params, sharing[0])} of another "
+            "layer, "
             "which its adapter does not correct; give them a weight each "
             "(skeleton, params = hub.untie(skeleton, params)), or keep the adapter apart"
         )

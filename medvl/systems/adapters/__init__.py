@@ -1,9 +1,8 @@
 """adapters: one model and many adapters; each question gets those whose training samples are most like it.
 
 `record` is the record of an experiment, `data` its conversations, `run` trains the base model and an adapter
-for
-each task and makes the registry, `score` answers the test questions in every mode, `tables` makes numbers and
-the report of these, `ask` is one question to a run or a registry.
+for each task and makes the registry, `score` answers the test questions in every mode, `tables` makes numbers
+and the report of these, `ask` is one question to a run or a registry.
 """
 
 from medvl.systems.adapters import data, run

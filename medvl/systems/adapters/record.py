@@ -1,6 +1,7 @@
 """adapters: one model and many adapters; each question, with its images, gets those that are most like it.
 
-text + images -> embedding -> nearest adapters and weights -> one pass over the batch, every row with its own mixture -> answers.
+text + images -> embedding -> nearest adapters and weights -> one pass over the batch, every row with its own
+mixture -> answers.
 """
 
 from pathlib import Path
@@ -27,7 +28,8 @@ from medvl.weights.lora import LoraConfig
 
 @frozen(kw_only=True)
 class DataConfig:
-    """Where conversations are; `{folder}` stands for the folder, `{split}` for train, valid and test, `{task}`, if it is there, for the
+    """Where conversations are; `{folder}` stands for the folder, `{split}` for train, valid and test,
+    `{task}`, if it is there, for the
     task: the adapter that a conversation belongs to. Without it each line says its task."""
 
     source: Literal["files", "phantoms", "vqa_rad"] = "files"
@@ -63,9 +65,11 @@ class PoolConfig:
 
 @frozen(kw_only=True)
 class EvaluateConfig:
-    """Greedy answers to every turn of the assistant in the test conversations, in each mode, in and out of domain.
+    """Greedy answers to every turn of the assistant in the test conversations, in each mode, in and out of
+    domain.
 
-    Out of domain the adapter of a conversation's own task must not be chosen. "bare" and "oracle" are the same in both.
+    Out of domain the adapter of a conversation's own task must not be chosen. "bare" and "oracle" are the
+    same in both.
     """
 
     modes: tuple[Mode, ...] = MODES
@@ -120,7 +124,8 @@ class Config:
         config.check_bounds(self, "experiment", seed=config.SEED)
         if bool(self.pool.registry) == bool(self.train):
             raise ValueError(
-                "either pool.registry names adapters that are there, or [train] says how each task's is trained"
+                "either pool.registry names adapters that are there, or [train] says how each task's is "
+                "trained"
             )
         if self.base is not None and any(p.startswith("lora/") for p in self.base.patterns):
             raise ValueError('base.stages train the model itself: names must start with "model/"')

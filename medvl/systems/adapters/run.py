@@ -67,15 +67,18 @@ def _check_adapters(model: Model, train: Sequence[Conversation], valid: Sequence
             stages.plan_steps(cfg.train, stage, count)
         if not of_task(valid, task):
             raise ValueError(
-                f"task {task}: the split valid must have conversations of every task that train has, found none"
+                f"task {task}: the split valid must have conversations of every task that train has, found "
+                "none"
             )
         if cfg.retriever.kind != "none" and min(len(conversations), cfg.pool.samples) < 2:
             raise ValueError(
-                f"task {task}: a retriever is trained on two samples of every task or more; raise pool.samples"
+                f"task {task}: a retriever is trained on two samples of every task or more; raise "
+                "pool.samples"
             )
     if cfg.retriever.kind != "none" and len(tasks) < 2:
         raise ValueError(
-            f"retriever.kind {cfg.retriever.kind!r} tells tasks apart and needs two or more, found {len(tasks)}"
+            f"retriever.kind {cfg.retriever.kind!r} tells tasks apart and needs two or more, found "
+            f"{len(tasks)}"
         )
     if cfg.embed.kind != "local":
         embed.open_embedder(cfg.embed)
@@ -126,7 +129,8 @@ def _fit_part(
     data = chat.encode_conversations(model.chat, train)
     valid_data: Encoded = chat.encode_conversations(model.chat, valid[: model.train.valid or None])
     log(
-        f"{name}: {len(data.samples)} conversations, {data.refused} more are longer than the context and left out"
+        f"{name}: {len(data.samples)} conversations, {data.refused} more are longer than the context and "
+        "left out"
     )
     return system.fit_model(model, params, lambda stage: data, lambda stage: valid_data, folder, log)
 
@@ -161,7 +165,8 @@ def registry_of(folder: Path) -> Path:
     path = record.registry_path(cfg, folder)
     if cfg.train is not None and not path.exists():
         raise ValueError(
-            f"{folder}: the run is not trained to its end, it has no registry yet; `invoke train --exp {folder}` "
+            f"{folder}: the run is not trained to its end, it has no registry yet; `invoke train --exp "
+            f"{folder}` "
             "goes on"
         )
     return path

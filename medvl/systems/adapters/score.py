@@ -134,8 +134,8 @@ def answer_steps(
 ) -> list[Line]:
     """A line for each step, in their order: the answer, whether it is right, or why there is none.
 
-    What could not be answered counts as wrong. Lines are written batch by batch, so that whatever stops a later batch,
-    the same call goes on behind the last one.
+    What could not be answered counts as wrong. Lines are written batch by batch, so that whatever stops a
+    later batch, the same call goes on behind the last one.
 
     Raises:
         ValueError: the file holds other lines (says where); no step at all could be answered.
@@ -163,7 +163,8 @@ def answer_steps(
     lines = progress.run_batches(path, batches, answer_batch, title=title)
     if all("error" in line for line in lines):
         raise ValueError(
-            f"{path.stem}: none of {len(lines)} questions could be answered; the first: {_in_order(lines)[0]['error']}"
+            f"{path.stem}: none of {len(lines)} questions could be answered; the first: "
+            f"{_in_order(lines)[0]['error']}"
         )
     return _in_order(lines)
 
@@ -263,8 +264,8 @@ def _select_rows(retrieved: Retrieved, rows: Sequence[int]) -> Retrieved:
 def stamp_answers(cfg: Config, path: Path, steps: Sequence[Step]) -> str:
     """Eight hex digits of all that decides answers beside mode, domain and k.
 
-    These are settings, questions, and the content of images, of the registry, its vectors, adapters and embedder; of a
-    model in a folder, whose files are large, their sizes and times.
+    These are settings, questions, and the content of images, of the registry, its vectors, adapters and
+    embedder; of a model in a folder, whose files are large, their sizes and times.
     """
     content = hashlib.sha256()
     evaluate = cfg.evaluate

@@ -143,8 +143,7 @@ def check_labels(cfg: Config) -> None:
 
     Raises:
         ValueError: labels that cannot be used, validation and test tables with other findings, validation
-            labels of one class only, a
-            patient in two splits.
+            labels of one class only, a patient in two splits.
     """
     patients = {"train": set(patients_of(cfg, "train", open_volumes(cfg, "train").names))}
     findings: dict[str, tuple[str, ...]] = {}

@@ -1,10 +1,8 @@
 """slide_vqa: questions about whole slides of any number of patches, through a few tokens of each.
 
 `record` is the record of an experiment, `data` its files, `pretrain` trains the compressor and `tokens` are
-what
-it makes of the slides of a run; `model` is the language model that sees them. `run` trains, `assess` scores
-and
-reports, `look` is one slide and the map of its answer, `ask` one question to a run.
+what it makes of the slides of a run; `model` is the language model that sees them. `run` trains, `assess`
+scores and reports, `look` is one slide and the map of its answer, `ask` one question to a run.
 """
 
 from medvl.systems.slide_vqa import run

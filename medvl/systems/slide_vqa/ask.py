@@ -18,7 +18,8 @@ def ask(folder: Path, question: Question) -> str:
     """
     if not question.slide:
         raise ValueError(
-            f"ask: {folder} is a slide_vqa run and needs --slide: a file of patch features, STORE.h5::NAME, or a slide's name"
+            f"ask: {folder} is a slide_vqa run and needs --slide: a file of patch features, STORE.h5::NAME, "
+            "or a slide's name"
         )
     files.check_writable(question.out, folder=True)
     answer = look_at_slide(

@@ -22,7 +22,8 @@ from medvl.weights.lora import LoraConfig
 class DataConfig:
     """Where slides, questions and labels are; `{folder}` stands for the folder.
 
-    Questions are in any of the formats of `data/slide_questions`; features in any of `data/slides`, or a packed store.
+    Questions are in any of the formats of `data/slide_questions`; features in any of `data/slides`, or a
+    packed store.
     """
 
     source: Literal["files", "phantoms"] = "files"
@@ -45,8 +46,8 @@ class DataConfig:
         config.check_patterns(self, "data", folder=(), **inside)
 
 
-# A speed of the compressor's gate (moe): at the experts' rate it hardly moves, and what is rare stays a patch among
-# thousands. Compressors without a gate leave it out.
+# A speed of the compressor's gate (moe): at the experts' rate it hardly moves, and what is rare stays a patch
+# among thousands. Compressors without a gate leave it out.
 GATE = "compressor/gate/.*"
 _PRETRAINING: dict[str, Any] = {
     "batch": 8,
@@ -112,8 +113,8 @@ class PretrainConfig:
 
 
 def upgrade_pretraining(table: dict[str, Any]) -> dict[str, Any]:
-    """A `pretrain` table as it is written now, of one from when it held steps and rates itself. What it trains, and
-    how, is the same.
+    """A `pretrain` table as it is written now, of one from when it held steps and rates itself. What it
+    trains, and how, is the same.
 
     Raises:
         ValueError: a table has both.
@@ -125,7 +126,8 @@ def upgrade_pretraining(table: dict[str, Any]) -> dict[str, Any]:
         return table
     if "train" in table:
         raise ValueError(
-            f"pretrain.{min(old)} is a setting of older records; beside pretrain.train write steps and rates as "
+            f"pretrain.{min(old)} is a setting of older records; beside pretrain.train write steps and "
+            "rates as "
             "pretrain.train.stages.0.*, batch and the like as pretrain.train.*"
         )
     stage: dict[str, Any] = {name: table[name] for name in of_stage if name in table}
@@ -182,7 +184,8 @@ class Config:
             )
         if self.pretrain.file and self.compress.kind != "moe":
             raise ValueError(
-                f"pretrain.file is always of kind moe, got compress.kind {self.compress.kind!r}; train that one on labels"
+                f"pretrain.file is always of kind moe, got compress.kind {self.compress.kind!r}; train that "
+                "one on labels"
             )
         config.check_bounds(self, "experiment", seed=config.SEED, hidden=config.WIDTH)
         if wrong := [s.name for s in self.train.stages if s.data not in ("captions", "questions")]:

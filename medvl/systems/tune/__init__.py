@@ -1,4 +1,5 @@
-"""tune: a language or vision-language model trained on conversations, whole or by LoRA, scored by its answers.
+"""tune: a language or vision-language model trained on conversations, whole or by LoRA, scored by its
+answers.
 
 `record` is the record of an experiment, `run` its data, training and report, `ask` one question to a run.
 """
