@@ -21,5 +21,6 @@ SYSTEM = System(
     ask=ask,
     takes=("--image", "--mode", "-k", "--own", "--set"),
     trains=lambda cfg: cfg.trained,
+    # As ms-swift (MAX_PIXELS) and LoraRetriever (MAX_NUM) read them: what their scripts set means the same.
     environment={"MAX_PIXELS": "chat.max_pixels", "MAX_NUM": "chat.max_images"},
 )

@@ -16,6 +16,7 @@ from medvl.systems.adapters import record, run
 from medvl.systems.system import Question
 
 
+# Nothing of the model or its chat: a run answers with the type and template that it was trained with.
 @frozen(kw_only=True)
 class ChooseConfig:
     """Settings of one question to a run: how adapters are chosen for it, and made one."""
@@ -48,6 +49,7 @@ def ask(folder: Path, question: Question) -> str:
     _check_mode(run.registry_of(folder), question)
     model, params = run.load(folder)
     defaults = ChooseConfig(retrieve=model.cfg.retrieve, fusion=model.cfg.fusion, hold=model.cfg.pool.hold)
+    # The settings of the run, then -k, then --set: what comes later wins.
     raw = _with_k(config.unstructure(defaults), question.k)
     cfg = config.structure(config.override(raw, question.overrides, "ask"), ChooseConfig, "ask")
     settings = evolve(model.cfg, fusion=cfg.fusion, pool=evolve(model.cfg.pool, hold=cfg.hold))
@@ -62,6 +64,7 @@ def ask_registry(path: files.PathLike, question: Question, base: str = "") -> st
         base: the model, if the registry does not say it, or it lies elsewhere.
     """
     _check_mode(path, question)
+    # A registry has no record: what is not given here has the defaults of AskConfig.
     raw = config.override(_with_k({}, question.k), question.overrides, "ask")
     cfg = config.structure(raw, AskConfig, "ask")
     pool = experts.open_experts(
@@ -85,6 +88,7 @@ def _check_mode(path: files.PathLike, question: Question) -> None:
 
 
 def _with_k(raw: dict[str, Any], k: int) -> dict[str, Any]:
+    # -1 is "as the run says"; 0 is a number, no adapter at all.
     if k < 0:
         return raw
     return raw | {"retrieve": raw.get("retrieve", {}) | {"k": k}}

@@ -31,6 +31,7 @@ def prepare(cfg: Config, log: Callable[[str], None] = print) -> None:
         log(f"{sum(drawn.values())} pictures and cases drawn in {folder}: {counts}")
     if cfg.data.source == "vqa_rad":
         _cut_vqa_rad(cfg, folder, log)
+    # Adapters of a registry were trained elsewhere: then only the test is needed.
     splits = SPLITS if cfg.train or cfg.base else ("test",)
     if len(splits) > 1:
         warn_of_one_file(cfg.data.conversations)
@@ -38,6 +39,7 @@ def prepare(cfg: Config, log: Callable[[str], None] = print) -> None:
         tasks = tasks_of(read_split(cfg, split))
         if cfg.train:
             for task in tasks:
+                # A task names the folder of its adapter.
                 files.check_name(task, f"{split}: the task")
         log(f"{split}: {len(tasks)} tasks: {', '.join(tasks)}")
 
@@ -46,6 +48,7 @@ def _cut_vqa_rad(cfg: Config, folder: Path, log: Callable[[str], None]) -> None:
     """Cut VQA-RAD by case, if that has not been done, and keep the digest of the file it was cut from."""
     source, mark = Path(cfg.data.vqa_rad) / "vqa_rad_share.json", folder / "source.sha256"
     digest = files.file_digest(source) if source.is_file() else ""
+    # The last table that is written: where it is, the cut is complete.
     if (folder / "test.jsonl").exists():
         if digest and mark.exists() and mark.read_text() != digest:
             raise ValueError(
@@ -62,6 +65,8 @@ def _cut_vqa_rad(cfg: Config, folder: Path, log: Callable[[str], None]) -> None:
 def data_folder(cfg: Config) -> Path:
     """The folder that `{folder}` stands for; what is drawn or cut by one record has a folder of its own."""
     data = cfg.data
+    # All that decides the content, so that another record never finds it. The seed of the record cuts
+    # VQA-RAD; drawn pictures have one of their own.
     origins = {"phantoms": data.phantoms, "vqa_rad": (data.vqa_rad, data.group, cfg.seed)}
     if data.source not in origins:
         return Path(data.folder)
@@ -74,12 +79,14 @@ def read_split(cfg: Config, split: str) -> list[Conversation]:
     In the test split every answer holds a word, where words are compared.
     """
     folder = data_folder(cfg)
+    # {split} and {task} stay, for `read_tasks` to fill: only the files tell which tasks there are.
     pattern = config.fill_pattern(
         cfg.data.conversations, "data.conversations", folder=folder, split=None, task=None
     )
     root = cfg.data.root or None
     conversations = read_tasks(pattern, split, key=cfg.data.task, root=root, max_images=cfg.chat.max_images)
     if split == "test" and cfg.evaluate.rule == "strict":
+        # Every turn is a step that is scored, not only the last.
         check_gold(conversations, every=True)
     return conversations
 

@@ -169,6 +169,7 @@ def init(
     tok = tokenizer_of(cfg.model, folder, texts)
     chat, params = open_chat(cfg.model, cfg.chat, tok, gen, device=device)
     tree: Tree = {"model": params}
+    # Here, before any conversation is encoded; stages of adapters are checked when one is made.
     for stage in cfg.base.stages if cfg.base else ():
         check_trainable(stage, tree)
     return Model(cfg=cfg, chat=chat, registry=registry_path(cfg, folder)), tree
@@ -198,6 +199,7 @@ def gather(model: Model, params: Tree) -> Experts:
         ValueError: as `experts.load_experts`.
     """
     cfg = model.cfg
+    # With the model's name adapters may call it otherwise, as a folder or a 4-bit copy: that is a warning.
     place: dict[str, str] = {"base": cfg.model.name, "root": cfg.pool.root}
     return experts.load_experts(
         model.chat, params["model"], model.registry, **place, fusion=cfg.fusion, hold=cfg.pool.hold
@@ -207,6 +209,7 @@ def gather(model: Model, params: Tree) -> Experts:
 def new_adapter(cfg: Config, chat: Chat, number: int, device: torch.device) -> lora.Adapter:
     """The adapter of task `number` before its training."""
     assert cfg.train is not None
+    # seed + 1, as the seed itself has drawn the model; + number, so that no two adapters start alike.
     adapter = lora.init_lora(
         cfg.lora, chat.skeleton, Generator().manual_seed(cfg.seed + 1 + number), device=device
     )

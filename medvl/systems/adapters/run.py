@@ -30,11 +30,14 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
     general = read_general(cfg, "train") if cfg.base else []
     train = read_split(cfg, "train") if cfg.train else []
     valid = read_split(cfg, "valid") if cfg.train else []
+    # One tokenizer serves the base model and all adapters: where it is trained, it must know both texts.
     texts = system.message_texts([*general, *train])
     model, params = record.init(cfg, folder, texts, device=_device(cfg))
     if cfg.train is not None:
         _check_adapters(model, train, valid)
     if cfg.base is not None:
+        # The same model without adapter and with stages of its own: to the loop it is a system like any
+        # other.
         base = LanguageModel(cfg=cfg, chat=model.chat, adapter=None, train=cfg.base)
         general_valid = read_general(cfg, "valid")
         params = _fit_part(base, params, general, general_valid, "base", folder / "base", log)
@@ -53,6 +56,7 @@ def _check_adapters(model: Model, train: Sequence[Conversation], valid: Sequence
     """Raise before anything is trained where the adapters, or a registry of them, cannot be made."""
     cfg = model.cfg
     assert cfg.train is not None
+    # Without storage: what is asked is whether the pattern finds layers, and the stages the factors.
     record.new_adapter(cfg, model.chat, 0, torch.device("meta"))
     tasks = tasks_of(train)
     for task in tasks:
@@ -64,6 +68,7 @@ def _check_adapters(model: Model, train: Sequence[Conversation], valid: Sequence
                 f"{count} that fit the context; lower train.batch"
             )
         for stage in cfg.train.stages:
+            # Raises where the warm-up is longer than the epochs of this task turn out to be.
             stages.plan_steps(cfg.train, stage, count)
         if not of_task(valid, task):
             raise ValueError(
@@ -81,6 +86,7 @@ def _check_adapters(model: Model, train: Sequence[Conversation], valid: Sequence
             f"{len(tasks)}"
         )
     if cfg.embed.kind != "local":
+        # It is needed when all adapters are trained; a name that cannot be opened should be known before.
         embed.open_embedder(cfg.embed)
 
 
@@ -96,13 +102,16 @@ def _fit_adapters(
     cfg = model.cfg
     assert cfg.train is not None
     for i, task in enumerate(tasks_of(train)):
+        # What lies here is complete and marks the task as done; unfinished states are in "training".
         path = folder / "adapters" / task
         if path.exists():
             continue
+        # The number counts all tasks, finished ones too: a run that goes on draws the same start.
         adapter = record.new_adapter(cfg, model.chat, i, _device(cfg))
         adapted = LanguageModel(cfg=cfg, chat=model.chat, adapter=adapter, train=cfg.train)
         trained = _fit_part(
             adapted,
+            # Every adapter starts from the base model, none from the one before it.
             params | {"lora": adapter.factors},
             of_task(train, task),
             of_task(valid, task),
@@ -111,6 +120,7 @@ def _fit_adapters(
             log,
         )
         if processes.rank() == 0:
+            # The trained factors leave in this file; evaluation reads it as that of any other adapter.
             factors = map_leaves(lambda t: t.cpu(), trained["lora"])
             write_adapter(evolve(adapter, factors=factors, name=task), path, base=cfg.model.name or "model")
         processes.wait_for_all()
@@ -180,6 +190,7 @@ def load(folder: Path) -> tuple[Model, Tree]:
     """
     cfg = config.load_run(folder, Config)
     registry_of(folder)
+    # No texts: a tokenizer that was trained lies in the run folder.
     model, params = record.init(cfg, folder, [], device=_device(cfg))
     if cfg.base:
         params = stages.read_stages(cfg.base, params, folder / "base")
@@ -214,6 +225,7 @@ def memory(cfg: Config, folder: Path, processes: int = 1) -> dict[str, dict[str,
     general = read_general(cfg, "train") if cfg.base and train else []
     meta = torch.device("meta")
     model, params = record.init(cfg, folder, system.message_texts([*general, *train]), device=meta)
+    # Base and adapters are trained one after the other, so that their bytes are not added up.
     estimates: dict[str, dict[str, int]] = {}
     if cfg.base is not None:
         base = LanguageModel(cfg=cfg, chat=model.chat, adapter=None, train=cfg.base)

@@ -47,6 +47,7 @@ class Step:
         """What adapters are found by: the question with its images, or those of earlier turns if it has none."""
         question, images = self.conversation.messages[-2]["content"], self.conversation.images
         count = question.count("<image>")
+        # `images` are those of the whole conversation so far; the last ones belong to this question.
         return question, images[len(images) - count :] if count else images
 
 
@@ -69,6 +70,7 @@ def steps_of(conversations: Sequence[Conversation], cfg: Config) -> list[Step]:
     for conversation in conversations:
         task = str(conversation.extra["task"])
         counts[task] += 1
+        # Whole conversations are left out, so that no turn lacks those before it.
         if cfg.evaluate.limit and counts[task] > cfg.evaluate.limit:
             continue
         name = conversation.extra.get("episode_id") or conversation.id or f"line {conversation.line}"
@@ -80,6 +82,7 @@ def steps_of(conversations: Sequence[Conversation], cfg: Config) -> list[Step]:
                 conversation=conversation.until(i + 1),
                 task=task,
                 category=category,
+                # Two tasks may call different cases by one name.
                 episode=f"{task}: {name}",
                 turn=turn,
             )
@@ -122,7 +125,9 @@ def choose_for_steps(
 ) -> Retrieved:
     """Which adapters each step gets; out of domain not its own."""
     numbers = {name: i for i, name in enumerate(pool.names)}
+    # -1 for a task without an adapter: nothing is excluded for it, and the oracle has none.
     own = torch.tensor([numbers.get(step.task, -1) for step in steps])
+    # [steps, adapters]; all False in domain.
     exclude = (torch.arange(len(pool.names)) == own[:, None]) & (run.domain == "out")
     settings = evolve(cfg.retrieve, k=run.k)
     return experts.choose_adapters(run.mode, settings, queries, pool.vectors, own=own, exclude=exclude)
@@ -159,8 +164,10 @@ def answer_steps(
             lines.append(_line(steps[row], _adapter_weights(pool, retrieved, row), text, error, cfg))
         return lines
 
+    # MODE-DOMAIN-K-STAMP without the stamp.
     title = path.stem.rpartition("-")[0]
     lines = progress.run_batches(path, batches, answer_batch, title=title)
+    # Accuracies of 0 for every task would look like a result.
     if all("error" in line for line in lines):
         raise ValueError(
             f"{path.stem}: none of {len(lines)} questions could be answered; the first: "
@@ -169,6 +176,7 @@ def answer_steps(
     return _in_order(lines)
 
 
+# With the model's own history the file holds all first turns, then all second ones.
 def _in_order(lines: Sequence[Line]) -> list[Line]:
     return sorted(lines, key=lambda line: line["row"])
 
@@ -204,6 +212,7 @@ def _adapter_weights(pool: Experts, retrieved: Retrieved, row: int) -> dict[str,
     """{adapter: weight} of a row."""
     indices, weights = retrieved.indices[row].tolist(), retrieved.weights[row].tolist()
     pairs = zip(indices, weights, strict=True)
+    # -1 fills the places of a row that got fewer than k adapters.
     return {pool.names[i]: round(weight, 4) for i, weight in pairs if i >= 0}
 
 
@@ -218,6 +227,7 @@ def _with_history(steps: Sequence[Step], row: int, texts: dict[int, str], cfg: C
         return conversation
     earlier = []
     for i, other in enumerate(steps[:row]):
+        # An episode may have several conversations; only turns of this one stand before the answer.
         if other.episode == step.episode and other.conversation.line == conversation.line:
             earlier.append(texts[i])
     *before, last = conversation.messages
@@ -241,6 +251,7 @@ def _answer_or_error(
         rows, max_tokens = range(len(questions)), cfg.evaluate.max_tokens
         texts = experts.answer_prompts(pool, data, rows, retrieved, mode, max_tokens)
         return [(text, "") for text in texts]
+    # Only what a faulty sample raises: out of memory, or a mistake in the code, must stop the run.
     except (ValueError, FloatingPointError) as e:
         if len(questions) == 1:
             _log.warning("not answered, counts as wrong: %s", e)
@@ -269,6 +280,7 @@ def stamp_answers(cfg: Config, path: Path, steps: Sequence[Step]) -> str:
     """
     content = hashlib.sha256()
     evaluate = cfg.evaluate
+    # Of evaluate only what changes an answer or whether it is right: other intervals need no new answers.
     how = (cfg.seed, evaluate.history, evaluate.per, evaluate.rule, evaluate.max_tokens, evaluate.batch)
     settings = [cfg.model, cfg.chat, cfg.base, cfg.retrieve, cfg.fusion, cfg.embed, cfg.retriever, how]
     plain = [config.unstructure(part) for part in settings]
@@ -283,6 +295,7 @@ def stamp_answers(cfg: Config, path: Path, steps: Sequence[Step]) -> str:
         content.update(files.file_digest(file).encode())
     if cfg.model.name and Path(cfg.model.name).is_dir():
         for file in sorted(Path(cfg.model.name).iterdir()):
+            # The files of a model are gigabytes, too many to hash before every evaluation.
             stat = file.stat()
             content.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode())
     return content.hexdigest()[:8]

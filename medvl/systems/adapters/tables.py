@@ -72,6 +72,8 @@ def assess(
     """
     cfg = model.cfg
     pool = record.gather(model, params)
+    # Adapters are read when they are first needed: one that does not fit the model should not stop the
+    # evaluation in its middle.
     experts.check_adapters(pool)
     steps = score.steps_of(conversations, cfg)
     unknown = sorted({step.task for step in steps} - set(pool.names))
@@ -115,10 +117,12 @@ def _recalls(evaluation: Evaluation) -> list[Result]:
     own_adapter = torch.tensor([pool.names.index(evaluation.steps[i].task) for i in rows])
     # All adapters in the order of their similarity, whatever the run's threshold.
     ranking = evolve(cfg.retrieve, k=len(pool.names), threshold=-1.0, weighting="uniform")
+    # "mixture" takes k as it is, "selection" would cut the ranking to its first. [steps, adapters].
     ranked = experts.choose_adapters("mixture", ranking, evaluation.queries[rows], pool.vectors).indices
     episodes = [evaluation.steps[i].episode for i in rows]
     results = []
     for k in cfg.evaluate.recall:
+        # Fewer adapters have no k nearest.
         if k > len(pool.names):
             continue
         hits = (ranked[:, :k] == own_adapter[:, None]).any(1)
@@ -176,6 +180,7 @@ def _differences(evaluation: Evaluation) -> list[Result]:
         hits_of_mode = {
             run.mode: hits
             for run, hits in evaluation.right.items()
+            # Mixtures of other k would take the place of this one under the same mode.
             if run.k == cfg.retrieve.k and domain in _domains(run, cfg)
         }
         for first, second in PAIRS:
@@ -271,6 +276,7 @@ def _write_report(evaluation: Evaluation, rows: list[Result], folder: Path) -> P
     page = report.write_report(
         folder,
         f"{evaluation.experiment}: adapters",
+        # These are in none of the tables below; results.csv has every row.
         [row for row in rows if row.what in ("abstained", "other_category")],
         _figures(evaluation, rows),
         notes,
@@ -328,6 +334,7 @@ def _tables(cfg: Config, rows: Sequence[Result]) -> list[tuple[str, Sequence[str
 def _figures(evaluation: Evaluation, rows: Sequence[Result]) -> dict[str, Any]:
     """{title: picture} of the report."""
     cfg, pool = evaluation.cfg, evaluation.pool
+    # Vectors of a registry have length 1, so that products are cosines.
     cosines = (pool.vectors @ pool.vectors.T).tolist()
     figures = {"Similarity between adapters": plots.matrix(cosines, pool.names, pool.names, low=-1, high=1)}
     tasks = sorted({step.task for step in evaluation.steps})
@@ -358,6 +365,7 @@ def _nearest_shares(evaluation: Evaluation, tasks: Sequence[str]) -> list[list[f
     ]
     if not in_domain:
         return []
+    # All these modes have the same nearest adapter, so that any of them will do.
     nearest = _nearest(in_domain[0])
     shares = []
     for task in tasks:

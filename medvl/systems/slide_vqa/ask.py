@@ -21,6 +21,7 @@ def ask(folder: Path, question: Question) -> str:
             f"ask: {folder} is a slide_vqa run and needs --slide: a file of patch features, STORE.h5::NAME, "
             "or a slide's name"
         )
+    # Now, and not after model and slide were loaded and the answer was computed.
     files.check_writable(question.out, folder=True)
     answer = look_at_slide(
         str(folder),
@@ -31,6 +32,7 @@ def ask(folder: Path, question: Question) -> str:
         offset=parse_offset(question.offset),
     )
     patches = top_patches(answer["relevance"], answer["coords"], 5)
+    # In powers of ten: relevance is shared by up to a million patches, and often tiny.
     rows = [(p.rank, p.x, p.y, f"{p.relevance:.1e}", p.percentile) for p in patches]
     table = results.markdown_table(("Patch", "x", "y", "Relevance", "Percentile"), rows)
     return f"{answer['answer'].strip()}\n\n{table}map: {answer['map']}"

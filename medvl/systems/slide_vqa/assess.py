@@ -25,6 +25,7 @@ from medvl.training import order
 def assess(model: Model, params: Tree, folder: Path, experiment: str) -> tuple[list[Result], Path]:
     """Answer the test questions; writes `benchmark_results.json`, a table of categories and the report."""
     cfg, conversations = model.cfg, data.read_split(model.cfg, "test")
+    # `folder` is that of the results; tokens and encoder are kept in the run folder around it.
     tokens = compute_tokens(model, folder.parent, conversations)
     if not _answerable(cfg, conversations, tokens):
         raise ValueError(
@@ -43,6 +44,7 @@ def assess(model: Model, params: Tree, folder: Path, experiment: str) -> tuple[l
         for result in _score(cfg, conversations, control_answers, experiment):
             if result.what == "accuracy":
                 results.append(evolve(result, what="accuracy_shuffled"))
+    # Several versions of SlideBench are in use under one name; the digest says which this was.
     digest = data.split_digest(cfg, "test")
     source = {"file": data_path(cfg, "test").name, "sha256": digest, "published_as": published_as(digest)}
     bench.write_benchmark(
@@ -99,7 +101,9 @@ def answer_conversations(
         options = [conversation.choices for conversation in conversations]
     path = None
     if folder is not None:
+        # The size of a batch changes the last bits of an answer, and options decide what can be answered.
         settings = [cfg.batch, options]
+        # A slide counts by its tokens, not its name: another compressor gives other answers.
         stamp = system.stamp_answers(
             language, params, prompts, sampling, lambda slide: _tensor_digest(tokens[slide]), settings
         )
@@ -131,6 +135,7 @@ def _answerable(
     cfg: Config, conversations: Sequence[SlideConversation], tokens: Mapping[str, Tensor]
 ) -> list[int]:
     """The numbers of the questions whose slides all have tokens."""
+    # A blind run shows no slide, so that none can be missing.
     if cfg.data.blind:
         return [*range(len(conversations))]
     return [
@@ -160,6 +165,7 @@ def shuffle_slides(
         ) from e
     shuffled = []
     for conversation in conversations:
+        # A slide without features stays where it is: its questions cannot be asked in the control, either.
         shown = [other.get(slide, slide) for slide in conversation.slides]
         shuffled.append(evolve(conversation, slides=tuple(shown)))
     return shuffled
@@ -176,6 +182,7 @@ def _score(
     """
     settings: dict[str, Any] = {"split": "test", "experiment": experiment, "n": cfg.evaluate.bootstrap}
     results: list[Result] = []
+    # A generator for each kind: the intervals of one do not depend on whether there is the other.
     if chosen := _choice_answers(conversations, answers):
         results += bench.score_choices(chosen, gen=Generator().manual_seed(cfg.seed), **settings)
     if written := _open_answers(conversations, answers):
@@ -209,6 +216,7 @@ def _open_answers(
     for i, conversation in enumerate(conversations):
         if not conversation.choices:
             answer = bench.OpenAnswer(
+                # The last message is the written answer, the one before it the question that was asked.
                 question=conversation.messages[-2]["content"].replace(TAG, "").strip(),
                 gold=conversation.answer,
                 said=answers.get(i, ""),
@@ -221,7 +229,9 @@ def _open_answers(
 
 def _labels_of(conversation: SlideConversation) -> dict[str, str]:
     """Whose question it is, and of which category."""
+    # Formats have no, one or two levels of categories.
     broad, narrow = (*conversation.category, "", "")[:2]
+    # The unit of the bootstrap. A question that names no slide stands for itself, by its id.
     slide = (*conversation.names, *conversation.slides, conversation.id)[0]
     return {
         "slide": slide,

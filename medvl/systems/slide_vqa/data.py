@@ -33,6 +33,7 @@ def read_split(cfg: Config, split: str) -> list[SlideConversation]:
     path = data_path(cfg, split)
     conversations = list(_read_questions(path, _version_of(path))[0])
     mute = [conversation.row for conversation in conversations if _has_empty_answer(conversation)]
+    # A test stays whole, since accuracy is over all its questions.
     if not mute or split == "test":
         return conversations
     if len(mute) == len(conversations):
@@ -75,12 +76,15 @@ def _has_empty_answer(conversation: SlideConversation) -> bool:
     return any(not answer.strip() for answer in answers)
 
 
+# `version` is there for the key only: a file that was written again is read again. The result is a tuple,
+# since all callers share it.
 @functools.lru_cache(maxsize=8)
 def _read_questions(path: Path, version: _Version) -> tuple[tuple[SlideConversation, ...], str]:
     if not path.is_file():
         read_slide_conversations(path)  # says what is wrong
     with open(path, "rb") as file:
         conversations = read_slide_conversations(path, file=file)
+        # From the file that is open: between two openings it could be replaced, and the digest be of another.
         file.seek(0)
         return tuple(conversations), hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -128,6 +132,7 @@ def check_encoder(folder: Path, features: Features) -> None:
     Raises:
         ValueError: both say their encoder, and they differ.
     """
+    # Many formats do not say their encoder. Then there is nothing to compare.
     if not features.encoder or not (folder / _ENCODER).is_file():
         return
     trained = read_json(folder / _ENCODER).get("encoder")

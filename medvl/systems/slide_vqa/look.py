@@ -62,6 +62,7 @@ def look_at_slide(
     features = open_slide(slide, data_path(model.cfg, "features"), dims=model.compress.dim)
     data.check_encoder(folder, features)
     tokens = slide_tokens(model.compress, model.compressor, features, folder / "tokens")
+    # A conversation ends with an answer, which the prompt leaves out: here it is empty.
     turns = {"role": "user", "content": f"<image>\n{question}"}, {"role": "assistant", "content": ""}
     conversation = SlideConversation(messages=turns, slides=features.names)
     # A question of a user has no options: it is answered by text, however the run was evaluated.
@@ -73,10 +74,12 @@ def look_at_slide(
     slots = relevance_of_slots(model, params, conversation, answer, tokens, mean)
     (name,) = features.names
     weights, coords = patch_weights(model.compress, model.compressor, features, name)
+    # A slot that spoke against the answer is not where it came from: its patches count 0.
     relevance = patch_relevance(weights, slots, sign="positive")
     result = {"answer": answer, "relevance": relevance, "coords": coords, "slots": slots, "map": ""}
     if out:
         size = _patch_size(features, name, coords)
+        # Of STORE.h5::NAME the name.
         map_name = slide_name(str(slide).rpartition("::")[2])
         result["map"] = str(write_map(out, map_name, relevance, weights, coords, size, offset=offset))
     return result
@@ -117,12 +120,17 @@ def relevance_of_slots(
     skeleton, weights = language.chat.skeleton, system.model_weights(language, params)
     prompts = encode_slides(model.cfg, language.chat, [conversation], prompt=True)
     batch = chat.make_batch(language.chat, prompts, [0], side="left")
+    # The same text with the mean slide: what the projector makes of it is the baseline, in the space of
+    # embeddings that `score` replaces.
     mean_batch = chat.make_batch(with_tokens(model, {slide: mean}).chat, prompts, [0], side="left")
+    # Embedded once: the k + 1 variants differ from this prompt in one visual token at most.
     with torch.no_grad():
         inputs = chat.model_inputs(language.chat, weights, batch, params)
         mean_inputs = chat.model_inputs(language.chat, weights, mean_batch, params)
     embedded, mask = inputs["inputs_embeds"], inputs["mask"]
+    # Positions of the k visual tokens in the prompt, [k].
     places = batch["visual"][0].nonzero()[:, 0].to(mask.device)
+    # An empty answer has no likelihood; any text must stand for it.
     ids = language.chat.tokenizer(answer or "-", add_special_tokens=False)["input_ids"]
 
     def score(variants: Tensor) -> Tensor:
@@ -132,6 +140,7 @@ def relevance_of_slots(
             "inputs_embeds": embedded.repeat(b, 1, 1).index_copy(1, places, variants),
             "mask": mask.repeat(b, 1),
         }
+        # Sums over the tokens of the answer, [b, options]; each row has one option.
         return generate.score_options(skeleton, weights, variant_inputs, [[ids]] * b)[0][:, 0]
 
     worth = occlusion_attribution(score, embedded[0, places], mean_inputs["inputs_embeds"][0, places])

@@ -35,6 +35,7 @@ class Model:
 
 def open_compressor(cfg: Config) -> tuple[CompressConfig, Tree]:
     """The trained compressor of `pretrain.file`; its sizes are the file's."""
+    # What the file cannot say comes from the record: to how many slots a patch goes, noise and dropout.
     sizes, params, _ = read_compressor(cfg.pretrain.file, top_k=cfg.compress.top_k)
     return evolve(sizes, noise=cfg.compress.noise, dropout=cfg.compress.dropout), params
 
@@ -56,6 +57,7 @@ def init_model(
     """
 
     def add_projector(opened: Chat, params: Tree, gen: Generator) -> tuple[Chat, Tree]:
+        # The table of token embeddings is [vocabulary, width]; the projector has to end at that width.
         width = params["model"][chat.token_table(opened)].shape[1]
         sizes, projector = _make_projector(cfg, compress.dim, width, gen)
         projector = map_leaves(lambda t: t.to(device), projector)
@@ -71,6 +73,7 @@ def _make_projector(cfg: Config, inputs: int, outputs: int, gen: Generator) -> t
         sizes = ProjectConfig(inputs=inputs, hidden=cfg.hidden, outputs=outputs)
         return sizes, init_project(sizes, gen)
     sizes, projector = read_projector(cfg.projector)
+    # A projector belongs to one compressor (inputs) and one language model (outputs).
     if (sizes.inputs, sizes.outputs) != (inputs, outputs):
         raise ValueError(
             f"{cfg.projector}: maps {sizes.inputs} to {sizes.outputs}; tokens have {inputs}, the model "
@@ -90,14 +93,18 @@ def slide_vision(sizes: ProjectConfig, compress: CompressConfig) -> Vision:
     """
 
     def select_rows(batch: Batch, rows: slice) -> dict[str, Tensor]:
+        # Slides of all rows lie behind each other, and a row may have several or none: rows of a micro-batch
+        # are not rows of `tokens`.
         first, stop = item_range(batch, rows)
         return {"tokens": batch["tokens"][first:stop]}
 
     def embed(params: Tree, batch: Batch) -> Tensor:
+        # [slides, k, d] to [slides, k, width]; then one row per placeholder, in their order in the text.
         projected = project(sizes, shards.lazy_shards(params["projector"]), batch["tokens"])
         return projected.flatten(0, 1)
 
     return Vision(
+        # Qwen's vocabulary has these tokens, so that its table is not resized.
         placeholder=QWEN_VL,
         count_tokens=lambda slide: compress.slots,
         load_items=lambda slides: {"tokens": torch.zeros(len(slides), compress.slots, compress.dim)},
@@ -110,6 +117,7 @@ def with_tokens(model: Model, tokens: Mapping[str, Tensor]) -> LanguageModel:
     """The language model that sees these slides, {slide: tokens [k, d]}."""
 
     def load_items(slides: Sequence[str]) -> dict[str, Tensor]:
+        # `torch.stack` refuses an empty list, and a batch whose questions show no slide has one.
         if not slides:
             return {"tokens": torch.zeros(0, model.compress.slots, model.compress.dim)}
         return {"tokens": torch.stack([tokens[slide] for slide in slides])}
@@ -133,6 +141,7 @@ def encode_slides(
 
 def without_slides(conversation: SlideConversation) -> SlideConversation:
     """The conversation without its slides."""
+    # The tag has a line of its own, whose break goes with it.
     messages = [
         message | {"content": message["content"].replace(f"{TAG}\n", "")} for message in conversation.messages
     ]

@@ -36,17 +36,23 @@ def fit_compressor(
         return open_compressor(cfg)
     training, device = cfg.pretrain.train, processes.choose_device(cfg.train.device)
     rows_by_split, classes = labelled(cfg)
+    # Of both splits at once: what is missing is known before a step is made.
     names = [row["slide"] for part in rows_by_split.values() for row in part]
     features = data.open_slides(cfg, names)
+    # Only a test may ask about slides without features: here there would be nothing to learn from.
     if features.missing:
         raise ValueError(
             f"{data_path(cfg, 'labels')}: {len(features.missing)} slides have no features, the first is "
             f"{features.missing[0]}"
         )
+    # The width is that of the encoder (UNI 1,024, CONCH 512), which only the files know.
     sizes = evolve(cfg.compress, dim=features.dims)
     params = _init_params(cfg, sizes, classes)
+    # Drawn on the CPU and then moved: a seed gives the same start on every device.
     params = map_leaves(lambda leaf: leaf.to(device), params)
     stage = _stage_of(cfg, len(rows_by_split["train"]))
+    # The default stage trains all (".*"). What another pattern leaves out has no gradient and no moments, but
+    # the forward pass needs it, so it is merged in again below.
     trained, frozen = split_tree(params, stage.train)
     log(
         f"compressor: {stage.steps} steps on {', '.join(cfg.pretrain.labels)} of "
@@ -60,11 +66,14 @@ def fit_compressor(
         return _label_loss(sizes, cfg.pretrain.aux, merge_trees(frozen, p), batch)
 
     def validate(state: states.State) -> dict[str, float]:
+        # In the precision of training: the score decides which state is kept.
         with gradients.autocast(state.params, training.precision):
             return _score_labels(
                 sizes, merge_trees(frozen, state.params), collate, rows_by_split["valid"], training.batch
             )
 
+    # Every slide is a group of its own, so that an epoch visits it at most once. A process gets its share of
+    # the batch.
     indices = order.batch_indices(
         [row["slide"] for row in rows_by_split["train"]],
         training.batch,
@@ -73,6 +82,7 @@ def fit_compressor(
         world=processes.world_size(),
     )
     state = train_stage(
+        # One device for the whole run: the record refuses `pretrain.train.device`.
         evolve(training, device=cfg.train.device),
         stage,
         trained,
@@ -85,18 +95,24 @@ def fit_compressor(
         title="compressor",
         log=log,
     )
+    # On the CPU, as `read_fitted` gives them when a run is loaded.
     params = map_leaves(lambda leaf: leaf.to("cpu"), merge_trees(frozen, state.params))
+    # In the format of the reference, so that another run can take it as `pretrain.file`. That format has only
+    # the kind moe.
     written = folder / "moe_compressor.pt"
     if processes.rank() == 0 and sizes.kind == "moe" and not written.exists():
         write_compressor(params["compressor"], written)
+    # The heads stay behind in the checkpoints: the language model sees tokens alone.
     return sizes, params["compressor"]
 
 
 def _init_params(cfg: Config, sizes: CompressConfig, classes: dict[str, list[str]]) -> Tree:
     """{"compressor", "heads": a classifier of each label}, on the CPU."""
     gen = Generator().manual_seed(cfg.seed)
+    # First the compressor, then the heads: another order gives other weights for the same seed.
     compressor = compress.init_compress(sizes, gen)
     numbers = {label: len(values) for label, values in classes.items()}
+    # 0 slots means a gated attention over the tokens, as `heads.init_heads` has it.
     slots = sizes.slots if cfg.pretrain.head == "places" else 0
     return {"compressor": compressor, "heads": heads.init_heads(sizes.dim, numbers, gen, slots=slots)}
 
@@ -120,6 +136,7 @@ def labelled(cfg: Config) -> tuple[dict[str, list[dict[str, str]]], dict[str, li
     table, labels = data_path(cfg, "labels"), cfg.pretrain.labels
     rows = data.read_labels(cfg, ("slide", "split", *labels))
     rows_by_split = {}
+    # Rows of other splits, such as those of a test, are never looked at.
     for split_name in ("train", "valid"):
         rows_by_split[split_name] = [row for row in rows if row["split"] == split_name]
     empty = [name for name, part in rows_by_split.items() if not part]
@@ -129,6 +146,8 @@ def labelled(cfg: Config) -> tuple[dict[str, list[dict[str, str]]], dict[str, li
             f'{table}: must have slides of the splits "train" and "valid", found none of {empty[0]!r}, '
             f"only {splits}"
         )
+    # By the name of the slide, not its path: "a/X.h5" in train and "b/X.h5" in valid would be scored on what
+    # was learned.
     times = Counter(slide_name(row["slide"]) for part in rows_by_split.values() for row in part)
     twice = [name for name, number in times.items() if number > 1]
     if twice:
@@ -138,15 +157,19 @@ def labelled(cfg: Config) -> tuple[dict[str, list[dict[str, str]]], dict[str, li
             f"{twice[0]}"
         )
     try:
+        # Of train alone: a class that only valid has cannot be learned, and its slides count as unlabelled.
         classes = heads.classes_of(rows_by_split["train"], labels)
     except ValueError as e:
         raise ValueError(f"{table}, split train: {e}") from e
+    # Without one labelled slide there is no score to choose a state by. Better known before the training than
+    # at its first validation.
     if not any(row[label] in values for row in rows_by_split["valid"] for label, values in classes.items()):
         raise ValueError(
             f"{table}: slides of the split valid must have labels that train has, none has one of "
             f"{', '.join(classes)}"
         )
     batch = cfg.pretrain.train.batch
+    # `order.batch_indices` would refuse it, too, but cannot name the file and the setting.
     if len(rows_by_split["train"]) < batch:
         raise ValueError(
             f"{table}: pretrain.train.batch is {batch}, found {len(rows_by_split['train'])} slides of the "
@@ -163,6 +186,7 @@ def read_fitted(cfg: Config, folder: Path) -> tuple[CompressConfig, Tree]:
     home, keep = folder / "compressor", cfg.pretrain.train.keep
     state = states.read_state(home / f"{keep}.pt", "cpu")
     params = states.read_trained(home, keep, "cpu", model=state.params).params["compressor"]
+    # A parameter of each kind whose last axis is the width d of the features.
     table = {"attention": "tanh/weight", "perceiver": "latents"}.get(cfg.compress.kind, "experts/norm/weight")
     return evolve(cfg.compress, dim=flatten(params)[table].shape[-1]), params
 
@@ -172,14 +196,18 @@ def _collate_bags(
 ) -> dict[str, Tensor]:
     """A ragged batch of slides: x [b, n, d], mask [b, n], and the number of the class of each label [b],
     -1 where there is none."""
+    # A store may hold 16 bits; the compressor is trained in float32.
     bags = [torch.from_numpy(whole(features, row["slide"], most)).float() for row in rows]
+    # Where no slide of the batch has a patch there is still one row, of padding.
     longest = max(1, *map(len, bags))
+    # Zeros at the end of shorter slides; the mask keeps them out of every slot.
     x = torch.zeros(len(bags), longest, features.dims)
     for i, bag in enumerate(bags):
         x[i, : len(bag)] = bag
     lengths = torch.tensor([len(bag) for bag in bags])
     batch = {"x": x, "mask": torch.arange(longest) < lengths[:, None]}
     for label, values in classes.items():
+        # A cell that is empty, or of a class that train has not, becomes -1, which the loss leaves out.
         place = {value: number for number, value in enumerate(values)}
         batch[label] = torch.tensor([place.get(row[label], -1) for row in rows])
     return batch
@@ -192,12 +220,15 @@ def _label_loss(
     # The step's own generator: torch's default one is seeded for each step, see loop.make_step.
     gen = Generator(device).manual_seed(int(torch.randint(2**31, ())))
     x, mask = batch["x"].to(device), batch["mask"].to(device)
+    # Only with a generator is there noise on the router and dropout: this is training.
     compressed = compress.compress(cfg, params["compressor"], x, mask, gen=gen)
     logits = heads.label_logits(params["heads"], compressed.tokens)
     loss, right = heads.label_loss(logits, {name: tensor.to(device) for name, tensor in batch.items()})
+    # The reference's auxiliary loss is made of what the router of moe reports; other kinds have none.
     balance = torch.zeros((), device=device)
     if cfg.kind == "moe":
         balance = compress.reference_aux(compressed.aux)
+    # Logged without its weight, so that runs with another `aux` can be compared.
     metrics = {f"right_{label}": share for label, share in right.items()}
     return loss + aux * balance, gradients.Aux(metrics=metrics | {"labels": loss, "balance": balance})
 
@@ -211,11 +242,14 @@ def _score_labels(
 ) -> dict[str, float]:
     """Mean share of right labels of the validation slides."""
     device = next(iter(flatten(params).values())).device
+    # Slides are counted over all batches: a mean of batches would weigh the short last one too much, and not
+    # every slide of a batch has every label.
     hits, totals = Counter[str](), Counter[str]()
     for i in range(0, len(rows), size):
         batch = collate(rows[i : i + size])
         x, mask = batch["x"].to(device), batch["mask"].to(device)
         with torch.no_grad():
+            # No generator, so neither noise nor dropout, and the score of a state is always the same.
             compressed = compress.compress(cfg, params["compressor"], x, mask)
             logits = heads.label_logits(params["heads"], compressed.tokens)
         for label, scores in logits.items():
@@ -226,4 +260,5 @@ def _score_labels(
     shares = {f"right_{label}": hits[label] / totals[label] for label in hits if totals[label]}
     if not shares:
         raise ValueError(f"pretrain: none of {len(rows)} validation slides has a label")
+    # Every label counts alike, however few slides have it.
     return {"score": sum(shares.values()) / len(shares)} | shares

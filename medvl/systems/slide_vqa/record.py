@@ -134,6 +134,7 @@ def upgrade_pretraining(table: dict[str, Any]) -> dict[str, Any]:
     (default,) = _PRETRAINING["stages"]
     (gate,) = default["speeds"]
     gate_speed = {"lr": table.get("router_lr", gate["lr"])}
+    # Older records had one weight decay, and the gate took it like all else.
     gate_speed["weight_decay"] = table.get("weight_decay", gate["weight_decay"])
     stage["speeds"] = [gate | gate_speed]
     train = {name: table[name] for name in of_loop if name in table} | {"stages": [stage]}
@@ -191,6 +192,8 @@ class Config:
         if wrong := [s.name for s in self.train.stages if s.data not in ("captions", "questions")]:
             raise ValueError(f'stage {wrong[0]}: data must be "captions" or "questions"')
         first = next((i for i, s in enumerate(self.train.stages) if s.data == "questions"), None)
+        # Captions align the projector before the language model moves, as in the two stages of LLaVA (Liu et
+        # al. 2023, arXiv:2304.08485).
         warm = first is None or self.projector or any(s.data == "captions" for s in self.train.stages[:first])
         if not warm and not self.cold:
             raise ValueError(

@@ -52,6 +52,7 @@ def prepare(cfg: Config, log: Callable[[str], None] = print) -> None:
         raise ValueError(
             f"{len(missing)} files are missing: {', '.join(missing)}; data.* says where they are"
         )
+    # Slides of one patient are no independent samples, so that splits are compared by patient.
     patients: dict[str, set[str]] = {}
     for split in splits:
         conversations = data.read_split(cfg, split)
@@ -59,6 +60,7 @@ def prepare(cfg: Config, log: Callable[[str], None] = print) -> None:
         slides = [slide for conversation in conversations for slide in conversation.names]
         patients[split] = {names.case_of(slide) for slide in slides}
     if cfg.pretrain.labels:
+        # The compressor has seen these slides with their labels, whatever the questions ask about.
         rows = labelled(cfg)[0]["train"]
         patients["labels"] = {names.case_of(names.slide_name(row["slide"])) for row in rows}
     for trained in sorted({*patients} - {"valid", "test"}):
@@ -137,10 +139,13 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
     # Bound to this name, so that nothing here holds the whole while it is trained in parts.
     params = stages.shard_params(cfg.train, params)
     encoded = _encode_splits(cfg, language, conversations)
+    # Before the compressor is trained: a run that goes on with features of another encoder stops here.
     _keep_encoder(cfg, folder, data.slides_of(every))
     compress, compressor = fit_compressor(cfg, folder, log)
     model = Model(cfg=cfg, language=language, compress=compress, compressor=compressor)
+    # Once for all stages and epochs: the compressor is frozen, so that no step reads patches again.
     tokens = compute_tokens(model, folder, every, together=True)
+    # The baseline of every map. Test slides have no part in it.
     if tokens and processes.rank() == 0:
         write_mean_token(folder, [tokens[slide] for slide in data.slides_of(in_training)])
     for split in trained:
@@ -178,6 +183,7 @@ def _encode_splits(
                 f"{data_path(cfg, stage.data)}: stage {stage.name} needs {cfg.train.batch} "
                 f"conversations for a batch, found {count} that fit the context; lower train.batch"
             )
+        # Its result is of no use here; it raises where the warm-up is longer than the epochs turn out to be.
         stages.plan_steps(cfg.train, stage, count)
     return encoded
 
@@ -185,6 +191,7 @@ def _encode_splits(
 def _compressor_sizes(cfg: Config, slides: Sequence[str]) -> CompressConfig:
     """Those of the compressor that `fit_compressor` will give, by its file or by the features of a slide."""
     sizes = open_compressor(cfg)[0] if cfg.pretrain.file else cfg.compress
+    # 0 where a blind run has no slide with features; the width of the record then does.
     dims = data.open_slides(cfg, slides[:1]).dims or sizes.dim
     if cfg.pretrain.file and dims != sizes.dim:
         raise ValueError(
@@ -216,6 +223,7 @@ def load(folder: Path) -> tuple[Model, Tree]:
         ValueError: no run, one that is not trained to its end, or whose files are broken.
     """
     cfg = config.load_run(folder, Config)
+    # Before the language model, since its width and slots shape the projector.
     compress, compressor = read_fitted(cfg, folder)
     language, params = init_model(cfg, folder, compress, device=system.device_of(cfg.train))
     params = stages.read_stages(cfg.train, params, folder, validated=_is_validated)
@@ -238,12 +246,14 @@ def memory(cfg: Config, folder: Path, processes: int = 1) -> dict[str, dict[str,
     One slide a conversation, and all text up to the context trained.
     """
     meta = torch.device("meta")
+    # Tensors on "meta" have shapes and no storage; the estimate needs no more.
     language, params = init_model(cfg, folder, _known_sizes(cfg), _known_texts(cfg), device=meta)
     return system.estimate_memory(language, params, [], processes, item="any slide")
 
 
 def _known_sizes(cfg: Config) -> CompressConfig:
     """Those of the compressor's file, if it is there, else those of the record."""
+    # Memory may be asked for before the data is there; the sizes of the record must do then.
     if cfg.pretrain.file and Path(cfg.pretrain.file).exists():
         return open_compressor(cfg)[0]
     return evolve(cfg.compress, dim=cfg.data.dims or cfg.compress.dim)

@@ -26,10 +26,12 @@ def compute_tokens(
     """
     if model.cfg.data.blind:
         return {}
+    # The width that the compressor takes: features of another one are an error, not a wrong token.
     features = data.open_slides(model.cfg, data.slides_of(conversations), dims=model.compress.dim)
     data.check_encoder(folder, features)
     compute = partial(slide_tokens, model.compress, model.compressor, features, folder / "tokens")
     if together and processes.world_size() > 1:
+        # Every process fills the cache with its share. After the wait the call below finds all of them there.
         share = features.names[processes.rank() :: processes.world_size()]
         if share:
             compute(names=share)
@@ -53,5 +55,6 @@ def read_mean_token(folder: Path, model: Model) -> Tensor:
         raise ValueError(
             f"{folder}: must have seen slides (data.blind = false), found no {_MEAN}; train it again"
         )
+    # A file of another compressor is refused by its shape.
     shape = (model.compress.slots, model.compress.dim)
     return torch.from_numpy(files.read_array(path, shape, "train the run again"))

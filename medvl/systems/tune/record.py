@@ -52,12 +52,15 @@ class Config:
     model: ModelConfig
     data: DataConfig = DataConfig()
     chat: ChatConfig = ChatConfig()  # a conversation longer than its context is left out and counted
+    # All linear layers, as in QLoRA: with fewer of them LoRA stays behind full fine-tuning (Dettmers et al.
+    # 2023, arXiv:2305.14314).
     lora: LoraConfig = config.subrecord(LoraConfig(pattern="all-linear"))
     train: TrainConfig = language_training()
     evaluate: EvaluateConfig = EvaluateConfig()
 
     def __attrs_post_init__(self) -> None:
         config.check_bounds(self, "experiment", seed=config.SEED)
+        # Refused here, before a model is loaded; `stages.check_trainable` asks the loaded weights themselves.
         if any(stage.has_muon for stage in self.train.stages) and self.model.dtype != "float32":
             raise ValueError("a stage's muon needs whole float32 weights: model.dtype = 'float32'")
         check_quantized(self.model, self.train, "a stage must train lora/...")

@@ -78,8 +78,10 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
     """Train all stages in the run folder, or go on with them."""
     train = read_split(cfg, "train")
     device = system.device_of(cfg.train)
+    # Where the model has no tokenizer, one is made: of the training split alone, not of what is scored.
     model, params = system.init_model(cfg, folder, system.message_texts(train), device=device)
     data = chat.encode_conversations(model.chat, train)
+    # train.valid = 0 means all: a slice that ends at None keeps everything.
     valid = chat.encode_conversations(model.chat, read_split(cfg, "valid")[: cfg.train.valid or None])
     check_test(model)
     tokens = sum(len(sample.ids) for sample in data.samples)
@@ -93,6 +95,7 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
         log(f"adapter: {own:,} numbers on {layers} layers, {share:.2f} % of {own + base:,}")
     # Bound to this name, so that nothing here holds the whole while it is trained in parts.
     params = stages.shard_params(cfg.train, params)
+    # All stages of tune see the same conversations; slide_vqa has other data for each.
     params = system.fit_model(model, params, lambda stage: data, lambda stage: valid, folder, log)
     if processes.rank() == 0:
         export_model(model, params, folder, log)
@@ -103,10 +106,12 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
 def check_test(model: LanguageModel) -> None:
     """Raise before training what evaluation would raise: faults of the test split, no room for answers."""
     conversations = read_split(model.cfg, "test")
+    # With their answers, as the token loss needs them, and then as prompts, as generation does.
     chat.encode_conversations(model.chat, conversations)
     prompts = chat.encode_conversations(model.chat, conversations, prompt=True)
     longest = max(len(sample.ids) for sample in prompts.samples)
     sampling = chat.sampling_of(model.chat, model.cfg.evaluate.max_tokens)
+    # The longest prompt and max_tokens behind it must fit the positions of the model.
     generate.check_length(sampling, model.chat.skeleton, longest)
 
 
@@ -127,8 +132,11 @@ def export_model(
     adapter_folder = folder / "adapter"
     if model.adapter is None or adapter_folder.exists():
         return
+    # model.adapter still holds the factors it started with; the trained ones are leaves of params.
     adapter = evolve(model.adapter, factors=params["lora"])
+    # Other programs load this base before the adapter: the model of the hub is not the one trained here.
     base = str(model_folder) if model_folder.exists() else cfg.model.name
+    # It takes its name when it is complete, so that a stopped process leaves no half of an adapter.
     with new_folder(adapter_folder) as tmp:
         if cfg.lora.experts:
             write_hlora(adapter, tmp / "hlora.safetensors")
@@ -142,6 +150,7 @@ def export_model(
 def _trains_model(model: LanguageModel, params: Tree) -> bool:
     """Whether any stage trains weights of the model itself."""
     for stage in model.train.stages:
+        # By the names they match: the regexes alone do not tell, ".*" trains the model, too.
         trained, _ = split_tree(params, stage.train)
         if any(name.startswith("model/") for name in flatten(trained)):
             return True
@@ -155,6 +164,7 @@ def load(folder: Path) -> tuple[LanguageModel, Tree]:
         ValueError: no run, one that is not trained to its end, or whose files are broken.
     """
     cfg = config.load_run(folder, Config)
+    # No texts: a tokenizer that was trained lies in the run folder.
     model, params = system.init_model(cfg, folder, device=system.device_of(cfg.train))
     return model, stages.read_stages(cfg.train, params, folder)
 
@@ -169,6 +179,8 @@ def assess(model: LanguageModel, params: Tree, folder: Path, experiment: str) ->
     system.remove_unfinished_answers(folder)  # all of them are in answers.jsonl now
     rows = _score(cfg, lines, experiment)
     data = chat.encode_conversations(model.chat, conversations)
+    # Over all written answers of a conversation with the written ones before them (teacher forcing), while
+    # the accuracy is of the last answer as it is generated.
     loss = system.validation_loss(model, data, params)
     about: dict[str, Any] = {"subject": "all", "split": "test", "n": len(lines), "experiment": experiment}
     rows.append(Result(what="token_loss", value=loss, **about))
@@ -176,6 +188,7 @@ def assess(model: LanguageModel, params: Tree, folder: Path, experiment: str) ->
         "An answer is right when it says the same as the written one in the same words, side and negation "
         "included; greedy decoding.",
     )
+    # `folder` is that of the results; the metrics of training lie in the run folder around it.
     figures = plots.training_curves(system.last_metrics(cfg.train, folder.parent))
     page = report.write_report(folder, f"{experiment}: answers", rows, figures, notes)
     return rows, page
@@ -185,15 +198,18 @@ def _score(cfg: Config, lines: Sequence[dict[str, Any]], experiment: str) -> lis
     """Accuracy of all answers and of each category, and that of always giving the commonest answer."""
     right = [line["right"] for line in lines]
     categories = [line["category"] for line in lines]
+    # Without any category there is no table of them; with some, the others are one of their own.
     if any(categories):
         categories = [category or "without a category" for category in categories]
     # One generator for all intervals: their order decides the draws.
     gen, groups = torch.Generator().manual_seed(cfg.seed), range(len(right))
+    # Every conversation is drawn by itself: tune knows of no cases that several belong to.
     accuracies = {"all": accuracy(right, groups, n=cfg.evaluate.bootstrap, gen=gen)}
     if all(categories):
         accuracies |= accuracy_by_category(right, categories, groups, n=cfg.evaluate.bootstrap, gen=gen)
     rows = to_results(accuracies, split="test", experiment=experiment)
     gold = [line["gold"] for line in lines]
+    # Which of equally common ones it is does not matter, only their number is used.
     commonest = max(set(gold), key=gold.count)
     baseline = Result(
         what="accuracy_of_the_usual_answer",
@@ -217,6 +233,8 @@ def answer_conversations(
     prompts = chat.encode_conversations(model.chat, conversations, prompt=True)
     sampling = chat.sampling_of(model.chat, model.cfg.evaluate.max_tokens)
     size = model.cfg.evaluate.batch
+    # Images count by content, as a picture may be exchanged under its name. The size of a batch counts, since
+    # padding changes the last bits of an answer.
     stamp = system.stamp_answers(model, params, prompts, sampling, files.file_digest, [size])
     path = system.unfinished_answers(folder, stamp)
     answers = system.answer_prompts(model, params, prompts, sampling, size=size, path=path)
@@ -267,5 +285,6 @@ def memory(cfg: Config, folder: Path, processes: int = 1) -> dict[str, dict[str,
     """
     conversations = read_split(cfg, "train") if split_path(cfg, "train").exists() else []
     texts = system.message_texts(conversations)
+    # Tensors on "meta" have shapes and no storage: the model need not fit this machine.
     model, params = system.init_model(cfg, folder, texts, device=torch.device("meta"))
     return system.estimate_memory(model, params, conversations, processes)
