@@ -51,8 +51,10 @@ def build_registry(
         raise ValueError(
             f"{path}: no samples for {', '.join(missing)}; every adapter needs some of what it was trained on"
         )
+    # A name becomes part of a file's name; a wrong one is refused before anything is embedded.
     for name in paths:
         files.check_name(name, f"{path}: the adapter")
+    # A seed for each adapter, so that lists of one length are not all drawn at the same places.
     chosen = {name: draw_samples(samples[name], num_samples, seed + i) for i, name in enumerate(paths)}
     texts, images, names = [], [], []
     for name, conversations in chosen.items():
@@ -62,15 +64,18 @@ def build_registry(
             images.append(pictures)
             names.append(name)
 
+    # Fitted on the samples of all adapters, so that their vectors lie in one space.
     embedder = embed.fit_local(cfg, texts, images) if cfg.kind == "local" else embed.open_embedder(cfg)
     vectors = embed.embed_queries(embedder, texts, images)
     trained_head = head.head_of(retriever, vectors, names)
     if trained_head is not None:
         embedder = embed.with_head(embedder, trained_head)
+        # Questions will come through the head, so the adapters' vectors must, too.
         vectors = embed.embed_queries(embedder, texts, images)
 
     # Named by its content: one that a killed run has left is found again, and that of another registry stays.
     folder = f"embedder-{config.record_digest(embedder.name)}"
+    # Before the registry, which must never name an embedder that is not there.
     if not (path.parent / folder).exists():
         embed.save_embedder(embedder, path.parent / folder)
     records = []
@@ -79,6 +84,7 @@ def build_registry(
         record = AdapterRecord(
             name=name,
             path=adapter_folder,
+            # `add_adapters` names the file by what is in it.
             vector="",
             category=(categories or {}).get(name, ""),
             samples=len(chosen[name]),
@@ -103,12 +109,14 @@ def embed_samples(
 def draw_samples(samples: Sequence[Conversation], num_samples: int, seed: int) -> list[Conversation]:
     """So many of the samples at random, in their order; all of them where there are no more."""
     chosen = torch.randperm(len(samples), generator=Generator().manual_seed(seed))[:num_samples]
+    # Sorted, so that the order of the drawing does not show in what is embedded.
     return [samples[i] for i in sorted(chosen.tolist())]
 
 
 def query_of(conversation: Conversation) -> tuple[str, tuple[Path, ...]]:
     """What is embedded of a conversation: the user's first text, and its images."""
     first = next(message["content"] for message in conversation.messages if message["role"] == "user")
+    # Images of later turns belong to other questions.
     return first, conversation.images[: first.count("<image>")]
 
 

@@ -59,7 +59,9 @@ def cache_adapters(fetch: Callable[[int], Adapter], budget: int) -> Get:
     cached = _cache_by_key(fetch, budget, "cache_adapters", lambda i: f"adapter {i}")
 
     def get(ids: Sequence[int]) -> list[Adapter]:
+        # `index` takes integers of NumPy and torch too, and refuses a float, which would be another key.
         ids = [index(i) for i in ids]
+        # Python would take -1 for the last adapter, and answer with it.
         if min(ids, default=0) < 0:
             raise ValueError(
                 f"cache_adapters: ids must be >= 0, got {ids}; -1 marks an empty place of `Retrieved`, see "
@@ -82,7 +84,9 @@ def cache_pool(get: Get) -> Pools:
     lock, last = Lock(), dict[tuple[int, ...], Pool]()
 
     def pool(ids: Sequence[int]) -> Pool:
+        # In this order: the weights of a mixture belong to places in the stack.
         key = tuple(index(i) for i in ids)
+        # Without no_grad a stack would keep the graph of the adapters it was copied from.
         with lock, torch.no_grad():
             if key not in last:
                 last.clear()  # before the next one is made, not after
@@ -122,6 +126,7 @@ def group_rows(retrieved: retrieve.Retrieved) -> list[tuple[list[int], list[int]
     weights = retrieved.weights.tolist()
     for row, (row_ids, row_weights) in enumerate(zip(indices, weights, strict=True)):
         used = [(i, weight) for i, weight in zip(row_ids, row_weights, strict=True) if i >= 0]
+        # Sorted by id: rows whose similarities put the same adapters in another order share a group.
         rows_of.setdefault(tuple(sorted(used)), []).append(row)
     return [(rows, [i for i, _ in used], [weight for _, weight in used]) for used, rows in rows_of.items()]
 
@@ -158,6 +163,7 @@ def cache_fusions(
         weights = [weight for _, weight in key]
         gen = None
         if "dare" in rule:
+            # A new generator each time: a fusion that was let go and is made again comes out the same.
             gen = torch.Generator().manual_seed(seed)
         return compose.compose_adapters(
             pool(ids),
@@ -204,6 +210,7 @@ def _cache_by_key(
     def add(key: _Key, requested: list[_Key]) -> None:
         adapter = make(key)
         size = adapter_nbytes(adapter)
+        # What this call asks for must be in memory together, however much else is let go.
         needed = size + sum(stored[other][1] for other in requested if other in stored)
         if needed > budget:
             del adapter  # to say what all need, the others are made one by one
@@ -214,12 +221,15 @@ def _cache_by_key(
                 f"{where}: {', '.join(map(describe, requested))} must fit together: need {needed:,} bytes, "
                 f"the budget is {budget:,}; set budget to {needed:,} or more, or ask for fewer at once"
             )
+        # What was asked for is at the end and fits, so only what this call does not need is let go here.
         while size + sum(nbytes for _, nbytes in stored.values()) > budget:
             stored.popitem(last=False)
         stored[key] = adapter, size
 
     def get(keys: Sequence[_Key]) -> list[Adapter]:
+        # Once each, in the order they were asked for.
         requested = list(dict.fromkeys(keys))
+        # One lock around making, too: two threads that need one adapter read it once.
         with lock:
             for key in requested:
                 if key in stored:

@@ -98,6 +98,7 @@ class NothingToEmbed(ValueError):
     """There are `rows` without anything that can be embedded."""
 
     def __init__(self, message: str, rows: Sequence[int]) -> None:
+        # Both arguments, so that the exception survives pickling; `__str__` shows the message alone.
         super().__init__(message, rows)
         self.rows = tuple(rows)
 
@@ -153,6 +154,7 @@ def open_embedder(cfg: EmbedConfig, *, device: str | torch.device = "cpu") -> Em
         )
     skeleton, params = loading.load_skeleton(cfg.name, device=device)
     processor = None
+    # Where images have no share the encoder's image processor is never needed.
     if with_images and cfg.shares[1]:
         processor = tokens.image_processor(cfg.name)
     embedder = Embedder(
@@ -180,6 +182,7 @@ def with_head(embedder: Embedder, head: Tensor | None) -> Embedder:
         raise ValueError(
             f"with_head: head must be finite floating point [d, e], got {head.dtype} {list(head.shape)}"
         )
+    # On the CPU in float32, where all vectors are; a copy, since the name is made of its content.
     return _named(evolve(embedder, head=head.detach().float().cpu().clone()))
 
 
@@ -207,6 +210,7 @@ def embed_queries(embedder: Embedder, texts: Sequence[str], images: Pictures = (
         text, has_text = embed_local.text_directions(embedder.tokenizer, embedder.params, words)
     else:
         text, has_text = _encode_texts(embedder, words)
+    # Stand-ins until there are images; `has_image` says that no row takes them.
     image = text
     has_image = torch.zeros_like(has_text)
     if with_images and cfg.kind == "local":
@@ -218,6 +222,7 @@ def embed_queries(embedder: Embedder, texts: Sequence[str], images: Pictures = (
         _raise_nothing(cfg, texts, words, pictures, empty[:, 0].tolist())
 
     if cfg.kind == "local":
+        # Coordinates [text, image], so that the cosine of a text and an image is 0.
         text, image = embed_local.side_by_side(embedder.params, text, image, with_images)
     # A row without a text takes its image as its text too, so that it takes the image alone.
     text_or_image = torch.where(has_text[:, None], text, image)
@@ -310,6 +315,7 @@ def save_embedder(embedder: Embedder, folder: files.PathLike) -> None:
     """
     state = dict[str, Tensor]()
     if embedder.cfg.kind == "local":
+        # An encoder's weights stay where they are: its name finds them, and the digest tells a change.
         state = dict(embedder.params)
     if embedder.head is not None:
         state["head"] = embedder.head
@@ -342,6 +348,7 @@ def read_embedder(folder: files.PathLike, *, device: str | torch.device = "cpu")
     try:
         if cfg.kind == "local":
             embed_local.check_fitted(embedder.vocabulary, state)
+        # Names the embedder anew from its content, which the next check compares with what was written.
         embedder = with_head(embedder, head)
     except ValueError as e:
         raise ValueError(f"read_embedder: {folder}: {e}") from e
@@ -353,6 +360,7 @@ def read_embedder(folder: files.PathLike, *, device: str | torch.device = "cpu")
             f"read_embedder: {folder} must be {record['name']}, but its content is {embedder.name}: {reason}"
         )
     if cfg.kind == "local":
+        # Last: what is not what its name says makes no vectorizer.
         return evolve(embedder, tokenizer=embed_local.vectorizer_of(embedder.vocabulary, state))
     return embedder
 
@@ -367,6 +375,7 @@ def check_embedder(folder: files.PathLike) -> None:
     """
     _, cfg = _read_settings(folder)
     find_file(str(folder), ("embedder.safetensors",))
+    # An encoder is looked for by its config.json, which is small.
     if cfg.kind in ("text", "image_text"):
         find_file(cfg.name, ("config.json",))
 
@@ -391,10 +400,12 @@ def _check_queries(
     where: str, cfg: EmbedConfig, texts: Sequence[str], images: Pictures
 ) -> tuple[list[str], list[list[Any]]]:
     """(texts without tags, the images that are used) of each row; nothing where the share is 0."""
+    # A single string is a sequence of texts to Python, one for each letter.
     if isinstance(texts, str) or not len(texts) or not all(isinstance(text, str) for text in texts):
         raise ValueError(
             f"{where}: texts must be a list of at least one text, got {type(texts).__name__} of {len(texts)}"
         )
+    # Likewise a row that is one image instead of a list of images.
     one_image = str | bytes | Path | Image.Image | np.ndarray | Tensor
     if len(images) not in (0, len(texts)) or any(isinstance(row, one_image) for row in images):
         raise ValueError(
@@ -404,6 +415,7 @@ def _check_queries(
     words = [""] * len(texts)
     pictures: list[list[Any]] = [[] for _ in texts]
     if cfg.shares[0]:
+        # The tag goes with the line break that templates put after it.
         words = [re.sub("<image>\n?", "", text).strip() for text in texts]
     if cfg.shares[1] and len(images):
         pictures = [list(row)[: cfg.max_images] for row in images]
@@ -436,6 +448,8 @@ def _first_dims(where: str, cfg: EmbedConfig, vectors: Tensor) -> Tensor:
         raise ValueError(
             f"{where}: dims must be at most the width {vectors.shape[1]} of the embedding, got {cfg.dims}"
         )
+    # A prefix of a Matryoshka embedding (Kusupati et al. 2022, arXiv:2205.13147) is an embedding once it has
+    # length 1 again.
     return query_vector(vectors[:, : cfg.dims or None], None)
 
 
@@ -447,6 +461,7 @@ def _apply_head(embedder: Embedder, vectors: Tensor) -> Tensor:
         raise ValueError(
             f"embed: the head must be [{vectors.shape[1]}, e] like the vectors, got {list(head.shape)}"
         )
+    # The map changes lengths, and cosines are taken as products of unit vectors later.
     return query_vector(vectors @ head, None)
 
 
@@ -455,15 +470,18 @@ def _mean_per_row(vectors: Tensor, rows: Sequence[int], b: int) -> tuple[Tensor,
     index = torch.tensor(rows, dtype=torch.int64)
     count = torch.bincount(index, minlength=b)
     sums = torch.zeros(b, vectors.shape[1]).index_add(0, index, vectors)
+    # clamp: rows without a vector are 0 / 1, and the flag says that they have none.
     return sums / count.clamp(min=1)[:, None], count > 0
 
 
 def _local_images(embedder: Embedder, pictures: Sequence[Sequence[Any]]) -> tuple[Tensor, Tensor]:
     """(vectors of images float32 [b, d], whether a row has one) by the fitted features."""
     sources = _enumerate_pictures(pictures)
+    # A generator: one picture is in memory at a time.
     opened = (_open_picture("embed", embedder.cfg, *source) for source in track(sources, "embedding images"))
     directions, has_direction = embed_local.image_directions(embedder.params, opened)
     flags = has_direction.tolist()
+    # A picture like the mean of all has no direction, and does not count in its row's mean.
     rows = [row for (row, _, _), flag in zip(sources, flags, strict=True) if flag]
     return _mean_per_row(directions[has_direction], rows, len(pictures))
 
@@ -471,6 +489,7 @@ def _local_images(embedder: Embedder, pictures: Sequence[Sequence[Any]]) -> tupl
 def _named(embedder: Embedder) -> Embedder:
     """The embedder with its name: kind, encoder, and digests of settings and weights."""
     cfg = embedder.cfg
+    # Batch size and the like change no vector, and so no name.
     settings = {name: value for name, value in attrs.asdict(cfg).items() if name in _NAMED_SETTINGS[cfg.kind]}
     settings["vocabulary"] = embedder.vocabulary
     if cfg.window:  # without one, an embedder has the name it had before there were windows
@@ -480,6 +499,7 @@ def _named(embedder: Embedder) -> Embedder:
         weights["head"] = embedder.head
     parts: list[str] = [cfg.kind]
     if cfg.name:
+        # The last part of a path only: a model folder that is moved keeps the embedder's name.
         parts.append(Path(cfg.name).name)
     parts += [config.record_digest(settings), skeletons.weights_digest(weights)]
     return evolve(embedder, name=":".join(parts))
@@ -493,6 +513,7 @@ def _encode_texts(embedder: Embedder, words: Sequence[str]) -> tuple[Tensor, Ten
     has_text = torch.zeros(len(words), dtype=torch.bool)
     has_text[with_text] = True
     if not with_text:
+        # Width 1 is enough: it is broadcast against the images, which every row must then have.
         return torch.zeros(len(words), cfg.dims or 1), has_text
     rows = _token_ids(embedder, [cfg.instruction + words[i] for i in with_text])
     # Texts of about one length are encoded together: little padding.
@@ -502,6 +523,7 @@ def _encode_texts(embedder: Embedder, words: Sequence[str]) -> tuple[Tensor, Ten
         batch = [rows[i] for i in order[start : start + cfg.batch]]
         batches.append(_encode_token_ids(embedder, batch).float().cpu())
     vectors = _first_dims("embed", cfg, torch.cat(batches))
+    # `index_copy` undoes the sorting by length and leaves rows without a text at 0.
     places = torch.tensor(with_text)[order]
     return torch.zeros(len(words), vectors.shape[1]).index_copy(0, places, vectors), has_text
 
@@ -515,6 +537,7 @@ def _encode_token_ids(embedder: Embedder, rows: list[list[int]]) -> Tensor:
     length = max(map(len, rows))
     if is_siglip:  # it reads the last place and was trained with padding up to it, which it sees
         length = _max_tokens(embedder)
+    # Any id will do where a tokenizer has none to pad with: the mask hides it.
     pad = next((i for i in (tok.pad_token_id, tok.eos_token_id) if i is not None), 0)
     ids = torch.tensor([row + [pad] * (length - len(row)) for row in rows], device=device)
     lengths = torch.tensor([len(row) for row in rows])
@@ -522,6 +545,7 @@ def _encode_token_ids(embedder: Embedder, rows: list[list[int]]) -> Tensor:
     arguments = {"input_ids": ids}
     if not is_siglip:
         arguments["attention_mask"] = mask.long()
+    # The caller's autocast would make the vectors of one embedder differ from each other.
     with torch.autocast(device.type, enabled=False):
         if cfg.kind == "image_text":
             pixels = _blank_image(skeleton, device)  # the forward pass needs texts and images
@@ -557,6 +581,7 @@ def _token_ids(embedder: Embedder, texts: list[str]) -> list[list[int]]:
     """Token ids of texts; of one that is too long the tokenizer keeps its end token, if it sets one."""
     tok = embedder.tokenizer
     limit = min(embedder.cfg.context, _max_tokens(embedder))
+    # The tokenizer's own warning is silenced; ours below counts the texts.
     rows = tok(texts, truncation=False, padding=False, verbose=False)["input_ids"]
     too_long = [i for i, row in enumerate(rows) if len(row) > limit]
     if too_long:
@@ -582,6 +607,7 @@ def _truncate(tok: Any, text: str, limit: int) -> list[int]:
     """
     backend = tok.backend_tokenizer
     encoding = backend.encode(text, add_special_tokens=False)
+    # Room is left for the special tokens that post_process adds, so that an end token survives.
     encoding.truncate(limit - backend.num_special_tokens_to_add(False), direction=tok.truncation_side)
     return backend.post_process(encoding).ids
 
@@ -593,6 +619,7 @@ def _max_tokens(embedder: Embedder) -> int:
     settings = settings.get("text_config", settings)
     limits = [
         settings.get("max_position_embeddings") or 10**9,
+        # transformers gives 10**30 where a tokenizer has no limit.
         int(min(embedder.tokenizer.model_max_length, 10**9)),
     ]
     for name, module in embedder.skeleton.module.named_modules():

@@ -102,12 +102,14 @@ def load_experts(
 
     def read(i: int) -> lora.Adapter:
         record = listed.adapters[i]
+        # Tables that peft saved untouched beside an adapter would keep it from being mixed with others.
         adapter = read_adapter(folder / record.path, talks.skeleton)
         return evolve(lora.without_copies(adapter, params), name=record.name)
 
     # Two levels: read from disk to memory, moved from memory to a GPU.
     on_host = cache.cache_adapters(read, int(hold.host_gb * 1e9))
     on_device = on_host
+    # On the CPU a second level would only count the same memory twice.
     if device.type != "cpu":
 
         def move(i: int) -> lora.Adapter:
@@ -123,6 +125,7 @@ def load_experts(
         pool,
         int(hold.fused_gb * 1e9),
         rule=fusion.rule,
+        # 0 stands for None in a record, since TOML has no null.
         rank=fusion.rank or None,
         density=fusion.density or None,
         seed=fusion.seed,
@@ -165,6 +168,7 @@ def open_experts(
     name = str(base) or registry.base_model(path, listed)
     if not name:
         raise ValueError(f"{path}: neither it nor its adapters say which model they are for; give base")
+    # Before the model is read, which takes minutes.
     if listed.embedder:
         embed.check_embedder(registry.registry_root(path, listed) / listed.embedder)
     model = ModelConfig(name=name, dtype=dtype, quantize=quantize)
@@ -178,6 +182,7 @@ def check_adapters(experts: Experts) -> None:
     Raises:
         ValueError: the first that does not, with its name.
     """
+    # One at a time: all together may be above the budget.
     for i, name in enumerate(experts.names):
         try:
             experts.pool([i])
@@ -202,9 +207,11 @@ def embed_questions(experts: Experts, texts: Sequence[str], images: embed.Pictur
             "fits one"
         )
     rows = list(range(len(texts)))  # that can be embedded
+    # nan marks rows without a vector; `choose_adapters` makes them abstain.
     out = torch.full((len(texts), experts.vectors.shape[1]), torch.nan)
     try:
         vectors = embed.embed_queries(experts.embedder, texts, images)
+    # Which rows have nothing shows only when they are embedded; the exception names all of them at once.
     except embed.NothingToEmbed as e:
         rows = [row for row in rows if row not in e.rows]
         _log.warning(
@@ -255,11 +262,14 @@ def choose_adapters(
             )
         has_own = own >= 0
         return Retrieved(
+            # Any negative number means none; -1 is how `Retrieved` marks an empty place.
             indices=own[:, None].clamp(min=-1),
+            # Nothing was compared.
             similarity=torch.nan * torch.ones(len(own), 1),
             weights=has_own[:, None].float(),
             abstained=~has_own,
         )
+    # k = 0 retrieves nothing, so all rows abstain and the bare model answers.
     k = {"bare": 0, "selection": 1}.get(mode, cfg.k)
     is_empty = queries.isnan().any(1, keepdim=True)
     # An empty row needs some vector to be compared; all adapters are excluded for it, so that it abstains.
@@ -288,6 +298,7 @@ def answer_prompts(
             f"answer_prompts: adapters must be chosen for each of {len(rows)} rows, got {len(chosen.indices)}"
         )
     if mode != "fusion":
+        # A row that abstained has gates of 0 in the mixture, so one pass serves all rows.
         mixture = cache.mix_adapters(experts.pool, chosen)
         return _answer_with(experts, data, rows, mixture, max_tokens)
     answers = [""] * len(rows)
@@ -333,6 +344,7 @@ def ask_experts(
     check_mode(mode, own, experts.names)
     conversation = chat.make_question(experts.chat, question, images)
     if mode in ("bare", "oracle"):  # these need no vector, nor an embedder
+        # Any vector that is not 0: its similarities are not used.
         query = torch.ones(1, experts.vectors.shape[1])
     else:
         query = embed_questions(experts, [question], [conversation.images])
@@ -354,6 +366,7 @@ def _answer_with(
     experts: Experts, data: Encoded, rows: Sequence[int], adapter: lora.Adapter | None, max_tokens: int
 ) -> list[str]:
     """Greedy answers of the model with one adapter, or of the bare model."""
+    # Padded on the left, so that all rows go on generating from the last place.
     batch = chat.make_batch(experts.chat, data, rows, side="left")
     weights = experts.params
     if adapter is not None:

@@ -42,6 +42,7 @@ class RetrieverConfig:
     def __attrs_post_init__(self) -> None:
         least = {"steps": 0, "negatives": 1, "batch": 1, "dims": 0, "every": 1, "chunk": 0, "seed": 0}
         for name, low in least.items():
+            # bool is a kind of int to Python, and True would pass for 1.
             if isinstance(v := getattr(self, name), bool) or not isinstance(v, int) or v < low:
                 raise ValueError(f"RetrieverConfig: {name} must be a whole number >= {low}, got {v!r}")
         if self.kind not in ("none", "contrast", "whiten") or not isfinite(self.shrink) or self.shrink <= 0:
@@ -120,6 +121,7 @@ def task_contrast(anchor: Tensor, positive: Tensor, negatives: Tensor, temperatu
         )
     if not isfinite(temperature) or temperature <= 0:
         raise ValueError(f"task_contrast: temperature must be finite and above 0, got {temperature}")
+    # The positive is class 0 of 1 + p, so the loss is a cross entropy with target 0 in each row.
     others = torch.cat([positive[:, None], negatives], 1)
     cosines = torch.einsum("bd,bpd->bp", F.normalize(anchor, dim=-1), F.normalize(others, dim=-1))
     return F.cross_entropy(cosines / temperature, torch.zeros(b, dtype=torch.int64, device=anchor.device))
@@ -166,9 +168,11 @@ def train_retriever(
         raise ValueError(
             f"train_retriever: dims must be within 0..{d}, the width of the vectors, got {cfg.dims}"
         )
+    # Where e < d the first e coordinates are kept.
     start = torch.eye(d, cfg.dims or d, dtype=wide.dtype, device=wide.device)
 
     def encode(params: Tree, rows: Tensor) -> Tensor:
+        # `moved` is the difference from the start, so that weight decay pulls to the embedder, not to 0.
         return wide[rows.to(wide.device)] @ (start + params["moved"])
 
     return start + fit_encoder(cfg, encode, {"moved": torch.zeros_like(start)}, tasks, held)["moved"]
@@ -194,12 +198,14 @@ def whiten_tasks(vectors: Tensor, tasks: Sequence[Hashable], shrink: float = 0.1
         raise ValueError(f"whiten_tasks: shrink must be finite and above 0, got {shrink}")
     x, (names, codes) = _vectors("whiten_tasks", vectors, tasks), _codes(tasks)
     _check_tasks("whiten_tasks", names, codes)
+    # In float64: the variances of directions that matter may lie far below the largest.
     x = F.normalize(x.double(), dim=1)
     at = codes.to(x.device)
     means = (
         torch.zeros(len(names), x.shape[1], dtype=x.dtype, device=x.device).index_add_(0, at, x)
         / torch.bincount(at)[:, None]
     )
+    # [n, d]: what differs between samples of one task should not count when tasks are told apart.
     within = x - means[at]
     covariance = within.T @ within / len(x)
     variance, axes = torch.linalg.eigh(covariance)
@@ -207,7 +213,10 @@ def whiten_tasks(vectors: Tensor, tasks: Sequence[Hashable], shrink: float = 0.1
         raise ValueError(
             "whiten_tasks: samples of a task must differ, within every task they are all the same"
         )
+    # clamp: rounding makes eigenvalues of 0 slightly negative. With fewer samples than d many are 0, and
+    # only `shrink` keeps their gain finite.
     gain = (variance.clamp(min=0) + shrink * mean).rsqrt()
+    # The scale is free, as cosines are taken behind it: the mean square of the gains is made 1.
     head = (axes * (gain / gain.square().mean().sqrt())) @ axes.T
     return head.to(torch.promote_types(vectors.dtype, torch.float32))
 
@@ -256,7 +265,9 @@ def fit_encoder(
         nonlocal best, best_recall
         embeddings = _embed_all(cfg, encode, state.params, len(codes))
         recall = _recall(embeddings, codes, is_held_out, [1])[1]
+        # Above, not equal: the earliest of equally good ones is kept.
         if recall > best_recall:
+            # A copy: the next step reuses the buffers of this state.
             best, best_recall = map_leaves(torch.clone, state.params), recall
         return {"score": recall}
 
@@ -269,6 +280,7 @@ def fit_encoder(
             state,
             lambda i: _drawn(codes, rows, i, cfg.seed, cfg.batch, cfg.negatives),
             steps=cfg.steps,
+            # Nothing is written, so a stop loses the training.
             folder=None,
             every=loop.Every(log=0, save=0, validate=cfg.every),
             validate=validate if len(held) else None,
@@ -305,6 +317,7 @@ def _grad(
 ) -> tuple[Tensor, gradients.Aux, Tree]:
     """Each sample of a batch is encoded once, however often it was drawn."""
     b, p = pairs.negatives.shape
+    # `place` [2 b + b p] leads from each drawn sample to its row among the different ones.
     rows, place = torch.cat([pairs.anchors, pairs.positives, pairs.negatives.flatten()]).unique(
         return_inverse=True
     )
@@ -318,6 +331,7 @@ def _grad(
             anchor, positive, negatives.unflatten(0, (b, p)), cfg.temperature
         ), gradients.Aux()
 
+    # `rows` alone goes through chunks; the drawn pairs are put together from all embeddings at once.
     return gradients.cached_value_and_grad(embed, contrast, chunk=cfg.chunk or len(rows))(
         params, {"rows": rows}
     )
@@ -345,6 +359,7 @@ def _recall(z: Tensor, codes: Tensor, asked: Tensor, ks: Sequence[int]) -> dict[
     unit = F.normalize(z.double(), dim=-1)
     vectors = torch.stack([adapter_vector(z[codes == t]) for t in range(int(codes.max()) + 1)]).double()
     similarity = unit @ vectors.T
+    # Sums, since the cosine to a mean is that to the sum.
     total = torch.zeros_like(vectors).index_add_(0, codes.to(z.device), unit)
     own = (unit * F.normalize(total[codes] - unit, dim=-1)).sum(1)  # the mean without the sample itself
     similarity[torch.arange(len(codes)), codes] = own
@@ -359,11 +374,14 @@ def _drawn(codes: Tensor, rows: Tensor, step: int, seed: int, batch: int, p: int
     first = size.cumsum(0) - size
 
     def below(limit: Tensor) -> Tensor:
+        # `randint` takes one limit for all, here each draw has its own. Float32 has 2**24 values below 1, too
+        # few to reach many samples evenly.
         return (torch.rand(limit.shape, generator=gen, dtype=torch.float64) * limit).long()
 
     task = below(torch.full((batch,), len(size)))
     m, start = size[task], first[task]
     anchor = below(m)
+    # An offset of 1 to m - 1 around the circle of the task's m samples: any of them but the anchor.
     positive = (anchor + 1 + below(m - 1)) % m
     other = below((n - m)[:, None].expand(batch, p))
     other += (other >= start[:, None]) * m[:, None]  # past the samples of the anchor's own task
@@ -386,6 +404,7 @@ def _vectors(who: str, vectors: Tensor, tasks: Sequence[Hashable]) -> Tensor:
 def _codes(tasks: Sequence[Hashable]) -> tuple[list[Hashable], Tensor]:
     """(the tasks in order of appearance, the place of each sample's among them int64 [n])."""
     place: dict[Hashable, int] = {}
+    # Elements of a tensor are objects of their own, and would each be another key.
     values = tasks.tolist() if isinstance(tasks, Tensor) else tasks
     codes = [place.setdefault(t, len(place)) for t in values]
     return list(place), torch.tensor(codes, dtype=torch.int64)

@@ -73,11 +73,13 @@ def read_registry(path: files.PathLike, root: files.PathLike = "") -> Registry:
     """
     path = Path(path)
     raw = config.read_plain(path)
+    # A bare list is how LoraRetriever writes its adapters.
     if isinstance(raw, list):
         raw = {"adapters": [_rename_keys(record) for record in raw]}
     registry = config.structure(raw, Registry, str(path))
     if not str(root):
         return registry
+    # Relative, so that a registry may be moved together with its adapters.
     return evolve(registry, root=os.path.relpath(root, path.parent))
 
 
@@ -124,6 +126,7 @@ def check_registry_files(path: files.PathLike, registry: Registry) -> dict[str, 
     Raises:
         ValueError: what is missing, with the adapter's name.
     """
+    # Read, not only looked for: widths and embedders must agree too.
     read_vectors(path, registry)
     return {record.name: _named_base(path, registry, record) for record in registry.adapters}
 
@@ -151,7 +154,9 @@ def check_registry(path: files.PathLike, registry: Registry, base: str = "") -> 
                 f"{path}: adapters of different models: {named}; give base, if these are names of one"
             )
         return
+    # The registry's own base counts as well, where `base` is a copy under another name.
     accepted = {_model_name(expected), _model_name(registry.base)}
+    # An adapter that names no model may belong to any.
     others = [adapter for adapter, name in bases.items() if name and _model_name(name) not in accepted]
     if others:
         _log.warning(
@@ -181,6 +186,7 @@ def base_model(path: files.PathLike, registry: Registry) -> str:
     name = registry.base
     for record in registry.adapters:
         name = name or _named_base(path, registry, record)
+    # A name such as owner/model may be a folder below the root, which then goes before the hub.
     folder = registry_root(path, registry) / name
     if name and folder.is_dir():
         return str(folder)
@@ -216,6 +222,7 @@ def add_adapter(
     Raises:
         ValueError: as `add_adapters`. Nothing is changed then.
     """
+    # Read, extend and write under one lock, or the adapter of another process would be lost in between.
     with files.file_lock(path, wait=True):
         old = read_registry(path, root) if Path(path).exists() else Registry()
         if Path(path).exists() and isinstance(config.read_plain(path), list):
@@ -259,9 +266,11 @@ def add_adapters(
         if not (root / record.path / "adapter_config.json").is_file():
             raise ValueError(f"{path}: {record.name}: {root / record.path} holds no adapter_config.json")
         if not record.vector:
+            # By content, so that no file is overwritten which another registry, or the old one, names.
             digest = hashlib.sha256(row.tobytes()).hexdigest()[:8]
             record = evolve(record, vector=f"vectors/{record.name}-{digest}.npy")
         file = Path(record.vector)
+        # Such a path would write over files that are no part of the registry.
         if file.is_absolute() or ".." in file.parts:
             raise ValueError(
                 f"{path}: {record.name}: its vector must lie in the registry's root, got {record.vector!r}"
@@ -272,6 +281,7 @@ def add_adapters(
         extended = evolve(registry, adapters=tuple(records))
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from e
+    # Vectors go first: a kill in between leaves files that no registry names.
     for name, row in rows.items():
         files.write_array(root / name, row)
     write_registry(path, extended)
@@ -287,6 +297,7 @@ def _unit_vector(vector: Tensor | np.ndarray | Sequence[float], where: str) -> n
             f"{where} must hold one vector [d] of at most {_MAX_WIDTH:,} numbers, got {row.dtype} "
             f"{list(row.shape)}"
         )
+    # In float64: squares of float16 numbers above 255 overflow, and raw sums can be such.
     wide = row.astype(np.float64).reshape(-1)
     length = np.linalg.norm(wide)
     if not (np.isfinite(length) and length > 0):
@@ -311,6 +322,7 @@ def write_registry(path: files.PathLike, registry: Registry) -> None:
     for record in registry.adapters:
         text += "\n[[adapters]]\n"
         for key, value in asdict(record).items():
+            # What has its default is left out, so that files stay short for whoever edits them.
             if value not in ("", 0):
                 text += f"{key} = {_toml_value(value)}\n"
     files.write_text(path, text.lstrip("\n"))
@@ -325,5 +337,6 @@ def _rename_keys(record: Any) -> Any:
     """A record of LoraRetriever's list with medvl's keys."""
     if not isinstance(record, dict):
         return record
+    # Keys that are medvl's already stay, and unknown ones are refused by `structure`.
     names = {"lora_name": "name", "lora_path": "path", "embedding_path": "vector"}
     return {names.get(key, key): value for key, value in record.items()}

@@ -172,12 +172,16 @@ def retrieve_adapters(
             f"retrieve: exclude must be bool [{p}] or [{b}, {p}], got {exclude.dtype} {list(exclude.shape)}"
         )
     units = _normalise("retrieve", "queries", "b", queries)
+    # Vectors of adapters need not have length 1; the product is divided by their lengths instead.
     lengths = _checked_lengths("retrieve", "vectors", "p", vectors)
+    # Similar adapters may differ by less than the spacing of bfloat16.
     with torch.autocast(queries.device.type, enabled=False):
+        # Rounding can carry a cosine past 1.
         similarity = (units @ vectors.float().T).div_(lengths).clamp_(-1, 1)
     excluded = torch.zeros(1, p, dtype=torch.bool, device=queries.device)
     if exclude is not None:
         excluded = exclude.to(queries.device).view(-1, p)
+    # A negative similarity would be a negative weight, and the sum could be 0.
     if cfg.weighting == "similarity":
         excluded = excluded | (similarity <= 0)
 
@@ -186,6 +190,7 @@ def retrieve_adapters(
     empty = cfg.k - best.shape[1]
     best = torch.nn.functional.pad(best, (0, empty), value=-torch.inf)
     indices = torch.nn.functional.pad(indices, (0, empty), value=-1)
+    # Not `best < threshold`: with k = 0 there is no column to compare, and every row must abstain.
     abstained = ~(best[:, :1] >= cfg.threshold).any(1)
     chosen = best.isfinite() & ~abstained[:, None]
     return Retrieved(
@@ -203,6 +208,7 @@ def used_adapters(retrieved: Retrieved) -> tuple[Tensor, Tensor]:
     A pool of adapters[i] for i in ids gives what the whole pool would. n = 0 where every row abstained: run
     the bare model.
     """
+    # Ascending, by `unique`, which `searchsorted` below needs.
     ids = retrieved.indices[retrieved.indices >= 0].unique()
     weights = retrieved.weights.new_zeros(len(retrieved.weights), len(ids))
     if not len(ids):
@@ -210,6 +216,7 @@ def used_adapters(retrieved: Retrieved) -> tuple[Tensor, Tensor]:
     # Empty places take any adapter: they add a weight of 0.
     indices = retrieved.indices.clamp(min=0)
     places = torch.searchsorted(ids, indices).clamp(max=len(ids) - 1)
+    # Added: several empty places of a row may fall on one adapter.
     return ids, weights.scatter_add(1, places, retrieved.weights)
 
 
@@ -243,6 +250,7 @@ def adapter_recall(results: Retrieved | Tensor, truth: Tensor, ks: Sequence[int]
         )
     if isinstance(results, Retrieved):
         hits = table == truth[:, None]
+        # [b, k]; an empty place is -1 and never equals a truth.
         return {int(k): float(hits[:, :k].any(1).double().mean()) for k in ks}
     finite = table.isfinite()
     if not bool(finite.all()):
@@ -250,6 +258,7 @@ def adapter_recall(results: Retrieved | Tensor, truth: Tensor, ks: Sequence[int]
         raise ValueError(f"adapter_recall: similarities must be finite, row {row} has others")
     # The rank of the right adapter: how many are more similar, or equally similar and of a lower index.
     right = table.gather(1, truth[:, None])
+    # Ties count as `retrieve_adapters` would order them.
     has_lower_index = torch.arange(table.shape[1], device=table.device) < truth[:, None]
     rank = ((table > right) | ((table == right) & has_lower_index)).sum(1)
     return {int(k): float((rank < k).double().mean()) for k in ks}
@@ -267,6 +276,7 @@ def _best(k: int, similarity: Tensor, excluded: Tensor, vectors: Tensor) -> tupl
         return nothing
     remaining = similarity.masked_fill(excluded, -torch.inf)
     kth = remaining.topk(k).values[:, -1:]
+    # Candidates of any row [n], so that one sort serves all rows; usually far fewer than p.
     candidates = ((remaining >= kth - _NEAR) & ~excluded).any(0).nonzero()[:, 0]
     if not len(candidates):
         return nothing
@@ -282,10 +292,12 @@ def _best(k: int, similarity: Tensor, excluded: Tensor, vectors: Tensor) -> tupl
 
 def _weights(cfg: RetrieveConfig, similarity: Tensor, chosen: Tensor) -> Tensor:
     """Weights float32 [b, k] that sum to 1 over the chosen adapters of a row."""
+    # In float64, so that a row's float32 weights sum to 1 up to their own rounding.
     s = similarity.double().masked_fill(~chosen, 0.0)
     if cfg.weighting == "uniform":
         raw = torch.ones_like(s)
     elif cfg.weighting == "softmax":
+        # Minus the largest, as exp of a similarity over a small temperature overflows.
         raw = ((s - s[:, :1]) / cfg.temperature).exp()  # the first is the largest
     else:
         raw = s
