@@ -53,6 +53,7 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         inputs = list(_tensors((args, kwargs)))
+        # `.item()` and its like: a model that looks at a value gets it only where the value was followed.
         if func is torch.ops.aten._local_scalar_dense.default:
             return func(_value(inputs[0], must=True))
         on_meta = any(tensor.is_meta for tensor in inputs) or str(kwargs.get("device")) == "meta"
@@ -60,6 +61,7 @@ class Ledger(TorchDispatchMode):
             return func(*args, **kwargs)
         # The operator runs without storage; only shapes and dtypes come out.
         result = func(*tree_map(_to_meta, args), **tree_map(_to_meta, kwargs))
+        # The same operator runs once more, on the known values; masks and indices are small enough for that.
         if _is_small_index(result) and _are_followed(inputs):
             on_cpu = {}
             for name, value in kwargs.items():
@@ -74,11 +76,14 @@ class Ledger(TorchDispatchMode):
             return -1
         storage = tensor.untyped_storage()
         key = id(storage)
+        # The address alone does not tell: a new storage may lie where one was that is gone.
         if self._alive.get(key) is storage:
             return self._numbers[key]
+        # Events are only ever added, so their count is a number that no storage has had.
         number, size = len(self._events), storage.nbytes()
         self._alive[key], self._numbers[key] = storage, number
         self._events.append((number, size))
+        # The negative event is added when the last tensor on this storage is collected.
         weakref.finalize(storage, self._events.append, (number, -size))
         return number
 
@@ -127,6 +132,7 @@ def _fused_attention() -> Iterator[None]:
 def gathered(part: Tensor, rows: int) -> Tensor:
     """A matrix [rows, d] cut over processes, of which `part` lies here: whole while it is used, and so is
     its gradient until it is cut."""
+    # Lazy, so that the whole matrix exists on meta only from its use to the end of that use.
     return _Part.like((rows, *part.shape[1:]), part.dtype, part.device, shard=part)
 
 
@@ -146,6 +152,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        # Reduce-scatter: a process keeps the gradient of its own rows only.
         return grad.new_empty(ctx.shape), None
 
 
@@ -153,6 +160,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device="meta")
+        # What the backward pass of a fused kernel needs: inputs, output and, in float32, the log-sum-exp of
+        # every query [..., n]; the weights [..., n, n] are computed again.
         ctx.save_for_backward(q, k, v, out, torch.empty(q.shape[:-1], device="meta"))
         return out
 
@@ -162,6 +171,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
+    # A lazy weight (4 bits, a low-rank sum) takes the memory of the tensors it is made from.
     if isinstance(tree, lazy.Lazy):
         yield from lazy.leaves(tree)
     elif isinstance(tree, Tensor):

@@ -42,11 +42,13 @@ def value_and_grad(loss: Loss, *, precision: str = "float32", reduce: bool = Tru
     """
 
     def run(params: Tree, batch: Any) -> tuple[Tensor, Aux, Tree]:
+        # New leaves on the same memory, so that the caller's tensors neither require nor collect gradients.
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in flatten(params).items()}
         # Also where the caller has switched gradients off.
         with torch.enable_grad(), autocast(params, precision):
             value, aux = loss(unflatten(leaves), batch)
         reached: tuple[Tensor | None, ...] = ()
+        # A loss that reaches no parameter has no graph; torch's own error would not say what to do.
         if value.requires_grad:
             reached = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
         if leaves and all(grad is None for grad in reached):
@@ -56,9 +58,11 @@ def value_and_grad(loss: Loss, *, precision: str = "float32", reduce: bool = Tru
             )
         grads = []
         for leaf, grad in zip(leaves.values(), reached, strict=True):
+            # Zeros, not None: optimisers and processes then see the same names at each step.
             grads.append(torch.zeros_like(leaf) if grad is None else grad)
         if reduce and processes.world_size() > 1:
             grads = _sum_over_processes(grads, processes.world_size())
+        # Detached, or a metric that is kept for the log would keep the activations of the step alive.
         metrics = {name: number.detach() for name, number in aux.metrics.items()}
         aux = Aux(metrics=metrics, means=map_leaves(Tensor.detach, aux.means))
         return value.detach(), aux, unflatten(dict(zip(leaves, grads, strict=True)))
@@ -85,6 +89,7 @@ def cached_value_and_grad(
 
     def whole_loss(params: Tree, batch: Batch) -> tuple[Tensor, Aux]:
         rows = embed(params, batch)
+        # Not in bfloat16: near a cosine of 1 its steps are 2**-8, which a small temperature magnifies.
         with autocast(params, "float32"):
             return contrast(params, {name: _to_float32(tensor) for name, tensor in rows.items()})
 
@@ -97,6 +102,7 @@ def cached_value_and_grad(
         products = [(rows[name].to(grad.dtype) * grad).sum() for name, grad in row_grads.items()]
         return torch.stack(products).sum(), Aux()
 
+    # None of the three sums over processes: only the gradient by parameters is summed, in step 3.
     whole_grad = value_and_grad(whole_loss, precision=precision, reduce=False)
     contrast_grad = value_and_grad(contrast_loss, reduce=False)
     chunk_grad = value_and_grad(chunk_loss, precision=precision, reduce=False)
@@ -122,6 +128,7 @@ def cached_value_and_grad(
 
         # 3. Pull the embeddings' gradient through each chunk of this process.
         total = {name: torch.zeros_like(leaf) for name, leaf in flatten(params).items()}
+        # The gathered rows are sorted by rank, and every process has n of them.
         own_rows = slice(processes.rank() * n, (processes.rank() + 1) * n)
         for span in spans:
             row_grads = {name: grad[own_rows][span] for name, grad in grads["rows"].items()}
@@ -171,6 +178,7 @@ def token_value_and_grad(
         value, count, aux = loss_sum(params, piece)
         if not isinstance(count, Tensor):
             count = torch.tensor(count, device=value.device)
+        # `metrics/tokens` is a sum like the others, so one pass adds and reduces all of them.
         return value, evolve(aux, metrics=aux.metrics | {"tokens": count})
 
     grad = value_and_grad(counted_loss, precision=precision, reduce=False)
@@ -210,6 +218,7 @@ def token_value_and_grad(
 def autocast(params: Tree, precision: str) -> torch.autocast:
     """Mixed precision on the device of `params`; does nothing unless `precision` is "bfloat16"."""
     device = next(iter(flatten(params).values())).device.type
+    # torch.autocast refuses the device type "meta".
     if device == "meta":
         device = "cpu"
     return torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16")
@@ -237,6 +246,7 @@ def _add_up(
         numbers = {name: number.double() + numbers.get(name, 0.0) for name, number in new.items()}
         if n == 1:
             return numbers, flatten(grads)
+        # Sums of 16-bit gradients in 16 bits would lose the small contributions of later micro-batches.
         for name, piece_grad in flatten(grads).items():
             if name not in total:
                 dtype = torch.float32 if piece_grad.dtype in _HALF else piece_grad.dtype
@@ -261,6 +271,7 @@ def _check_same_number(params: Tree, n: int) -> None:
     if processes.world_size() == 1 or not shards.any_sharded(params):
         return
     device = next(iter(flatten(params).values())).device
+    # Different numbers would hang: a process would wait in a gather that another never enters.
     numbers = processes.gather_rows(torch.tensor([n], device=device)).tolist()
     if len(set(numbers)) > 1:
         raise ValueError(

@@ -35,9 +35,11 @@ class Interrupt:
 
     def __exit__(self, kind: object, *_: object) -> None:
         if self._main:
+            # Handlers of whoever called are put back, also after an exception.
             for number, handler in self._before.items():
                 signal.signal(number, handler)
         if self.number and kind is None:  # it came in after the last step was saved
+            # 128 + number is how a shell reports a process that a signal ended.
             raise Stopped(128 + self.number)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -46,6 +48,7 @@ class Interrupt:
         # second one.
         if again and not (processes.world_size() > 1 and time.monotonic() - self._since < 1):
             raise KeyboardInterrupt
+        # The first signal decides the exit status.
         if not self.number:
             self.number, self._since = number, time.monotonic()
             if number == signal.SIGINT:

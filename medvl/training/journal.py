@@ -38,6 +38,7 @@ def open_journal(path: Path, step: int) -> Callable[[dict[str, Any]], None]:
                 kept_lines.append(raw.decode())
         except (ValueError, KeyError, TypeError, RecursionError):
             broken.append(number)
+    # A broken last line is usual after a kill; anything else may be someone's data, so it is copied first.
     if any(number < len(lines) for number in broken):
         copy = path.with_name("metrics.broken.jsonl")
         with files.atomic(copy) as tmp:
@@ -75,6 +76,7 @@ class Pace:
             tqdm.format_meter, total=steps, initial=step, prefix=title, bar_format=display.STEP_FORMAT
         )
         self._start = self._since = time.monotonic()
+        # Counted from the last `go_on`, so the pace is of training alone.
         self._since_step, self._seconds = step, 0.0
 
     def count_step(self) -> None:
@@ -89,6 +91,7 @@ class Pace:
 
     def show(self, line: dict[str, Any], device: torch.device, *, stays: bool) -> None:
         """Show the numbers of a step; `stays` where the next line does not replace them."""
+        # tqdm's format and the field of seconds per step show these already.
         numbers = {name: v for name, v in line.items() if name != "step" and name not in display.TIMING_KEYS}
         fields = [f"{self._seconds:.3g} s/step"]
         # Rate and loss first: a narrow terminal shows the first numbers only.
@@ -113,5 +116,6 @@ def _peak_memory(device: torch.device) -> int:
     """Peak bytes of this process: on its GPU, or in main memory where it computes there."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    # getrusage gives bytes on macOS and KiB on Linux.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

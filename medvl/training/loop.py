@@ -52,9 +52,11 @@ def make_step(
     def step(state: State, batch: Any) -> tuple[State, Batch]:
         with _seeded_draws(seed, state) as generators:
             loss, aux, grads = grad(state.params, batch)
+            # Once true it stays: with another number of processes the steps to come would draw otherwise.
             drawn = state.drawn or generators.used()
         flat = flatten(grads)
         del grads  # each is let go as soon as its clipped one is there
+        # Also without clipping: the norm is logged, and `_check_finite` looks at it.
         norm = clip_gradients(flat, clip)
         params, opt = optimizer.update(unflatten(flat), state.opt, state.params, state.step)
         means = _follow_means(state, aux.means, follow)
@@ -86,6 +88,7 @@ class Every:
     """How often, in optimiser steps; 0 = only at the end."""
 
     log: int = 10
+    # Saving costs time, and a kill loses the steps since the last save.
     save: int = 100
     validate: int = 0
 
@@ -133,14 +136,17 @@ def train_steps(
     last = None if folder is None else Path(folder) / "last.pt"
     journal: Callable[[dict[str, Any]], None] = lambda line: None
     if last is not None:
+        # Before the journal is opened: lines past this step are dropped there.
         state = states.resume_state(last.parent, state)
     if state.step > steps:
         raise ValueError(
             f"{last}: is at step {state.step}, past the {steps} asked for; remove it to train anew"
         )
+    # A run that ended early is not prolonged when it is started again.
     if _is_out_of_patience(state, patience):
         return state
     _check_processes(last, state, steps)
+    # `read_trained` tells a finished run by step and steps in the file.
     state = evolve(state, steps=steps)
     if last is not None:
         journal = open_journal(last.with_name("metrics.jsonl"), state.step)
@@ -148,6 +154,7 @@ def train_steps(
     watched: Tensor | None = None
     with (
         Interrupt() as stop,
+        # smoothing=0: time left by the mean over the whole run, so that validations and saves count in it.
         display.progress_bar(
             None, title, total=steps, initial=first, bar_format=display.STEP_FORMAT, smoothing=0
         ) as bar,
@@ -165,10 +172,12 @@ def train_steps(
             save_due = _is_due(state.step, every.save, steps)
             validate_due = validate is not None and _is_due(state.step, every.validate, steps)
             if log_due or save_due or validate_due or halt:
+                # Reading all weights costs time, so they are looked at only before they are written.
                 keeps = save_due or validate_due or halt
                 _check_finite(watched, state if keeps else None, last, first)
                 line = {"step": state.step} | {name: float(v) for name, v in metrics.items()}
                 if lr:
+                    # Of the step that was just taken, whose number is i from 0.
                     line["lr"] = lr(i)
                 line |= pace.read_clock()  # after float(), which waits for the device
             # A better state is on disk before the line that tells of it, and before `last.pt` passes it.
@@ -178,11 +187,13 @@ def train_steps(
                 # A validation may take minutes: a signal in it is not left until the next step.
                 halt = _in_any(stop.number > 0, device)
                 line |= {f"valid_{name}": score for name, score in scores.items()}
+                # Processes may differ in the last bits of a score, and all must decide alike what is best.
                 score = _of_first_process(scores["score"], device)
                 if score > state.best:
                     state = evolve(state, best=score, stale=0)
                     if last is not None:
                         states.save_state(last.with_name("best.pt"), state)
+                # Without patience nothing is counted, so that the files of such runs hold no count.
                 elif patience:
                     state = evolve(state, stale=state.stale + 1)
             ended = _is_out_of_patience(state, patience)
@@ -192,6 +203,7 @@ def train_steps(
             if log_due or validate_due:
                 journal(line)
                 pace.show(line, device, stays=validate_due or state.step == steps)
+            # Not at every validation: a run resumed from an older state validates again, with the same score.
             if last is not None and (save_due or halt or ended):
                 states.save_state(last, state)
                 _keep_states(last, state.step, keep_last)
@@ -205,6 +217,7 @@ def train_steps(
                     steps,
                     last or "its start",
                 )
+                # A process that was not signalled itself ends as if by SIGTERM.
                 raise Stopped(128 + (stop.number or signal.SIGTERM))
             if ended:
                 log(
@@ -229,6 +242,7 @@ def _keep_states(last: Path, step: int, number: int) -> None:
         return
     # Leading zeros, so that names sort by step.
     path = last.with_name(f"step-{step:09d}.pt")
+    # A copy of the file: to gather shards a second time, every process would be needed.
     with files.atomic(path) as tmp:
         shutil.copyfile(last, tmp)
     for old in sorted(last.parent.glob("step-*.pt"))[:-number]:
@@ -238,6 +252,7 @@ def _keep_states(last: Path, step: int, number: int) -> None:
 def _check_processes(path: Path | None, state: State, steps: int) -> None:
     """Refuse to go on with another number of processes where what each of them draws for its share would
     then be something else."""
+    # 0: written before the number of processes was saved.
     same = state.processes in (0, processes.world_size())
     if state.drawn and not same and state.step < steps:
         raise ValueError(
@@ -258,10 +273,12 @@ def _watch(watched: Tensor | None, metrics: Batch, step: int) -> Tensor:
     Stays on the device: a look at each step would wait for it.
     """
     loss = metrics["loss"].double()
+    # A step without a norm in its metrics is watched by its loss alone.
     norm = metrics.get("grad_norm", loss).double()
     new = torch.stack([loss, norm, torch.full_like(loss, step)])
     if watched is None:
         return new
+    # The first bad numbers stay, as later losses say nothing about the cause.
     return torch.where(watched.isfinite().all(), new, watched)
 
 
@@ -280,6 +297,7 @@ def _check_finite(watched: Tensor, state: State | None, last: Path | None, first
         reason = f"the norm of the gradient is {norm:g} (loss {loss:g})"
     elif state is not None and not states.is_finite(state):
         reason = "trained numbers are not finite after the update"
+    # All processes ask here, or those without a fault would wait for the one that raised.
     if not _in_any(bool(reason), watched.device):
         return
     reason = reason or "loss or gradient of another process is not finite"
@@ -318,6 +336,7 @@ def _seeded_draws(seed: int | None, state: State) -> Iterator[_Generators]:
     if seed is None:
         yield _Generators(device)
         return
+    # By process, so that each draws masks of its own for its rows; fork_rng puts the generators back.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         key = seeded(torch.device("cpu"), seed, state.step, processes.rank()).initial_seed()
         torch.manual_seed(key)
@@ -326,6 +345,7 @@ def _seeded_draws(seed: int | None, state: State) -> Iterator[_Generators]:
 
 def _follow_means(state: State, new: Tree, follow: float) -> Tree:
     """The running means after a step. The first steps count more, so that the start leaves no trace."""
+    # Up to step 1 / follow this is the plain mean of all batches so far.
     rate = max(follow, 1 / (state.step + 1))
     old = flatten(state.means)
     means = {}

@@ -54,12 +54,14 @@ def muon(
         for name, tensor in flatten(params).items():
             r = rate(name)
             lr = r.lr * schedule(step)
+            # A sum, not an average: orthogonalisation takes away the scale.
             mean = means[name].mul_(momentum).add_(g[name])
             nesterov = torch.add(g[name], mean, alpha=momentum)
             direction = orthogonalize(nesterov.flatten(1), iterations)
             # A tall matrix spreads a step over more outputs: larger steps keep what an output moves by
             # the same.
             scale = max(1.0, direction.shape[0] / direction.shape[1]) ** 0.5
+            # Decay is decoupled as in AdamW: by the rate, not through the momentum.
             tensor.mul_(1 - lr * r.weight_decay).add_(direction.view_as(tensor), alpha=-lr * scale)
         return params, state
 
@@ -78,9 +80,12 @@ def orthogonalize(matrix: Tensor, iterations: int = 5) -> Tensor:
     tall = matrix.shape[0] > matrix.shape[1]
     if tall:
         x = x.mT
+    # The Frobenius norm bounds the largest singular value, so all begin within [0, 1], where the
+    # polynomial does not diverge. 1e-7 keeps a zero gradient at zero.
     x = x / (x.norm() + 1e-7)
     for _ in range(iterations):
         square = x @ x.mT
+        # 3.4445 is the slope at 0: by about this factor an iteration raises the smallest singular values.
         x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
     if tall:
         x = x.mT

@@ -79,7 +79,9 @@ def adamw(
         if not packs(tensor):
             return zero_moment(tensor)
         assert packing is not None
+        # Rounded up: the last block may be part full.
         blocks = -(-tensor.numel() // packing.block)
+        # With a scale of 0 every code stands for 0.
         codes = torch.zeros(tensor.shape, dtype=torch.uint8, device=tensor.device)
         return {"codes": codes, "scale": torch.zeros(blocks, device=tensor.device)}
 
@@ -112,6 +114,7 @@ def adamw(
             mean,
             square,
             [],
+            # The kernel adds 1 before it corrects the bias, so it gets the number of steps before this one.
             [torch.tensor(float(step)) for _ in p],
             foreach=True,
             amsgrad=False,
@@ -135,6 +138,7 @@ def adamw(
         groups: dict[Rate, list[str]] = {}
         for name, tensor in flat.items():
             r = rate(name)
+            # Decay is for matrices: a norm's gain or a temperature is a scale, which it would pull to 0.
             if tensor.dim() <= 1:
                 r = Rate(lr=r.lr)
             # Alone, a piece at a time: what is rounded or packed, and what is large. The rest shares kernels.
@@ -145,10 +149,12 @@ def adamw(
             moments = [stored(mean, name, tensor), stored(square, name, tensor)]
             gen = None
             if rounding == "stochastic" and tensor.dtype in HALF:
+                # By name and place, so that parameters, and shards of one, do not share their draws.
                 gen = seeded(tensor.device, seed, step, name, _place(tensor))
             moved_by = partial(kernel, r=r, step=step)
             run_in_pieces(moved_by, _local(tensor), _local(g[name]), moments, packing, gen)
         for r, names in groups.items():
+            # The kernel's scratch memory grows with what it is given at once: small tensors come in bunches.
             for bunch in group_by_size({name: flat[name].numel() for name in names}):
                 p, d, m, v = ([_local(tree[name]) for name in bunch] for tree in (flat, g, mean, square))
                 kernel(p, d, m, v, r, step)
@@ -167,6 +173,7 @@ def with_master(optimizer: Optimizer) -> Optimizer:
     """
 
     def init(params: Tree) -> Tree:
+        # Only 16-bit parameters are copied; float32 ones the inner optimiser moves directly.
         copies = {name: tensor.float() for name, tensor in flatten(params).items() if tensor.dtype in HALF}
         master = unflatten(copies)
         return {"master": master, "inner": optimizer.init(merge_trees(params, master))}
@@ -178,6 +185,7 @@ def with_master(optimizer: Optimizer) -> Optimizer:
         flat, low = flatten(moved), flatten(params)
         master = {name: flat[name] for name in flatten(before)}
         for name, tensor in master.items():
+            # In place: the tensors that the model holds stay the same ones.
             _local(low[name]).copy_(_local(tensor))
         rounded = unflatten({name: low[name] for name in master})
         return merge_trees(moved, rounded), {"master": unflatten(master), "inner": inner}
@@ -190,6 +198,7 @@ def seeded(device: torch.device, *key: Any) -> Generator:
     # A hash spreads similar keys (steps 1 and 2) over all seeds; a sum of them would not.
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     generator = Generator("cpu" if device.type == "meta" else device)
+    # 63 bits: a seed that is not negative and within torch's signed 64 bits.
     return generator.manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
@@ -223,8 +232,10 @@ def warmup_cosine(steps: int, warmup: int, floor: float = 0.0) -> Callable[[int]
         raise ValueError(f"warmup_cosine: warm-up must lie within the {steps} steps, got {warmup}")
 
     def factor(step: int) -> float:
+        # Never 0, or the first step would be lost.
         if step < warmup:
             return (step + 1) / warmup
+        # `steps - 1`, so that the last step that is taken has the floor, not the one after it.
         progress = (step - warmup) / max(1, steps - 1 - warmup)
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
@@ -240,6 +251,7 @@ def clip_gradients(flat: dict[str, Tensor], limit: float) -> Tensor:
     """
     local = [_local(grad) for grad in flat.values()]
     if any(grad.dtype in HALF for grad in local):
+        # In float32: a sum of squares in 16 bits overflows (float16) or loses digits (bfloat16).
         norms = list(torch._foreach_norm(local, 2, torch.float32))
     else:
         norms = list(torch._foreach_norm(local))
@@ -254,6 +266,7 @@ def clip_gradients(flat: dict[str, Tensor], limit: float) -> Tensor:
         norms = [squares.sqrt(), *(norm for norm, shard in zip(norms, sharded, strict=True) if not shard)]
     total = torch.linalg.vector_norm(torch.stack(norms))
     if limit > 0:
+        # 1e-6 as in `torch.nn.utils.clip_grad_norm_`.
         factor = (limit / (total + 1e-6)).clamp(max=1.0)
         for name, grad in flat.items():
             flat[name] = _shard_like(grad, _local(grad) * factor)
@@ -294,6 +307,7 @@ def _shard_like(tensor: Any, local: Tensor) -> Tensor:
         local,
         tensor.device_mesh,
         tensor.placements,
+        # No check of shapes over processes: that would be a communication for each gradient.
         run_check=False,
         shape=tensor.shape,
         stride=tensor.stride(),

@@ -43,13 +43,16 @@ def batch_indices(
 
     @lru_cache(2)  # prefetching may be an epoch ahead
     def draw_epoch(epoch: int) -> tuple[list[int], list[float]]:
+        # A prime far above any number of epochs: seed 1 at epoch 0 must not be seed 0 at epoch 1.
         gen = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(len(samples), generator=gen)
+        # One draw per group and epoch, alike in all processes, says which member of the group is shown.
         return order.tolist(), torch.rand(len(samples), generator=gen).tolist()
 
     def indices_of(i: int) -> list[int]:
         epoch, k = divmod(i, batches_per_epoch)
         order, pick = draw_epoch(epoch)
+        # Shares of processes differ by one sample where `size` is no multiple of `world`.
         first, stop = rank * size // world, (rank + 1) * size // world
         share = order[k * size + first : k * size + stop]
         return [samples[group][int(pick[group] * len(samples[group]))] for group in share]
@@ -68,6 +71,7 @@ def derangement(items: Iterable[str], seed: int) -> dict[str, str]:
     names = sorted({*items})
     if len(names) < 2:
         raise ValueError(f"derangement: needs two different items or more, got {len(names)}")
+    # One cycle through all items, so none can follow itself.
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
     following = order[1:] + order[:1]
     return {names[i]: names[j] for i, j in zip(order, following, strict=True)}
@@ -76,6 +80,7 @@ def derangement(items: Iterable[str], seed: int) -> dict[str, str]:
 def prefetch(batch_at: Callable[[int], Any], start: int, stop: int) -> Iterator[tuple[int, Any]]:
     """(i, batch_at(i)) for i from start to stop, the next batch made in a thread while the caller
     computes."""
+    # One worker: batches are made in their order, and only one is ahead in memory.
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(batch_at, start) if start < stop else None
         for i in range(start, stop):

@@ -14,6 +14,7 @@ from medvl.base import config, files
 # A name for `Speed.match`: the matrices inside layers, which Muon is made for. Embeddings, output layer
 # and positions are matrices too, but each row of theirs is a vector of its own.
 MATRICES = "matrices"
+# A negative lookahead, since a regex has no "all but".
 _INSIDE_LAYERS = r"(?!.*(embed_tokens|lm_head|pos_embed)\.).*"
 
 
@@ -83,6 +84,7 @@ class Stage:
         config.check_bounds(self, title, epochs=(0, 10**6))
         if self.steps and self.epochs:
             raise ValueError(f"{title}: needs either steps or epochs, got {self.steps} and {self.epochs:g}")
+        # The stage's own rate may be 0 where its speeds move something.
         if self.lr + sum(speed.lr for speed in self.speeds) <= 0:
             raise ValueError(f"{title}: lr must be above 0, got {self.lr:g}")
 
@@ -110,6 +112,7 @@ class TrainConfig:
     moments: Literal["float32", "8bit"] = "float32"
     shard: bool = False  # matrices that are trained lie in parts on all processes
     clip: float = 1.0  # upper bound of the gradient's norm, 0 = none
+    # AdamW's defaults of torch; those of `optim.adamw` are CLIP's.
     beta2: float = 0.999  # of AdamW: how slowly the mean square of a gradient is forgotten
     eps: float = 1e-8  # of AdamW
     log: int = 10  # steps from one to the next; also of `save` and `validate`
@@ -134,6 +137,7 @@ class TrainConfig:
         every = config.COUNT_OR_NONE
         config.check_bounds(self, "train", batch=size, chunk=size, logits=size, clip=(0, 1e6), valid=every)
         config.check_bounds(self, "train", log=every, save=every, validate=every)
+        # At beta2 = 1 the bias correction 1 - beta2**t would be 0.
         config.check_bounds(
             self, "train", beta2=(0, 0.999999), eps=(0, 1), patience=every, keep_last=(0, 1000)
         )

@@ -65,6 +65,7 @@ def train_stage(
     """
     optimizer = make_optimizer(cfg, stage, trained, seed, keyed=keyed)
     schedule = warmup_cosine(stage.steps, stage.warmup)  # the optimiser has its own; this one is shown
+    # Moments exist for `trained` only; what is frozen is bound into `grad`.
     start = states.State(params=trained, opt=optimizer.init(trained), means=means or {})
     state = loop.train_steps(
         loop.make_step(grad, optimizer, clip=cfg.clip, bound=bound, seed=seed),
@@ -106,6 +107,7 @@ def make_optimizer(
     def rate(name: str) -> Rate:
         return Rate(lr=speeds[name].lr, weight_decay=speeds[name].weight_decay)
 
+    # Only 16-bit weights lose small steps and need a master or random rounding (see `optim`).
     low = any(leaf.dtype in _HALF for leaf in flatten(trained).values())
     schedule = warmup_cosine(stage.steps, stage.warmup)
     optimizer = adamw(
@@ -131,6 +133,7 @@ def _choose_speeds(stage: Stage, trained: Tree) -> dict[str, Speed]:
     chosen = dict.fromkeys(flat, default)
     for speed in stage.speeds:
         for name in match_names(list(flat), [speed.pattern]):
+            # A vector that a matrices-only speed matches keeps what it had: Muon has no step for it.
             if flat[name].dim() > 1 or not speed.matrices_only:
                 chosen[name] = speed
     return chosen
@@ -145,6 +148,7 @@ def check_trainable(stage: Stage, params: Tree) -> None:
     except ValueError as e:
         raise ValueError(f"stage {stage.name}: {e}") from e
     for name in speeds:
+        # The codes are whole numbers without a gradient; an adapter beside them is trained instead.
         if isinstance(flat[name], four_bit.FourBit):
             raise ValueError(
                 f"stage {stage.name}: {name} has 4 bits and cannot be trained; train lora/... or set "
@@ -187,6 +191,7 @@ def init_trained_adapter(
         return None
     # Only now: making one draws numbers.
     adapter = lora.init_lora(record, skeleton, gen, device=device)
+    # The record's targets may be fewer than the layers that could be adapted.
     return adapter if matched(flatten({"lora": adapter.factors})) else None
 
 
@@ -227,6 +232,7 @@ def fit_stages(
             params,
             loss_sum,
             batches(stage),
+            # The number keeps folders in the order of training.
             folder / f"{i}-{stage.name}",
             cut=cut,
             validate=validate(stage),
@@ -237,6 +243,7 @@ def fit_stages(
         return params
     # What no stage trained lies in parts still, and process 0 evaluates alone.
     device = processes.choose_device(cfg.device)
+    # `gather_shards` gives whole tensors in main memory.
     return map_leaves(lambda leaf: leaf.to(device), shards.gather_shards(params))
 
 
@@ -284,6 +291,7 @@ def fit_stage(
         assert validate is not None
         with gradients.autocast(state.params, cfg.precision):
             loss = validate(merge_trees(frozen, state.params))
+        # The highest score is the best, so the loss counts with its sign turned.
         return {"score": -loss, "loss": loss}
 
     state = train_stage(
@@ -312,6 +320,7 @@ def shard_params(cfg: TrainConfig, params: Tree) -> Tree:
 
 
 def _cut_matrices(params: Tree, mesh: Any) -> dict[str, Tensor]:
+    # Factors a and b of an adapter stay whole, as `shard_params` says.
     cut = shards.sharder(mesh, patterns=("(?!lora/).*",))
     return {name: cut(name, leaf) for name, leaf in flatten(params).items()}
 

@@ -88,6 +88,7 @@ def _check_fields(raw: Any) -> None:
     kinds |= {"step": int, "best": (float, int), "drawn": bool, "processes": int, "steps": int, "stale": int}
     if not isinstance(raw, dict):
         raise ValueError(f"found {type(raw).__name__}")
+    # Fields that came later may be missing: `State` has their defaults. Unknown ones are refused.
     if not {"params", "opt"} <= raw.keys() <= kinds.keys():
         raise ValueError(f"found {', '.join(map(str, raw))}")
     for name, value in raw.items():
@@ -112,6 +113,7 @@ def read_trained(
             model has not, or of other shapes.
     """
     last, path = folder / "last.pt", folder / f"{keep}.pt"
+    # `last.pt` alone says whether the run was finished: `best.pt` exists from the first better score on.
     if last.exists() or not path.exists():
         _check_ended(folder, last, path)
     else:
@@ -139,6 +141,7 @@ def _check_ended(folder: Path, last: Path, path: Path) -> None:
         )
     if path.exists():
         return
+    # -inf: no validation was better than none, as when all scores were nan.
     if math.isinf(end.best):
         raise ValueError(
             f"{folder}: no validation has given a number, so there is no best state; the last one is "
@@ -175,6 +178,7 @@ def resume_state(folder: Path, state: State) -> State:
         return state
     device = next(iter(flatten(state.params).values())).device
     sharded = shards.any_sharded(state.params)
+    # Mapped where sharded: of the file each process reads only its own rows.
     saved = read_state(path, "cpu" if sharded else device, mapped=sharded)
     if not is_finite(saved):
         raise ValueError(
@@ -190,6 +194,7 @@ def resume_state(folder: Path, state: State) -> State:
         saved,
         params=shards.place_like(saved.params, state.params),
         opt=shards.place_like(saved.opt, state.opt),
+        # A mapped tensor would keep the file open for as long as it lives.
         means=map_leaves(lambda leaf: leaf.to(device, copy=True), saved.means),
     )
 
@@ -198,6 +203,7 @@ def is_finite(state: State) -> bool:
     """Whether every number of a state that lies on this process is finite."""
     for leaf in flatten({name: getattr(state, name) for name in _TREES}).values():
         local = leaf.to_local() if shards.is_shard(leaf) else leaf
+        # Codes of packed moments are whole numbers, which are always finite.
         if isinstance(local, Tensor) and local.is_floating_point() and not bool(local.isfinite().all()):
             return False
     return True
