@@ -169,6 +169,8 @@ def open_chat(
         ValueError: as `loading.load_skeleton` and `skeletons.init_skeleton`.
     """
     dtype = DTYPES[model.dtype]
+    # Weights are quantised or sharded one by one as they are read, so that the whole model in full precision
+    # never lies on the device.
     convert = None
     if model.quantize != "none":
         convert = four_bit.quantizer(four_bit.QuantConfig(kind=model.quantize))
@@ -181,10 +183,12 @@ def open_chat(
     else:
         skeleton = skeletons.empty_skeleton(config_of(model, tok), head="language")
         if device.type == "meta":
+            # Names and shapes are enough for an estimate; nothing is read or drawn.
             shapes = {name: p.shape for name, p in skeleton.module.named_parameters()}
             params = {name: torch.empty(s, dtype=dtype, device="meta") for name, s in shapes.items()}
         else:
             skeleton, params = skeletons.init_skeleton(skeleton.config, gen, head="language")
+            # Drawn in float32 on the CPU and moved then: a seed gives the same weights on every device.
             params = {name: t.to(device, dtype) for name, t in params.items()}
         if convert is not None:
             params = {name: convert(name, t) for name, t in params.items()}
@@ -212,12 +216,14 @@ def _try_sizes(chat: Chat, params: skeletons.Params) -> None:
     Sizes that do not fit each other are found here, and not when the data is read and the first step is
     computed.
     """
+    # Any tokens that are in the table: only sizes are tried.
     ids, visual, tensors = [0, 1, 2, 3], [False] * 4, dict[str, Tensor]()
     try:
         if chat.vision is not None and chat.vision.example is not None:
             placeholder = chat.vision.placeholder
             tensors = chat.vision.load_items([chat.vision.example])
             count = chat.vision.count_tokens(chat.vision.example)
+            # As `encoding` puts an image into a text, so that the ids are those that training will see.
             words = [placeholder.before, *[placeholder.token] * count, placeholder.after]
             ids = [*chat.tokenizer.convert_tokens_to_ids(words), *ids]
             visual = [False, *[True] * count, False, *visual]
@@ -258,11 +264,13 @@ def tokenizer_of(cfg: ModelConfig, folder: Path, texts: Sequence[str] = (), *, l
     if not path.exists() and not texts:
         raise ValueError(f"{path}: the run has no tokenizer yet; train it first")
     if processes.rank() == 0 and not path.exists():
+        # 256 bytes, 3 special tokens and some 340 merges: enough for the few phrases of phantoms and tests.
         tok = tokens.train_bpe(texts, 600, lower=lower)
         tok.add_special_tokens({"additional_special_tokens": [*_SPECIAL_TOKENS]})
         tok.chat_template = TEMPLATES["chatml"]
         with new_folder(path) as tmp:
             tok.save_pretrained(tmp)
+    # No process may look for the tokenizer before the first one has written it.
     processes.wait_for_all()
     return tokens.tokenizer(path)
 
@@ -277,6 +285,8 @@ def config_of(cfg: ModelConfig, tok: Any) -> dict[str, Any]:
         "bos_token_id": tok.bos_token_id,
         "eos_token_id": tok.eos_token_id,
     }
+    # Vision-language configs keep what is of the text in a record of its own, but ids of image tokens
+    # outside.
     if "text_config" in raw:
         raw["text_config"] = {**raw["text_config"], **vocabulary}
         return raw | vision.placeholder_ids(raw["model_type"], tok)
@@ -300,6 +310,7 @@ def encode_conversations(chat: Chat, conversations: Sequence[Dialogue], *, promp
     """
     if chat.vision is None:
         _check_no_items(chat, conversations)
+    # Prompts keep their number and order, one for each conversation, as predictions are compared by position.
     if prompt:
         prompts = [_encode_prompt(chat, c) for c in track(conversations, "encoding questions")]
         return Encoded(conversations=tuple(conversations), samples=tuple(prompts), refused=0)
@@ -317,11 +328,14 @@ def encode_conversations(chat: Chat, conversations: Sequence[Dialogue], *, promp
     samples, refused = encoding.encode_fitting(
         chat.tokenizer,
         [part.messages for part in parts],
+        # The context bounds what is trained only; how long a prompt may be the model's positions say.
         evolve(_format_with_items(chat), context=chat.cfg.context),
         visual=[_count_visual_tokens(chat, part) for part in track(parts, "measuring images")],
         turns=turns,
         names=[part.place for part in parts],
     )
+    # `samples` holds those that fit and no gaps: the conversations are thinned alike, so that one index is
+    # for both.
     too_long = {i for i, _ in refused}
     fitting = [part for i, part in enumerate(parts) if i not in too_long]
     return Encoded(conversations=tuple(fitting), samples=tuple(samples), refused=len(refused))
@@ -356,6 +370,8 @@ def _encode_prompt(chat: Chat, conversation: Dialogue) -> Sample:
         messages = messages[:-1]
     visual = _count_visual_tokens(chat, conversation)
     rewritten = chat.cfg.answers == "raw" or _rewrites_history(chat, conversation, messages)
+    # "last" takes the earlier answers as the template writes a history, and does not ask that each stands
+    # behind its own prompt.
     turns: Turns = "last" if rewritten else "all"
     try:
         return encoding.encode_prompt(
@@ -386,6 +402,7 @@ def _check_date(chat: Chat, conversations: Sequence[Dialogue]) -> None:
     """Refuse to train on today's date: a run that goes on tomorrow would train other tokens."""
     if not conversations:
         return
+    # One conversation is enough: the date comes from the template.
     if writes_date(chat.tokenizer, conversations[0].messages, conversation_format(chat.cfg)):
         raise ValueError(
             "chat: the template writes today's date into every conversation, so that the tokens change "
@@ -414,6 +431,7 @@ def make_question(chat: Chat, text: str, images: Sequence[PathLike] = ()) -> Con
     if not text.strip():
         raise ValueError("ask: the question must have text, got none")
     paths = tuple(map(Path, images))
+    # Image first, then a line break and the question: the order of LLaVA and of most data sets.
     content = text if "<image>" in text else "<image>\n" * len(paths) + text
     conversation = Conversation(messages=({"role": "user", "content": content},), images=paths)
     return limit_images(conversation, chat.cfg.max_images)
@@ -425,9 +443,11 @@ def make_batch(
 ) -> dict[str, Tensor]:
     """A batch: ids, mask, labels, visual [b, t], images [b] (the number of items), and the items' tensors."""
     tok = chat.tokenizer
+    # Any id will do, the mask hides it; many tokenizers (Llama's) have no padding token.
     pad = tok.pad_token_id if tok.pad_token_id is not None else tok.eos_token_id or 0
     batch = encoding.collate_samples([data.samples[i] for i in rows], pad, side=side)
     items = [data.conversations[i].items for i in rows]
+    # Counts, as the items of all rows lie one behind the other.
     batch["images"] = torch.tensor([len(of_row) for of_row in items])
     if chat.vision is None:
         return batch
@@ -440,6 +460,8 @@ def training_batches(chat: Chat, data: Encoded, size: int, seed: int) -> Callabl
     Raises:
         ValueError: as `order.batch_indices`.
     """
+    # Every sample is a group of its own: answers that are alike do not disturb each other in a batch, as equal
+    # reports do in contrastive training.
     names = [str(i) for i in range(len(data.samples))]
     share = order.batch_indices(names, size, seed, rank=processes.rank(), world=processes.world_size())
     return lambda i: make_batch(chat, data, share(i))
@@ -448,8 +470,11 @@ def training_batches(chat: Chat, data: Encoded, size: int, seed: int) -> Callabl
 def micro_batch(chat: Chat, batch: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
     """The rows of a batch with their items, without columns that are padding in all of them."""
     part = {name: batch[name][rows] for name in ("ids", "mask", "labels", "visual", "images")}
+    # The longest row of the whole batch set the length; a micro-batch of shorter ones would compute its
+    # padding.
     used = part["mask"].any(0).nonzero()
     first, last = int(used[0]), int(used[-1]) + 1
+    # "images" is [b] and has no tokens to cut.
     part = {name: t[:, first:last] if t.dim() > 1 else t for name, t in part.items()}
     return part if chat.vision is None else part | chat.vision.select_rows(batch, rows)
 
@@ -467,12 +492,14 @@ def fullest_batch(
         data = encode_conversations(chat, conversations)
         by_length = sorted(range(len(data.samples)), key=lambda i: -len(data.samples[i].ids))
         longest = by_length[:size]
+        # Repeated where there are fewer conversations than rows.
         return make_batch(chat, data, (longest * size)[:size])
     ids = torch.ones(size, chat.cfg.context, dtype=torch.int64)
     batch = {"labels": torch.ones_like(ids), "mask": ids.bool()}
     if chat.vision is None or item is None:
         batch |= {"visual": ~ids.bool(), "images": torch.zeros(size, dtype=torch.int64)}
         return {"ids": ids} | batch
+    # A row of the whole context whose first tokens are the item's.
     ids[:, : chat.vision.count_tokens(item)] = _placeholder_id(chat, chat.vision)
     batch |= {
         "visual": ids == _placeholder_id(chat, chat.vision),
@@ -506,6 +533,7 @@ def model_inputs(
         text = {name: inputs[name] for name in ("mask", "labels") if name in inputs}
         return {"inputs_embeds": embedded} | text
     if "pixel_values" in inputs:
+        # Preprocessing gives float32, and a convolution wants the dtype of its weights.
         inputs["pixel_values"] = inputs["pixel_values"].to(chat.dtype)
     return inputs
 
@@ -513,6 +541,7 @@ def model_inputs(
 def token_table(chat: Chat) -> str:
     """The name of the weight of the model's token table [v, d]."""
     module: Any = chat.skeleton.module
+    # By identity: architectures call it by different names, and a tied one is also the head.
     table = module.get_input_embeddings().weight
     return next(name for name, p in module.named_parameters() if p is table)
 
@@ -550,6 +579,7 @@ def mean_loss(
         rows = range(start, min(start + size, len(data.samples)))
         with torch.no_grad():
             loss, count = loss_sum(chat, chat.skeleton, weights, make_batch(chat, data, rows), params=params)
+        # Weighted by tokens: a mean of the batches' means would give answers in short batches more weight.
         total, tokens = total + float(loss), tokens + int(count)
     return total / tokens
 
@@ -572,6 +602,7 @@ def generate_answers(
     """
     with torch.no_grad():
         inputs = model_inputs(chat, weights, batch, params)
+    # Prompts have no trained tokens.
     inputs.pop("labels", None)
     return generate.generate(sampling, chat.skeleton, weights, inputs, tok=chat.tokenizer)
 
@@ -597,6 +628,8 @@ def likeliest_letters(
     letter_ids = []
     for row_options in options:
         letters = choices.letter_options(row_options)
+        # No start token, since the letter goes on behind a prompt; a list, as some tokenizers make two tokens
+        # of it.
         letter_ids.append([chat.tokenizer(x, add_special_tokens=False)["input_ids"] for x in letters])
     scores, _ = generate.score_options(chat.skeleton, weights, inputs, letter_ids)
     return choices.letters_by_likelihood(scores.tolist(), options)
@@ -611,15 +644,21 @@ def sampling_of(chat: Chat, max_tokens: int) -> Sampling:
     """
     cfg, tok, generation = chat.cfg, chat.tokenizer, chat.skeleton.generation
     model_config: Any = chat.skeleton.module.config
+    # Models without a generation_config.json say it in their config; that of a vision-language model has it
+    # inside its text_config.
     of_model = generation.get("eos_token_id", model_config.get_text_config().eos_token_id)
     ends = {tok.eos_token_id}
+    # Llama 3 and Qwen name several.
     ends |= {*of_model} if isinstance(of_model, list | tuple) else {of_model}
+    # The template's own: files of Qwen's base models end with <|endoftext|>, ChatML ends an answer with
+    # <|im_end|>.
     ends |= {*encoding.end_ids(tok, conversation_format(cfg))}
     if ends == {None}:
         _log.warning(
             "%s: no token ends an answer, so that answers go on to their limit; name one: chat.end",
             chat.skeleton.name,
         )
+    # Both 0 and null mean: not set.
     penalty = cfg.repetition_penalty or generation.get("repetition_penalty") or 1.0
     return Sampling(
         max_tokens=max_tokens,
@@ -648,6 +687,7 @@ def save_chat(chat: Chat, params: Mapping[str, Tensor], folder: PathLike) -> Non
 
 def save_tokenizer(chat: Chat, folder: Path) -> None:
     """Write the tokenizer with the chat template of the conversations, chat.options in it as its defaults."""
+    # A copy: the template that is written has the options in it, and the chat's own goes on without.
     tokenizer = copy.deepcopy(chat.tokenizer)
     tokenizer.chat_template = template_text(tokenizer, conversation_format(chat.cfg))
     tokenizer.save_pretrained(folder)

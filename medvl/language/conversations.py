@@ -21,12 +21,14 @@ _log = logging.getLogger(__name__)
 _FORMATS = {
     "query": {"query", "response"},
     "instruction": {"instruction", "output"},
+    # ShareGPT's, as LLaVA has it.
     "conversations": {"conversations"},
     "conversatons": {"conversatons"},  # as LLaVA-Med's evaluation files spell it
     "messages": {"messages"},
 }
 _ROLES = {"human": "user", "gpt": "assistant"}
 _IMAGE_KEYS = 'images are read from "images" (a list of file names) or "image" (one)'
+# Refused: ignored, they would train answers about images that the model does not see.
 _OTHER_IMAGE_KEYS = (
     "image_path",
     "image_paths",
@@ -65,6 +67,7 @@ class Conversation:
     def until(self, stop: int) -> "Conversation":
         """The first `stop` messages, with the images of that part."""
         messages = self.messages[:stop]
+        # Images come in the order of the tags, so that those of the first messages are the first ones.
         tags = sum(message["content"].count("<image>") for message in messages)
         return evolve(self, messages=messages, images=self.images[:tags])
 
@@ -144,7 +147,9 @@ def warn_of_one_file(pattern: str) -> None:
 
 def _read_records(path: Path) -> Iterator[tuple[int, str, Any]]:
     """(line, place for errors, record) of every record of a file of JSON lines, or of one JSON array."""
+    # The byte order mark that Windows' editors write, which json does not take.
     content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    # Told by the content: arrays are called .json as well as .jsonl.
     if content.lstrip()[:1] == b"[":
         yield from _array_records(path, content)
         return
@@ -178,6 +183,8 @@ def _array_records(path: Path, content: bytes) -> Iterator[tuple[int, str, Any]]
         number += 1
         where = f"{path}, line {line}, record {number}"
         try:
+            # It reads one value and says where that ended; json.loads of the whole could only tell where it
+            # failed.
             record, position = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as e:
             raise ValueError(f"{where}: not JSON, or the array is cut off ({e})") from e
@@ -214,6 +221,7 @@ def limit_images(conversation: Conversation, most: int, tag: str = "<image>") ->
         raise ValueError(f"limit_images: most must be at least 1 image, or 0 for no limit, got {most}")
     check_tags(conversation.messages, tag, len(conversation.images), "limit_images")
     counts = [m["content"].count(tag) for m in conversation.messages]
+    # The same object, by which `read_conversations` knows that nothing was dropped.
     if not most or max(counts) <= most:
         return conversation
     messages = list[dict[str, str]]()
@@ -251,6 +259,7 @@ def read_tasks(
         ValueError: no such file; with file and line, a task that is missing, no text, or another than the
             file's; and as `read_conversations`.
     """
+    # Not str.format, which would fail at any other brace in a path.
     name = str(pattern).replace("{split}", split)
     paths = {"": Path(name)}
     if "{task}" in name:
@@ -291,6 +300,7 @@ def task_paths(pattern: str) -> dict[str, list[Path]]:
     wildcards = ""  # the pattern of glob, which knows no names
     for piece in re.split(r"(\{task\}|\*)", pattern):
         if piece == "{task}":
+            # Where the task stands a second time it must be the same text.
             regex += "(?P=task)" if "(?P<task>" in regex else "(?P<task>[^/]+)"
             wildcards += "*"
         elif piece == "*":
@@ -331,9 +341,11 @@ def _parse_conversation(
 ) -> Conversation:
     if not isinstance(record, dict):
         raise ValueError(f"{where}: must be a JSON object, one per line, got {short(record)}")
+    # A copy, as records belong to the caller. What is left at the end are the extras.
     remaining = dict(record)  # the helpers take out the keys that they read
     check_keys(remaining, where, dict.fromkeys(_OTHER_IMAGE_KEYS, _IMAGE_KEYS))
     messages, images_in_messages = _take_messages(remaining, where, tag)
+    # Before the tags are looked for: it is what makes sure that contents are texts.
     check_order(messages, "assistant", where)
     check_other_tags(messages, tag, where)
     images = _take_images(remaining, where)
@@ -341,6 +353,7 @@ def _parse_conversation(
         raise ValueError(f'{where}: images must be in the messages or in "images", not in both')
     images = images_in_messages or images
     check_tags(messages, tag, len(images), where)
+    # An absolute name replaces the folder (pathlib).
     paths = tuple(folder / name for name in images)
     for name, path in zip(images, paths, strict=True):
         if not os.path.isfile(path):  # and not path.is_file(), which raises for a name that is too long
@@ -385,6 +398,7 @@ def _take_messages(record: dict[str, Any], where: str, tag: str) -> tuple[list[d
     """Take the messages out of a record, and the images that are named inside them."""
     history = record.pop("history", None)
     formats = [keys for key, keys in _FORMATS.items() if key in record]
+    # Only such records have a history: the others hold all turns already.
     is_pair = bool(formats) and len(formats[0]) == 2  # one question and its answer
     is_complete = len(formats) == 1 and formats[0] <= record.keys()
     if not is_complete or not (is_empty(history) or is_pair):
@@ -467,6 +481,7 @@ def _join_parts(parts: list[Any], where: str, tag: str) -> tuple[str, list[str]]
         kind = None
         if isinstance(part, dict):
             kind = part.get("type")
+        # Joined as they are: a line break between image and text is the data set's to write.
         if kind == "text" and isinstance(part.get("text"), str):
             text += part["text"]
         elif kind in ("image", "image_url"):
@@ -488,6 +503,7 @@ def _image_of_part(part: dict[str, Any], where: str) -> list[str]:
     name = values[0]
     if isinstance(name, dict):
         name = name.get("url")
+    # Nothing is downloaded, so that a run needs no network and its images cannot change.
     if not isinstance(name, str) or re.match("(data|https?):", name):
         raise ValueError(
             f"{where}: an image must be the name of a file, got {short(name)}; write it to a file"

@@ -82,6 +82,8 @@ def read_dicom(
         raise ValueError(f"{where}: is a DICOM file, which needs pydicom; pip install 'medvl[dicom]'") from e
     try:
         size = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
+        # A bound on what is read at all, before anything is parsed: uncompressed colours of 16 bits take 6
+        # bytes a pixel, the rest is room for the header.
         if size > 8 * most:
             raise ValueError(f"must be one picture of at most {most} pixels, got {size} bytes")
         content = source if isinstance(source, bytes) else Path(source).read_bytes()
@@ -89,13 +91,17 @@ def read_dicom(
         values = pixels.pixel_array(image)
         if image.SamplesPerPixel > 1:
             return _colours(values, None if only_deep else window)
+        # For CT these are HU from here on; a slope may be a fraction.
         greys = pixels.apply_rescale(values, image).astype(np.float64)
         folder = "" if isinstance(source, bytes) else str(Path(source).parent)
         window = _grey_window(image, greys, window, only_deep, folder)
+        # A window of the file goes through pydicom, for the curves of VOILUTFunction (LINEAR, LINEAR_EXACT,
+        # SIGMOID).
         shown = _by_file(image, greys) if window is None else window_greys(greys, *window)
     except (InvalidDicomError, *_BROKEN) as e:
         reason = " ".join(str(e).split())  # errors of several decoders come on several lines
         raise ValueError(f"{where}: this DICOM file cannot be read: {reason}") from e
+    # MONOCHROME1 shows the lowest value white (PS3.3, C.7.6.3.1.2). Inverted last: windows are of the values.
     return 255 - shown if image.PhotometricInterpretation == "MONOCHROME1" else shown
 
 
@@ -110,6 +116,8 @@ def _checked(content: bytes, most: int) -> Any:
     from pydicom.encaps import get_frame
 
     file = io.BytesIO(content)
+    # Only the file meta information, group 0002, is read here: dcmread would unpack a deflated data set at
+    # once.
     filereader.read_preamble(file, force=False)
     syntax = filereader.read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag.group != 2).get(
         "TransferSyntaxUID", ""
@@ -123,9 +131,11 @@ def _checked(content: bytes, most: int) -> Any:
         raise ValueError(
             f"its transfer syntax ({name}) is not read; pip install 'medvl[dicom]', or write it uncompressed"
         )
+    # The same bytes from their beginning again, now that the transfer syntax is one that may be read.
     image = dcmread(io.BytesIO(content), specific_tags=_TAGS)
     if "PixelData" not in image:
         raise ValueError("it holds no pixels (PixelData); give one that is an image")
+    # Enhanced objects keep rescaling and window per frame in functional groups, where nothing here looks.
     if (image.get("NumberOfFrames") or 1) > 1 or "SharedFunctionalGroupsSequence" in image:
         raise ValueError(
             "several frames, or an enhanced object, are not read; write the frame that is meant to a file "
@@ -161,6 +171,8 @@ def _coded_shape(frame: bytes) -> tuple[int, int, int]:
     Source: ITU-T T.81, B.2.2; T.87, C.2.2; T.800, A.5.1.
     """
     if frame.startswith(b"\xff\x4f\xff\x51"):
+        # Behind the markers SOC and SIZ (2 bytes each), Lsiz and Rsiz: the far corner and the offset of the
+        # image; 16 bytes on sizes of tiles are passed over.
         right, bottom, left, top, samples = struct.unpack_from(">4I16xH", frame, 8)
         return bottom - top, right - left, samples
     if not frame.startswith(b"\xff\xd8"):
@@ -168,8 +180,11 @@ def _coded_shape(frame: bytes) -> tuple[int, int, int]:
     at = 2
     while True:
         marker, length, _, rows, columns, samples = struct.unpack_from(">HHBHHB", frame, at)
+        # Start of frame: SOF55 of JPEG-LS, or one of JPEG's. C4 (DHT), C8 (reserved) and CC (DAC) lie among
+        # those and are no frames.
         if marker == 0xFFF7 or (0xFFC0 <= marker <= 0xFFCF and marker not in (0xFFC4, 0xFFC8, 0xFFCC)):
             return rows, columns, samples
+        # The length of a segment counts its own two bytes and not those of the marker.
         at += 2 + length
 
 
@@ -188,6 +203,7 @@ def _grey_window(
     if greys.ndim != 2 or not np.isfinite(greys).all():
         raise ValueError(f"greys must be finite [y, x], got {list(greys.shape)}")
     low, high = float(greys.min()), float(greys.max())
+    # Greys of 8 bits may be rescaled to values outside 0..255, to HU for example.
     deep = image.BitsStored > 8 or low < 0 or high > 255
     if window is not None and (deep or not only_deep):
         return window
@@ -196,6 +212,7 @@ def _grey_window(
     if not deep:
         return 0, 255
     _warn_of_windows(folder)
+    # An image of one grey would be divided by 0.
     return low, max(high, low + 1)
 
 

@@ -23,6 +23,7 @@ from medvl.language.templates import (
 )
 
 _log = logging.getLogger(__name__)
+# The default of ignore_index in PyTorch's cross_entropy, and what transformers' losses expect.
 IGNORE = -100  # label of a token that is not trained
 
 
@@ -138,6 +139,7 @@ def encode_fitting(
             )
     visual = visual or [()] * total
     turns = turns or ["all"] * total
+    # Tried out once for all conversations.
     traits = _tokenizer_traits(tok)
     samples = list[Sample]()
     refused = list[tuple[int, TooLong]]()
@@ -154,11 +156,13 @@ def encode_fitting(
 
     if refused:
         longest = max(error.needed for _, error in refused)
+        # The longest says how far the context would have to be raised.
         summary = (
             f"{len(refused)} of {total} conversations do not fit the context of {fmt.context} tokens "
             f"(the longest needs {longest})"
         )
         if not samples:
+            # Nothing to train on is a wrong setting; a few that do not fit are left out with a warning.
             raise ValueError(f"encode_fitting: {summary}; make the images smaller or raise the context")
         _log.warning("%s and are left out", summary)
     stripped = sum(sample.stripped for sample in samples)
@@ -175,6 +179,7 @@ def end_ids(tok: Any, fmt: ConversationFormat = ConversationFormat()) -> tuple[i
     """
     traits = _tokenizer_traits(tok)
     tail = answer_tail(tok, fmt, [{"role": "user", "content": "a question"}])
+    # Of several only the first ends the answer; the next may open the following turn.
     endings = _leading_special_tokens(traits, tail)
     return tuple(tok.convert_tokens_to_ids([*endings[:1]]))
 
@@ -240,6 +245,8 @@ def show_sample(tok: Any, sample: Sample, marks: tuple[str, str] = ("«", "»"))
     # Runs of tokens that are shown alike. Labels decide what is trained, should the spans differ.
     edges = {0, length}
     for span in (*sample.trained, *sample.visual):
+        # An edge at the end of the sample is there already; a span that was cut with the context may lie
+        # behind it.
         edges.update(edge for edge in span if edge < length)
     edges.update(i for i in range(1, length) if trained[i] != trained[i - 1])
 
@@ -276,8 +283,11 @@ def _tokenizer_traits(tok: Any) -> _TokenizerTraits:
     added = tok.added_tokens_decoder
     marked = {i for i, token in added.items() if token.special}
     named = {tok.bos_token_id, tok.eos_token_id, tok.pad_token_id} - {None}
+    # The unknown token may come out of any text with a rare character; start, end and padding token control
+    # the text even where the tokenizer does not mark them as special.
     special = frozenset((marked - {tok.unk_token_id}) | named)
     start: tuple[int, ...] = ()
+    # By trial: the post-processor of a fast tokenizer decides, whatever its attributes say.
     if tok("")["input_ids"][:1] == [tok.bos_token_id]:
         start = (tok.bos_token_id,)
     # The anchor is the first special token that does not swallow the white space behind it, if there is one.
@@ -295,6 +305,8 @@ def _tokenizer_traits(tok: Any) -> _TokenizerTraits:
     if _token_ids(traits, f"{anchor}a")[1:] == word:
         # Behind a special token a word is what it is at the start of a text, so no anchor is needed.
         line_break = _token_ids(traits, "\n")
+        # A word behind a line break that differs had a space put before it at the start of a text, and so
+        # gets one at the start of every piece.
         behind_line_break = _token_ids(traits, "\na")[len(line_break) :]
         return evolve(traits, spaces=behind_line_break != word)
     if swallows_space:  # it would remove the white space that answers start with
@@ -315,6 +327,8 @@ def _token_ids(traits: _TokenizerTraits, text: str, *, first: bool = False) -> l
     anchor = ""
     if not first:
         anchor = traits.anchor
+    # Explicit, since tokenizer.json may hold settings of truncation and padding. The start token is put once
+    # for the whole text, by `_tokenize`.
     encoded = traits.tok(
         anchor + text, add_special_tokens=False, truncation=False, padding=False, verbose=False
     )
@@ -355,8 +369,10 @@ def _encode_messages(
     if is_prompt:  # earlier answers are part of the prompt
         trained = []
 
+    # Of a prompt every token counts: an answer cannot be generated behind a prompt that was cut.
     needed = len(ids)
     if trained:  # what follows the last end token may be cut
+        # Visual tokens count although they are not trained: a run that is cut no longer fits its image.
         needed = max(stop for _, stop in (*trained, *runs))
     if fmt.context is not None and needed > fmt.context:
         raise TooLong(needed, fmt.context)
@@ -407,6 +423,7 @@ def _tokenize(
         if position:
             shared = _common_prefix(_leading_special_tokens(traits, between), closing)
             trained.append((answer_start, len(ids) + _ending_length(traits, fmt, piece, shared)))
+        # The spans of a piece count from its own beginning.
         runs += [(len(ids) + first, len(ids) + last) for first, last in piece_runs]
         ids += piece
         if traits.spaces and stop > start and ids[-1] not in traits.special:
@@ -440,6 +457,8 @@ def _tokenize_between(
         return _token_ids(traits, text, first=first), []
     ids = list[int]()
     runs = list[Span]()
+    # `before` and `after` are tokenised with the text beside them, as in a whole text; only the run of image
+    # tokens between them, often hundreds, is put in as ids.
     pieces = text.split(placeholder.tag)
     for i, piece in enumerate(pieces):
         if i > 0:
@@ -474,6 +493,8 @@ def _ending_length(traits: _TokenizerTraits, fmt: ConversationFormat, ids: Seque
         if token in traits.special:
             first = i
             break
+    # White space between an answer and its end token (a line break in some templates) is trained with it,
+    # because the model has to write it to get there.
     if first is None or traits.tok.decode(list(ids[:first])).strip():
         raise ValueError(
             f"encode: {fmt.description} must end every answer with a special token, after an answer stands "
@@ -529,16 +550,19 @@ def _check_texts(
     image_id: int,
 ) -> None:
     """Raise where a text holds special tokens, which only the template may write, or tags that do not match."""
+    # Compared as ids: what the tokenizer makes of a text counts, not how it is spelt.
     reserved = traits.special | {image_id}
     for i, message in enumerate(messages):
         texts = [message["content"]]
         if fmt.placeholder:
+            # Without the tags, which never reach the tokenizer: one may be a special token itself.
             texts = message["content"].split(fmt.placeholder.tag)
         used = set[int]()
         for text in texts:
             used.update(_token_ids(traits, text))
         names = set(map(traits.tok.convert_ids_to_tokens, used & reserved))
         if message["role"] == "assistant":
+            # Only in answers: a user's text with control tokens could open a turn of its own.
             names -= set(fmt.allow)
         if names:
             raise ValueError(

@@ -114,8 +114,10 @@ def generate(
     """
     _check_text_options(cfg, tok, on_token)
     _check_not_checkpointed(skeleton)
+    # The last column must be the last token of every row: behind it the new tokens are put.
     call = vlm.model_inputs(skeleton, left_padded(inputs))
     rows, vocabulary = _check_size(cfg, skeleton, call)
+    # All numbers in advance: how many a row uses does not change those of the other rows.
     draws = _draw_uniform(cfg, gen, rows, call["attention_mask"].device)
     device = draws.device
     answers = [_Answer() for _ in range(rows)]
@@ -184,7 +186,8 @@ def _add_token(cfg: Sampling, tok: Any, answer: _Answer, token: int, *, is_last:
         answer.ids.append(token)
         if is_last:
             answer.reason = "length"
-    # Without stop strings and streaming the text is needed at the end only.
+    # Without stop strings and streaming the text is needed at the end only. All ids are decoded each time,
+    # which at every step would cost the square of the answer's length.
     if tok is not None and (answer.reason or cfg.stop or stream):
         answer.text, answer.reason = _decode_certain(cfg, tok, answer.ids, answer.text, answer.reason)
 
@@ -216,6 +219,7 @@ def score_options(
 
     def score_each(model: nn.Module) -> None:
         prompt = model(**call, use_cache=True, **_last_logits_only(model))
+        # [b, 1, v]: what the prompt says of the first token of every option.
         first = prompt.logits[:, -1:].float().log_softmax(-1)
         # The k-th options of all rows are one batch.
         for k in range(max(map(len, options))):
@@ -224,9 +228,12 @@ def score_options(
             log_probs = first
             if tokens.shape[1] > 1:
                 log_probs = torch.cat([first, _continuation(model, call, prompt, tokens, exists)], 1)
+            # [b, n]; 0 behind the end of an option.
             of_tokens = log_probs.gather(2, tokens[..., None])[..., 0] * exists
             total = of_tokens.sum(1).masked_fill(lengths == 0, -torch.inf)
             sums.append(total)
+            # The mean does not favour short options, as the sum does. Its clamp is for options that a row
+            # does not have.
             means.append(total / lengths.clamp(min=1))
 
     with torch.no_grad():
@@ -319,6 +326,8 @@ def _prompt_tokens(call: Mapping[str, Any], vocabulary: int) -> Tensor:
     ids = call.get("input_ids")
     if ids is None:
         return used
+    # A placeholder of images may have an id beyond the head's rows; it cannot be chosen, and needs no
+    # penalty.
     rows, columns = (mask & (ids < vocabulary)).nonzero(as_tuple=True)
     used[rows, ids[rows, columns]] = True
     return used
@@ -336,6 +345,7 @@ def left_padded(inputs: Mapping[str, Any]) -> dict[str, Any]:
     exists = mask.bool()
     longest = max(1, int(exists.sum(1).max()))
     # A stable sort of 0 (padding) and 1 moves padding to the left and keeps the order of tokens.
+    # Columns [b, longest] that each row is read from.
     order = exists.long().sort(dim=1, stable=True).indices[:, mask.shape[1] - longest :]
     padded = dict(inputs)
     for name in ("ids", "mask", "mm_token_type_ids", "position_ids", "inputs_embeds"):
@@ -370,10 +380,13 @@ def _next_logits(model: nn.Module, call: dict[str, Any], steps: int) -> Generato
     output = model(**call, use_cache=True, **last_only)
     prompt_mask = call["attention_mask"]
     has_padding = not bool(prompt_mask.all())
+    # For the longest answer there can be; every step takes its beginning.
     mask = F.pad(prompt_mask, (0, steps), value=1)
     for length in range(prompt_mask.shape[1] + 1, mask.shape[1] + 1):
+        # float32, as the softmax of a whole vocabulary in bfloat16 would round the probabilities away.
         token = yield output.logits[:, -1].float()
         cache = getattr(output, cache_name)
+        # Without padding a new token may see the whole cache, and needs no mask.
         arguments: dict[str, Any] = {"attention_mask": None, cache_name: cache}
         if has_padding:
             arguments["attention_mask"] = _step_mask(model, cache, mask[:, :length])
@@ -404,6 +417,8 @@ def _next_position(call: dict[str, Any]) -> Tensor | None:
         return None
     if positions.dim() == 2:
         return positions.amax(1, keepdim=True) + 1
+    # Where there are four axes, text positions stand before the three. A text goes on behind the largest
+    # position of all axes (Qwen2-VL, arXiv:2409.12191, section 2.1).
     return (positions[-3:].amax((0, 2))[:, None] + 1).expand(3, -1, -1)
 
 
@@ -467,12 +482,16 @@ def _choose_tokens(cfg: Sampling, logits: Tensor, draw: Tensor) -> Tensor:
     best = logits.gather(1, tokens)
     if cfg.temperature:
         probabilities, ids = _shortlist(cfg, logits)
+        # float64: a sum over 150,000 tokens in float32 would lose the least likely ones.
         cumulative = probabilities.double().cumsum(-1)
         # Scaled by the total, which rounding leaves a little beside 1.
+        # right=True: a draw of 0 must not choose a token of probability 0 that stands first.
         places = torch.searchsorted(cumulative, draw[:, None] * cumulative[:, -1:], right=True)
+        # Rounding may put the largest draws behind the last token.
         tokens = places.clamp(max=probabilities.shape[1] - 1)
         if ids is not None:
             tokens = ids.gather(1, tokens)
+    # Told by the id, since to raise here would wait for the device; `_check_token` reads it.
     error = torch.where(best == -torch.inf, -1, -2)
     return torch.where(best.isfinite(), tokens, error)[:, 0]
 
@@ -486,10 +505,13 @@ def _shortlist(cfg: Sampling, logits: Tensor) -> tuple[Tensor, Tensor | None]:
     ids = None
     if cfg.top_k and cfg.top_k < logits.shape[1]:
         logits, ids = logits.topk(cfg.top_k)
+    # topk sorts already.
     elif cfg.top_p < 1:
         logits, ids = logits.sort(descending=True)
     probabilities = (logits / cfg.temperature).softmax(-1)
     if cfg.top_p < 1:
+        # The probability of all likelier tokens: the one that crosses top_p stays, so that there is always
+        # one.
         before = probabilities.cumsum(-1) - probabilities
         probabilities = probabilities.masked_fill(before >= cfg.top_p, 0)
         probabilities = probabilities / probabilities.sum(-1, keepdim=True)
@@ -503,6 +525,8 @@ def _draw_uniform(cfg: Sampling, gen: Gens | None, rows: int, device: torch.devi
     if gen is None:
         gen = torch.Generator().manual_seed(cfg.seed)
     if isinstance(gen, torch.Generator):
+        # A generator for every row: with one for all, a row's numbers would depend on how many rows there
+        # are.
         seeds = [int(torch.randint(2**62, (), generator=gen, device=gen.device)) for _ in range(rows)]
         gen = [torch.Generator().manual_seed(seed) for seed in seeds]
     if len(gen) != rows:
@@ -535,6 +559,8 @@ def _decode_certain(cfg: Sampling, tok: Any, ids: list[int], before: str, reason
         before: the certain text of the tokens before.
         reason: why the row is done without regard to stop strings, or "".
     """
+    # All ids and not the new one alone: a character may span tokens, and sentencepiece drops the first space.
+    # Cleaning up would remove spaces that a caller has seen.
     text = tok.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     cuts = [text.index(stop) for stop in cfg.stop if stop in text]
     if cuts:
@@ -542,8 +568,11 @@ def _decode_certain(cfg: Sampling, tok: Any, ids: list[int], before: str, reason
         reason = "stop"
     elif not reason:
         text = text.rstrip(_PARTIAL)
+        # What may become a stop string is held back until the next tokens tell.
         text = text[: len(text) - _started_stop(cfg, text)]
     if not text.startswith(before):
+        # Not an error yet: a tokenizer may rewrite its last characters once more, and the text is certain
+        # later.
         if not reason:
             return before, ""
         raise ValueError(
@@ -557,6 +586,7 @@ def _started_stop(cfg: Sampling, text: str) -> int:
     """How many characters at the end of a text may be the beginning of a stop string."""
     longest = 0
     for stop in cfg.stop:
+        # The whole string is not among them: it has been cut off already.
         for length in range(1, len(stop)):
             if text.endswith(stop[:length]):
                 longest = max(longest, length)
@@ -587,6 +617,8 @@ def check_length(cfg: Sampling, skeleton: Skeleton, longest: int) -> None:
     config = config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     positions = getattr(config, "max_position_embeddings", None) or longest + cfg.max_tokens
+    # With scaled rotary positions some configs give the length before the scaling (Qwen2.5 with YaRN), others
+    # that behind it (Llama 3.1): the larger is allowed.
     positions = int(positions * max(1.0, rope.get("factor") or 1.0))
     if longest + cfg.max_tokens > positions:
         raise ValueError(
@@ -600,6 +632,7 @@ def _check_size(cfg: Sampling, skeleton: Skeleton, call: dict[str, Any]) -> tupl
     """(rows, size of the vocabulary) of a batch that fits the model."""
     module: Any = skeleton.module
     rows, longest = call["attention_mask"].shape
+    # Rows of the head, which may be more than the tokenizer's tokens: logits have this width.
     vocabulary = module.get_output_embeddings().weight.shape[0]
     check_length(cfg, skeleton, longest)
     outside = [token for token in cfg.end if token >= vocabulary]

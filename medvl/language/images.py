@@ -69,23 +69,28 @@ def open_image(
     else:
         name = f"open_image: {source}"
     if _is_dicom(source, name):
+        # page=0 names the one page that there is.
         if page:
             raise ValueError(f"{name}: has one page or frame, got page={page}; leave it out")
         pixels = dicom_image.read_dicom(source, name, most=LARGEST, window=window, only_deep=only_deep)
         return to_rgb(Image.fromarray(pixels), name)
     with _pillow_errors(name):
         file = io.BytesIO(source) if isinstance(source, bytes) else source
+        # The formats are named, so that the content of a file cannot choose any other of Pillow's decoders.
         image: Image.Image = Image.open(file, formats=_FORMATS)
     with image:
         _seek_page(image, page, name)
+        # Image.open has read the header only: the size is refused before its pixels take memory.
         if image.width * image.height > LARGEST:
             raise ValueError(
                 f"{name}: must have at most {LARGEST} pixels, got {image.width} x {image.height}; make it "
                 "smaller"
             )
         with _pillow_errors(name):
+            # Pillow decodes lazily, so that a truncated file fails here and not at its opening.
             image.load()
             image = ImageOps.exif_transpose(image)
+    # Modes I, I;16 and F: greys of 16 or 32 bits, whole or floating.
     is_deep = image.mode[0] in "IF"
     if is_deep or (window is not None and not only_deep):
         image = _apply_window(name, image, window)
@@ -98,6 +103,7 @@ def _seek_page(image: Image.Image, page: int | None, name: str) -> None:
         pages = getattr(image, "n_frames", 1)
         if image.format == "MPO":  # a phone's MPO holds a preview behind its photograph
             pages = 1
+    # Which of several pages is meant is not guessed.
     if (page is None and pages > 1) or not 0 <= (page or 0) < pages:
         raise ValueError(
             f"{name}: has {pages} pages or frames, got page={page}; give one from 0 to {pages - 1}"
@@ -129,6 +135,7 @@ def _is_dicom(source: PathLike | bytes, name: str) -> bool:
         files.check_regular(source)
         with _pillow_errors(name), open(source, "rb") as f:
             start = f.read(132)
+    # A preamble of 128 bytes, which may hold anything, and then these four.
     return start[128:] == b"DICM"
 
 
@@ -156,6 +163,7 @@ def to_rgb(image: Picture, where: str) -> Image.Image:
         )
     with _pillow_errors(f"{where}: the image"):
         image.load()
+    # Pillow's convert would clip such greys at 255 and not scale them: most of a radiograph would be white.
     if image.mode[0] in "IF":
         raise ValueError(
             f"{where}: greys of more than 8 bits (mode {image.mode}) need a window: open_image(path, "
@@ -164,6 +172,8 @@ def to_rgb(image: Picture, where: str) -> Image.Image:
     with _pillow_errors(f"{where}: the image (mode {image.mode})"):
         if not image.has_transparency_data:
             return image if image.mode == "RGB" else image.convert("RGB")
+        # La has its alpha multiplied in, and Pillow converts it to LA only. Then onto white: converting RGBA
+        # to RGB drops the alpha and shows whatever colours lie hidden under it.
         image = image.convert({"La": "LA"}.get(image.mode, image.mode)).convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
@@ -196,14 +206,17 @@ def cap_pixels(image: Image.Image, most: int) -> Image.Image:
     if not most or width * height <= most:
         return image
     # Of a long strip one side stays at 1 pixel and the other gives way.
+    # isqrt keeps to whole numbers: a float root could round up, to more pixels than `most`.
     new_width = min(max(1, math.isqrt(most * width // height)), most)
     new_height = min(max(1, math.isqrt(most * height // width)), most // new_width)
     return image.resize((new_width, new_height), Image.Resampling.BICUBIC)
 
 
 def _apply_window(name: str, image: Image.Image, window: tuple[float, float] | None) -> Image.Image:
+    # The numbers of a palette (mode P) are indices of colours, not greys.
     if len(image.getbands()) > 1 or image.mode == "P":
         raise ValueError(f"{name}: a window is for greys, got mode {image.mode}; leave it out")
+    # float64 holds every integer of 32 bits, float32 does not.
     grey = np.asarray(image).astype(np.float64)
     if window is None or not window[0] < window[1] or not np.isfinite(grey).all():
         raise ValueError(
@@ -219,8 +232,10 @@ def _pillow_errors(name: str) -> Iterator[None]:
     """Turn what Pillow raises into a ValueError that begins with `name`."""
     try:
         yield
+    # From the special to the general: this one and UnidentifiedImageError are OSErrors too.
     except FileNotFoundError as e:
         raise ValueError(f"{name}: no such file") from e
+    # Image.open itself refuses what has twice the pixels of its own limit.
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
         raise ValueError(f"{name}: must have at most {LARGEST} pixels ({e}); make it smaller") from e
     except UnidentifiedImageError as e:

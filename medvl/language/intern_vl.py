@@ -13,6 +13,7 @@ from torch import Tensor
 
 from medvl.language.images import Picture, check_statistics, to_rgb
 
+# The last two of these only say whose file it is.
 _READ = {
     "size",
     "min_patches",
@@ -30,6 +31,7 @@ _FIXED = {
     "do_normalize": True,
     "do_convert_rgb": True,
     "rescale_factor": 1 / 255,
+    # PIL's number of bicubic.
     "resample": 3,
     "do_center_crop": False,
     "do_pad": False,
@@ -67,6 +69,7 @@ class TileConfig:
     def __attrs_post_init__(self) -> None:
         names = ("size", "most", "least", "tokens")
         sizes = {name: getattr(self, name) for name in names}
+        # type() and not isinstance: True is an int, and no size.
         wrong = [f"{name}={size!r}" for name, size in sizes.items() if type(size) is not int or size < 1]
         if wrong:
             raise ValueError(f"TileConfig: sizes must be whole numbers >= 1, got {', '.join(wrong)}")
@@ -119,6 +122,7 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
     """Check that a file is InternVL's, with the keys and steps that are known here."""
     classes = {"image_processor_type": "GotOcr2ImageProcessor", "processor_class": "InternVLProcessor"}
     for key, name in classes.items():
+        # transformers' fast classes have the same name with "Fast" behind it.
         if not str(settings.get(key, name)).startswith(name):
             raise ValueError(
                 f"parse_tile_config: {key} must be {name} as in InternVL's files, got {settings[key]!r}"
@@ -148,6 +152,8 @@ def dump_tile_config(cfg: TileConfig) -> dict[str, Any]:
     """The preprocessor_config.json of a record, as `parse_tile_config` and transformers read it."""
     return {
         "image_processor_type": "GotOcr2ImageProcessor",
+        # True says what is done here also to an image processor that is called alone, without InternVL's
+        # processor.
         "crop_to_patches": True,
         "size": {"height": cfg.size, "width": cfg.size},
         "min_patches": cfg.least,
@@ -176,10 +182,14 @@ def tile_grid(cfg: TileConfig, height: int, width: int) -> tuple[int, int]:
         for rows in range(1, cfg.most // columns + 1):
             if columns * rows >= cfg.least:
                 grids.append((columns, rows))
+    # Differences of the ratios themselves, as published, and not of their logarithms: an image and the same
+    # image turned by 90 degrees may so get grids of different fineness.
     distances = [abs(width / height - columns / rows) for columns, rows in grids]
     nearest = min(distances)
     ties = [grid for grid, distance in zip(grids, distances, strict=True) if distance == nearest]
+    # Ties are mostly grids of one ratio (1 x 1, 2 x 2, 3 x 3): the number of tiles decides among them.
     ties.sort(key=math.prod)
+    # More than half of the grid's pixels must be there, so that a small image is not blown up to many tiles.
     filled = [grid for grid in ties if width * height > 0.5 * cfg.size**2 * math.prod(grid)]
     if filled:
         return filled[-1]
@@ -223,6 +233,8 @@ def tile_images(cfg: TileConfig, images: Sequence[Picture]) -> tuple[Tensor, lis
             rgbs.append(rgb)
         except ValueError as e:
             raise ValueError(f"tile_images: image {i}: {e}") from e
+    # All counts are known before any pixel is resized: one allocation for the batch, and no torch.cat, which
+    # would hold all pixels twice.
     out = torch.empty(sum(counts), 3, cfg.size, cfg.size)
     start = 0
     for rgb, count in zip(rgbs, counts, strict=True):
@@ -258,6 +270,7 @@ def _write_tiles(cfg: TileConfig, rgb: Image.Image, out: Tensor) -> None:
     columns, rows = tile_grid(cfg, rgb.height, rgb.width)
     tiles = columns * rows
     _write_grid(cfg, rgb, columns, rows, out[:tiles])
+    # The thumbnail is the whole image on a grid of 1 x 1, so it is squeezed to a square.
     if len(out) > tiles:
         _write_grid(cfg, rgb, 1, 1, out[tiles:])
 
@@ -265,7 +278,9 @@ def _write_tiles(cfg: TileConfig, rgb: Image.Image, out: Tensor) -> None:
 def _write_grid(cfg: TileConfig, rgb: Image.Image, columns: int, rows: int, out: Tensor) -> None:
     resized = rgb.resize((columns * cfg.size, rows * cfg.size), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(resized))
+    # Row by row of the grid, the order in which the model was trained to read tiles.
     out.copy_(rearrange(pixels, "(r y) (c x) rgb -> (r c) rgb y x", r=rows, c=columns))
     mean = torch.tensor(cfg.mean, dtype=torch.float32)[:, None, None]
     std = torch.tensor(cfg.std, dtype=torch.float32)[:, None, None]
+    # One fused factor per channel would round otherwise, and not be bit-equal to transformers.
     out.div_(255).sub_(mean).div_(std)

@@ -41,6 +41,7 @@ _UNSUPPORTED_KEYS = {
 _UNSUPPORTED_TAGS = re.compile(
     r"<(?:video|audio|bbox|ref-object|cot-process|ImageHere|image[ _]?\d+|img)>|<\|(?:image|video|audio)_\d+\|>|</img>"
 )
+# json.loads lets an escape such as "\ud83d" through without its other half.
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half of a UTF-16 pair, which UTF-8 cannot encode
 
 
@@ -55,6 +56,7 @@ def check_order(messages: Sequence[Message], last: str, where: str) -> None:
         ValueError: wrong roles or order, a message of another form, a text that is not UTF-8.
     """
     for i, message in enumerate(messages):
+        # Tested first: `message.get` of a string or a list would raise an AttributeError without a place.
         is_record = isinstance(message, Mapping)
         if (
             not is_record
@@ -108,6 +110,7 @@ def check_other_tags(messages: Iterable[Message], tag: str, where: str) -> None:
         ValueError: beginning with `where`, if one does.
     """
     for message in messages:
+        # Our own tag may be one of those that are looked for, such as <img>.
         if hit := _UNSUPPORTED_TAGS.search(message["content"].replace(tag, "")):
             raise ValueError(
                 f"{where}: the tag {hit[0]} of the {message['role']} stands for something that is not read, "
@@ -127,6 +130,7 @@ def check_keys(record: Mapping[str, Any], where: str, also: Mapping[str, str]) -
     for key, reason in {**_UNSUPPORTED_KEYS, **also}.items():
         if not is_empty(record.get(key)):
             raise ValueError(f'{where}: must not have "{key}": {reason}')
+    # Only a boolean is KTO's: "label" is also a common name for a class, which is kept as an extra.
     if isinstance(record.get("label"), bool):
         raise ValueError(
             f'{where}: must not have "label": {json.dumps(record["label"])}: by KTO it says whether the '

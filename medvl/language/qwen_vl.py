@@ -30,6 +30,7 @@ _FIXED = {
     "do_normalize": True,
     "do_convert_rgb": True,
     "rescale_factor": 1 / 255,
+    # PIL's number of bicubic.
     "resample": 3,
     "do_center_crop": False,
     "do_pad": False,
@@ -100,6 +101,7 @@ def parse_image_config(raw: Mapping[str, Any]) -> ImageConfig:
     if not isinstance(raw, Mapping):
         raise ValueError(f"parse_image_config: must be a record of keys and values, got {type(raw).__name__}")
     settings = {key: value for key, value in raw.items() if value is not None}
+    # Files spell the class in several ways, such as Qwen2VLImageProcessor and Qwen2VLImageProcessorFast.
     if "Qwen" not in str(settings.get("image_processor_type", "Qwen")):
         raise ValueError(
             "parse_image_config: image_processor_type must be one of Qwen-VL's, "
@@ -124,6 +126,8 @@ def parse_image_config(raw: Mapping[str, Any]) -> ImageConfig:
         )
     values: dict[str, Any] = {name: settings.get(key) for name, key in _KEYS.items()}
     for key, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+        # The bounds have moved between versions of transformers; "edge" is a misleading name of theirs for an
+        # area.
         values[key] = settings.get(key, size.get(edge, size.get(key)))
     missing = [_KEYS.get(name, name) for name, value in values.items() if value is None]
     if missing:
@@ -158,16 +162,19 @@ def smart_resize(cfg: ImageConfig, height: int, width: int) -> tuple[int, int]:
     """
     if min(height, width) < 1:
         raise ValueError(f"smart_resize: height and width must be positive, got {height} x {width}")
+    # The limit of Qwen's own code (MAX_RATIO).
     if max(height, width) > 200 * min(height, width):
         raise ValueError(
             f"smart_resize: the longer side must be at most 200 times the shorter, got {height} x {width}; "
             "crop or tile it"
         )
     unit = cfg.patch * cfg.merge
+    # A side below half a unit becomes 0; the area is then below min_pixels, and the image grows.
     h = round(height / unit) * unit
     w = round(width / unit) * unit
     if h * w > cfg.max_pixels:
         shrink = math.sqrt(height * width / cfg.max_pixels)
+        # Down, to stay within the bound, where the lower bound below goes up; a long strip keeps one unit.
         h = max(unit, math.floor(height / shrink / unit) * unit)
         w = max(unit, math.floor(width / shrink / unit) * unit)
     elif h * w < cfg.min_pixels:
@@ -237,10 +244,13 @@ def _write_patches(cfg: ImageConfig, rgb: Image.Image, out: Tensor) -> None:
     unit = cfg.patch * cfg.merge
     mean = torch.tensor(cfg.mean, dtype=torch.float32)[:, None, None]
     std = torch.tensor(cfg.std, dtype=torch.float32)[:, None, None]
+    # A view of the output: [rows of visual tokens, patches of a row, 3, temporal, patch x patch].
     rows = out.view(h // unit, -1, 3, cfg.temporal, cfg.patch**2)
     bands = torch.from_numpy(np.array(rgb)).split(unit)
     # A row of visual tokens at a time stays in the processor's cache.
     for row, band in zip(rows, bands, strict=True):
+        # The patches of one visual token (my mx) lie side by side: the model merges them by a reshape. The
+        # axis of time is 1 here and is expanded, as a still image is repeated.
         patches = rearrange(
             band,
             "(my py) (gx mx px) c -> (gx my mx) c 1 (py px)",
@@ -325,11 +335,13 @@ def mrope(
     # What no row has used yet, the next at the end: (t, h, w, positions from one t to the next), by type of
     # token.
     remaining: dict[int, list[tuple[int, int, int, Any]]] = {1: [], 2: []}
+    # Reversed, since taking from the end of a list is cheap.
     for t, h, w in reversed(images):
         remaining[1].append((t, h, w, 1.0))
     for (t, h, w), interval in reversed(list(zip(videos, seconds, strict=True))):
         remaining[2].append((t, h, w, tokens_per_second * interval))
 
+    # On the CPU: the loops below would wait for the device at every image.
     exists = mask.cpu()
     positions = torch.zeros(3, *ids.shape, dtype=torch.int64)
     deltas = list[int]()
@@ -338,8 +350,11 @@ def mrope(
         positions[:, i, exists[i]] = row
         delta = 0
         if row.numel():
+            # What transformers calls rope_deltas: an image takes fewer positions than tokens, so that the
+            # position of a new token is the number of tokens plus this.
             delta = int(row.max()) + 1 - row.shape[1]
         deltas.append(delta)
+    # Images without tokens: ids that were truncated, or grids of another batch.
     if remaining[1] or remaining[2]:
         counts = (types * exists).gt(0).sum(1).tolist()
         raise ValueError(
@@ -378,10 +393,12 @@ def _row_positions(types: Tensor, remaining: dict[int, list], row: int) -> Tenso
                     "tokens by "
                     f"its grid, found {count}; never truncate visual tokens"
                 )
+            # Cut to whole positions after the product, so that the error does not add up over a video.
             time = (torch.arange(t) * interval).long()
             axes = torch.meshgrid(time, torch.arange(h), torch.arange(w), indexing="ij")
             pieces.append(torch.stack(axes).view(3, -1) + position)
             token += size
+            # Not h x w: the text goes on behind the longer side of the image (section 2.1 of the paper).
             position += max(h, w)
             count -= size
     return torch.cat(pieces, 1)

@@ -64,6 +64,7 @@ def init_model(
     Raises:
         ValueError: as `chat.open_chat`; a stage that trains what is not there.
     """
+    # One generator for model, extension and adapter, in this order: another order would be other weights.
     gen = Generator().manual_seed(cfg.seed)
     tok = chat.tokenizer_of(cfg.model, folder, texts, lower=lower)
     opened, weights = chat.open_chat(cfg.model, cfg.chat, tok, gen, device=device, shard=cfg.train.shard)
@@ -73,6 +74,7 @@ def init_model(
     adapter = stages.init_trained_adapter(cfg.train, cfg.lora, opened.skeleton, gen, device)
     if adapter is not None:
         params = params | {"lora": adapter.factors}
+    # All stages before the first begins: a wrong pattern of the last would show after days of training.
     for stage in cfg.train.stages:
         stages.check_trainable(stage, params)
     return LanguageModel(cfg=cfg, chat=opened, adapter=adapter, train=cfg.train), params
@@ -106,6 +108,7 @@ def loss_function(
 ) -> Callable[[Params, Mapping[str, Tensor]], tuple[Tensor, Tensor, gradients.Aux]]:
     """(all parameters, batch) -> sum of the losses of its trained tokens, and their number."""
     skeleton = model.chat.skeleton
+    # For training only: generation needs the cache, which checkpointed layers leave empty.
     if model.train.checkpoint:
         skeleton = skeletons.checkpointed(skeleton)
 
@@ -188,11 +191,13 @@ def answer_prompts(
         ValueError: as `progress.run_batches`.
     """
     weights = model_weights(model, params)
+    # Letters and texts are computed differently, so that no batch holds both.
     by_letter = [i for i in range(len(prompts.samples)) if options and options[i]]
     letters = {*by_letter}
     by_text = [i for i in range(len(prompts.samples)) if i not in letters]
 
     def answer_batch(rows: Sequence[int]) -> list[dict[str, Any]]:
+        # Left, since new tokens follow the last column.
         batch = chat.make_batch(model.chat, prompts, rows, side="left")
         texts: Sequence[str]
         if rows[0] in letters:
@@ -207,6 +212,7 @@ def answer_prompts(
         lines = [line for rows in track(batches, "answering, batch") for line in answer_batch(rows)]
     else:
         lines = run_batches(path, batches, answer_batch, title="answering")
+    # Lines come in the order of the batches: first the letters.
     answers = {line["row"]: line["answer"] for line in lines}
     return [answers[row] for row in range(len(prompts.samples))]
 
@@ -233,10 +239,12 @@ def stamp_answers(
     preprocessor = vision.preprocessor if vision is not None else {}
     facts = [str(sampling), str(model.chat.dtype), preprocessor, [str(setting) for setting in settings]]
     content = hashlib.sha256(json.dumps([*facts, skeletons.weights_digest(params)]).encode())
+    # Each once: many conversations may show the same image or slide.
     names = {item for conversation in prompts.conversations for item in conversation.items}
     digests = {item: items(item) for item in track(sorted(names), "hashing what is shown")}
     for conversation, sample in zip(prompts.conversations, prompts.samples, strict=True):
         shown = [digests[item] for item in conversation.items]
+        # In the order of the prompts, since kept answers are found again by their number.
         content.update(json.dumps([sample.ids.tolist(), shown]).encode())
     return content.hexdigest()[:8]
 
@@ -248,6 +256,7 @@ def unfinished_answers(folder: Path, stamp: str) -> Path:
 
 def remove_unfinished_answers(folder: Path) -> None:
     """Remove the kept answers, those of other weights too, once what is made of them is written."""
+    # Those with another stamp are of settings or weights that nobody goes on with.
     for path in folder.glob(f"answers*{_UNFINISHED}"):
         path.unlink()
 
@@ -275,6 +284,7 @@ def show_labels(
     """
     if not 0 <= number < len(conversations):
         raise ValueError(f"labels: sample must be below {len(conversations)}, got {number}")
+    # The device "meta" has shapes and no storage: labels are shown at once, however large the model.
     model, _ = init(device=torch.device("meta"))
     opened = model.chat
     # A conversation of a reasoning model is one sample for each answer.
@@ -296,6 +306,7 @@ def estimate_memory(
         conversations, item: of `chat.fullest_batch`.
     """
     rows = stages.estimate_rows(model.train, number_of_processes)
+    # The longest conversations: memory must be enough for the worst batch, not for a usual one.
     batch = chat.fullest_batch(model.chat, conversations, rows, item)
     loss, cut = loss_function(model), partial(chat.micro_batch, model.chat)
     return {

@@ -29,6 +29,7 @@ class Placeholder:
     after: str = ""
 
 
+# As the published chat templates and processors of the two families write an image.
 QWEN_VL = Placeholder(token="<|image_pad|>", before="<|vision_start|>", after="<|vision_end|>")
 INTERN_VL = Placeholder(token="<IMG_CONTEXT>", before="<img>", after="</img>")
 
@@ -39,11 +40,13 @@ def _make_template(before: str, after: str, end: str, system: str = "") -> str:
     Args:
         system: content of the system turn of conversations that have none.
     """
+    # repr quotes the pieces: Python's and Jinja's literals agree on quotes and on \n.
     turns = f"{{% for m in messages %}}{{{{ {before!r} + m.role + {after!r} + m.content + {end!r} }}}}{{% endfor %}}"
     generation_header = repr(f"{before}assistant{after}")
     template = turns + "{% if add_generation_prompt %}{{ " + generation_header + " }}{% endif %}"
     if not system:
         return template
+    # What such templates do by themselves: a conversation without a system turn gets the model's default one.
     system_turn = repr(f"{before}system{after}{system}{end}")
     return "{% if messages[0].role != 'system' %}{{ " + system_turn + " }}{% endif %}" + template
 
@@ -113,6 +116,8 @@ def render_conversation(
     plain = _plain_messages(messages)
     last = len(plain) - 1
     ends_with_answer = plain[last]["role"] == "assistant"
+    # The rendered answer is not looked at: a template that takes the reasoning out of answers would change
+    # it.
     if turns == "raw" and ends_with_answer:
         prompt = _apply_template(tok, fmt, plain[:last], generation=True)
         answer = plain[last]["content"]
@@ -127,13 +132,18 @@ def render_conversation(
     stripped = 0
     for i in trained:
         content = plain[i]["content"]
+        # Rendered as generation will render it, and not searched for in the text: the words of an answer may
+        # stand in a question too.
         prompt = _apply_template(tok, fmt, plain[:i], generation=True)
         span = _find_answer(text, prompt, content)
         if span is None:
             raise ValueError(_misplaced_answer(fmt, len(spans) + 1, text, prompt))
         spans.append(span)
+        # Only white space can be missing here, all else was refused above.
         stripped += not text[slice(*span)].endswith(content)
 
+    # Only where the template closes the turn with nothing but white space; what it writes there otherwise
+    # stays.
     if fmt.end and trained and trained[-1] == last:
         stop = spans[-1][1]
         if not text[stop:].strip():
@@ -150,6 +160,7 @@ def answer_tail(tok: Any, fmt: ConversationFormat, prompt: Sequence[Message]) ->
     """
     mark = "the answer"
     messages = [*_plain_messages(prompt), {"role": "assistant", "content": mark}]
+    # The last one: the mark may stand in a question or a system turn as well.
     before, _, tail = _apply_template(tok, fmt, messages, generation=False).rpartition(mark)
     if not before:
         raise ValueError(f"encode: {fmt.description} drops the answer {mark!r}")
@@ -207,6 +218,7 @@ def template_text(tok: Any, fmt: ConversationFormat = ConversationFormat()) -> s
     jinja = _jinja_template(tok, fmt.template)
     defaults = ""
     for name, value in fmt.options.items():
+        # Only where it is not defined, so that callers of apply_chat_template can still choose another value.
         defaults += (
             f"{{% if {name} is not defined %}}{{% set {name} = {_jinja_literal(value)} %}}{{% endif %}}"
         )
@@ -214,6 +226,7 @@ def template_text(tok: Any, fmt: ConversationFormat = ConversationFormat()) -> s
 
 
 def _plain_messages(messages: Sequence[Message]) -> list[dict[str, str]]:
+    # No other keys: templates look for some, such as reasoning_content and tool_calls, and would write them.
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
@@ -254,6 +267,8 @@ def _jinja_template(tok: Any, template: str | None) -> str:
             f"encode: the tokenizer's chat template must be text, got {short(jinja)}; name another "
             "(chat.template)"
         )
+    # Without a brace it is a misspelt name: Jinja would take it for a template that always writes these
+    # letters.
     if not jinja or (template and "{" not in jinja):
         problem = "the tokenizer has none"
         if template:
@@ -291,6 +306,7 @@ def _find_answer(text: str, prompt: str, content: str) -> Span | None:
         return None
     start = len(prompt)
     stripped = content.strip()
+    # Unchanged first: the stripped text is the beginning of one with a space behind it, which would be lost.
     for answer in (content, stripped):
         if text.startswith(answer, start):
             return start, start + len(answer)
@@ -310,6 +326,7 @@ def _misplaced_answer(fmt: ConversationFormat, number: int, text: str, prompt: s
         if a != b:
             differs = i
             break
+    # A little of what is still alike, to find the place in the template by.
     near = slice(max(differs - 20, 0), differs + 40)
     return (
         f"encode: {fmt.description} must put answer {number} unchanged behind the prompt of generation, "

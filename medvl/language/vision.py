@@ -40,6 +40,7 @@ class Vision:
 
 def item_range(batch: Batch, rows: slice) -> tuple[int, int]:
     """The first item of these rows of a batch, and the one behind the last: for `Vision.select_rows`."""
+    # Items lie one behind the other over all rows, without an axis of rows, so that counts are summed up.
     return int(batch["images"][: rows.start].sum()), int(batch["images"][: rows.stop].sum())
 
 
@@ -66,9 +67,12 @@ def vision_of(
     encoder = config["vision_config"]
     raw = None
     if name:
+        # Newer versions of transformers write the image settings into processor_config.json, under
+        # "image_processor".
         raw = read_json(find_file(name, ("preprocessor_config.json", "processor_config.json")))
     if kind == "internvl":
         side = encoder["image_size"]
+        # transformers writes [height, width]; tiles are square.
         side = side[0] if isinstance(side, list) else side
         tile_config = intern_vl.parse_tile_config(raw) if raw else intern_vl.TileConfig(size=side)
         # What a tile becomes is decided by the model, whatever the file says.
@@ -122,13 +126,17 @@ def qwen_patches(cfg: qwen_vl.ImageConfig, *, window: tuple[float, ...] = ()) ->
 
     def select_rows(batch: Batch, rows: slice) -> dict[str, Tensor]:
         first, stop = item_range(batch, rows)
+        # A micro-batch of texts alone: the model refuses pixel_values without placeholders, empty ones too.
         if stop == first:
             return {}
         grid = batch["image_grid_thw"]
+        # Patches of every image [n]: pixel_values is [all patches, features], and where an image begins in it
+        # only the grids say.
         patches = grid.prod(1)
         start, end = int(patches[:first].sum()), int(patches[:stop].sum())
         return {"image_grid_thw": grid[first:stop], "pixel_values": batch["pixel_values"][start:end]}
 
+    # 2 x 2 visual tokens; for Qwen2-VL 56 pixels a side, just its min_pixels.
     side = 2 * cfg.patch * cfg.merge
     return Vision(
         placeholder=QWEN_VL,
@@ -151,6 +159,7 @@ def intern_tiles(cfg: intern_vl.TileConfig, *, max_pixels: int = 0, window: tupl
     def count_tokens(item: Path | Image.Image) -> int:
         width, height = open_item(item, window=window, max_pixels=max_pixels).size
         columns, rows = intern_vl.tile_grid(cfg, height, width)
+        # A single tile is the whole image already.
         thumbnail = cfg.thumbnail and columns * rows > 1
         return intern_vl.count_tile_tokens(cfg, columns * rows + thumbnail)
 
@@ -183,6 +192,7 @@ def open_item(
     """An image of at most `max_pixels` pixels (0 = no limit); one that is open is taken as it is."""
     if isinstance(item, Image.Image):
         return item
+    # only_deep: a folder may mix PNGs of 8 bits, which need no window, with 16-bit and DICOM files.
     levels = images.check_window(window, "chat.window")
     image = images.open_image(item, window=levels, only_deep=True)
     return images.cap_pixels(image, max_pixels)

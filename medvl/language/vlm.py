@@ -78,6 +78,7 @@ def splice(
         )
     # The placeholder need not be in the table, so that id 0 is looked up in its place.
     text = F.embedding(ids.masked_fill(is_visual, 0), embedding)
+    # It fills from left to right and row by row, just the order of `visual`.
     return text.masked_scatter(is_visual[..., None], visual.to(text.dtype))
 
 
@@ -171,6 +172,8 @@ def model_inputs(skeleton: Skeleton, batch: Mapping[str, Any]) -> dict[str, Any]
     _check_rows(skeleton, ids if embeds is None else None, mask)
     _check_images(skeleton, batch, ids)
 
+    # Loss and bookkeeping are the caller's: with labels the model would compute all logits for a loss of its
+    # own.
     inputs = {k: v for k, v in batch.items() if k not in _NOT_PASSED_ON and v is not None}
     takes = inspect.signature(skeleton.module.forward).parameters
     unknown = sorted(inputs.keys() - takes.keys() - {"mm_token_type_ids"})
@@ -205,6 +208,7 @@ def _checked_mask(batch: Mapping[str, Any]) -> Tensor:
                 "vlm: inputs_embeds must be floats [b, t, d], with [b, t] as of ids if there are any, "
                 f"got {_describe(embeds)}"
             )
+        # Only its shape [b, t] is used.
         tokens = embeds[..., 0]
     mask = batch.get("mask")
     if mask is None:
@@ -266,14 +270,17 @@ def _positions(skeleton: Skeleton, batch: Mapping[str, Any], ids: Tensor | None,
     """Positions int64 [b, t], or [3, b, t] of an architecture with three axes."""
     positions = batch.get("position_ids")
     modules = (skeleton.module, getattr(skeleton.module, "model", None))
+    # Whether transformers' code has such positions at all; which of them are made here `_MROPE` says.
     three_axes = any(hasattr(module, "get_rope_index") for module in modules)
     if positions is not None:
         _check_positions(positions, mask, three_axes)
         return positions
+    # Left padding counts to -1, which no table of positions has; what stands there is masked anyway.
     one_axis = (mask.cumsum(1) - 1).clamp(min=0)
     visual_inputs = [name for name in _VISUAL_INPUTS if batch.get(name) is not None]
     if not three_axes:
         return one_axis
+    # Text has the same position on all three axes.
     if not visual_inputs and ids is not None:
         return one_axis.expand(3, -1, -1)
 
@@ -377,6 +384,7 @@ def _count_visual_tokens(skeleton: Skeleton, batch: Mapping[str, Any], pixels: T
                 f"vlm: {skeleton.name} needs image_grid_thw [n, 3] beside pixel_values: its positions have "
                 "three axes"
             )
+        # Patches before merging: pixel_values has a row for each.
         patches = int(grid.prod(1).sum())
         if patches != len(pixels):
             raise ValueError(
@@ -386,6 +394,7 @@ def _count_visual_tokens(skeleton: Skeleton, batch: Mapping[str, Any], pixels: T
     if skeleton.config.get("model_type") == "internvl":
         height, width = pixels.shape[-2:]
         patch_height, patch_width = vision["patch_size"]
+        # The pixel shuffle behind the encoder joins patches: with a ratio of 0.5, four to a token.
         patches_of_tile = (height // patch_height) * (width // patch_width)
         return len(pixels) * int(patches_of_tile * skeleton.config["downsample_ratio"] ** 2)
     return None
@@ -393,6 +402,7 @@ def _count_visual_tokens(skeleton: Skeleton, batch: Mapping[str, Any], pixels: T
 
 def _effective_settings(config: Mapping[str, Any], names: set[str]) -> set[str]:
     """Those of the names that this config, or one inside it, sets to a value with an effect."""
+    # Configs of vision-language models have that of the text inside them.
     settings = set[str]()
     for name, value in config.items():
         if name in names and value not in _NO_EFFECT:

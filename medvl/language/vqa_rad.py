@@ -45,6 +45,7 @@ _MODALITY_NAMES = {
     "ultrasound": r"ultrasound|sonogram|sonography",
     "pet": r"pet",
 }
+# \b would not do: there is none between the dot of "c.t." and a space. The s is of plurals.
 _MODALITY_WORDS = {
     name: rf"(?<![a-z0-9])(?:{names})s?(?![a-z0-9])" for name, names in _MODALITY_NAMES.items()
 }
@@ -128,6 +129,7 @@ def convert_vqa_rad(
     case_of = _cases_of_images(questions)
     shares = {"valid": valid, "test": test}
     if split == "published":
+        # The flag chooses the tested questions, so that all cases are shared out between train and valid.
         shares["test"] = 0.0
     tasks_of_cases = [(case_of[question.image], task_of[question.image]) for question in usable]
     split_of = _assign_splits(tasks_of_cases, shares, seed)
@@ -140,7 +142,9 @@ def convert_vqa_rad(
             place = "test"
         picture = paths[question.image]
         if size:
+            # Written later, when all tables are known to be right.
             picture = _png_path(folder, question.image)
+        # Relative to the table, as `read_conversations` reads names.
         name = Path(os.path.relpath(picture.resolve(), folder.resolve())).as_posix()
         lines[place].append(_format_line(question, task_of[question.image], name))
         splits_of_images[question.image].add(place)
@@ -211,6 +215,7 @@ def modality_of(question: str, answer: str) -> str:
     in_question = _named_modalities(question)
     if len(in_answer) == 1:
         return in_answer[0]
+    # The question alone says it only if the answer affirms it or it takes it for granted.
     if not in_answer and len(in_question) == 1:
         modality = in_question[0]
         confirmed = answer.strip(" .") == "yes" and _ASKS_MODALITY.match(question)
@@ -235,6 +240,7 @@ def _tasks_of_images(questions: Iterable[_Question], group: str) -> dict[str, st
     for image, names in modalities.items():
         names.discard("")  # questions that say none
         if len(names) == 1:
+            # Its only one.
             task_of[image] = min(names)
     return task_of
 
@@ -251,6 +257,7 @@ def _read_questions(source: Path) -> tuple[list[_Question], int]:
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{source}: must be a JSON list of questions, got {short(rows)}")
     questions = [_parse_question(row, f"{source}, question {i}") for i, row in enumerate(rows)]
+    # Parsed before they are left out, so that a file of another format is an error and not an empty table.
     complete = [question for question in questions if question.question and question.answer]
     if not complete:
         raise ValueError(f"{source}: none of its {len(rows)} questions has a text and an answer")
@@ -283,6 +290,7 @@ def _parse_question(row: Any, where: str) -> _Question:
         {"role": "user", "content": text["question"]},
         {"role": "assistant", "content": text["answer"]},
     ]
+    # The tag of the image is put in by `_format_line`; a text that holds one would ask for a second image.
     check_tags(messages, "<image>", 0, where)
     types = []
     for name in text["question_type"].split(","):
@@ -314,6 +322,7 @@ def _find_images(names: set[str], folder: Path) -> dict[str, Path]:
         raise ValueError(
             f"{folder}: {len(missing)} of {len(paths)} images are not there: {', '.join(missing[:3])}{more}"
         )
+    # The name without its suffix is that of the shrunk PNG and of the episode.
     stems = Counter(Path(name).stem for name in paths)
     for stem, count in stems.items():
         if count > 1:
@@ -359,13 +368,16 @@ def _assign_splits(
     for case, task in tasks_of_cases:
         tasks[case].add(task)
     strata = defaultdict[str, list[str]](list)
+    # Sorted, so that the split depends on the seed and not on the order of the file.
     for case in sorted(tasks):
+        # A case with images of several tasks is of a kind of its own: it cannot be cut.
         strata[" and ".join(sorted(tasks[case]))].append(case)
 
     split_of = dict[str, str]()
     rng = np.random.default_rng(seed)
     for task in sorted(strata):
         cases = strata[task]
+        # At least one case of every task in every split, or the task could not be scored there.
         counts = {name: max(1, round(share * len(cases))) for name, share in shares.items() if share}
         if sum(counts.values()) >= len(cases):
             raise ValueError(
@@ -408,6 +420,7 @@ def _count_repeats(questions: Iterable[_Question]) -> dict[str, int]:
     """
     answers = defaultdict[tuple[str, str], list[str]](list)
     for question in questions:
+        # Compared by their words: the published texts differ in case and punctuation.
         answers[question.image, _words(question.question)].append(_words(question.answer))
     repeated = [texts for texts in answers.values() if len(texts) > 1]
     contradicting = [texts for texts in repeated if len(set(texts)) > 1]
@@ -423,6 +436,7 @@ def _shrink_image(source: Path, target: Path, size: int) -> None:
     image = open_image(source)
     longest = max(image.size)
     if longest > size:
+        # Of a thin strip the shorter side would round to 0.
         width, height = (max(1, round(side * size / longest)) for side in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     with files.atomic(target) as tmp:
