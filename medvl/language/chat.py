@@ -460,8 +460,8 @@ def training_batches(chat: Chat, data: Encoded, size: int, seed: int) -> Callabl
     Raises:
         ValueError: as `order.batch_indices`.
     """
-    # Every sample is a group of its own: answers that are alike do not disturb each other in a batch, as equal
-    # reports do in contrastive training.
+    # Every sample is a group of its own: answers that are alike do not disturb each other in a batch, as
+    # equal reports do in contrastive training.
     names = [str(i) for i in range(len(data.samples))]
     share = order.batch_indices(names, size, seed, rank=processes.rank(), world=processes.world_size())
     return lambda i: make_batch(chat, data, share(i))
