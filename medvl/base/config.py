@@ -16,11 +16,11 @@ import cattrs
 
 _log = logging.getLogger("medvl")
 T = TypeVar("T")
-_LARGEST = 1e30  # float32 ends at 3e38, and numbers of a record are multiplied
-Hook = Callable[[Any, Any], Any]
+_LARGEST = 1e30  # of floats: float32 ends at 3e38, and numbers of a record are multiplied
+Hook = Callable[[Any, Any], Any]  # of cattrs: (plain value, type of the field) -> value of that type
 DEPTH = 32  # how deep settings may be nested; a model's config has about four levels
-# Bounds of common settings, for `in_bounds` and `check_bounds`. The upper ones are far above what anybody
-# needs: they catch a slip of the keyboard at once.
+# Bounds (lowest, highest) of common settings, for `in_bounds` and `check_bounds`. The upper ones are far above
+# what anybody needs: they catch a slip of the keyboard at once.
 COUNT = (1, 2**31 - 1)  # samples, steps, tokens
 COUNT_OR_NONE = (0, 2**31 - 1)
 WIDTH = (1, 2**17)  # of vectors and tables, and pixels of a side
@@ -41,6 +41,7 @@ def load_record(path: str | os.PathLike, record: type[T], overrides: tuple[str, 
     """Structure a `.toml` or `.json` file into the attrs class `record`.
 
     Args:
+        record: the class, not an instance of it.
         overrides: `"key.path=value"` strings, the value in TOML syntax (a bare word counts as a string);
             `stages.1.lr=3e-5` walks lists.
     Raises:
@@ -104,8 +105,8 @@ def load_run(folder: str | os.PathLike, record: type[T]) -> T:
     """The record that a run was trained with.
 
     Raises:
-        ConfigError: no run; or its `config.json` was changed since, in more than data and evaluate (which a
-            warning says).
+        ConfigError: no run; or its `config.json` was changed since, and not only below `data` and
+            `evaluate`: changes of these two are allowed, with a warning.
     """
     path = run_folder(folder) / "config.json"
     environment = path.with_name("environment.json")
@@ -139,6 +140,9 @@ def system_of(folder: str | os.PathLike) -> str:
 def override(raw: dict[str, Any], overrides: tuple[str, ...], source: str = "record") -> dict[str, Any]:
     """A copy of `raw` with each `"key.path=value"` set. New keys are allowed here; `structure` refuses
     unknown ones.
+
+    Args:
+        source: what messages call the settings, such as their file (likewise in the functions below).
     """
     # Tables inside are changed below, and those of the caller must not be.
     raw = copy.deepcopy(raw)
@@ -199,9 +203,10 @@ def table(
 
     Args:
         default: the record where there is no table; left out, there must be one.
-        defaults: the values of keys that a table leaves out. Under the key of a list of tables they are those
-            of each of them: given as a dict, the list itself must be there; as a list of one dict, that list
-            is the default, too.
+        defaults: the values of keys that a table leaves out. Where a key holds a list of tables, its dict
+            completes each table of that list: with {"stages": {"lr": 1e-3}} every stage without lr gets it,
+            and a table without stages still has none. With a list of one dict, {"stages": [{"lr": 1e-3}]},
+            a table without stages gets that list, too.
         upgrade: a table in the older spelling -> the same in the present one.
         check: an attrs validator, called with (record, field, value).
     """
@@ -215,37 +220,39 @@ def _with_defaults(raw: Any, record: Any) -> Any:
         return raw
     completed = dict(raw)
     for field in attrs.fields(record):
-        table = raw.get(field.name)
+        settings = raw.get(field.name)
         # No table, or something that `structure` will refuse.
-        if not isinstance(table, dict):
+        if not isinstance(settings, dict):
             continue
         # First the spelling: what follows looks keys up by their present names.
         if field.metadata.get("upgrade"):
-            table = field.metadata["upgrade"](table)
+            settings = field.metadata["upgrade"](settings)
         if field.metadata.get("subrecord"):
             defaults = unstructure(field.default)
             # A key that contradicts one the table sets must not come from the default.
             for key_field in attrs.fields(type(field.default)):
-                if key_field.metadata.get("unless") in table:
+                if key_field.metadata.get("unless") in settings:
                     del defaults[key_field.name]
-            table = defaults | table
-        table = _fill_defaults(table, field.metadata.get("defaults", {}))
-        # The arguments of "record or None" hold the record.
+            settings = defaults | settings
+        settings = _fill_defaults(settings, field.metadata.get("defaults", {}))
+        # Of a field "SomeRecord | None" each side is tried; what is no record leaves the settings as they are.
         for kind in get_args(field.type) or (field.type,):
-            table = _with_defaults(table, kind)
-        completed[field.name] = table
+            settings = _with_defaults(settings, kind)
+        completed[field.name] = settings
     return completed
 
 
-def _fill_defaults(table: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    filled = dict(table)
+def _fill_defaults(settings: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """A table completed by the `defaults` of its field, in the sense of `table`."""
+    filled = dict(settings)
     for key, default in defaults.items():
         # For a list of tables, the defaults of each of its tables.
         item_defaults = default[0] if isinstance(default, list) else default
-        items = table.get(key)
+        items = settings.get(key)
         if isinstance(items, list) and isinstance(item_defaults, dict):
             filled[key] = [item_defaults | item if isinstance(item, dict) else item for item in items]
-        elif key not in table and not isinstance(default, dict):
+        # A dict stands for no value of the key: it says only what the tables of a list leave out.
+        elif key not in settings and not isinstance(default, dict):
             filled[key] = default
     return filled
 
@@ -278,6 +285,7 @@ def check_bounds(record: Any, section: str, **bounds: tuple[float, float]) -> No
 
 
 def _check_bounds(value: Any, name: str, low: float, high: float) -> None:
+    # A record holds its arrays as tuples.
     numbers = value
     if not isinstance(value, tuple):
         numbers = (value,)
@@ -383,6 +391,7 @@ def _check_plain(value: Any, source: str, path: str = "$", depth: int = 0) -> No
         for i, item in enumerate(value):
             _check_plain(item, source, f"{path}[{i}]", depth + 1)
     elif isinstance(value, str):
+        # NUL, and halves of surrogate pairs, which JSON can spell and UTF-8 cannot.
         if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
             raise ConfigError(f"{source}: text holds characters that no file can hold, {value!a} @ {path!a}")
     elif isinstance(value, int) and not -(2**63) <= value < 2**63:
@@ -396,6 +405,7 @@ def _check_plain(value: Any, source: str, path: str = "$", depth: int = 0) -> No
 
 
 def _step(node: Any, key: str, source: str, path: str) -> Any:
+    """What lies one key below a table or array; a table that lacks the key gets an empty one there."""
     if isinstance(node, list):
         return node[_index(node, key, source, path)]
     if isinstance(node, dict):
@@ -404,15 +414,19 @@ def _step(node: Any, key: str, source: str, path: str) -> Any:
 
 
 def _index(node: list, key: str, source: str, path: str) -> int:
+    """The key of an override as an index of an array."""
+    # The length first: int() refuses thousands of digits, with a message that names no setting.
     if not key.isdecimal() or len(key) > 9 or int(key) >= len(node):
         raise ConfigError(f"{source}: --set {path}: must be an index below {len(node)}, got {key!r}")
     return int(key)
 
 
 def _describe(e: BaseException, kind: type | None) -> str:
-    """What is wrong, in the words of a ConfigError; called by cattrs for each fault."""
+    """What is wrong, in the words of a ConfigError; called by cattrs for each fault (with a type that is not
+    needed here).
+    """
     if isinstance(e, cattrs.ForbiddenExtraKeysError):
-        keys: list[str] = []
+        keys: list[str] = []  # that the record has, for the reader of the message
         if attrs.has(e.cl):
             keys = [field.name for field in attrs.fields(e.cl)]
         unknown = ", ".join(sorted(map(repr, e.extra_fields)))
@@ -423,7 +437,7 @@ def _describe(e: BaseException, kind: type | None) -> str:
 
 
 # cattrs alone would convert: "7" to 7, 7.9 to 7, "abc" to ("a", "b", "c"). These hooks take a value as it is
-# or refuse it.
+# or refuse it. Their second argument, the type, is known where a hook is made.
 def _exact_hook(kind: type) -> Hook:
     def hook(value: Any, _: Any) -> Any:
         # `lr = 1` is a float that nobody would write as 1.0. `type` and not isinstance: True is an int.
@@ -474,7 +488,8 @@ def _tuple_hook(kind: Any) -> Hook:
     return hook
 
 
-# One of our own: hooks in cattrs' global converter would change other libraries that use it.
+# What `structure` and `unstructure` use. One of our own: hooks in cattrs' global converter would change other
+# libraries that use it.
 _converter = cattrs.Converter(forbid_extra_keys=True)
 for _kind in (int, float, bool, str):
     _converter.register_structure_hook(_kind, _exact_hook(_kind))

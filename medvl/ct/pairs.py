@@ -19,14 +19,15 @@ _log = logging.getLogger(__name__)
 class Pairs:
     """Volumes that have a report, in the order of their names."""
 
-    store: Store
-    names: tuple[str, ...]
+    store: Store  # of the volumes, or of features of their slices
+    names: tuple[str, ...]  # of volumes
     # For each volume the parts of its report that have text: {"findings": ..., "impression": ...}
     texts: tuple[dict[str, str], ...]
 
     @property
     def scans(self) -> list[str]:
         """The scan of every volume; reconstructions of one scan share it."""
+        # `names` is the module, `self.names` the field.
         return [names.scan_of(n) for n in self.names]
 
 
@@ -68,8 +69,9 @@ def read_slices(store: Store, volumes: Sequence[str]) -> dict[str, Tensor]:
 
     Returns:
         "slices" [b, s, ...] as stored, "mask" bool [b, s] (scan, not padding), "position_mm" float32 [b, s],
-        height along the body axis.
+        height along the body axis, 0 at the first slice of the stored volume (padding or not).
     """
+    # A row of the store has, among others, "occupied": its slices first:stop are scan, the others padding.
     rows = [store.row(name) for name in volumes]
     # Padding at both ends is left out where no volume of the batch needs it.
     first = min(row["occupied"][0] for row in rows)
@@ -96,25 +98,27 @@ def draw_text(
 
     Args:
         text_of_part: {part: text} of the parts that have text.
-        shares: {part: how often it is drawn, relative to the others}.
+        shares: {part: how often it is drawn, relative to the others}, for every part of `text_of_part`.
+            Where all of them are 0 the first part is taken.
         most: number of sentences at most; 0 takes the whole part.
     """
     present = list(text_of_part)
     weights = torch.tensor([shares[part] for part in present])
     part = present[0]
-    # A single part, or parts with no share, take no random number.
+    # A single part, or parts whose shares are all 0, take no random number: the first is the one.
     if len(present) > 1 and weights.sum() > 0:
         part = present[int(torch.multinomial(weights, 1, generator=gen))]
     return some_sentences(text_of_part[part], most, gen)
 
 
 def some_sentences(text: str, most: int, gen: torch.Generator) -> str:
-    """One to `most` random sentences of a report in random order; the text itself where `most` is 0.
+    """One to `most` random sentences of a report in random order; the text itself where `most` is 0 or it is
+    one sentence.
 
     A report is a set of statements, so a part of them is still true. Leaving some out shows which words
     belong to which finding, and keeps the text tower from learning whole reports by heart.
     """
-    # Nothing is drawn from `gen` then.
+    # Nothing is drawn from `gen` here, nor for a single sentence below.
     if not most:
         return text
     # A sentence ends in "." or ";" before a space: "2.5 mm" stays whole.

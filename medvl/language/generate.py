@@ -1,6 +1,7 @@
 """Generation of answers and likelihoods of given answers.
 
 Batched, one token at a time with a cache, greedy or sampled, over allowed tokens, and streamed as text.
+In shapes b are the rows of the batch, v the vocabulary, t the tokens of the prompt, n those of an answer.
 """
 
 import copy
@@ -19,7 +20,10 @@ from medvl.language import vlm
 
 # (step, ids generated so far [b, step]) -> bool mask over the vocabulary, [v] or [b, v]
 Allowed = Callable[[int, Tensor], Tensor]
-Gens = torch.Generator | Sequence[torch.Generator]
+Gens = torch.Generator | Sequence[torch.Generator]  # one for the batch, or one for each row
+# What `_choose_tokens` gives in place of a token id.
+_NONE_ALLOWED = -1
+_NOT_FINITE = -2
 _PARTIAL = "\ufffd"  # stands for bytes that are no complete character (yet) in the text of a tokenizer
 
 
@@ -95,7 +99,8 @@ def generate(
     its own it is the same in any batch.
 
     Args:
-        params: weights of `skeleton`, of any kind; weights per sample must be for the rows of this batch.
+        params: weights of `skeleton`, of any kind (see `medvl.weights`); of a kind that differs from sample
+            to sample, those for the rows of this batch.
         inputs: a batch as of `vlm.model_inputs`, padded on either side; images are encoded once, with the
             prompt.
         tok: tokenizer; needed for texts, stop strings and `on_token`.
@@ -119,15 +124,15 @@ def generate(
     rows, vocabulary = _check_size(cfg, skeleton, call)
     # All numbers in advance: how many a row uses does not change those of the other rows.
     draws = _draw_uniform(cfg, gen, rows, call["attention_mask"].device)
-    device = draws.device
+    device = draws.device  # where the batch is
     answers = [_Answer() for _ in range(rows)]
 
     def loop(model: nn.Module) -> None:
-        steps = _next_logits(model, call, cfg.max_tokens)
+        decoder = _next_logits(model, call, cfg.max_tokens)
         generated = torch.zeros(rows, cfg.max_tokens, dtype=torch.int64, device=device)
         end = torch.tensor(cfg.end, dtype=torch.int64, device=device)
-        logits = next(steps)
-        used = _prompt_tokens(call, vocabulary)
+        logits = next(decoder)
+        used = _prompt_tokens(call, vocabulary)  # by the prompt, and by each row's answer as it grows
         for step in range(cfg.max_tokens):
             logits = penalise_repetition(cfg, logits, used)
             if step < cfg.min_tokens and cfg.end:
@@ -150,10 +155,10 @@ def generate(
                 answer.streamed = answer.text
             if all(answer.reason for answer in answers):
                 return
-            # Rows that are done may have -1 (no token allowed); any token will do for them.
+            # Rows that are done may have _NONE_ALLOWED; any token will do for them.
             generated[:, step] = tokens.clamp(min=0)
             used.scatter_(1, generated[:, step : step + 1], True)
-            logits = steps.send(generated[:, step])
+            logits = decoder.send(generated[:, step])
 
     with torch.no_grad():
         skeleton.run(params, loop)
@@ -221,7 +226,7 @@ def score_options(
         prompt = model(**call, use_cache=True, **_last_logits_only(model))
         # [b, 1, v]: what the prompt says of the first token of every option.
         first = prompt.logits[:, -1:].float().log_softmax(-1)
-        # The k-th options of all rows are one batch.
+        # The k-th options of all rows are one batch; a row that has fewer takes part with an empty one.
         for k in range(max(map(len, options))):
             tokens, lengths = _pad_options([row[k] if k < len(row) else () for row in options], device)
             exists = torch.arange(tokens.shape[1], device=device) < lengths[:, None]
@@ -373,6 +378,10 @@ def left_padded(inputs: Mapping[str, Any]) -> dict[str, Any]:
 def _next_logits(model: nn.Module, call: dict[str, Any], steps: int) -> Generator[Tensor, Tensor, None]:
     """Yield logits float32 [b, v] of the next token; for every token [b] that is sent those of the token
     behind it.
+
+    Args:
+        steps: how often logits are yielded. The token sent last would be computed for nothing, so a caller
+            that has all its tokens does not send it.
     """
     last_only = _last_logits_only(model)
     position = _next_position(call)
@@ -428,24 +437,28 @@ def _step_mask(model: nn.Module, cache: Any, mask: Tensor) -> Tensor:
     Where all layers have the same attention window, it is made here: transformers would wait for the device
     to look at the mask.
     """
-    windows = set[int]()
+    windows = set[int]()  # 0 for a layer that looks at all tokens
     for layer in cache.layers:
+        # A layer of another kind, or one that holds no keys: left to transformers.
         if not hasattr(layer, "is_sliding") or not hasattr(layer, "keys"):
             return mask
         windows.add(layer.sliding_window if layer.is_sliding else 0)
     config: Any = model.config
     if len(windows) != 1 or config.get_text_config()._attn_implementation != "sdpa":
         return mask
-    return mask[:, None, None, -windows.pop() :].bool()  # without a window, -0 is the beginning
+    # A layer with a window keeps only that many keys. Without one, -0 is the beginning: all of them.
+    return mask[:, None, None, -windows.pop() :].bool()
 
 
 def _continuation(
     model: nn.Module, call: dict[str, Any], prompt: Any, tokens: Tensor, exists: Tensor
 ) -> Tensor:
-    """Log-probabilities [b, n - 1, v] of the tokens that follow tokens [b, n] but the last, behind the
-    prompt.
+    """Log-probabilities [b, n - 1, v] of the second to the last token of answers [b, n], each after the
+    prompt and the tokens before it.
 
-    The cache of the prompt is left as it is.
+    Args:
+        prompt: the model's output for the prompt; its cache is left as it is.
+        exists: bool [b, n], False for the padding of answers.
     """
     cache_name = _cache_name(model)
     cache = copy.copy(getattr(prompt, cache_name))
@@ -473,7 +486,8 @@ def _check_not_checkpointed(skeleton: Skeleton) -> None:
 
 # One token --------------------------------------------------------------------------------------------------
 def _choose_tokens(cfg: Sampling, logits: Tensor, draw: Tensor) -> Tensor:
-    """Token ids [b] of logits [b, v]: -1 where no token is allowed, -2 where logits are not finite.
+    """Token ids [b] of logits [b, v]: _NONE_ALLOWED where all are -inf, _NOT_FINITE where the best is not
+    finite otherwise (NaN, inf).
 
     Args:
         draw: uniform in [0, 1), float64 [b]; not used at temperature 0.
@@ -487,17 +501,18 @@ def _choose_tokens(cfg: Sampling, logits: Tensor, draw: Tensor) -> Tensor:
         # Scaled by the total, which rounding leaves a little beside 1.
         # right=True: a draw of 0 must not choose a token of probability 0 that stands first.
         places = torch.searchsorted(cumulative, draw[:, None] * cumulative[:, -1:], right=True)
-        # Rounding may put the largest draws behind the last token.
+        # In a row of NaN every place is behind the last token; its token is replaced below.
         tokens = places.clamp(max=probabilities.shape[1] - 1)
         if ids is not None:
             tokens = ids.gather(1, tokens)
     # Told by the id, since to raise here would wait for the device; `_check_token` reads it.
-    error = torch.where(best == -torch.inf, -1, -2)
+    error = torch.where(best == -torch.inf, _NONE_ALLOWED, _NOT_FINITE)
     return torch.where(best.isfinite(), tokens, error)[:, 0]
 
 
 def _shortlist(cfg: Sampling, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Probabilities [b, n] of the tokens that top_k and top_p leave, and their ids; None for all in order.
+    """Probabilities [b, k] of the tokens that top_k and top_p leave, and their ids; ids None stands for the
+    whole vocabulary in its order.
 
     Source: top_p after Holtzman et al. 2020, arXiv:1904.09751, section 3.1; the same order as in
     transformers: temperature, top_k, top_p.
@@ -519,7 +534,9 @@ def _shortlist(cfg: Sampling, logits: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _draw_uniform(cfg: Sampling, gen: Gens | None, rows: int, device: torch.device) -> Tensor:
-    """Uniform numbers float64 [b, max_tokens], those of a row from a generator of its own."""
+    """Uniform numbers float64 [b, max_tokens], those of a row from a generator of its own; at temperature 0,
+    where they are not used, zeros.
+    """
     if cfg.temperature == 0:
         return torch.zeros(rows, cfg.max_tokens, device=device)
     if gen is None:
@@ -537,6 +554,7 @@ def _draw_uniform(cfg: Sampling, gen: Gens | None, rows: int, device: torch.devi
     for one in gen:
         drawn = torch.rand(cfg.max_tokens, generator=one, device=one.device, dtype=torch.float64)
         numbers.append(drawn.to(device))
+    # Below 1 by more than rounding: times a total, it must not become the total (`_choose_tokens`).
     return torch.stack(numbers).clamp(max=1 - 2.0**-32)
 
 
@@ -567,7 +585,7 @@ def _decode_certain(cfg: Sampling, tok: Any, ids: list[int], before: str, reason
         text = text[: min(cuts)]
         reason = "stop"
     elif not reason:
-        text = text.rstrip(_PARTIAL)
+        text = text.rstrip(_PARTIAL)  # the next token may complete the character
         # What may become a stop string is held back until the next tokens tell.
         text = text[: len(text) - _started_stop(cfg, text)]
     if not text.startswith(before):
@@ -629,7 +647,7 @@ def check_length(cfg: Sampling, skeleton: Skeleton, longest: int) -> None:
 
 
 def _check_size(cfg: Sampling, skeleton: Skeleton, call: dict[str, Any]) -> tuple[int, int]:
-    """(rows, size of the vocabulary) of a batch that fits the model."""
+    """(rows, size of the vocabulary) of a batch, after a check that it and cfg.end fit the model."""
     module: Any = skeleton.module
     rows, longest = call["attention_mask"].shape
     # Rows of the head, which may be more than the tokenizer's tokens: logits have this width.
@@ -642,10 +660,11 @@ def _check_size(cfg: Sampling, skeleton: Skeleton, call: dict[str, Any]) -> tupl
 
 
 def _check_token(token: int, row: int, step: int, allowed: Allowed | None) -> None:
-    if token == -1:
+    """Raise where `_choose_tokens` gave no token."""
+    if token == _NONE_ALLOWED:
         reason = "min_tokens forbids the only ones"
         if allowed is not None:
             reason = "its mask is empty"
         raise ValueError(f"generate: no token is allowed in row {row} at step {step}: {reason}")
-    if token == -2:
+    if token == _NOT_FINITE:
         raise FloatingPointError(f"generate: logits of row {row} at step {step} are not finite")

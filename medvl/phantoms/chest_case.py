@@ -1,6 +1,8 @@
 """Chest cases: the body and the findings of a person, before anything is drawn.
 
-Patient coordinates are in mm: x to the right, y to anterior, z to superior, 0 at the hilum.
+Patient coordinates are in mm: x to the patient's right, y to anterior, z to superior, 0 at the hilum.
+
+What is drawn from the generator, and in which order, is part of what a seed means.
 """
 
 from collections.abc import Callable
@@ -14,7 +16,8 @@ from medvl.base import config
 
 Gen = np.random.Generator
 Array = np.ndarray
-Body = dict[str, float]  # lengths in mm, densities in HU, `heart` as a share of the chest's inner width
+# Lengths in mm, densities in HU, `heart` as a share of the chest's inner width; keys as in `_draw_body`.
+Body = dict[str, float]
 
 FINDINGS = (  # CT-RATE's names, in its order
     "Arterial wall calcification",
@@ -31,7 +34,7 @@ FINDINGS = (  # CT-RATE's names, in its order
 )
 
 
-def _share(_: Any, attribute: Any, value: float) -> None:
+def _check_share(_: Any, attribute: Any, value: float) -> None:
     if not 0 <= value <= 1:
         raise ValueError(f"PhantomConfig: {attribute.name} must lie in 0..1, got {value}")
 
@@ -44,12 +47,12 @@ class PhantomConfig:
     seed: int
     valid: int = 0
     test: int = 0
-    second_recon: float = field(default=0.2, validator=_share)  # share of scans reconstructed twice
-    contrast: float = field(default=0.35, validator=_share)  # share of scans with enhanced blood
+    second_recon: float = field(default=0.2, validator=_check_share)  # share of scans reconstructed twice
+    contrast: float = field(default=0.35, validator=_check_share)  # share of scans with enhanced blood
     # How much bodies differ: 1 as people do, 0 not at all.
-    variation: float = field(default=1.0, validator=_share)
+    variation: float = field(default=1.0, validator=_check_share)
     columns: tuple[int, int] = (64, 96)  # in-plane voxels, drawn evenly from this range
-    slices: tuple[int, int] = (28, 40)
+    slices: tuple[int, int] = (28, 40)  # of a volume, likewise
 
     def __attrs_post_init__(self):
         if min(self.valid, self.test) < 0 or self.patients < 1 or self.valid + self.test > self.patients:
@@ -72,16 +75,21 @@ class PhantomConfig:
 
 @frozen(kw_only=True)
 class Lesion:
-    """One lesion; `size_mm` is the largest diameter, or the depth of a fluid layer."""
+    """One lesion; `size_mm` is the largest diameter, or the depth of a fluid layer.
+
+    What a finding does not need keeps its default: fluid, emphysema and a large heart have no place of their
+    own.
+    """
 
     side: str = ""  # "right", "left" or ""
     zone: str = ""  # "upper", "middle", "lower" or ""
     size_mm: float = 0.0
     at: tuple[float, float, float] = (0.0, 0.0, 0.0)  # x, y, z in patient coordinates
     to: tuple[float, float, float] = (0.0, 0.0, 0.0)  # calcification: a plaque runs from `at` to here
-    thick_mm: float = 0.0  # calcification
-    hu: float = 0.0
-    severity: float = 0.0  # emphysema: 0..1; hernia: gas where above 0.35, fat or food where above -0.2
+    thick_mm: float = 0.0  # calcification: diameter of the plaque across
+    hu: float = 0.0  # density
+    # Emphysema: 0..1. Hernia: what fills the stomach, gas above 0.35, fat above -0.2, else only tissue.
+    severity: float = 0.0
 
 
 Lesions = tuple[Lesion, ...]
@@ -109,9 +117,10 @@ def draw_chest_case(cfg: PhantomConfig, gen: Gen) -> ChestCase:
     Age, smoking, heart failure and infection make findings go together; none of them decides one.
     """
     age = int(np.clip(gen.normal(60, 15), 20, 92))
-    smoke, failure, infect = gen.standard_normal(3)  # how much of each, unit normal
+    smoke, failure, infect = gen.standard_normal(3)  # smoking, heart failure, infection: how much of each
     body = _draw_body(cfg, gen)
-    old = (age - 60) / 15
+    old = (age - 60) / 15  # unit normal as well, but for the clip
+    # The first number is that of an average person, the others what each trait adds.
     log_odds = {
         "Arterial wall calcification": -1.0 + 1.1 * old,
         "Cardiomegaly": -1.6 + 1.0 * failure + 0.4 * old,
@@ -130,12 +139,13 @@ def draw_chest_case(cfg: PhantomConfig, gen: Gen) -> ChestCase:
         probability = 1 / (1 + np.exp(-log_odds[name]))
         if gen.random() < probability:
             present.append(name)
-    # Before the lesions are drawn: those of the heart lie on its surface.
+    # Before the lesions are drawn: those of the heart lie on its surface. A heart is called large above half
+    # of the chest's width; `_draw_body` stays below.
     if "Cardiomegaly" in present:
         body["heart"] = gen.uniform(0.53, 0.64)
     sex = "FM"[gen.integers(2)]
     texture = int(gen.integers(2**32))
-    findings = {name: _LESIONS[name](body, gen) for name in present}
+    findings = {name: _DRAW_LESIONS[name](body, gen) for name in present}
     return ChestCase(age=age, sex=sex, body=body, texture=texture, findings=findings)
 
 
@@ -149,30 +159,30 @@ def _draw_body(cfg: PhantomConfig, gen: Gen) -> Body:
     fat = draw(6, 30)
     blood = gen.uniform(120, 240) if gen.random() < cfg.contrast else gen.uniform(36, 52)
     return {
-        "a": a,  # half width of the body
+        "a": a,  # half width and depth of the body
         "b": a * draw(0.64, 0.76),
-        "fat": fat,
+        "fat": fat,  # under the skin, at the sides; 0.7 of it in front and behind
         "ta": a - fat - draw(14, 20),  # half width and depth of the inner chest
         "tb": a * 0.70 - 0.7 * fat - draw(6, 14),
-        "apex": draw(112, 138),
+        "apex": draw(112, 138),  # z of the lungs' top and of the two domes of the diaphragm
         "dome_right": draw(-74, -54),
         "dome_left": draw(-88, -66),
         "gap": draw(17, 24),  # half width of the mediastinum
-        "lung": gen.normal(-862, 16 * cfg.variation),
-        "blood": blood,
+        "lung": gen.normal(-862, 16 * cfg.variation),  # HU
+        "blood": blood,  # HU
         "heart": draw(0.38, 0.485),
-        "heart_x": draw(-20, -8),
+        "heart_x": draw(-20, -8),  # centre, left of the middle
         "heart_y": draw(12, 24),
         "rim": draw(2.5, 6.0),  # fat on the heart
-        "aorta": draw(11.0, 15.5),
-        "bone": draw(130, 260),
+        "aorta": draw(11.0, 15.5),  # radius
+        "bone": draw(130, 260),  # HU
         "stomach": gen.uniform(-1, 1),  # gas where positive
     }
 
 
 def heart_shape(body: Body) -> tuple[Array, Array]:
     """Centre [3] and radii [3] of the heart in mm."""
-    radius = body["heart"] * body["ta"]
+    radius = body["heart"] * body["ta"]  # a share of the whole width is the same share of the half
     radii = radius * np.array([1.0, 0.80, 0.84])
     diaphragm = min(body["dome_right"], body["dome_left"])
     centre = np.array([body["heart_x"], body["heart_y"], diaphragm + 0.72 * radii[2]])
@@ -180,6 +190,7 @@ def heart_shape(body: Body) -> tuple[Array, Array]:
 
 
 def _zone(z: float) -> str:
+    """The third of the lung at height z, as a report names it."""
     if z > 35:
         return "upper"
     return "middle" if z > -25 else "lower"
@@ -212,15 +223,15 @@ def _draw_place(
 
 def taper(body: Body, z: ArrayLike) -> Array:
     """How much narrower than its base the inner chest is at height z in mm (1 = as wide)."""
-    t = np.clip(
-        (np.asarray(z) + 20) / (body["apex"] + 20), 0, 1
-    )  # 0 up to 20 mm below the hilum, 1 at the apex
-    return np.sqrt(np.clip(1 - t**2.6, 1e-3, None))
+    # 0 up to 20 mm below the hilum, 1 at the apex.
+    t = np.clip((np.asarray(z) + 20) / (body["apex"] + 20), 0, 1)
+    return np.sqrt(np.clip(1 - t**2.6, 1e-3, None))  # never 0: others divide by it
 
 
 def diaphragm_height(body: Body, x: Array, y: Array) -> Array:
-    """Height in mm of the diaphragm over places in mm: a dome per side, deepest behind."""
-    centre = 0.52 * body["ta"]
+    """Height z of the diaphragm at places x, y, all in mm: a dome per side, deepest behind."""
+    centre = 0.52 * body["ta"]  # |x| of the top of a dome; it falls outwards from there
+    # float32, as x and y of a whole volume are: plain floats would double its memory.
     top = np.where(x > 0, np.float32(body["dome_right"]), np.float32(body["dome_left"]))
     side = (np.abs(x) - centre) / (0.5 * body["ta"])
     back = y / body["tb"]
@@ -233,7 +244,9 @@ def diaphragm_height(body: Body, x: Array, y: Array) -> Array:
 def _draw_spots(
     body: Body, gen: Gen, count: int, size: Callable[[], float], hu: Callable[[], float], **place: Any
 ) -> Lesions:
-    """Lesions anywhere in the lungs; `place` goes to `_draw_place`."""
+    """`count` lesions anywhere in the lungs, diameter and density drawn anew for each by `size` and `hu`;
+    `place` goes to `_draw_place`.
+    """
     lesions = []
     for _ in range(count):
         side, x, y, z = _draw_place(body, gen, **place)
@@ -245,7 +258,7 @@ def _draw_spots(
 
 def _draw_nodules(body: Body, gen: Gen) -> Lesions:
     def size() -> float:
-        return float(np.clip(np.exp(gen.normal(2.7, 0.35)), 8, 30))
+        return float(np.clip(np.exp(gen.normal(2.7, 0.35)), 8, 30))  # 15 mm in the median
 
     def hu() -> float:
         return gen.uniform(0, 80)
@@ -272,7 +285,7 @@ def _draw_consolidations(body: Body, gen: Gen) -> Lesions:
     def hu() -> float:
         return gen.uniform(0, 50)
 
-    count = 1 + (gen.random() < 0.35)
+    count = 1 + (gen.random() < 0.35)  # 1 or 2
     return _draw_spots(body, gen, count, size, hu, low=-60, high=60, depth=(0.4, 0.9))
 
 
@@ -283,7 +296,7 @@ def _draw_atelectases(body: Body, gen: Gen) -> Lesions:
     def hu() -> float:
         return gen.uniform(10, 50)
 
-    count = 1 + (gen.random() < 0.4)
+    count = 1 + (gen.random() < 0.4)  # 1 or 2
     return _draw_spots(body, gen, count, size, hu, low=-50, high=-15, depth=(0.1, 0.6))
 
 
@@ -297,7 +310,7 @@ def _draw_effusions(body: Body, gen: Gen) -> Lesions:
 
 
 def _draw_emphysema(body: Body, gen: Gen) -> Lesions:
-    zone = ("upper", "")[gen.integers(2)]
+    zone = ("upper", "")[gen.integers(2)]  # "": everywhere
     size_mm = round(gen.uniform(6, 16), 1)  # of one hole
     severity = round(gen.uniform(0.35, 1.0), 2)
     return (Lesion(zone=zone, size_mm=size_mm, severity=severity),)
@@ -378,13 +391,14 @@ def _draw_plaque(start: Array, end: Array, gen: Gen) -> Lesion:
 
 
 def aorta_path(body: Body) -> Array:
-    """Centre line [n, 3] in mm: root, ascending, arch, descending."""
-    back = -0.52 * body["tb"]
+    """Centre line of the aorta, points [n, 3] in mm: root, ascending, arch, descending."""
+    back = -0.52 * body["tb"]  # y of the descending part, before the spine
     arch = [(12, 16, 15), (8, 10, 42), (-8, -8, 54), (-18, back * 0.8, 42)]
     return np.array([(4, 12, -25), *arch, (-22, back, 10), (-20, back, -170)], float)
 
 
-_LESIONS: dict[str, Callable[[Body, Gen], Lesions]] = {
+# How the lesions of each finding are drawn, for `draw_chest_case`.
+_DRAW_LESIONS: dict[str, Callable[[Body, Gen], Lesions]] = {
     "Arterial wall calcification": _draw_aortic_calcium,
     "Cardiomegaly": _draw_large_heart,
     "Pericardial effusion": _draw_pericardial_effusion,

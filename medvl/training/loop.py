@@ -25,7 +25,7 @@ from medvl.training.order import prefetch
 from medvl.training.states import State
 
 _log = logging.getLogger("medvl")
-Step = Callable[[State, Any], tuple[State, Batch]]
+Step = Callable[[State, Any], tuple[State, Batch]]  # (state, batch) -> (next state, metrics: {name: number})
 
 
 def make_step(
@@ -38,11 +38,14 @@ def make_step(
     seed: int | None = None,
 ) -> Step:
     """One optimiser step, `(state, batch) -> (state, metrics)`; the state that goes in must not be used
-    again.
+    again, as an optimiser may write into its tensors.
+
+    The metrics are "loss", "grad_norm" (before it is clipped) and those that the loss gives in `Aux`.
 
     Args:
         clip: upper bound of the gradients' common norm, 0 = none.
-        follow: how far a running mean moves to the batch's mean (further in the first steps).
+        follow: how far the running means (`State.means`) move to the means of the batch that the loss gives
+            (`Aux.means`); further in the first steps.
         bound: puts parameters back into their range after the update.
         seed: torch's default generator is seeded with (seed, step, process) while the gradient is taken
             and put back afterwards, so that dropout (`weights.lazy`) draws the same masks when a run is
@@ -85,7 +88,7 @@ class NotFinite(FloatingPointError):
 
 @frozen(kw_only=True)
 class Every:
-    """How often, in optimiser steps; 0 = only at the end."""
+    """How often something is done, in optimiser steps; 0 = only at the end."""
 
     log: int = 10
     # Saving costs time, and a kill loses the steps since the last save.
@@ -113,12 +116,16 @@ def train_steps(
     Writes `metrics.jsonl` (a line per logged step; all but the keys of `display.TIMING_KEYS` are the same
     after a stop), `last.pt`, and `best.pt` (the state with the highest `score` that `validate` gave). Where
     validations stop giving a better score, training may end before `steps` (`patience`); that, too, is the
-    same after a stop, because the count of them is part of the state. On SIGTERM or Ctrl-C, in whichever
-    process, the state is saved and `Stopped` is raised; the same call goes on from there. A second Ctrl-C
-    ends at once. Shards are saved whole, so that any number of
-    processes can go on, except where steps draw (dropout, noise): that would be another result.
+    same after a stop, because the count of them is part of the state.
+
+    On SIGTERM or Ctrl-C, in whichever process, the state is saved and `Stopped` is raised; the same call goes
+    on from there. A second Ctrl-C ends at once. Shards are saved whole, so that any number of processes can
+    go on, except where steps draw (dropout, noise): that would be another result.
 
     Args:
+        state: where training starts if the folder has no `last.pt`; its names and shapes are those that the
+            file must have.
+        steps: the number of the last step, counted over all calls, not from here.
         batch_at: step -> batch; a pure function, so that nothing about the data needs saving.
         folder: None for a training of seconds: nothing is read or written, and a stop loses it.
         validate: state -> numbers, "score" among them: higher is better.
@@ -150,17 +157,18 @@ def train_steps(
     state = evolve(state, steps=steps)
     if last is not None:
         journal = open_journal(last.with_name("metrics.jsonl"), state.step)
-    first = state.step
+    start = state.step
     watched: Tensor | None = None
     with (
         Interrupt() as stop,
         # smoothing=0: time left by the mean over the whole run, so that validations and saves count in it.
         display.progress_bar(
-            None, title, total=steps, initial=first, bar_format=display.STEP_FORMAT, smoothing=0
+            None, title, total=steps, initial=start, bar_format=display.STEP_FORMAT, smoothing=0
         ) as bar,
     ):
-        pace = Pace(title, first, steps, bar, log)
-        # The next batch is read while this one is computed.
+        pace = Pace(title, start, steps, bar, log)
+        # The next batch is read while this one is computed. i is the step from 0, which makes `state.step`
+        # i + 1: the number of steps that are done.
         for i, batch in prefetch(batch_at, state.step, steps):
             state, metrics = step(state, batch)
             pace.count_step()
@@ -173,8 +181,8 @@ def train_steps(
             validate_due = validate is not None and _is_due(state.step, every.validate, steps)
             if log_due or save_due or validate_due or halt:
                 # Reading all weights costs time, so they are looked at only before they are written.
-                keeps = save_due or validate_due or halt
-                _check_finite(watched, state if keeps else None, last, first)
+                saves = save_due or validate_due or halt
+                _check_finite(watched, state if saves else None, last, start)
                 line = {"step": state.step} | {name: float(v) for name, v in metrics.items()}
                 if lr:
                     # Of the step that was just taken, whose number is i from 0.
@@ -198,7 +206,7 @@ def train_steps(
                     state = evolve(state, stale=state.stale + 1)
             ended = _is_out_of_patience(state, patience)
             if ended:
-                # The file says that this is the end, or the run would seem unfinished.
+                # `last.pt` will say that this is the end, or the run would seem unfinished.
                 state = evolve(state, steps=state.step)
             if log_due or validate_due:
                 journal(line)
@@ -217,7 +225,7 @@ def train_steps(
                     steps,
                     last or "its start",
                 )
-                # A process that was not signalled itself ends as if by SIGTERM.
+                # As a shell reports a process that a signal ended: SIGTERM where another one was signalled.
                 raise Stopped(128 + (stop.number or signal.SIGTERM))
             if ended:
                 log(
@@ -268,9 +276,13 @@ def _check_processes(path: Path | None, state: State, steps: int) -> None:
 
 
 def _watch(watched: Tensor | None, metrics: Batch, step: int) -> Tensor:
-    """Loss, norm of the gradient and step [3]: the latest, or the first that were not finite.
+    """(loss, norm of the gradient, step), a tensor [3]: those of this step, or of the first step at which
+    they were not finite.
 
     Stays on the device: a look at each step would wait for it.
+
+    Args:
+        watched: what the call of the step before gave, None at the first.
     """
     loss = metrics["loss"].double()
     # A step without a norm in its metrics is watched by its loss alone.
@@ -282,7 +294,7 @@ def _watch(watched: Tensor | None, metrics: Batch, step: int) -> Tensor:
     return torch.where(watched.isfinite().all(), new, watched)
 
 
-def _check_finite(watched: Tensor, state: State | None, last: Path | None, first: int) -> None:
+def _check_finite(watched: Tensor, state: State | None, last: Path | None, start: int) -> None:
     """Raise, in all processes alike, where the loss, the gradient or (where it is about to be saved) the
     state is not finite.
 
@@ -302,7 +314,8 @@ def _check_finite(watched: Tensor, state: State | None, last: Path | None, first
         return
     reason = reason or "loss or gradient of another process is not finite"
     last_good = "no state was saved yet"
-    if last is not None and (first or last.exists()):
+    # A start behind step 0 was read from the file.
+    if last is not None and (start or last.exists()):
         last_good = f"the last good state is {last}"
     raise NotFinite(reason, int(step), last_good)
 
@@ -325,13 +338,16 @@ class _Generators:
         return now
 
     def used(self) -> bool:
+        """Whether something was drawn since this object was made."""
         pairs = zip(self._before, self._states(), strict=True)
         return not all(torch.equal(before, now) for before, now in pairs)
 
 
 @contextmanager
 def _seeded_draws(seed: int | None, state: State) -> Iterator[_Generators]:
-    """Torch's default generator as a function of (seed, step, process) while the block lasts."""
+    """Torch's default generator as a function of (seed, step, process) while the block lasts; with seed None
+    it is left alone. What is given says whether the block drew from it.
+    """
     device = next(iter(flatten(state.params).values())).device
     if seed is None:
         yield _Generators(device)
@@ -367,7 +383,7 @@ def _in_any(flag: bool, device: torch.device) -> bool:
 
 
 def _of_first_process(number: float, device: torch.device) -> float:
-    """The number that process 0 has, so that all decide alike."""
+    """The number that process 0 has, so that all decide alike; they must all ask."""
     if processes.world_size() == 1:
         return number
     first = torch.tensor(number, dtype=torch.float64, device=device)
