@@ -19,8 +19,8 @@ T = TypeVar("T")
 _LARGEST = 1e30  # of floats: float32 ends at 3e38, and numbers of a record are multiplied
 Hook = Callable[[Any, Any], Any]  # of cattrs: (plain value, type of the field) -> value of that type
 DEPTH = 32  # how deep settings may be nested; a model's config has about four levels
-# Bounds (lowest, highest) of common settings, for `in_bounds` and `check_bounds`. The upper ones are far above
-# what anybody needs: they catch a slip of the keyboard at once.
+# Bounds (lowest, highest) of common settings, for `in_bounds` and `check_bounds`. The upper ones are far
+# above what anybody needs: they catch a slip of the keyboard at once.
 COUNT = (1, 2**31 - 1)  # samples, steps, tokens
 COUNT_OR_NONE = (0, 2**31 - 1)
 WIDTH = (1, 2**17)  # of vectors and tables, and pixels of a side
@@ -235,7 +235,7 @@ def _with_defaults(raw: Any, record: Any) -> Any:
                     del defaults[key_field.name]
             settings = defaults | settings
         settings = _fill_defaults(settings, field.metadata.get("defaults", {}))
-        # Of a field "SomeRecord | None" each side is tried; what is no record leaves the settings as they are.
+        # Of a field "SomeRecord | None" each side is tried; what is no record changes nothing.
         for kind in get_args(field.type) or (field.type,):
             settings = _with_defaults(settings, kind)
         completed[field.name] = settings

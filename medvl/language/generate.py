@@ -406,7 +406,7 @@ def _next_logits(model: nn.Module, call: dict[str, Any], steps: int) -> Generato
 
 
 def _cache_name(model: nn.Module) -> str:
-    """The name of the cache, as an argument and in the output: transformers changes it between 5.17 and 5.40."""
+    """The name of the cache, as an argument and in the output: transformers changes it from 5.17 to 5.40."""
     if "cache" in inspect.signature(model.forward).parameters:
         return "cache"
     return "past_key_values"
@@ -420,7 +420,7 @@ def _last_logits_only(model: nn.Module) -> dict[str, int]:
 
 
 def _next_position(call: dict[str, Any]) -> Tensor | None:
-    """Position [b, 1] or [3, b, 1] of the token behind the prompt: one more than any before it, on all axes."""
+    """Position [b, 1] or [3, b, 1] of the token behind the prompt: one more than any before, on all axes."""
     positions = call.get("position_ids")
     if positions is None:
         return None
