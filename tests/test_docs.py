@@ -188,7 +188,7 @@ def test_the_python_of_a_page_runs(page, at_work):
         assert of["text"].shape == (2, 512)
         assert set(of["found"]["probability"]) == {"Pleural effusion", "Lung nodule"}
     if page.name in ("README.md", "adapters.md"):
-        assert {name for name, *_ in of["said"].adapters} <= {*ADAPTERS}
+        assert {name for name, *_ in of["answer"].adapters} <= {*ADAPTERS}
     if page.name == "benches.md":
         of["bench_fuse"](lambda function, *arguments, **about: function(*arguments))
     if page.name == "ct_preprocess.md":
