@@ -64,15 +64,7 @@ def build_registry(
             images.append(pictures)
             names.append(name)
 
-    # Fitted on the samples of all adapters, so that their vectors lie in one space.
-    embedder = embed.fit_local(cfg, texts, images) if cfg.kind == "local" else embed.open_embedder(cfg)
-    vectors = embed.embed_queries(embedder, texts, images)
-    trained_head = head.head_of(retriever, vectors, names)
-    if trained_head is not None:
-        embedder = embed.with_head(embedder, trained_head)
-        # Questions will come through the head, so the adapters' vectors must, too.
-        vectors = embed.embed_queries(embedder, texts, images)
-
+    embedder, vectors = _embed_chosen(cfg, retriever, texts, images, names)
     # Named by its content: one that a killed run has left is found again, and that of another registry stays.
     folder = f"embedder-{config.record_digest(embedder.name)}"
     # Before the registry, which must never name an embedder that is not there.
@@ -94,6 +86,25 @@ def build_registry(
     registry.add_adapters(path, Registry(base=base, embedder=folder), records)
     log(f"registry of {len(paths)} adapters: {path}; vectors by {embedder.name}")
     return path
+
+
+def _embed_chosen(
+    cfg: embed.EmbedConfig,
+    retriever: RetrieverConfig,
+    texts: Sequence[str],
+    images: Sequence[tuple[Path, ...]],
+    names: Sequence[str],
+) -> tuple[Embedder, torch.Tensor]:
+    """The embedder, with its trained head where there is one, and the vectors [n, d] of the samples."""
+    # Fitted on the samples of all adapters, so that their vectors lie in one space.
+    embedder = embed.fit_local(cfg, texts, images) if cfg.kind == "local" else embed.open_embedder(cfg)
+    vectors = embed.embed_queries(embedder, texts, images)
+    trained_head = head.head_of(retriever, vectors, names)
+    if trained_head is not None:
+        embedder = embed.with_head(embedder, trained_head)
+        # Questions will come through the head, so the adapters' vectors must, too.
+        vectors = embed.embed_queries(embedder, texts, images)
+    return embedder, vectors
 
 
 def embed_samples(

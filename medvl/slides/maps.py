@@ -74,15 +74,12 @@ def draw_map(
         coords: (x, y) of the patches' upper left corners [n, 2] in level-0 pixels. None draws the patches
             as a grid in the order of the file, and says so.
         patch_size: side of a patch in level-0 pixels (256 at 20x of a 40x slide are 512).
-        thumbnail: the whole slide, of any size; it stays visible where no patch is. None: a light canvas with
-            lines of coordinates.
-        level0_size: (width, height) of the slide in level-0 pixels, needed with a thumbnail. None: the
-            picture shows the region of the patches.
+        thumbnail: the whole slide, of any size; it stays visible where no patch is. None: a light canvas.
+        level0_size: (width, height) in level-0 pixels, needed with a thumbnail. None: the patches' region.
         size: longer side of the map in pixels, without the legend below it.
         mpp: micrometres per level-0 pixel, for a scale bar.
         alpha: opacity of the colours; None: 0.4 over a thumbnail and 0.9 on the canvas.
-        mark: number of top patches that are framed and numbered where there is room; one frame may surround
-            several small patches.
+        mark: number of top patches that are framed and numbered; one frame may surround several small ones.
         scale: see the module.
     Raises:
         ValueError: shapes; a patch that begins outside of the slide (coordinates of another level, or x and y
