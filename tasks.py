@@ -262,9 +262,7 @@ def ask(
     offset="",
     set_=None,
 ):
-    """Ask the adapters that fit a question and its images, or a run about images or a slide. Research use,
-    not for diagnosis.
-    """
+    """Ask adapters that fit a question, or a run, about images or a slide. Research use, not for diagnosis."""
     from medvl.commands import questions
 
     # Not 0 where -k is left out: the run says how many, and 0 can be asked for.
@@ -303,9 +301,7 @@ def ask(
     iterable=["data"],
 )
 def slides(c, action, features, data=None, out="", dims="0", encoder="", drop=False):
-    """Audit patch features against questions before training, or pack them into one store; exit status 3 when
-    something is wrong.
-    """
+    """Audit patch features against questions, or pack them into one store; exit status 3 when one is wrong."""
     _needs(action=action, features=features)
     # The task has the module's name.
     from medvl.commands import slides as commands

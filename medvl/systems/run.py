@@ -41,7 +41,7 @@ def find_system(name: Any) -> System:
     Raises:
         ConfigError: there is none.
     """
-    choices = ", ".join(system_names())
+    choices = f"{', '.join(system_names())}, or a package of your own that offers SYSTEM"
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", name):
         raise config.ConfigError(f"system must be one of {choices}, found {name!r} @ $.system")
     # Ours first, so that a package "tune" that somebody has installed changes nothing.
@@ -51,13 +51,23 @@ def find_system(name: Any) -> System:
             system = vars(importlib.import_module(module)).get("SYSTEM")
             if isinstance(system, System):
                 return system
+            what = "none" if system is None else f"a {type(system).__name__}"
+            raise config.ConfigError(
+                f"system must be one of {choices}; {module} must offer a medvl.systems.system.System as SYSTEM, "
+                f"found {what} @ $.system"
+            )
     raise config.ConfigError(f"system must be one of {choices}, found {name!r} @ $.system")
 
 
 def _is_package(module: str) -> bool:
     try:
         spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError):  # a parent that is none
+    except ModuleNotFoundError as e:
+        # A parent that is not there, or is no package. What a parent itself fails to import must be seen.
+        if e.name is None or not module.startswith(e.name):
+            raise
+        return False
+    except ValueError:  # a module without a spec, such as __main__
         return False
     return spec is not None and spec.submodule_search_locations is not None
 
@@ -280,10 +290,11 @@ def _evaluate_run(system: System, path: Path, cfg: Any, log: Log) -> list[Result
         raise ValueError(
             f"{path}: only data and evaluate may differ from what the run was trained with, found {wrong[0]}"
         )
-    digest = config.record_digest(cfg)
-    name = f"{folder.name.rpartition('-')[0]}-{digest}"
-    results_folder = folder / "results"
+    # An old run keeps its name, although its record has other settings, and so another digest, today.
+    name, results_folder = folder.name, folder / "results"
     if changed:
+        digest = config.record_digest(cfg)
+        name = f"{folder.name.rpartition('-')[0]}-{digest}"
         results_folder = folder / f"results-{digest}"
     with _evaluating(folder, results_folder):
         log = _kept_log(log, folder)

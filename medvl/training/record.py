@@ -185,7 +185,9 @@ def _upgrade_stage(stage: Any) -> Any:
         "weight_decay": stage.get("weight_decay", 0.0),
         "optimizer": "muon",
     }
-    return stage | {"speeds": [muon, *stage.get("speeds", ())]}
+    speeds = stage.get("speeds", [])
+    # What is no list is left for the check of the record, which says where it stands.
+    return stage | {"speeds": [muon, *speeds] if isinstance(speeds, list | tuple) else speeds}
 
 
 def refuse_settings(cfg: TrainConfig, table: str, reason: str, **defaults: Any) -> None:

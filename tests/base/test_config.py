@@ -206,7 +206,9 @@ def test_a_byte_order_mark_is_no_syntax_error(tmp_path):
 def test_a_system_that_is_none(tmp_path, system):
     path = tmp_path / "a.toml"
     path.write_text(f"system = {system}\n")
-    with pytest.raises(ConfigError, match="system must be one of adapters, ct_clip, slide_vqa, tune, found"):
+    with pytest.raises(
+        ConfigError, match=r"system must be one of adapters, ct_clip, slide_vqa, tune, or a package .* found"
+    ):
         run.resolve(str(path))
 
 

@@ -118,8 +118,27 @@ def test_a_system_is_one_folder_and_one_toml(project):
 
 @pytest.mark.parametrize("name", ["nosuch", "json", "os.path", "../line", "", 5, None, "tests"])
 def test_what_offers_no_system_is_none(name):
+    """`json` is a package without SYSTEM: that is said."""
     with pytest.raises(
         config.ConfigError,
-        match=r"system must be one of adapters, ct_clip, slide_vqa, tune, found .* @ \$\.system",
+        match=r"system must be one of adapters, ct_clip, slide_vqa, tune, or a package .*found .* @ \$\.system",
     ):
         run.find_system(name)
+
+
+def test_a_package_says_what_it_lacks(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, text in {
+        "without": "",
+        "wrong": "SYSTEM = {}",
+        "lab": "import nosuchmodule2",
+        "lab/x": "",
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(text)
+    with pytest.raises(config.ConfigError, match=r"without must offer a .*System as SYSTEM, found none"):
+        run.find_system("without")
+    with pytest.raises(config.ConfigError, match=r"wrong must offer a .*System as SYSTEM, found a dict"):
+        run.find_system("wrong")
+    with pytest.raises(ModuleNotFoundError, match="nosuchmodule2"):  # a fault of the package, not of its name
+        run.find_system("lab.x")
