@@ -262,7 +262,7 @@ def _name_figures(figures: Mapping[str, bytes]) -> dict[str, tuple[str, bytes]]:
     return named
 
 
-# Tables of results ------------------------------------------------------------------------------------------
+# Tables of results ---------------------------------------------------------------------------------------------------
 def _group_by_facts(rows: Sequence[Result]) -> list[tuple[dict[str, str], list[Result]]]:
     """Rows that share experiment, split, commit and device, with these facts."""
     groups: dict[tuple[str, ...], list[Result]] = {}
@@ -355,7 +355,7 @@ def _metric_table(rows: list[Result]) -> Table:
     return tuple(columns), lines
 
 
-# Pages ------------------------------------------------------------------------------------------------------
+# Pages ---------------------------------------------------------------------------------------------------------------
 def _markdown(
     title: str,
     tables: Sequence[Captioned],
@@ -476,17 +476,14 @@ def _csv_cell(value: Any) -> Any:
 
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --line: #d8d8d8; --soft: #f4f5f7; --warn:
-#8a3b00; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --paper: #16181b; --line: #3a3d42; --soft:
-#202327; --warn: #ffb37a; } }
+:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --line: #d8d8d8; --soft: #f4f5f7; --warn: #8a3b00; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --paper: #16181b; --line: #3a3d42; --soft: #202327; --warn: #ffb37a; } }
 body { margin: 0 auto; max-width: 74rem; padding: 1.25rem; font: 16px/1.5 system-ui, sans-serif;
   color: var(--ink); background: var(--paper); }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .5rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; line-height: 1.3; margin: 1.75rem 0 .25rem; overflow-wrap: anywhere; }
 .notice { color: var(--warn); font-weight: 600; margin: 0 0 1rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: 1.25rem 0 .75rem;
-font-size: .9rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: 1.25rem 0 .75rem; font-size: .9rem; }
 dt { opacity: .7; } dd { margin: 0; overflow-wrap: anywhere; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; margin: .5rem 0; }
@@ -501,8 +498,7 @@ figure { margin: 1.5rem 0; } figcaption { font-size: .875rem; opacity: .8; margi
 img { display: block; width: 100%; min-width: 34rem; max-width: 64rem; background: #fff; border-radius: 4px; }
 """
 _PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,
-initial-scale=1">
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>{style}</style></head>
 <body><h1>{title}</h1>
 <p class="notice">{notice}</p>
