@@ -247,7 +247,8 @@ def test_merged_weights_answer_like_adapted_ones(case):
     assert not any(isinstance(w, lazy.Lazy) for w in done.params.values())
     with torch.no_grad():
         want = skeleton(lora.apply_lora(params, adapter), **x).logits
-        torch.testing.assert_close(skeleton(done.params, **x).logits, want, rtol=0, atol=1e-5)
+        # W + BA is rounded once to float32, here and there the products are: CPUs differ by 1.2e-5 in the logits.
+        torch.testing.assert_close(skeleton(done.params, **x).logits, want, rtol=0, atol=2e-5)
     name = next(iter(adapter.factors))
     f = adapter.factors[name]
     size = (f["b"] @ f["a"]).norm() * adapter.scale[name] / params[f"{name}.weight"].norm()

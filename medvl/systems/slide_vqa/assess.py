@@ -78,8 +78,6 @@ def answer_conversations(
     conversations: Sequence[SlideConversation],
     tokens: Mapping[str, Tensor],
     folder: Path | None = None,
-    *,
-    max_tokens: int | None = None,
 ) -> list[str]:
     """Answers of conversations whose slides all have tokens.
 
@@ -89,13 +87,10 @@ def answer_conversations(
     Args:
         folder: answers are kept there batch by batch, and those that are there are not computed again, as
             long as all that decides them is the same.
-        max_tokens: of a text, None = as the record says.
     """
     cfg, language = model.cfg.evaluate, with_tokens(model, tokens)
     prompts = encode_slides(model.cfg, language.chat, conversations, prompt=True)
-    if max_tokens is None:
-        max_tokens = cfg.max_tokens
-    sampling = chat.sampling_of(language.chat, max_tokens)
+    sampling = chat.sampling_of(language.chat, cfg.max_tokens)
     options: list[dict[str, str]] = []
     if cfg.by == "likelihood":
         options = [conversation.choices for conversation in conversations]

@@ -66,10 +66,8 @@ def look_at_slide(
     turns = {"role": "user", "content": f"<image>\n{question}"}, {"role": "assistant", "content": ""}
     conversation = SlideConversation(messages=turns, slides=features.names)
     # A question of a user has no options: it is answered by text, however the run was evaluated.
-    by_text = evolve(model.cfg, evaluate=evolve(model.cfg.evaluate, by="text"))
-    (answer,) = answer_conversations(
-        evolve(model, cfg=by_text), params, [conversation], tokens, max_tokens=max_tokens
-    )
+    by_text = evolve(model.cfg, evaluate=evolve(model.cfg.evaluate, by="text", max_tokens=max_tokens))
+    (answer,) = answer_conversations(evolve(model, cfg=by_text), params, [conversation], tokens)
     mean = read_mean_token(folder, model)
     slots = relevance_of_slots(model, params, conversation, answer, tokens, mean)
     (name,) = features.names

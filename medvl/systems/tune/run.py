@@ -264,7 +264,8 @@ def ask(folder: Path, text: str, images: Sequence[files.PathLike] = (), max_toke
     model, params = load(folder)
     question = chat.make_question(model.chat, text, images)
     prompts = chat.encode_conversations(model.chat, [question], prompt=True)
-    sampling = chat.sampling_of(model.chat, max_tokens)
+    # Through the record, whose bounds hold for a question, too.
+    sampling = chat.sampling_of(model.chat, evolve(model.cfg.evaluate, max_tokens=max_tokens).max_tokens)
     (answer,) = system.answer_prompts(model, params, prompts, sampling, size=1)
     return answer
 

@@ -567,11 +567,11 @@ def test_what_was_answered_is_kept_when_a_later_batch_fails(tmp_path, monkeypatc
     # Another weight or setting does not take them.
     interrupted(home)
     other = params | {"model": {name: t * 1.5 for name, t in params["model"].items()}}
-    tune_run.assess(model, other, {}, home, "x")
+    tune_run.assess(model, other, home, "x")
     assert len(calls) == 2
     interrupted(home)
     cfg = evolve(model.cfg, evaluate=evolve(model.cfg.evaluate, max_tokens=2))
-    tune_run.assess(evolve(model, cfg=cfg), params, {}, home, "x")
+    tune_run.assess(evolve(model, cfg=cfg), params, home, "x")
     assert len(calls) == 2
     assert {r.subject for r in rows if r.what == "accuracy"} == {
         "all",
