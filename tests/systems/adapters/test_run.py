@@ -1,6 +1,5 @@
 """adapters: drawn modalities, from a record to a base model, an adapter each, a registry and the table of modes, at toy size."""
 
-import copy
 import json
 import os
 import re
@@ -28,6 +27,7 @@ from medvl.systems.adapters import run as adapters_run
 from medvl.systems.adapters.data import read_split
 from medvl.systems.adapters.record import Config
 from tests import tiny
+from tests.records import with_settings
 
 VISION = tiny.CONFIGS["qwen2_5_vl"]
 MODEL = {
@@ -73,14 +73,7 @@ def record(tmp_path, **change):
         "retrieve": {"k": 2},
         "evaluate": {"max_tokens": 4, "batch": 4, "bootstrap": 20, "by_k": [1], "recall": [1, 3]},
     }
-    raw = copy.deepcopy(raw)
-    for key, value in change.items():
-        *parents, last = key.split("__")
-        node = raw
-        for p in parents:
-            node = node.setdefault(p, {})
-        node[last] = value
-    return raw
+    return with_settings(raw, **change)
 
 
 def build(raw):

@@ -1,6 +1,5 @@
 """slide_vqa: drawn slides, from a record to a frozen compressor, two stages, a benchmark and a map, at toy size."""
 
-import copy
 import json
 import re
 import shutil
@@ -31,6 +30,7 @@ from medvl.systems.slide_vqa.record import Config, data_path
 from medvl.systems.slide_vqa.tokens import compute_tokens, read_mean_token
 from medvl.training import states
 from medvl.training.stages import make_gradient
+from tests.records import with_settings
 from tests.systems.slide_vqa import pieces
 
 MODEL = {
@@ -79,14 +79,7 @@ def record(tmp_path, **change):
         },
         "evaluate": {"max_tokens": 4, "batch": 5, "bootstrap": 20},
     }
-    raw = copy.deepcopy(raw)
-    for key, value in change.items():
-        *parents, last = key.split("__")
-        node = raw
-        for p in parents:
-            node = node.setdefault(p, {})
-        node[last] = value
-    return raw
+    return with_settings(raw, **change)
 
 
 @pytest.fixture(scope="module")

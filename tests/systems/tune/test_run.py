@@ -1,6 +1,5 @@
 """tune: conversations with pictures, from a record to trained weights, labels, memory and scored answers, at toy size."""
 
-import copy
 import json
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from medvl.training import stages as tuning
 from medvl.weights import lazy, lora
 from tests import tiny
 from tests.language.test_dicom_image import made
+from tests.records import with_settings
 
 VISION = tiny.CONFIGS["qwen2_5_vl"]
 MODEL = {
@@ -56,14 +56,7 @@ def record(tmp_path, **change):
         },
         "evaluate": {"max_tokens": 4, "batch": 3, "bootstrap": 20},
     }
-    raw = copy.deepcopy(raw)
-    for key, value in change.items():
-        *parents, last = key.split("__")
-        node = raw
-        for p in parents:
-            node = node.setdefault(p, {})
-        node[last] = value
-    return raw
+    return with_settings(raw, **change)
 
 
 def built(tmp_path, **change):
