@@ -10,6 +10,6 @@ def with_settings(raw, **settings):
         *parents, last = key.split("__")
         node = raw
         for parent in parents:
-            node = node.setdefault(parent, {})
+            node = node[int(parent)] if isinstance(node, list) else node.setdefault(parent, {})
         node[last] = value
     return raw

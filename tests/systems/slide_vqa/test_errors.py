@@ -1,6 +1,5 @@
 """Bad inputs of slide_vqa as its users have them: each is one error that says where, what and what to do, and leaves nothing half-made."""
 
-import copy
 import json
 import logging
 import re
@@ -25,6 +24,7 @@ from medvl.systems.slide_vqa.record import Config
 from medvl.systems.slide_vqa.tokens import compute_tokens
 from medvl.systems.system import Question
 from medvl.training import states
+from tests.records import with_settings
 from tests.systems.slide_vqa import pieces
 from tests.systems.slide_vqa.test_run import MODEL
 
@@ -64,14 +64,7 @@ def record(folder, **change):
         },
         "evaluate": {"max_tokens": 2, "batch": 4, "bootstrap": 5},
     }
-    raw = copy.deepcopy(raw)
-    for key, value in change.items():
-        *parents, last = key.split("__")
-        node = raw
-        for p in parents:
-            node = node[int(p)] if isinstance(node, list) else node.setdefault(p, {})
-        node[last] = value
-    return raw
+    return with_settings(raw, **change)
 
 
 def talk(slide, answer, **change):
