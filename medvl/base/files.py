@@ -501,8 +501,7 @@ def check_tensor_storage(path: PathLike, tensors: Mapping[str, Any]) -> None:
         if stored < tensor.numel() * tensor.element_size():
             raise ValueError(
                 f"{path}: {key} must be {list(tensor.shape)} numbers of their own, the file holds {stored} "
-                "bytes; "
-                "write it again with tensor.contiguous()"
+                "bytes; write it again with tensor.contiguous()"
             )
 
 

@@ -172,8 +172,7 @@ def split_tables(
         num_patients = len({patients[i] for i in indices})
         print(
             f"{part}: {len(indices)} volumes of {num_patients} patients, mean prevalence "
-            f"{findings[indices].mean():.3f} "
-            f"(all: {findings.mean():.3f})"
+            f"{findings[indices].mean():.3f} (all: {findings.mean():.3f})"
         )
 
 

@@ -253,9 +253,8 @@ def finalize_state(cfg: CompressConfig, params: Tree, state: SlotState) -> Compr
     """
     if state.pass_index != cfg.passes - 1:
         raise ValueError(
-            "finalize_state: the state must be of the last pass, "
-            f"got pass {state.pass_index + 1} of {cfg.passes}; begin_state(cfg, params, state) starts the "
-            "next"
+            f"finalize_state: the state must be of the last pass, got pass {state.pass_index + 1} of "
+            f"{cfg.passes}; begin_state(cfg, params, state) starts the next"
         )
     with torch.autocast(state.total.device.type, enabled=False):
         compressed = _finish(cfg, slots.widen(params), state, None)

@@ -54,12 +54,11 @@ _REJECTING_WORDS = word_set(
 )
 # Words that deny or doubt what they stand beside.
 _DOUBTING_WORDS = word_set(
-    "not no non nor neither never none nothing without absent absence lack lacks lacking cannot "
-    "exclude excludes excluded excluding except rule rules ruled unlikely less more than rather "
-    "instead unlike versus vs or either whether if incorrect wrong false but however although unless "
-    "may might could possibly perhaps maybe unsure unclear uncertain unable between differential deny "
-    "denies denied negative until hardly under over above below least both doubt hard considered "
-    "thought history"
+    "not no non nor neither never none nothing without absent absence lack lacks lacking cannot exclude "
+    "excludes excluded excluding except rule rules ruled unlikely less more than rather instead unlike "
+    "versus vs or either whether if incorrect wrong false but however although unless may might could "
+    "possibly perhaps maybe unsure unclear uncertain unable between differential deny denies denied negative "
+    "until hardly under over above below least both doubt hard considered thought history"
 )
 # Words that may stand before the text of an option in a sentence that names it.
 _WORDS_BEFORE = word_set(

@@ -33,12 +33,10 @@ _ALL = "All results"
 # What the rows of one table share; it stands once above the table, not in every line.
 _FACTS = ("experiment", "split", "commit", "device")
 _DEFINITIONS = (
-    "Intervals are 95 % percentile bootstrap intervals that resample patients. F1, precision and "
-    "recall are of the positive class; "
-    "weighted F1 is the mean over both classes by their share. A dash is a number that does not "
-    "exist: one class only, or nothing called "
-    "positive. The mean is over the findings that have a value. Thresholds were given to the "
-    "evaluation, not found on these results."
+    "Intervals are 95 % percentile bootstrap intervals that resample patients. F1, precision and recall are "
+    "of the positive class; weighted F1 is the mean over both classes by their share. A dash is a number "
+    "that does not exist: one class only, or nothing called positive. The mean is over the findings that "
+    "have a value. Thresholds were given to the evaluation, not found on these results."
 )
 
 Columns = Sequence[str]

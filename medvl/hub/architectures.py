@@ -158,9 +158,8 @@ def check_memory(count: int, model_type: str) -> None:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if 4 * count > memory:
         raise ValueError(
-            f"config: a {model_type} of these sizes has {4 * count / 1e9:,.1f} GB of float32 weights "
-            "or more, "
-            f"this machine {memory / 1e9:,.1f} GB of memory"
+            f"config: a {model_type} of these sizes has {4 * count / 1e9:,.1f} GB of float32 weights or "
+            f"more, this machine {memory / 1e9:,.1f} GB of memory"
         )
 
 

@@ -172,9 +172,8 @@ def _warn_of_positions(config: Mapping[str, Any], name: str) -> None:
     if config.get("model_type") == "dinov2" and config.get("image_size") == 518:
         warnings.warn(
             f"load: {name} was trained at 518 px; at other sizes transformers stretches its position "
-            "embedding without the offset "
-            "of 0.1 of the original code, and features differ from the DINOv2 hub's by about 2e-2. "
-            "Models with registers do not differ",
+            "embedding without the offset of 0.1 of the original code, and features differ from the DINOv2 "
+            "hub's by about 2e-2. Models with registers do not differ",
             stacklevel=3,
         )
 
@@ -231,9 +230,8 @@ def _check_dtypes(entries: Mapping[str, Entry], name: str) -> None:
             wrong.append(f"{key} ({str(entry.dtype)[6:]})")
     if wrong:
         raise ValueError(
-            f"load: {name}: weights must be float16, bfloat16, float32, float64 or bitsandbytes' "
-            f"4-bit, found {few(wrong)}; "
-            "other quantised files are not read"
+            f"load: {name}: weights must be float16, bfloat16, float32, float64 or bitsandbytes' 4-bit, "
+            f"found {few(wrong)}; other quantised files are not read"
         )
 
 

@@ -291,9 +291,8 @@ def _check_pairs(
         rank, _ = rank_and_scale(config, module)
         if len(a) != 2 or len(b) != 2 or not a[0] == b[1] == rank:
             raise ValueError(
-                f"read_adapter: {path}: {pair['a']} must be [r, in] and its B [out, r] with the rank "
-                f"{rank} of the config, "
-                f"got {list(a)} and {list(b)}"
+                f"read_adapter: {path}: {pair['a']} must be [r, in] and its B [out, r] with the rank {rank} "
+                f"of the config, got {list(a)} and {list(b)}"
             )
 
 
@@ -318,9 +317,8 @@ def _current_names(
         weights = [name for name, _ in skeleton.module.named_parameters()]
         examples = weights[:: max(1, len(weights) // 4)]
         raise ValueError(
-            f"read_adapter: {path}: {skeleton.name} has no {few(lost)}, under no name of older "
-            "versions either; "
-            f"its weights look like {few(examples, 4)}"
+            f"read_adapter: {path}: {skeleton.name} has no {few(lost)}, under no name of older versions "
+            f"either; its weights look like {few(examples, 4)}"
         )
     if len(set(current.values())) < len(current):
         twice = sorted(name for name, count in Counter(current.values()).items() if count > 1)
@@ -363,8 +361,7 @@ def _current_params(
         if len(tied) > 1 and is_saved_module(config, old):
             raise ValueError(
                 f"read_adapter: {path}: {key} replaces one of {few(tied)}, which are one weight in "
-                f"{skeleton.name}; "
-                "load the model with tie_word_embeddings = false"
+                f"{skeleton.name}; load the model with tie_word_embeddings = false"
             )
         # The file may hold a tied weight under both names; it is then read once.
         if param in params and not torch.equal(entries[params[param]].read(), entries[key].read()):

@@ -81,9 +81,8 @@ def _check_params(skeleton: Skeleton, params: Mapping[str, Tensor]) -> None:
     stacked = [n for n, w in params.items() if isinstance(w, four_bit.FourBit) and w.dim() == 3]
     if stacked:
         raise ValueError(
-            f"save: {few(stacked, 2)} are experts in 4 bits, for which no file has a place; write "
-            "them out first "
-            "(weights.dense), or save the model that was quantised"
+            f"save: {few(stacked, 2)} are experts in 4 bits, for which no file has a place; write them out "
+            "first (weights.dense), or save the model that was quantised"
         )
 
 

@@ -100,9 +100,8 @@ class Skeleton:
             recompute = getattr(layer, "_gradient_checkpointing_func", None)
             if layer.gradient_checkpointing and recompute is not _recompute:
                 raise ValueError(
-                    f"{self.name}: gradient checkpointing inside the module would recompute with "
-                    "other weights; "
-                    "turn it off and use checkpointed(skeleton)"
+                    f"{self.name}: gradient checkpointing inside the module would recompute with other "
+                    "weights; turn it off and use checkpointed(skeleton)"
                 )
 
     def _copy(self) -> "_Bound":

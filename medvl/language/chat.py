@@ -405,10 +405,9 @@ def _check_date(chat: Chat, conversations: Sequence[Dialogue]) -> None:
     # One conversation is enough: the date comes from the template.
     if writes_date(chat.tokenizer, conversations[0].messages, conversation_format(chat.cfg)):
         raise ValueError(
-            "chat: the template writes today's date into every conversation, so that the tokens change "
-            "from day to day; "
-            'pin it by chat.options, such as {date_string = "26 Jul 2024"} for Llama 3.2, or give '
-            "another chat.template"
+            "chat: the template writes today's date into every conversation, so that the tokens change from "
+            'day to day; pin it by chat.options, such as {date_string = "26 Jul 2024"} for Llama 3.2, or '
+            "give another chat.template"
         )
 
 

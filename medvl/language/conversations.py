@@ -406,9 +406,8 @@ def _take_messages(record: dict[str, Any], where: str, tag: str) -> tuple[list[d
         if history:
             keys.append("history")
         raise ValueError(
-            f'{where}: must have "messages", or "conversations", or "query" and "response", or '
-            '"instruction" and '
-            f'"output" (and "history" only beside the last two), found {", ".join(keys) or "nothing"}'
+            f'{where}: must have "messages", or "conversations", or "query" and "response", or "instruction" '
+            f'and "output" (and "history" only beside the last two), found {", ".join(keys) or "nothing"}'
         )
     system = record.pop("system", None)
     messages = list[dict[str, str]]()

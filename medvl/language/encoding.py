@@ -205,8 +205,7 @@ def collate_samples(
     if not samples or side not in ("right", "left") or multiple_of < 1:
         raise ValueError(
             f"collate_samples: needs samples, side right or left and multiple_of >= 1, got {len(samples)} "
-            "samples, "
-            f"{side!r}, {multiple_of}"
+            f"samples, {side!r}, {multiple_of}"
         )
     longest = max(len(sample.ids) for sample in samples)
     length = -(-longest // multiple_of) * multiple_of
@@ -429,8 +428,7 @@ def _tokenize(
         if traits.spaces and stop > start and ids[-1] not in traits.special:
             raise ValueError(
                 "encode: a tokenizer with a space before every piece needs answers behind a special token, "
-                "not so "
-                f"{fmt.description}"
+                f"not so {fmt.description}"
             )
         answer_start = len(ids)
         position = stop
@@ -519,8 +517,7 @@ def _image_token_id(traits: _TokenizerTraits, placeholder: Placeholder | None, v
     if len(ids) != 1:
         raise ValueError(
             f"encode: the placeholder {placeholder.token!r} must be one token of the tokenizer, it is "
-            f"{len(ids)}; "
-            "add it or take another"
+            f"{len(ids)}; add it or take another"
         )
     return ids[0]
 
@@ -534,9 +531,8 @@ def _check_special_tokens(traits: _TokenizerTraits, fmt: ConversationFormat) -> 
         ids = _token_ids(traits, token)
         if len(ids) != 1 or (token == fmt.end and ids[0] not in traits.special):
             raise ValueError(
-                f"encode: {token!r} must be a special token of the tokenizer, to be allowed in answers or "
-                "to end them; "
-                f"it is {len(ids)} tokens"
+                f"encode: {token!r} must be a special token of the tokenizer, to be allowed in answers or to "
+                f"end them; it is {len(ids)} tokens"
             )
         if fmt.placeholder and token == fmt.placeholder.token:
             raise ValueError(f"encode: {token!r} stands for images, answers must not hold it")
@@ -567,8 +563,7 @@ def _check_texts(
         if names:
             raise ValueError(
                 f"encode: message {i} ({message['role']}) must not hold special tokens of the tokenizer, "
-                "found "
-                f"{', '.join(sorted(names))}; rewrite them"
+                f"found {', '.join(sorted(names))}; rewrite them"
             )
     if fmt.placeholder:
         check_tags(messages, fmt.placeholder.tag, len(visual), "encode")

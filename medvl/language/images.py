@@ -221,8 +221,7 @@ def _apply_window(name: str, image: Image.Image, window: tuple[float, float] | N
     if window is None or not window[0] < window[1] or not np.isfinite(grey).all():
         raise ValueError(
             f"{name}: greys of more than 8 bits must be finite and need window=(black, white) with black < "
-            "white, "
-            f"got values from {grey.min():g} to {grey.max():g} and window={window}"
+            f"white, got values from {grey.min():g} to {grey.max():g} and window={window}"
         )
     return Image.fromarray(dicom_image.window_greys(grey, *window))
 

@@ -81,8 +81,7 @@ def check_order(messages: Sequence[Message], last: str, where: str) -> None:
     if not turns or turns != alternating or turns[-1] != last:
         raise ValueError(
             f"{where}: roles must be user and assistant in turn after an optional system, ending with "
-            f"{last}, "
-            f"got {' '.join(roles)}"
+            f"{last}, got {' '.join(roles)}"
         )
 
 

@@ -382,16 +382,14 @@ def _row_positions(types: Tensor, remaining: dict[int, list], row: int) -> Tenso
             if not remaining[kind]:
                 raise ValueError(
                     f"mrope: row {row} has {count} {name} tokens from its token {token} on for which there "
-                    "is no "
-                    f"{name} grid left"
+                    f"is no {name} grid left"
                 )
             t, h, w, interval = remaining[kind].pop()
             size = t * h * w
             if size > count:
                 raise ValueError(
                     f"mrope: row {row}: the {name} at its token {token} must have {t} x {h} x {w} = {size} "
-                    "tokens by "
-                    f"its grid, found {count}; never truncate visual tokens"
+                    f"tokens by its grid, found {count}; never truncate visual tokens"
                 )
             # Cut to whole positions after the product, so that the error does not add up over a video.
             time = (torch.arange(t) * interval).long()

@@ -125,8 +125,7 @@ def language_head_names(skeleton: Skeleton) -> tuple[str, str | None]:
     if settings:
         raise ValueError(
             f"language_head_names: logits of {kind} are more than hidden states times head "
-            f"({', '.join(settings)}); "
-            "it cannot be split off"
+            f"({', '.join(settings)}); it cannot be split off"
         )
     if kind == "chameleon":
         raise ValueError(
@@ -293,10 +292,8 @@ def _positions(skeleton: Skeleton, batch: Mapping[str, Any], ids: Tensor | None,
     if not _has_mrope(skeleton) or grid is None or types is None or has_video:
         raise ValueError(
             f"vlm: {skeleton.name} has positions on three axes; with {', '.join(visual_inputs)} it needs "
-            "position_ids "
-            "[3, b, t] (qwen_vl.mrope), or image_grid_thw and ids (or mm_token_type_ids): without them "
-            "transformers "
-            "would count on one axis"
+            "position_ids [3, b, t] (qwen_vl.mrope), or image_grid_thw and ids (or mm_token_type_ids): "
+            "without them transformers would count on one axis"
         )
     merge = skeleton.config["vision_config"]["spatial_merge_size"]
     # The types take the place of ids: 1 at images, 2 at videos.

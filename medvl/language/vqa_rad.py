@@ -280,8 +280,7 @@ def _parse_question(row: Any, where: str) -> _Question:
     if organ not in ORGANS or family not in ("closed", "open") or phrasing not in ("freeform", "para"):
         raise ValueError(
             f"{where}: image_organ must be {', '.join(ORGANS)}, answer_type OPEN or CLOSED, phrase_type "
-            "freeform or "
-            f"para or one of them after test_, got {organ!r}, {family!r} and {phrase!r}"
+            f"freeform or para or one of them after test_, got {organ!r}, {family!r} and {phrase!r}"
         )
     image = text["image_name"]
     if not image or Path(image).name != image:

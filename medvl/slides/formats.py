@@ -70,11 +70,9 @@ _MAGIC = {b"\x89HDF\r\n\x1a\n": "h5", b"\x93NUMPY": "npy", b"PK\x03\x04": "pt", 
 _LFS_POINTER = b"version https://git-lfs"
 # A file of torch.save with other objects in it becomes one with its arrays, plain numbers and texts.
 _CONVERT = (
-    'python -c "import torch; x = torch.load({0!r}, weights_only=False); '
-    "torch.save({{k: torch.as_tensor(v) if getattr(v, 'shape', ()) "
-    "else v for k, v in x.items() if getattr(v, 'shape', ()) or type(v) in (str, int, float)}} "
-    "if isinstance(x, dict) "
-    'else torch.as_tensor(x), {0!r})"'
+    'python -c "import torch; x = torch.load({0!r}, weights_only=False); torch.save({{k: torch.as_tensor(v) '
+    "if getattr(v, 'shape', ()) else v for k, v in x.items() if getattr(v, 'shape', ()) or type(v) in (str, "
+    'int, float)}} if isinstance(x, dict) else torch.as_tensor(x), {0!r})"'
 )
 _CONVERT_NPY = "np.save({0!r}, np.load({0!r}, allow_pickle=True).item()['feature'])"
 

@@ -191,9 +191,8 @@ def _value(item: Any, must: bool = False) -> Any:
     value = getattr(item, "_value", None)
     if must and value is None:
         raise ValueError(
-            f"estimate: the model looks at the values of a tensor {list(item.shape)} "
-            f"{str(item.dtype)[6:]}, which has "
-            "none here"
+            f"estimate: the model looks at the values of a tensor {list(item.shape)} {str(item.dtype)[6:]}, "
+            "which has none here"
         )
     return value
 

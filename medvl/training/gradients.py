@@ -200,9 +200,8 @@ def token_value_and_grad(
         count = float(numbers["metrics/tokens"])
         if not count:
             raise ValueError(
-                f"token_value_and_grad: no token of the batch ({n} rows) is trained; see that the "
-                "context holds "
-                "the answers"
+                f"token_value_and_grad: no token of the batch ({n} rows) is trained; see that the context "
+                "holds the answers"
             )
         for name, number in numbers.items():
             numbers[name] = number if name == "metrics/tokens" else number / count
@@ -290,9 +289,8 @@ def _cut_equal_rows(batch: Batch, n: int, span: slice) -> Batch:
     wrong = [f"{name} has {len(tensor)}" for name, tensor in batch.items() if len(tensor) != n]
     if wrong:
         raise ValueError(
-            f"token_value_and_grad: every tensor must have the batch's {n} rows, {', '.join(wrong)}; "
-            "say how to "
-            "cut it with `cut`"
+            f"token_value_and_grad: every tensor must have the batch's {n} rows, {', '.join(wrong)}; say how "
+            "to cut it with `cut`"
         )
     return _take_rows(batch, span)
 

@@ -96,9 +96,8 @@ def adamw(
         sharded = [name for name, tensor in flat.items() if _is_shard(tensor)]
         if packing is not None and sharded:
             raise ValueError(
-                f"adamw: 8-bit moments need whole parameters, {len(sharded)} are sharded, e.g. "
-                f"{sharded[0]}; leave "
-                "packing out"
+                f"adamw: 8-bit moments need whole parameters, {len(sharded)} are sharded, e.g. {sharded[0]}; "
+                "leave packing out"
             )
         state = {}
         for key in ("mean", "square"):

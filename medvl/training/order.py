@@ -30,15 +30,13 @@ def batch_indices(
     batches_per_epoch = len(members) // size
     if not batches_per_epoch:
         raise ValueError(
-            f"batches: a batch of {size} needs as many different groups (scans), found {len(members)}; "
-            "lower the batch "
-            "size"
+            f"batches: a batch of {size} needs as many different groups (scans), found {len(members)}; lower "
+            "the batch size"
         )
     if size < world:
         raise ValueError(
-            f"batches: a batch must hold a sample for each process, got {size} for {world} processes; "
-            "raise the batch "
-            "size"
+            f"batches: a batch must hold a sample for each process, got {size} for {world} processes; raise "
+            "the batch size"
         )
 
     @lru_cache(2)  # prefetching may be an epoch ahead

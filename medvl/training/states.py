@@ -77,8 +77,7 @@ def read_state(path: files.PathLike, device: str | torch.device = "cpu", *, mapp
     except (pickle.UnpicklingError, ValueError, *files.READ_ERRORS) as e:
         raise ValueError(
             f"{path}: not a whole checkpoint of medvl ({files.error_reason(e)}); remove the folder "
-            f"{Path(path).parent} "
-            "to train its stage anew"
+            f"{Path(path).parent} to train its stage anew"
         ) from e
 
 

@@ -327,9 +327,8 @@ def merge_adapter(
     if sharing:
         raise ValueError(
             f"merge_adapter: {sharing[0]} has the weight {_weight_name(params, sharing[0])} of another "
-            "layer, "
-            "which its adapter does not correct; give them a weight each "
-            "(skeleton, params = hub.untie(skeleton, params)), or keep the adapter apart"
+            "layer, which its adapter does not correct; give them a weight each (skeleton, params = "
+            "hub.untie(skeleton, params)), or keep the adapter apart"
         )
     # Whether an embedding is tied shows only in the missing weight of the head.
     may_be_tied = "lm_head.weight" not in params and not also_head

@@ -176,8 +176,7 @@ def registry_of(folder: Path) -> Path:
     if cfg.train is not None and not path.exists():
         raise ValueError(
             f"{folder}: the run is not trained to its end, it has no registry yet; `invoke train --exp "
-            f"{folder}` "
-            "goes on"
+            f"{folder}` goes on"
         )
     return path
 

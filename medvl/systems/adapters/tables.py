@@ -265,11 +265,9 @@ def _write_report(evaluation: Evaluation, rows: list[Result], folder: Path) -> P
     cfg = evaluation.cfg
     notes = [
         f"Answers are right {RULES[cfg.evaluate.rule]}; greedy decoding. An episode is right if all its "
-        "steps "
-        "are. Out of domain the adapter of a step's own task may not be chosen; the bare model and the "
-        "oracle "
-        "(the own adapter) are the same in both. In brackets 95 % intervals that resample episodes; p is of "
-        "an exact sign-flip test by episode.",
+        "steps are. Out of domain the adapter of a step's own task may not be chosen; the bare model and the "
+        "oracle (the own adapter) are the same in both. In brackets 95 % intervals that resample episodes; p "
+        "is of an exact sign-flip test by episode.",
         f"k = {cfg.retrieve.k}, {cfg.retrieve.weighting} weights, fusion by {cfg.fusion.rule}. "
         f"{evaluation.num_failed} answers failed and count as wrong.",
     ]

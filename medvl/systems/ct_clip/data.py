@@ -68,9 +68,8 @@ def prepare_data(cfg: Config, log: Callable[[str], None] = print) -> None:
     if missing:
         raise ValueError(
             f"{len(missing)} files are missing: {', '.join(missing)}. `invoke preprocess --source SCANS "
-            "--out STORE.h5` makes "
-            "the stores; reports and labels are CSVs in CT-RATE's columns; data.store, data.reports and "
-            "data.labels say where they are"
+            "--out STORE.h5` makes the stores; reports and labels are CSVs in CT-RATE's columns; data.store, "
+            "data.reports and data.labels say where they are"
         )
     check_labels(cfg)
 
@@ -174,8 +173,7 @@ def _check_classes(cfg: Config, valid: LabelledVolumes) -> None:
     if len(one_class) == len(valid.findings):
         raise ValueError(
             f"{place}, none or all have {listed}; the validation split chooses checkpoint and thresholds, "
-            "which needs "
-            "volumes with and without a finding"
+            "which needs volumes with and without a finding"
         )
     if one_class:
         _log.warning(
@@ -191,9 +189,8 @@ def _check_patients(patients: Mapping[str, set[str]]) -> None:
         if shared:
             raise ValueError(
                 f"{len(shared)} patients are both in {first} and in {second}; what was learned of a patient "
-                "says nothing of others. "
-                "`invoke split` cuts tables by patient; data.patient_column or data.patient_pattern say "
-                "whose a volume is"
+                "says nothing of others. `invoke split` cuts tables by patient; data.patient_column or "
+                "data.patient_pattern say whose a volume is"
             )
 
 

@@ -87,8 +87,7 @@ def _check_widths(cfg: Config, vit: skeletons.Skeleton) -> None:
     if encoded != expected:
         raise ValueError(
             f"fuse.dim must be the width of the slice encoder, {encoded}, found {expected}; set "
-            f"fuse.dim={encoded} "
-            f"(and fuse.heads), or fuse.inputs={encoded} to project it to fuse.dim"
+            f"fuse.dim={encoded} (and fuse.heads), or fuse.inputs={encoded} to project it to fuse.dim"
         )
 
 

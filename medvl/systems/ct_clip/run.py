@@ -81,8 +81,7 @@ def _fit_stage(
     trained, frozen = split_tree(params, stage.train)
     log(
         f"stage {stage.name}: {stage.steps} steps train {count_values(trained):,} of "
-        f"{count_values(params):,} "
-        "parameters"
+        f"{count_values(params):,} parameters"
     )
     valid = open_volumes(cfg, "valid")
     if not any(name.startswith("vit/") for name in flatten(trained)):

@@ -157,10 +157,9 @@ def assess(ct_clip: Model, params: Tree, folder: Path, experiment: str) -> tuple
         "Middle slices of nine test volumes as the model sees them": sheet,
     }
     notes = (
-        f"Zero-shot with the prompt set {cfg.evaluate.prompts!r}; thresholds by {cfg.evaluate.rule!r} on "
-        "the validation split "
-        f"({len(valid.names)} volumes). Labels were not trained on; validation labels chose checkpoint and "
-        "thresholds.",
+        f"Zero-shot with the prompt set {cfg.evaluate.prompts!r}; thresholds by {cfg.evaluate.rule!r} on the "
+        f"validation split ({len(valid.names)} volumes). Labels were not trained on; validation labels chose "
+        "checkpoint and thresholds.",
     )
     return rows, report.write_report(folder, f"{experiment}: zero-shot findings", rows, figures, notes)
 

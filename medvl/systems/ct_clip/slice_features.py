@@ -102,6 +102,5 @@ def _check_unchanged(features: Store, volumes: Store) -> None:
     if changed:
         raise ValueError(
             f"{features.path}: {len(changed)} volumes of {volumes.path} have changed since their features "
-            "were computed, "
-            f"e.g. {changed[0]}; remove this file, and they are computed again"
+            f"were computed, e.g. {changed[0]}; remove this file, and they are computed again"
         )

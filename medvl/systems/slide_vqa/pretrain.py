@@ -152,9 +152,8 @@ def labelled(cfg: Config) -> tuple[dict[str, list[dict[str, str]]], dict[str, li
     twice = [name for name, number in times.items() if number > 1]
     if twice:
         raise ValueError(
-            f"{table}: every slide must be there once, in one split; {len(twice)} are there again, the "
-            "first is "
-            f"{twice[0]}"
+            f"{table}: every slide must be there once, in one split; {len(twice)} are there again, the first "
+            f"is {twice[0]}"
         )
     try:
         # Of train alone: a class that only valid has cannot be learned, and its slides count as unlabelled.

@@ -126,9 +126,8 @@ def upgrade_pretraining(table: dict[str, Any]) -> dict[str, Any]:
         return table
     if "train" in table:
         raise ValueError(
-            f"pretrain.{min(old)} is a setting of older records; beside pretrain.train write steps and "
-            "rates as "
-            "pretrain.train.stages.0.*, batch and the like as pretrain.train.*"
+            f"pretrain.{min(old)} is a setting of older records; beside pretrain.train write steps and rates "
+            "as pretrain.train.stages.0.*, batch and the like as pretrain.train.*"
         )
     stage: dict[str, Any] = {name: table[name] for name in of_stage if name in table}
     (default,) = _PRETRAINING["stages"]

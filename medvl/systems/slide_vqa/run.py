@@ -90,9 +90,8 @@ def _check_features(
     required = split != "test" or not (features.names or cfg.data.blind)
     if features.missing and required:
         raise ValueError(
-            f"{path}: {len(features.missing)} slides have no features below "
-            f"{data_path(cfg, 'features')}, the first is {features.missing[0]!r}{features.near}; "
-            "`invoke slides check` lists all"
+            f"{path}: {len(features.missing)} slides have no features below {data_path(cfg, 'features')}, "
+            f"the first is {features.missing[0]!r}{features.near}; `invoke slides check` lists all"
         )
     if split == "test" and cfg.evaluate.shuffled and not cfg.data.blind:
         shuffle_slides(conversations, cfg.seed, features.names)  # raises where there are too few slides
