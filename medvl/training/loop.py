@@ -79,9 +79,8 @@ class NotFinite(FloatingPointError):
 
     def __init__(self, reason: str, step: int, last_good: str) -> None:
         super().__init__(
-            f"fit: {reason} at step {step}; {last_good}. The same command meets the same step again: lower "
-            "lr, or look "
-            "at the data"
+            f"fit: {reason} at step {step}; {last_good}. The same command meets the same step again: "
+            "lower lr, or look at the data"
         )
         self.reason, self.step = reason, step
 
@@ -141,21 +140,16 @@ def train_steps(
             nothing of it is saved, and the last good state stays on disk.
     """
     last = None if folder is None else Path(folder) / "last.pt"
-    journal: Callable[[dict[str, Any]], None] = lambda line: None
-    if last is not None:
-        # Before the journal is opened: lines past this step are dropped there.
-        state = states.resume_state(last.parent, state)
-    if state.step > steps:
-        raise ValueError(
-            f"{last}: is at step {state.step}, past the {steps} asked for; remove it to train anew"
-        )
+    state = _first_state(last, state, steps)
     # A run that ended early is not prolonged when it is started again.
     if _is_out_of_patience(state, patience):
         return state
     _check_processes(last, state, steps)
     # `read_trained` tells a finished run by step and steps in the file.
     state = evolve(state, steps=steps)
+    journal: Callable[[dict[str, Any]], None] = lambda line: None
     if last is not None:
+        # Lines past the step of the state that was read are dropped.
         journal = open_journal(last.with_name("metrics.jsonl"), state.step)
     start = state.step
     watched: Tensor | None = None
@@ -169,54 +163,43 @@ def train_steps(
         pace = Pace(title, start, steps, bar, log)
         # The next batch is read while this one is computed. i is the step from 0, which makes `state.step`
         # i + 1: the number of steps that are done.
-        for i, batch in prefetch(batch_at, state.step, steps):
+        for i, batch in prefetch(batch_at, start, steps):
             state, metrics = step(state, batch)
             pace.count_step()
             device = metrics["loss"].device
             watched = _watch(watched, metrics, i + 1)
             # All processes stop at the same step, whichever of them was signalled.
             halt = _in_any(stop.number > 0, device)
-            log_due = _is_due(state.step, every.log, steps)
-            save_due = _is_due(state.step, every.save, steps)
-            validate_due = validate is not None and _is_due(state.step, every.validate, steps)
-            if log_due or save_due or validate_due or halt:
-                # Reading all weights costs time, so they are looked at only before they are written.
-                saves = save_due or validate_due or halt
-                _check_finite(watched, state if saves else None, last, start)
-                line = {"step": state.step} | {name: float(v) for name, v in metrics.items()}
-                if lr:
-                    # Of the step that was just taken, whose number is i from 0.
-                    line["lr"] = lr(i)
-                line |= pace.read_clock()  # after float(), which waits for the device
-            # A better state is on disk before the line that tells of it, and before `last.pt` passes it.
-            if validate_due:
+            due = _what_is_due(state.step, steps, every, validates=validate is not None)
+            if not (due or halt):
+                continue
+            # Reading all weights costs time, so they are looked at only before they are written.
+            will_save = halt or "save" in due or "validate" in due
+            _check_finite(watched, state if will_save else None, last, start)
+            line = {"step": state.step} | {name: float(v) for name, v in metrics.items()}
+            if lr:
+                # Of the step that was just taken, whose number is i from 0.
+                line["lr"] = lr(i)
+            line |= pace.read_clock()  # after float(), which waits for the device
+            if "validate" in due:
                 assert validate is not None
                 scores = validate(state)
                 # A validation may take minutes: a signal in it is not left until the next step.
                 halt = _in_any(stop.number > 0, device)
                 line |= {f"valid_{name}": score for name, score in scores.items()}
-                # Processes may differ in the last bits of a score, and all must decide alike what is best.
-                score = _of_first_process(scores["score"], device)
-                if score > state.best:
-                    state = evolve(state, best=score, stale=0)
-                    if last is not None:
-                        states.save_state(last.with_name("best.pt"), state)
-                # Without patience nothing is counted, so that the files of such runs hold no count.
-                elif patience:
-                    state = evolve(state, stale=state.stale + 1)
+                # A better state is on disk before the line that tells of it, and before `last.pt` passes it.
+                state = _follow_best(state, scores["score"], last, patience, device)
             ended = _is_out_of_patience(state, patience)
             if ended:
                 # `last.pt` will say that this is the end, or the run would seem unfinished.
                 state = evolve(state, steps=state.step)
-            if log_due or validate_due:
+            if "log" in due or "validate" in due:
                 journal(line)
-                pace.show(line, device, stays=validate_due or state.step == steps)
+                pace.show(line, device, stays="validate" in due or state.step == steps)
             # Not at every validation: a run resumed from an older state validates again, with the same score.
-            if last is not None and (save_due or halt or ended):
+            if last is not None and ("save" in due or halt or ended):
                 states.save_state(last, state)
                 _keep_states(last, state.step, keep_last)
-            if log_due or save_due or validate_due:
-                pace.go_on()
             if halt:
                 # Also at the last step: what comes after it, another stage or the evaluation, is not begun.
                 _log.warning(
@@ -233,11 +216,41 @@ def train_steps(
                     "better score"
                 )
                 break
+            pace.go_on()
     return state
 
 
-def _is_due(step: int, every: int, steps: int) -> bool:
-    return step == steps or (every > 0 and step % every == 0)
+def _first_state(last: Path | None, state: State, steps: int) -> State:
+    """The state that training begins from: that of the file, where there is one that can be trained on."""
+    if last is not None:
+        state = states.resume_state(last.parent, state)
+    if state.step > steps:
+        raise ValueError(
+            f"{last}: is at step {state.step}, past the {steps} asked for; remove it to train anew"
+        )
+    return state
+
+
+def _what_is_due(step: int, steps: int, every: Every, *, validates: bool) -> set[str]:
+    """What is to be done after a step: "log", "save", "validate"; all of it after the last one."""
+    intervals = {"log": every.log, "save": every.save}
+    if validates:
+        intervals["validate"] = every.validate
+    return {name for name, n in intervals.items() if step == steps or (n > 0 and step % n == 0)}
+
+
+def _follow_best(state: State, score: float, last: Path | None, patience: int, device: torch.device) -> State:
+    """The state after a validation. It is written to `best.pt` where no score was higher."""
+    # Processes may differ in the last bits of a score, and all must decide alike what is best.
+    score = _of_first_process(score, device)
+    if score > state.best:
+        state = evolve(state, best=score, stale=0)
+        if last is not None:
+            states.save_state(last.with_name("best.pt"), state)
+    # Without patience nothing is counted, so that the files of such runs hold no count.
+    elif patience:
+        state = evolve(state, stale=state.stale + 1)
+    return state
 
 
 def _is_out_of_patience(state: State, patience: int) -> bool:
@@ -264,11 +277,9 @@ def _check_processes(path: Path | None, state: State, steps: int) -> None:
     same = state.processes in (0, processes.world_size())
     if state.drawn and not same and state.step < steps:
         raise ValueError(
-            f"{path}: was trained by {state.processes} processes, now there are "
-            f"{processes.world_size()}; each draws "
-            "(dropout, noise) for its "
-            f"share of a batch, so the result would change: start {state.processes}, or remove the "
-            "file to train anew"
+            f"{path}: was trained by {state.processes} processes, now there are {processes.world_size()}; "
+            "each draws (dropout, noise) for its share of a batch, so the result would change: "
+            f"start {state.processes}, or remove the file to train anew"
         )
 
 
