@@ -13,6 +13,7 @@ from attrs import evolve
 from medvl.base.tree import count_values
 from medvl.hub import skeletons
 from medvl.language import generate, vlm
+from medvl.language.sampling import Sampling
 from medvl.training import gradients, loop, optim, states
 from medvl.weights import compose, four_bit, lora
 
@@ -170,7 +171,7 @@ def bench_forward(measure, kind, name):
 @pytest.mark.parametrize("kind", MODELS)
 def bench_generate(measure, benchmark, kind, name):
     """The prompt and 16 tokens of every row; extra_info has the tokens of all rows per second."""
-    skeleton, params, how = model(kind)[0], variant(kind, name), generate.Sampling(max_tokens=NEW)
+    skeleton, params, how = model(kind)[0], variant(kind, name), Sampling(max_tokens=NEW)
     made = measure(
         lambda: generate.generate(how, skeleton, params, prompt(kind)),
         rounds=ROUNDS,

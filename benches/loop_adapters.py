@@ -23,6 +23,7 @@ from medvl.adapters import registry as registries
 from medvl.adapters.retrieve import RetrieveConfig, Retrieved, retrieve_adapters
 from medvl.hub import peft_files, skeletons
 from medvl.language import generate, vlm
+from medvl.language.sampling import Sampling
 from medvl.weights import lora
 
 GEN = torch.Generator().manual_seed(0)
@@ -92,7 +93,7 @@ def loop(samples: int = 500) -> dict[str, float]:
     """Ours, adapters read from files into memory when they are asked for."""
     skeleton, params = skeletons.init_skeleton(MODEL, GEN, head="language")
     made, questions, found = adapters(skeleton), [question(i) for i in range(10)], {}
-    size, how = cache.adapter_nbytes(made[0]), generate.Sampling(max_tokens=TOKENS)
+    size, how = cache.adapter_nbytes(made[0]), Sampling(max_tokens=TOKENS)
     print(
         f"{sum(w.numel() for w in params.values()):,} parameters, {POOL} adapters of {len(made[0].factors)} layers, {size:,} bytes each"
     )
@@ -129,7 +130,7 @@ def peer(seconds: float = 90.0) -> dict[str, float]:
     """peft: for each sample `add_weighted_adapter` under a new name and `set_adapter`; as many samples as there is time for."""
     skeleton, params = skeletons.init_skeleton(MODEL, GEN, head="language")
     made, questions, found = adapters(skeleton), [question(i) for i in range(10)], {}
-    how = generate.Sampling(max_tokens=TOKENS)
+    how = Sampling(max_tokens=TOKENS)
     for kind in ("linear", "svd"):
         model, names = _in_peft(skeleton, params, made)
 

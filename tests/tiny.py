@@ -127,6 +127,15 @@ def peer(skeleton, params):
     return module
 
 
+def peer_tokens(skeleton, params, inputs, n, **kwargs):
+    """The `n` tokens that transformers' greedy decoding puts behind each prompt."""
+    with torch.no_grad():
+        out = peer(skeleton, params).generate(
+            **inputs, do_sample=False, max_new_tokens=n, pad_token_id=0, **kwargs
+        )
+    return out[:, inputs["input_ids"].shape[1] :]
+
+
 def images(kind, counts, gen):
     """(model inputs, visual tokens of each sample) of images, `counts[b]` for sample b; sizes differ where the architecture allows it."""
     if kind == "internvl":
@@ -165,6 +174,12 @@ def batch(kind, counts=(1, 2), side="left", seed=1):
     if kind in VLM and kind != "internvl":
         inputs["mm_token_type_ids"] = (ids == 150).int()
     return inputs
+
+
+def renamed(inputs):
+    """A batch in the names of `vlm.model_inputs`."""
+    names = {"input_ids": "ids", "attention_mask": "mask"}
+    return {names.get(name, name): value for name, value in inputs.items()}
 
 
 def sample(kind, inputs, b, counts):

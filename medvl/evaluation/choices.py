@@ -80,7 +80,7 @@ def letters_by_likelihood(scores: Iterable[Iterable[float]], options: Sequence[O
     """The letter of each row's likeliest option; of equals the first.
 
     Args:
-        scores: [b, o], as of `generate.score_options`: rows with fewer options are longer than these.
+        scores: [b, o], as of `likelihood.score_options`: rows with fewer options are longer than these.
     Raises:
         ValueError: as `letter_options`; another number of rows, fewer scores than options, or a score of an
             option that is nan.

@@ -18,11 +18,12 @@ from medvl.base.tree import Tree
 from medvl.evaluation import choices
 from medvl.hub import loading, saving, skeletons, tokens
 from medvl.hub.checkpoints import find_file, new_folder, read_json
-from medvl.language import encoding, generate, images, vision, vlm
+from medvl.language import encoding, generate, images, likelihood, vision, vlm
 from medvl.language.conversations import Conversation, limit_images
 from medvl.language.encoding import Sample
-from medvl.language.generate import Generated, Sampling
+from medvl.language.generate import Generated
 from medvl.language.messages import Message
+from medvl.language.sampling import Sampling
 from medvl.language.templates import (
     TEMPLATES,
     ConversationFormat,
@@ -630,7 +631,7 @@ def likeliest_letters(
         # No start token, since the letter goes on behind a prompt; a list, as some tokenizers make two tokens
         # of it.
         letter_ids.append([chat.tokenizer(x, add_special_tokens=False)["input_ids"] for x in letters])
-    scores, _ = generate.score_options(chat.skeleton, weights, inputs, letter_ids)
+    scores, _ = likelihood.score_options(chat.skeleton, weights, inputs, letter_ids)
     return choices.letters_by_likelihood(scores.tolist(), options)
 
 

@@ -22,7 +22,7 @@ from medvl.evaluation.choices import Options
 from medvl.hub import skeletons
 from medvl.language import chat, encoding
 from medvl.language.chat import Chat, Dialogue, Encoded, ModelConfig
-from medvl.language.generate import Sampling
+from medvl.language.sampling import Sampling
 from medvl.training import gradients, stages
 from medvl.training.record import Stage, TrainConfig
 from medvl.weights import lora, shards

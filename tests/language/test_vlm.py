@@ -12,13 +12,7 @@ from medvl.language import qwen_vl, vlm
 from medvl.weights import lazy, lora
 from tests import tiny
 
-NAMES = {"input_ids": "ids", "attention_mask": "mask"}
 model = functools.cache(tiny.model)
-
-
-def ours(inputs):
-    """A batch in the house's names."""
-    return {NAMES.get(k, k): v for k, v in inputs.items()}
 
 
 def theirs(inputs):
@@ -119,7 +113,7 @@ def test_splice_is_what_the_models_do_with_pixels(kind):
         embeds = vlm.splice(
             inputs["input_ids"], visual, table, 150, counts=(inputs["input_ids"] == 150).sum(1).tolist()
         )
-        batch = ours(inputs)
+        batch = tiny.renamed(inputs)
         spliced = {k: v for k, v in batch.items() if k != "pixel_values"} | {"inputs_embeds": embeds}
         torch.testing.assert_close(
             vlm.hidden_states(skeleton, params, **spliced), vlm.hidden_states(skeleton, params, **batch)
@@ -135,8 +129,8 @@ def test_hidden_states_and_loss_are_those_of_transformers(kind, side, gen):
     labels = labels_of(inputs, gen)
     with torch.no_grad():
         want = tiny.peer(skeleton, params)(**theirs(inputs), labels=labels, output_hidden_states=True)
-        got = vlm.hidden_states(skeleton, params, **ours(inputs), labels=labels)
-        total, count = vlm.answer_loss(skeleton, params, ours(inputs) | {"labels": labels}, chunk=5)
+        got = vlm.hidden_states(skeleton, params, **tiny.renamed(inputs), labels=labels)
+        total, count = vlm.answer_loss(skeleton, params, tiny.renamed(inputs) | {"labels": labels}, chunk=5)
     keep = inputs["attention_mask"].bool()
     torch.testing.assert_close(got[keep], want.hidden_states[-1][keep], rtol=1e-5, atol=1e-5)
     name, _ = vlm.language_head_names(skeleton)
@@ -158,7 +152,7 @@ def test_gradients_are_those_of_transformers(kind, again, gen):
     total, _ = vlm.answer_loss(
         skeletons.checkpointed(skeleton) if again else skeleton,
         leaves,
-        ours(inputs) | {"labels": labels},
+        tiny.renamed(inputs) | {"labels": labels},
         chunk=7,
     )
     grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, materialize_grads=True)
@@ -177,9 +171,9 @@ def test_a_head_with_a_bias():
     params["lm_head.bias"] = torch.linspace(-1, 1, 160)
     assert vlm.language_head_names(skeleton) == ("lm_head.weight", "lm_head.bias")
     inputs = tiny.batch("qwen2")
-    batch = ours(inputs) | {"labels": inputs["input_ids"]}
+    batch = tiny.renamed(inputs) | {"labels": inputs["input_ids"]}
     total, count = vlm.answer_loss(skeleton, params, batch)
-    logits = skeleton(params, **vlm.model_inputs(skeleton, ours(inputs))).logits
+    logits = skeleton(params, **vlm.model_inputs(skeleton, tiny.renamed(inputs))).logits
     torch.testing.assert_close(
         total,
         F.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["input_ids"][:, 1:].flatten(), reduction="sum"),
@@ -189,7 +183,7 @@ def test_a_head_with_a_bias():
 
 def test_a_lazy_head_and_weights_per_sample(gen):
     skeleton, params = model("phi3")
-    batch = ours(tiny.batch("phi3"))
+    batch = tiny.renamed(tiny.batch("phi3"))
     name, bias = vlm.language_head_names(skeleton)
     assert (name, bias) == ("lm_head.weight", None)
     a, b = torch.randn(3, 32, generator=gen), torch.randn(160, 3, generator=gen)
@@ -230,22 +224,24 @@ def test_a_tower_with_weights_per_sample(gen):
         }
         return params | held
 
-    got = vlm.hidden_states(skeleton, of(gate, vlm.visual_rows(inputs["input_ids"], 150)), **ours(inputs))
+    got = vlm.hidden_states(
+        skeleton, of(gate, vlm.visual_rows(inputs["input_ids"], 150)), **tiny.renamed(inputs)
+    )
     for i in range(2):
         one = tiny.sample("qwen2_5_vl", inputs, i, counts)
-        want = vlm.hidden_states(skeleton, of(gate[i], None), **ours(one))
+        want = vlm.hidden_states(skeleton, of(gate[i], None), **tiny.renamed(one))
         torch.testing.assert_close(got[i, inputs["attention_mask"][i].bool()], want[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "gpt2", "qwen3_vl"])
 def test_padding_and_other_rows_change_nothing(kind):
     skeleton, params = model(kind)
-    left, right = (ours(tiny.batch(kind, (1, 2), side)) for side in ("left", "right"))
+    left, right = (tiny.renamed(tiny.batch(kind, (1, 2), side)) for side in ("left", "right"))
     with torch.no_grad():
         a, b = (vlm.hidden_states(skeleton, params, **x)[x["mask"].bool()] for x in (left, right))
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
         for i in range(2):
-            one = ours(tiny.sample(kind, tiny.batch(kind, (1, 2)), i, (1, 2)))
+            one = tiny.renamed(tiny.sample(kind, tiny.batch(kind, (1, 2)), i, (1, 2)))
             alone = vlm.hidden_states(skeleton, params, **{k: v for k, v in one.items() if k != "mask"})
             torch.testing.assert_close(
                 vlm.hidden_states(skeleton, params, **left)[i, -alone.shape[1] :],
@@ -293,15 +289,15 @@ def test_scales_that_do_nothing_are_fine_and_encoders_have_no_head():
     )
     skeleton, params = model("qwen2", head="")
     with pytest.raises(ValueError, match="has no language head; load it with head='language'"):
-        vlm.hidden_states(skeleton, params, **ours(tiny.batch("qwen2")))
+        vlm.hidden_states(skeleton, params, **tiny.renamed(tiny.batch("qwen2")))
 
 
 # Positions on three axes ----------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_what_an_earlier_call_left_is_neither_read_nor_written(kind):
     skeleton, params = model(kind)
-    batch = ours(tiny.batch(kind))
-    text = ours(tiny.batch("qwen2", seed=3))
+    batch = tiny.renamed(tiny.batch(kind))
+    text = tiny.renamed(tiny.batch("qwen2", seed=3))
     with torch.no_grad():
         want = [vlm.hidden_states(skeleton, params, **b) for b in (batch, text)]
         skeleton.module.model.rope_deltas = torch.tensor([[77], [-5]])
@@ -313,7 +309,7 @@ def test_what_an_earlier_call_left_is_neither_read_nor_written(kind):
 
 def test_positions_may_be_given_or_made_of_any_of_their_sources():
     skeleton, params = model("qwen2_5_vl")
-    batch = ours(tiny.batch("qwen2_5_vl"))
+    batch = tiny.renamed(tiny.batch("qwen2_5_vl"))
     whole = vlm.hidden_states(skeleton, params, **batch)
     bare = {k: v for k, v in batch.items() if k != "mm_token_type_ids"}
     positions, _ = qwen_vl.mrope(batch["ids"], batch["mask"].bool(), batch["image_grid_thw"], image_token=150)
@@ -447,7 +443,7 @@ def without(*names, **more):
 )
 def test_bad_batches_are_refused(kind, change, message):
     skeleton, params = model(kind)
-    batch = ours(tiny.batch(kind))
+    batch = tiny.renamed(tiny.batch(kind))
     vlm.model_inputs(skeleton, batch)
     with pytest.raises(ValueError, match=message):
         vlm.hidden_states(skeleton, params, **change(batch))
@@ -455,7 +451,7 @@ def test_bad_batches_are_refused(kind, change, message):
 
 def test_a_loss_needs_labels():
     skeleton, params = model("qwen2")
-    batch = ours(tiny.batch("qwen2"))
+    batch = tiny.renamed(tiny.batch("qwen2"))
     with pytest.raises(
         ValueError, match=r"answer_loss: the batch must have labels \[b, t\], got only ids, mask"
     ):

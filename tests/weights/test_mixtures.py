@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from medvl.language import generate, vlm
+from medvl.language.sampling import Sampling
 from medvl.weights import compose, four_bit, lora
 from tests import tiny
 
@@ -75,26 +76,20 @@ def test_a_mixture_per_sample_is_pefts_cat_for_each(joined, side):
             assert (want - bare[b][keep]).abs().max() > 0.05
 
 
-def house(x):
-    """A batch in the names of `vlm`."""
-    names = {"input_ids": "ids", "attention_mask": "mask"}
-    return {names.get(k, k): v for k, v in x.items()}
-
-
 @pytest.mark.parametrize("base", ["dense", "nf4"])
 def test_greedy_answers_of_a_batch_are_those_of_each_sample(joined, base):
     kind, skeleton, params, _, pool = joined
     params = four_bit.quantize(params) if base == "nf4" else params
-    cfg = generate.Sampling(max_tokens=8)
+    cfg = Sampling(max_tokens=8)
     x = tiny.batch(kind, COUNTS)
-    together = generate.generate(cfg, skeleton, mixed(params, pool, x["input_ids"]), house(x))
+    together = generate.generate(cfg, skeleton, mixed(params, pool, x["input_ids"]), tiny.renamed(x))
     for b in range(2):
         one = tiny.sample(kind, x, b, COUNTS)
         alone = generate.generate(
-            cfg, skeleton, mixed(params, pool, one["input_ids"], W[b : b + 1]), house(one)
+            cfg, skeleton, mixed(params, pool, one["input_ids"], W[b : b + 1]), tiny.renamed(one)
         )
         assert together.ids[b] == alone.ids[0]
-    bare = generate.generate(cfg, skeleton, params, house(x))
+    bare = generate.generate(cfg, skeleton, params, tiny.renamed(x))
     assert bare.ids != together.ids
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from medvl.base import files
 from medvl.base.tree import Tree
-from medvl.language import chat, generate, system
+from medvl.language import chat, likelihood, system
 from medvl.slides.maps import write_map
 from medvl.slides.names import slide_name
 from medvl.slides.question_formats import SlideConversation
@@ -139,7 +139,7 @@ def relevance_of_slots(
             "mask": mask.repeat(b, 1),
         }
         # Sums over the tokens of the answer, [b, options]; each row has one option.
-        return generate.score_options(skeleton, weights, variant_inputs, [[ids]] * b)[0][:, 0]
+        return likelihood.score_options(skeleton, weights, variant_inputs, [[ids]] * b)[0][:, 0]
 
     worth = occlusion_attribution(score, embedded[0, places], mean_inputs["inputs_embeds"][0, places])
     return worth.cpu().double().numpy()
