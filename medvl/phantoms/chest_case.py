@@ -3,21 +3,22 @@
 Patient coordinates are in mm: x to the patient's right, y to anterior, z to superior, 0 at the hilum.
 
 What is drawn from the generator, and in which order, is part of what a seed means.
+
+Sizes, places, densities and odds have no source: they were chosen so that a drawn volume resembles a chest
+CT at voxels of several mm, and so that each finding is in 13 to 45 % of the cases.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 from numpy.typing import ArrayLike
 
 from medvl.base import config
 
 Gen = np.random.Generator
 Array = np.ndarray
-# Lengths in mm, densities in HU, `heart` as a share of the chest's inner width; keys as in `_draw_body`.
-Body = dict[str, float]
 
 FINDINGS = (  # CT-RATE's names, in its order
     "Arterial wall calcification",
@@ -96,6 +97,34 @@ Lesions = tuple[Lesion, ...]
 
 
 @frozen(kw_only=True)
+class Body:
+    """The measures in which healthy bodies differ: lengths in mm, densities in HU.
+
+    The section of the body, and of the chest within the ribs, is an oval with half axes across (x) and from
+    front to back (y).
+    """
+
+    half_width: float
+    half_depth: float
+    fat: float  # thickness under the skin at the sides; 0.7 of it in front and behind
+    chest_half_width: float  # of the inner chest
+    chest_half_depth: float
+    apex: float  # z of the top of the lungs
+    dome_right: float  # z of the top of each dome of the diaphragm
+    dome_left: float
+    mediastinum: float  # half its width
+    lung_hu: float
+    blood_hu: float
+    heart_ratio: float  # width of the heart by that of the inner chest
+    heart_x: float  # centre of the heart, left of the middle
+    heart_y: float
+    heart_fat: float  # thickness on the heart
+    aorta_radius: float
+    bone_hu: float
+    stomach_gas: float  # -1 to 1: the stomach has a bubble of gas where positive
+
+
+@frozen(kw_only=True)
 class ChestCase:
     """A person to be scanned: the body in mm and HU, and the lesions of each present finding."""
 
@@ -142,7 +171,7 @@ def draw_chest_case(cfg: PhantomConfig, gen: Gen) -> ChestCase:
     # Before the lesions are drawn: those of the heart lie on its surface. A heart is called large above half
     # of the chest's width; `_draw_body` stays below.
     if "Cardiomegaly" in present:
-        body["heart"] = gen.uniform(0.53, 0.64)
+        body = evolve(body, heart_ratio=gen.uniform(0.53, 0.64))
     sex = "FM"[gen.integers(2)]
     texture = int(gen.integers(2**32))
     findings = {name: _DRAW_LESIONS[name](body, gen) for name in present}
@@ -155,37 +184,41 @@ def _draw_body(cfg: PhantomConfig, gen: Gen) -> Body:
         middle = (low + high) / 2
         return middle + cfg.variation * (gen.uniform(low, high) - middle)
 
-    a = draw(148, 186)
+    # Depths follow widths, so that slim people are slim in both directions.
+    half_width = draw(148, 186)
     fat = draw(6, 30)
-    blood = gen.uniform(120, 240) if gen.random() < cfg.contrast else gen.uniform(36, 52)
-    return {
-        "a": a,  # half width and depth of the body
-        "b": a * draw(0.64, 0.76),
-        "fat": fat,  # under the skin, at the sides; 0.7 of it in front and behind
-        "ta": a - fat - draw(14, 20),  # half width and depth of the inner chest
-        "tb": a * 0.70 - 0.7 * fat - draw(6, 14),
-        "apex": draw(112, 138),  # z of the lungs' top and of the two domes of the diaphragm
-        "dome_right": draw(-74, -54),
-        "dome_left": draw(-88, -66),
-        "gap": draw(17, 24),  # half width of the mediastinum
-        "lung": gen.normal(-862, 16 * cfg.variation),  # HU
-        "blood": blood,  # HU
-        "heart": draw(0.38, 0.485),
-        "heart_x": draw(-20, -8),  # centre, left of the middle
-        "heart_y": draw(12, 24),
-        "rim": draw(2.5, 6.0),  # fat on the heart
-        "aorta": draw(11.0, 15.5),  # radius
-        "bone": draw(130, 260),  # HU
-        "stomach": gen.uniform(-1, 1),  # gas where positive
-    }
+    enhanced = gen.random() < cfg.contrast
+    blood_hu = gen.uniform(120, 240) if enhanced else gen.uniform(36, 52)
+    return Body(
+        half_width=half_width,
+        half_depth=half_width * draw(0.64, 0.76),
+        fat=fat,
+        chest_half_width=half_width - fat - draw(14, 20),
+        chest_half_depth=half_width * 0.70 - 0.7 * fat - draw(6, 14),
+        apex=draw(112, 138),
+        dome_right=draw(-74, -54),
+        dome_left=draw(-88, -66),
+        mediastinum=draw(17, 24),
+        lung_hu=gen.normal(-862, 16 * cfg.variation),
+        blood_hu=blood_hu,
+        heart_ratio=draw(0.38, 0.485),
+        heart_x=draw(-20, -8),
+        heart_y=draw(12, 24),
+        heart_fat=draw(2.5, 6.0),
+        aorta_radius=draw(11.0, 15.5),
+        bone_hu=draw(130, 260),
+        stomach_gas=gen.uniform(-1, 1),
+    )
 
 
 def heart_shape(body: Body) -> tuple[Array, Array]:
     """Centre [3] and radii [3] of the heart in mm."""
-    radius = body["heart"] * body["ta"]  # a share of the whole width is the same share of the half
-    radii = radius * np.array([1.0, 0.80, 0.84])
-    diaphragm = min(body["dome_right"], body["dome_left"])
-    centre = np.array([body["heart_x"], body["heart_y"], diaphragm + 0.72 * radii[2]])
+    half_width = body.heart_ratio * body.chest_half_width
+    radii = half_width * np.array([1.0, 0.80, 0.84])
+    # It rests on the diaphragm, a little sunk into its lower dome.
+    diaphragm = min(body.dome_right, body.dome_left)
+    z = diaphragm + 0.72 * radii[2]
+    centre = np.array([body.heart_x, body.heart_y, z])
     return centre, radii
 
 
@@ -205,40 +238,50 @@ def _draw_place(
         low, high: limits of z.
         depth: limits of the distance from the axis of the lung (0) to its wall (1).
     """
-    sign = 1 if gen.random() < 0.5 else -1
+    side = "right" if gen.random() < 0.5 else "left"
     z = gen.uniform(low, high)
     r = gen.uniform(*depth)
     angle = gen.uniform(0, 2 * np.pi)
-    # The lung's section at this height is an ellipse between the mediastinum and the chest wall.
+    # The lung's section at this height is an ellipse between the mediastinum and the chest wall. The 12 mm
+    # beside the mediastinum belong to the vessels of the hilum.
     width = float(taper(body, z))
-    outer = body["ta"] * width
-    inner = body["gap"] + 12
+    outer = body.chest_half_width * width
+    inner = body.mediastinum + 12
     middle = (outer + inner) / 2
-    half = (outer - inner) / 2
-    x = middle + half * r * np.cos(angle)
-    y = 0.82 * body["tb"] * width * r * np.sin(angle)
-    side = "right" if sign > 0 else "left"
-    return side, sign * x, y, z
+    half_width = (outer - inner) / 2
+    half_depth = 0.82 * body.chest_half_depth * width
+    x = middle + half_width * r * np.cos(angle)
+    y = half_depth * r * np.sin(angle)
+    if side == "left":
+        x = -x
+    return side, x, y, z
 
 
 def taper(body: Body, z: ArrayLike) -> Array:
     """How much narrower than its base the inner chest is at height z in mm (1 = as wide)."""
     # 0 up to 20 mm below the hilum, 1 at the apex.
-    t = np.clip((np.asarray(z) + 20) / (body["apex"] + 20), 0, 1)
-    return np.sqrt(np.clip(1 - t**2.6, 1e-3, None))  # never 0: others divide by it
+    height = np.asarray(z) + 20
+    t = np.clip(height / (body.apex + 20), 0, 1)
+    # The power 2 would be an ellipse; with 2.6 the chest is broader below the apex.
+    squared = np.clip(1 - t**2.6, 1e-3, None)  # never 0: others divide by the root
+    return np.sqrt(squared)
 
 
 def diaphragm_height(body: Body, x: Array, y: Array) -> Array:
     """Height z of the diaphragm at places x, y, all in mm: a dome per side, deepest behind."""
-    centre = 0.52 * body["ta"]  # |x| of the top of a dome; it falls outwards from there
     # float32, as x and y of a whole volume are: plain floats would double its memory.
-    top = np.where(x > 0, np.float32(body["dome_right"]), np.float32(body["dome_left"]))
-    side = (np.abs(x) - centre) / (0.5 * body["ta"])
-    back = y / body["tb"]
-    to_side = 34 * np.clip(side, 0, None) ** 2
-    to_both_ends = 26 * back**2
-    to_back = 30 * np.clip(-back, 0, None) ** 2
-    return top - to_side - to_both_ends - to_back
+    right = np.float32(body.dome_right)
+    left = np.float32(body.dome_left)
+    top = np.where(x > 0, right, left)
+    # Outwards from the top of a dome (0) to the wall (about 1), and from the middle to the back (-1) or the
+    # front (1). Falls are in mm; the recess behind the lungs is the deepest.
+    dome_x = 0.52 * body.chest_half_width
+    outwards = (np.abs(x) - dome_x) / (0.5 * body.chest_half_width)
+    forwards = y / body.chest_half_depth
+    fall_to_side = 34 * np.clip(outwards, 0, None) ** 2
+    fall_to_both_ends = 26 * forwards**2
+    fall_to_back = 30 * np.clip(-forwards, 0, None) ** 2
+    return top - fall_to_side - fall_to_both_ends - fall_to_back
 
 
 def _draw_spots(
@@ -304,8 +347,9 @@ def _draw_effusions(body: Body, gen: Gen) -> Lesions:
     sides = (("right",), ("left",), ("right", "left"))[gen.choice(3, p=(0.35, 0.3, 0.35))]
     lesions = []
     for side in sides:
-        size_mm = round(gen.uniform(14, 65), 1)
-        lesions.append(Lesion(side=side, zone="lower", size_mm=size_mm, hu=round(gen.uniform(-2, 18), 1)))
+        depth = round(gen.uniform(14, 65), 1)
+        hu = round(gen.uniform(-2, 18), 1)
+        lesions.append(Lesion(side=side, zone="lower", size_mm=depth, hu=hu))
     return tuple(lesions)
 
 
@@ -319,15 +363,18 @@ def _draw_emphysema(body: Body, gen: Gen) -> Lesions:
 def _draw_hernia(body: Body, gen: Gen) -> Lesions:
     """Stomach above the diaphragm, behind the heart."""
     size = gen.uniform(34, 70)
-    diaphragm = min(body["dome_right"], body["dome_left"])
+    diaphragm = min(body.dome_right, body.dome_left)
     x = gen.uniform(-16, 4)
+    y = -0.32 * body.chest_half_depth
     z = diaphragm + gen.uniform(0.1, 0.5) * size
     severity = round(gen.uniform(-1, 1), 2)
-    return (Lesion(size_mm=round(size, 1), at=(x, -0.32 * body["tb"], z), severity=severity),)
+    return (Lesion(size_mm=round(size, 1), at=(x, y, z), severity=severity),)
 
 
 def _draw_pericardial_effusion(body: Body, gen: Gen) -> Lesions:
-    return (Lesion(size_mm=round(gen.uniform(8, 22), 1), hu=round(gen.uniform(0, 16), 1)),)
+    depth = round(gen.uniform(8, 22), 1)
+    hu = round(gen.uniform(0, 16), 1)
+    return (Lesion(size_mm=depth, hu=hu),)
 
 
 def _draw_large_heart(body: Body, gen: Gen) -> Lesions:
@@ -339,23 +386,24 @@ def _draw_large_heart(body: Body, gen: Gen) -> Lesions:
 def _draw_coronary_calcium(body: Body, gen: Gen) -> Lesions:
     """Calcium along three arteries on the heart's surface."""
     centre, radii = heart_shape(body)
-    # Start and end of each artery, in units of the heart's radii.
-    paths = (
+    # Start and end of each artery, in units of the heart's radii: in front, on the right, on the left.
+    arteries = (
         ((-0.1, 0.7, 0.7), (-0.65, 0.75, -0.1)),
         ((0.5, 0.6, 0.6), (0.95, 0.1, -0.3)),
         ((-0.6, 0.2, 0.75), (-0.95, -0.3, 0.0)),
     )
     plaques = []
     for _ in range(2 + gen.poisson(2.0)):
-        path = paths[gen.choice(3, p=(0.6, 0.2, 0.2))]
-        start, end = np.array(path[0]), np.array(path[1])
-        length = gen.uniform(6, 25)
+        artery = arteries[gen.choice(3, p=(0.6, 0.2, 0.2))]
+        start = np.array(artery[0])
+        course = np.array(artery[1]) - start
+        length_mm = gen.uniform(6, 25)
         middle = gen.random()  # along the artery, 0 to 1
-        artery = np.linalg.norm((end - start) * radii)  # mm
-        half = length / artery / 2
+        artery_mm = np.linalg.norm(course * radii)
+        half = length_mm / artery_mm / 2
         ends = []
         for t in (middle - half, middle + half):
-            place = start + np.clip(t, 0, 1) * (end - start)
+            place = start + np.clip(t, 0, 1) * course
             # Projected to 2.5 mm under the heart's surface.
             ends.append(centre + (radii - 2.5) * place / np.linalg.norm(place))
         plaques.append(_draw_plaque(ends[0], ends[1], gen))
@@ -364,17 +412,19 @@ def _draw_coronary_calcium(body: Body, gen: Gen) -> Lesions:
 
 def _draw_aortic_calcium(body: Body, gen: Gen) -> Lesions:
     """Calcium in the wall of the thoracic aorta."""
-    path = aorta_path(body)
-    lengths = np.linalg.norm(np.diff(path, axis=0), axis=1)  # of the segments
+    path = aorta_path(body)  # [point, 3]
+    segments = np.diff(path, axis=0)
+    lengths = np.linalg.norm(segments, axis=1)
     plaques = []
     for _ in range(2 + gen.poisson(3.0)):
+        # A long segment has more plaques than a short one.
         i = gen.choice(len(lengths), p=lengths / lengths.sum())
-        segment = path[i + 1] - path[i]
-        middle = path[i] + gen.random() * segment
+        on_centre_line = path[i] + gen.random() * segments[i]
         # From the centre line to the wall, in any direction.
         angle = gen.uniform(0, 2 * np.pi)
-        middle = middle + body["aorta"] * np.array([np.cos(angle), np.sin(angle), 0.0])
-        half = segment / lengths[i] * gen.uniform(4, 15)
+        direction = np.array([np.cos(angle), np.sin(angle), 0.0])
+        middle = on_centre_line + body.aorta_radius * direction
+        half = segments[i] / lengths[i] * gen.uniform(4, 15)  # along the aorta
         plaques.append(_draw_plaque(middle - half, middle + half, gen))
     return tuple(plaques)
 
@@ -392,9 +442,17 @@ def _draw_plaque(start: Array, end: Array, gen: Gen) -> Lesion:
 
 def aorta_path(body: Body) -> Array:
     """Centre line of the aorta, points [n, 3] in mm: root, ascending, arch, descending."""
-    back = -0.52 * body["tb"]  # y of the descending part, before the spine
-    arch = [(12, 16, 15), (8, 10, 42), (-8, -8, 54), (-18, back * 0.8, 42)]
-    return np.array([(4, 12, -25), *arch, (-22, back, 10), (-20, back, -170)], float)
+    back = -0.52 * body.chest_half_depth  # y of the descending part, before the spine
+    points = [
+        (4, 12, -25),
+        (12, 16, 15),
+        (8, 10, 42),
+        (-8, -8, 54),
+        (-18, back * 0.8, 42),
+        (-22, back, 10),
+        (-20, back, -170),
+    ]
+    return np.array(points, float)
 
 
 # How the lesions of each finding are drawn, for `draw_chest_case`.

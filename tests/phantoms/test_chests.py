@@ -54,7 +54,7 @@ def _case(*findings: str, seed: int = 0) -> ChestCase:
     while True:
         case = draw_chest_case(CFG, gen)
         enlarged = "Cardiomegaly" in case.findings and "Cardiomegaly" not in findings
-        if not enlarged and set(findings) <= case.findings.keys() and case.body["blood"] < 60:
+        if not enlarged and set(findings) <= case.findings.keys() and case.body.blood_hu < 60:
             return evolve(case, findings={name: case.findings[name] for name in findings})
 
 
@@ -157,13 +157,15 @@ def test_tissues_have_their_hounsfield_units():
         v, b = render(CFG, case, np.random.default_rng(seed)), case.body
 
         near = np.random.default_rng(0).uniform(-15, 15, (900, 3))
-        liver = _at(v, near + np.array([0.6 * b["ta"], 0, b["dome_right"] - 45]))
-        assert np.mean(_at(v, near + heart_shape(b)[0])) == pytest.approx(b["blood"] - 4, abs=6)
+        liver = _at(v, near + np.array([0.6 * b.chest_half_width, 0, b.dome_right - 45]))
+        assert np.mean(_at(v, near + heart_shape(b)[0])) == pytest.approx(b.blood_hu - 4, abs=6)
         assert 40 < np.mean(liver) < 75
         assert 5 < np.std(liver) < 30  # noise
         lung = _at(
             v,
-            np.random.default_rng(0).uniform((-0.8 * b["ta"], -30, 0), (-0.45 * b["ta"], 30, 60), (2000, 3)),
+            np.random.default_rng(0).uniform(
+                (-0.8 * b.chest_half_width, -30, 0), (-0.45 * b.chest_half_width, 30, 60), (2000, 3)
+            ),
         )
         assert -920 < np.median(lung) < -780
         assert np.mean(_ras(v)[0][:8, -8:]) == pytest.approx(
@@ -203,18 +205,21 @@ def test_a_finding_changes_voxels_as_it_should(finding, least, most, low, high):
 
 def test_cardiomegaly_widens_the_heart():
     small, large = _case(seed=3), _case("Cardiomegaly", seed=3)
-    assert 2 * heart_shape(small.body)[1][0] < 0.5 * 2 * small.body["ta"] < 0.5 * 2 * large.body["ta"] / 0.5
-    assert heart_shape(large.body)[1][0] > 0.52 * large.body["ta"]
-    with_it, without, _ = _pair(large, body=large.body | {"heart": 0.43})
+    assert (
+        2 * heart_shape(small.body)[1][0]
+        < 0.5 * 2 * small.body.chest_half_width
+        < 0.5 * 2 * large.body.chest_half_width / 0.5
+    )
+    assert heart_shape(large.body)[1][0] > 0.52 * large.body.chest_half_width
+    with_it, without, _ = _pair(large, body=evolve(large.body, heart_ratio=0.43))
     assert np.clip(with_it - without, 0, None)[with_it > -50].sum() > 1e5  # lung became heart
 
 
 @pytest.mark.parametrize("size", [6.0, 12.0, 25.0])
 def test_a_nodule_weighs_what_its_diameter_says(size):
     case, lesion = _case(), Lesion(side="right", zone="middle", size_mm=size, at=(62.0, 5.0, 10.0), hu=40.0)
-    case = evolve(
-        case, findings={"Lung nodule": (lesion,)}, body=case.body | {"gap": 18.0, "ta": 130.0, "tb": 95.0}
-    )
+    body = evolve(case.body, mediastinum=18.0, chest_half_width=130.0, chest_half_depth=95.0)
+    case = evolve(case, findings={"Lung nodule": (lesion,)}, body=body)
     with_it, without, step = _pair(case)
     lung = np.median(without[(with_it - without) > 20])
     volume = (with_it - without).sum() * step.prod() / (lesion.hu - lung)
@@ -244,7 +249,7 @@ def test_plaques_lie_along_their_vessel():
         line = np.concatenate([np.linspace(p, q, 60) for p, q in pairwise(path)])
         for plaque in case.findings["Arterial wall calcification"]:
             middle = (np.array(plaque.at) + plaque.to) / 2
-            assert np.linalg.norm(line - middle, axis=1).min() < b["aorta"] + 1
+            assert np.linalg.norm(line - middle, axis=1).min() < b.aorta_radius + 1
             assert plaque.size_mm == pytest.approx(np.linalg.norm(np.subtract(plaque.to, plaque.at)), abs=0.1)
         centre, radii = heart_shape(b)
         for plaque in case.findings["Coronary artery wall calcification"]:
@@ -439,7 +444,9 @@ def test_variation_says_how_much_bodies_differ():
     def spread(variation: float) -> float:
         cfg = chests.PhantomConfig(patients=40, seed=3, variation=variation)
         return float(
-            np.std([chests.draw_volume_case(cfg, v).body["a"] for v in chests.volume_names(cfg, "train")])
+            np.std(
+                [chests.draw_volume_case(cfg, v).body.half_width for v in chests.volume_names(cfg, "train")]
+            )
         )
 
     assert spread(0.0) == 0
