@@ -39,9 +39,11 @@ def smooth_noise(places: tuple[Array, Array, Array], cell: float, gen: np.random
     noise = gen.standard_normal(points, dtype=np.float32)
     for axis in (2, 1, 0):  # the slowest axis last, where it is cheapest
         origin = size[axis] // 2
+        from_edge = places[axis].ravel() + origin  # mm
         # In units of cells; places outside of the box take the value at its edge.
-        index = (places[axis].ravel() + origin) / np.float32(cell)
-        index = np.clip(index, 0, noise.shape[axis] - 1.001)
+        index = from_edge / np.float32(cell)
+        last = noise.shape[axis] - 1.001  # a little less, so that there is a point above it too
+        index = np.clip(index, 0, last)
         lower = index.astype(int)
         shape = [1, 1, 1]
         shape[axis] = -1  # along its own axis only
@@ -69,6 +71,10 @@ def oval_distance(c: Canvas, at: tuple[float, float], a: float, b: float, power:
     """Distance [y, x] in mm to the edge of a (super)ellipse around `at` (x, y), positive inside.
 
     It is exact near the edge only, where it is used.
+
+    Args:
+        a, b: half axes in mm, along x and along y.
+        power: 2 for an ellipse; more makes it fuller at the corners.
     """
     across = np.abs((c.x[0] - at[0]) / a) ** power
     along = np.abs((c.y[0] - at[1]) / b) ** power
@@ -85,22 +91,23 @@ def splat(c: Canvas, points: Array, volume: Array) -> Array:
     nz, ny, nx = c.hu.shape
     first = np.array([c.x.flat[0], c.y.flat[0], c.z.flat[0]])
     step = np.array(c.step[::-1])
-    index = (points - first) / step  # [n, 3], x y z
+    index = (points - first) / step  # [n, 3], x y z, in voxels
     last = np.array([nx, ny, nz]) - 1
     inside = ((index >= 0) & (index < last)).all(1)
     index = index[inside]
     share = volume[inside] / step.prod()  # of a voxel's volume
     lower = index.astype(int)
-    fraction = index - lower
-    corner = (lower[:, 2] * ny + lower[:, 1]) * nx + lower[:, 0]  # flat index of the lowest of the eight
+    x, y, z = lower.T
+    corner = (z * ny + y) * nx + x  # flat index of the lowest of the eight
+    fraction_x, fraction_y, fraction_z = (index - lower).T
     shares = np.empty((8, len(index)))
     targets = np.empty((8, len(index)), np.int64)
     for k, (dz, dy, dx) in enumerate(np.ndindex(2, 2, 2)):
         # 1 - fraction for the lower neighbour (d = 0), fraction for the upper one (d = 1).
-        wx = np.abs(1 - dx - fraction[:, 0])
-        wy = np.abs(1 - dy - fraction[:, 1])
-        wz = np.abs(1 - dz - fraction[:, 2])
-        shares[k] = share * wx * wy * wz
+        weight_x = np.abs(1 - dx - fraction_x)
+        weight_y = np.abs(1 - dy - fraction_y)
+        weight_z = np.abs(1 - dz - fraction_z)
+        shares[k] = share * weight_x * weight_y * weight_z
         offset = (dz * ny + dy) * nx + dx
         targets[k] = corner + offset
     # bincount adds up what falls on the same voxel; indexing with += would keep only the last.
@@ -111,15 +118,25 @@ def splat(c: Canvas, points: Array, volume: Array) -> Array:
 def bounding_box(c: Canvas, low: Array, high: Array) -> Box:
     """Index slices (z y x) of the voxels that touch the box from `low` to `high` (x y z, mm)."""
     first = (c.z.flat[0], c.y.flat[0], c.x.flat[0])
+    axes = zip(low[::-1], high[::-1], first, c.step, c.hu.shape, strict=True)
     slices = []
-    for a, b, origin, step, n in zip(low[::-1], high[::-1], first, c.step, c.hu.shape, strict=True):
+    for low_mm, high_mm, first_mm, step, n in axes:
         # A voxel reaches half a step to either side of its centre; rounded outwards, to be safe.
-        start = max(0, int((a - origin) / step - 0.5))
-        stop = int((b - origin) / step + 1.5) + 1
-        stop = max(0, min(n, stop))
-        slices.append(slice(start, stop))
+        start = int((low_mm - first_mm) / step - 0.5)
+        stop = int((high_mm - first_mm) / step + 1.5) + 1
+        # A box outside of the volume gives an empty slice.
+        slices.append(slice(max(0, start), max(0, min(n, stop))))
     z, y, x = slices
     return z, y, x
+
+
+def offsets_from(
+    c: Canvas, box: Box, centre: Array | tuple[float, float, float]
+) -> tuple[Array, Array, Array]:
+    """(dx [1, 1, x], dy [1, y, 1], dz [z, 1, 1]) in mm from `centre` (x y z) to the voxels of a box."""
+    z, y, x = box
+    centre_x, centre_y, centre_z = centre
+    return c.x[:, :, x] - centre_x, c.y[:, y] - centre_y, c.z[z] - centre_z
 
 
 def fill_rod(c: Canvas, start: ArrayLike, end: ArrayLike, radius: float, hu: float) -> None:
@@ -128,19 +145,17 @@ def fill_rod(c: Canvas, start: ArrayLike, end: ArrayLike, radius: float, hu: flo
     end = np.asarray(end, np.float32)
     low = np.minimum(start, end)
     high = np.maximum(start, end)
-    z, y, x = box = bounding_box(c, low - radius - 2, high + radius + 2)
-    dx = c.x[:, :, x] - start[0]
-    dy = c.y[:, y] - start[1]
-    dz = c.z[z] - start[2]
-    along = end - start
+    box = bounding_box(c, low - radius - 2, high + radius + 2)  # 2 mm more for the soft edge
+    dx, dy, dz = offsets_from(c, box, start)
     # The nearest point of the axis, 0 at the start and 1 at the end; clipped, so that the ends are round.
-    projection = dx * along[0] + dy * along[1] + dz * along[2]
-    t = np.clip(projection / (along @ along), 0, 1)
-    away_x = dx - t * along[0]
-    away_y = dy - t * along[1]
-    away_z = dz - t * along[2]
-    distance = np.sqrt(away_x**2 + away_y**2 + away_z**2)
-    share = soft_edge(radius - distance, c.step[1])
+    axis = end - start
+    projection = dx * axis[0] + dy * axis[1] + dz * axis[2]
+    t = np.clip(projection / (axis @ axis), 0, 1)
+    away_x = dx - t * axis[0]
+    away_y = dy - t * axis[1]
+    away_z = dz - t * axis[2]
+    distance_mm = np.sqrt(away_x**2 + away_y**2 + away_z**2)
+    share = soft_edge(radius - distance_mm, c.step[1])
     blend(c.hu[box], share, np.float32(hu))
     c.lung[box] *= 1 - share
 
@@ -163,26 +178,31 @@ def cover_ellipsoid(
     """
     at = np.asarray(at, np.float32)
     radii = np.asarray(radii, np.float32)
-    rise = abs(tilt[0]) * radii[0] + abs(tilt[1]) * radii[1]
-    reach = radii + np.array([0, 0, rise], np.float32)
-    z, y, x = box = bounding_box(c, at - reach, at + reach)
+    rise_mm = abs(tilt[0]) * radii[0] + abs(tilt[1]) * radii[1]
+    reach = radii + np.array([0, 0, rise_mm], np.float32)
+    box = bounding_box(c, at - reach, at + reach)
     if radii.min() > 22:  # large against a voxel: the distance to the edge is accurate enough
-        dx = c.x[:, :, x] - at[0]
-        dy = c.y[:, y] - at[1]
-        dz = c.z[z] - at[2]
-        q = (dx / radii[0]) ** 2 + (dy / radii[1]) ** 2 + (dz / radii[2]) ** 2  # 1 on the edge
-        return box, soft_edge((1 - q) * (radii.min() / 2), c.step[1])
+        dx, dy, dz = offsets_from(c, box, at)
+        q = _squared_radius(dx, dy, dz, radii)
+        inside_mm = (1 - q) * (radii.min() / 2)
+        return box, soft_edge(inside_mm, c.step[1])
     # Count sample points inside: 4 along z, where voxels are longest, 3 along y and x.
+    z, y, x = box
     dz = _subsample(c.z.ravel()[z], c.step[0], 4) - at[2]
     dy = _subsample(c.y.ravel()[y], c.step[1], 3) - at[1]
     dx = _subsample(c.x.ravel()[x], c.step[2], 3) - at[0]
     shape = (len(dz) // 4, 4, len(dy) // 3, 3, len(dx) // 3, 3)  # voxels and points of each axis
     dz = dz[:, None, None]
     dy = dy[:, None]
-    rise = dz - tilt[0] * dx - tilt[1] * dy
-    inside = (dx / radii[0]) ** 2 + (dy / radii[1]) ** 2 + (rise / radii[2]) ** 2 < 1
-    count = inside.reshape(shape).sum((1, 3, 5), dtype=np.float32)
+    above_tilt = dz - tilt[0] * dx - tilt[1] * dy
+    is_inside = _squared_radius(dx, dy, above_tilt, radii) < 1
+    count = is_inside.reshape(shape).sum((1, 3, 5), dtype=np.float32)
     return box, count / np.float32(36)
+
+
+def _squared_radius(dx: Array, dy: Array, dz: Array, radii: Array) -> Array:
+    """The squared distance [z, y, x] from the centre of an ellipsoid in units of its radii: 1 on the edge."""
+    return (dx / radii[0]) ** 2 + (dy / radii[1]) ** 2 + (dz / radii[2]) ** 2
 
 
 def _subsample(centres: Array, step: float, n: int) -> Array:
@@ -196,5 +216,6 @@ def paint_columns(c: Canvas, share: Array, value: Array) -> None:
     # Bones touch few of the columns: painting these alone is much faster than a blend of the volume.
     iy, ix = np.nonzero(share > 0.02)
     share = share[iy, ix]  # [column]
-    c.hu[:, iy, ix] += share * (value - c.hu[:, iy, ix])
+    before = c.hu[:, iy, ix]  # [z, column]
+    c.hu[:, iy, ix] += share * (value - before)
     c.lung[:, iy, ix] *= 1 - share

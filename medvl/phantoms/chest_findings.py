@@ -16,6 +16,7 @@ from medvl.phantoms.canvas import (
     bounding_box,
     cover_ellipsoid,
     fill_ellipsoid,
+    offsets_from,
     smooth_noise,
     soft_edge,
 )
@@ -71,15 +72,12 @@ def _ragged_region(c: Canvas, lesion: Lesion, ragged: float) -> tuple[Box, Array
     centre = np.array(lesion.at)
     reach = 1.4 * radius  # the edge is cut where it wanders further
     box = bounding_box(c, centre - reach, centre + reach)
-    z, y, x = box
-    box_x = c.x[:, :, x]
-    dx = box_x - lesion.at[0]
-    dy = c.y[:, y] - lesion.at[1]
-    dz = c.z[z] - lesion.at[2]
+    dx, dy, dz = offsets_from(c, box, lesion.at)
     distance_mm = np.sqrt(dx**2 + dy**2 + dz**2)
     inside_mm = radius - distance_mm + np.float32(ragged * radius) * c.rough[box]
     # It does not reach over into the other lung.
-    same_side = box_x > 0 if lesion.at[0] > 0 else box_x < 0
+    _, _, x = box
+    same_side = c.x[:, :, x] > 0 if lesion.at[0] > 0 else c.x[:, :, x] < 0
     share = soft_edge(inside_mm, 8) * c.lung[box] * same_side
     return box, share
 
