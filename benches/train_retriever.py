@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from drawn_tasks import TaskConfig, draw_tasks
 from torch import Tensor
 
-from medvl.adapters.embed import EmbedConfig, embed_queries, fit_local
+from medvl.adapters.embed import embed_queries
+from medvl.adapters.embed_config import EmbedConfig
+from medvl.adapters.embedders import fit_local
 from medvl.adapters.head import RetrieverConfig, train_retriever, whiten_tasks
 from medvl.adapters.retrieve import adapter_recall, adapter_vector
 

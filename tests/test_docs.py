@@ -12,7 +12,7 @@ from PIL import Image
 from tokenizers import AddedToken
 
 from medvl.adapters.build import build_registry
-from medvl.adapters.embed import EmbedConfig
+from medvl.adapters.embed_config import EmbedConfig
 from medvl.hub import loading, saving, skeletons, tokens
 from medvl.hub.peft_files import write_adapter
 from medvl.language import chat

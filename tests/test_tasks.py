@@ -19,7 +19,7 @@ from invoke.exceptions import ParseError
 from invoke.parser import Parser
 
 import tasks
-from medvl.adapters.embed import EmbedConfig
+from medvl.adapters.embed_config import EmbedConfig
 from medvl.base import config
 from medvl.base.config import ConfigError
 from medvl.commands import ct as ct_commands

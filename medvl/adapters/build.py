@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import Generator
 
-from medvl.adapters import embed, head, registry, retrieve
-from medvl.adapters.embed import Embedder
+from medvl.adapters import embed, embedders, head, registry, retrieve
+from medvl.adapters.embed_config import EmbedConfig
+from medvl.adapters.embedders import Embedder
 from medvl.adapters.head import RetrieverConfig
 from medvl.adapters.registry import AdapterRecord, Registry
 from medvl.base import config, files
@@ -22,7 +23,7 @@ def build_registry(
     path: Path,
     paths: Mapping[str, str],
     samples: Mapping[str, Sequence[Conversation]],
-    cfg: embed.EmbedConfig,
+    cfg: EmbedConfig,
     *,
     base: str = "",
     categories: Mapping[str, str] | None = None,
@@ -69,7 +70,7 @@ def build_registry(
     folder = f"embedder-{config.record_digest(embedder.name)}"
     # Before the registry, which must never name an embedder that is not there.
     if not (path.parent / folder).exists():
-        embed.save_embedder(embedder, path.parent / folder)
+        embedders.save_embedder(embedder, path.parent / folder)
     records = []
     for name, adapter_folder in paths.items():
         rows = [i for i, row_name in enumerate(names) if row_name == name]
@@ -89,7 +90,7 @@ def build_registry(
 
 
 def _embed_chosen(
-    cfg: embed.EmbedConfig,
+    cfg: EmbedConfig,
     retriever: RetrieverConfig,
     texts: Sequence[str],
     images: Sequence[tuple[Path, ...]],
@@ -97,11 +98,13 @@ def _embed_chosen(
 ) -> tuple[Embedder, torch.Tensor]:
     """The embedder, with its trained head where there is one, and the vectors [n, d] of the samples."""
     # Fitted on the samples of all adapters, so that their vectors lie in one space.
-    embedder = embed.fit_local(cfg, texts, images) if cfg.kind == "local" else embed.open_embedder(cfg)
+    embedder = (
+        embedders.fit_local(cfg, texts, images) if cfg.kind == "local" else embedders.open_embedder(cfg)
+    )
     vectors = embed.embed_queries(embedder, texts, images)
     trained_head = head.head_of(retriever, vectors, names)
     if trained_head is not None:
-        embedder = embed.with_head(embedder, trained_head)
+        embedder = embedders.with_head(embedder, trained_head)
         # Questions will come through the head, so the adapters' vectors must, too.
         vectors = embed.embed_queries(embedder, texts, images)
     return embedder, vectors

@@ -1,4 +1,4 @@
-"""A model and its experts: the adapters of a registry, retrieved for a question, mixed per sample, and asked."""
+"""A model and its experts: the adapters of a registry, found for a question, mixed per sample, and asked."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -9,8 +9,9 @@ import torch
 from attrs import evolve, field, frozen
 from torch import Generator, Tensor
 
-from medvl.adapters import cache, embed, registry, retrieve
-from medvl.adapters.embed import Embedder
+from medvl.adapters import cache, embed, embedders, registry, retrieve
+from medvl.adapters.embedders import Embedder
+from medvl.adapters.queries import Pictures
 from medvl.adapters.retrieve import RetrieveConfig, Retrieved
 from medvl.base import config, files
 from medvl.hub.peft_files import read_adapter
@@ -120,7 +121,7 @@ def load_experts(
     vectors = registry.read_vectors(path, listed)
     embedder = None
     if listed.embedder:
-        embedder = embed.read_embedder(folder / listed.embedder)
+        embedder = embedders.read_embedder(folder / listed.embedder)
     fuse = cache.cache_fusions(
         pool,
         int(hold.fused_gb * 1e9),
@@ -170,7 +171,7 @@ def open_experts(
         raise ValueError(f"{path}: neither it nor its adapters say which model they are for; give base")
     # Before the model is read, which takes minutes.
     if listed.embedder:
-        embed.check_embedder(registry.registry_root(path, listed) / listed.embedder)
+        embedders.check_embedder(registry.registry_root(path, listed) / listed.embedder)
     model = ModelConfig(name=name, dtype=dtype, quantize=quantize)
     talks, params = chat.open_chat(model, cfg, chat.tokenizer_of(model, Path()), Generator(), device=device)
     return load_experts(talks, params, path, base=base, root=root, fusion=fusion, hold=hold)
@@ -190,7 +191,7 @@ def check_adapters(experts: Experts) -> None:
             raise ValueError(f"adapter {name!r}: {e}") from e
 
 
-def embed_questions(experts: Experts, texts: Sequence[str], images: embed.Pictures) -> Tensor:
+def embed_questions(experts: Experts, texts: Sequence[str], images: Pictures) -> Tensor:
     """The vectors by which adapters are retrieved: embeddings of questions with their images, float32 [b, d].
 
     A row is nan where there is nothing to embed: no word that the embedder knows and no image that is used.

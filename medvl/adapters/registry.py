@@ -46,7 +46,7 @@ class Registry:
     # The model all were trained on: a folder relative to the root, or a hub name. "" = as their
     # adapter_config.json say.
     base: str = ""
-    # Folder of the embedder of the vectors (`embed.read_embedder`). "" = only the vectors are there.
+    # Folder of the embedder of the vectors (`embedders.read_embedder`). "" = only the vectors are there.
     embedder: str = ""
     root: str = ""  # where relative paths start, relative to the folder of this file; "" = there
 

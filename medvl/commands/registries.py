@@ -7,8 +7,8 @@ from pathlib import Path
 
 from attrs import asdict
 
-from medvl.adapters import build, embed, registry
-from medvl.adapters.embed import EmbedConfig
+from medvl.adapters import build, embedders, registry
+from medvl.adapters.embed_config import EmbedConfig
 from medvl.adapters.registry import AdapterRecord
 from medvl.base import config, files
 from medvl.base.display import track
@@ -165,7 +165,7 @@ def _add(
             "the registry"
         )
     else:
-        embedder = embed.read_embedder(root_folder / contents.embedder)
+        embedder = embedders.read_embedder(root_folder / contents.embedder)
         conversations = read_conversations(samples)
         category = category or build.category_of(name, conversations)
         tensor, count = build.embed_samples(embedder, conversations)

@@ -1,4 +1,4 @@
-"""Generation of answers: batched, one token at a time, greedy or sampled, over allowed tokens, streamed as text.
+"""Generation of answers: batched, token by token, greedy or sampled, over allowed tokens, streamed as text.
 
 In shapes b are the rows of the batch, v the vocabulary.
 """

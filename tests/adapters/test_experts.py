@@ -8,8 +8,8 @@ import torch
 from attrs import evolve
 from PIL import Image
 
-from medvl.adapters import cache, embed, experts
-from medvl.adapters.embed import EmbedConfig
+from medvl.adapters import cache, embed, embedders, experts
+from medvl.adapters.embed_config import EmbedConfig
 from medvl.adapters.experts import Experts
 from medvl.adapters.retrieve import RetrieveConfig, Retrieved
 from medvl.language import chat, vlm
@@ -170,7 +170,7 @@ def test_one_experts_answers_four_threads_as_it_answers_one(of, tmp_path):
     """Many questions with their own adapters and images at once: each answer is that of the question asked alone."""
     _, of = of
     # As many components as texts: with fewer, rounding decides which of the texts are seen at all.
-    embedder = embed.fit_local(EmbedConfig(dims=4, shares=(1.0, 0.0)), WORDS)
+    embedder = embedders.fit_local(EmbedConfig(dims=4, shares=(1.0, 0.0)), WORDS)
     vectors = embed.embed_queries(embedder, [*WORDS, *WORDS[:2]])
     of = evolve(of, embedder=embedder, vectors=vectors)
     talks = prompts(tmp_path, 6)

@@ -12,7 +12,8 @@ from attrs import field, frozen
 from torch import Generator
 
 from medvl.adapters import experts, registry
-from medvl.adapters.embed import EmbedConfig, check_embedder
+from medvl.adapters.embed_config import EmbedConfig
+from medvl.adapters.embedders import check_embedder
 from medvl.adapters.experts import MODES, Experts, FusionConfig, HoldConfig, Mode
 from medvl.adapters.head import RetrieverConfig
 from medvl.adapters.retrieve import MOST, RetrieveConfig

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from attrs import evolve
 
-from medvl.adapters import embed
+from medvl.adapters import embedders
 from medvl.adapters.build import build_registry, category_of
 from medvl.base import config, processes
 from medvl.base.tree import Tree, map_leaves
@@ -87,7 +87,7 @@ def _check_adapters(model: Model, train: Sequence[Conversation], valid: Sequence
         )
     if cfg.embed.kind != "local":
         # It is needed when all adapters are trained; a name that cannot be opened should be known before.
-        embed.open_embedder(cfg.embed)
+        embedders.open_embedder(cfg.embed)
 
 
 def _fit_adapters(

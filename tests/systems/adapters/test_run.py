@@ -14,7 +14,7 @@ import pytest
 import torch
 from attrs import evolve
 
-from medvl.adapters import embed, experts, registry
+from medvl.adapters import embedders, experts, registry
 from medvl.adapters.retrieve import RetrieveConfig
 from medvl.base import config
 from medvl.base.config import ConfigError
@@ -245,7 +245,7 @@ class Killed(BaseException):
 
 
 STEPS = (  # every call after which something is on disk that was not there before
-    *((embed, "save_embedder"), (registry.files, "write_array"), (registry, "write_registry")),
+    *((embedders, "save_embedder"), (registry.files, "write_array"), (registry, "write_registry")),
     *((adapters_run, "write_adapter"), (adapters_run.chat, "save_chat")),
 )
 
