@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,9 @@ class Conversation:
         # Images come in the order of the tags, so that those of the first messages are the first ones.
         tags = sum(message["content"].count("<image>") for message in messages)
         return evolve(self, messages=messages, images=self.images[:tags])
+
+
+Reader = Callable[[str], Sequence[Conversation]]  # split -> its conversations
 
 
 def read_conversations(

@@ -178,17 +178,17 @@ def run(exp: str, overrides: Sequence[str] = (), log: Log = tqdm.write) -> list[
             files.remove_unfinished(folder)
             log = _kept_log(log, folder)
         log(f"{folder}")
-        _by_first_process(lambda: system.prepare(cfg, log))
+        data = _by_first_process(lambda: system.prepare(cfg, log))
         # Only now: data that are missing leave no folder that looks like a run.
         _describe(folder, cfg)
         log(f"data in place after {_minutes_since(start)}")
-        model, params = system.fit(cfg, folder, log)
+        model, params = system.fit(cfg, folder, log, **_data_argument(data))
         log(f"trained after {_minutes_since(start)}")
         rows: list[Result] = []
         # Evaluation is not shared: the other processes end here, and the first must not wait for them.
         if first:
             with processes.single_process():
-                rows = _assess(system, model, params, folder / "results", folder.name, log)
+                rows = _assess(system, model, params, folder / "results", folder.name, log, data)
         log(f"done after {_minutes_since(start)}")
     return rows
 
@@ -220,14 +220,23 @@ def _describe(folder: Path, cfg: Any) -> None:
     files.write_text(folder / "environment.json", json.dumps(environment, indent=1) + "\n")
 
 
-def _by_first_process(make: Callable[[], None]) -> None:
+def _by_first_process(make: Callable[[], Any]) -> Any:
     """Process 0 makes what all need; the others wait and find it made: they hold no lock that it holds, and
-    draw nothing again.
+    draw nothing again. Returns what `make` does, None in the others.
     """
+    made = None
     if processes.rank() == 0:
         with processes.single_process():
-            make()
+            made = make()
     processes.wait_for_all()
+    return made
+
+
+def _data_argument(data: Any) -> dict[str, Any]:
+    """The argument of `fit` and `assess` with what `prepare` returned; none where that was nothing."""
+    if data is None:
+        return {}
+    return {"data": data}
 
 
 def _minutes_since(start: float) -> str:
@@ -255,6 +264,7 @@ def evaluate(exp: str, overrides: Sequence[str] = (), log: Log = tqdm.write) -> 
     path = record_of(exp)
     if path.name == "config.json":
         return _evaluate_run(system, path, cfg, log)
+    data = None
     if not (folder / "config.json").exists():
         # A record that trains nothing needs no run before.
         if system.trains(cfg):
@@ -264,7 +274,7 @@ def evaluate(exp: str, overrides: Sequence[str] = (), log: Log = tqdm.write) -> 
                 "is evaluated with other data.* or evaluate.* by `--exp runs/NAME --set ...`"
             )
         _check_places(system, cfg, folder)
-        system.prepare(cfg, log)
+        data = system.prepare(cfg, log)
         _describe(folder, cfg)
     # The folder is named by the digest of `cfg`, so its record is this one, unless somebody has edited it.
     record = config.load_record(folder / "config.json", type(cfg))
@@ -277,7 +287,7 @@ def evaluate(exp: str, overrides: Sequence[str] = (), log: Log = tqdm.write) -> 
     with _evaluating(folder, folder / "results"):
         log = _kept_log(log, folder)
         model, params = system.load(folder)
-        return _assess(system, model, params, folder / "results", folder.name, log)
+        return _assess(system, model, params, folder / "results", folder.name, log, data)
 
 
 def _evaluate_run(system: System, path: Path, cfg: Any, log: Log) -> list[Result]:
@@ -313,11 +323,15 @@ def _evaluating(folder: Path, results_folder: Path) -> Iterator[None]:
 
 
 def _assess(
-    system: System, model: Any, params: Any, results_folder: Path, name: str, log: Log
+    system: System, model: Any, params: Any, results_folder: Path, name: str, log: Log, data: Any = None
 ) -> list[Result]:
-    """Score the test split, write rows and report into the folder, and log the report's tables."""
+    """Score the test split, write rows and report into the folder, and log the report's tables.
+
+    Args:
+        data: what `prepare` returned, if it was called before.
+    """
     files.check_writable(results_folder, folder=True)
-    rows, page = system.assess(model, params, results_folder, name)
+    rows, page = system.assess(model, params, results_folder, name, **_data_argument(data))
     results.write_results(results_folder / "results.jsonl", rows)
     # The Markdown twin of the page, up to its explanations: the tables fit a terminal.
     tables = page.with_suffix(".md").read_text().split("\n\nIntervals are")[0]

@@ -46,17 +46,21 @@ class System:
     `cfg` below is a `record`; `model` is whatever the system calls everything that is not a weight, a record
     with the field `cfg`; `params` is the tree of all weights. The same command after a stop goes on where it
     was: `prepare` and `fit` find what is done.
+
+    What `prepare` has read of the data it may return, so that nothing is read twice in a run. If it is not
+    None, the `fit` and the `assess` that follow in this process get it as the argument `data`. Elsewhere they
+    are called without `data`, and read for themselves.
     """
 
     record: type  # the attrs record that the experiment's TOML becomes
     # (cfg, log): puts the data in place, or says what is missing; only the first process calls it
-    prepare: Callable[[Any, Log], None]
+    prepare: Callable[[Any, Log], Any]
     # (cfg, run folder, log) -> (model, params): trains all stages; every process calls it
-    fit: Callable[[Any, Path, Log], tuple[Any, Tree]]
+    fit: Callable[..., tuple[Any, Tree]]
     load: Callable[[Path], tuple[Any, Tree]]  # run folder -> (model, params), as `fit` returned them
     # (model, params, folder of the results, name of the run) -> rows and the report's page: scores the test
     # split
-    assess: Callable[[Any, Tree, Path, str], tuple[list[Result], Path]]
+    assess: Callable[..., tuple[list[Result], Path]]
     # (cfg, run folder, number) -> text: a training sample with the trained tokens marked
     labels: Callable[[Any, Path, int], str] | None = None
     # (cfg, run folder, number of processes) -> {stage: {part: bytes}}: the memory that training needs

@@ -1,12 +1,15 @@
 """The conversations of adapters: drawn, cut from VQA-RAD, or read, each with its task."""
 
+import functools
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from medvl.base import config, files
 from medvl.language import vqa_rad
 from medvl.language.conversations import (
     Conversation,
+    Reader,
     check_gold,
     read_conversations,
     read_tasks,
@@ -18,9 +21,11 @@ from medvl.systems.adapters.record import Config
 SPLITS = ("train", "valid", "test")
 
 
-def prepare(cfg: Config, log: Callable[[str], None] = print) -> None:
+def prepare(cfg: Config, log: Callable[[str], None] = print) -> Reader:
     """Put the data in place: pictures are drawn, VQA-RAD is cut by case, files must be there.
 
+    Returns:
+        the reader of the splits, which has those that were looked at here.
     Raises:
         ValueError: what is missing, or not as it must be, with file and line.
     """
@@ -35,13 +40,15 @@ def prepare(cfg: Config, log: Callable[[str], None] = print) -> None:
     splits = SPLITS if cfg.train or cfg.base else ("test",)
     if len(splits) > 1:
         warn_of_one_file(cfg.data.conversations)
+    read = split_reader(cfg)
     for split in splits:
-        tasks = tasks_of(read_split(cfg, split))
+        tasks = tasks_of(read(split))
         if cfg.train:
             for task in tasks:
                 # A task names the folder of its adapter.
                 files.check_name(task, f"{split}: the task")
         log(f"{split}: {len(tasks)} tasks: {', '.join(tasks)}")
+    return read
 
 
 def _cut_vqa_rad(cfg: Config, folder: Path, log: Callable[[str], None]) -> None:
@@ -91,10 +98,19 @@ def read_split(cfg: Config, split: str) -> list[Conversation]:
     return conversations
 
 
-def read_general(cfg: Config, split: str) -> list[Conversation]:
-    """What the base model is trained on."""
+def split_reader(cfg: Config) -> Reader:
+    """`read_split` for the steps of one run: a split is read when it is first asked for, and then kept."""
+    return functools.cache(partial(read_split, cfg))
+
+
+def read_general(cfg: Config, split: str, read: Reader) -> Sequence[Conversation]:
+    """What the base model is trained on: conversations of its own, or those of all tasks.
+
+    Args:
+        read: gives those of all tasks.
+    """
     if not cfg.data.general:
-        return read_split(cfg, split)
+        return read(split)
     folder = data_folder(cfg)
     path = config.fill_pattern(cfg.data.general, "data.general", folder=folder, split=split)
     return read_conversations(path, root=cfg.data.root or None, max_images=cfg.chat.max_images)

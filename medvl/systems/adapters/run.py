@@ -15,21 +15,28 @@ from medvl.evaluation.results import Result
 from medvl.hub.peft_files import write_adapter
 from medvl.language import chat, system
 from medvl.language.chat import Encoded
-from medvl.language.conversations import Conversation
+from medvl.language.conversations import Conversation, Reader
 from medvl.language.system import LanguageModel
 from medvl.systems.adapters import record, tables
-from medvl.systems.adapters.data import data_folder, of_task, read_general, read_split, tasks_of
+from medvl.systems.adapters.data import data_folder, of_task, read_general, split_reader, tasks_of
 from medvl.systems.adapters.record import Config, Model
 from medvl.training import stages
 
 
 # Training ---------------------------------------------------------------------------------------------------
-def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[Model, Tree]:
-    """Train the base model and an adapter for each task, or go on with them, and make the registry."""
-    read_split(cfg, "test")  # what evaluation would stop at is an error now, not after the training
-    general = read_general(cfg, "train") if cfg.base else []
-    train = read_split(cfg, "train") if cfg.train else []
-    valid = read_split(cfg, "valid") if cfg.train else []
+def fit(
+    cfg: Config, folder: Path, log: Callable[[str], None] = print, data: Reader | None = None
+) -> tuple[Model, Tree]:
+    """Train the base model and an adapter for each task, or go on with them, and make the registry.
+
+    Args:
+        data: from `data.prepare`; None = the files are read here.
+    """
+    read = data or split_reader(cfg)
+    read("test")  # what evaluation would stop at is an error now, not after the training
+    general = read_general(cfg, "train", read) if cfg.base else []
+    train = read("train") if cfg.train else []
+    valid = read("valid") if cfg.train else []
     # One tokenizer serves the base model and all adapters: where it is trained, it must know both texts.
     texts = system.message_texts([*general, *train])
     model, params = record.init(cfg, folder, texts, device=_device(cfg))
@@ -39,7 +46,7 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
         # The same model without adapter and with stages of its own: to the loop it is a system like any
         # other.
         base = LanguageModel(cfg=cfg, chat=model.chat, adapter=None, train=cfg.base)
-        general_valid = read_general(cfg, "valid")
+        general_valid = read_general(cfg, "valid", read)
         params = _fit_part(base, params, general, general_valid, "base", folder / "base", log)
         if not (folder / "model").exists() and processes.rank() == 0:
             chat.save_chat(model.chat, params["model"], folder / "model")
@@ -202,16 +209,24 @@ def _device(cfg: Config) -> torch.device:
 
 
 # Evaluation -------------------------------------------------------------------------------------------------
-def assess(model: Model, params: Tree, folder: Path, experiment: str) -> tuple[list[Result], Path]:
-    """Score every mode on the test conversations; see `tables.assess`."""
-    return tables.assess(model, params, read_split(model.cfg, "test"), folder, experiment)
+def assess(
+    model: Model, params: Tree, folder: Path, experiment: str, data: Reader | None = None
+) -> tuple[list[Result], Path]:
+    """Score every mode on the test conversations; see `tables.assess`.
+
+    Args:
+        data: from `data.prepare`; None = the file is read here.
+    """
+    read = data or split_reader(model.cfg)
+    return tables.assess(model, params, read("test"), folder, experiment)
 
 
 # Before a run -----------------------------------------------------------------------------------------------
 def labels(cfg: Config, folder: Path, number: int = 0) -> str:
     """One training conversation of an adapter as the model gets it, the trained tokens marked."""
-    train = read_split(cfg, "train")
-    general = read_general(cfg, "train") if cfg.base else []
+    read = split_reader(cfg)
+    train = read("train")
+    general = read_general(cfg, "train", read) if cfg.base else []
     init = partial(record.init, cfg, folder, system.message_texts([*general, *train]))
     return system.show_labels(init, train, number)
 
@@ -220,8 +235,9 @@ def memory(cfg: Config, folder: Path, processes: int = 1) -> dict[str, dict[str,
     """{stage: {part: bytes}} that one of so many processes will need, for the base model and for one adapter."""
     if not cfg.trained:
         raise ValueError("estimate: the record trains nothing, its adapters are there")
-    train = read_split(cfg, "train") if data_folder(cfg).exists() else []
-    general = read_general(cfg, "train") if cfg.base and train else []
+    read = split_reader(cfg)
+    train = read("train") if data_folder(cfg).exists() else []
+    general = read_general(cfg, "train", read) if cfg.base and train else []
     meta = torch.device("meta")
     model, params = record.init(cfg, folder, system.message_texts([*general, *train]), device=meta)
     # Base and adapters are trained one after the other, so that their bytes are not added up.

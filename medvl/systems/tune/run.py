@@ -1,5 +1,6 @@
 """How tune runs: its data is put in place, stages are trained, answers scored, memory estimated."""
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,7 +20,13 @@ from medvl.hub.checkpoints import new_folder
 from medvl.hub.hlora_files import write_hlora
 from medvl.hub.peft_files import write_adapter
 from medvl.language import chat, generate, system
-from medvl.language.conversations import Conversation, check_gold, read_conversations, warn_of_one_file
+from medvl.language.conversations import (
+    Conversation,
+    Reader,
+    check_gold,
+    read_conversations,
+    warn_of_one_file,
+)
 from medvl.language.system import LanguageModel
 from medvl.phantoms import pictures
 from medvl.systems.tune.record import Config
@@ -30,9 +37,11 @@ SPLITS = ("train", "valid", "test")
 
 
 # Data -------------------------------------------------------------------------------------------------------
-def prepare(cfg: Config, log: Callable[[str], None] = print) -> None:
+def prepare(cfg: Config, log: Callable[[str], None] = print) -> Reader:
     """Put the data in place: pictures are drawn, files must be there.
 
+    Returns:
+        the reader that training and evaluation share.
     Raises:
         ValueError: lists every file that is missing.
     """
@@ -49,6 +58,7 @@ def prepare(cfg: Config, log: Callable[[str], None] = print) -> None:
             "data.conversations says where they are"
         )
     warn_of_one_file(cfg.data.conversations)
+    return split_reader(cfg)
 
 
 def data_folder(cfg: Config) -> Path:
@@ -73,21 +83,33 @@ def read_split(cfg: Config, split: str) -> list[Conversation]:
     return conversations
 
 
+def split_reader(cfg: Config) -> Reader:
+    """`read_split` for the steps of one run: a split is read when it is first asked for, and then kept."""
+    return functools.cache(partial(read_split, cfg))
+
+
 # Training ---------------------------------------------------------------------------------------------------
-def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[LanguageModel, Tree]:
-    """Train all stages in the run folder, or go on with them."""
-    train = read_split(cfg, "train")
+def fit(
+    cfg: Config, folder: Path, log: Callable[[str], None] = print, data: Reader | None = None
+) -> tuple[LanguageModel, Tree]:
+    """Train all stages in the run folder, or go on with them.
+
+    Args:
+        data: from `prepare`; None = the files are read here.
+    """
+    read = data or split_reader(cfg)
+    train = read("train")
     device = system.device_of(cfg.train)
     # Where the model has no tokenizer, one is made: of the training split alone, not of what is scored.
     model, params = system.init_model(cfg, folder, system.message_texts(train), device=device)
-    data = chat.encode_conversations(model.chat, train)
+    encoded = chat.encode_conversations(model.chat, train)
     # train.valid = 0 means all: a slice that ends at None keeps everything.
-    valid = chat.encode_conversations(model.chat, read_split(cfg, "valid")[: cfg.train.valid or None])
-    check_test(model)
-    tokens = sum(len(sample.ids) for sample in data.samples)
+    encoded_valid = chat.encode_conversations(model.chat, read("valid")[: cfg.train.valid or None])
+    check_test(model, read("test"))
+    tokens = sum(len(sample.ids) for sample in encoded.samples)
     log(
-        f"{len(data.samples)} conversations of {tokens:,} tokens; {data.refused} more are longer than the "
-        "context and left out"
+        f"{len(encoded.samples)} conversations of {tokens:,} tokens; {encoded.refused} more are longer than "
+        "the context and left out"
     )
     if model.adapter is not None:
         own, base, share = lora.count_adapter(model.adapter, params["model"])
@@ -96,16 +118,15 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
     # Bound to this name, so that nothing here holds the whole while it is trained in parts.
     params = stages.shard_params(cfg.train, params)
     # All stages of tune see the same conversations; slide_vqa has other data for each.
-    params = system.fit_model(model, params, lambda stage: data, lambda stage: valid, folder, log)
+    params = system.fit_model(model, params, lambda stage: encoded, lambda stage: encoded_valid, folder, log)
     if processes.rank() == 0:
         export_model(model, params, folder, log)
     processes.wait_for_all()
     return model, params
 
 
-def check_test(model: LanguageModel) -> None:
+def check_test(model: LanguageModel, conversations: Sequence[Conversation]) -> None:
     """Raise before training what evaluation would raise: faults of the test split, no room for answers."""
-    conversations = read_split(model.cfg, "test")
     # With their answers, as the token loss needs them, and then as prompts, as generation does.
     chat.encode_conversations(model.chat, conversations)
     prompts = chat.encode_conversations(model.chat, conversations, prompt=True)
@@ -170,18 +191,26 @@ def load(folder: Path) -> tuple[LanguageModel, Tree]:
 
 
 # Evaluation -------------------------------------------------------------------------------------------------
-def assess(model: LanguageModel, params: Tree, folder: Path, experiment: str) -> tuple[list[Result], Path]:
-    """Answer the last question of every test conversation; writes answers and report into `folder`."""
-    cfg, conversations = model.cfg, read_split(model.cfg, "test")
+def assess(
+    model: LanguageModel, params: Tree, folder: Path, experiment: str, data: Reader | None = None
+) -> tuple[list[Result], Path]:
+    """Answer the last question of every test conversation; writes answers and report into `folder`.
+
+    Args:
+        data: from `prepare`; None = the file is read here.
+    """
+    cfg = model.cfg
+    read = data or split_reader(cfg)
+    conversations = read("test")
     lines = answer_conversations(model, params, conversations, folder)
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     files.write_text(folder / "answers.jsonl", text)
     system.remove_unfinished_answers(folder)  # all of them are in answers.jsonl now
     rows = _score(cfg, lines, experiment)
-    data = chat.encode_conversations(model.chat, conversations)
+    encoded = chat.encode_conversations(model.chat, conversations)
     # Over all written answers of a conversation with the written ones before them (teacher forcing), while
     # the accuracy is of the last answer as it is generated.
-    loss = system.validation_loss(model, data, params)
+    loss = system.validation_loss(model, encoded, params)
     about: dict[str, Any] = {"subject": "all", "split": "test", "n": len(lines), "experiment": experiment}
     rows.append(Result(what="token_loss", value=loss, **about))
     notes = (

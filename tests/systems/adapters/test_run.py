@@ -27,6 +27,7 @@ from medvl.systems.adapters import run as adapters_run
 from medvl.systems.adapters.data import read_split
 from medvl.systems.adapters.record import Config
 from tests import tiny
+from tests.openings import count_openings
 from tests.records import with_settings
 
 VISION = tiny.CONFIGS["qwen2_5_vl"]
@@ -790,7 +791,10 @@ def test_a_registry_that_is_there_is_evaluated_at_once(trained, tmp_path, monkey
     }
     (tmp_path / "there.json").write_text(json.dumps(raw))
     monkeypatch.setattr(run, "RUNS", tmp_path / "runs")
-    again = run.evaluate(str(tmp_path / "there.json"), log=lambda _: None)
+    with count_openings() as counts:
+        again = run.evaluate(str(tmp_path / "there.json"), log=lambda _: None)
+    opened = {name: counts[name] for name in ("train.jsonl", "valid.jsonl", "test.jsonl")}
+    assert opened == {"train.jsonl": 0, "valid.jsonl": 0, "test.jsonl": 1}
     want = {(r.subject, r.split): r.value for r in rows if r.what == "step_accuracy"}
     assert {(r.subject, r.split): r.value for r in again if r.what == "step_accuracy"} == want
 
