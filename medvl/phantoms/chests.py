@@ -160,10 +160,12 @@ def _write_tables(cfg: PhantomConfig, folder: Path, split: str, metadata: list[d
     reports, labels = [], []
     # The report and the labels of a volume are drawn again: they are pure functions of its name.
     for row in metadata:
-        column = {"VolumeName": row["VolumeName"]}
-        name = row["VolumeName"].removesuffix(".nii.gz")
-        reports.append(column | draw_volume_report(cfg, name))
-        labels.append(column | draw_volume_case(cfg, name).labels)
+        file_name = row["VolumeName"]
+        volume = file_name.removesuffix(".nii.gz")
+        report = draw_volume_report(cfg, volume)
+        case = draw_volume_case(cfg, volume)
+        reports.append({"VolumeName": file_name} | report)
+        labels.append({"VolumeName": file_name} | case.labels)
     files.write_csv(folder / f"{split}_reports.csv", reports, REPORT_COLUMNS)
     files.write_csv(folder / f"{split}_labels.csv", labels, ("VolumeName", *FINDINGS))
     files.write_csv(folder / f"{split}_metadata.csv", metadata, METADATA_COLUMNS)

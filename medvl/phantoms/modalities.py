@@ -212,11 +212,16 @@ def _draw_places(zone: np.ndarray, n: int, gen: np.random.Generator) -> tuple[np
     rows, columns = np.nonzero(zone)  # from top to bottom
     thirds = np.sort(gen.permutation(3)[:n])
     bounds = len(rows) * np.arange(4) // 3  # thirds of the zone's pixels, which need not be of equal height
-    sets = np.stack([gen.integers(bounds[t], bounds[t + 1], size=200) for t in thirds], 1)
-    places = np.stack([x[0, columns[sets]], y[rows[sets], 0]], -1)  # [set, n, 2]
-    offsets = places[:, :, None] - places[:, None]
-    distances = np.hypot(offsets[..., 0], offsets[..., 1]) + np.eye(n)  # a point is no neighbour of itself
-    room = distances.min((1, 2))
+    pixels = []  # of each third, a pixel for each set
+    for third in thirds:
+        pixels.append(gen.integers(bounds[third], bounds[third + 1], size=200))
+    sets = np.stack(pixels, 1)  # [set, n]
+    set_x = x[0, columns[sets]]
+    set_y = y[rows[sets], 0]
+    places = np.stack([set_x, set_y], -1)  # [set, n, 2]
+    offsets = places[:, :, None] - places[:, None]  # [set, n, n, 2], from every point to every other
+    distances = np.hypot(offsets[..., 0], offsets[..., 1])
+    room = (distances + np.eye(n)).min((1, 2))  # a point is no neighbour of itself
     # argmax takes the first of equal ones: capped, all sets with enough room are equal.
     best = np.argmax(np.minimum(room, _MIN_GAP))
     return places[best], tuple(HEIGHTS[t] for t in thirds)

@@ -94,37 +94,48 @@ def conversation(identifier: str, picture: str, question: str, answer: str) -> d
 def draw_picture(cfg: PictureConfig, split: str, number: int) -> tuple[np.ndarray, str, str, str]:
     """A picture uint8 [y, x, 3], its question, the answer, and the kind of question: count, side or zone."""
     gen = np.random.default_rng([cfg.seed, SPLITS.index(split), number])
-    n = cfg.size
-    y, x = np.mgrid[0:n, 0:n] / n - 0.5
-    body = (x / 0.45) ** 2 + (y / 0.48) ** 2 < 1
-    image = 20 + 70.0 * body
-    for side in (-1, 1):
-        lung = ((x - side * 0.2) / 0.15) ** 2 + (y / 0.36) ** 2 < 1
-        image[lung] = 45
-    # Nodules, each in another of the four zones (side, upper or lower).
+    # Nodules, each in another of the four quarters.
     count = int(gen.integers(0, 4))
-    chosen = []
-    for i in gen.permutation(4)[:count]:
-        side, zone = divmod(int(i), 2)
-        chosen.append((side, zone))
-    for side, zone in chosen:
-        center_x = (-0.2, 0.2)[side] + gen.uniform(-0.05, 0.05)
-        center_y = (-0.17, 0.17)[zone] + gen.uniform(-0.06, 0.06)
-        value = gen.uniform(150, 230)
-        radius = gen.uniform(0.05, 0.07)
-        nodule = (x - center_x) ** 2 + (y - center_y) ** 2 < radius**2
-        image[nodule] = value
-    noisy = image + gen.normal(0, 6, image.shape)
-    image = np.clip(noisy, 0, 255).astype(np.uint8)
-    picture = np.repeat(image[..., None], 3, 2)
+    nodules = []  # (side, zone) of each, indices of _SIDES and _ZONES
+    for quarter in gen.permutation(4)[:count]:
+        side, zone = divmod(int(quarter), 2)
+        nodules.append((side, zone))
+    picture = _paint_picture(cfg.size, nodules, gen)
     # Side and zone can be asked of a single nodule only.
     kind = "count"
     if count == 1:
         kind = ("count", "side", "zone")[int(gen.integers(3))]
+    return picture, _QUESTIONS[kind], _answer(kind, nodules), kind
+
+
+def _paint_picture(n: int, nodules: list[tuple[int, int]], gen: np.random.Generator) -> np.ndarray:
+    """The picture uint8 [n, n, 3]. Lengths are shares of a side, 0 in the middle; greys were chosen by eye."""
+    y, x = np.mgrid[0:n, 0:n] / n - 0.5
+    body = (x / 0.45) ** 2 + (y / 0.48) ** 2 < 1
+    image = 20 + 70.0 * body
+    for side in (-1, 1):
+        lung_x = x - side * 0.2
+        lung = (lung_x / 0.15) ** 2 + (y / 0.36) ** 2 < 1
+        image[lung] = 45
+    for side, zone in nodules:
+        centre_x = (-0.2, 0.2)[side] + gen.uniform(-0.05, 0.05)
+        centre_y = (-0.17, 0.17)[zone] + gen.uniform(-0.06, 0.06)
+        grey = gen.uniform(150, 230)
+        radius = gen.uniform(0.05, 0.07)
+        nodule = (x - centre_x) ** 2 + (y - centre_y) ** 2 < radius**2
+        image[nodule] = grey
+    noisy = image + gen.normal(0, 6, image.shape)
+    pixels = np.clip(noisy, 0, 255).astype(np.uint8)
+    return np.repeat(pixels[..., None], 3, 2)  # three equal channels
+
+
+def _answer(kind: str, nodules: list[tuple[int, int]]) -> str:
+    count = len(nodules)
     if kind == "count":
-        verb, plural = ("is", "") if count == 1 else ("are", "s")
-        answer = f"There {verb} {_NUMBERS[count]} nodule{plural}."
-    else:
-        side, zone = chosen[0]
-        answer = f"On the {_SIDES[side]}." if kind == "side" else f"In the {_ZONES[zone]} zone."
-    return picture, _QUESTIONS[kind], answer, kind
+        if count == 1:
+            return f"There is {_NUMBERS[count]} nodule."
+        return f"There are {_NUMBERS[count]} nodules."
+    side, zone = nodules[0]
+    if kind == "side":
+        return f"On the {_SIDES[side]}."
+    return f"In the {_ZONES[zone]} zone."

@@ -203,14 +203,31 @@ def _bench_rows(split: str, slides: list[_AskedSlide]) -> Iterator[dict]:
         code, _ = CLASSES[truth.tumour_class]
         for name, question in zip(_question_ids(split, number), questions, strict=True):
             family = FAMILIES[question.family]
-            options = [*question.options, "", ""][:4]  # of two to four options; missing ones are empty cells
-            cells = (name, truth.name, code, family.broad, family.narrow, question.question)
-            yield dict(zip(COLUMNS, (*cells, *options, question.letter), strict=True))
+            a, b, c, d = [*question.options, "", ""][:4]  # of two to four options; the others stay empty
+            yield {
+                "ID": name,
+                "Slide": truth.name,
+                "Tumor": code,
+                "Broad Category": family.broad,
+                "Narrow Category": family.narrow,
+                "Question": question.question,
+                "A": a,
+                "B": b,
+                "C": c,
+                "D": d,
+                "Answer": question.letter,
+            }
 
 
 def _label_row(split: str, truth: Truth) -> dict:
-    cells = (truth.name, split, truth.tumour_class, truth.grade, truth.lymphocytes, truth.motif)
-    return dict(zip(_LABELS, cells, strict=True))
+    return {
+        "slide": truth.name,
+        "split": split,
+        "class": truth.tumour_class,
+        "grade": truth.grade,
+        "lymphocytes": truth.lymphocytes,
+        "motif": truth.motif,
+    }
 
 
 def _truth_line(
@@ -219,9 +236,13 @@ def _truth_line(
     records = []
     for name, question in zip(_question_ids(split, number), questions, strict=True):
         family = FAMILIES[question.family]
-        records.append(
-            {"id": name, "family": question.family, "narrow": family.narrow, "facts": family.facts}
-        )
+        record = {
+            "id": name,
+            "family": question.family,
+            "narrow": family.narrow,
+            "facts": family.facts,
+        }
+        records.append(record)
     line = {"split": split, **attrs.asdict(truth), "motif_rows": motif_rows, "questions": records}
     return json.dumps(line) + "\n"
 
@@ -252,37 +273,52 @@ def _draw_options(family: str, truth: Truth, gen: np.random.Generator) -> tuple[
         present = [tissue for tissue in OPTIONAL if tissue in truth.tissues]
         absent = [tissue for tissue in OPTIONAL if tissue not in truth.tissues]
         return "", str(gen.choice(present)), absent
-    classes = list(CLASSES)
     if family == "motif":
         others = [motif for motif in (*MOTIFS, NO_MOTIF) if motif != truth.motif]
-        return "", truth.motif, [str(motif) for motif in gen.permutation(others)[:3]]
+        wrong = gen.permutation(others)[:3]
+        return "", truth.motif, [str(motif) for motif in wrong]
     if family == "differential":
-        others = [name for name in classes if name != truth.tumour_class]
+        others = [name for name in CLASSES if name != truth.tumour_class]
         return "", truth.tumour_class, [str(gen.choice(others))]
-    # All other families: the right option, and all there are.
-    grade = truth.grade - 1
-    right, options = {
-        "dominant": (truth.dominant, [t for t in truth.tissues if t not in ("necrosis", "lymphocytes")]),
-        "necrosis": (NECROSIS_WORDS[grade], NECROSIS_WORDS),
-        "lymphocytes": (LYMPHOCYTE_WORDS[truth.lymphocytes], LYMPHOCYTE_WORDS.values()),
-        "class": (truth.tumour_class, classes),
-        "grade": (f"grade {truth.grade}", ("grade 1", "grade 2", "grade 3")),
-        "treatment": (CLASSES[truth.tumour_class][1], [treatment for _, treatment in CLASSES.values()]),
-        "immune": (IMMUNE_WORDS[truth.lymphocytes], IMMUNE_WORDS.values()),
-        "outlook": (OUTLOOK_WORDS[grade], OUTLOOK_WORDS),
-    }[family]
+    right, options = _fixed_options(family, truth)
     return "", right, [option for option in options if option != right]
+
+
+def _fixed_options(family: str, truth: Truth) -> tuple[str, list[str]]:
+    """The right option and all options of a family in which nothing is drawn."""
+    if family == "dominant":
+        main = [tissue for tissue in truth.tissues if tissue not in ("necrosis", "lymphocytes")]
+        return truth.dominant, main
+    if family == "class":
+        return truth.tumour_class, list(CLASSES)
+    if family == "treatment":
+        treatments = [treatment for _, treatment in CLASSES.values()]
+        _, right = CLASSES[truth.tumour_class]
+        return right, treatments
+    if family == "lymphocytes":
+        return LYMPHOCYTE_WORDS[truth.lymphocytes], list(LYMPHOCYTE_WORDS.values())
+    if family == "immune":
+        return IMMUNE_WORDS[truth.lymphocytes], list(IMMUNE_WORDS.values())
+    # What is left is about the grade.
+    options = {
+        "grade": ("grade 1", "grade 2", "grade 3"),
+        "necrosis": NECROSIS_WORDS,
+        "outlook": OUTLOOK_WORDS,
+    }[family]
+    return options[truth.grade - 1], list(options)
 
 
 def _draw_subject(family: str, truth: Truth, gen: np.random.Generator) -> tuple[str, bool]:
     """The subject of a yes-or-no question, and whether the answer is yes (in half of all slides)."""
     if family == "tissue":
         yes = gen.random() < 0.5
-        return str(gen.choice([t for t in OPTIONAL if (t in truth.tissues) == yes])), yes
+        candidates = [tissue for tissue in OPTIONAL if (tissue in truth.tissues) == yes]
+        return str(gen.choice(candidates)), yes
     # Four of five slides have a motif: asked for in 5 of 8 of them, the answer is yes in half of all.
     if truth.motif != NO_MOTIF and gen.random() < 5 / 8:
         return truth.motif, True
-    return str(gen.choice([motif for motif in MOTIFS if motif != truth.motif])), False
+    absent = [motif for motif in MOTIFS if motif != truth.motif]
+    return str(gen.choice(absent)), False
 
 
 # How a slide with a grade or a count of lymphocytes is described; `NECROSIS` and `LYMPHOCYTES` have the

@@ -235,7 +235,7 @@ _STAIN = (1.0, 0.1)  # of a slide's shift: along the stain's directions, and of 
 
 
 def _bumps(rows: Array, columns: Array, at: Array, width: Array) -> tuple[Array, Array]:
-    """Gaussian bumps as a product of [row, bump] and [column, bump].
+    """Gaussian bumps as a product of [row, bump] and [column, bump]: a map is never formed bump by bump.
 
     Args:
         rows, columns: places, in the units of `at` [bump, 2] and `width` [bump].
@@ -252,14 +252,20 @@ def _draw_outline(n: int, gen: np.random.Generator) -> Array:
     cells = n / _FILLED  # of the grid
     height = int(np.ceil(np.sqrt(cells * gen.uniform(0.6, 1.6))))
     width = int(np.ceil(cells / height))
-    # A height map of a few large bumps and 24 small ones, up or down; its n highest cells are tissue.
+    # A height map of a large bump for each piece, and 24 small ones, up or down, that make the edges uneven.
+    # Places and sizes are shares of the grid's sides.
     pieces = int(gen.integers(1, 4))
-    at = np.concatenate([gen.uniform(0.22, 0.78, (pieces, 2)), gen.uniform(0, 1, (24, 2))])
-    size = np.concatenate([gen.uniform(0.14, 0.24, pieces), gen.uniform(0.03, 0.1, 24)])
-    high = np.concatenate([np.ones(pieces), gen.uniform(-0.3, 0.3, 24)]).astype(np.float32)
+    piece_at = gen.uniform(0.22, 0.78, (pieces, 2))
+    small_at = gen.uniform(0, 1, (24, 2))
+    piece_size = gen.uniform(0.14, 0.24, pieces)
+    small_size = gen.uniform(0.03, 0.1, 24)
+    small_height = gen.uniform(-0.3, 0.3, 24)
+    at = np.concatenate([piece_at, small_at])  # [bump, 2]
+    size = np.concatenate([piece_size, small_size])
+    bump_height = np.concatenate([np.ones(pieces), small_height]).astype(np.float32)
     rows, columns = _bumps(np.linspace(0, 1, height), np.linspace(0, 1, width), at, size)
-    elevation = (rows * high) @ columns.T
-    # Sorting brings the patches into the order of rows, in which slides are read.
+    elevation = (rows * bump_height) @ columns.T  # [row, column]
+    # The n highest cells are tissue. Sorted, they are in the order of rows, in which slides are read.
     highest = np.argpartition(-elevation.ravel(), n - 1)[:n]
     inside = np.sort(highest)
     return np.stack(np.divmod(inside, width), 1)
@@ -273,15 +279,16 @@ def _draw_regions(truth: Truth, cells: Array, gen: np.random.Generator) -> Array
     tissue = np.zeros(len(cells), np.int64)
     free = np.arange(len(cells))
     extent = cells.max(0) + 1
-    for name in gen.permutation([t for t in truth.tissues if t != "stroma"]):
+    height, width = extent
+    others = [tissue_name for tissue_name in truth.tissues if tissue_name != "stroma"]
+    for name in gen.permutation(others):
         count = truth.tissues[name]
-        at = cells[gen.choice(free, 3)]
+        at = cells[gen.choice(free, 3)]  # centres of three bumps
         size = gen.uniform(0.06, 0.16, 3) * extent.mean()
-        rows, columns = _bumps(np.arange(extent[0]), np.arange(extent[1]), at, size)
+        rows, columns = _bumps(np.arange(height), np.arange(width), at, size)
         # Only at the free cells: the whole map of a large slide would be many times larger.
-        rows = rows[cells[free, 0]]
-        columns = columns[cells[free, 1]]
-        elevation = np.einsum("nk,nk->n", rows, columns)
+        free_row, free_column = cells[free].T
+        elevation = np.einsum("nk,nk->n", rows[free_row], columns[free_column])
         elevation += 0.05 * gen.random(len(free), np.float32)  # ragged edges
         highest = np.argpartition(-elevation, count - 1)[:count]
         tissue[free[highest]] = TISSUES.index(name)
@@ -293,10 +300,12 @@ def _draw_motif(truth: Truth, cells: Array, tissue: Array, gen: np.random.Genera
     """Rows [m] of the patches with the motif: neighbours in the tissue that it lies in."""
     if truth.motif == NO_MOTIF:
         return np.zeros(0, np.int64)
-    host = np.flatnonzero(tissue == TISSUES.index(MOTIFS[truth.motif]))
+    host_tissue = TISSUES.index(MOTIFS[truth.motif])
+    host = np.flatnonzero(tissue == host_tissue)
     centre = cells[gen.choice(host)]
-    distance = ((cells[host] - centre) ** 2).sum(1)
-    nearest = np.argsort(distance, kind="stable")[: truth.motif_patches]
+    offset = cells[host] - centre
+    squared_distance = (offset**2).sum(1)
+    nearest = np.argsort(squared_distance, kind="stable")[: truth.motif_patches]
     return np.sort(host[nearest])
 
 
@@ -305,26 +314,30 @@ def _draw_features(
 ) -> Array:
     """Features float16 [n, d], drawn in chunks so that large slides take little memory in float32."""
     p = draw_prototypes(cfg)
-    base = p.tissues.copy()  # [tissue, d]
-    base[TISSUES.index("tumour")] += p.classes[list(CLASSES).index(truth.tumour_class)]
-    along, everywhere = _STAIN
+    base = p.tissues.copy()  # [tissue, d], what patches of a tissue have in common
+    tumour = TISSUES.index("tumour")
+    tumour_class = list(CLASSES).index(truth.tumour_class)
+    base[tumour] += p.classes[tumour_class]
     # One shift for all patches of a slide, as they are stained together.
+    along, everywhere = _STAIN
     stain = along * gen.standard_normal(len(p.stain), np.float32) @ p.stain
     base += stain + everywhere * gen.standard_normal(cfg.dim, np.float32)
     features = np.empty((len(tissue), cfg.dim), np.float16)
     for start in range(0, len(tissue), _CHUNK):
         kinds = tissue[start : start + _CHUNK]
-        stop = start + len(kinds)
-        x = gen.standard_normal((len(kinds), cfg.dim), np.float32)
+        n = len(kinds)
+        # Noise, the variation within a tissue, and the tissue itself, added up in place.
+        x = gen.standard_normal((n, cfg.dim), np.float32)
         x *= _NOISE
-        variation = gen.standard_normal((len(kinds), _RANK), np.float32) * p.strength[kinds]
+        variation = gen.standard_normal((n, _RANK), np.float32) * p.strength[kinds]
         x += variation @ p.spread
         x += base[kinds]
-        rows = motif_rows[(motif_rows >= start) & (motif_rows < stop)]
+        in_chunk = (motif_rows >= start) & (motif_rows < start + n)
+        rows = motif_rows[in_chunk]
         if len(rows):
             motif = list(MOTIFS).index(truth.motif)
             x[rows - start] += p.motifs[motif]
-        features[start:stop] = x
+        features[start : start + n] = x
     return features
 
 
