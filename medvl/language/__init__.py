@@ -2,8 +2,9 @@
 
 `conversations` reads files of conversations (`vqa_rad` writes those of VQA-RAD) and `messages` checks them;
 `templates` writes them as text and `encoding` as token ids and labels. `images` opens image files
-(`dicom_image` DICOM), `qwen_vl` and `intern_vl` make patches or tiles of them, and `vision` joins images and
-text of a model. `vlm` makes the inputs, hidden states and loss of a model, `cached_forward` its logits token by
-token; `generate` writes answers with these, by the settings of `sampling`, and `likelihood` scores given ones.
-`chat` and `system` put all of this together.
+(`dicom_image` DICOM), `qwen_vl` and `intern_vl` make patches or tiles of them (`processor_config` is what
+their files of settings have in common), and `vision` joins images and text of a model. `vlm` makes the
+inputs, hidden states and loss of a model, `cached_forward` its logits token by token; `generate` writes
+answers with these, by the settings of `sampling`, and `likelihood` scores given ones. `chat` and `system` put
+all of this together.
 """

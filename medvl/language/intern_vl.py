@@ -1,4 +1,4 @@
-"""Images of InternVL3 and InternVL2.5-MPO (as transformers has them, "-hf"): preprocessing to square tiles."""
+"""Images of InternVL3 and InternVL2.5-MPO (of transformers, "-hf"): preprocessing to square tiles."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,6 +11,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from medvl.language import processor_config
 from medvl.language.images import Picture, check_statistics, to_rgb
 
 # The last two of these only say whose file it is.
@@ -24,32 +25,9 @@ _READ = {
     "image_processor_type",
     "processor_class",
 }
-# Steps that `tile_images` always does, or never.
-_FIXED = {
-    "do_resize": True,
-    "do_rescale": True,
-    "do_normalize": True,
-    "do_convert_rgb": True,
-    "rescale_factor": 1 / 255,
-    # PIL's number of bicubic.
-    "resample": 3,
-    "do_center_crop": False,
-    "do_pad": False,
-}
 # crop_to_patches is false in the published files, yet InternVL's processor always tiles images: it is never
 # read.
-_IGNORED = {
-    "crop_to_patches",
-    "feature_extractor_type",
-    "default_to_square",
-    "data_format",
-    "input_data_format",
-    "device",
-    "return_tensors",
-    "disable_grouping",
-    "crop_size",
-    "pad_size",
-}
+_IGNORED = processor_config.IGNORED_KEYS | {"crop_to_patches"}
 
 
 @frozen(kw_only=True)
@@ -64,7 +42,8 @@ class TileConfig:
     thumbnail: bool = True  # the whole image as one more tile, behind the others, where there are several
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of pixels in 0..1
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    tokens: int = 256  # visual tokens of a tile: (size / patch x downsample_ratio) squared of the model, its image_seq_length
+    # Visual tokens of a tile: (size / patch x downsample_ratio) squared of the model, its image_seq_length.
+    tokens: int = 256
 
     def __attrs_post_init__(self) -> None:
         names = ("size", "most", "least", "tokens")
@@ -93,59 +72,39 @@ def parse_tile_config(raw: Mapping[str, Any]) -> TileConfig:
         ValueError: another model's file, a key missing, unknown or of the wrong type, or steps that
             `tile_image` does not do.
     """
-    inner: Any = raw
-    if isinstance(raw, Mapping):
-        inner = raw.get("image_processor", raw)
-    if not isinstance(inner, Mapping):
-        raise ValueError(
-            f"parse_tile_config: must be a record of keys and values, got {type(inner).__name__}"
-        )
-    settings = {key: value for key, value in inner.items() if value is not None}
+    where = "parse_tile_config"
+    settings = processor_config.read_settings(where, raw)
     for key in ("image_seq_length", "processor_class"):  # of the outer record, where there is one
         if raw.get(key) is not None:
             settings[key] = raw[key]
-    _check_settings(settings)
-    for key in ("image_mean", "image_std"):
-        if not isinstance(settings[key], list | tuple):
-            raise ValueError(f"parse_tile_config: {key} must be a list of 3 numbers, got {settings[key]!r}")
+    _check_settings(where, settings)
+    mean = processor_config.parse_numbers(where, "image_mean", settings["image_mean"])
+    std = processor_config.parse_numbers(where, "image_std", settings["image_std"])
     return TileConfig(
         size=settings["size"]["height"],
         most=settings.get("max_patches", 12),
         least=settings.get("min_patches", 1),
-        mean=tuple(settings["image_mean"]),
-        std=tuple(settings["image_std"]),
+        mean=mean,
+        std=std,
         tokens=settings.get("image_seq_length", 256),
     )
 
 
-def _check_settings(settings: Mapping[str, Any]) -> None:
+def _check_settings(where: str, settings: Mapping[str, Any]) -> None:
     """Check that a file is InternVL's, with the keys and steps that are known here."""
     classes = {"image_processor_type": "GotOcr2ImageProcessor", "processor_class": "InternVLProcessor"}
     for key, name in classes.items():
         # transformers' fast classes have the same name with "Fast" behind it.
         if not str(settings.get(key, name)).startswith(name):
-            raise ValueError(
-                f"parse_tile_config: {key} must be {name} as in InternVL's files, got {settings[key]!r}"
-            )
-    wrong = [key for key, value in _FIXED.items() if settings.get(key, value) != value]
-    if wrong:
-        differences = "; ".join(f"{key}={settings[key]!r}, not {_FIXED[key]!r}" for key in wrong)
-        raise ValueError(f"parse_tile_config: the image steps of InternVL are fixed, got {differences}")
-    unknown = sorted(settings.keys() - _READ - _FIXED.keys() - _IGNORED)
-    if unknown:
-        raise ValueError(
-            f"parse_tile_config: unknown keys {', '.join(unknown)}; known are {', '.join(sorted(_READ))}"
-        )
+            raise ValueError(f"{where}: {key} must be {name} as in InternVL's files, got {settings[key]!r}")
+    processor_config.check_steps(where, "InternVL", settings)
+    processor_config.check_keys(where, settings, _READ, _IGNORED)
     missing = [key for key in ("size", "image_mean", "image_std") if key not in settings]
-    if missing:
-        present = ", ".join(sorted(settings)) or "an empty record"
-        raise ValueError(f"parse_tile_config: must have {', '.join(missing)}, got only {present}")
+    processor_config.check_none_missing(where, settings, missing)
     size = settings["size"]
     has_sides = isinstance(size, Mapping) and size.keys() == {"height", "width"}
     if not has_sides or size["height"] != size["width"]:
-        raise ValueError(
-            f"parse_tile_config: size must hold height and width, equal as tiles are square, got {size!r}"
-        )
+        raise ValueError(f"{where}: size must hold height and width, equal as tiles are square, got {size!r}")
 
 
 def dump_tile_config(cfg: TileConfig) -> dict[str, Any]:
@@ -161,7 +120,7 @@ def dump_tile_config(cfg: TileConfig) -> dict[str, Any]:
         "image_mean": list(cfg.mean),
         "image_std": list(cfg.std),
         "image_seq_length": cfg.tokens,
-        **_FIXED,
+        **processor_config.FIXED_STEPS,
     }
 
 

@@ -1,4 +1,4 @@
-"""Images of Qwen2-VL, Qwen2.5-VL and Qwen3-VL: preprocessing to patches, and rotary positions on three axes."""
+"""Images of Qwen2-VL, Qwen2.5-VL and Qwen3-VL: preprocessing to patches, rotary positions on three axes."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,9 +11,12 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from medvl.language import processor_config
 from medvl.language.images import Picture, check_statistics, to_rgb
 
 Grid = tuple[int, int, int]  # patches in time, height, width
+# An image or video: visual tokens in time, height and width, and positions from one time to the next.
+_Item = tuple[int, int, int, Any]
 
 # Fields of `ImageConfig` and their keys in preprocessor_config.json.
 _KEYS = {
@@ -23,31 +26,8 @@ _KEYS = {
     "mean": "image_mean",
     "std": "image_std",
 }
-# Steps that `patchify_images` always does, or never.
-_FIXED = {
-    "do_resize": True,
-    "do_rescale": True,
-    "do_normalize": True,
-    "do_convert_rgb": True,
-    "rescale_factor": 1 / 255,
-    # PIL's number of bicubic.
-    "resample": 3,
-    "do_center_crop": False,
-    "do_pad": False,
-}
 _READ = {*_KEYS.values(), "size", "min_pixels", "max_pixels", "image_processor_type"}
-_IGNORED = {
-    "processor_class",
-    "feature_extractor_type",
-    "default_to_square",
-    "data_format",
-    "input_data_format",
-    "device",
-    "return_tensors",
-    "disable_grouping",
-    "crop_size",
-    "pad_size",
-}
+_IGNORED = processor_config.IGNORED_KEYS | {"processor_class"}
 
 
 @frozen(kw_only=True)
@@ -96,21 +76,15 @@ def parse_image_config(raw: Mapping[str, Any]) -> ImageConfig:
         ValueError: another model's file, a key missing, unknown or of the wrong type, or steps that
             `patchify_image` does not do.
     """
-    if isinstance(raw, Mapping):
-        raw = raw.get("image_processor", raw)
-    if not isinstance(raw, Mapping):
-        raise ValueError(f"parse_image_config: must be a record of keys and values, got {type(raw).__name__}")
-    settings = {key: value for key, value in raw.items() if value is not None}
+    where = "parse_image_config"
+    settings = processor_config.read_settings(where, raw)
     # Files spell the class in several ways, such as Qwen2VLImageProcessor and Qwen2VLImageProcessorFast.
     if "Qwen" not in str(settings.get("image_processor_type", "Qwen")):
         raise ValueError(
             "parse_image_config: image_processor_type must be one of Qwen-VL's, "
             f"got {settings['image_processor_type']!r}"
         )
-    wrong = [key for key, value in _FIXED.items() if settings.get(key, value) != value]
-    if wrong:
-        differences = "; ".join(f"{key}={settings[key]!r}, not {_FIXED[key]!r}" for key in wrong)
-        raise ValueError(f"parse_image_config: the image steps of Qwen-VL are fixed, got {differences}")
+    processor_config.check_steps(where, "Qwen-VL", settings)
     size = settings.get("size", {})
     if not isinstance(size, Mapping) or size.keys() - {
         "shortest_edge",
@@ -119,26 +93,16 @@ def parse_image_config(raw: Mapping[str, Any]) -> ImageConfig:
         "max_pixels",
     }:
         raise ValueError(f"parse_image_config: size must hold shortest_edge and longest_edge, got {size!r}")
-    unknown = sorted(settings.keys() - _READ - _FIXED.keys() - _IGNORED)
-    if unknown:
-        raise ValueError(
-            f"parse_image_config: unknown keys {', '.join(unknown)}; known are {', '.join(sorted(_READ))}"
-        )
+    processor_config.check_keys(where, settings, _READ, _IGNORED)
     values: dict[str, Any] = {name: settings.get(key) for name, key in _KEYS.items()}
     for key, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
         # The bounds have moved between versions of transformers; "edge" is a misleading name of theirs for an
         # area.
         values[key] = settings.get(key, size.get(edge, size.get(key)))
     missing = [_KEYS.get(name, name) for name, value in values.items() if value is None]
-    if missing:
-        present = ", ".join(sorted(settings)) or "an empty record"
-        raise ValueError(f"parse_image_config: must have {', '.join(missing)}, got only {present}")
+    processor_config.check_none_missing(where, settings, missing)
     for name in ("mean", "std"):
-        if not isinstance(values[name], list | tuple):
-            raise ValueError(
-                f"parse_image_config: {_KEYS[name]} must be a list of 3 numbers, got {values[name]!r}"
-            )
-        values[name] = tuple(values[name])
+        values[name] = processor_config.parse_numbers(where, _KEYS[name], values[name])
     return ImageConfig(**values)
 
 
@@ -149,7 +113,7 @@ def dump_image_config(cfg: ImageConfig) -> dict[str, Any]:
         value = getattr(cfg, name)
         raw[key] = list(value) if isinstance(value, tuple) else value
     raw["size"] = {"shortest_edge": cfg.min_pixels, "longest_edge": cfg.max_pixels}
-    return raw | _FIXED
+    return raw | processor_config.FIXED_STEPS
 
 
 def smart_resize(cfg: ImageConfig, height: int, width: int) -> tuple[int, int]:
@@ -324,23 +288,10 @@ def mrope(
             f"mrope: mask must be bool {list(ids.shape)} like ids, got {mask.dtype} {list(mask.shape)}; "
             "use mask.bool()"
         )
-    images = _token_grids("grid", grid, merge)
-    videos = _token_grids("video_grid", video_grid, merge)
-    if seconds is None:
-        seconds = [1] * len(videos)
-    if len(seconds) != len(videos):
-        raise ValueError(
-            f"mrope: seconds must have one number for each of the {len(videos)} videos, got {len(seconds)}"
-        )
-    # What no row has used yet, the next at the end: (t, h, w, positions from one t to the next), by type of
-    # token.
-    remaining: dict[int, list[tuple[int, int, int, Any]]] = {1: [], 2: []}
-    # Reversed, since taking from the end of a list is cheap.
-    for t, h, w in reversed(images):
-        remaining[1].append((t, h, w, 1.0))
-    for (t, h, w), interval in reversed(list(zip(videos, seconds, strict=True))):
-        remaining[2].append((t, h, w, tokens_per_second * interval))
-
+    images = [(t, h, w, 1.0) for t, h, w in _token_grids("grid", grid, merge)]
+    videos = _timed_videos(_token_grids("video_grid", video_grid, merge), seconds, tokens_per_second)
+    # What no row has used yet, by type of token; the next at the end, from where taking is cheap.
+    remaining = {1: images[::-1], 2: videos[::-1]}
     # On the CPU: the loops below would wait for the device at every image.
     exists = mask.cpu()
     positions = torch.zeros(3, *ids.shape, dtype=torch.int64)
@@ -348,12 +299,7 @@ def mrope(
     for i in range(len(ids)):
         row = _row_positions(types[i, exists[i]], remaining, i)
         positions[:, i, exists[i]] = row
-        delta = 0
-        if row.numel():
-            # What transformers calls rope_deltas: an image takes fewer positions than tokens, so that the
-            # position of a new token is the number of tokens plus this.
-            delta = int(row.max()) + 1 - row.shape[1]
-        deltas.append(delta)
+        deltas.append(_delta(row))
     # Images without tokens: ids that were truncated, or grids of another batch.
     if remaining[1] or remaining[2]:
         counts = (types * exists).gt(0).sum(1).tolist()
@@ -365,8 +311,35 @@ def mrope(
     return positions.to(ids.device), torch.tensor(deltas, dtype=torch.int64, device=ids.device).view(-1, 1)
 
 
-def _row_positions(types: Tensor, remaining: dict[int, list], row: int) -> Tensor:
-    """Positions [3, t] of one row without padding; takes its images and videos from the ends of `remaining`."""
+def _delta(positions: Tensor) -> int:
+    """What transformers calls rope_deltas, of the positions [3, t] of a row.
+
+    An image takes fewer positions than tokens, so that the position of a new token is the number of tokens
+    plus this.
+    """
+    if not positions.numel():
+        return 0
+    return int(positions.max()) + 1 - positions.shape[1]
+
+
+def _timed_videos(
+    grids: Sequence[Grid], seconds: Sequence[float] | Tensor | None, tokens_per_second: float
+) -> list[_Item]:
+    """Grids of visual tokens with the positions from one time to the next."""
+    if seconds is None:
+        seconds = [1] * len(grids)
+    if len(seconds) != len(grids):
+        raise ValueError(
+            f"mrope: seconds must have one number for each of the {len(grids)} videos, got {len(seconds)}"
+        )
+    videos = list[_Item]()
+    for (t, h, w), interval in zip(grids, seconds, strict=True):
+        videos.append((t, h, w, tokens_per_second * interval))
+    return videos
+
+
+def _row_positions(types: Tensor, remaining: dict[int, list[_Item]], row: int) -> Tensor:
+    """Positions [3, t] of one row without padding; takes its images and videos from `remaining`."""
     pieces = [torch.zeros(3, 0, dtype=torch.int64)]
     token = 0  # of the row
     position = 0  # the next one that is free
