@@ -1,8 +1,9 @@
 """Retrieval of adapters for questions: a registry, the nearest adapters, their mixture, an answer.
 
 `registry` reads and extends lists of adapters, `build` makes one from samples of what each adapter was
-trained on. `embedders` fits, opens, saves and reads embedders by their settings (`embed_config`); `embed` makes
-vectors of `queries` with them (`embed_local` those of fitted ones, `embed_encoder` those of encoders of the hub).
-`retrieve` finds the nearest adapters and their weights, and `head` trains what they are found by. `cache` holds
-adapters within a budget of memory and mixes or fuses them; `experts` answers questions with all of these.
+trained on. `embedders` fits, opens, saves and reads embedders by their settings (`embed_config`); `embed`
+makes vectors of `queries` with them (`embed_local` is what is fitted, `embed_encoder` encoders of the hub).
+`retrieve` finds the nearest adapters and their weights, and `head` trains what they are found by. `cache`
+holds adapters within a budget of memory and mixes or fuses them; `experts` answers questions with all of
+these.
 """

@@ -1,5 +1,18 @@
 """VQA-RAD, questions about radiographs, CT and MRI, as published, into conversations with a task, a family
 and a category each.
+
+A line of a table has "id" (qid), "images" (relative to the table), "messages", "task", "category" (pres, abn,
+...; the first where a question has several types), "family" ("closed" or "open"; 70 of 851 closed answers are
+neither yes nor no) and "episode_id" (the image: its questions are one case). Texts stay as published but for
+runs of white space, so "Yes" and "yes" are both there.
+
+All questions of an image, and all images of a case, go into one split, and every task has the same share of
+its cases there. The published flag (phrase_type test_...) is of questions: in the file of 1,420 questions 125
+of the 126 images that are tested are trained on too. So split="published" is there to compare with others'
+numbers, not to learn how good a model is.
+
+Source: Lau et al. 2018, A dataset of clinically generated visual questions and answers about radiology
+images.
 """
 
 import json
@@ -8,6 +21,7 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,16 +96,6 @@ def convert_vqa_rad(
     """Write VQA-RAD's JSON as `folder`/train.jsonl, valid.jsonl and test.jsonl, one question and its answer a
     line.
 
-    A line has "id" (qid), "images" (relative to `folder`), "messages", "task", "category" (pres, abn, ...;
-    the first where a question has several types), "family" ("closed" or "open"; 70 of 851 closed answers are
-    neither yes nor no) and "episode_id" (the image: its questions are one case). Texts stay as published but
-    for runs of white space, so "Yes" and "yes" are both there.
-
-    All questions of an image, and all images of a case, go into one split, and every task has the same share
-    of its cases there. The published flag (phrase_type test_...) is of questions: in the file of 1,420
-    questions 125 of the 126 images that are tested are trained on too. So split="published" is there to
-    compare with others' numbers, not to learn how good a model is.
-
     Args:
         source: the published file, a JSON list of questions.
         images: the folder of its images.
@@ -112,8 +116,6 @@ def convert_vqa_rad(
     Raises:
         ValueError: another format, an unknown value, images that are not there, too few cases for the splits,
             or a table of an earlier run that this one would not replace. Tables are written last.
-    Source: Lau et al. 2018, A dataset of clinically generated visual questions and answers about radiology
-    images.
     """
     _check_arguments(group, split, valid, test, size)
     source = Path(source)
@@ -124,48 +126,12 @@ def convert_vqa_rad(
     usable = [question for question in questions if question.image in task_of]
     if not usable:
         raise ValueError(f'{source}: no question says the modality of its image; take group="organ"')
-
     # Cases are found over all questions: images that are left out may link two others to one case.
     case_of = _cases_of_images(questions)
     shares = {"valid": valid, "test": test}
-    if split == "published":
-        # The flag chooses the tested questions, so that all cases are shared out between train and valid.
-        shares["test"] = 0.0
-    tasks_of_cases = [(case_of[question.image], task_of[question.image]) for question in usable]
-    split_of = _assign_splits(tasks_of_cases, shares, seed)
-
-    lines: dict[str, list[str]] = {name: [] for name in SPLITS}
-    splits_of_images = defaultdict[str, set[str]](set)
-    for question in usable:
-        place = split_of[case_of[question.image]]
-        if split == "published" and question.test:
-            place = "test"
-        picture = paths[question.image]
-        if size:
-            # Written later, when all tables are known to be right.
-            picture = _png_path(folder, question.image)
-        # Relative to the table, as `read_conversations` reads names.
-        name = Path(os.path.relpath(picture.resolve(), folder.resolve())).as_posix()
-        lines[place].append(_format_line(question, task_of[question.image], name))
-        splits_of_images[question.image].add(place)
-
-    _check_old_tables(folder, lines)
-    if size:
-        for image in track(splits_of_images, "shrinking pictures"):
-            _shrink_image(paths[image], _png_path(folder, image), size)
-    for name in SPLITS:
-        if lines[name]:
-            files.write_text(folder / f"{name}.jsonl", "".join(lines[name]))
-
-    shared = [places for places in splits_of_images.values() if "test" in places and len(places) > 1]
-    counts = {name: len(lines[name]) for name in SPLITS} | {
-        "images": len(splits_of_images),
-        "cases": len({case_of[image] for image in splits_of_images}),
-        "unknown": len(paths) - len(splits_of_images),
-        "empty": empty,
-        **_count_repeats(usable),
-        "shared": len(shared),
-    }
+    tables = _split_questions(usable, case_of, task_of, shares, published=split == "published", seed=seed)
+    _write_tables(folder, tables, paths, task_of, size)
+    counts = _count_all(tables, case_of, unknown=len(paths) - len(task_of), empty=empty)
     _log_counts(source, counts)
     return counts
 
@@ -181,21 +147,6 @@ def _check_arguments(group: str, split: str, valid: float, test: float, size: in
             "convert_vqa_rad: valid and test must be shares >= 0 that leave some for train, size >= 0, "
             f"got {valid}, {test}, {size}"
         )
-
-
-def _check_old_tables(folder: Path, lines: Mapping[str, list[str]]) -> None:
-    """Raise where a table of an earlier run would stay beside the new ones."""
-    for name in SPLITS:
-        if not lines[name] and (folder / f"{name}.jsonl").exists():
-            raise ValueError(
-                f"{folder}: {name}.jsonl is of an earlier run and this one has no {name}; "
-                "remove it or take another folder"
-            )
-
-
-def _png_path(folder: Path, image: str) -> Path:
-    """Where a shrunk image is written."""
-    return folder / "images" / f"{Path(image).stem}.png"
 
 
 def modality_of(question: str, answer: str) -> str:
@@ -229,13 +180,17 @@ def _named_modalities(text: str) -> list[str]:
 
 
 def _tasks_of_images(questions: Iterable[_Question], group: str) -> dict[str, str]:
-    """The task of every image that has one: its organ, or the one modality that its questions say."""
+    """The task of every image that has one: its organ, or the one modality that its questions say.
+
+    Images are in the order of the file.
+    """
     if group == "organ":
         return {question.image: question.organ for question in questions}
     modalities = defaultdict[str, set[str]](set)
     for question in questions:
+        names = modalities[question.image]  # of every image, so that the file's order stays
         if "modality" in question.types:
-            modalities[question.image].add(modality_of(question.question, question.answer))
+            names.add(modality_of(question.question, question.answer))
     task_of = {}
     for image, names in modalities.items():
         names.discard("")  # questions that say none
@@ -354,6 +309,30 @@ def _cases_of_images(questions: Sequence[_Question]) -> dict[str, str]:
     return {question.image: root_of(f"image {question.image}") for question in questions}
 
 
+def _split_questions(
+    questions: Sequence[_Question],
+    case_of: Mapping[str, str],
+    task_of: Mapping[str, str],
+    shares: dict[str, float],
+    *,
+    published: bool,
+    seed: int,
+) -> dict[str, list[_Question]]:
+    """The questions of every split."""
+    if published:
+        # The flag chooses the tested questions, so that all cases are shared out between train and valid.
+        shares = shares | {"test": 0.0}
+    tasks_of_cases = [(case_of[question.image], task_of[question.image]) for question in questions]
+    split_of = _assign_splits(tasks_of_cases, shares, seed)
+    tables: dict[str, list[_Question]] = {name: [] for name in SPLITS}
+    for question in questions:
+        name = split_of[case_of[question.image]]
+        if published and question.test:
+            name = "test"
+        tables[name].append(question)
+    return tables
+
+
 def _assign_splits(
     tasks_of_cases: Sequence[tuple[str, str]], shares: Mapping[str, float], seed: int
 ) -> dict[str, str]:
@@ -392,6 +371,48 @@ def _assign_splits(
     return split_of
 
 
+def _write_tables(
+    folder: Path,
+    tables: Mapping[str, Sequence[_Question]],
+    paths: Mapping[str, Path],
+    task_of: Mapping[str, str],
+    size: int,
+) -> None:
+    """Write the pictures, where they are shrunk to `size`, and then the tables that have lines."""
+    pictures = dict(paths)
+    if size:
+        pictures = {image: _png_path(folder, image) for image in paths}
+    lines: dict[str, list[str]] = {name: [] for name in tables}
+    for name, questions in tables.items():
+        for question in questions:
+            # Relative to the table, as `read_conversations` reads names.
+            picture = os.path.relpath(pictures[question.image].resolve(), folder.resolve())
+            lines[name].append(_format_line(question, task_of[question.image], Path(picture).as_posix()))
+    _check_old_tables(folder, lines)
+    # Pictures first: a table names only what is there.
+    if size:
+        for image in track(task_of, "shrinking pictures"):
+            _shrink_image(paths[image], pictures[image], size)
+    for name in tables:
+        if lines[name]:
+            files.write_text(folder / f"{name}.jsonl", "".join(lines[name]))
+
+
+def _png_path(folder: Path, image: str) -> Path:
+    """Where a shrunk image is written."""
+    return folder / "images" / f"{Path(image).stem}.png"
+
+
+def _check_old_tables(folder: Path, lines: Mapping[str, list[str]]) -> None:
+    """Raise where a table of an earlier run would stay beside the new ones."""
+    for name in SPLITS:
+        if not lines[name] and (folder / f"{name}.jsonl").exists():
+            raise ValueError(
+                f"{folder}: {name}.jsonl is of an earlier run and this one has no {name}; "
+                "remove it or take another folder"
+            )
+
+
 def _format_line(question: _Question, task: str, image: str) -> str:
     """A line of a table.
 
@@ -411,6 +432,26 @@ def _format_line(question: _Question, task: str, image: str) -> str:
         "episode_id": Path(question.image).stem,
     }
     return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def _count_all(
+    tables: Mapping[str, Sequence[_Question]], case_of: Mapping[str, str], *, unknown: int, empty: int
+) -> dict[str, int]:
+    """What `convert_vqa_rad` counts of the questions in the tables."""
+    splits_of_images = defaultdict[str, set[str]](set)
+    for name, questions in tables.items():
+        for question in questions:
+            splits_of_images[question.image].add(name)
+    shared = [splits for splits in splits_of_images.values() if "test" in splits and len(splits) > 1]
+    return {
+        **{name: len(questions) for name, questions in tables.items()},
+        "images": len(splits_of_images),
+        "cases": len({case_of[image] for image in splits_of_images}),
+        "unknown": unknown,
+        "empty": empty,
+        **_count_repeats(chain(*tables.values())),
+        "shared": len(shared),
+    }
 
 
 def _count_repeats(questions: Iterable[_Question]) -> dict[str, int]:
