@@ -326,9 +326,11 @@ def slot_weights(cfg: CompressConfig, params: Tree, x: Tensor, state: SlotState 
 def _finish(cfg: CompressConfig, p: Tree, state: SlotState, gen: Generator | None) -> Compressed:
     """Tokens, mass, count and losses from the sums over all patches."""
     if cfg.kind == "perceiver":
-        tokens = layers.norm(p["norm"], slots.update_latents(cfg, p, state, gen))
+        latents = slots.update_latents(cfg, p, state, gen)
+        tokens = layers.norm(p["norm"], latents)
     elif cfg.kind == "attention":
-        tokens = rearrange(slots.slot_means(cfg, p, state), "b h k v -> b k (h v)")
+        means = slots.slot_means(cfg, p, state)
+        tokens = rearrange(means, "b h k v -> b k (h v)")
     else:
         means = slots.slot_means(cfg, p, state)[:, 0]  # [b, k, d]; these kinds have one group
         tokens = _experts(cfg, p["experts"], means, gen)
@@ -362,9 +364,11 @@ def _experts(cfg: CompressConfig, p: Tree, c: Tensor, gen: Generator | None) -> 
     def linear_per_slot(w: Tree, x: Tensor) -> Tensor:
         return torch.einsum("bki,koi->bko", x, w["weight"]) + w["bias"]
 
-    h = slots.dropout(F.gelu(linear_per_slot(p["up"], c)), cfg.dropout, gen)
-    h = linear_per_slot(p["down"], h)
-    return c + F.layer_norm(h, h.shape[-1:]) * p["norm"]["weight"] + p["norm"]["bias"]
+    hidden = F.gelu(linear_per_slot(p["up"], c))
+    hidden = slots.dropout(hidden, cfg.dropout, gen)
+    change = linear_per_slot(p["down"], hidden)
+    normed = F.layer_norm(change, change.shape[-1:])
+    return c + normed * p["norm"]["weight"] + p["norm"]["bias"]
 
 
 def _router_losses(sums: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -380,8 +384,10 @@ def _router_losses(sums: dict[str, Tensor]) -> dict[str, Tensor]:
     k = len(s["chosen"])
     n = s["patches"].clamp(min=1)
     mean = s["probability"] / n  # P [k]
-    log_k = math.log(k) * (s["patches"] > 0).to(mean.dtype)  # 0 without patches, and so is the entropy's loss
-    entropy = -(mean * mean.clamp(min=torch.finfo(mean.dtype).tiny).log()).sum()
+    has_patches = (s["patches"] > 0).to(mean.dtype)
+    log_k = math.log(k) * has_patches  # 0 without patches, and so is the entropy's loss
+    log_mean = mean.clamp(min=torch.finfo(mean.dtype).tiny).log()  # of 0 it would be -inf
+    entropy = -(mean * log_mean).sum()
     return {
         "balance": k * (mean * s["chosen"] / n).sum(),
         "importance": mean.var(unbiased=False) * k**2,  # their mean is 1 / k
@@ -396,7 +402,9 @@ def _check(caller: str, cfg: CompressConfig, x: Tensor, mask: Tensor | None, sha
     if x.dim() != axes or x.shape[-1] != cfg.dim or not x.is_floating_point():
         got = f"{x.dtype} {list(x.shape)}; set compress.dim to the features' width"
         raise ValueError(f"{caller}: x must be floating point {shape.format(cfg.dim)}, got {got}")
-    if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool):
+    if mask is None:
+        return
+    if mask.shape != x.shape[:-1] or mask.dtype != torch.bool:
         raise ValueError(
             f"{caller}: mask must be bool {list(x.shape[:-1])} like x, got {mask.dtype} {list(mask.shape)}"
         )

@@ -111,8 +111,9 @@ def windows(cfg: EncodeConfig, voxels: Tensor) -> Tensor:
 
 
 def _window(cfg: EncodeConfig, hu: Tensor, channel: int) -> Tensor:
-    centre, size = WINDOWS[channel]
-    share = ((hu - (centre - size / 2)) / size).clamp(0, 1)
+    centre, width = WINDOWS[channel]
+    lowest = centre - width / 2
+    share = ((hu - lowest) / width).clamp(0, 1)
     return (share - cfg.mean[channel]) / cfg.std[channel]
 
 
@@ -148,7 +149,8 @@ def encode_slices(
     device = next(iter(weights.values())).device
 
     def encode_chunk(v: Tensor, volume: Tensor) -> Tensor:
-        pixels = _resize(windows(cfg, v.to(device, non_blocking=True)), size)
+        hu = v.to(device, non_blocking=True)
+        pixels = _resize(windows(cfg, hu), size)  # [n, 3, y, x]
         # An adapter's weights per volume become weights per slice.
         params_of_slices = per_row(weights, volume, len(voxels))
         output = vit(params_of_slices, pixels.to(dtype), **options)

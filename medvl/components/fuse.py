@@ -102,7 +102,9 @@ def fuse(cfg: FuseConfig, p: Tree, z: Tensor, mask: Tensor, position_mm: Tensor)
     middle = (position_mm * weight).sum(1, keepdim=True) / num_slices
     position = torch.where(mask, position_mm - middle, 0.0) / cfg.unit_mm
     # Before `z` is projected and gets a class token.
-    skipped = _pool(cfg, p, layers.norm(p["skip"], z), mask) if cfg.skip else None
+    skipped = None
+    if cfg.skip:
+        skipped = _pool(cfg, p, layers.norm(p["skip"], z), mask)
     if cfg.inputs:
         z = layers.linear(p["into"], z)
     if cfg.pool == "cls":  # the class token sits in the middle of the scan and always exists
@@ -114,7 +116,9 @@ def fuse(cfg: FuseConfig, p: Tree, z: Tensor, mask: Tensor, position_mm: Tensor)
     for i in range(cfg.depth):
         z = layers.block(p["blocks"][str(i)], z, cfg.heads, keep=keep, rope=rope)
     fused = _pool(cfg, p, layers.norm(p["norm"], z), mask)
-    return fused if skipped is None else torch.cat([fused, skipped], -1)
+    if skipped is None:
+        return fused
+    return torch.cat([fused, skipped], -1)
 
 
 def _pool(cfg: FuseConfig, p: Tree, z: Tensor, mask: Tensor) -> Tensor:
@@ -132,7 +136,8 @@ def _pool(cfg: FuseConfig, p: Tree, z: Tensor, mask: Tensor) -> Tensor:
     vectors = []  # [b, d] each
     for kind in cfg.pool.split("+"):
         if kind == "mean":
-            share = mask / mask.sum(1, keepdim=True).clamp(min=1)
+            num_slices = mask.sum(1, keepdim=True).clamp(min=1)
+            share = mask / num_slices
             vectors.append(torch.einsum("bs,bsd->bd", share.to(z.dtype), z))
         else:
             existing = z.masked_fill(~mask[..., None], -torch.inf)

@@ -43,9 +43,8 @@ def init_block(width: int, depth: int, gen: Generator, mlp: int = 4) -> Tree:
     """Parameters of `block`; the two layers that write to the residual stream start smaller the deeper the
     stack (Radford et al. 2019).
     """
-    small = (
-        0.02 / (2 * depth) ** 0.5
-    )  # 2 x depth layers write to the stream: their sum does not grow with depth
+    # 2 x depth layers write to the stream: their sum does not grow with depth.
+    small = 0.02 / (2 * depth) ** 0.5
     return {
         "norm1": init_norm(width),
         "qkv": init_linear(width, 3 * width, gen),

@@ -31,7 +31,9 @@ def clip_loss(image: Tensor, text: Tensor, scale: Tensor | float) -> Tensor:
     _check("clip_loss", image, text)
     logits = scale * image @ text.T  # [b, b], row an image, column a text; partners on the diagonal
     target = torch.arange(len(image), device=image.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    image_to_text = F.cross_entropy(logits, target)
+    text_to_image = F.cross_entropy(logits.T, target)
+    return (image_to_text + text_to_image) / 2
 
 
 def siglip_loss(image: Tensor, text: Tensor, scale: Tensor | float, bias: Tensor | float) -> Tensor:
@@ -43,7 +45,8 @@ def siglip_loss(image: Tensor, text: Tensor, scale: Tensor | float, bias: Tensor
     """
     _check("siglip_loss", image, text)
     logits = scale * image @ text.T + bias
-    sign = 2 * torch.eye(len(image), device=logits.device, dtype=logits.dtype) - 1  # 1 for partners, else -1
+    partners = torch.eye(len(image), device=logits.device, dtype=logits.dtype)
+    sign = 2 * partners - 1  # 1 for partners, else -1
     return -F.logsigmoid(sign * logits).sum() / len(image)
 
 
@@ -174,9 +177,10 @@ class _DenseLoss(torch.autograd.Function):
         kind = "cpu" if rows.is_meta else rows.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.dtype
         # Gradients are gathered over the chunks; None for what needs none.
-        grad_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
-        grad_head = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
+        needs_rows, needs_head, needs_bias, *_ = ctx.needs_input_grad
+        grad_rows = torch.empty_like(rows) if needs_rows else None
+        grad_head = torch.zeros_like(head) if needs_head else None
+        grad_bias = torch.zeros_like(bias) if bias is not None and needs_bias else None
         total = _widen(rows.new_zeros(()))
         # Autocast is off and the casts are made here, once for all chunks: the head is the largest matrix.
         with torch.autocast(kind, enabled=False):

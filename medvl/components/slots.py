@@ -222,8 +222,9 @@ def add_states(a: SlotState, b: SlotState) -> SlotState:
     """
     top = torch.maximum(a.top, b.top)
     # Both become relative to the larger top; one without scores (-inf) has the factor 0.
-    factor_a = (a.top - finite_top(top)).exp()
-    factor_b = (b.top - finite_top(top)).exp()
+    common = finite_top(top)
+    factor_a = (a.top - common).exp()
+    factor_b = (b.top - common).exp()
     return evolve(
         a,
         top=top,
@@ -253,10 +254,13 @@ def make_scorer(cfg: CompressConfig, p: Tree, state: SlotState, gen: Generator |
     if cfg.kind == "attention":
 
         def score_gated(x: Tensor) -> tuple[Tensor, Tensor]:
-            gated = layers.linear(p["tanh"], x).tanh() * layers.linear(p["sigmoid"], x).sigmoid()
-            scores = layers.linear(p["score"], dropout(gated, cfg.dropout, gen))
+            signal = layers.linear(p["tanh"], x).tanh()
+            gate = layers.linear(p["sigmoid"], x).sigmoid()
+            gated = dropout(signal * gate, cfg.dropout, gen)
+            scores = layers.linear(p["score"], gated)  # [b, n, h k]
             scores_by_head = scores.unflatten(-1, (cfg.heads, cfg.slots))
-            return scores_by_head, x.unflatten(-1, (cfg.heads, -1))
+            values_by_head = x.unflatten(-1, (cfg.heads, -1))
+            return scores_by_head, values_by_head
 
         return score_gated
     if cfg.kind == "perceiver":
@@ -270,8 +274,13 @@ def make_scorer(cfg: CompressConfig, p: Tree, state: SlotState, gen: Generator |
 
         return score_by_latents
     if cfg.kind == "mean":
-        # Equal scores: the softmax over patches is the mean.
-        return lambda x: (x.new_zeros(*x.shape[:2], 1, cfg.slots), x[:, :, None])
+
+        def score_equally(x: Tensor) -> tuple[Tensor, Tensor]:
+            # The softmax of equal scores over patches is the mean.
+            b, n, _ = x.shape
+            return x.new_zeros(b, n, 1, cfg.slots), x[:, :, None]
+
+        return score_equally
     if cfg.kind == "soft_moe":
         mu = p["scale"] * F.normalize(p["mu"], dim=-1, eps=1e-6)
 
@@ -329,16 +338,20 @@ def update_latents(cfg: CompressConfig, p: Tree, state: SlotState, gen: Generato
     attended = torch.einsum("bhkd,hed->bhke", means, values)
     attended = rearrange(attended, "b h k e -> b k (h e)")
     z = state.latents + layers.linear(layer["out"], attended)
-    hidden = F.gelu(layers.linear(layer["up"], layers.norm(layer["norm"], z)))
-    return z + layers.linear(layer["down"], dropout(hidden, cfg.dropout, gen))
+    normed = layers.norm(layer["norm"], z)
+    hidden = F.gelu(layers.linear(layer["up"], normed))
+    hidden = dropout(hidden, cfg.dropout, gen)
+    return z + layers.linear(layer["down"], hidden)
 
 
 def slot_means(cfg: CompressConfig, p: Tree, state: SlotState) -> Tensor:
     """The weighted mean of the values in each row, [b, g, r, v]; 0 where there are none."""
     if cfg.kind == "moe":
-        return (state.total / (state.weight + _TINY)[..., None]).to(compute_dtype(p))
-    weight = state.weight.masked_fill(state.weight == 0, 1.0)
-    return (state.total / weight[..., None]).to(compute_dtype(p))
+        means = state.total / (state.weight + _TINY)[..., None]
+    else:
+        weight = state.weight.masked_fill(state.weight == 0, 1.0)
+        means = state.total / weight[..., None]
+    return means.to(compute_dtype(p))
 
 
 def slot_shares(cfg: CompressConfig, scores: Tensor, final: SlotState) -> Tensor:
@@ -351,7 +364,8 @@ def slot_shares(cfg: CompressConfig, scores: Tensor, final: SlotState) -> Tensor
     if cfg.kind == "moe":
         return scores[:, :, 0]
     weight = final.weight.masked_fill(final.weight == 0, 1.0)
-    share = (scores - finite_top(final.top)[:, None]).exp() / weight[:, None]  # [b, n, g, r]
+    relative = scores - finite_top(final.top)[:, None]
+    share = relative.exp() / weight[:, None]  # [b, n, g, r]
     # Groups and rows are heads and slots, in whatever way they are divided.
     by_head = share.flatten(2).unflatten(-1, (-1, cfg.slots))  # [b, n, h, k]
     return by_head.mean(2).to(scores.dtype)

@@ -104,5 +104,6 @@ def pool_tokens(pool: Literal["first", "last", "mean", "max"], x: Tensor, mask: 
     if pool == "max":
         existing = x.masked_fill(~mask[..., None], -torch.inf)
         return existing.amax(1).nan_to_num(neginf=0.0)  # an empty row would be -inf
-    share = mask / mask.sum(1, keepdim=True).clamp(min=1)
+    num_tokens = mask.sum(1, keepdim=True).clamp(min=1)
+    share = mask / num_tokens
     return torch.einsum("bt,btd->bd", share.to(x.dtype), x)

@@ -102,10 +102,7 @@ def intervals(rows: Sequence[Result], metric: str = "auroc") -> bytes:
             color, marker = _ORANGE, "D"
         axis.plot([r.low, r.high], [i, i], color=color, lw=2, solid_capstyle="round")
         axis.plot([r.value], [i], marker, color=color, ms=6)
-        # This transform takes x as a share of the axis and y in data: the label stands right of the frame.
-        axis.text(
-            1.01, i, _interval_label(r), transform=axis.get_yaxis_transform(), va="center", fontsize=8.5
-        )
+        _write_beside(axis, i, _interval_label(r))
     # The level of chance, where it is near what the axis shows.
     if metric == "auroc" and left - margin < 0.5:
         axis.axvline(0.5, color=_INK, lw=0.8, ls=":")
@@ -322,23 +319,27 @@ def compare(rows: Sequence[tuple[str, str, float, float, float]], x: str) -> byt
     figure, (axis,) = _grid(1, 1, width=8.2, height=height)
     handles: dict[str, Any] = {}
     for (group, name), (value, low, high) in points.items():
-        place = groups.index(group) * step + names.index(name)
         # By name, not by position: a group may lack some of the names.
-        style = _LINES[names.index(name) % len(_LINES)]
+        i = names.index(name)
+        place = groups.index(group) * step + i
+        style = _LINES[i % len(_LINES)]
         axis.plot([low, high], [place, place], color=style["color"], lw=2, solid_capstyle="round")
         (handles[name],) = axis.plot([value], [place], **style, ls="", ms=6)
         label = "no value" if math.isnan(value) else _format_interval(value, low, high)
-        axis.text(1.01, place, label, transform=axis.get_yaxis_transform(), va="center", fontsize=8)
+        _write_beside(axis, place, label, fontsize=8)
     # Thin rules in the spaces between groups.
     for i in range(1, len(groups)):
         axis.axhline(i * step - 0.9, color=_GREY, lw=0.6)
-    plotted = [value for point in points.values() for value in point]
+    plotted: list[float] = []
+    for estimate in points.values():
+        plotted += estimate
     axis.set(xlim=_axis_limits(plotted), ylim=(bottom, -0.9), xlabel=x)
     # The name of a group stands beside the middle of its lines.
     half_group = (len(names) - 1) / 2
     middles = [i * step + half_group for i in range(len(groups))]
+    labels = [_wrap(group, 30, 2) for group in groups]
     # Names come from data: a "$" in one must not start a formula.
-    axis.set_yticks(middles, [_wrap(group, 30, 2) for group in groups], parse_math=False)
+    axis.set_yticks(middles, labels, parse_math=False)
     axis.tick_params(axis="y", length=0)
     axis.grid(axis="x", color=_GREY, lw=0.5)
     _legend(figure, list(handles.values()), list(handles), columns)
@@ -391,6 +392,19 @@ def _png(figure: Any) -> bytes:
     # Without the name and version of the software the bytes depend on the drawing alone.
     figure.savefig(buffer, format="png", dpi=140, metadata={"Software": None})
     return buffer.getvalue()
+
+
+def _write_beside(axis: Any, place: float, text: str, fontsize: float = 8.5) -> None:
+    """Write a text right of the frame, at this place of the y axis."""
+    axis.text(
+        1.01,
+        place,
+        text,
+        transform=axis.get_yaxis_transform(),  # x is a share of the axis, y in data
+        va="center",
+        fontsize=fontsize,
+        parse_math=False,  # a "$" in a name must not start a formula
+    )
 
 
 def _interval_label(r: Result) -> str:
@@ -539,7 +553,9 @@ def _name_axes(axis: Any, rows: list[str], columns: list[str], cell: tuple[float
         angle: of the names of columns, in degrees.
     """
     # A line of text is 0.13 inches high, and the names of narrow columns stand upright.
-    row_step, column_step = (max(1, math.ceil(0.13 / size)) for size in cell)
+    cell_height, cell_width = cell
+    row_step = max(1, math.ceil(0.13 / cell_height))
+    column_step = max(1, math.ceil(0.13 / cell_width))
     rotation: dict[str, Any] = {}
     if angle:
         # The end of a name, not its middle, stands below its column.
@@ -565,8 +581,9 @@ def _draw_series(
     for i, by_x in enumerate(series):
         shift = (i - (len(series) - 1) / 2) * offset  # the series stand around their common x
         places = [scale(k) + shift for k in by_x]
-        # A series without points still has its name in the legend.
-        values, lows, highs = zip(*by_x.values(), strict=True) if by_x else ((), (), ())
+        # A series without points is drawn too: so its name is in the legend.
+        points = np.array(list(by_x.values())).reshape(-1, 3)
+        values, lows, highs = points.T
         # Seven colours and markers; after them the next kind of line.
         kind = ("-", "--", "-.", ":")[i // len(_LINES) % 4]
         style = _LINES[i % len(_LINES)] | {"ls": kind}
@@ -581,15 +598,7 @@ def _draw_references(axis: Any, references: Mapping[str, float], gap: float, top
     named, places = _spread(references, gap, top)
     for (name, value), place in zip(named, places, strict=True):
         axis.axhline(value, color=_INK, lw=1, ls=":", zorder=1)
-        axis.text(
-            1.01,
-            place,
-            f"{name}  {value:.3f}",
-            transform=axis.get_yaxis_transform(),
-            va="center",
-            fontsize=8.5,
-            parse_math=False,
-        )
+        _write_beside(axis, place, f"{name}  {value:.3f}")
 
 
 def _axis_limits(values: Sequence[float]) -> tuple[float, float]:

@@ -298,13 +298,15 @@ def fusion_error(
         # The norm of B A is that of a core [R, R], however wide the layer is.
         a = factors["a"].double()
         b = factors["b"].double() * _column_weights(layout, w)
-        exact = _qr_core(b, a)[1].norm()
+        _, exact_core, _ = _qr_core(b, a)
+        exact = exact_core.norm()
         if module in adapter.factors:
             # D - E is one product: the factors of D beside those of E, with the sign on B.
             fused_a, fused_b = _plain_factors(adapter, module)
             b = torch.cat([b, fused_b.to(a) * -adapter.scale[module]], 1)
             a = torch.cat([a, fused_a.to(a)])
-        difference = _qr_core(b, a)[1].norm()
+        _, difference_core, _ = _qr_core(b, a)
+        difference = difference_core.norm()
         if exact > 0:
             errors[module] = float(difference / exact)
         elif difference == 0:
@@ -330,50 +332,95 @@ def _fuse_module(pool: Pool, module: str, weights: Tensor, fusion: _Fusion) -> d
     rule = fusion.rule
     layout = pool.layouts[pool.layout[module]]
     a, b = pool.factors[module]["a"], pool.factors[module]["b"]
-    members = [j for j, r in enumerate(layout.ranks) if r]  # adapters that have the module
-    ranks = [layout.ranks[j] for j in members]
-    # The weights are worked out in float64 and rounded once, to the precision of the sums.
-    scales = torch.tensor(layout.scales, dtype=torch.float64, device=a.device)
-    w = weights.to(a.device, torch.float64)[members]
-    s = scales[members]
-    wide = torch.promote_types(torch.float32, a.dtype)
     # The default is the largest rank of the pool, the same for all modules.
     rank = fusion.rank or max(max(pool_layout.ranks) for pool_layout in pool.layouts)
     if rule == "cat":
+        wide = torch.promote_types(torch.float32, a.dtype)
         fused_a = a * _column_weights(layout, weights)[:, None].to(wide)
         fused_b = b
     elif rule == "svd":
         weighted_b = b.double() * _column_weights(layout, weights)
         q, core, p = _qr_core(weighted_b, a.double())
         # Q and P are orthonormal, so the SVD of the small core is that of the whole product.
-        u, size, v = torch.linalg.svd(core, full_matrices=False)
-        fused_a = v[:rank] @ p.T
-        fused_b = q @ (u[:, :rank] * size[:rank])
-    elif rule.endswith("_svd"):
-        matrices = []
-        for member_a, member_b, scale in zip(a.split(ranks), b.split(ranks, 1), s, strict=True):
-            product = member_b.to(wide) @ member_a.to(wide)
-            matrices.append(product * scale.to(wide))
-        combined = _combine(matrices, w.to(wide), fusion)
-        u, size, v = torch.linalg.svd(combined, full_matrices=False)
-        fused_a = v[:rank]
-        fused_b = u[:, :rank] * size[:rank]
-    elif len(set(ranks)) > 1:
-        named = ", ".join(f"{pool.names[j]!r} {layout.ranks[j]}" for j in members)
+        core_a, core_b = _truncated_svd(core, rank)
+        fused_a = core_a @ p.T
+        fused_b = q @ core_b
+    else:
+        members = _fused_members(layout, a, b, weights)
+        if rule.endswith("_svd"):
+            fused_a, fused_b = _fuse_matrices(members, rank, fusion)
+        else:
+            _check_equal_ranks(pool, module, layout, rule)
+            fused_a, fused_b = _fuse_factors(members, fusion)
+    return {"a": fused_a.to(a.dtype).contiguous(), "b": fused_b.to(b.dtype).contiguous()}
+
+
+@frozen(kw_only=True, eq=False)
+class _Members:
+    """The m adapters that have a module."""
+
+    a: tuple[Tensor, ...]  # [r, in] each
+    b: tuple[Tensor, ...]  # [out, r] each
+    # Both [m] in float64: they are worked with as they are and rounded once, to the precision of the sums.
+    weights: Tensor
+    scales: Tensor
+    sum_dtype: torch.dtype  # at least float32
+
+
+def _fused_members(layout: Layout, a: Tensor, b: Tensor, weights: Tensor) -> _Members:
+    indices = [j for j, rank in enumerate(layout.ranks) if rank]
+    ranks = [layout.ranks[j] for j in indices]
+    scales = torch.tensor(layout.scales, dtype=torch.float64, device=a.device)
+    return _Members(
+        a=a.split(ranks),
+        b=b.split(ranks, 1),
+        weights=weights.to(a.device, torch.float64)[indices],
+        scales=scales[indices],
+        sum_dtype=torch.promote_types(torch.float32, a.dtype),
+    )
+
+
+def _truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """(A [rank, in], B [out, rank]) with B A the nearest matrix of this rank."""
+    u, singular, v = torch.linalg.svd(matrix, full_matrices=False)
+    return v[:rank], u[:, :rank] * singular[:rank]
+
+
+def _fuse_matrices(members: _Members, rank: int, fusion: _Fusion) -> tuple[Tensor, Tensor]:
+    """A and B of the rules "..._svd": from the full matrices s_j B_j A_j."""
+    wide = members.sum_dtype
+    matrices = []
+    for a, b, scale in zip(members.a, members.b, members.scales, strict=True):
+        product = b.to(wide) @ a.to(wide)
+        matrices.append(product * scale.to(wide))
+    combined = _combine(matrices, members.weights.to(wide), fusion)
+    return _truncated_svd(combined, rank)
+
+
+def _fuse_factors(members: _Members, fusion: _Fusion) -> tuple[Tensor, Tensor]:
+    """A and B of the rules that combine all A_j and all B_j apart."""
+    w, s = members.weights, members.scales
+    # Half of the weight goes to A and half to B; the sign goes to A alone.
+    if fusion.rule == "average":
+        root = w * s.abs().sqrt()
+        sign = s.sign()
+    else:
+        weight = w * s
+        root = weight.abs().sqrt()
+        sign = weight.sign()
+    wide = members.sum_dtype
+    fused_a = _combine(members.a, (root * sign).to(wide), fusion)
+    fused_b = _combine(members.b, root.to(wide), fusion)
+    return fused_a, fused_b
+
+
+def _check_equal_ranks(pool: Pool, module: str, layout: Layout, rule: str) -> None:
+    owners = [(name, rank) for name, rank in zip(pool.names, layout.ranks, strict=True) if rank]
+    if len({rank for _, rank in owners}) > 1:
+        named = ", ".join(f"{name!r} {rank}" for name, rank in owners)
         raise ValueError(
             f"compose_adapters: {rule!r} needs equal ranks, {module} has {named}; 'cat' and 'svd' take any"
         )
-    else:
-        # Half of the weight goes to A and half to B; the sign goes to A alone.
-        if rule == "average":
-            root = w * s.abs().sqrt()
-            sign = s.sign()
-        else:
-            root = (w * s).abs().sqrt()
-            sign = (w * s).sign()
-        fused_a = _combine(a.split(ranks), (root * sign).to(wide), fusion)
-        fused_b = _combine(b.split(ranks, 1), root.to(wide), fusion)
-    return {"a": fused_a.to(a.dtype).contiguous(), "b": fused_b.to(b.dtype).contiguous()}
 
 
 def _combine(tensors: Sequence[Tensor], weights: Tensor, fusion: _Fusion) -> Tensor:
@@ -386,7 +433,8 @@ def _combine(tensors: Sequence[Tensor], weights: Tensor, fusion: _Fusion) -> Ten
         t = torch.stack([_drop_values(x, fusion) for x in t])
     elif fusion.rule.startswith(_PRUNES):
         t = torch.stack([_keep_largest(x, fusion) for x in t])
-    by_adapter = weights.view(-1, *[1] * (t.dim() - 1))
+    num_value_axes = t.dim() - 1
+    by_adapter = weights.view(-1, *[1] * num_value_axes)  # [k, 1, ...]
     weighted = t * by_adapter
     if "ties" not in fusion.rule:
         return weighted.sum(0)
@@ -394,14 +442,17 @@ def _combine(tensors: Sequence[Tensor], weights: Tensor, fusion: _Fusion) -> Ten
     elected = torch.where(votes.sum(0) >= 0, 1.0, -1.0)
     # A pruned value is 0, has the sign 0 and never agrees, so it does not count in the mean.
     agree = t.sign() == elected
-    return (weighted * agree).sum(0) / agree.sum(0).clamp(min=1)
+    num_agree = agree.sum(0).clamp(min=1)
+    return (weighted * agree).sum(0) / num_agree
 
 
 def _keep_largest(x: Tensor, fusion: _Fusion) -> Tensor:
     assert fusion.density is not None
     flat = x.flatten()
-    keep = flat.abs().topk(int(fusion.density * x.numel())).indices
-    return torch.zeros_like(x).flatten().index_copy(0, keep, flat[keep]).view(x.shape)
+    num_kept = int(fusion.density * x.numel())
+    keep = flat.abs().topk(num_kept).indices
+    pruned = torch.zeros_like(flat).index_copy(0, keep, flat[keep])
+    return pruned.view(x.shape)
 
 
 def _drop_values(x: Tensor, fusion: _Fusion) -> Tensor:
@@ -534,10 +585,12 @@ def _plain_factors(adapter: Adapter, module: str) -> tuple[Tensor, Tensor]:
     if gate is None:
         return a, b
     # B takes the gate and with it its precision; A is widened along, so that both have one dtype.
-    return a.to(torch.promote_types(a.dtype, gate.dtype)), b * gate
+    dtype = torch.promote_types(a.dtype, gate.dtype)
+    return a.to(dtype), b * gate
 
 
 def _column_weights(layout: Layout, weights: Tensor) -> Tensor:
     """w s of the adapter of each column, float64 [R]."""
     scales = torch.tensor(layout.scales, dtype=torch.float64, device=layout.owner.device)
-    return (weights.to(scales) * scales)[layout.owner]
+    by_adapter = weights.to(scales) * scales
+    return by_adapter[layout.owner]

@@ -224,9 +224,11 @@ class LowRank(Lazy):
     def _gated(self, h: Tensor, x: Tensor) -> Tensor:
         if self.router is not None:
             # The ranks lie expert after expert, so h splits into [..., n, r / n], and expert i takes share i.
-            share = F.linear(x.to(self.router.dtype), self.router).softmax(-1)  # [..., n]
-            by_expert = h.unflatten(-1, (share.shape[-1], -1))
-            h = (by_expert * share.unsqueeze(-1).to(h.dtype)).flatten(-2)
+            logits = F.linear(x.to(self.router.dtype), self.router)
+            share = logits.softmax(-1)  # [..., n]
+            by_expert = h.unflatten(-1, (share.shape[-1], -1))  # [..., n, r / n]
+            routed = by_expert * share.unsqueeze(-1).to(h.dtype)
+            h = routed.flatten(-2)
         if self.gate is not None:
             gate = self.gate if self.gate.dim() == 1 else self._per_row(h)
             h = h * gate.to(h.dtype)

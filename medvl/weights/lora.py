@@ -35,9 +35,8 @@ class LoraConfig:
     # Names of layers, or ends of names; layers of a vision tower or projector only if `vision`. Or one regex
     # in `pattern` for full names.
     targets: tuple[str, ...] = ()
-    pattern: str = field(
-        default="", metadata={"unless": "targets"}
-    )  # "all-linear": every linear layer but the head
+    # "all-linear" is every linear layer but the head.
+    pattern: str = field(default="", metadata={"unless": "targets"})
     vision: bool = False
     exclude: tuple[str, ...] = ()
     rank_pattern: dict[str, int] = field(factory=dict)  # regex for the end of a name -> rank
@@ -90,9 +89,8 @@ class Adapter:
     scale: dict[str, float]
     kinds: dict[str, str]  # module -> "linear", "embedding" or "conv1d"
     gate: dict[str, Tensor] = field(factory=dict)
-    full: dict[str, Tensor] = field(
-        factory=dict
-    )  # parameters that the adapter replaces as a whole (peft's modules_to_save)
+    # Parameters that the adapter replaces as a whole (peft's modules_to_save).
+    full: dict[str, Tensor] = field(factory=dict)
     dropout: float = 0.0
     name: str = ""
     config: dict[str, Any] = field(factory=dict)  # the adapter_config.json it came from
@@ -438,4 +436,5 @@ def _pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
 
 def _kaiming(rows: int, columns: int, gen: Generator) -> Tensor:
     """Uniform in +-1 / sqrt(columns): kaiming_uniform with a = sqrt(5)."""
-    return (torch.rand(rows, columns, generator=gen) * 2 - 1) / math.sqrt(columns)
+    uniform = torch.rand(rows, columns, generator=gen) * 2 - 1
+    return uniform / math.sqrt(columns)
