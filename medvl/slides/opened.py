@@ -1,5 +1,5 @@
 """Files of patch features that this process has opened: what they say, and their patches while these fit in
-memory.
+memory. Of a packed store the table of its slides is kept, and the file stays open.
 
 Checking, pretraining, compressing and evaluating need the same files. Each is opened once as long as its
 patches are kept, and else again whenever they are read. A file that was written anew is another file.
@@ -14,6 +14,7 @@ from attrs import frozen
 
 from medvl.slides import features
 from medvl.slides.features import About, Block
+from medvl.slides.store import Slides, open_slides
 
 KEPT_BYTES = 2 * 2**30  # of patches that a process keeps, those of the files that are opened first
 _kept_bytes = 0
@@ -51,6 +52,11 @@ def file_key(path: Path) -> str:
     return _read_key(path, _version_of(path))
 
 
+def open_store(path: Path) -> Slides:
+    """As `store.open_slides`."""
+    return _open_store(path, _version_of(path))
+
+
 def _columns(path: Path, dims: int) -> int:
     """The width where the file cannot say it: in a table without a header columns behind it may be others."""
     return dims if path.suffix.lower() == ".csv" else 0
@@ -73,6 +79,12 @@ def _open(path: Path, version: _Version, dims: int) -> _Opened:
 @functools.lru_cache(maxsize=2**16)
 def _read_key(path: Path, version: _Version) -> str:
     return features.file_key(path)
+
+
+# One: a store that was replaced would keep its disk space as long as it is held open here.
+@functools.lru_cache(maxsize=1)
+def _open_store(path: Path, version: _Version) -> Slides:
+    return open_slides(path)
 
 
 def _reserve(size: int) -> bool:

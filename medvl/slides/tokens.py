@@ -24,7 +24,7 @@ from medvl.slides import features as patch_files
 from medvl.slides import opened
 from medvl.slides.features import Block
 from medvl.slides.names import Match, feature_files, find_slides, is_case, near_names
-from medvl.slides.store import Slides, open_slides
+from medvl.slides.store import Slides
 
 _log = logging.getLogger("medvl")
 
@@ -69,7 +69,7 @@ def open_features(source: files.PathLike, names: Sequence[str], *, dims: int = 0
     # {slide, as errors call it: its width}, and likewise of encoders: checked to be one below.
     widths, encoders = dict[str, int](), dict[str, str]()
     if source.is_file():
-        store = open_slides(source)
+        store = opened.open_store(source)
         by_stem = {name: [name] for name in store.names}
         matches = _check_clear(find_slides(names, by_stem))
         matched = [name for name in names if matches[name].places]
