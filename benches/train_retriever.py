@@ -17,8 +17,9 @@ from torch import Tensor
 from medvl.adapters.embed import embed_queries
 from medvl.adapters.embed_config import EmbedConfig
 from medvl.adapters.embedders import fit_local
-from medvl.adapters.head import RetrieverConfig, train_retriever, whiten_tasks
+from medvl.adapters.head import train_retriever, whiten_tasks
 from medvl.adapters.retrieve import adapter_recall, adapter_vector
+from medvl.adapters.retriever_config import RetrieverConfig
 
 KS = (1, 3, 5)
 

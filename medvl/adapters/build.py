@@ -11,8 +11,8 @@ from torch import Generator
 from medvl.adapters import embed, embedders, head, registry, retrieve
 from medvl.adapters.embed_config import EmbedConfig
 from medvl.adapters.embedders import Embedder
-from medvl.adapters.head import RetrieverConfig
 from medvl.adapters.registry import AdapterRecord, Registry
+from medvl.adapters.retriever_config import RetrieverConfig
 from medvl.base import config, files
 from medvl.language.conversations import Conversation
 

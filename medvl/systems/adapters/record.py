@@ -15,8 +15,8 @@ from medvl.adapters import experts, registry
 from medvl.adapters.embed_config import EmbedConfig
 from medvl.adapters.embedders import check_embedder
 from medvl.adapters.experts import MODES, Experts, FusionConfig, HoldConfig, Mode
-from medvl.adapters.head import RetrieverConfig
 from medvl.adapters.retrieve import MOST, RetrieveConfig
+from medvl.adapters.retriever_config import RetrieverConfig
 from medvl.base import config
 from medvl.base.tree import Tree
 from medvl.language.chat import Chat, ChatConfig, ModelConfig, open_chat, tokenizer_of
