@@ -17,7 +17,7 @@ from medvl.slides.formats import Block, Source, number_of, open_source, text_of,
 from medvl.slides.names import slide_name
 
 _log = logging.getLogger(__name__)
-_PIECE = 2**16  # bytes of a file that `file_key` reads at each place
+_PIECE = 2**16  # bytes of a file that `read_file_key` reads at each place
 
 
 @frozen(kw_only=True)
@@ -337,7 +337,7 @@ def sample_rows(n: int, most: int) -> np.ndarray:
     return np.linspace(0, n - 1, most, dtype=np.int64)
 
 
-def file_key(path: PathLike) -> str:
+def read_file_key(path: PathLike) -> str:
     """What tells a file from another content under its name: size, time, and the bytes at three places.
 
     Time and size do not suffice: unpacked archives may give all their files one time.

@@ -47,8 +47,8 @@ def file_chunks(path: Path, size: int = 4096, *, dims: int = 0) -> Iterator[Bloc
         yield x[rows], None if coords is None else coords[rows]
 
 
-def file_key(path: Path) -> str:
-    """As `features.file_key`."""
+def remembered_file_key(path: Path) -> str:
+    """As `features.read_file_key`, read once as long as the file is the same."""
     return _read_key(path, _version_of(path))
 
 
@@ -78,7 +78,7 @@ def _open(path: Path, version: _Version, dims: int) -> _Opened:
 
 @functools.lru_cache(maxsize=2**16)
 def _read_key(path: Path, version: _Version) -> str:
-    return features.file_key(path)
+    return features.read_file_key(path)
 
 
 # One: a store that was replaced would keep its disk space as long as it is held open here.

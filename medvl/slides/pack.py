@@ -187,7 +187,7 @@ def _is_same_content(old: Slides, name: str, path: Path, drop: bool, size: int) 
 
 
 def _file_key(path: Path) -> str:
-    return hashlib.sha256(features.file_key(path).encode()).hexdigest()
+    return hashlib.sha256(features.read_file_key(path).encode()).hexdigest()
 
 
 def _inspect(paths: Mapping[str, Path], dims: int, progress: bool) -> tuple[dict[str, About], dict[str, str]]:

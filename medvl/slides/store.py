@@ -32,7 +32,7 @@ _FIELDS = (  # of a row, between its name and `done`
     ("encoder", "S64"),  # as the source says it
     ("source", "S255"),  # name of the file it was read from
     ("digest", "S64"),  # SHA-256 of features and coordinates as they lie here
-    ("key", "S64"),  # SHA-256 of `features.file_key` of the source; stores of earlier versions have none
+    ("key", "S64"),  # SHA-256 of `features.read_file_key` of the source; stores of earlier versions have none
 )
 
 
@@ -71,7 +71,7 @@ class Slides:
         return record["source"].decode(), record["digest"].decode()
 
     def source_key(self, name: str) -> str:
-        """SHA-256 of what `features.file_key` said of that file; "" in a store of an earlier version."""
+        """SHA-256 of what `features.read_file_key` said of that file; "" in a store of an earlier version."""
         record = self._rows.record(name)
         if "key" not in (record.dtype.names or ()):
             return ""

@@ -190,7 +190,7 @@ def _file_reader(dims: int) -> _Reader:
     return _Reader(
         patch_size=lambda path: _patch_size(path, dims),
         chunks=lambda path, size: opened.file_chunks(path, size, dims=dims),
-        key=opened.file_key,
+        key=opened.remembered_file_key,
     )
 
 
