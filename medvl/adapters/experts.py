@@ -15,6 +15,7 @@ from medvl.adapters.queries import Pictures
 from medvl.adapters.retrieve import RetrieveConfig, Retrieved
 from medvl.base import config, files
 from medvl.hub.peft_files import read_adapter
+from medvl.hub.skeletons import Skeleton
 from medvl.language import chat, vlm
 from medvl.language.chat import Chat, ChatConfig, Encoded, ModelConfig
 from medvl.weights import lora
@@ -99,25 +100,7 @@ def load_experts(
     listed = registry.read_registry(path, root)
     folder = registry.registry_root(path, listed)
     registry.check_registry(path, listed, str(base))
-    device = next(iter(params.values())).device
-
-    def read(i: int) -> lora.Adapter:
-        record = listed.adapters[i]
-        # Tables that peft saved untouched beside an adapter would keep it from being mixed with others.
-        adapter = read_adapter(folder / record.path, talks.skeleton)
-        return evolve(lora.without_copies(adapter, params), name=record.name)
-
-    # Two levels: read from disk to memory, moved from memory to a GPU.
-    on_host = cache.cache_adapters(read, int(hold.host_gb * 1e9))
-    on_device = on_host
-    # On the CPU a second level would only count the same memory twice.
-    if device.type != "cpu":
-
-        def move(i: int) -> lora.Adapter:
-            return lora.move_adapter(on_host([i])[0], device)
-
-        on_device = cache.cache_adapters(move, int(hold.device_gb * 1e9))
-    pool = cache.cache_pool(on_device)
+    pool = _open_pool(listed, folder, talks.skeleton, params, hold)
     vectors = registry.read_vectors(path, listed)
     embedder = None
     if listed.embedder:
@@ -141,6 +124,36 @@ def load_experts(
         pool=pool,
         fuse=fuse,
     )
+
+
+def _open_pool(
+    listed: registry.Registry,
+    folder: Path,
+    skeleton: Skeleton,
+    params: Mapping[str, Tensor],
+    hold: HoldConfig,
+) -> cache.Pools:
+    """The adapters of a registry by their ids, read when they are needed and held within budgets.
+
+    Two levels: read from disk to memory, moved from memory to the device of the weights.
+    """
+    device = next(iter(params.values())).device
+
+    def read(i: int) -> lora.Adapter:
+        record = listed.adapters[i]
+        # Tables that peft saved untouched beside an adapter would keep it from being mixed with others.
+        adapter = lora.without_copies(read_adapter(folder / record.path, skeleton), params)
+        return evolve(adapter, name=record.name)
+
+    on_host = cache.cache_adapters(read, int(hold.host_gb * 1e9))
+    # On the CPU a second level would only count the same memory twice.
+    if device.type == "cpu":
+        return cache.cache_pool(on_host)
+
+    def move(i: int) -> lora.Adapter:
+        return lora.move_adapter(on_host([i])[0], device)
+
+    return cache.cache_pool(cache.cache_adapters(move, int(hold.device_gb * 1e9)))
 
 
 def open_experts(
@@ -209,7 +222,7 @@ def embed_questions(experts: Experts, texts: Sequence[str], images: Pictures) ->
         )
     rows = list(range(len(texts)))  # that can be embedded
     # nan marks rows without a vector; `choose_adapters` makes them abstain.
-    out = torch.full((len(texts), experts.vectors.shape[1]), torch.nan)
+    queries = torch.full((len(texts), experts.vectors.shape[1]), torch.nan)
     try:
         vectors = embed.embed_queries(experts.embedder, texts, images)
     # Which rows have nothing shows only when they are embedded; the exception names all of them at once.
@@ -222,16 +235,16 @@ def embed_questions(experts: Experts, texts: Sequence[str], images: Pictures) ->
             len(texts),
         )
         if not rows:
-            return out
+            return queries
         some_texts = [texts[row] for row in rows]
         some_images = [images[row] for row in rows]
         vectors = embed.embed_queries(experts.embedder, some_texts, some_images)
-    if vectors.shape[1] != out.shape[1]:
+    if vectors.shape[1] != queries.shape[1]:
         raise ValueError(
-            f"the registry's vectors have {out.shape[1]} numbers, those of its embedder "
+            f"the registry's vectors have {queries.shape[1]} numbers, those of its embedder "
             f"{vectors.shape[1]}; build it again"
         )
-    return out.index_copy(0, torch.tensor(rows), vectors)
+    return queries.index_copy(0, torch.tensor(rows), vectors)
 
 
 def choose_adapters(
@@ -315,13 +328,13 @@ def answer_prompts(
 
 def check_mode(mode: str, own: str, names: Sequence[str]) -> None:
     """Raise where a question cannot be asked in this mode of adapters of these names."""
-    there = ", ".join(names)
+    choices = ", ".join(names)
     if mode not in MODES:
         raise ValueError(f"ask: mode must be one of {', '.join(MODES)}, got {mode!r}")
     if own and own not in names:
-        raise ValueError(f"ask: no adapter {own!r}; there are {there}")
+        raise ValueError(f"ask: no adapter {own!r}; there are {choices}")
     if mode == "oracle" and not own:
-        raise ValueError(f"ask: mode oracle needs the name of an adapter; there are {there}")
+        raise ValueError(f"ask: mode oracle needs the name of an adapter; there are {choices}")
 
 
 def ask_experts(
