@@ -1,7 +1,9 @@
 """The public names, and what importing them costs."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +25,18 @@ def test_importing_loads_nothing_heavy():
     )
     heavy = "import sys; from medvl.systems import run; print([m for m in ('transformers', 'matplotlib') if m in sys.modules])"
     assert _fresh(heavy) == "[]"
+
+
+def test_importing_medvl_does_not_import_transformers():
+    """It takes seconds, and a list of tasks must not: every import of it stands inside a function."""
+    for path in Path(medvl.__file__).parent.rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            names = (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else [getattr(node, "module", None) or ""]
+            )
+            assert not any(n.split(".")[0] == "transformers" for n in names), path
 
 
 def test_every_public_name_is_there_and_stays_what_it_is():

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import zipfile
 from types import SimpleNamespace
 
 import pytest
@@ -228,3 +229,55 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
             new_folder(taken),
         ):
             pass
+
+
+NOT_OF_THEIR_OWN = {
+    "repeated": (
+        lambda: {"w": torch.zeros(1).expand(2**20, 2**20)},
+        r"w must be \[1048576, 1048576\] numbers of their own, the file holds 4",
+    ),
+    "without numbers": (
+        lambda: {"w": torch.zeros(3, device="meta")},
+        r"w must be \[3\] numbers of their own",
+    ),
+    "sparse": (lambda: {"w": torch.ones(3).to_sparse()}, r"w must be \[3\] numbers of their own"),
+    "numbered": (lambda: {1: torch.zeros(3)}, "must hold one flat dict of tensors"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_OF_THEIR_OWN)
+def test_tensors_hold_as_many_numbers_as_they_have(tmp_path, kind):
+    make, message = NOT_OF_THEIR_OWN[kind]
+    torch.save(make(), tmp_path / "w.bin")
+    with pytest.raises(ValueError, match=message):
+        checkpoints.open_weights(tmp_path / "w.bin", "w")
+
+
+def test_a_compressed_pickle_is_refused_before_it_is_unpacked(tmp_path):
+    torch.save({"w": torch.zeros(2**20)}, tmp_path / "plain.bin")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.bin") as plain,
+        zipfile.ZipFile(tmp_path / "w.bin", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    with pytest.raises(ValueError, match=r"must be as torch.save writes it, \d+ members are compressed"):
+        checkpoints.read_pickle(tmp_path / "w.bin")
+
+
+def test_two_weights_of_one_tensor_are_read(tmp_path):
+    w = torch.arange(6.0).view(2, 3)
+    torch.save({"a": w, "b": w, "c": w.T, "d": w[1]}, tmp_path / "w.bin")
+    found = checkpoints.open_weights(tmp_path / "w.bin", "w")
+    assert {k: e.read().tolist() for k, e in found.items()} == {
+        "a": w.tolist(),
+        "b": w.tolist(),
+        "c": w.T.tolist(),
+        "d": w[1].tolist(),
+    }
+
+
+def test_an_empty_pickle_is_told(tmp_path):
+    (tmp_path / "w.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"not a file of plain tensors, or broken"):
+        checkpoints.read_pickle(tmp_path / "w.pt")
