@@ -149,11 +149,11 @@ def encode_slices(
     device = next(iter(weights.values())).device
 
     def encode_chunk(v: Tensor, volume: Tensor) -> Tensor:
-        hu = v.to(device, non_blocking=True)
-        pixels = _resize(windows(cfg, hu), size)  # [n, 3, y, x]
+        pixels = windows(cfg, v.to(device, non_blocking=True))  # [n, 3, y, x]
+        pixels = _resize(pixels, size).to(dtype)
         # An adapter's weights per volume become weights per slice.
         params_of_slices = per_row(weights, volume, len(voxels))
-        output = vit(params_of_slices, pixels.to(dtype), **options)
+        output = vit(params_of_slices, pixels, **options)
         return _pool(cfg, vit, size, output)
 
     # Slices of all volumes in a row; those that do not exist are never encoded.
@@ -237,13 +237,15 @@ def chunk_size(cfg: EncodeConfig, vit: Vit, size: tuple[int, int], device: torch
     value_bytes = torch.finfo(getattr(torch, cfg.dtype)).bits // 8
     d, depth = c["hidden_size"], c["num_hidden_layers"]
     h = c.get("intermediate_size") or int(d * c["mlp_ratio"])
-    tokens = 1 + c.get("num_register_tokens", 0) + size[0] * size[1] // patch_size(vit) ** 2
-    for_gradient = 0
+    num_pixels = size[0] * size[1]
+    num_patches = num_pixels // patch_size(vit) ** 2
+    tokens = 1 + c.get("num_register_tokens", 0) + num_patches
+    values = 5 * d + 2 * h  # of a token
     if cfg.checkpoint and torch.is_grad_enabled():
-        for_gradient = depth * (10 * d + 2 * h)
+        values += depth * (10 * d + 2 * h)
     # Three channels in float32, twice: before and after they are resized or cast.
-    pixel_bytes = 2 * 3 * 4 * size[0] * size[1]
-    slice_bytes = pixel_bytes + tokens * value_bytes * (5 * d + 2 * h + for_gradient)
+    pixel_bytes = 2 * 3 * 4 * num_pixels
+    slice_bytes = pixel_bytes + tokens * value_bytes * values
     most = cfg.budget_mib * 2**20 // slice_bytes
     if device.type == "cpu":
         most = min(most, _LARGEST_ON_CPU // (tokens * h * value_bytes))

@@ -244,11 +244,7 @@ def lines(
         ValueError: no point, a point that is not three numbers with low <= high, or a number that is
             infinite.
     """
-    points: dict[str, dict[float, tuple[float, ...]]] = {}
-    for name, values_by_x in series.items():
-        points[name] = {}
-        for k, estimate in sorted(values_by_x.items()):
-            points[name][float(k)] = _check_point(f"lines: {name!r} at {k}", estimate)
+    points = _line_points(series)
     references = references or {}
     # The points of one series may lie at other x than those of another.
     xs = sorted(set().union(*points.values()))
@@ -262,9 +258,11 @@ def lines(
     # series is then the same everywhere.
     logarithmic = xs[0] > 0 and xs[-1] >= 20 * xs[0]
     scale = math.log10 if logarithmic else float
-    start, end = scale(xs[0]), scale(xs[-1])
+    places = [scale(k) for k in xs]
+    start, end = places[0], places[-1]
     span = (end - start) or 1.0  # one x only
-    nearest = min((scale(b) - scale(a) for a, b in pairwise(xs)), default=span)
+    steps = [b - a for a, b in pairwise(places)]
+    nearest = min(steps, default=span)
     # Between two series; all of them together take at most half of the way to the next x.
     offset = min(0.012 * span, 0.5 * nearest / len(points))
     columns = _legend_columns(points, width=7.2, handle=0.75)
@@ -286,6 +284,18 @@ def lines(
     return _png(figure)
 
 
+def _line_points(
+    series: Mapping[str, Mapping[float, tuple[float, float, float]]],
+) -> dict[str, dict[float, tuple[float, ...]]]:
+    """{name: {x: (value, low, high)}} with rising x."""
+    points: dict[str, dict[float, tuple[float, ...]]] = {}
+    for name, values_by_x in series.items():
+        points[name] = {}
+        for k, estimate in sorted(values_by_x.items()):
+            points[name][float(k)] = _check_point(f"lines: {name!r} at {k}", estimate)
+    return points
+
+
 def compare(rows: Sequence[tuple[str, str, float, float, float]], x: str) -> bytes:
     """Dots with 95 % intervals, those of a group under each other, in one colour per name, with their
     numbers. PNG.
@@ -298,16 +308,7 @@ def compare(rows: Sequence[tuple[str, str, float, float, float]], x: str) -> byt
         ValueError: no rows, a group with one name twice, or a row whose value, low and high are not three
             finite numbers, low <= high.
     """
-    points: dict[tuple[str, str], tuple[float, ...]] = {}
-    for group, name, *point in rows:
-        points[group, name] = _check_point(f"compare: {name!r} of {group!r}", tuple(point))
-    # A pair that occurs twice has overwritten the first of them.
-    if not rows or len(points) < len(rows):
-        pairs = [row[:2] for row in rows]
-        twice = [pair for i, pair in enumerate(pairs) if pair in pairs[:i]]
-        raise ValueError(
-            f"compare: needs rows, each group with each name once, got {len(rows)} rows, twice {twice[:4]}"
-        )
+    points = _compared_points(rows)
     # Without repetitions, in the order in which they are met.
     groups = list(dict.fromkeys(group for group, _ in points))
     names = list(dict.fromkeys(name for _, name in points))
@@ -344,6 +345,23 @@ def compare(rows: Sequence[tuple[str, str, float, float, float]], x: str) -> byt
     axis.grid(axis="x", color=_GREY, lw=0.5)
     _legend(figure, list(handles.values()), list(handles), columns)
     return _png(figure)
+
+
+def _compared_points(
+    rows: Sequence[tuple[str, str, float, float, float]],
+) -> dict[tuple[str, str], tuple[float, ...]]:
+    """{(group, name): (value, low, high)}"""
+    points: dict[tuple[str, str], tuple[float, ...]] = {}
+    for group, name, *point in rows:
+        points[group, name] = _check_point(f"compare: {name!r} of {group!r}", tuple(point))
+    # A pair that occurs twice has overwritten the first of them.
+    if not rows or len(points) < len(rows):
+        pairs = [row[:2] for row in rows]
+        twice = [pair for i, pair in enumerate(pairs) if pair in pairs[:i]]
+        raise ValueError(
+            f"compare: needs rows, each group with each name once, got {len(rows)} rows, twice {twice[:4]}"
+        )
+    return points
 
 
 _TITLES = {

@@ -186,18 +186,25 @@ def cover_ellipsoid(
         q = _squared_radius(dx, dy, dz, radii)
         inside_mm = (1 - q) * (radii.min() / 2)
         return box, soft_edge(inside_mm, c.step[1])
-    # Count sample points inside: 4 along z, where voxels are longest, 3 along y and x.
+    return box, _count_inside(c, box, at, radii, tilt)
+
+
+def _count_inside(c: Canvas, box: Box, at: Array, radii: Array, tilt: tuple[float, float]) -> Array:
+    """The share of sample points of each voxel that lie in an ellipsoid: 4 along z, where voxels are longest,
+    3 along y and x.
+    """
     z, y, x = box
     dz = _subsample(c.z.ravel()[z], c.step[0], 4) - at[2]
     dy = _subsample(c.y.ravel()[y], c.step[1], 3) - at[1]
     dx = _subsample(c.x.ravel()[x], c.step[2], 3) - at[0]
-    shape = (len(dz) // 4, 4, len(dy) // 3, 3, len(dx) // 3, 3)  # voxels and points of each axis
     dz = dz[:, None, None]
     dy = dy[:, None]
     above_tilt = dz - tilt[0] * dx - tilt[1] * dy
-    is_inside = _squared_radius(dx, dy, above_tilt, radii) < 1
-    count = is_inside.reshape(shape).sum((1, 3, 5), dtype=np.float32)
-    return box, count / np.float32(36)
+    is_inside = _squared_radius(dx, dy, above_tilt, radii) < 1  # [points along z, y, x]
+    nz, ny, nx = is_inside.shape
+    by_voxel = is_inside.reshape(nz // 4, 4, ny // 3, 3, nx // 3, 3)
+    count = by_voxel.sum((1, 3, 5), dtype=np.float32)
+    return count / np.float32(4 * 3 * 3)
 
 
 def _squared_radius(dx: Array, dy: Array, dz: Array, radii: Array) -> Array:

@@ -109,7 +109,10 @@ def draw_picture(cfg: PictureConfig, split: str, number: int) -> tuple[np.ndarra
 
 
 def _paint_picture(n: int, nodules: list[tuple[int, int]], gen: np.random.Generator) -> np.ndarray:
-    """The picture uint8 [n, n, 3]. Lengths are shares of a side, 0 in the middle; greys were chosen by eye."""
+    """The picture uint8 [n, n, 3].
+
+    Lengths are shares of a side, 0 in the middle. Shapes and greys were chosen by eye.
+    """
     y, x = np.mgrid[0:n, 0:n] / n - 0.5
     body = (x / 0.45) ** 2 + (y / 0.48) ** 2 < 1
     image = 20 + 70.0 * body

@@ -1,7 +1,7 @@
 """Eight styles of drawn pictures, and two kinds of marks in each.
 
-Lengths are shares of a side; x runs to the right, y downwards, both -0.5 to 0.5. Shapes, greys and colours have
-no source: they were chosen by eye, so that one sees which modality a picture stands for.
+Lengths are shares of a side; x runs to the right, y downwards, both -0.5 to 0.5. Shapes, greys and colours
+have no source: they were chosen by eye, so that one sees which modality a picture stands for.
 """
 
 from collections.abc import Callable

@@ -86,12 +86,15 @@ class Lazy(Tensor):
         """What torch calls instead of a function, such as F.linear, that is given a lazy weight."""
         kwargs = kwargs or {}
         if func is F.linear and isinstance(args[1], Lazy):
+            x, weight = args[:2]
             bias = args[2] if len(args) > 2 else kwargs.get("bias")
-            return args[1].linear(args[0], bias)
+            return weight.linear(x, bias)
         if func is F.embedding and isinstance(args[1], Lazy):
-            return args[1].embedding(args[0], *args[2:], **kwargs)
+            ids, weight = args[:2]
+            return weight.embedding(ids, *args[2:], **kwargs)
         if func is torch.addmm and len(args) == 3 and isinstance(args[2], Lazy) and not kwargs:
-            return args[2].product(args[1], args[0])
+            bias, x, weight = args
+            return weight.product(x, bias)
         # All else runs as torch has it; arithmetic on the weight then ends in `__torch_dispatch__`.
         with torch._C.DisableTorchFunctionSubclass():
             if func in _OF_EXPERTS:
