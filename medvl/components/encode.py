@@ -150,10 +150,9 @@ def encode_slices(
 
     def encode_chunk(v: Tensor, volume: Tensor) -> Tensor:
         pixels = windows(cfg, v.to(device, non_blocking=True))  # [n, 3, y, x]
-        pixels = _resize(pixels, size).to(dtype)
         # An adapter's weights per volume become weights per slice.
         params_of_slices = per_row(weights, volume, len(voxels))
-        output = vit(params_of_slices, pixels, **options)
+        output = vit(params_of_slices, _resize(pixels, size).to(dtype), **options)
         return _pool(cfg, vit, size, output)
 
     # Slices of all volumes in a row; those that do not exist are never encoded.
