@@ -170,7 +170,7 @@ def _train(
     rows: Tensor,
     validate: Callable[[states.State], dict[str, float]] | None = None,
 ) -> Tree:
-    """The parameters after cfg.steps on pairs of the samples `rows`; `validate` is called at the start too."""
+    """The parameters after cfg.steps on pairs of the samples `rows`; `validate` also sees the start."""
     optimizer = adamw(
         lambda name: Rate(lr=cfg.lr, weight_decay=cfg.weight_decay), warmup_cosine(cfg.steps, 0)
     )

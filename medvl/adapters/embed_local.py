@@ -85,9 +85,9 @@ def check_fitted(vocabulary: tuple[str, ...], params: Mapping[str, Tensor]) -> N
     v, f = len(vocabulary), int(BLOCKS.sum())
     texts = {"text.idf": (v,), "text.components": (v, components["text"][-1])}
     images = {"image.mean": (f,), "image.weight": (f,), "image.components": (components["image"][0], f)}
-    wanted = (texts if v else {}) | (images if "image.mean" in shapes else {})
-    if not wanted or shapes != wanted:
-        raise ValueError(f"must hold {wanted or 'a vocabulary or images'}, found {shapes}")
+    expected = (texts if v else {}) | (images if "image.mean" in shapes else {})
+    if not expected or shapes != expected:
+        raise ValueError(f"must hold {expected or 'a vocabulary or images'}, found {shapes}")
     if bad := [
         name
         for name, t in params.items()
@@ -141,11 +141,11 @@ def _directions(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def side_by_side(
-    params: Mapping[str, Tensor], text: Tensor, image: Tensor, seen: bool
+    params: Mapping[str, Tensor], text: Tensor, image: Tensor, with_images: bool
 ) -> tuple[Tensor, Tensor]:
-    """[text, 0] and [0, image]; 0 for the images where none is seen."""
+    """[text, 0] and [0, image]; 0 for the images where there are none."""
     image_width = len(params.get("image.components", ()))
-    right = image if seen else torch.zeros(len(text), image_width)
+    right = image if with_images else torch.zeros(len(text), image_width)
     padded_text = torch.nn.functional.pad(text, (0, image_width))
     padded_image = torch.nn.functional.pad(right, (text.shape[1], 0))
     return padded_text, padded_image

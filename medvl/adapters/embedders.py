@@ -244,9 +244,9 @@ def _named(embedder: Embedder) -> Embedder:
     weights = {f"params.{name}": tensor for name, tensor in embedder.params.items()}
     if embedder.head is not None:
         weights["head"] = embedder.head
-    parts: list[str] = [cfg.kind]
+    name_parts: list[str] = [cfg.kind]
     if cfg.name:
         # The last part of a path only: a model folder that is moved keeps the embedder's name.
-        parts.append(Path(cfg.name).name)
-    parts += [config.record_digest(settings), skeletons.weights_digest(weights)]
-    return evolve(embedder, name=":".join(parts))
+        name_parts.append(Path(cfg.name).name)
+    name_parts += [config.record_digest(settings), skeletons.weights_digest(weights)]
+    return evolve(embedder, name=":".join(name_parts))

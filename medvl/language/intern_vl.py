@@ -98,7 +98,7 @@ def _check_settings(where: str, settings: Mapping[str, Any]) -> None:
         if not str(settings.get(key, name)).startswith(name):
             raise ValueError(f"{where}: {key} must be {name} as in InternVL's files, got {settings[key]!r}")
     processor_config.check_steps(where, "InternVL", settings)
-    processor_config.check_keys(where, settings, _READ, _IGNORED)
+    processor_config.check_known_keys(where, settings, _READ, _IGNORED)
     missing = [key for key in ("size", "image_mean", "image_std") if key not in settings]
     processor_config.check_none_missing(where, settings, missing)
     size = settings["size"]

@@ -54,7 +54,7 @@ def check_steps(where: str, family: str, settings: Mapping[str, Any]) -> None:
         raise ValueError(f"{where}: the image steps of {family} are fixed, got {differences}")
 
 
-def check_keys(where: str, settings: Mapping[str, Any], known: Set[str], ignored: Set[str]) -> None:
+def check_known_keys(where: str, settings: Mapping[str, Any], known: Set[str], ignored: Set[str]) -> None:
     """Raise ValueError for keys that are neither `known` nor `ignored`, nor those of `FIXED_STEPS`."""
     unknown = sorted(settings.keys() - known - FIXED_STEPS.keys() - ignored)
     if unknown:

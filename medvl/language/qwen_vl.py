@@ -93,7 +93,7 @@ def parse_image_config(raw: Mapping[str, Any]) -> ImageConfig:
         "max_pixels",
     }:
         raise ValueError(f"parse_image_config: size must hold shortest_edge and longest_edge, got {size!r}")
-    processor_config.check_keys(where, settings, _READ, _IGNORED)
+    processor_config.check_known_keys(where, settings, _READ, _IGNORED)
     values: dict[str, Any] = {name: settings.get(key) for name, key in _KEYS.items()}
     for key, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
         # The bounds have moved between versions of transformers; "edge" is a misleading name of theirs for an

@@ -148,8 +148,8 @@ def draw_uniform(cfg: Sampling, gen: Gens | None, rows: int, device: torch.devic
             f"generate: gen must be one generator or one for each of {rows} rows, got {len(gen)}"
         )
     numbers = list[Tensor]()
-    for one in gen:
-        drawn = torch.rand(cfg.max_tokens, generator=one, device=one.device, dtype=torch.float64)
+    for row_gen in gen:
+        drawn = torch.rand(cfg.max_tokens, generator=row_gen, device=row_gen.device, dtype=torch.float64)
         numbers.append(drawn.to(device))
     # Below 1 by more than rounding: times a total, it must not become the total (`choose_tokens`).
     return torch.stack(numbers).clamp(max=1 - 2.0**-32)

@@ -288,7 +288,7 @@ def _bad_rows(x: np.ndarray) -> np.ndarray:
 
 
 def _pixels(path: Path, xy: np.ndarray, start: int) -> np.ndarray:
-    """Coordinates as int64; refuses fractions, which are in another unit. `start`: the block's first patch."""
+    """Coordinates as int64; refuses fractions, which are in another unit. `start`: the first patch."""
     if xy.dtype.kind not in "iu":
         is_whole = np.isfinite(xy) & (xy == np.round(xy))
         wrong = np.flatnonzero(~is_whole.all(1))

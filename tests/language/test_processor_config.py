@@ -21,9 +21,11 @@ def test_other_steps_and_keys_are_refused():
     processor_config.check_steps("here", "Qwen-VL", SETTINGS)
     with pytest.raises(ValueError, match="here: the image steps of Qwen-VL are fixed, got resample=2, not 3"):
         processor_config.check_steps("here", "Qwen-VL", {"resample": 2})
-    processor_config.check_keys("here", SETTINGS | {"device": "cpu"}, {"size"}, processor_config.IGNORED_KEYS)
+    processor_config.check_known_keys(
+        "here", SETTINGS | {"device": "cpu"}, {"size"}, processor_config.IGNORED_KEYS
+    )
     with pytest.raises(ValueError, match="here: unknown keys device, more; known are size"):
-        processor_config.check_keys("here", SETTINGS | {"more": 1, "device": 0}, {"size"}, set())
+        processor_config.check_known_keys("here", SETTINGS | {"more": 1, "device": 0}, {"size"}, set())
     with pytest.raises(ValueError, match="here: must have image_mean, got only resample, size"):
         processor_config.check_none_missing("here", SETTINGS, ["image_mean"])
     with pytest.raises(ValueError, match="got only an empty record"):
