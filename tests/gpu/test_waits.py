@@ -1,0 +1,78 @@
+"""How often the host waits for the GPU in a micro-batch of each system, and in a step of generation.
+
+A host that waits queues no kernels, so that the GPU runs dry. The budgets are what is needed now: lower them with
+the code, and raise none without a reason.
+"""
+
+import pytest
+import torch
+
+from medvl.language import chat, generate
+from medvl.language.sampling import Sampling
+from medvl.weights import lazy
+from tests.gpu import cases
+from tests.gpu.pretend import GPU, pretended_gpu
+
+
+def count_waits(build):
+    """{"operation @ place": waits} of `build(device)()`; what `build` moves to the GPU is not counted."""
+    with pretended_gpu() as gpu:
+        step = build(GPU)
+        gpu.waits.clear()
+        step()
+        return dict(gpu.waits)
+
+
+def language_step(images, **settings):
+    def build(device):
+        model, params = cases.tune_model(**settings)
+        trained, grad = cases.trained_gradient(device, model, params)
+        batch = cases.conversation_batch(images)
+        one_row = chat.micro_batch(model.chat, batch, slice(0, 1))
+        return lambda: grad(trained, one_row)
+
+    return build
+
+
+def generation(tokens):
+    def build(device):
+        model, params = cases.tune_model()
+        weights = lazy.move_params(params["model"], torch.device(device))
+        batch = cases.conversation_batch()
+        inputs = chat.model_inputs(model.chat, weights, batch)
+        inputs.pop("labels", None)
+        return lambda: generate.generate(Sampling(max_tokens=tokens), model.chat.skeleton, weights, inputs)
+
+    return build
+
+
+def slide_vqa_step(device):
+    trained, grad, batch = cases.slide_vqa_gradient(device)
+    return lambda: grad(trained, batch)
+
+
+def ct_clip_step(device):
+    _, params, grad = cases.ct_clip_gradient(device)
+    batch = cases.ct_batch()
+    return lambda: grad(params, batch)
+
+
+BUDGETS = {
+    "text": (language_step(images=False, model__config=cases.QWEN3), 12),
+    "image": (language_step(images=True), 42),
+    "ct_clip": (ct_clip_step, 32),
+    "slide_vqa": (slide_vqa_step, 25),
+}
+
+
+@pytest.mark.parametrize("step", BUDGETS)
+def test_waits_of_a_micro_batch(step):
+    build, budget = BUDGETS[step]
+    waits = count_waits(build)
+    assert sum(waits.values()) <= budget, waits
+
+
+def test_waits_of_a_generated_token():
+    short = sum(count_waits(generation(4)).values())
+    long = sum(count_waits(generation(8)).values())
+    assert (long - short) / 4 <= 1
