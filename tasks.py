@@ -42,7 +42,7 @@ def _call(f, *args, **kwargs):
         _refuse(message)
     except KeyboardInterrupt:
         # 130 is what a shell gives for Ctrl-C.
-        print("stopped; what is done is kept, the same command goes on from there", file=sys.stderr)
+        print("stopped; finished work is kept, the same command continues from there", file=sys.stderr)
         sys.exit(130)
     finally:
         logging.captureWarnings(False)
@@ -115,7 +115,7 @@ SET = {
 
 @task(iterable=["set_"], help=SET)
 def train(c, exp, set_=None):
-    """Train an experiment, or go on with it, and evaluate it."""
+    """Train an experiment or continue it, then evaluate it."""
     from medvl.systems import run
 
     _call(run.run, exp, set_ or ())
@@ -137,7 +137,10 @@ def labels(c, exp, set_=None, sample="0"):
     _call(experiments.print_labels, exp, set_ or (), _whole("sample", sample))
 
 
-@task(iterable=["set_"], help=SET | {"processes": "of torchrun, with as many GPUs: what each of them needs"})
+@task(
+    iterable=["set_"],
+    help=SET | {"processes": "number of torchrun processes, with a GPU each; prints what each of them needs"},
+)
 def estimate(c, exp, set_=None, processes="1"):
     """Print the memory that training an experiment will need, by part."""
     from medvl.commands import experiments
@@ -157,7 +160,7 @@ def experiments(c):
     positional=[],
     help={
         "source": "folder of scans, one scan, or CSV with a column path or VolumeName",
-        "out": "the store to make or go on with, e.g. data/train.h5",
+        "out": "the store to make or to continue, e.g. data/train.h5",
         "exp": "take the CT settings of this experiment instead of the defaults",
         "set_": "setting of CtConfig, e.g. preset=reference, repeatable",
         "metadata": "CSV with RescaleSlope and RescaleIntercept by VolumeName",
@@ -182,13 +185,14 @@ def preprocess(c, source, out, exp="", set_=None, metadata="", workers="1", shee
         "action": "build, add, list or show",
         "registry": "the registry's .toml (or .json)",
         "path": "add: an adapter's folder; build: folders, e.g. 'adapters/{task}' or 'output/{task}/v0-*/checkpoint-*'",
-        "samples": "JSONL of conversations it was trained on; build: with {task} in the name, or one file whose lines say their task",
+        "samples": "JSONL of conversations that it was trained on; build: with {task} in the name, or one "
+        "file whose lines name their task",
         "name": "of the adapter",
         "vector": "add: a .npy [d] instead of samples",
-        "category": "add: a group of similar adapters; default: what the samples say",
+        "category": "add: a group of similar adapters; default: that of the samples",
         "embedder": "build: hub name or folder of a text or image-text encoder; default: fitted on the samples, no download",
         "base": "hub name or folder of the model that all were trained on, if they name it differently or not at all",
-        "root": "where the registry's relative paths start; default: as it says, or its folder",
+        "root": "where the registry's relative paths start; default: the root that it names, or its folder",
         "set_": "build: setting of EmbedConfig, e.g. dims=256, repeatable",
     },
     iterable=["set_"],
@@ -236,12 +240,13 @@ def adapters(
         "run": "run folder of tune, adapters or slide_vqa",
         "slide": "with a slide_vqa run: a file of patch features, STORE.h5::NAME, or a slide of the run by name",
         "image": "with a registry or a run of tune or adapters: image file, repeatable",
-        "mode": "of adapters: bare, selection, mixture (default), fusion or oracle",
+        "mode": "how adapters are used: bare, selection, mixture (default), fusion or oracle",
         "k": "how many adapters at most; default: the run's, 3 of a registry",
         "own": "the adapter of mode oracle",
         "base": "the model, if the registry does not say it, or it lies elsewhere",
         "out": "folder for the map of a slide's answer",
-        "offset": "x,y taken from the map's shapes: the slide's openslide.bounds-x,bounds-y, where QuPath crops it (MRXS, SCN)",
+        "offset": "x,y to subtract from the map's shapes: the slide's openslide.bounds-x,bounds-y, if QuPath "
+        "crops it (MRXS, SCN)",
         "set_": "settings of adapters, e.g. retrieve.threshold=0.3, fusion.rule=linear, repeatable",
     },
     iterable=["image", "set_"],
@@ -292,10 +297,11 @@ def ask(
     help={
         "action": "check or pack",
         "features": "folder of patch features, or a packed store",
-        "data": "check: file of captions or questions (any format that is read), repeatable; without it all features are looked at",
-        "out": "pack: the store to make or go on with",
+        "data": "check: file of captions or questions (any supported format), repeatable; without it all "
+        "features are checked",
+        "out": "pack: the store to make or to continue",
         "dims": "width that the features must have",
-        "encoder": "encoder that they must be of",
+        "encoder": "encoder that the features must be of",
         "drop": "pack: leave out patches that are not finite, and count them",
     },
     iterable=["data"],
@@ -315,7 +321,7 @@ def slides(c, action, features, data=None, out="", dims="0", encoder="", drop=Fa
 SCAN = {
     "run": "run folder",
     "scan": "NIfTI file",
-    "metadata": "CSV with the scan's row by VolumeName, where its header does not say all",
+    "metadata": "CSV with the scan's row by VolumeName, if its header is incomplete",
     "set_": "how this scan is read: hu=none, hu=metadata, spacing_from=metadata, ..., repeatable",
 }
 
@@ -348,14 +354,15 @@ def classify(c, run, scan, finding=None, metadata="", set_=None):
         "labels": "CSV of labels by VolumeName",
         "out": "folder for {part}_*.csv",
         "sizes": "part=size,...: volumes or shares",
-        "table": "another CSV to cut the same way (reports, metadata), repeatable",
-        "patient": "the column of a table that says whose volume it is; default: names are read as CT-RATE's",
+        "table": "another CSV to split the same way (reports, metadata), repeatable",
+        "patient": "the column of a table that names the patient; default: patients are read from CT-RATE's "
+        "names",
         "pattern": "a regular expression that finds the patient in a volume's name, e.g. '(P[0-9]+)_'",
     },
     iterable=["table"],
 )
 def split(c, labels, out, sizes="valid=550,test=2489", seed="0", table=None, patient="", pattern=""):
-    """Split a label table by patient, prevalence of every finding kept."""
+    """Split a label table by patient; the prevalence of every finding is kept."""
     _needs(labels=labels, out=out)
     from medvl.commands import ct
 

@@ -322,17 +322,17 @@ HOSTILE = [
     (f"{PREPROCESS} --set size=[1]", "size must be () or three positive numbers"),
     (f"{PREPROCESS} --set preset=x", "must be one of 'mm'"),
     (f"{PREPROCESS} --set nokey=1", "unknown key 'nokey'"),
-    (f"{PREPROCESS} --set dtype=2024-01-01", "no setting is a date"),
+    (f"{PREPROCESS} --set dtype=2024-01-01", "a setting cannot be a date"),
     (f"{PREPROCESS} --exp nosuch", "no such experiment"),
     (f"{PREPROCESS} --metadata gone.csv", "gone.csv: no such file"),
     (f"{PREPROCESS} --sheet folder.png", "folder.png: must be a file to write, and is a folder"),
-    (f"{PREPROCESS} --sheet file/look.png", "file is no folder"),
+    (f"{PREPROCESS} --sheet file/look.png", "file is not a folder"),
     (f"{PREPROCESS} --sheet look.jpg", "sheet must end in .png"),
     ("preprocess --source gone --out new.h5", "gone"),
     ("preprocess --source odd --out new.h5", "UTF-8"),
     ("preprocess --source scans --out folder", "folder: must be a file to write, and is a folder"),
     ("preprocess --source scans --out folder.h5", "folder.h5: must be a file to write, and is a folder"),
-    ("preprocess --source scans --out file/new.h5", "file is no folder"),
+    ("preprocess --source scans --out file/new.h5", "file is not a folder"),
     ("preprocess --source scans --out /proc/new.h5", "/proc/new.h5: cannot be written"),
     ("preprocess --source scans --out /dev/null", "is a device"),
     ("preprocess --source scans --out new\udcff.h5", "written as text"),
@@ -343,7 +343,7 @@ HOSTILE = [
     (f"{SPLIT} --pattern (", "pattern"),
     (f"{SPLIT} --patient nosuch", "nosuch"),
     ("split --labels labels.csv --out file", "file: must be a folder to write, and is a file"),
-    ("split --labels labels.csv --out file/parts", "file is no folder"),
+    ("split --labels labels.csv --out file/parts", "file is not a folder"),
     ("split --labels labels.csv --out /proc/parts", "cannot be written"),
     ("split --labels labels.csv --out parts --sizes x", "sizes must be name=number"),
     ("split --labels folder --out parts", "folder"),
@@ -374,7 +374,7 @@ HOSTILE = [
     ("slides pack --features features", "needs out"),
     ("slides pack --features strange --out new.h5", "UTF-8"),
     ("slides pack --features features --out folder.h5", "must be a file to write, and is a folder"),
-    ("slides pack --features features --out file/new.h5", "file is no folder"),
+    ("slides pack --features features --out file/new.h5", "file is not a folder"),
     ("slides pack --features features --out new.h5 --dims x", "--dims must be a whole number"),
     ("adapters look", "must be one of build, add, list, show"),
     ("adapters list --registry gone.toml", "gone.toml"),
@@ -384,7 +384,7 @@ HOSTILE = [
         "adapters build --registry folder.toml --path {task} --samples {task}",
         "must be a file to write, and is a folder",
     ),
-    ("adapters build --registry file/r.toml --path {task} --samples {task}", "file is no folder"),
+    ("adapters build --registry file/r.toml --path {task} --samples {task}", "file is not a folder"),
     ("adapters build --registry new.toml --path x --samples y", "needs path with {task} in it"),
     ("adapters add --registry new.toml", "adapters add"),
     ("adapters add --registry new.toml --name a --path folder --vector gone.npy", "gone.npy"),
@@ -394,11 +394,11 @@ HOSTILE = [
         "must be a file to write, and is a folder",
     ),
     ("embed --run gone --scan scans/P1_a_1.nii.gz --out e.txt", "must end in .npy"),
-    ("embed --run gone --scan scans/P1_a_1.nii.gz --out file/e.npy", "file is no folder"),
+    ("embed --run gone --scan scans/P1_a_1.nii.gz --out file/e.npy", "file is not a folder"),
     ("classify --run gone --scan scans/P1_a_1.nii.gz", "gone"),
     ("classify --run folder --scan gone.nii.gz", "folder"),
     ("train --exp nosuch", "no such experiment"),
-    ("train --exp date.toml", "no setting is a date"),
+    ("train --exp date.toml", "a setting cannot be a date"),
     ("train --exp deep.toml", "not valid TOML"),
     ("train --exp list.toml", "system must be one of"),
     ("train --exp table.toml", "system must be one of"),
@@ -410,7 +410,7 @@ HOSTILE = [
     (f"train {CT} --set seed", "--set needs key.path=value"),
     (f"train {CT} --set train.stages.7.lr=1", "must be an index below 1"),
     (f"train {CT} --set data.folder=file", "file: must be a folder to write, and is a file"),
-    (f"train {CT} --set data.folder=file/a", "file is no folder"),
+    (f"train {CT} --set data.folder=file/a", "file is not a folder"),
     (f"train {CT} --set data.cache=file", "file: must be a folder to write, and is a file"),
     (f"train {TUNE} --set data.folder=/proc/data", "cannot be written"),
     (
@@ -448,7 +448,9 @@ def test_a_run_that_has_no_place_is_refused_before_anything_is_drawn(blocked, at
     path = at_work / blocked.replace("runs/NAME", str(folder))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("")
-    with pytest.raises(ValueError, match=r"no folder; give another place|must be a f\w+ to write, and is a"):
+    with pytest.raises(
+        ValueError, match=r"not a folder; give another place|must be a f\w+ to write, and is a"
+    ):
         run.run("tune_phantom", (), lambda line: None)
     assert not (at_work / "data").exists()
 

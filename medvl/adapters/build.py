@@ -142,6 +142,9 @@ def category_of(name: str, samples: Sequence[Conversation], key: str = "category
     commonest, _ = counts.most_common(1)[0]
     if len(counts) > 1:
         _log.warning(
-            "%s: its samples have %d categories, the commonest is taken: %s", name, len(counts), commonest
+            "%s: its samples have %d categories, the most common one is used: %s",
+            name,
+            len(counts),
+            commonest,
         )
     return commonest

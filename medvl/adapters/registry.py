@@ -107,7 +107,7 @@ def read_vectors(path: files.PathLike, registry: Registry) -> Tensor:
         if rows and len(row) != len(rows[0]):
             raise ValueError(
                 f"{path}: {record.name} has {len(row)} numbers, {registry.adapters[0].name} {len(rows[0])}; "
-                "one embedder made all?"
+                "were they made by one embedder?"
             )
         rows.append(row)
     embedders = sorted({record.embedder for record in registry.adapters} - {""})
@@ -160,7 +160,7 @@ def check_registry(path: files.PathLike, registry: Registry, base: str = "") -> 
     others = [adapter for adapter, name in bases.items() if name and _model_name(name) not in accepted]
     if others:
         _log.warning(
-            "%s: taken for adapters of %s, but trained on another model by name: %s",
+            "%s: used as adapters of %s, but trained on a model of another name: %s",
             path,
             expected,
             _list_bases(others, bases),
@@ -204,7 +204,7 @@ def _named_base(path: files.PathLike, registry: Registry, record: AdapterRecord)
 
 def _root_advice(path: files.PathLike, registry: Registry) -> str:
     root = registry_root(path, registry)
-    return f"; relative paths start at {root}, give another root where they do not"
+    return f"; relative paths start at {root}; give another root if that is wrong"
 
 
 def add_adapter(
@@ -226,9 +226,7 @@ def add_adapter(
     with files.file_lock(path, wait=True):
         old = read_registry(path, root) if Path(path).exists() else Registry()
         if Path(path).exists() and isinstance(config.read_plain(path), list):
-            _log.warning(
-                "%s: was a list of LoraRetriever's, and is written as a registry of medvl's now", path
-            )
+            _log.warning("%s: was a list of LoraRetriever, and is now written as a registry of medvl", path)
         return add_adapters(path, old, [(record, vector)])
 
 

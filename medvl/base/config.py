@@ -124,8 +124,8 @@ def load_run(folder: str | os.PathLike, record: type[T]) -> T:
     refused = [change for change in changes if not change.startswith(("$.data.", "$.evaluate."))]
     if refused:
         raise ConfigError(
-            f"{path}: was changed after the run was trained with it, {refused[0]}; put that back. "
-            "Other data.* and evaluate.* are given by --set, anything else is another run"
+            f"{path}: was changed after the run was trained with it: {refused[0]}; undo that. Use --set for "
+            "other data.* and evaluate.*; anything else is another run"
         )
     if changes:
         _log.warning("%s: was changed after the run was trained with it: %s", path, "; ".join(changes[:3]))
@@ -393,14 +393,17 @@ def _check_plain(value: Any, source: str, path: str = "$", depth: int = 0) -> No
     elif isinstance(value, str):
         # NUL, and halves of surrogate pairs, which JSON can spell and UTF-8 cannot.
         if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
-            raise ConfigError(f"{source}: text holds characters that no file can hold, {value!a} @ {path!a}")
+            raise ConfigError(
+                f"{source}: text holds characters that cannot be written to a file, {value!a} @ {path!a}"
+            )
     elif isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise ConfigError(f"{source}: whole numbers have at most 64 bits @ {path}")
     elif isinstance(value, float) and not abs(value) <= _LARGEST:  # NaN would pass every check of a range
         raise ConfigError(f"{source}: must be a finite number of at most {_LARGEST:g}, got {value} @ {path}")
     elif not isinstance(value, int | float | None):
         raise ConfigError(
-            f"{source}: no setting is a {type(value).__name__}, got {value}; write text in quotes @ {path}"
+            f"{source}: a setting cannot be a {type(value).__name__}, got {value}; write text in quotes @ "
+            f"{path}"
         )
 
 

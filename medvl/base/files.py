@@ -137,8 +137,7 @@ def _acquire(lock: Path, path: Path, wait: bool, shared: bool) -> int:
                 os.close(handle)
                 raise
             _log.warning(
-                "%s: this file system has no locks (%s), so see to it yourself that no other run writes "
-                "there",
+                "%s: this file system has no locks (%s), so make sure that no other run writes there",
                 path,
                 e.strerror,
             )
@@ -192,13 +191,15 @@ def check_writable(path: PathLike, *, folder: bool = False) -> None:
         if kind not in ("", expected):
             raise ValueError(f"{path}: must be a {expected} to write, and is a {kind}; give another name")
         if kind == "file" and not os.access(path, os.W_OK):
-            raise ValueError(f"{path}: is there and may not be written to; give another name")
+            raise ValueError(f"{path}: exists and is not writable; give another name")
         # Folders that are missing will be made, in the nearest one that exists.
         parent = path if kind == "folder" else path.parent
         while not os.path.lexists(parent) and parent != parent.parent:
             parent = parent.parent
         if not parent.is_dir():
-            raise ValueError(f"{path}: cannot be written, because {parent} is no folder; give another place")
+            raise ValueError(
+                f"{path}: cannot be written, because {parent} is not a folder; give another place"
+            )
         # Tried out: permission bits do not tell of file systems that are mounted read-only.
         with tempfile.TemporaryFile(dir=parent):
             pass
@@ -254,8 +255,8 @@ def check_name(name: str, noun: str) -> str:
     forbidden = re.search(r"[/\\\x00-\x1f\x7f\ud800-\udfff]", name)
     if not name.strip() or name.startswith(".") or too_long or forbidden:
         raise ValueError(
-            f"{noun} {name[:80]!r}: the name becomes that of a file, so it must be of 1 to 200 bytes, "
-            "without / and \\ and control characters, and not start with a dot"
+            f"{noun} {name[:80]!r}: the name is used as a file name, so it must have 1 to 200 bytes, without "
+            "/ and \\ and control characters, and must not start with a dot"
         )
     return name
 
@@ -280,7 +281,7 @@ def files_below(folder: PathLike) -> list[Path]:
     # os.walk passes over what it cannot read, unless it is given this.
     def refuse(e: OSError) -> None:
         raise ValueError(
-            f"{e.filename}: cannot be read ({e.strerror}); what lies in it would be left out"
+            f"{e.filename}: cannot be read ({e.strerror}); its contents would be left out"
         ) from e
 
     for current, folders, names in os.walk(Path(folder), onerror=refuse, followlinks=True):
@@ -288,7 +289,7 @@ def files_below(folder: PathLike) -> list[Path]:
         for name in folders:
             below = os.path.join(current, name)
             if os.path.realpath(below) in chain:
-                raise ValueError(f"{below}: is a link to a folder that it lies in; remove it")
+                raise ValueError(f"{below}: is a link to a folder that contains it; remove it")
             ancestors[below] = chain
         files += [Path(current, name) for name in names]
     return files
@@ -393,7 +394,7 @@ def _csv_rows(path: Path, file: BinaryIO | None) -> Iterator[tuple[int, list[str
                 return
             if reader.line_num - line >= _LINES_OF_A_ROW:
                 raise ValueError(
-                    f"{path}, line {line}: this row would go on to line {reader.line_num}; is a quote not "
+                    f"{path}, line {line}: this row would continue to line {reader.line_num}; is a quote not "
                     "closed?"
                 )
             if row:
@@ -485,8 +486,8 @@ def check_uncompressed(path: PathLike) -> None:
         raise ValueError(f"{path}: is not a whole file of torch.save ({e})") from e
     if sizes:
         raise ValueError(
-            f"{path}: must be as torch.save writes it, "
-            f"{len(sizes)} members are compressed and unpack to {sum(sizes)} bytes"
+            f"{path}: must be uncompressed, as torch.save writes it; {len(sizes)} members are compressed and "
+            f"unpack to {sum(sizes)} bytes"
         )
 
 
@@ -525,7 +526,7 @@ def open_dataset(file: Any, name: str, path: PathLike) -> Any:
     # A link could lead to any file that the user may read, which nobody expects of a downloaded file.
     if file.id.links.get_info(key).type != h5py.h5l.TYPE_HARD:
         raise ValueError(
-            f"{path}: {name!r} must lie in this file, found a link; copy what it leads to into the file"
+            f"{path}: {name!r} must be stored in this file, found a link; copy its target into the file"
         )
     dataset = file[name]
     if not isinstance(dataset, h5py.Dataset):
@@ -533,8 +534,8 @@ def open_dataset(file: Any, name: str, path: PathLike) -> Any:
     properties = dataset.id.get_create_plist()
     if dataset.is_virtual or properties.get_external_count():
         raise ValueError(
-            f"{path}: {name!r} must lie in this file, found a dataset whose numbers lie in other files; "
-            "copy them into it"
+            f"{path}: {name!r} must be stored in this file, found a dataset whose numbers are in other "
+            "files; copy them into it"
         )
     stored = dataset.id.get_storage_size()
     # Chunks that were never written are missing from the file; a contiguous dataset has no storage then.
@@ -555,7 +556,7 @@ def open_dataset(file: Any, name: str, path: PathLike) -> Any:
     # Compressed features take a half of their size, never a hundredth.
     if dataset.nbytes > max(2**26, 100 * stored):
         raise ValueError(
-            f"{path}: {name!r} would unpack {stored} bytes to {dataset.nbytes}; "
-            "these are no measured numbers, write it again"
+            f"{path}: {name!r} would unpack {stored} bytes to {dataset.nbytes}, so it cannot be real data; "
+            "write it again"
         )
     return dataset

@@ -96,7 +96,7 @@ def choose_device(name: str = "auto") -> torch.device:
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            "device 'cuda' was asked for and torch finds no GPU; set train.device to 'auto' or 'cpu'"
+            "device 'cuda' was requested, but torch finds no GPU; set train.device to 'auto' or 'cpu'"
         )
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")

@@ -90,13 +90,13 @@ def read_finished_lines(path: PathLike, rows: Sequence[int]) -> tuple[list[Line]
             line = json.loads(raw)
         except (ValueError, RecursionError) as e:
             raise ValueError(
-                f"{path}, line {number}: not a line of results ({e}); remove the file to do it all again"
+                f"{path}, line {number}: not a line of results ({e}); remove the file to start again"
             ) from e
         # Another data set or order under the same name: going on would mix the results of two.
         if number > len(rows) or not isinstance(line, dict) or line.get("row") != rows[number - 1]:
             raise ValueError(
-                f"{path}, line {number}: results of other rows or another order; "
-                "remove the file to do it all again"
+                f"{path}, line {number}: results of other rows, or in another order; remove the file to "
+                "start again"
             )
         lines.append(line)
         offsets.append(offsets[-1] + len(raw))

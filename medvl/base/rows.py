@@ -243,7 +243,7 @@ def open_rows(path: PathLike, kind: Kind, datasets: Sequence[str]) -> Rows:
                 offset = dataset.id.get_offset()
                 if offset is None:
                     raise ValueError(
-                        f"{path}: must be a store that medvl wrote, its arrays do not lie in one piece"
+                        f"{path}: must be a store that medvl wrote; its arrays are not contiguous"
                     )
                 places[name] = Dataset(offset=offset, shape=dataset.shape, dtype=dataset.dtype)
             table, settings = f["rows"][()], json.loads(f.attrs["settings"])

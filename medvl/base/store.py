@@ -181,7 +181,7 @@ def _empty_table(path: PathLike, names: Sequence[str], caller: np.dtype) -> np.n
             "different"
         )
     if set(_OWN) & set(caller.names or ()):
-        raise ValueError(f"{path}: the fields {', '.join(_OWN)} are the store's own; name yours otherwise")
+        raise ValueError(f"{path}: the fields {', '.join(_OWN)} are reserved; name yours differently")
     encoded = [name.encode() for name in names]
     width = max(len(name) for name in encoded)
     fields = [_described(caller, name) for name in caller.names or ()]

@@ -28,9 +28,8 @@ def worker_pool(count: int) -> Iterator[ProcessPoolExecutor]:
             workers.submit(os.getpid).result()
         except BrokenProcessPool as e:
             raise ValueError(
-                "worker processes cannot start: a script that asks for workers needs "
-                '`if __name__ == "__main__":` around what it does, '
-                "and must be a file; or ask for one worker, which is this process"
+                "worker processes cannot start: a script that uses workers must be a file and run its code "
+                'under `if __name__ == "__main__":`; or use one worker, which is this process'
             ) from e
         yield workers
 

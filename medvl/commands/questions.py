@@ -92,7 +92,7 @@ def _ask_run(run: str, question: Question, flags: Sequence[str]) -> str:
     system = find_system(name)
     if system.ask is None:
         raise ValueError(
-            f"ask: {run} is a {name} run, which does not answer questions; `invoke classify` tells findings"
+            f"ask: {run} is a {name} run, which does not answer questions; `invoke classify` gives findings"
         )
     _check_question(question, flags, f"{run} ({name})", system.takes)
     return system.ask(folder, question)

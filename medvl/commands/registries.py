@@ -70,7 +70,7 @@ def _build(
     file: Path, pattern: str, samples: str, embedder: str, base: str, overrides: Sequence[str]
 ) -> None:
     if file.exists():
-        raise ValueError(f"adapters build: {file} is there; remove it, or add to it")
+        raise ValueError(f"adapters build: {file} exists; remove it, or add to it")
     if "{task}" not in pattern or not samples:
         raise ValueError(
             f"adapters build: needs path with {{task}} in it, e.g. 'adapters/{{task}}', and samples, got "
@@ -103,7 +103,7 @@ def _adapter_folders(pattern: str) -> dict[str, Path]:
         # They are sorted by the numbers in their names: the last one was trained longest.
         if len(checkpoints) > 1:
             _log.warning(
-                "%s: %d folders match, the last one is taken: %s", name, len(checkpoints), checkpoints[-1]
+                "%s: %d folders match, the last one is used: %s", name, len(checkpoints), checkpoints[-1]
             )
         if checkpoints:
             adapters[name] = checkpoints[-1]

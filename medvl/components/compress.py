@@ -178,8 +178,8 @@ def begin_state(cfg: CompressConfig, params: Tree, after: SlotState | None = Non
         return slots.empty_state(cfg, p, 1)
     if after.pass_index + 1 >= cfg.passes:
         raise ValueError(
-            "begin_state: there must be a pass after the one of the state, "
-            f"got pass {after.pass_index + 1} of {cfg.passes}; finalize it"
+            f"begin_state: the state must not be of the last pass, got pass {after.pass_index + 1} of "
+            f"{cfg.passes}; finalize it"
         )
     with torch.autocast(after.total.device.type, enabled=False):
         latents = slots.update_latents(cfg, p, after, None)

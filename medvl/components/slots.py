@@ -63,8 +63,8 @@ class CompressConfig:
             )
         if self.passes > 1 and self.kind != "perceiver":
             raise ValueError(
-                "CompressConfig: only a perceiver looks several times, "
-                f"got passes={self.passes} and kind {self.kind!r}"
+                f"CompressConfig: only a perceiver can have several passes, got passes={self.passes} and "
+                f"kind {self.kind!r}"
             )
         if self.noise < 0 or not 0 <= self.dropout < 1:
             raise ValueError(

@@ -184,7 +184,7 @@ def _fill(
         planes = {j: plane for j, plane in planes.items() if uses[j]}
     if completed_by:
         raise ValueError(
-            f"resample: the slices must go on to {max(completed_by)}, counted from 0; they end early"
+            f"resample: the slices must continue up to {max(completed_by)}, counted from 0; they end early"
         )
 
 

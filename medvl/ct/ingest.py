@@ -29,7 +29,7 @@ from medvl.ct.volumes import check_sources, keeps_sources, read_volume, reserve_
 log = logging.getLogger(__name__)
 
 REJECTED = ("name", "path", "reason")  # columns of the table of rejected scans
-_WORKER_DIED = "its worker process died, most likely out of memory; preprocess it where there is more"
+_WORKER_DIED = "its worker process died, most likely out of memory; preprocess it on a machine with more"
 
 
 @frozen(kw_only=True)

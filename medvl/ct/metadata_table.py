@@ -123,10 +123,10 @@ def directions(row: Mapping[str, str]) -> np.ndarray | None:
     normal = np.cross(x, y)
     if np.abs(normal[:2]).max() > _TOLERANCE or normal[2] < 0:
         raise ValueError(
-            f"{ORIENTATION} {text!r} makes the normal of the slices grow to {np.round(normal, 3).tolist()} "
-            "(right, anterior, superior) and not to superior: whether the file stacks them that way cannot "
-            "be known, it could come out mirrored or sheared; write the affine into the header (qform or "
-            "sform)"
+            f"{ORIENTATION} {text!r} makes the normal of the slices point to {np.round(normal, 3).tolist()} "
+            "(right, anterior, superior) and not to superior: the order of the slices in the file is then "
+            "unknown, and the volume could come out mirrored or sheared; write the affine into the header "
+            "(qform or sform)"
         )
     return np.stack([x, y, normal], 1)
 

@@ -65,8 +65,8 @@ def patients_of(
     if foreign:
         _log.warning(
             "%d of %d volumes are not named as in CT-RATE (split_patient_scan_recon), so each counts as a "
-            "patient of its own; where a patient has several, say how to tell: a column of patients or a "
-            "pattern such as '(P[0-9]+)_'",
+            "separate patient; if a patient has several volumes, give a column of patients or a pattern such "
+            "as '(P[0-9]+)_'",
             foreign,
             len(volumes),
         )

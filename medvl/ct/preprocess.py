@@ -419,7 +419,7 @@ def _spacing(cfg: CtConfig, header: scans.Header, row: Mapping[str, str] | None)
         # Sorted, since the file may hold the axes in another order than the row.
         if header.placed and not np.allclose(sorted(spacing), sorted(header.spacing_mm), rtol=0.01):
             log.warning(
-                "%s: spacing is %s mm by its metadata, which are taken, and %s by its header",
+                "%s: spacing is %s mm by its metadata, which is used, and %s by its header",
                 header.name,
                 spacing,
                 header.spacing_mm,
@@ -443,9 +443,10 @@ def _orientation(header: scans.Header, row: Mapping[str, str] | None) -> np.ndar
         raise ScanError(f"{header.name}: {e}") from e
     if directions is None:
         raise ScanError(
-            f"{header.name}: nothing says where its axes grow to: its header has no qform and no sform (or "
-            f"an identity without a place), and there is no metadata row with {metadata_table.ORIENTATION}; "
-            "give one, or write the affine into the header. A guess could mirror the patient"
+            f"{header.name}: the direction of its axes is unknown: its header has no qform and no sform (or "
+            "an identity without an origin), and there is no metadata row with "
+            f"{metadata_table.ORIENTATION}; give one, or write the affine into the header. A guess could "
+            "mirror the patient"
         )
     # Directions alone: the order of axes needs neither the spacing nor the origin.
     affine = np.eye(4)

@@ -219,7 +219,7 @@ def _read_to_end(trailing: int, chunks: Iterator[bytes], path: Path) -> None:
     for chunk in itertools.chain([b""], chunks):
         trailing += len(chunk)
         if trailing > _MAX_AFTER:
-            raise ScanError(f"{path}: is damaged, or no scan: other data follow its voxels")
+            raise ScanError(f"{path}: is damaged, or not a scan: other data follow its voxels")
 
 
 def _iter_chunks(f: Any, zipped: bool, path: Path) -> Iterator[bytes]:
@@ -356,14 +356,14 @@ def _find_contradiction(affine: np.ndarray, qform: np.ndarray | None, pixdim_mm:
         is_turned = codes != qform_codes and agreement.min() < _SAME_AXIS
         if _differ(spacing, qform_spacing) or is_turned:
             return (
-                f"its header says two things: sform {_format_mm(spacing)} along {codes}, "
-                f"qform {_format_mm(qform_spacing)} along {qform_codes}; write the right one into both"
+                f"its header contradicts itself: sform {_format_mm(spacing)} along {codes}, qform "
+                f"{_format_mm(qform_spacing)} along {qform_codes}; write the right one into both"
             )
         return ""
     never_set = np.array_equal(pixdim_mm, np.ones(3))
     if not never_set and (pixdim_mm > 0).all() and _differ(spacing, pixdim_mm):
         return (
-            f"its header says two things: sform {_format_mm(spacing)}, pixdim {_format_mm(pixdim_mm)}; "
+            f"its header contradicts itself: sform {_format_mm(spacing)}, pixdim {_format_mm(pixdim_mm)}; "
             "write the right one into both"
         )
     return ""

@@ -66,8 +66,8 @@ def check_sources(volumes: Store, scans: Mapping[str, Path]) -> None:
             replaced.append(name)
     if replaced:
         raise ValueError(
-            f"{volumes.path}: {len(replaced)} scans are other files than those that were written into it, "
-            f"e.g. {replaced[0]}; give the new files other names, or remove the store to make it anew"
+            f"{volumes.path}: {len(replaced)} scans are not the files that were written into it, e.g. "
+            f"{replaced[0]}; give the new files other names, or remove the store to make it again"
         )
 
 

@@ -135,7 +135,8 @@ def build_module(model_class: Any, model_config: Any) -> Any:
     except _UNBUILT as e:
         reason = " ".join(str(e).split())[:300]  # messages can be pages long
         raise ValueError(
-            f"config: no {model_config.model_type} can be built of these sizes ({type(e).__name__}: {reason})"
+            f"config: no {model_config.model_type} can be built with these sizes ({type(e).__name__}: "
+            f"{reason})"
         ) from e
 
 

@@ -80,7 +80,7 @@ def find_file(name: str, choices: tuple[str, ...]) -> Path:
         cached = try_to_load_from_cache(name, choice)
         if isinstance(cached, str):
             return Path(cached)
-    missing = f"hub: {name} is no folder here, and the cache {constants.HF_HUB_CACHE} has no {expected} of it"
+    missing = f"hub: {name} is not a folder here, and the cache {constants.HF_HUB_CACHE} lacks {expected}"
     advice = (
         f"on a connected machine run `hf download {name} --local-dir DIR`, "
         "bring DIR here and give its path as the name"
@@ -232,7 +232,7 @@ def _open_safetensors(path: Path) -> dict[str, Entry]:
             length = int.from_bytes(raw.read(8), "little")
             header = json.loads(raw.read(length))
     except FileNotFoundError as e:
-        raise ValueError(f"load: {path} is missing, its index names it; download the folder again") from e
+        raise ValueError(f"load: {path} is missing, but its index names it; download the folder again") from e
     except (SafetensorError, OSError) as e:
         raise ValueError(f"load: {path} is broken or cut off ({e}); download it again") from e
     entries = {}

@@ -62,7 +62,7 @@ def from_dinov2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             published[f"{prefix}{names[stem]}{leaf}"] = tensor
         else:
             raise ValueError(
-                f"from_dinov2: {key!r} is no key of an original DINOv2 checkpoint (like "
+                f"from_dinov2: {key!r} is not a key of an original DINOv2 checkpoint (like "
                 "'blocks.0.attn.qkv.weight')"
             )
     return published
@@ -91,7 +91,8 @@ def to_dinov2(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
             state[f"{prefix}{_BACK[stem]}{leaf}"] = tensor
         else:
             raise ValueError(
-                f"to_dinov2: {key!r} is no key of a Hugging Face DINOv2 (like 'encoder.layer.0.norm1.weight')"
+                f"to_dinov2: {key!r} is not a key of a Hugging Face DINOv2 (like "
+                "'encoder.layer.0.norm1.weight')"
             )
     # Only now, when all pieces are collected, is it known whether one is missing.
     for key, pieces in joined.items():

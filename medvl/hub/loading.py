@@ -281,7 +281,8 @@ def _merge_tied(module: Any, placed: dict[str, Entry], name: str) -> None:
         # A file may hold both, and then they must agree: one of them could not be kept.
         if first in placed and not torch.equal(placed[alias].read(), placed[first].read()):
             raise ValueError(
-                f"load: {name}: {alias} and {first} are one weight by its config, but differ in the file"
+                f"load: {name}: {alias} and {first} are one weight according to its config, but differ in "
+                "the file"
             )
         placed.setdefault(first, placed[alias])
         del placed[alias]

@@ -30,8 +30,8 @@ _REFUSED = {
     "lora_bias": "B has a bias",
     "trainable_token_indices": "it replaces single rows of the embedding",
     "layer_replication": "it makes new layers of copies",
-    "target_parameters": "it corrects parameters that are no layers (fused experts)",
-    "alora_invocation_tokens": "aLoRA acts only behind certain tokens",
+    "target_parameters": "it adapts parameters that are not layers (fused experts)",
+    "alora_invocation_tokens": "aLoRA acts only after certain tokens",
     "use_qalora": "QALoRA pools the input",
     "use_bdlora": "the factors of BD-LoRA are block-diagonal",
     "kasa_config": "KaSA truncates the base",
@@ -111,7 +111,7 @@ def check_adapter_config(config: dict[str, Any], path: Path) -> None:
         # peft writes all its settings, most of them empty: those mean nothing, whatever they are called.
         unset = value is None or value is False or value in ("", [], {})
         if not unset and not _KNOWN.fullmatch(key):
-            refuse(key, _REFUSED.get(key, "what it does is not known here"))
+            refuse(key, _REFUSED.get(key, "its effect is not known here"))
     for key, (is_valid, expected) in _TYPES.items():
         if config.get(key) is not None and not is_valid(config[key]):
             refuse(key, f"it must be {expected}")

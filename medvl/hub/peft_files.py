@@ -130,8 +130,8 @@ def _fit_to_skeleton(
     missing = [module for module in demanded_modules(config, layers, names) if module not in present]
     if missing:
         raise ValueError(
-            f"read_adapter: {path} lacks {few(missing)}, which target_modules in its config name; "
-            "is it cut or for another model?"
+            f"read_adapter: {path} lacks {few(missing)}, which target_modules in its config name; is it "
+            "truncated, or for another model?"
         )
     # The model says of every layer what it is; the config has one `fan_in_fan_out` for all.
     return names, full, {module: layers[names[module]] for module in pairs}
@@ -161,7 +161,7 @@ def write_adapter(
             finite; no layers; targets that miss a layer.
     """
     if not adapter.factors:
-        raise ValueError(f"write_adapter: {adapter} must correct at least one layer")
+        raise ValueError(f"write_adapter: {adapter} must adapt at least one layer")
     routed = [module for module, factors in adapter.factors.items() if "router" in factors]
     if routed:
         raise ValueError(
@@ -206,7 +206,7 @@ def check_fit(
         kind: what the file takes the module for.
     """
     if module not in layers or (kind == "embedding") != (layers[module] == "embedding"):
-        actual = layers.get(module, "no layer that LoRA corrects")
+        actual = layers.get(module, "no layer that LoRA can adapt")
         raise ValueError(
             f"{context}: {module} has factors of kind {kind}, but is {actual} in {skeleton.name}"
         )
@@ -323,7 +323,7 @@ def _current_names(
     if len(set(current.values())) < len(current):
         twice = sorted(name for name, count in Counter(current.values()).items() if count > 1)
         raise ValueError(
-            f"read_adapter: {path}: {few(twice)} is there under an older and a newer name; the file "
+            f"read_adapter: {path}: {few(twice)} is there twice, under an older and a newer name; the file "
             "must hold one adapter"
         )
     modules = {module: current[f"{module}.weight"].removesuffix(".weight") for module in pairs}

@@ -75,14 +75,14 @@ def _check_params(skeleton: Skeleton, params: Mapping[str, Tensor]) -> None:
     adapted = [n for n, w in params.items() if isinstance(w, LowRank)]
     if adapted:
         raise ValueError(
-            f"save: adapters are on {few(adapted, 2)}; merge them (lora.merge_adapter) "
-            "or write them apart (write_adapter)"
+            f"save: adapters are on {few(adapted, 2)}; merge them (lora.merge_adapter) or save them "
+            "separately (write_adapter)"
         )
     stacked = [n for n, w in params.items() if isinstance(w, four_bit.FourBit) and w.dim() == 3]
     if stacked:
         raise ValueError(
-            f"save: {few(stacked, 2)} are experts in 4 bits, for which no file has a place; write them out "
-            "first (weights.dense), or save the model that was quantised"
+            f"save: {few(stacked, 2)} are experts in 4 bits, which no file format can hold; dequantise them "
+            "first (lazy.dense), or save the model that was quantised"
         )
 
 

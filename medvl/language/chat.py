@@ -655,7 +655,7 @@ def sampling_of(chat: Chat, max_tokens: int) -> Sampling:
     ends |= {*encoding.end_ids(tok, conversation_format(cfg))}
     if ends == {None}:
         _log.warning(
-            "%s: no token ends an answer, so that answers go on to their limit; name one: chat.end",
+            "%s: no token ends an answer, so answers run to their limit; name one in chat.end",
             chat.skeleton.name,
         )
     # Both 0 and null mean: not set.

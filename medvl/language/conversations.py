@@ -114,7 +114,7 @@ def read_conversations(
             dropped.append(len(before.images) - len(after.images))
     if dropped:
         counts = f"{sum(dropped)} images of {len(dropped)} of {len(conversations)} conversations are left out"
-        _log.warning("%s: %s: a turn of the user may have %d, its last", path, counts, max_images)
+        _log.warning("%s: %s: a turn of the user keeps its last %d", path, counts, max_images)
     return limited
 
 
@@ -142,8 +142,7 @@ def warn_of_one_file(pattern: str) -> None:
     """Warn where a pattern names one file for all splits: what is scored was then trained on."""
     if "{split}" not in pattern:
         _log.warning(
-            "%s: is one file for all splits, so that what is scored was trained on; write {split} where "
-            "their names differ",
+            "%s: is one file for all splits, so the test data are trained on; put {split} into its name",
             pattern,
         )
 
@@ -268,7 +267,7 @@ def read_tasks(
     if "{task}" in name:
         paths = _task_files(name)
     if not paths:
-        raise ValueError(f"{name}: no file is called so, whatever the task")
+        raise ValueError(f"{name}: no file has this name, for any task")
     conversations = list[Conversation]()
     for file_task in sorted(paths):
         path = paths[file_task]
@@ -361,7 +360,7 @@ def _parse_conversation(
     for name, path in zip(images, paths, strict=True):
         if not os.path.isfile(path):  # and not path.is_file(), which raises for a name that is too long
             raise ValueError(
-                f"{where}: image {name[:100]!r} is not there (relative names start from {folder}; give "
+                f"{where}: image {name[:100]!r} does not exist (relative names start from {folder}; give "
                 "another root)"
             )
     id_key = "id" if "id" in remaining else "episode_id"

@@ -495,9 +495,9 @@ def _ending_length(traits: _TokenizerTraits, fmt: ConversationFormat, ids: Seque
     # because the model has to write it to get there.
     if first is None or traits.tok.decode(list(ids[:first])).strip():
         raise ValueError(
-            f"encode: {fmt.description} must end every answer with a special token, after an answer stands "
-            f"{traits.tok.decode(ids[:8])!r}; where it puts nothing there, name one as the end "
-            '(chat.end = "<|user|>" for GLM-4.5)'
+            f"encode: {fmt.description} must end every answer with a special token, after an answer it has "
+            f"{traits.tok.decode(ids[:8])!r}; if it puts nothing there, name one as the end (chat.end = "
+            '"<|user|>" for GLM-4.5)'
         )
     return first + max(1, tokens)
 

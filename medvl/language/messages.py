@@ -10,7 +10,7 @@ from medvl.base.text import short
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
 _PAIRS = "pairs of a better and a worse answer are not trained here, and the worse one must not be taken for the better"
-_TOOLS = "calls of tools are not trained here"
+_TOOLS = "tool calls are not trained here"
 # Keys by which other programs change what is trained. Ignoring them would train a text that says something
 # else.
 _UNSUPPORTED_KEYS = {
@@ -112,8 +112,8 @@ def check_other_tags(messages: Iterable[Message], tag: str, where: str) -> None:
         # Our own tag may be one of those that are looked for, such as <img>.
         if hit := _UNSUPPORTED_TAGS.search(message["content"].replace(tag, "")):
             raise ValueError(
-                f"{where}: the tag {hit[0]} of the {message['role']} stands for something that is not read, "
-                f"and would be trained as these letters; images are {tag}, and boxes are written as text"
+                f"{where}: the tag {hit[0]} of the {message['role']} stands for something that is not read "
+                f"here, and would be trained as literal text; images are {tag}, and boxes are written as text"
             )
 
 
@@ -132,9 +132,9 @@ def check_keys(record: Mapping[str, Any], where: str, also: Mapping[str, str]) -
     # Only a boolean is KTO's: "label" is also a common name for a class, which is kept as an extra.
     if isinstance(record.get("label"), bool):
         raise ValueError(
-            f'{where}: must not have "label": {json.dumps(record["label"])}: by KTO it says whether the '
-            "answer is a "
-            "good one, and every answer is trained as a good one here; take out the bad ones, and the key"
+            f'{where}: must not have "label": {json.dumps(record["label"])}: in KTO it says whether the '
+            "answer is a good one, but here every answer is trained as a good one; remove the bad ones, and "
+            "the key"
         )
 
 

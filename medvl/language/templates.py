@@ -329,10 +329,10 @@ def _misplaced_answer(fmt: ConversationFormat, number: int, text: str, prompt: s
     # A little of what is still alike, to find the place in the template by.
     near = slice(max(differs - 20, 0), differs + 40)
     return (
-        f"encode: {fmt.description} must put answer {number} unchanged behind the prompt of generation, but "
+        f"encode: {fmt.description} must put answer {number} unchanged after the generation prompt, but "
         f"where the prompt has {prompt[near]!r} the conversation has {text[near]!r}; set chat.template to "
         'another ("chatml", or Jinja text), or chat.options to what the template takes ({enable_thinking = '
-        'false} for a thinking model), or put answers as they are behind the prompt (chat.answers = "raw")'
+        'false} for a thinking model), or put answers as they are after the prompt (chat.answers = "raw")'
     )
 
 

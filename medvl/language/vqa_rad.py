@@ -408,8 +408,8 @@ def _check_old_tables(folder: Path, lines: Mapping[str, list[str]]) -> None:
     for name in SPLITS:
         if not lines[name] and (folder / f"{name}.jsonl").exists():
             raise ValueError(
-                f"{folder}: {name}.jsonl is of an earlier run and this one has no {name}; "
-                "remove it or take another folder"
+                f"{folder}: {name}.jsonl is of an earlier run and this one has no {name}; remove it or use "
+                "another folder"
             )
 
 
@@ -488,9 +488,10 @@ def _log_counts(source: Path, counts: Mapping[str, int]) -> None:
     warnings = {
         "unknown": "images are left out: no question says their modality, or several differ",
         "empty": "questions have no text or no answer and are left out",
-        "contradicting": "questions are asked again of the same image and answered otherwise; all are kept",
-        "shared": "images are in test and in train or valid too: what is measured on test is not what new "
-        "images will give",
+        "contradicting": "questions are asked again about the same image and answered differently; all are "
+        "kept",
+        "shared": "images are in test and also in train or valid: results on test will not hold for new "
+        "images",
     }
     for name, text in warnings.items():
         if counts[name]:

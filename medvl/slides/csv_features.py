@@ -193,13 +193,13 @@ def _detect_columns(
     if whole_in_front and not _hold_whole_numbers(data, range(expected, width)):
         raise ValueError(
             f"{path}: has {width} columns of numbers, and the first {surplus} hold whole numbers such as "
-            f"{', '.join(data[-1][:surplus])}: row numbers or places, no features; "
-            "save the table without them"
+            f"{', '.join(data[-1][:surplus])}: row numbers or coordinates, not features; save the table "
+            "without them"
         )
     if not dims:
         raise ValueError(
-            f"{path}: has {width} columns of numbers; are {surplus} of them no features? "
-            f"Say dims={expected} or dims={width}"
+            f"{path}: has {width} columns of numbers; are {surplus} of them not features? Give "
+            f"dims={expected} or dims={width}"
         )
     return has_header, start, dims
 

@@ -121,8 +121,8 @@ def read_slide(path: PathLike, *, dims: int = 0, drop: bool = False) -> Slide:
         patch_size = patch_size_of(coords)
         if patch_size is not None:
             _log.warning(
-                "%s: does not say its patch size; taken as %d level-0 pixels, the commonest distance of "
-                "neighbours",
+                "%s: does not give its patch size; taken as %d level-0 pixels, the most common distance "
+                "between neighbours",
                 path,
                 patch_size,
             )

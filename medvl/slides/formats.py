@@ -208,9 +208,9 @@ def _inspect_h5(path: Path, file: h5py.File) -> Source:
     mpp = number_of(path, attrs, "mpp")
     if not mpp or mpp < 0:
         warn_once(
-            f"{path}: coords are in micrometres and the file does not say the slide's mpp, so that no "
-            "level-0 pixels can be told: they are left out; give the file an attribute mpp (micrometres per "
-            "level-0 pixel) to have maps in their places"
+            f"{path}: coords are in micrometres and the file does not say the slide's mpp, so level-0 pixels "
+            "are unknown and the coords are left out; add an attribute mpp (micrometres per level-0 pixel) "
+            "to the file to get maps with positions"
         )
         return _make_source(path, features, None, attrs)
     return _make_source(path, features, coords, attrs, mpp=mpp)
@@ -222,7 +222,7 @@ def _open_npy(path: Path, _dims: int) -> Iterator[Source]:
         holds_objects = b"'descr': '|O'" in file.read(128)
     if holds_objects:
         raise ValueError(
-            f"{path}: holds Python objects, which can run code when they are loaded, and so are not; "
+            f"{path}: holds Python objects, which can run code when they are loaded, so they are not loaded; "
             "if you trust the file, write its array once as plain numbers, such as by "
             f"{_CONVERT_NPY.format(str(path))}"
         )
@@ -261,8 +261,8 @@ def _load_pt(path: Path) -> Any:
         if "numpy" in str(error):
             content = "a NumPy array pickled by torch.save"
         raise ValueError(
-            f"{path}: holds {content}; it can run code when it is loaded, and so is not. "
-            f"If you trust the file, convert it once: {_CONVERT.format(str(path))}"
+            f"{path}: holds {content}; it can run code when it is loaded, so it is not loaded. If you trust "
+            f"the file, convert it once: {_CONVERT.format(str(path))}"
         ) from error
     except (ValueError, *READ_ERRORS) as error:
         raise ValueError(f"{path}: is not a whole file of torch.save ({error_reason(error)})") from error
@@ -337,9 +337,9 @@ def _features_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, int]:
         return 0, 0
     if len(shape) == 1:
         raise ValueError(
-            f"{path}: holds one vector of {shape[0]} numbers, the embedding of a whole slide; "
-            "wanted are those of its patches, [n, d], which lie in another folder "
-            "(TRIDENT: features_ENCODER, not slide_features_ENCODER)"
+            f"{path}: holds one vector of {shape[0]} numbers, the embedding of a whole slide; needed are "
+            "those of its patches, [n, d], which are in another folder (TRIDENT: features_ENCODER, not "
+            "slide_features_ENCODER)"
         )
     if len(shape) == 3 and shape[0] == 1:
         shape = shape[1:]

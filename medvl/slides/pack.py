@@ -213,7 +213,7 @@ def _settings(
     settings["encoder"] = encoder or _common(headers, "encoder") or ""
     if not settings["dims"]:
         raise ValueError(
-            f"pack: no file says how many features a patch has ({len(headers)} were looked at); say dims="
+            f"pack: no file says how many features a patch has ({len(headers)} were examined); give dims="
         )
     return settings
 
@@ -246,7 +246,7 @@ def _common(headers: Mapping[str, About], key: str) -> Any:
         for value, count in counts.most_common():
             values.append(f"{value} ({count}, such as {examples[value]})")
         raise ValueError(
-            f"pack: all slides must have the same {key}, found {', '.join(values)}; say {key}= to refuse "
+            f"pack: all slides must have the same {key}, found {', '.join(values)}; give {key}= to refuse "
             "the others"
         )
     return next(iter(counts), None)
@@ -273,7 +273,7 @@ def _refused(headers: Mapping[str, About], settings: Mapping[str, Any], vouched:
         # Two encoders of one width would mix unnoticed: a file that says none is not taken on trust.
         elif not header.encoder and encoder and not vouched and header.rows:
             faults[name] = (
-                f"{name} does not say its encoder, the store's is {encoder!r}; if it is that, say "
+                f"{name} does not say its encoder, the store's is {encoder!r}; if that is right, give "
                 f"encoder={encoder!r}"
             )
     return faults
@@ -341,7 +341,8 @@ def _warn_of_guesses(target: Path, packed: Mapping[str, About]) -> None:
             guessed.append(name)
     if guessed:
         _log.warning(
-            "%s: the patch size of %d slides (%s) was not said; it is the commonest distance of neighbours",
+            "%s: the patch size of %d slides (%s) is not given in the files; the most common distance "
+            "between neighbours is used",
             target,
             len(guessed),
             few(guessed, 3),

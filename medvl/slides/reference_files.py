@@ -252,8 +252,8 @@ def _load_tensors(path: Path, caller: str) -> Any:
             command = _CONVERT.format(str(path), f"{path.with_suffix('')}_weights.pt")
             raise ValueError(
                 f"{caller}: {path} holds NumPy numbers beside its weights, such as metrics; they can run "
-                "code when they are loaded, and so are not. If you trust the file, write its weights alone "
-                f"once: {command}"
+                "code when they are loaded, so they are not loaded. If you trust the file, write its weights "
+                f"alone once: {command}"
             ) from error
         raise ValueError(
             f"{caller}: {path} is not a file of plain tensors, or broken ({files.error_reason(error)})"

@@ -206,7 +206,7 @@ def _patch_size(path: Path, dims: int) -> int | None:
     size = patch_files.patch_size_of(np.concatenate(coords))
     if size is not None:
         _log.warning(
-            "%s: does not say its patch size; taken as %d level-0 pixels, the commonest distance of "
+            "%s: does not give its patch size; taken as %d level-0 pixels, the most common distance between "
             "neighbours",
             path,
             size,

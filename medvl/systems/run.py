@@ -269,9 +269,8 @@ def evaluate(exp: str, overrides: Sequence[str] = (), log: Log = tqdm.write) -> 
         # A record that trains nothing needs no run before.
         if system.trains(cfg):
             raise ValueError(
-                f"{folder}: no such run; `invoke train --exp {exp}` makes it (the same --set must be "
-                "given); a run that is there "
-                "is evaluated with other data.* or evaluate.* by `--exp runs/NAME --set ...`"
+                f"{folder}: no such run; `invoke train --exp {exp}` makes it (the same --set must be given); "
+                "an existing run is evaluated with other data.* or evaluate.* by `--exp runs/NAME --set ...`"
             )
         _check_places(system, cfg, folder)
         data = system.prepare(cfg, log)
@@ -281,8 +280,8 @@ def evaluate(exp: str, overrides: Sequence[str] = (), log: Log = tqdm.write) -> 
     changed = config.differences(config.unstructure(record), config.unstructure(cfg))
     if changed:
         raise ValueError(
-            f"{folder / 'config.json'}: was changed after the run was trained with it, {changed[0]}; put "
-            "that back"
+            f"{folder / 'config.json'}: was changed after the run was trained with it: {changed[0]}; undo "
+            "that"
         )
     with _evaluating(folder, folder / "results"):
         log = _kept_log(log, folder)

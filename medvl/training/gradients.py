@@ -200,8 +200,8 @@ def token_value_and_grad(
         count = float(numbers["metrics/tokens"])
         if not count:
             raise ValueError(
-                f"token_value_and_grad: no token of the batch ({n} rows) is trained; see that the context "
-                "holds the answers"
+                f"token_value_and_grad: no token of the batch ({n} rows) is trained; make sure that the "
+                "answers fit into the context"
             )
         for name, number in numbers.items():
             numbers[name] = number if name == "metrics/tokens" else number / count

@@ -38,8 +38,8 @@ def muon(
         vectors = [name for name, tensor in flat.items() if tensor.dim() < 2]
         if vectors:
             raise ValueError(
-                f"muon: needs matrices, {len(vectors)} parameters are none, e.g. {vectors[0]}; leave "
-                "them to adamw"
+                f"muon: needs matrices, {len(vectors)} parameters are not, e.g. {vectors[0]}; leave them to "
+                "adamw"
             )
         sharded = [name for name, tensor in flat.items() if is_shard(tensor)]
         if sharded:

@@ -77,7 +77,7 @@ def read_state(path: files.PathLike, device: str | torch.device = "cpu", *, mapp
     except (pickle.UnpicklingError, ValueError, *files.READ_ERRORS) as e:
         raise ValueError(
             f"{path}: not a whole checkpoint of medvl ({files.error_reason(e)}); remove the folder "
-            f"{Path(path).parent} to train its stage anew"
+            f"{Path(path).parent} to train its stage again"
         ) from e
 
 
@@ -117,7 +117,7 @@ def read_trained(
         _check_ended(folder, last, path)
     else:
         _log.warning(
-            "%s: is missing, which would say whether the run was trained to its end; %s is taken", last, path
+            "%s: is missing, so it is unknown whether the run was trained to its end; %s is used", last, path
         )
     # Mapped: of a large file only what is used is read, and moments are not.
     state = read_state(path, mapped=True)
@@ -136,7 +136,7 @@ def _check_ended(folder: Path, last: Path, path: Path) -> None:
     end = read_state(last, mapped=True)
     if end.step < end.steps:
         raise ValueError(
-            f"{folder}: is at step {end.step} of {end.steps}; the command that trains it goes on from there"
+            f"{folder}: is at step {end.step} of {end.steps}; the command that trains it continues from there"
         )
     if path.exists():
         return
@@ -147,7 +147,7 @@ def _check_ended(folder: Path, last: Path, path: Path) -> None:
             f'{last}; train.keep = "last" takes it'
         )
     raise ValueError(
-        f"{path}: is missing, so the state that was to be kept is lost; put it back, or train the run again"
+        f"{path}: is missing, so the state that was to be kept is lost; restore it, or train the run again"
     )
 
 
@@ -181,8 +181,8 @@ def resume_state(folder: Path, state: State) -> State:
     saved = read_state(path, "cpu" if sharded else device, mapped=sharded)
     if not is_finite(saved):
         raise ValueError(
-            f"{path}: holds numbers that are not finite, so that nothing can go on from it; remove it "
-            "to train anew"
+            f"{path}: holds numbers that are not finite, so training cannot continue from it; remove it to "
+            "train again"
         )
     # Another model or optimiser under the same record: it has changed, or the library has.
     _check_same(path, saved.params, state.params, "parameters differ from the model")

@@ -286,11 +286,11 @@ def fusion_error(
     special = _special_part(adapter)
     if special or pool.alone:
         special = special or _special_part(pool.alone[0])
-        raise ValueError(f"fusion_error: {adapter} must be a plain correction, it has {special}")
+        raise ValueError(f"fusion_error: {adapter} must be a plain adapter, it has {special}")
     extra = sorted(adapter.factors.keys() - pool.factors.keys())
     if extra:
         raise ValueError(
-            f"fusion_error: {adapter} corrects {extra[0]}, which none of {', '.join(pool.names)} does"
+            f"fusion_error: {adapter} adapts {extra[0]}, which none of {', '.join(pool.names)} does"
         )
     errors = {}
     for module, factors in pool.factors.items():

@@ -138,9 +138,7 @@ def quantize(params: Mapping[str, Tensor], cfg: QuantConfig = QuantConfig()) -> 
     convert = quantizer(cfg)
     quantized = {name: convert(name, w) for name, w in params.items()}
     if not any(isinstance(w, FourBit) for w in quantized.values()):
-        raise ValueError(
-            f"quantize: none of {len(params)} weights is a matrix that cfg.skip leaves to quantise"
-        )
+        raise ValueError(f"quantize: none of {len(params)} weights is a matrix that cfg.skip lets through")
     return quantized
 
 
@@ -163,8 +161,8 @@ def quantizer(cfg: QuantConfig = QuantConfig()) -> Callable[[str, Tensor], Tenso
         of_experts = w.dim() == 3 and EXPERTS.search(name)
         if w.dim() > 2 and not of_experts:
             warnings.warn(
-                f"quantize: {name} {list(w.shape)} stays in full precision, "
-                "it is neither a matrix nor of experts",
+                f"quantize: {name} {list(w.shape)} stays in full precision: it is neither a matrix nor a "
+                "weight of experts",
                 stacklevel=2,
             )
             return w

@@ -113,8 +113,8 @@ class Lazy(Tensor):
             return args[0].moved(kwargs.get("dtype"), kwargs.get("device"))
         weight = next(_lazies(args, kwargs))
         raise NotImplementedError(
-            f"{func} meets {weight!r}, which answers only linear, embedding and addmm; "
-            "weights.dense(w) makes a plain tensor of it"
+            f"{func} meets {weight!r}, which supports only linear, embedding and addmm; lazy.dense(w) makes "
+            "a plain tensor of it"
         )
 
     @property

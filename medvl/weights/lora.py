@@ -213,8 +213,8 @@ def _warn_of_experts(skeleton: Any) -> None:
             sizes[name] = p.numel()
     if sizes:
         warnings.warn(
-            f"lora: all-linear corrects no experts: {next(iter(sizes))} and {len(sizes) - 1} more hold "
-            f"{sum(sizes.values()):,} numbers as parameters without a layer, which stay as they are",
+            f"lora: all-linear does not adapt experts: {next(iter(sizes))} and {len(sizes) - 1} more hold "
+            f"{sum(sizes.values()):,} numbers as parameters outside of layers, which stay as they are",
             stacklevel=3,
         )
 
@@ -325,16 +325,16 @@ def merge_adapter(
     if sharing:
         raise ValueError(
             f"merge_adapter: {sharing[0]} has the weight {_weight_name(params, sharing[0])} of another "
-            "layer, which its adapter does not correct; give them a weight each (skeleton, params = "
-            "hub.untie(skeleton, params)), or keep the adapter apart"
+            "layer, which its adapter does not adapt; untie them first (skeleton, params = "
+            "skeletons.untie(skeleton, params)), or keep the adapter separate"
         )
     # Whether an embedding is tied shows only in the missing weight of the head.
     may_be_tied = "lm_head.weight" not in params and not also_head
     embeddings = [module for module, kind in adapter.kinds.items() if kind == "embedding"]
     if may_be_tied and embeddings:
         raise ValueError(
-            f"merge_adapter: {embeddings[0]} may be tied to the head, which its adapter does not correct; "
-            "give them a weight each (hub.untie), keep the adapter apart, or say also_head=True"
+            f"merge_adapter: {embeddings[0]} may be tied to the head, which its adapter does not adapt; "
+            "untie them first (skeletons.untie), keep the adapter separate, or set also_head=True"
         )
     merged = dict(apply_lora(params, adapter))
     change: dict[str, float] = {}
@@ -347,7 +347,8 @@ def merge_adapter(
             exact = dense(_over_base(merged[name], base))
         except ValueError as e:
             raise ValueError(
-                f"merge_adapter: {module}: {e}; keep the adapter apart, or compose it with one weight vector"
+                f"merge_adapter: {module}: {e}; keep the adapter separate, or compose it with one weight "
+                "vector"
             ) from e
         rounded = exact.to(dtype or params[name].dtype)
         merged[name] = rounded

@@ -79,8 +79,8 @@ def test_a_refused_adapter_changes_nothing(place):
             [0.0, 0.0],
             "one finite vector .* that is not zero",
         ),
-        (AdapterRecord(name=" ", path="ct", vector="new.npy"), [1.0, 0.0], "the name becomes that of a file"),
-        (AdapterRecord(name="../../x", path="ct", vector=""), [1.0, 0.0], "the name becomes that of a file"),
+        (AdapterRecord(name=" ", path="ct", vector="new.npy"), [1.0, 0.0], "the name is used as a file name"),
+        (AdapterRecord(name="../../x", path="ct", vector=""), [1.0, 0.0], "the name is used as a file name"),
         (
             AdapterRecord(name="us", path="ct", vector="../new.npy"),
             [1.0, 0.0],
@@ -101,7 +101,7 @@ def test_a_refused_adapter_changes_nothing(place):
     "name", ["", " ", ".", "..", ".ct", "a/b", "/etc/x", "a\\b", "a\0b", "a\nb", "x" * 201, "\udc80"]
 )
 def test_names_that_would_be_other_places_are_refused(place, name):
-    with pytest.raises(ValueError, match="the name becomes that of a file"):
+    with pytest.raises(ValueError, match="the name is used as a file name"):
         registry.add_adapter(place, AdapterRecord(name=name, path="ct", vector=""), [1.0, 0.0])
     assert sorted(p.name for p in place.parent.iterdir()) == ["ct", "xray"]
 
@@ -158,7 +158,7 @@ BAD = [
     (broken_vector(np.array([1.0, np.nan])), r"one finite vector \[d\] that is not zero"),
     (broken_vector(np.zeros(2)), r"one finite vector \[d\] that is not zero"),
     (broken_vector(np.ones((2, 2))), r"got float64 \[2, 2\]"),
-    (broken_vector(np.ones(3)), "xray has 2 numbers, ct 3; one embedder made all"),
+    (broken_vector(np.ones(3)), "xray has 2 numbers, ct 3; were they made by one embedder"),
     (
         lambda p: p.with_name("ct").joinpath("adapter_config.json").unlink(),
         "ct: .*adapter_config.json: cannot be read as text",
@@ -212,7 +212,7 @@ def test_another_model_by_name_is_a_warning_where_the_model_is_given(place, capl
     rebased("other")(place)
     registry.check_registry(place, registry.read_registry(place), "/models/Qwen2-VL-7B-Instruct")
     assert (
-        "taken for adapters of /models/Qwen2-VL-7B-Instruct, but trained on another model by name: ct on other"
+        "used as adapters of /models/Qwen2-VL-7B-Instruct, but trained on a model of another name: ct on other"
         in caplog.text
     )
     caplog.clear()
@@ -229,7 +229,7 @@ def test_paths_may_start_elsewhere(place, tmp_path, monkeypatch, caplog):
     listed.write_text(json.dumps([{"lora_name": "ct", "lora_path": "ct", "embedding_path": "m.npy"}]))
     with pytest.raises(
         ValueError,
-        match=r"ct: .*config/m\.npy: no such file; relative paths start at .*config, give another root",
+        match=r"ct: .*config/m\.npy: no such file; relative paths start at .*config; give another root",
     ):
         registry.check_registry(listed, registry.read_registry(listed))
     monkeypatch.chdir(tmp_path)
@@ -239,7 +239,7 @@ def test_paths_may_start_elsewhere(place, tmp_path, monkeypatch, caplog):
     made = registry.add_adapter(
         listed, AdapterRecord(name="us", path="xray", vector=""), [0.0, 1.0], "."
     )  # keeps it
-    assert "was a list of LoraRetriever's, and is written as a registry of medvl's now" in caplog.text
+    assert "was a list of LoraRetriever, and is now written as a registry of medvl" in caplog.text
     again = registry.read_registry(listed)
     assert (again, again.root) == (made, "..")
     torch.testing.assert_close(registry.read_vectors(listed, again), torch.tensor([[0.6, 0.8], [0.0, 1.0]]))

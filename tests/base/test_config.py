@@ -140,18 +140,22 @@ def test_patterns_are_filled_once():
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("a.toml", "day = 2024-01-01", "no setting is a date, got 2024-01-01; write text in quotes @ $.day"),
+        (
+            "a.toml",
+            "day = 2024-01-01",
+            "a setting cannot be a date, got 2024-01-01; write text in quotes @ $.day",
+        ),
         (
             "a.toml",
             "t = {at = [12:00:00]}",
-            "no setting is a time, got 12:00:00; write text in quotes @ $.t.at[0]",
+            "a setting cannot be a time, got 12:00:00; write text in quotes @ $.t.at[0]",
         ),
         ("a.toml", "x = " + "[" * 5000 + "]" * 5000, "not valid TOML"),
         ("a.toml", "x = " + "[" * 60 + "]" * 60, "more than 32 deep"),
         ("a.toml", ".".join("a" * 3000) + " = 1", "more than 32 deep"),
         ("a.json", "[" * 200_000 + "]" * 200_000, "not valid JSON"),
-        ("a.json", '{"a": "\\ud800"}', "no file can hold"),
-        ("a.toml", 'a = "b\\u0000"', "no file can hold"),
+        ("a.json", '{"a": "\\ud800"}', "cannot be written to a file"),
+        ("a.toml", 'a = "b\\u0000"', "cannot be written to a file"),
         ("a.toml", "seed = " + "9" * 30, "at most 64 bits @ $.seed"),
         ("a.toml", "seed = " + "9" * 5000, "not valid TOML"),
         ("a.json", "[1]", "must hold a table of settings, found list"),

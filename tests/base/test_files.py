@@ -32,9 +32,9 @@ def place(tmp_path):
         ("folder", False, "must be a file to write, and is a folder"),
         ("down", False, "must be a file to write, and is a folder"),
         ("file", True, "must be a folder to write, and is a file"),
-        ("file/a/b.h5", False, "file is no folder; give another place"),
-        ("file/a", True, "file is no folder; give another place"),
-        ("nowhere/a", False, "nowhere is no folder; give another place"),
+        ("file/a/b.h5", False, "file is not a folder; give another place"),
+        ("file/a", True, "file is not a folder; give another place"),
+        ("nowhere/a", False, "nowhere is not a folder; give another place"),
         ("pipe", False, "must be a file to write, and is a device"),
         ("/dev/null", False, "must be a file to write, and is a device"),
         ("/proc/medvl/a", False, "cannot be written ("),
@@ -65,7 +65,7 @@ def test_a_place_in_a_folder_that_is_read_only(place, monkeypatch):
 
 def test_a_file_that_is_read_only(place, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, how: how != os.W_OK)
-    with pytest.raises(ValueError, match="file: is there and may not be written to"):
+    with pytest.raises(ValueError, match="file: exists and is not writable"):
         files.check_writable(place / "file")
 
 
@@ -97,7 +97,7 @@ TABLES = {  # a table: what the message says
     b'name,text\na,b\nc,"d\ne,f\ng,h\n': "line 3: not a readable CSV .*is a quote not closed",
     b'name,text\na,"b\n'
     + b"c,d\n" * 3000
-    + b'"\n': "line 2: this row would go on to line 3003; is a quote not closed",
+    + b'"\n': "line 2: this row would continue to line 3003; is a quote not closed",
     b"name,text\na,b\nc,"
     + b"d" * 2**23
     + b"e\n": "line 3: not a readable CSV .*field larger than field limit",
@@ -156,7 +156,7 @@ def test_files_below_are_all_or_an_error(place, monkeypatch):
     (place / "folder/again").symlink_to(place / "folder/deep")  # one folder twice, but not in a circle
     assert len(files.files_below(place / "folder")) == 2
     (place / "folder/deep/er/up").symlink_to(place / "folder")
-    with pytest.raises(ValueError, match=r"er/up: is a link to a folder that it lies in"):
+    with pytest.raises(ValueError, match=r"er/up: is a link to a folder that contains it"):
         files.files_below(place / "folder")
     (place / "folder/deep/er/up").unlink()
     listed = os.scandir
@@ -168,7 +168,7 @@ def test_files_below_are_all_or_an_error(place, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", denied)
     with pytest.raises(
-        ValueError, match=r"/er: cannot be read \(Permission denied\); what lies in it would be left out"
+        ValueError, match=r"/er: cannot be read \(Permission denied\); its contents would be left out"
     ):
         files.files_below(place / "folder")
 

@@ -93,9 +93,9 @@ def test_work_must_give_a_line_for_each_row(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("no json\n", r"line 1: not a line of results \(.*\); remove the file to do it all again"),
+        ("no json\n", r"line 1: not a line of results \(.*\); remove the file to start again"),
         ('{"row": 3}\n' + "[" * 10**5 + "\n", "line 2: not a line of results"),
-        ('{"row": 1}\n', "line 1: results of other rows or another order; remove the file"),
+        ('{"row": 1}\n', "line 1: results of other rows, or in another order; remove the file"),
         ("[3]\n", "line 1: results of other rows"),
         ("".join(f'{{"row": {row}}}\n' for row in (3, 1, 0, 2, 4, 5)), "line 6: results of other rows"),
     ],

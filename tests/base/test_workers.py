@@ -74,4 +74,6 @@ def test_a_script_without_a_guard_is_told_so(tmp_path):
         [sys.executable, script], capture_output=True, text=True, check=False, env=ENVIRONMENT
     )
     assert run.returncode == 1
-    assert "ValueError: worker processes cannot start: a script that asks for workers needs" in run.stderr
+    assert (
+        "ValueError: worker processes cannot start: a script that uses workers must be a file" in run.stderr
+    )

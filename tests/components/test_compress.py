@@ -614,7 +614,9 @@ def test_states_that_do_not_fit(gen):
     with pytest.raises(ValueError, match="got none"):
         slot_weights(cfg, p, x)
     two = begin_state(cfg, p, one)
-    with pytest.raises(ValueError, match=r"begin_state: there must be a pass after .* got pass 2 of 2"):
+    with pytest.raises(
+        ValueError, match=r"begin_state: the state must not be of the last pass, got pass 2 of 2"
+    ):
         begin_state(cfg, p, two)
     with pytest.raises(ValueError, match="merge_states: both states must come from one config and pass"):
         merge_states(one, two)

@@ -119,7 +119,7 @@ def test_what_cannot_be_resampled_is_refused():
     ):
         resample(axes, v, torch.abs, torch.abs, np.empty((1, 2, 3), np.float32))
     before = torch.get_num_threads()
-    with pytest.raises(ValueError, match=r"must go on to 19, counted from 0; they end early"):
+    with pytest.raises(ValueError, match=r"must continue up to 19, counted from 0; they end early"):
         resample(axes, v[:19], torch.abs, torch.abs, out)
     assert torch.get_num_threads() == before
     assert not grids._counts

@@ -300,7 +300,7 @@ BROKEN = {  # what is wrong: (what the user does with it, what the message says)
     ),
     "no axes at all": (
         lambda t: preprocess_scan(_scan(t / "a.nii", affine=None), SMALL),
-        "nothing says where its axes grow to",
+        "the direction of its axes is unknown",
     ),
     "no spacing in the metadata": (
         lambda t: preprocess_scan(_scan(t / "a.nii"), evolve(SMALL, spacing_from="metadata"), META),
@@ -496,7 +496,7 @@ def test_a_scan_that_was_replaced_under_its_name_is_noticed(tmp_path):
     _scan(paths[0], 7)
     with pytest.raises(
         ValueError,
-        match=r"1 scans are other files than those that were written into it, e\.g\. 0; give the new files",
+        match=r"1 scans are not the files that were written into it, e\.g\. 0; give the new files",
     ):
         preprocess_folder(tmp_path / "in", out, SMALL, progress=False)
     assert out.read_bytes() == before

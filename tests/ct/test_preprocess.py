@@ -308,7 +308,7 @@ def test_another_spacing_in_the_metadata_is_taken_with_a_word(tmp_path, caplog):
     v = preprocess_scan(tmp_path / "a.nii", evolve(SMALL, spacing_from="metadata"), row)
     assert v.source_spacing_mm == (2.5, 3.0, 3.0)
     assert (
-        "spacing is (3.0, 3.0, 2.5) mm by its metadata, which are taken, and (3.0, 3.0, 5.0) by its header"
+        "spacing is (3.0, 3.0, 2.5) mm by its metadata, which is used, and (3.0, 3.0, 5.0) by its header"
         in caplog.text
     )
     caplog.clear()
@@ -349,7 +349,7 @@ def test_axes_and_spacing_of_a_blank_header_come_from_metadata(tmp_path, kind, p
     np.testing.assert_array_equal(v.voxels, preprocess_scan(good, cfg).voxels)
     for row in (None, ROW):
         with pytest.raises(
-            ScanError, match=r"nothing says where its axes grow to: .*ImageOrientationPatient"
+            ScanError, match=r"the direction of its axes is unknown: .*ImageOrientationPatient"
         ):
             preprocess_scan(
                 tmp_path / "b.nii", evolve(cfg, spacing_from="metadata" if row else "header"), row

@@ -65,7 +65,7 @@ def test_a_scan_that_became_another_file_is_noticed(tmp_path, scans):
     scans["b"].write_text("its volume is not stored yet")
     check_sources(volumes, scans)
     scans["a"].write_text("x")
-    with pytest.raises(ValueError, match=r"1 scans are other files .*, e\.g\. a; give the new files"):
+    with pytest.raises(ValueError, match=r"1 scans are not the files .*, e\.g\. a; give the new files"):
         check_sources(volumes, scans)
     scans["a"].unlink()
     check_sources(volumes, scans)

@@ -67,7 +67,7 @@ IMPOSSIBLE = [
     ("qwen2_vl", "vision_config.mlp_ratio", 10**6, r"mlp_ratio must be from \d to 256"),
     ("gpt2", "n_positions", 0, r"n_positions must be from 1 to \d+, got 0"),
     ("internvl", "vision_config.image_size", [0, 16], r"image_size must be from 1 to \d+, got 0"),
-    ("internvl", "vision_config.patch_size", [], "config: no internvl can be built of these sizes"),
+    ("internvl", "vision_config.patch_size", [], "config: no internvl can be built with these sizes"),
     ("dinov2", "patch_size", 0, r"patch_size must be from 1 to \d+, got 0"),
     ("dinov2", "patch_size", 64, "image_size 32 and patch_size 64 must make 1 to 262144 patches, got 0"),
     (
@@ -85,7 +85,7 @@ IMPOSSIBLE = [
     ),
     ("dinov2", "num_labels", 10**8, r"num_labels must be from \d to 1048576"),
     ("qwen2", "num_labels", 10**8, r"num_labels must be from \d to 1048576"),
-    ("dinov2", "image_size", [8], "config: no dinov2 can be built of these sizes .IndexError"),
+    ("dinov2", "image_size", [8], "config: no dinov2 can be built with these sizes .IndexError"),
 ]
 
 

@@ -49,7 +49,7 @@ def test_the_first_choice_in_a_folder_is_found(tmp_path):
 
 def test_the_cache_of_the_hub_is_read(cache):
     assert find_file("someone/tiny", ("model.safetensors", "config.json")) == cache / "config.json"
-    with pytest.raises(ValueError, match=r"has no model\.safetensors of it; HF_HUB_OFFLINE is set") as e:
+    with pytest.raises(ValueError, match=r"lacks model\.safetensors; HF_HUB_OFFLINE is set") as e:
         find_file("someone/tiny", ("model.safetensors",))
     assert "hf download someone/tiny --local-dir DIR" in str(e.value)
 
@@ -135,7 +135,7 @@ def test_weights_of_every_kind_of_file(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     _equal(open_weights(tmp_path / "model.safetensors.index.json", str(tmp_path)), state)
     (tmp_path / "2.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"2.safetensors is missing, its index names it"):
+    with pytest.raises(ValueError, match=r"2.safetensors is missing, but its index names it"):
         open_weights(tmp_path / "model.safetensors.index.json", str(tmp_path))
 
 
@@ -261,7 +261,9 @@ def test_a_compressed_pickle_is_refused_before_it_is_unpacked(tmp_path):
     ):
         for name in plain.namelist():
             packed.writestr(name, plain.read(name))
-    with pytest.raises(ValueError, match=r"must be as torch.save writes it, \d+ members are compressed"):
+    with pytest.raises(
+        ValueError, match=r"must be uncompressed, as torch.save writes it; \d+ members are compressed"
+    ):
         checkpoints.read_pickle(tmp_path / "w.bin")
 
 

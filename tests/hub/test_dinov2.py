@@ -101,9 +101,9 @@ def test_original_dinov2_of_published_shapes():
 
 
 def test_original_dinov2_refuses_other_keys():
-    with pytest.raises(ValueError, match=r"'blocks.0.attn.rel_pos' is no key of an original DINOv2"):
+    with pytest.raises(ValueError, match=r"'blocks.0.attn.rel_pos' is not a key of an original DINOv2"):
         dinov2.from_dinov2({"blocks.0.attn.rel_pos": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"'encoder.layer.0.foo' is no key of a Hugging Face DINOv2"):
+    with pytest.raises(ValueError, match=r"'encoder.layer.0.foo' is not a key of a Hugging Face DINOv2"):
         dinov2.to_dinov2({"encoder.layer.0.foo": torch.zeros(1)})
     with pytest.raises(
         ValueError, match=r"attn.qkv.bias needs query, key, value, but there is no key, value"

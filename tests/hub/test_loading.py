@@ -115,7 +115,7 @@ def test_what_is_nowhere_stops_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.hf_hub_download", never)
     with pytest.raises(
         ValueError,
-        match=rf"someone/nothing is no folder.*{tmp_path}/cache.*HF_HUB_OFFLINE.*hf download someone/nothing",
+        match=rf"someone/nothing is not a folder.*{tmp_path}/cache.*HF_HUB_OFFLINE.*hf download someone/nothing",
     ):
         loading.load_skeleton("someone/nothing")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
@@ -266,7 +266,7 @@ def test_a_tied_head_under_either_name():
         ) == skeletons.weights_digest(params)
     with pytest.raises(
         ValueError,
-        match=r"lm_head.weight and model.embed_tokens.weight are one weight by its config, but differ",
+        match=r"lm_head.weight and model.embed_tokens.weight are one weight according to its config, but differ",
     ):
         loading.bind_weights(
             skeleton.config, both | {"lm_head.weight": torch.zeros(160, 32)}, head="language"

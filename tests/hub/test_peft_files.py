@@ -492,17 +492,17 @@ CONFIGS = [
     ({"bias": "lora_only"}, 'bias = "lora_only".*biases of the base'),
     ({"trainable_token_indices": [1, 2]}, r"trainable_token_indices = \[1, 2\]"),
     ({"layer_replication": [[0, 1]]}, "layer_replication.*copies"),
-    ({"target_parameters": ["experts.w"]}, "target_parameters.*no layers"),
+    ({"target_parameters": ["experts.w"]}, "target_parameters.*not layers"),
     ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens.*certain tokens"),
     ({"use_qalora": True}, "use_qalora.*pools"),
     ({"use_bdlora": {"nblocks": 2}}, "use_bdlora.*block-diagonal"),
     ({"kasa_config": {"beta": 1}}, "kasa_config.*truncates"),
     ({"ensure_weight_tying": True}, "ensure_weight_tying.*tied"),
     *[
-        ({k: {"x": 1}}, f"{k} = .*what it does is not known here")
+        ({k: {"x": 1}}, f"{k} = .*its effect is not known here")
         for k in ("megatron_config", "arrow_config", "monteclora_config", "velora_config")
     ],
-    ({"brand_new": 3}, "brand_new = 3 cannot be read: what it does is not known here"),
+    ({"brand_new": 3}, "brand_new = 3 cannot be read: its effect is not known here"),
     ({"r": 0}, "r = 0.*positive integer"),
     ({"lora_alpha": "16"}, 'lora_alpha = "16".*a number'),
     ({"lora_dropout": 1.0}, r"lora_dropout = 1.0.*\[0, 1\)"),
@@ -674,7 +674,7 @@ def test_what_is_not_written(folder, tmp_path):
         (gated, {}, rf"{Q} of .* differs by sample \(gate \[2, 4\]\)"),
         (routed, {}, rf"{Q} of .* have routers .*write_hlora"),
         (nan, {}, rf"{Q}.lora_A.weight must be finite"),
-        (evolve(adapter, factors={}), {}, "must correct at least one layer"),
+        (evolve(adapter, factors={}), {}, "must adapt at least one layer"),
         (evolve(adapter, scale=adapter.scale | {Q: torch.inf}), {}, f"the scale of {Q} of .* must be finite"),
         (
             adapter,

@@ -97,7 +97,7 @@ def test_a_tokenizer_that_is_nowhere_stops_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     with pytest.raises(
         ValueError,
-        match=r"someone/nothing is no folder.*tokenizer.json.*HF_HUB_OFFLINE.*hf download someone/nothing",
+        match=r"someone/nothing is not a folder.*tokenizer.json.*HF_HUB_OFFLINE.*hf download someone/nothing",
     ):
         tokens.tokenizer("someone/nothing")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)

@@ -88,11 +88,11 @@ WRONG = {
         {"messages": turns("q", "a"), "rejected_messages": turns("q", "b")},
         'must not have "rejected_messages"',
     ),
-    "a bad answer of KTO": (GOOD | {"label": False}, 'must not have "label": false: by KTO'),
-    "a good answer of KTO": (GOOD | {"label": True}, 'must not have "label": true: by KTO'),
+    "a bad answer of KTO": (GOOD | {"label": False}, 'must not have "label": false: in KTO'),
+    "a good answer of KTO": (GOOD | {"label": True}, 'must not have "label": true: in KTO'),
     "tools": (
         {"messages": turns("q", "a"), "tools": [{"name": "f"}]},
-        'must not have "tools": calls of tools',
+        'must not have "tools": tool calls',
     ),
     "another key for images": (
         GOOD | {"image_path": "b.png"},
@@ -195,12 +195,12 @@ WRONG = {
     ),
     "a name beyond names": (
         {"query": "<image>", "response": "a", "image": "a" * 5000},
-        "image 'aaaa.*' is not there",
+        "image 'aaaa.*' does not exist",
     ),
-    "a name with a NUL": ({"query": "<image>", "response": "a", "image": "a\0.png"}, "is not there"),
+    "a name with a NUL": ({"query": "<image>", "response": "a", "image": "a\0.png"}, "does not exist"),
     "missing image": (
         {"query": "<image>", "response": "a", "image": "no.png"},
-        "image 'no.png' is not there",
+        "image 'no.png' does not exist",
     ),
 }
 
@@ -406,7 +406,9 @@ def test_relative_images_start_from_the_root(tmp_path):
     assert [c.images[0].resolve() for c in read_conversations(path, root=tmp_path / "project")] == [
         (tmp_path / name).resolve() for name in wanted
     ]
-    with pytest.raises(ValueError, match=r"line 1: image 'in.png' is not there \(relative names start from"):
+    with pytest.raises(
+        ValueError, match=r"line 1: image 'in.png' does not exist \(relative names start from"
+    ):
         read_conversations(path)
 
 
@@ -475,7 +477,7 @@ def test_one_file_for_all_splits_is_told(caplog):
     warn_of_one_file("{folder}/{split}.json")
     assert not caplog.records
     warn_of_one_file("data/all.json")
-    assert "data/all.json: is one file for all splits, so that what is scored was trained on" in caplog.text
+    assert "data/all.json: is one file for all splits, so the test data are trained on" in caplog.text
 
 
 def test_a_file_is_limited_with_one_warning(folder, caplog):
@@ -495,7 +497,7 @@ def test_a_file_is_limited_with_one_warning(folder, caplog):
     assert [[p.name for p in c.images] for c in found] == [["a.png"], ["a.png"], []]
     assert [c.messages[0]["content"] for c in found] == ["<image>q", " <image>", "q"]
     assert caplog.messages == [
-        f"{path}: 4 images of 2 of 3 conversations are left out: a turn of the user may have 1, its last"
+        f"{path}: 4 images of 2 of 3 conversations are left out: a turn of the user keeps its last 1"
     ]
 
 
@@ -516,7 +518,7 @@ def test_tasks_from_one_file_each(folder):
     assert [c.line for c in found] == [1, 2] * 3
     assert found[1].extra == {"task": "chest x-ray", "category": "pos"}
     assert [c.extra["task"] for c in read_tasks(folder / "{task}" / "{split}.jsonl", "test")] == ["ct"]
-    with pytest.raises(ValueError, match=r"\{task\}/valid.jsonl: no file is called so, whatever the task"):
+    with pytest.raises(ValueError, match=r"\{task\}/valid.jsonl: no file has this name, for any task"):
         read_tasks(folder / "{task}" / "{split}.jsonl", "valid")
     write(folder / "mri" / "train.jsonl", GOOD, "", GOOD | {"task": "ct"})
     with pytest.raises(

@@ -295,7 +295,7 @@ def test_a_template_that_shows_training_another_prompt_is_refused(real):
     tok = real["qwen3"][0]  # a thinking model: its template writes <think> before the last answer only
     with pytest.raises(
         ValueError,
-        match=r"the tokenizer's chat template must put answer 1 unchanged behind the prompt.*enable_thinking",
+        match=r"the tokenizer's chat template must put answer 1 unchanged after the generation prompt.*enable_thinking",
     ):
         encode(tok, turns("q", "a"))
     with pytest.raises(ValueError, match="must end every answer with a special token"):

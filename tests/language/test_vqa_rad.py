@@ -214,7 +214,7 @@ def test_repeats_are_kept_counted_and_said(convert, tmp_path, caplog):
     assert sum(counts[name] for name in SPLITS) == 36
     assert len(caplog.messages) == 1
     assert (
-        "vqa.json: 1 questions are asked again of the same image and answered otherwise; all are kept"
+        "vqa.json: 1 questions are asked again about the same image and answered differently; all are kept"
         in caplog.messages[0]
     )
 
@@ -247,7 +247,7 @@ def test_the_published_flag(convert, tmp_path, caplog):
     assert sorted(int(c.id) for c in found["test"]) == [0, 1, 2, 5]
     assert not (tmp_path / "out" / "valid.jsonl").exists()
     assert len(found["train"]) == 32
-    assert "1 images are in test and in train or valid too" in caplog.messages[0]
+    assert "1 images are in test and also in train or valid" in caplog.messages[0]
 
 
 SAID = {
@@ -413,7 +413,7 @@ def test_no_table_of_an_earlier_run_stays_beside_new_ones(convert, tmp_path):
     convert(questions(12))
     with pytest.raises(
         ValueError,
-        match=r"out: valid.jsonl is of an earlier run and this one has no valid; remove it or take another folder",
+        match=r"out: valid.jsonl is of an earlier run and this one has no valid; remove it or use another folder",
     ):
         convert(questions(12), valid=0)
 

@@ -412,7 +412,7 @@ def test_a_script_that_cannot_have_workers_is_told_so(tmp_path):
     )
     assert done.returncode == 1
     assert (
-        'ValueError: worker processes cannot start: a script that asks for workers needs `if __name__ == "__main__":`'
+        'ValueError: worker processes cannot start: a script that uses workers must be a file and run its code under `if __name__ == "__main__":`'
         in done.stderr
     )
     assert not list(tmp_path.glob("out/train/*"))

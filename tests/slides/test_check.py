@@ -124,7 +124,7 @@ def test_the_check_of_a_store_sees_what_changed_in_it(folder, tmp_path):
 
 def test_a_csv_whose_features_must_be_told(tmp_path):
     write_csv(tmp_path / "a.csv", features(3, 514), header=False)
-    assert "Say dims=512" in check_slides(tmp_path, {"a": ""}).unreadable["a"]
+    assert "Give dims=512" in check_slides(tmp_path, {"a": ""}).unreadable["a"]
     assert check_slides(tmp_path, {"a": ""}, dims=512).ok
 
 

@@ -113,7 +113,7 @@ def test_what_trident_does_not_know_is_unknown(tmp_path, caplog):
     )
     _, about = same(tmp_path / "a.h5", x, xy, patch_size=512, magnification=None, mpp=0.25)
     assert about.patch_size is None  # it reads no coordinates
-    assert "a.h5: does not say its patch size; taken as 512 level-0 pixels" in caplog.text
+    assert "a.h5: does not give its patch size; taken as 512 level-0 pixels" in caplog.text
     write_trident(tmp_path / "b.h5", x, xy, target_magnification="x20")
     with pytest.raises(ValueError, match=r"b.h5: target_magnification must be a number, got 'x20'"):
         about_slide(tmp_path / "b.h5")
@@ -351,7 +351,7 @@ def test_places_and_row_numbers_in_front_are_no_features(tmp_path, leading, head
     (tmp_path / "a.csv").write_text(write_rows([names] * header + rows))
     for dims in (0, 512):
         with pytest.raises(
-            ValueError, match=r"hold whole numbers such as .*: row numbers or places, no features"
+            ValueError, match=r"hold whole numbers such as .*: row numbers or coordinates, not features"
         ):
             read_slide(tmp_path / "a.csv", dims=dims)
     behind = [[*row[-512:], *row[:-512]] for row in rows]
@@ -395,7 +395,7 @@ def test_numbers_behind_the_features_of_a_csv(tmp_path, header):
     x = np.round(features(5, 514), 4)
     write_csv(tmp_path / "a.csv", x, header)
     with pytest.raises(
-        ValueError, match=r"has 514 columns of numbers; are 2 of them no features. Say dims=512 or dims=514"
+        ValueError, match=r"has 514 columns of numbers; are 2 of them not features. Give dims=512 or dims=514"
     ):
         read_slide(tmp_path / "a.csv")
     np.testing.assert_array_equal(read_slide(tmp_path / "a.csv", dims=512).features, x[:, :512])
@@ -568,7 +568,9 @@ def test_features_of_other_files_are_never_read(tmp_path):
         with h5py.File(tmp_path / "a.h5", "w") as f:
             make(f)
         for read in (about_slide, read_slide):
-            with pytest.raises(ValueError, match=rf"a.h5: 'features' must lie in this file, found {what}"):
+            with pytest.raises(
+                ValueError, match=rf"a.h5: 'features' must be stored in this file, found {what}"
+            ):
                 read(tmp_path / "a.h5")
 
     says(
@@ -586,7 +588,7 @@ def test_features_of_other_files_are_never_read(tmp_path):
     with h5py.File(tmp_path / "a.h5", "w") as f:  # the same for coordinates
         f["features"] = features(4)
         f["coords"] = h5py.ExternalLink(str(tmp_path / "other.h5"), "coords")
-    with pytest.raises(ValueError, match=r"a.h5: 'coords' must lie in this file"):
+    with pytest.raises(ValueError, match=r"a.h5: 'coords' must be stored in this file"):
         read_slide(tmp_path / "a.h5")
 
 
@@ -644,7 +646,7 @@ def test_sizes_are_checked_before_anything_is_allocated(tmp_path):
         ("m.pt", r"features must be \[1000000000, 1536\] numbers of their own, the file holds 0 bytes"),
         (
             "packed.pt",
-            r"must be as torch.save writes it, \d+ members are compressed and unpack to 9\d{5} bytes",
+            r"must be uncompressed, as torch.save writes it; \d+ members are compressed and unpack to 9\d{5} bytes",
         ),
     ):
         for read in (about_slide, read_slide):

@@ -219,7 +219,7 @@ def test_a_map_that_fails_writes_nothing(tmp_path):
     coords, r = _slide()
     w, _ = routing(n=40)
     for name in ("", "..", "a/b", "a\\b"):
-        with pytest.raises(ValueError, match="the name becomes that of a file"):
+        with pytest.raises(ValueError, match="the name is used as a file name"):
             write_map(tmp_path, name, r, w, coords, 100)
     with pytest.raises(
         ValueError, match=r"weights must be \[40, k\], a row per patch of relevance, got 39 rows"

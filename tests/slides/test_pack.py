@@ -67,7 +67,7 @@ def test_what_is_packed_is_read(folder, tmp_path, caplog):
         "S2": (512, None, "uni_v1"),
         "S3": (None, None, "uni_v1"),
     }
-    assert "the patch size of 1 slides (S2) was not said" in caplog.text
+    assert "the patch size of 1 slides (S2) is not given in the files" in caplog.text
     with h5py.File(tmp_path / "s.h5") as f:  # plain h5py reads it
         row = f["rows"][2]
         np.testing.assert_array_equal(
@@ -110,7 +110,7 @@ def test_slides_of_another_kind_are_refused(folder, tmp_path):
     source, _ = folder
     np.save(source / "wide.npy", features(3, D + 1))
     with pytest.raises(
-        ValueError, match=r"the same dims, found 6 \(4, such as S0\), 7 \(1, such as wide\); say dims="
+        ValueError, match=r"the same dims, found 6 \(4, such as S0\), 7 \(1, such as wide\); give dims="
     ):
         pack(files_of(source), tmp_path / "s.h5", encoder="uni_v1")
     assert not (tmp_path / "s.h5").exists()
@@ -128,7 +128,7 @@ def test_slides_of_another_kind_are_refused(folder, tmp_path):
     np.save(source / "late.npy", features(3, D))  # says no encoder, and nobody says it for it
     with pytest.raises(
         ValueError,
-        match=r"0 slides are packed now, 1 of 1 cannot be: late does not say its encoder, .* say encoder='uni_v1'",
+        match=r"0 slides are packed now, 1 of 1 cannot be: late does not say its encoder, .* give encoder='uni_v1'",
     ):
         pack([source / "late.npy"], tmp_path / "s.h5")
     with pytest.raises(

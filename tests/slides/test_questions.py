@@ -258,7 +258,7 @@ def test_what_cannot_be_read_is_said(write, content, message):
             'must not have "rejected_response": pairs of a better and a worse answer',
         ),
         (human("Grade?", "High", videos=["a.mp4"]), 'must not have "videos": videos are not read'),
-        (human("Grade?", "High", label=False), 'must not have "label": false: by KTO'),
+        (human("Grade?", "High", label=False), 'must not have "label": false: in KTO'),
         (
             human("Grade?", "High", system="Answer in German."),
             'must not have "system": every turn must be one of the conversation',

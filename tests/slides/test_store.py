@@ -75,8 +75,8 @@ def test_a_store_of_other_files_or_of_rows_beyond_it(folder, tmp_path):
         f.create_dataset("coords", data=held, chunks=(5, 2))
 
     says("names patches beyond the 25 that it holds", beyond)
-    says("'features' must lie in this file", external)
-    says("must be a store that medvl wrote, its arrays do not lie in one piece", in_pieces)
+    says("'features' must be stored in this file", external)
+    says("must be a store that medvl wrote; its arrays are not contiguous", in_pieces)
 
 
 def test_stores_that_are_none(folder, tmp_path):

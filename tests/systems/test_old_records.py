@@ -82,7 +82,7 @@ def test_a_compressor_s_old_and_new_settings_do_not_mix():
     ("change", "message"),
     [
         ("train.shard=true", "train.shard = True: the contrastive gradient needs whole weights"),
-        ("train.checkpoint=true", "train.checkpoint = True: encode.checkpoint says it in ct_clip"),
+        ("train.checkpoint=true", "train.checkpoint = True: ct_clip has encode.checkpoint instead"),
         ("train.valid=4", "train.valid = 4: ct_clip is validated on all volumes"),
         ("train.logits=8", "train.logits = 8: is for language systems"),
         (
@@ -102,7 +102,7 @@ def test_what_ct_clip_cannot_do_is_refused_at_the_start(change, message):
     [
         ("chunk=4", "pretrain.train.chunk = 4: the slots are balanced over a whole batch of slides"),
         ("shard=true", "pretrain.train.shard = True: the compressor is small"),
-        ('device="cpu"', "pretrain.train.device = 'cpu': train.device says it for the whole run"),
+        ('device="cpu"', "pretrain.train.device = 'cpu': train.device is that of the whole run"),
         ("checkpoint=true", "pretrain.train.checkpoint = True: "),
     ],
 )

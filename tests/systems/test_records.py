@@ -164,7 +164,7 @@ def test_a_plan_that_cannot_run_is_refused_with_whose_it_is(plan):
 def test_a_stage_is_named_as_a_folder_can_be(system, stages, name):
     raw = plain(system)
     raw[stages]["stages"][0]["name"] = name
-    with pytest.raises(ConfigError, match=r"stage .*: the name becomes that of a file"):
+    with pytest.raises(ConfigError, match=r"stage .*: the name is used as a file name"):
         config.structure(raw, run.find_system(system).record)
 
 

@@ -146,7 +146,7 @@ def test_a_run_that_is_not_trained_to_its_end_is_not_evaluated(trained):
     with changed(trained[1] / "1-lora/last.pt") as path:
         states.save_state(path, evolve(states.read_state(path), step=2))
         evaluated_both_ways(
-            trained, r"1-lora: is at step 2 of 3; the command that trains it goes on from there"
+            trained, r"1-lora: is at step 2 of 3; the command that trains it continues from there"
         )
 
 
@@ -154,7 +154,7 @@ def test_without_the_last_state_a_warning_says_what_is_not_known(trained, caplog
     with changed(trained[1] / "1-lora/last.pt") as path:
         path.unlink()
         assert run.evaluate(trained[0], log=lambda _: None)
-    assert "is missing, which would say whether the run was trained to its end" in caplog.text
+    assert "is missing, so it is unknown whether the run was trained to its end" in caplog.text
 
 
 def test_a_checkpoint_of_another_model_is_refused(trained):
@@ -178,7 +178,7 @@ def test_a_record_that_was_changed_is_found_out(trained, caplog):
         raw["lora"]["alpha"] = 99.0
         path.write_text(json.dumps(raw))
         evaluated_both_ways(
-            trained, r"config\.json: was changed after the run was trained with it, \$\.lora\.alpha: .*99\.0"
+            trained, r"config\.json: was changed after the run was trained with it: \$\.lora\.alpha: .*99\.0"
         )
         raw["lora"]["alpha"] = 16.0
         raw["evaluate"]["max_tokens"] = 3

@@ -46,5 +46,5 @@ def test_a_convolution_moves_as_its_matrix_and_vectors_are_refused(gen):
         {"k": grad.flatten(1)}, ours.init({"k": kernel.flatten(1)}), {"k": kernel.flatten(1).clone()}, 0
     )
     assert torch.equal(a["k"].flatten(1), b["k"])
-    with pytest.raises(ValueError, match=r"1 parameters are none, e\.g\. bias"):
+    with pytest.raises(ValueError, match=r"1 parameters are not, e\.g\. bias"):
         ours.init({"bias": torch.zeros(3)})

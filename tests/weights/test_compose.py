@@ -509,7 +509,7 @@ def test_what_is_no_plain_correction_is_used_alone(what):
         compose_adapters(adapters[1:2], [0.5])
     with pytest.raises(ValueError, match=f"{what}.*rule 'svd'"):
         compose_adapters(adapters[1:2], [1.0], mode="fusion", rule="svd")
-    with pytest.raises(ValueError, match=f"fusion_error: .* must be a plain correction, it has .*{what}"):
+    with pytest.raises(ValueError, match=f"fusion_error: .* must be a plain adapter, it has .*{what}"):
         fusion_error(adapters[:1], [1.0], adapters[1])
 
 
@@ -585,7 +585,7 @@ def test_errors_of_fusion_error():
     with pytest.raises(ValueError, match=r"fusion_error: weights must be one vector \[3\], got \[2, 3\]"):
         fusion_error(adapters, [W3, W3], adapters[0])
     alien = make((4,), (4,), sizes=SIZES | {"down": (3, 3)}, kinds=KINDS | {"down": "linear"})[0]
-    with pytest.raises(ValueError, match="corrects down, which none of x, y, z does"):
+    with pytest.raises(ValueError, match="adapts down, which none of x, y, z does"):
         fusion_error(adapters, W3, alien)
 
 

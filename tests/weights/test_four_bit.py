@@ -303,7 +303,7 @@ def test_quantised_experts_of_a_file_and_what_is_said_of_the_rest(tmp_path):
     again, four = loading.load_skeleton(tmp_path / "whole", head="language", transform=four_bit.quantizer())
     want = four_bit.quantize(params)
     assert skeletons.weights_digest(four) == skeletons.weights_digest(want)
-    with pytest.raises(ValueError, match="experts in 4 bits, for which no file has a place"):
+    with pytest.raises(ValueError, match="experts in 4 bits, which no file format can hold"):
         saving.save_skeleton(again, four, tmp_path / "four")
     assert not (tmp_path / "four").exists()
     shaped = four_bit.quantize({n: t.to("meta") for n, t in params.items()})
@@ -316,7 +316,7 @@ def test_all_linear_says_that_it_leaves_experts_alone(gen):
     skeleton, _ = mixture("qwen3_moe")
     with pytest.warns(
         UserWarning,
-        match="all-linear corrects no experts: model.layers.0.mlp.experts.gate_up_proj and 1 more hold 49,152",
+        match="all-linear does not adapt experts: model.layers.0.mlp.experts.gate_up_proj and 1 more hold 49,152",
     ):
         adapter = lora.init_lora(lora.LoraConfig(pattern="all-linear"), skeleton, gen)
     assert not [m for m in adapter.factors if "experts" in m]

@@ -196,7 +196,7 @@ def test_what_a_lazy_weight_cannot_do_is_said():
     ):
         with pytest.raises(
             NotImplementedError,
-            match=r"LowRank\(\[12, 10\], linear, rank 4 over float64\), which answers only linear",
+            match=r"LowRank\(\[12, 10\], linear, rank 4 over float64\), which supports only linear",
         ):
             call()
     with pytest.raises(TypeError, match="has no gradient of its own; its parts may have"):

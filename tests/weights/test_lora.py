@@ -268,7 +268,7 @@ def test_an_adapter_on_a_tied_head_is_merged_where_the_head_is_untied(kind, gen,
         bare = skeleton(params, ids).logits
     assert (want - bare).abs().max() > 0.1
     with pytest.raises(
-        ValueError, match=r"merge_adapter: lm_head has the weight .* of another layer, .*hub.untie"
+        ValueError, match=r"merge_adapter: lm_head has the weight .* of another layer, .*skeletons.untie"
     ):
         lora.merge_adapter(params, adapter)
     own, weights_ = skeletons.untie(skeleton, params)

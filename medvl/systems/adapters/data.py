@@ -59,7 +59,8 @@ def _cut_vqa_rad(cfg: Config, folder: Path, log: Callable[[str], None]) -> None:
     if (folder / "test.jsonl").exists():
         if digest and mark.exists() and mark.read_text() != digest:
             raise ValueError(
-                f"{folder}: was cut from another {source} than there is now; remove the folder to cut it anew"
+                f"{folder}: was cut from another {source} than the present one; remove the folder to cut it "
+                "again"
             )
         return
     if digest:

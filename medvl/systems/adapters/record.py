@@ -125,8 +125,7 @@ class Config:
         config.check_bounds(self, "experiment", seed=config.SEED)
         if bool(self.pool.registry) == bool(self.train):
             raise ValueError(
-                "either pool.registry names adapters that are there, or [train] says how each task's is "
-                "trained"
+                "either pool.registry names existing adapters, or [train] says how each task's is trained"
             )
         if self.base is not None and any(p.startswith("lora/") for p in self.base.patterns):
             raise ValueError('base.stages train the model itself: names must start with "model/"')

@@ -182,8 +182,8 @@ def registry_of(folder: Path) -> Path:
     path = record.registry_path(cfg, folder)
     if cfg.train is not None and not path.exists():
         raise ValueError(
-            f"{folder}: the run is not trained to its end, it has no registry yet; `invoke train --exp "
-            f"{folder}` goes on"
+            f"{folder}: the run is not trained to its end and has no registry yet; `invoke train --exp "
+            f"{folder}` continues it"
         )
     return path
 

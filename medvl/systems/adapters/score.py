@@ -150,7 +150,7 @@ def answer_steps(
     for line in kept:
         if not line.keys() >= _LINE:
             raise ValueError(
-                f"{path}, row {line['row']}: not a line of answers; remove the file to do it all again"
+                f"{path}, row {line['row']}: not a line of answers; remove the file to start again"
             )
     texts: dict[int, str] = {line["row"]: line["answer"] for line in kept}
 

@@ -177,7 +177,7 @@ def _check_classes(cfg: Config, valid: LabelledVolumes) -> None:
         )
     if one_class:
         _log.warning(
-            "%s, none or all have %s: these count neither in the validation score nor have thresholds",
+            "%s, none or all have %s: these do not count in the validation score and get no thresholds",
             place,
             listed,
         )
@@ -188,9 +188,9 @@ def _check_patients(patients: Mapping[str, set[str]]) -> None:
         shared = patients[first] & patients[second]
         if shared:
             raise ValueError(
-                f"{len(shared)} patients are both in {first} and in {second}; what was learned of a patient "
-                "says nothing of others. `invoke split` cuts tables by patient; data.patient_column or "
-                "data.patient_pattern say whose a volume is"
+                f"{len(shared)} patients are both in {first} and in {second}; what is learnt from a patient "
+                "must not be tested on the same one. `invoke split` splits tables by patient; "
+                "data.patient_column or data.patient_pattern say which patient a volume is of"
             )
 
 

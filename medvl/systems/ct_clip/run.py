@@ -53,8 +53,8 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
     # Where some sentences are drawn for each step, none of them is always beyond the end.
     if cut and not cfg.data.sentences:
         log(
-            f"{cut} of {len(texts)} texts are longer than {cfg.words.tower.context} tokens: what lies "
-            "beyond is not read"
+            f"{cut} of {len(texts)} texts are longer than {cfg.words.tower.context} tokens: the rest of them "
+            "is not read"
         )
     # On the CPU, before the parameters move: starting weights do not depend on the device.
     if cfg.vit.whiten:

@@ -88,7 +88,8 @@ def _patch_size(features: Features, name: str, coords: np.ndarray | None) -> int
     size = features.patch_size(name)
     if size is None and coords is not None:
         _log.warning(
-            "%s: does not say its patch size, and one patch does not show it; drawn as %d level-0 pixels",
+            "%s: does not give its patch size, and it cannot be inferred from one patch; drawn as %d level-0 "
+            "pixels",
             name,
             _PATCH_SIZE,
         )

@@ -77,12 +77,12 @@ def _check_pretraining(_record: Any, _field: Any, cfg: TrainConfig) -> None:
     whole = "the slots are balanced over a whole batch of slides; leave it out"
     refuse_settings(cfg, where, whole, chunk=2)
     refuse_settings(
-        cfg, where, "the compressor is small and lies whole everywhere; leave it out", shard=False
+        cfg, where, "the compressor is small, and every process holds all of it; leave it out", shard=False
     )
     refuse_settings(cfg, where, "the compressor keeps all its activations; leave it out", checkpoint=False)
     refuse_settings(cfg, where, "all slides of the split valid are taken; leave it out", valid=0)
     refuse_settings(cfg, where, "is for language models; leave it out", logits=256)
-    refuse_settings(cfg, where, "train.device says it for the whole run; leave it out", device="auto")
+    refuse_settings(cfg, where, "train.device is that of the whole run; leave it out", device="auto")
 
 
 @frozen(kw_only=True)
@@ -126,8 +126,8 @@ def upgrade_pretraining(table: dict[str, Any]) -> dict[str, Any]:
         return table
     if "train" in table:
         raise ValueError(
-            f"pretrain.{min(old)} is a setting of older records; beside pretrain.train write steps and rates "
-            "as pretrain.train.stages.0.*, batch and the like as pretrain.train.*"
+            f"pretrain.{min(old)} is a setting of older records; with pretrain.train, give steps and rates "
+            "as pretrain.train.stages.0.*, and batch and similar settings as pretrain.train.*"
         )
     stage: dict[str, Any] = {name: table[name] for name in of_stage if name in table}
     (default,) = _PRETRAINING["stages"]
@@ -196,8 +196,8 @@ class Config:
         warm = first is None or self.projector or any(s.data == "captions" for s in self.train.stages[:first])
         if not warm and not self.cold:
             raise ValueError(
-                'questions are trained on a projector that captions have not: put a stage with data = "captions" before, give projector, '
-                "or set cold = true"
+                "questions would be trained with a projector that has seen no captions: put a stage with "
+                'data = "captions" before, give projector, or set cold = true'
             )
         check_quantized(self.model, self.train, "train projector/... and lora/...")
 

@@ -79,7 +79,7 @@ def _check_features(
     path, slides = data_path(cfg, split), data.slides_of(conversations)
     if not cfg.data.blind and not slides:
         raise ValueError(
-            f"{path}: none of {len(conversations)} records names a slide; data.blind = true takes none"
+            f"{path}: none of {len(conversations)} records names a slide; data.blind = true needs none"
         )
     features = data.open_slides(cfg, slides)
     log(
@@ -106,7 +106,7 @@ def _warn_of_shared_patients(patients: Mapping[str, set[str]], trained: str) -> 
         shared = patients[trained] & patients[scored]
         if shared:
             _log.warning(
-                "%d of %d patients in %s are in %s, too: what was learned of them is no proof",
+                "%d of %d patients in %s are in %s, too: results on them prove nothing",
                 len(shared),
                 len(patients[scored]),
                 scored,
@@ -123,7 +123,7 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
             config show is refused before anything is trained.
     """
     if cfg.train.shard and processes.world_size() == 1:
-        _log.warning("train.shard: with one process nothing is cut; start several with torchrun")
+        _log.warning("train.shard: with one process nothing is sharded; start several with torchrun")
     trained = {split: data.read_split(cfg, split) for split in _trained_splits(cfg)}
     conversations = trained | {
         "valid": data.read_split(cfg, "valid")[: cfg.train.valid or None],

@@ -297,7 +297,7 @@ def test_tasks_that_would_be_other_places_are_refused_before_anything_is_trained
     for split in ("train", "valid", "test"):
         (tmp_path / f"{split}.jsonl").write_text('{"query": "q", "response": "a", "task": "../../x"}\n')
     raw = record(tmp_path, data__source="files", data__folder=str(tmp_path), data__general="")
-    with pytest.raises(ValueError, match=r"train: the task '../../x': the name becomes that of a file"):
+    with pytest.raises(ValueError, match=r"train: the task '../../x': the name is used as a file name"):
         data.prepare(build(raw), lambda _: None)
 
 
@@ -539,7 +539,7 @@ def test_a_registry_built_of_checkpoints_and_one_file_of_samples(trained, tmp_pa
     assert "fundus" not in said
     assert f"base model {folder}/model" in said
     assert "left out, there is no adapter_config.json: fundus" in caplog.text
-    assert "ct: 2 folders match, the last one is taken: " in caplog.text
+    assert "ct: 2 folders match, the last one is used: " in caplog.text
     held = registry.read_registry(tmp_path / "a/new.json")
     assert [r.path for r in held.adapters] == [
         "../output/ct/v0-2024/checkpoint-10",
@@ -622,7 +622,8 @@ def test_a_run_that_is_not_trained_to_its_end_says_how_to_go_on(trained, tmp_pat
     work = tmp_path / folder.name
     shutil.copytree(folder, work, ignore=shutil.ignore_patterns("registry.toml"))
     with pytest.raises(
-        ValueError, match=r"not trained to its end, it has no registry yet; `invoke train --exp .*` goes on"
+        ValueError,
+        match=r"not trained to its end and has no registry yet; `invoke train --exp .*` continues it",
     ):
         questions.print_answer("q", run=str(work))
 
@@ -651,9 +652,9 @@ ONE = {"name": "x", "steps": 1, "lr": 1.0}
 BAD = {
     "neither adapters nor training": (
         {"train": None},
-        "either pool.registry names adapters that are there, or",
+        "either pool.registry names existing adapters, or",
     ),
-    "both": ({"pool__registry": "r.toml"}, "either pool.registry names adapters that are there, or"),
+    "both": ({"pool__registry": "r.toml"}, "either pool.registry names existing adapters, or"),
     "an adapter in the base": (
         {"base__stages": [ONE | {"train": ["lora/.*"]}]},
         "base.stages train the model",
@@ -700,11 +701,11 @@ REFUSED = {
     ),
     "a name that leads elsewhere": (
         ("add", "{run}/registry.toml", "{run}/adapters/ct", "", "../../x", "{vector}"),
-        "the name becomes that",
+        "the name is used as a file name",
     ),
     "build over one that is there": (
         ("build", "{run}/registry.toml", "{tmp}/{task}", "{task}"),
-        "is there; remove it, or add to it",
+        "exists; remove it, or add to it",
     ),
 }
 
@@ -816,9 +817,9 @@ def test_a_registry_that_cannot_be_evaluated_is_refused_before_the_model_is_load
     (about,) = (tmp_path / "run").glob("embedder-*/embedder.json")
     whole = about.read_text()
     about.write_text(json.dumps(json.loads(whole) | {"cfg": {"kind": "text", "name": "no/encoder"}}))
-    with pytest.raises(ValueError, match="no/encoder is no folder here"):
+    with pytest.raises(ValueError, match="no/encoder is not a folder here"):
         run.evaluate(str(tmp_path / "there.json"), log=lambda _: None)
-    with pytest.raises(ValueError, match="no/encoder is no folder here"):
+    with pytest.raises(ValueError, match="no/encoder is not a folder here"):
         questions.print_answer("q", adapters=str(tmp_path / "run/registry.toml"))
     about.write_text(whole[:-9])
     with pytest.raises(ValueError, match=r"embedder\.json is not JSON"):
@@ -870,7 +871,7 @@ def test_data_cut_from_another_file_is_not_taken(tmp_path, monkeypatch):
     assert len(calls) == 1
     (tmp_path / "published/vqa_rad_share.json").write_text("[2]")
     with pytest.raises(
-        ValueError, match=r"was cut from another .*vqa_rad_share.json than there is now; remove the folder"
+        ValueError, match=r"was cut from another .*vqa_rad_share.json than the present one; remove the folder"
     ):
         data.prepare(cfg, lambda _: None)
     shutil.rmtree(tmp_path / "published")  # what was cut is enough

@@ -172,7 +172,7 @@ def test_one_scan_is_read_by_its_metadata_row(trained, tmp_path, capsys):
         str(folder), str(blank), str(tmp_path / "e.npy"), str(table), ["spacing_from=metadata"]
     )
     np.testing.assert_allclose(np.load(tmp_path / "e.npy"), expected["embedding"].numpy(), rtol=1e-6)
-    with pytest.raises(ValueError, match="nothing says where its axes grow to"):
+    with pytest.raises(ValueError, match="the direction of its axes is unknown"):
         look.look_at_scan(folder, blank)
     with pytest.raises(
         ValueError,

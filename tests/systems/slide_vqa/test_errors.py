@@ -208,7 +208,7 @@ RECORDS = [
         {"compress__kind": "perceiver", "compress__heads": 3},
         "dim must be a multiple of heads, got dim=8, heads=3",
     ),
-    ({"compress__passes": 2}, "only a perceiver looks several times"),
+    ({"compress__passes": 2}, "only a perceiver can have several passes"),
     ({"hidden": 0}, "experiment.hidden must be 1 or more, got 0"),
     ({"train__batch": 0}, "train.batch must be 1 or more, got 0"),
     ({"train__chunk": 0}, "train.chunk must be 1 or more, got 0"),
@@ -499,7 +499,7 @@ def test_a_gpu_that_is_not_there(place):
     if torch.cuda.is_available():
         pytest.skip("there is one")
     with pytest.raises(
-        ValueError, match=r"device 'cuda' was asked for and torch finds no GPU; set train.device"
+        ValueError, match=r"device 'cuda' was requested, but torch finds no GPU; set train.device"
     ):
         start(place, train__device="cuda")
 
@@ -507,7 +507,7 @@ def test_a_gpu_that_is_not_there(place):
 def test_the_good_record_trains_and_one_process_holds_all_shards(place, runs, caplog):
     rows = start(place, train__shard=True)
     assert any(r.what == "accuracy" and r.n == 2 for r in rows)
-    assert "train.shard: with one process nothing is cut; start several with torchrun" in caplog.text
+    assert "train.shard: with one process nothing is sharded; start several with torchrun" in caplog.text
     assert not [p for p in runs.rglob(".*")]
 
 

@@ -507,10 +507,7 @@ def test_a_record_that_trains_on_what_it_scores_says_so(tmp_path, caplog):
     assert not caplog.records
     raw["data"]["conversations"] = "{folder}/test.jsonl"
     tune_run.prepare(config.structure(raw, Config, "test"))
-    assert (
-        "{folder}/test.jsonl: is one file for all splits, so that what is scored was trained on"
-        in caplog.text
-    )
+    assert "{folder}/test.jsonl: is one file for all splits, so the test data are trained on" in caplog.text
 
 
 def test_answers_that_find_no_room_are_refused_before_training(tmp_path):
@@ -676,7 +673,7 @@ IMPOSSIBLE = [
     ),
     (
         {"text_config__rope_parameters": tiny.ROPE | {"rope_type": "none"}},
-        "can be built of these sizes .*none",
+        "can be built with these sizes .*none",
     ),
 ]
 
