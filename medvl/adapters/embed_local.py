@@ -25,21 +25,27 @@ def fit_texts(k: int, words: list[str]) -> tuple[tuple[str, ...], dict[str, Tens
 
     vectorizer: Any = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, max_features=_WORDS)
     analyse = vectorizer.build_analyzer()
-    if not any(analyse(w) for w in words):
+    if not any(analyse(text) for text in words):
         return (), {}
-    x = vectorizer.fit_transform(words)
-    components, sizes = np.ones((1, 1)), np.ones(1)
-    # TruncatedSVD refuses a single feature; one word needs no reduction.
-    if x.shape[1] > 1:
+    tfidf = vectorizer.fit_transform(words)  # sparse [b, v]
+    if tfidf.shape[1] == 1:
+        # TruncatedSVD refuses a single feature; one word needs no reduction.
+        directions = np.ones((1, 1))
+        sizes = np.ones(1)
+    else:
+        # random_state: its randomised SVD would give another embedder each time.
+        svd = TruncatedSVD(min(k, *tfidf.shape), random_state=0)
         with np.errstate(invalid="ignore"):  # the share of variance of texts that are all the same
-            # random_state: its randomised SVD would give another embedder each time.
-            svd = TruncatedSVD(min(k, *x.shape), random_state=0).fit(x)
-        components, sizes = svd.components_, svd.singular_values_
+            svd.fit(tfidf)
+        directions = svd.components_  # [k, v]
+        sizes = svd.singular_values_
+    components = _components(directions, sizes)
     params = {
         "text.idf": torch.from_numpy(vectorizer.idf_.copy()),
-        "text.components": _components(components, sizes).T.contiguous(),
+        "text.components": components.T.contiguous(),
     }
-    return tuple(vectorizer.get_feature_names_out().tolist()), params
+    vocabulary = vectorizer.get_feature_names_out().tolist()
+    return tuple(vocabulary), params
 
 
 def fit_images(k: int, x: np.ndarray) -> dict[str, Tensor]:
@@ -51,14 +57,20 @@ def fit_images(k: int, x: np.ndarray) -> dict[str, Tensor]:
     """
     from sklearn.decomposition import PCA
 
-    mean, std = x.mean(0), x.std(0)
-    alive = std > 1e-9
-    if len(x) < 2 or not alive.any():
-        raise ValueError(f"fit_local: there must be at least two different images, or none, got {len(x)}")
-    # Standardised; and divided by the root of its block's size, so that each block counts the same.
-    weight = np.where(alive, 1 / np.where(alive, std, 1), 0) / np.repeat(np.sqrt(BLOCKS), BLOCKS)
+    n, f = x.shape
+    mean = x.mean(0)
+    std = x.std(0)
+    varies = std > 1e-9
+    if n < 2 or not varies.any():
+        raise ValueError(f"fit_local: there must be at least two different images, or none, got {n}")
+    # Standardised; a feature that is the same in all images says nothing and gets the weight 0.
+    inverse_std = np.where(varies, 1 / np.where(varies, std, 1), 0)
+    # Divided by the root of its block's size, so that each block counts the same.
+    root_size = np.repeat(np.sqrt(BLOCKS), BLOCKS)
+    weight = inverse_std / root_size
     # With 976 features the covariance [f, f] is small; its eigenvectors need no random start.
-    pca = PCA(min(k, len(x) - 1, x.shape[1]), svd_solver="covariance_eigh").fit((x - mean) * weight)
+    pca = PCA(min(k, n - 1, f), svd_solver="covariance_eigh")
+    pca.fit((x - mean) * weight)
     return {
         "image.mean": torch.from_numpy(mean),
         "image.weight": torch.from_numpy(weight),
@@ -67,33 +79,46 @@ def fit_images(k: int, x: np.ndarray) -> dict[str, Tensor]:
 
 
 def _components(rows: np.ndarray, sizes: np.ndarray) -> Tensor:
-    """The rows that are more than rounding, the largest value of each positive."""
+    """The rows that are more than rounding, the largest value of each positive, float64."""
     # Components of no size are directions of rounding, which differ from machine to machine.
-    rows = rows[sizes > 1e-6 * sizes.max()]
+    is_component = sizes > 1e-6 * sizes.max()
+    rows = rows[is_component]
     # v and -v are equally singular vectors; the sign is fixed, so that the same input gives the same vectors.
-    sign = np.sign(rows[np.arange(len(rows)), np.abs(rows).argmax(1)])
-    return torch.from_numpy(np.ascontiguousarray(rows * sign[:, None], dtype=np.float64))
+    largest = np.abs(rows).argmax(1)
+    sign = np.sign(rows[np.arange(len(rows)), largest])
+    oriented = rows * sign[:, None]
+    return torch.from_numpy(np.ascontiguousarray(oriented, dtype=np.float64))
 
 
 def check_fitted(vocabulary: tuple[str, ...], params: Mapping[str, Tensor]) -> None:
     """Raise where what was read from files is not what `fit_texts` and `fit_images` give."""
-    if not all(isinstance(word, str) for word in vocabulary) or len({*vocabulary}) < len(vocabulary):
+    are_words = all(isinstance(word, str) for word in vocabulary)
+    if not are_words or len({*vocabulary}) < len(vocabulary):
         raise ValueError("its vocabulary must be different words")
-    shapes = {name: tuple(t.shape) for name, t in params.items()}
-    # (0,) where there are none: the comparison below fails then, by the missing name.
-    components = {name: (shapes.get(f"{name}.components") or (0,)) for name in ("text", "image")}
-    v, f = len(vocabulary), int(BLOCKS.sum())
-    texts = {"text.idf": (v,), "text.components": (v, components["text"][-1])}
-    images = {"image.mean": (f,), "image.weight": (f,), "image.components": (components["image"][0], f)}
-    expected = (texts if v else {}) | (images if "image.mean" in shapes else {})
+    shapes = {name: tuple(tensor.shape) for name, tensor in params.items()}
+    expected = _expected_shapes(len(vocabulary), shapes)
     if not expected or shapes != expected:
         raise ValueError(f"must hold {expected or 'a vocabulary or images'}, found {shapes}")
-    if bad := [
-        name
-        for name, t in params.items()
-        if not t.is_floating_point() or not t.numel() or not bool(t.isfinite().all())
-    ]:
-        raise ValueError(f"{bad[0]} must hold finite numbers")
+    for name, tensor in params.items():
+        if not tensor.is_floating_point() or not tensor.numel() or not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name} must hold finite numbers")
+
+
+def _expected_shapes(v: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The shapes of all parameters for a vocabulary of v words; the number of components is free."""
+    expected: dict[str, tuple[int, ...]] = {}
+    # (0,) where there are no components: the comparison fails then, by the missing name.
+    if v:
+        text_components = shapes.get("text.components") or (0,)
+        expected["text.idf"] = (v,)
+        expected["text.components"] = (v, text_components[-1])
+    if "image.mean" in shapes:
+        image_components = shapes.get("image.components") or (0,)
+        f = int(BLOCKS.sum())
+        expected["image.mean"] = (f,)
+        expected["image.weight"] = (f,)
+        expected["image.components"] = (image_components[0], f)
+    return expected
 
 
 def vectorizer_of(vocabulary: tuple[str, ...], params: Mapping[str, Tensor]) -> Any:
@@ -113,9 +138,11 @@ def text_directions(
 ) -> tuple[Tensor, Tensor]:
     """(vectors of texts, float32 [b, k] of length 1, bool [b]: whether a text has a word that is known)."""
     if vectorizer is None:
-        return torch.zeros(len(words), 0), torch.zeros(len(words), dtype=torch.bool)
-    x = vectorizer.transform(words) @ params["text.components"].numpy()
-    return _directions(torch.from_numpy(x))
+        none_known = torch.zeros(len(words), dtype=torch.bool)
+        return torch.zeros(len(words), 0), none_known
+    tfidf = vectorizer.transform(words)  # sparse [b, v]
+    projected = tfidf @ params["text.components"].numpy()
+    return _directions(torch.from_numpy(projected))
 
 
 def image_directions(params: Mapping[str, Tensor], pictures: Iterable[Image.Image]) -> tuple[Tensor, Tensor]:
@@ -127,17 +154,22 @@ def image_directions(params: Mapping[str, Tensor], pictures: Iterable[Image.Imag
     components = params["image.components"].numpy()
     rows = []
     for picture in pictures:
+        features = image_features(picture)
         # The same standardisation as in `fit_images`.
-        standardised = (image_features(picture) - mean) * weight
+        standardised = (features - mean) * weight
         rows.append(components @ standardised)
-    return _directions(torch.from_numpy(np.stack(rows)))
+    projected = np.stack(rows)
+    return _directions(torch.from_numpy(projected))
 
 
 def _directions(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows of length 1, whether a row has a direction)."""
+    """(rows [b, k] of length 1, bool [b]: whether a row has a direction)."""
     length = torch.linalg.vector_norm(x, dim=1)
     has_direction = length > _NOTHING
-    return (x / torch.where(has_direction, length, 1.0)[:, None]).float(), has_direction
+    # A row of rounding keeps its length: dividing by it would make a direction of noise.
+    divisor = torch.where(has_direction, length, 1.0)
+    directions = x / divisor[:, None]
+    return directions.float(), has_direction
 
 
 def side_by_side(
@@ -157,30 +189,60 @@ def image_features(image: Image.Image) -> np.ndarray:
     Shares of 64 colours; 16 x 16 of brightness and two colours; strength of edges in 4 x 4 places and 8
     directions; log power in 16 rings of the spectrum.
     """
-    colour = np.asarray(image).reshape(-1, 3) // 64 @ np.array([16, 4, 1])  # 4 levels of each channel
-    # Square roots of shares, as in Hellinger's distance: rare colours count too.
-    colours = np.sqrt(np.bincount(colour, minlength=64) / len(colour))
-    small = image.resize((16, 16), Image.Resampling.BOX).convert("YCbCr")
-    thumbnail = np.asarray(small).reshape(-1) / 255
+    pixels = np.asarray(image).reshape(-1, 3)
     grey = np.asarray(image.convert("L").resize((128, 128), Image.Resampling.BOX)) / 255
+    blocks = [
+        _colour_features(pixels),
+        _thumbnail_features(image),
+        _edge_features(grey),
+        _spectrum_features(grey),
+    ]
+    return np.concatenate(blocks)
 
+
+def _colour_features(pixels: np.ndarray) -> np.ndarray:
+    """[64], from pixels uint8 [n, 3]."""
+    levels = pixels // 64  # 4 levels of each channel
+    colour = levels @ np.array([16, 4, 1])
+    counts = np.bincount(colour, minlength=64)
+    # Square roots of shares, as in Hellinger's distance: rare colours count too.
+    return np.sqrt(counts / len(pixels))
+
+
+def _thumbnail_features(image: Image.Image) -> np.ndarray:
+    """[768]: 16 x 16 pixels of YCbCr."""
+    small = image.resize((16, 16), Image.Resampling.BOX)
+    channels = np.asarray(small.convert("YCbCr"))  # [16, 16, 3]
+    return channels.reshape(-1) / 255
+
+
+def _edge_features(grey: np.ndarray) -> np.ndarray:
+    """[128], from brightness [128, 128]."""
     down, right = np.gradient(grey)
     strength = np.hypot(down, right)
-    # Modulo pi: dark on light is the same edge as light on dark. `% 8` catches an angle that rounds up to pi.
-    direction = (np.arctan2(down, right) % np.pi / np.pi * 8).astype(int) % 8
+    # Modulo pi: dark on light is the same edge as light on dark.
+    angle = np.arctan2(down, right) % np.pi
+    # `% 8` catches an angle that rounds up to pi.
+    direction = (angle / np.pi * 8).astype(int) % 8
     y, x = np.indices(grey.shape)
     place = y // 32 * 4 + x // 32
-    sums = np.bincount((place * 8 + direction).ravel(), strength.ravel(), 128)
+    bins = place * 8 + direction
+    sums = np.bincount(bins.ravel(), strength.ravel(), 128)
     # Per pixel of a place, which is 32 x 32.
-    edges = np.sqrt(sums / 32**2)
+    return np.sqrt(sums / 32**2)
 
+
+def _spectrum_features(grey: np.ndarray) -> np.ndarray:
+    """[16], from brightness [128, 128]."""
     # Without its mean, which the thumbnail holds and which would alone fill ring 0.
-    power = np.abs(np.fft.fft2(grey - grey.mean())) ** 2 / grey.size
+    frequencies = np.fft.fft2(grey - grey.mean())
+    power = np.abs(frequencies) ** 2 / grey.size
     # Distance from frequency 0; behind 64 the FFT's frequencies are negative.
+    y, x = np.indices(grey.shape)
     radius = np.hypot(np.minimum(y, 128 - y), np.minimum(x, 128 - x))
     # Corners of the square lie beyond radius 64 and go into the last ring.
     ring = np.minimum(radius / 4, 15).astype(int)
-    mean_power = np.bincount(ring.ravel(), power.ravel(), 16) / np.bincount(ring.ravel(), minlength=16)
+    sums = np.bincount(ring.ravel(), power.ravel(), 16)
+    pixels = np.bincount(ring.ravel(), minlength=16)
     # In logs, since power falls by orders of magnitude; 1e-6 is for pictures without any grain.
-    spectrum = np.log(mean_power + 1e-6)
-    return np.concatenate([colours, thumbnail, edges, spectrum])
+    return np.log(sums / pixels + 1e-6)
