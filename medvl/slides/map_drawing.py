@@ -29,9 +29,11 @@ class Sheet:
         width, height = canvas.size
         self.width = max(width, math.ceil(min_width))  # a narrow slide may have a wider legend
         self.legend_top = height
+        # The slide stands in the middle of a wider sheet.
         left = (self.width - width) // 2
         self.slide: Box = (left, 0, left + width, height)
-        self.figure = new_figure(self.width, height + math.ceil(legend_height))
+        full_height = height + math.ceil(legend_height)
+        self.figure = new_figure(self.width, full_height)
 
     def draw_slide(self, canvas: Canvas, overlay: np.ndarray, mpp: float | None) -> Any:
         """Draw the slide or lines of coordinates, the colours over them, and a scale bar; returns the axes."""
@@ -57,31 +59,39 @@ class Sheet:
 
 def _draw_coordinates(axes: Any, canvas: Canvas) -> None:
     """Lines at round level-0 coordinates with numbers at the upper and left edge, below the patches."""
-    width, height = canvas.size
-    font = max(10, max(width, height) // 80)
-    # About five lines along the longer side; `scale` turns pixels of the picture into level-0 pixels.
-    step = _round_down(max(width, height) / canvas.scale / 5)
-    style: dict[str, Any] = {
+    longer_side = max(canvas.size)
+    font = max(10, longer_side // 80)
+    # About five lines along the longer side; `scale` turns level-0 pixels into pixels of the picture.
+    step = _round_down(longer_side / canvas.scale / 5)
+    line_style: dict[str, Any] = {"color": _LINE_RGB, "linewidth": 1, "zorder": 1}
+    number_style: dict[str, Any] = {
+        "xytext": (3, -3),
+        "textcoords": "offset points",
         "fontsize": font,
         "color": _GREY,
         "va": "top",
-        "textcoords": "offset points",
         "zorder": 1,
     }
-    for axis, length in enumerate((width, height)):
-        origin = float(canvas.origin[axis])
-        # The picture may begin before the slide, by its margin; there are no coordinates below 0.
-        first = math.ceil(max(origin, 0.0) / step) * step
-        end = origin + length / canvas.scale
-        for value in np.arange(first, end, step):
-            pixel = (value - origin) * canvas.scale
-            if axis == 0:
-                axes.axvline(pixel, color=_LINE_RGB, linewidth=1, zorder=1)
-                axes.annotate(f"{value:,.0f}", (pixel, 0), (3, -3), **style)
-                continue
-            axes.axhline(pixel, color=_LINE_RGB, linewidth=1, zorder=1)
-            if pixel > 2 * font:  # the corner belongs to the first number of x
-                axes.annotate(f"{value:,.0f}", (0, pixel), (3, -3), **style)
+    for value, x in _round_coordinates(canvas, 0, step):
+        axes.axvline(x, **line_style)
+        axes.annotate(f"{value:,.0f}", (x, 0), **number_style)
+    for value, y in _round_coordinates(canvas, 1, step):
+        axes.axhline(y, **line_style)
+        if y > 2 * font:  # the corner belongs to the first number of x
+            axes.annotate(f"{value:,.0f}", (0, y), **number_style)
+
+
+def _round_coordinates(canvas: Canvas, axis: int, step: float) -> list[tuple[float, float]]:
+    """(level-0 coordinate, its pixel in the picture) of every multiple of `step`, along x (0) or y (1)."""
+    origin = float(canvas.origin[axis])
+    # The picture may begin before the slide, by its margin; there are no coordinates below 0.
+    first = math.ceil(max(origin, 0.0) / step) * step
+    end = origin + canvas.size[axis] / canvas.scale
+    places = []
+    for value in np.arange(first, end, step).tolist():
+        pixel = (value - origin) * canvas.scale
+        places.append((value, pixel))
+    return places
 
 
 def draw_marks(axes: Any, canvas: Canvas, best: np.ndarray) -> None:
@@ -90,34 +100,55 @@ def draw_marks(axes: Any, canvas: Canvas, best: np.ndarray) -> None:
     from matplotlib.patheffects import withStroke
 
     font = max(10, max(canvas.size) // 70)
-    frames, numbers = list[Box](), list[Box]()
-    for rank, (left, upper, right, lower) in enumerate(canvas.boxes[best].tolist(), 1):
+    # White on a black outline is seen on any colour of the map and of the slide.
+    outline = withStroke(linewidth=4, foreground="black")
+    frame_style: dict[str, Any] = {
+        "fill": False,
+        "edgecolor": "white",
+        "linewidth": 2,
+        "path_effects": [outline],
+    }
+    halo = withStroke(linewidth=3, foreground="white")
+    number_style: dict[str, Any] = {
+        "fontsize": font,
+        "va": "top",
+        "clip_on": True,
+        "path_effects": [halo],
+        "zorder": 4,
+    }
+    frames = list[Box]()
+    numbers = list[Box]()
+    for rank, patch in enumerate(canvas.boxes[best].tolist(), 1):
+        left, upper, right, lower = patch
         is_small = right - left <= _SMALL
         gap = 3 if is_small else 0
         frame = (left - gap, upper - gap, right + gap, lower + gap)
-        if gap and _overlaps(frame, frames):
+        if is_small and _overlaps(frame, frames):
             continue  # a better patch's frame surrounds this one, too
         frames.append(frame)
-        width = frame[2] - frame[0]
-        height = frame[3] - frame[1]
-        # White on a black outline is seen on any colour of the map and of the slide.
-        outline = withStroke(linewidth=4, foreground="black")
-        rectangle = Rectangle(
-            frame[:2], width, height, fill=False, edgecolor="white", linewidth=2, path_effects=[outline]
-        )
+        width = right - left + 2 * gap
+        height = lower - upper + 2 * gap
+        rectangle = Rectangle(frame[:2], width, height, **frame_style)
         axes.add_patch(rectangle).set_zorder(3)
-        # The number stands inside of a large patch and beside a small one.
-        if right - left > 2.5 * font:
-            x, y = left + 5, upper + 4
-        else:
-            x, y = frame[2] + 3, frame[1] - 3
-        text_length = 0.7 * font * len(str(rank))  # a digit is about 0.7 of the font's size wide
-        place = (x, y, x + text_length, y + font)
+        text = str(rank)
+        place = _place_number(text, font, patch, frame)
         if _overlaps(place, numbers):
             continue  # it would cover the number of a better patch
         numbers.append(place)
-        halo = withStroke(linewidth=3, foreground="white")
-        axes.text(x, y, str(rank), fontsize=font, va="top", clip_on=True, path_effects=[halo], zorder=4)
+        axes.text(place[0], place[1], text, **number_style)
+
+
+def _place_number(text: str, font: float, patch: Box, frame: Box) -> Box:
+    """Where a number is written: inside of a large patch and beside a small one."""
+    left, upper, right, _ = patch
+    if right - left > 2.5 * font:
+        x = left + 5
+        y = upper + 4
+    else:
+        x = frame[2] + 3
+        y = frame[1] - 3
+    length = 0.7 * font * len(text)  # a digit is about 0.7 of the font's size wide
+    return x, y, x + length, y + font
 
 
 def _overlaps(box: Box, others: Sequence[Box]) -> bool:
@@ -134,7 +165,8 @@ def _draw_scale_bar(axes: Any, canvas: Canvas, mpp: float) -> None:
     from matplotlib.patches import Rectangle
 
     width, height = canvas.size
-    um = _round_down(width / canvas.scale * mpp / 5)  # micrometres, at most a fifth of the width
+    width_um = width / canvas.scale * mpp
+    um = _round_down(width_um / 5)  # micrometres, at most a fifth of the width
     length = round(um / mpp * canvas.scale)  # in pixels of the picture
     text = f"{um / 1000:g} mm"
     edge = max(canvas.size) // 64
@@ -150,11 +182,12 @@ def _draw_scale_bar(axes: Any, canvas: Canvas, mpp: float) -> None:
     # Not antialiased, so that the bar has exactly its length.
     style: dict[str, Any] = {"linewidth": 0, "zorder": 3, "antialiased": False}
     box = Rectangle((left, top), box_width, box_height, facecolor="white", **style)
-    axes.add_patch(box)
     bar = Rectangle((bar_left, bar_top), length, edge // 4, facecolor=INK_RGB, **style)
+    axes.add_patch(box)
     axes.add_patch(bar)
+    middle = left + box_width / 2
     axes.text(
-        left + box_width / 2,
+        middle,
         top + edge // 4,
         text,
         fontsize=font,
@@ -169,14 +202,16 @@ def draw_colour_bar(
     sheet: Sheet, font: int, below: np.ndarray, alpha: float, labels: tuple[str, str, str]
 ) -> None:
     """The colours as they look in the map: over the mean colour [3] of what is below the patches."""
-    left, right = font, sheet.width - font
+    left = font
+    right = sheet.width - font
     top = sheet.legend_top + font // 2
     levels = np.linspace(0, 1, right - left)  # one per pixel of the bar
     # Mixed as `blend_colours` mixes the map: a pure colour of the scale is nowhere in it.
     mixed = relevance_colours(levels) * alpha + below * (1 - alpha)
-    colours = np.rint(mixed).astype(np.uint8)
+    colours = np.rint(mixed).astype(np.uint8)  # [width, 3]
+    pixels = np.repeat(colours[None], font, 0)  # [font, width, 3]
     axes = add_axes(sheet.figure, (left, top, right, top + font))
-    show_pixels(axes, np.repeat(colours[None], font, 0))
+    show_pixels(axes, pixels)
     label_top = top + 1.3 * font
     low, middle, high = labels
     sheet.write(left, label_top, low, font, "left")
@@ -187,22 +222,28 @@ def draw_colour_bar(
 def draw_shares(sheet: Sheet, font: int, shares: np.ndarray) -> None:
     """Bars of the share of each slot [k], with a dotted line where all bars would end if all were equal."""
     k = len(shares)
-    left, right = font, sheet.width - font
+    left = font
+    right = sheet.width - font
     top = sheet.legend_top + font
     axes = add_axes(sheet.figure, (left, top, right, top + 7 * font))
     axes.set_axis_on()  # for the numbers of the slots; there is no frame
     axes.set_facecolor("none")
     axes.spines[:].set_visible(False)
-    bars = axes.bar(range(k), 100 * shares, width=0.85, align="edge", color=slot_colours(k) / 255)
+
+    percent = 100 * shares
+    colours = slot_colours(k) / 255
+    bars = axes.bar(range(k), percent, width=0.85, align="edge", color=colours)
     axes.axhline(100 / k, color=INK_RGB, linewidth=1, linestyle=":")
     axes.set_xlim(0, k)
     highest = float(shares.max()) or 1.0  # all 0: the axis needs a length all the same
     axes.set_ylim(0, 125 * highest)  # in %, with a quarter more for the numbers on the bars
     axes.set_yticks([])
+
     step = (right - left) / k  # pixels per slot
     every = math.ceil(text_width("00 ", font) / step)  # slots from one number to the next
     slots = np.arange(0, k, every)
-    axes.set_xticks(slots + 0.42, slots.astype(str))  # the middle of a bar of width 0.85
+    middles = slots + 0.42  # of bars of width 0.85
+    axes.set_xticks(middles, slots.astype(str))
     axes.tick_params(length=0, labelsize=font, labelcolor=INK_RGB)
     small = 0.8 * font
     if step > text_width("00.0 ", small):
@@ -212,7 +253,8 @@ def draw_shares(sheet: Sheet, font: int, shares: np.ndarray) -> None:
 def new_figure(width: int, height: int) -> Any:
     from matplotlib.figure import Figure
 
-    return Figure((width / _DPI, height / _DPI), dpi=_DPI, facecolor="white")
+    inches = (width / _DPI, height / _DPI)
+    return Figure(inches, dpi=_DPI, facecolor="white")
 
 
 def add_axes(figure: Any, box: Box) -> Any:
@@ -220,8 +262,11 @@ def add_axes(figure: Any, box: Box) -> Any:
     width, height = figure.bbox.size
     left, upper, right, lower = box
     # matplotlib counts in shares of the figure, y from the bottom.
-    x, y = left / width, 1 - lower / height
-    axes = figure.add_axes((x, y, (right - left) / width, (lower - upper) / height))
+    x = left / width
+    y = 1 - lower / height
+    share_x = (right - left) / width
+    share_y = (lower - upper) / height
+    axes = figure.add_axes((x, y, share_x, share_y))
     axes.set_axis_off()
     return axes
 
@@ -254,8 +299,8 @@ def text_width(text: str, font: float) -> float:
 
 def _round_down(value: float) -> float:
     """The greatest of ..., 0.5, 1, 2, 5, 10, 20, ... that is not above a value."""
-    tens = 10.0 ** math.floor(math.log10(value))
+    power = 10.0 ** math.floor(math.log10(value))
     for factor in (5, 2):
-        if factor * tens <= value:
-            return factor * tens
-    return tens
+        if factor * power <= value:
+            return factor * power
+    return power
