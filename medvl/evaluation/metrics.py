@@ -51,7 +51,8 @@ def checked(scores: Any, labels: Any, findings: Sequence[str] = ()) -> tuple[Arr
         ValueError: not two dimensions, unequal shapes, no rows, a score not finite or a label not 0 or 1
             (names the column).
     """
-    s, y = _array(scores), _array(labels)
+    s = _array(scores)
+    y = _array(labels)
     if s.ndim != 2 or s.shape != y.shape or not s.size:
         raise ValueError(
             f"metrics: scores and labels must both be [n, c] with n and c above 0, got {s.shape} and "
@@ -102,21 +103,27 @@ def at_threshold(scores: Any, labels: Any, thresholds: Any, weights: Any = None)
     # The confusion matrix of every finding in every replicate, each part [r, c]. One matrix product counts
     # all three indicators at once; the other parts follow from the totals.
     called = s >= t
-    indicators = np.hstack([called & y, called & ~y, y]).astype(float)  # [n, 3 c]
-    tp, fp, pos = np.split(w.T @ indicators, 3, axis=1)
+    true_positive = called & y
+    false_positive = called & ~y
+    indicators = np.hstack([true_positive, false_positive, y]).astype(float)  # [n, 3 c]
+    sums = w.T @ indicators  # [r, 3 c]
+    tp, fp, pos = np.split(sums, 3, axis=1)
     total = w.sum(0)[:, None]  # [r, 1]
     neg = total - pos
     fn = pos - tp
     tn = neg - fp
+    recall = ratio(tp, pos)
+    specificity = ratio(tn, neg)
     f1_positive = ratio(2 * tp, 2 * tp + fp + fn)
     f1_negative = ratio(2 * tn, 2 * tn + fp + fn)
+    f1_sum = pos * f1_positive + neg * f1_negative
     values = {
         "accuracy": ratio(tp + tn, total),
-        "balanced_accuracy": (ratio(tp, pos) + ratio(tn, neg)) / 2,
+        "balanced_accuracy": (recall + specificity) / 2,
         "precision": ratio(tp, tp + fp),
-        "recall": ratio(tp, pos),
+        "recall": recall,
         "f1": f1_positive,
-        "f1_weighted": ratio(pos * f1_positive + neg * f1_negative, total),
+        "f1_weighted": ratio(f1_sum, total),
     }
     # A replicate without one of the classes has no value: accuracy alone would still give one, and the
     # metrics would then be means over different replicates.
@@ -132,6 +139,7 @@ def roc_curve(scores: Any, labels: Any) -> tuple[Array, Array, Array]:
     """(false positive rate, true positive rate, threshold) of one finding from scores and labels [n]; starts
     at (0, 0, inf).
     """
+    # As a table of one finding.
     s, y = checked(_array(scores)[:, None], _array(labels)[:, None])
     thresholds, tp, fp = _steps(s[:, 0], y[:, 0])
     # With the lowest threshold everything is called positive, so the last counts are the totals.
@@ -140,7 +148,8 @@ def roc_curve(scores: Any, labels: Any) -> tuple[Array, Array, Array]:
     # The curve starts where nothing is called positive.
     fpr = np.r_[0.0, fpr]
     tpr = np.r_[0.0, tpr]
-    return fpr, tpr, np.r_[np.inf, thresholds]
+    thresholds = np.r_[np.inf, thresholds]
+    return fpr, tpr, thresholds
 
 
 def best_thresholds(scores: Any, labels: Any, rule: Rule = "youden") -> Array:
@@ -157,7 +166,9 @@ def best_thresholds(scores: Any, labels: Any, rule: Rule = "youden") -> Array:
     if rule not in ("youden", "f1", "corner"):
         raise ValueError(f"best_thresholds: rule must be 'youden', 'f1' or 'corner', got {rule!r}")
     s, y = checked(scores, labels)
-    thresholds = [_best(column, positive, rule) for column, positive in zip(s.T, y.T, strict=True)]
+    thresholds = []
+    for finding_scores, finding_labels in zip(s.T, y.T, strict=True):
+        thresholds.append(_best(finding_scores, finding_labels, rule))
     return np.array(thresholds)
 
 
@@ -223,39 +234,46 @@ def group_recall_at(
             not in the gallery.
     """
     sim = _array(similarity)
-    if sim.ndim != 2 or sim.shape != (len(groups_q), len(groups_g)) or not sim.size:
+    q = len(groups_q)
+    g = len(groups_g)
+    if sim.ndim != 2 or sim.shape != (q, g) or not sim.size:
+        raise ValueError(f"group_recall_at: similarity must be [q, g] = {(q, g)}, got {sim.shape}")
+    if not np.isfinite(sim).all() or not ks or min(ks) < 1 or max(ks) > g:
         raise ValueError(
-            f"group_recall_at: similarity must be [q, g] = {(len(groups_q), len(groups_g))}, got {sim.shape}"
-        )
-    if not np.isfinite(sim).all() or not ks or min(ks) < 1 or max(ks) > sim.shape[1]:
-        raise ValueError(
-            f"group_recall_at: similarity must be finite and every k within 1..{sim.shape[1]}, got "
-            f"k={list(ks)}"
+            f"group_recall_at: similarity must be finite and every k within 1..{g}, got k={list(ks)}"
         )
     # Queries and gallery are numbered together, so that one group has the same code in both.
     codes, _ = group_codes([*groups_q, *groups_g])
-    query_codes, gallery_codes = codes[: len(sim)], codes[len(sim) :]
+    query_codes = codes[:q]
+    gallery_codes = codes[q:]
     same = query_codes[:, None] == gallery_codes[None, :]  # [q, g]
     lost = int((~same.any(1)).sum())
     if lost:
         raise ValueError(
-            f"group_recall_at: every query's group must be in the gallery, {lost} of {len(sim)} are not"
+            f"group_recall_at: every query's group must be in the gallery, {lost} of {q} are not"
         )
-    best = np.where(same, sim, -np.inf).max(1, keepdims=True)
-    ahead = (~same & (sim >= best)).sum(1)  # wrong rows before the first right one
-    return {int(k): float((ahead < k).mean()) for k in ks}
+    best = np.where(same, sim, -np.inf).max(1, keepdims=True)  # [q, 1], of the right rows
+    wrong_first = ~same & (sim >= best)
+    ahead = wrong_first.sum(1)  # [q], wrong rows before the first right one
+    recalls = {}
+    for k in ks:
+        is_recalled = ahead < k
+        recalls[int(k)] = float(is_recalled.mean())
+    return recalls
 
 
 def _check_values(expected: str, table: Array, bad: Array, findings: Sequence[str]) -> None:
     """Raise where a value [n, c] is bad; names the first column with such, and its first row."""
-    if bad.any():
-        # Transposed: `argwhere` goes row by row, and the first column is wanted.
-        column, row = np.argwhere(bad.T)[0].tolist()
-        name = repr(findings[column]) if findings else str(column)
-        raise ValueError(
-            f"metrics: every value must be a {expected}, found {table[row, column]} in column {name}, "
-            f"row {row} ({bad[:, column].sum()} such)"
-        )
+    if not bad.any():
+        return
+    # Transposed: `argwhere` goes row by row, and the first column is wanted.
+    column, row = np.argwhere(bad.T)[0].tolist()
+    name = repr(findings[column]) if findings else str(column)
+    number = bad[:, column].sum()
+    raise ValueError(
+        f"metrics: every value must be a {expected}, found {table[row, column]} in column {name}, "
+        f"row {row} ({number} such)"
+    )
 
 
 def _array(x: Any) -> Array:
@@ -270,7 +288,8 @@ def _weights(weights: Any, n: int) -> Array:
     if weights is None:
         return np.ones((n, 1))
     w = _array(weights)
-    if w.ndim != 2 or len(w) != n or not (np.isfinite(w) & (w >= 0)).all():
+    is_valid = np.isfinite(w) & (w >= 0)
+    if w.ndim != 2 or len(w) != n or not is_valid.all():
         raise ValueError(f"metrics: weights must be [{n}, r], finite and 0 or more, got {w.shape}")
     return w
 
@@ -279,9 +298,13 @@ def _per_finding(f: Callable[[Array, Array, Array], Array], scores: Any, labels:
     """`f(scores [n], labels [n], weights [n, r]) -> [r]` for every finding: [c], or [r, c] with weights."""
     s, y = checked(scores, labels)
     w = _weights(weights, len(s))
-    columns = [f(s_column, y_column, w) for s_column, y_column in zip(s.T, y.T, strict=True)]
-    values = np.stack(columns, -1)
-    return values if weights is not None else values[0]
+    columns = []
+    for finding_scores, finding_labels in zip(s.T, y.T, strict=True):
+        columns.append(f(finding_scores, finding_labels, w))
+    values = np.stack(columns, -1)  # [r, c]
+    if weights is None:  # there is one row then, of weights that are all 1
+        return values[0]
+    return values
 
 
 def _auroc(s: Array, y: Array, w: Array) -> Array:
@@ -290,10 +313,12 @@ def _auroc(s: Array, y: Array, w: Array) -> Array:
     """
     pos = _sorted(s, y)
     neg = _sorted(s, ~y)
+    pos_scores = s[pos]
+    neg_scores = s[neg]
     below = _cumulative(w[neg])  # [number of negatives + 1, r]
     # For each positive: how many negatives score lower, and how many lower or the same.
-    low = np.searchsorted(s[neg], s[pos], "left")
-    high = np.searchsorted(s[neg], s[pos], "right")
+    low = np.searchsorted(neg_scores, pos_scores, "left")
+    high = np.searchsorted(neg_scores, pos_scores, "right")
     wins = below[low]
     if (low != high).any():  # without ties the second lookup is spared
         wins = (wins + below[high]) / 2
@@ -306,22 +331,29 @@ def _average_precision(s: Array, y: Array, w: Array) -> Array:
     """Mean over positives of the precision among all that score at least as high."""
     pos = _sorted(s, y)
     neg = _sorted(s, ~y)
-    right = _cumulative(w[pos])
-    wrong = _cumulative(w[neg])
+    pos_scores = s[pos]
+    neg_scores = s[neg]
+    pos_weight = _cumulative(w[pos])  # [number of positives + 1, r]
+    neg_weight = _cumulative(w[neg])
     # At the score of each positive, all rows from there up are called positive; "left" takes ties along.
-    tp = right[-1] - right[np.searchsorted(s[pos], s[pos], "left")]
-    fp = wrong[-1] - wrong[np.searchsorted(s[neg], s[pos], "left")]
+    pos_below = np.searchsorted(pos_scores, pos_scores, "left")
+    neg_below = np.searchsorted(neg_scores, pos_scores, "left")
+    tp = pos_weight[-1] - pos_weight[pos_below]  # [number of positives, r]
+    fp = neg_weight[-1] - neg_weight[neg_below]
     # Where both are 0 the positive has no weight either, so any finite number will do for its precision.
-    precision = tp / np.maximum(tp + fp, np.finfo(float).tiny)
-    mean_precision = ratio(np.einsum("kr,kr->r", w[pos], precision), right[-1])
+    called = np.maximum(tp + fp, np.finfo(float).tiny)
+    precision = tp / called
+    precision_sum = np.einsum("kr,kr->r", w[pos], precision)
+    mean_precision = ratio(precision_sum, pos_weight[-1])
     # Without a negative the precision is 1 whatever the scores are: no value rather than a perfect one.
-    return np.where(wrong[-1] > 0, mean_precision, np.nan)
+    return np.where(neg_weight[-1] > 0, mean_precision, np.nan)
 
 
 def _sorted(s: Array, keep: Array) -> Array:
     """The numbers of the rows to keep, in rising order of their scores."""
     rows = np.flatnonzero(keep)
-    return rows[np.argsort(s[rows])]
+    order = np.argsort(s[rows])
+    return rows[order]
 
 
 def _cumulative(w: Array) -> Array:
@@ -338,15 +370,18 @@ def _cumulative(w: Array) -> Array:
     # First within all blocks at once, then each block gets the total of those before it.
     for i in range(1, size):
         blocks[:, i] += blocks[:, i - 1]
-    blocks[1:] += np.cumsum(blocks[:-1, -1], 0)[:, None]
+    totals = blocks[:, -1]  # [number of blocks, r]
+    blocks[1:] += np.cumsum(totals[:-1], 0)[:, None]
     return padded[: n + 1]
 
 
 def ratio(a: Array, b: Array) -> Array:
     """a / b, nan where b is not above 0."""
     a, b = np.broadcast_arrays(a, b)
+    quotient = np.full(a.shape, np.nan)
     # `where` skips the division instead of mending its result, so numpy has nothing to warn of.
-    return np.divide(a, b, out=np.full(a.shape, np.nan), where=b > 0)
+    np.divide(a, b, out=quotient, where=b > 0)
+    return quotient
 
 
 def _steps(s: Array, y: Array) -> tuple[Array, Array, Array]:
@@ -354,11 +389,14 @@ def _steps(s: Array, y: Array) -> tuple[Array, Array, Array]:
     there up.
     """
     order = np.argsort(-s, kind="stable")
+    falling = s[order]
     # A threshold cannot cut between equal scores: only the last row of each run of them is a step.
-    last = np.r_[np.flatnonzero(np.diff(s[order])), len(s) - 1]
-    tp = np.cumsum(y[order])[last]
+    changes = np.flatnonzero(np.diff(falling))
+    last = np.r_[changes, len(s) - 1]
+    positives = np.cumsum(y[order])
+    tp = positives[last]
     fp = last + 1 - tp
-    return s[order][last], tp.astype(float), fp.astype(float)
+    return falling[last], tp.astype(float), fp.astype(float)
 
 
 def _best(s: Array, y: Array, rule: Rule) -> float:
@@ -380,7 +418,9 @@ def _best(s: Array, y: Array, rule: Rule) -> float:
     # Halfway to the next lower score, so that new scores near the limit fall on the nearer side. Between
     # neighbouring floats the middle rounds to the lower one, which would call that score positive too.
     middle = (thresholds[i] + thresholds[i + 1]) / 2
-    return float(middle if middle > thresholds[i + 1] else thresholds[i])
+    if middle > thresholds[i + 1]:
+        return float(middle)
+    return float(thresholds[i])
 
 
 def _intervals(value: Array, replicates: Array, tail: float) -> Intervals:
@@ -393,14 +433,15 @@ def _intervals(value: Array, replicates: Array, tail: float) -> Intervals:
     bounds = [_bounds(column, tail) for column in replicates.T]
     low, high = np.array(bounds).T
     # The mean is taken within each replicate, so its interval knows how the findings vary together.
-    means = _nanmean(replicates[:, defined])
+    means = _nanmean(replicates[:, defined])  # [r]
     mean_low, mean_high = _bounds(means, tail)
+    (mean,) = _nanmean(value[None, defined])
     return Intervals(
         value=value,
         low=np.where(defined, low, np.nan),
         high=np.where(defined, high, np.nan),
         undefined=np.isnan(replicates).sum(0),
-        mean=float(_nanmean(value[None, defined])[0]),
+        mean=float(mean),
         mean_low=mean_low,
         mean_high=mean_high,
         averaged=int(defined.sum()),
@@ -418,14 +459,18 @@ def _bounds(replicates: Array, tail: float) -> tuple[float, float]:
 
 def _nanmean(x: Array) -> Array:
     """[r, c] -> [r]. Unlike numpy's it does not warn where a row holds only nan."""
-    return ratio(np.nansum(x, 1), (~np.isnan(x)).sum(1))
+    defined = ~np.isnan(x)
+    return ratio(np.nansum(x, 1), defined.sum(1))
 
 
 def group_codes(groups: Sequence[Any]) -> tuple[Array, int]:
     """(int64 [n], k): the groups as numbers 0 to k - 1, in order of first appearance."""
     # Plain numbers: two equal elements of a tensor would be two keys.
-    groups = groups.tolist() if isinstance(groups, torch.Tensor | np.ndarray) else list(groups)
-    distinct = dict.fromkeys(groups)  # keeps the order of first appearance, as a set would not
-    number = {group: i for i, group in enumerate(distinct)}
-    codes = [number[group] for group in groups]
-    return np.array(codes, dtype=np.int64), len(number)
+    if isinstance(groups, torch.Tensor | np.ndarray):
+        groups = groups.tolist()
+    codes = []
+    code_of = dict[Any, int]()
+    for group in groups:
+        code = code_of.setdefault(group, len(code_of))
+        codes.append(code)
+    return np.array(codes, dtype=np.int64), len(code_of)
