@@ -47,17 +47,10 @@ def build_registry(
     Raises:
         ValueError: an adapter without samples, or none at all; as `registry.add_adapters`.
     """
-    missing = [name for name in paths if not samples.get(name)]
-    if missing:
-        raise ValueError(
-            f"{path}: no samples for {', '.join(missing)}; every adapter needs some of what it was trained on"
-        )
-    # A name becomes part of a file's name; a wrong one is refused before anything is embedded.
-    for name in paths:
-        files.check_name(name, f"{path}: the adapter")
+    _check_adapters(path, list(paths), samples)
     # A seed for each adapter, so that lists of one length are not all drawn at the same places.
     chosen = {name: draw_samples(samples[name], num_samples, seed + i) for i, name in enumerate(paths)}
-    texts, images, names = [], [], []
+    texts, images, names = [], [], []  # one of each for every sample
     for name, conversations in chosen.items():
         for conversation in conversations:
             text, pictures = query_of(conversation)
@@ -66,14 +59,12 @@ def build_registry(
             names.append(name)
 
     embedder, vectors = _embed_chosen(cfg, retriever, texts, images, names)
-    # Named by its content: one that a killed run has left is found again, and that of another registry stays.
-    folder = f"embedder-{config.record_digest(embedder.name)}"
     # Before the registry, which must never name an embedder that is not there.
-    if not (path.parent / folder).exists():
-        embedders.save_embedder(embedder, path.parent / folder)
+    folder = _save_embedder(embedder, path.parent)
     records = []
     for name, adapter_folder in paths.items():
         rows = [i for i, row_name in enumerate(names) if row_name == name]
+        vector = retrieve.adapter_vector(vectors[rows])
         record = AdapterRecord(
             name=name,
             path=adapter_folder,
@@ -83,10 +74,21 @@ def build_registry(
             samples=len(chosen[name]),
             embedder=embedder.name,
         )
-        records.append((record, retrieve.adapter_vector(vectors[rows])))
+        records.append((record, vector))
     registry.add_adapters(path, Registry(base=base, embedder=folder), records)
     log(f"registry of {len(paths)} adapters: {path}; vectors by {embedder.name}")
     return path
+
+
+def _check_adapters(path: Path, names: Sequence[str], samples: Mapping[str, Sequence[Conversation]]) -> None:
+    missing = [name for name in names if not samples.get(name)]
+    if missing:
+        raise ValueError(
+            f"{path}: no samples for {', '.join(missing)}; every adapter needs some of what it was trained on"
+        )
+    # A name becomes part of a file's name; a wrong one is refused before anything is embedded.
+    for name in names:
+        files.check_name(name, f"{path}: the adapter")
 
 
 def _embed_chosen(
@@ -98,9 +100,10 @@ def _embed_chosen(
 ) -> tuple[Embedder, torch.Tensor]:
     """The embedder, with its trained head where there is one, and the vectors [n, d] of the samples."""
     # Fitted on the samples of all adapters, so that their vectors lie in one space.
-    embedder = (
-        embedders.fit_local(cfg, texts, images) if cfg.kind == "local" else embedders.open_embedder(cfg)
-    )
+    if cfg.kind == "local":
+        embedder = embedders.fit_local(cfg, texts, images)
+    else:
+        embedder = embedders.open_embedder(cfg)
     vectors = embed.embed_queries(embedder, texts, images)
     trained_head = head.head_of(retriever, vectors, names)
     if trained_head is not None:
@@ -110,19 +113,33 @@ def _embed_chosen(
     return embedder, vectors
 
 
+def _save_embedder(embedder: Embedder, parent: Path) -> str:
+    """Write the embedder into a folder below `parent`, if it is not there yet; returns the folder's name."""
+    # Named by its content: one that a killed run has left is found again, and that of another registry stays.
+    name = f"embedder-{config.record_digest(embedder.name)}"
+    if not (parent / name).exists():
+        embedders.save_embedder(embedder, parent / name)
+    return name
+
+
 def embed_samples(
     embedder: Embedder, samples: Sequence[Conversation], num_samples: int = 20, seed: int = 0
 ) -> tuple[torch.Tensor, int]:
     """(vector [d] of an adapter that was trained on these samples, how many were embedded)."""
     chosen = draw_samples(samples, num_samples, seed)
-    queries = [query_of(conversation) for conversation in chosen]
-    vectors = embed.embed_queries(embedder, [text for text, _ in queries], [images for _, images in queries])
+    texts, images = [], []
+    for conversation in chosen:
+        text, pictures = query_of(conversation)
+        texts.append(text)
+        images.append(pictures)
+    vectors = embed.embed_queries(embedder, texts, images)
     return retrieve.adapter_vector(vectors), len(chosen)
 
 
 def draw_samples(samples: Sequence[Conversation], num_samples: int, seed: int) -> list[Conversation]:
     """So many of the samples at random, in their order; all of them where there are no more."""
-    chosen = torch.randperm(len(samples), generator=Generator().manual_seed(seed))[:num_samples]
+    gen = Generator().manual_seed(seed)
+    chosen = torch.randperm(len(samples), generator=gen)[:num_samples]
     # Sorted, so that the order of the drawing does not show in what is embedded.
     return [samples[i] for i in sorted(chosen.tolist())]
 
@@ -131,7 +148,8 @@ def query_of(conversation: Conversation) -> tuple[str, tuple[Path, ...]]:
     """What is embedded of a conversation: the user's first text, and its images."""
     first = next(message["content"] for message in conversation.messages if message["role"] == "user")
     # Images of later turns belong to other questions.
-    return first, conversation.images[: first.count("<image>")]
+    images = conversation.images[: first.count("<image>")]
+    return first, images
 
 
 def category_of(name: str, samples: Sequence[Conversation], key: str = "category") -> str:
