@@ -34,60 +34,59 @@ def fit_compressor(
     """
     if cfg.pretrain.file:
         return open_compressor(cfg)
-    training, device = cfg.pretrain.train, processes.choose_device(cfg.train.device)
+    training = cfg.pretrain.train
+    device = processes.choose_device(cfg.train.device)
     rows_by_split, classes = labelled(cfg)
+    train_rows = rows_by_split["train"]
+    valid_rows = rows_by_split["valid"]
     # Of both splits at once: what is missing is known before a step is made.
-    names = [row["slide"] for part in rows_by_split.values() for row in part]
-    features = data.open_slides(cfg, names)
-    # Only a test may ask about slides without features: here there would be nothing to learn from.
-    if features.missing:
-        raise ValueError(
-            f"{data_path(cfg, 'labels')}: {len(features.missing)} slides have no features, the first is "
-            f"{features.missing[0]}"
-        )
+    features = _open_features(cfg, [*train_rows, *valid_rows])
     # The width is that of the encoder (UNI 1,024, CONCH 512), which only the files know.
     sizes = evolve(cfg.compress, dim=features.dims)
     params = _init_params(cfg, sizes, classes)
     # Drawn on the CPU and then moved: a seed gives the same start on every device.
     params = map_leaves(lambda leaf: leaf.to(device), params)
-    stage = _stage_of(cfg, len(rows_by_split["train"]))
+    stage = _stage_of(cfg, len(train_rows))
     # The default stage trains all (".*"). What another pattern leaves out has no gradient and no moments, but
     # the forward pass needs it, so it is merged in again below.
     trained, frozen = split_tree(params, stage.train)
-    log(
-        f"compressor: {stage.steps} steps on {', '.join(cfg.pretrain.labels)} of "
-        f"{len(rows_by_split['train'])} slides"
-    )
+    label_names = ", ".join(cfg.pretrain.labels)
+    log(f"compressor: {stage.steps} steps on {label_names} of {len(train_rows)} slides")
 
     def collate(rows: Sequence[dict[str, str]]) -> dict[str, Tensor]:
         return _collate_bags(features, rows, cfg.pretrain.most, classes)
 
-    def loss(p: Tree, batch: dict[str, Tensor]) -> tuple[Tensor, gradients.Aux]:
-        return _label_loss(sizes, cfg.pretrain.aux, merge_trees(frozen, p), batch)
-
-    def validate(state: states.State) -> dict[str, float]:
-        # In the precision of training: the score decides which state is kept.
-        with gradients.autocast(state.params, training.precision):
-            return _score_labels(
-                sizes, merge_trees(frozen, state.params), collate, rows_by_split["valid"], training.batch
-            )
-
     # Every slide is a group of its own, so that an epoch visits it at most once. A process gets its share of
     # the batch.
     indices = order.batch_indices(
-        [row["slide"] for row in rows_by_split["train"]],
+        [row["slide"] for row in train_rows],
         training.batch,
         cfg.seed,
         rank=processes.rank(),
         world=processes.world_size(),
     )
+
+    def training_batch(i: int) -> dict[str, Tensor]:
+        rows = [train_rows[j] for j in indices(i)]
+        return collate(rows)
+
+    def loss(p: Tree, batch: dict[str, Tensor]) -> tuple[Tensor, gradients.Aux]:
+        every_param = merge_trees(frozen, p)
+        return _label_loss(sizes, cfg.pretrain.aux, every_param, batch)
+
+    def validate(state: states.State) -> dict[str, float]:
+        every_param = merge_trees(frozen, state.params)
+        # In the precision of training: the score decides which state is kept.
+        with gradients.autocast(state.params, training.precision):
+            return _score_labels(sizes, every_param, collate, valid_rows, training.batch)
+
     state = train_stage(
         # One device for the whole run: the record refuses `pretrain.train.device`.
         evolve(training, device=cfg.train.device),
         stage,
         trained,
         gradients.value_and_grad(loss, precision=training.precision),
-        lambda i: collate([rows_by_split["train"][j] for j in indices(i)]),
+        training_batch,
         folder / "compressor",
         model=params,
         validate=validate,
@@ -97,13 +96,29 @@ def fit_compressor(
     )
     # On the CPU, as `read_fitted` gives them when a run is loaded.
     params = map_leaves(lambda leaf: leaf.to("cpu"), merge_trees(frozen, state.params))
-    # In the format of the reference, so that another run can take it as `pretrain.file`. That format has only
-    # the kind moe.
-    written = folder / "moe_compressor.pt"
-    if processes.rank() == 0 and sizes.kind == "moe" and not written.exists():
-        write_compressor(params["compressor"], written)
     # The heads stay behind in the checkpoints: the language model sees tokens alone.
-    return sizes, params["compressor"]
+    compressor = params["compressor"]
+    _write_reference(sizes, compressor, folder / "moe_compressor.pt")
+    return sizes, compressor
+
+
+def _open_features(cfg: Config, rows: Sequence[dict[str, str]]) -> Features:
+    """The features of all slides of the table of labels."""
+    features = data.open_slides(cfg, [row["slide"] for row in rows])
+    # Only a test may ask about slides without features: here there would be nothing to learn from.
+    if features.missing:
+        raise ValueError(
+            f"{data_path(cfg, 'labels')}: {len(features.missing)} slides have no features, the first is "
+            f"{features.missing[0]}"
+        )
+    return features
+
+
+def _write_reference(sizes: CompressConfig, compressor: Tree, path: Path) -> None:
+    """Write it in the format of the reference, once, so that another run can take it as `pretrain.file`."""
+    # That format has only the kind moe.
+    if sizes.kind == "moe" and processes.rank() == 0 and not path.exists():
+        write_compressor(compressor, path)
 
 
 def _init_params(cfg: Config, sizes: CompressConfig, classes: dict[str, list[str]]) -> Tree:
@@ -111,17 +126,19 @@ def _init_params(cfg: Config, sizes: CompressConfig, classes: dict[str, list[str
     gen = Generator().manual_seed(cfg.seed)
     # First the compressor, then the heads: another order gives other weights for the same seed.
     compressor = compress.init_compress(sizes, gen)
-    numbers = {label: len(values) for label, values in classes.items()}
+    num_classes = {label: len(values) for label, values in classes.items()}
     # 0 slots means a gated attention over the tokens, as `heads.init_heads` has it.
     slots = sizes.slots if cfg.pretrain.head == "places" else 0
-    return {"compressor": compressor, "heads": heads.init_heads(sizes.dim, numbers, gen, slots=slots)}
+    classifiers = heads.init_heads(sizes.dim, num_classes, gen, slots=slots)
+    return {"compressor": compressor, "heads": classifiers}
 
 
 def _stage_of(cfg: Config, slides: int) -> Stage:
     """The stage in steps; without the gate's speed where the compressor has no gate."""
     (stage,) = cfg.pretrain.train.stages
     if cfg.compress.kind != "moe":
-        stage = evolve(stage, speeds=tuple(speed for speed in stage.speeds if speed.match != GATE))
+        speeds = [speed for speed in stage.speeds if speed.match != GATE]
+        stage = evolve(stage, speeds=tuple(speeds))
     return plan_steps(cfg.pretrain.train, stage, slides)
 
 
@@ -133,7 +150,8 @@ def labelled(cfg: Config) -> tuple[dict[str, list[dict[str, str]]], dict[str, li
         ValueError: as `files.read_csv` and `slide_classify.classes_of`; a slide twice; too few slides, or
             none with a label, in a split.
     """
-    table, labels = data_path(cfg, "labels"), cfg.pretrain.labels
+    table = data_path(cfg, "labels")
+    labels = cfg.pretrain.labels
     rows = data.read_labels(cfg, ("slide", "split", *labels))
     rows_by_split = {}
     # Rows of other splits, such as those of a test, are never looked at.
@@ -162,19 +180,24 @@ def labelled(cfg: Config) -> tuple[dict[str, list[dict[str, str]]], dict[str, li
         raise ValueError(f"{table}, split train: {e}") from e
     # Without one labelled slide there is no score to choose a state by. Better known before the training than
     # at its first validation.
-    if not any(row[label] in values for row in rows_by_split["valid"] for label, values in classes.items()):
+    if not any(_has_label(row, classes) for row in rows_by_split["valid"]):
         raise ValueError(
             f"{table}: slides of the split valid must have labels that train has, none has one of "
             f"{', '.join(classes)}"
         )
     batch = cfg.pretrain.train.batch
+    num_slides = len(rows_by_split["train"])
     # `order.batch_indices` would refuse it, too, but cannot name the file and the setting.
-    if len(rows_by_split["train"]) < batch:
+    if num_slides < batch:
         raise ValueError(
-            f"{table}: pretrain.train.batch is {batch}, found {len(rows_by_split['train'])} slides of the "
-            "split train; lower it"
+            f"{table}: pretrain.train.batch is {batch}, found {num_slides} slides of the split train; "
+            "lower it"
         )
     return rows_by_split, classes
+
+
+def _has_label(row: dict[str, str], classes: dict[str, list[str]]) -> bool:
+    return any(row[label] in values for label, values in classes.items())
 
 
 def read_fitted(cfg: Config, folder: Path) -> tuple[CompressConfig, Tree]:
@@ -182,33 +205,44 @@ def read_fitted(cfg: Config, folder: Path) -> tuple[CompressConfig, Tree]:
     if cfg.pretrain.file:
         return open_compressor(cfg)
     # It knows the width of the features that it was trained on; its own parameters say what it is.
-    home, keep = folder / "compressor", cfg.pretrain.train.keep
+    home = folder / "compressor"
+    keep = cfg.pretrain.train.keep
     state = states.read_state(home / f"{keep}.pt", "cpu")
-    params = states.read_trained(home, keep, "cpu", model=state.params).params["compressor"]
+    trained = states.read_trained(home, keep, "cpu", model=state.params)
+    params = trained.params["compressor"]
     # A parameter of each kind whose last axis is the width d of the features.
-    table = {"attention": "tanh/weight", "perceiver": "latents"}.get(cfg.compress.kind, "experts/norm/weight")
-    return evolve(cfg.compress, dim=flatten(params)[table].shape[-1]), params
+    names = {"attention": "tanh/weight", "perceiver": "latents"}
+    name = names.get(cfg.compress.kind, "experts/norm/weight")
+    dim = flatten(params)[name].shape[-1]
+    return evolve(cfg.compress, dim=dim), params
 
 
 def _collate_bags(
     features: Features, rows: Sequence[dict[str, str]], most: int, classes: dict[str, list[str]]
 ) -> dict[str, Tensor]:
     """A ragged batch of slides: x [b, n, d], mask [b, n], and the number of the class of each label [b],
-    -1 where there is none."""
-    # A store may hold 16 bits; the compressor is trained in float32.
-    bags = [torch.from_numpy(whole(features, row["slide"], most)).float() for row in rows]
+    -1 where there is none.
+
+    A store may hold 16 bits; the compressor is trained in float32.
+    """
+    bags = []
+    for row in rows:
+        patches = torch.from_numpy(whole(features, row["slide"], most))
+        bags.append(patches.float())
+    lengths = torch.tensor([len(bag) for bag in bags])
     # Where no slide of the batch has a patch there is still one row, of padding.
     longest = max(1, *map(len, bags))
     # Zeros at the end of shorter slides; the mask keeps them out of every slot.
     x = torch.zeros(len(bags), longest, features.dims)
     for i, bag in enumerate(bags):
         x[i, : len(bag)] = bag
-    lengths = torch.tensor([len(bag) for bag in bags])
-    batch = {"x": x, "mask": torch.arange(longest) < lengths[:, None]}
+    mask = torch.arange(longest) < lengths[:, None]
+    batch = {"x": x, "mask": mask}
     for label, values in classes.items():
+        class_numbers = {value: number for number, value in enumerate(values)}
         # A cell that is empty, or of a class that train has not, becomes -1, which the loss leaves out.
-        place = {value: number for number, value in enumerate(values)}
-        batch[label] = torch.tensor([place.get(row[label], -1) for row in rows])
+        targets = [class_numbers.get(row[label], -1) for row in rows]
+        batch[label] = torch.tensor(targets)
     return batch
 
 
@@ -217,19 +251,22 @@ def _label_loss(
 ) -> tuple[Tensor, gradients.Aux]:
     device = next(iter(flatten(params).values())).device
     # The step's own generator: torch's default one is seeded for each step, see loop.make_step.
-    gen = Generator(device).manual_seed(int(torch.randint(2**31, ())))
-    x, mask = batch["x"].to(device), batch["mask"].to(device)
+    seed = int(torch.randint(2**31, ()))
+    gen = Generator(device).manual_seed(seed)
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
     # Only with a generator is there noise on the router and dropout: this is training.
-    compressed = compress.compress(cfg, params["compressor"], x, mask, gen=gen)
+    compressed = compress.compress(cfg, params["compressor"], batch["x"], batch["mask"], gen=gen)
     logits = heads.label_logits(params["heads"], compressed.tokens)
-    loss, right = heads.label_loss(logits, {name: tensor.to(device) for name, tensor in batch.items()})
+    loss, right = heads.label_loss(logits, batch)
     # The reference's auxiliary loss is made of what the router of moe reports; other kinds have none.
     balance = torch.zeros((), device=device)
     if cfg.kind == "moe":
         balance = compress.reference_aux(compressed.aux)
     # Logged without its weight, so that runs with another `aux` can be compared.
     metrics = {f"right_{label}": share for label, share in right.items()}
-    return loss + aux * balance, gradients.Aux(metrics=metrics | {"labels": loss, "balance": balance})
+    metrics["labels"] = loss
+    metrics["balance"] = balance
+    return loss + aux * balance, gradients.Aux(metrics=metrics)
 
 
 def _score_labels(
@@ -243,21 +280,25 @@ def _score_labels(
     device = next(iter(flatten(params).values())).device
     # Slides are counted over all batches: a mean of batches would weigh the short last one too much, and not
     # every slide of a batch has every label.
-    hits, totals = Counter[str](), Counter[str]()
+    hits = Counter[str]()
+    totals = Counter[str]()
     for i in range(0, len(rows), size):
         batch = collate(rows[i : i + size])
-        x, mask = batch["x"].to(device), batch["mask"].to(device)
+        x = batch["x"].to(device)
+        mask = batch["mask"].to(device)
         with torch.no_grad():
             # No generator, so neither noise nor dropout, and the score of a state is always the same.
             compressed = compress.compress(cfg, params["compressor"], x, mask)
             logits = heads.label_logits(params["heads"], compressed.tokens)
         for label, scores in logits.items():
-            labelled_rows = batch[label] >= 0
-            right = (scores.argmax(1).cpu() == batch[label])[labelled_rows]
-            hits[label] += int(right.sum())
-            totals[label] += int(labelled_rows.sum())
+            targets = batch[label]
+            is_labelled = targets >= 0
+            is_right = scores.argmax(1).cpu() == targets
+            hits[label] += int(is_right[is_labelled].sum())
+            totals[label] += int(is_labelled.sum())
     shares = {f"right_{label}": hits[label] / totals[label] for label in hits if totals[label]}
     if not shares:
         raise ValueError(f"pretrain: none of {len(rows)} validation slides has a label")
     # Every label counts alike, however few slides have it.
-    return {"score": sum(shares.values()) / len(shares)} | shares
+    score = sum(shares.values()) / len(shares)
+    return {"score": score} | shares
