@@ -45,10 +45,13 @@ class Step:
     @property
     def query(self) -> tuple[str, tuple[Path, ...]]:
         """What adapters are found by: the question with its images, or those of earlier turns if it has none."""
-        question, images = self.conversation.messages[-2]["content"], self.conversation.images
+        question = self.conversation.messages[-2]["content"]
+        images = self.conversation.images  # of the whole conversation so far
         count = question.count("<image>")
-        # `images` are those of the whole conversation so far; the last ones belong to this question.
-        return question, images[len(images) - count :] if count else images
+        if count:
+            # The last ones belong to this question.
+            images = images[len(images) - count :]
+        return question, images
 
 
 @frozen(kw_only=True)
@@ -61,12 +64,15 @@ class Run:
 
     def name(self, cfg: Config) -> str:
         """As the table calls it."""
-        return self.mode if self.k == cfg.retrieve.k else f"{self.mode} of {self.k}"
+        if self.k == cfg.retrieve.k:
+            return self.mode
+        return f"{self.mode} of {self.k}"
 
 
 def steps_of(conversations: Sequence[Conversation], cfg: Config) -> list[Step]:
     """Every turn of the assistant as a step; conversations without an episode are one each."""
-    steps, counts = list[Step](), Counter[str]()
+    steps = list[Step]()
+    counts = Counter[str]()
     for conversation in conversations:
         task = str(conversation.extra["task"])
         counts[task] += 1
@@ -75,9 +81,10 @@ def steps_of(conversations: Sequence[Conversation], cfg: Config) -> list[Step]:
             continue
         name = conversation.extra.get("episode_id") or conversation.id or f"line {conversation.line}"
         category = str(conversation.extra.get(cfg.data.category, ""))
-        roles = [message["role"] for message in conversation.messages]
-        answers_at = [i for i, role in enumerate(roles) if role == "assistant"]
-        for turn, i in enumerate(answers_at):
+        turn = 0
+        for i, message in enumerate(conversation.messages):
+            if message["role"] != "assistant":
+                continue
             step = Step(
                 conversation=conversation.until(i + 1),
                 task=task,
@@ -87,19 +94,23 @@ def steps_of(conversations: Sequence[Conversation], cfg: Config) -> list[Step]:
                 turn=turn,
             )
             steps.append(step)
+            turn += 1
     return steps
 
 
 def runs_of(cfg: Config) -> list[Run]:
     """The columns of the table; modes that know no domain are run once."""
-    k, runs = cfg.retrieve.k, list[Run]()
+    runs = list[Run]()
     for mode in cfg.evaluate.modes:
         domains = cfg.evaluate.domains
         if mode in ("bare", "oracle"):
             domains = domains[:1]
-        runs += [Run(mode=mode, domain=domain, k=k) for domain in domains]
+        for domain in domains:
+            runs.append(Run(mode=mode, domain=domain, k=cfg.retrieve.k))
     for domain in cfg.evaluate.domains:
-        runs += [Run(mode="mixture", domain=domain, k=n) for n in cfg.evaluate.by_k if n != k]
+        for k in cfg.evaluate.by_k:
+            if k != cfg.retrieve.k:
+                runs.append(Run(mode="mixture", domain=domain, k=k))
     return runs
 
 
@@ -113,11 +124,18 @@ def embed_steps(pool: Experts, steps: Sequence[Step], cfg: Config) -> Tensor:
     if cfg.evaluate.per == "episode":
         first = dict[str, int]()
         sources = [first.setdefault(step.episode, i) for i, step in enumerate(steps)]
+    # Each question is embedded once.
     embedded = sorted({*sources})
-    queries = [steps[i].query for i in embedded]
-    vectors = experts.embed_questions(pool, [text for text, _ in queries], [images for _, images in queries])
-    rows = {step: row for row, step in enumerate(embedded)}
-    return vectors[[rows[i] for i in sources]]
+    texts = []
+    images = []
+    for i in embedded:
+        question, pictures = steps[i].query
+        texts.append(question)
+        images.append(pictures)
+    vectors = experts.embed_questions(pool, texts, images)
+    row_of_step = {step: row for row, step in enumerate(embedded)}
+    rows = [row_of_step[step] for step in sources]
+    return vectors[rows]
 
 
 def choose_for_steps(
@@ -127,8 +145,9 @@ def choose_for_steps(
     numbers = {name: i for i, name in enumerate(pool.names)}
     # -1 for a task without an adapter: nothing is excluded for it, and the oracle has none.
     own = torch.tensor([numbers.get(step.task, -1) for step in steps])
-    # [steps, adapters]; all False in domain.
-    exclude = (torch.arange(len(pool.names)) == own[:, None]) & (run.domain == "out")
+    is_own = torch.arange(len(pool.names)) == own[:, None]  # [steps, adapters]
+    # All False in domain.
+    exclude = is_own & (run.domain == "out")
     settings = evolve(cfg.retrieve, k=run.k)
     return experts.choose_adapters(run.mode, settings, queries, pool.vectors, own=own, exclude=exclude)
 
@@ -146,39 +165,37 @@ def answer_steps(
         ValueError: the file holds other lines (says where); no step at all could be answered.
     """
     batches = _batches(steps, cfg)
-    kept, _ = progress.read_finished_lines(path, [row for rows in batches for row in rows])
-    for line in kept:
+    all_rows = [row for rows in batches for row in rows]
+    finished, _ = progress.read_finished_lines(path, all_rows)
+    texts = dict[int, str]()
+    for line in finished:
         if not line.keys() >= _LINE:
             raise ValueError(
                 f"{path}, row {line['row']}: not a line of answers; remove the file to start again"
             )
-    texts: dict[int, str] = {line["row"]: line["answer"] for line in kept}
+        texts[line["row"]] = line["answer"]
 
     def answer_batch(rows: Sequence[int]) -> list[Line]:
         questions = [_with_history(steps, row, texts, cfg) for row in rows]
         replies = _answer_or_error(pool, questions, _select_rows(retrieved, rows), mode, cfg)
-        for row, (text, _) in zip(rows, replies, strict=True):
-            texts[row] = text  # later turns of an episode build on it
         lines = []
         for row, (text, error) in zip(rows, replies, strict=True):
-            lines.append(_line(steps[row], _adapter_weights(pool, retrieved, row), text, error, cfg))
+            texts[row] = text  # later turns of an episode build on it
+            adapters = _adapter_weights(pool, retrieved, row)
+            lines.append(_line(steps[row], adapters, text, error, cfg))
         return lines
 
     # MODE-DOMAIN-K-STAMP without the stamp.
     title = path.stem.rpartition("-")[0]
     lines = progress.run_batches(path, batches, answer_batch, title=title)
+    # With the model's own history the file holds all first turns, then all second ones.
+    lines = sorted(lines, key=lambda line: line["row"])
     # Accuracies of 0 for every task would look like a result.
     if all("error" in line for line in lines):
         raise ValueError(
-            f"{path.stem}: none of {len(lines)} questions could be answered; the first: "
-            f"{_in_order(lines)[0]['error']}"
+            f"{path.stem}: none of {len(lines)} questions could be answered; the first: {lines[0]['error']}"
         )
-    return _in_order(lines)
-
-
-# With the model's own history the file holds all first turns, then all second ones.
-def _in_order(lines: Sequence[Line]) -> list[Line]:
-    return sorted(lines, key=lambda line: line["row"])
+    return lines
 
 
 def _batches(steps: Sequence[Step], cfg: Config) -> list[list[int]]:
@@ -186,21 +203,26 @@ def _batches(steps: Sequence[Step], cfg: Config) -> list[list[int]]:
     rounds = [[*range(len(steps))]]
     if cfg.evaluate.history == "own":
         turns = max(step.turn for step in steps) + 1
-        rounds = [[i for i, step in enumerate(steps) if step.turn == turn] for turn in range(turns)]
-    size, batches = cfg.evaluate.batch, list[list[int]]()
+        rounds = [list[int]() for _ in range(turns)]
+        for i, step in enumerate(steps):
+            rounds[step.turn].append(i)
+    size = cfg.evaluate.batch
+    batches = list[list[int]]()
     for rows in rounds:
-        batches += [rows[start : start + size] for start in range(0, len(rows), size)]
+        for start in range(0, len(rows), size):
+            batches.append(rows[start : start + size])
     return batches
 
 
 def _line(step: Step, adapters: dict[str, float], text: str, error: str, cfg: Config) -> Line:
     same = answers.same_answer if cfg.evaluate.rule == "strict" else answers.same_by_tfidf
+    is_right = not error and same(text, step.gold)
     line: Line = {
         "episode": step.episode,
         "task": step.task,
         "answer": text,
         "gold": step.gold,
-        "right": not error and same(text, step.gold),
+        "right": is_right,
         "adapters": adapters,
     }
     if error:
@@ -210,10 +232,14 @@ def _line(step: Step, adapters: dict[str, float], text: str, error: str, cfg: Co
 
 def _adapter_weights(pool: Experts, retrieved: Retrieved, row: int) -> dict[str, float]:
     """{adapter: weight} of a row."""
-    indices, weights = retrieved.indices[row].tolist(), retrieved.weights[row].tolist()
-    pairs = zip(indices, weights, strict=True)
-    # -1 fills the places of a row that got fewer than k adapters.
-    return {pool.names[i]: round(weight, 4) for i, weight in pairs if i >= 0}
+    indices = retrieved.indices[row].tolist()
+    weights = retrieved.weights[row].tolist()
+    weight_of = dict[str, float]()
+    for i, weight in zip(indices, weights, strict=True):
+        # -1 fills the places of a row that got fewer than k adapters.
+        if i >= 0:
+            weight_of[pool.names[i]] = round(weight, 4)
+    return weight_of
 
 
 def _with_history(steps: Sequence[Step], row: int, texts: dict[int, str], cfg: Config) -> Conversation:
@@ -222,19 +248,22 @@ def _with_history(steps: Sequence[Step], row: int, texts: dict[int, str], cfg: C
     Args:
         texts: {step: answer} of the steps that are answered.
     """
-    step, conversation = steps[row], steps[row].conversation
+    step = steps[row]
+    conversation = step.conversation
     if cfg.evaluate.history == "given":
         return conversation
-    earlier = []
-    for i, other in enumerate(steps[:row]):
+    earlier_answers = []
+    for i, earlier in enumerate(steps[:row]):
         # An episode may have several conversations; only turns of this one stand before the answer.
-        if other.episode == step.episode and other.conversation.line == conversation.line:
-            earlier.append(texts[i])
+        same_episode = earlier.episode == step.episode
+        if same_episode and earlier.conversation.line == conversation.line:
+            earlier_answers.append(texts[i])
+    own_answers = iter(earlier_answers)
     *before, last = conversation.messages
-    messages, own = list[dict[str, str]](), iter(earlier)
+    messages = list[dict[str, str]]()
     for message in before:
         if message["role"] == "assistant":
-            message = message | {"content": next(own)}
+            message = message | {"content": next(own_answers)}
         messages.append(message)
     return evolve(conversation, messages=(*messages, last))
 
@@ -248,8 +277,8 @@ def _answer_or_error(
     """
     try:
         data = chat.encode_conversations(pool.chat, questions, prompt=True)
-        rows, max_tokens = range(len(questions)), cfg.evaluate.max_tokens
-        texts = experts.answer_prompts(pool, data, rows, retrieved, mode, max_tokens)
+        rows = range(len(questions))
+        texts = experts.answer_prompts(pool, data, rows, retrieved, mode, cfg.evaluate.max_tokens)
         return [(text, "") for text in texts]
     # Only what a faulty sample raises: out of memory, or a mistake in the code, must stop the run.
     except (ValueError, FloatingPointError) as e:
@@ -279,20 +308,18 @@ def stamp_answers(cfg: Config, path: Path, steps: Sequence[Step]) -> str:
     embedder; of a model in a folder, whose files are large, their sizes and times.
     """
     content = hashlib.sha256()
-    evaluate = cfg.evaluate
-    # Of evaluate only what changes an answer or whether it is right: other intervals need no new answers.
-    how = (cfg.seed, evaluate.history, evaluate.per, evaluate.rule, evaluate.max_tokens, evaluate.batch)
-    settings = [cfg.model, cfg.chat, cfg.base, cfg.retrieve, cfg.fusion, cfg.embed, cfg.retriever, how]
-    plain = [config.unstructure(part) for part in settings]
-    content.update(json.dumps(plain, sort_keys=True, default=str).encode())
+    content.update(_settings_text(cfg).encode())
+
     images = sorted({image for step in steps for image in step.conversation.images})
     digests = {image: files.file_digest(image) for image in track(images, "reading images")}
     for step in steps:
         shown = [(image.name, digests[image]) for image in step.conversation.images]
         question = [step.conversation.messages, shown, step.task, step.episode]
         content.update(json.dumps(question).encode())
+
     for file in track(_registry_files(path, cfg.pool.root), "reading adapters"):
         content.update(files.file_digest(file).encode())
+
     if cfg.model.name and Path(cfg.model.name).is_dir():
         for file in sorted(Path(cfg.model.name).iterdir()):
             # The files of a model are gigabytes, too many to hash before every evaluation.
@@ -301,14 +328,46 @@ def stamp_answers(cfg: Config, path: Path, steps: Sequence[Step]) -> str:
     return content.hexdigest()[:8]
 
 
+def _settings_text(cfg: Config) -> str:
+    """The settings that decide answers, as JSON."""
+    evaluate = cfg.evaluate
+    # Of evaluate only what changes an answer or whether it is right: other intervals need no new answers.
+    evaluation = (
+        cfg.seed,
+        evaluate.history,
+        evaluate.per,
+        evaluate.rule,
+        evaluate.max_tokens,
+        evaluate.batch,
+    )
+    # The order is part of the stamp.
+    settings = [
+        cfg.model,
+        cfg.chat,
+        cfg.base,
+        cfg.retrieve,
+        cfg.fusion,
+        cfg.embed,
+        cfg.retriever,
+        evaluation,
+    ]
+    plain = [config.unstructure(part) for part in settings]
+    return json.dumps(plain, sort_keys=True, default=str)
+
+
 def _registry_files(path: Path, root: str) -> list[Path]:
     """The registry, its vectors, and the files of its adapters and its embedder."""
     pool = registry.read_registry(path, root)
     home = registry.registry_root(path, pool)
-    folders = [home / adapter.path for adapter in pool.adapters]
+    paths = [path]
+    folders = []
+    for adapter in pool.adapters:
+        paths.append(home / adapter.vector)
+        folders.append(home / adapter.path)
     if pool.embedder:
         folders.append(home / pool.embedder)
-    paths = [path, *(home / adapter.vector for adapter in pool.adapters)]
     for folder in folders:
-        paths += [file for file in sorted(folder.iterdir()) if file.suffix in _WEIGHTS]
+        for file in sorted(folder.iterdir()):
+            if file.suffix in _WEIGHTS:
+                paths.append(file)
     return paths
