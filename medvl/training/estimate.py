@@ -4,15 +4,14 @@ what is alive is counted."""
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from medvl.training import trace
 from medvl.weights import lazy
 
 _SMALL = 2**24  # values of an index tensor that are followed
@@ -96,7 +95,7 @@ def peak_of(call: Callable[[], Any], existing: Mapping[str, Any]) -> dict[str, i
     ledger = Ledger()
     for part, tree in existing.items():
         ledger.enter_as(part, tree)
-    with ledger, _fused_attention():
+    with ledger, trace.gpu_kernels():
         call()
     return ledger.peak()
 
@@ -108,25 +107,6 @@ def _is_small_index(item: Any) -> bool:
 def _are_followed(inputs: list[Tensor]) -> bool:
     """Whether the values of all inputs are known, and are indices or masks."""
     return all(_value(tensor) is not None and not tensor.is_floating_point() for tensor in inputs)
-
-
-@contextmanager
-def _fused_attention() -> Iterator[None]:
-    """On meta, torch writes attention out as products; devices run one kernel that never holds the
-    weights of all pairs."""
-    real = F.scaled_dot_product_attention
-
-    def attention(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if q.is_meta:
-            return _Attention.apply(q, k, v)
-        return real(q, k, v, *args, **kwargs)
-
-    # Not by a function mode: that would not last into what autograd computes again.
-    F.scaled_dot_product_attention = attention  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention = real
 
 
 def gathered(part: Tensor, rows: int) -> Tensor:
@@ -154,20 +134,6 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         # Reduce-scatter: a process keeps the gradient of its own rows only.
         return grad.new_empty(ctx.shape), None
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device="meta")
-        # What the backward pass of a fused kernel needs: inputs, output and, in float32, the log-sum-exp of
-        # every query [..., n]; the weights [..., n, n] are computed again.
-        ctx.save_for_backward(q, k, v, out, torch.empty(q.shape[:-1], device="meta"))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(t) for t in ctx.saved_tensors[:3])
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:

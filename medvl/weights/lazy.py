@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _aten = torch.ops.aten
+_linear = F.linear  # itself: an estimate (`training.trace`) has another in its place
 # A parameter of a mixture model that holds the matrices of all experts of a layer.
 EXPERTS = re.compile(r"(^|\.)experts\.\w+$")
 # What layers do with such a parameter; grouped_mm has moved between versions of torch.
@@ -85,7 +86,7 @@ class Lazy(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """What torch calls instead of a function, such as F.linear, that is given a lazy weight."""
         kwargs = kwargs or {}
-        if func is F.linear and isinstance(args[1], Lazy):
+        if func is _linear and isinstance(args[1], Lazy):
             x, weight = args[:2]
             bias = args[2] if len(args) > 2 else kwargs.get("bias")
             return weight.linear(x, bias)
