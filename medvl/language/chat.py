@@ -442,11 +442,27 @@ def make_batch(
     chat: Chat, data: Encoded, rows: Sequence[int], side: Literal["right", "left"] = "right"
 ) -> dict[str, Tensor]:
     """A batch: ids, mask, labels, visual [b, t], images [b] (the number of items), and the items' tensors."""
-    tok = chat.tokenizer
+    batch = encoding.collate_samples([data.samples[i] for i in rows], _padding_id(chat), side=side)
+    return _add_items(chat, batch, [data.conversations[i].items for i in rows])
+
+
+def make_packed_batch(chat: Chat, data: Encoded, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """A batch as of `make_batch`, whose rows hold several conversations each; "segments" [b, t] parts them."""
+    batch = encoding.collate_packed([[data.samples[i] for i in row] for row in rows], _padding_id(chat))
+    items = []
+    for row in rows:
+        items.append([item for i in row for item in data.conversations[i].items])
+    return _add_items(chat, batch, items)
+
+
+def _padding_id(chat: Chat) -> int:
     # Any id will do, the mask hides it; many tokenizers (Llama's) have no padding token.
-    pad = tok.pad_token_id if tok.pad_token_id is not None else tok.eos_token_id or 0
-    batch = encoding.collate_samples([data.samples[i] for i in rows], pad, side=side)
-    items = [data.conversations[i].items for i in rows]
+    tok = chat.tokenizer
+    return tok.pad_token_id if tok.pad_token_id is not None else tok.eos_token_id or 0
+
+
+def _add_items(chat: Chat, batch: dict[str, Tensor], items: Sequence[Sequence[Any]]) -> dict[str, Tensor]:
+    """The batch with the items of each row, opened."""
     # Counts, as the items of all rows lie one behind the other.
     batch["images"] = torch.tensor([len(of_row) for of_row in items])
     if chat.vision is None:
@@ -454,17 +470,42 @@ def make_batch(
     return batch | chat.vision.load_items([item for of_row in items for item in of_row])
 
 
-def training_batches(chat: Chat, data: Encoded, size: int, seed: int) -> Callable[[int], dict[str, Tensor]]:
+def training_batches(
+    chat: Chat, data: Encoded, size: int, seed: int, *, tokens: int = 0, packing: bool = False
+) -> Callable[[int], dict[str, Tensor] | list[dict[str, Tensor]]]:
     """i -> batch: this process's share of `size` conversations, a pure function of (seed, i).
 
+    Args:
+        tokens: with it a batch is a list of micro-batches of at most so many tokens, padding included.
+        packing: their rows hold several conversations each.
     Raises:
         ValueError: as `order.batch_indices`.
     """
     # Every sample is a group of its own: answers that are alike do not disturb each other in a batch, as
     # equal reports do in contrastive training.
     names = [str(i) for i in range(len(data.samples))]
-    share = order.batch_indices(names, size, seed, rank=processes.rank(), world=processes.world_size())
-    return lambda i: make_batch(chat, data, share(i))
+    rank, world = processes.rank(), processes.world_size()
+    share = order.batch_indices(names, size, seed, rank=rank, world=world)
+    if not tokens:
+        return lambda i: make_batch(chat, data, share(i))
+    whole = order.batch_indices(names, size, seed)
+    lengths = [len(sample.ids) for sample in data.samples]
+
+    def micro_batches(i: int) -> list[dict[str, Tensor]]:
+        # Of the whole batch, dealt out: processes then have as many of them, and as much to compute.
+        parts = order.split_by_tokens(whole(i), lengths, tokens, packing=packing, multiple_of=world)
+        return [make_micro_batch(chat, data, rows, packing=packing) for rows in parts[rank::world]]
+
+    return micro_batches
+
+
+def make_micro_batch(
+    chat: Chat, data: Encoded, rows: order.MicroBatch, *, packing: bool = False
+) -> dict[str, Tensor]:
+    """The batch of a micro-batch of `order.split_by_tokens`."""
+    if packing:
+        return make_packed_batch(chat, data, rows)
+    return make_batch(chat, data, [i for (i,) in rows])
 
 
 def micro_batch(chat: Chat, batch: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
@@ -480,32 +521,70 @@ def micro_batch(chat: Chat, batch: Mapping[str, Tensor], rows: slice) -> dict[st
 
 
 def fullest_batch(
-    chat: Chat, conversations: Sequence[Dialogue], size: int, item: Any = None
-) -> dict[str, Tensor]:
+    chat: Chat,
+    conversations: Sequence[Dialogue],
+    size: int,
+    item: Any = None,
+    *,
+    tokens: int = 0,
+    packing: bool = False,
+) -> dict[str, Tensor] | list[dict[str, Tensor]]:
     """A batch for an estimate of memory: the longest conversations.
 
     Args:
         conversations: without any, all rows are text that fills the context, every token trained.
         item: what each of these rows shows besides.
+        tokens, packing: as of `training_batches`: the two fullest micro-batches then, of two and more the
+            gradients are added up.
     """
     if conversations:
         data = encode_conversations(chat, conversations)
-        by_length = sorted(range(len(data.samples)), key=lambda i: -len(data.samples[i].ids))
-        longest = by_length[:size]
-        # Repeated where there are fewer conversations than rows.
-        return make_batch(chat, data, (longest * size)[:size])
-    ids = torch.ones(size, chat.cfg.context, dtype=torch.int64)
-    batch = {"labels": torch.ones_like(ids), "mask": ids.bool()}
-    if chat.vision is None or item is None:
-        batch |= {"visual": ~ids.bool(), "images": torch.zeros(size, dtype=torch.int64)}
-        return {"ids": ids} | batch
-    # A row of the whole context whose first tokens are the item's.
-    ids[:, : chat.vision.count_tokens(item)] = _placeholder_id(chat, chat.vision)
-    batch |= {
-        "visual": ids == _placeholder_id(chat, chat.vision),
-        "images": torch.ones(size, dtype=torch.int64),
-    }
-    return {"ids": ids} | batch | chat.vision.load_items([item] * size)
+    else:
+        data = _full_conversations(chat, item, tokens, packing)
+        size *= len(data.samples)
+    by_length = sorted(range(len(data.samples)), key=lambda i: -len(data.samples[i].ids))
+    # Repeated where there are fewer conversations than rows.
+    by_length *= -(-size // len(by_length))
+    if not tokens:
+        return make_batch(chat, data, by_length[:size])
+    lengths = [len(sample.ids) for sample in data.samples]
+    # Packed micro-batches are full whatever the lengths. One conversation a row, two of 700 tokens take more of
+    # 1,500 than one of 900, so that all are looked at.
+    candidates = by_length[:size] if packing else by_length
+    micro_batches = order.split_by_tokens(candidates, lengths, tokens, packing=packing)
+
+    def padded_tokens(rows: order.MicroBatch) -> int:
+        return len(rows) * max(sum(lengths[i] for i in row) for row in rows)
+
+    fullest = sorted(micro_batches, key=padded_tokens, reverse=True)[:2]
+    # One holds the whole share: the gradient of a second is not added.
+    if sum(map(len, fullest[0])) >= size:
+        fullest = [fullest[0][:size]]
+    return [make_micro_batch(chat, data, rows, packing=packing) for rows in fullest]
+
+
+def _full_conversations(chat: Chat, item: Any, tokens: int, packing: bool) -> Encoded:
+    """Conversations that fill the context or their micro-batches, with the item first, every token trained."""
+    visual = 0
+    if chat.vision is not None and item is not None:
+        visual = chat.vision.count_tokens(item)
+    length = chat.cfg.context
+    # Two rows of half the bound take more than one row of the context that leaves a third of it free.
+    if tokens > length:
+        length = max(visual + 2, tokens // -(-tokens // length))
+    ids = torch.ones(length, dtype=torch.int64)
+    spans: tuple[tuple[int, int], ...] = ()
+    images: tuple[Any, ...] = ()
+    if chat.vision is not None and visual:
+        ids[:visual] = _placeholder_id(chat, chat.vision)
+        spans, images = ((0, visual),), (item,)
+    samples = [Sample(ids=ids, labels=ids, visual=spans)]
+    conversations = [Conversation(messages=(), images=images)]
+    if packing and tokens >= length:
+        # Two in a row: where there is one, attention needs no mask, and so less memory.
+        samples = [Sample(ids=ids[:-1], labels=ids[:-1], visual=spans), Sample(ids=ids[-1:], labels=ids[-1:])]
+        conversations.append(Conversation(messages=()))
+    return Encoded(conversations=tuple(conversations), samples=tuple(samples), refused=0)
 
 
 def model_inputs(
@@ -530,7 +609,7 @@ def model_inputs(
         table = weights[token_table(chat)]
         token = _placeholder_id(chat, chat.vision)
         embedded = vlm.splice(inputs["ids"], visual, table, token, counts=counts)
-        text = {name: inputs[name] for name in ("mask", "labels") if name in inputs}
+        text = {name: inputs[name] for name in ("mask", "labels", "segments") if name in inputs}
         return {"inputs_embeds": embedded} | text
     if "pixel_values" in inputs:
         # Preprocessing gives float32, and a convolution wants the dtype of its weights.

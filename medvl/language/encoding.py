@@ -227,6 +227,36 @@ def collate_samples(
     return {"ids": ids, "mask": mask, "labels": labels, "visual": visual}
 
 
+def collate_packed(rows: Sequence[Sequence[Sample]], pad_id: int) -> dict[str, Tensor]:
+    """Rows of several samples each, one behind the other, padded to one length on the right.
+
+    Returns:
+        as `collate_samples`, and "segments" int64 [b, t]: 1 for the tokens of a row's first sample, 2 for those
+        of the second and so on, 0 at padding. No sample's first token is trained: before it stands another
+        sample, which must not predict it.
+    """
+    batch = collate_samples([_join_samples(row) for row in rows], pad_id)
+    batch["segments"] = torch.zeros_like(batch["ids"])
+    for row, samples in enumerate(rows):
+        lengths = torch.tensor([len(sample.ids) for sample in samples])
+        numbers = torch.arange(1, len(samples) + 1).repeat_interleave(lengths)
+        batch["segments"][row, : len(numbers)] = numbers
+    return batch
+
+
+def _join_samples(samples: Sequence[Sample]) -> Sample:
+    """Samples one behind the other, as far as `collate_samples` looks at them."""
+    visual = list[Span]()
+    labels = list[Tensor]()
+    length = 0
+    for sample in samples:
+        visual += [(length + start, length + stop) for start, stop in sample.visual]
+        labels += [sample.labels.new_tensor([IGNORE]), sample.labels[1:]]
+        length += len(sample.ids)
+    ids = torch.cat([sample.ids for sample in samples])
+    return Sample(ids=ids, labels=torch.cat(labels), visual=tuple(visual))
+
+
 def show_sample(tok: Any, sample: Sample, marks: tuple[str, str] = ("«", "»")) -> str:
     """A sample as text for people: trained tokens between `marks`, visual tokens as "<|image_pad|> x 256".
 

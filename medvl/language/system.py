@@ -20,7 +20,7 @@ from medvl.base.progress import run_batches
 from medvl.base.tree import Tree
 from medvl.evaluation.choices import Options
 from medvl.hub import skeletons
-from medvl.language import chat, encoding
+from medvl.language import chat, encoding, vlm
 from medvl.language.chat import Chat, Dialogue, Encoded, ModelConfig
 from medvl.language.sampling import Sampling
 from medvl.training import gradients, stages
@@ -143,15 +143,17 @@ def fit_model(
             return None
         return partial(validation_loss, model, conversations)
 
-    seed = model.cfg.seed
-    params = stages.shard_params(
-        model.train, params
-    )  # bound to this name, so that nothing here holds the whole
+    train, seed = model.train, model.cfg.seed
+    params = stages.shard_params(train, params)  # bound to this name, so that nothing here holds the whole
+    if train.packing:
+        vlm.check_packing(model.chat.skeleton, shards.lazy_shards(params["model"]))
     return stages.fit_stages(
-        model.train,
+        train,
         params,
         loss_function(model),
-        lambda stage: chat.training_batches(model.chat, data(stage), model.train.batch, seed),
+        lambda stage: chat.training_batches(
+            model.chat, data(stage), train.batch, seed, tokens=train.tokens, packing=train.packing
+        ),
         folder,
         cut=partial(chat.micro_batch, model.chat),
         conversations=lambda stage: len(data(stage).samples),
@@ -305,17 +307,20 @@ def estimate_memory(
         model, params: made on the device "meta".
         conversations, item: of `chat.fullest_batch`.
     """
-    rows = stages.estimate_rows(model.train, number_of_processes)
+    train = model.train
+    rows = stages.estimate_rows(train, number_of_processes)
     # The longest conversations: memory must be enough for the worst batch, not for a usual one.
-    batch = chat.fullest_batch(model.chat, conversations, rows, item)
+    batch = chat.fullest_batch(
+        model.chat, conversations, rows, item, tokens=train.tokens, packing=train.packing
+    )
     loss, cut = loss_function(model), partial(chat.micro_batch, model.chat)
     return {
         stage.name: stages.estimate_memory(
-            *(model.train, stage, params, loss, cut, batch),
+            *(train, stage, params, loss, cut, batch),
             seed=model.cfg.seed,
             processes=number_of_processes,
         )
-        for stage in model.train.stages
+        for stage in train.stages
     }
 
 

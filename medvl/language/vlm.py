@@ -38,7 +38,7 @@ _VISUAL_INPUTS = (
     "video_grid_thw",
     "inputs_embeds",
 )
-_NOT_PASSED_ON = ("ids", "mask", "labels", "visual", "images", "position_ids")  # of a batch
+_NOT_PASSED_ON = ("ids", "mask", "labels", "visual", "images", "position_ids", "segments")  # of a batch
 
 
 def splice(
@@ -155,10 +155,14 @@ def model_inputs(skeleton: Skeleton, batch: Mapping[str, Any]) -> dict[str, Any]
     they are taken from "position_ids", or made from "image_grid_thw" and the placeholders; what transformers
     stores of an earlier call is never read.
 
+    A row may hold several conversations ("segments"): positions start at 0 in each, and attention never leaves
+    one. transformers tells them apart by their positions, where it gets no mask and keeps no cache.
+
     Args:
         batch: "ids" [b, t] or "inputs_embeds" [b, t, d] (from `splice`; then "ids" are optional); "mask" [b,
             t], 1 where a token exists (all do if left out); "position_ids" [b, t] or [3, b, t];
-            "mm_token_type_ids" [b, t]; "pixel_values", "image_grid_thw" and whatever else the architecture
+            "segments" [b, t], the number of each token's conversation in its row from 1 on, 0 at padding, which
+            is on the right; "mm_token_type_ids" [b, t]; "pixel_values", "image_grid_thw" and whatever else the architecture
             takes. "labels", "visual" and "images" are left out.
     Raises:
         ValueError: a row without tokens, ids outside the table, images without placeholders or the other way
@@ -179,8 +183,13 @@ def model_inputs(skeleton: Skeleton, batch: Mapping[str, Any]) -> dict[str, Any]
     if unknown:
         known = sorted(takes.keys() - {"kwargs"})
         raise ValueError(f"vlm: {skeleton.name} takes no {', '.join(unknown)}; it takes {', '.join(known)}")
-    positions = _positions(skeleton, batch, ids, mask)
-    inputs["attention_mask"] = mask
+    if batch.get("segments") is None:
+        positions = _positions(skeleton, batch, ids, mask)
+        inputs["attention_mask"] = mask
+    else:
+        positions = _packed_positions(skeleton, batch, ids, mask)
+        # Padding is a segment of its own, which no token before it sees.
+        inputs["attention_mask"] = None
     if embeds is None:
         inputs["input_ids"] = ids
     # With explicit positions on three axes the types of tokens have no effect.
@@ -268,9 +277,7 @@ def answer_loss(
 def _positions(skeleton: Skeleton, batch: Mapping[str, Any], ids: Tensor | None, mask: Tensor) -> Tensor:
     """Positions int64 [b, t], or [3, b, t] of an architecture with three axes."""
     positions = batch.get("position_ids")
-    modules = (skeleton.module, getattr(skeleton.module, "model", None))
-    # Whether transformers' code has such positions at all; which of them are made here `_MROPE` says.
-    three_axes = any(hasattr(module, "get_rope_index") for module in modules)
+    three_axes = _has_three_axes(skeleton)
     if positions is not None:
         _check_positions(positions, mask, three_axes)
         return positions
@@ -298,6 +305,81 @@ def _positions(skeleton: Skeleton, batch: Mapping[str, Any], ids: Tensor | None,
     merge = skeleton.config["vision_config"]["spatial_merge_size"]
     # The types take the place of ids: 1 at images, 2 at videos.
     return qwen_vl.mrope(types, mask.bool(), grid, image_token=1, video_token=2, merge=merge)[0]
+
+
+def _packed_positions(
+    skeleton: Skeleton, batch: Mapping[str, Any], ids: Tensor | None, mask: Tensor
+) -> Tensor:
+    """Positions that start at 0 in every conversation of a row: int64 [b, t], or [4, b, t] of an architecture with
+    three axes, the first being those on one axis, by which transformers tells conversations apart."""
+    segments = batch["segments"]
+    if segments.shape != mask.shape or segments.is_floating_point() or batch.get("position_ids") is not None:
+        raise ValueError(
+            f"vlm: segments must be whole numbers {list(mask.shape)} without position_ids beside them, got "
+            f"{_describe(segments)}"
+        )
+    columns = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
+    is_first = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0))
+    starts = torch.where(is_first, columns, 0).cummax(1).values
+    one_axis = columns - starts
+    if not _has_three_axes(skeleton):
+        return one_axis
+    # Each conversation in a row of its own, where positions are made as they always are; on the CPU, as that
+    # looks at single values.
+    place, exists = one_axis.cpu(), segments.cpu() > 0
+    number = (is_first | (columns == 0)).cpu() & exists
+    number = number.flatten().cumsum(0).view_as(place) - 1
+    row, column = number[exists], place[exists]
+    shape = (int(row[-1]) + 1, int(column.max()) + 1)
+
+    def unpack(packed: Tensor) -> Tensor:
+        rows = torch.zeros(shape, dtype=packed.dtype)
+        rows[row, column] = packed.cpu()[exists]
+        return rows
+
+    alone = {name: t for name, t in batch.items() if name != "mm_token_type_ids"}
+    if batch.get("mm_token_type_ids") is not None:
+        alone["mm_token_type_ids"] = unpack(batch["mm_token_type_ids"])
+    alone_ids = None if ids is None else unpack(ids)
+    unpacked = _positions(skeleton, alone, alone_ids, unpack(exists.long()))
+    axes = torch.zeros(3, *place.shape, dtype=torch.int64)
+    axes[:, exists] = unpacked[:, row, column]
+    return torch.cat([one_axis[None], axes.to(one_axis.device)])
+
+
+def check_packing(skeleton: Skeleton, params: Mapping[str, Tensor]) -> None:
+    """Raise where the architecture does not keep conversations of one row apart: tried with a few tokens.
+
+    Raises:
+        ValueError: the hidden states of a conversation depend on the one before it in its row.
+    """
+    module: Any = skeleton.module
+    reason = f"{skeleton.name} ({skeleton.config.get('model_type')}) does not keep packed conversations apart"
+    todo = "train.packing = false; train.tokens alone works with every model"
+    if "position_ids" not in inspect.signature(module.forward).parameters:
+        raise ValueError(f"vlm: {reason}, it takes no position_ids; {todo}")
+    size = module.get_input_embeddings().weight.shape[0]
+    placeholders = {skeleton.config.get(name) for name in ("image_token_id", "video_token_id")}
+    text = [token for token in range(min(size, 16)) if token not in placeholders]
+    device = next(iter(params.values())).device
+    ids = torch.tensor([text], device=device)
+    # A long conversation before a short one: what reaches the second would be seen.
+    first = len(text) - 4
+    segments = torch.ones_like(ids)
+    segments[:, first:] = 2
+    with torch.no_grad():
+        packed = hidden_states(skeleton, params, ids=ids, segments=segments)[:, first:].float()
+        alone = hidden_states(skeleton, params, ids=ids[:, first:]).float()
+    error = float((packed - alone).norm() / alone.norm())
+    # bfloat16 rounds to 2**-8, and a leak or a wrong position changes hidden states by tens of percent.
+    if not error < (1e-3 if packed.dtype == torch.float32 else 0.05):
+        raise ValueError(f"vlm: {reason}: alone, hidden states differ by {error:.0%}; {todo}")
+
+
+def _has_three_axes(skeleton: Skeleton) -> bool:
+    """Whether transformers' code has positions on three axes; which of them are made here `_MROPE` says."""
+    modules = (skeleton.module, getattr(skeleton.module, "model", None))
+    return any(hasattr(module, "get_rope_index") for module in modules)
 
 
 def _check_positions(positions: Tensor, mask: Tensor, three_axes: bool) -> None:

@@ -1,7 +1,7 @@
 """Gradients: the one binding in which they are taken, and large batches computed from small chunks,
 exactly."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -157,6 +157,7 @@ def token_value_and_grad(
     `chunk` rows at a time.
 
     A mean of the micro-batches' means would weigh a token more, the fewer tokens its micro-batch trains.
+    A batch that is a list holds its micro-batches already (micro-batches by tokens): they are taken as they are.
 
     Args:
         loss_sum: (params, micro-batch) -> sum of the token losses, count of trained tokens, Aux whose
@@ -182,33 +183,32 @@ def token_value_and_grad(
         return value, evolve(aux, metrics=aux.metrics | {"tokens": count})
 
     grad = value_and_grad(counted_loss, precision=precision, reduce=False)
+    count_rows = rows or _count_rows
 
     def run(params: Tree, batch: Any) -> tuple[Tensor, Aux, Tree]:
-        n = rows(batch) if rows else _count_rows(batch)
-        spans = [slice(i, min(i + chunk, n)) for i in range(0, n, chunk)]
-        _check_same_number(params, len(spans))
-        # A generator, so that only one micro-batch exists at a time.
-        if len(spans) == 1:
-            pieces: Iterable[Any] = [batch]
+        if isinstance(batch, list):
+            n, count, pieces = sum(map(count_rows, batch)), len(batch), iter(batch)
         else:
-            pieces = (cut(batch, span) if cut else _cut_equal_rows(batch, n, span) for span in spans)
-        numbers, total = _add_up(grad, params, pieces, len(spans))
+            n = count_rows(batch)
+            count, pieces = _split_rows(batch, n, chunk, cut)
+        _check_same_number(params, count)
+        numbers, total = _add_up(grad, params, pieces, count)
         if processes.world_size() > 1:
             for number in numbers.values():
                 dist.all_reduce(number)
         # Sums are divided once, by the tokens of all micro-batches and processes.
-        count = float(numbers["metrics/tokens"])
-        if not count:
+        tokens = float(numbers["metrics/tokens"])
+        if not tokens:
             raise ValueError(
                 f"token_value_and_grad: no token of the batch ({n} rows) is trained; make sure that the "
                 "answers fit into the context"
             )
         for name, number in numbers.items():
-            numbers[name] = number if name == "metrics/tokens" else number / count
+            numbers[name] = number if name == "metrics/tokens" else number / tokens
         mean = unflatten(numbers)
         names, sums = list(total), list(total.values())
         del total  # each sum is let go as soon as its mean is there
-        grads = dict(zip(names, _sum_over_processes(sums, count), strict=True))
+        grads = dict(zip(names, _sum_over_processes(sums, tokens), strict=True))
         return mean["loss"], Aux(metrics=mean["metrics"], means=mean.get("means", {})), unflatten(grads)
 
     return run
@@ -230,6 +230,17 @@ def _gather_embeddings(chunks: list[Batch]) -> Batch:
         local = torch.cat([chunk[name] for chunk in chunks])
         rows[name] = processes.gather_rows(_to_float32(local))
     return rows
+
+
+def _split_rows(
+    batch: Any, n: int, chunk: int, cut: Callable[[Any, slice], Any] | None
+) -> tuple[int, Iterator[Any]]:
+    """(number of micro-batches, micro-batches) of a batch of n rows, `chunk` rows each."""
+    spans = [slice(i, min(i + chunk, n)) for i in range(0, n, chunk)]
+    if len(spans) == 1:
+        return 1, iter([batch])
+    # A generator, so that only one micro-batch exists at a time.
+    return len(spans), (cut(batch, span) if cut else _cut_equal_rows(batch, n, span) for span in spans)
 
 
 def _add_up(

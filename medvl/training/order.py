@@ -75,6 +75,82 @@ def derangement(items: Iterable[str], seed: int) -> dict[str, str]:
     return {names[i]: names[j] for i, j in zip(order, following, strict=True)}
 
 
+MicroBatch = list[tuple[int, ...]]  # rows, each of one sample or of several that are packed
+
+
+def split_by_tokens(
+    samples: Iterable[int],
+    lengths: Sequence[int],
+    bound: int,
+    *,
+    packing: bool = False,
+    multiple_of: int = 1,
+) -> list[MicroBatch]:
+    """Samples as micro-batches of at most `bound` tokens, padding included; those with the longest come first.
+
+    The order of the samples makes no difference. A sample longer than the bound is a micro-batch of its own.
+
+    Args:
+        lengths: tokens of every sample, by its number.
+        packing: a row holds several samples, by first-fit decreasing; else one.
+        multiple_of: micro-batches are halved until their number is a multiple of this, as far as there are
+            samples for it.
+    """
+    # Equal lengths by number, so that the result is a function of the set.
+    remaining = sorted(samples, key=lambda i: (-lengths[i], i))
+    micro_batches: list[MicroBatch] = []
+    while remaining:
+        longest = lengths[remaining[0]]
+        # As many rows as the longest sample allows, and no longer ones: attention pays for a row's square.
+        count = max(1, bound // longest)
+        if packing:
+            rows, remaining = _fill_rows(remaining, lengths, count, max(longest, bound // count))
+        else:
+            rows, remaining = [(i,) for i in remaining[:count]], remaining[count:]
+        micro_batches.append(rows)
+    return _halve_until(micro_batches, multiple_of)
+
+
+def _fill_rows(
+    samples: Sequence[int], lengths: Sequence[int], count: int, capacity: int
+) -> tuple[MicroBatch, list[int]]:
+    """(at most `count` rows of `capacity` tokens; samples that are left); the longest sample comes first."""
+    rows: list[list[int]] = [[] for _ in range(count)]
+    free = [capacity] * count
+    most = capacity  # that is free in any row
+    left = []
+    for i in samples:
+        length = lengths[i]
+        if length > most:
+            left.append(i)
+            continue
+        row = next(row for row in range(count) if free[row] >= length)
+        rows[row].append(i)
+        free[row] -= length
+        most = max(free)
+    return [tuple(row) for row in rows if row], left
+
+
+def _halve_until(micro_batches: list[MicroBatch], multiple_of: int) -> list[MicroBatch]:
+    """Halve the micro-batches of the most samples until their number is a multiple of `multiple_of`, or each
+    is one sample."""
+    result = list(micro_batches)
+    while len(result) % multiple_of:
+        sizes = [sum(map(len, rows)) for rows in result]
+        most = sizes.index(max(sizes))
+        if sizes[most] == 1:
+            break
+        rows = result[most]
+        # Of a single row the samples in it are halved.
+        if len(rows) > 1:
+            halves = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
+        else:
+            (row,) = rows
+            halves = [[row[: len(row) // 2]], [row[len(row) // 2 :]]]
+        result[most : most + 1] = halves
+    return result
+
+
 def prefetch(batch_at: Callable[[int], Any], start: int, stop: int) -> Iterator[tuple[int, Any]]:
     """(i, batch_at(i)) for i from start to stop, the next batch made in a thread while the caller
     computes."""

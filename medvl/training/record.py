@@ -105,6 +105,9 @@ class TrainConfig:
     stages: tuple[Stage, ...]
     batch: int = 16
     chunk: int = 2
+    # Language systems: instead of `chunk`, at most so many tokens with padding are computed at a time; 0 = off.
+    tokens: int = 0
+    packing: bool = False  # with `tokens`: several conversations lie in one row, apart from each other
     logits: int = 256  # language systems: tokens whose logits exist at a time
     checkpoint: bool = True  # keep only the layers' inputs for the backward pass
     precision: Literal["float32", "bfloat16"] = "float32"  # "bfloat16" = mixed, by autocast
@@ -141,6 +144,12 @@ class TrainConfig:
         config.check_bounds(
             self, "train", beta2=(0, 0.999999), eps=(0, 1), patience=every, keep_last=(0, 1000)
         )
+        config.check_bounds(self, "train", tokens=(0, 2**24))
+        if self.packing and not self.tokens:
+            raise ValueError(
+                "train.packing fills micro-batches of train.tokens: set it to the number of tokens that fit the "
+                "memory, such as 4096, got 0"
+            )
         if self.patience and not self.validate:
             raise ValueError("train.patience counts validations: train.validate must be above 0, got 0")
 
@@ -158,7 +167,8 @@ def language_training(default: Any = attrs.NOTHING) -> Any:
 
 def _check_micro_batches(_record: Any, _field: Any, cfg: TrainConfig | None) -> None:
     """Micro-batches are of one size: processes that gather each other's weights take as many steps."""
-    if cfg is not None and cfg.batch % cfg.chunk:
+    # Micro-batches by tokens are dealt out so that every process has as many.
+    if cfg is not None and not cfg.tokens and cfg.batch % cfg.chunk:
         raise ValueError(f"train.chunk must divide train.batch, got {cfg.chunk} and {cfg.batch}")
 
 

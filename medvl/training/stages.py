@@ -217,6 +217,7 @@ def fit_stages(
         conversations: stage -> how many its batches are drawn from.
         validate: stage -> (all parameters -> validation loss), or None: the last state is kept then.
     """
+    _check_shares(cfg)
     # All are planned before the first is trained: a warm-up that is too long must not be found hours later.
     stages = [plan_steps(cfg, stage, conversations(stage)) for stage in cfg.stages]
     for i, stage in enumerate(stages):
@@ -245,6 +246,17 @@ def fit_stages(
     device = processes.choose_device(cfg.device)
     # `gather_shards` gives whole tensors in main memory.
     return map_leaves(lambda leaf: leaf.to(device), shards.gather_shards(params))
+
+
+def _check_shares(cfg: TrainConfig) -> None:
+    """Raise where processes that gather each other's weights could get different numbers of micro-batches."""
+    world = processes.world_size()
+    # Of a multiple, micro-batches by tokens can always be halved until all have as many.
+    if cfg.shard and cfg.tokens and cfg.batch % world:
+        raise ValueError(
+            f"train.shard with train.tokens: train.batch must be a multiple of the {world} processes, got "
+            f"{cfg.batch}"
+        )
 
 
 def read_stages(
@@ -384,9 +396,10 @@ def estimate_memory(
 
 def estimate_rows(cfg: TrainConfig, processes: int = 1) -> int:
     """Conversations that an estimate must see of a process's share: of two micro-batches and more the
-    gradients are added up."""
+    gradients are added up. By tokens it is the whole share."""
     if processes < 1 or cfg.batch < processes:
         raise ValueError(
             f"estimate: processes must lie in 1..train.batch, got {processes} and a batch of {cfg.batch}"
         )
-    return min(-(-cfg.batch // processes), 2 * cfg.chunk)
+    share = -(-cfg.batch // processes)
+    return share if cfg.tokens else min(share, 2 * cfg.chunk)

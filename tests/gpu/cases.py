@@ -19,7 +19,7 @@ from medvl.base.tree import flatten, map_leaves, merge_trees, split_tree
 from medvl.components import compress, encode, fuse, layers, losses, text
 from medvl.components.slots import CompressConfig
 from medvl.hub import skeletons
-from medvl.language import chat, generate, likelihood, system, vlm
+from medvl.language import chat, encoding, generate, likelihood, system, vlm
 from medvl.language.sampling import Sampling, allow_only
 from medvl.systems.ct_clip import model as ct_clip
 from medvl.systems.ct_clip.record import Config as CtClipConfig
@@ -345,6 +345,18 @@ def conversation_batch(images: bool = True, rows: int = 2, tokens: int = 24) -> 
     return batch | {"labels": labels, "visual": ids == IMAGE_TOKEN}
 
 
+def packed_batch(images: bool = True) -> Numbers:
+    """The conversations of `conversation_batch` in one row."""
+    batch = conversation_batch(images)
+    samples = []
+    for ids, labels, mask in zip(batch["ids"], batch["labels"], batch["mask"], strict=True):
+        samples.append(encoding.Sample(ids=ids[mask], labels=labels[mask]))
+    packed = encoding.collate_packed([samples], 0)
+    packed["visual"] = packed["ids"] == IMAGE_TOKEN
+    packed["images"] = batch["images"].sum(0, keepdim=True)
+    return packed | {name: batch[name] for name in ("image_grid_thw", "pixel_values") if name in batch}
+
+
 def move_model(device, params):
     """Params of a language system; weights of the model may be of any kind, 4-bit ones too."""
     return {
@@ -366,11 +378,11 @@ def trained_gradient(device, model, params):
     return trained, grad
 
 
-def tune_step(device, *, images: bool = True, steps: int = 2, **settings) -> Numbers:
+def tune_step(device, *, images: bool = True, steps: int = 2, packed: bool = False, **settings) -> Numbers:
     """Loss and gradient of the first step, loss and norm of the last."""
     model, params = tune_model(**settings)
     trained, grad = trained_gradient(device, model, params)
-    batch = conversation_batch(images)
+    batch = [packed_batch(images)] if packed else conversation_batch(images)
     optimizer = stages.make_optimizer(model.train, model.train.stages[0], trained)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -387,6 +399,11 @@ def tune_step(device, *, images: bool = True, steps: int = 2, **settings) -> Num
 @case("tune whole, images", 2e-3)
 def _(device):
     return tune_step(device, **WHOLE)
+
+
+@case("tune whole, images, packed", 2e-3)
+def _(device):
+    return tune_step(device, packed=True, **WHOLE)
 
 
 @case("tune whole, images, not checkpointed", 2e-3)

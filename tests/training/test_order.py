@@ -1,9 +1,10 @@
 import time
 
 import pytest
+import torch
 
 from medvl.ct.names import patient_of, scan_of, volume_name
-from medvl.training.order import batch_indices, derangement, prefetch
+from medvl.training.order import batch_indices, derangement, prefetch, split_by_tokens
 
 NAMES = [f"train_{p}_{s}_{r}" for p in range(9) for s in "ab" for r in (1, 2, 3)[: 1 + p % 3]]
 GROUPS = [scan_of(n) for n in NAMES]
@@ -79,3 +80,53 @@ def test_a_derangement_gives_every_item_to_another(n):
 def test_a_derangement_needs_two():
     with pytest.raises(ValueError, match="two different items or more, got 1"):
         derangement(["a", "a"], 0)
+
+
+# Micro-batches by tokens ------------------------------------------------------------------------------------
+LENGTHS = [3, 50, 7, 7, 20, 9, 31, 1, 12, 7, 100, 18]
+
+
+def padded(rows, lengths=LENGTHS):
+    return len(rows) * max(sum(lengths[i] for i in row) for row in rows)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("multiple_of", [1, 2, 3, 4])
+@pytest.mark.parametrize("bound", [1, 50, 64, 1000])
+def test_micro_batches_hold_every_sample_once_within_the_bound(packing, multiple_of, bound):
+    samples = range(len(LENGTHS))
+    parts = split_by_tokens(samples, LENGTHS, bound, packing=packing, multiple_of=multiple_of)
+    assert sorted(i for rows in parts for row in rows for i in row) == [*samples]
+    assert len(parts) % multiple_of == 0  # 12 samples are a multiple of each
+    for rows in parts:
+        assert all(rows)
+        alone = sum(map(len, rows)) == 1
+        assert padded(rows) <= bound or alone
+        assert packing or all(len(row) == 1 for row in rows)
+    for other in ([*samples][::-1], [5, 3, 0, 1, 11, 2, 10, 4, 6, 9, 8, 7]):
+        assert split_by_tokens(other, LENGTHS, bound, packing=packing, multiple_of=multiple_of) == parts
+
+
+def test_rows_are_sorted_by_length_or_filled_by_first_fit_decreasing():
+    assert split_by_tokens(range(6), [5, 1, 9, 5, 1, 3], 10) == [[(2,)], [(0,), (3,)], [(5,), (1,), (4,)]]
+    packed = split_by_tokens(range(6), [5, 1, 9, 5, 1, 3], 10, packing=True)
+    assert packed == [[(2, 1)], [(0,), (3,)], [(5,), (4,)]]
+    assert split_by_tokens(range(6), [5, 1, 9, 5, 1, 3], 24, packing=True) == [[(2, 5), (0, 3, 1, 4)]]
+
+
+def test_processes_get_as_many_micro_batches_as_samples_allow():
+    assert split_by_tokens([0, 1], [4, 4], 100, multiple_of=2) == [[(0,)], [(1,)]]
+    assert split_by_tokens([0, 1], [4, 4], 100, packing=True, multiple_of=2) == [[(0,)], [(1,)]]
+    # Three single samples cannot be two or four.
+    assert len(split_by_tokens([0, 1, 2], [9, 9, 9], 1, multiple_of=2)) == 3
+
+
+def test_packing_leaves_little_room():
+    gen = torch.Generator().manual_seed(0)
+    lengths = (180 * torch.randn(512, generator=gen).mul(0.9).exp()).clamp(8, 2048).int().tolist()
+    total = sum(lengths)
+    packed = split_by_tokens(range(512), lengths, 4096, packing=True)
+    by_length = split_by_tokens(range(512), lengths, 4096)
+    assert sum(padded(rows, lengths) for rows in packed) < 1.03 * total
+    assert sum(padded(rows, lengths) for rows in by_length) < 1.15 * total
+    assert len(packed) <= 1.06 * total / 4096 + 1
