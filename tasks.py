@@ -139,13 +139,17 @@ def labels(c, exp, set_=None, sample="0"):
 
 @task(
     iterable=["set_"],
-    help=SET | {"processes": "number of torchrun processes, with a GPU each; prints what each of them needs"},
+    help=SET
+    | {
+        "processes": "number of torchrun processes, with a GPU each; prints what each of them needs",
+        "gpu": "for the seconds of a step: h100, h200, a100 or rtx4090",
+    },
 )
-def estimate(c, exp, set_=None, processes="1"):
-    """Print the memory that training an experiment will need, by part."""
+def estimate(c, exp, set_=None, processes="1", gpu="h100"):
+    """Print the memory that training an experiment will need, by part, and the seconds of a step."""
     from medvl.commands import experiments
 
-    _call(experiments.print_memory, exp, set_ or (), _whole("processes", processes, 1, 2**20))
+    _call(experiments.print_memory, exp, set_ or (), _whole("processes", processes, 1, 2**20), gpu)
 
 
 @task

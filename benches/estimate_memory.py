@@ -113,7 +113,8 @@ if __name__ == "__main__":
         sys.exit()
     done = {}
     for variant in sys.argv[1:] or VARIANTS:
-        (parts,) = tune_run.memory(experiment(variant), Path("nowhere")).values()
+        (step,) = tune_run.memory(experiment(variant), Path("nowhere")).values()
+        parts = step.memory
         env = os.environ | {
             "MALLOC_MMAP_THRESHOLD_": str(2**20),
             "MALLOC_TRIM_THRESHOLD_": str(2**20),

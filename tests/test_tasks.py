@@ -352,7 +352,7 @@ HOSTILE = [
     (f"labels {CT}", "only systems that train a language model"),
     (f"estimate {TUNE} --processes x", "--processes must be a whole number from 1"),
     (f"estimate {TUNE} --processes 0", "--processes must be a whole number from 1"),
-    (f"estimate {CT}", "only systems that train a language model"),
+    (f"estimate {CT} --gpu tpu", "--gpu must be one of h100"),
     ("ask --question q --adapters gone.toml -k x", "--k must be a whole number"),
     ("ask --question q --adapters gone.toml --max-tokens x", "--max-tokens must be a whole number"),
     ("ask --question q --adapters gone.toml --max-tokens 0", "--max-tokens must be a whole number"),

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from medvl.base import config
 from medvl.evaluation import results
 from medvl.systems import run
+from medvl.training import trace
+from medvl.training.estimate import Step
 
 
 def print_experiments() -> None:
@@ -34,20 +36,44 @@ def print_labels(exp: str, overrides: Sequence[str] = (), number: int = 0) -> No
     print(system.labels(cfg, folder, number))
 
 
-def print_memory(exp: str, overrides: Sequence[str] = (), processes: int = 1) -> None:
-    """Print the memory that each stage of a run will need on one of so many processes, by part."""
+def print_memory(exp: str, overrides: Sequence[str] = (), processes: int = 1, gpu: str = "h100") -> None:
+    """Print the memory that each stage of a run will need on one of so many processes, by part, and the seconds
+    that a step will take on a GPU of a kind.
+
+    Raises:
+        ValueError: no such GPU in `trace.GPUS`; an experiment of a system that has no estimate.
+    """
+    if gpu not in trace.GPUS:
+        raise ValueError(f"estimate: --gpu must be one of {', '.join(trace.GPUS)}, got {gpu!r}")
     cfg, folder = run.resolve(exp, overrides)
     system = run.find_system(cfg.system)
     if system.memory is None:
         raise ValueError(_has_no("estimate", exp, cfg.system))
     per_process = f"each of {processes} processes" if processes > 1 else "one process"
     # Weights are not allocated for this: a laptop can tell what a run on GPUs will need.
-    for stage, bytes_of_part in system.memory(cfg, folder, processes).items():
-        largest_first = sorted(bytes_of_part.items(), key=lambda item: -item[1])
+    for stage, step in system.memory(cfg, folder, processes).items():
+        largest_first = sorted(step.memory.items(), key=lambda item: -item[1])
         rows = [(part, f"{nbytes / 1e9:.3f}") for part, nbytes in largest_first]
-        rows.append(("at the peak", f"{sum(bytes_of_part.values()) / 1e9:.3f}"))
+        rows.append(("at the peak", f"{sum(step.memory.values()) / 1e9:.3f}"))
         print(f"stage {stage}, {per_process}:")
         print(results.markdown_table(("Part", "GB"), rows))
+        print(_seconds_lines(step, gpu))
+
+
+def _seconds_lines(step: Step, gpu: str) -> str:
+    rates = step.rates(trace.GPUS[gpu])
+    throughput = f"{_short(rates['samples_per_second'])} samples/s"
+    if "tokens_per_second" in rates:
+        throughput += f", {_short(rates['tokens_per_second'])} tokens/s"
+    return (
+        f"a step on one {gpu}: {_short(rates['seconds'])} s (estimated, not measured), {throughput}\n"
+        f"{_short(step.work.flops / 1e12)} TFLOP, {step.work.kernels:,.0f} kernels; assumed: {trace.ASSUMPTIONS}\n"
+    )
+
+
+def _short(number: float) -> str:
+    """Three digits, or whole with its thousands apart."""
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
 
 
 def _has_no(task: str, exp: str, system: str) -> str:

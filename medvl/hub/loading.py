@@ -97,13 +97,12 @@ def load_skeleton(
 
     config = read_json(find_file(str(name), ("config.json",)))
     entries = open_weights(find_file(str(name), _WEIGHT_FILES), str(name))
-    # One tower of CLIP is a model of its own in transformers (clip_text_model), with the tower's config.
     if part:
         if not isinstance(config.get(f"{part}_config"), dict):
             raise ValueError(
                 f"load: {name} has no {part} tower (its config.json has no {part}_config); leave part empty"
             )
-        config = {"model_type": f"{config.get('model_type')}_{part}_model"} | config[f"{part}_config"]
+        config = _tower_config(config, part)
         entries = {key: entry for key, entry in entries.items() if key.startswith(f"{part}_model.")}
     skeleton, params = _bind_entries(config, entries, str(name), head, dtype, torch.device(device), transform)
     _warn_of_positions(config, str(name))
@@ -126,6 +125,21 @@ def load_encoder(name: files.PathLike, tower: Literal["text", "vision"]) -> tupl
     if f"{tower}_config" in config:
         return load_skeleton(name, part=tower)
     return load_skeleton(name)
+
+
+def encoder_config(name: files.PathLike, tower: Literal["text", "vision"]) -> dict[str, Any]:
+    """The config of what `load_encoder` loads; no weights are read, unless an original DINOv2 file has only those."""
+    if Path(name).is_file():
+        return dinov2_config(read_pickle(Path(name)), str(name))
+    config = read_json(find_file(str(name), ("config.json",)))
+    if f"{tower}_config" in config:
+        return _tower_config(config, tower)
+    return config
+
+
+def _tower_config(config: Mapping[str, Any], tower: str) -> dict[str, Any]:
+    """One tower of CLIP is a model of its own in transformers (clip_text_model), with the tower's config."""
+    return {"model_type": f"{config.get('model_type')}_{tower}_model"} | config[f"{tower}_config"]
 
 
 def bind_weights(

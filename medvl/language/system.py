@@ -23,7 +23,7 @@ from medvl.hub import skeletons
 from medvl.language import chat, encoding, vlm
 from medvl.language.chat import Chat, Dialogue, Encoded, ModelConfig
 from medvl.language.sampling import Sampling
-from medvl.training import gradients, stages
+from medvl.training import estimate, gradients, stages
 from medvl.training.record import Stage, TrainConfig
 from medvl.weights import lora, shards
 
@@ -294,14 +294,14 @@ def show_labels(
     return "\n\n".join(encoding.show_sample(opened.tokenizer, sample) for sample in samples)
 
 
-def estimate_memory(
+def estimate_steps(
     model: LanguageModel,
     params: Params,
     conversations: Sequence[Dialogue],
     number_of_processes: int = 1,
     item: Any = None,
-) -> dict[str, dict[str, int]]:
-    """{stage: {part: bytes}} that one of so many processes will need: a step on tensors without storage.
+) -> dict[str, estimate.Step]:
+    """{stage: a step of one of so many processes}, on tensors without storage.
 
     Args:
         model, params: made on the device "meta".
@@ -315,7 +315,7 @@ def estimate_memory(
     )
     loss, cut = loss_function(model), partial(chat.micro_batch, model.chat)
     return {
-        stage.name: stages.estimate_memory(
+        stage.name: stages.estimate_step(
             *(train, stage, params, loss, cut, batch),
             seed=model.cfg.seed,
             processes=number_of_processes,

@@ -8,6 +8,7 @@ from attrs import field, frozen
 
 from medvl.base.tree import Tree
 from medvl.evaluation.results import Result
+from medvl.training.estimate import Step
 
 Log = Callable[[str], None]
 
@@ -63,8 +64,8 @@ class System:
     assess: Callable[..., tuple[list[Result], Path]]
     # (cfg, run folder, number) -> text: a training sample with the trained tokens marked
     labels: Callable[[Any, Path, int], str] | None = None
-    # (cfg, run folder, number of processes) -> {stage: {part: bytes}}: the memory that training needs
-    memory: Callable[[Any, Path, int], dict[str, dict[str, int]]] | None = None
+    # (cfg, run folder, number of processes) -> {stage: a step}: the memory and the time that training needs
+    memory: Callable[[Any, Path, int], dict[str, Step]] | None = None
     # (run folder, question) -> the answer as it is printed
     ask: Callable[[Path, Question], str] | None = None
     takes: tuple[str, ...] = ()  # options of `invoke ask` that make sense for `ask`

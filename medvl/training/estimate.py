@@ -1,12 +1,14 @@
-"""How much memory a computation will need, before there is any: it runs on tensors without storage, and
-what is alive is counted."""
+"""How much memory a computation will need and how long it will take, before there is any: it runs on tensors
+without storage, and what is alive and what runs is counted."""
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from attrs import frozen
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -58,6 +60,13 @@ class Ledger(TorchDispatchMode):
         on_meta = any(tensor.is_meta for tensor in inputs) or str(kwargs.get("device")) == "meta"
         if not on_meta:
             return func(*args, **kwargs)
+        # Where a mask is true decides the shape, so that only its values can tell.
+        if func is torch.ops.aten.nonzero.default:
+            positions = func(_value(inputs[0], must=True))
+            result = positions.to("meta")
+            result._value = positions
+            self._enter(result)
+            return result
         # The operator runs without storage; only shapes and dtypes come out.
         result = func(*tree_map(_to_meta, args), **tree_map(_to_meta, kwargs))
         # The same operator runs once more, on the known values; masks and indices are small enough for that.
@@ -87,15 +96,66 @@ class Ledger(TorchDispatchMode):
         return number
 
 
-def peak_of(call: Callable[[], Any], existing: Mapping[str, Any]) -> dict[str, int]:
+@frozen(kw_only=True)
+class Step:
+    """A training step of one process: what it takes, estimated."""
+
+    memory: dict[str, int]  # {part: bytes} at the peak
+    work: trace.Work
+    samples: int  # conversations or volumes
+    tokens: float = 0.0  # of text, padding included
+
+    def rates(self, gpu: trace.Gpu) -> dict[str, float]:
+        """{"seconds", "samples_per_second", and "tokens_per_second" where there are some} on a GPU."""
+        seconds = self.work.seconds(gpu)
+        rates = {"seconds": seconds, "samples_per_second": self.samples / seconds}
+        if self.tokens:
+            rates["tokens_per_second"] = self.tokens / seconds
+        return rates
+
+
+class Laps:
+    """The work of a step that has more chunks than were traced.
+
+    `mark` is called when a chunk begins. Chunks of a kind do the same work, so that the work of any number of them
+    follows from that of two.
+    """
+
+    def __init__(self) -> None:
+        self.counter = trace.WorkCounter()
+        self._starts: list[trace.Work] = []
+
+    def mark(self) -> None:
+        self._starts.append(self.counter.work())
+
+    def last_of(self, kind: slice) -> trace.Work:
+        """The work of the last chunk whose end is known too, of those that began in `kind`."""
+        before, after = self._starts[kind][-2:]
+        return after - before
+
+    def work(self, more: float, kinds: Sequence[slice] = (slice(None),)) -> trace.Work:
+        """All that was counted, and `more` chunks of each of these kinds."""
+        total = self.counter.work()
+        for kind in kinds if more and len(self._starts) > 1 else ():
+            total += self.last_of(kind) * more
+        return total
+
+
+def peak_of(
+    call: Callable[[], Any], existing: Mapping[str, Any], counter: trace.WorkCounter | None = None
+) -> dict[str, int]:
     """Bytes by part at the peak of `call()`; `existing` are the tensors that are there before it, by part.
 
     Kernels' own scratch memory is not seen, nor what a caching allocator keeps; add a tenth for both.
+
+    Args:
+        counter: counts the work of the call.
     """
     ledger = Ledger()
     for part, tree in existing.items():
         ledger.enter_as(part, tree)
-    with ledger, trace.gpu_kernels():
+    # The ledger is entered last: it makes tensors of "meta" of what the counter sees.
+    with counter or nullcontext(), ledger, trace.gpu_kernels():
         call()
     return ledger.peak()
 

@@ -22,7 +22,7 @@ from medvl.base.tree import (
     unflatten,
 )
 from medvl.hub import skeletons
-from medvl.training import estimate, gradients, loop, states
+from medvl.training import estimate, gradients, loop, states, trace
 from medvl.training.muon import muon
 from medvl.training.optim import Optimizer, Rate, adamw, routed, warmup_cosine, with_master
 from medvl.training.record import Speed, Stage, TrainConfig, plan_steps
@@ -346,10 +346,10 @@ def make_gradient(
     )
 
 
-# The memory of a stage --------------------------------------------------------------------------------
+# The memory and the time of a stage --------------------------------------------------------------------------------
 
 
-def estimate_memory(
+def estimate_step(
     cfg: TrainConfig,
     stage: Stage,
     params: Tree,
@@ -359,18 +359,15 @@ def estimate_memory(
     *,
     seed: int = 0,
     processes: int = 1,
-) -> dict[str, int]:
-    """{part: bytes} of one of so many processes at the peak of a training step, on parameters without
-    storage (device "meta").
+) -> estimate.Step:
+    """The memory and the work of a training step of one of so many processes, on parameters without storage
+    (device "meta").
 
     With `shard` it holds its rows of what `shard_params` cuts, and a whole matrix only while that is used.
 
     Args:
         batch: of `estimate_rows(cfg, processes)` rows.
     """
-    if stage.epochs:
-        # The number of steps changes no byte.
-        stage = evolve(stage, steps=max(1, stage.warmup), epochs=0.0)
     local = _cut_matrices(params, processes if cfg.shard and processes > 1 else None)
     rows = {}
     for name, leaf in flatten(params).items():
@@ -384,14 +381,60 @@ def estimate_memory(
         return unflatten(flat)
 
     trained, frozen = split_tree(unflatten(local), stage.train)
-    optimizer = make_optimizer(cfg, stage, trained, seed)
-    grad = make_gradient(cfg, lambda p, piece: loss_sum(gather(merge_trees(frozen, p)), piece), cut)
+    laps = estimate.Laps()
+
+    def marked_loss(p: Tree, piece: Any) -> tuple[Tensor, Tensor | int, gradients.Aux]:
+        laps.mark()
+        return loss_sum(gather(merge_trees(frozen, p)), piece)
+
+    grad = make_gradient(cfg, marked_loss, cut)
+    memory = trace_step(cfg, stage, trained, frozen, grad, batch, laps.counter, seed=seed)
+    share = -(-cfg.batch // processes)
+    micro_batches = batch if isinstance(batch, list) else [batch]
+    conversations = sum(_count_conversations(piece) for piece in micro_batches)
+    number = len(batch) if isinstance(batch, list) else conversations / cfg.chunk
+    # The share has as many times the conversations that were traced.
+    times = share / conversations
+    tokens = times * sum(piece["ids"].numel() for piece in micro_batches)
+    return estimate.Step(memory=memory, work=laps.work(number * (times - 1)), samples=share, tokens=tokens)
+
+
+def _count_conversations(batch: gradients.Batch) -> int:
+    if "segments" not in batch:
+        return len(batch["ids"])
+    count = 0
+    for row in batch["segments"]:
+        _, lengths = row[row > 0].unique(return_counts=True)
+        # A conversation of one token is none: it only makes a full row one of several (`chat.fullest_batch`).
+        count += int((lengths > 1).sum())
+    return count
+
+
+def trace_step(
+    cfg: TrainConfig,
+    stage: Stage,
+    trained: Tree,
+    frozen: Tree,
+    grad: gradients.Grad,
+    batch: Any,
+    counter: trace.WorkCounter,
+    *,
+    seed: int = 0,
+    keyed: bool = False,
+) -> dict[str, int]:
+    """{part: bytes} at the peak of a training step, on "meta"; `counter` counts its work.
+
+    Args:
+        keyed: see `make_optimizer`.
+    """
+    if stage.epochs:
+        # The number of steps changes no byte.
+        stage = evolve(stage, steps=max(1, stage.warmup), epochs=0.0)
+    optimizer = make_optimizer(cfg, stage, trained, seed, keyed=keyed)
     state = states.State(params=trained, opt=optimizer.init(trained))
     step = loop.make_step(grad, optimizer, clip=cfg.clip, seed=seed)
-    return estimate.peak_of(
-        lambda: step(state, batch),
-        {"frozen weights": frozen, "trained weights": trained, "optimiser": state.opt},
-    )
+    existing = {"frozen weights": frozen, "trained weights": trained, "optimiser": state.opt}
+    return estimate.peak_of(lambda: step(state, batch), existing, counter)
 
 
 def estimate_rows(cfg: TrainConfig, processes: int = 1) -> int:

@@ -155,10 +155,12 @@ def test_labels_and_memory_before_a_run(trained):
     with pytest.raises(ValueError, match="labels: sample must be below 9, got 9"):
         system.show_labels(make, TRAIN, 9)
     model, params = make(device=torch.device("meta"))
-    longest = system.estimate_memory(model, params, TRAIN)
-    shown = system.estimate_memory(model, params, [], item="red")
+    longest = system.estimate_steps(model, params, TRAIN)
+    shown = system.estimate_steps(model, params, [], item="red")
     assert {*longest} == {*shown} == {"whole", "adapter"}
-    assert sum(shown["whole"].values()) > sum(longest["whole"].values()) > 0  # the whole context is longer
+    memory = [sum(steps["whole"].memory.values()) for steps in (longest, shown)]
+    assert 0 < memory[0] < memory[1]  # the whole context is longer
+    assert 0 < longest["whole"].work.flops < shown["whole"].work.flops
 
 
 def test_answers_go_by_all_that_decides_them(trained):

@@ -224,6 +224,8 @@ def test_memory_follows_the_bound(tmp_path):
         model, params = system.init_model(
             cfg, tmp_path, device=torch.device("meta"), extend=test_system.add_squares
         )
-        parts = system.estimate_memory(model, params, [], item="red")["whole"]
-        sums.append(parts["activations and gradients"])
+        step = system.estimate_steps(model, params, [], item="red")["whole"]
+        # Twelve conversations that fill the context, or a bound that holds more.
+        assert 12 * 100 <= step.tokens <= 12 * 300
+        sums.append(step.memory["activations and gradients"])
     assert sums[0] < sums[1] < sums[2] < 2 * sums[1]

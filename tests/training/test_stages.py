@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from medvl.training import estimate, gradients, states
 from medvl.training.record import Stage, TrainConfig
-from medvl.training.stages import estimate_memory, estimate_rows, fit_stage, make_gradient
+from medvl.training.stages import estimate_rows, estimate_step, fit_stage, make_gradient
 
 D = 256
 MATRIX = D * D * 4
@@ -36,23 +36,23 @@ def foretold(cfg, processes):
 
     batch = {"ids": meta(estimate_rows(cfg, processes), D)}
     cut = lambda b, span: {"ids": b["ids"][span]}
-    return estimate_memory(cfg, cfg.stages[0], params, loss_sum, cut, batch, processes=processes)
+    return estimate_step(cfg, cfg.stages[0], params, loss_sum, cut, batch, processes=processes)
 
 
 def test_a_process_holds_its_rows_of_the_model_and_the_whole_adapter():
-    one, two, four = (foretold(recorded(), n) for n in (1, 2, 4))
+    one, two, four = (foretold(recorded(), n).memory for n in (1, 2, 4))
     for n, got in ((1, one), (2, two), (4, four)):
         held = 2 * MATRIX // n + D * 4 + MATRIX
         assert got["trained weights"] == held
         assert got["optimiser"] == 2 * held
-    whole = foretold(recorded(shard=False), 2)
+    whole = foretold(recorded(shard=False), 2).memory
     assert {k: v for k, v in whole.items() if k in ("trained weights", "optimiser")} == {
         k: one[k] for k in ("trained weights", "optimiser")
     }
 
 
 def test_what_is_frozen_lies_in_parts_too_and_is_whole_while_it_is_used():
-    one, four = (foretold(recorded(train=("lora/.*",), batch=8), n) for n in (1, 4))
+    one, four = (foretold(recorded(train=("lora/.*",), batch=8), n).memory for n in (1, 4))
     assert one["frozen weights"] == 2 * MATRIX + D * 4
     assert four["frozen weights"] == 2 * MATRIX // 4 + D * 4
     more = four["activations and gradients"] - one["activations and gradients"]
@@ -65,6 +65,16 @@ def test_the_share_of_a_batch_decides_whether_gradients_are_added_up():
         said = f"processes must lie in 1..train.batch, got {wrong} and a batch of 32"
         with pytest.raises(ValueError, match=re.escape(said)):
             estimate_rows(recorded(batch=32), wrong)
+
+
+def test_work_and_rows_of_a_step_are_those_of_all_micro_batches():
+    one, many = (foretold(recorded(batch=n, shard=False), 1) for n in (1, 12))
+    matrices = 3 * 2 * D * D
+    # No gradient by the first input.
+    assert one.work.flops == 3 * matrices - 2 * D * D
+    assert many.work.flops == 12 * one.work.flops
+    assert (many.samples, many.tokens) == (12, 12 * D)
+    assert foretold(recorded(batch=12, shard=False), 4).work.flops == 3 * one.work.flops
 
 
 def test_a_gradient_goes_as_soon_as_its_successor_is_there():

@@ -21,6 +21,7 @@ from medvl.systems.adapters import record, tables
 from medvl.systems.adapters.data import data_folder, of_task, read_general, split_reader, tasks_of
 from medvl.systems.adapters.record import Config, Model
 from medvl.training import stages
+from medvl.training.estimate import Step
 
 
 # Training ---------------------------------------------------------------------------------------------------
@@ -231,8 +232,8 @@ def labels(cfg: Config, folder: Path, number: int = 0) -> str:
     return system.show_labels(init, train, number)
 
 
-def memory(cfg: Config, folder: Path, processes: int = 1) -> dict[str, dict[str, int]]:
-    """{stage: {part: bytes}} that one of so many processes will need, for the base model and for one adapter."""
+def memory(cfg: Config, folder: Path, processes: int = 1) -> dict[str, Step]:
+    """{stage: a step of one of so many processes} of the base model and of one adapter."""
     if not cfg.trained:
         raise ValueError("estimate: the record trains nothing, its adapters are there")
     read = split_reader(cfg)
@@ -241,15 +242,15 @@ def memory(cfg: Config, folder: Path, processes: int = 1) -> dict[str, dict[str,
     meta = torch.device("meta")
     model, params = record.init(cfg, folder, system.message_texts([*general, *train]), device=meta)
     # Base and adapters are trained one after the other, so that their bytes are not added up.
-    estimates: dict[str, dict[str, int]] = {}
+    estimates: dict[str, Step] = {}
     if cfg.base is not None:
         base = LanguageModel(cfg=cfg, chat=model.chat, adapter=None, train=cfg.base)
-        for stage, parts in system.estimate_memory(base, params, general, processes).items():
-            estimates[f"base: {stage}"] = parts
+        for stage, step in system.estimate_steps(base, params, general, processes).items():
+            estimates[f"base: {stage}"] = step
     if cfg.train is not None:
         adapter = record.new_adapter(cfg, model.chat, 0, meta)
         adapted = LanguageModel(cfg=cfg, chat=model.chat, adapter=adapter, train=cfg.train)
         params = params | {"lora": adapter.factors}
-        for stage, parts in system.estimate_memory(adapted, params, train, processes).items():
-            estimates[f"adapter: {stage}"] = parts
+        for stage, step in system.estimate_steps(adapted, params, train, processes).items():
+            estimates[f"adapter: {stage}"] = step
     return estimates

@@ -19,6 +19,7 @@ SYSTEM = System(
     fit=run.fit,
     load=run.load,
     assess=assess,
+    memory=run.memory,
     # Slice features of frozen encoders are written into the cache.
     folders=lambda cfg: (*drawn_data(cfg), Path(cfg.data.cache)),
 )

@@ -16,7 +16,7 @@ from attrs import frozen
 from torch import Tensor
 
 from medvl.base import processes
-from medvl.base.tree import Tree, merge_trees
+from medvl.base.tree import Tree, map_leaves, merge_trees
 from medvl.components import encode, fuse, layers, losses, text
 from medvl.ct.preprocess import size_of
 from medvl.hub import loading, skeletons, tokens
@@ -69,15 +69,47 @@ def init_model(cfg: Config, folder: Path, texts: Sequence[str] = ()) -> tuple[Mo
     else:
         params["text"] = text.init_text(tower, gen)
         text_width = tower.dim
-    params["project"] = {
-        "image": _init_projection(fuse.fused_width(cfg.fuse), cfg.contrast.dim, gen),
-        "text": _init_projection(text_width, cfg.contrast.dim, gen),
-    }
-    params["contrast"] = {
-        "log_scale": torch.tensor(math.log(cfg.contrast.scale)),
-        "bias": torch.tensor(cfg.contrast.bias),
-    }
+    params |= _init_contrast(cfg, text_width, gen)
     return Model(cfg=cfg, vit=vit, text_encoder=text_encoder, tokenizer=tokenizer), params
+
+
+def empty_model(cfg: Config) -> tuple[Model, Tree]:
+    """The model without a tokenizer, and parameters without storage (device "meta"), for an estimate.
+
+    Raises:
+        ValueError: as `init_model`.
+    """
+    gen = torch.Generator().manual_seed(cfg.seed)
+    vit, vit_params = _empty_encoder(cfg.vit.config or loading.encoder_config(cfg.vit.name, "vision"))
+    _check_widths(cfg, vit)
+    params: Tree = {"vit": vit_params, "fuse": fuse.init_fuse(cfg.fuse, gen)}
+    text_encoder, text_width = None, cfg.words.tower.dim
+    if cfg.words.encoder:
+        text_encoder, params["text"] = _empty_encoder(loading.encoder_config(cfg.words.encoder, "text"))
+        text_width = text_encoder.config["hidden_size"]
+    else:
+        params["text"] = text.init_text(cfg.words.tower, gen)
+    params |= _init_contrast(cfg, text_width, gen)
+    params = map_leaves(lambda leaf: leaf.to("meta"), params)
+    return Model(cfg=cfg, vit=vit, text_encoder=text_encoder, tokenizer=None), params
+
+
+def _empty_encoder(config: dict[str, Any]) -> tuple[skeletons.Skeleton, Tree]:
+    encoder = skeletons.empty_skeleton(config)
+    return encoder, {name: p.detach() for name, p in encoder.module.named_parameters()}
+
+
+def _init_contrast(cfg: Config, text_width: int, gen: torch.Generator) -> Tree:
+    return {
+        "project": {
+            "image": _init_projection(fuse.fused_width(cfg.fuse), cfg.contrast.dim, gen),
+            "text": _init_projection(text_width, cfg.contrast.dim, gen),
+        },
+        "contrast": {
+            "log_scale": torch.tensor(math.log(cfg.contrast.scale)),
+            "bias": torch.tensor(cfg.contrast.bias),
+        },
+    }
 
 
 def _check_widths(cfg: Config, vit: skeletons.Skeleton) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from attrs import evolve
 from torch import Tensor
 
@@ -10,6 +11,7 @@ from medvl.base import config, processes
 from medvl.base.tree import Tree, count_values, flatten, map_leaves, merge_trees, split_tree
 from medvl.components import encode
 from medvl.ct import pairs
+from medvl.ct.preprocess import size_of
 from medvl.hub import tokens
 from medvl.systems.ct_clip import model as ct_clip
 from medvl.systems.ct_clip.data import open_volumes, pair_reports, training_batches
@@ -18,8 +20,9 @@ from medvl.systems.ct_clip.record import Config
 from medvl.systems.ct_clip.score import mean_auroc
 from medvl.systems.ct_clip.slice_features import cached_features
 from medvl.training import gradients, states
+from medvl.training.estimate import Laps, Step
 from medvl.training.record import Stage, plan_steps
-from medvl.training.stages import check_trainable, train_stage
+from medvl.training.stages import check_trainable, trace_step, train_stage
 
 
 def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[Model, Tree]:
@@ -90,31 +93,16 @@ def _fit_stage(
         data = evolve(data, store=cached_features(model, params, data.store, cache))
         valid = cached_features(model, params, valid, cache)
 
-    def embed(p: Tree, batch: gradients.Batch) -> gradients.Batch:
-        merged = merge_trees(frozen, p)
-        return {
-            "image": ct_clip.embed_volumes(model, merged, batch),
-            "text": ct_clip.embed_texts(model, merged, batch),
-        }
-
-    def contrast(p: Tree, rows: gradients.Batch) -> tuple[Tensor, gradients.Aux]:
-        return ct_clip.contrastive_loss(cfg.contrast, merge_trees(frozen, p), rows)
-
     def validate(state: states.State) -> dict[str, float]:
         # By the running means, as a trained run will be evaluated, not by those of a batch.
         merged = merge_trees(frozen, state.params)
         return {"score": mean_auroc(model, merged | {"running": state.means}, valid)}
 
-    # The loss compares all rows of a batch, which does not fit into memory with its activations: rows are
-    # embedded `chunk` at a time, and the gradient is put together from them.
-    value_and_grad = gradients.cached_value_and_grad(
-        embed, contrast, chunk=cfg.train.chunk, precision=cfg.train.precision
-    )
     state = train_stage(
         cfg.train,
         stage,
         trained,
-        value_and_grad,
+        _make_gradient(model, frozen),
         training_batches(model, data, cfg.train.batch, cfg.seed),
         folder,
         model=params,
@@ -126,6 +114,94 @@ def _fit_stage(
         log=log,
     )
     return merge_trees(frozen, state.params), state.means
+
+
+def _make_gradient(
+    model: Model, frozen: Tree, before_chunk: Callable[[], None] = lambda: None
+) -> gradients.Grad:
+    """The gradient of the contrastive loss by the parameters that are not frozen.
+
+    The loss compares all rows of a batch, which does not fit into memory with its activations: rows are embedded
+    `chunk` at a time, and the gradient is put together from them.
+    """
+    cfg = model.cfg
+
+    def embed(p: Tree, batch: gradients.Batch) -> gradients.Batch:
+        before_chunk()
+        merged = merge_trees(frozen, p)
+        return {
+            "image": ct_clip.embed_volumes(model, merged, batch),
+            "text": ct_clip.embed_texts(model, merged, batch),
+        }
+
+    def contrast(p: Tree, rows: gradients.Batch) -> tuple[Tensor, gradients.Aux]:
+        return ct_clip.contrastive_loss(cfg.contrast, merge_trees(frozen, p), rows)
+
+    return gradients.cached_value_and_grad(
+        embed, contrast, chunk=cfg.train.chunk, precision=cfg.train.precision
+    )
+
+
+def memory(cfg: Config, folder: Path, processes: int = 1, slices: int = 0) -> dict[str, Step]:
+    """{stage: a step of one of so many processes} in which every volume has so many slices (0 = all that a
+    volume can have) and every text fills the context.
+
+    Raises:
+        ValueError: a batch that processes cannot share evenly; as `model.empty_model`.
+    """
+    share, rest = divmod(cfg.train.batch, processes)
+    if rest or not share:
+        raise ValueError(
+            f"estimate: train.batch must be a multiple of the number of processes, got {cfg.train.batch} for "
+            f"{processes}"
+        )
+    model, params = ct_clip.empty_model(cfg)
+    steps = {}
+    for stage in cfg.train.stages:
+        check_trainable(stage, params)
+        trained, frozen = split_tree(params, stage.train)
+        encodes = any(name.startswith("vit/") for name in flatten(trained))
+        # A batch of one chunk on one process is computed at once. Otherwise two chunks tell of any number.
+        is_whole = share <= cfg.train.chunk and processes == 1
+        rows = share if is_whole else 2 * min(cfg.train.chunk, share)
+        batch = _empty_batch(cfg, rows, slices or size_of(cfg.ct)[0], encodes)
+        laps = Laps()
+        memory = trace_step(
+            cfg.train,
+            stage,
+            trained,
+            frozen,
+            _make_gradient(model, frozen, laps.mark),
+            batch,
+            laps.counter,
+            seed=cfg.seed,
+            keyed=True,
+        )
+        # Chunks are embedded twice, the second time with gradients.
+        more = (share - rows) / min(cfg.train.chunk, share)
+        work = laps.work(more, kinds=(slice(0, 2), slice(2, 4)))
+        steps[stage.name] = Step(memory=memory, work=work, samples=share)
+    return steps
+
+
+def _empty_batch(cfg: Config, volumes: int, slices: int, encodes: bool) -> gradients.Batch:
+    """A batch without values, but for the mask, which says how many slices there are."""
+    meta = torch.device("meta")
+    if encodes:
+        dtype = getattr(torch, cfg.ct.dtype)
+        content = torch.empty(volumes, slices, *size_of(cfg.ct)[1:], dtype=dtype, device=meta)
+    else:
+        # Features from the cache of the frozen encoder.
+        width = cfg.fuse.inputs or cfg.fuse.dim
+        content = torch.empty(volumes, slices, width, dtype=torch.float16, device=meta)
+    texts = (volumes, cfg.data.draws, cfg.words.tower.context)
+    return {
+        "slices": content,
+        "mask": torch.ones(volumes, slices, dtype=torch.bool),
+        "position_mm": torch.empty(volumes, slices, device=meta),
+        "ids": torch.ones(texts, dtype=torch.int64, device=meta),
+        "words": torch.ones(texts, dtype=torch.bool, device=meta),
+    }
 
 
 def _whitened(model: Model, params: Tree, data: pairs.Pairs, scans: int = 200) -> Tree:

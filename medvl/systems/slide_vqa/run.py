@@ -31,6 +31,7 @@ from medvl.systems.slide_vqa.pretrain import fit_compressor, labelled, read_fitt
 from medvl.systems.slide_vqa.record import Config, data_folder, data_path
 from medvl.systems.slide_vqa.tokens import compute_tokens, write_mean_token
 from medvl.training import stages
+from medvl.training.estimate import Step
 from medvl.training.record import Stage
 
 _log = logging.getLogger("medvl")
@@ -239,15 +240,15 @@ def labels(cfg: Config, folder: Path, number: int = 0) -> str:
     return system.show_labels(init, conversations, number)
 
 
-def memory(cfg: Config, folder: Path, processes: int = 1) -> dict[str, dict[str, int]]:
-    """{stage: {part: bytes}} that one of so many processes will need on its device.
+def memory(cfg: Config, folder: Path, processes: int = 1) -> dict[str, Step]:
+    """{stage: a step of one of so many processes}.
 
     One slide a conversation, and all text up to the context trained.
     """
     meta = torch.device("meta")
     # Tensors on "meta" have shapes and no storage; the estimate needs no more.
     language, params = init_model(cfg, folder, _known_sizes(cfg), _known_texts(cfg), device=meta)
-    return system.estimate_memory(language, params, [], processes, item="any slide")
+    return system.estimate_steps(language, params, [], processes, item="any slide")
 
 
 def _known_sizes(cfg: Config) -> CompressConfig:

@@ -31,6 +31,7 @@ from medvl.language.system import LanguageModel
 from medvl.phantoms import pictures
 from medvl.systems.tune.record import Config
 from medvl.training import stages
+from medvl.training.estimate import Step
 from medvl.weights import lora
 
 SPLITS = ("train", "valid", "test")
@@ -307,8 +308,8 @@ def labels(cfg: Config, folder: Path, number: int = 0) -> str:
     return system.show_labels(partial(system.init_model, cfg, folder, texts), conversations, number)
 
 
-def memory(cfg: Config, folder: Path, processes: int = 1) -> dict[str, dict[str, int]]:
-    """{stage: {part: bytes}} that one of so many processes will need on its device.
+def memory(cfg: Config, folder: Path, processes: int = 1) -> dict[str, Step]:
+    """{stage: a step of one of so many processes}.
 
     Where the data is there, its longest conversations are the batch; otherwise the whole context is trained
     text.
@@ -317,4 +318,4 @@ def memory(cfg: Config, folder: Path, processes: int = 1) -> dict[str, dict[str,
     texts = system.message_texts(conversations)
     # Tensors on "meta" have shapes and no storage: the model need not fit this machine.
     model, params = system.init_model(cfg, folder, texts, device=torch.device("meta"))
-    return system.estimate_memory(model, params, conversations, processes)
+    return system.estimate_steps(model, params, conversations, processes)
