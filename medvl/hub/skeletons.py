@@ -211,9 +211,10 @@ def init_skeleton(
     check_memory(count_layer_weights(model_config.to_dict()), config["model_type"])
     weightless = build_weightless(model_class, model_config)
     check_memory(sum(p.numel() for p in weightless.parameters()), config["model_type"])
-    # fork_rng puts the global generator back: who calls this sees its own numbers unchanged.
+    # fork_rng puts the CPU's generator back: who calls this sees its own numbers unchanged. It alone is
+    # seeded, as `torch.manual_seed` would seed those of all GPUs, too.
     with _BUILDING, torch.random.fork_rng(devices=[]), quiet():
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         module = build_module(model_class, model_config)
     return _take_weights(module, str(config["model_type"]))
 

@@ -363,10 +363,14 @@ def _seeded_draws(seed: int | None, state: State) -> Iterator[_Generators]:
     if seed is None:
         yield _Generators(device)
         return
-    # By process, so that each draws masks of its own for its rows; fork_rng puts the generators back.
+    # By process, so that each draws masks of its own for its rows.
+    key = seeded(torch.device("cpu"), seed, state.step, processes.rank()).initial_seed()
+    # fork_rng puts the generators back. Only those of the CPU and of this GPU are seeded: `torch.manual_seed`
+    # would seed those of every GPU.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        key = seeded(torch.device("cpu"), seed, state.step, processes.rank()).initial_seed()
-        torch.manual_seed(key)
+        torch.default_generator.manual_seed(key)
+        if device.type == "cuda":
+            torch.cuda.default_generators[device.index].manual_seed(key)
         yield _Generators(device)
 
 

@@ -315,6 +315,7 @@ class Pretend(TorchFunctionMode):
             )
         )
         patch(mock.patch.object(torch.cuda, "set_rng_state"))
+        patch(mock.patch.object(torch.cuda, "default_generators", (torch.Generator(),)))
         patch(mock.patch.object(torch.autocast, "__init__", self._recording(torch.autocast.__init__)))
         # Otherwise this mode would be off while a checkpointed layer is computed again.
         patch(mock.patch.object(torch.autograd, "has_torch_function", return_value=False))

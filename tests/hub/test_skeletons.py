@@ -67,6 +67,16 @@ def test_init_is_a_function_of_the_generator():
     assert torch.equal(torch.rand(3), want)
 
 
+def test_building_a_model_leaves_the_generators_of_gpus_alone(monkeypatch):
+    """`torch.manual_seed` seeds every GPU, and no fork of the CPU's generator puts those back."""
+    for name in ("manual_seed", "manual_seed_all", "set_rng_state", "set_rng_state_all"):
+        monkeypatch.setattr(torch.cuda, name, lambda *args, name=name: pytest.fail(f"torch.cuda.{name}"))
+    skeletons.init_skeleton(TINY["dinov2"], torch.Generator().manual_seed(0))
+    skeletons.empty_skeleton(TINY["dinov2"])
+    with pytest.raises(pytest.fail.Exception):
+        torch.manual_seed(0)
+
+
 def test_init_follows_transformers_initialisation(gen):
     _, params = skeletons.init_skeleton(TINY["dinov2"], gen)
     assert torch.equal(params["layernorm.weight"], torch.ones(64))

@@ -16,6 +16,7 @@ from attrs import evolve
 
 from medvl.base.tree import flatten
 from medvl.components.losses import clip_loss, siglip_loss
+from medvl.training import loop
 from medvl.training.gradients import Aux, cached_value_and_grad, token_value_and_grad, value_and_grad
 from medvl.training.interrupt import Stopped
 from medvl.training.loop import Every, make_step, train_steps
@@ -614,6 +615,29 @@ def test_a_resumed_run_draws_the_same_dropout(tmp_path):
     assert not _same(whole, _lora_run(tmp_path / "other", 10, seed=4))
     first = _lora_run(tmp_path / "unseeded", 10)
     assert not _same(first, _lora_run(tmp_path / "again", 10))
+
+
+def test_a_step_seeds_no_gpu_but_its_own(monkeypatch):
+    """On a CPU none; `torch.manual_seed` would seed all of them."""
+    for name in ("manual_seed", "manual_seed_all", "set_rng_state"):
+        monkeypatch.setattr(torch.cuda, name, lambda *args, name=name: pytest.fail(f"torch.cuda.{name}"))
+    others = [torch.Generator().manual_seed(7) for _ in range(3)]
+    monkeypatch.setattr(torch.cuda, "default_generators", tuple(others))
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: others[device.index].get_state())
+    put_back = lambda state, device: others[device.index].set_state(state)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", put_back)
+
+    class OnGpu:  # a parameter of cuda:1
+        device = torch.device("cuda", 1)
+
+    for device in ("cpu", "cuda"):
+        params = {"w": OnGpu() if device == "cuda" else torch.ones(2)}
+        monkeypatch.setattr(loop, "flatten", lambda tree: tree)
+        with loop._seeded_draws(3, State(params=params, opt={})):
+            seeds = [gen.initial_seed() for gen in others]
+            assert seeds[0] == seeds[2] == 7
+            assert (seeds[1] == torch.default_generator.initial_seed()) == (device == "cuda")
+        assert [gen.initial_seed() for gen in others] == [7, 7, 7]
 
 
 # What is not finite ---------------------------------------------------------------------------------------------------------------------
