@@ -113,9 +113,9 @@ def train_steps(
     """Train to `steps`, or go on from `folder/last.pt` to the same bits that an undisturbed run ends with.
 
     Writes `metrics.jsonl` (a line per logged step; all but the keys of `display.TIMING_KEYS` are the same
-    after a stop), `last.pt`, and `best.pt` (the state with the highest `score` that `validate` gave). Where
-    validations stop giving a better score, training may end before `steps` (`patience`); that, too, is the
-    same after a stop, because the count of them is part of the state.
+    after a stop), `last.pt`, and `best.pt` (the state with the highest `score` that `validate` gave, without
+    the optimiser's part). Where validations stop giving a better score, training may end before `steps`
+    (`patience`); that, too, is the same after a stop, because the count of them is part of the state.
 
     On SIGTERM or Ctrl-C, in whichever process, the state is saved and `Stopped` is raised; the same call goes
     on from there. A second Ctrl-C ends at once. Shards are saved whole, so that any number of processes can
@@ -246,7 +246,8 @@ def _follow_best(state: State, score: float, last: Path | None, patience: int, d
     if score > state.best:
         state = evolve(state, best=score, stale=0)
         if last is not None:
-            states.save_state(last.with_name("best.pt"), state)
+            # Nothing is trained on from it, so the optimiser's part, often two thirds of a state, is left out.
+            states.save_state(last.with_name("best.pt"), evolve(state, opt={}))
     # Without patience nothing is counted, so that the files of such runs hold no count.
     elif patience:
         state = evolve(state, stale=state.stale + 1)

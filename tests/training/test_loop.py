@@ -372,6 +372,19 @@ def test_the_loss_falls_and_the_journal_says_so(tmp_path):
     assert read_state(tmp_path / "best.pt").best == max(line.get("valid_score", -9) for line in lines)
 
 
+def test_the_best_state_is_kept_without_the_optimiser(tmp_path):
+    _run(tmp_path)
+    best, last = read_state(tmp_path / "best.pt"), read_state(tmp_path / "last.pt")
+    assert best.opt == {}
+    assert last.opt
+    assert best.step in range(5, 41, 5)
+    assert (tmp_path / "best.pt").stat().st_size < 0.6 * (tmp_path / "last.pt").stat().st_size
+    kept = read_trained(tmp_path, "best", "cpu", model=best.params)
+    # Files of older versions hold the optimiser, too, and are read as ever.
+    save_state(tmp_path / "best.pt", evolve(best, opt=last.opt))
+    assert _same(read_trained(tmp_path, "best", "cpu", model=best.params), kept)
+
+
 def test_resume_is_bit_exact_and_repeats_no_line(tmp_path):
     whole = _run(tmp_path / "whole")
     step, state = _start(torch.Generator().manual_seed(0))
