@@ -18,8 +18,9 @@ _single = False  # whether `single_process` is active; for the whole process, it
 
 
 def join_processes(**settings: Any) -> None:
-    """Join the other processes that torchrun started, over NCCL where there are GPUs and over gloo where not;
-    a lone process joins nothing.
+    """Join the other processes that torchrun started; a lone process joins nothing.
+
+    Tensors of the CPU go over gloo, those of a GPU over NCCL.
 
     The group is left when the interpreter exits. A second call does nothing.
 
@@ -34,9 +35,10 @@ def join_processes(**settings: Any) -> None:
     if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # They may wait long for each other: process 0 draws data for an hour, or waits for another run's
-    # features. torchrun notices a process that dies, and ends the others.
+    # features. torch's own limits are 10 minutes for NCCL and 30 for gloo. torchrun notices a process that
+    # dies, and ends the others.
     defaults = {
-        "backend": "nccl" if torch.cuda.is_available() else "gloo",
+        "backend": "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
         "timeout": timedelta(days=1),
     }
     dist.init_process_group(**(defaults | settings))
@@ -46,12 +48,10 @@ def join_processes(**settings: Any) -> None:
 def _leave() -> None:
     if not dist.is_initialized():
         return
-    gloo = dist.get_backend() == "gloo"
     dist.destroy_process_group()
     # gloo's threads may be waiting for the interpreter to drop their last tensors. A thread that still waits
     # when the interpreter ends aborts the process.
-    if gloo:
-        time.sleep(0.3)
+    time.sleep(0.3)
 
 
 @contextmanager
@@ -83,9 +83,37 @@ def rank() -> int:
 
 
 def wait_for_all() -> None:
-    """Wait until all processes are here."""
-    if world_size() > 1:
-        dist.barrier()
+    """Wait until all processes are here; up to a day, as `join_processes` says."""
+    # No `dist.barrier`: with GPUs that is a kernel of NCCL, which keeps the GPU busy for as long as it waits,
+    # and which NCCL aborts at its time limit.
+    sum_over_processes(torch.zeros(1))
+
+
+def sum_over_processes(t: Tensor) -> Tensor:
+    """The sum of a CPU tensor over all processes, the same bits in each; they must all call.
+
+    Without waiting for a GPU.
+    """
+    if world_size() == 1:
+        return t
+    # A group that was made outside medvl may be of NCCL alone, which takes no tensors of the CPU.
+    takes_cpu = "cpu:" in dist.get_backend_config()
+    total = t.to("cpu" if takes_cpu else "cuda", copy=True)
+    dist.all_reduce(total)
+    return total.cpu()
+
+
+def share_batches(number: int) -> list[tuple[int, bool]]:
+    """This process's share of so many batches: (which one, whether it counts).
+
+    Every process gets as many, since weights that lie in parts are gathered by all at once. Where there are
+    too few batches the last one is computed once more, and counts nothing.
+    """
+    share = []
+    for first in range(0, number, world_size()):
+        i = first + rank()
+        share.append((min(i, number - 1), i < number))
+    return share
 
 
 def choose_device(name: str = "auto") -> torch.device:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from attrs import evolve, frozen
 from torch import Tensor
 
@@ -169,7 +168,7 @@ def train_steps(
             device = metrics["loss"].device
             watched = _watch(watched, metrics, i + 1)
             # All processes stop at the same step, whichever of them was signalled.
-            halt = _in_any(stop.number > 0, device)
+            halt = _in_any(stop.number > 0)
             due = _what_is_due(state.step, steps, every, validates=validate is not None)
             if not (due or halt):
                 continue
@@ -185,10 +184,10 @@ def train_steps(
                 assert validate is not None
                 scores = validate(state)
                 # A validation may take minutes: a signal in it is not left until the next step.
-                halt = _in_any(stop.number > 0, device)
+                halt = _in_any(stop.number > 0)
                 line |= {f"valid_{name}": score for name, score in scores.items()}
                 # A better state is on disk before the line that tells of it, and before `last.pt` passes it.
-                state = _follow_best(state, scores["score"], last, patience, device)
+                state = _follow_best(state, scores["score"], last, patience)
             ended = _is_out_of_patience(state, patience)
             if ended:
                 # `last.pt` will say that this is the end, or the run would seem unfinished.
@@ -239,10 +238,10 @@ def _what_is_due(step: int, steps: int, every: Every, *, validates: bool) -> set
     return {name for name, n in intervals.items() if step == steps or (n > 0 and step % n == 0)}
 
 
-def _follow_best(state: State, score: float, last: Path | None, patience: int, device: torch.device) -> State:
+def _follow_best(state: State, score: float, last: Path | None, patience: int) -> State:
     """The state after a validation. It is written to `best.pt` where no score was higher."""
     # Processes may differ in the last bits of a score, and all must decide alike what is best.
-    score = _of_first_process(score, device)
+    score = _of_first_process(score)
     if score > state.best:
         state = evolve(state, best=score, stale=0)
         if last is not None:
@@ -322,7 +321,7 @@ def _check_finite(watched: Tensor, state: State | None, last: Path | None, start
     elif state is not None and not states.is_finite(state):
         reason = "trained numbers are not finite after the update"
     # All processes ask here, or those without a fault would wait for the one that raised.
-    if not _in_any(bool(reason), watched.device):
+    if not _in_any(bool(reason)):
         return
     reason = reason or "loss or gradient of another process is not finite"
     last_good = "no state was saved yet"
@@ -389,19 +388,12 @@ def _follow_means(state: State, new: Tree, follow: float) -> Tree:
 # What processes agree on ------------------------------------------------------------------------------
 
 
-def _in_any(flag: bool, device: torch.device) -> bool:
+def _in_any(flag: bool) -> bool:
     """Whether the flag is up in any process; they must all ask."""
-    if processes.world_size() == 1:
-        return flag
-    up = torch.tensor(int(flag), device=device)
-    dist.all_reduce(up)
-    return bool(up)
+    return bool(processes.sum_over_processes(torch.tensor(int(flag))))
 
 
-def _of_first_process(number: float, device: torch.device) -> float:
+def _of_first_process(number: float) -> float:
     """The number that process 0 has, so that all decide alike; they must all ask."""
-    if processes.world_size() == 1:
-        return number
-    first = torch.tensor(number, dtype=torch.float64, device=device)
-    dist.broadcast(first, 0)
-    return float(first)
+    first = number if processes.rank() == 0 else 0.0
+    return float(processes.sum_over_processes(torch.tensor(first, dtype=torch.float64)))
