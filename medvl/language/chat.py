@@ -652,14 +652,21 @@ def loss_sum(
 def mean_loss(
     chat: Chat, weights: Mapping[str, Tensor], data: Encoded, size: int, *, params: Tree | None = None
 ) -> float:
-    """Mean loss over all trained tokens, `size` conversations at a time."""
+    """Mean loss over all trained tokens, `size` conversations at a time.
+
+    Processes that train together must all call it: each computes its share of the batches.
+    """
     total, tokens = 0.0, 0
-    for start in track(range(0, len(data.samples), size), "computing the loss, batch"):
-        rows = range(start, min(start + size, len(data.samples)))
+    starts = range(0, len(data.samples), size)
+    for number, counts in track(processes.share_batches(len(starts)), "computing the loss, batch"):
+        rows = range(starts[number], min(starts[number] + size, len(data.samples)))
         with torch.no_grad():
             loss, count = loss_sum(chat, chat.skeleton, weights, make_batch(chat, data, rows), params=params)
         # Weighted by tokens: a mean of the batches' means would give answers in short batches more weight.
-        total, tokens = total + float(loss), tokens + int(count)
+        if counts:
+            total, tokens = total + float(loss), tokens + int(count)
+    sums = processes.sum_over_processes(torch.tensor([total, tokens], dtype=torch.float64))
+    total, tokens = sums.tolist()
     return total / tokens
 
 

@@ -12,7 +12,7 @@ import torch
 from attrs import field, frozen
 from torch import Tensor
 
-from medvl.base import files, store
+from medvl.base import files, processes, store
 from medvl.base.display import track
 from medvl.base.tree import Tree
 from medvl.ct import ingest, names, pairs, reports, zero_shot
@@ -40,13 +40,21 @@ class SplitScores:
 
 # Embeddings in the common space -----------------------------------------------------------------------------
 def place_volumes(ct_clip: Model, params: Tree, volumes: store.Store, volume_names: Sequence[str]) -> Tensor:
-    """Volumes in the common space of volumes and texts, [n, d] float32 on the CPU; each is encoded once."""
+    """Volumes in the common space of volumes and texts, [n, d] float32 on the CPU; each is encoded once.
+
+    Processes that train together must all call it: each encodes its share, and all get the rows of all.
+    """
     size = ct_clip.cfg.evaluate.batch
-    rows = []
-    for start in track(range(0, len(volume_names), size), "embedding volumes, batch"):
-        batch = pairs.read_slices(volumes, volume_names[start : start + size])
-        rows.append(place_batch(ct_clip, params, batch))
-    return torch.cat(rows)
+    starts = range(0, len(volume_names), size)
+    rows = torch.zeros(len(volume_names), ct_clip.cfg.contrast.dim)
+    for number, counts in track(processes.share_batches(len(starts)), "embedding volumes, batch"):
+        span = slice(starts[number], starts[number] + size)
+        batch = pairs.read_slices(volumes, volume_names[span])
+        placed = place_batch(ct_clip, params, batch)
+        if counts:
+            rows[span] = placed
+    # A row is zero in all processes but one, so that the sum is that row.
+    return processes.sum_over_processes(rows)
 
 
 def place_batch(ct_clip: Model, params: Tree, batch: dict[str, Tensor]) -> Tensor:

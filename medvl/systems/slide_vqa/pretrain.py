@@ -276,14 +276,15 @@ def _score_labels(
     rows: Sequence[dict[str, str]],
     size: int,
 ) -> dict[str, float]:
-    """Mean share of right labels of the validation slides."""
+    """Mean share of right labels of the validation slides; each process counts its share of them."""
     device = next(iter(flatten(params).values())).device
     # Slides are counted over all batches: a mean of batches would weigh the short last one too much, and not
     # every slide of a batch has every label.
     hits = Counter[str]()
     totals = Counter[str]()
-    for i in range(0, len(rows), size):
-        batch = collate(rows[i : i + size])
+    starts = range(0, len(rows), size)
+    for number, counts in processes.share_batches(len(starts)):
+        batch = collate(rows[starts[number] : starts[number] + size])
         x = batch["x"].to(device)
         mask = batch["mask"].to(device)
         with torch.no_grad():
@@ -292,11 +293,16 @@ def _score_labels(
             logits = heads.label_logits(params["heads"], compressed.tokens)
         for label, scores in logits.items():
             targets = batch[label]
-            is_labelled = targets >= 0
+            is_labelled = (targets >= 0) & counts
             is_right = scores.argmax(1).cpu() == targets
             hits[label] += int(is_right[is_labelled].sum())
             totals[label] += int(is_labelled.sum())
-    shares = {f"right_{label}": hits[label] / totals[label] for label in hits if totals[label]}
+    # Every process has the same labels in the same order.
+    sums = processes.sum_over_processes(torch.tensor([[hits[label], totals[label]] for label in hits]))
+    shares = {}
+    for label, (right, total) in zip(hits, sums.tolist(), strict=True):
+        if total:
+            shares[f"right_{label}"] = right / total
     if not shares:
         raise ValueError(f"pretrain: none of {len(rows)} validation slides has a label")
     # Every label counts alike, however few slides have it.

@@ -1,4 +1,4 @@
-"""ct_clip in two processes against one: the data made once, the frozen features shared out, the same texts drawn, the same losses."""
+"""ct_clip in several processes against one: the data made once, frozen features and validation shared out, the same texts drawn, the same losses."""
 
 import json
 import os
@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from medvl.systems import run
+from tests.systems.ct_clip import together
 from tests.systems.ct_clip.test_run import SET
+from tests.together import run_together, start_together, wait_together
 
 ROOT = Path(__file__).resolve().parents[3]
 STAGES = (
@@ -59,12 +62,57 @@ def _losses(folder):
     return [json.loads(line)["loss"] for line in lines]
 
 
-def test_two_processes_train_as_one(tmp_path, monkeypatch):
-    one, two = _place(tmp_path / "one"), _place(tmp_path / "two")
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """A folder in which one process has trained."""
+    folder = _place(tmp_path_factory.mktemp("alone") / "one")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run.run("ctclip_phantom", (*SET, *DRAWN), lambda line: None)
+    return folder
+
+
+def test_two_processes_train_as_one(one, tmp_path):
+    two = _place(tmp_path / "two")
     _train_in_two_processes(two)
-    monkeypatch.chdir(one)
-    run.run("ctclip_phantom", (*SET, *DRAWN), lambda line: None)
     assert _losses(two) == pytest.approx(_losses(one), rel=1e-4)
     assert len(_losses(two)) == 3
     cache = sorted(path.name for path in (two / "cache").iterdir())
     assert cache == sorted(path.name for path in (two / "cache").glob("features-*"))  # no lock is left
+
+
+@pytest.mark.parametrize(("world", "volumes"), [(2, [4, 4]), (4, [3, 3, 1, 1])])
+def test_processes_share_the_volumes_of_a_validation(one, world, volumes):
+    """The rows are those of one process, to the bit; a process without a batch of its own computes the last one."""
+    placed = {}
+    for number in (1, world):
+        if not (one / f"placed-{number}-0.pt").exists():
+            run_together(together.__name__, "place_and_score", one, number, cwd=one)
+        files = [one / f"placed-{number}-{rank}.pt" for rank in range(number)]
+        placed[number] = [torch.load(file, weights_only=True) for file in files]
+    (alone,) = placed[1]
+    assert alone["volumes"] == 7
+    assert [found["volumes"] for found in placed[world]] == volumes
+    for found in placed[world]:
+        assert torch.equal(found["rows"], alone["rows"])
+        assert found["score"] == alone["score"]
+
+
+@pytest.mark.parametrize("worlds", [(2,), (4,), (4, 2)])
+def test_processes_fill_a_cache_together(one, tmp_path, worlds):
+    """From nothing; in the last case beside another run over the same cache, which waits and computes nothing again."""
+    for name in ("runs", "experiments", "data"):
+        (tmp_path / name).symlink_to(one / name)
+    started = []
+    for world in worlds:
+        started += start_together(together.__name__, "fill_cache", tmp_path, world, cwd=tmp_path)
+    wait_together(started)
+    features = [json.loads(file.read_text()) for file in tmp_path.glob("features-*.json")]
+    assert len(features) == sum(worlds)
+    assert all(found == features[0] for found in features)
+    encoded = [file.read_text().split() for file in tmp_path.glob("encoded-*.txt")]
+    # Each volume once, and every process of the run that came first had its share.
+    assert sorted(name for names in encoded for name in names) == sorted(features[0])
+    assert len(encoded) in worlds
+    assert max(map(len, encoded)) - min(map(len, encoded)) <= 1
+    assert [file.suffix for file in (tmp_path / "filled").iterdir()] == [".h5"]  # no lock is left
