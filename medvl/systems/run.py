@@ -9,7 +9,7 @@ import pkgutil
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from medvl.base import config, display, files, processes
 from medvl.evaluation import results
 from medvl.evaluation.results import Result
 from medvl.systems.system import Log, System
+from medvl.training.determinism import deterministic
+from medvl.training.record import training_tables
 
 _log = logging.getLogger("medvl")
 EXPERIMENTS = Path("experiments")
@@ -164,6 +166,20 @@ def run(exp: str, overrides: Sequence[str] = (), log: Log = tqdm.write) -> list[
     """
     # A slip in the record ends here, before processes wait for each other.
     cfg, folder = resolve(exp, overrides)
+    # Before the processes meet, which starts CUDA.
+    with _determinism(cfg):
+        return _train_and_assess(cfg, folder, log)
+
+
+def _determinism(cfg: Any) -> AbstractContextManager[None]:
+    """Where a table of the record says so, the whole run is deterministic, its evaluation too."""
+    wanted = any(table.deterministic for table in training_tables(cfg))
+    # Training itself is strict. An evaluation that samples answers has no such kernel for its cumulative sums,
+    # and must not fail after days of training.
+    return deterministic(wanted, strict=False)
+
+
+def _train_and_assess(cfg: Any, folder: Path, log: Log) -> list[Result]:
     processes.join_processes()
     first = processes.rank() == 0
     # All processes train the same: one line of each is enough.
@@ -283,7 +299,7 @@ def evaluate(exp: str, overrides: Sequence[str] = (), log: Log = tqdm.write) -> 
             f"{folder / 'config.json'}: was changed after the run was trained with it: {changed[0]}; undo "
             "that"
         )
-    with _evaluating(folder, folder / "results"):
+    with _determinism(cfg), _evaluating(folder, folder / "results"):
         log = _kept_log(log, folder)
         model, params = system.load(folder)
         return _assess(system, model, params, folder / "results", folder.name, log, data)
@@ -305,7 +321,7 @@ def _evaluate_run(system: System, path: Path, cfg: Any, log: Log) -> list[Result
         digest = config.record_digest(cfg)
         name = f"{folder.name.rpartition('-')[0]}-{digest}"
         results_folder = folder / f"results-{digest}"
-    with _evaluating(folder, results_folder):
+    with _determinism(cfg), _evaluating(folder, results_folder):
         log = _kept_log(log, folder)
         model, params = system.load(folder)
         # Loaded with the record it was trained with; data and evaluate are those of this call.

@@ -126,6 +126,7 @@ class TrainConfig:
     keep: Literal["best", "last"] = "best"  # by validation score
     keep_last: int = 1  # states on disk besides the best: the last one, or so many in `step-*.pt`
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    deterministic: bool = False  # the same bits from every run on a GPU, too; slower
 
     def __attrs_post_init__(self) -> None:
         if not self.stages:
@@ -205,6 +206,12 @@ def refuse_settings(cfg: TrainConfig, table: str, reason: str, **defaults: Any) 
     for name, default in defaults.items():
         if getattr(cfg, name) != default:
             raise ValueError(f"{table}.{name} = {getattr(cfg, name)!r}: {reason}")
+
+
+def training_tables(cfg: Any) -> list[TrainConfig]:
+    """The tables of a system's record that train something; most have one, `train`."""
+    tables = [getattr(cfg, field.name) for field in attrs.fields(type(cfg))]
+    return [table for table in tables if isinstance(table, TrainConfig)]
 
 
 def plan_steps(cfg: TrainConfig, stage: Stage, samples: int) -> Stage:

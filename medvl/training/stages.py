@@ -23,6 +23,7 @@ from medvl.base.tree import (
 )
 from medvl.hub import skeletons
 from medvl.training import estimate, gradients, loop, states, trace
+from medvl.training.determinism import deterministic
 from medvl.training.muon import muon
 from medvl.training.optim import Optimizer, Rate, adamw, routed, warmup_cosine, with_master
 from medvl.training.record import Speed, Stage, TrainConfig, plan_steps
@@ -67,20 +68,21 @@ def train_stage(
     schedule = warmup_cosine(stage.steps, stage.warmup)  # the optimiser has its own; this one is shown
     # Moments exist for `trained` only; what is frozen is bound into `grad`.
     start = states.State(params=trained, opt=optimizer.init(trained), means=means or {})
-    state = loop.train_steps(
-        loop.make_step(grad, optimizer, clip=cfg.clip, bound=bound, seed=seed),
-        start,
-        batch_at,
-        steps=stage.steps,
-        folder=folder,
-        every=loop.Every(log=cfg.log, save=cfg.save, validate=cfg.validate),
-        validate=validate,
-        patience=cfg.patience,
-        keep_last=cfg.keep_last,
-        title=title or stage.name,
-        lr=lambda i: stage.lr * schedule(i),
-        log=log,
-    )
+    with deterministic(cfg.deterministic):
+        state = loop.train_steps(
+            loop.make_step(grad, optimizer, clip=cfg.clip, bound=bound, seed=seed),
+            start,
+            batch_at,
+            steps=stage.steps,
+            folder=folder,
+            every=loop.Every(log=cfg.log, save=cfg.save, validate=cfg.validate),
+            validate=validate,
+            patience=cfg.patience,
+            keep_last=cfg.keep_last,
+            title=title or stage.name,
+            lr=lambda i: stage.lr * schedule(i),
+            log=log,
+        )
     # Of shards every process goes on with the whole: it is read from the file.
     if (cfg.keep == "best" and validate) or cfg.shard:
         processes.wait_for_all()  # process 0 has written it

@@ -97,6 +97,9 @@ def test_a_gradient_goes_as_soon_as_its_successor_is_there():
 
 
 # One stage of a language system, on a matrix --------------------------------------------------------------
+modes = set()  # whether torch was deterministic in the steps of the last `fitted`
+
+
 def fitted(folder, steps=4, stop=None, drift=False, **settings):
     """(trained matrix, dtypes of the products in training and in validation, lines)."""
     stage = Stage(name="s", steps=steps, lr=0.1, train=("model/.*",))
@@ -105,10 +108,12 @@ def fitted(folder, steps=4, stop=None, drift=False, **settings):
     params = {"model": {"w": torch.randn(8, 8, generator=gen)}}
     start = params["model"]["w"].clone()
     dtypes, lines = {"train": set(), "valid": set()}, []
+    modes.clear()
 
     def loss_sum(p, batch):
         product = batch["ids"] @ p["model"]["w"]
         dtypes["train"].add(product.dtype)
+        modes.add(torch.are_deterministic_algorithms_enabled())
         return product.float().square().sum(), torch.tensor(len(product)), gradients.Aux()
 
     def validate(p):
@@ -164,3 +169,12 @@ def test_a_stage_ends_early_keeps_its_best_state_and_several_more(tmp_path):
 @pytest.mark.parametrize("settings", [{"beta2": 0.5}, {"eps": 1.0}])
 def test_numbers_of_adamw_change_what_is_trained(tmp_path, settings):
     assert not torch.equal(fitted(tmp_path / "a")[0], fitted(tmp_path / "b", **settings)[0])
+
+
+def test_a_stage_is_deterministic_where_the_record_says_so(tmp_path):
+    """On a CPU the setting changes no bit."""
+    plain = fitted(tmp_path / "plain")[0]
+    assert modes == {False}
+    assert torch.equal(fitted(tmp_path / "deterministic", deterministic=True)[0], plain)
+    assert modes == {True}
+    assert not torch.are_deterministic_algorithms_enabled()
