@@ -20,6 +20,7 @@ import medvl.systems
 from medvl.base import config, display, files, processes
 from medvl.evaluation import results
 from medvl.evaluation.results import Result
+from medvl.systems.memory import check_memory
 from medvl.systems.system import Log, System
 from medvl.training.determinism import deterministic
 from medvl.training.record import training_tables
@@ -181,6 +182,7 @@ def _determinism(cfg: Any) -> AbstractContextManager[None]:
 
 def _train_and_assess(cfg: Any, folder: Path, log: Log) -> list[Result]:
     processes.join_processes()
+    number_of_processes = processes.world_size()
     first = processes.rank() == 0
     # All processes train the same: one line of each is enough.
     if not first:
@@ -195,6 +197,7 @@ def _train_and_assess(cfg: Any, folder: Path, log: Log) -> list[Result]:
             log = _kept_log(log, folder)
         log(f"{folder}")
         data = _by_first_process(lambda: system.prepare(cfg, log))
+        _by_first_process(lambda: check_memory(system, cfg, folder, number_of_processes))
         # Only now: data that are missing leave no folder that looks like a run.
         _describe(folder, cfg)
         log(f"data in place after {_minutes_since(start)}")

@@ -1,0 +1,107 @@
+"""memory: what cannot fit a GPU is refused before training, what may not fit is warned of; a CPU is not asked."""
+
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from attrs import evolve, frozen
+
+from medvl.systems import run
+from medvl.systems.memory import check_memory
+from medvl.systems.system import System
+from medvl.training.record import Stage, TrainConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+GB = 10**9
+# One process that trains 4 billion numbers in bfloat16 with masters.
+PARTS = {
+    "optimiser": 48 * GB,
+    "activations and gradients": 26 * GB,
+    "trained weights": 8 * GB,
+}
+
+
+@frozen(kw_only=True)
+class Record:
+    train: TrainConfig | None = TrainConfig(stages=(Stage(name="whole", steps=1, lr=1.0),))
+
+
+def estimated(parts=PARTS, **change):
+    """A system of which one estimate is known; `asked` gets the numbers of processes it is asked for."""
+    asked = []
+
+    def memory(cfg, folder, processes):
+        asked.append(processes)
+        return {"whole": SimpleNamespace(memory=parts)}
+
+    nothing = lambda *args: None
+    system = System(record=Record, prepare=nothing, fit=nothing, load=nothing, assess=nothing, memory=memory)
+    return evolve(system, **change), asked
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A GPU with so many bytes free."""
+
+    def put_in(free):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * GB))
+
+    return put_in
+
+
+def test_what_cannot_fit_is_refused_with_what_to_change(card, tmp_path):
+    system, asked = estimated()
+    card(60 * GB)
+    message = (
+        r"stage whole: weights, gradients and optimiser need 64\.0 GB on each GPU, and cuda:0 has 60\.0 of "
+        r"80\.0 GB free; train fewer .*lora.*moments = '8bit'.*train\.shard = true.*invoke estimate"
+    )
+    with pytest.raises(ValueError, match=message):
+        check_memory(system, Record(), tmp_path, 4)
+    assert asked == [4]
+
+
+@pytest.mark.parametrize(("free", "warned"), [(89, True), (91, False)])
+def test_a_step_that_may_not_fit_is_warned_of(card, tmp_path, caplog, free, warned):
+    """82 GB at the peak, and a tenth more."""
+    card(free * GB)
+    check_memory(estimated()[0], Record(), tmp_path)
+    assert ("a step may need 82.0 GB" in caplog.text) == warned
+
+
+@pytest.mark.parametrize(
+    ("record", "change"),
+    [
+        (Record(train=None), {}),
+        (Record(train=evolve(Record().train, device="cpu")), {}),
+        (Record(), {"memory": None}),
+        (Record(), {"trains": lambda cfg: False}),
+    ],
+)
+def test_nothing_is_estimated_without_need(card, tmp_path, record, change):
+    card(1)
+    system, asked = estimated(**change)
+    check_memory(system, record, tmp_path)
+    assert asked == []
+
+
+def test_a_cpu_is_not_asked(tmp_path):
+    system, asked = estimated()
+    check_memory(system, Record(), tmp_path)
+    assert asked == []
+
+
+def test_a_run_is_refused_before_it_trains(card, tmp_path, monkeypatch):
+    """Of tune, whose data is there by then."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    small = ("data.phantoms.train=8", "data.phantoms.valid=2", "data.phantoms.test=2")
+    card(10**6)
+    with pytest.raises(ValueError, match=r"stage \w+: weights, gradients and optimiser need"):
+        run.run("tune_phantom", small, logging.debug)
+    assert [*tmp_path.glob("data/**/train.jsonl")]
+    assert not [*tmp_path.glob("runs/*/config.json")]
