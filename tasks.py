@@ -152,6 +152,21 @@ def estimate(c, exp, set_=None, processes="1", gpu="h100"):
     _call(experiments.print_memory, exp, set_ or (), _whole("processes", processes, 1, 2**20), gpu)
 
 
+@task(
+    name="gpu-check",
+    help={
+        "out": "folder for check.json",
+        "only": "phases, comma-separated; default: all",
+        "budget": "seconds",
+    },
+)
+def gpu_check(c, out="gpu_check", only="", budget="450"):
+    """Check medvl on a GPU: is it right, how fast is it; without a GPU a rehearsal of that on the CPU."""
+    from medvl.commands import experiments
+
+    sys.exit(_call(experiments.check_gpu, out, only, _whole("budget", budget, 1, 86400)))
+
+
 @task
 def experiments(c):
     """List the experiments with a line each."""

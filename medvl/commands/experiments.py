@@ -1,6 +1,9 @@
 """`invoke experiments`, `labels` and `estimate`: what can be said of an experiment before it is trained."""
 
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from medvl.base import config
 from medvl.evaluation import results
@@ -58,6 +61,31 @@ def print_memory(exp: str, overrides: Sequence[str] = (), processes: int = 1, gp
         print(f"stage {stage}, {per_process}:")
         print(results.markdown_table(("Part", "GB"), rows))
         print(_seconds_lines(step, gpu))
+
+
+def check_gpu(out: str, only: str, budget: int) -> int:
+    """Run `benches/gpu/check.py` of the project folder in a process of its own; returns its exit status.
+
+    Without a GPU it is the rehearsal at toy sizes on the CPU, and says so.
+
+    Raises:
+        ConfigError: the working folder is not the project's.
+    """
+    import torch
+
+    if not Path("benches/gpu/check.py").is_file():
+        raise config.ConfigError(
+            f"{Path('benches/gpu').absolute()}: holds no check.py; run this in the project folder"
+        )
+    command = [sys.executable, "-m", "benches.gpu.check", "--out", out, "--budget", str(budget)]
+    if only:
+        command += ["--only", only]
+    if not torch.cuda.is_available():
+        print(
+            "no GPU here: a rehearsal at toy sizes on the CPU; its numbers say nothing of a GPU", flush=True
+        )
+        command.append("--tiny")
+    return subprocess.run(command).returncode
 
 
 def _seconds_lines(step: Step, gpu: str) -> str:
