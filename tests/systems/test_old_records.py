@@ -85,6 +85,7 @@ def test_a_compressor_s_old_and_new_settings_do_not_mix():
         ("train.checkpoint=true", "train.checkpoint = True: ct_clip has encode.checkpoint instead"),
         ("train.valid=4", "train.valid = 4: ct_clip is validated on all volumes"),
         ("train.logits=8", "train.logits = 8: is for language systems"),
+        ("train.tokens=8", "train.tokens = 8: is for language systems"),
         (
             'train.stages.0.data="captions"',
             "stage contrast: ct_clip has one kind of data, got data = 'captions'",
