@@ -166,8 +166,10 @@ def test_packing_needs_a_bound_and_a_bound_needs_no_chunk_that_divides():
 
 
 @pytest.mark.parametrize("kind", tiny.CONFIGS)
-def test_models_that_keep_conversations_apart_may_pack(kind):
-    vlm.check_packing(*tiny.model(kind))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_models_that_keep_conversations_apart_may_pack(kind, dtype):
+    skeleton, params = tiny.model(kind)
+    vlm.check_packing(skeleton, {name: weight.to(dtype) for name, weight in params.items()})
 
 
 @pytest.mark.parametrize(
@@ -177,11 +179,13 @@ def test_models_that_keep_conversations_apart_may_pack(kind):
         ({"model_type": "bloom"}, "takes no position_ids"),
     ],
 )
-def test_models_that_do_not_are_refused(kind, message):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_models_that_do_not_are_refused(kind, message, dtype):
     sizes = {"vocab_size": 160, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
     skeleton, params = skeletons.init_skeleton(
         {**sizes, **kind}, torch.Generator().manual_seed(0), head="language"
     )
+    params = {name: weight.to(dtype) for name, weight in params.items()}
     with pytest.raises(
         ValueError, match=rf"does not keep packed conversations apart.*{message}.*train.tokens"
     ):
