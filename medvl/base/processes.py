@@ -33,7 +33,7 @@ def join_processes(**settings: Any) -> None:
         return
     # Before the group is made: NCCL uses the current device, which is GPU 0 unless it is set.
     if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(choose_device("cuda"))
     # They may wait long for each other: process 0 draws data for an hour, or waits for another run's
     # features. torch's own limits are 10 minutes for NCCL and 30 for gloo. torchrun notices a process that
     # dies, and ends the others.
@@ -128,8 +128,10 @@ def choose_device(name: str = "auto") -> torch.device:
         )
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    # torchrun numbers processes through all machines, and those of one machine one after the other.
-    return torch.device("cuda", rank() % torch.cuda.device_count())
+    # torchrun numbers the processes of a machine. A process may also see one GPU alone, as job schedulers can
+    # arrange it.
+    number = int(os.environ.get("LOCAL_RANK", rank()))
+    return torch.device("cuda", number % torch.cuda.device_count())
 
 
 def gather_rows(t: Tensor) -> Tensor:

@@ -103,3 +103,19 @@ def test_with_gpus_the_long_waits_are_gloos(monkeypatch):
     monkeypatch.setattr(dist, "barrier", lambda: pytest.fail("a kernel of NCCL"))
     processes.wait_for_all()
     assert reduced == ["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("local", "gpus", "device"),
+    [("3", 8, "cuda:3"), ("3", 1, "cuda:0"), (None, 8, "cuda:5"), (None, 2, "cuda:1")],
+)
+def test_a_process_has_the_gpu_of_its_number_on_its_machine(monkeypatch, local, gpus, device):
+    """Process 5 of all, the fourth of its machine where torchrun says so; or the only GPU that it sees."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(processes, "rank", lambda: 5)
+    monkeypatch.setenv("LOCAL_RANK", local or "")
+    if local is None:
+        monkeypatch.delenv("LOCAL_RANK")
+    assert processes.choose_device() == torch.device(device)
+    assert processes.choose_device("cpu") == torch.device("cpu")
