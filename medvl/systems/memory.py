@@ -1,6 +1,7 @@
 """Whether the stages of a record fit the GPU, asked before anything is trained."""
 
 import logging
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ _REMEDY = (
 )
 
 
-def check_memory(system: System, cfg: Any, folder: Path, number_of_processes: int = 1) -> None:
+def check_memory(system: System, cfg: Any, number_of_processes: int = 1) -> None:
     """Refuse stages that cannot fit the free memory of this process's GPU, and warn of those that may not.
 
     Does nothing on a CPU, and for systems without an estimate.
@@ -34,7 +35,10 @@ def check_memory(system: System, cfg: Any, folder: Path, number_of_processes: in
         return
     free, total = torch.cuda.mem_get_info(gpus[0])
     card = f"{gpus[0]} has {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
-    for stage, step in system.memory(cfg, folder, number_of_processes).items():
+    # Not the run's folder: an estimate writes the tokenizer of a model that is built from scratch.
+    with tempfile.TemporaryDirectory() as folder:
+        steps = system.memory(cfg, Path(folder), number_of_processes)
+    for stage, step in steps.items():
         parts = step.memory
         peak = sum(parts.values())
         # Activations are those of the longest conversations, which need not meet in one batch. Certain is

@@ -197,7 +197,7 @@ def _train_and_assess(cfg: Any, folder: Path, log: Log) -> list[Result]:
             log = _kept_log(log, folder)
         log(f"{folder}")
         data = _by_first_process(lambda: system.prepare(cfg, log))
-        _by_first_process(lambda: check_memory(system, cfg, folder, number_of_processes))
+        _by_first_process(lambda: check_memory(system, cfg, number_of_processes))
         # Only now: data that are missing leave no folder that looks like a run.
         _describe(folder, cfg)
         log(f"data in place after {_minutes_since(start)}")
