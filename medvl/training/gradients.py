@@ -12,6 +12,7 @@ from torch import Tensor
 from medvl.base import processes
 from medvl.base.tree import Tree, flatten, map_leaves, unflatten
 from medvl.weights import shards
+from medvl.weights.rounding import group_by_size
 
 Batch = dict[str, Tensor]
 Loss = Callable[[Tree, Any], tuple[Tensor, "Aux"]]
@@ -256,24 +257,47 @@ def _add_up(
         numbers = {name: number.double() + numbers.get(name, 0.0) for name, number in new.items()}
         if n == 1:
             return numbers, flatten(grads)
-        # Sums of 16-bit gradients in 16 bits would lose the small contributions of later micro-batches.
-        for name, piece_grad in flatten(grads).items():
-            if name not in total:
-                dtype = torch.float32 if piece_grad.dtype in _HALF else piece_grad.dtype
-                total[name] = torch.zeros_like(piece_grad, dtype=dtype)
-            total[name].add_(piece_grad)
-        del grads, piece_grad  # before the next piece makes its own
+        _add_gradients(total, flatten(grads))
+        del grads  # before the next piece makes its own
     return numbers, total
+
+
+def _add_gradients(total: dict[str, Tensor], grads: dict[str, Tensor]) -> None:
+    """Add a piece's gradients to the sums; tensors share kernels."""
+    first = not total
+    if first:
+        for name, grad in grads.items():
+            # Sums of 16-bit gradients in 16 bits would lose the small contributions of later micro-batches.
+            dtype = torch.float32 if grad.dtype in _HALF else grad.dtype
+            total[name] = torch.empty_like(grad, dtype=dtype)
+    sums = [_local(tensor) for tensor in total.values()]
+    new = [_local(grads[name]) for name in total]
+    if first:
+        torch._foreach_copy_(sums, new)
+    else:
+        torch._foreach_add_(sums, new)
 
 
 def _sum_over_processes(grads: list[Tensor], divisor: float) -> list[Tensor]:
     """The gradients divided by `divisor` and summed; those of shards were summed where their weight was
-    gathered."""
+    gathered. Each is let go as soon as its quotient is there."""
+    plain = {str(i): grad.numel() for i, grad in enumerate(grads) if not shards.is_shard(grad)}
+    for bunch in group_by_size(plain):
+        places = [int(i) for i in bunch]
+        # Not in place: two leaves may have one gradient.
+        quotients = torch._foreach_div([grads[i] for i in places], divisor)
+        for i, quotient in zip(places, quotients, strict=True):
+            grads[i] = quotient
     for i, grad in enumerate(grads):
-        grads[i] = grad / divisor  # not in place: two leaves may have one gradient
-        if processes.world_size() > 1 and not shards.is_shard(grad):
-            dist.all_reduce(grads[i])
+        if shards.is_shard(grad):
+            grads[i] = grad / divisor
+        elif processes.world_size() > 1:
+            dist.all_reduce(grad)
     return grads
+
+
+def _local(tensor: Any) -> Tensor:
+    return tensor.to_local() if shards.is_shard(tensor) else tensor
 
 
 def _check_same_number(params: Tree, n: int) -> None:

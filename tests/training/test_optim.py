@@ -1,14 +1,17 @@
+from unittest import mock
+
 import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from medvl.base.tree import count_values, flatten, map_leaves, split_tree
 from medvl.hub import skeletons
-from medvl.training import gradients, loop, states
+from medvl.training import gradients, loop, optim, states
 from medvl.training.muon import muon
 from medvl.training.optim import Rate, adamw, clip_gradients, routed, warmup_cosine, with_master
 from medvl.weights import rounding
 from medvl.weights.four_bit import eight_bit_moments
+from tests.gpu.pretend import GPU, pretended_gpu
 from tests.tiny import TEXT
 
 BF16 = torch.bfloat16
@@ -47,6 +50,49 @@ def test_bit_equal_to_torch(gen):
         mine, state = ours.update(grads, state, mine, step)
     for n, t in flatten(mine).items():
         assert torch.equal(t, peer[n].data), n
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_the_fused_kernel_of_a_gpu_walks_as_the_kernels_of_the_cpu(dtype, gen, monkeypatch):
+    """One call for all tensors, in whatever dtype and order their gradients come."""
+    params = flatten(_tree(gen)) | {"turned": torch.randn(5, 3, generator=gen).t()}
+    rate = lambda n: Rate(lr=1e-2, weight_decay=0.1)
+
+    def walk():
+        p = {n: t.clone(memory_format=torch.preserve_format) for n, t in params.items()}
+        ours = adamw(rate)
+        state = ours.init(p)
+        for step in range(10):
+            grads = {n: t.t().contiguous().t().to(dtype) for n, t in _grads(params, step).items()}
+            p, state = ours.update(grads, state, p, step)
+        return p | state["square"]
+
+    want = walk()
+    monkeypatch.setattr(optim, "_FUSED", ("cpu",))
+    with mock.patch.object(torch, "_fused_adamw_", wraps=torch._fused_adamw_) as fused:
+        got = walk()
+    assert fused.call_count == 10 * 3  # vectors, which are not decayed; matrices; what does not lie in order
+    for n, t in want.items():
+        torch.testing.assert_close(got[n], t, rtol=1e-6, atol=1e-6)
+
+
+def test_a_pretended_gpu_takes_the_fused_kernel():
+    params = {"w": torch.ones(4, 3, dtype=BF16), "v": torch.ones(4)}
+    ours = with_master(adamw(lambda n: Rate(lr=1e-2, weight_decay=0.1)))
+    want, _ = _walk(ours, params)
+    grads = [_grads(params, step) for step in range(10)]
+    with pretended_gpu() as gpu:
+        p = {n: t.to(GPU) for n, t in params.items()}
+        on_gpu = [{n: t.to(GPU) for n, t in g.items()} for g in grads]
+        state = ours.init(p)
+        gpu.waits.clear()
+        for step, g in enumerate(on_gpu):
+            p, state = ours.update(g, state, p, step)
+        assert not gpu.waits
+        assert gpu.count["op _fused_adamw_"] == 10 * 2
+        got = {n: t.cpu() for n, t in p.items()}
+    for n, t in want.items():
+        torch.testing.assert_close(got[n], t, rtol=1e-6, atol=1e-6)
 
 
 def test_routed_is_each_optimiser_alone(gen):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from medvl.training import estimate, gradients, states
 from medvl.training.record import Stage, TrainConfig
 from medvl.training.stages import estimate_rows, estimate_step, fit_stage, make_gradient
+from medvl.weights import rounding
 
 D = 256
 MATRIX = D * D * 4
@@ -77,8 +78,10 @@ def test_work_and_rows_of_a_step_are_those_of_all_micro_batches():
     assert foretold(recorded(batch=12, shard=False), 4).work.flops == 3 * one.work.flops
 
 
-def test_a_gradient_goes_as_soon_as_its_successor_is_there():
-    """At most the sum, in float32, and the 16-bit gradients of the piece that is added to it; never all sums beside all means."""
+def test_a_gradient_goes_as_soon_as_its_successor_is_there(monkeypatch):
+    """At most the sum, in float32, and the 16-bit gradients of the piece that is added to it; of all means beside all sums
+    only those of a bunch, which is one matrix here."""
+    monkeypatch.setattr(rounding, "PIECE", D * D)
     params = {"model": {n: torch.empty(D, D, dtype=torch.bfloat16, device="meta") for n in "abcd"}}
     weights = 4 * D * D * 2
 
