@@ -32,7 +32,7 @@ def init_project(cfg: ProjectConfig, gen: Generator) -> Tree:
 
 
 def project(cfg: ProjectConfig, params: Tree, tokens: Tensor) -> Tensor:
-    """`down gelu(up z)`, [..., inputs] -> [..., outputs], each token by itself.
+    """`down gelu(up z)`, [..., inputs] -> [..., outputs], each token by itself, in the dtype of the weights.
 
     Raises:
         ValueError: the tokens have another width.
@@ -43,5 +43,6 @@ def project(cfg: ProjectConfig, params: Tree, tokens: Tensor) -> Tensor:
             f"project: tokens must be [..., {cfg.inputs}], got {list(tokens.shape)}; "
             "set project.inputs to their width"
         )
+    tokens = tokens.to(params["up"]["weight"].dtype)
     hidden = F.gelu(layers.linear(params["up"], tokens))
     return layers.linear(params["down"], hidden)

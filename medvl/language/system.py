@@ -72,8 +72,13 @@ def init_model(
     if extend is not None:
         opened, params = extend(opened, params, gen)
     adapter = stages.init_trained_adapter(cfg.train, cfg.lora, opened.skeleton, gen, device)
+    added = {key: tree for key, tree in params.items() if key != "model"}
     if adapter is not None:
-        params = params | {"lora": adapter.factors}
+        added["lora"] = adapter.factors
+    added = stages.cast_added(cfg.train, added, opened.dtype)
+    if adapter is not None:
+        adapter = evolve(adapter, factors=added["lora"])  # the same tensors, not a second copy
+    params = params | added
     # All stages before the first begins: a wrong pattern of the last would show after days of training.
     for stage in cfg.train.stages:
         stages.check_trainable(stage, params)

@@ -111,6 +111,9 @@ class TrainConfig:
     logits: int = 256  # language systems: tokens whose logits exist at a time
     checkpoint: bool = True  # keep only the layers' inputs for the backward pass
     precision: Literal["float32", "bfloat16"] = "float32"  # "bfloat16" = mixed, by autocast
+    # Language systems: dtype of what is trained beside the model, adapter and projector; "model" = the model's.
+    # In a bfloat16 model float32 factors make every product of an adapter a float32 one.
+    added: Literal["float32", "model"] = "float32"
     rounding: Literal["master", "stochastic", "nearest"] = "master"  # of 16-bit weights that are trained
     moments: Literal["float32", "8bit"] = "float32"
     shard: bool = False  # matrices that are trained lie in parts on all processes

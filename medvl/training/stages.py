@@ -160,7 +160,7 @@ def check_trainable(stage: Stage, params: Tree) -> None:
         if speed.optimizer == "muon" and flat[name].dtype != torch.float32:
             raise ValueError(
                 f"stage {stage.name}: muon needs whole float32 weights, {name} is {flat[name].dtype}; "
-                "model.dtype = 'float32'"
+                "model.dtype = 'float32', or train.added = 'float32' where it is beside the model"
             )
 
 
@@ -195,6 +195,15 @@ def init_trained_adapter(
     adapter = lora.init_lora(record, skeleton, gen, device=device)
     # The record's targets may be fewer than the layers that could be adapted.
     return adapter if matched(flatten({"lora": adapter.factors})) else None
+
+
+def cast_added(cfg: TrainConfig, added: Tree, dtype: torch.dtype) -> Tree:
+    """What is trained beside the model, in the dtype that the record gives it.
+
+    Args:
+        dtype: of the model.
+    """
+    return map_leaves(lambda leaf: leaf.to(dtype), added) if cfg.added == "model" else added
 
 
 def fit_stages(

@@ -64,6 +64,7 @@ class FourBit(Lazy):
     """
 
     _parts = ("packed", "absmax", "offset", "nested", "nested_code")
+    fixed = True
 
     packed: Tensor  # uint8 [n / 2, 1]
     absmax: Tensor  # float32 [blocks], or uint8 [blocks] where doubly quantised, then also:

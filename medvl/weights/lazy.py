@@ -15,6 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from medvl.weights.rounding import HALF
 
 _aten = torch.ops.aten
 _linear = F.linear  # itself: an estimate (`training.trace`) has another in its place
@@ -41,6 +44,7 @@ class Lazy(Tensor):
     """
 
     _parts: tuple[str, ...] = ()  # attributes that hold tensors (lazy ones among them) or None
+    fixed = False  # whether nothing that it holds can be trained
 
     @classmethod
     def like(
@@ -159,6 +163,8 @@ class LowRank(Lazy):
     dropout: float
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if self._is_adapter_in_training(x, bias):
+            return _Corrected.apply(x, self._dropped(x), self.a, self.b, self.base, bias, self.scale)
         y = F.linear(x, self.base, bias)
         # A head that shares the table of an adapted embedding uses it without the correction.
         if self.kind == "embedding":
@@ -200,6 +206,20 @@ class LowRank(Lazy):
             attributes["gate"] = self.gate[samples.to(self.gate.device)]
             attributes["rows"] = None
         return LowRank.like(self.shape, self.dtype, self.device, **attributes)  # type: ignore[return-value]
+
+    def _is_adapter_in_training(self, x: Tensor, bias: Tensor | None) -> bool:
+        """Whether the factors alone are trained, and all is of one 16-bit dtype. Wider sums keep the order
+        of their terms, and so their bits."""
+        plain = self.kind == "linear" and self.gate is None and self.router is None
+        if not (plain and torch.is_grad_enabled() and x.dtype in HALF):
+            return False
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+            return False
+        base, terms = self.base, (self.a, self.b) if bias is None else (self.a, self.b, bias)
+        base_is_fixed = base.fixed if isinstance(base, Lazy) else not base.requires_grad
+        bias_is_fixed = bias is None or not bias.requires_grad
+        same_dtype = all(t.dtype == x.dtype for t in (base, *terms))
+        return base_is_fixed and bias_is_fixed and same_dtype
 
     def _add(self, y: Tensor, x: Tensor) -> Tensor:
         """`y` and the correction for `x`, added in the wider precision of the two and rounded once."""
@@ -274,6 +294,56 @@ class LowRank(Lazy):
         if isinstance(self.base, Lazy):
             base = repr(self.base)
         return f"{list(self.shape)}, {self.kind}, rank {len(self.a)}{gating} over {base}"
+
+
+class _Corrected(torch.autograd.Function):
+    """`x W^T + bias + scale dropped A^T B^T` over a frozen weight, all of one dtype.
+
+    Every sum and scaling is part of a product. Left to autograd, they would be passes of their own over
+    [tokens, out] and [tokens, in].
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor,
+        a: Tensor,
+        b: Tensor,
+        base: Tensor,
+        bias: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        y = F.linear(x, base, bias)
+        h = F.linear(dropped, a).reshape(-1, len(a))
+        # An adapter that is frozen itself passes a gradient on, for which its input need not stay.
+        ctx.save_for_backward(dropped if ctx.needs_input_grad[2] else None, h, a, b)
+        ctx.base, ctx.scale, ctx.is_dropped = base, scale, dropped is not x
+        flat = y.reshape(-1, len(b))
+        return flat.addmm_(h, b.t(), alpha=scale).view(y.shape)  # y is fresh, nobody else has it
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dropped, h, a, b = ctx.saved_tensors
+        of_x, of_dropped, of_a, of_b = ctx.needs_input_grad[:4]
+        shape = (*grad.shape[:-1], a.shape[1])  # of x
+        grad = grad.reshape(-1, len(b))
+        # With beta = 0 the first tensor gives no more than a shape: product and scale are one kernel.
+        grad_h = torch.addmm(h, grad, b, beta=0, alpha=ctx.scale)
+        grad_x = grad_dropped = grad_a = grad_b = None
+        if of_x:
+            grad_x = grad @ dense(ctx.base)
+            if not ctx.is_dropped:
+                grad_x.addmm_(grad_h, a)
+            grad_x = grad_x.view(shape)
+        if of_dropped and ctx.is_dropped:
+            grad_dropped = (grad_h @ a).view(shape)
+        if of_a:
+            grad_a = grad_h.t() @ dropped.reshape(-1, a.shape[1])
+        if of_b:
+            grad_b = torch.addmm(b, grad.t(), h, beta=0, alpha=ctx.scale)
+        return grad_x, grad_dropped, grad_a, grad_b, None, None, None
 
 
 class Sharded(Lazy):

@@ -448,6 +448,12 @@ def _(device):
     return tune_step(device, steps=1, model__quantize="nf4", model__dtype="bfloat16")
 
 
+@case("tune NF4 and LoRA in bfloat16 with masters", 0.2)
+def _(device):
+    settings = {"model__quantize": "nf4", "model__dtype": "bfloat16", "train__added": "model"}
+    return tune_step(device, steps=2, **settings)
+
+
 @case("tune NF4 and LoRA, float32", 2e-3)
 def _(device):
     return tune_step(device, model__quantize="nf4")

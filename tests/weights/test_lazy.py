@@ -129,6 +129,66 @@ def test_precision_is_the_wider_of_base_and_adapter():
         )
 
 
+def test_an_adapter_in_training_is_the_sum_and_its_gradient():
+    """In float64 by its formula, with an input that is dropped and without."""
+    w, a, b = parts()
+    bias = torch.randn(12, generator=torch.Generator().manual_seed(1)).double()
+    leaves = [t.clone().requires_grad_() for t in (X, a, b)]
+
+    def ours(x, a, b, dropped=None):
+        return weights._Corrected.apply(x, x if dropped is None else dropped, a, b, w, bias, 0.7)
+
+    torch.testing.assert_close(
+        ours(X, a, b), F.linear(X, w, bias) + 0.7 * F.linear(F.linear(X, a), b), rtol=0, atol=1e-12
+    )
+    assert torch.autograd.gradcheck(ours, leaves)
+    dropped = F.dropout(X, 0.5).requires_grad_()
+    assert torch.autograd.gradcheck(ours, [*leaves, dropped])
+    # A frozen adapter keeps its narrow output alone.
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = ours(leaves[0], a, b)
+    assert all(t.shape != X.shape for t in kept)
+    dense = w + 0.7 * b @ a
+    (got,) = torch.autograd.grad(y.sum(), leaves[0])
+    torch.testing.assert_close(got, dense.sum(0).expand(X.shape), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("four_bits", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_16_bit_adapter_in_training(four_bits, dropout, monkeypatch):
+    """Its values are those of the same weight without gradients, to the bit; its gradient is the float32 one, rounded."""
+    w, a, b = parts(64, 128, 8, torch.float32)
+    w, a, b = w.bfloat16(), (a * 0.1).bfloat16(), (b * 0.1).bfloat16()
+    base = four_bit.quantize_matrix(w) if four_bits else w
+    gen = torch.Generator().manual_seed(2)
+    x, grad = (torch.randn(2, 9, n, generator=gen).bfloat16() for n in (128, 64))
+
+    def run(dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in (x, a, b)]
+        torch.manual_seed(3)
+        lazy = weights.low_rank(weights.dense(base).to(dtype), *leaves[1:], scale=2.0, dropout=dropout)
+        if dtype == torch.bfloat16:
+            lazy = weights.low_rank(base, *leaves[1:], scale=2.0, dropout=dropout)
+        y = F.linear(leaves[0], lazy)
+        return y.detach(), torch.autograd.grad(y, leaves, grad.to(dtype)), lazy
+
+    calls = []
+    apply = weights._Corrected.apply
+    monkeypatch.setattr(weights._Corrected, "apply", lambda *args: calls.append(1) or apply(*args))
+    y, grads, lazy = run(torch.bfloat16)
+    assert len(calls) == 1
+    torch.manual_seed(3)
+    with torch.no_grad():
+        assert torch.equal(y, F.linear(x, lazy))
+    wide_y, wide, _ = run(torch.float32)
+    assert len(calls) == 1  # float32 sums keep their order
+    torch.testing.assert_close(y.float(), wide_y, rtol=0.02, atol=0.05)
+    for g, want in zip(grads, wide, strict=True):
+        assert g.dtype == torch.bfloat16
+        assert float((g.float() - want).norm() / want.norm()) < 0.01
+
+
 def test_dropout_is_of_the_input_of_a():
     w, a, b = parts()
     lazy = weights.low_rank(w, a, b, dropout=0.5)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 from torch import Generator
 
 from medvl.adapters import experts, registry
@@ -22,7 +22,7 @@ from medvl.base.tree import Tree
 from medvl.language.chat import Chat, ChatConfig, ModelConfig, open_chat, tokenizer_of
 from medvl.phantoms.modalities import ModalityConfig
 from medvl.training.record import TrainConfig, language_training
-from medvl.training.stages import check_trainable
+from medvl.training.stages import cast_added, check_trainable
 from medvl.weights import lora
 from medvl.weights.lora import LoraConfig
 
@@ -213,6 +213,7 @@ def new_adapter(cfg: Config, chat: Chat, number: int, device: torch.device) -> l
     adapter = lora.init_lora(
         cfg.lora, chat.skeleton, Generator().manual_seed(cfg.seed + 1 + number), device=device
     )
+    adapter = evolve(adapter, factors=cast_added(cfg.train, adapter.factors, chat.dtype))
     for stage in cfg.train.stages:
         check_trainable(stage, {"lora": adapter.factors})
     return adapter

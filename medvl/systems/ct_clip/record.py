@@ -169,7 +169,9 @@ def _check_training(_record: Any, _field: Any, cfg: TrainConfig) -> None:
     refuse_settings(cfg, "train", reason, shard=False)
     refuse_settings(cfg, "train", "ct_clip has encode.checkpoint instead; leave it out", checkpoint=False)
     refuse_settings(cfg, "train", "ct_clip is validated on all volumes; leave it out", valid=0)
-    refuse_settings(cfg, "train", "is for language systems; leave it out", logits=256, tokens=0)
+    refuse_settings(
+        cfg, "train", "is for language systems; leave it out", logits=256, tokens=0, added="float32"
+    )
     for stage in cfg.stages:
         if stage.data:
             raise ValueError(f"stage {stage.name}: ct_clip has one kind of data, got data = {stage.data!r}")

@@ -81,7 +81,7 @@ def _check_pretraining(_record: Any, _field: Any, cfg: TrainConfig) -> None:
     )
     refuse_settings(cfg, where, "the compressor keeps all its activations; leave it out", checkpoint=False)
     refuse_settings(cfg, where, "all slides of the split valid are taken; leave it out", valid=0)
-    refuse_settings(cfg, where, "is for language models; leave it out", logits=256, tokens=0)
+    refuse_settings(cfg, where, "is for language models; leave it out", logits=256, tokens=0, added="float32")
     refuse_settings(cfg, where, "train.device is that of the whole run; leave it out", device="auto")
     reason = "train.deterministic is that of the whole run; leave it out"
     refuse_settings(cfg, where, reason, deterministic=False)
