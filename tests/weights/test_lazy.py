@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from medvl.hub import skeletons
+from medvl.training import trace
 from medvl.weights import four_bit
 from medvl.weights import lazy as weights
 from tests import tiny
@@ -187,6 +188,27 @@ def test_a_16_bit_adapter_in_training(four_bits, dropout, monkeypatch):
     for g, want in zip(grads, wide, strict=True):
         assert g.dtype == torch.bfloat16
         assert float((g.float() - want).norm() / want.norm()) < 0.01
+
+
+def test_kernels_of_a_layer_of_qlora():
+    """Forward: two for the scales, one for the values, three products. Backward: the same three, five products."""
+
+    def count(dtype):
+        def empty(*shape, dtype=torch.bfloat16):
+            return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+
+        base = four_bit.quantize_matrix(empty(64, 128).detach())
+        leaves = empty(2, 9, 128), empty(8, 128, dtype=dtype), empty(64, 8, dtype=dtype)
+
+        def step():
+            y = F.linear(leaves[0], weights.low_rank(base, *leaves[1:], scale=2.0))
+            torch.autograd.grad(y, leaves, y.detach())
+
+        operations = trace.count_work(step).operations
+        return sum(n for name, n in operations.items() if name != "_unsafe_view")  # which is none
+
+    assert count(torch.bfloat16) <= 14
+    assert count(torch.float32) <= 23  # and float32 products
 
 
 def test_dropout_is_of_the_input_of_a():
