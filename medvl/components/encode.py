@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from medvl.base import config
+from medvl.base import config, transfer
 from medvl.weights.lazy import per_row
 
 # b batch, s slices, n slices of all volumes that exist, y x voxel axes, d width. Voxels are Hounsfield units:
@@ -50,10 +50,12 @@ class EncodeConfig:
     # are. An embedding is [cell rows, cell columns, (mean and max,) width], flattened (He et al. 2014,
     # arXiv:1406.4729, one level).
     grid: int = 1
-    # For the activations of one chunk.
+    # For the activations of one chunk on a CPU; on a GPU it is what is free there.
     budget_mib: int = field(default=2048, validator=config.in_bounds(1, 2**24))
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    checkpoint: bool = False  # keep only the pixels of a chunk for the gradient and compute it again
+    # Keep only which slices a chunk has for the gradient, and compute it again; on a GPU only what finds no
+    # room there.
+    checkpoint: bool = False
 
     def __attrs_post_init__(self) -> None:
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
@@ -126,9 +128,9 @@ def encode_slices(
         params: weights of `vit`; cast once per call if their dtype is not cfg.dtype (load them in that dtype
             to save this). Adapters with weights per sample have a row for each of the b volumes, which all
             its slices take.
-        voxels: uint8 or int16 [b, s, y, x], HU; may lie on another device than the weights, slices are moved
-            chunk by chunk.
-        mask: bool [b, s], true where a slice exists.
+        voxels: uint8 or int16 [b, s, y, x], HU; may lie on another device than the weights.
+        mask: bool [b, s], true where a slice exists. The host must know how many there are: it waits for a
+            mask that lies on a GPU.
         vit: skeleton of the encoder.
     Returns:
         float32 [b, s, d] (float64 for dtype="float64") on the device of the weights, 0 where mask is false, d
@@ -148,34 +150,33 @@ def encode_slices(
     weights = {name: t if t.dtype == dtype else t.to(dtype) for name, t in params.items()}
     device = next(iter(weights.values())).device
 
-    def encode_chunk(v: Tensor, volume: Tensor) -> Tensor:
-        pixels = windows(cfg, v.to(device, non_blocking=True))  # [n, 3, y, x]
+    # Slices of all volumes in a row; those that do not exist are never encoded.
+    slices = transfer.to_device(voxels, device).flatten(0, 1)
+    existing = transfer.to_device(mask.flatten().nonzero()[:, 0], device)
+
+    def encode_chunk(chosen: Tensor) -> Tensor:
+        pixels = windows(cfg, slices.index_select(0, chosen))  # [n, 3, y, x]
         # An adapter's weights per volume become weights per slice.
-        params_of_slices = per_row(weights, volume, len(voxels))
+        params_of_slices = per_row(weights, chosen // voxels.shape[1], len(voxels))
         output = vit(params_of_slices, _resize(pixels, size).to(dtype), **options)
         return _pool(cfg, vit, size, output)
 
-    # Slices of all volumes in a row; those that do not exist are never encoded.
-    slices = voxels.flatten(0, 1)
-    existing = mask.flatten().nonzero()[:, 0].to(voxels.device)
-    recompute = cfg.checkpoint and torch.is_grad_enabled()
     chunks: list[Tensor] = []
-    slices_at_once = chunk_size(cfg, vit, size, device)
-    # `split` of an empty tensor gives one empty chunk, which encoders do not take.
-    for i in existing.split(slices_at_once) if len(existing) else ():
-        v = slices.index_select(0, i)
-        volume = i // voxels.shape[1]
+    start = 0
+    for count, recompute in _plan_chunks(cfg, vit, size, device, len(existing)):
+        chosen = existing[start : start + count]
+        start += count
         if recompute:
-            chunk = checkpoint(encode_chunk, v, volume, use_reentrant=False, preserve_rng_state=False)
+            chunk = checkpoint(encode_chunk, chosen, use_reentrant=False, preserve_rng_state=False)
         else:
-            chunk = encode_chunk(v, volume)
+            chunk = encode_chunk(chosen)
         chunks.append(chunk)
     # What comes after is small and computed in float32 at least.
     embedding_dtype = torch.promote_types(dtype, torch.float32)
     embeddings = torch.zeros(len(slices), embedding_width(cfg, vit), device=device, dtype=embedding_dtype)
     if chunks:
         encoded = torch.cat(chunks).to(embedding_dtype)
-        embeddings = embeddings.index_copy(0, existing.to(device), encoded)
+        embeddings = embeddings.index_copy(0, existing, encoded)
     return embeddings.unflatten(0, mask.shape)
 
 
@@ -224,31 +225,76 @@ def whiten(
     return whitened
 
 
+def _plan_chunks(
+    cfg: EncodeConfig, vit: Vit, size: tuple[int, int], device: torch.device, n: int
+) -> list[tuple[int, bool]]:
+    """(number of slices, whether to compute them again for the gradient) of each chunk of n slices."""
+    again = n if cfg.checkpoint and torch.is_grad_enabled() else 0
+    free = transfer.free_bytes(device)
+    if free is None:
+        at_once = chunk_size(cfg, vit, size, device)
+        return _split(n, at_once, again > 0)
+    # Some is left for what this cannot know: the other tower's activations, pieces too small to use.
+    budget = free * 4 // 5
+    work, kept = _slice_bytes(cfg, vit, size)
+    # Three quarters for what is kept for the gradient, one for the chunk that is computed. To compute slices
+    # again costs a forward pass, so it is done to those only that find no room. They come first: the gradient
+    # begins at the end, and has let go of what was kept when it comes to them.
+    again = max(0, again - budget * 3 // 4 // kept)
+    at_once = max(1, budget // 4 // work)
+    at_once_again = max(1, budget * 3 // 4 // (work + kept))
+    return _split(again, min(at_once, at_once_again), True) + _split(n - again, at_once, False)
+
+
+def _split(n: int, at_once: int, recompute: bool) -> list[tuple[int, bool]]:
+    return [(min(at_once, n - start), recompute) for start in range(0, n, at_once)]
+
+
 def chunk_size(cfg: EncodeConfig, vit: Vit, size: tuple[int, int], device: torch.device) -> int:
     """Slices [y, x] = `size` that go through the encoder together: as many as `budget_mib` holds, at least
     one.
 
-    Counted per token: 5 d + 2 h values at the widest place of a block (h the hidden width of the MLP); with
-    checkpoint=True the 10 d + 2 h that a block keeps for its gradient, in all blocks. Without it a gradient
-    keeps those of all slices whatever the chunk.
+    With checkpoint=True they hold what a gradient keeps of them too. Without it a gradient keeps that of all
+    slices whatever the chunk.
     """
-    c = vit.config
-    value_bytes = torch.finfo(getattr(torch, cfg.dtype)).bits // 8
-    d, depth = c["hidden_size"], c["num_hidden_layers"]
-    h = c.get("intermediate_size") or int(d * c["mlp_ratio"])
-    num_pixels = size[0] * size[1]
-    num_patches = num_pixels // patch_size(vit) ** 2
-    tokens = 1 + c.get("num_register_tokens", 0) + num_patches
-    values = 5 * d + 2 * h  # of a token
-    if cfg.checkpoint and torch.is_grad_enabled():
-        values += depth * (10 * d + 2 * h)
-    # Three channels in float32, twice: before and after they are resized or cast.
-    pixel_bytes = 2 * 3 * 4 * num_pixels
-    slice_bytes = pixel_bytes + tokens * value_bytes * values
-    most = cfg.budget_mib * 2**20 // slice_bytes
+    work, kept = _slice_bytes(cfg, vit, size)
+    recompute = cfg.checkpoint and torch.is_grad_enabled()
+    most = cfg.budget_mib * 2**20 // (work + kept if recompute else work)
     if device.type == "cpu":
-        most = min(most, _LARGEST_ON_CPU // (tokens * h * value_bytes))
+        most = min(most, _LARGEST_ON_CPU // _widest_bytes(cfg, vit, size))
     return max(1, most)
+
+
+def _slice_bytes(cfg: EncodeConfig, vit: Vit, size: tuple[int, int]) -> tuple[int, int]:
+    """Bytes of a slice [y, x] = `size` while it is encoded, and those kept for its gradient.
+
+    Counted per token: 5 d + 2 h values at the widest place of a block (h the hidden width of the MLP), and
+    10 d + 2 h that a block keeps for its gradient.
+    """
+    d, depth = vit.config["hidden_size"], vit.config["num_hidden_layers"]
+    h = _hidden_width(vit)
+    value_bytes = torch.finfo(getattr(torch, cfg.dtype)).bits // 8
+    token_bytes = _count_tokens(vit, size) * value_bytes
+    # Three channels in float32, twice: before and after they are resized or cast.
+    pixel_bytes = 2 * 3 * 4 * size[0] * size[1]
+    return pixel_bytes + token_bytes * (5 * d + 2 * h), token_bytes * depth * (10 * d + 2 * h)
+
+
+def _widest_bytes(cfg: EncodeConfig, vit: Vit, size: tuple[int, int]) -> int:
+    """Bytes of a slice's largest tensor, which is inside the MLP."""
+    value_bytes = torch.finfo(getattr(torch, cfg.dtype)).bits // 8
+    return _count_tokens(vit, size) * _hidden_width(vit) * value_bytes
+
+
+def _hidden_width(vit: Vit) -> int:
+    """Of the MLP of a block."""
+    c = vit.config
+    return c.get("intermediate_size") or int(c["hidden_size"] * c["mlp_ratio"])
+
+
+def _count_tokens(vit: Vit, size: tuple[int, int]) -> int:
+    num_patches = size[0] * size[1] // patch_size(vit) ** 2
+    return 1 + vit.config.get("num_register_tokens", 0) + num_patches
 
 
 def _resize(pixels: Tensor, size: tuple[int, ...]) -> Tensor:

@@ -162,7 +162,7 @@ def train_steps(
         pace = Pace(title, start, steps, bar, log)
         # The next batch is read while this one is computed. i is the step from 0, which makes `state.step`
         # i + 1: the number of steps that are done.
-        for i, batch in prefetch(batch_at, start, steps):
+        for i, batch in prefetch(batch_at, start, steps, _device_of(state)):
             state, metrics = step(state, batch)
             pace.count_step()
             device = metrics["loss"].device
@@ -228,6 +228,10 @@ def _first_state(last: Path | None, state: State, steps: int) -> State:
             f"{last}: is at step {state.step}, past the {steps} asked for; remove it to train anew"
         )
     return state
+
+
+def _device_of(state: State) -> torch.device:
+    return next(iter(flatten(state.params).values())).device
 
 
 def _what_is_due(step: int, steps: int, every: Every, *, validates: bool) -> set[str]:

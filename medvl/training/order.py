@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from medvl.base import transfer
+
 
 def batch_indices(
     groups: Sequence[str], size: int, seed: int, *, rank: int = 0, world: int = 1
@@ -151,14 +153,23 @@ def _halve_until(micro_batches: list[MicroBatch], multiple_of: int) -> list[Micr
     return result
 
 
-def prefetch(batch_at: Callable[[int], Any], start: int, stop: int) -> Iterator[tuple[int, Any]]:
+def prefetch(
+    batch_at: Callable[[int], Any], start: int, stop: int, device: torch.device | None = None
+) -> Iterator[tuple[int, Any]]:
     """(i, batch_at(i)) for i from start to stop, the next batch made in a thread while the caller
-    computes."""
+    computes.
+
+    Args:
+        device: where batches will be used; for a GPU they are put into pinned memory (`transfer.pin`).
+    """
+    make = batch_at
+    if device is not None and device.type == "cuda":
+        make = lambda i: transfer.pin(batch_at(i))
     # One worker: batches are made in their order, and only one is ahead in memory.
     with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(batch_at, start) if start < stop else None
+        ahead = pool.submit(make, start) if start < stop else None
         for i in range(start, stop):
             assert ahead is not None
             batch = ahead.result()
-            ahead = pool.submit(batch_at, i + 1) if i + 1 < stop else None
+            ahead = pool.submit(make, i + 1) if i + 1 < stop else None
             yield i, batch

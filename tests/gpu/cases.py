@@ -22,6 +22,7 @@ from medvl.hub import skeletons
 from medvl.language import chat, encoding, generate, likelihood, system, vlm
 from medvl.language.sampling import Sampling, allow_only
 from medvl.systems.ct_clip import model as ct_clip
+from medvl.systems.ct_clip import score
 from medvl.systems.ct_clip.record import Config as CtClipConfig
 from medvl.systems.slide_vqa import model as slide_vqa
 from medvl.systems.slide_vqa.record import Config as SlideVqaConfig
@@ -214,21 +215,7 @@ def ct_batch(volumes: int = 6, slices: int = 5, side: int = 56) -> Numbers:
 def ct_clip_gradient(device, **settings):
     """(record, params on the device, gradient function)."""
     model, params = ct_clip_model(**settings)
-    cfg = model.cfg
-
-    def embed(params, batch):
-        return {
-            "image": ct_clip.embed_volumes(model, params, batch),
-            "text": ct_clip.embed_texts(model, params, batch),
-        }
-
-    def contrast(params, rows):
-        return ct_clip.contrastive_loss(cfg.contrast, params, rows)
-
-    grad = gradients.cached_value_and_grad(
-        embed, contrast, chunk=cfg.train.chunk, precision=cfg.train.precision
-    )
-    return cfg, move(device, params), grad
+    return model.cfg, move(device, params), ct_clip.contrastive_gradient(model, {})
 
 
 def ct_clip_step(device, steps: int = 2, **settings) -> Numbers:
@@ -238,7 +225,7 @@ def ct_clip_step(device, steps: int = 2, **settings) -> Numbers:
     optimizer = optim.adamw(lambda name: optim.Rate(lr=1e-3, weight_decay=0.1))
     step = loop.make_step(grad, optimizer, clip=1.0, bound=lambda p: ct_clip.bound_scale(cfg.contrast, p))
     state = states.State(params=params, opt=optimizer.init(params))
-    metrics = {}
+    metrics = {"loss": loss}
     for _ in range(steps):
         state, metrics = step(state, ct_batch())
     losses_of_steps = {"loss": loss.cpu(), "after": metrics["loss"].cpu()}
@@ -270,16 +257,24 @@ def _(device):
     return ct_clip_step(device, steps=1, train__precision="bfloat16")
 
 
+@case("ct_clip volumes, placed by running means", 2e-3)
+def _(device):
+    model, params = ct_clip_model()
+    params = move(device, params | {"running": {"image": {"mean": randn(64)}}})
+    return {"place": score.place_batch(model, params, ct_batch())}
+
+
 @case("encode_slices of every pool, voxels on the CPU")
 def _(device):
     model, params = ct_clip_model()
     vit_params = move(device, params["vit"])
     batch = ct_batch()
-    mask = batch["mask"].to(device)
     numbers = {}
     for pool in ("cls", "mean", "max", "cls+mean"):
         cfg = encode.EncodeConfig(pool=pool)
-        numbers[pool] = encode.encode_slices(cfg, vit_params, batch["slices"], mask, vit=model.vit).cpu()
+        embeddings = encode.encode_slices(cfg, vit_params, batch["slices"], batch["mask"], vit=model.vit)
+        numbers[pool] = embeddings.cpu()
+    mask = batch["mask"].to(device)
     voxels = (batch["slices"].short() - 100).to(device)
     cfg = encode.EncodeConfig(window="minmax", resize=70)
     numbers["minmax"] = encode.encode_slices(cfg, vit_params, voxels, mask, vit=model.vit).cpu()

@@ -121,6 +121,7 @@ class Pretend(TorchFunctionMode):
         bytes: copied "to" and "from" the GPU.
         waits: {"operation @ file:line code": how often}, where `trace` is set.
         autocasts: (device type, enabled) of every autocast that was entered.
+        free_bytes: what the GPU says is free; may be set.
         seeds: of the generators that lie on the GPU; a CUDA generator cannot be made here, so that one of the CPU
             stands for it.
     """
@@ -129,6 +130,8 @@ class Pretend(TorchFunctionMode):
         super().__init__()
         self.count, self.bytes, self.waits = Counter(), Counter(), Counter()
         self.autocasts, self.seeds = [], set()
+        self.free_bytes = 2**36
+        self._pinned = {}  # memory that is pinned: {address: its storage, which keeps the address from being reused}
         self._trace = trace
         self._asked_for_meta = 0  # depth of calls that really ask for the device "meta"
 
@@ -185,8 +188,6 @@ class Pretend(TorchFunctionMode):
             return True, tensor.values.detach().tolist()
         if name == "data_ptr":
             return True, tensor.values.data_ptr()
-        if name == "pin_memory":
-            raise RuntimeError("cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors can be pinned")
         if name == "cuda":
             return True, tensor
         return False, None
@@ -270,14 +271,15 @@ class Pretend(TorchFunctionMode):
                 kwargs = kwargs | {"device": CPU}
             made = func(_values(source), **kwargs)
             if goes_there != was_there:
-                self._count_copy(made, "to" if goes_there else "from")
+                self._count_copy(source, "to" if goes_there else "from", kwargs.get("non_blocking", False))
             else:
                 self.count["launch"] += 1
                 self.count["op cast"] += 1
             return OnGpu(made) if goes_there else made
         target, source = args[0], args[1]
         if isinstance(target, OnGpu) != isinstance(source, OnGpu):
-            self._count_copy(source, "to" if isinstance(target, OnGpu) else "from")
+            non_blocking = kwargs.get("non_blocking", args[2] if len(args) > 2 else False)
+            self._count_copy(source, "to" if isinstance(target, OnGpu) else "from", non_blocking)
         else:
             self.count["launch"] += 1
         func(_values(target), _values(source), *args[2:], **kwargs)
@@ -298,11 +300,23 @@ class Pretend(TorchFunctionMode):
             place = f"{file}:{ours[-1].lineno} {ours[-1].line[:90]}"
         self.waits[f"{why} @ {place}"] += 1
 
-    def _count_copy(self, tensor, direction):
+    def _count_copy(self, tensor, direction, non_blocking=False):
         self.count[f"copies {direction} the GPU"] += 1
         self.bytes[direction] += tensor.numel() * tensor.element_size()
-        # The host waits for a copy of memory that is not pinned.
-        self._wait(f"copy {direction} the GPU")
+        # The host waits for a copy of memory that is not pinned, and for what it is to read.
+        if not (non_blocking and direction == "to" and self._is_pinned(tensor)):
+            self._wait(f"copy {direction} the GPU")
+
+    def _pin(self, tensor):
+        if isinstance(tensor, OnGpu):
+            raise RuntimeError("cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors can be pinned")
+        pinned = tensor.detach().clone()
+        storage = pinned.untyped_storage()
+        self._pinned[storage.data_ptr()] = storage
+        return pinned
+
+    def _is_pinned(self, tensor):
+        return not isinstance(tensor, OnGpu) and tensor.untyped_storage().data_ptr() in self._pinned
 
     # What torch has besides ---------------------------------------------------------------------------------
     def __enter__(self):
@@ -316,6 +330,11 @@ class Pretend(TorchFunctionMode):
         )
         patch(mock.patch.object(torch.cuda, "set_rng_state"))
         patch(mock.patch.object(torch.cuda, "default_generators", (torch.Generator(),)))
+        # On the class, since batches are pinned in a thread, where this mode is not asked.
+        patch(mock.patch.object(Tensor, "pin_memory", lambda tensor, device=None: self._pin(tensor)))
+        patch(mock.patch.object(Tensor, "is_pinned", lambda tensor, device=None: self._is_pinned(tensor)))
+        free = lambda device=None: (self.free_bytes, 2**36)
+        patch(mock.patch.object(torch.cuda, "mem_get_info", free))
         patch(mock.patch.object(torch.autocast, "__init__", self._recording(torch.autocast.__init__)))
         # Otherwise this mode would be off while a checkpointed layer is computed again.
         patch(mock.patch.object(torch.autograd, "has_torch_function", return_value=False))

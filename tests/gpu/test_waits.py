@@ -60,7 +60,7 @@ def ct_clip_step(device):
 BUDGETS = {
     "text": (language_step(images=False, model__config=cases.QWEN3), 12),
     "image": (language_step(images=True), 42),
-    "ct_clip": (ct_clip_step, 32),
+    "ct_clip": (ct_clip_step, 0),
     "slide_vqa": (slide_vqa_step, 25),
 }
 

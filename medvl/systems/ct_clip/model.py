@@ -6,17 +6,18 @@ contrast <- the same of the report.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor
 
-from medvl.base import processes
-from medvl.base.tree import Tree, map_leaves, merge_trees
+from medvl.base import processes, transfer
+from medvl.base.tree import Tree, flatten, map_leaves, merge_trees
 from medvl.components import encode, fuse, layers, losses, text
 from medvl.ct.preprocess import size_of
 from medvl.hub import loading, skeletons, tokens
@@ -170,21 +171,63 @@ def _check_text_encoder(cfg: WordsConfig, encoder: skeletons.Skeleton, params: T
 
 
 # Forward pass -----------------------------------------------------------------------------------------------
+def move_batch(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """A batch on the device of the computation: copied once, for both passes of gradient caching.
+
+    Slices stay where they are if they would fill a quarter of what is free on a GPU; each chunk is then copied
+    when it is embedded.
+    """
+    if device.type == "cpu":
+        return dict(batch)
+    free = transfer.free_bytes(device)
+    moved = {}
+    for name, tensor in batch.items():
+        fits = free is None or tensor.nbytes < free // 4
+        moved[name] = transfer.to_device(tensor, device) if fits else tensor
+    # The host must know which slices exist.
+    return moved | {"mask_on_cpu": batch["mask"]}
+
+
 def embed_volumes(model: Model, params: Tree, batch: Mapping[str, Tensor]) -> Tensor:
     """Rows [b, d] of the image tower, before normalisation and projection.
 
     Args:
         batch: "slices", voxels uint8 or int16 [b, s, y, x] or features [b, s, d]; "mask" bool and
-            "position_mm" [b, s].
+            "position_mm" [b, s]; `move_batch` puts it on a GPU.
     """
     device = params["fuse"]["norm"]["weight"].device
-    mask, slices = batch["mask"].to(device), batch["slices"]
+    slices = transfer.to_device(batch["slices"], device)
+    mask = transfer.to_device(batch["mask"], device)
+    position_mm = transfer.to_device(batch["position_mm"], device)
     # Four axes are voxels; three are features of a frozen encoder from its cache.
     if slices.dim() == 4:
-        features = encode.encode_slices(model.cfg.encode, params["vit"], slices, mask, vit=model.vit)
+        existing = batch.get("mask_on_cpu", batch["mask"])
+        features = encode_volumes(model, params["vit"], slices, existing)
     else:
-        features = slices.to(device).float()  # the cache of a frozen encoder holds float16
-    return fuse.fuse(model.cfg.fuse, params["fuse"], features, mask, batch["position_mm"].to(device))
+        features = slices.float()  # the cache of a frozen encoder holds float16
+    return fuse.fuse(model.cfg.fuse, params["fuse"], features, mask, position_mm)
+
+
+def encode_volumes(model: Model, vit_params: Tree, slices: Tensor, mask: Tensor) -> Tensor:
+    """`encode.encode_slices` with the settings of the device that the weights lie on."""
+    device = next(iter(vit_params.values())).device
+    settings = encoder_settings(model.cfg, device)
+    # Weights are in the encoder's precision already; autocast would take norms and sums back to float32.
+    plain = settings != model.cfg.encode
+    with gradients.autocast(vit_params, "float32") if plain else nullcontext():
+        return encode.encode_slices(settings, vit_params, slices, mask, vit=model.vit)
+
+
+def encoder_settings(cfg: Config, device: torch.device) -> encode.EncodeConfig:
+    """How slices are encoded on a device: on a GPU with train.precision = "bfloat16" in bfloat16 throughout.
+
+    Autocast alone keeps the residual stream in float32, and twice the bytes of every sum and norm. A CPU gains
+    nothing by it.
+    """
+    mixed = cfg.train.precision == "bfloat16" and cfg.encode.dtype == "float32"
+    if device.type == "cpu" or not mixed:
+        return cfg.encode
+    return evolve(cfg.encode, dtype="bfloat16")
 
 
 def embed_texts(model: Model, params: Tree, batch: Mapping[str, Tensor]) -> Tensor:
@@ -195,8 +238,8 @@ def embed_texts(model: Model, params: Tree, batch: Mapping[str, Tensor]) -> Tens
     """
     device = params["project"]["text"]["weight"].device
     # The text towers take [n, t]: the k texts of a volume are rows of their own until the end.
-    ids = batch["ids"].to(device).flatten(0, 1)
-    mask = batch["words"].to(device).flatten(0, 1)
+    ids = transfer.to_device(batch["ids"], device).flatten(0, 1)
+    mask = transfer.to_device(batch["words"], device).flatten(0, 1)
     if model.text_encoder is not None:
         pool = model.cfg.words.pool
         rows = text.encode_text_with(params["text"], ids, mask, model=model.text_encoder, pool=pool)
@@ -253,6 +296,35 @@ def contrastive_loss(
         else:
             loss_of_text.append(losses.siglip_loss(image, one_text, scale, params["contrast"]["bias"]))
     return torch.stack(loss_of_text).mean(), gradients.Aux(metrics={"scale": scale}, means=statistics)
+
+
+def contrastive_gradient(
+    model: Model, frozen: Tree, before_chunk: Callable[[], None] = lambda: None
+) -> gradients.Grad:
+    """The gradient of the loss over a batch by the parameters that are trained; `frozen` are all others.
+
+    The loss compares all rows of a batch, which does not fit into memory with its activations: rows are
+    embedded `train.chunk` at a time, and the gradient is put together from them.
+    """
+    cfg = model.cfg
+
+    def embed(p: Tree, batch: gradients.Batch) -> gradients.Batch:
+        before_chunk()
+        merged = merge_trees(frozen, p)
+        return {"image": embed_volumes(model, merged, batch), "text": embed_texts(model, merged, batch)}
+
+    def contrast(p: Tree, rows: gradients.Batch) -> tuple[Tensor, gradients.Aux]:
+        return contrastive_loss(cfg.contrast, merge_trees(frozen, p), rows)
+
+    gradient = gradients.cached_value_and_grad(
+        embed, contrast, chunk=cfg.train.chunk, precision=cfg.train.precision
+    )
+
+    def run(p: Tree, batch: gradients.Batch) -> tuple[Tensor, gradients.Aux, Tree]:
+        device = next(iter(flatten(p).values())).device
+        return gradient(p, move_batch(batch, device))
+
+    return run
 
 
 def bound_scale(cfg: ContrastConfig, params: Tree) -> Tree:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from attrs import evolve
-from torch import Tensor
 
 from medvl.base import config, processes
 from medvl.base.tree import Tree, count_values, flatten, map_leaves, merge_trees, split_tree
@@ -102,7 +101,7 @@ def _fit_stage(
         cfg.train,
         stage,
         trained,
-        _make_gradient(model, frozen),
+        ct_clip.contrastive_gradient(model, frozen),
         training_batches(model, data, cfg.train.batch, cfg.seed),
         folder,
         model=params,
@@ -114,32 +113,6 @@ def _fit_stage(
         log=log,
     )
     return merge_trees(frozen, state.params), state.means
-
-
-def _make_gradient(
-    model: Model, frozen: Tree, before_chunk: Callable[[], None] = lambda: None
-) -> gradients.Grad:
-    """The gradient of the contrastive loss by the parameters that are not frozen.
-
-    The loss compares all rows of a batch, which does not fit into memory with its activations: rows are embedded
-    `chunk` at a time, and the gradient is put together from them.
-    """
-    cfg = model.cfg
-
-    def embed(p: Tree, batch: gradients.Batch) -> gradients.Batch:
-        before_chunk()
-        merged = merge_trees(frozen, p)
-        return {
-            "image": ct_clip.embed_volumes(model, merged, batch),
-            "text": ct_clip.embed_texts(model, merged, batch),
-        }
-
-    def contrast(p: Tree, rows: gradients.Batch) -> tuple[Tensor, gradients.Aux]:
-        return ct_clip.contrastive_loss(cfg.contrast, merge_trees(frozen, p), rows)
-
-    return gradients.cached_value_and_grad(
-        embed, contrast, chunk=cfg.train.chunk, precision=cfg.train.precision
-    )
 
 
 def memory(cfg: Config, folder: Path, processes: int = 1, slices: int = 0) -> dict[str, Step]:
@@ -171,7 +144,7 @@ def memory(cfg: Config, folder: Path, processes: int = 1, slices: int = 0) -> di
             stage,
             trained,
             frozen,
-            _make_gradient(model, frozen, laps.mark),
+            ct_clip.contrastive_gradient(model, frozen, laps.mark),
             batch,
             laps.counter,
             seed=cfg.seed,
