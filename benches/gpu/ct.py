@@ -13,7 +13,6 @@ from medvl.base.tree import map_leaves
 from medvl.components import encode
 from medvl.hub import skeletons
 from medvl.systems.ct_clip import model as ct_clip
-from medvl.systems.ct_clip import run
 from medvl.systems.ct_clip.record import Config, VitConfig
 from medvl.training import loop, stages, states
 from medvl.weights import lazy
@@ -51,16 +50,15 @@ def encoder(place: Place, results: Results) -> None:
             "host_share": numbers["host_share"],
         }
 
-    def ours(dtype, slices=on_device, budget=8192):
-        cfg = encode.EncodeConfig(dtype=dtype, budget_mib=budget)
+    def ours(dtype, slices=on_device):
+        cfg = encode.EncodeConfig(dtype=dtype)
         return encode.encode_slices(cfg, weights[dtype], slices, mask, vit=vit)
 
     def mixed():
         with torch.autocast(place.device.type, torch.bfloat16):
             ours("float32")
 
-    for budget in (2048, 8192, 32768):
-        attempt(results, f"bfloat16, budget {budget}", measure, partial(ours, "bfloat16", budget=budget))
+    attempt(results, "bfloat16", measure, partial(ours, "bfloat16"))
     attempt(results, "float32 under autocast", measure, mixed)
     attempt(results, "float32", measure, partial(ours, "float32"))
     attempt(results, "bfloat16, voxels on the host", measure, partial(ours, "bfloat16", voxels))
@@ -76,9 +74,8 @@ def encoder(place: Place, results: Results) -> None:
 # What a step is varied by: settings of the record beside those of ctclip_vitb.toml.
 VARIANTS = {
     "as ctclip_vitb.toml": (),
-    "not checkpointed, chunk 2": ("encode.checkpoint=false", "train.chunk=2"),
-    "not checkpointed, chunk 4": ("encode.checkpoint=false", "train.chunk=4"),
-    "budget 32768": ("encode.budget_mib=32768",),
+    "chunk 4": ("train.chunk=4",),
+    "chunk 8, some slices computed again": ("train.chunk=8",),
 }
 
 
@@ -117,7 +114,7 @@ def _step(place: Place, settings: tuple[str, ...], volumes: int, slices: int, si
         "words": torch.ones(volumes, 1, cfg.words.tower.context, dtype=torch.bool),
     }
     optimizer = stages.make_optimizer(cfg.train, cfg.train.stages[0], params, keyed=True)
-    step = loop.make_step(run._make_gradient(model, {}), optimizer, clip=1.0)
+    step = loop.make_step(ct_clip.contrastive_gradient(model, {}), optimizer, clip=1.0)
     state = states.State(params=params, opt=optimizer.init(params))
     latest = {"state": state}
     del state, params

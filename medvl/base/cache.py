@@ -29,17 +29,22 @@ def compute_missing(
         compute: computes the entry of a name and writes it.
         together: all processes call this at once. Each computes its share, and waits until all have.
     """
-    share = names
-    if together:
-        # By place in the list, not among those that are missing: processes see each other's entries as they
-        # come.
-        share = names[processes.rank() :: processes.world_size()]
-    missing = [name for name in share if not is_cached(name)]
-    for name in track(missing, title):
+    for name in track(missing_names(names, is_cached, together=together), title):
         if not is_cached(name):  # an entry of the same content may have come since
             compute(name)
     if together:
         processes.wait_for_all()
+
+
+def missing_names(
+    names: Sequence[str], is_cached: Callable[[str], bool], *, together: bool = False
+) -> list[str]:
+    """What a cache lacks; of several processes (`together`) the share that this one is to compute."""
+    if together:
+        # By place in the list, not among those that are missing: processes see each other's entries as they
+        # come.
+        names = names[processes.rank() :: processes.world_size()]
+    return [name for name in names if not is_cached(name)]
 
 
 @frozen(kw_only=True)

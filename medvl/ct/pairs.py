@@ -78,14 +78,15 @@ def read_slices(store: Store, volumes: Sequence[str]) -> dict[str, Tensor]:
     stop = max(row["occupied"][1] for row in rows)
     index = np.arange(first, stop)
     # A volume that is shorter than the range brings its own padding, which the mask excludes.
-    slices, masks, positions = [], [], []
-    for name, row in zip(volumes, rows, strict=True):
+    slices = np.empty((len(rows), stop - first, *store.shape[1:]), store.dtype)
+    masks, positions = [], []
+    for i, (name, row) in enumerate(zip(volumes, rows, strict=True)):
         own_first, own_stop = row["occupied"]
-        slices.append(store.read(name, first, stop))
+        slices[i] = store.read(name, first, stop)
         masks.append((own_first <= index) & (index < own_stop))
         positions.append(index * row["spacing_mm"][0])
     return {
-        "slices": torch.from_numpy(np.stack(slices)),
+        "slices": torch.from_numpy(slices),
         "mask": torch.from_numpy(np.stack(masks)),
         "position_mm": torch.from_numpy(np.stack(positions).astype(np.float32)),
     }

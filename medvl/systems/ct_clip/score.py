@@ -22,6 +22,7 @@ from medvl.hub import tokens
 from medvl.systems.ct_clip import data, model
 from medvl.systems.ct_clip.model import Model
 from medvl.training import gradients
+from medvl.training.order import prefetch
 
 _TEXTS = 64  # texts that are embedded at a time
 _SHOWN = 9  # volumes of the report's contact sheet
@@ -46,13 +47,20 @@ def place_volumes(ct_clip: Model, params: Tree, volumes: store.Store, volume_nam
     """
     size = ct_clip.cfg.evaluate.batch
     starts = range(0, len(volume_names), size)
+    share = list(processes.share_batches(len(starts)))
+    spans = [slice(starts[number], starts[number] + size) for number, _ in share]
+
+    def read(i: int) -> dict[str, Tensor]:
+        return pairs.read_slices(volumes, volume_names[spans[i]])
+
+    device = params["project"]["image"]["weight"].device
     rows = torch.zeros(len(volume_names), ct_clip.cfg.contrast.dim)
-    for number, counts in track(processes.share_batches(len(starts)), "embedding volumes, batch"):
-        span = slice(starts[number], starts[number] + size)
-        batch = pairs.read_slices(volumes, volume_names[span])
+    batches = prefetch(read, 0, len(spans), device)
+    for i, batch in track(batches, "embedding volumes, batch", total=len(spans)):
         placed = place_batch(ct_clip, params, batch)
+        _, counts = share[i]
         if counts:
-            rows[span] = placed
+            rows[spans[i]] = placed
     # A row is zero in all processes but one, so that the sum is that row.
     return processes.sum_over_processes(rows)
 

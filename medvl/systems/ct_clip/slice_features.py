@@ -1,22 +1,29 @@
 """The cache of a frozen slice encoder's features: computed once, found again by weights and settings."""
 
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from medvl.base import config, files, processes, store
-from medvl.base.cache import compute_missing
+from medvl.base.cache import missing_names
 from medvl.base.display import track
 from medvl.base.store import Store
 from medvl.base.tree import Tree
 from medvl.components import encode
 from medvl.ct import pairs
 from medvl.hub import skeletons
+from medvl.systems.ct_clip import model as ct_clip
 from medvl.systems.ct_clip.model import Model
+from medvl.training.order import prefetch
 
+# Volumes that a GPU encodes together, which a single one of a small encoder would not fill.
+_TOGETHER_ON_GPU = 4
 _FIELDS = (("spacing_mm", "f8", 3), ("occupied", "i4", 2), ("volume", "S32"))  # volume: digest of its voxels
 
 
@@ -45,20 +52,16 @@ def cached_features(model: Model, params: Tree, volumes: Store, folder: Path) ->
         _check_unchanged(features, volumes)
         # Nobody else writes while the lock is held, so this need not be read again.
         computed = {*features.names}
-
-        def compute(name: str) -> None:
-            array = _encode_volume(model, params, volumes, name, shape)
-            store.put(features, name, array, _row_of(volumes, name))
-
-        compute_missing(
-            volumes.names, computed.__contains__, compute, "computing slice features", together=True
-        )
+        missing = missing_names(volumes.names, computed.__contains__, together=True)
+        _compute_features(model, params["vit"], volumes, missing, features)
+        processes.wait_for_all()
     return store.open_store(path, expect=settings)
 
 
 def _settings(model: Model, params: Tree, volumes: Store) -> dict[str, Any]:
     """All that decides what the features are. Its digest names the file."""
-    encoder = config.unstructure(model.cfg.encode)
+    # With the precision of this device: a GPU's features in bfloat16 are none of a CPU's in float32.
+    encoder = config.unstructure(ct_clip.encoder_settings(model.cfg, _device_of(params["vit"])))
     for key in ("budget_mib", "checkpoint"):  # of memory alone, and no part of what is computed
         encoder.pop(key, None)
     return {
@@ -69,20 +72,46 @@ def _settings(model: Model, params: Tree, volumes: Store) -> dict[str, Any]:
     }
 
 
-def _encode_volume(
-    model: Model, params: Tree, volumes: Store, name: str, shape: tuple[int, int]
-) -> np.ndarray:
-    """float16 [s, d], zero where the volume has no scan."""
-    batch = pairs.read_slices(volumes, [name])
-    with torch.no_grad():
-        z = encode.encode_slices(
-            model.cfg.encode, params["vit"], batch["slices"], batch["mask"], vit=model.vit
-        )
-    # Only slices that hold scan were encoded; the arrays of a store are of one shape.
-    first, stop = volumes.row(name)["occupied"]
-    padded = np.zeros(shape, np.float16)
-    padded[first:stop] = z[0].cpu().numpy()
-    return padded
+def _compute_features(
+    model: Model, vit_params: Tree, volumes: Store, names: Sequence[str], features: Store
+) -> None:
+    """Encode volumes and put their features into the store: the next ones are read while these are encoded, and
+    those before are written.
+    """
+    device = _device_of(vit_params)
+    # One by one on a CPU, where the size of a batch decides the last bits.
+    at_once = 1 if device.type == "cpu" else _TOGETHER_ON_GPU
+    batches = [names[i : i + at_once] for i in range(0, len(names), at_once)]
+
+    def read(i: int) -> dict[str, Tensor]:
+        return pairs.read_slices(volumes, batches[i])
+
+    def write(batch: Sequence[str], embeddings: Tensor) -> None:
+        rows = [_row_of(volumes, name) for name in batch]
+        first_read = min(row["occupied"][0] for row in rows)
+        # A GPU is waited for here, while it has the next volumes to encode.
+        for name, row, z in zip(batch, rows, embeddings.cpu().numpy(), strict=True):
+            first, stop = row["occupied"]
+            # Only slices that hold scan were encoded; the arrays of a store are of one shape.
+            padded = np.zeros(features.shape, np.float16)
+            padded[first:stop] = z[first - first_read : stop - first_read]
+            store.put(features, name, padded, row)
+
+    with ThreadPoolExecutor(1) as writer, torch.no_grad():
+        written: Future[None] | None = None
+        for i, batch in track(
+            prefetch(read, 0, len(batches), device), "computing slice features", total=len(batches)
+        ):
+            z = ct_clip.encode_volumes(model, vit_params, batch["slices"], batch["mask"])
+            if written is not None:
+                written.result()  # raises what the writer met; and only one batch waits in memory
+            written = writer.submit(write, batches[i], z)
+        if written is not None:
+            written.result()
+
+
+def _device_of(params: Tree) -> torch.device:
+    return next(iter(params.values())).device
 
 
 def _row_of(volumes: Store, name: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from attrs import evolve
 
-from medvl.base import config
+from medvl.base import config, transfer
 from medvl.base.tree import count_values, flatten, split_tree
 from medvl.commands import experiments
 from medvl.systems import run as systems
@@ -76,7 +76,7 @@ def test_chunks_that_are_not_traced_cost_what_those_do_that_are(batch, processes
     if processes > 1 and share <= 2:
         model = evolve(model, cfg=record(batch=batch, chunk=1))
     counter = trace.WorkCounter()
-    estimate.peak_of(lambda: run._make_gradient(model, {})(params, whole), {}, counter)
+    estimate.peak_of(lambda: ct_clip.contrastive_gradient(model, {})(params, whole), {}, counter)
     assert step.work.flops == pytest.approx(counter.work().flops, rel=0.003)
     assert step.samples == share
 
@@ -127,3 +127,12 @@ def test_seconds_are_printed_beside_memory(capsys):
     assert "assumed: 60% of the peak in matrix products" in a100
     with pytest.raises(ValueError, match="--gpu must be one of h100, h200, a100, rtx4090, got 'tpu'"):
         experiments.print_memory(exp, gpu="tpu")
+
+
+def test_slices_are_computed_again_only_where_a_gpu_has_no_room(monkeypatch):
+    """Four passes of work, else five: forward twice and a gradient of two."""
+    cfg = record()
+    again = evolve(cfg, encode=evolve(cfg.encode, checkpoint=True))
+    assert step_of(again).work.flops == step_of(cfg).work.flops
+    monkeypatch.setattr(transfer, "_FREE_IN_ESTIMATES", 2**22)
+    assert 1.15 < step_of(again).work.flops / step_of(cfg).work.flops < 1.25
