@@ -5,11 +5,12 @@ In shapes b are the rows of the batch, v the vocabulary, t the tokens of the pro
 
 import copy
 import inspect
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from attrs import define
 from torch import Tensor, nn
 
 from medvl.hub.skeletons import Skeleton
@@ -60,11 +61,19 @@ def check_not_checkpointed(skeleton: Skeleton) -> None:
             )
 
 
-def forward_prompt(model: nn.Module, call: Mapping[str, Any]) -> Any:
+def forward_prompt(model: nn.Module, call: Mapping[str, Any], room: int) -> Any:
     """The model's output for the prompts of a batch: its cache, and the logits of the last token (with those
     of the tokens before it, where the model cannot leave them out).
+
+    Args:
+        room: for so many tokens the cache has room behind the prompt.
     """
-    return model(**call, use_cache=True, **_last_logits_only(model))
+    # Here and not above, as it loads transformers; by now the model has.
+    from medvl.hub import kv_cache
+
+    output = model(**call, use_cache=True, **_last_logits_only(model))
+    kv_cache.reserve_room(getattr(output, _cache_name(model)), room)
+    return output
 
 
 def _last_logits_only(model: nn.Module) -> dict[str, int]:
@@ -74,34 +83,71 @@ def _last_logits_only(model: nn.Module) -> dict[str, int]:
     return {}
 
 
-def next_logits(model: nn.Module, call: dict[str, Any], steps: int) -> Generator[Tensor, Tensor, None]:
-    """Yield logits float32 [b, v] of the next token; for every token [b] that is sent those of the token
-    behind it.
+@define
+class Decoding:
+    """Rows of a batch while tokens are put behind their prompts."""
+
+    cache: Any
+    logits: Tensor  # float32 [b, v], of each row's next token
+    length: int  # tokens in the cache, padding included
+    mask: Tensor | None  # bool [b, t + steps], True where a token exists; None where there is no padding
+    position: Tensor | None  # of the next token, [b, 1] or [3, b, 1]; None where the model counts
+
+
+def start_decoding(model: nn.Module, call: Mapping[str, Any], steps: int) -> Decoding:
+    """Run the prompts.
 
     Args:
-        steps: how often logits are yielded. The token sent last would be computed for nothing, so a caller
-            that has all its tokens does not send it.
+        call: arguments of the model, padded on the left.
+        steps: how often `decode_tokens` will be called at most.
     """
-    position = _next_position(call)
+    output = forward_prompt(model, call, steps)
+    exists = call["attention_mask"].bool()
+    # Without padding a new token may see the whole cache, and needs no mask. With it, every step takes the
+    # beginning of the mask for the longest answer there can be.
+    mask = None if bool(exists.all()) else F.pad(exists, (0, steps), value=True)
+    return Decoding(
+        cache=getattr(output, _cache_name(model)),
+        logits=_last_logits(output),
+        length=exists.shape[1],
+        mask=mask,
+        position=_next_position(call),
+    )
+
+
+def decode_tokens(model: nn.Module, decoding: Decoding, tokens: Tensor) -> None:
+    """Put a token [b] behind each row; the logits are then those of the token after it."""
     cache_name = _cache_name(model)
-    output = forward_prompt(model, call)
-    prompt_mask = call["attention_mask"]
-    has_padding = not bool(prompt_mask.all())
-    last_only = _last_logits_only(model)
-    # For the longest answer there can be; every step takes its beginning.
-    mask = F.pad(prompt_mask, (0, steps), value=1)
-    for length in range(prompt_mask.shape[1] + 1, mask.shape[1] + 1):
-        # float32, as the softmax of a whole vocabulary in bfloat16 would round the probabilities away.
-        token = yield output.logits[:, -1].float()
-        cache = getattr(output, cache_name)
-        # Without padding a new token may see the whole cache, and needs no mask.
-        arguments: dict[str, Any] = {"attention_mask": None, cache_name: cache}
-        if has_padding:
-            arguments["attention_mask"] = _step_mask(model, cache, mask[:, :length])
-        if position is not None:
-            arguments["position_ids"] = position
-            position = position + 1
-        output = model(input_ids=token[:, None], use_cache=True, **arguments, **last_only)
+    decoding.length += 1
+    arguments: dict[str, Any] = {"attention_mask": None, cache_name: decoding.cache}
+    if decoding.mask is not None:
+        mask = decoding.mask[:, : decoding.length]
+        arguments["attention_mask"] = _step_mask(model, decoding.cache, mask)
+    if decoding.position is not None:
+        arguments["position_ids"] = decoding.position
+        decoding.position = decoding.position + 1
+    output = model(input_ids=tokens[:, None], use_cache=True, **arguments, **_last_logits_only(model))
+    decoding.logits = _last_logits(output)
+
+
+def can_keep_rows(decoding: Decoding) -> bool:
+    from medvl.hub import kv_cache
+
+    return kv_cache.can_select_rows(decoding.cache)
+
+
+def keep_rows(decoding: Decoding, rows: Tensor) -> None:
+    """Go on with these rows alone, int64 [n]. Their logits are known after the next token."""
+    decoding.cache.batch_select_indices(rows)
+    if decoding.mask is not None:
+        decoding.mask = decoding.mask[rows]
+    if decoding.position is not None:
+        decoding.position = decoding.position[..., rows, :]
+
+
+def _last_logits(output: Any) -> Tensor:
+    # float32, as the softmax of a whole vocabulary in bfloat16 would round the probabilities away.
+    return output.logits[:, -1].float()
 
 
 def _step_mask(model: nn.Module, cache: Any, mask: Tensor) -> Tensor:
@@ -120,7 +166,7 @@ def _step_mask(model: nn.Module, cache: Any, mask: Tensor) -> Tensor:
     if len(windows) != 1 or config.get_text_config()._attn_implementation != "sdpa":
         return mask
     # A layer with a window keeps only that many keys. Without one, -0 is the beginning: all of them.
-    return mask[:, None, None, -windows.pop() :].bool()
+    return mask[:, None, None, -windows.pop() :]
 
 
 def continuation_log_probs(
@@ -135,7 +181,8 @@ def continuation_log_probs(
     """
     cache_name = _cache_name(model)
     cache = copy.copy(getattr(prompt, cache_name))
-    # Shallow copies are enough: a layer replaces its tensors and does not write into them.
+    # Shallow copies are enough: a layer writes behind the prompt, where the next option may write too, or
+    # replaces its tensors.
     cache.layers = [copy.copy(layer) for layer in cache.layers]
     arguments: dict[str, Any] = {
         "attention_mask": torch.cat([call["attention_mask"], exists[:, :-1].long()], 1),
@@ -155,7 +202,7 @@ def _cache_name(model: nn.Module) -> str:
     return "past_key_values"
 
 
-def _next_position(call: dict[str, Any]) -> Tensor | None:
+def _next_position(call: Mapping[str, Any]) -> Tensor | None:
     """Position [b, 1] or [3, b, 1] of the token behind the prompt: one more than any before, on all axes."""
     positions = call.get("position_ids")
     if positions is None:

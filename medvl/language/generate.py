@@ -3,7 +3,8 @@
 In shapes b are the rows of the batch, v the vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 
 from medvl.base.text import few
 from medvl.hub.skeletons import Skeleton
-from medvl.language import sampling, vlm
-from medvl.language.cached_forward import check_not_checkpointed, left_padded, next_logits
+from medvl.language import sampling, token_steps, vlm
+from medvl.language.cached_forward import check_not_checkpointed, left_padded
 from medvl.language.sampling import Allowed, Gens, Sampling
+from medvl.language.token_steps import Step, TokenBatch
+from medvl.weights import lazy
 
 _PARTIAL = "\ufffd"  # stands for bytes that are no complete character (yet) in the text of a tokenizer
 
@@ -54,7 +57,8 @@ def generate(
         tok: tokenizer; needed for texts, stop strings and `on_token`.
         allowed: (step, ids generated so far [b, step]) -> bool mask [v] or [b, v] of the tokens that may
             come; a mask shorter than the vocabulary forbids the other tokens. `allow_only` and
-            `allow_in_phases` make some. The mask of a row that is done has no effect.
+            `allow_in_phases` make some. The mask of a row that is done has no effect, and what stands behind
+            its end among the ids has no meaning. On a GPU it is also asked for the step behind the last one.
         on_token: (row, piece of text), called whenever more of a row's text is certain: complete characters,
             nothing of a stop string. The pieces of a row joined are its text. An exception in it ends the
             call.
@@ -69,17 +73,27 @@ def generate(
     check_not_checkpointed(skeleton)
     # The last column must be the last token of every row: behind it the new tokens are put.
     call = vlm.model_inputs(skeleton, left_padded(inputs))
-    rows, vocabulary = _check_size(cfg, skeleton, call)
+    count, vocabulary = _check_size(cfg, skeleton, call)
     # All numbers in advance: how many a row uses does not change those of the other rows.
-    draws = sampling.draw_uniform(cfg, gen, rows, call["attention_mask"].device)
-    answers = [_Answer() for _ in range(rows)]
+    draws = sampling.draw_uniform(cfg, gen, count, call["attention_mask"].device)
+    answers = [_Answer() for _ in range(count)]
+    unread = deque[Step]()  # steps whose tokens the host has not read yet
+    batch = token_steps.start_batch(cfg, call, draws, vocabulary=vocabulary, allowed=allowed)
 
-    def write_answers(model: nn.Module) -> None:
-        steps = _generate_tokens(cfg, model, call, draws, vocabulary, allowed)
-        _add_steps(cfg, tok, answers, steps, allowed, on_token)
+    def add_step(step: Step) -> None:
+        _add_step(cfg, tok, answers, step, allowed, on_token)
+
+    def write(model: nn.Module) -> list[int]:
+        return _write_until_rows_end(cfg, model, batch, answers, unread, add_step)
 
     with torch.no_grad():
-        skeleton.run(params, write_answers)
+        places = skeleton.run(params, write)
+        while places:
+            # Only these rows are computed from here on, with their own weights.
+            index = torch.tensor(places, device=draws.device)
+            params = lazy.per_row(params, index, len(batch.rows))
+            token_steps.keep_rows(batch, places, index)
+            places = skeleton.run(params, write)
     texts: tuple[str, ...] = ()
     if tok is not None:
         texts = tuple(answer.text for answer in answers)
@@ -91,56 +105,6 @@ def generate(
     )
 
 
-def _generate_tokens(
-    cfg: Sampling,
-    model: nn.Module,
-    call: dict[str, Any],
-    draws: Tensor,
-    vocabulary: int,
-    allowed: Allowed | None,
-) -> Iterator[Tensor]:
-    """Yield the next token of every row, int64 [b] as of `sampling.choose_tokens`, cfg.max_tokens times.
-
-    Args:
-        call: arguments of the model for the prompts, padded on the left.
-        draws: float64 [b, cfg.max_tokens], as of `sampling.draw_uniform`.
-    """
-    rows, device = len(draws), draws.device
-    decoder = next_logits(model, call, cfg.max_tokens)
-    generated = torch.zeros(rows, cfg.max_tokens, dtype=torch.int64, device=device)
-    end = torch.tensor(cfg.end, dtype=torch.int64, device=device)
-    logits = next(decoder)
-    used = _prompt_tokens(call, vocabulary)  # by the prompt, and by each row's answer as it grows
-    for step in range(cfg.max_tokens):
-        logits = sampling.penalise_repetition(cfg, logits, used)
-        if step < cfg.min_tokens and cfg.end:
-            logits = logits.index_fill(1, end, -torch.inf)
-        if allowed is not None:
-            mask = allowed(step, generated[:, :step])
-            mask = sampling.full_mask(mask, rows, vocabulary, logits.device)
-            logits = logits.masked_fill(~mask, -torch.inf)
-        tokens = sampling.choose_tokens(cfg, logits, draws[:, step])
-        yield tokens
-        # Rows that are done may have a negative number in place of a token; any token will do for them.
-        generated[:, step] = tokens.clamp(min=0)
-        used.scatter_(1, generated[:, step : step + 1], True)
-        logits = decoder.send(generated[:, step])
-
-
-def _prompt_tokens(call: Mapping[str, Any], vocabulary: int) -> Tensor:
-    """Which tokens each prompt has, bool [b, v]; none where the prompt is given as embeddings."""
-    mask = call["attention_mask"].bool()
-    used = torch.zeros(len(mask), vocabulary, dtype=torch.bool, device=mask.device)
-    ids = call.get("input_ids")
-    if ids is None:
-        return used
-    # A placeholder of images may have an id beyond the head's rows; it cannot be chosen, and needs no
-    # penalty.
-    rows, columns = (mask & (ids < vocabulary)).nonzero(as_tuple=True)
-    used[rows, ids[rows, columns]] = True
-    return used
-
-
 @define
 class _Answer:
     """The answer of a row while it is generated."""
@@ -150,30 +114,47 @@ class _Answer:
     reason: str = ""  # why the row is done, "" while it is not
 
 
-def _add_steps(
+def _write_until_rows_end(
+    cfg: Sampling,
+    model: nn.Module,
+    batch: TokenBatch,
+    answers: Sequence[_Answer],
+    unread: deque[Step],
+    add_step: Callable[[Step], None],
+) -> list[int]:
+    """Write tokens until half of the batch's rows are done; return the places of the others in the batch."""
+    while True:
+        unread.append(token_steps.write_tokens(cfg, model, batch))
+        # A GPU has this step to work at while the host reads the one before. Where that was the last of a
+        # row, this one is dropped.
+        late = 1 if batch.draws.is_cuda and batch.step < cfg.max_tokens else 0
+        while len(unread) > late:
+            add_step(unread.popleft())
+        places = [place for place, row in enumerate(batch.rows) if not answers[row].reason]
+        if not places or (2 * len(places) <= len(batch.rows) and token_steps.can_keep_rows(batch)):
+            return places
+
+
+def _add_step(
     cfg: Sampling,
     tok: Any,
-    answers: list[_Answer],
-    steps: Iterable[Tensor],
+    answers: Sequence[_Answer],
+    step: Step,
     allowed: Allowed | None,
     on_token: Callable[[int, str], None] | None,
 ) -> None:
-    """Add the tokens [b] of every step to the answers, and stream their texts, until all rows are done."""
-    for step, tokens in enumerate(steps):
-        # `tolist` is the one place in a step that waits for the device.
-        for row, token in enumerate(tokens.tolist()):
-            answer = answers[row]
-            if answer.reason:
-                continue
-            sampling.check_token(token, row, step, allowed)
-            streamed = len(answer.text)
-            is_last = step + 1 == cfg.max_tokens
-            _add_token(cfg, tok, answer, token, is_last=is_last, stream=on_token is not None)
-            piece = answer.text[streamed:]
-            if on_token is not None and piece:
-                on_token(row, piece)
-        if all(answer.reason for answer in answers):
-            return
+    """Add the tokens of a step to the answers of the rows that are not done, and stream their texts."""
+    for row, token in zip(step.rows, step.read(), strict=True):
+        answer = answers[row]
+        if answer.reason:
+            continue
+        sampling.check_token(token, row, step.number, allowed)
+        streamed = len(answer.text)
+        is_last = step.number + 1 == cfg.max_tokens
+        _add_token(cfg, tok, answer, token, is_last=is_last, stream=on_token is not None)
+        piece = answer.text[streamed:]
+        if on_token is not None and piece:
+            on_token(row, piece)
 
 
 def _add_token(cfg: Sampling, tok: Any, answer: _Answer, token: int, *, is_last: bool, stream: bool) -> None:

@@ -35,11 +35,12 @@ def score_options(
     call = vlm.model_inputs(skeleton, cached_forward.left_padded(inputs))
     device = call["attention_mask"].device
     _check_options(skeleton, options, rows=len(call["attention_mask"]))
+    longest = max(len(option) for row in options for option in row)
     sums = list[Tensor]()
     means = list[Tensor]()
 
     def score_each(model: nn.Module) -> None:
-        prompt = cached_forward.forward_prompt(model, call)
+        prompt = cached_forward.forward_prompt(model, call, longest - 1)
         # [b, 1, v]: what the prompt says of the first token of every option.
         first = prompt.logits[:, -1:].float().log_softmax(-1)
         # The k-th options of all rows are one batch; a row that has fewer takes part with an empty one.

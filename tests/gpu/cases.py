@@ -637,8 +637,13 @@ def _(device):
 
     total, mean = likelihood.score_options(skeleton, weights, inputs, [[[5, 6], [7]], [[9], [10, 11, 12]]])
     allowed = allow_only(range(3, 140))
+    greedy = answer_ids(Sampling(max_tokens=8, min_tokens=2, end=(2,)))
+    # The token that ends a row is one of the other row too, perhaps; each row ends by itself.
+    ends = (int(greedy[0, 3]),)
     return {
-        "greedy": answer_ids(Sampling(max_tokens=8, min_tokens=2, end=(2,))),
+        "greedy": greedy,
+        "a row ends": answer_ids(Sampling(max_tokens=8, end=ends), allowed=allowed),
+        "penalised": answer_ids(Sampling(max_tokens=8, end=ends, repetition_penalty=1.3)),
         "sampled": answer_ids(Sampling(max_tokens=8, temperature=1.0, top_p=0.9)),
         "masked": answer_ids(Sampling(max_tokens=6, temperature=0.7, top_k=20), allowed=allowed),
         "total": total.cpu(),

@@ -10,6 +10,7 @@ arrive in `Pretend.ask`, the operations of C++ in `Pretend.run`.
 """
 
 import contextlib
+import functools
 import traceback
 from collections import Counter
 from types import SimpleNamespace
@@ -132,6 +133,7 @@ class Pretend(TorchFunctionMode):
         self.autocasts, self.seeds = [], set()
         self.free_bytes = 2**36
         self._pinned = {}  # memory that is pinned: {address: its storage, which keeps the address from being reused}
+        self._copies_under_way = []  # (copy, its values)
         self._trace = trace
         self._asked_for_meta = 0  # depth of calls that really ask for the device "meta"
 
@@ -263,6 +265,8 @@ class Pretend(TorchFunctionMode):
             )
 
     def _copy(self, func, args, kwargs):
+        if kwargs.get("non_blocking") and isinstance(args[0], OnGpu) and _goes_to_cpu(func, kwargs):
+            return self._copy_later(args[0], kwargs.get("dtype"))
         if func is _aten._to_copy.default:
             source, device = args[0], kwargs.get("device")
             was_there = isinstance(source, OnGpu)
@@ -284,6 +288,14 @@ class Pretend(TorchFunctionMode):
             self.count["launch"] += 1
         func(_values(target), _values(source), *args[2:], **kwargs)
         return target
+
+    def _copy_later(self, source, dtype):
+        """A copy that has its values once an event behind it has been waited for; torch pins its memory."""
+        made = torch.zeros(source.shape, dtype=dtype or source.dtype)
+        self.count["copies from the GPU"] += 1
+        self.bytes["from"] += made.numel() * made.element_size()
+        self._copies_under_way.append((made, source.values.clone()))
+        return made
 
     # What is counted ----------------------------------------------------------------------------------------
     def _wait(self, why):
@@ -335,6 +347,8 @@ class Pretend(TorchFunctionMode):
         patch(mock.patch.object(Tensor, "is_pinned", lambda tensor, device=None: self._is_pinned(tensor)))
         free = lambda device=None: (self.free_bytes, 2**36)
         patch(mock.patch.object(torch.cuda, "mem_get_info", free))
+        patch(mock.patch.object(torch.cuda, "current_stream"))
+        patch(mock.patch.object(torch.cuda, "Event", functools.partial(_Event, self)))
         patch(mock.patch.object(torch.autocast, "__init__", self._recording(torch.autocast.__init__)))
         # Otherwise this mode would be off while a checkpointed layer is computed again.
         patch(mock.patch.object(torch.autograd, "has_torch_function", return_value=False))
@@ -373,6 +387,24 @@ class Pretend(TorchFunctionMode):
             real_save(tree_map(_values, content), *args, **kwargs)
 
         return save
+
+
+class _Event:
+    """An event in the queue of the GPU."""
+
+    def __init__(self, gpu):
+        self._gpu = gpu
+
+    def record(self, stream=None):
+        self._launches = self._gpu.count["launch"]
+        self._copies, self._gpu._copies_under_way = self._gpu._copies_under_way, []
+
+    def synchronize(self):
+        # While there is other work in the queue, the GPU does not run dry.
+        if self._gpu.count["launch"] == self._launches:
+            self._gpu._wait("event")
+        for copy, values in self._copies:
+            copy.copy_(values)
 
 
 def _loading(real_load):
@@ -422,6 +454,11 @@ def _values(leaf):
 
 def _onto_gpu(leaf):
     return OnGpu(leaf) if isinstance(leaf, Tensor) and not isinstance(leaf, OnGpu) else leaf
+
+
+def _goes_to_cpu(func, kwargs):
+    device = kwargs.get("device")
+    return func is _aten._to_copy.default and device is not None and torch.device(device).type == "cpu"
 
 
 def _is_gpu(device):

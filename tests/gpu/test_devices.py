@@ -67,7 +67,7 @@ PLANTED = [
         "ct_clip volumes, placed by running means",
     ),
     (
-        "language.generate._generate_tokens",
+        "language.token_steps.start_batch",
         "dtype=torch.int64, device=device)",
         "dtype=torch.int64)",
         "generation: greedy, sampled, masked, likelihoods of options",

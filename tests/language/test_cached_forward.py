@@ -39,7 +39,8 @@ class Newer(Renamed):
 
 
 @pytest.mark.parametrize("kind", [Older, Newer])
-def test_the_cache_is_found_under_its_older_and_its_newer_name(kind):
+@pytest.mark.parametrize("room", [0, 1, 2])
+def test_the_cache_is_found_under_its_older_and_its_newer_name(kind, room):
     skeleton, params = model("qwen3")
     inputs = tiny.batch("qwen3", COUNTS)
     renamed = kind(tiny.peer(skeleton, params))
@@ -48,12 +49,12 @@ def test_the_cache_is_found_under_its_older_and_its_newer_name(kind):
     real = options > 0
 
     def tokens_of(model_):
-        steps, written = cached_forward.next_logits(model_, call, 6), []
-        scores = next(steps)
-        for _ in range(5):
-            written.append(scores.argmax(-1))
-            scores = steps.send(written[-1])
-        prompt = model_(**call, use_cache=True)
+        decoding, written = cached_forward.start_decoding(model_, call, 4), []
+        for step in range(5):
+            written.append(decoding.logits.argmax(-1))
+            if step < 4:
+                cached_forward.decode_tokens(model_, decoding, written[-1])
+        prompt = cached_forward.forward_prompt(model_, call, room)
         return torch.stack(written, 1), cached_forward.continuation_log_probs(
             model_, call, prompt, options, real
         )
@@ -85,3 +86,23 @@ def test_left_padded_moves_and_trims():
         ValueError, match=r"left_padded: ids must be of the mask's rows and tokens \[2, 4\], got \[2, 3\]"
     ):
         cached_forward.left_padded({"ids": ids[:, 1:], "mask": mask})
+
+
+@pytest.mark.parametrize("kind", list(tiny.CONFIGS))
+def test_rows_go_on_without_the_others(kind):
+    skeleton, params = model(kind)
+    call = vlm.model_inputs(skeleton, tiny.renamed(tiny.batch(kind, (1, 2, 0))))
+    module = tiny.peer(skeleton, params)
+    tokens = torch.randint(3, 140, (3, 12), generator=torch.Generator().manual_seed(2))
+    kept = torch.tensor([2, 0])
+    with torch.no_grad():
+        whole = cached_forward.start_decoding(module, call, 12)
+        part = cached_forward.start_decoding(module, call, 12)
+        for step in range(12):
+            if step == 4:
+                assert cached_forward.can_keep_rows(part)
+                cached_forward.keep_rows(part, kept)
+            cached_forward.decode_tokens(module, whole, tokens[:, step])
+            cached_forward.decode_tokens(module, part, tokens[:, step] if step < 4 else tokens[kept, step])
+            want = whole.logits if step < 4 else whole.logits[kept]
+            torch.testing.assert_close(part.logits, want, rtol=1e-4, atol=1e-5)

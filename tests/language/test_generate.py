@@ -127,6 +127,71 @@ def test_it_stops_when_all_rows_have_and_projects_one_position():
     assert len(seen) <= 5
 
 
+def rows_that_end(kind, **settings):
+    """(settings under which 5 rows end at different steps, inputs, what the rows are before their ends)."""
+    skeleton, params = model(kind)
+    inputs = tiny.renamed(tiny.batch(kind, (1, 2, 0, 1, 2)))
+    free = generate(Sampling(max_tokens=24, **settings), skeleton, params, inputs)
+    # So few of the tokens that some rows go on to their limit.
+    ends = tuple({free.ids[0][2], free.ids[3][5], free.ids[1][9]})
+    cut = [next((k for k, token in enumerate(row) if token in ends), 24) for row in free.ids]
+    assert len(set(cut)) > 2
+    want = tuple(row[:k] for row, k in zip(free.ids, cut, strict=True))
+    return Sampling(max_tokens=24, end=ends, **settings), inputs, want
+
+
+@pytest.mark.parametrize("kind", list(tiny.CONFIGS))
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.2}, {"repetition_penalty": 1.2}], ids=str)
+def test_rows_that_end_leave_and_change_nothing(kind, settings):
+    cfg, inputs, want = rows_that_end(kind, **settings)
+    skeleton, params = model(kind)
+    skeleton, seen = copy.deepcopy(skeleton), []
+    skeleton.module.get_output_embeddings().register_forward_hook(lambda m, args, out: seen.append(len(out)))
+    assert generate(cfg, skeleton, params, inputs).ids == want
+    assert seen == sorted(seen, reverse=True)
+    # Of n rows that are computed, more than half are not done.
+    for step, rows in enumerate(seen):
+        assert 2 * sum(len(row) >= step for row in want) > rows
+
+
+def test_rows_stay_where_the_cache_is_of_an_unknown_kind(monkeypatch):
+    from medvl.hub import kv_cache
+
+    cfg, inputs, want = rows_that_end("qwen2")
+    monkeypatch.setattr(kv_cache, "reserve_room", lambda cache, tokens: None)
+    skeleton, params = model("qwen2")
+    skeleton, seen = copy.deepcopy(skeleton), []
+    skeleton.module.lm_head.register_forward_hook(lambda m, args, out: seen.append(len(out)))
+    assert generate(cfg, skeleton, params, inputs).ids == want
+    assert set(seen) == {5}
+
+
+def test_masks_are_of_the_rows_of_the_prompts_when_some_have_left():
+    """Each row has an alphabet of its own, from which it may not write a token twice."""
+    skeleton, params = model("qwen3")
+    inputs = tiny.renamed(tiny.batch("qwen3", (1, 2, 0, 1)))
+    alphabet = torch.zeros(4, 160, dtype=torch.bool)
+    for row in range(4):
+        alphabet[row, 20 + 30 * row : 40 + 30 * row] = True
+    lengths, end, shapes = torch.tensor([3, 15, 7, 5]), 7, []
+
+    def allowed(step, so_far):
+        shapes.append(tuple(so_far.shape))
+        mask = alphabet.scatter(1, so_far, False)
+        mask[step >= lengths] = torch.arange(160) == end
+        return mask
+
+    got = generate(Sampling(max_tokens=20, end=(end,)), skeleton, params, inputs, allowed=allowed)
+    assert shapes == [(4, step) for step in range(16)]
+    assert [len(row) for row in got.ids] == lengths.tolist()
+    for row, ids in enumerate(got.ids):
+        assert len(set(ids)) == len(ids)
+        assert all(alphabet[row, token] for token in ids)
+        one = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
+        own = lambda step, so_far, row=row: alphabet[row].scatter(0, so_far[0], False)
+        assert generate(Sampling(max_tokens=len(ids)), skeleton, params, one, allowed=own).ids[0] == ids
+
+
 @pytest.mark.parametrize("kind", ["phi3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"])
 def test_calls_leave_nothing_behind_and_threads_do_not_meet(kind):
     skeleton, params = model(kind)
@@ -201,6 +266,12 @@ def test_four_bits_and_weights_per_sample(gen):
     for i in range(3):
         one = tiny.renamed(tiny.sample("phi3", inputs, i, counts))
         assert generate(Sampling(max_tokens=12), skeleton, of(gate[i : i + 1]), one).ids[0] == got.ids[i]
+    # Rows that go on when others have left keep their weights.
+    ends = (got.ids[0][2], got.ids[1][4])
+    cut = [next((k for k, token in enumerate(row) if token in ends), 12) for row in got.ids]
+    assert len(set(cut)) == 3
+    early = generate(Sampling(max_tokens=12, end=ends), skeleton, of(gate), tiny.renamed(inputs))
+    assert early.ids == tuple(row[:k] for row, k in zip(got.ids, cut, strict=True))
     assert got.ids != generate(Sampling(max_tokens=12), skeleton, base, tiny.renamed(inputs)).ids
 
 
