@@ -1,9 +1,9 @@
 """The keys and values of a language model's tokens, in memory that has room for the tokens to come."""
 
+from functools import cache as once
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 # Room is taken for so many tokens at a time: an answer is often shorter than its limit.
 BLOCK = 256
@@ -22,26 +22,52 @@ def reserve_room(cache: Any, tokens: int) -> None:
     layers: Any = getattr(cache, "layers", [])
     if not tokens:
         return
+    roomy = _roomy_classes()
     for i, layer in enumerate(layers):
-        if type(layer) is DynamicLayer and layer.is_initialized:
-            layers[i] = RoomyLayer(layer, tokens)
-        elif type(layer) is DynamicSlidingWindowLayer and layer.is_initialized and not layer.record_past:
-            layers[i] = RoomySlidingLayer(layer, tokens)
+        # One that holds nothing yet, or keeps more than its window, is left alone.
+        if type(layer) in roomy and layer.is_initialized and not getattr(layer, "record_past", False):
+            layers[i] = roomy[type(layer)](layer, tokens)
+
+
+@once
+def _roomy_classes() -> dict[type, Any]:
+    """{a class of transformers' layers: the same with room}. Made on first use: transformers loads slowly."""
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    class RoomyLayer(Roomy, DynamicLayer):
+        pass
+
+    class RoomySlidingLayer(Roomy, DynamicSlidingWindowLayer):
+        pass
+
+    return {DynamicLayer: RoomyLayer, DynamicSlidingWindowLayer: RoomySlidingLayer}
 
 
 def can_select_rows(cache: Any) -> bool:
     """Whether `cache.batch_select_indices` keeps some rows: of layers of other kinds it is not known."""
-    return all(isinstance(layer, RoomyLayer) for layer in getattr(cache, "layers", (None,)))
+    return all(isinstance(layer, Roomy) for layer in getattr(cache, "layers", (None,)))
 
 
-class RoomyLayer(DynamicLayer):
-    """A layer of a cache with room behind its tokens.
+class Roomy:
+    """What a layer of a cache does that has room behind its tokens; the rest is transformers'.
 
     A shallow copy shares the memory, and may be written to as long as the original is not: that is how the
     options of one prompt are scored one after the other.
     """
 
-    def __init__(self, layer: DynamicLayer, tokens: int) -> None:
+    keys: Any  # a tensor [b, h, n, d]: what the next token may look at
+    values: Any
+    is_sliding: bool  # whether a token looks at the last `sliding_window` tokens only
+    sliding_window: int
+    cumulative_length: int
+    # Memory with room, and which of its tokens are held.
+    _key_room: Tensor
+    _value_room: Tensor
+    _start: int
+    _end: int
+    _written: Tensor  # the keys as they were left by this class
+
+    def __init__(self, layer: Any, tokens: int) -> None:
         # All that the layer knows, its window too.
         self.__dict__.update(layer.__dict__)
         self._tokens_to_come = tokens
@@ -62,13 +88,15 @@ class RoomyLayer(DynamicLayer):
         count = self._end - self._start
         keys = self._key_room.narrow(2, self._start, count)
         values = self._value_room.narrow(2, self._start, count)
-        self._keep(keys, values, new)
+        self.keys, self.values = keys, values
+        if self.is_sliding:
+            self.cumulative_length += new
+            # The next token is itself one of its window.
+            self.keys = keys[:, :, -self.sliding_window + 1 :]
+            self.values = values[:, :, -self.sliding_window + 1 :]
+            self._start = self._end - self.keys.shape[-2]
+        self._written = self.keys
         return keys, values
-
-    def _keep(self, keys: Tensor, values: Tensor, new: int) -> None:
-        """Keep for the next tokens what they may look at."""
-        self.keys = self._written = keys
-        self.values = values
 
     def _move_to_room(self, new: int) -> None:
         """Move keys and values to memory with room for `new` tokens, and for others that will come."""
@@ -79,20 +107,8 @@ class RoomyLayer(DynamicLayer):
         self._start, self._end = 0, self.keys.shape[-2]
 
 
-class RoomySlidingLayer(RoomyLayer, DynamicSlidingWindowLayer):
-    """The same of a layer whose tokens look at the last `sliding_window` tokens only."""
-
-    def _keep(self, keys: Tensor, values: Tensor, new: int) -> None:
-        # The next token is itself one of the window.
-        self.keys = self._written = keys[:, :, -self.sliding_window + 1 :]
-        self.values = values[:, :, -self.sliding_window + 1 :]
-        self._start = self._end - self.keys.shape[-2]
-        self.cumulative_length += new
-
-
-def _copy_with_room(tensor: Tensor | None, room: int) -> tuple[Tensor, Tensor]:
+def _copy_with_room(tensor: Tensor, room: int) -> tuple[Tensor, Tensor]:
     """(memory of a tensor [b, h, n, d] with room for more along n, the tensor in it)."""
-    assert tensor is not None  # a layer that has been written to
     b, h, n, d = tensor.shape
     memory = tensor.new_empty(b, h, n + room, d)
     copy = memory.narrow(2, 0, n)

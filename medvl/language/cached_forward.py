@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from attrs import define
 from torch import Tensor, nn
 
+from medvl.hub import kv_cache
 from medvl.hub.skeletons import Skeleton
 
 
@@ -68,9 +69,6 @@ def forward_prompt(model: nn.Module, call: Mapping[str, Any], room: int) -> Any:
     Args:
         room: for so many tokens the cache has room behind the prompt.
     """
-    # Here and not above, as it loads transformers; by now the model has.
-    from medvl.hub import kv_cache
-
     output = model(**call, use_cache=True, **_last_logits_only(model))
     kv_cache.reserve_room(getattr(output, _cache_name(model)), room)
     return output
@@ -131,8 +129,6 @@ def decode_tokens(model: nn.Module, decoding: Decoding, tokens: Tensor) -> None:
 
 
 def can_keep_rows(decoding: Decoding) -> bool:
-    from medvl.hub import kv_cache
-
     return kv_cache.can_select_rows(decoding.cache)
 
 

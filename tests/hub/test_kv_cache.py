@@ -26,7 +26,7 @@ def both(kind, prompt, room, gen, b=3):
     cache = DynamicCache()
     cache.layers = [pair[1]]
     kv_cache.reserve_room(cache, room)
-    assert isinstance(cache.layers[0], kv_cache.RoomyLayer)
+    assert isinstance(cache.layers[0], kv_cache.Roomy)
     return pair[0], cache.layers[0]
 
 
