@@ -40,3 +40,11 @@ def free_bytes(device: torch.device) -> int | None:
     free, _ = torch.cuda.mem_get_info(device)
     # What torch has freed and holds back for its next allocations is free for us.
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def index_device(device: torch.device) -> torch.device:
+    """Where ids, masks and lengths belong beside tensors on `device`.
+
+    Tensors on "meta" count memory without having any, but lengths and masks must be known.
+    """
+    return torch.device("cpu") if device.type == "meta" else device

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from medvl.base.transfer import index_device, to_device
+
 IGNORE = -100  # label of a token that is not trained
 
 
@@ -83,7 +85,7 @@ def token_cross_entropy(
             one that is gathered from several processes must be gathered before (each process has its own
             number of chunks).
         labels: int64 [b, t], not shifted, IGNORE (-100) where not trained; labels[:, 0] has no position
-            before it and is left out.
+            before it and is left out. Nothing waits for the device of `hidden` while they are on the CPU.
         bias: [v].
         chunk: tokens projected at once; chunk x v float32 logits are the memory this takes (and as many again
             in bfloat16).
@@ -94,7 +96,7 @@ def token_cross_entropy(
         number of trained tokens, int64. Divide one by the other only over a whole batch: a mean of the means
             of micro-batches would weigh a token of a short answer more than one of a long answer.
     Raises:
-        ValueError: shapes, chunk or reduction are others; on a CPU also labels outside the vocabulary.
+        ValueError: shapes, chunk or reduction are others; of labels on a CPU also those outside the vocabulary.
     Source: the fused linear cross-entropy of Hsu et al. 2024 (Liger), arXiv:2410.10989, in plain torch.
     """
     if hidden.dim() != 3 or labels.shape != hidden.shape[:2] or labels.dtype != torch.int64:
@@ -105,26 +107,35 @@ def token_cross_entropy(
             f"token_cross_entropy: chunk must be >= 1 and reduction sum or none, got {chunk}, {reduction!r}"
         )
     keep = trained_mask(labels)
-    # By place and not by mask, so that only labels need values.
-    places = keep[:, 1:].nonzero(as_tuple=True)
-    rows = hidden[:, :-1][places]  # [n, d], n trained tokens
-    targets = labels[keep]  # [n]
-    count = keep.sum()
+    targets = labels[keep]  # [n], n trained tokens
+    bounds = _label_range(targets)
+    # By place and not by mask, so that only labels need values. A token is predicted at the place before it.
+    places = keep.flatten().nonzero()[:, 0]
+    places, targets = to_device(places, hidden.device), to_device(targets, hidden.device)
+    rows = hidden.flatten(0, 1)[places - 1]  # [n, d]
+    count = torch.full((), len(targets), device=index_device(hidden.device))
     plain_head = type(head) in (Tensor, nn.Parameter)  # not isinstance: a lazy weight is a Tensor too
     if reduction == "sum" and plain_head and torch.is_grad_enabled():
-        return _DenseLoss.apply(rows, head, bias, targets, chunk), count
-    losses = _chunked_losses(rows, head, bias, targets, chunk)
+        return _DenseLoss.apply(rows, head, bias, targets, chunk, bounds), count
+    losses = _chunked_losses(rows, head, bias, targets, chunk, bounds)
     if reduction == "sum":
         return losses.sum(), count
-    return losses.new_zeros(labels.shape).masked_scatter(keep, losses), count
+    return losses.new_zeros(labels.numel()).index_copy(0, places, losses).view(labels.shape), count
 
 
-def _chunked_losses(rows: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, chunk: int) -> Tensor:
+def _chunked_losses(
+    rows: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    chunk: int,
+    bounds: tuple[int, int] | None,
+) -> Tensor:
     """The loss of each row [n], with the gradients of autograd: for any head."""
 
     def chunk_losses(x: Tensor, y: Tensor) -> Tensor:
         logits = _widen(F.linear(x, head, bias))
-        _check_range(y, logits.shape[-1])
+        _check_range(bounds, logits.shape[-1])
         return F.cross_entropy(logits, y, reduction="none")
 
     losses = []
@@ -149,11 +160,18 @@ def _widen(t: Tensor) -> Tensor:
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
-def _check_range(targets: Tensor, v: int) -> None:
-    # On a GPU this would wait for it.
+def _label_range(targets: Tensor) -> tuple[int, int] | None:
+    """The least and the greatest label; None where there are none, or where the host would wait for them."""
     if targets.device.type != "cpu" or not len(targets):
+        return None
+    return int(targets.min()), int(targets.max())
+
+
+def _check_range(bounds: tuple[int, int] | None, v: int) -> None:
+    # The range comes from before the labels were moved; v is known late, as a head need only answer F.linear.
+    if bounds is None:
         return
-    low, high = int(targets.min()), int(targets.max())
+    low, high = bounds
     if low < 0 or high >= v:
         raise ValueError(
             f"token_cross_entropy: labels must be {IGNORE} or lie in 0..{v - 1}, found {low}..{high}: "
@@ -171,9 +189,15 @@ class _DenseLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, chunk: int
+        ctx: Any,
+        rows: Tensor,
+        head: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        chunk: int,
+        bounds: tuple[int, int] | None,
     ) -> Tensor:
-        _check_range(targets, len(head))
+        _check_range(bounds, len(head))
         kind = "cpu" if rows.is_meta else rows.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.dtype
         # Gradients are gathered over the chunks; None for what needs none.
@@ -208,9 +232,9 @@ class _DenseLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # The loss is a scalar, so the chain rule is one factor. Targets and chunk have no gradient.
+        # The loss is a scalar, so the chain rule is one factor. What is behind the bias has no gradient.
         grads = [g if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors]
-        return *grads, None, None
+        return *grads, None, None, None
 
 
 def _softmax_loss(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

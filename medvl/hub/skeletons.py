@@ -18,6 +18,7 @@ from medvl.base import tree
 from medvl.base.display import track
 from medvl.base.text import few
 from medvl.hub.architectures import build_module, check_memory, count_layer_weights, find_architecture, quiet
+from medvl.hub.vision_attention import stack_windows
 from medvl.weights.lazy import leaves
 
 Params = dict[str, Tensor]  # flat: {module name: tensor}
@@ -81,12 +82,19 @@ class Skeleton:
         device = next(iter(params.values())).device
         # functional_call replaces parameters and buffers by name, runs the module, and puts the old back.
         # Buffers are those of `module`, whatever an earlier call of this thread may have left in its copy.
-        bound: dict[str, Tensor] = {}
-        for name in self._buffers:
-            bound[f"module.{name}"] = self.module.get_buffer(name).to(device)
+        bound = self._buffers_on(device)
         for name, weight in params.items():
             bound[f"module.{name}"] = weight
         return torch.func.functional_call(self._copy(), bound, (function,), tie_weights=self._tied)
+
+    def _buffers_on(self, device: torch.device) -> dict[str, Tensor]:
+        """The buffers by the names of `_Bound`, copied to a device by a thread's first call there."""
+        if device not in self._copies.buffers:
+            buffers = {}
+            for name in self._buffers:
+                buffers[f"module.{name}"] = self.module.get_buffer(name).to(device)
+            self._copies.buffers[device] = buffers
+        return {**self._copies.buffers[device]}
 
     def _check_call(self, params: Mapping[str, Tensor]) -> None:
         if params.keys() != self._names:
@@ -131,9 +139,14 @@ class _Bound(nn.Module):
 
 
 class _ThreadCopy(threading.local):
-    """A thread's copy of a skeleton's module. Copied or pickled with its skeleton, it starts empty."""
+    """A thread's copy of a skeleton's module and, by device, of its buffers. Copied or pickled with its
+    skeleton, it starts empty.
+    """
 
     bound: _Bound | None = None
+
+    def __init__(self) -> None:
+        self.buffers: dict[torch.device, dict[str, Tensor]] = {}
 
     def __reduce__(self) -> Any:
         return _ThreadCopy, ()
@@ -314,6 +327,7 @@ def make_skeleton(module: Any, name: str, device: torch.device = torch.device("c
                 part._buffers[key] = buffer.to(device)
     # Through JSON: dtypes and enumerations become text, so the config can be stored and compared.
     config = json.loads(json.dumps(module.config.to_dict(), default=str))
+    stack_windows(module)
     return Skeleton(module=module, name=name, config=config)
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from attrs import define
 from torch import Tensor, nn
 
+from medvl.base.transfer import to_device
 from medvl.hub import kv_cache
 from medvl.hub.skeletons import Skeleton
 
@@ -49,7 +50,7 @@ def left_padded(inputs: Mapping[str, Any]) -> dict[str, Any]:
             index = order.expand(len(tensor), -1, -1)
         elif tensor.dim() > 2:
             index = order[..., None].expand(-1, -1, tensor.shape[-1])
-        padded[name] = tensor.gather(axis, index)
+        padded[name] = tensor.gather(axis, to_device(index, tensor.device))
     return padded
 
 

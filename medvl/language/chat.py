@@ -11,7 +11,7 @@ import torch
 from attrs import evolve, field, frozen
 from torch import Generator, Tensor
 
-from medvl.base import config, processes
+from medvl.base import config, processes, transfer
 from medvl.base.display import track
 from medvl.base.files import PathLike, write_text
 from medvl.base.tree import Tree
@@ -592,17 +592,19 @@ def model_inputs(
 ) -> dict[str, Tensor]:
     """What of a batch the model is called with, on the device of its weights and in its dtype.
 
+    Ids, masks and labels stay where they are: `vlm.model_inputs` looks at them before it moves them.
+
     Args:
         params: of the system, where `Vision.embed` uses some; gradients reach them.
     """
     device = next(iter(weights.values())).device
-    # An estimate counts without storage, but must know lengths and masks.
-    index_device = torch.device("cpu") if device.type == "meta" else device
-    inputs = {
-        name: t.to(device if t.is_floating_point() else index_device)
-        for name, t in batch.items()
-        if name not in ("images", "visual")
-    }
+    inputs = {}
+    for name, tensor in batch.items():
+        if name in vlm.INDICES:
+            inputs[name] = tensor
+        elif name not in ("images", "visual"):
+            target = device if tensor.is_floating_point() else transfer.index_device(device)
+            inputs[name] = transfer.to_device(tensor, target)
     if chat.vision is not None and chat.vision.embed is not None:
         visual = chat.vision.embed(params or {}, inputs).to(chat.dtype)
         counts = batch["visual"].sum(1).tolist()

@@ -72,7 +72,8 @@ def generate(
     _check_text_options(cfg, tok, on_token)
     check_not_checkpointed(skeleton)
     # The last column must be the last token of every row: behind it the new tokens are put.
-    call = vlm.model_inputs(skeleton, left_padded(inputs))
+    device = next(iter(params.values())).device
+    call = vlm.model_inputs(skeleton, left_padded(inputs), device)
     count, vocabulary = _check_size(cfg, skeleton, call)
     # All numbers in advance: how many a row uses does not change those of the other rows.
     draws = sampling.draw_uniform(cfg, gen, count, call["attention_mask"].device)

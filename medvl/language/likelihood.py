@@ -32,8 +32,8 @@ def score_options(
             table.
     """
     cached_forward.check_not_checkpointed(skeleton)
-    call = vlm.model_inputs(skeleton, cached_forward.left_padded(inputs))
-    device = call["attention_mask"].device
+    device = next(iter(params.values())).device
+    call = vlm.model_inputs(skeleton, cached_forward.left_padded(inputs), device)
     _check_options(skeleton, options, rows=len(call["attention_mask"]))
     longest = max(len(option) for row in options for option in row)
     sums = list[Tensor]()

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from medvl.base.text import few
+from medvl.base.transfer import index_device, to_device
 from medvl.components import losses
+from medvl.hub import vision_attention
 from medvl.hub.skeletons import Skeleton
 from medvl.language import qwen_vl
 from medvl.weights import lazy
@@ -39,6 +41,8 @@ _VISUAL_INPUTS = (
     "inputs_embeds",
 )
 _NOT_PASSED_ON = ("ids", "mask", "labels", "visual", "images", "position_ids", "segments")  # of a batch
+# What of a batch is looked at before the model is called. As long as it lies on the CPU, nothing waits.
+INDICES = ("ids", "mask", "labels", "segments", "position_ids", "mm_token_type_ids", "image_grid_thw")
 
 
 def splice(
@@ -49,7 +53,7 @@ def splice(
 
     Args:
         ids: [b, t] with `token` once for every visual token; any number of images, anywhere, in any of the
-            rows.
+            rows. They may stay on the CPU, where they are counted without waiting for the device.
         visual: [n, d], the visual tokens of all rows one after the other.
         embedding: weight of the token table [v, d], any kind of weight.
         token: id of the placeholder; it need not be in the table.
@@ -76,6 +80,9 @@ def splice(
         raise ValueError(
             f"splice: {sum(per_row)} placeholders (id {token}) meet {len(visual)} visual tokens: {rows}"
         )
+    # An estimate, whose weights are on "meta", embeds ids of the CPU.
+    ids = to_device(ids, index_device(embedding.device))
+    is_visual = ids == token
     # The placeholder need not be in the table, so that id 0 is looked up in its place.
     text = F.embedding(ids.masked_fill(is_visual, 0), embedding)
     # It fills from left to right and row by row, just the order of `visual`.
@@ -147,9 +154,14 @@ def language_head_names(skeleton: Skeleton) -> tuple[str, str | None]:
     return names[id(head.weight)], names[id(bias)]
 
 
-def model_inputs(skeleton: Skeleton, batch: Mapping[str, Any]) -> dict[str, Any]:
+def model_inputs(
+    skeleton: Skeleton, batch: Mapping[str, Any], device: torch.device | None = None
+) -> dict[str, Any]:
     """The keyword arguments of the skeleton's call for a batch with medvl's names; positions are always
     explicit.
+
+    Ids, masks and grids are checked on the CPU and moved then, so that the host waits for the device only
+    where they lie there already.
 
     Positions count the tokens that exist, so padding may be on either side. Those of Qwen-VL have three axes:
     they are taken from "position_ids", or made from "image_grid_thw" and the placeholders; what transformers
@@ -164,11 +176,15 @@ def model_inputs(skeleton: Skeleton, batch: Mapping[str, Any]) -> dict[str, Any]
             "segments" [b, t], the number of each token's conversation in its row from 1 on, 0 at padding, which
             is on the right; "mm_token_type_ids" [b, t]; "pixel_values", "image_grid_thw" and whatever else the architecture
             takes. "labels", "visual" and "images" are left out.
+        device: of the weights; where the batch lies if left out. The grids of images stay on the CPU.
     Raises:
         ValueError: a row without tokens, ids outside the table, images without placeholders or the other way
             round, another number of placeholders than the images need, positions that cannot be determined,
             unknown names.
     """
+    if device is None:
+        device = _device_of(batch)
+    batch = {name: t.cpu() if name in INDICES and t is not None else t for name, t in batch.items()}
     ids = batch.get("ids")
     embeds = batch.get("inputs_embeds")
     mask = _checked_mask(batch)
@@ -197,7 +213,24 @@ def model_inputs(skeleton: Skeleton, batch: Mapping[str, Any]) -> dict[str, Any]
         inputs.pop("mm_token_type_ids", None)
     if "position_ids" in takes:
         inputs["position_ids"] = positions
+    stay = set[str]()
+    if "image_grid_thw" in inputs and _has_mrope(skeleton):
+        from_grid = vision_attention.grid_inputs(skeleton.module, inputs["image_grid_thw"])
+        if from_grid:
+            stay = {"image_grid_thw", *(name for name in from_grid if name.endswith("seqlens"))}
+        inputs |= from_grid
+    for name, tensor in inputs.items():
+        if name not in stay and tensor is not None:
+            target = device if tensor.is_floating_point() else index_device(device)
+            inputs[name] = to_device(tensor, target)
     return inputs
+
+
+def _device_of(batch: Mapping[str, Any]) -> torch.device:
+    for name in ("inputs_embeds", "pixel_values", "ids"):
+        if batch.get(name) is not None:
+            return batch[name].device
+    return torch.device("cpu")
 
 
 def _checked_mask(batch: Mapping[str, Any]) -> Tensor:
@@ -220,7 +253,7 @@ def _checked_mask(batch: Mapping[str, Any]) -> Tensor:
         tokens = embeds[..., 0]
     mask = batch.get("mask")
     if mask is None:
-        mask = torch.ones_like(tokens, dtype=torch.int64)
+        mask = torch.ones(tokens.shape, dtype=torch.int64)
     if mask.shape != tokens.shape or mask.is_floating_point():
         raise ValueError(
             f"vlm: mask must be bool or whole numbers {list(tokens.shape)}, 1 where a token exists, got "
@@ -240,7 +273,51 @@ def hidden_states(skeleton: Skeleton, params: Mapping[str, Tensor], **batch: Any
     name, _ = language_head_names(skeleton)
     # A head whose weight passes hidden states on: the "logits" are then the hidden states.
     without_head = {**params, name: lazy.passed(params[name])}
-    return skeleton(without_head, **model_inputs(skeleton, batch), use_cache=False).logits
+    batch = {name: t.cpu() if name in INDICES and t is not None else t for name, t in batch.items()}
+    inputs = model_inputs(skeleton, batch, params[name].device)
+    if _takes_masks(skeleton):
+        mask = _attention_mask(batch, index_device(params[name].device))
+        inputs["attention_mask"] = {"full_attention": mask}
+    return skeleton(without_head, **inputs, use_cache=False).logits
+
+
+def _takes_masks(skeleton: Skeleton) -> bool:
+    """Whether the decoder takes the masks of its kinds of layers, of which it has one.
+
+    transformers makes masks from "attention_mask" [b, t] or from positions, and waits for the device to see
+    whether anything is padded or packed. Masks that are ready it leaves alone, where the code of its decoder
+    says so.
+    """
+    module: Any = skeleton.module
+    decoder = module.get_decoder() if hasattr(module, "get_decoder") else module
+    cfg: Any = getattr(decoder, "config", None)
+    if {*(getattr(cfg, "layer_types", None) or ())} != {
+        "full_attention"
+    } or cfg._attn_implementation != "sdpa":
+        return False
+    code = inspect.unwrap(type(decoder).forward).__code__
+    return "causal_mask_mapping" in code.co_varnames and {"isinstance", "dict"} <= {*code.co_names}
+
+
+def _attention_mask(batch: Mapping[str, Any], device: torch.device) -> Tensor | None:
+    """Which tokens see which, bool [b, 1, t, t]; None where each sees all before it, which is faster.
+
+    Args:
+        batch: "segments" or "mask" on the CPU, if there are any.
+    """
+    segments, mask = batch.get("segments"), batch.get("mask")
+    if segments is not None:
+        if bool((segments == segments[:, :1]).all()):
+            return None
+        segments = to_device(segments, device)
+        # [b, query, key]
+        sees = segments[:, :, None] == segments[:, None, :]
+    else:
+        if mask is None or bool(mask.all()):
+            return None
+        sees = to_device(mask, device).bool()[:, None, :]
+    causal = torch.ones(sees.shape[2], sees.shape[2], dtype=torch.bool, device=device).tril()
+    return (causal & sees)[:, None]
 
 
 def answer_loss(
@@ -405,7 +482,7 @@ def _check_rows(skeleton: Skeleton, ids: Tensor | None, mask: Tensor) -> None:
     low, high = 0, 0
     if ids is not None:
         _check_ids("vlm", ids)
-        low, high = torch.stack([ids.min(), ids.max()]).tolist()  # waits for the device once
+        low, high = int(ids.min()), int(ids.max())
     module: Any = skeleton.module
     size = module.get_input_embeddings().weight.shape[0]
     if low < 0 or high >= size:

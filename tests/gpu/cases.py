@@ -651,6 +651,23 @@ def _(device):
     }
 
 
+@case("answer loss of a batch that lies on the device already", 1e-3)
+def _(device):
+    model, params = tune_model()
+    weights = move(device, params["model"])
+    batch = {name: t.to(device) for name, t in conversation_batch().items()}
+    total, count = vlm.answer_loss(model.chat.skeleton, weights, batch)
+    return {"total": total.detach().cpu(), "count": count.cpu()}
+
+
+@case("qwen3_vl: positions of patches and deep features", 1e-3)
+def _(device):
+    encoder = {**QWEN_VL["vision_config"], "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
+    text_config = {**QWEN_VL["text_config"], "model_type": "qwen3_vl_text", "head_dim": 16}
+    config = {"model_type": "qwen3_vl", "text_config": text_config, "vision_config": encoder}
+    return tune_step(device, steps=1, **WHOLE, model__config=config)
+
+
 # Parts ------------------------------------------------------------------------------------------------------
 @case("token_cross_entropy, over a plain head and one with LoRA", 1e-3)
 def _(device):
@@ -667,7 +684,8 @@ def _(device):
     for name, weight in heads.items():
         x = hidden.to(device).requires_grad_()
         total, count = losses.token_cross_entropy(x, weight, labels.to(device), bias=bias.to(device), chunk=4)
-        each, _ = losses.token_cross_entropy(x, weight, labels.to(device), chunk=4, reduction="none")
+        # Labels may stay on the CPU.
+        each, _ = losses.token_cross_entropy(x, weight, labels, chunk=4, reduction="none")
         numbers[name] = total.detach().cpu()
         numbers[f"{name} grad"] = torch.autograd.grad(total, x)[0].cpu()
         numbers[f"{name} each"] = each.detach().cpu()

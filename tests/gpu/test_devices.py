@@ -90,6 +90,12 @@ PLANTED = [
         "",
         "mixture per sample, in the vision encoder too, over NF4 too",
     ),
+    (
+        "components.losses.token_cross_entropy",
+        "to_device(places, hidden.device), to_device",
+        "places, to_device",
+        "token_cross_entropy, over a plain head and one with LoRA",
+    ),
     ("training.optim.zero_moment", "dtype=dtype, device=tensor.device)", "dtype=dtype)", "tune H-LoRA"),
     (
         "weights.rounding.round_stochastic",

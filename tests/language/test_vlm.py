@@ -163,6 +163,25 @@ def test_gradients_are_those_of_transformers(kind, again, gen):
         )
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", list(tiny.CONFIGS))
+def test_masks_made_here_are_those_of_transformers(kind, side):
+    """To the bit, with padding and without."""
+    skeleton, params = model(kind)
+    name, _ = vlm.language_head_names(skeleton)
+    without_head = params | {name: lazy.passed(params[name])}
+    for counts in ((1, 0, 2), (1,)):
+        batch = tiny.renamed(tiny.batch(kind, counts, side))
+        inputs = vlm.model_inputs(skeleton, batch)
+        assert inputs["attention_mask"].dim() == 2
+        with torch.no_grad():
+            want = skeleton(without_head, **inputs, use_cache=False).logits
+            hidden = vlm.hidden_states(skeleton, params, **batch)
+        keep = batch["mask"].bool()
+        assert torch.equal(hidden[keep], want[keep])
+        assert hidden.isfinite().all()
+
+
 def test_a_head_with_a_bias():
     config = {k: v for k, v in tiny.TEXT.items() if k != "num_key_value_heads"}
     skeleton, params = skeletons.init_skeleton(

@@ -128,7 +128,7 @@ def relevance_of_slots(
         mean_inputs = chat.model_inputs(language.chat, weights, mean_batch, params)
     embedded, mask = inputs["inputs_embeds"], inputs["mask"]
     # Positions of the k visual tokens in the prompt, [k].
-    places = batch["visual"][0].nonzero()[:, 0].to(mask.device)
+    places = batch["visual"][0].nonzero()[:, 0].to(embedded.device)
     # An empty answer has no likelihood; any text must stand for it.
     ids = language.chat.tokenizer(answer or "-", add_special_tokens=False)["input_ids"]
 
