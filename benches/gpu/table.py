@@ -20,7 +20,7 @@ from benches.gpu.models import PUBLISHED
 from medvl.ct.preprocess import size_of
 from medvl.evaluation import results
 from medvl.hub import loading
-from medvl.language import chat
+from medvl.language import chat, vision
 from medvl.systems import run
 from medvl.training import trace
 from medvl.training.estimate import Step
@@ -115,8 +115,14 @@ def published_models() -> Iterator[None]:
     def encoder_config(name: Any, tower: str) -> dict[str, Any]:
         return PUBLISHED[str(name)]
 
+    vision_of = vision.vision_of
+
+    def default_preprocessing(config: dict[str, Any], name: str, **options: Any) -> Any:
+        return vision_of(config, "", **options)
+
     with (
         mock.patch.object(chat, "config_of", config_of),
+        mock.patch.object(vision, "vision_of", default_preprocessing),
         mock.patch.object(chat, "tokenizer_of", return_value=Tokenizer(151_655)),
         mock.patch.object(loading, "encoder_config", encoder_config),
     ):
