@@ -4,7 +4,6 @@ without storage, and what is alive and what runs is counted."""
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -27,8 +26,9 @@ class Ledger(TorchDispatchMode):
     with each other, so that a model may look at them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, counter: trace.WorkCounter | None = None) -> None:
         super().__init__()
+        self._counter = counter  # is told of every operation
         # A storage is known by a running number: addresses are used again.
         self._events: list[tuple[int, int]] = []  # (storage, +bytes or -bytes)
         self._alive: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
@@ -68,7 +68,12 @@ class Ledger(TorchDispatchMode):
             self._enter(result)
             return result
         # The operator runs without storage; only shapes and dtypes come out.
-        result = func(*tree_map(_to_meta, args), **tree_map(_to_meta, kwargs))
+        if all(tensor.is_meta for tensor in inputs):
+            result = func(*args, **kwargs)
+        else:
+            result = func(*tree_map(_to_meta, args), **tree_map(_to_meta, kwargs))
+        if self._counter is not None:
+            self._counter.record(func, args, kwargs, result)
         # The same operator runs once more, on the known values; masks and indices are small enough for that.
         if _is_small_index(result) and _are_followed(inputs):
             on_cpu = {}
@@ -151,11 +156,10 @@ def peak_of(
     Args:
         counter: counts the work of the call.
     """
-    ledger = Ledger()
+    ledger = Ledger(counter)
     for part, tree in existing.items():
         ledger.enter_as(part, tree)
-    # The ledger is entered last: it makes tensors of "meta" of what the counter sees.
-    with counter or nullcontext(), ledger, trace.gpu_kernels():
+    with ledger, trace.gpu_kernels(counter):
         call()
     return ledger.peak()
 

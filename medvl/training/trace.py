@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from attrs import field, frozen
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 _LAUNCH_SECONDS = 4e-6  # of the host for one kernel, through Python, autograd and the dispatcher
@@ -141,7 +140,8 @@ class Work:
 
 def count_work(call: Callable[[], Any]) -> Work:
     """The work of a call whose tensors lie on the device "meta"."""
-    with WorkCounter() as counter, gpu_kernels():
+    counter = WorkCounter()
+    with counter, gpu_kernels(counter):
         call()
     return counter.work()
 
@@ -160,18 +160,14 @@ class WorkCounter(TorchDispatchMode):
     def add(self, kernel: Kernel) -> None:
         self._count[kernel] += 1
 
-    def __enter__(self) -> "WorkCounter":
-        _counters.append(self)
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        _counters.remove(self)
-        super().__exit__(*error)
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        self.record(func, args, kwargs, result)
+        return result
+
+    def record(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Count an operation that was run."""
         inputs = _meta_tensors((args, kwargs))
         outputs = _meta_tensors(result)
         operation = func._schema.name.removeprefix("aten::")
@@ -179,7 +175,7 @@ class WorkCounter(TorchDispatchMode):
         # A copy from another device is no kernel, and waits for nothing if memory is pinned.
         is_copy_from_host = operation == "_to_copy" and not inputs
         if is_view or is_copy_from_host or operation in _NO_KERNEL or not (inputs or outputs):
-            return result
+            return
         flops = 0
         formula = flop_registry.get(func.overloadpacket)
         if formula is not None:
@@ -189,18 +185,17 @@ class WorkCounter(TorchDispatchMode):
         if flops and dtype == "float32" and "conv" in operation:
             dtype = "tf32"
         self.add(Kernel(operation, dtype, int(flops), _bytes_of(operation, inputs, outputs)))
-        return result
-
-
-_counters: list[WorkCounter] = []  # entered ones; attention is added to them
 
 
 @contextmanager
-def gpu_kernels() -> Iterator[None]:
+def gpu_kernels(counter: WorkCounter | None = None) -> Iterator[None]:
     """On "meta", attention is one kernel and autocast casts, as on a GPU.
 
     torch takes attention apart on "meta", and knows no autocast there. Products that are written as `@` or by einsum
     keep their dtype.
+
+    Args:
+        counter: attention is added to it; other operations it sees by itself.
     """
     casts = _Casts()
     attention = F.scaled_dot_product_attention
@@ -209,7 +204,7 @@ def gpu_kernels() -> Iterator[None]:
         if not q.is_meta:
             return attention(q, k, v, *args, **kwargs)
         q, k, v = (casts.lower(t) for t in (q, k, v))
-        return _Attention.apply(q, k, v)
+        return _Attention.apply(q, k, v, counter)
 
     # Not by a function mode: that would not last into what autograd computes again.
     replaced = {
@@ -266,34 +261,47 @@ class _Casts:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, counter: WorkCounter | None) -> Tensor:
         out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device="meta")
         # What the backward pass of a fused kernel needs: inputs, output and, in float32, the log-sum-exp of
         # every query [..., n]; the weights [..., n, n] are computed again.
         ctx.save_for_backward(q, k, v, out, torch.empty(q.shape[:-1], device="meta"))
+        ctx.counter = counter
         products = q.shape[-1] + v.shape[-1]  # q k and its softmax with v
-        _count_attention("attention", q, k, products, [q, k, v, out])
+        _count_attention(counter, "attention", q, k, products, [q, k, v, out])
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out = ctx.saved_tensors[:4]
         # q k once more; the gradients by the weights, v, q and k.
         products = 3 * q.shape[-1] + 2 * v.shape[-1]
-        _count_attention("attention_backward", q, k, products, [q, k, v, out, grad, q, k, v])
-        return tuple(torch.empty_like(t) for t in (q, k, v))
+        _count_attention(ctx.counter, "attention_backward", q, k, products, [q, k, v, out, grad, q, k, v])
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
 
 
-def _count_attention(operation: str, q: Tensor, k: Tensor, products: int, moved: list[Tensor]) -> None:
+def _count_attention(
+    counter: WorkCounter | None, operation: str, q: Tensor, k: Tensor, products: int, moved: list[Tensor]
+) -> None:
     pairs = q.shape[:-1].numel() * k.shape[-2]
     nbytes = sum(t.numel() * t.itemsize for t in moved)
     kernel = Kernel(operation, str(q.dtype).removeprefix("torch."), 2 * pairs * products, nbytes)
-    for counter in _counters:
+    if counter is not None:
         counter.add(kernel)
 
 
 def _meta_tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.is_meta]
+    if isinstance(tree, Tensor):
+        return [tree] if tree.is_meta else []
+    # Arguments of operators are nothing deeper than these; torch's own walk is several times slower.
+    if isinstance(tree, dict):
+        tree = tuple(tree.values())
+    if not isinstance(tree, list | tuple):
+        return []
+    found: list[Tensor] = []
+    for item in tree:
+        found += _meta_tensors(item)
+    return found
 
 
 def _dtype_of(tensors: list[Tensor]) -> str:
