@@ -166,7 +166,7 @@ def row_of(cfg: Any, name: str, stage: str, step: Step, workload: Workload, gpu:
         speed = f"{short(rates['tokens_per_second'])} tokens"
     hours = workload.samples / per_second / 3600
     memory = f"{sum(step.memory.values()) / 1e9:.1f}"
-    all_hours = [short(hours / number) for number in NUMBERS]
+    all_hours = [short(hours / number) if hours / number >= 0.01 else "<0.01" for number in NUMBERS]
     return f"`{name}`", stage, memory, short(rates["seconds"]), speed, workload.name, *all_hours
 
 
