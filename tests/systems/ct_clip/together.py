@@ -33,15 +33,15 @@ def fill_cache(folder):
     model, params = _trained(folder)
     volumes = data.open_volumes(model.cfg, "valid")
     log = folder / f"encoded-{os.getpid()}.txt"
-    encode = slice_features._encode_volume
+    put = store.put
 
-    def slowly(*arguments):
+    def slowly(features, name, *arguments):
         time.sleep(0.1)
         with log.open("a") as lines:
-            lines.write(f"{arguments[3]}\n")
-        return encode(*arguments)
+            lines.write(f"{name}\n")
+        put(features, name, *arguments)
 
-    with mock.patch.object(slice_features, "_encode_volume", slowly):
+    with mock.patch.object(store, "put", slowly):
         cache = slice_features.cached_features(model, params, volumes, folder / "filled")
     arrays = {name: cache.read(name).tolist() for name in cache.names}
     (folder / f"features-{os.getpid()}.json").write_text(json.dumps(arrays))
