@@ -178,9 +178,7 @@ def continuation_log_probs(
     """
     cache_name = _cache_name(model)
     cache = copy.copy(getattr(prompt, cache_name))
-    # Shallow copies are enough: a layer writes behind the prompt, where the next option may write too, or
-    # replaces its tensors.
-    cache.layers = [copy.copy(layer) for layer in cache.layers]
+    cache.layers = [_copy_layer(layer) for layer in cache.layers]
     arguments: dict[str, Any] = {
         "attention_mask": torch.cat([call["attention_mask"], exists[:, :-1].long()], 1),
         cache_name: cache,
@@ -190,6 +188,15 @@ def continuation_log_probs(
         arguments["position_ids"] = position + torch.arange(tokens.shape[1] - 1, device=tokens.device)
     output = model(input_ids=tokens[:, :-1], use_cache=True, **arguments)
     return output.logits.float().log_softmax(-1)
+
+
+def _copy_layer(layer: Any) -> Any:
+    """A layer of a cache that can be written to while the original stays as it is."""
+    # A shallow copy is enough where new tokens stand behind the prompt: the next option writes there, too.
+    if isinstance(layer, kv_cache.Roomy):
+        return copy.copy(layer)
+    # States of linear attention and convolutions (Qwen3.5, LFM2) are overwritten in place.
+    return copy.deepcopy(layer)
 
 
 def _cache_name(model: nn.Module) -> str:

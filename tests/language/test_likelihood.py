@@ -23,9 +23,30 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "phi3", "gpt2", "qwen2_5_vl", "internvl"])
+# Layers that keep a state, which every token overwrites.
+STATES = {
+    "lfm2": {
+        "model_type": "lfm2",
+        **tiny.TEXT,
+        "layer_types": ["conv", "full_attention"],
+    },
+    "qwen3_5_text": {
+        "model_type": "qwen3_5_text",
+        **tiny.TEXT,
+        "head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "phi3", "gpt2", "qwen2_5_vl", "internvl", *STATES])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_options_score_as_in_whole_texts(kind, side):
+def test_options_score_as_in_whole_texts(kind, side, monkeypatch):
+    monkeypatch.setattr(tiny, "CONFIGS", tiny.CONFIGS | STATES)
     skeleton, params = model(kind)
     counts = (1, 2, 0)
     inputs = tiny.batch(kind, counts, side)
