@@ -48,6 +48,16 @@ def can_select_rows(cache: Any) -> bool:
     return all(isinstance(layer, Roomy) for layer in getattr(cache, "layers", (None,)))
 
 
+def keeps_states(module: Any) -> bool:
+    """Whether layers of a language model keep a state, as linear attention and convolutions do (Qwen3.5, LFM2):
+    every token changes it, and no mask keeps a later one from it.
+    """
+    from transformers import DynamicCache
+
+    cache: Any = DynamicCache(config=module.config.get_text_config())
+    return any(hasattr(layer, "conv_states") for layer in cache.layers)
+
+
 class Roomy:
     """What a layer of a cache does that has room behind its tokens; the rest is transformers'.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from medvl.base.text import few
 from medvl.base.transfer import index_device, to_device
 from medvl.components import losses
-from medvl.hub import vision_attention
+from medvl.hub import kv_cache, vision_attention
 from medvl.hub.skeletons import Skeleton
 from medvl.language import qwen_vl
 from medvl.weights import lazy
@@ -435,6 +435,9 @@ def check_packing(skeleton: Skeleton, params: Mapping[str, Tensor]) -> None:
     todo = "train.packing = false; train.tokens alone works with every model"
     if "position_ids" not in inspect.signature(module.forward).parameters:
         raise ValueError(f"vlm: {reason}, it takes no position_ids; {todo}")
+    # Not left to the trial: in 16 bits what leaks through a state may be no more than rounding there.
+    if kv_cache.keeps_states(module):
+        raise ValueError(f"vlm: {reason}, its layers keep a state of all tokens before; {todo}")
     size = module.get_input_embeddings().weight.shape[0]
     placeholders = {skeleton.config.get(name) for name in ("image_token_id", "video_token_id")}
     text = [token for token in range(min(size, 16)) if token not in placeholders]

@@ -172,11 +172,15 @@ def test_models_that_keep_conversations_apart_may_pack(kind, dtype):
     vlm.check_packing(skeleton, {name: weight.to(dtype) for name, weight in params.items()})
 
 
+LFM2 = {"model_type": "lfm2", "num_key_value_heads": 4, "layer_types": ["conv", "full_attention"]}
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
         ({"model_type": "opt", "ffn_dim": 48, "word_embed_proj_dim": 32}, "alone, hidden states differ by"),
         ({"model_type": "bloom"}, "takes no position_ids"),
+        (LFM2, "layers keep a state of all tokens before"),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
