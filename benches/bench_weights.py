@@ -10,6 +10,7 @@ import pytest
 import torch
 from attrs import evolve
 
+from benches.gpu.models import QWEN3_4B
 from medvl.base.tree import count_values
 from medvl.hub import skeletons
 from medvl.language import generate, vlm
@@ -31,18 +32,6 @@ SMALL = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 64,
-}
-QWEN3_4B = {  # config.json of huggingface.co/Qwen/Qwen3-4B-Instruct-2507
-    "model_type": "qwen3",
-    "vocab_size": 151936,
-    "hidden_size": 2560,
-    "intermediate_size": 9728,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 262144,
-    "tie_word_embeddings": True,
 }
 QWEN2_VL_2B = {  # config.json of huggingface.co/Qwen/Qwen2-VL-2B-Instruct
     "model_type": "qwen2_vl",

@@ -1,4 +1,4 @@
-"""Micro-batches by rows, by tokens and packed: `python benches/token_batches.py [padding] [kernels] [seconds]`.
+"""Micro-batches by rows, by tokens and packed: `python -m benches.token_batches [padding] [kernels] [seconds]`.
 
 padding: tokens computed for each token of a conversation, 512 lengths of a log-normal distribution (mean 180, at most
 2,048). kernels: of a gradient of `slide_vqa_qwen3_4b` for each trained token, on the device "meta", a batch of 32 short
@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from attrs import evolve
 
+from benches.gpu.models import QWEN3_4B
 from medvl.base import config
 from medvl.base.tree import merge_trees, split_tree
 from medvl.components.slots import CompressConfig
@@ -31,16 +32,6 @@ from medvl.training import estimate, order, stages, trace
 
 ROOT = Path(__file__).resolve().parents[1]
 PLACEHOLDER = 151655
-QWEN3_4B = {
-    "model_type": "qwen3",
-    "hidden_size": 2560,
-    "intermediate_size": 9728,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "tie_word_embeddings": True,
-}
 TOY = QWEN3_4B | {
     "hidden_size": 64,
     "intermediate_size": 128,

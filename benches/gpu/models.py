@@ -26,7 +26,7 @@ QWEN25_7B = {
     "max_position_embeddings": 32768,
     "rope_theta": 1000000.0,
 }
-QWEN3_4B = {
+QWEN3_4B = {  # config.json of huggingface.co/Qwen/Qwen3-4B-Instruct-2507
     "model_type": "qwen3",
     "hidden_size": 2560,
     "intermediate_size": 9728,
