@@ -158,7 +158,10 @@ class Pretend(TorchFunctionMode):
             return OnGpu(first)
         if func in (torch.tensor, torch.as_tensor, torch.asarray) and _is_gpu(kwargs.get("device")):
             return self._from_data(func, args, kwargs)
-        asks_for_meta = any(_is_meta(value) for value in (*args, *kwargs.values()))
+        devices = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.device | str)]
+        if not devices:
+            return func(*args, **kwargs)
+        asks_for_meta = any(_is_meta(value) for value in devices)
         if not asks_for_meta:
             args = tuple(META if _is_gpu(value) else value for value in args)
             kwargs = {key: META if _is_gpu(value) else value for key, value in kwargs.items()}
@@ -206,7 +209,7 @@ class Pretend(TorchFunctionMode):
     # What the C++ side does ---------------------------------------------------------------------------------
     def run(self, func, args, kwargs):
         """Run an operation on the values, after a look at the devices of its arguments."""
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = [leaf for leaf in _leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         on_gpu = [tensor for tensor in tensors if isinstance(tensor, OnGpu)]
         device = kwargs.get("device")
         makes_on_gpu = (
@@ -222,12 +225,12 @@ class Pretend(TorchFunctionMode):
         generator = kwargs.get("generator")
         if generator is not None and generator.initial_seed() not in self.seeds:
             raise RuntimeError(f"Expected a 'cuda' device type for generator but found 'cpu' ({func})")
-        name = str(func).removeprefix("aten.").removesuffix(".default")
+        name = _name(func)
         if _waits(func, name, args):
             self._wait(name)
         if "device" in kwargs:
             kwargs = kwargs | {"device": CPU}
-        out = func(*tree_map(_values, args), **tree_map(_values, kwargs))
+        out = func(*_change_leaves(_values, args), **_change_leaves(_values, kwargs))
         if not _is_view(func):
             self.count["launch"] += 1
             self.count[f"op {name}"] += 1
@@ -238,9 +241,9 @@ class Pretend(TorchFunctionMode):
         # What is written in place is returned as the same tensor.
         if written and isinstance(out, Tensor):
             return written[0]
-        if written and not tree_leaves(out):
+        if written and not _leaves(out):
             return out
-        return tree_map(_onto_gpu, out)
+        return _change_leaves(_onto_gpu, out)
 
     def _check_devices(self, func, args, tensors, on_gpu):
         others = [tensor for tensor in tensors if not isinstance(tensor, OnGpu)]
@@ -252,7 +255,7 @@ class Pretend(TorchFunctionMode):
         strangers = [tensor for tensor in others if tensor.dim() > 0]
         # Torch moves indices that lie on the CPU itself, which is a copy that the host waits for.
         if strangers and func in _INDEXING and isinstance(args[0], OnGpu):
-            indices = [leaf for leaf in tree_leaves(args[1]) if isinstance(leaf, Tensor)]
+            indices = [leaf for leaf in _leaves(args[1]) if isinstance(leaf, Tensor)]
             if all(any(tensor is index for index in indices) for tensor in strangers):
                 self.count["index from the CPU"] += 1
                 self._wait("index")
@@ -421,10 +424,16 @@ def _waits(func, name, args):
         return True
     # A mask as an index is turned into positions, whose number only the device knows.
     return func in _INDEXING and any(
-        isinstance(leaf, Tensor) and leaf.dtype in (torch.bool, torch.uint8) for leaf in tree_leaves(args[1])
+        isinstance(leaf, Tensor) and leaf.dtype in (torch.bool, torch.uint8) for leaf in _leaves(args[1])
     )
 
 
+@functools.cache
+def _name(func):
+    return str(func).removeprefix("aten.").removesuffix(".default")
+
+
+@functools.cache
 def _is_view(func):
     return any(result.alias_info and not result.alias_info.is_write for result in func._schema.returns)
 
@@ -432,14 +441,45 @@ def _is_view(func):
 def _written_arguments(func, args, kwargs):
     """Tensors of the GPU that an operation writes into."""
     written = []
+    for place in _written_places(func):
+        if isinstance(place, str):
+            written.append(kwargs.get(place))
+        elif place < len(args):
+            written.append(args[place])
+    return [leaf for leaf in _leaves(written) if isinstance(leaf, OnGpu)]
+
+
+@functools.cache
+def _written_places(func):
+    """Numbers or names of the arguments that an operation writes into."""
+    places = []
     for i, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            continue
-        if argument.kwarg_only:
-            written.append(kwargs.get(argument.name))
-        elif i < len(args):
-            written.append(args[i])
-    return [leaf for leaf in tree_leaves(written) if isinstance(leaf, OnGpu)]
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            places.append(argument.name if argument.kwarg_only else i)
+    return places
+
+
+# Torch's own functions for trees take longer than the operations, whose arguments are lists and dicts at most.
+def _leaves(tree):
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, tuple | list):
+        return [] if tree is None else [tree]
+    found = []
+    for part in tree:
+        if isinstance(part, tuple | list | dict):
+            found += _leaves(part)
+        elif part is not None:
+            found.append(part)
+    return found
+
+
+def _change_leaves(change, tree):
+    if isinstance(tree, dict):
+        return {key: _change_leaves(change, part) for key, part in tree.items()}
+    if isinstance(tree, tuple | list):
+        return type(tree)([_change_leaves(change, part) for part in tree])
+    return change(tree)
 
 
 def _index_of_tensors(index):
