@@ -30,6 +30,7 @@ def build_registry(
     num_samples: int = 20,
     retriever: RetrieverConfig = RetrieverConfig(kind="none"),
     seed: int = 0,
+    device: str | torch.device = "cpu",
     log: Callable[[str], None] = print,
 ) -> Path:
     """Write the registry of adapters: the vector of each is the mean embedding of some samples of what it was
@@ -44,6 +45,7 @@ def build_registry(
         categories: {adapter: its group of similar adapters}.
         num_samples: so many of an adapter's samples, drawn at random, are embedded.
         retriever: the map on the embeddings that brings samples of one adapter together.
+        device: where an encoder embeds the samples.
     Raises:
         ValueError: an adapter without samples, or none at all; as `registry.add_adapters`.
     """
@@ -58,7 +60,7 @@ def build_registry(
             images.append(pictures)
             names.append(name)
 
-    embedder, vectors = _embed_chosen(cfg, retriever, texts, images, names)
+    embedder, vectors = _embed_chosen(cfg, retriever, texts, images, names, device)
     # Before the registry, which must never name an embedder that is not there.
     folder = _save_embedder(embedder, path.parent)
     records = []
@@ -97,13 +99,14 @@ def _embed_chosen(
     texts: Sequence[str],
     images: Sequence[tuple[Path, ...]],
     names: Sequence[str],
+    device: str | torch.device,
 ) -> tuple[Embedder, torch.Tensor]:
     """The embedder, with its trained head where there is one, and the vectors [n, d] of the samples."""
     # Fitted on the samples of all adapters, so that their vectors lie in one space.
     if cfg.kind == "local":
         embedder = embedders.fit_local(cfg, texts, images)
     else:
-        embedder = embedders.open_embedder(cfg)
+        embedder = embedders.open_embedder(cfg, device=device)
     vectors = embed.embed_queries(embedder, texts, images)
     trained_head = head.head_of(retriever, vectors, names)
     if trained_head is not None:

@@ -15,6 +15,7 @@ from medvl.adapters.embedders import Embedder
 from medvl.adapters.queries import enumerate_pictures, mean_per_row, open_picture
 from medvl.adapters.retrieve import query_vector
 from medvl.base.display import track
+from medvl.base.transfer import to_device
 from medvl.components.text import pool_tokens
 from medvl.hub import skeletons
 
@@ -57,8 +58,8 @@ def _encode_token_ids(embedder: Embedder, rows: list[list[int]]) -> Tensor:
     if is_siglip:  # it reads the last place and was trained with padding up to it, which it sees
         length = _max_tokens(embedder)
     ids, mask = _pad_token_ids(rows, length, _padding_id(embedder.tokenizer))
-    arguments = {"input_ids": ids.to(device)}
-    mask = mask.to(device)
+    arguments = {"input_ids": to_device(ids, device)}
+    mask = to_device(mask, device)
     if not is_siglip:
         arguments["attention_mask"] = mask.long()
     # The caller's autocast would make the vectors of one embedder differ from each other.
@@ -108,7 +109,7 @@ def encode_images(embedder: Embedder, pictures: Sequence[Sequence[Any]]) -> tupl
         batch = sources[start : start + cfg.batch]
         opened = [open_picture("embed", cfg, *source) for source in batch]
         inputs = embedder.processor(images=opened, return_tensors="pt")
-        pixels = inputs["pixel_values"].to(device)
+        pixels = to_device(inputs["pixel_values"], device)
         # As for texts: not in the caller's autocast.
         with torch.autocast(device.type, enabled=False):
             output = skeleton(embedder.params, input_ids=word, pixel_values=pixels)

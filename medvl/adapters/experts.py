@@ -88,7 +88,7 @@ def load_experts(
     fusion: FusionConfig = FusionConfig(),
     hold: HoldConfig = HoldConfig(),
 ) -> Experts:
-    """The experts of a registry for a model that is already open.
+    """The experts of a registry for a model that is already open; its embedder runs on the model's device.
 
     Args:
         base: name of the model; adapters that name another are a warning then.
@@ -104,7 +104,8 @@ def load_experts(
     vectors = registry.read_vectors(path, listed)
     embedder = None
     if listed.embedder:
-        embedder = embedders.read_embedder(folder / listed.embedder)
+        device = next(iter(params.values())).device  # of the model
+        embedder = embedders.read_embedder(folder / listed.embedder, device=device)
     fuse = cache.cache_fusions(
         pool,
         int(hold.fused_gb * 1e9),

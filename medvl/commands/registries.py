@@ -10,7 +10,7 @@ from attrs import asdict
 from medvl.adapters import build, embedders, registry
 from medvl.adapters.embed_config import EmbedConfig
 from medvl.adapters.registry import AdapterRecord
-from medvl.base import config, files
+from medvl.base import config, files, processes
 from medvl.base.display import track
 from medvl.evaluation import results
 from medvl.hub.checkpoints import find_file, read_json
@@ -90,7 +90,8 @@ def _build(
     for name, folder in folders.items():
         paths[name] = os.path.relpath(folder, file.parent)
         categories[name] = build.category_of(name, conversations[name])
-    build.build_registry(file, paths, conversations, cfg, base=base, categories=categories)
+    device = processes.choose_device()
+    build.build_registry(file, paths, conversations, cfg, base=base, categories=categories, device=device)
 
 
 def _adapter_folders(pattern: str) -> dict[str, Path]:
@@ -165,7 +166,7 @@ def _add(
             "the registry"
         )
     else:
-        embedder = embedders.read_embedder(root_folder / contents.embedder)
+        embedder = embedders.read_embedder(root_folder / contents.embedder, device=processes.choose_device())
         conversations = read_conversations(samples)
         category = category or build.category_of(name, conversations)
         tensor, count = build.embed_samples(embedder, conversations)

@@ -50,29 +50,34 @@ def write(folder, kind, std=0.2, **config):
     return model
 
 
-def write_all(where):
-    """{kind: (folder, transformers' module)} of five checkpoints in the folder `where`."""
+KINDS = ("bert", "roberta", "qwen3", "clip", "siglip")
+
+
+def write_all(where, kinds=KINDS):
+    """{kind: (folder, transformers' module)} of checkpoints in the folder `where`."""
     sides = {"vision_config": VISION, "text_config": TEXT | {"max_position_embeddings": 20} | ENDS}
-    made = {
-        "bert": write(where / "bert", "bert", **TEXT, max_position_embeddings=64, pad_token_id=2),
-        "roberta": write(where / "roberta", "roberta", **TEXT, max_position_embeddings=23, pad_token_id=2),
-        "qwen3": write(where / "qwen3", "qwen3", **(tiny.TEXT | {"vocab_size": 300, "head_dim": 8} | ENDS)),
-        "clip": write(where / "clip", "clip", **sides, projection_dim=16),
-        "siglip": write(
-            where / "siglip",
-            "siglip",
-            **(sides | {"text_config": sides["text_config"] | {"projection_size": 32}}),
-        ),
+    configs = {
+        "bert": TEXT | {"max_position_embeddings": 64, "pad_token_id": 2},
+        "roberta": TEXT | {"max_position_embeddings": 23, "pad_token_id": 2},
+        "qwen3": tiny.TEXT | {"vocab_size": 300, "head_dim": 8} | ENDS,
+        "clip": sides | {"projection_dim": 16},
+        "siglip": sides | {"text_config": sides["text_config"] | {"projection_size": 32}},
     }
-    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    (where / "clip/preprocessor_config.json").write_text(
-        json.dumps({"image_processor_type": "CLIPImageProcessor"} | size)
-    )
-    size = {"size": {"height": 32, "width": 32}}
-    (where / "siglip/preprocessor_config.json").write_text(
-        json.dumps({"image_processor_type": "SiglipImageProcessor"} | size)
-    )
-    return {kind: (where / kind, model) for kind, model in made.items()}
+    size = {"height": 32, "width": 32}
+    processors = {
+        "clip": {
+            "image_processor_type": "CLIPImageProcessor",
+            "size": {"shortest_edge": 32},
+            "crop_size": size,
+        },
+        "siglip": {"image_processor_type": "SiglipImageProcessor", "size": size},
+    }
+    made = {}
+    for kind in kinds:
+        made[kind] = (where / kind, write(where / kind, kind, **configs[kind]))
+        if kind in processors:
+            (where / kind / "preprocessor_config.json").write_text(json.dumps(processors[kind]))
+    return made
 
 
 def encoder(models, kind, **settings):

@@ -14,12 +14,16 @@ import torch.nn.functional as F
 from attrs import evolve, frozen
 from torch import Generator, Tensor
 
+from medvl.adapters import build, experts
+from medvl.adapters.embed_config import EmbedConfig
 from medvl.base import config
 from medvl.base.tree import flatten, map_leaves, merge_trees, split_tree
 from medvl.components import compress, encode, fuse, layers, losses, text
 from medvl.components.slots import CompressConfig
 from medvl.hub import skeletons
+from medvl.hub.peft_files import write_adapter
 from medvl.language import chat, encoding, generate, likelihood, system, vlm
+from medvl.language.conversations import Conversation
 from medvl.language.sampling import Sampling, allow_only
 from medvl.systems.ct_clip import model as ct_clip
 from medvl.systems.ct_clip import score
@@ -29,6 +33,8 @@ from medvl.systems.slide_vqa.record import Config as SlideVqaConfig
 from medvl.systems.tune.record import Config as TuneConfig
 from medvl.training import gradients, loop, optim, stages, states
 from medvl.weights import compose, four_bit, lazy, lora
+from tests import tiny
+from tests.adapters import tiny_encoders
 from tests.records import with_settings
 
 Numbers = dict[str, Tensor]
@@ -666,6 +672,48 @@ def _(device):
     text_config = {**QWEN_VL["text_config"], "model_type": "qwen3_vl_text", "head_dim": 16}
     config = {"model_type": "qwen3_vl", "text_config": text_config, "vision_config": encoder}
     return tune_step(device, steps=1, **WHOLE, model__config=config)
+
+
+@case("a registry by encoders: vectors of samples and questions", 1e-3)
+def _(device):
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tiny_encoders.write_all(folder, ("bert", "clip"))
+        return registry_vectors(device, folder, "bert") | registry_vectors(device, folder, "clip")
+
+
+def registry_vectors(device, folder: Path, encoder: str) -> Numbers:
+    """Vectors of the adapters of a registry, and of questions that are asked of it."""
+    model, params = tune_model(model__config=QWEN3)
+    images = [(), ()]
+    if encoder == "clip":
+        paths = [folder / "bright.png", folder / "dark.png"]
+        for i, path in enumerate(paths):
+            tiny.drawn((40, 50), seed=i).save(path)
+        images = [(path,) for path in paths]
+    questions = {"hearts": ["Is the heart normal?", "Effusion?"], "nodules": ["A nodule of 12 mm?", "Lobe?"]}
+    samples = {}
+    for adapter, texts in questions.items():
+        if not (folder / adapter).exists():
+            write_adapter(evolve(model.adapter, factors=params["lora"]), folder / adapter)
+        samples[adapter] = []
+        for question, pictures in zip(texts, images, strict=True):
+            content = "<image>" * len(pictures) + question
+            message = {"role": "user", "content": content}
+            samples[adapter].append(Conversation(messages=(message,), images=pictures))
+    path = build.build_registry(
+        folder / f"{encoder}.toml",
+        {adapter: adapter for adapter in samples},
+        samples,
+        EmbedConfig(kind="image_text" if encoder == "clip" else "text", name=str(folder / encoder)),
+        device=device,
+        log=lambda line: None,
+    )
+    opened = experts.load_experts(model.chat, move(device, params["model"]), path)
+    weight = next(iter(opened.embedder.params.values()))
+    assert weight.device.type == torch.device(device).type
+    asked = experts.embed_questions(opened, questions["hearts"], images)
+    return {f"{encoder}: adapters": opened.vectors, f"{encoder}: questions": asked}
 
 
 # Parts ------------------------------------------------------------------------------------------------------

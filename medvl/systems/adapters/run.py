@@ -169,6 +169,7 @@ def make_registry(
         num_samples=cfg.pool.samples,
         retriever=cfg.retriever,
         seed=cfg.seed,
+        device=_device(cfg),
         log=log,
     )
 
