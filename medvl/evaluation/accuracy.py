@@ -58,7 +58,7 @@ def accuracy(right: Any, groups: Sequence[Any], *, n: int = 1000, gen: torch.Gen
         ValueError: no rows, values that are not right or wrong, groups of another number, n below 1.
     """
     sums, sizes = _group_totals(_check_flags("accuracy", right, groups), groups)
-    value, low, high = _bootstrap_share(sums, sizes, n, gen)
+    value, low, high = bootstrap_share(sums, sizes, n, gen)
     return Accuracy(value=value, low=low, high=high, n=int(sizes.sum()), groups=len(sizes))
 
 
@@ -129,7 +129,7 @@ def paired_difference(
     b = _check_flags("paired_difference", right_b, groups)
     # Of each row 1, 0 or -1. numpy does not subtract bools.
     sums, sizes = _group_totals(a.astype(np.int64) - b, groups)
-    value, low, high = _bootstrap_share(sums, sizes, n, gen)
+    value, low, high = bootstrap_share(sums, sizes, n, gen)
     return Difference(
         difference=value, low=low, high=high, p=_sign_flip_p(sums), n=int(sizes.sum()), groups=len(sizes)
     )
@@ -192,8 +192,10 @@ def _group_totals(values: Array, groups: Sequence[Any]) -> tuple[Array, Array]:
     return sums[order], sizes[order]
 
 
-def _bootstrap_share(sums: Array, sizes: Array, n: int, gen: torch.Generator) -> tuple[float, float, float]:
-    """Sum over rows, with its bounds when groups are drawn."""
+def bootstrap_share(sums: Array, sizes: Array, n: int, gen: torch.Generator) -> tuple[float, float, float]:
+    """The mean over rows from sum and rows of each group [k]: (mean, low, high) of the 95 % interval when
+    groups are drawn, nan bounds with one group.
+    """
     if n < 1:
         raise ValueError(f"accuracy: the replicates n must be 1 or more, got {n}")
     if len(sizes) < 2:
