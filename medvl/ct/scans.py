@@ -133,6 +133,37 @@ def stack_slices(header: Header, slices: Iterator[np.ndarray]) -> np.ndarray:
     return voxels.T
 
 
+def read_slice(path: PathLike, number: int | None) -> tuple[Header, np.ndarray]:
+    """One slice of a scan as radiologists look at it, in the stored dtype and not scaled: [rows, columns].
+
+    Slices are those of the file's third axis, counted from 0. An axial one is shown from the feet: the right of
+    the patient on the left of the picture, anterior above; a coronal one with the right on the left, superior
+    above; a sagittal one with anterior on the left, superior above. Voxels are pixels, also where their sides
+    differ.
+
+    Raises:
+        ScanError: as `read_scan`; no slice of this number, or the header does not say which side is which.
+    """
+    with open_scan(path) as (header, slices):
+        count = header.shape[2]
+        if number is None or not 0 <= number < count:
+            raise ScanError(f"{path}: has {count} slices, got page={number}; give one from 0 to {count - 1}")
+        if header.doubt or not header.placed:
+            doubt = header.doubt or "its header does not say where left and right are (no qform, no sform)"
+            raise ScanError(f"{path}: {doubt}; a guess could mirror the patient")
+        # To the last one, which comes only if the whole file is right.
+        for i, taken in enumerate(slices):
+            if i == number:
+                plane = taken
+    # Columns run to the left of the patient, or else to posterior; rows to posterior, or else to inferior.
+    codes = aff2axcodes(header.affine)
+    places = [next(i for i, pair in enumerate(("RL", "AP", "SI")) if code in pair) for code in codes[:2]]
+    for axis in (0, 1):
+        if codes[axis] in "RAS":
+            plane = np.flip(plane, axis)
+    return header, plane.T if places[0] < places[1] else plane
+
+
 def is_dicom(path: PathLike) -> bool:
     """Whether a file begins as DICOM files do (PS3.10, 7.1)."""
     try:

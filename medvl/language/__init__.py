@@ -3,9 +3,9 @@
 `conversations` reads files of conversations (`vqa_rad` writes those of VQA-RAD) and `messages` checks them;
 `templates` writes them as text and `encoding` as token ids and labels. `images` opens image files
 (`dicom_image` DICOM), `qwen_vl` and `intern_vl` make patches or tiles of them (`processor_config` is what
-their files of settings have in common), and `vision` joins images and text of a model. `vlm` makes the
-inputs, hidden states and loss of a model, `cached_forward` its logits token by token; `token_steps` chooses
-tokens by them and by the settings of `sampling`, `generate` writes answers with these, and `likelihood`
-scores given ones. `chat` and `system` put
-all of this together.
+their files of settings have in common), `clip_vision` squares for CLIP's tower and levels of it, and
+`vision` joins images and text of a model. `vlm` makes the inputs, hidden states and loss of a model,
+`cached_forward` its logits token by token; `token_steps` chooses tokens by them and by the settings of
+`sampling`, `generate` writes answers with these, and `likelihood` scores given ones. `chat` and `system`
+put all of this together.
 """

@@ -1,4 +1,4 @@
-"""Single DICOM images (CT, CR, DX, MR) as pictures of 8 bits. Only this file imports pydicom."""
+"""DICOM images (CT, CR, DX, MR, US) as pictures of 8 bits. Only this file imports pydicom."""
 
 import functools
 import io
@@ -55,6 +55,7 @@ def read_dicom(
     where: str,
     *,
     most: int,
+    frame: int | None = None,
     window: tuple[float, float] | None = None,
     only_deep: bool = False,
 ) -> np.ndarray:
@@ -68,10 +69,11 @@ def read_dicom(
     Args:
         where: what errors begin with.
         most: rows * columns of a file that is decoded.
+        frame: of a file with several, counted from 0.
         window: (black, white) in rescaled greys, for CT in HU: linear between them.
         only_deep: the window is for greys of more than 8 bits, and not for others or colours.
     Raises:
-        ValueError: pydicom is not installed; no pixels, several frames, an enhanced object, more than `most`
+        ValueError: pydicom is not installed; no pixels, several frames and none named, an enhanced object, more than `most`
             pixels, a transfer syntax or colours that are not read, a window for colours, a broken file.
     Source: DICOM PS3.3, C.7.6.3, C.11.1 and C.11.2, by pydicom.
     """
@@ -85,10 +87,10 @@ def read_dicom(
         # A bound on what is read at all, before anything is parsed: uncompressed colours of 16 bits take 6
         # bytes a pixel, the rest is room for the header.
         if size > 8 * most:
-            raise ValueError(f"must be one picture of at most {most} pixels, got {size} bytes")
+            raise ValueError(f"must be pictures of at most {most} pixels, got {size} bytes")
         content = source if isinstance(source, bytes) else Path(source).read_bytes()
-        image = _checked(content, most)
-        values = pixels.pixel_array(image)
+        image = _checked(content, most, frame)
+        values = pixels.pixel_array(image, index=frame or 0)
         if image.SamplesPerPixel > 1:
             return _colours(values, None if only_deep else window)
         # For CT these are HU from here on; a slope may be a fraction.
@@ -110,8 +112,8 @@ def window_greys(greys: np.ndarray, black: float, white: float) -> np.ndarray:
     return (((greys - black) / (white - black)).clip(0, 1) * 255).round().astype(np.uint8)
 
 
-def _checked(content: bytes, most: int) -> Any:
-    """The data set of a file, whose pixels may be decoded."""
+def _checked(content: bytes, most: int, frame: int | None) -> Any:
+    """The data set of a file, the pixels of whose frame may be decoded."""
     from pydicom import dcmread, filereader, pixels
     from pydicom.encaps import get_frame
 
@@ -136,11 +138,12 @@ def _checked(content: bytes, most: int) -> Any:
     if "PixelData" not in image:
         raise ValueError("it holds no pixels (PixelData); give one that is an image")
     # Enhanced objects keep rescaling and window per frame in functional groups, where nothing here looks.
-    if (image.get("NumberOfFrames") or 1) > 1 or "SharedFunctionalGroupsSequence" in image:
-        raise ValueError(
-            "several frames, or an enhanced object, are not read; write the frame that is meant to a file "
-            "of its own"
-        )
+    if "SharedFunctionalGroupsSequence" in image:
+        raise ValueError("an enhanced object is not read; write the frame that is meant to a file of its own")
+    frames = image.get("NumberOfFrames") or 1
+    # Which of several frames is meant is not guessed.
+    if (frame is None and frames > 1) or not 0 <= (frame or 0) < frames:
+        raise ValueError(f"has {frames} frames, got page={frame}; give one from 0 to {frames - 1}")
     if (
         image.PhotometricInterpretation not in ("MONOCHROME1", "MONOCHROME2", "RGB")
         and "YBR" not in image.PhotometricInterpretation
@@ -153,7 +156,7 @@ def _checked(content: bytes, most: int) -> Any:
     if (
         syntax.is_encapsulated and "RLE" not in syntax.name
     ):  # a decoder takes room by what the coded picture says
-        coded = _coded_shape(get_frame(image.PixelData, 0, number_of_frames=1))
+        coded = _coded_shape(get_frame(image.PixelData, frame or 0, number_of_frames=frames))
         if coded != shape:
             raise ValueError(
                 f"rows, columns and samples must be {coded} as those of its coded picture, got {shape}"

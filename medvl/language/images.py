@@ -13,6 +13,7 @@ from torch import Tensor
 
 from medvl.base import files
 from medvl.base.files import PathLike
+from medvl.ct import scans
 from medvl.language import dicom_image
 
 Picture = Image.Image | np.ndarray | Tensor
@@ -52,9 +53,10 @@ def open_image(
     """Read an image file upright (EXIF orientation applied), whole, as RGB with what is transparent white.
 
     Args:
-        source: a path, or the content of a file. PNG, JPEG, JPEG 2000, TIFF, WebP, BMP, GIF or PPM, or one
-            DICOM image as `dicom_image.read_dicom` shows it; the content decides, not the name.
-        page: of a file with several pages or frames, counted from 0.
+        source: a path, or the content of a file. PNG, JPEG, JPEG 2000, TIFF, WebP, BMP, GIF or PPM, a DICOM
+            image as `dicom_image.read_dicom` shows it, or a slice of a NIfTI file as `scans.read_slice` does;
+            the content decides, not the name.
+        page: of a file with several pages, frames or slices, counted from 0.
         window: (black, white): the greys shown as 0 and 255, linear between them. Files with greys of more
             than 8 bits need one.
         only_deep: the window is for files with greys of more than 8 bits, and others are opened without it (a
@@ -68,12 +70,21 @@ def open_image(
         name = f"open_image: image of {len(source)} bytes"
     else:
         name = f"open_image: {source}"
-    if _is_dicom(source, name):
-        # page=0 names the one page that there is.
-        if page:
-            raise ValueError(f"{name}: has one page or frame, got page={page}; leave it out")
-        pixels = dicom_image.read_dicom(source, name, most=LARGEST, window=window, only_deep=only_deep)
+    start = _read_start(source, name)
+    # A preamble of 128 bytes, which may hold anything, and then these four (PS3.10, 7.1).
+    if start[128:] == b"DICM":
+        pixels = dicom_image.read_dicom(
+            source, name, most=LARGEST, frame=page, window=window, only_deep=only_deep
+        )
         return to_rgb(Image.fromarray(pixels), name)
+    # No image begins as gzip does, or with the size of a NIfTI header in either byte order.
+    if start[:2] == b"\x1f\x8b" or start[:4].strip(b"\0") in (
+        b"\x5c\x01",
+        b"\x01\x5c",
+        b"\x1c\x02",
+        b"\x02\x1c",
+    ):
+        return _open_slice(source, name, page, window, only_deep)
     with _pillow_errors(name):
         file = io.BytesIO(source) if isinstance(source, bytes) else source
         # The formats are named, so that the content of a file cannot choose any other of Pillow's decoders.
@@ -125,18 +136,27 @@ def check_window(window: tuple[float, ...], where: str) -> tuple[float, float] |
     return window[0], window[1]
 
 
-def _is_dicom(source: PathLike | bytes, name: str) -> bool:
-    """Whether a file begins as DICOM files do (PS3.10, 7.1)."""
+def _read_start(source: PathLike | bytes, name: str) -> bytes:
+    """The first 132 bytes of a file."""
     if isinstance(source, bytes):
-        start = source[:132]
-    elif (path := Path(source)).exists() and not path.is_file():  # a pipe would be waited for
+        return source[:132]
+    if (path := Path(source)).exists() and not path.is_file():  # a pipe would be waited for
         raise ValueError(f"{name}: cannot be read, it must be a file")
-    else:
-        files.check_regular(source)
-        with _pillow_errors(name), open(source, "rb") as f:
-            start = f.read(132)
-    # A preamble of 128 bytes, which may hold anything, and then these four.
-    return start[128:] == b"DICM"
+    files.check_regular(source)
+    with _pillow_errors(name), open(source, "rb") as f:
+        return f.read(132)
+
+
+def _open_slice(
+    source: PathLike | bytes, name: str, page: int | None, window: tuple[float, float] | None, only_deep: bool
+) -> Image.Image:
+    """A slice of a NIfTI file through a window."""
+    if isinstance(source, bytes):
+        raise ValueError(f"{name}: a NIfTI file must be given as a path")
+    header, greys = scans.read_slice(source, page)
+    if header.dtype == np.uint8 and not header.scaled and (window is None or only_deep):
+        return to_rgb(Image.fromarray(np.ascontiguousarray(greys)), name)
+    return to_rgb(_shown(name, greys * header.slope + header.intercept, window), name)
 
 
 def to_rgb(image: Picture, where: str) -> Image.Image:
@@ -216,8 +236,12 @@ def _apply_window(name: str, image: Image.Image, window: tuple[float, float] | N
     # The numbers of a palette (mode P) are indices of colours, not greys.
     if len(image.getbands()) > 1 or image.mode == "P":
         raise ValueError(f"{name}: a window is for greys, got mode {image.mode}; leave it out")
+    return _shown(name, np.asarray(image), window)
+
+
+def _shown(name: str, grey: np.ndarray, window: tuple[float, float] | None) -> Image.Image:
     # float64 holds every integer of 32 bits, float32 does not.
-    grey = np.asarray(image).astype(np.float64)
+    grey = grey.astype(np.float64)
     if window is None or not window[0] < window[1] or not np.isfinite(grey).all():
         raise ValueError(
             f"{name}: greys of more than 8 bits must be finite and need window=(black, white) with black < "

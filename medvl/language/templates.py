@@ -70,6 +70,12 @@ TEMPLATES = {
 """Named templates. "chatml" is that of Qwen3's instruct models without thinking; the others are those
 HealthGPT was trained with. Its phi4 took the system turn from Phi-4's model card: give a system message to
 have another."""
+# A spare token of each vocabulary stands for images, which HealthGPT marks with a number outside of it.
+PLACEHOLDERS = {
+    "phi3": Placeholder(token="<|placeholder1|>"),
+    "phi4": Placeholder(token="<|dummy_0|>"),
+    "qwen2": Placeholder(token="<|image_pad|>"),
+}
 
 
 @frozen(kw_only=True, eq=False)

@@ -4,14 +4,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from attrs import evolve, field, frozen
 from PIL import Image
 from torch import Tensor
 
 from medvl.base.tree import Tree
+from medvl.components.project import ProjectConfig, project
 from medvl.hub.checkpoints import find_file, read_json
+from medvl.hub.skeletons import Skeleton
 from medvl.language import images, intern_vl, qwen_vl
+from medvl.language.clip_vision import ClipImageConfig, clip_pixels, dump_clip_config, level_params, square
 from medvl.language.templates import INTERN_VL, QWEN_VL, Placeholder
+from medvl.weights import shards
 
 QWEN_VL_MODELS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 Batch = Mapping[str, Tensor]
@@ -183,6 +188,72 @@ def intern_tiles(cfg: intern_vl.TileConfig, *, max_pixels: int = 0, window: tupl
         select_rows=select_rows,
         example=Image.new("RGB", (cfg.size, cfg.size)),
         preprocessor=intern_vl.dump_tile_config(cfg),
+    )
+
+
+def clip_vision(
+    cfg: ClipImageConfig,
+    skeleton: Skeleton,
+    sizes: ProjectConfig,
+    projector: str,
+    placeholder: Placeholder,
+    *,
+    window: tuple[float, ...] = (),
+) -> Vision:
+    """Images through a frozen tower of CLIP and a projector; items are paths, or images that are open.
+
+    Visual tokens are those of the patches, without the class token. The weights of the tower are
+    params["tower"], which may have more layers than the skeleton; no gradient reaches them.
+
+    Args:
+        skeleton: of the level, from `clip_vision.tower_skeleton`.
+        sizes: of the projector.
+        projector: where its weights are in params: "understand/projector".
+        placeholder: a token of the language model's, such as `templates.PLACEHOLDERS["phi3"]`.
+    Raises:
+        ValueError: sizes of tower, pixels and projector do not fit each other.
+    """
+    tower = skeleton.config
+    if (tower["image_size"], tower["hidden_size"]) != (cfg.size, sizes.inputs):
+        raise ValueError(
+            f"clip_vision: the tower takes {tower['image_size']} px and makes {tower['hidden_size']} features, "
+            f"got images of {cfg.size} px and a projector of {sizes.inputs}"
+        )
+    tokens = (cfg.size // tower["patch_size"]) ** 2
+
+    def count_tokens(item: Path | Image.Image) -> int:
+        # All images have the same number; what cannot be shown is refused here, before anything is trained.
+        square(cfg, open_item(item, window=window))
+        return tokens
+
+    def load_items(items: Sequence[Path | Image.Image]) -> dict[str, Tensor]:
+        return {"pixel_values": clip_pixels(cfg, [open_item(item, window=window) for item in items])}
+
+    def select_rows(batch: Batch, rows: slice) -> dict[str, Tensor]:
+        first, stop = item_range(batch, rows)
+        return {"pixel_values": batch["pixel_values"][first:stop]}
+
+    def embed(params: Tree, batch: Batch) -> Tensor:
+        weights = level_params(shards.lazy_shards(params["tower"]), skeleton)
+        pixels = batch["pixel_values"].to(next(iter(weights.values())).dtype)
+        features = pixels.new_zeros(0, tokens, sizes.inputs)
+        # A batch of texts alone has no images, and the tower is not for none.
+        if len(pixels):
+            with torch.no_grad():
+                features = skeleton(weights, pixel_values=pixels).last_hidden_state[:, 1:]
+        node = params
+        for key in projector.split("/"):
+            node = node[key]
+        return project(sizes, shards.lazy_shards(node), features).flatten(0, 1)
+
+    return Vision(
+        placeholder=placeholder,
+        count_tokens=count_tokens,
+        load_items=load_items,
+        select_rows=select_rows,
+        embed=embed,
+        example=Image.new("RGB", (cfg.size, cfg.size)),
+        preprocessor=dump_clip_config(cfg),
     )
 
 

@@ -132,11 +132,11 @@ def enhanced():
         (lambda: made(PixelData=None), r"it holds no pixels \(PixelData\)"),
         (
             lambda: made(np.zeros((4, 6), np.uint8), Rows=2, NumberOfFrames=2),
-            "several frames, or an enhanced object, are not read",
+            "has 2 frames, got page=None; give one from 0 to 1",
         ),
         (
             lambda: made(SharedFunctionalGroupsSequence=enhanced()),
-            "several frames, or an enhanced object, are not read",
+            "an enhanced object is not read",
         ),
         (
             lambda: made(PhotometricInterpretation="PALETTE COLOR"),
@@ -176,7 +176,7 @@ def test_transfer_syntaxes_that_are_not_read(uid):
 
 def test_pages_and_a_missing_pydicom(tmp_path, monkeypatch):
     assert open_image(made(), page=0).size == (50, 40)
-    with pytest.raises(ValueError, match="has one page or frame, got page=1"):
+    with pytest.raises(ValueError, match="has 1 frames, got page=1; give one from 0 to 0"):
         open_image(made(), page=1)
     (tmp_path / "a.dcm").write_bytes(made())
     monkeypatch.setitem(sys.modules, "pydicom", None)
@@ -226,5 +226,5 @@ def test_real_files(shared_data):
 
 
 def test_a_file_that_is_too_large_is_not_read_into_memory():
-    with pytest.raises(ValueError, match="must be one picture of at most 10 pixels, got 81 bytes"):
+    with pytest.raises(ValueError, match="must be pictures of at most 10 pixels, got 81 bytes"):
         dicom_image.read_dicom(bytes(81), "here", most=10)
