@@ -37,7 +37,7 @@ from medvl.training import order
 from medvl.weights import four_bit, shards
 
 _log = logging.getLogger(__name__)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Special tokens of a tokenizer that is trained here: those of ChatML and of both kinds of image placeholders.
 _SPECIAL_TOKENS = (
     *("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
@@ -57,7 +57,7 @@ class ModelConfig:
     name: str = ""
     config: dict[str, Any] = field(factory=dict)
     tokenizer: str = ""  # another than the model's own
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"  # float16: for answers, nothing is trained
     quantize: Literal["none", "nf4", "fp4"] = "none"
 
     def __attrs_post_init__(self) -> None:
@@ -679,6 +679,7 @@ def generate_answers(
     sampling: Sampling,
     *,
     params: Tree | None = None,
+    **options: Any,
 ) -> Generated:
     """Answers to the prompts of a batch.
 
@@ -687,12 +688,13 @@ def generate_answers(
         batch: from `make_batch(..., side="left")`.
         sampling: from `sampling_of`.
         params: as of `model_inputs`.
+        options: `allowed`, `on_token` and `gen` of `generate.generate`.
     """
     with torch.no_grad():
         inputs = model_inputs(chat, weights, batch, params)
     # Prompts have no trained tokens.
     inputs.pop("labels", None)
-    return generate.generate(sampling, chat.skeleton, weights, inputs, tok=chat.tokenizer)
+    return generate.generate(sampling, chat.skeleton, weights, inputs, tok=chat.tokenizer, **options)
 
 
 def likeliest_letters(

@@ -23,7 +23,7 @@ from medvl.hub import skeletons
 from medvl.language import chat, encoding, vlm
 from medvl.language.chat import Chat, Dialogue, Encoded, ModelConfig
 from medvl.language.sampling import Sampling
-from medvl.training import estimate, gradients, stages
+from medvl.training import estimate, gradients, order, stages
 from medvl.training.record import Stage, TrainConfig
 from medvl.weights import lora, shards
 
@@ -43,6 +43,21 @@ class LanguageModel:
     train: TrainConfig
 
 
+@frozen(kw_only=True, eq=False)
+class Tasks:
+    """Language models that share weights, each with a vision and an adapter of its own."""
+
+    models: Mapping[str, LanguageModel]  # by task; all of one record
+    # (all parameters, task) -> those of the task's model, by the names that `model_weights` and its vision
+    # read; the same tensors, so that gradients reach them
+    select: Callable[[Params, str], Params]
+
+
+def one_task(model: LanguageModel) -> Tasks:
+    """A language model alone, as a task without a name."""
+    return Tasks(models={"": model}, select=lambda params, task: params)
+
+
 def init_model(
     cfg: Any,
     folder: Path,
@@ -55,7 +70,7 @@ def init_model(
     """The model and its starting weights.
 
     Args:
-        cfg: a record with seed, model, chat, lora and train.
+        cfg: a record with seed, model, chat, train, and lora, unless `extend` adds adapters of its own.
         folder: of the run; a tokenizer trained on `texts` is kept there and taken from there the next time.
         device: where the weights are; "meta" makes none, for an estimate.
         lower: a tokenizer that is trained makes capitals small.
@@ -68,10 +83,16 @@ def init_model(
     gen = Generator().manual_seed(cfg.seed)
     tok = chat.tokenizer_of(cfg.model, folder, texts, lower=lower)
     opened, weights = chat.open_chat(cfg.model, cfg.chat, tok, gen, device=device, shard=cfg.train.shard)
+    if opened.dtype == torch.float16:
+        raise ValueError(
+            "model.dtype 'float16' is for answers alone, small gradients are 0 in it; train in bfloat16"
+        )
     params: Tree = {"model": weights}
     if extend is not None:
         opened, params = extend(opened, params, gen)
-    adapter = stages.init_trained_adapter(cfg.train, cfg.lora, opened.skeleton, gen, device)
+    adapter = None
+    if hasattr(cfg, "lora"):
+        adapter = stages.init_trained_adapter(cfg.train, cfg.lora, opened.skeleton, gen, device)
     added = {key: tree for key, tree in params.items() if key != "model"}
     if adapter is not None:
         added["lora"] = adapter.factors
@@ -142,36 +163,130 @@ def fit_model(
         valid: stage -> those its validation loss is taken over; None keeps its last state.
     """
 
-    def validation(stage: Stage) -> Callable[[Params], float] | None:
+    def validated(stage: Stage) -> dict[str, Encoded]:
         conversations = valid(stage)
-        if conversations is None:
-            return None
-        return partial(validation_loss, model, conversations)
+        return {} if conversations is None else {"": conversations}
 
-    train, seed = model.train, model.cfg.seed
-    params = stages.shard_params(train, params)  # bound to this name, so that nothing here holds the whole
-    if train.packing:
-        vlm.check_packing(model.chat.skeleton, shards.lazy_shards(params["model"]))
-    return stages.fit_stages(
-        train,
-        params,
-        loss_function(model),
-        lambda stage: chat.training_batches(
-            model.chat, data(stage), train.batch, seed, tokens=train.tokens, packing=train.packing
-        ),
-        folder,
-        cut=partial(chat.micro_batch, model.chat),
-        conversations=lambda stage: len(data(stage).samples),
-        validate=validation,
-        seed=seed,
-        log=log,
-    )
+    return fit_tasks(one_task(model), params, lambda stage: {"": data(stage)}, validated, folder, log)
 
 
 def validation_loss(model: LanguageModel, data: Encoded, params: Params) -> float:
     """Mean loss over all trained tokens of conversations."""
     weights = model_weights(model, params)
     return chat.mean_loss(model.chat, weights, data, model.cfg.evaluate.batch, params=params)
+
+
+# Several tasks on shared weights ------------------------------------------------------------------------------
+def fit_tasks(
+    tasks: Tasks,
+    params: Params,
+    data: Callable[[Stage], Mapping[str, Encoded]],
+    valid: Callable[[Stage], Mapping[str, Encoded]],
+    folder: Path,
+    log: Callable[[str], None] = print,
+) -> Params:
+    """`fit_model` of several tasks. Each micro-batch is of one task and computed with the weights of that.
+
+    Args:
+        data: stage -> {task: conversations} it is trained on; a batch is drawn from all of them alike.
+        valid: stage -> {task: conversations}; the mean of the tasks' losses counts, {} keeps its last state.
+    """
+    first = next(iter(tasks.models.values()))
+    train, seed = first.train, first.cfg.seed
+
+    def validation(stage: Stage) -> Callable[[Params], float] | None:
+        parts = valid(stage)
+        return partial(_mean_task_loss, tasks, parts) if parts else None
+
+    params = stages.shard_params(train, params)  # bound to this name, so that nothing here holds the whole
+    if train.packing:
+        for task, model in tasks.models.items():
+            vlm.check_packing(model.chat.skeleton, shards.lazy_shards(tasks.select(params, task)["model"]))
+    return stages.fit_stages(
+        train,
+        params,
+        task_loss(tasks),
+        lambda stage: _task_batches(tasks, data(stage), train, seed),
+        folder,
+        cut=partial(task_micro_batch, tasks),
+        conversations=lambda stage: sum(len(part.samples) for part in data(stage).values()),
+        validate=validation,
+        seed=seed,
+        log=log,
+    )
+
+
+def task_loss(tasks: Tasks) -> Callable[[Params, Mapping[str, Tensor]], tuple[Tensor, Tensor, gradients.Aux]]:
+    """`loss_function` of whatever task a micro-batch is of."""
+    losses = {task: loss_function(model) for task, model in tasks.models.items()}
+
+    def loss(params: Params, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, gradients.Aux]:
+        task = _task_of(tasks, batch)
+        return losses[task](tasks.select(params, task), batch)
+
+    return loss
+
+
+def mark_task(tasks: Tasks, task: str, batch: Any) -> Any:
+    """A batch, or a list of micro-batches, that says which task it is of: by "task", its number."""
+    number = torch.tensor([*tasks.models].index(task))  # a batch holds tensors only
+    if isinstance(batch, list):
+        return [piece | {"task": number} for piece in batch]
+    return batch | {"task": number}
+
+
+def _task_of(tasks: Tasks, batch: Mapping[str, Tensor]) -> str:
+    # Of one task alone batches say nothing.
+    return [*tasks.models][int(batch["task"]) if "task" in batch else 0]
+
+
+def task_micro_batch(tasks: Tasks, batch: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
+    """`chat.micro_batch` of a batch of one task."""
+    part = chat.micro_batch(tasks.models[_task_of(tasks, batch)].chat, batch, rows)
+    return part | {"task": batch["task"]} if "task" in batch else part
+
+
+def _task_batches(
+    tasks: Tasks, parts: Mapping[str, Encoded], train: TrainConfig, seed: int
+) -> Callable[[int], Any]:
+    """i -> this process's share of batch i. Of several tasks it is a list of micro-batches, each of one."""
+    if len(parts) == 1:
+        ((task, data),) = parts.items()
+        opened = tasks.models[task].chat
+        batch_at = chat.training_batches(
+            opened, data, train.batch, seed, tokens=train.tokens, packing=train.packing
+        )
+        return batch_at if task == "" else lambda i: mark_task(tasks, task, batch_at(i))
+    # Every sample of every task is a group of its own, as in `chat.training_batches`.
+    samples = [(task, row) for task, data in parts.items() for row in range(len(data.samples))]
+    names = [f"{task} {row}" for task, row in samples]
+    rank, world = processes.rank(), processes.world_size()
+    share = order.batch_indices(names, train.batch, seed, rank=rank, world=world)
+    lengths = {task: [len(sample.ids) for sample in data.samples] for task, data in parts.items()}
+
+    def micro_batches(i: int) -> list[dict[str, Tensor]]:
+        drawn = [samples[index] for index in share(i)]
+        batch = list[dict[str, Tensor]]()
+        for task, data in parts.items():
+            rows = [row for other, row in drawn if other == task]
+            pieces: list[order.MicroBatch] = [
+                [(row,) for row in piece] for piece in _batches(rows, train.chunk)
+            ]
+            if train.tokens:
+                pieces = order.split_by_tokens(rows, lengths[task], train.tokens, packing=train.packing)
+            make = partial(chat.make_micro_batch, tasks.models[task].chat, data, packing=train.packing)
+            batch += mark_task(tasks, task, [make(piece) for piece in pieces])
+        return batch
+
+    return micro_batches
+
+
+def _mean_task_loss(tasks: Tasks, parts: Mapping[str, Encoded], params: Params) -> float:
+    # Over tasks and not over tokens: a picture has a hundred times the tokens of an answer.
+    losses = [
+        validation_loss(tasks.models[task], data, tasks.select(params, task)) for task, data in parts.items()
+    ]
+    return sum(losses) / len(losses)
 
 
 # Answers ----------------------------------------------------------------------------------------------------

@@ -173,10 +173,14 @@ def init_trained_adapter(
     skeleton: skeletons.Skeleton,
     gen: torch.Generator,
     device: str | torch.device = "cpu",
+    *,
+    place: str = "lora",
 ) -> lora.Adapter | None:
     """The adapter before its training, where a stage's pattern matches one of its names
     ("lora/MODULE/a"); None where none does.
 
+    Args:
+        place: of its factors in the tree of parameters.
     Raises:
         ValueError: a pattern is meant for an adapter, and the record makes none on this model; as
             `lora.init_lora`.
@@ -188,13 +192,13 @@ def init_trained_adapter(
 
     possible = []
     for module in lora.adaptable_layers(skeleton):
-        possible += [f"lora/{module}/{factor}" for factor in ("a", "b", "router")]
+        possible += [f"{place}/{module}/{factor}" for factor in ("a", "b", "router")]
     if not matched(possible):
         return None
     # Only now: making one draws numbers.
     adapter = lora.init_lora(record, skeleton, gen, device=device)
     # The record's targets may be fewer than the layers that could be adapted.
-    return adapter if matched(flatten({"lora": adapter.factors})) else None
+    return adapter if matched(flatten({place: adapter.factors})) else None
 
 
 def cast_added(cfg: TrainConfig, added: Tree, dtype: torch.dtype) -> Tree:
@@ -343,8 +347,8 @@ def shard_params(cfg: TrainConfig, params: Tree) -> Tree:
 
 
 def _cut_matrices(params: Tree, mesh: Any) -> dict[str, Tensor]:
-    # Factors a and b of an adapter stay whole, as `shard_params` says.
-    cut = shards.sharder(mesh, patterns=("(?!lora/).*",))
+    # Factors a and b of an adapter stay whole, as `shard_params` says; of several tasks each has its own.
+    cut = shards.sharder(mesh, patterns=(r"(?!(\w+/)?lora/).*",))
     return {name: cut(name, leaf) for name, leaf in flatten(params).items()}
 
 

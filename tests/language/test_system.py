@@ -1,11 +1,13 @@
 """language.system with a vision of a new kind: 2 learned tokens for each coloured square."""
 
+import json
 from functools import partial
 
 import pytest
 import torch
 from attrs import evolve, frozen
 
+from medvl.base.tree import flatten, map_leaves
 from medvl.language import chat, system
 from medvl.language.chat import ChatConfig, ModelConfig
 from medvl.language.templates import QWEN_VL
@@ -203,3 +205,78 @@ def test_answers_that_are_kept_are_not_computed_again(trained, tmp_path, monkeyp
     assert ask(model, params, conversations, path=tmp_path / "kept.jsonl") == whole
     assert len(calls) == 3  # two, and the batch that was interrupted again
     assert (tmp_path / "kept.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+# Two tasks ----------------------------------------------------------------------------------------------------
+def two_tasks(folder, **settings):
+    """Colours of squares, and the same seen through other tokens and an adapter on the same model."""
+    model, params = init(folder=folder)
+    params = {
+        "model": params["model"],
+        "first": {name: params[name] for name in ("squares", "lora")},
+        "second": {
+            "squares": {"tokens": -params["squares"]["tokens"]},
+            "lora": map_leaves(torch.clone, params["lora"]),
+        },
+    }
+    model = evolve(model, train=evolve(model.train, **settings))
+    tasks = system.Tasks(
+        models={"first": model, "second": model},
+        select=lambda params, task: {"model": params["model"], **params[task]},
+    )
+    return tasks, params, chat.encode_conversations(model.chat, TRAIN)
+
+
+@pytest.mark.parametrize("settings", [{}, {"tokens": 60}])
+def test_a_batch_of_two_tasks_is_the_mean_over_all_their_tokens(tmp_path, settings):
+    mixed = Stage(name="mixed", steps=1, lr=0.01, train=("model/.*", ".*/squares/.*"))
+    tasks, params, data = two_tasks(tmp_path, stages=(mixed,), chunk=2, **settings)
+    parts = {"first": data, "second": data}
+    batch = system._task_batches(tasks, parts, tasks.models["first"].train, 0)(0)
+    assert sum(len(piece["ids"]) for piece in batch) == 6
+    assert {int(piece["task"]) for piece in batch} == {0, 1}
+    sums, tokens = 0.0, 0
+    for piece in batch:
+        task = ("first", "second")[int(piece["task"])]
+        total, count, _ = system.loss_function(tasks.models[task])(tasks.select(params, task), piece)
+        sums, tokens = sums + float(total), tokens + int(count)
+    system.fit_tasks(tasks, params, lambda stage: parts, lambda stage: {}, tmp_path, lambda _: None)
+    log = tmp_path / "0-mixed" / "metrics.jsonl"
+    assert float(json.loads(log.read_text().splitlines()[0])["loss"]) == pytest.approx(
+        sums / tokens, rel=1e-5
+    )
+
+
+def test_a_task_trains_its_own_part_as_a_model_alone_does(tmp_path):
+    stage = Stage(name="one", steps=3, lr=0.01, train=("second/.*",))
+    tasks, params, data = two_tasks(tmp_path, stages=(stage,))
+    start = map_leaves(torch.clone, params)  # the loop trains in place
+    trained = system.fit_tasks(
+        tasks,
+        params,
+        lambda stage: {"second": data},
+        lambda stage: {"second": data},
+        tmp_path,
+        lambda _: None,
+    )
+    for name, before in flatten(start).items():
+        assert torch.equal(flatten(trained)[name], before) is not name.startswith("second/")
+    alone = evolve(stage, train=("squares/.*", "lora/.*"))
+    model = tasks.models["second"]
+    model = evolve(model, train=evolve(model.train, stages=(alone,)))
+    expected = system.fit_model(
+        model,
+        tasks.select(start, "second"),
+        lambda stage: data,
+        lambda stage: None,
+        tmp_path / "b",
+        lambda _: None,
+    )
+    for name, weight in flatten(trained["second"]).items():
+        assert torch.equal(weight, flatten(expected)[name])
+
+
+def test_nothing_is_trained_in_float16(tmp_path):
+    cfg = Config(model=evolve(Config().model, dtype="float16"))
+    with pytest.raises(ValueError, match=r"'float16' is for answers alone.*train in bfloat16"):
+        system.init_model(cfg, tmp_path, ["a text"])
