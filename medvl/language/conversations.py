@@ -99,12 +99,10 @@ def read_conversations(
             answers); or the file is empty or absent.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
     folder = path.parent if root is None else Path(root)
     conversations = list[Conversation]()
-    for line, where, record in _read_records(path):
-        conversations.append(_parse_conversation(record, where, line, tag, folder, str(path)))
+    for line, where, record in read_records(path):
+        conversations.append(parse_conversation(record, where, line, tag, folder, str(path)))
     if not conversations:
         raise ValueError(f"{path}: holds no conversation")
     limited = [limit_images(conversation, max_images, tag) for conversation in conversations]
@@ -147,8 +145,10 @@ def warn_of_one_file(pattern: str) -> None:
         )
 
 
-def _read_records(path: Path) -> Iterator[tuple[int, str, Any]]:
+def read_records(path: Path) -> Iterator[tuple[int, str, Any]]:
     """(line, place for errors, record) of every record of a file of JSON lines, or of one JSON array."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
     # The byte order mark that Windows' editors write, which json does not take.
     content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     # Told by the content: arrays are called .json as well as .jsonl.
@@ -338,9 +338,8 @@ def _task_files(pattern: str) -> dict[str, Path]:
     return of_task
 
 
-def _parse_conversation(
-    record: Any, where: str, line: int, tag: str, folder: Path, file: str
-) -> Conversation:
+def parse_conversation(record: Any, where: str, line: int, tag: str, folder: Path, file: str) -> Conversation:
+    """The conversation of one record, in any of the shapes of `read_conversations`; `where` begins errors."""
     if not isinstance(record, dict):
         raise ValueError(f"{where}: must be a JSON object, one per line, got {short(record)}")
     # A copy, as records belong to the caller. What is left at the end are the extras.
