@@ -5,5 +5,6 @@ architectures without weights or with random ones and calls them, `architectures
 `vision_attention` makes Qwen-VL's windows one call of attention, `weight_names` maps the names of published
 checkpoints, `kv_cache` lets a model's cache grow in place. `checkpoints` finds and reads the files, `dinov2`
 knows the original DINOv2 names, `tokens` gives tokenizers and image processors, `peft_files` (with
-`peft_config`) and `hlora_files` read and write adapters.
+`peft_config`) and `hlora_files` read and write adapters, `plugin_files` those of HealthGPT with all that belongs
+to them.
 """

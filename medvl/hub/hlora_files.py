@@ -52,18 +52,24 @@ def read_hlora(
     Source: Lin et al. 2025 (HealthGPT), arXiv:2502.09838, eq. 9; key names of its public code.
     """
     path = Path(path)
-    if not path.is_file() or path.suffix not in (".bin", ".safetensors"):
-        problem = "it has another name" if path.is_file() else "nothing is there"
-        raise ValueError(f"read_hlora: {path} must be a .bin or .safetensors file, {problem}")
+    entries = open_file(path, "read_hlora")
     if rank < 1 or experts < 1 or rank % experts:
         raise ValueError(
             f"read_hlora: experts must divide the rank of all of them together, got rank {rank} and "
             f"{experts} experts"
         )
-    return _read_entries(open_weights(path, str(path)), path, rank, alpha, experts, skeleton, dtype, device)
+    return read_entries(entries, path, rank, alpha, experts, skeleton, dtype, device)
 
 
-def _read_entries(
+def open_file(path: Path, caller: str) -> dict[str, Entry]:
+    """The tensors of a .bin or .safetensors file; only shapes and dtypes are read."""
+    if not path.is_file() or path.suffix not in (".bin", ".safetensors"):
+        problem = "it has another name" if path.is_file() else "nothing is there"
+        raise ValueError(f"{caller}: {path} must be a .bin or .safetensors file, {problem}")
+    return open_weights(path, str(path))
+
+
+def read_entries(
     entries: Mapping[str, Entry],
     path: Path,
     rank: int,

@@ -274,6 +274,25 @@ def untie(skeleton: Skeleton, params: Mapping[str, Tensor]) -> tuple[Skeleton, P
     return evolve(untied, name=skeleton.name), weights
 
 
+def table_names(skeleton: Skeleton) -> dict[str, str]:
+    """{"embed", "head"}: the names in params of a language model's token table and head; one name if tied."""
+    module: Any = skeleton.module
+    names = {id(p): name for name, p in module.named_parameters()}
+    tables = {"embed": module.get_input_embeddings(), "head": module.get_output_embeddings()}
+    return {part: names[id(layer.weight)] for part, layer in tables.items()}
+
+
+def with_vocabulary(skeleton: Skeleton, size: int) -> Skeleton:
+    """The same language model for a token table and a head of `size` rows, such as those of
+    `extended.extend_tables`."""
+    config = copy.deepcopy(skeleton.config)
+    (config.get("text_config") or config)["vocab_size"] = size
+    resized = empty_skeleton(config, head="language")
+    # The rules that turned the checkpoint's names into these, for `save_skeleton`.
+    resized.module._weight_conversions = getattr(skeleton.module, "_weight_conversions", [])  # type: ignore[assignment]
+    return evolve(resized, name=skeleton.name, generation=skeleton.generation)
+
+
 def weights_digest(params: tree.Tree) -> str:
     """Sixteen hex digits of the content of a tree of tensors: names, dtypes, shapes and bytes. Independent
     of order and device.

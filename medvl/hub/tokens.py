@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from attrs import frozen
 from torch import Tensor
 
 from medvl.base import files
@@ -138,6 +139,43 @@ def image_processor(name: files.PathLike) -> Any:
         )
     with _Reading("image_processor", main):
         return kind.from_dict(config)
+
+
+@frozen(kw_only=True)
+class CodeTokens:
+    """The ids of image codes: code k of `number` is the token `first` + k, between `start` and `end`."""
+
+    start: int
+    first: int
+    number: int
+    end: int
+    newline: int  # HealthGPT's tables have a row for it, its code never writes it
+
+
+def add_image_codes(tok: Any, number: int = 8192) -> CodeTokens:
+    """Give a tokenizer the tokens of image codes: <start_index>, <idx_0> and so on, <end_index>, <pixel_newline>.
+
+    They are added to `tok` itself, behind all that it has; where it has them already nothing changes.
+
+    Raises:
+        ValueError: it has some of them, or has them elsewhere or in another order.
+    Source: Lin et al. 2025 (HealthGPT), arXiv:2502.09838, and its public code, `llava/demo/utils.py`,
+        `add_special_tokens_and_resize_model`.
+    """
+    codes = [f"<idx_{i}>" for i in range(number)]
+    names = ["<start_index>", *codes, "<end_index>", "<pixel_newline>"]
+    known = tok.get_vocab()
+    if not known.keys() & {*names}:
+        tok.add_tokens(names, special_tokens=True)
+    ids = tok.convert_tokens_to_ids(names)
+    first = len(tok) - len(names)
+    if ids != [*range(first, len(tok))]:
+        raise ValueError(
+            f"add_image_codes: the last {len(names)} tokens of the tokenizer must be <start_index>, <idx_0> to "
+            f"<idx_{number - 1}>, <end_index> and <pixel_newline>, but <start_index> is {ids[0]} and "
+            f"<pixel_newline> {ids[-1]} of {len(tok)}; take the base model's tokenizer"
+        )
+    return CodeTokens(start=ids[0], first=ids[1], number=number, end=ids[-2], newline=ids[-1])
 
 
 def train_bpe(

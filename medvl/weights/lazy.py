@@ -86,6 +86,15 @@ class Lazy(Tensor):
         """The same weight elsewhere or in another precision."""
         return self.mapped(lambda t: _moved(t, dtype, device))
 
+    def per_row(self, samples: Tensor) -> "Lazy":
+        """The same weight for a batch whose row i belongs to sample `samples[i]`."""
+        attributes = dict(self.__dict__)
+        # Weights lie in one another, adapters over adapters, and each may have a gate per sample.
+        for name in self._parts:
+            if isinstance(attributes[name], Lazy):
+                attributes[name] = attributes[name].per_row(samples)
+        return type(self).like(self.shape, self.dtype, self.device, **attributes)
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """What torch calls instead of a function, such as F.linear, that is given a lazy weight."""
@@ -195,17 +204,13 @@ class LowRank(Lazy):
             change = change.t()
         return (base + change).to(base.dtype)
 
-    def per_row(self, samples: Tensor) -> "LowRank":
-        """The same weight for a batch whose row i belongs to sample `samples[i]`."""
-        attributes = dict(self.__dict__)
-        # Adapters may lie over one another, each with a gate per sample.
-        if isinstance(self.base, LowRank):
-            attributes["base"] = self.base.per_row(samples)
+    def per_row(self, samples: Tensor) -> "Lazy":
+        weight: Any = super().per_row(samples)
         if self.gate is not None and self.gate.dim() == 2 and len(self.gate) > 1:
             # One gate for each row of the batch; `rows`, which sorts tokens to samples, has done its work.
-            attributes["gate"] = self.gate[samples.to(self.gate.device)]
-            attributes["rows"] = None
-        return LowRank.like(self.shape, self.dtype, self.device, **attributes)  # type: ignore[return-value]
+            weight.gate = self.gate[samples.to(self.gate.device)]
+            weight.rows = None
+        return weight
 
     def _is_adapter_in_training(self, x: Tensor, bias: Tensor | None) -> bool:
         """Whether the factors alone are trained, and all is of one 16-bit dtype. Wider sums keep the order
@@ -462,8 +467,7 @@ def per_row(params: Mapping[str, Tensor], samples: Tensor, count: int) -> dict[s
             gate = w.gate
             if gate is not None and gate.dim() == 2 and len(gate) not in (1, count):
                 raise ValueError(f"{name} has weights for {len(gate)} samples, the batch has {count}")
-            w = w.per_row(samples)
-        rows[name] = w
+        rows[name] = w.per_row(samples) if isinstance(w, Lazy) else w
     return rows
 
 

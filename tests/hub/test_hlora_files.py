@@ -114,7 +114,7 @@ def test_key_names_and_shapes_of_the_published_files(tmp_path, name, config, ran
         read=lambda: torch.ones((), dtype=torch.bfloat16).expand(t.shape),
     )
     held = {k: entry(t) for k, t in state.items()}
-    read, others = hlora_files._read_entries(
+    read, others = hlora_files.read_entries(
         held, tmp_path / "x.bin", rank, 2 * rank, 4, skeleton, torch.bfloat16, "cpu"
     )
     assert {m: {k: t.shape for k, t in f.items()} for m, f in read.factors.items()} == {
