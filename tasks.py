@@ -336,6 +336,24 @@ def slides(c, action, features, data=None, out="", dims="0", encoder="", drop=Fa
     sys.exit(status)
 
 
+@task(
+    positional=["action"],
+    help={
+        "action": "convert",
+        "config": "model.yaml of taming-transformers",
+        "ckpt": "last.ckpt beside it, or its weights as .safetensors",
+        "out": "folder to make: model.safetensors and vq.json",
+    },
+)
+def vqgan(c, action, config, ckpt, out):
+    """Convert a published VQ model (images as codes) to safetensors; nothing in its checkpoint is run."""
+    _needs(action=action, config=config, ckpt=ckpt, out=out)
+    # The task has the module's name.
+    from medvl.commands import vqgan as commands
+
+    _call(commands.convert, action, config, ckpt, out)
+
+
 # Options of the tasks about one scan.
 SCAN = {
     "run": "run folder",

@@ -2,6 +2,6 @@
 print.
 
 `experiments` (list, labels, memory), `questions` (`invoke ask`), `ct` (preprocess, split, embed, classify),
-`slides` (check, pack),
+`slides` (check, pack), `vqgan` (convert),
 `registries` (`invoke adapters`: build, add, list, show).
 """

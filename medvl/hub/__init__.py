@@ -6,5 +6,5 @@ architectures without weights or with random ones and calls them, `architectures
 checkpoints, `kv_cache` lets a model's cache grow in place. `checkpoints` finds and reads the files, `dinov2`
 knows the original DINOv2 names, `tokens` gives tokenizers and image processors, `peft_files` (with
 `peft_config`) and `hlora_files` read and write adapters, `plugin_files` those of HealthGPT with all that belongs
-to them.
+to them, `vqgan_files` the VQ models that turn images into codes.
 """

@@ -274,22 +274,46 @@ def release_memory() -> None:
         trim(0)
 
 
-def read_pickle(path: Path) -> dict[str, Tensor]:
-    """A flat dict of tensors that torch.save wrote; nothing in the file is run."""
+class _Foreign(dict):
+    """Stands for a class that is not torch's: made of anything, without content, and doing nothing."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+def read_pickle(path: Path, part: str = "") -> dict[str, Tensor]:
+    """A flat dict of tensors that torch.save wrote; nothing in the file is run.
+
+    Args:
+        part: the key of that dict, where the file has others beside it, as a checkpoint of PyTorch Lightning.
+            Objects of other classes that lie there are read as empty ones, and their code is never imported.
+    """
     # A compressed file could unpack to any size.
     files.check_uncompressed(path)
     try:
         # Mapped: its tensors are read when they are used. The format before torch 1.6 is no zip file and
         # cannot be mapped.
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        zipped = zipfile.is_zipfile(path)
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if part and zipped else []
+        with torch.serialization.safe_globals([(_Foreign, name) for name in foreign]):
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except (pickle.UnpicklingError, ValueError, *files.READ_ERRORS) as e:
+        advice = ""
+        if part:
+            advice = f'; where it was made, write its weights alone: torch.save({{"{part}": checkpoint["{part}"]}}, FILE)'
         raise ValueError(
-            f"load: {path} is not a file of plain tensors, or broken ({files.error_reason(e)})"
+            f"load: {path} is not a file of plain tensors, or broken ({files.error_reason(e)}){advice}"
         ) from e
+    if part and isinstance(state, dict):
+        state = state.get(part)
     flat = isinstance(state, dict)
     flat = flat and all(isinstance(k, str) and isinstance(t, Tensor) for k, t in state.items())
     if not flat:
-        raise ValueError(f"load: {path} must hold one flat dict of tensors")
+        where = f" under {part!r}" if part else ""
+        raise ValueError(f"load: {path} must hold one flat dict of tensors{where}")
     # A small file can claim a large tensor, with strides of 0 over one value.
     files.check_tensor_storage(path, state)
     return state
