@@ -309,6 +309,12 @@ def weights_digest(params: tree.Tree) -> str:
     return sha.hexdigest()[:16]
 
 
+def weights_name(settings: str, params: Mapping[str, Any]) -> str:
+    """What a cache's folder is called after: weights, and the settings with which they are used."""
+    text = f"{settings} {weights_digest(dict(params))}"
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 # Held while a module is built: the patched method and the random generator belong to the whole process.
 _BUILDING = threading.Lock()
 

@@ -1,6 +1,5 @@
 """Patch features of slides by name, and tokens that a frozen compressor makes of them."""
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -340,7 +339,7 @@ def slide_tokens(
     keys = {name: features.key(name) for name in names}
     # The folder's name says kind, slots and weights; the remedy is part of the error of a broken file.
     cache = CacheFolder(
-        folder=Path(folder) / f"{cfg.kind}-{cfg.slots}-{_weights_name(cfg, params)}",
+        folder=Path(folder) / f"{cfg.kind}-{cfg.slots}-{skeletons.weights_name(str(cfg), params)}",
         shape=(cfg.slots, cfg.dim),
         remedy="remove it, the slide's tokens will be computed again",
     )
@@ -355,12 +354,6 @@ def slide_tokens(
     compute_missing(names, is_cached, compute, "compressing slides", together=together)
     # All are read from the cache, also those just computed: tokens are the same in the first run and later.
     return {name: torch.from_numpy(cache.read(keys[name])).float() for name in names}
-
-
-def _weights_name(cfg: CompressConfig, params: Mapping) -> str:
-    """What the cache's folder is called after: weights, and the settings with which they are used."""
-    text = f"{cfg} {skeletons.weights_digest(dict(params))}"
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _compress_slide(

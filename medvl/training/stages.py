@@ -356,9 +356,7 @@ def make_gradient(
     cfg: TrainConfig, loss_sum: gradients.LossSum, cut: Callable[[Any, slice], Any]
 ) -> gradients.Grad:
     """The gradient of the mean token loss of a batch by what `loss_sum` takes."""
-    return gradients.token_value_and_grad(
-        loss_sum, chunk=cfg.chunk, precision=cfg.precision, cut=cut, rows=lambda batch: len(batch["ids"])
-    )
+    return gradients.token_value_and_grad(loss_sum, chunk=cfg.chunk, precision=cfg.precision, cut=cut)
 
 
 # The memory and the time of a stage --------------------------------------------------------------------------------

@@ -1,0 +1,198 @@
+"""Pictures as codes: a VQ model is trained on images, and the codes of pictures are computed once."""
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from attrs import frozen
+from PIL import Image
+from torch import Generator, Tensor
+
+from medvl.base import config, files, processes
+from medvl.base.cache import CacheFolder, compute_missing
+from medvl.base.tree import Tree, map_leaves
+from medvl.components import vq
+from medvl.components.vq import Params, VqConfig
+from medvl.hub import skeletons
+from medvl.hub.vqgan_files import open_vqgan, write_vqgan
+from medvl.language.images import Picture, open_image, to_rgb
+from medvl.training import gradients, order, stages
+from medvl.training.record import Stage, TrainConfig
+
+Open = Callable[[files.PathLike], Image.Image]
+
+
+@frozen(kw_only=True)
+class VqTraining:
+    """How a VQ model is trained on images; patterns of its stages match names such as decoder.conv_in.weight."""
+
+    start: str = ""  # folder of a VQ model that is trained further; "" = `model` from scratch
+    model: VqConfig = config.subrecord(VqConfig())
+    # Of kind gumbel: in the first and in the last step, between them half a cosine.
+    temperature: tuple[float, ...] = (0.9, 0.1)
+    train: TrainConfig = config.table(defaults={"stages": {"train": [".*"]}})
+
+    def __attrs_post_init__(self) -> None:
+        config.check_bounds(self, "vq", temperature=(1e-6, 100))
+        if len(self.temperature) != 2:
+            raise ValueError(f"vq.temperature must be [first, last], got {list(self.temperature)}")
+
+
+def vq_pixels(image: Picture, side: int = 256) -> Tensor:
+    """A picture as a VQ model takes it: float [3, side, side] within -1..1.
+
+    It is resized by Lanczos without regard to its aspect ratio, as the reference does; the vision tower's images are
+    padded to a square instead.
+    """
+    resized = to_rgb(image, "vq_pixels").resize((side, side), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1) / 255 * 2 - 1
+
+
+# Training ---------------------------------------------------------------------------------------------------
+def fit_vq(
+    cfg: VqTraining,
+    images: Mapping[str, Sequence[files.PathLike]],
+    folder: Path,
+    *,
+    open_picture: Open = open_image,
+    seed: int = 0,
+    log: Callable[[str], None] = print,
+) -> tuple[VqConfig, Params]:
+    """Train a VQ model, or go on with it, in a folder; where it is trained already, it is read.
+
+    The score that decides which state is kept is the mean absolute error of the reconstruction of the valid images.
+
+    Args:
+        images: {"train", "valid": files}; of "valid" at most `train.valid` are used, and it may be left out.
+        folder: gets a folder for each stage, and "vq", which `open_vqgan` reads.
+    Raises:
+        ValueError: fewer images than a batch, or one that cannot be read.
+    """
+    if (folder / "vq").is_dir():
+        return open_vqgan(folder / "vq")
+    model, params = cfg.model, vq.init_vq(cfg.model, Generator().manual_seed(seed))
+    if cfg.start:
+        model, params = open_vqgan(cfg.start)
+    device = processes.choose_device(cfg.train.device)
+    params = {name: tensor.to(device) for name, tensor in params.items()}
+    # Numbers of the used codes are no weights, and have no gradient.
+    used = {name: params.pop(name) for name in list(params) if not params[name].is_floating_point()}
+    train, valid = images["train"], images.get("valid", ())[: cfg.train.valid or None]
+
+    def pixels_of(paths: Sequence[files.PathLike]) -> Tensor:
+        return torch.stack([vq_pixels(open_picture(path), model.resolution) for path in paths])
+
+    def batches(stage: Stage) -> Callable[[int], gradients.Batch]:
+        share = order.batch_indices(
+            [str(i) for i in range(len(train))],
+            cfg.train.batch,
+            seed,
+            rank=processes.rank(),
+            world=processes.world_size(),
+        )
+
+        def batch_at(i: int) -> gradients.Batch:
+            pixels = pixels_of([train[j] for j in share(i)])
+            temperature = _temperature(cfg, i / max(1, stage.steps - 1))
+            return {"pixels": pixels, "temperature": torch.full((len(pixels),), temperature)}
+
+        return batch_at
+
+    def loss_sum(weights: Tree, batch: gradients.Batch) -> tuple[Tensor, int, gradients.Aux]:
+        count = len(batch["pixels"])
+        loss, parts = vq.vq_loss(
+            model, weights | used, batch["pixels"].to(device), temperature=float(batch["temperature"][0])
+        )
+        return (
+            loss * count,
+            count,
+            gradients.Aux(metrics={name: part * count for name, part in parts.items()}),
+        )
+
+    def validate(weights: Tree) -> float:
+        total = torch.zeros(2, dtype=torch.float64)
+        for number, counts in processes.share_batches(len(valid)):
+            pixels = pixels_of(valid[number : number + 1])
+            with torch.no_grad():
+                codes = vq.encode_codes(model, weights | used, pixels.to(device))
+                error = vq.decode_codes(model, weights | used, codes).cpu() - pixels
+            if counts:
+                total += torch.tensor([float(error.abs().mean()), 1])
+        mean, count = processes.sum_over_processes(total).tolist()
+        return mean / count
+
+    trained = stages.fit_stages(
+        cfg.train,
+        params,
+        loss_sum,
+        batches,
+        folder,
+        cut=lambda batch, rows: {name: tensor[rows] for name, tensor in batch.items()},
+        conversations=lambda stage: len(train),
+        validate=lambda stage: validate if valid else None,
+        seed=seed,
+        log=log,
+    )
+    params = map_leaves(lambda leaf: leaf.cpu(), trained | used)
+    if processes.rank() == 0:
+        write_vqgan(model, params, folder / "vq")
+    processes.wait_for_all()
+    return model, params
+
+
+def _temperature(cfg: VqTraining, share: float) -> float:
+    """After this share of a stage's steps."""
+    first, last = cfg.temperature
+    return last + (first - last) * (1 + math.cos(math.pi * share)) / 2
+
+
+# Codes ------------------------------------------------------------------------------------------------------
+def target_codes(
+    cfg: VqConfig,
+    params: Params,
+    paths: Sequence[files.PathLike],
+    folder: files.PathLike,
+    *,
+    open_picture: Open = open_image,
+    opened: str = "",
+    seed: int | None = None,
+    together: bool = False,
+) -> dict[str, Tensor]:
+    """{path: codes int64 [h, w]} of picture files by a frozen VQ model; each content is computed once.
+
+    Args:
+        folder: the cache. Codes lie in a folder of these weights and settings, in a file for each content.
+        opened: what else decides about the codes, such as the window that `open_picture` applies.
+        seed: codes are drawn from their distribution (kind gumbel), by this seed and the content of the picture;
+            left out, they are the likeliest ones.
+        together: all processes call this at once: each computes its share and reads the others'.
+    Raises:
+        ValueError: a picture that cannot be read, or a file of codes that is broken.
+    """
+    side = cfg.resolution
+    keys = {str(path): files.file_digest(path) for path in paths}
+    cache = CacheFolder(
+        folder=Path(folder) / skeletons.weights_name(f"{cfg} {opened} {seed}", params),
+        shape=(side // cfg.stride, side // cfg.stride),
+        remedy="remove it, the picture's codes will be computed again",
+    )
+    device = next(iter(params.values())).device
+
+    @torch.no_grad()
+    def compute(path: str) -> None:
+        pixels = vq_pixels(open_picture(path), side)[None].to(device)
+        gen = None
+        if seed is not None:
+            # By the content, so that codes depend on neither order nor process.
+            number = hashlib.sha256(f"{seed} {keys[path]}".encode()).digest()[:8]
+            gen = Generator(device).manual_seed(int.from_bytes(number, "big") >> 1)
+        codes = vq.encode_codes(cfg, params, pixels, gen)
+        cache.write(keys[path], codes[0].to("cpu", torch.int32).numpy())
+
+    compute_missing(
+        [*keys], lambda path: cache.has(keys[path]), compute, "coding pictures", together=together
+    )
+    return {path: torch.from_numpy(cache.read(key)).long() for path, key in keys.items()}
