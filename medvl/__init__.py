@@ -41,6 +41,10 @@ _HOME = {
     "ct.zero_shot": ("zero_shot", "evaluate_findings"),
     "systems.ct_clip.look": ("look",),
     "systems.slide_vqa.look": ("look_at_slide",),
+    "hub.plugin_files": ("read_published", "published_config", "read_plugin", "write_plugin"),
+    "systems.unified.model": ("open_unified",),
+    "systems.unified.ask": ("ask_image",),
+    "systems.unified.draw": ("draw_image",),
 }
 # Public names that differ from the names in their modules.
 _LONG_NAMES = {

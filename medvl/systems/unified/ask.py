@@ -1,0 +1,80 @@
+"""A question to a model of unified: its answer, streamed."""
+
+from collections.abc import Callable
+from typing import Any
+
+from PIL import Image
+
+from medvl.base.tree import Tree
+from medvl.language import chat, images, system
+from medvl.language.chat import Chat
+from medvl.language.conversations import Conversation
+from medvl.systems.unified.model import Unified
+
+
+def ask_image(
+    model: Unified,
+    params: Tree,
+    image: Any,
+    question: str,
+    *,
+    max_tokens: int = 1024,
+    on_token: Callable[[str], None] | None = None,
+    **options: Any,
+) -> str:
+    """The answer to one question about an image, by greedy decoding; for research, not for diagnosis.
+
+    Threads may call it at once, for one model.
+
+    Args:
+        model, params: from `open_unified`, or from a run.
+        image, options: as of `make_question`; None = a question about no image.
+        on_token: called with each piece of the answer as soon as it is certain.
+    Raises:
+        ValueError: the model has no plugin to understand; as `make_question`; a question that is too long.
+    """
+    answering = model.task("understand")
+    prompts = chat.encode_conversations(
+        answering.chat, [make_question(answering.chat, image, question, **options)], prompt=True
+    )
+    selected = model.tasks.select(params, "understand")
+    stream = None if on_token is None else lambda row, piece: on_token(piece)
+    answers = chat.generate_answers(
+        answering.chat,
+        system.model_weights(answering, selected),
+        chat.make_batch(answering.chat, prompts, [0], side="left"),
+        chat.sampling_of(answering.chat, max_tokens),
+        params=selected,
+        on_token=stream,
+    )
+    return answers.texts[0].strip()
+
+
+def make_question(
+    opened: Chat,
+    image: Any,
+    text: str,
+    *,
+    page: int | None = None,
+    window: tuple[float, float] | None = None,
+) -> Conversation:
+    """A text about an image, opened.
+
+    Args:
+        image: a path (PNG, JPEG, DICOM, NIfTI...), a PIL image, or None.
+        page: of a file with several pages, frames or slices, from 0.
+        window: (black, white) of a file with greys of more than 8 bits; the chat's is taken if left out.
+    Raises:
+        ValueError: as `images.open_image`; no text, or tags <image> in it that do not match.
+    """
+    items: list[Any] = []
+    if image is not None:
+        if not isinstance(image, Image.Image):
+            levels = window or images.check_window(opened.cfg.window, "chat.window")
+            image = images.open_image(image, page=page, window=levels, only_deep=True)
+        items = [image]
+    content = text if "<image>" in text or not items else f"<image>\n{text}"
+    question = Conversation(messages=({"role": "user", "content": content},), images=tuple(items))
+    if not text.strip():
+        raise ValueError("ask: the question must have text, got none")
+    return question

@@ -1,0 +1,150 @@
+"""Pictures from texts and images: the language model writes the codes of a picture, the VQ model decodes them.
+
+Only codes may come, as many as a picture has, and then the end: no text is ever parsed.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Generator, Tensor
+
+from medvl.base.tree import Tree
+from medvl.components import vq
+from medvl.language import chat, encoding, sampling, system
+from medvl.language.chat import Encoded
+from medvl.language.conversations import Conversation
+from medvl.language.encoding import IGNORE, Sample
+from medvl.systems.unified.ask import make_question
+from medvl.systems.unified.model import Unified, picture_shape
+
+_log = logging.getLogger("medvl")
+
+
+def draw_image(
+    model: Unified,
+    params: Tree,
+    image: Any,
+    text: str,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    on_code: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> Image.Image:
+    """The picture that a text asks for; for research, not for diagnosis.
+
+    Threads may call it at once, for one model.
+
+    Args:
+        model, params: from `open_unified`, or from a run.
+        image, options: as of `make_question`; None = a picture from the text alone.
+        temperature: codes are drawn at it by `seed`; 0 = the likeliest code each time.
+        on_code: called with (codes that are written, codes of a picture).
+    Raises:
+        ValueError: the model has no plugin to draw; as `make_question`; a text that is too long.
+    """
+    question = make_question(model.task("draw").chat, image, text, **options)
+    prompts = encode_drawings(model, [question])
+    codes = draw_codes(model, params, prompts, [0], temperature=temperature, seed=seed, on_code=on_code)
+    return Image.fromarray(decode_pictures(model, codes)[0])
+
+
+def encode_drawings(
+    model: Unified, questions: Sequence[Conversation], pictures: Sequence[Sequence[int]] | None = None
+) -> Encoded:
+    """Token ids of questions and <start_index>; with `pictures`, the codes of each follow, to be trained on.
+
+    Those longer than the context are left out and counted, where they are trained.
+
+    Raises:
+        ValueError: as `chat.encode_conversations`; none fits the context.
+    """
+    opened, codes = model.task("draw").chat, model.codes
+    assert codes is not None
+    ends = encoding.end_ids(opened.tokenizer, chat.conversation_format(opened.cfg))
+    prompts = chat.encode_conversations(opened, questions, prompt=True)
+    samples, fitting = list[Sample](), list[Conversation]()
+    for i, prompt in enumerate(prompts.samples):
+        answer = [codes.start]
+        if pictures is not None:
+            answer += [*(codes.first + code for code in pictures[i]), codes.end, *ends]
+        start, stop = len(prompt.ids), len(prompt.ids) + len(answer)
+        if pictures is not None and stop > opened.cfg.context:
+            continue
+        ids = torch.cat([prompt.ids, torch.tensor(answer)])
+        labels = torch.full_like(ids, IGNORE)
+        if pictures is not None:
+            labels[start:] = ids[start:]
+        samples.append(Sample(ids=ids, labels=labels, trained=((start, stop),), visual=prompt.visual))
+        fitting.append(questions[i])
+    refused = len(questions) - len(fitting)
+    if refused:
+        message = (
+            f"{refused} of {len(questions)} drawings do not fit the context of {opened.cfg.context} tokens"
+        )
+        if not fitting:
+            raise ValueError(f"{message}; raise chat.context")
+        _log.warning("%s and are left out", message)
+    return Encoded(conversations=tuple(fitting), samples=tuple(samples), refused=refused)
+
+
+def draw_codes(
+    model: Unified,
+    params: Tree,
+    prompts: Encoded,
+    rows: Sequence[int],
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    on_code: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """The codes int64 [b, n] of the pictures that some of the prompts ask for.
+
+    A picture is a function of the seed and its row, whatever the others of its batch are, up to rounding.
+
+    Args:
+        prompts: from `encode_drawings`.
+    """
+    drawing, codes = model.task("draw"), model.codes
+    assert codes is not None
+    assert model.vq is not None
+    height, width = picture_shape(model.vq[0])
+    number = height * width
+    only_codes = sampling.allow_only(range(codes.first, codes.first + codes.number))
+    phases = sampling.allow_in_phases((number, only_codes), (1, sampling.allow_only([codes.end])))
+
+    def allowed(step: int, so_far: Tensor) -> Tensor:
+        if on_code is not None and step <= number:
+            on_code(step, number)
+        return phases(step, so_far)
+
+    selected = model.tasks.select(params, "draw")
+    generated = chat.generate_answers(
+        drawing.chat,
+        system.model_weights(drawing, selected),
+        chat.make_batch(drawing.chat, prompts, rows, side="left"),
+        sampling.Sampling(max_tokens=number + 1, end=(codes.end,), temperature=temperature),
+        params=selected,
+        allowed=allowed,
+        # A generator for each row: another batch size draws the same pictures.
+        gen=[Generator().manual_seed(seed * 1_000_003 + row) for row in rows],
+    )
+    return torch.tensor(generated.ids) - codes.first
+
+
+def decode_pictures(model: Unified, codes: Tensor) -> list[np.ndarray]:
+    """Pictures uint8 [y, x, 3] of codes [b, n]."""
+    assert model.vq is not None
+    cfg, weights = model.vq
+    device = next(iter(weights.values())).device
+    pictures = []
+    # One by one: the last bit of a picture must not depend on what else was in its batch.
+    for row in codes:
+        with torch.no_grad():
+            pixels = vq.decode_codes(cfg, weights, row.view(1, *picture_shape(cfg)).to(device))
+        pictures.append(vq.to_uint8(pixels)[0].cpu().numpy())
+    return pictures

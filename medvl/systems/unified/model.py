@@ -1,0 +1,269 @@
+"""The model of unified: one base in memory that understands images and draws them, each through a part of its own.
+
+Both tasks share the base and CLIP's tower. Of its own a task has an adapter, a projector and a level of the
+tower; to draw is to write the codes of a VQ model, tokens whose rows stand behind those of the base.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import evolve, frozen
+from torch import Generator, Tensor
+
+from medvl.base import processes
+from medvl.base.files import PathLike
+from medvl.base.tree import Tree, map_leaves
+from medvl.components.project import ProjectConfig, init_project
+from medvl.components.vq import VqConfig
+from medvl.hub import loading, skeletons, tokens
+from medvl.hub.checkpoints import find_optional_file, read_json
+from medvl.hub.plugin_files import Plugin, check_base, read_plugin
+from medvl.hub.tokens import CodeTokens
+from medvl.hub.vqgan_files import open_vqgan
+from medvl.language import chat, clip_vision, system, vision
+from medvl.language.chat import Chat, ChatConfig, ModelConfig
+from medvl.language.system import LanguageModel, Tasks
+from medvl.language.templates import PLACEHOLDERS, Placeholder
+from medvl.systems.unified.record import CLIP, Config, TowerConfig
+from medvl.training import stages
+from medvl.weights import extended, shards
+
+Vq = tuple[VqConfig, dict[str, Tensor]]  # a VQ model and its weights, which are frozen
+
+
+@frozen(kw_only=True, eq=False)
+class Unified:
+    """Everything but the weights of base, tower, adapters, projectors and rows."""
+
+    tasks: Tasks  # "understand", "draw" or both
+    codes: CodeTokens | None  # None: nothing can be drawn
+    vq: Vq | None
+
+    def task(self, name: str) -> LanguageModel:
+        """The language model of a task.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if name not in self.tasks.models:
+            raise ValueError(
+                f"this model has no plugin to {name}, only to {' and '.join(self.tasks.models)}: of HealthGPT's, M3 "
+                "has both, L14 and XL32 only understand; open it with one, or train one"
+            )
+        return self.tasks.models[name]
+
+
+def picture_shape(cfg: VqConfig) -> tuple[int, int]:
+    """Rows and columns of the codes of a picture, which is a square of `cfg.resolution` pixels."""
+    side = cfg.resolution // cfg.stride
+    return side, side
+
+
+# From a record ----------------------------------------------------------------------------------------------
+def init_model(
+    cfg: Config,
+    folder: Path,
+    vq: Vq | None,
+    texts: Sequence[str] = (),
+    *,
+    device: torch.device = torch.device("cpu"),
+) -> tuple[Unified, Tree]:
+    """The model and its starting weights {"model", "tower", TASK: {"projector", "lora"}, "rows"}.
+
+    Args:
+        vq: the trained VQ model; None = nothing is drawn, and there are no rows.
+        texts, device: as of `system.init_model`.
+    """
+    eyes, adapters = dict[str, Any](), dict[str, Any]()
+    made = dict[str, Any](codes=None, keep=0)
+
+    def add_parts(opened: Chat, params: Tree, gen: Generator) -> tuple[Chat, Tree]:
+        if vq is not None:
+            made["keep"] = len(opened.tokenizer)
+            opened, made["codes"], rows = add_codes(opened, params["model"], vq[0].codes)
+            params = params | {"rows": map_leaves(lambda t: t.float().clone(), rows)}
+        levels = {task: cfg.task(task).level for task in cfg.tasks}
+        towers, image_config, tower = open_tower(cfg.tower, levels, opened.dtype, device, gen)
+        params = params | {"tower": tower}
+        width = params["model"][chat.token_table(opened)].shape[1]
+        for task, skeleton in towers.items():
+            sizes = ProjectConfig(inputs=skeleton.config["hidden_size"], hidden=width, outputs=width)
+            projector = map_leaves(lambda t: t.to(device), init_project(sizes, gen))
+            eyes[task] = _task_vision(opened.cfg, image_config, skeleton, sizes, task)
+            params = params | {task: {"projector": projector}}
+            place, lora = f"{task}/lora", cfg.task(task).lora
+            adapters[task] = stages.init_trained_adapter(
+                cfg.train, lora, opened.skeleton, gen, device, place=place
+            )
+            if adapters[task] is not None:
+                params[task]["lora"] = adapters[task].factors
+        return opened, params
+
+    model, params = system.init_model(cfg, folder, texts, device=device, lower=False, extend=add_parts)
+    models = {}
+    for task, adapter in adapters.items():
+        models[task] = evolve(model, chat=evolve(model.chat, vision=eyes[task]), adapter=adapter)
+    select = partial(select_task, skeletons.table_names(model.chat.skeleton), made["keep"])
+    return Unified(tasks=Tasks(models=models, select=select), codes=made["codes"], vq=vq), params
+
+
+def add_codes(
+    opened: Chat, params: Mapping[str, Tensor], number: int
+) -> tuple[Chat, CodeTokens, dict[str, Tensor]]:
+    """The chat whose vocabulary has so many image codes, their tokens, and rows {"embed", "head"} for them: the
+    mean of the base's, as a view."""
+    keep = len(opened.tokenizer)
+    codes = tokens.add_image_codes(opened.tokenizer, number)
+    names = skeletons.table_names(opened.skeleton)
+    added = len(opened.tokenizer) - keep
+    rows = {part: extended.mean_rows(params[name], keep, added) for part, name in names.items()}
+    skeleton = skeletons.with_vocabulary(opened.skeleton, len(opened.tokenizer))
+    return evolve(opened, skeleton=skeleton), codes, rows
+
+
+def open_tower(
+    cfg: TowerConfig,
+    levels: Mapping[str, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    gen: Generator | None = None,
+) -> tuple[dict[str, skeletons.Skeleton], clip_vision.ClipImageConfig, dict[str, Tensor]]:
+    """(a skeleton of CLIP's tower for the level of each task, how images become pixels, the weights of the deepest
+    of them). A tower without a name is drawn from `gen`."""
+    config = loading.encoder_config(cfg.name, "vision") if cfg.name else cfg.config
+    towers = {task: clip_vision.tower_skeleton(config, level) for task, level in levels.items()}
+    deepest = max(towers.values(), key=lambda skeleton: skeleton.config["num_hidden_layers"])
+    image_config = clip_vision.ClipImageConfig(size=deepest.config["image_size"])
+    if settings := find_optional_file(cfg.name, "preprocessor_config.json") if cfg.name else None:
+        image_config = clip_vision.parse_clip_config(read_json(settings))
+    if device.type == "meta":
+        shapes = {name: p.shape for name, p in deepest.module.named_parameters()}
+        return (
+            towers,
+            image_config,
+            {n: torch.empty(s, dtype=dtype, device=device) for n, s in shapes.items()},
+        )
+    if cfg.name:
+        _, weights = loading.load_encoder(cfg.name, "vision")
+    else:
+        _, weights = skeletons.init_skeleton(
+            {**config, "model_type": "clip_vision_model"}, gen or Generator()
+        )
+    # The layers above are never run.
+    weights = clip_vision.level_params(weights, deepest)
+    return towers, image_config, {name: t.to(device, dtype) for name, t in weights.items()}
+
+
+def _task_vision(
+    cfg: ChatConfig,
+    image_config: clip_vision.ClipImageConfig,
+    skeleton: skeletons.Skeleton,
+    sizes: ProjectConfig,
+    task: str,
+) -> vision.Vision:
+    # Of a template of one's own: the token that tokenizers trained here have.
+    placeholder = PLACEHOLDERS.get(cfg.template, Placeholder(token="<|image_pad|>"))
+    return vision.clip_vision(
+        image_config, skeleton, sizes, f"{task}/projector", placeholder, window=cfg.window
+    )
+
+
+def select_task(names: Mapping[str, str], keep: int, params: Tree, task: str) -> Tree:
+    """What a task's model uses of all parameters: the same tensors, no copies.
+
+    Args:
+        names: {"embed", "head"} of the base's tables.
+        keep: rows of these before those of the codes.
+        params: a task's own "rows" and "tables", as a plugin brings them, go before the "rows" that tasks share.
+    """
+    own = params[task]
+    model = shards.lazy_shards(params["model"])
+    if rows := own.get("rows", params.get("rows")):
+        model = extended.extend_tables(model, names, shards.lazy_shards(rows), keep)
+    model |= {names[part]: table for part, table in own.get("tables", {}).items()}
+    selected = {"model": model, "tower": params["tower"], task: {"projector": own["projector"]}}
+    return selected | ({"lora": own["lora"]} if "lora" in own else {})
+
+
+# From plugins -----------------------------------------------------------------------------------------------
+def open_unified(
+    base: PathLike,
+    plugins: Mapping[str, Plugin | PathLike],
+    *,
+    vq: Vq | PathLike | None = None,
+    tower: PathLike = CLIP,
+    quantize: str = "none",
+    dtype: str = "bfloat16",
+    device: str = "auto",
+    window: tuple[float, ...] = (),
+) -> tuple[Unified, Tree]:
+    """One base with plugins that share it, to ask and to draw from any number of threads.
+
+    Args:
+        base: name on the hub or folder of the language model.
+        plugins: {"understand", "draw"}, or one of them: plugins, or their folders.
+        vq: the VQ model whose codes are drawn, or its folder (`invoke vqgan` makes one); needed to draw.
+        tower: name or folder of CLIP.
+        quantize: "nf4" or "fp4" of the base, as `ModelConfig`.
+        dtype: of the base; the parts beside it have it, too.
+        window: (black, white) of 16-bit, DICOM and NIfTI images.
+    Returns:
+        model and params {"model", "tower", TASK: {"projector", "lora", "rows", "tables"}}.
+    Raises:
+        ValueError: a plugin of another base, task, tokenizer or template; no VQ model to draw with, or one of
+            another number of codes; as `chat.open_chat` and `plugin_files.read_plugin`.
+    """
+    target, kind = processes.choose_device(device), chat.DTYPES[dtype]
+    opened_plugins = dict[str, Plugin]()
+    for task, plugin in plugins.items():
+        if not isinstance(plugin, Plugin):
+            plugin = read_plugin(plugin, dtype=kind, device=target)
+        if plugin.task != task:
+            raise ValueError(f"open_unified: the plugin to {task} must be one, got one to {plugin.task}")
+        opened_plugins[task] = plugin
+    if not opened_plugins or not {*plugins} <= {"understand", "draw"}:
+        raise ValueError(f'open_unified: plugins must be for "understand" or "draw", got {[*plugins]}')
+    records = [plugin.config for plugin in opened_plugins.values()]
+    if len({(record.template, record.tokens, record.codes) for record in records}) > 1:
+        raise ValueError(f"open_unified: plugins must have one template and vocabulary, got {records}")
+    record = records[0]
+    tok = tokens.tokenizer(base)
+    settings = ModelConfig(name=str(base), quantize=quantize, dtype=dtype)  # type: ignore[arg-type]
+    opened, weights = chat.open_chat(
+        settings, ChatConfig(template=record.template, window=window), tok, Generator(), device=target
+    )
+    for plugin in opened_plugins.values():
+        check_base(plugin, opened.skeleton, tok, base=str(base), template=record.template)
+    params: Tree = {"model": weights}
+    if vq is not None and not isinstance(vq, tuple):
+        vq = open_vqgan(vq, device=target)
+    if "draw" in opened_plugins and (vq is None or vq[0].codes != record.codes):
+        found = "none" if vq is None else f"one of {vq[0].codes} codes"
+        raise ValueError(
+            f"open_unified: to draw needs the VQ model of the plugin's {record.codes} codes as vq, got {found}"
+        )
+    codes, keep = None, len(tok)
+    means = dict[str, Tensor]()
+    if record.codes:
+        opened, codes, means = add_codes(opened, weights, record.codes)
+    levels = {task: plugin.level for task, plugin in opened_plugins.items()}
+    towers, image_config, params["tower"] = open_tower(TowerConfig(name=str(tower)), levels, kind, target)
+    unused: Any = None  # nothing is trained
+    models = {}
+    for task, plugin in opened_plugins.items():
+        up, down = plugin.projector["up"]["weight"], plugin.projector["down"]["weight"]
+        sizes = ProjectConfig(inputs=up.shape[1], hidden=up.shape[0], outputs=down.shape[0])
+        eye = _task_vision(opened.cfg, image_config, towers[task], sizes, task)
+        models[task] = LanguageModel(
+            cfg=unused, chat=evolve(opened, vision=eye), adapter=plugin.adapter, train=unused
+        )
+        # What a plugin has no rows for gets the mean, as in HealthGPT.
+        rows = {part: row for part, row in means.items() if part not in plugin.tables}
+        own = {"projector": plugin.projector, "lora": plugin.adapter.factors}
+        own |= {"rows": rows | (plugin.rows or {}), "tables": plugin.tables}
+        params[task] = map_leaves(lambda t: t.to(target, kind), own)
+    select = partial(select_task, skeletons.table_names(opened.skeleton), keep)
+    return Unified(tasks=Tasks(models=models, select=select), codes=codes, vq=vq), params

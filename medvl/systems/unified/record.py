@@ -1,0 +1,158 @@
+"""The record of unified: one model that understands images and draws them, trained in stages.
+
+image -> CLIP's tower at a level of the task -> projector of the task -> in the place of placeholders -> language
+model with the H-LoRA of the task -> an answer, or the codes of a picture -> VQ model -> the picture.
+"""
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from attrs import field, frozen
+
+from medvl.base import config
+from medvl.language.chat import ChatConfig, ModelConfig
+from medvl.language.system import check_quantized
+from medvl.training.record import TrainConfig, language_training
+from medvl.weights.lora import LoraConfig
+
+CLIP = "openai/clip-vit-large-patch14-336"
+Split = Literal["train", "valid", "test"]
+SPLITS: tuple[Split, ...] = ("train", "valid", "test")
+
+
+@frozen(kw_only=True)
+class TowerConfig:
+    """CLIP's vision tower: a hub name or folder, or without a name a config that is built from scratch."""
+
+    name: str = CLIP
+    config: dict[str, Any] = field(factory=dict)  # of a clip_vision_model; goes with name = ""
+
+    def __attrs_post_init__(self) -> None:
+        if bool(self.name) == bool(self.config):
+            raise ValueError(
+                'tower must have either a name (hub or folder) or, with name = "", a config to build from scratch'
+            )
+
+
+@frozen(kw_only=True)
+class TaskConfig:
+    """What a task has of its own."""
+
+    level: int  # of the tower's hidden states: 1 = of its first layer, -2 = of the last but one
+    lora: LoraConfig
+
+
+def _task(level: int, rank: int) -> Any:
+    # Of M3, the smallest model that was published.
+    lora = LoraConfig(rank=rank, alpha=2.0 * rank, experts=4, dropout=0.05, pattern="all-linear")
+    return config.subrecord(TaskConfig(level=level, lora=lora))
+
+
+@frozen(kw_only=True)
+class Source:
+    """Files of one kind of data. `{folder}`, `{name}` and `{split}` stand for data.folder, name and split."""
+
+    name: str
+    task: Literal["understand", "draw"]
+    # Conversations (see `read_conversations`), or of drawings those of `read_drawings`.
+    path: str = "{folder}/{name}/{split}.jsonl"
+    root: str = ""  # where relative image names start; "" = the folder of the file
+    splits: tuple[Split, ...] = SPLITS  # that are there
+    stages: tuple[str, ...] = ()  # names of those that are trained on it; () = all
+    share: float = 1.0  # of its training samples that stages with data = "mixed" see, drawn by the seed
+
+    def __attrs_post_init__(self) -> None:
+        config.check_patterns(self, f"data source {self.name}", path=("folder", "name", "split"), root=())
+        config.check_bounds(self, f"data source {self.name}", share=config.SHARE)
+
+
+@frozen(kw_only=True)
+class DataConfig:
+    """Where conversations and drawings are."""
+
+    folder: str = "data/unified"
+    sources: tuple[Source, ...]
+
+
+@frozen(kw_only=True)
+class EvaluateConfig:
+    """Answers by greedy decoding; pictures drawn at a temperature, 0 = the likeliest code each time."""
+
+    max_tokens: int = 64
+    batch: int = 8
+    drawings: int = 0  # of the test split; 0 = all
+    temperature: float = 0.0
+    bootstrap: int = 1000
+
+    def __attrs_post_init__(self) -> None:
+        config.check_bounds(self, "evaluate", max_tokens=(1, 2**20), batch=(1, 2**20), bootstrap=config.DRAWS)
+        config.check_bounds(self, "evaluate", drawings=config.COUNT_OR_NONE, temperature=(0, 100))
+
+
+@frozen(kw_only=True)
+class Config:
+    """A unified experiment."""
+
+    system: Literal["unified"]
+    about: str = ""
+    seed: int = 0
+    model: ModelConfig
+    data: DataConfig
+    chat: ChatConfig = ChatConfig()
+    tower: TowerConfig = TowerConfig()
+    vq: str = ""  # folder of the VQ model whose codes are drawn; "" = nothing is drawn
+    understand: TaskConfig = _task(-2, 64)
+    draw: TaskConfig = _task(1, 256)
+    train: TrainConfig = language_training()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    def __attrs_post_init__(self) -> None:
+        config.check_bounds(self, "experiment", seed=config.SEED)
+        check_quantized(self.model, self.train, "train understand/..., draw/... and rows/...")
+        tasks = {source.task for source in self.data.sources}
+        for stage in self.train.stages:
+            if stage.data not in ("understand", "draw", "mixed"):
+                raise ValueError(
+                    f'stage {stage.name}: data must be "understand", "draw" or "mixed", got {stage.data!r}'
+                )
+            missing = [task for task in stage_tasks(stage.data) if task not in tasks]
+            if missing:
+                raise ValueError(f"stage {stage.name}: data.sources must have one of task {missing[0]!r}")
+        if self.draws and not self.vq:
+            raise ValueError("vq must name the folder of the VQ model whose codes are drawn, got none")
+        drawn = [stage for stage in self.train.stages if stage.data != "understand"]
+        if drawn and not any(re.fullmatch(pattern, "rows/head") for pattern in drawn[0].train):
+            raise ValueError(
+                f"stage {drawn[0].name}: must train the rows of the image codes (rows/.*): they start alike, and "
+                "identical frozen rows give every code the same probability, so that the loss of 8,192 codes cannot "
+                "fall below ln 8192 = 9.01"
+            )
+
+    @property
+    def draws(self) -> bool:
+        """Whether pictures are drawn."""
+        return any(source.task == "draw" for source in self.data.sources)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Those that there is data for."""
+        tasks = {source.task for source in self.data.sources}
+        return tuple(task for task in ("understand", "draw") if task in tasks)
+
+    def task(self, name: str) -> TaskConfig:
+        """The record of a task."""
+        return self.understand if name == "understand" else self.draw
+
+
+def stage_tasks(data: str) -> tuple[str, ...]:
+    """The tasks of a stage's data."""
+    return ("understand", "draw") if data == "mixed" else (data,)
+
+
+def source_path(cfg: Config, source: Source, split: str) -> Path:
+    """The file of a split of a source."""
+    where = f"data source {source.name}"
+    return Path(
+        config.fill_pattern(source.path, where, folder=cfg.data.folder, name=source.name, split=split)
+    )
