@@ -94,8 +94,8 @@ def draw_modalities(cfg: ModalityConfig, folder: files.PathLike) -> dict[str, in
     return counts
 
 
-def _draw_conversations(cfg: ModalityConfig, split: str, i: int) -> tuple[str, np.ndarray, list[dict]]:
-    """The file name, the picture and the lines of a split's i-th case. Modalities take turns."""
+def _draw_conversations(cfg: ModalityConfig, split: str, i: int) -> pictures.Drawn:
+    """The picture and the lines of a split's i-th case. Modalities take turns."""
     modality = cfg.modalities[i % len(cfg.modalities)]
     number = i // len(cfg.modalities)
     picture, case = draw_modality_case(cfg, split, modality, number)
@@ -110,7 +110,7 @@ def _draw_conversations(cfg: ModalityConfig, split: str, i: int) -> tuple[str, n
             "episode_id": episode,
         }
         lines.append(line)
-    return name, picture, lines
+    return {name: picture}, lines
 
 
 def draw_modality_case(

@@ -13,6 +13,7 @@ from medvl.base import config, files
 from medvl.base.display import track
 
 SPLITS = ("train", "valid", "test")
+Drawn = tuple[dict[str, np.ndarray], list[dict]]  # {file name: picture uint8 [y, x, 3]}, lines of a table
 _SIDES, _ZONES = ("right", "left"), ("upper", "lower")
 _NUMBERS = ("no", "one", "two", "three")
 _QUESTIONS = {
@@ -53,32 +54,32 @@ def draw_pictures(cfg: PictureConfig, folder: files.PathLike) -> dict[str, int]:
     return counts
 
 
-def _draw_conversation(cfg: PictureConfig, split: str, number: int) -> tuple[str, np.ndarray, list[dict]]:
-    """The file name, the picture and the one line of a sample."""
+def _draw_conversation(cfg: PictureConfig, split: str, number: int) -> Drawn:
+    """The picture and the one line of a sample."""
     picture, question, answer, kind = draw_picture(cfg, split, number)
     name = f"{split}/{number}.png"
     line = conversation(f"{split}-{number}", name, question, answer) | {"category": kind}
-    return name, picture, [line]
+    return {name: picture}, [line]
 
 
-def write_split(
-    folder: Path, split: str, count: int, draw: Callable[[int], tuple[str, np.ndarray, list[dict]]]
-) -> None:
-    """Write `count` pictures and then `folder/{split}.jsonl`, unless that table is there already.
+def write_split(folder: Path, split: str, count: int, draw: Callable[[int], Drawn]) -> None:
+    """Write the pictures of `count` samples and then `folder/{split}.jsonl`, unless that table is there
+    already.
 
     Args:
-        draw: number -> file name within the folder, picture uint8 [y, x, 3], lines of the table.
+        draw: number -> pictures and lines of the table.
     """
     table = folder / f"{split}.jsonl"
     if table.exists():
         return
     lines = []
     for i in track(range(count), f"drawing pictures, {split}"):
-        name, picture, picture_lines = draw(i)
+        drawn, drawn_lines = draw(i)
         # An unfinished picture never has its final name, so a table that is there has all of its pictures.
-        with files.atomic(folder / name) as tmp:
-            Image.fromarray(picture).save(tmp, format="PNG")
-        lines += [json.dumps(line) + "\n" for line in picture_lines]
+        for name, picture in drawn.items():
+            with files.atomic(folder / name) as tmp:
+                Image.fromarray(picture).save(tmp, format="PNG")
+        lines += [json.dumps(line) + "\n" for line in drawn_lines]
     files.write_text(table, "".join(lines))
 
 

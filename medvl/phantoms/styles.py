@@ -4,8 +4,9 @@ Lengths are shares of a side; x runs to the right, y downwards, both -0.5 to 0.5
 have no source: they were chosen by eye, so that one sees which modality a picture stands for.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from attrs import frozen
@@ -152,7 +153,7 @@ def _mix(image: Array, share: Array, value: Array | float | tuple[float, ...]) -
     return image + share[..., None] * (np.asarray(value, np.float32) - image)
 
 
-def _mix_grey(image: Array, share: Array, value: Array | float) -> Array:
+def _mix_grey(image: Array | float, share: Array, value: Array | float) -> Array:
     """A grey image [y, x] with a share [y, x] of each pixel replaced."""
     return image + share * (value - image)
 
@@ -280,18 +281,30 @@ def _add_ribs_and_spine(image: Array, lungs: Array, x: Array, y: Array, gen: np.
 
 
 def _mri(n: int, gen: np.random.Generator) -> Scene:
-    """An axial slice of the head: rings from scalp to white matter, then the ventricles."""
+    """An axial slice of the head."""
+    return draw_head(n, gen, _MRI_GREYS)
+
+
+_MRI_GREYS = {"scalp": 185, "skull": 18, "cortex": 92, "sulci": 44, "white": 136, "fissure": 45, "fluid": 25}
+
+
+def draw_head(n: int, gen: np.random.Generator, greys: Mapping[str, Any]) -> Scene:
+    """An axial slice of the head: rings from scalp to white matter, then the ventricles.
+
+    Args:
+        greys: of each tissue, a number or float32 [look, 1, 1]: one anatomy in several looks, [look, y, x].
+    """
     x, y = _shifted_grid(n, gen, 0.02, 0.02)
     tilt = np.float32(gen.uniform(-0.08, 0.08))
     x = x + tilt * y
     half_width = gen.uniform(0.37, 0.41)
     half_height = gen.uniform(0.43, 0.47)
-    image = _oval(x, y, half_width, half_height) * np.float32(185)  # scalp
+    image = _mix_grey(0.0, _oval(x, y, half_width, half_height), greys["scalp"])
     skull = _oval(x, y, half_width - 0.03, half_height - 0.03)
-    image = _mix_grey(image, skull, 18)
-    # Dark sulci between the gyri, along the lines where a noise is 0.
+    image = _mix_grey(image, skull, greys["skull"])
+    # Sulci between the gyri, along the lines where a noise is 0.
     sulci = _inside(0.12 - np.abs(noise(n, 16, gen)), 0.2)
-    cortex = 92 - 48 * sulci
+    cortex = _mix_grey(greys["cortex"], sulci, greys["sulci"])
     brain = _oval(x, y, half_width - 0.055, half_height - 0.055)
     image = _mix_grey(image, brain, cortex)
     # White matter: noise moves its border, but nothing far inside or outside of it.
@@ -299,15 +312,15 @@ def _mri(n: int, gen: np.random.Generator) -> Scene:
     on_border = (inner > 0) * (inner < 1)
     unevenness = 0.35 * noise(n, 14, gen) * on_border
     white_matter = np.clip(inner + unevenness, 0, 1)
-    image = _mix_grey(image, white_matter, 136 + 6 * noise(n, 8, gen))
+    image = _mix_grey(image, white_matter, greys["white"] + 6 * noise(n, 8, gen))
     along_brain = _oval(x, y, half_width - 0.06, half_height - 0.06)
     fissure = _inside(0.006 - np.abs(x), 0.012) * along_brain
-    image = _mix_grey(image, fissure, 45)
+    image = _mix_grey(image, fissure, greys["fissure"])
     size = gen.uniform(0.8, 1.25)
     for side in (-1, 1):
         ventricle_x = x - side * (0.035 + 1.2 * (y + 0.01) ** 2)  # both bend outwards at their ends
         ventricle = _oval(ventricle_x, y + 0.01, 0.026 * size, 0.12 * size)
-        image = _mix_grey(image, ventricle, 25)
+        image = _mix_grey(image, ventricle, greys["fluid"])
     within_brain = _oval(x, y, half_width - 0.13, half_height - 0.13) > 0.5
     beside_ventricles = np.abs(x) > 0.14
     return Scene(image=image[..., None], zone=within_brain & beside_ventricles, grain=6)
