@@ -78,8 +78,11 @@ class Lazy(Tensor):
             if attributes[name] is not None:
                 attributes[name] = f(attributes[name])
         tensors = [attributes[name] for name in self._parts if attributes[name] is not None]
-        # The first part is the weight itself, or the base that it corrects, so it says dtype and device.
-        dtype = next((t.dtype for t in tensors if t.is_floating_point()), self.dtype)
+        # The first part is the weight itself, or the base that it corrects, so it says dtype and device. Codes
+        # stand for another dtype than that of their scales.
+        dtype = self.dtype
+        if not self.fixed:
+            dtype = next((t.dtype for t in tensors if t.is_floating_point()), self.dtype)
         return type(self).like(self.shape, dtype, tensors[0].device, **attributes)
 
     def moved(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> "Lazy":

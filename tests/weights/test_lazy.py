@@ -255,6 +255,8 @@ def test_moving_copying_counting():
     assert lazy.shape == (12, 10)
     assert not lazy.requires_grad
     assert lazy.base.nbytes == 60 + 2 + 4 + 4 + 1024
+    codes = four_bit.quantize_matrix(w.bfloat16())
+    assert copy.deepcopy(codes).dtype == codes.clone().dtype == torch.bfloat16  # not that of the scales
     moved = weights.move_params({"x": lazy, "w": w}, dtype=torch.bfloat16)
     assert [moved["x"].dtype, moved["w"].dtype, moved["x"].base.absmax.dtype] == [torch.bfloat16] * 2 + [
         torch.uint8
