@@ -42,7 +42,8 @@ class Extended(Lazy):
         is_new = ids >= self.keep
         old = F.embedding(ids.masked_fill(is_new, 0), self.base, *args, **kwargs)
         new = F.embedding((ids - self.keep).masked_fill(~is_new, 0), self.rows)
-        return torch.where(is_new[..., None], new.to(old.dtype), old)
+        # An estimate, whose weights are on "meta", embeds ids of the CPU.
+        return torch.where(is_new[..., None].to(old.device), new.to(old.dtype), old)
 
     def dense(self) -> Tensor:
         old = dense(self.base)[: self.keep]

@@ -209,3 +209,37 @@ def test_every_call_of_transformers_that_could_run_code_forbids_it():
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "from_pretrained":
                 given = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
                 assert given.get("trust_remote_code") is False, f"{path.name}:{node.lineno}"
+
+
+# Image codes ------------------------------------------------------------------------------------------------
+def test_image_codes_of_the_real_phi3_tokenizer(shared_data):
+    """HealthGPT-M3's ids: 8,195 tokens behind 32,011, so that table and head have 40,206 rows."""
+    tok = tokens.tokenizer(shared_data / "tokenizers/phi-3-mini")
+    assert len(tok) == 32011
+    before = tok("A nodule of 12 mm.<|end|>\n<|assistant|>\n")["input_ids"]
+    codes = tokens.add_image_codes(tok)
+    assert codes == tokens.CodeTokens(start=32011, first=32012, number=8192, end=40204, newline=40205)
+    assert len(tok) == 40206
+    assert tok.convert_tokens_to_ids("<idx_8191>") == 40203
+    text = "<start_index><idx_0><idx_8191><end_index>"
+    assert tok(text)["input_ids"] == [32011, 32012, 40203, 40204]
+    assert tok.decode([32011, 32012, 40203, 40204]) == text
+    assert tok("A nodule of 12 mm.<|end|>\n<|assistant|>\n")["input_ids"] == before
+
+
+def test_image_codes_are_added_once_and_found_again(tmp_path):
+    tok = tokens.train_bpe(REPORTS, 300)
+    size = len(tok)
+    codes = tokens.add_image_codes(tok, 16)
+    assert (codes.start, codes.first, codes.end, codes.newline) == (size, size + 1, size + 17, size + 18)
+    assert tokens.add_image_codes(tok, 16) == codes
+    tok.save_pretrained(tmp_path / "tok")
+    again = tokens.tokenizer(tmp_path / "tok")
+    assert tokens.add_image_codes(again, 16) == codes
+    assert len(again) == size + 19
+    assert again.decode([codes.first + 3], skip_special_tokens=True) == ""  # as of other special tokens
+    with pytest.raises(ValueError, match=r"the last 11 tokens .* <start_index>, <idx_0> to <idx_7>, .*take"):
+        tokens.add_image_codes(again, 8)
+    again.add_tokens(["<more>"])
+    with pytest.raises(ValueError, match=r"but <start_index> is \d+ and <pixel_newline> \d+ of \d+"):
+        tokens.add_image_codes(again, 16)

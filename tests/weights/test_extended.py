@@ -12,7 +12,7 @@ from medvl.components import losses
 from medvl.hub import skeletons
 from medvl.language import generate, vlm
 from medvl.language.sampling import Sampling
-from medvl.training import gradients, loop, optim, states, trace
+from medvl.training import estimate, gradients, loop, optim, states, trace
 from medvl.weights import four_bit, lazy
 from medvl.weights.extended import Extended, extend_table, extend_tables, mean_rows
 from medvl.weights.lora import LoraConfig, apply_lora, init_lora
@@ -170,6 +170,27 @@ def test_gradients_in_a_model(checkpointed):
     for name, grad in flatten(grads).items():
         torch.testing.assert_close(grad, flatten(peers)[name])
         assert grad.abs().max() > 0, name
+
+
+def test_an_estimate_runs_without_storage():
+    skeleton, params, names, keep = small_phi3()
+    params = {name: t.to("meta") for name, t in params.items()}
+    rows = {part: torch.empty(N, 32, device="meta", requires_grad=True) for part in names}
+    weights = extend_tables(params, names, rows, keep)
+    ids = torch.tensor([[3, 4, keep, 9, keep + 1]])
+    visual = torch.empty(1, 32, device="meta")
+
+    def step():
+        embedded = vlm.splice(ids, visual, weights[names["embed"]], 9)
+        batch = {"inputs_embeds": embedded, "mask": torch.ones_like(ids), "labels": ids}
+        loss, _ = vlm.answer_loss(skeleton, weights, batch)
+        grads = torch.autograd.grad(loss, list(rows.values()))
+        assert all(grad.is_meta and grad.shape == (N, 32) for grad in grads)
+
+    peak = estimate.peak_of(step, {"model": params, "rows": rows})
+    assert peak["rows"] == 2 * N * 32 * 4
+    assert peak["model"] == lazy.nbytes(params)
+    assert mean_rows(params[names["embed"]], keep, N).is_meta
 
 
 def test_identical_frozen_rows_of_the_head_floor_the_loss():
