@@ -2,6 +2,6 @@
 
 `results` holds the record, its file and tables; `metrics` scores findings and retrieval with bootstrap
 intervals, `accuracy` right and wrong answers in groups, `pictures` how much pictures resemble their targets;
-`answers` says when a written answer is right, `choices` reads and writes multiple-choice questions and
-`choice_answers` tells which option an answer chooses; `plots` draws figures, `report` writes pages and CSV.
+`answers` says when a written answer is right, `choices` reads and writes multiple-choice questions,
+`choice_answers` tells which option an answer chooses, and `vqa` scores answers of both kinds; `plots` draws figures, `report` writes pages and CSV.
 """

@@ -1,0 +1,93 @@
+"""Answers by one rule, and what is right without an image: a naive count of all other records."""
+
+import numpy as np
+import pytest
+import torch
+
+from medvl.evaluation.vqa import is_right, score_answers
+
+OPTIONS = {"A": "Lung", "B": "Heart.", "C": "heart"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "options", "right"),
+    [
+        ("Yes, there is.", "yes", None, True),
+        ("No", "yes", None, False),
+        (None, "yes", None, False),
+        ("A", "A. Lung", OPTIONS, True),
+        ("The answer is lung", "A. Lung", OPTIONS, True),
+        ("B", "A. Lung", OPTIONS, False),
+        ("C", "B. Heart.", OPTIONS, True),  # the same text
+        ("A or B", "A. Lung", OPTIONS, False),
+        (None, "A. Lung", OPTIONS, False),
+    ],
+)
+def test_when_an_answer_is_right(answer, gold, options, right):
+    assert is_right(answer, gold, options) == right
+
+
+def test_gold_must_be_an_answer():
+    with pytest.raises(ValueError, match="gold must choose one of"):
+        is_right("A", "kidney", OPTIONS)
+    with pytest.raises(ValueError, match="gold must hold a word"):
+        is_right("A", "...")
+
+
+def score(answers, gold, families, groups, options=None):
+    rows = score_answers(
+        answers, gold, options or [None] * len(gold), families, groups,
+        split="test", experiment="x-1", n=50, gen=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    return {(r.subject, r.what): r for r in rows}
+
+
+def usual_naive(gold):
+    """How often the most frequent answer of the others is right; of equally frequent ones any may be."""
+    least, most = 0, 0
+    for i, own in enumerate(gold):
+        others = [*gold[:i], *gold[i + 1 :]]
+        best = {g for g in others if others.count(g) == max(map(others.count, others))}
+        least, most = least + (best == {own}), most + (own in best)
+    return least / len(gold), most / len(gold)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_record_is_lost_and_constants_are_those_of_a_naive_count(seed):
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(3, 30))
+    gold = rng.choice(["yes", "no", "lung", "t1"], n, p=[0.4, 0.35, 0.15, 0.1]).tolist()
+    families = ["closed" if g in ("yes", "no") else "open" for g in gold]
+    answers = [g if rng.random() < 0.5 else "other" for g in gold]
+    rows = score(answers, gold, families, rng.integers(0, 5, n).tolist())
+    for subject in {"all", *families}:
+        of = [i for i, f in enumerate(families) if subject in ("all", f)]
+        own = [gold[i] for i in of]
+        ours = rows[subject, "accuracy"]
+        assert (ours.n, ours.split, ours.experiment) == (len(of), "test", "x-1")
+        assert ours.value == pytest.approx(np.mean([answers[i] == gold[i] for i in of]))
+        assert rows[subject, "accuracy_of_yes"].value == pytest.approx(np.mean([g == "yes" for g in own]))
+        if subject != "all" and len(own) > 1:
+            least, most = usual_naive(own)
+            assert least <= rows[subject, "accuracy_of_the_usual_answer"].value <= most
+    usual = rows["all", "accuracy_of_the_usual_answer"]
+    assert usual.n == n
+    parts = [rows[f, "accuracy_of_the_usual_answer"] for f in set(families)]
+    assert usual.value == pytest.approx(sum(p.value * p.n for p in parts) / n)
+
+
+def test_a_record_does_not_vote_for_itself():
+    gold = ["a", "b", "c", "d"]
+    assert score(gold, gold, ["open"] * 4, range(4))["open", "accuracy_of_the_usual_answer"].value == 0
+    assert score(["x"], ["x"], ["open"], [0])["open", "accuracy_of_the_usual_answer"].value == 0
+    assert score(gold, ["Yes.", "yes", "YES", "no"], ["closed"] * 4, range(4))[
+        "closed", "accuracy_of_the_usual_answer"
+    ].value == pytest.approx(0.75)
+
+
+def test_choices_have_letters():
+    options = [{"A": "x", "B": "y"}, {"A": "x", "B": "z"}, {"A": "x", "B": "y"}, {"A": "u", "B": "v"}]
+    gold = ["B. y", "B. z", "A. x", "B. v"]
+    rows = score(["B", "A", "x", None], gold, ["choice"] * 4, range(4), options)
+    assert rows["choice", "accuracy"].value == 0.5
+    assert rows["choice", "accuracy_of_the_usual_answer"].value == 0.75
