@@ -496,7 +496,11 @@ def _tokenize_between(
             piece = placeholder.after + piece
         if i < len(pieces) - 1:
             piece += placeholder.before
-        ids += _token_ids(traits, piece, first=first and i == 0)
+        begins = first and i == 0
+        # Not left to the tokenizer: a fast one puts no space before a special token or another space.
+        if placeholder.spaced and (begins or i > 0) and not traits.spaces:
+            piece, begins = f" {piece}", False
+        ids += _token_ids(traits, piece, first=begins)
     return ids, runs
 
 

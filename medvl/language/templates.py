@@ -27,6 +27,9 @@ class Placeholder:
     token: str
     before: str = ""
     after: str = ""
+    # The texts before and behind an image each begin with the space that sentencepiece puts before a text, also
+    # where a special token follows: as LLaVA's tokenizer_image_token with a slow tokenizer.
+    spaced: bool = False
 
 
 # As the published chat templates and processors of the two families write an image.
@@ -70,9 +73,10 @@ TEMPLATES = {
 """Named templates. "chatml" is that of Qwen3's instruct models without thinking; the others are those
 HealthGPT was trained with. Its phi4 took the system turn from Phi-4's model card: give a system message to
 have another."""
-# A spare token of each vocabulary stands for images, which HealthGPT marks with a number outside of it.
+# Images in these templates, with the ids of HealthGPT, whose slow tokenizer of Phi-3 writes spaces. A spare token
+# of each vocabulary stands where it has a number outside of it.
 PLACEHOLDERS = {
-    "phi3": Placeholder(token="<|placeholder1|>"),
+    "phi3": Placeholder(token="<|placeholder1|>", spaced=True),
     "phi4": Placeholder(token="<|dummy_0|>"),
     "qwen2": Placeholder(token="<|image_pad|>"),
 }

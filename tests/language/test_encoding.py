@@ -11,7 +11,14 @@ from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers
 from medvl.hub import tokens
 from medvl.language import encoding, templates
 from medvl.language.encoding import TooLong, encode_conversation, encode_fitting, encode_prompt
-from medvl.language.templates import INTERN_VL, QWEN_VL, TEMPLATES, ConversationFormat, Placeholder
+from medvl.language.templates import (
+    INTERN_VL,
+    PLACEHOLDERS,
+    QWEN_VL,
+    TEMPLATES,
+    ConversationFormat,
+    Placeholder,
+)
 from tests.tiny import turns
 
 WORDS = [
@@ -510,6 +517,68 @@ def test_images_with_real_tokenizers(real):
     assert sample.ids[a:b].tolist() == [32002] * n
     assert tok.decode(sample.ids[:a]) == "<|system|>You are a helpful AI assistant.<|end|><|user|>"
     assert exact(tok, sample.ids[b:].tolist()) == "\nWhat is it?<|end|><|assistant|>CT.<|end|>"
+
+
+def test_texts_beside_images_may_begin_with_a_space():
+    """LLaVA's tokenizer_image_token: chunks are tokenised one by one, each as the slow tokenizer would."""
+    tok = spaced(False)
+    holder = Placeholder(token="<|image_pad|>", spaced=True)
+    messages = turns("a <image> and\n<image>\nWhat?", "<image is no tag here> CT.")
+    sample = encode(tok, messages, placeholder=holder, visual=[2, 1], template="phi3")
+    text = tok.apply_chat_template(messages, chat_template=TEMPLATES["phi3"], tokenize=False)
+    start = tok.convert_tokens_to_ids("<|im_start|>")
+    image = tok.convert_tokens_to_ids("<|image_pad|>")
+    want = []
+    for chunk, count in zip(text.split("<image>"), (2, 1, 0), strict=True):
+        # Behind a special token nothing is added, so that the space is this one.
+        want += tok(f"<|im_start|> {chunk}", add_special_tokens=False)["input_ids"][1:]
+        want += [image] * count
+    assert start not in want
+    # The answer goes on behind its header, and not behind a space.
+    assert sample.ids.tolist() == want[: len(sample.ids)]
+    plain = encode(
+        tok, messages, placeholder=Placeholder(token="<|image_pad|>"), visual=[2, 1], template="phi3"
+    )
+    assert len(sample.ids) > len(plain.ids)
+    assert [b - a for a, b in sample.visual] == [2, 1]
+
+
+def test_prompts_of_healthgpt(real):
+    """Ids that tokenizer_image_token of LLaVA makes with the slow tokenizers of transformers 4.41.2."""
+    phi, qwen = real["phi"][0], real["qwen2.5"][0]
+    system = [29871, 32006, 3492, 526, 263, 8444, 319, 29902, 20255, 29889, 32007, 32010]
+    question = [5618, 338, 278, 633, 8945, 537, 29973, 32007, 32001]
+    asked, n = turns("What is the abnormality?"), 3
+    shown = turns("<image>\nWhat is the abnormality?")
+    both = turns("First <image>\nthen <image> and\nWhat is the abnormality?")
+    fmt = {"placeholder": PLACEHOLDERS["phi3"], "template": "phi3"}
+    assert prompt_of(phi, asked, **fmt).ids.tolist() == system + question
+    image = [32002] * n
+    want = [*system, *image, 29871, 13, *question]
+    assert prompt_of(phi, shown, visual=[n], **fmt).ids.tolist() == want
+    want = [*system, 6730, 29871, *image, 29871, 13, 6098, 29871, *image, 29871, 322, 13, *question]
+    assert prompt_of(phi, both, visual=[n, n], **fmt).ids.tolist() == want
+    fmt = {"placeholder": PLACEHOLDERS["qwen2"], "template": "qwen2"}
+    sample = prompt_of(qwen, shown, visual=[n], **fmt)
+    text = (
+        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+    )
+    text += "<|im_start|>user\n<|image_pad|>\nWhat is the abnormality?<|im_end|>\n<|im_start|>assistant\n"
+    assert sample.ids.tolist() == qwen(text.replace("<|image_pad|>", "<|image_pad|>" * n))["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("text", "images", "message"),
+    [
+        ("<image> <image> What?", 1, "got 2 tags and 1 images"),
+        ("What?", 1, "got 0 tags and 1 images"),
+        ("<image> What?", 0, "got 1 tags and 0 images"),
+    ],
+)
+def test_tags_and_images_go_together(bpe, text, images, message):
+    holder = Placeholder(token="<|image_pad|>")
+    with pytest.raises(ValueError, match=f"every tag '<image>' needs its image, {message}"):
+        prompt_of(bpe, turns(text), placeholder=holder, visual=[4] * images)
 
 
 def test_codes_that_answers_may_hold(bpe):
