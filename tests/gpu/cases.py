@@ -19,12 +19,14 @@ from medvl.adapters.embed_config import EmbedConfig
 from medvl.base import config
 from medvl.base.tree import flatten, map_leaves, merge_trees, split_tree
 from medvl.components import compress, encode, fuse, layers, losses, text
+from medvl.components.project import ProjectConfig, init_project
 from medvl.components.slots import CompressConfig
 from medvl.hub import skeletons
 from medvl.hub.peft_files import write_adapter
-from medvl.language import chat, encoding, generate, likelihood, system, vlm
+from medvl.language import chat, clip_vision, encoding, generate, likelihood, system, vision, vlm
 from medvl.language.conversations import Conversation
 from medvl.language.sampling import Sampling, allow_only
+from medvl.language.templates import PLACEHOLDERS
 from medvl.systems.ct_clip import model as ct_clip
 from medvl.systems.ct_clip import score
 from medvl.systems.ct_clip.record import Config as CtClipConfig
@@ -738,6 +740,28 @@ def _(device):
         numbers[f"{name} grad"] = torch.autograd.grad(total, x)[0].cpu()
         numbers[f"{name} each"] = each.detach().cpu()
         numbers[f"{name} count"] = count.cpu()
+    return numbers
+
+
+@case("visual tokens of two levels of CLIP's tower, and the gradient of their projector")
+def _(device):
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = {"model_type": "clip_vision_model", **sizes, "image_size": 28, "patch_size": 14}
+    gen = generator()
+    tower = skeletons.init_skeleton(config, gen)[1]
+    project = ProjectConfig(inputs=16, hidden=24, outputs=24)
+    params = map_leaves(lambda t: t.to(device), {"tower": tower, "projector": init_project(project, gen)})
+    cfg = clip_vision.ClipImageConfig(size=28)
+    images = [tiny.drawn((20, 31)), tiny.drawn((5, 3))]
+    numbers = {}
+    for level in (-2, 1):
+        skeleton = clip_vision.tower_skeleton(config, level)
+        seen = vision.clip_vision(cfg, skeleton, project, "projector", PLACEHOLDERS["phi3"])
+        batch = {name: t.to(device) for name, t in seen.load_items(images).items()}
+        weight = params["projector"]["up"]["weight"].requires_grad_()
+        visual = seen.embed(params, batch)
+        numbers[f"{level} visual"] = visual.detach().cpu()
+        numbers[f"{level} grad"] = torch.autograd.grad(visual.square().sum(), weight)[0].cpu()
     return numbers
 
 
