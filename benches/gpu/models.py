@@ -74,6 +74,31 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "vision_config": _QWEN_VISION
         | {"depth": 32, "embed_dim": 1280, "hidden_size": 3584, "num_heads": 16, "mlp_ratio": 4},
     },
+    # Qwen2.5-1.5B with a head of its own (2.09 billion weights in all), InternViT-300M, tiles of 448 pixels.
+    "OpenGVLab/InternVL3-2B-hf": {
+        "model_type": "internvl",
+        "image_token_id": 151667,
+        "tie_word_embeddings": False,
+        "text_config": QWEN25_7B
+        | {
+            "hidden_size": 1536,
+            "intermediate_size": 8960,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 2,
+            "vocab_size": 151674,
+            "tie_word_embeddings": False,
+        },
+        "vision_config": {
+            "model_type": "internvl_vision",
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "attention_bias": True,
+            "image_size": [448, 448],
+            "patch_size": [14, 14],
+        },
+    },
 }
 # Linear layers that LoRA is put on.
 LINEAR = r".*\.(q|k|v|o|gate|up|down)_proj"

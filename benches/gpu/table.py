@@ -19,7 +19,7 @@ from attrs import frozen
 from benches.gpu.models import PUBLISHED
 from medvl.ct.preprocess import size_of
 from medvl.evaluation import results
-from medvl.hub import loading
+from medvl.hub import loading, tokens
 from medvl.language import chat, vision
 from medvl.systems import run
 from medvl.training import trace
@@ -123,7 +123,7 @@ def published_models() -> Iterator[None]:
     with (
         mock.patch.object(chat, "config_of", config_of),
         mock.patch.object(vision, "vision_of", default_preprocessing),
-        mock.patch.object(chat, "tokenizer_of", return_value=Tokenizer(151_655)),
+        mock.patch.object(tokens, "tokenizer", return_value=Tokenizer(151_655)),
         mock.patch.object(loading, "encoder_config", encoder_config),
     ):
         yield

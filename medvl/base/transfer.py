@@ -1,11 +1,14 @@
 """Copies to a GPU that the host does not wait for, and the memory that is free there."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_FREE_IN_ESTIMATES = 70 * 2**30
+_CARD_OF_ESTIMATES = 80 * 10**9  # bytes of the GPU that "meta" stands for
+_bytes_on_meta: Callable[[], int] = lambda: 0  # what an estimate counts as allocated there
 
 
 def pin(batch: Any) -> Any:
@@ -30,16 +33,27 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Bytes that can still be allocated on a GPU; None on a CPU. On "meta", where estimates are made, those of a
-    GPU of 80 GB.
+    """Bytes that can still be allocated on a GPU; None on a CPU. On "meta", where estimates are made, what
+    `allocated_on_meta` leaves of a GPU of 80 GB.
     """
     if device.type == "meta":
-        return _FREE_IN_ESTIMATES
+        return max(0, _CARD_OF_ESTIMATES - _bytes_on_meta())
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)
     # What torch has freed and holds back for its next allocations is free for us.
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+@contextmanager
+def allocated_on_meta(count: Callable[[], int]) -> Iterator[None]:
+    """Inside the block `count` says how many bytes tensors on "meta" would take."""
+    global _bytes_on_meta
+    before, _bytes_on_meta = _bytes_on_meta, count
+    try:
+        yield
+    finally:
+        _bytes_on_meta = before
 
 
 def index_device(device: torch.device) -> torch.device:

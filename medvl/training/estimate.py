@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from medvl.base import transfer
 from medvl.training import trace
 from medvl.weights import lazy
 
@@ -39,6 +40,10 @@ class Ledger(TorchDispatchMode):
         """Enter tensors that exist already, under the name of a part."""
         for tensor in _tensors(tree):
             self._parts[self._enter(tensor)] = part
+
+    def alive(self) -> int:
+        """Bytes of all that is alive now."""
+        return sum(size for _, size in self._events)
 
     def peak(self) -> dict[str, int]:
         """Bytes by part at the moment when most were alive; what was never named is "activations and
@@ -159,7 +164,7 @@ def peak_of(
     ledger = Ledger(counter)
     for part, tree in existing.items():
         ledger.enter_as(part, tree)
-    with ledger, trace.gpu_kernels(counter):
+    with ledger, trace.gpu_kernels(counter), transfer.allocated_on_meta(ledger.alive):
         call()
     return ledger.peak()
 

@@ -7,7 +7,9 @@ from medvl.training.estimate import Step
 
 def test_the_page_has_a_row_for_every_experiment_of_a_gpu():
     names = table.experiment_names()
-    assert {"ctclip_vitb", "tune_qwen25vl_7b_qlora", "slide_vqa_qwen3_4b"} <= set(names)
+    assert {"ctclip_vitb", "tune_qwen25vl_7b_qlora", "slide_vqa_qwen3_4b", "adapters_internvl3_2b"} <= set(
+        names
+    )
     page = table.PAGE.read_text(encoding="utf-8")
     rows = page.split(table.MARKS[0])[1].split(table.MARKS[1])[0]
     assert [name for name in names if f"| `{name}` |" not in rows] == []

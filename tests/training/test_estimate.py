@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
+from medvl.base import transfer
 from medvl.components.losses import token_cross_entropy
 from medvl.hub import skeletons
 from medvl.training import estimate
@@ -47,6 +48,25 @@ def test_views_and_what_is_known_count_once():
     assert estimate.peak_of(lambda: w.t().view(-1)[:5] if False else w[:5].t(), {"a": w, "b": w[1:]}) == {
         "b": 4000
     }
+
+
+def test_what_is_alive_is_not_free():
+    """Weights, and what a step makes until it goes."""
+    meta = torch.device("meta")
+    w = torch.empty(1000, device=meta)
+    whole = transfer.free_bytes(meta)
+    free = []
+
+    def call():
+        free.append(transfer.free_bytes(meta))
+        a = w + 1
+        free.append(transfer.free_bytes(meta))
+        del a
+        free.append(transfer.free_bytes(meta))
+
+    estimate.peak_of(call, {"weights": w})
+    assert [whole - rest for rest in free] == [4000, 8000, 4000]
+    assert transfer.free_bytes(meta) == whole
 
 
 def test_values_of_masks_are_followed():

@@ -25,6 +25,12 @@ def test_flops_bytes_and_kernels_of_a_product_and_a_sum():
     assert work.flops_of_dtype == {"float32": 210}
 
 
+def test_views_launch_no_kernel():
+    a, b = empty(2, 3, 5), empty(2, 5, 7)
+    # torch takes the product apart into a batch of products and a view whose schema calls it a new tensor.
+    assert trace.count_work(lambda: (a.unsqueeze(1) @ b.unsqueeze(1)).flatten()).operations == {"bmm": 1}
+
+
 def block(x, w):
     q, k, v = F.linear(x, w["in"]).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
     return x + F.linear(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), w["out"])
