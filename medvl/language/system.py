@@ -27,6 +27,7 @@ from medvl.training import estimate, gradients, order, stages
 from medvl.training.record import Stage, TrainConfig
 from medvl.weights import lora, shards
 
+_TOKENISED = 1000  # conversations for an estimate of memory
 _UNFINISHED = ".unfinished.jsonl"  # end of the name of answers that are kept until all are there
 Params = (
     Tree  # {"model": {name: weight}, "lora": factors where there is an adapter, and what the system adds}
@@ -429,6 +430,7 @@ def estimate_steps(
     """
     train = model.train
     rows = stages.estimate_rows(train, number_of_processes)
+    conversations = _longest(conversations)
     # The longest conversations: memory must be enough for the worst batch, not for a usual one.
     batch = chat.fullest_batch(
         model.chat, conversations, rows, item, tokens=train.tokens, packing=train.packing
@@ -442,6 +444,19 @@ def estimate_steps(
         )
         for stage in train.stages
     }
+
+
+def _longest(conversations: Sequence[Dialogue]) -> Sequence[Dialogue]:
+    """At most 1,000 conversations, those with the most to show and to read: to tokenise a million takes minutes."""
+    if len(conversations) <= _TOKENISED:
+        return conversations
+
+    def size(conversation: Dialogue) -> int:
+        characters = sum(len(message["content"]) for message in conversation.messages)
+        # An image has about as many tokens as 4,000 characters.
+        return characters + 4000 * len(conversation.items)
+
+    return sorted(conversations, key=size, reverse=True)[:_TOKENISED]
 
 
 def device_of(train: TrainConfig) -> torch.device:

@@ -20,7 +20,7 @@ import medvl.systems
 from medvl.base import config, display, files, processes
 from medvl.evaluation import results
 from medvl.evaluation.results import Result
-from medvl.systems.memory import check_memory
+from medvl.systems.memory import check_memory, fullest_card
 from medvl.systems.system import Log, System
 from medvl.training.determinism import deterministic
 from medvl.training.record import training_tables
@@ -197,7 +197,8 @@ def _train_and_assess(cfg: Any, folder: Path, log: Log) -> list[Result]:
             log = _kept_log(log, folder)
         log(f"{folder}")
         data = _by_first_process(lambda: system.prepare(cfg, log))
-        _by_first_process(lambda: check_memory(system, cfg, number_of_processes))
+        card = fullest_card(cfg)
+        _by_first_process(lambda: check_memory(system, cfg, card, number_of_processes, data))
         # Only now: data that are missing leave no folder that looks like a run.
         _describe(folder, cfg)
         log(f"data in place after {_minutes_since(start)}")

@@ -49,8 +49,8 @@ class System:
     was: `prepare` and `fit` find what is done.
 
     What `prepare` has read of the data it may return, so that nothing is read twice in a run. If it is not
-    None, the `fit` and the `assess` that follow in this process get it as the argument `data`. Elsewhere they
-    are called without `data`, and read for themselves.
+    None, the `memory`, the `fit` and the `assess` that follow in this process get it as the argument `data`.
+    Elsewhere they are called without `data`, and read for themselves.
     """
 
     record: type  # the attrs record that the experiment's TOML becomes
@@ -65,7 +65,7 @@ class System:
     # (cfg, run folder, number) -> text: a training sample with the trained tokens marked
     labels: Callable[[Any, Path, int], str] | None = None
     # (cfg, run folder, number of processes) -> {stage: a step}: the memory and the time that training needs
-    memory: Callable[[Any, Path, int], dict[str, Step]] | None = None
+    memory: Callable[..., dict[str, Step]] | None = None
     # (run folder, question) -> the answer as it is printed
     ask: Callable[[Path, Question], str] | None = None
     takes: tuple[str, ...] = ()  # options of `invoke ask` that make sense for `ask`

@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -148,6 +149,19 @@ def test_the_adapter_stands_on_the_model(trained):
     changed = {name for name in bare if adapted[name] is not bare[name]}
     assert {name.rpartition(".")[0] for name in changed} == {*model.adapter.factors}
     assert lora.count_adapter(model.adapter, params["model"])[0] > 0
+
+
+def test_an_estimate_tokenises_the_longest_conversations(trained, monkeypatch):
+    folder, *_ = trained
+    model, params = init(folder=folder, device=torch.device("meta"))
+    want = system.estimate_steps(model, params, TRAIN)
+    # As many as the rows that are estimated.
+    monkeypatch.setattr(system, "_TOKENISED", model.train.batch)
+    encode = mock.Mock(side_effect=chat.encode_conversations)
+    monkeypatch.setattr(chat, "encode_conversations", encode)
+    few = system.estimate_steps(model, params, TRAIN[::-1])
+    assert len(encode.call_args.args[1]) == model.train.batch < len(TRAIN)
+    assert few["whole"].memory == want["whole"].memory
 
 
 def test_labels_and_memory_before_a_run(trained):

@@ -8,13 +8,16 @@ import pytest
 import torch
 from attrs import evolve, frozen
 
+from medvl.base import processes
 from medvl.systems import run
-from medvl.systems.memory import check_memory
+from medvl.systems.memory import Card, check_memory, fullest_card
 from medvl.systems.system import System
+from medvl.systems.tune import run as tune
 from medvl.training.record import Stage, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 GB = 10**9
+SMALL = ("data.phantoms.train=8", "data.phantoms.valid=2", "data.phantoms.test=2")
 # One process that trains 4 billion numbers in bfloat16 with masters.
 PARTS = {
     "optimiser": 48 * GB,
@@ -29,11 +32,11 @@ class Record:
 
 
 def estimated(parts=PARTS, **change):
-    """A system of which one estimate is known; `asked` gets the numbers of processes it is asked for."""
+    """A system of which one estimate is known; `asked` gets the number of processes and the data it is asked for."""
     asked = []
 
-    def memory(cfg, folder, processes):
-        asked.append(processes)
+    def memory(cfg, folder, processes, **data):
+        asked.append((processes, data))
         return {"whole": SimpleNamespace(memory=parts)}
 
     nothing = lambda *args: None
@@ -61,15 +64,15 @@ def test_what_cannot_fit_is_refused_with_what_to_change(card):
         r"80\.0 GB free; train fewer .*lora.*moments = '8bit'.*train\.shard = true.*invoke estimate"
     )
     with pytest.raises(ValueError, match=message):
-        check_memory(system, Record(), 4)
-    assert asked == [4]
+        check_memory(system, Record(), fullest_card(Record()), 4)
+    assert asked == [(4, {})]
 
 
 @pytest.mark.parametrize(("free", "warned"), [(89, True), (91, False)])
 def test_a_step_that_may_not_fit_is_warned_of(card, caplog, free, warned):
     """82 GB at the peak, and a tenth more."""
     card(free * GB)
-    check_memory(estimated()[0], Record())
+    check_memory(estimated()[0], Record(), fullest_card(Record()))
     assert ("a step may need 82.0 GB" in caplog.text) == warned
 
 
@@ -85,23 +88,50 @@ def test_a_step_that_may_not_fit_is_warned_of(card, caplog, free, warned):
 def test_nothing_is_estimated_without_need(card, record, change):
     card(1)
     system, asked = estimated(**change)
-    check_memory(system, record)
+    check_memory(system, record, fullest_card(record))
     assert asked == []
 
 
 def test_a_cpu_is_not_asked():
     system, asked = estimated()
-    check_memory(system, Record())
+    check_memory(system, Record(), fullest_card(Record()))
     assert asked == []
+
+
+def test_of_several_processes_the_fullest_card_decides(card, monkeypatch):
+    card(90 * GB)
+    sizes = torch.tensor([[0, 0], [60 * GB, 80 * GB], [0, 0]])  # of process 2 there is no GPU
+    monkeypatch.setattr(processes, "world_size", lambda: 3)
+    monkeypatch.setattr(processes, "rank", lambda: 0)
+    monkeypatch.setattr(processes, "sum_over_processes", lambda own: own + sizes)
+    fullest = fullest_card(Record())
+    assert str(fullest) == "the GPU of process 1 has 60.0 of 80.0 GB free"
+    with pytest.raises(ValueError, match=r"64\.0 GB on each GPU, and the GPU of process 1 has 60\.0 of"):
+        check_memory(estimated()[0], Record(), fullest, 3)
+
+
+def test_what_was_prepared_is_not_read_again(tmp_path, monkeypatch):
+    """The estimate of tune gets the conversations that training gets."""
+    monkeypatch.chdir(tmp_path)
+    cfg, _ = run.resolve(str(ROOT / "experiments/tune_phantom.toml"), SMALL)
+    prepared = tune.prepare(cfg, logging.debug)
+    prepared("train")
+    monkeypatch.setattr(tune, "read_split", None)
+    for name in ("train", "valid", "test"):
+        tune.split_path(cfg, name).write_text("no JSON")
+    (step,) = tune.memory(cfg, tmp_path, 1, prepared).values()
+    assert step.tokens
+    system, asked = estimated()
+    check_memory(system, cfg, Card(name="x", free=90 * GB, total=90 * GB), 2, prepared)
+    assert asked == [(2, {"data": prepared})]
 
 
 def test_a_run_is_refused_before_it_trains(card, tmp_path, monkeypatch):
     """Of tune, whose data is there by then."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
-    small = ("data.phantoms.train=8", "data.phantoms.valid=2", "data.phantoms.test=2")
     card(10**6)
     with pytest.raises(ValueError, match=r"stage \w+: weights, gradients and optimiser need"):
-        run.run("tune_phantom", small, logging.debug)
+        run.run("tune_phantom", SMALL, logging.debug)
     assert [*tmp_path.glob("data/**/train.jsonl")]
     assert [path.name for path in tmp_path.glob("runs/*/*")] == ["log.txt"]

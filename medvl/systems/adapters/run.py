@@ -233,11 +233,15 @@ def labels(cfg: Config, folder: Path, number: int = 0) -> str:
     return system.show_labels(init, train, number)
 
 
-def memory(cfg: Config, folder: Path, processes: int = 1) -> dict[str, Step]:
-    """{stage: a step of one of so many processes} of the base model and of one adapter."""
+def memory(cfg: Config, folder: Path, processes: int = 1, data: Reader | None = None) -> dict[str, Step]:
+    """{stage: a step of one of so many processes} of the base model and of one adapter.
+
+    Args:
+        data: from `data.prepare`; None = the files are read here.
+    """
     if not cfg.trained:
         raise ValueError("estimate: the record trains nothing, its adapters are there")
-    read = split_reader(cfg)
+    read = data or split_reader(cfg)
     train = read("train") if data_folder(cfg).exists() else []
     general = read_general(cfg, "train", read) if cfg.base and train else []
     meta = torch.device("meta")

@@ -260,6 +260,8 @@ def _known_sizes(cfg: Config) -> CompressConfig:
 
 
 def _known_texts(cfg: Config) -> list[str]:
-    """The texts of what is trained on, as far as it is there."""
+    """The texts of what is trained on, as far as it is there: a tokenizer is trained on them."""
+    if cfg.model.name or cfg.model.tokenizer:
+        return []
     splits = [split for split in {s.data for s in cfg.train.stages} if data_path(cfg, split).exists()]
     return [text for split in splits for text in system.message_texts(data.read_split(cfg, split))]

@@ -308,13 +308,17 @@ def labels(cfg: Config, folder: Path, number: int = 0) -> str:
     return system.show_labels(partial(system.init_model, cfg, folder, texts), conversations, number)
 
 
-def memory(cfg: Config, folder: Path, processes: int = 1) -> dict[str, Step]:
+def memory(cfg: Config, folder: Path, processes: int = 1, data: Reader | None = None) -> dict[str, Step]:
     """{stage: a step of one of so many processes}.
 
     Where the data is there, its longest conversations are the batch; otherwise the whole context is trained
     text.
+
+    Args:
+        data: from `prepare`; None = the file is read here.
     """
-    conversations = read_split(cfg, "train") if split_path(cfg, "train").exists() else []
+    read = data or split_reader(cfg)
+    conversations = read("train") if split_path(cfg, "train").exists() else []
     texts = system.message_texts(conversations)
     # Tensors on "meta" have shapes and no storage: the model need not fit this machine.
     model, params = system.init_model(cfg, folder, texts, device=torch.device("meta"))
