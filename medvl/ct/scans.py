@@ -157,11 +157,11 @@ def read_slice(path: PathLike, number: int | None) -> tuple[Header, np.ndarray]:
                 plane = taken
     # Columns run to the left of the patient, or else to posterior; rows to posterior, or else to inferior.
     codes = aff2axcodes(header.affine)
-    places = [next(i for i, pair in enumerate(("RL", "AP", "SI")) if code in pair) for code in codes[:2]]
     for axis in (0, 1):
         if codes[axis] in "RAS":
             plane = np.flip(plane, axis)
-    return header, plane.T if places[0] < places[1] else plane
+    first, second = ("RLAPSI".index(code) // 2 for code in codes[:2])
+    return header, plane.T if first < second else plane
 
 
 def is_dicom(path: PathLike) -> bool:

@@ -78,12 +78,8 @@ def open_image(
         )
         return to_rgb(Image.fromarray(pixels), name)
     # No image begins as gzip does, or with the size of a NIfTI header in either byte order.
-    if start[:2] == b"\x1f\x8b" or start[:4].strip(b"\0") in (
-        b"\x5c\x01",
-        b"\x01\x5c",
-        b"\x1c\x02",
-        b"\x02\x1c",
-    ):
+    sizes = {int.from_bytes(start[:4], "little"), int.from_bytes(start[:4], "big")}
+    if start[:2] == b"\x1f\x8b" or sizes & {348, 540}:
         return _open_slice(source, name, page, window, only_deep)
     with _pillow_errors(name):
         file = io.BytesIO(source) if isinstance(source, bytes) else source
@@ -154,7 +150,8 @@ def _open_slice(
     if isinstance(source, bytes):
         raise ValueError(f"{name}: a NIfTI file must be given as a path")
     header, greys = scans.read_slice(source, page)
-    if header.dtype == np.uint8 and not header.scaled and (window is None or only_deep):
+    is_plain = header.dtype == np.uint8 and (header.slope, header.intercept) == (1, 0)
+    if is_plain and (window is None or only_deep):
         return to_rgb(Image.fromarray(np.ascontiguousarray(greys)), name)
     return to_rgb(_shown(name, greys * header.slope + header.intercept, window), name)
 

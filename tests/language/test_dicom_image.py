@@ -122,6 +122,23 @@ def test_colours_stay():
     assert np.abs(np.array(open_image(blue)).astype(int) - (0, 0, 254)).max() <= 1
 
 
+@pytest.mark.parametrize("syntax", [pydicom.uid.ExplicitVRLittleEndian, RLELossless, JPEG2000Lossless])
+def test_one_frame_of_several(syntax):
+    frames = np.random.default_rng(3).integers(-1200, 2000, (3, 40, 50)).astype(np.int16)
+    image = pydicom.dcmread(io.BytesIO(made(frames.reshape(120, 50), RescaleSlope=2, RescaleIntercept=-9)))
+    image.Rows, image.NumberOfFrames = 40, 3
+    if syntax.is_compressed:
+        image.compress(syntax, generate_instance_uid=False)
+    file = io.BytesIO()
+    image.save_as(file, enforce_file_format=True)
+    for page in range(3):
+        got = shown(file.getvalue(), page=page, window=(-160, 240))
+        assert np.array_equal(got, by_window(frames[page] * 2.0 - 9, -160, 240))
+    for page in (None, 3, -1):
+        with pytest.raises(ValueError, match=f"has 3 frames, got page={page}; give one from 0 to 2"):
+            open_image(file.getvalue(), page=page)
+
+
 def enhanced():
     return [pydicom.Dataset()]
 

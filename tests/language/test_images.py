@@ -1,10 +1,13 @@
 """Image files: transformers is the peer; broken ones are one kind of error."""
 
+import gzip
+import itertools
 import math
 import random
 import struct
 import zlib
 
+import nibabel as nib
 import numpy as np
 import pytest
 from PIL import Image
@@ -217,3 +220,100 @@ def test_a_window_for_deep_greys_alone(tmp_path):
     )
     got = open_image(tmp_path / "colours.png", window=(0, 2000), only_deep=True)
     assert np.array_equal(np.array(got), np.array(open_image(tmp_path / "colours.png")))
+
+
+# Slices of NIfTI files -----------------------------------------------------------------------------------------
+def test_slices_are_shown_as_radiologists_see_them(tmp_path):
+    """Right of the patient on the left and anterior above; all 48 orders and directions of axes in a file."""
+    ras = np.random.default_rng(0).permutation(60).reshape(3, 4, 5).astype(np.int16)
+    image = nib.Nifti1Image(ras, np.array([[2.0, 0, 0, 3], [0, 2, 0, 5], [0, 0, 2, 7], [0, 0, 0, 1]]))
+    shown = {
+        0: lambda i: ras[i, ::-1, ::-1],  # sagittal: anterior on the left, superior above
+        1: lambda i: ras[::-1, i, ::-1],  # coronal
+        2: lambda i: ras[::-1, ::-1, i],  # axial
+    }
+    for order in itertools.permutations(range(3)):
+        for flips in itertools.product((1, -1), repeat=3):
+            # nibabel: where each axis of `ras` goes in the file, and in which direction.
+            stored = image.as_reoriented(np.array([*zip(order, flips, strict=True)]))
+            path = tmp_path / "a.nii"
+            nib.save(stored, path)
+            axis = order.index(2)
+            for page in range(ras.shape[axis]):
+                index = page if flips[axis] == 1 else ras.shape[axis] - 1 - page
+                got = np.array(open_image(path, page=page, window=(0, 255)))[..., 0]
+                assert np.array_equal(got, shown[axis](index).T), (order, flips, page)
+
+
+def nifti(path, values, affine=None):
+    image = nib.Nifti1Image(values, np.diag([-2.0, -2, 2, 1]) if affine is None else affine)
+    nib.save(image, path)
+    return path
+
+
+def test_greys_of_slices(tmp_path):
+    bytes_ = np.random.default_rng(0).integers(0, 256, (4, 5, 6)).astype(np.uint8)
+    path = nifti(tmp_path / "b.nii.gz", bytes_)
+    assert np.array_equal(np.array(open_image(path, page=2))[..., 0], bytes_[..., 2].T)
+    assert np.array_equal(
+        np.array(open_image(path, page=2, window=(0, 9), only_deep=True))[..., 0], bytes_[..., 2].T
+    )
+    assert np.array(open_image(path, page=2, window=(0, 9)))[..., 0].max() == 255
+    path = nifti(tmp_path / "s.nii", bytes_.astype(np.int16))
+    content = bytearray(path.read_bytes())
+    content[112:120] = struct.pack("<ff", 2, -100)  # scl_slope and scl_inter
+    path.write_bytes(content)
+    want = np.round(((bytes_[..., 1].T * 2.0 - 100 + 50) / 300).clip(0, 1) * 255)
+    assert np.array_equal(np.array(open_image(path, page=1, window=(-50, 250)))[..., 0], want)
+
+
+def test_slices_that_cannot_be_shown(tmp_path):
+    deep = np.random.default_rng(0).integers(-900, 900, (4, 5, 6)).astype(np.int16)
+    path = nifti(tmp_path / "scan.nii.gz", deep)
+    for page in (None, 6, -1):
+        with pytest.raises(
+            ValueError, match=f"scan.nii.gz: has 6 slices, got page={page}; give one from 0 to 5"
+        ):
+            open_image(path, page=page, window=(0, 1))
+    with pytest.raises(
+        ValueError, match=r"scan.nii.gz: greys of more than 8 bits .* need window=\(black, white\)"
+    ):
+        open_image(path, page=0)
+    with pytest.raises(ValueError, match="a NIfTI file must be given as a path"):
+        open_image(path.read_bytes(), page=0)
+    (tmp_path / "short.nii.gz").write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"short.nii.gz: is (truncated|damaged)"):
+        open_image(tmp_path / "short.nii.gz", page=0, window=(0, 1))
+    (tmp_path / "text.gz").write_bytes(gzip.compress(b"no scan" * 99))
+    with pytest.raises(ValueError, match=r"text.gz: is not NIfTI"):
+        open_image(tmp_path / "text.gz", page=0)
+    unplaced = nifti(tmp_path / "u.nii", deep, np.eye(4))
+    with pytest.raises(
+        ValueError, match=r"does not say where left and right are .* a guess could mirror the patient"
+    ):
+        open_image(unplaced, page=0, window=(0, 1))
+    holes = nifti(tmp_path / "n.nii", np.full((4, 4, 4), np.nan, np.float32))
+    with pytest.raises(ValueError, match="must be finite"):
+        open_image(holes, page=0, window=(0, 1))
+
+
+def test_an_animation_is_not_guessed():
+    frames = [drawn((9, 7), seed=i) for i in range(3)]
+    content = saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    with pytest.raises(ValueError, match="has 3 pages or frames, got page=None; give one from 0 to 2"):
+        open_image(content)
+
+
+def test_a_real_scan_and_its_dicom_series(shared_data):
+    """The same voxels in both kinds of file make the same pictures."""
+    import pydicom
+
+    folder = shared_data / "ct"
+    series = sorted(
+        (folder / "dicom" / "cip_ct64_series").glob("*.dcm"),
+        key=lambda path: float(pydicom.dcmread(path, stop_before_pixels=True).ImagePositionPatient[2]),
+    )
+    for page in range(0, 79, 13):
+        got = open_image(folder / "nifti" / "cip_chest64.nii.gz", page=page, window=(-160, 240))
+        want = open_image(series[page], window=(-160, 240))
+        assert np.array_equal(np.array(got), np.array(want))
