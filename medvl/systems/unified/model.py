@@ -41,6 +41,7 @@ class Unified:
     tasks: Tasks  # "understand", "draw" or both
     codes: CodeTokens | None  # None: nothing can be drawn
     vq: Vq | None
+    cfg: Any = None  # the record of a run
 
     def task(self, name: str) -> LanguageModel:
         """The language model of a task.
@@ -107,7 +108,8 @@ def init_model(
     for task, adapter in adapters.items():
         models[task] = evolve(model, chat=evolve(model.chat, vision=eyes[task]), adapter=adapter)
     select = partial(select_task, skeletons.table_names(model.chat.skeleton), made["keep"])
-    return Unified(tasks=Tasks(models=models, select=select), codes=made["codes"], vq=vq), params
+    tasks = Tasks(models=models, select=select)
+    return Unified(tasks=tasks, codes=made["codes"], vq=vq, cfg=cfg), params
 
 
 def add_codes(

@@ -13,6 +13,8 @@ from attrs import field, frozen
 from medvl.base import config
 from medvl.language.chat import ChatConfig, ModelConfig
 from medvl.language.system import check_quantized
+from medvl.phantoms.anatomy import AnatomyConfig
+from medvl.systems.unified.codes import VqTraining
 from medvl.training.record import TrainConfig, language_training
 from medvl.weights.lora import LoraConfig
 
@@ -71,8 +73,15 @@ class Source:
 class DataConfig:
     """Where conversations and drawings are."""
 
+    source: Literal["files", "phantoms"] = "files"
     folder: str = "data/unified"
-    sources: tuple[Source, ...]
+    phantoms: AnatomyConfig = (
+        AnatomyConfig()
+    )  # drawn heads, in a folder of their own that {folder} stands for
+    sources: tuple[Source, ...] = (
+        Source(name="questions", task="understand", path="{folder}/{split}.jsonl"),
+        Source(name="drawings", task="draw", path="{folder}/{split}_draw.jsonl"),
+    )
 
 
 @frozen(kw_only=True)
@@ -101,7 +110,8 @@ class Config:
     data: DataConfig
     chat: ChatConfig = ChatConfig()
     tower: TowerConfig = TowerConfig()
-    vq: str = ""  # folder of the VQ model whose codes are drawn; "" = nothing is drawn
+    codes: str = ""  # folder of the VQ model whose codes are drawn; "" = none, or the one that `vq` trains
+    vq: VqTraining | None = None  # a VQ model that is trained first, on the pictures that are drawn
     understand: TaskConfig = _task(-2, 64)
     draw: TaskConfig = _task(1, 256)
     train: TrainConfig = language_training()
@@ -110,17 +120,19 @@ class Config:
     def __attrs_post_init__(self) -> None:
         config.check_bounds(self, "experiment", seed=config.SEED)
         check_quantized(self.model, self.train, "train understand/..., draw/... and rows/...")
-        tasks = {source.task for source in self.data.sources}
         for stage in self.train.stages:
             if stage.data not in ("understand", "draw", "mixed"):
                 raise ValueError(
                     f'stage {stage.name}: data must be "understand", "draw" or "mixed", got {stage.data!r}'
                 )
-            missing = [task for task in stage_tasks(stage.data) if task not in tasks]
+            missing = [task for task in stage_tasks(stage.data) if task not in self.tasks]
             if missing:
                 raise ValueError(f"stage {stage.name}: data.sources must have one of task {missing[0]!r}")
-        if self.draws and not self.vq:
-            raise ValueError("vq must name the folder of the VQ model whose codes are drawn, got none")
+        if ("draw" in self.tasks) != bool(self.codes or self.vq) or (self.codes and self.vq):
+            raise ValueError(
+                "to draw needs either codes (the folder of a VQ model) or vq (to train one), and what does not draw "
+                f"neither; got codes {self.codes!r} and {'a' if self.vq else 'no'} table vq"
+            )
         drawn = [stage for stage in self.train.stages if stage.data != "understand"]
         if drawn and not any(re.fullmatch(pattern, "rows/head") for pattern in drawn[0].train):
             raise ValueError(
@@ -128,11 +140,6 @@ class Config:
                 "identical frozen rows give every code the same probability, so that the loss of 8,192 codes cannot "
                 "fall below ln 8192 = 9.01"
             )
-
-    @property
-    def draws(self) -> bool:
-        """Whether pictures are drawn."""
-        return any(source.task == "draw" for source in self.data.sources)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -152,7 +159,12 @@ def stage_tasks(data: str) -> tuple[str, ...]:
 
 def source_path(cfg: Config, source: Source, split: str) -> Path:
     """The file of a split of a source."""
-    where = f"data source {source.name}"
-    return Path(
-        config.fill_pattern(source.path, where, folder=cfg.data.folder, name=source.name, split=split)
-    )
+    where, folder = f"data source {source.name}", data_folder(cfg)
+    return Path(config.fill_pattern(source.path, where, folder=folder, name=source.name, split=split))
+
+
+def data_folder(cfg: Config) -> Path:
+    """The folder that `{folder}` stands for; heads drawn by one record share one."""
+    if cfg.data.source == "phantoms":
+        return Path(cfg.data.folder) / f"anatomy-{config.record_digest(cfg.data.phantoms)}"
+    return Path(cfg.data.folder)

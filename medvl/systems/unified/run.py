@@ -1,0 +1,430 @@
+"""How unified runs: files are checked, target codes computed, stages trained, answers and pictures scored."""
+
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from attrs import evolve
+from PIL import Image
+
+from medvl.base import config, files, processes
+from medvl.base.progress import run_batches
+from medvl.base.tree import Tree, flatten, split_tree
+from medvl.evaluation import pictures, plots, report
+from medvl.evaluation.results import Result
+from medvl.hub import plugin_files, skeletons
+from medvl.hub.vqgan_files import open_vqgan
+from medvl.language import chat, encoding, system
+from medvl.language.chat import Encoded
+from medvl.language.conversations import Conversation, check_gold, read_conversations
+from medvl.language.drawings import Drawing, read_drawings
+from medvl.language.sampling import Sampling
+from medvl.language.vision import open_item
+from medvl.phantoms import anatomy
+from medvl.systems.tune.run import answer_conversations, score_answers
+from medvl.systems.unified.codes import fit_vq, target_codes, vq_pixels
+from medvl.systems.unified.draw import decode_pictures, draw_codes, encode_drawings
+from medvl.systems.unified.model import Unified, Vq, init_model, picture_shape
+from medvl.systems.unified.record import Config, Source, Split, data_folder, source_path, stage_tasks
+from medvl.training import stages
+from medvl.training.estimate import Step
+from medvl.training.record import Stage
+from medvl.weights.lazy import dense
+
+_MOST_TARGETS = 1000  # of the training split that the mean target is over
+
+
+# Data -------------------------------------------------------------------------------------------------------
+def prepare(cfg: Config, log: Callable[[str], None] = print) -> None:
+    """Put the data in place: heads are drawn, files must be there.
+
+    Raises:
+        ValueError: lists those that are missing.
+    """
+    if cfg.data.source == "phantoms":
+        counts = anatomy.draw_anatomy(cfg.data.phantoms, data_folder(cfg))
+        log(f"drawn in {data_folder(cfg)}: " + ", ".join(f"{n} heads {split}" for split, n in counts.items()))
+    paths = [source_path(cfg, source, split) for source in cfg.data.sources for split in source.splits]
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} files are missing: {', '.join(missing)}; data.sources says where they are"
+        )
+
+
+def find_sources(cfg: Config, task: str, split: Split, stage: str = "") -> list[Source]:
+    """The sources of a task that have a split and that a stage sees; of "" all."""
+    found = []
+    for source in cfg.data.sources:
+        seen = not stage or not source.stages or stage in source.stages
+        if source.task == task and split in source.splits and seen:
+            found.append(source)
+    return found
+
+
+def read_questions(cfg: Config, source: Source, split: Split) -> list[Conversation]:
+    """The conversations of a split; those of the test split have a last answer that can be compared with."""
+    path, root = source_path(cfg, source, split), source.root or None
+    conversations = read_conversations(path, root=root, max_images=cfg.chat.max_images)
+    if split == "test":
+        check_gold(conversations)
+    return conversations
+
+
+def read_targets(cfg: Config, source: Source, split: Split) -> list[Drawing]:
+    """The drawings of a split, whose codes are those of the VQ model."""
+    model = (
+        cfg.vq.model if cfg.vq and not cfg.vq.start else open_vqgan(cfg.vq.start if cfg.vq else cfg.codes)[0]
+    )
+    rows, columns = picture_shape(model)
+    path, root = source_path(cfg, source, split), source.root or None
+    return read_drawings(path, number=rows * columns, codebook=model.codes, root=root)
+
+
+def open_vq(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> Vq | None:
+    """The VQ model of the record, or the one that is trained in the run folder; None where nothing is drawn."""
+    if "draw" not in cfg.tasks:
+        return None
+    if cfg.vq is None:
+        model, weights = open_vqgan(cfg.codes)
+    else:
+        images: dict[str, list[files.PathLike]] = {"train": [], "valid": []}
+        if not (folder / "codes" / "vq").is_dir():
+            for split, paths in images.items():
+                for source in find_sources(cfg, "draw", split):  # type: ignore[arg-type]
+                    paths += sorted({d.target for d in read_targets(cfg, source, split) if d.target})  # type: ignore[arg-type]
+        model, weights = fit_vq(
+            cfg.vq, images, folder / "codes", open_picture=_opener(cfg), seed=cfg.seed, log=log
+        )
+    device = system.device_of(cfg.train)
+    return model, {name: tensor.to(device) for name, tensor in weights.items()}
+
+
+def _opener(cfg: Config) -> Callable[[Any], Image.Image]:
+    return partial(open_item, window=cfg.chat.window)
+
+
+def codes_of(cfg: Config, model: Vq, drawings: Sequence[Drawing], folder: Path) -> list[list[int]]:
+    """The codes of the targets, row by row; those of files are computed once, in `folder`, by all processes."""
+    paths = sorted({str(drawing.target) for drawing in drawings if drawing.target})
+    computed = target_codes(
+        *(*model, paths, folder / "targets"),
+        open_picture=_opener(cfg),
+        opened=str(cfg.chat.window),
+        together=True,
+    )
+    rows = []
+    for drawing in drawings:
+        rows.append(computed[str(drawing.target)].flatten().tolist() if drawing.target else [*drawing.codes])
+    return rows
+
+
+# Training ---------------------------------------------------------------------------------------------------
+def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[Unified, Tree]:
+    """Train the VQ model, where the record says so, and all stages in the run folder, or go on with them."""
+    trained_vq = open_vq(cfg, folder, log)
+    model, params = init_model(cfg, folder, trained_vq, _texts(cfg), device=system.device_of(cfg.train))
+    encoded = dict[tuple[str, Split], Encoded]()
+    for source in cfg.data.sources:
+        for split in source.splits:
+            if split != "test":
+                encoded[source.name, split] = part = _encode_source(cfg, model, source, split, folder)
+                log(
+                    f"{source.name}, {split}: {len(part.samples)} samples, {part.refused} more do not fit the context"
+                )
+    train = {stage.name: _stage_data(cfg, encoded, stage, "train") for stage in cfg.train.stages}
+    valid = {stage.name: _stage_data(cfg, encoded, stage, "valid") for stage in cfg.train.stages}
+    params = stages.shard_params(cfg.train, params)
+    params = system.fit_tasks(
+        model.tasks, params, lambda stage: train[stage.name], lambda stage: valid[stage.name], folder, log
+    )
+    if processes.rank() == 0:
+        export_plugins(cfg, model, params, folder, log)
+    processes.wait_for_all()
+    return model, params
+
+
+def _texts(cfg: Config) -> list[str]:
+    """What a tokenizer is trained on, where the model has none, as far as it is there."""
+    texts = list[str]()
+    if cfg.model.name or cfg.model.tokenizer:
+        return texts
+    for source in cfg.data.sources:
+        if "train" in source.splits and source_path(cfg, source, "train").is_file():
+            if source.task == "understand":
+                texts += system.message_texts(read_questions(cfg, source, "train"))
+            else:
+                drawings = read_targets(cfg, source, "train")
+                texts += system.message_texts([drawing.question for drawing in drawings])
+    return texts
+
+
+def _encode_source(cfg: Config, model: Unified, source: Source, split: Split, folder: Path) -> Encoded:
+    """Token ids of a split of a source."""
+    if source.task == "understand":
+        return chat.encode_conversations(model.task("understand").chat, read_questions(cfg, source, split))
+    assert model.vq is not None
+    drawings = read_targets(cfg, source, split)
+    questions = [drawing.question for drawing in drawings]
+    return encode_drawings(model, questions, codes_of(cfg, model.vq, drawings, folder))
+
+
+def _stage_data(
+    cfg: Config, encoded: dict[tuple[str, Split], Encoded], stage: Stage, split: Split
+) -> dict[str, Encoded]:
+    """{task: what a stage sees of a split}: all samples of its sources, or of a mixed stage their shares.
+
+    Raises:
+        ValueError: nothing to train on.
+    """
+    data = dict[str, Encoded]()
+    for task in stage_tasks(stage.data):
+        sources = find_sources(cfg, task, split, stage.name)
+        if split == "train" and not sources:
+            raise ValueError(f"stage {stage.name}: a data source must be for its task {task}, found none")
+        parts = [encoded[source.name, split] for source in sources]
+        if split == "train" and stage.data == "mixed":
+            parts = [
+                take_share(part, source.share, cfg.seed) for part, source in zip(parts, sources, strict=True)
+            ]
+        most = cfg.train.valid if split == "valid" and cfg.train.valid else None
+        if parts:
+            data[task] = Encoded(
+                conversations=tuple(c for part in parts for c in part.conversations)[:most],
+                samples=tuple(sample for part in parts for sample in part.samples)[:most],
+                refused=0,
+            )
+    return data
+
+
+def take_share(data: Encoded, share: float, seed: int) -> Encoded:
+    """A share of the samples, drawn by the seed, in their order."""
+    count = len(data.samples)
+    drawn = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    rows = sorted(drawn[: round(share * count)].tolist())
+    conversations = tuple(data.conversations[row] for row in rows)
+    return evolve(data, conversations=conversations, samples=tuple(data.samples[row] for row in rows))
+
+
+def export_plugins(
+    cfg: Config, model: Unified, params: Tree, folder: Path, log: Callable[[str], None] = print
+) -> None:
+    """Write a plugin of each task that has an adapter into `folder`/plugins, where the base is one by name."""
+    patterns = [stage.train for stage in cfg.train.stages]
+    trained = {name for some in patterns for name in flatten(split_tree(params, some)[0])}
+    names = skeletons.table_names(next(iter(model.tasks.models.values())).chat.skeleton)
+    tables = {f"model/{name}" for name in names.values()}
+    if not cfg.model.name or any(name.startswith("model/") for name in trained - tables):
+        log(
+            "plugins are for a base by name that is trained no further than its token tables: none is written"
+        )
+        return
+    for task, language in model.tasks.models.items():
+        path, tok = folder / "plugins" / task, language.chat.tokenizer
+        if language.adapter is None or path.exists():
+            continue
+        selected, lora = model.tasks.select(params, task), cfg.task(task).lora
+        codes = model.codes.number if model.codes else 0
+        record = plugin_files.PluginConfig(
+            task=task,  # type: ignore[arg-type]
+            level=cfg.task(task).level,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            experts=lora.experts,
+            base=cfg.model.name,
+            template=cfg.chat.template,
+            tokens=model.codes.start if model.codes else len(tok),
+            codes=codes,
+            bos=tok("a")["input_ids"][:1] == [tok.bos_token_id],
+        )
+        whole = {}
+        if tables & trained:
+            whole = {part: dense(selected["model"][name]) for part, name in names.items()}
+        plugin = plugin_files.Plugin(
+            config=record,
+            projector=selected[task]["projector"],
+            adapter=evolve(language.adapter, factors=selected["lora"], dropout=0.0),
+            rows=None if whole else params.get("rows"),
+            tables=whole,
+        )
+        plugin_files.write_plugin(plugin, path)
+        log(f"the plugin to {task}: {path}")
+
+
+def load(folder: Path) -> tuple[Unified, Tree]:
+    """Model and weights of a trained run, as `fit` returned them.
+
+    Raises:
+        ValueError: no run, one that is not trained to its end, or whose files are broken.
+    """
+    cfg = config.load_run(folder, Config)
+    model, params = init_model(cfg, folder, open_vq(cfg, folder), device=system.device_of(cfg.train))
+
+    def is_validated(stage: Stage) -> bool:
+        return any(find_sources(cfg, task, "valid", stage.name) for task in stage_tasks(stage.data))
+
+    return model, stages.read_stages(cfg.train, params, folder, validated=is_validated)
+
+
+# Evaluation -------------------------------------------------------------------------------------------------
+def assess(model: Unified, params: Tree, folder: Path, experiment: str) -> tuple[list[Result], Path]:
+    """Answer the questions and draw the pictures of the test splits; writes answers, pictures and the report."""
+    cfg, rows = model.cfg, list[Result]()
+    if sources := find_sources(cfg, "understand", "test"):
+        conversations = [c for source in sources for c in read_questions(cfg, source, "test")]
+        selected = model.tasks.select(params, "understand")
+        lines = answer_conversations(model.task("understand"), selected, conversations, folder)
+        files.write_text(folder / "answers.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        groups = [_case(conversation, i) for i, conversation in enumerate(conversations)]
+        rows += score_answers(cfg, lines, experiment, groups)
+    if sources := find_sources(cfg, "draw", "test"):
+        drawings = [drawing for source in sources for drawing in read_targets(cfg, source, "test")]
+        rows += _assess_drawings(model, params, drawings[: cfg.evaluate.drawings or None], folder, experiment)
+    system.remove_unfinished_answers(folder)
+    notes = (
+        "Pictures are compared as floats on [0, 255]. The controls: the input copied, the mean target, and the target "
+        "as the VQ model reconstructs it from its own codes, the best that codes can be.",
+    )
+    figures = plots.training_curves(system.last_metrics(cfg.train, folder.parent))
+    page = report.write_report(folder, f"{experiment}: answers and pictures", rows, figures, notes)
+    return rows, page
+
+
+def _case(question: Conversation, number: int) -> Any:
+    """What a bootstrap draws as a whole: the case that a line names, or the line."""
+    return question.extra.get("episode_id", number)
+
+
+def draw_test(
+    model: Unified, params: Tree, questions: Sequence[Conversation], folder: Path
+) -> list[np.ndarray]:
+    """The pictures uint8 [y, x, 3] of questions; codes are kept in `folder` batch by batch, and those that are there
+    are not drawn again."""
+    cfg = model.cfg.evaluate
+    prompts = encode_drawings(model, questions)
+    stamp = system.stamp_answers(
+        model.task("draw"),
+        model.tasks.select(params, "draw"),
+        prompts,
+        Sampling(temperature=cfg.temperature, seed=model.cfg.seed),
+        files.file_digest,
+        [cfg.batch],
+    )
+
+    def draw_batch(rows: Sequence[int]) -> list[dict[str, Any]]:
+        codes = draw_codes(model, params, prompts, rows, temperature=cfg.temperature, seed=model.cfg.seed)
+        return [{"codes": row.tolist()} for row in codes]
+
+    batches = [range(i, min(i + cfg.batch, len(questions))) for i in range(0, len(questions), cfg.batch)]
+    path = system.unfinished_answers(folder, f"{stamp}-codes")
+    lines = run_batches(path, batches, draw_batch, title="drawing")
+    return decode_pictures(model, torch.tensor([line["codes"] for line in lines]))
+
+
+def _assess_drawings(
+    model: Unified, params: Tree, drawings: Sequence[Drawing], folder: Path, experiment: str
+) -> list[Result]:
+    """Likeness of the drawn pictures and of the controls to their targets, over all and by the "task" of a line."""
+    cfg, questions = model.cfg, [drawing.question for drawing in drawings]
+    assert model.vq is not None
+    drawn = draw_test(model, params, questions, folder)
+    for i, picture in enumerate(drawn):
+        (folder / "pictures").mkdir(exist_ok=True)
+        with files.atomic(folder / "pictures" / f"{i}.png") as tmp:
+            Image.fromarray(picture).save(tmp, "PNG")
+    vq_pictures = decode_pictures(model, torch.tensor(codes_of(cfg, model.vq, drawings, folder.parent)))
+    targets = _open_targets(model, drawings, vq_pictures)
+    train = [d for source in find_sources(cfg, "draw", "train") for d in read_targets(cfg, source, "train")]
+    train = [drawing for drawing in train if drawing.target][:_MOST_TARGETS]
+    means = _open_targets(model, train, []) or targets
+    kinds = [str(question.extra.get("task", "")) for question in questions]
+    rows = []
+    for kind in ["all", *sorted({*kinds} - {""})]:
+        chosen = [i for i in range(len(drawn)) if kind in ("all", kinds[i])]
+        inputs = [np.asarray(_opener(cfg)(image)) for i in chosen for image in questions[i].images[:1]]
+        # Of pictures from text alone nothing can be copied.
+        inputs = inputs if len(inputs) == len(chosen) else []
+        controls = pictures.controls(
+            inputs, [targets[i] for i in chosen], means, [vq_pictures[i] for i in chosen]
+        )
+        named = {f"{kind}: {name}": some for name, some in controls.items()}
+        rows += pictures.score_pictures(
+            {f"{kind}: drawn": [drawn[i] for i in chosen]} | named,
+            [targets[i] for i in chosen],
+            split="test",
+            groups=[_case(questions[i], i) for i in chosen],
+            experiment=experiment,
+            n=cfg.evaluate.bootstrap,
+            gen=torch.Generator().manual_seed(cfg.seed),
+        )
+    return rows
+
+
+def _open_targets(
+    model: Unified, drawings: Sequence[Drawing], decoded: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+    """The targets as pictures of the VQ model's size; of codes, what they decode to."""
+    assert model.vq is not None
+    targets = []
+    for i, drawing in enumerate(drawings):
+        if drawing.target is None:
+            targets.append(decoded[i])
+            continue
+        pixels = vq_pixels(_opener(model.cfg)(drawing.target), model.vq[0].resolution)
+        targets.append(((pixels + 1) / 2 * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
+    return targets
+
+
+# Before a run -----------------------------------------------------------------------------------------------
+def labels(cfg: Config, folder: Path, number: int = 0) -> str:
+    """One training sample of the last stage's first task as the model gets it, the trained tokens marked."""
+    task = stage_tasks(cfg.train.stages[-1].data)[0]
+    source = find_sources(cfg, task, "train", cfg.train.stages[-1].name)[0]
+    model, _ = _init_meta(cfg, folder)
+    if task == "understand":
+        questions = read_questions(cfg, source, "train")
+        return system.show_labels(lambda device: (model.task(task), {}), questions, number)
+    drawings = read_targets(cfg, source, "train")
+    if not 0 <= number < len(drawings):
+        raise ValueError(f"labels: sample must be below {len(drawings)}, got {number}")
+    assert model.vq is not None
+    rows, columns = picture_shape(model.vq[0])
+    # Codes that are computed for training only are shown as 0.
+    codes = drawings[number].codes or (0,) * (rows * columns)
+    (sample,) = encode_drawings(model, [drawings[number].question], [codes]).samples
+    return encoding.show_sample(model.task(task).chat.tokenizer, sample)
+
+
+def memory(cfg: Config, folder: Path, processes: int = 1) -> dict[str, Step]:
+    """{stage: a step of one of so many processes}; one image a sample, and all text up to the context trained."""
+    model, params = _init_meta(cfg, folder)
+    steps, rows = {}, stages.estimate_rows(cfg.train, processes)
+    for stage in cfg.train.stages:
+        # Of a mixed stage, drawing: it needs more, since its adapter is the larger one.
+        task = stage_tasks(stage.data)[-1]
+        opened = model.task(task).chat
+        assert opened.vision is not None
+        batch = chat.fullest_batch(
+            *(opened, [], rows, opened.vision.example), tokens=cfg.train.tokens, packing=cfg.train.packing
+        )
+        steps[stage.name] = stages.estimate_step(
+            *(cfg.train, stage, params, system.task_loss(model.tasks)),
+            *(partial(system.task_micro_batch, model.tasks), system.mark_task(model.tasks, task, batch)),
+            seed=cfg.seed,
+            processes=processes,
+        )
+    return steps
+
+
+def _init_meta(cfg: Config, folder: Path) -> tuple[Unified, Tree]:
+    """The model without weights."""
+    model: Vq | None = None
+    if cfg.vq is not None:
+        model = cfg.vq.model, {}
+    elif cfg.codes:
+        model = open_vqgan(cfg.codes)
+    return init_model(cfg, folder, model, _texts(cfg), device=torch.device("meta"))

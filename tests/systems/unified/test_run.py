@@ -1,0 +1,202 @@
+"""A run of unified from a record: drawn heads, a VQ model, three stages, answers and pictures, all of them tiny."""
+
+import json
+import re
+
+import pytest
+import torch
+from attrs import evolve
+
+from medvl.base import config
+from medvl.base.tree import flatten
+from medvl.systems.unified import SYSTEM, draw, run
+from medvl.systems.unified.record import Config
+from tests.records import with_settings
+from tests.systems.unified.pieces import CLIP, PHI3
+
+LORA = {"rank": 4, "alpha": 8.0, "experts": 2, "pattern": "all-linear"}
+OWN = ["draw/projector/.*", "draw/lora/.*"]
+RAW = {
+    "system": "unified",
+    "data": {"source": "phantoms", "folder": "", "phantoms": {"train": 8, "valid": 2, "test": 2, "size": 32}},
+    "model": {
+        "dtype": "float32",
+        # The rest comes from the tokenizer, which is trained on the texts.
+        "config": {k: v for k, v in PHI3.items() if k not in ("vocab_size", "bos_token_id", "eos_token_id")},
+    },
+    "chat": {"context": 256, "template": "chatml"},
+    "tower": {"name": "", "config": CLIP},
+    "vq": {
+        "model": {
+            **{
+                "n_embed": 32,
+                "embed_dim": 32,
+                "z_channels": 32,
+                "resolution": 32,
+                "ch": 32,
+                "ch_mult": [1, 1, 1],
+            },
+            **{"num_res_blocks": 1, "attn_resolutions": []},
+        },
+        "train": {
+            "stages": [{"name": "vq", "steps": 2, "lr": 1e-3}],
+            "batch": 4,
+            "chunk": 4,
+            "device": "cpu",
+            "valid": 2,
+        },
+    },
+    "understand": {"level": -2, "lora": LORA},
+    "draw": {"level": 1, "lora": LORA},
+    "train": {
+        "batch": 4,
+        "chunk": 2,
+        "checkpoint": False,
+        "device": "cpu",
+        "validate": 2,
+        "valid": 4,
+        "log": 1,
+        "stages": [
+            {"name": "see", "data": "understand", "steps": 2, "lr": 1e-2, "train": ["understand/.*"]},
+            {"name": "codes", "data": "draw", "steps": 2, "lr": 1e-2, "train": [*OWN, "rows/.*"]},
+            {
+                "name": "plug",
+                "data": "mixed",
+                "steps": 2,
+                "lr": 1e-2,
+                "train": ["rows/.*", "model/(model.embed_tokens|lm_head).weight"],
+            },
+            {"name": "draw", "data": "draw", "steps": 2, "lr": 1e-2, "train": OWN},
+        ],
+    },
+    "evaluate": {"max_tokens": 4, "batch": 4, "drawings": 8, "bootstrap": 20},
+}
+
+
+def record(folder, **settings):
+    return config.structure(with_settings(RAW, data__folder=str(folder / "data"), **settings), Config)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unified_run")
+    cfg = record(folder)
+    run.prepare(cfg, lambda _: None)
+    files = folder / "run"
+    files.mkdir()
+    (files / "config.json").write_text(json.dumps(config.unstructure(cfg)))
+    lines = []
+    model, params = run.fit(cfg, files, lines.append)
+    return files, cfg, model, params, lines
+
+
+def test_stages_train_what_they_name_and_a_run_is_read_as_it_was(trained):
+    files, cfg, _, params, lines = trained
+    loaded, again = SYSTEM.load(files)
+    for name, weight in flatten(params).items():
+        assert torch.equal(flatten(again)[name], weight), name
+    start = run.init_model(cfg, files, loaded.vq)[1]
+    changed = {
+        name for name, weight in flatten(params).items() if not torch.equal(flatten(start)[name], weight)
+    }
+    assert {re.sub(r"/(lora|projector)/.*", r"/\1", name) for name in changed} == {
+        *(
+            "understand/lora",
+            "understand/projector",
+            "draw/lora",
+            "draw/projector",
+            "rows/embed",
+            "rows/head",
+        ),
+        *("model/model.embed_tokens.weight", "model/lm_head.weight"),
+    }
+    assert any("none is written" in line for line in lines)
+
+
+def test_a_run_that_is_stopped_ends_with_the_same_weights(trained, tmp_path):
+    _, cfg, _, params, _ = trained
+
+    def stop_at_the_mixed_stage(line):
+        if line.startswith("stage plug: 2 steps train"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.fit(cfg, tmp_path, stop_at_the_mixed_stage)
+    _, again = run.fit(cfg, tmp_path, lambda _: None)
+    for name, weight in flatten(params).items():
+        assert torch.equal(flatten(again)[name], weight), name
+
+
+def test_answers_and_pictures_are_scored_beside_their_controls(trained, monkeypatch):
+    files, _, model, params, _ = trained
+    folder = files / "results"
+    folder.mkdir()
+    real, calls = draw.draw_codes, []
+
+    def draw_codes(*args, **settings):
+        calls.append(args[3])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **settings)
+
+    monkeypatch.setattr(run, "draw_codes", draw_codes)
+    with pytest.raises(KeyboardInterrupt):
+        SYSTEM.assess(model, params, folder, "tiny")
+    rows, page = SYSTEM.assess(model, params, folder, "tiny")
+    assert [list(call) for call in calls] == [[0, 1, 2, 3], [4, 5, 6, 7], [4, 5, 6, 7]]  # none is drawn twice
+    subjects = {row.subject for row in rows if row.what == "ssim_gaussian"}
+    assert {
+        "all: drawn",
+        "transfer: copied input",
+        "all: mean target",
+        "report: vq reconstruction",
+    } <= subjects
+    assert "report: copied input" not in subjects
+    assert {"accuracy", "accuracy_of_the_usual_answer"} <= {row.what for row in rows}
+    assert page.is_file()
+    assert len([*(folder / "pictures").glob("*.png")]) == 8
+    assert not [*folder.glob("*unfinished*")]
+
+
+def test_samples_and_memory_are_shown_before_a_run(trained, tmp_path):
+    files, cfg, *_ = trained
+    assert "<start_index><idx_0><idx_0>" in run.labels(cfg, files)
+    seen = evolve(cfg, train=evolve(cfg.train, stages=cfg.train.stages[:1]))
+    assert "<|image_pad|> x 4" in run.labels(seen, files, 1)
+    steps = run.memory(cfg, files)
+    assert [*steps] == ["see", "codes", "plug", "draw"]
+    assert all(sum(step.memory.values()) > 0 for step in steps.values())
+
+
+def test_shares_of_a_mixed_stage_are_drawn_by_the_seed(trained):
+    _, cfg, model, _, _ = trained
+    source = cfg.data.sources[0]
+    data = run._encode_source(cfg, model, source, "train", None)
+    third = run.take_share(data, 0.25, 0)
+    assert len(third.samples) == len(third.conversations) == round(0.25 * len(data.samples))
+    assert run.take_share(data, 0.25, 0).samples == third.samples != run.take_share(data, 0.25, 1).samples
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"train__stages__1__train": OWN},
+            "stage codes: must train the rows of the image codes .* ln 8192 = 9.01",
+        ),
+        ({"train__stages__0__data": "questions"}, 'stage see: data must be "understand", "draw" or "mixed"'),
+        ({"codes": "folder"}, "to draw needs either codes .* or vq .*; got codes 'folder' and a table vq"),
+        ({"tower__name": "clip"}, "tower must have either a name"),
+        (
+            {"data__sources": [{"name": "a", "task": "understand"}]},
+            "stage codes: data.sources must have one of task 'draw'",
+        ),
+        (
+            {"data__sources": [{"name": "a", "task": "draw"}]},
+            "stage see: data.sources must have one of task 'understand'",
+        ),
+    ],
+)
+def test_records_that_cannot_be_trained_are_refused(tmp_path, settings, message):
+    with pytest.raises(config.ConfigError, match=message):
+        record(tmp_path, **settings)
