@@ -9,7 +9,6 @@ from attrs import frozen
 from PIL import Image
 from torch import Tensor
 
-from medvl.base.text import few
 from medvl.hub.skeletons import Skeleton, empty_skeleton
 from medvl.language import processor_config
 from medvl.language.images import LARGEST, Picture, check_statistics, to_rgb
@@ -40,18 +39,13 @@ def parse_clip_config(raw: Mapping[str, Any]) -> ClipImageConfig:
     settings = processor_config.read_settings(where, raw)
     keys = ("size", "crop_size", "image_mean", "image_std")
     processor_config.check_none_missing(where, settings, [key for key in keys if key not in settings])
-    sides = set[Any]()
-    for key in ("size", "crop_size"):
-        side = settings[key]
-        # Old files say 336, newer ones {"shortest_edge": 336} and {"height": 336, "width": 336}.
-        sides |= {*side.values()} if isinstance(side, Mapping) else {side}
-    if len(sides) != 1:
-        raise ValueError(
-            f"{where}: size and crop_size must be one side, got {settings['size']!r} and "
-            f"{settings['crop_size']!r}"
-        )
+    sides = settings["size"], settings["crop_size"]
+    # Old files say 336, newer ones {"shortest_edge": 336} and {"height": 336, "width": 336}.
+    pixels = {n for side in sides for n in (side.values() if isinstance(side, Mapping) else [side])}
+    if len(pixels) != 1:
+        raise ValueError(f"{where}: size and crop_size must be one side, got {sides[0]!r} and {sides[1]!r}")
     return ClipImageConfig(
-        size=sides.pop(),
+        size=pixels.pop(),
         mean=processor_config.parse_numbers(where, "image_mean", settings["image_mean"]),
         std=processor_config.parse_numbers(where, "image_std", settings["image_std"]),
     )
@@ -143,15 +137,7 @@ def tower_skeleton(config: Mapping[str, Any], level: int) -> Skeleton:
 
 
 def level_params(params: Mapping[str, Tensor], skeleton: Skeleton) -> dict[str, Tensor]:
-    """The weights of a tower that a skeleton of fewer layers has: the same tensors, no copies.
-
-    Raises:
-        ValueError: the tower lacks some.
-    """
+    """The weights of a tower that a skeleton of fewer layers has: the same tensors, no copies."""
     names = [name for name, _ in skeleton.module.named_parameters()]
-    missing = [name for name in names if name not in params]
-    if missing:
-        raise ValueError(
-            f"level_params: params must have every weight of {skeleton.name}, missing {few(missing)}"
-        )
-    return {name: params[name] for name in names}
+    # What is missing the skeleton says when it is called.
+    return {name: params[name] for name in names if name in params}
