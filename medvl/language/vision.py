@@ -223,7 +223,11 @@ def clip_vision(
 
     def count_tokens(item: Path | Image.Image) -> int:
         # All images have the same number; what cannot be shown is refused here, before anything is trained.
-        square(cfg, open_item(item, window=window))
+        image = open_item(item, window=window)
+        try:
+            square(cfg, image)
+        except ValueError as e:
+            raise ValueError(f"{item}: {e}") from e
         return tokens
 
     def load_items(items: Sequence[Path | Image.Image]) -> dict[str, Tensor]:

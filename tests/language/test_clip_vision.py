@@ -212,6 +212,25 @@ def test_logits_are_those_of_a_naive_composition(level):
                 torch.testing.assert_close(row[keep], expected, atol=1e-6, rtol=1e-6)
 
 
+def test_an_image_is_refused_by_its_name(tmp_path):
+    seen = vision.clip_vision(
+        ClipImageConfig(size=28),
+        clip_vision.tower_skeleton(TINY, 1),
+        SIZES,
+        "projector",
+        PLACEHOLDERS["phi3"],
+    )
+    files = {"strip.png": Image.new("L", (9460, 1)), "deep.png": Image.new("I;16", (9, 9))}
+    for name, image in files.items():
+        image.save(tmp_path / name)
+    Image.new("L", (5, 3)).save(tmp_path / "small.png")
+    assert seen.count_tokens(tmp_path / "small.png") == 4
+    with pytest.raises(ValueError, match=r"strip.png: square: the longer side must have at most 9459 pixels"):
+        seen.count_tokens(tmp_path / "strip.png")
+    with pytest.raises(ValueError, match=r"deep.png: greys of more than 8 bits .* need window="):
+        seen.count_tokens(tmp_path / "deep.png")
+
+
 def test_no_gradient_reaches_the_tower():
     gen = Generator().manual_seed(0)
     _, tower = init_skeleton(TINY, gen)
