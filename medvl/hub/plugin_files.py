@@ -30,7 +30,7 @@ from medvl.hub.checkpoints import (
 )
 from medvl.hub.peft_files import PREFIX, check_fit
 from medvl.hub.skeletons import Skeleton, table_names
-from medvl.weights import extended, lora
+from medvl.weights import lora
 from medvl.weights.lora import Adapter, LoraConfig
 
 # HealthGPT's names of the projector's layers, the GELU between them is its number 1; {their names: ours}
@@ -106,7 +106,7 @@ PUBLISHED = {
 
 @frozen(kw_only=True, eq=False)
 class Plugin:
-    """Weights of a plugin; `apply_plugin` puts them on a base."""
+    """What a plugin brings: its adapter, its projector, and rows or tables for image codes."""
 
     config: PluginConfig
     projector: Tree = field(repr=False)  # as of `components.project`
@@ -366,30 +366,3 @@ def check_base(
             f"{where}: it was trained with the template {config.template!r}, found {template!r}; set "
             f"chat.template = {config.template!r}"
         )
-
-
-def apply_plugin(
-    skeleton: Skeleton, params: Mapping[str, Tensor], plugin: Plugin, *, train: bool = False
-) -> dict[str, Tensor]:
-    """The params of the base with a plugin's adapter and token tables on them; nothing of the base is copied.
-
-    With image codes, table and head have `plugin.config.vocabulary` rows: call
-    `skeletons.with_vocabulary(skeleton, rows)` with them. Tokens that neither rows nor a table of the plugin are
-    for get the mean of the others, as in HealthGPT.
-
-    Args:
-        train: with the adapter's dropout.
-    Raises:
-        ValueError: as `extended.extend_tables` and `lora.apply_lora`.
-    """
-    config, names = plugin.config, table_names(skeleton)
-    applied = dict(params)
-    if config.codes:
-        rows = dict(plugin.rows or {})
-        for part in names.keys() - {*rows, *plugin.tables}:
-            rows[part] = extended.mean_rows(params[names[part]], config.tokens, config.added)
-        applied = extended.extend_tables(params, names, rows, config.tokens)
-    for part, table in plugin.tables.items():
-        base = params[names[part]]
-        applied[names[part]] = table.to(base.device, base.dtype)
-    return lora.apply_lora(applied, plugin.adapter, train=train)

@@ -34,7 +34,7 @@ from medvl.systems.slide_vqa import model as slide_vqa
 from medvl.systems.slide_vqa.record import Config as SlideVqaConfig
 from medvl.systems.tune.record import Config as TuneConfig
 from medvl.training import gradients, loop, optim, stages, states
-from medvl.weights import compose, four_bit, lazy, lora
+from medvl.weights import compose, extended, four_bit, lazy, lora
 from tests import tiny
 from tests.adapters import tiny_encoders
 from tests.records import with_settings
@@ -762,6 +762,21 @@ def _(device):
         visual = seen.embed(params, batch)
         numbers[f"{level} visual"] = visual.detach().cpu()
         numbers[f"{level} grad"] = torch.autograd.grad(visual.square().sum(), weight)[0].cpu()
+    return numbers
+
+
+@case("token tables with rows behind a plain and a 4-bit base: lookups, products, gradients", 1e-3)
+def _(device):
+    base, x, ids = randn(70, 64), randn(2, 3, 64, seed=1), torch.tensor([[0, 63, 64], [69, 5, 64]])
+    numbers = {}
+    for name, table in {"plain": base, "nf4": four_bit.quantize_matrix(base)}.items():
+        table = lazy.move_params({"w": table}, torch.device(device))["w"]
+        rows = extended.mean_rows(table, 64, 6) + randn(6, 64, seed=2).to(device)
+        rows = rows.detach().requires_grad_()
+        weight = extended.extend_table(table, rows, 64)
+        y = F.linear(x.to(device) + F.embedding(ids.to(device), weight), weight)
+        numbers[name] = y.detach().cpu()
+        numbers[f"grad/{name}"] = torch.autograd.grad(y.square().mean(), rows)[0].cpu()
     return numbers
 
 
