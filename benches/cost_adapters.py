@@ -1,4 +1,4 @@
-"""What adapters cost: `python benches/cost_adapters.py [mixture|growth|experts ...]`.
+"""What adapters cost: `python benches/cost_adapters.py [mixture|growth|experts|steps ...]`.
 
 Each variant takes turns with the first one and the medians of both are compared, so that a busy machine slows them alike; peft's ways stand
 beside ours.
@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -204,8 +205,65 @@ def experts(n: int = 15) -> dict[str, float]:
     return found
 
 
+class ExpertLoop(lazy.LowRank):
+    """The correction of H-LoRA with an expert after the other, as code of MoE-LoRA computes it."""
+
+    def _add(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        share = F.linear(x, self.router).softmax(-1)
+        rank = len(self.a) // len(self.router)
+        for i, (a, b) in enumerate(zip(self.a.split(rank), self.b.split(rank, dim=1), strict=True)):
+            y = y + share[..., i : i + 1] * self.scale * F.linear(F.linear(x, a), b)
+        return y
+
+
+def steps(n: int = 10, hidden: int = 512, layers: int = 2, rank: int = 64) -> dict[str, float]:
+    """A training step of 8 x 64 tokens and a decoding step of one, of a model whose every linear layer is adapted:
+    base : LoRA : H-LoRA of 4 experts : the same in a loop. The base's step takes the gradient by its inputs, as when a
+    projector alone is trained.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    skeleton, params = model(hidden, layers, dtype)
+    params = lazy.move_params(params, device)
+    plain, routed = (adapters(skeleton, 1, rank, experts=k)[0] for k in (0, 4))
+    plain, routed = (lora.move_adapter(a, device, dtype) for a in (plain, routed))
+    x = torch.randn(8, 64, hidden, generator=GEN).to(device, dtype).requires_grad_()
+    factors = {"base": [], "LoRA": _leaves(plain), "H-LoRA": _leaves(routed), "loop": _leaves(routed)}
+    variants = {
+        "base": params,
+        "LoRA": lora.apply_lora(params, plain),
+        "H-LoRA": lora.apply_lora(params, routed),
+    }
+    variants["loop"] = {
+        name: ExpertLoop.like(w.shape, w.dtype, w.device, **w.__dict__) if isinstance(w, lazy.LowRank) else w
+        for name, w in variants["H-LoRA"].items()
+    }
+
+    def train(name):
+        logits = skeleton(variants[name], inputs_embeds=x, use_cache=False).logits
+        return torch.autograd.grad(logits.square().mean(), [x, *factors[name]])
+
+    def decode(name):
+        with torch.no_grad():
+            return skeleton(variants[name], inputs_embeds=x[:1, :1], use_cache=False).logits
+
+    error = (decode("H-LoRA") - decode("loop")).norm() / decode("loop").norm()
+    assert error < (1e-5 if dtype == torch.float32 else 0.05), error
+    found = {}
+    for kind, call in (("training step", train), ("decoding step", decode)):
+        seconds = rounds({name: partial(call, name) for name in variants}, n)
+        for name, (s, ratio) in seconds.items():
+            found[f"{kind} {name}"] = ratio
+            print(f"{kind}  {name:8s} {1e3 * s:8.1f} ms   {ratio:.2f} x base")
+    return found
+
+
+def _leaves(adapter: lora.Adapter) -> list[torch.Tensor]:
+    return [t.requires_grad_() for f in adapter.factors.values() for t in f.values()]
+
+
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
-    parts = {"mixture": mixture, "growth": growth, "experts": experts}
+    parts = {"mixture": mixture, "growth": growth, "experts": experts, "steps": steps}
     done = {name: parts[name]() for name in sys.argv[1:] or parts}
     print(json.dumps({name: {k: round(v, 3) for k, v in rows.items()} for name, rows in done.items()}))
