@@ -354,6 +354,26 @@ def vqgan(c, action, config, ckpt, out):
     _call(commands.convert, action, config, ckpt, out)
 
 
+@task(
+    positional=["action"],
+    help={
+        "action": "convert",
+        "weights": "com_hlora_weights.bin, gen_hlora_weights.bin or another file of H-LoRA weights",
+        "fusion": "fusion_layer_weights.bin: token table and head, needed to draw",
+        "variant": "M3, L14 or XL32",
+        "task": "understand or draw",
+        "base": "name or folder of the base model; default: the variant's name on the hub",
+        "out": "folder to make: plugin.safetensors and plugin.json",
+    },
+)
+def plugin(c, action, weights, variant, task, out, fusion="", base=""):
+    """Convert a published plugin of HealthGPT to safetensors, after a check of every key; nothing in it is run."""
+    _needs(action=action, weights=weights, variant=variant, task=task, out=out)
+    from medvl.commands import plugins
+
+    _call(plugins.convert, action, weights, fusion, variant, task, base, out)
+
+
 # Options of the tasks about one scan.
 SCAN = {
     "run": "run folder",

@@ -2,6 +2,5 @@
 print.
 
 `experiments` (list, labels, memory), `questions` (`invoke ask`), `ct` (preprocess, split, embed, classify),
-`slides` (check, pack), `vqgan` (convert),
-`registries` (`invoke adapters`: build, add, list, show).
+`slides` (check, pack), `vqgan` and `plugins` (convert), `registries` (`invoke adapters`: build, add, list, show).
 """

@@ -319,12 +319,15 @@ def read_pickle(path: Path, part: str = "") -> dict[str, Tensor]:
     return state
 
 
-def read_finite(entry: Entry, key: str, path: Path, dtype: torch.dtype, device: str | torch.device) -> Tensor:
-    """A tensor of an adapter in `dtype` on `device`; it must hold floating point numbers, all of them
-    finite.
+def read_finite(
+    entry: Entry, key: str, path: Path, dtype: torch.dtype | None, device: str | torch.device
+) -> Tensor:
+    """A tensor of an adapter in `dtype` (None: the file's) on `device`; it must hold floating point numbers, all
+    of them finite.
     """
     if not entry.dtype.is_floating_point:
         raise ValueError(f"read: {path}: {key} must hold floating point numbers")
+    dtype = dtype or entry.dtype
     t = entry.read().to(device, dtype)
     # After the cast: a number of float32 may be infinite in float16.
     if not _finite(t):

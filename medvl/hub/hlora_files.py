@@ -76,7 +76,7 @@ def read_entries(
     alpha: float,
     experts: int,
     skeleton: Any,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     device: Any,
 ) -> tuple[Adapter, dict[str, Tensor]]:
     """Adapter and rest of the tensors of a file, as `read_hlora`."""

@@ -146,7 +146,7 @@ def read_published(
     *,
     config: PluginConfig,
     skeleton: Skeleton,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     device: str | torch.device = "cpu",
 ) -> tuple[Plugin, str]:
     """A plugin in HealthGPT's files, and a sentence about what they hold.
@@ -158,6 +158,7 @@ def read_published(
             do in HealthGPT.
         config: `published_config("M3", "draw")`, or a record of your own; the files say none of it.
         skeleton: of the base.
+        dtype: None = the file's.
     Returns:
         plugin with weights in `dtype` on `device`, and the report.
     Raises:

@@ -11,6 +11,7 @@ from attrs import evolve
 
 from medvl.base import config as records
 from medvl.base.tree import flatten
+from medvl.commands import plugins
 from medvl.components.project import ProjectConfig, project
 from medvl.hub import hlora_files, plugin_files, skeletons, tokens
 from medvl.hub.checkpoints import Entry
@@ -189,6 +190,25 @@ def test_the_base_is_shared_and_stays(tmp_path):
     own += sum(t.nbytes for t in draw.tables.values()) + 2 * 32 * 4  # a mean row for table and head
     together = {f"{i}{name}": w for i, params in enumerate(both) for name, w in params.items()}
     assert lazy.nbytes(together) == lazy.nbytes(base) + own
+
+
+def test_a_published_file_is_converted_by_a_command(tmp_path, monkeypatch, capsys):
+    config, skeleton, _, state, held = small("M3", "draw")
+    path, fusion = saved(tmp_path, plugin=state, fusion=held)
+    monkeypatch.setattr(plugins, "published_config", lambda variant, task: config)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/config.json").write_text(json.dumps(skeleton.config))
+    given = {"variant": "M3", "task": "draw", "base": str(tmp_path / "base"), "out": str(tmp_path / "out")}
+    plugins.convert("convert", str(path), str(fusion), **given)
+    report = "H-LoRA of 8 layers (7,040 numbers), projector (1,856 numbers), token tables: embed and head of"
+    assert f"to draw on microsoft/Phi-3-mini-4k-instruct: {report} fusion.bin" in capsys.readouterr().out
+    plugin = read_plugin(tmp_path / "out", dtype=torch.float16)
+    for part, name in (("embed", EMBED), ("head", HEAD)):
+        assert torch.equal(plugin.tables[part], held[P + name])
+    size = (tmp_path / "out/plugin.safetensors").stat().st_size
+    assert size < 1.2 * (path.stat().st_size + fusion.stat().st_size)  # kept in the 16 bits of the files
+    with pytest.raises(ValueError, match="the action must be convert, got 'x'"):
+        plugins.convert("x", str(path), "", **given)
 
 
 def test_own_folders_come_back(tmp_path):
