@@ -174,6 +174,9 @@ def init_vq(cfg: VqConfig, gen: Generator) -> Params:
 
 
 def _run(layers: list[Layer], params: Params, x: Tensor) -> Tensor:
+    if x.device.type == "cpu":
+        # 20 % less time there; group norms of CUDA would copy it back.
+        x = x.contiguous(memory_format=torch.channels_last)
     for kind, name, _, _ in layers:
         x = _APPLY[kind](params, name, x)
     return x
@@ -214,7 +217,8 @@ def _attention(params: Params, name: str, x: Tensor) -> Tensor:
     normed = _norm(params, f"{name}.norm", x)
     q, k, v = (_conv(params, f"{name}.{part}", normed).flatten(2).mT for part in "qkv")  # [b, h w, c]
     mixed = F.scaled_dot_product_attention(q, k, v)
-    return x + _conv(params, f"{name}.proj_out", mixed.mT.reshape(x.shape))
+    mixed = mixed.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+    return x + _conv(params, f"{name}.proj_out", mixed)
 
 
 _APPLY = {
