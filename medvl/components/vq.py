@@ -275,7 +275,7 @@ def encode_codes(cfg: VqConfig, params: Params, pixels: Tensor, gen: Generator |
     Args:
         pixels: as `encode_logits`.
         gen: draws each code from the softmax of its logits, by Gumbel noise, as the reference does even at
-            inference; left out, it is the likeliest or nearest one. Its device is that of the pixels.
+            inference; left out, it is the likeliest or nearest one. It may lie on another device.
     Raises:
         ValueError: as `encode_logits`; `gen` for kind "vq", whose scores are no logits.
     """
@@ -285,7 +285,8 @@ def encode_codes(cfg: VqConfig, params: Params, pixels: Tensor, gen: Generator |
         )
     logits = encode_logits(cfg, params, pixels)
     if gen is not None:
-        logits = logits - torch.empty_like(logits).exponential_(generator=gen).log()
+        noise = torch.empty(logits.shape, device=gen.device).exponential_(generator=gen).log()
+        logits = logits - noise.to(logits.device)
     return logits.argmax(1)
 
 

@@ -18,7 +18,7 @@ from medvl.adapters import build, experts
 from medvl.adapters.embed_config import EmbedConfig
 from medvl.base import config
 from medvl.base.tree import flatten, map_leaves, merge_trees, split_tree
-from medvl.components import compress, encode, fuse, layers, losses, text
+from medvl.components import compress, encode, fuse, layers, losses, text, vq
 from medvl.components.project import ProjectConfig, init_project
 from medvl.components.slots import CompressConfig
 from medvl.hub import skeletons
@@ -540,6 +540,38 @@ def _(device):
     adapter = evolve(model.adapter, factors=params["lora"])
     merged = lora.merge_adapter(params["model"], adapter, also_head=True).params
     return fetch({name: merged[name] for name in list(merged)[:6]})
+
+
+# unified ----------------------------------------------------------------------------------------------------
+@case("a VQ model of both kinds: scores, images of codes, gradient of its loss", 1e-3)
+def _(device):
+    numbers = {}
+    codes = torch.arange(12).view(1, 3, 4) % 6
+    pixels = randn(1, 3, 6, 8).clamp(-1, 1)
+    for kind in ("gumbel", "vq"):
+        sizes = {
+            "n_embed": 6,
+            "embed_dim": 4,
+            "z_channels": 4,
+            "resolution": 16,
+            "ch": 32,
+            "num_res_blocks": 1,
+        }
+        cfg = vq.VqConfig(kind=kind, ch_mult=(1, 2), attn_resolutions=(8,), **sizes)
+        params = move(device, vq.init_vq(cfg, generator(4)))
+        numbers[f"{kind} scores"] = vq.encode_logits(cfg, params, pixels.to(device)).cpu()
+        numbers[f"{kind} image"] = vq.decode_codes(cfg, params, codes.to(device)).cpu()
+        if kind == "gumbel":  # its loss draws numbers, and each device its own
+            drawn = vq.encode_codes(cfg, params, pixels.to(device), generator())
+            numbers["gumbel drawn"] = drawn.cpu()
+            continue
+
+        def loss(p, batch, cfg=cfg):
+            return vq.vq_loss(cfg, p, batch.to(device))[0], gradients.Aux()
+
+        _, _, grads = gradients.value_and_grad(loss)(params, pixels)
+        numbers |= fetch({name: grads[name] for name in grads if "conv_" in name or "quant" in name}, "grad/")
+    return numbers
 
 
 # slide_vqa --------------------------------------------------------------------------------------------------

@@ -188,7 +188,7 @@ def target_codes(
         if seed is not None:
             # By the content, so that codes depend on neither order nor process.
             number = hashlib.sha256(f"{seed} {keys[path]}".encode()).digest()[:8]
-            gen = Generator(device).manual_seed(int.from_bytes(number, "big") >> 1)
+            gen = Generator().manual_seed(int.from_bytes(number, "big") >> 1)
         codes = vq.encode_codes(cfg, params, pixels, gen)
         cache.write(keys[path], codes[0].to("cpu", torch.int32).numpy())
 
