@@ -83,8 +83,8 @@ def init_model(
 
     def add_parts(opened: Chat, params: Tree, gen: Generator) -> tuple[Chat, Tree]:
         if vq is not None:
-            made["keep"] = len(opened.tokenizer)
             opened, made["codes"], rows = add_codes(opened, params["model"], vq[0].codes)
+            made["keep"] = made["codes"].start
             params = params | {"rows": map_leaves(lambda t: t.float().clone(), rows)}
         levels = {task: cfg.task(task).level for task in cfg.tasks}
         towers, image_config, tower = open_tower(cfg.tower, levels, opened.dtype, device, gen)
@@ -117,11 +117,11 @@ def add_codes(
 ) -> tuple[Chat, CodeTokens, dict[str, Tensor]]:
     """The chat whose vocabulary has so many image codes, their tokens, and rows {"embed", "head"} for them: the
     mean of the base's, as a view."""
-    keep = len(opened.tokenizer)
     codes = tokens.add_image_codes(opened.tokenizer, number)
     names = skeletons.table_names(opened.skeleton)
-    added = len(opened.tokenizer) - keep
-    rows = {part: extended.mean_rows(params[name], keep, added) for part, name in names.items()}
+    # Not the size before: the tokenizer may have the codes already.
+    added = len(opened.tokenizer) - codes.start
+    rows = {part: extended.mean_rows(params[name], codes.start, added) for part, name in names.items()}
     skeleton = skeletons.with_vocabulary(opened.skeleton, len(opened.tokenizer))
     return evolve(opened, skeleton=skeleton), codes, rows
 
@@ -251,6 +251,7 @@ def open_unified(
     means = dict[str, Tensor]()
     if record.codes:
         opened, codes, means = add_codes(opened, weights, record.codes)
+        keep = codes.start
     levels = {task: plugin.level for task, plugin in opened_plugins.items()}
     towers, image_config, params["tower"] = open_tower(TowerConfig(name=str(tower)), levels, kind, target)
     unused: Any = None  # nothing is trained

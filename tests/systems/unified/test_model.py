@@ -1,5 +1,6 @@
 """One base with two plugins: answers and pictures, of one thread and of several, and what is refused."""
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 
 import medvl
 from medvl.base.tree import flatten
-from medvl.hub import plugin_files
+from medvl.hub import plugin_files, tokens
 from medvl.language import chat, system
 from medvl.systems.unified import ask, draw
 from medvl.systems.unified.model import open_unified
@@ -147,6 +148,21 @@ def test_a_task_answers_as_before_after_the_other_and_as_a_model_of_its_own(fold
     # The plugins matter: with the other's adapter and projector the answer is another one.
     mixed = params | {"understand": params["understand"] | {"lora": params["draw"]["lora"]}}
     assert answer(model, mixed) != first
+
+
+def test_a_tokenizer_may_have_the_codes_already(folder, both, tmp_path):
+    """As that of a base which was saved after they were added."""
+    tok = tokens.tokenizer(folder / "base")
+    tokens.add_image_codes(tok, VQ.n_embed)
+    shutil.copytree(folder, tmp_path / "files")
+    tok.save_pretrained(tmp_path / "files" / "base")
+    plugins = {task: make_plugin(folder, task, seed=i) for i, task in ((1, "understand"), (2, "draw"))}
+    plugins["understand"] = evolve(plugins["understand"], rows=None)
+    settings = {"dtype": "float32", "device": "cpu", "vq": folder / "vq", "tower": folder / "tower"}
+    model, params = open_unified(tmp_path / "files" / "base", plugins, **settings)
+    assert model.codes == both[0].codes
+    assert answer(model, params) == answer(*both)
+    assert torch.equal(codes_of(model, params), codes_of(*both))
 
 
 def test_threads_ask_and_draw_at_once(both):
