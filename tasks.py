@@ -78,6 +78,17 @@ def _whole(name, text, least=0, most=2**31 - 1):
     return number
 
 
+def _number(name, text, least, most):
+    """A number from the command line, as `_whole`."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = None
+    if number is None or not least <= number <= most:
+        _refuse(f"--{name} must be a number from {least} to {most}, got {text!r}")
+    return number
+
+
 def _explain(values):
     """Show what a task takes, or refuse an option that it has not.
 
@@ -106,7 +117,16 @@ def _needs(**options):
         _refuse(f"{' and '.join(missing)} must be given; add --help to see what for")
 
 
+CLIP = "openai/clip-vit-large-patch14-336"
 # Words of `--help` that several tasks share.
+OF_IMAGE = {
+    "page": "which page, frame or slice of the image file, from 0",
+    "window": "black,white of greys of more than 8 bits, e.g. --window=-160,240",
+}
+OF_PLUGIN = {
+    "tower": "with --plugin: name or folder of CLIP",
+    "quantize": "with --plugin: nf4 or fp4 for a base of four bits",
+}
 SET = {
     "exp": "name in experiments/, path of a .toml, or a run's folder",
     "set_": "key.path=value in TOML syntax, repeatable",
@@ -256,18 +276,21 @@ def adapters(
     help={
         "question": "in words",
         "adapters": "a registry of adapters (.toml or .json), to be asked about images",
-        "run": "run folder of tune, adapters or slide_vqa",
+        "run": "run folder of tune, adapters, slide_vqa or unified",
+        "plugin": "folder of a plugin to understand images, on its base",
         "slide": "with a slide_vqa run: a file of patch features, STORE.h5::NAME, or a slide of the run by name",
-        "image": "with a registry or a run of tune or adapters: image file, repeatable",
+        "image": "with a registry, a plugin or a run of tune, adapters or unified: image file, repeatable",
         "mode": "how adapters are used: bare, selection, mixture (default), fusion or oracle",
         "k": "how many adapters at most; default: the run's, 3 of a registry",
         "own": "the adapter of mode oracle",
-        "base": "the model, if the registry does not say it, or it lies elsewhere",
+        "base": "the model, if the registry does not say it, or it lies elsewhere; of a plugin, too",
         "out": "folder for the map of a slide's answer",
         "offset": "x,y to subtract from the map's shapes: the slide's openslide.bounds-x,bounds-y, if QuPath "
         "crops it (MRXS, SCN)",
         "set_": "settings of adapters, e.g. retrieve.threshold=0.3, fusion.rule=linear, repeatable",
-    },
+    }
+    | OF_IMAGE
+    | OF_PLUGIN,
     iterable=["image", "set_"],
 )
 def ask(
@@ -285,8 +308,13 @@ def ask(
     max_tokens="256",
     offset="",
     set_=None,
+    plugin="",
+    tower=CLIP,
+    quantize="none",
+    page="",
+    window="",
 ):
-    """Ask adapters that fit a question, or a run, about images or a slide. Research use, not for diagnosis."""
+    """Ask adapters that fit a question, a run or a plugin, about images or a slide. Research use, not for diagnosis."""
     from medvl.commands import questions
 
     # Not 0 where -k is left out: the run says how many, and 0 can be asked for.
@@ -308,6 +336,71 @@ def ask(
         max_tokens=_whole("max-tokens", max_tokens, 1, 2**20),
         offset=offset,
         overrides=set_ or (),
+        plugin=plugin,
+        tower=tower,
+        quantize=quantize,
+        page=_whole("page", page) if page else None,
+        window=window,
+    )
+
+
+@task(
+    positional=[],
+    help={
+        "question": "in words, such as 'Reconstruct the image.'",
+        "out": "the PNG to write; with --questions a folder",
+        "image": "image file; without one the picture comes from the text alone",
+        "run": "run folder of unified",
+        "plugin": "folder of a plugin to draw, on its base",
+        "base": "the plugin's base, if it lies elsewhere",
+        "vq": "with --plugin: folder of the VQ model, from `invoke vqgan convert`",
+        "questions": "JSON lines of text and image, in place of --question and --image",
+        "batch": "pictures drawn at a time",
+        "temperature": "codes are drawn by chance at it; 0 = the likeliest each time",
+        "seed": "of chance",
+    }
+    | OF_IMAGE
+    | OF_PLUGIN,
+)
+def draw(
+    c,
+    out,
+    question="",
+    image="",
+    run="",
+    plugin="",
+    base="",
+    vq="",
+    tower=CLIP,
+    quantize="none",
+    questions="",
+    batch="8",
+    temperature="0",
+    seed="0",
+    page="",
+    window="",
+):
+    """Draw the picture that a text asks for, from an image or without one. Research use, not for diagnosis."""
+    _needs(out=out)
+    from medvl.commands import pictures
+
+    _call(
+        pictures.draw_pictures,
+        question,
+        out,
+        image=image,
+        run_path=run,
+        plugin=plugin,
+        base=base,
+        vq=vq,
+        tower=tower,
+        quantize=quantize,
+        questions=questions,
+        batch=_whole("batch", batch, 1, 2**20),
+        temperature=_number("temperature", temperature, 0, 100),
+        seed=_whole("seed", seed),
+        page=_whole("page", page) if page else None,
+        window=window,
     )
 
 

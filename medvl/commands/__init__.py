@@ -2,5 +2,6 @@
 print.
 
 `experiments` (list, labels, memory), `questions` (`invoke ask`), `ct` (preprocess, split, embed, classify),
-`slides` (check, pack), `vqgan` and `plugins` (convert), `registries` (`invoke adapters`: build, add, list, show).
+`slides` (check, pack), `vqgan` and `plugins` (convert), `pictures` (`invoke draw`), `registries`
+(`invoke adapters`: build, add, list, show).
 """

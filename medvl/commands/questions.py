@@ -5,12 +5,17 @@ from pathlib import Path
 
 from medvl.base import config
 from medvl.evaluation import report
+from medvl.language.images import check_window
 from medvl.systems.adapters.ask import ask_registry
 from medvl.systems.run import find_system
 from medvl.systems.system import Question
+from medvl.systems.unified.model import open_plugin
+from medvl.systems.unified.record import CLIP
+from medvl.systems.unified.run import ask_opened
 
 # Options that make sense with a registry; a system lists its own in `System.takes`.
 REGISTRY_TAKES = ("--image", "--mode", "-k", "--own", "--base", "--set")
+PLUGIN_TAKES = ("--image", "--base", "--page", "--window")
 
 
 def print_answer(
@@ -28,20 +33,27 @@ def print_answer(
     max_tokens: int = 256,
     offset: str = "",
     overrides: Sequence[str] = (),
+    plugin: str = "",
+    tower: str = CLIP,
+    quantize: str = "none",
+    page: int | None = None,
+    window: str = "",
 ) -> None:
-    """Print the answer of a registry of adapters or of a run, and where it came from.
+    """Print the answer of a registry of adapters, of a run or of a plugin, and where it came from.
 
     Args:
+        plugin: folder of a plugin to understand, on its base.
+        page, window: of the image; see `parse_window`.
         run: the folder of a run, or its config.json.
         mode: how adapters are combined; "" is "mixture".
         k: adapters at most; -1 is the run's `retrieve.k` (of a registry 3).
         own: the adapter of mode "oracle".
-        base: the model of a registry.
+        base: the model of a registry or a plugin, if it lies elsewhere.
     Raises:
-        ValueError: neither or both of a registry and a run; a run that answers no questions; an option that
+        ValueError: none or several of a registry and a run; a run that answers no questions; an option that
             it does not take; as what answers.
     """
-    _check_arguments(adapters, run, max_tokens)
+    _check_arguments(adapters, run, plugin, max_tokens)
     value_of_flag = {
         "--image": images,
         "--slide": slide,
@@ -51,6 +63,8 @@ def print_answer(
         "--base": base,
         "--set": overrides,
         "--offset": offset,
+        "--page": page is not None,
+        "--window": window,
     }
     # Before defaults are filled in: "mixture" that was not asked for must not be refused.
     flags = [flag for flag, value in value_of_flag.items() if value]
@@ -65,21 +79,48 @@ def print_answer(
         offset=offset,
         max_tokens=max_tokens,
         overrides=tuple(overrides),
+        page=page,
+        window=parse_window(window),
+        on_token=print_piece,
     )
     if adapters:
         _check_question(question, flags, f"{adapters} (a registry)", REGISTRY_TAKES)
         answer = ask_registry(adapters, question, base)
+    elif plugin:
+        _check_question(question, flags, f"{plugin} (a plugin)", PLUGIN_TAKES)
+        model, params = open_plugin(plugin, "understand", base=base, tower=tower, quantize=quantize)
+        answer = ask_opened(model, params, question)
     else:
         answer = _ask_run(run, question, flags)
     print(answer)
     print(report.NOTICE)
 
 
-def _check_arguments(adapters: str, run: str, max_tokens: int) -> None:
-    if bool(adapters) == bool(run):
+def print_piece(text: str) -> None:
+    """Print a piece of an answer at once."""
+    print(text, end="", flush=True)
+
+
+def parse_window(text: str) -> tuple[float, float] | None:
+    """(black, white) of "black,white"; None of "".
+
+    Raises:
+        ValueError: not two numbers, the first the smaller.
+    """
+    if not text:
+        return None
+    try:
+        levels = tuple(float(number) for number in text.split(","))
+    except ValueError as e:
+        raise ValueError(f"--window must be black,white, such as -160,240, got {text!r}") from e
+    return check_window(levels, "--window")
+
+
+def _check_arguments(adapters: str, run: str, plugin: str, max_tokens: int) -> None:
+    if bool(adapters) + bool(run) + bool(plugin) != 1:
         raise ValueError(
             "ask: needs either --adapters REGISTRY (with --image), or --run RUN (with --image, or with "
-            "--slide)"
+            "--slide), or --plugin FOLDER (with --image)"
         )
     if max_tokens < 1:
         raise ValueError(f"ask: --max-tokens must be 1 or more, got {max_tokens}")

@@ -260,6 +260,12 @@ def write_plugin(plugin: Plugin, folder: files.PathLike) -> None:
         files.write_text(tmp / "plugin.json", text + "\n")
 
 
+def read_plugin_config(name: files.PathLike) -> PluginConfig:
+    """The record of a plugin in a folder, or of a name on the hub."""
+    record = find_file(str(name), ("plugin.json",))
+    return records.structure(read_json(record), PluginConfig, source=str(record))
+
+
 def read_plugin(
     name: files.PathLike, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> Plugin:
@@ -269,8 +275,7 @@ def read_plugin(
         ValueError: nothing there, a broken file, a record or tensors that are none of a plugin, numbers that
             are not finite.
     """
-    record = find_file(str(name), ("plugin.json",))
-    config = records.structure(read_json(record), PluginConfig, source=str(record))
+    config = read_plugin_config(name)
     path = find_file(str(name), ("plugin.safetensors",))
     tensors = {}
     for key, entry in open_weights(path, str(name)).items():

@@ -27,6 +27,9 @@ class Question:
     offset: str = ""  # "x,y" taken from the map's shapes
     max_tokens: int = 256
     overrides: tuple[str, ...] = ()  # "key=value" of how adapters are chosen
+    page: int | None = None  # of an image file with several pages, frames or slices
+    window: tuple[float, float] | None = None  # (black, white) of greys of more than 8 bits
+    on_token: Callable[[str], None] | None = None  # gets the answer piece by piece, where the system streams
 
 
 def drawn_data(cfg: Any) -> tuple[Path, ...]:

@@ -17,4 +17,6 @@ SYSTEM = System(
     assess=run.assess,
     labels=run.labels,
     memory=run.memory,
+    ask=run.ask,
+    takes=("--image", "--page", "--window"),
 )

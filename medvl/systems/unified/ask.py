@@ -3,13 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from PIL import Image
-
 from medvl.base.tree import Tree
-from medvl.language import chat, images, system
-from medvl.language.chat import Chat
-from medvl.language.conversations import Conversation
-from medvl.systems.unified.model import Unified
+from medvl.language import chat, system
+from medvl.systems.unified.model import Unified, make_question
 
 
 def ask_image(
@@ -48,33 +44,3 @@ def ask_image(
         on_token=stream,
     )
     return answers.texts[0].strip()
-
-
-def make_question(
-    opened: Chat,
-    image: Any,
-    text: str,
-    *,
-    page: int | None = None,
-    window: tuple[float, float] | None = None,
-) -> Conversation:
-    """A text about an image, opened.
-
-    Args:
-        image: a path (PNG, JPEG, DICOM, NIfTI...), a PIL image, or None.
-        page: of a file with several pages, frames or slices, from 0.
-        window: (black, white) of a file with greys of more than 8 bits; the chat's is taken if left out.
-    Raises:
-        ValueError: as `images.open_image`; no text, or tags <image> in it that do not match.
-    """
-    items: list[Any] = []
-    if image is not None:
-        if not isinstance(image, Image.Image):
-            levels = window or images.check_window(opened.cfg.window, "chat.window")
-            image = images.open_image(image, page=page, window=levels, only_deep=True)
-        items = [image]
-    content = text if "<image>" in text or not items else f"<image>\n{text}"
-    question = Conversation(messages=({"role": "user", "content": content},), images=tuple(items))
-    if not text.strip():
-        raise ValueError("ask: the question must have text, got none")
-    return question

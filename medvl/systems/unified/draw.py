@@ -5,6 +5,7 @@ Only codes may come, as many as a picture has, and then the end: no text is ever
 
 import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,17 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor
 
+from medvl.base import files
+from medvl.base.files import PathLike
+from medvl.base.progress import run_batches
 from medvl.base.tree import Tree
 from medvl.components import vq
 from medvl.language import chat, encoding, sampling, system
 from medvl.language.chat import Encoded
 from medvl.language.conversations import Conversation
 from medvl.language.encoding import IGNORE, Sample
-from medvl.systems.unified.ask import make_question
-from medvl.systems.unified.model import Unified, picture_shape
+from medvl.language.sampling import Sampling
+from medvl.systems.unified.model import Unified, make_question, picture_shape
 
 _log = logging.getLogger("medvl")
 
@@ -127,7 +131,7 @@ def draw_codes(
         drawing.chat,
         system.model_weights(drawing, selected),
         chat.make_batch(drawing.chat, prompts, rows, side="left"),
-        sampling.Sampling(max_tokens=number + 1, end=(codes.end,), temperature=temperature),
+        Sampling(max_tokens=number + 1, end=(codes.end,), temperature=temperature),
         params=selected,
         allowed=allowed,
         # A generator for each row: another batch size draws the same pictures.
@@ -148,3 +152,51 @@ def decode_pictures(model: Unified, codes: Tensor) -> list[np.ndarray]:
             pixels = vq.decode_codes(cfg, weights, row.view(1, *picture_shape(cfg)).to(device))
         pictures.append(vq.to_uint8(pixels)[0].cpu().numpy())
     return pictures
+
+
+def draw_pictures(
+    model: Unified,
+    params: Tree,
+    questions: Sequence[Conversation],
+    folder: Path,
+    *,
+    batch: int = 8,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[np.ndarray]:
+    """The pictures uint8 [y, x, 3] of questions whose images are files, also as `folder`/pictures/NUMBER.png.
+
+    Codes are kept in `folder` batch by batch, and those that are there are not drawn again.
+    """
+    prompts = encode_drawings(model, questions)
+    settings = Sampling(temperature=temperature, seed=seed)
+    # The size of a batch changes the last bits of what is computed.
+    stamp = system.stamp_answers(
+        *(
+            model.task("draw"),
+            model.tasks.select(params, "draw"),
+            prompts,
+            settings,
+            files.file_digest,
+            [batch],
+        )
+    )
+
+    def draw_batch(rows: Sequence[int]) -> list[dict[str, Any]]:
+        codes = draw_codes(model, params, prompts, rows, temperature=temperature, seed=seed)
+        return [{"codes": row.tolist()} for row in codes]
+
+    batches = [range(i, min(i + batch, len(questions))) for i in range(0, len(questions), batch)]
+    path = system.unfinished_answers(folder, f"{stamp}-codes")
+    lines = run_batches(path, batches, draw_batch, title="drawing")
+    pictures = decode_pictures(model, torch.tensor([line["codes"] for line in lines]))
+    (folder / "pictures").mkdir(exist_ok=True)
+    for i, picture in enumerate(pictures):
+        write_picture(Image.fromarray(picture), folder / "pictures" / f"{i}.png")
+    return pictures
+
+
+def write_picture(picture: Image.Image, path: PathLike) -> None:
+    """Write a picture as PNG, whole or not at all."""
+    with files.atomic(Path(path)) as tmp:
+        picture.save(tmp, "PNG")

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from attrs import evolve, frozen
+from PIL import Image
 from torch import Generator, Tensor
 
 from medvl.base import processes
@@ -20,17 +21,19 @@ from medvl.components.project import ProjectConfig, init_project
 from medvl.components.vq import VqConfig
 from medvl.hub import loading, skeletons, tokens
 from medvl.hub.checkpoints import find_optional_file, read_json
-from medvl.hub.plugin_files import Plugin, check_base, read_plugin
+from medvl.hub.plugin_files import Plugin, check_base, read_plugin, read_plugin_config
 from medvl.hub.tokens import CodeTokens
 from medvl.hub.vqgan_files import open_vqgan
-from medvl.language import chat, clip_vision, system, vision
+from medvl.language import chat, clip_vision, images, system, vision
 from medvl.language.chat import Chat, ChatConfig, ModelConfig
+from medvl.language.conversations import Conversation
 from medvl.language.system import LanguageModel, Tasks
 from medvl.language.templates import PLACEHOLDERS, Placeholder
 from medvl.systems.unified.record import CLIP, Config, TowerConfig
 from medvl.training import stages
 from medvl.weights import extended, shards
 
+_PUBLISHED = "of HealthGPT's, M3 has both, L14 and XL32 only understand; take another, or train one"
 Vq = tuple[VqConfig, dict[str, Tensor]]  # a VQ model and its weights, which are frozen
 
 
@@ -51,8 +54,7 @@ class Unified:
         """
         if name not in self.tasks.models:
             raise ValueError(
-                f"this model has no plugin to {name}, only to {' and '.join(self.tasks.models)}: of HealthGPT's, M3 "
-                "has both, L14 and XL32 only understand; open it with one, or train one"
+                f"this model has no plugin to {name}, only to {' and '.join(self.tasks.models)}; {_PUBLISHED}"
             )
         return self.tasks.models[name]
 
@@ -190,7 +192,51 @@ def select_task(names: Mapping[str, str], keep: int, params: Tree, task: str) ->
     return selected | ({"lora": own["lora"]} if "lora" in own else {})
 
 
+def make_question(
+    opened: Chat,
+    image: Any,
+    text: str,
+    *,
+    page: int | None = None,
+    window: tuple[float, float] | None = None,
+) -> Conversation:
+    """A text about an image, opened.
+
+    Args:
+        image: a path (PNG, JPEG, DICOM, NIfTI...), a PIL image, or None.
+        page: of a file with several pages, frames or slices, from 0.
+        window: (black, white) of a file with greys of more than 8 bits; the chat's is taken if left out.
+    Raises:
+        ValueError: as `images.open_image`; no text, or tags <image> in it that do not match.
+    """
+    items: list[Any] = []
+    if image is not None:
+        if not isinstance(image, Image.Image):
+            levels = window or images.check_window(opened.cfg.window, "chat.window")
+            image = images.open_image(image, page=page, window=levels, only_deep=True)
+        items = [image]
+    content = text if "<image>" in text or not items else f"<image>\n{text}"
+    question = Conversation(messages=({"role": "user", "content": content},), images=tuple(items))
+    if not text.strip():
+        raise ValueError("ask: the question must have text, got none")
+    return question
+
+
 # From plugins -----------------------------------------------------------------------------------------------
+def open_plugin(
+    folder: PathLike, task: str, *, base: str = "", vq: PathLike | None = None, **settings: Any
+) -> tuple[Unified, Tree]:
+    """`open_unified` of the one plugin in a folder, on the base that it names or on another place of that.
+
+    Raises:
+        ValueError: the plugin is for another task; as `open_unified`.
+    """
+    config = read_plugin_config(folder)
+    if config.task != task:
+        raise ValueError(f"{folder} must be a plugin to {task}, found one to {config.task}; {_PUBLISHED}")
+    return open_unified(base or config.base, {config.task: folder}, vq=vq or None, **settings)
+
+
 def open_unified(
     base: PathLike,
     plugins: Mapping[str, Plugin | PathLike],

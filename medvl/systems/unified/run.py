@@ -12,7 +12,6 @@ from attrs import evolve
 from PIL import Image
 
 from medvl.base import config, files, processes
-from medvl.base.progress import run_batches
 from medvl.base.tree import Tree, flatten, split_tree
 from medvl.evaluation import pictures, plots, report
 from medvl.evaluation.results import Result
@@ -22,12 +21,13 @@ from medvl.language import chat, encoding, system
 from medvl.language.chat import Encoded
 from medvl.language.conversations import Conversation, check_gold, read_conversations
 from medvl.language.drawings import Drawing, read_drawings
-from medvl.language.sampling import Sampling
 from medvl.language.vision import open_item
 from medvl.phantoms import anatomy
+from medvl.systems.system import Question
 from medvl.systems.tune.run import answer_conversations, score_answers
+from medvl.systems.unified.ask import ask_image
 from medvl.systems.unified.codes import fit_vq, target_codes, vq_pixels
-from medvl.systems.unified.draw import decode_pictures, draw_codes, encode_drawings
+from medvl.systems.unified.draw import decode_pictures, draw_pictures, encode_drawings
 from medvl.systems.unified.model import Unified, Vq, init_model, picture_shape
 from medvl.systems.unified.record import Config, Source, Split, data_folder, source_path, stage_tasks
 from medvl.training import stages
@@ -299,43 +299,14 @@ def _case(question: Conversation, number: int) -> Any:
     return question.extra.get("episode_id", number)
 
 
-def draw_test(
-    model: Unified, params: Tree, questions: Sequence[Conversation], folder: Path
-) -> list[np.ndarray]:
-    """The pictures uint8 [y, x, 3] of questions; codes are kept in `folder` batch by batch, and those that are there
-    are not drawn again."""
-    cfg = model.cfg.evaluate
-    prompts = encode_drawings(model, questions)
-    stamp = system.stamp_answers(
-        model.task("draw"),
-        model.tasks.select(params, "draw"),
-        prompts,
-        Sampling(temperature=cfg.temperature, seed=model.cfg.seed),
-        files.file_digest,
-        [cfg.batch],
-    )
-
-    def draw_batch(rows: Sequence[int]) -> list[dict[str, Any]]:
-        codes = draw_codes(model, params, prompts, rows, temperature=cfg.temperature, seed=model.cfg.seed)
-        return [{"codes": row.tolist()} for row in codes]
-
-    batches = [range(i, min(i + cfg.batch, len(questions))) for i in range(0, len(questions), cfg.batch)]
-    path = system.unfinished_answers(folder, f"{stamp}-codes")
-    lines = run_batches(path, batches, draw_batch, title="drawing")
-    return decode_pictures(model, torch.tensor([line["codes"] for line in lines]))
-
-
 def _assess_drawings(
     model: Unified, params: Tree, drawings: Sequence[Drawing], folder: Path, experiment: str
 ) -> list[Result]:
     """Likeness of the drawn pictures and of the controls to their targets, over all and by the "task" of a line."""
     cfg, questions = model.cfg, [drawing.question for drawing in drawings]
     assert model.vq is not None
-    drawn = draw_test(model, params, questions, folder)
-    for i, picture in enumerate(drawn):
-        (folder / "pictures").mkdir(exist_ok=True)
-        with files.atomic(folder / "pictures" / f"{i}.png") as tmp:
-            Image.fromarray(picture).save(tmp, "PNG")
+    settings = {"batch": cfg.evaluate.batch, "temperature": cfg.evaluate.temperature, "seed": cfg.seed}
+    drawn = draw_pictures(model, params, questions, folder, **settings)
     vq_pictures = decode_pictures(model, torch.tensor(codes_of(cfg, model.vq, drawings, folder.parent)))
     targets = _open_targets(model, drawings, vq_pictures)
     train = [d for source in find_sources(cfg, "draw", "train") for d in read_targets(cfg, source, "train")]
@@ -377,6 +348,28 @@ def _open_targets(
         pixels = vq_pixels(_opener(model.cfg)(drawing.target), model.vq[0].resolution)
         targets.append(((pixels + 1) / 2 * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
     return targets
+
+
+def ask(folder: Path, question: Question) -> str:
+    """The answer of a run, streamed where `question.on_token` is given: then nothing is left to be printed."""
+    return ask_opened(*load(folder), question)
+
+
+def ask_opened(model: Unified, params: Tree, question: Question) -> str:
+    """`ask` of a model that is open."""
+    if len(question.images) > 1:
+        raise ValueError(f"ask: unified sees one image at a time, got {len(question.images)}")
+    answer = ask_image(
+        model,
+        params,
+        question.images[0] if question.images else None,
+        question.text,
+        max_tokens=question.max_tokens,
+        on_token=question.on_token,
+        page=question.page,
+        window=question.window,
+    )
+    return "" if question.on_token else answer
 
 
 # Before a run -----------------------------------------------------------------------------------------------

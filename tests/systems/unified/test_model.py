@@ -230,7 +230,7 @@ def test_plugins_are_folders_and_images_are_files(folder, both, tmp_path):
 def test_what_a_model_was_not_made_for_is_refused(folder, both, tmp_path):
     model, params = opened(folder, ("understand",), vq=None)
     with pytest.raises(
-        ValueError, match=r"no plugin to draw, only to understand: .* L14 and XL32 only understand"
+        ValueError, match=r"no plugin to draw, only to understand; .* L14 and XL32 only understand"
     ):
         draw.draw_image(model, params, None, "Draw.")
     plugin = make_plugin(folder, "draw")

@@ -139,7 +139,7 @@ def test_answers_and_pictures_are_scored_beside_their_controls(trained, monkeypa
             raise KeyboardInterrupt
         return real(*args, **settings)
 
-    monkeypatch.setattr(run, "draw_codes", draw_codes)
+    monkeypatch.setattr(draw, "draw_codes", draw_codes)
     with pytest.raises(KeyboardInterrupt):
         SYSTEM.assess(model, params, folder, "tiny")
     rows, page = SYSTEM.assess(model, params, folder, "tiny")

@@ -1,0 +1,90 @@
+"""`invoke ask` and `invoke draw` with plugins and with runs."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from medvl.commands import pictures, questions
+from medvl.hub import plugin_files
+from tests.systems.unified.pieces import make_files, make_plugin
+from tests.tiny import drawn
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = make_files(tmp_path_factory.mktemp("unified"))
+    for task in ("understand", "draw"):
+        plugin_files.write_plugin(make_plugin(folder, task), folder / task)
+    drawn((40, 30)).save(folder / "image.png")
+    drawn((40, 30)).convert("L").convert("I").point(lambda v: v * 200).convert("I;16").save(
+        folder / "deep.png"
+    )
+    return folder
+
+
+def ask(folder, text="Which organ?", image="image.png", plugin="understand", **settings):
+    settings = {"max_tokens": 4, "tower": str(folder / "tower")} | settings
+    questions.print_answer(text, plugin=str(folder / plugin), images=[str(folder / image)], **settings)
+
+
+def draw(folder, out, text="Draw.", **settings):
+    settings = {
+        "plugin": str(folder / "draw"),
+        "vq": str(folder / "vq"),
+        "tower": str(folder / "tower"),
+    } | settings
+    pictures.draw_pictures(text, str(out), **settings)
+
+
+def test_a_plugin_answers(folder, capsys):
+    ask(folder)
+    ask(folder, image="deep.png", window="0,51000")
+    assert capsys.readouterr().out.count("not for diagnosis") == 2
+    with pytest.raises(ValueError, match="greys of more than 8 bits"):
+        ask(folder, image="deep.png")
+    with pytest.raises(ValueError, match="got page=3"):
+        ask(folder, page=3)
+    with pytest.raises(ValueError, match="--window must be black,white"):
+        ask(folder, window="a")
+    with pytest.raises(ValueError, match=r"needs either --adapters .* or --plugin"):
+        ask(folder, run="run")
+    with pytest.raises(ValueError, match=r"must be a plugin to understand, found one to draw"):
+        ask(folder, plugin="draw")
+
+
+def test_a_plugin_draws_one_picture_or_many_and_goes_on(folder, tmp_path, capsys):
+    draw(folder, tmp_path / "out.png", image=str(folder / "image.png"))
+    assert Image.open(tmp_path / "out.png").size == (8, 8)
+    lines = [{"text": "A liver.", "image": "image.png"}, {"text": "A mass on the left."}]
+    (folder / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for _ in range(2):
+        draw(folder, tmp_path / "many", "", questions=str(folder / "texts.jsonl"), batch=1)
+    assert sorted(path.name for path in (tmp_path / "many" / "pictures").glob("*")) == ["0.png", "1.png"]
+    assert "2 pictures" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"out": "out.jpg"}, "--out must end in .png"),
+        ({"plugin": ""}, "needs either --run RUN, or --plugin"),
+        ({"text": ""}, "needs either --question .* or --questions"),
+        (
+            {"plugin": "understand"},
+            "must be a plugin to draw, found one to understand; .* L14 and XL32 only understand",
+        ),
+        ({"vq": ""}, "needs the VQ model of the plugin's 64 codes"),
+        ({"questions": "wrong.jsonl", "text": "", "out": "many"}, 'line 1: must be {"text"'),
+        ({"questions": "gone.jsonl", "text": "", "out": "many"}, "there is no such image"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(folder, tmp_path, monkeypatch, settings, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wrong.jsonl").write_text('{"question": "a"}\n')
+    (tmp_path / "gone.jsonl").write_text('{"text": "a", "image": "gone.png"}\n')
+    if settings.get("plugin"):
+        settings = settings | {"plugin": str(folder / settings["plugin"])}
+    with pytest.raises(ValueError, match=message):
+        draw(folder, **({"out": "out.png"} | settings))
+    assert not (tmp_path / "out.png").exists()
