@@ -1,7 +1,7 @@
 """The accuracy of answers about images by one rule, beside what is right without looking at any image."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ def score_answers(
     answers: Sequence[str | None],
     gold: Sequence[str],
     options: Sequence[Options],
-    families: Sequence[str],
+    subjects: Sequence[Iterable[str]],
     groups: Sequence[Any],
     *,
     split: str,
@@ -42,41 +42,37 @@ def score_answers(
     n: int = 1000,
     gen: torch.Generator,
 ) -> list[Result]:
-    """Share of right answers (`is_right`) with its 95 % interval, for "all" and each family ("closed", "open").
+    """Share of right answers (`is_right`) with its 95 % interval, over "all" and over each subject.
 
     Args:
-        groups: the image or case of each answer, drawn as a whole.
+        subjects: what each record is counted under, such as ("closed", "organ"); "" is left out.
+        groups: the image or case of each record, drawn as a whole.
     Returns:
-        of each of them rows "accuracy", "accuracy_of_yes" (always "yes") and "accuracy_of_the_usual_answer" (the
-        most frequent one of the other records); all records count, answered or not.
+        of each subject rows "accuracy", "accuracy_of_yes" (always "yes") and "accuracy_of_the_usual_answer" (the
+        most frequent answer of the subject's other records). All records count, answered or not.
     """
-    usual = _usual_answers(gold, options, families)
-    said = {
-        "accuracy": answers,
-        "accuracy_of_yes": ["yes"] * len(gold),
-        "accuracy_of_the_usual_answer": usual,
-    }
-    seed, rows = int(torch.randint(2**62, (), generator=gen)), list[Result]()
-    for metric, texts in said.items():
-        right = [is_right(*row) for row in zip(texts, gold, options, strict=True)]
-        for subject in ("all", *sorted(set(families))):
-            of = [i for i, family in enumerate(families) if subject in ("all", family)]
+    rows_of: dict[str, list[int]] = {"all": [*range(len(gold))]}
+    for i, names in enumerate(subjects):
+        for name in filter(None, names):
+            rows_of.setdefault(name, []).append(i)
+    seed, results = int(torch.randint(2**62, (), generator=gen)), list[Result]()
+    for subject, rows in rows_of.items():
+        said: dict[str, Sequence[str | None]] = {
+            "accuracy": [answers[i] for i in rows],
+            "accuracy_of_yes": ["yes"] * len(rows),
+            "accuracy_of_the_usual_answer": _usual_answers([(gold[i], options[i]) for i in rows]),
+        }
+        for metric, texts in said.items():
+            right = [is_right(text, gold[i], options[i]) for text, i in zip(texts, rows, strict=True)]
             own_gen = torch.Generator().manual_seed(seed)
-            record = accuracy([right[i] for i in of], [groups[i] for i in of], n=n, gen=own_gen)
-            rows += to_results({subject: record}, split=split, metric=metric, experiment=experiment)
-    return rows
+            record = accuracy(right, [groups[i] for i in rows], n=n, gen=own_gen)
+            results += to_results({subject: record}, split=split, metric=metric, experiment=experiment)
+    return results
 
 
-def _usual_answers(gold: Sequence[str], options: Sequence[Options], families: Sequence[str]) -> list[str]:
-    """For each record the most frequent answer of the other ones of its family; of choices the letter."""
-    keys = [extract_letter(text, o) if o else normalise(text) for text, o in zip(gold, options, strict=True)]
-    counts = {family: Counter[str]() for family in families}
-    for family, key in zip(families, keys, strict=True):
-        counts[family][key] += 1
-    # Two of each family are enough: a record's own answer may lose its first place without the record.
-    most = {family: [*counter.most_common(2), ("", 0)] for family, counter in counts.items()}
-    usual = []
-    for family, key in zip(families, keys, strict=True):
-        (first, count), (second, next_count) = most[family][:2]
-        usual.append(second if key == first and count - 1 < max(next_count, 1) else first)
-    return usual
+def _usual_answers(records: Sequence[tuple[str, Options]]) -> list[str]:
+    """For each (gold, options) the most frequent answer of the others; of choices the letter."""
+    keys = [extract_letter(gold, options) if options else normalise(gold) for gold, options in records]
+    (first, count), (second, next_count) = [*Counter(keys).most_common(2), ("", 1)][:2]
+    # A record's own answer may lose its first place without the record.
+    return [second if key == first and count - 1 < next_count else first for key in keys]

@@ -87,7 +87,7 @@ def test_omnimedvqa(convert, tmp_path):
     assert found[0].images[0].samefile(tmp_path / "images" / "Images" / "a b" / "1.png")
     rows = score_answers(
         ["Adenocarcinoma", "B"], [c.messages[-1]["content"] for c in found], [c.extra["options"] for c in found],
-        ["choice"] * 2, [0, 1], split="all", gen=torch.Generator(),
+        [["choice"]] * 2, [0, 1], split="all", gen=torch.Generator(),
     )  # fmt: skip
     assert rows[0].value == 0.5
 
@@ -148,7 +148,7 @@ def test_the_real_files_lose_no_record(shared_data, tmp_path):
     tested = read_conversations(tmp_path / "test.jsonl")
     for found, n_closed, n_open in ((slake, 416, 645), (tested, 178, 109)):
         gold = [c.messages[-1]["content"] for c in found]
-        families = [c.extra["family"] for c in found]
+        families = [[c.extra["family"]] for c in found]
         images = [c.extra["episode_id"] for c in found]
         rows = score_answers(
             gold, gold, [None] * len(gold), families, images, split="test", n=20, gen=torch.Generator()
