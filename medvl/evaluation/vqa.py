@@ -16,17 +16,16 @@ Options = Mapping[str, str] | None  # letter -> text of a question with choices
 
 
 def is_right(answer: str | None, gold: str, options: Options = None) -> bool:
-    """Whether an answer is right: by `answers.same_answer`, or with options by whether it chooses the one that
-    gold chooses (`choice_answers.extract_letter`), or another with the same text.
+    """Whether an answer says what gold says (`answers.same_answer`). Where gold chooses one of the options
+    (`choice_answers.extract_letter`), the answer must choose it too, or another with the same text.
 
     Raises:
-        ValueError: gold has no words, or chooses none of the options.
+        ValueError: gold has no words.
     """
-    if not options:
+    meant = extract_letter(gold, options) if options else ""
+    if not options or not meant:
         return same_answer(answer, gold)
-    chosen, meant = extract_letter(answer, options), extract_letter(gold, options)
-    if not meant:
-        raise ValueError(f"is_right: gold must choose one of {options}, got {gold!r}")
+    chosen = extract_letter(answer, options)
     return bool(chosen) and comparable_text(options[chosen]) == comparable_text(options[meant])
 
 
@@ -45,7 +44,7 @@ def score_answers(
     """Share of right answers (`is_right`) with its 95 % interval, over "all" and over each subject.
 
     Args:
-        subjects: what each record is counted under, such as ("closed", "organ"); "" is left out.
+        subjects: what each record counts under beside "all", such as ("closed", "organ"); "" is none.
         groups: the image or case of each record, drawn as a whole.
     Returns:
         of each subject rows "accuracy", "accuracy_of_yes" (always "yes") and "accuracy_of_the_usual_answer" (the
@@ -72,7 +71,7 @@ def score_answers(
 
 def _usual_answers(records: Sequence[tuple[str, Options]]) -> list[str]:
     """For each (gold, options) the most frequent answer of the others; of choices the letter."""
-    keys = [extract_letter(gold, options) if options else normalise(gold) for gold, options in records]
+    keys = [(options and extract_letter(gold, options)) or normalise(gold) for gold, options in records]
     (first, count), (second, next_count) = [*Counter(keys).most_common(2), ("", 1)][:2]
     # A record's own answer may lose its first place without the record.
     return [second if key == first and count - 1 < next_count else first for key in keys]

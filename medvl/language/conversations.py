@@ -64,6 +64,14 @@ class Conversation:
         """What the tags of the messages stand for, as `chat.Dialogue`."""
         return self.images
 
+    @property
+    def options(self) -> dict[str, str]:
+        """What a question lets choose from, by letter (A to Z), under the key "options"; else nothing."""
+        options = self.extra.get("options")
+        pairs = options.items() if isinstance(options, dict) else ()
+        is_lettered = all(re.fullmatch("[A-Z]", letter) and isinstance(text, str) for letter, text in pairs)
+        return dict(pairs) if is_lettered else {}
+
     def until(self, stop: int) -> "Conversation":
         """The first `stop` messages, with the images of that part."""
         messages = self.messages[:stop]

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from attrs import evolve
 
 from medvl.evaluation.vqa import score_answers
 from medvl.language.conversations import read_conversations
@@ -80,13 +81,15 @@ def test_omnimedvqa(convert, tmp_path):
     assert counts == {"choice": 2}
     question = "<image>\nWhat is seen?\nA. Normal\nB. adenocarcinoma.\nC. Large cell carcinoma\nD. Both"
     assert [m["content"] for m in found[0].messages] == [question, "B. adenocarcinoma."]
-    assert found[0].extra["options"] == {letter: OMNI[f"option_{letter}"] for letter in "ABCD"}
+    assert found[0].options == {letter: OMNI[f"option_{letter}"] for letter in "ABCD"}
+    for other in (["x"], {"1": "x"}, {"A": 1}, None):  # what other files may have under this key
+        assert evolve(found[0], extra={"options": other}).options == {}
     assert (found[0].extra["family"], found[0].extra["task"]) == ("choice", "CT(Computed Tomography)")
     assert [m["content"] for m in found[1].messages] == ["<image>\nWhat is seen?\nA. Normal", "A. Normal"]
     assert found[1].extra["task"] == "CT"
     assert found[0].images[0].samefile(tmp_path / "images" / "Images" / "a b" / "1.png")
     rows = score_answers(
-        ["Adenocarcinoma", "B"], [c.messages[-1]["content"] for c in found], [c.extra["options"] for c in found],
+        ["Adenocarcinoma", "B"], [c.messages[-1]["content"] for c in found], [c.options for c in found],
         [["choice"]] * 2, [0, 1], split="all", gen=torch.Generator(),
     )  # fmt: skip
     assert rows[0].value == 0.5

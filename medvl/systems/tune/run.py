@@ -14,8 +14,8 @@ from medvl.base import config, files, processes
 from medvl.base.tree import Tree, flatten, split_tree
 from medvl.evaluation import plots, report
 from medvl.evaluation.accuracy import accuracy, accuracy_by_category, to_results
-from medvl.evaluation.answers import same_answer
 from medvl.evaluation.results import Result
+from medvl.evaluation.vqa import is_right
 from medvl.hub.checkpoints import new_folder
 from medvl.hub.hlora_files import write_hlora
 from medvl.hub.peft_files import write_adapter
@@ -207,7 +207,7 @@ def assess(
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     files.write_text(folder / "answers.jsonl", text)
     system.remove_unfinished_answers(folder)  # all of them are in answers.jsonl now
-    rows = score_answers(cfg, lines, experiment)
+    rows = _score(cfg, lines, experiment)
     encoded = chat.encode_conversations(model.chat, conversations)
     # Over all written answers of a conversation with the written ones before them (teacher forcing), while
     # the accuracy is of the last answer as it is generated.
@@ -224,24 +224,16 @@ def assess(
     return rows, page
 
 
-def score_answers(
-    cfg: Any, lines: Sequence[dict[str, Any]], experiment: str, groups: Sequence[Any] | None = None
-) -> list[Result]:
-    """Accuracy of all answers and of each category, and that of always giving the commonest answer.
-
-    Args:
-        lines: from `answer_conversations`.
-        groups: the case of each line, drawn as a whole by the bootstrap; None = each is one of its own.
-    """
+def _score(cfg: Config, lines: Sequence[dict[str, Any]], experiment: str) -> list[Result]:
+    """Accuracy of all answers and of each category, and that of always giving the commonest answer."""
     right = [line["right"] for line in lines]
     categories = [line["category"] for line in lines]
     # Without any category there is no table of them; with some, the others are one of their own.
     if any(categories):
         categories = [category or "without a category" for category in categories]
     # One generator for all intervals: their order decides the draws.
-    gen = torch.Generator().manual_seed(cfg.seed)
-    # In tune every conversation is drawn by itself: it knows of no cases that several belong to.
-    groups = range(len(right)) if groups is None else groups
+    gen, groups = torch.Generator().manual_seed(cfg.seed), range(len(right))
+    # Every conversation is drawn by itself: tune knows of no cases that several belong to.
     accuracies = {"all": accuracy(right, groups, n=cfg.evaluate.bootstrap, gen=gen)}
     if all(categories):
         accuracies |= accuracy_by_category(right, categories, groups, n=cfg.evaluate.bootstrap, gen=gen)
@@ -286,7 +278,7 @@ def _line(conversation: Conversation, answer: str) -> dict[str, Any]:
         "category": str(conversation.extra.get("category", "")),
         "answer": answer,
         "gold": gold,
-        "right": same_answer(answer, gold),
+        "right": is_right(answer, gold, conversation.options),
     }
 
 

@@ -15,6 +15,7 @@ from medvl.base import config, files, processes
 from medvl.base.tree import Tree, flatten, split_tree
 from medvl.evaluation import pictures, plots, report
 from medvl.evaluation.results import Result
+from medvl.evaluation.vqa import score_answers
 from medvl.hub import plugin_files, skeletons
 from medvl.hub.vqgan_files import open_vqgan
 from medvl.language import chat, encoding, system
@@ -24,7 +25,7 @@ from medvl.language.drawings import Drawing, read_drawings
 from medvl.language.vision import open_item
 from medvl.phantoms import anatomy
 from medvl.systems.system import Question
-from medvl.systems.tune.run import answer_conversations, score_answers
+from medvl.systems.tune.run import answer_conversations
 from medvl.systems.unified.ask import ask_image
 from medvl.systems.unified.codes import fit_vq, target_codes, vq_pixels
 from medvl.systems.unified.draw import decode_pictures, draw_pictures, encode_drawings
@@ -280,7 +281,17 @@ def assess(model: Unified, params: Tree, folder: Path, experiment: str) -> tuple
         lines = answer_conversations(model.task("understand"), selected, conversations, folder)
         files.write_text(folder / "answers.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
         groups = [_case(conversation, i) for i, conversation in enumerate(conversations)]
-        rows += score_answers(cfg, lines, experiment, groups)
+        rows += score_answers(
+            [line["answer"] for line in lines],
+            [line["gold"] for line in lines],
+            [conversation.options for conversation in conversations],
+            [[str(c.extra.get(key, "")) for key in ("family", "category")] for c in conversations],
+            groups,
+            split="test",
+            experiment=experiment,
+            n=cfg.evaluate.bootstrap,
+            gen=torch.Generator().manual_seed(cfg.seed),
+        )
     if sources := find_sources(cfg, "draw", "test"):
         drawings = [drawing for source in sources for drawing in read_targets(cfg, source, "test")]
         rows += _assess_drawings(model, params, drawings[: cfg.evaluate.drawings or None], folder, experiment)

@@ -849,3 +849,15 @@ def test_epochs_and_steps_that_cannot_be_are_refused_before_training(tmp_path):
     with pytest.raises(ValueError, match="stage late: warmup must lie within its 3 steps, got 4"):
         tune_run.fit(cfg, tmp_path / "run", lambda _: None)
     assert not list((tmp_path / "run").glob("*/last.pt"))
+
+
+def test_an_answer_to_choices_is_right_by_what_it_chooses():
+    messages = ({"role": "user", "content": "Which?"}, {"role": "assistant", "content": "B. Heart"})
+    asked = Conversation(messages=messages, extra={"options": {"A": "Lung", "B": "Heart"}})
+    assert [tune_run._line(asked, answer)["right"] for answer in ("B", "heart", "A", "")] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    assert not tune_run._line(evolve(asked, extra={}), "B")["right"]
