@@ -13,8 +13,10 @@ from tokenizers import AddedToken
 
 from medvl.adapters.build import build_registry
 from medvl.adapters.embed_config import EmbedConfig
+from medvl.components import vq
 from medvl.hub import loading, saving, skeletons, tokens
 from medvl.hub.peft_files import write_adapter
+from medvl.hub.vqgan_files import write_vqgan
 from medvl.language import chat
 from medvl.language.conversations import read_conversations
 from medvl.language.templates import TEMPLATES
@@ -163,6 +165,9 @@ def world(tmp_path_factory):
                 for i in range(6)
             ]
             Path(f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        sizes = {"n_embed": 8, "embed_dim": 4, "z_channels": 4, "ch": 32, "num_res_blocks": 1}
+        codes = vq.VqConfig(resolution=32, attn_resolutions=(4,), **sizes)
+        write_vqgan(codes, vq.init_vq(codes, torch.Generator().manual_seed(0)), "vqgan")
         places = dict(zip(ADAPTERS, ADAPTERS, strict=True))
         talks = {name: read_conversations(f"{name}.jsonl") for name in ADAPTERS}
         build_registry(Path("registry.toml"), places, talks, EmbedConfig(dims=4))
