@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from medvl.training.stages import make_gradient
 from tests import tiny
 from tests.language import test_system
 from tests.language.test_system import ADAPTER, COLOURS, Config, squares
+from tests.together import run_together
 from tests.training.test_record import STAGE, Language
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,9 +120,8 @@ def train_whole(folder, shard, change):
     return [json.loads(line)["loss"] for line in lines]
 
 
-def share(rank, out):
+def share(out):
     """What one of two processes computes."""
-    processes.join_processes(init_method=f"file://{out}/store", rank=rank, world_size=2)
     for name, change in SETTINGS.items():
         for shard in (False, True):
             train_whole(out / f"{name} {shard}", shard, change)
@@ -136,13 +134,7 @@ def share(rank, out):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     out = tmp_path_factory.mktemp("two")
-    code = (
-        "import sys, pathlib; from tests.language import test_token_batches as t; "
-        f"t.share(int(sys.argv[1]), pathlib.Path({str(out)!r}))"
-    )
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    runs = [subprocess.Popen([sys.executable, "-c", code, str(rank)], env=env) for rank in range(2)]
-    assert [run.wait() for run in runs] == [0, 0]
+    run_together(__name__, "share", out, 2)
     return out
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from attrs import evolve
 
+from medvl.base import processes
 from medvl.base.tree import flatten
 from medvl.components.losses import clip_loss, siglip_loss
 from medvl.training import loop
@@ -25,6 +26,7 @@ from medvl.training.states import State, read_state, read_trained, save_state
 from medvl.weights import lazy
 from medvl.weights.four_bit import eight_bit_moments
 from tests import tiny
+from tests.together import run_together
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -126,60 +128,62 @@ def test_autocast_covers_embed_and_not_the_loss(gen):
         assert seen == {"embed": torch.bfloat16, "loss": torch.float32}
 
 
-PAIR = """
-import os, signal, sys, torch
-from pathlib import Path
-from tests.training.test_loop import _params, _batch, _tokens, _token_params, token_loss, embed, contrast
-from medvl.base import processes
-from medvl.training.optim import Rate, adamw
-from medvl.training.gradients import Aux, cached_value_and_grad, token_value_and_grad, value_and_grad
-from medvl.training.interrupt import Stopped
-from medvl.training.loop import make_step, train_steps
-from medvl.training.states import State
+def two_train(out):
+    """What each of two processes does that train together."""
+    rank = processes.rank()
+    gen = torch.Generator().manual_seed(0)
+    params, batch = _params(gen), _batch(gen)
+    mine = {k: v[rank * 8 :][:8] for k, v in batch.items()}
+    value, aux, grads = cached_value_and_grad(embed, contrast, chunk=3)(params, mine)
+    torch.save({"value": value, "grads": grads, "means": aux.means}, out / f"{rank}.pt")
 
-rank, out = int(sys.argv[1]), Path(sys.argv[2])
-processes.join_processes(init_method=f"file://{out}/store", rank=rank, world_size=2)
-gen = torch.Generator().manual_seed(0)
-params, batch = _params(gen), _batch(gen)
-mine = {k: v[rank * 8 :][:8] for k, v in batch.items()}
-value, aux, grads = cached_value_and_grad(embed, contrast, chunk=3)(params, mine)
-torch.save({"value": value, "grads": grads, "means": aux.means}, out / f"{rank}.pt")
+    batch = {k: v[:2] if rank == 0 else v[2:] for k, v in _tokens().items()}  # unequal rows, too
+    value, aux, grads = token_value_and_grad(token_loss, chunk=1)(_token_params(), batch)
+    torch.save({"value": value, "grads": grads, "metrics": aux.metrics}, out / f"tokens{rank}.pt")
 
-batch = {k: v[:2] if rank == 0 else v[2:] for k, v in _tokens().items()}  # unequal rows, too
-value, aux, grads = token_value_and_grad(token_loss, chunk=1)(_token_params(), batch)
-torch.save({"value": value, "grads": grads, "metrics": aux.metrics}, out / f"tokens{rank}.pt")
+    params, optimizer = {"w": torch.ones(3)}, adamw(lambda n: Rate(lr=0.1))
+    step = make_step(value_and_grad(lambda p, x: ((p["w"] * x).sum(), Aux())), optimizer)
 
-params, optimizer = {"w": torch.ones(3)}, adamw(lambda n: Rate(lr=0.1))
-step = make_step(value_and_grad(lambda p, x: ((p["w"] * x).sum(), Aux())), optimizer)
+    def seen(state, batch):
+        if state.step == 4 and rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(state, batch)
 
-def seen(state, batch):
-    if state.step == 4 and rank == 1:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return step(state, batch)
+    try:
+        train_steps(
+            seen,
+            State(params=params, opt=optimizer.init(params)),
+            lambda i: torch.ones(3),
+            steps=20,
+            folder=out / "run",
+        )
+    except Stopped as stopped:
+        (out / f"stopped{rank}").write_text(str(stopped.code))
+    processes.wait_for_all()
 
-try:
-    train_steps(seen, State(params=params, opt=optimizer.init(params)), lambda i: torch.ones(3), steps=20, folder=out / "run")
-except Stopped as stopped:
-    (out / f"stopped{rank}").write_text(str(stopped.code))
-processes.wait_for_all()
-
-lost = lambda p, x: ((p["w"] * x).sum() + (float("nan") if rank == 1 else 0.0), Aux())  # a loss of one process, no gradient
-step = make_step(value_and_grad(lost), optimizer)
-try:
-    train_steps(step, State(params=params, opt=optimizer.init(params)), lambda i: torch.ones(3), steps=2, folder=out / "lost")
-except FloatingPointError as e:
-    (out / f"lost{rank}").write_text(str(e))
-processes.wait_for_all()
-"""
+    lost = lambda p, x: (
+        (p["w"] * x).sum() + (float("nan") if rank == 1 else 0.0),
+        Aux(),
+    )  # a loss of one process, no gradient
+    step = make_step(value_and_grad(lost), optimizer)
+    try:
+        train_steps(
+            step,
+            State(params=params, opt=optimizer.init(params)),
+            lambda i: torch.ones(3),
+            steps=2,
+            folder=out / "lost",
+        )
+    except FloatingPointError as e:
+        (out / f"lost{rank}").write_text(str(e))
+    processes.wait_for_all()
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """What two processes leave in a folder, where they train together."""
     out = tmp_path_factory.mktemp("pair")
-    env, code = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, PAIR
-    runs = [subprocess.Popen([sys.executable, "-c", code, str(r), out], env=env) for r in range(2)]
-    assert [r.wait() for r in runs] == [0, 0]
+    run_together(__name__, "two_train", out, 2)
     return out
 
 

@@ -1,23 +1,21 @@
 """Two processes with sharded weights against one with the whole batch: gradients, steps, memory, files."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
 
+from medvl.base import processes
 from medvl.base.tree import flatten
 from medvl.hub import skeletons
 from medvl.training import gradients, loop, states
-from medvl.training.optim import Rate, adamw
+from medvl.training.muon import muon
+from medvl.training.optim import Rate, adamw, clip_gradients, with_master
 from medvl.weights import lazy as weights
 from medvl.weights import shards
+from medvl.weights.four_bit import eight_bit_moments
 from tests.tiny import TEXT
+from tests.together import run_together
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIG = {"model_type": "qwen3", **TEXT, "hidden_size": 40, "head_dim": 8, "tie_word_embeddings": True}
 LEAST = 1024  # values: the projections to keys and values stay whole
 CLIP = 0.5  # less than every gradient's norm
@@ -78,61 +76,57 @@ def run(folder, steps, mesh=None, stop=None, rows=slice(None), grad=None, ours=N
     return loop.train_steps(step, state, batches, steps=steps, folder=folder, every=loop.Every(log=1, save=1))
 
 
-TWO = """
-import sys, torch, torch.distributed as dist
-from pathlib import Path
-from tests.weights import test_shards as t
-from medvl.base import processes; from medvl.weights import shards, lazy as weights; from medvl.training import gradients, loop, states
-from medvl.training.muon import muon; from medvl.training.optim import adamw, clip_gradients, Rate, with_master
-from medvl.weights.four_bit import eight_bit_moments
-from medvl.base.tree import flatten
+def two_train(out):
+    """What each of two processes does that share weights and batch."""
+    rank = processes.rank()
+    mesh, rows = shards.process_mesh(), slice(rank * 2, rank * 2 + 2)
+    known = {}
 
-rank, out = int(sys.argv[1]), Path(sys.argv[2])
-processes.join_processes(init_method=f"file://{out}/store", rank=rank, world_size=2)
-mesh, rows = shards.process_mesh(), slice(rank * 2, rank * 2 + 2)
-known = {}
+    state = run(out / "tokens", 5, mesh, rows=rows)
+    run(out / "mean", 3, mesh, rows=rows, grad=lambda s: gradients.value_and_grad(mean_loss(s)))
+    known["held"] = {
+        k: weights.nbytes(flatten(tree)) for k, tree in (("params", state.params), ("opt", state.opt))
+    }
+    known["kinds"] = {n: type(x).__name__ for n, x in state.params.items()}
 
-state = t.run(out / "tokens", 5, mesh, rows=rows)
-t.run(out / "mean", 3, mesh, rows=rows, grad=lambda s: gradients.value_and_grad(t.mean_loss(s)))
-known["held"] = {k: weights.nbytes(flatten(tree)) for k, tree in (("params", state.params), ("opt", state.opt))}
-known["kinds"] = {n: type(x).__name__ for n, x in state.params.items()}
+    with pytest.raises(KeyboardInterrupt):
+        run(out / "cut", 5, mesh, rows=rows, stop=3)
+    dist.barrier()
+    run(out / "cut", 5, mesh, rows=rows)  # goes on at step 3
+    run(out / "alone", 5, mesh, rows=rows)  # goes on from what one process wrote
 
-try:
-    t.run(out / "cut", 5, mesh, rows=rows, stop=3)
-except KeyboardInterrupt:
-    pass
-dist.barrier()
-t.run(out / "cut", 5, mesh, rows=rows)  # goes on at step 3
-t.run(out / "alone", 5, mesh, rows=rows)  # goes on from what one process wrote
+    for name, ours in (
+        ("stochastic", adamw(lambda n: Rate(lr=1e-4), rounding="stochastic")),
+        ("master", with_master(optimizer())),
+    ):
+        half = run(out / name, 2, mesh, rows=rows, ours=ours, dtype=torch.bfloat16)
+        small = torch.cat([x.flatten() for x in half.params.values() if not shards.is_shard(x)]).float()
+        other = small.clone()
+        dist.broadcast(other, 0)
+        known[name] = bool(torch.equal(small, other))  # what every process holds must stay alike
 
-for name, ours in (("stochastic", adamw(lambda n: Rate(lr=1e-4), rounding="stochastic")), ("master", with_master(t.optimizer()))):
-    half = t.run(out / name, 2, mesh, rows=rows, ours=ours, dtype=torch.bfloat16)
-    small = torch.cat([x.flatten() for x in half.params.values() if not shards.is_shard(x)]).float()
-    other = small.clone()
-    dist.broadcast(other, 0)
-    known[name] = bool(torch.equal(small, other))  # what every process holds must stay alike
+    def refused(call):
+        try:
+            call()
+        except ValueError as e:
+            return str(e)
 
-def refused(call):
-    try:
-        call()
-    except ValueError as e:
-        return str(e)
-
-odd = {"w": torch.arange(21.0).view(7, 3), "b": torch.arange(3.0)}
-cut = shards.shard_params(odd, mesh, least=1)
-clipped = dict(cut)
-known["odd"] = [list(cut["w"].to_local().shape), clip_gradients(clipped, 1.0)]
-known["clipped"] = shards.gather_shards(clipped)
-known["back"] = shards.gather_shards(shards.place_like(odd, cut))
-known["muon"] = refused(lambda: muon(lambda n: Rate(lr=1)).init({"w": cut["w"]}))
-known["packed"] = refused(lambda: adamw(lambda n: Rate(lr=1), packing=eight_bit_moments()).init(cut))
-known["cached"] = refused(lambda: gradients.cached_value_and_grad(None, None, chunk=1)(cut, {"x": torch.zeros(2)}))
-unequal = gradients.token_value_and_grad(None, chunk=1)
-known["unequal"] = refused(lambda: unequal(cut, {"x": torch.zeros(2 + rank)}))
-known["nothing"] = refused(lambda: shards.shard_params(odd, mesh))
-torch.save(known, out / f"known{rank}.pt")
-processes.wait_for_all()
-"""
+    odd = {"w": torch.arange(21.0).view(7, 3), "b": torch.arange(3.0)}
+    cut = shards.shard_params(odd, mesh, least=1)
+    clipped = dict(cut)
+    known["odd"] = [list(cut["w"].to_local().shape), clip_gradients(clipped, 1.0)]
+    known["clipped"] = shards.gather_shards(clipped)
+    known["back"] = shards.gather_shards(shards.place_like(odd, cut))
+    known["muon"] = refused(lambda: muon(lambda n: Rate(lr=1)).init({"w": cut["w"]}))
+    known["packed"] = refused(lambda: adamw(lambda n: Rate(lr=1), packing=eight_bit_moments()).init(cut))
+    known["cached"] = refused(
+        lambda: gradients.cached_value_and_grad(None, None, chunk=1)(cut, {"x": torch.zeros(2)})
+    )
+    unequal = gradients.token_value_and_grad(None, chunk=1)
+    known["unequal"] = refused(lambda: unequal(cut, {"x": torch.zeros(2 + rank)}))
+    known["nothing"] = refused(lambda: shards.shard_params(odd, mesh))
+    torch.save(known, out / f"known{rank}.pt")
+    processes.wait_for_all()
 
 
 @pytest.fixture(scope="module")
@@ -150,9 +144,7 @@ def two(tmp_path_factory):
     out = tmp_path_factory.mktemp("two")
     with pytest.raises(KeyboardInterrupt):
         run(out / "alone", 5, stop=2)
-    env, code = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, TWO
-    runs = [subprocess.Popen([sys.executable, "-c", code, str(r), out], env=env) for r in range(2)]
-    assert [r.wait() for r in runs] == [0, 0]
+    run_together(__name__, "two_train", out, 2)
     return out
 
 

@@ -133,7 +133,8 @@ def test_slices_are_computed_again_only_where_a_gpu_has_no_room(monkeypatch):
     """Four passes of work, else five: forward twice and a gradient of two."""
     cfg = record()
     again = evolve(cfg, encode=evolve(cfg.encode, checkpoint=True))
-    assert step_of(again).work.flops == step_of(cfg).work.flops
+    once = step_of(cfg, 1, 6).work.flops
+    assert step_of(again, 1, 6).work.flops == once
     # Slices find no room beside weights, moments and this.
-    monkeypatch.setattr(transfer, "_CARD_OF_ESTIMATES", 2**23)
-    assert 1.15 < step_of(again).work.flops / step_of(cfg).work.flops < 1.25
+    monkeypatch.setattr(transfer, "_CARD_OF_ESTIMATES", 2**22)
+    assert 1.15 < step_of(again, 1, 6).work.flops / once < 1.25

@@ -1,9 +1,6 @@
 """ct_clip in several processes against one: the data made once, frozen features and validation shared out, the same texts drawn, the same losses."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,13 +17,6 @@ STAGES = (
     "{name='all', steps=1, lr=1e-3}",
 )
 DRAWN = ("data.draws=2", "data.sentences=1", "evaluate.bootstrap=2", f"train.stages=[{', '.join(STAGES)}]")
-RUN = """
-import sys
-from medvl.base import processes
-from medvl.systems import run
-processes.join_processes(init_method="file://meeting", rank=int(sys.argv[1]), world_size=2)
-run.run("ctclip_phantom", sys.argv[2:])
-"""
 
 
 def _place(folder):
@@ -35,21 +25,9 @@ def _place(folder):
     return folder
 
 
-def _train_in_two_processes(folder):
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    code = RUN.replace("meeting", str(folder / "meeting"))
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(rank), *SET, *DRAWN],
-            cwd=folder,
-            env=env,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate()[1] for process in started]
-    assert [process.returncode for process in started] == [0, 0], errors
+def train(folder):
+    """What each of several processes does in a folder."""
+    run.run("ctclip_phantom", (*SET, *DRAWN))
 
 
 def _losses(folder):
@@ -74,7 +52,7 @@ def one(tmp_path_factory):
 
 def test_two_processes_train_as_one(one, tmp_path):
     two = _place(tmp_path / "two")
-    _train_in_two_processes(two)
+    run_together(__name__, "train", two, 2, cwd=two)
     assert _losses(two) == pytest.approx(_losses(one), rel=1e-4)
     assert len(_losses(two)) == 3
     cache = sorted(path.name for path in (two / "cache").iterdir())

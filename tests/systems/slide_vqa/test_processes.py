@@ -2,9 +2,6 @@
 
 import gc
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from unittest import mock
 
@@ -29,6 +26,7 @@ from medvl.training.optim import Optimizer
 from medvl.weights import lazy, shards
 from tests.systems.slide_vqa import pieces
 from tests.systems.slide_vqa import test_run as toy
+from tests.together import start_together, wait_together
 
 ROOT = Path(__file__).resolve().parents[3]
 # Every matrix is large enough to be cut; what stays whole (norms, biases) is 0.3 % of the values.
@@ -180,10 +178,9 @@ def losses(folder):
     ]
 
 
-def share(rank, out):
+def share(out):
     """What each of two processes does."""
-    place = out.parent
-    processes.join_processes(init_method=f"file://{out}/store", rank=rank, world_size=2)
+    place, rank = out.parent, processes.rank()
     chosen = json.loads((place / "chosen.json").read_text())
     found = {way: gradients(place, chosen, **how) for way, how in WAYS.items()}
     torch.save(found, out / f"gradients{rank}.pt")
@@ -225,12 +222,7 @@ def started(place):
     """Two processes at work in a folder."""
     out = place / "two"
     out.mkdir()
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    code = f"from tests.systems.slide_vqa import test_processes as t; t.share(int(__import__('sys').argv[1]), t.Path({str(out)!r}))"
-    runs = [subprocess.Popen([sys.executable, "-c", code, str(r)], env=env) for r in range(2)]
-    yield out, runs
-    for r in runs:
-        r.kill()
+    return out, start_together(__name__, "share", out, 2)
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +241,7 @@ def one(place, started):
 def two(one, started):
     """What two processes came to, one after the other."""
     out, runs = started
-    assert [r.wait(300) for r in runs] == [0, 0]
+    wait_together(runs)
     return [
         (
             torch.load(out / f"gradients{r}.pt", weights_only=True),
