@@ -341,9 +341,7 @@ def answer_loss(
             f"answer_loss: the batch must have labels [b, t], got only {', '.join(sorted(batch))}"
         )
     hidden = hidden_states(skeleton, params, **batch)
-    head = params[name]
-    if isinstance(head, lazy.Sharded):  # gathered once: processes have different numbers of chunks
-        head = lazy.dense(head)
+    head = lazy.gathered(params[name])  # once: processes have different numbers of chunks
     head_bias = None
     if bias is not None:
         head_bias = params[bias]

@@ -483,6 +483,13 @@ def dense(w: Tensor) -> Tensor:
     return w.dense() if isinstance(w, Lazy) else w
 
 
+def gathered(w: Tensor) -> Tensor:
+    """The weight with all of it on this process that lies on several."""
+    if isinstance(w, Sharded):
+        return w.dense()
+    return w.mapped(gathered) if isinstance(w, Lazy) else w
+
+
 def move_params(
     params: Mapping[str, Tensor], device: str | torch.device | None = None, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from medvl.hub import skeletons
 from medvl.training import trace
 from medvl.weights import four_bit
 from medvl.weights import lazy as weights
+from medvl.weights.extended import extend_table
 from tests import tiny
 
 
@@ -265,6 +267,34 @@ def test_moving_copying_counting():
         held == 60 + 2 + 4 + 4 + 256 * 4 + 4 * (40 + 48 + 8) + 16
     )  # codes, scales, offset, nested, its code, A, B, gate, rows
     assert weights.nbytes({"x": w, "tied": w, "view": w[:3]}) == w.nbytes
+
+
+def test_parts_on_several_processes_are_gathered_once():
+    """A head is used chunk by chunk, and processes have different numbers of chunks: none may gather in one."""
+    w, a, b = parts(dtype=torch.float32)
+    calls = []
+    mesh = SimpleNamespace(ndim=1, size=lambda: 2)
+    shard = SimpleNamespace(
+        shape=w.shape,
+        dtype=w.dtype,
+        device=w.device,
+        device_mesh=mesh,
+        full_tensor=lambda grad_placements: calls.append(1) or w,
+    )
+    codes = four_bit.quantize_matrix(w)
+    assert weights.gathered(w) is w
+    assert torch.equal(weights.dense(weights.gathered(codes)), weights.dense(codes))
+    x, rows = X.float(), torch.randn(3, 10)
+    for lazy, want in (
+        (weights.sharded(shard), F.linear(x, w)),
+        (weights.low_rank(weights.sharded(shard), a, b), F.linear(x, w + b @ a)),
+        (extend_table(weights.sharded(shard), rows, 9), F.linear(x, torch.cat([w[:9], rows]))),
+    ):
+        calls.clear()
+        head = weights.gathered(lazy)
+        for _ in range(3):
+            torch.testing.assert_close(F.linear(x, head), want)
+        assert calls == [1]
 
 
 def test_what_a_lazy_weight_cannot_do_is_said():
