@@ -6,6 +6,7 @@ plugin.json.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -33,8 +34,10 @@ from medvl.hub.skeletons import Skeleton, table_names
 from medvl.weights import lora
 from medvl.weights.lora import Adapter, LoraConfig
 
-# HealthGPT's names of the projector's layers, the GELU between them is its number 1; {their names: ours}
+# {HealthGPT's names of the projector's layers: ours}; number 1 is the GELU between them
 _PROJECTOR = {"model.mm_projector.0": "up", "model.mm_projector.2": "down"}
+# The tensors of plugin.safetensors
+_KEY = re.compile(r"projector/(up|down)/(weight|bias)|adapter/[^/]+/(a|b|router)|(rows|tables)/(embed|head)")
 _ANY = -1  # of a shape: whatever the file has
 _MARKS = 3  # tokens beside the codes: start, end, new line
 
@@ -203,10 +206,11 @@ def _published_shapes(
         shapes[f"{module}.lora_B.weight"] = (out, config.rank)
     names = table_names(skeleton)
     width = skeleton.module.get_parameter(names["embed"]).shape[1]
-    for layer in _PROJECTOR:
-        # The first layer's input is the width of the vision tower, which the base does not know.
-        shapes[f"{layer}.weight"] = (width, width) if layer.endswith("2") else (width, _ANY)
-        shapes[f"{layer}.bias"] = (width,)
+    up, down = _PROJECTOR
+    # Its input is as wide as the vision tower, which the base does not know.
+    shapes[f"{up}.weight"] = (width, _ANY)
+    shapes[f"{down}.weight"] = (width, width)
+    shapes[f"{up}.bias"] = shapes[f"{down}.bias"] = (width,)
     return shapes, dict.fromkeys(names.values(), (config.vocabulary, width))
 
 
@@ -229,14 +233,17 @@ def _check_keys(
     unexpected = [name for name in shapes if name not in known]
     others = []
     for name, shape in shapes.items():
-        want = known.get(name, shape)
-        if len(shape) != len(want) or any(w not in (n, _ANY) for n, w in zip(shape, want, strict=True)):
-            others.append(f"{name} {list(shape)} for {['any' if w == _ANY else w for w in want]}")
+        wanted = known.get(name, shape)
+        fits = len(shape) == len(wanted) and all(w in (n, _ANY) for n, w in zip(shape, wanted, strict=True))
+        if not fits:
+            sizes = ["any" if w == _ANY else w for w in wanted]
+            others.append(f"{name} {list(shape)} for {sizes}")
     if missing or unexpected or others:
         raise ValueError(
-            f"read_published: {path} must be to {config.task} with rank {config.rank} and {config.vocabulary} "
-            f"tokens on {config.base}: missing {few(missing)}; unexpected {few(unexpected)}; of another shape "
-            f"{few(others)}; choose the variant and task that the file is of, and their base"
+            f"read_published: {path} must hold weights to {config.task}, of rank {config.rank} and "
+            f"{config.vocabulary} tokens, for {config.base}: missing {few(missing)}; unexpected "
+            f"{few(unexpected)}; of another shape {few(others)}; choose the variant and task that the file is "
+            "of, and their base"
         )
 
 
@@ -277,22 +284,25 @@ def read_plugin(
     """
     config = read_plugin_config(name)
     path = find_file(str(name), ("plugin.safetensors",))
-    tensors = {}
-    for key, entry in open_weights(path, str(name)).items():
-        tensors[key] = read_finite(entry, key, path, dtype, device)
-    parts: Tree = {"projector": {}, "adapter": {}, "rows": {}, "tables": {}} | unflatten(tensors)
-    factors = parts.pop("adapter")
+    entries = open_weights(path, str(name))
+    if unexpected := [key for key in entries if not _KEY.fullmatch(key)]:
+        raise ValueError(f"read_plugin: {path} holds {few(unexpected)}, which is no part of a plugin")
+    tensors = {key: read_finite(entry, key, path, dtype, device) for key, entry in entries.items()}
+    parts = unflatten(tensors)
+    factors = parts.get("adapter", {})
     adapter = Adapter(
         factors=factors,
         scale=dict.fromkeys(factors, config.scale),
         kinds=dict.fromkeys(factors, "linear"),
         name=Path(name).name,
     )
-    rows = parts.pop("rows") or None
-    projector, tables = parts.pop("projector"), parts.pop("tables")
-    if parts:
-        raise ValueError(f"read_plugin: {path} holds {few([*parts])}, which is no part of a plugin")
-    plugin = Plugin(config=config, projector=projector, adapter=adapter, rows=rows, tables=tables)
+    plugin = Plugin(
+        config=config,
+        projector=parts.get("projector", {}),
+        adapter=adapter,
+        rows=parts.get("rows"),
+        tables=parts.get("tables", {}),
+    )
     _check_plugin(plugin, f"read_plugin: {path}")
     return plugin
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attrs import evolve
+from safetensors.torch import load_file, save_file
 
 from medvl.base import config as records
 from medvl.base.tree import flatten
@@ -298,7 +299,7 @@ DAMAGED = [
         "the rank of another plugin",
         lambda s: s,
         {"rank": 32},
-        r"must be to understand with rank 32 .* on microsoft/Phi-3.*lora_A.weight \[8, 32\] for \[32, 32\]",
+        r"must hold weights to understand, of rank 32 .* for microsoft/Phi-3.*lora_A.weight \[8, 32\] for \[32, 32\]",
     ),
     (
         "a table without image codes",
@@ -471,6 +472,23 @@ def test_folders_that_are_not_read(tmp_path):
         with pytest.raises(ValueError, match=message):
             read_plugin(tmp_path / "p")
     weights = tmp_path / "p/plugin.safetensors"
+    (tmp_path / "p/plugin.json").write_text(json.dumps(record))
+    tensors = load_file(weights)
+    wrong = {"adapter/x": torch.ones(1), "rows": torch.ones(1), "tables/lm_head": torch.ones(1)}
+    for name, tensor in wrong.items():
+        save_file(tensors | {name: tensor}, weights)
+        with pytest.raises(
+            ValueError, match=rf"plugin.safetensors holds {name}, which is no part of a plugin"
+        ):
+            read_plugin(tmp_path / "p")
+    save_file({key: t for key, t in tensors.items() if key != f"adapter/{D}/router"}, weights)
+    with pytest.raises(ValueError, match=rf"{D} must be a linear layer with a, b, router of rank 8"):
+        read_plugin(tmp_path / "p")
+    save_file({key: t for key, t in tensors.items() if "projector" not in key}, weights)
+    with pytest.raises(ValueError, match=r"the projector must be that of components.project, got none"):
+        read_plugin(tmp_path / "p")
+    save_file(tensors, weights)
+    read_plugin(tmp_path / "p")
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"plugin.safetensors is broken or cut off"):
         read_plugin(tmp_path / "p")
