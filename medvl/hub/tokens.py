@@ -1,5 +1,8 @@
 """Tokenizers, of Hugging Face or learnt from texts, and texts as token ids."""
 
+import copy
+import functools
+import json
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -176,6 +179,33 @@ def add_image_codes(tok: Any, number: int = 8192) -> CodeTokens:
             f"<pixel_newline> {ids[-1]} of {len(tok)}; take the base model's tokenizer"
         )
     return CodeTokens(start=ids[0], first=ids[1], number=number, end=ids[-2], newline=ids[-1])
+
+
+def spaced_once(tok: Any) -> Any:
+    """A tokenizer that puts sentencepiece's space before a text, and not behind each special token in it, too.
+
+    tokenizer.json of Phi-3 and Llama 2 does the latter, transformers' slow tokenizers with legacy = false the
+    former. Any other tokenizer is returned itself.
+    """
+    # Its size too: a tokenizer may get new tokens between two calls.
+    return _spaced_once(tok, len(tok))
+
+
+@functools.lru_cache(maxsize=8)
+def _spaced_once(tok: Any, size: int) -> Any:
+    from tokenizers import pre_tokenizers
+
+    normalizer = tok.backend_tokenizer.normalizer
+    prepend = {"type": "Prepend", "prepend": "▁"}
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    # What it is made of, only its state says.
+    state = None if normalizer is None else json.loads(normalizer.__getstate__())
+    if state != {"type": "Sequence", "normalizers": [prepend, replace]}:
+        return tok
+    copied = copy.deepcopy(tok)
+    copied.backend_tokenizer.normalizer = None
+    copied.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    return copied
 
 
 def train_bpe(

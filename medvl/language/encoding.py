@@ -11,6 +11,7 @@ from attrs import evolve, frozen
 from torch import Tensor
 
 from medvl.base.display import track
+from medvl.hub.tokens import spaced_once
 from medvl.language.messages import Message, check_order, check_tags
 from medvl.language.templates import (
     ConversationFormat,
@@ -92,7 +93,7 @@ def encode_conversation(
             not match `visual`, or a template in which an answer does not follow the prompt that generation
             sees, or has no end token.
     """
-    return _encode_messages(_tokenizer_traits(tok), fmt, messages, visual, turns, "assistant")
+    return _encode_messages(_tokenizer_traits(tok, fmt), fmt, messages, visual, turns, "assistant")
 
 
 def encode_prompt(
@@ -108,7 +109,7 @@ def encode_prompt(
     No token is trained. The ids are the first ones of the whole conversation, encoded with the same `turns`.
     Arguments and errors as `encode_conversation`; a prompt longer than the context is always TooLong.
     """
-    return _encode_messages(_tokenizer_traits(tok), fmt, messages, visual, turns, "user")
+    return _encode_messages(_tokenizer_traits(tok, fmt), fmt, messages, visual, turns, "user")
 
 
 def encode_fitting(
@@ -140,7 +141,7 @@ def encode_fitting(
     visual = visual or [()] * total
     turns = turns or ["all"] * total
     # Tried out once for all conversations.
-    traits = _tokenizer_traits(tok)
+    traits = _tokenizer_traits(tok, fmt)
     samples = list[Sample]()
     refused = list[tuple[int, TooLong]]()
     for i, messages in enumerate(track(conversations, "encoding conversations")):
@@ -177,7 +178,7 @@ def end_ids(tok: Any, fmt: ConversationFormat = ConversationFormat()) -> tuple[i
     """The id of the token that ends an answer: the first behind one in the template, or `fmt.end`; () for
     neither.
     """
-    traits = _tokenizer_traits(tok)
+    traits = _tokenizer_traits(tok, fmt)
     tail = answer_tail(tok, fmt, [{"role": "user", "content": "a question"}])
     # Of several only the first ends the answer; the next may open the following turn.
     endings = _leading_special_tokens(traits, tail)
@@ -307,8 +308,10 @@ class _TokenizerTraits:
     spaces: bool = False  # it puts a space before every piece behind a special token
 
 
-def _tokenizer_traits(tok: Any) -> _TokenizerTraits:
+def _tokenizer_traits(tok: Any, fmt: ConversationFormat = ConversationFormat()) -> _TokenizerTraits:
     """Try out how a tokenizer treats the start of a text and the text behind a special token."""
+    if fmt.placeholder is not None and fmt.placeholder.spaced:
+        tok = spaced_once(tok)
     added = tok.added_tokens_decoder
     marked = {i for i, token in added.items() if token.special}
     named = {tok.bos_token_id, tok.eos_token_id, tok.pad_token_id} - {None}
@@ -498,7 +501,7 @@ def _tokenize_between(
             piece += placeholder.before
         begins = first and i == 0
         # Not left to the tokenizer: a fast one puts no space before a special token or another space.
-        if placeholder.spaced and (begins or i > 0) and not traits.spaces:
+        if placeholder.spaced and (begins or i > 0):
             piece, begins = f" {piece}", False
         ids += _token_ids(traits, piece, first=begins)
     return ids, runs

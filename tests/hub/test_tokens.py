@@ -243,3 +243,18 @@ def test_image_codes_are_added_once_and_found_again(tmp_path):
     again.add_tokens(["<more>"])
     with pytest.raises(ValueError, match=r"but <start_index> is \d+ and <pixel_newline> \d+ of \d+"):
         tokens.add_image_codes(again, 16)
+
+
+def test_a_tokenizer_that_puts_one_space_before_a_text():
+    from tokenizers import normalizers
+
+    plain, tok = (tokens.train_bpe(["the heart is normal"], 300) for _ in range(2))
+    assert tokens.spaced_once(plain) is plain
+    prepend = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    tok.backend_tokenizer.normalizer = normalizers.Sequence(prepend)
+    copied = tokens.spaced_once(tok)
+    assert copied is tokens.spaced_once(tok)
+    assert copied.backend_tokenizer.normalizer is None
+    assert tok.backend_tokenizer.normalizer is not None
+    tok.add_tokens(["<idx_0>"], special_tokens=True)
+    assert len(tokens.spaced_once(tok)) == len(tok) == len(copied) + 1
