@@ -330,7 +330,7 @@ def build_weightless(model_class: Any, model_config: Any) -> Any:
         # parameters.
         if threading.get_ident() == builder and param is not None and not param.is_meta:
             param = nn.Parameter(torch.empty_like(param, device="meta"), requires_grad=False)
-            # transformers draws no numbers for it, which on meta takes a third of the time of building.
+            # transformers draws no numbers for it, which takes time on meta, too.
             param._is_hf_initialized = True  # type: ignore[attr-defined]
         register(self, name, param)
 
