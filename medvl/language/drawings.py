@@ -5,7 +5,6 @@ The picture is a file, or the codes of a VQ model as text, "<start_index><idx_5>
 
 import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 from attrs import evolve, field, frozen
@@ -24,11 +23,6 @@ class Drawing:
     question: Conversation  # one turn of the user, with its image or none
     target: Path | None = None  # the picture that should come out, or
     codes: tuple[int, ...] = field(default=(), repr=False)  # its codes, row by row
-
-    def answered(self, codes: Iterable[int]) -> Conversation:
-        """The question with codes as its answer, to be trained on."""
-        answer = {"role": "assistant", "content": write_codes(codes)}
-        return evolve(self.question, messages=(*self.question.messages, answer))
 
 
 def read_drawings(
@@ -61,7 +55,7 @@ def read_drawings(
         question = evolve(conversation, messages=tuple(asked))
         target = answer["content"].strip()
         if target.startswith("<"):
-            codes = parse_codes(target, where, number=number, codebook=codebook)
+            codes = _parse_codes(target, where, number=number, codebook=codebook)
             drawings.append(Drawing(question=question, codes=codes))
         elif os.path.isfile(folder / target):
             drawings.append(Drawing(question=question, target=folder / target))
@@ -75,17 +69,8 @@ def read_drawings(
     return drawings
 
 
-def write_codes(codes: Iterable[int]) -> str:
-    """Codes as text, as `parse_codes` reads them."""
-    return f"<start_index>{''.join(f'<idx_{code}>' for code in codes)}<end_index>"
-
-
-def parse_codes(text: str, where: str, *, number: int = 1024, codebook: int = 8192) -> tuple[int, ...]:
-    """The codes of a text that holds nothing else.
-
-    Raises:
-        ValueError: beginning with `where`: other text, not `number` codes, a code not within 0..codebook - 1.
-    """
+def _parse_codes(text: str, where: str, *, number: int, codebook: int) -> tuple[int, ...]:
+    """The codes of a text that holds nothing else."""
     whole = _CODES.fullmatch(text)
     if not whole:
         raise ValueError(

@@ -4,10 +4,14 @@ import json
 
 import pytest
 
-from medvl.language.drawings import parse_codes, read_drawings, write_codes
+from medvl.language.drawings import read_drawings
 from tests.tiny import drawn
 
 FOUR = "<start_index><idx_5><idx_0><idx_7><idx_7><end_index>"
+
+
+def write_codes(codes):
+    return f"<start_index>{''.join(f'<idx_{code}>' for code in codes)}<end_index>"
 
 
 @pytest.fixture
@@ -47,12 +51,9 @@ def test_both_forms(read, tmp_path):
     assert [d.question.line for d in found] == [1, 2, 3, 4]
 
 
-def test_what_is_trained_on_is_a_conversation(read):
-    (d,) = read({"image": "in.png", "text": "Draw.", "target": FOUR})
-    trained = d.answered(d.codes)
-    assert trained.messages[-1] == {"role": "assistant", "content": FOUR}
-    assert trained.images == d.question.images
-    assert parse_codes(write_codes(range(1024)), "x") == (*range(1024),)
+def test_codes_come_in_their_order(read):
+    (d,) = read({"text": "Draw.", "target": write_codes(range(1024))}, number=1024, codebook=8192)
+    assert d.codes == (*range(1024),)
 
 
 def test_a_folder_of_their_own(read, tmp_path):
