@@ -283,6 +283,9 @@ class _Foreign(dict):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
+    def __setstate__(self, state: Any) -> None:
+        pass
+
 
 def read_pickle(path: Path, part: str = "") -> dict[str, Tensor]:
     """A flat dict of tensors that torch.save wrote; nothing in the file is run.
@@ -366,7 +369,9 @@ def new_folder(folder: files.PathLike) -> Iterator[Path]:
     tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
     try:
         yield tmp
-        tmp.chmod(0o755)  # mkdtemp makes it for its owner alone
+        tmp.chmod(0o755)  # mkdtemp makes it for its owner alone, and so does safetensors a file
+        for file in files.files_below(tmp):
+            file.chmod(0o644)
         os.replace(tmp, folder)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)

@@ -220,9 +220,11 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
     assert [*(tmp_path / "a").iterdir()] == []
     with new_folder(tmp_path / "a" / "b") as tmp:
         (tmp / "x").write_text("all")
+        (tmp / "x").chmod(0o600)  # as safetensors writes it
         assert not (tmp_path / "a" / "b").exists()
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["b"]
     assert (tmp_path / "a" / "b").stat().st_mode & 0o777 == 0o755
+    assert (tmp_path / "a" / "b" / "x").stat().st_mode & 0o777 == 0o644
     for taken in (tmp_path / "a" / "b", tmp_path / "a" / "b" / "x"):
         with (
             pytest.raises(ValueError, match=f"save: {re.escape(str(taken))} is there already"),

@@ -3,9 +3,11 @@
 import errno
 import os
 import pickle
+from argparse import Namespace
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -63,7 +65,8 @@ class ModelCheckpoint:
 def lightning(params, **more):
     """A checkpoint as Lightning writes it: classes as keys, numbers of other libraries, training-only weights."""
     state = {"loss.discriminator.main.0.weight": torch.full((4, 3), float("nan"))} | params
-    callback = {ModelCheckpoint: {"best_model_score": torch.tensor(0.1), "counts": defaultdict(int)}}
+    scores = {"best_model_score": np.float64(0.1), "scores": np.zeros(3), "counts": defaultdict(int)}
+    callback = {ModelCheckpoint: scores, "namespace": Namespace(lr=1e-4), "path": Path("x")}
     return {"epoch": 3, "state_dict": state, "callbacks": callback, "hyper": ModelCheckpoint()} | more
 
 
