@@ -20,7 +20,7 @@ from medvl.hub import skeletons
 from medvl.hub.vqgan_files import open_vqgan, write_vqgan
 from medvl.language.images import Picture, open_image, to_rgb
 from medvl.training import gradients, order, stages
-from medvl.training.record import Stage, TrainConfig
+from medvl.training.record import Stage, TrainConfig, refuse_settings
 
 Open = Callable[[files.PathLike], Image.Image]
 
@@ -39,6 +39,8 @@ class VqTraining:
         config.check_bounds(self, "vq", temperature=(1e-6, 100))
         if len(self.temperature) != 2:
             raise ValueError(f"vq.temperature must be [first, last], got {list(self.temperature)}")
+        reason = "that is for language models"
+        refuse_settings(self.train, "vq.train", reason, tokens=0, packing=False, logits=256, shard=False)
 
 
 def vq_pixels(image: Picture, side: int = 256) -> Tensor:
@@ -82,47 +84,31 @@ def fit_vq(
     used = {name: params.pop(name) for name in list(params) if not params[name].is_floating_point()}
     train, valid = images["train"], images.get("valid", ())[: cfg.train.valid or None]
 
-    def pixels_of(paths: Sequence[files.PathLike]) -> Tensor:
+    def read_pixels(paths: Sequence[files.PathLike]) -> Tensor:
         return torch.stack([vq_pixels(open_picture(path), model.resolution) for path in paths])
 
     def batches(stage: Stage) -> Callable[[int], gradients.Batch]:
-        share = order.batch_indices(
-            [str(i) for i in range(len(train))],
-            cfg.train.batch,
-            seed,
-            rank=processes.rank(),
-            world=processes.world_size(),
-        )
+        numbers = [str(i) for i in range(len(train))]
+        rank, world = processes.rank(), processes.world_size()
+        share = order.batch_indices(numbers, cfg.train.batch, seed, rank=rank, world=world)
 
         def batch_at(i: int) -> gradients.Batch:
-            pixels = pixels_of([train[j] for j in share(i)])
-            temperature = _temperature(cfg, i / max(1, stage.steps - 1))
-            return {"pixels": pixels, "temperature": torch.full((len(pixels),), temperature)}
+            pixels = read_pixels([train[j] for j in share(i)])
+            # In each row, so that a micro-batch has it, too.
+            temperature = torch.full((len(pixels),), _temperature(cfg, i / max(1, stage.steps - 1)))
+            return {"pixels": pixels, "temperature": temperature}
 
         return batch_at
 
     def loss_sum(weights: Tree, batch: gradients.Batch) -> tuple[Tensor, int, gradients.Aux]:
         count = len(batch["pixels"])
-        loss, parts = vq.vq_loss(
-            model, weights | used, batch["pixels"].to(device), temperature=float(batch["temperature"][0])
-        )
-        return (
-            loss * count,
-            count,
-            gradients.Aux(metrics={name: part * count for name, part in parts.items()}),
-        )
+        temperature = float(batch["temperature"][0])
+        loss, parts = vq.vq_loss(model, weights | used, batch["pixels"].to(device), temperature=temperature)
+        metrics = {name: part * count for name, part in parts.items()}
+        return loss * count, count, gradients.Aux(metrics=metrics)
 
     def validate(weights: Tree) -> float:
-        total = torch.zeros(2, dtype=torch.float64)
-        for number, counts in processes.share_batches(len(valid)):
-            pixels = pixels_of(valid[number : number + 1])
-            with torch.no_grad():
-                codes = vq.encode_codes(model, weights | used, pixels.to(device))
-                error = vq.decode_codes(model, weights | used, codes).cpu() - pixels
-            if counts:
-                total += torch.tensor([float(error.abs().mean()), 1])
-        mean, count = processes.sum_over_processes(total).tolist()
-        return mean / count
+        return _mean_error(model, weights | used, valid, read_pixels)
 
     trained = stages.fit_stages(
         cfg.train,
@@ -141,6 +127,24 @@ def fit_vq(
         write_vqgan(model, params, folder / "vq")
     processes.wait_for_all()
     return model, params
+
+
+@torch.no_grad()
+def _mean_error(
+    cfg: VqConfig,
+    params: Params,
+    paths: Sequence[files.PathLike],
+    read_pixels: Callable[[Sequence[files.PathLike]], Tensor],
+) -> float:
+    """The mean absolute error of images as decoded from their own codes; each process takes its share of them."""
+    total = torch.zeros(2, dtype=torch.float64)
+    for number, counts in processes.share_batches(len(paths)):
+        pixels = read_pixels(paths[number : number + 1]).to(params["quant_conv.bias"].device)
+        decoded = vq.decode_codes(cfg, params, vq.encode_codes(cfg, params, pixels))
+        if counts:
+            total += torch.tensor([float((decoded - pixels).abs().mean()), 1])
+    error, count = processes.sum_over_processes(total).tolist()
+    return error / count
 
 
 def _temperature(cfg: VqTraining, share: float) -> float:

@@ -121,6 +121,8 @@ def test_records_and_images_that_do_not_fit_are_refused(pictures, tmp_path):
         fit_vq(training(), {"train": pictures[:3]}, tmp_path / "run", log=lambda line: None)
     with pytest.raises(ValueError, match=r"vq.temperature must be \[first, last\], got \[0.9\]"):
         VqTraining(temperature=(0.9,), train=training().train)
+    with pytest.raises(ValueError, match=r"vq.train.tokens = 64: that is for language models"):
+        training(tokens=64)
     stage = {"name": "vq", "steps": 1, "lr": 1e-3, "train": ["nothing.*"]}
     with pytest.raises(ValueError, match=r"'nothing.*' matches no parameter"):
         fit_vq(training(stages=[stage]), {"train": pictures}, tmp_path / "run", log=lambda line: None)
