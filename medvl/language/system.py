@@ -24,7 +24,7 @@ from medvl.language import chat, encoding, vlm
 from medvl.language.chat import Chat, Dialogue, Encoded, ModelConfig
 from medvl.language.sampling import Sampling
 from medvl.training import estimate, gradients, order, stages
-from medvl.training.record import Stage, TrainConfig
+from medvl.training.record import Stage, TrainConfig, stage_training
 from medvl.weights import lora, shards
 
 _TOKENISED = 1000  # conversations for an estimate of memory
@@ -207,7 +207,7 @@ def fit_tasks(
         train,
         params,
         task_loss(tasks),
-        lambda stage: _task_batches(tasks, data(stage), train, seed),
+        lambda stage: _task_batches(tasks, data(stage), stage_training(train, stage), seed),
         folder,
         cut=partial(task_micro_batch, tasks),
         conversations=lambda stage: sum(len(part.samples) for part in data(stage).values()),
@@ -428,22 +428,22 @@ def estimate_steps(
         model, params: made on the device "meta".
         conversations, item: of `chat.fullest_batch`.
     """
-    train = model.train
-    rows = stages.estimate_rows(train, number_of_processes)
     conversations = _longest(conversations)
-    # The longest conversations: memory must be enough for the worst batch, not for a usual one.
-    batch = chat.fullest_batch(
-        model.chat, conversations, rows, item, tokens=train.tokens, packing=train.packing
-    )
     loss, cut = loss_function(model), partial(chat.micro_batch, model.chat)
-    return {
-        stage.name: stages.estimate_step(
+    steps = {}
+    for stage in model.train.stages:
+        train = stage_training(model.train, stage)
+        rows = stages.estimate_rows(train, number_of_processes)
+        # The longest conversations: memory must be enough for the worst batch, not for a usual one.
+        batch = chat.fullest_batch(
+            model.chat, conversations, rows, item, tokens=train.tokens, packing=train.packing
+        )
+        steps[stage.name] = stages.estimate_step(
             *(train, stage, params, loss, cut, batch),
             seed=model.cfg.seed,
             processes=number_of_processes,
         )
-        for stage in train.stages
-    }
+    return steps
 
 
 def _longest(conversations: Sequence[Dialogue]) -> Sequence[Dialogue]:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from attrs import evolve, field, frozen
 from PIL import Image
 from torch import Tensor
@@ -203,7 +202,8 @@ def clip_vision(
     """Images through a frozen tower of CLIP and a projector; items are paths, or images that are open.
 
     Visual tokens are those of the patches, without the class token. The weights of the tower are
-    params["tower"], which may have more layers than the skeleton; no gradient reaches them.
+    params["tower"], which may have more layers than the skeleton; where they are not trained, nothing is kept of
+    them for a backward pass.
 
     Args:
         skeleton: of the level, from `clip_vision.tower_skeleton`.
@@ -243,8 +243,7 @@ def clip_vision(
         features = pixels.new_zeros(0, tokens, sizes.inputs)
         # A batch of texts alone has no images, and the tower is not for none.
         if len(pixels):
-            with torch.no_grad():
-                features = skeleton(weights, pixel_values=pixels).last_hidden_state[:, 1:]
+            features = skeleton(weights, pixel_values=pixels).last_hidden_state[:, 1:]
         node = params
         for key in projector.split("/"):
             node = node[key]

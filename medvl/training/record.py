@@ -62,6 +62,7 @@ class Stage:
     )
     lr: float
     data: str = ""  # which of the system's data, where it has several
+    batch: int = 0  # of a language system: conversations of a batch, 0 = train.batch
     weight_decay: float = 0.0
     warmup: int = 0  # steps
     train: tuple[str, ...] = ("lora/.*",)  # regexes over parameter names
@@ -81,7 +82,7 @@ class Stage:
         if not self.train:
             raise ValueError(f"{title}: train must name parameters, such as lora/.* or .*")
         config.check_regexes(self.train, title)
-        config.check_bounds(self, title, epochs=(0, 10**6))
+        config.check_bounds(self, title, epochs=(0, 10**6), batch=(0, 2**20))
         if self.steps and self.epochs:
             raise ValueError(f"{title}: needs either steps or epochs, got {self.steps} and {self.epochs:g}")
         # The stage's own rate may be 0 where its speeds move something.
@@ -172,8 +173,11 @@ def language_training(default: Any = attrs.NOTHING) -> Any:
 def _check_micro_batches(_record: Any, _field: Any, cfg: TrainConfig | None) -> None:
     """Micro-batches are of one size: processes that gather each other's weights take as many steps."""
     # Micro-batches by tokens are dealt out so that every process has as many.
-    if cfg is not None and not cfg.tokens and cfg.batch % cfg.chunk:
-        raise ValueError(f"train.chunk must divide train.batch, got {cfg.chunk} and {cfg.batch}")
+    if cfg is None or cfg.tokens:
+        return
+    for size in (cfg.batch, *(stage.batch for stage in cfg.stages)):
+        if size % cfg.chunk:
+            raise ValueError(f"train.chunk must divide train.batch, got {cfg.chunk} and {size}")
 
 
 def upgrade_training(table: dict[str, Any]) -> dict[str, Any]:
@@ -211,6 +215,17 @@ def refuse_settings(cfg: TrainConfig, table: str, reason: str, **defaults: Any) 
             raise ValueError(f"{table}.{name} = {getattr(cfg, name)!r}: {reason}")
 
 
+def stage_training(cfg: TrainConfig, stage: Stage) -> TrainConfig:
+    """The loop of a stage, with its own size of batch where it has one."""
+    return evolve(cfg, batch=stage.batch) if stage.batch else cfg
+
+
+def refuse_stage_batches(cfg: TrainConfig, where: str) -> None:
+    """Raise where a stage has a size of batch of its own, in a system that knows one for all."""
+    if own := [stage.name for stage in cfg.stages if stage.batch]:
+        raise ValueError(f"{where}: stage {own[0]}: batch is for language systems; set {where}.batch")
+
+
 def training_tables(cfg: Any) -> list[TrainConfig]:
     """The tables of a system's record that train something; most have one, `train`."""
     tables = [getattr(cfg, field.name) for field in attrs.fields(type(cfg))]
@@ -225,4 +240,4 @@ def plan_steps(cfg: TrainConfig, stage: Stage, samples: int) -> Stage:
     """
     if not stage.epochs:
         return stage
-    return evolve(stage, steps=max(1, round(stage.epochs * samples / cfg.batch)), epochs=0.0)
+    return evolve(stage, steps=max(1, round(stage.epochs * samples / (stage.batch or cfg.batch))), epochs=0.0)

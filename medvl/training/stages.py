@@ -236,10 +236,10 @@ def fit_stages(
     # All are planned before the first is trained: a warm-up that is too long must not be found hours later.
     stages = [plan_steps(cfg, stage, conversations(stage)) for stage in cfg.stages]
     for i, stage in enumerate(stages):
-        number = conversations(stage)
+        number, batch = conversations(stage), stage.batch or cfg.batch
         log(
-            f"stage {stage.name}: {stage.steps:,} steps of {cfg.batch} conversations are "
-            f"{stage.steps * cfg.batch / number:.3g} epochs of {number:,}"
+            f"stage {stage.name}: {stage.steps:,} steps of {batch} conversations are "
+            f"{stage.steps * batch / number:.3g} epochs of {number:,}"
         )
         params = shard_params(cfg, params)  # by this name, so that nothing here holds the whole
         params = fit_stage(

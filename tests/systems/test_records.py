@@ -18,10 +18,11 @@ EXPERIMENTS = {
     "tune": "tune_phantom",
     "adapters": "adapters_phantom",
     "slide_vqa": "slide_vqa_phantom",
+    "unified": "unified_phantom",
 }
 ADAPTER = {"name": "lora", "steps": 2, "lr": 0.1}
 SPEED = {"lr": 0.1, "weight_decay": 0.0}
-NEGATIVE = {"bias", "threshold", "mean"}  # numbers of a record that may be below zero
+NEGATIVE = {"bias", "threshold", "mean", "level"}  # numbers of a record that may be below zero
 
 
 def plain(system):
@@ -32,7 +33,7 @@ def plain(system):
 
 def numbers(value, path=()):
     """(path, number) of every number of a record; the free dicts of models are their own business."""
-    if path[-2:] in (("model", "config"), ("vit", "config")):
+    if path[-2:] in (("model", "config"), ("vit", "config"), ("tower", "config")):
         return
     if isinstance(value, dict):
         for key, item in value.items():

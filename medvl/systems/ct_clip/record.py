@@ -11,7 +11,7 @@ from medvl.components.fuse import FuseConfig
 from medvl.components.text import TextConfig
 from medvl.ct.preprocess import CtConfig, size_of
 from medvl.phantoms.chest_case import PhantomConfig
-from medvl.training.record import TrainConfig, refuse_settings
+from medvl.training.record import TrainConfig, refuse_settings, refuse_stage_batches
 
 SPLITS = ("train", "valid", "test")
 _PER_SPLIT = ("folder", "split", "ct")  # what a file's pattern may hold in braces
@@ -200,6 +200,7 @@ class Config:
                 "vit must have either a name (hub, folder or .pth) or a config to build from scratch"
             )
         config.check_bounds(self, "experiment", seed=config.SEED)
+        refuse_stage_batches(self.train, "train")
         # With a name the patch size is known, and asked again, when the encoder is loaded.
         patch = self.vit.config.get("patch_size")
         if isinstance(patch, int) and patch > 0:

@@ -14,7 +14,7 @@ from medvl.components.slots import CompressConfig
 from medvl.language.chat import ChatConfig, ModelConfig
 from medvl.language.system import check_quantized
 from medvl.phantoms.slides import SlideConfig
-from medvl.training.record import TrainConfig, language_training, refuse_settings
+from medvl.training.record import TrainConfig, language_training, refuse_settings, refuse_stage_batches
 from medvl.weights.lora import LoraConfig
 
 
@@ -74,6 +74,7 @@ def _check_pretraining(_record: Any, _field: Any, cfg: TrainConfig) -> None:
     where = "pretrain.train"
     if len(cfg.stages) != 1:
         raise ValueError(f"{where}.stages must hold one stage, got {len(cfg.stages)}")
+    refuse_stage_batches(cfg, where)
     whole = "the slots are balanced over a whole batch of slides; leave it out"
     refuse_settings(cfg, where, whole, chunk=2)
     refuse_settings(

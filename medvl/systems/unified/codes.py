@@ -20,7 +20,7 @@ from medvl.hub import skeletons
 from medvl.hub.vqgan_files import open_vqgan, write_vqgan
 from medvl.language.images import Picture, open_image, to_rgb
 from medvl.training import gradients, order, stages
-from medvl.training.record import Stage, TrainConfig, refuse_settings
+from medvl.training.record import Stage, TrainConfig, refuse_settings, refuse_stage_batches
 
 Open = Callable[[files.PathLike], Image.Image]
 
@@ -37,6 +37,7 @@ class VqTraining:
 
     def __attrs_post_init__(self) -> None:
         config.check_bounds(self, "vq", temperature=(1e-6, 100))
+        refuse_stage_batches(self.train, "vq.train")
         if len(self.temperature) != 2:
             raise ValueError(f"vq.temperature must be [first, last], got {list(self.temperature)}")
         reason = "that is for language models"

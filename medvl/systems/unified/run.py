@@ -33,7 +33,7 @@ from medvl.systems.unified.model import Unified, Vq, init_model, picture_shape
 from medvl.systems.unified.record import Config, Source, Split, data_folder, source_path, stage_tasks
 from medvl.training import stages
 from medvl.training.estimate import Step
-from medvl.training.record import Stage
+from medvl.training.record import Stage, stage_training
 from medvl.weights.lazy import dense
 
 _MOST_TARGETS = 1000  # of the training split that the mean target is over
@@ -406,17 +406,19 @@ def labels(cfg: Config, folder: Path, number: int = 0) -> str:
 def memory(cfg: Config, folder: Path, processes: int = 1) -> dict[str, Step]:
     """{stage: a step of one of so many processes}; one image a sample, and all text up to the context trained."""
     model, params = _init_meta(cfg, folder)
-    steps, rows = {}, stages.estimate_rows(cfg.train, processes)
+    steps = {}
     for stage in cfg.train.stages:
+        train = stage_training(cfg.train, stage)
+        rows = stages.estimate_rows(train, processes)
         # Of a mixed stage, drawing: it needs more, since its adapter is the larger one.
         task = stage_tasks(stage.data)[-1]
         opened = model.task(task).chat
         assert opened.vision is not None
         batch = chat.fullest_batch(
-            *(opened, [], rows, opened.vision.example), tokens=cfg.train.tokens, packing=cfg.train.packing
+            *(opened, [], rows, opened.vision.example), tokens=train.tokens, packing=train.packing
         )
         steps[stage.name] = stages.estimate_step(
-            *(cfg.train, stage, params, system.task_loss(model.tasks)),
+            *(train, stage, params, system.task_loss(model.tasks)),
             *(partial(system.task_micro_batch, model.tasks), system.mark_task(model.tasks, task, batch)),
             seed=cfg.seed,
             processes=processes,
