@@ -33,11 +33,14 @@ from medvl.systems.ct_clip.record import Config as CtClipConfig
 from medvl.systems.slide_vqa import model as slide_vqa
 from medvl.systems.slide_vqa.record import Config as SlideVqaConfig
 from medvl.systems.tune.record import Config as TuneConfig
+from medvl.systems.unified import draw
+from medvl.systems.unified.model import make_question, open_unified
 from medvl.training import gradients, loop, optim, stages, states
 from medvl.weights import compose, extended, four_bit, lazy, lora
 from tests import tiny
 from tests.adapters import tiny_encoders
 from tests.records import with_settings
+from tests.systems.unified import pieces
 
 Numbers = dict[str, Tensor]
 TEXT = {
@@ -810,6 +813,23 @@ def _(device):
         numbers[name] = y.detach().cpu()
         numbers[f"grad/{name}"] = torch.autograd.grad(y.square().mean(), rows)[0].cpu()
     return numbers
+
+
+@case("unified: codes of a picture and their decoding, from a base with plugins", 1e-3)
+def _(device):
+    with tempfile.TemporaryDirectory() as folder:
+        files = pieces.make_files(Path(folder))
+        plugins = {task: pieces.make_plugin(files, task) for task in ("understand", "draw")}
+        model, params = open_unified(
+            *(files / "base", plugins), vq=files / "vq", tower=files / "tower", dtype="float32", device="cpu"
+        )
+    params = map_leaves(lambda t: t.to(device), params)
+    model = evolve(model, vq=(model.vq[0], {name: t.to(device) for name, t in model.vq[1].items()}))
+    question = make_question(model.task("draw").chat, tiny.drawn((20, 31)), "Reconstruct the image.")
+    prompts = draw.encode_drawings(model, [question])
+    codes = draw.draw_codes(model, params, prompts, [0], temperature=1.0)
+    pictures = torch.from_numpy(draw.decode_pictures(model, codes)[0]).float() / 255
+    return {"codes": codes.float().cpu(), "picture": pictures}
 
 
 @case("dropout draws the same masks when a layer is computed again", 2e-3)
