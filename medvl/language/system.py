@@ -438,10 +438,9 @@ def estimate_steps(
         batch = chat.fullest_batch(
             model.chat, conversations, rows, item, tokens=train.tokens, packing=train.packing
         )
+        seed = model.cfg.seed
         steps[stage.name] = stages.estimate_step(
-            *(train, stage, params, loss, cut, batch),
-            seed=model.cfg.seed,
-            processes=number_of_processes,
+            train, stage, params, loss, cut, batch, seed=seed, processes=number_of_processes
         )
     return steps
 

@@ -170,16 +170,10 @@ def draw_pictures(
     """
     prompts = encode_drawings(model, questions)
     settings = Sampling(temperature=temperature, seed=seed)
+    selected = model.tasks.select(params, "draw")
     # The size of a batch changes the last bits of what is computed.
     stamp = system.stamp_answers(
-        *(
-            model.task("draw"),
-            model.tasks.select(params, "draw"),
-            prompts,
-            settings,
-            files.file_digest,
-            [batch],
-        )
+        model.task("draw"), selected, prompts, settings, files.file_digest, settings=[batch]
     )
 
     def draw_batch(rows: Sequence[int]) -> list[dict[str, Any]]:

@@ -78,9 +78,10 @@ def read_questions(cfg: Config, source: Source, split: Split) -> list[Conversati
 
 def read_targets(cfg: Config, source: Source, split: Split) -> list[Drawing]:
     """The drawings of a split, whose codes are those of the VQ model."""
-    model = (
-        cfg.vq.model if cfg.vq and not cfg.vq.start else open_vqgan(cfg.vq.start if cfg.vq else cfg.codes)[0]
-    )
+    if cfg.vq and not cfg.vq.start:
+        model = cfg.vq.model
+    else:
+        model, _ = open_vqgan(cfg.vq.start if cfg.vq else cfg.codes)
     rows, columns = picture_shape(model)
     path, root = source_path(cfg, source, split), source.root or None
     return read_drawings(path, number=rows * columns, codebook=model.codes, root=root)
@@ -93,16 +94,23 @@ def open_vq(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> Vq
     if cfg.vq is None:
         model, weights = open_vqgan(cfg.codes)
     else:
-        images: dict[str, list[files.PathLike]] = {"train": [], "valid": []}
+        images: dict[str, list[Path]] = {"train": [], "valid": []}
         if not (folder / "codes" / "vq").is_dir():
-            for split, paths in images.items():
-                for source in find_sources(cfg, "draw", split):  # type: ignore[arg-type]
-                    paths += sorted({d.target for d in read_targets(cfg, source, split) if d.target})  # type: ignore[arg-type]
+            images = {"train": _target_paths(cfg, "train"), "valid": _target_paths(cfg, "valid")}
         model, weights = fit_vq(
             cfg.vq, images, folder / "codes", open_picture=_opener(cfg), seed=cfg.seed, log=log
         )
     device = system.device_of(cfg.train)
     return model, {name: tensor.to(device) for name, tensor in weights.items()}
+
+
+def _target_paths(cfg: Config, split: Split) -> list[Path]:
+    """The pictures that are drawn in a split, each once."""
+    paths = []
+    for source in find_sources(cfg, "draw", split):
+        targets = {drawing.target for drawing in read_targets(cfg, source, split) if drawing.target}
+        paths += sorted(targets)
+    return paths
 
 
 def _opener(cfg: Config) -> Callable[[Any], Image.Image]:
@@ -112,8 +120,12 @@ def _opener(cfg: Config) -> Callable[[Any], Image.Image]:
 def codes_of(cfg: Config, model: Vq, drawings: Sequence[Drawing], folder: Path) -> list[list[int]]:
     """The codes of the targets, row by row; those of files are computed once, in `folder`, by all processes."""
     paths = sorted({str(drawing.target) for drawing in drawings if drawing.target})
+    sizes, weights = model
     computed = target_codes(
-        *(*model, paths, folder / "targets"),
+        sizes,
+        weights,
+        paths,
+        folder / "targets",
         open_picture=_opener(cfg),
         opened=str(cfg.chat.window),
         together=True,
@@ -414,14 +426,12 @@ def memory(cfg: Config, folder: Path, processes: int = 1) -> dict[str, Step]:
         task = stage_tasks(stage.data)[-1]
         opened = model.task(task).chat
         assert opened.vision is not None
-        batch = chat.fullest_batch(
-            *(opened, [], rows, opened.vision.example), tokens=train.tokens, packing=train.packing
-        )
+        example = opened.vision.example
+        batch = chat.fullest_batch(opened, [], rows, example, tokens=train.tokens, packing=train.packing)
+        batch = system.mark_task(model.tasks, task, batch)
+        loss, cut = system.task_loss(model.tasks), partial(system.task_micro_batch, model.tasks)
         steps[stage.name] = stages.estimate_step(
-            *(train, stage, params, system.task_loss(model.tasks)),
-            *(partial(system.task_micro_batch, model.tasks), system.mark_task(model.tasks, task, batch)),
-            seed=cfg.seed,
-            processes=processes,
+            train, stage, params, loss, cut, batch, seed=cfg.seed, processes=processes
         )
     return steps
 
