@@ -24,6 +24,10 @@ NOTICE = "Research use only, not for diagnosis."
 _COLUMNS = ("auprc", "f1", "f1_weighted", "accuracy", "balanced_accuracy", "precision", "recall")
 _TITLES = {
     "auroc": "AUROC",
+    "ssim_gaussian": "SSIM, Gaussian window",
+    "ssim_uniform": "SSIM, uniform window",
+    "psnr": "PSNR, dB",
+    "mse": "MSE",
     "auprc": "AUPRC",
     "f1": "F1",
     "balanced_accuracy": "Balanced accuracy",
