@@ -173,6 +173,44 @@ class Entry:
     read: Callable[[], Tensor]  # a new tensor each time
 
 
+ANY = -1  # in a shape that `list_faults` is given: of whatever size
+Shape = tuple[int, ...]
+
+
+def list_faults(
+    shapes: Mapping[str, Shape], needed: Mapping[str, Shape], optional: Mapping[str, Shape] | None = None
+) -> str:
+    """What is wrong with the tensors of a file, as one text that names all faults; "" where they fit.
+
+    Args:
+        shapes: {name: shape} in the file; () where only reading tells.
+        needed: {name: shape} that must be there.
+        optional: {name: shape} that may be there.
+    """
+    known = {**needed, **(optional or {})}
+    misshaped = []
+    for name, shape in shapes.items():
+        expected = known.get(name, ())
+        if shape and expected and not _fits(shape, expected):
+            sizes = ["any" if size == ANY else size for size in expected]
+            misshaped.append(f"{name} {list(shape)} instead of {sizes}")
+    named = {
+        "missing": [name for name in needed if name not in shapes],
+        "unexpected": [name for name in shapes if name not in known],
+        "of another shape": misshaped,
+    }
+    return "; ".join(f"{fault} {few(names)}" for fault, names in named.items() if names)
+
+
+def _fits(shape: Shape, expected: Shape) -> bool:
+    return len(shape) == len(expected) and all(e in (n, ANY) for n, e in zip(shape, expected, strict=True))
+
+
+def shapes_of(entries: Mapping[str, Entry]) -> dict[str, Shape]:
+    """{name: shape} of entries."""
+    return {name: entry.shape for name, entry in entries.items()}
+
+
 def entries_of(state: Mapping[str, Tensor]) -> dict[str, Entry]:
     """A state dict in memory as entries."""
     entries = {}

@@ -26,6 +26,7 @@ from medvl.hub.checkpoints import (
     entries_of,
     find_file,
     find_optional_file,
+    list_faults,
     open_weights,
     read_json,
     read_pickle,
@@ -255,26 +256,15 @@ def _check_complete(
     """Raise one error that lists every parameter without a tensor, tensor without a parameter, and wrong
     shape.
     """
-    # All faults at once: one at a time would cost a reader of a large checkpoint many tries.
-    missing = sorted(n for n in shapes.keys() - placed.keys() if not _UNUSED.search(n))
-    unexpected = []
+    present = {name: entry.shape for name, entry in placed.items()}
     for key in sorted(unplaced):
         if not (_TASK_HEADS.search(key) or _UNUSED.search(key) or _BUFFERS.search(key)):
-            unexpected.append(key)
-    misshaped = []
-    for n, entry in placed.items():
-        # An entry without a shape is made of several tensors and checked when it is read.
-        if entry.shape and entry.shape != shapes[n]:
-            misshaped.append(f"{n} {list(entry.shape)} instead of {list(shapes[n])}")
-    faults = []
-    if missing:
-        faults.append(f"missing {few(missing)}")
-    if unexpected:
-        faults.append(f"unexpected {few(unexpected)}")
-    if misshaped:
-        faults.append(f"of another shape {few(sorted(misshaped))}")
+            present[key] = ()
+    needed = {name: shape for name, shape in shapes.items() if not _UNUSED.search(name)}
+    # All faults at once: one at a time would cost a reader of a large checkpoint many tries.
+    faults = list_faults(present, needed, optional=shapes)
     if faults:
-        raise ValueError(context + "; ".join(faults))
+        raise ValueError(context + faults)
 
 
 def _read_entry(entry: Entry, param: str, name: str) -> Tensor:

@@ -14,11 +14,13 @@ from medvl.components.vq import VqConfig, vq_shapes
 from medvl.hub.checkpoints import (
     Entry,
     entries_of,
+    list_faults,
     new_folder,
     open_weights,
     read_finite,
     read_pickle,
     save_finite,
+    shapes_of,
 )
 
 _KINDS = {"taming.models.vqgan.GumbelVQ": "gumbel", "taming.models.vqgan.VQModel": "vq"}
@@ -112,18 +114,8 @@ def _read_params(
 ) -> dict[str, Tensor]:
     """The parameters of a file, if they are those of `cfg`."""
     shapes = vq_shapes(cfg)
-    faults = []
-    missing = [name for name in shapes if name not in entries]
-    unexpected = [name for name in entries if name not in shapes]
-    other = []
-    for name, shape in shapes.items():
-        if name in entries and entries[name].shape != shape:
-            other.append(f"{name} {list(entries[name].shape)} for {list(shape)}")
-    for fault, names in (("missing", missing), ("unexpected", unexpected), ("other shapes:", other)):
-        if names:
-            faults.append(f"{fault} {few(names)}")
-    if faults:
-        raise ValueError(f"read_vqgan: {path} is not the model that {expected}: {'; '.join(faults)}")
+    if faults := list_faults(shapes_of(entries), shapes):
+        raise ValueError(f"read_vqgan: {path} is not the model that {expected}: {faults}")
     params = {}
     for name in shapes:
         if name == _USED:

@@ -1,8 +1,7 @@
 """Files of the reference implementation, TC-SSA, for its slide compressor and projector."""
 
 import pickle
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,17 @@ from medvl.base.text import few
 from medvl.base.tree import Tree
 from medvl.components.compress import CompressConfig
 from medvl.components.project import ProjectConfig
-from medvl.hub.checkpoints import Entry, entries_of, open_weights, read_finite, save_finite
+from medvl.hub.checkpoints import (
+    ANY,
+    Entry,
+    Shape,
+    entries_of,
+    list_faults,
+    open_weights,
+    read_finite,
+    save_finite,
+    shapes_of,
+)
 
 _STATE, _PREFIX = "model_state_dict", "compressor."  # where a checkpoint of pretraining holds the compressor
 # A command for the user: it writes the weights of a checkpoint without the metrics that lie beside them.
@@ -23,11 +32,8 @@ _CONVERT = (
     "torch.save(x.get('model_state_dict', x.get('state_dict', x)), {1!r})\""
 )
 _EXPERT = {0: "up", 3: "down", 4: "norm"}  # modules of an expert; 1 and 2 are the GELU and the dropout
-_KEY = re.compile(r"gate\.(weight|bias)|experts\.(0|[1-9]\d*)\.net\.[034]\.(weight|bias)")
 _PROJECTOR = {"proj.0": "up", "proj.2": "down"}
 _KINDS = ("weight", "bias")
-
-Shape = tuple[int, ...]
 
 
 def read_compressor(
@@ -57,8 +63,7 @@ def read_compressor(
     # The shapes of two tensors give the config, and the config gives the shapes of all tensors.
     cfg = _infer_config(entries, path, top_k)
     shapes = _compressor_shapes(cfg)
-    _check_keys(f"read_compressor: {path} must hold {cfg.slots} experts", entries, shapes)
-    _check_shapes("read_compressor", path, entries, shapes)
+    _check_tensors(f"read_compressor: {path} must hold {cfg.slots} experts", entries, shapes)
 
     read = _reader(entries, path, dtype, device)
     # The reference has one module per expert; here all experts are one tensor [slots, ...].
@@ -127,28 +132,26 @@ def read_projector(
     """
     path = Path(path)
     entries = _open(path, "read_projector")
-    keys = [f"{module}.{kind}" for module in _PROJECTOR for kind in _KINDS]
-    _check_keys(f"read_projector: {path} must hold proj.0 and proj.2", entries, keys)
+    message = f"read_projector: {path} must hold proj.0 and proj.2"
+    _check_tensors(message, entries, _projector_shapes(ANY, ANY, ANY))
     # The weights of both layers give the config, and the shapes of all four tensors must follow from it.
     up, down = entries["proj.0.weight"].shape, entries["proj.2.weight"].shape
-    if not len(up) == len(down) == 2:
-        raise ValueError(
-            f"read_projector: {path}: proj.0.weight and proj.2.weight must be [out, in], "
-            f"got {list(up)} and {list(down)}"
-        )
     cfg = ProjectConfig(inputs=up[1], hidden=up[0], outputs=down[0])
-    shapes: dict[str, Shape] = {
-        "proj.0.weight": (cfg.hidden, cfg.inputs),
-        "proj.0.bias": (cfg.hidden,),
-        "proj.2.weight": (cfg.outputs, cfg.hidden),
-        "proj.2.bias": (cfg.outputs,),
-    }
-    _check_shapes("read_projector", path, entries, shapes)
+    _check_tensors(message, entries, _projector_shapes(cfg.inputs, cfg.hidden, cfg.outputs))
     read = _reader(entries, path, dtype, device)
     params = {}
     for module, name in _PROJECTOR.items():
         params[name] = {kind: read(f"{module}.{kind}") for kind in _KINDS}
     return cfg, params
+
+
+def _projector_shapes(inputs: int, hidden: int, outputs: int) -> dict[str, Shape]:
+    return {
+        "proj.0.weight": (hidden, inputs),
+        "proj.0.bias": (hidden,),
+        "proj.2.weight": (outputs, hidden),
+        "proj.2.bias": (outputs,),
+    }
 
 
 def _split_checkpoint(entries: dict[str, Entry]) -> tuple[dict[str, Entry], dict[str, Entry]]:
@@ -165,9 +168,6 @@ def _split_checkpoint(entries: dict[str, Entry]) -> tuple[dict[str, Entry], dict
 
 
 def _infer_config(entries: Mapping[str, Entry], path: Path, top_k: int) -> CompressConfig:
-    unexpected = [key for key in entries if not _KEY.fullmatch(key)]
-    if unexpected:
-        raise ValueError(f"read_compressor: {path}: unexpected {few(unexpected)}")
     missing = [key for key in ("gate.weight", "experts.0.net.0.weight") if key not in entries]
     if missing:
         raise ValueError(f"read_compressor: {path}: missing {few(missing)}")
@@ -202,18 +202,9 @@ def _compressor_shapes(cfg: CompressConfig) -> dict[str, Shape]:
     return shapes
 
 
-def _check_keys(message: str, entries: Mapping[str, Entry], expected: Iterable[str]) -> None:
-    expected = list(expected)
-    missing = [key for key in expected if key not in entries]
-    unexpected = [key for key in entries if key not in expected]
-    if missing or unexpected:
-        raise ValueError(f"{message}: missing {few(missing)}, unexpected {few(unexpected)}")
-
-
-def _check_shapes(caller: str, path: Path, entries: Mapping[str, Entry], shapes: Mapping[str, Shape]) -> None:
-    for key, shape in shapes.items():
-        if entries[key].shape != shape:
-            raise ValueError(f"{caller}: {path}: {key} must be {list(shape)}, got {list(entries[key].shape)}")
+def _check_tensors(message: str, entries: Mapping[str, Entry], shapes: Mapping[str, Shape]) -> None:
+    if faults := list_faults(shapes_of(entries), shapes):
+        raise ValueError(f"{message}: {faults}")
 
 
 def _reader(

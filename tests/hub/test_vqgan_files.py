@@ -188,7 +188,7 @@ def test_keys_that_do_not_fit_are_listed(published):
         read_vqgan(config, ckpt)
     assert str(e.value) == (
         f"read_vqgan: {ckpt} is not the model that {config} describes: missing encoder.conv_in.weight, "
-        "quant_conv.bias; unexpected quantize.codebook; other shapes: decoder.conv_out.bias [1] for [3]"
+        "quant_conv.bias; unexpected quantize.codebook; of another shape decoder.conv_out.bias [1] instead of [3]"
     )
 
 

@@ -113,20 +113,23 @@ def _broken(state, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"gate__bias": None}, r"must hold 3 experts: missing gate.bias, unexpected none"),
+        ({"gate__bias": None}, r"must hold 3 experts: missing gate.bias$"),
         (
             {"experts__1__net__3__bias": None, "experts__2__net__4__weight": None},
             r"missing experts.1.net.3.bias, experts.2.net.4.weight",
         ),
-        ({"experts__3__net__0__bias": torch.zeros(5)}, r"missing none, unexpected experts.3.net.0.bias"),
+        (
+            {"experts__3__net__0__bias": torch.zeros(5)},
+            r"must hold 3 experts: unexpected experts.3.net.0.bias",
+        ),
         ({"experts__0__net__1__weight": torch.zeros(5)}, r"unexpected experts.0.net.1.weight"),
         ({"classifier__weight": torch.zeros(5)}, r"unexpected classifier.weight"),
         ({"gate__weight": None}, r"missing gate.weight"),
         ({"gate__weight": torch.zeros(3)}, r"gate.weight must be \[slots, dim\]"),
-        ({"gate__bias": torch.zeros(4)}, r"gate.bias must be \[3\], got \[4\]"),
+        ({"gate__bias": torch.zeros(4)}, r"gate.bias \[4\] instead of \[3\]"),
         (
             {"experts__2__net__0__weight": torch.zeros(6, 12)},
-            r"experts.2.net.0.weight must be \[5, 12\], got \[6, 12\]",
+            r"experts.2.net.0.weight \[6, 12\] instead of \[5, 12\]",
         ),
         ({"gate__bias": torch.tensor([0.0, torch.nan, 0.0])}, r"gate.bias must be finite"),
         ({"gate__bias": torch.zeros(3, dtype=torch.int64)}, r"gate.bias must hold floating point"),
@@ -220,11 +223,11 @@ def test_projector(gen, tmp_path, name):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"proj__2__bias": None}, r"must hold proj.0 and proj.2: missing proj.2.bias, unexpected none"),
-        ({"proj__4__bias": torch.zeros(2)}, r"missing none, unexpected proj.4.bias"),
-        ({"proj__2__weight": torch.zeros(4, 8)}, r"proj.2.weight must be \[4, 9\], got \[4, 8\]"),
-        ({"proj__0__bias": torch.zeros(8)}, r"proj.0.bias must be \[9\], got \[8\]"),
-        ({"proj__0__weight": torch.zeros(8)}, r"must be \[out, in\], got \[8\] and \[4, 9\]"),
+        ({"proj__2__bias": None}, r"must hold proj.0 and proj.2: missing proj.2.bias$"),
+        ({"proj__4__bias": torch.zeros(2)}, r"proj.2: unexpected proj.4.bias"),
+        ({"proj__2__weight": torch.zeros(4, 8)}, r"proj.2.weight \[4, 8\] instead of \[4, 9\]"),
+        ({"proj__0__bias": torch.zeros(8)}, r"proj.0.bias \[8\] instead of \[9\]"),
+        ({"proj__0__weight": torch.zeros(8)}, r"proj.0.weight \[8\] instead of \['any', 'any'\]"),
     ],
 )
 def test_projectors_that_do_not_fit(gen, changes, message, tmp_path):
