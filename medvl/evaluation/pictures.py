@@ -74,18 +74,23 @@ def controls(
 
     Args:
         inputs: what the model was given; resized (bicubic) to the target's size.
-        train_targets: those of the training split, whose mean is a control.
+        train_targets: those of the training split, whose mean is a control; () = there are none.
         vq: the targets as decoded from their own codes.
     Returns:
-        {"copied input", "mean target", "vq reconstruction"}; the first and last only where there are such.
+        {"copied input", "mean target", "vq reconstruction"}, only those that there are such pictures for.
     """
-    mean = np.asarray(np.stack(train_targets).mean(0, dtype=np.float64).round(), np.uint8)
-    copied = []
+    copied, means = [], list[Array]()
     for image, target in zip(inputs, targets, strict=bool(inputs)):
         size = (target.shape[1], target.shape[0])
         copied.append(np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)))
-    found: dict[str, Sequence[Array]] = {"copied input": copied, "mean target": [mean] * len(targets)}
-    found["vq reconstruction"] = vq
+    if len(train_targets):
+        mean = np.stack(train_targets).mean(0, dtype=np.float64)
+        means = [np.asarray(mean.round(), np.uint8)] * len(targets)
+    found: dict[str, Sequence[Array]] = {
+        "copied input": copied,
+        "mean target": means,
+        "vq reconstruction": vq,
+    }
     return {subject: pictures for subject, pictures in found.items() if len(pictures)}
 
 

@@ -224,6 +224,31 @@ def matrix(
     return _png(figure)
 
 
+def picture_grid(lines: Sequence[tuple[str, Sequence[np.ndarray | None]]], columns: Sequence[str]) -> bytes:
+    """Pictures side by side, each line with its name on the left. PNG.
+
+    Args:
+        lines: (name, a picture uint8 [y, x] or [y, x, 3] for each column; None leaves its place empty); all are
+            shown at one size.
+        columns: names above the first line.
+    """
+    figure, axes = _grid(len(lines) * len(columns), len(columns), width=1.5, height=1.15)
+    places = iter(axes)
+    for number, (name, pictures) in enumerate(lines):
+        for column, picture in zip(columns, pictures, strict=True):
+            axis = next(places)
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+            if picture is not None:
+                axis.imshow(picture, cmap="gray", vmin=0, vmax=255)
+            if number == 0:
+                axis.set_title(column, fontsize=9)
+            if column == columns[0]:
+                text = _wrap(name, 24, max_lines=4)
+                axis.set_ylabel(text, rotation=0, ha="right", va="center", fontsize=8, parse_math=False)
+    return _png(figure)
+
+
 def lines(
     series: Mapping[str, Mapping[float, tuple[float, float, float]]],
     x: str,

@@ -13,6 +13,7 @@ from medvl.evaluation.choices import comparable_text
 from medvl.evaluation.results import Result
 
 Options = Mapping[str, str] | None  # letter -> text of a question with choices
+Labelled = tuple[str, Options, Sequence[str]]  # gold, options and subjects of a record
 
 
 def is_right(answer: str | None, gold: str, options: Options = None) -> bool:
@@ -36,6 +37,7 @@ def score_answers(
     subjects: Sequence[Iterable[str]],
     groups: Sequence[Any],
     *,
+    train: Sequence[Labelled] = (),
     split: str,
     experiment: str = "",
     n: int = 1000,
@@ -46,21 +48,27 @@ def score_answers(
     Args:
         subjects: what each record counts under beside "all", such as ("closed", "organ"); "" is none.
         groups: the image or case of each record, drawn as a whole.
+        train: the training split, which says what the usual answer to a subject is.
     Returns:
-        of each subject rows "accuracy", "accuracy_of_yes" (always "yes") and "accuracy_of_the_usual_answer" (the
-        most frequent answer of the subject's other records). All records count, answered or not.
+        of each subject rows "accuracy", "accuracy_of_yes" (always "yes") and
+        "accuracy_of_the_usual_training_answer" (always the most frequent one of the subject in `train`) or, where
+        `train` has none, "accuracy_of_the_usual_answer_of_others" (the most frequent one of the subject's other
+        records). All records count, answered or not.
     """
-    rows_of: dict[str, list[int]] = {"all": [*range(len(gold))]}
-    for i, names in enumerate(subjects):
-        for name in filter(None, names):
-            rows_of.setdefault(name, []).append(i)
+    rows_of = _rows_by_subject(subjects)
+    train_rows = _rows_by_subject([names for _, _, names in train])
     seed, results = int(torch.randint(2**62, (), generator=gen)), list[Result]()
     for subject, rows in rows_of.items():
         said: dict[str, Sequence[str | None]] = {
             "accuracy": [answers[i] for i in rows],
             "accuracy_of_yes": ["yes"] * len(rows),
-            "accuracy_of_the_usual_answer": _usual_answers([(gold[i], options[i]) for i in rows]),
         }
+        if seen := [_comparable(*train[i][:2]) for i in train_rows.get(subject, ())]:
+            usual = Counter(seen).most_common(1)[0][0]
+            said["accuracy_of_the_usual_training_answer"] = [usual] * len(rows)
+        else:
+            others = _usual_answers_of_others([_comparable(gold[i], options[i]) for i in rows])
+            said["accuracy_of_the_usual_answer_of_others"] = others
         for metric, texts in said.items():
             right = [is_right(text, gold[i], options[i]) for text, i in zip(texts, rows, strict=True)]
             own_gen = torch.Generator().manual_seed(seed)
@@ -69,9 +77,22 @@ def score_answers(
     return results
 
 
-def _usual_answers(records: Sequence[tuple[str, Options]]) -> list[str]:
-    """For each (gold, options) the most frequent answer of the others; of choices the letter."""
-    keys = [(options and extract_letter(gold, options)) or normalise(gold) for gold, options in records]
-    (first, count), (second, next_count) = [*Counter(keys).most_common(2), ("", 1)][:2]
+def _rows_by_subject(subjects: Sequence[Iterable[str]]) -> dict[str, list[int]]:
+    """{"all" or a subject: its rows}."""
+    rows_of: dict[str, list[int]] = {"all": [*range(len(subjects))]}
+    for i, names in enumerate(subjects):
+        for name in filter(None, names):
+            rows_of.setdefault(name, []).append(i)
+    return rows_of
+
+
+def _comparable(gold: str, options: Options) -> str:
+    """An answer in the form in which answers are counted; of choices the letter."""
+    return (options and extract_letter(gold, options)) or normalise(gold)
+
+
+def _usual_answers_of_others(answers: Sequence[str]) -> list[str]:
+    """For each answer the most frequent one of the others."""
+    (first, count), (second, next_count) = [*Counter(answers).most_common(2), ("", 1)][:2]
     # A record's own answer may lose its first place without the record.
-    return [second if key == first and count - 1 < next_count else first for key in keys]
+    return [second if answer == first and count - 1 < next_count else first for answer in answers]

@@ -115,6 +115,7 @@ def test_controls():
     assert np.array_equal(rows["copied input"][1], np.asarray(upscaled))
     assert (rows["mean target"][0] == 134).all()  # 133.67, rounded
     assert [*pictures.controls([], targets, train, [])] == ["mean target"]
+    assert [*pictures.controls([], targets, [], targets)] == ["vq reconstruction"]
     assert np.array_equal(pictures.controls(targets, targets, train, [])["copied input"][0], targets[0])
 
 

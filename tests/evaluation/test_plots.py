@@ -255,6 +255,7 @@ def test_names_are_no_formulas():
     assert plots.matrix([[1.0]], ["$a$"], ["$\\frac$"])
     assert plots.lines({"_$\\a$": {1: (1, 1, 1)}}, "k", "recall", references={"$\\b$": 0.5})
     assert plots.compare([("$\\a$", "$\\b$", 0.5, 0.4, 0.6)], "accuracy")
+    assert plots.picture_grid([("$\\frac$", [np.zeros((2, 2), np.uint8)])], ["drawn"])
 
 
 def test_matrix_refuses_what_it_cannot_show():
@@ -266,6 +267,17 @@ def test_matrix_refuses_what_it_cannot_show():
         plots.matrix(np.zeros((0, 0)), "", "")
     with pytest.raises(ValueError, match=r"low must be below high, got 2 and 1; the values lie in 0..1"):
         plots.matrix([[0, 1]], "a", "bc", low=2)
+
+
+def test_a_grid_shows_pictures_beside_their_names(drawn):
+    grey, colour = np.full((4, 6), 7, np.uint8), np.zeros((5, 5, 3), np.uint8)
+    figure = plots.picture_grid([("first $a", [grey, None]), ("second", [colour, grey])], ["input", "drawn"])
+    shown = [[image.get_array() for image in axis.images] for axis in figure.axes]
+    assert [len(images) for images in shown] == [1, 0, 1, 1]
+    np.testing.assert_array_equal(shown[0][0], grey)
+    np.testing.assert_array_equal(shown[2][0], colour)
+    assert [axis.get_title() for axis in figure.axes] == ["input", "drawn", "", ""]
+    assert [axis.get_ylabel() for axis in figure.axes] == ["first $a", "", "second", ""]
 
 
 def test_lines_are_the_points(drawn):

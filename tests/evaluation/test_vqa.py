@@ -34,10 +34,10 @@ def test_gold_must_be_an_answer():
         is_right("A", "...")
 
 
-def score(answers, gold, families, groups, options=None):
+def score(answers, gold, families, groups, options=None, train=()):
     rows = score_answers(
         answers, gold, options or [None] * len(gold), [(f, "") for f in families], groups,
-        split="test", experiment="x-1", n=50, gen=torch.Generator().manual_seed(0),
+        train=train, split="test", experiment="x-1", n=50, gen=torch.Generator().manual_seed(0),
     )  # fmt: skip
     return {(r.subject, r.what): r for r in rows}
 
@@ -69,16 +69,20 @@ def test_no_record_is_lost_and_constants_are_those_of_a_naive_count(seed):
         assert rows[subject, "accuracy_of_yes"].value == pytest.approx(np.mean([g == "yes" for g in own]))
         if len(own) > 1:
             least, most = usual_naive(own)
-            assert least <= rows[subject, "accuracy_of_the_usual_answer"].value <= most
-    assert {what for _, what in rows} == {f"accuracy{x}" for x in ("", "_of_yes", "_of_the_usual_answer")}
+            assert least <= rows[subject, "accuracy_of_the_usual_answer_of_others"].value <= most
+    assert {what for _, what in rows} == {
+        f"accuracy{x}" for x in ("", "_of_yes", "_of_the_usual_answer_of_others")
+    }
 
 
 def test_a_record_does_not_vote_for_itself():
     gold = ["a", "b", "c", "d"]
-    assert score(gold, gold, ["open"] * 4, range(4))["open", "accuracy_of_the_usual_answer"].value == 0
-    assert score(["x"], ["x"], ["open"], [0])["open", "accuracy_of_the_usual_answer"].value == 0
+    assert (
+        score(gold, gold, ["open"] * 4, range(4))["open", "accuracy_of_the_usual_answer_of_others"].value == 0
+    )
+    assert score(["x"], ["x"], ["open"], [0])["open", "accuracy_of_the_usual_answer_of_others"].value == 0
     assert score(gold, ["Yes.", "yes", "YES", "no"], ["closed"] * 4, range(4))[
-        "closed", "accuracy_of_the_usual_answer"
+        "closed", "accuracy_of_the_usual_answer_of_others"
     ].value == pytest.approx(0.75)
 
 
@@ -87,4 +91,22 @@ def test_choices_have_letters():
     gold = ["B. y", "B. z", "A. x", "B. v"]
     rows = score(["B", "A", "x", None], gold, ["choice"] * 4, range(4), options)
     assert rows["choice", "accuracy"].value == 0.5
-    assert rows["choice", "accuracy_of_the_usual_answer"].value == 0.75
+    assert rows["choice", "accuracy_of_the_usual_answer_of_others"].value == 0.75
+
+
+def test_the_usual_answer_is_that_of_the_training_split_where_it_has_the_subject():
+    gold, families = ["yes", "no", "lung", "B"], ["closed", "closed", "open", "choice"]
+    train = [
+        ("No.", None, ("closed",)),
+        ("no", None, ("closed", "")),
+        ("yes", None, ("closed",)),
+        ("A. x", {"A": "x", "B": "y"}, ("choice",)),
+    ]
+    rows = score(gold, gold, families, range(4), [None, None, None, {"A": "u", "B": "v"}], train)
+    usual = "accuracy_of_the_usual_training_answer"
+    assert {key: rows[key, usual].value for key, what in rows if what == usual} == {
+        "all": 0.25,  # "no"
+        "closed": 0.5,
+        "choice": 0.0,  # the letter A
+    }
+    assert {key for key, what in rows if what == "accuracy_of_the_usual_answer_of_others"} == {"open"}

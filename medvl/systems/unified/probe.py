@@ -13,7 +13,7 @@ from medvl.components.layers import init_linear, linear
 from medvl.phantoms import anatomy
 from medvl.training import gradients, loop, optim, order, states
 
-_FACTS = ("look", "side", "kind")
+FACTS = ("look", "side", "kind")
 _SHOWN = tuple(product(anatomy.LOOKS, anatomy.SIDES, anatomy.KINDS))  # all that a picture can show
 
 
@@ -46,7 +46,7 @@ def fit_probe(*, heads: int = 800, steps: int = 600, seed: int = 0) -> Tree:
 def probe(params: Tree, pictures: Sequence[np.ndarray]) -> list[dict[str, str]]:
     """{"look", "side", "kind"} of each picture, uint8 [y, x, 3] of any size; args: from `fit_probe`."""
     best = _logits(params, torch.stack([_pixels(picture) for picture in pictures])).argmax(1)
-    return [dict(zip(_FACTS, _SHOWN[i], strict=True)) for i in best.tolist()]
+    return [dict(zip(FACTS, _SHOWN[i], strict=True)) for i in best.tolist()]
 
 
 def _pixels(picture: np.ndarray) -> Tensor:

@@ -90,7 +90,7 @@ class EvaluateConfig:
 
     max_tokens: int = 64
     batch: int = 8
-    drawings: int = 0  # of the test split; 0 = all
+    drawings: int = 0  # the first ones of the test split, over all sources in their order; 0 = all
     temperature: float = 0.0
     bootstrap: int = 1000
 

@@ -1,92 +1,42 @@
-"""How unified runs: files are checked, target codes computed, stages trained, answers and pictures scored."""
+"""How unified runs: the VQ model and the stages are trained, answers and pictures scored, memory estimated."""
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from attrs import evolve
-from PIL import Image
 
-from medvl.base import config, files, processes
+from medvl.base import config, processes
 from medvl.base.tree import Tree, flatten, split_tree
-from medvl.evaluation import pictures, plots, report
+from medvl.evaluation import plots, report
 from medvl.evaluation.results import Result
-from medvl.evaluation.vqa import score_answers
 from medvl.hub import plugin_files, skeletons
 from medvl.hub.vqgan_files import open_vqgan
 from medvl.language import chat, encoding, system
 from medvl.language.chat import Encoded
-from medvl.language.conversations import Conversation, check_gold, read_conversations
-from medvl.language.drawings import Drawing, read_drawings
-from medvl.language.vision import open_item
-from medvl.phantoms import anatomy
 from medvl.systems.system import Question
-from medvl.systems.tune.run import answer_conversations
+from medvl.systems.unified import score
 from medvl.systems.unified.ask import ask_image
-from medvl.systems.unified.codes import fit_vq, target_codes, vq_pixels
-from medvl.systems.unified.draw import decode_pictures, draw_pictures, encode_drawings
+from medvl.systems.unified.codes import fit_vq
+from medvl.systems.unified.data import (
+    codes_of,
+    find_sources,
+    picture_opener,
+    read_questions,
+    read_targets,
+    target_paths,
+)
+from medvl.systems.unified.draw import encode_drawings
 from medvl.systems.unified.model import Unified, Vq, init_model, picture_shape
-from medvl.systems.unified.record import Config, Source, Split, data_folder, source_path, stage_tasks
+from medvl.systems.unified.record import Config, Source, Split, source_path, stage_tasks
 from medvl.training import stages
 from medvl.training.estimate import Step
 from medvl.training.record import Stage, stage_training
 from medvl.weights.lazy import dense
 
-_MOST_TARGETS = 1000  # of the training split that the mean target is over
 
-
-# Data -------------------------------------------------------------------------------------------------------
-def prepare(cfg: Config, log: Callable[[str], None] = print) -> None:
-    """Put the data in place: heads are drawn, files must be there.
-
-    Raises:
-        ValueError: lists those that are missing.
-    """
-    if cfg.data.source == "phantoms":
-        counts = anatomy.draw_anatomy(cfg.data.phantoms, data_folder(cfg))
-        log(f"drawn in {data_folder(cfg)}: " + ", ".join(f"{n} heads {split}" for split, n in counts.items()))
-    paths = [source_path(cfg, source, split) for source in cfg.data.sources for split in source.splits]
-    missing = [str(path) for path in paths if not path.is_file()]
-    if missing:
-        raise ValueError(
-            f"{len(missing)} files are missing: {', '.join(missing)}; data.sources says where they are"
-        )
-
-
-def find_sources(cfg: Config, task: str, split: Split, stage: str = "") -> list[Source]:
-    """The sources of a task that have a split and that a stage sees; of "" all."""
-    found = []
-    for source in cfg.data.sources:
-        seen = not stage or not source.stages or stage in source.stages
-        if source.task == task and split in source.splits and seen:
-            found.append(source)
-    return found
-
-
-def read_questions(cfg: Config, source: Source, split: Split) -> list[Conversation]:
-    """The conversations of a split; those of the test split have a last answer that can be compared with."""
-    path, root = source_path(cfg, source, split), source.root or None
-    conversations = read_conversations(path, root=root, max_images=cfg.chat.max_images)
-    if split == "test":
-        check_gold(conversations)
-    return conversations
-
-
-def read_targets(cfg: Config, source: Source, split: Split) -> list[Drawing]:
-    """The drawings of a split, whose codes are those of the VQ model."""
-    if cfg.vq and not cfg.vq.start:
-        model = cfg.vq.model
-    else:
-        model, _ = open_vqgan(cfg.vq.start if cfg.vq else cfg.codes)
-    rows, columns = picture_shape(model)
-    path, root = source_path(cfg, source, split), source.root or None
-    return read_drawings(path, number=rows * columns, codebook=model.codes, root=root)
-
-
+# Training ---------------------------------------------------------------------------------------------------
 def open_vq(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> Vq | None:
     """The VQ model of the record, or the one that is trained in the run folder; None where nothing is drawn."""
     if "draw" not in cfg.tasks:
@@ -96,47 +46,14 @@ def open_vq(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> Vq
     else:
         images: dict[str, list[Path]] = {"train": [], "valid": []}
         if not (folder / "codes" / "vq").is_dir():
-            images = {"train": _target_paths(cfg, "train"), "valid": _target_paths(cfg, "valid")}
+            images = {"train": target_paths(cfg, "train"), "valid": target_paths(cfg, "valid")}
         model, weights = fit_vq(
-            cfg.vq, images, folder / "codes", open_picture=_opener(cfg), seed=cfg.seed, log=log
+            cfg.vq, images, folder / "codes", open_picture=picture_opener(cfg), seed=cfg.seed, log=log
         )
     device = system.device_of(cfg.train)
     return model, {name: tensor.to(device) for name, tensor in weights.items()}
 
 
-def _target_paths(cfg: Config, split: Split) -> list[Path]:
-    """The pictures that are drawn in a split, each once."""
-    paths = []
-    for source in find_sources(cfg, "draw", split):
-        targets = {drawing.target for drawing in read_targets(cfg, source, split) if drawing.target}
-        paths += sorted(targets)
-    return paths
-
-
-def _opener(cfg: Config) -> Callable[[Any], Image.Image]:
-    return partial(open_item, window=cfg.chat.window)
-
-
-def codes_of(cfg: Config, model: Vq, drawings: Sequence[Drawing], folder: Path) -> list[list[int]]:
-    """The codes of the targets, row by row; those of files are computed once, in `folder`, by all processes."""
-    paths = sorted({str(drawing.target) for drawing in drawings if drawing.target})
-    sizes, weights = model
-    computed = target_codes(
-        sizes,
-        weights,
-        paths,
-        folder / "targets",
-        open_picture=_opener(cfg),
-        opened=str(cfg.chat.window),
-        together=True,
-    )
-    rows = []
-    for drawing in drawings:
-        rows.append(computed[str(drawing.target)].flatten().tolist() if drawing.target else [*drawing.codes])
-    return rows
-
-
-# Training ---------------------------------------------------------------------------------------------------
 def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[Unified, Tree]:
     """Train the VQ model, where the record says so, and all stages in the run folder, or go on with them."""
     trained_vq = open_vq(cfg, folder, log)
@@ -286,91 +203,13 @@ def load(folder: Path) -> tuple[Unified, Tree]:
 # Evaluation -------------------------------------------------------------------------------------------------
 def assess(model: Unified, params: Tree, folder: Path, experiment: str) -> tuple[list[Result], Path]:
     """Answer the questions and draw the pictures of the test splits; writes answers, pictures and the report."""
-    cfg, rows = model.cfg, list[Result]()
-    if sources := find_sources(cfg, "understand", "test"):
-        conversations = [c for source in sources for c in read_questions(cfg, source, "test")]
-        selected = model.tasks.select(params, "understand")
-        lines = answer_conversations(model.task("understand"), selected, conversations, folder)
-        files.write_text(folder / "answers.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-        groups = [_case(conversation, i) for i, conversation in enumerate(conversations)]
-        rows += score_answers(
-            [line["answer"] for line in lines],
-            [line["gold"] for line in lines],
-            [conversation.options for conversation in conversations],
-            [[str(c.extra.get(key, "")) for key in ("family", "category")] for c in conversations],
-            groups,
-            split="test",
-            experiment=experiment,
-            n=cfg.evaluate.bootstrap,
-            gen=torch.Generator().manual_seed(cfg.seed),
-        )
-    if sources := find_sources(cfg, "draw", "test"):
-        drawings = [drawing for source in sources for drawing in read_targets(cfg, source, "test")]
-        rows += _assess_drawings(model, params, drawings[: cfg.evaluate.drawings or None], folder, experiment)
+    rows = score.score_questions(model, params, folder, experiment)
+    scores, figures, notes = score.score_drawings(model, params, folder, experiment)
+    rows += scores
     system.remove_unfinished_answers(folder)
-    notes = (
-        "Pictures are compared as floats on [0, 255]. The controls: the input copied, the mean target, and the target "
-        "as the VQ model reconstructs it from its own codes, the best that codes can be.",
-    )
-    figures = plots.training_curves(system.last_metrics(cfg.train, folder.parent))
+    figures |= plots.training_curves(system.last_metrics(model.cfg.train, folder.parent))
     page = report.write_report(folder, f"{experiment}: answers and pictures", rows, figures, notes)
     return rows, page
-
-
-def _case(question: Conversation, number: int) -> Any:
-    """What a bootstrap draws as a whole: the case that a line names, or the line."""
-    return question.extra.get("episode_id", number)
-
-
-def _assess_drawings(
-    model: Unified, params: Tree, drawings: Sequence[Drawing], folder: Path, experiment: str
-) -> list[Result]:
-    """Likeness of the drawn pictures and of the controls to their targets, over all and by the "task" of a line."""
-    cfg, questions = model.cfg, [drawing.question for drawing in drawings]
-    assert model.vq is not None
-    settings = {"batch": cfg.evaluate.batch, "temperature": cfg.evaluate.temperature, "seed": cfg.seed}
-    drawn = draw_pictures(model, params, questions, folder, **settings)
-    vq_pictures = decode_pictures(model, torch.tensor(codes_of(cfg, model.vq, drawings, folder.parent)))
-    targets = _open_targets(model, drawings, vq_pictures)
-    train = [d for source in find_sources(cfg, "draw", "train") for d in read_targets(cfg, source, "train")]
-    train = [drawing for drawing in train if drawing.target][:_MOST_TARGETS]
-    means = _open_targets(model, train, []) or targets
-    kinds = [str(question.extra.get("task", "")) for question in questions]
-    rows = []
-    for kind in ["all", *sorted({*kinds} - {""})]:
-        chosen = [i for i in range(len(drawn)) if kind in ("all", kinds[i])]
-        inputs = [np.asarray(_opener(cfg)(image)) for i in chosen for image in questions[i].images[:1]]
-        # Of pictures from text alone nothing can be copied.
-        inputs = inputs if len(inputs) == len(chosen) else []
-        controls = pictures.controls(
-            inputs, [targets[i] for i in chosen], means, [vq_pictures[i] for i in chosen]
-        )
-        named = {f"{kind}: {name}": some for name, some in controls.items()}
-        rows += pictures.score_pictures(
-            {f"{kind}: drawn": [drawn[i] for i in chosen]} | named,
-            [targets[i] for i in chosen],
-            split="test",
-            groups=[_case(questions[i], i) for i in chosen],
-            experiment=experiment,
-            n=cfg.evaluate.bootstrap,
-            gen=torch.Generator().manual_seed(cfg.seed),
-        )
-    return rows
-
-
-def _open_targets(
-    model: Unified, drawings: Sequence[Drawing], decoded: Sequence[np.ndarray]
-) -> list[np.ndarray]:
-    """The targets as pictures of the VQ model's size; of codes, what they decode to."""
-    assert model.vq is not None
-    targets = []
-    for i, drawing in enumerate(drawings):
-        if drawing.target is None:
-            targets.append(decoded[i])
-            continue
-        pixels = vq_pixels(_opener(model.cfg)(drawing.target), model.vq[0].resolution)
-        targets.append(((pixels + 1) / 2 * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
-    return targets
 
 
 def ask(folder: Path, question: Question) -> str:

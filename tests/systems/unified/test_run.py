@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from attrs import evolve
 
 from medvl.base import config
 from medvl.base.tree import flatten
-from medvl.systems.unified import SYSTEM, draw, run
+from medvl.systems.unified import SYSTEM, data, draw, probe, run, score
 from medvl.systems.unified.record import Config
 from tests.records import with_settings
 from tests.systems.unified.pieces import CLIP, PHI3
@@ -81,7 +82,7 @@ def record(folder, **settings):
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("unified_run")
     cfg = record(folder)
-    run.prepare(cfg, lambda _: None)
+    data.prepare(cfg, lambda _: None)
     files = folder / "run"
     files.mkdir()
     (files / "config.json").write_text(json.dumps(config.unstructure(cfg)))
@@ -140,6 +141,7 @@ def test_answers_and_pictures_are_scored_beside_their_controls(trained, monkeypa
         return real(*args, **settings)
 
     monkeypatch.setattr(draw, "draw_codes", draw_codes)
+    monkeypatch.setattr(score, "fit_probe", partial(probe.fit_probe, heads=8, steps=2))
     with pytest.raises(KeyboardInterrupt):
         SYSTEM.assess(model, params, folder, "tiny")
     rows, page = SYSTEM.assess(model, params, folder, "tiny")
@@ -152,10 +154,26 @@ def test_answers_and_pictures_are_scored_beside_their_controls(trained, monkeypa
         "report: vq reconstruction",
     } <= subjects
     assert "report: copied input" not in subjects
-    assert {"accuracy", "accuracy_of_the_usual_answer"} <= {row.what for row in rows}
-    assert page.is_file()
+    metrics = {row.what for row in rows}
+    assert {"accuracy", "accuracy_of_the_usual_training_answer", "all_as_reported"} <= metrics
+    assert "accuracy_of_the_usual_answer_of_others" not in metrics
+    assert "Pictures of the test split" in page.read_text()
     assert len([*(folder / "pictures").glob("*.png")]) == 8
     assert not [*folder.glob("*unfinished*")]
+
+
+def test_without_a_training_split_controls_are_left_out_or_have_another_name(trained, tmp_path, monkeypatch):
+    _, cfg, model, params, _ = trained
+    sources = tuple(evolve(source, splits=("test",)) for source in cfg.data.sources)
+    settings = evolve(cfg, data=evolve(cfg.data, sources=sources), evaluate=evolve(cfg.evaluate, drawings=1))
+    tested = evolve(model, cfg=settings)
+    folder = tmp_path / "results"
+    folder.mkdir()
+    rows, _, notes = score.score_drawings(tested, params, folder, "tiny")
+    assert {row.subject.split(": ")[1] for row in rows} == {"drawn", "copied input", "vq reconstruction"}
+    assert "There is no mean target" in notes[-1]
+    metrics = {row.what for row in score.score_questions(tested, params, folder, "tiny")}
+    assert metrics == {"accuracy", "accuracy_of_yes", "accuracy_of_the_usual_answer_of_others"}
 
 
 def test_samples_and_memory_are_shown_before_a_run(trained, tmp_path):
@@ -171,10 +189,12 @@ def test_samples_and_memory_are_shown_before_a_run(trained, tmp_path):
 def test_shares_of_a_mixed_stage_are_drawn_by_the_seed(trained):
     _, cfg, model, _, _ = trained
     source = cfg.data.sources[0]
-    data = run._encode_source(cfg, model, source, "train", None)
-    third = run.take_share(data, 0.25, 0)
-    assert len(third.samples) == len(third.conversations) == round(0.25 * len(data.samples))
-    assert run.take_share(data, 0.25, 0).samples == third.samples != run.take_share(data, 0.25, 1).samples
+    encoded = run._encode_source(cfg, model, source, "train", None)
+    third = run.take_share(encoded, 0.25, 0)
+    assert len(third.samples) == len(third.conversations) == round(0.25 * len(encoded.samples))
+    assert (
+        run.take_share(encoded, 0.25, 0).samples == third.samples != run.take_share(encoded, 0.25, 1).samples
+    )
 
 
 @pytest.mark.parametrize(
