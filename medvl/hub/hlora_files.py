@@ -12,8 +12,8 @@ from torch import Tensor
 
 from medvl.base import files
 from medvl.base.text import few
-from medvl.hub.checkpoints import Entry, open_weights, read_finite, save_finite
-from medvl.hub.peft_files import PREFIX, check_fit, folded
+from medvl.hub.checkpoints import Entry, Shape, list_faults, open_weights, read_finite, save_finite
+from medvl.hub.peft_files import PREFIX, folded
 from medvl.weights import lora
 from medvl.weights.lora import Adapter, LoraConfig
 
@@ -58,7 +58,27 @@ def read_hlora(
             f"read_hlora: experts must divide the rank of all of them together, got rank {rank} and "
             f"{experts} experts"
         )
-    return read_entries(entries, path, rank, alpha, experts, skeleton, dtype, device)
+    layers, others = _group_keys(entries, path)
+    # All that can be told from names and shapes; the tensors come last.
+    for module, keys in layers.items():
+        _check_shapes(entries, module, keys, rank, experts, path)
+    if skeleton is not None:
+        names = {key.removeprefix(PREFIX): entry.shape for key, entry in entries.items()}
+        optional = {name: () for name in others}
+        if faults := list_faults(names, hlora_shapes(skeleton, rank, experts), optional):
+            raise ValueError(f"read_hlora: {path} is not for {skeleton.name}: {faults}")
+    return read_entries(entries, path, rank, alpha, experts, dtype, device)
+
+
+def hlora_shapes(skeleton: Any, rank: int, experts: int) -> dict[str, Shape]:
+    """{name in a file, without peft's prefix: shape} for each linear layer of a model but the head."""
+    shapes: dict[str, Shape] = {}
+    for module in lora.target_layers(LoraConfig(pattern="all-linear"), skeleton):
+        out, into = skeleton.module.get_parameter(f"{module}.weight").shape
+        shapes[f"{module}.lora_route.weight"] = (experts, into)
+        shapes[f"{module}.lora_A.weight"] = (rank, into)
+        shapes[f"{module}.lora_B.weight"] = (out, rank)
+    return shapes
 
 
 def open_file(path: Path, caller: str) -> dict[str, Entry]:
@@ -75,38 +95,23 @@ def read_entries(
     rank: int,
     alpha: float,
     experts: int,
-    skeleton: Any,
     dtype: torch.dtype | None,
     device: Any,
 ) -> tuple[Adapter, dict[str, Tensor]]:
-    """Adapter and rest of the tensors of a file, as `read_hlora`."""
+    """Adapter and rest of the tensors of a file, as `read_hlora`; their shapes are not checked."""
     layers, others = _group_keys(entries, path)
-    # All that can be told from names and shapes; the tensors come last.
-    targets: dict[str, str] = {}
-    if skeleton is not None:
-        targets = lora.target_layers(LoraConfig(pattern="all-linear"), skeleton)
-        _check_layers(layers, targets, skeleton, path)
-    for module, keys in layers.items():
-        _check_shapes(entries, module, keys, rank, experts, path)
-        if skeleton is not None:
-            a, b = entries[keys["a"]].shape, entries[keys["b"]].shape
-            check_fit(skeleton, targets, module, "linear", a, b, f"read_hlora: {path}")
 
-    # All keys fit: only now the tensors are read.
-    factors: dict[str, dict[str, Tensor]] = {}
-    for module, keys in layers.items():
-        factors[module] = {k: read_finite(entries[key], key, path, dtype, device) for k, key in keys.items()}
-    other_tensors = {
-        name: read_finite(entries[key], key, path, dtype, device) for name, key in others.items()
-    }
+    def read(key: str) -> Tensor:
+        return read_finite(entries[key], key, path, dtype, device)
+
     # `Adapter.scale` stands before B diag(gates) A, and each expert has rank / experts.
     adapter = Adapter(
-        factors=factors,
+        factors={module: {part: read(key) for part, key in keys.items()} for module, keys in layers.items()},
         scale=dict.fromkeys(layers, alpha / rank * experts),
         kinds=dict.fromkeys(layers, "linear"),
         name=path.stem,
     )
-    return adapter, other_tensors
+    return adapter, {name: read(key) for name, key in others.items()}
 
 
 def _group_keys(entries: Mapping[str, Entry], path: Path) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
@@ -132,17 +137,6 @@ def _group_keys(entries: Mapping[str, Entry], path: Path) -> tuple[dict[str, dic
             f"read_hlora: {path} must hold {PREFIX}LAYER.lora_route|lora_A|lora_B.weight, found {problem}"
         )
     return layers, others
-
-
-def _check_layers(layers: Mapping[str, Any], targets: Mapping[str, str], skeleton: Any, path: Path) -> None:
-    """The file must correct every linear layer of the model but the head, and no other."""
-    missing = [module for module in targets if module not in layers]
-    unexpected = [module for module in layers if module not in targets]
-    if missing or unexpected:
-        raise ValueError(
-            f"read_hlora: {path} is not for {skeleton.name}: missing {few(missing)}, unexpected "
-            f"{few(unexpected)}"
-        )
 
 
 def _check_shapes(

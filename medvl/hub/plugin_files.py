@@ -6,13 +6,12 @@ plugin.json.
 """
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 from torch import Tensor
 
 from medvl.base import config as records
@@ -21,24 +20,25 @@ from medvl.base.text import few
 from medvl.base.tree import Tree, count_values, flatten, unflatten
 from medvl.hub import hlora_files
 from medvl.hub.checkpoints import (
+    ANY,
     Entry,
+    Shape,
     find_file,
+    list_faults,
     new_folder,
     open_weights,
     read_finite,
     read_json,
     save_finite,
+    shapes_of,
 )
 from medvl.hub.peft_files import PREFIX, check_fit
 from medvl.hub.skeletons import Skeleton, table_names
 from medvl.weights import lora
-from medvl.weights.lora import Adapter, LoraConfig
+from medvl.weights.lora import Adapter
 
 # {HealthGPT's names of the projector's layers: ours}; number 1 is the GELU between them
 _PROJECTOR = {"model.mm_projector.0": "up", "model.mm_projector.2": "down"}
-# The tensors of plugin.safetensors
-_KEY = re.compile(r"projector/(up|down)/(weight|bias)|adapter/[^/]+/(a|b|router)|(rows|tables)/(embed|head)")
-_ANY = -1  # of a shape: whatever the file has
 _MARKS = 3  # tokens beside the codes: start, end, new line
 
 
@@ -83,26 +83,22 @@ class PluginConfig:
         return self.alpha / self.rank * max(1, self.experts)
 
 
-_PHI3: dict[str, Any] = {
-    "base": "microsoft/Phi-3-mini-4k-instruct",
-    "template": "phi3",
-    "tokens": 32011,
-}
-_PHI4: dict[str, Any] = {"base": "microsoft/phi-4", "template": "phi4", "tokens": 100352}
-_QWEN: dict[str, Any] = {
-    "base": "Qwen/Qwen2.5-32B-Instruct",
-    "template": "qwen2",
-    "tokens": 151665,
-    "codes": 0,  # its script adds none
-}
-_SMALL: dict[str, Any] = {"task": "understand", "level": -2, "rank": 32, "alpha": 64}
+_M3 = PluginConfig(
+    task="understand",
+    level=-2,
+    rank=64,
+    alpha=128,
+    base="microsoft/Phi-3-mini-4k-instruct",
+    template="phi3",
+    tokens=32011,
+)
+_L14 = evolve(_M3, rank=32, alpha=64, base="microsoft/phi-4", template="phi4", tokens=100352)
+# Of the last one no tokens were added to the base's.
+_XL32 = evolve(_L14, base="Qwen/Qwen2.5-32B-Instruct", template="qwen2", tokens=151665, codes=0)
 PUBLISHED = {
-    "M3": (
-        PluginConfig(task="understand", level=-2, rank=64, alpha=128, **_PHI3),
-        PluginConfig(task="draw", level=1, rank=256, alpha=512, **_PHI3),
-    ),
-    "L14": (PluginConfig(**_SMALL, **_PHI4),),
-    "XL32": (PluginConfig(**_SMALL, **_QWEN),),
+    "M3": (_M3, evolve(_M3, task="draw", level=1, rank=256, alpha=512)),
+    "L14": (_L14,),
+    "XL32": (_XL32,),
 }
 """The plugins that HealthGPT published."""
 
@@ -118,14 +114,6 @@ class Plugin:
     rows: dict[str, Tensor] | None = field(default=None, repr=False)
     # {"embed", "head"}: [vocabulary, d], in place of the base's
     tables: dict[str, Tensor] = field(factory=dict, repr=False)
-
-    @property
-    def task(self) -> str:
-        return self.config.task
-
-    @property
-    def level(self) -> int:
-        return self.config.level
 
 
 def published_config(variant: str, task: str) -> PluginConfig:
@@ -169,18 +157,18 @@ def read_published(
             numbers that are not finite, a broken file.
     """
     path = Path(path)
-    entries = hlora_files.open_file(path, "read_published")
+    entries = open_published(path)
     shapes, tables = _published_shapes(config, skeleton)
-    _check_keys(entries, shapes, tables, path, config)
+    _check_tensors(entries, shapes, tables, path, config)
     adapter, rest = hlora_files.read_entries(
-        *(entries, path, config.rank, config.alpha, config.experts, skeleton, dtype, device)
+        entries, path, config.rank, config.alpha, config.experts, dtype, device
     )
     layers = f"H-LoRA of {len(adapter.factors)} layers ({count_values(adapter.factors):,} numbers)"
     source = "none, the base's are used"
     if fusion is not None:
         path = Path(fusion)
         fused = hlora_files.open_file(path, "read_published")
-        _check_keys(fused, tables, {}, path, config)
+        _check_tensors(fused, tables, {}, path, config)
         for key, entry in fused.items():
             rest[key.removeprefix(PREFIX)] = read_finite(entry, key, path, dtype, device)
     names = table_names(skeleton)
@@ -194,56 +182,47 @@ def read_published(
     return Plugin(config=config, projector=projector, adapter=adapter, tables=held), report
 
 
-def _published_shapes(
-    config: PluginConfig, skeleton: Skeleton
-) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+def open_published(path: files.PathLike) -> dict[str, Entry]:
+    """The tensors of the file with a plugin's H-LoRA, not yet read; the base need not be known.
+
+    Raises:
+        ValueError: no file, a broken one, or a fusion file.
+    """
+    entries = hlora_files.open_file(Path(path), "read_published")
+    if not any(".lora_" in key for key in entries):
+        raise ValueError(
+            f"read_published: {path} must hold H-LoRA layers, found only {few([*entries])}; a fusion file (token "
+            "table and head) is given as fusion, beside the plugin's file"
+        )
+    return entries
+
+
+def _published_shapes(config: PluginConfig, skeleton: Skeleton) -> tuple[dict[str, Shape], dict[str, Shape]]:
     """({name: shape} of what a plugin's file must hold, the same of the token tables, which it may hold)."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for module in lora.target_layers(LoraConfig(pattern="all-linear"), skeleton):
-        out, into = skeleton.module.get_parameter(f"{module}.weight").shape
-        shapes[f"{module}.lora_route.weight"] = (config.experts, into)
-        shapes[f"{module}.lora_A.weight"] = (config.rank, into)
-        shapes[f"{module}.lora_B.weight"] = (out, config.rank)
+    shapes = hlora_files.hlora_shapes(skeleton, config.rank, config.experts)
     names = table_names(skeleton)
     width = skeleton.module.get_parameter(names["embed"]).shape[1]
     up, down = _PROJECTOR
     # Its input is as wide as the vision tower, which the base does not know.
-    shapes[f"{up}.weight"] = (width, _ANY)
+    shapes[f"{up}.weight"] = (width, ANY)
     shapes[f"{down}.weight"] = (width, width)
     shapes[f"{up}.bias"] = shapes[f"{down}.bias"] = (width,)
     return shapes, dict.fromkeys(names.values(), (config.vocabulary, width))
 
 
-def _check_keys(
+def _check_tensors(
     entries: Mapping[str, Entry],
-    needed: Mapping[str, tuple[int, ...]],
-    optional: Mapping[str, tuple[int, ...]],
+    needed: Mapping[str, Shape],
+    optional: Mapping[str, Shape],
     path: Path,
     config: PluginConfig,
 ) -> None:
-    """Raise one error that names all keys that are missing, unexpected, or of another shape."""
     shapes = {key.removeprefix(PREFIX): entry.shape for key, entry in entries.items()}
-    if optional and shapes.keys() <= optional.keys():
-        raise ValueError(
-            f"read_published: {path} must hold H-LoRA layers, found only {few([*shapes])}; give it as fusion, "
-            "beside the plugin's file"
-        )
-    known = {**needed, **optional}
-    missing = [name for name in needed if name not in shapes]
-    unexpected = [name for name in shapes if name not in known]
-    others = []
-    for name, shape in shapes.items():
-        wanted = known.get(name, shape)
-        fits = len(shape) == len(wanted) and all(w in (n, _ANY) for n, w in zip(shape, wanted, strict=True))
-        if not fits:
-            sizes = ["any" if w == _ANY else w for w in wanted]
-            others.append(f"{name} {list(shape)} for {sizes}")
-    if missing or unexpected or others:
+    if faults := list_faults(shapes, needed, optional):
         raise ValueError(
             f"read_published: {path} must hold weights to {config.task}, of rank {config.rank} and "
-            f"{config.vocabulary} tokens, for {config.base}: missing {few(missing)}; unexpected "
-            f"{few(unexpected)}; of another shape {few(others)}; choose the variant and task that the file is "
-            "of, and their base"
+            f"{config.vocabulary} tokens, for {config.base}: {faults}; choose the variant and task that the "
+            "file is of, and their base"
         )
 
 
@@ -254,16 +233,24 @@ def write_plugin(plugin: Plugin, folder: files.PathLike) -> None:
         ValueError: the folder exists and is not empty, parts that do not fit the plugin's record, numbers that
             are not finite.
     """
-    _check_plugin(plugin, f"write_plugin: {folder}")
+    where, config, adapter = f"write_plugin: {folder}", plugin.config, plugin.adapter
+    scales, kinds = {*adapter.scale.values()}, {*adapter.kinds.values()}
+    if scales != {config.scale} or kinds != {"linear"} or adapter.gate or adapter.full:
+        raise ValueError(
+            f"{where}: the adapter must be of linear layers with the record's scale {config.scale}, without gates and "
+            f"whole tensors, got {adapter} of {few(sorted(kinds))} layers with scale {few(sorted(scales))}"
+        )
     parts = {
         "projector": plugin.projector,
-        "adapter": plugin.adapter.factors,
+        "adapter": adapter.factors,
         "rows": plugin.rows or {},
         "tables": plugin.tables,
     }
+    tensors = flatten(parts)
+    _check_parts({name: tuple(tensor.shape) for name, tensor in tensors.items()}, config, where)
     with new_folder(folder) as tmp:
-        save_finite(flatten(parts), tmp / "plugin.safetensors", f"write_plugin: {folder}")
-        text = json.dumps(records.unstructure(plugin.config), indent=2)
+        save_finite(tensors, tmp / "plugin.safetensors", where)
+        text = json.dumps(records.unstructure(config), indent=2)
         files.write_text(tmp / "plugin.json", text + "\n")
 
 
@@ -285,61 +272,49 @@ def read_plugin(
     config = read_plugin_config(name)
     path = find_file(str(name), ("plugin.safetensors",))
     entries = open_weights(path, str(name))
-    if unexpected := [key for key in entries if not _KEY.fullmatch(key)]:
-        raise ValueError(f"read_plugin: {path} holds {few(unexpected)}, which is no part of a plugin")
-    tensors = {key: read_finite(entry, key, path, dtype, device) for key, entry in entries.items()}
-    parts = unflatten(tensors)
-    factors = parts.get("adapter", {})
+    _check_parts(shapes_of(entries), config, f"read_plugin: {path}")
+    parts = unflatten({key: read_finite(entry, key, path, dtype, device) for key, entry in entries.items()})
+    factors = parts["adapter"]
     adapter = Adapter(
         factors=factors,
         scale=dict.fromkeys(factors, config.scale),
         kinds=dict.fromkeys(factors, "linear"),
         name=Path(name).name,
     )
-    plugin = Plugin(
+    return Plugin(
         config=config,
-        projector=parts.get("projector", {}),
+        projector=parts["projector"],
         adapter=adapter,
         rows=parts.get("rows"),
         tables=parts.get("tables", {}),
     )
-    _check_plugin(plugin, f"read_plugin: {path}")
-    return plugin
 
 
-def _check_plugin(plugin: Plugin, where: str) -> None:
-    """The parts of a plugin must be those that its record says."""
-    config, adapter = plugin.config, plugin.adapter
-    parts = {"a", "b", "router"} if config.experts else {"a", "b"}
-    for module, factors in adapter.factors.items():
-        experts = len(factors["router"]) if "router" in factors else 0
-        is_linear = adapter.kinds[module] == "linear" and adapter.scale[module] == config.scale
-        fits = factors.keys() == parts and is_linear and experts == config.experts
-        if not fits or len(factors["a"]) != config.rank or factors["b"].shape[1:] != (config.rank,):
-            sizes = {part: list(t.shape) for part, t in factors.items()}
-            raise ValueError(
-                f"{where}: {module} must be a linear layer with {', '.join(sorted(parts))} of rank {config.rank}, "
-                f"{config.experts} experts and scale {config.scale}, got {sizes} and scale {adapter.scale[module]}"
-            )
-    if not adapter.factors or adapter.gate or adapter.full:
-        raise ValueError(f"{where}: the adapter must have layers, and neither gates nor whole tensors")
-    projector = flatten(plugin.projector)
-    if projector.keys() != {"up/weight", "up/bias", "down/weight", "down/bias"}:
+def _check_parts(shapes: Mapping[str, Shape], config: PluginConfig, where: str) -> None:
+    """The tensors of a plugin by their names in plugin.safetensors must be those that its record says."""
+    needed: dict[str, Shape] = {
+        "projector/up/weight": (ANY, ANY),
+        "projector/up/bias": (ANY,),
+        "projector/down/weight": (ANY, ANY),
+        "projector/down/bias": (ANY,),
+    }
+    # Which layers these are the base knows (`check_base`).
+    modules = {name.split("/")[1] for name in shapes if name.startswith("adapter/") and name.count("/") == 2}
+    for module in sorted(modules) or ["LAYER"]:
+        needed[f"adapter/{module}/a"] = (config.rank, ANY)
+        needed[f"adapter/{module}/b"] = (ANY, config.rank)
+        if config.experts:
+            needed[f"adapter/{module}/router"] = (config.experts, ANY)
+    rows = {f"rows/{part}": (config.added, ANY) for part in ("embed", "head")}
+    tables = {f"tables/{part}": (config.vocabulary, ANY) for part in ("embed", "head")}
+    # Rows are of both, and not beside whole tables.
+    has_rows = any(name in rows for name in shapes)
+    faults = list_faults(shapes, needed | rows, {}) if has_rows else list_faults(shapes, needed, tables)
+    if faults:
         raise ValueError(
-            f"{where}: the projector must be that of components.project, got {few([*projector])}"
+            f"{where}: must hold a projector, an adapter of rank {config.rank} with {config.experts} experts, and rows "
+            f"or tables of {config.vocabulary} tokens as its record says: {faults}"
         )
-    width = len(projector["down/bias"])
-    for what, tensors, n in (
-        ("rows", plugin.rows, config.added),
-        ("tables", plugin.tables, config.vocabulary),
-    ):
-        for part, tensor in (tensors or {}).items():
-            if part not in ("embed", "head") or tensor.shape != (n, width) or not config.codes:
-                raise ValueError(
-                    f"{where}: {what} must be embed and head, [{n}, {width}] each, got {part} {list(tensor.shape)}"
-                )
-    if plugin.rows is not None and (len(plugin.rows) < 2 or plugin.tables):
-        raise ValueError(f"{where}: rows must be of both embed and head, and not beside whole tables")
 
 
 def check_base(
@@ -365,10 +340,12 @@ def check_base(
     for module, factors in plugin.adapter.factors.items():
         check_fit(skeleton, layers, module, "linear", factors["a"].shape, factors["b"].shape, where)
     rows, width = skeleton.module.get_parameter(table_names(skeleton)["embed"]).shape
-    if width != len(plugin.projector["down"]["bias"]) or rows < config.tokens:
+    tables = [plugin.projector["down"]["bias"], *(plugin.rows or {}).values(), *plugin.tables.values()]
+    widths = sorted({tensor.shape[-1] for tensor in tables})
+    if widths != [width] or rows < config.tokens:
         raise ValueError(
-            f"{where}: the base must have a token table of {config.tokens} rows or more, as wide as the "
-            f"projector's output {len(plugin.projector['down']['bias'])}, found [{rows}, {width}]"
+            f"{where}: the base must have a token table of {config.tokens} rows or more, as wide as the plugin's "
+            f"projector and rows {widths}, found [{rows}, {width}]"
         )
     bos = bool(tok("a")["input_ids"][:1] == [tok.bos_token_id])
     if len(tok) not in (config.tokens, config.vocabulary) or bos != config.bos:

@@ -98,6 +98,9 @@ def test_key_names_and_shapes_of_the_published_files(tmp_path, name, config, ran
     }
     rest = {f"model.mm_projector.{k}": torch.empty(shape, device="meta") for k, shape in projector.items()}
     state = hlora_files._hlora_state(adapter, rest)
+    assert hlora_files.hlora_shapes(skeleton, rank, 4) == {
+        k.removeprefix(P): t.shape for k, t in state.items() if "lora" in k
+    }
     plain = {k: t for k, t in state.items() if "mm_projector" not in k}
     assert (
         len(plain),
@@ -115,7 +118,7 @@ def test_key_names_and_shapes_of_the_published_files(tmp_path, name, config, ran
     )
     held = {k: entry(t) for k, t in state.items()}
     read, others = hlora_files.read_entries(
-        held, tmp_path / "x.bin", rank, 2 * rank, 4, skeleton, torch.bfloat16, "cpu"
+        held, tmp_path / "x.bin", rank, 2 * rank, 4, torch.bfloat16, "cpu"
     )
     assert {m: {k: t.shape for k, t in f.items()} for m, f in read.factors.items()} == {
         m: {k: t.shape for k, t in f.items()} for m, f in factors.items()
@@ -196,7 +199,7 @@ HLORA = [
     (
         lambda s: [s.pop(f"{P}{D}.{k}.weight") for k in ("lora_A", "lora_B", "lora_route")],
         {},
-        f"missing {D}, unexpected none",
+        f"missing {D}.lora_route.weight, {D}.lora_A.weight, {D}.lora_B.weight$",
     ),
     (
         lambda s: {k.replace("layers.1", "layers.2"): t for k, t in s.items()},
@@ -220,7 +223,7 @@ HLORA = [
     (
         lambda s: s.update({f"{P}{D}.lora_B.weight": torch.ones(31, 8)}),
         {},
-        rf"{D} has A \[8, 48\] and B \[31, 8\], but its weight is \[32, 48\]",
+        rf"of another shape {D}.lora_B.weight \[31, 8\] instead of \[32, 8\]",
     ),
     (
         lambda s: s.update({f"{P}{D}.lora_B.weight": torch.full((32, 8), torch.inf)}),

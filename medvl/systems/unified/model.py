@@ -269,8 +269,9 @@ def open_unified(
     for task, plugin in plugins.items():
         if not isinstance(plugin, Plugin):
             plugin = read_plugin(plugin, dtype=kind, device=target)
-        if plugin.task != task:
-            raise ValueError(f"open_unified: the plugin to {task} must be one, got one to {plugin.task}")
+        if plugin.config.task != task:
+            message = f"open_unified: the plugin to {task} must be one, got one to {plugin.config.task}"
+            raise ValueError(message)
         opened_plugins[task] = plugin
     if not opened_plugins or not {*plugins} <= {"understand", "draw"}:
         raise ValueError(f'open_unified: plugins must be for "understand" or "draw", got {[*plugins]}')
@@ -298,7 +299,7 @@ def open_unified(
     if record.codes:
         opened, codes, means = add_codes(opened, weights, record.codes)
         keep = codes.start
-    levels = {task: plugin.level for task, plugin in opened_plugins.items()}
+    levels = {task: plugin.config.level for task, plugin in opened_plugins.items()}
     towers, image_config, params["tower"] = open_tower(TowerConfig(name=str(tower)), levels, kind, target)
     unused: Any = None  # nothing is trained
     models = {}
