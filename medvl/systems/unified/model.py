@@ -14,14 +14,15 @@ from attrs import evolve, frozen
 from PIL import Image
 from torch import Generator, Tensor
 
-from medvl.base import processes
+from medvl.base import config, processes
 from medvl.base.files import PathLike
-from medvl.base.tree import Tree, map_leaves
+from medvl.base.text import few
+from medvl.base.tree import Tree, flatten, map_leaves
 from medvl.components.project import ProjectConfig, init_project
 from medvl.components.vq import VqConfig
 from medvl.hub import loading, skeletons, tokens
 from medvl.hub.checkpoints import find_optional_file, read_json
-from medvl.hub.plugin_files import Plugin, check_base, read_plugin, read_plugin_config
+from medvl.hub.plugin_files import Plugin, PluginConfig, check_base, read_plugin, read_plugin_config
 from medvl.hub.tokens import CodeTokens
 from medvl.hub.vqgan_files import open_vqgan
 from medvl.language import chat, clip_vision, images, system, vision
@@ -31,7 +32,7 @@ from medvl.language.system import LanguageModel, Tasks
 from medvl.language.templates import PLACEHOLDERS, Placeholder
 from medvl.systems.unified.record import CLIP, Config, TowerConfig
 from medvl.training import stages
-from medvl.weights import extended, shards
+from medvl.weights import extended, lora, shards
 
 _PUBLISHED = "of HealthGPT's, M3 has both, L14 and XL32 only understand; take another, or train one"
 Vq = tuple[VqConfig, dict[str, Tensor]]  # a VQ model and its weights, which are frozen
@@ -77,41 +78,117 @@ def init_model(
     """The model and its starting weights {"model", "tower", TASK: {"projector", "lora"}, "rows"}.
 
     Args:
-        vq: the trained VQ model; None = nothing is drawn, and there are no rows.
+        vq: the trained VQ model; None = nothing is drawn.
         texts, device: as of `system.init_model`.
+    Raises:
+        ValueError: a plugin to start from that does not fit the record, the base or the VQ model.
     """
-    eyes, adapters = dict[str, Any](), dict[str, Any]()
+    starts = {task: read_plugin(cfg.task(task).start) for task in cfg.tasks if cfg.task(task).start}
+    number = max((plugin.config.codes for plugin in starts.values()), default=0)
+    if vq is not None:
+        number = vq[0].codes
+    adapters = dict[str, lora.Adapter | None]()
     made = dict[str, Any](codes=None, keep=0)
 
     def add_parts(opened: Chat, params: Tree, gen: Generator) -> tuple[Chat, Tree]:
-        if vq is not None:
-            opened, made["codes"], rows = add_codes(opened, params["model"], vq[0].codes)
+        if number:
+            opened, made["codes"], rows = add_codes(opened, params["model"], number)
             made["keep"] = made["codes"].start
             params = params | {"rows": map_leaves(lambda t: t.float().clone(), rows)}
+        for task, plugin in starts.items():
+            _check_start(cfg, task, plugin, opened, made["codes"])
+        params = _start_tables(params, starts, skeletons.table_names(opened.skeleton), made["keep"])
         levels = {task: cfg.task(task).level for task in cfg.tasks}
-        towers, image_config, tower = open_tower(cfg.tower, levels, opened.dtype, device, gen)
+        made["towers"], made["images"], tower = open_tower(cfg.tower, levels, opened.dtype, device, gen)
         params = params | {"tower": tower}
         width = params["model"][chat.token_table(opened)].shape[1]
-        for task, skeleton in towers.items():
-            sizes = ProjectConfig(inputs=skeleton.config["hidden_size"], hidden=width, outputs=width)
-            projector = map_leaves(lambda t: t.to(device), init_project(sizes, gen))
-            eyes[task] = _task_vision(opened.cfg, image_config, skeleton, sizes, task)
-            params = params | {task: {"projector": projector}}
-            place, lora = f"{task}/lora", cfg.task(task).lora
-            adapters[task] = stages.init_trained_adapter(
-                cfg.train, lora, opened.skeleton, gen, device, place=place
-            )
-            if adapters[task] is not None:
-                params[task]["lora"] = adapters[task].factors
+        for task, skeleton in made["towers"].items():
+            adapter: lora.Adapter | None
+            settings = cfg.task(task).lora
+            if task in starts:
+                projector = starts[task].projector
+                adapter = evolve(starts[task].adapter, dropout=settings.dropout)
+            else:
+                sizes = ProjectConfig(inputs=skeleton.config["hidden_size"], hidden=width, outputs=width)
+                projector = init_project(sizes, gen)
+                adapter = stages.init_trained_adapter(
+                    cfg.train, settings, opened.skeleton, gen, device, place=f"{task}/lora"
+                )
+            own = {"projector": projector, "lora": adapter.factors if adapter is not None else {}}
+            params = params | {task: map_leaves(lambda t: t.to(device), own)}
+            adapters[task] = adapter
         return opened, params
 
     model, params = system.init_model(cfg, folder, texts, device=device, lower=False, extend=add_parts)
     models = {}
     for task, adapter in adapters.items():
-        models[task] = evolve(model, chat=evolve(model.chat, vision=eyes[task]), adapter=adapter)
+        if adapter is not None:
+            adapter = evolve(adapter, factors=params[task]["lora"])  # the same tensors, not a second copy
+        eye = _task_vision(model.chat.cfg, made["images"], made["towers"][task], params[task], task)
+        models[task] = evolve(model, chat=evolve(model.chat, vision=eye), adapter=adapter)
     select = partial(select_task, skeletons.table_names(model.chat.skeleton), made["keep"])
     tasks = Tasks(models=models, select=select)
     return Unified(tasks=tasks, codes=made["codes"], vq=vq, cfg=cfg), params
+
+
+def plugin_config(cfg: Config, task: str, opened: Chat, codes: CodeTokens | None) -> PluginConfig:
+    """The record of the plugin that a run trains for a task."""
+    own, tok = cfg.task(task), opened.tokenizer
+    return PluginConfig(
+        task=task,  # type: ignore[arg-type]
+        level=own.level,
+        rank=own.lora.rank,
+        alpha=own.lora.alpha,
+        experts=own.lora.experts,
+        base=cfg.model.name,
+        template=cfg.chat.template,
+        tokens=codes.start if codes else len(tok),
+        codes=codes.number if codes else 0,
+        bos=tok("a")["input_ids"][:1] == [tok.bos_token_id],
+    )
+
+
+def _check_start(cfg: Config, task: str, plugin: Plugin, opened: Chat, codes: CodeTokens | None) -> None:
+    """A plugin that training starts from must be such as the run trains, and of its base."""
+    check_base(plugin, opened.skeleton, opened.tokenizer, base=cfg.model.name, template=cfg.chat.template)
+    found = plugin.config
+    # The name of the base was compared: a folder may have any.
+    expected = evolve(plugin_config(cfg, task, opened, codes), base=found.base, revision=found.revision)
+    if found != expected:
+        differences = config.differences(config.unstructure(found), config.unstructure(expected))
+        raise ValueError(
+            f"{task}.start: {cfg.task(task).start} must be a plugin such as the record trains, but differs (plugin / "
+            f"record): {few(differences)}"
+        )
+
+
+def _start_tables(params: Tree, starts: Mapping[str, Plugin], names: Mapping[str, str], keep: int) -> Tree:
+    """`params` with the rows and tables of plugins; of a whole table the first `keep` rows are the base's.
+
+    Raises:
+        ValueError: two plugins have different ones, or one that draws has none.
+    """
+    brought = dict[str, Tensor]()
+    for task, plugin in starts.items():
+        tensors = flatten({"rows": plugin.rows or {}, "tables": plugin.tables})
+        if task == "draw" and not tensors:
+            raise ValueError("draw.start: the plugin must have rows or tables of the codes, found none")
+        for name, tensor in tensors.items():
+            if not torch.equal(brought.setdefault(name, tensor), tensor):
+                raise ValueError(
+                    f"understand.start and draw.start must have the same {name}, as plugins of one run"
+                )
+    if not brought:
+        return params
+    model, rows = dict(params["model"]), dict(params["rows"])
+    for part, name in names.items():
+        if f"tables/{part}" in brought:
+            old, table = model[name], brought[f"tables/{part}"]
+            model[name] = table[:keep].to(old.device, old.dtype)
+            brought[f"rows/{part}"] = table[keep:]
+        if f"rows/{part}" in brought:
+            rows[part] = brought[f"rows/{part}"].to(rows[part].device, copy=True)
+    return params | {"model": model, "rows": rows}
 
 
 def add_codes(
@@ -137,8 +214,8 @@ def open_tower(
 ) -> tuple[dict[str, skeletons.Skeleton], clip_vision.ClipImageConfig, dict[str, Tensor]]:
     """(a skeleton of CLIP's tower for the level of each task, how images become pixels, the weights of the deepest
     of them). A tower without a name is drawn from `gen`."""
-    config = loading.encoder_config(cfg.name, "vision") if cfg.name else cfg.config
-    towers = {task: clip_vision.tower_skeleton(config, level) for task, level in levels.items()}
+    architecture = loading.encoder_config(cfg.name, "vision") if cfg.name else cfg.config
+    towers = {task: clip_vision.tower_skeleton(architecture, level) for task, level in levels.items()}
     deepest = max(towers.values(), key=lambda skeleton: skeleton.config["num_hidden_layers"])
     image_config = clip_vision.ClipImageConfig(size=deepest.config["image_size"])
     if settings := find_optional_file(cfg.name, "preprocessor_config.json") if cfg.name else None:
@@ -154,7 +231,7 @@ def open_tower(
         _, weights = loading.load_encoder(cfg.name, "vision")
     else:
         _, weights = skeletons.init_skeleton(
-            {**config, "model_type": "clip_vision_model"}, gen or Generator()
+            {**architecture, "model_type": "clip_vision_model"}, gen or Generator()
         )
     # The layers above are never run.
     weights = clip_vision.level_params(weights, deepest)
@@ -165,9 +242,12 @@ def _task_vision(
     cfg: ChatConfig,
     image_config: clip_vision.ClipImageConfig,
     skeleton: skeletons.Skeleton,
-    sizes: ProjectConfig,
+    own: Tree,
     task: str,
 ) -> vision.Vision:
+    """What a task sees: a level of the tower through the projector among the task's own parameters."""
+    up, down = own["projector"]["up"]["weight"], own["projector"]["down"]["weight"]
+    sizes = ProjectConfig(inputs=up.shape[1], hidden=up.shape[0], outputs=down.shape[0])
     # Of a template of one's own: the token that tokenizers trained here have.
     placeholder = PLACEHOLDERS.get(cfg.template, Placeholder(token="<|image_pad|>"))
     return vision.clip_vision(
@@ -189,7 +269,7 @@ def select_task(names: Mapping[str, str], keep: int, params: Tree, task: str) ->
         model = extended.extend_tables(model, names, shards.lazy_shards(rows), keep)
     model |= {names[part]: table for part, table in own.get("tables", {}).items()}
     selected = {"model": model, "tower": params["tower"], task: {"projector": own["projector"]}}
-    return selected | ({"lora": own["lora"]} if "lora" in own else {})
+    return selected | {"lora": own.get("lora", {})}
 
 
 def make_question(
@@ -231,10 +311,10 @@ def open_plugin(
     Raises:
         ValueError: the plugin is for another task; as `open_unified`.
     """
-    config = read_plugin_config(folder)
-    if config.task != task:
-        raise ValueError(f"{folder} must be a plugin to {task}, found one to {config.task}; {_PUBLISHED}")
-    return open_unified(base or config.base, {config.task: folder}, vq=vq or None, **settings)
+    record = read_plugin_config(folder)
+    if record.task != task:
+        raise ValueError(f"{folder} must be a plugin to {task}, found one to {record.task}; {_PUBLISHED}")
+    return open_unified(base or record.base, {record.task: folder}, vq=vq or None, **settings)
 
 
 def open_unified(
@@ -304,9 +384,7 @@ def open_unified(
     unused: Any = None  # nothing is trained
     models = {}
     for task, plugin in opened_plugins.items():
-        up, down = plugin.projector["up"]["weight"], plugin.projector["down"]["weight"]
-        sizes = ProjectConfig(inputs=up.shape[1], hidden=up.shape[0], outputs=down.shape[0])
-        eye = _task_vision(opened.cfg, image_config, towers[task], sizes, task)
+        eye = _task_vision(opened.cfg, image_config, towers[task], {"projector": plugin.projector}, task)
         models[task] = LanguageModel(
             cfg=unused, chat=evolve(opened, vision=eye), adapter=plugin.adapter, train=unused
         )

@@ -43,6 +43,17 @@ class TaskConfig:
 
     level: int  # of the tower's hidden states: 1 = of its first layer, -2 = of the last but one
     lora: LoraConfig
+    # A plugin that it is trained further from, a folder or a name on the hub; its rows and token tables become the
+    # run's. "" = from a new adapter and projector.
+    start: str = ""
+
+    def __attrs_post_init__(self) -> None:
+        lora = self.lora
+        if lora.rslora or lora.rank_pattern or lora.alpha_pattern:
+            raise ValueError(
+                "lora of a plugin has one rank and one scale, alpha / rank, for all layers: leave rslora, "
+                "rank_pattern and alpha_pattern out"
+            )
 
 
 def _task(level: int, rank: int) -> Any:
@@ -134,7 +145,11 @@ class Config:
                 f"neither; got codes {self.codes!r} and {'a' if self.vq else 'no'} table vq"
             )
         drawn = [stage for stage in self.train.stages if stage.data != "understand"]
-        if drawn and not any(re.fullmatch(pattern, "rows/head") for pattern in drawn[0].train):
+        if (
+            drawn
+            and not self.draw.start
+            and not any(re.fullmatch(pattern, "rows/head") for pattern in drawn[0].train)
+        ):
             raise ValueError(
                 f"stage {drawn[0].name}: must train the rows of the image codes (rows/.*): they start alike, and "
                 "identical frozen rows give every code the same probability, so that the loss of 8,192 codes cannot "

@@ -28,7 +28,7 @@ from medvl.systems.unified.data import (
     target_paths,
 )
 from medvl.systems.unified.draw import encode_drawings
-from medvl.systems.unified.model import Unified, Vq, init_model, picture_shape
+from medvl.systems.unified.model import Unified, Vq, init_model, picture_shape, plugin_config
 from medvl.systems.unified.record import Config, Source, Split, source_path, stage_tasks
 from medvl.training import stages
 from medvl.training.estimate import Step
@@ -154,26 +154,17 @@ def export_plugins(
         )
         return
     for task, language in model.tasks.models.items():
-        path, tok = folder / "plugins" / task, language.chat.tokenizer
+        path = folder / "plugins" / task
         if language.adapter is None or path.exists():
             continue
-        selected, lora = model.tasks.select(params, task), cfg.task(task).lora
-        codes = model.codes.number if model.codes else 0
-        record = plugin_files.PluginConfig(
-            task=task,  # type: ignore[arg-type]
-            level=cfg.task(task).level,
-            rank=lora.rank,
-            alpha=lora.alpha,
-            experts=lora.experts,
-            base=cfg.model.name,
-            template=cfg.chat.template,
-            tokens=model.codes.start if model.codes else len(tok),
-            codes=codes,
-            bos=tok("a")["input_ids"][:1] == [tok.bos_token_id],
-        )
+        selected = model.tasks.select(params, task)
+        record = plugin_config(cfg, task, language.chat, model.codes)
         whole = {}
-        if tables & trained:
-            whole = {part: dense(selected["model"][name]) for part, name in names.items()}
+        # A plugin that training started from may have brought tables of its own.
+        if tables & trained or any(cfg.task(other).start for other in cfg.tasks):
+            whole = {
+                part: dense(selected["model"][name])[: record.vocabulary] for part, name in names.items()
+            }
         plugin = plugin_files.Plugin(
             config=record,
             projector=selected[task]["projector"],
