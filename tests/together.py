@@ -54,9 +54,14 @@ def start_together(module, function, folder, world, *, cwd=None):
     return started
 
 
+def wait_for(process):
+    """The exit status of one of them."""
+    return _ask(process.server, {"wait": process.pid})
+
+
 def wait_together(started):
     """Wait for them; what they wrote."""
-    statuses = [_ask(process.server, {"wait": process.pid}) for process in started]
+    statuses = [wait_for(process) for process in started]
     errors = [process.errors.read_text() for process in started]
     assert statuses == [0] * len(started), (statuses, errors)
     return errors

@@ -1,7 +1,11 @@
 """A VQ model is trained with the project's own loop, and codes of pictures are computed once."""
 
 import errno
+import json
+import os
 import re
+import signal
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,11 +14,14 @@ from attrs import evolve
 from PIL import Image
 from torch import Generator
 
-from medvl.base import config, files
+from medvl.base import config, files, processes
+from medvl.base.tree import flatten
 from medvl.components import vq
 from medvl.components.vq import VqConfig
 from medvl.hub.vqgan_files import open_vqgan, write_vqgan
 from medvl.systems.unified.codes import VqTraining, fit_vq, target_codes, vq_pixels
+from medvl.training import states
+from tests.together import run_together, start_together, wait_for
 
 TINY = {
     "n_embed": 16,
@@ -82,6 +89,69 @@ def test_training_goes_on_to_the_same_bits(pictures, tmp_path, kind):
     # It is trained: it is read, and no image is looked at.
     _, read = fit_vq(cfg, {"train": []}, tmp_path / "whole", log=lambda line: None)
     assert all(torch.equal(read[name], params[name]) for name in params)
+
+
+def fit_with_others(folder):
+    """Train in a folder that holds pictures, on all processes; what every one of them returns."""
+    pictures = sorted(folder.glob("*.png"))
+    _, params = fit_vq(
+        training(), {"train": pictures, "valid": pictures[:3]}, folder / "two", log=lambda _: None
+    )
+    torch.save(params, folder / f"returned-{processes.rank()}.pt")
+
+
+def test_two_processes_train_the_same_model_as_one(pictures, tmp_path):
+    run_together(__name__, "fit_with_others", tmp_path, 2)
+    images = {"train": pictures, "valid": pictures[:3]}
+    _, expected = fit_vq(training(), images, tmp_path / "one", log=lambda _: None)
+    _, written = open_vqgan(tmp_path / "two" / "vq")
+    for name, tensor in expected.items():
+        torch.testing.assert_close(written[name], tensor, rtol=1e-4, atol=1e-6)
+    for rank in (0, 1):
+        returned = torch.load(tmp_path / f"returned-{rank}.pt", weights_only=True)
+        assert all(torch.equal(returned[name], written[name]) for name in written)
+    one, two = (
+        [json.loads(line) for line in (tmp_path / run / "0-vq/metrics.jsonl").open()]
+        for run in ("one", "two")
+    )
+    assert [line["val_loss"] for line in two if "val_loss" in line] == pytest.approx(
+        [line["val_loss"] for line in one if "val_loss" in line], rel=1e-5
+    )
+
+
+def fit_and_be_killed(folder):
+    """Train in a folder that holds pictures. SIGKILL comes before a file gets its name, each time a later one."""
+    replace, names = os.replace, []
+    kills = folder / "kills.txt"
+    earlier = len(kills.read_text()) if kills.exists() else 0
+
+    def killed(tmp, path):
+        names.append(path)
+        if len(names) == 2 + earlier:
+            with kills.open("a") as file:
+                file.write("x")
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(tmp, path)
+
+    pictures = sorted(folder.glob("*.png"))
+    with mock.patch.object(os, "replace", killed):
+        fit_vq(training(), {"train": pictures, "valid": pictures[:3]}, folder / "killed", log=lambda _: None)
+
+
+def test_killed_while_it_writes_it_goes_on_to_the_same_bits(pictures, tmp_path):
+    images = {"train": pictures, "valid": pictures[:3]}
+    _, expected = fit_vq(training(), images, tmp_path / "whole", log=lambda _: None)
+    status = -signal.SIGKILL
+    while status == -signal.SIGKILL:
+        (started,) = start_together(__name__, "fit_and_be_killed", tmp_path, 1)
+        status = wait_for(started)
+    assert status == 0, started.errors.read_text()
+    assert len((tmp_path / "kills.txt").read_text()) >= 4  # last.pt, best.pt twice, the folder of the model
+    _, params = open_vqgan(tmp_path / "killed" / "vq")
+    assert all(torch.equal(params[name], expected[name]) for name in expected)
+    states_of = [states.read_state(tmp_path / run / "0-vq" / "last.pt") for run in ("whole", "killed")]
+    first, second = (flatten({"opt": state.opt, "params": state.params}) for state in states_of)
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_reconstruction_is_learned_and_can_be_trained_further(pictures, tmp_path):
