@@ -167,6 +167,9 @@ def draw_pictures(
     """The pictures uint8 [y, x, 3] of questions whose images are files, also as `folder`/pictures/NUMBER.png.
 
     Codes are kept in `folder` batch by batch, and those that are there are not drawn again.
+
+    Raises:
+        ValueError: another process is drawing into `folder`.
     """
     prompts = encode_drawings(model, questions)
     settings = Sampling(temperature=temperature, seed=seed)
@@ -182,11 +185,14 @@ def draw_pictures(
 
     batches = [range(i, min(i + batch, len(questions))) for i in range(0, len(questions), batch)]
     path = system.unfinished_answers(folder, f"{stamp}-codes")
-    lines = run_batches(path, batches, draw_batch, title="drawing")
-    pictures = decode_pictures(model, torch.tensor([line["codes"] for line in lines]))
-    (folder / "pictures").mkdir(exist_ok=True)
-    for i, picture in enumerate(pictures):
-        write_picture(Image.fromarray(picture), folder / "pictures" / f"{i}.png")
+    # Two processes would write the same file of codes.
+    with files.file_lock(folder / "pictures"):
+        files.remove_unfinished(folder / "pictures")
+        lines = run_batches(path, batches, draw_batch, title="drawing")
+        pictures = decode_pictures(model, torch.tensor([line["codes"] for line in lines]))
+        (folder / "pictures").mkdir(exist_ok=True)
+        for i, picture in enumerate(pictures):
+            write_picture(Image.fromarray(picture), folder / "pictures" / f"{i}.png")
     return pictures
 
 

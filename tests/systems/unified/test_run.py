@@ -9,6 +9,7 @@ import torch
 from attrs import evolve
 
 from medvl.base import config
+from medvl.base.files import file_lock
 from medvl.base.tree import flatten
 from medvl.systems.unified import SYSTEM, data, draw, probe, run, score
 from medvl.systems.unified.record import Config
@@ -144,6 +145,8 @@ def test_answers_and_pictures_are_scored_beside_their_controls(trained, monkeypa
     monkeypatch.setattr(score, "fit_probe", partial(probe.fit_probe, heads=8, steps=2))
     with pytest.raises(KeyboardInterrupt):
         SYSTEM.assess(model, params, folder, "tiny")
+    (folder / "pictures").mkdir()
+    (folder / "pictures" / ".1.png.k1ll3d.tmp").write_bytes(b"half")
     rows, page = SYSTEM.assess(model, params, folder, "tiny")
     assert [list(call) for call in calls] == [[0, 1, 2, 3], [4, 5, 6, 7], [4, 5, 6, 7]]  # none is drawn twice
     subjects = {row.subject for row in rows if row.what == "ssim_gaussian"}
@@ -160,6 +163,15 @@ def test_answers_and_pictures_are_scored_beside_their_controls(trained, monkeypa
     assert "Pictures of the test split" in page.read_text()
     assert len([*(folder / "pictures").glob("*.png")]) == 8
     assert not [*folder.glob("*unfinished*")]
+    assert not [*folder.rglob(".*")]
+
+
+def test_two_processes_do_not_draw_into_one_folder(trained, tmp_path):
+    _, cfg, model, params, _ = trained
+    (source,) = data.find_sources(cfg, "draw", "test")
+    questions = [drawing.question for drawing in data.read_targets(cfg, source, "test")[:1]]
+    with file_lock(tmp_path / "pictures"), pytest.raises(ValueError, match="another run is writing to it"):
+        draw.draw_pictures(model, params, questions, tmp_path)
 
 
 def test_without_a_training_split_controls_are_left_out_or_have_another_name(trained, tmp_path, monkeypatch):
