@@ -228,6 +228,7 @@ def preprocess(c, source, out, exp="", set_=None, metadata="", workers="1", shee
         "file whose lines name their task",
         "name": "of the adapter",
         "vector": "add: a .npy [d] instead of samples",
+        "description": "add: what it is for, in words",
         "category": "add: a group of similar adapters; default: that of the samples",
         "embedder": "build: hub name or folder of a text or image-text encoder; default: fitted on the samples, no download",
         "base": "hub name or folder of the model that all were trained on, if they name it differently or not at all",
@@ -285,6 +286,7 @@ def adapters(
         "own": "the adapter of mode oracle",
         "base": "the model, if the registry does not say it, or it lies elsewhere; of a plugin, too",
         "out": "folder for the map of a slide's answer",
+        "max_tokens": "of the answer, at most",
         "offset": "x,y to subtract from the map's shapes: the slide's openslide.bounds-x,bounds-y, if QuPath "
         "crops it (MRXS, SCN)",
         "set_": "settings of adapters, e.g. retrieve.threshold=0.3, fusion.rule=linear, repeatable",
@@ -504,6 +506,7 @@ def classify(c, run, scan, finding=None, metadata="", set_=None):
         "labels": "CSV of labels by VolumeName",
         "out": "folder for {part}_*.csv",
         "sizes": "part=size,...: volumes or shares",
+        "seed": "of the draw",
         "table": "another CSV to split the same way (reports, metadata), repeatable",
         "patient": "the column of a table that names the patient; default: patients are read from CT-RATE's "
         "names",

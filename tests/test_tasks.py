@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from importlib.machinery import SourceFileLoader
 from itertools import pairwise
 from pathlib import Path
 from types import UnionType
@@ -190,6 +191,14 @@ def test_help_of_a_task_is_never_an_argument(task, flag, invoked):
     assert (code, err) == (0, "")
     assert "Docstring:" in out
     assert f" {task} [--options]" in out
+
+
+def test_every_option_says_what_it_is_for():
+    fresh = SourceFileLoader(
+        "fresh_tasks", tasks.__file__
+    ).load_module()  # invoke takes helps out of a task once
+    for name, task in Collection.from_module(fresh).tasks.items():
+        assert not [argument.name for argument in task.get_arguments() if not argument.help], name
 
 
 def test_what_is_missing_or_unknown_is_one_line(tmp_path, invoked, monkeypatch):

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol, Self
 
 import torch
 from attrs import evolve, field, frozen
+from PIL import Image
 from torch import Generator, Tensor
 
 from medvl.base import config, processes, transfer
@@ -422,18 +423,22 @@ def _count_visual_tokens(chat: Chat, conversation: Dialogue) -> list[int]:
         raise ValueError(f"{conversation.place}: {e}") from e
 
 
-def make_question(chat: Chat, text: str, images: Sequence[PathLike] = ()) -> Conversation:
+def make_question(chat: Chat, text: str, images: Sequence[PathLike | Image.Image] = ()) -> Conversation:
     """One question about images, to be encoded as a prompt; images without tags in the text come first.
 
+    Args:
+        images: files, or images that are open.
     Raises:
         ValueError: no text, or tags that do not match the images.
     """
     if not text.strip():
         raise ValueError("ask: the question must have text, got none")
-    paths = tuple(map(Path, images))
+    items: tuple[Any, ...] = tuple(
+        image if isinstance(image, Image.Image) else Path(image) for image in images
+    )
     # Image first, then a line break and the question: the order of LLaVA and of most data sets.
-    content = text if "<image>" in text else "<image>\n" * len(paths) + text
-    conversation = Conversation(messages=({"role": "user", "content": content},), images=paths)
+    content = text if "<image>" in text else "<image>\n" * len(items) + text
+    conversation = Conversation(messages=({"role": "user", "content": content},), images=items)
     return limit_images(conversation, chat.cfg.max_images)
 
 

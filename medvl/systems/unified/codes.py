@@ -1,6 +1,5 @@
 """Pictures as codes: a VQ model is trained on images, and the codes of pictures are computed once."""
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -163,16 +162,13 @@ def target_codes(
     *,
     open_picture: Open = open_image,
     opened: str = "",
-    seed: int | None = None,
     together: bool = False,
 ) -> dict[str, Tensor]:
-    """{path: codes int64 [h, w]} of picture files by a frozen VQ model; each content is computed once.
+    """{path: the likeliest codes int64 [h, w]} of picture files by a frozen VQ model; each content is computed once.
 
     Args:
         folder: the cache. Codes lie in a folder of these weights and settings, in a file for each content.
         opened: what else decides about the codes, such as the window that `open_picture` applies.
-        seed: codes are drawn from their distribution (kind gumbel), by this seed and the content of the picture;
-            left out, they are the likeliest ones.
         together: all processes call this at once: each computes its share and reads the others'.
     Raises:
         ValueError: a picture that cannot be read, or a file of codes that is broken.
@@ -180,7 +176,7 @@ def target_codes(
     side = cfg.resolution
     keys = {str(path): files.file_digest(path) for path in paths}
     cache = CacheFolder(
-        folder=Path(folder) / skeletons.weights_name(f"{cfg} {opened} {seed}", params),
+        folder=Path(folder) / skeletons.weights_name(f"{cfg} {opened}", params),
         shape=(side // cfg.stride, side // cfg.stride),
         remedy="remove it, the picture's codes will be computed again",
     )
@@ -189,12 +185,7 @@ def target_codes(
     @torch.no_grad()
     def compute(path: str) -> None:
         pixels = vq_pixels(open_picture(path), side)[None].to(device)
-        gen = None
-        if seed is not None:
-            # By the content, so that codes depend on neither order nor process.
-            number = hashlib.sha256(f"{seed} {keys[path]}".encode()).digest()[:8]
-            gen = Generator().manual_seed(int.from_bytes(number, "big") >> 1)
-        codes = vq.encode_codes(cfg, params, pixels, gen)
+        codes = vq.encode_codes(cfg, params, pixels)
         cache.write(keys[path], codes[0].to("cpu", torch.int32).numpy())
 
     compute_missing(

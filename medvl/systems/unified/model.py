@@ -221,18 +221,12 @@ def open_tower(
     if settings := find_optional_file(cfg.name, "preprocessor_config.json") if cfg.name else None:
         image_config = clip_vision.parse_clip_config(read_json(settings))
     if device.type == "meta":
-        shapes = {name: p.shape for name, p in deepest.module.named_parameters()}
-        return (
-            towers,
-            image_config,
-            {n: torch.empty(s, dtype=dtype, device=device) for n, s in shapes.items()},
-        )
-    if cfg.name:
+        weights: Mapping[str, Tensor] = dict(deepest.module.named_parameters())
+    elif cfg.name:
         _, weights = loading.load_encoder(cfg.name, "vision")
     else:
-        _, weights = skeletons.init_skeleton(
-            {**architecture, "model_type": "clip_vision_model"}, gen or Generator()
-        )
+        architecture = {**architecture, "model_type": "clip_vision_model"}
+        _, weights = skeletons.init_skeleton(architecture, gen or Generator())
     # The layers above are never run.
     weights = clip_vision.level_params(weights, deepest)
     return towers, image_config, {name: t.to(device, dtype) for name, t in weights.items()}
@@ -289,17 +283,12 @@ def make_question(
     Raises:
         ValueError: as `images.open_image`; no text, or tags <image> in it that do not match.
     """
-    items: list[Any] = []
-    if image is not None:
-        if not isinstance(image, Image.Image):
-            levels = window or images.check_window(opened.cfg.window, "chat.window")
-            image = images.open_image(image, page=page, window=levels, only_deep=True)
-        items = [image]
-    content = text if "<image>" in text or not items else f"<image>\n{text}"
-    question = Conversation(messages=({"role": "user", "content": content},), images=tuple(items))
-    if not text.strip():
-        raise ValueError("ask: the question must have text, got none")
-    return question
+    if image is None:
+        return chat.make_question(opened, text)
+    if not isinstance(image, Image.Image):
+        levels = window or images.check_window(opened.cfg.window, "chat.window")
+        image = images.open_image(image, page=page, window=levels, only_deep=True)
+    return chat.make_question(opened, text, [image])
 
 
 # From plugins -----------------------------------------------------------------------------------------------

@@ -222,17 +222,13 @@ def test_codes_are_computed_once_for_each_content(pictures, model, tmp_path):
     again = target_codes(cfg, params, pictures[::-1], tmp_path / "cache", open_picture=open_picture)
     assert len(opened) == 5
     assert all(torch.equal(again[name], codes[name]) for name in codes)
-    # Other weights, another way to open, drawn codes, another content: none finds what is there.
+    # Other weights, another way to open, another content: none finds what is there.
     other = params | {"quant_conv.bias": params["quant_conv.bias"] + 1}
     target_codes(cfg, other, pictures[:1], tmp_path / "cache", open_picture=open_picture)
     target_codes(
         cfg, params, pictures[:1], tmp_path / "cache", open_picture=open_picture, opened="window 0,1"
     )
-    drawn = target_codes(cfg, params, pictures, tmp_path / "cache", open_picture=open_picture, seed=0)
-    assert len(opened) == 5 + 1 + 1 + 5
-    assert any(not torch.equal(drawn[name], codes[name]) for name in codes)
-    redrawn = target_codes(cfg, params, pictures[3:0:-1], tmp_path / "elsewhere", seed=0)
-    assert all(torch.equal(redrawn[name], drawn[name]) for name in redrawn)
+    assert len(opened) == 5 + 1 + 1
     pictures[0].write_bytes(pictures[1].read_bytes())
     changed = target_codes(cfg, params, pictures[:1], tmp_path / "cache", open_picture=open_picture)
     assert torch.equal(changed[str(pictures[0])], codes[str(pictures[1])])
