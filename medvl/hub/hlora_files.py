@@ -12,7 +12,7 @@ from torch import Tensor
 
 from medvl.base import files
 from medvl.base.text import few
-from medvl.hub.checkpoints import Entry, Shape, list_faults, open_weights, read_finite, save_finite
+from medvl.hub.checkpoints import ANY, Entry, Shape, list_faults, open_weights, read_finite, save_finite
 from medvl.hub.peft_files import PREFIX, folded
 from medvl.weights import lora
 from medvl.weights.lora import Adapter, LoraConfig
@@ -60,13 +60,17 @@ def read_hlora(
         )
     layers, others = _group_keys(entries, path)
     # All that can be told from names and shapes; the tensors come last.
-    for module, keys in layers.items():
-        _check_shapes(entries, module, keys, rank, experts, path)
+    shapes: dict[str, Shape] = {}
+    for module in layers:
+        shapes |= _layer_shapes(module, (ANY, ANY), rank, experts)
     if skeleton is not None:
-        names = {key.removeprefix(PREFIX): entry.shape for key, entry in entries.items()}
-        optional = {name: () for name in others}
-        if faults := list_faults(names, hlora_shapes(skeleton, rank, experts), optional):
-            raise ValueError(f"read_hlora: {path} is not for {skeleton.name}: {faults}")
+        shapes = hlora_shapes(skeleton, rank, experts)
+    found = {key.removeprefix(PREFIX): entry.shape for key, entry in entries.items()}
+    if faults := list_faults(found, shapes, dict.fromkeys(others, ())):
+        base = "" if skeleton is None else f" for {skeleton.name}"
+        raise ValueError(
+            f"read_hlora: {path} must hold layers of rank {rank} and {experts} experts{base}: {faults}"
+        )
     return read_entries(entries, path, rank, alpha, experts, dtype, device)
 
 
@@ -74,11 +78,19 @@ def hlora_shapes(skeleton: Any, rank: int, experts: int) -> dict[str, Shape]:
     """{name in a file, without peft's prefix: shape} for each linear layer of a model but the head."""
     shapes: dict[str, Shape] = {}
     for module in lora.target_layers(LoraConfig(pattern="all-linear"), skeleton):
-        out, into = skeleton.module.get_parameter(f"{module}.weight").shape
-        shapes[f"{module}.lora_route.weight"] = (experts, into)
-        shapes[f"{module}.lora_A.weight"] = (rank, into)
-        shapes[f"{module}.lora_B.weight"] = (out, rank)
+        weight = skeleton.module.get_parameter(f"{module}.weight")
+        shapes |= _layer_shapes(module, tuple(weight.shape), rank, experts)
     return shapes
+
+
+def _layer_shapes(module: str, weight: Shape, rank: int, experts: int) -> dict[str, Shape]:
+    """Of the three tensors of a layer whose weight is [out, in]."""
+    out, into = weight
+    return {
+        f"{module}.lora_route.weight": (experts, into),
+        f"{module}.lora_A.weight": (rank, into),
+        f"{module}.lora_B.weight": (out, rank),
+    }
 
 
 def open_file(path: Path, caller: str) -> dict[str, Entry]:
@@ -137,23 +149,6 @@ def _group_keys(entries: Mapping[str, Entry], path: Path) -> tuple[dict[str, dic
             f"read_hlora: {path} must hold {PREFIX}LAYER.lora_route|lora_A|lora_B.weight, found {problem}"
         )
     return layers, others
-
-
-def _check_shapes(
-    entries: Mapping[str, Entry], module: str, keys: Mapping[str, str], rank: int, experts: int, path: Path
-) -> None:
-    """A layer must have its three tensors: A [rank, in], B [out, rank], router [experts, in]."""
-    # The message has the file's names, by which the reader can look.
-    missing = [name for name, part in _PARTS.items() if part not in keys]
-    if missing:
-        raise ValueError(f"read_hlora: {path}: {module} lacks {few(missing)}")
-    a, b, router = (entries[keys[part]].shape for part in ("a", "b", "router"))
-    matrices = len(a) == len(b) == 2
-    if not matrices or a[0] != rank or b[1] != rank or router != (experts, a[1]):
-        raise ValueError(
-            f"read_hlora: {path}: {module} must have lora_A [{rank}, in], lora_B [out, {rank}] "
-            f"and lora_route [{experts}, in], got {list(a)}, {list(b)} and {list(router)}"
-        )
 
 
 def write_hlora(

@@ -194,8 +194,12 @@ def test_one_layer_of_hlora_equals_the_formula(tmp_path):
 
 D = "model.layers.1.mlp.down_proj"
 HLORA = [
-    (lambda s: s.pop(f"{P}{D}.lora_route.weight"), {}, f"{D} lacks lora_route"),
-    (lambda s: [s.pop(f"{P}{D}.{k}.weight") for k in ("lora_A", "lora_B")], {}, f"{D} lacks lora_A, lora_B"),
+    (lambda s: s.pop(f"{P}{D}.lora_route.weight"), {}, f"missing {D}.lora_route.weight$"),
+    (
+        lambda s: [s.pop(f"{P}{D}.{k}.weight") for k in ("lora_A", "lora_B")],
+        {},
+        f"missing {D}.lora_A.weight, {D}.lora_B.weight$",
+    ),
     (
         lambda s: [s.pop(f"{P}{D}.{k}.weight") for k in ("lora_A", "lora_B", "lora_route")],
         {},
@@ -213,8 +217,12 @@ HLORA = [
     ),
     (lambda s: s.update({"lm_head.weight": torch.ones(64, 32)}), {}, "found unexpected lm_head.weight"),
     (lambda s: {f"{P}lm_head.weight": torch.ones(64, 32)}, {}, "found no layers, only lm_head.weight"),
-    (lambda s: None, {"rank": 4}, r"must have lora_A \[4, in\], lora_B \[out, 4\] .* got \[8, 32\]"),
-    (lambda s: None, {"experts": 2}, r"lora_route \[2, in\], got .* and \[4, 32\]"),
+    (
+        lambda s: None,
+        {"rank": 4},
+        r"must hold layers of rank 4 and 4 experts for .*lora_A.weight \[8, 32\] instead of \[4, 32\]",
+    ),
+    (lambda s: None, {"experts": 2}, r"2 experts for .*lora_route.weight \[4, 32\] instead of \[2, 32\]"),
     (
         lambda s: None,
         {"rank": 6},

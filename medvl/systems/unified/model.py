@@ -120,15 +120,34 @@ def init_model(
         return opened, params
 
     model, params = system.init_model(cfg, folder, texts, device=device, lower=False, extend=add_parts)
-    models = {}
-    for task, adapter in adapters.items():
-        if adapter is not None:
-            adapter = evolve(adapter, factors=params[task]["lora"])  # the same tensors, not a second copy
-        eye = _task_vision(model.chat.cfg, made["images"], made["towers"][task], params[task], task)
-        models[task] = evolve(model, chat=evolve(model.chat, vision=eye), adapter=adapter)
-    select = partial(select_task, skeletons.table_names(model.chat.skeleton), made["keep"])
-    tasks = Tasks(models=models, select=select)
+    tasks = _join_tasks(model, params, adapters, made["towers"], made["images"], made["keep"])
     return Unified(tasks=tasks, codes=made["codes"], vq=vq, cfg=cfg), params
+
+
+def _join_tasks(
+    model: LanguageModel,
+    params: Tree,
+    adapters: Mapping[str, lora.Adapter | None],
+    towers: Mapping[str, skeletons.Skeleton],
+    image_config: clip_vision.ClipImageConfig,
+    keep: int,
+) -> Tasks:
+    """The model with each task's adapter, and with its level of the tower and its projector to see through."""
+    cfg, models = model.chat.cfg, {}
+    # Of a template of one's own: the token that tokenizers trained here have.
+    placeholder = PLACEHOLDERS.get(cfg.template, Placeholder(token="<|image_pad|>"))
+    for task, adapter in adapters.items():
+        own = params[task]
+        if adapter is not None:
+            adapter = evolve(adapter, factors=own["lora"])  # the same tensors, not a second copy
+        up, down = own["projector"]["up"]["weight"], own["projector"]["down"]["weight"]
+        sizes = ProjectConfig(inputs=up.shape[1], hidden=up.shape[0], outputs=down.shape[0])
+        eyes = vision.clip_vision(
+            image_config, towers[task], sizes, f"{task}/projector", placeholder, window=cfg.window
+        )
+        models[task] = evolve(model, chat=evolve(model.chat, vision=eyes), adapter=adapter)
+    names = skeletons.table_names(model.chat.skeleton)
+    return Tasks(models=models, select=partial(select_task, names, keep))
 
 
 def plugin_config(cfg: Config, task: str, opened: Chat, codes: CodeTokens | None) -> PluginConfig:
@@ -230,23 +249,6 @@ def open_tower(
     # The layers above are never run.
     weights = clip_vision.level_params(weights, deepest)
     return towers, image_config, {name: t.to(device, dtype) for name, t in weights.items()}
-
-
-def _task_vision(
-    cfg: ChatConfig,
-    image_config: clip_vision.ClipImageConfig,
-    skeleton: skeletons.Skeleton,
-    own: Tree,
-    task: str,
-) -> vision.Vision:
-    """What a task sees: a level of the tower through the projector among the task's own parameters."""
-    up, down = own["projector"]["up"]["weight"], own["projector"]["down"]["weight"]
-    sizes = ProjectConfig(inputs=up.shape[1], hidden=up.shape[0], outputs=down.shape[0])
-    # Of a template of one's own: the token that tokenizers trained here have.
-    placeholder = PLACEHOLDERS.get(cfg.template, Placeholder(token="<|image_pad|>"))
-    return vision.clip_vision(
-        image_config, skeleton, sizes, f"{task}/projector", placeholder, window=cfg.window
-    )
 
 
 def select_task(names: Mapping[str, str], keep: int, params: Tree, task: str) -> Tree:
@@ -370,17 +372,14 @@ def open_unified(
         keep = codes.start
     levels = {task: plugin.config.level for task, plugin in opened_plugins.items()}
     towers, image_config, params["tower"] = open_tower(TowerConfig(name=str(tower)), levels, kind, target)
-    unused: Any = None  # nothing is trained
-    models = {}
     for task, plugin in opened_plugins.items():
-        eye = _task_vision(opened.cfg, image_config, towers[task], {"projector": plugin.projector}, task)
-        models[task] = LanguageModel(
-            cfg=unused, chat=evolve(opened, vision=eye), adapter=plugin.adapter, train=unused
-        )
         # What a plugin has no rows for gets the mean, as in HealthGPT.
         rows = {part: row for part, row in means.items() if part not in plugin.tables}
         own = {"projector": plugin.projector, "lora": plugin.adapter.factors}
         own |= {"rows": rows | (plugin.rows or {}), "tables": plugin.tables}
         params[task] = map_leaves(lambda t: t.to(target, kind), own)
-    select = partial(select_task, skeletons.table_names(opened.skeleton), keep)
-    return Unified(tasks=Tasks(models=models, select=select), codes=codes, vq=vq), params
+    adapters = {task: plugin.adapter for task, plugin in opened_plugins.items()}
+    nothing: Any = None  # is trained
+    model = LanguageModel(cfg=nothing, chat=opened, adapter=None, train=nothing)
+    tasks = _join_tasks(model, params, adapters, towers, image_config, keep)
+    return Unified(tasks=tasks, codes=codes, vq=vq), params

@@ -143,14 +143,15 @@ def take_share(data: Encoded, share: float, seed: int) -> Encoded:
 def export_plugins(
     cfg: Config, model: Unified, params: Tree, folder: Path, log: Callable[[str], None] = print
 ) -> None:
-    """Write a plugin of each task that has an adapter into `folder`/plugins, where the base is one by name."""
+    """Write a plugin of each task that has an adapter into `folder`/plugins, where others have base and tower."""
     patterns = [stage.train for stage in cfg.train.stages]
     trained = {name for some in patterns for name in flatten(split_tree(params, some)[0])}
     names = skeletons.table_names(next(iter(model.tasks.models.values())).chat.skeleton)
     tables = {f"model/{name}" for name in names.values()}
-    if not cfg.model.name or any(name.startswith("model/") for name in trained - tables):
+    changed = [name for name in trained - tables if name.startswith(("model/", "tower/"))]
+    if not cfg.model.name or not cfg.tower.name or changed:
         log(
-            "plugins are for a base by name that is trained no further than its token tables: none is written"
+            "plugins are for a base and a tower by name, of which nothing but token tables is trained: none is written"
         )
         return
     for task, language in model.tasks.models.items():

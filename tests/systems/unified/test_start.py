@@ -91,6 +91,17 @@ def test_a_run_starts_as_its_plugin_and_ends_as_another(folder, tmp_path, task, 
     assert run.memory(cfg, tmp_path)["more"].memory
 
 
+@pytest.mark.parametrize("train", [[".*"], ["tower/.*", "understand/.*"]])
+def test_no_plugin_is_written_for_a_tower_or_base_that_is_nowhere_else(folder, tmp_path, train):
+    plugin_files.write_plugin(plugin_of(folder, "understand"), tmp_path / "start")
+    cfg = record(folder, "understand", tmp_path / "start", train__stages__0__train=train)
+    data.prepare(cfg, lambda _: None)
+    lines = []
+    run.fit(cfg, tmp_path, lines.append)
+    assert any("none is written" in line for line in lines)
+    assert not (tmp_path / "plugins").exists()
+
+
 def test_plugins_that_a_record_cannot_start_from_are_refused(folder, tmp_path):
     plugin = make_plugin(folder, "draw", rows=False)
     plugin_files.write_plugin(plugin, tmp_path / "no_rows")
