@@ -67,30 +67,28 @@ _SCORES: dict[str, Callable[[Array, Array], float]] = {
 }
 
 
+def mean_picture(pictures: Sequence[Array]) -> Array:
+    """The mean of pictures of one shape, rounded to uint8."""
+    return np.asarray(np.stack(pictures).mean(0, dtype=np.float64).round(), np.uint8)
+
+
 def controls(
-    inputs: Sequence[Array], targets: Sequence[Array], train_targets: Sequence[Array], vq: Sequence[Array]
+    inputs: Sequence[Array], targets: Sequence[Array], means: Sequence[Array], vq: Sequence[Array]
 ) -> dict[str, Sequence[Array]]:
     """What drawn pictures must beat, and what they can reach, a picture for each target.
 
     Args:
         inputs: what the model was given; resized (bicubic) to the target's size.
-        train_targets: those of the training split, whose mean is a control; () = there are none.
+        means: for each target the mean of targets of the training split.
         vq: the targets as decoded from their own codes.
     Returns:
         {"copied input", "mean target", "vq reconstruction"}, only those that there are such pictures for.
     """
-    copied, means = [], list[Array]()
+    copied = []
     for image, target in zip(inputs, targets, strict=bool(inputs)):
         size = (target.shape[1], target.shape[0])
         copied.append(np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)))
-    if len(train_targets):
-        mean = np.stack(train_targets).mean(0, dtype=np.float64)
-        means = [np.asarray(mean.round(), np.uint8)] * len(targets)
-    found: dict[str, Sequence[Array]] = {
-        "copied input": copied,
-        "mean target": means,
-        "vq reconstruction": vq,
-    }
+    found = {"copied input": copied, "mean target": means, "vq reconstruction": vq}
     return {subject: pictures for subject, pictures in found.items() if len(pictures)}
 
 

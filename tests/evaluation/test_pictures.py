@@ -108,15 +108,18 @@ def test_controls():
     targets = [np.full((16, 16, 3), grey, np.uint8) for grey in (10, 20)]
     train = [np.full((16, 16, 3), grey, np.uint8) for grey in (0, 200, 201)]
     small = [pair(seed, (4, 4, 3))[0] for seed in range(2)]
-    rows = pictures.controls(small, targets, train, vq=targets)
+    mean = pictures.mean_picture(train)
+    assert (mean == 134).all()  # 133.67, rounded
+    assert mean.dtype == np.uint8
+    rows = pictures.controls(small, targets, [mean, mean], vq=targets)
     assert [*rows] == ["copied input", "mean target", "vq reconstruction"]
     assert all(len(kind) == 2 for kind in rows.values())
     upscaled = Image.fromarray(small[1]).resize((16, 16), Image.Resampling.BICUBIC)
     assert np.array_equal(rows["copied input"][1], np.asarray(upscaled))
-    assert (rows["mean target"][0] == 134).all()  # 133.67, rounded
-    assert [*pictures.controls([], targets, train, [])] == ["mean target"]
+    assert rows["mean target"][1] is mean
+    assert [*pictures.controls([], targets, [mean, mean], [])] == ["mean target"]
     assert [*pictures.controls([], targets, [], targets)] == ["vq reconstruction"]
-    assert np.array_equal(pictures.controls(targets, targets, train, [])["copied input"][0], targets[0])
+    assert np.array_equal(pictures.controls(targets, targets, [], [])["copied input"][0], targets[0])
 
 
 @pytest.mark.parametrize(

@@ -28,28 +28,47 @@ def digests(folder):
     return {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
 
 
+def said_of(case):
+    return {
+        "On which side is the lesion?": f"On the {case['side']}.",
+        "What is the lesion?": f"A {case['kind']}.",
+        "How large is the lesion?": f"It is {case['size']}.",
+    }
+
+
 def test_questions_say_what_was_drawn(folder):
     for split, count in (("train", 16), ("valid", 1), ("test", 8)):
-        asked = read_conversations(folder / f"{split}.jsonl")
-        assert len(asked) == count * 2 * 3
-        for c in asked:
-            case = anatomy.draw_case(CFG, split, int(c.extra["episode_id"].split("-")[1]))
-            said = {
-                "side": f"On the {case['side']}.",
-                "kind": f"A {case['kind']}.",
-                "size": f"It is {case['size']}.",
+        conversations = read_conversations(folder / f"{split}.jsonl")
+        assert len(conversations) == count * 2 * (1 if split == "train" else 3)
+        for c in conversations:
+            number = c.extra["episode_id"].split("-")[1]
+            said = said_of(anatomy.draw_case(CFG, split, int(number)))
+            asked = {
+                m["content"].removeprefix("<image>\n"): answer["content"]
+                for m, answer in zip(c.messages[::2], c.messages[1::2], strict=True)
             }
-            assert c.messages[-1]["content"] == said[c.extra["category"]]
-            assert c.images[0].name == f"{c.extra['episode_id'].split('-')[1]}-{c.extra['task']}.png"
+            assert asked.items() <= said.items()
+            assert len(asked) == (3 if split == "train" else 1)
+            assert [m["content"].count("<image>") for m in c.messages[::2]] == [1, 0, 0][: len(asked)]
+            assert [picture.name for picture in c.images] == [f"{number}-{c.extra['task']}.png"]
     answers = Counter(c.messages[-1]["content"] for c in read_conversations(folder / "test.jsonl"))
     assert len(answers) == 6
     assert set(answers.values()) == {8}  # of a question alone one can only guess
 
 
+def test_questions_of_training_come_in_any_order(folder):
+    first = Counter(c.messages[0]["content"] for c in read_conversations(folder / "train.jsonl"))
+    assert len(first) == 3
+    assert min(first.values()) > 4  # of 32
+
+
 def test_pictures_to_draw(folder):
     drawings = read_drawings(folder / "train_draw.jsonl")
-    assert len(drawings) == 16 * 2 * 4
-    for d in drawings:
+    copies = read_drawings(folder / "train_reconstruct.jsonl")
+    assert len(drawings) == 16 * 2 * 3
+    assert len(copies) == 16 * 2
+    assert {d.question.extra["task"] for d in copies} == {"reconstruction"}
+    for d in drawings + copies:
         extra, (message,) = d.question.extra, d.question.messages
         number, look, task = extra["episode_id"].split("-")[1], extra["look"], extra["task"]
         assert d.target == folder / "train" / f"{number}-{look}.png"
@@ -65,6 +84,8 @@ def test_pictures_to_draw(folder):
         if task == "report":
             words = {anatomy.LOOKS[look], *case.values()}
             assert words <= set(message["content"].rstrip(".").split())
+        else:
+            assert message["content"].endswith("\n<image>")
 
 
 def test_pictures_are_pure_in_seed_split_and_number(folder):
@@ -105,7 +126,7 @@ def test_the_mark_is_where_the_case_says_with_one_outline_in_both_looks(monkeypa
         for look, picture in anatomy.draw_pair(CFG, "train", number).items():
             change = picture[..., 0].astype(float) - bare[look][..., 0]
             mark = np.abs(change) > 40
-            assert (change[mark].mean() > 0) == anatomy.MARKS[look][case["kind"]].bright
+            assert (change[mark].mean() > 0) == anatomy.MARKS[case["kind"]].bright
             assert (x[mark].max() < 32) == (case["side"] == "right")  # the patient's right
             assert (x[mark].min() > 31) == (case["side"] == "left")
             radius = np.sqrt(mark.sum() / np.pi)
@@ -125,7 +146,7 @@ def test_looks_have_their_own_light_and_noise_and_a_copy_is_no_answer():
 
 def test_a_second_run_leaves_what_is_there(folder):
     before = digests(folder)
-    assert len(before) == 25 * 4 + 6
+    assert len(before) == 25 * 4 + 9
     anatomy.draw_anatomy(evolve(CFG, seed=5), folder)
     assert digests(folder) == before
 
@@ -141,7 +162,7 @@ def test_a_stopped_run_ends_with_the_same_bytes(tmp_path):
     anatomy.draw_anatomy(CFG, tmp_path)
     assert (tmp_path / "test.jsonl").read_text() == lines
     after = digests(tmp_path)
-    assert len(after) == 106
+    assert len(after) == 109
     assert before.items() < after.items()
     assert all(json.loads(line)["images"] for line in lines.splitlines())
 

@@ -66,11 +66,10 @@ def read_targets(cfg: Config, source: Source, split: Split) -> list[Drawing]:
 
 def target_paths(cfg: Config, split: Split) -> list[Path]:
     """The pictures that are drawn in a split, each once."""
-    paths = []
+    targets = set[Path]()
     for source in find_sources(cfg, "draw", split):
-        targets = {drawing.target for drawing in read_targets(cfg, source, split) if drawing.target}
-        paths += sorted(targets)
-    return paths
+        targets |= {drawing.target for drawing in read_targets(cfg, source, split) if drawing.target}
+    return sorted(targets)
 
 
 def picture_opener(cfg: Config) -> Callable[[Any], Image.Image]:

@@ -162,34 +162,48 @@ def draw_pictures(
     *,
     batch: int = 8,
     temperature: float = 0.0,
+    text_temperature: float | None = None,
     seed: int = 0,
 ) -> list[np.ndarray]:
     """The pictures uint8 [y, x, 3] of questions whose images are files, also as `folder`/pictures/NUMBER.png.
 
     Codes are kept in `folder` batch by batch, and those that are there are not drawn again.
 
+    Args:
+        text_temperature: of questions without an image; None = as the others.
     Raises:
         ValueError: another process is drawing into `folder`.
     """
     prompts = encode_drawings(model, questions)
-    settings = Sampling(temperature=temperature, seed=seed)
+    temperatures = [temperature] * len(questions)
+    if text_temperature is not None:
+        temperatures = [temperature if question.images else text_temperature for question in questions]
     selected = model.tasks.select(params, "draw")
     # The size of a batch changes the last bits of what is computed.
     stamp = system.stamp_answers(
-        model.task("draw"), selected, prompts, settings, files.file_digest, settings=[batch]
+        model.task("draw"),
+        selected,
+        prompts,
+        Sampling(seed=seed),
+        files.file_digest,
+        settings=[batch, *temperatures],
     )
 
     def draw_batch(rows: Sequence[int]) -> list[dict[str, Any]]:
-        codes = draw_codes(model, params, prompts, rows, temperature=temperature, seed=seed)
+        codes = draw_codes(model, params, prompts, rows, temperature=temperatures[rows[0]], seed=seed)
         return [{"codes": row.tolist()} for row in codes]
 
-    batches = [range(i, min(i + batch, len(questions))) for i in range(0, len(questions), batch)]
+    batches = list[list[int]]()
+    for of_batch in dict.fromkeys(temperatures):
+        rows = [row for row, of_row in enumerate(temperatures) if of_row == of_batch]
+        batches += [rows[i : i + batch] for i in range(0, len(rows), batch)]
     path = system.unfinished_answers(folder, f"{stamp}-codes")
     # Two processes would write the same file of codes.
     with files.file_lock(folder / "pictures"):
         files.remove_unfinished(folder / "pictures")
         lines = run_batches(path, batches, draw_batch, title="drawing")
-        pictures = decode_pictures(model, torch.tensor([line["codes"] for line in lines]))
+        codes_of_row = {line["row"]: line["codes"] for line in lines}
+        pictures = decode_pictures(model, torch.tensor([codes_of_row[row] for row in range(len(questions))]))
         (folder / "pictures").mkdir(exist_ok=True)
         for i, picture in enumerate(pictures):
             write_picture(Image.fromarray(picture), folder / "pictures" / f"{i}.png")

@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 from medvl.base import config, processes
 from medvl.base.files import PathLike
 from medvl.base.text import few
-from medvl.base.tree import Tree, flatten, map_leaves
+from medvl.base.tree import Tree, flatten, map_leaves, merge_trees, unflatten
 from medvl.components.project import ProjectConfig, init_project
 from medvl.components.vq import VqConfig
 from medvl.hub import loading, skeletons, tokens
@@ -104,18 +104,21 @@ def init_model(
         width = params["model"][chat.token_table(opened)].shape[1]
         for task, skeleton in made["towers"].items():
             adapter: lora.Adapter | None
-            settings = cfg.task(task).lora
+            place, settings = cfg.adapter(task)
             if task in starts:
                 projector = starts[task].projector
                 adapter = evolve(starts[task].adapter, dropout=settings.dropout)
             else:
                 sizes = ProjectConfig(inputs=skeleton.config["hidden_size"], hidden=width, outputs=width)
                 projector = init_project(sizes, gen)
-                adapter = stages.init_trained_adapter(
-                    cfg.train, settings, opened.skeleton, gen, device, place=f"{task}/lora"
-                )
-            own = {"projector": projector, "lora": adapter.factors if adapter is not None else {}}
-            params = params | {task: map_leaves(lambda t: t.to(device), own)}
+                if cfg.shared and adapters:
+                    adapter = adapters["understand"]  # made for both
+                else:
+                    adapter = stages.init_trained_adapter(
+                        cfg.train, settings, opened.skeleton, gen, device, place=place
+                    )
+            own = {f"{task}/projector": projector, place: adapter.factors if adapter is not None else {}}
+            params = merge_trees(params, map_leaves(lambda t: t.to(device), unflatten(own)))
             adapters[task] = adapter
         return opened, params
 
@@ -136,29 +139,30 @@ def _join_tasks(
     cfg, models = model.chat.cfg, {}
     # Of a template of one's own: the token that tokenizers trained here have.
     placeholder = PLACEHOLDERS.get(cfg.template, Placeholder(token="<|image_pad|>"))
+    select = partial(select_task, skeletons.table_names(model.chat.skeleton), keep)
     for task, adapter in adapters.items():
         own = params[task]
         if adapter is not None:
-            adapter = evolve(adapter, factors=own["lora"])  # the same tensors, not a second copy
+            # The same tensors, not a second copy.
+            adapter = evolve(adapter, factors=select(params, task)["lora"])
         up, down = own["projector"]["up"]["weight"], own["projector"]["down"]["weight"]
         sizes = ProjectConfig(inputs=up.shape[1], hidden=up.shape[0], outputs=down.shape[0])
         eyes = vision.clip_vision(
             image_config, towers[task], sizes, f"{task}/projector", placeholder, window=cfg.window
         )
         models[task] = evolve(model, chat=evolve(model.chat, vision=eyes), adapter=adapter)
-    names = skeletons.table_names(model.chat.skeleton)
-    return Tasks(models=models, select=partial(select_task, names, keep))
+    return Tasks(models=models, select=select)
 
 
 def plugin_config(cfg: Config, task: str, opened: Chat, codes: CodeTokens | None) -> PluginConfig:
     """The record of the plugin that a run trains for a task."""
-    own, tok = cfg.task(task), opened.tokenizer
+    tok, (_, lora_config) = opened.tokenizer, cfg.adapter(task)
     return PluginConfig(
         task=task,  # type: ignore[arg-type]
-        level=own.level,
-        rank=own.lora.rank,
-        alpha=own.lora.alpha,
-        experts=own.lora.experts,
+        level=cfg.task(task).level,
+        rank=lora_config.rank,
+        alpha=lora_config.alpha,
+        experts=lora_config.experts,
         base=cfg.model.name,
         template=cfg.chat.template,
         tokens=codes.start if codes else len(tok),
@@ -265,7 +269,8 @@ def select_task(names: Mapping[str, str], keep: int, params: Tree, task: str) ->
         model = extended.extend_tables(model, names, shards.lazy_shards(rows), keep)
     model |= {names[part]: table for part, table in own.get("tables", {}).items()}
     selected = {"model": model, "tower": params["tower"], task: {"projector": own["projector"]}}
-    return selected | {"lora": own.get("lora", {})}
+    # Of its own, or the one that tasks share.
+    return selected | {"lora": own.get("lora") or params.get("lora", {})}
 
 
 def make_question(

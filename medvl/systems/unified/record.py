@@ -101,13 +101,16 @@ class EvaluateConfig:
 
     max_tokens: int = 64
     batch: int = 8
-    drawings: int = 0  # the first ones of the test split, over all sources in their order; 0 = all
-    temperature: float = 0.0
+    drawings: int = 0  # of the test splits of all sources, drawn by the seed; 0 = all
+    temperature: float = 0.0  # of pictures from an image
+    # Of pictures from a text alone. Many are right, and the likeliest codes show only what all of them have.
+    text_temperature: float = 1.0
     bootstrap: int = 1000
 
     def __attrs_post_init__(self) -> None:
         config.check_bounds(self, "evaluate", max_tokens=(1, 2**20), batch=(1, 2**20), bootstrap=config.DRAWS)
-        config.check_bounds(self, "evaluate", drawings=config.COUNT_OR_NONE, temperature=(0, 100))
+        config.check_bounds(self, "evaluate", drawings=config.COUNT_OR_NONE)
+        config.check_bounds(self, "evaluate", temperature=(0, 100), text_temperature=(0, 100))
 
 
 @frozen(kw_only=True)
@@ -125,6 +128,7 @@ class Config:
     vq: VqTraining | None = None  # a VQ model that is trained first, on the pictures that are drawn
     understand: TaskConfig = _task(-2, 64)
     draw: TaskConfig = _task(1, 256)
+    shared: LoraConfig | None = None  # one adapter, lora/..., for both tasks in place of theirs
     train: TrainConfig = language_training()
     evaluate: EvaluateConfig = EvaluateConfig()
 
@@ -144,6 +148,8 @@ class Config:
                 "to draw needs either codes (the folder of a VQ model) or vq (to train one), and what does not draw "
                 f"neither; got codes {self.codes!r} and {'a' if self.vq else 'no'} table vq"
             )
+        if self.shared and (self.understand.start or self.draw.start):
+            raise ValueError("shared: plugins bring adapters of their own: leave shared or their start out")
         drawn = [stage for stage in self.train.stages if stage.data != "understand"]
         if (
             drawn
@@ -165,6 +171,10 @@ class Config:
     def task(self, name: str) -> TaskConfig:
         """The record of a task."""
         return self.understand if name == "understand" else self.draw
+
+    def adapter(self, task: str) -> tuple[str, LoraConfig]:
+        """Where the adapter of a task is among the parameters, and its record."""
+        return ("lora", self.shared) if self.shared else (f"{task}/lora", self.task(task).lora)
 
 
 def stage_tasks(data: str) -> tuple[str, ...]:

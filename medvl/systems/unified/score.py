@@ -1,7 +1,7 @@
 """How unified is scored on the test splits: its answers, and the pictures that it draws, each beside controls."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ def score_drawings(
         results, and figures and notes of a report.
     """
     cfg = model.cfg
-    drawings = _read_drawings(cfg, "test")[: cfg.evaluate.drawings or None]
+    drawings = _some(_read_drawings(cfg, "test"), cfg.evaluate.drawings, cfg.seed)
     if not drawings:
         return [], {}, []
     drawn = _draw(model, params, drawings, folder)
@@ -110,10 +110,11 @@ def score_drawings(
         "Pictures are compared as floats on [0, 255]. The controls: the input copied, the mean target of the training "
         "split, and the target as the VQ model reconstructs it from its own codes, the best that codes can be."
     ]
-    train = [drawing for drawing in _read_drawings(cfg, "train") if drawing.target][:_MOST_TARGETS]
+    train = [drawing for drawing in _read_drawings(cfg, "train") if drawing.target]
+    train = _some(train, _MOST_TARGETS, cfg.seed)
     if not train:
         notes.append("There is no mean target: no training drawing has a picture as its target.")
-    rows = score_likeness(cfg, drawn, _open_targets(model, train), experiment)
+    rows = score_likeness(cfg, drawn, _mean_targets(model, train), experiment)
     reports = [one for one in drawn if one.task == "report" and one.question.extra.keys() >= {*FACTS}]
     if cfg.data.source == "phantoms" and reports:
         rows += score_reports(cfg, reports, experiment)
@@ -132,12 +133,26 @@ def _read_drawings(cfg: Config, split: Split) -> list[Drawing]:
     return drawings
 
 
+def _some(drawings: Sequence[Drawing], most: int, seed: int) -> list[Drawing]:
+    """At most so many of them, drawn by the seed, in their order; 0 = all."""
+    drawn = torch.randperm(len(drawings), generator=Generator().manual_seed(seed))
+    return [drawings[row] for row in sorted(drawn[: most or None].tolist())]
+
+
 def _draw(model: Unified, params: Tree, drawings: Sequence[Drawing], folder: Path) -> list[Drawn]:
     """The pictures that drawings ask for."""
     cfg, questions = model.cfg, [drawing.question for drawing in drawings]
     assert model.vq is not None
-    settings = {"batch": cfg.evaluate.batch, "temperature": cfg.evaluate.temperature, "seed": cfg.seed}
-    pictures = draw_pictures(model, params, questions, folder, **settings)
+    pictures = draw_pictures(
+        model,
+        params,
+        questions,
+        folder,
+        batch=cfg.evaluate.batch,
+        temperature=cfg.evaluate.temperature,
+        text_temperature=cfg.evaluate.text_temperature,
+        seed=cfg.seed,
+    )
     codes = codes_of(cfg, model.vq, drawings, folder.parent)
     reconstructions = decode_pictures(model, torch.tensor(codes))
     open_picture, drawn = picture_opener(cfg), []
@@ -168,13 +183,26 @@ def _open_targets(model: Unified, drawings: Sequence[Drawing]) -> list[np.ndarra
     return targets
 
 
+def _mean_targets(model: Unified, drawings: Sequence[Drawing]) -> dict[str, np.ndarray]:
+    """{look: the mean of targets that are files}. Of lines that name a "look", such as CT, each has a mean of its
+    own: the mean over several would be an easy one to beat."""
+    of_look = dict[str, list[Drawing]]()
+    for drawing in drawings:
+        of_look.setdefault(_look(drawing.question), []).append(drawing)
+    return {look: pictures.mean_picture(_open_targets(model, some)) for look, some in of_look.items()}
+
+
+def _look(question: Conversation) -> str:
+    return str(question.extra.get("look", ""))
+
+
 def score_likeness(
-    cfg: Config, drawn: Sequence[Drawn], train_targets: Sequence[np.ndarray], experiment: str
+    cfg: Config, drawn: Sequence[Drawn], mean_targets: Mapping[str, np.ndarray], experiment: str
 ) -> list[Result]:
     """Likeness of the drawn pictures and of the controls to their targets, over all and by task.
 
     Args:
-        train_targets: as of `pictures.controls`.
+        mean_targets: {look: the mean target of the training split}; a look that is not there has no such control.
     """
     rows = []
     for task in ["all", *sorted({one.task for one in drawn} - {""})]:
@@ -186,7 +214,10 @@ def score_likeness(
             inputs = []
         compared: dict[str, Sequence[np.ndarray]] = {"drawn": [one.picture for one in chosen]}
         reconstructions = [one.reconstruction for one in chosen]
-        compared |= pictures.controls(inputs, targets, train_targets, reconstructions)
+        means = [mean_targets[look] for one in chosen if (look := _look(one.question)) in mean_targets]
+        if len(means) < len(chosen):
+            means = []
+        compared |= pictures.controls(inputs, targets, means, reconstructions)
         rows += pictures.score_pictures(
             {f"{task}: {name}": some for name, some in compared.items()},
             targets,
