@@ -150,11 +150,19 @@ def open_vqgan(
     Raises:
         ValueError: no such folder, or its files are broken or do not fit each other.
     """
+    cfg, path = read_vq_config(folder), Path(folder) / "model.safetensors"
+    return cfg, _read_params(cfg, open_weights(path, str(path)), path, f"{folder}/vq.json describes", device)
+
+
+def read_vq_config(folder: files.PathLike) -> VqConfig:
+    """The record of `open_vqgan` alone; no weights are read.
+
+    Raises:
+        ValueError: as `open_vqgan`.
+    """
     folder = Path(folder)
-    record, weights = folder / "vq.json", folder / "model.safetensors"
-    if not record.is_file() or not weights.is_file():
+    if not (folder / "vq.json").is_file() or not (folder / "model.safetensors").is_file():
         raise ValueError(
             f"open_vqgan: {folder} must hold vq.json and model.safetensors; `invoke vqgan convert` makes such a folder"
         )
-    cfg = config.load_record(record, VqConfig)
-    return cfg, _read_params(cfg, open_weights(weights, str(weights)), weights, f"{record} describes", device)
+    return config.load_record(folder / "vq.json", VqConfig)

@@ -73,8 +73,9 @@ def read_dicom(
         window: (black, white) in rescaled greys, for CT in HU: linear between them.
         only_deep: the window is for greys of more than 8 bits, and not for others or colours.
     Raises:
-        ValueError: pydicom is not installed; no pixels, several frames and none named, an enhanced object, more than `most`
-            pixels, a transfer syntax or colours that are not read, a window for colours, a broken file.
+        ValueError: pydicom is not installed; no pixels, several frames and none named, an enhanced object, more
+            than `most` pixels, a transfer syntax or colours that are not read, a window for colours, a broken
+            file.
     Source: DICOM PS3.3, C.7.6.3, C.11.1 and C.11.2, by pydicom.
     """
     try:
@@ -144,18 +145,12 @@ def _checked(content: bytes, most: int, frame: int | None) -> Any:
     # Which of several frames is meant is not guessed.
     if (frame is None and frames > 1) or not 0 <= (frame or 0) < frames:
         raise ValueError(f"has {frames} frames, got page={frame}; give one from 0 to {frames - 1}")
-    if (
-        image.PhotometricInterpretation not in ("MONOCHROME1", "MONOCHROME2", "RGB")
-        and "YBR" not in image.PhotometricInterpretation
-    ):
-        raise ValueError(
-            f"colours of DICOM must be greys, RGB or YBR, got {image.PhotometricInterpretation}; write it "
-            "as a PNG"
-        )
+    colours = image.PhotometricInterpretation
+    if colours not in ("MONOCHROME1", "MONOCHROME2", "RGB") and "YBR" not in colours:
+        raise ValueError(f"colours of DICOM must be greys, RGB or YBR, got {colours}; write it as a PNG")
     shape = image.Rows, image.Columns, image.SamplesPerPixel
-    if (
-        syntax.is_encapsulated and "RLE" not in syntax.name
-    ):  # a decoder takes room by what the coded picture says
+    # A decoder takes room by what the coded picture says.
+    if syntax.is_encapsulated and "RLE" not in syntax.name:
         coded = _coded_shape(get_frame(image.PixelData, frame or 0, number_of_frames=frames))
         if coded != shape:
             raise ValueError(
@@ -233,5 +228,8 @@ def _by_file(image: Any, greys: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=1024)  # once for a folder, however many and however often its images are opened
 def _warn_of_windows(folder: str) -> None:
-    said = "DICOM images that name no window are shown from their lowest grey to their highest; give one (chat.window, embed.window)"
-    _log.warning("%s: %s", folder or "images in memory", said)
+    _log.warning(
+        "%s: DICOM images that name no window are shown from their lowest grey to their highest; give one "
+        "(chat.window, embed.window)",
+        folder or "images in memory",
+    )

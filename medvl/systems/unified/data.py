@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from medvl.hub.vqgan_files import open_vqgan
+from medvl.hub.vqgan_files import read_vq_config
 from medvl.language.conversations import Conversation, check_gold, read_conversations
 from medvl.language.drawings import Drawing, read_drawings
 from medvl.language.vision import open_item
@@ -58,7 +58,7 @@ def read_targets(cfg: Config, source: Source, split: Split) -> list[Drawing]:
     if cfg.vq and not cfg.vq.start:
         model = cfg.vq.model
     else:
-        model, _ = open_vqgan(cfg.vq.start if cfg.vq else cfg.codes)
+        model = read_vq_config(cfg.vq.start if cfg.vq else cfg.codes)
     rows, columns = picture_shape(model)
     path, root = source_path(cfg, source, split), source.root or None
     return read_drawings(path, number=rows * columns, codebook=model.codes, root=root)

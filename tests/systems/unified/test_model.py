@@ -77,13 +77,25 @@ def test_a_picture_has_all_its_codes_whatever_the_model_would_rather_say(both, t
     assert torch.equal(torch.cat(alone), codes)
 
 
+def embed(model, params, task, prompts, row):
+    """(language model of a task, its weights, a prompt as vectors)."""
+    own, selected = model.task(task), model.tasks.select(params, task)
+    weights = system.model_weights(own, selected)
+    batch = chat.make_batch(own.chat, prompts, [row])
+    return own, weights, chat.model_inputs(own.chat, weights, batch, selected)
+
+
+def logits_of(model, params, task):
+    question = ask.make_question(model.task(task).chat, drawn((40, 30)), "Which organ is shown?")
+    prompts = chat.encode_conversations(model.task(task).chat, [question], prompt=True)
+    own, weights, inputs = embed(model, params, task, prompts, 0)
+    with torch.no_grad():
+        return own.chat.skeleton(weights, inputs_embeds=inputs["inputs_embeds"]).logits
+
+
 def plain_loop(model, params, prompts, row):
     """Codes of greedy decoding over all tokens as far as they are codes, everything computed again at every step."""
-    drawing = model.task("draw")
-    selected = model.tasks.select(params, "draw")
-    weights = system.model_weights(drawing, selected)
-    batch = chat.make_batch(drawing.chat, prompts, [row])
-    inputs = chat.model_inputs(drawing.chat, weights, batch, selected)
+    drawing, weights, inputs = embed(model, params, "draw", prompts, row)
     embedded, table = inputs["inputs_embeds"], lazy.dense(weights[chat.token_table(drawing.chat)])
     codes = []
     while len(codes) < N:
@@ -140,11 +152,15 @@ def test_a_code_is_reported_as_it_is_written_and_a_seed_is_a_picture(both):
 # Residency ----------------------------------------------------------------------------------------------------
 def test_a_task_answers_as_before_after_the_other_and_as_a_model_of_its_own(folder, both):
     model, params = both
+    logits = {task: logits_of(model, params, task) for task in ("understand", "draw")}
     first, codes = answer(model, params), codes_of(model, params)
     assert answer(model, params) == first
     assert torch.equal(codes_of(model, params), codes)
+    for task, before in logits.items():
+        assert torch.equal(logits_of(model, params, task), before)
     alone, own = opened(folder, ("understand",))
     assert answer(alone, own) == first
+    assert torch.equal(logits_of(alone, own, "understand"), logits["understand"])
     # The plugins matter: with the other's adapter and projector the answer is another one.
     mixed = params | {"understand": params["understand"] | {"lora": params["draw"]["lora"]}}
     assert answer(model, mixed) != first
