@@ -240,10 +240,14 @@ def clip_vision(
     def embed(params: Tree, batch: Batch) -> Tensor:
         weights = level_params(shards.lazy_shards(params["tower"]), skeleton)
         pixels = batch["pixel_values"].to(next(iter(weights.values())).dtype)
+        number = len(pixels)
         features = pixels.new_zeros(0, tokens, sizes.inputs)
-        # A batch of texts alone has no images, and the tower is not for none.
+        # A batch of texts alone has no images, and the tower is not for none. But where processes gather weights from
+        # each other, all must run it: others may have images.
+        if not number and shards.any_sharded(params["tower"]):
+            pixels = pixels.new_zeros(1, *pixels.shape[1:])
         if len(pixels):
-            features = skeleton(weights, pixel_values=pixels).last_hidden_state[:, 1:]
+            features = skeleton(weights, pixel_values=pixels).last_hidden_state[:number, 1:]
         node = params
         for key in projector.split("/"):
             node = node[key]

@@ -140,6 +140,11 @@ class Config:
                 raise ValueError(
                     f'stage {stage.name}: data must be "understand", "draw" or "mixed", got {stage.data!r}'
                 )
+            # Each process has its own mixture: one would gather the weights of a task while others gather another's.
+            if stage.data == "mixed" and self.train.shard:
+                raise ValueError(
+                    f'stage {stage.name}: data = "mixed" needs whole weights on every process: train.shard = false'
+                )
             missing = [task for task in stage_tasks(stage.data) if task not in self.tasks]
             if missing:
                 raise ValueError(f"stage {stage.name}: data.sources must have one of task {missing[0]!r}")

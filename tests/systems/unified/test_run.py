@@ -1,5 +1,6 @@
 """A run of unified from a record: drawn heads, a VQ model, three stages, answers and pictures, all of them tiny."""
 
+import copy
 import json
 import re
 from functools import partial
@@ -11,10 +12,13 @@ from attrs import evolve
 from medvl.base import config
 from medvl.base.files import file_lock
 from medvl.base.tree import flatten
+from medvl.components.vq import VqConfig, init_vq
+from medvl.hub import vqgan_files
 from medvl.systems.unified import SYSTEM, data, draw, probe, run, score
 from medvl.systems.unified.record import Config
 from tests.records import with_settings
 from tests.systems.unified.pieces import CLIP, PHI3
+from tests.together import run_together
 
 LORA = {"rank": 4, "alpha": 8.0, "experts": 2, "pattern": "all-linear"}
 OWN = ["draw/projector/.*", "draw/lora/.*"]
@@ -162,6 +166,44 @@ def test_pictures_from_text_alone_have_a_temperature_of_their_own(trained, tmp_p
         assert bool(question.images) == (picture == other).all()
 
 
+def sharded(folder):
+    """A record whose matrices are large enough to be cut, to draw the codes of `folder`/vq."""
+    sizes = {"hidden_size": 128, "intermediate_size": 256}
+    see, codes = copy.deepcopy(RAW["train"]["stages"][:2])
+    settings = {
+        "model__config": RAW["model"]["config"] | sizes,
+        "tower__config": CLIP | sizes,
+        "train__shard": True,
+        "train__stages": [
+            see | {"train": ["understand/.*", "tower/.*"]},
+            codes | {"train": [*OWN, "rows/.*", "model/.*"]},
+        ],
+    }
+    raw = with_settings(RAW, data__folder=str(folder / "data"), codes=str(folder / "vq"), **settings)
+    del raw["vq"]
+    return config.structure(raw, Config)
+
+
+def fit_shards(folder):
+    """Train it in parts, on all processes."""
+    torch.set_num_threads(1)
+    run.fit(sharded(folder), folder / "two", lambda _: None)
+
+
+def test_shards_on_two_processes_train_as_one_process_does(tmp_path):
+    model = config.structure(RAW["vq"]["model"], VqConfig)
+    vqgan_files.write_vqgan(model, init_vq(model, torch.Generator().manual_seed(0)), tmp_path / "vq")
+    data.prepare(sharded(tmp_path), lambda _: None)
+    run_together(__name__, "fit_shards", tmp_path, 2)
+    run.fit(sharded(tmp_path), tmp_path / "one", lambda _: None)
+    for stage in ("0-see", "1-codes"):
+        losses = []
+        for name in ("one", "two"):
+            lines = (tmp_path / name / stage / "metrics.jsonl").read_text().splitlines()
+            losses.append([json.loads(line)[key] for line in lines for key in ("loss", "grad_norm")])
+        assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 def test_answers_and_pictures_are_scored_beside_their_controls(trained, monkeypatch):
     files, _, model, params, _ = trained
     folder = files / "results"
@@ -255,6 +297,7 @@ def test_shares_of_a_mixed_stage_are_drawn_by_the_seed(trained):
         ),
         ({"train__stages__0__data": "questions"}, 'stage see: data must be "understand", "draw" or "mixed"'),
         ({"shared": LORA, "draw__start": "folder"}, "shared: plugins bring adapters of their own"),
+        ({"train__shard": True}, 'stage plug: data = "mixed" needs whole weights .* train.shard = false'),
         ({"codes": "folder"}, "to draw needs either codes .* or vq .*; got codes 'folder' and a table vq"),
         ({"tower__name": "clip"}, "tower must have either a name"),
         (
