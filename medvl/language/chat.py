@@ -314,7 +314,8 @@ def encode_conversations(chat: Chat, conversations: Sequence[Dialogue], *, promp
         _check_no_items(chat, conversations)
     # Prompts keep their number and order, one for each conversation, as predictions are compared by position.
     if prompt:
-        prompts = [_encode_prompt(chat, c) for c in track(conversations, "encoding questions")]
+        traits = encoding.tokenizer_traits(chat.tokenizer, _format_with_items(chat))
+        prompts = [_encode_prompt(chat, traits, c) for c in track(conversations, "encoding questions")]
         return Encoded(conversations=tuple(conversations), samples=tuple(prompts), refused=0)
     _check_date(chat, conversations)
     parts, turns = list[Dialogue](), list[Turns]()
@@ -366,7 +367,7 @@ def _check_no_items(chat: Chat, conversations: Sequence[Dialogue]) -> None:
         )
 
 
-def _encode_prompt(chat: Chat, conversation: Dialogue) -> Sample:
+def _encode_prompt(chat: Chat, traits: encoding.TokenizerTraits, conversation: Dialogue) -> Sample:
     messages = conversation.messages
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]
@@ -382,6 +383,7 @@ def _encode_prompt(chat: Chat, conversation: Dialogue) -> Sample:
             _format_with_items(chat),
             visual=visual,
             turns=turns,
+            traits=traits,
         )
     except ValueError as e:
         raise ValueError(f"{conversation.place}: {e}") from e

@@ -93,7 +93,7 @@ def encode_conversation(
             not match `visual`, or a template in which an answer does not follow the prompt that generation
             sees, or has no end token.
     """
-    return _encode_messages(_tokenizer_traits(tok, fmt), fmt, messages, visual, turns, "assistant")
+    return _encode_messages(tokenizer_traits(tok, fmt), fmt, messages, visual, turns, "assistant")
 
 
 def encode_prompt(
@@ -103,13 +103,18 @@ def encode_prompt(
     *,
     visual: Sequence[int] = (),
     turns: Turns = "all",
+    traits: "TokenizerTraits | None" = None,
 ) -> Sample:
     """Token ids that generation starts from: messages that end with the user's, and the header of the answer.
 
     No token is trained. The ids are the first ones of the whole conversation, encoded with the same `turns`.
     Arguments and errors as `encode_conversation`; a prompt longer than the context is always TooLong.
+
+    Args:
+        traits: of `tokenizer_traits(tok, fmt)`; trying them out anew for each of many prompts takes longer than the
+            prompts do.
     """
-    return _encode_messages(_tokenizer_traits(tok, fmt), fmt, messages, visual, turns, "user")
+    return _encode_messages(traits or tokenizer_traits(tok, fmt), fmt, messages, visual, turns, "user")
 
 
 def encode_fitting(
@@ -141,7 +146,7 @@ def encode_fitting(
     visual = visual or [()] * total
     turns = turns or ["all"] * total
     # Tried out once for all conversations.
-    traits = _tokenizer_traits(tok, fmt)
+    traits = tokenizer_traits(tok, fmt)
     samples = list[Sample]()
     refused = list[tuple[int, TooLong]]()
     for i, messages in enumerate(track(conversations, "encoding conversations")):
@@ -178,7 +183,7 @@ def end_ids(tok: Any, fmt: ConversationFormat = ConversationFormat()) -> tuple[i
     """The id of the token that ends an answer: the first behind one in the template, or `fmt.end`; () for
     neither.
     """
-    traits = _tokenizer_traits(tok, fmt)
+    traits = tokenizer_traits(tok, fmt)
     tail = answer_tail(tok, fmt, [{"role": "user", "content": "a question"}])
     # Of several only the first ends the answer; the next may open the following turn.
     endings = _leading_special_tokens(traits, tail)
@@ -296,7 +301,7 @@ def show_sample(tok: Any, sample: Sample, marks: tuple[str, str] = ("«", "»"))
 
 # Tokenizers -------------------------------------------------------------------------------------------------
 @frozen(kw_only=True, eq=False)
-class _TokenizerTraits:
+class TokenizerTraits:
     """What has to be known of a tokenizer to tokenise a text in pieces."""
 
     tok: Any
@@ -308,7 +313,7 @@ class _TokenizerTraits:
     spaces: bool = False  # it puts a space before every piece behind a special token
 
 
-def _tokenizer_traits(tok: Any, fmt: ConversationFormat = ConversationFormat()) -> _TokenizerTraits:
+def tokenizer_traits(tok: Any, fmt: ConversationFormat = ConversationFormat()) -> TokenizerTraits:
     """Try out how a tokenizer treats the start of a text and the text behind a special token."""
     if fmt.placeholder is not None and fmt.placeholder.spaced:
         tok = spaced_once(tok)
@@ -331,7 +336,7 @@ def _tokenizer_traits(tok: Any, fmt: ConversationFormat = ConversationFormat()) 
     # Longer names first: a name may be the beginning of another.
     names = sorted(tok.convert_ids_to_tokens(sorted(special)), key=len, reverse=True)
     pattern = re.compile("|".join(map(re.escape, names)))
-    traits = _TokenizerTraits(tok=tok, special=special, special_pattern=pattern, start=start)
+    traits = TokenizerTraits(tok=tok, special=special, special_pattern=pattern, start=start)
 
     word = _token_ids(traits, "a")
     if _token_ids(traits, f"{anchor}a")[1:] == word:
@@ -349,7 +354,7 @@ def _tokenizer_traits(tok: Any, fmt: ConversationFormat = ConversationFormat()) 
     return evolve(traits, anchor=anchor)
 
 
-def _token_ids(traits: _TokenizerTraits, text: str, *, first: bool = False) -> list[int]:
+def _token_ids(traits: TokenizerTraits, text: str, *, first: bool = False) -> list[int]:
     """Ids of a piece of text as they are in the middle of a text, or at its start if `first`.
 
     The two differ for sentencepiece, which puts a space before the first word.
@@ -370,7 +375,7 @@ def _token_ids(traits: _TokenizerTraits, text: str, *, first: bool = False) -> l
     return ids
 
 
-def _leading_special_tokens(traits: _TokenizerTraits, text: str) -> tuple[str, ...]:
+def _leading_special_tokens(traits: TokenizerTraits, text: str) -> tuple[str, ...]:
     """The special tokens, one right behind the other, that a text begins with; white space may stand before
     them.
     """
@@ -384,7 +389,7 @@ def _leading_special_tokens(traits: _TokenizerTraits, text: str) -> tuple[str, .
 
 # Samples ----------------------------------------------------------------------------------------------------
 def _encode_messages(
-    traits: _TokenizerTraits,
+    traits: TokenizerTraits,
     fmt: ConversationFormat,
     messages: Sequence[Message],
     visual: Sequence[int],
@@ -422,7 +427,7 @@ def _encode_messages(
 
 
 def _tokenize(
-    traits: _TokenizerTraits,
+    traits: TokenizerTraits,
     fmt: ConversationFormat,
     rendered: Rendered,
     visual: Sequence[int],
@@ -470,7 +475,7 @@ def _tokenize(
 
 
 def _tokenize_between(
-    traits: _TokenizerTraits,
+    traits: TokenizerTraits,
     placeholder: Placeholder | None,
     text: str,
     image_id: int,
@@ -517,7 +522,7 @@ def _common_prefix(a: Sequence[str], b: Sequence[str]) -> int:
     return length
 
 
-def _ending_length(traits: _TokenizerTraits, fmt: ConversationFormat, ids: Sequence[int], tokens: int) -> int:
+def _ending_length(traits: TokenizerTraits, fmt: ConversationFormat, ids: Sequence[int], tokens: int) -> int:
     """How many of the ids behind an answer end it: white space and `tokens` special tokens, at least one.
 
     Raises:
@@ -540,7 +545,7 @@ def _ending_length(traits: _TokenizerTraits, fmt: ConversationFormat, ids: Seque
 
 
 # Checks -----------------------------------------------------------------------------------------------------
-def _image_token_id(traits: _TokenizerTraits, placeholder: Placeholder | None, visual: Sequence[int]) -> int:
+def _image_token_id(traits: TokenizerTraits, placeholder: Placeholder | None, visual: Sequence[int]) -> int:
     """The id of the token that stands for images, -1 where there is no placeholder."""
     if placeholder is None:
         if visual:
@@ -559,7 +564,7 @@ def _image_token_id(traits: _TokenizerTraits, placeholder: Placeholder | None, v
     return ids[0]
 
 
-def _check_special_tokens(traits: _TokenizerTraits, fmt: ConversationFormat) -> None:
+def _check_special_tokens(traits: TokenizerTraits, fmt: ConversationFormat) -> None:
     """Raise where `fmt.allow` or `fmt.end` is no token of the tokenizer, or the one that stands for images."""
     tokens = [*fmt.allow]
     if fmt.end:
@@ -576,7 +581,7 @@ def _check_special_tokens(traits: _TokenizerTraits, fmt: ConversationFormat) -> 
 
 
 def _check_texts(
-    traits: _TokenizerTraits,
+    traits: TokenizerTraits,
     fmt: ConversationFormat,
     messages: Sequence[Message],
     visual: Sequence[int],

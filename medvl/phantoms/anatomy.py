@@ -27,7 +27,7 @@ GREYS = {
     "ct": {"scalp": 70, "skull": 225, "cortex": 132, "sulci": 85, "white": 108, "fissure": 55, "fluid": 45},
     "mr": {"scalp": 165, "skull": 22, "cortex": 140, "sulci": 205, "white": 92, "fissure": 200, "fluid": 225},
 }
-TABLES = {"reconstruct": ("reconstruction",), "draw": ("transfer", "super_resolution", "report")}
+TABLES = {"draw": ("reconstruction", "report"), "change": ("transfer", "super_resolution")}
 
 
 @frozen(kw_only=True)
@@ -49,9 +49,9 @@ class AnatomyConfig:
 
 def draw_anatomy(cfg: AnatomyConfig, folder: files.PathLike) -> dict[str, int]:
     """Write pictures `folder/{split}/{number}-{look}.png` (and `...-low.png`, a quarter as many pixels a side),
-    questions about them, `{split}.jsonl`, and for `language/drawings.py` pictures to draw: `{split}_reconstruct.jsonl`
-    with the task "reconstruction", and `{split}_draw.jsonl` with "transfer" (from the other look),
-    "super_resolution" and "report" (text alone). Each line has "look", "side", "kind" and "size" of its target.
+    questions about them, `{split}.jsonl`, and for `language/drawings.py` pictures to draw: `{split}_draw.jsonl` with the
+    tasks "reconstruction" and "report" (from text alone), and `{split}_change.jsonl` with "transfer" (from the other
+    look) and "super_resolution". Each line has "look", "side", "kind" and "size" of its target.
 
     Of the training split the three questions about a picture are one conversation, in any order.
 

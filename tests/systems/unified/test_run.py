@@ -14,6 +14,7 @@ from medvl.base.files import file_lock
 from medvl.base.tree import flatten
 from medvl.components.vq import VqConfig, init_vq
 from medvl.hub import vqgan_files
+from medvl.language import encoding
 from medvl.systems.unified import SYSTEM, data, draw, probe, run, score
 from medvl.systems.unified.record import Config
 from tests.records import with_settings
@@ -202,6 +203,19 @@ def test_shards_on_two_processes_train_as_one_process_does(tmp_path):
             lines = (tmp_path / name / stage / "metrics.jsonl").read_text().splitlines()
             losses.append([json.loads(line)[key] for line in lines for key in ("loss", "grad_norm")])
         assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_the_tokenizer_is_tried_out_once_for_many_prompts(trained, monkeypatch):
+    # It goes through all special tokens: with thousands of image codes that takes longer than a prompt.
+    _, cfg, model, _, _ = trained
+    questions = [drawing.question for drawing in data.read_targets(cfg, cfg.data.sources[1], "test")[:8]]
+    real, calls = encoding.tokenizer_traits, []
+    monkeypatch.setattr(encoding, "tokenizer_traits", lambda *args: calls.append(args) or real(*args))
+    samples = draw.encode_drawings(model, questions).samples
+    assert len(samples) == 8
+    assert len(calls) <= 2  # once more to see how answers end
+    for question, sample in zip(questions, samples, strict=True):
+        assert torch.equal(draw.encode_drawings(model, [question]).samples[0].ids, sample.ids)
 
 
 def test_answers_and_pictures_are_scored_beside_their_controls(trained, monkeypatch):
