@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from medvl.evaluation.vqa import is_right, score_answers
+from medvl.evaluation.vqa import Labelled, is_right, score_answers
 
 OPTIONS = {"A": "Lung", "B": "Heart.", "C": "heart"}
 
@@ -34,9 +34,14 @@ def test_gold_must_be_an_answer():
         is_right("A", "...")
 
 
-def score(answers, gold, families, groups, options=None, train=()):
+def score(answers, gold, families, groups, options=None, train=(), questions=None):
+    options, questions = options or [None] * len(gold), questions or [f"{i}?" for i in range(len(gold))]
+    records = [
+        Labelled(gold=g, question=q, options=o, subjects=(f, ""))
+        for g, q, o, f in zip(gold, questions, options, families, strict=True)
+    ]
     rows = score_answers(
-        answers, gold, options or [None] * len(gold), [(f, "") for f in families], groups,
+        answers, records, groups,
         train=train, split="test", experiment="x-1", n=50, gen=torch.Generator().manual_seed(0),
     )  # fmt: skip
     return {(r.subject, r.what): r for r in rows}
@@ -71,7 +76,8 @@ def test_no_record_is_lost_and_constants_are_those_of_a_naive_count(seed):
             least, most = usual_naive(own)
             assert least <= rows[subject, "accuracy_of_the_usual_answer_of_others"].value <= most
     assert {what for _, what in rows} == {
-        f"accuracy{x}" for x in ("", "_of_yes", "_of_the_usual_answer_of_others")
+        f"accuracy{x}"
+        for x in ("", "_of_yes", "_of_the_usual_answer_of_others", "_of_the_question_alone_of_others")
     }
 
 
@@ -97,10 +103,10 @@ def test_choices_have_letters():
 def test_the_usual_answer_is_that_of_the_training_split_where_it_has_the_subject():
     gold, families = ["yes", "no", "lung", "B"], ["closed", "closed", "open", "choice"]
     train = [
-        ("No.", None, ("closed",)),
-        ("no", None, ("closed", "")),
-        ("yes", None, ("closed",)),
-        ("A. x", {"A": "x", "B": "y"}, ("choice",)),
+        Labelled(gold="No.", subjects=["closed"]),
+        Labelled(gold="no", subjects=["closed", ""]),
+        Labelled(gold="yes", subjects=["closed"]),
+        Labelled(gold="A. x", options={"A": "x", "B": "y"}, subjects=["choice"]),
     ]
     rows = score(gold, gold, families, range(4), [None, None, None, {"A": "u", "B": "v"}], train)
     usual = "accuracy_of_the_usual_training_answer"
@@ -110,3 +116,45 @@ def test_the_usual_answer_is_that_of_the_training_split_where_it_has_the_subject
         "choice": 0.0,  # the letter A
     }
     assert {key for key, what in rows if what == "accuracy_of_the_usual_answer_of_others"} == {"open"}
+
+
+def test_what_the_question_alone_reaches():
+    gold, questions = (
+        ["yes", "no", "no", "lung"],
+        ["Is it CT?", "is it ct", "Is there a mass?", "Which organ?"],
+    )
+    train = [
+        Labelled(gold=answer, question=question, subjects=["x"])
+        for answer, question in (
+            *[("yes", "Is it CT?")] * 2,
+            ("no", "Is it CT?"),
+            *[("no", "Is there air?")] * 3,
+            ("lung", "Which organ?"),
+        )
+    ]
+    rows = score(gold, gold, ["x"] * 4, range(4), train=train, questions=questions)
+    # "yes" to both about CT, "no" where the question is new, "lung" as in training.
+    assert rows["x", "accuracy_of_the_question_alone"].value == 0.75
+    assert rows["x", "accuracy_of_the_usual_training_answer"].value == 0.5
+    assert ("x", "accuracy_of_the_question_alone_of_others") not in rows
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_without_training_records_others_with_the_same_question_say_it(seed):
+    rng = np.random.default_rng(seed)
+    n = 20
+    gold, questions = (
+        rng.choice(["yes", "no", "lung"], n).tolist(),
+        rng.choice(["a?", "b?", "c?"], n).tolist(),
+    )
+    rows = score(gold, gold, ["x"] * n, range(n), questions=questions)
+    least = most = 0.0
+    for question in {*questions}:
+        own = [g for g, q in zip(gold, questions, strict=True) if q == question]
+        if len(own) == 1:
+            least, most = least + 0, most + 1  # the usual answer, right or not
+        else:
+            low, high = usual_naive(own)
+            least, most = least + low * len(own), most + high * len(own)
+    value = rows["x", "accuracy_of_the_question_alone_of_others"].value * n
+    assert least - 1e-9 <= value <= most + 1e-9

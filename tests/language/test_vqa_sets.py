@@ -8,7 +8,7 @@ import pytest
 import torch
 from attrs import evolve
 
-from medvl.evaluation.vqa import score_answers
+from medvl.evaluation.vqa import Labelled, score_answers
 from medvl.language.conversations import read_conversations
 from medvl.language.vqa_rad import convert_vqa_rad
 from medvl.language.vqa_sets import convert_omnimedvqa, convert_slake
@@ -88,10 +88,8 @@ def test_omnimedvqa(convert, tmp_path):
     assert [m["content"] for m in found[1].messages] == ["<image>\nWhat is seen?\nA. Normal", "A. Normal"]
     assert found[1].extra["task"] == "CT"
     assert found[0].images[0].samefile(tmp_path / "images" / "Images" / "a b" / "1.png")
-    rows = score_answers(
-        ["Adenocarcinoma", "B"], [c.messages[-1]["content"] for c in found], [c.options for c in found],
-        [["choice"]] * 2, [0, 1], split="all", gen=torch.Generator(),
-    )  # fmt: skip
+    records = [Labelled(gold=c.messages[-1]["content"], options=c.options) for c in found]
+    rows = score_answers(["Adenocarcinoma", "B"], records, [0, 1], split="all", gen=torch.Generator())
     assert rows[0].value == 0.5
 
 
@@ -151,11 +149,9 @@ def test_the_real_files_lose_no_record(shared_data, tmp_path):
     tested = read_conversations(tmp_path / "test.jsonl")
     for found, n_closed, n_open in ((slake, 416, 645), (tested, 178, 109)):
         gold = [c.messages[-1]["content"] for c in found]
-        families = [[c.extra["family"]] for c in found]
+        records = [Labelled(gold=g, subjects=[c.extra["family"]]) for g, c in zip(gold, found, strict=True)]
         images = [c.extra["episode_id"] for c in found]
-        rows = score_answers(
-            gold, gold, [None] * len(gold), families, images, split="test", n=20, gen=torch.Generator()
-        )
+        rows = score_answers(gold, records, images, split="test", n=20, gen=torch.Generator())
         said = {(r.subject, r.what): r for r in rows}
         assert said["closed", "accuracy"].n == n_closed
         assert said["open", "accuracy"].n == n_open

@@ -64,11 +64,11 @@ def test_questions_of_training_come_in_any_order(folder):
 
 def test_pictures_to_draw(folder):
     drawings = read_drawings(folder / "train_draw.jsonl")
-    copies = read_drawings(folder / "train_reconstruct.jsonl")
-    assert len(drawings) == 16 * 2 * 3
-    assert len(copies) == 16 * 2
-    assert {d.question.extra["task"] for d in copies} == {"reconstruction"}
-    for d in drawings + copies:
+    changes = read_drawings(folder / "train_change.jsonl")
+    assert len(drawings) == len(changes) == 16 * 2 * 2
+    assert {d.question.extra["task"] for d in drawings} == {"reconstruction", "report"}
+    assert {d.question.extra["task"] for d in changes} == {"transfer", "super_resolution"}
+    for d in drawings + changes:
         extra, (message,) = d.question.extra, d.question.messages
         number, look, task = extra["episode_id"].split("-")[1], extra["look"], extra["task"]
         assert d.target == folder / "train" / f"{number}-{look}.png"

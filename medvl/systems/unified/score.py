@@ -41,12 +41,9 @@ def score_questions(model: Unified, params: Tree, folder: Path, experiment: str)
     selected = model.tasks.select(params, "understand")
     lines = answer_conversations(model.task("understand"), selected, conversations, folder)
     files.write_text(folder / "answers.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    gold, options, subjects = zip(*map(_label, conversations), strict=True)
     return score_answers(
         [line["answer"] for line in lines],
-        gold,
-        options,
-        subjects,
+        [_label(conversation) for conversation in conversations],
         [_case(conversation, i) for i, conversation in enumerate(conversations)],
         train=[_label(conversation) for conversation in _read_conversations(cfg, "train")],
         split="test",
@@ -65,9 +62,14 @@ def _read_conversations(cfg: Config, split: Split) -> list[Conversation]:
 
 
 def _label(conversation: Conversation) -> Labelled:
-    """The written answer to a question, its options, and what it counts under."""
-    subjects = [str(conversation.extra.get(key, "")) for key in ("family", "category")]
-    return conversation.messages[-1]["content"], conversation.options, subjects
+    """The last question of a conversation and its answer, with what it counts under."""
+    question, answer = conversation.messages[-2:]
+    return Labelled(
+        gold=answer["content"],
+        question=question["content"].replace("<image>", ""),
+        options=conversation.options,
+        subjects=[str(conversation.extra.get(key, "")) for key in ("family", "category")],
+    )
 
 
 def _case(question: Conversation, number: int) -> Any:

@@ -251,6 +251,7 @@ def test_answers_and_pictures_are_scored_beside_their_controls(trained, monkeypa
     assert "report: copied input" not in subjects
     metrics = {row.what for row in rows}
     assert {"accuracy", "accuracy_of_the_usual_training_answer", "all_as_reported"} <= metrics
+    assert "accuracy_of_the_question_alone" in metrics
     assert "accuracy_of_the_usual_answer_of_others" not in metrics
     assert "Pictures of the test split" in page.read_text()
     assert len([*(folder / "pictures").glob("*.png")]) == 8
@@ -278,7 +279,12 @@ def test_without_a_training_split_controls_are_left_out_or_have_another_name(tra
     assert subjects - {"shuffled reports"} == {"drawn", "copied input", "vq reconstruction"}
     assert any("There is no mean target" in note for note in notes)
     metrics = {row.what for row in score.score_questions(tested, params, folder, "tiny")}
-    assert metrics == {"accuracy", "accuracy_of_yes", "accuracy_of_the_usual_answer_of_others"}
+    assert metrics == {
+        "accuracy",
+        "accuracy_of_yes",
+        "accuracy_of_the_usual_answer_of_others",
+        "accuracy_of_the_question_alone_of_others",
+    }
 
 
 def test_samples_and_memory_are_shown_before_a_run(trained, tmp_path):
