@@ -140,7 +140,7 @@ def end_of(tok, template):
 
 def exact(tok, ids):
     """Text of ids in the middle of a text (decoders drop the first space of sentencepiece)."""
-    mark = encoding._tokenizer_traits(tok).anchor
+    mark = encoding.tokenizer_traits(tok).anchor
     lead = tok.convert_tokens_to_ids(mark) if mark else None
     text = tok.decode([lead, *ids] if mark else ids, clean_up_tokenization_spaces=False)
     return text.removeprefix(mark)
