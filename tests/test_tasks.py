@@ -246,8 +246,14 @@ def test_a_run_of_a_version_with_fewer_settings_is_gone_on_with(tmp_path, monkey
     run._describe(old, cfg)  # as going on does
     assert run.resolve(str(old)) == (cfg, old)
     assert run.resolve(str(old), ("seed=7",))[1] != old
+    experiment = str(ROOT / "experiments/tune_phantom.toml")
+    assert run.resolve(experiment) == (cfg, old)  # the command that began it
+    assert run.resolve(experiment, ("seed=7",))[1] != old
     (old / "config.json").write_text(json.dumps(raw | {"seed": 3}))  # edited: another run
     assert run.resolve(str(old))[1] != old
+    assert run.resolve(experiment)[1] != old
+    (old / "config.json").write_text("[]")  # no record of a run is an obstacle
+    assert run.resolve(experiment)[1] != old
 
 
 def test_a_run_folder_is_an_experiment_wherever_it_lies(tmp_path, monkeypatch):

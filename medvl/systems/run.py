@@ -1,5 +1,6 @@
 """Any system from a record: experiments by name, run folders, training, evaluation."""
 
+import glob
 import importlib
 import importlib.util
 import json
@@ -116,7 +117,23 @@ def resolve(exp: str, overrides: Sequence[str] = ()) -> tuple[Any, Path]:
         # The run itself, wherever it lies now: folders may be moved, and copied to other machines.
         if digest_in_name == digest or unchanged:
             return cfg, path.parent
-    return cfg, RUNS / f"{name or path.parent.name}-{digest}"
+    folder = RUNS / f"{name or path.parent.name}-{digest}"
+    return cfg, folder if folder.exists() else _run_of_older_version(cfg, folder)
+
+
+def _run_of_older_version(cfg: Any, folder: Path) -> Path:
+    """The folder of a run of this very record that was begun by a version with fewer settings, which gave it another
+    digest; `folder` itself where there is none."""
+    name = folder.name.rpartition("-")[0]
+    for path in sorted(RUNS.glob(f"{glob.escape(name)}-*/config.json")):
+        try:
+            raw = config.read_settings(path)
+            unchanged = path.parent.name == f"{name}-{config.record_digest(raw)}"
+            if unchanged and config.structure(raw, type(cfg), source=str(path)) == cfg:
+                return path.parent
+        except config.ConfigError:
+            continue  # of another system, or with settings that are no more
+    return folder
 
 
 def _system_of_record(raw: dict[str, Any], path: Path) -> System:
