@@ -115,6 +115,13 @@ class Plugin:
     # {"embed", "head"}: [vocabulary, d], in place of the base's
     tables: dict[str, Tensor] = field(factory=dict, repr=False)
 
+    def __attrs_post_init__(self) -> None:
+        if self.config.task == "draw" and "head" not in {**self.tables, **(self.rows or {})}:
+            raise ValueError(
+                "plugin: one to draw must have rows or a head for its image codes, or else all of them are equally "
+                "likely; found none (HealthGPT's are in fusion_layer_weights.bin)"
+            )
+
 
 def published_config(variant: str, task: str) -> PluginConfig:
     """The record of one of HealthGPT's plugins.

@@ -189,13 +189,11 @@ def _start_tables(params: Tree, starts: Mapping[str, Plugin], names: Mapping[str
     """`params` with the rows and tables of plugins; of a whole table the first `keep` rows are the base's.
 
     Raises:
-        ValueError: two plugins have different ones, or one that draws has none.
+        ValueError: two plugins have different ones.
     """
     brought = dict[str, Tensor]()
-    for task, plugin in starts.items():
+    for plugin in starts.values():
         tensors = flatten({"rows": plugin.rows or {}, "tables": plugin.tables})
-        if task == "draw" and not tensors:
-            raise ValueError("draw.start: the plugin must have rows or tables of the codes, found none")
         for name, tensor in tensors.items():
             if not torch.equal(brought.setdefault(name, tensor), tensor):
                 raise ValueError(

@@ -103,12 +103,9 @@ def test_no_plugin_is_written_for_a_tower_or_base_that_is_nowhere_else(folder, t
 
 
 def test_plugins_that_a_record_cannot_start_from_are_refused(folder, tmp_path):
-    plugin = make_plugin(folder, "draw", rows=False)
-    plugin_files.write_plugin(plugin, tmp_path / "no_rows")
     plugin_files.write_plugin(make_plugin(folder, "draw"), tmp_path / "draw")
     plugin_files.write_plugin(make_plugin(folder, "understand"), tmp_path / "understand")
     cases = [
-        ("draw", "no_rows", {}, "draw.start: the plugin must have rows or tables of the codes, found none"),
         ("draw", "understand", {}, r"differs \(plugin / record\): .*level: -2 / 1, .*task"),
         ("draw", "draw", {"draw__lora__rank": 4}, r"draw.start: .*rank: 8 / 4"),
         ("draw", "draw", {"chat__template": "phi3"}, "trained with the template 'chatml', found 'phi3'"),
