@@ -368,7 +368,7 @@ def draw(
     c,
     out,
     question="",
-    image="",
+    image=None,
     run="",
     plugin="",
     base="",

@@ -6,10 +6,9 @@ from medvl.base import config, files
 from medvl.base.display import progress_bar
 from medvl.commands.questions import parse_window
 from medvl.evaluation import report
-from medvl.language import chat
-from medvl.language.conversations import Conversation, read_records
+from medvl.language.drawings import read_texts
 from medvl.systems.unified import draw, run
-from medvl.systems.unified.model import Unified, open_plugin
+from medvl.systems.unified.model import open_plugin
 from medvl.systems.unified.record import CLIP
 
 
@@ -17,7 +16,7 @@ def draw_pictures(
     text: str,
     out: str,
     *,
-    image: str = "",
+    image: str | None = None,
     run_path: str = "",
     plugin: str = "",
     base: str = "",
@@ -42,13 +41,22 @@ def draw_pictures(
     """
     if bool(run_path) == bool(plugin):
         raise ValueError("draw: needs either --run RUN, or --plugin FOLDER with --vq FOLDER")
-    if bool(text) == bool(questions) or (questions and (image or page is not None)):
+    if bool(text.strip()) == bool(questions) or (questions and (image is not None or page is not None)):
         raise ValueError("draw: needs either --question (with --image or without) or --questions FILE")
     if text and not out.lower().endswith(".png"):
         raise ValueError(f"draw: pictures are PNG files, --out must end in .png, got {out!r}")
+    flags = {"--base": base, "--vq": vq, "--tower": tower != CLIP, "--quantize": quantize != "none"}
+    # The run's greys are shown through its chat.window; of one picture there may be another.
+    flags["--window"] = questions and window
+    wrong = [flag for flag, value in flags.items() if value]
+    if run_path and wrong:
+        raise ValueError(f"draw: {run_path} is a run, which has this in its record: leave {wrong[0]} out")
+    if image is not None and not Path(image).is_file():
+        raise ValueError(f"draw: {image or repr(image)}: there is no such image")
     # Before a model is loaded.
     files.check_writable(out, folder=bool(questions))
     levels = parse_window(window)
+    asked = read_texts(questions) if questions else []
     if plugin:
         model, params = open_plugin(
             plugin, "draw", base=base, vq=vq, tower=tower, quantize=quantize, window=levels or ()
@@ -60,7 +68,6 @@ def draw_pictures(
         model, params = run.load(folder)
     sampling = {"temperature": temperature, "seed": seed}
     if questions:
-        asked = read_texts(model, questions)
         drawn = draw.draw_pictures(model, params, asked, Path(out), batch=batch, **sampling)  # type: ignore[arg-type]
         print(f"{out}/pictures: {len(drawn)} pictures")
     else:
@@ -73,7 +80,7 @@ def draw_pictures(
             picture = draw.draw_image(
                 model,
                 params,
-                image or None,
+                image,
                 text,
                 on_code=show,
                 page=page,
@@ -83,24 +90,3 @@ def draw_pictures(
         draw.write_picture(picture, out)
         print(f"{out}: {picture.width} x {picture.height} px")
     print(report.NOTICE)
-
-
-def read_texts(model: Unified, path: files.PathLike) -> list[Conversation]:
-    """The questions of a file: JSON lines {"text", "image" or nothing}; relative names start from its folder.
-
-    Raises:
-        ValueError: with the line, another shape, or an image that is not there.
-    """
-    questions = []
-    for _, where, record in read_records(Path(path)):
-        text, image = (record.get("text"), record.get("image")) if isinstance(record, dict) else (None, None)
-        if not isinstance(text, str) or not isinstance(image, str | None):
-            raise ValueError(f'{where}: must be {{"text": text, "image": file name or nothing}}')
-        images = [Path(path).parent / image] if image else []
-        if images and not images[0].is_file():
-            raise ValueError(f"{where}: {images[0]}: there is no such image")
-        try:
-            questions.append(chat.make_question(model.task("draw").chat, text, images))
-        except ValueError as e:
-            raise ValueError(f"{where}: {e}") from e
-    return questions

@@ -15,7 +15,7 @@ from medvl.systems.unified.run import ask_opened
 
 # Options that make sense with a registry; a system lists its own in `System.takes`.
 REGISTRY_TAKES = ("--image", "--mode", "-k", "--own", "--base", "--set")
-PLUGIN_TAKES = ("--image", "--base", "--page", "--window")
+PLUGIN_TAKES = ("--image", "--base", "--tower", "--quantize", "--page", "--window")
 
 
 def print_answer(
@@ -61,6 +61,8 @@ def print_answer(
         "-k": k >= 0,
         "--own": own,
         "--base": base,
+        "--tower": tower != CLIP,
+        "--quantize": quantize != "none",
         "--set": overrides,
         "--offset": offset,
         "--page": page is not None,

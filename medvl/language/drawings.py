@@ -5,6 +5,7 @@ The picture is a file, or the codes of a VQ model as text, "<start_index><idx_5>
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from attrs import evolve, field, frozen
@@ -13,6 +14,7 @@ from medvl.base import files
 from medvl.base.text import short
 from medvl.language.conversations import Conversation, parse_conversation, read_records
 
+_CONVERSATIONS = {"messages", "conversations", "conversatons", "query", "instruction"}  # a key of each shape
 _CODES = re.compile(r"<start_index>((?:<idx_\d+>)*)<end_index>", re.ASCII)
 
 
@@ -45,15 +47,7 @@ def read_drawings(
     path = Path(path)
     folder = path.parent if root is None else Path(root)
     drawings = list[Drawing]()
-    for line, where, record in read_records(path):
-        if isinstance(record, dict) and "target" in record:
-            record = _as_query(record, where)
-        conversation = parse_conversation(record, where, line, "<image>", folder, str(path))
-        *asked, answer = conversation.messages
-        if [message["role"] for message in asked if message["role"] != "system"] != ["user"]:
-            raise ValueError(f"{where}: must have one question and the picture as its answer, got more turns")
-        question = evolve(conversation, messages=tuple(asked))
-        target = answer["content"].strip()
+    for where, question, target in _read_lines(path, folder):
         if target.startswith("<"):
             codes = _parse_codes(target, where, number=number, codebook=codebook)
             drawings.append(Drawing(question=question, codes=codes))
@@ -64,9 +58,34 @@ def read_drawings(
                 f"{where}: the target must be codes or a file that is there (relative names start from {folder}), "
                 f"got {short(target)}"
             )
-    if not drawings:
-        raise ValueError(f"{path}: holds no drawing")
     return drawings
+
+
+def read_texts(path: files.PathLike) -> list[Conversation]:
+    """What pictures are to be drawn of: lines as those of `read_drawings`, whose target may be missing.
+
+    Raises:
+        ValueError: as `read_drawings`.
+    """
+    path = Path(path)
+    return [question for _, question, _ in _read_lines(path, path.parent, target="to be drawn")]
+
+
+def _read_lines(
+    path: Path, folder: Path, target: str | None = None
+) -> Iterator[tuple[str, Conversation, str]]:
+    """(place for errors, question, target as written) of every line; `target` is that of lines without one."""
+    line = 0
+    for line, where, record in read_records(path):
+        if isinstance(record, dict) and ("target" in record or not _CONVERSATIONS & record.keys()):
+            record = _as_query(record if target is None else {"target": target} | record, where)
+        conversation = parse_conversation(record, where, line, "<image>", folder, str(path))
+        *asked, answer = conversation.messages
+        if [message["role"] for message in asked if message["role"] != "system"] != ["user"]:
+            raise ValueError(f"{where}: must have one question and the picture as its answer, got more turns")
+        yield where, evolve(conversation, messages=tuple(asked)), answer["content"].strip()
+    if not line:
+        raise ValueError(f"{path}: holds no drawing")
 
 
 def _parse_codes(text: str, where: str, *, number: int, codebook: int) -> tuple[int, ...]:

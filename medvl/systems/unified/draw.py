@@ -16,6 +16,7 @@ from torch import Generator, Tensor
 from medvl.base import files
 from medvl.base.files import PathLike
 from medvl.base.progress import run_batches
+from medvl.base.text import few
 from medvl.base.tree import Tree
 from medvl.components import vq
 from medvl.language import chat, encoding, sampling, system
@@ -172,8 +173,15 @@ def draw_pictures(
     Args:
         text_temperature: of questions without an image; None = as the others.
     Raises:
-        ValueError: another process is drawing into `folder`.
+        ValueError: another process is drawing into `folder`, or it has pictures that are none of these.
     """
+    numbers = range(len(questions))
+    others = [p.name for p in (folder / "pictures").glob("*.png") if p.stem not in {*map(str, numbers)}]
+    if others:
+        raise ValueError(
+            f"draw: {folder}/pictures must be new or hold pictures 0 to {len(questions) - 1} of the same questions, "
+            f"found {few(sorted(others))}; give another folder or remove it"
+        )
     prompts = encode_drawings(model, questions)
     temperatures = [temperature] * len(questions)
     if text_temperature is not None:
@@ -186,7 +194,7 @@ def draw_pictures(
         prompts,
         Sampling(seed=seed),
         files.file_digest,
-        settings=[batch, *temperatures],
+        settings=[batch, model.task("draw").chat.cfg.window, *temperatures],
     )
 
     def draw_batch(rows: Sequence[int]) -> list[dict[str, Any]]:

@@ -7,8 +7,11 @@ from PIL import Image
 
 from medvl.commands import pictures, questions
 from medvl.hub import plugin_files
+from medvl.systems.unified.record import CLIP
 from tests.systems.unified.pieces import make_files, make_plugin
 from tests.tiny import drawn
+
+RUN = {"plugin": "", "run_path": "run", "vq": "", "tower": CLIP}
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +50,8 @@ def test_a_plugin_answers(folder, capsys):
         ask(folder, page=3)
     with pytest.raises(ValueError, match="--window must be black,white"):
         ask(folder, window="a")
+    with pytest.raises(ValueError, match=r"got \[0.0, inf\]; both must be finite"):
+        ask(folder, image="deep.png", window="0,inf")
     with pytest.raises(ValueError, match=r"needs either --adapters .* or --plugin"):
         ask(folder, run="run")
     with pytest.raises(ValueError, match=r"must be a plugin to understand, found one to draw"):
@@ -75,16 +80,41 @@ def test_a_plugin_draws_one_picture_or_many_and_goes_on(folder, tmp_path, capsys
             "must be a plugin to draw, found one to understand; .* L14 and XL32 only understand",
         ),
         ({"vq": ""}, "needs the VQ model of the plugin's 64 codes"),
-        ({"questions": "wrong.jsonl", "text": "", "out": "many"}, 'line 1: must be {"text"'),
-        ({"questions": "gone.jsonl", "text": "", "out": "many"}, "there is no such image"),
+        ({"text": " "}, "needs either --question .* or --questions"),
+        ({"image": ""}, "'': there is no such image"),
+        ({"page": 0}, "page and window are for files of images, and there is none"),
+        ({"window": "0,1"}, "page and window are for files of images, and there is none"),
+        (RUN | {"vq": "vq"}, "is a run, .* leave --vq out"),
+        (RUN | {"quantize": "nf4"}, "leave --quantize out"),
+        ({"lines": '{"question": "a"}'}, 'line 1: "text" and "target" must be texts, got null'),
+        ({"lines": '{"text": "a", "image": "gone.png"}'}, "line 1: image 'gone.png' does not exist"),
+        ({"lines": '{"text": "a", "img": "a.png"}'}, 'line 1: .* images are read from "images"'),
+        ({"lines": '{"text": "a <idx_5>"}'}, "line 1: .* must not hold special tokens"),
+        ({"lines": ""}, "holds no drawing"),
+        (RUN | {"lines": '{"text": "a"}', "window": "0,1"}, "leave --window out"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(folder, tmp_path, monkeypatch, settings, message):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "wrong.jsonl").write_text('{"question": "a"}\n')
-    (tmp_path / "gone.jsonl").write_text('{"text": "a", "image": "gone.png"}\n')
+    settings = {"out": "out.png"} | settings
+    if "lines" in settings:
+        (tmp_path / "texts.jsonl").write_text(settings.pop("lines"))
+        settings |= {"questions": "texts.jsonl", "text": "", "out": "many"}
     if settings.get("plugin"):
-        settings = settings | {"plugin": str(folder / settings["plugin"])}
+        settings["plugin"] = str(folder / settings["plugin"])
     with pytest.raises(ValueError, match=message):
-        draw(folder, **({"out": "out.png"} | settings))
+        draw(folder, **settings)
     assert not (tmp_path / "out.png").exists()
+
+
+def test_a_folder_holds_the_pictures_of_one_file(folder, tmp_path):
+    """Of another window they are drawn anew; those of a longer file would be taken for pictures of this one."""
+    deep = json.dumps({"text": "A liver.", "image": str(folder / "deep.png")}) + "\n"
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(deep * 2)
+    for window in ("0,51000", "0,5000"):
+        draw(folder, tmp_path / "many", "", questions=str(texts), window=window)
+    assert len([*(tmp_path / "many").glob("answers-*")]) == 2
+    texts.write_text(deep)
+    with pytest.raises(ValueError, match=r"must be new or hold pictures 0 to 0 .* found 1.png; give another"):
+        draw(folder, tmp_path / "many", "", questions=str(texts), window="0,51000")
