@@ -120,8 +120,10 @@ def choose_device(name: str = "auto") -> torch.device:
     """The device to compute on: "auto" is this process's GPU if there is one.
 
     Raises:
-        ValueError: "cuda" without a GPU.
+        ValueError: "cuda" without a GPU, or none of "auto", "cpu" and "cuda".
     """
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "device 'cuda' was requested, but torch finds no GPU; set train.device to 'auto' or 'cpu'"

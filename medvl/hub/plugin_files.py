@@ -134,8 +134,8 @@ def published_config(variant: str, task: str) -> PluginConfig:
     for config in PUBLISHED[variant]:
         if config.task == task:
             return config
-    published = few([config.task for config in PUBLISHED[variant]])
-    raise ValueError(f"plugin: of {variant} only the plugin for {published!r} was published, not {task!r}")
+    published = " and ".join(repr(config.task) for config in PUBLISHED[variant])
+    raise ValueError(f"plugin: of {variant} only the plugin for {published} was published, not {task!r}")
 
 
 def read_published(

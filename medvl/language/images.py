@@ -127,8 +127,10 @@ def check_window(window: tuple[float, ...], where: str) -> tuple[float, float] |
     """
     if not window:
         return None
-    if len(window) != 2 or not window[0] < window[1]:
-        raise ValueError(f"{where} must be [black, white] with black < white, got {list(window)}")
+    if len(window) != 2 or not -math.inf < window[0] < window[1] < math.inf:
+        raise ValueError(
+            f"{where} must be [black, white] with black < white, got {list(window)}; both must be finite"
+        )
     return window[0], window[1]
 
 

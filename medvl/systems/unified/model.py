@@ -4,6 +4,7 @@ Both tasks share the base and CLIP's tower. Of its own a task has an adapter, a 
 tower; to draw is to write the codes of a VQ model, tokens whose rows stand behind those of the base.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -288,10 +289,17 @@ def make_question(
     Raises:
         ValueError: as `images.open_image`; no text, or tags <image> in it that do not match.
     """
+    if isinstance(image, Image.Image | None) and (page is not None or window):
+        raise ValueError("ask: page and window are for files of images, and there is none; leave them out")
     if image is None:
         return chat.make_question(opened, text)
     if not isinstance(image, Image.Image):
-        levels = window or images.check_window(opened.cfg.window, "chat.window")
+        if not isinstance(image, str | os.PathLike | bytes):
+            found = type(image).__name__
+            raise ValueError(
+                f"ask: the image must be a path, a PIL image or None, got {found}; open it first"
+            )
+        levels = images.check_window(window or opened.cfg.window, "window")
         image = images.open_image(image, page=page, window=levels, only_deep=True)
     return chat.make_question(opened, text, [image])
 
@@ -338,6 +346,8 @@ def open_unified(
         ValueError: a plugin of another base, task, tokenizer or template; no VQ model to draw with, or one of
             another number of codes; as `chat.open_chat` and `plugin_files.read_plugin`.
     """
+    if dtype not in chat.DTYPES:
+        raise ValueError(f"open_unified: dtype must be one of {', '.join(chat.DTYPES)}, got {dtype!r}")
     target, kind = processes.choose_device(device), chat.DTYPES[dtype]
     opened_plugins = dict[str, Plugin]()
     for task, plugin in plugins.items():

@@ -269,4 +269,13 @@ def test_what_a_model_was_not_made_for_is_refused(folder, both, tmp_path):
         ask.ask_image(model, params, drawn((8, 8)), "<image> and <image>")
     with pytest.raises(ValueError, match="no such file"):
         ask.ask_image(model, params, tmp_path / "none.png", "What?")
+    for image in (torch.zeros(8, 8, 3), 5):
+        with pytest.raises(ValueError, match="the image must be a path, a PIL image or None, got"):
+            ask.ask_image(model, params, image, "What?")
+    with pytest.raises(ValueError, match="page and window are for files"):
+        ask.ask_image(model, params, drawn((8, 8)), "What?", page=0)
+    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, float16, got 'FP16'"):
+        open_unified(folder / "base", {"draw": plugin}, **settings | {"dtype": "FP16"})
+    with pytest.raises(ValueError, match="device must be auto, cpu or cuda, got 'tpu'"):
+        open_unified(folder / "base", {"draw": plugin}, **settings | {"device": "tpu"})
     assert answer(model, params)
