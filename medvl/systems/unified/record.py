@@ -11,6 +11,7 @@ from typing import Any, Literal
 from attrs import field, frozen
 
 from medvl.base import config
+from medvl.base.text import few
 from medvl.language.chat import ChatConfig, ModelConfig
 from medvl.language.system import check_quantized
 from medvl.phantoms.anatomy import AnatomyConfig
@@ -135,6 +136,18 @@ class Config:
     def __attrs_post_init__(self) -> None:
         config.check_bounds(self, "experiment", seed=config.SEED)
         check_quantized(self.model, self.train, "train understand/..., draw/... and rows/...")
+        stages = [stage.name for stage in self.train.stages]
+        for where, names in (
+            ("train.stages", stages),
+            ("data.sources", [source.name for source in self.data.sources]),
+        ):
+            if len({*names}) < len(names):
+                raise ValueError(f"{where} must have names of their own, got {names}")
+        for source in self.data.sources:
+            if unknown := {*source.stages} - {*stages}:
+                raise ValueError(
+                    f"data source {source.name}: stages must be names of train.stages, found {few(sorted(unknown))}"
+                )
         for stage in self.train.stages:
             if stage.data not in ("understand", "draw", "mixed"):
                 raise ValueError(

@@ -16,6 +16,7 @@ from medvl.hub.vqgan_files import open_vqgan
 from medvl.language import chat, encoding, system
 from medvl.language.chat import Encoded
 from medvl.systems.system import Question
+from medvl.systems.tune.run import check_test
 from medvl.systems.unified import score
 from medvl.systems.unified.ask import ask_image
 from medvl.systems.unified.codes import fit_vq
@@ -56,13 +57,22 @@ def open_vq(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> Vq
 
 def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[Unified, Tree]:
     """Train the VQ model, where the record says so, and all stages in the run folder, or go on with them."""
+    # What evaluation would stop at is an error before anything is trained.
+    for source in cfg.data.sources:
+        if "test" in source.splits:
+            read = read_questions if source.task == "understand" else read_targets
+            read(cfg, source, "test")
     trained_vq = open_vq(cfg, folder, log)
     model, params = init_model(cfg, folder, trained_vq, _texts(cfg), device=system.device_of(cfg.train))
     encoded = dict[tuple[str, Split], Encoded]()
     for source in cfg.data.sources:
         for split in source.splits:
+            if split == "test" and source.task == "understand":
+                check_test(model.task("understand"), read_questions(cfg, source, split))
+                continue
+            part = _encode_source(cfg, model, source, split, folder)
             if split != "test":
-                encoded[source.name, split] = part = _encode_source(cfg, model, source, split, folder)
+                encoded[source.name, split] = part
                 log(
                     f"{source.name}, {split}: {len(part.samples)} samples, {part.refused} more do not fit the context"
                 )
@@ -100,7 +110,8 @@ def _encode_source(cfg: Config, model: Unified, source: Source, split: Split, fo
     assert model.vq is not None
     drawings = read_targets(cfg, source, split)
     questions = [drawing.question for drawing in drawings]
-    return encode_drawings(model, questions, codes_of(cfg, model.vq, drawings, folder))
+    codes = codes_of(cfg, model.vq, drawings, folder)
+    return encode_drawings(model, questions, codes if split != "test" else None)
 
 
 def _stage_data(
@@ -121,6 +132,8 @@ def _stage_data(
             parts = [
                 take_share(part, source.share, cfg.seed) for part, source in zip(parts, sources, strict=True)
             ]
+            if not any(part.samples for part in parts):
+                raise ValueError(f"stage {stage.name}: the shares leave no sample to {task}; raise share")
         most = cfg.train.valid if split == "valid" and cfg.train.valid else None
         if parts:
             data[task] = Encoded(

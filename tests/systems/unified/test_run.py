@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 from functools import partial
 
 import pytest
@@ -144,7 +145,7 @@ def test_one_adapter_for_both_tasks(trained):
         assert model.tasks.select(params, task)["lora"] is params["lora"] is model.task(task).adapter.factors
     own = [{**stage, "train": ["draw/lora/.*", "rows/.*"]}]
     with pytest.raises(ValueError, match="stage both"):
-        run.fit(record(files, shared=LORA, train__stages=own), files, lambda _: None)
+        run.fit(record(files.parent, shared=LORA, train__stages=own), files, lambda _: None)
 
 
 def test_pictures_from_text_alone_have_a_temperature_of_their_own(trained, tmp_path, monkeypatch):
@@ -287,6 +288,28 @@ def test_without_a_training_split_controls_are_left_out_or_have_another_name(tra
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "line", "message"),
+    [
+        (
+            "test.jsonl",
+            {"query": "<image>What?", "response": "A cyst.", "image": "none.png"},
+            "'none.png' does not exist",
+        ),
+        ("test_draw.jsonl", {"text": "A head.", "target": "none.png"}, "a file that is there"),
+        ("test_draw.jsonl", {"text": "A head.", "target": "test.jsonl"}, "must be an image"),
+    ],
+)
+def test_faults_of_the_test_split_are_found_before_stages_are_trained(trained, tmp_path, name, line, message):
+    _, cfg, *_ = trained
+    shutil.copytree(data.data_folder(cfg), tmp_path / "data")
+    (tmp_path / "data" / name).write_text(json.dumps(line) + "\n")
+    cfg = evolve(cfg, data=evolve(cfg.data, source="files", folder=str(tmp_path / "data")))
+    with pytest.raises(ValueError, match=message):
+        run.fit(cfg, tmp_path / "run", lambda _: None)
+    assert not (tmp_path / "run" / "0-see").exists()
+
+
 def test_samples_and_memory_are_shown_before_a_run(trained, tmp_path):
     files, cfg, *_ = trained
     assert "<start_index><idx_0><idx_0>" in run.labels(cfg, files)
@@ -303,6 +326,11 @@ def test_shares_of_a_mixed_stage_are_drawn_by_the_seed(trained):
     encoded = run._encode_source(cfg, model, source, "train", None)
     third = run.take_share(encoded, 0.25, 0)
     assert len(third.samples) == len(third.conversations) == round(0.25 * len(encoded.samples))
+    sources = tuple(evolve(source, share=0.001) for source in cfg.data.sources)
+    few = evolve(cfg, data=evolve(cfg.data, sources=sources))
+    stage, data = cfg.train.stages[2], {(source.name, "train"): encoded for source in sources}
+    with pytest.raises(ValueError, match="stage plug: the shares leave no sample to understand; raise share"):
+        run._stage_data(few, data, stage, "train")
     assert (
         run.take_share(encoded, 0.25, 0).samples == third.samples != run.take_share(encoded, 0.25, 1).samples
     )
@@ -318,6 +346,23 @@ def test_shares_of_a_mixed_stage_are_drawn_by_the_seed(trained):
         ({"train__stages__0__data": "questions"}, 'stage see: data must be "understand", "draw" or "mixed"'),
         ({"shared": LORA, "draw__start": "folder"}, "shared: plugins bring adapters of their own"),
         ({"train__shard": True}, 'stage plug: data = "mixed" needs whole weights .* train.shard = false'),
+        (
+            {"train__stages__1__name": "see"},
+            r"train.stages must have names of their own, got \['see', 'see', 'plug', 'draw'\]",
+        ),
+        (
+            {"data__sources": [{"name": "a", "task": "draw"}, {"name": "a", "task": "understand"}]},
+            r"data.sources must have names of their own, got \['a', 'a'\]",
+        ),
+        (
+            {
+                "data__sources": [
+                    {"name": "a", "task": "draw", "stages": ["see", "sea"]},
+                    {"name": "b", "task": "understand"},
+                ]
+            },
+            "data source a: stages must be names of train.stages, found sea",
+        ),
         ({"codes": "folder"}, "to draw needs either codes .* or vq .*; got codes 'folder' and a table vq"),
         ({"tower__name": "clip"}, "tower must have either a name"),
         (
