@@ -141,6 +141,12 @@ def _stage_data(
                 samples=tuple(sample for part in parts for sample in part.samples)[:most],
                 refused=0,
             )
+    found, needed = sum(len(part.samples) for part in data.values()), stage_training(cfg.train, stage).batch
+    if split == "train" and found < needed:
+        message = (
+            f"stage {stage.name}: a batch of {needed} needs as many samples, found {found}; lower its batch"
+        )
+        raise ValueError(message)
     return data
 
 

@@ -245,7 +245,7 @@ def test_answers_and_pictures_are_scored_beside_their_controls(trained, monkeypa
     subjects = {row.subject for row in rows if row.what == "ssim_gaussian"}
     assert {
         "all: drawn",
-        "transfer: copied input",
+        "reconstruction: copied input",
         "all: mean target",
         "report: vq reconstruction",
     } <= subjects
@@ -331,6 +331,12 @@ def test_shares_of_a_mixed_stage_are_drawn_by_the_seed(trained):
     stage, data = cfg.train.stages[2], {(source.name, "train"): encoded for source in sources}
     with pytest.raises(ValueError, match="stage plug: the shares leave no sample to understand; raise share"):
         run._stage_data(few, data, stage, "train")
+    large = evolve(cfg.train.stages[0], batch=400)
+    count = len(encoded.samples)
+    with pytest.raises(
+        ValueError, match=f"stage see: a batch of 400 needs as many samples, found {count}; lower"
+    ):
+        run._stage_data(cfg, data, large, "train")
     assert (
         run.take_share(encoded, 0.25, 0).samples == third.samples != run.take_share(encoded, 0.25, 1).samples
     )
