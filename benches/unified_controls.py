@@ -56,12 +56,9 @@ def with_one_lora(cfg: Config) -> Config:
         for stage in cfg.train.stages
     ]
     patterns = tuple(p for p in (*understand.train, *draw.train) if not p.startswith("understand/lora/"))
+    # The last stage keeps its name, as sources go by it.
     both = attrs.evolve(
-        draw,
-        name="both",
-        data="mixed",
-        steps=understand.steps + draw.steps,
-        train=tuple(dict.fromkeys(patterns)),
+        draw, data="mixed", steps=understand.steps + draw.steps, train=tuple(dict.fromkeys(patterns))
     )
     shared = LoraConfig(rank=cfg.draw.lora.rank, alpha=cfg.draw.lora.alpha, pattern=cfg.draw.lora.pattern)
     return attrs.evolve(cfg, shared=shared, train=attrs.evolve(cfg.train, stages=(*first, both)))
@@ -82,11 +79,14 @@ def with_abstract_drawing(cfg: Config) -> Config:
 def of_one_task(cfg: Config, other: str) -> Config:
     """Without the stages of the other task alone, and without its test."""
     stages = tuple(stage for stage in cfg.train.stages if stage.data != other)
+    names = {stage.name for stage in stages}
     sources = []
     for source in cfg.data.sources:
         tested = source.task != other
         splits = tuple(split for split in source.splits if tested or split != "test")
-        sources.append(attrs.evolve(source, splits=splits))
+        kept = tuple(name for name in source.stages if name in names)
+        if kept or not source.stages:  # else it was for the stages that are left out
+            sources.append(attrs.evolve(source, splits=splits, stages=kept))
     return attrs.evolve(
         cfg, data=attrs.evolve(cfg.data, sources=tuple(sources)), train=attrs.evolve(cfg.train, stages=stages)
     )
