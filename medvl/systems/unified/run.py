@@ -8,6 +8,7 @@ import torch
 from attrs import evolve
 
 from medvl.base import config, processes
+from medvl.base.text import few
 from medvl.base.tree import Tree, flatten, split_tree
 from medvl.evaluation import plots, report
 from medvl.evaluation.results import Result
@@ -62,8 +63,38 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
         if "test" in source.splits:
             read = read_questions if source.task == "understand" else read_targets
             read(cfg, source, "test")
+    _check_trained(cfg, _init_meta(cfg, folder)[1])
     trained_vq = open_vq(cfg, folder, log)
     model, params = init_model(cfg, folder, trained_vq, _texts(cfg), device=system.device_of(cfg.train))
+    encoded = _encode_sources(cfg, model, folder, log)
+    train = {stage.name: _stage_data(cfg, encoded, stage, "train") for stage in cfg.train.stages}
+    valid = {stage.name: _stage_data(cfg, encoded, stage, "valid") for stage in cfg.train.stages}
+    params = stages.shard_params(cfg.train, params)
+    params = system.fit_tasks(
+        model.tasks, params, lambda stage: train[stage.name], lambda stage: valid[stage.name], folder, log
+    )
+    if processes.rank() == 0:
+        export_plugins(cfg, model, params, folder, log)
+    processes.wait_for_all()
+    return model, params
+
+
+def _check_trained(cfg: Config, params: Tree) -> None:
+    """Each stage must train a part that its data is computed with."""
+    for stage in cfg.train.stages:
+        unused = {"understand", "draw"} - {*stage_tasks(stage.data)}
+        names = [*flatten(split_tree(params, stage.train)[0])]
+        if all(name.partition("/")[0] in unused for name in names):
+            raise ValueError(
+                f"stage {stage.name}: must train something that its data {stage.data!r} is computed with, but its "
+                f"patterns match only {few(names)}"
+            )
+
+
+def _encode_sources(
+    cfg: Config, model: Unified, folder: Path, log: Callable[[str], None]
+) -> dict[tuple[str, Split], Encoded]:
+    """{(source, split): token ids} of what is trained on and validated; the test split is only looked at."""
     encoded = dict[tuple[str, Split], Encoded]()
     for source in cfg.data.sources:
         for split in source.splits:
@@ -76,16 +107,7 @@ def fit(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> tuple[
                 log(
                     f"{source.name}, {split}: {len(part.samples)} samples, {part.refused} more do not fit the context"
                 )
-    train = {stage.name: _stage_data(cfg, encoded, stage, "train") for stage in cfg.train.stages}
-    valid = {stage.name: _stage_data(cfg, encoded, stage, "valid") for stage in cfg.train.stages}
-    params = stages.shard_params(cfg.train, params)
-    params = system.fit_tasks(
-        model.tasks, params, lambda stage: train[stage.name], lambda stage: valid[stage.name], folder, log
-    )
-    if processes.rank() == 0:
-        export_plugins(cfg, model, params, folder, log)
-    processes.wait_for_all()
-    return model, params
+    return encoded
 
 
 def _texts(cfg: Config) -> list[str]:

@@ -310,6 +310,17 @@ def test_faults_of_the_test_split_are_found_before_stages_are_trained(trained, t
     assert not (tmp_path / "run" / "0-see").exists()
 
 
+def test_a_stage_must_train_what_its_data_is_computed_with(trained, tmp_path):
+    files, *_ = trained
+    stage = {"name": "a", "data": "understand", "steps": 2, "lr": 1e-2, "train": ["draw/projector/.*"]}
+    cfg = record(files.parent, train__stages=[stage])
+    with pytest.raises(
+        ValueError, match=r"stage a: must train something .*'understand'.* only draw/projector"
+    ):
+        run.fit(cfg, tmp_path, lambda _: None)
+    assert not (tmp_path / "codes").exists()  # no VQ model was trained for it
+
+
 def test_samples_and_memory_are_shown_before_a_run(trained, tmp_path):
     files, cfg, *_ = trained
     assert "<start_index><idx_0><idx_0>" in run.labels(cfg, files)
