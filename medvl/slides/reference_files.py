@@ -170,7 +170,7 @@ def _split_checkpoint(entries: dict[str, Entry]) -> tuple[dict[str, Entry], dict
 def _infer_config(entries: Mapping[str, Entry], path: Path, top_k: int) -> CompressConfig:
     missing = [key for key in ("gate.weight", "experts.0.net.0.weight") if key not in entries]
     if missing:
-        raise ValueError(f"read_compressor: {path}: missing {few(missing)}")
+        raise ValueError(f"read_compressor: {path}: missing {few(missing)}; found {few([*entries])}")
     gate, up = entries["gate.weight"].shape, entries["experts.0.net.0.weight"].shape
     if not len(gate) == len(up) == 2:
         raise ValueError(

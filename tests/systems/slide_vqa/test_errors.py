@@ -398,7 +398,7 @@ BAD_FILES = [
     (
         lambda data: torch.save({"a": torch.zeros(2)}, data / "x.pt"),
         FILE,
-        r"read_compressor: .*x.pt: unexpected a",
+        r"read_compressor: .*x.pt: missing gate.weight, .*; found a",
     ),
     (
         lambda data: (compressed()(data), cut_off("x.pt")(data)),
@@ -411,7 +411,7 @@ BAD_FILES = [
         r"x.pt: takes patches of 16 numbers, those of .*A0.npy have 8; another encoder\?",
     ),
     (compressed(slots=1), FILE, r"read_compressor: .*x.pt: .*top_k lie in 1\.\.slots"),
-    (projected(), FILE, r"read_compressor: .*x.pt: unexpected proj.0.weight"),
+    (projected(), FILE, r"read_compressor: .*x.pt: missing gate.weight, .*; found proj.0.weight"),
     (projected(64), PROJECTOR, r"x.pt: maps 8 to 64; tokens have 8, the model 32"),
     (compressed(), PROJECTOR, r"x.pt must hold proj.0 and proj.2: missing proj.0.weight"),
 ]
