@@ -91,6 +91,15 @@ def test_training_goes_on_to_the_same_bits(pictures, tmp_path, kind):
     assert all(torch.equal(read[name], params[name]) for name in params)
 
 
+@pytest.fixture
+def one_thread():
+    """As processes of `tests.together` compute: sums over several threads differ in their last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def fit_with_others(folder):
     """Train in a folder that holds pictures, on all processes; what every one of them returns."""
     pictures = sorted(folder.glob("*.png"))
@@ -100,7 +109,7 @@ def fit_with_others(folder):
     torch.save(params, folder / f"returned-{processes.rank()}.pt")
 
 
-def test_two_processes_train_the_same_model_as_one(pictures, tmp_path):
+def test_two_processes_train_the_same_model_as_one(pictures, tmp_path, one_thread):
     run_together(__name__, "fit_with_others", tmp_path, 2)
     images = {"train": pictures, "valid": pictures[:3]}
     _, expected = fit_vq(training(), images, tmp_path / "one", log=lambda _: None)
@@ -138,7 +147,7 @@ def fit_and_be_killed(folder):
         fit_vq(training(), {"train": pictures, "valid": pictures[:3]}, folder / "killed", log=lambda _: None)
 
 
-def test_killed_while_it_writes_it_goes_on_to_the_same_bits(pictures, tmp_path):
+def test_killed_while_it_writes_it_goes_on_to_the_same_bits(pictures, tmp_path, one_thread):
     images = {"train": pictures, "valid": pictures[:3]}
     _, expected = fit_vq(training(), images, tmp_path / "whole", log=lambda _: None)
     status = -signal.SIGKILL
