@@ -11,6 +11,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from medvl.base.files import room_for
+
 TIMING_KEYS = ("time", "seconds_per_step")  # of metrics.jsonl; a resumed run does not repeat them to the bit
 # A bar of no width makes tqdm cut the line to fit the terminal.
 STEP_FORMAT = "{desc}: {n:,}/{total:,} ({percentage:.0f} %), {remaining} left{postfix}{bar:0}"
@@ -78,5 +80,5 @@ class Log:
     def keep(self, text: str) -> None:
         """Add a line to the file."""
         # Opened for each line, so that a killed run has all of them.
-        with open(self._path, "a", encoding="utf-8") as file:
+        with room_for(self._path), open(self._path, "a", encoding="utf-8") as file:
             file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {text}\n")

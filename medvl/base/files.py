@@ -51,28 +51,51 @@ def error_reason(error: Exception) -> str:
 
 
 @contextmanager
+def room_for(path: PathLike) -> Iterator[None]:
+    """Where the block finds no room on the disk, an OSError that names the file: writers seldom do."""
+    try:
+        yield
+    except Exception as e:
+        # torch raises an error of its own beside that of the file; of libraries in Rust only the text has its
+        # number, and numpy's has none.
+        number = getattr(e, "errno", None) or getattr(e.__context__, "errno", None)
+        if found := re.search(r"\(os error (\d+)\)", str(e)):
+            number = int(found[1])
+        elif re.search(r"\d requested and \d+ written", str(e)):
+            number = errno.ENOSPC
+        if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        reason = f"cannot be written ({os.strerror(number)}); make room and call again"
+        raise OSError(number, reason, os.fspath(path)) from e
+
+
+@contextmanager
 def atomic(path: PathLike) -> Iterator[Path]:
     """A temporary path beside `path` to write to; it replaces `path` when the block ends, or is removed when
     the block raises.
+
+    Raises:
+        OSError: as `room_for`.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, since a rename is atomic only within one file system. The name begins with a dot and
-    # that of the file, so that `remove_unfinished_file` knows whose it is.
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    tmp = Path(name)
-    try:
-        yield tmp
-        # On the disk before it gets its name: otherwise a crash of the machine could leave an empty file of
-        # that name.
-        with open(tmp, "rb") as f:
-            os.fsync(f.fileno())
-        # mkstemp makes files that only their owner may read.
-        tmp.chmod(0o666 & ~_umask())
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
+    with room_for(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # In the same folder, since a rename is atomic only within one file system. The name begins with a dot and
+        # that of the file, so that `remove_unfinished_file` knows whose it is.
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        tmp = Path(name)
+        try:
+            yield tmp
+            # On the disk before it gets its name: otherwise a crash of the machine could leave an empty file of
+            # that name.
+            with open(tmp, "rb") as f:
+                os.fsync(f.fileno())
+            # mkstemp makes files that only their owner may read.
+            tmp.chmod(0o666 & ~_umask())
+            os.replace(tmp, path)
+        finally:
+            tmp.unlink(missing_ok=True)
 
 
 def _umask() -> int:
@@ -220,19 +243,22 @@ def _path_kind(path: Path) -> str:
 
 
 def remove_unfinished_file(path: PathLike) -> None:
-    """Remove temporary files of one path that a killed process left; nobody may be writing it."""
+    """Remove temporary files and folders of one path that a killed process left; nobody may be writing it."""
     path = Path(path)
     # Escaped: a name with brackets is a pattern to glob.
-    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        temporary.unlink()
+    _remove(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
 
 
 def remove_unfinished(folder: PathLike) -> None:
     """Remove all temporary files and folders that a killed process left anywhere in a folder; nobody may be
     writing there.
     """
+    _remove(Path(folder).rglob(".*.tmp"))
+
+
+def _remove(paths: Iterable[Path]) -> None:
     # In reverse order, what lies in a temporary folder comes before that folder.
-    for temporary in sorted(Path(folder).rglob(".*.tmp"), reverse=True):
+    for temporary in sorted(paths, reverse=True):
         if temporary.is_dir():
             shutil.rmtree(temporary)
         else:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from medvl.base.display import track
-from medvl.base.files import PathLike
+from medvl.base.files import PathLike, room_for
 
 Line = dict[str, Any]
 
@@ -49,7 +49,7 @@ def run_batches(
     lines = lines[:finished]
     # Not "a": what follows the last whole batch is cut off first.
     mode = "r+b" if path.exists() else "w+b"
-    with open(path, mode) as file:
+    with room_for(path), open(path, mode) as file:
         # Cut off the last batch if it is not whole, and whatever was left of a line when the process was
         # killed.
         file.truncate(offsets[finished])

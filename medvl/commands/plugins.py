@@ -1,6 +1,6 @@
 """`invoke plugin`: a published plugin of HealthGPT converted once."""
 
-from medvl.hub.checkpoints import find_file, read_json
+from medvl.hub.checkpoints import check_new_folder, find_file, read_json
 from medvl.hub.plugin_files import open_published, published_config, read_published, write_plugin
 from medvl.hub.skeletons import empty_skeleton
 
@@ -16,6 +16,7 @@ def convert(action: str, weights: str, fusion: str, variant: str, task: str, bas
     if action != "convert":
         raise ValueError(f"plugin: the action must be convert, got {action!r}")
     config = published_config(variant, task)
+    check_new_folder(out)
     open_published(weights)  # a fusion file alone is refused before the base is looked for
     skeleton = empty_skeleton(read_json(find_file(base or config.base, ("config.json",))), head="language")
     plugin, report = read_published(weights, fusion or None, config=config, skeleton=skeleton, dtype=None)

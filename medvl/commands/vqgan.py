@@ -1,5 +1,6 @@
 """`invoke vqgan`: a published VQ model converted once."""
 
+from medvl.hub.checkpoints import check_new_folder
 from medvl.hub.vqgan_files import read_vqgan, write_vqgan
 
 
@@ -11,6 +12,7 @@ def convert(action: str, config: str, ckpt: str, out: str) -> None:
     """
     if action != "convert":
         raise ValueError(f"vqgan: the action must be convert, got {action!r}")
+    check_new_folder(out)  # before files that are large are read
     cfg, params = read_vqgan(config, ckpt)
     write_vqgan(cfg, params, out)
     numbers = sum(tensor.numel() for tensor in params.values())

@@ -389,7 +389,8 @@ def save_finite(state: Mapping[str, Tensor], path: Path, context: str, pickled: 
     # Copies: safetensors refuses tensors that share memory, torch.save would write all of a view's storage.
     copies = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in state.items()}
     if pickled:
-        torch.save(copies, path)
+        with open(path, "wb") as file:  # to a path torch does not say that the disk is full
+            torch.save(copies, file)
     else:
         save_file(copies, path, {"format": "pt"})
 
@@ -400,16 +401,23 @@ def new_folder(folder: files.PathLike) -> Iterator[Path]:
     not.
     """
     folder = Path(folder)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+    check_new_folder(folder)
+    with files.file_lock(folder), files.room_for(folder):
+        check_new_folder(folder)  # another process may have written it meanwhile
+        # Beside the folder, so on the same disk: the renaming at the end is then one step.
+        tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+        try:
+            yield tmp
+            tmp.chmod(0o755)  # mkdtemp makes it for its owner alone, and so does safetensors a file
+            for file in files.files_below(tmp):
+                file.chmod(0o644)
+            os.replace(tmp, folder)
+        finally:
+            shutil.rmtree(tmp, ignore_errors=True)
+
+
+def check_new_folder(folder: files.PathLike) -> None:
+    """Raise where `new_folder` could not write: to fail before long work and not after it."""
+    files.check_writable(folder, folder=True)
+    if Path(folder).is_dir() and any(Path(folder).iterdir()):
         raise ValueError(f"save: {folder} is there already; give a new folder or remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the folder, so on the same disk: the renaming at the end is then one step.
-    tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
-    try:
-        yield tmp
-        tmp.chmod(0o755)  # mkdtemp makes it for its owner alone, and so does safetensors a file
-        for file in files.files_below(tmp):
-            file.chmod(0o644)
-        os.replace(tmp, folder)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)

@@ -117,7 +117,9 @@ def write_compressor(
     with files.atomic(path) as temporary:
         save_finite(state, temporary, "write_compressor", pickled=path.suffix != ".safetensors")
         if nested:  # `save_finite` writes a plain dict of tensors, which is put one level down
-            torch.save({_STATE: torch.load(temporary, weights_only=True)}, temporary)
+            whole = {_STATE: torch.load(temporary, weights_only=True)}
+            with open(temporary, "wb") as file:
+                torch.save(whole, file)
 
 
 def read_projector(

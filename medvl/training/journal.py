@@ -54,7 +54,7 @@ def open_journal(path: Path, step: int) -> Callable[[dict[str, Any]], None]:
 
     # Opened for each line, so that whoever follows the file sees it at once.
     def append(line: dict[str, Any]) -> None:
-        with open(path, "a", encoding="utf-8") as f:
+        with files.room_for(path), open(path, "a", encoding="utf-8") as f:
             f.write(json.dumps(line) + "\n")
 
     return append

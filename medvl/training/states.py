@@ -57,8 +57,9 @@ def save_state(path: files.PathLike, state: State) -> None:
     # Only where it is counted, so that files of other runs stay as they were.
     if state.stale:
         content["stale"] = state.stale
-    with files.atomic(path) as tmp:
-        torch.save(content, tmp)
+    # An open file: to a path torch does not say that the disk is full.
+    with files.atomic(path) as tmp, open(tmp, "wb") as file:
+        torch.save(content, file)
 
 
 def read_state(path: files.PathLike, device: str | torch.device = "cpu", *, mapped: bool = False) -> State:

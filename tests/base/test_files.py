@@ -3,17 +3,25 @@
 import csv
 import os
 import re
+import resource
 import tempfile
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch import Generator
 
-from medvl.base import config, files, store
-from medvl.hub.checkpoints import read_pickle
+from medvl.base import config, files, progress, store
+from medvl.components.vq import init_vq
+from medvl.hub.checkpoints import new_folder, read_pickle, save_finite
+from medvl.hub.vqgan_files import write_vqgan
 from medvl.language import images
 from medvl.slides import features, questions
 from medvl.slides.reference_files import read_compressor
-from medvl.training.states import read_state
+from medvl.systems.unified.draw import write_picture
+from medvl.training.states import State, read_state, save_state
+from tests.systems.unified.pieces import VQ
 
 
 @pytest.fixture
@@ -195,3 +203,64 @@ def test_nobody_is_advised_to_read_a_file_as_code(read, broken, tmp_path, capsys
     assert "trusted source" not in str(e.value)
     assert len(str(e.value).splitlines()) == 1
     assert capsys.readouterr().out == ""
+
+
+@pytest.fixture
+def full(tmp_path):
+    """No file may be longer than 1,000 bytes: a write fails in the middle, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    yield tmp_path
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+NOISE = np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8)
+MATRIX = torch.zeros(1000)
+
+
+def write_pickled(path):
+    with files.atomic(path) as tmp:
+        save_finite({"a": MATRIX}, tmp, "matrix", pickled=True)
+
+
+def write_lines(path):
+    progress.run_batches(path, [[0], [1]], lambda rows: [{"text": "a" * 700}])
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        *(lambda path: files.write_text(path, "a" * 2000), lambda path: files.write_array(path, NOISE)),
+        *(lambda path: write_picture(Image.fromarray(NOISE), path), write_pickled),
+        lambda path: save_state(path, State(params={"a": MATRIX}, opt={})),
+        lambda path: write_vqgan(VQ, init_vq(VQ, Generator()), path),
+    ],
+    ids=["text", "array", "picture", "pickled", "state", "safetensors"],
+)
+def test_a_file_that_finds_no_room_is_named_and_not_there(full, write):
+    with pytest.raises(OSError, match=r"cannot be written .*; make room and call again") as e:
+        write(full / "file")
+    assert e.value.filename == str(full / "file")
+    assert not [*full.iterdir()]
+
+
+def test_batches_that_find_no_room_go_on(full):
+    with pytest.raises(OSError, match="cannot be written") as e:
+        write_lines(full / "file")
+    assert e.value.filename == str(full / "file")
+    resource.setrlimit(resource.RLIMIT_FSIZE, resource.getrlimit(resource.RLIMIT_FSIZE)[1:] * 2)
+    write_lines(full / "file")
+    assert len((full / "file").read_text().splitlines()) == 2
+
+
+def test_one_process_writes_a_folder_and_what_a_killed_one_left_is_removed(place):
+    left = place / ".new.abc.tmp"
+    left.mkdir()
+    (left / "half").write_text("")
+    with new_folder(place / "new") as tmp:
+        assert not left.exists()
+        (tmp / "file").write_text("")
+        with pytest.raises(ValueError, match="another run is writing to it"), new_folder(place / "new"):
+            pass
+    assert [path.name for path in (place / "new").iterdir()] == ["file"]
+    assert not [*place.glob(".*")]
