@@ -1,0 +1,5 @@
+"""Medical pages: what stands on them as records, and how well an answer reads them.
+
+`fields` has the records of a page (patient, diagnoses, medications, labs, vitals, procedures), writes them as
+JSON and reads them from a model's answer.
+"""
