@@ -173,6 +173,24 @@ def estimate(c, exp, set_=None, processes="1", gpu="h100"):
 
 
 @task(
+    iterable=["set_"],
+    help=SET
+    | {
+        "variant": "base, nf4, int4, lora or merged",
+        "new_tokens": "of every answer, exactly",
+        "batch": "prompts that are also answered together; 0 = none",
+    },
+)
+def bench(c, exp, set_=None, variant="base", new_tokens="64", batch="8"):
+    """Measure seconds, memory and bytes of a variant of an experiment's model."""
+    from medvl.systems import bench
+
+    tokens = _whole("new-tokens", new_tokens, 1, 2**16)
+    size = _whole("batch", batch, 0, 2**16)
+    _call(bench.bench, exp, set_ or (), variant, new_tokens=tokens, batch=size)
+
+
+@task(
     name="gpu-check",
     help={
         "out": "folder for check.json",

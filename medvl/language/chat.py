@@ -695,7 +695,7 @@ def generate_answers(
         batch: from `make_batch(..., side="left")`.
         sampling: from `sampling_of`.
         params: as of `model_inputs`.
-        options: `allowed`, `on_token` and `gen` of `generate.generate`.
+        options: `allowed`, `on_token`, `on_step` and `gen` of `generate.generate`.
     """
     with torch.no_grad():
         inputs = model_inputs(chat, weights, batch, params)

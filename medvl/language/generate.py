@@ -41,6 +41,7 @@ def generate(
     tok: Any = None,
     allowed: Allowed | None = None,
     on_token: Callable[[int, str], None] | None = None,
+    on_step: Callable[[int], None] | None = None,
     gen: Gens | None = None,
 ) -> Generated:
     """Continue the prompts of a batch.
@@ -62,6 +63,7 @@ def generate(
         on_token: (row, piece of text), called whenever more of a row's text is certain: complete characters,
             nothing of a stop string. The pieces of a row joined are its text. An exception in it ends the
             call.
+        on_step: (step, from 0), called when the host has read the tokens of a step, as for timing.
         gen: a generator, or one for every row, on any device; of cfg.seed if left out. Used only with
             temperature > 0.
     Raises:
@@ -83,6 +85,8 @@ def generate(
 
     def add_step(step: Step) -> None:
         _add_step(cfg, tok, answers, step, allowed, on_token)
+        if on_step is not None:
+            on_step(step.number)
 
     def write(model: nn.Module) -> list[int]:
         return _write_until_rows_end(cfg, model, batch, answers, unread, add_step)

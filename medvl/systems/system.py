@@ -8,9 +8,13 @@ from attrs import field, frozen
 
 from medvl.base.tree import Tree
 from medvl.evaluation.results import Result
+from medvl.language.chat import Dialogue
+from medvl.language.system import LanguageModel
 from medvl.training.estimate import Step
 
 Log = Callable[[str], None]
+# What a model of a language system can be measured as: as it came, its adapter beside it, or written out.
+VARIANTS = ("base", "nf4", "int4", "lora", "merged")
 
 
 @frozen(kw_only=True)
@@ -30,6 +34,14 @@ class Question:
     page: int | None = None  # of an image file with several pages, frames or slices
     window: tuple[float, float] | None = None  # (black, white) of greys of more than 8 bits
     on_token: Callable[[str], None] | None = None  # gets the answer piece by piece, where the system streams
+
+
+@frozen(kw_only=True)
+class Variant:
+    """One of VARIANTS of a language model."""
+
+    open: Callable[[], tuple[LanguageModel, Tree]]  # reads it anew at each call
+    folders: tuple[Path, ...]  # the files that it is read from
 
 
 def drawn_data(cfg: Any) -> tuple[Path, ...]:
@@ -71,6 +83,10 @@ class System:
     memory: Callable[..., dict[str, Step]] | None = None
     # (run folder, question) -> the answer as it is printed
     ask: Callable[[Path, Question], str] | None = None
+    # (cfg, run folder, one of VARIANTS) -> that variant of the model, for `invoke bench`
+    variant: Callable[[Any, Path, str], Variant] | None = None
+    # cfg -> the questions that every variant is timed on
+    bench_questions: Callable[[Any], Sequence[Dialogue]] | None = None
     takes: tuple[str, ...] = ()  # options of `invoke ask` that make sense for `ask`
     # cfg -> whether it trains anything; if not, it is evaluated at once
     trains: Callable[[Any], bool] = _always

@@ -8,6 +8,7 @@ from medvl.systems.system import System
 from medvl.systems.tune import run
 from medvl.systems.tune.ask import ask
 from medvl.systems.tune.record import Config
+from medvl.systems.tune.variants import bench_questions, find_variant
 
 SYSTEM = System(
     record=Config,
@@ -18,5 +19,7 @@ SYSTEM = System(
     labels=run.labels,
     memory=run.memory,
     ask=ask,
+    variant=find_variant,
+    bench_questions=bench_questions,
     takes=("--image",),
 )
