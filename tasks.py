@@ -191,6 +191,25 @@ def bench(c, exp, set_=None, variant="base", new_tokens="64", batch="8"):
 
 
 @task(
+    positional=[],
+    help={
+        "run": "run folder of a system that trains an adapter on a language model",
+        "out": "the folder to make",
+        "as_": "merged (transformers opens it) or peft (peft and vLLM open it)",
+        "base": "merged: seen = onto the weights that the adapter was trained on, full = onto the model as it came",
+        "quantize": "merged: nf4 or fp4 rounds the merged model to four bits again",
+        "bound": "merged: refuse to lose more than this share of what the adapter learned",
+    },
+)
+def export(c, run, out, as_="merged", base="seen", quantize="none", bound="0.05"):
+    """Write a trained run as a folder for other programs, with a model card; merged models are compared with the run."""
+    _needs(run=run, out=out)
+    from medvl.systems import export
+
+    _call(export.export_run, run, out, as_, base=base, quantize=quantize, bound=_number("bound", bound, 0, 1))
+
+
+@task(
     name="gpu-check",
     help={
         "out": "folder for check.json",

@@ -15,17 +15,6 @@ from medvl.systems.tune import run as tune_run
 from tests.systems.tune.test_run import record
 
 
-@pytest.fixture
-def trained(tmp_path, monkeypatch):
-    """The path of the record of a trained run."""
-    monkeypatch.setattr(run, "RUNS", tmp_path / "runs")
-    # A layer of 64 columns and more is quantised.
-    path = tmp_path / "toy.json"
-    path.write_text(json.dumps(record(tmp_path)))
-    run.run(str(path), log=lambda _: None)
-    return path
-
-
 def test_a_bench_says_what_each_variant_costs(trained):
     reports = {}
     for variant in ("base", "nf4", "lora"):

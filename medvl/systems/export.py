@@ -1,0 +1,136 @@
+"""`invoke export`: a trained run as a folder that other programs open, checked against the run before it is written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from attrs import asdict, evolve
+
+from medvl.base import config, files
+from medvl.base.tree import Tree
+from medvl.hub.checkpoints import new_folder
+from medvl.hub.peft_files import write_adapter
+from medvl.language import chat, compare
+from medvl.language.compare import Distance
+from medvl.language.system import LanguageModel
+from medvl.systems import card, run
+from medvl.systems.system import Log, System
+from medvl.weights import four_bit, lazy, lora
+from medvl.weights.lora import Adapter
+
+KINDS = ("merged", "peft")
+BASES = ("seen", "full")
+FOUR_BIT = ("none", "nf4", "fp4")
+BOUND = 0.05  # of what the adapter learned, that merging may lose
+
+
+def export_run(
+    run_path: str,
+    out: files.PathLike,
+    kind: str,
+    *,
+    base: str = "seen",
+    quantize: str = "none",
+    bound: float = BOUND,
+    log: Log = print,
+) -> Path:
+    """Write a run of a language system with an adapter as a folder for transformers ("merged") or for peft and vLLM
+    ("peft"), with a model card; returns the folder, which is there whole or not at all.
+
+    A merged model is compared with the run on the conversations of its bench: logits of all answer tokens.
+
+    Args:
+        base: "seen" merges into the weights that the adapter was trained on (4-bit ones written out), "full" into
+            those of the model as it came.
+        quantize: "nf4" or "fp4" rounds the merged model to 4 bits again.
+        bound: the share of what the adapter learned that may be lost, see `compare.Distance`.
+    Raises:
+        ValueError: no trained run, one without an adapter or with one that peft has no place for; a folder that is
+            there already; a merged model that lost more than `bound`.
+    """
+    for name, value, choices in (
+        ("as", kind, KINDS),
+        ("base", base, BASES),
+        ("quantize", quantize, FOUR_BIT),
+    ):
+        if value not in choices:
+            raise ValueError(f"export: --{name} must be one of {', '.join(choices)}, got {value!r}")
+    folder = config.run_folder(run_path)
+    system = run.find_system(config.system_of(folder))
+    if system.variant is None or system.bench_questions is None:
+        raise ValueError(
+            f"export: {folder} is a run of {config.system_of(folder)}, which has no model to export"
+        )
+    files.check_writable(out, folder=True)
+    model, params = system.load(folder)
+    if model.adapter is None:
+        raise ValueError(
+            f"export: {folder} has no adapter; its trained model is {folder / 'model'}, a folder of transformers"
+        )
+    adapter = evolve(model.adapter, factors=params["lora"])
+    about: dict[str, Any] = {"run": folder.name, "kind": kind}
+    merged: Tree = {}
+    if kind == "merged":
+        merged, distance = merge(system, model, params, adapter, folder, base=base, quantize=quantize)
+        words = _in_words(base, quantize)
+        if not distance.lost <= bound:
+            raise ValueError(
+                f"export: merged onto {words}, the model loses {distance.lost:.1%} of what its adapter learned (largest "
+                f"difference of two logits {distance.largest:.3g}, over {distance.n} tokens), more than the bound of "
+                f"{bound:.1%}; --as peft loses nothing, and --base seen without --quantize the least"
+            )
+        log(f"merged onto {words}: {distance.lost:.2%} of what the adapter learned is lost")
+        about |= {"base": base, "quantize": quantize, "distance": asdict(distance)}
+    with new_folder(out) as tmp:
+        if kind == "merged":
+            chat.save_chat(model.chat, merged, tmp)
+        else:
+            write_adapter(adapter, tmp, base=_base_name(model, folder))
+            chat.save_tokenizer(model.chat, tmp)
+        files.write_text(tmp / "README.md", card.model_card(model, folder, about))
+        files.write_text(tmp / "export.json", json.dumps(about, indent=1) + "\n")
+    log(f"written: {out}")
+    return Path(out)
+
+
+def merge(
+    system: System,
+    model: LanguageModel,
+    params: Tree,
+    adapter: Adapter,
+    folder: Path,
+    *,
+    base: str = "seen",
+    quantize: str = "none",
+) -> tuple[Tree, Distance]:
+    """The weights of a run with its adapter added in, and how far they are from the run.
+
+    Args:
+        base, quantize: as of `export_run`.
+    """
+    assert system.variant is not None
+    assert system.bench_questions is not None
+    weights = params["model"]
+    if base == "full":
+        weights = system.variant(model.cfg, folder, "base").open()[1]["model"]
+    merged: Tree = lora.merge_adapter(weights, adapter, dtype=model.chat.dtype).params
+    # What four bits left out of the adapter's layers, as the file will hold it.
+    merged = {name: lazy.dense(weight).to(model.chat.dtype) for name, weight in merged.items()}
+    if quantize != "none":
+        merged = four_bit.quantize(merged, four_bit.QuantConfig(kind=quantize))
+    plain = evolve(model, adapter=None)
+    data = chat.encode_conversations(model.chat, system.bench_questions(model.cfg))
+    distance = compare.compare(
+        data, form=(plain, {"model": merged}), original=(model, params), without=(plain, params)
+    )
+    return merged, distance
+
+
+def _base_name(model: LanguageModel, folder: Path) -> str:
+    trained_here = folder / "model"
+    return str(trained_here) if trained_here.is_dir() else model.cfg.model.name
+
+
+def _in_words(base: str, quantize: str) -> str:
+    onto = {"seen": "the weights that it was trained on", "full": "those of the model as it came"}[base]
+    return onto + (f", rounded to {quantize} again" if quantize != "none" else "")
