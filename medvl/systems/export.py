@@ -20,7 +20,7 @@ from medvl.weights.lora import Adapter
 
 KINDS = ("merged", "peft")
 BASES = ("seen", "full")
-FOUR_BIT = ("none", "nf4", "fp4")
+FOUR_BIT = {kind: four_bit.QuantConfig(kind=kind) for kind in ("nf4", "fp4")}
 BOUND = 0.05  # of what the adapter learned, that merging may lose
 
 
@@ -51,7 +51,7 @@ def export_run(
     for name, value, choices in (
         ("as", kind, KINDS),
         ("base", base, BASES),
-        ("quantize", quantize, FOUR_BIT),
+        ("quantize", quantize, ("none", *FOUR_BIT)),
     ):
         if value not in choices:
             raise ValueError(f"export: --{name} must be one of {', '.join(choices)}, got {value!r}")
@@ -117,7 +117,7 @@ def merge(
     # What four bits left out of the adapter's layers, as the file will hold it.
     merged = {name: lazy.dense(weight).to(model.chat.dtype) for name, weight in merged.items()}
     if quantize != "none":
-        merged = four_bit.quantize(merged, four_bit.QuantConfig(kind=quantize))
+        merged = four_bit.quantize(merged, FOUR_BIT[quantize])
     plain = evolve(model, adapter=None)
     data = chat.encode_conversations(model.chat, system.bench_questions(model.cfg))
     distance = compare.compare(
