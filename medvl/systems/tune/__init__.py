@@ -1,7 +1,8 @@
 """tune: a language or vision-language model trained on conversations, whole or by LoRA, scored by its
 answers.
 
-`record` is the record of an experiment, `run` its data, training and report, `ask` one question to a run.
+`record` is the record of an experiment, `run` its data, training and report, `ask` one question to a run,
+`variants` the forms of its model.
 """
 
 from medvl.systems.system import System
