@@ -1,5 +1,6 @@
 """Medical pages: what stands on them as records, and how well an answer reads them.
 
 `fields` has the records of a page (patient, diagnoses, medications, labs, vitals, procedures), writes them as
-JSON and reads them from a model's answer.
+JSON and reads them from a model's answer, JSON by `loose_json` or running text by `prose`. `quantities`
+compares numbers, units, flags and terms, and `score` answers with pages.
 """

@@ -4,9 +4,15 @@ Every value is the text that is printed on the page ("8.40", ">60", "120/80"); n
 """
 
 import json
+import re
+from collections.abc import Iterable
 from typing import Any
 
-from attrs import asdict, field, fields_dict, frozen
+from attrs import asdict, evolve, field, fields_dict, frozen
+
+from medvl.documents.loose_json import find_json
+from medvl.documents.prose import read_prose
+from medvl.documents.quantities import find_terms, is_denied, medical_terms, same_term, spell
 
 
 @frozen
@@ -96,26 +102,179 @@ def leaves(fields: Fields) -> dict[str, str]:
 def read_answer(text: str) -> Fields:
     """The fields that a model's answer states; never raises for what a model wrote.
 
-    Args:
-        text: JSON of `fields_to_json`.
+    JSON is read as `find_json` does, with other usual key names (`keys` in medical_terms.toml) and values such
+    as "500 mg" or "8.4 % H" taken apart; other answers by the rules of `read_prose`. Denied diagnoses ("no
+    pneumonia") and what no field takes go to `text`.
+
     Returns:
-        the fields; `read_as` says how they were read.
+        the fields; `read_as` is "json", "fenced json", "repaired json", "prose" or "empty".
     """
+    if not text.strip():
+        return Fields(read_as="empty")
+    found = find_json(text)
+    if found is None:
+        return _read_tree(read_prose(text, _section_of), text.strip(), "prose")
     try:
-        tree = json.loads(text)
-    except ValueError:
-        return Fields(text=text.strip(), read_as="prose" if text.strip() else "empty")
-    if not isinstance(tree, dict):
-        return Fields(text=text.strip(), read_as="prose")
-    parts: dict[str, Any] = {name: tree[name] for name in ("kind", "procedures", "text") if name in tree}
-    parts["patient"] = Patient(**tree.get("patient", {}))
-    for name, record in _RECORDS.items():
-        known = fields_dict(record)
-        parts[name] = [record(**{k: v for k, v in row.items() if k in known}) for row in tree.get(name, ())]
-    return Fields(**parts, read_as="json")
+        return _read_tree(*found)
+    except RecursionError:  # a thousand brackets, which are valid JSON
+        return Fields(text=text, read_as="prose")
 
 
 _RECORDS: dict[str, Any] = {"diagnoses": Diagnosis, "medications": Medication, "labs": Lab, "vitals": Vital}
+_PATIENT = tuple(fields_dict(Patient))
+_SECTIONS = ("kind", "patient", *_RECORDS, "procedures", "text")
+
+
+def _read_tree(tree: Any, around: str, read_as: str) -> Fields:
+    """Fields from parsed JSON; `around` is what the answer says outside of it."""
+    if isinstance(tree, list):
+        tree = _sections_of_rows(tree)
+    inner = next(iter(tree.values())) if len(tree) == 1 else None
+    if isinstance(inner, dict) and not any(map(_section_of, tree)):
+        tree = inner  # {"document": {...}}
+    patient: dict[str, str] = {}
+    lists: dict[str, list[Any]] = {name: [] for name in (*_RECORDS, "procedures")}
+    kind = ""
+    rest = [around]
+    for key, value in tree.items():
+        name = _section_of(key)
+        if name == "patient" and isinstance(value, dict):
+            known, unknown = _read_row(value, Patient)
+            patient = known | patient
+            rest += unknown
+        elif name in _PATIENT or name == "patient":
+            patient.setdefault("name" if name == "patient" else name, _as_text(value))
+        elif name == "procedures":
+            lists[name] += [_as_text(row.get("name", row)) for row in _as_rows(value, Diagnosis)]
+        elif name in _RECORDS:
+            for row in _as_rows(value, _RECORDS[name]):
+                known, unknown = _read_row(row, _RECORDS[name])
+                rest += unknown
+                if name == "diagnoses" and is_denied(known.get("name", "")):
+                    rest.append(known["name"])
+                elif known:
+                    lists[name].append(_split_values(_RECORDS[name](**known)))
+        elif name == "kind":
+            kind = _as_text(value)
+        else:
+            rest.append(_as_text(value) if name == "text" else f"{key}: {_as_text(value)}")
+    text = "\n".join(filter(None, rest))
+    return Fields(kind=kind, patient=Patient(**patient), text=text, read_as=read_as, **lists)
+
+
+def _sections_of_rows(rows: list[Any]) -> dict[str, Any]:
+    """A bare list of records by section: with a dose or frequency it is of medications, with a value of labs."""
+    tree: dict[str, Any] = {}
+    for row in rows:
+        section = ""
+        if isinstance(row, dict):
+            keys = {_known_key(key, ("dose", "route", "frequency", "prn", "value")) for key in row}
+            section = "labs" if "value" in keys else "medications" if keys - {""} else "diagnoses"
+        tree.setdefault(section, []).append(row)
+    return tree
+
+
+def _section_of(key: str) -> str:
+    """The field of `Fields` or `Patient` that a key means; "" if none."""
+    name = _known_key(key, (*_SECTIONS, "person", *_PATIENT[1:]))
+    return "name" if name == "person" else name
+
+
+def _known_key(key: str, names: Iterable[str]) -> str:
+    """The name, of `names`, that a key means: itself or one of `keys` in medical_terms.toml; "" if none."""
+    plain = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).casefold()
+    plain = re.sub(r"[^a-z0-9]+", "_", plain).strip("_")
+    for name in names:
+        if plain == name or plain in medical_terms()["keys"].get(name, ()):
+            return name
+    return ""
+
+
+def _as_rows(value: Any, record: Any) -> list[dict[str, Any]]:
+    """The entries of a section, each a dict: from a list, from {name: value}, or from one text."""
+    if isinstance(value, dict):
+        if any(_known_key(key, fields_dict(record)) for key in value):
+            return [value]
+        entries = value.items()
+        return [{"name": name} | (row if isinstance(row, dict) else {"value": row}) for name, row in entries]
+    texts = value if isinstance(value, list) else re.split(r"[;\n]", _as_text(value))
+    rows: list[dict[str, Any]] = []
+    for row in filter(None, texts):
+        # One text, "Metformin 500 mg PO BID", is read as prose is.
+        parsed = [] if isinstance(row, dict) else list(read_prose(_as_text(row), _section_of).items())
+        found = [
+            rows_of for key, rows_of in parsed if _RECORDS.get(key) is record and record is not Diagnosis
+        ]
+        rows += found[0] if found else [row if isinstance(row, dict) else {"name": row}]
+    return rows
+
+
+def _read_row(row: dict[str, Any], record: Any) -> tuple[dict[str, Any], list[str]]:
+    """(values by field of the record, what no field takes)."""
+    known: dict[str, Any] = {}
+    rest = []
+    for key, value in row.items():
+        text = _as_text(value)
+        name = _known_key(key, fields_dict(record))
+        limits = re.match(r"[\s(]*([\d.,]+)\s?(?:-|to)\s?([\d.,]+)", spell(text))
+        if record is Medication and _known_key(key, ("value",)):
+            name = "dose"
+        if name == "prn":
+            known[name] = text.casefold() not in ("", "no", "false", "0", "n")
+        elif name and name not in known:
+            known[name] = text
+        elif record is Lab and limits and _known_key(key, ("range",)):
+            known |= {"low": limits[1], "high": limits[2]}
+        elif text:
+            rest.append(f"{key}: {text}")
+    return known, rest
+
+
+def _split_values(record: Any) -> Any:
+    """Units and flags out of values ("8.4 % H"), route and "as needed" out of the frequency ("PO BID PRN")."""
+    if isinstance(record, Medication):
+        frequency, route = record.frequency, record.route
+        needed = [
+            term for term in find_terms(frequency, "frequencies") if same_term(term, "PRN", "frequencies")
+        ]
+        routes = find_terms(frequency, "routes")[:1] if not route else []
+        for term in needed + routes:
+            spaced = r"\.?".join(map(re.escape, term)).replace(r"\ ", r"\s+")
+            frequency = re.sub(rf"\b{spaced}(?!\w)\.?", "", spell(frequency), flags=re.IGNORECASE)
+        dose, unit, _ = _split_value(record.dose, record.unit)
+        return evolve(
+            record,
+            dose=dose,
+            unit=unit,
+            route="".join(routes) or route,
+            frequency=" ".join(frequency.split()).strip(" ,.()"),
+            prn=record.prn or bool(needed),
+        )
+    if isinstance(record, Lab | Vital):
+        value, unit, flag = _split_value(record.value, record.unit)
+        record = evolve(record, value=value, unit=unit)
+        if isinstance(record, Lab) and flag and not record.flag:
+            record = evolve(record, flag=flag)
+    return record
+
+
+def _split_value(value: str, unit: str) -> tuple[str, str, str]:
+    """(number, unit, flag) of a value such as "8.4 % H"; a value that is no number stays whole."""
+    parts = re.fullmatch(r"([^A-Za-z]*\d)\s?([^\d\s(].*?)??(?:\s?[\s(](HH|LL|H|L)\)?)?", value)
+    if parts is None or (parts[2] and unit):
+        return value, unit, ""
+    return parts[1].strip(), parts[2] or unit, parts[3] or ""
+
+
+def _as_text(value: Any) -> str:
+    """Any part of JSON as one text."""
+    if isinstance(value, dict):
+        return "; ".join(f"{key}: {_as_text(entry)}" for key, entry in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_as_text, value))
+    if isinstance(value, bool):
+        return "yes" if value else ""
+    return "" if value is None else str(value).strip()
 
 
 def _without_empty(tree: Any) -> Any:

@@ -1,0 +1,101 @@
+"""The fields of running text or of a list, by rules, in the shape of the JSON of a page."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from medvl.documents.quantities import (
+    BULLET,
+    EVERY_HOURS,
+    find_terms,
+    is_denied,
+    is_listed,
+    normalise_unit,
+    quantity_matches,
+    spell,
+)
+
+_DOSES = ("mcg", "mg", "g", "meq", "u", "ml", "tablet", "capsule", "puff", "drop", "spray", "patch", "dose")
+_FLAG = re.compile(r"[\s()\[\],]*(HH|LL|H|L|N|high|low|normal|critical(?:ly)? (?:high|low))\b")
+_LINES = re.compile(r"[\n;]+|\.\s+(?=[A-Z])")
+_HEADER = re.compile(r"([A-Za-z][A-Za-z /]{1,30}?)[*\s]*:[*\s]*(.*)")
+_AGE = re.compile(
+    r"\b(\d{1,3})[ -]?(?:years?|yrs?|y/?o)\b[ -]?(?:old)?\s*(male|female|man|woman|[MF]\b)?", re.I
+)
+# A name does not reach over these: "He takes metformin 500 mg".
+_VERBS = re.compile(
+    r".*\b(?:takes?|taking|starts?|started|continued?|gives?|given|prescribed|with|on|is|was|of|the|has|shows?|at)\s",
+    re.IGNORECASE,
+)
+
+
+def read_prose(text: str, section_of: Callable[[str], str]) -> dict[str, Any]:
+    """What a text states, as a dict of sections: "diagnoses", "medications", "labs", "vitals", "procedures", and
+    keys of the patient. "Name: value" lines and headers are read, numbers with their units behind a name, and
+    without a header for them the listed diagnoses that are not denied.
+
+    Args:
+        section_of: the section or key of the patient that a header names, "" for none.
+    """
+    tree: dict[str, Any] = {}
+    section = ""
+    for line in _LINES.split(BULLET.sub("", spell(text))):
+        line = re.sub(r"\s*\|\s*", " ", line).strip(" *.")  # a row of a table is a line
+        header = _HEADER.match(line)
+        name = section_of(header[1]) if header else ""
+        if header and name:
+            section, line = name, header[2]
+        if section in ("diagnoses", "procedures"):
+            entries = re.split(r",\s| and ", line)
+            tree.setdefault(section, []).extend(entry for entry in entries if entry and not is_denied(entry))
+        elif name and name not in ("medications", "labs", "vitals", "text", "kind"):
+            tree.setdefault(name, line)
+        else:
+            for kind, row in _read_line(line):
+                tree.setdefault(kind, []).append(row)
+    if "diagnoses" not in tree:
+        tree["diagnoses"] = find_terms(text, "diagnoses")
+    age = _AGE.search(text)
+    if age:
+        tree.setdefault("age", age[1])
+        tree.setdefault("sex", age[2] or "")
+    return tree
+
+
+def _read_line(line: str) -> list[tuple[str, dict[str, str]]]:
+    """(section, row) of each medication, lab and vital sign: a name, a number, and what stands behind it."""
+    rows: list[tuple[str, dict[str, str]]] = []
+    hours = [match.span() for match in EVERY_HOURS.finditer(line)]
+    matches = []
+    for match in quantity_matches(line):
+        if not match["date"] and not any(start <= match.start() < end for start, end in hours):
+            matches.append(match)
+    start = 0
+    for i, match in enumerate(matches):
+        before = re.split(r"[,(;]|\band\b", line[start : match.start()])[-1]
+        before = re.sub(r"(?:[\s:=*-]|\b(?:is|was|of|at)\b)+$", "", before)
+        name = _VERBS.sub("", before).strip(" *-")
+        if not re.search("[A-Za-z]{2}|^[A-Z]$", name) or name.casefold().startswith(("ref", "normal")):
+            continue
+        following = matches[i + 1] if i + 1 < len(matches) else None
+        start = match.end()
+        unit, end = match["unit"] or "", match.end()
+        if unit in ("H", "L"):  # a flag, not hours or litres
+            unit, end = "", match.start("unit")
+        number = line[match.start() : match.start("unit") if unit else end].strip()
+        behind = line[end : following.start() if following else len(line)]
+        row = {"name": name, "value": number, "unit": unit}
+        canonical = normalise_unit(unit)
+        is_dose = canonical.split("/")[0] in _DOSES and not re.search(r"/(?:d?l|ul|ml|min)$", canonical)
+        if is_listed(name, "vitals"):
+            rows.append(("vitals", row))
+        elif is_dose and not is_listed(name, "labs"):
+            frequency = re.split(r"[,(]|\band\b", behind.strip(" ,"))[0]
+            rows.append(("medications", row | {"frequency": frequency}))
+        elif unit or is_listed(name, "labs"):
+            flag = _FLAG.match(behind)
+            if following and following["join"] in ("-", "to"):
+                row |= {"low": following["first"], "high": following["second"]}
+                flag = flag or _FLAG.match(line, following.end("second"))
+            rows.append(("labs", row | {"flag": flag[1] if flag else ""}))
+    return rows
