@@ -224,6 +224,14 @@ def gpu_check(c, out="gpu_check", only="", budget="450"):
     sys.exit(_call(experiments.check_gpu, out, only, _whole("budget", budget, 1, 86400)))
 
 
+@task(help={"out": "also write the versions to this JSON file"})
+def doctor(c, out=""):
+    """Print what this machine has for medvl, and what each extra lacks; exit status 1 where medvl itself lacks something."""
+    from medvl.commands import doctor
+
+    sys.exit(_call(doctor.check_installation, out))
+
+
 @task
 def experiments(c):
     """List the experiments with a line each."""
