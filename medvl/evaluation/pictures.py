@@ -19,6 +19,16 @@ from medvl.evaluation.results import Result
 Array = np.ndarray
 
 
+_KERNELS = {"gaussian": np.exp(-((np.arange(11) - 5) ** 2) / (2 * 1.5**2)), "uniform": np.ones(7)}
+
+
+def check_sides(shape: tuple[int, ...], where: str = "ssim", window: str = "gaussian") -> None:
+    """Raise where pictures [y, x, ...] are smaller than a window of `ssim`."""
+    side = len(_KERNELS[window])
+    if min(shape[:2]) < side:
+        raise ValueError(f"{where}: pictures must have {side} pixels a side or more, got {shape[:2]}")
+
+
 def mse(a: Array, b: Array) -> float:
     """The mean squared difference in squared grey levels; arguments and errors as `ssim`."""
     x, y = _as_floats(a, b)
@@ -44,12 +54,10 @@ def ssim(a: Array, b: Array, *, window: Literal["gaussian", "uniform"] = "gaussi
     Source: Wang et al. 2004, doi:10.1109/TIP.2003.819861, eq. 13.
     """
     x, y = _as_floats(a, b)
-    if window not in ("gaussian", "uniform"):
+    if window not in _KERNELS:
         raise ValueError(f"ssim: window must be gaussian or uniform, got {window!r}")
-    kernel = np.exp(-((np.arange(11) - 5) ** 2) / (2 * 1.5**2)) if window == "gaussian" else np.ones(7)
-    kernel /= kernel.sum()
-    if min(a.shape[:2]) < len(kernel):
-        raise ValueError(f"ssim: pictures must have {len(kernel)} pixels a side or more, got {a.shape[:2]}")
+    check_sides(a.shape, window=window)
+    kernel = _KERNELS[window] / _KERNELS[window].sum()
     mean_x, mean_y = _filter(x, kernel), _filter(y, kernel)
     unbiased = 49 / 48 if window == "uniform" else 1
     variances = unbiased * (_filter(x * x + y * y, kernel) - mean_x**2 - mean_y**2)

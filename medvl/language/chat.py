@@ -433,8 +433,8 @@ def make_question(chat: Chat, text: str, images: Sequence[PathLike | Image.Image
     Raises:
         ValueError: no text, or tags that do not match the images.
     """
-    if not text.strip():
-        raise ValueError("ask: the question must have text, got none")
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"ask: the question must have text, got {text!r}")
     items: tuple[Any, ...] = tuple(
         image if isinstance(image, Image.Image) else Path(image) for image in images
     )

@@ -1,12 +1,12 @@
 """The data of unified: heads are drawn, files are checked and read, the codes of targets are computed."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from medvl.evaluation.pictures import check_sides
 from medvl.hub.vqgan_files import read_vq_config
 from medvl.language.conversations import Conversation, check_gold, read_conversations
 from medvl.language.drawings import Drawing, read_drawings
@@ -59,34 +59,53 @@ def read_targets(cfg: Config, source: Source, split: Split) -> list[Drawing]:
         model = cfg.vq.model
     else:
         model = read_vq_config(cfg.vq.start if cfg.vq else cfg.codes)
+    if split == "test":
+        check_sides(
+            (model.resolution, model.resolution), f"data source {source.name}, test (the VQ model's size)"
+        )
     rows, columns = picture_shape(model)
     path, root = source_path(cfg, source, split), source.root or None
     return read_drawings(path, number=rows * columns, codebook=model.codes, root=root)
 
 
-def target_paths(cfg: Config, split: Split) -> list[Path]:
-    """The pictures that are drawn in a split, each once."""
-    targets = set[Path]()
+def read_all_targets(cfg: Config, split: Split) -> list[Drawing]:
+    """The drawings of a split of all sources."""
+    drawings = list[Drawing]()
     for source in find_sources(cfg, "draw", split):
-        targets |= {drawing.target for drawing in read_targets(cfg, source, split) if drawing.target}
-    return sorted(targets)
+        drawings += read_targets(cfg, source, split)
+    return drawings
 
 
-def picture_opener(cfg: Config) -> Callable[[Any], Image.Image]:
-    """How files of pictures are opened: by the window of the record."""
-    return partial(open_item, window=cfg.chat.window)
+def target_places(drawings: Sequence[Drawing]) -> dict[Path, str]:
+    """{picture that is drawn: the line that names it first}, sorted."""
+    # Reversed, so that the first line stays.
+    places = {drawing.target: drawing.question.place for drawing in reversed(drawings) if drawing.target}
+    return dict(sorted(places.items()))
+
+
+def picture_opener(cfg: Config, places: Mapping[Path, str] | None = None) -> Callable[[Any], Image.Image]:
+    """How files of pictures are opened: by the window of the record; errors name their place."""
+
+    def open_picture(path: Any) -> Image.Image:
+        try:
+            return open_item(path, window=cfg.chat.window)
+        except ValueError as e:
+            place = (places or {}).get(Path(path))
+            raise ValueError(f"{place}: {e}" if place else str(e)) from e
+
+    return open_picture
 
 
 def codes_of(cfg: Config, model: Vq, drawings: Sequence[Drawing], folder: Path) -> list[list[int]]:
     """The codes of the targets, row by row; those of files are computed once, in `folder`, by all processes."""
-    paths = sorted({str(drawing.target) for drawing in drawings if drawing.target})
+    places = target_places(drawings)
     sizes, weights = model
     computed = target_codes(
         sizes,
         weights,
-        paths,
+        [*places],
         folder / "targets",
-        open_picture=picture_opener(cfg),
+        open_picture=picture_opener(cfg, places),
         opened=str(cfg.chat.window),
         together=True,
     )

@@ -290,15 +290,13 @@ def make_question(
         ValueError: as `images.open_image`; no text, or tags <image> in it that do not match.
     """
     if isinstance(image, Image.Image | None) and (page is not None or window):
-        raise ValueError("ask: page and window are for files of images, and there is none; leave them out")
+        raise ValueError("page and window are for files of images, and there is none; leave them out")
     if image is None:
         return chat.make_question(opened, text)
     if not isinstance(image, Image.Image):
         if not isinstance(image, str | os.PathLike | bytes):
             found = type(image).__name__
-            raise ValueError(
-                f"ask: the image must be a path, a PIL image or None, got {found}; open it first"
-            )
+            raise ValueError(f"the image must be a path, a PIL image or None, got {found}; open it first")
         levels = images.check_window(window or opened.cfg.window, "window")
         image = images.open_image(image, page=page, window=levels, only_deep=True)
     return chat.make_question(opened, text, [image])
@@ -348,6 +346,10 @@ def open_unified(
     """
     if dtype not in chat.DTYPES:
         raise ValueError(f"open_unified: dtype must be one of {', '.join(chat.DTYPES)}, got {dtype!r}")
+    if not isinstance(plugins, Mapping):
+        raise ValueError(
+            f'open_unified: plugins must be {{"understand": ..., "draw": ...}}, or one of both, got {plugins!r}'
+        )
     target, kind = processes.choose_device(device), chat.DTYPES[dtype]
     opened_plugins = dict[str, Plugin]()
     for task, plugin in plugins.items():

@@ -25,9 +25,10 @@ from medvl.systems.unified.data import (
     codes_of,
     find_sources,
     picture_opener,
+    read_all_targets,
     read_questions,
     read_targets,
-    target_paths,
+    target_places,
 )
 from medvl.systems.unified.draw import encode_drawings
 from medvl.systems.unified.model import Unified, Vq, init_model, picture_shape, plugin_config
@@ -46,11 +47,17 @@ def open_vq(cfg: Config, folder: Path, log: Callable[[str], None] = print) -> Vq
     if cfg.vq is None:
         model, weights = open_vqgan(cfg.codes)
     else:
-        images: dict[str, list[Path]] = {"train": [], "valid": []}
+        places: dict[str, dict[Path, str]] = {"train": {}, "valid": {}}
         if not (folder / "codes" / "vq").is_dir():
-            images = {"train": target_paths(cfg, "train"), "valid": target_paths(cfg, "valid")}
+            for split in ("train", "valid"):
+                places[split] = target_places(read_all_targets(cfg, split))
         model, weights = fit_vq(
-            cfg.vq, images, folder / "codes", open_picture=picture_opener(cfg), seed=cfg.seed, log=log
+            cfg.vq,
+            {split: [*paths] for split, paths in places.items()},
+            folder / "codes",
+            open_picture=picture_opener(cfg, places["valid"] | places["train"]),
+            seed=cfg.seed,
+            log=log,
         )
     device = system.device_of(cfg.train)
     return model, {name: tensor.to(device) for name, tensor in weights.items()}

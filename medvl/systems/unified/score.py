@@ -20,7 +20,13 @@ from medvl.language.conversations import Conversation
 from medvl.language.drawings import Drawing
 from medvl.systems.tune.run import answer_conversations
 from medvl.systems.unified.codes import vq_pixels
-from medvl.systems.unified.data import codes_of, find_sources, picture_opener, read_questions, read_targets
+from medvl.systems.unified.data import (
+    codes_of,
+    find_sources,
+    picture_opener,
+    read_all_targets,
+    read_questions,
+)
 from medvl.systems.unified.draw import decode_pictures, draw_pictures
 from medvl.systems.unified.model import Unified
 from medvl.systems.unified.probe import FACTS, fit_probe, probe
@@ -104,7 +110,7 @@ def score_drawings(
         results, and figures and notes of a report.
     """
     cfg = model.cfg
-    drawings = _some(_read_drawings(cfg, "test"), cfg.evaluate.drawings, cfg.seed)
+    drawings = _some(read_all_targets(cfg, "test"), cfg.evaluate.drawings, cfg.seed)
     if not drawings:
         return [], {}, []
     drawn = _draw(model, params, drawings, folder)
@@ -112,7 +118,7 @@ def score_drawings(
         "Pictures are compared as floats on [0, 255]. The controls: the input copied, the mean target of the training "
         "split, and the target as the VQ model reconstructs it from its own codes, the best that codes can be."
     ]
-    train = [drawing for drawing in _read_drawings(cfg, "train") if drawing.target]
+    train = [drawing for drawing in read_all_targets(cfg, "train") if drawing.target]
     train = _some(train, _MOST_TARGETS, cfg.seed)
     if not train:
         notes.append("There is no mean target: no training drawing has a picture as its target.")
@@ -125,14 +131,6 @@ def score_drawings(
             "the mark. The control has the same pictures with the reports of other cases."
         )
     return rows, {"Pictures of the test split": _contact_sheet(drawn)}, notes
-
-
-def _read_drawings(cfg: Config, split: Split) -> list[Drawing]:
-    """The drawings of a split of all sources."""
-    drawings = list[Drawing]()
-    for source in find_sources(cfg, "draw", split):
-        drawings += read_targets(cfg, source, split)
-    return drawings
 
 
 def _some(drawings: Sequence[Drawing], most: int, seed: int) -> list[Drawing]:

@@ -263,8 +263,11 @@ def test_what_a_model_was_not_made_for_is_refused(folder, both, tmp_path):
     with pytest.raises(ValueError, match="must have one template and vocabulary"):
         open_unified(folder / "base", {"understand": other, "draw": plugin}, vq=folder / "vq", **settings)
     model, params = both
-    with pytest.raises(ValueError, match="the question must have text"):
-        ask.ask_image(model, params, None, " ")
+    with pytest.raises(ValueError, match=r'plugins must be {"understand": \.\.\., "draw": \.\.\.}'):
+        open_unified(folder / "base", folder / "draw", **settings)
+    for text in (" ", None, ["What?"]):
+        with pytest.raises(ValueError, match="the question must have text"):
+            ask.ask_image(model, params, None, text)
     with pytest.raises(ValueError, match="<image>"):
         ask.ask_image(model, params, drawn((8, 8)), "<image> and <image>")
     with pytest.raises(ValueError, match="no such file"):

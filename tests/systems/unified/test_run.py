@@ -297,7 +297,14 @@ def test_without_a_training_split_controls_are_left_out_or_have_another_name(tra
             "'none.png' does not exist",
         ),
         ("test_draw.jsonl", {"text": "A head.", "target": "none.png"}, "a file that is there"),
-        ("test_draw.jsonl", {"text": "A head.", "target": "test.jsonl"}, "must be an image"),
+        *(
+            (
+                f"{split}_draw.jsonl",
+                {"text": "A head.", "target": "test.jsonl"},
+                f"{split}_draw.jsonl, line 1: .*must be an image",
+            )
+            for split in ("valid", "test")
+        ),
     ],
 )
 def test_faults_of_the_test_split_are_found_before_stages_are_trained(trained, tmp_path, name, line, message):
@@ -308,6 +315,16 @@ def test_faults_of_the_test_split_are_found_before_stages_are_trained(trained, t
     with pytest.raises(ValueError, match=message):
         run.fit(cfg, tmp_path / "run", lambda _: None)
     assert not (tmp_path / "run" / "0-see").exists()
+
+
+def test_pictures_that_are_too_small_to_be_scored_are_refused_before_training(trained, tmp_path):
+    files, *_ = trained
+    cfg = record(files.parent, vq__model__resolution=8)
+    with pytest.raises(
+        ValueError, match=r"data source drawings, test .* must have 11 pixels a side or more, got \(8, 8"
+    ):
+        run.fit(cfg, tmp_path, lambda _: None)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_stage_must_train_what_its_data_is_computed_with(trained, tmp_path):
