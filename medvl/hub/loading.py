@@ -20,6 +20,7 @@ from torch import Tensor
 from medvl.base import files
 from medvl.base.display import track
 from medvl.base.text import few
+from medvl.hub import int4_files
 from medvl.hub.architectures import check_head, find_architecture
 from medvl.hub.checkpoints import (
     Entry,
@@ -80,7 +81,7 @@ def load_skeleton(
         skeleton and params {module name: tensor}, detached, of `dtype` on `device`. Pickled files are read
         with weights_only=True. Task heads and poolers are left out; a missing `mask_token` is zeros (only
         pre-training reads it). 4-bit weights that transformers and bitsandbytes wrote come as
-        `four_bit.FourBit`.
+        `four_bit.FourBit`, those of AutoAWQ and compressed-tensors as `int4.Int4`.
     Raises:
         ValueError: nothing there (says what was looked for, and where), a broken file, keys missing,
             unexpected or of another shape.
@@ -207,7 +208,7 @@ def _bind_entries(
     """
     # What can be told from headers comes first: a wrong checkpoint is refused before gigabytes are read.
     model_class, model_config = find_architecture(config, head)
-    entries = _join_four_bit(entries)
+    entries = _join_four_bit(int4_files.join_int4(entries, config, name))
     _check_dtypes(entries, name)
     module = build_weightless(model_class, model_config)
     placed, unplaced = place_entries(module, entries)
@@ -270,7 +271,8 @@ def _check_complete(
 def _read_entry(entry: Entry, param: str, name: str) -> Tensor:
     try:
         return entry.read()
-    except ValueError as e:
+    # 4-bit weights that the model keeps joined, such as those of experts, cannot be joined.
+    except (ValueError, NotImplementedError) as e:
         raise ValueError(f"load: {name}: {param}: {e}") from e
 
 

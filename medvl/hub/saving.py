@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from medvl.base import files
 from medvl.base.text import few
+from medvl.hub import int4_files
 from medvl.hub.architectures import quiet
 from medvl.hub.checkpoints import new_folder
 from medvl.hub.skeletons import Skeleton
 from medvl.hub.weight_names import published_state
-from medvl.weights import four_bit
-from medvl.weights.lazy import LowRank, dense
+from medvl.weights import four_bit, int4
+from medvl.weights.lazy import LowRank, Quantized, dense
 
 
 def save_skeleton(
@@ -27,8 +28,8 @@ def save_skeleton(
     """Write config.json and model.safetensors, with the names of published checkpoints, that transformers'
     from_pretrained reads.
 
-    A generation_config.json that the checkpoint came with is written unchanged. 4-bit weights are written in
-    the layout of bitsandbytes; sharded ones are gathered (every process must call this, process 0 writes). A
+    A generation_config.json that the checkpoint came with is written unchanged. NF4 and FP4 weights are written in
+    the layout of bitsandbytes, `Int4` in that of compressed-tensors; sharded ones are gathered (every process must call this, process 0 writes). A
     model above `shard_gb` (10^9 bytes) is split into files with an index. The folder is there whole or not
     at all.
 
@@ -41,7 +42,7 @@ def save_skeleton(
     packed = {}
     plain = {}
     for name, weight in params.items():
-        if isinstance(weight, four_bit.FourBit):
+        if isinstance(weight, Quantized):
             packed[name] = weight
             plain[name] = weight.packed
         else:
@@ -78,7 +79,12 @@ def _check_params(skeleton: Skeleton, params: Mapping[str, Tensor]) -> None:
             f"save: adapters are on {few(adapted, 2)}; merge them (lora.merge_adapter) or save them "
             "separately (write_adapter)"
         )
-    stacked = [n for n, w in params.items() if isinstance(w, four_bit.FourBit) and w.dim() == 3]
+    kinds = {type(w) for w in params.values() if isinstance(w, Quantized)}
+    if len(kinds) > 1:
+        raise ValueError(
+            "save: params are of two 4-bit kinds, FourBit and Int4, which no file format can hold"
+        )
+    stacked = [n for n, w in params.items() if isinstance(w, Quantized) and w.dim() == 3]
     if stacked:
         raise ValueError(
             f"save: {few(stacked, 2)} are experts in 4 bits, which no file format can hold; dequantise them "
@@ -86,9 +92,7 @@ def _check_params(skeleton: Skeleton, params: Mapping[str, Tensor]) -> None:
         )
 
 
-def _write_config(
-    module: Any, folder: Path, plain: Mapping[str, Tensor], packed: Mapping[str, four_bit.FourBit]
-) -> None:
+def _write_config(module: Any, folder: Path, plain: Mapping[str, Tensor], packed: Mapping[str, Any]) -> None:
     """Write config.json, and generation_config.json where the module has one."""
     # A copy: the skeleton goes on living with its own config.
     config = copy.deepcopy(module.config)
@@ -103,15 +107,23 @@ def _write_config(
         for name, part in module.named_modules():
             if isinstance(part, nn.Linear) and f"{name}.weight" not in packed:
                 not_quantised.append(name)
-        config.quantization_config = {
-            "quant_method": "bitsandbytes",
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": weight.kind,
-            "bnb_4bit_use_double_quant": weight.nested is not None,
-            "bnb_4bit_compute_dtype": str(weight.dtype)[6:],
-            "bnb_4bit_quant_storage": "uint8",
-            "llm_int8_skip_modules": not_quantised,
-        }
+        if isinstance(weight, int4.Int4):
+            settings = int4_files.quantization_config(packed, not_quantised)
+        else:
+            settings = _bitsandbytes_config(weight, not_quantised)
+        config.quantization_config = settings
     config.save_pretrained(folder)
     if module.can_generate() and module.generation_config is not None:
         module.generation_config.save_pretrained(folder)
+
+
+def _bitsandbytes_config(weight: four_bit.FourBit, not_quantised: list[str]) -> dict[str, Any]:
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": weight.kind,
+        "bnb_4bit_use_double_quant": weight.nested is not None,
+        "bnb_4bit_compute_dtype": str(weight.dtype)[6:],
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": not_quantised,
+    }

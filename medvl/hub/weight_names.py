@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from medvl.base.text import few
+from medvl.hub import int4_files
 from medvl.hub.checkpoints import Entry
 from medvl.hub.skeletons import Skeleton
-from medvl.weights import four_bit
+from medvl.weights import four_bit, int4
 
 
 def place_entries(module: Any, entries: Mapping[str, Entry]) -> tuple[dict[str, Entry], list[str]]:
@@ -93,14 +94,12 @@ def current_names(skeleton: Skeleton, names: Iterable[str]) -> dict[str, str]:
     return current
 
 
-def published_state(
-    module: Any, plain: dict[str, Tensor], packed: Mapping[str, four_bit.FourBit]
-) -> dict[str, Tensor]:
+def published_state(module: Any, plain: dict[str, Tensor], packed: Mapping[str, Any]) -> dict[str, Tensor]:
     """The state dict under the names of published checkpoints.
 
     Args:
         plain: every weight of the module; of a 4-bit weight its codes.
-        packed: the 4-bit weights, each of which is written with its scales.
+        packed: the 4-bit weights (`FourBit` or `Int4`), each of which is written with its scales.
     Raises:
         ValueError: a 4-bit weight that the published checkpoint stores split or joined.
     """
@@ -114,7 +113,10 @@ def published_state(
         if param is None:
             state[name] = tensor
         else:
-            for suffix, part in four_bit.pack_weight(packed[param]).items():
+            weight = packed[param]
+            is_int4 = isinstance(weight, int4.Int4)
+            parts = int4_files.pack_int4(weight) if is_int4 else four_bit.pack_weight(weight)
+            for suffix, part in parts.items():
                 state[name + suffix] = part
     # Codes that were not found again were split or joined by a conversion, which does not know 4 bits.
     if name_of_codes:

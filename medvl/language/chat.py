@@ -17,7 +17,7 @@ from medvl.base.display import track
 from medvl.base.files import PathLike, write_text
 from medvl.base.tree import Tree
 from medvl.evaluation import choices
-from medvl.hub import loading, saving, skeletons, tokens
+from medvl.hub import int4_files, loading, saving, skeletons, tokens
 from medvl.hub.checkpoints import find_file, new_folder, read_json
 from medvl.language import encoding, generate, images, likelihood, vision, vlm
 from medvl.language.conversations import Conversation, limit_images
@@ -188,6 +188,9 @@ def open_chat(
             # Names and shapes are enough for an estimate; nothing is read or drawn.
             shapes = {name: p.shape for name, p in skeleton.module.named_parameters()}
             params = {name: torch.empty(s, dtype=dtype, device="meta") for name, s in shapes.items()}
+            if convert is None and model.name:
+                # A file of int4 is read as it is; `quantize` says nothing of it.
+                convert = int4_files.int4_on_meta(config_of(model, tok), skeleton.module)
         else:
             skeleton, params = skeletons.init_skeleton(skeleton.config, gen, head="language")
             # Drawn in float32 on the CPU and moved then: a seed gives the same weights on every device.

@@ -27,7 +27,7 @@ from medvl.training.determinism import deterministic
 from medvl.training.muon import muon
 from medvl.training.optim import Optimizer, Rate, adamw, routed, warmup_cosine, with_master
 from medvl.training.record import Speed, Stage, TrainConfig, plan_steps
-from medvl.weights import four_bit, lora, shards
+from medvl.weights import lazy, lora, shards
 from medvl.weights.four_bit import eight_bit_moments
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -151,7 +151,7 @@ def check_trainable(stage: Stage, params: Tree) -> None:
         raise ValueError(f"stage {stage.name}: {e}") from e
     for name in speeds:
         # The codes are whole numbers without a gradient; an adapter beside them is trained instead.
-        if isinstance(flat[name], four_bit.FourBit):
+        if isinstance(flat[name], lazy.Quantized):
             raise ValueError(
                 f"stage {stage.name}: {name} has 4 bits and cannot be trained; train lora/... or set "
                 "model.quantize='none'"

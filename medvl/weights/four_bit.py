@@ -6,15 +6,14 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from attrs import frozen
 from torch import Tensor
 
-from medvl.weights.lazy import EXPERTS, Lazy
+from medvl.weights.lazy import EXPERTS, Lazy, Quantized
 from medvl.weights.rounding import Packing
 
 _MISSING = "quantize: 4-bit weights and 8-bit moments need bitsandbytes; pip install 'medvl[quant]'"
@@ -44,27 +43,28 @@ class QuantConfig:
             )
         if self.kind not in ("nf4", "fp4"):
             raise ValueError(f"QuantConfig: kind must be 'nf4' or 'fp4', got {self.kind!r}")
-        if isinstance(self.skip, str):
-            raise ValueError(f"QuantConfig: skip is a tuple of regexes, got {self.skip!r}")
-        for pattern in self.skip:
-            try:
-                re.compile(pattern)
-            except re.error as e:
-                raise ValueError(
-                    f"QuantConfig: skip holds {pattern!r}, which is no regular expression: {e}"
-                ) from e
+        check_skip("QuantConfig", self.skip)
 
 
-class FourBit(Lazy):
-    """A matrix held as 4-bit codes, two in a byte, with a scale for every block. Made by `quantize`; frozen:
-    gradients pass through it.
+def check_skip(owner: str, skip: tuple[str, ...]) -> None:
+    """Raise where names to leave out are no tuple of regular expressions."""
+    if isinstance(skip, str):
+        raise ValueError(f"{owner}: skip is a tuple of regexes, got {skip!r}")
+    for pattern in skip:
+        try:
+            re.compile(pattern)
+        except re.error as e:
+            raise ValueError(f"{owner}: skip holds {pattern!r}, which is no regular expression: {e}") from e
+
+
+class FourBit(Quantized):
+    """A matrix held as 4-bit codes, two in a byte, with a scale for every block. Made by `quantize`.
 
     Or the matrices of all experts of a layer, [experts, out, in]: those are written out while their layer
     runs.
     """
 
     _parts = ("packed", "absmax", "offset", "nested", "nested_code")
-    fixed = True
 
     packed: Tensor  # uint8 [n / 2, 1]
     absmax: Tensor  # float32 [blocks], or uint8 [blocks] where doubly quantised, then also:
@@ -74,55 +74,28 @@ class FourBit(Lazy):
     kind: str
     blocksize: int
 
-    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        # Autocast does not know the 4-bit kernel, so its casts are made here, as it makes them for F.linear.
-        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-            bias = bias if bias is None else bias.to(x.dtype)
-        return _Product.apply(x, bias, self)
+    def dense_as(self, dtype: torch.dtype) -> Tensor:
+        return _dequantize(self, dtype)
 
-    def dense(self) -> Tensor:
-        return _dequantize(self, self.dtype)
-
-    def moved(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Lazy:
-        """Elsewhere, or standing for another precision; codes and scales stay what they are."""
-        attributes = dict(self.__dict__)
-        for name in self._parts:
-            if attributes[name] is not None:
-                attributes[name] = attributes[name].to(device)
-        return type(self).like(self.shape, dtype or self.dtype, attributes["packed"].device, **attributes)
+    def forward_product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        # The fused kernel is for GPUs, blocks of 64 and more, and codes without padding.
+        if self.blocksize < 64 or not x.is_cuda or self.packed.numel() * 2 != self.numel():
+            return super().forward_product(x, bias)
+        # Doubly quantised scales go in as their own codes; `absmax` is then the scales of those.
+        scales: dict[str, Any] = {}
+        absmax = self.absmax
+        if self.nested is not None:
+            scales = {
+                "absmax_8bit": self.absmax,
+                "absmax_code": self.nested_code,
+                "absmax_offset": self.offset,
+            }
+            absmax = self.nested
+        product = _kernels().gemm_4bit.default
+        return product(x, self.packed, self.shape, absmax, self.blocksize, self.kind, bias=bias, **scales)
 
     def _about(self) -> str:
         return f"{list(self.shape)}, {self.kind} for {str(self.dtype)[6:]}"
-
-
-class _Product(torch.autograd.Function):
-    """`x W^T + bias` that keeps the codes for the backward pass, never the written-out weight."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, w: FourBit) -> Tensor:
-        ctx.weight, ctx.has_bias = w, bias is not None
-        # The fused kernel is for GPUs, blocks of 64 and more, and codes without padding.
-        if w.blocksize < 64 or not x.is_cuda or w.packed.numel() * 2 != w.numel():
-            return F.linear(x, _dequantize(w, x.dtype), bias)
-        # Doubly quantised scales go in as their own codes; `absmax` is then the scales of those.
-        scales: dict[str, Any] = {}
-        absmax = w.absmax
-        if w.nested is not None:
-            scales = {"absmax_8bit": w.absmax, "absmax_code": w.nested_code, "absmax_offset": w.offset}
-            absmax = w.nested
-        product = _kernels().gemm_4bit.default
-        return product(x, w.packed, w.shape, absmax, w.blocksize, w.kind, bias=bias, **scales)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        # None for the weight: it is frozen.
-        grad_x = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad @ _dequantize(ctx.weight, grad.dtype)
-        if ctx.has_bias and ctx.needs_input_grad[1]:
-            grad_bias = grad.flatten(0, -2).sum(0)
-        return grad_x, grad_bias, None
 
 
 def quantize(params: Mapping[str, Tensor], cfg: QuantConfig = QuantConfig()) -> dict[str, Tensor]:
@@ -147,17 +120,33 @@ def quantizer(cfg: QuantConfig = QuantConfig()) -> Callable[[str, Tensor], Tenso
     """(name, weight) -> what `quantize` makes of it; given to `loading.load_skeleton` as `transform`, the
     full-precision model is never held.
     """
-    skip = [re.compile(pattern) for pattern in cfg.skip]
+    settings = (cfg.kind, cfg.blocksize, cfg.double)
 
-    def convert(name: str, w: Tensor) -> Tensor:
-        # A file may hold the weight in these four bits already.
-        if isinstance(w, FourBit) and _settings(w) == (cfg.kind, cfg.blocksize, cfg.double):
+    def is_done(w: Tensor) -> bool:
+        return isinstance(w, FourBit) and _settings(w) == settings
+
+    return matrix_converter(cfg.skip, lambda w: quantize_matrix(w, cfg), is_done)
+
+
+def matrix_converter(
+    skip: Sequence[str], convert: Callable[[Tensor], Tensor], is_done: Callable[[Tensor], bool]
+) -> Callable[[str, Tensor], Tensor]:
+    """(name, weight) -> `convert(weight)` of matrices and experts that `skip` does not name, others unchanged.
+
+    Args:
+        is_done: whether a file held the weight as `convert` makes it; it then stays.
+    """
+    patterns = [re.compile(pattern) for pattern in skip]
+
+    def convert_named(name: str, w: Tensor) -> Tensor:
+        if is_done(w):
             return w
         if isinstance(w, Lazy):
             raise ValueError(
-                f"quantize: {name} must be a plain tensor, got {w!r}; quantise first, adapt afterwards"
+                f"quantize: {name} must be a plain tensor, got {w!r}; quantise first, adapt afterwards, and set "
+                "model.quantize = 'none' where the file is quantised"
             )
-        if w.dim() < 2 or any(pattern.search(name) for pattern in skip):
+        if w.dim() < 2 or any(pattern.search(name) for pattern in patterns):
             return w
         of_experts = w.dim() == 3 and EXPERTS.search(name)
         if w.dim() > 2 and not of_experts:
@@ -167,9 +156,12 @@ def quantizer(cfg: QuantConfig = QuantConfig()) -> Callable[[str, Tensor], Tenso
                 stacklevel=2,
             )
             return w
-        return quantize_matrix(w, cfg)
+        try:
+            return convert(w)
+        except ValueError as e:
+            raise ValueError(f"{name}: {e}") from e
 
-    return convert
+    return convert_named
 
 
 def _settings(w: FourBit) -> tuple[str, int, bool]:

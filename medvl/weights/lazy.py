@@ -354,6 +354,68 @@ class _Corrected(torch.autograd.Function):
         return grad_x, grad_dropped, grad_a, grad_b, None, None, None
 
 
+class Quantized(Lazy):
+    """A weight held as codes of a few bits and their scales. Frozen: gradients pass through it.
+
+    Its parts are `packed`, the codes, and then the scales. A kind defines `dense_as`.
+    """
+
+    fixed = True
+    packed: Tensor
+
+    def dense_as(self, dtype: torch.dtype) -> Tensor:
+        """What the codes stand for, as a plain tensor."""
+        raise NotImplementedError
+
+    def forward_product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`x W^T + bias`; a kind that has a kernel for it uses that."""
+        return F.linear(x, self.dense_as(x.dtype), bias)
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        # Autocast does not know the product below, so its casts are made here, as it makes them for F.linear.
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+            bias = bias if bias is None else bias.to(x.dtype)
+        # Functions, not the weight: torch.func would wrap it as any tensor that it sees.
+        return _QuantizedProduct.apply(x, bias, self.forward_product, self.dense_as)
+
+    def dense(self) -> Tensor:
+        return self.dense_as(self.dtype)
+
+    def moved(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Lazy:
+        """Elsewhere, or standing for another precision; codes and scales stay what they are."""
+        attributes = dict(self.__dict__)
+        for name in self._parts:
+            if attributes[name] is not None:
+                attributes[name] = attributes[name].to(device)
+        return type(self).like(self.shape, dtype or self.dtype, attributes["packed"].device, **attributes)
+
+
+class _QuantizedProduct(torch.autograd.Function):
+    """`x W^T + bias` that keeps the codes for the backward pass, never the written-out weight."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, bias: Tensor | None, product: Any, dense_as: Any) -> Tensor:
+        return product(x, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        _, bias, _, ctx.dense_as = inputs
+        ctx.has_bias = bias is not None
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # None for the weight: it is frozen.
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ ctx.dense_as(grad.dtype)
+        if ctx.has_bias and ctx.needs_input_grad[1]:
+            grad_bias = grad.flatten(0, -2).sum(0)
+        return grad_x, grad_bias, None, None
+
+
 class Sharded(Lazy):
     """A weight whose parts lie on several processes (`torch.distributed.tensor.DTensor`): gathered when used,
     its gradient scattered.
