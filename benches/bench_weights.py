@@ -16,7 +16,7 @@ from medvl.hub import skeletons
 from medvl.language import generate, vlm
 from medvl.language.sampling import Sampling
 from medvl.training import gradients, loop, optim, states
-from medvl.weights import compose, four_bit, lora
+from medvl.weights import compose, four_bit, int4, lora
 
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE, PRECISION = ("cuda", torch.bfloat16, "bfloat16") if CUDA else ("cpu", torch.float32, "float32")
@@ -61,7 +61,7 @@ QWEN2_VL_2B = {  # config.json of huggingface.co/Qwen/Qwen2-VL-2B-Instruct
     },
 }
 MODELS = {"qwen3_4b": QWEN3_4B, "qwen2_vl_2b": QWEN2_VL_2B} if CUDA else {"small": SMALL}
-VARIANTS = ("dense", "nf4", "lora", "lora_nf4", "hlora", "mixture_3", "mixture_8", "fusion_8")
+VARIANTS = ("dense", "nf4", "int4", "lora", "lora_nf4", "hlora", "mixture_3", "mixture_8", "fusion_8")
 
 
 def seeded(seed, device="cpu"):
@@ -114,12 +114,19 @@ def quantised(kind):
     return four_bit.quantize(model(kind)[1])
 
 
+@cache
+def int4_params(kind):
+    return int4.quantize(model(kind)[1])
+
+
 def variant(kind, name):
     """The params of a variant."""
     skeleton, params, batch = model(kind)
     k = int(name.rpartition("_")[2]) if name.startswith(("mixture", "fusion")) else 1
-    if name in ("dense", "nf4"):
-        return params if name == "dense" else quantised(kind)
+    if name in ("dense", "nf4", "int4"):
+        return {"dense": lambda: params, "nf4": lambda: quantised(kind), "int4": lambda: int4_params(kind)}[
+            name
+        ]()
     made = adapters(kind, k, experts=4 if name == "hlora" else 0)
     if name.startswith("mixture"):
         adapter = compose.compose_adapters(made, torch.randn(B, k, generator=seeded(4)).to(DEVICE))

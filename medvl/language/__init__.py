@@ -6,7 +6,8 @@ OmniMedVQA) and `messages` checks them; `drawings` reads files of pictures that 
 their files of settings have in common), `clip_vision` squares for CLIP's tower and levels of it, and
 `vision` joins images and text of a model. `vlm` makes the inputs, hidden states and loss of a model,
 `cached_forward` its logits token by token; `token_steps` chooses tokens by them and by the settings of
-`sampling`, `generate` writes answers with these, and `likelihood` scores given ones. `chat` and `system`
+`sampling`, `generate` writes answers with these, and `likelihood` scores given ones. `awq` quantises a model by its
+activations. `chat` and `system`
 put all of this together. `measure` takes the time and the memory of answers, `compare` the distance of two
 forms of a model.
 """
