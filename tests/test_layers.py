@@ -17,6 +17,7 @@ DOORS = {  # a heavy package, and the only files that import it
     "cattrs": ("base/config.py",),
     "pydicom": ("language/dicom_image.py",),
     "invoke": ("../tasks.py",),
+    "rapidocr": ("documents/read_page.py",),
 }
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -3,4 +3,7 @@
 `fields` has the records of a page (patient, diagnoses, medications, labs, vitals, procedures), writes them as
 JSON and reads them from a model's answer, JSON by `loose_json` or running text by `prose`. `quantities`
 compares numbers, units, flags and terms, and `score` answers with pages.
+
+`words` has the words of a page with their boxes, as lines in reading order and as text for prompts; `read_page`
+reads them from an image (OCR).
 """
