@@ -200,6 +200,10 @@ def fit_tasks(
         return partial(_mean_task_loss, tasks, parts) if parts else None
 
     params = stages.shard_params(train, params)  # bound to this name, so that nothing here holds the whole
+    if shards.any_sharded(params):
+        for stage in train.stages:
+            for task, part in (*data(stage).items(), *valid(stage).items()):
+                _check_images(tasks.models[task], part, stage.name)
     if train.packing:
         for task, model in tasks.models.items():
             vlm.check_packing(model.chat.skeleton, shards.lazy_shards(tasks.select(params, task)["model"]))
@@ -215,6 +219,18 @@ def fit_tasks(
         seed=seed,
         log=log,
     )
+
+
+def _check_images(model: LanguageModel, data: Encoded, stage: str) -> None:
+    """Refuse texts among images for a model with a vision encoder of its own whose weights lie in parts: a process
+    without images would not run it, and others would wait for its parts."""
+    seen = [bool(sample.visual) for sample in data.samples]
+    if model.chat.vision is not None and model.chat.vision.embed is None and len({*seen}) > 1:
+        place = data.conversations[seen.index(False)].place
+        raise ValueError(
+            f"stage {stage}: with train.shard, all conversations or none must have images, found {seen.count(False)} "
+            f"of {len(seen)} without, first {place}; leave them out, or train with shard = false"
+        )
 
 
 def task_loss(tasks: Tasks) -> Callable[[Params, Mapping[str, Tensor]], tuple[Tensor, Tensor, gradients.Aux]]:

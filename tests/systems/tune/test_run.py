@@ -861,3 +861,23 @@ def test_an_answer_to_choices_is_right_by_what_it_chooses():
         False,
     ]
     assert not tune_run._line(evolve(asked, extra={}), "B")["right"]
+
+
+def test_texts_among_images_are_refused_where_the_vision_encoder_lies_in_parts(tmp_path, monkeypatch):
+    """On two processes training stood still at the first batch that has an image on one of them only."""
+    model, params, data = started(tmp_path)
+    answer = {"role": "assistant", "content": "No."}
+    text = Conversation(messages=({"role": "user", "content": "Is it red?"}, answer), id="alone")
+    texts = chat.encode_conversations(model.chat, [text])
+    both = evolve(
+        data, conversations=data.conversations + texts.conversations, samples=data.samples + texts.samples
+    )
+    monkeypatch.setattr(system.shards, "any_sharded", lambda _: True)
+    for train, valid in ((both, None), (data, both)):
+        with pytest.raises(
+            ValueError, match=r"train.shard, .* found 1 of 13 without, first conversation alone"
+        ):
+            system.fit_model(
+                model, params, lambda _, part=train: part, lambda _, part=valid: part, tmp_path / "fit"
+            )
+    assert not (tmp_path / "fit").exists()
