@@ -12,6 +12,7 @@ taken head by head, and hold where their interval is on one side of 0.
 import argparse
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import attrs
@@ -26,10 +27,8 @@ from medvl.evaluation.vqa import is_right
 from medvl.language.conversations import Conversation
 from medvl.language.drawings import Drawing
 from medvl.systems import run
-from medvl.systems.tune.run import answer_conversations
 from medvl.systems.unified.data import codes_of, find_sources, read_questions, read_targets
 from medvl.systems.unified.draw import decode_pictures
-from medvl.systems.unified.model import Unified
 from medvl.systems.unified.probe import fit_probe, probe
 from medvl.systems.unified.record import Config, Split
 from medvl.systems.unified.run import load
@@ -138,20 +137,20 @@ def read_scores(cfg: Config, results: Path, weights: Tree) -> Table:
     """The scores of a run: {"accuracy", "SSIM, transfer", ...: the mean of each head}."""
     table: Table = {}
     if (results / "answers.jsonl").is_file():
-        table |= score_answers(read_lines(results / "answers.jsonl"))
+        table |= score_answers(questions_of(cfg, "test"), read_lines(results / "answers.jsonl"))
     if drawings := read_drawings(cfg, "test"):
         pictures = [open_picture(results / "pictures" / f"{i}.png") for i in range(len(drawings))]
         table |= score_pictures(drawings, pictures, drawings, weights)
     return table
 
 
-def score_answers(lines: list[dict]) -> Table:
-    """Accuracy of all answers, and by category."""
+def score_answers(questions: list[Conversation], lines: list[dict]) -> Table:
+    """Accuracy of all answers, and by category; lines are those of `answers.jsonl`."""
     scores: Scores = {}
-    for line in lines:
-        right = float(is_right(line["answer"], line["gold"]))
+    for question, line in zip(questions, lines, strict=True):
+        assert question.id == line["id"]
         for name in ("accuracy", f"accuracy, {line['category']}"):
-            add_score(scores, name, line["episode_id"], right)
+            add_score(scores, name, question.extra["episode_id"], float(line["right"]))
     return to_table(scores)
 
 
@@ -182,7 +181,7 @@ def score_pictures(
 
 def score_controls(run_folder: Path, weights: Tree) -> dict[str, Table]:
     """The scores of pictures and answers that need no training of their own, on the test split of a run."""
-    model, params = load(run_folder)
+    model, _ = load(run_folder)
     drawings = read_drawings(model.cfg, "test")
     targets = [open_picture(drawing.target) for drawing in drawings]
     means = mean_targets(model.cfg)
@@ -202,7 +201,7 @@ def score_controls(run_folder: Path, weights: Tree) -> dict[str, Table]:
     drawn = [open_picture(run_folder / "results" / "pictures" / f"{i}.png") for i in from_text]
     shuffled = score_pictures([drawings[i] for i in from_text], drawn, others, weights)
     tables["shuffled reports"] = {name: values for name, values in shuffled.items() if "as told" in name}
-    tables["question only"] = ask_without_images(model, params, run_folder / "questions_only")
+    tables["question only"] = answer_from_questions(model.cfg)
     return tables
 
 
@@ -214,20 +213,30 @@ def mean_targets(cfg: Config) -> dict[str, np.ndarray]:
     return {look: mean_picture(pictures) for look, pictures in of_look.items()}
 
 
-def ask_without_images(model: Unified, params: Tree, folder: Path) -> Table:
-    """The accuracy where nothing is seen."""
-    questions = []
-    for source in find_sources(model.cfg, "understand", "test"):
-        questions += [without_image(question) for question in read_questions(model.cfg, source, "test")]
-    folder.mkdir(exist_ok=True)
-    selected = model.tasks.select(params, "understand")
-    return score_answers(answer_conversations(model.task("understand"), selected, questions, folder))
+def answer_from_questions(cfg: Config) -> Table:
+    """The accuracy of the most frequent training answer to each question: what can be said without an image."""
+    answers_to: dict[str, Counter[str]] = {}
+    for question in questions_of(cfg, "train"):
+        for asked, answered in zip(question.messages[::2], question.messages[1::2], strict=True):
+            answers_to.setdefault(text_of(asked), Counter())[answered["content"]] += 1
+    scores: Scores = {}
+    for question in questions_of(cfg, "test"):
+        usual = answers_to[text_of(question.messages[0])].most_common(1)[0][0]
+        right = float(is_right(usual, question.messages[-1]["content"]))
+        for name in ("accuracy", f"accuracy, {question.extra['category']}"):
+            add_score(scores, name, question.extra["episode_id"], right)
+    return to_table(scores)
 
 
-def without_image(question: Conversation) -> Conversation:
-    """A question that says nothing of its image."""
-    messages = [{**m, "content": m["content"].replace("<image>", "").strip()} for m in question.messages]
-    return attrs.evolve(question, messages=tuple(messages), images=())
+def text_of(message: dict[str, str]) -> str:
+    """What a message says, without the place of its image."""
+    return message["content"].replace("<image>", "").strip()
+
+
+def questions_of(cfg: Config, split: Split) -> list[Conversation]:
+    """The questions of all sources."""
+    sources = find_sources(cfg, "understand", split)
+    return [question for source in sources for question in read_questions(cfg, source, split)]
 
 
 def read_drawings(cfg: Config, split: Split) -> list[Drawing]:
@@ -287,11 +296,12 @@ def write_table(tables: dict[str, list[Table]], path: Path) -> None:
                 continue
             values = np.stack([table[score] for table in of_seeds])
             mean, low, high = interval(values)
-            line = f"| {score} | {variant} | {len(values)} | {mean:.3f} ({low:.3f} to {high:.3f}) |"
+            cells = [score, variant, f"{len(values)}", f"{mean:.3f} ({low:.3f} to {high:.3f})", ""]
             if variant != RECIPE:
                 mean, low, high = interval(ours[: len(values)] - values)
-                line += f" {mean:+.3f} ({low:+.3f} to {high:+.3f}){'' if low > 0 or high < 0 else ', not told apart'} |"
-            lines.append(line)
+                apart = low > 0 or high < 0
+                cells[-1] = f"{mean:+.3f} ({low:+.3f} to {high:+.3f}){'' if apart else ', not told apart'}"
+            lines.append(f"| {' | '.join(cells)} |")
     path.write_text("\n".join(lines) + "\n")
 
 
