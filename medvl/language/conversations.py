@@ -26,6 +26,7 @@ _FORMATS = {
     "conversatons": {"conversatons"},  # as LLaVA-Med's evaluation files spell it
     "messages": {"messages"},
 }
+IMAGE_PARTS = ("image", "image_url")  # types of the parts that are images
 _ROLES = {"human": "user", "gpt": "assistant"}
 _IMAGE_KEYS = 'images are read from "images" (a list of file names) or "image" (one)'
 # Refused: ignored, they would train answers about images that the model does not see.
@@ -91,7 +92,8 @@ def read_conversations(
     The shapes of a conversation: {"query": text, "response": text}, {"instruction": text, "input": text or
     nothing, "output": text}, {"conversations": [{"from": "user" or "human" ..., "value": text}, ...]} or
     {"messages": [{"role": "user" ..., "content": text}, ...]}, where a content may be OpenAI's list of
-    {"type": "text"} and {"type": "image_url"} or {"type": "image"}; with "images" (a list; or "image", one
+    {"type": "text"} and {"type": "image_url"} or {"type": "image"}, or TRL's {"prompt": messages,
+    "completion": [the answer]}; with "images" (a list; or "image", one
     name), "system", "history" (a list of [question, answer]; beside "query" and "instruction"), and "id" or
     "episode_id" where wanted. What is empty or null is as if it were not there. The user's texts hold one
     `tag` per image; images are taken from left to right.
@@ -407,6 +409,10 @@ def _take_messages(record: dict[str, Any], where: str, tag: str) -> tuple[list[d
     """Take the messages out of a record, and the images that are named inside them."""
     history = record.pop("history", None)
     formats = [keys for key, keys in _FORMATS.items() if key in record]
+    # Only where nothing else is there: beside "messages" a "prompt" is often the first question again.
+    if not formats and record.keys() >= {"prompt", "completion"}:
+        record["messages"] = _join_completion(record.pop("prompt"), record.pop("completion"), where)
+        formats = [_FORMATS["messages"]]
     # Only such records have a history: the others hold all turns already.
     is_pair = bool(formats) and len(formats[0]) == 2  # one question and its answer
     is_complete = len(formats) == 1 and formats[0] <= record.keys()
@@ -416,7 +422,8 @@ def _take_messages(record: dict[str, Any], where: str, tag: str) -> tuple[list[d
             keys.append("history")
         raise ValueError(
             f'{where}: must have "messages", or "conversations", or "query" and "response", or "instruction" '
-            f'and "output" (and "history" only beside the last two), found {", ".join(keys) or "nothing"}'
+            'and "output" (and "history" only beside the last two), or "prompt" and "completion", found '
+            f"{', '.join(keys) or 'nothing'}"
         )
     system = record.pop("system", None)
     messages = list[dict[str, str]]()
@@ -449,6 +456,26 @@ def _take_messages(record: dict[str, Any], where: str, tag: str) -> tuple[list[d
         role = str(values[role_key])
         messages.append({"role": _ROLES.get(role, role), "content": content})
     return messages, images
+
+
+def _join_completion(prompt: Any, completion: Any, where: str) -> list[Any]:
+    """The messages of TRL's prompt and completion, as far as the same tokens are trained in them here and
+    there.
+    """
+    if not isinstance(prompt, list) or not isinstance(completion, list):
+        raise ValueError(
+            f'{where}: "prompt" and "completion" must be lists of messages, got {short(prompt)} and '
+            f'{short(completion)}; texts are trained without a chat template there, here they are "query" '
+            'and "response"'
+        )
+    roles = [message.get("role") for message in [*prompt, *completion] if isinstance(message, dict)]
+    if "assistant" in roles[:-1] or len(completion) != 1:
+        raise ValueError(
+            f'{where}: "prompt" must have no answer and "completion" only one, got the roles '
+            f"{' '.join(map(str, roles))}: only completions are trained there, every answer here; use one "
+            'answer a line, or "messages"'
+        )
+    return [*prompt, *completion]
 
 
 def _take_question_and_answer(record: dict[str, Any], history: Any, where: str) -> list[dict[str, str]]:
@@ -491,8 +518,17 @@ def _join_parts(parts: list[Any], where: str, tag: str) -> tuple[str, list[str]]
             kind = part.get("type")
         # Joined as they are: a line break between image and text is the data set's to write.
         if kind == "text" and isinstance(part.get("text"), str):
+            # Its images are parts of their own, so that this tag cannot stand for one of them.
+            if tag in part["text"] and any(
+                p.get("type") in IMAGE_PARTS for p in parts if isinstance(p, dict)
+            ):
+                raise ValueError(
+                    f"{where}: a text beside images must not hold {tag}, got {short(part['text'])}; write an "
+                    'image as a part {"type": "image"} in its place, and the word in another way, such as '
+                    "[image]"
+                )
             text += part["text"]
-        elif kind in ("image", "image_url"):
+        elif kind in IMAGE_PARTS:
             text += tag
             names += _image_of_part(part, where)
         else:
@@ -514,6 +550,7 @@ def _image_of_part(part: dict[str, Any], where: str) -> list[str]:
     # Nothing is downloaded, so that a run needs no network and its images cannot change.
     if not isinstance(name, str) or re.match("(data|https?):", name):
         raise ValueError(
-            f"{where}: an image must be the name of a file, got {short(name)}; write it to a file"
+            f"{where}: an image must be the name of a file, got {short(name)}; write it to a file (`invoke "
+            "conversations convert` does it with data: URLs)"
         )
     return [name.removeprefix("file://")]

@@ -41,6 +41,7 @@ _UNSUPPORTED_KEYS = {
 _UNSUPPORTED_TAGS = re.compile(
     r"<(?:video|audio|bbox|ref-object|cot-process|ImageHere|image[ _]?\d+|img)>|<\|(?:image|video|audio)_\d+\|>|</img>"
 )
+_NO_PLACEHOLDER = "where a text means the word and no image, write it in another way, such as [image]"
 # json.loads lets an escape such as "\ud83d" through without its other half.
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half of a UTF-16 pair, which UTF-8 cannot encode
 
@@ -95,11 +96,13 @@ def check_tags(messages: Sequence[Message], tag: str, images: int, where: str) -
         if message["role"] != "user" and tag in message["content"]:
             raise ValueError(
                 f"{where}: only the user's texts may hold the tag {tag!r}, found it in one of the "
-                f"{message['role']}"
+                f"{message['role']}; {_NO_PLACEHOLDER}"
             )
     tags = sum(message["content"].count(tag) for message in messages)
     if tags != images:
-        raise ValueError(f"{where}: every tag {tag!r} needs its image, got {tags} tags and {images} images")
+        raise ValueError(
+            f"{where}: every tag {tag!r} needs its image, got {tags} tags and {images} images; {_NO_PLACEHOLDER}"
+        )
 
 
 def check_other_tags(messages: Iterable[Message], tag: str, where: str) -> None:
