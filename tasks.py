@@ -451,6 +451,33 @@ def draw(
     )
 
 
+@task(iterable=["set_"], help=SET | {"exp": "name in experiments/, or path of a .toml"})
+def data(c, exp, set_=None):
+    """Fetch public data sets of medical images and notes, and write their conversations."""
+    # The task has the module's name.
+    from medvl.commands import data as commands
+
+    _call(commands.fetch, exp, set_ or ())
+
+
+@task(
+    positional=["action"],
+    help={
+        "action": "convert",
+        "source": "file of conversations in any shape",
+        "out": "file to write: JSON lines, or an array where it ends in .json",
+        "shape": "llava, swift, trl, completion or openai",
+        "root": "where relative names of the source's images start; default: its folder",
+    },
+)
+def conversations(c, action, source, out, shape, root=""):
+    """Convert a file of conversations to the shape that another program reads; nothing is lost."""
+    _needs(action=action, source=source, out=out, shape=shape)
+    from medvl.commands import data as commands
+
+    _call(commands.convert, action, source, out, shape, root)
+
+
 @task(
     positional=["action"],
     help={

@@ -16,6 +16,8 @@ DOORS = {  # a heavy package, and the only files that import it
     "bitsandbytes": ("weights/four_bit.py",),
     "cattrs": ("base/config.py",),
     "pydicom": ("language/dicom_image.py",),
+    "datasets": ("documents/source_rows.py",),
+    "pyarrow": ("documents/source_rows.py",),
     "invoke": ("../tasks.py",),
     "rapidocr": ("documents/read_page.py",),
 }

@@ -1,7 +1,8 @@
 """commands: what the tasks of `tasks.py` call, by subject; they read options, call a system or a package, and
 print.
 
-`doctor` (what is installed), `experiments` (list, labels, memory), `questions` (`invoke ask`), `ct` (preprocess, split, embed, classify),
-`slides` (check, pack), `vqgan` and `plugins` (convert), `pictures` (`invoke draw`), `registries`
-(`invoke adapters`: build, add, list, show).
+`doctor` (what is installed), `experiments` (list, labels, memory), `questions` (`invoke ask`), `ct`
+(preprocess, split, embed, classify), `data` (`invoke data`, `invoke conversations`), `slides` (check, pack),
+`vqgan` and `plugins` (convert), `pictures` (`invoke draw`), `registries` (`invoke adapters`: build, add, list,
+show).
 """

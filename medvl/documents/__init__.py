@@ -6,4 +6,7 @@ compares numbers, units, flags and terms, and `score` answers with pages.
 
 `words` has the words of a page with their boxes, as lines in reading order and as text for prompts; `read_page`
 reads them from an image (OCR).
+
+`text_page` draws plain texts onto pages. `sources` makes conversations of public data sets: `source_record`
+says which, `source_rows` reads their rows.
 """

@@ -1,5 +1,6 @@
 """Plain text as pages: wrapped into lines, cut into pages and drawn. No word is left out or clipped."""
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -111,29 +112,54 @@ def wrap_text(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
 
 
 def draw_text_pages(text: str, cfg: TextPageConfig = TextPageConfig()) -> list[TextPage]:
-    """Draw a text onto as many white pages as it needs.
+    """Draw a text onto as many white pages as it needs: `draw_text_page` of each of `page_lines`.
 
-    The words of all pages one after the other are the words of the text; runs of empty lines become one. The
-    footer says that the page is synthetic, and which of how many it is.
+    Raises:
+        ValueError: as `page_lines`.
+    """
+    pages = page_lines(text, cfg)
+    numbered = enumerate(pages, 1)
+    return [TextPage(image=draw_text_page(page, n, len(pages), cfg), lines=page) for n, page in numbered]
+
+
+def page_lines(text: str, cfg: TextPageConfig = TextPageConfig()) -> list[tuple[str, ...]]:
+    """The lines of each page of a text.
+
+    The words of all pages one after the other are the words of the text; runs of empty lines become one.
 
     Raises:
         ValueError: a text without a word, or with characters that the font cannot draw.
     """
     if not text.strip():
-        raise ValueError(f"draw_text_pages: the text must hold a word, got {short(text)}")
+        raise ValueError(f"page_lines: the text must hold a word, got {short(text)}")
     missing = missing_characters(text, cfg.font)
     if missing:
         codes = [f"U+{ord(char):04X}" for char in missing]
         raise ValueError(
-            f"draw_text_pages: {cfg.font} cannot draw {few(codes)}; replace them, or take another font"
+            f"page_lines: {cfg.font} cannot draw {few(codes)}; replace them, or take another font"
         )
     lines = wrap_text(text, load_font(cfg.font, cfg.font_size), cfg.text_width)
-    pages = paginate(lines, cfg.text_height // cfg.line_height)
-    drawn = list[TextPage]()
-    for number, page in enumerate(pages, 1):
-        footer = f"SYNTHETIC PAGE {number} OF {len(pages)}"
-        drawn.append(TextPage(image=_draw_page(page, footer, cfg), lines=tuple(page)))
-    return drawn
+    return [tuple(page) for page in paginate(lines, cfg.text_height // cfg.line_height)]
+
+
+def draw_text_page(
+    lines: Sequence[str], number: int, total: int, cfg: TextPageConfig = TextPageConfig()
+) -> np.ndarray:
+    """A white page, uint8 [y, x, 3], with lines as `page_lines` gives them.
+
+    Args:
+        number, total: which of how many pages it is. The footer says it, and that the page is synthetic.
+    """
+    picture = Image.new("RGB", (cfg.width, cfg.height), "white")
+    draw = ImageDraw.Draw(picture)
+    font = load_font(cfg.font, cfg.font_size)
+    for i, line in enumerate(lines):
+        draw.text((cfg.margin, cfg.margin + i * cfg.line_height), line, _INK, font)
+    footer = f"SYNTHETIC PAGE {number} OF {total}"
+    small = load_font(cfg.font, max(6, cfg.font_size * 3 // 4))
+    left = (cfg.width - small.getlength(footer)) / 2
+    draw.text((left, cfg.height - cfg.margin * 2 / 3), footer, _FOOTER_INK, small)
+    return np.asarray(picture)
 
 
 def paginate(lines: list[str], lines_per_page: int) -> list[list[str]]:
@@ -163,18 +189,6 @@ def _break_word(word: str, font: ImageFont.FreeTypeFont, width: int) -> list[str
             pieces.append("")
         pieces[-1] += char
     return pieces
-
-
-def _draw_page(lines: list[str], footer: str, cfg: TextPageConfig) -> np.ndarray:
-    picture = Image.new("RGB", (cfg.width, cfg.height), "white")
-    draw = ImageDraw.Draw(picture)
-    font = load_font(cfg.font, cfg.font_size)
-    for i, line in enumerate(lines):
-        draw.text((cfg.margin, cfg.margin + i * cfg.line_height), line, _INK, font)
-    small = load_font(cfg.font, max(6, cfg.font_size * 3 // 4))
-    left = (cfg.width - small.getlength(footer)) / 2
-    draw.text((left, cfg.height - cfg.margin * 2 / 3), footer, _FOOTER_INK, small)
-    return np.asarray(picture)
 
 
 @cache

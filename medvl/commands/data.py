@@ -1,0 +1,49 @@
+"""`invoke conversations` and `invoke data`: files of conversations in another shape, and public data sets."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from medvl.base import config, files
+from medvl.documents.source_record import SourcesConfig
+from medvl.documents.sources import build_data
+from medvl.language.conversation_shapes import SHAPES, convert_conversations
+from medvl.systems import run
+
+
+def convert(action: str, source: str, out: str, shape: str, root: str = "") -> None:
+    """Write the conversations of a file in another shape.
+
+    Args:
+        root: where relative names of its images start; "" = its folder.
+    Raises:
+        ValueError: as `convert_conversations`.
+    """
+    if action != "convert" or shape not in SHAPES:
+        raise ValueError(
+            f"conversations: must be convert with --shape {', '.join(SHAPES)}, got {action!r} and {shape!r}"
+        )
+    files.check_writable(out)
+    number = convert_conversations(source, out, shape, root=root or None)
+    print(f"{out}: {number} conversations")
+
+
+def fetch(exp: str, overrides: Sequence[str] = ()) -> None:
+    """Fetch the data sets of the table [data] of a TOML and write their conversations.
+
+    Args:
+        exp: path of a .toml, or a name in experiments/.
+    Raises:
+        ConfigError: no such file, no table [data], or one that is no `SourcesConfig`.
+        ValueError: as `build_data`.
+    """
+    path = Path(exp) if exp.endswith(".toml") else run.EXPERIMENTS / f"{exp}.toml"
+    settings = config.override(config.read_settings(path), tuple(overrides), source=str(path))
+    if not isinstance(settings.get("data"), dict):
+        raise config.ConfigError(
+            f"{path}: must have a table [data] with sources, found {', '.join(settings)}"
+        )
+    cfg = config.structure(settings["data"], SourcesConfig, source=f"{path}, [data]")
+    files.check_writable(cfg.folder, folder=True)
+    summary = build_data(cfg, print)
+    if summary["non_commercial"]:
+        print("not for commercial use: the licence of a source does not grant it")

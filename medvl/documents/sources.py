@@ -1,0 +1,413 @@
+"""Public data sets of medical images and notes as conversations: fetched, checked, split and written.
+
+Files in the folder, each written whole or not at all:
+
+    raw/images/SHA256.png     images as RGB, upright, called by the sha256 of what the source holds
+    raw/NAME.jsonl            the rows of a source that can be used
+    download_summary.json     of each source: which path was used, what failed before, rows that are left out
+    pages/SHA256-N.png        pages of notes
+    {train,valid,test}.jsonl  conversations, as `language.conversations` reads them
+    data_summary.json         counts by source and split, licences, whether one forbids commercial use
+
+Rows with an article, a note or an image in common, directly or through others, are one group, and a group is in
+one split. Groups and splits do not depend on the order of the rows.
+"""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from attrs import frozen
+from PIL import Image
+
+from medvl.base import config, files
+from medvl.base.display import track
+from medvl.documents.source_record import Source, SourcesConfig
+from medvl.documents.source_rows import (
+    LeftOut,
+    SourceError,
+    check_columns,
+    digest,
+    is_local,
+    parse_row,
+    read_rows,
+)
+from medvl.documents.text_page import draw_text_page, missing_characters, page_lines
+from medvl.language.conversations import read_records
+from medvl.language.messages import check_order, check_other_tags, check_tags
+
+Log = Callable[[str], None]
+SPLITS = ("train", "valid", "test")
+_TAG = "<image>"
+PROMPTS = {
+    "captions": (
+        "Describe this medical image.",
+        "What does this image show?",
+        "Write a caption for this image.",
+        "Describe the findings in this image.",
+        "What can be seen in this radiological image?",
+        "Describe this image as in a medical article.",
+        "Summarise what this image shows.",
+        "Explain this image to a physician.",
+        "Which examination is this, and what does it show?",
+        "Report what is visible in this image.",
+    ),
+    "notes": (
+        "Transcribe the text of this page.",
+        "Read this page word by word.",
+        "What does this page say?",
+        "Write down all text on this page.",
+        "Extract the text of this medical note.",
+        "Copy the text of this document exactly.",
+        "Give the full text of this page.",
+        "Convert this page to plain text.",
+        "Which text is printed on this page?",
+        "Type out this clinical note.",
+    ),
+}
+
+
+@frozen(kw_only=True)
+class _Sample:
+    """One conversation, and what it shares with others."""
+
+    id: str
+    source: str
+    messages: tuple[dict[str, str], ...]
+    images: tuple[str, ...]  # names from the folder of the data
+    shared: tuple[str, ...]  # articles, rows and images: samples with one of them in common are one group
+
+    @property
+    def answers(self) -> list[str]:
+        return [message["content"] for message in self.messages if message["role"] == "assistant"]
+
+
+def build_data(cfg: SourcesConfig, log: Log) -> dict[str, Any]:
+    """Fetch the sources and write their conversations; returns what data_summary.json holds.
+
+    A source that fails stops no other: the next of its paths is tried, then it is left out. What is there already
+    is not fetched or written again. After a kill the same call goes on; a source that was not complete is read
+    from its first row again, its images are kept.
+
+    Raises:
+        ValueError: no source can be used; no conversation or too few groups for the splits; another process is
+            at work in the folder.
+        OSError: the disk is full.
+    """
+    folder = Path(cfg.folder)
+    with files.file_lock(folder / "data"):
+        files.remove_unfinished(folder)
+        downloads = _fetch_sources(cfg, folder, log)
+        return _write_tables(cfg, folder, downloads, log)
+
+
+# From the sources to rows -----------------------------------------------------------------------------------
+def _fetch_sources(cfg: SourcesConfig, folder: Path, log: Log) -> dict[str, Any]:
+    """The entries of download_summary.json, by source; the rows are in raw/NAME.jsonl."""
+    path = folder / "download_summary.json"
+    before = config.read_settings(path) if path.exists() else {}
+    entries: dict[str, Any] = {}
+    for source in cfg.sources:
+        entry = before.get(source.name, {})
+        # A source that failed is tried again.
+        is_there = entry.get("path") and entry["record"] == config.unstructure(source)
+        if not is_there or entry["rows_sha256"] != _file_digest(_rows_path(folder, source.name)):
+            entry = _fetch_source(source, folder, log)
+        entries[source.name] = entry
+        # After each source, so that a run that is killed keeps those that are complete.
+        _write_json(path, before | entries)
+    _write_json(path, entries)  # without those that are no longer asked for
+    if not any(entry["path"] for entry in entries.values()):
+        reasons = [attempt["reason"] for entry in entries.values() for attempt in entry["failed"]]
+        raise ValueError(f"{path}: no source can be used: {'; '.join(reasons)[:1000]}")
+    return entries
+
+
+def _fetch_source(source: Source, folder: Path, log: Log) -> dict[str, Any]:
+    """Write the rows of the first path that can be used; the reasons of those before it are kept."""
+    entry: dict[str, Any] = {"record": config.unstructure(source), "path": "", "failed": []}
+    for path in (source.path, *source.alternatives):
+        try:
+            rows, left_out = _usable_rows(source, path, folder)
+        except SourceError as e:
+            log(f"{source.name} fails: {e}")
+            entry["failed"].append({"path": path, "reason": str(e)})
+            continue
+        target = _rows_path(folder, source.name)
+        files.write_text(target, "".join(json.dumps(row) + "\n" for row in rows))
+        licence, non_commercial = source.licence_of(path)
+        images = {name for row in rows for name in row["images"]}
+        entry |= {
+            "path": path,
+            "licence": licence,
+            "non_commercial": non_commercial,
+            "rows": len(rows) + left_out.total(),
+            "left_out": dict(sorted(left_out.items())),
+            "images": len(images),
+            "image_bytes": sum((folder / name).stat().st_size for name in images),
+            "rows_sha256": files.file_digest(target),
+        }
+        log(f"{source.name}: {len(rows)} rows of {path}; left out: {_listed(left_out)}")
+        return entry
+    log(f"{source.name} is left out: none of its paths can be used")
+    return entry
+
+
+def _usable_rows(source: Source, path: str, folder: Path) -> tuple[list[dict[str, Any]], Counter[str]]:
+    """(rows in one form, how many are left out by reason)."""
+    root = Path(source.images)
+    if not source.images and is_local(path):
+        root = Path(path).parent
+    rows: list[dict[str, Any]] = []
+    left_out = Counter[str]()
+    all_rows = read_rows(path, source.split)
+    for row in track(all_rows, f"reading {source.name}", total=source.limit or None):
+        if not rows and not left_out:
+            check_columns(source.kind, path, row)
+        try:
+            rows.append(parse_row(source.kind, row, root, folder))
+        except LeftOut as e:
+            left_out[str(e)] += 1
+        if len(rows) == source.limit > 0:
+            break
+    if not rows:
+        raise SourceError(f"{path}: none of its {left_out.total()} rows can be used: {_listed(left_out)}")
+    return rows, left_out
+
+
+def _rows_path(folder: Path, name: str) -> Path:
+    return folder / "raw" / f"{name}.jsonl"
+
+
+# From rows to conversations ---------------------------------------------------------------------------------
+def _write_tables(cfg: SourcesConfig, folder: Path, downloads: Mapping[str, Any], log: Log) -> dict[str, Any]:
+    """Write the tables of all splits, and then the summary; nothing, where those of the same rows are there."""
+    path = folder / "data_summary.json"
+    sources = [source for source in cfg.sources if downloads[source.name]["path"]]
+    settings = config.unstructure(cfg)
+    made_of = {key: value for key, value in settings.items() if key not in ("folder", "sources")}
+    made_of["rows"] = {source.name: downloads[source.name]["rows_sha256"] for source in sources}
+    if path.exists():
+        summary = config.read_settings(path)
+        tables = {name: _file_digest(folder / name) for name in summary["tables"]}
+        if summary["made_of"] == made_of and summary["tables"] == tables:
+            log(f"{path}: is there already")
+            return summary
+        # A summary that is there holds for the tables beside it.
+        path.unlink()
+    left_out: dict[str, Counter[str]] = {source.name: Counter() for source in sources}
+    samples = list[_Sample]()
+    for source in sources:
+        samples += _read_samples(cfg, source, folder, left_out[source.name])
+    samples = _drop_repeated(samples, left_out)
+    group_of = _groups(samples)
+    split_of = _assign_splits(samples, group_of, cfg)
+    tables = {}
+    for split in SPLITS:
+        lines = [_line(s, group_of[s.id]) for s in samples if split_of[group_of[s.id]] == split]
+        table = folder / f"{split}.jsonl"
+        if not lines:  # of a split without a share
+            table.unlink(missing_ok=True)
+            continue
+        files.write_text(table, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        tables[table.name] = files.file_digest(table)
+    counts = Counter((sample.source, split_of[group_of[sample.id]]) for sample in samples)
+    of_source = {}
+    for source in sources:
+        entry = downloads[source.name]
+        of_source[source.name] = {
+            **{key: entry[key] for key in ("path", "licence", "non_commercial", "rows")},
+            "left_out_rows": entry["left_out"],
+            "left_out_conversations": dict(sorted(left_out[source.name].items())),
+            **{split: counts[source.name, split] for split in SPLITS},
+        }
+    summary = {
+        # Whoever trains on these data passes it on to the model.
+        "non_commercial": any(entry["non_commercial"] for entry in of_source.values()),
+        "licences": sorted({entry["licence"] for entry in of_source.values()}),
+        "splits": {split: sum(entry[split] for entry in of_source.values()) for split in SPLITS},
+        "groups": Counter(split_of.values()),
+        "sources": of_source,
+        "failed_sources": [name for name, entry in downloads.items() if not entry["path"]],
+        "tables": tables,
+        "made_of": made_of,
+    }
+    _write_json(path, summary)
+    log(f"{path}: {', '.join(f'{number} {split}' for split, number in summary['splits'].items())}")
+    return summary
+
+
+def _read_samples(
+    cfg: SourcesConfig, source: Source, folder: Path, left_out: Counter[str]
+) -> Iterator[_Sample]:
+    """The conversations of a source; those that are left out are counted by reason."""
+    rows = [row for _, _, row in read_records(_rows_path(folder, source.name))]
+    times = Counter(row["id"] for row in rows)
+    # Sorted, so that the order of the source decides nothing.
+    for row in track(sorted(rows, key=digest), f"conversations of {source.name}"):
+        name = f"{source.name}/{row['id']}"
+        shared = (f"row {name}", *(f"article {article}" for article in row["articles"]))
+        # Several rows of one id stay apart, in one group.
+        if times[row["id"]] > 1:
+            name += f"-{digest(row)[:8]}"
+        try:
+            conversations = [(name, _image_messages(cfg, source, name, row), row["images"])]
+            if source.kind == "notes":
+                conversations = _page_conversations(cfg, name, row["text"], folder)
+        except LeftOut as e:
+            left_out[str(e)] += 1
+            continue
+        for identifier, messages, images in conversations:
+            sample = _Sample(
+                id=identifier,
+                source=source.name,
+                messages=tuple(messages),
+                images=tuple(images),
+                shared=(*shared, *(f"image {image}" for image in images)),
+            )
+            reason = _reason_against(sample, cfg.shortest)
+            if reason:
+                left_out[reason] += 1
+            else:
+                yield sample
+
+
+def _image_messages(cfg: SourcesConfig, source: Source, name: str, row: dict) -> list[dict[str, str]]:
+    """The messages of a row with images: its own, or a prompt and its caption."""
+    if source.kind == "captions":
+        question = f"{_TAG}\n{_prompt(cfg, 'captions', name)}"
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": row["text"]}]
+    messages = [dict(message) for message in row.get("messages", ())]
+    # PubMedVision has no tags: its images come before the first question.
+    if messages and not any(_TAG in message["content"] for message in messages):
+        messages[0]["content"] = f"{_TAG}\n" * len(row["images"]) + messages[0]["content"]
+    return messages
+
+
+def _page_conversations(
+    cfg: SourcesConfig, name: str, text: str, folder: Path
+) -> list[tuple[str, list[dict[str, str]], list[str]]]:
+    """(id, messages, image) of each page of a note, which is drawn unless it is there."""
+    if missing_characters(text, cfg.page.font):
+        raise LeftOut("characters that the font cannot draw")
+    pages = page_lines(text, cfg.page)
+    # Notes with the same words on every line have the same pages.
+    stem = digest([config.unstructure(cfg.page), pages])
+    conversations = []
+    for number, lines in enumerate(pages, 1):
+        image = f"pages/{stem}-{number}.png"
+        if not (folder / image).exists():
+            picture = draw_text_page(lines, number, len(pages), cfg.page)
+            with files.atomic(folder / image) as tmp:
+                Image.fromarray(picture).save(tmp, format="PNG")
+        identifier = f"{name}-page-{number}"
+        question = f"{_TAG}\n{_prompt(cfg, 'notes', identifier)}"
+        answer = "\n".join(lines)
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        conversations.append((identifier, messages, [image]))
+    return conversations
+
+
+def _prompt(cfg: SourcesConfig, kind: str, name: str) -> str:
+    """One of the prompts of a kind, drawn by seed and name alone."""
+    prompts = PROMPTS[kind]
+    return prompts[int(digest([cfg.seed, "prompt", name]), 16) % len(prompts)]
+
+
+def _reason_against(sample: _Sample, shortest: int) -> str:
+    """Why a conversation is left out; "" where it is used."""
+    try:
+        check_order(sample.messages, "assistant", sample.id)
+    except ValueError:
+        return "roles or characters that no conversation may have"
+    try:
+        check_other_tags(sample.messages, _TAG, sample.id)
+        check_tags(sample.messages, _TAG, len(sample.images), sample.id)
+    except ValueError:
+        return f"a tag such as {_TAG} in the text that is no image's place"
+    if min(map(len, sample.answers)) < shortest:
+        return f"an answer shorter than {shortest} characters"
+    return ""
+
+
+def _drop_repeated(samples: Sequence[_Sample], left_out: Mapping[str, Counter[str]]) -> list[_Sample]:
+    """Samples sorted by id; of those with the same images and answers only the first."""
+    kept: dict[str, _Sample] = {}
+    for sample in sorted(samples, key=lambda s: s.id):
+        content = digest([sample.images, sample.answers])
+        if content in kept:
+            left_out[sample.source]["the images and answers of another row"] += 1
+        else:
+            kept[content] = sample
+    return list(kept.values())
+
+
+# Splits -----------------------------------------------------------------------------------------------------
+def _groups(samples: Sequence[_Sample]) -> dict[str, str]:
+    """The group of every sample by its id: samples that share anything, directly or through others, have one."""
+    # Union-find. The smaller name becomes the root, so that the order of the samples does not matter.
+    parent: dict[str, str] = {}
+
+    def root_of(name: str) -> str:
+        while parent.setdefault(name, name) != name:
+            parent[name] = parent[parent[name]]
+            name = parent[name]
+        return name
+
+    for sample in samples:
+        for name in sample.shared:
+            smaller, larger = sorted((root_of(sample.shared[0]), root_of(name)))
+            parent[larger] = smaller
+    return {sample.id: root_of(sample.shared[0]) for sample in samples}
+
+
+def _assign_splits(
+    samples: Sequence[_Sample], group_of: Mapping[str, str], cfg: SourcesConfig
+) -> dict[str, str]:
+    """The split of every group, so that each source has about the same shares of its samples in all."""
+    sizes = Counter(group_of[sample.id] for sample in samples)
+    sources = defaultdict[str, set[str]](set)
+    for sample in samples:
+        sources[group_of[sample.id]].add(sample.source)
+    shares = {"train": 1 - cfg.valid - cfg.test, "valid": cfg.valid, "test": cfg.test}
+    counts = dict.fromkeys(SPLITS, 0)
+    split_of: dict[str, str] = {}
+    # Source by source, and in each in an order that only the seed and the names decide.
+    for group in sorted(sizes, key=lambda name: (sorted(sources[name]), digest([cfg.seed, "split", name]))):
+        placed = sum(counts.values()) + sizes[group]
+        # Where most are missing.
+        split = max(SPLITS, key=lambda name: shares[name] * placed - counts[name])
+        split_of[group] = split
+        counts[split] += sizes[group]
+    empty = [name for name in SPLITS if shares[name] and not counts[name]]
+    if empty:
+        raise ValueError(
+            f"{cfg.folder}: {len(samples)} conversations in {len(sizes)} groups are too few for the splits, "
+            f"{' and '.join(empty)} would be empty; take more rows, or valid = 0 and test = 0"
+        )
+    return split_of
+
+
+def _line(sample: _Sample, group: str) -> dict[str, Any]:
+    """A line of a table."""
+    return {
+        "id": sample.id,
+        "images": list(sample.images),
+        "messages": list(sample.messages),
+        "category": sample.source,
+        "document": group,
+    }
+
+
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{number} of {reason}" for reason, number in sorted(counts.items())) or "none"
+
+
+def _file_digest(path: Path) -> str:
+    return files.file_digest(path) if path.is_file() else ""
+
+
+def _write_json(path: Path, value: Any) -> None:
+    files.write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
