@@ -56,6 +56,7 @@ SMALLER = {
         "patients=3000, seed=0, valid=150, test=350": "patients=5, seed=0, valid=1, test=1, columns=(32, 32), slices=(8, 9)"
     },
     "ct_preprocess.md": {"workers=8": "workers=2"},
+    "document.md": {"train=2000, valid=100, test=300": "train=2, valid=1, test=1, dpi=72"},
 }
 
 

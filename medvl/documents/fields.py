@@ -15,6 +15,10 @@ from medvl.documents.prose import read_prose
 from medvl.documents.quantities import find_terms, is_denied, medical_terms, same_term, spell
 
 
+def _as_tuple(rows: Iterable[Any]) -> tuple[Any, ...]:
+    return tuple(rows)
+
+
 @frozen
 class Patient:
     """Who the page is about. Pages that are drawn here name nobody real."""
@@ -72,11 +76,11 @@ class Fields:
 
     kind: str = ""  # "prescription", "lab results", ...; not printed as such
     patient: Patient = Patient()
-    diagnoses: tuple[Diagnosis, ...] = field(default=(), converter=tuple)
-    medications: tuple[Medication, ...] = field(default=(), converter=tuple)
-    labs: tuple[Lab, ...] = field(default=(), converter=tuple)
-    vitals: tuple[Vital, ...] = field(default=(), converter=tuple)
-    procedures: tuple[str, ...] = field(default=(), converter=tuple)
+    diagnoses: tuple[Diagnosis, ...] = field(default=(), converter=_as_tuple)
+    medications: tuple[Medication, ...] = field(default=(), converter=_as_tuple)
+    labs: tuple[Lab, ...] = field(default=(), converter=_as_tuple)
+    vitals: tuple[Vital, ...] = field(default=(), converter=_as_tuple)
+    procedures: tuple[str, ...] = field(default=(), converter=_as_tuple)
     text: str = ""  # free text: findings, history, and what no other field takes
     read_as: str = field(default="", eq=False)  # "", "json", "fenced json", "repaired json", "prose", "empty"
 
