@@ -117,7 +117,10 @@ def read_answer(text: str) -> Fields:
         return Fields(read_as="empty")
     found = find_json(text)
     if found is None:
-        return _read_tree(read_prose(text, _section_of), text.strip(), "prose")
+        tree = read_prose(text, _section_of, _field_of)
+        for section, rows in _sections_of_rows(tree.pop("rows", [])).items():
+            tree[section] = tree.get(section, []) + rows
+        return _read_tree(tree, text.strip(), "prose")
     try:
         return _read_tree(*found)
     except RecursionError:  # a thousand brackets, which are valid JSON
@@ -156,7 +159,7 @@ def _read_tree(tree: Any, around: str, read_as: str) -> Fields:
                 rest += unknown
                 if name == "diagnoses" and is_denied(known.get("name", "")):
                     rest.append(known["name"])
-                elif known:
+                elif any(known.values()):
                     lists[name].append(_split_values(_RECORDS[name](**known)))
         elif name == "kind":
             kind = _as_text(value)
@@ -172,8 +175,8 @@ def _sections_of_rows(rows: list[Any]) -> dict[str, Any]:
     for row in rows:
         section = ""
         if isinstance(row, dict):
-            keys = {_known_key(key, ("dose", "route", "frequency", "prn", "value")) for key in row}
-            section = "labs" if "value" in keys else "medications" if keys - {""} else "diagnoses"
+            keys = {_field_of(key) for key in row}
+            section = "labs" if "value" in keys else "medications" if keys - {"", "name"} else "diagnoses"
         tree.setdefault(section, []).append(row)
     return tree
 
@@ -182,6 +185,11 @@ def _section_of(key: str) -> str:
     """The field of `Fields` or `Patient` that a key means; "" if none."""
     name = _known_key(key, (*_SECTIONS, "person", *_PATIENT[1:]))
     return "name" if name == "person" else name
+
+
+def _field_of(key: str) -> str:
+    """The field of a medication or lab that a key means; "" if none."""
+    return _known_key(key, (*fields_dict(Medication), *fields_dict(Lab), "range"))
 
 
 def _known_key(key: str, names: Iterable[str]) -> str:
@@ -205,7 +213,9 @@ def _as_rows(value: Any, record: Any) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for row in filter(None, texts):
         # One text, "Metformin 500 mg PO BID", is read as prose is.
-        parsed = [] if isinstance(row, dict) else list(read_prose(_as_text(row), _section_of).items())
+        parsed = (
+            [] if isinstance(row, dict) else list(read_prose(_as_text(row), _section_of, _field_of).items())
+        )
         found = [
             rows_of for key, rows_of in parsed if _RECORDS.get(key) is record and record is not Diagnosis
         ]
@@ -278,7 +288,21 @@ def _as_text(value: Any) -> str:
         return ", ".join(map(_as_text, value))
     if isinstance(value, bool):
         return "yes" if value else ""
-    return "" if value is None else str(value).strip()
+    text = "" if value is None else str(value).strip()
+    return "" if text.casefold() in _NOTHING else text
+
+
+# What models write where a page says nothing.
+_NOTHING = (
+    "none",
+    "n/a",
+    "null",
+    "not available",
+    "not provided",
+    "not specified",
+    "not mentioned",
+    "unknown",
+)
 
 
 def _without_empty(tree: Any) -> Any:

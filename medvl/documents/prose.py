@@ -17,41 +17,56 @@ from medvl.documents.quantities import (
 
 _DOSES = ("mcg", "mg", "g", "meq", "u", "ml", "tablet", "capsule", "puff", "drop", "spray", "patch", "dose")
 _FLAG = re.compile(r"[\s()\[\],]*(HH|LL|H|L|N|high|low|normal|critical(?:ly)? (?:high|low))\b")
-_LINES = re.compile(r"[\n;]+|\.\s+(?=[A-Z])")
-_HEADER = re.compile(r"([A-Za-z][A-Za-z /]{1,30}?)[*\s]*:[*\s]*(.*)")
+_LINES = re.compile(r"[\n;]+|\.\s+(?=[A-Z])|\s+(?=(?:Sex|Gender|Age|MRN|ID|Date|Issued)\b[a-z ()]*:)")
+_HEADER = re.compile(r"([A-Za-z][A-Za-z /.()]{1,30}?)[*\s]*(?::[*\s]*(.*)|$)")
 _AGE = re.compile(
     r"\b(\d{1,3})[ -]?(?:years?|yrs?|y/?o)\b[ -]?(?:old)?\s*(male|female|man|woman|[MF]\b)?", re.I
 )
 # A name does not reach over these: "He takes metformin 500 mg".
 _VERBS = re.compile(
-    r".*\b(?:takes?|taking|starts?|started|continued?|gives?|given|prescribed|with|on|is|was|of|the|has|shows?|at)\s",
+    r"^.*\b(?:takes?|taking|starts?|started|continued?|gives?|given|prescribed|includ(?:es?|ing)|with|on|is|was|of|the"
+    r"|has|shows?|at)\s",
     re.IGNORECASE,
 )
 
 
-def read_prose(text: str, section_of: Callable[[str], str]) -> dict[str, Any]:
+def read_prose(text: str, section_of: Callable[[str], str], field_of: Callable[[str], str]) -> dict[str, Any]:
     """What a text states, as a dict of sections: "diagnoses", "medications", "labs", "vitals", "procedures", and
     keys of the patient. "Name: value" lines and headers are read, numbers with their units behind a name, and
     without a header for them the listed diagnoses that are not denied.
 
     Args:
         section_of: the section or key of the patient that a header names, "" for none.
+        field_of: the field of an entry that it names ("dose"); entries of no section are under "rows".
     """
     tree: dict[str, Any] = {}
     section = ""
+    row: dict[str, str] = {}  # the last entry, to which "Dose: 500 mg" belongs
     for line in _LINES.split(BULLET.sub("", spell(text))):
         line = re.sub(r"\s*\|\s*", " ", line).strip(" *.")  # a row of a table is a line
         header = _HEADER.match(line)
         name = section_of(header[1]) if header else ""
+        field = field_of(header[1]) if header and header[2] else ""
+        in_list = section in ("medications", "labs", "vitals")
+        if header and field and (not name or (name == "name" and in_list)):
+            if field == "name":
+                row = {}
+                tree.setdefault(section if in_list else "rows", []).append(row)
+            row[field] = header[2]
+            continue
         if header and name:
-            section, line = name, header[2]
+            section, line = name, header[2] or ""
         if section in ("diagnoses", "procedures"):
             entries = re.split(r",\s| and ", line)
             tree.setdefault(section, []).extend(entry for entry in entries if entry and not is_denied(entry))
-        elif name and name not in ("medications", "labs", "vitals", "text", "kind"):
-            tree.setdefault(name, line)
-        else:
-            for kind, row in _read_line(line):
+        elif name in ("patient", "name", "sex", "age", "record", "date"):
+            tree.setdefault(name, re.split(r",\s*(?=\d)", line)[0])  # "Jane Doe, 54 F"
+        elif section != "text":
+            rows = _read_line(line, section)
+            is_name = re.fullmatch(r"[A-Za-z][A-Za-z -]{2,40}", line) and not field_of(line)
+            if section == "medications" and is_name and not rows and not find_terms(line, "frequencies"):
+                rows = [(section, {"name": line})]  # a drug without a dose
+            for kind, row in rows:
                 tree.setdefault(kind, []).append(row)
     if "diagnoses" not in tree:
         tree["diagnoses"] = find_terms(text, "diagnoses")
@@ -62,7 +77,7 @@ def read_prose(text: str, section_of: Callable[[str], str]) -> dict[str, Any]:
     return tree
 
 
-def _read_line(line: str) -> list[tuple[str, dict[str, str]]]:
+def _read_line(line: str, section: str) -> list[tuple[str, dict[str, str]]]:
     """(section, row) of each medication, lab and vital sign: a name, a number, and what stands behind it."""
     rows: list[tuple[str, dict[str, str]]] = []
     hours = [match.span() for match in EVERY_HOURS.finditer(line)]
@@ -72,8 +87,11 @@ def _read_line(line: str) -> list[tuple[str, dict[str, str]]]:
             matches.append(match)
     start = 0
     for i, match in enumerate(matches):
-        before = re.split(r"[,(;]|\band\b", line[start : match.start()])[-1]
-        before = re.sub(r"(?:[\s:=*-]|\b(?:is|was|of|at)\b)+$", "", before)
+        # No name is longer; without this bound an answer that loops takes minutes.
+        before = line[max(start, match.start() - 80) : match.start()]
+        before = re.split(r"[,(;]|\band\b", before)[-1]
+        stated = re.search(r"\b(low|high|elevated)\b", before)  # "was low at 9.8"
+        before = re.sub(r"(?:[\s:=*-]|\b(?:is|was|of|at|low|high|elevated)\b)+$", "", before)
         name = _VERBS.sub("", before).strip(" *-")
         if not re.search("[A-Za-z]{2}|^[A-Z]$", name) or name.casefold().startswith(("ref", "normal")):
             continue
@@ -87,13 +105,16 @@ def _read_line(line: str) -> list[tuple[str, dict[str, str]]]:
         row = {"name": name, "value": number, "unit": unit}
         canonical = normalise_unit(unit)
         is_dose = canonical.split("/")[0] in _DOSES and not re.search(r"/(?:d?l|ul|ml|min)$", canonical)
+        is_lab = is_listed(name, "labs")
         if is_listed(name, "vitals"):
             rows.append(("vitals", row))
-        elif is_dose and not is_listed(name, "labs"):
-            frequency = re.split(r"[,(]|\band\b", behind.strip(" ,"))[0]
-            rows.append(("medications", row | {"frequency": frequency}))
-        elif unit or is_listed(name, "labs"):
-            flag = _FLAG.match(behind)
+        elif section != "labs" and (is_dose or (section == "medications" and not is_lab)):
+            if following:  # the last part is the next name
+                behind = "".join(re.split(r"(,|\band\b)", behind)[:-1])
+            behind = re.split(r"[(]|\b(?:and|for|with|then)\b", behind)[0]
+            rows.append(("medications", row | {"frequency": behind.strip(" ,")}))
+        elif unit or is_lab:
+            flag = _FLAG.match(behind) or stated
             if following and following["join"] in ("-", "to"):
                 row |= {"low": following["first"], "high": following["second"]}
                 flag = flag or _FLAG.match(line, following.end("second"))

@@ -55,7 +55,7 @@ def quantity_matches(text: str) -> Iterator[re.Match[str]]:
 
 def parse_quantity(value: str, unit: str = "") -> Quantity | None:
     """A value as a quantity, None if it is not a number; `unit` is for a value that names none itself."""
-    text = _fold(value).strip(" ()[].*")
+    text = _fold(value).strip(" ()[]*").rstrip(". ")
     match = _quantity_pattern().match(text)
     if match is None:
         return None
@@ -140,17 +140,17 @@ def same_unit(a: str, b: str, name: str = "") -> bool:
     return a == b
 
 
-_NUMBER = r"\d+(?:[.,]\d+)*"
+_NUMBER = r"(?:\d+(?:[.,]\d+)*|\.\d+)"
 _DATE = (
     r"\d{4}(?P<sep>[-/.])\d{1,2}(?P=sep)\d{1,2}|\d{1,2}(?P<mark>[-/.])\d{1,2}(?P=mark)(?:\d{4}|\d{2})"
     r"|\d{1,2}:\d{2}(?::\d{2})?"
 )
 # A number does not start within a word or number nor behind its hyphen (T4, COVID-19), and ends before no digit.
-_START = r"(?<![\w^])(?<!\d[.,])(?<!\w-)"
+_START = r"(?<![\w^.])(?<!\d,)(?<!\w-)"
 _END = r"(?![.,]?\d|\^)"
 BULLET = re.compile(r"^\s*(?:[-*#\u2022]+|\d{1,2}[.)])\s+(?=\D)", re.MULTILINE)
 EVERY_HOURS = re.compile(
-    r"\b(?:every|q)\s?(\d+)(?:\s?(?:-|to)\s?(\d+))?\s?(?:h|hrs?|hours?|hourly)\b", re.IGNORECASE
+    r"\b(?:every|q)\.?\s?(\d+)(?:\s?(?:-|to)\s?(\d+))?\.?\s?(?:h|hrs?|hours?|hourly)\b", re.IGNORECASE
 )
 
 
@@ -164,7 +164,7 @@ def _quantity_pattern() -> re.Pattern[str]:
     return re.compile(
         rf"(?P<date>(?<![\w.,/-])(?:{_DATE})(?![\w/-]|\.\d))"
         rf"|(?:(?P<sign><=|>=|<|>|~)\s?)?(?:(?<![\w)%])(?P<minus>-))?{_START}(?P<first>{_NUMBER}){_END}"
-        rf"(?:\s?(?P<join>/|-|\bto\b)\s?(?P<second>{_NUMBER}){_END})?"
+        rf"(?:\s?(?P<join>/|-|\bto\b)\s?(?P<second>(?:(?<=\s)-)?{_NUMBER}){_END})?"
         rf"(?:[\s-]?(?P<unit>(?=\S){unit})(?![\w^]|\s?/\s?\w))?",
         re.IGNORECASE,
     )
@@ -184,12 +184,11 @@ def _decimal(text: str) -> Decimal:
     """A number with points and commas. One comma or point is the decimal mark ("8,4"), unless a comma stands
     before three digits as of thousands ("1,200"; not "0,125"); of both, the last one is.
     """
-    if "," in text and "." in text:
-        mark = max(text.rfind(","), text.rfind("."))
-    elif re.fullmatch(r"[1-9]\d{0,2}(?:,\d{3})+", text) or text.count(",") + text.count(".") > 1:
+    mark = max(text.rfind(","), text.rfind("."))
+    has_one_kind = "," not in text or "." not in text
+    of_thousands = re.fullmatch(r"[1-9]\d{0,2}(?:,\d{3})+", text) or text.count(",") + text.count(".") > 1
+    if mark < 0 or (has_one_kind and of_thousands):
         mark = len(text)
-    else:
-        mark = max(text.rfind(","), text.rfind(".")) % (len(text) + 1)  # -1, none, is the end
     whole, decimals = re.sub("[.,]", "", text[:mark]), text[mark + 1 :]
     return Decimal(f"{whole}.{decimals}" if decimals else whole)
 
@@ -269,7 +268,7 @@ _DENIED_AFTER = re.compile(
 )
 _CLAUSE_END = re.compile(
     r"[;!?\n]+|\.(?!\d)|\b(?:but|however|although|though|except|yet)\b"
-    r"|(?<!not)(?<!never)(?<!longer)[,\s]\s*(?=(?:has|reports?|shows?|presents|positive|complains|admits|takes)\b)",
+    r"|(?<!not)(?<!never)(?<!longer)[,\s]\s*(?=(?:has(?! been)|reports?|shows?|presents|positive|complains|admits|takes)\b)",
     re.IGNORECASE,
 )
 
@@ -294,6 +293,8 @@ def normalise_flag(flag: str) -> str:
 def spell(text: str) -> str:
     """A text in one spelling, case kept: one minus, one micro sign, x10⁹ as 10^9, b.i.d. as bid."""
     text = re.sub("[⁰¹²³⁴-⁹]+", lambda m: "^" + unicodedata.normalize("NFKC", m[0]), text)
+    # A fixed space, and a plain one before zeros, holds thousands together; in "2 500 mg tablets" it does not.
+    text = re.sub("(?<=\\d)(?:[\u00a0\u2009\u202f](?=\\d{3}(?!\\d))| (?=0\\d{2}(?!\\d)))", "", text)
     text = unicodedata.normalize("NFKC", text)
     text = re.sub("[\u2010-\u2013\u2212\ufe63\uff0d]", "-", text).replace("\u2044", "/")
     text = re.sub(r"\b(?:[A-Za-z]\.){2,}(?:[A-Za-z]\b)?", lambda m: m[0].replace(".", ""), text)
@@ -325,7 +326,12 @@ def plain_words(text: str, *, fold: bool = True) -> str:
 @functools.cache
 def _aliases(kind: str) -> tuple[dict[str, str], re.Pattern[str]]:
     """The name of the group for each of its terms, and a pattern that finds the longest of them."""
-    names = {plain_words(term): plain_words(row[0]) for row in medical_terms()[kind] for term in row}
+    # A name is one word: "hemoglobin" is not in "hemoglobin_a1c".
+    names = {
+        plain_words(term): plain_words(row[0]).replace(" ", "_")
+        for row in medical_terms()[kind]
+        for term in row
+    }
     longest_first = sorted(filter(None, names), key=len, reverse=True)
     pattern = rf"(?<!\S)(?:{'|'.join(map(re.escape, longest_first))})(?!\S)"
     return names, re.compile(pattern, re.IGNORECASE)

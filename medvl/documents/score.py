@@ -31,7 +31,7 @@ from medvl.evaluation import accuracy, metrics
 from medvl.evaluation.results import Result
 
 KINDS = ("patient", "diagnoses", "medications", "labs", "vitals", "procedures")
-_NGRAM = 8  # words; in JSON of a page no 8 words come twice, as a name or a value is among them
+_NGRAM = 12  # words; in JSON of a page no 12 words come twice, as a name or a value is among them
 
 
 @frozen(kw_only=True)

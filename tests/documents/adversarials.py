@@ -118,7 +118,7 @@ PAGES = [
         (10, 0, 0),
     ),
     # as needed, in words and within the frequency
-    (_PAIN, "Oxycodone 5 mg PO every 6 hours as needed for pain", (5, 1, 1)),
+    (_PAIN, "Oxycodone 5 mg PO every 6 hours as needed for pain", (6, 0, 0)),
     # mEq/L is mmol/L for an ion of one charge
     (Fields(labs=[Lab("Potassium", "4.1", "mmol/L")]), '{"labs":{"K":"4.1 mEq/L"}}', (3, 0, 0)),
     # ... and not for one of two

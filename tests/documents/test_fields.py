@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from attrs import evolve
 
 from medvl.documents.fields import (
     Diagnosis,
@@ -189,3 +190,50 @@ def test_a_list_is_read():
         procedures=["Colonoscopy"],
         text=LIST,
     )
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (
+            "Drug: Metformin\nDose: 500 mg\nFrequency: BID\nRoute: PO\n\nTest: HbA1c\nResult: 8.4 % (H)\nReference: 4.0-5.6",
+            Fields(
+                medications=[Medication("Metformin", "500", "mg", "PO", "BID")],
+                labs=[Lab("HbA1c", "8.4", "%", "4.0", "5.6", "H")],
+            ),
+        ),
+        (
+            "**Medications:**\n1. **Metformin**\n   - Dosage: 500 mg\n   - Frequency: BID\n2. Warfarin: 5 mg, PO, QD",
+            Fields(
+                medications=[Medication("Metformin", "500", "mg", "", "BID"), Medication("Warfarin", "5", "mg", "PO", "QD")]
+            ),
+        ),
+        (
+            "Medications include aspirin 81 mg daily, lisinopril 10 mg once daily for pain and atorvastatin 40 mg at bedtime.",
+            Fields(
+                medications=[
+                    Medication("aspirin", "81", "mg", "", "daily"),
+                    Medication("lisinopril", "10", "mg", "", "once daily"),
+                    Medication("atorvastatin", "40", "mg", "", "at bedtime"),
+                ]
+            ),
+        ),
+        ("Hemoglobin was low at 9.8 g/dL.", Fields(labs=[Lab("Hemoglobin", "9.8", "g/dL", flag="low")])),
+        (
+            "### Impression\n1. Right lower lobe pneumonia.\n2. No effusion.\n\n### Findings\nA nodule of 12 mm.",
+            Fields(diagnoses=[Diagnosis("Right lower lobe pneumonia")]),
+        ),
+        (
+            "Name: Rosa Roe, 61 Sex: F Age (years): 61 MRN: 123456",
+            Fields(patient=Patient(name="Rosa Roe", sex="F", age="61", record="123456")),
+        ),
+        ("Medications: None\nDiagnoses: none", Fields()),
+    ],
+)  # fmt: skip
+def test_prose_as_models_write_it(answer, expected):
+    assert read_answer(answer) == evolve(expected, text=answer)
+
+
+def test_what_models_write_for_nothing_is_nothing():
+    answer = '{"diagnoses":["None"],"medications":"N/A","labs":[{"name":"Na","value":"140","flag":"null","unit":null}]}'
+    assert read_answer(answer) == Fields(labs=[Lab("Na", "140")])

@@ -42,6 +42,10 @@ from medvl.documents.quantities import (
         ("60 mL/min/1.73 m²", "", ["60"], "", "ml/min/1.73m2"),
         ("72 beats per minute", "", ["72"], "", "/min"),
         ("2024-01-31", "", [], "date", "2024-01-31"),
+        (".5 mg", "", ["0.5"], "", "mg"),
+        ("1\u202f000 mg", "", ["1000"], "", "mg"),
+        ("1 000 mg", "", ["1000"], "", "mg"),
+        ("-5 to -2", "", ["-5", "-2"], "-", ""),
         ("12.0-16.0 g/dL", "", ["12", "16"], "-", "g/dl"),
     ],
 )
@@ -57,6 +61,11 @@ def test_digits_within_names_and_numbers_are_none():
     assert parse_quantity("5 of 10") is None
     assert parse_quantity("negative") is None
     assert parse_quantity("2 sachets").unit == "sachets"
+
+
+def test_numbers_that_stand_beside_each_other_stay_apart():
+    assert [q.numbers for q in find_quantities("2 500 mg tablets")] == [(2,), (500,)]
+    assert [q.numbers for q in find_quantities("Glucose 92, 143")] == [(92,), (143,)]
 
 
 def test_no_part_of_a_number_is_found_in_it(gen):
@@ -128,6 +137,10 @@ def test_terms_are_the_same_or_abbreviations():
         assert same_term(a, b, kind) == how, (a, b)
         assert same_term(b, a, kind) == how, (b, a)
     assert same_term("", "", "labs") == ""
+    # a name within another name
+    assert not holds_term("HbA1c 8.4 %", "Hemoglobin", "labs")
+    assert not holds_term("T2DM", "DM", "diagnoses")
+    assert holds_term("Three times per day", "TID", "frequencies")
 
 
 def test_flags_have_long_forms():
@@ -157,6 +170,12 @@ def test_flags_have_long_forms():
         ("Pneumonia present, effusion absent", "pneumonia", True),
         ("Pneumonia present, effusion absent", "effusion", False),
         ("Negative for DVT and PE", "pulmonary embolism", False),
+        ("Pneumonia has been excluded", "pneumonia", False),
+        ("no h/o DM", "DM", False),
+        ("no pneumonia or pleural effusion", "pleural effusion", False),
+        ("no pneumonia; pleural effusion", "pleural effusion", True),
+        ("Nonsmoker with asthma", "asthma", True),
+        ("As usual, Ms. Doe walks", "multiple sclerosis", False),
         ("Pneumonia not only on the left", "pneumonia", True),
     ],
 )
