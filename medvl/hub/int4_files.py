@@ -4,7 +4,7 @@ Both say in config.json, under quantization_config, how they are quantised; vLLM
 """
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -63,9 +63,7 @@ def join_int4(entries: Mapping[str, Entry], config: Mapping[str, Any], name: str
         else:
             plain[key] = entry
     if not layers:
-        raise ValueError(
-            f"{where} says {method}, but no tensor is called {' or '.join(_SUFFIXES[method][:1])}"
-        )
+        raise ValueError(f"{where} says {method}, but no tensor is called {_SUFFIXES[method][0]}")
     join = _join_awq if method == "awq" else _join_compressed
     for layer, parts in layers.items():
         scheme = _scheme_of(layer, schemes)
@@ -90,7 +88,9 @@ def int4_on_meta(config: Mapping[str, Any], module: Any) -> Callable[[str, Tenso
         scheme = _scheme_of(layer, schemes)
         if layer not in linear or scheme is None or ignored(layer) or name == layer:
             return w
-        return int4.quantize_matrix(w, int4.Int4Config(group=scheme.group, symmetric=scheme.symmetric))
+        _count_groups(w.shape[1], scheme, f"quantization_config: {layer}")
+        codes, scale, zero = int4.round_to_codes(w, scheme.group, scheme.symmetric)
+        return int4.int4_weight(codes, scale, zero, w.dtype)
 
     return convert
 
@@ -98,7 +98,10 @@ def int4_on_meta(config: Mapping[str, Any], module: Any) -> Callable[[str, Tenso
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The quantization_config, which models with a vision tower may have in the config of their text."""
     text = config.get("text_config") or {}
-    return config.get("quantization_config") or text.get("quantization_config") or {}
+    settings = config.get("quantization_config") or text.get("quantization_config") or {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"load: quantization_config must be a JSON object, found {str(settings)[:60]}")
+    return settings
 
 
 def _read_schemes(settings: dict[str, Any], where: str) -> tuple[list[_Scheme], Callable[[str], bool]]:
@@ -109,52 +112,61 @@ def _read_schemes(settings: dict[str, Any], where: str) -> tuple[list[_Scheme], 
     """
     method = settings.get("quant_method")
     if method == "awq":
-        _check_settings(
-            where,
-            {"bits": (settings.get("bits", settings.get("w_bit")), 4)},
-            {"version": (str(settings.get("version", settings.get("format", "gemm"))).lower(), "gemm")},
-            {"zero_point": (settings.get("zero_point", True), True)},
+        version = settings.get("version", settings.get("format", "gemm"))
+        needed = (
+            ("bits", settings.get("bits", settings.get("w_bit")), 4),
+            ("version", str(version).lower(), "gemm"),
+            ("zero_point", settings.get("zero_point", True), True),
         )
-        skipped = settings.get("modules_to_not_convert") or []
-        group = settings.get("group_size", settings.get("q_group_size"))
-        scheme = _Scheme(("Linear",), _check_group(group, where), symmetric=False)
-        return [scheme], lambda layer: any(part in layer for part in [*skipped, "lm_head"])
+        _check_settings(needed, where)
+        group = _check_group(settings.get("group_size", settings.get("q_group_size")), where)
+        skipped = [*(settings.get("modules_to_not_convert") or []), "lm_head"]
+        return [_Scheme(("Linear",), group, symmetric=False)], lambda layer: any(s in layer for s in skipped)
     if method != "compressed-tensors":
         raise ValueError(
             f"{where}: quant_method must be bitsandbytes (4 bits), awq or compressed-tensors, found "
             f"{method!r}{_ADVICE.get(str(method), '; take the full-precision model')}"
         )
-    schemes = []
-    for settings_of_group in (settings.get("config_groups") or {}).values():
-        weights = settings_of_group.get("weights") or {}
-        strategy = weights.get("strategy") or ("channel" if weights.get("group_size") == -1 else "group")
-        _check_settings(
-            where,
-            {"format": (settings_of_group.get("format") or settings.get("format"), "pack-quantized")},
-            {"num_bits": (weights.get("num_bits"), 4)},
-            {"type": (weights.get("type", "int"), "int")},
-            {"input_activations": (settings_of_group.get("input_activations"), None)},
-            {"actorder (order of activations)": (weights.get("actorder") in ("group", "dynamic"), False)},
-            {"strategy": (strategy in ("group", "channel") or strategy, True)},
-        )
-        group = -1 if strategy == "channel" else _check_group(weights.get("group_size"), where)
-        targets = tuple(settings_of_group.get("targets") or ())
-        schemes.append(_Scheme(targets, group, bool(weights.get("symmetric", True))))
+    try:
+        schemes = [_read_group(group, settings, where) for group in settings["config_groups"].values()]
+        ignore = settings.get("ignore") or []
+        for pattern in [*ignore, *(target for scheme in schemes for target in scheme.targets)]:
+            re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
+    except (AttributeError, KeyError, TypeError, re.error) as e:
+        raise ValueError(f"{where}: config_groups and ignore cannot be read ({e!r})") from e
     if not schemes:
         raise ValueError(f"{where}: config_groups must say how layers are quantised, found none")
-    ignore = settings.get("ignore") or []
     return schemes, lambda layer: any(_matches(layer, pattern) for pattern in ignore)
 
 
-def _check_settings(where: str, *settings: dict[str, tuple[Any, Any]]) -> None:
-    for setting in settings:
-        for key, (found, needed) in setting.items():
-            if found != needed:
-                raise ValueError(f"{where}: {key} must be {needed!r} to be read here, found {found!r}")
+def _read_group(layers: dict[str, Any], settings: dict[str, Any], where: str) -> _Scheme:
+    """One of the config_groups of compressed-tensors."""
+    weights = layers["weights"]
+    strategy = weights.get("strategy") or ("channel" if weights.get("group_size") == -1 else "group")
+    needed = (
+        ("format", layers.get("format") or settings.get("format"), "pack-quantized"),
+        ("num_bits", weights.get("num_bits"), 4),
+        ("type", weights.get("type", "int"), "int"),
+        ("input_activations", layers.get("input_activations"), None),
+    )
+    _check_settings(needed, where)
+    if weights.get("actorder") in ("group", "dynamic", True):
+        raise ValueError(f"{where}: columns in the order of activations (actorder) are not read")
+    if strategy not in ("group", "channel"):
+        raise ValueError(f"{where}: strategy must be 'group' or 'channel', found {strategy!r}")
+    group = -1 if strategy == "channel" else _check_group(weights.get("group_size"), where)
+    return _Scheme(tuple(layers["targets"]), group, bool(weights.get("symmetric", True)))
+
+
+def _check_settings(settings: Iterable[tuple[str, Any, Any]], where: str) -> None:
+    """Raise where a setting (name, value, value that is read) has another value."""
+    for key, found, needed in settings:
+        if found != needed:
+            raise ValueError(f"{where}: {key} must be {needed!r} to be read here, found {found!r}")
 
 
 def _check_group(group: Any, where: str) -> int:
-    if type(group) is not int or (group != -1 and group < 8):
+    if type(group) is not int or (group != -1 and group < 1):
         raise ValueError(f"{where}: group_size must be a number of values or -1, found {group!r}")
     return group
 
@@ -208,6 +220,8 @@ def _read_compressed(parts: dict[str, Entry], out: int, width: int) -> Tensor:
 def _join_awq(parts: dict[str, Entry], scheme: _Scheme, where: str) -> Entry:
     """The entry of a weight of AutoAWQ's layout: [in, out / 8], transposed when it is read."""
     _check_parts(parts, (".qweight", ".scales", ".qzeros"), where)
+    if len(parts[".qweight"].shape) != 2:
+        raise ValueError(f"{where}: qweight must be [in, out / 8], found {list(parts['.qweight'].shape)}")
     width, words = parts[".qweight"].shape
     groups = _count_groups(width, scheme, where)
     _check_tensor(parts, ".qweight", (width, words), torch.int32, where)

@@ -312,8 +312,21 @@ BAD = [
         {"kind": "compressed", "weights": {"type": "float"}},
         "type must be 'int' to be read here, found 'float'",
     ),
-    ({"kind": "compressed", "weights": {"actorder": "group"}}, "order of activations"),
-    ({"kind": "compressed", "weights": {"strategy": "tensor"}}, "strategy must be True.*found 'tensor'"),
+    (
+        {"kind": "compressed", "weights": {"actorder": "group"}},
+        r"in the order of activations \(actorder\) are not read",
+    ),
+    (
+        {"kind": "compressed", "weights": {"strategy": "tensor"}},
+        "must be 'group' or 'channel', found 'tensor'",
+    ),
+    ({"kind": "compressed", "ignore": ["re:("]}, "config_groups and ignore cannot be read"),
+    ({"kind": "compressed", "config_groups": [1]}, "config_groups and ignore cannot be read"),
+    ({"group_size": "32"}, "group_size must be a number of values or -1, found '32'"),
+    (
+        {"change": replaced(".qweight", lambda t: t[0].contiguous())},
+        r"qweight must be \[in, out / 8\], found \[32\]",
+    ),
     (
         {"kind": "compressed", "weights": {"symmetric": True}},
         "found weight_zero_point; the config says that it",

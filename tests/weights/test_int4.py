@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from medvl.training import trace
-from medvl.weights import four_bit, int4, lazy, lora
+from medvl.weights import four_bit, int4, lazy, lora, shards
 from medvl.weights.extended import extend_table
 from medvl.weights.int4 import Int4Config
 from tests import tiny
@@ -182,6 +182,21 @@ def test_it_moves_is_copied_and_lies_in_others():
     torch.testing.assert_close(F.linear(x, table), F.linear(x, torch.cat([lazy.dense(q)[:20], rows])))
     with pytest.raises(NotImplementedError, match="which supports only linear"):
         q + 1
+    # Like NF4 it lies whole on every process.
+    assert shards.sharder(2, least=1)("w", q) is q
+
+
+def test_an_adapter_is_merged_into_its_values(gen):
+    skeleton, params = tiny.model("qwen3")
+    q = int4.quantize(params, Int4Config(group=-1))
+    adapter = lora.init_lora(lora.LoraConfig(rank=2, pattern="all-linear"), skeleton, gen)
+    for factors in adapter.factors.values():
+        factors["b"].normal_(generator=gen)
+    merged = lora.merge_adapter(q, adapter).params
+    want = {n: lazy.dense(w) for n, w in lora.apply_lora(q, adapter).items()}
+    assert not any(isinstance(w, lazy.Lazy) for w in merged.values())
+    for name, w in merged.items():
+        torch.testing.assert_close(w, want[name], rtol=0, atol=1e-5)
 
 
 def test_a_model_in_int4_answers_as_its_values_and_trains_an_adapter(gen):
