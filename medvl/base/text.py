@@ -1,6 +1,7 @@
 """How values and lists are shortened in messages."""
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,16 @@ def few(items: Sequence[Any], k: int = 6) -> str:
     if len(items) > k:
         text += f" and {len(items) - k} more"
     return text or "none"
+
+
+def one_line(value: Any) -> str:
+    """A text or number of a JSON file without runs of white space; "" where it is neither (null, NaN, a list), or no
+    text that can be written."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or value != value:
+        return ""
+    text = " ".join(str(value).split())
+    # A lone surrogate, which JSON can escape, is no UTF-8.
+    return "" if re.search("[\ud800-\udfff]", text) else text
 
 
 def short(value: Any) -> str:

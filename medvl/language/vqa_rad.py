@@ -31,7 +31,7 @@ from PIL import Image
 
 from medvl.base import files
 from medvl.base.display import track
-from medvl.base.text import short
+from medvl.base.text import one_line, short
 from medvl.language.images import open_image
 from medvl.language.messages import check_tags
 
@@ -120,6 +120,7 @@ def convert_vqa_rad(
     _check_arguments(group, split, valid, test, size)
     source = Path(source)
     folder = Path(folder)
+    files.check_writable(folder, folder=True)
     questions, empty = _read_questions(source)
     paths = _find_images({question.image for question in questions}, Path(images))
     task_of = _tasks_of_images(questions, group)
@@ -207,7 +208,7 @@ def _read_questions(source: Path) -> tuple[list[_Question], int]:
         rows = json.loads(source.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as e:
         raise ValueError(f"{source}: no such file") from e
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise ValueError(f"{source}: cannot be read as JSON ({e})") from e
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{source}: must be a JSON list of questions, got {short(rows)}")
@@ -223,7 +224,7 @@ def _parse_question(row: Any, where: str) -> _Question:
     if not isinstance(row, dict) or not row.keys() >= {*_KEYS}:
         raise ValueError(f"{where}: must be an object with {', '.join(_KEYS)}, got {short(row)}")
     # Answers that count are numbers; some texts hold tabs.
-    text = {key: " ".join(str(row[key]).split()) for key in _KEYS}
+    text = {key: one_line(row[key]) for key in _KEYS}
     for key in ("question", "answer", "image_case_url"):
         if text[key].upper() in _NOTHING:
             text[key] = ""

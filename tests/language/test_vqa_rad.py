@@ -223,12 +223,14 @@ def test_questions_without_a_text_or_an_answer_are_left_out(convert, caplog):
     rows = questions(12)
     rows[0] |= {"answer": "NULL"}
     rows[1] |= {"question": " "}
+    rows[3] |= {"question": None}
+    rows[4] |= {"answer": float("nan")}
     rows[2] |= {"image_case_url": "NULL"}
     rows[5] |= {"image_case_url": "NULL"}  # no address in common
     with caplog.at_level(logging.WARNING):
         counts = convert(rows)
-    assert (counts["empty"], counts["cases"], sum(counts[name] for name in SPLITS)) == (2, 12, 34)
-    assert ["2 questions have no text or no answer" in m for m in caplog.messages] == [True]
+    assert (counts["empty"], counts["cases"], sum(counts[name] for name in SPLITS)) == (4, 12, 32)
+    assert ["4 questions have no text or no answer" in m for m in caplog.messages] == [True]
 
 
 def test_the_published_flag(convert, tmp_path, caplog):

@@ -74,6 +74,12 @@ def test_slake(convert, tmp_path):
     assert counts == {"closed": 0, "open": 1, "left_out": 1}
 
 
+def test_numbers_are_texts_of_options(convert):
+    _, found = convert(convert_omnimedvqa, OMNI | {"option_A": 0, "option_B": ["x"], "gt_answer": 0})
+    assert found[0].messages[-1]["content"] == "A. 0"
+    assert found[0].options == {"A": "0", "C": OMNI["option_C"], "D": OMNI["option_D"]}
+
+
 def test_omnimedvqa(convert, tmp_path):
     two = OMNI | {"gt_answer": "Normal", "question_id": "y", "option_C": None, "modality": "CT"}
     del two["option_B"], two["option_D"], two["modality_type"]
@@ -103,6 +109,11 @@ def test_omnimedvqa(convert, tmp_path):
             r"record 2: answer_type must be OPEN or CLOSED, got 'maybe'",
         ),
         (convert_slake, {"answer": " "}, r"record 2: must be an object with qid, .* none empty, got"),
+        (convert_slake, {"answer": None}, r"record 2: must be an object with qid, .* none empty, got"),
+        (convert_slake, {"question": ["?"]}, r"record 2: must be an object with qid, .* none empty, got"),
+        (convert_slake, {"answer": "No\ud800"}, r"record 2: must be an object with qid, .* none empty, got"),
+        (convert_slake, {}, r"record 2: must be a question of its own, found that of .*record 1 again"),
+        (convert_omnimedvqa, {}, r"record 2: must be a question of its own, found that of .*record 1 again"),
         (
             convert_slake,
             {"question": "<image>?"},
@@ -120,6 +131,14 @@ def test_errors(convert, tmp_path, f, change, text):
 
 
 def test_other_files(convert, tmp_path):
+    with pytest.raises(ValueError, match=r"in.json: must hold questions in 'English', found .*'left_out': 1"):
+        convert(convert_slake, SLAKE, language="English")
+    with pytest.raises(ValueError, match=r"in.json: must hold questions, found none"):
+        convert(convert_omnimedvqa)
+    (tmp_path / "file").touch()
+    for f in (convert_slake, convert_omnimedvqa):
+        with pytest.raises(ValueError, match="file is not a folder; give another place"):
+            f(tmp_path / "in.json", tmp_path, tmp_path / "file" / "t.jsonl")
     with pytest.raises(ValueError, match=r"no.json: no such file"):
         convert_slake(tmp_path / "no.json", tmp_path, tmp_path / "t.jsonl")
     with pytest.raises(ValueError, match=r"record 1: must be an object with question_id"):
