@@ -175,13 +175,6 @@ def draw_pictures(
     Raises:
         ValueError: another process is drawing into `folder`, or it has pictures that are none of these.
     """
-    numbers = range(len(questions))
-    others = [p.name for p in (folder / "pictures").glob("*.png") if p.stem not in {*map(str, numbers)}]
-    if others:
-        raise ValueError(
-            f"draw: {folder}/pictures must be new or hold pictures 0 to {len(questions) - 1} of the same questions, "
-            f"found {few(sorted(others))}; give another folder or remove it"
-        )
     prompts = encode_drawings(model, questions)
     temperatures = [temperature] * len(questions)
     if text_temperature is not None:
@@ -208,6 +201,13 @@ def draw_pictures(
     path = system.unfinished_answers(folder, f"{stamp}-codes")
     # Two processes would write the same file of codes.
     with files.file_lock(folder / "pictures"):
+        numbers = range(len(questions))
+        others = [p.name for p in (folder / "pictures").glob("*.png") if p.stem not in {*map(str, numbers)}]
+        if others:
+            raise ValueError(
+                f"draw: {folder}/pictures must be new or hold pictures 0 to {len(questions) - 1} of the same questions, "
+                f"found {few(sorted(others))}; give another folder or remove it"
+            )
         files.remove_unfinished(folder / "pictures")
         lines = run_batches(path, batches, draw_batch, title="drawing")
         codes_of_row = {line["row"]: line["codes"] for line in lines}

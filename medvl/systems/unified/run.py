@@ -232,6 +232,9 @@ def load(folder: Path) -> tuple[Unified, Tree]:
         ValueError: no run, one that is not trained to its end, or whose files are broken.
     """
     cfg = config.load_run(folder, Config)
+    # It would be trained here, perhaps beside the process that trains the run.
+    if cfg.vq and not (folder / "codes" / "vq").is_dir():
+        raise ValueError(f"{folder / 'codes' / 'vq'}: the run has no VQ model yet; train it first")
     model, params = init_model(cfg, folder, open_vq(cfg, folder), device=system.device_of(cfg.train))
 
     def is_validated(stage: Stage) -> bool:

@@ -7,6 +7,7 @@ from PIL import Image
 
 from medvl.commands import pictures, questions
 from medvl.hub import plugin_files
+from medvl.systems.unified import draw as module
 from medvl.systems.unified.record import CLIP
 from tests.systems.unified.pieces import make_files, make_plugin
 from tests.tiny import drawn
@@ -105,6 +106,19 @@ def test_what_cannot_be_drawn_is_refused(folder, tmp_path, monkeypatch, settings
     with pytest.raises(ValueError, match=message):
         draw(folder, **settings)
     assert not (tmp_path / "out.png").exists()
+
+
+def test_pictures_that_another_process_draws_meanwhile_are_seen(folder, tmp_path, monkeypatch):
+    def encode(*args):
+        (tmp_path / "many" / "pictures").mkdir(parents=True)
+        drawn((8, 8)).save(tmp_path / "many" / "pictures" / "1.png")
+        return encode_drawings(*args)
+
+    encode_drawings = module.encode_drawings
+    monkeypatch.setattr(module, "encode_drawings", encode)
+    (tmp_path / "texts.jsonl").write_text('{"text": "A liver."}')
+    with pytest.raises(ValueError, match=r"must be new or hold pictures 0 to 0 .* found 1.png"):
+        draw(folder, tmp_path / "many", "", questions=str(tmp_path / "texts.jsonl"))
 
 
 def test_a_folder_holds_the_pictures_of_one_file(folder, tmp_path):

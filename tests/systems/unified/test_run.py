@@ -135,6 +135,14 @@ def test_a_run_that_is_stopped_ends_with_the_same_weights(trained, tmp_path):
         assert torch.equal(flatten(again)[name], weight), name
 
 
+def test_a_run_whose_vq_model_is_not_trained_yet_is_left_alone(trained, tmp_path):
+    """Whoever asks it would train that model, beside the process that trains the run."""
+    shutil.copy(trained[0] / "config.json", tmp_path)
+    with pytest.raises(ValueError, match="codes/vq: the run has no VQ model yet; train it first"):
+        run.load(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
 def test_one_adapter_for_both_tasks(trained):
     files, _, loaded, _, _ = trained
     stage = {"name": "both", "data": "mixed", "steps": 2, "lr": 1e-2, "train": ["lora/.*", "rows/.*"]}
