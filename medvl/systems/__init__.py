@@ -2,6 +2,7 @@
 
 `system` says what a folder offers, the record `SYSTEM`; `run` trains and evaluates any system from a record;
 `memory` refuses what cannot fit a GPU; `bench` measures variants of a run's model, and `export` writes it for
-other programs with a model `card`. The folders are `ct_clip`, `tune`, `slide_vqa`, `adapters` and `unified`. In a
+other programs with a model `card`. The folders are `ct_clip`, `tune`, `slide_vqa`, `adapters`, `unified` and
+`document`. In a
 folder `record` is the record of an experiment, `run` trains it and reads a trained run.
 """

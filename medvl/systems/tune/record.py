@@ -29,6 +29,11 @@ class DataConfig:
     def __attrs_post_init__(self) -> None:
         config.check_patterns(self, "data", folder=(), root=(), conversations=("folder", "split"))
 
+    @property
+    def drawn(self) -> PictureConfig | None:
+        """What is drawn, None where files are read."""
+        return self.phantoms if self.source == "phantoms" else None
+
 
 @frozen(kw_only=True)
 class EvaluateConfig:

@@ -28,13 +28,19 @@ from medvl.language.conversations import (
     warn_of_one_file,
 )
 from medvl.language.system import LanguageModel
-from medvl.phantoms import pictures
+from medvl.phantoms.pages import PageConfig, draw_pages
+from medvl.phantoms.pictures import PictureConfig, draw_pictures
 from medvl.systems.tune.record import Config
 from medvl.training import stages
 from medvl.training.estimate import Step
 from medvl.weights import lora
 
 SPLITS = ("train", "valid", "test")
+# What can be drawn, by its settings: the name of it and (settings, folder) -> how many of each split.
+_DRAWERS: dict[type, tuple[str, Callable[[Any, Path], dict[str, int]]]] = {
+    PageConfig: ("pages", draw_pages),
+    PictureConfig: ("pictures", draw_pictures),
+}
 
 
 # Data -------------------------------------------------------------------------------------------------------
@@ -46,10 +52,11 @@ def prepare(cfg: Config, log: Callable[[str], None] = print) -> Reader:
     Raises:
         ValueError: lists every file that is missing.
     """
-    if cfg.data.source == "phantoms":
-        drawn = pictures.draw_pictures(cfg.data.phantoms, data_folder(cfg))
+    if cfg.data.drawn is not None:
+        name, draw = _DRAWERS[type(cfg.data.drawn)]
+        drawn = draw(cfg.data.drawn, data_folder(cfg))
         counts = ", ".join(f"{n} {split}" for split, n in drawn.items())
-        log(f"{sum(drawn.values())} pictures drawn in {data_folder(cfg)}: {counts}")
+        log(f"{sum(drawn.values())} {name} drawn in {data_folder(cfg)}: {counts}")
     paths = [split_path(cfg, split) for split in SPLITS]
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
@@ -63,10 +70,11 @@ def prepare(cfg: Config, log: Callable[[str], None] = print) -> Reader:
 
 
 def data_folder(cfg: Config) -> Path:
-    """The folder that `{folder}` stands for; pictures of one PictureConfig share one."""
-    if cfg.data.source == "phantoms":
-        return Path(cfg.data.folder) / f"pictures-{config.record_digest(cfg.data.phantoms)}"
-    return Path(cfg.data.folder)
+    """The folder that `{folder}` stands for; what is drawn by equal settings shares one."""
+    if cfg.data.drawn is None:
+        return Path(cfg.data.folder)
+    name, _ = _DRAWERS[type(cfg.data.drawn)]
+    return Path(cfg.data.folder) / f"{name}-{config.record_digest(cfg.data.drawn)}"
 
 
 def split_path(cfg: Config, split: str) -> Path:
@@ -179,13 +187,15 @@ def _trains_model(model: LanguageModel, params: Tree) -> bool:
     return False
 
 
-def load(folder: Path) -> tuple[LanguageModel, Tree]:
+def load(folder: Path, record: type = Config) -> tuple[LanguageModel, Tree]:
     """Model and weights of a trained run, as `fit` returned them.
 
+    Args:
+        record: of the system.
     Raises:
         ValueError: no run, one that is not trained to its end, or whose files are broken.
     """
-    cfg = config.load_run(folder, Config)
+    cfg: Any = config.load_run(folder, record)
     # No texts: a tokenizer that was trained lies in the run folder.
     model, params = system.init_model(cfg, folder, device=system.device_of(cfg.train))
     return model, stages.read_stages(cfg.train, params, folder)
@@ -282,16 +292,23 @@ def _line(conversation: Conversation, answer: str) -> dict[str, Any]:
     }
 
 
-def ask(folder: Path, text: str, images: Sequence[files.PathLike] = (), max_tokens: int = 256) -> str:
+def ask(
+    folder: Path,
+    text: str,
+    images: Sequence[files.PathLike] = (),
+    max_tokens: int = 256,
+    record: type = Config,
+) -> str:
     """The answer of a trained run to one question about images, or none; for research, not for diagnosis.
 
     Args:
         max_tokens: of the answer.
+        record: of the system.
     Raises:
         ValueError: no such run, or one that is not trained to its end; no question; an image that cannot be
             read, or that the model cannot see.
     """
-    model, params = load(folder)
+    model, params = load(folder, record)
     question = chat.make_question(model.chat, text, images)
     prompts = chat.encode_conversations(model.chat, [question], prompt=True)
     # Through the record, whose bounds hold for a question, too.

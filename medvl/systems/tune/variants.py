@@ -40,7 +40,7 @@ def find_variant(cfg: Config, folder: Path, name: str) -> Variant:
                 f"{folder}: there is no adapter; `invoke train` makes one where a stage trains lora/..."
             )
         base = _base_folder(cfg, folder)
-        return Variant(open=lambda: run.load(folder), folders=(base, folder / "adapter"))
+        return Variant(open=lambda: run.load(folder, type(cfg)), folders=(base, folder / "adapter"))
     model = _model_of(cfg, folder, name)
     place = find_file(model.name, ("config.json",)).parent
     return Variant(open=lambda: _open(cfg, folder, model), folders=(place,))

@@ -1,0 +1,58 @@
+"""document: a vision-language model that reads medical pages into fields; adapted as in tune, scored by fields."""
+
+from typing import Literal
+
+from attrs import frozen
+
+from medvl.base import config
+from medvl.language.chat import ChatConfig, ModelConfig
+from medvl.language.system import check_quantized
+from medvl.phantoms.pages import PageConfig
+from medvl.systems.tune.record import EvaluateConfig
+from medvl.training.record import TrainConfig, language_training
+from medvl.weights.lora import LoraConfig
+
+
+@frozen(kw_only=True)
+class DataConfig:
+    """Conversations about pages; `{split}` stands for train, valid and test, `{folder}` for the folder.
+
+    A line may have "fields", what its page says as `documents.fields` writes it; else they are read from the written
+    answer. "document" groups the pages of one document, "damage" names what happened to a page.
+    """
+
+    source: Literal["files", "pages"] = "files"
+    folder: str = "data/documents"
+    pages: PageConfig = PageConfig()
+    conversations: str = "{folder}/{split}.jsonl"
+    root: str = ""  # where relative image names start; "" = the folder of the JSONL
+
+    def __attrs_post_init__(self) -> None:
+        config.check_patterns(self, "data", folder=(), root=(), conversations=("folder", "split"))
+
+    @property
+    def drawn(self) -> PageConfig | None:
+        """What is drawn, None where files are read."""
+        return self.pages if self.source == "pages" else None
+
+
+@frozen(kw_only=True)
+class Config:
+    """A document experiment."""
+
+    system: Literal["document"]
+    about: str = ""
+    seed: int = 0
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    chat: ChatConfig = (
+        ChatConfig()
+    )  # pages are never cut: a conversation above its context is left out and counted
+    # The language model's layers alone: ends of names such as "up_proj" would also match the vision tower's.
+    lora: LoraConfig = config.subrecord(LoraConfig(pattern="all-linear"))
+    train: TrainConfig = language_training()
+    evaluate: EvaluateConfig = EvaluateConfig(max_tokens=1024)
+
+    def __attrs_post_init__(self) -> None:
+        config.check_bounds(self, "experiment", seed=config.SEED)
+        check_quantized(self.model, self.train, "a stage must train lora/...")

@@ -1,0 +1,128 @@
+"""Answers about pages are scored by their fields, over all pages and for each damage."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from attrs import evolve
+from torch import Generator
+
+from medvl.base import files
+from medvl.base.tree import Tree
+from medvl.documents.fields import Fields, leaves, read_answer
+from medvl.documents.score import PageScore, score_page, score_results
+from medvl.evaluation import plots, report
+from medvl.evaluation.results import Result
+from medvl.language import system
+from medvl.language.conversations import Conversation, Reader
+from medvl.language.system import LanguageModel
+from medvl.systems.tune import run as tune_run
+
+_CONSTANT = "constant answer"  # the most frequent training answer to a kind of page
+
+
+def assess(
+    model: LanguageModel, params: Tree, folder: Path, experiment: str, data: Reader | None = None
+) -> tuple[list[Result], Path]:
+    """Answer every test conversation and score the fields; writes `answers.jsonl` and the report into `folder`.
+
+    Args:
+        data: from `prepare`; None = the files are read here.
+    """
+    cfg = model.cfg
+    read = data or tune_run.split_reader(cfg)
+    conversations = read("test")
+    lines = tune_run.answer_conversations(model, params, conversations, folder)
+    answers = [line["answer"] for line in lines]
+    scores = score_answers(conversations, answers)
+    written = [_line(line, score) for line, score in zip(lines, scores, strict=True)]
+    files.write_text(
+        folder / "answers.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in written)
+    )
+    system.remove_unfinished_answers(folder)
+    constant = score_answers(conversations, constant_answers(read("train"), conversations))
+    rows = to_results(cfg, conversations, scores, experiment)
+    rows += [
+        evolve(row, subject=f"{row.subject}, {_CONSTANT}".removeprefix(", "))
+        for row in to_results(cfg, conversations, constant, experiment)
+        if row.what in ("f1", "hallucinated_value_rate") and row.subject in ("all", "")
+    ]
+    notes = (
+        "A field is right if it is equal by words, numbers and units, never because one text is within another. "
+        "Hallucinated values are numbers in an answer that its page does not show. A constant answer is the most frequent "
+        "one of the training pages of the same kind.",
+    )
+    figures = plots.training_curves(system.last_metrics(cfg.train, folder.parent))
+    page = report.write_report(folder, f"{experiment}: fields of pages", rows, figures, notes)
+    return rows, page
+
+
+def score_answers(conversations: Sequence[Conversation], answers: Sequence[str]) -> list[PageScore]:
+    """The score of each answer against the fields of its page."""
+    scores = []
+    for conversation, answer in zip(conversations, answers, strict=True):
+        document = str(conversation.extra.get("document", conversation.id or conversation.place))
+        text = str(conversation.extra.get("text", ""))
+        scores.append(score_page(document, gold_fields(conversation), answer, text))
+    return scores
+
+
+def gold_fields(conversation: Conversation) -> Fields:
+    """What a page says: its "fields", or those of the written answer.
+
+    Raises:
+        ValueError: there are none.
+    """
+    given = conversation.extra.get("fields")
+    written = conversation.messages[-1]["content"] if given is None else json.dumps(given)
+    fields = read_answer(written)
+    if not leaves(fields):
+        raise ValueError(
+            f'{conversation.place}: the page must have fields to be scored by, in "fields" or in its last answer, '
+            f"got {written[:60]!r}"
+        )
+    return fields
+
+
+def constant_answers(train: Sequence[Conversation], test: Sequence[Conversation]) -> list[str]:
+    """For each page the most frequent training answer to pages of its kind ("category"), or to all."""
+    by_kind: dict[str, Counter[str]] = {}
+    for conversation in train:
+        answer = conversation.messages[-1]["content"]
+        for kind in ("", str(conversation.extra.get("category", ""))):
+            by_kind.setdefault(kind, Counter())[answer] += 1
+    kinds = [str(conversation.extra.get("category", "")) for conversation in test]
+    return [by_kind.get(kind, by_kind[""]).most_common(1)[0][0] for kind in kinds]
+
+
+def to_results(
+    cfg: Any, conversations: Sequence[Conversation], scores: Sequence[PageScore], experiment: str
+) -> list[Result]:
+    """Rows over all pages, and F1 and hallucinated values of each damage."""
+    gen, n = Generator().manual_seed(cfg.seed), cfg.evaluate.bootstrap
+    rows = score_results(scores, split="test", experiment=experiment, n=n, gen=gen)
+    damages = [str(conversation.extra.get("damage", "")) for conversation in conversations]
+    for damage in sorted(set(damages) - {""}):
+        chosen = [score for score, own in zip(scores, damages, strict=True) if own == damage]
+        of_damage = score_results(chosen, split="test", experiment=experiment, n=n, gen=gen)
+        for row in of_damage:
+            if (row.what, row.subject) in (("f1", "all"), ("hallucinated_value_rate", "")):
+                rows.append(evolve(row, subject=damage))
+    return rows
+
+
+def _line(line: dict[str, Any], score: PageScore) -> dict[str, Any]:
+    """A line of answers.jsonl: what was right, and which numbers no page shows."""
+    counts = {
+        kind: [c.right, c.false, c.missed]
+        for kind, c in score.counts.items()
+        if c.right or c.false or c.missed
+    }
+    del line["right"]
+    return line | {
+        "read_as": score.read_as,
+        "right_false_missed": counts,
+        "hallucinated": list(score.hallucinated),
+    }

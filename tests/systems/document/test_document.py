@@ -1,0 +1,104 @@
+"""document: drawn pages, a small model, answers scored by their fields, at toy size."""
+
+import json
+
+import pytest
+
+from medvl.documents.fields import fields_to_json
+from medvl.evaluation import results
+from medvl.language.conversations import Conversation
+from medvl.phantoms.pages import PageConfig, draw_page
+from medvl.systems import run
+from medvl.systems.document import SYSTEM, ask, score
+from medvl.systems.system import Question
+from medvl.systems.tune import run as tune_run
+from tests.systems.tune.test_run import MODEL
+from tests.systems.tune.test_run import record as tune_record
+
+
+def record(tmp_path):
+    raw = tune_record(tmp_path)
+    pages = {"style": "grid", "train": 12, "valid": 3, "test": 6}
+    return raw | {
+        "system": "document",
+        "model": {"config": MODEL, "dtype": "float32"},
+        "data": {"source": "pages", "folder": str(tmp_path / "data"), "pages": pages},
+        "chat": {"context": 1000, "max_pixels": 56 * 56},
+    }
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(rows, run folder) of a trained run."""
+    place = tmp_path_factory.mktemp("document")
+    path = place / "toy.json"
+    path.write_text(json.dumps(record(place)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "RUNS", place / "runs")
+        rows = run.run(str(path), log=lambda _: None)
+        _, folder = run.resolve(str(path))
+        yield rows, folder
+
+
+def test_a_run_is_scored_by_the_fields_of_its_pages(trained):
+    rows, folder = trained
+    found = {(row.what, row.subject): row for row in rows}
+    assert found["f1", "all"].n == 5  # one of six pages has running text alone
+    assert found["f1", "all, constant answer"].value < 1
+    assert ("f1", "clean") in found
+    assert ("hallucinated_value_rate", "scan") in found
+    assert len(results.read_results(folder / "results" / "results.jsonl")) == len(rows)
+    lines = [json.loads(line) for line in (folder / "results" / "answers.jsonl").read_text().splitlines()]
+    assert len(lines) == 6
+    assert {*lines[0]} == {
+        "id",
+        "category",
+        "answer",
+        "gold",
+        "read_as",
+        "right_false_missed",
+        "hallucinated",
+    }
+
+
+def test_a_trained_run_is_opened_and_asked(trained):
+    _, folder = trained
+    model, _ = SYSTEM.load(folder)
+    page = tune_run.split_path(model.cfg, "test").parent / "test" / "0.png"
+    assert isinstance(ask(folder, Question(text="Read the page.", images=(str(page),), max_tokens=3)), str)
+
+
+def conversations(number):
+    made = []
+    for i in range(number):
+        page = draw_page(PageConfig(), "test", i)
+        written = fields_to_json(page.fields)
+        messages = ({"role": "user", "content": "Read."}, {"role": "assistant", "content": written})
+        extra = {"document": f"test-{i}", "category": page.kind, "damage": page.damage}
+        made.append(Conversation(messages=messages, id=str(i), extra=extra))
+    return made
+
+
+def test_the_written_answers_are_right_and_those_of_other_pages_are_not():
+    pages = conversations(10)
+    written = [page.messages[-1]["content"] for page in pages]
+    # Written in capitals or not: a tokenizer that is made here knows small letters only.
+    for answers in (written, [answer.lower() for answer in written]):
+        for counts in (scored.counts for scored in score.score_answers(pages, answers)):
+            assert all(kind.false == kind.missed == 0 for kind in counts.values())
+    others = score.score_answers(pages, written[5:] + written[:5])  # of the same kinds
+    assert all(sum(kind.missed for kind in scored.counts.values()) > 0 for scored in others)
+
+
+def test_constant_answers_are_the_most_frequent_of_a_kind():
+    a, b, c = conversations(3)
+    train = [a, b, b, c, c, c]
+    assert score.constant_answers(train, [a, b]) == [a.messages[-1]["content"], b.messages[-1]["content"]]
+
+
+def test_a_page_without_fields_is_named():
+    page = Conversation(
+        messages=({"role": "user", "content": "Read."}, {"role": "assistant", "content": "{}"}), id="7"
+    )
+    with pytest.raises(ValueError, match="conversation 7: the page must have fields to be scored by"):
+        score.gold_fields(page)
