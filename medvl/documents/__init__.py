@@ -5,7 +5,8 @@ JSON and reads them from a model's answer, JSON by `loose_json` or running text 
 compares numbers, units, flags and terms, and `score` answers with pages.
 
 `words` has the words of a page with their boxes, as lines in reading order and as text for prompts; `read_page`
-reads them from an image (OCR).
+reads them from an image (OCR). `rules` makes fields of words, and `locate` finds the place of every value among
+them.
 
 `text_page` draws plain texts onto pages. `sources` makes conversations of public data sets: `source_record`
 says which, `source_rows` reads their rows.

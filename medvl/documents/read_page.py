@@ -1,17 +1,24 @@
 """Optical character recognition: the words of a page with their boxes. Only this file imports rapidocr."""
 
 import functools
+import hashlib
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from medvl.base.files import PathLike, write_text
 from medvl.documents.words import Box, Word, join_boxes, lines_of, part_of_box, words_of_cells
 from medvl.language.images import Picture, to_rgb
 
 _MISSING = "reading pages needs rapidocr and onnxruntime; pip install 'medvl[ocr]'"
 # The longer side of what is read: a letter page at 180 dpi. It bounds memory and time of any page.
+_READER = (
+    "PP-OCRv6 small, 1"  # to be changed with all that changes words or boxes: those kept are for one reader
+)
 _LONGEST = 2000
 _LONGEST_FOUND = 1280
 _STRIP = 20  # times as long as wide: shrunk to `_LONGEST`, no letter of a longer strip can be read
@@ -58,6 +65,30 @@ def read_page(image: Picture) -> list[Word]:
         for cell in words_of_cells(line):
             tight += tighten_boxes(grey, cell)
     return [_enlarged(word, scale) for word in tight]
+
+
+def read_page_once(image: Picture, folder: PathLike) -> list[Word]:
+    """As `read_page`; the words are kept in `folder`, and found there by the pixels of the page.
+
+    Raises:
+        ValueError: as `read_page`; the file of the words is broken.
+    """
+    page = to_rgb(image, "read_page")
+    content = hashlib.sha256(f"{_READER} {page.size} ".encode() + page.tobytes())
+    path = Path(folder) / f"{content.hexdigest()[:20]}.json"
+    if not path.exists():
+        words = read_page(page)
+        write_text(path, json.dumps([[word.text, word.box, word.score] for word in words]))
+        return words
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        return [
+            Word(text, (left, top, right, bottom), score) for text, (left, top, right, bottom), score in rows
+        ]
+    except (ValueError, TypeError) as e:
+        raise ValueError(
+            f"{path}: must be the words of a page ({e}); remove it, the page will be read again"
+        ) from e
 
 
 @functools.cache
@@ -133,6 +164,8 @@ def _ink(grey: np.ndarray) -> tuple[tuple[int, int], tuple[int, int]] | None:
         return None
     contrast = np.abs(grey - np.median(grey))
     ink = contrast > max(20, 0.5 * contrast.max())
+    # Letters end before the box does; what runs through it is a rule between columns.
+    ink[:, ink.mean(0) > 0.9] = False
     amounts = ink.sum(1)
     if not amounts.any():
         return None

@@ -65,7 +65,7 @@ def lines_of(words: Sequence[Word]) -> list[list[Word]]:
     lines = list[list[Word]]()
     for word in sorted(words, key=lambda word: word.box[0]):
         nearest = None
-        smallest = 0.5  # of the height: less than half a line away
+        smallest = 0.6  # of the height: about half a line away
         slope = _slope_at(slopes, word.centre[1])
         for line in lines:
             distance = _distance(line[-1], word, slope)
@@ -143,7 +143,7 @@ def words_of_cells(line: Sequence[Word]) -> list[list[Word]]:
     return cells
 
 
-_CELL_GAP = 0.9  # of the height of a word: a space is about a third of it
+_CELL_GAP = 1.3  # of the height of a word: a space is a third to four fifths of it
 
 
 def join_words(words: Sequence[Word]) -> Word:

@@ -100,6 +100,7 @@ def test_a_piece_whose_words_have_no_boxes_is_parted_by_letters():
 def test_boxes_end_with_the_ink_of_their_cell_and_not_with_the_rules_of_its_table():
     grey = np.full((60, 120), 240, np.int16)
     grey[[2, 40]] = 90  # rules above and below
+    grey[:, [6, 79]] = 20  # and beside
     grey[15:25, 10:30] = 20  # "25"
     grey[12:28, 50:70] = 20  # "mg" goes lower
     cell = [module.Word("25", (5, 0, 40, 42)), module.Word("mg", (42, 0, 80, 42))]
@@ -108,3 +109,26 @@ def test_boxes_end_with_the_ink_of_their_cell_and_not_with_the_rules_of_its_tabl
     assert module.tighten_boxes(np.full_like(grey, 240), cell) == cell
     outside = [module.Word("x", (200, 0, 240, 42))]
     assert module.tighten_boxes(grey, outside) == outside
+
+
+def test_a_page_is_read_once(tmp_path, monkeypatch):
+    pages = []
+
+    def read(page):
+        pages.append(page)
+        return [module.Word("8.4", (1.0, 2.0, 3.0, 4.5), 0.9)]
+
+    monkeypatch.setattr(module, "read_page", read)
+    page = Image.new("RGB", (30, 20), "white")
+    words = module.read_page_once(page, tmp_path)
+    assert module.read_page_once(np.asarray(page), tmp_path) == words == read(page)
+    assert len(pages) == 2  # the first time, and the line above
+    page.putpixel((3, 3), (0, 0, 0))
+    module.read_page_once(page, tmp_path)
+    module.read_page_once(page.resize((20, 30)), tmp_path)
+    assert len(pages) == 4
+    assert len(list(tmp_path.iterdir())) == 3
+    for path in tmp_path.iterdir():
+        path.write_text('[["8.4", [1, 2, 3]]]')
+    with pytest.raises(ValueError, match="remove it, the page will be read again"):
+        module.read_page_once(page, tmp_path)

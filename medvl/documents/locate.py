@@ -1,0 +1,244 @@
+"""Where on a page each value of a record stands: the evidence for what a model or the rules say."""
+
+import difflib
+import unicodedata
+from collections.abc import Sequence
+
+from attrs import evolve, frozen
+
+from medvl.documents.fields import Fields, leaves
+from medvl.documents.quantities import medical_terms
+from medvl.documents.words import Box, Word, join_boxes, lines_of, part_of_box
+
+_NEAR_MISS = 0.5  # score of a match that needs 0 to be O, 1 to be l or I, a point to be a comma
+_LOOK_ALIKES = str.maketrans("0oO1lI|,", "ooollll.")
+_LONG = 40  # letters: running text, of which a reader may have got a letter wrong
+_RUN = 8  # letters that must be equal in a row to count for a long text
+_SHARE = 0.8  # of a long text that must be on the page
+
+
+@frozen
+class Place:
+    """Where a value stands.
+
+    Attributes:
+        score: of the least sure word; halved where letters were taken for others that look alike, and
+            multiplied by the share that is there of a long text.
+    """
+
+    box: Box
+    score: float
+
+
+@frozen
+class _Page:
+    """The letters of a page in reading order, without spaces, each with its word."""
+
+    letters: str
+    words: tuple[Word, ...]
+    places: tuple[tuple[int, int], ...]  # of each letter: word, and place in it
+    lines: tuple[int, ...]  # of each word
+
+
+@frozen
+class _Match:
+    start: int
+    stop: int
+    place: Place
+    line: int
+    is_near_miss: bool = False
+
+
+def locate(fields: Fields, words: Sequence[Word]) -> dict[str, Box | None]:
+    """The box of each value by path, as `fields.leaves`; None where it is not on the page.
+
+    Args:
+        words: of the page, from `read_page`.
+    """
+    places = find_places(fields, words)
+    return {path: place.box if place else None for path, place in places.items()}
+
+
+def find_places(fields: Fields, words: Sequence[Word]) -> dict[str, Place | None]:
+    """As `locate`, with scores.
+
+    A value is found at the boundaries of words and numbers ("5" is not in "25", "mg" not in "mg/dL"), in one word
+    or over several. Of several places the one is taken that is nearest to the other values of the same record
+    and not taken yet.
+    """
+    page = _read_letters(words)
+    values = leaves(fields)
+    matches = {path: _find(page, path, value) for path, value in values.items()}
+    places: dict[str, Place | None] = dict.fromkeys(matches)
+    records: dict[str, list[str]] = {}
+    for path in matches:
+        records.setdefault(path.rpartition("/")[0], []).append(path)
+    taken = set[int]()  # letters
+    previous: _Match | None = None
+    # Running text first: a diagnosis that it states stands elsewhere, too.
+    long_first = sorted(records.values(), key=lambda paths: paths != ["text"])
+    for paths in long_first:
+        anchor = _choose_anchor([matches[path] for path in paths], taken, previous)
+        best = dict[str, _Match]()
+        for path in paths:
+            free = _untaken(matches[path], taken)
+            if free and anchor is not None:
+                best[path] = min(free, key=lambda match: _distance(anchor, match))
+                taken.update(range(best[path].start, best[path].stop))
+        for path, match in _in_reading_order(best, values):
+            places[path] = match.place
+        previous = anchor or previous
+    return places
+
+
+def _untaken(matches: Sequence[_Match], taken: set[int]) -> list[_Match]:
+    return [match for match in matches if not taken.intersection(range(match.start, match.stop))]
+
+
+def _in_reading_order(best: dict[str, _Match], values: dict[str, str]) -> list[tuple[str, _Match]]:
+    """Values of a record that are equal ("6.0 mg/dL, 6.0-8.3") by where they stand: a page names them in the order
+    of the record."""
+    pairs = list[tuple[str, _Match]]()
+    for path in best:
+        equal = [other for other in best if values[other] == values[path]]
+        ordered = sorted((best[other] for other in equal), key=lambda match: match.start)
+        pairs.append((path, ordered[equal.index(path)]))
+    return pairs
+
+
+def _choose_anchor(record: Sequence[list[_Match]], taken: set[int], previous: _Match | None) -> _Match | None:
+    """Where a record stands: the match of its rarest value to which its other values are nearest; of equals the
+    one that follows the record before."""
+    values = [free for matches in record if (free := _untaken(matches, taken))]
+    if not values:
+        return None
+    rarest = min(values, key=lambda matches: (len(matches), matches[0].start - matches[0].stop))
+
+    def cost(anchor: _Match) -> tuple[float, float]:
+        others = [
+            min(_distance(anchor, match) for match in matches) for matches in values if matches is not rarest
+        ]
+        return round(sum(others), 1), _distance(previous, anchor) if previous else 0.0
+
+    return min(rarest, key=cost)
+
+
+def _distance(anchor: _Match, match: _Match) -> float:
+    """How far a match is from another: the rows of a table and the words of a line hold together, however wide,
+    and what belongs to a name stands behind it."""
+    height = max(1.0, anchor.place.box[3] - anchor.place.box[1])
+    across = (match.place.box[0] - anchor.place.box[0]) / height
+    down = match.line - anchor.line
+    penalty = 3.0 if match.is_near_miss else 0.0
+    if down == 0:
+        return penalty + (0.05 * across if across >= 0 else 1 - 0.1 * across)
+    return penalty + abs(across) / 4 + (6 * down if down > 0 else 2 - 6 * down)
+
+
+# Matches ----------------------------------------------------------------------------------------------------
+def _read_letters(words: Sequence[Word]) -> _Page:
+    ordered, lines, places = list[Word](), list[int](), list[tuple[int, int]]()
+    letters = list[str]()
+    for number, line in enumerate(lines_of(words)):
+        for word in line:
+            for place, letter in enumerate(word.text):
+                if not letter.isspace():
+                    letters.append(_fold(letter))
+                    places.append((len(ordered), place))
+            ordered.append(word)
+            lines.append(number)
+    return _Page("".join(letters), tuple(ordered), tuple(places), tuple(lines))
+
+
+def _fold(letter: str) -> str:
+    """A letter without case and in one spelling; always one character, so that places stay."""
+    if letter in "‐‑‒–—−":
+        return "-"
+    folded = unicodedata.normalize("NFKC", letter).casefold()
+    return folded if len(folded) == 1 else letter
+
+
+def _find(page: _Page, path: str, value: str) -> list[_Match]:
+    """All places of a value, near misses among them."""
+    texts = [value]
+    if path.endswith("/prn"):
+        # Printed in one of its forms.
+        texts = next(row for row in medical_terms()["frequencies"] if "PRN" in row)
+    matches = list[_Match]()
+    for text in texts:
+        letters = "".join(_fold(letter) for letter in text if not letter.isspace())
+        if not letters:
+            continue
+        found = _find_letters(page, page.letters, letters, 1.0)
+        alike = letters.translate(_LOOK_ALIKES)
+        exact = {match.start for match in found}
+        for match in _find_letters(page, page.letters.translate(_LOOK_ALIKES), alike, _NEAR_MISS):
+            if match.start not in exact:
+                found.append(evolve(match, is_near_miss=True))
+        if not found and len(letters) >= _LONG:
+            found = _find_long(page, letters)
+        matches += found
+    return matches
+
+
+def _find_letters(page: _Page, letters: str, wanted: str, score: float) -> list[_Match]:
+    matches = list[_Match]()
+    start = letters.find(wanted)
+    while start >= 0:
+        stop = start + len(wanted)
+        if _is_whole(page, start, stop):
+            matches.append(_match(page, [(start, stop)], score))
+        start = letters.find(wanted, start + 1)
+    return matches
+
+
+def _find_long(page: _Page, letters: str) -> list[_Match]:
+    """The place of a long text of which most is on the page, maybe with another column between its lines."""
+    matcher = difflib.SequenceMatcher(None, page.letters, letters, autojunk=False)
+    spans = [(run.a, run.a + run.size) for run in matcher.get_matching_blocks() if run.size >= _RUN]
+    share = sum(stop - start for start, stop in spans) / len(letters)
+    return [_match(page, spans, share)] if share >= _SHARE else []
+
+
+def _is_whole(page: _Page, start: int, stop: int) -> bool:
+    """Whether letters are whole words and numbers. A unit may stand right behind its number: "25mg"."""
+    before = _same_word(page, start, -1)
+    after = _same_word(page, stop - 1, 1)
+    return not (
+        _goes_on(before[::-1], page.letters[start], is_before=True)
+        or _goes_on(after, page.letters[stop - 1], is_before=False)
+    )
+
+
+def _same_word(page: _Page, position: int, step: int) -> str:
+    """Up to two letters next to one in its own word, the nearest last for step -1."""
+    word, place = page.places[position]
+    text = page.words[word].text
+    return text[max(0, place - 2) : place] if step < 0 else text[place + 1 : place + 3]
+
+
+def _goes_on(near: str, edge: str, *, is_before: bool) -> bool:
+    """Whether a word or number goes on beyond its edge with the letters `near`, the nearest first."""
+    if not near or not edge.isalnum():
+        return False
+    first, second = near[0], near[1:]
+    if edge.isdigit():
+        if first.isdigit() or (first.isalpha() and is_before):
+            return True
+        return (first in ".,/:" and second.isdigit()) or (first in "-" and second.isalpha())
+    if first.isalpha() or (first.isdigit() and not is_before):
+        return True
+    return first in "-/'" and second.isalnum()
+
+
+def _match(page: _Page, spans: Sequence[tuple[int, int]], score: float) -> _Match:
+    """Letters as a match: the hull of the parts of their words."""
+    ends: dict[int, tuple[int, int]] = {}  # of each word: first and last letter
+    for start, stop in spans:
+        for word, place in page.places[start:stop]:
+            first, _ = ends.get(word, (place, place))
+            ends[word] = first, place
+    boxes = [part_of_box(page.words[word], first, last + 1) for word, (first, last) in ends.items()]
+    least = min(page.words[word].score for word in ends)
+    line = page.lines[next(iter(ends))]
+    return _Match(spans[0][0], spans[-1][1], Place(join_boxes(boxes), score * least), line)
