@@ -1,4 +1,6 @@
+import tomllib
 from decimal import Decimal
+from importlib.resources import files
 
 import pytest
 
@@ -139,7 +141,11 @@ def test_terms_are_the_same_or_abbreviations():
     assert same_term("", "", "labs") == ""
     # a name within another name
     assert not holds_term("HbA1c 8.4 %", "Hemoglobin", "labs")
+    assert not holds_term("Hemoglobin A1c 8.4 %", "Hemoglobin", "labs")
     assert not holds_term("T2DM", "DM", "diagnoses")
+    # ... which of a diagnosis states the shorter one
+    assert holds_term("Community-acquired pneumonia", "pneumonia", "diagnoses")
+    assert holds_term("Follow-up of diabetes mellitus", "diabetes", "diagnoses")
     assert holds_term("Three times per day", "TID", "frequencies")
 
 
@@ -200,3 +206,17 @@ def test_terms_of_a_text_are_listed_as_it_writes_them():
 def test_numbers_are_counted_one_by_one():
     text = "1. Ibuprofen 400 mg every 6 hours\n2. BP 120/80, eGFR >60, 5-10 mg on 2024-01-31 (B12)"
     assert [str(number) for number in numbers_in(text)] == ["400", "120", "80", "60", "5", "10", "2024-01-31"]
+
+
+def test_every_abbreviation_that_a_drawn_page_uses_is_known():
+    words = tomllib.loads((files("medvl.phantoms") / "medical_words.toml").read_text(encoding="utf-8"))
+    for kind in ("frequencies", "routes", "diagnoses"):
+        for a, b in words[kind].items():
+            assert not b or same_term(a, b, kind) == "abbreviation", (a, b)
+    for name, lab in words["labs"].items():
+        assert same_term(name, lab["short"], "labs") == "abbreviation", name
+    for vital in words["vitals"].values():
+        assert same_term(*vital["names"], "vitals") == "abbreviation", vital
+    units = [row["unit"] for kind in ("drugs", "labs", "vitals") for row in words[kind].values()]
+    for unit in filter(None, units):
+        assert [q.unit for q in find_quantities(f"5 {unit}")] == [normalise_unit(unit)]

@@ -25,6 +25,7 @@ from medvl.documents.score import (
     score_results,
 )
 from medvl.evaluation.results import read_results, write_results
+from medvl.phantoms.pages import PageConfig, draw_page
 from tests.documents.adversarials import PAGES, TERMS, VALUES
 
 PAGE = Fields(
@@ -161,6 +162,19 @@ def test_coherence_is_low_for_nothing_for_loops_and_for_no_words():
     assert measure_coherence("mg " * 6, page).repeated == pytest.approx(3 / 4)
     assert measure_coherence("Metformin xqzt wrrgl patient", page).unknown == 0.5
     assert score_page("1", PAGE, ANSWERS[0]).coherence.value == 1
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_the_fields_of_a_drawn_page_score_one(number):
+    page = draw_page(PageConfig(), "test", number, damage="clean")
+    text = "\n".join(word.text for word in page.texts)
+    score = score_page("1", page.fields, fields_to_json(page.fields), text)
+    counts = _totals(score.counts)
+    assert counts[0] > 5
+    assert counts[1:] == (0, 0)
+    assert score.numbers > 0
+    assert score.hallucinated == ()
+    assert score.coherence.value == 1
 
 
 def _scores(answers, documents=None):
