@@ -230,6 +230,11 @@ def find_scales(
 def _check_calibration(chat: Chat, params: Mapping[str, Tensor], data: Encoded, cfg: AwqConfig) -> None:
     if not data.samples:
         raise ValueError("awq: there must be calibration conversations, found none that fit into the context")
+    if chat.vision is not None and chat.vision.embed is not None:
+        raise ValueError(
+            f"awq: {chat.skeleton.name} gets its visual tokens from a part that is not in its params; take "
+            "int4.quantize, which needs no activations"
+        )
     if chat.vision is not None and not any(c.items for c in data.conversations):
         raise ValueError(
             f"awq: calibration conversations of {chat.skeleton.name} must show images, whose activations differ "

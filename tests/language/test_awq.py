@@ -244,6 +244,9 @@ def test_what_is_refused(opened):
     texts = chat.encode_conversations(talk, conversations(False))
     with pytest.raises(ValueError, match=r"must show images, .* none of 4 does"):
         awq.find_scales(talk, params, texts)
+    embedded = evolve(talk, vision=evolve(talk.vision, embed=lambda params, inputs: params["project"]))
+    with pytest.raises(ValueError, match="visual tokens from a part that is not in its params"):
+        awq.find_scales(embedded, params, data)
     with pytest.raises(ValueError, match="there must be calibration conversations, found none"):
         awq.find_scales(talk, params, evolve(data, samples=(), conversations=()))
     with pytest.raises(ValueError, match=r"q_proj.weight must be a plain tensor in full precision, got Int4"):
