@@ -17,7 +17,7 @@ _FONTS = ("DejaVuSansMono", "DejaVuSansMono-Bold")
 def lay_out_grid(
     fields: Fields, rows: int, columns: int, gen: np.random.Generator
 ) -> tuple[Fields, list[list[Piece]]]:
-    """The lines of a page, a piece for each glyph, and the fields that are on them.
+    """The fields of a page as they are printed, and its words, a piece for each glyph.
 
     Lines begin at a drawn row and column. What does not fit loses the last row of its longest list. A strip below
     the last row, as high as a cell, has the notice.
@@ -34,21 +34,24 @@ def lay_out_grid(
         free = columns - len(page_layout.text_of(line))
         assert free >= 0, "a word of the grid must fit into a line"
         column = int(gen.integers(min(2, free) + 1))
-        placed.append(_place(line, row, column, font))
+        placed += _place(line, row, column, font)
     notice = Piece(CELL // 4, (rows + 0.7) * CELL, "SYNTHETIC", load_font("DejaVuSans", CELL / 2))
     return fields, [*placed, [notice]]
 
 
-def _place(line: list[Span], row: int, column: int, font: page_layout.Font) -> list[Piece]:
-    """A piece for each glyph of a line, in the middle of its cell."""
-    pieces = []
+def _place(line: list[Span], row: int, column: int, font: page_layout.Font) -> list[list[Piece]]:
+    """The words of a line: a piece for each glyph, in the middle of its cell."""
+    placed: list[list[Piece]] = [[]]
     for text, path in line:
         for glyph in text:
-            x = round((column + 0.5) * CELL - font.getlength(glyph) / 2)
-            marks = ((path, 0, 1),) if path else ()
-            pieces.append(Piece(x, row * CELL + 20, glyph, font, marks))
+            if glyph == " ":
+                placed.append([])
+            else:
+                x = round((column + 0.5) * CELL - font.getlength(glyph) / 2)
+                marks = ((path, 0, 1),) if path else ()
+                placed[-1].append(Piece(x, row * CELL + 20, glyph, font, marks))
             column += 1
-    return pieces
+    return placed
 
 
 def _lines(fields: Fields) -> list[list[Span]]:

@@ -6,6 +6,7 @@ They show no patient, and every page says "SYNTHETIC". Research use only, not fo
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -64,7 +65,7 @@ class Page:
     boxes: dict[str, Box]  # by path, as in `documents.fields.leaves`; pixels of the image
     kind: str
     damage: str
-    texts: tuple[Word, ...]  # all that is printed, in pieces as long as a cell or a line
+    texts: tuple[Word, ...]  # all words that are printed, section by section
 
 
 def draw_page(cfg: PageConfig, split: str, number: int, *, kind: str = "", damage: str = "") -> Page:
@@ -88,15 +89,15 @@ def draw_page(cfg: PageConfig, split: str, number: int, *, kind: str = "", damag
     fields = _draw_fields(cfg, split, kind, seeds)
     look_gen, damage_gen = np.random.default_rng([1, *seeds]), np.random.default_rng([2, *seeds])
     if cfg.style == "grid":
-        fields, lines = page_grid.lay_out_grid(fields, cfg.rows, cfg.columns, look_gen)
+        fields, groups = page_grid.lay_out_grid(fields, cfg.rows, cfg.columns, look_gen)
         size, rules = (cfg.columns * page_grid.CELL, (cfg.rows + 1) * page_grid.CELL), []
     else:
         dpi = cfg.dpi * (float(damage_gen.uniform(1, 2)) if damage == "scan" else 1)
         look = page_layout.draw_look(kind, look_gen)
         fields, sheet = page_layout.lay_out(fields, look, dpi / 72)
-        lines, size, rules = [[piece] for piece in sheet.pieces], sheet.size, sheet.rules
+        groups, size, rules = [[piece] for piece in sheet.pieces], sheet.size, sheet.rules
     ink, paper = int(look_gen.integers(0, 60)), int(look_gen.integers(235, 256))
-    pieces = list(itertools.chain(*lines))
+    pieces = list(itertools.chain(*groups))
     image = page_layout.paint(size, pieces, rules, ink=ink, paper=paper)
     boxes = _field_boxes(pieces)
     values = [box for path, box in boxes.items() if path.endswith(("/value", "/dose"))]
@@ -109,7 +110,7 @@ def draw_page(cfg: PageConfig, split: str, number: int, *, kind: str = "", damag
         boxes={path: page_damage.move_box(matrix, box) for path, box in boxes.items()},
         kind=kind,
         damage=damage,
-        texts=tuple(_as_word(line, matrix) for line in lines),
+        texts=tuple(word for group in groups for word in _printed_words(group, matrix)),
     )
 
 
@@ -182,10 +183,14 @@ def _field_boxes(pieces: Sequence[Piece]) -> dict[str, Box]:
     return {path: join_boxes(boxes) for path, boxes in parts.items()}
 
 
-def _as_word(line: Sequence[Piece], matrix: np.ndarray) -> Word:
-    """Pieces side by side as one; an empty cell of a grid is a space."""
-    box = join_boxes(piece.box() for piece in line)
-    return Word("".join(piece.text for piece in line), page_damage.move_box(matrix, box))
+def _printed_words(pieces: Sequence[Piece], matrix: np.ndarray) -> list[Word]:
+    """The words of one piece of text, or the word of the glyphs of a grid."""
+    if len(pieces) > 1:
+        box = join_boxes(piece.box() for piece in pieces)
+        return [Word("".join(piece.text for piece in pieces), page_damage.move_box(matrix, box))]
+    (piece,) = pieces
+    matches = re.finditer(r"\S+", piece.text)
+    return [Word(word[0], page_damage.move_box(matrix, piece.box(*word.span()))) for word in matches]
 
 
 def _check_names(setting: str, names: Sequence[str], known: Sequence[str]) -> None:
