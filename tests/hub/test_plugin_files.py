@@ -215,7 +215,10 @@ def test_a_published_file_is_converted_by_a_command(tmp_path, monkeypatch, capsy
     size = (tmp_path / "out/plugin.safetensors").stat().st_size
     assert size < 1.2 * (path.stat().st_size + fusion.stat().st_size)  # kept in the 16 bits of the files
     with pytest.raises(ValueError, match=r"fusion.bin must hold H-LoRA layers, .* given as fusion"):
-        plugins.convert("convert", str(fusion), "", **given | {"base": str(tmp_path / "nothing")})
+        nowhere = {"base": str(tmp_path / "nothing"), "out": str(tmp_path / "other")}
+        plugins.convert("convert", str(fusion), "", **given | nowhere)
+    with pytest.raises(ValueError, match="out is there already; give a new folder"):
+        plugins.convert("convert", str(path), str(fusion), **given)
     with pytest.raises(ValueError, match="the action must be convert, got 'x'"):
         plugins.convert("x", str(path), "", **given)
 
