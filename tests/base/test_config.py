@@ -212,7 +212,7 @@ def test_a_system_that_is_none(tmp_path, system):
     path.write_text(f"system = {system}\n")
     with pytest.raises(
         ConfigError,
-        match=r"system must be one of adapters, ct_clip, slide_vqa, tune, unified, or a package .* found",
+        match=r"system must be one of adapters, ct_clip, document, slide_vqa, tune, unified, or a package .* found",
     ):
         run.resolve(str(path))
 

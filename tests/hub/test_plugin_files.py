@@ -214,8 +214,8 @@ def test_a_published_file_is_converted_by_a_command(tmp_path, monkeypatch, capsy
         assert torch.equal(plugin.tables[part], held[P + name])
     size = (tmp_path / "out/plugin.safetensors").stat().st_size
     assert size < 1.2 * (path.stat().st_size + fusion.stat().st_size)  # kept in the 16 bits of the files
+    nowhere = {"base": str(tmp_path / "nothing"), "out": str(tmp_path / "other")}
     with pytest.raises(ValueError, match=r"fusion.bin must hold H-LoRA layers, .* given as fusion"):
-        nowhere = {"base": str(tmp_path / "nothing"), "out": str(tmp_path / "other")}
         plugins.convert("convert", str(fusion), "", **given | nowhere)
     with pytest.raises(ValueError, match="out is there already; give a new folder"):
         plugins.convert("convert", str(path), str(fusion), **given)
