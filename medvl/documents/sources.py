@@ -78,10 +78,7 @@ class _Sample:
     messages: tuple[dict[str, str], ...]
     images: tuple[str, ...]  # names from the folder of the data
     shared: tuple[str, ...]  # articles, rows and images: samples with one of them in common are one group
-
-    @property
-    def answers(self) -> list[str]:
-        return [message["content"] for message in self.messages if message["role"] == "assistant"]
+    content: str  # a digest of the images and what the source says of them; prompts are ours
 
 
 def build_data(cfg: SourcesConfig, log: Log) -> dict[str, Any]:
@@ -260,12 +257,15 @@ def _read_samples(
             left_out[str(e)] += 1
             continue
         for identifier, messages, images in conversations:
+            # Of captions and notes the same row again has another prompt.
+            texts = [m["content"] for m in messages if source.kind == "conversations" or m["role"] != "user"]
             sample = _Sample(
                 id=identifier,
                 source=source.name,
                 messages=tuple(messages),
                 images=tuple(images),
                 shared=(*shared, *(f"image {image}" for image in images)),
+                content=digest([images, texts]),
             )
             reason = _reason_against(sample, cfg.shortest)
             if reason:
@@ -327,20 +327,20 @@ def _reason_against(sample: _Sample, shortest: int) -> str:
         check_tags(sample.messages, _TAG, len(sample.images), sample.id)
     except ValueError:
         return f"a tag such as {_TAG} in the text that is no image's place"
-    if min(map(len, sample.answers)) < shortest:
+    answers = [message["content"] for message in sample.messages if message["role"] == "assistant"]
+    if min(map(len, answers)) < shortest:
         return f"an answer shorter than {shortest} characters"
     return ""
 
 
 def _drop_repeated(samples: Sequence[_Sample], left_out: Mapping[str, Counter[str]]) -> list[_Sample]:
-    """Samples sorted by id; of those with the same images and answers only the first."""
+    """Samples sorted by id; of those with the same content only the first."""
     kept: dict[str, _Sample] = {}
     for sample in sorted(samples, key=lambda s: s.id):
-        content = digest([sample.images, sample.answers])
-        if content in kept:
-            left_out[sample.source]["the images and answers of another row"] += 1
+        if sample.content in kept:
+            left_out[sample.source]["the images and texts of another row"] += 1
         else:
-            kept[content] = sample
+            kept[sample.content] = sample
     return list(kept.values())
 
 

@@ -325,7 +325,7 @@ def test_rows_that_cannot_be_used_are_counted(cfg, tmp_path):
     assert about["left_out_conversations"] == {
         "a tag such as <image> in the text that is no image's place": 2,
         "an answer shorter than 50 characters": 1,
-        "the images and answers of another row": 1,
+        "the images and texts of another row": 1,
     }
     conversations = [c for split in tables(cfg).values() for c in split if c.extra["category"] == "roco"]
     assert len(conversations) == sum(about[split] for split in SPLITS) == 5
@@ -351,7 +351,31 @@ def test_notes_that_cannot_be_drawn_are_counted(cfg, tmp_path):
     left_out = about["left_out_conversations"]
     assert left_out["characters that the font cannot draw"] == 1
     # The pages of the note that is there twice.
-    assert left_out["the images and answers of another row"] >= 2
+    assert left_out["the images and texts of another row"] >= 2
+
+
+def test_questions_with_the_same_answer_stay(cfg, tmp_path):
+    rows = [
+        {
+            "image": picture(i // 3),
+            "question": f"Is it, {i % 3}?",
+            "answer": f"{LONG} {i // 3}.",
+            "id": str(i),
+        }
+        for i in range(30)
+    ]
+    rows.append(rows[0] | {"id": "again"})
+    made = Source(name="vqa", kind="conversations", path=write_rows(tmp_path / "vqa.parquet", rows))
+    about = build_data(evolve(cfg, sources=(made,)), quiet)["sources"]["vqa"]
+    assert sum(about[split] for split in SPLITS) == 30
+    assert about["left_out_conversations"] == {"the images and texts of another row": 1}
+    # Questions about one image are in one split.
+    of_image = defaultdict(set)
+    for split, conversations in tables(cfg).items():
+        for c in conversations:
+            of_image[c.images[0].name].add(split)
+    assert len(of_image) == 10
+    assert all(len(splits) == 1 for splits in of_image.values())
 
 
 def test_a_full_disk_is_no_fault_of_a_source(cfg, monkeypatch):
