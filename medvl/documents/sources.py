@@ -198,8 +198,9 @@ def _write_tables(cfg: SourcesConfig, folder: Path, downloads: Mapping[str, Any]
     samples = list[_Sample]()
     for source in sources:
         samples += _read_samples(cfg, source, folder, left_out[source.name])
-    samples = _drop_repeated(samples, left_out)
+    # Before any is dropped: two articles with one image and one text belong together.
     group_of = _groups(samples)
+    samples = _drop_repeated(samples, left_out)
     split_of = _assign_splits(samples, group_of, cfg)
     tables = {}
     for split in SPLITS:
@@ -281,8 +282,9 @@ def _image_messages(cfg: SourcesConfig, source: Source, name: str, row: dict) ->
         return [{"role": "user", "content": question}, {"role": "assistant", "content": row["text"]}]
     messages = [dict(message) for message in row.get("messages", ())]
     # PubMedVision has no tags: its images come before the first question.
-    if messages and not any(_TAG in message["content"] for message in messages):
-        messages[0]["content"] = f"{_TAG}\n" * len(row["images"]) + messages[0]["content"]
+    questions = [message for message in messages if message["role"] == "user"]
+    if questions and not any(_TAG in message["content"] for message in messages):
+        questions[0]["content"] = f"{_TAG}\n" * len(row["images"]) + questions[0]["content"]
     return messages
 
 

@@ -83,10 +83,10 @@ def questions(folder, number=24):
     return Source(name="pmv", kind="conversations", path=write_rows(folder / "pmv.jsonl", rows))
 
 
-def notes(folder, number=20):
+def notes(folder, number=10):
     rows = []
     for i in range(number):
-        text = f"CHIEF COMPLAINT, {i}: " + " ".join(f"word{i}x{k} 40 mg," for k in range(120))
+        text = f"CHIEF COMPLAINT, {i}: " + " ".join(f"word{i}x{k} 40 mg," for k in range(60))
         rows.append({"": str(i), "medical_specialty": " Surgery", "transcription": text, "keywords": ""})
     return Source(name="mts", kind="notes", path=write_rows(folder / "mts.csv", rows))
 
@@ -167,7 +167,7 @@ def test_no_group_is_in_two_splits(cfg):
     assert all(len(splits) == 1 for splits in where.values())
     assert set.union(*where.values()) == {*SPLITS}
     # Two figures of an article are one group, and so are the pages of a note.
-    assert len([key for key in where if key[0] == "document"]) == 20 + 12 + 20
+    assert len([key for key in where if key[0] == "document"]) == 20 + 12 + 10
 
 
 def test_the_order_of_the_rows_decides_nothing(cfg, tmp_path):
@@ -197,12 +197,13 @@ def test_the_split_is_the_same_in_every_process(cfg, tmp_path):
         "import sys; from medvl.base import config; from medvl.documents.source_record import SourcesConfig as C;"
         "from medvl.documents.sources import build_data; build_data(config.load_record(sys.argv[1], C), print)"
     )
-    for seed in ("0", "1"):
-        other = evolve(cfg, folder=str(tmp_path / f"out{seed}"))
-        record.write_text(json.dumps(config.unstructure(other)))
-        run = [sys.executable, "-c", code, str(record)]
-        subprocess.run(run, check=True, env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True)
-        assert contents(other) == contents(cfg)
+    other = evolve(cfg, folder=str(tmp_path / "other"))
+    record.write_text(json.dumps(config.unstructure(other)))
+    # This process has another seed, drawn by chance or none.
+    seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
+    run = [sys.executable, "-c", code, str(record)]
+    subprocess.run(run, check=True, env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True)
+    assert contents(other) == contents(cfg)
 
 
 def test_the_same_command_again_does_nothing(cfg, monkeypatch):
@@ -223,7 +224,7 @@ def test_the_same_command_again_does_nothing(cfg, monkeypatch):
     assert (Path(cfg.folder) / "test.jsonl").read_text()
 
 
-@pytest.mark.parametrize("stop", [1, 5, 40, 60, 80])
+@pytest.mark.parametrize("stop", [5, 55, 78])
 def test_a_run_that_is_killed_goes_on(cfg, tmp_path, monkeypatch, stop):
     build_data(cfg, quiet)
     other = evolve(cfg, folder=str(tmp_path / "killed"))
@@ -365,17 +366,20 @@ def test_questions_with_the_same_answer_stay(cfg, tmp_path):
         for i in range(30)
     ]
     rows.append(rows[0] | {"id": "again"})
+    # The same image and texts in two articles, of which one has another image.
+    rows += [rows[1] | {"id": "PMC1"}, rows[4] | {"id": "PMC1"}]
     made = Source(name="vqa", kind="conversations", path=write_rows(tmp_path / "vqa.parquet", rows))
     about = build_data(evolve(cfg, sources=(made,)), quiet)["sources"]["vqa"]
     assert sum(about[split] for split in SPLITS) == 30
-    assert about["left_out_conversations"] == {"the images and texts of another row": 1}
-    # Questions about one image are in one split.
+    assert about["left_out_conversations"] == {"the images and texts of another row": 3}
+    # Questions about one image are in one group, and so are two images that a dropped row joins.
     of_image = defaultdict(set)
-    for split, conversations in tables(cfg).items():
+    for conversations in tables(evolve(cfg, sources=(made,))).values():
         for c in conversations:
-            of_image[c.images[0].name].add(split)
+            of_image[c.images[0].name].add(c.extra["document"])
     assert len(of_image) == 10
-    assert all(len(splits) == 1 for splits in of_image.values())
+    assert all(len(groups) == 1 for groups in of_image.values())
+    assert len(set.union(*of_image.values())) == 9
 
 
 def test_a_full_disk_is_no_fault_of_a_source(cfg, monkeypatch):
