@@ -8,6 +8,8 @@ compares numbers, units, flags and terms, and `score` answers with pages.
 reads them from an image (OCR). `rules` makes fields of words, and `locate` finds the place of every value among
 them.
 
+`page_words` puts the words of a conversation's images into its prompt.
+
 `text_page` draws plain texts onto pages. `sources` makes conversations of public data sets: `source_record`
 says which, `source_rows` reads their rows.
 """

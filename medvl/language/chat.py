@@ -91,6 +91,9 @@ class ChatConfig:
     window: tuple[float, ...] = ()
     # Of answers; 0 = what the checkpoint's generation_config.json says, 1 = none.
     repetition_penalty: float = 0.0
+    # The words of images, read by OCR, stand in the prompt (`documents.page_words`); a model without a vision
+    # encoder gets them alone.
+    ocr: bool = False
 
     def __attrs_post_init__(self) -> None:
         config.check_bounds(
@@ -313,7 +316,9 @@ def encode_conversations(chat: Chat, conversations: Sequence[Dialogue], *, promp
             cannot be read or is too long a strip; as `encoding.encode_conversation`. A template that writes
             today's date, where something is trained.
     """
-    if chat.vision is None:
+    if chat.vision is None and chat.cfg.ocr:
+        conversations = [_without_images(conversation) for conversation in conversations]
+    elif chat.vision is None:
         _check_no_items(chat, conversations)
     # Prompts keep their number and order, one for each conversation, as predictions are compared by position.
     if prompt:
@@ -347,6 +352,12 @@ def encode_conversations(chat: Chat, conversations: Sequence[Dialogue], *, promp
     return Encoded(conversations=tuple(fitting), samples=tuple(samples), refused=len(refused))
 
 
+def check_no_ocr(cfg: ChatConfig, system: str) -> None:
+    """Raise for a system that does not put the words of images into prompts."""
+    if cfg.ocr:
+        raise ValueError(f"chat.ocr: {system} reads no pages; leave it out, or use tune or document")
+
+
 def conversation_format(cfg: ChatConfig) -> ConversationFormat:
     """The template of the record, as `encoding.encode_conversation` takes it; of any length, for texts only."""
     return ConversationFormat(
@@ -366,8 +377,20 @@ def _check_no_items(chat: Chat, conversations: Sequence[Dialogue]) -> None:
     if with_items:
         raise ValueError(
             f"{with_items[0].place}: has images, as {len(with_items)} conversations do, and "
-            f"{chat.skeleton.name} has no vision encoder; choose a vision-language model"
+            f"{chat.skeleton.name} has no vision encoder; choose a vision-language model, or set chat.ocr = "
+            "true if they are pages of text"
         )
+
+
+def _without_images(conversation: Dialogue) -> Dialogue:
+    """A conversation without its images and their tags, whose words it holds."""
+    if not isinstance(conversation, Conversation):
+        return conversation
+    messages = [
+        {**message, "content": message["content"].replace("<image>", "").lstrip("\n")}
+        for message in conversation.messages
+    ]
+    return evolve(conversation, messages=tuple(messages), images=())
 
 
 def _encode_prompt(chat: Chat, traits: encoding.TokenizerTraits, conversation: Dialogue) -> Sample:

@@ -11,7 +11,7 @@ from medvl.adapters.experts import Answer, Experts, FusionConfig, HoldConfig, Mo
 from medvl.adapters.retrieve import RetrieveConfig
 from medvl.base import config, files, processes
 from medvl.evaluation import results
-from medvl.language.chat import ChatConfig
+from medvl.language.chat import ChatConfig, check_no_ocr
 from medvl.systems.adapters import record, run
 from medvl.systems.system import Question
 
@@ -38,6 +38,9 @@ class AskConfig:
     hold: HoldConfig = HoldConfig()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     root: str = ""  # where the registry's relative paths start; "" = as it says, or at its folder
+
+    def __attrs_post_init__(self) -> None:
+        check_no_ocr(self.chat, "adapters")
 
 
 def ask(folder: Path, question: Question) -> str:

@@ -19,7 +19,7 @@ from medvl.adapters.retrieve import MOST, RetrieveConfig
 from medvl.adapters.retriever_config import RetrieverConfig
 from medvl.base import config
 from medvl.base.tree import Tree
-from medvl.language.chat import Chat, ChatConfig, ModelConfig, open_chat, tokenizer_of
+from medvl.language.chat import Chat, ChatConfig, ModelConfig, check_no_ocr, open_chat, tokenizer_of
 from medvl.phantoms.modalities import ModalityConfig
 from medvl.training.record import TrainConfig, language_training
 from medvl.training.stages import cast_added, check_trainable
@@ -123,6 +123,7 @@ class Config:
 
     def __attrs_post_init__(self) -> None:
         config.check_bounds(self, "experiment", seed=config.SEED)
+        check_no_ocr(self.chat, "adapters")
         if bool(self.pool.registry) == bool(self.train):
             raise ValueError(
                 "either pool.registry names existing adapters, or [train] says how each task's is trained"

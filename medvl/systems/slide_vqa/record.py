@@ -11,7 +11,7 @@ from attrs import field, frozen
 
 from medvl.base import config
 from medvl.components.slots import CompressConfig
-from medvl.language.chat import ChatConfig, ModelConfig
+from medvl.language.chat import ChatConfig, ModelConfig, check_no_ocr
 from medvl.language.system import check_quantized
 from medvl.phantoms.slides import SlideConfig
 from medvl.training.record import TrainConfig, language_training, refuse_settings, refuse_stage_batches
@@ -191,6 +191,7 @@ class Config:
                 "one on labels"
             )
         config.check_bounds(self, "experiment", seed=config.SEED, hidden=config.WIDTH)
+        check_no_ocr(self.chat, "slide_vqa")
         if wrong := [s.name for s in self.train.stages if s.data not in ("captions", "questions")]:
             raise ValueError(f'stage {wrong[0]}: data must be "captions" or "questions"')
         first = next((i for i, s in enumerate(self.train.stages) if s.data == "questions"), None)

@@ -12,6 +12,7 @@ from attrs import evolve
 
 from medvl.base import config, files, processes
 from medvl.base.tree import Tree, flatten, split_tree
+from medvl.documents.page_words import add_page_words
 from medvl.evaluation import plots, report
 from medvl.evaluation.accuracy import accuracy, accuracy_by_category, to_results
 from medvl.evaluation.results import Result
@@ -66,7 +67,12 @@ def prepare(cfg: Config, log: Callable[[str], None] = print) -> Reader:
             "data.conversations says where they are"
         )
     warn_of_one_file(cfg.data.conversations)
-    return split_reader(cfg)
+    read = split_reader(cfg)
+    if cfg.chat.ocr:
+        # Here, while other processes wait, so that each page is read once and by one of them.
+        for split in SPLITS:
+            read(split)
+    return read
 
 
 def data_folder(cfg: Config) -> Path:
@@ -87,6 +93,8 @@ def read_split(cfg: Config, split: str) -> list[Conversation]:
     """The conversations of a split; those of the test split have a last answer that can be compared with."""
     path, root = split_path(cfg, split), cfg.data.root or None
     conversations = read_conversations(path, root=root, max_images=cfg.chat.max_images)
+    if cfg.chat.ocr:
+        conversations = add_page_words(conversations, data_folder(cfg) / "page_words", cfg.chat.window)
     if split == "test":
         check_gold(conversations)
     return conversations
@@ -310,6 +318,8 @@ def ask(
     """
     model, params = load(folder, record)
     question = chat.make_question(model.chat, text, images)
+    if model.cfg.chat.ocr:
+        (question,) = add_page_words([question], None, model.cfg.chat.window)
     prompts = chat.encode_conversations(model.chat, [question], prompt=True)
     # Through the record, whose bounds hold for a question, too.
     sampling = chat.sampling_of(model.chat, evolve(model.cfg.evaluate, max_tokens=max_tokens).max_tokens)

@@ -12,7 +12,7 @@ from attrs import field, frozen
 
 from medvl.base import config
 from medvl.base.text import few
-from medvl.language.chat import ChatConfig, ModelConfig
+from medvl.language.chat import ChatConfig, ModelConfig, check_no_ocr
 from medvl.language.system import check_quantized
 from medvl.phantoms.anatomy import AnatomyConfig
 from medvl.systems.unified.codes import VqTraining
@@ -135,6 +135,7 @@ class Config:
 
     def __attrs_post_init__(self) -> None:
         config.check_bounds(self, "experiment", seed=config.SEED)
+        check_no_ocr(self.chat, "unified")
         check_quantized(self.model, self.train, "train understand/..., draw/... and rows/...")
         stages = [stage.name for stage in self.train.stages]
         for where, names in (
