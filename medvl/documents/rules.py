@@ -252,9 +252,11 @@ def _labelled(text: str) -> tuple[str, list[tuple[str, str]]]:
     """What stands before the first label of a text, and (field of the patient, value) of each."""
     labels = list(_label_pattern().finditer(text))
     ends = [match.start() for match in labels] + [len(text)]
+    names = {label.replace(" ", ""): name for label, name in _spellings(tuple(_PATIENT), "labels").items()}
     pairs = list[tuple[str, str]]()
     for match, end in zip(labels, ends[1:], strict=True):
-        name = _PATIENT[_key_of(match[1], _PATIENT, "labels")]
+        # A reader may lose the space of "Patient name:".
+        name = _PATIENT[names[_plain(match[1]).replace(" ", "")]]
         pairs.append((name, text[match.end() : end].strip(" ,;|")))
     return text[: ends[0]].strip(), pairs
 

@@ -107,6 +107,7 @@ page 1 of 1
     [
         "Name: Doe, Jane   MRN: 12-345   Sex: Female Age: 64 Date: 2 May 2024",
         "Patient name: Doe, Jane\nID:12-345      Gender: Female\nAge (years): 64   Date of visit:\n2 May 2024",
+        "Patientname:Doe, Jane MRN: 12-345 Sex:Female Age(years): 64 Dateof service:2 May 2024",
         "Patient name: Doe, Jane  ID: 12-345 Sex: Female Age (years):\n64 Date: 2 May 2024",
         "Patient:        Record no.: 12-345\nDoe, Jane       Sex: Female\nAge: 64         Date: 2 May 2024",
     ],
