@@ -121,7 +121,7 @@ def test_what_offers_no_system_is_none(name):
     """`json` is a package without SYSTEM: that is said."""
     with pytest.raises(
         config.ConfigError,
-        match=r"system must be one of adapters, ct_clip, slide_vqa, tune, unified, or a package .*found .* @ \$\.system",
+        match=r"system must be one of adapters, ct_clip, document, slide_vqa, tune, unified, or a package .*found .* @ \$\.system",
     ):
         run.find_system(name)
 

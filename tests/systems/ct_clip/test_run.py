@@ -519,7 +519,7 @@ BROKEN = {
     ),
     "unknown system": (
         "system=ct_clap",
-        r"system must be one of adapters, ct_clip, slide_vqa, tune, unified, or a package .* found 'ct_clap'",
+        r"system must be one of adapters, ct_clip, document, slide_vqa, tune, unified, or a package .* found 'ct_clap'",
     ),
     "heads do not divide": ("fuse.heads=5", r"dim must be a multiple of 2 x heads"),
     "preset with spacing": ("ct.preset=reference", r"spacing_mm belongs to preset 'mm'"),
