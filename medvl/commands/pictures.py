@@ -54,7 +54,7 @@ def draw_pictures(
     if image is not None and not Path(image).is_file():
         raise ValueError(f"draw: {image or repr(image)}: there is no such image")
     # Before a model is loaded.
-    files.check_writable(out, folder=bool(questions))
+    files.check_writable(Path(out) / "pictures" if questions else out, folder=bool(questions))
     levels = parse_window(window)
     asked = read_texts(questions) if questions else []
     if plugin:

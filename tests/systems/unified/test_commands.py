@@ -132,3 +132,7 @@ def test_a_folder_holds_the_pictures_of_one_file(folder, tmp_path):
     texts.write_text(deep)
     with pytest.raises(ValueError, match=r"must be new or hold pictures 0 to 0 .* found 1.png; give another"):
         draw(folder, tmp_path / "many", "", questions=str(texts), window="0,51000")
+    (tmp_path / "file").mkdir()
+    (tmp_path / "file" / "pictures").touch()
+    with pytest.raises(ValueError, match="pictures: must be a folder to write, and is a file"):
+        draw(folder, tmp_path / "file", "", questions=str(texts), plugin="is not looked at yet")
