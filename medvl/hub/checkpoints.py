@@ -156,7 +156,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: no file, not JSON, or another value than an object.
     """
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors put a byte order mark first
     except (OSError, ValueError, RecursionError) as e:
         raise ValueError(f"load: {path} is not JSON ({e})") from e
     if not isinstance(raw, dict):

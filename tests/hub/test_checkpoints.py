@@ -92,6 +92,8 @@ def test_json_objects_only(tmp_path):
     path = tmp_path / "x.json"
     path.write_text('{"a": 1}')
     assert read_json(path) == {"a": 1}
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_json(path) == {"a": 1}
     for text, message in (
         ("[1]", "must hold a JSON object, found list"),
         ("{", "is not JSON"),
