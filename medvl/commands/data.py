@@ -28,21 +28,30 @@ def convert(action: str, source: str, out: str, shape: str, root: str = "") -> N
 
 
 def fetch(exp: str, overrides: Sequence[str] = ()) -> None:
-    """Fetch the data sets of the table [data] of a TOML and write their conversations.
+    """Fetch the data sets of an experiment of document, or of the table [data] of a TOML that names no system, and
+    write their conversations.
 
     Args:
-        exp: path of a .toml, or a name in experiments/.
+        exp: path of a .toml or .json, or a name in experiments/.
     Raises:
         ConfigError: no such file, no table [data], or one that is no `SourcesConfig`.
         ValueError: as `build_data`.
     """
-    path = Path(exp) if exp.endswith(".toml") else run.EXPERIMENTS / f"{exp}.toml"
+    path = Path(exp) if exp.endswith((".toml", ".json")) else run.EXPERIMENTS / f"{exp}.toml"
     settings = config.override(config.read_settings(path), tuple(overrides), source=str(path))
-    if not isinstance(settings.get("data"), dict):
+    if "system" in settings:
+        record, _ = run.resolve(str(path), overrides)
+        if getattr(record.data, "source", "") != "public":
+            raise config.ConfigError(
+                f"{path}: fetches no data; an experiment of document does with data.source = 'public'"
+            )
+        cfg: SourcesConfig = record.data.fetched
+    elif isinstance(settings.get("data"), dict):
+        cfg = config.structure(settings["data"], SourcesConfig, source=f"{path}, [data]")
+    else:
         raise config.ConfigError(
             f"{path}: must have a table [data] with sources, found {', '.join(settings)}"
         )
-    cfg = config.structure(settings["data"], SourcesConfig, source=f"{path}, [data]")
     files.check_writable(cfg.folder, folder=True)
     summary = build_data(cfg, print)
     if summary["non_commercial"]:

@@ -2,9 +2,10 @@
 
 from typing import Literal
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from medvl.base import config
+from medvl.documents.source_record import SourcesConfig
 from medvl.language.chat import ChatConfig, ModelConfig
 from medvl.language.system import check_quantized
 from medvl.phantoms.pages import PageConfig
@@ -21,9 +22,12 @@ class DataConfig:
     answer. "document" groups the pages of one document, "damage" names what happened to a page.
     """
 
-    source: Literal["files", "pages"] = "files"
+    source: Literal["files", "pages", "public"] = "files"
     folder: str = "data/documents"
-    pages: PageConfig = PageConfig()
+    pages: PageConfig = PageConfig()  # what is drawn
+    public: SourcesConfig = (
+        SourcesConfig()
+    )  # data sets that are fetched into `folder`; it has no other folder
     conversations: str = "{folder}/{split}.jsonl"
     root: str = ""  # where relative image names start; "" = the folder of the JSONL
 
@@ -34,6 +38,11 @@ class DataConfig:
     def drawn(self) -> PageConfig | None:
         """What is drawn, None where files are read."""
         return self.pages if self.source == "pages" else None
+
+    @property
+    def fetched(self) -> SourcesConfig:
+        """The public data sets, with the folder that they are fetched into."""
+        return evolve(self.public, folder=self.folder)
 
 
 @frozen(kw_only=True)

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from medvl.base import config
+from medvl.commands import data
 from medvl.documents.fields import fields_to_json
 from medvl.evaluation import results
 from medvl.language.conversations import Conversation
@@ -66,6 +68,27 @@ def test_a_trained_run_is_opened_and_asked(trained):
     model, _ = SYSTEM.load(folder)
     page = tune_run.split_path(model.cfg, "test").parent / "test" / "0.png"
     assert isinstance(ask(folder, Question(text="Read the page.", images=(str(page),), max_tokens=3)), str)
+
+
+def test_public_data_sets_are_fetched_by_the_run_and_by_invoke_data(tmp_path, capsys):
+    notes = tmp_path / "notes.csv"
+    rows = [f"{i},The patient of note {i} was seen for a check of the knee and went home." for i in range(40)]
+    notes.write_text("id,transcription\n" + "\n".join(rows) + "\n")
+    source = {"name": "own", "kind": "notes", "path": str(notes), "licence": "none", "non_commercial": True}
+    raw = record(tmp_path)
+    raw["data"] = {"source": "public", "folder": str(tmp_path / "data"), "public": {"sources": [source]}}
+    path = tmp_path / "public.json"
+    path.write_text(json.dumps(raw))
+    cfg, _ = run.resolve(str(path))
+    read = SYSTEM.prepare(cfg, lambda _: None)
+    assert sum(len(read(split)) for split in tune_run.SPLITS) == 40
+    table = (tmp_path / "data" / "train.jsonl").stat().st_mtime_ns
+    data.fetch(str(path))
+    assert "not for commercial use" in capsys.readouterr().out
+    assert (tmp_path / "data" / "train.jsonl").stat().st_mtime_ns == table  # found, not made again
+    path.write_text(json.dumps(record(tmp_path)))
+    with pytest.raises(config.ConfigError, match="fetches no data; .* with data.source = 'public'"):
+        data.fetch(str(path))
 
 
 def conversations(number):
