@@ -87,7 +87,7 @@ def test_public_data_sets_are_fetched_by_the_run_and_by_invoke_data(tmp_path, ca
     assert "not for commercial use" in capsys.readouterr().out
     assert (tmp_path / "data" / "train.jsonl").stat().st_mtime_ns == table  # found, not made again
     path.write_text(json.dumps(record(tmp_path)))
-    with pytest.raises(config.ConfigError, match="fetches no data; .* with data.source = 'public'"):
+    with pytest.raises(config.ConfigError, match=r"fetches no data; .* with data.source = 'public'"):
         data.fetch(str(path))
 
 
