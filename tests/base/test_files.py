@@ -5,6 +5,7 @@ import os
 import re
 import resource
 import tempfile
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -205,13 +206,18 @@ def test_nobody_is_advised_to_read_a_file_as_code(read, broken, tmp_path, capsys
     assert capsys.readouterr().out == ""
 
 
-@pytest.fixture
-def full(tmp_path):
-    """No file may be longer than 1,000 bytes: a write fails in the middle, as on a full disk."""
+@contextmanager
+def no_room():
+    """No file may be longer than 1,000 bytes: a write fails in the middle, as on a full disk.
+
+    Not a fixture: pytest itself writes between the parts of a test, maybe to a file.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    yield tmp_path
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 NOISE = np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8)
@@ -237,20 +243,21 @@ def write_lines(path):
     ],
     ids=["text", "array", "picture", "pickled", "state", "safetensors"],
 )
-def test_a_file_that_finds_no_room_is_named_and_not_there(full, write):
-    with pytest.raises(OSError, match=r"cannot be written .*; make room and call again") as e:
-        write(full / "file")
-    assert e.value.filename == str(full / "file")
-    assert not [*full.iterdir()]
+def test_a_file_that_finds_no_room_is_named_and_not_there(tmp_path, write):
+    path = tmp_path / "file"
+    with no_room(), pytest.raises(OSError, match=r"cannot be written .*; make room and call again") as e:
+        write(path)
+    assert e.value.filename == str(path)
+    assert not [*tmp_path.iterdir()]
 
 
-def test_batches_that_find_no_room_go_on(full):
-    with pytest.raises(OSError, match="cannot be written") as e:
-        write_lines(full / "file")
-    assert e.value.filename == str(full / "file")
-    resource.setrlimit(resource.RLIMIT_FSIZE, resource.getrlimit(resource.RLIMIT_FSIZE)[1:] * 2)
-    write_lines(full / "file")
-    assert len((full / "file").read_text().splitlines()) == 2
+def test_batches_that_find_no_room_go_on(tmp_path):
+    path = tmp_path / "file"
+    with no_room(), pytest.raises(OSError, match="cannot be written") as e:
+        write_lines(path)
+    assert e.value.filename == str(path)
+    write_lines(path)
+    assert len(path.read_text().splitlines()) == 2
 
 
 def test_one_process_writes_a_folder_and_what_a_killed_one_left_is_removed(place):
