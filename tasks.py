@@ -191,6 +191,24 @@ def bench(c, exp, set_=None, variant="base", new_tokens="64", batch="8"):
 
 
 @task(
+    iterable=["set_"],
+    help=SET
+    | {
+        "method": "awq, round or nf4; where the first two cannot, nf4 is taken and the reason kept",
+        "variant": "base or merged",
+        "samples": "training conversations for awq",
+        "group": "values that share a scale: 32, 64, 128, or -1 for a whole row",
+    },
+)
+def quantize(c, exp, set_=None, method="awq", variant="base", samples="128", group="128"):
+    """Write an experiment's model in four bits, as a folder that vLLM and transformers open."""
+    from medvl.systems import quantize
+
+    number, size = _whole("samples", samples, 1, 2**20), _whole("group", group, -1, 2**20)
+    _call(quantize.quantize, exp, set_ or (), method, variant=variant, samples=number, group=size)
+
+
+@task(
     positional=[],
     help={
         "run": "run folder of a system that trains an adapter on a language model",

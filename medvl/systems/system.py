@@ -87,6 +87,8 @@ class System:
     variant: Callable[[Any, Path, str], Variant] | None = None
     # cfg -> the questions that every variant is timed on
     bench_questions: Callable[[Any], Sequence[Dialogue]] | None = None
+    # cfg -> training conversations, by which `invoke quantize` finds factors of weights
+    calibration: Callable[[Any], Sequence[Dialogue]] | None = None
     takes: tuple[str, ...] = ()  # options of `invoke ask` that make sense for `ask`
     # cfg -> whether it trains anything; if not, it is evaluated at once
     trains: Callable[[Any], bool] = _always

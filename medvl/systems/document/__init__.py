@@ -13,7 +13,7 @@ from medvl.systems.document.record import Config
 from medvl.systems.document.score import assess
 from medvl.systems.system import Log, Question, System
 from medvl.systems.tune import run
-from medvl.systems.tune.variants import bench_questions, find_variant
+from medvl.systems.tune.variants import bench_questions, calibration, find_variant
 
 
 def prepare(cfg: Any, log: Log) -> Reader:
@@ -43,5 +43,6 @@ SYSTEM = System(
     ask=ask,
     variant=find_variant,
     bench_questions=bench_questions,
+    calibration=calibration,
     takes=("--image",),
 )

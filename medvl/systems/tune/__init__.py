@@ -9,7 +9,7 @@ from medvl.systems.system import System
 from medvl.systems.tune import run
 from medvl.systems.tune.ask import ask
 from medvl.systems.tune.record import Config
-from medvl.systems.tune.variants import bench_questions, find_variant
+from medvl.systems.tune.variants import bench_questions, calibration, find_variant
 
 SYSTEM = System(
     record=Config,
@@ -22,5 +22,6 @@ SYSTEM = System(
     ask=ask,
     variant=find_variant,
     bench_questions=bench_questions,
+    calibration=calibration,
     takes=("--image",),
 )

@@ -24,6 +24,11 @@ def bench_questions(cfg: Config) -> Sequence[Dialogue]:
     return run.read_split(cfg, "test")[:_QUESTIONS]
 
 
+def calibration(cfg: Config) -> Sequence[Dialogue]:
+    """The training split."""
+    return run.read_split(cfg, "train")
+
+
 def find_variant(cfg: Config, folder: Path, name: str) -> Variant:
     """A variant of an experiment's model.
 
