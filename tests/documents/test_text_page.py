@@ -4,7 +4,6 @@ import csv
 import hashlib
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ import pytest
 from medvl.documents import text_page
 from medvl.documents.text_page import TextPageConfig, draw_text_pages, missing_characters, paginate, wrap_text
 
-SHARED = Path(__file__).resolve().parents[2].parent / "shared/data/docs/MTS-Dialog-TrainingSet.csv"
 NOTE = (
     "CHIEF COMPLAINT:  Shortness of breath.\n\n\n\nPLAN:\t1. Lasix 40 mg IV.\r\n2. BNP 8.4 µg/mL ≥ 3\n" * 40
 )
@@ -96,9 +94,8 @@ def test_what_cannot_be_drawn_is_refused():
         TextPageConfig(line_height=8)
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="the real notes are not here")
-def test_real_notes():
-    with open(SHARED, newline="", encoding="utf-8") as f:
+def test_real_notes(shared_data):
+    with open(shared_data / "docs/MTS-Dialog-TrainingSet.csv", newline="", encoding="utf-8") as f:
         notes = [row["section_text"] for row in csv.DictReader(f)]
     for note in notes[::40]:
         pages = draw_text_pages(note, SMALL)

@@ -19,7 +19,6 @@ from medvl.components.vq import VqConfig
 from medvl.hub import checkpoints
 from medvl.hub.vqgan_files import open_vqgan, read_vqgan, write_vqgan
 
-CONFIGS = Path("/work/shared/data/configs")
 LAYERS = {
     "double_z": False,
     "z_channels": 4,
@@ -262,9 +261,9 @@ def test_a_folder_is_written_whole_or_not_at_all(published, tmp_path, monkeypatc
         open_vqgan(tmp_path / "vq")
 
 
-@pytest.mark.skipif(not CONFIGS.exists(), reason="needs the real yamls")
-def test_real_yamls(tmp_path):
-    for name in ("healthgpt_vqgan_model.yaml", *(f"taming/{p.name}" for p in (CONFIGS / "taming").iterdir())):
+def test_real_yamls(tmp_path, shared_data):
+    configs = shared_data / "configs"
+    for name in ("healthgpt_vqgan_model.yaml", *(f"taming/{p.name}" for p in (configs / "taming").iterdir())):
         save_file({"x": torch.zeros(1)}, tmp_path / "w.safetensors")
         with pytest.raises(ValueError, match=r"is not the model that .* describes: missing .* unexpected x$"):
-            read_vqgan(CONFIGS / name, tmp_path / "w.safetensors")
+            read_vqgan(configs / name, tmp_path / "w.safetensors")
