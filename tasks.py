@@ -141,12 +141,15 @@ def train(c, exp, set_=None):
     _call(run.run, exp, set_ or ())
 
 
-@task(iterable=["set_"], help=SET)
-def evaluate(c, exp, set_=None):
-    """Evaluate a trained experiment again."""
+@task(
+    iterable=["set_"],
+    help=SET | {"variant": "of a language model: base, nf4, int4, merged, or lora (the run itself)"},
+)
+def evaluate(c, exp, set_=None, variant=""):
+    """Evaluate a trained experiment again, or a variant of its model."""
     from medvl.systems import run
 
-    _call(run.evaluate, exp, set_ or ())
+    _call(run.evaluate, exp, set_ or (), variant=variant)
 
 
 @task(iterable=["set_"], help=SET | {"sample": "which training conversation, from 0"})

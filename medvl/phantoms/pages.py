@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -130,20 +130,45 @@ def draw_pages(cfg: PageConfig, folder: files.PathLike) -> dict[str, int]:
     return counts
 
 
-def standard_pages() -> list[Page]:
+def standard_pages(style: str = "letter") -> list[Page]:
     """The five pages of the bench, one of each kind, clean. No split of any config has them."""
-    return [draw_page(PageConfig(), "bench", number, kind=kind) for kind, number in _STANDARD.items()]
+    cfg = PageConfig(style=style)
+    return [draw_page(cfg, "bench", number, kind=kind) for kind, number in _STANDARD.items()]
 
 
-def suite_pages() -> list[Page]:
+def suite_pages(style: str = "letter") -> list[Page]:
     """Five further pages to test on, one of each kind, clean. No split of any config has them."""
-    return [draw_page(PageConfig(), "bench", number, kind=kind) for kind, number in _SUITE.items()]
+    cfg = PageConfig(style=style)
+    return [draw_page(cfg, "bench", number, kind=kind) for kind, number in _SUITE.items()]
+
+
+def draw_fixed_pages(folder: files.PathLike, style: str = "letter") -> None:
+    """Write `standard_pages` as `folder/standard.jsonl` and `suite_pages` as `folder/suite.jsonl`, with their
+    pictures, as `draw_pages` writes its splits."""
+    for name, numbers in (("standard", _STANDARD), ("suite", _SUITE)):
+        draw = partial(_draw_fixed, PageConfig(style=style), name, numbers)
+        pictures.write_split(Path(folder), name, len(numbers), draw)
+
+
+def _draw_fixed(cfg: PageConfig, name: str, numbers: Mapping[str, int], number: int) -> pictures.Drawn:
+    """One of the fixed pages, each of another kind, as a conversation."""
+    kind = KINDS[number]
+    page = draw_page(cfg, "bench", numbers[kind], kind=kind)
+    return _conversation(page, name, number, seed=numbers[kind])
 
 
 def _draw_conversation(cfg: PageConfig, split: str, number: int) -> pictures.Drawn:
-    """The picture of a page and its line of the table."""
     page = draw_page(cfg, split, number)
-    gen = np.random.default_rng([3, cfg.seed, list(_PARTS).index(split), number])
+    return _conversation(page, split, number, seed=[3, cfg.seed, list(_PARTS).index(split), number])
+
+
+def _conversation(page: Page, split: str, number: int, *, seed: int | Sequence[int]) -> pictures.Drawn:
+    """The picture of a page and its line of the table.
+
+    Args:
+        seed: of the wording of the request.
+    """
+    gen = np.random.default_rng(seed)
     answer = page.fields.text if page.kind == "line" else fields_to_json(page.fields)
     prompt = pick(gen, words()["prompts"]["line" if page.kind == "line" else "fields"])
     name, document = f"{split}/{number}.png", f"{split}-{number}"

@@ -288,16 +288,26 @@ def _kept_log(log: Log, folder: Path) -> display.Log:
 
 
 # Evaluation -------------------------------------------------------------------------------------------------
-def evaluate(exp: str, overrides: Sequence[str] = (), log: Log = tqdm.write) -> list[Result]:
+def evaluate(
+    exp: str, overrides: Sequence[str] = (), log: Log = tqdm.write, variant: str = ""
+) -> list[Result]:
     """Evaluate a trained experiment again.
 
     Where `exp` is a run's folder (or the `config.json` in it), that run is evaluated, and settings of data
     and evaluate may differ from
     those it was trained with: other questions, another way to answer. Its results go into a folder of their
     own beside the others.
+
+    Args:
+        variant: of a language model, see `system.VARIANTS`: scored instead of the run, into `RUN/results-VARIANT`.
+            "lora" is the run itself.
+    Raises:
+        ValueError: no such run or variant; a setting that is not the one the run was trained with.
     """
     cfg, folder = resolve(exp, overrides)
     system = find_system(cfg.system)
+    if variant not in ("", "lora"):
+        return _evaluate_variant(system, cfg, folder, variant, log)
     path = record_of(exp)
     if path.name == "config.json":
         return _evaluate_run(system, path, cfg, log)
@@ -347,6 +357,18 @@ def _evaluate_run(system: System, path: Path, cfg: Any, log: Log) -> list[Result
         model, params = system.load(folder)
         # Loaded with the record it was trained with; data and evaluate are those of this call.
         return _assess(system, evolve(model, cfg=cfg), params, results_folder, name, log)
+
+
+def _evaluate_variant(system: System, cfg: Any, folder: Path, variant: str, log: Log) -> list[Result]:
+    """Score a variant of the model; most need no trained run, so the data is put in place here."""
+    if system.variant is None:
+        raise ValueError(f"evaluate: a {cfg.system} experiment has no variants")
+    found = system.variant(cfg, folder, variant)
+    results_folder = folder / f"results-{variant}"
+    with _determinism(cfg), _evaluating(folder, results_folder):
+        data = system.prepare(cfg, log)
+        model, params = found.open()
+        return _assess(system, model, params, results_folder, f"{folder.name}-{variant}", log, data)
 
 
 @contextmanager

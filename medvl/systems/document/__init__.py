@@ -3,17 +3,20 @@
 `record` is the record of an experiment, `score` the fields of answers. Training and variants are those of tune.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from medvl.documents.page_words import add_page_words
 from medvl.documents.sources import build_data
-from medvl.language.conversations import Reader
+from medvl.language.conversations import Conversation, Reader, read_conversations
+from medvl.phantoms.pages import draw_fixed_pages
 from medvl.systems.document.record import Config
 from medvl.systems.document.score import assess
 from medvl.systems.system import Log, Question, System
 from medvl.systems.tune import run
-from medvl.systems.tune.variants import bench_questions, calibration, find_variant
+from medvl.systems.tune.variants import calibration, find_variant
 
 
 def prepare(cfg: Any, log: Log) -> Reader:
@@ -25,6 +28,17 @@ def prepare(cfg: Any, log: Log) -> Reader:
     if cfg.data.source == "public":
         build_data(cfg.data.fetched, log)
     return run.prepare(cfg, log)
+
+
+def bench_questions(cfg: Any) -> Sequence[Conversation]:
+    """The five standard pages, of the style that the record draws; pages of letters where it draws none."""
+    style = cfg.data.pages.style if cfg.data.source == "pages" else "letter"
+    folder = Path(cfg.data.folder) / f"fixed-{style}"
+    draw_fixed_pages(folder, style)
+    conversations = read_conversations(folder / "standard.jsonl")
+    if cfg.chat.ocr:
+        return add_page_words(conversations, folder / "page_words", cfg.chat.window)
+    return conversations
 
 
 def ask(folder: Path, question: Question) -> str:

@@ -9,7 +9,7 @@ from medvl.documents.source_record import SourcesConfig
 from medvl.language.chat import ChatConfig, ModelConfig
 from medvl.language.system import check_quantized
 from medvl.phantoms.pages import PageConfig
-from medvl.systems.tune.record import EvaluateConfig
+from medvl.systems.tune import record as tune
 from medvl.training.record import TrainConfig, language_training
 from medvl.weights.lora import LoraConfig
 
@@ -46,6 +46,18 @@ class DataConfig:
 
 
 @frozen(kw_only=True)
+class EvaluateConfig(tune.EvaluateConfig):
+    """As of tune, with answers as long as a page."""
+
+    max_tokens: int = 1024
+    rules: int = 0  # test pages that OCR and rules read, too, as a baseline; needs medvl[ocr], 3 s a page
+
+    def __attrs_post_init__(self) -> None:
+        super().__attrs_post_init__()
+        config.check_bounds(self, "evaluate", rules=config.COUNT_OR_NONE)
+
+
+@frozen(kw_only=True)
 class Config:
     """A document experiment."""
 
@@ -60,7 +72,7 @@ class Config:
     # The language model's layers alone: ends of names such as "up_proj" would also match the vision tower's.
     lora: LoraConfig = config.subrecord(LoraConfig(pattern="all-linear"))
     train: TrainConfig = language_training()
-    evaluate: EvaluateConfig = EvaluateConfig(max_tokens=1024)
+    evaluate: EvaluateConfig = EvaluateConfig()
 
     def __attrs_post_init__(self) -> None:
         config.check_bounds(self, "experiment", seed=config.SEED)

@@ -11,16 +11,22 @@ from torch import Generator
 
 from medvl.base import files
 from medvl.base.tree import Tree
-from medvl.documents.fields import Fields, leaves, read_answer
+from medvl.documents.fields import Fields, fields_to_json, leaves, read_answer
+from medvl.documents.read_page import read_page_once
+from medvl.documents.rules import extract_by_rules
 from medvl.documents.score import PageScore, score_page, score_results
+from medvl.documents.words import Word
 from medvl.evaluation import plots, report
 from medvl.evaluation.results import Result
 from medvl.language import system
 from medvl.language.conversations import Conversation, Reader
 from medvl.language.system import LanguageModel
+from medvl.language.vision import open_item
+from medvl.phantoms.page_damage import DAMAGES
 from medvl.systems.tune import run as tune_run
 
 _CONSTANT = "constant answer"  # the most frequent training answer to a kind of page
+_RULES = "OCR and rules"  # what `documents.rules` makes of the words that `documents.read_page` reads
 
 
 def assess(
@@ -42,13 +48,14 @@ def assess(
         folder / "answers.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in written)
     )
     system.remove_unfinished_answers(folder)
-    constant = score_answers(conversations, constant_answers(read("train"), conversations))
     rows = to_results(cfg, conversations, scores, experiment)
-    rows += [
-        evolve(row, subject=f"{row.subject}, {_CONSTANT}".removeprefix(", "))
-        for row in to_results(cfg, conversations, constant, experiment)
-        if row.what in ("f1", "hallucinated_value_rate") and row.subject in ("all", "")
-    ]
+    constant = constant_answers(read("train"), conversations)
+    rows += _baseline(cfg, conversations, constant, _CONSTANT, experiment)
+    by_rules = conversations[: cfg.evaluate.rules]
+    if by_rules:
+        words = tune_run.data_folder(cfg) / "page_words"
+        answers = [answer_by_rules(conversation, words, cfg.chat.window) for conversation in by_rules]
+        rows += _baseline(cfg, by_rules, answers, _RULES, experiment)
     notes = (
         "A field is right if it is equal by words, numbers and units, never because one text is within another. "
         "Hallucinated values are numbers in an answer that its page does not show. A constant answer is the most frequent "
@@ -57,6 +64,26 @@ def assess(
     figures = plots.training_curves(system.last_metrics(cfg.train, folder.parent))
     page = report.write_report(folder, f"{experiment}: fields of pages", rows, figures, notes)
     return rows, page
+
+
+def _baseline(
+    cfg: Any, conversations: Sequence[Conversation], answers: Sequence[str], name: str, experiment: str
+) -> list[Result]:
+    """F1 and hallucinated values, over all pages and by damage, of what is compared with the model."""
+    rows = to_results(cfg, conversations, score_answers(conversations, answers), experiment)
+    return [
+        evolve(row, subject=f"{row.subject}, {name}".removeprefix(", "))
+        for row in rows
+        if row.what == "hallucinated_value_rate" or (row.what == "f1" and row.subject in ("all", *DAMAGES))
+    ]
+
+
+def answer_by_rules(conversation: Conversation, folder: Path, window: tuple[float, ...] = ()) -> str:
+    """The fields that OCR and rules find on the pages of a conversation, as JSON; its words are kept in `folder`."""
+    words = list[Word]()
+    for item in conversation.images:
+        words += read_page_once(open_item(item, window=window), folder)
+    return fields_to_json(extract_by_rules(words))
 
 
 def score_answers(conversations: Sequence[Conversation], answers: Sequence[str]) -> list[PageScore]:

@@ -2,14 +2,18 @@
 
 import json
 
+import numpy as np
 import pytest
+from attrs import evolve
+from PIL import Image
 
 from medvl.base import config
 from medvl.commands import data
 from medvl.documents.fields import fields_to_json
 from medvl.evaluation import results
 from medvl.language.conversations import Conversation
-from medvl.phantoms.pages import PageConfig, draw_page
+from medvl.phantoms.page_records import KINDS
+from medvl.phantoms.pages import PageConfig, draw_page, standard_pages
 from medvl.systems import run
 from medvl.systems.document import SYSTEM, ask, score
 from medvl.systems.system import Question
@@ -68,6 +72,63 @@ def test_a_trained_run_is_opened_and_asked(trained):
     model, _ = SYSTEM.load(folder)
     page = tune_run.split_path(model.cfg, "test").parent / "test" / "0.png"
     assert isinstance(ask(folder, Question(text="Read the page.", images=(str(page),), max_tokens=3)), str)
+
+
+def test_a_variant_is_scored_beside_the_run(trained):
+    rows, folder = trained
+    base = run.evaluate(str(folder), log=lambda _: None, variant="base")
+    assert {row.experiment for row in base} == {f"{folder.name}-base"}
+    assert [(row.what, row.subject, row.n) for row in base] == [
+        (row.what, row.subject, row.n) for row in rows
+    ]
+    assert results.read_results(folder / "results-base" / "results.jsonl")
+    assert results.read_results(folder / "results" / "results.jsonl")[0].experiment == folder.name
+    with pytest.raises(
+        ValueError, match="--variant must be one of base, nf4, int4, lora, merged, got 'best'"
+    ):
+        run.evaluate(str(folder), log=lambda _: None, variant="best")
+    assert not (folder / "results-best").exists()
+
+
+def test_a_system_without_variants_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "RUNS", tmp_path)
+    with pytest.raises(ValueError, match="a ct_clip experiment has no variants"):
+        run.evaluate("ctclip_phantom", variant="base")
+
+
+def test_pages_read_by_rules_are_scored_beside_the_model(tmp_path, monkeypatch):
+    """The reader is a stub that knows what is printed, so that its rows are those of the rules alone."""
+    raw = record(tmp_path)
+    raw["data"]["pages"] = {"train": 6, "valid": 1, "test": 6}  # pages of letters
+    raw["evaluate"] |= {"rules": 4, "max_tokens": 2}
+    path = tmp_path / "letters.json"
+    path.write_text(json.dumps(raw))
+    printed = {}
+    for number in range(4):
+        page = draw_page(PageConfig(), "test", number)
+        printed[page.image.tobytes()] = [*page.texts]
+    monkeypatch.setattr(run, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(score, "read_page_once", lambda image, _: printed[np.asarray(image).tobytes()])
+    found = {(row.what, row.subject): row for row in run.run(str(path), log=lambda _: None)}
+    assert found["f1", "all, OCR and rules"].n == 4
+    assert found["f1", "all, OCR and rules"].value > 0.95
+    assert found["f1", "all, constant answer"].value < 0.5
+    assert found["hallucinated_value_rate", "OCR and rules"].value < 0.05
+
+
+def test_all_variants_are_timed_on_the_five_standard_pages(tmp_path):
+    path = tmp_path / "toy.json"
+    for source, style in (("pages", "grid"), ("files", "letter")):
+        raw = record(tmp_path)
+        raw["data"] |= {"source": source}
+        path.write_text(json.dumps(raw))
+        cfg, _ = run.resolve(str(path))
+        asked = SYSTEM.bench_questions(cfg)
+        assert [page.extra["kind"] for page in asked] == list(KINDS)
+        drawn = standard_pages(style)
+        for page, conversation in zip(drawn, asked, strict=True):
+            assert np.array_equal(np.asarray(Image.open(conversation.images[0])), page.image)
+            assert score.gold_fields(conversation) == evolve(page.fields, kind=page.kind)
 
 
 def test_public_data_sets_are_fetched_by_the_run_and_by_invoke_data(tmp_path, capsys):
