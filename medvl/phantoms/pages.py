@@ -39,21 +39,23 @@ class PageConfig:
     valid: int = 100
     test: int = 300
     style: str = "letter"  # or "grid": short words, a glyph in each cell of 28 pixels
-    kinds: tuple[str, ...] = KINDS  # of a grid also "line": the answer is the text of one line
+    kinds: tuple[str, ...] = KINDS
     damages: tuple[str, ...] = DAMAGES
     dpi: int = 100  # of letters; scans are drawn at this to twice as much
     rows: int = 6  # of a grid; a strip below says SYNTHETIC
     columns: int = 16
+    lines: float = 0.0  # share of a grid's pages that have one line: the answer is its text
     seed: int = 0
 
     def __attrs_post_init__(self) -> None:
         config.check_bounds(self, "PageConfig", train=config.COUNT, valid=config.COUNT, test=config.COUNT)
         config.check_bounds(self, "PageConfig", seed=config.SEED, dpi=(72, 400), columns=(14, 100))
         _check_names("style", (self.style,), STYLES)
-        _check_names("kinds", self.kinds, (*KINDS, "line") if self.style == "grid" else KINDS)
+        _check_names("kinds", self.kinds, KINDS)
         _check_names("damages", self.damages, DAMAGES)
-        fewest = 1 if self.kinds == ("line",) else 5  # rows of the longest form
-        config.check_bounds(self, "PageConfig", rows=(fewest, 100))
+        config.check_bounds(self, "PageConfig", rows=(5, 100), lines=(0, 1))  # the longest form has 5 rows
+        if self.lines and self.style != "grid":
+            raise ValueError(f"PageConfig.lines is of style 'grid', got style {self.style!r}")
 
 
 @frozen(eq=False)
@@ -74,23 +76,24 @@ def draw_page(cfg: PageConfig, split: str, number: int, *, kind: str = "", damag
     Args:
         split: "train", "valid", "test" or "bench". No split has a patient of another one, or, in the style
             "grid", the words of another one's page.
-        kind: of `cfg.kinds` unless it is given; pages of one number and kind have the same fields and layout,
-            whatever their damage.
+        kind: of `cfg.kinds` or, by `cfg.lines`, "line", unless it is given; pages of one number and kind have the
+            same fields and layout, whatever their damage.
         damage: of `cfg.damages` unless it is given.
     Raises:
         ValueError: unknown split, kind or damage.
     """
-    kind = kind or cfg.kinds[number % len(cfg.kinds)]
-    damage = damage or cfg.damages[number // len(cfg.kinds) % len(cfg.damages)]
     _check_names("split", (split,), tuple(_PARTS))
+    kind = kind or _kind_of(cfg, split, number)
+    damage = damage or cfg.damages[number // len(cfg.kinds) % len(cfg.damages)]
     _check_names("kind", (kind,), (*KINDS, "line") if cfg.style == "grid" else KINDS)
     _check_names("damage", (damage,), DAMAGES)
     seeds = [cfg.seed, list(_PARTS).index(split), number, [*KINDS, "line"].index(kind)]
     fields = _draw_fields(cfg, split, kind, seeds)
     look_gen, damage_gen = np.random.default_rng([1, *seeds]), np.random.default_rng([2, *seeds])
     if cfg.style == "grid":
-        fields, groups = page_grid.lay_out_grid(fields, cfg.rows, cfg.columns, look_gen)
-        size, rules = (cfg.columns * page_grid.CELL, (cfg.rows + 1) * page_grid.CELL), []
+        rows = 1 if kind == "line" else cfg.rows
+        fields, groups = page_grid.lay_out_grid(fields, rows, cfg.columns, look_gen)
+        size, rules = (cfg.columns * page_grid.CELL, (rows + 1) * page_grid.CELL), []
     else:
         dpi = cfg.dpi * (float(damage_gen.uniform(1, 2)) if damage == "scan" else 1)
         look = page_layout.draw_look(kind, look_gen)
@@ -112,6 +115,12 @@ def draw_page(cfg: PageConfig, split: str, number: int, *, kind: str = "", damag
         damage=damage,
         texts=tuple(word for group in groups for word in _printed_words(group, matrix)),
     )
+
+
+def _kind_of(cfg: PageConfig, split: str, number: int) -> str:
+    """A line for as many pages as `cfg.lines` says; for the others kinds take turns."""
+    gen = np.random.default_rng([4, cfg.seed, list(_PARTS).index(split), number])
+    return "line" if gen.random() < cfg.lines else cfg.kinds[number % len(cfg.kinds)]
 
 
 def draw_pages(cfg: PageConfig, folder: files.PathLike) -> dict[str, int]:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 from itertools import combinations
 from pathlib import Path
 
@@ -22,8 +23,8 @@ from medvl.phantoms import page_damage, page_layout, page_records, pages
 from medvl.phantoms.pages import DAMAGES, KINDS, PageConfig, draw_page
 
 LETTER = PageConfig(dpi=72)
-GRID = PageConfig(style="grid", kinds=(*KINDS, "line"))
-CASES = [(LETTER, kind) for kind in KINDS] + [(GRID, kind) for kind in GRID.kinds]
+GRID = PageConfig(style="grid", lines=0.2)
+CASES = [(LETTER, kind) for kind in KINDS] + [(GRID, kind) for kind in (*KINDS, "line")]
 
 
 def name_of(case):
@@ -90,7 +91,7 @@ def test_damage_keeps_fields_and_the_page_in_the_picture(cfg, damage):
         if damage != "clean":
             assert page.image.shape != clean.image.shape or (page.image != clean.image).mean() > 0.5
         if cfg.style == "grid":
-            assert (height, width) == (7 * 28, 16 * 28)
+            assert (height, width) == ((2 if page.kind == "line" else 7) * 28, 16 * 28)
         for left, top, right, bottom in [*page.boxes.values(), *(box for _, box in pieces_of(page))]:
             assert 0 <= left < right <= width
             assert 0 <= top < bottom <= height
@@ -149,7 +150,7 @@ def test_splits_share_no_patient_and_no_line():
     seen = {}
     for seed in (0, 1):
         for split in ("train", "valid", "test", "bench"):
-            cfg = PageConfig(style="grid", rows=1, kinds=("line",), seed=seed)
+            cfg = PageConfig(style="grid", lines=1.0, seed=seed)
             texts = {draw_page(cfg, split, i, damage="clean").fields.text for i in range(60)}
             seen.setdefault(split, set()).update(texts)
     for one, other in combinations(seen, 2):
@@ -295,7 +296,7 @@ def test_tables_of_pages(tmp_path):
 
 
 def test_the_answer_of_a_line_is_its_text(tmp_path):
-    cfg = PageConfig(style="grid", kinds=("line",), rows=1, train=30, valid=1, test=1)
+    cfg = PageConfig(style="grid", lines=1.0, train=30, valid=1, test=1)
     pages.draw_pages(cfg, tmp_path)
     conversations = read_conversations(tmp_path / "train.jsonl")
     answers = [c.messages[1]["content"] for c in conversations]
@@ -305,11 +306,23 @@ def test_the_answer_of_a_line_is_its_text(tmp_path):
     assert printed == [*answers[0].split(), "SYNTHETIC"]
 
 
+def test_as_many_pages_as_asked_for_are_a_line_and_all_forms_are_among_the_others():
+    cfg = PageConfig(style="grid", lines=0.7)
+    drawn = [draw_page(cfg, "train", i, damage="clean") for i in range(300)]
+    kinds = Counter(page.kind for page in drawn)
+    assert 180 < kinds["line"] < 240
+    assert all(kinds[kind] > 5 for kind in KINDS)
+    heights = {page.kind: page.image.shape[0] for page in drawn}
+    assert heights["line"] == 2 * 28  # the line and the notice
+    assert heights["prescription"] == 7 * 28
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"style": "poster"}, "style must be of letter, grid, each once, got poster"),
         ({"kinds": ("line",)}, "kinds must be of diagnosis, .*, got line"),
+        ({"lines": 0.5}, "PageConfig.lines is of style 'grid', got style 'letter'"),
         ({"kinds": ()}, "kinds must be of .*, got none"),
         ({"damages": ("clean", "clean")}, "damages must be .*, each once, got clean, clean"),
         ({"style": "grid", "rows": 3}, "PageConfig.rows must be 5 or more, got 3"),
