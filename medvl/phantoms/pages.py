@@ -127,8 +127,8 @@ def draw_pages(cfg: PageConfig, folder: files.PathLike) -> dict[str, int]:
     """Write `folder/{split}/*.png` and `folder/{split}.jsonl`: conversations of a page, a request and its answer.
 
     The answer is the JSON of the fields, or the text of a line. A line of the table also has "kind", "damage",
-    "category" (the kind), "document" (the page), "fields" and "boxes". A table comes after its pictures; one that
-    is there is left alone.
+    "category" (the kind), "document" (the page), "fields", "boxes" and "text", all that is printed. A table comes
+    after its pictures; one that is there is left alone.
 
     Returns:
         number of pages per split.
@@ -187,6 +187,7 @@ def _conversation(page: Page, split: str, number: int, *, seed: int | Sequence[i
         "damage": page.damage,
         "document": document,
         "fields": json.loads(fields_to_json(page.fields)),
+        "text": " ".join(word.text for word in page.texts),  # all that is printed: no number of it is made up
         "boxes": page.boxes,
     }
     return {name: page.image}, [line]
