@@ -6,7 +6,6 @@ from attrs import field, frozen
 
 from medvl.base import config, files
 from medvl.base.text import few
-from medvl.documents.text_page import TextPageConfig
 
 # Licences of data sets of the hub as their pages state them, and whether commercial use is not granted.
 LICENCES = {
@@ -84,7 +83,6 @@ class SourcesConfig:
 
     folder: str = "data/documents"
     sources: tuple[Source, ...] = field(factory=public_sources)
-    page: TextPageConfig = TextPageConfig()
     shortest: int = 50  # characters of an answer
     valid: float = 0.1  # share of the conversations
     test: float = 0.1

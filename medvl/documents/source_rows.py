@@ -4,7 +4,6 @@ import errno
 import glob
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,22 +18,13 @@ Row = dict[str, Any]  # column -> value; an embedded image is {"bytes": content,
 _LOCAL = (".parquet", ".csv", ".json", ".jsonl")
 _LONGEST_RATIO = 200  # of the sides of an image; Qwen's image preprocessing refuses more
 # Columns of each kind, under the names that data sets give them; the first that a row has is read.
+_IMAGE = ("image", "images", "image_path", "file_name", "pmc_figure")
 _COLUMNS = {
-    "captions": {
-        "image": ("image", "image_path", "file_name", "pmc_figure"),
-        "text": ("caption",),
-        "id": ("image_id", "roco_id", "id"),
-    },
-    "conversations": {
-        "image": ("image", "images"),
-        "text": ("conversations", "question"),
-        "id": ("id",),
-    },
-    "notes": {
-        "text": ("transcription", "note", "section_text", "text"),
-        "id": ("id", "ID", "note_id", "Unnamed: 0", ""),
-    },
+    "captions": {"text": ("caption",), "image": _IMAGE},
+    "conversations": {"text": ("conversations", "question"), "image": _IMAGE},
+    "notes": {"text": ("transcription", "note", "section_text", "text")},
 }
+_IDS = ("image_id", "roco_id", "id", "ID", "note_id", "Unnamed: 0", "")
 _ARTICLE_COLUMNS = ("article", "article_id", "pmcid", "pmc_id", "pmc_figure")
 # An article in the name of an image: PMC5665693_cureus-i01.jpg, or PubMedVision's pmc_9_0.jpg.
 _ARTICLE = re.compile(r"PMC\d+|(?<![a-z0-9])pmc_\d+(?=_)", re.IGNORECASE)
@@ -67,11 +57,10 @@ def read_rows(path: str, split: str = "train") -> Iterator[Row]:
         SourceError: it cannot be read, or holds no rows.
         OSError: the disk is full.
     """
-    rows = _local_rows(path) if is_local(path) else _hub_rows(path, split)
     is_empty = True
     # What the consumer of the rows raises does not pass through here, so that all of it is of the source.
     try:
-        for row in rows:
+        for row in _local_rows(path) if is_local(path) else _hub_rows(path, split):
             is_empty = False
             yield row
     except (ValueError, ImportError, *files.READ_ERRORS) as e:
@@ -87,28 +76,24 @@ def read_rows(path: str, split: str = "train") -> Iterator[Row]:
 def _local_rows(path: str) -> Iterator[Row]:
     names = sorted(glob.glob(path)) if "*" in path else [path]
     if not names:
-        raise SourceError(f"{path}: no file has such a name")
+        raise ValueError("no file has such a name")
     for name in names:
         suffix = Path(name).suffix.lower()
         if suffix == ".csv":
             yield from files.read_csv(name)
         elif suffix == ".parquet":
-            yield from _parquet_rows(name)
+            files.check_regular(name)
+            from pyarrow import parquet  # here: of the extra hubdata
+
+            with parquet.ParquetFile(name) as table:
+                # Few rows at a time: each may hold an image.
+                for batch in table.iter_batches(batch_size=64):
+                    yield from batch.to_pylist()
         else:
             for _, where, record in read_records(Path(name)):
                 if not isinstance(record, dict):
-                    raise SourceError(f"{where}: must be a JSON object")
+                    raise ValueError(f"{where}: must be a JSON object")
                 yield record
-
-
-def _parquet_rows(name: str) -> Iterator[Row]:
-    files.check_regular(name)
-    from pyarrow import parquet  # here: of the extra hubdata
-
-    with parquet.ParquetFile(name) as table:
-        # Few rows at a time: each may hold an image.
-        for batch in table.iter_batches(batch_size=64):
-            yield from batch.to_pylist()
 
 
 def _hub_rows(path: str, split: str) -> Iterator[Row]:
@@ -116,16 +101,14 @@ def _hub_rows(path: str, split: str) -> Iterator[Row]:
     try:
         import datasets
     except ImportError as e:
-        raise SourceError(f"{path}: data sets of the hub need `pip install -e '.[hubdata]'` ({e})") from e
+        raise ValueError(f"data sets of the hub need `pip install -e '.[hubdata]'` ({e})") from e
     try:
         rows = datasets.load_dataset(name, configuration or None, split=split, streaming=True)
         # Images stay as they were uploaded; without known columns there are none to decode.
-        if rows.features:
-            rows = rows.decode(False)
-        yield from rows
+        yield from rows.decode(False) if rows.features else rows
     # Some of these are neither OSError nor ValueError.
     except datasets.exceptions.DatasetsError as e:
-        raise SourceError(f"{path}: {e}") from e
+        raise ValueError(e) from e
 
 
 # Rows in one form -------------------------------------------------------------------------------------------
@@ -135,8 +118,8 @@ def check_columns(kind: str, path: str, row: Row) -> None:
     Raises:
         SourceError: naming the columns that it has.
     """
-    for role, names in _COLUMNS[kind].items():
-        if role != "id" and not row.keys() & {*names}:
+    for names in _COLUMNS[kind].values():
+        if not row.keys() & {*names}:
             raise SourceError(
                 f"{path}: a source of {kind} must have the column {' or '.join(names)}, found "
                 f"{few(sorted(map(repr, row)), 12)}"
@@ -153,31 +136,30 @@ def parse_row(kind: str, row: Row, root: Path, folder: Path) -> dict[str, Any]:
     Raises:
         LeftOut: no text, no image, or an image that cannot be used.
     """
-    values = {role: _first(row, names) for role, names in _COLUMNS[kind].items()}
-    parsed: dict[str, Any] = {}
-    text = values["text"]
-    if kind == "conversations":
-        parsed["messages"] = _messages(row)
-    elif isinstance(text, str) and text.strip():
-        parsed["text"] = text.strip()
-    else:
+    turns = [("assistant", _first(row, _COLUMNS[kind]["text"]))]
+    if "conversations" in row and kind == "conversations":
+        records = [turn if isinstance(turn, dict) else {} for turn in _as_list(row["conversations"])]
+        turns = [(_ROLES.get(str(r.get("from")), str(r.get("from"))), r.get("value")) for r in records]
+    elif kind == "conversations":
+        turns = [("user", row.get("question")), ("assistant", row.get("answer"))]
+    if not all(isinstance(text, str) and text.strip() for _, text in turns):
         raise LeftOut("no text")
-    items = _as_list(values.get("image"))
+    items = _as_list(_first(row, _COLUMNS[kind].get("image", ())))
     if not items and kind != "notes":
         raise LeftOut("no image")
-    parsed["images"] = [_save_image(_image_content(item, root), folder) for item in items]
-    identifier = values["id"]
+    parsed = {
+        "messages": [{"role": role, "content": text.strip()} for role, text in turns],
+        "images": [_save_image(_image_content(item, root), folder) for item in items],
+    }
     # A row without an id is called by what it holds.
-    if identifier is None or identifier == "":
-        identifier = digest(parsed)[:16]
-    parsed["id"] = str(identifier)
+    identifier = _first(row, _IDS)
+    identifier = digest(parsed)[:16] if identifier in (None, "") else str(identifier)
     names = [item.get("path") if isinstance(item, dict) else item for item in items]
-    names += [parsed["id"], *(row.get(column) for column in _ARTICLE_COLUMNS)]
+    names += [identifier, *(row.get(column) for column in _ARTICLE_COLUMNS)]
     # Only the name of a file: a folder such as pmc_0_9 holds many articles.
     texts = [Path(name).name for name in names if isinstance(name, str)]
-    articles = [hit.group().upper() for text in texts for hit in _ARTICLE.finditer(text)]
-    parsed["articles"] = sorted({*articles})
-    return parsed
+    articles = {hit.group().upper() for text in texts for hit in _ARTICLE.finditer(text)}
+    return parsed | {"id": identifier, "articles": sorted(articles)}
 
 
 def digest(value: Any) -> str:
@@ -190,23 +172,9 @@ def _first(row: Row, names: Iterable[str]) -> Any:
 
 
 def _as_list(value: Any) -> list[Any]:
-    if value is None or value == "":
-        return []
-    return value if isinstance(value, list) else [value]
-
-
-def _messages(row: Row) -> list[dict[str, str]]:
-    """The messages of a row of questions and answers."""
-    turns = [("user", row.get("question")), ("assistant", row.get("answer"))]
-    if "conversations" in row:
-        records = [turn if isinstance(turn, dict) else {} for turn in _as_list(row["conversations"])]
-        turns = [(_ROLES.get(str(r.get("from")), str(r.get("from"))), r.get("value")) for r in records]
-    messages = []
-    for role, content in turns:
-        if not isinstance(content, str) or not content.strip():
-            raise LeftOut("no text")
-        messages.append({"role": role, "content": content.strip()})
-    return messages
+    if isinstance(value, list):
+        return value
+    return [] if value is None or value == "" else [value]
 
 
 # Images -----------------------------------------------------------------------------------------------------
@@ -220,10 +188,9 @@ def _image_content(item: Any, root: Path) -> bytes:
         return item
     if not isinstance(item, str) or not item:
         raise LeftOut("no image")
-    path = root / item
-    if not os.path.isfile(path):
+    if not (root / item).is_file():
         raise LeftOut("an image that is not there")
-    return path.read_bytes()
+    return (root / item).read_bytes()
 
 
 def _save_image(content: bytes, folder: Path) -> str:
@@ -234,8 +201,8 @@ def _save_image(content: bytes, folder: Path) -> str:
     name = f"raw/images/{hashlib.sha256(content).hexdigest()}.png"
     if not (folder / name).exists():
         try:
-            # Greys of 16 bits are shown from 0 to 65535, as PNG defines them.
-            image = open_image(content, window=(0, 65535), only_deep=True)
+            # No window holds for all of a data set: scans of 12 bits are kept in files of 16, too.
+            image = open_image(content, full_range=True)
         except ValueError as e:
             raise LeftOut("an image that is damaged, too large or of another format") from e
         if max(image.size) > _LONGEST_RATIO * min(image.size):

@@ -14,12 +14,11 @@ one split. Groups and splits do not depend on the order of the rows.
 """
 
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from attrs import frozen
 from PIL import Image
 
 from medvl.base import config, files
@@ -67,18 +66,6 @@ PROMPTS = {
         "Type out this clinical note.",
     ),
 }
-
-
-@frozen(kw_only=True)
-class _Sample:
-    """One conversation, and what it shares with others."""
-
-    id: str
-    source: str
-    messages: tuple[dict[str, str], ...]
-    images: tuple[str, ...]  # names from the folder of the data
-    shared: tuple[str, ...]  # articles, rows and images: samples with one of them in common are one group
-    content: str  # a digest of the images and what the source says of them; prompts are ours
 
 
 def build_data(cfg: SourcesConfig, log: Log) -> dict[str, Any]:
@@ -135,28 +122,23 @@ def _fetch_source(source: Source, folder: Path, log: Log) -> dict[str, Any]:
         target = _rows_path(folder, source.name)
         files.write_text(target, "".join(json.dumps(row) + "\n" for row in rows))
         licence, non_commercial = source.licence_of(path)
-        images = {name for row in rows for name in row["images"]}
-        entry |= {
+        log(f"{source.name}: {len(rows)} rows of {path}; left out: {_listed(left_out)}")
+        return entry | {
             "path": path,
             "licence": licence,
             "non_commercial": non_commercial,
             "rows": len(rows) + left_out.total(),
             "left_out": dict(sorted(left_out.items())),
-            "images": len(images),
-            "image_bytes": sum((folder / name).stat().st_size for name in images),
+            "images": len({name for row in rows for name in row["images"]}),
             "rows_sha256": files.file_digest(target),
         }
-        log(f"{source.name}: {len(rows)} rows of {path}; left out: {_listed(left_out)}")
-        return entry
     log(f"{source.name} is left out: none of its paths can be used")
     return entry
 
 
 def _usable_rows(source: Source, path: str, folder: Path) -> tuple[list[dict[str, Any]], Counter[str]]:
     """(rows in one form, how many are left out by reason)."""
-    root = Path(source.images)
-    if not source.images and is_local(path):
-        root = Path(path).parent
+    root = Path(path).parent if is_local(path) and not source.images else Path(source.images)
     rows: list[dict[str, Any]] = []
     left_out = Counter[str]()
     all_rows = read_rows(path, source.split)
@@ -195,31 +177,33 @@ def _write_tables(cfg: SourcesConfig, folder: Path, downloads: Mapping[str, Any]
         # A summary that is there holds for the tables beside it.
         path.unlink()
     left_out: dict[str, Counter[str]] = {source.name: Counter() for source in sources}
-    samples = list[_Sample]()
+    lines = list[dict[str, Any]]()
     for source in sources:
-        samples += _read_samples(cfg, source, folder, left_out[source.name])
+        lines += _read_lines(cfg, source, folder, left_out[source.name])
     # Before any is dropped: two articles with one image and one text belong together.
-    group_of = _groups(samples)
-    samples = _drop_repeated(samples, left_out)
-    split_of = _assign_splits(samples, group_of, cfg)
+    group_of = _groups(lines)
+    lines = _drop_repeated(lines, left_out)
+    for line in lines:
+        del line["shared"]
+        line["document"] = group_of[line["id"]]
+    split_of = _assign_splits(lines, cfg)
     tables = {}
     for split in SPLITS:
-        lines = [_line(s, group_of[s.id]) for s in samples if split_of[group_of[s.id]] == split]
         table = folder / f"{split}.jsonl"
-        if not lines:  # of a split without a share
+        of_split = [line for line in lines if split_of[line["document"]] == split]
+        if not of_split:  # of a split without a share
             table.unlink(missing_ok=True)
             continue
-        files.write_text(table, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        files.write_text(table, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in of_split))
         tables[table.name] = files.file_digest(table)
-    counts = Counter((sample.source, split_of[group_of[sample.id]]) for sample in samples)
+    counts = Counter((line["category"], split_of[line["document"]]) for line in lines)
     of_source = {}
-    for source in sources:
-        entry = downloads[source.name]
-        of_source[source.name] = {
-            **{key: entry[key] for key in ("path", "licence", "non_commercial", "rows")},
-            "left_out_rows": entry["left_out"],
-            "left_out_conversations": dict(sorted(left_out[source.name].items())),
-            **{split: counts[source.name, split] for split in SPLITS},
+    for name in left_out:
+        of_source[name] = {
+            **{key: downloads[name][key] for key in ("path", "licence", "non_commercial", "rows")},
+            "left_out_rows": downloads[name]["left_out"],
+            "left_out_conversations": dict(sorted(left_out[name].items())),
+            **{split: counts[name, split] for split in SPLITS},
         }
     summary = {
         # Whoever trains on these data passes it on to the model.
@@ -237,119 +221,109 @@ def _write_tables(cfg: SourcesConfig, folder: Path, downloads: Mapping[str, Any]
     return summary
 
 
-def _read_samples(
+def _read_lines(
     cfg: SourcesConfig, source: Source, folder: Path, left_out: Counter[str]
-) -> Iterator[_Sample]:
-    """The conversations of a source; those that are left out are counted by reason."""
+) -> Iterator[dict[str, Any]]:
+    """The conversations of a source as lines of a table; those that are left out are counted by reason.
+
+    "shared" is what a line may have in common with others: lines that share an article, a row or an image are one
+    group.
+    """
     rows = [row for _, _, row in read_records(_rows_path(folder, source.name))]
     times = Counter(row["id"] for row in rows)
     # Sorted, so that the order of the source decides nothing.
     for row in track(sorted(rows, key=digest), f"conversations of {source.name}"):
         name = f"{source.name}/{row['id']}"
-        shared = (f"row {name}", *(f"article {article}" for article in row["articles"]))
+        shared = [f"row {name}", *(f"article {article}" for article in row["articles"])]
         # Several rows of one id stay apart, in one group.
         if times[row["id"]] > 1:
             name += f"-{digest(row)[:8]}"
-        try:
-            conversations = [(name, _image_messages(cfg, source, name, row), row["images"])]
-            if source.kind == "notes":
-                conversations = _page_conversations(cfg, name, row["text"], folder)
-        except LeftOut as e:
-            left_out[str(e)] += 1
-            continue
-        for identifier, messages, images in conversations:
-            # Of captions and notes the same row again has another prompt.
-            texts = [m["content"] for m in messages if source.kind == "conversations" or m["role"] != "user"]
-            sample = _Sample(
-                id=identifier,
-                source=source.name,
-                messages=tuple(messages),
-                images=tuple(images),
-                shared=(*shared, *(f"image {image}" for image in images)),
-                content=digest([images, texts]),
-            )
-            reason = _reason_against(sample, cfg.shortest)
+        lines = [(name, row["messages"], row["images"])]
+        if source.kind == "notes":
+            (note,) = row["messages"]
+            if missing_characters(note["content"]):
+                left_out["characters that the font cannot draw"] += 1
+                continue
+            lines = _draw_note(name, note["content"], folder)
+        for identifier, messages, images in lines:
+            line = {
+                "id": identifier,
+                "images": images,
+                "messages": _with_question(cfg, source.kind, identifier, messages, len(images)),
+                "category": source.name,
+                "shared": shared + [f"image {image}" for image in images],
+            }
+            reason = _reason_against(line, cfg.shortest)
             if reason:
                 left_out[reason] += 1
             else:
-                yield sample
+                yield line
 
 
-def _image_messages(cfg: SourcesConfig, source: Source, name: str, row: dict) -> list[dict[str, str]]:
-    """The messages of a row with images: its own, or a prompt and its caption."""
-    if source.kind == "captions":
-        question = f"{_TAG}\n{_prompt(cfg, 'captions', name)}"
-        return [{"role": "user", "content": question}, {"role": "assistant", "content": row["text"]}]
-    messages = [dict(message) for message in row.get("messages", ())]
-    # PubMedVision has no tags: its images come before the first question.
-    questions = [message for message in messages if message["role"] == "user"]
-    if questions and not any(_TAG in message["content"] for message in messages):
-        questions[0]["content"] = f"{_TAG}\n" * len(row["images"]) + questions[0]["content"]
-    return messages
-
-
-def _page_conversations(
-    cfg: SourcesConfig, name: str, text: str, folder: Path
-) -> list[tuple[str, list[dict[str, str]], list[str]]]:
+def _draw_note(name: str, text: str, folder: Path) -> list[tuple[str, list[dict[str, str]], list[str]]]:
     """(id, messages, image) of each page of a note, which is drawn unless it is there."""
-    if missing_characters(text, cfg.page.font):
-        raise LeftOut("characters that the font cannot draw")
-    pages = page_lines(text, cfg.page)
+    pages = page_lines(text)
     # Notes with the same words on every line have the same pages.
-    stem = digest([config.unstructure(cfg.page), pages])
-    conversations = []
+    stem = digest(pages)
+    drawn = []
     for number, lines in enumerate(pages, 1):
         image = f"pages/{stem}-{number}.png"
         if not (folder / image).exists():
-            picture = draw_text_page(lines, number, len(pages), cfg.page)
+            picture = draw_text_page(lines, number, len(pages))
             with files.atomic(folder / image) as tmp:
                 Image.fromarray(picture).save(tmp, format="PNG")
-        identifier = f"{name}-page-{number}"
-        question = f"{_TAG}\n{_prompt(cfg, 'notes', identifier)}"
-        answer = "\n".join(lines)
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        conversations.append((identifier, messages, [image]))
-    return conversations
+        drawn.append((f"{name}-page-{number}", [{"role": "assistant", "content": "\n".join(lines)}], [image]))
+    return drawn
 
 
-def _prompt(cfg: SourcesConfig, kind: str, name: str) -> str:
-    """One of the prompts of a kind, drawn by seed and name alone."""
-    prompts = PROMPTS[kind]
-    return prompts[int(digest([cfg.seed, "prompt", name]), 16) % len(prompts)]
+def _with_question(
+    cfg: SourcesConfig, kind: str, identifier: str, messages: list[dict[str, str]], images: int
+) -> list[dict[str, str]]:
+    """Messages with the tags of their images; before a caption or a page a prompt, drawn by seed and id alone."""
+    if kind in PROMPTS:
+        number = int(digest([cfg.seed, "prompt", identifier]), 16)
+        messages = [{"role": "user", "content": PROMPTS[kind][number % len(PROMPTS[kind])]}, *messages]
+    # PubMedVision has no tags: its images come before the first question.
+    if any(_TAG in message["content"] for message in messages if kind not in PROMPTS):
+        return messages
+    first, *others = messages
+    return [{**first, "content": f"{_TAG}\n" * images + first["content"]}, *others]
 
 
-def _reason_against(sample: _Sample, shortest: int) -> str:
+def _reason_against(line: Mapping[str, Any], shortest: int) -> str:
     """Why a conversation is left out; "" where it is used."""
+    messages, name = line["messages"], line["id"]
     try:
-        check_order(sample.messages, "assistant", sample.id)
+        check_order(messages, "assistant", name)
     except ValueError:
         return "roles or characters that no conversation may have"
     try:
-        check_other_tags(sample.messages, _TAG, sample.id)
-        check_tags(sample.messages, _TAG, len(sample.images), sample.id)
+        check_other_tags(messages, _TAG, name)
+        check_tags(messages, _TAG, len(line["images"]), name)
     except ValueError:
         return f"a tag such as {_TAG} in the text that is no image's place"
-    answers = [message["content"] for message in sample.messages if message["role"] == "assistant"]
-    if min(map(len, answers)) < shortest:
-        return f"an answer shorter than {shortest} characters"
-    return ""
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    return f"an answer shorter than {shortest} characters" if min(map(len, answers)) < shortest else ""
 
 
-def _drop_repeated(samples: Sequence[_Sample], left_out: Mapping[str, Counter[str]]) -> list[_Sample]:
-    """Samples sorted by id; of those with the same content only the first."""
-    kept: dict[str, _Sample] = {}
-    for sample in sorted(samples, key=lambda s: s.id):
-        if sample.content in kept:
-            left_out[sample.source]["the images and texts of another row"] += 1
-        else:
-            kept[sample.content] = sample
+def _drop_repeated(
+    lines: Sequence[dict[str, Any]], left_out: Mapping[str, Counter[str]]
+) -> list[dict[str, Any]]:
+    """Lines sorted by id; of those with the same images and texts only the first."""
+    kept: dict[str, dict[str, Any]] = {}
+    for line in sorted(lines, key=lambda line: line["id"]):
+        # Captions and notes that are there twice may have two prompts, which are ours.
+        prompts = {f"{_TAG}\n{prompt}" for of_kind in PROMPTS.values() for prompt in of_kind}
+        texts = [message["content"] for message in line["messages"] if message["content"] not in prompts]
+        if kept.setdefault(digest([line["images"], texts]), line) is not line:
+            left_out[line["category"]]["the images and texts of another row"] += 1
     return list(kept.values())
 
 
 # Splits -----------------------------------------------------------------------------------------------------
-def _groups(samples: Sequence[_Sample]) -> dict[str, str]:
-    """The group of every sample by its id: samples that share anything, directly or through others, have one."""
-    # Union-find. The smaller name becomes the root, so that the order of the samples does not matter.
+def _groups(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The group of every line by its id: lines that share anything, directly or through others, have one."""
+    # Union-find. The smaller name becomes the root, so that the order of the lines does not matter.
     parent: dict[str, str] = {}
 
     def root_of(name: str) -> str:
@@ -358,49 +332,33 @@ def _groups(samples: Sequence[_Sample]) -> dict[str, str]:
             name = parent[name]
         return name
 
-    for sample in samples:
-        for name in sample.shared:
-            smaller, larger = sorted((root_of(sample.shared[0]), root_of(name)))
+    for line in lines:
+        for name in line["shared"]:
+            smaller, larger = sorted((root_of(line["shared"][0]), root_of(name)))
             parent[larger] = smaller
-    return {sample.id: root_of(sample.shared[0]) for sample in samples}
+    return {line["id"]: root_of(line["shared"][0]) for line in lines}
 
 
-def _assign_splits(
-    samples: Sequence[_Sample], group_of: Mapping[str, str], cfg: SourcesConfig
-) -> dict[str, str]:
-    """The split of every group, so that each source has about the same shares of its samples in all."""
-    sizes = Counter(group_of[sample.id] for sample in samples)
-    sources = defaultdict[str, set[str]](set)
-    for sample in samples:
-        sources[group_of[sample.id]].add(sample.source)
+def _assign_splits(lines: Sequence[Mapping[str, Any]], cfg: SourcesConfig) -> dict[str, str]:
+    """The split of every group, so that each source has about the same shares of its lines in all."""
+    sizes = Counter(line["document"] for line in lines)
+    sources = {line["document"]: line["category"] for line in reversed(lines)}
     shares = {"train": 1 - cfg.valid - cfg.test, "valid": cfg.valid, "test": cfg.test}
     counts = dict.fromkeys(SPLITS, 0)
     split_of: dict[str, str] = {}
     # Source by source, and in each in an order that only the seed and the names decide.
-    for group in sorted(sizes, key=lambda name: (sorted(sources[name]), digest([cfg.seed, "split", name]))):
+    for group in sorted(sizes, key=lambda name: (sources[name], digest([cfg.seed, "split", name]))):
         placed = sum(counts.values()) + sizes[group]
         # Where most are missing.
-        split = max(SPLITS, key=lambda name: shares[name] * placed - counts[name])
-        split_of[group] = split
-        counts[split] += sizes[group]
+        split_of[group] = max(SPLITS, key=lambda name: shares[name] * placed - counts[name])
+        counts[split_of[group]] += sizes[group]
     empty = [name for name in SPLITS if shares[name] and not counts[name]]
     if empty:
         raise ValueError(
-            f"{cfg.folder}: {len(samples)} conversations in {len(sizes)} groups are too few for the splits, "
+            f"{cfg.folder}: {len(lines)} conversations in {len(sizes)} groups are too few for the splits, "
             f"{' and '.join(empty)} would be empty; take more rows, or valid = 0 and test = 0"
         )
     return split_of
-
-
-def _line(sample: _Sample, group: str) -> dict[str, Any]:
-    """A line of a table."""
-    return {
-        "id": sample.id,
-        "images": list(sample.images),
-        "messages": list(sample.messages),
-        "category": sample.source,
-        "document": group,
-    }
 
 
 def _listed(counts: Counter[str]) -> str:

@@ -49,6 +49,7 @@ def open_image(
     page: int | None = None,
     window: tuple[float, float] | None = None,
     only_deep: bool = False,
+    full_range: bool = False,
 ) -> Image.Image:
     """Read an image file upright (EXIF orientation applied), whole, as RGB with what is transparent white.
 
@@ -61,6 +62,7 @@ def open_image(
             than 8 bits need one.
         only_deep: the window is for files with greys of more than 8 bits, and others are opened without it (a
             folder that has both).
+        full_range: without a window, show greys of more than 8 bits from their lowest to their highest.
     Raises:
         ValueError: no such file, none of these formats, broken, truncated or empty; more than `LARGEST`
             pixels (refused before they are decoded); several pages and no `page`; deep greys and no window,
@@ -99,6 +101,9 @@ def open_image(
             image = ImageOps.exif_transpose(image)
     # Modes I, I;16 and F: greys of 16 or 32 bits, whole or floating.
     is_deep = image.mode[0] in "IF"
+    if is_deep and window is None and full_range:
+        low, high = image.getextrema()
+        window = (low, max(high, low + 1))  # of one grey only: black
     if is_deep or (window is not None and not only_deep):
         image = _apply_window(name, image, window)
     return to_rgb(image, name)

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
 
+from medvl.documents.text_page import load_font
 from medvl.documents.words import Box
-from medvl.phantoms.page_layout import load_font
 from medvl.phantoms.page_records import pick, words
 
 DAMAGES = ("clean", "scan", "photo")

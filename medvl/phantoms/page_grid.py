@@ -6,8 +6,9 @@ A cell is as large as a visual token (28 pixels for Qwen2.5-VL), so that each to
 import numpy as np
 
 from medvl.documents.fields import Fields
+from medvl.documents.text_page import load_font
 from medvl.phantoms import page_layout
-from medvl.phantoms.page_layout import Piece, Span, join, load_font, spans_of
+from medvl.phantoms.page_layout import Piece, Span, join, spans_of
 from medvl.phantoms.page_records import pick
 
 CELL = 28  # pixels

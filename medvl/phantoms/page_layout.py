@@ -3,9 +3,7 @@
 Lengths are pixels unless they are said to be points (1/72 inch).
 """
 
-import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +11,7 @@ from attrs import asdict, define, evolve, field, frozen
 from PIL import Image, ImageDraw, ImageFont
 
 from medvl.documents.fields import Fields, Lab, Medication
+from medvl.documents.text_page import load_font
 from medvl.documents.words import Box
 from medvl.phantoms.page_records import pick, sample, words
 
@@ -99,16 +98,6 @@ class Sheet:
     def line(self) -> float:
         """From one baseline to the next."""
         return 1.45 * self.look.size * self.scale
-
-
-@functools.lru_cache(256)
-def load_font(name: str, size: float) -> Font:
-    """A font of matplotlib's own folder, `size` in pixels."""
-    import matplotlib
-
-    path = Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf")
-    # The basic engine is in every Pillow; another one would set glyphs at other places.
-    return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
 
 
 def draw_look(kind: str, gen: np.random.Generator) -> Look:

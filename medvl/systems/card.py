@@ -85,7 +85,7 @@ def _licence(name: str) -> str:
 def _data_facts(cfg: Any) -> list[str]:
     """Licences of the data, where `invoke data` has written them down."""
     source = getattr(cfg.data, "source", "files")
-    if source != "files":
+    if source not in ("files", "public"):
         return [f"- drawn by medvl ({source}); shows no patient"]
     path = Path(cfg.data.folder) / "data_summary.json"
     if not path.is_file():

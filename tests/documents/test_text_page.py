@@ -8,50 +8,53 @@ import sys
 import numpy as np
 import pytest
 
-from medvl.documents import text_page
-from medvl.documents.text_page import TextPageConfig, draw_text_pages, missing_characters, paginate, wrap_text
+from medvl.documents.text_page import (
+    LINE_HEIGHT,
+    LINES,
+    MARGIN,
+    draw_text_page,
+    load_font,
+    missing_characters,
+    page_lines,
+    wrap_text,
+)
 
 NOTE = (
     "CHIEF COMPLAINT:  Shortness of breath.\n\n\n\nPLAN:\t1. Lasix 40 mg IV.\r\n2. BNP 8.4 µg/mL ≥ 3\n" * 40
 )
-SMALL = TextPageConfig(width=200, height=200, margin=24, font_size=10, line_height=13)
-
-
-def words(text):
-    return text.split()
 
 
 def test_every_word_is_on_some_page_in_order():
-    for cfg in (
-        TextPageConfig(),
-        SMALL,
-        TextPageConfig(font="DejaVuSansMono", font_size=30, line_height=40, margin=70),
-    ):
-        pages = draw_text_pages(NOTE, cfg)
-        assert [word for page in pages for word in words(page.text)] == words(NOTE)
-        assert len(pages) > 1
+    pages = page_lines(NOTE)
+    assert [word for page in pages for line in page for word in line.split()] == NOTE.split()
+    assert len(pages) > 1
+    # Pages begin and end with text, and of empty lines in a row one is left.
+    texts = ["a", *["b"] * (LINES - 1), "", "c", "", "", "d", ""]
+    assert page_lines("\n".join(["", *texts])) == [tuple(texts[:LINES]), ("c", "", "d")]
+    last_is_empty = ["b"] * (LINES - 1) + ["", "c"]
+    assert page_lines("\n".join(last_is_empty)) == [("b",) * (LINES - 1), ("c",)]
 
 
 def test_a_page_shows_its_lines_and_leaves_the_margins_white():
-    pages = draw_text_pages(NOTE, SMALL)
-    for page in pages:
-        assert page.image.shape == (200, 200, 3)
-        assert page.image.dtype == np.uint8
-        dark = page.image.min(-1) < 250
-        left = SMALL.margin
-        assert not dark[:, :left].any()
-        assert not dark[:, 200 - left :].any()
-        assert not dark[:left].any()
+    pages = page_lines(NOTE)
+    images = [draw_text_page(lines, n, len(pages)) for n, lines in enumerate(pages, 1)]
+    for image, lines in zip(images, pages, strict=True):
+        assert image.shape == (1100, 850, 3)
+        assert image.dtype == np.uint8
+        dark = image.min(-1) < 250
+        assert not dark[:, :MARGIN].any()
+        assert not dark[:, -MARGIN:].any()
+        assert not dark[:MARGIN].any()
         # A line of text is drawn in its place, an empty one is not.
-        for i, line in enumerate(page.lines):
-            top = left + i * SMALL.line_height
-            assert dark[top : top + SMALL.line_height].any() == bool(line)
-        assert dark[200 - left :].any()  # the footer
-    assert len({page.image.tobytes() for page in pages}) == len(pages)
+        for i, line in enumerate(lines):
+            top = MARGIN + i * LINE_HEIGHT
+            assert dark[top : top + LINE_HEIGHT].any() == bool(line)
+        assert dark[-MARGIN:].any()  # the footer
+    assert len({image.tobytes() for image in images}) == len(pages)
 
 
 def test_no_line_is_wider_than_asked_and_long_words_are_broken():
-    font = text_page.load_font(size=12)
+    font = load_font(size=12)
     long = "pneumonoultramicroscopic" * 9
     lines = wrap_text(f"a {long} b c\n\nd", font, 100)
     assert all(font.getlength(line) <= 100 for line in lines)
@@ -61,43 +64,28 @@ def test_no_line_is_wider_than_asked_and_long_words_are_broken():
     assert wrap_text("  one \t two ", font, 100) == ["one two"]
 
 
-def test_pages_begin_and_end_with_text():
-    assert paginate(["", "a", "", "", "b", "", "c", ""], 2) == [["a"], ["b"], ["c"]]
-    assert paginate(["a", "b", "", "c"], 2) == [["a", "b"], ["c"]]
-    assert paginate(["", ""], 2) == []
-
-
 def test_pages_are_the_same_in_another_process():
     code = (
-        "import hashlib; from medvl.documents.text_page import draw_text_pages as d;"
-        "print(hashlib.sha256(b''.join(p.image.tobytes() for p in d('Lasix 40 mg ' * 900))).hexdigest())"
+        "import hashlib; from medvl.documents.text_page import draw_text_page, page_lines;"
+        "print(hashlib.sha256(draw_text_page(page_lines('Lasix 40 mg ' * 900)[0], 1, 2).tobytes()).hexdigest())"
     )
-    other = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    images = b"".join(page.image.tobytes() for page in draw_text_pages("Lasix 40 mg " * 900))
-    assert hashlib.sha256(images).hexdigest() == other
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    image = draw_text_page(page_lines("Lasix 40 mg " * 900)[0], 1, 2)
+    assert hashlib.sha256(image.tobytes()).hexdigest() == run.stdout.strip()
 
 
 def test_what_cannot_be_drawn_is_refused():
     assert missing_characters("a µ ≥ \n\t") == []
     assert missing_characters("a漢\0") == ["\0", "漢"]
     with pytest.raises(ValueError, match=r"DejaVuSans cannot draw U\+0000, U\+6F22; replace"):
-        draw_text_pages("a\0 漢")
+        page_lines("a\0 漢")
     with pytest.raises(ValueError, match="must hold a word"):
-        draw_text_pages(" \n ")
-    with pytest.raises(ValueError, match=r"one of DejaVuSans, .*got 'Arial'"):
-        draw_text_pages("a", TextPageConfig(font="Arial"))
-    with pytest.raises(ValueError, match="four lines must fit"):
-        TextPageConfig(width=100, height=200)
-    with pytest.raises(ValueError, match="line_height must be at least font_size"):
-        TextPageConfig(line_height=8)
+        page_lines(" \n ")
 
 
 def test_real_notes(shared_data):
     with open(shared_data / "docs/MTS-Dialog-TrainingSet.csv", newline="", encoding="utf-8") as f:
         notes = [row["section_text"] for row in csv.DictReader(f)]
     for note in notes[::40]:
-        pages = draw_text_pages(note, SMALL)
-        shown = "".join(word for page in pages for word in words(page.text))
-        assert shown == "".join(words(note))
+        shown = "".join(line for page in page_lines(note) for line in page)
+        assert "".join(shown.split()) == "".join(note.split())

@@ -14,7 +14,7 @@ from medvl.evaluation import results
 from medvl.language.conversations import Conversation
 from medvl.phantoms.page_records import KINDS
 from medvl.phantoms.pages import PageConfig, draw_page, standard_pages
-from medvl.systems import run
+from medvl.systems import card, run
 from medvl.systems.document import SYSTEM, ask, score
 from medvl.systems.system import Question
 from medvl.systems.tune import run as tune_run
@@ -143,6 +143,7 @@ def test_public_data_sets_are_fetched_by_the_run_and_by_invoke_data(tmp_path, ca
     cfg, _ = run.resolve(str(path))
     read = SYSTEM.prepare(cfg, lambda _: None)
     assert sum(len(read(split)) for split in tune_run.SPLITS) == 40
+    assert card._data_facts(cfg) == ["- own: none", "- **non-commercial use only**, as some of the data is"]
     table = (tmp_path / "data" / "train.jsonl").stat().st_mtime_ns
     data.fetch(str(path))
     assert "not for commercial use" in capsys.readouterr().out
