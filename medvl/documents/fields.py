@@ -3,16 +3,17 @@
 Every value is the text that is printed on the page ("8.40", ">60", "120/80"); nothing is converted here.
 """
 
+import functools
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from attrs import asdict, evolve, field, fields_dict, frozen
 
 from medvl.documents.loose_json import find_json
-from medvl.documents.prose import read_prose
-from medvl.documents.quantities import find_terms, is_denied, medical_terms, same_term, spell
+from medvl.documents.prose import ENTRY, PATIENT, read_prose, section_of
+from medvl.documents.quantities import find_key, find_terms, is_denied, same_term, spell
 
 
 def _as_tuple(rows: Iterable[Any]) -> tuple[Any, ...]:
@@ -117,7 +118,7 @@ def read_answer(text: str) -> Fields:
         return Fields(read_as="empty")
     found = find_json(text)
     if found is None:
-        tree = read_prose(text, _section_of, _field_of)
+        tree = read_prose(text)
         for section, rows in _sections_of_rows(tree.pop("rows", [])).items():
             tree[section] = tree.get(section, []) + rows
         return _read_tree(tree, text.strip(), "prose")
@@ -128,8 +129,6 @@ def read_answer(text: str) -> Fields:
 
 
 _RECORDS: dict[str, Any] = {"diagnoses": Diagnosis, "medications": Medication, "labs": Lab, "vitals": Vital}
-_PATIENT = tuple(fields_dict(Patient))
-_SECTIONS = ("kind", "patient", *_RECORDS, "procedures", "text")
 
 
 def _read_tree(tree: Any, around: str, read_as: str) -> Fields:
@@ -137,24 +136,24 @@ def _read_tree(tree: Any, around: str, read_as: str) -> Fields:
     if isinstance(tree, list):
         tree = _sections_of_rows(tree)
     inner = next(iter(tree.values())) if len(tree) == 1 else None
-    if isinstance(inner, dict) and not any(map(_section_of, tree)):
+    if isinstance(inner, dict) and not any(map(section_of, tree)):
         tree = inner  # {"document": {...}}
     patient: dict[str, str] = {}
     lists: dict[str, list[Any]] = {name: [] for name in (*_RECORDS, "procedures")}
     kind = ""
     rest = [around]
     for key, value in tree.items():
-        name = _section_of(key)
+        name = section_of(key)
         if name == "patient" and isinstance(value, dict):
             known, unknown = _read_row(value, Patient)
             patient = known | patient
             rest += unknown
-        elif name in _PATIENT or name == "patient":
+        elif name in ("patient", "name", *PATIENT):
             patient.setdefault("name" if name == "patient" else name, _as_text(value))
         elif name == "procedures":
-            lists[name] += [_as_text(row.get("name", row)) for row in _as_rows(value, Diagnosis)]
+            lists[name] += [_as_text(row.get("name", row)) for row in _as_rows(value, name)]
         elif name in _RECORDS:
-            for row in _as_rows(value, _RECORDS[name]):
+            for row in _as_rows(value, name):
                 known, unknown = _read_row(row, _RECORDS[name])
                 rest += unknown
                 if name == "diagnoses" and is_denied(known.get("name", "")):
@@ -175,70 +174,57 @@ def _sections_of_rows(rows: list[Any]) -> dict[str, Any]:
     for row in rows:
         section = ""
         if isinstance(row, dict):
-            keys = {_field_of(key) for key in row}
+            keys = {find_key(key, ENTRY) for key in row}
             section = "labs" if "value" in keys else "medications" if keys - {"", "name"} else "diagnoses"
         tree.setdefault(section, []).append(row)
     return tree
 
 
-def _section_of(key: str) -> str:
-    """The field of `Fields` or `Patient` that a key means; "" if none."""
-    name = _known_key(key, (*_SECTIONS, "person", *_PATIENT[1:]))
-    return "name" if name == "person" else name
-
-
-def _field_of(key: str) -> str:
-    """The field of a medication or lab that a key means; "" if none."""
-    return _known_key(key, (*fields_dict(Medication), *fields_dict(Lab), "range"))
-
-
-def _known_key(key: str, names: Iterable[str]) -> str:
-    """The name, of `names`, that a key means: itself or one of `keys` in medical_terms.toml; "" if none."""
-    plain = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).casefold()
-    plain = re.sub(r"[^a-z0-9]+", "_", plain).strip("_")
-    for name in names:
-        if plain == name or plain in medical_terms()["keys"].get(name, ()):
-            return name
-    return ""
-
-
-def _as_rows(value: Any, record: Any) -> list[dict[str, Any]]:
+def _as_rows(value: Any, section: str) -> list[dict[str, Any]]:
     """The entries of a section, each a dict: from a list, from {name: value}, or from one text."""
     if isinstance(value, dict):
-        if any(_known_key(key, fields_dict(record)) for key in value):
+        if any(find_key(key, _names(section)) for key in value):
             return [value]
         entries = value.items()
         return [{"name": name} | (row if isinstance(row, dict) else {"value": row}) for name, row in entries]
-    texts = value if isinstance(value, list) else re.split(r"[;\n]", _as_text(value))
     rows: list[dict[str, Any]] = []
-    for row in filter(None, texts):
-        # One text, "Metformin 500 mg PO BID", is read as prose is.
-        parsed = (
-            [] if isinstance(row, dict) else list(read_prose(_as_text(row), _section_of, _field_of).items())
-        )
-        found = [
-            rows_of for key, rows_of in parsed if _RECORDS.get(key) is record and record is not Diagnosis
-        ]
-        rows += found[0] if found else [row if isinstance(row, dict) else {"name": row}]
+    for row in value if isinstance(value, list) else re.split(r"[;\n]", _as_text(value)):
+        if isinstance(row, dict):
+            rows.append(row)
+        elif text := _as_text(row):
+            # One text, "Metformin 500 mg PO BID", is read as prose is.
+            is_list = section not in ("diagnoses", "procedures")
+            rows += (read_prose(text, section).get(section) if is_list else None) or [{"name": text}]
     return rows
+
+
+@functools.cache
+def _names(section: str) -> tuple[str, ...]:
+    return tuple(fields_dict(_RECORDS.get(section, Diagnosis)))
+
+
+_LIMITS = re.compile(r"[\s(\[]*([<>]=?)?\s*(\d[\d.,]*)(?:\s?(?:-|to)\s?(\d[\d.,]*))?")
 
 
 def _read_row(row: dict[str, Any], record: Any) -> tuple[dict[str, Any], list[str]]:
     """(values by field of the record, what no field takes)."""
     known: dict[str, Any] = {}
     rest = []
+    names = tuple(fields_dict(record))
     for key, value in row.items():
         text = _as_text(value)
-        name = _known_key(key, fields_dict(record))
-        limits = re.match(r"[\s(]*([\d.,]+)\s?(?:-|to)\s?([\d.,]+)", spell(text))
-        if record is Medication and _known_key(key, ("value",)):
+        name = find_key(key, names)
+        limits = _LIMITS.match(spell(text)) if record is Lab and find_key(key, ("range",)) else None
+        if record is Medication and find_key(key, ("value",)):
             name = "dose"
         if name == "prn":
             known[name] = text.casefold() not in ("", "no", "false", "0", "n")
         elif name and name not in known:
             known[name] = text
-        elif record is Lab and limits and _known_key(key, ("range",)):
-            known |= {"low": limits[1], "high": limits[2]}
+        elif limits and limits[3]:
+            known |= {"low": limits[2], "high": limits[3]}
+        elif limits and limits[1]:
+            known["low" if ">" in limits[1] else "high"] = limits[2]
         elif text:
             rest.append(f"{key}: {text}")
     return known, rest
@@ -248,9 +234,8 @@ def _split_values(record: Any) -> Any:
     """Units and flags out of values ("8.4 % H"), route and "as needed" out of the frequency ("PO BID PRN")."""
     if isinstance(record, Medication):
         frequency, route = record.frequency, record.route
-        needed = [
-            term for term in find_terms(frequency, "frequencies") if same_term(term, "PRN", "frequencies")
-        ]
+        listed = find_terms(frequency, "frequencies")
+        needed = [term for term in listed if same_term(term, "PRN", "frequencies")]
         routes = find_terms(frequency, "routes")[:1] if not route else []
         for term in needed + routes:
             spaced = r"\.?".join(map(re.escape, term)).replace(r"\ ", r"\s+")
@@ -272,9 +257,15 @@ def _split_values(record: Any) -> Any:
     return record
 
 
+_VALUE = re.compile(
+    r"([^A-Za-z\d]*\d[\d.,]*(?:\s?[/-]\s?\d[\d.,]*)?)\s?"
+    r"((?:[x×*]\s?)?10\^\S+?|[^\d\s(].*?)??(?:\s?[\s(](HH|LL|H|L)\)?)?"
+)
+
+
 def _split_value(value: str, unit: str) -> tuple[str, str, str]:
     """(number, unit, flag) of a value such as "8.4 % H"; a value that is no number stays whole."""
-    parts = re.fullmatch(r"([^A-Za-z]*\d)\s?([^\d\s(].*?)??(?:\s?[\s(](HH|LL|H|L)\)?)?", value)
+    parts = _VALUE.fullmatch(value)
     if parts is None or (parts[2] and unit):
         return value, unit, ""
     return parts[1].strip(), parts[2] or unit, parts[3] or ""
@@ -297,11 +288,8 @@ _NOTHING = (
     "none",
     "n/a",
     "null",
-    "not available",
-    "not provided",
-    "not specified",
-    "not mentioned",
     "unknown",
+    *(f"not {x}" for x in ("available", "provided", "specified", "mentioned")),
 )
 
 
@@ -315,17 +303,10 @@ def _without_empty(tree: Any) -> Any:
     return tree
 
 
-def _flatten(tree: Any, path: str) -> list[tuple[str, str]]:
+def _flatten(tree: Any, path: str) -> Iterator[tuple[str, str]]:
     """(path, value) of each leaf that is not empty, in order."""
-    if isinstance(tree, dict):
-        items = list(tree.items())
-    elif isinstance(tree, list | tuple):
-        items = list(enumerate(tree))
-    elif not tree:
-        return []
-    else:
-        return [(path, "PRN" if tree is True else tree)]
-    pairs = []
-    for key, value in items:
-        pairs += _flatten(value, f"{path}/{key}" if path else str(key))
-    return pairs
+    if isinstance(tree, dict | list | tuple):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _flatten(value, f"{path}/{key}".lstrip("/"))
+    elif tree:
+        yield path, "PRN" if tree is True else tree

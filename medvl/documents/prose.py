@@ -1,12 +1,13 @@
 """The fields of running text or of a list, by rules, in the shape of the JSON of a page."""
 
+import itertools
 import re
-from collections.abc import Callable
 from typing import Any
 
 from medvl.documents.quantities import (
     BULLET,
     EVERY_HOURS,
+    find_key,
     find_terms,
     is_denied,
     is_listed,
@@ -15,9 +16,13 @@ from medvl.documents.quantities import (
     spell,
 )
 
+PATIENT = ("sex", "age", "record", "date")  # of a patient, beside the name
+SECTIONS = ("kind", "patient", "diagnoses", "medications", "labs", "vitals", "procedures", "text")
+# Of an entry of a section.
+ENTRY = ("name", "dose", "unit", "route", "frequency", "prn", "value", "low", "high", "flag", "range")
 _DOSES = ("mcg", "mg", "g", "meq", "u", "ml", "tablet", "capsule", "puff", "drop", "spray", "patch", "dose")
 _FLAG = re.compile(r"[\s()\[\],]*(HH|LL|H|L|N|high|low|normal|critical(?:ly)? (?:high|low))\b")
-_LINES = re.compile(r"[\n;]+|\.\s+(?=[A-Z])|\s+(?=(?:Sex|Gender|Age|MRN|ID|Date|Issued)\b[a-z ()]*:)")
+_PARTS = re.compile(r";|\s+(?=(?:Sex|Gender|Age|MRN|ID|Date|Issued)\b[a-z ()]*:)")
 _HEADER = re.compile(r"([A-Za-z][A-Za-z /.()]{1,30}?)[*\s]*(?::[*\s]*(.*)|$)")
 _AGE = re.compile(
     r"\b(\d{1,3})[ -]?(?:years?|yrs?|y/?o)\b[ -]?(?:old)?\s*(male|female|man|woman|[MF]\b)?", re.I
@@ -30,44 +35,55 @@ _VERBS = re.compile(
 )
 
 
-def read_prose(text: str, section_of: Callable[[str], str], field_of: Callable[[str], str]) -> dict[str, Any]:
+def section_of(key: str) -> str:
+    """The field of `Fields` or of the patient that a key or a header means; "" if none."""
+    name = find_key(key, (*SECTIONS, "person", *PATIENT))
+    return "name" if name == "person" else name
+
+
+def read_prose(text: str, section: str = "") -> dict[str, Any]:
     """What a text states, as a dict of sections: "diagnoses", "medications", "labs", "vitals", "procedures", and
     keys of the patient. "Name: value" lines and headers are read, numbers with their units behind a name, and
-    without a header for them the listed diagnoses that are not denied.
+    without a header for them the listed diagnoses that are not denied. Entries of no section ("Test: HbA1c") are
+    under "rows".
 
     Args:
-        section_of: the section or key of the patient that a header names, "" for none.
-        field_of: the field of an entry that it names ("dose"); entries of no section are under "rows".
+        section: that the text is of, up to its first header.
     """
     tree: dict[str, Any] = {}
-    section = ""
     row: dict[str, str] = {}  # the last entry, to which "Dose: 500 mg" belongs
-    for line in _LINES.split(BULLET.sub("", spell(text))):
-        line = re.sub(r"\s*\|\s*", " ", line).strip(" *.")  # a row of a table is a line
-        header = _HEADER.match(line)
-        name = section_of(header[1]) if header else ""
-        field = field_of(header[1]) if header and header[2] else ""
-        in_list = section in ("medications", "labs", "vitals")
-        if header and field and (not name or (name == "name" and in_list)):
-            if field == "name":
-                row = {}
-                tree.setdefault(section if in_list else "rows", []).append(row)
-            row[field] = header[2]
-            continue
-        if header and name:
-            section, line = name, header[2] or ""
-        if section in ("diagnoses", "procedures"):
-            entries = re.split(r",\s| and ", line)
-            tree.setdefault(section, []).extend(entry for entry in entries if entry and not is_denied(entry))
-        elif name in ("patient", "name", "sex", "age", "record", "date"):
-            tree.setdefault(name, re.split(r",\s*(?=\d)", line)[0])  # "Jane Doe, 54 F"
-        elif section != "text":
-            rows = _read_line(line, section)
-            is_name = re.fullmatch(r"[A-Za-z][A-Za-z -]{2,40}", line) and not field_of(line)
-            if section == "medications" and is_name and not rows and not find_terms(line, "frequencies"):
-                rows = [(section, {"name": line})]  # a drug without a dose
-            for kind, row in rows:
-                tree.setdefault(kind, []).append(row)
+    ends = False  # whether the section ends with its sentence: "Diagnoses: COPD, CKD. He takes ..."
+    for line in re.split(r"\n|\.\s+(?=[A-Z])", BULLET.sub("", spell(text))):
+        if ends and section != "text":
+            section = ""
+        ends = False
+        for part in _PARTS.split(line):
+            part = re.sub(r"\s*\|\s*", " ", part).strip(" *.")  # a row of a table is a line
+            header = _HEADER.match(part)
+            name = section_of(header[1]) if header else ""
+            field = find_key(header[1], ENTRY) if header and header[2] else ""
+            in_list = section in ("medications", "labs", "vitals")
+            if header and field and (not name or (name == "name" and in_list)):
+                if field == "name":
+                    row = {}
+                    tree.setdefault(section if in_list else "rows", []).append(row)
+                row[field] = header[2]
+                continue
+            if header and name:
+                section, part = name, header[2] or ""
+                ends = bool(part) and not part.endswith(",")
+            if section in ("diagnoses", "procedures"):
+                entries = [entry for entry in re.split(r",\s| and ", part) if entry.strip(" ,")]
+                tree.setdefault(section, []).extend(entry for entry in entries if not is_denied(entry))
+            elif name in ("patient", "name", *PATIENT):
+                tree.setdefault(name, re.split(r",\s*(?=\d)", part)[0])  # "Jane Doe, 54 F"
+            elif section != "text":
+                rows = _read_line(part, section)
+                is_name = re.fullmatch(r"[A-Za-z][A-Za-z -]{2,40}", part) and not find_key(part, ENTRY)
+                if section == "medications" and is_name and not rows and not find_terms(part, "frequencies"):
+                    rows = [(section, {"name": part})]  # a drug without a dose
+                for kind, row in rows:
+                    tree.setdefault(kind, []).append(row)
     if "diagnoses" not in tree:
         tree["diagnoses"] = find_terms(text, "diagnoses")
     age = _AGE.search(text)
@@ -86,7 +102,7 @@ def _read_line(line: str, section: str) -> list[tuple[str, dict[str, str]]]:
         if not match["date"] and not any(start <= match.start() < end for start, end in hours):
             matches.append(match)
     start = 0
-    for i, match in enumerate(matches):
+    for match, following in itertools.zip_longest(matches, matches[1:]):
         # No name is longer; without this bound an answer that loops takes minutes.
         before = line[max(start, match.start() - 80) : match.start()]
         before = re.split(r"[,(;]|\band\b", before)[-1]
@@ -95,7 +111,6 @@ def _read_line(line: str, section: str) -> list[tuple[str, dict[str, str]]]:
         name = _VERBS.sub("", before).strip(" *-")
         if not re.search("[A-Za-z]{2}|^[A-Z]$", name) or name.casefold().startswith(("ref", "normal")):
             continue
-        following = matches[i + 1] if i + 1 < len(matches) else None
         start = match.end()
         unit, end = match["unit"] or "", match.end()
         if unit in ("H", "L"):  # a flag, not hours or litres

@@ -25,6 +25,32 @@ def medical_terms() -> Mapping[str, Any]:
     return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
+def find_key(text: str, names: tuple[str, ...], table: str = "keys") -> str:
+    """The name, of `names`, that a key of JSON, a heading or a title of a column means; "" if none.
+
+    Args:
+        table: of medical_terms.toml, whose spellings come before those of "keys".
+    """
+    return _key_spellings(names, table).get(_plain_key(text), "")
+
+
+@functools.cache
+def _key_spellings(names: tuple[str, ...], table: str) -> Mapping[str, str]:
+    terms = medical_terms()
+    named = {} if table == "keys" else terms[table]
+    spellings = {_plain_key(text): name for name, texts in named.items() for text in texts}
+    for name in names:
+        for key in (name, *terms["keys"].get(name, ())):
+            spellings.setdefault(_plain_key(key), name)
+    return spellings
+
+
+def _plain_key(text: str) -> str:
+    """Lower case without marks and what stands in brackets: "labResults" is "lab results", "Age (years)" is "age"."""
+    text = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", text).casefold()
+    return " ".join(re.sub(r"\([^)]*\)|[^a-z0-9]+", " ", text).split())
+
+
 # Quantities -------------------------------------------------------------------------------------------------
 @frozen
 class Quantity:

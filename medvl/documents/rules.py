@@ -8,13 +8,13 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from attrs import define, evolve, field
 
 from medvl.documents.fields import Fields, read_answer
-from medvl.documents.quantities import is_listed, medical_terms
+from medvl.documents.quantities import find_key, is_listed, medical_terms
 from medvl.documents.words import Word, cells_of, join_words, lines_of
 
 _SECTIONS = ("diagnoses", "medications", "labs", "vitals", "procedures", "text")
@@ -22,11 +22,6 @@ _COLUMNS = ("name", "dose", "unit", "route", "frequency", "value", "range", "low
 _ABBREVIATED = ("routes", "frequencies", "labs", "vitals", "diagnoses")
 _PATIENT = {"person": "name", "sex": "sex", "age": "age", "record": "record", "date": "date"}
 _BULLET = re.compile(r"^(?:[-–•*·]+|\d{1,2}[.)])\s*(?=[^\d\s])")
-# A number, a pair or a range with its unit; a flag behind it is left to `read_answer`.
-_AMOUNT = re.compile(
-    r"([<>≤≥]?=? ?\d[\d.,]*+(?: ?[/-] ?\d[\d.,]*+)?+) ?((?!(?:HH|LL|H|L)$)[^\s\d]\S*|10\^\S+)"
-)
-_MEDICATION = re.compile(rf"(?P<name>[A-Za-z].*?) +{_AMOUNT.pattern}(?: +(?P<rest>.*))?")
 _NOTICE = "SYNTHETIC"  # on every drawn page; it belongs to no section
 
 
@@ -136,8 +131,8 @@ def _title_at(line: Sequence[Word], start: int) -> tuple[int, str]:
     for length in (3, 2, 1):
         words = line[start : start + length]
         text = " ".join(word.text for word in words)
-        if len(words) == length and (column := _key_of(text, _COLUMNS, "titles")):
-            return length, "range" if column in ("low", "high") and "range" in _plain(text) else column
+        if len(words) == length and (column := find_key(text, _COLUMNS, "titles")):
+            return length, "range" if column in ("low", "high") and "range" in text.casefold() else column
     return 0, ""
 
 
@@ -147,7 +142,7 @@ def _section_of_titles(columns: Sequence[str], first: str) -> str:
         return "medications"
     if {"range", "low", "high", "flag"} & {*columns}:
         return "labs"
-    return "vitals" if _plain(first) in ("sign", "vital", "vitals", "vital sign") else ""
+    return "vitals" if find_key(first, ("vitals", "sign")) else ""
 
 
 def _name_section(table: _Table) -> None:
@@ -178,7 +173,7 @@ def _add_row(table: _Table, line: Sequence[Word], used: set[int]) -> set[int]:
         return set()
     words = [word for cell in cells.values() for word in cell]
     is_far = min(word.box[1] for word in words) - table.bottom > 5 * table.height
-    if is_far or _crosses(table, words) or _section_of(join_words(words).text):
+    if is_far or _crosses(table, words) or _heading(join_words(words).text):
         table.is_open = False
         return set()
     # A stamp or a fold may have taken what names the row: the table goes on below it.
@@ -191,7 +186,7 @@ def _add_row(table: _Table, line: Sequence[Word], used: set[int]) -> set[int]:
             table.starts[i] += shift
             table.end += shift if i == len(table.columns) - 1 else 0
     table.bottom = max(word.box[3] for word in words)
-    table.rows.append(_split_cells({column: join_words(cell).text for column, cell in cells.items()}))
+    table.rows.append(_split_name({column: join_words(cell).text for column, cell in cells.items()}))
     return places
 
 
@@ -201,25 +196,13 @@ def _crosses(table: _Table, words: Sequence[Word]) -> bool:
     return len(gaps) > 3 and max(gaps) < 0.9 * table.height
 
 
-def _split_cells(row: dict[str, str]) -> dict[str, str]:
-    """The unit out of a name such as "Glucose (mg/dL)", the ends out of a range such as "4.0-5.6" or "< 150"."""
+def _split_name(row: dict[str, str]) -> dict[str, str]:
+    """The unit out of a name such as "Glucose (mg/dL)"; `read_answer` takes values and ranges apart."""
     named = re.fullmatch(r"(.+?)\s*[(\[]([^()\[\]]+)[)\]]?", row.get("name", ""))
     if named and "unit" not in row and re.search(r"[/%]|^[a-zµμ]", named[2]):
         row |= {"name": named[1], "unit": named[2]}
-    for name in {"value", "dose"} & row.keys():
-        # A reader may lose the space of "5.49 10^12/L".
-        amount = _AMOUNT.fullmatch(re.sub(r"(?<=\d)(?=10\^)", " ", row[name]))
-        if amount and "unit" not in row:
-            row |= {name: amount[1], "unit": amount[2]}
-    limits = re.fullmatch(
-        r"[(\[]?\s*(?:(?P<sign>[<>≤≥]=?)\s*)?(?P<low>\d[\d.,]*)(?:\s*(?:-|–|to)\s*(?P<high>\d[\d.,]*))?.*",
-        row.pop("range", ""),
-    )
-    if limits and limits["high"]:
-        row |= {"low": limits["low"], "high": limits["high"]}
-    elif limits and limits["sign"]:
-        row |= {"low" if limits["sign"][0] in ">≥" else "high": limits["low"]}
-    return row
+    # A reader may lose the space of "5.49 10^12/L".
+    return {column: re.sub(r"(?<=\d)(?=10\^)", " ", text) for column, text in row.items()}
 
 
 # Patient ----------------------------------------------------------------------------------------------------
@@ -252,20 +235,24 @@ def _labelled(text: str) -> tuple[str, list[tuple[str, str]]]:
     """What stands before the first label of a text, and (field of the patient, value) of each."""
     labels = list(_label_pattern().finditer(text))
     ends = [match.start() for match in labels] + [len(text)]
-    names = {label.replace(" ", ""): name for label, name in _spellings(tuple(_PATIENT), "labels").items()}
     pairs = list[tuple[str, str]]()
     for match, end in zip(labels, ends[1:], strict=True):
-        # A reader may lose the space of "Patient name:".
-        name = _PATIENT[names[_plain(match[1]).replace(" ", "")]]
-        pairs.append((name, text[match.end() : end].strip(" ,;|")))
+        pairs.append((str(match.lastgroup), text[match.end() : end].strip(" ,;|")))
     return text[: ends[0]].strip(), pairs
 
 
 @functools.cache
 def _label_pattern() -> re.Pattern[str]:
-    labels = sorted(_spellings(tuple(_PATIENT), "labels"), key=len, reverse=True)
-    words = "|".join(label.replace(" ", "[ .]*") for label in labels)
-    return re.compile(rf"\b({words})[.#]?(?: ?\([a-z]+\))? ?: *", re.IGNORECASE)
+    """A label with its colon, as a group of the name of its field."""
+    terms = medical_terms()
+    groups = []
+    for key, name in _PATIENT.items():
+        labels = {key, *terms["keys"][key], *terms["labels"].get(key, ())}
+        # A reader may lose the space of "Patient name:".
+        longest_first = sorted(labels, key=len, reverse=True)
+        words = [re.sub("[ _]", "[ .]*", label) for label in longest_first]
+        groups.append(f"(?P<{name}>{'|'.join(words)})")
+    return re.compile(rf"\b(?:{'|'.join(groups)})[.#]?(?: ?\([a-z]+\))? ?: *", re.IGNORECASE)
 
 
 def _takes(label: Word, cell: Word, beside: Word | None) -> bool:
@@ -286,7 +273,7 @@ def _read_sections(rows: Sequence[Sequence[Word]]) -> Iterator[tuple[str, list[s
         current: tuple[str, Word, list[Word]] | None = None
         for cell in row:
             match = re.match(r"([A-Za-z /]{2,40}?)\s*:\s*(.*)", cell.text)
-            section = _section_of(cell.text) or (_section_of(match[1]) if match else "")
+            section = _heading(cell.text) or (_heading(match[1]) if match else "")
             if section and (not match or not is_listed(match[1], "vitals")):
                 headings.append((section, cell, []))
                 if match and match[2]:
@@ -324,40 +311,9 @@ def _entries(section: str, texts: Sequence[str]) -> list[Any]:
             entries[-1] += f" {text}"
     if any(";" in entry for entry in entries):
         entries = " ".join(entries).split(";")
-    entries = [entry.strip(" .") for entry in entries if entry.strip(" .")]
-    return [_medication(entry) for entry in entries] if section == "medications" else [*entries]
+    return list(filter(None, (entry.strip(" .") for entry in entries)))
 
 
-def _medication(text: str) -> Any:
-    """Name, dose and the rest of a line; `read_answer` takes route and "as needed" out of the rest."""
-    match = _MEDICATION.fullmatch(text)
-    if match is None:
-        return text
-    return {"name": match["name"], "dose": match[2], "unit": match[3], "frequency": match["rest"] or ""}
-
-
-# Names ------------------------------------------------------------------------------------------------------
-def _section_of(text: str) -> str:
+def _heading(text: str) -> str:
     """The section that a text is the heading of; "" if it is none."""
-    return _key_of(text.rstrip(": "), _SECTIONS, "headings")
-
-
-def _key_of(text: str, names: Iterable[str], table: str) -> str:
-    """The name, of `names`, that a heading, title or label means; "" if none."""
-    return _spellings(tuple(names), table).get(_plain(text), "")
-
-
-@functools.cache
-def _spellings(names: tuple[str, ...], table: str) -> dict[str, str]:
-    """The name for each of its spellings: those of the table first, then those of JSON."""
-    terms = medical_terms()
-    spellings = {_plain(text): name for name, texts in terms[table].items() for text in texts}
-    for name in names:
-        for key in (name, *terms["keys"].get(name, ())):
-            spellings.setdefault(_plain(key), name)
-    return spellings
-
-
-def _plain(text: str) -> str:
-    """Lower case without marks and what stands in brackets: "Age (years)" is "age"."""
-    return " ".join(re.sub(r"\([^)]*\)|[^a-z0-9]+", " ", text.casefold()).split())
+    return find_key(text, _SECTIONS, "headings")

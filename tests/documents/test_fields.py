@@ -112,6 +112,11 @@ def test_values_are_kept_as_they_are_written():
     assert read_answer('{"labs":[{"name":"K","value":4.10}]}').labs[0].value == "4.10"
 
 
+def test_an_open_range_has_one_end():
+    got = read_answer('{"labs":[{"test":"eGFR","range":"> 60"},{"test":"LDL","range":"<=3.0 mmol/L"}]}')
+    assert got == Fields(labs=[Lab("eGFR", low="60"), Lab("LDL", high="3.0")])
+
+
 def test_medications_are_taken_apart():
     got = read_answer(
         '{"meds":["Ibuprofen 400 mg PO q6h PRN",{"drug":"Morphine","dose":"2-4 mg","frequency":"IV every 4 hours as needed"}]}'
@@ -228,6 +233,14 @@ def test_a_list_is_read():
             Fields(patient=Patient(name="Rosa Roe", sex="F", age="61", record="123456")),
         ),
         ("Medications: None\nDiagnoses: none", Fields()),
+        (
+            "Diagnoses: COPD, CKD. She takes Metformin 500 mg PO BID.\nBP 120/80 mmHg",
+            Fields(
+                diagnoses=[Diagnosis("COPD"), Diagnosis("CKD")],
+                medications=[Medication("Metformin", "500", "mg", "PO", "BID")],
+                vitals=[Vital("BP", "120/80", "mmHg")],
+            ),
+        ),
     ],
 )  # fmt: skip
 def test_prose_as_models_write_it(answer, expected):
