@@ -107,10 +107,8 @@ def format_record(conversation: Conversation, shape: str, folder: files.PathLike
 
 def _format(conversation: Conversation, shape: str, names: list[str]) -> dict[str, Any]:
     """The record of a shape, with these names of images."""
-    record: dict[str, Any] = {}
-    if conversation.id:
-        record["id"] = conversation.id
-    record |= _FORMATTERS[shape](conversation.messages, names, conversation.place)
+    record: dict[str, Any] = {"id": conversation.id} if conversation.id else {}
+    record |= _shaped(conversation, shape, names)
     taken = sorted(record.keys() & conversation.extra.keys())
     if taken:
         raise ValueError(
@@ -132,76 +130,41 @@ def _relative_name(image: Path, folder: Path) -> str:
 
 
 # The shapes -------------------------------------------------------------------------------------------------
-def _format_llava(messages: Sequence[dict[str, str]], names: list[str], where: str) -> dict[str, Any]:
-    turns = [{"from": _LLAVA_ROLES[m["role"]], "value": m["content"]} for m in messages]
-    record: dict[str, Any] = {"conversations": turns}
-    if names:
-        record["image"] = names[0] if len(names) == 1 else names
-    return record
-
-
-def _format_swift(messages: Sequence[dict[str, str]], names: list[str], where: str) -> dict[str, Any]:
-    record: dict[str, Any] = {"messages": [dict(message) for message in messages]}
-    if names:
-        record["images"] = names
-    return record
-
-
-def _format_trl(messages: Sequence[dict[str, str]], names: list[str], where: str) -> dict[str, Any]:
-    # Every content is a list, also without images: columns of a data set hold values of one type.
-    turns = []
-    for message in messages:
-        images = [{"type": "image"}] * message["content"].count(_TAG)
-        turns.append({"role": message["role"], "content": _split_text(message["content"], images)})
-    record: dict[str, Any] = {"messages": turns}
-    if names:
-        record["images"] = names
-    return record
-
-
-def _format_completion(messages: Sequence[dict[str, str]], names: list[str], where: str) -> dict[str, Any]:
-    record = _format_trl(messages, names, where)
-    *prompt, answer = record.pop("messages")
+def _shaped(conversation: Conversation, shape: str, names: list[str]) -> dict[str, Any]:
+    """The messages and images of a conversation under the keys of a shape."""
+    if shape == "llava":
+        turns = [{"from": _LLAVA_ROLES[m["role"]], "value": m["content"]} for m in conversation.messages]
+        images = {"image": names[0] if len(names) == 1 else names} if names else {}
+        return {"conversations": turns} | images
+    remaining = iter(names)
+    messages: list[dict[str, Any]] = []
+    for message in conversation.messages:
+        content: Any = message["content"]
+        if shape == "openai" and _TAG in content:
+            urls = [next(remaining) for _ in range(content.count(_TAG))]
+            content = _parts(content, [{"type": "image_url", "image_url": {"url": url}} for url in urls])
+        elif shape in ("trl", "completion"):
+            # Lists also without images: columns of a data set hold values of one type.
+            content = _parts(content, [{"type": "image"}] * content.count(_TAG))
+        messages.append({"role": message["role"], "content": content})
+    named = {"images": names} if names and shape != "openai" else {}
+    if shape != "completion":
+        return {"messages": messages} | named
+    *prompt, answer = messages
     if any(message["role"] == "assistant" for message in prompt):
         raise ValueError(
-            f"{where}: the shape completion takes one answer, got several, of which TRL would train only the "
-            "last; use the shape trl"
+            f"{conversation.place}: the shape completion takes one answer, got several, of which TRL would train "
+            "only the last; use the shape trl"
         )
-    return {"prompt": prompt, "completion": [answer], **record}
+    return {"prompt": prompt, "completion": [answer]} | named
 
 
-def _format_openai(messages: Sequence[dict[str, str]], names: list[str], where: str) -> dict[str, Any]:
-    turns: list[dict[str, Any]] = []
-    start = 0  # of the images of a message
-    for message in messages:
-        content = message["content"]
-        count = content.count(_TAG)
-        if not count:
-            turns.append(dict(message))
-            continue
-        images = [{"type": "image_url", "image_url": {"url": name}} for name in names[start : start + count]]
-        start += count
-        turns.append({"role": message["role"], "content": _split_text(content, images)})
-    return {"messages": turns}
-
-
-_FORMATTERS = {
-    "llava": _format_llava,
-    "swift": _format_swift,
-    "trl": _format_trl,
-    "completion": _format_completion,
-    "openai": _format_openai,
-}
-
-
-def _split_text(text: str, images: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _parts(text: str, images: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """A text as a list of parts, one of `images` in the place of each tag."""
     parts: list[dict[str, Any]] = []
     for i, piece in enumerate(text.split(_TAG)):
-        if i:
-            parts.append(images[i - 1])
-        if piece:
-            parts.append({"type": "text", "text": piece})
+        parts += images[i - 1 : i] if i else []
+        parts += [{"type": "text", "text": piece}] if piece else []
     # A list of no parts is no content.
     return parts or [{"type": "text", "text": ""}]
 
@@ -217,31 +180,18 @@ def _write_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
 
 # Images inside of records -----------------------------------------------------------------------------------
-def _write_data_urls(record: Any, folder: Path, where: str) -> Any:
+def _write_data_urls(value: Any, folder: Path, where: str) -> Any:
     """A copy of a record in which names of files stand for the images that are data: URLs."""
-    if not isinstance(record, dict):
-        return record
-    copied = dict(record)
-    for key in ("messages", "prompt"):
-        turns = record.get(key)
-        if isinstance(turns, list):
-            copied[key] = [_write_data_urls_of_turn(turn, folder, where) for turn in turns]
-    return copied
-
-
-def _write_data_urls_of_turn(turn: Any, folder: Path, where: str) -> Any:
-    if not isinstance(turn, dict) or not isinstance(turn.get("content"), list):
-        return turn
-    parts = []
-    for part in turn["content"]:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind in IMAGE_PARTS:
-            value = part.get(kind)
-            url = value.get("url") if isinstance(value, dict) else value
-            if isinstance(url, str) and url.startswith("data:"):
-                part = {"type": "image", "image": str(_write_data_url(url, folder, where).resolve())}
-        parts.append(part)
-    return {**turn, "content": parts}
+    if isinstance(value, list):
+        return [_write_data_urls(item, folder, where) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kind = value.get("type")
+    url = value.get(kind) if kind in IMAGE_PARTS else None
+    url = url.get("url") if isinstance(url, dict) else url
+    if isinstance(url, str) and url.startswith("data:"):
+        return {"type": "image", "image": str(_write_data_url(url, folder, where).resolve())}
+    return {key: _write_data_urls(item, folder, where) for key, item in value.items()}
 
 
 def _write_data_url(url: str, folder: Path, where: str) -> Path:
@@ -256,8 +206,7 @@ def _write_data_url(url: str, folder: Path, where: str) -> Path:
     path = folder / f"{hashlib.sha256(content).hexdigest()}.{match[1]}"
     if not path.exists():
         try:
-            # Greys of more than 8 bits are images, too; any window lets them be read here.
-            open_image(content, window=(0, 1), only_deep=True)
+            open_image(content, full_range=True)
         except ValueError as e:
             raise ValueError(f"{where}: a data: URL is no whole image: {e}") from e
         with files.atomic(path) as tmp:
