@@ -4,7 +4,7 @@ import difflib
 import unicodedata
 from collections.abc import Sequence
 
-from attrs import evolve, frozen
+from attrs import frozen
 
 from medvl.documents.fields import Fields, leaves
 from medvl.documents.quantities import medical_terms
@@ -42,11 +42,13 @@ class _Page:
 
 @frozen
 class _Match:
+    """A place of a value: from the letter `start` to the one before `stop`."""
+
     start: int
     stop: int
     place: Place
     line: int
-    is_near_miss: bool = False
+    is_near_miss: bool
 
 
 def locate(fields: Fields, words: Sequence[Word]) -> dict[str, Box | None]:
@@ -76,18 +78,21 @@ def find_places(fields: Fields, words: Sequence[Word]) -> dict[str, Place | None
     taken = set[int]()  # letters
     previous: _Match | None = None
     # Running text first: a diagnosis that it states stands elsewhere, too.
-    long_first = sorted(records.values(), key=lambda paths: paths != ["text"])
-    for paths in long_first:
-        anchor = _choose_anchor([matches[path] for path in paths], taken, previous)
+    for paths in sorted(records.values(), key=lambda paths: paths != ["text"]):
+        anchor = _choose_anchor([_untaken(matches[path], taken) for path in paths], previous)
+        if anchor is None:
+            continue
         best = dict[str, _Match]()
         for path in paths:
-            free = _untaken(matches[path], taken)
-            if free and anchor is not None:
+            if free := _untaken(matches[path], taken):
                 best[path] = min(free, key=lambda match: _distance(anchor, match))
                 taken.update(range(best[path].start, best[path].stop))
-        for path, match in _in_reading_order(best, values):
-            places[path] = match.place
-        previous = anchor or previous
+        for path in best:
+            # Equal values ("6.0 mg/dL, 6.0-8.3") in the order in which a page names them.
+            equal = [other for other in best if values[other] == values[path]]
+            ordered = sorted((best[other] for other in equal), key=lambda match: match.start)
+            places[path] = ordered[equal.index(path)].place
+        previous = anchor
     return places
 
 
@@ -95,30 +100,17 @@ def _untaken(matches: Sequence[_Match], taken: set[int]) -> list[_Match]:
     return [match for match in matches if not taken.intersection(range(match.start, match.stop))]
 
 
-def _in_reading_order(best: dict[str, _Match], values: dict[str, str]) -> list[tuple[str, _Match]]:
-    """Values of a record that are equal ("6.0 mg/dL, 6.0-8.3") by where they stand: a page names them in the order
-    of the record."""
-    pairs = list[tuple[str, _Match]]()
-    for path in best:
-        equal = [other for other in best if values[other] == values[path]]
-        ordered = sorted((best[other] for other in equal), key=lambda match: match.start)
-        pairs.append((path, ordered[equal.index(path)]))
-    return pairs
-
-
-def _choose_anchor(record: Sequence[list[_Match]], taken: set[int], previous: _Match | None) -> _Match | None:
+def _choose_anchor(record: Sequence[list[_Match]], previous: _Match | None) -> _Match | None:
     """Where a record stands: the match of its rarest value to which its other values are nearest; of equals the
     one that follows the record before."""
-    values = [free for matches in record if (free := _untaken(matches, taken))]
+    values = [matches for matches in record if matches]
     if not values:
         return None
     rarest = min(values, key=lambda matches: (len(matches), matches[0].start - matches[0].stop))
 
     def cost(anchor: _Match) -> tuple[float, float]:
-        others = [
-            min(_distance(anchor, match) for match in matches) for matches in values if matches is not rarest
-        ]
-        return round(sum(others), 1), _distance(previous, anchor) if previous else 0.0
+        nearest = [min(_distance(anchor, match) for match in matches) for matches in values]
+        return round(sum(nearest), 1), _distance(previous, anchor) if previous else 0.0
 
     return min(rarest, key=cost)
 
@@ -138,24 +130,23 @@ def _distance(anchor: _Match, match: _Match) -> float:
 # Matches ----------------------------------------------------------------------------------------------------
 def _read_letters(words: Sequence[Word]) -> _Page:
     ordered, lines, places = list[Word](), list[int](), list[tuple[int, int]]()
-    letters = list[str]()
+    letters = ""
     for number, line in enumerate(lines_of(words)):
         for word in line:
-            for place, letter in enumerate(word.text):
-                if not letter.isspace():
-                    letters.append(_fold(letter))
-                    places.append((len(ordered), place))
+            inked = [place for place, letter in enumerate(word.text) if not letter.isspace()]
+            letters += _fold("".join(word.text[place] for place in inked))
+            places += [(len(ordered), place) for place in inked]
             ordered.append(word)
             lines.append(number)
-    return _Page("".join(letters), tuple(ordered), tuple(places), tuple(lines))
+    return _Page(letters, tuple(ordered), tuple(places), tuple(lines))
 
 
-def _fold(letter: str) -> str:
-    """A letter without case and in one spelling; always one character, so that places stay."""
-    if letter in "‐‑‒–—−":
-        return "-"
-    folded = unicodedata.normalize("NFKC", letter).casefold()
-    return folded if len(folded) == 1 else letter
+def _fold(text: str) -> str:
+    """Letters without case and in one spelling; each stays one character, so that places stay."""
+    folded = [unicodedata.normalize("NFKC", letter).casefold() for letter in text]
+    pairs = zip(text, folded, strict=True)
+    joined = "".join(new if len(new) == 1 else letter for letter, new in pairs)
+    return joined.translate(dict.fromkeys(map(ord, "‐‑‒–—−"), "-"))
 
 
 def _find(page: _Page, path: str, value: str) -> list[_Match]:
@@ -166,55 +157,38 @@ def _find(page: _Page, path: str, value: str) -> list[_Match]:
         texts = next(row for row in medical_terms()["frequencies"] if "PRN" in row)
     matches = list[_Match]()
     for text in texts:
-        letters = "".join(_fold(letter) for letter in text if not letter.isspace())
-        if not letters:
-            continue
-        found = _find_letters(page, page.letters, letters, 1.0)
-        alike = letters.translate(_LOOK_ALIKES)
-        exact = {match.start for match in found}
-        for match in _find_letters(page, page.letters.translate(_LOOK_ALIKES), alike, _NEAR_MISS):
-            if match.start not in exact:
-                found.append(evolve(match, is_near_miss=True))
-        if not found and len(letters) >= _LONG:
-            found = _find_long(page, letters)
+        wanted = _fold("".join(text.split()))
+        exact = {start: 1.0 for start in _starts(page.letters, wanted)}
+        alike = _starts(page.letters.translate(_LOOK_ALIKES), wanted.translate(_LOOK_ALIKES))
+        scores = dict.fromkeys(alike, _NEAR_MISS) | exact
+        found = []
+        for start, score in scores.items():
+            if _is_whole(page, start, start + len(wanted)):
+                found.append(_match(page, [(start, start + len(wanted))], score, score < 1))
+        if not found and len(wanted) >= _LONG:
+            # Most of it may be on the page, maybe with another column between its lines.
+            matcher = difflib.SequenceMatcher(None, page.letters, wanted, autojunk=False)
+            runs = [(run.a, run.a + run.size) for run in matcher.get_matching_blocks() if run.size >= _RUN]
+            share = sum(stop - start for start, stop in runs) / len(wanted)
+            found = [_match(page, runs, share, False)] if share >= _SHARE else []
         matches += found
     return matches
 
 
-def _find_letters(page: _Page, letters: str, wanted: str, score: float) -> list[_Match]:
-    matches = list[_Match]()
-    start = letters.find(wanted)
-    while start >= 0:
-        stop = start + len(wanted)
-        if _is_whole(page, start, stop):
-            matches.append(_match(page, [(start, stop)], score))
-        start = letters.find(wanted, start + 1)
-    return matches
-
-
-def _find_long(page: _Page, letters: str) -> list[_Match]:
-    """The place of a long text of which most is on the page, maybe with another column between its lines."""
-    matcher = difflib.SequenceMatcher(None, page.letters, letters, autojunk=False)
-    spans = [(run.a, run.a + run.size) for run in matcher.get_matching_blocks() if run.size >= _RUN]
-    share = sum(stop - start for start, stop in spans) / len(letters)
-    return [_match(page, spans, share)] if share >= _SHARE else []
+def _starts(letters: str, wanted: str) -> list[int]:
+    """All places where a text begins, also within another of its places."""
+    return [i for i in range(len(letters)) if letters.startswith(wanted, i)] if wanted else []
 
 
 def _is_whole(page: _Page, start: int, stop: int) -> bool:
     """Whether letters are whole words and numbers. A unit may stand right behind its number: "25mg"."""
-    before = _same_word(page, start, -1)
-    after = _same_word(page, stop - 1, 1)
+    (word, first), (last_word, last) = page.places[start], page.places[stop - 1]
+    before = page.words[word].text[max(0, first - 2) : first][::-1]
+    after = page.words[last_word].text[last + 1 : last + 3]
     return not (
-        _goes_on(before[::-1], page.letters[start], is_before=True)
+        _goes_on(before, page.letters[start], is_before=True)
         or _goes_on(after, page.letters[stop - 1], is_before=False)
     )
-
-
-def _same_word(page: _Page, position: int, step: int) -> str:
-    """Up to two letters next to one in its own word, the nearest last for step -1."""
-    word, place = page.places[position]
-    text = page.words[word].text
-    return text[max(0, place - 2) : place] if step < 0 else text[place + 1 : place + 3]
 
 
 def _goes_on(near: str, edge: str, *, is_before: bool) -> bool:
@@ -231,7 +205,7 @@ def _goes_on(near: str, edge: str, *, is_before: bool) -> bool:
     return first in "-/'" and second.isalnum()
 
 
-def _match(page: _Page, spans: Sequence[tuple[int, int]], score: float) -> _Match:
+def _match(page: _Page, spans: Sequence[tuple[int, int]], score: float, is_near_miss: bool) -> _Match:
     """Letters as a match: the hull of the parts of their words."""
     ends: dict[int, tuple[int, int]] = {}  # of each word: first and last letter
     for start, stop in spans:
@@ -241,4 +215,4 @@ def _match(page: _Page, spans: Sequence[tuple[int, int]], score: float) -> _Matc
     boxes = [part_of_box(page.words[word], first, last + 1) for word, (first, last) in ends.items()]
     least = min(page.words[word].score for word in ends)
     line = page.lines[next(iter(ends))]
-    return _Match(spans[0][0], spans[-1][1], Place(join_boxes(boxes), score * least), line)
+    return _Match(spans[0][0], spans[-1][1], Place(join_boxes(boxes), score * least), line, is_near_miss)

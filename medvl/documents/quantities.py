@@ -144,6 +144,7 @@ def numbers_in(text: str) -> list[Decimal | str]:
     return numbers
 
 
+@functools.lru_cache(4096)
 def normalise_unit(unit: str) -> str:
     """One spelling of a unit: "µg" is "mcg", "K/uL" is "10^9/l", "beats per minute" is "/min"."""
     text = re.sub(r"\s?\bper\b\s?", "/", _fold(unit).strip(" .()[]"))
@@ -322,6 +323,7 @@ def normalise_flag(flag: str) -> str:
     return plain_words(flag)
 
 
+@functools.lru_cache(4096)  # a table, or an answer that loops, has the same few texts again and again
 def spell(text: str) -> str:
     """A text in one spelling, case kept: one minus, one micro sign, x10⁹ as 10^9, b.i.d. as bid."""
     text = re.sub("[⁰¹²³⁴-⁹]+", lambda m: "^" + unicodedata.normalize("NFKC", m[0]), text)
