@@ -19,7 +19,7 @@ _LOCAL = (".parquet", ".csv", ".json", ".jsonl")
 _LONGEST_RATIO = 200  # of the sides of an image; Qwen's image preprocessing refuses more
 # Columns of each kind, under the names that data sets give them; the first that a row has is read.
 _IMAGE = ("image", "images", "image_path", "file_name", "pmc_figure")
-_COLUMNS = {
+_COLUMNS: dict[str, dict[str, tuple[str, ...]]] = {
     "captions": {"text": ("caption",), "image": _IMAGE},
     "conversations": {"text": ("conversations", "question"), "image": _IMAGE},
     "notes": {"text": ("transcription", "note", "section_text", "text")},
@@ -127,8 +127,8 @@ def check_columns(kind: str, path: str, row: Row) -> None:
 
 
 def parse_row(kind: str, row: Row, root: Path, folder: Path) -> dict[str, Any]:
-    """A row of a source in one form: {"id": text, "images": names from `folder`, "articles": names, and "text", or
-    of conversations "messages"}.
+    """A row of a source in one form: {"id": text, "images": names from `folder`, "articles": names, "messages"}. Of
+    captions and notes the text is the only message.
 
     Args:
         root: where relative names of images start.

@@ -102,8 +102,9 @@ def open_image(
     # Modes I, I;16 and F: greys of 16 or 32 bits, whole or floating.
     is_deep = image.mode[0] in "IF"
     if is_deep and window is None and full_range:
-        low, high = image.getextrema()
-        window = (low, max(high, low + 1))  # of one grey only: black
+        greys = np.asarray(image)
+        low = float(greys.min())
+        window = (low, max(float(greys.max()), low + 1))  # of one grey only: black
     if is_deep or (window is not None and not only_deep):
         image = _apply_window(name, image, window)
     return to_rgb(image, name)
