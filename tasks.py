@@ -231,6 +231,20 @@ def export(c, run, out, as_="merged", base="seen", quantize="none", bound="0.05"
 
 
 @task(
+    iterable=["set_"],
+    help=SET | {"check": "run nothing: print the gates of a pipeline, exit status 1 where one is red"},
+)
+def pipeline(c, exp, set_=None, check=False):
+    """Bring, measure, quantise, train, score and report a model, in phases that pass gates."""
+    # The task has the module's name.
+    from medvl.commands import pipeline as commands
+
+    if check:
+        sys.exit(_call(commands.check_pipeline, exp, set_ or ()))
+    _call(commands.run_pipeline, exp, set_ or ())
+
+
+@task(
     name="gpu-check",
     help={
         "out": "folder for check.json",

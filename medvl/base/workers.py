@@ -50,12 +50,17 @@ def _start() -> None:
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Let this process end when its parent does, even if that is killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def end_with_parent() -> None:
+    def wait() -> None:
         # A parent that is killed closes nothing that a waiting worker would notice by itself.
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    threading.Thread(target=wait, daemon=True).start()

@@ -241,6 +241,18 @@ def _check_places(system: System, cfg: Any, folder: Path) -> None:
         files.check_writable(folder / name)
     for place in system.folders(cfg):
         files.check_writable(place, folder=True)
+    if base := base_experiment(cfg):
+        raise ValueError(
+            f"model.name: {cfg.model.name} must be a model and is not there; `invoke pipeline --exp ...` makes it by the "
+            f"experiment {base}, or put the folder `model` of the run of `invoke train --exp {base}` there"
+        )
+
+
+def base_experiment(cfg: Any) -> str:
+    """The experiment that trains the model of a record, where model.name is models/EXPERIMENT and not there; else ""."""
+    path = Path(getattr(getattr(cfg, "model", None), "name", ""))
+    makes_it = path.parent == Path("models") and (EXPERIMENTS / f"{path.name}.toml").is_file()
+    return path.name if makes_it and not path.exists() else ""
 
 
 def _describe(folder: Path, cfg: Any) -> None:

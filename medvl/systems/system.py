@@ -89,6 +89,8 @@ class System:
     bench_questions: Callable[[Any], Sequence[Dialogue]] | None = None
     # cfg -> training conversations, by which `invoke quantize` finds factors of weights
     calibration: Callable[[Any], Sequence[Dialogue]] | None = None
+    # (cfg, a folder of results, that of another variant) -> rows "METRIC_difference": the first minus the other
+    compare: Callable[[Any, Path, Path], list[Result]] | None = None
     takes: tuple[str, ...] = ()  # options of `invoke ask` that make sense for `ask`
     # cfg -> whether it trains anything; if not, it is evaluated at once
     trains: Callable[[Any], bool] = _always

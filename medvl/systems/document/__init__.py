@@ -13,7 +13,7 @@ from medvl.documents.sources import build_data
 from medvl.language.conversations import Conversation, Reader, read_conversations
 from medvl.phantoms.pages import draw_fixed_pages
 from medvl.systems.document.record import Config
-from medvl.systems.document.score import assess
+from medvl.systems.document.score import assess, compare_answers
 from medvl.systems.system import Log, Question, System
 from medvl.systems.tune import run
 from medvl.systems.tune.variants import calibration, find_variant
@@ -58,5 +58,6 @@ SYSTEM = System(
     variant=find_variant,
     bench_questions=bench_questions,
     calibration=calibration,
+    compare=compare_answers,
     takes=("--image",),
 )

@@ -14,7 +14,7 @@ from medvl.base.tree import Tree
 from medvl.documents.fields import Fields, fields_to_json, leaves, read_answer
 from medvl.documents.read_page import read_page_once
 from medvl.documents.rules import extract_by_rules
-from medvl.documents.score import PageScore, score_page, score_results
+from medvl.documents.score import PageScore, compare_runs, score_page, score_results
 from medvl.documents.words import Word
 from medvl.evaluation import plots, report
 from medvl.evaluation.results import Result
@@ -94,6 +94,18 @@ def score_answers(conversations: Sequence[Conversation], answers: Sequence[str])
         text = str(conversation.extra.get("text", ""))
         scores.append(score_page(document, gold_fields(conversation), answer, text))
     return scores
+
+
+def compare_answers(cfg: Any, folder: Path, other: Path) -> list[Result]:
+    """F1 of the answers of a folder of results minus that of another's, by bootstrap of documents."""
+    conversations = tune_run.read_split(cfg, "test")
+    scores = []
+    for place in (folder, other):
+        answers = [line["answer"] for line in tune_run.read_answers(place)]
+        scores.append(score_answers(conversations, answers))
+    return compare_runs(
+        *scores, split="test", n=cfg.evaluate.bootstrap, gen=Generator().manual_seed(cfg.seed)
+    )
 
 
 def gold_fields(conversation: Conversation) -> Fields:

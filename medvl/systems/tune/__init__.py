@@ -23,5 +23,6 @@ SYSTEM = System(
     variant=find_variant,
     bench_questions=bench_questions,
     calibration=calibration,
+    compare=run.compare_answers,
     takes=("--image",),
 )

@@ -14,7 +14,7 @@ from medvl.base import config, files, processes
 from medvl.base.tree import Tree, flatten, split_tree
 from medvl.documents.page_words import add_page_words
 from medvl.evaluation import plots, report
-from medvl.evaluation.accuracy import accuracy, accuracy_by_category, to_results
+from medvl.evaluation.accuracy import accuracy, accuracy_by_category, paired_difference, to_results
 from medvl.evaluation.results import Result
 from medvl.evaluation.vqa import is_right
 from medvl.hub.checkpoints import new_folder
@@ -287,6 +287,22 @@ def answer_conversations(
     path = system.unfinished_answers(folder, stamp)
     answers = system.answer_prompts(model, params, prompts, sampling, size=size, path=path)
     return [_line(*pair) for pair in zip(conversations, answers, strict=True)]
+
+
+def compare_answers(cfg: Config, folder: Path, other: Path) -> list[Result]:
+    """How much more often the answers of a folder of results are right than those of another."""
+    right = [[line["right"] for line in read_answers(place)] for place in (folder, other)]
+    gen = torch.Generator().manual_seed(cfg.seed)
+    difference = paired_difference(*right, range(len(right[0])), n=cfg.evaluate.bootstrap, gen=gen)
+    return to_results({"all": difference}, split="test")
+
+
+def read_answers(folder: Path) -> list[dict[str, Any]]:
+    """The lines of the answers.jsonl that `assess` wrote into a folder."""
+    with open(
+        folder / "answers.jsonl", encoding="utf-8"
+    ) as file:  # not by splitlines: answers hold any character
+        return [json.loads(line) for line in file]
 
 
 def _line(conversation: Conversation, answer: str) -> dict[str, Any]:
