@@ -1,0 +1,187 @@
+"""invoke pipeline at toy size: all phases, gates over damaged files, going on after a stop."""
+
+import json
+import shutil
+
+import pytest
+
+from medvl.commands import pipeline
+from medvl.systems import bench, gates, pipeline_report, run
+from medvl.systems.gates import GATES
+from tests.systems.document.test_document import record
+from tests.systems.tune.test_run import record as tune_record
+
+JSONS = [gate.file for gate in GATES if gate.file.endswith(".json")]
+
+
+def toml(value):
+    """A plain value in TOML's inline syntax."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {toml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(toml, value)) + "]"
+    return json.dumps(value)
+
+
+def write_experiment(place, name, raw):
+    path = place / "experiments" / f"{name}.toml"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(f"{key} = {toml(value)}\n" for key, value in raw.items()))
+
+
+def write_experiments(place, make=record):
+    """toy_base trains a model from scratch, toy adapts it."""
+    raw = make(place)
+    whole, adapted = raw["train"]["stages"]
+    adapted |= {"steps": 12, "lr": 3e-3}
+    write_experiment(place, "toy_base", raw | {"train": raw["train"] | {"stages": [whole]}})
+    raw["train"]["stages"] = [adapted]
+    write_experiment(place, "toy", raw | {"model": {"name": "models/toy_base", "dtype": "float32"}})
+
+
+def go_on(log=lambda line: None):
+    return pipeline.run_pipeline("toy", log=log, make=pipeline.run_phase)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(folder of a pipeline's files, its working folder)."""
+    place = tmp_path_factory.mktemp("pipeline")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        write_experiments(place)
+        yield place / go_on(), place
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of the files, to be damaged."""
+    return shutil.copytree(finished[0], tmp_path / "pipeline")
+
+
+def red(folder):
+    return [file for file, faults in gates.check_folder(folder).items() if faults]
+
+
+def test_all_phases_run_and_their_gates_are_green(finished, capsys):
+    folder, place = finished
+    assert pipeline.check_pipeline("toy") == 0
+    assert "0 of 13 gates are red" in capsys.readouterr().out
+    assert {path.name for path in folder.iterdir()} == {gate.file for gate in GATES} | {"BUILD_LOG.md"}
+    assert (place / "models" / "toy_base" / "model.safetensors").is_file()
+    assert (folder / "BUILD_LOG.md").read_text().count("\n## ") == len(pipeline.PHASES)
+
+
+def test_a_second_call_runs_nothing_and_says_so(finished):
+    lines = []
+    go_on(lines.append)
+    assert lines[:-1] == [f"{phase}: its gates are green, nothing to do" for phase in pipeline.PHASES]
+
+
+@pytest.mark.parametrize("damage", [lambda text: text[: len(text) // 2], lambda text: ""], ids=["cut", "empty"])
+@pytest.mark.parametrize("file", [gate.file for gate in GATES])
+def test_a_damaged_file_makes_its_own_gate_red(file, damage, copied):
+    (copied / file).write_text(damage((copied / file).read_text()))
+    assert red(copied) == [file]
+
+
+@pytest.mark.parametrize("value", [[], {}, 7, "7", None, {"samples": 3, "stages": 7}])
+@pytest.mark.parametrize("file", JSONS)
+def test_any_other_json_makes_its_own_gate_red(file, value, copied):
+    (copied / file).write_text(json.dumps(value))
+    assert red(copied) == [file]
+
+
+CHANGES = [
+    ("environment.json", "packages.torch", "1.0"),
+    ("download.json", "bytes", 1),
+    ("baseline_fp16.json", "latency.p50", 1e6),
+    ("baseline_fp16.json", "samples.0.tokens_out", 1),
+    ("baseline_fp16.json", "variant", "nf4"),
+    ("baseline_fp16.json", "load.cold_s", float("nan")),
+    ("quantization_info.json", "bytes_after", 10**12),
+    ("quantization_info.json", "share", 0.001),
+    ("quantization_info.json", "method", "nf4"),  # without a reason
+    ("quantized_int4.json", "first_token.mean", 0.0),
+    ("download_summary.json", "pages.rows", 0),
+    ("data_summary.json", "splits.test", 1000),
+    ("training_metrics.json", "stages.0.final_loss", 1e6),
+    ("training_metrics.json", "stages.0.final_loss", float("nan")),
+    ("training_metrics.json", "trainable.percent", 120.0),
+    ("evaluation_finetuned.json", "variants.base.2.value", 0.987),
+    ("evaluation_finetuned.json", "lora_minus.base.high", -0.5),
+    ("evaluation_finetuned.json", "lora_minus.nf4.low", None),
+    ("evaluation_finetuned.json", "left_out", {"lora": "no"}),
+    ("finetuned_standard_bench.json", "data.n", 0),
+    ("FINAL_REPORT.json", "tuned.latency_s", 1e-9),
+    ("FINAL_REPORT.json", "evaluation.variants.lora.0.value", 0.999),
+    ("FINAL_REPORT.json", "findings", ["lora is better"]),
+]
+
+
+@pytest.mark.parametrize(("file", "key", "value"), CHANGES)
+def test_a_changed_number_makes_its_own_gate_red(file, key, value, copied):
+    content = json.loads((copied / file).read_text())
+    *parents, last = key.split(".")
+    node = content
+    for parent in parents:
+        node = node[int(parent)] if isinstance(node, list) else node[parent]
+    assert node[last] != value
+    node[last] = value
+    (copied / file).write_text(json.dumps(content))
+    assert red(copied) == [file]
+
+
+def test_what_a_gate_cannot_know_is_found_by_the_report(copied):
+    path = copied / "training_metrics.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": 1234.0}))
+    assert red(copied) == ["FINAL_REPORT.json"]
+
+
+def test_texts_have_no_number_that_the_report_has_not(copied):
+    for file in ("BENCHMARK_REPORT.md", "CONTENT_DRAFT.md"):
+        text = (copied / file).read_text()
+        (copied / file).write_text("It is 77.25 times better. " + text)
+        (fault,) = gates.check_folder(copied)[file]
+        assert fault == "every number must occur in FINAL_REPORT.json, found [77.25]"
+        (copied / file).write_text(text)
+    draft = copied / "CONTENT_DRAFT.md"
+    draft.write_text(draft.read_text().replace("# ", "word " * 200))
+    assert "must have fewer than 200 words" in gates.check_folder(copied)["CONTENT_DRAFT.md"][0]
+    assert red(copied) == ["CONTENT_DRAFT.md"]
+
+
+def test_numbers_of_a_text_are_those_that_stand_alone():
+    text = "Qwen2.5-VL-7B by int4: f1 -0.25 [0.1, 1.5e-3], n = 12. 95 %; p50."
+    assert pipeline_report.numbers_in(text) == {0.25, 0.1, 0.0015, 12, 95}
+    assert pipeline_report.numbers_in({"a": [1, -2.5, None, "x 3", True]}) == {1, 2.5, 3}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "n", "verdict"),
+    [
+        (0.1, 0.2, 60, "lora is better"),
+        (-0.2, -0.1, 60, "lora is worse"),
+        (-0.1, 0.2, 60, "no difference is shown"),
+        (0.1, 0.2, 5, "too few to decide"),
+        (None, None, 60, "too few to decide"),
+    ],
+)
+def test_findings_follow_from_intervals(low, high, n, verdict):
+    row = {"value": 0.15, "low": low, "high": high, "n": n}
+    evaluation = {"metric": "f1", "lora_minus": {"base": row}, "left_out": {}}
+    (finding,) = pipeline_report.findings({"evaluation": evaluation})
+    assert finding.endswith(f"n = {n}: {verdict}")
+
+
+def test_a_damaged_file_is_made_anew_and_the_numbers_stay(finished):
+    folder, _ = finished
+    evaluation = (folder / "evaluation_finetuned.json").read_text()
+    for file in ("download.json", "quantization_info.json", "training_metrics.json", "evaluation_finetuned.json"):
+        (folder / file).write_text("{")
+    lines = []
+    go_on(lines.append)
+    begun = [line.removesuffix(": begins") for line in lines if line.endswith("begins")]
+    assert begun == ["model", "quantize", "train", "evaluate"]
+    assert (folder / "evaluation_finetuned.json").read_text() == evaluation
+    assert not red(folder)
